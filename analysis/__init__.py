@@ -1,0 +1,1 @@
+"""Offline analysis of archives, without the model."""

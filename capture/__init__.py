@@ -1,0 +1,1 @@
+"""From a running model to rows: sites, hooks, staging and the recorder."""

@@ -1,0 +1,1 @@
+"""One thin job each, and the command line."""

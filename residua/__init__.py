@@ -1,0 +1,1 @@
+"""Capture, store, analyse and replay the activations of transformer models."""

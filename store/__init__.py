@@ -1,0 +1,1 @@
+"""What lies on disk: plan, format, codecs, shards, commits and the archive. Imports no torch."""

@@ -1,0 +1,44 @@
+"""The errors that a caller may want to tell apart.
+
+Every message says what was asked, what was found and what to do. The tree:
+
+    ResiduaError
+    ├── UnknownSiteError (KeyError)       a site that the model or the archive does not have
+    ├── PlanError (ValueError)            settings that contradict each other or an existing archive
+    ├── DatasetError (ValueError)         a dataset, column or example that cannot be used
+    ├── DamagedArchiveError (OSError)     a file of the archive is missing, cut short or altered
+    ├── UnsafeArchiveError (ValueError)   an archive whose metadata no honest writer would produce
+    └── CaptureError (RuntimeError)       the capture itself failed; the cause is chained
+"""
+
+
+class ResiduaError(Exception):
+    """Base of all errors that Residua raises on purpose."""
+
+
+class UnknownSiteError(ResiduaError, KeyError):
+    """A site was named that the model or the archive does not have."""
+
+    def __str__(self) -> str:
+        """Return the message itself; ``KeyError`` would put it in quotes."""
+        return str(self.args[0])
+
+
+class PlanError(ResiduaError, ValueError):
+    """Settings contradict each other, the model, or the archive they should continue."""
+
+
+class DatasetError(ResiduaError, ValueError):
+    """A dataset, a column or an example cannot be used as asked."""
+
+
+class DamagedArchiveError(ResiduaError, OSError):
+    """A file of the archive is missing, cut short or altered; the message names it."""
+
+
+class UnsafeArchiveError(ResiduaError, ValueError):
+    """The archive's metadata is malformed or hostile; nothing was allocated or read for it."""
+
+
+class CaptureError(ResiduaError, RuntimeError):
+    """The capture failed; the chained cause says why."""

@@ -1,0 +1,49 @@
+"""What one stored array looks like: the facts that its writer and its reader must share."""
+
+from dataclasses import dataclass
+from math import prod
+
+import numpy as np
+
+from residua.store.dtypes import storage_dtype
+
+
+@dataclass(frozen=True, kw_only=True)
+class ArraySpec:
+    """Shape, type and encoding of one array of an archive; axis 0 is the row axis.
+
+    Attributes:
+        path: Node inside the archive, for example ``sites/resid_post/7``.
+        row_shape: Shape of one row: ``(width,)``, ``(heads, head_width)``, or ``()`` for a scalar.
+        dtype: Zarr data type name, for example ``bfloat16``.
+        preset: Name of the codec preset, one of ``residua.store.codecs.PRESETS``.
+        rows_per_shard: Height of a shard; a multiple of ``rows_per_chunk``.
+        rows_per_chunk: Height of a chunk.
+    """
+
+    path: str
+    row_shape: tuple[int, ...]
+    dtype: str
+    preset: str
+    rows_per_shard: int
+    rows_per_chunk: int
+
+    @property
+    def storage_dtype(self) -> np.dtype[np.generic]:
+        """The numpy type that holds one element; bfloat16 surfaces as its bits in uint16."""
+        return storage_dtype(self.dtype)
+
+    @property
+    def row_bytes(self) -> int:
+        """Logical bytes of one row."""
+        return prod(self.row_shape) * self.storage_dtype.itemsize
+
+    @property
+    def chunk_bytes(self) -> int:
+        """Logical bytes of one full chunk."""
+        return self.rows_per_chunk * self.row_bytes
+
+    @property
+    def chunks_per_shard(self) -> int:
+        """Number of chunks in a shard."""
+        return self.rows_per_shard // self.rows_per_chunk
