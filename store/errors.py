@@ -8,6 +8,7 @@ Every message says what was asked, what was found and what to do. The tree:
     ├── DatasetError (ValueError)         a dataset, column or example that cannot be used
     ├── DamagedArchiveError (OSError)     a file of the archive is missing, cut short or altered
     ├── UnsafeArchiveError (ValueError)   an archive whose metadata no honest writer would produce
+    ├── NotCapturedError (LookupError)    rows that the capture has not reached yet
     └── CaptureError (RuntimeError)       the capture itself failed; the cause is chained
 """
 
@@ -38,6 +39,10 @@ class DamagedArchiveError(ResiduaError, OSError):
 
 class UnsafeArchiveError(ResiduaError, ValueError):
     """The archive's metadata is malformed or hostile; nothing was allocated or read for it."""
+
+
+class NotCapturedError(ResiduaError, LookupError):
+    """Rows were asked for that the capture has not reached yet."""
 
 
 class CaptureError(ResiduaError, RuntimeError):

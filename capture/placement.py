@@ -1,0 +1,97 @@
+"""Where the rows of one batch go: from (example, padded position) in a tensor to rows of shards.
+
+Legend: `B` examples in the batch, `T` padded positions, `N` kept rows of the batch.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+Indices: TypeAlias = "npt.NDArray[np.int64]"
+_RUNS_WORTH_LOOPING = 4  # below this many rows a run, one indexed copy beats a loop of slices
+
+
+@dataclass(frozen=True, kw_only=True)
+class BatchRows:
+    """The kept rows of one batch.
+
+    Attributes:
+        source: For each row its index into the tensor's flattened (B, T) axes, (N,).
+        row: For each row its number in the archive, (N,).
+        token: Token id of each row, (N,).
+        position: Position of each row in its example, (N,).
+        example: Number of each row's example, (N,).
+        tokens_of: Per example of the batch, the padded positions of its tokens, in order; what the key axis of a
+            pattern is made of.
+        n_positions: Padded length `T`.
+    """
+
+    source: Indices
+    row: Indices
+    token: npt.NDArray[np.int32]
+    position: npt.NDArray[np.int32]
+    example: Indices
+    tokens_of: Sequence[Indices]
+    n_positions: int
+
+    def per_shard(self, rows_per_shard: int) -> Iterator[tuple[int, Indices]]:
+        """Yield each shard that the batch reaches, with the indices of its rows in this batch."""
+        shards = self.row // rows_per_shard
+        for shard in np.unique(shards):
+            yield int(shard), np.flatnonzero(shards == shard)
+
+
+class Placement:
+    """The part of a batch that lands in one shard.
+
+    Args:
+        source: Indices into the flattened (B, T) axes, (n,).
+        target: Rows inside the shard, (n,).
+    """
+
+    def __init__(self, source: Indices, target: Indices) -> None:
+        self.source = source
+        self.target = target
+        breaks = np.flatnonzero((np.diff(source) != 1) | (np.diff(target) != 1)) + 1
+        starts = np.concatenate([[0], breaks])
+        lengths = np.diff(np.concatenate([starts, [len(source)]]))
+        self._runs = list(
+            zip(source[starts].tolist(), target[starts].tolist(), lengths.tolist(), strict=True)
+        )
+
+    @cached_property
+    def source_indices(self) -> torch.Tensor:
+        """`source` as a tensor, int64 on the CPU."""
+        return torch.from_numpy(self.source)
+
+    @cached_property
+    def _target_indices(self) -> torch.Tensor:
+        return torch.from_numpy(self.target)
+
+    def target_runs(self) -> list[tuple[int, int, int]]:
+        """Return (index in this placement, row in the shard, length) of each run of consecutive targets."""
+        starts = np.concatenate([[0], np.flatnonzero(np.diff(self.target) != 1) + 1])
+        lengths = np.diff(np.concatenate([starts, [len(self.target)]]))
+        return list(zip(starts.tolist(), self.target[starts].tolist(), lengths.tolist(), strict=True))
+
+    def copy(self, flat: torch.Tensor, buffer: torch.Tensor) -> None:
+        """Copy the rows from `flat` (B * T, *row) to `buffer` (rows of the shard, *row), casting to its dtype."""
+        if len(self._runs) * _RUNS_WORTH_LOOPING <= len(self.source):
+            for source, target, length in self._runs:
+                buffer[target : target + length].copy_(flat[source : source + length])
+        else:
+            rows = flat.index_select(0, self.source_indices)
+            buffer.index_copy_(0, self._target_indices, rows.to(buffer.dtype))
+
+    def copy_pattern(self, pattern_BTHK: torch.Tensor, buffer: torch.Tensor, rows: BatchRows) -> None:
+        """Copy attention patterns so that key k is the example's k-th token, and zero what lies past its end."""
+        for source, target in zip(self.source.tolist(), self.target.tolist(), strict=True):
+            example, position = divmod(source, rows.n_positions)
+            keys = torch.from_numpy(rows.tokens_of[example])
+            buffer[target].zero_()
+            buffer[target, :, : len(keys)].copy_(pattern_BTHK[example, position].index_select(-1, keys))

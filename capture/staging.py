@@ -1,0 +1,198 @@
+"""Stages: host memory in which shards fill, and the copies into it.
+
+A stage holds one shard of every site, in the dtype that is stored. Hooks copy rows straight to where they will lie
+in the shard, so nothing is copied twice and nothing is gathered later. The number of stages is fixed: when a batch
+needs one and all are being filled or written, it waits. That is the only back-pressure, and it is counted.
+
+On a CPU the copy is made at once, because later in-place operations may change the tensor. On CUDA the wanted rows
+are gathered on the compute stream into memory of their own, an event is recorded, and a side stream copies them into
+pinned memory. **Nobody reads a stage before its copies' events have completed**: `Stage.wait` is that rule, and the
+writer calls it first.
+"""
+
+import threading
+import time
+from collections import deque
+from collections.abc import Container
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from residua.capture.placement import BatchRows, Placement
+from residua.store.plan import ROW_COLUMNS, Plan
+from residua.store.writer import FilledShard, ShardWriter
+
+_DEVICE_BYTES = 256 * 1024 * 1024  # gathered rows on a device that wait for their copy
+
+
+def torch_dtype(name: str) -> torch.dtype:
+    """Return torch's dtype of a stored data type name."""
+    dtype = getattr(torch, name)
+    if not isinstance(dtype, torch.dtype):
+        raise TypeError(f"{name!r} is not a torch dtype")
+    return dtype
+
+
+class Stage:
+    """Memory for one shard of every site."""
+
+    def __init__(self, plan: Plan, n_rows: int, *, pinned: bool) -> None:
+        self.buffers = {
+            site.name: torch.empty((n_rows, *site.row_shape), dtype=torch_dtype(site.dtype), pin_memory=pinned)
+            for site in plan.sites
+        }
+        self.columns = {name: np.zeros(n_rows, dtype) for name, dtype in ROW_COLUMNS.items()}
+        self.n_filled = 0
+        self._copies: deque[tuple[torch.cuda.Event, torch.Tensor]] = deque()
+        self._lock = threading.Lock()
+
+    def expect(self, event: torch.cuda.Event, rows: torch.Tensor) -> None:
+        """Note a copy under way; `rows` stay alive until it is done."""
+        with self._lock:
+            self._copies.append((event, rows))
+            while sum(rows.nbytes for _, rows in self._copies) > _DEVICE_BYTES:
+                self._copies.popleft()[0].synchronize()
+
+    def wait(self) -> None:
+        """Return when every copy into this stage is done."""
+        with self._lock:
+            while self._copies:
+                self._copies.popleft()[0].synchronize()
+
+    def rows(self, site: str, n_rows: int) -> npt.NDArray[np.generic]:
+        """Return the first `n_rows` rows of `site` in storage dtype, without a copy."""
+        buffer = self.buffers[site][:n_rows]
+        if buffer.dtype == torch.bfloat16:
+            return buffer.view(torch.int16).numpy().view("<u2")
+        return buffer.numpy()
+
+
+class Staging:
+    """Takes the rows of batches and hands full shards to the writer.
+
+    Args:
+        plan: What is stored.
+        writer: Where full shards go.
+        n_stages: How many shards may be in memory at once.
+        pinned: Whether the memory is page-locked, for copies from a CUDA device.
+        committed: Shards that need no rows any more.
+    """
+
+    def __init__(
+        self, plan: Plan, writer: ShardWriter, *, n_stages: int, pinned: bool, committed: Container[int] = ()
+    ) -> None:
+        height = plan.rows_per_shard if plan.n_rows is None else max(1, min(plan.rows_per_shard, plan.n_rows))
+        self._plan = plan
+        self._writer = writer
+        self._committed = committed
+        self._free = [Stage(plan, height, pinned=pinned) for _ in range(n_stages)]
+        self._open: dict[int, Stage] = {}
+        self._condition = threading.Condition()
+        self._streams: dict[torch.device, torch.cuda.Stream] = {}
+        self._batch: BatchRows | None = None
+        self._placements: list[tuple[Stage, Placement]] = []
+        self.stall_seconds = 0.0
+
+    def begin(self, batch: BatchRows) -> None:
+        """Find a place for the rows of `batch`; waits while no stage is free."""
+        self._batch = batch
+        self._placements = []
+        height = self._plan.rows_per_shard
+        for shard, picked in batch.per_shard(height):
+            if shard in self._committed:
+                continue
+            stage = self._open.get(shard) or self._acquire(shard)
+            target = batch.row[picked] - shard * height
+            for name in ROW_COLUMNS:
+                stage.columns[name][target] = getattr(batch, name)[picked]
+            stage.n_filled += len(picked)
+            self._placements.append((stage, Placement(batch.source[picked], target)))
+
+    def put(self, site: str, tensor: torch.Tensor) -> None:
+        """Copy the wanted rows of `tensor` (B, T, *row) of `site` to their stages."""
+        if self._batch is None:
+            raise RuntimeError(f"rows of {site} came before their batch was announced")
+        pattern = site.startswith("pattern.")
+        flat = tensor if pattern else tensor.flatten(0, 1)
+        for stage, placement in self._placements:
+            if tensor.device.type == "cuda":
+                self._copy_from_cuda(stage, site, flat, placement)
+            elif pattern:
+                placement.copy_pattern(flat, stage.buffers[site], self._batch)
+            else:
+                placement.copy(flat, stage.buffers[site])
+
+    def _copy_from_cuda(self, stage: Stage, site: str, flat: torch.Tensor, placement: Placement) -> None:
+        buffer = stage.buffers[site]
+        if site.startswith("pattern."):
+            if self._batch is None:
+                raise RuntimeError("no batch was announced")
+            placement.copy_pattern(flat.cpu(), buffer, self._batch)
+            return
+        compute = torch.cuda.current_stream(flat.device)
+        side = self._streams.setdefault(flat.device, torch.cuda.Stream(flat.device))
+        rows = flat.index_select(0, placement.source_indices.to(flat.device)).to(buffer.dtype)
+        side.wait_stream(compute)
+        with torch.cuda.stream(side):
+            for start, target, length in placement.target_runs():
+                buffer[target : target + length].copy_(rows[start : start + length], non_blocking=True)
+            event = torch.cuda.Event()
+            event.record(side)
+        stage.expect(event, rows)
+
+    def finish(self) -> None:
+        """Close the batch: every site's rows were put; full shards go to the writer."""
+        self._batch = None
+        self._placements = []
+        for shard in sorted(self._open):
+            if self._open[shard].n_filled == self._rows_in(shard):
+                self.hand_over(shard)
+
+    def abandon(self) -> None:
+        """Give up the batch and every unfinished shard, after an error in the forward pass."""
+        self._batch = None
+        self._placements = []
+        self._open.clear()
+
+    def hand_over(self, shard: int, examples: dict[str, str] | None = None) -> None:
+        """Give the filled rows of `shard` to the writer."""
+        stage = self._open.pop(shard)
+        n_rows = stage.n_filled
+        self._writer.submit(
+            FilledShard(
+                index=shard,
+                first_row=shard * self._plan.rows_per_shard,
+                sites={site.name: stage.rows(site.name, n_rows) for site in self._plan.sites},
+                columns={name: column[:n_rows] for name, column in stage.columns.items()},
+                examples=examples or {},
+                ready=stage.wait,
+                release=lambda: self._release(stage),
+            )
+        )
+
+    @property
+    def open_shards(self) -> tuple[int, ...]:
+        """Shards that are filling."""
+        return tuple(sorted(self._open))
+
+    def _rows_in(self, shard: int) -> int:
+        height = self._plan.rows_per_shard
+        return height if self._plan.n_rows is None else min(height, self._plan.n_rows - shard * height)
+
+    def _acquire(self, shard: int) -> Stage:
+        with self._condition:
+            if not self._free:
+                started = time.perf_counter()
+                self._condition.wait_for(lambda: self._free)
+                self.stall_seconds += time.perf_counter() - started
+            stage = self._free.pop()
+        self._writer.raise_failure()
+        stage.n_filled = 0
+        self._open[shard] = stage
+        return stage
+
+    def _release(self, stage: Stage) -> None:
+        with self._condition:
+            self._free.append(stage)
+            self._condition.notify()

@@ -1,0 +1,243 @@
+"""An archive, opened for reading: sites, rows, examples, progress, provenance. Needs no torch and no model."""
+
+from collections.abc import Iterable, Iterator, Mapping
+from functools import cached_property
+from os import PathLike
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import zarr
+from tokenizers import Tokenizer
+
+from residua.store.arrays import open_array
+from residua.store.commits import Commit, read_commits
+from residua.store.errors import DamagedArchiveError, NotCapturedError, ResiduaError, UnsafeArchiveError
+from residua.store.examples import ExampleTable
+from residua.store.metadata import read_metadata
+from residua.store.plan import ROW_COLUMNS, Plan
+from residua.store.sitenames import select
+from residua.store.spec import ArraySpec
+from residua.store.stored import Array, Check, StoredArray
+
+
+class Rows(NamedTuple):
+    """What each row is: token id, position in its example, and number of its example."""
+
+    token: StoredArray
+    position: StoredArray
+    example: StoredArray
+
+
+class Progress(NamedTuple):
+    """How much of an archive is captured."""
+
+    rows: int
+    total_rows: int | None
+    shards: int
+    total_shards: int | None
+
+
+class Archive(Mapping[str, StoredArray]):
+    """A dataset of activations, read without the model. Open one with `residua.open`.
+
+    Args:
+        path: Folder of the archive.
+        check: When chunks are verified: ``once`` (at first touch), ``always`` or ``never``.
+
+    Raises:
+        FileNotFoundError: There is no archive at that path.
+        DamagedArchiveError: A file is missing or altered; the message names it.
+        UnsafeArchiveError: The metadata is not what an honest writer makes.
+    """
+
+    def __init__(self, path: str | PathLike[str], *, check: Check = "once") -> None:
+        self.path = Path(path)
+        self._check: Check = check
+        self.metadata = read_metadata(self.path)
+        self._check_arrays()
+
+    @property
+    def plan(self) -> Plan:
+        """The plan that everything follows from."""
+        return self.metadata.plan
+
+    @property
+    def provenance(self) -> Mapping[str, object]:
+        """Where model, data and numbers came from."""
+        return self.metadata.provenance
+
+    @property
+    def sites(self) -> tuple[str, ...]:
+        """Names of the stored sites, in the model's order."""
+        return tuple(site.name for site in self.plan.sites)
+
+    @cached_property
+    def commits(self) -> Mapping[int, Commit]:
+        """The commit of each captured shard, as they were when first asked for."""
+        return read_commits(self.path, self.plan.digest)
+
+    @property
+    def n_rows(self) -> int:
+        """Rows of the archive; of one that is not sealed and of open size, those captured without a gap."""
+        if self.plan.n_rows is not None:
+            return self.plan.n_rows
+        if self.metadata.sealed is not None:
+            return _count(self.metadata.sealed.get("n_rows"))
+        n_rows = 0
+        for shard in range(len(self.commits)):
+            if shard not in self.commits:
+                break
+            n_rows = self.commits[shard].rows[1]
+        return n_rows
+
+    @property
+    def progress(self) -> Progress:
+        """Captured and total rows and shards; the totals are None while a user's own loop is open."""
+        rows = sum(commit.rows[1] - commit.rows[0] for commit in self.commits.values())
+        if self.plan.n_rows is None and self.metadata.sealed is None:
+            return Progress(rows, None, len(self.commits), None)
+        return Progress(rows, self.n_rows, len(self.commits), self.plan.n_shards(self.n_rows))
+
+    @property
+    def is_sealed(self) -> bool:
+        """Whether every shard is captured."""
+        return self.progress.shards == self.progress.total_shards
+
+    def __getitem__(self, site: str) -> StoredArray:
+        return self._arrays[self.select(site)[0]]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.sites)
+
+    def __len__(self) -> int:
+        return len(self.sites)
+
+    def __repr__(self) -> str:
+        state = "sealed" if self.is_sealed else f"{self.progress.rows:,} captured"
+        return f"<Archive {self.path} of {self.n_rows:,} rows ({state}), {len(self)} sites>"
+
+    def select(self, patterns: str | Iterable[str]) -> tuple[str, ...]:
+        """Return the stored sites that `patterns` name, for example ``resid_post.*``.
+
+        Raises:
+            UnknownSiteError: A pattern names no stored site.
+        """
+        return select(patterns, self.sites)
+
+    @cached_property
+    def _arrays(self) -> dict[str, StoredArray]:
+        height = self.plan.rows_per_shard
+        return {
+            site.name: self._stored(site.name, site.arrays(height), site.dtype) for site in self.plan.sites
+        }
+
+    @cached_property
+    def rows(self) -> Rows:
+        """Token, position and example of every row, each lazily."""
+        specs = {spec.path.removeprefix("rows/"): spec for spec in self.plan.row_arrays}
+        columns = {name: self._stored(f"rows/{name}", (specs[name],), dtype) for name, dtype in ROW_COLUMNS.items()}
+        return Rows(**columns)
+
+    def _stored(self, name: str, specs: tuple[ArraySpec, ...], dtype: str) -> StoredArray:
+        return StoredArray(
+            self.path,
+            name,
+            specs,
+            dtype=dtype,
+            n_rows=self.n_rows,
+            require=self._require,
+            check=self._check,
+        )
+
+    def _require(self, rows: Array) -> None:
+        """Raise NotCapturedError unless every one of `rows` lies in a committed shard."""
+        if self._is_complete:
+            return
+        shards = np.unique(rows // self.plan.rows_per_shard)
+        missing = [int(shard) for shard in shards if int(shard) not in self.commits]
+        if missing:
+            first = missing[0] * self.plan.rows_per_shard
+            raise NotCapturedError(
+                f"rows from {first:,} on are not captured yet ({self.progress.rows:,} of {self.n_rows:,} are): "
+                "run the same capture again to go on, then open the archive anew."
+            )
+
+    @cached_property
+    def _is_complete(self) -> bool:
+        return self.is_sealed
+
+    @cached_property
+    def example_table(self) -> ExampleTable:
+        """The example table, read part by part."""
+        return ExampleTable(self.path / "examples")
+
+    @cached_property
+    def examples(self) -> pa.Table:
+        """One line an example: first_row, n_rows, n_tokens, input_ids, positions, and the user's own columns."""
+        return self.example_table.table()
+
+    def example(self, index: int, sites: str | Iterable[str] | None = None) -> dict[str, Array]:
+        """Return the rows of example `index`, for every site or for those that `sites` names."""
+        first_rows = self.example_table.index().first_row
+        if not 0 <= index < len(first_rows) - 1:
+            raise IndexError(f"there is no example {index}: the archive has {len(first_rows) - 1:,}")
+        rows = slice(int(first_rows[index]), int(first_rows[index + 1]))
+        names = self.sites if sites is None else self.select(sites)
+        return {name: self._arrays[name][rows] for name in names}
+
+    def text(self, row: int, context: int = 10) -> str:
+        """Return the text around `row`, with the row's own token between « and ».
+
+        Args:
+            row: Number of the row.
+            context: Tokens to show on either side.
+
+        Raises:
+            ResiduaError: The archive has no tokenizer.
+        """
+        tokenizer = self.tokenizer
+        if tokenizer is None:
+            raise ResiduaError(f"{self.path} has no tokenizer: row {row} is token {self.rows.token[row]} by number only")
+        tokens = self.example_table.tokens(int(self.rows.example[row])).tolist()
+        at = int(self.rows.position[row])
+        pieces = (tokens[max(0, at - context) : at], tokens[at : at + 1], tokens[at + 1 : at + 1 + context])
+        before, here, after = (tokenizer.decode(piece, skip_special_tokens=False) for piece in pieces)
+        return f"{before}«{here}»{after}"
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer | None:
+        """The stored tokenizer (of the `tokenizers` package), or None if the archive has none."""
+        path = self.path / "tokenizer" / "tokenizer.json"
+        if not path.is_file():
+            return None
+        try:
+            return Tokenizer.from_file(str(path))
+        except Exception as error:  # the Rust library raises plain Exception for any bad file
+            raise DamagedArchiveError(f"{path} is not a tokenizer that can be read ({error}): restore it") from error
+
+    @property
+    def group(self) -> zarr.Group:
+        """The archive as a plain Zarr group, read-only."""
+        return zarr.open_group(str(self.path), mode="r")
+
+    def _check_arrays(self) -> None:
+        """Compare every array's own metadata with the plan, before anything is read by it."""
+        for spec in self.plan.arrays:
+            found, n_rows, _ = open_array(self.path, spec.path)
+            if found != spec:
+                raise UnsafeArchiveError(
+                    f"{self.path / spec.path}/zarr.json describes {found}, but the archive's plan says {spec}"
+                )
+            if self.plan.n_rows is not None and n_rows != self.plan.n_rows:
+                raise UnsafeArchiveError(
+                    f"{self.path / spec.path}/zarr.json has {n_rows:,} rows, the plan {self.plan.n_rows:,}"
+                )
+
+
+def _count(value: object) -> int:
+    if not isinstance(value, int) or not 0 <= value < 2**48:
+        raise UnsafeArchiveError(f"the archive says it was sealed with {value!r} rows, which is not a count")
+    return value
+

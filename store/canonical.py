@@ -1,0 +1,29 @@
+"""One spelling of JSON, so that equal content has equal bytes and a digest means something."""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from typing import TypeAlias
+
+Json: TypeAlias = "None | bool | int | float | str | list[Json] | dict[str, Json]"
+
+
+def canonical_json(value: object) -> bytes:
+    """Return `value` as JSON with sorted keys, no white space, UTF-8, and no NaN (RFC 8785's spirit)."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode()
+
+
+def digest_of(value: object) -> str:
+    """Return the SHA-256 of the canonical JSON of `value`, in hex."""
+    return hashlib.sha256(canonical_json(value)).hexdigest()
+
+
+def flatten(value: Mapping[str, object], prefix: str = "") -> dict[str, object]:
+    """Return nested mappings as one level with dotted keys; lists stay whole."""
+    flat: dict[str, object] = {}
+    for key, item in value.items():
+        if isinstance(item, Mapping):
+            flat.update(flatten(item, f"{prefix}{key}."))
+        else:
+            flat[prefix + key] = item
+    return flat

@@ -1,0 +1,140 @@
+"""Commits: the durable records that a shard is complete.
+
+One JSON file a shard and writer, `commits/SSSSSSSS-WWWW.json`, published with `link`, so that it appears whole or
+not at all and cannot replace another. It is written after every file that it names is on the disk: no record, no
+shard. The record holds the row range and, per array, size and digest of the shard file; a SHA-256 over the record
+guards the record itself.
+"""
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from residua.store.canonical import canonical_json, digest_of
+from residua.store.errors import DamagedArchiveError
+from residua.store.files import publish
+
+FOLDER = "commits"
+_NAME = re.compile(r"(\d{8,})-(\d{4})\.json")
+_MAX_RECORD_BYTES = 64 * 1024 * 1024
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShardFile:
+    """What a commit says of one array's shard file.
+
+    Attributes:
+        n_bytes: Size of the file.
+        digest: SHA-256 over the shard index and the chunks' crc32c, in hex (see FORMAT.md).
+        n_nonfinite: How many NaN and infinite values the rows hold.
+        squares: Sum of squares of the values, lossy presets only.
+        error_squares: Sum of squares of what the lossy preset changed.
+    """
+
+    n_bytes: int
+    digest: str
+    n_nonfinite: int = 0
+    squares: float | None = None
+    error_squares: float | None = None
+
+    def to_json(self) -> dict[str, object]:
+        """Return the facts as JSON values; absent ones are left out."""
+        return {key: value for key, value in asdict(self).items() if value is not None}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Commit:
+    """The record of one complete shard.
+
+    Attributes:
+        plan: Digest of the plan that the rows belong to.
+        shard: Index of the shard along axis 0.
+        rows: First row and the row after the last.
+        arrays: Per array path, what its shard file holds.
+        examples: SHA-256 of example parts made durable with this shard (loops that the user owns), by file name.
+        writer: Number of the writer.
+    """
+
+    plan: str
+    shard: int
+    rows: tuple[int, int]
+    arrays: Mapping[str, ShardFile]
+    examples: Mapping[str, str] = field(default_factory=dict)
+    writer: int = 0
+
+    @property
+    def name(self) -> str:
+        """File name of the record."""
+        return f"{self.shard:08d}-{self.writer:04d}.json"
+
+    def to_json(self) -> dict[str, object]:
+        """Return the record as JSON values."""
+        return {
+            "plan": self.plan,
+            "shard": self.shard,
+            "writer": self.writer,
+            "rows": list(self.rows),
+            "examples": dict(self.examples),
+            "arrays": {path: file.to_json() for path, file in self.arrays.items()},
+        }
+
+
+def publish_commit(archive: Path, commit: Commit) -> None:
+    """Make `commit` durable. Every file that it names must be on the disk already.
+
+    Raises:
+        FileExistsError: The shard has a record by this writer.
+    """
+    record = commit.to_json()
+    text = canonical_json({"record": record, "sha256": digest_of(record)}) + b"\n"
+    publish(archive / FOLDER / commit.name, text)
+
+
+def read_commits(archive: Path, plan_digest: str) -> dict[int, Commit]:
+    """Return the commits of `archive` by shard.
+
+    Raises:
+        DamagedArchiveError: A record is altered or belongs to another plan; the message names the file.
+    """
+    folder = archive / FOLDER
+    commits: dict[int, Commit] = {}
+    for path in sorted(folder.iterdir()) if folder.is_dir() else []:
+        if _NAME.fullmatch(path.name) is None:
+            continue
+        commit = _read_commit(path)
+        if commit.plan != plan_digest:
+            raise DamagedArchiveError(
+                f"{path}: this record belongs to plan {commit.plan[:12]}, the archive's plan is {plan_digest[:12]}: "
+                "the file was copied here from another archive; remove it."
+            )
+        commits[commit.shard] = commit
+    return commits
+
+
+def _read_commit(path: Path) -> Commit:
+    try:
+        if path.stat().st_size > _MAX_RECORD_BYTES:
+            raise ValueError("it is over 64 MiB")
+        value = json.loads(path.read_bytes())
+        record: dict[str, Any] = value["record"]
+        if digest_of(record) != value["sha256"]:
+            raise ValueError("its SHA-256 does not match its content")
+        commit = Commit(
+            plan=record["plan"],
+            shard=record["shard"],
+            writer=record["writer"],
+            rows=(record["rows"][0], record["rows"][1]),
+            examples=record["examples"],
+            arrays={array: ShardFile(**file) for array, file in record["arrays"].items()},
+        )
+        if commit.name != path.name:
+            raise ValueError(f"it is the record {commit.name}")
+    except (ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError) as error:
+        raise DamagedArchiveError(
+            f"{path}: this commit record is damaged ({error}). Delete it and run the capture again: "
+            "the shard will be captured anew."
+        ) from error
+    return commit

@@ -1,0 +1,126 @@
+"""The archive's own metadata: `attributes.residua` of the root group, written last when an archive is made.
+
+Until the root's `zarr.json` carries it there is no archive, only the beginnings of one, which the next run clears
+away. A SHA-256 over the whole entry guards plan and provenance; `files` guards every small file beside the arrays.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, cast
+
+from residua.store.canonical import Json, digest_of
+from residua.store.errors import DamagedArchiveError, UnsafeArchiveError
+from residua.store.files import write_file
+from residua.store.plan import Plan
+
+FORMAT = "1.0"
+ROOT = "zarr.json"
+SIDE_FOLDERS = ("examples", "head", "tokenizer")
+_MAX_METADATA_BYTES = 256 * 1024 * 1024
+
+
+@dataclass(frozen=True, kw_only=True)
+class Metadata:
+    """What an archive says of itself.
+
+    Attributes:
+        plan: The frozen plan.
+        provenance: Where model, data and numbers came from.
+        files: SHA-256 of every file in `examples/`, `head/` and `tokenizer/`, by path inside the archive.
+        sealed: For archives whose size was not known beforehand: rows, examples and their digest, once it is.
+    """
+
+    plan: Plan
+    provenance: Mapping[str, Json]
+    files: Mapping[str, str] = field(default_factory=dict)
+    sealed: Mapping[str, Json] | None = None
+
+    def to_json(self) -> dict[str, Json]:
+        """Return the entry as JSON, its own SHA-256 included."""
+        entry: dict[str, Any] = {
+            "format": FORMAT,
+            "plan": self.plan.to_json(),
+            "digest": self.plan.digest,
+            "provenance": dict(self.provenance),
+            "files": dict(self.files),
+            "sealed": None if self.sealed is None else dict(self.sealed),
+        }
+        return {**entry, "sha256": digest_of(entry)}
+
+
+def write_metadata(archive: Path, metadata: Metadata) -> None:
+    """Write the root group's `zarr.json`, durably and in one step."""
+    root = {"zarr_format": 3, "node_type": "group", "attributes": {"residua": metadata.to_json()}}
+    write_file(archive / ROOT, [json.dumps(root, indent=2, ensure_ascii=False).encode()])
+
+
+def is_archive(path: Path) -> bool:
+    """Say whether `path` holds an archive of ours, damaged or not."""
+    try:
+        return b'"residua"' in (path / ROOT).read_bytes()
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+
+
+def read_metadata(archive: Path) -> Metadata:
+    """Return the metadata of `archive`, checked.
+
+    Raises:
+        FileNotFoundError: There is no archive at that path.
+        DamagedArchiveError: The metadata does not match its own SHA-256.
+        UnsafeArchiveError: It is not metadata that Residua writes, or of a newer format.
+    """
+    path = archive / ROOT
+    if not path.is_file():
+        raise FileNotFoundError(f"{archive} is not an archive: it has no {ROOT}. Check the path.")
+    if path.stat().st_size > _MAX_METADATA_BYTES:
+        raise UnsafeArchiveError(f"{path} is over 256 MiB: no archive of ours has such metadata")
+    try:
+        entry = json.loads(path.read_bytes())["attributes"]["residua"]
+    except (ValueError, RecursionError) as error:
+        raise DamagedArchiveError(f"{path} cannot be read as JSON ({error}): restore it from a copy") from error
+    except (KeyError, TypeError) as error:
+        raise UnsafeArchiveError(f"{path} is a Zarr group but not a Residua archive") from error
+    return _checked(path, entry)
+
+
+def _checked(path: Path, entry: object) -> Metadata:
+    if not isinstance(entry, dict) or not isinstance(entry.get("format"), str):
+        raise UnsafeArchiveError(f"{path}: attributes.residua is not an entry that Residua writes")
+    if entry["format"].split(".")[0] != FORMAT.split(".", maxsplit=1)[0]:
+        raise UnsafeArchiveError(
+            f"{path}: the archive has format {entry['format']}, this version reads {FORMAT}: update residua"
+        )
+    body = {key: value for key, value in entry.items() if key != "sha256"}
+    if digest_of(body) != entry.get("sha256"):
+        raise DamagedArchiveError(f"{path}: attributes.residua was altered (its SHA-256 differs): restore the file")
+    plan = Plan.from_json(entry.get("plan"))
+    provenance, files, sealed = entry.get("provenance"), entry.get("files"), entry.get("sealed")
+    if not isinstance(provenance, dict) or not isinstance(files, dict) or not isinstance(sealed, dict | None):
+        raise UnsafeArchiveError(f"{path}: provenance, files or sealed is not what Residua writes")
+    if plan.digest != entry.get("digest"):
+        raise UnsafeArchiveError(f"{path}: the plan's digest is not that of the plan")
+    return Metadata(plan=plan, provenance=provenance, files=cast("dict[str, str]", files), sealed=sealed)
+
+
+def side_files(archive: Path) -> Iterator[Path]:
+    """Yield the regular files of `examples/`, `head/` and `tokenizer/`, in a fixed order."""
+    for folder in SIDE_FOLDERS:
+        root = archive / folder
+        for path in sorted(root.rglob("*")) if root.is_dir() else []:
+            if path.is_file() and not path.name.startswith("."):
+                yield path
+
+
+def file_digest(path: Path) -> str:
+    """Return the SHA-256 of a file's bytes, in hex."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def digest_side_files(archive: Path) -> dict[str, str]:
+    """Return the SHA-256 of every side file, by its path inside the archive."""
+    return {path.relative_to(archive).as_posix(): file_digest(path) for path in side_files(archive)}

@@ -1,0 +1,223 @@
+"""The plan: the frozen answer, made before the model runs, to everything that decides what lands where.
+
+From the plan and the example table alone follow all shapes, all row numbers and the make-up of every batch. Its
+digest names the run: two captures with equal digests hold the same rows in the same places. Paths and host names
+are no part of it (they are provenance), so an archive may be moved, and resumed elsewhere.
+"""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from math import prod
+from typing import cast
+
+from residua.store.canonical import Json, digest_of, flatten
+from residua.store.codecs import PRESETS
+from residua.store.dtypes import storage_dtype
+from residua.store.errors import PlanError, UnsafeArchiveError
+from residua.store.lossy import BLOCK
+from residua.store.sitenames import parse_site
+from residua.store.sizes import chunk_rows
+from residua.store.spec import ArraySpec
+
+MAX_ROWS = 2**48
+MAX_ROWS_PER_SHARD = 2**31
+MAX_SHARD_BYTES = 2**36
+INT8_PRESET = "int8-block32"
+ROW_COLUMNS = {"token": "int32", "position": "int32", "example": "int64"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class SitePlan:
+    """One site as it is stored.
+
+    Attributes:
+        name: The site's text, for example ``resid_post.7``.
+        row_shape: Shape of one row, for example ``(width,)`` or ``(heads, head_width)``.
+        dtype: The dtype that a reader gets, for example ``bfloat16``.
+        codec: Name of the codec preset.
+    """
+
+    name: str
+    row_shape: tuple[int, ...]
+    dtype: str
+    codec: str
+
+    @property
+    def path(self) -> str:
+        """The site's node inside the archive."""
+        return parse_site(self.name).path
+
+    @property
+    def row_bytes(self) -> int:
+        """Logical bytes of one row."""
+        return prod(self.row_shape) * storage_dtype(self.dtype).itemsize
+
+    def arrays(self, rows_per_shard: int) -> tuple[ArraySpec, ...]:
+        """Return the stored arrays of this site: one, or codes and scales for the int8 preset."""
+        if self.codec != INT8_PRESET:
+            return (_array(self.path, self.row_shape, self.dtype, self.codec, rows_per_shard),)
+        blocks = (*self.row_shape[:-1], -(-self.row_shape[-1] // BLOCK))
+        scales = "scales/" + self.path.removeprefix("sites/")
+        return (
+            _array(self.path, self.row_shape, "int8", "fast", rows_per_shard),
+            _array(scales, blocks, "float32", "fast", rows_per_shard),
+        )
+
+
+def _array(path: str, row_shape: tuple[int, ...], dtype: str, preset: str, rows_per_shard: int) -> ArraySpec:
+    row_bytes = prod(row_shape) * storage_dtype(dtype).itemsize
+    return ArraySpec(
+        path=path,
+        row_shape=row_shape,
+        dtype=dtype,
+        preset=preset,
+        rows_per_shard=rows_per_shard,
+        rows_per_chunk=chunk_rows(row_bytes, rows_per_shard),
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """See the module's head.
+
+    Attributes:
+        model: Digests of weights and config, compute dtype, attention implementation.
+        dataset: Digest and counts of the example table; empty when the examples are not known beforehand.
+        rules: The settings that turned the dataset into examples and kept positions.
+        sites: What is stored of every row.
+        rows_per_shard: Height of a shard in rows, the same in every array.
+        batch_tokens: Most token positions, padding included, in one batch.
+        padding: ``left`` or ``right``.
+        n_rows: Rows of the whole archive; None when they are not known beforehand (a loop the user owns).
+    """
+
+    model: Mapping[str, Json]
+    dataset: Mapping[str, Json]
+    rules: Mapping[str, Json]
+    sites: tuple[SitePlan, ...]
+    rows_per_shard: int
+    batch_tokens: int = 0
+    padding: str = "right"
+    n_rows: int | None = None
+
+    def __post_init__(self) -> None:
+        check_plan(self)
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 of the plan's canonical JSON, in hex: the name of the run."""
+        return digest_of(self.to_json())
+
+    @property
+    def row_arrays(self) -> tuple[ArraySpec, ...]:
+        """The three arrays that say what each row is: token, position and example."""
+        return tuple(
+            _array(f"rows/{name}", (), dtype, "fast", self.rows_per_shard) for name, dtype in ROW_COLUMNS.items()
+        )
+
+    @property
+    def arrays(self) -> tuple[ArraySpec, ...]:
+        """Every stored array, sites first."""
+        sites = (spec for site in self.sites for spec in site.arrays(self.rows_per_shard))
+        return (*sites, *self.row_arrays)
+
+    def site(self, name: str) -> SitePlan:
+        """Return the plan of site `name`; KeyError if the plan has none."""
+        return {site.name: site for site in self.sites}[name]
+
+    def n_shards(self, n_rows: int) -> int:
+        """Return how many shards `n_rows` rows fill."""
+        return -(-n_rows // self.rows_per_shard)
+
+    def to_json(self) -> dict[str, Json]:
+        """Return the plan as plain JSON values."""
+        values = asdict(self)
+        for site in values["sites"]:
+            site["row_shape"] = list(site["row_shape"])
+        values["sites"] = list(values["sites"])
+        return cast("dict[str, Json]", values)
+
+    def differences(self, other: "Plan") -> list[str]:
+        """Return one line per field in which `other` differs, for the message that refuses it."""
+        mine, theirs = (_comparable(plan) for plan in (self, other))
+        return [
+            f"{key}: the archive has {mine.get(key, 'nothing')!r}, this run has {theirs.get(key, 'nothing')!r}"
+            for key in sorted(mine.keys() | theirs.keys())
+            if mine.get(key) != theirs.get(key)
+        ]
+
+    @classmethod
+    def from_json(cls, value: object) -> "Plan":
+        """Return the plan that `value` spells.
+
+        Raises:
+            UnsafeArchiveError: `value` is not what `to_json` makes; the message says where.
+        """
+        try:
+            fields = _fields(value, {name: cls.__annotations__[name] for name in cls.__annotations__})
+            sites = tuple(_site_from_json(site) for site in cast("list[object]", fields["sites"]))
+            return cls(**{**fields, "sites": sites})  # type: ignore[arg-type]  # __post_init__ checks the types
+        except (TypeError, ValueError, KeyError) as error:
+            raise UnsafeArchiveError(f"the archive's plan is not one that Residua writes: {error}") from error
+
+
+def _fields(value: object, known: Mapping[str, object]) -> dict[str, object]:
+    if not isinstance(value, dict) or set(value) != set(known):
+        found = sorted(value) if isinstance(value, dict) else type(value).__name__
+        raise ValueError(f"expected the fields {sorted(known)}, found {found}")
+    return value
+
+
+def _site_from_json(value: object) -> SitePlan:
+    fields = _fields(value, SitePlan.__annotations__)
+    row_shape = fields["row_shape"]
+    if not isinstance(row_shape, list):
+        raise TypeError(f"row_shape is {row_shape!r}, not a list")
+    return SitePlan(**{**fields, "row_shape": tuple(row_shape)})  # type: ignore[arg-type]  # check_plan checks
+
+
+def _comparable(plan: Plan) -> dict[str, object]:
+    values = flatten(plan.to_json())
+    for site in cast("list[dict[str, object]]", values.pop("sites")):
+        values[f"sites.{site['name']}"] = {key: site[key] for key in ("row_shape", "dtype", "codec")}
+    return values
+
+
+def _is_count(value: object, most: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= most
+
+
+def check_plan(plan: Plan) -> None:
+    """Raise PlanError if `plan` has a value that no archive could be made or safely read with."""
+    for name in ("model", "dataset", "rules"):
+        if not isinstance(getattr(plan, name), Mapping):
+            raise PlanError(f"the plan's {name} is {getattr(plan, name)!r}, not a mapping")
+    height = plan.rows_per_shard
+    if not _is_count(height, MAX_ROWS_PER_SHARD) or height == 0 or height & (height - 1):
+        raise PlanError(f"rows per shard is {height!r}: it must be a power of two, at most {MAX_ROWS_PER_SHARD:,}")
+    if plan.n_rows is not None and not _is_count(plan.n_rows, MAX_ROWS):
+        raise PlanError(f"the plan's number of rows is {plan.n_rows!r}, not a count up to 2**48")
+    if not _is_count(plan.batch_tokens, MAX_ROWS) or plan.padding not in ("left", "right"):
+        raise PlanError(f"the plan's batch_tokens {plan.batch_tokens!r} or padding {plan.padding!r} is not valid")
+    names = [site.name for site in plan.sites]
+    if not names or len(set(names)) != len(names):
+        raise PlanError(f"the plan's sites must be at least one, each once; it has {names!r}")
+    for site in plan.sites:
+        _check_site(site, height)
+
+
+def _check_site(site: SitePlan, height: int) -> None:
+    parse_site(site.name)
+    storage_dtype(site.dtype)
+    shape = site.row_shape
+    if not 0 < len(shape) <= 4 or not all(_is_count(size, 2**31) and size > 0 for size in shape):
+        raise PlanError(f"site {site.name}: {shape!r} is not the shape of a row")
+    if site.row_bytes * height > MAX_SHARD_BYTES:
+        raise PlanError(f"site {site.name}: a shard of {height:,} rows of {site.row_bytes:,} bytes is over 64 GiB")
+    if site.codec not in PRESETS:
+        raise PlanError(f"codec {site.codec!r} is not known; the presets are {', '.join(PRESETS)}")
+    if site.codec.startswith("bitround") and site.dtype != "float32":
+        raise PlanError(f"codec {site.codec} is for float32, and {site.name} is {site.dtype}: use fast or small")
+    if site.codec == INT8_PRESET and site.dtype not in ("bfloat16", "float16", "float32"):
+        raise PlanError(f"codec {site.codec} is for floating point, and {site.name} is {site.dtype}")

@@ -1,0 +1,145 @@
+"""One stored array, lazily: shape and dtype without reading, rows by slice, list or mask."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import EllipsisType
+from typing import TYPE_CHECKING, Literal, TypeAlias, cast
+
+import ml_dtypes
+import numpy as np
+import numpy.typing as npt
+
+from residua.store.dtypes import storage_dtype
+from residua.store.errors import DamagedArchiveError
+from residua.store.lossy import dequantise_int8
+from residua.store.reader import ArrayReader
+from residua.store.spec import ArraySpec
+
+if TYPE_CHECKING:
+    import torch
+
+Array: TypeAlias = "npt.NDArray[np.generic]"
+Check: TypeAlias = Literal["once", "always", "never"]
+RowSelection: TypeAlias = "int | np.integer | slice | Sequence[int] | Sequence[bool] | Array | EllipsisType"
+
+
+class StoredArray:
+    """Rows of one array of an archive, (rows, *row shape).
+
+    Indexing with a slice, an integer, a list of rows or a boolean mask reads just those rows and returns numpy;
+    further indices apply to the result. bfloat16 surfaces as `ml_dtypes.bfloat16` in numpy and `torch.bfloat16` in
+    torch, bit for bit.
+
+    Args:
+        root: Folder of the archive.
+        name: The name in messages: a site, or ``rows/token``.
+        specs: The stored array, or codes and scales of the int8 preset.
+        dtype: Data type name that readers get.
+        n_rows: Rows that the array has.
+        require: Called with the rows asked for; raises if some are not captured yet.
+        check: When chunks are verified: ``once`` (at first touch), ``always`` or ``never``.
+    """
+
+    def __init__(
+        self,
+        root: Path,
+        name: str,
+        specs: Sequence[ArraySpec],
+        *,
+        dtype: str,
+        n_rows: int,
+        require: Callable[[Array], None],
+        check: Check = "once",
+    ) -> None:
+        self.name = name
+        self.shape = (n_rows, *specs[0].row_shape)
+        self.dtype = np.dtype(ml_dtypes.bfloat16) if dtype == "bfloat16" else storage_dtype(dtype)
+        self.specs = tuple(specs)
+        self._dtype_name = dtype
+        self._require = require
+        self._readers = [ArrayReader(root, spec, n_rows, check=check) for spec in specs]
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __repr__(self) -> str:
+        return f"<{self.name} {self.shape} {self.dtype}>"
+
+    def __getitem__(self, rows: RowSelection | tuple[object, ...]) -> Array:
+        """Return the chosen rows as numpy; see the class."""
+        if isinstance(rows, tuple):
+            picked, rest = cast("RowSelection", rows[0]), rows[1:]
+            found = self.numpy(picked)
+            return found[rest] if isinstance(picked, int | np.integer) else found[(slice(None), *rest)]
+        return self.numpy(rows)
+
+    def __array__(self, dtype: npt.DTypeLike = None, copy: bool | None = None) -> Array:
+        """Return all rows, for numpy functions."""
+        if copy is False:
+            raise ValueError(f"{self.name} lies on disk: numpy cannot have it without a copy")
+        return self.numpy(..., dtype=dtype)
+
+    def numpy(self, rows: RowSelection = ..., *, dtype: npt.DTypeLike = None) -> Array:
+        """Return the chosen rows as a numpy array, cast to `dtype` if one is given.
+
+        Raises:
+            IndexError: A row lies outside the array.
+            NotCapturedError: A row belongs to a shard that is not committed yet.
+            DamagedArchiveError: A file is missing or altered; the message names it.
+        """
+        if isinstance(rows, int | np.integer):
+            return cast("Array", self.numpy([int(rows)], dtype=dtype)[0])
+        found = self._read(rows)
+        found = found.view(self.dtype) if found.dtype != self.dtype else found
+        return found if dtype is None else found.astype(dtype, copy=False)
+
+    def torch(self, rows: RowSelection = ..., *, dtype: "torch.dtype | None" = None) -> "torch.Tensor":
+        """Return the chosen rows as a torch tensor on the CPU, cast to `dtype` if one is given."""
+        import torch
+
+        found = self.numpy(rows)
+        if self._dtype_name == "bfloat16":
+            tensor = torch.from_numpy(np.ascontiguousarray(found).view(np.int16)).view(torch.bfloat16)
+        else:
+            tensor = torch.from_numpy(found)
+        return tensor if dtype is None else tensor.to(dtype)
+
+    def _read(self, rows: RowSelection) -> Array:
+        if isinstance(rows, EllipsisType):
+            rows = slice(None)
+        if isinstance(rows, slice):
+            start, stop, step = rows.indices(len(self))
+            if step == 1:
+                stop = max(start, stop)
+                self._require(np.append(np.arange(start, stop, self.specs[0].rows_per_shard), max(start, stop - 1)))
+                return self._merge([reader.read(start, stop) for reader in self._readers])
+            rows = np.arange(start, stop, step)
+        indices = self._indices(rows)
+        self._require(indices)
+        return self._merge([reader.take(indices) for reader in self._readers])
+
+    def _indices(self, rows: object) -> npt.NDArray[np.int64]:
+        indices = np.asarray(rows)
+        if indices.dtype == bool:
+            if indices.shape != (len(self),):
+                raise IndexError(
+                    f"the mask has shape {indices.shape}, but {self.name} has {len(self):,} rows: "
+                    "a mask needs one entry a row"
+                )
+            return np.flatnonzero(indices)
+        if indices.ndim != 1 or (indices.size and indices.dtype.kind not in "iu"):
+            raise IndexError(f"rows of {self.name} are chosen by a slice, a list of integers or a mask, not {rows!r}")
+        indices = indices.astype(np.int64)
+        outside = (indices < -len(self)) | (indices >= len(self))
+        if outside.any():
+            raise IndexError(f"{self.name} has {len(self):,} rows: there is no row {int(indices[outside][0]):,}")
+        return np.where(indices < 0, indices + len(self), indices)
+
+    def _merge(self, parts: list[Array]) -> Array:
+        if len(parts) == 1:
+            return parts[0]
+        codes, scales = parts
+        values = dequantise_int8(codes, scales, self._dtype_name)
+        if values.shape != codes.shape:
+            raise DamagedArchiveError(f"{self.name}: codes and scales do not fit together: the archive is damaged")
+        return values

@@ -1,0 +1,215 @@
+"""Writing shards: threads that encode, write durably and commit.
+
+The order is the promise: every file of a shard is on the disk, its folder synchronised, before the record that
+names it is published. A shard's arrays are encoded side by side; whichever ends last publishes. The first failure
+is kept and raised, with its cause, by the next call; a shard that failed has no record and so does not exist.
+"""
+
+import threading
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+
+import numpy as np
+import numpy.typing as npt
+
+from residua.store.commits import Commit, ShardFile, publish_commit
+from residua.store.errors import CaptureError
+from residua.store.files import write_file
+from residua.store.lossy import bitround_errors, quantise_int8
+from residua.store.nonfinite import count_nonfinite
+from residua.store.plan import INT8_PRESET, Plan, SitePlan
+from residua.store.shard import encode_shard
+from residua.store.spec import ArraySpec
+
+Rows = npt.NDArray[np.generic]
+
+
+def _nothing() -> None:
+    """Do nothing: the rows are ready, and nobody waits for their memory."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FilledShard:
+    """A shard whose rows are all there.
+
+    Attributes:
+        index: Index of the shard along axis 0.
+        first_row: Its first row.
+        sites: Per site name, its rows in storage dtype, (rows, *row shape), C-contiguous.
+        columns: ``token``, ``position`` and ``example`` of the rows.
+        examples: SHA-256 of example parts made durable with this shard, by file name.
+        ready: Called in a writer thread before the rows are read; waits for copies that are still under way.
+        release: Called once the rows are no longer needed.
+    """
+
+    index: int
+    first_row: int
+    sites: Mapping[str, Rows]
+    columns: Mapping[str, Rows]
+    examples: Mapping[str, str] = field(default_factory=dict)
+    ready: Callable[[], None] = _nothing
+    release: Callable[[], None] = _nothing
+
+
+class ShardWriter:
+    """Encodes, writes and commits shards in the background.
+
+    Args:
+        root: Folder of the archive; its metadata exists already.
+        plan: The plan that the rows belong to.
+        threads: Encoder threads.
+    """
+
+    def __init__(self, root: Path, plan: Plan, *, threads: int = 1) -> None:
+        self._root = root
+        self._plan = plan
+        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="residua-writer")
+        self._lock = threading.Lock()
+        self._failure: BaseException | None = None
+        self.stored_bytes = 0
+        self.logical_bytes = 0
+        self.n_rows = 0
+        self.n_nonfinite: dict[str, int] = {}
+
+    def submit(self, shard: FilledShard) -> None:
+        """Hand over a filled shard; returns at once.
+
+        Raises:
+            CaptureError: An earlier shard could not be written; the cause is chained.
+        """
+        self.raise_failure()
+        _ShardJob(self, shard, self._root, self._plan).start(self._pool)
+
+    def raise_failure(self) -> None:
+        """Raise CaptureError if a shard could not be written."""
+        if self._failure is not None:
+            raise CaptureError(
+                f"a shard could not be written: {self._failure}. What was committed before is safe; "
+                "remove the cause and run the same capture again to go on."
+            ) from self._failure
+
+    def failed(self, error: BaseException) -> None:
+        """Keep the first failure for the caller."""
+        with self._lock:
+            self._failure = self._failure or error
+
+    def committed(self, commit: Commit, logical_bytes: int) -> None:
+        """Add a commit to the totals."""
+        with self._lock:
+            self.n_rows += commit.rows[1] - commit.rows[0]
+            self.logical_bytes += logical_bytes
+            self.stored_bytes += sum(file.n_bytes for file in commit.arrays.values())
+            for path, file in commit.arrays.items():
+                self.n_nonfinite[path] = self.n_nonfinite.get(path, 0) + file.n_nonfinite
+
+    def close(self) -> None:
+        """Wait for all shards, then raise the first failure if there was one."""
+        self._pool.shutdown(wait=True)
+        self.raise_failure()
+
+    def __enter__(self) -> "ShardWriter":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._pool.shutdown(wait=True)
+        if error is None:
+            self.raise_failure()
+
+
+class _ShardJob:
+    """One shard on its way: counts its arrays down, publishes after the last, and always releases the rows."""
+
+    def __init__(self, writer: ShardWriter, shard: FilledShard, root: Path, plan: Plan) -> None:
+        self._writer = writer
+        self._shard = shard
+        self._root = root
+        self._plan = plan
+        self._lock = threading.Lock()
+        self._files: dict[str, ShardFile] = {}
+        self._broken = False
+        self._left = len(shard.sites) + len(shard.columns)
+
+    def start(self, pool: ThreadPoolExecutor) -> None:
+        for site in self._plan.sites:
+            pool.submit(self._run, lambda site=site: self._write_site(site))
+        for spec in self._plan.row_arrays:
+            rows = self._shard.columns[spec.path.removeprefix("rows/")]
+            pool.submit(self._run, lambda spec=spec, rows=rows: self._write(spec, rows))
+
+    def _run(self, work: Callable[[], None]) -> None:
+        try:
+            if not self._broken:
+                self._shard.ready()
+                work()
+        except BaseException as error:  # noqa: BLE001  # thread boundary: the caller raises it, with its cause
+            self._broken = True
+            self._writer.failed(error)
+        finally:
+            self._one_done()
+
+    def _one_done(self) -> None:
+        with self._lock:
+            self._left -= 1
+            last = self._left == 0
+        if not last:
+            return
+        try:
+            if not self._broken:
+                self._publish()
+        except BaseException as error:  # noqa: BLE001  # thread boundary, as above
+            self._writer.failed(error)
+        finally:
+            self._shard.release()
+
+    def _publish(self) -> None:
+        n_rows = len(self._shard.columns["token"])
+        first = self._shard.first_row
+        commit = Commit(
+            plan=self._plan.digest,
+            shard=self._shard.index,
+            rows=(first, first + n_rows),
+            arrays=dict(sorted(self._files.items())),
+            examples=self._shard.examples,
+        )
+        publish_commit(self._root, commit)
+        self._writer.committed(commit, sum(site.row_bytes for site in self._plan.sites) * n_rows)
+
+    def _write_site(self, site: SitePlan) -> None:
+        rows = self._shard.sites[site.name]
+        n_nonfinite = count_nonfinite(rows, site.dtype)
+        specs = site.arrays(self._plan.rows_per_shard)
+        if site.codec == INT8_PRESET:
+            codes, scales, squares, error_squares = quantise_int8(rows, site.dtype)
+            self._write(specs[0], codes, n_nonfinite, squares, error_squares)
+            self._write(specs[1], scales)
+        elif site.codec.startswith("bitround"):
+            rounded, squares, error_squares = bitround_errors(rows, site.codec)
+            self._write(specs[0], rounded, n_nonfinite, squares, error_squares)
+        else:
+            self._write(specs[0], rows, n_nonfinite)
+
+    def _write(
+        self,
+        spec: ArraySpec,
+        rows: Rows,
+        n_nonfinite: int = 0,
+        squares: float | None = None,
+        error_squares: float | None = None,
+    ) -> None:
+        encoded = encode_shard(rows, spec)
+        key = "/".join(["c", str(self._shard.index), *["0"] * len(spec.row_shape)])
+        write_file(self._root / spec.path / key, encoded.parts)
+        file = ShardFile(
+            n_bytes=encoded.n_bytes,
+            digest=encoded.digest,
+            n_nonfinite=n_nonfinite,
+            squares=squares,
+            error_squares=error_squares,
+        )
+        with self._lock:
+            self._files[spec.path] = file
