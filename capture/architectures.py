@@ -1,0 +1,177 @@
+"""Where the canonical sites live in each model family, as transformers 5 builds it.
+
+One `Family` says, with paths relative to a block, from which module's input or output each kind is read.
+The kinds that are the same everywhere are not in the table: ``resid_pre`` is what a block takes,
+``resid_post`` what it gives, ``final`` what the last block gives, ``embed`` the token embedding's output,
+``logits`` the model's own, and ``q``, ``k``, ``v``, ``z`` and ``pattern`` come through transformers'
+attention interface.
+
+``attn_out`` and ``mlp_out`` are what is added to the residual stream, so after Gemma's post norms. Dropout
+modules that stand between are read behind: in evaluation they do nothing.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from types import MappingProxyType
+from typing import Literal
+
+from transformers import PreTrainedConfig
+
+
+@dataclass(frozen=True)
+class Spot:
+    """One side of one module.
+
+    Attributes:
+        module: Path relative to the block; empty for the block itself.
+        side: ``output``; ``input``; or ``stream``, an input that is the residual stream itself, which the
+            block adds to again later: a replacement must then be written in place to reach both uses.
+        flat: Whether the tensor comes as (batch x positions, ...) and not (batch, positions, ...).
+    """
+
+    module: str
+    side: Literal["input", "output", "stream"] = "output"
+    flat: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Family:
+    """Where one model family keeps its sites.
+
+    Attributes:
+        blocks: Path of the blocks, relative to the base model (``model.base_model``).
+        final_norm: Path of the final norm, relative to the base model; None where there is none.
+        kinds: Where a kind is read, relative to a block.
+        lacks: Why a kind is not there and what to use instead.
+    """
+
+    blocks: str
+    final_norm: str | None
+    kinds: Mapping[str, Spot]
+    lacks: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
+
+
+_LLAMA = Family(
+    blocks="layers",
+    final_norm="norm",
+    kinds={
+        "attn_out": Spot("self_attn"),
+        "resid_mid": Spot("post_attention_layernorm", "stream"),
+        "mlp_act": Spot("mlp.down_proj", "input"),
+        "mlp_out": Spot("mlp"),
+    },
+)
+_GEMMA = replace(
+    _LLAMA,
+    kinds={
+        "attn_out": Spot("post_attention_layernorm"),
+        "resid_mid": Spot("pre_feedforward_layernorm", "stream"),
+        "mlp_act": Spot("mlp.down_proj", "input"),
+        "mlp_out": Spot("post_feedforward_layernorm"),
+    },
+)
+_PHI3 = replace(
+    _LLAMA,
+    kinds={
+        **_LLAMA.kinds,
+        "attn_out": Spot("resid_attn_dropout"),
+        "mlp_out": Spot("resid_mlp_dropout"),
+    },
+)
+_GPT2 = Family(
+    blocks="h",
+    final_norm="ln_f",
+    kinds={
+        "attn_out": Spot("attn"),
+        "resid_mid": Spot("ln_2", "stream"),
+        "mlp_act": Spot("mlp.c_proj", "input"),
+        "mlp_out": Spot("mlp"),
+    },
+)
+_PARALLEL = {
+    "resid_mid": "attention and MLP read the same residual stream side by side, so there is no stream "
+    "between them; use resid_pre, attn_out and mlp_out"
+}
+_PHI = Family(
+    blocks="layers",
+    final_norm="final_layernorm",
+    kinds={
+        "attn_out": Spot("self_attn"),
+        "mlp_act": Spot("mlp.fc2", "input"),
+        "mlp_out": Spot("mlp"),
+    },
+    lacks=_PARALLEL,
+)
+_NEOX = Family(
+    blocks="layers",
+    final_norm="final_layer_norm",
+    kinds={
+        "attn_out": Spot("post_attention_dropout"),
+        "mlp_act": Spot("mlp.dense_4h_to_h", "input"),
+        "mlp_out": Spot("post_mlp_dropout"),
+    },
+    lacks=_PARALLEL,
+)
+_NEOX_SEQUENTIAL = replace(
+    _NEOX, kinds={**_NEOX.kinds, "resid_mid": Spot("post_attention_layernorm", "stream")}, lacks={}
+)
+_OPT = Family(
+    blocks="decoder.layers",
+    final_norm="decoder.final_layer_norm",
+    kinds={
+        "attn_out": Spot("self_attn"),
+        "resid_mid": Spot("final_layer_norm", "stream", flat=True),
+        "mlp_act": Spot("fc2", "input", flat=True),
+        "mlp_out": Spot("fc2", flat=True),
+    },
+)
+_OPT_POST_NORM = replace(
+    _OPT, final_norm=None, kinds={**_OPT.kinds, "resid_mid": Spot("self_attn_layer_norm")}
+)
+_BERT = Family(
+    blocks="encoder.layer",
+    final_norm=None,
+    kinds={
+        "attn_out": Spot("attention.output.dropout"),
+        "resid_mid": Spot("attention.output"),
+        "mlp_act": Spot("output.dense", "input"),
+        "mlp_out": Spot("output.dropout"),
+    },
+)
+
+
+def _neox(config: PreTrainedConfig) -> Family:
+    return _NEOX if config.use_parallel_residual else _NEOX_SEQUENTIAL
+
+
+def _opt(config: PreTrainedConfig) -> Family:
+    if not config.do_layer_norm_before:
+        return _OPT_POST_NORM
+    return replace(_OPT, final_norm=None) if config._remove_final_layer_norm else _OPT
+
+
+_FAMILIES: Mapping[str, Family | Callable[[PreTrainedConfig], Family]] = {
+    "bert": _BERT,
+    "gemma2": _GEMMA,
+    "gemma3_text": _GEMMA,
+    "gpt2": _GPT2,
+    "gpt_neox": _neox,
+    "llama": _LLAMA,
+    "mistral": _LLAMA,
+    "mixtral": _LLAMA,
+    "opt": _opt,
+    "phi": _PHI,
+    "phi3": _PHI3,
+    "qwen2": _LLAMA,
+    "qwen3": _LLAMA,
+    "qwen3_moe": _LLAMA,
+}
+
+KNOWN_MODEL_TYPES = tuple(sorted(_FAMILIES))
+"""The ``config.model_type`` of every architecture whose canonical sites are all known."""
+
+
+def family_of(config: PreTrainedConfig) -> Family | None:
+    """Return where a model with this config keeps its sites; None if its architecture is not known."""
+    entry = _FAMILIES.get(config.model_type)
+    return entry(config) if callable(entry) else entry

@@ -1,0 +1,170 @@
+"""Hooks that carry the tensors of chosen sites out of a model, and replacements back in.
+
+`attached` is the one place where a model is touched. It adds hooks and takes exactly these away again, on
+errors too. What it hands out is not copied: modules may change a tensor in place right after the hook, so
+whoever wants to keep a value copies it before returning.
+
+Only what happens inside a call of the model itself counts. Gradient checkpointing runs blocks once more
+during the backward pass; those runs are passed over.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from residua.capture.attention import intercepting
+from residua.capture.leaves import (
+    checked_replacement,
+    input_item,
+    output_item,
+    replaced_input,
+    replaced_output,
+)
+from residua.capture.siteinfo import SiteInfo
+
+Emit = Callable[[SiteInfo, Tensor], Tensor | None]
+"""Takes a site and its tensor, (batch, positions, ...) unless the site is not per token; what it gives back
+replaces the site's value unless it is None."""
+
+
+class ForwardCall:
+    """Whether a call of the model is under way, and the shape of its batch.
+
+    Attributes:
+        is_running: Whether the model's forward has been entered and not yet left.
+        n_calls: Number of forward calls that were entered.
+        batch_shape: (batch, positions) of the call under way; only known for models that take token ids.
+    """
+
+    def __init__(self) -> None:
+        self.is_running = False
+        self.n_calls = 0
+        self.batch_shape: tuple[int, int] | None = None
+
+    def enter(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Note that the model is entered; a forward pre-hook."""
+        self.is_running = True
+        self.n_calls += 1
+        tokens = kwargs.get("input_ids", kwargs.get("inputs_embeds", next(iter(args), None)))
+        self.batch_shape = None
+        if isinstance(tokens, Tensor) and tokens.ndim >= 2:
+            self.batch_shape = (tokens.shape[0], tokens.shape[1])
+
+    def leave(self, _module: nn.Module, _args: object, _output: object) -> None:
+        """Note that the model is left, by an exception too; a forward hook."""
+        self.is_running = False
+
+
+@contextmanager
+def attached(model: nn.Module, sites: Iterable[SiteInfo], emit: Emit) -> Iterator[ForwardCall]:
+    """Call ``emit`` with the tensor of each site whenever the model runs.
+
+    Args:
+        model: The model; it is left exactly as it was.
+        sites: Where to read. Sites of one module are served in the order given.
+        emit: Called during the forward pass, on the model's device.
+
+    Yields:
+        What is known of the call under way.
+    """
+    call = ForwardCall()
+    chosen = tuple(sites)
+    with ExitStack() as stack:
+        opened = model.register_forward_pre_hook(call.enter, with_kwargs=True)
+        stack.callback(opened.remove)
+        for info in chosen:
+            if info.via != "attention":
+                handle = _register(model.get_submodule(info.module), info, call, emit)
+                stack.callback(handle.remove)
+        stack.enter_context(intercepting(_attention_taps(model, chosen, call, emit)))
+        closed = model.register_forward_hook(call.leave, always_call=True)
+        stack.callback(closed.remove)
+        yield call
+
+
+def _register(
+    module: nn.Module, info: SiteInfo, call: ForwardCall, emit: Emit
+) -> torch.utils.hooks.RemovableHandle:
+    if info.via in ("input", "stream"):
+        return module.register_forward_pre_hook(_input_hook(info, call, emit), with_kwargs=True)
+    return module.register_forward_hook(_output_hook(info, call, emit))
+
+
+def _output_hook(info: SiteInfo, call: ForwardCall, emit: Emit) -> Callable[..., Any]:
+    where = f"Site {info.name!r}, {info.where}"
+
+    def on_output(_module: nn.Module, _args: object, output: Any) -> Any:
+        if not call.is_running:
+            return None
+        index = _logits_index(output) if info.via == "logits" else info.index
+        new = _offer(output_item(output, index, where), info, call, emit)
+        return None if new is None else replaced_output(output, index, new)
+
+    return on_output
+
+
+def _input_hook(info: SiteInfo, call: ForwardCall, emit: Emit) -> Callable[..., Any]:
+    where = f"Site {info.name!r}, {info.where}"
+
+    def on_input(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if not call.is_running:
+            return None
+        tensor = input_item(args, kwargs, info.index, where)
+        new = _offer(tensor, info, call, emit)
+        if new is not None and info.via == "stream":
+            # The block holds this same tensor as its residual: only a change in place reaches both.
+            tensor.copy_(new)
+            return None
+        return None if new is None else replaced_input(args, kwargs, info.index, new)
+
+    return on_input
+
+
+def _logits_index(output: Any) -> int | None:
+    """Where the logits stand in what a model gives: behind the loss, if there is one."""
+    if isinstance(output, Mapping):
+        return list(output).index("logits")
+    has_loss = isinstance(output, tuple) and isinstance(output[0], Tensor) and output[0].ndim == 0
+    return 1 if has_loss else None
+
+
+def _offer(tensor: Tensor, info: SiteInfo, call: ForwardCall, emit: Emit) -> Tensor | None:
+    """Hand one tensor to ``emit``, laid out as promised; return its replacement, laid out as it came."""
+    shown = tensor.detach()
+    if info.flat and call.batch_shape is not None:
+        shown = shown.reshape(*call.batch_shape, *tensor.shape[1:])
+    new = emit(info, shown)
+    if new is None:
+        return None
+    return checked_replacement(shown, new, info.name).reshape(tensor.shape)
+
+
+class _BlockAttentionTap:
+    """Serves the attention sites of one block."""
+
+    def __init__(self, sites: dict[str, SiteInfo], call: ForwardCall, emit: Emit) -> None:
+        self.parts = frozenset(sites)
+        self._sites = sites
+        self._call = call
+        self._emit = emit
+
+    def __call__(self, part: str, tensor: Tensor) -> Tensor | None:
+        return _offer(tensor, self._sites[part], self._call, self._emit) if self._call.is_running else None
+
+
+def _attention_taps(
+    model: nn.Module, sites: tuple[SiteInfo, ...], call: ForwardCall, emit: Emit
+) -> dict[nn.Module, _BlockAttentionTap]:
+    """One tap for each block, under every module in it: whichever of them does the attention is met."""
+    by_block: dict[str, dict[str, SiteInfo]] = {}
+    for info in sites:
+        if info.via == "attention":
+            by_block.setdefault(info.module, {})[info.site.kind] = info
+    taps: dict[nn.Module, _BlockAttentionTap] = {}
+    for path, found in by_block.items():
+        tap = _BlockAttentionTap(found, call, emit)
+        taps |= dict.fromkeys(model.get_submodule(path).modules(), tap)
+    return taps

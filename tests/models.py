@@ -1,0 +1,118 @@
+"""Tiny models with random weights, one of each architecture, built from configs without any download.
+
+Every model is in evaluation mode and float32, seeded, with weights large enough that attention is far from
+uniform. `TINY` maps a name to a function that builds it anew.
+"""
+
+from collections.abc import Callable
+
+import torch
+import transformers as hf
+from transformers import PreTrainedConfig, PreTrainedModel
+
+VOCABULARY = 97
+LAYERS = 3
+LONGEST = 64
+
+_SIZES = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": 4,
+    "max_position_embeddings": LONGEST,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+_GROUPED = {**_SIZES, "num_key_value_heads": 2}
+_NO_DROPOUT = {"resid_pdrop": 0.0, "embd_pdrop": 0.0}
+
+
+def _build(make: Callable[[PreTrainedConfig], PreTrainedModel], config: PreTrainedConfig) -> PreTrainedModel:
+    state = torch.random.get_rng_state()
+    torch.manual_seed(1)
+    model = make(config).eval()
+    generator = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim >= 2:
+                parameter.mul_(6.0)
+            else:  # norms and biases away from 1 and 0, so that leaving one out is seen
+                parameter.add_(0.2 * torch.randn(parameter.shape, generator=generator))
+    torch.random.set_rng_state(state)
+    return model
+
+
+def _opt(**settings: object) -> PreTrainedModel:
+    sizes = {name: value for name, value in _SIZES.items() if name != "intermediate_size"}
+    options = {"ffn_dim": 48, "word_embed_proj_dim": 32, "dropout": 0.0, **sizes, **settings}
+    return _build(hf.OPTForCausalLM, hf.OPTConfig(**options))
+
+
+def _neox(**settings: object) -> PreTrainedModel:
+    return _build(hf.GPTNeoXForCausalLM, hf.GPTNeoXConfig(**_SIZES, **settings))
+
+
+def _gpt2() -> PreTrainedModel:
+    sizes = {"vocab_size": VOCABULARY, "n_embd": 32, "n_layer": LAYERS, "n_head": 4, "n_positions": LONGEST}
+    ids = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+    return _build(hf.GPT2LMHeadModel, hf.GPT2Config(**sizes, **ids, **_NO_DROPOUT, attn_pdrop=0.0))
+
+
+def _gemma2() -> PreTrainedModel:
+    gemma = {"head_dim": 12, "query_pre_attn_scalar": 20, "sliding_window": 5}
+    caps = {"attn_logit_softcapping": 20.0, "final_logit_softcapping": 10.0}
+    layer_types = ["sliding_attention", "full_attention", "sliding_attention"]
+    return _build(hf.Gemma2ForCausalLM, hf.Gemma2Config(**_GROUPED, **gemma, **caps, layer_types=layer_types))
+
+
+def _gemma3() -> PreTrainedModel:
+    gemma = {"head_dim": 12, "query_pre_attn_scalar": 20, "sliding_window": 5}
+    layer_types = ["sliding_attention", "full_attention", "sliding_attention"]
+    return _build(hf.Gemma3ForCausalLM, hf.Gemma3TextConfig(**_GROUPED, **gemma, layer_types=layer_types))
+
+
+def _qwen3_moe() -> PreTrainedModel:
+    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
+    return _build(
+        hf.Qwen3MoeForCausalLM, hf.Qwen3MoeConfig(**_GROUPED, **experts, head_dim=12, mlp_only_layers=[1])
+    )
+
+
+TINY: dict[str, Callable[[], PreTrainedModel]] = {
+    "bert": lambda: _build(hf.BertForMaskedLM, hf.BertConfig(**_SIZES)),
+    "gemma2": _gemma2,
+    "gemma3": _gemma3,
+    "gpt2": _gpt2,
+    "gpt_neox": lambda: _neox(use_parallel_residual=True),
+    "gpt_neox-sequential": lambda: _neox(use_parallel_residual=False),
+    "llama": lambda: _build(hf.LlamaForCausalLM, hf.LlamaConfig(**_GROUPED)),
+    "mistral": lambda: _build(hf.MistralForCausalLM, hf.MistralConfig(**_GROUPED, sliding_window=5)),
+    "mixtral": lambda: _build(
+        hf.MixtralForCausalLM, hf.MixtralConfig(**_GROUPED, num_local_experts=4, sliding_window=None)
+    ),
+    "opt": _opt,
+    "opt-post-norm": lambda: _opt(do_layer_norm_before=False, word_embed_proj_dim=24),
+    "phi": lambda: _build(hf.PhiForCausalLM, hf.PhiConfig(**_GROUPED)),
+    "phi3": lambda: _build(hf.Phi3ForCausalLM, hf.Phi3Config(**_GROUPED)),
+    "qwen2": lambda: _build(hf.Qwen2ForCausalLM, hf.Qwen2Config(**_GROUPED)),
+    "qwen3": lambda: _build(hf.Qwen3ForCausalLM, hf.Qwen3Config(**_GROUPED, head_dim=12)),
+    "qwen3_moe": _qwen3_moe,
+}
+"""Architectures whose canonical sites are all known."""
+
+ODD: dict[str, Callable[[], PreTrainedModel]] = {
+    "bloom": lambda: _build(
+        hf.BloomForCausalLM, hf.BloomConfig(vocab_size=VOCABULARY, hidden_size=32, n_layer=LAYERS, n_head=4)
+    ),
+    "gptj": lambda: _build(
+        hf.GPTJForCausalLM,
+        hf.GPTJConfig(
+            vocab_size=VOCABULARY, n_embd=32, n_layer=LAYERS, n_head=4, rotary_dim=4, n_positions=LONGEST
+        ),
+    ),
+    "olmo2": lambda: _build(hf.Olmo2ForCausalLM, hf.Olmo2Config(**_GROUPED)),
+    "roberta": lambda: _build(hf.RobertaForMaskedLM, hf.RobertaConfig(**_SIZES)),
+}
+"""Architectures that are not in the table: only what their structure shows is found."""
