@@ -148,7 +148,7 @@ def eager_attention(model: PreTrainedModel) -> Iterator[bool]:
         return
     try:
         _switch_to_eager(model)
-        _LOG.info("attention patterns were asked for: %s uses eager attention", type(model).__name__)
+        _LOG.info("%s was switched to eager attention, which alone computes patterns", type(model).__name__)
         yield True
     finally:
         for config, name in before:  # the model's own comes first: setting it would set its parts too

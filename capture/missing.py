@@ -55,6 +55,6 @@ def _unknown_reason(anatomy: Anatomy, kind: str) -> str:
     if kind in ATTENTION_KINDS:
         return f"{type(anatomy.model).__name__} does not use transformers' attention interface; {way_out}"
     return (
-        f"the architecture {anatomy.config.model_type!r} is not known; only what its blocks take and give, and "
-        f"what passes through the attention interface, was found; {way_out}"
+        f"the architecture {anatomy.config.model_type!r} is not known; only what its blocks take and give, "
+        f"and what passes through the attention interface, was found; {way_out}"
     )

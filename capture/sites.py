@@ -41,7 +41,7 @@ def model_sites(model: nn.Module) -> dict[str, SiteInfo]:
         sites += [_in_block(anatomy, kind, layer) for kind in LAYER_KINDS]
     sites += [_final(anatomy), _logits(anatomy)]
     found = {info.name: info for info in sites if info is not None}
-    return found if anatomy.family else measured(model, found)
+    return found if anatomy.family else _measured_apart_from_patterns(model, found)
 
 
 def resolve_sites(
@@ -75,6 +75,16 @@ def resolve_sites(
     elif unmeasured and example is not None:
         sites |= seen_once(model, unmeasured, example)
     return sites
+
+
+def _measured_apart_from_patterns(model: nn.Module, sites: dict[str, SiteInfo]) -> dict[str, SiteInfo]:
+    """Measure sites of an architecture that is not known; patterns follow from queries without eager."""
+    seen = measured(model, {name: info for name, info in sites.items() if info.site.kind != "pattern"})
+    for name, info in sites.items():
+        if info.site.kind == "pattern":
+            query = seen[f"q.{info.site.layer}"]
+            seen[name] = replace(info, row_shape=((query.row_shape or (0,))[0], None), dtype=query.dtype)
+    return {name: seen[name] for name in sites}
 
 
 def _embed(anatomy: Anatomy) -> SiteInfo | None:

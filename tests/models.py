@@ -5,6 +5,7 @@ uniform. `TINY` maps a name to a function that builds it anew.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import transformers as hf
@@ -14,19 +15,18 @@ VOCABULARY = 97
 LAYERS = 3
 LONGEST = 64
 
-_SIZES = {
+_IDS: dict[str, Any] = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+_SIZES: dict[str, Any] = {
     "vocab_size": VOCABULARY,
     "hidden_size": 32,
     "intermediate_size": 48,
     "num_hidden_layers": LAYERS,
     "num_attention_heads": 4,
     "max_position_embeddings": LONGEST,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
+    **_IDS,
 }
-_GROUPED = {**_SIZES, "num_key_value_heads": 2}
-_NO_DROPOUT = {"resid_pdrop": 0.0, "embd_pdrop": 0.0}
+_GROUPED: dict[str, Any] = {**_SIZES, "num_key_value_heads": 2}
+_NO_DROPOUT: dict[str, Any] = {"resid_pdrop": 0.0, "embd_pdrop": 0.0}
 
 
 def _build(make: Callable[[PreTrainedConfig], PreTrainedModel], config: PreTrainedConfig) -> PreTrainedModel:
@@ -44,37 +44,42 @@ def _build(make: Callable[[PreTrainedConfig], PreTrainedModel], config: PreTrain
     return model
 
 
-def _opt(**settings: object) -> PreTrainedModel:
+def _opt(**settings: Any) -> PreTrainedModel:
     sizes = {name: value for name, value in _SIZES.items() if name != "intermediate_size"}
     options = {"ffn_dim": 48, "word_embed_proj_dim": 32, "dropout": 0.0, **sizes, **settings}
     return _build(hf.OPTForCausalLM, hf.OPTConfig(**options))
 
 
-def _neox(**settings: object) -> PreTrainedModel:
+def _neox(**settings: Any) -> PreTrainedModel:
     return _build(hf.GPTNeoXForCausalLM, hf.GPTNeoXConfig(**_SIZES, **settings))
 
 
 def _gpt2() -> PreTrainedModel:
-    sizes = {"vocab_size": VOCABULARY, "n_embd": 32, "n_layer": LAYERS, "n_head": 4, "n_positions": LONGEST}
-    ids = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
-    return _build(hf.GPT2LMHeadModel, hf.GPT2Config(**sizes, **ids, **_NO_DROPOUT, attn_pdrop=0.0))
+    sizes: dict[str, Any] = {
+        "vocab_size": VOCABULARY,
+        "n_embd": 32,
+        "n_layer": LAYERS,
+        "n_head": 4,
+        "n_positions": LONGEST,
+    }
+    return _build(hf.GPT2LMHeadModel, hf.GPT2Config(**sizes, **_IDS, **_NO_DROPOUT, attn_pdrop=0.0))
 
 
 def _gemma2() -> PreTrainedModel:
-    gemma = {"head_dim": 12, "query_pre_attn_scalar": 20, "sliding_window": 5}
-    caps = {"attn_logit_softcapping": 20.0, "final_logit_softcapping": 10.0}
+    gemma: dict[str, Any] = {"head_dim": 12, "query_pre_attn_scalar": 20, "sliding_window": 5}
+    caps: dict[str, Any] = {"attn_logit_softcapping": 20.0, "final_logit_softcapping": 10.0}
     layer_types = ["sliding_attention", "full_attention", "sliding_attention"]
     return _build(hf.Gemma2ForCausalLM, hf.Gemma2Config(**_GROUPED, **gemma, **caps, layer_types=layer_types))
 
 
 def _gemma3() -> PreTrainedModel:
-    gemma = {"head_dim": 12, "query_pre_attn_scalar": 20, "sliding_window": 5}
+    gemma: dict[str, Any] = {"head_dim": 12, "query_pre_attn_scalar": 20, "sliding_window": 5}
     layer_types = ["sliding_attention", "full_attention", "sliding_attention"]
     return _build(hf.Gemma3ForCausalLM, hf.Gemma3TextConfig(**_GROUPED, **gemma, layer_types=layer_types))
 
 
 def _qwen3_moe() -> PreTrainedModel:
-    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
+    experts: dict[str, Any] = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
     return _build(
         hf.Qwen3MoeForCausalLM, hf.Qwen3MoeConfig(**_GROUPED, **experts, head_dim=12, mlp_only_layers=[1])
     )
@@ -109,7 +114,13 @@ ODD: dict[str, Callable[[], PreTrainedModel]] = {
     "gptj": lambda: _build(
         hf.GPTJForCausalLM,
         hf.GPTJConfig(
-            vocab_size=VOCABULARY, n_embd=32, n_layer=LAYERS, n_head=4, rotary_dim=4, n_positions=LONGEST
+            vocab_size=VOCABULARY,
+            n_embd=32,
+            n_layer=LAYERS,
+            n_head=4,
+            rotary_dim=4,
+            n_positions=LONGEST,
+            **_IDS,
         ),
     ),
     "olmo2": lambda: _build(hf.Olmo2ForCausalLM, hf.Olmo2Config(**_GROUPED)),
