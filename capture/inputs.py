@@ -1,8 +1,8 @@
 """Token sequences as a padded batch, and as the arguments that a model wants.
 
-Padding must not reach a row: the same tokens give the same activations whatever stands beside them. For that
-the model gets the attention mask and, where it takes them, position ids that count tokens only. Without these,
-left padding shifts every learned position (an error of 0.29 in GPT-2's residuals).
+Padding must not reach a row: the same tokens give the same activations whatever stands beside them. For
+that the model gets the attention mask and, where it takes them, position ids that count tokens only. Without
+these, left padding shifts every learned position (an error of 0.29 in GPT-2's residuals).
 """
 
 import inspect

@@ -26,10 +26,18 @@ _SIZES: dict[str, Any] = {
     **_IDS,
 }
 _GROUPED: dict[str, Any] = {**_SIZES, "num_key_value_heads": 2}
+_GPT: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "n_embd": 32,
+    "n_layer": LAYERS,
+    "n_head": 4,
+    "n_positions": LONGEST,
+    **_IDS,
+}
 _NO_DROPOUT: dict[str, Any] = {"resid_pdrop": 0.0, "embd_pdrop": 0.0}
 
 
-def _build(make: Callable[[PreTrainedConfig], PreTrainedModel], config: PreTrainedConfig) -> PreTrainedModel:
+def _build(make: Callable[..., PreTrainedModel], config: PreTrainedConfig) -> PreTrainedModel:
     state = torch.random.get_rng_state()
     torch.manual_seed(1)
     model = make(config).eval()
@@ -55,14 +63,7 @@ def _neox(**settings: Any) -> PreTrainedModel:
 
 
 def _gpt2() -> PreTrainedModel:
-    sizes: dict[str, Any] = {
-        "vocab_size": VOCABULARY,
-        "n_embd": 32,
-        "n_layer": LAYERS,
-        "n_head": 4,
-        "n_positions": LONGEST,
-    }
-    return _build(hf.GPT2LMHeadModel, hf.GPT2Config(**sizes, **_IDS, **_NO_DROPOUT, attn_pdrop=0.0))
+    return _build(hf.GPT2LMHeadModel, hf.GPT2Config(**_GPT, **_NO_DROPOUT, attn_pdrop=0.0))
 
 
 def _gemma2() -> PreTrainedModel:
