@@ -43,12 +43,18 @@ class Family:
         final_norm: Path of the final norm, relative to the base model; None where there is none.
         kinds: Where a kind is read, relative to a block.
         lacks: Why a kind is not there and what to use instead.
+        norm_offset: What the final norm adds to its weight; 1 in Gemma.
+        project_out: Path of a projection between final norm and unembedding, relative to the base model.
+        transform: Path of a dense layer with activation and norm before the unembedding, in the model.
     """
 
     blocks: str
     final_norm: str | None
     kinds: Mapping[str, Spot]
     lacks: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
+    norm_offset: float = 0.0
+    project_out: str | None = None
+    transform: str | None = None
 
 
 _LLAMA = Family(
@@ -63,6 +69,7 @@ _LLAMA = Family(
 )
 _GEMMA = replace(
     _LLAMA,
+    norm_offset=1.0,
     kinds={
         "attn_out": Spot("post_attention_layernorm"),
         "resid_mid": Spot("pre_feedforward_layernorm", "stream"),
@@ -118,6 +125,7 @@ _NEOX_SEQUENTIAL = replace(
 _OPT = Family(
     blocks="decoder.layers",
     final_norm="decoder.final_layer_norm",
+    project_out="decoder.project_out",
     kinds={
         "attn_out": Spot("self_attn"),
         "resid_mid": Spot("final_layer_norm", "stream", flat=True),
@@ -125,12 +133,11 @@ _OPT = Family(
         "mlp_out": Spot("fc2", flat=True),
     },
 )
-_OPT_POST_NORM = replace(
-    _OPT, final_norm=None, kinds={**_OPT.kinds, "resid_mid": Spot("self_attn_layer_norm")}
-)
+_OPT_POST_NORM = replace(_OPT, final_norm=None, kinds={**_OPT.kinds, "resid_mid": Spot("self_attn_layer_norm")})
 _BERT = Family(
     blocks="encoder.layer",
     final_norm=None,
+    transform="cls.predictions.transform",
     kinds={
         "attn_out": Spot("attention.output.dropout"),
         "resid_mid": Spot("attention.output"),

@@ -37,10 +37,11 @@ _GPT: dict[str, Any] = {
 _NO_DROPOUT: dict[str, Any] = {"resid_pdrop": 0.0, "embd_pdrop": 0.0}
 
 
-def _build(make: Callable[..., PreTrainedModel], config: PreTrainedConfig) -> PreTrainedModel:
+def _build(make: type[PreTrainedModel], config: PreTrainedConfig) -> PreTrainedModel:
     state = torch.random.get_rng_state()
     torch.manual_seed(1)
-    model = make(config).eval()
+    model = make(config)
+    model.train(False)
     generator = torch.Generator().manual_seed(2)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -81,9 +82,8 @@ def _gemma3() -> PreTrainedModel:
 
 def _qwen3_moe() -> PreTrainedModel:
     experts: dict[str, Any] = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
-    return _build(
-        hf.Qwen3MoeForCausalLM, hf.Qwen3MoeConfig(**_GROUPED, **experts, head_dim=12, mlp_only_layers=[1])
-    )
+    options = {**_GROUPED, **experts, "head_dim": 12, "mlp_only_layers": [1]}
+    return _build(hf.Qwen3MoeForCausalLM, hf.Qwen3MoeConfig(**options))
 
 
 TINY: dict[str, Callable[[], PreTrainedModel]] = {
@@ -114,15 +114,7 @@ ODD: dict[str, Callable[[], PreTrainedModel]] = {
     ),
     "gptj": lambda: _build(
         hf.GPTJForCausalLM,
-        hf.GPTJConfig(
-            vocab_size=VOCABULARY,
-            n_embd=32,
-            n_layer=LAYERS,
-            n_head=4,
-            rotary_dim=4,
-            n_positions=LONGEST,
-            **_IDS,
-        ),
+        hf.GPTJConfig(**_GPT, rotary_dim=4),
     ),
     "olmo2": lambda: _build(hf.Olmo2ForCausalLM, hf.Olmo2Config(**_GROUPED)),
     "roberta": lambda: _build(hf.RobertaForMaskedLM, hf.RobertaConfig(**_SIZES)),

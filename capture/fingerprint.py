@@ -1,0 +1,71 @@
+"""A fingerprint of a model's weights, the same on every device, under every wrapper, in bounded memory."""
+
+import hashlib
+import json
+import re
+from collections.abc import Iterator
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+
+from residua.store.crc import crc32c
+from residua.store.errors import CaptureError
+
+_CHUNK_BYTES = 64 * 2**20  # what is brought to the host at a time
+_WRAPPERS = re.compile(r"(^|\.)(?:module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)(?=\.|$)")
+
+
+def weights_fingerprint(model: nn.Module) -> str:
+    """Return the sha256 over name, shape, type and crc32c of every parameter and persistent buffer.
+
+    Weights that share one tensor count once, under the name that sorts first. Names are those inside
+    wrappers (DDP, FSDP, compile), so that a wrapped model has the fingerprint of the bare one.
+
+    Args:
+        model: Any torch module, on any device.
+
+    Returns:
+        64 hexadecimal digits.
+
+    Raises:
+        CaptureError: A weight has no values here, since it lies on the meta device.
+
+    Example:
+        >>> len(weights_fingerprint(nn.Linear(2, 2)))
+        64
+    """
+    digest = hashlib.sha256()
+    seen: set[int] = set()
+    for name, tensor in _sorted_weights(model):
+        if id(tensor) in seen:
+            continue
+        seen.add(id(tensor))
+        if tensor.is_meta:
+            raise CaptureError(
+                f"Weight {name!r} is on the meta device and has no values to fingerprint; load the model's "
+                "weights first, or take the fingerprint before they are offloaded."
+            )
+        crc = 0
+        for part in _host_bytes(tensor.detach()):
+            crc = crc32c(part, crc)
+        dtype = str(tensor.dtype).removeprefix("torch.")
+        digest.update(json.dumps([name, list(tensor.shape), dtype, crc]).encode() + b"\n")
+    return digest.hexdigest()
+
+
+def _sorted_weights(model: nn.Module) -> list[tuple[str, Tensor]]:
+    state = model.state_dict(keep_vars=True)
+    weights = {name: value for name, value in state.items() if isinstance(value, Tensor)}
+    inner = {_WRAPPERS.sub("", name).lstrip("."): value for name, value in weights.items()}
+    unambiguous = inner if len(inner) == len(weights) else weights
+    return sorted(unambiguous.items(), key=lambda pair: pair[0])
+
+
+def _host_bytes(tensor: Tensor) -> Iterator[npt.NDArray[np.uint8]]:
+    """The tensor's bytes in order, a chunk at a time."""
+    flat = tensor.reshape(-1)
+    step = _CHUNK_BYTES // tensor.element_size()
+    for start in range(0, flat.numel(), step):
+        yield flat[start : start + step].cpu().contiguous().view(torch.uint8).numpy()

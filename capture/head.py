@@ -1,0 +1,85 @@
+"""Write what turns the final residual stream into logits: final norm and unembedding, beside the archive.
+
+A lens decodes with these alone, without the model; `residua.analysis.head` reads them.
+"""
+
+from pathlib import Path
+
+from safetensors.torch import save
+from torch import nn
+
+from residua.capture.anatomy import Anatomy, anatomy_of
+from residua.store.files import write_file
+from residua.store.headspec import CONFIG_FILE, HEAD_FILE, PARAMETERS_FILE, HeadSpec
+
+
+def save_head(model: nn.Module, folder: Path) -> bool:
+    """Write the model's final norm, unembedding and config.
+
+    Args:
+        model: The model; parameters are written in its own type.
+        folder: Where ``head.safetensors``, ``head.json`` and ``config.json`` go; made if it is not there.
+
+    Returns:
+        Whether they were written: False for a model whose head is not known for certain, that is one without
+        a language modelling head or of an architecture that is not in the table.
+    """
+    anatomy = anatomy_of(model)
+    if anatomy is None or anatomy.family is None or _unembedding(anatomy) is None:
+        return False
+    spec, modules = _described(anatomy)
+    tensors = {
+        f"{name}.{kind}": tensor.detach().cpu().contiguous()
+        for name, module in modules.items()
+        for kind, tensor in module.named_parameters(recurse=False)
+        if kind in ("weight", "bias")
+    }
+    write_file(folder / PARAMETERS_FILE, [save(tensors)])
+    write_file(folder / CONFIG_FILE, [anatomy.model.config.to_json_string().encode()])
+    write_file(folder / HEAD_FILE, [spec.to_json()])
+    return True
+
+
+def _unembedding(anatomy: Anatomy) -> nn.Module | None:
+    head: nn.Module | None = anatomy.model.get_output_embeddings()  # type: ignore[no-untyped-call]  # theirs
+    return head
+
+
+def _described(anatomy: Anatomy) -> tuple[HeadSpec, dict[str, nn.Module]]:
+    """What ``head.json`` says, and the modules whose parameters go beside it."""
+    norm = _part(anatomy.model.base_model, anatomy.family and anatomy.family.final_norm)
+    transform = _part(anatomy.model, anatomy.family and anatomy.family.transform)
+    modules = {
+        "norm": norm,
+        "project_out": _part(anatomy.model.base_model, anatomy.family and anatomy.family.project_out),
+        "transform.dense": _part(transform, "dense"),
+        "transform.norm": _part(transform, "LayerNorm"),
+        "unembed": _unembedding(anatomy),
+    }
+    spec = HeadSpec(
+        norm="none" if norm is None else "layer" if isinstance(norm, nn.LayerNorm) else "rms",
+        eps=_eps(norm),
+        weight_offset=anatomy.family.norm_offset if anatomy.family else 0.0,
+        activation=None if transform is None else anatomy.config.hidden_act,
+        transform_eps=_eps(modules["transform.norm"]),
+        softcap=getattr(anatomy.config, "final_logit_softcapping", None),
+        dtype=anatomy.dtype,
+    )
+    return spec, {name: module for name, module in modules.items() if module is not None}
+
+
+def _part(module: nn.Module | None, path: str | None) -> nn.Module | None:
+    """A module below another; None where either is not there (OPT sets what it lacks to None)."""
+    if module is None or path is None:
+        return None
+    for name in path.split("."):
+        module = getattr(module, name, None)
+    return module
+
+
+def _eps(norm: nn.Module | None) -> float:
+    """What a norm adds under its root; Llama's norms call it variance_epsilon."""
+    if norm is None:
+        return 0.0
+    eps = getattr(norm, "eps", None)
+    return float(getattr(norm, "variance_epsilon") if eps is None else eps)  # noqa: B009 - typed as a module
