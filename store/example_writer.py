@@ -79,9 +79,7 @@ class ExampleWriter:
     def _take_up(self, existing: str) -> None:
         parts = sorted(self._folder.glob("part-*.parquet"))
         if parts and existing == "refuse":
-            raise DatasetError(
-                f"{self._folder}: there are examples already ({parts[0].name}); use another folder"
-            )
+            raise DatasetError(f"{self._folder}: there are examples already ({parts[0].name}); use another folder")
         if existing == "replace":
             for part in parts:
                 part.unlink()
@@ -119,16 +117,12 @@ class ExampleWriter:
         if unknown:
             check_names(sorted(unknown))
         if unknown and self._fixed:
-            raise DatasetError(
-                f"column {min(unknown)!r} is not in the schema, which has {sorted(self._types)}"
-            )
+            raise DatasetError(f"column {min(unknown)!r} is not in the schema, which has {sorted(self._types)}")
         self._pending.append(example)
         self._n_tokens.append(example.input_ids.size)
         self._n_rows.append(example.positions.size)
         self._total_rows += example.positions.size
-        self._pending_bytes += (
-            example.input_ids.nbytes + example.positions.nbytes + value_bytes(example.columns)
-        )
+        self._pending_bytes += example.input_ids.nbytes + example.positions.nbytes + value_bytes(example.columns)
         n_examples, n_bytes = self._limits
         if len(self._pending) >= n_examples or self._pending_bytes >= n_bytes:
             self.flush()
@@ -145,7 +139,7 @@ class ExampleWriter:
         table = pa.table({**self._own_columns(first), **columns})
         table = table.replace_schema_metadata({DIGEST_KEY: self._digest.hexdigest().encode()})
         name = part_name(len(self._first_example) - 1)
-        write_file(self._folder / name, [np.frombuffer(self._encoded(table), np.uint8)])
+        write_file(self._folder / name, [self._encoded(table)])
         self._types.update({column: values.type for column, values in columns.items()})
         self._first_example.append(self.n_examples)
         self._pending, self._pending_bytes = [], 0
@@ -174,7 +168,7 @@ class ExampleWriter:
         }
         return {name: pa.array(column, OWN_COLUMNS[name]) for name, column in values.items()} | lists
 
-    def _encoded(self, table: pa.Table) -> pa.Buffer:
+    def _encoded(self, table: pa.Table) -> bytes:
         sink = pa.BufferOutputStream()
         with pq.ParquetWriter(
             sink, table.schema, compression="zstd", write_page_checksum=True, version="2.6"
@@ -182,7 +176,7 @@ class ExampleWriter:
             first = self._first_example[-1]
             for start, stop in _groups(np.array(self._n_tokens[first:]), np.array(self._n_rows[first:])):
                 writer.write_table(table.slice(start, stop - start), row_group_size=stop - start)
-        return sink.getvalue()
+        return bytes(sink.getvalue().to_pybytes())
 
 
 def _lists(counts: np.ndarray, runs: list[np.ndarray]) -> pa.ListArray:
