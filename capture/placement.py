@@ -60,9 +60,7 @@ class Placement:
         breaks = np.flatnonzero((np.diff(source) != 1) | (np.diff(target) != 1)) + 1
         starts = np.concatenate([[0], breaks])
         lengths = np.diff(np.concatenate([starts, [len(source)]]))
-        self._runs = list(
-            zip(source[starts].tolist(), target[starts].tolist(), lengths.tolist(), strict=True)
-        )
+        self._runs = list(zip(source[starts].tolist(), target[starts].tolist(), lengths.tolist(), strict=True))
 
     @cached_property
     def source_indices(self) -> torch.Tensor:

@@ -1,20 +1,23 @@
 """Where the numbers came from: everything that one needs to capture the same rows again."""
 
-import hashlib
+import json
 import platform
 from importlib.metadata import version
-from pathlib import Path
+from typing import cast
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
+from residua.capture.fingerprint import weights_fingerprint
 from residua.store.canonical import Json, digest_of
 
 PACKAGES = ("residua", "torch", "transformers", "accelerate", "tokenizers", "zarr", "numcodecs", "numpy", "pyarrow")
+_NOT_THE_MODEL = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache", "architectures")
 
 
 def environment() -> dict[str, Json]:
-    """Return the package versions, processor, and thread count that the numbers depend on."""
+    """Return the package versions, processor and thread count that the numbers depend on."""
     return {
         "packages": {name: version(name) for name in PACKAGES},
         "python": platform.python_version(),
@@ -24,24 +27,31 @@ def environment() -> dict[str, Json]:
     }
 
 
-def devices(model: nn.Module) -> list[str]:
-    """Return the kinds of device that hold the model's parameters, by name where they have one."""
-    found = {parameter.device for parameter in model.parameters()}
-    return sorted(torch.cuda.get_device_name(d) if d.type == "cuda" else d.type for d in found)
+def identify_model(model: nn.Module) -> dict[str, Json]:
+    """Return what makes a model this model, wherever it lies: the plan's `model` entry."""
+    return {
+        "class": type(model).__name__,
+        "weights": weights_fingerprint(model),
+        "config": _config_digest(model),
+        "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
+        "attention": _attention(model),
+    }
 
 
-def config_digest(model: nn.Module) -> str:
-    """Return the SHA-256 of the model's config without what depends on the place and the library's version."""
-    config = getattr(model, "config", None)
-    if config is None:
-        return digest_of(type(model).__qualname__)
-    values = config.to_dict()
-    for key in ("_name_or_path", "transformers_version", "_attn_implementation", "dtype", "torch_dtype", "use_cache"):
-        values.pop(key, None)
-    return hashlib.sha256(config.__class__(**values).to_json_string(use_diff=True).encode()).hexdigest()
+def describe_model(model: nn.Module) -> dict[str, Json]:
+    """Return where the model came from and on what it ran: provenance."""
+    devices = {parameter.device for parameter in model.parameters()}
+    names = sorted(torch.cuda.get_device_name(d) if d.type == "cuda" else d.type for d in devices)
+    path = model.config._name_or_path if isinstance(model, PreTrainedModel) else ""
+    return {"id": path, "devices": cast("list[Json]", names), "layout": "single", **identify_model(model)}
 
 
-def folder_digest(folder: Path) -> str:
-    """Return a SHA-256 over names and contents of the files in `folder`."""
-    files = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.iterdir())}
-    return digest_of(files)
+def _attention(model: nn.Module) -> str | None:
+    return model.config._attn_implementation if isinstance(model, PreTrainedModel) else None
+
+
+def _config_digest(model: nn.Module) -> str:
+    if not isinstance(model, PreTrainedModel):
+        return digest_of(str(model))
+    values = json.loads(model.config.to_json_string(use_diff=True))
+    return digest_of({key: value for key, value in values.items() if key not in _NOT_THE_MODEL})

@@ -13,13 +13,14 @@ writer calls it first.
 import threading
 import time
 from collections import deque
-from collections.abc import Container
+from collections.abc import Callable, Iterable
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
 from residua.capture.placement import BatchRows, Placement
+from residua.store.errors import CaptureError
 from residua.store.plan import ROW_COLUMNS, Plan
 from residua.store.writer import FilledShard, ShardWriter
 
@@ -80,12 +81,13 @@ class Staging:
     """
 
     def __init__(
-        self, plan: Plan, writer: ShardWriter, *, n_stages: int, pinned: bool, committed: Container[int] = ()
+        self, plan: Plan, writer: ShardWriter, *, n_stages: int, pinned: bool, committed: Iterable[int] = ()
     ) -> None:
         height = plan.rows_per_shard if plan.n_rows is None else max(1, min(plan.rows_per_shard, plan.n_rows))
         self._plan = plan
         self._writer = writer
-        self._committed = committed
+        self._committed = frozenset(committed)
+        self._n_stages = n_stages
         self._free = [Stage(plan, height, pinned=pinned) for _ in range(n_stages)]
         self._open: dict[int, Stage] = {}
         self._condition = threading.Condition()
@@ -99,6 +101,7 @@ class Staging:
         self._batch = batch
         self._placements = []
         height = self._plan.rows_per_shard
+        self._refuse_too_wide(batch)
         for shard, picked in batch.per_shard(height):
             if shard in self._committed:
                 continue
@@ -108,6 +111,16 @@ class Staging:
                 stage.columns[name][target] = getattr(batch, name)[picked]
             stage.n_filled += len(picked)
             self._placements.append((stage, Placement(batch.source[picked], target)))
+
+    def _refuse_too_wide(self, batch: BatchRows) -> None:
+        """Raise before a batch waits for stages that can never become free, because it fills them itself."""
+        shards = {shard for shard, _ in batch.per_shard(self._plan.rows_per_shard)} | self._open.keys()
+        if len(shards - self._committed) > self._n_stages:
+            raise CaptureError(
+                f"a batch of {len(batch.row):,} rows reaches into {len(shards)} shards of "
+                f"{self._plan.rows_per_shard:,} rows, but there is memory for {self._n_stages} at once: "
+                "use smaller batches, or taller shards (rows_per_shard)."
+            )
 
     def put(self, site: str, tensor: torch.Tensor) -> None:
         """Copy the wanted rows of `tensor` (B, T, *row) of `site` to their stages."""
@@ -131,31 +144,29 @@ class Staging:
             placement.copy_pattern(flat.cpu(), buffer, self._batch)
             return
         compute = torch.cuda.current_stream(flat.device)
-        side = self._streams.setdefault(flat.device, torch.cuda.Stream(flat.device))
+        side = self._streams.setdefault(flat.device, torch.cuda.Stream(flat.device))  # type: ignore[no-untyped-call]  # torch leaves it bare
         rows = flat.index_select(0, placement.source_indices.to(flat.device)).to(buffer.dtype)
         side.wait_stream(compute)
         with torch.cuda.stream(side):
             for start, target, length in placement.target_runs():
                 buffer[target : target + length].copy_(rows[start : start + length], non_blocking=True)
-            event = torch.cuda.Event()
+            event = torch.cuda.Event()  # type: ignore[no-untyped-call]  # torch leaves it bare
             event.record(side)
         stage.expect(event, rows)
 
-    def finish(self) -> None:
-        """Close the batch: every site's rows were put; full shards go to the writer."""
+    def finish(self, before: Callable[[], dict[str, str]] = dict) -> None:
+        """Close the batch: every site's rows were put; full shards go to the writer.
+
+        Args:
+            before: Called before a shard is handed over; makes its example parts durable and returns their SHA-256.
+        """
         self._batch = None
         self._placements = []
         for shard in sorted(self._open):
             if self._open[shard].n_filled == self._rows_in(shard):
-                self.hand_over(shard)
+                self.hand_over(shard, before())
 
-    def abandon(self) -> None:
-        """Give up the batch and every unfinished shard, after an error in the forward pass."""
-        self._batch = None
-        self._placements = []
-        self._open.clear()
-
-    def hand_over(self, shard: int, examples: dict[str, str] | None = None) -> None:
+    def hand_over(self, shard: int, examples: dict[str, str]) -> None:
         """Give the filled rows of `shard` to the writer."""
         stage = self._open.pop(shard)
         n_rows = stage.n_filled
@@ -165,7 +176,7 @@ class Staging:
                 first_row=shard * self._plan.rows_per_shard,
                 sites={site.name: stage.rows(site.name, n_rows) for site in self._plan.sites},
                 columns={name: column[:n_rows] for name, column in stage.columns.items()},
-                examples=examples or {},
+                examples=examples,
                 ready=stage.wait,
                 release=lambda: self._release(stage),
             )

@@ -1,1 +1,54 @@
-"""Capture, store, analyse and replay the activations of transformer models."""
+"""Capture, store, analyse and replay the activations of transformer models.
+
+The names below are the public ones; each is loaded when it is first used, so that `import residua` costs nothing
+and opening an archive needs neither torch nor transformers.
+"""
+
+from importlib import import_module
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from residua.capture.recorder import Recorder
+    from residua.capture.sites import model_sites
+    from residua.pipelines.capture import capture_dataset
+    from residua.pipelines.settings import CaptureSettings
+    from residua.store.archive import Archive
+    from residua.store.archive import Archive as open  # noqa: A004, N813  # read as residua.open(path)
+    from residua.store.errors import ResiduaError
+    from residua.store.verify import verify
+
+__version__ = version("residua")
+__all__ = [
+    "Archive",
+    "CaptureSettings",
+    "Recorder",
+    "ResiduaError",
+    "capture_dataset",
+    "model_sites",
+    "open",
+    "verify",
+]
+
+_HOMES = {
+    "Archive": "store.archive:Archive",
+    "CaptureSettings": "pipelines.settings:CaptureSettings",
+    "Recorder": "capture.recorder:Recorder",
+    "ResiduaError": "store.errors:ResiduaError",
+    "capture_dataset": "pipelines.capture:capture_dataset",
+    "model_sites": "capture.sites:model_sites",
+    "open": "store.archive:Archive",
+    "verify": "store.verify:verify",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Load a public name from its home."""
+    if name not in _HOMES:
+        raise AttributeError(f"module 'residua' has no attribute {name!r}; it has {', '.join(__all__)}")
+    module, attribute = _HOMES[name].split(":")
+    return getattr(import_module(f"residua.{module}"), attribute)
+
+
+def __dir__() -> list[str]:
+    return sorted([*__all__, "__version__"])

@@ -129,9 +129,7 @@ class Archive(Mapping[str, StoredArray]):
     @cached_property
     def _arrays(self) -> dict[str, StoredArray]:
         height = self.plan.rows_per_shard
-        return {
-            site.name: self._stored(site.name, site.arrays(height), site.dtype) for site in self.plan.sites
-        }
+        return {site.name: self._stored(site.name, site.arrays(height), site.dtype) for site in self.plan.sites}
 
     @cached_property
     def rows(self) -> Rows:
@@ -199,7 +197,9 @@ class Archive(Mapping[str, StoredArray]):
         """
         tokenizer = self.tokenizer
         if tokenizer is None:
-            raise ResiduaError(f"{self.path} has no tokenizer: row {row} is token {self.rows.token[row]} by number only")
+            raise ResiduaError(
+                f"{self.path} has no tokenizer: row {row} is token {self.rows.token[row]} by number only"
+            )
         tokens = self.example_table.tokens(int(self.rows.example[row])).tolist()
         at = int(self.rows.position[row])
         pieces = (tokens[max(0, at - context) : at], tokens[at : at + 1], tokens[at + 1 : at + 1 + context])
@@ -240,4 +240,3 @@ def _count(value: object) -> int:
     if not isinstance(value, int) or not 0 <= value < 2**48:
         raise UnsafeArchiveError(f"the archive says it was sealed with {value!r} rows, which is not a count")
     return value
-

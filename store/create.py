@@ -13,11 +13,12 @@ from pathlib import Path
 
 from residua.store.arrays import create_array, resize_array
 from residua.store.canonical import Json
+from residua.store.codecs import INT8
 from residua.store.commits import FOLDER, Commit
 from residua.store.files import sync_folder
 from residua.store.lossy import BLOCK
 from residua.store.metadata import Metadata, digest_side_files, write_metadata
-from residua.store.plan import INT8_PRESET, Plan, SitePlan
+from residua.store.plan import Plan, SitePlan
 
 
 @contextmanager
@@ -65,9 +66,9 @@ def create_archive(folder: Path, destination: Path, plan: Plan, provenance: Mapp
 
 
 def _attributes(site: SitePlan, path: str) -> dict[str, Json]:
-    if site.codec == INT8_PRESET and path == site.path:
+    if site.codec == INT8 and path == site.path:
         scales = site.arrays(BLOCK)[1].path
-        return {"quantised": {"scheme": INT8_PRESET, "scales": scales, "logical_dtype": site.dtype}}
+        return {"quantised": {"scheme": INT8, "scales": scales, "logical_dtype": site.dtype}}
     return {}
 
 
@@ -90,9 +91,7 @@ def seal(
         for spec in plan.arrays:
             resize_array(archive, spec, n_rows)
         files = digest_side_files(archive)
-        write_metadata(
-            archive, Metadata(plan=plan, provenance=metadata.provenance, files=files, sealed=sealed)
-        )
+        write_metadata(archive, Metadata(plan=plan, provenance=metadata.provenance, files=files, sealed=sealed))
     for site in plan.sites:
         if any(commit.arrays[site.path].squares is not None for commit in commits.values()):
             _write_error(archive, plan, site, commits)

@@ -9,10 +9,10 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from math import prod
-from typing import cast
+from typing import Literal, cast
 
 from residua.store.canonical import Json, digest_of, flatten
-from residua.store.codecs import PRESETS
+from residua.store.codecs import INT8, PRESETS
 from residua.store.dtypes import storage_dtype
 from residua.store.errors import PlanError, UnsafeArchiveError
 from residua.store.lossy import BLOCK
@@ -23,7 +23,6 @@ from residua.store.spec import ArraySpec
 MAX_ROWS = 2**48
 MAX_ROWS_PER_SHARD = 2**31
 MAX_SHARD_BYTES = 2**36
-INT8_PRESET = "int8-block32"
 ROW_COLUMNS = {"token": "int32", "position": "int32", "example": "int64"}
 
 
@@ -55,7 +54,7 @@ class SitePlan:
 
     def arrays(self, rows_per_shard: int) -> tuple[ArraySpec, ...]:
         """Return the stored arrays of this site: one, or codes and scales for the int8 preset."""
-        if self.codec != INT8_PRESET:
+        if self.codec != INT8:
             return (_array(self.path, self.row_shape, self.dtype, self.codec, rows_per_shard),)
         blocks = (*self.row_shape[:-1], -(-self.row_shape[-1] // BLOCK))
         scales = "scales/" + self.path.removeprefix("sites/")
@@ -98,7 +97,7 @@ class Plan:
     sites: tuple[SitePlan, ...]
     rows_per_shard: int
     batch_tokens: int = 0
-    padding: str = "right"
+    padding: Literal["left", "right"] = "right"
     n_rows: int | None = None
 
     def __post_init__(self) -> None:
@@ -219,5 +218,5 @@ def _check_site(site: SitePlan, height: int) -> None:
         raise PlanError(f"codec {site.codec!r} is not known; the presets are {', '.join(PRESETS)}")
     if site.codec.startswith("bitround") and site.dtype != "float32":
         raise PlanError(f"codec {site.codec} is for float32, and {site.name} is {site.dtype}: use fast or small")
-    if site.codec == INT8_PRESET and site.dtype not in ("bfloat16", "float16", "float32"):
+    if site.codec == INT8 and site.dtype not in ("bfloat16", "float16", "float32"):
         raise PlanError(f"codec {site.codec} is for floating point, and {site.name} is {site.dtype}")

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import EllipsisType
-from typing import TYPE_CHECKING, Literal, TypeAlias, cast
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, cast
 
 import ml_dtypes
 import numpy as np
@@ -65,21 +65,21 @@ class StoredArray:
     def __repr__(self) -> str:
         return f"<{self.name} {self.shape} {self.dtype}>"
 
-    def __getitem__(self, rows: RowSelection | tuple[object, ...]) -> Array:
+    def __getitem__(self, rows: RowSelection | tuple[Any, ...]) -> Array:
         """Return the chosen rows as numpy; see the class."""
         if isinstance(rows, tuple):
-            picked, rest = cast("RowSelection", rows[0]), rows[1:]
-            found = self.numpy(picked)
-            return found[rest] if isinstance(picked, int | np.integer) else found[(slice(None), *rest)]
+            picked, rest = rows[0], rows[1:]
+            inner: Any = rest if isinstance(picked, int | np.integer) else (slice(None), *rest)
+            return cast("Array", self.numpy(picked)[inner])
         return self.numpy(rows)
 
-    def __array__(self, dtype: npt.DTypeLike = None, copy: bool | None = None) -> Array:
+    def __array__(self, dtype: npt.DTypeLike | None = None, copy: bool | None = None) -> Array:
         """Return all rows, for numpy functions."""
         if copy is False:
             raise ValueError(f"{self.name} lies on disk: numpy cannot have it without a copy")
         return self.numpy(..., dtype=dtype)
 
-    def numpy(self, rows: RowSelection = ..., *, dtype: npt.DTypeLike = None) -> Array:
+    def numpy(self, rows: RowSelection = ..., *, dtype: npt.DTypeLike | None = None) -> Array:
         """Return the chosen rows as a numpy array, cast to `dtype` if one is given.
 
         Raises:

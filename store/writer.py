@@ -9,19 +9,21 @@ import threading
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 
 import numpy as np
 import numpy.typing as npt
 
+from residua.store.codecs import INT8
 from residua.store.commits import Commit, ShardFile, publish_commit
 from residua.store.errors import CaptureError
 from residua.store.files import write_file
 from residua.store.lossy import bitround_errors, quantise_int8
 from residua.store.nonfinite import count_nonfinite
-from residua.store.plan import INT8_PRESET, Plan, SitePlan
-from residua.store.shard import encode_shard
+from residua.store.plan import Plan, SitePlan
+from residua.store.shard import encode_shard, shard_path
 from residua.store.spec import ArraySpec
 
 Rows = npt.NDArray[np.generic]
@@ -136,10 +138,10 @@ class _ShardJob:
 
     def start(self, pool: ThreadPoolExecutor) -> None:
         for site in self._plan.sites:
-            pool.submit(self._run, lambda site=site: self._write_site(site))
+            pool.submit(self._run, partial(self._write_site, site))
         for spec in self._plan.row_arrays:
             rows = self._shard.columns[spec.path.removeprefix("rows/")]
-            pool.submit(self._run, lambda spec=spec, rows=rows: self._write(spec, rows))
+            pool.submit(self._run, partial(self._write, spec, rows))
 
     def _run(self, work: Callable[[], None]) -> None:
         try:
@@ -183,7 +185,7 @@ class _ShardJob:
         rows = self._shard.sites[site.name]
         n_nonfinite = count_nonfinite(rows, site.dtype)
         specs = site.arrays(self._plan.rows_per_shard)
-        if site.codec == INT8_PRESET:
+        if site.codec == INT8:
             codes, scales, squares, error_squares = quantise_int8(rows, site.dtype)
             self._write(specs[0], codes, n_nonfinite, squares, error_squares)
             self._write(specs[1], scales)
@@ -202,8 +204,7 @@ class _ShardJob:
         error_squares: float | None = None,
     ) -> None:
         encoded = encode_shard(rows, spec)
-        key = "/".join(["c", str(self._shard.index), *["0"] * len(spec.row_shape)])
-        write_file(self._root / spec.path / key, encoded.parts)
+        write_file(shard_path(self._root, spec, self._shard.index), encoded.parts)
         file = ShardFile(
             n_bytes=encoded.n_bytes,
             digest=encoded.digest,

@@ -1,0 +1,28 @@
+# Two commands: `make demo` shows the main job on real input, `make test` checks everything.
+# Both make the environment first, in .venv, from pyproject.toml and the pins in constraints.txt.
+
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+.PHONY: demo test check bench clean
+
+demo: $(READY)
+	@$(BIN)/python examples/demo.py demo
+
+test: $(READY)
+	@PATH="$(CURDIR)/$(BIN):$$PATH" scripts/check
+
+bench: $(READY)
+	@$(BIN)/python benchmarks/run.py
+
+clean:
+	rm -rf $(VENV) build demo .mypy_cache .ruff_cache .pytest_cache .hypothesis
+
+$(READY): pyproject.toml constraints.txt
+	@echo "making the environment in $(VENV) (once, about two minutes)"
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] < (3, 11) and "Residua needs Python 3.11 or newer, found " + sys.version.split()[0])'
+	@$(PYTHON) -m venv --clear $(VENV)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	@touch $@

@@ -1,0 +1,243 @@
+"""From a model and a dataset to an archive: plan, create or resume, record, seal."""
+
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from residua.capture.attention import eager_attention
+from residua.capture.head import save_head
+from residua.capture.provenance import describe_model, environment, identify_model
+from residua.capture.record import RecordStats, record
+from residua.capture.siteinfo import SiteInfo
+from residua.capture.siteplans import plan_sites
+from residua.capture.sites import resolve_sites
+from residua.pipelines.dataset import DatasetReport, DatasetSettings, dataset_identity, read_examples
+from residua.pipelines.dataset_notes import dataset_notes
+from residua.pipelines.models import load_model, load_tokenizer, token_limit
+from residua.pipelines.settings import CaptureSettings
+from residua.store.archive import Archive
+from residua.store.create import create_archive, seal, workspace
+from residua.store.errors import DatasetError, PlanError
+from residua.store.examples import ExampleIndex, ExampleWriter
+from residua.store.files import sweep
+from residua.store.metadata import is_archive
+from residua.store.plan import Plan
+from residua.store.sizes import shard_rows
+
+Source = str | PathLike[str] | Iterable[Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class CaptureResult:
+    """What a capture did.
+
+    Attributes:
+        archive: The archive, open for reading.
+        dataset: What was read of the dataset, and what was cut or left out.
+        stats: Figures of this run; those of an earlier, interrupted run are not in it.
+        resumed: Whether an earlier run had begun.
+        notes: What the user should know, one sentence each.
+    """
+
+    archive: Archive
+    dataset: DatasetReport
+    stats: RecordStats
+    resumed: bool
+    notes: tuple[str, ...]
+
+
+def capture_dataset(
+    model: str | PreTrainedModel,
+    dataset: Source,
+    *,
+    out: str | PathLike[str],
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    settings: CaptureSettings | None = None,
+    command: str | None = None,
+    on_plan: Callable[[Plan, int], None] = lambda *_: None,
+    on_batch: Callable[[RecordStats], None] = lambda _: None,
+    **options: Any,
+) -> CaptureResult:
+    """Capture the activations of `model` over `dataset` into the archive `out`; go on where an earlier run stopped.
+
+    Args:
+        model: A transformers model, or a hub id or folder of one.
+        dataset: A hub id or path, or an iterable of texts, token-id lists, mappings or chats.
+        out: Folder of the archive. If it is one already, its missing rows are captured.
+        tokenizer: Tokenizer of a model that is passed as an object; else it is loaded with the model.
+        settings: All settings at once.
+        command: The command line, for the provenance.
+        on_plan: Called with the plan, and the rows that are committed already, before the model runs.
+        on_batch: Called with the figures so far after every batch.
+        **options: Single settings by name, as in `CaptureSettings`, for example ``sites="resid_post.*"``.
+
+    Returns:
+        The archive, and what was done.
+
+    Raises:
+        PlanError: The settings contradict each other, or differ from those of the archive that exists.
+        UnknownSiteError: The model lacks a site.
+        DatasetError: The dataset cannot be used as asked.
+        CaptureError: The capture failed; what was committed is safe.
+
+    Example:
+        >>> result = residua.capture_dataset("models/pydoc-1m", ["Hello world"], out="acts.zarr")  # doctest: +SKIP
+    """
+    chosen = _settings(settings, options)
+    if isinstance(model, str):
+        tokenizer = tokenizer or load_tokenizer(model, chosen)
+        model = load_model(model, chosen)
+    job = _Job(model, tokenizer, dataset, Path(out), chosen, command)
+    return job.run(on_plan, on_batch)
+
+
+def _settings(settings: CaptureSettings | None, options: dict[str, Any]) -> CaptureSettings:
+    if settings is None:
+        return CaptureSettings.from_mapping(options)
+    if options:
+        raise PlanError(f"give settings or single options, not both: {', '.join(options)}")
+    return settings
+
+
+def _rules(settings: DatasetSettings) -> dict[str, Any]:
+    """Return the settings that shape the examples, defaults filled in."""
+    return {**asdict(settings), "long_examples": settings.long_rule}
+
+
+class _Job:
+    """One capture: what it was asked, and the steps in order."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase | None,
+        dataset: Source,
+        out: Path,
+        settings: CaptureSettings,
+        command: str | None,
+    ) -> None:
+        self._model = model
+        self._tokenizer = tokenizer
+        self._dataset = dataset
+        self._out = out
+        self._settings = settings
+        self._command = command
+        self._report = DatasetReport()
+        self._notes: list[str] = []
+
+    def run(self, on_plan: Callable[[Plan, int], None], on_batch: Callable[[RecordStats], None]) -> CaptureResult:
+        sites = resolve_sites(self._model, self._settings.sites)
+        needs_pattern = any(site.startswith("pattern.") for site in sites)
+        with eager_attention(self._model) if needs_pattern else nullcontext(False) as switched:
+            if switched:
+                self._notes.append("pattern sites need eager attention: the model was switched to it for this capture")
+            resumed = is_archive(self._out)
+            plan = self._prepare(sites)
+            archive = Archive(self._out)
+            sweep(self._out)
+            committed = archive.commits
+            on_plan(plan, archive.progress.rows)
+            stats = record(
+                self._model,
+                self._out,
+                plan,
+                committed=committed,
+                threads=self._settings.threads,
+                on_batch=on_batch,
+            )
+        archive = Archive(self._out)
+        seal(self._out, archive.metadata, archive.commits)
+        return CaptureResult(
+            archive=Archive(self._out),
+            dataset=self._report,
+            stats=stats,
+            resumed=resumed,
+            notes=(*self._notes, *dataset_notes(self._report)),
+        )
+
+    def _prepare(self, sites: Mapping[str, SiteInfo]) -> Plan:
+        """Make the plan, and the archive unless it exists; an archive of another plan is refused."""
+        with workspace(self._out) as folder:
+            index = self._write_examples(folder / "examples")
+            plan = self._plan(sites, index)
+            if is_archive(self._out):
+                self._compare(plan)
+                return plan
+            save_head(self._model, folder / "head")
+            if self._tokenizer is not None:
+                self._tokenizer.save_pretrained(folder / "tokenizer")
+            create_archive(folder, self._out, plan, self._provenance())
+        return plan
+
+    def _write_examples(self, folder: Path) -> ExampleIndex:
+        tokenizer = self._tokenizer
+        writer = ExampleWriter(folder)
+        examples = read_examples(
+            self._dataset,
+            settings=self._settings.dataset_settings(),
+            tokenizer=tokenizer,
+            model_limit=token_limit(self._model),
+            vocab_size=self._model.config.get_text_config().vocab_size,
+            special_ids=frozenset(tokenizer.all_special_ids) if tokenizer is not None else frozenset(),
+            report=self._report,
+        )
+        for example in examples:
+            writer.add(example)
+        index = writer.close()
+        if index.total_rows == 0:
+            raise DatasetError(
+                f"the dataset {self._dataset if isinstance(self._dataset, str) else ''} gives no row to keep: "
+                f"{index.n_examples} examples, --positions {self._settings.positions}"
+            )
+        return index
+
+    def _plan(self, infos: Mapping[str, SiteInfo], index: ExampleIndex) -> Plan:
+        settings = self._settings
+        longest = int(index.n_tokens.max())
+        sites = plan_sites(infos, dtype=settings.dtype, codec=settings.codec, longest_example=longest)
+        most_rows = int(index.n_rows.max())
+        height = settings.rows_per_shard or shard_rows(
+            [site.row_bytes for site in sites],
+            batch_rows=min(settings.batch_tokens, index.total_rows),
+            most_rows_per_example=most_rows,
+            host_memory_bytes=settings.host_memory,
+        )
+        return Plan(
+            model=identify_model(self._model),
+            dataset={
+                "digest": index.digest,
+                "n_examples": index.n_examples,
+                "n_tokens": index.total_tokens,
+                "longest_example": longest,
+            },
+            rules=_rules(settings.dataset_settings()),
+            sites=sites,
+            rows_per_shard=height,
+            batch_tokens=settings.batch_tokens,
+            n_rows=index.total_rows,
+        )
+
+    def _compare(self, plan: Plan) -> None:
+        found = Archive(self._out).plan
+        if found.digest != plan.digest:
+            lines = "\n  ".join(found.differences(plan))
+            raise PlanError(
+                f"{self._out} was begun with another plan:\n  {lines}\n"
+                "Run it with the settings of the archive to go on, or choose another --out."
+            )
+
+    def _provenance(self) -> dict[str, Any]:
+        return {
+            "model": describe_model(self._model),
+            "tokenizer": None if self._tokenizer is None else {"id": self._tokenizer.name_or_path},
+            "dataset": dataset_identity(self._dataset, self._settings.dataset_settings()),
+            "command": self._command,
+            "seed": self._settings.seed,
+            "revision": self._settings.revision,
+            **environment(),
+        }

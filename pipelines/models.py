@@ -1,0 +1,95 @@
+"""Models and tokenizers from the hub or a folder, ready to be captured."""
+
+from pathlib import Path
+
+import torch
+import transformers
+from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from residua.pipelines.settings import CaptureSettings
+from residua.store.errors import PlanError
+
+
+def load_model(name: str, settings: CaptureSettings) -> PreTrainedModel:
+    """Load the model `name`, a hub id or a folder, in evaluation mode on its device.
+
+    The class is the one that its config names, so that heads come along; no code of the checkpoint is ever run.
+
+    Raises:
+        PlanError: There is no such model, or the device is not there; the message says what was tried.
+    """
+    device = choose_device(settings.device)
+    torch.manual_seed(settings.seed)
+    _, kind = _config_and_class(name, settings.revision)
+    try:
+        model: PreTrainedModel = kind.from_pretrained(
+            name,
+            revision=settings.revision or "main",
+            dtype=settings.model_dtype,
+            attn_implementation=settings.attn_implementation,
+        )
+    except (OSError, ValueError) as error:
+        raise _not_loaded(name, error) from error
+    model.requires_grad_(False).train(False).to(device)
+    return model
+
+
+def _config_and_class(name: str, revision: str | None) -> tuple[PreTrainedConfig, type[PreTrainedModel]]:
+    try:
+        config = AutoConfig.from_pretrained(name, revision=revision)
+    except (OSError, ValueError) as error:
+        raise _not_loaded(name, error) from error
+    wanted = (config.architectures or [""])[0]
+    kind = getattr(transformers, wanted, None)
+    if not (isinstance(kind, type) and issubclass(kind, PreTrainedModel)):
+        raise PlanError(
+            f"--model {name} names the class {wanted!r}, which transformers {transformers.__version__} does not have: "
+            "load the model yourself and pass it to residua.capture_dataset"
+        )
+    return config, kind
+
+
+def _not_loaded(name: str, error: Exception) -> PlanError:
+    where = "that folder" if Path(name).exists() else "the hub (and there is no such folder here)"
+    return PlanError(f"--model {name} could not be loaded from {where}: {error}")
+
+
+def load_tokenizer(name: str, settings: CaptureSettings) -> PreTrainedTokenizerBase | None:
+    """Load the tokenizer of `name`; None if it has none."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name, revision=settings.revision)
+    except (OSError, ValueError, KeyError):
+        return None
+    return tokenizer if isinstance(tokenizer, PreTrainedTokenizerBase) else None
+
+
+def choose_device(name: str) -> torch.device:
+    """Return the device that `name` means; ``auto`` is CUDA where there is one, else the CPU."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise PlanError(f"--device {name} is not a device: use cpu, cuda or cuda:N") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise PlanError(f"--device {name} was asked for, but torch {torch.__version__} sees no CUDA device here")
+    return device
+
+
+def token_limit(model: PreTrainedModel) -> int | None:
+    """Return the most tokens that the model takes in one example, or None if it states no limit."""
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return limit if isinstance(limit, int) and limit > 0 else None
+
+
+def load_empty_model(name: str, revision: str | None = None) -> PreTrainedModel:
+    """Build the model `name` from its config alone, without weights or memory, to ask what it looks like.
+
+    Raises:
+        PlanError: There is no such model.
+    """
+    config, kind = _config_and_class(name, revision)
+    with torch.device("meta"):
+        model: PreTrainedModel = kind._from_config(config)  # type: ignore[no-untyped-call]  # transformers leaves it bare
+    model.train(False)
+    return model

@@ -1,0 +1,138 @@
+"""What the command line prints: for people as aligned text, for machines as one JSON object."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+from residua.pipelines.progress import human_bytes
+from residua.store.summary import Summary, summarise
+
+if TYPE_CHECKING:
+    from residua.capture.siteinfo import SiteInfo
+    from residua.pipelines.capture import CaptureResult
+    from residua.store.verify import Verification
+
+
+def print_json(value: object) -> None:
+    """Print `value` as one line of JSON."""
+    print(json.dumps(value, ensure_ascii=False))
+
+
+def table(rows: Sequence[Sequence[str]], numbers: Sequence[int] = ()) -> str:
+    """Return `rows`, the first of them headings, as aligned columns; those in `numbers` stand to the right."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = []
+    for row in rows:
+        cells = [
+            cell.rjust(w) if i in numbers else cell.ljust(w)
+            for i, (cell, w) in enumerate(zip(row, widths, strict=True))
+        ]
+        lines.append("  " + "  ".join(cells).rstrip())
+    return "\n".join(lines)
+
+
+def print_capture(result: "CaptureResult", *, as_json: bool) -> None:
+    """Print what a capture did."""
+    summary, stats = summarise(result.archive), result.stats
+    if as_json:
+        figures = {**asdict(stats), "resumed": result.resumed, "notes": list(result.notes)}
+        print_json({"archive": summary.to_json(), "run": figures, "dataset": asdict(result.dataset)})
+        return
+    for note in result.notes:
+        print(f"note: {note}")
+    if result.resumed and not stats.rows:
+        print("nothing was missing: the archive is complete")
+    print(f"captured  {len(summary.sites)} sites of {summary.rows:,} rows ({summary.n_examples:,} examples)")
+    if stats.rows and stats.seconds:
+        rate = human_bytes(stats.logical_bytes / stats.seconds)
+        print(
+            f"rate      {stats.n_tokens / stats.seconds:,.0f} tokens/s, {rate}/s "
+            f"({stats.seconds:.1f} s, of which {stats.stall_seconds:.1f} s waiting for the writer)"
+        )
+    print(f"size      {human_bytes(summary.stored_bytes)}: {_per_row(summary)}, ratio {summary.ratio:.2f}")
+    print(f"place     {summary.path}")
+    _print_nonfinite(summary)
+
+
+def _per_row(summary: Summary) -> str:
+    return f"{summary.stored_bytes / max(1, summary.rows):,.0f} bytes a token"
+
+
+def _print_nonfinite(summary: Summary) -> None:
+    found = {site.name: site.n_nonfinite for site in summary.sites if site.n_nonfinite}
+    if found:
+        worst = ", ".join(f"{name} {count:,}" for name, count in found.items())
+        print(f"warning: NaN or infinite values, kept as they are: {worst}")
+
+
+def print_info(summary: Summary, *, as_json: bool) -> None:
+    """Print what an archive holds."""
+    if as_json:
+        print_json(summary.to_json())
+        return
+    total = summary.rows if summary.total_rows is None else summary.total_rows
+    state = "sealed" if summary.sealed else f"not sealed: {summary.rows:,} of {total:,} rows are captured"
+    print(f"{summary.path}  ({state})")
+    print(f"  {total:,} rows, {summary.n_examples:,} examples, {summary.n_tokens:,} tokens")
+    shards = f"{summary.shards}" if summary.sealed else f"{summary.shards} of {summary.total_shards or '?'}"
+    print(f"  {shards} shards of {summary.rows_per_shard:,} rows, plan {summary.digest[:12]}")
+    print(f"  {human_bytes(summary.stored_bytes)} on disk, ratio {summary.ratio:.2f}, {_per_row(summary)}")
+    print()
+    print(table([("site", "shape", "dtype", "codec", "size", "ratio", "error"), *_site_rows(summary)], (4, 5, 6)))
+    _print_nonfinite(summary)
+    print()
+    _print_provenance(summary.provenance)
+
+
+def _site_rows(summary: Summary) -> list[tuple[str, ...]]:
+    return [
+        (
+            site.name,
+            " x ".join(f"{size:,}" for size in site.shape),
+            site.dtype,
+            site.codec,
+            human_bytes(site.stored_bytes),
+            f"{site.ratio:.2f}",
+            "exact" if site.relative_rms_error is None else f"{site.relative_rms_error:.1e}",
+        )
+        for site in summary.sites
+    ]
+
+
+def _print_provenance(provenance: Mapping[str, Any]) -> None:
+    for key, value in provenance.items():
+        if isinstance(value, Mapping):
+            value = ", ".join(f"{name} {item}" for name, item in value.items())
+        print(f"  {key}: {value}")
+
+
+def print_verification(report: "Verification", *, as_json: bool) -> None:
+    """Print what `verify` found."""
+    if as_json:
+        print_json({**asdict(report), "sound": report.is_sound})
+        return
+    for problem in report.problems:
+        print(f"damaged: {problem.path}: {problem.what}")
+    for note in report.notes:
+        print(f"note: {note}")
+    checked = f"{report.n_files:,} files, {report.n_chunks:,} chunks, {human_bytes(report.n_bytes)} re-hashed"
+    print(f"{'sound' if report.is_sound else f'{len(report.problems)} problems'}: {checked}")
+
+
+def print_sites(model: str, sites: "Mapping[str, SiteInfo]", *, as_json: bool) -> None:
+    """Print the sites that a model has."""
+    if as_json:
+        print_json({name: {"row_shape": info.row_shape, "dtype": info.dtype} for name, info in sites.items()})
+        return
+    rows = [
+        (
+            name,
+            " x ".join("longest example" if n is None else f"{n:,}" for n in info.row_shape or ()),
+            str(info.dtype),
+            info.where,
+        )
+        for name, info in sites.items()
+    ]
+    print(f"{model}: {len(rows)} sites, and module:PATH@output or @input for any other module")
+    print(table([("site", "row", "dtype", "read from"), *rows]))

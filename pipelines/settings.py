@@ -1,0 +1,122 @@
+"""What a capture can be told: one frozen dataclass, whose fields are the command line's flags."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, Self
+
+import yaml
+
+from residua.capture.siteplans import FLOATS
+from residua.pipelines.dataset import DatasetSettings
+from residua.store.codecs import DEFAULT_PRESET, PRESETS
+from residua.store.errors import PlanError
+from residua.store.sizes import HOST_MEMORY_BYTES
+
+_MAX_CONFIG_BYTES = 1024 * 1024
+
+
+def _flag(default: Any, text: str) -> Any:
+    """Return a field whose help on the command line is `text`."""
+    return field(default=default, metadata={"help": text})
+
+
+@dataclass(frozen=True, kw_only=True)
+class CaptureSettings:
+    """How to turn a dataset into an archive. Each field is a flag of `residua capture`."""
+
+    sites: str = _flag("resid_post.*", "sites, comma separated, with patterns: 'resid_post.*,attn_out.3'")
+    dtype: str | None = _flag(None, f"data type to store: {', '.join(FLOATS)} (default: what the model computes)")
+    codec: str = _flag(DEFAULT_PRESET, f"codec preset: {', '.join(PRESETS)}")
+    split: str | None = _flag(None, "split of the dataset (default: train, or the only one)")
+    text_column: str | None = _flag(None, "column that holds the text (default: 'text', or the only text column)")
+    subset: str | None = _flag(None, "subset of a dataset on the hub")
+    dataset_revision: str | None = _flag(None, "revision of a dataset on the hub")
+    min_length: int = _flag(1, "leave out examples of fewer tokens; they are counted")
+    max_tokens: int | None = _flag(None, "stop after this many tokens of the dataset")
+    max_length: int | None = _flag(None, "tokens an example may have (default: what the model takes)")
+    long_examples: str | None = _flag(
+        None, "longer examples: refuse, split, truncate (default: split if --max-length is given, else refuse)"
+    )
+    positions: str = _flag("all", "positions to keep: all, last, every:N, column:NAME, assistant")
+    drop_special: bool = _flag(False, "keep no rows of special tokens, such as BOS")
+    batch_tokens: int = _flag(8192, "most token positions in one batch, padding included")
+    device: str = _flag("auto", "device of the model: auto, cpu, cuda, cuda:1, ...")
+    model_dtype: str = _flag("auto", f"data type to compute in: auto (the checkpoint's), {', '.join(FLOATS)}")
+    attn_implementation: str | None = _flag(None, "attention implementation: eager, sdpa, ... (default: the model's)")
+    revision: str | None = _flag(None, "revision of the model on the hub")
+    seed: int = _flag(0, "seed of everything random in the model")
+    rows_per_shard: int | None = _flag(None, "height of a shard in rows, a power of two (default: about 32 MiB)")
+    host_memory: int = _flag(HOST_MEMORY_BYTES, "bytes of host memory that staging may take")
+    threads: int = _flag(1, "threads that encode and write")
+
+    def __post_init__(self) -> None:
+        for name, value in (("dtype", self.dtype), ("model_dtype", self.model_dtype)):
+            if value is not None and value not in (*FLOATS, "auto"):
+                raise PlanError(f"--{name.replace('_', '-')} {value} is not known: choose one of {', '.join(FLOATS)}")
+        if self.codec not in PRESETS:
+            raise PlanError(f"--codec {self.codec} is not known: choose one of {', '.join(PRESETS)}")
+        for name in ("batch_tokens", "threads", "host_memory"):
+            if getattr(self, name) < 1:
+                raise PlanError(f"--{name.replace('_', '-')} is {getattr(self, name)}: it must be at least 1")
+        self.dataset_settings()
+
+    def dataset_settings(self) -> DatasetSettings:
+        """Return the part that reads the dataset."""
+        return DatasetSettings(
+            text_column=self.text_column,
+            split=self.split,
+            subset=self.subset,
+            revision=self.dataset_revision,
+            min_length=self.min_length,
+            max_tokens=self.max_tokens,
+            max_length=self.max_length,
+            long_examples=self.long_examples,
+            positions=self.positions,
+            drop_special=self.drop_special,
+        )
+
+    @classmethod
+    def from_mapping(cls, values: Mapping[str, Any]) -> Self:
+        """Return the settings that `values` spells, keys written as fields or as flags.
+
+        Raises:
+            PlanError: A key is not a setting, or a value is not of its type.
+        """
+        known = {f.name: f for f in fields(cls)}
+        named = {str(key).lstrip("-").replace("-", "_"): value for key, value in values.items()}
+        for name, value in named.items():
+            if name not in known:
+                raise PlanError(f"{name!r} is not a setting of residua capture; the settings are {', '.join(known)}")
+            if not _fits(value, str(known[name].type)):
+                raise PlanError(f"setting {name} is {value!r}: it should be {known[name].type}")
+        return cls(**named)
+
+
+def _fits(value: object, annotation: str) -> bool:
+    names = {"str": str, "int": int, "bool": bool, "None": type(None)}
+    allowed = tuple(names[part.strip()] for part in _type_name(annotation).split("|"))
+    return isinstance(value, allowed) and (bool in allowed or not isinstance(value, bool))
+
+
+def _type_name(annotation: str) -> str:
+    return annotation.removeprefix("<class '").removesuffix("'>")
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """Return the settings in a YAML or JSON file.
+
+    Raises:
+        PlanError: The file is not a flat mapping of settings; nothing in it is ever executed.
+    """
+    if not path.is_file():
+        raise PlanError(f"--config {path}: there is no such file")
+    if path.stat().st_size > _MAX_CONFIG_BYTES:
+        raise PlanError(f"--config {path} is over 1 MiB: it should hold settings")
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+        raise PlanError(f"--config {path} is neither YAML nor JSON: {error}") from error
+    if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
+        raise PlanError(f"--config {path} should be a mapping of settings, for example 'max-length: 128'")
+    return values

@@ -1,0 +1,199 @@
+"""Verification: re-read everything that an archive holds and name what is damaged.
+
+Every chunk is re-hashed against its crc32c, every shard file against its commit, every small file against the
+SHA-256 in the metadata, and the row columns against the example table, so that rows and texts belong together.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from residua.store.archive import Archive
+from residua.store.commits import FOLDER, Commit
+from residua.store.errors import ResiduaError
+from residua.store.examples import ExampleIndex
+from residua.store.metadata import ROOT, file_digest
+from residua.store.shard import check_shard, shard_path
+from residua.store.spec import ArraySpec
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One thing that is wrong: the file, inside the archive where it has a name there, and what about it."""
+
+    path: str
+    what: str
+
+
+@dataclass(kw_only=True)
+class Verification:
+    """What a verification found.
+
+    Attributes:
+        problems: What is damaged; empty for a sound archive.
+        notes: What is worth knowing and no damage, for example that the archive is not sealed.
+        n_files: Files that were re-hashed.
+        n_chunks: Chunks that were re-hashed.
+        n_bytes: Bytes that were re-hashed.
+    """
+
+    problems: list[Problem] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    n_files: int = 0
+    n_chunks: int = 0
+    n_bytes: int = 0
+
+    @property
+    def is_sound(self) -> bool:
+        """Whether nothing is damaged."""
+        return not self.problems
+
+
+def verify(path: str | Path, *, on_shard: Callable[[int, int], None] = lambda *_: None) -> Verification:
+    """Re-hash everything in the archive at `path`.
+
+    Args:
+        path: Folder of the archive.
+        on_shard: Called with the shards done and in all, after each.
+
+    Returns:
+        What was found; nothing is raised for damage.
+
+    Raises:
+        FileNotFoundError: There is no archive at `path`.
+    """
+    report = Verification()
+    try:
+        archive = Archive(path)
+        commits = archive.commits
+    except (ResiduaError, ValueError) as error:
+        report.problems.append(Problem(str(path), str(error)))
+        return report
+    _Check(archive, report).run(commits, on_shard)
+    return report
+
+
+class _Check:
+    """One verification under way."""
+
+    def __init__(self, archive: Archive, report: Verification) -> None:
+        self._archive = archive
+        self._root = archive.path
+        self._plan = archive.plan
+        self._report = report
+        self._known = {ROOT}
+
+    def run(self, commits: Mapping[int, Commit], on_shard: Callable[[int, int], None]) -> None:
+        """Check everything, in the order in which damage explains damage."""
+        self._side_files(commits)
+        index = self._examples()
+        for done, (shard, commit) in enumerate(sorted(commits.items()), start=1):
+            self._shard(shard, commit, index)
+            on_shard(done, len(commits))
+        if not self._archive.is_sealed:
+            self._report.notes.append(f"the archive is not sealed: {self._archive.progress.rows:,} rows are captured")
+        self._strangers(commits)
+
+    def _problem(self, path: str | Path, what: str) -> None:
+        path = Path(path)
+        inside = path.relative_to(self._root) if path.is_relative_to(self._root) else path
+        self._report.problems.append(Problem(inside.as_posix(), what))
+
+    def _side_files(self, commits: Mapping[int, Commit]) -> None:
+        expected = dict(self._archive.metadata.files)
+        for commit in commits.values():
+            expected.update({f"examples/{name}": digest for name, digest in commit.examples.items()})
+        for name, digest in expected.items():
+            path = self._root / name
+            self._known.add(name)
+            if not path.is_file():
+                self._problem(name, "the file is missing: restore it from a copy")
+            elif file_digest(path) != digest:
+                self._problem(name, "the file was altered (its SHA-256 differs): restore it from a copy")
+            else:
+                self._count(path)
+
+    def _examples(self) -> ExampleIndex | None:
+        """Return the example table's index, once its content is what was written."""
+        try:
+            table = self._archive.example_table
+            found = table.verify().hexdigest()
+        except (ResiduaError, OSError) as error:
+            self._problem("examples", str(error))
+            return None
+        source = self._archive.metadata.sealed or self._plan.dataset
+        expected = source.get("examples", source.get("digest"))
+        if expected is not None and found != expected:
+            self._problem("examples", f"the examples' digest is {found[:12]}, the archive was made for {expected}")
+            return None
+        return table.index()
+
+    def _shard(self, shard: int, commit: Commit, index: ExampleIndex | None) -> None:
+        specs = {spec.path: spec for spec in self._plan.arrays}
+        first = shard * self._plan.rows_per_shard
+        stop = min(self._archive.n_rows, first + self._plan.rows_per_shard)
+        name = f"{FOLDER}/{commit.name}"
+        if commit.rows != (first, stop) or commit.arrays.keys() != specs.keys():
+            self._problem(name, f"it does not name rows {first:,} to {stop:,} of every array")
+            return
+        before = len(self._report.problems)
+        for spec in specs.values():
+            self._shard_file(spec, commit)
+        if index is not None and len(self._report.problems) == before:
+            self._rows(first, stop, index, name)
+
+    def _shard_file(self, spec: ArraySpec, commit: Commit) -> None:
+        path = shard_path(self._root, spec, commit.shard)
+        n_rows = commit.rows[1] - commit.rows[0]
+        try:
+            digest = check_shard(path, spec, n_rows)
+        except (ResiduaError, OSError) as error:
+            self._problem(path, str(error))
+            return
+        if digest != commit.arrays[spec.path].digest:
+            self._problem(path, "the shard is whole, but not the one that was committed: restore it from a copy")
+            return
+        self._count(path)
+        self._report.n_chunks += -(-n_rows // spec.rows_per_chunk)
+
+    def _rows(self, first: int, stop: int, index: ExampleIndex, name: str) -> None:
+        """Compare the row columns with the example table."""
+        rows = np.arange(first, stop)
+        columns = self._archive.rows
+        example = np.searchsorted(index.first_row, rows, side="right") - 1
+        tokens, positions = [], []
+        for number in np.unique(example).tolist():
+            start, end = (int(row) for row in index.first_row[number : number + 2])
+            at = self._archive.example_table.positions(number)[max(first, start) - start : min(stop, end) - start]
+            positions.append(at)
+            tokens.append(self._archive.example_table.tokens(number)[at])
+        for column, values in (
+            (columns.example, example),
+            (columns.position, np.concatenate(positions)),
+            (columns.token, np.concatenate(tokens)),
+        ):
+            if not np.array_equal(column[first:stop], values):
+                self._problem(name, f"{column.name} of rows {first:,} to {stop:,} is not what the example table says")
+
+    def _strangers(self, commits: Mapping[int, Commit]) -> None:
+        """Name files that no record knows; those of a run that was killed are no damage."""
+        known = self._known | {f"{FOLDER}/{commit.name}" for commit in commits.values()}
+        for spec in self._plan.arrays:
+            known.add(f"{spec.path}/{ROOT}")
+            known.update(shard_path(Path(), spec, shard).as_posix() for shard in commits)
+        for path in sorted(self._root.rglob("*")):
+            name = path.relative_to(self._root).as_posix()
+            if name in known or path.is_dir():
+                continue
+            if path.name.endswith(".tmp"):
+                self._report.notes.append(f"{name} is a temporary of a run that was killed; the next run removes it")
+            elif any(name.startswith(f"{spec.path}/c/") for spec in self._plan.arrays):
+                self._report.notes.append(f"{name} belongs to a shard without a commit; it will be written again")
+            elif path.name != ROOT:
+                self._problem(name, "no record of the archive knows this file: remove it")
+
+    def _count(self, path: Path) -> None:
+        self._report.n_files += 1
+        self._report.n_bytes += path.stat().st_size
