@@ -48,6 +48,7 @@ def _rounded(bits: int, error: str) -> Preset:
     )
 
 
+DEFAULT_PRESET = "fast"
 INT8 = "int8-block32"
 PRESETS: Mapping[str, Preset] = MappingProxyType(
     {
