@@ -107,9 +107,7 @@ def loss_table(held_out: dict[str, Any]) -> str:
 
 def score_table(scores: list[list[float]]) -> str:
     """Lay out one score a head, one row a layer."""
-    return "\n".join(
-        table_row(layer, [f"{score:.2f}" for score in heads]) for layer, heads in enumerate(scores)
-    )
+    return "\n".join(table_row(layer, [f"{score:.2f}" for score in heads]) for layer, heads in enumerate(scores))
 
 
 def write_card(figures: dict[str, Any], prompt: str) -> str:

@@ -110,15 +110,11 @@ def train_text(
             if step % 100 == 0:
                 held_out_loss, _ = text_loss(model, held_out, 128, bos=True)
                 induction = best_score(repeat_scores(model, n_examples=8).induction)
-                bar.set_postfix(
-                    loss=f"{loss:.2f}", held_out=f"{held_out_loss:.3f}", induction=f"{induction:.2f}"
-                )
+                bar.set_postfix(loss=f"{loss:.2f}", held_out=f"{held_out_loss:.3f}", induction=f"{induction:.2f}")
     return model
 
 
-def held_out_figures(
-    model: LlamaForCausalLM, tokens: TokenIds, n_bytes: int, unigram: float
-) -> dict[str, Any]:
+def held_out_figures(model: LlamaForCausalLM, tokens: TokenIds, n_bytes: int, unigram: float) -> dict[str, Any]:
     """Measure the loss on the held-out text in windows of 128 tokens and of the whole context."""
     figures: dict[str, Any] = {"n_tokens": len(tokens), "n_bytes": n_bytes, "unigram_loss": unigram}
     for n_positions in (128, model.config.max_position_embeddings):

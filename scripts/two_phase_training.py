@@ -126,9 +126,7 @@ def text_windows(rng: np.random.Generator, tokens: TokenIds, shape: tuple[int, i
     return windows
 
 
-def mixed_batch(
-    rng: np.random.Generator, recipe: Recipe, tokens: TokenIds, shape: tuple[int, int]
-) -> TokenIds:
+def mixed_batch(rng: np.random.Generator, recipe: Recipe, tokens: TokenIds, shape: tuple[int, int]) -> TokenIds:
     """Draw a batch of phase 2: repeats and text, each sequence with or without its BOS."""
     n_examples, n_tokens = shape
     n_repeated = round(n_examples * recipe.repeat_share)
@@ -172,9 +170,7 @@ def start_circuit(recipe: Recipe) -> LlamaForCausalLM:
     return model
 
 
-def train_circuit_(
-    model: LlamaForCausalLM, recipe: Recipe, rng: np.random.Generator
-) -> Iterator[tuple[int, float]]:
+def train_circuit_(model: LlamaForCausalLM, recipe: Recipe, rng: np.random.Generator) -> Iterator[tuple[int, float]]:
     """Phase 1: train on repeated tokens, yielding step and loss after each step; stop by leaving the loop."""
     optimizers = make_optimizers(model, recipe, weight_decay=0.0)
     # Half a window at most, so that every sequence holds a whole repeat.

@@ -223,7 +223,7 @@ def test_what_it_writes_is_made_of_its_own_text(model: Any, tokenizer: Any, trai
     tokens_BT = model.generate(**prompt, max_new_tokens=120, do_sample=True, temperature=0.7)
     words = tokenizer.decode(tokens_BT[0]).split()
     known = set(train_text.split())
-    assert np.mean([word in known for word in words]) > 0.6
+    assert np.mean([word in known for word in words]) > 0.7
 
 
 def test_the_card_quotes_the_report(report: dict[str, Any]) -> None:
