@@ -1,0 +1,231 @@
+"""The whole job, against transformers' own hidden states in batches that the format page alone defines."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import zarr
+from transformers import PreTrainedModel
+
+import residua
+from residua.pipelines.capture import CaptureResult, capture_dataset
+from residua.store.errors import DatasetError, PlanError, UnknownSiteError
+from tests.models import LAYERS, TINY, VOCABULARY
+
+HEIGHT = 16
+BATCH_TOKENS = 48
+LENGTHS = (5, 3, 21, 21, 2, 9, 40, 7, 7, 7, 1, 12, 30, 4)
+
+
+@pytest.fixture(scope="module")
+def tokens() -> list[list[int]]:
+    rng = np.random.default_rng(5)
+    return [rng.integers(3, VOCABULARY, length).tolist() for length in LENGTHS]
+
+
+@pytest.fixture(scope="module")
+def llama() -> PreTrainedModel:
+    return TINY["llama"]()
+
+
+def capture(model: PreTrainedModel, dataset: Any, out: Path, **options: Any) -> CaptureResult:
+    settings = {"rows_per_shard": HEIGHT, "batch_tokens": BATCH_TOKENS, **options}
+    return capture_dataset(model, dataset, out=out, **settings)
+
+
+def batches_by_the_format_page(lengths: list[int]) -> Iterator[list[int]]:
+    """Yield the examples of each batch as store/FORMAT.md says, from lengths alone (all positions kept)."""
+    first_row = np.concatenate([[0], np.cumsum(lengths)])
+    for shard in range(-(-int(first_row[-1]) // HEIGHT)):
+        group = [i for i in range(len(lengths)) if first_row[i] // HEIGHT == shard]
+        group.sort(key=lambda i: -lengths[i])
+        while group:
+            n = max(1, BATCH_TOKENS // lengths[group[0]])
+            yield group[:n]
+            group = group[n:]
+
+
+def hidden_states(model: PreTrainedModel, tokens: list[list[int]]) -> list[torch.Tensor]:
+    """Return transformers' hidden states, layer by layer, as (rows, width), in batches as captured."""
+    per_example: dict[int, list[torch.Tensor]] = {}
+    for batch in batches_by_the_format_page([len(ids) for ids in tokens]):
+        longest = max(len(tokens[i]) for i in batch)
+        ids = torch.zeros(len(batch), longest, dtype=torch.long)
+        mask = torch.zeros_like(ids)
+        for b, i in enumerate(batch):
+            ids[b, : len(tokens[i])] = torch.tensor(tokens[i])
+            mask[b, : len(tokens[i])] = 1
+        positions = (mask.cumsum(-1) - 1).clamp_min(0)
+        with torch.no_grad():
+            output = model(
+                input_ids=ids, attention_mask=mask, position_ids=positions, output_hidden_states=True, use_cache=False
+            )
+        for b, i in enumerate(batch):
+            per_example[i] = [layer[b, : len(tokens[i])] for layer in output.hidden_states]
+    return [torch.cat([per_example[i][layer] for i in range(len(tokens))]) for layer in range(LAYERS)]
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gpt_neox"])
+@pytest.mark.parametrize("codec", ["raw", "fast", "small"])
+def test_rows_are_the_hidden_states_bit_for_bit(name: str, codec: str, tokens: list[list[int]], tmp_path: Path) -> None:
+    model = TINY[name]()
+    expected = hidden_states(model, tokens)
+    archive = capture(model, tokens, tmp_path / "a.zarr", sites="resid_pre.*", codec=codec).archive
+    assert archive.is_sealed
+    assert archive.n_rows == sum(LENGTHS)
+    group = zarr.open_group(str(tmp_path / "a.zarr"), mode="r")
+    for layer in range(LAYERS):
+        stored = archive[f"resid_pre.{layer}"]
+        assert torch.equal(stored.torch(), expected[layer])
+        assert np.array_equal(group[f"sites/resid_pre/{layer}"][...], expected[layer].numpy())
+
+
+def test_bfloat16_is_torchs_rounding(llama: PreTrainedModel, tokens: list[list[int]], tmp_path: Path) -> None:
+    archive = capture(llama, tokens, tmp_path / "a.zarr", sites="resid_pre.1", dtype="bfloat16").archive
+    stored = archive["resid_pre.1"].torch()
+    assert stored.dtype == torch.bfloat16
+    assert torch.equal(stored, hidden_states(llama, tokens)[1].to(torch.bfloat16))
+
+
+def test_row_columns_say_what_each_row_is(llama: PreTrainedModel, tokens: list[list[int]], tmp_path: Path) -> None:
+    archive = capture(llama, tokens, tmp_path / "a.zarr", sites="embed").archive
+    assert archive.rows.token[...].tolist() == [token for ids in tokens for token in ids]
+    assert archive.rows.position[...].tolist() == [i for ids in tokens for i in range(len(ids))]
+    assert archive.rows.example[...].tolist() == [i for i, ids in enumerate(tokens) for _ in ids]
+    table = archive.examples.to_pydict()
+    assert table["input_ids"] == tokens
+    assert table["n_tokens"] == list(LENGTHS)
+    embedding = llama.get_input_embeddings().weight[torch.from_numpy(archive.rows.token[...]).long()]
+    assert torch.equal(archive["embed"].torch(), embedding.detach())
+
+
+@pytest.mark.parametrize(
+    ("rule", "kept"),
+    [("last", lambda n: [n - 1]), ("every:4", lambda n: list(range(0, n, 4))), ("all", lambda n: list(range(n)))],
+)
+def test_position_rules_choose_rows(
+    rule: str, kept: Any, llama: PreTrainedModel, tokens: list[list[int]], tmp_path: Path
+) -> None:
+    whole = capture(llama, tokens, tmp_path / "all.zarr", sites="resid_post.1", rows_per_shard=1024).archive
+    some = capture(
+        llama, tokens, tmp_path / "some.zarr", sites="resid_post.1", rows_per_shard=1024, positions=rule
+    ).archive
+    first = np.cumsum([0, *LENGTHS])
+    rows = [int(first[i]) + p for i, n in enumerate(LENGTHS) for p in kept(n)]
+    assert np.array_equal(some["resid_post.1"][...], whole["resid_post.1"][rows])
+
+
+def test_example_returns_the_rows_of_every_site(
+    llama: PreTrainedModel, tokens: list[list[int]], tmp_path: Path
+) -> None:
+    archive = capture(llama, tokens, tmp_path / "a.zarr", sites="resid_post.*,q.0,pattern.1,logits_top3").archive
+    found = archive.example(6)
+    assert found["resid_post.2"].shape == (40, 32)
+    assert found["q.0"].shape == (40, 4, 8)
+    assert found["pattern.1"].shape == (40, 4, 40)
+    assert np.allclose(found["pattern.1"].sum(-1), 1, atol=1e-6)
+    assert found["logits_top3.indices"].dtype == np.int32
+    short = archive.example(4)["pattern.1"]
+    assert not short[..., 2:].any(), "what lies past an example's end is zero"
+
+
+def test_a_second_run_finds_nothing_to_do(llama: PreTrainedModel, tokens: list[list[int]], tmp_path: Path) -> None:
+    capture(llama, tokens, tmp_path / "a.zarr", sites="resid_post.*")
+    again = capture(llama, tokens, tmp_path / "a.zarr", sites="resid_post.*")
+    assert again.resumed
+    assert again.stats.rows == 0
+
+
+@pytest.mark.parametrize(
+    ("changed", "named"),
+    [
+        ({"sites": "resid_post.1"}, "sites.resid_post.0"),
+        ({"codec": "raw"}, "codec"),
+        ({"dtype": "bfloat16"}, "dtype"),
+        ({"positions": "last"}, "rules.positions"),
+        ({"batch_tokens": 64}, "batch_tokens"),
+        ({"rows_per_shard": 32}, "rows_per_shard"),
+        ({"attn": "eager"}, "model.attention"),
+    ],
+)
+def test_another_plan_is_refused_and_the_field_named(
+    changed: dict[str, Any], named: str, tokens: list[list[int]], tmp_path: Path
+) -> None:
+    model = TINY["llama"]()
+    capture(model, tokens, tmp_path / "a.zarr", sites="resid_post.*")
+    if "attn" in changed:
+        model.set_attn_implementation(changed["attn"])
+        changed = {}
+    with pytest.raises(PlanError, match=named):
+        capture(model, tokens, tmp_path / "a.zarr", **{"sites": "resid_post.*", **changed})
+
+
+def test_other_weights_and_other_data_are_refused(tokens: list[list[int]], tmp_path: Path) -> None:
+    model = TINY["llama"]()
+    capture(model, tokens, tmp_path / "a.zarr", sites="resid_post.0")
+    with pytest.raises(PlanError, match=r"dataset\.digest"):
+        capture(model, [*tokens[:-1], [3, 3, 3, 3]], tmp_path / "a.zarr", sites="resid_post.0")
+    with torch.no_grad():
+        next(model.parameters())[0, 0] += 1
+    with pytest.raises(PlanError, match=r"model\.weights"):
+        capture(model, tokens, tmp_path / "a.zarr", sites="resid_post.0")
+
+
+def test_a_folder_of_the_users_is_never_overwritten(
+    llama: PreTrainedModel, tokens: list[list[int]], tmp_path: Path
+) -> None:
+    (tmp_path / "thesis.tex").write_text("years of work")
+    with pytest.raises(FileExistsError, match="exists and is not"):
+        capture(llama, tokens, tmp_path, sites="embed")
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+def test_bad_requests_quote_the_users_words(llama: PreTrainedModel, tmp_path: Path) -> None:
+    with pytest.raises(UnknownSiteError, match=r"resid_pots\.1"):
+        capture(llama, [[5]], tmp_path / "a.zarr", sites="resid_pots.1")
+    with pytest.raises(DatasetError, match="no example"):
+        capture(llama, [], tmp_path / "a.zarr")
+    with pytest.raises(DatasetError, match=r"70|64"):
+        capture(llama, [[5] * 70], tmp_path / "a.zarr")
+    with pytest.raises(PlanError, match="not a setting"):
+        capture(llama, [[5]], tmp_path / "a.zarr", site="embed")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_nan_and_infinity_are_kept_and_counted(tokens: list[list[int]], tmp_path: Path) -> None:
+    model = TINY["llama"]()
+    token = tokens[3][0]
+    with torch.no_grad():
+        model.get_input_embeddings().weight[token, 0] = torch.nan
+        model.get_input_embeddings().weight[token, 1] = torch.inf
+    result = capture(model, tokens, tmp_path / "a.zarr", sites="embed", dtype="bfloat16")
+    occurrences = sum(ids.count(token) for ids in tokens)
+    assert result.stats.n_nonfinite["sites/embed"] == 2 * occurrences
+    rows = np.flatnonzero(result.archive.rows.token[...] == token)
+    kept = result.archive["embed"].numpy(rows, dtype="float32")
+    assert np.isnan(kept[:, 0]).all()
+    assert np.isposinf(kept[:, 1]).all()
+
+
+def test_the_users_columns_come_along(llama: PreTrainedModel, tmp_path: Path) -> None:
+    data = [{"input_ids": [5, 6, 7], "label": "cat"}, {"input_ids": [8, 9], "label": "dog"}]
+    archive = capture(llama, data, tmp_path / "a.zarr", sites="resid_post.0").archive
+    assert archive.examples.column("label").to_pylist() == ["cat", "dog"]
+
+
+def test_the_model_is_left_as_it_was(llama: PreTrainedModel, tokens: list[list[int]], tmp_path: Path) -> None:
+    hooks = [(name, len(m._forward_hooks), len(m._forward_pre_hooks)) for name, m in llama.named_modules()]
+    before = llama.config._attn_implementation
+    capture(llama, tokens, tmp_path / "a.zarr", sites="pattern.*,resid_post.*")
+    assert hooks == [(name, len(m._forward_hooks), len(m._forward_pre_hooks)) for name, m in llama.named_modules()]
+    assert llama.config._attn_implementation == before
+
+
+def test_opening_is_lazy_and_public(llama: PreTrainedModel, tokens: list[list[int]], tmp_path: Path) -> None:
+    capture(llama, tokens, tmp_path / "a.zarr", sites="resid_post.*")
+    archive = residua.open(tmp_path / "a.zarr")
+    assert archive.sites == ("resid_post.0", "resid_post.1", "resid_post.2")
+    assert archive["resid_post.0"].shape == (sum(LENGTHS), 32)
