@@ -9,6 +9,7 @@ from safetensors.torch import save
 from torch import nn
 
 from residua.capture.anatomy import Anatomy, anatomy_of
+from residua.capture.architectures import Family
 from residua.store.files import write_file
 from residua.store.headspec import CONFIG_FILE, HEAD_FILE, PARAMETERS_FILE, HeadSpec
 
@@ -27,7 +28,7 @@ def save_head(model: nn.Module, folder: Path) -> bool:
     anatomy = anatomy_of(model)
     if anatomy is None or anatomy.family is None or _unembedding(anatomy) is None:
         return False
-    spec, modules = _described(anatomy)
+    spec, modules = _described(anatomy, anatomy.family)
     tensors = {
         f"{name}.{kind}": tensor.detach().cpu().contiguous()
         for name, module in modules.items()
@@ -45,13 +46,13 @@ def _unembedding(anatomy: Anatomy) -> nn.Module | None:
     return head
 
 
-def _described(anatomy: Anatomy) -> tuple[HeadSpec, dict[str, nn.Module]]:
+def _described(anatomy: Anatomy, family: Family) -> tuple[HeadSpec, dict[str, nn.Module]]:
     """What ``head.json`` says, and the modules whose parameters go beside it."""
-    norm = _part(anatomy.model.base_model, anatomy.family and anatomy.family.final_norm)
-    transform = _part(anatomy.model, anatomy.family and anatomy.family.transform)
+    norm = _part(anatomy.model.base_model, family.final_norm)
+    transform = _part(anatomy.model, family.transform)
     modules = {
         "norm": norm,
-        "project_out": _part(anatomy.model.base_model, anatomy.family and anatomy.family.project_out),
+        "project_out": _part(anatomy.model.base_model, family.project_out),
         "transform.dense": _part(transform, "dense"),
         "transform.norm": _part(transform, "LayerNorm"),
         "unembed": _unembedding(anatomy),
@@ -59,7 +60,7 @@ def _described(anatomy: Anatomy) -> tuple[HeadSpec, dict[str, nn.Module]]:
     spec = HeadSpec(
         norm="none" if norm is None else "layer" if isinstance(norm, nn.LayerNorm) else "rms",
         eps=_eps(norm),
-        weight_offset=anatomy.family.norm_offset if anatomy.family else 0.0,
+        weight_offset=family.norm_offset,
         activation=None if transform is None else anatomy.config.hidden_act,
         transform_eps=_eps(modules["transform.norm"]),
         softcap=getattr(anatomy.config, "final_logit_softcapping", None),

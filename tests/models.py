@@ -4,6 +4,7 @@ Every model is in evaluation mode and float32, seeded, with weights large enough
 uniform. `TINY` maps a name to a function that builds it anew.
 """
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -35,6 +36,7 @@ _GPT: dict[str, Any] = {
     **_IDS,
 }
 _NO_DROPOUT: dict[str, Any] = {"resid_pdrop": 0.0, "embd_pdrop": 0.0}
+_QUERY_OR_KEY = re.compile(r"q_proj|k_proj|qkv|query|key|c_attn")
 
 
 def _build(make: type[PreTrainedModel], config: PreTrainedConfig) -> PreTrainedModel:
@@ -44,11 +46,13 @@ def _build(make: type[PreTrainedModel], config: PreTrainedConfig) -> PreTrainedM
     model.train(False)
     generator = torch.Generator().manual_seed(2)
     with torch.no_grad():
-        for parameter in model.parameters():
+        for name, parameter in model.named_parameters():
             if parameter.ndim >= 2:
-                parameter.mul_(6.0)
+                parameter.mul_(30.0 if _QUERY_OR_KEY.search(name) else 8.0)
             else:  # norms and biases away from 1 and 0, so that leaving one out is seen
                 parameter.add_(0.2 * torch.randn(parameter.shape, generator=generator))
+            if name.endswith("q_norm.weight"):
+                parameter.add_(2.0)
     torch.random.set_rng_state(state)
     return model
 

@@ -1,0 +1,81 @@
+"""What several tests of the taps share: a padded batch and every site of a tiny model, read once."""
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from residua.capture.inputs import PaddedBatch, forward_kwargs, padded_batch
+from residua.capture.sites import model_sites
+from residua.capture.taps import reading
+from tests.models import ODD, TINY, VOCABULARY
+
+torch.set_num_threads(1)
+
+LENGTHS = (11, 4, 7)
+
+
+def sequences() -> list[list[int]]:
+    rng = np.random.default_rng(3)
+    return [rng.integers(3, VOCABULARY, size=length).tolist() for length in LENGTHS]
+
+
+def batch(side: str = "right") -> PaddedBatch:
+    return padded_batch(sequences(), side="left" if side == "left" else "right")
+
+
+def run(model: PreTrainedModel, padded: PaddedBatch | None = None, **options: bool) -> Tensor:
+    """Logits of one forward call without gradients."""
+    padded = padded or batch()
+    with torch.no_grad():
+        logits = model(**forward_kwargs(model, padded.input_ids, padded.attention_mask), **options).logits
+    assert isinstance(logits, Tensor)
+    return logits
+
+
+@contextmanager
+def attention(model: PreTrainedModel, implementation: str) -> Iterator[None]:
+    """Let a model use an attention implementation, set in the way its users do."""
+    before = model.config._attn_implementation or "eager"
+    model.set_attn_implementation(implementation)
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(before)
+
+
+@dataclass(frozen=True)
+class Reading:
+    """A model, what it gave, and the value of every site that was read."""
+
+    model: PreTrainedModel
+    logits: Tensor
+    sites: dict[str, Tensor]
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.sites[name]
+
+
+def read(model: PreTrainedModel, sites: Iterable[str], padded: PaddedBatch | None = None) -> Reading:
+    values: dict[str, Tensor] = {}
+
+    def keep(name: str, tensor: Tensor) -> None:
+        assert name not in values
+        values[name] = tensor.clone()
+
+    with reading(model, sites, keep) as taps:
+        logits = run(model, padded)
+        taps.end_forward()
+    return Reading(model, logits, values)
+
+
+@cache
+def everything(name: str, dtype: torch.dtype = torch.float32) -> Reading:
+    """Every canonical site of a tiny model, under eager attention, with padding on the left."""
+    model = {**TINY, **ODD}[name]().to(dtype)  # type: ignore[no-untyped-call]  # transformers leaves it bare
+    return read(model, model_sites(model), batch("left"))
