@@ -31,6 +31,7 @@ _KINDS = {
     ".text": "text",
     ".arrow": "arrow",
 }
+_LONG_COLUMNS = ("input_ids", "attention_mask")
 _COMPRESSED = (".gz", ".zst", ".xz", ".bz2")
 
 
@@ -174,8 +175,22 @@ def _arrow_rows(name: str, dataset: Any) -> Rows:
     return Rows(
         columns=first.schema.names,
         text_columns=[field.name for field in first.schema if any(test(field.type) for test in text)],
-        rows=(row for table in chain([first], tables) for row in table.to_pylist()),
+        rows=(row for table in chain([first], tables) for row in _table_rows(table)),
     )
+
+
+def _table_rows(table: Any) -> Iterator[Row]:
+    """Yield the rows one by one, since a table of long examples is many times larger as Python numbers."""
+    columns = {name: table.column(name) for name in table.schema.names}
+    for i in range(len(table)):
+        yield {name: _cell(name, column[i]) for name, column in columns.items()}
+
+
+def _cell(name: str, scalar: Any) -> Any:
+    values = scalar.values if name in _LONG_COLUMNS and hasattr(scalar, "values") else None
+    if values is None or values.null_count:
+        return scalar.as_py()
+    return values.to_numpy(zero_copy_only=False)
 
 
 def _peek_rows(name: str, rows: Iterator[Row]) -> Rows:

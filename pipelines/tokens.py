@@ -1,22 +1,26 @@
 """From rows of a dataset to token ids: texts and chats through the tokenizer, token lists after a check.
 
-What a row's content is follows from the first row: the column that was asked for, or ``input_ids``, ``text``,
-``messages``, or the only text column there is. Every other column is carried along.
+Every row comes out, in order; one without tokens comes out empty. Columns that were not used are carried along.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol, cast
+from typing import Any, Protocol, TypeAlias, cast
 
 import numpy as np
 
+from residua.pipelines.content import Content, find_content, kind_of
 from residua.pipelines.positions import BoolArray, IntArray, PositionRule, marks_of
 from residua.pipelines.sources import Row, Rows
 from residua.store.errors import DatasetError
 
 _TEXTS_AT_ONCE = 256
-_CHARACTERS_AT_ONCE = 2**22
+_LETTERS_AT_ONCE = 2**22  # or token ids: what bounds memory where rows are long
 _MAX_ID = 2**31 - 1
+_GENERATION = re.compile(r"\{%[-+]?\s*generation\b")
+
+_Encoded: TypeAlias = list[tuple[IntArray, BoolArray | None]]
 
 
 class Tokenizer(Protocol):
@@ -52,44 +56,6 @@ class Source:
     n_padding: int = 0
 
 
-@dataclass(frozen=True, kw_only=True)
-class Content:
-    """Which column holds a row's content, and as what."""
-
-    kind: Literal["text", "chat", "ids"]
-    column: str
-
-
-def find_content(rows: Rows, first: Row, text_column: str | None) -> Content:
-    """Find the column that holds the content; `first` is the first row.
-
-    Raises:
-        DatasetError: The column that was asked for is not there, or none suggests itself.
-    """
-    found = ", ".join(rows.columns)
-    if text_column is not None and text_column not in rows.columns:
-        raise DatasetError(f"there is no column {text_column!r}: the dataset has {found}; name one with text_column")
-    if text_column is not None:
-        return Content(kind=_kind_of(first.get(text_column)), column=text_column)
-    for column, kind in (("input_ids", "ids"), ("text", "text"), ("messages", "chat")):
-        if column in rows.columns and (kind != "chat" or _kind_of(first.get(column)) == "chat"):
-            return Content(kind=kind, column=column)  # type: ignore[arg-type]  # a literal of the tuple above
-    if len(rows.text_columns) == 1:
-        return Content(kind="text", column=rows.text_columns[0])
-    raise DatasetError(
-        f"there is no column 'text', and {len(rows.text_columns)} columns hold text: the dataset has {found}; "
-        "name one with text_column"
-    )
-
-
-def _kind_of(value: object) -> Literal["text", "chat", "ids"]:
-    if value is None or isinstance(value, str):
-        return "text"
-    if isinstance(value, list | tuple) and value and isinstance(value[0], Mapping):
-        return "chat"
-    return "ids"
-
-
 class Tokens:
     """Turns rows into sources, in order; texts and chats are tokenized some hundreds at a time.
 
@@ -122,7 +88,7 @@ class Tokens:
     def __iter__(self) -> Iterator[Source]:
         """Yield the sources; raises DatasetError naming the row that cannot be used."""
         content: Content | None = None
-        for batch in _batches(enumerate(self._rows.rows), self._size):
+        for batch in _batches(enumerate(self._rows.rows)):
             content = content or self._content(batch[0][1])
             yield from self._tokenized(content, batch)
 
@@ -148,27 +114,25 @@ class Tokens:
                 "of chats with text_column, or for token ids give the mask as a column and say column:NAME"
             )
         # Without this mark the library returns a mask of zeros and a log line.
-        if "generation" not in str(getattr(self._tokenizer, "chat_template", "")):
+        if not _GENERATION.search(str(getattr(self._tokenizer, "chat_template", ""))):
             raise DatasetError(
                 "positions assistant: the tokenizer's chat template does not mark the assistant's turns with "
                 "{% generation %}; use a template that does, or another position rule"
             )
 
-    def _size(self, row: Row) -> int:
-        value = row.get(self._text_column or "text")
-        return len(value) if isinstance(value, str) else 0
-
     def _tokenized(self, content: Content, batch: Sequence[tuple[int, Row]]) -> Iterator[Source]:
         values = [_value(row, content.column, number) for number, row in batch]
         numbers = [number for number, _ in batch]
-        if content.kind == "ids":
-            encoded = [(self._ids(value, number), None) for value, number in zip(values, numbers, strict=True)]
-        elif content.kind == "chat":
-            encoded = self._chats(values, numbers, content.column)
-        else:
-            encoded = self._texts(values, numbers, content.column)
+        encoded = self._encoded(content, values, numbers)
         for (number, row), (input_ids, marked) in zip(batch, encoded, strict=True):
             yield self._source(number, row, content, input_ids, marked)
+
+    def _encoded(self, content: Content, values: Sequence[object], numbers: Sequence[int]) -> _Encoded:
+        if content.kind == "text":
+            return self._texts(values, numbers, content.column)
+        if content.kind == "chat":
+            return self._chats(values, numbers, content.column)
+        return [(self._ids(value, number), None) for value, number in zip(values, numbers, strict=True)]
 
     def _source(self, number: int, row: Row, content: Content, input_ids: IntArray, marked: BoolArray | None) -> Source:
         used = {content.column, self._rule.column}
@@ -187,9 +151,7 @@ class Tokens:
             n_padding=input_ids.size - (own.stop - own.start),
         )
 
-    def _texts(
-        self, texts: Sequence[object], numbers: Sequence[int], column: str
-    ) -> list[tuple[IntArray, BoolArray | None]]:
+    def _texts(self, texts: Sequence[object], numbers: Sequence[int], column: str) -> _Encoded:
         tokenizer = cast("Tokenizer", self._tokenizer)
         for text, number in zip(texts, numbers, strict=True):
             if not isinstance(text, str | None):
@@ -201,9 +163,7 @@ class Tokens:
             (self._ids(next(ids) if text else [], number), None) for text, number in zip(texts, numbers, strict=True)
         ]
 
-    def _chats(
-        self, chats: Sequence[object], numbers: Sequence[int], column: str
-    ) -> list[tuple[IntArray, BoolArray | None]]:
+    def _chats(self, chats: Sequence[object], numbers: Sequence[int], column: str) -> _Encoded:
         return [
             self._chat(chat, number, column) if chat else (self._ids([], number), _no_marks())
             for chat, number in zip(chats, numbers, strict=True)
@@ -211,7 +171,7 @@ class Tokens:
 
     def _chat(self, chat: object, number: int, column: str) -> tuple[IntArray, BoolArray | None]:
         tokenizer = cast("Tokenizer", self._tokenizer)
-        if _kind_of(chat) != "chat":
+        if kind_of(chat) != "chat":
             raise DatasetError(f"row {number}: column {column!r} should hold a chat, found {chat!r:.80}")
         messages = [_message(message, number) for message in cast("Sequence[object]", chat)]
         try:
@@ -233,12 +193,12 @@ class Tokens:
             raise DatasetError(f"row {number}: {value!r:.80} is no list of token ids: {error}") from error
         if ids.ndim != 1 or not (ids.size == 0 or ids.dtype.kind in "iu"):
             raise DatasetError(f"row {number}: a flat list of whole numbers is needed, found {value!r:.80}")
-        limit = _MAX_ID if self._vocab_size is None else self._vocab_size
-        wrong = np.flatnonzero((ids < 0) | (ids >= limit)) if ids.size else []
-        if len(wrong):
+        n_known = _MAX_ID if self._vocab_size is None else self._vocab_size
+        wrong = np.flatnonzero((ids < 0) | (ids >= n_known))
+        if wrong.size:
             raise DatasetError(
-                f"row {number}: token id {ids[wrong[0]]} at position {wrong[0]} is not in the model's vocabulary "
-                f"of {limit}; dataset, tokenizer and model do not belong together"
+                f"row {number}: token id {ids[wrong[0]]} at position {wrong[0]} is not one of the model's, 0 to "
+                f"{n_known - 1}; do dataset, tokenizer and model belong together?"
             )
         return ids.astype(np.int32)
 
@@ -253,15 +213,15 @@ def start_tokens(tokenizer: Tokenizer | None) -> IntArray:
     return np.array(full[:n_start], np.int32)
 
 
-def _batches(rows: Iterable[tuple[int, Row]], size: Callable[[Row], int]) -> Iterator[list[tuple[int, Row]]]:
+def _batches(rows: Iterable[tuple[int, Row]]) -> Iterator[list[tuple[int, Row]]]:
     batch: list[tuple[int, Row]] = []
-    characters = 0
+    n_letters = 0
     for number, row in rows:
         batch.append((number, row))
-        characters += size(row)
-        if len(batch) >= _TEXTS_AT_ONCE or characters >= _CHARACTERS_AT_ONCE:
+        n_letters += sum(len(value) for value in row.values() if hasattr(value, "__len__"))
+        if len(batch) >= _TEXTS_AT_ONCE or n_letters >= _LETTERS_AT_ONCE:
             yield batch
-            batch, characters = [], 0
+            batch, n_letters = [], 0
     if batch:
         yield batch
 

@@ -30,6 +30,7 @@ OWN_COLUMNS: Mapping[str, pa.DataType] = {
 DIGEST_KEY = b"residua.digest"
 MAX_PART_EXAMPLES = 2**20  # a reader takes memory for these counts before it can check them
 MAX_PART_VALUES = 2**28
+MAX_PART_BYTES = 2**32
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

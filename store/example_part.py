@@ -4,6 +4,7 @@ What cannot be read is a DamagedArchiveError; what can be read and contradicts i
 types) is an UnsafeArchiveError. Both name the file. Counts are compared with limits before memory is taken.
 """
 
+import mmap
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ import pyarrow.parquet as pq
 from residua.store.errors import DamagedArchiveError, UnsafeArchiveError
 from residua.store.example_index import (
     DIGEST_KEY,
+    MAX_PART_BYTES,
     MAX_PART_EXAMPLES,
     MAX_PART_VALUES,
     OWN_COLUMNS,
@@ -26,6 +28,7 @@ from residua.store.example_index import (
     part_name,
     starts,
 )
+from residua.store.parquet_sizes import Chunk, RowGroup, read_footer
 
 _COUNTS = ("first_row", "n_rows", "n_tokens")
 _LISTS = ("input_ids", "positions")
@@ -46,6 +49,7 @@ class Part:
 
     Attributes:
         path: The file.
+        groups: What its footer announces of each row group.
         group_starts: First example of each row group and, last, their number, int64, counted in this part.
         schema: Arrow schema of the file.
         digest: The table's digest after this part, as the file records it.
@@ -55,6 +59,7 @@ class Part:
     """
 
     path: Path
+    groups: Sequence[RowGroup]
     group_starts: LongArray
     schema: pa.Schema
     digest: str
@@ -97,6 +102,24 @@ def _opened(path: Path) -> Iterator[pq.ParquetFile]:
         yield file
 
 
+@contextmanager
+def _mapped(path: Path) -> Iterator[Any]:
+    """Give the bytes of a file, of which only those looked at are read."""
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        yield data
+
+
+def _check_pages(path: Path, groups: Sequence[RowGroup], names: tuple[str, ...]) -> list[Chunk]:
+    """Measure columns before anything decodes them, and refuse more than an honest writer puts into a part."""
+    with _mapped(path) as data:
+        chunks = [chunk for group in groups for chunk in group.chunks(data, names)]
+    if sum(chunk.n_bytes for chunk in chunks) > MAX_PART_BYTES:
+        raise UnsafeArchiveError(f"{path}: more than {MAX_PART_BYTES} bytes in one part")
+    if any(chunk.n_values > MAX_PART_VALUES for chunk in chunks):
+        raise UnsafeArchiveError(f"{path}: more than {MAX_PART_VALUES} values in one part")
+    return chunks
+
+
 def read_parts(folder: Path) -> list[Part]:
     """Read the footers and counts of all parts in `folder`, in order.
 
@@ -115,18 +138,24 @@ def read_parts(folder: Path) -> list[Part]:
 
 
 def _read_part(path: Path) -> Part:
-    with naming(path), _opened(path) as file:
-        schema = file.schema_arrow
-        _check_schema(path, schema)
-        groups = [file.metadata.row_group(i).num_rows for i in range(file.metadata.num_row_groups)]
-        if min(groups, default=0) < 0 or sum(groups) > MAX_PART_EXAMPLES:
+    with naming(path):
+        with _mapped(path) as data:
+            groups = read_footer(data)
+        n_examples = [group.n_rows for group in groups]
+        if min(n_examples, default=0) < 0 or sum(n_examples) > MAX_PART_EXAMPLES:
             raise UnsafeArchiveError(f"{path}: more than {MAX_PART_EXAMPLES} examples in one part")
-        counts = file.read(columns=list(_COUNTS))
-        first_row, n_rows, n_tokens = (_numbers(path, counts.column(name), sum(groups)) for name in _COUNTS)
+        if any(chunk.n_values > MAX_PART_EXAMPLES for chunk in _check_pages(path, groups, _COUNTS)):
+            raise UnsafeArchiveError(f"{path}: a column of counts has more entries than examples")
+        with _opened(path) as file:
+            schema = file.schema_arrow
+            _check_schema(path, schema)
+            counts = file.read(columns=list(_COUNTS))
+        first_row, n_rows, n_tokens = (_numbers(path, counts.column(name), sum(n_examples)) for name in _COUNTS)
         _check_counts(path, n_rows, n_tokens)
         return Part(
             path=path,
-            group_starts=starts(np.array(groups, np.int32)),
+            groups=groups,
+            group_starts=starts(np.array(n_examples, np.int32)),
             schema=schema,
             digest=(schema.metadata or {}).get(DIGEST_KEY, b"").decode("ascii", "replace"),
             first_row=first_row,
@@ -157,9 +186,7 @@ def _check_counts(path: Path, n_rows: IntArray, n_tokens: IntArray) -> None:
 
 def _numbers(path: Path, column: Any, n: int) -> Any:
     if column.null_count or len(column) != n:
-        raise UnsafeArchiveError(
-            f"{path}: a column of counts has {len(column)} entries or gaps, expected {n}"
-        )
+        raise UnsafeArchiveError(f"{path}: a column of counts has {len(column)} entries or gaps, expected {n}")
     return column.to_numpy()
 
 
@@ -168,7 +195,7 @@ def read_group(part: Part, group_index: int) -> Group:
     examples = slice(*part.group_starts[group_index : group_index + 2].tolist())
     n_tokens, n_rows = part.n_tokens[examples], part.n_rows[examples]
     with naming(part.path), _opened(part.path) as file:
-        _check_sizes(part.path, file.metadata.row_group(group_index), n_tokens, n_rows)
+        _check_sizes(part.path, part.groups[group_index], n_tokens, n_rows)
         lists = file.read_row_group(group_index, columns=list(_LISTS))
         group = Group(
             tokens=_flat(part.path, lists.column("input_ids"), n_tokens),
@@ -183,9 +210,8 @@ def read_group(part: Part, group_index: int) -> Group:
     return group
 
 
-def _check_sizes(path: Path, group: Any, n_tokens: IntArray, n_rows: IntArray) -> None:
-    columns = [group.column(i) for i in range(group.num_columns)]
-    found = {column.path_in_schema.split(".")[0]: column.num_values for column in columns}
+def _check_sizes(path: Path, group: RowGroup, n_tokens: IntArray, n_rows: IntArray) -> None:
+    found = {chunk.column: chunk.n_values for chunk in _check_pages(path, [group], _LISTS)}
     for name, counts in zip(_LISTS, (n_tokens, n_rows), strict=True):
         # An empty list takes one entry in the column too.
         if found[name] != np.maximum(counts, 1).sum(dtype=np.int64):
@@ -205,5 +231,7 @@ def _flat(path: Path, column: Any, counts: IntArray) -> IntArray:
 
 def read_columns(part: Part, names: Sequence[str]) -> pa.Table:
     """Read those of the columns `names` that the part has; raises as `read_parts` does."""
+    wanted = [name for name in names if name in part.schema.names]
     with naming(part.path), _opened(part.path) as file:
-        return file.read(columns=[name for name in names if name in part.schema.names])
+        _check_pages(part.path, part.groups, tuple(wanted))
+        return file.read(columns=wanted)

@@ -74,7 +74,7 @@ class TestRoundTrip:
             assert index.n_rows.tolist() == [2, 0, 0, 4, 1]
             assert index.first_row.tolist() == [0, 2, 2, 2, 6, 7]
             assert index.first_example.tolist() == [0, 2, 4, 5]
-            assert (index.n_tokens.dtype, index.first_row.dtype) == (np.int32, np.int64)
+            assert [str(array.dtype) for array in (index.n_tokens, index.first_row)] == ["int32", "int64"]
             assert (index.n_examples, index.total_rows, index.total_tokens) == (5, 7, 10)
             assert index.digest == expected_digest(CONTENT)
 
@@ -135,7 +135,7 @@ class TestRoundTrip:
     def test_row_groups_are_bounded_in_tokens_and_in_examples(self, tmp_path: Path) -> None:
         writer = ExampleWriter(tmp_path)
         for _ in range(3):
-            ids = np.arange(200_000, dtype=np.int32)
+            ids = np.arange(200_000).astype(np.int32)
             writer.add(Example(input_ids=ids, positions=ids[:1]))
         for _ in range(1100):
             writer.add(example([1], [0]))
@@ -264,7 +264,7 @@ class TestColumns:
     def test_an_example_checks_itself(self) -> None:
         good = np.array([1, 2], np.int32)
         with pytest.raises(DatasetError, match="input_ids: one row of int32 is needed, found int64"):
-            Example(input_ids=good.astype(np.int64), positions=good[:0])
+            Example(input_ids=np.array([1, 2]), positions=good[:0])
         with pytest.raises(DatasetError, match="positions: one row of int32 is needed"):
             Example(input_ids=good, positions=good.reshape(1, 2))
         for positions, message in (([0, 2], "do not lie in"), ([-1, 0], "do not lie"), ([1, 1], "increasing")):
