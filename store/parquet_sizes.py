@@ -44,11 +44,13 @@ class RowGroup:
         Raises:
             ValueError: The headers are not those of a sound file.
         """
-        for column in self.columns:
-            meta = column[3]
-            name = bytes(meta[3][0]).decode()
-            if name in names:
-                yield Chunk(name, *_measure_pages(data, meta))
+        try:
+            for column in self.columns:
+                name = column[3][3][0].decode()
+                if name in names:
+                    yield Chunk(name, *_measure_pages(data, column[3]))
+        except (LookupError, TypeError, AttributeError) as error:
+            raise ValueError(f"the header of a column is damaged: {error}") from error
 
 
 def read_footer(data: bytes) -> list[RowGroup]:
@@ -73,7 +75,8 @@ def read_footer(data: bytes) -> list[RowGroup]:
 def _measure_pages(data: bytes, meta: dict[int, Any]) -> tuple[int, int]:
     """Return (values, uncompressed bytes) of the pages of a column chunk."""
     starts = [meta[key] for key in (9, 11) if meta.get(key, 0) > 0]
-    at, stop = min(starts), min(starts) + meta[7]
+    at = min(starts, default=0)
+    stop = at + meta[7]
     n_values = n_bytes = 0
     while at < stop <= len(data):
         page, after = _Compact(data).struct(at, 0)
