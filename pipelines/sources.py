@@ -120,7 +120,9 @@ def _open_file(path: Path) -> Any:
     if kind == "arrow":
         return datasets.Dataset.from_file(str(path))
     read = getattr(datasets.Dataset, f"from_{kind}")
-    return read(str(path), streaming=True, **({"sep": "\t"} if suffix == ".tsv" else {}))
+    # Else a table is as high as the first row group, and none at all where that is empty.
+    options = {"sep": "\t"} if suffix == ".tsv" else {"batch_size": _ROWS_AT_ONCE} if kind == "parquet" else {}
+    return read(str(path), streaming=True, **options)
 
 
 def _open_folder(path: Path) -> Any:

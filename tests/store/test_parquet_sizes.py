@@ -1,6 +1,7 @@
 """Sizes found without pyarrow equal those that pyarrow states; damaged files give a ValueError and nothing else."""
 
 import io
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -14,7 +15,7 @@ from residua.store.parquet_sizes import Chunk, read_footer
 NAMES = ("number", "text", "list")
 
 
-def encoded(n: int, row_group_size: int, **options: object) -> bytes:
+def encoded(n: int, row_group_size: int, **options: Any) -> bytes:
     table = pa.table(
         {
             "number": pa.array(range(n), pa.int64()),
@@ -42,7 +43,7 @@ def measured(data: bytes) -> list[tuple[int, list[Chunk]]]:
     write_page_checksum=st.booleans(),
 )
 @settings(max_examples=40, deadline=None)
-def test_counts_are_those_of_pyarrow(n: int, row_group_size: int, **options: object) -> None:
+def test_counts_are_those_of_pyarrow(n: int, row_group_size: int, **options: Any) -> None:
     data = encoded(n, row_group_size, write_batch_size=16, **options)
     metadata = pq.read_metadata(io.BytesIO(data))
     found = measured(data)
