@@ -145,7 +145,9 @@ class Recorder:
         if self._session is None:
             plan = self._plan(self._call)
             rows = int(self._call.mask.sum())
-            self._session = _Session(self._model, plan, self.path, batch_rows=rows, threads=self._threads)
+            self._session = _Session(
+                self._model, plan, self.path, batch_rows=rows, host_memory=self._host_memory, threads=self._threads
+            )
             self._session.begin(self._call, self._keep, self._columns)
             for site, tensor in self._held.items():
                 self._session.staging.put(site, tensor)
@@ -178,7 +180,9 @@ class Recorder:
 class _Session:
     """An archive that grows: its writer, its example table and the next free row."""
 
-    def __init__(self, model: nn.Module, plan: Plan, path: Path, *, batch_rows: int, threads: int) -> None:
+    def __init__(
+        self, model: nn.Module, plan: Plan, path: Path, *, batch_rows: int, host_memory: int, threads: int
+    ) -> None:
         self._path = path
         self._plan = plan
         with workspace(path) as folder:
@@ -187,7 +191,13 @@ class _Session:
         self._examples = ExampleWriter(path / "examples")
         self._writer = ShardWriter(path, plan, threads=threads)
         pinned = any(parameter.is_cuda for parameter in model.parameters())
-        self.staging = Staging(plan, self._writer, n_stages=n_stages(batch_rows, plan.rows_per_shard), pinned=pinned)
+        self.staging = Staging(
+            plan,
+            self._writer,
+            n_stages=n_stages(batch_rows, plan.rows_per_shard),
+            most_stages=host_memory // (plan.rows_per_shard * sum(site.row_bytes for site in plan.sites)),
+            pinned=pinned,
+        )
         self._n_rows = 0
         self._n_examples = 0
 

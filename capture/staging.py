@@ -14,6 +14,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable
+from functools import partial
 
 import numpy as np
 import numpy.typing as npt
@@ -75,20 +76,30 @@ class Staging:
     Args:
         plan: What is stored.
         writer: Where full shards go.
-        n_stages: How many shards may be in memory at once.
+        n_stages: How many shards are in memory at once.
+        most_stages: To how many that may grow for a batch that reaches into more; `n_stages` unless given.
         pinned: Whether the memory is page-locked, for copies from a CUDA device.
         committed: Shards that need no rows any more.
     """
 
     def __init__(
-        self, plan: Plan, writer: ShardWriter, *, n_stages: int, pinned: bool, committed: Iterable[int] = ()
+        self,
+        plan: Plan,
+        writer: ShardWriter,
+        *,
+        n_stages: int,
+        pinned: bool,
+        most_stages: int = 0,
+        committed: Iterable[int] = (),
     ) -> None:
         height = plan.rows_per_shard if plan.n_rows is None else max(1, min(plan.rows_per_shard, plan.n_rows))
+        self._new_stage = partial(Stage, plan, height, pinned=pinned)
         self._plan = plan
         self._writer = writer
         self._committed = frozenset(committed)
         self._n_stages = n_stages
-        self._free = [Stage(plan, height, pinned=pinned) for _ in range(n_stages)]
+        self._most_stages = max(n_stages, most_stages)
+        self._free = [self._new_stage() for _ in range(n_stages)]
         self._open: dict[int, Stage] = {}
         self._condition = threading.Condition()
         self._streams: dict[torch.device, torch.cuda.Stream] = {}
@@ -101,7 +112,7 @@ class Staging:
         self._batch = batch
         self._placements = []
         height = self._plan.rows_per_shard
-        self._refuse_too_wide(batch)
+        self._make_room(batch)
         for shard, picked in batch.per_shard(height):
             if shard in self._committed:
                 continue
@@ -112,10 +123,14 @@ class Staging:
             stage.n_filled += len(picked)
             self._placements.append((stage, Placement(batch.source[picked], target)))
 
-    def _refuse_too_wide(self, batch: BatchRows) -> None:
-        """Raise before a batch waits for stages that can never become free, because it fills them itself."""
+    def _make_room(self, batch: BatchRows) -> None:
+        """Add stages for a batch that fills more shards than there are, or raise: waiting would be for ever."""
         shards = {shard for shard, _ in batch.per_shard(self._plan.rows_per_shard)} | self._open.keys()
-        if len(shards - self._committed) > self._n_stages:
+        needed = len(shards - self._committed)
+        while self._n_stages < min(needed, self._most_stages):
+            self._n_stages += 1
+            self._release(self._new_stage())
+        if needed > self._n_stages:
             raise CaptureError(
                 f"a batch of {len(batch.row):,} rows reaches into {len(shards)} shards of "
                 f"{self._plan.rows_per_shard:,} rows, but there is memory for {self._n_stages} at once: "

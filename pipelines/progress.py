@@ -2,12 +2,14 @@
 
 import sys
 from types import TracebackType
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
 from tqdm import tqdm
 
-from residua.capture.record import RecordStats
 from residua.store.plan import Plan
+
+if TYPE_CHECKING:
+    from residua.capture.record import RecordStats
 
 
 class CaptureProgress:
@@ -29,7 +31,7 @@ class CaptureProgress:
                 total=plan.n_rows, initial=committed_rows, unit="row", unit_scale=True, file=sys.stderr, leave=False
             )
 
-    def batch(self, stats: RecordStats) -> None:
+    def batch(self, stats: "RecordStats") -> None:
         """Move the bar to the figures after a batch."""
         if self._bar is not None:
             self._bar.update(min(stats.rows - self._done, (self._bar.total or 0) - self._bar.n))

@@ -186,7 +186,7 @@ def test_a_folder_of_the_users_is_never_overwritten(
 def test_bad_requests_quote_the_users_words(llama: PreTrainedModel, tmp_path: Path) -> None:
     with pytest.raises(UnknownSiteError, match=r"resid_pots\.1"):
         capture(llama, [[5]], tmp_path / "a.zarr", sites="resid_pots.1")
-    with pytest.raises(DatasetError, match="no example"):
+    with pytest.raises(DatasetError, match="empty"):
         capture(llama, [], tmp_path / "a.zarr")
     with pytest.raises(DatasetError, match=r"70|64"):
         capture(llama, [[5] * 70], tmp_path / "a.zarr")

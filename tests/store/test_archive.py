@@ -1,0 +1,118 @@
+"""An archive as its reader sees it: every way to choose rows, equal to numpy on the same rows."""
+
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import residua
+from residua.pipelines.capture import capture_dataset
+from residua.store.archive import Archive
+from residua.store.errors import NotCapturedError, UnknownSiteError
+from tests.models import TINY, VOCABULARY
+
+N_ROWS = 100
+
+
+@pytest.fixture(scope="module", params=["raw", "fast"])
+def archive(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Archive:
+    rng = np.random.default_rng(0)
+    data = [rng.integers(3, VOCABULARY, 20).tolist() for _ in range(N_ROWS // 20)]
+    out = tmp_path_factory.mktemp(request.param) / "a.zarr"
+    options = {"sites": "resid_post.*,z.1", "dtype": "bfloat16", "rows_per_shard": 32, "codec": request.param}
+    return capture_dataset(TINY["llama"](), data, out=out, **options).archive
+
+
+@pytest.fixture(scope="module")
+def values(archive: Archive) -> np.ndarray[Any, Any]:
+    """All rows of one site by another reader."""
+    import zarr
+
+    bits = zarr.open_group(str(archive.path), mode="r")["sites/resid_post/1"][...]
+    return np.asarray(bits).view(ml_dtypes.bfloat16)
+
+
+def same(found: Any, expected: Any) -> bool:
+    return found.dtype == expected.dtype and np.array_equal(found.view(np.uint16), expected.view(np.uint16))
+
+
+selections = st.one_of(
+    st.slices(N_ROWS),
+    st.lists(st.integers(-N_ROWS, N_ROWS - 1), max_size=30),
+    st.lists(st.booleans(), min_size=N_ROWS, max_size=N_ROWS).map(np.array),
+    st.integers(-N_ROWS, N_ROWS - 1),
+)
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(rows=selections)
+def test_rows_are_chosen_as_in_numpy(archive: Archive, values: np.ndarray[Any, Any], rows: Any) -> None:
+    wanted = np.array(rows, dtype=int) if isinstance(rows, list) else rows
+    assert same(archive["resid_post.1"][rows], values[wanted])
+
+
+def test_further_indices_apply_to_the_rows(archive: Archive, values: np.ndarray[Any, Any]) -> None:
+    stored = archive["resid_post.1"]
+    assert same(stored[10:20, 3], values[10:20, 3])
+    assert same(stored[[5, 1], 2:7], values[[5, 1], 2:7])
+    assert same(stored[7, 2:7], values[7, 2:7])
+    assert archive["z.1"][4, 2].shape == (8,)
+
+
+def test_float32_and_torch_on_request(archive: Archive, values: np.ndarray[Any, Any]) -> None:
+    stored = archive["resid_post.1"]
+    assert stored.dtype == ml_dtypes.bfloat16
+    assert np.array_equal(stored.numpy([3, 1], dtype="float32"), values[[3, 1]].astype(np.float32))
+    assert stored.torch([3, 1]).dtype == torch.bfloat16
+    assert np.array_equal(stored.torch(slice(0, 9), dtype=torch.float32).numpy(), values[:9].astype(np.float32))
+    assert np.asarray(stored).shape == (N_ROWS, 32)
+
+
+@pytest.mark.parametrize("rows", [[N_ROWS], [-N_ROWS - 1], N_ROWS, [True] * 3, [0.5], "abc", [[1]]])
+def test_rows_that_do_not_exist_are_an_index_error(archive: Archive, rows: Any) -> None:
+    with pytest.raises(IndexError, match=r"resid_post\.1"):
+        archive["resid_post.1"][rows]
+
+
+def test_unknown_sites_list_what_there_is(archive: Archive) -> None:
+    with pytest.raises(UnknownSiteError, match=r"resid_pots\.1"):
+        archive["resid_pots.1"]
+    assert "resid_pots.1" not in archive
+    assert list(archive) == list(archive.sites)
+
+
+def test_text_without_a_tokenizer_says_so(archive: Archive) -> None:
+    with pytest.raises(residua.ResiduaError, match="no tokenizer"):
+        archive.text(3)
+
+
+@pytest.fixture
+def unfinished(tmp_path: Path) -> Archive:
+    """An archive whose third shard was never captured."""
+    data = [[5 + i] * 20 for i in range(5)]
+    out = tmp_path / "a.zarr"
+    capture_dataset(TINY["llama"](), data, out=out, sites="embed", rows_per_shard=32)
+    (out / "commits" / "00000002-0000.json").unlink()
+    return Archive(out)
+
+
+def test_rows_that_are_not_captured_are_never_zeros(unfinished: Archive) -> None:
+    assert not unfinished.is_sealed
+    assert unfinished.progress == (68, 100, 3, 4)
+    assert unfinished["embed"][0:64].shape == (64, 32)
+    assert unfinished["embed"][[99, 0]].shape == (2, 32)
+    for rows in (slice(60, 65), [70], slice(None), 64):
+        with pytest.raises(NotCapturedError, match="not captured yet"):
+            unfinished["embed"][rows]
+
+
+def test_text_shows_the_token_in_its_context(tmp_path: Path) -> None:
+    texts = ["def f(x): return x", "class A: pass"]
+    archive = capture_dataset("models/pydoc-1m", texts, out=tmp_path / "a.zarr", sites="resid_post.0").archive
+    assert "".join(archive.text(row, context=0).strip("«»") for row in range(archive.n_rows)) == "".join(texts)
+    assert archive.text(0, context=100).replace("«", "").replace("»", "") == texts[0]
