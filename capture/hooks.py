@@ -85,9 +85,7 @@ def attached(model: nn.Module, sites: Iterable[SiteInfo], emit: Emit) -> Iterato
         yield call
 
 
-def _register(
-    module: nn.Module, info: SiteInfo, call: ForwardCall, emit: Emit
-) -> torch.utils.hooks.RemovableHandle:
+def _register(module: nn.Module, info: SiteInfo, call: ForwardCall, emit: Emit) -> torch.utils.hooks.RemovableHandle:
     if info.via in ("input", "stream"):
         return module.register_forward_pre_hook(_input_hook(info, call, emit), with_kwargs=True)
     return module.register_forward_hook(_output_hook(info, call, emit))

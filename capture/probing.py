@@ -20,7 +20,7 @@ _PROBES = ((2, 3), (5, 7))  # (batch, positions): products and members all diffe
 
 
 @dataclass(frozen=True, kw_only=True)
-class Example:
+class CallArguments:
     """Arguments that a model can be called with once: ``model(*args, **kwargs)``."""
 
     args: tuple[Any, ...] = ()
@@ -46,17 +46,17 @@ def measured(model: nn.Module, sites: Mapping[str, SiteInfo]) -> dict[str, SiteI
     for shape in _PROBES:
         ids = torch.ones(shape, dtype=torch.long, device=device)
         kwargs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-        runs.append(_seen(model, sites, Example(kwargs=kwargs)))
+        runs.append(_seen(model, sites, CallArguments(kwargs=kwargs)))
     return {name: _understood(info, runs[0][name], runs[1][name]) for name, info in sites.items()}
 
 
-def seen_once(model: nn.Module, sites: Mapping[str, SiteInfo], example: Example) -> dict[str, SiteInfo]:
+def seen_once(model: nn.Module, sites: Mapping[str, SiteInfo], call: CallArguments) -> dict[str, SiteInfo]:
     """Fill in what one run of any model tells; axis 0 of every site is taken for the batch.
 
     Raises:
         CaptureError: The model cannot be run on the example, or a site was not met exactly once.
     """
-    seen = _seen(model, sites, example)
+    seen = _seen(model, sites, call)
     return {
         name: replace(
             info, row_shape=tuple(seen[name].shape[1:]), dtype=_dtype(seen[name]), per_token=False, flat=False
@@ -65,7 +65,7 @@ def seen_once(model: nn.Module, sites: Mapping[str, SiteInfo], example: Example)
     }
 
 
-def _seen(model: nn.Module, sites: Mapping[str, SiteInfo], example: Example) -> dict[str, Tensor]:
+def _seen(model: nn.Module, sites: Mapping[str, SiteInfo], call: CallArguments) -> dict[str, Tensor]:
     """Run once; return a tensor on meta for each site, in the layout in which the module has it."""
     seen: dict[str, list[Tensor]] = {name: [] for name in sites}
 
@@ -75,7 +75,7 @@ def _seen(model: nn.Module, sites: Mapping[str, SiteInfo], example: Example) -> 
     plain = [replace(info, flat=False) for info in sites.values()]
     with attached(model, plain, note), _evaluating(model), torch.no_grad():
         try:
-            model(*example.args, **example.kwargs)
+            model(*call.args, **call.kwargs)
         except Exception as error:  # the boundary to the user's model: whatever it raises, we could not look
             raise CaptureError(
                 f"{type(model).__name__} was run on a small batch to see the shapes of "

@@ -12,7 +12,7 @@ from torch import nn
 
 from residua.capture.anatomy import ATTENTION_KINDS, Anatomy, anatomy_of
 from residua.capture.missing import reasons
-from residua.capture.probing import Example, measured, seen_once
+from residua.capture.probing import CallArguments, measured, seen_once
 from residua.capture.siteinfo import SiteInfo
 from residua.store.errors import UnknownSiteError
 from residua.store.sitenames import LAYER_KINDS, Site, parse_site, select
@@ -45,14 +45,14 @@ def model_sites(model: nn.Module) -> dict[str, SiteInfo]:
 
 
 def resolve_sites(
-    model: nn.Module, patterns: str | Iterable[str], *, example: Example | None = None
+    model: nn.Module, patterns: str | Iterable[str], *, call: CallArguments | None = None
 ) -> dict[str, SiteInfo]:
     """Turn the user's patterns into sites of this model.
 
     Args:
         model: Any torch module.
         patterns: As for `residua.store.sitenames.select`.
-        example: Arguments for one call, from which the shapes of ``module:`` sites are learnt if the model
+        call: Arguments for one call, from which the shapes of ``module:`` sites are learnt if the model
             takes no token ids. Without it their ``row_shape`` and ``dtype`` are None.
 
     Returns:
@@ -72,8 +72,8 @@ def resolve_sites(
     unmeasured = {name: info for name, info in sites.items() if info.row_shape is None}
     if unmeasured and available:
         sites |= measured(model, unmeasured)
-    elif unmeasured and example is not None:
-        sites |= seen_once(model, unmeasured, example)
+    elif unmeasured and call is not None:
+        sites |= seen_once(model, unmeasured, call)
     return sites
 
 
@@ -91,9 +91,7 @@ def _embed(anatomy: Anatomy) -> SiteInfo | None:
     path = anatomy.path(anatomy.model.get_input_embeddings())
     if path is None:
         return None
-    return _info(
-        anatomy, "embed", (_attribute(anatomy.model.get_submodule(path), "embedding_dim"),), module=path
-    )
+    return _info(anatomy, "embed", (_attribute(anatomy.model.get_submodule(path), "embedding_dim"),), module=path)
 
 
 def _final(anatomy: Anatomy) -> SiteInfo:

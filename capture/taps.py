@@ -89,8 +89,9 @@ def reading(
     not copied, and the model may change it later: copy what you keep before you return, and do not write
     into it.
 
-    If the function returns a tensor, this replaces the site's value in the model; gradients flow through the
-    replacement. Asking for a ``pattern`` switches the whole model to eager attention (see ``Taps``).
+    If the function returns a tensor, this replaces the site's value in the model; gradients flow into the
+    replacement, though not into the detached tensor that it may have been made of. Asking for a ``pattern``
+    switches the whole model to eager attention (see ``Taps``).
 
     Leaving, by an exception too, leaves the model as it was: only what was added here is taken away.
 

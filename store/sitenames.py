@@ -112,9 +112,7 @@ def parse_site(text: str) -> Site:
         'module:model.norm@output'
     """
     if len(text) > _LONGEST:
-        raise UnknownSiteError(
-            f"Site {text[:40]!r}... has {len(text)} characters; at most {_LONGEST} are allowed."
-        )
+        raise UnknownSiteError(f"Site {text[:40]!r}... has {len(text)} characters; at most {_LONGEST} are allowed.")
     if text.startswith("module:"):
         return _parse_module(text)
     kind, dot, suffix = text.partition(".")
@@ -170,9 +168,7 @@ def _parse_module(text: str) -> Site:
     )
 
 
-def select(
-    patterns: str | Iterable[str], available: Iterable[str], *, on_demand: bool = True
-) -> tuple[str, ...]:
+def select(patterns: str | Iterable[str], available: Iterable[str], *, on_demand: bool = True) -> tuple[str, ...]:
     """Turn the user's patterns into site names, in the model's order and each once.
 
     A pattern is a site name, a name with ``*`` or ``?`` (``resid_post.*``, ``resid_*.3``), a range of blocks

@@ -7,7 +7,7 @@ from functools import cache
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from residua.capture.inputs import PaddedBatch, forward_kwargs, padded_batch
@@ -77,5 +77,6 @@ def read(model: PreTrainedModel, sites: Iterable[str], padded: PaddedBatch | Non
 @cache
 def everything(name: str, dtype: torch.dtype = torch.float32) -> Reading:
     """Every canonical site of a tiny model, under eager attention, with padding on the left."""
-    model = {**TINY, **ODD}[name]().to(dtype)  # type: ignore[no-untyped-call]  # transformers leaves it bare
+    model = {**TINY, **ODD}[name]()
+    nn.Module.to(model, dtype)  # the model's own ``to`` has no usable annotation
     return read(model, model_sites(model), batch("left"))

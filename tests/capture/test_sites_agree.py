@@ -1,5 +1,6 @@
 """Every canonical site of every architecture, against something that does not come from our hooks."""
 
+import math
 from collections.abc import Callable
 
 import pytest
@@ -176,7 +177,8 @@ def _pattern(got: Reading, layer: int, mask_BT: Tensor) -> Tensor:
 def _scale(config: object, head_width: int) -> float:
     if getattr(config, "model_type", "") == "opt":  # OPT scales its queries before
         return 1.0
-    return float(getattr(config, "query_pre_attn_scalar", head_width)) ** -0.5
+    scalar: float = getattr(config, "query_pre_attn_scalar", head_width)
+    return 1 / math.sqrt(scalar)
 
 
 def _seen(config: object, layer: int, n_positions: int) -> Tensor:

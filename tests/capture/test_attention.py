@@ -1,0 +1,102 @@
+"""Attention: switching to eager and back, models of several parts, and models that go their own way."""
+
+import logging
+from typing import Any
+
+import pytest
+import torch
+import transformers as hf
+from transformers import AttentionInterface, PreTrainedConfig
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+from residua.capture.attention import eager_attention
+from residua.capture.taps import reading
+from residua.store.errors import CaptureError
+from tests.capture.readings import read, run
+from tests.models import LAYERS, TINY
+
+
+def test_a_pattern_switches_to_eager_and_says_so(caplog: pytest.LogCaptureFixture) -> None:
+    model = TINY["llama"]()
+    assert model.config._attn_implementation == "sdpa"
+    with (
+        caplog.at_level(logging.INFO, "residua"),
+        reading(model, "pattern.0,resid_post.1", lambda *_: None) as taps,
+    ):
+        assert taps.switched_to_eager
+        assert model.config._attn_implementation == "eager"
+        run(model)
+        taps.end_forward()
+    assert model.config._attn_implementation == "sdpa"
+    assert "eager" in caplog.text
+
+
+def test_other_sites_leave_the_implementation_alone() -> None:
+    model = TINY["llama"]()
+    with reading(model, "q.0,z.0", lambda *_: None) as taps:
+        assert not taps.switched_to_eager
+        assert model.config._attn_implementation == "sdpa"
+
+
+def test_a_model_that_is_eager_already_is_not_switched() -> None:
+    model = TINY["llama"]()
+    model.set_attn_implementation("eager")
+    with eager_attention(model) as switched:
+        assert not switched
+    assert model.config._attn_implementation == "eager"
+
+
+def test_every_part_of_a_model_is_switched_and_put_back() -> None:
+    vision = hf.CLIPVisionConfig(
+        hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2, image_size=8, patch_size=4
+    )
+    text = TINY["llama"]().config
+    model = hf.LlavaForConditionalGeneration(hf.LlavaConfig(vision_config=vision, text_config=text))
+    model.set_attn_implementation({"vision_config": "eager", "text_config": "sdpa"})
+    configs = [model.config, model.config.get_text_config(), model.config.vision_config]
+    assert all(isinstance(config, PreTrainedConfig) for config in configs)
+    before = [getattr(config, "_attn_implementation", None) for config in configs]
+    assert len(set(before)) == 2
+    with eager_attention(model) as switched:
+        assert switched
+        assert {getattr(config, "_attn_implementation", None) for config in configs} == {"eager"}
+    assert [getattr(config, "_attn_implementation", None) for config in configs] == before
+
+
+def test_a_model_that_goes_around_the_interface_is_refused_by_layer() -> None:
+    model = TINY["gpt2"]()
+    for layer in range(LAYERS):
+        model.get_submodule(f"transformer.h.{layer}.attn").__dict__["reorder_and_upcast_attn"] = True
+    model.set_attn_implementation("eager")
+    with pytest.raises(CaptureError) as caught:
+        read(model, "q.1,z.1")
+    assert "'q.1' was not met" in str(caught.value)
+    assert "module:transformer.h.1" in str(caught.value)
+
+
+def test_a_switch_away_from_eager_while_patterns_are_read_is_noticed() -> None:
+    model = TINY["llama"]()
+    with reading(model, "pattern.0", lambda *_: None):
+        model.set_attn_implementation("sdpa")
+        with pytest.raises(CaptureError, match="only 'eager' computes it"):
+            run(model)
+    assert model.config._attn_implementation == "sdpa"
+
+
+def test_an_implementation_of_the_users_own_is_read_too() -> None:
+    calls: list[int] = []
+
+    def mine(module: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
+        calls.append(int(str(module.layer_idx)))
+        return sdpa_attention_forward(module, *args, **kwargs)
+
+    model = TINY["llama"]()
+    AttentionInterface.register("mine", mine)
+    try:
+        model.set_attn_implementation("mine")
+        got = read(model, "q.*,z.2")
+        assert torch.equal(run(model), got.logits)
+    finally:
+        del AttentionInterface._global_mapping["mine"]
+    assert calls == [0, 1, 2, 0, 1, 2]
+    assert set(got.sites) == {"q.0", "q.1", "q.2", "z.2"}

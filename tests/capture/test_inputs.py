@@ -1,0 +1,91 @@
+"""Padding: what a batch looks like, and that it reaches no row."""
+
+from collections.abc import Sequence
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from residua.capture.inputs import forward_kwargs, padded_batch
+from residua.capture.sites import model_sites
+from tests.capture.readings import LENGTHS, batch, read, sequences
+from tests.models import ODD, TINY
+
+TOLERANCE = 2e-5
+
+
+@given(
+    st.lists(st.lists(st.integers(1, 1000), min_size=1, max_size=9), min_size=1, max_size=5),
+    st.sampled_from(["left", "right"]),
+)
+def test_a_batch_holds_each_sequence_once(examples: list[list[int]], side: str) -> None:
+    padded = padded_batch(examples, pad_id=0, side="left" if side == "left" else "right")
+    assert padded.input_ids.dtype == padded.position_ids.dtype == torch.int64
+    assert padded.input_ids.shape == (len(examples), max(map(len, examples)))
+    for row, example in enumerate(examples):
+        kept = padded.attention_mask[row].bool()
+        assert padded.input_ids[row][kept].tolist() == example
+        assert padded.position_ids[row][kept].tolist() == list(range(len(example)))
+        assert (padded.input_ids[row][~kept] == 0).all()
+        edge = padded.attention_mask[row, -1 if side == "left" else 0]
+        assert edge == 1
+    assert int(padded.position_ids.max()) < padded.input_ids.shape[1]
+
+
+@pytest.mark.parametrize("examples", [[], [[1, 2], []]])
+def test_nothing_to_pad_is_refused(examples: Sequence[Sequence[int]]) -> None:
+    with pytest.raises(ValueError, match="at least one"):
+        padded_batch(examples)
+
+
+def rows(value: Tensor, example: int, side: str) -> Tensor:
+    """The rows of one example, and of a pattern only its own keys."""
+    n_tokens, n_positions = LENGTHS[example], max(LENGTHS)
+    kept = slice(n_positions - n_tokens, None) if side == "left" else slice(n_tokens)
+    return value[example, kept]
+
+
+@pytest.mark.parametrize("name", [*TINY, *ODD])
+def test_a_row_is_the_same_whichever_side_is_padded(name: str) -> None:
+    """Within 2e-5 of the largest value of the site; padding would shift it by far more."""
+    model = {**TINY, **ODD}[name]()
+    sites = [site for site in model_sites(model) if not site.startswith("pattern")]
+    left, right = read(model, sites, batch("left")), read(model, sites, batch("right"))
+    for example, tokens in enumerate(sequences()):
+        alone = read(model, sites, padded_batch([tokens]))
+        for site in sites:
+            single = alone[site][0]
+            bound = TOLERANCE * float(single.abs().max())
+            assert (rows(left[site], example, "left") - single).abs().max() <= bound, site
+            assert (rows(right[site], example, "right") - single).abs().max() <= bound, site
+
+
+def test_patterns_are_the_same_on_their_own_keys() -> None:
+    model = TINY["mistral"]()
+    left, right = read(model, "pattern.1", batch("left")), read(model, "pattern.1", batch("right"))
+    for example, n_tokens in enumerate(LENGTHS):
+        ours = rows(left["pattern.1"], example, "left")[..., max(LENGTHS) - n_tokens :]
+        theirs = rows(right["pattern.1"], example, "right")[..., :n_tokens]
+        torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "bert", "opt"])
+def test_padding_on_the_left_without_position_ids_would_shift_rows(name: str) -> None:
+    model, padded = TINY[name](), batch("left")
+    kwargs = forward_kwargs(model, padded.input_ids, padded.attention_mask)
+    with torch.no_grad():
+        right = model(**kwargs).logits[1, -1]
+        del kwargs["position_ids"]
+        shifted = (model(**kwargs).logits[1, -1] - right).abs().max()
+    assert (shifted > 0.1) == (name != "opt")  # OPT counts positions by the mask itself
+
+
+def test_a_model_is_given_only_what_it_takes() -> None:
+    padded = batch()
+    bert = forward_kwargs(TINY["bert"](), padded.input_ids, padded.attention_mask)
+    assert set(bert) == {"input_ids", "attention_mask", "position_ids"}
+    llama = forward_kwargs(TINY["llama"](), padded.input_ids, padded.attention_mask)
+    assert set(llama) == {"input_ids", "attention_mask", "position_ids", "use_cache"}
+    assert llama["use_cache"] is False

@@ -1,0 +1,185 @@
+"""Which sites a model has, what it lacks and why, and ``module:`` sites of any torch module."""
+
+import pytest
+import torch
+import transformers as hf
+from torch import Tensor, nn
+
+from residua.capture.probing import CallArguments, measured
+from residua.capture.sites import model_sites, resolve_sites
+from residua.capture.taps import reading
+from residua.store.errors import CaptureError, UnknownSiteError
+from tests.capture.readings import batch, read, run
+from tests.models import LAYERS, ODD, TINY
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_announced_sites_are_what_a_run_measures(name: str) -> None:
+    model = TINY[name]()
+    sites = {site: info for site, info in model_sites(model).items() if "pattern" not in site}
+    assert measured(model, sites) == sites
+
+
+def test_sites_come_in_the_order_of_computation() -> None:
+    model = TINY["gpt2"]()
+    order: list[str] = []
+    with reading(model, "*", lambda name, _tensor: order.append(name)):
+        run(model)
+    listed = list(model_sites(model))
+    stages = [name for name in listed if not name.startswith("final")]  # final and the last block are one
+    assert [name for name in order if not name.startswith("final")] == stages
+    assert listed[0] == "embed"
+    assert listed[-2:] == ["final", "logits"]
+
+
+def test_grouped_heads_and_head_widths_are_exact() -> None:
+    sites = model_sites(TINY["gemma2"]())
+    assert sites["q.1"].row_shape == (4, 12)
+    assert sites["k.1"].row_shape == (2, 12)
+    assert sites["z.1"].row_shape == (4, 12)
+    assert sites["pattern.1"].row_shape == (4, None)
+    assert sites["mlp_act.1"].row_shape == (48,)
+    assert sites["mlp_act.1"].where == "model.layers.1.mlp.down_proj input"
+
+
+@pytest.mark.parametrize(
+    ("name", "pattern", "words"),
+    [
+        ("phi", "resid_mid.*", ["side by side", "resid_pre, attn_out and mlp_out"]),
+        ("gpt_neox", "resid_mid.1", ["side by side"]),
+        ("mixtral", "mlp_act.*", ["mixture of experts", "mlp_out", "module:model.layers.0.mlp.gate@output"]),
+        ("qwen3_moe", "mlp_act.0", ["mixture of experts"]),
+        ("llama", "resid_post.3", ["resid_post.0-2"]),
+        ("llama", "module:model.layer.0", ["model.layers.0", "named_modules"]),
+        ("llama", "logits_top98", ["97"]),
+        ("bloom", "q.0", ["attention interface", "module:transformer.h.0."]),
+        ("gptj", "pattern.*", ["attention interface"]),
+        ("olmo2", "attn_out.*", ["'olmo2'", "module:model.layers.0."]),
+    ],
+)
+def test_what_a_model_lacks_is_refused_with_a_way_out(name: str, pattern: str, words: list[str]) -> None:
+    model = {**TINY, **ODD}[name]()
+    with pytest.raises(UnknownSiteError) as caught:
+        resolve_sites(model, pattern)
+    for word in [pattern.partition(":")[2] or pattern, *words]:
+        assert word in str(caught.value)
+
+
+def test_every_way_out_for_experts_works() -> None:
+    got = read(TINY["mixtral"](), "module:model.layers.0.mlp.gate@output.2,module:model.layers.0.mlp")
+    tokens = batch().input_ids.shape
+    assert got["module:model.layers.0.mlp.gate@output.2"].shape == (*tokens, 2)
+    assert got["module:model.layers.0.mlp@output"].shape == (*tokens, 32)
+
+
+def test_a_model_without_head_has_no_logits() -> None:
+    model = TINY["llama"]().base_model
+    assert "final" in model_sites(model)
+    with pytest.raises(UnknownSiteError, match="language modelling head"):
+        resolve_sites(model, "logits")
+
+
+def test_encoder_decoders_have_no_canonical_sites() -> None:
+    config = hf.T5Config(vocab_size=50, d_model=16, d_ff=16, num_layers=2, num_heads=2, d_kv=8)
+    model = hf.T5ForConditionalGeneration(config)
+    assert model_sites(model) == {}
+    with pytest.raises(UnknownSiteError, match="module:PATH@output"):
+        resolve_sites(model, "resid_post.0")
+
+
+def test_module_sites_of_a_language_model_are_measured() -> None:
+    sites = resolve_sites(
+        TINY["opt"](), "module:model.decoder.layers.0.fc1,module:model.decoder.layers.0.self_attn@input"
+    )
+    flat, whole = sites.values()
+    assert (flat.row_shape, flat.dtype, flat.per_token, flat.flat) == ((48,), "float32", True, True)
+    assert (whole.row_shape, whole.per_token, whole.flat) == ((32,), True, False)
+
+
+def test_module_sites_agree_with_the_canonical_ones() -> None:
+    model = TINY["llama"]()
+    same = {
+        "module:model.layers.1@input": "resid_pre.1",
+        "module:model.layers.1@output": "resid_post.1",
+        "module:model.layers.1.mlp.down_proj@input": "mlp_act.1",
+    }
+    got = read(model, [*same, *same.values()])
+    assert all(torch.equal(got[name], got[canonical]) for name, canonical in same.items())
+
+
+def test_measuring_leaves_mode_and_random_numbers_alone() -> None:
+    model = TINY["gpt2"]()
+    model.train(True)
+    model.get_submodule("transformer.h.0.attn").eval()
+    modes = [module.training for module in model.modules()]
+    before = torch.random.get_rng_state()
+    resolve_sites(model, "module:transformer.h.0.mlp")
+    assert [module.training for module in model.modules()] == modes
+    assert torch.equal(torch.random.get_rng_state(), before)
+
+
+def test_an_item_that_is_no_tensor_is_named() -> None:
+    with pytest.raises(CaptureError, match=r"item 1 is no tensor.*NoneType"):
+        read(TINY["llama"](), "module:model.layers.0.self_attn@output.1")
+
+
+class Pixels(nn.Module):
+    """A convolutional network as its user wrote it: no config, no tokens."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 5, 3)
+        self.head = nn.Linear(5, 2)
+
+    def forward(self, image: Tensor) -> Tensor:
+        hidden: Tensor = self.stem(image).relu().mean((2, 3))
+        logits: Tensor = self.head(hidden)
+        return logits
+
+
+def test_any_torch_module_is_read_by_its_modules() -> None:
+    model, image = Pixels().eval(), torch.randn(4, 3, 8, 8)
+    assert model_sites(model) == {}
+    sites = resolve_sites(model, "module:stem,module:head@input", call=CallArguments(args=(image[:2],)))
+    assert [(i.row_shape, i.dtype, i.per_token) for i in sites.values()] == [
+        ((5, 6, 6), "float32", False),
+        ((5,), "float32", False),
+    ]
+    unseen = resolve_sites(model, "module:stem")["module:stem@output"]
+    assert (unseen.row_shape, unseen.dtype, unseen.per_token) == (None, None, False)
+    values: dict[str, Tensor] = {}
+    with reading(model, sites, lambda name, tensor: values.update({name: tensor.clone()})) as taps:
+        logits = model(image)
+        taps.end_forward()
+    assert torch.equal(values["module:stem@output"], nn.functional.conv2d(image, model.stem.weight, model.stem.bias))
+    assert torch.equal(model.head(values["module:head@input"]), logits)
+    with reading(model, "module:head", lambda _name, tensor: torch.zeros_like(tensor)):
+        assert torch.equal(model(image), torch.zeros(4, 2))
+
+
+def test_a_vision_transformer_is_read_by_its_modules() -> None:
+    config = hf.ViTConfig(
+        hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2, image_size=8, patch_size=4
+    )
+    model = hf.ViTModel(config, add_pooling_layer=False)
+    model.train(False)
+    assert model_sites(model) == {}
+    name = next(n for n, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m) == 2) + ".1"
+    pixels = torch.randn(3, 3, 8, 8)
+    site = f"module:{name}@output"
+    values: dict[str, Tensor] = {}
+    with torch.no_grad():
+        states = model(pixels, output_hidden_states=True).hidden_states
+        with reading(model, site, lambda key, tensor: values.update({key: tensor.clone()})) as taps:
+            model(pixels)
+            taps.end_forward()
+    assert values[site].shape == (3, 5, 16)
+    assert torch.equal(values[site], states[-1])
+
+
+@pytest.mark.parametrize("name", ["olmo2", "roberta"])
+def test_an_unknown_architecture_shows_what_its_structure_shows(name: str) -> None:
+    kinds = {site.partition(".")[0] for site in model_sites(ODD[name]())}
+    expected = {"embed", "resid_pre", "resid_post", "q", "k", "v", "z", "pattern", "final", "logits"}
+    assert kinds == expected
+    assert f"resid_post.{LAYERS - 1}" in model_sites(ODD[name]())
