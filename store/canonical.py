@@ -9,7 +9,13 @@ Json: TypeAlias = "bool | int | float | str | list[Json] | dict[str, Json] | Non
 
 
 def canonical_json(value: object) -> bytes:
-    """Return `value` as JSON with sorted keys, no white space, UTF-8, and no NaN (RFC 8785's spirit)."""
+    """Return `value` as JSON with sorted keys, no white space, UTF-8, and no NaN (RFC 8785's spirit).
+
+    Raises:
+        ValueError: `value` holds NaN, an infinity, or half of a surrogate pair, which JSON in UTF-8 cannot spell.
+        TypeError: `value` holds something that is not JSON.
+        RecursionError: `value` is nested too deeply.
+    """
     return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode()
 
 
@@ -19,10 +25,10 @@ def digest_of(value: object) -> str:
 
 
 def flatten(value: Mapping[str, object], prefix: str = "") -> dict[str, object]:
-    """Return nested mappings as one level with dotted keys; lists stay whole."""
+    """Return nested mappings as one level with dotted keys; lists and empty mappings stay whole."""
     flat: dict[str, object] = {}
     for key, item in value.items():
-        if isinstance(item, Mapping):
+        if isinstance(item, Mapping) and item:
             flat.update(flatten(item, f"{prefix}{key}."))
         else:
             flat[prefix + key] = item

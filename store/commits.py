@@ -18,7 +18,10 @@ from residua.store.errors import DamagedArchiveError
 from residua.store.files import publish
 
 FOLDER = "commits"
-_NAME = re.compile(r"(\d{8,})-(\d{4})\.json")
+_NAME = re.compile(r"[0-9]{8,}-[0-9]{4}\.json")
+_DIGEST = re.compile(r"[0-9a-f]{64}")
+_PART = re.compile(r"part-[0-9]{5,}\.parquet")
+_MAX_COUNT = 2**63
 _MAX_RECORD_BYTES = 64 * 1024 * 1024
 
 
@@ -116,20 +119,15 @@ def read_commits(archive: Path, plan_digest: str) -> dict[int, Commit]:
 
 def _read_commit(path: Path) -> Commit:
     try:
+        if not path.is_file():
+            raise ValueError("it is not a file")
         if path.stat().st_size > _MAX_RECORD_BYTES:
             raise ValueError("it is over 64 MiB")
         value = json.loads(path.read_bytes())
         record: dict[str, Any] = value["record"]
         if digest_of(record) != value["sha256"]:
             raise ValueError("its SHA-256 does not match its content")
-        commit = Commit(
-            plan=record["plan"],
-            shard=record["shard"],
-            writer=record["writer"],
-            rows=(record["rows"][0], record["rows"][1]),
-            examples=record["examples"],
-            arrays={array: ShardFile(**file) for array, file in record["arrays"].items()},
-        )
+        commit = _commit_from_json(record)
         if commit.name != path.name:
             raise ValueError(f"it is the record {commit.name}")
     except (ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError) as error:
@@ -138,3 +136,44 @@ def _read_commit(path: Path) -> Commit:
             "the shard will be captured anew."
         ) from error
     return commit
+
+
+def _commit_from_json(record: dict[str, Any]) -> Commit:
+    """Return the commit that `record` spells, every value of it checked: a SHA-256 vouches for no sense."""
+    first, stop = record["rows"]
+    if not _count(first) < _count(stop):
+        raise ValueError(f"it holds the rows {first} to {stop}")
+    for name, digest in record["examples"].items():
+        if not _PART.fullmatch(name) or not _DIGEST.fullmatch(digest):
+            raise ValueError(f"it names the example part {name!r}")
+    return Commit(
+        plan=_digest(record["plan"]),
+        shard=_count(record["shard"]),
+        writer=_count(record["writer"]),
+        rows=(first, stop),
+        examples=record["examples"],
+        arrays={path: _shard_file(file) for path, file in record["arrays"].items()},
+    )
+
+
+def _shard_file(value: dict[str, Any]) -> ShardFile:
+    file = ShardFile(**value)
+    _count(file.n_bytes)
+    _count(file.n_nonfinite)
+    _digest(file.digest)
+    for squares in (file.squares, file.error_squares):
+        if squares is not None and not (isinstance(squares, float) and squares >= 0):
+            raise ValueError(f"{squares!r} is no sum of squares")
+    return file
+
+
+def _count(value: object) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < _MAX_COUNT:
+        raise ValueError(f"{value!r} is not a count")
+    return value
+
+
+def _digest(value: str) -> str:
+    if not _DIGEST.fullmatch(value):
+        raise ValueError(f"{value!r} is not a SHA-256 in hex")
+    return value

@@ -5,10 +5,11 @@ whole; what a killed run left behind is recognised by that name and cleared by t
 """
 
 import errno
+import fcntl
 import os
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from residua.store.arrays import create_array, resize_array
@@ -17,7 +18,7 @@ from residua.store.codecs import INT8
 from residua.store.commits import FOLDER, Commit
 from residua.store.files import sync_folder
 from residua.store.lossy import BLOCK
-from residua.store.metadata import Metadata, digest_side_files, write_metadata
+from residua.store.metadata import Metadata, digest_side_files, is_archive, side_files, write_metadata
 from residua.store.plan import Plan, SitePlan
 
 
@@ -25,22 +26,65 @@ from residua.store.plan import Plan, SitePlan
 def workspace(destination: Path) -> Iterator[Path]:
     """Yield an empty hidden folder beside `destination`; whatever is left in it is removed at the end.
 
+    The folder is locked meanwhile, so that a second capture of the same archive does not clear it away.
+
     Raises:
         FileExistsError: `destination` exists and is not an archive, so that nothing of the user's is overwritten.
+        BlockingIOError: Another capture is making the same archive.
         OSError: The parent folder cannot be written.
     """
+    if not is_archive(destination):
+        _refuse_occupied(destination)
     folder = destination.parent / f".{destination.name}.making"
-    shutil.rmtree(folder, ignore_errors=True)
     try:
-        folder.mkdir(parents=True)
+        folder.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     except OSError as error:
         raise OSError(
             error.errno, f"cannot make an archive at {destination}: {error.strerror}. Choose a folder that is writable."
         ) from error
+    _lock(descriptor, destination)
     try:
+        _clear(folder)
         yield folder
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        if _is_at(folder, descriptor):
+            shutil.rmtree(folder, ignore_errors=True)
+        os.close(descriptor)
+
+
+def _lock(descriptor: int, destination: Path) -> None:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        raise BlockingIOError(
+            errno.EWOULDBLOCK, f"another capture is making {destination}: wait for it, or choose another place"
+        ) from None
+    except OSError:
+        return  # a file system without locks; two captures of one archive at once are then the user's to avoid
+
+
+def _clear(folder: Path) -> None:
+    for left in folder.iterdir():
+        if left.is_dir() and not left.is_symlink():
+            shutil.rmtree(left)
+        else:
+            left.unlink()
+
+
+def _is_at(folder: Path, descriptor: int) -> bool:
+    """Say whether `folder` is the open one: after the move to its place, the name may be another capture's."""
+    with suppress(FileNotFoundError):
+        return os.path.samestat(folder.stat(), os.fstat(descriptor))
+    return False
+
+
+def _refuse_occupied(destination: Path) -> None:
+    if destination.exists() and (not destination.is_dir() or any(destination.iterdir())):
+        raise FileExistsError(
+            errno.EEXIST, f"{destination} exists and is not an empty folder: choose another place, or remove it"
+        )
 
 
 def create_archive(folder: Path, destination: Path, plan: Plan, provenance: Mapping[str, Json]) -> None:
@@ -56,13 +100,19 @@ def create_archive(folder: Path, destination: Path, plan: Plan, provenance: Mapp
     for spec in plan.row_arrays:
         create_array(folder, spec, n_rows, attributes={})
     (folder / FOLDER).mkdir(exist_ok=True)
+    _sync_side_files(folder)
     write_metadata(folder, Metadata(plan=plan, provenance=provenance, files=digest_side_files(folder)))
-    if destination.exists() and (not destination.is_dir() or any(destination.iterdir())):
-        raise FileExistsError(
-            errno.EEXIST, f"{destination} exists and is not an empty folder: choose another place, or remove it"
-        )
+    _refuse_occupied(destination)
     folder.rename(destination)
     sync_folder(destination.parent)
+
+
+def _sync_side_files(folder: Path) -> None:
+    """Flush what other libraries wrote, so that a power cut after the move finds the archive whole."""
+    for path in side_files(folder):
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+        sync_folder(path.parent)
 
 
 def _attributes(site: SitePlan, path: str) -> dict[str, Json]:
@@ -109,8 +159,3 @@ def _write_error(archive: Path, plan: Plan, site: SitePlan, commits: Mapping[int
     n_rows = max(commit.rows[1] for commit in commits.values())
     attributes = {**_attributes(site, spec.path), "relative_rms_error": relative_error(site, commits)}
     create_array(archive, spec, n_rows, attributes=attributes)
-
-
-def list_temporaries(archive: Path) -> list[Path]:
-    """Return the temporary files that a killed writer left in `archive`."""
-    return [Path(root) / name for root, _, names in os.walk(archive) for name in names if name.endswith(".tmp")]

@@ -8,8 +8,8 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, cast
+from pathlib import Path, PurePosixPath
+from typing import Any
 
 from residua.store.canonical import Json, digest_of
 from residua.store.errors import DamagedArchiveError, UnsafeArchiveError
@@ -59,10 +59,8 @@ def write_metadata(archive: Path, metadata: Metadata) -> None:
 
 def is_archive(path: Path) -> bool:
     """Say whether `path` holds an archive of ours, damaged or not."""
-    try:
-        return b'"residua"' in (path / ROOT).read_bytes()
-    except (FileNotFoundError, NotADirectoryError):
-        return False
+    root = path / ROOT
+    return root.is_file() and (root.stat().st_size > _MAX_METADATA_BYTES or b'"residua"' in root.read_bytes())
 
 
 def read_metadata(archive: Path) -> Metadata:
@@ -95,15 +93,32 @@ def _checked(path: Path, entry: object) -> Metadata:
             f"{path}: the archive has format {entry['format']}, this version reads {FORMAT}: update residua"
         )
     body = {key: value for key, value in entry.items() if key != "sha256"}
-    if digest_of(body) != entry.get("sha256"):
+    try:
+        found = digest_of(body)
+    except (ValueError, RecursionError) as error:
+        raise UnsafeArchiveError(f"{path}: attributes.residua is nothing that Residua writes ({error})") from error
+    if found != entry.get("sha256"):
         raise DamagedArchiveError(f"{path}: attributes.residua was altered (its SHA-256 differs): restore the file")
     plan = Plan.from_json(entry.get("plan"))
-    provenance, files, sealed = entry.get("provenance"), entry.get("files"), entry.get("sealed")
-    if not isinstance(provenance, dict) or not isinstance(files, dict) or not isinstance(sealed, dict | None):
-        raise UnsafeArchiveError(f"{path}: provenance, files or sealed is not what Residua writes")
+    provenance, sealed = entry.get("provenance"), entry.get("sealed")
+    if not isinstance(provenance, dict) or not isinstance(sealed, dict | None):
+        raise UnsafeArchiveError(f"{path}: provenance or sealed is not what Residua writes")
     if plan.digest != entry.get("digest"):
         raise UnsafeArchiveError(f"{path}: the plan's digest is not that of the plan")
-    return Metadata(plan=plan, provenance=provenance, files=cast("dict[str, str]", files), sealed=sealed)
+    return Metadata(plan=plan, provenance=provenance, files=_checked_files(path, entry.get("files")), sealed=sealed)
+
+
+def _checked_files(path: Path, files: object) -> dict[str, str]:
+    """Return `files` if every name stays inside the archive's side folders."""
+    if not isinstance(files, dict):
+        raise UnsafeArchiveError(f"{path}: files is {type(files).__name__}, not a mapping from path to SHA-256")
+    for name, digest in files.items():
+        parts = PurePosixPath(name).parts
+        if len(parts) < 2 or parts[0] not in SIDE_FOLDERS or ".." in parts or "\0" in name:
+            raise UnsafeArchiveError(f"{path}: files names {name!r}, which is no side file of an archive")
+        if not isinstance(digest, str):
+            raise UnsafeArchiveError(f"{path}: files gives {digest!r} as the SHA-256 of {name!r}")
+    return files
 
 
 def side_files(archive: Path) -> Iterator[Path]:

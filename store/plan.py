@@ -6,12 +6,12 @@ are no part of it (they are provenance), so an archive may be moved, and resumed
 """
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from functools import cached_property
 from math import prod
 from typing import Literal, cast
 
-from residua.store.canonical import Json, digest_of, flatten
+from residua.store.canonical import Json, canonical_json, digest_of, flatten
 from residua.store.codecs import INT8, PRESETS
 from residua.store.dtypes import storage_dtype
 from residua.store.errors import PlanError, UnsafeArchiveError
@@ -23,6 +23,7 @@ from residua.store.spec import ArraySpec
 MAX_ROWS = 2**48
 MAX_ROWS_PER_SHARD = 2**31
 MAX_SHARD_BYTES = 2**36
+_MAPPINGS = ("model", "dataset", "rules")
 ROW_COLUMNS = {"token": "int32", "position": "int32", "example": "int64"}
 
 
@@ -131,20 +132,23 @@ class Plan:
 
     def to_json(self) -> dict[str, Json]:
         """Return the plan as plain JSON values."""
-        values = asdict(self)
-        for site in values["sites"]:
-            site["row_shape"] = list(site["row_shape"])
-        values["sites"] = list(values["sites"])
-        return cast("dict[str, Json]", values)
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        values |= {name: dict(values[name]) for name in _MAPPINGS}
+        values["sites"] = [{**asdict(site), "row_shape": list(site.row_shape)} for site in self.sites]
+        return values
 
     def differences(self, other: "Plan") -> list[str]:
         """Return one line per field in which `other` differs, for the message that refuses it."""
         mine, theirs = (_comparable(plan) for plan in (self, other))
-        return [
-            f"{key}: the archive has {mine.get(key, 'nothing')!r}, this run has {theirs.get(key, 'nothing')!r}"
+        lines = [
+            f"{key}: the archive has {mine.get(key, 'nothing')}, this run has {theirs.get(key, 'nothing')}"
             for key in sorted(mine.keys() | theirs.keys())
             if mine.get(key) != theirs.get(key)
         ]
+        order, other_order = (", ".join(site.name for site in plan.sites) for plan in (self, other))
+        if order != other_order and not lines:
+            lines.append(f"sites: the archive has them in the order {order}, this run in the order {other_order}")
+        return lines
 
     @classmethod
     def from_json(cls, value: object) -> "Plan":
@@ -154,33 +158,37 @@ class Plan:
             UnsafeArchiveError: `value` is not what `to_json` makes; the message says where.
         """
         try:
-            fields = _fields(value, {name: cls.__annotations__[name] for name in cls.__annotations__})
-            sites = tuple(_site_from_json(site) for site in cast("list[object]", fields["sites"]))
-            return cls(**{**fields, "sites": sites})  # type: ignore[arg-type]  # __post_init__ checks the types
-        except (TypeError, ValueError, KeyError) as error:
+            found = _fields(value, cls)
+            sites = tuple(_site_from_json(site) for site in cast("list[object]", found["sites"]))
+            plan = cls(**{**found, "sites": sites})  # type: ignore[arg-type]  # __post_init__ checks the types
+            _ = plan.digest  # NaN, broken Unicode and bottomless nesting come out here and not later
+        except (TypeError, ValueError, KeyError, RecursionError) as error:
             raise UnsafeArchiveError(f"the archive's plan is not one that Residua writes: {error}") from error
+        return plan
 
 
-def _fields(value: object, known: Mapping[str, object]) -> dict[str, object]:
-    if not isinstance(value, dict) or set(value) != set(known):
+def _fields(value: object, kind: type[Plan] | type[SitePlan]) -> dict[str, object]:
+    known = sorted(field.name for field in fields(kind))
+    if not isinstance(value, dict) or sorted(value) != known:
         found = sorted(value) if isinstance(value, dict) else type(value).__name__
-        raise ValueError(f"expected the fields {sorted(known)}, found {found}")
+        raise ValueError(f"expected the fields {known}, found {found}")
     return value
 
 
 def _site_from_json(value: object) -> SitePlan:
-    fields = _fields(value, SitePlan.__annotations__)
-    row_shape = fields["row_shape"]
+    found = _fields(value, SitePlan)
+    row_shape = found["row_shape"]
     if not isinstance(row_shape, list):
         raise TypeError(f"row_shape is {row_shape!r}, not a list")
-    return SitePlan(**{**fields, "row_shape": tuple(row_shape)})  # type: ignore[arg-type]  # check_plan checks
+    return SitePlan(**{**found, "row_shape": tuple(row_shape)})  # type: ignore[arg-type]  # check_plan checks
 
 
-def _comparable(plan: Plan) -> dict[str, object]:
+def _comparable(plan: Plan) -> dict[str, str]:
+    """Return every field as text, in the spelling that the digest sees: 1, 1.0 and true differ there."""
     values = flatten(plan.to_json())
     for site in cast("list[dict[str, object]]", values.pop("sites")):
         values[f"sites.{site['name']}"] = {key: site[key] for key in ("row_shape", "dtype", "codec")}
-    return values
+    return {key: canonical_json(value).decode() for key, value in values.items()}
 
 
 def _is_count(value: object, most: int) -> bool:
@@ -189,7 +197,7 @@ def _is_count(value: object, most: int) -> bool:
 
 def check_plan(plan: Plan) -> None:
     """Raise PlanError if `plan` has a value that no archive could be made or safely read with."""
-    for name in ("model", "dataset", "rules"):
+    for name in _MAPPINGS:
         if not isinstance(getattr(plan, name), Mapping):
             raise PlanError(f"the plan's {name} is {getattr(plan, name)!r}, not a mapping")
     height = plan.rows_per_shard
@@ -207,7 +215,8 @@ def check_plan(plan: Plan) -> None:
 
 
 def _check_site(site: SitePlan, height: int) -> None:
-    parse_site(site.name)
+    if str(parse_site(site.name)) != site.name:
+        raise PlanError(f"site {site.name!r} is spelled {str(parse_site(site.name))!r} in a plan")
     storage_dtype(site.dtype)
     shape = site.row_shape
     if not 0 < len(shape) <= 4 or not all(_is_count(size, 2**31) and size > 0 for size in shape):

@@ -18,6 +18,7 @@ from residua.store.errors import PlanError
 CHUNK_BYTES = 512 * 1024
 SHARD_BYTES = 32 * 1024 * 1024
 HOST_MEMORY_BYTES = 4 * 1024**3
+COLUMN_BYTES = 16  # of a row in a stage: its token, position and example
 
 
 def nearest_power_of_two(value: float) -> int:
@@ -38,7 +39,7 @@ def n_stages(most_rows_per_example: int, rows_per_shard: int) -> int:
 
 def staging_bytes(row_bytes_all: int, most_rows_per_example: int, rows_per_shard: int) -> int:
     """Return the host memory that all stages take together, in bytes."""
-    return n_stages(most_rows_per_example, rows_per_shard) * rows_per_shard * row_bytes_all
+    return n_stages(most_rows_per_example, rows_per_shard) * rows_per_shard * (row_bytes_all + COLUMN_BYTES)
 
 
 def shard_rows(
@@ -60,7 +61,7 @@ def shard_rows(
         PlanError: Even shards of one row do not fit the budget.
     """
     sizes = list(row_bytes)
-    height = nearest_power_of_two(SHARD_BYTES / max(1, *sizes))
+    height = nearest_power_of_two(SHARD_BYTES / max([1, *sizes]))
     while height < batch_rows:
         height *= 2
     while height > 1 and staging_bytes(sum(sizes), most_rows_per_example, height) > host_memory_bytes:
