@@ -1,6 +1,6 @@
 """What one call of the user's model says about its rows: tokens, mask, number of examples."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -38,14 +38,18 @@ class Call:
 
         Args:
             keep: Which positions become rows, (examples, positions); None keeps every token.
-            columns: Per name, one value an example.
+            columns: Per name, one value an example; a tensor or an array counts by its first axis.
 
         Raises:
             CaptureError: `keep` or a column does not fit the call.
         """
+        if keep is not None and keep.shape != self.mask.shape:
+            raise CaptureError(
+                f"keep has shape {keep.shape}, but the call has {self.shape[0]} examples of {self.shape[1]} "
+                "positions: give one entry a position"
+            )
         kept = self.mask if keep is None else keep & self.mask
-        if kept.shape != self.mask.shape:
-            raise CaptureError(f"keep has shape {kept.shape}, but the call has {self.mask.shape} positions")
+        columns = {name: _plain(values) for name, values in columns.items()}
         for name, values in columns.items():
             if len(values) != len(self.mask):
                 raise CaptureError(f"column {name!r} has {len(values)} values for {len(self.mask)} examples")
@@ -60,19 +64,30 @@ class Call:
         return examples, padded
 
 
-def read_call(args: Sequence[object], kwargs: Mapping[str, object]) -> Call:
+def _plain(values: Sequence[object]) -> Sequence[object]:
+    """Return the values of a tensor or an array as Python's own, which the example table can hold."""
+    return values.tolist() if isinstance(values, torch.Tensor | np.ndarray) else values
+
+
+def read_call(names: Iterable[str], args: Sequence[object], kwargs: Mapping[str, object]) -> Call:
     """Read tokens and mask from the arguments of a model's call.
+
+    Args:
+        names: Names of the parameters of the model's forward, in order, so that a mask passed by position counts.
+        args: The arguments passed by position.
+        kwargs: The arguments passed by name.
 
     Raises:
         CaptureError: There is no tensor among them, or the mask does not fit the tokens.
     """
-    tensors = [value for value in (kwargs.get("input_ids"), *args, *kwargs.values()) if isinstance(value, torch.Tensor)]
-    if not tensors:
+    named = {**dict(zip(names, args, strict=False)), **kwargs}
+    mask = named.pop("attention_mask", None)
+    candidates = (named.get("input_ids"), *args, *named.values())
+    first = next((value for value in candidates if isinstance(value, torch.Tensor) and value.ndim), None)
+    if first is None:
         raise CaptureError("the model was called without a tensor: there is nothing to count examples by")
-    first = tensors[0]
     if first.is_floating_point() or first.ndim != 2:
         return Call(input_ids=None, mask=np.ones((first.shape[0], 1), bool))
-    mask = kwargs.get("attention_mask")
     if mask is None:
         mask = torch.ones_like(first)
     if not isinstance(mask, torch.Tensor) or mask.shape != first.shape:

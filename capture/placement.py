@@ -12,6 +12,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from residua.store.errors import CaptureError
+
 Indices: TypeAlias = "npt.NDArray[np.int64]"
 _RUNS_WORTH_LOOPING = 4  # below this many rows a run, one indexed copy beats a loop of slices
 
@@ -87,9 +89,18 @@ class Placement:
             buffer.index_copy_(0, self._target_indices, rows.to(buffer.dtype))
 
     def copy_pattern(self, pattern_BTHK: torch.Tensor, buffer: torch.Tensor, rows: BatchRows) -> None:
-        """Copy attention patterns so that key k is the example's k-th token, and zero what lies past its end."""
+        """Copy attention patterns so that key k is the example's k-th token, and zero what lies past its end.
+
+        Raises:
+            CaptureError: An example has more tokens than a row has keys.
+        """
         for source, target in zip(self.source.tolist(), self.target.tolist(), strict=True):
             example, position = divmod(source, rows.n_positions)
             keys = torch.from_numpy(rows.tokens_of[example])
+            if len(keys) > buffer.shape[-1]:
+                raise CaptureError(
+                    f"an example has {len(keys)} tokens, but rows of the pattern hold {buffer.shape[-1]}: "
+                    "raise max_length to the longest example's"
+                )
             buffer[target].zero_()
             buffer[target, :, : len(keys)].copy_(pattern_BTHK[example, position].index_select(-1, keys))

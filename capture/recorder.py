@@ -12,6 +12,7 @@ is left unsealed, with every shard that was committed, and can be read as far as
 
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
+from inspect import signature
 from os import PathLike
 from pathlib import Path
 from types import TracebackType
@@ -124,8 +125,8 @@ class Recorder:
             return
         self._session.close(finish=error is None)
 
-    def _before(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self._call = read_call(args, kwargs)
+    def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._call = read_call(signature(module.forward).parameters, args, kwargs)
         if self._session is not None:
             self._session.begin(self._call, self._keep, self._columns)
 

@@ -40,10 +40,11 @@ class Stage:
     """Memory for one shard of every site."""
 
     def __init__(self, plan: Plan, n_rows: int, *, pinned: bool) -> None:
-        self.buffers = {
-            site.name: torch.empty((n_rows, *site.row_shape), dtype=torch_dtype(site.dtype), pin_memory=pinned)
-            for site in plan.sites
-        }
+        with torch.inference_mode(mode=False):  # or rows that come outside of it could not be copied in
+            self.buffers = {
+                site.name: torch.empty((n_rows, *site.row_shape), dtype=torch_dtype(site.dtype), pin_memory=pinned)
+                for site in plan.sites
+            }
         self.columns = {name: np.zeros(n_rows, dtype) for name, dtype in ROW_COLUMNS.items()}
         self.n_filled = 0
         self._copies: deque[tuple[torch.cuda.Event, torch.Tensor]] = deque()
@@ -108,7 +109,12 @@ class Staging:
         self.stall_seconds = 0.0
 
     def begin(self, batch: BatchRows) -> None:
-        """Find a place for the rows of `batch`; waits while no stage is free."""
+        """Find a place for the rows of `batch`; waits while no stage is free.
+
+        Raises:
+            CaptureError: The batch before was not finished, this one reaches too far, or the writer failed.
+        """
+        self._refuse_unfinished()
         self._batch = batch
         self._placements = []
         height = self._plan.rows_per_shard
@@ -122,6 +128,14 @@ class Staging:
                 stage.columns[name][target] = getattr(batch, name)[picked]
             stage.n_filled += len(picked)
             self._placements.append((stage, Placement(batch.source[picked], target)))
+
+    def _refuse_unfinished(self) -> None:
+        """Raise if rows of a batch were counted but not all copied: they would be whatever the memory held."""
+        if self._batch is not None:
+            raise CaptureError(
+                f"a call of the model ended before its {len(self._batch.row):,} rows were copied, so they are missing. "
+                "What was committed before is safe; remove the cause and capture again."
+            )
 
     def _make_room(self, batch: BatchRows) -> None:
         """Add stages for a batch that fills more shards than there are, or raise: waiting would be for ever."""
@@ -159,7 +173,9 @@ class Staging:
             placement.copy_pattern(flat.cpu(), buffer, self._batch)
             return
         compute = torch.cuda.current_stream(flat.device)
-        side = self._streams.setdefault(flat.device, torch.cuda.Stream(flat.device))  # type: ignore[no-untyped-call]  # torch leaves it bare
+        if flat.device not in self._streams:
+            self._streams[flat.device] = torch.cuda.Stream(flat.device)  # type: ignore[no-untyped-call]  # torch leaves it bare
+        side = self._streams[flat.device]
         rows = flat.index_select(0, placement.source_indices.to(flat.device)).to(buffer.dtype)
         side.wait_stream(compute)
         with torch.cuda.stream(side):
@@ -182,7 +198,12 @@ class Staging:
                 self.hand_over(shard, before())
 
     def hand_over(self, shard: int, examples: dict[str, str]) -> None:
-        """Give the filled rows of `shard` to the writer."""
+        """Give the filled rows of `shard` to the writer.
+
+        Raises:
+            CaptureError: A batch was not finished, or the writer failed.
+        """
+        self._refuse_unfinished()
         stage = self._open.pop(shard)
         n_rows = stage.n_filled
         self._writer.submit(
