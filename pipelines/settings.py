@@ -1,5 +1,6 @@
 """What a capture can be told: one frozen dataclass, whose fields are the command line's flags."""
 
+import reprlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -13,7 +14,9 @@ from residua.store.codecs import DEFAULT_PRESET, PRESETS
 from residua.store.errors import PlanError
 from residua.store.sizes import HOST_MEMORY_BYTES
 
-_MAX_CONFIG_BYTES = 1024 * 1024
+_MAX_CONFIG_BYTES = 64 * 1024
+# What PyYAML raises for scalars that do not fit their tag ("!!int ''", "2001-99-99"), besides its own errors.
+_YAML_ERRORS = (yaml.YAMLError, ValueError, ArithmeticError, LookupError, TypeError, AttributeError, RecursionError)
 
 
 def _flag(default: Any, text: str) -> Any:
@@ -51,14 +54,18 @@ class CaptureSettings:
     threads: int = _flag(1, "threads that encode and write")
 
     def __post_init__(self) -> None:
-        for name, value in (("dtype", self.dtype), ("model_dtype", self.model_dtype)):
-            if value is not None and value not in (*FLOATS, "auto"):
-                raise PlanError(f"--{name.replace('_', '-')} {value} is not known: choose one of {', '.join(FLOATS)}")
+        for name, known in (("dtype", (None, *FLOATS)), ("model_dtype", ("auto", *FLOATS))):
+            if (value := getattr(self, name)) not in known:
+                choice = ", ".join(filter(None, known))
+                raise PlanError(f"--{name.replace('_', '-')} {value} is not known: choose one of {choice}")
         if self.codec not in PRESETS:
             raise PlanError(f"--codec {self.codec} is not known: choose one of {', '.join(PRESETS)}")
         for name in ("batch_tokens", "threads", "host_memory"):
             if getattr(self, name) < 1:
                 raise PlanError(f"--{name.replace('_', '-')} is {getattr(self, name)}: it must be at least 1")
+        height = self.rows_per_shard
+        if height is not None and (height < 1 or height & (height - 1)):
+            raise PlanError(f"--rows-per-shard is {height}: it must be a power of two")
         self.dataset_settings()
 
     def dataset_settings(self) -> DatasetSettings:
@@ -81,21 +88,26 @@ class CaptureSettings:
         """Return the settings that `values` spells, keys written as fields or as flags.
 
         Raises:
-            PlanError: A key is not a setting, or a value is not of its type.
+            PlanError: A key is not a setting or is there twice, or a value is not one that it may have.
+            DatasetError: A setting of the dataset is out of range or contradicts another.
         """
         known = {f.name: f for f in fields(cls)}
         named = {str(key).lstrip("-").replace("-", "_"): value for key, value in values.items()}
         for name, value in named.items():
             if name not in known:
-                raise PlanError(f"{name!r} is not a setting of residua capture; the settings are {', '.join(known)}")
-            if not _fits(value, str(known[name].type)):
-                raise PlanError(f"setting {name} is {value!r}: it should be {known[name].type}")
+                raise PlanError(
+                    f"{reprlib.repr(name)} is not a setting of residua capture; the settings are {', '.join(known)}"
+                )
+            if not _fits(value, type_name := _type_name(str(known[name].type))):
+                raise PlanError(f"setting {name} is {reprlib.repr(value)}: it should be {type_name}")
+        if len(named) < len(values):
+            raise PlanError(f"a setting is given twice, in two spellings: {', '.join(map(str, values))}")
         return cls(**named)
 
 
 def _fits(value: object, annotation: str) -> bool:
     names = {"str": str, "int": int, "bool": bool, "None": type(None)}
-    allowed = tuple(names[part.strip()] for part in _type_name(annotation).split("|"))
+    allowed = tuple(names[part.strip()] for part in annotation.split("|"))
     return isinstance(value, allowed) and (bool in allowed or not isinstance(value, bool))
 
 
@@ -103,19 +115,29 @@ def _type_name(annotation: str) -> str:
     return annotation.removeprefix("<class '").removesuffix("'>")
 
 
+class _TreeLoader(yaml.SafeLoader):
+    """YAML without references."""
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.YAMLError(f"a reference, {self.peek_event().anchor!r}, is not allowed here")
+        return super().compose_node(parent, index)
+
+
 def read_config(path: Path) -> dict[str, Any]:
     """Return the settings in a YAML or JSON file.
 
     Raises:
-        PlanError: The file is not a flat mapping of settings; nothing in it is ever executed.
+        PlanError: The file is not a flat mapping of settings, or refers to its own parts, which could make a
+            small file a huge value; nothing in it is ever executed.
     """
     if not path.is_file():
         raise PlanError(f"--config {path}: there is no such file")
     if path.stat().st_size > _MAX_CONFIG_BYTES:
-        raise PlanError(f"--config {path} is over 1 MiB: it should hold settings")
+        raise PlanError(f"--config {path} is over 64 KiB: it should hold settings")
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+        values = yaml.load(path.read_text(encoding="utf-8"), _TreeLoader)  # noqa: S506  # a SafeLoader that takes less
+    except _YAML_ERRORS as error:
         raise PlanError(f"--config {path} is neither YAML nor JSON: {error}") from error
     if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
         raise PlanError(f"--config {path} should be a mapping of settings, for example 'max-length: 128'")
