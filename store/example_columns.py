@@ -25,9 +25,7 @@ def check_names(names: Sequence[str]) -> None:
             )
 
 
-def columns_of(
-    examples: Sequence[Example], known: Mapping[str, pa.DataType], first_index: int
-) -> dict[str, pa.Array]:
+def columns_of(examples: Sequence[Example], known: Mapping[str, pa.DataType], first_index: int) -> dict[str, pa.Array]:
     """Convert the user's columns of a run of examples; a column that an example lacks is null there.
 
     Args:

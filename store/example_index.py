@@ -118,6 +118,12 @@ class ContentDigest:
     def __init__(self) -> None:
         self._sha256 = hashlib.sha256()
 
+    def copy(self) -> "ContentDigest":
+        """Return a digest that goes on from here by itself."""
+        other = ContentDigest()
+        other._sha256 = self._sha256.copy()
+        return other
+
     def add(self, input_ids: IntArray, positions: IntArray) -> None:
         """Append one example."""
         self._sha256.update(np.array([input_ids.size, positions.size], "<i8").tobytes())

@@ -116,9 +116,7 @@ class ExampleTable:
             for example_index in range(start, stop):
                 digest.add(*self._content(example_index))
             if digest.hexdigest() != part.digest:
-                raise DamagedArchiveError(
-                    f"{part.path}: its tokens or positions are not those that were written"
-                )
+                raise DamagedArchiveError(f"{part.path}: its tokens or positions are not those that were written")
         return digest
 
     def _content(self, example_index: int) -> tuple[IntArray, IntArray]:

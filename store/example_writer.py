@@ -134,12 +134,15 @@ class ExampleWriter:
             return None
         first = self._first_example[-1]
         columns = columns_of(self._pending, self._types, first)
+        digest = self._digest.copy()
         for example in self._pending:
-            self._digest.add(example.input_ids, example.positions)
+            digest.add(example.input_ids, example.positions)
         table = pa.table({**self._own_columns(first), **columns})
-        table = table.replace_schema_metadata({DIGEST_KEY: self._digest.hexdigest().encode()})
+        table = table.replace_schema_metadata({DIGEST_KEY: digest.hexdigest().encode()})
         name = part_name(len(self._first_example) - 1)
         write_file(self._folder / name, [self._encoded(table)])
+        # Only now, so that a part that the disk refused may be written again.
+        self._digest = digest
         self._types.update({column: values.type for column, values in columns.items()})
         self._first_example.append(self.n_examples)
         self._pending, self._pending_bytes = [], 0

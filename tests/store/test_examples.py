@@ -1,5 +1,6 @@
 """The example table: what goes in comes out, parts are deterministic, and damaged parts are errors that name them."""
 
+import errno
 import hashlib
 import struct
 from collections.abc import Callable
@@ -12,6 +13,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from residua.store import example_writer
 from residua.store.errors import DamagedArchiveError, DatasetError, UnsafeArchiveError
 from residua.store.examples import Example, ExampleIndex, ExampleTable, ExampleWriter
 
@@ -172,6 +174,22 @@ class TestParts:
         assert writer.flush() is None
         assert as_lists(ExampleTable(tmp_path)) == [([1, 2], [1]), ([3], [0])]
         assert writer.close().digest == expected_digest([([1, 2], [1]), ([3], [0])])
+
+    def test_a_part_that_the_disk_refused_may_be_written_again(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def full(path: Path, parts: object) -> int:
+            raise OSError(errno.ENOSPC, "no space left")
+
+        writer = ExampleWriter(tmp_path)
+        writer.add(example([1, 2], [1]))
+        with monkeypatch.context() as patch:
+            patch.setattr(example_writer, "write_file", full)
+            with pytest.raises(OSError, match="no space left"):
+                writer.flush()
+        assert list(tmp_path.iterdir()) == []
+        assert writer.close().digest == expected_digest([([1, 2], [1])])
+        ExampleTable(tmp_path).verify()
 
     def test_the_digest_does_not_depend_on_the_parts(self, tmp_path: Path) -> None:
         digests = {written(tmp_path / str(n), examples_per_part=n).digest for n in (1, 2, 5)}
