@@ -55,6 +55,9 @@ def intercepting(taps: Mapping[nn.Module, AttentionTap]) -> Iterator[None]:
         taps: What to call for each attention module; any module may be a key, those that never do attention
             through the interface are never called.
     """
+    if not taps:
+        yield
+        return
     with _lock:
         if not _taps:
             _original.append(AttentionInterface.get_interface)

@@ -124,8 +124,9 @@ def _from_family(anatomy: Anatomy, kind: str, layer: int) -> SiteInfo | None:
     if spot is None:
         return None
     path = f"{anatomy.blocks[layer]}.{spot.module}"
-    module = dict(anatomy.model.named_modules()).get(path)
-    if module is None:
+    try:
+        module = anatomy.model.get_submodule(path)
+    except AttributeError:  # a mixture of experts has no down projection as a module
         return None
     width = _input_width(module) if kind == "mlp_act" else int(anatomy.config.hidden_size)
     info = _info(anatomy, f"{kind}.{layer}", (width,), module=path)

@@ -71,6 +71,14 @@ def test_patterns_are_the_same_on_their_own_keys() -> None:
         torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=1e-5)
 
 
+@pytest.mark.parametrize("name", [*TINY, *ODD])
+def test_without_padding_the_arguments_are_the_models_own_defaults(name: str) -> None:
+    model, padded = {**TINY, **ODD}[name](), padded_batch(sequences()[:1])
+    with torch.no_grad():
+        ours = model(**forward_kwargs(model, padded.input_ids, padded.attention_mask)).logits
+        assert torch.equal(ours, model(padded.input_ids).logits)
+
+
 @pytest.mark.parametrize("name", ["gpt2", "bert", "opt"])
 def test_padding_on_the_left_without_position_ids_would_shift_rows(name: str) -> None:
     model, padded = TINY[name](), batch("left")

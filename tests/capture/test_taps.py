@@ -94,6 +94,28 @@ def test_an_exception_in_the_model_restores_everything_and_the_next_call_counts(
     assert state_of(model) == before
 
 
+def test_after_an_exception_a_part_of_the_model_is_still_not_read() -> None:
+    model = TINY["gpt2"]()
+    seen: list[str] = []
+    with reading(model, "resid_post.0", lambda name, _tensor: seen.append(name)):
+        with hooked(model.get_submodule("transformer.h.0.mlp"), fail), pytest.raises(BoomError):
+            run(model)
+        with torch.no_grad():
+            model.base_model(batch().input_ids)
+    assert seen == []
+
+
+def test_a_reading_without_attention_may_end_inside_one_with() -> None:
+    model = TINY["llama"]()
+    before = AttentionInterface.get_interface
+    plain, attentive = reading(model, "resid_post.0", keep_nothing), reading(model, "q.0", keep_nothing)
+    plain.__enter__()
+    attentive.__enter__()
+    plain.__exit__(None, None, None)
+    attentive.__exit__(None, None, None)
+    assert AttentionInterface.get_interface is before
+
+
 def test_two_readings_may_end_in_any_order() -> None:
     models = TINY["llama"](), TINY["qwen2"]()
     before = AttentionInterface.get_interface
@@ -326,6 +348,26 @@ def test_a_module_that_runs_twice_is_refused_by_name() -> None:
     model = TINY["phi"]()
     with pytest.raises(CaptureError, match=r"module:model\.layers\.0\.resid_dropout@output.* 2 times"):
         read(model, ["module:model.layers.0.resid_dropout"])
+
+
+def test_a_module_of_any_model_that_runs_twice_or_never_is_refused() -> None:
+    twice, never = nn.Identity(), nn.Identity()
+
+    class Odd(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.twice, self.never = twice, never
+
+        def forward(self, tensor: Tensor) -> Tensor:
+            result: Tensor = self.twice(self.twice(tensor))
+            return result
+
+    model = Odd()
+    for site, count in (("module:twice@output", 2), ("module:never@output", 0)):
+        with reading(model, site, keep_nothing) as taps:
+            model(torch.zeros(2))
+            with pytest.raises(CaptureError, match=f"'{site}' .* met {count} times"):
+                taps.end_forward()
 
 
 def test_checkpointed_blocks_are_read_once() -> None:
