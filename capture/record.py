@@ -10,18 +10,16 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import nn
 
-from residua.capture.inputs import forward_kwargs, padded_batch
-from residua.capture.rows import ExampleRows, batch_rows, by_position
+from residua.capture.batches import BatchRunner
 from residua.capture.staging import Staging
 from residua.capture.taps import reading
 from residua.store.commits import Commit
 from residua.store.examples import ExampleTable
 from residua.store.plan import Plan
-from residua.store.schedule import Batch, Schedule
+from residua.store.schedule import Schedule
 from residua.store.sizes import n_stages
 from residua.store.writer import ShardWriter
 
@@ -81,7 +79,6 @@ def record(
     table = ExampleTable(archive / "examples")
     index = table.index()
     schedule = Schedule(index, rows_per_shard=plan.rows_per_shard, batch_tokens=plan.batch_tokens)
-    sites = [site.name for site in plan.sites]
     with ShardWriter(archive, plan, threads=threads) as writer:
         staging = Staging(
             plan,
@@ -90,75 +87,36 @@ def record(
             pinned=any(parameter.is_cuda for parameter in model.parameters()),
             committed=committed,
         )
-        run = _Run(model, plan, table, staging, writer)
-        with torch.inference_mode(), reading(model, sites, run.put) as taps:
+        runner = BatchRunner(model, plan, table, staging)
+        clock = _Clock(runner, staging, writer)
+        with torch.inference_mode(), reading(model, [site.name for site in plan.sites], runner.put) as taps:
             for batch in schedule.work(committed):
-                run.batch(batch)
+                runner.run(batch)
                 taps.end_forward()
                 staging.finish()
-                on_batch(run.stats())
-    return run.stats()
+                on_batch(clock.stats())
+    return clock.stats()
 
 
-class _Run:
-    """One run over the schedule: the current batch and the totals."""
+class _Clock:
+    """Reads the figures of a run off those who work for it."""
 
-    def __init__(
-        self, model: nn.Module, plan: Plan, table: ExampleTable, staging: Staging, writer: ShardWriter
-    ) -> None:
-        self._model = model
-        self._plan = plan
-        self._table = table
-        self._index = table.index()
+    def __init__(self, runner: BatchRunner, staging: Staging, writer: ShardWriter) -> None:
+        self._runner = runner
         self._staging = staging
         self._writer = writer
-        self._device = next(model.parameters()).device
-        self._shape = (0, 0)
-        self._rows = 0
-        self._n_tokens = 0
-        self._forward_seconds = 0.0
         self._started = time.perf_counter()
-
-    def batch(self, batch: Batch) -> None:
-        """Run one batch through the model; the taps call `put` meanwhile."""
-        examples = self._table.batch(batch.examples.tolist())
-        tokens = [input_ids for input_ids, _ in examples]
-        padded = padded_batch(tokens, side=self._plan.padding, device=self._device)
-        n_examples, n_positions = padded.input_ids.shape
-        self._shape = (n_examples, n_positions)
-        rows = [
-            ExampleRows(
-                example=int(number),
-                first_row=int(self._index.first_row[number]),
-                input_ids=input_ids,
-                positions=positions,
-                padded=np.arange(len(input_ids), dtype=np.int64)
-                + (n_positions - len(input_ids) if self._plan.padding == "left" else 0),
-            )
-            for number, (input_ids, positions) in zip(batch.examples, examples, strict=True)
-        ]
-        self._staging.begin(batch_rows(rows, n_positions))
-        started = time.perf_counter()
-        self._model(**forward_kwargs(self._model, padded.input_ids, padded.attention_mask))
-        self._forward_seconds += time.perf_counter() - started
-        self._rows += sum(len(example.positions) for example in rows)
-        self._n_tokens += sum(len(example.input_ids) for example in rows)
-
-    def put(self, site: str, tensor: torch.Tensor) -> None:
-        """Take one site's tensor from its tap."""
-        self._staging.put(site, by_position(site, tensor, *self._shape))
 
     def stats(self) -> RecordStats:
         """Return the figures so far."""
-        writer = self._writer
         return RecordStats(
-            rows=self._rows,
-            n_tokens=self._n_tokens,
-            committed_rows=writer.n_rows,
-            logical_bytes=writer.logical_bytes,
-            stored_bytes=writer.stored_bytes,
-            n_nonfinite=dict(writer.n_nonfinite),
+            rows=self._runner.n_rows,
+            n_tokens=self._runner.n_tokens,
+            committed_rows=self._writer.n_rows,
+            logical_bytes=self._writer.logical_bytes,
+            stored_bytes=self._writer.stored_bytes,
+            n_nonfinite=dict(self._writer.n_nonfinite),
             stall_seconds=self._staging.stall_seconds,
-            forward_seconds=self._forward_seconds,
+            forward_seconds=self._runner.forward_seconds,
             seconds=time.perf_counter() - self._started,
         )

@@ -16,6 +16,7 @@ from typing import Any
 from residua.pipelines.report import (
     print_capture,
     print_info,
+    print_reproduction,
     print_sites,
     print_verification,
 )
@@ -62,6 +63,14 @@ def _parser() -> argparse.ArgumentParser:
     info.add_argument("archive", help="folder of the archive")
     verify = _add(jobs, "verify", _verify, "re-hash every chunk of an archive; exit 1 if anything is damaged")
     verify.add_argument("archive", help="folder of the archive")
+    reproduce = _add(
+        jobs, "reproduce", _reproduce, "capture a sample of an archive again and compare; exit 1 if it differs"
+    )
+    reproduce.add_argument("archive", help="folder of the archive")
+    reproduce.add_argument("--model", required=True, help="hub id or folder of the model that was captured")
+    reproduce.add_argument("--batches", type=int, default=4, metavar="INT", help="batches to run (default: 4)")
+    reproduce.add_argument("--seed", type=int, default=0, metavar="INT", help="seed of the choice of batches")
+    reproduce.add_argument("--device", default="auto", metavar="STR", help="device of the model: auto, cpu, cuda, ...")
     sites = _add(jobs, "sites", _sites, "list the sites that a model has, with shapes")
     sites.add_argument("--model", required=True, help="hub id or folder of the model")
     return parser
@@ -158,6 +167,16 @@ def _verify(options: argparse.Namespace) -> int:
     report = verify(Path(options.archive))
     print_verification(report, as_json=options.json)
     return 0 if report.is_sound else 1
+
+
+def _reproduce(options: argparse.Namespace) -> int:
+    from residua.pipelines.reproduce import reproduce
+
+    found = reproduce(
+        options.archive, options.model, n_batches=options.batches, seed=options.seed, device=options.device
+    )
+    print_reproduction(found, as_json=options.json)
+    return 0 if found.is_exact else 1
 
 
 def _sites(options: argparse.Namespace) -> int:

@@ -11,6 +11,7 @@ from residua.store.summary import Summary, summarise
 if TYPE_CHECKING:
     from residua.capture.siteinfo import SiteInfo
     from residua.pipelines.capture import CaptureResult
+    from residua.pipelines.reproduce import Reproduction
     from residua.store.verify import Verification
 
 
@@ -118,6 +119,21 @@ def print_verification(report: "Verification", *, as_json: bool) -> None:
         print(f"note: {note}")
     checked = f"{report.n_files:,} files, {report.n_chunks:,} chunks, {human_bytes(report.n_bytes)} re-hashed"
     print(f"{'sound' if report.is_sound else f'{len(report.problems)} problems'}: {checked}")
+
+
+def print_reproduction(found: "Reproduction", *, as_json: bool) -> None:
+    """Print how a sample of an archive compares with what the model computes now."""
+    if as_json:
+        print_json({**asdict(found), "exact": found.is_exact})
+        return
+    rows = [
+        (name, f"{site.rows:,}", f"{site.equal_rows:,}", f"{site.largest_error:.1e}", f"{site.largest_value:.1e}")
+        for name, site in found.sites.items()
+    ]
+    print(table([("site", "rows", "equal bit for bit", "largest error", "largest value"), *rows], (1, 2, 3, 4)))
+    for difference in found.differences:
+        print(f"note: {difference}")
+    print("reproduced: every row is equal bit for bit" if found.is_exact else "not equal bit for bit; see the errors")
 
 
 def print_sites(model: str, sites: "Mapping[str, SiteInfo]", *, as_json: bool) -> None:

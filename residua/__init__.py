@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from residua.capture.recorder import Recorder
     from residua.capture.sites import model_sites
     from residua.pipelines.capture import capture_dataset
+    from residua.pipelines.reproduce import reproduce
     from residua.pipelines.settings import CaptureSettings
     from residua.store.archive import Archive
     from residua.store.archive import Archive as open  # noqa: A004, N813  # read as residua.open(path)
@@ -27,6 +28,7 @@ __all__ = [
     "capture_dataset",
     "model_sites",
     "open",
+    "reproduce",
     "verify",
 ]
 
@@ -38,6 +40,7 @@ _HOMES = {
     "capture_dataset": "pipelines.capture:capture_dataset",
     "model_sites": "capture.sites:model_sites",
     "open": "store.archive:Archive",
+    "reproduce": "pipelines.reproduce:reproduce",
     "verify": "store.verify:verify",
 }
 

@@ -15,6 +15,7 @@ from residua.pipelines.capture import capture_dataset
 from residua.store.archive import Archive
 from residua.store.errors import NotCapturedError, UnknownSiteError
 from tests.models import TINY, VOCABULARY
+from tests.plain_zarr import plain_array
 
 N_ROWS = 100
 
@@ -31,10 +32,7 @@ def archive(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
 @pytest.fixture(scope="module")
 def values(archive: Archive) -> np.ndarray[Any, Any]:
     """All rows of one site by another reader."""
-    import zarr
-
-    bits = zarr.open_group(str(archive.path), mode="r")["sites/resid_post/1"][...]
-    return np.asarray(bits).view(ml_dtypes.bfloat16)
+    return plain_array(archive.path, "sites/resid_post/1").view(ml_dtypes.bfloat16)
 
 
 def same(found: Any, expected: Any) -> bool:

@@ -1,0 +1,82 @@
+"""Running the batches of a plan, exactly as the plan makes them up."""
+
+import time
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import nn
+
+from residua.capture.inputs import forward_kwargs, padded_batch
+from residua.capture.placement import BatchRows
+from residua.capture.rows import ExampleRows, batch_rows, by_position
+from residua.store.examples import ExampleTable
+from residua.store.plan import Plan
+from residua.store.schedule import Batch
+
+
+class RowSink(Protocol):
+    """Takes the rows of batches: `begin` announces a batch, `put` brings one site's tensor, (B, T, *row)."""
+
+    def begin(self, batch: BatchRows, /) -> None:
+        """Announce the rows of the next forward pass."""
+
+    def put(self, site: str, tensor: torch.Tensor, /) -> None:
+        """Take one site's tensor; copy what is kept before returning."""
+
+
+class BatchRunner:
+    """Runs batches through a model; the taps of the sites call `put` meanwhile.
+
+    Args:
+        model: The model, on its device.
+        plan: The plan that the batches belong to.
+        table: The examples.
+        sink: Who gets the rows.
+
+    Attributes:
+        n_rows: Rows that the batches so far have.
+        n_tokens: Their tokens, padding left out.
+        forward_seconds: Time in the forward passes, taps included.
+    """
+
+    def __init__(self, model: nn.Module, plan: Plan, table: ExampleTable, sink: RowSink) -> None:
+        self._model = model
+        self._plan = plan
+        self._table = table
+        self._first_row = table.index().first_row
+        self._sink = sink
+        self._device = next(model.parameters()).device
+        self._shape = (0, 0)
+        self.n_rows = 0
+        self.n_tokens = 0
+        self.forward_seconds = 0.0
+
+    def run(self, batch: Batch) -> None:
+        """Run one batch."""
+        examples = self._table.batch(batch.examples.tolist())
+        tokens = [input_ids for input_ids, _ in examples]
+        padded = padded_batch(tokens, side=self._plan.padding, device=self._device)
+        n_examples, n_positions = padded.input_ids.shape
+        self._shape = (n_examples, n_positions)
+        left = self._plan.padding == "left"
+        rows = [
+            ExampleRows(
+                example=number,
+                first_row=int(self._first_row[number]),
+                input_ids=input_ids,
+                positions=positions,
+                padded=np.arange(len(input_ids), dtype=np.int64) + (n_positions - len(input_ids) if left else 0),
+            )
+            for number, (input_ids, positions) in zip(batch.examples.tolist(), examples, strict=True)
+        ]
+        self._sink.begin(batch_rows(rows, n_positions))
+        started = time.perf_counter()
+        self._model(**forward_kwargs(self._model, padded.input_ids, padded.attention_mask))
+        self.forward_seconds += time.perf_counter() - started
+        self.n_rows += sum(len(example.positions) for example in rows)
+        self.n_tokens += sum(len(input_ids) for input_ids in tokens)
+
+    def put(self, site: str, tensor: torch.Tensor) -> None:
+        """Take one site's tensor from its tap."""
+        self._sink.put(site, by_position(site, tensor, *self._shape))

@@ -1,0 +1,110 @@
+"""Reproducing: capture a sample of an archive's batches again and compare, so that others can check an archive."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from os import PathLike
+
+import numpy as np
+import torch
+from transformers import PreTrainedModel
+
+from residua.capture.batches import BatchRunner
+from residua.capture.compare import RowComparison, SiteComparison
+from residua.capture.provenance import environment, identify_model
+from residua.capture.taps import reading
+from residua.pipelines.models import load_model
+from residua.pipelines.settings import CaptureSettings
+from residua.store.archive import Archive
+from residua.store.canonical import flatten
+from residua.store.errors import NotCapturedError, PlanError
+from residua.store.schedule import Schedule
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reproduction:
+    """What a reproduction found.
+
+    Attributes:
+        sites: Per site, how its rows compare.
+        n_batches: Batches that were run again.
+        differences: Conditions that differ from those of the capture, one sentence each.
+    """
+
+    sites: dict[str, SiteComparison]
+    n_batches: int
+    differences: tuple[str, ...]
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether every compared row is equal bit for bit."""
+        return all(site.equal_rows == site.rows for site in self.sites.values())
+
+
+def reproduce(
+    archive: str | PathLike[str],
+    model: str | PreTrainedModel,
+    *,
+    n_batches: int = 4,
+    seed: int = 0,
+    device: str = "auto",
+    on_batch: Callable[[int, int], None] = lambda *_: None,
+) -> Reproduction:
+    """Run a sample of an archive's batches through `model` again and compare every site with what is stored.
+
+    Args:
+        archive: Folder of the archive.
+        model: The model that was captured: a transformers model, or a hub id or folder of one.
+        n_batches: How many batches to run; they are chosen at random from those that are wholly captured.
+        seed: Seed of the choice.
+        device: Device of the model, if it is loaded here.
+        on_batch: Called with the batches done and in all, after each.
+
+    Returns:
+        How the rows compare. On one kind of machine, with the same versions and threads, they are equal bit for bit
+        (lossy presets aside).
+
+    Raises:
+        PlanError: The model is not the one that was captured, or the archive has no batches of its own.
+        NotCapturedError: Nothing is captured yet.
+    """
+    opened = Archive(archive)
+    plan = opened.plan
+    if plan.n_rows is None:
+        raise PlanError(f"{archive} was recorded in a loop of its user's: its batches are not known, nothing to repeat")
+    if isinstance(model, str):
+        attention, dtype = plan.model["attention"], str(plan.model["dtype"])
+        wanted = None if attention is None else str(attention)
+        model = load_model(model, CaptureSettings(device=device, attn_implementation=wanted, model_dtype=dtype))
+    _check_model(opened, model)
+    comparison = RowComparison(opened)
+    table = opened.example_table
+    schedule = Schedule(table.index(), rows_per_shard=plan.rows_per_shard, batch_tokens=plan.batch_tokens)
+    whole = [s for s in opened.commits if all(t in opened.commits for t in range(s, schedule.reach(s) + 1))]
+    batches = [batch for shard in whole for batch in schedule.batches(shard)]
+    if not batches:
+        raise NotCapturedError(f"{archive} has no captured batch yet: run the capture first")
+    chosen = np.random.default_rng(seed).permutation(len(batches))[:n_batches]
+    runner = BatchRunner(model, plan, table, comparison)
+    with torch.inference_mode(), reading(model, list(opened.sites), runner.put) as taps:
+        for done, index in enumerate(sorted(chosen.tolist()), start=1):
+            runner.run(batches[index])
+            taps.end_forward()
+            on_batch(done, len(chosen))
+    return Reproduction(sites=comparison.sites, n_batches=len(chosen), differences=_differences(opened))
+
+
+def _check_model(archive: Archive, model: PreTrainedModel) -> None:
+    found, expected = identify_model(model), archive.plan.model
+    wrong = [key for key in expected if found.get(key) != expected[key]]
+    if wrong:
+        lines = "\n  ".join(f"{key}: the archive has {expected[key]}, this model has {found.get(key)}" for key in wrong)
+        raise PlanError(f"this is not the model that {archive.path} was captured from:\n  {lines}")
+
+
+def _differences(archive: Archive) -> tuple[str, ...]:
+    here, there = flatten(environment()), flatten(archive.provenance)
+    return tuple(
+        f"{key}: {there[key]} when it was captured, {value} now"
+        for key, value in here.items()
+        if key in there and there[key] != value
+    )
