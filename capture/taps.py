@@ -106,7 +106,14 @@ def reading(
 
     Raises:
         UnknownSiteError: The model has no such site.
-        CaptureError: On leaving the model's forward, if a replacement does not fit.
+        CaptureError: During the model's forward, if a replacement does not fit.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(2, 3))
+        >>> with reading(model, "module:0", lambda name, tensor: print(name, tuple(tensor.shape))) as taps:
+        ...     _ = model(torch.ones(4, 2))
+        ...     taps.end_forward()
+        module:0@output (4, 3)
     """
     infos = sites if isinstance(sites, Mapping) else resolve_sites(model, sites)
     taps = Taps(infos, function)
