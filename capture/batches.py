@@ -1,6 +1,7 @@
 """Running the batches of a plan, exactly as the plan makes them up."""
 
 import time
+from contextlib import suppress
 from typing import Protocol
 
 import numpy as np
@@ -13,6 +14,7 @@ from residua.capture.rows import ExampleRows, batch_rows, by_position
 from residua.store.examples import ExampleTable
 from residua.store.plan import Plan
 from residua.store.schedule import Batch
+from residua.store.sitenames import parse_site
 
 
 class RowSink(Protocol):
@@ -25,8 +27,15 @@ class RowSink(Protocol):
         """Take one site's tensor; copy what is kept before returning."""
 
 
+class _EnoughError(Exception):
+    """Every site has fired: what is left of the forward pass would be thrown away."""
+
+
 class BatchRunner:
     """Runs batches through a model; the taps of the sites call `put` meanwhile.
+
+    Nothing is computed that no site needs: the forward pass ends where the last site has fired, and logits that
+    nobody asked for are left out. Neither changes a bit of what is captured.
 
     Args:
         model: The model, on its device.
@@ -48,6 +57,10 @@ class BatchRunner:
         self._sink = sink
         self._device = next(model.parameters()).device
         self._shape = (0, 0)
+        self._n_missing = 0
+        self._ends_early = not hasattr(model, "hf_device_map")  # accelerate's hooks must see their forward end
+        kinds = {parse_site(site.name).kind for site in plan.sites}
+        self._needs_logits = any(kind == "module" or kind.startswith("logits") for kind in kinds)
         self.n_rows = 0
         self.n_tokens = 0
         self.forward_seconds = 0.0
@@ -71,8 +84,11 @@ class BatchRunner:
             for number, (input_ids, positions) in zip(batch.examples.tolist(), examples, strict=True)
         ]
         self._sink.begin(batch_rows(rows, n_positions))
+        self._n_missing = len(self._plan.sites)
         started = time.perf_counter()
-        self._model(**forward_kwargs(self._model, padded.input_ids, padded.attention_mask))
+        kwargs = forward_kwargs(self._model, padded.input_ids, padded.attention_mask, needs_logits=self._needs_logits)
+        with suppress(_EnoughError):
+            self._model(**kwargs)
         self.forward_seconds += time.perf_counter() - started
         self.n_rows += sum(len(example.positions) for example in rows)
         self.n_tokens += sum(len(input_ids) for input_ids in tokens)
@@ -80,3 +96,6 @@ class BatchRunner:
     def put(self, site: str, tensor: torch.Tensor) -> None:
         """Take one site's tensor from its tap."""
         self._sink.put(site, by_position(site, tensor, *self._shape))
+        self._n_missing -= 1
+        if not self._n_missing and self._ends_early:
+            raise _EnoughError

@@ -85,7 +85,9 @@ def positions_of(attention_mask: Tensor) -> Tensor:
     return (attention_mask.long().cumsum(-1) - 1).clamp_min(0)
 
 
-def forward_kwargs(model: nn.Module, input_ids: Tensor, attention_mask: Tensor) -> dict[str, Tensor | bool]:
+def forward_kwargs(
+    model: nn.Module, input_ids: Tensor, attention_mask: Tensor, *, needs_logits: bool = True
+) -> dict[str, Tensor | bool | int]:
     """Make the arguments for one forward call of a language model.
 
     Position ids are given where the model's forward takes them, and the cache is off where it can be: it
@@ -95,16 +97,20 @@ def forward_kwargs(model: nn.Module, input_ids: Tensor, attention_mask: Tensor) 
         model: A transformers model; it is called as ``model(**forward_kwargs(...))``.
         input_ids: int64, (batch, positions).
         attention_mask: 1 for a token, 0 for padding, of the same shape.
+        needs_logits: Whether the logits of all positions are wanted. Without them a model that can leaves them out,
+            which saves (batch x positions x vocabulary) numbers and changes nothing else.
 
     Returns:
         The arguments, on the device of what was given.
     """
     takes = inspect.signature(model.forward).parameters
-    kwargs: dict[str, Tensor | bool] = {"input_ids": input_ids, "attention_mask": attention_mask}
+    kwargs: dict[str, Tensor | bool | int] = {"input_ids": input_ids, "attention_mask": attention_mask}
     if "position_ids" in takes:
         kwargs["position_ids"] = positions_of(attention_mask) + _first_position(model)
     if "use_cache" in takes:
         kwargs["use_cache"] = False
+    if not needs_logits and "logits_to_keep" in takes:
+        kwargs["logits_to_keep"] = 1
     return kwargs
 
 

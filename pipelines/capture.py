@@ -17,7 +17,6 @@ from residua.capture.siteinfo import SiteInfo
 from residua.capture.siteplans import plan_sites
 from residua.capture.sites import resolve_sites
 from residua.pipelines.dataset import DatasetReport, DatasetSettings, dataset_identity, read_examples
-from residua.pipelines.dataset_notes import dataset_notes
 from residua.pipelines.models import load_model, load_tokenizer, token_limit
 from residua.pipelines.settings import CaptureSettings
 from residua.store.archive import Archive
@@ -59,6 +58,7 @@ def capture_dataset(
     tokenizer: PreTrainedTokenizerBase | None = None,
     settings: CaptureSettings | None = None,
     command: str | None = None,
+    on_example: Callable[[int, int], None] = lambda *_: None,
     on_plan: Callable[[Plan, int], None] = lambda *_: None,
     on_batch: Callable[[RecordStats], None] = lambda _: None,
     **options: Any,
@@ -72,6 +72,7 @@ def capture_dataset(
         tokenizer: Tokenizer of a model that is passed as an object; else it is loaded with the model.
         settings: All settings at once.
         command: The command line, for the provenance.
+        on_example: Called with the examples and tokens read so far, after each example.
         on_plan: Called with the plan, and the rows that are committed already, before the model runs.
         on_batch: Called with the figures so far after every batch.
         **options: Single settings by name, as in `CaptureSettings`, for example ``sites="resid_post.*"``.
@@ -93,7 +94,7 @@ def capture_dataset(
         tokenizer = tokenizer or load_tokenizer(model, chosen)
         model = load_model(model, chosen)
     job = _Job(model, tokenizer, dataset, Path(out), chosen, command)
-    return job.run(on_plan, on_batch)
+    return job.run(on_example, on_plan, on_batch)
 
 
 def _settings(settings: CaptureSettings | None, options: dict[str, Any]) -> CaptureSettings:
@@ -130,14 +131,19 @@ class _Job:
         self._report = DatasetReport()
         self._notes: list[str] = []
 
-    def run(self, on_plan: Callable[[Plan, int], None], on_batch: Callable[[RecordStats], None]) -> CaptureResult:
+    def run(
+        self,
+        on_example: Callable[[int, int], None],
+        on_plan: Callable[[Plan, int], None],
+        on_batch: Callable[[RecordStats], None],
+    ) -> CaptureResult:
         sites = resolve_sites(self._model, self._settings.sites)
         needs_pattern = any(site.startswith("pattern.") for site in sites)
         with eager_attention(self._model) if needs_pattern else nullcontext(False) as switched:
             if switched:
                 self._notes.append("pattern sites need eager attention: the model was switched to it for this capture")
             resumed = is_archive(self._out)
-            plan = self._prepare(sites)
+            plan = self._prepare(sites, on_example)
             archive = Archive(self._out)
             sweep(self._out)
             committed = archive.commits
@@ -157,13 +163,13 @@ class _Job:
             dataset=self._report,
             stats=stats,
             resumed=resumed,
-            notes=(*self._notes, *dataset_notes(self._report)),
+            notes=(*self._notes, *self._report.notes()),
         )
 
-    def _prepare(self, sites: Mapping[str, SiteInfo]) -> Plan:
+    def _prepare(self, sites: Mapping[str, SiteInfo], on_example: Callable[[int, int], None]) -> Plan:
         """Make the plan, and the archive unless it exists; an archive of another plan is refused."""
         with workspace(self._out) as folder:
-            index = self._write_examples(folder / "examples")
+            index = self._write_examples(folder / "examples", on_example)
             plan = self._plan(sites, index)
             if is_archive(self._out):
                 self._compare(plan)
@@ -174,7 +180,7 @@ class _Job:
             create_archive(folder, self._out, plan, self._provenance())
         return plan
 
-    def _write_examples(self, folder: Path) -> ExampleIndex:
+    def _write_examples(self, folder: Path, on_example: Callable[[int, int], None]) -> ExampleIndex:
         tokenizer = self._tokenizer
         writer = ExampleWriter(folder)
         examples = read_examples(
@@ -188,6 +194,7 @@ class _Job:
         )
         for example in examples:
             writer.add(example)
+            on_example(self._report.n_examples, self._report.n_tokens)
         index = writer.close()
         if index.total_rows == 0:
             raise DatasetError(

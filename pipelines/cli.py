@@ -13,6 +13,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+from residua.pipelines.progress import StepProgress
 from residua.pipelines.report import (
     print_capture,
     print_info,
@@ -127,6 +128,7 @@ def _capture(options: argparse.Namespace) -> int:
                 out=out,
                 settings=CaptureSettings.from_mapping(values),
                 command=options.command_line,
+                on_example=progress.example,
                 on_plan=progress.plan,
                 on_batch=progress.batch,
             )
@@ -164,7 +166,8 @@ def _info(options: argparse.Namespace) -> int:
 def _verify(options: argparse.Namespace) -> int:
     from residua.store.verify import verify
 
-    report = verify(Path(options.archive))
+    with StepProgress("shard", shown=not options.json) as progress:
+        report = verify(Path(options.archive), on_shard=progress.step)
     print_verification(report, as_json=options.json)
     return 0 if report.is_sound else 1
 
@@ -172,9 +175,15 @@ def _verify(options: argparse.Namespace) -> int:
 def _reproduce(options: argparse.Namespace) -> int:
     from residua.pipelines.reproduce import reproduce
 
-    found = reproduce(
-        options.archive, options.model, n_batches=options.batches, seed=options.seed, device=options.device
-    )
+    with StepProgress("batch", shown=not options.json) as progress:
+        found = reproduce(
+            options.archive,
+            options.model,
+            n_batches=options.batches,
+            seed=options.seed,
+            device=options.device,
+            on_batch=progress.step,
+        )
     print_reproduction(found, as_json=options.json)
     return 0 if found.is_exact else 1
 

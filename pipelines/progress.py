@@ -24,8 +24,18 @@ class CaptureProgress:
         self._bar: tqdm | None = None
         self._done = 0
 
+    def example(self, n_examples: int, n_tokens: int) -> None:
+        """Count the examples that are read, before the plan is made."""
+        if self._shown:
+            if self._bar is None:
+                self._bar = tqdm(unit="token", unit_scale=True, file=sys.stderr, leave=False, mininterval=0.5)
+            self._bar.set_description_str(f"reading examples ({n_examples:,})", refresh=False)
+            self._bar.update(n_tokens - self._bar.n)
+
     def plan(self, plan: Plan, committed_rows: int) -> None:
         """Begin the bar: the plan is made, and `committed_rows` of it are on the disk."""
+        if self._bar is not None:
+            self._bar.close()
         if self._shown:
             self._bar = tqdm(
                 total=plan.n_rows, initial=committed_rows, unit="row", unit_scale=True, file=sys.stderr, leave=False
@@ -39,6 +49,31 @@ class CaptureProgress:
             self._bar.set_postfix_str(
                 f"{human_bytes(stats.logical_bytes)} written, {stats.stall_seconds:.1f} s stalled"
             )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+
+class StepProgress:
+    """A bar over steps whose number is known, such as shards; nothing at all when `shown` is false."""
+
+    def __init__(self, unit: str, *, shown: bool) -> None:
+        self._unit = unit
+        self._shown = shown
+        self._bar: tqdm | None = None
+
+    def step(self, done: int, total: int) -> None:
+        """Move the bar to `done` of `total` steps."""
+        if self._shown:
+            if self._bar is None:
+                self._bar = tqdm(total=total, unit=self._unit, file=sys.stderr, leave=False)
+            self._bar.update(done - self._bar.n)
 
     def __enter__(self) -> Self:
         return self

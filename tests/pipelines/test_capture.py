@@ -229,6 +229,17 @@ def test_the_model_is_left_as_it_was(llama: PreTrainedModel, tokens: list[list[i
     assert llama.config._attn_implementation == before
 
 
+def test_nothing_is_computed_that_no_site_needs(tokens: list[list[int]], tmp_path: Path) -> None:
+    model = TINY["llama"]()
+    whole = capture(model, tokens, tmp_path / "whole.zarr", sites="resid_post.*,logits").archive
+    ran: list[str] = []
+    for name in ("model.layers.1", "model.layers.2", "lm_head"):
+        model.get_submodule(name).register_forward_hook(lambda *_, name=name: ran.append(name))
+    some = capture(model, tokens, tmp_path / "some.zarr", sites="resid_post.0-1").archive
+    assert set(ran) == {"model.layers.1"}
+    assert torch.equal(some["resid_post.1"].torch(), whole["resid_post.1"].torch())
+
+
 def test_opening_is_lazy_and_public(llama: PreTrainedModel, tokens: list[list[int]], tmp_path: Path) -> None:
     capture(llama, tokens, tmp_path / "a.zarr", sites="resid_post.*")
     archive = residua.open(tmp_path / "a.zarr")
