@@ -1,0 +1,128 @@
+"""The schedule against a simulation: whatever was committed before, the same batches fill what is missing."""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from residua.store.examples import ExampleIndex
+from residua.store.schedule import Schedule
+
+# Per example, its tokens and how many of them are kept.
+EXAMPLES = st.lists(st.integers(1, 12).flatmap(lambda n: st.tuples(st.just(n), st.integers(0, n))), max_size=14)
+HEIGHTS = st.sampled_from([1, 2, 4, 8, 64])
+Batches = list[tuple[int, tuple[int, ...]]]
+
+
+def index_of(examples: list[tuple[int, int]]) -> ExampleIndex:
+    n_rows = np.array([rows for _, rows in examples], np.int32)
+    return ExampleIndex(
+        n_tokens=np.array([tokens for tokens, _ in examples], np.int32),
+        n_rows=n_rows,
+        first_row=np.array([sum(n_rows[:i]) for i in range(len(examples) + 1)], np.int64),
+        first_example=np.array([0, len(examples)], np.int64),
+        digest="",
+    )
+
+
+def schedule(examples: list[tuple[int, int]], height: int, batch_tokens: int) -> Schedule:
+    return Schedule(index_of(examples), rows_per_shard=height, batch_tokens=batch_tokens)
+
+
+def spelled(work: Schedule, committed: set[int]) -> Batches:
+    return [(batch.group, tuple(batch.examples.tolist())) for batch in work.work(committed)]
+
+
+def rows_by_shard(examples: list[tuple[int, int]], height: int) -> dict[int, set[tuple[int, int]]]:
+    """Return for each shard its rows as (example, number in the example), by counting rows one after another."""
+    shards: dict[int, set[tuple[int, int]]] = {}
+    row = 0
+    for number, (_, n_rows) in enumerate(examples):
+        for i in range(n_rows):
+            shards.setdefault(row // height, set()).add((number, i))
+            row += 1
+    return shards
+
+
+@given(EXAMPLES, HEIGHTS, st.integers(1, 30))
+def test_one_run_computes_every_example_that_keeps_a_row_once(
+    examples: list[tuple[int, int]], height: int, batch_tokens: int
+) -> None:
+    seen = [example for _, batch in spelled(schedule(examples, height, batch_tokens), set()) for example in batch]
+    assert sorted(seen) == [number for number, (_, n_rows) in enumerate(examples) if n_rows]
+
+
+@given(EXAMPLES, HEIGHTS, st.integers(1, 30))
+def test_batches_follow_the_format_page(examples: list[tuple[int, int]], height: int, batch_tokens: int) -> None:
+    shards = rows_by_shard(examples, height)
+    expected: Batches = []
+    for shard in sorted(shards):
+        group = sorted(number for number, i in shards[shard] if i == 0)
+        batches: list[tuple[int, ...]] = []
+        left = sorted(group, key=lambda number: -examples[number][0])
+        while left:
+            batch = [left.pop(0)]
+            while left and examples[batch[0]][0] * (len(batch) + 1) <= batch_tokens:
+                batch.append(left.pop(0))
+            batches.append(tuple(batch))
+        last = [batch for batch in batches if group[-1] in batch]
+        expected += [(shard, batch) for batch in [*(b for b in batches if b not in last), *last]]
+    assert spelled(schedule(examples, height, batch_tokens), set()) == expected
+
+
+@given(EXAMPLES, HEIGHTS, st.integers(1, 30), st.sets(st.integers(0, 60)))
+def test_a_resumed_run_completes_every_missing_shard_and_runs_no_batch_in_vain(
+    examples: list[tuple[int, int]], height: int, batch_tokens: int, committed: set[int]
+) -> None:
+    work = schedule(examples, height, batch_tokens)
+    shards = rows_by_shard(examples, height)
+    assert work.n_shards == len(shards)
+    batches = spelled(work, committed)
+    uninterrupted = spelled(work, set())
+    assert [batch for batch in uninterrupted if batch in batches] == batches, "the same batches in the same order"
+    filled: dict[int, set[tuple[int, int]]] = {shard: set() for shard in shards if shard not in committed}
+    for _, batch in batches:
+        rows = {(example, i) for example in batch for i in range(examples[example][1])}
+        useful = {shard: rows & shards[shard] for shard in filled}
+        assert any(useful.values()), f"batch {batch} fills nothing that is missing"
+        for shard, found in useful.items():
+            assert not filled[shard] & found, "no row is computed twice"
+            filled[shard] |= found
+    assert filled == {shard: rows for shard, rows in shards.items() if shard not in committed}
+
+
+@given(EXAMPLES, HEIGHTS, st.integers(1, 30), st.sets(st.integers(0, 60)))
+def test_only_the_last_batch_of_a_group_reaches_further(
+    examples: list[tuple[int, int]], height: int, batch_tokens: int, committed: set[int]
+) -> None:
+    work = schedule(examples, height, batch_tokens)
+    shards = rows_by_shard(examples, height)
+    for shard in range(work.n_shards):
+        batches = work.batches(shard)
+        ends = [
+            max(s for s, rows in shards.items() for example, _ in rows if example in batch.examples)
+            for batch in batches
+        ]
+        assert all(end == shard for end in ends[:-1])
+        assert work.reach(shard) == (ends[-1] if ends else shard)
+
+
+def test_an_example_over_many_shards_is_rerun_alone_with_its_batch_for_the_last_of_them() -> None:
+    examples = [(2, 2), (20, 20), (3, 3)]
+    work = schedule(examples, 4, 64)
+    assert work.n_shards == 7
+    assert spelled(work, set()) == [(0, (1, 0)), (5, (2,))]
+    assert spelled(work, {0, 1, 2, 3, 4, 6}) == [(0, (1, 0)), (5, (2,))]
+    assert spelled(work, {0, 1, 2, 3, 4, 5}) == [(5, (2,))]
+    assert spelled(work, {1, 2, 3, 4, 5, 6}) == [(0, (1, 0))]
+    assert spelled(work, set(range(7))) == []
+
+
+@pytest.mark.parametrize("examples", [[], [(3, 0)], [(3, 0), (1, 0)]])
+def test_nothing_kept_is_nothing_to_do(examples: list[tuple[int, int]]) -> None:
+    work = schedule(examples, 4, 8)
+    assert (work.n_rows, work.n_shards, spelled(work, set())) == (0, 0, [])
+
+
+def test_an_example_longer_than_a_batch_runs_alone() -> None:
+    assert spelled(schedule([(9, 9), (1, 1), (1, 1)], 64, 4), set()) == [(0, (0,)), (0, (1, 2))]
