@@ -4,6 +4,7 @@ Importing this module makes zarr-python know `bfloat16`: version 3.1.6 collects 
 points of other packages but never loads them, so an archive could not be opened otherwise.
 """
 
+from collections.abc import Mapping
 from types import MappingProxyType
 
 import ml_dtypes
@@ -13,7 +14,7 @@ import numpy.typing as npt
 from residua.store import bfloat16
 from residua.store.errors import PlanError
 
-STORAGE_DTYPES = MappingProxyType(
+STORAGE_DTYPES: Mapping[str, np.dtype[np.generic]] = MappingProxyType(
     {
         "bfloat16": np.dtype("<u2"),
         "float16": np.dtype("<f2"),

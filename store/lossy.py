@@ -9,7 +9,7 @@ that is NaN or infinite cannot be such a code. Its whole block is then marked by
 as NaN: it can never be mistaken for a number, and the scales tell where it happened.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
@@ -96,13 +96,11 @@ def quantise_int8(values: Array, dtype: str) -> Quantised:
         part = slice(start, start + step)
         wide = to_float32(flat[part], dtype)
         codes[part], scales[part] = _quantise(wide)
-        squares, error_squares = _add_errors(
-            wide, _dequantise(codes[part], scales[part]), squares, error_squares
-        )
+        squares, error_squares = _add_errors(wide, _dequantise(codes[part], scales[part]), squares, error_squares)
     return Quantised(codes.reshape(values.shape), scales.reshape(*outer, -1), squares, error_squares)
 
 
-def dequantise_int8(codes: Array, scales: Array, dtype: str) -> Array:
+def dequantise_int8(codes: Array, scales: Array, dtype: str) -> npt.NDArray[Any]:
     """Return the values that `codes` and `scales` stand for, in the storage dtype of `dtype`.
 
     Blocks whose scale is NaN come back as NaN.

@@ -1,0 +1,83 @@
+"""Arrays on disk for the tests of the lower store: arbitrary bit patterns, NaN and infinities included."""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from residua.store.arrays import create_array
+from residua.store.codecs import PRESETS
+from residua.store.dtypes import STORAGE_DTYPES
+from residua.store.files import write_file
+from residua.store.shard import encode_shard, shard_path
+from residua.store.spec import ArraySpec
+
+Array = npt.NDArray[np.generic]
+
+# Every pair of preset and dtype that one stored array may have.
+COMBINATIONS = [
+    (name, dtype)
+    for name, preset in PRESETS.items()
+    if preset.n_arrays == 1
+    for dtype in STORAGE_DTYPES
+    if preset.kept_bits is None or dtype == "float32"
+]
+
+
+def make_spec(
+    preset: str = "fast",
+    dtype: str = "bfloat16",
+    row_shape: Sequence[int] = (6,),
+    *,
+    rows_per_shard: int = 16,
+    rows_per_chunk: int = 4,
+) -> ArraySpec:
+    return ArraySpec(
+        path="sites/resid_post/7",
+        row_shape=tuple(row_shape),
+        dtype=dtype,
+        preset=preset,
+        rows_per_shard=rows_per_shard,
+        rows_per_chunk=rows_per_chunk,
+    )
+
+
+def make_rows(spec: ArraySpec, n_rows: int, seed: int = 0) -> Array:
+    """Return rows of any bits at all; a third of the values look like activations, so that they compress."""
+    rng = np.random.default_rng(seed)
+    rows = rng.integers(0, 256, n_rows * spec.row_bytes, dtype=np.uint8).view(spec.storage_dtype)
+    ordinary = rng.standard_normal(rows.size).astype(np.float32)
+    if spec.dtype == "bfloat16":
+        values: Array = (ordinary.view(np.uint32) >> 16).astype(np.uint16)
+    else:
+        values = (ordinary * 9).astype(spec.storage_dtype)
+    rows = np.where(rng.random(rows.size) < 0.3, values, rows).astype(spec.storage_dtype)
+    return rows.reshape(n_rows, *spec.row_shape)
+
+
+def write_array(root: Path, spec: ArraySpec, rows: Array) -> list[Path]:
+    """Write metadata and shards, and return the shard files."""
+    create_array(root, spec, len(rows))
+    paths = []
+    for shard, start in enumerate(range(0, len(rows), spec.rows_per_shard)):
+        paths.append(shard_path(root, spec, shard))
+        write_file(paths[-1], encode_shard(rows[start : start + spec.rows_per_shard], spec).parts)
+    return paths
+
+
+def same_bits(left: Array, right: Array) -> bool:
+    return left.shape == right.shape and left.tobytes() == right.tobytes()
+
+
+def flip_every_bit(path: Path) -> Iterator[int]:
+    """Yield once for every bit of a file, which is flipped then and put right afterwards."""
+    data = path.read_bytes()
+    with path.open("r+b", buffering=0) as file:
+        for bit in range(8 * len(data)):
+            at = bit // 8
+            file.seek(at)
+            file.write(bytes([data[at] ^ 1 << bit % 8]))
+            yield bit
+            file.seek(at)
+            file.write(data[at : at + 1])

@@ -1,0 +1,124 @@
+import math
+
+import ml_dtypes
+import numpy as np
+import numpy.typing as npt
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as st_numpy
+from numcodecs.bitround import BitRound
+
+from residua.store.dtypes import to_float32
+from residua.store.lossy import BLOCK, bitround, bitround_errors, dequantise_int8, quantise_int8
+
+floats = st.floats(width=32, allow_nan=True, allow_infinity=True)
+
+
+@given(st_numpy.arrays(np.float32, 50, elements=floats), st.integers(1, 22))
+def test_bitround_equals_numcodecs_on_finite_values_and_keeps_the_others(
+    values: npt.NDArray[np.float32], kept_bits: int
+) -> None:
+    found = bitround(values, kept_bits)
+    finite = np.isfinite(values)
+    expected = BitRound(kept_bits).decode(BitRound(kept_bits).encode(values.copy()))
+    assert np.array_equal(found[finite].view(np.uint32), np.asarray(expected)[finite].view(np.uint32))
+    assert np.array_equal(found[~finite].view(np.uint32), values[~finite].view(np.uint32))
+
+
+def test_bitround_rounds_ties_to_even() -> None:
+    values = np.array([1 + 2**-8, 1 + 3 * 2**-8, -1 - 2**-8], np.float32)
+    assert bitround(values, 7).tolist() == [1.0, 1 + 2**-6, -1.0]
+
+
+@pytest.mark.parametrize(("preset", "kept_bits"), [("bitround7", 7), ("bitround10", 10), ("bitround12", 12)])
+def test_bitround_reports_its_error(preset: str, kept_bits: int) -> None:
+    values = np.random.default_rng(0).standard_normal((700, 3, 200)).astype(np.float32)
+    rounded, squares, error_squares = bitround_errors(values, preset)
+    wide = values.astype(np.float64)
+    assert squares == pytest.approx((wide**2).sum())
+    assert error_squares == pytest.approx(((rounded - wide) ** 2).sum())
+    assert np.abs(rounded / wide - 1).max() <= 2.0 ** -(kept_bits + 1)
+    assert not (rounded.view(np.uint32) & ((1 << (23 - kept_bits)) - 1)).any()
+
+
+def test_bitround_leaves_nonfinite_values_out_of_the_sums() -> None:
+    values = np.array([np.nan, np.inf, -np.inf, 3.0], np.float32)
+    assert bitround_errors(values, "bitround7")[1:] == (9.0, 0.0)
+
+
+@pytest.mark.parametrize(("preset", "dtype"), [("fast", np.float32), ("bitround7", np.float64)])
+def test_what_cannot_be_rounded_is_refused(preset: str, dtype: type[np.floating]) -> None:
+    with pytest.raises(ValueError, match="does not round"):
+        bitround_errors(np.zeros(3, dtype), preset)
+
+
+def reference_block(values: list[float]) -> list[float]:
+    """Quantise one block as the page says it is done, in plain Python."""
+    if not all(math.isfinite(value) for value in values):
+        return [math.nan] * len(values)
+    scale = float(np.float32(max(abs(value) for value in values) / 127))
+    return [round(value / scale) * scale if scale else 0.0 for value in values]
+
+
+@settings(deadline=None)
+@given(
+    st_numpy.arrays(
+        np.float32,
+        st.tuples(st.integers(1, 3), st.integers(1, 2), st.integers(1, 70)),
+        elements=st.floats(-1000, 1000, width=32, allow_subnormal=False) | st.sampled_from([math.nan, math.inf]),
+    )
+)
+def test_int8_blocks_equal_a_plain_loop(values: npt.NDArray[np.float32]) -> None:
+    codes, scales, _, _ = quantise_int8(values, "float32")
+    found = dequantise_int8(codes, scales, "float32")
+    assert scales.shape == (*values.shape[:2], -(-values.shape[2] // BLOCK))
+    for outer in np.ndindex(values.shape[:2]):
+        for start in range(0, values.shape[2], BLOCK):
+            block = values[outer][start : start + BLOCK].tolist()
+            expected = np.array(reference_block(block))
+            step = np.nanmax(np.abs(block)) / 127 if np.isfinite(block).all() else 0.0
+            # Codes may differ by one where a quotient is a tie in float64 but not in float32.
+            close = np.abs(found[outer][start : start + BLOCK] - expected) <= 1e-4 * step
+            tie = np.abs(found[outer][start : start + BLOCK] - np.array(block)) <= 0.5001 * step
+            assert (close | tie | np.isnan(expected)).all()
+            assert np.array_equal(np.isnan(found[outer][start : start + BLOCK]), np.isnan(expected))
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_block_with_a_nonfinite_value_reads_back_as_nan_and_says_so_in_its_scale(bad: float) -> None:
+    values = np.ones((2, 70), np.float32)
+    values[1, 40] = bad
+    codes, scales, squares, error_squares = quantise_int8(values, "float32")
+    found = dequantise_int8(codes, scales, "float32")
+    assert np.argwhere(np.isnan(scales)).tolist() == [[1, 1]]
+    assert np.array_equal(np.isnan(found), np.isin(np.arange(140).reshape(2, 70), 70 + np.arange(32, 64)))
+    assert squares == 140 - 32
+    assert error_squares == pytest.approx(0, abs=1e-9)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+def test_int8_reports_its_error(dtype: str) -> None:
+    ordinary = np.random.default_rng(0).standard_normal((900, 3, 100)).astype(np.float32)
+    values = ordinary.astype(ml_dtypes.bfloat16).view(np.uint16) if dtype == "bfloat16" else ordinary.astype(dtype)
+    codes, scales, squares, error_squares = quantise_int8(values, dtype)
+    found = to_float32(dequantise_int8(codes, scales, dtype), dtype).astype(np.float64)
+    wide = to_float32(values, dtype).astype(np.float64)
+    assert squares == pytest.approx((wide**2).sum())
+    assert 3e-3 < (error_squares / squares) ** 0.5 < 8e-3
+    # What a reader gets is rounded to the dtype once more.
+    assert ((found - wide) ** 2).sum() == pytest.approx(error_squares, rel=0.2)
+
+
+@pytest.mark.parametrize("largest", [np.finfo(np.float32).max, 1e-45, 1e-38, 0.0])
+def test_extreme_magnitudes_stay_finite(largest: float) -> None:
+    values = np.full((1, BLOCK), largest, np.float32)
+    codes, scales, _, _ = quantise_int8(values, "float32")
+    found = dequantise_int8(codes, scales, "float32")
+    assert np.isfinite(found).all()
+    assert np.abs(found - values).max() <= max(1e-2 * largest, 1e-43)
+
+
+def test_codes_and_scales_of_different_arrays_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"need scales \(4, 2\), found \(4, 1\)"):
+        dequantise_int8(np.zeros((4, 40), np.int8), np.zeros((4, 1), np.float32), "float32")

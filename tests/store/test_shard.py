@@ -1,0 +1,182 @@
+import hashlib
+import struct
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from residua.store.crc import crc32c, crc_bytes
+from residua.store.errors import DamagedArchiveError, UnsafeArchiveError
+from residua.store.files import write_file
+from residua.store.shard import ShardIndex, check_shard, encode_shard, index_bytes, parse_index, shard_path, shard_rows
+from residua.store.spec import ArraySpec
+from tests.store.samples import COMBINATIONS, flip_every_bit, make_rows, make_spec
+
+EMPTY = 2**64 - 1
+
+
+def signed(entries: list[tuple[int, int]]) -> bytes:
+    body = b"".join(struct.pack("<QQ", *entry) for entry in entries)
+    return body + crc_bytes(crc32c(body))
+
+
+def parse(stored: bytes, spec: ArraySpec, n_rows: int, file_bytes: int) -> ShardIndex:
+    return parse_index(stored, spec, n_rows=n_rows, file_bytes=file_bytes, path=Path("c/0/0"))
+
+
+@pytest.mark.parametrize(("preset", "dtype"), COMBINATIONS)
+@pytest.mark.parametrize("n_rows", [1, 4, 11, 16])
+def test_digest_and_size_are_those_of_the_file(tmp_path: Path, preset: str, dtype: str, n_rows: int) -> None:
+    spec = make_spec(preset, dtype)
+    encoded = encode_shard(make_rows(spec, n_rows), spec)
+    path = tmp_path / "shard"
+    write_file(path, encoded.parts)
+    data = path.read_bytes()
+    assert len(data) == encoded.n_bytes
+
+    index = data[-(16 * 4 + 4) :]
+    entries = [struct.unpack_from("<QQ", index, 16 * i) for i in range(4)]
+    present = [entry for entry in entries if entry != (EMPTY, EMPTY)]
+    assert len(present) == -(-n_rows // 4)
+    crcs = [data[offset + size - 4 : offset + size] for offset, size in present]
+    assert encoded.digest == hashlib.sha256(index + b"".join(crcs)).hexdigest()
+    assert check_shard(path, spec, n_rows) == encoded.digest
+
+
+def test_last_chunk_is_filled_up_with_zeros() -> None:
+    spec = make_spec("raw")
+    rows = make_rows(spec, 5)
+    data = b"".join(
+        bytes(part) if isinstance(part, bytes) else part.tobytes() for part in encode_shard(rows, spec).parts
+    )
+    second = np.frombuffer(data[52 : 52 + 48], np.uint16).reshape(4, 6)
+    assert np.array_equal(second, np.concatenate([rows[4:], np.zeros((3, 6), np.uint16)]))
+
+
+@pytest.mark.parametrize(("shape", "dtype"), [((0, 6), "<u2"), ((17, 6), "<u2"), ((4, 5), "<u2"), ((4, 6), "<f2")])
+def test_rows_that_do_not_fit_are_refused(shape: tuple[int, ...], dtype: str) -> None:
+    with pytest.raises(ValueError, match="resid_post/7 takes 1 to 16 rows"):
+        encode_shard(np.zeros(shape, dtype), make_spec())
+
+
+@given(st.integers(0, 100), st.integers(0, 8))
+def test_shard_rows_add_up(n_rows: int, shard: int) -> None:
+    spec = make_spec()
+    assert sum(shard_rows(spec, n_rows, i) for i in range(shard)) == min(n_rows, 16 * shard)
+
+
+def test_shard_path_is_zarrs_default_key() -> None:
+    assert shard_path(Path("a.zarr"), make_spec(row_shape=(2, 3)), 5) == Path("a.zarr/sites/resid_post/7/c/5/0/0")
+    assert shard_path(Path("a.zarr"), make_spec(row_shape=()), 5) == Path("a.zarr/sites/resid_post/7/c/5")
+
+
+@pytest.mark.parametrize("preset", ["raw", "fast"])
+def test_every_flipped_bit_of_a_shard_file_is_noticed(tmp_path: Path, preset: str) -> None:
+    spec = make_spec(preset, row_shape=(40,))
+    path = tmp_path / "shard"
+    write_file(path, encode_shard(make_rows(spec, 5), spec).parts)
+    for _ in flip_every_bit(path):
+        with pytest.raises(DamagedArchiveError, match="shard"):
+            check_shard(path, spec, 5)
+
+
+def test_shard_cut_short_anywhere_is_noticed(tmp_path: Path) -> None:
+    spec = make_spec()
+    path = tmp_path / "shard"
+    write_file(path, encode_shard(make_rows(spec, 16), spec).parts)
+    data = path.read_bytes()
+    for size in range(len(data)):
+        path.write_bytes(data[:size])
+        # A chunk as long as the index may end the file: its crc32c is right, its numbers are not.
+        with pytest.raises((DamagedArchiveError, UnsafeArchiveError), match=r"cut short|the index puts chunk 0"):
+            check_shard(path, spec, 16)
+
+
+@pytest.mark.parametrize("extra", [b"\0", b"x" * 100])
+def test_bytes_added_to_a_shard_are_noticed(tmp_path: Path, extra: bytes) -> None:
+    spec = make_spec()
+    encoded = encode_shard(make_rows(spec, 16), spec)
+    for parts in ([extra, *encoded.parts], [*encoded.parts[:-1], extra, encoded.parts[-1]], [*encoded.parts, extra]):
+        write_file(tmp_path / "shard", parts)
+        with pytest.raises((DamagedArchiveError, UnsafeArchiveError)):
+            check_shard(tmp_path / "shard", spec, 16)
+
+
+def test_damaged_chunks_are_all_named_with_their_rows(tmp_path: Path) -> None:
+    spec = make_spec("raw")
+    path = tmp_path / "shard"
+    write_file(path, encode_shard(make_rows(spec, 15), spec).parts)
+    data = bytearray(path.read_bytes())
+    data[3] ^= 1
+    data[3 * 52] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(DamagedArchiveError, match=r"chunk 0 \(rows 0 to 3\).*chunk 3 \(rows 12 to 14\)"):
+        check_shard(path, spec, 15)
+
+
+def test_missing_shard_and_folder_in_its_place_are_named(tmp_path: Path) -> None:
+    with pytest.raises(DamagedArchiveError, match="gone is missing"):
+        check_shard(tmp_path / "gone", make_spec(), 16)
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(DamagedArchiveError, match="folder is not a regular file"):
+        check_shard(tmp_path / "folder", make_spec(), 16)
+
+
+@pytest.mark.parametrize(
+    "entries",
+    [
+        [(0, 52), (52, 52), (104, 52), (EMPTY, EMPTY)],  # one chunk too few
+        [(0, 52), (52, 52), (104, 52), (104, 52)],  # two in one place
+        [(52, 52), (0, 52), (104, 52), (156, 52)],  # out of order
+        [(0, 52), (52, 52), (104, 52), (156, 53)],  # beyond the end
+        [(0, 52), (52, 51), (103, 52), (155, 52)],  # a byte that belongs to nobody
+        [(0, 52), (52, 2**63), (104, 52), (156, 52)],  # huge
+        [(0, 0), (0, 104), (104, 52), (156, 52)],  # empty
+        [(2**64 - 52, 52), (0, 52), (52, 52), (104, 52)],  # negative
+    ],
+)
+def test_intact_index_with_impossible_numbers_is_refused(entries: list[tuple[int, int]]) -> None:
+    with pytest.raises(UnsafeArchiveError, match="c/0/0"):
+        parse(signed(entries), make_spec("raw"), 16, 208 + 68)
+
+
+def test_index_with_a_chunk_past_the_last_row_is_refused() -> None:
+    entries = [(52 * i, 52) for i in range(4)]
+    with pytest.raises(UnsafeArchiveError, match="beyond the shard's 12 rows"):
+        parse(signed(entries), make_spec("raw"), 12, 208 + 68)
+
+
+numbers = st.integers(0, 300) | st.sampled_from([EMPTY, 2**63, 2**63 - 1, 2**64 - 52]) | st.integers(0, EMPTY)
+
+
+@settings(max_examples=500)
+@given(st.lists(st.tuples(numbers, numbers), min_size=4, max_size=4), st.integers(1, 16), st.integers(0, 400))
+def test_parsed_index_lies_inside_the_file_without_overlap(
+    entries: list[tuple[int, int]], n_rows: int, data_bytes: int
+) -> None:
+    spec = make_spec("fast")
+    try:
+        index = parse(signed(entries), spec, n_rows, data_bytes + index_bytes(spec))
+    except (DamagedArchiveError, UnsafeArchiveError):
+        return
+    ends = index.offsets + index.sizes
+    assert index.offsets.tolist() == [0, *ends[:-1].tolist()]
+    assert ends[-1] == data_bytes
+
+
+@settings(max_examples=300)
+@given(st.lists(st.integers(5, 68), min_size=1, max_size=4))
+def test_honest_index_is_parsed_as_it_was_written(sizes: list[int]) -> None:
+    spec = make_spec("fast")
+    offsets = [sum(sizes[:i]) for i in range(len(sizes))]
+    entries = [*zip(offsets, sizes, strict=True), *[(EMPTY, EMPTY)] * (4 - len(sizes))]
+    index = parse(signed(entries), spec, 4 * len(sizes), sum(sizes) + index_bytes(spec))
+    assert (index.offsets.tolist(), index.sizes.tolist()) == (offsets, sizes)
+
+
+@given(st.binary(max_size=100))
+def test_index_of_other_bytes_is_called_damaged(stored: bytes) -> None:
+    with pytest.raises(DamagedArchiveError, match="index is damaged"):
+        parse(stored, make_spec(), 16, 1000)
