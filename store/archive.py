@@ -124,7 +124,7 @@ class Archive(Mapping[str, StoredArray]):
         Raises:
             UnknownSiteError: A pattern names no stored site.
         """
-        return select(patterns, self.sites)
+        return select(patterns, self.sites, on_demand=False)
 
     @cached_property
     def _arrays(self) -> dict[str, StoredArray]:
