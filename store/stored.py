@@ -18,9 +18,9 @@ from residua.store.spec import ArraySpec
 if TYPE_CHECKING:
     import torch
 
-Array: TypeAlias = "npt.NDArray[np.generic]"
+Array: TypeAlias = npt.NDArray[np.generic]
 Check: TypeAlias = Literal["once", "always", "never"]
-RowSelection: TypeAlias = "int | np.integer | slice | Sequence[int] | Sequence[bool] | Array | EllipsisType"
+RowSelection: TypeAlias = int | np.integer[Any] | slice | Sequence[int] | Sequence[bool] | Array | EllipsisType
 
 
 class StoredArray:
