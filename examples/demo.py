@@ -29,7 +29,7 @@ def main(folder: Path) -> None:
     print("\n# 1. Capture. The residual stream after every block, and what attention adds in block 3")
     words = ["capture", "--model", MODEL, "--dataset", dataset, "--sites", "resid_post.*,attn_out.3"]
     words += ["--max-length", "128", "--dtype", "bfloat16", "--out", archive]
-    run(words)
+    rate = next(line for line in run(words).splitlines() if line.startswith("rate")).removeprefix("rate").strip()
 
     print("\n# 2. Look. Everything that is known of the archive")
     run(["info", archive])
@@ -38,13 +38,17 @@ def main(folder: Path) -> None:
     run(["verify", archive])
 
     read_back(archive)
-    conclude(archive)
+    conclude(archive, rate)
 
 
-def run(words: list[Any]) -> None:
-    """Print and run one residua command; stop the demo if it fails."""
+def run(words: list[Any]) -> str:
+    """Print and run one residua command, and return what it printed; stop the demo if it fails."""
     print("$ residua " + " ".join(quoted(str(word)) for word in words), flush=True)
-    subprocess.run([sys.executable, "-m", "residua", *map(str, words)], check=True)
+    shown = subprocess.run(
+        [sys.executable, "-m", "residua", *map(str, words)], check=True, stdout=subprocess.PIPE, text=True
+    )
+    print(shown.stdout, end="", flush=True)
+    return shown.stdout
 
 
 def quoted(word: str) -> str:
@@ -66,7 +70,7 @@ def read_back(path: Path) -> None:
     print(repr(archive.text(row)))
 
 
-def conclude(path: Path) -> None:
+def conclude(path: Path, rate: str) -> None:
     """Say what was captured, how fast, how small, and where it lies."""
     shown = subprocess.run(
         [sys.executable, "-m", "residua", "info", "--json", str(path)], check=True, capture_output=True, text=True
@@ -74,8 +78,10 @@ def conclude(path: Path) -> None:
     summary = json.loads(shown.stdout)
     per_token = summary["stored_bytes"] / summary["rows"]
     print(
-        f"\nCaptured {len(summary['sites'])} sites of {summary['rows']:,} tokens, "
-        f"{per_token:,.0f} bytes a token (ratio {summary['ratio']:.2f}), in {path.resolve()}"
+        f"\nCaptured {len(summary['sites'])} sites of {summary['rows']:,} tokens"
+        f"\n  at {rate}"
+        f"\n  in {per_token:,.0f} bytes a token, {summary['ratio']:.2f} times smaller than the values themselves"
+        f"\n  {path.resolve()}"
     )
 
 
