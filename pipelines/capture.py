@@ -17,7 +17,7 @@ from residua.capture.siteinfo import SiteInfo
 from residua.capture.siteplans import plan_sites
 from residua.capture.sites import resolve_sites
 from residua.pipelines.dataset import DatasetReport, DatasetSettings, dataset_identity, read_examples
-from residua.pipelines.models import load_model, load_tokenizer, token_limit
+from residua.pipelines.models import identify_tokenizer, load_model, load_tokenizer, save_tokenizer, token_limit
 from residua.pipelines.settings import CaptureSettings
 from residua.store.archive import Archive
 from residua.store.create import create_archive, seal, workspace
@@ -176,7 +176,7 @@ class _Job:
                 return plan
             save_head(self._model, folder / "head")
             if self._tokenizer is not None:
-                self._tokenizer.save_pretrained(folder / "tokenizer")
+                save_tokenizer(self._tokenizer, folder / "tokenizer")
             create_archive(folder, self._out, plan, self._provenance())
         return plan
 
@@ -241,7 +241,7 @@ class _Job:
     def _provenance(self) -> dict[str, Any]:
         return {
             "model": describe_model(self._model),
-            "tokenizer": None if self._tokenizer is None else {"id": self._tokenizer.name_or_path},
+            "tokenizer": None if self._tokenizer is None else identify_tokenizer(self._tokenizer),
             "dataset": dataset_identity(self._dataset, self._settings.dataset_settings()),
             "command": self._command,
             "seed": self._settings.seed,

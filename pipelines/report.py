@@ -103,9 +103,20 @@ def _site_rows(summary: Summary) -> list[tuple[str, ...]]:
 
 def _print_provenance(provenance: Mapping[str, Any]) -> None:
     for key, value in provenance.items():
-        if isinstance(value, Mapping):
-            value = ", ".join(f"{name} {item}" for name, item in value.items())
-        print(f"  {key}: {value}")
+        if isinstance(value, Mapping) and key != "packages":
+            print(f"  {key}")
+            for name, item in value.items():
+                print(f"    {name}: {_spelt(item)}")
+        elif value is not None:
+            print(f"  {key}: {_spelt(value)}")
+
+
+def _spelt(value: object) -> str:
+    if isinstance(value, Mapping):
+        return ", ".join(f"{name} {_spelt(item)}" for name, item in value.items())
+    if isinstance(value, list):
+        return "; ".join(_spelt(item) for item in value)
+    return "-" if value is None else str(value)
 
 
 def print_verification(report: "Verification", *, as_json: bool) -> None:
