@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -11,6 +12,8 @@ from residua.capture.rows import ExampleRows
 from residua.store.errors import CaptureError
 from residua.store.examples import Example
 
+Column: TypeAlias = "Sequence[object] | torch.Tensor | npt.NDArray[np.generic]"
+"""One value an example."""
 NO_TOKEN = 0  # token id of rows that are whole examples, as an image is
 
 
@@ -32,7 +35,7 @@ class Call:
         return (int(self.mask.shape[0]), int(self.mask.shape[1]))
 
     def examples(
-        self, keep: npt.NDArray[np.bool_] | None, columns: Mapping[str, Sequence[object]]
+        self, keep: npt.NDArray[np.bool_] | None, columns: Mapping[str, Column]
     ) -> tuple[list[Example], list[npt.NDArray[np.int64]]]:
         """Return the call's examples, and where the tokens of each lie among the padded positions.
 
@@ -49,8 +52,8 @@ class Call:
                 "positions: give one entry a position"
             )
         kept = self.mask if keep is None else keep & self.mask
-        columns = {name: _plain(values) for name, values in columns.items()}
-        for name, values in columns.items():
+        plain = {name: _plain(values) for name, values in columns.items()}
+        for name, values in plain.items():
             if len(values) != len(self.mask):
                 raise CaptureError(f"column {name!r} has {len(values)} values for {len(self.mask)} examples")
         examples, padded = [], []
@@ -58,13 +61,13 @@ class Call:
             at = np.flatnonzero(mask)
             tokens = np.full(len(at), NO_TOKEN, np.int32) if self.input_ids is None else self.input_ids[b, at]
             positions = np.flatnonzero(kept[b, at]).astype(np.int32)
-            row = {name: values[b] for name, values in columns.items()}
+            row = {name: values[b] for name, values in plain.items()}
             examples.append(Example(input_ids=tokens, positions=positions, columns=row))
             padded.append(at.astype(np.int64))
         return examples, padded
 
 
-def _plain(values: Sequence[object]) -> Sequence[object]:
+def _plain(values: Column) -> Sequence[object]:
     """Return the values of a tensor or an array as Python's own, which the example table can hold."""
     return values.tolist() if isinstance(values, torch.Tensor | np.ndarray) else values
 

@@ -10,7 +10,7 @@ masks. The size of the archive is open until the context is left; then it is sea
 is left unsealed, with every shard that was committed, and can be read as far as it goes.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from inspect import signature
 from os import PathLike
@@ -23,7 +23,7 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
-from residua.capture.call import Call, example_rows, read_call
+from residua.capture.call import Call, Column, example_rows, read_call
 from residua.capture.head import save_head
 from residua.capture.provenance import describe_model, environment, identify_model
 from residua.capture.rows import batch_rows, by_position, row_shape
@@ -91,15 +91,13 @@ class Recorder:
         self._held: dict[str, torch.Tensor] = {}
         self._call: Call | None = None
         self._keep: npt.NDArray[np.bool_] | None = None
-        self._columns: Mapping[str, Sequence[object]] = {}
+        self._columns: Mapping[str, Column] = {}
 
-    def annotate(
-        self, *, columns: Mapping[str, Sequence[object]] | None = None, keep: torch.Tensor | None = None
-    ) -> None:
+    def annotate(self, *, columns: Mapping[str, Column] | None = None, keep: torch.Tensor | None = None) -> None:
         """Describe the next call.
 
         Args:
-            columns: Per name, one value an example; they go into the example table.
+            columns: Per name, one value an example, as a sequence, tensor or array; they go into the example table.
             keep: Which positions become rows, bool, (examples, positions); masked ones never do.
         """
         self._columns = dict(columns or {})
@@ -202,7 +200,7 @@ class _Session:
         self._n_rows = 0
         self._n_examples = 0
 
-    def begin(self, call: Call, keep: npt.NDArray[np.bool_] | None, columns: Mapping[str, Sequence[object]]) -> None:
+    def begin(self, call: Call, keep: npt.NDArray[np.bool_] | None, columns: Mapping[str, Column]) -> None:
         examples, padded = call.examples(keep, columns)
         rows = example_rows(examples, padded, self._n_examples, self._n_rows)
         for example in examples:
