@@ -1,0 +1,321 @@
+"""Stages: every row lands where the plan says, memory is reused only when it is free, and no failure is lost."""
+
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+import torch
+import zarr
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from residua.capture.placement import BatchRows
+from residua.capture.rows import ExampleRows, batch_rows
+from residua.capture.staging import Stage, Staging, torch_dtype
+from residua.store.commits import read_commits
+from residua.store.create import create_archive, workspace
+from residua.store.dtypes import STORAGE_DTYPES
+from residua.store.errors import CaptureError
+from residua.store.examples import ExampleIndex
+from residua.store.plan import Plan, SitePlan
+from residua.store.schedule import Batch, Schedule
+from residua.store.sizes import n_stages
+from residua.store.writer import FilledShard, ShardWriter
+
+torch.set_num_threads(1)
+SITES = (
+    SitePlan(name="resid_post.0", row_shape=(2,), dtype="float32", codec="fast"),
+    SitePlan(name="resid_post.1", row_shape=(2,), dtype="bfloat16", codec="fast"),
+    SitePlan(name="pattern.0", row_shape=(1, 12), dtype="float32", codec="fast"),
+)
+
+
+class LateWriter:
+    """Reads a shard as late as a slow disk would, on a thread of its own, and frees its memory then."""
+
+    def __init__(self) -> None:
+        self.shards: dict[int, dict[str, npt.NDArray[np.generic]]] = {}
+        self._pool = ThreadPoolExecutor(1)
+
+    def submit(self, shard: FilledShard) -> None:
+        self._pool.submit(self._write, shard)
+
+    def _write(self, shard: FilledShard) -> None:
+        shard.ready()
+        assert shard.index not in self.shards
+        self.shards[shard.index] = {name: rows.copy() for name, rows in (*shard.sites.items(), *shard.columns.items())}
+        for rows in (*shard.sites.values(), *shard.columns.values()):
+            rows.reshape(-1).view(np.uint8)[:] = 0xA5
+        shard.release()
+
+    def raise_failure(self) -> None:
+        self._pool.submit(int).result(timeout=60)
+
+    def close(self) -> dict[int, dict[str, npt.NDArray[np.generic]]]:
+        self._pool.shutdown()
+        return self.shards
+
+
+class HoldingWriter:
+    """Keeps every shard until it is told to let go, and fails when it is told to."""
+
+    def __init__(self) -> None:
+        self.held: list[FilledShard] = []
+        self.failure: CaptureError | None = None
+
+    def submit(self, shard: FilledShard) -> None:
+        self.raise_failure()
+        self.held.append(shard)
+
+    def raise_failure(self) -> None:
+        if self.failure is not None:
+            raise self.failure
+
+
+def make_plan(height: int, n_rows: int | None, sites: tuple[SitePlan, ...] = SITES) -> Plan:
+    return Plan(model={}, dataset={}, rules={}, sites=sites, rows_per_shard=height, batch_tokens=24, n_rows=n_rows)
+
+
+def stage_all(plan: Plan, writer: object, **options: Any) -> Staging:
+    return Staging(plan, cast("ShardWriter", writer), pinned=False, **options)
+
+
+def rows_of(lengths: list[int], first_row: int = 0, first_example: int = 0) -> BatchRows:
+    """Return the rows of a right-padded batch whose every token is kept."""
+    examples = []
+    for number, length in enumerate(lengths, start=first_example):
+        at = np.arange(length)
+        examples.append(
+            ExampleRows(
+                example=number,
+                first_row=first_row,
+                input_ids=(at + 1).astype(np.int32),
+                positions=at.astype(np.int32),
+                padded=at.astype(np.int64),
+            )
+        )
+        first_row += length
+    return batch_rows(examples, max(lengths))
+
+
+def put_all(staging: Staging, examples: list[int], n_positions: int) -> None:
+    """Give every site a tensor in which each entry says whose it is; then spoil it, as in-place code does."""
+    b = torch.tensor(examples, dtype=torch.float32)[:, None]
+    t = torch.arange(n_positions, dtype=torch.float32)[None]
+    hidden = torch.stack([b.expand(-1, n_positions), t.expand(len(examples), -1)], dim=-1)
+    k = torch.arange(n_positions, dtype=torch.float32)
+    pattern = (100 * b[..., None, None] + 10 * t[..., None, None] + k + 1).expand(-1, -1, 1, -1)
+    for site, tensor in (("resid_post.0", hidden), ("resid_post.1", hidden), ("pattern.0", pattern)):
+        passed = tensor.clone()
+        staging.put(site, passed)
+        passed.fill_(float("nan"))
+
+
+def index_of(n_tokens: list[int], n_rows: list[int]) -> ExampleIndex:
+    return ExampleIndex(
+        n_tokens=np.array(n_tokens, np.int32),
+        n_rows=np.array(n_rows, np.int32),
+        first_row=np.concatenate([[0], np.cumsum(n_rows)]).astype(np.int64),
+        first_example=np.array([0, len(n_tokens)], np.int64),
+        digest="",
+    )
+
+
+def run(staging: Staging, index: ExampleIndex, batch: Batch) -> None:
+    """Run one batch as a capture does, with every example's last rows kept."""
+    examples = batch.examples.tolist()
+    rows = []
+    for number in examples:
+        n_tokens, n_rows = int(index.n_tokens[number]), int(index.n_rows[number])
+        rows.append(
+            ExampleRows(
+                example=number,
+                first_row=int(index.first_row[number]),
+                input_ids=np.arange(1, n_tokens + 1, dtype=np.int32),
+                positions=np.arange(n_tokens - n_rows, n_tokens, dtype=np.int32),
+                padded=np.arange(n_tokens, dtype=np.int64),
+            )
+        )
+    n_positions = max(int(index.n_tokens[number]) for number in examples)
+    staging.begin(batch_rows(rows, n_positions))
+    put_all(staging, examples, n_positions)
+    staging.finish()
+
+
+EXAMPLES = st.lists(st.integers(1, 12).flatmap(lambda n: st.tuples(st.just(n), st.integers(0, n))), max_size=10)
+
+
+@settings(deadline=None)
+@given(EXAMPLES, st.sampled_from([1, 2, 4, 8, 64]), st.sets(st.integers(0, 40)))
+def test_every_missing_shard_is_handed_over_once_with_its_own_rows(
+    examples: list[tuple[int, int]], height: int, committed: set[int]
+) -> None:
+    index = index_of([tokens for tokens, _ in examples], [rows for _, rows in examples])
+    plan = make_plan(height, index.total_rows)
+    schedule = Schedule(index, rows_per_shard=height, batch_tokens=plan.batch_tokens)
+    writer = LateWriter()
+    stages = n_stages(int(index.n_rows.max(initial=0)), height)
+    staging = stage_all(plan, writer, n_stages=stages, committed=committed)
+    for batch in schedule.work(committed):
+        run(staging, index, batch)
+    assert staging.open_shards == ()
+    shards = writer.close()
+    assert sorted(shards) == [shard for shard in range(schedule.n_shards) if shard not in committed]
+    everything = [(e, t) for e, (n, kept) in enumerate(examples) for t in range(n - kept, n)]
+    for shard, arrays in shards.items():
+        expected = everything[shard * height : (shard + 1) * height]
+        assert arrays["resid_post.0"].tolist() == [[e, t] for e, t in expected]
+        bits = torch.tensor(expected, dtype=torch.bfloat16).view(torch.int16).numpy().view(np.uint16)
+        assert np.array_equal(arrays["resid_post.1"], bits)
+        for row, (e, t) in zip(arrays["pattern.0"], expected, strict=True):
+            keys = [100 * e + 10 * t + k + 1 if k < examples[e][0] else 0 for k in range(12)]
+            assert row.tolist() == [keys]
+        assert arrays["example"].tolist() == [e for e, _ in expected]
+        assert arrays["position"].tolist() == [t for _, t in expected]
+        assert arrays["token"].tolist() == [t + 1 for _, t in expected]
+
+
+@pytest.mark.parametrize("n_rows", [1, 7, 8, 9, 20])
+def test_a_real_writer_stores_what_was_put(tmp_path: Path, n_rows: int) -> None:
+    plan = make_plan(8, n_rows, SITES[:2])
+    with workspace(tmp_path / "a.zarr") as folder:
+        create_archive(folder, tmp_path / "a.zarr", plan, {})
+    values = torch.randn(n_rows, 1, 2, generator=torch.Generator().manual_seed(n_rows))
+    with ShardWriter(tmp_path / "a.zarr", plan, threads=2) as writer:
+        staging = Staging(plan, writer, n_stages=2, pinned=False)
+        for row in range(n_rows):
+            staging.begin(rows_of([1], first_row=row, first_example=row))
+            for site in SITES[:2]:
+                staging.put(site.name, values[row : row + 1])
+            staging.finish()
+    assert sorted(read_commits(tmp_path / "a.zarr", plan.digest)) == list(range(-(-n_rows // 8)))
+    stored = zarr.open_array(str(tmp_path / "a.zarr" / "sites" / "resid_post" / "0"), mode="r")
+    assert np.array_equal(np.asarray(stored[:]), values[:, 0].numpy())
+    bits = zarr.open_array(str(tmp_path / "a.zarr" / "sites" / "resid_post" / "1"), mode="r")
+    expected = values[:, 0].to(torch.bfloat16).view(torch.int16).numpy().view(np.uint16)
+    assert np.array_equal(np.asarray(bits[:]), expected)
+
+
+def test_a_batch_waits_for_a_free_stage_and_the_wait_is_counted() -> None:
+    writer = HoldingWriter()
+    staging = stage_all(make_plan(4, 12, SITES[:1]), writer, n_stages=2)
+    for shard in range(2):
+        staging.begin(rows_of([4], first_row=4 * shard))
+        staging.finish()
+    assert staging.stall_seconds == 0
+    third = threading.Thread(target=staging.begin, args=(rows_of([4], first_row=8),))
+    third.start()
+    third.join(timeout=0.2)
+    assert third.is_alive(), "both stages are being written"
+    writer.held[0].release()
+    third.join(timeout=60)
+    assert not third.is_alive()
+    assert staging.stall_seconds > 0
+    assert staging.open_shards == (2,)
+
+
+def test_a_batch_that_reaches_too_far_is_refused_and_not_waited_for() -> None:
+    staging = stage_all(make_plan(2, 20, SITES[:1]), HoldingWriter(), n_stages=2)
+    with pytest.raises(CaptureError, match=r"6 rows reaches into 3 shards of 2 rows.*memory for 2"):
+        staging.begin(rows_of([6]))
+
+
+def test_committed_shards_need_no_stage() -> None:
+    staging = stage_all(make_plan(2, 20, SITES[:1]), HoldingWriter(), n_stages=2, committed={1, 2, 3})
+    staging.begin(rows_of([10]))
+    assert staging.open_shards == (0, 4)
+
+
+def test_stages_grow_to_the_limit_for_a_wider_batch() -> None:
+    staging = stage_all(make_plan(2, None, SITES[:1]), HoldingWriter(), n_stages=2, most_stages=3)
+    staging.begin(rows_of([6]))
+    assert staging.open_shards == (0, 1, 2)
+    staging.finish()
+    with pytest.raises(CaptureError, match="4 shards"):
+        staging.begin(rows_of([8], first_row=6))
+
+
+def test_a_failure_of_the_writer_comes_up_in_the_next_batch_that_needs_it() -> None:
+    writer = HoldingWriter()
+    staging = stage_all(make_plan(4, 12, SITES[:1]), writer, n_stages=2)
+    staging.begin(rows_of([4]))
+    staging.finish()
+    writer.failure = CaptureError("a shard could not be written: the disk is full")
+    with pytest.raises(CaptureError, match="disk is full"):
+        staging.begin(rows_of([4], first_row=4))
+
+
+@pytest.mark.parametrize("then", ["another batch", "the end"])
+def test_rows_that_were_counted_and_never_copied_are_never_written(then: str) -> None:
+    writer = HoldingWriter()
+    staging = stage_all(make_plan(4, None, SITES[:1]), writer, n_stages=2)
+    staging.begin(rows_of([3]))
+    with pytest.raises(CaptureError, match="3 rows"):
+        staging.begin(rows_of([1], first_row=3)) if then == "another batch" else staging.hand_over(0, {})
+    assert writer.held == []
+
+
+def test_a_batch_that_could_not_begin_cannot_be_passed_over() -> None:
+    staging = stage_all(make_plan(2, 20, SITES[:1]), HoldingWriter(), n_stages=2)
+    with pytest.raises(CaptureError, match="3 shards"):
+        staging.begin(rows_of([6]))
+    with pytest.raises(CaptureError, match="6 rows"):
+        staging.begin(rows_of([1], first_row=6))
+
+
+def test_rows_before_their_batch_are_our_own_mistake() -> None:
+    staging = stage_all(make_plan(4, 12, SITES[:1]), HoldingWriter(), n_stages=2)
+    with pytest.raises(RuntimeError, match=r"resid_post\.0 came before"):
+        staging.put("resid_post.0", torch.zeros(1, 1, 2))
+
+
+def test_a_batch_without_rows_opens_nothing() -> None:
+    staging = stage_all(make_plan(4, 12, SITES[:1]), HoldingWriter(), n_stages=2)
+    staging.begin(batch_rows([], 3))
+    staging.put("resid_post.0", torch.zeros(0, 3, 2))
+    staging.finish()
+    assert staging.open_shards == ()
+
+
+def test_example_parts_are_made_durable_once_a_shard_and_only_for_full_ones() -> None:
+    writer, made = HoldingWriter(), iter(range(9))
+    staging = stage_all(make_plan(2, None, SITES[:1]), writer, n_stages=4)
+    staging.begin(rows_of([5]))
+    staging.put("resid_post.0", torch.zeros(1, 5, 2))
+    staging.finish(lambda: {f"part-{next(made):05d}.parquet": "00"})
+    assert [(shard.index, dict(shard.examples)) for shard in writer.held] == [
+        (0, {"part-00000.parquet": "00"}),
+        (1, {"part-00001.parquet": "00"}),
+    ]
+    assert staging.open_shards == (2,)
+    staging.hand_over(2, {})
+    assert len(writer.held[-1].columns["token"]) == len(writer.held[-1].sites["resid_post.0"]) == 1
+
+
+def test_stages_made_in_inference_mode_take_rows_from_outside_of_it() -> None:
+    with torch.inference_mode():
+        staging = stage_all(make_plan(4, None, SITES[:1]), HoldingWriter(), n_stages=2)
+    staging.begin(rows_of([2]))
+    staging.put("resid_post.0", torch.ones(1, 2, 2))
+    staging.finish()
+
+
+def test_stages_are_no_taller_than_the_archive() -> None:
+    assert len(Stage(make_plan(4, 3), 3, pinned=False).columns["token"]) == 3
+    writer = HoldingWriter()
+    staging = stage_all(make_plan(2**20, 3, SITES[:1]), writer, n_stages=2)
+    staging.begin(rows_of([3]))
+    staging.finish()
+    assert writer.held[0].sites["resid_post.0"].base is not None, "a view, not a copy"
+    assert len(writer.held[0].sites["resid_post.0"]) == 3
+
+
+def test_every_stored_data_type_is_torchs() -> None:
+    for name, storage in STORAGE_DTYPES.items():
+        assert torch_dtype(name).itemsize == storage.itemsize
+    with pytest.raises(TypeError, match="nn"):
+        torch_dtype("nn")
