@@ -15,6 +15,7 @@ from residua.store.errors import PlanError
 from residua.store.sizes import HOST_MEMORY_BYTES
 
 _MAX_CONFIG_BYTES = 64 * 1024
+_MOST_BITS = 63
 # What PyYAML raises for scalars that do not fit their tag ("!!int ''", "2001-99-99"), besides its own errors.
 _YAML_ERRORS = (yaml.YAMLError, ValueError, ArithmeticError, LookupError, TypeError, AttributeError, RecursionError)
 
@@ -99,7 +100,9 @@ class CaptureSettings:
                     f"{reprlib.repr(name)} is not a setting of residua capture; the settings are {', '.join(known)}"
                 )
             if not _fits(value, type_name := _type_name(str(known[name].type))):
-                raise PlanError(f"setting {name} is {reprlib.repr(value)}: it should be {type_name}")
+                raise PlanError(f"setting {name} is {_shown(value)}: it should be {type_name}")
+            if isinstance(value, int) and value.bit_length() > _MOST_BITS:
+                raise PlanError(f"setting {name} is a number of {value.bit_length():,} bits: that is too large")
         if len(named) < len(values):
             raise PlanError(f"a setting is given twice, in two spellings: {', '.join(map(str, values))}")
         return cls(**named)
@@ -111,6 +114,11 @@ def _fits(value: object, annotation: str) -> bool:
     return isinstance(value, allowed) and (bool in allowed or not isinstance(value, bool))
 
 
+def _shown(value: object) -> str:
+    """Return a value for a message; what is nested may be too large to be spelled."""
+    return reprlib.repr(value) if isinstance(value, str | bytes | float | bool) else f"a {type(value).__name__}"
+
+
 def _type_name(annotation: str) -> str:
     return annotation.removeprefix("<class '").removesuffix("'>")
 
@@ -120,7 +128,7 @@ class _TreeLoader(yaml.SafeLoader):
 
     def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
         if self.check_event(yaml.AliasEvent):
-            raise yaml.YAMLError(f"a reference, {self.peek_event().anchor!r}, is not allowed here")
+            raise yaml.YAMLError("references such as *name are not allowed here")
         return super().compose_node(parent, index)
 
 
