@@ -118,8 +118,9 @@ class Staging:
         self._batch = batch
         self._placements = []
         height = self._plan.rows_per_shard
-        self._make_room(batch)
-        for shard, picked in batch.per_shard(height):
+        parts = list(batch.per_shard(height))
+        self._make_room(len(batch.row), {shard for shard, _ in parts})
+        for shard, picked in parts:
             if shard in self._committed:
                 continue
             stage = self._open.get(shard) or self._acquire(shard)
@@ -137,16 +138,15 @@ class Staging:
                 "What was committed before is safe; remove the cause and capture again."
             )
 
-    def _make_room(self, batch: BatchRows) -> None:
+    def _make_room(self, n_rows: int, shards: set[int]) -> None:
         """Add stages for a batch that fills more shards than there are, or raise: waiting would be for ever."""
-        shards = {shard for shard, _ in batch.per_shard(self._plan.rows_per_shard)} | self._open.keys()
-        needed = len(shards - self._committed)
+        needed = len((shards | self._open.keys()) - self._committed)
         while self._n_stages < min(needed, self._most_stages):
             self._n_stages += 1
             self._release(self._new_stage())
         if needed > self._n_stages:
             raise CaptureError(
-                f"a batch of {len(batch.row):,} rows reaches into {len(shards)} shards of "
+                f"a batch of {n_rows:,} rows reaches into {len(shards)} shards of "
                 f"{self._plan.rows_per_shard:,} rows, but there is memory for {self._n_stages} at once: "
                 "use smaller batches, or taller shards (rows_per_shard)."
             )
