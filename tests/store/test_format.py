@@ -1,0 +1,216 @@
+"""The format page against the code: every table, list and example of `store/FORMAT.md` says what the code does."""
+
+import json
+import re
+from dataclasses import fields
+from pathlib import Path
+
+import torch
+from torch import nn
+
+import residua
+from residua.capture.sites import resolve_sites
+from residua.pipelines.dataset import SOURCE_COLUMNS
+from residua.store.archive import Archive
+from residua.store.arrays import open_array
+from residua.store.codecs import INT8, PRESETS, codecs_metadata
+from residua.store.commits import FOLDER, Commit, ShardFile
+from residua.store.dtypes import STORAGE_DTYPES
+from residua.store.example_index import OWN_COLUMNS
+from residua.store.metadata import FORMAT, SIDE_FOLDERS, Metadata
+from residua.store.plan import ROW_COLUMNS, Plan, SitePlan
+from residua.store.shard import INDEX_CODECS, INDEX_LOCATION
+from residua.store.sitenames import LAYER_KINDS, MODEL_KINDS, parse_site
+from tests.models import TINY
+from tests.store.small_archive import make_archive
+
+PAGE = (Path(__file__).parents[2] / "store" / "FORMAT.md").read_text()
+Table = list[list[str]]
+
+
+def read_tables(page: str) -> dict[str, Table]:
+    """Return the rows of every Markdown table, as cells, by the first cell of its head."""
+    tables: dict[str, Table] = {}
+    rows: Table = []
+    for line in page.splitlines():
+        if not line.startswith("|"):
+            rows = []
+            continue
+        cells = [cell.strip() for cell in line.strip("|").split("|")]
+        if not rows:
+            rows = tables.setdefault(cells[0], [])
+            rows.append(cells)
+        elif not set(line) <= set("|- "):
+            rows.append(cells)
+    return {name: table[1:] for name, table in tables.items()}
+
+
+def codes(text: str) -> list[str]:
+    """Return what stands between backquotes."""
+    return re.findall(r"`([^`]+)`", text)
+
+
+def sentence(start: str) -> str:
+    """Return what follows `start` on the page, up to the end of the sentence, on one line."""
+    assert PAGE.count(start) == 1, f"the page should say {start!r} once"
+    return re.split(r"\.\s", PAGE.split(start)[1])[0].replace("\n", " ")
+
+
+def block(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", PAGE, re.DOTALL)
+
+
+TABLES = read_tables(PAGE)
+PLAN = Plan(
+    model={},
+    dataset={},
+    rules={},
+    sites=(SitePlan(name="resid_post.7", row_shape=(40,), dtype="float32", codec=INT8),),
+    rows_per_shard=8,
+)
+FILE = ShardFile(n_bytes=1, digest="ab" * 32)
+COMMIT = Commit(plan=PLAN.digest, shard=3, rows=(24, 32), arrays={"sites/resid_post/7": FILE})
+
+
+def test_every_table_of_the_page_is_compared_here() -> None:
+    assert set(TABLES) == {"name", "preset", "key", "field of the plan", "key of a file"}
+
+
+def test_the_version_is_the_codes() -> None:
+    assert PAGE.startswith(f"# The archive format, version {FORMAT}\n")
+    (row,) = (row for row in TABLES["key"] if codes(row[0]) == ["format"])
+    assert codes(row[1]) == [json.dumps(FORMAT)]
+
+
+def test_the_keys_of_the_entry() -> None:
+    entry = Metadata(plan=PLAN, provenance={}).to_json()
+    assert [codes(row[0]) for row in TABLES["key"]] == [[key] for key in entry]
+    assert entry["digest"] == PLAN.digest
+    (files,) = (row[1] for row in TABLES["key"] if codes(row[0]) == ["files"])
+    assert codes(files) == [f"{folder}/" for folder in SIDE_FOLDERS]
+
+
+def test_the_keys_of_sealed(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Linear(3, 2))
+    with residua.Recorder(model, sites="module:0@output", out=tmp_path / "a.zarr"), torch.no_grad():
+        model(torch.zeros(4, 3))
+    sealed = Archive(tmp_path / "a.zarr").metadata.sealed
+    assert sealed is not None
+    (row,) = (row for row in TABLES["key"] if codes(row[0]) == ["sealed"])
+    assert codes(row[1]) == list(sealed)
+
+
+def test_the_fields_of_the_plan_and_of_its_sites() -> None:
+    plan = PLAN.to_json()
+    assert [codes(row[0]) for row in TABLES["field of the plan"]] == [[field] for field in plan]
+    words = {codes(row[0])[0]: codes(row[1]) for row in TABLES["field of the plan"]}
+    (site,) = plan["sites"] if isinstance(plan["sites"], list) else []
+    assert isinstance(site, dict)
+    assert words["sites"] == list(site)
+    for padding in words["padding"]:
+        assert Plan.from_json({**plan, "padding": padding}).padding == padding
+    assert len(words["padding"]) == 2
+
+
+def test_the_keys_of_a_commit() -> None:
+    (example,) = block("json")
+    record = json.loads(example)
+    assert record.keys() == {"record", "sha256"}
+    assert list(record["record"]) == list(COMMIT.to_json())
+    assert list(record["record"]["arrays"]["sites/resid_post/7"]) == list(FILE.to_json())
+    named = [code for row in TABLES["key of a file"] for code in codes(row[0])]
+    assert named == [field.name for field in fields(ShardFile)]
+    pattern = "SSSSSSSS-WWWW.json"
+    assert f"`{FOLDER}/{pattern}`" in PAGE
+    assert COMMIT.name == pattern.replace("SSSSSSSS", "00000003").replace("WWWW", "0000")
+
+
+def spelled_out(name: str) -> str:
+    """Return the page's name of a site with numbers for its capital letters."""
+    return re.sub(r"\.N$", ".1", re.sub(r"\.L$", ".7", name)).replace("topK", "top8")
+
+
+def test_the_sites_and_their_paths() -> None:
+    kinds = set()
+    for names, path, _ in TABLES["name"]:
+        sites = [parse_site(spelled_out(name)) for name in codes(names)]
+        assert codes(path)[0] in {site.path for site in sites}
+        for site, name in zip(sites, codes(names), strict=True):
+            kinds.add(site.kind)
+            assert (site.layer is not None) == name.endswith(".L")
+            if site.kind != "module":
+                assert site.path == "sites/" + spelled_out(name).replace(".", "/")
+    assert kinds == {*LAYER_KINDS, *MODEL_KINDS, "logits_top8", "module"}
+
+
+def test_the_shapes_of_rows_have_as_many_axes_as_the_page_says() -> None:
+    model = TINY["llama"]()
+    for names, _, shape in TABLES["name"]:
+        for name in (re.sub(r"\.L$", ".1", name).replace("topK", "top8") for name in codes(names)):
+            if not name.startswith("module:"):
+                (info,) = resolve_sites(model, name).values()
+                assert info.row_shape is not None
+                assert len(info.row_shape) == len(shape.split(";")[0].split(",")), name
+
+
+def test_the_presets() -> None:
+    named = {name: row for row in TABLES["preset"] for name in codes(row[0])}
+    assert list(named) == list(PRESETS)
+    for name, (_, pipeline, loses) in named.items():
+        assert (loses == "nothing") == PRESETS[name].is_lossless
+        base = codes(pipeline)
+        if base:
+            pipeline = named[base[0]][1]
+        codecs = codecs_metadata("fast" if name == INT8 else name, "float32")
+        assert [codec["name"] for codec in codecs] == re.sub(r" \([^)]*\)", "", pipeline).split(", ")
+        for codec in codecs:
+            if codec["name"] == "blosc":
+                settings = codec["configuration"]
+                assert f"({settings['cname']}, {settings['shuffle']})" in pipeline
+    for name in PRESETS:
+        if name.startswith("bitround"):
+            assert PRESETS[name].kept_bits == int(name.removeprefix("bitround"))
+
+
+def test_the_arrays_of_int8_block32(tmp_path: Path) -> None:
+    codes_, scales, *_ = PLAN.arrays
+    assert (codes_.path, codes_.dtype, codes_.row_shape) == ("sites/resid_post/7", "int8", (40,))
+    assert (scales.path, scales.dtype, scales.row_shape) == ("scales/resid_post/7", "float32", (2,))
+    root = make_archive(tmp_path / "a.zarr", INT8)
+    _, _, attributes = open_array(root, "sites/resid_post/0")
+    quantised = attributes["quantised"]
+    assert isinstance(quantised, dict)
+    assert set(re.findall(r"`(quantised\.\w+)`", PAGE)) == {f"quantised.{key}" for key in quantised}
+    assert "`relative_rms_error`" in PAGE
+    assert "relative_rms_error" in attributes
+
+
+def test_the_row_columns() -> None:
+    listed = re.findall(r"^  rows/(\w+) +(\w+), \[rows\]", block("")[0], re.MULTILINE)
+    assert dict(listed) == ROW_COLUMNS
+
+
+def test_the_data_types() -> None:
+    text = sentence("Data types are ")
+    assert text.endswith("little endian")
+    assert codes(text) == list(STORAGE_DTYPES)
+
+
+def test_the_columns_of_the_example_table() -> None:
+    text = sentence("Columns: ")
+    listed = dict(re.findall(r"`(\w+)` (list of int32|int\d\d)", text))
+    types = {name: str(kind).replace("list<item: int32>", "list of int32") for name, kind in OWN_COLUMNS.items()}
+    assert listed == types
+    for name in SOURCE_COLUMNS:
+        assert f"`{name}`" in PAGE
+
+
+def test_the_index_of_a_shard() -> None:
+    assert f"index at the {INDEX_LOCATION}, index codecs `bytes` (little endian) and `crc32c`" in PAGE
+    assert [codec["name"] for codec in INDEX_CODECS] == ["bytes", "crc32c"]
+
+
+def test_the_folders() -> None:
+    first = block("")[0]
+    top = {line.split("/")[0].strip() for line in first.splitlines()[1:] if "/" in line.split("  ")[1]}
+    assert top == {"sites", "rows", "scales", FOLDER, *SIDE_FOLDERS}
