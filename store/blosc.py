@@ -23,9 +23,7 @@ import zstandard
 
 from residua.store.crc import Buffer
 
-HEADER = struct.Struct(
-    "<BBBBIII"
-)  # version, codec version, flags, item size, bytes, block bytes, frame bytes
+HEADER = struct.Struct("<BBBBIII")  # version, codec version, flags, item size, bytes, block bytes, frame bytes
 _LENGTH = struct.Struct("<I")
 _VERSION = 2
 _ZSTD_VERSION = 1
@@ -42,10 +40,12 @@ Array: TypeAlias = "npt.NDArray[np.generic]"
 T = TypeVar("T")
 
 _settings = partial(zstandard.ZstdCompressionParameters, chain_log=6, search_log=1, min_match=7, strategy=1)
+_FAST = _settings(window_log=17, hash_log=6, write_content_size=True)
+_REPEATS = _settings(window_log=20, hash_log=12, write_content_size=True)
 _EFFORTS = {
-    "fast": _settings(window_log=17, hash_log=6, write_content_size=True),
-    "small": _settings(window_log=20, hash_log=12, write_content_size=True),
-    "matches": zstandard.ZstdCompressionParameters.from_level(3, write_content_size=True),
+    "fast": (_FAST,),
+    "small": (_FAST, _REPEATS),  # the smaller of both: looking for repeats pays in early layers only
+    "matches": (zstandard.ZstdCompressionParameters.from_level(3, write_content_size=True),),
 }
 _local = threading.local()
 
@@ -70,9 +70,7 @@ def encode_frame(values: Array, effort: str) -> list[Buffer]:
     size = HEADER.size + _LENGTH.size * (1 + itemsize) + sum(len(plane) for plane in stored)
     if size > HEADER.size + values.nbytes:
         return _copy_frame(values)
-    header = HEADER.pack(
-        _VERSION, _ZSTD_VERSION, _SHUFFLED | _ZSTD, itemsize, values.nbytes, values.nbytes, size
-    )
+    header = HEADER.pack(_VERSION, _ZSTD_VERSION, _SHUFFLED | _ZSTD, itemsize, values.nbytes, values.nbytes, size)
     parts: list[Buffer] = [header + _LENGTH.pack(HEADER.size + _LENGTH.size)]
     for plane in stored:
         parts += [_LENGTH.pack(len(plane)), plane]
@@ -116,9 +114,7 @@ def _split_planes(frame: Plane, n_planes: int, n_items: int) -> list[Array]:
         (length,) = _LENGTH.unpack_from(frame.data, at)
         at += _LENGTH.size
         if length > min(n_items, frame.size - at):
-            raise ValueError(
-                f"a Blosc plane says {length} bytes; {frame.size - at} are left for {n_items} items"
-            )
+            raise ValueError(f"a Blosc plane says {length} bytes; {frame.size - at} are left for {n_items} items")
         planes.append(_expand(frame[at : at + length], n_items))
         at += length
     if at != frame.size:
@@ -189,8 +185,8 @@ def _is_uneven(plane: Plane) -> bool:
 
 
 def _shrink(plane: Plane, effort: str) -> Buffer:
-    compressor = _kept(effort, lambda: zstandard.ZstdCompressor(compression_params=_EFFORTS[effort]))
-    packed: bytes = compressor.compress(plane.data)
+    compressors = _kept(effort, lambda: [zstandard.ZstdCompressor(compression_params=p) for p in _EFFORTS[effort]])
+    packed: bytes = min((compressor.compress(plane.data) for compressor in compressors), key=len)
     return packed if len(packed) < plane.size else plane
 
 

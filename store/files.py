@@ -19,6 +19,7 @@ from pathlib import Path
 import numpy as np
 
 from residua.store.crc import Buffer
+from residua.store.direct import LEAST_BYTES, set_direct, write_direct
 
 _TEMPORARY = re.compile(r"^\..+\.(?P<pid>\d+)-[0-9a-f]{8}\.tmp$")
 _MAX_BUFFERS = 1024  # IOV_MAX on Linux and macOS
@@ -133,16 +134,21 @@ def _write_through(path: Path, parts: Iterable[Buffer]) -> int:
     try:
         with suppress(OSError):
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        n_bytes = _write_all(descriptor, parts)
+        views = [_bytes_of(part) for part in parts]
+        is_large = sum(view.nbytes for view in views) >= LEAST_BYTES
+        if is_large and set_direct(descriptor):
+            n_bytes = write_direct(descriptor, views)
+        else:
+            n_bytes = _write_all(descriptor, views)
         os.fdatasync(descriptor)
     finally:
         os.close(descriptor)
     return n_bytes
 
 
-def _write_all(descriptor: int, parts: Iterable[Buffer]) -> int:
+def _write_all(descriptor: int, parts: Iterable[memoryview]) -> int:
     """Write all of `parts`; the kernel may take fewer bytes at a time, for example near a full disk."""
-    waiting = deque(_bytes_of(part) for part in parts)
+    waiting = deque(parts)
     total = 0
     while waiting:
         batch = [waiting.popleft() for _ in range(min(len(waiting), _MAX_BUFFERS))]

@@ -1,4 +1,5 @@
 import errno
+import fcntl
 import os
 import signal
 import subprocess
@@ -14,6 +15,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from residua.store import direct
+from residua.store.direct import LEAST_BYTES
 from residua.store.files import publish, sweep, write_file
 
 
@@ -206,3 +209,53 @@ def test_sweep_removes_a_temporary_whose_number_now_belongs_to_this_process(tmp_
     left = tmp_path / f".0.{os.getpid()}-0123abcd.tmp"
     left.write_bytes(b"x")
     assert sweep(tmp_path) == [left]
+
+
+@settings(deadline=None, max_examples=25)
+@given(
+    st.lists(st.sampled_from([0, 1, 4, 511, 4096, 4 * 2**20 - 4, 4 * 2**20, 4 * 2**20 + 5]), min_size=1, max_size=5),
+    st.sampled_from([None, 4096, 5000]),
+)
+def test_large_files_are_written_whole_past_the_page_cache(
+    tmp_path_factory: pytest.TempPathFactory, sizes: list[int], most: int | None
+) -> None:
+    path = tmp_path_factory.mktemp("files") / "a"
+    data = np.random.default_rng(0).integers(0, 256, LEAST_BYTES + sum(sizes), dtype=np.uint8)
+    parts = np.split(data, np.cumsum(sizes))
+    real, n_calls = os.write, 0
+
+    def short(descriptor: int, buffer: memoryview) -> int:
+        nonlocal n_calls
+        n_calls += 1
+        return real(descriptor, buffer if most is None or n_calls > 50 else buffer[:most])
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "write", short)
+        assert write_file(path, parts) == data.size
+    assert n_calls > 0
+    assert path.read_bytes() == data.tobytes()
+
+
+def test_file_system_that_refuses_to_bypass_the_page_cache_is_written_through_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = np.random.default_rng(0).integers(0, 256, 2 * LEAST_BYTES + 77, dtype=np.uint8)
+    real = os.write
+
+    def refuse_direct(descriptor: int, buffer: memoryview) -> int:
+        if fcntl.fcntl(descriptor, fcntl.F_GETFL) & os.O_DIRECT:
+            raise OSError(errno.EINVAL, "no")
+        return real(descriptor, buffer)
+
+    monkeypatch.setattr(os, "write", refuse_direct)
+    write_file(tmp_path / "late", [data])
+    monkeypatch.setattr(direct, "_DIRECT", 0)
+    write_file(tmp_path / "never", [data])
+    assert (tmp_path / "late").read_bytes() == (tmp_path / "never").read_bytes() == data.tobytes()
+
+
+def test_full_disk_in_a_large_file_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "write", refuse(errno.ENOSPC))
+    with pytest.raises(OSError, match=r"cannot write .*/acts .*disk is full"):
+        write_file(tmp_path / "acts", [np.zeros(2 * LEAST_BYTES, np.uint8)])
+    assert contents(tmp_path) == set()

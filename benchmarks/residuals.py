@@ -1,0 +1,36 @@
+"""The data of the storage benchmarks: residuals of the trained model that ships, in bfloat16.
+
+Four blocks one after the other fill four shards of 32 MiB. Random numbers would compress differently from what
+training makes of them.
+"""
+
+from pathlib import Path
+from pydoc_data.topics import topics
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+MODEL = Path(__file__).parent.parent / "models" / "pydoc-1m"
+LAYERS = (1, 2, 3, 4)
+N_TOKENS = 131_072
+_LENGTH = 256
+_BATCH = 64
+
+
+def trained_residuals(n_tokens: int = N_TOKENS) -> npt.NDArray[np.uint16]:
+    """Return bits of bfloat16, (4 x tokens, width): one block after the other, over Python's own manual."""
+    tokenizer = AutoTokenizer.from_pretrained(MODEL)
+    model: Any = AutoModelForCausalLM.from_pretrained(MODEL)
+    model.eval()
+    tokens = tokenizer("\n\n".join(topics.values()), verbose=False)["input_ids"][:n_tokens]
+    examples = torch.tensor(tokens).view(-1, _LENGTH)
+    rows: list[list[npt.NDArray[np.int16]]] = [[] for _ in LAYERS]
+    with torch.inference_mode():
+        for start in range(0, len(examples), _BATCH):
+            states = model.model(examples[start : start + _BATCH], output_hidden_states=True).hidden_states
+            for block, layer in zip(rows, LAYERS, strict=True):
+                block.append(states[layer].flatten(0, 1).to(torch.bfloat16).view(torch.int16).numpy())
+    return np.concatenate([part for block in rows for part in block]).view(np.uint16)
