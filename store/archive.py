@@ -1,5 +1,6 @@
 """An archive, opened for reading: sites, rows, examples, progress, provenance. Needs no torch and no model."""
 
+import hashlib
 from collections.abc import Iterable, Iterator, Mapping
 from functools import cached_property
 from os import PathLike
@@ -15,7 +16,7 @@ from residua.store.arrays import open_array
 from residua.store.commits import Commit, read_commits
 from residua.store.errors import DamagedArchiveError, NotCapturedError, ResiduaError, UnsafeArchiveError
 from residua.store.examples import ExampleTable
-from residua.store.metadata import read_metadata
+from residua.store.metadata import file_digest, read_metadata
 from residua.store.plan import ROW_COLUMNS, Plan
 from residua.store.sitenames import select
 from residua.store.spec import ArraySpec
@@ -168,8 +169,32 @@ class Archive(Mapping[str, StoredArray]):
 
     @cached_property
     def example_table(self) -> ExampleTable:
-        """The example table, read part by part."""
-        return ExampleTable(self.path / "examples")
+        """The example table, read part by part.
+
+        Raises:
+            DamagedArchiveError: A part is missing, or is not one of those that this archive was made with.
+        """
+        parts = {name: digest for name, digest in self.metadata.files.items() if name.startswith("examples/")}
+        for commit in self.commits.values():
+            parts.update({f"examples/{name}": digest for name, digest in commit.examples.items()})
+        for name, digest in sorted(parts.items()):
+            if not (self.path / name).is_file():
+                raise DamagedArchiveError(f"{self.path / name} is missing: restore the file from a copy")
+            # Parquet has no checksum over its footer and page headers, and a flipped bit there changes numbers.
+            if self._check != "never" and file_digest(self.path / name) != digest:
+                raise DamagedArchiveError(
+                    f"{self.path / name} was altered (its SHA-256 differs): restore it from a copy"
+                )
+        table = ExampleTable(self.path / "examples")
+        found = table.index().digest
+        source = self.metadata.sealed or self.plan.dataset  # neither says it while a user's own loop is open
+        expected = source.get("examples", source.get("digest"))
+        if expected not in (None, found):
+            raise DamagedArchiveError(
+                f"{self.path}/examples: the examples' digest is {found[:12]}, but the archive was made for {expected}: "
+                "restore the parts from a copy"
+            )
+        return table
 
     @cached_property
     def examples(self) -> pa.Table:
@@ -209,11 +234,18 @@ class Archive(Mapping[str, StoredArray]):
     @cached_property
     def tokenizer(self) -> Tokenizer | None:
         """The stored tokenizer (of the `tokenizers` package), or None if the archive has none."""
-        path = self.path / "tokenizer" / "tokenizer.json"
-        if not path.is_file():
+        name = "tokenizer/tokenizer.json"
+        if name not in self.metadata.files:
             return None
+        path = self.path / name
         try:
-            return Tokenizer.from_file(str(path))
+            text = path.read_bytes()
+        except OSError as error:
+            raise DamagedArchiveError(f"{path} cannot be read ({error.strerror}): restore it from a copy") from error
+        if hashlib.sha256(text).hexdigest() != self.metadata.files[name]:
+            raise DamagedArchiveError(f"{path} was altered (its SHA-256 differs): restore it from a copy")
+        try:
+            return Tokenizer.from_buffer(text)
         except Exception as error:  # the Rust library raises plain Exception for any bad file
             raise DamagedArchiveError(f"{path} is not a tokenizer that can be read ({error}): restore it") from error
 

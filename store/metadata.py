@@ -77,11 +77,14 @@ def read_metadata(archive: Path) -> Metadata:
     if path.stat().st_size > _MAX_METADATA_BYTES:
         raise UnsafeArchiveError(f"{path} is over 256 MiB: no archive of ours has such metadata")
     try:
-        entry = json.loads(path.read_bytes())["attributes"]["residua"]
+        root = json.loads(path.read_bytes())
+        entry = root["attributes"]["residua"]
     except (ValueError, RecursionError) as error:
         raise DamagedArchiveError(f"{path} cannot be read as JSON ({error}): restore it from a copy") from error
     except (KeyError, TypeError) as error:
         raise UnsafeArchiveError(f"{path} is a Zarr group but not a Residua archive") from error
+    if root.get("zarr_format") != 3 or root.get("node_type") != "group":
+        raise DamagedArchiveError(f"{path} does not say that it is a group of Zarr format 3: restore it from a copy")
     return _checked(path, entry)
 
 

@@ -1,0 +1,151 @@
+"""A small sealed archive with everything that one can have, and all that a reader can learn from it."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors.numpy import save
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+
+from residua.store.archive import Archive
+from residua.store.create import create_archive, seal, workspace
+from residua.store.errors import ResiduaError
+from residua.store.examples import Example, ExampleWriter
+from residua.store.files import write_file
+from residua.store.headspec import HEAD_FILE, PARAMETERS_FILE, HeadSpec
+from residua.store.plan import Plan, SitePlan
+from residua.store.stored import StoredArray
+from residua.store.writer import FilledShard, ShardWriter
+
+HEIGHT = 16
+LENGTHS = (20, 1, 12, 5)
+N_ROWS = sum(LENGTHS)
+N_SHARDS = 3
+TEXT_ROWS = (0, 19, 20, 37)
+
+
+def make_archive(path: Path, codec: str = "fast", *, seed: int = 0) -> Path:
+    """Write an archive of three shards, the last one short, at `path`; `seed` changes its values."""
+    rng = np.random.default_rng(seed)
+    sites = (
+        SitePlan(name="resid_post.0", row_shape=(40,), dtype="float32", codec=codec),
+        SitePlan(name="q.1", row_shape=(2, 4), dtype="float32", codec=codec),
+    )
+    with workspace(path) as folder:
+        examples = [_example(i, length, rng) for i, length in enumerate(LENGTHS)]
+        writer = ExampleWriter(folder / "examples")
+        for example in examples:
+            writer.add(example)
+        index = writer.close()
+        _write_side_files(folder, rng)
+        plan = Plan(
+            model={"weights": f"{seed}"},
+            dataset={"digest": index.digest, "n_examples": len(LENGTHS)},
+            rules={"positions": "all"},
+            sites=sites,
+            rows_per_shard=HEIGHT,
+            batch_tokens=64,
+            n_rows=N_ROWS,
+        )
+        create_archive(folder, path, plan, {"command": "none"})
+    values = {site.name: rng.standard_normal((N_ROWS, *site.row_shape), np.float32) for site in sites}
+    columns = {
+        "token": np.concatenate([example.input_ids for example in examples]),
+        "position": np.concatenate([example.positions for example in examples]),
+        "example": np.repeat(np.arange(len(LENGTHS)), LENGTHS),
+    }
+    _write_shards(path, plan, values, columns)
+    archive = Archive(path)
+    seal(path, archive.metadata, archive.commits)
+    return path
+
+
+def _example(i: int, length: int, rng: np.random.Generator) -> Example:
+    ids = rng.integers(0, 50, length, dtype=np.int32)
+    columns = {"label": f"example {i}", "score": i / 7, "count": i * 1000}
+    return Example(input_ids=ids, positions=np.arange(length, dtype=np.int32), columns=columns)
+
+
+def _write_side_files(folder: Path, rng: np.random.Generator) -> None:
+    tokenizer = Tokenizer(WordLevel({f"w{i}": i for i in range(50)}, unk_token="w0"))  # noqa: S106  # no password
+    write_file(folder / "tokenizer" / "tokenizer.json", [tokenizer.to_str().encode()])
+    head = save({"unembed.weight": rng.standard_normal((5, 4), np.float32)})
+    write_file(folder / "head" / PARAMETERS_FILE, [head])
+    write_file(folder / "head" / HEAD_FILE, [HeadSpec(norm="none", dtype="float32").to_json()])
+
+
+def _write_shards(path: Path, plan: Plan, values: dict[str, Any], columns: dict[str, Any]) -> None:
+    with ShardWriter(path, plan) as writer:
+        for shard, first in enumerate(range(0, N_ROWS, HEIGHT)):
+            rows = slice(first, min(first + HEIGHT, N_ROWS))
+            writer.submit(
+                FilledShard(
+                    index=shard,
+                    first_row=first,
+                    sites={name: array[rows] for name, array in values.items()},
+                    columns={name: np.ascontiguousarray(column[rows]) for name, column in columns.items()},
+                )
+            )
+
+
+def read_everything(path: Path) -> dict[str, object]:
+    """Return all that a reader can learn of the archive, by name; where our errors came up, the error.
+
+    Anything but our errors is raised.
+    """
+    archive = _try(Archive, path)
+    if not isinstance(archive, Archive):
+        return {"open": archive}
+    found: dict[str, object] = {
+        "plan": archive.plan.digest,
+        "provenance": archive.provenance,
+        "rows": _try(getattr, archive, "n_rows"),
+        "progress": _try(getattr, archive, "progress"),
+        "examples": _try(_table, archive),
+    }
+    for name in archive.sites:
+        found[name] = _try(_bits, archive[name], slice(None))
+        found[f"{name} backwards"] = _try(_bits, archive[name], slice(None, None, -1))
+    for column, array in archive.rows._asdict().items():
+        found[column] = _try(_bits, array, slice(None))
+    for example in range(len(LENGTHS)):
+        found[f"example {example}"] = _try(_example_bits, archive, example)
+    for row in TEXT_ROWS:
+        found[f"text {row}"] = _try(archive.text, row)
+    return found
+
+
+def _try(read: Callable[..., object], *arguments: object) -> object:
+    try:
+        return read(*arguments)
+    except (ResiduaError, FileNotFoundError) as error:
+        return error
+
+
+def _table(archive: Archive) -> object:
+    return archive.examples.to_pydict()
+
+
+def _bits(array: StoredArray, rows: slice) -> tuple[str, tuple[int, ...], bytes]:
+    found = array[rows]
+    return str(found.dtype), found.shape, found.tobytes()
+
+
+def _example_bits(archive: Archive, example: int) -> dict[str, bytes]:
+    return {name: rows.tobytes() for name, rows in archive.example(example).items()}
+
+
+def files_of(archive: Path) -> list[str]:
+    """Return the path of every file inside the archive, sorted."""
+    return sorted(path.relative_to(archive).as_posix() for path in archive.rglob("*") if path.is_file())
+
+
+def is_same_json(first: bytes, second: bytes) -> bool:
+    """Say whether two texts are JSON of the same content (``1e-6`` and ``1E-6`` are)."""
+    try:
+        return bool(json.loads(first) == json.loads(second))
+    except (ValueError, RecursionError):
+        return False

@@ -1,0 +1,237 @@
+"""Damage of every kind, to every file: it is named, and no reader ever gets a number that was not written."""
+
+import json
+import random
+import shutil
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+from residua.store.archive import Archive
+from residua.store.arrays import open_array
+from residua.store.canonical import canonical_json, digest_of
+from residua.store.commits import read_commits
+from residua.store.errors import NotCapturedError, ResiduaError
+from residua.store.files import sweep
+from residua.store.metadata import read_metadata
+from residua.store.shard import check_shard
+from residua.store.verify import Verification, verify
+from tests.store.small_archive import HEIGHT, N_ROWS, N_SHARDS, files_of, is_same_json, make_archive, read_everything
+
+PRESETS = ("raw", "fast", "small", "int8-block32", "bitround10")
+FLIPS = 4
+
+
+@pytest.fixture(scope="module", params=PRESETS)
+def sound(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_archive(tmp_path_factory.mktemp(request.param) / "a.zarr", request.param)
+
+
+@pytest.fixture(scope="module")
+def fast(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_archive(tmp_path_factory.mktemp("fast") / "a.zarr")
+
+
+@pytest.fixture
+def copy(fast: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(fast, tmp_path / "a.zarr"))
+
+
+def names(report: Verification, name: str) -> bool:
+    """Say whether a problem of the report names the file."""
+    return any(name in f"{problem.path} {problem.what}" for problem in report.problems)
+
+
+def check_reading(archive: Path, before: dict[str, object], name: str) -> int:
+    """Check that all that can be read is as before or an error; return how many errors there are."""
+    errors = 0
+    left_out = {"progress"} if name.startswith("commits/") else set()
+    for what, value in read_everything(archive).items():
+        if isinstance(value, Exception):
+            errors += 1
+            assert str(archive) in str(value) or isinstance(value, NotCapturedError), value
+        elif what not in left_out:
+            assert value == before[what], f"{what} changed silently when {name} was damaged"
+    return errors
+
+
+def test_the_sound_archive_is_sound(sound: Path) -> None:
+    report = verify(sound)
+    assert (report.problems, report.notes) == ([], [])
+    assert not [value for value in read_everything(sound).values() if isinstance(value, Exception)]
+
+
+def test_each_file_deleted_in_turn_is_named(sound: Path, tmp_path: Path) -> None:
+    before = read_everything(sound)
+    archive = Path(shutil.copytree(sound, tmp_path / "a.zarr"))
+    for name in files_of(sound):
+        (archive / name).unlink()
+        check_reading(archive, before, name)
+        if name == "zarr.json":
+            with pytest.raises(FileNotFoundError, match=r"has no zarr\.json"):
+                verify(archive)
+        elif name.startswith("commits/"):
+            assert any("not sealed" in note for note in verify(archive).notes), "no record, no shard: it is not there"
+            with pytest.raises(NotCapturedError, match="run the same capture again"):
+                Archive(archive)["resid_post.0"][...]
+        else:
+            assert names(verify(archive), name), name
+        shutil.copy(sound / name, archive / name)
+
+
+def test_flipped_bits_in_every_file_are_found(sound: Path, tmp_path: Path) -> None:
+    before = read_everything(sound)
+    archive = Path(shutil.copytree(sound, tmp_path / "a.zarr"))
+    chosen = random.Random(sound.parent.name)
+    for name in files_of(sound):
+        data = (sound / name).read_bytes()
+        for bit in chosen.sample(range(8 * len(data)), FLIPS):
+            damaged = flipped(data, bit)
+            (archive / name).write_bytes(damaged)
+            check_reading(archive, before, name)
+            assert names(verify(archive), name) or is_same_json(data, damaged), f"bit {bit} of {name}"
+        (archive / name).write_bytes(data)
+
+
+def flipped(data: bytes, bit: int) -> bytes:
+    damaged = bytearray(data)
+    damaged[bit // 8] ^= 1 << bit % 8
+    return bytes(damaged)
+
+
+def outcome(read: Callable[[], object]) -> object:
+    """Return what `read` returns, or our error."""
+    try:
+        return read()
+    except ResiduaError as error:
+        return error
+
+
+def every_bit(path: Path) -> Iterator[tuple[bytes, bytes]]:
+    """Put the file on disk with each of its bits flipped in turn; yield its content before and now."""
+    data = path.read_bytes()
+    for bit in range(8 * len(data)):
+        damaged = flipped(data, bit)
+        path.write_bytes(damaged)
+        yield data, damaged
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize("name", ["zarr.json", "sites/resid_post/0/zarr.json", "commits/00000001-0000.json"])
+def test_every_single_bit_of_the_metadata_counts(copy: Path, name: str) -> None:
+    readers: dict[str, Callable[[], object]] = {
+        "zarr.json": partial(read_metadata, copy),
+        "sites/resid_post/0/zarr.json": partial(open_array, copy, "sites/resid_post/0"),
+        "commits/00000001-0000.json": partial(read_commits, copy, Archive(copy).plan.digest),
+    }
+    sound = readers[name]()
+    for data, damaged in every_bit(copy / name):
+        found = outcome(readers[name])
+        if isinstance(found, ResiduaError):
+            assert name in str(found)
+        else:
+            assert found == sound
+            assert is_same_json(data, damaged), f"{name} was read although it is {damaged!r}"
+
+
+def test_every_single_bit_of_a_groups_metadata_counts(copy: Path) -> None:
+    name = "sites/zarr.json"
+    for data, damaged in every_bit(copy / name):
+        assert names(verify(copy), name) or is_same_json(data, damaged), damaged
+
+
+@pytest.mark.parametrize("codec", ["raw", "fast"])
+def test_every_single_bit_of_a_shard_counts(codec: str, tmp_path: Path) -> None:
+    archive = Archive(make_archive(tmp_path / "a.zarr", codec))
+    (spec,) = archive.plan.site("q.1").arrays(HEIGHT)
+    path = tmp_path / "a.zarr/sites/q/1/c/2/0/0"
+    for _ in every_bit(path):
+        assert str(path) in str(outcome(partial(check_shard, path, spec, N_ROWS - 2 * HEIGHT)))
+
+
+@pytest.mark.parametrize("kept", [0, 1, 20, -1, -20])
+def test_a_shard_cut_short_is_named(kept: int, copy: Path, fast: Path) -> None:
+    name = "sites/resid_post/0/c/1/0"
+    data = (copy / name).read_bytes()
+    (copy / name).write_bytes(data[:kept])
+    assert names(verify(copy), name)
+    assert check_reading(copy, read_everything(fast), name) > 0
+
+
+@pytest.mark.parametrize("more", [b"\0", b"x" * 100])
+def test_a_shard_that_grew_is_named(more: bytes, copy: Path, fast: Path) -> None:
+    name = "sites/resid_post/0/c/1/0"
+    (copy / name).write_bytes((copy / name).read_bytes() + more)
+    assert names(verify(copy), name)
+    assert check_reading(copy, read_everything(fast), name) > 0
+
+
+@pytest.mark.parametrize("name", ["notes.txt", "sites/q/1/readme", "head/weights.pt", "commits/README", "examples/x"])
+def test_a_foreign_file_is_named_and_changes_nothing(name: str, copy: Path, fast: Path) -> None:
+    (copy / name).write_text("mine")
+    assert names(verify(copy), name)
+    assert check_reading(copy, read_everything(fast), name) == 0
+
+
+def test_swapped_shards_are_named(copy: Path) -> None:
+    first, second = (copy / f"sites/resid_post/0/c/{shard}/0" for shard in (0, 1))
+    swapped = second.read_bytes(), first.read_bytes()
+    first.write_bytes(swapped[0])
+    second.write_bytes(swapped[1])
+    report = verify(copy)
+    assert names(report, "sites/resid_post/0/c/0/0")
+    assert names(report, "sites/resid_post/0/c/1/0")
+    assert all("not the one that was committed" in problem.what for problem in report.problems)
+
+
+def test_a_shard_of_another_archive_is_named(copy: Path, tmp_path: Path) -> None:
+    other = make_archive(tmp_path / "other.zarr", seed=1)
+    for column in ("token", "position", "example"):
+        shutil.copy(other / f"rows/{column}/c/0", copy / f"rows/{column}/c/0")
+    assert names(verify(copy), "rows/token/c/0")
+
+
+def test_a_commit_of_another_archive_is_refused(copy: Path, tmp_path: Path) -> None:
+    other = make_archive(tmp_path / "other.zarr", seed=1)
+    name = "commits/00000001-0000.json"
+    shutil.copy(other / name, copy / name)
+    report = verify(copy)
+    assert names(report, name)
+    assert "copied here from another archive" in report.problems[0].what
+    with pytest.raises(ResiduaError, match="copied here"):
+        Archive(copy)["q.1"][...]
+
+
+def test_a_commit_under_another_shards_name_is_refused(copy: Path) -> None:
+    shutil.copy(copy / "commits/00000000-0000.json", copy / "commits/00000001-0000.json")
+    assert names(verify(copy), "commits/00000001-0000.json")
+
+
+def test_a_commit_past_the_end_is_named(copy: Path) -> None:
+    path = copy / f"commits/{N_SHARDS:08d}-0000.json"
+    record = json.loads((copy / "commits/00000001-0000.json").read_bytes())["record"]
+    record["shard"] = N_SHARDS
+    path.write_bytes(canonical_json({"record": record, "sha256": digest_of(record)}))
+    assert names(verify(copy), path.name)
+
+
+def test_two_writers_records_of_one_shard_that_differ_are_named(copy: Path) -> None:
+    record = json.loads((copy / "commits/00000001-0000.json").read_bytes())["record"]
+    record["writer"] = 1
+    record["arrays"]["sites/q/1"]["digest"] = "0" * 64
+    path = copy / "commits/00000001-0001.json"
+    path.write_bytes(canonical_json({"record": record, "sha256": digest_of(record)}))
+    assert verify(copy).problems
+
+
+def test_a_dead_writers_temporary_is_a_note_and_is_swept(copy: Path, fast: Path) -> None:
+    name = "sites/q/1/c/1/0/.0.4194999-0123abcd.tmp"
+    (copy / name).write_bytes(b"half a sh")
+    report = verify(copy)
+    assert report.problems == []
+    assert any(name in note for note in report.notes)
+    assert check_reading(copy, read_everything(fast), name) == 0
+    assert sweep(copy) == [copy / name]
+    assert files_of(copy) == files_of(fast)
