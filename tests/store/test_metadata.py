@@ -2,6 +2,7 @@
 
 import json
 import os
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -104,7 +105,7 @@ def test_a_signed_entry_of_any_make_is_read_or_refused(
     tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
 ) -> None:
     archive = tmp_path_factory.mktemp("archive")
-    entry: Any = METADATA.to_json()
+    entry: Any = deepcopy(METADATA.to_json())
     path = data.draw(st.sampled_from([path for path in paths_into(entry)[1:] if path[0] != "sha256"]))
     parent = entry
     for key in path[:-1]:
