@@ -140,6 +140,36 @@ def test_any_source_may_go_to_any_target(data: st.DataObject) -> None:
     assert np.array_equal(by_runs, expected)
 
 
+def joined(starts: list[int], lengths: list[int]) -> npt.NDArray[np.int64]:
+    return np.concatenate([np.arange(start, start + n) for start, n in zip(starts, lengths, strict=True)])
+
+
+@settings(deadline=None)
+@given(
+    st.lists(st.tuples(st.integers(1, 9), st.booleans(), st.booleans()), min_size=1, max_size=6),
+    st.booleans(),
+)
+def test_runs_end_where_source_or_target_jumps(blocks: list[tuple[int, bool, bool]], backwards: bool) -> None:
+    """Blocks of rows that may follow the one before directly, or not, on either side."""
+    lengths = [length for length, _, _ in blocks]
+    starts: dict[str, list[int]] = {"source": [], "target": []}
+    ends = {"source": 0, "target": 0}
+    for length, source_jumps, target_jumps in blocks:
+        for side, jumps in (("source", source_jumps), ("target", target_jumps)):
+            starts[side].append(ends[side] + 3 * jumps)
+            ends[side] = starts[side][-1] + length
+    source = joined(starts["source"], lengths)
+    target = joined(starts["target"], lengths)
+    if backwards:
+        source = joined([ends["source"] - at - n for at, n in zip(starts["source"], lengths, strict=True)], lengths)
+    flat = torch.arange(float(ends["source"]))[:, None]
+    buffer = torch.full((ends["target"], 1), -1.0)
+    expected = buffer.numpy().copy()
+    expected[target] = flat.numpy()[source]
+    Placement(source, target).copy(flat, buffer)
+    assert np.array_equal(buffer.numpy(), expected)
+
+
 @pytest.mark.parametrize(("step", "n_rows"), [(1, 20), (2, 20)], ids=["in runs", "by indices"])
 def test_nan_payloads_and_signs_survive_both_paths(step: int, n_rows: int) -> None:
     bits = torch.tensor([0x7FC1, -0x8000, 0x7F80, -0x0080, -1], dtype=torch.int16).repeat(n_rows)

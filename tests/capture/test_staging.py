@@ -218,6 +218,34 @@ def test_a_batch_waits_for_a_free_stage_and_the_wait_is_counted() -> None:
     assert staging.open_shards == (2,)
 
 
+def test_a_stage_that_was_let_go_is_used_again() -> None:
+    writer = HoldingWriter()
+    staging = stage_all(make_plan(4, 8, SITES[:1]), writer, n_stages=1)
+    for shard in range(2):
+        staging.begin(rows_of([4], first_row=4 * shard))
+        staging.finish()
+        writer.held[shard].release()
+    first, second = (shard.sites["resid_post.0"] for shard in writer.held)
+    assert np.shares_memory(first, second)
+    assert staging.stall_seconds == 0
+
+
+def test_the_writer_is_given_the_wait_for_copies_under_way() -> None:
+    writer, waited = HoldingWriter(), threading.Event()
+
+    class Event:
+        def synchronize(self) -> None:
+            waited.set()
+
+    staging = stage_all(make_plan(4, 4, SITES[:1]), writer, n_stages=1)
+    staging.begin(rows_of([4]))
+    staging._open[0].expect(cast("torch.cuda.Event", Event()), torch.zeros(1))
+    staging.finish()
+    assert not waited.is_set(), "handing over does not wait"
+    writer.held[0].ready()
+    assert waited.is_set()
+
+
 def test_a_batch_that_reaches_too_far_is_refused_and_not_waited_for() -> None:
     staging = stage_all(make_plan(2, 20, SITES[:1]), HoldingWriter(), n_stages=2)
     with pytest.raises(CaptureError, match=r"6 rows reaches into 3 shards of 2 rows.*memory for 2"):
