@@ -23,7 +23,7 @@ from residuals import trained_residuals
 from residua.store.dtypes import to_float32
 from residua.store.files import write_file
 from residua.store.reader import ArrayReader
-from residua.store.shard import encode_shard, shard_path
+from residua.store.shard import ShardEncoder, shard_path
 from residua.store.spec import ArraySpec
 
 ROWS_PER_SHARD = 32_768
@@ -64,7 +64,7 @@ def write(folder: Path, rows: Rows, scale: int) -> int:
         for _ in range(scale):
             plain.write(rows.data)
     for spec in make_specs().values():
-        encoded = [encode_shard(rows[start : start + ROWS_PER_SHARD], spec).parts for start in shards]
+        encoded = [list(ShardEncoder(rows[start : start + ROWS_PER_SHARD], spec)) for start in shards]
         for shard in range(scale * len(encoded)):
             write_file(shard_path(folder, spec, shard), encoded[shard % len(encoded)])
     for path in folder.rglob("*"):

@@ -24,7 +24,7 @@ from residuals import trained_residuals
 
 from residua.store.arrays import create_array
 from residua.store.files import write_file
-from residua.store.shard import encode_shard, shard_path
+from residua.store.shard import ShardEncoder, shard_path
 from residua.store.spec import ArraySpec
 
 ROWS_PER_SHARD = 131_072
@@ -66,8 +66,7 @@ def ours(rows: Rows, folder: Path, *, preset: str) -> None:
     """Encode and write every shard as a capture does, on one thread."""
     spec = make_spec(rows, preset)
     for shard, start in enumerate(range(0, len(rows), ROWS_PER_SHARD)):
-        encoded = encode_shard(rows[start : start + ROWS_PER_SHARD], spec)
-        write_file(shard_path(folder, spec, shard), encoded.parts)
+        write_file(shard_path(folder, spec, shard), ShardEncoder(rows[start : start + ROWS_PER_SHARD], spec))
 
 
 def with_zarr(rows: Rows, folder: Path, *, config: dict[str, Any], **settings: Any) -> None:

@@ -11,9 +11,9 @@ import fcntl
 import os
 import re
 import secrets
-from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +23,7 @@ from residua.store.direct import LEAST_BYTES, set_direct, write_direct
 
 _TEMPORARY = re.compile(r"^\..+\.(?P<pid>\d+)-[0-9a-f]{8}\.tmp$")
 _MAX_BUFFERS = 1024  # IOV_MAX on Linux and macOS
+_BATCH_BYTES = 1024 * 1024  # what is written at a time is still in the cache when the kernel copies it
 _ADVICE = {
     errno.ENOSPC: "the disk is full: free some space",
     errno.EDQUOT: "the disk quota is used up: free some space or raise the quota",
@@ -134,27 +135,34 @@ def _write_through(path: Path, parts: Iterable[Buffer]) -> int:
     try:
         with suppress(OSError):
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        views = [_bytes_of(part) for part in parts]
-        is_large = sum(view.nbytes for view in views) >= LEAST_BYTES
-        if is_large and set_direct(descriptor):
-            n_bytes = write_direct(descriptor, views)
-        else:
-            n_bytes = _write_all(descriptor, views)
+        views = map(_bytes_of, parts)
+        head = _first(views, LEAST_BYTES)
+        is_large = sum(view.nbytes for view in head) >= LEAST_BYTES
+        write = write_direct if is_large and set_direct(descriptor) else _write_all
+        n_bytes = write(descriptor, chain(head, views))
         os.fdatasync(descriptor)
     finally:
         os.close(descriptor)
     return n_bytes
 
 
-def _write_all(descriptor: int, parts: Iterable[memoryview]) -> int:
-    """Write all of `parts`; the kernel may take fewer bytes at a time, for example near a full disk."""
-    waiting = deque(parts)
+def _first(views: Iterator[memoryview], n_bytes: int) -> list[memoryview]:
+    """Take views until they hold `n_bytes`, or all there are, and no more than one call to the kernel takes."""
+    taken: list[memoryview] = []
+    while n_bytes > 0 and len(taken) < _MAX_BUFFERS and (view := next(views, None)) is not None:
+        taken.append(view)
+        n_bytes -= view.nbytes
+    return taken
+
+
+def _write_all(descriptor: int, views: Iterator[memoryview]) -> int:
+    """Write all of `views`; the kernel may take fewer bytes at a time, for example near a full disk."""
     total = 0
-    while waiting:
-        batch = [waiting.popleft() for _ in range(min(len(waiting), _MAX_BUFFERS))]
-        written = os.writev(descriptor, batch)
-        total += written
-        waiting.extendleft(reversed(_after(batch, written)))
+    while batch := _first(views, _BATCH_BYTES):
+        while batch:
+            written = os.writev(descriptor, batch)
+            total += written
+            batch = _after(batch, written)
     return total
 
 

@@ -22,6 +22,7 @@ import numpy.typing as npt
 from residua.store.codecs import check_chunk, encode_chunk, max_chunk_bytes
 from residua.store.crc import CRC_BYTES, Buffer, crc32c, crc_bytes
 from residua.store.errors import DamagedArchiveError, UnsafeArchiveError
+from residua.store.nonfinite import count_nonfinite
 from residua.store.spec import ArraySpec
 
 INDEX_CODECS = ({"name": "bytes", "configuration": {"endian": "little"}}, {"name": "crc32c"})
@@ -32,21 +33,6 @@ _MAX_LISTED = 8
 
 Array = npt.NDArray[np.generic]
 Bytes = npt.NDArray[np.uint8]
-
-
-@dataclass(frozen=True, kw_only=True)
-class EncodedShard:
-    """A shard, ready to be written.
-
-    Attributes:
-        parts: The file's bytes, in order. They may be views of the rows: write them before the rows change.
-        n_bytes: Size of the file.
-        digest: The shard's digest, in hex; see the module's head.
-    """
-
-    parts: list[Buffer]
-    n_bytes: int
-    digest: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,32 +60,51 @@ def shard_rows(spec: ArraySpec, n_rows: int, shard: int) -> int:
     return max(0, min(spec.rows_per_shard, n_rows - shard * spec.rows_per_shard))
 
 
-def encode_shard(rows: Array, spec: ArraySpec) -> EncodedShard:
-    """Encode up to `spec.rows_per_shard` rows as the bytes of one shard file.
+class ShardEncoder:
+    """The bytes of one shard file, encoded while they are taken: iterate once, and write each part before the next.
+
+    A chunk is looked through, checked, compressed and written while it is in the processor's cache, and no more
+    than one encoded chunk is in memory.
 
     Args:
         rows: C-contiguous (rows, *row shape) in storage dtype. Only the last shard of an array may be short; its
             last chunk is filled up with zeros.
         spec: The array that the rows belong to.
 
+    Attributes:
+        n_bytes: Size of the file, once all parts are taken.
+        digest: The shard's digest, in hex, then as well; see the module's head.
+        n_nonfinite: NaN and infinite values among the rows, then as well.
+
     Raises:
         ValueError: The rows do not fit the array.
     """
-    expected = (spec.row_shape, spec.storage_dtype)
-    if (rows.shape[1:], rows.dtype) != expected or not 0 < len(rows) <= spec.rows_per_shard:
-        raise ValueError(
-            f"{spec.path} takes 1 to {spec.rows_per_shard} rows of {expected}, found {rows.shape} of {rows.dtype}"
-        )
-    parts: list[Buffer] = []
-    sizes: list[int] = []
-    crcs: list[bytes] = []
-    for chunk in _chunks(rows, spec):
-        stored = encode_chunk(chunk, spec.preset)
-        parts += stored
-        sizes.append(sum(len(part) if isinstance(part, bytes) else part.nbytes for part in stored))
-        crcs.append(bytes(stored[-1]))
-    index = _make_index(sizes, spec.chunks_per_shard)
-    return EncodedShard(parts=[*parts, index], n_bytes=sum(sizes) + len(index), digest=_digest(index, crcs))
+
+    def __init__(self, rows: Array, spec: ArraySpec) -> None:
+        expected = (spec.row_shape, spec.storage_dtype)
+        if (rows.shape[1:], rows.dtype) != expected or not 0 < len(rows) <= spec.rows_per_shard:
+            raise ValueError(
+                f"{spec.path} takes 1 to {spec.rows_per_shard} rows of {expected}, found {rows.shape} of {rows.dtype}"
+            )
+        self._rows = rows
+        self._spec = spec
+        self.n_bytes = 0
+        self.digest = ""
+        self.n_nonfinite = 0
+
+    def __iter__(self) -> Iterator[Buffer]:
+        sizes: list[int] = []
+        crcs: list[bytes] = []
+        for chunk in _chunks(self._rows, self._spec):
+            self.n_nonfinite += count_nonfinite(chunk, self._spec.dtype)
+            stored = encode_chunk(chunk, self._spec.preset)
+            sizes.append(sum(len(part) if isinstance(part, bytes) else part.nbytes for part in stored))
+            crcs.append(bytes(stored[-1]))
+            yield from stored
+        index = _make_index(sizes, self._spec.chunks_per_shard)
+        self.n_bytes = sum(sizes) + len(index)
+        self.digest = _digest(index, crcs)
+        yield index
 
 
 def index_bytes(spec: ArraySpec) -> int:

@@ -16,14 +16,15 @@ from types import TracebackType
 import numpy as np
 import numpy.typing as npt
 
-from residua.store.codecs import INT8
+from residua.store.codecs import INT8, PRESETS
 from residua.store.commits import Commit, ShardFile, publish_commit
 from residua.store.errors import CaptureError
 from residua.store.files import write_file
 from residua.store.lossy import bitround_errors, quantise_int8
+from residua.store.metadata import ROOT
 from residua.store.nonfinite import count_nonfinite
 from residua.store.plan import Plan, SitePlan
-from residua.store.shard import encode_shard, shard_path
+from residua.store.shard import ShardEncoder, shard_path
 from residua.store.spec import ArraySpec
 
 Rows = npt.NDArray[np.generic]
@@ -147,12 +148,18 @@ class _ShardJob:
         try:
             if not self._broken:
                 self._shard.ready()
+                self._check_place()
                 work()
         except BaseException as error:  # noqa: BLE001  # thread boundary: the caller raises it, with its cause
             self._broken = True
             self._writer.failed(error)
         finally:
             self._one_done()
+
+    def _check_place(self) -> None:
+        """Raise if the archive was moved or removed: writing would begin another, broken one in its place."""
+        if not (self._root / ROOT).exists():
+            raise FileNotFoundError(f"{self._root} was moved or removed while it was written")
 
     def _one_done(self) -> None:
         with self._lock:
@@ -183,32 +190,33 @@ class _ShardJob:
 
     def _write_site(self, site: SitePlan) -> None:
         rows = self._shard.sites[site.name]
-        n_nonfinite = count_nonfinite(rows, site.dtype)
         specs = site.arrays(self._plan.rows_per_shard)
+        if PRESETS[site.codec].is_lossless:
+            self._write(specs[0], rows)
+            return
+        n_nonfinite = count_nonfinite(rows, site.dtype)
+        codes: Rows
         if site.codec == INT8:
             codes, scales, squares, error_squares = quantise_int8(rows, site.dtype)
-            self._write(specs[0], codes, n_nonfinite, squares, error_squares)
-            self._write(specs[1], scales)
-        elif site.codec.startswith("bitround"):
-            rounded, squares, error_squares = bitround_errors(rows, site.codec)
-            self._write(specs[0], rounded, n_nonfinite, squares, error_squares)
+            self._write(specs[1], scales, 0)
         else:
-            self._write(specs[0], rows, n_nonfinite)
+            codes, squares, error_squares = bitround_errors(rows, site.codec)
+        self._write(specs[0], codes, n_nonfinite, squares, error_squares)
 
     def _write(
         self,
         spec: ArraySpec,
         rows: Rows,
-        n_nonfinite: int = 0,
+        n_nonfinite: int | None = None,
         squares: float | None = None,
         error_squares: float | None = None,
     ) -> None:
-        encoded = encode_shard(rows, spec)
-        write_file(shard_path(self._root, spec, self._shard.index), encoded.parts)
+        encoded = ShardEncoder(rows, spec)
+        write_file(shard_path(self._root, spec, self._shard.index), encoded)
         file = ShardFile(
             n_bytes=encoded.n_bytes,
             digest=encoded.digest,
-            n_nonfinite=n_nonfinite,
+            n_nonfinite=encoded.n_nonfinite if n_nonfinite is None else n_nonfinite,
             squares=squares,
             error_squares=error_squares,
         )

@@ -10,7 +10,7 @@ from residua.store.arrays import create_array
 from residua.store.codecs import PRESETS
 from residua.store.dtypes import STORAGE_DTYPES
 from residua.store.files import write_file
-from residua.store.shard import encode_shard, shard_path
+from residua.store.shard import ShardEncoder, shard_path
 from residua.store.spec import ArraySpec
 
 Array = npt.NDArray[np.generic]
@@ -62,7 +62,7 @@ def write_array(root: Path, spec: ArraySpec, rows: Array) -> list[Path]:
     paths = []
     for shard, start in enumerate(range(0, len(rows), spec.rows_per_shard)):
         paths.append(shard_path(root, spec, shard))
-        write_file(paths[-1], encode_shard(rows[start : start + spec.rows_per_shard], spec).parts)
+        write_file(paths[-1], ShardEncoder(rows[start : start + spec.rows_per_shard], spec))
     return paths
 
 

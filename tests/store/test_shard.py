@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from residua.store.crc import crc32c, crc_bytes
 from residua.store.errors import DamagedArchiveError, UnsafeArchiveError
 from residua.store.files import write_file
-from residua.store.shard import ShardIndex, check_shard, encode_shard, index_bytes, parse_index, shard_path, shard_rows
+from residua.store.shard import ShardEncoder, ShardIndex, check_shard, index_bytes, parse_index, shard_path, shard_rows
 from residua.store.spec import ArraySpec
 from tests.store.samples import COMBINATIONS, flip_every_bit, make_rows, make_spec
 
@@ -30,9 +30,9 @@ def parse(stored: bytes, spec: ArraySpec, n_rows: int, file_bytes: int) -> Shard
 @pytest.mark.parametrize("n_rows", [1, 4, 11, 16])
 def test_digest_and_size_are_those_of_the_file(tmp_path: Path, preset: str, dtype: str, n_rows: int) -> None:
     spec = make_spec(preset, dtype)
-    encoded = encode_shard(make_rows(spec, n_rows), spec)
+    encoded = ShardEncoder(make_rows(spec, n_rows), spec)
     path = tmp_path / "shard"
-    write_file(path, encoded.parts)
+    write_file(path, encoded)
     data = path.read_bytes()
     assert len(data) == encoded.n_bytes
 
@@ -48,9 +48,7 @@ def test_digest_and_size_are_those_of_the_file(tmp_path: Path, preset: str, dtyp
 def test_last_chunk_is_filled_up_with_zeros() -> None:
     spec = make_spec("raw")
     rows = make_rows(spec, 5)
-    data = b"".join(
-        bytes(part) if isinstance(part, bytes) else part.tobytes() for part in encode_shard(rows, spec).parts
-    )
+    data = b"".join(bytes(part) if isinstance(part, bytes) else part.tobytes() for part in ShardEncoder(rows, spec))
     second = np.frombuffer(data[52 : 52 + 48], np.uint16).reshape(4, 6)
     assert np.array_equal(second, np.concatenate([rows[4:], np.zeros((3, 6), np.uint16)]))
 
@@ -58,7 +56,7 @@ def test_last_chunk_is_filled_up_with_zeros() -> None:
 @pytest.mark.parametrize(("shape", "dtype"), [((0, 6), "<u2"), ((17, 6), "<u2"), ((4, 5), "<u2"), ((4, 6), "<f2")])
 def test_rows_that_do_not_fit_are_refused(shape: tuple[int, ...], dtype: str) -> None:
     with pytest.raises(ValueError, match="resid_post/7 takes 1 to 16 rows"):
-        encode_shard(np.zeros(shape, dtype), make_spec())
+        ShardEncoder(np.zeros(shape, dtype), make_spec())
 
 
 @given(st.integers(0, 100), st.integers(0, 8))
@@ -76,7 +74,7 @@ def test_shard_path_is_zarrs_default_key() -> None:
 def test_every_flipped_bit_of_a_shard_file_is_noticed(tmp_path: Path, preset: str) -> None:
     spec = make_spec(preset, row_shape=(40,))
     path = tmp_path / "shard"
-    write_file(path, encode_shard(make_rows(spec, 5), spec).parts)
+    write_file(path, ShardEncoder(make_rows(spec, 5), spec))
     for _ in flip_every_bit(path):
         with pytest.raises(DamagedArchiveError, match="shard"):
             check_shard(path, spec, 5)
@@ -85,7 +83,7 @@ def test_every_flipped_bit_of_a_shard_file_is_noticed(tmp_path: Path, preset: st
 def test_shard_cut_short_anywhere_is_noticed(tmp_path: Path) -> None:
     spec = make_spec()
     path = tmp_path / "shard"
-    write_file(path, encode_shard(make_rows(spec, 16), spec).parts)
+    write_file(path, ShardEncoder(make_rows(spec, 16), spec))
     data = path.read_bytes()
     for size in range(len(data)):
         path.write_bytes(data[:size])
@@ -97,8 +95,8 @@ def test_shard_cut_short_anywhere_is_noticed(tmp_path: Path) -> None:
 @pytest.mark.parametrize("extra", [b"\0", b"x" * 100])
 def test_bytes_added_to_a_shard_are_noticed(tmp_path: Path, extra: bytes) -> None:
     spec = make_spec()
-    encoded = encode_shard(make_rows(spec, 16), spec)
-    for parts in ([extra, *encoded.parts], [*encoded.parts[:-1], extra, encoded.parts[-1]], [*encoded.parts, extra]):
+    encoded = list(ShardEncoder(make_rows(spec, 16), spec))
+    for parts in ([extra, *encoded], [*encoded[:-1], extra, encoded[-1]], [*encoded, extra]):
         write_file(tmp_path / "shard", parts)
         with pytest.raises((DamagedArchiveError, UnsafeArchiveError)):
             check_shard(tmp_path / "shard", spec, 16)
@@ -107,7 +105,7 @@ def test_bytes_added_to_a_shard_are_noticed(tmp_path: Path, extra: bytes) -> Non
 def test_damaged_chunks_are_all_named_with_their_rows(tmp_path: Path) -> None:
     spec = make_spec("raw")
     path = tmp_path / "shard"
-    write_file(path, encode_shard(make_rows(spec, 15), spec).parts)
+    write_file(path, ShardEncoder(make_rows(spec, 15), spec))
     data = bytearray(path.read_bytes())
     data[3] ^= 1
     data[3 * 52] ^= 1

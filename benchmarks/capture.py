@@ -1,0 +1,276 @@
+"""What capturing costs: `python benchmarks/capture.py`.
+
+First the overhead alone: a model whose forward pass costs nothing hands out trained bfloat16 residuals at eight
+sites of width 1,024, and every case keeps them all. It is compared with writing the same bytes from memory, without
+a model, hooks or stages, and with what people write by hand. Then a real model (Llama, 59M parameters, random
+weights, float32): capturing every `resid_post` in bfloat16, over the plain forward pass of the same batches.
+
+Speed is processor time, kernel included, on one torch thread and one encoder thread.
+"""
+
+import shutil
+import tempfile
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import zarr
+from measure import Timings, in_turns, machine, parser, publish, speedups, spread, table
+from residuals import trained_residuals
+from safetensors.torch import save_file
+from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import residua
+from residua.store.files import write_file
+from residua.store.shard import ShardEncoder, shard_path
+from residua.store.spec import ArraySpec
+
+SITES = 8
+WIDTH = 1024
+EXAMPLES, POSITIONS = 8, 512
+BATCH_ROWS = EXAMPLES * POSITIONS
+ROWS_PER_SHARD = 8192
+ROWS_PER_CHUNK = 256
+PASSES = 4  # over the residuals, so that a run is long against its start
+
+Rows = npt.NDArray[np.uint16]
+Keep = Callable[[int, int, torch.Tensor], None]
+
+
+class FreeModel(nn.Module):
+    """Hands out stored residuals: every block gives the current batch."""
+
+    def __init__(self, rows: Rows) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(nn.Identity() for _ in range(SITES))
+        bits = torch.from_numpy(rows.view(np.int16)).view(torch.bfloat16)
+        self.batches = bits.view(-1, EXAMPLES, POSITIONS, WIDTH)
+        self.anchor = nn.Parameter(torch.zeros(1))
+        self.step = 0
+
+    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:  # noqa: ARG002  # the recorder counts them
+        """Give the next batch to every block, whatever the tokens."""
+        batch: torch.Tensor = self.batches[self.step % len(self.batches)]
+        self.step += 1
+        for block in self.blocks:
+            block(batch)
+        return batch
+
+
+TOKENS = torch.zeros(EXAMPLES, POSITIONS, dtype=torch.long)
+
+
+def with_residua(model: FreeModel, folder: Path, *, codec: str) -> None:
+    """Record every call."""
+    sites = [f"module:blocks.{i}@output" for i in range(SITES)]
+    with residua.Recorder(model, sites=sites, out=folder / "a.zarr", codec=codec, rows_per_shard=ROWS_PER_SHARD):
+        for _ in range(PASSES * len(model.batches)):
+            model(TOKENS)
+
+
+def from_memory(model: FreeModel, folder: Path, *, preset: str, write: bool = True) -> None:
+    """Encode, and write, the same bytes as shards, straight from memory."""
+    rows = model.batches.view(torch.int16).numpy().view(np.uint16).reshape(-1, WIDTH)
+    for site in range(SITES):
+        spec = ArraySpec(
+            path=f"sites/resid_post/{site}",
+            row_shape=(WIDTH,),
+            dtype="bfloat16",
+            preset=preset,
+            rows_per_shard=ROWS_PER_SHARD,
+            rows_per_chunk=ROWS_PER_CHUNK,
+        )
+        for shard in range(PASSES * len(rows) // ROWS_PER_SHARD):
+            start = shard * ROWS_PER_SHARD % len(rows)
+            encoded = ShardEncoder(rows[start : start + ROWS_PER_SHARD], spec)
+            if write:
+                write_file(shard_path(folder, spec, shard), encoded)
+            else:
+                deque(encoded, maxlen=0)
+
+
+@contextmanager
+def hooked(model: FreeModel, keep: Keep) -> Iterator[None]:
+    """Call `keep` with step, site and tensor from plain forward hooks."""
+
+    def hook(site: int) -> Callable[[nn.Module, Any, torch.Tensor], None]:
+        return lambda _module, _args, output: keep(model.step, site, output)
+
+    handles = [block.register_forward_hook(hook(site)) for site, block in enumerate(model.blocks)]
+    yield
+    for handle in handles:
+        handle.remove()
+
+
+def by_hand(model: FreeModel, keep: Keep) -> None:
+    """Run all steps with `keep` in the hooks."""
+    model.step = 0
+    with hooked(model, keep):
+        for _ in range(PASSES * len(model.batches)):
+            model(TOKENS)
+
+
+def with_torch_save(model: FreeModel, folder: Path) -> None:
+    """One file a batch and site."""
+    by_hand(model, lambda step, site, x: torch.save(x.clone(), folder / f"{step}-{site}.pt"))
+
+
+def with_safetensors(model: FreeModel, folder: Path) -> None:
+    """One file a batch and site."""
+    by_hand(model, lambda step, site, x: save_file({"x": x.clone()}, folder / f"{step}-{site}.st"))
+
+
+def with_memmap(model: FreeModel, folder: Path) -> None:
+    """One memory-mapped file a site, flushed at the end."""
+    shape = (PASSES * len(model.batches) * BATCH_ROWS, WIDTH)
+    maps = [np.memmap(folder / str(site), np.int16, "w+", shape=shape) for site in range(SITES)]
+
+    def keep(step: int, site: int, batch: torch.Tensor) -> None:
+        start = (step - 1) * BATCH_ROWS
+        maps[site][start : start + BATCH_ROWS] = batch.view(torch.int16).numpy().reshape(-1, WIDTH)
+
+    by_hand(model, keep)
+    for mapped in maps:
+        mapped.flush()
+
+
+def with_zarr(model: FreeModel, folder: Path) -> None:
+    """One zarr-python array a site, as its defaults are, with a chunk a batch."""
+    shape, chunks = (PASSES * len(model.batches) * BATCH_ROWS, WIDTH), (BATCH_ROWS, WIDTH)
+    arrays = [
+        zarr.create_array(str(folder / str(site)), shape=shape, chunks=chunks, dtype="int16") for site in range(SITES)
+    ]
+
+    def keep(step: int, site: int, batch: torch.Tensor) -> None:
+        start = (step - 1) * BATCH_ROWS
+        arrays[site][start : start + BATCH_ROWS] = batch.view(torch.int16).numpy().reshape(-1, WIDTH)
+
+    by_hand(model, keep)
+
+
+RAW, FAST = "Residua, raw", "Residua, fast"
+RAW_BYTES, FAST_BYTES = "the same bytes from memory, raw", "the same bytes from memory, fast"
+ENCODER = "the fast encoder alone, nothing written"
+CASES: dict[str, Callable[[FreeModel, Path], None]] = {
+    RAW_BYTES: partial(from_memory, preset="raw"),
+    RAW: partial(with_residua, codec="raw"),
+    FAST_BYTES: partial(from_memory, preset="fast"),
+    FAST: partial(with_residua, codec="fast"),
+    ENCODER: partial(from_memory, preset="fast", write=False),
+    "hooks with torch.save": with_torch_save,
+    "hooks with safetensors": with_safetensors,
+    "hooks with np.memmap": with_memmap,
+    "hooks with zarr-python, its defaults": with_zarr,
+}
+
+
+def overhead(folder: Path, rounds: int) -> str:
+    """Measure the free model."""
+    model = FreeModel(trained_residuals())
+    n_bytes = SITES * PASSES * model.batches.nbytes
+    sizes: dict[str, int] = {}
+
+    def clear() -> None:
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir()
+
+    def run(name: str) -> Callable[[int], None]:
+        def case(_: int) -> None:
+            with torch.no_grad():
+                CASES[name](model, folder)
+            sizes[name] = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+        return case
+
+    timings = in_turns({name: run(name) for name in CASES}, rounds=rounds, prepare=clear)
+    clear()
+    return overhead_report(timings, sizes, n_bytes)
+
+
+def overhead_report(timings: Timings, sizes: dict[str, int], n_bytes: int) -> str:
+    """Return the table of the free model, and the figures that have a target."""
+    lines = []
+    for name, runs in timings.items():
+        cpu = spread([run.cpu * 2**30 / n_bytes for run in runs])
+        ratio = f"{n_bytes / sizes[name]:.2f}" if sizes[name] else "-"
+        lines.append([name, cpu, spread(speedups(runs, timings[RAW_BYTES], clock="cpu")), ratio])
+    raw = spread(speedups(timings[RAW], timings[RAW_BYTES], clock="cpu"))
+    fast = spread(speedups(timings[FAST], timings[FAST_BYTES], clock="cpu"))
+    return "\n".join(
+        [
+            table(["case", "CPU seconds a GiB", "of the raw bytes from memory", "ratio on disk"], lines),
+            "",
+            f"- Capture with `raw` over writing the same bytes with `raw`: {raw}, target at most 1.3.",
+            f"- Capture with `fast` over encoding and writing the same bytes with `fast`: {fast}, target at most 1.2.",
+        ]
+    )
+
+
+def forward(folder: Path, rounds: int) -> str:
+    """Measure a real model with and without capture."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=4096,
+        hidden_size=768,
+        intermediate_size=2048,
+        num_hidden_layers=8,
+        num_attention_heads=12,
+        max_position_embeddings=512,
+    )
+    model = LlamaForCausalLM(config)
+    model.train(False)
+    tokens = torch.randint(0, 4096, (32, 256))
+    batches = tokens.view(4, 8, 256)
+
+    def plain(_: int) -> None:
+        with torch.inference_mode():
+            for batch in batches:
+                model(input_ids=batch, use_cache=False)
+
+    def captured(codec: str) -> Callable[[int], None]:
+        def case(number: int) -> None:
+            out = folder / f"{codec}-{number}.zarr"
+            settings: dict[str, Any] = {"sites": "resid_post.*", "codec": codec, "dtype": "bfloat16"}
+            with (
+                residua.Recorder(model, out=out, rows_per_shard=2048, **settings),
+                torch.inference_mode(),
+            ):
+                for batch in batches:
+                    model(input_ids=batch, use_cache=False)
+
+        return case
+
+    captured("fast")(-1)  # staging memory and code pages are warm in all rounds alike
+    timings = in_turns(
+        {"plain forward": plain, "capture, raw": captured("raw"), "capture, fast": captured("fast")}, rounds=rounds
+    )
+    lines = [
+        [name, spread([run.cpu for run in runs]), spread(speedups(runs, timings["plain forward"], clock="cpu"), 3)]
+        for name, runs in timings.items()
+    ]
+    return table(["8,192 tokens", "CPU seconds", "of the plain forward"], lines)
+
+
+def main() -> None:
+    """Measure and report."""
+    arguments = parser(__doc__ or "", rounds=5).parse_args()
+    torch.set_num_threads(1)
+    folder = Path(tempfile.mkdtemp(prefix="residua-capture-", dir=arguments.folder))
+    try:
+        first = overhead(folder, arguments.rounds)
+        second = forward(folder, arguments.rounds)
+    finally:
+        shutil.rmtree(folder)
+    head = machine("torch", "transformers", "safetensors", "zarr", "numpy")
+    publish("\n".join([head, "", first, "", second]), arguments.out)
+
+
+if __name__ == "__main__":
+    main()
