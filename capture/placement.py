@@ -63,6 +63,9 @@ class Placement:
     """
 
     def __init__(self, source: Indices, target: Indices) -> None:
+        order = np.argsort(target, kind="stable")  # neighbours in the shard are copied together
+        source, target = source[order], target[order]
+        self._on_device: dict[torch.device, torch.Tensor] = {}
         self.source = source
         self.target = target
         breaks = np.flatnonzero((np.diff(source) != 1) | (np.diff(target) != 1)) + 1
@@ -70,20 +73,17 @@ class Placement:
         lengths = np.diff(np.concatenate([starts, [len(source)]]))
         self._runs = list(zip(source[starts].tolist(), target[starts].tolist(), lengths.tolist(), strict=True))
 
-    @cached_property
-    def source_indices(self) -> torch.Tensor:
-        """`source` as a tensor, int64 on the CPU."""
-        return torch.from_numpy(self.source)
+    def _source_indices(self, device: torch.device) -> torch.Tensor:
+        """Return `source` as an int64 tensor on `device`, without waiting for what the device is doing."""
+        if device not in self._on_device:
+            indices = torch.from_numpy(self.source)
+            pinned = indices.pin_memory() if device.type == "cuda" else indices
+            self._on_device[device] = pinned.to(device, non_blocking=True)
+        return self._on_device[device]
 
     @cached_property
     def _target_indices(self) -> torch.Tensor:
         return torch.from_numpy(self.target)
-
-    def target_runs(self) -> list[tuple[int, int, int]]:
-        """Return (index in this placement, row in the shard, length) of each run of consecutive targets."""
-        starts = np.concatenate([[0], np.flatnonzero(np.diff(self.target) != 1) + 1])
-        lengths = np.diff(np.concatenate([starts, [len(self.target)]]))
-        return list(zip(starts.tolist(), self.target[starts].tolist(), lengths.tolist(), strict=True))
 
     def copy(self, flat: torch.Tensor, buffer: torch.Tensor) -> None:
         """Copy the rows from `flat` (B * T, *row) to `buffer` (rows of the shard, *row), casting to its dtype."""
@@ -91,22 +91,54 @@ class Placement:
             for source, target, length in self._runs:
                 buffer[target : target + length].copy_(flat[source : source + length])
         else:
-            rows = flat.index_select(0, self.source_indices)
+            rows = flat.index_select(0, self._source_indices(flat.device))
             buffer.index_copy_(0, self._target_indices, rows.to(buffer.dtype))
 
-    def copy_pattern(self, pattern_BTHK: torch.Tensor, buffer: torch.Tensor, rows: BatchRows) -> None:
-        """Copy attention patterns so that key k is the example's k-th token, and zero what lies past its end.
+    def gather(self, flat: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """Return the rows of `flat` (B * T, *row) in memory of their own, on its device and in `dtype`, (n, *row)."""
+        return flat.index_select(0, self._source_indices(flat.device)).to(dtype)
+
+    def gather_pattern(self, pattern_BTHK: torch.Tensor, buffer: torch.Tensor, rows: BatchRows) -> torch.Tensor:
+        """Return attention patterns so that key k is the example's k-th token, zero past its end, (n, *row).
+
+        The result has the buffer's dtype, and the pattern's device.
 
         Raises:
             CaptureError: An example has more tokens than a row has keys.
         """
-        for source, target in zip(self.source.tolist(), self.target.tolist(), strict=True):
-            example, position = divmod(source, rows.n_positions)
-            keys = torch.from_numpy(rows.tokens_of[example])
+        gathered = pattern_BTHK.new_zeros((len(self.source), *buffer.shape[1:]), dtype=buffer.dtype)
+        examples, positions = np.divmod(self.source, rows.n_positions)
+        for example in np.unique(examples):
+            keys = rows.tokens_of[example]
             if len(keys) > buffer.shape[-1]:
                 raise CaptureError(
                     f"an example has {len(keys)} tokens, but rows of the pattern hold {buffer.shape[-1]}: "
                     "raise max_length to the longest example's"
                 )
-            buffer[target].zero_()
-            buffer[target, :, : len(keys)].copy_(pattern_BTHK[example, position].index_select(-1, keys))
+            picked = np.flatnonzero(examples == example)
+            of_example_THK = pattern_BTHK[int(example)]
+            queries = _slice(positions[picked])
+            gathered[_slice(picked), :, : len(keys)] = of_example_THK[queries][..., _slice(keys)]
+        return gathered
+
+    def copy_pattern(self, pattern_BTHK: torch.Tensor, buffer: torch.Tensor, rows: BatchRows) -> None:
+        """Copy attention patterns to `buffer` (rows of the shard, *row), as `gather_pattern` lays them out."""
+        self.scatter(self.gather_pattern(pattern_BTHK, buffer, rows), buffer)
+
+    def scatter(self, gathered: torch.Tensor, buffer: torch.Tensor) -> None:
+        """Copy gathered rows to their places in `buffer` (rows of the shard, *row); does not wait for a device."""
+        for start, target, length in self._target_runs:
+            buffer[target : target + length].copy_(gathered[start : start + length], non_blocking=True)
+
+    @cached_property
+    def _target_runs(self) -> list[tuple[int, int, int]]:
+        """(index in this placement, row in the shard, length) of each run of consecutive targets."""
+        starts = np.concatenate([[0], np.flatnonzero(np.diff(self.target) != 1) + 1])
+        lengths = np.diff(np.concatenate([starts, [len(self.target)]]))
+        return list(zip(starts.tolist(), self.target[starts].tolist(), lengths.tolist(), strict=True))
+
+
+def _slice(indices: Indices) -> slice | list[int]:
+    """Return increasing `indices` as a slice where they have no gaps, which needs no copy to a device."""
+    first, last = int(indices[0]), int(indices[-1])
+    return slice(first, last + 1) if last - first + 1 == len(indices) else indices.tolist()

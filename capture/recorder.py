@@ -24,6 +24,7 @@ import torch
 from torch import nn
 
 from residua.capture.call import Call, Column, example_rows, read_call
+from residua.capture.compiled import refuse_compiled
 from residua.capture.head import save_head
 from residua.capture.provenance import describe_model, environment, identify_model
 from residua.capture.rows import batch_rows, by_position, row_shape
@@ -60,6 +61,7 @@ class Recorder:
     Raises:
         FileExistsError: `out` exists already.
         UnknownSiteError: The model lacks a site.
+        CaptureError: The model is compiled.
     """
 
     def __init__(
@@ -78,6 +80,7 @@ class Recorder:
         self.path = Path(out)
         if self.path.exists():
             raise FileExistsError(f"{self.path} exists: a recorder makes a new archive; choose another place")
+        refuse_compiled(model)
         self._model = model
         self._sites = resolve_sites(model, sites)
         self._dtype = dtype

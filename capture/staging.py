@@ -4,15 +4,10 @@ A stage holds one shard of every site, in the dtype that is stored. Hooks copy r
 in the shard, so nothing is copied twice and nothing is gathered later. The number of stages is fixed: when a batch
 needs one and all are being filled or written, it waits. That is the only back-pressure, and it is counted.
 
-On a CPU the copy is made at once, because later in-place operations may change the tensor. On CUDA the wanted rows
-are gathered on the compute stream into memory of their own, an event is recorded, and a side stream copies them into
-pinned memory. **Nobody reads a stage before its copies' events have completed**: `Stage.wait` is that rule, and the
-writer calls it first.
+On a CPU the copy is made at once, because later in-place operations may change the tensor. On CUDA it is queued;
+`offload` owns the order of what happens then, and a stage's `landing` says when its copies are done.
 """
 
-import threading
-import time
-from collections import deque
 from collections.abc import Callable, Iterable
 from functools import partial
 
@@ -20,12 +15,14 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from residua.capture.cuda_streams import CudaStreams
+from residua.capture.offload import Landing, Offload, StagePool
 from residua.capture.placement import BatchRows, Placement
 from residua.store.errors import CaptureError
 from residua.store.plan import ROW_COLUMNS, Plan
 from residua.store.writer import FilledShard, ShardWriter
 
-_DEVICE_BYTES = 256 * 1024 * 1024  # gathered rows on a device that wait for their copy
+_DEVICE_BYTES = 256 * 1024 * 1024  # of gathered rows on a device that wait for their copy
 
 
 def torch_dtype(name: str) -> torch.dtype:
@@ -47,21 +44,7 @@ class Stage:
             }
         self.columns = {name: np.zeros(n_rows, dtype) for name, dtype in ROW_COLUMNS.items()}
         self.n_filled = 0
-        self._copies: deque[tuple[torch.cuda.Event, torch.Tensor]] = deque()
-        self._lock = threading.Lock()
-
-    def expect(self, event: torch.cuda.Event, rows: torch.Tensor) -> None:
-        """Note a copy under way; `rows` stay alive until it is done."""
-        with self._lock:
-            self._copies.append((event, rows))
-            while sum(rows.nbytes for _, rows in self._copies) > _DEVICE_BYTES:
-                self._copies.popleft()[0].synchronize()
-
-    def wait(self) -> None:
-        """Return when every copy into this stage is done."""
-        with self._lock:
-            while self._copies:
-                self._copies.popleft()[0].synchronize()
+        self.landing = Landing()
 
     def rows(self, site: str, n_rows: int) -> npt.NDArray[np.generic]:
         """Return the first `n_rows` rows of `site` in storage dtype, without a copy."""
@@ -100,13 +83,12 @@ class Staging:
         self._committed = frozenset(committed)
         self._n_stages = n_stages
         self._most_stages = max(n_stages, most_stages)
-        self._free = [self._new_stage() for _ in range(n_stages)]
+        self._pool = StagePool(self._new_stage() for _ in range(n_stages))
         self._open: dict[int, Stage] = {}
-        self._condition = threading.Condition()
-        self._streams: dict[torch.device, torch.cuda.Stream] = {}
+        self._offload = Offload(_DEVICE_BYTES)
+        self._streams: dict[torch.device, CudaStreams] = {}
         self._batch: BatchRows | None = None
         self._placements: list[tuple[Stage, Placement]] = []
-        self.stall_seconds = 0.0
 
     def begin(self, batch: BatchRows) -> None:
         """Find a place for the rows of `batch`; waits while no stage is free.
@@ -143,7 +125,7 @@ class Staging:
         needed = len((shards | self._open.keys()) - self._committed)
         while self._n_stages < min(needed, self._most_stages):
             self._n_stages += 1
-            self._release(self._new_stage())
+            self._pool.release(self._new_stage())
         if needed > self._n_stages:
             raise CaptureError(
                 f"a batch of {n_rows:,} rows reaches into {len(shards)} shards of "
@@ -158,32 +140,28 @@ class Staging:
         pattern = site.startswith("pattern.")
         flat = tensor if pattern else tensor.flatten(0, 1)
         for stage, placement in self._placements:
-            if tensor.device.type == "cuda":
-                self._copy_from_cuda(stage, site, flat, placement)
-            elif pattern:
-                placement.copy_pattern(flat, stage.buffers[site], self._batch)
+            buffer = stage.buffers[site]
+            if pattern:
+                gather = partial(placement.gather_pattern, flat, buffer, self._batch)
             else:
-                placement.copy(flat, stage.buffers[site])
+                gather = partial(placement.gather, flat, buffer.dtype)
+            if tensor.is_cuda:
+                self._offload.send(
+                    self._streams_of(tensor.device),
+                    gather,
+                    partial(placement.scatter, buffer=buffer),
+                    n_bytes=len(placement.source) * buffer[0].nbytes,
+                    landing=stage.landing,
+                )
+            elif pattern:
+                placement.copy_pattern(flat, buffer, self._batch)
+            else:
+                placement.copy(flat, buffer)
 
-    def _copy_from_cuda(self, stage: Stage, site: str, flat: torch.Tensor, placement: Placement) -> None:
-        buffer = stage.buffers[site]
-        if site.startswith("pattern."):
-            if self._batch is None:
-                raise RuntimeError("no batch was announced")
-            placement.copy_pattern(flat.cpu(), buffer, self._batch)
-            return
-        compute = torch.cuda.current_stream(flat.device)
-        if flat.device not in self._streams:
-            self._streams[flat.device] = torch.cuda.Stream(flat.device)  # type: ignore[no-untyped-call]  # torch leaves it bare
-        side = self._streams[flat.device]
-        rows = flat.index_select(0, placement.source_indices.to(flat.device)).to(buffer.dtype)
-        side.wait_stream(compute)
-        with torch.cuda.stream(side):
-            for start, target, length in placement.target_runs():
-                buffer[target : target + length].copy_(rows[start : start + length], non_blocking=True)
-            event = torch.cuda.Event()  # type: ignore[no-untyped-call]  # torch leaves it bare
-            event.record(side)
-        stage.expect(event, rows)
+    def _streams_of(self, device: torch.device) -> CudaStreams:
+        if device not in self._streams:
+            self._streams[device] = CudaStreams(device)
+        return self._streams[device]
 
     def finish(self, before: Callable[[], dict[str, str]] = dict) -> None:
         """Close the batch: every site's rows were put; full shards go to the writer.
@@ -213,10 +191,15 @@ class Staging:
                 sites={site.name: stage.rows(site.name, n_rows) for site in self._plan.sites},
                 columns={name: column[:n_rows] for name, column in stage.columns.items()},
                 examples=examples,
-                ready=stage.wait,
-                release=lambda: self._release(stage),
+                ready=stage.landing.wait,
+                release=partial(self._pool.release, stage),
             )
         )
+
+    @property
+    def stall_seconds(self) -> float:
+        """Time that the model waited for a free stage, or for room on its device."""
+        return self._pool.wait_seconds + self._offload.wait_seconds
 
     @property
     def open_shards(self) -> tuple[int, ...]:
@@ -228,18 +211,8 @@ class Staging:
         return height if self._plan.n_rows is None else min(height, self._plan.n_rows - shard * height)
 
     def _acquire(self, shard: int) -> Stage:
-        with self._condition:
-            if not self._free:
-                started = time.perf_counter()
-                self._condition.wait_for(lambda: self._free)
-                self.stall_seconds += time.perf_counter() - started
-            stage = self._free.pop()
+        stage = self._pool.acquire()
         self._writer.raise_failure()
         stage.n_filled = 0
         self._open[shard] = stage
         return stage
-
-    def _release(self, stage: Stage) -> None:
-        with self._condition:
-            self._free.append(stage)
-            self._condition.notify()

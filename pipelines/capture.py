@@ -10,6 +10,7 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from residua.capture.attention import eager_attention
+from residua.capture.compiled import running_uncompiled, uncompiled
 from residua.capture.head import save_head
 from residua.capture.provenance import describe_model, environment, identify_model
 from residua.capture.record import RecordStats, record
@@ -93,6 +94,8 @@ def capture_dataset(
     if isinstance(model, str):
         tokenizer = tokenizer or load_tokenizer(model, chosen)
         model = load_model(model, chosen)
+    else:
+        model = uncompiled(model)
     job = _Job(model, tokenizer, dataset, Path(out), chosen, command)
     return job.run(on_example, on_plan, on_batch)
 
@@ -139,7 +142,10 @@ class _Job:
     ) -> CaptureResult:
         sites = resolve_sites(self._model, self._settings.sites)
         needs_pattern = any(site.startswith("pattern.") for site in sites)
-        with eager_attention(self._model) if needs_pattern else nullcontext(False) as switched:
+        eager = eager_attention(self._model) if needs_pattern else nullcontext(False)
+        with running_uncompiled(self._model) as compiled, eager as switched:
+            if compiled:
+                self._notes.append("hooks are no part of compiled code: the model ran uncompiled for this capture")
             if switched:
                 self._notes.append("pattern sites need eager attention: the model was switched to it for this capture")
             resumed = is_archive(self._out)

@@ -134,10 +134,9 @@ def test_any_source_may_go_to_any_target(data: st.DataObject) -> None:
     placement = Placement(source, target)
     placement.copy(flat, buffer)
     assert np.array_equal(buffer.numpy(), expected)
-    by_runs = np.full_like(expected, -1.0)
-    for start, row, length in placement.target_runs():
-        by_runs[row : row + length] = flat.numpy()[source[start : start + length]]
-    assert np.array_equal(by_runs, expected)
+    scattered = torch.full((height, WIDTH), -1.0)
+    placement.scatter(placement.gather(flat, torch.float32), scattered)
+    assert np.array_equal(scattered.numpy(), expected)
 
 
 def joined(starts: list[int], lengths: list[int]) -> npt.NDArray[np.int64]:

@@ -1,0 +1,48 @@
+"""Compiled models: hooks are no part of compiled code, so what is captured runs without it.
+
+Hooks that are added after the first compiled call are passed over without a word, and those that are added before
+break the graph. A capture therefore runs the very modules that were compiled, uncompiled.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TypeVar, cast
+
+import torch
+from torch import nn
+from torch._dynamo.eval_frame import OptimizedModule
+
+from residua.store.errors import CaptureError
+
+ModelT = TypeVar("ModelT", bound=nn.Module)
+
+
+def uncompiled(model: ModelT) -> ModelT:
+    """Return the module that `torch.compile` wrapped, or `model` itself."""
+    return cast("ModelT", model._orig_mod) if isinstance(model, OptimizedModule) else model
+
+
+def is_compiled(model: nn.Module) -> bool:
+    """Say whether `model` or a module in it is compiled, by `torch.compile` or in place."""
+    return any(
+        isinstance(module, OptimizedModule) or module._compiled_call_impl is not None for module in model.modules()
+    )
+
+
+@contextmanager
+def running_uncompiled(model: nn.Module) -> Iterator[bool]:
+    """Let compiled modules run as plain ones inside; yields whether there are any."""
+    if not is_compiled(model):
+        yield False
+        return
+    with torch.compiler.set_stance("force_eager"):
+        yield True
+
+
+def refuse_compiled(model: nn.Module) -> None:
+    """Raise CaptureError if `model` is compiled: a loop that the user owns runs it as it is."""
+    if is_compiled(model):
+        raise CaptureError(
+            "the model is compiled, and hooks are no part of compiled code: record with the model as it was before "
+            "torch.compile (model._orig_mod), or build it without compile()"
+        )

@@ -1,0 +1,158 @@
+"""A device that is never in a hurry: streams that run when a random schedule says so, memory that is reused at once.
+
+What `residua.capture.offload` needs of a device, on a CPU. Work is queued and done later, one operation at a time, of
+a random stream. Freed memory goes to the next tensor immediately, as a stream-ordered allocator does: rightly so for
+the stream that frees, wrongly for a copy on another stream that still reads.
+"""
+
+import random
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+
+class LazyEvent:
+    """A mark in a stream."""
+
+    def __init__(self, device: "LazyDevice") -> None:
+        self._device = device
+        self.happened = False
+
+    def query(self) -> bool:
+        self._device.some_steps()
+        return self.happened
+
+    def synchronize(self) -> None:
+        self._device.run_until(lambda: self.happened)
+
+
+class LazyDevice:
+    """Two streams, an allocator, and whoever else runs beside them, such as a writer.
+
+    Args:
+        seed: Of the schedule.
+    """
+
+    def __init__(self, seed: int) -> None:
+        self.rng = random.Random(seed)
+        self._most_steps = self.rng.choice([0, 1, 4])
+        self._speeds = [self.rng.choice([1.0, 0.1]) for _ in range(3)]
+        self._compute: deque[Callable[[], bool]] = deque()
+        self._side: deque[Callable[[], bool]] = deque()
+        self._current = self._compute
+        self._free: list[list[object]] = []
+        self.n_live = 0
+        self.others: list[Callable[[], bool]] = []
+
+    def queue(self, work: Callable[[], None]) -> None:
+        """Queue `work` on the current stream."""
+
+        def run() -> bool:
+            work()
+            return True
+
+        self._push(self._current, run)
+
+    def _push(self, stream: deque[Callable[[], bool]], work: Callable[[], bool]) -> None:
+        stream.append(work)
+        self.some_steps()
+
+    def _step(self) -> bool:
+        """Let one stream or one other, chosen at random, go on by one; say whether anything could."""
+        parties = [self._first_of(self._side), self._first_of(self._compute), *self.others]
+        chances = list(zip(self._speeds, parties, strict=False))
+        chances.sort(key=lambda chance: -chance[0] * self.rng.random())
+        return any(go_on() for _, go_on in chances)
+
+    def _first_of(self, stream: deque[Callable[[], bool]]) -> Callable[[], bool]:
+        return lambda: self._run_first(stream)
+
+    @staticmethod
+    def _run_first(stream: deque[Callable[[], bool]]) -> bool:
+        if stream and stream[0]():
+            stream.popleft()
+            return True
+        return False
+
+    def some_steps(self) -> None:
+        for _ in range(self.rng.randint(0, self._most_steps)):
+            self._step()
+
+    def run_until(self, reached: Callable[[], object]) -> None:
+        while not reached():
+            assert self._step(), "a deadlock: nothing can go on"
+
+    # What offload asks of streams.
+
+    def mark_compute(self) -> LazyEvent:
+        return self._mark(self._compute)
+
+    def mark_side(self) -> LazyEvent:
+        return self._mark(self._side)
+
+    def hold_side(self, event: LazyEvent) -> None:
+        self._push(self._side, lambda: event.happened)
+
+    @contextmanager
+    def side(self) -> Iterator[None]:
+        self._current = self._side
+        yield
+        self._current = self._compute
+
+    def _mark(self, stream: deque[Callable[[], bool]]) -> LazyEvent:
+        event = LazyEvent(self)
+
+        def happen() -> bool:
+            event.happened = True
+            return True
+
+        self._push(stream, happen)
+        return event
+
+    def take(self) -> list[object]:
+        self.n_live += 1
+        return self._free.pop() if self._free else [None]
+
+    def give(self, memory: list[object]) -> None:
+        self.n_live -= 1
+        self._free.append(memory)
+
+
+class LazyTensor:
+    """One cell of device memory, given back when Python lets go of the tensor, as torch does."""
+
+    def __init__(self, device: LazyDevice) -> None:
+        self._device = device
+        self.memory = device.take()
+
+    def set(self, value: object) -> None:
+        """Queue a write."""
+        memory = self.memory
+        self._device.queue(lambda: memory.__setitem__(0, value))
+
+    def copy_to(self, target: list[object], place: int = 0) -> None:
+        """Queue a copy into `target`, memory of a device or of a host. Queued work keeps no tensor alive."""
+        memory = self.memory
+        self._device.queue(lambda: target.__setitem__(place, memory[0]))
+
+    def __del__(self) -> None:
+        self._device.give(self.memory)
+
+
+class LazyCondition:
+    """A condition variable whose waiting lets the device and the others go on."""
+
+    def __init__(self, device: LazyDevice) -> None:
+        self._device = device
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def wait_for(self, reached: Callable[[], object]) -> None:
+        self._device.run_until(reached)
+
+    def notify(self) -> None:
+        pass

@@ -1,0 +1,70 @@
+"""Compiled models: captured as if they were not compiled, whichever way and whenever they were, or refused."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import cast
+
+import numpy as np
+import pytest
+import torch
+from transformers import PreTrainedModel
+
+import residua
+from residua.capture.compiled import is_compiled, running_uncompiled, uncompiled
+from residua.store.errors import CaptureError
+from tests.models import TINY
+
+TOKENS = [list(range(3, 3 + length)) for length in (5, 9, 20, 7)]
+
+
+def wrapped(model: PreTrainedModel) -> PreTrainedModel:
+    return cast("PreTrainedModel", torch.compile(model, backend="eager"))
+
+
+def in_place(model: PreTrainedModel) -> PreTrainedModel:
+    model.compile(backend="eager")
+    return model
+
+
+def block_by_block(model: PreTrainedModel) -> PreTrainedModel:
+    for block in model.get_submodule("model.layers").children():
+        block.compile(backend="eager")
+    return model
+
+
+def rows(model: PreTrainedModel, out: Path) -> np.ndarray:
+    result = residua.capture_dataset(model, TOKENS, out=out, sites="resid_post.*,q.1", batch_tokens=48)
+    return np.concatenate([result.archive[site][:].reshape(41, -1) for site in result.archive], axis=1)
+
+
+@pytest.mark.parametrize("warm", [False, True], ids=["fresh", "after a compiled call"])
+@pytest.mark.parametrize("compile_model", [wrapped, in_place, block_by_block])
+def test_a_compiled_model_is_captured_as_the_plain_one(
+    compile_model: Callable[[PreTrainedModel], PreTrainedModel], warm: bool, tmp_path: Path
+) -> None:
+    expected = rows(TINY["llama"](), tmp_path / "plain.zarr")
+    model = compile_model(TINY["llama"]())
+    if warm:
+        with torch.inference_mode():
+            model(torch.tensor([TOKENS[0]]))
+    assert np.array_equal(rows(model, tmp_path / "a.zarr"), expected)
+
+
+@pytest.mark.parametrize("compile_model", [wrapped, in_place, block_by_block])
+def test_a_loop_of_the_users_own_refuses_it_with_the_reason(
+    compile_model: Callable[[PreTrainedModel], PreTrainedModel], tmp_path: Path
+) -> None:
+    with pytest.raises(CaptureError, match="is compiled, and hooks are no part"):
+        residua.Recorder(compile_model(TINY["llama"]()), sites="resid_post.*", out=tmp_path / "a.zarr")
+    assert not (tmp_path / "a.zarr").exists()
+
+
+def test_the_model_is_still_compiled_afterwards() -> None:
+    model = in_place(TINY["llama"]())
+    with running_uncompiled(model) as was_compiled:
+        assert was_compiled
+    assert is_compiled(model)
+    plain = TINY["llama"]()
+    assert uncompiled(wrapped(plain)) is plain
+    with running_uncompiled(plain) as was_compiled:
+        assert not was_compiled

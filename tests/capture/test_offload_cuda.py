@@ -1,0 +1,147 @@
+"""The copies on a CUDA device: values, overlap, back-pressure, memory. The order itself is tested in `test_offload`."""
+
+import threading
+from typing import cast
+
+import numpy as np
+import pytest
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from residua.capture.placement import BatchRows
+from residua.capture.rows import ExampleRows, batch_rows
+from residua.capture.staging import Staging
+from residua.store.plan import Plan, SitePlan
+from residua.store.writer import FilledShard, ShardWriter
+from tests.capture.test_staging import LateWriter, make_plan
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+HEIGHT, WIDTH = 512, 4096
+SITES = (
+    SitePlan(name="resid_post.0", row_shape=(WIDTH,), dtype="float32", codec="raw"),
+    SitePlan(name="resid_post.1", row_shape=(WIDTH,), dtype="bfloat16", codec="raw"),
+)
+
+
+class StuckWriter:
+    """A disk that takes nothing until it is told to go on; then it reads what it was given."""
+
+    def __init__(self) -> None:
+        self.go_on = threading.Event()
+        self._threads: list[threading.Thread] = []
+        self.n_shards = 0
+
+    def submit(self, shard: FilledShard) -> None:
+        thread = threading.Thread(target=self._write, args=(shard,))
+        thread.start()
+        self._threads.append(thread)
+
+    def _write(self, shard: FilledShard) -> None:
+        assert self.go_on.wait(timeout=60)
+        shard.ready()
+        self.n_shards += 1
+        shard.release()
+
+    def raise_failure(self) -> None:
+        pass
+
+    def join(self) -> None:
+        for thread in self._threads:
+            thread.join(timeout=60)
+
+
+def plan_of(n_batches: int) -> Plan:
+    return make_plan(HEIGHT, n_batches * HEIGHT, SITES)
+
+
+def batch(number: int, step: int = 1) -> BatchRows:
+    """Return a batch of one example that fills one shard; every `step`-th token is kept."""
+    at = np.arange(HEIGHT * step)
+    example = ExampleRows(
+        example=number,
+        first_row=number * HEIGHT,
+        input_ids=at.astype(np.int32),
+        positions=at[::step].astype(np.int32),
+        padded=at.astype(np.int64),
+    )
+    return batch_rows([example], HEIGHT * step)
+
+
+def stage(staging: Staging, number: int, tensor: torch.Tensor, step: int = 1) -> None:
+    staging.begin(batch(number, step))
+    for site in SITES:
+        staging.put(site.name, tensor)
+    tensor.fill_(float("nan"))
+    staging.finish()
+
+
+@pytest.mark.parametrize("step", [1, 2])
+def test_values_are_right_though_the_tensor_changes_afterwards(step: int) -> None:
+    n_batches = 24
+    writer = LateWriter()
+    staging = Staging(plan_of(n_batches), cast("ShardWriter", writer), n_stages=2, pinned=True)
+    expected = []
+    for number in range(n_batches):
+        tensor = torch.randn(1, HEIGHT * step, WIDTH, device="cuda")
+        expected.append(tensor[0, ::step].cpu())
+        stage(staging, number, tensor, step)
+        del tensor
+    shards = writer.close()
+    assert sorted(shards) == list(range(n_batches))
+    for shard, rows in enumerate(expected):
+        assert np.array_equal(shards[shard]["resid_post.0"], rows.numpy())
+        bits = rows.to(torch.bfloat16).view(torch.int16).numpy().view(np.uint16)
+        assert np.array_equal(shards[shard]["resid_post.1"], bits)
+
+
+def test_a_stuck_disk_blocks_the_producer_and_memory_does_not_grow() -> None:
+    writer = StuckWriter()
+    staging = Staging(plan_of(12), cast("ShardWriter", writer), n_stages=2, pinned=True)
+    tensor = torch.zeros(1, HEIGHT, WIDTH, device="cuda")
+    for number in range(2):
+        stage(staging, number, tensor)
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    done = threading.Event()
+
+    def produce() -> None:
+        for number in range(2, 12):
+            stage(staging, number, tensor)
+        done.set()
+
+    producer = threading.Thread(target=produce)
+    producer.start()
+    assert not done.wait(timeout=0.5), "both stages are being written"
+    assert torch.cuda.memory_allocated() <= before
+    writer.go_on.set()
+    producer.join(timeout=60)
+    writer.join()
+    assert writer.n_shards == 12
+    assert staging.stall_seconds > 0
+
+
+def test_copies_run_beside_the_model() -> None:
+    """In a profile, some copy to the host overlaps a kernel of the compute stream."""
+    writer = LateWriter()
+    staging = Staging(plan_of(24), cast("ShardWriter", writer), n_stages=4, pinned=True)
+    weights = torch.randn(WIDTH, WIDTH, device="cuda")
+    with profile(activities=[ProfilerActivity.CUDA]) as found:
+        for number in range(24):
+            hidden = torch.randn(1, HEIGHT, WIDTH, device="cuda")
+            staging.begin(batch(number))
+            for site in SITES:
+                staging.put(site.name, hidden)
+                for _ in range(20):
+                    hidden = torch.tanh(hidden @ weights)
+            staging.finish()
+        torch.cuda.synchronize()
+    writer.close()
+    spans = [(event.name, event.time_range.start, event.time_range.end) for event in found.events() or []]
+    copies = [(start, end) for name, start, end in spans if "DtoH" in name]
+    kernels = [(start, end) for name, start, end in spans if "gemm" in name.lower() or "tanh" in name.lower()]
+    assert copies
+    assert kernels
+    assert any(start < k_end and k_start < end for start, end in copies for k_start, k_end in kernels)
