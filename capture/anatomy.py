@@ -1,11 +1,14 @@
 """The parts of one language model that its canonical sites refer to: blocks, embedding, heads, widths."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from residua.capture.architectures import Family, family_of
+from residua.capture.wrappers import core_of, named_parts
 
 ATTENTION_KINDS = ("q", "k", "v", "z", "pattern")
 """Kinds that are met on their way through transformers' attention interface."""
@@ -54,26 +57,34 @@ class Anatomy:
         """Whether q, k, v, z and pattern can be met on their way through transformers' interface."""
         return self.family is not None or bool(getattr(self.model, "_supports_attention_backend", False))
 
+    @cached_property
+    def parts(self) -> Mapping[str, nn.Module]:
+        """The model's modules under the names that they have without wrappers."""
+        return named_parts(self.model)
+
     def path(self, module: nn.Module | None) -> str | None:
         """Dotted path of one of the model's modules; None if it is not one."""
-        return next((name for name, found in self.model.named_modules() if found is module), None)
+        return next((name for name, found in self.parts.items() if found is module), None)
 
 
 def anatomy_of(model: nn.Module) -> Anatomy | None:
     """Find the parts of a language model; None for a model in which there is no such thing.
 
+    Wrappers around the model and around modules in it are seen through (see `residua.capture.wrappers`).
     A model of an unknown architecture has blocks if it holds a list of as many modules as its config says
     there are layers; the outermost such list is taken.
     """
+    model = core_of(model)
     if not isinstance(model, PreTrainedModel) or no_language_model(model):
         return None
     config = model.config.get_text_config()
-    base = next((name for name, module in model.named_modules() if module is model.base_model), "")
+    parts = named_parts(model)
+    base = next((name for name, module in parts.items() if module is model.base_model), "")
     family = family_of(model.config)
     lists = (
-        [(f"{base}.{family.blocks}".lstrip("."), model.base_model.get_submodule(family.blocks))]
+        [(path := f"{base}.{family.blocks}".lstrip("."), parts[path])]
         if family
-        else _lists_of(model, int(getattr(config, "num_hidden_layers", 0)))
+        else _lists_of(parts, int(getattr(config, "num_hidden_layers", 0)))
     )
     if not lists:
         return None
@@ -92,10 +103,10 @@ def no_language_model(model: PreTrainedModel) -> bool:
     return model.main_input_name != "input_ids" or bool(getattr(model.config, "is_encoder_decoder", False))
 
 
-def _lists_of(model: nn.Module, n_layers: int) -> list[tuple[str, nn.Module]]:
+def _lists_of(parts: Mapping[str, nn.Module], n_layers: int) -> list[tuple[str, nn.Module]]:
     found = [
         (name, module)
-        for name, module in model.named_modules()
+        for name, module in parts.items()
         if isinstance(module, nn.ModuleList) and len(module) == n_layers > 0
     ]
     return sorted(found, key=lambda pair: pair[0].count("."))

@@ -12,7 +12,7 @@ Axes: `B` examples, `H` heads, `T` or `Q` query positions, `K` key positions, `D
 
 import logging
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, Protocol
@@ -21,6 +21,8 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedConfig, PreTrainedModel
 
+from residua.capture.siteinfo import SiteInfo
+from residua.capture.wrappers import core_of
 from residua.store.errors import CaptureError
 
 _LOG = logging.getLogger(__name__)
@@ -32,8 +34,8 @@ class AttentionTap(Protocol):
     """What is called with each tensor of one attention module.
 
     ``parts`` names those that are wanted; ``part`` is one of ``q``, ``k``, ``v``, ``z``, ``pattern``. The
-    tensor is (batch, positions, heads, head width), and (batch, query positions, heads, key positions) for
-    ``pattern``; what comes back replaces it unless it is None.
+    tensor is as the model has it: (batch, positions, heads, head width) for ``z``, heads in front of positions
+    for the others. What comes back replaces it unless it is None.
     """
 
     parts: frozenset[str]
@@ -111,8 +113,8 @@ def _attend(
 def _pass_heads(tap: AttentionTap, part: str, tensor_BHTD: Tensor) -> Tensor:
     if part not in tap.parts:
         return tensor_BHTD
-    new_BTHD = tap(part, tensor_BHTD.transpose(1, 2))
-    return tensor_BHTD if new_BTHD is None else new_BTHD.transpose(1, 2)
+    new_BHTD = tap(part, tensor_BHTD)
+    return tensor_BHTD if new_BHTD is None else new_BHTD
 
 
 def _pass_pattern(
@@ -123,13 +125,23 @@ def _pass_pattern(
             "A pattern was asked for and the attention implementation gave none; only 'eager' computes it. "
             "Leave the implementation alone while patterns are read."
         )
-    new_BQHK = tap("pattern", pattern_BHQK.transpose(1, 2))
-    if new_BQHK is None:
+    new_BHQK = tap("pattern", pattern_BHQK)
+    if new_BHQK is None:
         return z_BTHD, pattern_BHQK
-    new_BHQK = new_BQHK.transpose(1, 2)
     groups = new_BHQK.shape[1] // value_BHKD.shape[1]
     value_BHKD = value_BHKD.repeat_interleave(groups, dim=1) if groups > 1 else value_BHKD
     return torch.matmul(new_BHQK, value_BHKD).transpose(1, 2).contiguous(), new_BHQK
+
+
+@contextmanager
+def eager_where_needed(model: nn.Module, sites: Iterable[SiteInfo]) -> Iterator[bool]:
+    """Let a model use eager attention if a pattern is among the sites; see `eager_attention`."""
+    core = core_of(model)
+    if not isinstance(core, PreTrainedModel) or all(info.site.kind != "pattern" for info in sites):
+        yield False
+        return
+    with eager_attention(core) as switched:
+        yield switched
 
 
 @contextmanager

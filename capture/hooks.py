@@ -10,6 +10,7 @@ during the backward pass; those runs are passed over.
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -24,10 +25,59 @@ from residua.capture.leaves import (
     replaced_output,
 )
 from residua.capture.siteinfo import SiteInfo
+from residua.capture.wrappers import named_parts
+
+
+@dataclass(frozen=True, kw_only=True)
+class Met:
+    """One tensor on its way through a model, met at a site.
+
+    Attributes:
+        info: The site.
+        tensor: What the model holds there, live: in its own layout and part of autograd's graph.
+        batch_shape: (batch, positions) of the call; None where the model takes no token ids.
+        heads_first: Whether the model has it as (batch, heads, positions, ...).
+    """
+
+    info: SiteInfo
+    tensor: Tensor
+    batch_shape: tuple[int, int] | None
+    heads_first: bool = False
+
+    def shown(self, tensor: Tensor) -> Tensor:
+        """Lay out the site's tensor, or one of its shape such as its gradient, as sites are promised."""
+        if self.heads_first:
+            return tensor.transpose(1, 2)
+        if self.info.flat and self.batch_shape is not None:
+            return tensor.reshape(*self.batch_shape, *tensor.shape[1:])
+        return tensor
+
+    def restored(self, tensor: Tensor) -> Tensor:
+        """Lay out as the model has it what `shown` laid out as promised."""
+        return tensor.transpose(1, 2) if self.heads_first else tensor.reshape(self.tensor.shape)
+
+    def without_values(self) -> "Met":
+        """Return the same with a tensor of the same shape on meta, which keeps no memory and no graph alive."""
+        return replace(self, tensor=torch.empty(self.tensor.shape, device="meta"))
+
+
+Meet = Callable[[Met], Tensor | None]
+"""Takes what was met; what it gives back, laid out as the model has it, replaces the tensor unless it is None."""
 
 Emit = Callable[[SiteInfo, Tensor], Tensor | None]
 """Takes a site and its tensor, (batch, positions, ...) unless the site is not per token; what it gives back
 replaces the site's value unless it is None."""
+
+
+def values_of(emit: Emit) -> Meet:
+    """Let ``emit`` have the detached values of what is met, laid out as sites are promised."""
+
+    def meet(met: Met) -> Tensor | None:
+        shown = met.shown(met.tensor.detach())
+        new = emit(met.info, shown)
+        return None if new is None else met.restored(checked_replacement(shown, new, met.info.name))
+
+    return meet
 
 
 class ForwardCall:
@@ -59,59 +109,61 @@ class ForwardCall:
 
 
 @contextmanager
-def attached(model: nn.Module, sites: Iterable[SiteInfo], emit: Emit) -> Iterator[ForwardCall]:
-    """Call ``emit`` with the tensor of each site whenever the model runs.
+def attached(model: nn.Module, sites: Iterable[SiteInfo], meet: Meet) -> Iterator[ForwardCall]:
+    """Call ``meet`` with the tensor of each site whenever the model runs.
 
     Args:
-        model: The model; it is left exactly as it was.
+        model: The model, wrapped (DDP, FSDP, compile) or not; it is left exactly as it was.
         sites: Where to read. Sites of one module are served in the order given.
-        emit: Called during the forward pass, on the model's device.
+        meet: Called during the forward pass, on the model's device.
 
     Yields:
         What is known of the call under way.
     """
     call = ForwardCall()
     chosen = tuple(sites)
+    parts = named_parts(model)
     with ExitStack() as stack:
-        opened = model.register_forward_pre_hook(call.enter, with_kwargs=True)
+        opened = parts[""].register_forward_pre_hook(call.enter, with_kwargs=True)
         stack.callback(opened.remove)
         for info in chosen:
             if info.via != "attention":
-                handle = _register(model.get_submodule(info.module), info, call, emit)
+                handle = _register(parts[info.module], info, call, meet)
                 stack.callback(handle.remove)
-        stack.enter_context(intercepting(_attention_taps(model, chosen, call, emit)))
-        closed = model.register_forward_hook(call.leave, always_call=True)
+        stack.enter_context(intercepting(_attention_taps(parts, chosen, call, meet)))
+        closed = parts[""].register_forward_hook(call.leave, always_call=True)
         stack.callback(closed.remove)
         yield call
 
 
-def _register(module: nn.Module, info: SiteInfo, call: ForwardCall, emit: Emit) -> torch.utils.hooks.RemovableHandle:
+def _register(module: nn.Module, info: SiteInfo, call: ForwardCall, meet: Meet) -> torch.utils.hooks.RemovableHandle:
     if info.via in ("input", "stream"):
-        return module.register_forward_pre_hook(_input_hook(info, call, emit), with_kwargs=True)
-    return module.register_forward_hook(_output_hook(info, call, emit))
+        return module.register_forward_pre_hook(_input_hook(info, call, meet), with_kwargs=True)
+    return module.register_forward_hook(_output_hook(info, call, meet))
 
 
-def _output_hook(info: SiteInfo, call: ForwardCall, emit: Emit) -> Callable[..., Any]:
+def _output_hook(info: SiteInfo, call: ForwardCall, meet: Meet) -> Callable[..., Any]:
     where = f"Site {info.name!r}, {info.where}"
 
     def on_output(_module: nn.Module, _args: object, output: Any) -> Any:
         if not call.is_running:
             return None
         index = _logits_index(output) if info.via == "logits" else info.index
-        new = _offer(output_item(output, index, where), info, call, emit)
+        tensor = output_item(output, index, where)
+        new = meet(Met(info=info, tensor=tensor, batch_shape=call.batch_shape))
         return None if new is None else replaced_output(output, index, new)
 
     return on_output
 
 
-def _input_hook(info: SiteInfo, call: ForwardCall, emit: Emit) -> Callable[..., Any]:
+def _input_hook(info: SiteInfo, call: ForwardCall, meet: Meet) -> Callable[..., Any]:
     where = f"Site {info.name!r}, {info.where}"
 
     def on_input(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if not call.is_running:
             return None
         tensor = input_item(args, kwargs, info.index, where)
-        new = _offer(tensor, info, call, emit)
+        new = meet(Met(info=info, tensor=tensor, batch_shape=call.batch_shape))
         if new is not None and info.via == "stream":
             # The block holds this same tensor as its residual: only a change in place reaches both.
             tensor.copy_(new)
@@ -129,32 +181,24 @@ def _logits_index(output: Any) -> int | None:
     return 1 if has_loss else None
 
 
-def _offer(tensor: Tensor, info: SiteInfo, call: ForwardCall, emit: Emit) -> Tensor | None:
-    """Hand one tensor to ``emit``, laid out as promised; return its replacement, laid out as it came."""
-    shown = tensor.detach()
-    if info.flat and call.batch_shape is not None:
-        shown = shown.reshape(*call.batch_shape, *tensor.shape[1:])
-    new = emit(info, shown)
-    if new is None:
-        return None
-    return checked_replacement(shown, new, info.name).reshape(tensor.shape)
-
-
 class _BlockAttentionTap:
     """Serves the attention sites of one block."""
 
-    def __init__(self, sites: dict[str, SiteInfo], call: ForwardCall, emit: Emit) -> None:
+    def __init__(self, sites: dict[str, SiteInfo], call: ForwardCall, meet: Meet) -> None:
         self.parts = frozenset(sites)
         self._sites = sites
         self._call = call
-        self._emit = emit
+        self._meet = meet
 
     def __call__(self, part: str, tensor: Tensor) -> Tensor | None:
-        return _offer(tensor, self._sites[part], self._call, self._emit) if self._call.is_running else None
+        if not self._call.is_running:
+            return None
+        shape = self._call.batch_shape
+        return self._meet(Met(info=self._sites[part], tensor=tensor, batch_shape=shape, heads_first=part != "z"))
 
 
 def _attention_taps(
-    model: nn.Module, sites: tuple[SiteInfo, ...], call: ForwardCall, emit: Emit
+    parts: Mapping[str, nn.Module], sites: tuple[SiteInfo, ...], call: ForwardCall, meet: Meet
 ) -> dict[nn.Module, _BlockAttentionTap]:
     """One tap for each block, under every module in it: whichever of them does the attention is met."""
     by_block: dict[str, dict[str, SiteInfo]] = {}
@@ -163,6 +207,6 @@ def _attention_taps(
             by_block.setdefault(info.module, {})[info.site.kind] = info
     taps: dict[nn.Module, _BlockAttentionTap] = {}
     for path, found in by_block.items():
-        tap = _BlockAttentionTap(found, call, emit)
-        taps |= dict.fromkeys(model.get_submodule(path).modules(), tap)
+        tap = _BlockAttentionTap(found, call, meet)
+        taps |= dict.fromkeys(parts[path].modules(), tap)
     return taps

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from residua.capture.ranks import on_rank
 from residua.store.errors import CaptureError
 
 
@@ -67,12 +68,12 @@ def checked_replacement(old: Tensor, new: object, name: str) -> Tensor:
     """
     if not isinstance(new, torch.Tensor):
         raise CaptureError(
-            f"Site {name!r}: the callback returned {type(new).__name__}; return a tensor, or None to leave "
+            f"Site {name!r}{on_rank()}: the callback returned {type(new).__name__}; return a tensor, or None to leave "
             "the model alone."
         )
     if (new.shape, new.dtype, new.device) != (old.shape, old.dtype, old.device):
         raise CaptureError(
-            f"Site {name!r} holds {_describe(old)}, and the callback returned {_describe(new)} to replace "
+            f"Site {name!r}{on_rank()} holds {_describe(old)}, and the callback returned {_describe(new)} to replace "
             "it; return a tensor of the same shape and type on the same device."
         )
     return new

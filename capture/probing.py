@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from residua.capture.hooks import attached
+from residua.capture.hooks import attached, values_of
 from residua.capture.siteinfo import SiteInfo
 from residua.store.errors import CaptureError
 
@@ -73,7 +73,7 @@ def _seen(model: nn.Module, sites: Mapping[str, SiteInfo], call: CallArguments) 
         seen[info.name].append(tensor.to("meta"))
 
     plain = [replace(info, flat=False) for info in sites.values()]
-    with attached(model, plain, note), _evaluating(model), torch.no_grad():
+    with attached(model, plain, values_of(note)), _evaluating(model), torch.no_grad():
         try:
             model(*call.args, **call.kwargs)
         except Exception as error:  # the boundary to the user's model: whatever it raises, we could not look

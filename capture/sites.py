@@ -14,6 +14,7 @@ from residua.capture.anatomy import ATTENTION_KINDS, Anatomy, anatomy_of
 from residua.capture.missing import reasons
 from residua.capture.probing import CallArguments, measured, seen_once
 from residua.capture.siteinfo import SiteInfo
+from residua.capture.wrappers import named_parts
 from residua.store.errors import UnknownSiteError
 from residua.store.sitenames import LAYER_KINDS, Site, parse_site, select
 
@@ -91,7 +92,7 @@ def _embed(anatomy: Anatomy) -> SiteInfo | None:
     path = anatomy.path(anatomy.model.get_input_embeddings())
     if path is None:
         return None
-    return _info(anatomy, "embed", (_attribute(anatomy.model.get_submodule(path), "embedding_dim"),), module=path)
+    return _info(anatomy, "embed", (_attribute(anatomy.parts[path], "embedding_dim"),), module=path)
 
 
 def _final(anatomy: Anatomy) -> SiteInfo:
@@ -124,9 +125,8 @@ def _from_family(anatomy: Anatomy, kind: str, layer: int) -> SiteInfo | None:
     if spot is None:
         return None
     path = f"{anatomy.blocks[layer]}.{spot.module}"
-    try:
-        module = anatomy.model.get_submodule(path)
-    except AttributeError:  # a mixture of experts has no down projection as a module
+    module = anatomy.parts.get(path)
+    if module is None:  # a mixture of experts has no down projection as a module
         return None
     width = _input_width(module) if kind == "mlp_act" else int(anatomy.config.hidden_size)
     info = _info(anatomy, f"{kind}.{layer}", (width,), module=path)
@@ -161,7 +161,7 @@ def _on_demand(model: nn.Module, name: str, available: dict[str, SiteInfo]) -> S
     site = parse_site(name)
     if site.top is not None:
         return _top_logits(site, available["logits"])
-    paths = [path for path, _ in model.named_modules() if path]
+    paths = [path for path in named_parts(model) if path]
     if site.module not in paths:
         near = get_close_matches(str(site.module), paths, n=3)
         raise UnknownSiteError(

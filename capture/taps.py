@@ -9,10 +9,9 @@ from contextlib import ExitStack, contextmanager
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
-from residua.capture.attention import eager_attention
-from residua.capture.hooks import ForwardCall, attached
+from residua.capture.attention import eager_where_needed
+from residua.capture.hooks import ForwardCall, attached, values_of
 from residua.capture.probing import not_once
 from residua.capture.siteinfo import SiteInfo
 from residua.capture.sites import resolve_sites
@@ -118,7 +117,6 @@ def reading(
     infos = sites if isinstance(sites, Mapping) else resolve_sites(model, sites)
     taps = Taps(infos, function)
     with ExitStack() as stack:
-        if isinstance(model, PreTrainedModel) and any(i.site.kind == "pattern" for i in infos.values()):
-            taps.switched_to_eager = stack.enter_context(eager_attention(model))
-        taps._call = stack.enter_context(attached(model, infos.values(), taps._emit))
+        taps.switched_to_eager = stack.enter_context(eager_where_needed(model, infos.values()))
+        taps._call = stack.enter_context(attached(model, infos.values(), values_of(taps._emit)))
         yield taps

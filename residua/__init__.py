@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from residua.capture.recorder import Recorder
     from residua.capture.sites import model_sites
+    from residua.capture.tap import tap
+    from residua.capture.tapgroup import TapGroup
     from residua.pipelines.capture import capture_dataset
     from residua.pipelines.reproduce import reproduce
     from residua.pipelines.settings import CaptureSettings
@@ -25,10 +27,12 @@ __all__ = [
     "CaptureSettings",
     "Recorder",
     "ResiduaError",
+    "TapGroup",
     "capture_dataset",
     "model_sites",
     "open",
     "reproduce",
+    "tap",
     "verify",
 ]
 
@@ -37,10 +41,12 @@ _HOMES = {
     "CaptureSettings": "pipelines.settings:CaptureSettings",
     "Recorder": "capture.recorder:Recorder",
     "ResiduaError": "store.errors:ResiduaError",
+    "TapGroup": "capture.tapgroup:TapGroup",
     "capture_dataset": "pipelines.capture:capture_dataset",
     "model_sites": "capture.sites:model_sites",
     "open": "store.archive:Archive",
     "reproduce": "pipelines.reproduce:reproduce",
+    "tap": "capture.tap:tap",
     "verify": "store.verify:verify",
 }
 

@@ -1,0 +1,204 @@
+"""Look at, and change, what a model computes at chosen sites: forward and backward, whole tensors, any layout.
+
+`tap` is the one primitive behind everything that is done to a running model. It differs from `reading`, on which
+recording is built, in three ways: what it hands out is the caller's own, it sees gradients too, and it looks behind
+wrappers and across the processes that share one model.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from functools import partial
+
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from residua.capture.attention import eager_where_needed
+from residua.capture.hooks import ForwardCall, Met, attached
+from residua.capture.leaves import checked_replacement
+from residua.capture.ranks import on_rank
+from residua.capture.siteinfo import SiteInfo
+from residua.capture.sites import resolve_sites
+from residua.capture.tapgroup import TapGroup
+from residua.store.errors import CaptureError, PlanError
+
+TapFunction = Callable[[str, Tensor], Tensor | None]
+"""Takes a site's name and its tensor; what it gives back replaces the tensor unless it is None."""
+
+
+class Tap:
+    """What `tap` gives: its sites, how often each was met, and its switch.
+
+    Attributes:
+        sites: From name to what is known of each site.
+        group: The switch that this tap shares with the others of its group.
+        n_fired: From name to how often the function was due: once a forward call for most sites.
+    """
+
+    def __init__(
+        self,
+        sites: Mapping[str, SiteInfo],
+        function: TapFunction,
+        *,
+        backward: bool,
+        differentiable: bool,
+        group: TapGroup,
+    ) -> None:
+        self.sites = dict(sites)
+        self.group = group
+        self.n_fired: Counter[str] = Counter()
+        self._function = function
+        self._backward = backward
+        self._differentiable = differentiable
+        self._handles: list[RemovableHandle] = []
+        self._n_met: Counter[str] = Counter()
+        self._awaited: set[str] = set()
+
+    @property
+    def enabled(self) -> bool:
+        """Whether the group of this tap is switched on."""
+        return self.group.enabled
+
+    @enabled.setter
+    def enabled(self, on: bool) -> None:
+        self.group.enabled = on
+
+    def _meet(self, met: Met) -> Tensor | None:
+        self._n_met[met.info.name] += 1
+        if not self.enabled:
+            return None
+        if self._backward:
+            self._await_gradient(met)
+            return None
+        return self._apply(met, met.tensor)
+
+    def _await_gradient(self, met: Met) -> None:
+        if not met.tensor.requires_grad:
+            raise CaptureError(
+                f"Site {met.info.name!r}{on_rank()} takes part in no gradient: nothing before it requires one, or "
+                "the model was called without gradients. Call it with gradients enabled, and let the parameters "
+                "or the embeddings before the site require them."
+            )
+        if not self.n_fired[met.info.name]:
+            self._awaited.add(met.info.name)
+        # A closure over the tensor itself would keep it alive for ever, by way of its own hook.
+        self._handles = [handle for handle in self._handles if handle.hooks_dict_ref() is not None]
+        hook = partial(self._on_gradient, met.without_values())
+        self._handles.append(met.tensor.register_hook(hook))  # type: ignore[no-untyped-call]  # torch leaves it bare
+
+    def _on_gradient(self, met: Met, gradient: Tensor) -> Tensor | None:
+        self._awaited.discard(met.info.name)
+        return self._apply(met, gradient) if self.enabled else None
+
+    def _apply(self, met: Met, tensor: Tensor) -> Tensor | None:
+        self.n_fired[met.info.name] += 1
+        shown = met.shown(tensor if self._differentiable else tensor.detach())
+        new = self._run(met.info.name, shown.clone())
+        return None if new is None else met.restored(new)
+
+    def _run(self, name: str, tensor: Tensor) -> Tensor | None:
+        new = self._function(name, tensor)
+        if new is None:
+            return None
+        if not self._differentiable and isinstance(new, Tensor) and new.requires_grad:
+            raise CaptureError(
+                f"Site {name!r}{on_rank()}: the replacement takes part in gradients, which would be lost here. Pass "
+                "differentiable=True to let them flow, or detach the replacement."
+            )
+        return checked_replacement(tensor, new, name)
+
+    def _release(self) -> None:
+        while self._handles:
+            self._handles.pop().remove()
+
+    def _check(self, call: ForwardCall) -> None:
+        """Raise unless every site was met, and had its gradient where one was due."""
+        if call.n_calls == 0 and self.enabled and self.sites:
+            raise CaptureError(
+                f"Site {next(iter(self.sites))!r} was tapped{on_rank()} and the model was never called meanwhile. Call "
+                "the very model that is tapped, inside the context. A model that was compiled and run before "
+                "does not call what is attached to it afterwards: tap first, then run it for the first time."
+            )
+        unmet = [info for name, info in self.sites.items() if call.n_calls and not self._n_met[name]]
+        if unmet:
+            raise CaptureError(
+                f"Site {unmet[0].name!r}{on_rank()} ({unmet[0].where}) was never met while the model ran. Name a "
+                f"module that the model calls, by calling it and not its forward.{_and_more(unmet)}"
+            )
+        waiting = [info for name, info in self.sites.items() if name in self._awaited]
+        if waiting:
+            raise CaptureError(
+                f"Site {waiting[0].name!r}{on_rank()} ({waiting[0].where}) never had a gradient. Call backward() "
+                f"inside the context, on a loss that depends on the site.{_and_more(waiting)}"
+            )
+
+
+def _and_more(sites: list[SiteInfo]) -> str:
+    return f" The same holds for {len(sites) - 1} more sites." if len(sites) > 1 else ""
+
+
+@contextmanager
+def tap(
+    model: nn.Module,
+    sites: str | Iterable[str],
+    function: TapFunction,
+    *,
+    backward: bool = False,
+    differentiable: bool = False,
+    group: TapGroup | None = None,
+) -> Iterator[Tap]:
+    """Give ``function`` the whole tensor of each site while the model runs; take back a replacement.
+
+    The tensor is (batch, positions, *row) as `reading` has it, of the model's type and on its device, and it is
+    the function's own: keep it or change it, the model does not notice. What the function returns replaces the
+    site's value; None leaves it.
+
+    Leaving, by an exception too, leaves the model as it was: the same hooks, weights, outputs and attention.
+
+    Args:
+        model: Any torch module, wrapped (DDP, FSDP, compile, Accelerate) or not. Sites have the names that they
+            have in the bare model.
+        sites: Names or patterns of sites, for example ``resid_post.3`` or ``mlp_out.*``.
+        function: Called as ``function(name, tensor)``. A dictionary's ``__setitem__`` will do to keep everything.
+        backward: Give the gradient of the loss by the site's value instead of the value, as ``backward()``
+            reaches it inside the context: all of it, also what flows around the module that holds the site. A
+            replacement is what flows on.
+        differentiable: Give the tensor as a part of autograd's graph, so that gradients flow through the
+            function and into what it uses: a trainable module can live inside. Without it the model below the
+            site gets no gradient through a replacement.
+        group: A switch that several taps share; without it the tap has its own.
+
+    Yields:
+        The tap: its sites, how often they were met, and its switch ``enabled``.
+
+    Raises:
+        UnknownSiteError: The model has no such site.
+        PlanError: Options contradict each other.
+        CaptureError: A site never fired; or, during the run, a replacement does not fit, or a site has no gradient.
+
+    Example:
+        >>> model, kept = nn.Sequential(nn.Linear(2, 3)), {}
+        >>> with tap(model, "module:0", kept.__setitem__):
+        ...     _ = model(torch.ones(4, 2))
+        >>> kept["module:0@output"].shape
+        torch.Size([4, 3])
+    """
+    if backward and differentiable:
+        raise PlanError("tap was asked for backward and differentiable at once; gradients of gradients are not given")
+    infos = resolve_sites(model, sites)
+    _refuse_parts_of_logits(infos)
+    made = Tap(
+        infos, function, backward=backward, differentiable=differentiable, group=TapGroup() if group is None else group
+    )
+    with ExitStack() as stack:
+        stack.callback(made._release)
+        stack.enter_context(eager_where_needed(model, infos.values()))
+        call = stack.enter_context(attached(model, infos.values(), made._meet))
+        yield made
+    made._check(call)
+
+
+def _refuse_parts_of_logits(sites: Mapping[str, SiteInfo]) -> None:
+    for name, info in sites.items():
+        if info.site.top is not None:
+            raise PlanError(f"{name!r} is a search among the logits and not a tensor of the model; tap 'logits'")
