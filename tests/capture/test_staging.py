@@ -239,7 +239,7 @@ def test_the_writer_is_given_the_wait_for_copies_under_way() -> None:
 
     staging = stage_all(make_plan(4, 4, SITES[:1]), writer, n_stages=1)
     staging.begin(rows_of([4]))
-    staging._open[0].expect(cast("torch.cuda.Event", Event()), torch.zeros(1))
+    staging._open[0].landing.expect(cast("Any", "a device's streams"), cast("Any", Event()))
     staging.finish()
     assert not waited.is_set(), "handing over does not wait"
     writer.held[0].ready()
