@@ -25,6 +25,7 @@ from residua.store.errors import (
     CaptureError,
     DamagedArchiveError,
     NotCapturedError,
+    PlanError,
     ResiduaError,
 )
 
@@ -44,6 +45,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _fail(options, error, 1)
     except (ResiduaError, OSError, IndexError) as error:
         return _fail(options, error, 2)
+    except KeyboardInterrupt:
+        return _stopped(options, getattr(options, "out", None))
 
 
 def _fail(options: argparse.Namespace, error: Exception, code: int) -> int:
@@ -105,11 +108,11 @@ def _add_capture(jobs: Any) -> None:
 
 
 def _capture(options: argparse.Namespace) -> int:
+    signal.signal(signal.SIGTERM, _interrupt)
     from residua.pipelines.capture import capture_dataset
     from residua.pipelines.progress import CaptureProgress
     from residua.pipelines.settings import CaptureSettings, read_config
 
-    signal.signal(signal.SIGTERM, _interrupt)
     values = read_config(Path(options.config)) if options.config else {}
     values = {key.replace("-", "_"): value for key, value in values.items()}
     names = [setting.name for setting in fields(CaptureSettings)]
@@ -117,23 +120,20 @@ def _capture(options: argparse.Namespace) -> int:
     values.update({name: value for name, value in given.items() if value is not None})
     missing = [name for name in ("model", "dataset", "out") if not isinstance(values.get(name), str)]
     if missing:
-        print(f"residua: capture needs --{' and --'.join(missing)}", file=sys.stderr)
-        return 2
+        raise PlanError(f"capture needs --{' and --'.join(missing)}")
     model, dataset, out = (values.pop(name) for name in ("model", "dataset", "out"))
-    try:
-        with CaptureProgress(shown=not options.json) as progress:
-            result = capture_dataset(
-                model,
-                dataset,
-                out=out,
-                settings=CaptureSettings.from_mapping(values),
-                command=options.command_line,
-                on_example=progress.example,
-                on_plan=progress.plan,
-                on_batch=progress.batch,
-            )
-    except KeyboardInterrupt:
-        return _stopped(options, out)
+    options.out = out
+    with CaptureProgress(shown=not options.json) as progress:
+        result = capture_dataset(
+            model,
+            dataset,
+            out=out,
+            settings=CaptureSettings.from_mapping(values),
+            command=options.command_line,
+            on_example=progress.example,
+            on_plan=progress.plan,
+            on_batch=progress.batch,
+        )
     print_capture(result, as_json=options.json)
     return 0
 
@@ -142,15 +142,17 @@ def _interrupt(_signal: int, _frame: object) -> None:
     raise KeyboardInterrupt
 
 
-def _stopped(options: argparse.Namespace, out: str) -> int:
+def _stopped(options: argparse.Namespace, out: str | None) -> int:
     from residua.store.archive import Archive
     from residua.store.metadata import is_archive
 
     rows, total = 0, None
-    if is_archive(Path(out)):
+    if out is not None and is_archive(Path(out)):
         rows, total, *_ = Archive(out).progress
     of = "" if total is None else f" of {total:,}"
-    message = f"stopped: {rows:,}{of} rows are captured and safe. Run the same command again to go on."
+    message = "stopped"
+    if options.run is _capture:
+        message = f"stopped: {rows:,}{of} rows are captured and safe. Run the same command again to go on."
     print(json.dumps({"stopped": True, "rows": rows, "total_rows": total}) if options.json else f"residua: {message}")
     return 130
 

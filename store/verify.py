@@ -212,8 +212,15 @@ class _Check:
                 self._report.notes.append(f"{name} is a temporary of a run that was killed; the next run removes it")
             elif any(name.startswith(f"{spec.path}/c/") for spec in self._plan.arrays):
                 self._report.notes.append(f"{name} belongs to a shard without a commit; it will be written again")
+            elif self._is_growing and name.startswith("examples/part-"):
+                self._report.notes.append(f"{name} holds examples whose shard was not committed")
             elif path.name != ROOT:
                 self._problem(name, "no record of the archive knows this file: remove it")
+
+    @property
+    def _is_growing(self) -> bool:
+        """Whether the archive is of a user's own loop that has not ended well."""
+        return self._plan.n_rows is None and self._archive.metadata.sealed is None
 
     def _count(self, path: Path) -> None:
         self._report.n_files += 1

@@ -56,6 +56,7 @@ class Forks:
         """
         self._n += 1
         log = self._folder / f"{self._n}.log"
+        log.touch()
         self.send({"words": [str(word) for word in words], "slow": slow, "die_at": die_at, "log": str(log)})
         return Child(self, int(self.answer()), log)
 
