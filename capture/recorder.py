@@ -22,6 +22,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import nn
+from transformers import PreTrainedTokenizerBase
 
 from residua.capture.call import Call, Column, example_rows, read_call
 from residua.capture.compiled import refuse_compiled
@@ -32,6 +33,7 @@ from residua.capture.siteplans import plan_site
 from residua.capture.sites import resolve_sites
 from residua.capture.staging import Staging
 from residua.capture.taps import reading
+from residua.capture.tokenizer import save_tokenizer
 from residua.store.archive import Archive
 from residua.store.canonical import Json
 from residua.store.codecs import DEFAULT_PRESET
@@ -55,6 +57,7 @@ class Recorder:
         codec: Codec preset.
         rows_per_shard: Height of a shard, a power of two; None follows the widest site.
         host_memory: Memory that stages may take together, in bytes.
+        tokenizer: Stored in the archive, so that rows can be shown as text.
         max_length: Most tokens of an example; needed for `pattern` sites only, whose rows are that wide.
         threads: Encoder threads.
 
@@ -74,6 +77,7 @@ class Recorder:
         codec: str = DEFAULT_PRESET,
         rows_per_shard: int | None = None,
         host_memory: int = HOST_MEMORY_BYTES,
+        tokenizer: PreTrainedTokenizerBase | None = None,
         max_length: int | None = None,
         threads: int = 1,
     ) -> None:
@@ -87,6 +91,7 @@ class Recorder:
         self._codec = codec
         self._rows_per_shard = rows_per_shard
         self._host_memory = host_memory
+        self._tokenizer = tokenizer
         self._max_length = max_length
         self._threads = threads
         self._stack = ExitStack()
@@ -148,7 +153,13 @@ class Recorder:
             plan = self._plan(self._call)
             rows = int(self._call.mask.sum())
             self._session = _Session(
-                self._model, plan, self.path, batch_rows=rows, host_memory=self._host_memory, threads=self._threads
+                self._model,
+                plan,
+                self.path,
+                tokenizer=self._tokenizer,
+                batch_rows=rows,
+                host_memory=self._host_memory,
+                threads=self._threads,
             )
             self._session.begin(self._call, self._keep, self._columns)
             for site, tensor in self._held.items():
@@ -183,12 +194,22 @@ class _Session:
     """An archive that grows: its writer, its example table and the next free row."""
 
     def __init__(
-        self, model: nn.Module, plan: Plan, path: Path, *, batch_rows: int, host_memory: int, threads: int
+        self,
+        model: nn.Module,
+        plan: Plan,
+        path: Path,
+        *,
+        tokenizer: PreTrainedTokenizerBase | None,
+        batch_rows: int,
+        host_memory: int,
+        threads: int,
     ) -> None:
         self._path = path
         self._plan = plan
         with workspace(path) as folder:
             save_head(model, folder / "head")
+            if tokenizer is not None:
+                save_tokenizer(tokenizer, folder / "tokenizer")
             create_archive(folder, path, plan, {"model": describe_model(model), **environment()})
         self._examples = ExampleWriter(path / "examples")
         self._writer = ShardWriter(path, plan, threads=threads)

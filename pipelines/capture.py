@@ -17,8 +17,9 @@ from residua.capture.record import RecordStats, record
 from residua.capture.siteinfo import SiteInfo
 from residua.capture.siteplans import plan_sites
 from residua.capture.sites import resolve_sites
+from residua.capture.tokenizer import identify_tokenizer, save_tokenizer
 from residua.pipelines.dataset import DatasetReport, DatasetSettings, dataset_identity, read_examples
-from residua.pipelines.models import identify_tokenizer, load_model, load_tokenizer, save_tokenizer, token_limit
+from residua.pipelines.models import load_model, load_tokenizer, token_limit
 from residua.pipelines.settings import CaptureSettings
 from residua.store.archive import Archive
 from residua.store.create import create_archive, seal, workspace
