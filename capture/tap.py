@@ -11,15 +11,21 @@ from contextlib import ExitStack, contextmanager
 from functools import partial
 
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
+from torch.distributed.device_mesh import DeviceMesh
 from torch.utils.hooks import RemovableHandle
+from transformers import PreTrainedModel
 
 from residua.capture.attention import eager_where_needed
+from residua.capture.groups import tensor_parallel_group
 from residua.capture.hooks import ForwardCall, Met, attached
 from residua.capture.leaves import checked_replacement
+from residua.capture.oracle import here, is_spread, whole_sites
 from residua.capture.ranks import on_rank
 from residua.capture.siteinfo import SiteInfo
-from residua.capture.sites import resolve_sites
 from residua.capture.tapgroup import TapGroup
+from residua.capture.whole import Parts, Wholes
+from residua.capture.wrappers import core_of
 from residua.store.errors import CaptureError, PlanError
 
 TapFunction = Callable[[str, Tensor], Tensor | None]
@@ -43,6 +49,7 @@ class Tap:
         backward: bool,
         differentiable: bool,
         group: TapGroup,
+        layouts: Wholes | Parts,
     ) -> None:
         self.sites = dict(sites)
         self.group = group
@@ -50,6 +57,7 @@ class Tap:
         self._function = function
         self._backward = backward
         self._differentiable = differentiable
+        self._layouts = layouts
         self._handles: list[RemovableHandle] = []
         self._n_met: Counter[str] = Counter()
         self._awaited: set[str] = set()
@@ -93,7 +101,7 @@ class Tap:
     def _apply(self, met: Met, tensor: Tensor) -> Tensor | None:
         self.n_fired[met.info.name] += 1
         shown = met.shown(tensor if self._differentiable else tensor.detach())
-        new = self._run(met.info.name, shown.clone())
+        new = self._layouts.run(met, shown, partial(self._run, met.info.name), is_gradient=self._backward)
         return None if new is None else met.restored(new)
 
     def _run(self, name: str, tensor: Tensor) -> Tensor | None:
@@ -144,14 +152,20 @@ def tap(
     function: TapFunction,
     *,
     backward: bool = False,
+    gather: bool = True,
     differentiable: bool = False,
     group: TapGroup | None = None,
+    tensor_parallel: ProcessGroup | DeviceMesh | None = None,
 ) -> Iterator[Tap]:
     """Give ``function`` the whole tensor of each site while the model runs; take back a replacement.
 
     The tensor is (batch, positions, *row) as `reading` has it, of the model's type and on its device, and it is
     the function's own: keep it or change it, the model does not notice. What the function returns replaces the
     site's value; None leaves it.
+
+    On a model that is spread over several processes all of them have to tap, alike. The function runs once per model
+    replica, on the first rank of its tensor-parallel group, and its result reaches every rank. Each data-parallel
+    replica is one of its own, with its own batch. A site that another pipeline stage holds fires there only.
 
     Leaving, by an exception too, leaves the model as it was: the same hooks, weights, outputs and attention.
 
@@ -163,10 +177,15 @@ def tap(
         backward: Give the gradient of the loss by the site's value instead of the value, as ``backward()``
             reaches it inside the context: all of it, also what flows around the module that holds the site. A
             replacement is what flows on.
+        gather: Whether the function gets the whole tensor; otherwise it runs on every rank, on what that rank has of
+            it, with no communication.
         differentiable: Give the tensor as a part of autograd's graph, so that gradients flow through the
             function and into what it uses: a trainable module can live inside. Without it the model below the
-            site gets no gradient through a replacement.
+            site gets no gradient through a replacement. The function then runs on every rank, and has to do
+            the same on each.
         group: A switch that several taps share; without it the tap has its own.
+        tensor_parallel: The ranks over which the model's activations are split, or their mesh, where this cannot be
+            told from the model.
 
     Yields:
         The tap: its sites, how often they were met, and its switch ``enabled``.
@@ -174,7 +193,8 @@ def tap(
     Raises:
         UnknownSiteError: The model has no such site.
         PlanError: Options contradict each other.
-        CaptureError: A site never fired; or, during the run, a replacement does not fit, or a site has no gradient.
+        CaptureError: A site never fired; or, during the run, a replacement does not fit, a site has no gradient, or
+            its layout over the ranks cannot be proved. The message names site, rank and reason.
 
     Example:
         >>> model, kept = nn.Sequential(nn.Linear(2, 3)), {}
@@ -185,10 +205,15 @@ def tap(
     """
     if backward and differentiable:
         raise PlanError("tap was asked for backward and differentiable at once; gradients of gradients are not given")
-    infos = resolve_sites(model, sites)
+    infos = here(model, whole_sites(model, [sites] if isinstance(sites, str) else list(sites)))
     _refuse_parts_of_logits(infos)
     made = Tap(
-        infos, function, backward=backward, differentiable=differentiable, group=TapGroup() if group is None else group
+        infos,
+        function,
+        backward=backward,
+        differentiable=differentiable,
+        group=TapGroup() if group is None else group,
+        layouts=_layouts(model, gather=gather, everywhere=differentiable, given=tensor_parallel),
     )
     with ExitStack() as stack:
         stack.callback(made._release)
@@ -196,6 +221,16 @@ def tap(
         call = stack.enter_context(attached(model, infos.values(), made._meet))
         yield made
     made._check(call)
+
+
+def _layouts(
+    model: nn.Module, *, gather: bool, everywhere: bool, given: ProcessGroup | DeviceMesh | None
+) -> Wholes | Parts:
+    if not gather:
+        return Parts()
+    core = core_of(model)
+    spread = isinstance(core, PreTrainedModel) and is_spread(core)
+    return Wholes(tensor_parallel_group(core, given), everywhere=everywhere, checks_shapes=spread)
 
 
 def _refuse_parts_of_logits(sites: Mapping[str, SiteInfo]) -> None:

@@ -112,6 +112,22 @@ TINY: dict[str, Callable[[], PreTrainedModel]] = {
 }
 """Architectures whose canonical sites are all known."""
 
+_SPLIT: dict[str, Any] = {"num_attention_heads": 8, "num_key_value_heads": 4, "intermediate_size": 98}
+_EIGHT: dict[str, Any] = {**_GROUPED, **_SPLIT}
+
+SPLIT: dict[str, Callable[[], PreTrainedModel]] = {
+    "gpt2": TINY["gpt2"],
+    "llama": lambda: _build(hf.LlamaForCausalLM, hf.LlamaConfig(**_EIGHT)),
+    "mixtral": lambda: _build(
+        hf.MixtralForCausalLM,
+        hf.MixtralConfig(**{**_EIGHT, "intermediate_size": 96}, num_local_experts=4, sliding_window=None),
+    ),
+    "qwen3": lambda: _build(hf.Qwen3ForCausalLM, hf.Qwen3Config(**_EIGHT, head_dim=12)),
+}
+"""Architectures that can be split over four processes; 98 hidden units do not divide evenly by four.
+
+Grouped matrix products of experts want multiples of four, so Mixtral has 96."""
+
 ODD: dict[str, Callable[[], PreTrainedModel]] = {
     "bloom": lambda: _build(
         hf.BloomForCausalLM, hf.BloomConfig(vocab_size=VOCABULARY, hidden_size=32, n_layer=LAYERS, n_head=4)

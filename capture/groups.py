@@ -1,0 +1,78 @@
+"""Which processes hold the parts of one model replica: its tensor-parallel group."""
+
+import torch.distributed as dist
+from torch import nn
+from torch.distributed import ProcessGroup
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
+
+from residua.capture.wrappers import core_of
+from residua.store.errors import PlanError
+
+
+def tensor_parallel_group(model: nn.Module, given: ProcessGroup | DeviceMesh | None) -> ProcessGroup | None:
+    """Find the processes over which the activations of this model replica may be split.
+
+    Looked at in this order: what the caller gave; transformers' own mesh; the meshes of the parameters, less
+    those over which FSDP shards them (FSDP gathers parameters, so its activations are whole).
+
+    Args:
+        model: The model, wrapped or not.
+        given: The group, or a mesh of one dimension or with a dimension named ``tp``.
+
+    Returns:
+        The group; None where this process has whole activations.
+
+    Raises:
+        PlanError: The group cannot be told from what was given, or the parameters lie on several.
+    """
+    if not dist.is_available() or not dist.is_initialized():
+        return None
+    core = core_of(model)
+    group = _given(given) if given is not None else _of_transformers(core) or _of_parameters(core)
+    return group if group is not None and dist.get_world_size(group) > 1 else None
+
+
+def _given(given: ProcessGroup | DeviceMesh) -> ProcessGroup:
+    if isinstance(given, ProcessGroup):
+        return given
+    names = given.mesh_dim_names or ()
+    if given.ndim == 1 or "tp" in names:
+        return given.get_group() if given.ndim == 1 else given.get_group("tp")
+    raise PlanError(
+        f"tensor_parallel was given a mesh of shape {tuple(given.shape)} with dimensions {names or 'without names'}; "
+        "give the part of it over which activations are split, for example mesh['tp']"
+    )
+
+
+def _of_transformers(core: nn.Module) -> ProcessGroup | None:
+    meshes = getattr(core, "_mesh_manager", None)
+    return None if meshes is None else meshes.get_mesh("tp").get_group()
+
+
+def _of_parameters(core: nn.Module) -> ProcessGroup | None:
+    data_parallel = {
+        ranks
+        for module in core.modules()
+        if isinstance(module, FSDPModule)
+        for group in module._get_fsdp_state()._fsdp_param_groups
+        for ranks in _groups(group.mesh_info.mesh)
+    }
+    found: dict[tuple[int, ...], ProcessGroup] = {}
+    for parameter in core.parameters():
+        if isinstance(parameter, DTensor):
+            found |= {r: g for r, g in _groups(parameter.device_mesh).items() if r not in data_parallel}
+    found = {ranks: group for ranks, group in found.items() if len(ranks) > 1}
+    if len(found) > 1:
+        raise PlanError(
+            f"The parameters are split over several groups of ranks, {', '.join(map(str, found))}; say with "
+            "tensor_parallel= over which of them activations are split"
+        )
+    return next(iter(found.values()), None)
+
+
+def _groups(mesh: DeviceMesh) -> dict[tuple[int, ...], ProcessGroup]:
+    """From the ranks along each dimension of a mesh, as this process sees them, to their group."""
+    groups = [mesh.get_group(dim) for dim in range(mesh.ndim)]
+    return {tuple(dist.get_process_group_ranks(group)): group for group in groups}

@@ -1,0 +1,89 @@
+"""The sites of a whole model, whatever part of it this process holds.
+
+A model that is spread over processes or devices cannot be asked for its own shapes: a projection knows the width of
+its shard, and weights may lie on meta. So its unsharded twin is asked: the same class and config on meta,
+without weights.
+"""
+
+from copy import deepcopy
+from weakref import WeakKeyDictionary
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from transformers import PreTrainedModel
+
+from residua.capture.siteinfo import SiteInfo
+from residua.capture.sites import resolve_sites
+from residua.capture.wrappers import core_of, named_parts
+from residua.store.errors import UnknownSiteError
+
+_twins: WeakKeyDictionary[nn.Module, PreTrainedModel] = WeakKeyDictionary()
+
+
+def whole_sites(model: nn.Module, patterns: str | list[str]) -> dict[str, SiteInfo]:
+    """Turn patterns into sites, with the shapes that they have in the unsharded model.
+
+    Args:
+        model: Any torch module, wrapped, sharded, split or not.
+        patterns: As for `resolve_sites`.
+
+    Returns:
+        From name to site; sites of pipeline stages that other processes hold are among them.
+
+    Raises:
+        UnknownSiteError: The model has no such site.
+    """
+    core = core_of(model)
+    if not isinstance(core, PreTrainedModel) or not is_spread(core):
+        return resolve_sites(core, patterns)
+    try:
+        return resolve_sites(_twin_of(core), patterns)
+    except UnknownSiteError:
+        return resolve_sites(core, patterns)  # a module that was put in by hand is in no config
+
+
+def is_spread(core: PreTrainedModel) -> bool:
+    """Tell whether a model may lie on several processes or devices."""
+    several = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+    return several or hasattr(core, "hf_device_map")
+
+
+def here(model: nn.Module, sites: dict[str, SiteInfo]) -> dict[str, SiteInfo]:
+    """Return the sites whose module this process really has.
+
+    The others are in another stage of a pipeline. transformers leaves stand-ins under their names, which pass on
+    what they take.
+    """
+    parts = named_parts(model)
+    return {
+        name: info
+        for name, info in sites.items()
+        if info.module in parts and type(parts[info.module]).__name__ != "PipelineIdentityLayer"
+    }
+
+
+def _twin_of(core: PreTrainedModel) -> PreTrainedModel:
+    if core not in _twins:
+        config = deepcopy(core.config)
+        for name in ("distributed_config", "quantization_config"):
+            if getattr(config, name, None) is not None:
+                setattr(config, name, None)
+        options: dict[str, object] = {"dtype": core.dtype, "attn_implementation": "eager"}
+        text = config.get_text_config()
+        if any(getattr(text, name, None) for name in ("num_local_experts", "num_experts")):
+            options["experts_implementation"] = "batched_mm"  # the default counts tokens, which meta cannot
+        with torch.device("meta"):
+            twin = _class_of(core)._from_config(config, **options)  # type: ignore[no-untyped-call]  # theirs
+        nn.Module.train(twin, False)
+        _twins[core] = twin
+    return _twins[core]
+
+
+def _class_of(core: PreTrainedModel) -> type[PreTrainedModel]:
+    """The class as it was before FSDP2 put its own in front."""
+    return next(
+        kind
+        for kind in type(core).__mro__
+        if issubclass(kind, PreTrainedModel) and "fsdp" not in kind.__module__ and kind.__name__[:4] != "FSDP"
+    )

@@ -1,0 +1,112 @@
+"""From what this process has of a site to the whole tensor, and back: one way in for every layout."""
+
+from collections.abc import Callable
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed import ProcessGroup
+from torch.distributed.tensor import DTensor, Replicate
+
+from residua.capture.gather import run_everywhere, run_once
+from residua.capture.hooks import Met
+from residua.capture.layouts import Layout, Shape, detect, whole_shape
+from residua.capture.ranks import on_rank
+from residua.store.errors import CaptureError
+
+Function = Callable[[Tensor], Tensor | None]
+
+
+class Wholes:
+    """Runs functions on whole tensors of one model replica.
+
+    Args:
+        group: The ranks that share the replica's activations; None where this process has whole ones.
+        everywhere: Whether functions run on every rank, with gradients, or once, on the owner.
+        checks_shapes: Whether a tensor without a group is compared with the shape in the unsharded model.
+    """
+
+    def __init__(self, group: ProcessGroup | None, *, everywhere: bool, checks_shapes: bool) -> None:
+        self._group = group
+        self._everywhere = everywhere
+        self._checks_shapes = checks_shapes
+        self._layouts: dict[tuple[str, bool], Layout] = {}
+
+    def run(self, met: Met, local: Tensor, function: Function, *, is_gradient: bool) -> Tensor | None:
+        """Run a function on the whole of a site's tensor or gradient.
+
+        Args:
+            met: Where it was met.
+            local: What this process has of it, laid out as sites are promised.
+            function: Given a tensor of its own.
+            is_gradient: Whether it is the gradient; its layout is proved by itself.
+
+        Returns:
+            What replaces `local`, or None.
+
+        Raises:
+            CaptureError: The layout cannot be proved.
+        """
+        if isinstance(local, DTensor):
+            return self._run_dtensor(met, local, function)
+        whole = whole_shape(met.info, met.batch_shape, tuple(local.shape))
+        if self._group is None:
+            self._refuse_parts(met.info.name, local, whole)
+            return function(local.clone())
+        key = (met.info.name, is_gradient)
+        layout = self._layout(key, local, whole, self._group)
+        if self._everywhere:
+            return run_everywhere(local.clone(), layout, self._group, function)
+        return run_once(local, layout, self._group, function, met.info.name)
+
+    def _layout(self, key: tuple[str, bool], local: Tensor, whole: Shape | None, group: ProcessGroup) -> Layout:
+        name, known = key[0], self._layouts.get(key)
+        if known is None or (known.dim is not None and whole is not None and whole[known.dim] != sum(known.sizes)):
+            known = self._layouts[key] = detect(name, local, whole, group)
+        if not known.fits(local, whole, dist.get_rank(group)):
+            raise CaptureError(
+                f"Site {name!r}{on_rank()} has shape {list(local.shape)} and lay otherwise on the first batch; the "
+                f"whole would be {list(whole or ())}. Tap batches of different layout in contexts of their own."
+            )
+        return known
+
+    def _run_dtensor(self, met: Met, tensor: DTensor, function: Function) -> Tensor | None:
+        """Follow the placements that the tensor itself carries; sums that are not yet added up are."""
+        mesh = tensor.device_mesh
+        if mesh.ndim != 1:
+            raise CaptureError(
+                f"Site {met.info.name!r}{on_rank()} is a DTensor over a mesh of {mesh.ndim} dimensions; only "
+                "one can be gathered. Pass gather=False to get what each rank has."
+            )
+        whole = tensor.full_tensor()
+        if self._everywhere:
+            new = function(whole.clone())
+        else:
+            new = run_once(whole, Layout(), mesh.get_group(), function, met.info.name)
+        if new is None:
+            return None
+        return DTensor.from_local(new, mesh, [Replicate()], run_check=False).redistribute(placements=tensor.placements)
+
+    def _refuse_parts(self, name: str, local: Tensor, whole: Shape | None) -> None:
+        if self._checks_shapes and whole is not None and local.shape[2:] != torch.Size(whole[2:]):
+            raise CaptureError(
+                f"Site {name!r}{on_rank()} has shape {list(local.shape)}, and the whole tensor would be {list(whole)}: "
+                "the model is split over ranks that are not known here. Say with tensor_parallel= which they are, or "
+                "pass gather=False to get what each rank has."
+            )
+
+
+class Parts:
+    """Runs functions on what each process has by itself, without communication."""
+
+    def run(self, _met: Met, local: Tensor, function: Function, *, is_gradient: bool) -> Tensor | None:
+        """Run a function on this process's part of a site's tensor or gradient; see `Wholes.run`."""
+        del is_gradient
+        if not isinstance(local, DTensor):
+            return function(local.clone())
+        new = function(local.to_local().clone())
+        if new is None:
+            return None
+        return DTensor.from_local(
+            new, local.device_mesh, local.placements, run_check=False, shape=local.shape, stride=local.stride()
+        )

@@ -1,0 +1,297 @@
+"""What one rank does in a launch of several: build each layout, compare it with one process, write rows as JSON.
+
+Run by `test_layouts.py` under torchrun: ``worker.py FOLDER LAUNCH``; rank 0 writes ``FOLDER/LAUNCH.json``.
+"""
+
+import gc
+import json
+import os
+import sys
+import traceback
+from collections.abc import Callable, Iterator
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecisionPolicy, fully_shard
+from torch.nn.parallel import DistributedDataParallel
+from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.distributed import DistributedConfig
+
+from tests.distributed.checks import Case, Row
+from tests.distributed.expected import Expected, batch, expected
+from tests.models import SPLIT
+
+FOLDER = Path(sys.argv[1])
+FP32 = 2e-5
+ROWS: dict[str, Callable[[], Iterator[Row]]] = {}
+_expected: dict[tuple[str, int, str], Expected] = {}
+
+
+def layout(name: str) -> Callable[[Callable[[], Iterator[Row]]], Callable[[], Iterator[Row]]]:
+    def note(rows: Callable[[], Iterator[Row]]) -> Callable[[], Iterator[Row]]:
+        ROWS[name] = rows
+        return rows
+
+    return note
+
+
+def wanted(name: str, seed: int, dtype: torch.dtype = torch.float32) -> Expected:
+    """What one process gives; computed once a launch, model and batch."""
+    key = (name, seed, str(dtype))
+    if key not in _expected:
+        _expected[key] = expected(cast(SPLIT[name](), dtype), name, batch(seed))
+    return _expected[key]
+
+
+def cast(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
+    """Cast the parameters alone: rotary frequencies stay as they are."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
+    return model
+
+
+def data_parallel(layout: str, name: str, model: nn.Module, **options: Any) -> Case:
+    """A case in which every rank is a replica with a batch of its own."""
+    seed = dist.get_rank()
+    dtype = options.pop("dtype", torch.float32)
+    return Case(
+        layout=layout,
+        name=name,
+        model=model,
+        inputs=batch(seed),
+        expected=wanted(name, seed, dtype),
+        owns=True,
+        **options,
+    )
+
+
+def all_of(case: Case) -> Iterator[Row]:
+    yield case.forward()
+    yield case.gradients()
+    yield case.edits()
+    yield case.training()
+
+
+@layout("DDP")
+def ddp() -> Iterator[Row]:
+    for name in ("llama", "gpt2"):
+        yield from all_of(
+            data_parallel("DDP", name, DistributedDataParallel(SPLIT[name](), find_unused_parameters=True))
+        )
+
+
+@layout("FSDP1")
+def fsdp1() -> Iterator[Row]:
+    from torch.distributed.fsdp.wrap import ModuleWrapPolicy
+
+    for name in ("llama", "gpt2"):
+        model = SPLIT[name]()
+        policy = ModuleWrapPolicy({type(block) for block in blocks_of(model)})
+        spread = FullyShardedDataParallel(model, auto_wrap_policy=policy, device_id=torch.device("cpu"))
+        yield from all_of(data_parallel("FSDP1", name, spread))
+
+
+@layout("FSDP2")
+def fsdp2() -> Iterator[Row]:
+    for name in ("llama", "gpt2"):
+        yield from all_of(data_parallel("FSDP2", name, sharded(SPLIT[name]())))
+
+
+@layout("FSDP2, mixed precision")
+def fsdp2_mixed() -> Iterator[Row]:
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    for name in ("llama", "gpt2"):
+        model = sharded(SPLIT[name](), mp_policy=policy)
+        case = data_parallel("FSDP2, mixed precision", name, model, dtype=torch.bfloat16)
+        yield case.forward()
+        yield case.edits()
+
+
+def blocks_of(model: nn.Module) -> list[nn.Module]:
+    return next(list(m) for m in model.modules() if isinstance(m, nn.ModuleList))
+
+
+def sharded(model: nn.Module, **options: Any) -> nn.Module:
+    for block in blocks_of(model):
+        fully_shard(block, **options)
+    fully_shard(model, **options)
+    return model
+
+
+@layout("Accelerate prepare")
+def accelerated() -> Iterator[Row]:
+    from accelerate import Accelerator
+
+    accelerator = Accelerator(cpu=True)
+    for name in ("llama", "gpt2"):
+        model = accelerator.prepare(SPLIT[name]())
+        case = data_parallel("Accelerate prepare", name, model)
+        yield case.forward()
+        yield case.edits()
+
+
+def loaded(name: str, **config: Any) -> PreTrainedModel:
+    """Load what rank 0 saved, in the way users of transformers' own parallelism do."""
+    path = FOLDER / name
+    if dist.get_rank() == 0 and not path.exists():
+        SPLIT[name]().save_pretrained(path)
+    dist.barrier()
+    model = AutoModelForCausalLM.from_pretrained(
+        path, distributed_config=DistributedConfig(**config), dtype=torch.float32
+    )
+    assert isinstance(model, PreTrainedModel)
+    nn.Module.train(model, False)
+    return model
+
+
+def tensor_parallel(layout: str, name: str, model: nn.Module, **options: Any) -> Case:
+    """A case in which all ranks share one replica and one batch."""
+    owns = dist.get_rank() == 0
+    return Case(
+        layout=layout,
+        name=name,
+        model=model,
+        inputs=batch(0),
+        expected=wanted(name, 0),
+        owns=owns,
+        bound=FP32,
+        **options,
+    )
+
+
+def transformers_tp() -> Iterator[Row]:
+    size = dist.get_world_size()
+    for name in ("llama", "qwen3", "mixtral"):
+        yield from all_of(tensor_parallel(f"transformers TP {size}", name, loaded(name, tp_size=size)))
+
+
+ROWS["transformers TP 2"] = ROWS["transformers TP 4"] = transformers_tp
+
+
+@layout("parallelize_module")
+def parallelized() -> Iterator[Row]:
+    yield from all_of(tensor_parallel("parallelize_module", "llama", parallel_llama(init_device_mesh("cpu", (2,)))))
+
+
+@layout("parallelize_module, sequence parallel")
+def sequence_parallel() -> Iterator[Row]:
+    model = parallel_llama(init_device_mesh("cpu", (2,)), sequence=True)
+    yield from all_of(tensor_parallel("parallelize_module, sequence parallel", "llama", model))
+
+
+def parallel_llama(mesh: DeviceMesh, *, sequence: bool = False) -> nn.Module:
+    from torch.distributed.tensor import Replicate, Shard
+    from torch.distributed.tensor.parallel import (
+        ColwiseParallel,
+        PrepareModuleInput,
+        RowwiseParallel,
+        SequenceParallel,
+        parallelize_module,
+    )
+
+    model = SPLIT["llama"]()
+    stream = Shard(1) if sequence else Replicate()
+    plan: dict[str, Any] = {}
+    for index in range(model.config.num_hidden_layers):
+        block = f"model.layers.{index}"
+        for column in ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "mlp.gate_proj", "mlp.up_proj"):
+            plan[f"{block}.{column}"] = ColwiseParallel()
+        for row in ("self_attn.o_proj", "mlp.down_proj"):
+            plan[f"{block}.{row}"] = RowwiseParallel(output_layouts=stream, use_local_output=not sequence)
+        if sequence:
+            for norm in ("input_layernorm", "post_attention_layernorm"):
+                plan[f"{block}.{norm}"] = SequenceParallel()
+            plan[f"{block}.self_attn"] = PrepareModuleInput(
+                input_kwarg_layouts={"hidden_states": Shard(1)},
+                desired_input_kwarg_layouts={"hidden_states": Replicate()},
+            )
+            plan[f"{block}.mlp"] = PrepareModuleInput(input_layouts=(Shard(1),), desired_input_layouts=(Replicate(),))
+    if sequence:
+        plan["model.embed_tokens"] = RowwiseParallel(
+            input_layouts=Replicate(), output_layouts=Shard(1), use_local_output=False
+        )
+        plan["model.norm"] = SequenceParallel()
+        plan["lm_head"] = ColwiseParallel(input_layouts=Shard(1), output_layouts=Replicate())
+    parallelize_module(model, mesh, plan)
+    return model
+
+
+@layout("TP 2 x DP 2")
+def tp_dp() -> Iterator[Row]:
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
+    seed, owns = mesh.get_local_rank("dp"), mesh.get_local_rank("tp") == 0
+    case = Case(
+        layout="TP 2 x DP 2",
+        name="llama",
+        model=parallel_llama(mesh["tp"]),
+        inputs=batch(seed),
+        expected=wanted("llama", seed),
+        owns=owns,
+        bound=FP32,
+    )
+    yield from all_of(case)
+
+
+@layout("TP 2 x FSDP 2")
+def tp_fsdp() -> Iterator[Row]:
+    for name in ("llama", "mixtral"):
+        model = loaded(name, tp_size=2, fsdp_size=2)
+        seed, tp_rank = divmod(dist.get_rank(), 2)
+        case = Case(
+            layout="TP 2 x FSDP 2",
+            name=name,
+            model=model,
+            inputs=batch(seed),
+            expected=wanted(name, seed),
+            owns=tp_rank == 0,
+            bound=FP32,
+        )
+        yield from all_of(case)
+
+
+@layout("expert parallel 2")
+def expert_parallel() -> Iterator[Row]:
+    model = loaded("mixtral", tp_size=2, ep_size=2)
+    yield from all_of(tensor_parallel("expert parallel 2", "mixtral", model))
+
+
+LAUNCHES = {
+    "data": (2, ["DDP", "FSDP1", "FSDP2", "FSDP2, mixed precision", "Accelerate prepare"]),
+    "tensor": (
+        2,
+        ["transformers TP 2", "parallelize_module", "parallelize_module, sequence parallel", "expert parallel 2"],
+    ),
+    "four": (4, ["transformers TP 4", "TP 2 x DP 2", "TP 2 x FSDP 2"]),
+}
+"""From name to the number of ranks and the layouts that are tried in one launch."""
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", timeout=timedelta(seconds=60))
+    found: dict[str, dict[str, Any]] = {}
+    for name in LAUNCHES[sys.argv[2]][1]:
+        if len(sys.argv) > 3 and name not in sys.argv[3:]:
+            continue
+        try:
+            found[name] = {"rows": [row.as_dict() for row in ROWS[name]()]}
+        except Exception:  # noqa: BLE001  # the boundary to one layout: the others are tried all the same
+            found[name] = {"failure": f"rank {dist.get_rank()}: {traceback.format_exc()}"}
+        everyone: list[dict[str, Any]] = [{}] * dist.get_world_size()
+        dist.all_gather_object(everyone, found[name])
+        found[name] = next((result for result in everyone if "failure" in result), found[name])
+    if dist.get_rank() == 0:
+        (FOLDER / f"{sys.argv[2]}.json").write_text(json.dumps(found, indent=1))
+    gc.collect()  # models that hold on to the group go first
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
