@@ -34,6 +34,12 @@ def tensor_parallel_group(model: nn.Module, given: ProcessGroup | DeviceMesh | N
     return group if group is not None and dist.get_world_size(group) > 1 else None
 
 
+def pipeline_group(model: nn.Module) -> ProcessGroup | None:
+    """Return the stages of transformers' own pipeline, which all give the logits; None for any other model."""
+    stage = getattr(core_of(model), "_pp_stage", None)
+    return None if stage is None or stage.pp_size == 1 else stage.pp_group
+
+
 def _given(given: ProcessGroup | DeviceMesh) -> ProcessGroup:
     if isinstance(given, ProcessGroup):
         return given

@@ -17,7 +17,7 @@ from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
 from residua.capture.attention import eager_where_needed
-from residua.capture.groups import tensor_parallel_group
+from residua.capture.groups import pipeline_group, tensor_parallel_group
 from residua.capture.hooks import ForwardCall, Met, attached
 from residua.capture.leaves import checked_replacement
 from residua.capture.oracle import here, is_spread, whole_sites
@@ -230,7 +230,8 @@ def _layouts(
         return Parts()
     core = core_of(model)
     spread = isinstance(core, PreTrainedModel) and is_spread(core)
-    return Wholes(tensor_parallel_group(core, given), everywhere=everywhere, checks_shapes=spread)
+    group = tensor_parallel_group(core, given)
+    return Wholes(group, everywhere=everywhere, checks_shapes=spread, stages=pipeline_group(core))
 
 
 def _refuse_parts_of_logits(sites: Mapping[str, SiteInfo]) -> None:

@@ -24,10 +24,14 @@ class Wholes:
         group: The ranks that share the replica's activations; None where this process has whole ones.
         everywhere: Whether functions run on every rank, with gradients, or once, on the owner.
         checks_shapes: Whether a tensor without a group is compared with the shape in the unsharded model.
+        stages: The ranks of a pipeline that hands its logits to every stage; None where none does.
     """
 
-    def __init__(self, group: ProcessGroup | None, *, everywhere: bool, checks_shapes: bool) -> None:
+    def __init__(
+        self, group: ProcessGroup | None, *, everywhere: bool, checks_shapes: bool, stages: ProcessGroup | None
+    ) -> None:
         self._group = group
+        self._stages = stages
         self._everywhere = everywhere
         self._checks_shapes = checks_shapes
         self._layouts: dict[tuple[str, bool], Layout] = {}
@@ -50,14 +54,15 @@ class Wholes:
         if isinstance(local, DTensor):
             return self._run_dtensor(met, local, function)
         whole = whole_shape(met.info, met.batch_shape, tuple(local.shape))
-        if self._group is None:
+        group = self._stages if met.info.via == "logits" and self._stages is not None else self._group
+        if group is None:
             self._refuse_parts(met.info.name, local, whole)
             return function(local.clone())
         key = (met.info.name, is_gradient)
-        layout = self._layout(key, local, whole, self._group)
+        layout = self._layout(key, local, whole, group)
         if self._everywhere:
-            return run_everywhere(local.clone(), layout, self._group, function)
-        return run_once(local, layout, self._group, function, met.info.name)
+            return run_everywhere(local.clone(), layout, group, function)
+        return run_once(local, layout, group, function, met.info.name)
 
     def _layout(self, key: tuple[str, bool], local: Tensor, whole: Shape | None, group: ProcessGroup) -> Layout:
         name, known = key[0], self._layouts.get(key)

@@ -62,7 +62,7 @@ class Case:
         with tap(self.model, site_names(self.model, self.name), kept.__setitem__, backward=True):
             loss_of(self.model, self.inputs).backward()  # type: ignore[no-untyped-call]  # torch leaves it bare
         self.model.zero_grad()
-        return self._row("gradients", kept, self.expected.gradients, bound=5 * self.bound)  # rounding adds up twice
+        return self._row("gradients", kept, self.expected.gradients)
 
     def edits(self) -> Row:
         """Logits with one site changed, on every rank."""
@@ -82,7 +82,7 @@ class Case:
             got[site] = trained(self.model, site, width, self.inputs)
         return self._noted("training", got, self.expected.trained, n_sites=2)
 
-    def _row(self, what: str, kept: dict[str, Tensor], wanted: dict[str, Tensor], bound: float | None = None) -> Row:
+    def _row(self, what: str, kept: dict[str, Tensor], wanted: dict[str, Tensor]) -> Row:
         if not self.staged:
             assert kept.keys() == (wanted.keys() if self.owns else set()), (
                 f"functions ran where they should not: {kept}"
@@ -90,17 +90,18 @@ class Case:
         names: list[set[str]] = [set()] * dist.get_world_size()
         dist.all_gather_object(names, set(kept))
         assert set().union(*names) == wanted.keys(), "some site was met nowhere"
-        return self._noted(what, kept, {site: wanted[site] for site in kept}, n_sites=len(wanted), bound=bound)
+        return self._noted(what, kept, {site: wanted[site] for site in kept}, n_sites=len(wanted))
 
-    def _noted(self, what: str, got: dict[str, Tensor], wanted: dict[str, Tensor], *, n_sites: int, bound: float | None = None) -> Row:
-        bound = self.bound if bound is None else bound
+    def _noted(
+        self, what: str, got: dict[str, Tensor], wanted: dict[str, Tensor], *, n_sites: int, bound: float | None = None
+    ) -> Row:
         errors = {site: relative_error(got[site], wanted[site]) for site in wanted}
         everyone: list[dict[str, float]] = [{}] * dist.get_world_size()
         dist.all_gather_object(everyone, errors)
         error = max((value for rank in everyone for value in rank.values()), default=0.0)
-        if error > bound:
-            print(self.layout, self.name, what, {k: v for k, v in errors.items() if v > bound}, flush=True)
-        return Row(layout=self.layout, model=self.name, what=what, n_sites=n_sites, error=error, bound=bound)
+        if error > self.bound:
+            print(self.layout, self.name, what, {k: v for k, v in errors.items() if v > self.bound}, flush=True)
+        return Row(layout=self.layout, model=self.name, what=what, n_sites=n_sites, error=error, bound=self.bound)
 
 
 def whole(tensor: Tensor) -> Tensor:

@@ -26,10 +26,12 @@ from transformers.distributed import DistributedConfig
 
 from tests.distributed.checks import Case, Row
 from tests.distributed.expected import Expected, batch, expected
+from tests.distributed.launches import LAUNCHES
+from tests.distributed.refusals import CHECKS
 from tests.models import SPLIT
 
 FOLDER = Path(sys.argv[1])
-FP32 = 2e-5
+FP32, FP64 = 2e-5, 5e-7
 ROWS: dict[str, Callable[[], Iterator[Row]]] = {}
 _expected: dict[tuple[str, int, str], Expected] = {}
 
@@ -77,6 +79,32 @@ def all_of(case: Case) -> Iterator[Row]:
     yield case.gradients()
     yield case.edits()
     yield case.training()
+
+
+@layout("single")
+def single() -> Iterator[Row]:
+    for name in SPLIT:
+        yield from all_of(data_parallel("single", name, SPLIT[name]()))
+
+
+@layout("device_map, cpu and disk offload")
+def offloaded() -> Iterator[Row]:
+    from accelerate import dispatch_model
+
+    for name in SPLIT:
+        model = SPLIT[name]()
+        base = model.base_model_prefix
+        blocks = {f"{base}.{path}": module for path, module in model.base_model.named_children()}
+        where: dict[str, str] = dict.fromkeys([*blocks, "lm_head"], "cpu")
+        inner = next(path for path, module in blocks.items() if isinstance(module, nn.ModuleList))
+        del where[inner]
+        where |= {f"{inner}.{index}": place for index, place in enumerate(("cpu", "disk", "disk"))}
+        spread = dispatch_model(
+            model, where, main_device="cpu", offload_dir=str(FOLDER / f"offload-{name}"), force_hooks=True
+        )
+        case = data_parallel("device_map, cpu and disk offload", name, spread)
+        yield case.forward()
+        yield case.edits()
 
 
 @layout("DDP")
@@ -137,32 +165,30 @@ def accelerated() -> Iterator[Row]:
         yield case.edits()
 
 
-def loaded(name: str, **config: Any) -> PreTrainedModel:
+def loaded(name: str, dtype: torch.dtype = torch.float32, **config: Any) -> PreTrainedModel:
     """Load what rank 0 saved, in the way users of transformers' own parallelism do."""
     path = FOLDER / name
     if dist.get_rank() == 0 and not path.exists():
         SPLIT[name]().save_pretrained(path)
     dist.barrier()
-    model = AutoModelForCausalLM.from_pretrained(
-        path, distributed_config=DistributedConfig(**config), dtype=torch.float32
-    )
+    model = AutoModelForCausalLM.from_pretrained(path, distributed_config=DistributedConfig(**config), dtype=dtype)
     assert isinstance(model, PreTrainedModel)
     nn.Module.train(model, False)
     return model
 
 
-def tensor_parallel(layout: str, name: str, model: nn.Module, **options: Any) -> Case:
+def tensor_parallel(layout: str, name: str, model: PreTrainedModel) -> Case:
     """A case in which all ranks share one replica and one batch."""
     owns = dist.get_rank() == 0
+    bound = {torch.float32: FP32, torch.float64: FP64}[model.dtype]
     return Case(
         layout=layout,
         name=name,
         model=model,
         inputs=batch(0),
-        expected=wanted(name, 0),
+        expected=wanted(name, 0, model.dtype),
         owns=owns,
-        bound=FP32,
-        **options,
+        bound=bound,
     )
 
 
@@ -170,6 +196,9 @@ def transformers_tp() -> Iterator[Row]:
     size = dist.get_world_size()
     for name in ("llama", "qwen3", "mixtral"):
         yield from all_of(tensor_parallel(f"transformers TP {size}", name, loaded(name, tp_size=size)))
+    for name in ("llama", "qwen3"):
+        model = loaded(name, torch.float64, tp_size=size)
+        yield from all_of(tensor_parallel(f"transformers TP {size}, float64", name, model))
 
 
 ROWS["transformers TP 2"] = ROWS["transformers TP 4"] = transformers_tp
@@ -186,7 +215,7 @@ def sequence_parallel() -> Iterator[Row]:
     yield from all_of(tensor_parallel("parallelize_module, sequence parallel", "llama", model))
 
 
-def parallel_llama(mesh: DeviceMesh, *, sequence: bool = False) -> nn.Module:
+def parallel_llama(mesh: DeviceMesh, *, sequence: bool = False) -> PreTrainedModel:
     from torch.distributed.tensor import Replicate, Shard
     from torch.distributed.tensor.parallel import (
         ColwiseParallel,
@@ -262,15 +291,33 @@ def expert_parallel() -> Iterator[Row]:
     yield from all_of(tensor_parallel("expert parallel 2", "mixtral", model))
 
 
-LAUNCHES = {
-    "data": (2, ["DDP", "FSDP1", "FSDP2", "FSDP2, mixed precision", "Accelerate prepare"]),
-    "tensor": (
-        2,
-        ["transformers TP 2", "parallelize_module", "parallelize_module, sequence parallel", "expert parallel 2"],
-    ),
-    "four": (4, ["transformers TP 4", "TP 2 x DP 2", "TP 2 x FSDP 2"]),
-}
-"""From name to the number of ranks and the layouts that are tried in one launch."""
+@layout("transformers PP 2")
+def transformers_pp() -> Iterator[Row]:
+    for name in ("llama", "qwen3", "mixtral"):
+        model = loaded(name, pp_size=2)
+        case = Case(
+            layout="transformers PP 2",
+            name=name,
+            model=model,
+            inputs=batch(0),
+            expected=wanted(name, 0),
+            owns=True,
+            bound=1e-5,
+            staged=True,
+        )
+        yield case.forward()
+        yield case.edits()
+
+
+def refused(check: Callable[[Callable[[], PreTrainedModel]], None]) -> Callable[[], Iterator[Row]]:
+    def rows() -> Iterator[Row]:
+        check(lambda: loaded("llama", tp_size=2))
+        yield from ()
+
+    return rows
+
+
+ROWS |= {check.__name__: refused(check) for check in CHECKS}
 
 
 def main() -> None:

@@ -1,0 +1,178 @@
+"""What is refused, and by whom: each function is run on both ranks of a launch and asserts what this rank sees."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from residua.capture.tap import tap
+from residua.capture.tapgroup import TapGroup
+from residua.store.errors import CaptureError
+from tests.distributed.checks import relative_error
+from tests.distributed.expected import batch, site_names
+from tests.models import SPLIT
+
+Load = Callable[[], PreTrainedModel]
+
+
+def run(model: nn.Module, seed: int = 0, **size: int) -> Tensor:
+    with torch.no_grad():
+        logits: Tensor = model(**batch(seed, **size)).logits
+    return logits
+
+
+def nothing(_site: str, _tensor: Tensor) -> None:
+    return None
+
+
+def different_tokens(load: Load) -> None:
+    """Ranks that should share a batch and do not are found out by the checksum."""
+    model, rank = SPLIT["llama"](), dist.get_rank()
+    words = (
+        rf"Site 'resid_post\.1' on rank {rank}: its layout cannot be proved.*different tokens.*rank 1: \[4, 10, 32\]"
+    )
+    with pytest.raises(CaptureError, match=words), tap(model, "resid_post.1", nothing, tensor_parallel=world()):
+        run(model, seed=rank)
+
+
+def partial_sums(load: Load) -> None:
+    """What the ranks have of a sum before it is summed has the shape of the whole and other values."""
+    model = by_hand()
+    words = r"'module:model\.layers\.1\.mlp\.down_proj@output' on rank \d: .*cannot be proved.*not yet added up"
+    with (
+        pytest.raises(CaptureError, match=words),
+        tap(model, "module:model.layers.1.mlp.down_proj", nothing, tensor_parallel=world()),
+    ):
+        run(model)
+
+
+def a_group_that_is_not_known(load: Load) -> None:
+    """A model split by hand shows no group: parts are refused, until the user says who holds them."""
+    model, kept = by_hand(), dict[str, Tensor]()
+    words = rf"Site 'mlp_act\.1' on rank {dist.get_rank()} has shape \[4, 10, 49\].*\[4, 10, 98\].*tensor_parallel="
+    with pytest.raises(CaptureError, match=words), tap(model, "mlp_act.1", nothing):
+        run(model)
+    with tap(model, "mlp_act.1", kept.__setitem__, tensor_parallel=world()):
+        run(model)
+    bare, expected = SPLIT["llama"](), dict[str, Tensor]()
+    with tap(bare, "mlp_act.1", expected.__setitem__, tensor_parallel=alone()):
+        run(bare)
+    assert list(kept) == (["mlp_act.1"] if dist.get_rank() == 0 else [])
+    assert all(relative_error(value, expected[site]) < 1e-5 for site, value in kept.items())
+
+
+def functions_that_fail(load: Load) -> None:
+    """The owner raises what its function raised; the others raise too, and say where it happened."""
+    model = load()
+    before = run(model)
+    wrong: list[tuple[Callable[[Tensor], Any], type[Exception], str]] = [
+        (lambda tensor: tensor[:, :1], CaptureError, r"'z\.1' on rank 0 holds float32\[4, 10, 8, 4\].*\[4, 1, 8, 4\]"),
+        (lambda tensor: tensor.double(), CaptureError, "float64"),
+        (lambda tensor: tensor[99], IndexError, "out of bounds"),
+    ]
+    for function, error, words in wrong:
+        there = CaptureError if dist.get_rank() else error
+        told = rf"Site 'z\.1' on rank 1: the function failed on rank 0: .*{words}" if dist.get_rank() else words
+        with pytest.raises(there, match=told), tap(model, "z.1", lambda _site, tensor, f=function: f(tensor)):
+            run(model)
+        assert torch.equal(run(model), before)
+
+
+def parts_without_gathering(load: Load) -> None:
+    """With gather=False every rank sees its own part, and what it gives back replaces that part."""
+    model, kept = load(), dict[str, Tensor]()
+    before = run(model)
+    with tap(model, "q.1,mlp_act.1,resid_post.1", kept.__setitem__, gather=False):
+        run(model)
+    shapes = {site: tuple(value.shape) for site, value in kept.items()}
+    assert shapes == {"q.1": (4, 10, 4, 4), "mlp_act.1": (4, 10, 49), "resid_post.1": (4, 10, 32)}
+    zeros: list[Tensor] = []
+    for gather in (True, False):
+        with tap(model, "z.1", lambda _site, tensor: torch.zeros_like(tensor), gather=gather):
+            zeros.append(run(model))
+    assert torch.equal(zeros[0], zeros[1])
+    assert not torch.equal(zeros[0], before)
+
+
+def later_batches_and_switches(load: Load) -> None:
+    """Layouts proved on one batch hold for batches of other shapes; a switched-off group costs no agreement."""
+    model, bare, group = load(), SPLIT["llama"](), TapGroup()
+    for size in ({}, {"n_examples": 2, "length": 7}, {"n_examples": 1, "length": 30}):
+        got, wanted = dict[str, Tensor](), dict[str, Tensor]()
+        names = site_names(model, "llama")
+        with tap(bare, names, wanted.__setitem__, tensor_parallel=alone()):
+            run(bare, **size)
+        with tap(model, names, got.__setitem__, group=group):
+            run(model)
+            run(model, **size)
+            with group.off():
+                run(model, n_examples=3, length=4)
+        if dist.get_rank() == 0:
+            assert all(relative_error(got[site], value) < 1e-5 for site, value in wanted.items())
+
+
+def a_site_that_never_fires(load: Load) -> None:
+    model = load()
+    setattr(model.get_submodule("model.layers.1.mlp"), "forward", nn.Identity().forward)  # noqa: B010 - mypy's wish
+    words = rf"Site 'mlp_act\.1' on rank {dist.get_rank()} \(model\.layers\.1\.mlp\.down_proj input\) was never met"
+    with pytest.raises(CaptureError, match=words), tap(model, "mlp_act.1", nothing):
+        run(model)
+
+
+def replicas_with_unequal_batches(load: Load) -> None:
+    """Replicas do not wait for each other: one has three batches of its own size, the other one."""
+    model = nn.parallel.DistributedDataParallel(SPLIT["gpt2"]())
+    rank, kept = dist.get_rank(), list[Tensor]()
+    with tap(model, "resid_post.1", lambda _site, tensor: kept.append(tensor)):
+        for step in range(3 - 2 * rank):
+            run(model.module, seed=step, n_examples=1 + rank, length=5 + step)
+    assert [tuple(value.shape) for value in kept] == ([(1, 5, 32), (1, 6, 32), (1, 7, 32)], [(2, 5, 32)])[rank]
+
+
+def world() -> dist.ProcessGroup:
+    group = dist.group.WORLD
+    assert group is not None
+    return group
+
+
+def alone() -> dist.ProcessGroup:
+    """A group of this rank alone; both ranks have to make all groups."""
+    groups = [dist.new_group([rank]) for rank in range(dist.get_world_size())]
+    group = groups[dist.get_rank()]
+    assert isinstance(group, dist.ProcessGroup)
+    return group
+
+
+def by_hand() -> PreTrainedModel:
+    """A Llama whose MLPs are split over the ranks by hand, as one's own code might do it."""
+    model, rank = SPLIT["llama"](), dist.get_rank()
+    for layer in range(3):
+        mlp = model.get_submodule(f"model.layers.{layer}.mlp")
+        for name, dim in (("gate_proj", 0), ("up_proj", 0), ("down_proj", 1)):
+            linear = mlp.get_submodule(name)
+            assert isinstance(linear, nn.Linear)
+            linear.weight = nn.Parameter(linear.weight.chunk(2, dim)[rank].contiguous())
+        mlp.register_forward_hook(summed)
+    return model
+
+
+def summed(_module: nn.Module, _args: object, output: Tensor) -> Tensor:
+    output = output.clone()
+    dist.all_reduce(output)
+    return output
+
+
+CHECKS = (
+    different_tokens,
+    partial_sums,
+    a_group_that_is_not_known,
+    functions_that_fail,
+    parts_without_gathering,
+    later_batches_and_switches,
+    a_site_that_never_fires,
+    replicas_with_unequal_batches,
+)
