@@ -9,6 +9,7 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from residua.capture.parameters import whole_parameter
     from residua.capture.recorder import Recorder
     from residua.capture.sites import model_sites
     from residua.capture.tap import tap
@@ -34,6 +35,7 @@ __all__ = [
     "reproduce",
     "tap",
     "verify",
+    "whole_parameter",
 ]
 
 _HOMES = {
@@ -48,6 +50,7 @@ _HOMES = {
     "reproduce": "pipelines.reproduce:reproduce",
     "tap": "capture.tap:tap",
     "verify": "store.verify:verify",
+    "whole_parameter": "capture.parameters:whole_parameter",
 }
 
 

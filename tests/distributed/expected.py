@@ -13,7 +13,10 @@ from residua.capture.tap import tap
 from residua.capture.taps import reading
 from tests.models import VOCABULARY
 
-MODULE = {"gpt2": "module:transformer.h.1.mlp", "opt": "module:model.decoder.layers.1.fc1"}
+MODULES = {
+    "gpt2": ["module:transformer.h.1.mlp@output"],
+    "mixtral": [f"module:model.layers.1.mlp{part}@output" for part in ("", ".gate", ".experts")],
+}
 EDITED = ("embed", "resid_pre.2", "resid_mid.1", "q.1", "z.1", "pattern.1", "mlp_act.1", "mlp_out.1", "resid_post.0")
 TRAINED = ("resid_post.1", "z.1")
 Edit = Callable[[str, Tensor], Tensor]
@@ -29,9 +32,8 @@ def batch(seed: int, *, n_examples: int = 4, length: int = 10) -> dict[str, Any]
 
 
 def site_names(model: nn.Module, name: str) -> list[str]:
-    """Every canonical site that the architecture has, and one module of it."""
-    module = MODULE.get(name, "module:model.layers.1.mlp")
-    return [*whole_sites(model, ["*"]), f"{module}@output"]
+    """Every canonical site that the architecture has, and modules of it."""
+    return [*whole_sites(model, ["*"]), *MODULES.get(name, ["module:model.layers.1.mlp@output"])]
 
 
 def loss_of(model: nn.Module, inputs: Mapping[str, Any]) -> Tensor:

@@ -39,6 +39,8 @@ REFUSALS = (
         "later_batches_and_switches",
         "a_site_that_never_fires",
         "replicas_with_unequal_batches",
+        "rows_inside_experts",
+        "parameters",
     ),
 )
 """Number of ranks, and the functions of `tests.distributed.refusals` that run on them."""

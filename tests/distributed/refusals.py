@@ -1,22 +1,29 @@
 """What is refused, and by whom: each function is run on both ranks of a launch and asserts what this rank sees."""
 
 from collections.abc import Callable
-from typing import Any
+from functools import partial
+from typing import Any, Protocol
 
 import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from transformers import PreTrainedModel
 
+from residua.capture.parameters import whole_parameter
 from residua.capture.tap import tap
 from residua.capture.tapgroup import TapGroup
 from residua.store.errors import CaptureError
 from tests.distributed.checks import relative_error
-from tests.distributed.expected import batch, site_names
+from tests.distributed.expected import batch, loss_of, site_names
 from tests.models import SPLIT
 
-Load = Callable[[], PreTrainedModel]
+
+class Load(Protocol):
+    """Load a model with transformers' own parallelism, tensor parallel if nothing else is said."""
+
+    def __call__(self, name: str = ..., **config: int) -> PreTrainedModel: ...
 
 
 def run(model: nn.Module, seed: int = 0, **size: int) -> Tensor:
@@ -77,9 +84,13 @@ def functions_that_fail(load: Load) -> None:
     for function, error, words in wrong:
         there = CaptureError if dist.get_rank() else error
         told = rf"Site 'z\.1' on rank 1: the function failed on rank 0: .*{words}" if dist.get_rank() else words
-        with pytest.raises(there, match=told), tap(model, "z.1", lambda _site, tensor, f=function: f(tensor)):
+        with pytest.raises(there, match=told), tap(model, "z.1", partial(ignoring_site, function)):
             run(model)
         assert torch.equal(run(model), before)
+
+
+def ignoring_site(function: Callable[[Tensor], Any], _site: str, tensor: Tensor) -> Any:
+    return function(tensor)
 
 
 def parts_without_gathering(load: Load) -> None:
@@ -133,6 +144,32 @@ def replicas_with_unequal_batches(load: Load) -> None:
     assert [tuple(value.shape) for value in kept] == ([(1, 5, 32), (1, 6, 32), (1, 7, 32)], [(2, 5, 32)])[rank]
 
 
+def rows_inside_experts(load: Load) -> None:
+    """Which rows an expert sees differs from rank to rank."""
+    model = load("mixtral", tp_size=2, ep_size=2)
+    with pytest.raises(CaptureError), tap(model, "module:model.layers.1.mlp.experts.act_fn", nothing):
+        run(model)
+
+
+def parameters(load: Load) -> None:
+    """A parameter and its gradient come whole, under the bare model's name, however they are sharded."""
+    bare = SPLIT["llama"]()
+    loss_of(bare, batch(0)).backward()  # type: ignore[no-untyped-call]  # torch leaves it bare
+    wrapped = FullyShardedDataParallel(SPLIT["llama"](), device_id=torch.device("cpu"), use_orig_params=True)
+    copied = nn.parallel.DistributedDataParallel(SPLIT["llama"]())
+    models: tuple[Any, ...] = (load(), fully_shard(SPLIT["llama"]()), wrapped, copied)
+    for model in models:
+        loss_of(model, batch(0)).backward()  # type: ignore[no-untyped-call]  # torch leaves it bare
+        for name in ("model.layers.1.mlp.up_proj.weight", "model.layers.1.mlp.down_proj.weight", "model.norm.weight"):
+            assert torch.equal(whole_parameter(model, name), bare.get_parameter(name))
+            wanted = bare.get_parameter(name).grad
+            assert wanted is not None
+            assert relative_error(whole_parameter(model, name, gradient=True), wanted) < 2e-5
+    words = rf"'model\.norm\.bias' was asked for on rank {dist.get_rank()}, and there is no such parameter"
+    with pytest.raises(CaptureError, match=words):
+        whole_parameter(bare, "model.norm.bias")
+
+
 def world() -> dist.ProcessGroup:
     group = dist.group.WORLD
     assert group is not None
@@ -175,4 +212,6 @@ CHECKS = (
     later_batches_and_switches,
     a_site_that_never_fires,
     replicas_with_unequal_batches,
+    rows_inside_experts,
+    parameters,
 )

@@ -22,12 +22,12 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from transformers import AutoModelForCausalLM, PreTrainedModel
-from transformers.distributed import DistributedConfig
+from transformers.distributed.configuration_utils import DistributedConfig
 
 from tests.distributed.checks import Case, Row
 from tests.distributed.expected import Expected, batch, expected
 from tests.distributed.launches import LAUNCHES
-from tests.distributed.refusals import CHECKS
+from tests.distributed.refusals import CHECKS, Load
 from tests.models import SPLIT
 
 FOLDER = Path(sys.argv[1])
@@ -89,18 +89,18 @@ def single() -> Iterator[Row]:
 
 @layout("device_map, cpu and disk offload")
 def offloaded() -> Iterator[Row]:
-    from accelerate import dispatch_model
+    from accelerate import dispatch_model  # type: ignore[import-untyped]  # it ships no types
 
     for name in SPLIT:
         model = SPLIT[name]()
         base = model.base_model_prefix
         blocks = {f"{base}.{path}": module for path, module in model.base_model.named_children()}
-        where: dict[str, str] = dict.fromkeys([*blocks, "lm_head"], "cpu")
+        where: dict[str, Any] = dict.fromkeys([*blocks, "lm_head"], "cpu")
         inner = next(path for path, module in blocks.items() if isinstance(module, nn.ModuleList))
         del where[inner]
         where |= {f"{inner}.{index}": place for index, place in enumerate(("cpu", "disk", "disk"))}
         spread = dispatch_model(
-            model, where, main_device="cpu", offload_dir=str(FOLDER / f"offload-{name}"), force_hooks=True
+            model, where, main_device=torch.device("cpu"), offload_dir=str(FOLDER / f"offload-{name}"), force_hooks=True
         )
         case = data_parallel("device_map, cpu and disk offload", name, spread)
         yield case.forward()
@@ -165,13 +165,14 @@ def accelerated() -> Iterator[Row]:
         yield case.edits()
 
 
-def loaded(name: str, dtype: torch.dtype = torch.float32, **config: Any) -> PreTrainedModel:
+def loaded(name: str, dtype: torch.dtype = torch.float32, **config: int) -> PreTrainedModel:
     """Load what rank 0 saved, in the way users of transformers' own parallelism do."""
+    sizes: dict[str, Any] = dict(config)
     path = FOLDER / name
     if dist.get_rank() == 0 and not path.exists():
         SPLIT[name]().save_pretrained(path)
     dist.barrier()
-    model = AutoModelForCausalLM.from_pretrained(path, distributed_config=DistributedConfig(**config), dtype=dtype)
+    model = AutoModelForCausalLM.from_pretrained(path, distributed_config=DistributedConfig(**sizes), dtype=dtype)
     assert isinstance(model, PreTrainedModel)
     nn.Module.train(model, False)
     return model
@@ -266,15 +267,20 @@ def tp_dp() -> Iterator[Row]:
         bound=FP32,
     )
     yield from all_of(case)
+    yield from tp_times("TP 2 x DP 2", ("mixtral",), dp_replicate_size=2)
 
 
 @layout("TP 2 x FSDP 2")
 def tp_fsdp() -> Iterator[Row]:
-    for name in ("llama", "mixtral"):
-        model = loaded(name, tp_size=2, fsdp_size=2)
+    yield from tp_times("TP 2 x FSDP 2", ("llama", "mixtral"), fsdp_size=2)
+
+
+def tp_times(layout: str, names: tuple[str, ...], **data_parallel: int) -> Iterator[Row]:
+    for name in names:
+        model = loaded(name, torch.float32, tp_size=2, **data_parallel)
         seed, tp_rank = divmod(dist.get_rank(), 2)
         case = Case(
-            layout="TP 2 x FSDP 2",
+            layout=layout,
             name=name,
             model=model,
             inputs=batch(seed),
@@ -309,9 +315,12 @@ def transformers_pp() -> Iterator[Row]:
         yield case.edits()
 
 
-def refused(check: Callable[[Callable[[], PreTrainedModel]], None]) -> Callable[[], Iterator[Row]]:
+def refused(check: Callable[[Load], None]) -> Callable[[], Iterator[Row]]:
+    def load(name: str = "llama", **config: int) -> PreTrainedModel:
+        return loaded(name, torch.float32, **(config or {"tp_size": 2}))
+
     def rows() -> Iterator[Row]:
-        check(lambda: loaded("llama", tp_size=2))
+        check(load)
         yield from ()
 
     return rows

@@ -1,0 +1,43 @@
+"""Residua's side of docs/flexmodel.md, run as it stands there."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+import residua
+from tests.models import TINY
+
+PAGE = Path(__file__).parents[1] / "docs" / "flexmodel.md"
+
+
+def ours() -> list[str]:
+    """The code of Residua: every block that uses it."""
+    blocks = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
+    return [block for block in blocks if "residua." in block]
+
+
+def test_every_block_does_what_the_page_says() -> None:
+    model = TINY["llama"]()
+    inputs = torch.arange(3, 13)[None]
+    names: dict[str, Any] = {"model": model, "inputs": inputs, "residua": residua, "nn": nn}
+    with torch.no_grad():
+        before = model(inputs).logits
+    assert len(ours()) == 7
+    for block in ours():
+        exec(block, names)  # noqa: S102  # the page's own code is what is tested
+    up = model.get_submodule("model.layers.1.mlp.up_proj").weight
+    assert isinstance(up, torch.Tensor)
+    assert names["activations"]["mlp_out.1"].shape == (1, 10, 32)
+    assert not torch.equal(names["logits"], before)
+    assert names["seen"].keys() == {"resid_post.0"}
+    assert names["values"].keys() == names["gradients"].keys()
+    assert names["lens"].weight.grad.any()
+    assert torch.equal(names["weight"], up)
+    assert up.grad is not None
+    assert torch.equal(names["gradient"], up.grad)
+    assert torch.equal(names["plain"], before)
+    assert torch.equal(names["edited"], names["edited_again"])
+    assert not torch.equal(names["edited"], before)
