@@ -97,7 +97,7 @@ def quantise_int8(values: Array, dtype: str) -> Quantised:
         wide = to_float32(flat[part], dtype)
         codes[part], scales[part] = _quantise(wide)
         squares, error_squares = _add_errors(wide, _dequantise(codes[part], scales[part]), squares, error_squares)
-    return Quantised(codes.reshape(values.shape), scales.reshape(*outer, -1), squares, error_squares)
+    return Quantised(codes.reshape(values.shape), scales.reshape(*outer, scales.shape[-1]), squares, error_squares)
 
 
 def dequantise_int8(codes: Array, scales: Array, dtype: str) -> npt.NDArray[Any]:
@@ -114,7 +114,7 @@ def dequantise_int8(codes: Array, scales: Array, dtype: str) -> npt.NDArray[Any]
         raise ValueError(f"codes {codes.shape} need scales {expected}, found {scales.shape}")
     values = np.empty(codes.shape, storage_dtype(dtype))
     flat_codes, flat_values = codes.reshape(-1, width), values.reshape(-1, width)
-    flat_scales = scales.reshape(len(flat_codes), -1).view(np.float32)
+    flat_scales = scales.reshape(len(flat_codes), scales.shape[-1]).view(np.float32)
     step = max(1, _SLICE // max(1, width))
     for start in range(0, len(flat_codes), step):
         part = slice(start, start + step)

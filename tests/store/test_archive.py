@@ -16,6 +16,7 @@ from residua.store.archive import Archive
 from residua.store.errors import NotCapturedError, UnknownSiteError
 from tests.models import TINY, VOCABULARY
 from tests.plain_zarr import plain_array
+from tests.store.small_archive import make_archive
 
 N_ROWS = 100
 
@@ -52,6 +53,12 @@ selections = st.one_of(
 def test_rows_are_chosen_as_in_numpy(archive: Archive, values: np.ndarray[Any, Any], rows: Any) -> None:
     wanted = np.array(rows, dtype=int) if isinstance(rows, list) else rows
     assert same(archive["resid_post.1"][rows], values[wanted])
+
+
+@pytest.mark.parametrize("codec", ["raw", "int8-block32"])
+def test_no_rows_may_be_chosen(codec: str, tmp_path: Path) -> None:
+    stored = Archive(make_archive(tmp_path / "a.zarr", codec))["q.1"]
+    assert stored[[]].shape == stored[0:0].shape == stored[5:3].shape == (0, 2, 4)
 
 
 def test_further_indices_apply_to_the_rows(archive: Archive, values: np.ndarray[Any, Any]) -> None:

@@ -122,3 +122,10 @@ def test_extreme_magnitudes_stay_finite(largest: float) -> None:
 def test_codes_and_scales_of_different_arrays_are_refused() -> None:
     with pytest.raises(ValueError, match=r"need scales \(4, 2\), found \(4, 1\)"):
         dequantise_int8(np.zeros((4, 40), np.int8), np.zeros((4, 1), np.float32), "float32")
+
+
+@pytest.mark.parametrize("row_shape", [(40,), (2, 8)])
+def test_no_rows_are_no_values(row_shape: tuple[int, ...]) -> None:
+    codes, scales, squares, error_squares = quantise_int8(np.zeros((0, *row_shape), np.float32), "float32")
+    assert dequantise_int8(codes, scales, "float32").shape == (0, *row_shape)
+    assert (squares, error_squares) == (0.0, 0.0)
