@@ -141,6 +141,8 @@ def eager_where_needed(model: nn.Module, sites: Iterable[SiteInfo]) -> Iterator[
         yield False
         return
     with eager_attention(core) as switched:
+        if switched:
+            _LOG.warning("patterns need eager attention: the model uses it while they are read")
         yield switched
 
 

@@ -1,7 +1,6 @@
 """Running the batches of a plan, exactly as the plan makes them up."""
 
 import time
-from contextlib import suppress
 from typing import Protocol
 
 import numpy as np
@@ -11,6 +10,7 @@ from torch import nn
 from residua.capture.inputs import forward_kwargs, padded_batch
 from residua.capture.placement import BatchRows
 from residua.capture.rows import ExampleRows, batch_rows, by_position
+from residua.store.errors import CaptureError
 from residua.store.examples import ExampleTable
 from residua.store.plan import Plan
 from residua.store.schedule import Batch
@@ -58,7 +58,9 @@ class BatchRunner:
         self._device = next(model.parameters()).device
         self._shape = (0, 0)
         self._n_missing = 0
-        self._ends_early = not hasattr(model, "hf_device_map")  # accelerate's hooks must see their forward end
+        self._ends_early = not any(
+            hasattr(module, "_hf_hook") for module in model.modules()
+        )  # accelerate's must see the end
         kinds = {parse_site(site.name).kind for site in plan.sites}
         self._needs_logits = any(kind == "module" or kind.startswith("logits") for kind in kinds)
         self.n_rows = 0
@@ -87,8 +89,15 @@ class BatchRunner:
         self._n_missing = len(self._plan.sites)
         started = time.perf_counter()
         kwargs = forward_kwargs(self._model, padded.input_ids, padded.attention_mask, needs_logits=self._needs_logits)
-        with suppress(_EnoughError):
+        try:
             self._model(**kwargs)
+        except _EnoughError:
+            pass
+        except torch.OutOfMemoryError as error:
+            raise CaptureError(
+                f"{self._device} has too little memory for a batch of {n_examples} examples of {n_positions} tokens: "
+                "lower --batch-tokens, or shorten the examples with --max-length"
+            ) from error
         self.forward_seconds += time.perf_counter() - started
         self.n_rows += sum(len(example.positions) for example in rows)
         self.n_tokens += sum(len(input_ids) for input_ids in tokens)

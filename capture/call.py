@@ -90,6 +90,8 @@ def read_call(names: Iterable[str], args: Sequence[object], kwargs: Mapping[str,
     if first is None:
         raise CaptureError("the model was called without a tensor: there is nothing to count examples by")
     if first.is_floating_point() or first.ndim != 2:
+        if isinstance(mask, torch.Tensor) and mask.ndim == 2 and mask.shape == first.shape[:2]:
+            return Call(input_ids=None, mask=mask.cpu().numpy() > 0)
         return Call(input_ids=None, mask=np.ones((first.shape[0], 1), bool))
     if mask is None:
         mask = torch.ones_like(first)

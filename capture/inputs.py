@@ -106,7 +106,7 @@ def forward_kwargs(
     takes = inspect.signature(model.forward).parameters
     kwargs: dict[str, Tensor | bool | int] = {"input_ids": input_ids, "attention_mask": attention_mask}
     if "position_ids" in takes:
-        kwargs["position_ids"] = positions_of(attention_mask) + _first_position(model)
+        kwargs["position_ids"] = positions_of(attention_mask) + first_position(model)
     if "use_cache" in takes:
         kwargs["use_cache"] = False
     if not needs_logits and "logits_to_keep" in takes:
@@ -114,8 +114,8 @@ def forward_kwargs(
     return kwargs
 
 
-def _first_position(model: nn.Module) -> int:
-    """What the model calls the position of the first token: not 0 in RoBERTa, which keeps one for padding."""
+def first_position(model: nn.Module) -> int:
+    """Return what the model calls the position of the first token: not 0 in RoBERTa, which keeps one for padding."""
     for name, module in model.named_modules():
         if name.endswith("position_embeddings") and isinstance(module, nn.Embedding):
             return 0 if module.padding_idx is None else module.padding_idx + 1

@@ -73,7 +73,7 @@ def _seen(model: nn.Module, sites: Mapping[str, SiteInfo], call: CallArguments) 
         seen[info.name].append(tensor.to("meta"))
 
     plain = [replace(info, flat=False) for info in sites.values()]
-    with attached(model, plain, values_of(note)), _evaluating(model), torch.no_grad():
+    with attached(model, plain, values_of(note)), evaluating(model), torch.no_grad():
         try:
             model(*call.args, **call.kwargs)
         except Exception as error:  # the boundary to the user's model: whatever it raises, we could not look
@@ -123,7 +123,7 @@ def _dtype(tensor: Tensor) -> str:
 
 
 @contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
+def evaluating(model: nn.Module) -> Iterator[None]:
     """Put every module in evaluation mode, so that a look uses no random numbers and updates nothing."""
     training = [module for module in model.modules() if module.training]
     model.eval()

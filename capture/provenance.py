@@ -2,6 +2,7 @@
 
 import json
 import platform
+from collections.abc import Mapping
 from importlib.metadata import version
 from typing import cast
 
@@ -10,7 +11,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from residua.capture.fingerprint import weights_fingerprint
-from residua.store.canonical import Json, digest_of
+from residua.store.canonical import Json, digest_of, flatten
 
 PACKAGES = ("residua", "torch", "transformers", "accelerate", "tokenizers", "zarr", "numcodecs", "numpy", "pyarrow")
 _NOT_THE_MODEL = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache", "architectures")
@@ -24,7 +25,20 @@ def environment() -> dict[str, Json]:
         "machine": f"{platform.system()} {platform.machine()}",
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),
+        "cuda": torch.version.cuda,
+        "cudnn": torch.backends.cudnn.version() if torch.cuda.is_available() else None,  # type: ignore[no-untyped-call]  # bare
+        "matmul_precision": torch.get_float32_matmul_precision(),
     }
+
+
+def changed_conditions(provenance: Mapping[str, object]) -> tuple[str, ...]:
+    """Return one sentence for each condition of `provenance` that is another here, now."""
+    here, there = flatten(environment()), flatten(provenance)
+    return tuple(
+        f"{key}: {there[key]} when it was captured, {value} now"
+        for key, value in here.items()
+        if key in there and there[key] != value
+    )
 
 
 def identify_model(model: nn.Module) -> dict[str, Json]:
@@ -38,12 +52,18 @@ def identify_model(model: nn.Module) -> dict[str, Json]:
     }
 
 
-def describe_model(model: nn.Module) -> dict[str, Json]:
-    """Return where the model came from and on what it ran: provenance."""
+def describe_model(model: nn.Module, identity: Mapping[str, Json]) -> dict[str, Json]:
+    """Return where the model came from, on what it ran, and its `identity`: provenance."""
     devices = {parameter.device for parameter in model.parameters()}
     names = sorted(torch.cuda.get_device_name(d) if d.type == "cuda" else d.type for d in devices)
-    path = model.config._name_or_path if isinstance(model, PreTrainedModel) else ""
-    return {"id": path, "devices": cast("list[Json]", names), "layout": "single", **identify_model(model)}
+    config = model.config if isinstance(model, PreTrainedModel) else None
+    return {
+        "id": getattr(config, "_name_or_path", ""),
+        "revision": getattr(config, "_commit_hash", None),
+        "devices": cast("list[Json]", names),
+        "layout": "single",
+        **identity,
+    }
 
 
 def _attention(model: nn.Module) -> str | None:

@@ -10,6 +10,7 @@ masks. The size of the archive is open until the context is left; then it is sea
 is left unsealed, with every shard that was committed, and can be read as far as it goes.
 """
 
+import logging
 from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from inspect import signature
@@ -29,7 +30,7 @@ from residua.capture.compiled import refuse_compiled
 from residua.capture.head import save_head
 from residua.capture.provenance import describe_model, environment, identify_model
 from residua.capture.rows import batch_rows, by_position, row_shape
-from residua.capture.siteplans import plan_site
+from residua.capture.siteplans import check_storage, plan_site
 from residua.capture.sites import resolve_sites
 from residua.capture.staging import Staging
 from residua.capture.taps import reading
@@ -44,6 +45,8 @@ from residua.store.metadata import file_digest
 from residua.store.plan import Plan, SitePlan
 from residua.store.sizes import HOST_MEMORY_BYTES, n_stages, shard_rows
 from residua.store.writer import ShardWriter
+
+_LOG = logging.getLogger(__name__)
 
 
 class Recorder:
@@ -85,6 +88,7 @@ class Recorder:
         if self.path.exists():
             raise FileExistsError(f"{self.path} exists: a recorder makes a new archive; choose another place")
         refuse_compiled(model)
+        check_storage(codec=codec, dtype=dtype, rows_per_shard=rows_per_shard, threads=threads)
         self._model = model
         self._sites = resolve_sites(model, sites)
         self._dtype = dtype
@@ -141,8 +145,9 @@ class Recorder:
             raise CaptureError(f"{site} fired outside a call of the recorded model: call the model itself")
         tensor = by_position(site, tensor, *self._call.shape)
         if self._session is None:
-            self._held[site] = tensor.clone()
+            self._held[site] = tensor.to("cpu", copy=True)  # one call of every site may be more than the device has
         else:
+            self._session.check_shape(site, tensor)
             self._session.staging.put(site, tensor)
 
     def _after(self, _module: nn.Module, _args: tuple[Any, ...], _output: object) -> None:
@@ -210,7 +215,7 @@ class _Session:
             save_head(model, folder / "head")
             if tokenizer is not None:
                 save_tokenizer(tokenizer, folder / "tokenizer")
-            create_archive(folder, path, plan, {"model": describe_model(model), **environment()})
+            create_archive(folder, path, plan, {"model": describe_model(model, plan.model), **environment()})
         self._examples = ExampleWriter(path / "examples")
         self._writer = ShardWriter(path, plan, threads=threads)
         pinned = any(parameter.is_cuda for parameter in model.parameters())
@@ -233,6 +238,14 @@ class _Session:
         self._n_rows += sum(len(example.positions) for example in examples)
         self.staging.begin(batch_rows(rows, call.shape[1]))
 
+    def check_shape(self, site: str, tensor: torch.Tensor) -> None:
+        expected, found = self._plan.site(site).row_shape, row_shape(tensor)
+        if found != expected and not site.startswith("pattern."):
+            raise CaptureError(
+                f"{site} gave rows of shape {found} in this call, and {expected} in the first: the rows of an archive "
+                "are alike. Record calls of one shape, or choose another site."
+            )
+
     def finish(self) -> None:
         self.staging.finish(self._flush_examples)
 
@@ -247,6 +260,9 @@ class _Session:
                     self.staging.hand_over(shard, self._flush_examples())
         finally:
             self._writer.close()
+        found = {path: count for path, count in self._writer.n_nonfinite.items() if count}
+        if found:
+            _LOG.warning("NaN or infinite values were recorded, and kept as they are: %s", found)
         if finish:
             index = self._examples.close()
             archive = Archive(self._path)

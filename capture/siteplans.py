@@ -3,8 +3,8 @@
 from collections.abc import Mapping
 
 from residua.capture.siteinfo import SiteInfo
-from residua.store.codecs import DEFAULT_PRESET
-from residua.store.errors import CaptureError
+from residua.store.codecs import DEFAULT_PRESET, PRESETS
+from residua.store.errors import CaptureError, PlanError
 from residua.store.plan import SitePlan
 
 FLOATS = ("bfloat16", "float16", "float32", "float64")
@@ -34,6 +34,18 @@ def plan_sites(
         shape = tuple(longest_example if size is None else size for size in info.row_shape)
         plans.append(plan_site(name, shape, info.dtype, dtype=dtype, codec=codec))
     return tuple(plans)
+
+
+def check_storage(*, codec: str, dtype: str | None, rows_per_shard: int | None, threads: int) -> None:
+    """Raise PlanError if a setting of the storage has a value that nothing could be stored with."""
+    if codec not in PRESETS:
+        raise PlanError(f"codec {codec!r} is not known: choose one of {', '.join(PRESETS)}")
+    if dtype is not None and dtype not in FLOATS:
+        raise PlanError(f"dtype {dtype!r} is not known: choose one of {', '.join(FLOATS)}")
+    if rows_per_shard is not None and (rows_per_shard < 1 or rows_per_shard & (rows_per_shard - 1)):
+        raise PlanError(f"rows_per_shard is {rows_per_shard}: it must be a power of two")
+    if threads < 1:
+        raise PlanError(f"threads is {threads}: it must be at least 1")
 
 
 def plan_site(name: str, row_shape: tuple[int, ...], computed: str, *, dtype: str | None, codec: str) -> SitePlan:

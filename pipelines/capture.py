@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
-from os import PathLike
+from os import PathLike, fspath
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from residua.capture.attention import eager_attention
 from residua.capture.compiled import running_uncompiled, uncompiled
 from residua.capture.head import save_head
-from residua.capture.provenance import describe_model, environment, identify_model
+from residua.capture.probing import evaluating
+from residua.capture.provenance import changed_conditions, describe_model, environment, identify_model
 from residua.capture.record import RecordStats, record
 from residua.capture.siteinfo import SiteInfo
 from residua.capture.siteplans import plan_sites
@@ -28,7 +29,7 @@ from residua.store.examples import ExampleIndex, ExampleWriter
 from residua.store.files import sweep
 from residua.store.metadata import is_archive
 from residua.store.plan import Plan
-from residua.store.sizes import shard_rows
+from residua.store.sizes import check_budget, shard_rows
 
 Source = str | PathLike[str] | Iterable[Any]
 
@@ -53,7 +54,7 @@ class CaptureResult:
 
 
 def capture_dataset(
-    model: str | PreTrainedModel,
+    model: str | PathLike[str] | PreTrainedModel,
     dataset: Source,
     *,
     out: str | PathLike[str],
@@ -92,9 +93,10 @@ def capture_dataset(
         >>> result = residua.capture_dataset("models/pydoc-1m", ["Hello world"], out="acts.zarr")  # doctest: +SKIP
     """
     chosen = _settings(settings, options)
-    if isinstance(model, str):
-        tokenizer = tokenizer or load_tokenizer(model, chosen)
-        model = load_model(model, chosen)
+    if isinstance(model, str | PathLike):
+        name = fspath(model)
+        tokenizer = tokenizer or load_tokenizer(name, chosen)
+        model = load_model(name, chosen)
     else:
         model = uncompiled(model)
     job = _Job(model, tokenizer, dataset, Path(out), chosen, command)
@@ -144,7 +146,7 @@ class _Job:
         sites = resolve_sites(self._model, self._settings.sites)
         needs_pattern = any(site.startswith("pattern.") for site in sites)
         eager = eager_attention(self._model) if needs_pattern else nullcontext(False)
-        with running_uncompiled(self._model) as compiled, eager as switched:
+        with running_uncompiled(self._model) as compiled, evaluating(self._model), eager as switched:
             if compiled:
                 self._notes.append("hooks are no part of compiled code: the model ran uncompiled for this capture")
             if switched:
@@ -184,11 +186,15 @@ class _Job:
             save_head(self._model, folder / "head")
             if self._tokenizer is not None:
                 save_tokenizer(self._tokenizer, folder / "tokenizer")
-            create_archive(folder, self._out, plan, self._provenance())
+            create_archive(folder, self._out, plan, self._provenance(plan))
         return plan
 
     def _write_examples(self, folder: Path, on_example: Callable[[int, int], None]) -> ExampleIndex:
         tokenizer = self._tokenizer
+        if self._settings.drop_special and tokenizer is None:
+            raise DatasetError(
+                "--drop-special needs a tokenizer, and the model comes without: nothing says what is special"
+            )
         writer = ExampleWriter(folder)
         examples = read_examples(
             self._dataset,
@@ -202,13 +208,7 @@ class _Job:
         for example in examples:
             writer.add(example)
             on_example(self._report.n_examples, self._report.n_tokens)
-        index = writer.close()
-        if index.total_rows == 0:
-            raise DatasetError(
-                f"the dataset {self._dataset if isinstance(self._dataset, str) else ''} gives no row to keep: "
-                f"{index.n_examples} examples, --positions {self._settings.positions}"
-            )
-        return index
+        return writer.close()
 
     def _plan(self, infos: Mapping[str, SiteInfo], index: ExampleIndex) -> Plan:
         settings = self._settings
@@ -221,6 +221,12 @@ class _Job:
             most_rows_per_example=most_rows,
             host_memory_bytes=settings.host_memory,
         )
+        staged = min(height, index.total_rows)  # a stage is no taller than the archive
+        check_budget([site.row_bytes for site in sites], most_rows, staged, settings.host_memory)
+        if height < min(settings.batch_tokens, index.total_rows):
+            self._notes.append(
+                f"a shard holds {height:,} rows, so batches are no larger: --host-memory allows no taller one"
+            )
         return Plan(
             model=identify_model(self._model),
             dataset={
@@ -237,7 +243,9 @@ class _Job:
         )
 
     def _compare(self, plan: Plan) -> None:
-        found = Archive(self._out).plan
+        archive = Archive(self._out)
+        self._notes.extend(changed_conditions(archive.provenance))
+        found = archive.plan
         if found.digest != plan.digest:
             lines = "\n  ".join(found.differences(plan))
             raise PlanError(
@@ -245,13 +253,12 @@ class _Job:
                 "Run it with the settings of the archive to go on, or choose another --out."
             )
 
-    def _provenance(self) -> dict[str, Any]:
+    def _provenance(self, plan: Plan) -> dict[str, Any]:
         return {
-            "model": describe_model(self._model),
+            "model": describe_model(self._model, plan.model),
             "tokenizer": None if self._tokenizer is None else identify_tokenizer(self._tokenizer),
             "dataset": dataset_identity(self._dataset, self._settings.dataset_settings()),
             "command": self._command,
             "seed": self._settings.seed,
-            "revision": self._settings.revision,
             **environment(),
         }

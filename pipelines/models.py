@@ -4,10 +4,17 @@ from pathlib import Path
 
 import torch
 import transformers
+from huggingface_hub import list_repo_files
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from residua.capture.inputs import first_position
 from residua.pipelines.settings import CaptureSettings
 from residua.store.errors import PlanError
+
+_TOKENIZER_FILES = frozenset(
+    ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
+)
 
 
 def load_model(name: str, settings: CaptureSettings) -> PreTrainedModel:
@@ -19,6 +26,9 @@ def load_model(name: str, settings: CaptureSettings) -> PreTrainedModel:
         PlanError: There is no such model, or the device is not there; the message says what was tried.
     """
     device = choose_device(settings.device)
+    spread: str | dict[str, torch.device] | None = settings.device_map
+    if spread is None and device.type != "cpu":
+        spread = {"": device}  # straight to where it runs: a large model need not fit the host's memory
     torch.manual_seed(settings.seed)
     _, kind = _config_and_class(name, settings.revision)
     try:
@@ -27,10 +37,11 @@ def load_model(name: str, settings: CaptureSettings) -> PreTrainedModel:
             revision=settings.revision or "main",
             dtype=settings.model_dtype,
             attn_implementation=settings.attn_implementation,
+            device_map=spread,
         )
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         raise _not_loaded(name, error) from error
-    model.requires_grad_(False).train(False).to(device)
+    model.requires_grad_(False).train(False)
     return model
 
 
@@ -55,12 +66,27 @@ def _not_loaded(name: str, error: Exception) -> PlanError:
 
 
 def load_tokenizer(name: str, settings: CaptureSettings) -> PreTrainedTokenizerBase | None:
-    """Load the tokenizer of `name`; None if it has none."""
+    """Load the tokenizer of `name`; None if it comes without one.
+
+    Raises:
+        PlanError: It has a tokenizer that cannot be loaded; the cause is chained.
+    """
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, revision=settings.revision)
-    except (OSError, ValueError, KeyError):
-        return None
+    except Exception as error:  # whatever the library, or the Rust one below it, makes of a broken file
+        if not any(file in _TOKENIZER_FILES for file in _files_of(name, settings.revision)):
+            return None
+        raise PlanError(f"the tokenizer of --model {name} could not be loaded: {error}") from error
     return tokenizer if isinstance(tokenizer, PreTrainedTokenizerBase) else None
+
+
+def _files_of(name: str, revision: str | None) -> list[str]:
+    if Path(name).is_dir():
+        return [path.name for path in Path(name).iterdir()]
+    try:
+        return list_repo_files(name, revision=revision)
+    except Exception as error:  # offline, gated, gone: the library has a class for each
+        raise PlanError(f"the tokenizer of --model {name} could not be loaded from the hub: {error}") from error
 
 
 def choose_device(name: str) -> torch.device:
@@ -79,7 +105,7 @@ def choose_device(name: str) -> torch.device:
 def token_limit(model: PreTrainedModel) -> int | None:
     """Return the most tokens that the model takes in one example, or None if it states no limit."""
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    return limit if isinstance(limit, int) and limit > 0 else None
+    return limit - first_position(model) if isinstance(limit, int) and limit > 0 else None
 
 
 def load_empty_model(name: str, revision: str | None = None) -> PreTrainedModel:

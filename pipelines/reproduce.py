@@ -1,21 +1,25 @@
 """Reproducing: capture a sample of an archive's batches again and compare, so that others can check an archive."""
 
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
-from os import PathLike
+from os import PathLike, fspath
 
 import numpy as np
 import torch
 from transformers import PreTrainedModel
 
+from residua.capture.attention import eager_where_needed
 from residua.capture.batches import BatchRunner
 from residua.capture.compare import RowComparison, SiteComparison
-from residua.capture.provenance import environment, identify_model
+from residua.capture.compiled import running_uncompiled
+from residua.capture.probing import evaluating
+from residua.capture.provenance import changed_conditions, identify_model
+from residua.capture.sites import resolve_sites
 from residua.capture.taps import reading
 from residua.pipelines.models import load_model
 from residua.pipelines.settings import CaptureSettings
 from residua.store.archive import Archive
-from residua.store.canonical import flatten
 from residua.store.errors import NotCapturedError, PlanError
 from residua.store.schedule import Schedule
 
@@ -42,7 +46,7 @@ class Reproduction:
 
 def reproduce(
     archive: str | PathLike[str],
-    model: str | PreTrainedModel,
+    model: str | PathLike[str] | PreTrainedModel,
     *,
     n_batches: int = 4,
     seed: int = 0,
@@ -71,11 +75,11 @@ def reproduce(
     plan = opened.plan
     if plan.n_rows is None:
         raise PlanError(f"{archive} was recorded in a loop of its user's: its batches are not known, nothing to repeat")
-    if isinstance(model, str):
+    if isinstance(model, str | PathLike):
         attention, dtype = plan.model["attention"], str(plan.model["dtype"])
         wanted = None if attention is None else str(attention)
-        model = load_model(model, CaptureSettings(device=device, attn_implementation=wanted, model_dtype=dtype))
-    _check_model(opened, model)
+        model = load_model(fspath(model), CaptureSettings(device=device, attn_implementation=wanted, model_dtype=dtype))
+    infos = resolve_sites(model, list(opened.sites))
     comparison = RowComparison(opened)
     table = opened.example_table
     schedule = Schedule(table.index(), rows_per_shard=plan.rows_per_shard, batch_tokens=plan.batch_tokens)
@@ -85,12 +89,20 @@ def reproduce(
         raise NotCapturedError(f"{archive} has no captured batch yet: run the capture first")
     chosen = np.random.default_rng(seed).permutation(len(batches))[:n_batches]
     runner = BatchRunner(model, plan, table, comparison)
-    with torch.inference_mode(), reading(model, list(opened.sites), runner.put) as taps:
+    with ExitStack() as stack:
+        stack.enter_context(running_uncompiled(model))
+        stack.enter_context(evaluating(model))
+        stack.enter_context(eager_where_needed(model, infos.values()))
+        _check_model(opened, model)
+        stack.enter_context(torch.inference_mode())
+        taps = stack.enter_context(reading(model, infos, runner.put))
         for done, index in enumerate(sorted(chosen.tolist()), start=1):
             runner.run(batches[index])
             taps.end_forward()
             on_batch(done, len(chosen))
-    return Reproduction(sites=comparison.sites, n_batches=len(chosen), differences=_differences(opened))
+    return Reproduction(
+        sites=comparison.sites, n_batches=len(chosen), differences=changed_conditions(opened.provenance)
+    )
 
 
 def _check_model(archive: Archive, model: PreTrainedModel) -> None:
@@ -99,12 +111,3 @@ def _check_model(archive: Archive, model: PreTrainedModel) -> None:
     if wrong:
         lines = "\n  ".join(f"{key}: the archive has {expected[key]}, this model has {found.get(key)}" for key in wrong)
         raise PlanError(f"this is not the model that {archive.path} was captured from:\n  {lines}")
-
-
-def _differences(archive: Archive) -> tuple[str, ...]:
-    here, there = flatten(environment()), flatten(archive.provenance)
-    return tuple(
-        f"{key}: {there[key]} when it was captured, {value} now"
-        for key, value in here.items()
-        if key in there and there[key] != value
-    )

@@ -46,6 +46,7 @@ class CaptureSettings:
     drop_special: bool = _flag(False, "keep no rows of special tokens, such as BOS")
     batch_tokens: int = _flag(8192, "most token positions in one batch, padding included")
     device: str = _flag("auto", "device of the model: auto, cpu, cuda, cuda:1, ...")
+    device_map: str | None = _flag(None, "spread the model over devices: auto, balanced, sequential")
     model_dtype: str = _flag("auto", f"data type to compute in: auto (the checkpoint's), {', '.join(FLOATS)}")
     attn_implementation: str | None = _flag(None, "attention implementation: eager, sdpa, ... (default: the model's)")
     revision: str | None = _flag(None, "revision of the model on the hub")

@@ -66,11 +66,18 @@ def shard_rows(
         height *= 2
     while height > 1 and staging_bytes(sum(sizes), most_rows_per_example, height) > host_memory_bytes:
         height //= 2
+    check_budget(sizes, most_rows_per_example, height, host_memory_bytes)
+    return height
+
+
+def check_budget(row_bytes: Iterable[int], most_rows_per_example: int, height: int, host_memory_bytes: int) -> None:
+    """Raise PlanError if stages of `height` rows take more than `host_memory_bytes` together."""
+    sizes = list(row_bytes)
     needed = staging_bytes(sum(sizes), most_rows_per_example, height)
     if needed > host_memory_bytes:
         raise PlanError(
-            f"--host-memory allows {host_memory_bytes:,} bytes, but the {len(sizes)} sites need at least {needed:,} "
-            f"to stage the longest example ({most_rows_per_example:,} rows of {sum(sizes):,} bytes): raise "
-            "--host-memory, keep fewer positions, shorten the examples with --max-length, or capture fewer sites."
+            f"--host-memory allows {host_memory_bytes:,} bytes, but {len(sizes)} sites in shards of {height:,} rows "
+            f"need {needed:,} to stage the longest example ({most_rows_per_example:,} rows of {sum(sizes):,} bytes): "
+            "raise --host-memory, lower --rows-per-shard, keep fewer positions, shorten the examples with --max-length, or "
+            "capture fewer sites."
         )
-    return height

@@ -1,5 +1,6 @@
 """The whole job, against transformers' own hidden states in batches that the format page alone defines."""
 
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -245,3 +246,55 @@ def test_opening_is_lazy_and_public(llama: PreTrainedModel, tokens: list[list[in
     archive = residua.open(tmp_path / "a.zarr")
     assert archive.sites == ("resid_post.0", "resid_post.1", "resid_post.2")
     assert archive["resid_post.0"].shape == (sum(LENGTHS), 32)
+
+
+def test_a_model_in_training_mode_is_captured_without_dropout(tokens: list[list[int]], tmp_path: Path) -> None:
+    model = TINY["gpt2"]()
+    expected = capture(model, tokens, tmp_path / "a.zarr", sites="resid_post.*").archive
+    model.config.resid_pdrop = 0.5
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.5
+    model.train(True)
+    found = capture(model, tokens, tmp_path / "b.zarr", sites="resid_post.*").archive
+    assert model.training
+    assert torch.equal(found["resid_post.2"].torch(), expected["resid_post.2"].torch())
+
+
+def test_drop_special_without_a_tokenizer_is_refused(
+    llama: PreTrainedModel, tokens: list[list[int]], tmp_path: Path
+) -> None:
+    with pytest.raises(DatasetError, match="--drop-special needs a tokenizer"):
+        capture(llama, tokens, tmp_path / "a.zarr", drop_special=True)
+
+
+def test_the_memory_bound_holds_for_tall_shards(
+    llama: PreTrainedModel, tokens: list[list[int]], tmp_path: Path
+) -> None:
+    with pytest.raises(PlanError, match="--host-memory allows 1,000 bytes"):
+        capture(llama, tokens, tmp_path / "a.zarr", sites="resid_post.*", rows_per_shard=1024, host_memory=1000)
+
+
+def test_conditions_that_changed_are_said_on_resume(
+    llama: PreTrainedModel, tokens: list[list[int]], tmp_path: Path
+) -> None:
+    capture(llama, tokens, tmp_path / "a.zarr", sites="embed")
+    before = torch.get_num_threads()
+    torch.set_num_threads(before + 1)
+    try:
+        again = capture(llama, tokens, tmp_path / "a.zarr", sites="embed")
+    finally:
+        torch.set_num_threads(before)
+    assert f"threads: {before} when it was captured, {before + 1} now" in again.notes
+
+
+def test_a_tokenizer_that_is_broken_is_not_taken_for_none(tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree("models/pydoc-1m", folder)
+    (folder / "tokenizer.json").write_text("{")
+    with pytest.raises(PlanError, match="tokenizer of --model"):
+        capture_dataset(str(folder), [[1, 2, 3]], out=tmp_path / "a.zarr", sites="embed")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (folder / name).unlink()
+    result = capture_dataset(folder, [[1, 2, 3]], out=tmp_path / "a.zarr", sites="embed")
+    assert result.archive.tokenizer is None

@@ -160,3 +160,22 @@ def test_any_module_of_a_model_without_tokens(tmp_path: Path) -> None:
     assert torch.allclose(archive["module:features@output"].torch(), features, atol=1e-6)
     assert archive.examples.column("label").to_pylist() == ["cat"] * 6
     assert residua.verify(tmp_path / "a.zarr").is_sound
+
+
+def test_embeddings_with_a_mask_leave_padding_out(model: PreTrainedModel, tmp_path: Path) -> None:
+    embedded = torch.randn(2, 4, 32, generator=torch.Generator().manual_seed(0))
+    mask = torch.tensor([[1, 1, 1, 1], [0, 1, 1, 1]])
+    with residua.Recorder(model, sites="resid_post.1", out=tmp_path / "a.zarr"), torch.no_grad():
+        model(inputs_embeds=embedded, attention_mask=mask)
+    archive = residua.open(tmp_path / "a.zarr")
+    with torch.no_grad():
+        output = model(inputs_embeds=embedded, attention_mask=mask, output_hidden_states=True)
+    assert torch.equal(archive["resid_post.1"].torch(), output.hidden_states[2][mask.bool()])
+
+
+def test_settings_that_cannot_be_stored_are_refused_before_the_model_runs(
+    model: PreTrainedModel, tmp_path: Path
+) -> None:
+    for wrong in ({"codec": "zip"}, {"dtype": "int3"}, {"rows_per_shard": 3}, {"threads": 0}):
+        with pytest.raises(PlanError, match=str(next(iter(wrong.values())))):
+            residua.Recorder(model, sites="embed", out=tmp_path / "a.zarr", **wrong)

@@ -34,6 +34,7 @@ GOOD: dict[str, Any] = {
     "drop_special": True,
     "batch_tokens": 512,
     "device": "cpu",
+    "device_map": "auto",
     "model_dtype": "float32",
     "attn_implementation": "eager",
     "revision": "v1",
