@@ -22,6 +22,7 @@ LAYOUTS = {
             "parallelize_module, sequence parallel",
             "expert parallel 2",
             "transformers PP 2",
+            "torch PipelineStage, 2 stages",
         ),
     ),
     "four": (4, ("transformers TP 4", "TP 2 x DP 2", "TP 2 x FSDP 2")),

@@ -27,6 +27,7 @@ from transformers.distributed.configuration_utils import DistributedConfig
 from tests.distributed.checks import Case, Row
 from tests.distributed.expected import Expected, batch, expected
 from tests.distributed.launches import LAUNCHES
+from tests.distributed.pipelines import PipelineCase
 from tests.distributed.refusals import CHECKS, Load
 from tests.models import SPLIT
 
@@ -313,6 +314,23 @@ def transformers_pp() -> Iterator[Row]:
         )
         yield case.forward()
         yield case.edits()
+
+
+@layout("torch PipelineStage, 2 stages")
+def torch_pp() -> Iterator[Row]:
+    for name in ("llama", "qwen3", "mixtral"):
+        for n_microbatches in (2, 4):
+            case = PipelineCase(
+                layout=f"torch PipelineStage, 2 stages, {n_microbatches} microbatches",
+                name=name,
+                model=nn.Identity(),
+                inputs=batch(0),
+                expected=wanted(name, 0),
+                owns=True,
+                bound=1e-5,
+                staged=True,
+            )
+            yield from case.rows(n_microbatches)
 
 
 def refused(check: Callable[[Load], None]) -> Callable[[], Iterator[Row]]:
