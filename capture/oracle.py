@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from residua.capture.siteinfo import SiteInfo
 from residua.capture.sites import resolve_sites
 from residua.capture.wrappers import core_of
-from residua.store.errors import UnknownSiteError
+from residua.store.errors import CaptureError, UnknownSiteError
 
 _twins: WeakKeyDictionary[nn.Module, PreTrainedModel] = WeakKeyDictionary()
 
@@ -39,8 +39,10 @@ def whole_sites(model: nn.Module, patterns: str | list[str]) -> dict[str, SiteIn
         return resolve_sites(core, patterns)
     try:
         return resolve_sites(_twin_of(core), patterns)
-    except UnknownSiteError:
-        return resolve_sites(core, patterns)  # a module that was put in by hand is in no config
+    except (UnknownSiteError, CaptureError):
+        # A module that was put in by hand is in no config, and some models do not run on meta. Shapes are then those
+        # of this process: what is split does not fit them, and is refused.
+        return resolve_sites(core, patterns)
 
 
 def is_spread(core: PreTrainedModel) -> bool:

@@ -25,7 +25,7 @@ LAYOUTS = {
             "torch PipelineStage, 2 stages",
         ),
     ),
-    "four": (4, ("transformers TP 4", "TP 2 x DP 2", "TP 2 x FSDP 2")),
+    "four": (4, ("transformers TP 4", "TP 2 x DP 2", "TP 2 x FSDP 2", "torch PP 2 x TP 2")),
 }
 """From launch to the number of its ranks and the layouts that are tried in it."""
 
@@ -41,6 +41,7 @@ REFUSALS = (
         "a_site_that_never_fires",
         "replicas_with_unequal_batches",
         "rows_inside_experts",
+        "generation",
         "parameters",
     ),
 )

@@ -5,13 +5,16 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.pipelining import PipelineStage, ScheduleGPipe
+from torch.distributed.tensor.parallel import parallelize_module
 from transformers import PreTrainedModel
 from transformers.masking_utils import create_causal_mask
 
 from residua.capture.tap import tap
 from tests.distributed.checks import Case, Row
 from tests.distributed.expected import EDITS, site_names
+from tests.distributed.plans import plan_of
 from tests.models import SPLIT
 
 
@@ -52,9 +55,13 @@ class Part(nn.Module):
 class Pipeline:
     """Runs a batch through the stages, so many microbatches at a time."""
 
-    def __init__(self, name: str, n_microbatches: int) -> None:
-        rank, size = dist.get_rank(), dist.get_world_size()
-        self.stage = PipelineStage(Part(SPLIT[name](), rank, size), rank, size, torch.device("cpu"))
+    def __init__(self, name: str, n_microbatches: int, mesh: DeviceMesh | None) -> None:
+        group = dist.group.WORLD if mesh is None else mesh.get_group("pp")
+        rank, size = dist.get_rank(group), dist.get_world_size(group)
+        part = Part(SPLIT[name](), rank, size)
+        if mesh is not None:
+            parallelize_module(part.llm, mesh["tp"], plan_of(part.llm))
+        self.stage = PipelineStage(part, rank, size, torch.device("cpu"), group=group)
         self._schedule = ScheduleGPipe(self.stage, n_microbatches)
 
     def run(self, inputs: Any) -> Tensor | None:
@@ -69,8 +76,8 @@ class Pipeline:
 class PipelineCase(Case):
     """As `Case`, for a torch pipeline: sites come by microbatch, and logits are in the last stage."""
 
-    def rows(self, n_microbatches: int) -> list[Row]:
-        pipeline, kept = Pipeline(self.name, n_microbatches), dict[str, list[Tensor]]()
+    def rows(self, n_microbatches: int, mesh: DeviceMesh | None = None) -> list[Row]:
+        pipeline, kept = Pipeline(self.name, n_microbatches, mesh), dict[str, list[Tensor]]()
         seen: list[int | None] = []
 
         def keep(site: str, tensor: Tensor) -> None:
@@ -79,8 +86,9 @@ class PipelineCase(Case):
 
         with tap(pipeline.stage, site_names(pipeline.stage.submod.get_submodule("llm"), self.name), keep) as taps:
             pipeline.run(self.inputs)
-        assert set(seen) == set(range(n_microbatches))
-        assert {len(found) for found in kept.values()} == {n_microbatches}
+        is_owner = mesh is None or mesh.get_local_rank("tp") == 0
+        assert set(seen) == (set(range(n_microbatches)) if is_owner else set())
+        assert {len(found) for found in kept.values()} == ({n_microbatches} if is_owner else set())
         values = {site: torch.cat(found) for site, found in kept.items()}
         return [self._row("forward", values, self.expected.values), self._edits(pipeline)]
 
