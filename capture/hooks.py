@@ -25,7 +25,6 @@ from residua.capture.leaves import (
     replaced_output,
 )
 from residua.capture.siteinfo import SiteInfo
-from residua.capture.wrappers import named_parts
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,11 +108,11 @@ class ForwardCall:
 
 
 @contextmanager
-def attached(model: nn.Module, sites: Iterable[SiteInfo], meet: Meet) -> Iterator[ForwardCall]:
+def attached(parts: Mapping[str, nn.Module], sites: Iterable[SiteInfo], meet: Meet) -> Iterator[ForwardCall]:
     """Call ``meet`` with the tensor of each site whenever the model runs.
 
     Args:
-        model: The model, wrapped (DDP, FSDP, compile) or not; it is left exactly as it was.
+        parts: The model's modules, as `named_parts` gives them; they are left exactly as they were.
         sites: Where to read. Sites of one module are served in the order given.
         meet: Called during the forward pass, on the model's device.
 
@@ -122,7 +121,6 @@ def attached(model: nn.Module, sites: Iterable[SiteInfo], meet: Meet) -> Iterato
     """
     call = ForwardCall()
     chosen = tuple(sites)
-    parts = named_parts(model)
     with ExitStack() as stack:
         opened = parts[""].register_forward_pre_hook(call.enter, with_kwargs=True)
         stack.callback(opened.remove)

@@ -15,8 +15,8 @@ from transformers import PreTrainedModel
 
 from residua.capture.siteinfo import SiteInfo
 from residua.capture.sites import resolve_sites
-from residua.capture.wrappers import core_of, named_parts
-from residua.store.errors import UnknownSiteError
+from residua.capture.wrappers import core_of
+from residua.store.errors import CaptureError, UnknownSiteError
 
 _twins: WeakKeyDictionary[nn.Module, PreTrainedModel] = WeakKeyDictionary()
 
@@ -39,28 +39,16 @@ def whole_sites(model: nn.Module, patterns: str | list[str]) -> dict[str, SiteIn
         return resolve_sites(core, patterns)
     try:
         return resolve_sites(_twin_of(core), patterns)
-    except UnknownSiteError:
-        return resolve_sites(core, patterns)  # a module that was put in by hand is in no config
+    except (UnknownSiteError, CaptureError):
+        # A module that was put in by hand is in no config, and some models do not run on meta. Shapes are then those
+        # of this process: what is split does not fit them, and is refused.
+        return resolve_sites(core, patterns)
 
 
 def is_spread(core: PreTrainedModel) -> bool:
     """Tell whether a model may lie on several processes or devices."""
     several = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
     return several or hasattr(core, "hf_device_map")
-
-
-def here(model: nn.Module, sites: dict[str, SiteInfo]) -> dict[str, SiteInfo]:
-    """Return the sites whose module this process really has.
-
-    The others are in another stage of a pipeline. transformers leaves stand-ins under their names, which pass on
-    what they take.
-    """
-    parts = named_parts(model)
-    return {
-        name: info
-        for name, info in sites.items()
-        if info.module in parts and type(parts[info.module]).__name__ != "PipelineIdentityLayer"
-    }
 
 
 def _twin_of(core: PreTrainedModel) -> PreTrainedModel:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from residua.capture.hooks import attached, values_of
 from residua.capture.siteinfo import SiteInfo
+from residua.capture.wrappers import named_parts
 from residua.store.errors import CaptureError
 
 _PROBES = ((2, 3), (5, 7))  # (batch, positions): products and members all differ
@@ -73,7 +74,7 @@ def _seen(model: nn.Module, sites: Mapping[str, SiteInfo], call: CallArguments) 
         seen[info.name].append(tensor.to("meta"))
 
     plain = [replace(info, flat=False) for info in sites.values()]
-    with attached(model, plain, values_of(note)), evaluating(model), torch.no_grad():
+    with attached(named_parts(model), plain, values_of(note)), evaluating(model), torch.no_grad():
         try:
             model(*call.args, **call.kwargs)
         except Exception as error:  # the boundary to the user's model: whatever it raises, we could not look

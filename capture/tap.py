@@ -13,6 +13,7 @@ from functools import partial
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.pipelining import PipelineStage
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
@@ -20,12 +21,12 @@ from residua.capture.attention import eager_where_needed
 from residua.capture.groups import pipeline_group, tensor_parallel_group
 from residua.capture.hooks import ForwardCall, Met, attached
 from residua.capture.leaves import checked_replacement
-from residua.capture.oracle import here, is_spread, whole_sites
+from residua.capture.oracle import is_spread, whole_sites
 from residua.capture.ranks import on_rank
 from residua.capture.siteinfo import SiteInfo
+from residua.capture.stages import Chunk, chunks_of, target_of
 from residua.capture.tapgroup import TapGroup
 from residua.capture.whole import Parts, Wholes
-from residua.capture.wrappers import core_of
 from residua.store.errors import CaptureError, PlanError
 
 TapFunction = Callable[[str, Tensor], Tensor | None]
@@ -50,6 +51,7 @@ class Tap:
         differentiable: bool,
         group: TapGroup,
         layouts: Wholes | Parts,
+        chunk: Chunk,
     ) -> None:
         self.sites = dict(sites)
         self.group = group
@@ -58,6 +60,7 @@ class Tap:
         self._backward = backward
         self._differentiable = differentiable
         self._layouts = layouts
+        self._chunk = chunk
         self._handles: list[RemovableHandle] = []
         self._n_met: Counter[str] = Counter()
         self._awaited: set[str] = set()
@@ -71,7 +74,14 @@ class Tap:
     def enabled(self, on: bool) -> None:
         self.group.enabled = on
 
+    @property
+    def microbatch(self) -> int | None:
+        """Number of the microbatch under way, in a stage of torch's pipelines; None elsewhere."""
+        return self._chunk.index
+
     def _meet(self, met: Met) -> Tensor | None:
+        if not self._chunk.is_real:
+            return None
         self._n_met[met.info.name] += 1
         if not self.enabled:
             return None
@@ -147,7 +157,7 @@ def _and_more(sites: list[SiteInfo]) -> str:
 
 @contextmanager
 def tap(
-    model: nn.Module,
+    model: nn.Module | PipelineStage,
     sites: str | Iterable[str],
     function: TapFunction,
     *,
@@ -171,7 +181,7 @@ def tap(
 
     Args:
         model: Any torch module, wrapped (DDP, FSDP, compile, Accelerate) or not. Sites have the names that they
-            have in the bare model.
+            have in the bare model. Or a stage of torch's pipelines.
         sites: Names or patterns of sites, for example ``resid_post.3`` or ``mlp_out.*``.
         function: Called as ``function(name, tensor)``. A dictionary's ``__setitem__`` will do to keep everything.
         backward: Give the gradient of the loss by the site's value instead of the value, as ``backward()``
@@ -205,30 +215,31 @@ def tap(
     """
     if backward and differentiable:
         raise PlanError("tap was asked for backward and differentiable at once; gradients of gradients are not given")
-    infos = here(model, whole_sites(model, [sites] if isinstance(sites, str) else list(sites)))
+    target = target_of(model)
+    infos = target.here(whole_sites(target.core, [sites] if isinstance(sites, str) else list(sites)))
     _refuse_parts_of_logits(infos)
-    made = Tap(
-        infos,
-        function,
-        backward=backward,
-        differentiable=differentiable,
-        group=TapGroup() if group is None else group,
-        layouts=_layouts(model, gather=gather, everywhere=differentiable, given=tensor_parallel),
-    )
     with ExitStack() as stack:
+        made = Tap(
+            infos,
+            function,
+            backward=backward,
+            differentiable=differentiable,
+            group=TapGroup() if group is None else group,
+            layouts=_layouts(target.core, gather=gather, everywhere=differentiable, given=tensor_parallel),
+            chunk=stack.enter_context(chunks_of(model)),
+        )
         stack.callback(made._release)
-        stack.enter_context(eager_where_needed(model, infos.values()))
-        call = stack.enter_context(attached(model, infos.values(), made._meet))
+        stack.enter_context(eager_where_needed(target.core, infos.values()))
+        call = stack.enter_context(attached(target.parts, infos.values(), made._meet))
         yield made
     made._check(call)
 
 
 def _layouts(
-    model: nn.Module, *, gather: bool, everywhere: bool, given: ProcessGroup | DeviceMesh | None
+    core: nn.Module, *, gather: bool, everywhere: bool, given: ProcessGroup | DeviceMesh | None
 ) -> Wholes | Parts:
     if not gather:
         return Parts()
-    core = core_of(model)
     spread = isinstance(core, PreTrainedModel) and is_spread(core)
     group = tensor_parallel_group(core, given)
     return Wholes(group, everywhere=everywhere, checks_shapes=spread, stages=pipeline_group(core))

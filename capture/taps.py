@@ -15,6 +15,7 @@ from residua.capture.hooks import ForwardCall, attached, values_of
 from residua.capture.probing import not_once
 from residua.capture.siteinfo import SiteInfo
 from residua.capture.sites import resolve_sites
+from residua.capture.wrappers import named_parts
 from residua.store.errors import CaptureError
 
 TapFunction = Callable[[str, Tensor], Tensor | None]
@@ -118,5 +119,5 @@ def reading(
     taps = Taps(infos, function)
     with ExitStack() as stack:
         taps.switched_to_eager = stack.enter_context(eager_where_needed(model, infos.values()))
-        taps._call = stack.enter_context(attached(model, infos.values(), values_of(taps._emit)))
+        taps._call = stack.enter_context(attached(named_parts(model), infos.values(), values_of(taps._emit)))
         yield taps

@@ -78,6 +78,6 @@ def check_budget(row_bytes: Iterable[int], most_rows_per_example: int, height: i
         raise PlanError(
             f"--host-memory allows {host_memory_bytes:,} bytes, but {len(sizes)} sites in shards of {height:,} rows "
             f"need {needed:,} to stage the longest example ({most_rows_per_example:,} rows of {sum(sizes):,} bytes): "
-            "raise --host-memory, lower --rows-per-shard, keep fewer positions, shorten the examples with --max-length, or "
-            "capture fewer sites."
+            "raise --host-memory, lower --rows-per-shard, keep fewer positions, shorten the examples with --max-length "
+            "or capture fewer sites."
         )

@@ -22,9 +22,10 @@ LAYOUTS = {
             "parallelize_module, sequence parallel",
             "expert parallel 2",
             "transformers PP 2",
+            "torch PipelineStage, 2 stages",
         ),
     ),
-    "four": (4, ("transformers TP 4", "TP 2 x DP 2", "TP 2 x FSDP 2")),
+    "four": (4, ("transformers TP 4", "TP 2 x DP 2", "TP 2 x FSDP 2", "torch PP 2 x TP 2")),
 }
 """From launch to the number of its ranks and the layouts that are tried in it."""
 
@@ -40,6 +41,7 @@ REFUSALS = (
         "a_site_that_never_fires",
         "replicas_with_unequal_batches",
         "rows_inside_experts",
+        "generation",
         "parameters",
     ),
 )

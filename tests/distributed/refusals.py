@@ -151,6 +151,27 @@ def rows_inside_experts(load: Load) -> None:
         run(model)
 
 
+def generation(load: Load) -> None:
+    """Every step of a generation fires, with the cache's keys in front of the new ones."""
+    got, wanted = list[tuple[str, Tensor]](), list[tuple[str, Tensor]]()
+    model, bare = load(), SPLIT["llama"]()
+    sites = "resid_post.1,q.1,k.1,z.1,pattern.1,mlp_act.1,logits"
+    with tap(bare, sites, lambda site, tensor: wanted.append((site, tensor)), tensor_parallel=alone()):
+        expected = generate(bare)
+    with tap(model, sites, lambda site, tensor: got.append((site, tensor))):
+        assert torch.equal(generate(model), expected)
+    assert len(wanted) >= 7 * 2
+    if dist.get_rank() == 0:
+        assert [site for site, _ in got] == [site for site, _ in wanted]
+        assert all(relative_error(mine, theirs) < 1e-5 for (_, mine), (_, theirs) in zip(got, wanted, strict=True))
+
+
+def generate(model: Any) -> Tensor:
+    prompt = {key: batch(0)[key][:1] for key in ("input_ids", "attention_mask")}
+    tokens: Tensor = model.generate(**prompt, max_new_tokens=4, do_sample=False)
+    return tokens
+
+
 def parameters(load: Load) -> None:
     """A parameter and its gradient come whole, under the bare model's name, however they are sharded."""
     bare = SPLIT["llama"]()
@@ -213,5 +234,6 @@ CHECKS = (
     a_site_that_never_fires,
     replicas_with_unequal_batches,
     rows_inside_experts,
+    generation,
     parameters,
 )

@@ -18,7 +18,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from transformers import AutoModelForCausalLM, PreTrainedModel
@@ -27,6 +27,8 @@ from transformers.distributed.configuration_utils import DistributedConfig
 from tests.distributed.checks import Case, Row
 from tests.distributed.expected import Expected, batch, expected
 from tests.distributed.launches import LAUNCHES
+from tests.distributed.pipelines import PipelineCase
+from tests.distributed.plans import parallel_llama
 from tests.distributed.refusals import CHECKS, Load
 from tests.models import SPLIT
 
@@ -216,43 +218,6 @@ def sequence_parallel() -> Iterator[Row]:
     yield from all_of(tensor_parallel("parallelize_module, sequence parallel", "llama", model))
 
 
-def parallel_llama(mesh: DeviceMesh, *, sequence: bool = False) -> PreTrainedModel:
-    from torch.distributed.tensor import Replicate, Shard
-    from torch.distributed.tensor.parallel import (
-        ColwiseParallel,
-        PrepareModuleInput,
-        RowwiseParallel,
-        SequenceParallel,
-        parallelize_module,
-    )
-
-    model = SPLIT["llama"]()
-    stream = Shard(1) if sequence else Replicate()
-    plan: dict[str, Any] = {}
-    for index in range(model.config.num_hidden_layers):
-        block = f"model.layers.{index}"
-        for column in ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "mlp.gate_proj", "mlp.up_proj"):
-            plan[f"{block}.{column}"] = ColwiseParallel()
-        for row in ("self_attn.o_proj", "mlp.down_proj"):
-            plan[f"{block}.{row}"] = RowwiseParallel(output_layouts=stream, use_local_output=not sequence)
-        if sequence:
-            for norm in ("input_layernorm", "post_attention_layernorm"):
-                plan[f"{block}.{norm}"] = SequenceParallel()
-            plan[f"{block}.self_attn"] = PrepareModuleInput(
-                input_kwarg_layouts={"hidden_states": Shard(1)},
-                desired_input_kwarg_layouts={"hidden_states": Replicate()},
-            )
-            plan[f"{block}.mlp"] = PrepareModuleInput(input_layouts=(Shard(1),), desired_input_layouts=(Replicate(),))
-    if sequence:
-        plan["model.embed_tokens"] = RowwiseParallel(
-            input_layouts=Replicate(), output_layouts=Shard(1), use_local_output=False
-        )
-        plan["model.norm"] = SequenceParallel()
-        plan["lm_head"] = ColwiseParallel(input_layouts=Shard(1), output_layouts=Replicate())
-    parallelize_module(model, mesh, plan)
-    return model
-
-
 @layout("TP 2 x DP 2")
 def tp_dp() -> Iterator[Row]:
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
@@ -313,6 +278,38 @@ def transformers_pp() -> Iterator[Row]:
         )
         yield case.forward()
         yield case.edits()
+
+
+@layout("torch PipelineStage, 2 stages")
+def torch_pp() -> Iterator[Row]:
+    for name in ("llama", "qwen3", "mixtral"):
+        for n_microbatches in (2, 4):
+            case = PipelineCase(
+                layout=f"torch PipelineStage, 2 stages, {n_microbatches} microbatches",
+                name=name,
+                model=nn.Identity(),
+                inputs=batch(0),
+                expected=wanted(name, 0),
+                owns=True,
+                bound=1e-5,
+                staged=True,
+            )
+            yield from case.rows(n_microbatches)
+
+
+@layout("torch PP 2 x TP 2")
+def pp_tp() -> Iterator[Row]:
+    case = PipelineCase(
+        layout="torch PP 2 x TP 2, 2 microbatches",
+        name="llama",
+        model=nn.Identity(),
+        inputs=batch(0),
+        expected=wanted("llama", 0),
+        owns=True,
+        bound=1e-5,
+        staged=True,
+    )
+    yield from case.rows(2, init_device_mesh("cpu", (2, 2), mesh_dim_names=("pp", "tp")))
 
 
 def refused(check: Callable[[Load], None]) -> Callable[[], Iterator[Row]]:

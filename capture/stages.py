@@ -1,0 +1,92 @@
+"""What is tapped: a model, or the part of one that is a stage of a pipeline, and which of its runs count.
+
+transformers' own pipelines leave stand-ins under the names of what other stages hold, which pass on what they take.
+torch's ``PipelineStage`` holds a module of the user's, with a part of a transformers model in it, and runs it once on
+meaningless values to learn shapes: only what happens inside ``forward_one_chunk`` is real.
+"""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+from torch.distributed.pipelining.stage import _PipelineStageBase
+from transformers import PreTrainedModel
+
+from residua.capture.siteinfo import SiteInfo
+from residua.capture.wrappers import core_of, named_parts
+
+
+@dataclass(frozen=True, kw_only=True)
+class Target:
+    """A model, or as much of it as this process has.
+
+    Attributes:
+        core: The model whose sites are meant.
+        parts: Its modules that are here, under the names of the whole model; under the empty name what is called.
+        gives_logits: Whether what is called gives logits.
+    """
+
+    core: nn.Module
+    parts: Mapping[str, nn.Module]
+    gives_logits: bool = True
+
+    def here(self, sites: Mapping[str, SiteInfo]) -> dict[str, SiteInfo]:
+        """Return the sites that are met in this process; the others are in other stages of a pipeline."""
+        return {
+            name: info
+            for name, info in sites.items()
+            if info.module in self.parts and (info.via != "logits" or self.gives_logits)
+        }
+
+
+class Chunk:
+    """The microbatch under way.
+
+    Attributes:
+        is_real: Whether what runs is the user's data.
+        index: Number of the microbatch, in a torch pipeline.
+    """
+
+    def __init__(self, *, is_real: bool) -> None:
+        self.is_real = is_real
+        self.index: int | None = None
+
+
+def target_of(model: nn.Module | _PipelineStageBase) -> Target:
+    """Find the model inside wrappers or inside a stage of torch's pipelines."""
+    if isinstance(model, _PipelineStageBase):
+        inner = next((m for m in model.submod.modules() if isinstance(m, PreTrainedModel)), model.submod)
+        return Target(core=inner, parts={**_real(named_parts(inner)), "": model.submod}, gives_logits=model.is_last)
+    core = core_of(model)
+    return Target(core=core, parts=_real(named_parts(core)))
+
+
+def _real(parts: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
+    return {path: part for path, part in parts.items() if type(part).__name__ != "PipelineIdentityLayer"}
+
+
+@contextmanager
+def chunks_of(model: nn.Module | _PipelineStageBase) -> Iterator[Chunk]:
+    """Follow which microbatch a stage of torch's pipelines runs; a model that is no stage is always real."""
+    if not isinstance(model, _PipelineStageBase):
+        yield Chunk(is_real=True)
+        return
+    chunk, before = Chunk(is_real=False), vars(model).get("forward_one_chunk")
+    inner = model.forward_one_chunk
+
+    def forward_one_chunk(fwd_chunk_id: int, *args: Any, **kwargs: Any) -> Any:
+        chunk.is_real, chunk.index = True, fwd_chunk_id
+        try:
+            return inner(fwd_chunk_id, *args, **kwargs)
+        finally:
+            chunk.is_real, chunk.index = False, None
+
+    vars(model)["forward_one_chunk"] = forward_one_chunk
+    try:
+        yield chunk
+    finally:
+        del vars(model)["forward_one_chunk"]
+        if before is not None:
+            vars(model)["forward_one_chunk"] = before

@@ -1,0 +1,103 @@
+"""A stage of torch's pipelines, split by hand as its documentation has it, and the check of its sites."""
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.pipelining import PipelineStage, ScheduleGPipe
+from torch.distributed.tensor.parallel import parallelize_module
+from transformers import PreTrainedModel
+from transformers.masking_utils import create_causal_mask
+
+from residua.capture.tap import tap
+from tests.distributed.checks import Case, Row
+from tests.distributed.expected import EDITS, site_names
+from tests.distributed.plans import plan_of
+from tests.models import SPLIT
+
+
+class Part(nn.Module):
+    """The blocks of one stage of a Llama-like model; embedding in the first stage, norm and head in the last."""
+
+    def __init__(self, model: PreTrainedModel, stage: int, n_stages: int) -> None:
+        super().__init__()
+        self.llm = model
+        base: Any = model.base_model
+        n_blocks = len(base.layers)
+        first, last = stage * n_blocks // n_stages, (stage + 1) * n_blocks // n_stages
+        base.layers = nn.ModuleDict({str(i): base.layers[i] for i in range(first, last)})
+        self.is_first, self.is_last = stage == 0, stage == n_stages - 1
+        if not self.is_first:
+            del base.embed_tokens
+        if not self.is_last:
+            del base.norm
+            del model.lm_head
+
+    def forward(self, hidden: Tensor, attention_mask: Tensor, position_ids: Tensor) -> Tensor:
+        base: Any = self.llm.base_model
+        hidden = base.embed_tokens(hidden) if self.is_first else hidden
+        mask = create_causal_mask(
+            config=self.llm.config,
+            inputs_embeds=hidden,
+            attention_mask=attention_mask,
+            past_key_values=None,
+            position_ids=position_ids,
+        )
+        rotary = base.rotary_emb(hidden, position_ids)
+        for block in base.layers.values():
+            hidden = block(hidden, attention_mask=mask, position_embeddings=rotary, position_ids=position_ids)
+        result: Tensor = self.llm.get_submodule("lm_head")(base.norm(hidden)) if self.is_last else hidden
+        return result
+
+
+class Pipeline:
+    """Runs a batch through the stages, so many microbatches at a time."""
+
+    def __init__(self, name: str, n_microbatches: int, mesh: DeviceMesh | None) -> None:
+        group = dist.group.WORLD if mesh is None else mesh.get_group("pp")
+        rank, size = dist.get_rank(group), dist.get_world_size(group)
+        part = Part(SPLIT[name](), rank, size)
+        if mesh is not None:
+            parallelize_module(part.llm, mesh["tp"], plan_of(part.llm))
+        self.stage = PipelineStage(part, rank, size, torch.device("cpu"), group=group)
+        self._schedule = ScheduleGPipe(self.stage, n_microbatches)
+
+    def run(self, inputs: Any) -> Tensor | None:
+        """Logits of the whole batch, in the last stage."""
+        kwargs = {key: inputs[key] for key in ("attention_mask", "position_ids")}
+        first = (inputs["input_ids"],) if self.stage.is_first else ()
+        with torch.no_grad():
+            result = self._schedule.step(*first, **kwargs)
+        return result if isinstance(result, Tensor) else None
+
+
+class PipelineCase(Case):
+    """As `Case`, for a torch pipeline: sites come by microbatch, and logits are in the last stage."""
+
+    def rows(self, n_microbatches: int, mesh: DeviceMesh | None = None) -> list[Row]:
+        pipeline, kept = Pipeline(self.name, n_microbatches, mesh), dict[str, list[Tensor]]()
+        seen: list[int | None] = []
+
+        def keep(site: str, tensor: Tensor) -> None:
+            kept.setdefault(site, []).append(tensor)
+            seen.append(taps.microbatch)
+
+        with tap(pipeline.stage, site_names(pipeline.stage.submod.get_submodule("llm"), self.name), keep) as taps:
+            pipeline.run(self.inputs)
+        is_owner = mesh is None or mesh.get_local_rank("tp") == 0
+        assert set(seen) == (set(range(n_microbatches)) if is_owner else set())
+        assert {len(found) for found in kept.values()} == ({n_microbatches} if is_owner else set())
+        values = {site: torch.cat(found) for site, found in kept.items()}
+        return [self._row("forward", values, self.expected.values), self._edits(pipeline)]
+
+    def _edits(self, pipeline: Pipeline) -> Row:
+        got, wanted = {}, {}
+        edits = {key: logits for key, logits in self.expected.edited.items() if key[1] != "replace"}
+        for (site, kind), logits in edits.items():  # "replace" exchanges examples, which microbatches keep apart
+            with tap(pipeline.stage, site, EDITS[kind]):
+                result = pipeline.run(self.inputs)
+            if result is not None:
+                got[f"{site} {kind}"], wanted[f"{site} {kind}"] = result, logits
+        return self._noted("edits", got, wanted, n_sites=len({site for site, _ in edits}))
