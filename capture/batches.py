@@ -23,6 +23,13 @@ class RowSink(Protocol):
     def begin(self, batch: BatchRows, /) -> None:
         """Announce the rows of the next forward pass."""
 
+    def run_along(self) -> None:
+        """Run a token whose rows nobody wants, because the other workers' forward pass needs this one's."""
+        token = torch.zeros((1, 1), dtype=torch.long, device=self._device)
+        self._is_wanted = False
+        self._model(**forward_kwargs(self._model, token, torch.ones_like(token), needs_logits=self._needs_logits))
+        self._is_wanted = True
+
     def put(self, site: str, tensor: torch.Tensor, /) -> None:
         """Take one site's tensor; copy what is kept before returning."""
 
@@ -58,6 +65,7 @@ class BatchRunner:
         self._device = next(model.parameters()).device
         self._shape = (0, 0)
         self._n_missing = 0
+        self._is_wanted = True
         self._ends_early = not hasattr(model, "hf_device_map")  # accelerate's hooks must see their forward end
         kinds = {parse_site(site.name).kind for site in plan.sites}
         self._needs_logits = any(kind == "module" or kind.startswith("logits") for kind in kinds)
@@ -93,8 +101,17 @@ class BatchRunner:
         self.n_rows += sum(len(example.positions) for example in rows)
         self.n_tokens += sum(len(input_ids) for input_ids in tokens)
 
+    def run_along(self) -> None:
+        """Run a token whose rows nobody wants, because the other workers' forward pass needs this one's."""
+        token = torch.zeros((1, 1), dtype=torch.long, device=self._device)
+        self._is_wanted = False
+        self._model(**forward_kwargs(self._model, token, torch.ones_like(token), needs_logits=self._needs_logits))
+        self._is_wanted = True
+
     def put(self, site: str, tensor: torch.Tensor) -> None:
         """Take one site's tensor from its tap."""
+        if not self._is_wanted:
+            return
         self._sink.put(site, by_position(site, tensor, *self._shape))
         self._n_missing -= 1
         if not self._n_missing and self._ends_early:

@@ -58,7 +58,7 @@ class Commit:
         rows: First row and the row after the last.
         arrays: Per array path, what its shard file holds.
         examples: SHA-256 of example parts made durable with this shard (loops that the user owns), by file name.
-        writer: Number of the writer.
+        writer: Number of the writer among those that share a shard; 0 where one writes it whole.
     """
 
     plan: str
@@ -91,9 +91,24 @@ def publish_commit(archive: Path, commit: Commit) -> None:
     Raises:
         FileExistsError: The shard has a record by this writer.
     """
+    publish(archive / FOLDER / commit.name, _spelled(commit))
+
+
+def is_published(archive: Path, commit: Commit) -> bool:
+    """Say whether `archive` holds this very record, word for word."""
+    path = archive / FOLDER / commit.name
+    return path.is_file() and path.read_bytes() == _spelled(commit)
+
+
+def _spelled(commit: Commit) -> bytes:
     record = commit.to_json()
-    text = canonical_json({"record": record, "sha256": digest_of(record)}) + b"\n"
-    publish(archive / FOLDER / commit.name, text)
+    return canonical_json({"record": record, "sha256": digest_of(record)}) + b"\n"
+
+
+def committed_shards(archive: Path) -> set[int]:
+    """Return which shards have a record, by the records' names alone: cheap enough to ask again and again."""
+    names = (path.name for path in (archive / FOLDER).iterdir())
+    return {int(name.split("-")[0]) for name in names if _NAME.fullmatch(name)}
 
 
 def read_commits(archive: Path, plan_digest: str) -> dict[int, Commit]:
