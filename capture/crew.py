@@ -14,6 +14,8 @@ import socket
 import threading
 import time
 from collections.abc import Mapping
+from contextlib import suppress
+from math import inf
 from types import TracebackType
 from typing import Any, Self
 
@@ -24,6 +26,7 @@ from residua.store.errors import CaptureError
 BEAT_SECONDS = 1.0
 LOST_SECONDS = 30.0
 _POLL_SECONDS = 0.1
+_FAREWELL_SECONDS = 5.0
 START_SECONDS = 600.0
 
 
@@ -72,10 +75,10 @@ class Crew:
         self._thread.join()
         if error is not None and self._failure is None:
             self._figures |= {"state": "left", "why": str(error) or type(error).__name__}
-            try:
+            with suppress(CaptureError):  # the error under way says more
                 self._beat()
-            except CaptureError:
-                return  # the error under way says more than this one
+                if self.number == 0:  # the store may go with this process: let the others read why
+                    self.await_others("done", "left", "told", seconds=_FAREWELL_SECONDS)
 
     def tell(self, **figures: Any) -> None:
         """Let the others know `figures` with the next beat.
@@ -162,9 +165,10 @@ class Crew:
             return False
         return figures["state"] == "left" or time.monotonic() - self._seen[number][1] > self.lost_seconds
 
-    def await_others(self, *states: str) -> None:
-        """Return when every other worker that ever appeared is in one of `states`, or is gone."""
-        while any(
+    def await_others(self, *states: str, seconds: float = inf) -> None:
+        """Return when every other worker that ever appeared is in one of `states` or gone, or after `seconds`."""
+        deadline = time.monotonic() + seconds
+        while time.monotonic() < deadline and any(
             figures["state"] not in states and not self.is_gone(figures["worker"])
             for figures in self.all_figures()
             if figures["worker"] != self.number

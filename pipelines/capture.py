@@ -183,6 +183,7 @@ class _Job:
         )
 
     def _seal(self) -> None:
+        sweep(self._out)  # a worker may have died meanwhile
         archive = Archive(self._out)
         seal(self._out, archive.metadata, archive.commits)
 

@@ -133,6 +133,15 @@ def _lock(descriptor: int, archive: Path) -> None:
             raise ArchiveInUseError(
                 archive, owner, f"If it is dead, remove {_path(archive)}: this file system cannot tell."
             ) from None
-        with suppress(ProcessLookupError):
-            os.kill(owner.pid, 0)
+        if _is_alive(owner.pid):
             raise ArchiveInUseError(archive, owner, wait) from None
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:
+        return True
+    return True
