@@ -11,6 +11,7 @@ from torch import nn
 from residua.capture.inputs import forward_kwargs, padded_batch
 from residua.capture.placement import BatchRows
 from residua.capture.rows import ExampleRows, batch_rows, by_position
+from residua.capture.sharded import is_sharded
 from residua.store.examples import ExampleTable
 from residua.store.plan import Plan
 from residua.store.schedule import Batch
@@ -22,13 +23,6 @@ class RowSink(Protocol):
 
     def begin(self, batch: BatchRows, /) -> None:
         """Announce the rows of the next forward pass."""
-
-    def run_along(self) -> None:
-        """Run a token whose rows nobody wants, because the other workers' forward pass needs this one's."""
-        token = torch.zeros((1, 1), dtype=torch.long, device=self._device)
-        self._is_wanted = False
-        self._model(**forward_kwargs(self._model, token, torch.ones_like(token), needs_logits=self._needs_logits))
-        self._is_wanted = True
 
     def put(self, site: str, tensor: torch.Tensor, /) -> None:
         """Take one site's tensor; copy what is kept before returning."""
@@ -66,7 +60,8 @@ class BatchRunner:
         self._shape = (0, 0)
         self._n_missing = 0
         self._is_wanted = True
-        self._ends_early = not hasattr(model, "hf_device_map")  # accelerate's hooks must see their forward end
+        # accelerate's hooks and FSDP's must see their forward end
+        self._ends_early = not (hasattr(model, "hf_device_map") or is_sharded(model))
         kinds = {parse_site(site.name).kind for site in plan.sites}
         self._needs_logits = any(kind == "module" or kind.startswith("logits") for kind in kinds)
         self.n_rows = 0

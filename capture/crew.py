@@ -10,6 +10,7 @@ notice within two beats, and every call here raises.
 
 import json
 import os
+import secrets
 import socket
 import threading
 import time
@@ -19,7 +20,8 @@ from math import inf
 from types import TracebackType
 from typing import Any, Self
 
-from torch.distributed import DistError, Store
+from torch._C._distributed_c10d import Store
+from torch.distributed import DistError
 
 from residua.store.errors import CaptureError
 
@@ -50,8 +52,10 @@ class Crew:
         self.n_launched = n_launched
         self.lost_seconds = lost_seconds
         self._store = store
+        self._token = secrets.token_hex(8)
         self._figures: dict[str, Any] = {
             "worker": number,
+            "token": self._token,
             "host": socket.gethostname(),
             "pid": os.getpid(),
             "state": "working",
@@ -129,18 +133,25 @@ class Crew:
             time.sleep(_POLL_SECONDS)
         return message
 
-    def claim(self, name: str, expected: str) -> bool:
-        """Write this worker's number under `name` if `expected` stands there, or nothing at all; say whether it did."""
-        found: bytes = self._call(self._store.compare_set, name, expected, str(self.number))
-        return found == str(self.number).encode()
+    def claim(self, name: str, owner: str = "") -> bool:
+        """Become the owner of `name` if it has none, or if `owner` owns it; say whether that was so."""
+        me = f"{self.number}/{self._token}"
+        found: bytes = self._call(self._store.compare_set, name, owner, me)
+        return found.decode() == me
 
     def count(self, name: str) -> int:
         """Return how often this was called for `name`, by all workers."""
         return int(self._call(self._store.add, name, 1))
 
-    def owner(self, name: str) -> int | None:
-        """Return who claimed `name`, or None if nobody has."""
-        return int(self._call(self._store.get, name)) if self._call(self._store.check, [name]) else None
+    def lost_owner(self, name: str) -> str | None:
+        """Return the owner of `name` if it is gone, an empty one if nobody owns `name`, None if its owner lives."""
+        if not self._call(self._store.check, [name]):
+            return ""
+        owner: str = self._call(self._store.get, name).decode()
+        number, _, token = owner.partition("/")
+        figures = self.figures(int(number))
+        is_another = figures is None or figures["token"] != token  # of an earlier attempt of the launcher
+        return owner if is_another or self.is_gone(int(number)) else None
 
     def figures(self, number: int) -> dict[str, Any] | None:
         """Return what worker `number` told last, or None if it never did."""

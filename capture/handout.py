@@ -31,7 +31,6 @@ class HandOut:
         self._is_exhausted = False
         self._left: list[int] = []
         self._next_look = 0.0
-        self.n_taken_over = 0
 
     def take(self) -> range | None:
         """Return the next run, or one that a worker who is gone left behind; None if there is none now."""
@@ -39,7 +38,7 @@ class HandOut:
             run = self._crew.count("runs") - 1
             if run >= len(self._runs):
                 self._is_exhausted = True
-            elif self._crew.claim(f"run/{run}", ""):
+            elif self._crew.claim(f"run/{run}"):
                 return self._runs[run]
         return self._take_over()
 
@@ -54,10 +53,7 @@ class HandOut:
         committed = committed_shards(self._archive)
         self._left = [run for run, shards in enumerate(self._runs) if not committed.issuperset(shards)]
         for run in self._left:
-            owner = self._crew.owner(f"run/{run}")
-            if owner is not None and not self._crew.is_gone(owner):
-                continue
-            if self._crew.claim(f"run/{run}", "" if owner is None else str(owner)):
-                self.n_taken_over += 1
+            owner = self._crew.lost_owner(f"run/{run}")
+            if owner is not None and self._crew.claim(f"run/{run}", owner):
                 return self._runs[run]
         return None

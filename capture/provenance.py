@@ -2,6 +2,7 @@
 
 import json
 import platform
+from collections.abc import Mapping
 from importlib.metadata import version
 from typing import cast
 
@@ -10,6 +11,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from residua.capture.fingerprint import weights_fingerprint
+from residua.capture.sharded import is_sharded, plain_class
 from residua.store.canonical import Json, digest_of
 
 PACKAGES = ("residua", "torch", "transformers", "accelerate", "tokenizers", "zarr", "numcodecs", "numpy", "pyarrow")
@@ -30,7 +32,7 @@ def environment() -> dict[str, Json]:
 def identify_model(model: nn.Module) -> dict[str, Json]:
     """Return what makes a model this model, wherever it lies: the plan's `model` entry."""
     return {
-        "class": type(model).__name__,
+        "class": plain_class(model).__name__,
         "weights": weights_fingerprint(model),
         "config": _config_digest(model),
         "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
@@ -38,12 +40,18 @@ def identify_model(model: nn.Module) -> dict[str, Json]:
     }
 
 
-def describe_model(model: nn.Module) -> dict[str, Json]:
-    """Return where the model came from and on what it ran: provenance."""
+def describe_model(model: nn.Module, identity: Mapping[str, Json] | None = None) -> dict[str, Json]:
+    """Return where the model came from and on what it ran: provenance.
+
+    Args:
+        model: The model.
+        identity: What `identify_model` returned for it, where that is known already.
+    """
     devices = {parameter.device for parameter in model.parameters()}
     names = sorted(torch.cuda.get_device_name(d) if d.type == "cuda" else d.type for d in devices)
     path = model.config._name_or_path if isinstance(model, PreTrainedModel) else ""
-    return {"id": path, "devices": cast("list[Json]", names), "layout": "single", **identify_model(model)}
+    layout = "fsdp2" if is_sharded(model) else "single"
+    return {"id": path, "devices": cast("list[Json]", names), "layout": layout, **(identity or identify_model(model))}
 
 
 def _attention(model: nn.Module) -> str | None:

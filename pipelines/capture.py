@@ -12,9 +12,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from residua.capture.attention import eager_attention
 from residua.capture.compiled import running_uncompiled, uncompiled
-from residua.capture.head import save_head
+from residua.capture.head import head_files
 from residua.capture.provenance import describe_model, environment, identify_model
 from residua.capture.record import RecordStats, record, total
+from residua.capture.sharded import Agreement, is_sharded
 from residua.capture.siteinfo import SiteInfo
 from residua.capture.siteplans import plan_sites
 from residua.capture.sites import resolve_sites
@@ -27,7 +28,7 @@ from residua.store.archive import Archive
 from residua.store.create import create_archive, seal, workspace
 from residua.store.errors import DatasetError, PlanError
 from residua.store.examples import ExampleIndex, ExampleTable, ExampleWriter
-from residua.store.files import sweep
+from residua.store.files import sweep, write_file
 from residua.store.metadata import is_archive
 from residua.store.plan import Plan
 from residua.store.sizes import shard_rows
@@ -152,6 +153,8 @@ class _Job:
         on_batch: Callable[[RecordStats], None],
     ) -> CaptureResult:
         sites = resolve_sites(self._model, self._settings.sites)
+        self._identity = identify_model(self._model)  # by every worker: of a sharded model it is a collective
+        self._head = head_files(self._model) if is_sharded(self._model) else None
         needs_pattern = any(site.startswith("pattern.") for site in sites)
         eager = eager_attention(self._model) if needs_pattern else nullcontext(False)
         with running_uncompiled(self._model) as compiled, eager as switched:
@@ -169,6 +172,7 @@ class _Job:
                 self._out,
                 plan,
                 work=workers.work(self._out, n_shards),
+                agree=Agreement() if is_sharded(self._model) else None,
                 threads=self._settings.threads,
                 on_batch=lambda own: on_batch(workers.so_far(own)),
             )
@@ -196,7 +200,8 @@ class _Job:
             if resumed:
                 self._compare(plan)
             else:
-                save_head(self._model, folder / "head")
+                for name, content in (head_files(self._model) if self._head is None else self._head).items():
+                    write_file(folder / "head" / name, [content])
                 if self._tokenizer is not None:
                     save_tokenizer(self._tokenizer, folder / "tokenizer")
                 create_archive(folder, self._out, plan, self._provenance())
@@ -242,7 +247,7 @@ class _Job:
             host_memory_bytes=settings.host_memory,
         )
         return Plan(
-            model=identify_model(self._model),
+            model=self._identity,
             dataset={
                 "digest": index.digest,
                 "n_examples": index.n_examples,
@@ -267,7 +272,7 @@ class _Job:
 
     def _provenance(self) -> dict[str, Any]:
         return {
-            "model": describe_model(self._model),
+            "model": describe_model(self._model, self._identity),
             "tokenizer": None if self._tokenizer is None else identify_tokenizer(self._tokenizer),
             "dataset": dataset_identity(self._dataset, self._settings.dataset_settings()),
             "command": self._command,

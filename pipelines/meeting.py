@@ -15,10 +15,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch.distributed as dist
+from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
 from torch.distributed.distributed_c10d import _get_default_store
 from torch.distributed.rendezvous import rendezvous
 
 from residua.capture.crew import LOST_SECONDS, START_SECONDS, Crew, number_of_joiner
+from residua.store.canonical import Json
 from residua.store.errors import CaptureError
 from residua.store.lock import ArchiveInUseError, Owner, locked
 
@@ -29,10 +31,10 @@ _captures = itertools.count()
 class _Launch(NamedTuple):
     """Processes that were launched together, as one of them sees them."""
 
-    store: dist.Store
+    store: Store
     rank: int
     n: int
-    address: Mapping[str, Any] | None
+    address: Mapping[str, Json] | None
 
 
 @contextmanager
@@ -47,7 +49,8 @@ def meeting(out: Path, *, join: bool) -> Iterator[Crew | None]:
         ArchiveInUseError: Another run is at work on it, and is not to be joined or cannot be.
         CaptureError: The others do not appear, or have no place for this one.
     """
-    prefix = f"residua/{next(_captures)}"
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")  # torchrun keeps one store for all its attempts
+    prefix = f"residua/{attempt}/{next(_captures)}"
     launch = _launch(prefix)
     with ExitStack() as stack:
         if launch is None and not join:
@@ -63,7 +66,7 @@ def _launch(prefix: str) -> _Launch | None:
     if dist.is_available() and dist.is_initialized():
         if dist.get_world_size() == 1:
             return None
-        store = dist.PrefixStore(prefix, _get_default_store())
+        store = PrefixStore(prefix, _get_default_store())
         return _Launch(store, dist.get_rank(), dist.get_world_size(), None)
     if int(os.environ.get("WORLD_SIZE", "1")) == 1 or not {"RANK", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
         return None
@@ -72,21 +75,24 @@ def _launch(prefix: str) -> _Launch | None:
     except dist.DistError as error:
         raise CaptureError(f"the processes that were launched together did not meet: {error}") from error
     store.set_timeout(timedelta(seconds=LOST_SECONDS))
-    address = {"host": os.environ["MASTER_ADDR"], "port": int(os.environ["MASTER_PORT"]), "prefix": prefix, "n": n}
-    return _Launch(dist.PrefixStore(prefix, store), rank, n, address)
+    address: dict[str, Json] = {
+        "host": os.environ["MASTER_ADDR"],
+        "port": int(os.environ["MASTER_PORT"]),
+        "prefix": prefix,
+        "n": n,
+    }
+    return _Launch(PrefixStore(prefix, store), rank, n, address)
 
 
 def _alone_or_joining(out: Path, prefix: str, stack: ExitStack) -> Crew:
     """Keep a store that others can join; or join the run that is there."""
-    store = dist.TCPStore(
-        "localhost", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=LOST_SECONDS)
-    )
-    address = {"host": socket.gethostname(), "port": store.port, "prefix": prefix, "n": 1}
+    store = TCPStore("localhost", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=LOST_SECONDS))
+    address: dict[str, Json] = {"host": socket.gethostname(), "port": store.port, "prefix": prefix, "n": 1}
     try:
         stack.enter_context(locked(out, join=address))
     except ArchiveInUseError as error:
         return _joining(_address(error))
-    return Crew(dist.PrefixStore(prefix, store), 0, 1)
+    return Crew(PrefixStore(prefix, store), 0, 1)
 
 
 def _together(out: Path, launch: _Launch, join: bool, stack: ExitStack) -> Crew:
@@ -125,12 +131,12 @@ def _address(error: ArchiveInUseError) -> Mapping[str, Any]:
 
 def _joining(address: Mapping[str, Any]) -> Crew:
     try:
-        store = dist.TCPStore(
+        store = TCPStore(
             address["host"], int(address["port"]), is_master=False, timeout=timedelta(seconds=LOST_SECONDS)
         )
     except dist.DistError as error:
         raise CaptureError(
             f"the run to join, at {address['host']}:{address['port']}, does not answer: {error}"
         ) from error
-    common, n_launched = dist.PrefixStore(address["prefix"], store), int(address["n"])
+    common, n_launched = PrefixStore(address["prefix"], store), int(address["n"])
     return Crew(common, number_of_joiner(common, n_launched), n_launched)

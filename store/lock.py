@@ -71,12 +71,20 @@ def locked(archive: Path, *, join: Mapping[str, Json] | None = None) -> Iterator
         OSError: The folder above cannot be written.
     """
     path = _path(archive)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor = _acquire(path, archive)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor = _acquire(path, archive)
+    except ArchiveInUseError:
+        raise
+    except OSError as error:
+        raise OSError(
+            error.errno, f"cannot make an archive at {archive}: {error.strerror}. Choose a folder that is writable."
+        ) from error
     try:
         owner = {"host": socket.gethostname(), "pid": os.getpid(), "since": time.strftime("%Y-%m-%d %H:%M:%S %z")}
-        os.ftruncate(descriptor, 0)
-        os.pwrite(descriptor, json.dumps({**owner, "join": join}).encode(), 0)
+        with suppress(OSError):  # a full disk: the lock holds without a name, and the capture will say more
+            os.ftruncate(descriptor, 0)
+            os.pwrite(descriptor, json.dumps({**owner, "join": join}).encode(), 0)
         yield
     finally:
         with suppress(FileNotFoundError):
