@@ -10,6 +10,7 @@ from torch import nn
 from residua.capture.inputs import forward_kwargs, padded_batch
 from residua.capture.placement import BatchRows
 from residua.capture.rows import ExampleRows, batch_rows, by_position
+from residua.capture.sharded import is_sharded
 from residua.store.errors import CaptureError
 from residua.store.examples import ExampleTable
 from residua.store.plan import Plan
@@ -58,9 +59,10 @@ class BatchRunner:
         self._device = next(model.parameters()).device
         self._shape = (0, 0)
         self._n_missing = 0
-        self._ends_early = not any(
-            hasattr(module, "_hf_hook") for module in model.modules()
-        )  # accelerate's must see the end
+        self._is_wanted = True
+        # accelerate's hooks and FSDP's must see their forward end
+        hooked = any(hasattr(module, "_hf_hook") for module in model.modules())
+        self._ends_early = not (hooked or is_sharded(model))
         kinds = {parse_site(site.name).kind for site in plan.sites}
         self._needs_logits = any(kind == "module" or kind.startswith("logits") for kind in kinds)
         self.n_rows = 0
@@ -102,8 +104,17 @@ class BatchRunner:
         self.n_rows += sum(len(example.positions) for example in rows)
         self.n_tokens += sum(len(input_ids) for input_ids in tokens)
 
+    def run_along(self) -> None:
+        """Run a token whose rows nobody wants, because the other workers' forward pass needs this one's."""
+        token = torch.zeros((1, 1), dtype=torch.long, device=self._device)
+        self._is_wanted = False
+        self._model(**forward_kwargs(self._model, token, torch.ones_like(token), needs_logits=self._needs_logits))
+        self._is_wanted = True
+
     def put(self, site: str, tensor: torch.Tensor) -> None:
         """Take one site's tensor from its tap."""
+        if not self._is_wanted:
+            return
         self._sink.put(site, by_position(site, tensor, *self._shape))
         self._n_missing -= 1
         if not self._n_missing and self._ends_early:

@@ -10,6 +10,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
+from residua.capture.sharded import whole
 from residua.store.crc import crc32c
 from residua.store.errors import CaptureError
 
@@ -21,7 +22,8 @@ def weights_fingerprint(model: nn.Module) -> str:
     """Return the sha256 over name, shape, type and crc32c of every parameter and persistent buffer.
 
     Weights that share one tensor count once, under the name that sorts first. Names are those inside
-    wrappers (DDP, FSDP, compile), so that a wrapped model has the fingerprint of the bare one.
+    wrappers (DDP, FSDP, compile), so that a wrapped model has the fingerprint of the bare one. Of a model that is
+    spread over workers by FSDP2 this is a collective of them all.
 
     Args:
         model: Any torch module, on any device.
@@ -48,7 +50,7 @@ def weights_fingerprint(model: nn.Module) -> str:
                 "weights first, or take the fingerprint before they are offloaded."
             )
         crc = 0
-        for part in _host_bytes(tensor.detach()):
+        for part in _host_bytes(whole(tensor.detach())):
             crc = crc32c(part, crc)
         dtype = str(tensor.dtype).removeprefix("torch.")
         digest.update(json.dumps([name, list(tensor.shape), dtype, crc]).encode() + b"\n")

@@ -10,6 +10,7 @@ from torch import nn
 
 from residua.capture.anatomy import Anatomy, anatomy_of
 from residua.capture.architectures import Family
+from residua.capture.sharded import whole
 from residua.store.files import write_file
 from residua.store.headspec import CONFIG_FILE, HEAD_FILE, PARAMETERS_FILE, HeadSpec
 
@@ -22,23 +23,36 @@ def save_head(model: nn.Module, folder: Path) -> bool:
         folder: Where ``head.safetensors``, ``head.json`` and ``config.json`` go; made if it is not there.
 
     Returns:
-        Whether they were written: False for a model whose head is not known for certain, that is one without
-        a language modelling head or of an architecture that is not in the table.
+        Whether they were written; see `head_files`.
+    """
+    files = head_files(model)
+    for name, content in files.items():
+        write_file(folder / name, [content])
+    return bool(files)
+
+
+def head_files(model: nn.Module) -> dict[str, bytes]:
+    """Return the files of a head, by name.
+
+    There are none for a model whose head is not known for certain, that is one without a language modelling head or
+    of an architecture that is not in the table. Of a model that is spread over workers by FSDP2 this is a collective
+    of them all.
     """
     anatomy = anatomy_of(model)
     if anatomy is None or anatomy.family is None or _unembedding(anatomy) is None:
-        return False
+        return {}
     spec, modules = _described(anatomy, anatomy.family)
     tensors = {
-        f"{name}.{kind}": tensor.detach().cpu().contiguous()
+        f"{name}.{kind}": whole(tensor.detach()).cpu().contiguous()
         for name, module in modules.items()
         for kind, tensor in module.named_parameters(recurse=False)
         if kind in ("weight", "bias")
     }
-    write_file(folder / PARAMETERS_FILE, [save(tensors)])
-    write_file(folder / CONFIG_FILE, [anatomy.model.config.to_json_string().encode()])
-    write_file(folder / HEAD_FILE, [spec.to_json()])
-    return True
+    return {
+        PARAMETERS_FILE: save(tensors),
+        CONFIG_FILE: anatomy.model.config.to_json_string().encode(),
+        HEAD_FILE: spec.to_json(),
+    }
 
 
 def _unembedding(anatomy: Anatomy) -> nn.Module | None:

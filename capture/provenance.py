@@ -11,6 +11,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from residua.capture.fingerprint import weights_fingerprint
+from residua.capture.sharded import is_sharded, plain_class
 from residua.store.canonical import Json, digest_of, flatten
 
 PACKAGES = ("residua", "torch", "transformers", "accelerate", "tokenizers", "zarr", "numcodecs", "numpy", "pyarrow")
@@ -44,7 +45,7 @@ def changed_conditions(provenance: Mapping[str, object]) -> tuple[str, ...]:
 def identify_model(model: nn.Module) -> dict[str, Json]:
     """Return what makes a model this model, wherever it lies: the plan's `model` entry."""
     return {
-        "class": type(model).__name__,
+        "class": plain_class(model).__name__,
         "weights": weights_fingerprint(model),
         "config": _config_digest(model),
         "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
@@ -61,7 +62,7 @@ def describe_model(model: nn.Module, identity: Mapping[str, Json]) -> dict[str, 
         "id": getattr(config, "_name_or_path", ""),
         "revision": getattr(config, "_commit_hash", None),
         "devices": cast("list[Json]", names),
-        "layout": "single",
+        "layout": "fsdp2" if is_sharded(model) else "single",
         **identity,
     }
 

@@ -6,9 +6,10 @@ encode, write and commit each shard as it fills.
 """
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from torch import nn
@@ -16,12 +17,14 @@ from torch import nn
 from residua.capture.batches import BatchRunner
 from residua.capture.staging import Staging
 from residua.capture.taps import reading
-from residua.store.commits import Commit
+from residua.store.commits import committed_shards
 from residua.store.examples import ExampleTable
 from residua.store.plan import Plan
-from residua.store.schedule import Schedule
+from residua.store.schedule import Batch, Schedule
 from residua.store.sizes import n_stages
 from residua.store.writer import ShardWriter
+
+_IDLE_SECONDS = 0.1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,24 +54,73 @@ class RecordStats:
     seconds: float
 
 
+def total(all_stats: Sequence[RecordStats]) -> RecordStats:
+    """Return the figures of several workers as those of one; the seconds are the longest run's."""
+    n_nonfinite: dict[str, int] = {}
+    for stats in all_stats:
+        for path, count in stats.n_nonfinite.items():
+            n_nonfinite[path] = n_nonfinite.get(path, 0) + count
+    return RecordStats(
+        rows=sum(stats.rows for stats in all_stats),
+        n_tokens=sum(stats.n_tokens for stats in all_stats),
+        committed_rows=sum(stats.committed_rows for stats in all_stats),
+        logical_bytes=sum(stats.logical_bytes for stats in all_stats),
+        stored_bytes=sum(stats.stored_bytes for stats in all_stats),
+        n_nonfinite=n_nonfinite,
+        stall_seconds=sum(stats.stall_seconds for stats in all_stats),
+        forward_seconds=sum(stats.forward_seconds for stats in all_stats),
+        seconds=max(stats.seconds for stats in all_stats),
+    )
+
+
+class Work(Protocol):
+    """Hands out runs of consecutive shards, to one worker or to several."""
+
+    def take(self) -> range | None:
+        """Return the next run, or None if there is none to take now."""
+        raise NotImplementedError
+
+    def is_over(self) -> bool:
+        """Say whether there will be none any more, whatever happens to other workers."""
+        raise NotImplementedError
+
+
+class AllAtOnce:
+    """Work of a single worker: every shard, in one run."""
+
+    def __init__(self, n_shards: int) -> None:
+        self._runs = [range(n_shards)]
+
+    def take(self) -> range | None:
+        """Return the run, once."""
+        return self._runs.pop() if self._runs else None
+
+    def is_over(self) -> bool:
+        """Say that there is nothing to wait for."""
+        return True
+
+
 def record(
     model: nn.Module,
     archive: Path,
     plan: Plan,
     *,
-    committed: Mapping[int, Commit],
+    work: Work | None = None,
+    agree: Callable[[bool], bool] | None = None,
     threads: int = 1,
     on_batch: Callable[[RecordStats], None] = lambda _: None,
 ) -> RecordStats:
-    """Capture every shard of `archive` that is not in `committed`.
+    """Capture the shards of `archive` that `work` hands out and that have no commit.
 
     Args:
         model: The model that the plan was made for, on its device, in evaluation mode.
         archive: Folder of the archive.
         plan: Its plan.
-        committed: The commits that it has.
+        work: Which shards; all of them unless given.
+        agree: For models whose forward pass is a collective of all workers. Called before each batch with whether
+            this worker has one; returns whether any has. Who has none runs a few tokens for the others' sake.
         threads: Encoder threads.
-        on_batch: Called after every batch.
+        on_batch: Called after every batch, and now and then while there is none.
 
     Returns:
         The figures of this run.
@@ -85,17 +137,46 @@ def record(
             writer,
             n_stages=n_stages(int(index.n_rows.max(initial=0)), plan.rows_per_shard),
             pinned=any(parameter.is_cuda for parameter in model.parameters()),
-            committed=committed,
         )
         runner = BatchRunner(model, plan, table, staging)
         clock = _Clock(runner, staging, writer)
+        batches = _batches(work or AllAtOnce(schedule.n_shards), schedule, archive, staging)
         with torch.inference_mode(), reading(model, [site.name for site in plan.sites], runner.put) as taps:
-            for batch in schedule.work(committed):
-                runner.run(batch)
-                taps.end_forward()
-                staging.finish()
+            for batch in batches if agree is None else _in_step(batches, agree):
+                if batch is not None:
+                    runner.run(batch)
+                    taps.end_forward()
+                    staging.finish()
+                elif agree is not None:
+                    runner.run_along()
+                    taps.end_forward()
+                else:
+                    writer.raise_failure()
+                    time.sleep(_IDLE_SECONDS)
                 on_batch(clock.stats())
     return clock.stats()
+
+
+def _batches(work: Work, schedule: Schedule, archive: Path, staging: Staging) -> Iterator[Batch | None]:
+    """Yield the batches of run after run; None while no run can be had, though one may come."""
+    while True:
+        shards = work.take()
+        if shards is not None:
+            committed = committed_shards(archive)
+            staging.keep_only(set(shards) - committed)
+            yield from schedule.work(committed, shards)
+        elif work.is_over():
+            return
+        else:
+            yield None
+
+
+def _in_step(batches: Iterator[Batch | None], agree: Callable[[bool], bool]) -> Iterator[Batch | None]:
+    """Yield the batches, then None as long as any other worker has one; no worker takes over from another."""
+    batch = next(batches, None)
+    while agree(batch is not None):
+        yield batch
+        batch = None if batch is None else next(batches, None)
 
 
 class _Clock:

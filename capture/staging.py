@@ -8,7 +8,7 @@ On a CPU the copy is made at once, because later in-place operations may change 
 `offload` owns the order of what happens then, and a stage's `landing` says when its copies are done.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Container, Iterable
 from functools import partial
 
 import numpy as np
@@ -81,6 +81,7 @@ class Staging:
         self._plan = plan
         self._writer = writer
         self._committed = frozenset(committed)
+        self._only: Container[int] | None = None
         self._n_stages = n_stages
         self._most_stages = max(n_stages, most_stages)
         self._pool = StagePool(self._new_stage() for _ in range(n_stages))
@@ -89,6 +90,19 @@ class Staging:
         self._streams: dict[torch.device, CudaStreams] = {}
         self._batch: BatchRows | None = None
         self._placements: list[tuple[Stage, Placement]] = []
+
+    def keep_only(self, shards: Container[int]) -> None:
+        """From now on keep rows of `shards` only; those of others are some other worker's.
+
+        Raises:
+            RuntimeError: A shard is filling still.
+        """
+        if self._open:
+            raise RuntimeError(f"the shards {self.open_shards} are not full")
+        self._only = shards
+
+    def _is_wanted(self, shard: int) -> bool:
+        return shard not in self._committed and (self._only is None or shard in self._only)
 
     def begin(self, batch: BatchRows) -> None:
         """Find a place for the rows of `batch`; waits while no stage is free.
@@ -103,7 +117,7 @@ class Staging:
         parts = list(batch.per_shard(height))
         self._make_room(len(batch.row), {shard for shard, _ in parts})
         for shard, picked in parts:
-            if shard in self._committed:
+            if not self._is_wanted(shard):
                 continue
             stage = self._open.get(shard) or self._acquire(shard)
             target = batch.row[picked] - shard * height

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
+from functools import partial
 from os import PathLike, fspath
 from pathlib import Path
 from typing import Any
@@ -11,10 +12,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from residua.capture.attention import eager_attention
 from residua.capture.compiled import running_uncompiled, uncompiled
-from residua.capture.head import save_head
+from residua.capture.head import head_files
 from residua.capture.probing import evaluating
 from residua.capture.provenance import changed_conditions, describe_model, environment, identify_model
-from residua.capture.record import RecordStats, record
+from residua.capture.record import RecordStats, record, total
+from residua.capture.sharded import Agreement, is_sharded
 from residua.capture.siteinfo import SiteInfo
 from residua.capture.siteplans import plan_sites
 from residua.capture.sites import resolve_sites
@@ -22,11 +24,12 @@ from residua.capture.tokenizer import identify_tokenizer, save_tokenizer
 from residua.pipelines.dataset import DatasetReport, DatasetSettings, dataset_identity, read_examples
 from residua.pipelines.models import load_model, load_tokenizer, token_limit
 from residua.pipelines.settings import CaptureSettings
+from residua.pipelines.workers import WorkerFigures, Workers, workers_of
 from residua.store.archive import Archive
 from residua.store.create import create_archive, seal, workspace
 from residua.store.errors import DatasetError, PlanError
-from residua.store.examples import ExampleIndex, ExampleWriter
-from residua.store.files import sweep
+from residua.store.examples import ExampleIndex, ExampleTable, ExampleWriter
+from residua.store.files import sweep, write_file
 from residua.store.metadata import is_archive
 from residua.store.plan import Plan
 from residua.store.sizes import check_budget, shard_rows
@@ -41,7 +44,8 @@ class CaptureResult:
     Attributes:
         archive: The archive, open for reading.
         dataset: What was read of the dataset, and what was cut or left out.
-        stats: Figures of this run; those of an earlier, interrupted run are not in it.
+        stats: Figures of this run, of all workers together; those of an earlier, interrupted run are not in it.
+        workers: What each worker did.
         resumed: Whether an earlier run had begun.
         notes: What the user should know, one sentence each.
     """
@@ -49,6 +53,7 @@ class CaptureResult:
     archive: Archive
     dataset: DatasetReport
     stats: RecordStats
+    workers: tuple[WorkerFigures, ...]
     resumed: bool
     notes: tuple[str, ...]
 
@@ -68,6 +73,9 @@ def capture_dataset(
 ) -> CaptureResult:
     """Capture the activations of `model` over `dataset` into the archive `out`; go on where an earlier run stopped.
 
+    Called by every process of a distributed launch, each with its own replica of the model, they share the work; the
+    archive is the same as one process writes. docs/distributed.md has the details.
+
     Args:
         model: A transformers model, or a hub id or folder of one.
         dataset: A hub id or path, or an iterable of texts, token-id lists, mappings or chats.
@@ -77,7 +85,7 @@ def capture_dataset(
         command: The command line, for the provenance.
         on_example: Called with the examples and tokens read so far, after each example.
         on_plan: Called with the plan, and the rows that are committed already, before the model runs.
-        on_batch: Called with the figures so far after every batch.
+        on_batch: Called with the figures so far after every batch; with those of all workers, on worker 0.
         **options: Single settings by name, as in `CaptureSettings`, for example ``sites="resid_post.*"``.
 
     Returns:
@@ -87,20 +95,22 @@ def capture_dataset(
         PlanError: The settings contradict each other, or differ from those of the archive that exists.
         UnknownSiteError: The model lacks a site.
         DatasetError: The dataset cannot be used as asked.
-        CaptureError: The capture failed; what was committed is safe.
+        CaptureError: The capture failed, here or in another process; what was committed is safe.
+        ArchiveInUseError: Another run is at work on the archive, and is not to be joined.
 
     Example:
         >>> result = residua.capture_dataset("models/pydoc-1m", ["Hello world"], out="acts.zarr")  # doctest: +SKIP
     """
     chosen = _settings(settings, options)
-    if isinstance(model, str | PathLike):
-        name = fspath(model)
-        tokenizer = tokenizer or load_tokenizer(name, chosen)
-        model = load_model(name, chosen)
-    else:
-        model = uncompiled(model)
-    job = _Job(model, tokenizer, dataset, Path(out), chosen, command)
-    return job.run(on_example, on_plan, on_batch)
+    with workers_of(Path(out), join=chosen.join) as workers:
+        if isinstance(model, str | PathLike):
+            name = fspath(model)
+            tokenizer = tokenizer or load_tokenizer(name, chosen)
+            model = load_model(name, chosen)
+        else:
+            model = uncompiled(model)
+        job = _Job(model, tokenizer, dataset, Path(out), chosen, command)
+        return job.run(workers, on_example, on_plan, on_batch)
 
 
 def _settings(settings: CaptureSettings | None, options: dict[str, Any]) -> CaptureSettings:
@@ -139,6 +149,7 @@ class _Job:
 
     def run(
         self,
+        workers: Workers,
         on_example: Callable[[int, int], None],
         on_plan: Callable[[Plan, int], None],
         on_batch: Callable[[RecordStats], None],
@@ -151,43 +162,57 @@ class _Job:
                 self._notes.append("hooks are no part of compiled code: the model ran uncompiled for this capture")
             if switched:
                 self._notes.append("pattern sites need eager attention: the model was switched to it for this capture")
-            resumed = is_archive(self._out)
-            plan = self._prepare(sites, on_example)
+            self._identity = identify_model(self._model)  # by every worker: of a sharded model it is a collective
+            self._head = head_files(self._model) if is_sharded(self._model) else None
+            said = workers.plan_once(partial(self._prepare, sites, on_example), partial(self._check, sites))
+            self._report = DatasetReport(**said["dataset"])
             archive = Archive(self._out)
-            sweep(self._out)
-            committed = archive.commits
+            plan, n_shards = archive.plan, archive.plan.n_shards(archive.n_rows)
             on_plan(plan, archive.progress.rows)
             stats = record(
                 self._model,
                 self._out,
                 plan,
-                committed=committed,
+                work=workers.work(self._out, n_shards),
+                agree=Agreement() if is_sharded(self._model) else None,
                 threads=self._settings.threads,
-                on_batch=on_batch,
+                on_batch=lambda own: on_batch(workers.so_far(own)),
             )
-        archive = Archive(self._out)
-        seal(self._out, archive.metadata, archive.commits)
+        figures = workers.finish(stats, self._out, n_shards, self._seal)
         return CaptureResult(
             archive=Archive(self._out),
             dataset=self._report,
-            stats=stats,
-            resumed=resumed,
+            stats=total([worker.stats for worker in figures]),
+            workers=tuple(figures),
+            resumed=bool(said["resumed"]),
             notes=(*self._notes, *self._report.notes()),
         )
 
-    def _prepare(self, sites: Mapping[str, SiteInfo], on_example: Callable[[int, int], None]) -> Plan:
+    def _seal(self) -> None:
+        sweep(self._out)  # a worker may have died meanwhile
+        archive = Archive(self._out)
+        seal(self._out, archive.metadata, archive.commits)
+
+    def _prepare(self, sites: Mapping[str, SiteInfo], on_example: Callable[[int, int], None]) -> Mapping[str, Any]:
         """Make the plan, and the archive unless it exists; an archive of another plan is refused."""
+        resumed = is_archive(self._out)
         with workspace(self._out) as folder:
             index = self._write_examples(folder / "examples", on_example)
             plan = self._plan(sites, index)
-            if is_archive(self._out):
+            if resumed:
                 self._compare(plan)
-                return plan
-            save_head(self._model, folder / "head")
-            if self._tokenizer is not None:
-                save_tokenizer(self._tokenizer, folder / "tokenizer")
-            create_archive(folder, self._out, plan, self._provenance(plan))
-        return plan
+            else:
+                for name, content in (head_files(self._model) if self._head is None else self._head).items():
+                    write_file(folder / "head" / name, [content])
+                if self._tokenizer is not None:
+                    save_tokenizer(self._tokenizer, folder / "tokenizer")
+                create_archive(folder, self._out, plan, self._provenance(plan))
+        sweep(self._out)
+        return {"resumed": resumed, "dataset": asdict(self._report)}
+
+    def _check(self, sites: Mapping[str, SiteInfo]) -> None:
+        """Refuse an archive that another worker made of another model or other settings than this one's."""
+        self._compare(self._plan(sites, ExampleTable(self._out / "examples").index()))
 
     def _write_examples(self, folder: Path, on_example: Callable[[int, int], None]) -> ExampleIndex:
         tokenizer = self._tokenizer
@@ -228,7 +253,7 @@ class _Job:
                 f"a shard holds {height:,} rows, so batches are no larger: --host-memory allows no taller one"
             )
         return Plan(
-            model=identify_model(self._model),
+            model=self._identity,
             dataset={
                 "digest": index.digest,
                 "n_examples": index.n_examples,

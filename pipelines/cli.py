@@ -6,7 +6,7 @@ Exit codes: 0 done, 1 the answer is no (`verify` found damage, the capture faile
 
 import argparse
 import json
-import signal
+import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import fields
@@ -21,6 +21,7 @@ from residua.pipelines.report import (
     print_sites,
     print_verification,
 )
+from residua.pipelines.stopping import stopping_in_time
 from residua.store.errors import (
     CaptureError,
     DamagedArchiveError,
@@ -108,7 +109,13 @@ def _add_capture(jobs: Any) -> None:
 
 
 def _capture(options: argparse.Namespace) -> int:
-    signal.signal(signal.SIGTERM, _interrupt)
+    with stopping_in_time():
+        return _capture_now(options)
+
+
+def _capture_now(options: argparse.Namespace) -> int:
+    from transformers.utils.logging import disable_progress_bar
+
     from residua.pipelines.capture import capture_dataset
     from residua.pipelines.progress import CaptureProgress
     from residua.pipelines.settings import CaptureSettings, read_config
@@ -123,7 +130,10 @@ def _capture(options: argparse.Namespace) -> int:
         raise PlanError(f"capture needs --{' and --'.join(missing)}")
     model, dataset, out = (values.pop(name) for name in ("model", "dataset", "out"))
     options.out = out
-    with CaptureProgress(shown=not options.json) as progress:
+    is_first = os.environ.get("RANK", "0") == "0"  # of those that a launcher started, one speaks
+    if not is_first:
+        disable_progress_bar()  # type: ignore[no-untyped-call]  # transformers leaves it bare
+    with CaptureProgress(shown=is_first and not options.json) as progress:
         result = capture_dataset(
             model,
             dataset,
@@ -134,12 +144,9 @@ def _capture(options: argparse.Namespace) -> int:
             on_plan=progress.plan,
             on_batch=progress.batch,
         )
-    print_capture(result, as_json=options.json)
+    if is_first:
+        print_capture(result, as_json=options.json)
     return 0
-
-
-def _interrupt(_signal: int, _frame: object) -> None:
-    raise KeyboardInterrupt
 
 
 def _stopped(options: argparse.Namespace, out: str | None) -> int:

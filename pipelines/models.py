@@ -1,5 +1,6 @@
 """Models and tokenizers from the hub or a folder, ready to be captured."""
 
+import os
 from pathlib import Path
 
 import torch
@@ -90,9 +91,14 @@ def _files_of(name: str, revision: str | None) -> list[str]:
 
 
 def choose_device(name: str) -> torch.device:
-    """Return the device that `name` means; ``auto`` is CUDA where there is one, else the CPU."""
+    """Return the device that `name` means; ``auto`` is CUDA where there is one, else the CPU.
+
+    Of several processes on a machine, each takes the device of its `LOCAL_RANK`.
+    """
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        if not torch.cuda.is_available():
+            return torch.device("cpu")
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
     try:
         device = torch.device(name)
     except RuntimeError as error:

@@ -38,7 +38,10 @@ def print_capture(result: "CaptureResult", *, as_json: bool) -> None:
     summary, stats = summarise(result.archive), result.stats
     if as_json:
         figures = {**asdict(stats), "resumed": result.resumed, "notes": list(result.notes)}
-        print_json({"archive": summary.to_json(), "run": figures, "dataset": asdict(result.dataset)})
+        workers = [asdict(worker) for worker in result.workers]
+        print_json(
+            {"archive": summary.to_json(), "run": figures, "workers": workers, "dataset": asdict(result.dataset)}
+        )
         return
     for note in result.notes:
         print(f"note: {note}")

@@ -13,7 +13,7 @@ import zarr
 from tokenizers import Tokenizer
 
 from residua.store.arrays import open_array
-from residua.store.commits import Commit, read_commits
+from residua.store.commits import Commit, check_commits, named_parts, read_commits
 from residua.store.errors import DamagedArchiveError, NotCapturedError, ResiduaError, UnsafeArchiveError
 from residua.store.examples import ExampleTable
 from residua.store.metadata import file_digest, read_metadata
@@ -76,16 +76,27 @@ class Archive(Mapping[str, StoredArray]):
 
     @cached_property
     def commits(self) -> Mapping[int, Commit]:
-        """The commit of each captured shard, as they were when first asked for."""
-        return read_commits(self.path, self.plan.digest)
+        """The commit of each captured shard, as they were when first asked for.
+
+        Raises:
+            DamagedArchiveError: A record is altered, or is not of a shard of this archive; the message names it.
+        """
+        commits = read_commits(self.path, self.plan.digest)
+        check_commits(self.path, self.plan, commits, self._known_rows)
+        return commits
+
+    @property
+    def _known_rows(self) -> int | None:
+        """Rows of the whole archive; None while a user's own loop is open."""
+        if self.plan.n_rows is None and self.metadata.sealed is not None:
+            return _count(self.metadata.sealed.get("n_rows"))
+        return self.plan.n_rows
 
     @property
     def n_rows(self) -> int:
         """Rows of the archive; of one that is not sealed and of open size, those captured without a gap."""
-        if self.plan.n_rows is not None:
-            return self.plan.n_rows
-        if self.metadata.sealed is not None:
-            return _count(self.metadata.sealed.get("n_rows"))
+        if self._known_rows is not None:
+            return self._known_rows
         n_rows = 0
         for shard in range(len(self.commits)):
             if shard not in self.commits:
@@ -97,7 +108,7 @@ class Archive(Mapping[str, StoredArray]):
     def progress(self) -> Progress:
         """Captured and total rows and shards; the totals are None while a user's own loop is open."""
         rows = sum(commit.rows[1] - commit.rows[0] for commit in self.commits.values())
-        if self.plan.n_rows is None and self.metadata.sealed is None:
+        if self._known_rows is None:
             return Progress(rows, None, len(self.commits), None)
         return Progress(rows, self.n_rows, len(self.commits), self.plan.n_shards(self.n_rows))
 
@@ -175,8 +186,7 @@ class Archive(Mapping[str, StoredArray]):
             DamagedArchiveError: A part is missing, or is not one of those that this archive was made with.
         """
         parts = {name: digest for name, digest in self.metadata.files.items() if name.startswith("examples/")}
-        for commit in self.commits.values():
-            parts.update({f"examples/{name}": digest for name, digest in commit.examples.items()})
+        parts |= named_parts(self.commits)
         for name, digest in sorted(parts.items()):
             if not (self.path / name).is_file():
                 raise DamagedArchiveError(f"{self.path / name} is missing: restore the file from a copy")
@@ -202,13 +212,24 @@ class Archive(Mapping[str, StoredArray]):
         return self.example_table.table()
 
     def example(self, index: int, sites: str | Iterable[str] | None = None) -> dict[str, Array]:
-        """Return the rows of example `index`, for every site or for those that `sites` names."""
+        """Return the rows of example `index`, for every site or for those that `sites` names.
+
+        Raises:
+            IndexError: There is no such example.
+            NotCapturedError: The example has rows that are not captured yet.
+            UnknownSiteError: `sites` names no stored site.
+        """
         first_rows = self.example_table.index().first_row
         if not 0 <= index < len(first_rows) - 1:
             raise IndexError(f"there is no example {index}: the archive has {len(first_rows) - 1:,}")
-        rows = slice(int(first_rows[index]), int(first_rows[index + 1]))
+        start, stop = (int(row) for row in first_rows[index : index + 2])
+        if stop > self.n_rows:  # a slice would end there without a word
+            raise NotCapturedError(
+                f"example {index} is not captured whole: it has the rows {start:,} to {stop:,}, and of this archive, "
+                f"which is not sealed, {self.n_rows:,} rows can be read: choose an example that ends before."
+            )
         names = self.sites if sites is None else self.select(sites)
-        return {name: self._arrays[name][rows] for name in names}
+        return {name: self._arrays[name][start:stop] for name in names}
 
     def text(self, row: int, context: int = 10) -> str:
         """Return the text around `row`, with the row's own token between « and ».

@@ -24,13 +24,11 @@ from residua.store.dtypes import storage_dtype
 from residua.store.errors import DamagedArchiveError, PlanError, UnsafeArchiveError
 from residua.store.files import write_file
 from residua.store.shard import INDEX_CODECS, INDEX_LOCATION
-from residua.store.spec import ArraySpec
+from residua.store.spec import MAX_ROWS, MAX_ROWS_PER_SHARD, ArraySpec
 
 METADATA = "zarr.json"
-MAX_ROWS = 2**48
 MAX_ROW_BYTES = 2**31
 MAX_CHUNK_BYTES = 2**30
-MAX_ROWS_PER_SHARD = 2**31
 _MAX_METADATA_BYTES = 4 * 1024 * 1024
 _MAX_RANK = 6
 _OURS = "residua"

@@ -16,6 +16,7 @@ from typing import Any
 from residua.store.canonical import canonical_json, digest_of
 from residua.store.errors import DamagedArchiveError
 from residua.store.files import publish
+from residua.store.plan import Plan
 
 FOLDER = "commits"
 _NAME = re.compile(r"[0-9]{8,}-[0-9]{4}\.json")
@@ -58,7 +59,7 @@ class Commit:
         rows: First row and the row after the last.
         arrays: Per array path, what its shard file holds.
         examples: SHA-256 of example parts made durable with this shard (loops that the user owns), by file name.
-        writer: Number of the writer.
+        writer: Number of the writer among those that share a shard; 0 where one writes it whole.
     """
 
     plan: str
@@ -91,9 +92,24 @@ def publish_commit(archive: Path, commit: Commit) -> None:
     Raises:
         FileExistsError: The shard has a record by this writer.
     """
+    publish(archive / FOLDER / commit.name, _spelled(commit))
+
+
+def is_published(archive: Path, commit: Commit) -> bool:
+    """Say whether `archive` holds this very record, word for word."""
+    path = archive / FOLDER / commit.name
+    return path.is_file() and path.read_bytes() == _spelled(commit)
+
+
+def _spelled(commit: Commit) -> bytes:
     record = commit.to_json()
-    text = canonical_json({"record": record, "sha256": digest_of(record)}) + b"\n"
-    publish(archive / FOLDER / commit.name, text)
+    return canonical_json({"record": record, "sha256": digest_of(record)}) + b"\n"
+
+
+def committed_shards(archive: Path) -> set[int]:
+    """Return which shards have a record, by the records' names alone: cheap enough to ask again and again."""
+    names = (path.name for path in (archive / FOLDER).iterdir())
+    return {int(name.split("-")[0]) for name in names if _NAME.fullmatch(name)}
 
 
 def read_commits(archive: Path, plan_digest: str) -> dict[int, Commit]:
@@ -115,6 +131,36 @@ def read_commits(archive: Path, plan_digest: str) -> dict[int, Commit]:
             )
         commits[commit.shard] = commit
     return commits
+
+
+def check_commits(archive: Path, plan: Plan, commits: Mapping[int, Commit], n_rows: int | None) -> None:
+    """Compare rows and arrays of every record with the plan.
+
+    Args:
+        archive: Folder of the archive, for messages.
+        plan: Its plan.
+        commits: Its commits, by shard.
+        n_rows: Rows of the archive; None while they are not known, when the last record says it.
+
+    Raises:
+        DamagedArchiveError: A record has other rows or arrays than its shard; the message names it.
+    """
+    paths = {spec.path for spec in plan.arrays}
+    end = max((commit.rows[1] for commit in commits.values()), default=0) if n_rows is None else n_rows
+    for shard, commit in commits.items():
+        first = shard * plan.rows_per_shard
+        stop = min(first + plan.rows_per_shard, end)
+        if commit.rows != (first, stop) or commit.arrays.keys() != paths:
+            expected = f"rows {first:,} to {stop:,} of every array" if first < stop else "a shard of this archive"
+            raise DamagedArchiveError(
+                f"{archive / FOLDER / commit.name}: this record is not of {expected}. Delete it and run the same "
+                "capture again."
+            )
+
+
+def named_parts(commits: Mapping[int, Commit]) -> dict[str, str]:
+    """Return the SHA-256 of each example part that `commits` name, by its path inside the archive."""
+    return {f"examples/{name}": digest for commit in commits.values() for name, digest in commit.examples.items()}
 
 
 def _read_commit(path: Path) -> Commit:

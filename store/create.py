@@ -15,7 +15,7 @@ from pathlib import Path
 from residua.store.arrays import create_array, resize_array
 from residua.store.canonical import Json
 from residua.store.codecs import INT8
-from residua.store.commits import FOLDER, Commit
+from residua.store.commits import FOLDER, Commit, named_parts
 from residua.store.files import sync_folder
 from residua.store.lossy import BLOCK
 from residua.store.metadata import Metadata, digest_side_files, is_archive, side_files, write_metadata
@@ -140,7 +140,8 @@ def seal(
             raise TypeError(f"n_rows is {n_rows!r}")
         for spec in plan.arrays:
             resize_array(archive, spec, n_rows)
-        files = digest_side_files(archive)
+        # What is on the disk by now may be damaged; only what the last call left has no digest yet.
+        files = digest_side_files(archive, {**metadata.files, **named_parts(commits)})
         write_metadata(archive, Metadata(plan=plan, provenance=metadata.provenance, files=files, sealed=sealed))
     for site in plan.sites:
         if any(commit.arrays[site.path].squares is not None for commit in commits.values()):

@@ -32,6 +32,7 @@ from residua.store.files import write_file
 BYTES_PER_PART = 2**26
 VALUES_PER_GROUP = 2**18  # a row group is what a reader decodes at once: about 1 MiB of token ids
 EXAMPLES_PER_GROUP = 1024
+EXAMPLES_PER_PART = 2**16  # few files for short examples; long ones fill a part by their bytes
 
 
 class ExampleWriter:
@@ -58,7 +59,7 @@ class ExampleWriter:
         *,
         schema: pa.Schema | None = None,
         existing: Literal["refuse", "replace", "continue"] = "refuse",
-        examples_per_part: int = 4096,
+        examples_per_part: int = EXAMPLES_PER_PART,
         bytes_per_part: int = BYTES_PER_PART,
     ) -> None:
         if not 0 < examples_per_part <= MAX_PART_EXAMPLES:

@@ -36,6 +36,11 @@ _ADVICE = {
     errno.EISDIR: "a folder of that name is in the way: remove it",
     errno.EIO: "the disk reported a fault: check it, and choose another place",
 }
+_NO_LINKS = "this file system has no hard links, which commits need: choose another place"
+
+
+class _NoLinksError(OSError):
+    """The file system has no hard links; the number of this error has other causes elsewhere."""
 
 
 def write_file(path: Path, parts: Iterable[Buffer]) -> int:
@@ -112,6 +117,8 @@ def _write(path: Path, parts: Iterable[Buffer], place: Callable[[Path, Path], No
         raise
     except OSError as error:
         advice = _ADVICE.get(error.errno or 0, "see the cause, and try again")
+        if isinstance(error, _NoLinksError):
+            advice = _NO_LINKS
         raise OSError(error.errno, f"cannot write {path} ({error.strerror}): {advice}") from error
     return n_bytes
 
@@ -186,6 +193,10 @@ def _link(temporary: Path, path: Path) -> None:
         os.link(temporary, path)
     except FileExistsError:
         raise FileExistsError(errno.EEXIST, f"{path} exists already and is not overwritten") from None
+    except OSError as error:
+        if error.errno in (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP):
+            raise _NoLinksError(error.errno, error.strerror) from error
+        raise
 
 
 def _is_in_use(path: Path, pid: int) -> bool:

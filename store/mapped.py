@@ -31,7 +31,7 @@ class MappedShard:
 
     Attributes:
         path: The file.
-        verified: Per chunk, whether its crc32c was compared since the file was mapped.
+        verified: Per chunk, whether its crc32c was compared.
         is_verified: Whether that is so for all chunks.
         raw_rows: For arrays stored raw, (chunks, rows of a chunk), each row an opaque item; empty for others.
 
@@ -40,13 +40,16 @@ class MappedShard:
         spec: The array.
         shard: Number of the shard.
         n_rows: Rows of the array.
+        verified: What an earlier mapping of the shard had as `verified`; marked further by this one.
 
     Raises:
         DamagedArchiveError: The file is missing, cut short, or its index altered.
         UnsafeArchiveError: Its index is hostile.
     """
 
-    def __init__(self, root: Path, spec: ArraySpec, shard: int, n_rows: int) -> None:
+    def __init__(
+        self, root: Path, spec: ArraySpec, shard: int, n_rows: int, verified: npt.NDArray[np.bool_] | None = None
+    ) -> None:
         self.path = shard_path(root, spec, shard)
         self._spec = spec
         self._first_row = shard * spec.rows_per_shard
@@ -58,8 +61,8 @@ class MappedShard:
         self._bytes: Bytes = np.frombuffer(mapping, np.uint8)
         self._starts = index.offsets.tolist()
         self._sizes = index.sizes.tolist()
-        self.is_verified = False
-        self.verified = np.zeros(len(self._starts), bool)
+        self.verified = np.zeros(len(self._starts), bool) if verified is None else verified
+        self.is_verified = bool(self.verified.all())
         n_chunks = len(self._starts) if PRESETS[spec.preset].effort is None else 0
         strides = (spec.chunk_bytes + CRC_BYTES, spec.row_bytes)
         self._raw_chunks: Bytes = np.ndarray(

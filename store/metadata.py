@@ -139,6 +139,11 @@ def file_digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def digest_side_files(archive: Path) -> dict[str, str]:
-    """Return the SHA-256 of every side file, by its path inside the archive."""
-    return {path.relative_to(archive).as_posix(): file_digest(path) for path in side_files(archive)}
+def digest_side_files(archive: Path, known: Mapping[str, str] | None = None) -> dict[str, str]:
+    """Return the SHA-256 of every side file, by its path inside the archive; those that are `known` are not read."""
+    digests = dict(known or {})
+    for path in side_files(archive):
+        name = path.relative_to(archive).as_posix()
+        if name not in digests:
+            digests[name] = file_digest(path)
+    return digests

@@ -18,10 +18,8 @@ from residua.store.errors import PlanError, UnsafeArchiveError
 from residua.store.lossy import BLOCK
 from residua.store.sitenames import parse_site
 from residua.store.sizes import chunk_rows
-from residua.store.spec import ArraySpec
+from residua.store.spec import MAX_ROWS, MAX_ROWS_PER_SHARD, ArraySpec
 
-MAX_ROWS = 2**48
-MAX_ROWS_PER_SHARD = 2**31
 MAX_SHARD_BYTES = 2**36
 _MAPPINGS = ("model", "dataset", "rules")
 ROW_COLUMNS = {"token": "int32", "position": "int32", "example": "int64"}
@@ -116,7 +114,7 @@ class Plan:
             _array(f"rows/{name}", (), dtype, "fast", self.rows_per_shard) for name, dtype in ROW_COLUMNS.items()
         )
 
-    @property
+    @cached_property
     def arrays(self) -> tuple[ArraySpec, ...]:
         """Every stored array, sites first."""
         sites = (spec for site in self.sites for spec in site.arrays(self.rows_per_shard))

@@ -2,7 +2,7 @@
 
 Arrays stored raw are read as strided views of the files: one gather a shard. Compressed chunks are decoded where
 they belong, each once a call, by a few threads. Every chunk's crc32c is compared when it is touched first, so an
-altered bit is an error that names file and chunk, never a wrong number.
+altered bit is an error that names file and chunk, never a wrong number. The reader remembers which were compared.
 
 A reader may be used by several threads at once, survives a fork, and pickles as its path and settings.
 """
@@ -11,6 +11,7 @@ import os
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
+from functools import lru_cache
 from pathlib import Path
 from typing import Literal, NamedTuple, TypeAlias, TypeVar
 
@@ -22,6 +23,7 @@ from residua.store.mapped import OPEN_SHARDS, MappedShard, cpu_threads
 from residua.store.spec import ArraySpec
 
 _FEW_CHUNKS = 3  # not worth waking a thread for
+_MOST_THREADS = max(4, os.cpu_count() or 1)
 
 Array: TypeAlias = "npt.NDArray[np.generic]"
 Check: TypeAlias = Literal["once", "always", "never"]
@@ -50,7 +52,8 @@ class ArrayReader:
         spec: The array.
         n_rows: Its rows.
         check: When a chunk's crc32c is compared: ``once`` (when it is touched first), ``always`` or ``never``.
-        threads: Threads that decode compressed chunks; by default the processor's, up to four.
+        threads: Threads that decode compressed chunks, of those that all readers of the process share; by default the
+            processor's, up to four.
     """
 
     def __init__(
@@ -63,7 +66,7 @@ class ArrayReader:
         self._threads = cpu_threads() if threads is None else threads
         self._is_raw = PRESETS[spec.preset].effort is None
         self._key = _Key()
-        self._pool: tuple[int, ThreadPoolExecutor] | None = None
+        self._verified: dict[int, npt.NDArray[np.bool_]] = {}  # a byte a chunk; outlives the mappings
         weakref.finalize(self, OPEN_SHARDS.drop, self._key)
 
     def __reduce__(self) -> tuple[object, ...]:
@@ -127,11 +130,9 @@ class ArrayReader:
         return out
 
     def close(self) -> None:
-        """Let go of mapped files and threads; reading again opens them anew."""
+        """Let go of mapped files; reading again opens and verifies them anew."""
         OPEN_SHARDS.drop(self._key)
-        pool, self._pool = self._pool, None
-        if pool is not None and pool[0] == os.getpid():
-            pool[1].shutdown()
+        self._verified = {}
 
     def _check_range(self, start: int, stop: int) -> None:
         if not 0 <= start <= stop <= self._n_rows:
@@ -151,7 +152,12 @@ class ArrayReader:
         return values.reshape(-1).view(np.dtype((np.void, self._spec.row_bytes)))
 
     def _open(self, shard: int) -> MappedShard:
-        return OPEN_SHARDS.get((self._key, shard), lambda: MappedShard(self._root, self._spec, shard, self._n_rows))
+        return OPEN_SHARDS.get((self._key, shard), lambda: self._map(shard))
+
+    def _map(self, shard: int) -> MappedShard:
+        mapped = MappedShard(self._root, self._spec, shard, self._n_rows, self._verified.get(shard))
+        self._verified.setdefault(shard, mapped.verified)
+        return mapped
 
     def _trusts(self, shard: MappedShard) -> bool:
         """Say whether nothing in `shard` has to be compared any more."""
@@ -215,7 +221,7 @@ class ArrayReader:
             for job in jobs[start::n_shares]:
                 work(job)
 
-        futures = [self._threads_of_this_process().submit(share, i) for i in range(1, n_shares)]
+        futures = [_threads_of(os.getpid()).submit(share, i) for i in range(1, n_shares)]
         try:
             share(0)
         finally:
@@ -223,12 +229,11 @@ class ArrayReader:
         for future in futures:
             future.result()
 
-    def _threads_of_this_process(self) -> ThreadPoolExecutor:
-        """Return the pool; a forked child has the object but none of its threads, and makes its own."""
-        pid = os.getpid()
-        if self._pool is None or self._pool[0] != pid:
-            self._pool = (pid, ThreadPoolExecutor(self._threads, thread_name_prefix="residua-reader"))
-        return self._pool[1]
+
+@lru_cache(maxsize=1)
+def _threads_of(pid: int) -> ThreadPoolExecutor:
+    """Return the pool of all readers of process `pid`: a forked child has its parent's, but none of its threads."""
+    return ThreadPoolExecutor(_MOST_THREADS, thread_name_prefix=f"residua-reader-{pid}")
 
 
 def _reopen(root: Path, spec: ArraySpec, n_rows: int, check: Check, threads: int) -> ArrayReader:

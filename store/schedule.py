@@ -71,10 +71,42 @@ class Schedule:
         examples = self.group(shard)
         return (int(self._index.first_row[examples[-1] + 1]) - 1) // self._height if len(examples) else shard
 
-    def work(self, committed: Container[int]) -> Iterator[Batch]:
-        """Yield the batches that fill every shard not in `committed`, group by group."""
-        for shard in range(self.n_shards):
-            if shard not in committed:
+    def work(self, committed: Container[int], shards: range | None = None) -> Iterator[Batch]:
+        """Yield the batches that fill every shard not in `committed`, group by group.
+
+        Args:
+            committed: Shards that need nothing any more.
+            shards: Fill only these; all of them unless given.
+        """
+        wanted = range(self.n_shards) if shards is None else shards
+
+        def is_missing(shard: int) -> bool:
+            return shard in wanted and shard not in committed
+
+        for shard in range(self._first_group(wanted.start), wanted.stop):
+            if is_missing(shard):
                 yield from self.batches(shard)
-            elif any(other not in committed for other in range(shard + 1, self.reach(shard) + 1)):
+            elif any(is_missing(other) for other in range(shard + 1, self.reach(shard) + 1)):
                 yield self.batches(shard)[-1]
+
+    def _first_group(self, shard: int) -> int:
+        """Return the group of the example that the first row of `shard` belongs to: no earlier one reaches it."""
+        if not 0 <= shard < self.n_shards:
+            return shard
+        example = np.searchsorted(self._index.first_row, shard * self._height, side="right") - 1
+        return int(self._index.first_row[example]) // self._height
+
+
+def shard_runs(n_shards: int, n_workers: int) -> list[range]:
+    """Cut shards into runs of consecutive ones, for workers to take one after another.
+
+    A run is half of what is left for each worker, as guided self-scheduling has it (Polychronopoulos and Kuck, 1987):
+    few batches are computed by two neighbours, and all workers end at about the same time.
+    """
+    runs: list[range] = []
+    start = 0
+    while start < n_shards:
+        stop = start + -(-(n_shards - start) // (2 * n_workers))
+        runs.append(range(start, stop))
+        start = stop
+    return runs

@@ -7,6 +7,9 @@ import numpy as np
 
 from residua.store.dtypes import storage_dtype
 
+MAX_ROWS = 2**48
+MAX_ROWS_PER_SHARD = 2**31
+
 
 @dataclass(frozen=True, kw_only=True)
 class ArraySpec:

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import EllipsisType
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias, cast
+from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
 import ml_dtypes
 import numpy as np
@@ -12,14 +12,13 @@ import numpy.typing as npt
 from residua.store.dtypes import storage_dtype
 from residua.store.errors import DamagedArchiveError
 from residua.store.lossy import dequantise_int8
-from residua.store.reader import ArrayReader
+from residua.store.reader import ArrayReader, Check
 from residua.store.spec import ArraySpec
 
 if TYPE_CHECKING:
     import torch
 
 Array: TypeAlias = npt.NDArray[np.generic]
-Check: TypeAlias = Literal["once", "always", "never"]
 RowSelection: TypeAlias = int | np.integer[Any] | slice | Sequence[int] | Sequence[bool] | Array | EllipsisType
 
 

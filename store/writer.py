@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from residua.store.codecs import INT8, PRESETS
-from residua.store.commits import Commit, ShardFile, publish_commit
+from residua.store.commits import Commit, ShardFile, is_published, publish_commit
 from residua.store.errors import CaptureError
 from residua.store.files import write_file
 from residua.store.lossy import bitround_errors, quantise_int8
@@ -185,7 +185,12 @@ class _ShardJob:
             arrays=dict(sorted(self._files.items())),
             examples=self._shard.examples,
         )
-        publish_commit(self._root, commit)
+        try:
+            publish_commit(self._root, commit)
+        except FileExistsError:  # another worker took this one for dead and did its shard; the same is as good
+            if not is_published(self._root, commit):
+                raise
+            return
         self._writer.committed(commit, sum(site.row_bytes for site in self._plan.sites) * n_rows)
 
     def _write_site(self, site: SitePlan) -> None:

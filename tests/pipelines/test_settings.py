@@ -35,6 +35,7 @@ GOOD: dict[str, Any] = {
     "batch_tokens": 512,
     "device": "cpu",
     "device_map": "auto",
+    "join": True,
     "model_dtype": "float32",
     "attn_implementation": "eager",
     "revision": "v1",

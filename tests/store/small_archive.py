@@ -27,8 +27,11 @@ N_SHARDS = 3
 TEXT_ROWS = (0, 19, 20, 37)
 
 
-def make_archive(path: Path, codec: str = "fast", *, seed: int = 0) -> Path:
-    """Write an archive of three shards, the last one short, at `path`; `seed` changes its values."""
+def make_archive(path: Path, codec: str = "fast", *, seed: int = 0, open_size: bool = False) -> Path:
+    """Write an archive of three shards, the last one short, at `path`; `seed` changes its values.
+
+    With `open_size` it is one whose size nobody knew before it was sealed.
+    """
     rng = np.random.default_rng(seed)
     sites = (
         SitePlan(name="resid_post.0", row_shape=(40,), dtype="float32", codec=codec),
@@ -48,7 +51,7 @@ def make_archive(path: Path, codec: str = "fast", *, seed: int = 0) -> Path:
             sites=sites,
             rows_per_shard=HEIGHT,
             batch_tokens=64,
-            n_rows=N_ROWS,
+            n_rows=None if open_size else N_ROWS,
         )
         create_archive(folder, path, plan, {"command": "none"})
     values = {site.name: rng.standard_normal((N_ROWS, *site.row_shape), np.float32) for site in sites}
@@ -59,7 +62,8 @@ def make_archive(path: Path, codec: str = "fast", *, seed: int = 0) -> Path:
     }
     _write_shards(path, plan, values, columns)
     archive = Archive(path)
-    seal(path, archive.metadata, archive.commits)
+    sealed = {"n_rows": N_ROWS, "n_examples": len(LENGTHS), "examples": index.digest} if open_size else None
+    seal(path, archive.metadata, archive.commits, sealed)
     return path
 
 

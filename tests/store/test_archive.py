@@ -116,6 +116,24 @@ def test_rows_that_are_not_captured_are_never_zeros(unfinished: Archive) -> None
             unfinished["embed"][rows]
 
 
+def test_an_example_of_an_open_archive_is_whole_or_not_captured(tmp_path: Path) -> None:
+    model, out = TINY["llama"](), tmp_path / "a.zarr"
+
+    def record() -> None:
+        with residua.Recorder(model, sites="embed", out=out, rows_per_shard=8), torch.no_grad():
+            for _ in range(3):
+                model(torch.full((1, 6), 5))
+            raise KeyError("the user's own")
+
+    with pytest.raises(KeyError):
+        record()
+    archive = Archive(out)
+    assert archive.n_rows == 16
+    assert [len(archive.example(i)["embed"]) for i in (0, 1)] == [6, 6]
+    with pytest.raises(NotCapturedError, match=r"example 2 is not captured whole: it has the rows 12 to 18"):
+        archive.example(2)
+
+
 def test_text_shows_the_token_in_its_context(tmp_path: Path) -> None:
     texts = ["def f(x): return x", "class A: pass"]
     archive = capture_dataset("models/pydoc-1m", texts, out=tmp_path / "a.zarr", sites="resid_post.0").archive

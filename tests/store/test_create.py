@@ -1,9 +1,11 @@
 """Making an archive: it appears whole or not at all, over nothing of the user's, and one capture at a time."""
 
+import hashlib
 import json
 import multiprocessing
 import os
 import signal
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -189,3 +191,21 @@ def test_sealing_an_open_archive_fixes_its_size(tmp_path: Path) -> None:
     assert {open_array(root, spec.path)[1] for spec in metadata.plan.arrays} == {11}
     with pytest.raises(TypeError, match="n_rows"):
         seal(root, metadata, {}, {**sealed, "n_rows": "11"})
+
+
+def test_sealing_keeps_the_digests_that_are_known(tmp_path: Path) -> None:
+    root = tmp_path / "a.zarr"
+    make(root, n_rows=None)
+    named, left = "part-00000.parquet", "part-00001.parquet"
+    (root / "examples").mkdir()
+    (root / "examples" / named).write_bytes(b"damaged since")
+    (root / "examples" / left).write_bytes(b"abc")
+    (root / "head" / "head.json").write_text("damaged since")
+    before = read_metadata(root)
+    commits = {0: replace(commit(0, (0, 8), 4.0, 1.0), examples={named: "12" * 32})}
+    seal(root, before, commits, {"n_rows": 8, "n_examples": 2, "examples": "ab" * 32})
+    assert read_metadata(root).files == {
+        **before.files,
+        f"examples/{named}": "12" * 32,
+        f"examples/{left}": hashlib.sha256(b"abc").hexdigest(),
+    }

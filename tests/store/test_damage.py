@@ -4,6 +4,7 @@ import json
 import random
 import shutil
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -13,10 +14,11 @@ from residua.store.archive import Archive
 from residua.store.arrays import open_array
 from residua.store.canonical import canonical_json, digest_of
 from residua.store.commits import read_commits
-from residua.store.errors import NotCapturedError, ResiduaError
+from residua.store.errors import DamagedArchiveError, NotCapturedError, ResiduaError
 from residua.store.files import sweep
-from residua.store.metadata import read_metadata
+from residua.store.metadata import read_metadata, write_metadata
 from residua.store.shard import check_shard
+from residua.store.summary import summarise
 from residua.store.verify import Verification, verify
 from tests.store.small_archive import HEIGHT, N_ROWS, N_SHARDS, files_of, is_same_json, make_archive, read_everything
 
@@ -215,6 +217,37 @@ def test_a_commit_past_the_end_is_named(copy: Path) -> None:
     record["shard"] = N_SHARDS
     path.write_bytes(canonical_json({"record": record, "sha256": digest_of(record)}))
     assert names(verify(copy), path.name)
+
+
+@pytest.mark.parametrize("change", ["rows", "arrays", "past the end"])
+def test_a_record_that_is_not_of_the_plan_is_refused_when_it_is_read(change: str, copy: Path) -> None:
+    path = copy / "commits/00000002-0000.json"
+    record = json.loads(path.read_bytes())["record"]
+    path.unlink()
+    if change == "rows":
+        record["rows"][1] += 1
+    elif change == "arrays":
+        del record["arrays"]["sites/q/1"]
+    else:
+        record["shard"] = N_SHARDS
+        path = copy / f"commits/{N_SHARDS:08d}-0000.json"
+    path.write_bytes(canonical_json({"record": record, "sha256": digest_of(record)}))
+    archive = Archive(copy)
+    for read in (lambda: archive.is_sealed, lambda: summarise(archive), lambda: archive["q.1"][0]):
+        with pytest.raises(DamagedArchiveError, match=f"{path.name}: this record is not of"):
+            read()
+
+
+def test_metadata_that_lie_about_the_rows_end_in_a_short_list(tmp_path: Path) -> None:
+    copy = make_archive(tmp_path / "a.zarr", open_size=True)
+    assert verify(copy).problems == []
+    metadata = read_metadata(copy)
+    write_metadata(copy, replace(metadata, sealed={**(metadata.sealed or {}), "n_rows": 2**48 - 1}))
+    for name in files_of(copy / "commits"):
+        (copy / "commits" / name).unlink()
+    missing = [problem for problem in verify(copy).problems if "missing" in problem.what]
+    assert len(missing) == 9
+    assert missing[-1].what.startswith(f"{2**48 // HEIGHT - 8:,} more records are missing")
 
 
 def test_two_writers_records_of_one_shard_that_differ_are_named(copy: Path) -> None:

@@ -163,6 +163,15 @@ class TestParts:
             writer.add(example([1], [0], text="x" * 600))
         assert writer.close().first_example.tolist() == [0, 2, 4]
 
+    def test_many_short_examples_are_one_part(self, tmp_path: Path) -> None:
+        writer = ExampleWriter(tmp_path)
+        for i in range(10_000):
+            writer.add(example([i], [0]))
+        index = writer.close()
+        assert [path.name for path in tmp_path.iterdir()] == ["part-00000.parquet"]
+        assert index.digest == expected_digest([([i], [0]) for i in range(10_000)])
+        assert ExampleTable(tmp_path).tokens(9_999).tolist() == [9_999]
+
     def test_a_loop_adds_flushes_and_the_reader_sees_what_is_durable(self, tmp_path: Path) -> None:
         writer = ExampleWriter(tmp_path)
         writer.add(example([1, 2], [1]))

@@ -157,6 +157,17 @@ def test_publishing_never_overwrites(tmp_path: Path) -> None:
     assert contents(tmp_path) == {"a"}
 
 
+@pytest.mark.parametrize("number", [errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP])
+def test_file_system_without_hard_links_is_named_as_the_cause(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    monkeypatch.setattr(os, "link", refuse(number))
+    with pytest.raises(OSError, match=r"/a .*: this file system has no hard links, .*: choose another place$") as caught:
+        publish(tmp_path / "a", b"x")
+    assert caught.value.errno == number
+    assert contents(tmp_path) == set()
+
+
 def test_of_many_that_publish_one_name_exactly_one_succeeds(tmp_path: Path) -> None:
     won: list[int] = []
     start = threading.Barrier(8)

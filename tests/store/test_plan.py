@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from residua.store.errors import PlanError, UnknownSiteError, UnsafeArchiveError
-from residua.store.plan import MAX_ROWS, ROW_COLUMNS, Plan, SitePlan
+from residua.store.plan import ROW_COLUMNS, Plan, SitePlan
+from residua.store.spec import MAX_ROWS
 from tests.store.test_canonical import TEXTS, VALUES
 
 SITES = (

@@ -206,6 +206,29 @@ def test_chunks_are_checked_once_always_or_never_as_asked(tmp_path: Path) -> Non
     assert kept.reader(check="never").take([0])[0, 0] == kept.rows[0, 0] ^ 1
 
 
+def test_chunks_stay_verified_when_their_files_are_let_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    kept = store(tmp_path, make_spec("raw"))
+    monkeypatch.setattr("residua.store.reader.OPEN_SHARDS", OpenShards(1))
+    compared = []
+    monkeypatch.setattr("residua.store.mapped.check_chunk", compared.append)
+    reader = kept.reader()
+    for _ in range(3):
+        assert same_bits(reader.read(0, N_ROWS), kept.rows)
+        assert same_bits(reader.take([50, 0]), kept.rows[[50, 0]])
+    assert len(compared) == -(-N_ROWS // kept.spec.rows_per_chunk)
+    reader.close()
+    reader.read(0, 1)
+    assert len(compared) == -(-N_ROWS // kept.spec.rows_per_chunk) + 1
+
+
+def test_all_readers_share_their_threads(tmp_path: Path) -> None:
+    kept = store(tmp_path, make_spec("fast"))
+    readers = [kept.reader(threads=4) for _ in range(40)]
+    for reader in readers:
+        reader.read(0, N_ROWS)
+    assert sum("residua-reader" in thread.name for thread in threading.enumerate()) <= max(4, os.cpu_count() or 1)
+
+
 def test_reader_pickles_as_its_path(stored: Stored) -> None:
     reader = stored.reader(check="always", threads=2)
     reader.read(0, N_ROWS)

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from residua.store.examples import ExampleIndex
-from residua.store.schedule import Schedule
+from residua.store.schedule import Schedule, shard_runs
 
 # Per example, its tokens and how many of them are kept.
 EXAMPLES = st.lists(st.integers(1, 12).flatmap(lambda n: st.tuples(st.just(n), st.integers(0, n))), max_size=14)
@@ -126,3 +126,30 @@ def test_nothing_kept_is_nothing_to_do(examples: list[tuple[int, int]]) -> None:
 
 def test_an_example_longer_than_a_batch_runs_alone() -> None:
     assert spelled(schedule([(9, 9), (1, 1), (1, 1)], 64, 4), set()) == [(0, (0,)), (0, (1, 2))]
+
+
+@given(EXAMPLES, HEIGHTS, st.integers(1, 30), st.sets(st.integers(0, 60)), st.integers(0, 60), st.integers(0, 20))
+def test_a_run_of_shards_is_completed_by_the_batches_that_reach_into_it(
+    examples: list[tuple[int, int]], height: int, batch_tokens: int, committed: set[int], start: int, n: int
+) -> None:
+    work = schedule(examples, height, batch_tokens)
+    shards = range(start, min(start + n, work.n_shards))
+    rows = rows_by_shard(examples, height)
+    missing = {shard: rows[shard] for shard in shards if shard not in committed}
+    found = [(batch.group, tuple(batch.examples.tolist())) for batch in work.work(committed, shards)]
+
+    def fills(batch: tuple[int, tuple[int, ...]]) -> bool:
+        return any(example in batch[1] for shard in missing.values() for example, _ in shard)
+
+    assert found == [batch for batch in spelled(work, set()) if fills(batch)]
+
+
+@given(st.integers(0, 500), st.integers(1, 9))
+def test_runs_are_all_shards_in_order_and_get_shorter(n_shards: int, n_workers: int) -> None:
+    runs = shard_runs(n_shards, n_workers)
+    assert [shard for run in runs for shard in run] == list(range(n_shards))
+    lengths = [len(run) for run in runs]
+    assert lengths == sorted(lengths, reverse=True)
+    for i, length in enumerate(lengths):
+        left = sum(lengths[i:])
+        assert length <= left / (2 * n_workers) + 1, "nobody has more than his share when the others end"

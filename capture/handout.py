@@ -1,0 +1,59 @@
+"""Handing out runs of shards to workers that come, go and die.
+
+A counter that all workers share says which run is next. Whoever takes a run writes its number at it. A worker that
+finds none left looks at the commits on the disk, the only truth about what is done, and takes over runs whose owner
+is gone. Two workers that do the same run by mistake write the same bytes, and the first record counts.
+"""
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from residua.capture.crew import Crew
+from residua.store.commits import committed_shards
+
+_LOOK_SECONDS = 0.5
+
+
+class HandOut:
+    """Gives this worker run after run, until every shard is committed; it is the `Work` of a `record`.
+
+    Args:
+        crew: The workers.
+        archive: Folder of the archive.
+        runs: All runs; the same for every worker.
+    """
+
+    def __init__(self, crew: Crew, archive: Path, runs: Sequence[range]) -> None:
+        self._crew = crew
+        self._archive = archive
+        self._runs = runs
+        self._is_exhausted = False
+        self._left: list[int] = []
+        self._next_look = 0.0
+
+    def take(self) -> range | None:
+        """Return the next run, or one that a worker who is gone left behind; None if there is none now."""
+        while not self._is_exhausted:
+            run = self._crew.count("runs") - 1
+            if run >= len(self._runs):
+                self._is_exhausted = True
+            elif self._crew.claim(f"run/{run}"):
+                return self._runs[run]
+        return self._take_over()
+
+    def is_over(self) -> bool:
+        """Say whether every shard is committed."""
+        return self._is_exhausted and not self._left
+
+    def _take_over(self) -> range | None:
+        if time.monotonic() < self._next_look:
+            return None
+        self._next_look = time.monotonic() + _LOOK_SECONDS
+        committed = committed_shards(self._archive)
+        self._left = [run for run, shards in enumerate(self._runs) if not committed.issuperset(shards)]
+        for run in self._left:
+            owner = self._crew.lost_owner(f"run/{run}")
+            if owner is not None and self._crew.claim(f"run/{run}", owner):
+                return self._runs[run]
+        return None

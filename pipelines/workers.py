@@ -1,0 +1,172 @@
+"""What the workers of a capture do once, what each does, and what they tell each other.
+
+Worker 0 makes the plan and the archive; the others wait for it, open the archive, and check that their own model and
+settings give the same plan. All take runs of shards until every shard is committed. Then worker 0 seals the archive,
+and nobody returns before that.
+"""
+
+import os
+import socket
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from residua.capture.crew import START_SECONDS, Crew
+from residua.capture.handout import HandOut
+from residua.capture.record import AllAtOnce, RecordStats, Work, total
+from residua.pipelines.meeting import meeting
+from residua.store.commits import committed_shards
+from residua.store.errors import CaptureError
+from residua.store.schedule import shard_runs
+
+_LOOK_SECONDS = 1.0
+_LEAST_WORKERS = 4  # that the shards are cut for: more may join
+
+
+@dataclass(frozen=True, kw_only=True)
+class WorkerFigures:
+    """What one worker did.
+
+    Attributes:
+        worker: Its number.
+        host: Name of its machine.
+        pid: Number of its process there.
+        stats: Its figures.
+    """
+
+    worker: int
+    host: str
+    pid: int
+    stats: RecordStats
+
+
+class Workers(Protocol):
+    """This worker and the others."""
+
+    def plan_once(self, make: Callable[[], Mapping[str, Any]], check: Callable[[], None]) -> Mapping[str, Any]:
+        """Let worker 0 call `make`, and every other one `check` after that; return what `make` returned."""
+        raise NotImplementedError
+
+    def work(self, archive: Path, n_shards: int) -> Work:
+        """Return the shards that this worker is to do."""
+        raise NotImplementedError
+
+    def so_far(self, stats: RecordStats) -> RecordStats:
+        """Tell the others this worker's figures; return those of all, on worker 0."""
+        raise NotImplementedError
+
+    def finish(self, stats: RecordStats, archive: Path, n_shards: int, seal: Callable[[], None]) -> list[WorkerFigures]:
+        """Wait until every shard is committed, let worker 0 call `seal`, and return what each worker did."""
+        raise NotImplementedError
+
+
+class Alone:
+    """One worker that does everything."""
+
+    def plan_once(self, make: Callable[[], Mapping[str, Any]], check: Callable[[], None]) -> Mapping[str, Any]:  # noqa: ARG002  # nobody else has to check
+        """Return what `make` returns."""
+        return make()
+
+    def work(self, archive: Path, n_shards: int) -> Work:  # noqa: ARG002  # it does not look at the archive
+        """Return all shards."""
+        return AllAtOnce(n_shards)
+
+    def so_far(self, stats: RecordStats) -> RecordStats:
+        """Return `stats`."""
+        return stats
+
+    def finish(self, stats: RecordStats, archive: Path, n_shards: int, seal: Callable[[], None]) -> list[WorkerFigures]:  # noqa: ARG002  # as above
+        """Seal at once."""
+        seal()
+        return [WorkerFigures(worker=0, host=socket.gethostname(), pid=os.getpid(), stats=stats)]
+
+
+class Together:
+    """One worker among several.
+
+    Args:
+        crew: The others.
+    """
+
+    def __init__(self, crew: Crew) -> None:
+        self._crew = crew
+        self._others: list[RecordStats] = []
+        self._next_look = 0.0
+
+    def plan_once(self, make: Callable[[], Mapping[str, Any]], check: Callable[[], None]) -> Mapping[str, Any]:
+        """See `Workers`."""
+        if self._crew.number == 0:
+            message = make()
+            self._crew.publish("plan", message)
+            return message
+        message = self._crew.await_message("plan", patience=START_SECONDS)
+        check()
+        return message
+
+    def work(self, archive: Path, n_shards: int) -> Work:
+        """See `Workers`."""
+        return HandOut(self._crew, archive, shard_runs(n_shards, max(_LEAST_WORKERS, self._crew.n_launched)))
+
+    def so_far(self, stats: RecordStats) -> RecordStats:
+        """See `Workers`."""
+        self._crew.tell(stats=asdict(stats))
+        if self._crew.number:
+            return stats
+        if time.monotonic() > self._next_look:
+            self._next_look = time.monotonic() + _LOOK_SECONDS
+            told = [figures for figures in self._crew.all_figures() if figures["worker"] != self._crew.number]
+            self._others = [RecordStats(**figures["stats"]) for figures in told if "stats" in figures]
+        return total([stats, *self._others])
+
+    def finish(self, stats: RecordStats, archive: Path, n_shards: int, seal: Callable[[], None]) -> list[WorkerFigures]:
+        """See `Workers`.
+
+        Raises:
+            CaptureError: Shards are missing because a worker is gone, or worker 0 is.
+        """
+        self._crew.tell_now(stats=asdict(stats), state="done")
+        if self._crew.number:
+            message = self._crew.await_message("sealed", patience=START_SECONDS)
+            self._crew.tell_now(state="told")
+            return _figures(message["workers"])
+        self._crew.await_others("done")
+        everyone = self._crew.all_figures()
+        missing = n_shards - len(committed_shards(archive))
+        if missing:
+            raise CaptureError(
+                f"{missing} shards are missing because {_gone(everyone)} is gone. What was committed is safe; "
+                "run the same capture again to go on."
+            )
+        seal()
+        self._crew.publish("sealed", {"workers": everyone})
+        self._crew.await_others("told")
+        return _figures(everyone)
+
+
+def _gone(everyone: Sequence[Mapping[str, Any]]) -> str:
+    return " and ".join(
+        f"worker {f['worker']} ({f['host']}, process {f['pid']})" for f in everyone if f["state"] != "done"
+    )
+
+
+def _figures(everyone: Sequence[Mapping[str, Any]]) -> list[WorkerFigures]:
+    """Return the figures of all that told any; of a worker that died, those that it told last."""
+    return [
+        WorkerFigures(worker=f["worker"], host=f["host"], pid=f["pid"], stats=RecordStats(**f["stats"]))
+        for f in everyone
+        if "stats" in f
+    ]
+
+
+@contextmanager
+def workers_of(out: Path, *, join: bool) -> Iterator[Workers]:
+    """Yield this worker and the others that capture `out`; see `meeting`."""
+    with meeting(out, join=join) as crew:
+        if crew is None:
+            yield Alone()
+        else:
+            with crew:
+                yield Together(crew)

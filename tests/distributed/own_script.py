@@ -1,0 +1,55 @@
+"""A user's own distributed script: it makes the process group and the model, and calls the library.
+
+    torchrun --nproc-per-node 2 -m tests.distributed.own_script OUT
+
+Writes `replicas.zarr`, `again.zarr` and `fsdp.zarr` into OUT, and on every rank a JSON file of what it was told.
+"""
+
+import json
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed.fsdp import fully_shard
+from transformers import PreTrainedModel
+
+import residua
+from tests.models import TINY, VOCABULARY
+
+LENGTHS = (5, 3, 21, 40, 2, 9, 7, 33, 1, 12, 30, 4) * 4
+
+
+def tokens() -> list[list[int]]:
+    generator = torch.Generator().manual_seed(9)
+    return [torch.randint(3, VOCABULARY, (length,), generator=generator).tolist() for length in LENGTHS]
+
+
+def capture(model: PreTrainedModel, out: Path) -> residua.Archive:
+    options: dict[str, Any] = {"sites": "resid_post.*,q.1,final", "rows_per_shard": 16, "batch_tokens": 48}
+    result = residua.capture_dataset(model, tokens(), out=out, **options)
+    said = {"rows": result.stats.committed_rows, "workers": [asdict(worker) for worker in result.workers]}
+    rank = dist.get_rank() if dist.is_initialized() else 0
+    out.with_suffix(f".{rank}.json").write_text(json.dumps(said))
+    return result.archive
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    folder = Path(sys.argv[1])
+    dist.init_process_group("gloo")
+    for name in ("replicas", "again"):
+        archive = capture(TINY["llama"](), folder / f"{name}.zarr")
+        assert archive.is_sealed, "nobody goes on before the archive is whole"
+    model = TINY["llama"]()
+    for block in model.get_submodule("model.layers").children():
+        fully_shard(block)
+    fully_shard(model)
+    assert capture(model, folder / "fsdp.zarr").is_sealed
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

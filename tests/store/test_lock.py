@@ -1,0 +1,85 @@
+"""One run at a time: refused while the other lives, free when it is dead, whatever it left behind."""
+
+import fcntl
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from residua.store.lock import ArchiveInUseError, locked, read_owner
+
+HOLD = """
+import sys, time
+from pathlib import Path
+from residua.store.lock import locked
+with locked(Path(sys.argv[1]), join={"port": 7}):
+    print("held", flush=True)
+    time.sleep(600)
+"""
+
+
+def refusal(archive: Path, match: str) -> ArchiveInUseError:
+    """Return the error that a second run gets."""
+    with pytest.raises(ArchiveInUseError, match=match) as caught, locked(archive):
+        pytest.fail("two runs")
+    return caught.value
+
+
+def test_a_second_run_is_refused_and_told_who_is_there_until_that_one_is_killed(tmp_path: Path) -> None:
+    archive = tmp_path / "a.zarr"
+    with subprocess.Popen([sys.executable, "-c", HOLD, str(archive)], stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"held\n"
+        owner = refusal(archive, rf"a\.zarr: process {process.pid} on .*--join").owner
+        assert owner is not None
+        assert (owner.host, owner.pid, owner.join) == (socket.gethostname(), process.pid, {"port": 7})
+        process.send_signal(signal.SIGKILL)
+    assert read_owner(archive) == owner, "the dead run's file is still there"
+    with locked(archive):
+        assert (found := read_owner(archive)) is not None
+        assert (found.pid, found.join) == (os.getpid(), None)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_lock_goes_with_an_error_too(tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt), locked(tmp_path / "a.zarr"):
+        raise KeyboardInterrupt
+    assert list(tmp_path.iterdir()) == []
+    with locked(tmp_path / "a.zarr"), locked(tmp_path / "b.zarr"):
+        pass
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"host": 1}', '{"host": "a", "pid": "x", "since": "", "join": 3}'])
+def test_a_lock_that_says_nonsense_locks_all_the_same(tmp_path: Path, text: str) -> None:
+    path = tmp_path / ".a.zarr.lock"
+    path.write_text(text)
+    with path.open("rb") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        refusal(tmp_path / "a.zarr", r"another run is at work on .*a\.zarr\. ")
+    with locked(tmp_path / "a.zarr"):
+        pass
+
+
+def test_without_locks_the_file_counts_while_its_process_lives(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_locks(*_: object) -> None:
+        raise OSError(95, "Operation not supported")
+
+    def left_by(host: str, pid: int) -> None:
+        values = {"host": host, "pid": pid, "since": "then", "join": None}
+        (tmp_path / ".a.zarr.lock").write_text(json.dumps(values))
+
+    monkeypatch.setattr(fcntl, "flock", no_locks)
+    with subprocess.Popen([sys.executable, "-c", ""]) as ended:
+        pass
+    left_by(socket.gethostname(), ended.pid)
+    with locked(tmp_path / "a.zarr"):
+        pass
+    left_by(socket.gethostname(), 1)
+    refusal(tmp_path / "a.zarr", "process 1 on")
+    left_by("elsewhere", 12)
+    refusal(tmp_path / "a.zarr", "process 12 on elsewhere.*If it is dead, remove")
