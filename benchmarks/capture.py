@@ -294,7 +294,7 @@ def forward(folder: Path, rounds: int) -> str:
 
 def main() -> None:
     """Measure and report."""
-    arguments = parser(__doc__ or "", rounds=5).parse_args()
+    arguments = parser(__doc__ or "", rounds=3).parse_args()
     torch.set_num_threads(1)
     folder = Path(tempfile.mkdtemp(prefix="residua-capture-", dir=arguments.folder))
     try:
