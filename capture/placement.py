@@ -68,6 +68,7 @@ class Placement:
         self._on_device: dict[torch.device, torch.Tensor] = {}
         self.source = source
         self.target = target
+        self._by_block: dict[int, list[tuple[int, Placement]]] = {}
         breaks = np.flatnonzero((np.diff(source) != 1) | (np.diff(target) != 1)) + 1
         starts = np.concatenate([[0], breaks])
         lengths = np.diff(np.concatenate([starts, [len(source)]]))
@@ -84,6 +85,19 @@ class Placement:
     @cached_property
     def _target_indices(self) -> torch.Tensor:
         return torch.from_numpy(self.target)
+
+    def per_block(self, height: int) -> list[tuple[int, "Placement"]]:
+        """Return each block of `height` rows of the shard that is reached, with the part that lands in it."""
+        if self.target[-1] < height:
+            return [(0, self)]
+        if height not in self._by_block:
+            blocks = self.target // height
+            starts = np.flatnonzero(np.diff(blocks, prepend=-1))
+            self._by_block[height] = [
+                (int(blocks[part[0]]), Placement(self.source[part], self.target[part] % height))
+                for part in np.split(np.arange(len(blocks)), starts[1:])
+            ]
+        return self._by_block[height]
 
     def copy(self, flat: torch.Tensor, buffer: torch.Tensor) -> None:
         """Copy the rows from `flat` (B * T, *row) to `buffer` (rows of the shard, *row), casting to its dtype."""

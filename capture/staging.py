@@ -19,7 +19,8 @@ from residua.capture.cuda_streams import CudaStreams
 from residua.capture.offload import Landing, Offload, StagePool
 from residua.capture.placement import BatchRows, Placement
 from residua.store.errors import CaptureError
-from residua.store.plan import ROW_COLUMNS, Plan
+from residua.store.plan import ROW_COLUMNS, Plan, SitePlan
+from residua.store.shard_memory import ShardMemory
 from residua.store.writer import FilledShard, ShardWriter
 
 _DEVICE_BYTES = 256 * 1024 * 1024  # of gathered rows on a device that wait for their copy
@@ -34,24 +35,46 @@ def torch_dtype(name: str) -> torch.dtype:
 
 
 class Stage:
-    """Memory for one shard of every site."""
+    """Memory for one shard of every site.
+
+    Attributes:
+        blocks: Per site its rows, in blocks of equal height one after the other, each (rows, *row shape).
+        columns: What each row is.
+        n_filled: Rows that were announced.
+        landing: The copies from devices that are under way.
+    """
 
     def __init__(self, plan: Plan, n_rows: int, *, pinned: bool) -> None:
+        self._memory: dict[str, ShardMemory] = {}
         with torch.inference_mode(mode=False):  # or rows that come outside of it could not be copied in
-            self.buffers = {
-                site.name: torch.empty((n_rows, *site.row_shape), dtype=torch_dtype(site.dtype), pin_memory=pinned)
-                for site in plan.sites
-            }
+            self.blocks = {site.name: self._allocate(plan, site, n_rows, pinned) for site in plan.sites}
         self.columns = {name: np.zeros(n_rows, dtype) for name, dtype in ROW_COLUMNS.items()}
         self.n_filled = 0
         self.landing = Landing()
 
-    def rows(self, site: str, n_rows: int) -> npt.NDArray[np.generic]:
+    def _allocate(self, plan: Plan, site: SitePlan, n_rows: int, pinned: bool) -> list[torch.Tensor]:
+        dtype = torch_dtype(site.dtype)
+        if pinned:
+            return [torch.empty((n_rows, *site.row_shape), dtype=dtype, pin_memory=True)]
+        spec = site.arrays(plan.rows_per_shard)[0]
+        if not ShardMemory.suits(spec):
+            # numpy asks for large pages, which the system hands out in a hundredth of the page faults of torch's memory
+            return [_as_tensor(np.empty(n_rows * site.row_bytes, np.uint8), dtype, site.row_shape)]
+        memory = self._memory[site.name] = ShardMemory(spec, n_rows)
+        return [_as_tensor(chunk, dtype, site.row_shape) for chunk in memory.chunks]
+
+    def rows(self, site: str, n_rows: int) -> npt.NDArray[np.generic] | ShardMemory:
         """Return the first `n_rows` rows of `site` in storage dtype, without a copy."""
-        buffer = self.buffers[site][:n_rows]
+        if site in self._memory:
+            return self._memory[site].first(n_rows)
+        buffer = self.blocks[site][0][:n_rows]
         if buffer.dtype == torch.bfloat16:
             return buffer.view(torch.int16).numpy().view("<u2")
         return buffer.numpy()
+
+
+def _as_tensor(memory: npt.NDArray[np.generic], dtype: torch.dtype, row_shape: tuple[int, ...]) -> torch.Tensor:
+    return torch.from_numpy(memory.reshape(-1).view(np.uint8)).view(dtype).view(-1, *row_shape)
 
 
 class Staging:
@@ -154,23 +177,37 @@ class Staging:
         pattern = site.startswith("pattern.")
         flat = tensor if pattern else tensor.flatten(0, 1)
         for stage, placement in self._placements:
-            buffer = stage.buffers[site]
-            if pattern:
-                gather = partial(placement.gather_pattern, flat, buffer, self._batch)
-            else:
-                gather = partial(placement.gather, flat, buffer.dtype)
-            if tensor.is_cuda:
-                self._offload.send(
-                    self._streams_of(tensor.device),
-                    gather,
-                    partial(placement.scatter, buffer=buffer),
-                    n_bytes=len(placement.source) * buffer[0].nbytes,
-                    landing=stage.landing,
-                )
-            elif pattern:
-                placement.copy_pattern(flat, buffer, self._batch)
-            else:
-                placement.copy(flat, buffer)
+            blocks = stage.blocks[site]
+            for block, part in placement.per_block(len(blocks[0])):
+                if tensor.is_cuda:
+                    self._send(flat, part, blocks[block], self._batch, stage.landing, pattern=pattern)
+                elif pattern:
+                    part.copy_pattern(flat, blocks[block], self._batch)
+                else:
+                    part.copy(flat, blocks[block])
+
+    def _send(
+        self,
+        flat: torch.Tensor,
+        placement: Placement,
+        buffer: torch.Tensor,
+        batch: BatchRows,
+        landing: Landing,
+        *,
+        pattern: bool,
+    ) -> None:
+        """Queue a copy from a device."""
+        if pattern:
+            gather = partial(placement.gather_pattern, flat, buffer, batch)
+        else:
+            gather = partial(placement.gather, flat, buffer.dtype)
+        self._offload.send(
+            self._streams_of(flat.device),
+            gather,
+            partial(placement.scatter, buffer=buffer),
+            n_bytes=len(placement.source) * buffer[0].nbytes,
+            landing=landing,
+        )
 
     def _streams_of(self, device: torch.device) -> CudaStreams:
         if device not in self._streams:

@@ -1,14 +1,13 @@
 """Writing large files past the page cache, for half the processor time and without pushing other data out of it.
 
 A shard is flushed to the disk at once, so a copy of it in the page cache only costs: allocating and filling those
-pages takes more time than checking and copying the data. Here the parts go through one aligned buffer of the thread
-and from there straight to the disk (`O_DIRECT`). Where a file system or a block of odd size does not allow that,
-writing goes on through the page cache.
+pages takes more time than checking and copying the data. Here the parts go straight to the disk (`O_DIRECT`): from
+where they lie if they begin at a block of memory and of the file, else through one aligned buffer of the thread. Where
+a file system or a block of odd size does not allow that, writing goes on through the page cache.
 """
 
 import errno
 import fcntl
-import mmap
 import os
 import threading
 from collections.abc import Iterable
@@ -17,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 LEAST_BYTES = 1024 * 1024  # below, a copy in the page cache costs less than the wait
-_BLOCK = 4096
+BLOCK = 4096  # of memory and of the file; no disk asks for more
 _BUFFER_BYTES = 4 * 1024 * 1024
 _DIRECT: int = getattr(os, "O_DIRECT", 0)  # Linux only
 
@@ -41,11 +40,15 @@ def write_direct(descriptor: int, parts: Iterable[memoryview]) -> int:
     Raises:
         OSError: As `os.write` does.
     """
-    buffer = _aligned_buffer()
+    buffer = _buffer()
     filled = total = 0
     for part in parts:
         rest = np.frombuffer(part, np.uint8)
         total += rest.size
+        if not filled and _is_aligned(rest):
+            whole = rest.size - rest.size % BLOCK
+            _drain(descriptor, rest[:whole].data)
+            rest = rest[whole:]
         while rest.size:
             taken = min(rest.size, buffer.size - filled)
             buffer[filled : filled + taken] = rest[:taken]
@@ -54,7 +57,7 @@ def write_direct(descriptor: int, parts: Iterable[memoryview]) -> int:
             if filled == buffer.size:
                 _drain(descriptor, buffer.data)
                 filled = 0
-    whole = filled - filled % _BLOCK
+    whole = filled - filled % BLOCK
     _drain(descriptor, buffer.data[:whole])
     if filled > whole:
         _clear_direct(descriptor)
@@ -62,11 +65,21 @@ def write_direct(descriptor: int, parts: Iterable[memoryview]) -> int:
     return total
 
 
-def _aligned_buffer() -> npt.NDArray[np.uint8]:
+def aligned_bytes(n_bytes: int) -> npt.NDArray[np.uint8]:
+    """Return memory of any content that begins at a block, (n_bytes,)."""
+    room = np.empty(n_bytes + BLOCK, np.uint8)
+    return room[-room.ctypes.data % BLOCK :][:n_bytes]
+
+
+def _buffer() -> npt.NDArray[np.uint8]:
     if not hasattr(_local, "buffer"):
-        _local.buffer = np.frombuffer(mmap.mmap(-1, _BUFFER_BYTES), np.uint8)
+        _local.buffer = aligned_bytes(_BUFFER_BYTES)
     buffer: npt.NDArray[np.uint8] = _local.buffer
     return buffer
+
+
+def _is_aligned(data: npt.NDArray[np.uint8]) -> bool:
+    return data.ctypes.data % BLOCK == 0
 
 
 def _drain(descriptor: int, data: memoryview) -> None:
@@ -78,7 +91,7 @@ def _drain(descriptor: int, data: memoryview) -> None:
                 raise
             continue
         data = data[written:]
-        if written % _BLOCK:
+        if written % BLOCK:
             _clear_direct(descriptor)
 
 

@@ -23,6 +23,7 @@ from residua.store.codecs import check_chunk, encode_chunk, max_chunk_bytes
 from residua.store.crc import CRC_BYTES, Buffer, crc32c, crc_bytes
 from residua.store.errors import DamagedArchiveError, UnsafeArchiveError
 from residua.store.nonfinite import count_nonfinite
+from residua.store.shard_memory import ShardMemory
 from residua.store.spec import ArraySpec
 
 INDEX_CODECS = ({"name": "bytes", "configuration": {"endian": "little"}}, {"name": "crc32c"})
@@ -67,8 +68,9 @@ class ShardEncoder:
     than one encoded chunk is in memory.
 
     Args:
-        rows: C-contiguous (rows, *row shape) in storage dtype. Only the last shard of an array may be short; its
-            last chunk is filled up with zeros.
+        rows: C-contiguous (rows, *row shape) in storage dtype, or such rows in a `ShardMemory`, from which they are
+            written without a copy. Only the last shard of an array may be short; its last chunk is filled up with
+            zeros.
         spec: The array that the rows belong to.
 
     Attributes:
@@ -80,9 +82,9 @@ class ShardEncoder:
         ValueError: The rows do not fit the array.
     """
 
-    def __init__(self, rows: Array, spec: ArraySpec) -> None:
+    def __init__(self, rows: Array | ShardMemory, spec: ArraySpec) -> None:
         expected = (spec.row_shape, spec.storage_dtype)
-        if (rows.shape[1:], rows.dtype) != expected or not 0 < len(rows) <= spec.rows_per_shard:
+        if (rows.shape[1:], rows.dtype) != expected or not 0 < rows.shape[0] <= spec.rows_per_shard:
             raise ValueError(
                 f"{spec.path} takes 1 to {spec.rows_per_shard} rows of {expected}, found {rows.shape} of {rows.dtype}"
             )
@@ -95,16 +97,21 @@ class ShardEncoder:
     def __iter__(self) -> Iterator[Buffer]:
         sizes: list[int] = []
         crcs: list[bytes] = []
+        parts = self._encode(sizes, crcs)
+        yield from self._rows.in_place(parts) if isinstance(self._rows, ShardMemory) else parts
+        index = _make_index(sizes, self._spec.chunks_per_shard)
+        self.n_bytes = sum(sizes) + len(index)
+        self.digest = _digest(index, crcs)
+        yield index
+
+    def _encode(self, sizes: list[int], crcs: list[bytes]) -> Iterator[Buffer]:
+        """Yield the parts of every chunk; its stored size and its crc32c are appended to the lists."""
         for chunk in _chunks(self._rows, self._spec):
             self.n_nonfinite += count_nonfinite(chunk, self._spec.dtype)
             stored = encode_chunk(chunk, self._spec.preset)
             sizes.append(sum(len(part) if isinstance(part, bytes) else part.nbytes for part in stored))
             crcs.append(bytes(stored[-1]))
             yield from stored
-        index = _make_index(sizes, self._spec.chunks_per_shard)
-        self.n_bytes = sum(sizes) + len(index)
-        self.digest = _digest(index, crcs)
-        yield index
 
 
 def index_bytes(spec: ArraySpec) -> int:
@@ -206,15 +213,19 @@ def describe_chunk(spec: ArraySpec, chunk: int, n_rows: int, first_row: int = 0)
     return f"chunk {chunk} (rows {first_row + start:,} to {first_row + stop - 1:,})"
 
 
-def _chunks(rows: Array, spec: ArraySpec) -> Iterator[Array]:
+def _chunks(rows: Array | ShardMemory, spec: ArraySpec) -> Iterator[Array]:
     height = spec.rows_per_chunk
-    for start in range(0, len(rows), height):
-        chunk = rows[start : start + height]
+    if isinstance(rows, ShardMemory):
+        chunks = rows.chunks
+    else:
+        chunks = [rows[start : start + height] for start in range(0, len(rows), height)]
+    for chunk in chunks:
         if len(chunk) < height:
             padded = np.zeros((height, *spec.row_shape), rows.dtype)
             padded[: len(chunk)] = chunk
-            chunk = padded
-        yield chunk
+            yield padded
+        else:
+            yield chunk
 
 
 def _make_index(sizes: list[int], n_chunks: int) -> bytes:

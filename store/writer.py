@@ -25,6 +25,7 @@ from residua.store.metadata import ROOT
 from residua.store.nonfinite import count_nonfinite
 from residua.store.plan import Plan, SitePlan
 from residua.store.shard import ShardEncoder, shard_path
+from residua.store.shard_memory import ShardMemory
 from residua.store.spec import ArraySpec
 
 Rows = npt.NDArray[np.generic]
@@ -41,7 +42,7 @@ class FilledShard:
     Attributes:
         index: Index of the shard along axis 0.
         first_row: Its first row.
-        sites: Per site name, its rows in storage dtype, (rows, *row shape), C-contiguous.
+        sites: Per site name, its rows in storage dtype, (rows, *row shape), C-contiguous or laid out as the file.
         columns: ``token``, ``position`` and ``example`` of the rows.
         examples: SHA-256 of example parts made durable with this shard, by file name.
         ready: Called in a writer thread before the rows are read; waits for copies that are still under way.
@@ -50,7 +51,7 @@ class FilledShard:
 
     index: int
     first_row: int
-    sites: Mapping[str, Rows]
+    sites: Mapping[str, Rows | ShardMemory]
     columns: Mapping[str, Rows]
     examples: Mapping[str, str] = field(default_factory=dict)
     ready: Callable[[], None] = _nothing
@@ -196,7 +197,7 @@ class _ShardJob:
     def _write_site(self, site: SitePlan) -> None:
         rows = self._shard.sites[site.name]
         specs = site.arrays(self._plan.rows_per_shard)
-        if PRESETS[site.codec].is_lossless:
+        if isinstance(rows, ShardMemory) or PRESETS[site.codec].is_lossless:
             self._write(specs[0], rows)
             return
         n_nonfinite = count_nonfinite(rows, site.dtype)
@@ -211,7 +212,7 @@ class _ShardJob:
     def _write(
         self,
         spec: ArraySpec,
-        rows: Rows,
+        rows: Rows | ShardMemory,
         n_nonfinite: int | None = None,
         squares: float | None = None,
         error_squares: float | None = None,

@@ -139,6 +139,20 @@ def test_any_source_may_go_to_any_target(data: st.DataObject) -> None:
     assert np.array_equal(scattered.numpy(), expected)
 
 
+@settings(deadline=None)
+@given(st.sets(st.integers(0, 39), min_size=1), st.sampled_from([1, 3, 8, 39, 40, 64]), st.booleans())
+def test_parts_that_land_in_blocks_together_are_the_whole(rows: set[int], height: int, backwards: bool) -> None:
+    target = np.array(sorted(rows), np.int64)
+    source = np.arange(len(target))[:: -1 if backwards else 1].copy()
+    flat = torch.arange(len(target) * WIDTH, dtype=torch.float32).view(-1, WIDTH)
+    blocks = [torch.full((height, WIDTH), -1.0) for _ in range(-(-40 // height))]
+    for block, part in Placement(source, target).per_block(height):
+        part.copy(flat, blocks[block])
+    expected = np.full((len(blocks) * height, WIDTH), -1.0, np.float32)
+    expected[target] = flat.numpy()[source]
+    assert np.array_equal(torch.cat(blocks).numpy(), expected)
+
+
 def joined(starts: list[int], lengths: list[int]) -> npt.NDArray[np.int64]:
     return np.concatenate([np.arange(start, start + n) for start, n in zip(starts, lengths, strict=True)])
 

@@ -34,6 +34,12 @@ SITES = (
 )
 
 
+def site_rows(shard: FilledShard, site: str) -> npt.NDArray[np.generic]:
+    rows = shard.sites[site]
+    assert isinstance(rows, np.ndarray)
+    return rows
+
+
 class LateWriter:
     """Reads a shard as late as a slow disk would, on a thread of its own, and frees its memory then."""
 
@@ -47,8 +53,9 @@ class LateWriter:
     def _write(self, shard: FilledShard) -> None:
         shard.ready()
         assert shard.index not in self.shards
-        self.shards[shard.index] = {name: rows.copy() for name, rows in (*shard.sites.items(), *shard.columns.items())}
-        for rows in (*shard.sites.values(), *shard.columns.values()):
+        arrays = {**{name: site_rows(shard, name) for name in shard.sites}, **shard.columns}
+        self.shards[shard.index] = {name: rows.copy() for name, rows in arrays.items()}
+        for rows in arrays.values():
             rows.reshape(-1).view(np.uint8)[:] = 0xA5
         shard.release()
 
@@ -225,7 +232,7 @@ def test_a_stage_that_was_let_go_is_used_again() -> None:
         staging.begin(rows_of([4], first_row=4 * shard))
         staging.finish()
         writer.held[shard].release()
-    first, second = (shard.sites["resid_post.0"] for shard in writer.held)
+    first, second = (site_rows(shard, "resid_post.0") for shard in writer.held)
     assert np.shares_memory(first, second)
     assert staging.stall_seconds == 0
 
@@ -321,7 +328,7 @@ def test_example_parts_are_made_durable_once_a_shard_and_only_for_full_ones() ->
     ]
     assert staging.open_shards == (2,)
     staging.hand_over(2, {})
-    assert len(writer.held[-1].columns["token"]) == len(writer.held[-1].sites["resid_post.0"]) == 1
+    assert len(writer.held[-1].columns["token"]) == len(site_rows(writer.held[-1], "resid_post.0")) == 1
 
 
 def test_stages_made_in_inference_mode_take_rows_from_outside_of_it() -> None:
@@ -338,8 +345,8 @@ def test_stages_are_no_taller_than_the_archive() -> None:
     staging = stage_all(make_plan(2**20, 3, SITES[:1]), writer, n_stages=2)
     staging.begin(rows_of([3]))
     staging.finish()
-    assert writer.held[0].sites["resid_post.0"].base is not None, "a view, not a copy"
-    assert len(writer.held[0].sites["resid_post.0"]) == 3
+    assert site_rows(writer.held[0], "resid_post.0").base is not None, "a view, not a copy"
+    assert len(site_rows(writer.held[0], "resid_post.0")) == 3
 
 
 def test_every_stored_data_type_is_torchs() -> None:

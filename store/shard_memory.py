@@ -1,0 +1,81 @@
+"""Memory that is laid out as a `raw` shard's file, so that rows go to the disk from where they were put.
+
+In such a file four bytes of crc32c follow every chunk. Here they are left free behind every chunk, and the memory
+begins where a block of the disk may begin. A full shard then only needs its checksums filled in: it is written as
+it lies (`residua.store.direct`), without another copy.
+"""
+
+from collections.abc import Iterable, Iterator
+from copy import copy
+
+import numpy as np
+import numpy.typing as npt
+
+from residua.store.codecs import PRESETS
+from residua.store.crc import CRC_BYTES, Buffer
+from residua.store.direct import BLOCK, aligned_bytes
+from residua.store.spec import ArraySpec
+
+_PIECE_BYTES = 4 * 1024 * 1024  # written at a time
+
+Array = npt.NDArray[np.generic]
+
+
+class ShardMemory:
+    """Memory for the rows of one shard of an array that `suits`; its content is arbitrary at first.
+
+    Args:
+        spec: The array.
+        n_rows: Rows that there is room for, at least 1.
+
+    Attributes:
+        shape: (rows, *row shape).
+        dtype: The storage dtype.
+    """
+
+    def __init__(self, spec: ArraySpec, n_rows: int) -> None:
+        n_chunks = -(-n_rows // spec.rows_per_chunk)
+        self.shape = (n_rows, *spec.row_shape)
+        self.dtype = spec.storage_dtype
+        self._spec = spec
+        self._bytes = aligned_bytes(n_chunks * (spec.chunk_bytes + CRC_BYTES))
+
+    @staticmethod
+    def suits(spec: ArraySpec) -> bool:
+        """Say whether chunks of the array lie in its file as in memory, and values stay aligned behind a crc32c."""
+        return PRESETS[spec.preset].effort is None and CRC_BYTES % spec.storage_dtype.itemsize == 0
+
+    def first(self, n_rows: int) -> "ShardMemory":
+        """Return the first `n_rows` rows, in the same memory."""
+        part = copy(self)
+        part.shape = (n_rows, *self.shape[1:])
+        return part
+
+    @property
+    def chunks(self) -> list[Array]:
+        """The rows of each chunk, (rows per chunk, *row shape), to be filled or read; the last one may be short."""
+        height, size = self._spec.rows_per_chunk, self._spec.chunk_bytes
+        starts = range(0, self.shape[0], height)
+        whole = [self._bytes[i * (size + CRC_BYTES) :][:size].view(self.dtype) for i in range(len(starts))]
+        shape = (height, *self.shape[1:])
+        return [chunk.reshape(shape)[: self.shape[0] - start] for start, chunk in zip(starts, whole, strict=True)]
+
+    def in_place(self, parts: Iterable[Buffer]) -> Iterator[Buffer]:
+        """Yield the bytes of `parts` as they lie in this memory, one after the other, in pieces of whole blocks.
+
+        Args:
+            parts: Chunks as they are stored, from the first one on. Those that are not in their place, as a
+                checksum or a copy of the last chunk, are copied there.
+        """
+        done = end = 0
+        for part in parts:
+            data = np.frombuffer(part, np.uint8) if isinstance(part, bytes) else part.reshape(-1).view(np.uint8)
+            place = self._bytes[end : end + data.size]
+            if place.ctypes.data != data.ctypes.data:
+                place[:] = data
+            end += data.size
+            if end - done >= _PIECE_BYTES:
+                whole = end - end % BLOCK
+                yield self._bytes[done:whole]
+                done = whole
+        yield self._bytes[done:end]
