@@ -11,10 +11,11 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from residua.capture.attention import eager_attention
-from residua.capture.compiled import running_uncompiled, uncompiled
+from residua.capture.compiled import running_uncompiled
 from residua.capture.head import head_files
 from residua.capture.provenance import describe_model, environment, identify_model
 from residua.capture.record import RecordStats, record, total
+from residua.capture.replica import replica_of
 from residua.capture.sharded import Agreement, is_sharded
 from residua.capture.siteinfo import SiteInfo
 from residua.capture.siteplans import plan_sites
@@ -106,7 +107,7 @@ def capture_dataset(
             tokenizer = tokenizer or load_tokenizer(model, chosen)
             model = load_model(model, chosen)
         else:
-            model = uncompiled(model)
+            model = replica_of(model)
         job = _Job(model, tokenizer, dataset, Path(out), chosen, command)
         return job.run(workers, on_example, on_plan, on_batch)
 
