@@ -47,13 +47,13 @@ def test_what_hangs_is_ended_after_the_grace(number: int) -> None:
 
 
 DEADLOCK = """
-import ctypes
+import ctypes, threading
 from residua.pipelines.stopping import stopping_in_time
 with stopping_in_time(grace_seconds=0.5):
     libc = ctypes.CDLL(None)
     mutex = ctypes.create_string_buffer(64)
     libc.pthread_mutex_lock(mutex)
-    print("ready", flush=True)
+    threading.Timer(1.0, print, ["ready"], {"flush": True}).start()
     libc.pthread_mutex_lock(mutex)
 """
 
