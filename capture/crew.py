@@ -26,10 +26,10 @@ from torch.distributed import DistError
 from residua.store.errors import CaptureError
 
 BEAT_SECONDS = 1.0
-LOST_SECONDS = 30.0
+LOST_SECONDS = 30.0  # after which a worker without a sign is lost
+START_SECONDS = 600.0  # that others may take to appear: they may be loading a large model
+FAREWELL_SECONDS = 5.0  # for the others to read why a worker leaves that keeps the store
 _POLL_SECONDS = 0.1
-_FAREWELL_SECONDS = 5.0
-START_SECONDS = 600.0
 
 
 def number_of_joiner(store: Store, n_launched: int) -> int:
@@ -82,7 +82,7 @@ class Crew:
             with suppress(CaptureError):  # the error under way says more
                 self._beat()
                 if self.number == 0:  # the store may go with this process: let the others read why
-                    self.await_others("done", "left", "told", seconds=_FAREWELL_SECONDS)
+                    self.await_others("done", "left", "told", seconds=FAREWELL_SECONDS)
 
     def tell(self, **figures: Any) -> None:
         """Let the others know `figures` with the next beat.

@@ -11,11 +11,12 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from residua.capture.attention import eager_attention
-from residua.capture.compiled import running_uncompiled, uncompiled
+from residua.capture.compiled import running_uncompiled
 from residua.capture.head import head_files
 from residua.capture.probing import evaluating
 from residua.capture.provenance import changed_conditions, describe_model, environment, identify_model
 from residua.capture.record import RecordStats, record, total
+from residua.capture.replica import replica_of
 from residua.capture.sharded import Agreement, is_sharded
 from residua.capture.siteinfo import SiteInfo
 from residua.capture.siteplans import plan_sites
@@ -108,7 +109,7 @@ def capture_dataset(
             tokenizer = tokenizer or load_tokenizer(name, chosen)
             model = load_model(name, chosen)
         else:
-            model = uncompiled(model)
+            model = replica_of(model)
         job = _Job(model, tokenizer, dataset, Path(out), chosen, command)
         return job.run(workers, on_example, on_plan, on_batch)
 

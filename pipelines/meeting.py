@@ -8,6 +8,7 @@ together holds the lock.
 import itertools
 import os
 import socket
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from datetime import timedelta
@@ -19,7 +20,7 @@ from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
 from torch.distributed.distributed_c10d import _get_default_store
 from torch.distributed.rendezvous import rendezvous
 
-from residua.capture.crew import LOST_SECONDS, START_SECONDS, Crew, number_of_joiner
+from residua.capture.crew import FAREWELL_SECONDS, LOST_SECONDS, START_SECONDS, Crew, number_of_joiner
 from residua.store.canonical import Json
 from residua.store.errors import CaptureError
 from residua.store.lock import ArchiveInUseError, Owner, locked
@@ -96,25 +97,42 @@ def _alone_or_joining(out: Path, prefix: str, stack: ExitStack) -> Crew:
 
 
 def _together(out: Path, launch: _Launch, join: bool, stack: ExitStack) -> Crew:
+    """Let the first of those launched together take the lock, or find where all of them join."""
     crew = Crew(launch.store, launch.rank, launch.n)
-    if launch.rank > 0:
-        found = crew.await_message("lock", patience=START_SECONDS)
-        if found["refused"]:
-            raise CaptureError(found["refused"])
-        return _joining(found["address"]) if found["address"] else crew
+    if launch.rank == 0:
+        address, refusal = _lock_or_address(out, launch, join, stack)
+        crew.publish("lock", {"refused": None if refusal is None else str(refusal), "address": address})
+        if refusal is not None:
+            _await_readers(launch)
+            raise refusal
+        return _joining(address) if address else crew
+    found = crew.await_message("lock", patience=START_SECONDS)
+    if found["refused"]:
+        crew.publish(f"read/{launch.rank}", {})
+        raise CaptureError(found["refused"])
+    return _joining(found["address"]) if found["address"] else crew
+
+
+def _lock_or_address(
+    out: Path, launch: _Launch, join: bool, stack: ExitStack
+) -> tuple[Mapping[str, Any] | None, ArchiveInUseError | None]:
+    """Take the lock; else return where the run that has it can be joined, or why that is not to be."""
     try:
         stack.enter_context(locked(out, join=launch.address))
-        crew.publish("lock", {"refused": None, "address": None})
     except ArchiveInUseError as error:
         try:
-            address = _address(error) if join else None
+            return (_address(error), None) if join else (None, error)
         except ArchiveInUseError:
-            address = None
-        crew.publish("lock", {"refused": None if address else str(error), "address": address})
-        if address is None:
-            raise
-        return _joining(address)
-    return crew
+            return None, error
+    return None, None
+
+
+def _await_readers(launch: _Launch) -> None:
+    """Give the others a little time to read a message: the store may go with this process."""
+    deadline = time.monotonic() + FAREWELL_SECONDS
+    keys = [f"read/{rank}" for rank in range(1, launch.n)]
+    while not launch.store.check(keys) and time.monotonic() < deadline:
+        time.sleep(0.05)
 
 
 def _address(error: ArchiveInUseError) -> Mapping[str, Any]:

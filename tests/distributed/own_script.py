@@ -2,7 +2,7 @@
 
     torchrun --nproc-per-node 2 -m tests.distributed.own_script OUT
 
-Writes `replicas.zarr`, `again.zarr` and `fsdp.zarr` into OUT, and on every rank a JSON file of what it was told.
+Writes `replicas.zarr`, `ddp.zarr` and `fsdp.zarr` into OUT, and on every rank a JSON file of what it was told.
 """
 
 import json
@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch.distributed.fsdp import fully_shard
-from transformers import PreTrainedModel
+from torch.nn.parallel import DistributedDataParallel
 
 import residua
 from tests.models import TINY, VOCABULARY
@@ -27,7 +27,7 @@ def tokens() -> list[list[int]]:
     return [torch.randint(3, VOCABULARY, (length,), generator=generator).tolist() for length in LENGTHS]
 
 
-def capture(model: PreTrainedModel, out: Path) -> residua.Archive:
+def capture(model: Any, out: Path) -> residua.Archive:
     options: dict[str, Any] = {"sites": "resid_post.*,q.1,final", "rows_per_shard": 16, "batch_tokens": 48}
     result = residua.capture_dataset(model, tokens(), out=out, **options)
     said = {"rows": result.stats.committed_rows, "workers": [asdict(worker) for worker in result.workers]}
@@ -40,8 +40,8 @@ def main() -> None:
     torch.set_num_threads(1)
     folder = Path(sys.argv[1])
     dist.init_process_group("gloo")
-    for name in ("replicas", "again"):
-        archive = capture(TINY["llama"](), folder / f"{name}.zarr")
+    for name, model in (("replicas", TINY["llama"]()), ("ddp", DistributedDataParallel(TINY["llama"]()))):
+        archive = capture(model, folder / f"{name}.zarr")
         assert archive.is_sealed, "nobody goes on before the archive is whole"
     model = TINY["llama"]()
     for block in model.get_submodule("model.layers").children():

@@ -96,7 +96,7 @@ def test_a_script_of_the_users_own_with_replicas_and_with_fsdp(tmp_path: Path) -
     capture(TINY["llama"](), tmp_path / "one.zarr")
     finish(start(*TORCHRUN, "-m", "tests.distributed.own_script", tmp_path))
     expected = content(tmp_path / "one.zarr")
-    for name in ("replicas", "again", "fsdp"):
+    for name in ("replicas", "ddp", "fsdp"):
         assert content(tmp_path / f"{name}.zarr") == expected
         assert Archive(tmp_path / f"{name}.zarr").plan == Archive(tmp_path / "one.zarr").plan
         told = [json.loads((tmp_path / f"{name}.{rank}.json").read_text()) for rank in range(2)]

@@ -122,8 +122,9 @@ def test_a_second_run_is_refused(gang: Gang, dataset: Path, reference: Path, tmp
     lock = str(tmp_path / ".a.zarr.lock")
     second = Start(words=words, env={}, after=lock)
     joiner = Start(words=[*words, "--join"], env={}, after=lock)
-    ended = gang.run([first, second, joiner])
-    assert codes(ended) == [0, 2, 2], ended
+    launch = [Start(words=words, env=start.env, after=lock) for start in launched(words, 2)]
+    ended = gang.run([first, second, joiner, *launch])
+    assert codes(ended) == [0, 2, 2, 2, 1], ended
     for refused in ended[1:]:
         assert "another run is at work on" in refused.output
     check_equal(out, reference)

@@ -1,0 +1,37 @@
+"""The replica of a model that a worker captures with, out of whatever the user wrapped it in."""
+
+from typing import TypeVar, cast
+
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from residua.capture.compiled import uncompiled
+from residua.capture.groups import pipeline_group, tensor_parallel_group
+from residua.capture.wrappers import inside
+from residua.store.errors import PlanError
+
+ModelT = TypeVar("ModelT", bound=nn.Module)
+
+
+def replica_of(model: ModelT) -> ModelT:
+    """Return `model` without what DDP and `torch.compile` wrapped around it.
+
+    DDP's own forward pass talks to the other workers, and so would wait for those that have fewer batches.
+
+    Raises:
+        PlanError: The model is spread over processes in a way that a capture cannot share out.
+    """
+    inner: nn.Module = uncompiled(model)
+    while isinstance(inner, DistributedDataParallel):
+        inner = uncompiled(inner.module)
+    if inside(inner) is not None:
+        raise PlanError(
+            f"the model is wrapped in {type(inner).__name__}: capture with the model inside, or shard it with FSDP2 "
+            "(fully_shard), which wraps nothing"
+        )
+    if tensor_parallel_group(inner, None) is not None or pipeline_group(inner) is not None:
+        raise PlanError(
+            "the model is split by tensor or pipeline parallelism, and a capture into an archive needs a whole replica "
+            "in each process, or one sharded with FSDP2: read its sites with residua.tap"
+        )
+    return cast("ModelT", inner)

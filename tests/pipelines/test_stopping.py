@@ -1,0 +1,76 @@
+"""Stopping in time: in order where the main thread can, by force where it hangs, and without a trace afterwards."""
+
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from residua.pipelines.stopping import STOPPED, stopping_in_time
+
+HANG = """
+import threading, time
+from residua.pipelines.stopping import stopping_in_time
+with stopping_in_time(grace_seconds=0.5):
+    try:
+        print("ready", flush=True)
+        time.sleep(600)
+    except KeyboardInterrupt:
+        print("interrupted", flush=True)
+        {then}
+print("after", flush=True)
+"""
+
+
+def end(then: str, number: int) -> tuple[int, str, float]:
+    words = [sys.executable, "-c", HANG.format(then=then)]
+    with subprocess.Popen(words, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
+        process.send_signal(number)
+        started = time.monotonic()
+        said = process.stdout.read()
+        return process.wait(timeout=60), said, time.monotonic() - started
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_the_first_signal_interrupts_and_what_ends_in_time_is_not_cut_short(number: int) -> None:
+    assert end("time.sleep(0.1)", number)[:2] == (0, "interrupted\nafter\n")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_what_hangs_is_ended_after_the_grace(number: int) -> None:
+    code, said, seconds = end("threading.Event().wait()", number)
+    assert (code, said) == (STOPPED, "interrupted\n")
+    assert seconds < 30
+
+
+DEADLOCK = """
+import ctypes, threading
+from residua.pipelines.stopping import stopping_in_time
+with stopping_in_time(grace_seconds=0.5):
+    libc = ctypes.CDLL(None)
+    mutex = ctypes.create_string_buffer(64)
+    libc.pthread_mutex_lock(mutex)
+    threading.Timer(1.0, print, ["ready"], {"flush": True}).start()
+    libc.pthread_mutex_lock(mutex)
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_main_thread_that_hangs_in_a_library_is_ended_too(number: int) -> None:
+    """Python's handler never runs there; the signal is heard all the same."""
+    with subprocess.Popen([sys.executable, "-c", DEADLOCK], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
+        process.send_signal(number)
+        assert process.wait(timeout=30) == STOPPED
+
+
+def test_handlers_come_back() -> None:
+    before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
+    with stopping_in_time():
+        assert signal.getsignal(signal.SIGTERM) not in before
+    assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == before
+    assert signal.set_wakeup_fd(-1) == -1
