@@ -41,7 +41,9 @@ class Layout:
 
 
 @dataclass(frozen=True)
-class _Part:
+class Part:
+    """What one rank says of its tensor: global rank, shape, type, crc32c of the bytes."""
+
     rank: int
     shape: Shape
     dtype: str
@@ -75,10 +77,10 @@ def detect(name: str, local: Tensor, whole: Shape | None, group: ProcessGroup) -
     Raises:
         CaptureError: Nothing can be proved; all ranks raise it.
     """
-    mine = _Part(dist.get_rank(), tuple(local.shape), str(local.dtype), _checksum(local))
-    parts: list[_Part] = [mine] * dist.get_world_size(group)
+    mine = Part(dist.get_rank(), tuple(local.shape), str(local.dtype), _checksum(local))
+    parts: list[Part] = [mine] * dist.get_world_size(group)
     dist.all_gather_object(parts, mine, group=group)
-    layout = _understood(parts, whole)
+    layout = understood(parts, whole)
     if isinstance(layout, Layout):
         return layout
     shapes = ", ".join(f"rank {part.rank}: {list(part.shape)}" for part in parts)
@@ -89,8 +91,16 @@ def detect(name: str, local: Tensor, whole: Shape | None, group: ProcessGroup) -
     )
 
 
-def _understood(parts: Sequence[_Part], whole: Shape | None) -> Layout | str:
-    """The layout, or why there is none."""
+def understood(parts: Sequence[Part], whole: Shape | None) -> Layout | str:
+    """Tell how a tensor lies from what the ranks say of their parts.
+
+    Args:
+        parts: What each rank says, in the order of the group.
+        whole: Shape in the unsharded model; None where it is not known.
+
+    Returns:
+        The layout, or in words why there is none.
+    """
     shapes = [part.shape for part in parts]
     if len({len(shape) for shape in shapes}) > 1 or len({part.dtype for part in parts}) > 1:
         return "the ranks have tensors of different kinds"
