@@ -105,7 +105,7 @@ def make_archives(model: FreeModel, folder: Path) -> None:
 def with_residua(model: FreeModel, folder: Path, *, codec: str) -> None:
     """Capture every batch."""
     archive = Archive(folder / codec)
-    record(model, archive.path, archive.plan, committed={})
+    record(model, archive.path, archive.plan)
 
 
 def from_memory(model: FreeModel, folder: Path, *, preset: str, write: bool = True) -> None:
