@@ -4,7 +4,7 @@ Nothing in the files is believed; `residua.store.example_part` says how. An obje
 """
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 
@@ -13,7 +13,8 @@ import pyarrow as pa
 
 from residua.store.errors import DamagedArchiveError, DatasetError, UnsafeArchiveError
 from residua.store.example_index import OWN_COLUMNS, ContentDigest, ExampleIndex, IntArray, starts
-from residua.store.example_part import Group, naming, read_columns, read_group, read_parts
+from residua.store.example_part import Group, Part, naming, read_columns, read_group, read_parts
+from residua.store.metadata import file_digest
 
 
 class ExampleTable:
@@ -22,16 +23,18 @@ class ExampleTable:
     Args:
         folder: The folder with the parts.
         cached_groups: Row groups kept decoded; each has about a quarter of a million token ids and positions.
+        digests: SHA-256 of parts by file name, compared when something but the lengths is first read from them.
 
     Raises:
         DamagedArchiveError: The folder or a part is missing or unreadable.
         UnsafeArchiveError: A part holds what no honest writer would put there.
     """
 
-    def __init__(self, folder: Path, *, cached_groups: int = 4) -> None:
+    def __init__(self, folder: Path, *, cached_groups: int = 4, digests: Mapping[str, str] | None = None) -> None:
         self._folder = folder
         self._cached_groups = cached_groups
         self._cache: OrderedDict[tuple[int, int], Group] = OrderedDict()
+        self._unchecked = dict(digests or {})
         self._parts = read_parts(folder)
 
     def __len__(self) -> int:
@@ -62,6 +65,12 @@ class ExampleTable:
         """Return the number of the example that `row` belongs to; IndexError if there is no such row."""
         return self.index().example_of_row(row)
 
+    def rows(self, example_index: int) -> tuple[int, int]:
+        """Return the first row of one example and the row after its last."""
+        self._check(self._parts[self._place(example_index)[0]])
+        start, stop = self.index().first_row[example_index : example_index + 2].tolist()
+        return start, stop
+
     def tokens(self, example_index: int) -> IntArray:
         """Return the token ids of one example, int32, read-only."""
         return self._content(example_index)[0]
@@ -85,6 +94,8 @@ class ExampleTable:
         if missing:
             raise DatasetError(f"the examples have no column {missing[0]!r}; they have {', '.join(known)}")
         wanted = known if columns is None else list(columns)
+        for part in self._parts:
+            self._check(part)
         tables = [read_columns(part, wanted) for part in self._parts]
         if not tables:
             return pa.schema([(name, OWN_COLUMNS[name]) for name in wanted]).empty_table()
@@ -119,12 +130,16 @@ class ExampleTable:
                 raise DamagedArchiveError(f"{part.path}: its tokens or positions are not those that were written")
         return digest
 
-    def _content(self, example_index: int) -> tuple[IntArray, IntArray]:
+    def _place(self, example_index: int) -> tuple[int, int]:
+        """Return the part that an example lies in, and its number there."""
         index = self.index()
         if not 0 <= example_index < index.n_examples:
             raise IndexError(f"example {example_index}: there are examples 0 to {index.n_examples - 1}")
         part_index = int(np.searchsorted(index.first_example, example_index, side="right")) - 1
-        inside = example_index - int(index.first_example[part_index])
+        return part_index, example_index - int(index.first_example[part_index])
+
+    def _content(self, example_index: int) -> tuple[IntArray, IntArray]:
+        part_index, inside = self._place(example_index)
         group_starts = self._parts[part_index].group_starts
         group_index = int(np.searchsorted(group_starts, inside, side="right")) - 1
         group = self._group(part_index, group_index)
@@ -135,10 +150,21 @@ class ExampleTable:
         if key in self._cache:
             self._cache.move_to_end(key)
         else:
+            self._check(self._parts[part_index])
             self._cache[key] = read_group(self._parts[part_index], group_index)
             if len(self._cache) > self._cached_groups:
                 self._cache.popitem(last=False)
         return self._cache[key]
+
+    def _check(self, part: Part) -> None:
+        expected = self._unchecked.get(part.path.name)
+        if expected is None:
+            return
+        with naming(part.path):
+            found = file_digest(part.path)
+        if found != expected:
+            raise DamagedArchiveError(f"{part.path} was altered (its SHA-256 differs): restore it from a copy")
+        self._unchecked.pop(part.path.name, None)
 
 
 def _joined(arrays: list[IntArray]) -> IntArray:

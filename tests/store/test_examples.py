@@ -310,6 +310,20 @@ def tampered(path: Path, change: Callable[[dict[str, list[object]]], None]) -> N
 
 
 class TestDamage:
+    def test_a_part_is_compared_with_its_sha256_when_its_content_is_read(self, tmp_path: Path) -> None:
+        written(tmp_path)
+        digests = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in tmp_path.iterdir()}
+        altered = tmp_path / "part-00001.parquet"
+        tampered(altered, lambda values: values["label"].__setitem__(0, 77))
+        table = ExampleTable(tmp_path, digests=digests)
+        assert len(table) == 5
+        assert table.rows(0) == (0, 2)
+        assert table.tokens(4).tolist() == [8, 8]
+        for read in (lambda: table.rows(2), lambda: table.positions(3), table.table, table.verify):
+            with pytest.raises(DamagedArchiveError, match=r"part-00001.parquet was altered"):
+                read()
+        assert ExampleTable(tmp_path).table(["label"])["label"].to_pylist() == [0, 1, 77, 3, 4]
+
     @pytest.mark.parametrize(
         ("name", "at", "value", "message"),
         [
