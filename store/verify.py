@@ -95,8 +95,8 @@ class _Check:
         self._groups()
         self._side_files(commits)
         index = self._examples()
-        for done, (_, commit) in enumerate(sorted(commits.items()), start=1):
-            self._shard(commit, index)
+        for done, shard in enumerate(sorted(commits), start=1):
+            self._shard(commits[shard], index)
             on_shard(done, len(commits))
         if self._archive.metadata.sealed is not None:
             self._missing(commits)

@@ -162,7 +162,7 @@ def test_file_system_without_hard_links_is_named_as_the_cause(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
 ) -> None:
     monkeypatch.setattr(os, "link", refuse(number))
-    with pytest.raises(OSError, match=r"/a .*: this file system has no hard links, .*: choose another place$") as caught:
+    with pytest.raises(OSError, match=r"/a .*: this file system has no hard links, .*: choose another") as caught:
         publish(tmp_path / "a", b"x")
     assert caught.value.errno == number
     assert contents(tmp_path) == set()
