@@ -151,7 +151,7 @@ def _inside(root: Path, node: str) -> Path:
 def _load(path: Path) -> dict[str, Any]:
     try:
         if not path.is_file():
-            raise DamagedArchiveError(f"{path} is missing: restore it from a copy, or capture again")
+            raise DamagedArchiveError(f"{path} is missing: restore it from a copy")
         size = path.stat().st_size
         if size > _MAX_METADATA_BYTES:
             raise UnsafeArchiveError(f"{path} has {size:,} bytes; no array of ours has more than 4 MiB of metadata")

@@ -15,8 +15,9 @@ from typing import Any
 
 from residua.store.canonical import canonical_json, digest_of
 from residua.store.errors import DamagedArchiveError
-from residua.store.files import publish
+from residua.store.files import publish, sync_folder
 from residua.store.plan import Plan
+from residua.store.shard import shard_path
 
 FOLDER = "commits"
 _NAME = re.compile(r"[0-9]{8,}-[0-9]{4}\.json")
@@ -156,6 +157,46 @@ def check_commits(archive: Path, plan: Plan, commits: Mapping[int, Commit], n_ro
                 f"{archive / FOLDER / commit.name}: this record is not of {expected}. Delete it and run the same "
                 "capture again."
             )
+
+
+def drop_broken(archive: Path, plan: Plan, commits: Mapping[int, Commit]) -> list[str]:
+    """Unlink the records of shards whose files are missing or of another size, so that a capture does them again.
+
+    Args:
+        archive: Folder of the archive.
+        plan: Its plan.
+        commits: Its commits, by shard; those that are dropped have to be read anew.
+
+    Returns:
+        One sentence for each shard that was dropped, naming the first file that is broken.
+
+    Raises:
+        OSError: A record could not be removed.
+    """
+    sentences = []
+    for shard, commit in sorted(commits.items()):
+        broken = _broken_file(archive, plan, commit)
+        if broken:
+            for record in (archive / FOLDER).glob(f"{shard:08d}-*.json"):
+                record.unlink(missing_ok=True)
+            sentences.append(f"shard {shard} will be captured again: {broken}.")
+    if sentences:
+        sync_folder(archive / FOLDER)
+    return sentences
+
+
+def _broken_file(archive: Path, plan: Plan, commit: Commit) -> str:
+    """Return what is wrong with the first file of a shard that is not of its recorded size, or an empty text."""
+    for spec in plan.arrays:
+        path = shard_path(archive, spec, commit.shard)
+        expected = commit.arrays[spec.path].n_bytes
+        try:
+            found = path.stat().st_size
+        except (FileNotFoundError, NotADirectoryError):
+            return f"{path} is missing"
+        if found != expected:
+            return f"{path} has {found:,} bytes, its record says {expected:,}"
+    return ""
 
 
 def named_parts(commits: Mapping[int, Commit]) -> dict[str, str]:

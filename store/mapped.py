@@ -18,7 +18,7 @@ import numpy.typing as npt
 from residua.store.codecs import PRESETS, check_chunk
 from residua.store.crc import CRC_BYTES
 from residua.store.errors import DamagedArchiveError
-from residua.store.shard import describe_chunk, open_shard, read_index, shard_path, shard_rows
+from residua.store.shard import RESTORE, describe_chunk, open_shard, read_index, shard_path, shard_rows
 from residua.store.spec import ArraySpec
 
 _MOST_OPEN = 1024
@@ -115,7 +115,7 @@ class MappedShard:
     def damaged(self, chunk: int, error: ValueError) -> DamagedArchiveError:
         """Return the error that says what is wrong with a chunk."""
         where = describe_chunk(self._spec, chunk, self._n_rows, self._first_row)
-        return DamagedArchiveError(f"{self.path}: {where} is damaged: {error}: restore the file or capture again")
+        return DamagedArchiveError(f"{self.path}: {where} is damaged: {error}: {RESTORE}")
 
 
 class OpenShards:

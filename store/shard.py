@@ -28,6 +28,9 @@ from residua.store.spec import ArraySpec
 
 INDEX_CODECS = ({"name": "bytes", "configuration": {"endian": "little"}}, {"name": "crc32c"})
 INDEX_LOCATION = "end"
+RESTORE = (
+    "restore the file from a copy, or delete the shard's record commits/NNNNNNNN-*.json and run the same capture again"
+)
 _EMPTY = np.uint64(2**64 - 1)
 _ENTRY_BYTES = 16
 _MAX_LISTED = 8
@@ -137,8 +140,7 @@ def parse_index(stored: bytes, spec: ArraySpec, *, n_rows: int, file_bytes: int,
     body = stored[:-CRC_BYTES]
     if len(stored) != index_bytes(spec) or crc_bytes(crc32c(body)) != stored[-CRC_BYTES:]:
         raise DamagedArchiveError(
-            f"{path}: the shard's index is damaged, or the file was cut short ({file_bytes:,} bytes): "
-            "restore the file from a copy, or capture again"
+            f"{path}: the shard's index is damaged, or the file was cut short ({file_bytes:,} bytes): {RESTORE}"
         )
     entries = np.frombuffer(body, "<u8").reshape(-1, 2)
     n_present = -(-n_rows // spec.rows_per_chunk)
@@ -173,9 +175,7 @@ def check_shard(path: Path, spec: ArraySpec, n_rows: int) -> str:
             crcs.append(chunk[-CRC_BYTES:].tobytes())
     if damaged:
         more = f" and {len(damaged) - _MAX_LISTED} more" if len(damaged) > _MAX_LISTED else ""
-        raise DamagedArchiveError(
-            f"{path}: altered in {'; '.join(damaged[:_MAX_LISTED])}{more}: restore the file or capture again"
-        )
+        raise DamagedArchiveError(f"{path}: altered in {'; '.join(damaged[:_MAX_LISTED])}{more}: {RESTORE}")
     return _digest(index.stored, crcs)
 
 
@@ -189,10 +189,10 @@ def open_shard(path: Path) -> Iterator[int]:
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     except (FileNotFoundError, NotADirectoryError):
-        raise DamagedArchiveError(f"{path} is missing: restore the file from a copy, or capture again") from None
+        raise DamagedArchiveError(f"{path} is missing: {RESTORE}") from None
     try:
         if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-            raise DamagedArchiveError(f"{path} is not a regular file: restore it from a copy, or capture again")
+            raise DamagedArchiveError(f"{path} is not a regular file: {RESTORE}")
         yield descriptor
     finally:
         os.close(descriptor)

@@ -13,7 +13,7 @@ import pytest
 from residua.store.archive import Archive
 from residua.store.arrays import open_array
 from residua.store.canonical import canonical_json, digest_of
-from residua.store.commits import read_commits
+from residua.store.commits import drop_broken, read_commits
 from residua.store.errors import DamagedArchiveError, NotCapturedError, ResiduaError
 from residua.store.files import sweep
 from residua.store.metadata import read_metadata, write_metadata
@@ -248,6 +248,31 @@ def test_metadata_that_lie_about_the_rows_end_in_a_short_list(tmp_path: Path) ->
     missing = [problem for problem in verify(copy).problems if "missing" in problem.what]
     assert len(missing) == 9
     assert missing[-1].what.startswith(f"{2**48 // HEIGHT - 8:,} more records are missing")
+
+
+def test_records_of_shards_whose_files_are_gone_or_of_another_size_are_dropped(copy: Path) -> None:
+    archive = Archive(copy)
+    assert drop_broken(copy, archive.plan, archive.commits) == []
+    missing, short = copy / "sites/q/1/c/2/0/0", copy / "rows/token/c/0"
+    missing.unlink()
+    short.write_bytes(short.read_bytes()[:-1])
+    shutil.copy(copy / "commits/00000002-0000.json", copy / "commits/00000002-0001.json")
+    sentences = drop_broken(copy, archive.plan, archive.commits)
+    assert [str(path) in sentence for path, sentence in zip((short, missing), sentences, strict=True)] == [True, True]
+    assert files_of(copy / "commits") == ["00000001-0000.json"]
+    again = Archive(copy)
+    assert (again.progress.shards, again.is_sealed) == (1, False)
+    assert drop_broken(copy, again.plan, again.commits) == []
+
+
+def test_a_damaged_shard_says_how_to_get_it_back(copy: Path) -> None:
+    path = copy / "sites/q/1/c/1/0/0"
+    damaged = flipped(path.read_bytes(), 100)
+    for change in (lambda: path.write_bytes(damaged), lambda: path.write_bytes(damaged[:50]), path.unlink):
+        change()
+        with pytest.raises(DamagedArchiveError, match=r"delete the shard's record commits/N+-\*\.json and run"):
+            Archive(copy)["q.1"][...]
+        assert names(verify(copy), "delete the shard's record commits/")
 
 
 def test_two_writers_records_of_one_shard_that_differ_are_named(copy: Path) -> None:
