@@ -11,6 +11,7 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 
 from residua.store.archive import Archive
+from residua.store.canonical import Json
 from residua.store.create import create_archive, seal, workspace
 from residua.store.errors import ResiduaError
 from residua.store.examples import Example, ExampleWriter
@@ -62,8 +63,8 @@ def make_archive(path: Path, codec: str = "fast", *, seed: int = 0, open_size: b
     }
     _write_shards(path, plan, values, columns)
     archive = Archive(path)
-    sealed = {"n_rows": N_ROWS, "n_examples": len(LENGTHS), "examples": index.digest} if open_size else None
-    seal(path, archive.metadata, archive.commits, sealed)
+    sealed: dict[str, Json] = {"n_rows": N_ROWS, "n_examples": len(LENGTHS), "examples": index.digest}
+    seal(path, archive.metadata, archive.commits, sealed if open_size else None)
     return path
 
 

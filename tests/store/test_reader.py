@@ -209,7 +209,7 @@ def test_chunks_are_checked_once_always_or_never_as_asked(tmp_path: Path) -> Non
 def test_chunks_stay_verified_when_their_files_are_let_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     kept = store(tmp_path, make_spec("raw"))
     monkeypatch.setattr("residua.store.reader.OPEN_SHARDS", OpenShards(1))
-    compared = []
+    compared: list[Array] = []
     monkeypatch.setattr("residua.store.mapped.check_chunk", compared.append)
     reader = kept.reader()
     for _ in range(3):
