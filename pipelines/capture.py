@@ -27,6 +27,7 @@ from residua.pipelines.models import load_model, load_tokenizer, token_limit
 from residua.pipelines.settings import CaptureSettings
 from residua.pipelines.workers import WorkerFigures, Workers, workers_of
 from residua.store.archive import Archive
+from residua.store.commits import drop_broken
 from residua.store.create import create_archive, seal, workspace
 from residua.store.errors import DatasetError, PlanError
 from residua.store.examples import ExampleIndex, ExampleTable, ExampleWriter
@@ -202,6 +203,7 @@ class _Job:
             plan = self._plan(sites, index)
             if resumed:
                 self._compare(plan)
+                self._notes.extend(drop_broken(self._out, plan, Archive(self._out).commits))
             else:
                 for name, content in (head_files(self._model) if self._head is None else self._head).items():
                     write_file(folder / "head" / name, [content])

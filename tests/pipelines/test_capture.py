@@ -298,3 +298,16 @@ def test_a_tokenizer_that_is_broken_is_not_taken_for_none(tmp_path: Path) -> Non
         (folder / name).unlink()
     result = capture_dataset(folder, [[1, 2, 3]], out=tmp_path / "a.zarr", sites="embed")
     assert result.archive.tokenizer is None
+
+
+def test_a_shard_that_was_deleted_is_captured_again(
+    llama: PreTrainedModel, tokens: list[list[int]], tmp_path: Path
+) -> None:
+    capture(llama, tokens, tmp_path / "a.zarr", sites="resid_post.*")
+    shard = tmp_path / "a.zarr" / "sites" / "resid_post" / "1" / "c" / "2" / "0"
+    before = shard.read_bytes()
+    shard.unlink()
+    again = capture(llama, tokens, tmp_path / "a.zarr", sites="resid_post.*")
+    assert any("shard 2 will be captured again" in note for note in again.notes)
+    assert shard.read_bytes() == before
+    assert residua.verify(tmp_path / "a.zarr").is_sound
