@@ -19,6 +19,7 @@ from residua.store.examples import ExampleTable
 from residua.store.metadata import read_metadata
 from residua.store.plan import ROW_COLUMNS, Plan
 from residua.store.reader import Check
+from residua.store.reader import Rows as RowNumbers
 from residua.store.sitenames import select
 from residua.store.spec import ArraySpec
 from residua.store.stored import Array, StoredArray
@@ -162,7 +163,7 @@ class Archive(Mapping[str, StoredArray]):
             check=self._check,
         )
 
-    def _require(self, rows: Array) -> None:
+    def _require(self, rows: RowNumbers) -> None:
         """Raise NotCapturedError unless every one of `rows` lies in a committed shard."""
         if self._is_complete:
             return

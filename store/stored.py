@@ -12,7 +12,7 @@ import numpy.typing as npt
 from residua.store.dtypes import storage_dtype
 from residua.store.errors import DamagedArchiveError
 from residua.store.lossy import dequantise_int8
-from residua.store.reader import ArrayReader, Check
+from residua.store.reader import ArrayReader, Check, Rows
 from residua.store.spec import ArraySpec
 
 if TYPE_CHECKING:
@@ -47,7 +47,7 @@ class StoredArray:
         *,
         dtype: str,
         n_rows: int,
-        require: Callable[[Array], None],
+        require: Callable[[Rows], None],
         check: Check = "once",
     ) -> None:
         self.name = name
