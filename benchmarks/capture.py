@@ -204,6 +204,11 @@ CASES: dict[str, Callable[[FreeModel, Path], None]] = {
 }
 
 
+def size_of(folder: Path) -> int:
+    """Return the bytes of all files below `folder`."""
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
 def overhead(folder: Path, rounds: int) -> str:
     """Measure the free model."""
     model = FreeModel(trained_residuals())
@@ -217,9 +222,10 @@ def overhead(folder: Path, rounds: int) -> str:
 
     def run(name: str) -> Callable[[int], None]:
         def case(_: int) -> None:
+            before = size_of(folder)
             with torch.no_grad():
                 CASES[name](model, folder)
-            sizes[name] = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+            sizes[name] = size_of(folder) - before
 
         return case
 

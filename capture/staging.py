@@ -58,7 +58,7 @@ class Stage:
             return [torch.empty((n_rows, *site.row_shape), dtype=dtype, pin_memory=True)]
         spec = site.arrays(plan.rows_per_shard)[0]
         if not ShardMemory.suits(spec):
-            # numpy asks for large pages, which the system hands out in a hundredth of the page faults of torch's memory
+            # unlike torch, numpy asks the system for large pages, and so for far fewer of them
             return [_as_tensor(np.empty(n_rows * site.row_bytes, np.uint8), dtype, site.row_shape)]
         memory = self._memory[site.name] = ShardMemory(spec, n_rows)
         return [_as_tensor(chunk, dtype, site.row_shape) for chunk in memory.chunks]
