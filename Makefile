@@ -24,5 +24,5 @@ $(READY): pyproject.toml constraints.txt
 	@echo "making the environment in $(VENV) (once, about two minutes)"
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] < (3, 11) and "Residua needs Python 3.11 or newer, found " + sys.version.split()[0])'
 	@$(PYTHON) -m venv --clear $(VENV)
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
 	@touch $@

@@ -12,7 +12,24 @@ if TYPE_CHECKING:
     from residua.capture.record import RecordStats
 
 
-class CaptureProgress:
+class _Progress:
+    """A bar that is made when it is first needed, and closed at the end; none at all unless `shown`."""
+
+    def __init__(self, *, shown: bool) -> None:
+        self._shown = shown
+        self._bar: tqdm | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+
+class CaptureProgress(_Progress):
     """A bar over the rows of a plan; nothing at all when `shown` is false.
 
     Args:
@@ -20,8 +37,7 @@ class CaptureProgress:
     """
 
     def __init__(self, *, shown: bool) -> None:
-        self._shown = shown
-        self._bar: tqdm | None = None
+        super().__init__(shown=shown)
         self._done = 0
 
     def example(self, n_examples: int, n_tokens: int) -> None:
@@ -50,23 +66,13 @@ class CaptureProgress:
                 f"{human_bytes(stats.logical_bytes)} written, {stats.stall_seconds:.1f} s stalled"
             )
 
-    def __enter__(self) -> Self:
-        return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if self._bar is not None:
-            self._bar.close()
-
-
-class StepProgress:
+class StepProgress(_Progress):
     """A bar over steps whose number is known, such as shards; nothing at all when `shown` is false."""
 
     def __init__(self, unit: str, *, shown: bool) -> None:
+        super().__init__(shown=shown)
         self._unit = unit
-        self._shown = shown
-        self._bar: tqdm | None = None
 
     def step(self, done: int, total: int) -> None:
         """Move the bar to `done` of `total` steps."""
@@ -74,15 +80,6 @@ class StepProgress:
             if self._bar is None:
                 self._bar = tqdm(total=total, unit=self._unit, file=sys.stderr, leave=False)
             self._bar.update(done - self._bar.n)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if self._bar is not None:
-            self._bar.close()
 
 
 def human_bytes(n_bytes: float) -> str:

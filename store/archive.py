@@ -273,15 +273,17 @@ class Archive(Mapping[str, StoredArray]):
 
     def _check_arrays(self) -> None:
         """Compare every array's own metadata with the plan, before anything is read by it."""
+        sealed = self.metadata.sealed
+        expected = self.plan.n_rows if sealed is None else _count(sealed.get("n_rows"))
         for spec in self.plan.arrays:
             found, n_rows, _ = open_array(self.path, spec.path)
             if found != spec:
                 raise UnsafeArchiveError(
                     f"{self.path / spec.path}/zarr.json describes {found}, but the archive's plan says {spec}"
                 )
-            if self.plan.n_rows is not None and n_rows != self.plan.n_rows:
+            if expected is not None and n_rows != expected:
                 raise UnsafeArchiveError(
-                    f"{self.path / spec.path}/zarr.json has {n_rows:,} rows, the plan {self.plan.n_rows:,}"
+                    f"{self.path / spec.path}/zarr.json has {n_rows:,} rows, the archive {expected:,}"
                 )
 
 

@@ -209,13 +209,14 @@ def _is_in_use(path: Path, pid: int) -> bool:
     except BlockingIOError:
         return True
     except OSError:
-        return _is_alive(pid)
+        return is_alive(pid)
     finally:
         os.close(descriptor)
     return False
 
 
-def _is_alive(pid: int) -> bool:
+def is_alive(pid: int) -> bool:
+    """Say whether a process of that number runs on this machine."""
     try:
         os.kill(pid, 0)
     except (ProcessLookupError, OverflowError):

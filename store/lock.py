@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from residua.store.canonical import Json
+from residua.store.files import is_alive
 
 _MAX_BYTES = 64 * 1024
 
@@ -141,15 +142,5 @@ def _lock(descriptor: int, archive: Path) -> None:
             raise ArchiveInUseError(
                 archive, owner, f"If it is dead, remove {_path(archive)}: this file system cannot tell."
             ) from None
-        if _is_alive(owner.pid):
+        if is_alive(owner.pid):
             raise ArchiveInUseError(archive, owner, wait) from None
-
-
-def _is_alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except (ProcessLookupError, OverflowError):
-        return False
-    except PermissionError:
-        return True
-    return True
