@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from pydoc_topics import write_topics
 
 import residua
@@ -60,8 +61,8 @@ def read_back(path: Path) -> None:
     """Read activations of the archive without the model, and find their text."""
     print("\n# 4. Read back, without the model")
     archive = residua.open(path)
-    norms = (archive["resid_post.5"].numpy(slice(0, 4096), dtype="float32") ** 2).sum(-1) ** 0.5
-    row = int(norms.argmax())
+    values = np.asarray(archive["resid_post.5"][:4096], np.float32)
+    row = int(np.linalg.norm(values, axis=-1).argmax())
     print('>>> archive = residua.open("' + str(path) + '")')
     print(f">>> archive\n{archive!r}")
     print(f'>>> archive["resid_post.5"]\n{archive["resid_post.5"]!r}')

@@ -1,6 +1,7 @@
 """A loop that the user owns: rows follow the calls, masks are honoured, the archive is sealed at the end."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -176,6 +177,7 @@ def test_embeddings_with_a_mask_leave_padding_out(model: PreTrainedModel, tmp_pa
 def test_settings_that_cannot_be_stored_are_refused_before_the_model_runs(
     model: PreTrainedModel, tmp_path: Path
 ) -> None:
-    for wrong in ({"codec": "zip"}, {"dtype": "int3"}, {"rows_per_shard": 3}, {"threads": 0}):
+    settings: list[dict[str, Any]] = [{"codec": "zip"}, {"dtype": "int3"}, {"rows_per_shard": 3}, {"threads": 0}]
+    for wrong in settings:
         with pytest.raises(PlanError, match=str(next(iter(wrong.values())))):
             residua.Recorder(model, sites="embed", out=tmp_path / "a.zarr", **wrong)
