@@ -44,7 +44,7 @@ def prepare(folder: Path, n_examples: int) -> list[str]:
             ids = [chosen.randrange(3, VOCABULARY) for _ in range(chosen.randrange(16, 384))]
             file.write(json.dumps({"input_ids": ids}) + "\n")
     words = ["-m", "residua", "capture", "--model", str(folder / "model"), "--dataset", str(folder / "data.jsonl")]
-    return [*words, "--dtype", "bfloat16", "--batch-tokens", "2048", "--rows-per-shard", "2048", "--json"]
+    return [*words, "--dtype", "bfloat16", "--batch-tokens", "1024", "--rows-per-shard", "1024", "--json"]
 
 
 def run(words: list[str], out: Path, n_workers: int) -> dict[str, Any]:

@@ -88,8 +88,8 @@ class Work(Protocol):
 class AllAtOnce:
     """Work of a single worker: every shard, in one run."""
 
-    def __init__(self, n_shards: int) -> None:
-        self._runs = [range(n_shards)]
+    def __init__(self, schedule: Schedule) -> None:
+        self._runs = [range(schedule.n_shards)]
 
     def take(self) -> range | None:
         """Return the run, once."""
@@ -105,18 +105,18 @@ def record(
     archive: Path,
     plan: Plan,
     *,
-    work: Work | None = None,
+    work: Callable[[Schedule], Work] | None = None,
     agree: Callable[[bool], bool] | None = None,
     threads: int = 1,
     on_batch: Callable[[RecordStats], None] = lambda _: None,
 ) -> RecordStats:
-    """Capture the shards of `archive` that `work` hands out and that have no commit.
+    """Capture the shards of `archive` that are handed out and have no commit.
 
     Args:
         model: The model that the plan was made for, on its device, in evaluation mode.
         archive: Folder of the archive.
         plan: Its plan.
-        work: Which shards; all of them unless given.
+        work: Makes, of the plan's schedule, what hands out its shards; all at once unless given.
         agree: For models whose forward pass is a collective of all workers. Called before each batch with whether
             this worker has one; returns whether any has. Who has none runs a few tokens for the others' sake.
         threads: Encoder threads.
@@ -140,7 +140,7 @@ def record(
         )
         runner = BatchRunner(model, plan, table, staging)
         clock = _Clock(runner, staging, writer)
-        batches = _batches(work or AllAtOnce(schedule.n_shards), schedule, archive, staging)
+        batches = _batches((work or AllAtOnce)(schedule), schedule, archive, staging)
         with torch.inference_mode(), reading(model, [site.name for site in plan.sites], runner.put) as taps:
             for batch in batches if agree is None else _in_step(batches, agree):
                 if batch is not None:

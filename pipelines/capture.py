@@ -175,7 +175,7 @@ class _Job:
                 self._model,
                 self._out,
                 plan,
-                work=workers.work(self._out, n_shards),
+                work=partial(workers.work, self._out),
                 agree=Agreement() if is_sharded(self._model) else None,
                 threads=self._settings.threads,
                 on_batch=lambda own: on_batch(workers.so_far(own)),

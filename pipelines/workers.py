@@ -20,10 +20,10 @@ from residua.capture.record import AllAtOnce, RecordStats, Work, total
 from residua.pipelines.meeting import meeting
 from residua.store.commits import committed_shards
 from residua.store.errors import CaptureError
-from residua.store.schedule import shard_runs
+from residua.store.schedule import Schedule
 
 _LOOK_SECONDS = 1.0
-_LEAST_WORKERS = 4  # that the shards are cut for: more may join
+_LEAST_WORKERS = 2  # that the shards are cut for: more may join
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,7 +50,7 @@ class Workers(Protocol):
         """Let worker 0 call `make`, and every other one `check` after that; return what `make` returned."""
         raise NotImplementedError
 
-    def work(self, archive: Path, n_shards: int) -> Work:
+    def work(self, archive: Path, schedule: Schedule) -> Work:
         """Return the shards that this worker is to do."""
         raise NotImplementedError
 
@@ -70,9 +70,9 @@ class Alone:
         """Return what `make` returns."""
         return make()
 
-    def work(self, archive: Path, n_shards: int) -> Work:  # noqa: ARG002  # it does not look at the archive
+    def work(self, archive: Path, schedule: Schedule) -> Work:  # noqa: ARG002  # it does not look at the archive
         """Return all shards."""
-        return AllAtOnce(n_shards)
+        return AllAtOnce(schedule)
 
     def so_far(self, stats: RecordStats) -> RecordStats:
         """Return `stats`."""
@@ -106,9 +106,9 @@ class Together:
         check()
         return message
 
-    def work(self, archive: Path, n_shards: int) -> Work:
+    def work(self, archive: Path, schedule: Schedule) -> Work:
         """See `Workers`."""
-        return HandOut(self._crew, archive, shard_runs(n_shards, max(_LEAST_WORKERS, self._crew.n_launched)))
+        return HandOut(self._crew, archive, schedule.runs(max(_LEAST_WORKERS, self._crew.n_launched)))
 
     def so_far(self, stats: RecordStats) -> RecordStats:
         """See `Workers`."""

@@ -15,6 +15,8 @@ import numpy.typing as npt
 
 from residua.store.examples import ExampleIndex
 
+_LEAST_RUN = 4  # shards: a batch may be as large as a shard, and one at each end is computed twice
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -96,17 +98,28 @@ class Schedule:
         example = np.searchsorted(self._index.first_row, shard * self._height, side="right") - 1
         return int(self._index.first_row[example]) // self._height
 
+    def runs(self, n_workers: int) -> list[range]:
+        """Cut the shards into runs of consecutive ones, for workers to take one after another.
 
-def shard_runs(n_shards: int, n_workers: int) -> list[range]:
-    """Cut shards into runs of consecutive ones, for workers to take one after another.
+        A run is half of what is left for each worker, as guided self-scheduling has it (Polychronopoulos and Kuck,
+        1987), so that all workers end at about the same time. It ends, within a quarter of its length, where the
+        batch that both neighbours have to compute is smallest; and it is not so short that this would be most of it.
+        """
+        least = min(_LEAST_RUN, -(-self.n_shards // n_workers))
+        runs: list[range] = []
+        start = 0
+        while start < self.n_shards:
+            length = max(least, -(-(self.n_shards - start) // (2 * n_workers)))
+            stops = range(start + length - length // 4, start + length + length // 4 + 1)
+            stop = min(self.n_shards, min(stops, key=lambda stop: (self._shared_tokens(stop), stop)))
+            runs.append(range(start, stop))
+            start = stop
+        return runs
 
-    A run is half of what is left for each worker, as guided self-scheduling has it (Polychronopoulos and Kuck, 1987):
-    few batches are computed by two neighbours, and all workers end at about the same time.
-    """
-    runs: list[range] = []
-    start = 0
-    while start < n_shards:
-        stop = start + -(-(n_shards - start) // (2 * n_workers))
-        runs.append(range(start, stop))
-        start = stop
-    return runs
+    def _shared_tokens(self, shard: int) -> int:
+        """Return the size, with padding, of the batch that reaches into `shard` from before it; 0 if none does."""
+        group = self._first_group(shard)
+        if not 0 <= group < shard < self.n_shards:
+            return 0
+        examples = self.batches(group)[-1].examples
+        return len(examples) * int(self._index.n_tokens[examples].max())

@@ -1,12 +1,14 @@
 """The schedule against a simulation: whatever was committed before, the same batches fill what is missing."""
 
+import random
+
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from residua.store.examples import ExampleIndex
-from residua.store.schedule import Schedule, shard_runs
+from residua.store.schedule import Schedule
 
 # Per example, its tokens and how many of them are kept.
 EXAMPLES = st.lists(st.integers(1, 12).flatmap(lambda n: st.tuples(st.just(n), st.integers(0, n))), max_size=14)
@@ -144,12 +146,28 @@ def test_a_run_of_shards_is_completed_by_the_batches_that_reach_into_it(
     assert found == [batch for batch in spelled(work, set()) if fills(batch)]
 
 
-@given(st.integers(0, 500), st.integers(1, 9))
-def test_runs_are_all_shards_in_order_and_get_shorter(n_shards: int, n_workers: int) -> None:
-    runs = shard_runs(n_shards, n_workers)
-    assert [shard for run in runs for shard in run] == list(range(n_shards))
-    lengths = [len(run) for run in runs]
-    assert lengths == sorted(lengths, reverse=True)
-    for i, length in enumerate(lengths):
-        left = sum(lengths[i:])
-        assert length <= left / (2 * n_workers) + 1, "nobody has more than his share when the others end"
+@given(EXAMPLES, HEIGHTS, st.integers(1, 30), st.integers(1, 9))
+def test_runs_are_all_shards_in_order(
+    examples: list[tuple[int, int]], height: int, batch_tokens: int, n_workers: int
+) -> None:
+    work = schedule(examples, height, batch_tokens)
+    runs = work.runs(n_workers)
+    assert [shard for run in runs for shard in run] == list(range(work.n_shards))
+    assert all(runs)
+
+
+@pytest.mark.parametrize("n_workers", [1, 2, 4, 9])
+def test_runs_get_shorter_and_repeat_little(n_workers: int) -> None:
+    chosen = random.Random(n_workers)
+    lengths = [chosen.randint(1, 60) for _ in range(2000)]
+    work = schedule([(n, n) for n in lengths], 128, 128)
+    runs = work.runs(n_workers)
+    left = work.n_shards
+    for run in runs:
+        assert len(run) <= max(5, 1.25 * (left / (2 * n_workers) + 1)), "who takes it last keeps nobody waiting"
+        left -= len(run)
+    repeated = sum(len(list(work.work(set(), run))) for run in runs) - len(list(work.work(set())))
+    assert repeated <= len(runs)
+    tokens = sum(lengths[e] for run in runs for b in work.work(set(), run) for e in b.examples) - sum(lengths)
+    naive = 128 * (len(runs) - 1)
+    assert tokens < 0.6 * naive, "they end where little is computed twice"
