@@ -450,7 +450,10 @@ class TestHub:
 
     @pytest.mark.parametrize(
         ("variables", "found"),
-        [({"HF_ENDPOINT": "http://127.0.0.1:9"}, "ConnectError"), ({"HF_HUB_OFFLINE": "1"}, "ConnectionError")],
+        [
+            ({"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_OFFLINE": "0"}, "ConnectError"),
+            ({"HF_HUB_OFFLINE": "1"}, "ConnectionError"),
+        ],
     )
     def test_no_network_is_said_at_once(self, tmp_path: Path, variables: dict[str, str], found: str) -> None:
         program = (

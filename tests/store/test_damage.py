@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from residua.store.archive import Archive
-from residua.store.arrays import open_array
+from residua.store.arrays import open_array, resize_array
 from residua.store.canonical import canonical_json, digest_of
 from residua.store.commits import drop_broken, read_commits
 from residua.store.errors import DamagedArchiveError, NotCapturedError, ResiduaError
@@ -243,6 +243,9 @@ def test_metadata_that_lie_about_the_rows_end_in_a_short_list(tmp_path: Path) ->
     assert verify(copy).problems == []
     metadata = read_metadata(copy)
     write_metadata(copy, replace(metadata, sealed={**(metadata.sealed or {}), "n_rows": 2**48 - 1}))
+    assert "rows, the archive" in verify(copy).problems[0].what, "arrays of another size betray the lie"
+    for spec in metadata.plan.arrays:
+        resize_array(copy, spec, 2**48 - 1)
     for name in files_of(copy / "commits"):
         (copy / "commits" / name).unlink()
     missing = [problem for problem in verify(copy).problems if "missing" in problem.what]
