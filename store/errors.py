@@ -9,7 +9,8 @@ Every message says what was asked, what was found and what to do. The tree:
     ├── DamagedArchiveError (OSError)     a file of the archive is missing, cut short or altered
     ├── UnsafeArchiveError (ValueError)   an archive whose metadata no honest writer would produce
     ├── NotCapturedError (LookupError)    rows that the capture has not reached yet
-    └── CaptureError (RuntimeError)       the capture itself failed; the cause is chained
+    ├── CaptureError (RuntimeError)       the capture itself failed; the cause is chained
+    └── AnalysisError (RuntimeError)      an analysis cannot be done as asked, or failed; the cause is chained
 """
 
 
@@ -47,3 +48,7 @@ class NotCapturedError(ResiduaError, LookupError):
 
 class CaptureError(ResiduaError, RuntimeError):
     """The capture failed; the chained cause says why."""
+
+
+class AnalysisError(ResiduaError, RuntimeError):
+    """An analysis cannot be done as asked, or failed; where something failed, the chained cause says why."""
