@@ -1,0 +1,52 @@
+"""One open archive per process and path, so that tasks can be given paths and nothing else.
+
+A task opens the archive where it runs: that costs no traffic, and what a reader has learned (indexes of shards,
+which chunks were compared) serves every later task of the process. An archive that went on growing, or was sealed,
+is opened anew.
+"""
+
+from pathlib import Path
+
+from residua.store.archive import Archive
+from residua.store.commits import FOLDER
+from residua.store.metadata import ROOT
+
+_State = tuple[int, ...]
+
+# No lock, which a fork could leave closed: of two threads that open the same archive at once, one wins.
+_OPEN: dict[str, tuple[_State, Archive]] = {}
+
+
+def address(archive: Archive) -> str:
+    """Return what `opened` takes in another process: the archive's own path, absolute."""
+    return str(archive.path.absolute())
+
+
+def opened(path: str) -> Archive:
+    """Return the archive at `path`, opened once a process.
+
+    Its sites and rows may be read from several threads at once; its example table belongs to one thread.
+
+    Raises:
+        FileNotFoundError: There is no archive at that path.
+        DamagedArchiveError: A file is missing or altered; the message names it.
+        UnsafeArchiveError: The metadata is not what an honest writer makes.
+    """
+    state = _state(path)
+    known = _OPEN.get(path)
+    if known is None or known[0] != state:
+        known = state, Archive(path)
+        _OPEN[path] = known
+    return known[1]
+
+
+def _state(path: str) -> _State:
+    """Return what changes when the archive does: its metadata is replaced when it is sealed, commits are added."""
+    found: list[int] = []
+    for name in (ROOT, FOLDER):
+        try:
+            status = (Path(path) / name).stat()
+        except FileNotFoundError:
+            continue  # opening it will say what is missing
+        found += (status.st_ino, status.st_mtime_ns, status.st_size)
+    return tuple(found)

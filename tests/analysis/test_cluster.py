@@ -1,0 +1,54 @@
+"""Running jobs: in this process here; on processes of their own in test_cluster_processes.py."""
+
+import pytest
+import torch
+
+from residua.analysis.cluster import connect
+from residua.store.errors import AnalysisError, DamagedArchiveError
+
+
+def square(number: int) -> tuple[int, int]:
+    if number == 3:
+        raise KeyError("three")
+    if number == 4:
+        raise DamagedArchiveError("shard 4 is damaged: restore it")
+    return number * number, torch.get_num_threads()
+
+
+def test_jobs_run_in_this_process_with_one_torch_thread() -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        with connect("inline", memory_limit="300MiB") as cluster:
+            assert (cluster.n_workers, cluster.memory_limit) == (1, 300 * 2**20)
+            assert list(cluster.map(square, range(3), stage="squares")) == [(0, (0, 1)), (1, (1, 1)), (2, (4, 1))]
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_an_error_of_a_job_comes_up_with_its_cause() -> None:
+    with connect("inline") as cluster:
+        with pytest.raises(AnalysisError, match="counting squares: job 0 failed: 'three'") as caught:
+            list(cluster.map(square, [3], stage="counting squares"))
+        assert isinstance(caught.value.__cause__, KeyError)
+        with pytest.raises(DamagedArchiveError, match="shard 4 is damaged"):
+            list(cluster.map(square, [4], stage="squares"))
+
+
+def test_a_bar_names_the_stage(capsys: pytest.CaptureFixture[str]) -> None:
+    with connect("inline", shown=True) as cluster:
+        assert len(list(cluster.map(square, range(3), stage="counting squares"))) == 3
+    assert "counting squares:   0%" in capsys.readouterr().err
+    with connect("inline") as cluster:
+        list(cluster.map(square, range(3), stage="counting squares"))
+    assert not capsys.readouterr().err
+
+
+def test_where_nobody_answers_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("residua.analysis.cluster._CONNECT_SECONDS", 1)
+    with (
+        pytest.raises(AnalysisError, match=r"no Dask scheduler answers at tcp://127.0.0.1:1"),
+        connect("tcp://127.0.0.1:1"),
+    ):
+        pass

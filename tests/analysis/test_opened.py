@@ -1,0 +1,46 @@
+"""One open archive a process: the same object until the archive changes."""
+
+from pathlib import Path
+
+import pytest
+
+from residua.analysis.opened import address, opened
+from residua.store.archive import Archive
+from residua.store.commits import FOLDER
+from residua.store.errors import NotCapturedError
+from tests.store.small_archive import make_archive
+
+
+def test_an_archive_is_opened_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_archive(tmp_path / "acts.zarr")
+    monkeypatch.chdir(tmp_path)
+    path = address(Archive("acts.zarr"))
+    assert Path(path) == tmp_path / "acts.zarr"
+    assert opened(path) is opened(path)
+
+
+def test_it_is_opened_anew_when_shards_were_added(tmp_path: Path) -> None:
+    path = make_archive(tmp_path / "acts.zarr")
+    record = path / FOLDER / "00000002-0000.json"
+    text = record.read_bytes()
+    record.unlink()
+    with pytest.raises(NotCapturedError):
+        opened(str(path))["q.1"][:]
+    record.write_bytes(text)
+    assert len(opened(str(path))["q.1"][:]) == 38
+
+
+def test_it_is_opened_anew_when_another_archive_lies_there(tmp_path: Path) -> None:
+    first, second = make_archive(tmp_path / "a", seed=1), make_archive(tmp_path / "b", seed=2)
+    digests = [opened(str(first)).plan.digest]
+    first.rename(tmp_path / "c")
+    second.rename(first)
+    digests.append(opened(str(first)).plan.digest)
+    assert digests == [opened(str(tmp_path / "c")).plan.digest, Archive(first).plan.digest]
+    assert len(set(digests)) == 2
+
+
+def test_what_is_missing_is_said_every_time(tmp_path: Path) -> None:
+    for _ in range(2):
+        with pytest.raises(FileNotFoundError, match="is not an archive"):
+            opened(str(tmp_path / "nothing"))

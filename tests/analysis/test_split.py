@@ -1,0 +1,50 @@
+"""Held-out examples: by number and seed alone."""
+
+import doctest
+
+import numpy as np
+import pytest
+
+from residua.analysis import split
+from residua.analysis.split import held_out
+from residua.store.errors import AnalysisError
+
+
+def splitmix(state: int) -> int:
+    """Return SplitMix64's output, from its published C, in Python's own integers."""
+    mask = 2**64 - 1
+    z = (state + 0x9E3779B97F4A7C15) & mask
+    z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & mask
+    z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & mask
+    return z ^ (z >> 31)
+
+
+@pytest.mark.parametrize("seed", [0, 7, -1])
+def test_the_hash_is_splitmix_of_seed_and_number(seed: int) -> None:
+    expected = [splitmix((splitmix(seed % 2**64) + i) % 2**64) < 0.25 * 2**64 for i in range(200)]
+    assert held_out(np.arange(200), fraction=0.25, seed=seed).tolist() == expected
+
+
+def test_an_example_is_held_out_wherever_it_stands() -> None:
+    examples = np.random.default_rng(0).integers(0, 1000, (4, 500))
+    whole = held_out(np.arange(1000), seed=3)
+    np.testing.assert_array_equal(held_out(examples, seed=3), whole[examples])
+
+
+@pytest.mark.parametrize("fraction", [0.02, 0.1, 0.5])
+def test_the_fraction_is_right_and_seeds_are_independent(fraction: float) -> None:
+    n = 200_000
+    first, second = (held_out(np.arange(n), fraction=fraction, seed=seed) for seed in (0, 1))
+    for found, expected in ((first, fraction), (second, fraction), (first & second, fraction**2)):
+        deviation = np.sqrt(expected * (1 - expected) / n)
+        assert abs(found.mean() - expected) < 5 * deviation
+
+
+@pytest.mark.parametrize("fraction", [0.0, 1.0, -0.1, float("nan")])
+def test_a_fraction_must_leave_something_on_both_sides(fraction: float) -> None:
+    with pytest.raises(AnalysisError, match="choose one between 0 and 1"):
+        held_out(np.arange(3), fraction=fraction)
+
+
+def test_the_example_in_the_docstring() -> None:
+    assert doctest.testmod(split) == (0, 1)
