@@ -14,7 +14,7 @@ import distributed
 import torch
 from dask.system import CPU_COUNT
 from dask.utils import parse_bytes
-from distributed import Client, Future, KilledWorker
+from distributed import Client, KilledWorker
 from distributed.system import MEMORY_LIMIT
 from tqdm import tqdm
 
@@ -123,7 +123,7 @@ class _Distributed:
         self, function: Callable[[Job], Result], jobs: Sequence[Job], *, stage: str
     ) -> Iterator[tuple[int, Result]]:
         waiting = iter(enumerate(jobs))
-        numbers: dict[Future, int] = {}
+        numbers: dict[Any, int] = {}  # of the jobs by their futures
         completed = _dask.as_completed()
 
         def submit(n_jobs: int) -> None:
