@@ -63,6 +63,11 @@ class Stage:
         memory = self._memory[site.name] = ShardMemory(spec, n_rows)
         return [_as_tensor(chunk, dtype, site.row_shape) for chunk in memory.chunks]
 
+    def filled(self, site: str, block: int, n_rows: int) -> None:
+        """Take note that `n_rows` rows were just copied to block number `block` of `site`."""
+        if site in self._memory:
+            self._memory[site].filled(block, n_rows)
+
     def rows(self, site: str, n_rows: int) -> npt.NDArray[np.generic] | ShardMemory:
         """Return the first `n_rows` rows of `site` in storage dtype, without a copy."""
         if site in self._memory:
@@ -181,10 +186,12 @@ class Staging:
             for block, part in placement.per_block(len(blocks[0])):
                 if tensor.is_cuda:
                     self._send(flat, part, blocks[block], self._batch, stage.landing, pattern=pattern)
-                elif pattern:
+                    continue
+                if pattern:
                     part.copy_pattern(flat, blocks[block], self._batch)
                 else:
                     part.copy(flat, blocks[block])
+                stage.filled(site, block, len(part.target))
 
     def _send(
         self,

@@ -109,9 +109,14 @@ class ShardEncoder:
 
     def _encode(self, sizes: list[int], crcs: list[bytes]) -> Iterator[Buffer]:
         """Yield the parts of every chunk; its stored size and its crc32c are appended to the lists."""
-        for chunk in _chunks(self._rows, self._spec):
-            self.n_nonfinite += count_nonfinite(chunk, self._spec.dtype)
-            stored = encode_chunk(chunk, self._spec.preset)
+        for number, chunk in enumerate(_chunks(self._rows, self._spec)):
+            checked = self._rows.checked(number) if isinstance(self._rows, ShardMemory) else None
+            if checked is None:
+                self.n_nonfinite += count_nonfinite(chunk, self._spec.dtype)
+                stored = encode_chunk(chunk, self._spec.preset)
+            else:
+                self.n_nonfinite += checked.n_nonfinite
+                stored = [chunk, checked.crc]
             sizes.append(sum(len(part) if isinstance(part, bytes) else part.nbytes for part in stored))
             crcs.append(bytes(stored[-1]))
             yield from stored

@@ -2,23 +2,33 @@
 
 In such a file four bytes of crc32c follow every chunk. Here they are left free behind every chunk, and the memory
 begins where a block of the disk may begin. A full shard then only needs its checksums filled in: it is written as
-it lies (`residua.store.direct`), without another copy.
+it lies (`residua.store.direct`), without another copy. Whoever fills a whole chunk at once may have it looked through
+there and then, while it is in the processor's cache, instead of fetching it from memory again later.
 """
 
 from collections.abc import Iterable, Iterator
 from copy import copy
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from residua.store.codecs import PRESETS
-from residua.store.crc import CRC_BYTES, Buffer
+from residua.store.crc import CRC_BYTES, Buffer, crc32c, crc_bytes
 from residua.store.direct import BLOCK, aligned_bytes
+from residua.store.nonfinite import count_nonfinite
 from residua.store.spec import ArraySpec
 
 _PIECE_BYTES = 4 * 1024 * 1024  # written at a time
 
 Array = npt.NDArray[np.generic]
+
+
+class Checked(NamedTuple):
+    """What was found when a whole chunk was looked through: its crc32c as stored, and its NaN and infinite values."""
+
+    crc: bytes
+    n_nonfinite: int
 
 
 class ShardMemory:
@@ -39,6 +49,7 @@ class ShardMemory:
         self.dtype = spec.storage_dtype
         self._spec = spec
         self._bytes = aligned_bytes(n_chunks * (spec.chunk_bytes + CRC_BYTES))
+        self._checked: dict[int, Checked] = {}
 
     @staticmethod
     def suits(spec: ArraySpec) -> bool:
@@ -59,6 +70,20 @@ class ShardMemory:
         whole = [self._bytes[i * (size + CRC_BYTES) :][:size].view(self.dtype) for i in range(len(starts))]
         shape = (height, *self.shape[1:])
         return [chunk.reshape(shape)[: self.shape[0] - start] for start, chunk in zip(starts, whole, strict=True)]
+
+    def filled(self, chunk: int, n_rows: int) -> None:
+        """Take note that `n_rows` rows were just written to chunk number `chunk`; a whole one is looked through."""
+        if n_rows < self._spec.rows_per_chunk:
+            self._checked.pop(chunk, None)
+            return
+        values = self._bytes[chunk * (self._spec.chunk_bytes + CRC_BYTES) :][: self._spec.chunk_bytes]
+        n_nonfinite = count_nonfinite(values.view(self.dtype), self._spec.dtype)
+        self._checked[chunk] = Checked(crc_bytes(crc32c(values)), n_nonfinite)
+
+    def checked(self, chunk: int) -> Checked | None:
+        """Return what was found in chunk number `chunk`, if it is whole and was looked through since it changed."""
+        is_whole = (chunk + 1) * self._spec.rows_per_chunk <= self.shape[0]
+        return self._checked.get(chunk) if is_whole else None
 
     def in_place(self, parts: Iterable[Buffer]) -> Iterator[Buffer]:
         """Yield the bytes of `parts` as they lie in this memory, one after the other, in pieces of whole blocks.

@@ -79,6 +79,25 @@ def test_memory_is_used_again_for_other_rows() -> None:
         assert file_of(ShardEncoder(memory.first(n_rows), spec)) == file_of(ShardEncoder(rows, spec))
 
 
+@given(st.lists(st.tuples(st.integers(0, 15), st.integers(1, 16)), max_size=12), st.sampled_from([16, 13, 5]))
+def test_what_was_looked_through_early_is_looked_through_again_once_it_changes(
+    writes: list[tuple[int, int]], n_rows: int
+) -> None:
+    spec = make_spec("raw", "float16", (3,), rows_per_chunk=4)
+    memory, rows = ShardMemory(spec, 16), make_rows(spec, 16, 0)
+    for seed, (start, length) in enumerate([(0, 16), *writes]):
+        stop = min(16, start + length)
+        rows[start:stop] = make_rows(spec, stop - start, seed)
+        rows[start] = [np.inf, -np.inf, np.nan]
+        for number in range(start // 4, -(-stop // 4)):
+            first, last = max(start, 4 * number), min(stop, 4 * number + 4)
+            memory.chunks[number][first - 4 * number : last - 4 * number] = rows[first:last]
+            memory.filled(number, last - first)
+    plain, in_place = ShardEncoder(rows[:n_rows], spec), ShardEncoder(memory.first(n_rows), spec)
+    assert file_of(in_place) == file_of(plain)
+    assert figures(in_place) == figures(plain)
+
+
 @pytest.mark.parametrize("n_rows", [0, 17])
 def test_rows_that_do_not_fit_are_refused(n_rows: int) -> None:
     spec = make_spec("raw")
