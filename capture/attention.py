@@ -43,6 +43,10 @@ class AttentionTap(Protocol):
     def __call__(self, part: str, tensor: Tensor) -> Tensor | None:
         """Take one tensor, and give one back to replace it."""
 
+    def told(self, arguments: Mapping[str, Any]) -> None:
+        """Take the keywords that the attention function is called with: scaling, softcap, sliding_window, ..."""
+        del arguments  # few taps care
+
 
 _lock = threading.Lock()
 _taps: dict[int, list[AttentionTap]] = {}  # by id of the attention module, which the model keeps alive
@@ -98,6 +102,7 @@ def _attend(
     """Do one module's attention with its own function, past the taps."""
     taps = tuple(_taps.get(id(module), ()))
     for tap in taps:
+        tap.told(kwargs)
         query, key, value = (
             _pass_heads(tap, part, tensor) for part, tensor in (("q", query), ("k", key), ("v", value))
         )

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from residua.capture.attention import intercepting
+from residua.capture.attention import AttentionTap, intercepting
 from residua.capture.leaves import (
     checked_replacement,
     input_item,
@@ -179,7 +179,7 @@ def _logits_index(output: Any) -> int | None:
     return 1 if has_loss else None
 
 
-class _BlockAttentionTap:
+class _BlockAttentionTap(AttentionTap):
     """Serves the attention sites of one block."""
 
     def __init__(self, sites: dict[str, SiteInfo], call: ForwardCall, meet: Meet) -> None:

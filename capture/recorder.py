@@ -25,6 +25,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from residua.capture.attention_facts import attention_files
 from residua.capture.call import Call, Column, example_rows, read_call
 from residua.capture.compiled import refuse_compiled
 from residua.capture.head import save_head
@@ -41,6 +42,7 @@ from residua.store.codecs import DEFAULT_PRESET
 from residua.store.create import create_archive, seal, workspace
 from residua.store.errors import CaptureError, PlanError
 from residua.store.examples import ExampleWriter
+from residua.store.files import write_file
 from residua.store.metadata import file_digest
 from residua.store.plan import Plan, SitePlan
 from residua.store.sizes import HOST_MEMORY_BYTES, n_stages, shard_rows
@@ -91,6 +93,7 @@ class Recorder:
         check_storage(codec=codec, dtype=dtype, rows_per_shard=rows_per_shard, threads=threads)
         self._model = model
         self._sites = resolve_sites(model, sites)
+        self._attention = attention_files(model, self._sites)
         self._dtype = dtype
         self._codec = codec
         self._rows_per_shard = rows_per_shard
@@ -161,6 +164,7 @@ class Recorder:
                 self._model,
                 plan,
                 self.path,
+                attention=self._attention,
                 tokenizer=self._tokenizer,
                 batch_rows=rows,
                 host_memory=self._host_memory,
@@ -204,6 +208,7 @@ class _Session:
         plan: Plan,
         path: Path,
         *,
+        attention: Mapping[str, bytes],
         tokenizer: PreTrainedTokenizerBase | None,
         batch_rows: int,
         host_memory: int,
@@ -213,6 +218,8 @@ class _Session:
         self._plan = plan
         with workspace(path) as folder:
             save_head(model, folder / "head")
+            for name, content in attention.items():
+                write_file(folder / "head" / name, [content])
             if tokenizer is not None:
                 save_tokenizer(tokenizer, folder / "tokenizer")
             create_archive(folder, path, plan, {"model": describe_model(model, plan.model), **environment()})

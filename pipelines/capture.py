@@ -11,6 +11,7 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from residua.capture.attention import eager_attention
+from residua.capture.attention_facts import attention_files
 from residua.capture.compiled import running_uncompiled
 from residua.capture.head import head_files
 from residua.capture.probing import evaluating
@@ -165,7 +166,7 @@ class _Job:
             if switched:
                 self._notes.append("pattern sites need eager attention: the model was switched to it for this capture")
             self._identity = identify_model(self._model)  # by every worker: of a sharded model it is a collective
-            self._head = head_files(self._model) if is_sharded(self._model) else None
+            self._beside = self._files_beside(sites) if is_sharded(self._model) else None  # a collective, too
             said = workers.plan_once(partial(self._prepare, sites, on_example), partial(self._check, sites))
             self._report = DatasetReport(**said["dataset"])
             archive = Archive(self._out)
@@ -205,13 +206,17 @@ class _Job:
                 self._compare(plan)
                 self._notes.extend(drop_broken(self._out, plan, Archive(self._out).commits))
             else:
-                for name, content in (head_files(self._model) if self._head is None else self._head).items():
+                for name, content in (self._beside or self._files_beside(sites)).items():
                     write_file(folder / "head" / name, [content])
                 if self._tokenizer is not None:
                     save_tokenizer(self._tokenizer, folder / "tokenizer")
                 create_archive(folder, self._out, plan, self._provenance(plan))
         sweep(self._out)
         return {"resumed": resumed, "dataset": asdict(self._report)}
+
+    def _files_beside(self, sites: Mapping[str, SiteInfo]) -> dict[str, bytes]:
+        """Return what an analysis needs of the model besides activations, by name in the head's folder."""
+        return {**head_files(self._model), **attention_files(self._model, sites)}
 
     def _check(self, sites: Mapping[str, SiteInfo]) -> None:
         """Refuse an archive that another worker made of another model or other settings than this one's."""

@@ -24,6 +24,8 @@ from residua.store.sitenames import select
 from residua.store.spec import ArraySpec
 from residua.store.stored import Array, StoredArray
 
+_TOKENIZER = "tokenizer/tokenizer.json"
+
 
 class Rows(NamedTuple):
     """What each row is: token id, position in its example, and number of its example."""
@@ -251,20 +253,30 @@ class Archive(Mapping[str, StoredArray]):
     @cached_property
     def tokenizer(self) -> Tokenizer | None:
         """The stored tokenizer (of the `tokenizers` package), or None if the archive has none."""
-        name = "tokenizer/tokenizer.json"
-        if name not in self.metadata.files:
+        path, text = self.path / _TOKENIZER, self.side_file(_TOKENIZER)
+        if text is None:
             return None
-        path = self.path / name
-        try:
-            text = path.read_bytes()
-        except OSError as error:
-            raise DamagedArchiveError(f"{path} cannot be read ({error.strerror}): restore it from a copy") from error
-        if hashlib.sha256(text).hexdigest() != self.metadata.files[name]:
-            raise DamagedArchiveError(f"{path} was altered (its SHA-256 differs): restore it from a copy")
         try:
             return Tokenizer.from_buffer(text)
         except Exception as error:  # the Rust library raises plain Exception for any bad file
             raise DamagedArchiveError(f"{path} is not a tokenizer that can be read ({error}): restore it") from error
+
+    def side_file(self, name: str) -> bytes | None:
+        """Return the content of a small file beside the arrays, ``head/attention.json`` say; None if there is none.
+
+        Raises:
+            DamagedArchiveError: It is missing, or is not what was written.
+        """
+        if name not in self.metadata.files:
+            return None
+        path = self.path / name
+        try:
+            content = path.read_bytes()
+        except OSError as error:
+            raise DamagedArchiveError(f"{path} cannot be read ({error.strerror}): restore it from a copy") from error
+        if hashlib.sha256(content).hexdigest() != self.metadata.files[name]:
+            raise DamagedArchiveError(f"{path} was altered (its SHA-256 differs): restore it from a copy")
+        return content
 
     @property
     def group(self) -> zarr.Group:

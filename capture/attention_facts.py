@@ -1,0 +1,137 @@
+"""How a model's attention weights follow from the queries and keys that are stored: found out before the capture.
+
+What a layer's attention does besides multiplying - scale, soft cap, window, sinks - it tells the attention function,
+where we listen while the model runs over a few tokens. What is found is then proved: the weights that it gives must
+be those of the model's own eager attention on these tokens. A layer where they are not (a bias by position, say)
+is written down with the reason, and whoever needs its weights captures ``pattern``.
+"""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from residua.capture.anatomy import Anatomy, anatomy_of
+from residua.capture.attention import AttentionTap, eager_attention, intercepting
+from residua.capture.inputs import forward_kwargs
+from residua.capture.probing import evaluating
+from residua.store.attentionspec import ATTENTION_FILE, AttentionSpec, attention_to_json
+from residua.store.sitenames import parse_site
+
+_EXAMPLES, _POSITIONS = 2, 12
+_TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3}
+_ROUGH = 0.1  # a model may round in another order than we do, and one rounding of bfloat16 shows
+
+
+def attention_files(model: nn.Module, sites: Iterable[str]) -> dict[str, bytes]:
+    """Return the file that says how weights follow from stored queries and keys, by its name in the head's folder.
+
+    There is none unless a layer has both `q` and `k` among `sites`. The model runs once over a few tokens; of a model
+    that is spread over workers by FSDP2 this is a collective of them all.
+    """
+    anatomy, stored = anatomy_of(model), {str(site) for site in map(parse_site, sites)}
+    layers = [] if anatomy is None else [n for n in range(len(anatomy.blocks)) if {f"q.{n}", f"k.{n}"} <= stored]
+    if anatomy is None or not layers:
+        return {}
+    return {ATTENTION_FILE: attention_to_json(attention_facts(anatomy, layers))}
+
+
+def attention_facts(anatomy: Anatomy, layers: Iterable[int]) -> dict[int, AttentionSpec | str]:
+    """Find out, by running the model over a few tokens, how the weights of `layers` follow from queries and keys.
+
+    Returns:
+        From layer to how they do, proved on those tokens, or to why it cannot be said.
+    """
+    listeners = {layer: _Listener() for layer in layers}
+    taps = {
+        module: listener
+        for layer, listener in listeners.items()
+        for module in anatomy.parts[anatomy.blocks[layer]].modules()
+    }
+    try:
+        with eager_attention(anatomy.model), evaluating(anatomy.model), intercepting(taps), torch.no_grad():
+            _run(anatomy)
+    except Exception as error:  # noqa: BLE001 - the boundary to the user's model, and the capture itself needs none of this
+        return dict.fromkeys(listeners, f"the model could not be run over a few tokens to find out: {error}")
+    return {layer: listener.facts(_window(anatomy, layer, listener)) for layer, listener in listeners.items()}
+
+
+def _run(anatomy: Anatomy) -> None:
+    device = next(anatomy.model.parameters()).device
+    n_tokens = int(anatomy.config.vocab_size)
+    ids = torch.arange(_EXAMPLES * _POSITIONS, device=device).reshape(_EXAMPLES, _POSITIONS) * 7 % n_tokens
+    anatomy.model(**forward_kwargs(anatomy.model, ids, torch.ones_like(ids)))
+
+
+class _Listener(AttentionTap):
+    """Keeps what one layer's attention was given and told, and what it gave."""
+
+    parts = frozenset(("q", "k", "pattern"))
+
+    def __init__(self) -> None:
+        self.arguments: Mapping[str, Any] | None = None
+        self._seen: dict[str, Tensor] = {}
+
+    def __call__(self, part: str, tensor: Tensor) -> None:
+        self._seen[part] = tensor
+
+    def told(self, arguments: Mapping[str, Any]) -> None:
+        self.arguments = arguments
+
+    def facts(self, window: int | str | None) -> AttentionSpec | str:
+        """Return what this layer does, given the window that its queries look through or why that is not known."""
+        if self.arguments is None or len(self._seen) < len(self.parts):
+            return "its attention did not come through transformers' attention interface under eager attention"
+        if isinstance(window, str):
+            return window
+        pattern_BHQK, query_BHQD, key_BHKD = (self._seen[part] for part in ("pattern", "q", "k"))
+        causal = not pattern_BHQK.triu(1).any()
+        if window is not None and not causal:
+            return "its attention has a window and is not causal"
+        scaling, sinks = self.arguments.get("scaling"), self.arguments.get("s_aux")
+        spec = AttentionSpec(
+            scale=float(query_BHQD.shape[-1] ** -0.5 if scaling is None else scaling),
+            causal=causal,
+            softcap=self.arguments.get("softcap"),
+            window=window,
+            sinks=None if sinks is None else tuple(sinks.double().flatten().tolist()),
+        )
+        error = float((_weights(spec, query_BHQD, key_BHKD) - pattern_BHQK).abs().max())
+        if not error <= _TOLERANCE.get(pattern_BHQK.dtype, _ROUGH):
+            return f"its attention weights do not follow from q and k alone: they differ by {error:.2g} on a few tokens"
+        return spec
+
+
+def _weights(spec: AttentionSpec, query_BHQD: Tensor, key_BHKD: Tensor) -> Tensor:
+    """Attention weights of whole examples, in the model's type and in the order of rounding of its eager attention."""
+    key_BHKD = key_BHKD.repeat_interleave(query_BHQD.shape[1] // key_BHKD.shape[1], dim=1)
+    score_BHQK = query_BHQD @ key_BHKD.transpose(2, 3) * spec.scale
+    if spec.softcap is not None:
+        score_BHQK = torch.tanh(score_BHQK / spec.softcap) * spec.softcap
+    n_positions = score_BHQK.shape[-1]
+    distance_QK = torch.arange(n_positions)[:, None] - torch.arange(n_positions)
+    seen_QK = distance_QK >= 0 if spec.causal else torch.ones_like(distance_QK, dtype=torch.bool)
+    seen_QK &= distance_QK < (spec.window or n_positions)
+    score_BHQK = score_BHQK.masked_fill(~seen_QK.to(score_BHQK.device), -torch.inf)
+    if spec.sinks is not None:
+        sinks_BHQ1 = score_BHQK.new_tensor(spec.sinks)[:, None, None].expand(*score_BHQK.shape[:3], 1)
+        score_BHQK = torch.cat([score_BHQK, sinks_BHQ1], dim=-1)
+    return score_BHQK.softmax(-1, torch.float32 if score_BHQK.dtype.itemsize < 4 else None)[..., :n_positions]
+
+
+def _window(anatomy: Anatomy, layer: int, listener: _Listener) -> int | str | None:
+    """Return how far this layer's queries look, or why config and layer do not agree on it.
+
+    The few tokens prove only windows that are shorter.
+    """
+    told: int | None = (listener.arguments or {}).get("sliding_window")
+    types: list[str] | None = getattr(anatomy.config, "layer_types", None)
+    if types is not None:
+        if types[layer] not in ("full_attention", "sliding_attention"):
+            return f"its attention is of the type {types[layer]}, whose mask is not known"
+        agree = (types[layer] == "sliding_attention") == (told is not None)
+    else:
+        stated = getattr(anatomy.config, "sliding_window", None)
+        agree = told == stated or not getattr(anatomy.config, "use_sliding_window", True)
+    return told if agree else f"its config and its attention do not agree on a window ({told} is what it is told)"
