@@ -50,24 +50,31 @@ def meeting(out: Path, *, join: bool) -> Iterator[Crew | None]:
         ArchiveInUseError: Another run is at work on it, and is not to be joined or cannot be.
         CaptureError: The others do not appear, or have no place for this one.
     """
-    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")  # torchrun keeps one store for all its attempts
-    prefix = f"residua/{attempt}/{next(_captures)}"
-    launch = _launch(prefix)
+    launch = _launch()
     with ExitStack() as stack:
         if launch is None and not join:
             stack.enter_context(locked(out))
             yield None
         elif launch is None:
-            yield _alone_or_joining(out, prefix, stack)
+            yield _alone_or_joining(out, stack)
         else:
             yield _together(out, launch, join, stack)
 
 
-def _launch(prefix: str) -> _Launch | None:
+def _prefix() -> str:
+    """Return where the next capture that was launched together keeps its things in the store: the same on all ranks.
+
+    A capture of one process alone does not count, since the others may have none.
+    """
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")  # torchrun keeps one store for all its attempts
+    return f"residua/{attempt}/{next(_captures)}"
+
+
+def _launch() -> _Launch | None:
     if dist.is_available() and dist.is_initialized():
         if dist.get_world_size() == 1:
             return None
-        store = PrefixStore(prefix, _get_default_store())
+        store = PrefixStore(_prefix(), _get_default_store())
         return _Launch(store, dist.get_rank(), dist.get_world_size(), None)
     if int(os.environ.get("WORLD_SIZE", "1")) == 1 or not {"RANK", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
         return None
@@ -76,6 +83,7 @@ def _launch(prefix: str) -> _Launch | None:
     except dist.DistError as error:
         raise CaptureError(f"the processes that were launched together did not meet: {error}") from error
     store.set_timeout(timedelta(seconds=LOST_SECONDS))
+    prefix = _prefix()
     address: dict[str, Json] = {
         "host": os.environ["MASTER_ADDR"],
         "port": int(os.environ["MASTER_PORT"]),
@@ -85,9 +93,10 @@ def _launch(prefix: str) -> _Launch | None:
     return _Launch(PrefixStore(prefix, store), rank, n, address)
 
 
-def _alone_or_joining(out: Path, prefix: str, stack: ExitStack) -> Crew:
+def _alone_or_joining(out: Path, stack: ExitStack) -> Crew:
     """Keep a store that others can join; or join the run that is there."""
     store = TCPStore("localhost", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=LOST_SECONDS))
+    prefix = "residua/alone"  # the store is this capture's own
     address: dict[str, Json] = {"host": socket.gethostname(), "port": store.port, "prefix": prefix, "n": 1}
     try:
         stack.enter_context(locked(out, join=address))

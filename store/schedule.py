@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from residua.store.examples import ExampleIndex
 
-_LEAST_RUN = 4  # shards: a batch may be as large as a shard, and one at each end is computed twice
+_LEAST_RUN = 3  # shards: a batch may be as large as a shard, and one at each end is computed twice
 
 
 @dataclass(frozen=True)
