@@ -6,12 +6,17 @@ is opened anew.
 """
 
 from pathlib import Path
+from typing import Any
+
+import distributed
 
 from residua.store.archive import Archive
 from residua.store.commits import FOLDER
+from residua.store.mapped import OPEN_SHARDS
 from residua.store.metadata import ROOT
 
 _State = tuple[int, ...]
+_MAPPED_SHARE = 8
 
 # No lock, which a fork could leave closed: of two threads that open the same archive at once, one wins.
 _OPEN: dict[str, tuple[_State, Archive]] = {}
@@ -25,6 +30,9 @@ def address(archive: Archive) -> str:
 def opened(path: str) -> Archive:
     """Return the archive at `path`, opened once a process.
 
+    In a Dask worker, chunks are decoded by the task's own thread, since every core has a worker; and files stay mapped
+    up to an eighth of the worker's memory limit, since Dask counts them.
+
     Its sites and rows may be read from several threads at once; its example table belongs to one thread.
 
     Raises:
@@ -35,9 +43,20 @@ def opened(path: str) -> Archive:
     state = _state(path)
     known = _OPEN.get(path)
     if known is None or known[0] != state:
-        known = state, Archive(path)
+        known = state, _open(path)
         _OPEN[path] = known
     return known[1]
+
+
+def _open(path: str) -> Archive:
+    dask: Any = distributed  # whose functions have no types
+    try:
+        worker = dask.get_worker()
+    except ValueError:
+        return Archive(path)
+    if worker.memory_manager.memory_limit is not None:
+        OPEN_SHARDS.limit(worker.memory_manager.memory_limit // _MAPPED_SHARE)
+    return Archive(path, threads=1)
 
 
 def _state(path: str) -> _State:

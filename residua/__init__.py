@@ -9,6 +9,7 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from residua import analysis
     from residua.capture.parameters import whole_parameter
     from residua.capture.recorder import Recorder
     from residua.capture.sites import model_sites
@@ -29,6 +30,7 @@ __all__ = [
     "Recorder",
     "ResiduaError",
     "TapGroup",
+    "analysis",
     "capture_dataset",
     "model_sites",
     "open",
@@ -44,6 +46,7 @@ _HOMES = {
     "Recorder": "capture.recorder:Recorder",
     "ResiduaError": "store.errors:ResiduaError",
     "TapGroup": "capture.tapgroup:TapGroup",
+    "analysis": "analysis",
     "capture_dataset": "pipelines.capture:capture_dataset",
     "model_sites": "capture.sites:model_sites",
     "open": "store.archive:Archive",
@@ -58,8 +61,9 @@ def __getattr__(name: str) -> Any:
     """Load a public name from its home."""
     if name not in _HOMES:
         raise AttributeError(f"module 'residua' has no attribute {name!r}; it has {', '.join(__all__)}")
-    module, attribute = _HOMES[name].split(":")
-    return getattr(import_module(f"residua.{module}"), attribute)
+    module, _, attribute = _HOMES[name].partition(":")
+    found = import_module(f"residua.{module}")
+    return getattr(found, attribute) if attribute else found
 
 
 def __dir__() -> list[str]:

@@ -50,6 +50,7 @@ class Archive(Mapping[str, StoredArray]):
     Args:
         path: Folder of the archive.
         check: When chunks are verified: ``once`` (at first touch), ``always`` or ``never``.
+        threads: Threads that decode compressed chunks; by default the processor's, up to four.
 
     Raises:
         FileNotFoundError: There is no archive at that path.
@@ -57,9 +58,10 @@ class Archive(Mapping[str, StoredArray]):
         UnsafeArchiveError: The metadata is not what an honest writer makes.
     """
 
-    def __init__(self, path: str | PathLike[str], *, check: Check = "once") -> None:
+    def __init__(self, path: str | PathLike[str], *, check: Check = "once", threads: int | None = None) -> None:
         self.path = Path(path)
         self._check: Check = check
+        self._threads = threads
         self.metadata = read_metadata(self.path)
         self._check_arrays()
 
@@ -163,6 +165,7 @@ class Archive(Mapping[str, StoredArray]):
             n_rows=self.n_rows,
             require=self._require,
             check=self._check,
+            threads=self._threads,
         )
 
     def _require(self, rows: RowNumbers) -> None:

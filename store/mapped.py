@@ -72,6 +72,11 @@ class MappedShard:
             (n_chunks, spec.rows_per_chunk), np.dtype((np.void, spec.row_bytes)), self._bytes.data, 0, strides
         )
 
+    @property
+    def n_bytes(self) -> int:
+        """Bytes of the file."""
+        return self._bytes.nbytes
+
     def stored(self, chunk: int) -> Bytes:
         """Return the bytes of a chunk as they lie in the file, crc32c included."""
         start = self._starts[chunk]
@@ -121,12 +126,16 @@ class MappedShard:
 class OpenShards:
     """The most recently used mapped shards, by their reader's key and shard number.
 
+    What is mapped and was read counts as memory of the process, though the kernel takes it back when it needs it;
+    where somebody ends processes by that count, `limit` keeps it low.
+
     There is no lock that a fork could leave closed: each step is atomic in the interpreter, and if two threads open
     the same shard at once, one of the two mappings is kept.
     """
 
     def __init__(self, most: int) -> None:
         self._most = most
+        self._most_bytes: int | None = None
         self._shards: OrderedDict[tuple[object, int], MappedShard] = OrderedDict()
 
     def get(self, key: tuple[object, int], open_: Callable[[], MappedShard]) -> MappedShard:
@@ -135,7 +144,7 @@ class OpenShards:
         if found is None:
             found = open_()
             self._shards[key] = found
-            while len(self._shards) > self._most:
+            while self._is_over():
                 self._shards.popitem(last=False)
         else:
             try:
@@ -143,6 +152,17 @@ class OpenShards:
             except KeyError:  # another thread has just let it go
                 self._shards[key] = found
         return found
+
+    def limit(self, most_bytes: int) -> None:
+        """Keep shards of at most so many bytes together, but always the last one."""
+        self._most_bytes = most_bytes
+
+    def _is_over(self) -> bool:
+        if len(self._shards) > self._most:
+            return True
+        if self._most_bytes is None or len(self._shards) < 2:
+            return False
+        return sum(shard.n_bytes for shard in list(self._shards.values())) > self._most_bytes
 
     def drop(self, owner: object) -> None:
         """Let go of all shards of one reader."""

@@ -37,6 +37,7 @@ class StoredArray:
         n_rows: Rows that the array has.
         require: Called with the rows asked for; raises if some are not captured yet.
         check: When chunks are verified: ``once`` (at first touch), ``always`` or ``never``.
+        threads: Threads that decode compressed chunks; by default the processor's, up to four.
     """
 
     def __init__(
@@ -49,6 +50,7 @@ class StoredArray:
         n_rows: int,
         require: Callable[[Rows], None],
         check: Check = "once",
+        threads: int | None = None,
     ) -> None:
         self.name = name
         self.shape = (n_rows, *specs[0].row_shape)
@@ -56,7 +58,7 @@ class StoredArray:
         self.specs = tuple(specs)
         self._dtype_name = dtype
         self._require = require
-        self._readers = [ArrayReader(root, spec, n_rows, check=check) for spec in specs]
+        self._readers = [ArrayReader(root, spec, n_rows, check=check, threads=threads) for spec in specs]
 
     def __len__(self) -> int:
         return self.shape[0]

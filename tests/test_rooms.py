@@ -74,7 +74,8 @@ def loaded_after(code: str) -> set[str]:
 
 
 def test_importing_residua_loads_nothing_heavy() -> None:
-    assert not loaded_after("import residua") & {"torch", "zarr", "transformers", "numpy", "pyarrow", "dask"}
+    heavy = {"torch", "zarr", "transformers", "numpy", "pyarrow", "dask"}
+    assert not loaded_after("import residua; residua.analysis") & heavy
 
 
 def test_reading_archives_needs_no_torch() -> None:

@@ -322,3 +322,17 @@ def test_array_of_no_rows_reads_as_empty(tmp_path: Path) -> None:
     reader = ArrayReader(tmp_path, make_spec(), 0)
     assert reader.read(0, 0).shape == (0, 6)
     assert reader.take([]).shape == (0, 6)
+
+
+def test_mapped_bytes_can_be_limited(stored: Stored) -> None:
+    kept = OpenShards(10)
+    shards = list(mapped(stored, 3))
+    kept.limit(shards[0].n_bytes + shards[1].n_bytes)
+    owner = object()
+    for i, shard in enumerate(shards):
+        kept.get((owner, i), lambda shard=shard: shard)
+    assert len(kept) == 2
+    assert kept.get((owner, 2), lambda: shards[0]) is shards[2]
+    kept.limit(0)
+    kept.get((owner, 3), lambda: shards[0])
+    assert len(kept) == 1
