@@ -329,8 +329,8 @@ def test_mapped_bytes_can_be_limited(stored: Stored) -> None:
     shards = list(mapped(stored, 3))
     kept.limit(shards[0].n_bytes + shards[1].n_bytes)
     owner = object()
-    for i, shard in enumerate(shards):
-        kept.get((owner, i), lambda shard=shard: shard)
+    for i in range(3):
+        kept.get((owner, i), iter(shards[i:]).__next__)
     assert len(kept) == 2
     assert kept.get((owner, 2), lambda: shards[0]) is shards[2]
     kept.limit(0)
