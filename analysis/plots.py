@@ -16,6 +16,7 @@ from matplotlib.ticker import MaxNLocator
 
 _DPI = 150
 _MOST_TICKS = 24  # labels beyond it would touch each other
+_MOST_INSIDE = 3  # entries of a legend that leave room for the lines
 _MOST_CELLS_WITH_NUMBERS = 120
 _COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")  # Okabe and Ito, 2008
 
@@ -52,7 +53,10 @@ def line_plot(
         axes.xaxis.set_major_locator(MaxNLocator(nbins=12, integer=all(float(place).is_integer() for place in x)))
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False)
+    if len(series) > _MOST_INSIDE:
+        axes.legend(frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    else:
+        axes.legend(frameon=False)
     _finish(figure, axes, path, title, x_name, y_name)
 
 

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from residua import analysis
+    from residua.analysis.stats import stats
+    from residua.analysis.top import top
     from residua.capture.parameters import whole_parameter
     from residua.capture.recorder import Recorder
     from residua.capture.sites import model_sites
@@ -35,7 +37,9 @@ __all__ = [
     "model_sites",
     "open",
     "reproduce",
+    "stats",
     "tap",
+    "top",
     "verify",
     "whole_parameter",
 ]
@@ -51,7 +55,9 @@ _HOMES = {
     "model_sites": "capture.sites:model_sites",
     "open": "store.archive:Archive",
     "reproduce": "pipelines.reproduce:reproduce",
+    "stats": "analysis.stats:stats",
     "tap": "capture.tap:tap",
+    "top": "analysis.top:top",
     "verify": "store.verify:verify",
     "whole_parameter": "capture.parameters:whole_parameter",
 }
