@@ -10,12 +10,15 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F  # noqa: N812 - torch's own name for it
-from safetensors import SafetensorError
-from safetensors.torch import load
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from residua.store.errors import DamagedArchiveError, UnsafeArchiveError
 from residua.store.headspec import HEAD_FILE, PARAMETERS_FILE, Activation, HeadSpec
+from residua.store.metadata import SIDE_FOLDERS, file_digest, is_archive, read_metadata
+from residua.store.small_files import check_file
+
+_MAX_SPEC_BYTES = 2**20
 
 _ACTIVATIONS: Mapping[Activation, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu,
@@ -109,25 +112,37 @@ def load_head(folder: Path, *, dtype: torch.dtype | None = None, device: torch.d
         device: Where to put them.
 
     Raises:
-        DamagedArchiveError: A file is missing or cut short.
+        DamagedArchiveError: A file is missing, cut short, or not the one that the archive was made with.
         UnsafeArchiveError: The files do not describe a head.
     """
+    digests = read_metadata(folder.parent).files if is_archive(folder.parent) else {}
     try:
-        spec = HeadSpec.from_json((folder / HEAD_FILE).read_bytes())
-        stored = load((folder / PARAMETERS_FILE).read_bytes())
+        spec = HeadSpec.from_json(_checked(folder, HEAD_FILE, _MAX_SPEC_BYTES, digests).read_bytes())
+        parameters = _checked(folder, PARAMETERS_FILE, SIDE_FOLDERS["head"], digests)
+        with safe_open(parameters, "pt") as file:  # type: ignore[no-untyped-call]  # safetensors leaves it bare
+            shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118  # no dict
+            _check(spec, shapes, folder)
+            stored = {name: file.get_tensor(name).to(device, dtype) for name in shapes}
     except (OSError, SafetensorError) as error:
         raise DamagedArchiveError(
             f"The head in {folder} cannot be read: {error}. An archive of a model whose head is not known has "
             "none; otherwise copy the folder again, or capture again."
         ) from error
-    head = Head(spec, {name: tensor.to(device, dtype) for name, tensor in stored.items()})
-    _check(head, folder)
-    return head
+    return Head(spec, stored)
 
 
-def _check(head: Head, folder: Path) -> None:
+def _checked(folder: Path, name: str, most_bytes: int, digests: Mapping[str, str]) -> Path:
+    """Return the path of a file of the head, once it is known to be a sound one."""
+    path = folder / name
+    check_file(folder.parent, path, most_bytes)
+    expected = digests.get(f"{folder.name}/{name}")
+    if expected is not None and file_digest(path) != expected:
+        raise DamagedArchiveError(f"{path} was altered (its SHA-256 differs)")
+    return path
+
+
+def _check(spec: HeadSpec, shapes: Mapping[str, tuple[int, ...]], folder: Path) -> None:
     """Refuse parameters that do not fit each other."""
-    shapes = {name: tuple(tensor.shape) for name, tensor in head.parameters.items()}
     n_logits, inner = shapes["unembed.weight"] if len(shapes.get("unembed.weight", ())) == 2 else (0, 0)
     width = shapes["project_out.weight"][-1] if "project_out.weight" in shapes else inner
     expected = {
@@ -141,7 +156,7 @@ def _check(head: Head, folder: Path) -> None:
         "unembed.weight": (n_logits, inner),
         "unembed.bias": (n_logits,),
     }
-    needed = {"unembed.weight"} | ({"transform.dense.weight"} if head.spec.activation else set())
+    needed = {"unembed.weight"} | ({"transform.dense.weight"} if spec.activation else set())
     wrong = {name: shape for name, shape in shapes.items() if expected.get(name) != shape}
     if wrong or not inner or needed - set(shapes):
         raise UnsafeArchiveError(

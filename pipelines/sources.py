@@ -177,7 +177,7 @@ def _arrow_rows(name: str, dataset: Any) -> Rows:
     return Rows(
         columns=first.schema.names,
         text_columns=[field.name for field in first.schema if any(test(field.type) for test in text)],
-        rows=(row for table in chain([first], tables) for row in _table_rows(table)),
+        rows=_guarded(name, (row for table in chain([first], tables) for row in _table_rows(table))),
     )
 
 
@@ -189,8 +189,8 @@ def _table_rows(table: Any) -> Iterator[Row]:
 
 
 def _cell(name: str, scalar: Any) -> Any:
-    values = scalar.values if name in _LONG_COLUMNS and hasattr(scalar, "values") else None
-    if values is None or values.null_count:
+    values = getattr(scalar, "values", None) if name in _LONG_COLUMNS else None
+    if not hasattr(values, "null_count") or values.null_count:  # of a struct, `values` is a method
         return scalar.as_py()
     return values.to_numpy(zero_copy_only=False)
 

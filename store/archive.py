@@ -16,11 +16,11 @@ from residua.store.arrays import open_array
 from residua.store.commits import Commit, check_commits, named_parts, read_commits
 from residua.store.errors import DamagedArchiveError, NotCapturedError, ResiduaError, UnsafeArchiveError
 from residua.store.examples import ExampleTable
-from residua.store.metadata import read_metadata
+from residua.store.metadata import SIDE_FOLDERS, read_metadata
 from residua.store.plan import ROW_COLUMNS, Plan
-from residua.store.reader import Check
-from residua.store.reader import Rows as RowNumbers
+from residua.store.reader import Check, RowNumbers
 from residua.store.sitenames import select
+from residua.store.small_files import check_inside, read_small
 from residua.store.spec import ArraySpec
 from residua.store.stored import Array, StoredArray
 
@@ -168,18 +168,27 @@ class Archive(Mapping[str, StoredArray]):
             threads=self._threads,
         )
 
-    def _require(self, rows: RowNumbers) -> None:
+    def _require(self, rows: range | RowNumbers) -> None:
         """Raise NotCapturedError unless every one of `rows` lies in a committed shard."""
         if self._is_complete:
             return
-        shards = np.unique(rows // self.plan.rows_per_shard)
-        missing = [int(shard) for shard in shards if int(shard) not in self.commits]
-        if missing:
-            first = missing[0] * self.plan.rows_per_shard
+        missing = next((shard for shard in self._shards_of(rows) if shard not in self.commits), None)
+        if missing is not None:
+            first = missing * self.plan.rows_per_shard
             raise NotCapturedError(
                 f"rows from {first:,} on are not captured yet ({self.progress.rows:,} of {self.n_rows:,} are): "
                 "run the same capture again to go on, then open the archive anew."
             )
+
+    def _shards_of(self, rows: range | RowNumbers) -> Iterable[int]:
+        """Return the shards that `rows` lie in, ascending; of a range, which may be huge, without listing it."""
+        height = self.plan.rows_per_shard
+        if not isinstance(rows, range):
+            return map(int, np.unique(rows // height))
+        rows = rows if rows.step > 0 else rows[::-1]
+        if rows.step < height:
+            return range(rows[0] // height, rows[-1] // height + 1) if rows else ()
+        return (row // height for row in rows)
 
     @cached_property
     def _is_complete(self) -> bool:
@@ -203,6 +212,12 @@ class Archive(Mapping[str, StoredArray]):
         found = table.index().digest
         source = self.metadata.sealed or self.plan.dataset  # neither says it while a user's own loop is open
         expected = source.get("examples", source.get("digest"))
+        n_rows = table.index().total_rows
+        if self._known_rows not in (None, n_rows):
+            raise UnsafeArchiveError(
+                f"{self.path}/examples: the examples have {n_rows:,} rows, but the archive has {self._known_rows:,}: "
+                "copy it again from where it came from"
+            )
         if expected not in (None, found):
             raise DamagedArchiveError(
                 f"{self.path}/examples: the examples' digest is {found[:12]}, but the archive was made for {expected}: "
@@ -247,8 +262,14 @@ class Archive(Mapping[str, StoredArray]):
             raise ResiduaError(
                 f"{self.path} has no tokenizer: row {row} is token {self.rows.token[row]} by number only"
             )
-        tokens = self.example_table.tokens(int(self.rows.example[row])).tolist()
-        at = int(self.rows.position[row])
+        example, at = int(self.rows.example[row]), int(self.rows.position[row])
+        table = self.example_table
+        tokens = table.tokens(example).tolist() if 0 <= example < len(table) else []
+        if not 0 <= at < len(tokens):
+            raise UnsafeArchiveError(
+                f"{self.path}: row {row:,} is said to be position {at} of example {example}, and there is no such "
+                "token: run residua verify on the archive"
+            )
         pieces = (tokens[max(0, at - context) : at], tokens[at : at + 1], tokens[at + 1 : at + 1 + context])
         before, here, after = (tokenizer.decode(piece, skip_special_tokens=False) for piece in pieces)
         return f"{before}«{here}»{after}"
@@ -273,10 +294,7 @@ class Archive(Mapping[str, StoredArray]):
         if name not in self.metadata.files:
             return None
         path = self.path / name
-        try:
-            content = path.read_bytes()
-        except OSError as error:
-            raise DamagedArchiveError(f"{path} cannot be read ({error.strerror}): restore it from a copy") from error
+        content = read_small(self.path, path, SIDE_FOLDERS[path.relative_to(self.path).parts[0]])
         if hashlib.sha256(content).hexdigest() != self.metadata.files[name]:
             raise DamagedArchiveError(f"{path} was altered (its SHA-256 differs): restore it from a copy")
         return content
@@ -292,6 +310,7 @@ class Archive(Mapping[str, StoredArray]):
         expected = self.plan.n_rows if sealed is None else _count(sealed.get("n_rows"))
         for spec in self.plan.arrays:
             found, n_rows, _ = open_array(self.path, spec.path)
+            check_inside(self.path, self.path / spec.path / "c")
             if found != spec:
                 raise UnsafeArchiveError(
                     f"{self.path / spec.path}/zarr.json describes {found}, but the archive's plan says {spec}"

@@ -7,7 +7,6 @@ what the caller adds, and a SHA-256 of the document, so that an altered byte is 
 """
 
 import json
-import os
 from collections.abc import Mapping
 from math import prod
 from pathlib import Path, PurePosixPath
@@ -24,6 +23,7 @@ from residua.store.dtypes import storage_dtype
 from residua.store.errors import DamagedArchiveError, PlanError, UnsafeArchiveError
 from residua.store.files import write_file
 from residua.store.shard import INDEX_CODECS, INDEX_LOCATION
+from residua.store.small_files import read_small
 from residua.store.spec import MAX_ROWS, MAX_ROWS_PER_SHARD, ArraySpec
 
 METADATA = "zarr.json"
@@ -94,7 +94,7 @@ def open_array(root: Path, node: str) -> tuple[ArraySpec, int, dict[str, Json]]:
         UnsafeArchiveError: It describes anything but an array of ours, or leads out of the archive.
     """
     path = _inside(root, node)
-    document = _load(path)
+    document = _load(root, path)
     try:
         spec, n_rows, ours = _parse(document, node)
         _check_sizes(spec, n_rows)
@@ -141,24 +141,14 @@ def _inside(root: Path, node: str) -> Path:
     parts = PurePosixPath(node).parts
     if not parts or "/".join(parts) != node or {"..", "/"} & set(parts) or not node.isprintable():
         raise UnsafeArchiveError(f"{node!r} is not a path inside an archive")
-    path = root / node / METADATA
-    real, real_root = os.path.realpath(path), os.path.realpath(root)
-    if not Path(real).is_relative_to(real_root):
-        raise UnsafeArchiveError(f"{path} is a link that leads out of the archive, to {real}")
-    return path
+    return root / node / METADATA
 
 
-def _load(path: Path) -> dict[str, Any]:
+def _load(root: Path, path: Path) -> dict[str, Any]:
+    text = read_small(root, path, _MAX_METADATA_BYTES)
     try:
-        if not path.is_file():
-            raise DamagedArchiveError(f"{path} is missing: restore it from a copy")
-        size = path.stat().st_size
-        if size > _MAX_METADATA_BYTES:
-            raise UnsafeArchiveError(f"{path} has {size:,} bytes; no array of ours has more than 4 MiB of metadata")
-        document = json.loads(path.read_bytes())
+        document = json.loads(text)
     except (ValueError, RecursionError) as error:
-        if isinstance(error, UnsafeArchiveError):
-            raise
         raise DamagedArchiveError(f"{path} cannot be read as JSON ({error}): restore it from a copy") from error
     if not isinstance(document, dict):
         raise UnsafeArchiveError(f"{path} holds a JSON {type(document).__name__}, not the metadata of an array")

@@ -9,10 +9,10 @@ query *i* and key *j* of one example, after rotary embedding, head *h* reading k
 """
 
 import json
-import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 
+from residua.store.canonical import is_finite
 from residua.store.errors import UnsafeArchiveError
 
 ATTENTION_FILE = "attention.json"
@@ -40,16 +40,12 @@ class AttentionSpec:
 
     def __post_init__(self) -> None:
         numbers = [self.scale, *(() if self.softcap is None else (self.softcap,)), *(self.sinks or ())]
-        if not all(_is_number(number) for number in numbers) or not isinstance(self.causal, bool):
+        if not all(is_finite(number) for number in numbers) or not isinstance(self.causal, bool):
             raise UnsafeArchiveError(f"Attention with scale, soft cap or sinks among {str(numbers)[:200]}: {_ADVICE}")
         if self.softcap is not None and self.softcap <= 0:
             raise UnsafeArchiveError(f"Attention with the soft cap {self.softcap}: {_ADVICE}")
         if self.window is not None and not (type(self.window) is int and self.window > 0 and self.causal):
             raise UnsafeArchiveError(f"Attention with the window {self.window!r}, causal {self.causal}: {_ADVICE}")
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, float | int) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def attention_to_json(layers: Mapping[int, AttentionSpec | str]) -> bytes:

@@ -14,10 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from residua.store.canonical import canonical_json, digest_of
-from residua.store.errors import DamagedArchiveError
+from residua.store.errors import DamagedArchiveError, ResiduaError
 from residua.store.files import publish, sync_folder
 from residua.store.plan import Plan
 from residua.store.shard import shard_path
+from residua.store.small_files import check_inside, read_small
 
 FOLDER = "commits"
 _NAME = re.compile(r"[0-9]{8,}-[0-9]{4}\.json")
@@ -118,13 +119,15 @@ def read_commits(archive: Path, plan_digest: str) -> dict[int, Commit]:
 
     Raises:
         DamagedArchiveError: A record is altered or belongs to another plan; the message names the file.
+        UnsafeArchiveError: The folder of the records lies elsewhere.
     """
     folder = archive / FOLDER
+    check_inside(archive, folder)
     commits: dict[int, Commit] = {}
     for path in sorted(folder.iterdir()) if folder.is_dir() else []:
         if _NAME.fullmatch(path.name) is None:
             continue
-        commit = _read_commit(path)
+        commit = _read_commit(archive, path)
         if commit.plan != plan_digest:
             raise DamagedArchiveError(
                 f"{path}: this record belongs to plan {commit.plan[:12]}, the archive's plan is {plan_digest[:12]}: "
@@ -204,20 +207,16 @@ def named_parts(commits: Mapping[int, Commit]) -> dict[str, str]:
     return {f"examples/{name}": digest for commit in commits.values() for name, digest in commit.examples.items()}
 
 
-def _read_commit(path: Path) -> Commit:
+def _read_commit(archive: Path, path: Path) -> Commit:
     try:
-        if not path.is_file():
-            raise ValueError("it is not a file")
-        if path.stat().st_size > _MAX_RECORD_BYTES:
-            raise ValueError("it is over 64 MiB")
-        value = json.loads(path.read_bytes())
+        value = json.loads(read_small(archive, path, _MAX_RECORD_BYTES))
         record: dict[str, Any] = value["record"]
         if digest_of(record) != value["sha256"]:
             raise ValueError("its SHA-256 does not match its content")
         commit = _commit_from_json(record)
         if commit.name != path.name:
             raise ValueError(f"it is the record {commit.name}")
-    except (ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError, ResiduaError) as error:
         raise DamagedArchiveError(
             f"{path}: this commit record is damaged ({error}). Delete it and run the capture again: "
             "the shard will be captured anew."

@@ -28,7 +28,9 @@ from residua.store.example_index import (
     part_name,
     starts,
 )
+from residua.store.metadata import SIDE_FOLDERS
 from residua.store.parquet_sizes import Chunk, RowGroup, read_footer
+from residua.store.small_files import check_file
 
 _COUNTS = ("first_row", "n_rows", "n_tokens")
 _LISTS = ("input_ids", "positions")
@@ -138,6 +140,7 @@ def read_parts(folder: Path) -> list[Part]:
 
 
 def _read_part(path: Path) -> Part:
+    check_file(path.parents[1], path, SIDE_FOLDERS["examples"])
     with naming(path):
         with _mapped(path) as data:
             groups = read_footer(data)

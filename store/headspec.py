@@ -7,10 +7,10 @@ scale, then the soft cap: ``cap * tanh(logits * scale / cap)``.
 """
 
 import json
-import math
 from dataclasses import asdict, dataclass, fields
 from typing import Literal, get_args
 
+from residua.store.canonical import is_finite
 from residua.store.errors import UnsafeArchiveError
 
 Norm = Literal["rms", "layer", "none"]
@@ -47,11 +47,13 @@ class HeadSpec:
     dtype: str
 
     def __post_init__(self) -> None:
-        numbers = (self.eps, self.weight_offset, self.transform_eps, self.logit_scale, self.softcap or 1.0)
+        numbers = [self.eps, self.weight_offset, self.transform_eps, self.logit_scale]
+        if self.softcap is not None:
+            numbers.append(self.softcap)
         if self.norm not in get_args(Norm) or self.activation not in (None, *get_args(Activation)):
             raise UnsafeArchiveError(f"Head with norm {self.norm!r} and activation {self.activation!r}: {_ADVICE}")
-        if not all(isinstance(number, float | int) and math.isfinite(number) for number in numbers):
-            raise UnsafeArchiveError(f"Head with eps, offset, scale or soft cap among {numbers}: {_ADVICE}")
+        if not all(map(is_finite, numbers)) or self.softcap == 0:
+            raise UnsafeArchiveError(f"Head with eps, offset, scale or soft cap among {str(numbers)[:200]}: {_ADVICE}")
         if not isinstance(self.dtype, str):
             raise UnsafeArchiveError(f"Head of type {self.dtype!r}: {_ADVICE}")
 
@@ -68,7 +70,7 @@ class HeadSpec:
         """
         try:
             found = json.loads(text)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise UnsafeArchiveError(f"{HEAD_FILE} is no JSON: {error}. {_ADVICE}") from error
         names = {field.name for field in fields(cls)}
         if not isinstance(found, dict) or set(found) != names:

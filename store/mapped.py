@@ -19,6 +19,7 @@ from residua.store.codecs import PRESETS, check_chunk
 from residua.store.crc import CRC_BYTES
 from residua.store.errors import DamagedArchiveError
 from residua.store.shard import RESTORE, describe_chunk, open_shard, read_index, shard_path, shard_rows
+from residua.store.small_files import check_inside
 from residua.store.spec import ArraySpec
 
 _MOST_OPEN = 1024
@@ -54,6 +55,7 @@ class MappedShard:
         self._spec = spec
         self._first_row = shard * spec.rows_per_shard
         self._n_rows = shard_rows(spec, n_rows, shard)
+        check_inside(root, self.path)
         with open_shard(self.path) as descriptor:
             index = read_index(descriptor, spec, n_rows=self._n_rows, path=self.path)
             mapping = mmap.mmap(descriptor, 0, access=mmap.ACCESS_READ)

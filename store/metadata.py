@@ -15,10 +15,11 @@ from residua.store.canonical import Json, digest_of
 from residua.store.errors import DamagedArchiveError, UnsafeArchiveError
 from residua.store.files import write_file
 from residua.store.plan import Plan
+from residua.store.small_files import read_small
 
 FORMAT = "1.0"
 ROOT = "zarr.json"
-SIDE_FOLDERS = ("examples", "head", "tokenizer")
+SIDE_FOLDERS = {"examples": 2**33, "head": 2**38, "tokenizer": 2**30}  # and how many bytes a file of each may have
 _MAX_METADATA_BYTES = 256 * 1024 * 1024
 
 
@@ -74,10 +75,9 @@ def read_metadata(archive: Path) -> Metadata:
     path = archive / ROOT
     if not path.is_file():
         raise FileNotFoundError(f"{archive} is not an archive: it has no {ROOT}. Check the path.")
-    if path.stat().st_size > _MAX_METADATA_BYTES:
-        raise UnsafeArchiveError(f"{path} is over 256 MiB: no archive of ours has such metadata")
+    text = read_small(archive, path, _MAX_METADATA_BYTES)
     try:
-        root = json.loads(path.read_bytes())
+        root = json.loads(text)
         entry = root["attributes"]["residua"]
     except (ValueError, RecursionError) as error:
         raise DamagedArchiveError(f"{path} cannot be read as JSON ({error}): restore it from a copy") from error
@@ -102,7 +102,10 @@ def _checked(path: Path, entry: object) -> Metadata:
         raise UnsafeArchiveError(f"{path}: attributes.residua is nothing that Residua writes ({error})") from error
     if found != entry.get("sha256"):
         raise DamagedArchiveError(f"{path}: attributes.residua was altered (its SHA-256 differs): restore the file")
-    plan = Plan.from_json(entry.get("plan"))
+    try:
+        plan = Plan.from_json(entry.get("plan"))
+    except UnsafeArchiveError as error:
+        raise UnsafeArchiveError(f"{path}: {error}") from error
     provenance, sealed = entry.get("provenance"), entry.get("sealed")
     if not isinstance(provenance, dict) or not isinstance(sealed, dict | None):
         raise UnsafeArchiveError(f"{path}: provenance or sealed is not what Residua writes")

@@ -27,7 +27,7 @@ _MOST_THREADS = max(4, os.cpu_count() or 1)
 
 Array: TypeAlias = "npt.NDArray[np.generic]"
 Check: TypeAlias = Literal["once", "always", "never"]
-Rows: TypeAlias = "npt.NDArray[np.int64]"
+RowNumbers: TypeAlias = npt.NDArray[np.int64]
 T = TypeVar("T")
 
 
@@ -81,6 +81,8 @@ class ArrayReader:
             UnsafeArchiveError: The index of a shard file is hostile.
         """
         self._check_range(start, stop)
+        if start < stop:
+            self._open(start // self._spec.rows_per_shard)  # what is missing is said before memory is taken for it
         out = np.empty((stop - start, *self._spec.row_shape), self._spec.storage_dtype)
         self.read_into(out, start, stop)
         return out
@@ -138,7 +140,7 @@ class ArrayReader:
         if not 0 <= start <= stop <= self._n_rows:
             raise IndexError(f"rows {start:,} to {stop:,} were asked of {self._spec.path}, which has {self._n_rows:,}")
 
-    def _check_rows(self, rows: Sequence[int] | npt.NDArray[np.integer]) -> Rows:
+    def _check_rows(self, rows: Sequence[int] | npt.NDArray[np.integer]) -> RowNumbers:
         wanted = np.asarray(rows)
         if wanted.ndim != 1 or (wanted.size and wanted.dtype.kind not in "iu"):
             raise IndexError(f"rows of {self._spec.path} are chosen by a list of integers, not by {rows!r}")
@@ -199,7 +201,7 @@ class ArrayReader:
         except ValueError as error:
             raise shard.damaged(chunk, error) from error
 
-    def _gather_raw(self, wanted: Rows, items: npt.NDArray[np.void]) -> None:
+    def _gather_raw(self, wanted: RowNumbers, items: npt.NDArray[np.void]) -> None:
         """Gather shard by shard; all arithmetic is done before, so that a shard costs a few microseconds."""
         shards, local = np.divmod(wanted, self._spec.rows_per_shard)
         chunks, rows = np.divmod(local, self._spec.rows_per_chunk)
@@ -210,7 +212,7 @@ class ArrayReader:
                 self._verify(shard, np.unique(picked).tolist())
             items[places] = shard.raw_rows[picked, rows[places]]
 
-    def _gather(self, chunk: int, local: Rows, places: Rows, items: npt.NDArray[np.void]) -> None:
+    def _gather(self, chunk: int, local: RowNumbers, places: RowNumbers, items: npt.NDArray[np.void]) -> None:
         items[places] = self._as_items(self._new_chunk(chunk))[local]
 
     def _run(self, work: Callable[[T], None], jobs: Sequence[T]) -> None:
@@ -240,7 +242,7 @@ def _reopen(root: Path, spec: ArraySpec, n_rows: int, check: Check, threads: int
     return ArrayReader(root, spec, n_rows, check=check, threads=threads)
 
 
-def _groups(keys: Rows) -> Iterator[tuple[int, Rows]]:
+def _groups(keys: RowNumbers) -> Iterator[tuple[int, RowNumbers]]:
     """Yield each key with the places where it stands, keys ascending."""
     order = np.argsort(keys, kind="stable")
     ordered = keys[order]

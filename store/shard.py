@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from residua.store.codecs import check_chunk, encode_chunk, max_chunk_bytes
+from residua.store.codecs import PRESETS, check_chunk, encode_chunk, max_chunk_bytes
 from residua.store.crc import CRC_BYTES, Buffer, crc32c, crc_bytes
 from residua.store.errors import DamagedArchiveError, UnsafeArchiveError
 from residua.store.nonfinite import count_nonfinite
@@ -245,7 +245,8 @@ def _check_entries(entries: npt.NDArray[np.uint64], spec: ArraySpec, data_bytes:
     """Raise UnsafeArchiveError unless the chunks fill the first `data_bytes` of the file, one after the other."""
     largest = max_chunk_bytes(spec.preset, spec.chunk_bytes)
     offsets, sizes = entries.T
-    impossible = (sizes > largest) | (sizes <= CRC_BYTES)
+    least = largest if PRESETS[spec.preset].effort is None else CRC_BYTES + 1
+    impossible = (sizes > largest) | (sizes < least)
     if not impossible.any():
         ends = np.cumsum(sizes)
         impossible = (offsets != ends - sizes) | (ends > data_bytes)
@@ -254,7 +255,7 @@ def _check_entries(entries: npt.NDArray[np.uint64], spec: ArraySpec, data_bytes:
     chunk = int(impossible.argmax()) if impossible.any() else len(entries) - 1
     raise UnsafeArchiveError(
         f"{path}: the index puts chunk {chunk} at byte {offsets[chunk]} with {sizes[chunk]} bytes; chunks must "
-        f"follow each other, have at most {largest:,} bytes, and fill {data_bytes:,} bytes"
+        f"follow each other, have {least:,} to {largest:,} bytes, and fill {data_bytes:,} bytes"
     )
 
 

@@ -10,9 +10,9 @@ import numpy as np
 import numpy.typing as npt
 
 from residua.store.dtypes import storage_dtype
-from residua.store.errors import DamagedArchiveError
+from residua.store.errors import DamagedArchiveError, TooLargeError
 from residua.store.lossy import dequantise_int8
-from residua.store.reader import ArrayReader, Check, Rows
+from residua.store.reader import ArrayReader, Check, RowNumbers
 from residua.store.spec import ArraySpec
 
 if TYPE_CHECKING:
@@ -48,7 +48,7 @@ class StoredArray:
         *,
         dtype: str,
         n_rows: int,
-        require: Callable[[Rows], None],
+        require: Callable[[range | RowNumbers], None],
         check: Check = "once",
         threads: int | None = None,
     ) -> None:
@@ -86,11 +86,18 @@ class StoredArray:
         Raises:
             IndexError: A row lies outside the array.
             NotCapturedError: A row belongs to a shard that is not committed yet.
+            TooLargeError: There is too little memory for the rows.
             DamagedArchiveError: A file is missing or altered; the message names it.
         """
         if isinstance(rows, int | np.integer):
             return cast("Array", self.numpy([int(rows)], dtype=dtype)[0])
-        found = self._read(rows)
+        try:
+            found = self._read(rows)
+        except MemoryError as error:
+            raise TooLargeError(
+                f"{self.name} has {len(self):,} rows of {self.specs[0].row_bytes:,} bytes, and there is too little "
+                f"memory for those that were asked for ({error}): read fewer at a time"
+            ) from error
         found = found.view(self.dtype) if found.dtype != self.dtype else found
         return found if dtype is None else found.astype(dtype, copy=False)
 
@@ -112,8 +119,9 @@ class StoredArray:
             start, stop, step = rows.indices(len(self))
             if step == 1:
                 stop = max(start, stop)
-                self._require(np.append(np.arange(start, stop, self.specs[0].rows_per_shard), max(start, stop - 1)))
+                self._require(range(start, stop))
                 return self._merge([reader.read(start, stop) for reader in self._readers])
+            self._require(range(start, stop, step))
             rows = np.arange(start, stop, step)
         indices = self._indices(rows)
         self._require(indices)

@@ -14,13 +14,15 @@ import numpy as np
 
 from residua.store.archive import Archive
 from residua.store.commits import FOLDER, Commit, named_parts
-from residua.store.errors import ResiduaError
+from residua.store.errors import DamagedArchiveError, ResiduaError, UnsafeArchiveError
 from residua.store.examples import ExampleIndex
-from residua.store.metadata import ROOT, file_digest
+from residua.store.metadata import ROOT, SIDE_FOLDERS, file_digest
 from residua.store.shard import check_shard, shard_path
+from residua.store.small_files import check_inside, read_small
 from residua.store.spec import ArraySpec
 
 _MAX_LISTED = 8
+_MAX_GROUP_BYTES = 2**24
 _GROUP_FIELDS = {"zarr_format", "node_type", "attributes", "consolidated_metadata"}
 
 
@@ -116,11 +118,11 @@ class _Check:
             name = f"{folder}/{ROOT}"
             self._known.add(name)
             try:
-                found = json.loads((self._root / name).read_bytes())
+                found = json.loads(read_small(self._root, self._root / name, _MAX_GROUP_BYTES))
                 sound = found["zarr_format"] == 3 and found["node_type"] == "group"
                 sound = sound and isinstance(found.get("attributes", {}), dict) and not found.keys() - _GROUP_FIELDS
-            except FileNotFoundError:
-                self._problem(name, "the file is missing: restore it from a copy")
+            except (DamagedArchiveError, UnsafeArchiveError) as error:
+                self._problem(name, str(error))
             except (ValueError, KeyError, TypeError, RecursionError) as error:
                 self._problem(name, f"it cannot be read as JSON of a group ({error}): restore it from a copy")
             else:
@@ -132,8 +134,12 @@ class _Check:
         for name, digest in expected.items():
             path = self._root / name
             self._known.add(name)
+            if not self._is_inside(path):
+                continue
             if not path.is_file():
                 self._problem(name, "the file is missing: restore it from a copy")
+            elif path.stat().st_size > (most := SIDE_FOLDERS[PurePosixPath(name).parts[0]]):
+                self._problem(name, f"the file is over {most >> 20:,} MiB: restore it from a copy")
             elif file_digest(path) != digest:
                 self._problem(name, "the file was altered (its SHA-256 differs): restore it from a copy")
             else:
@@ -160,6 +166,7 @@ class _Check:
         path = shard_path(self._root, spec, commit.shard)
         n_rows = commit.rows[1] - commit.rows[0]
         try:
+            check_inside(self._root, path)
             digest = check_shard(path, spec, n_rows)
         except (ResiduaError, OSError) as error:
             self._problem(path, str(error))
@@ -172,6 +179,9 @@ class _Check:
 
     def _rows(self, first: int, stop: int, index: ExampleIndex, name: str) -> None:
         """Compare the row columns with the example table."""
+        if stop > index.total_rows:
+            self._problem(name, f"it is of rows {first:,} to {stop:,}, and the examples have {index.total_rows:,} rows")
+            return
         rows = np.arange(first, stop)
         columns = self._archive.rows
         example = np.searchsorted(index.first_row, rows, side="right") - 1
@@ -206,7 +216,7 @@ class _Check:
             known.update(shard_path(Path(), spec, shard).as_posix() for shard in commits)
         for path in sorted(self._root.rglob("*")):
             name = path.relative_to(self._root).as_posix()
-            if name in known or path.is_dir():
+            if name in known or (path.is_dir() and (not path.is_symlink() or self._is_inside(path))):
                 continue
             if path.name.endswith(".tmp"):
                 self._report.notes.append(f"{name} is a temporary of a run that was killed; the next run removes it")
@@ -216,6 +226,15 @@ class _Check:
                 self._report.notes.append(f"{name} holds examples whose shard was not committed")
             elif path.name != ROOT:
                 self._problem(name, "no record of the archive knows this file: remove it")
+
+    def _is_inside(self, path: Path) -> bool:
+        """Say whether no link on the way to `path` leads out of the archive; note the problem if one does."""
+        try:
+            check_inside(self._root, path)
+        except UnsafeArchiveError as error:
+            self._problem(path, str(error))
+            return False
+        return True
 
     @property
     def _is_growing(self) -> bool:

@@ -1,0 +1,106 @@
+"""What somebody can do to an archive who knows the format well, every checksum of it included."""
+
+import json
+import resource
+import struct
+import tracemalloc
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from residua.store.canonical import canonical_json, digest_of
+from residua.store.commits import FOLDER
+from residua.store.crc import crc32c, crc_bytes
+from residua.store.errors import ResiduaError
+from residua.store.metadata import ROOT, file_digest
+
+LITTLE_MEMORY = 48 * 2**20
+
+
+def load(path: Path) -> Any:
+    return json.loads(path.read_bytes())
+
+
+def sign_root(archive: Path, document: Any) -> None:
+    """Write the root's `zarr.json` with right digests, and let every commit belong to the plan that it holds."""
+    entry = document["attributes"]["residua"]
+    entry["digest"] = digest_of(entry["plan"])
+    entry["sha256"] = digest_of({key: value for key, value in entry.items() if key != "sha256"})
+    (archive / ROOT).write_text(json.dumps(document))
+    for path in (archive / FOLDER).iterdir():
+        sign_commit(path, {**load(path)["record"], "plan": entry["digest"]})
+
+
+def sign_array(path: Path, document: Any) -> None:
+    """Write an array's `zarr.json` with the right digest, if it has a place for one."""
+    ours = document["attributes"]["residua"]
+    if isinstance(ours, dict):
+        bare = {key: value for key, value in ours.items() if key != "sha256"}
+        ours["sha256"] = digest_of({**document, "attributes": bare})
+    path.write_text(json.dumps(document))
+
+
+def sign_commit(path: Path, record: Any) -> None:
+    path.write_bytes(canonical_json({"record": record, "sha256": digest_of(record)}))
+
+
+def sign_side_file(archive: Path, name: str, content: bytes) -> None:
+    """Replace a file of `examples`, `head` or `tokenizer`, and what the root says of it."""
+    (archive / name).write_bytes(content)
+    document = load(archive / ROOT)
+    document["attributes"]["residua"]["files"][name] = file_digest(archive / name)
+    sign_root(archive, document)
+
+
+def sign_shard(path: Path, chunks: Sequence[bytes], entries: Sequence[tuple[int, int]], n_chunks: int) -> None:
+    """Write a shard file of `chunks`, each with its crc32c, and an index that says `entries`, with its own."""
+    empty = (2**64 - 1, 2**64 - 1)
+    body = b"".join(struct.pack("<QQ", *entry) for entry in [*entries, *[empty] * (n_chunks - len(entries))])
+    stored = b"".join(chunk + crc_bytes(crc32c(chunk)) for chunk in chunks)
+    path.write_bytes(stored + body + crc_bytes(crc32c(body)))
+
+
+def in_a_row(chunks: Sequence[bytes]) -> list[tuple[int, int]]:
+    """Return the entries of an honest index of `chunks`."""
+    sizes = [len(chunk) + 4 for chunk in chunks]
+    return [(sum(sizes[:i]), size) for i, size in enumerate(sizes)]
+
+
+def places(value: Any) -> Iterator[tuple[Any, Any]]:
+    """Yield every container inside a JSON value with each of its keys."""
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, item in list(items):
+        yield value, key
+        yield from places(item)
+
+
+@contextmanager
+def little_memory() -> Iterator[None]:
+    """Fail if more than `LITTLE_MEMORY` bytes are taken inside, touched or not."""
+    tracemalloc.start()
+    try:
+        yield
+        _, most = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert most < LITTLE_MEMORY, f"{most:,} bytes were taken"
+
+
+@contextmanager
+def no_more_memory() -> Iterator[None]:
+    """Fail if the process becomes larger than it ever was by much: as `little_memory`, many times cheaper."""
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    yield
+    grown = 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+    assert grown < LITTLE_MEMORY, f"{grown:,} bytes were taken"
+
+
+def refused(read: Callable[..., object], *arguments: object) -> str:
+    """Return the message with which `read` refuses; fails if it does not, or takes much memory for it."""
+    with little_memory():
+        try:
+            found = read(*arguments)
+        except ResiduaError as error:
+            return str(error)
+    raise AssertionError(f"nothing was refused: {found!r}")
