@@ -119,7 +119,7 @@ def load_head(folder: Path, *, dtype: torch.dtype | None = None, device: torch.d
     try:
         spec = HeadSpec.from_json(_checked(folder, HEAD_FILE, _MAX_SPEC_BYTES, digests).read_bytes())
         parameters = _checked(folder, PARAMETERS_FILE, SIDE_FOLDERS["head"], digests)
-        with safe_open(parameters, "pt") as file:  # type: ignore[no-untyped-call]  # safetensors leaves it bare
+        with safe_open(parameters, "pt") as file:
             shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118  # no dict
             _check(spec, shapes, folder)
             stored = {name: file.get_tensor(name).to(device, dtype) for name in shapes}

@@ -189,7 +189,7 @@ def _table_rows(table: Any) -> Iterator[Row]:
 
 
 def _cell(name: str, scalar: Any) -> Any:
-    values = getattr(scalar, "values", None) if name in _LONG_COLUMNS else None
+    values: Any = getattr(scalar, "values", None) if name in _LONG_COLUMNS else None
     if not hasattr(values, "null_count") or values.null_count:  # of a struct, `values` is a method
         return scalar.as_py()
     return values.to_numpy(zero_copy_only=False)
