@@ -23,12 +23,10 @@ class PaddedBatch:
     Attributes:
         input_ids: Token ids.
         attention_mask: 1 for a token, 0 for padding.
-        position_ids: 0, 1, ... over the tokens of each sequence; padding repeats the nearest position.
     """
 
     input_ids: Tensor
     attention_mask: Tensor
-    position_ids: Tensor
 
 
 def padded_batch(
@@ -65,12 +63,7 @@ def padded_batch(
         start = ids.shape[1] - len(array) if side == "left" else 0
         ids[row, start : start + len(array)] = array
         mask[row, start : start + len(array)] = 1
-    attention_mask = torch.from_numpy(mask).to(device)
-    return PaddedBatch(
-        input_ids=torch.from_numpy(ids).to(device),
-        attention_mask=attention_mask,
-        position_ids=positions_of(attention_mask),
-    )
+    return PaddedBatch(input_ids=torch.from_numpy(ids).to(device), attention_mask=torch.from_numpy(mask).to(device))
 
 
 def positions_of(attention_mask: Tensor) -> Tensor:

@@ -106,7 +106,7 @@ class Placement:
                 buffer[target : target + length].copy_(flat[source : source + length])
         else:
             rows = flat.index_select(0, self._source_indices(flat.device))
-            buffer.index_copy_(0, self._target_indices, rows.to(buffer.dtype))
+            buffer.index_copy_(0, self._target_indices, rows.to(buffer.device, buffer.dtype))
 
     def gather(self, flat: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """Return the rows of `flat` (B * T, *row) in memory of their own, on its device and in `dtype`, (n, *row)."""

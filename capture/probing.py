@@ -1,13 +1,12 @@
 """The shapes of sites that only a run can tell: the model is run and looked at.
 
 A model over token ids is run twice, on batches of different height and length, so that each axis shows what
-it counts. Any other model is run once on the example that its user gives.
+it counts.
 """
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
-from typing import Any
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -18,14 +17,6 @@ from residua.capture.wrappers import named_parts
 from residua.store.errors import CaptureError
 
 _PROBES = ((2, 3), (5, 7))  # (batch, positions): products and members all differ
-
-
-@dataclass(frozen=True, kw_only=True)
-class CallArguments:
-    """Arguments that a model can be called with once: ``model(*args, **kwargs)``."""
-
-    args: tuple[Any, ...] = ()
-    kwargs: Mapping[str, Any] = field(default_factory=dict)
 
 
 def measured(model: nn.Module, sites: Mapping[str, SiteInfo]) -> dict[str, SiteInfo]:
@@ -47,26 +38,11 @@ def measured(model: nn.Module, sites: Mapping[str, SiteInfo]) -> dict[str, SiteI
     for shape in _PROBES:
         ids = torch.ones(shape, dtype=torch.long, device=device)
         kwargs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-        runs.append(_seen(model, sites, CallArguments(kwargs=kwargs)))
+        runs.append(_seen(model, sites, kwargs))
     return {name: _understood(info, runs[0][name], runs[1][name]) for name, info in sites.items()}
 
 
-def seen_once(model: nn.Module, sites: Mapping[str, SiteInfo], call: CallArguments) -> dict[str, SiteInfo]:
-    """Fill in what one run of any model tells; axis 0 of every site is taken for the batch.
-
-    Raises:
-        CaptureError: The model cannot be run on the example, or a site was not met exactly once.
-    """
-    seen = _seen(model, sites, call)
-    return {
-        name: replace(
-            info, row_shape=tuple(seen[name].shape[1:]), dtype=_dtype(seen[name]), per_token=False, flat=False
-        )
-        for name, info in sites.items()
-    }
-
-
-def _seen(model: nn.Module, sites: Mapping[str, SiteInfo], call: CallArguments) -> dict[str, Tensor]:
+def _seen(model: nn.Module, sites: Mapping[str, SiteInfo], kwargs: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Run once; return a tensor on meta for each site, in the layout in which the module has it."""
     seen: dict[str, list[Tensor]] = {name: [] for name in sites}
 
@@ -76,7 +52,7 @@ def _seen(model: nn.Module, sites: Mapping[str, SiteInfo], call: CallArguments) 
     plain = [replace(info, flat=False) for info in sites.values()]
     with attached(named_parts(model), plain, values_of(note)), evaluating(model), torch.no_grad():
         try:
-            model(*call.args, **call.kwargs)
+            model(**kwargs)
         except Exception as error:  # the boundary to the user's model: whatever it raises, we could not look
             raise CaptureError(
                 f"{type(model).__name__} was run on a small batch to see the shapes of "

@@ -63,6 +63,7 @@ def describe_model(model: nn.Module, identity: Mapping[str, Json]) -> dict[str, 
         "revision": getattr(config, "_commit_hash", None),
         "devices": cast("list[Json]", names),
         "layout": "fsdp2" if is_sharded(model) else "single",
+        "config_values": _config_values(model),
         **identity,
     }
 
@@ -71,8 +72,27 @@ def _attention(model: nn.Module) -> str | None:
     return model.config._attn_implementation if isinstance(model, PreTrainedModel) else None
 
 
+def config_differences(provenance: Mapping[str, object], model: nn.Module) -> list[str]:
+    """Return one line for each value of the model's config that is another than in `provenance`."""
+    described = provenance.get("model")
+    there = described.get("config_values") if isinstance(described, Mapping) else None
+    if not isinstance(there, Mapping):
+        return []
+    before, now = flatten(there), flatten(_config_values(model))
+    return [
+        f"model.config.{key}: the archive has {before.get(key, 'nothing')!r}, this run has {now.get(key, 'nothing')!r}"
+        for key in sorted(before.keys() | now.keys())
+        if before.get(key) != now.get(key)
+    ]
+
+
 def _config_digest(model: nn.Module) -> str:
+    return digest_of(_config_values(model) if isinstance(model, PreTrainedModel) else str(model))
+
+
+def _config_values(model: nn.Module) -> dict[str, Json]:
+    """Return what of a transformers model's config is the model's, and not this library's or this machine's."""
     if not isinstance(model, PreTrainedModel):
-        return digest_of(str(model))
+        return {}
     values = json.loads(model.config.to_json_string(use_diff=True))
-    return digest_of({key: value for key, value in values.items() if key not in _NOT_THE_MODEL})
+    return {key: value for key, value in values.items() if key not in _NOT_THE_MODEL}

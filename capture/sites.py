@@ -12,7 +12,7 @@ from torch import nn
 
 from residua.capture.anatomy import ATTENTION_KINDS, Anatomy, anatomy_of
 from residua.capture.missing import reasons
-from residua.capture.probing import CallArguments, measured, seen_once
+from residua.capture.probing import measured
 from residua.capture.siteinfo import SiteInfo
 from residua.capture.wrappers import named_parts
 from residua.store.errors import UnknownSiteError
@@ -45,19 +45,16 @@ def model_sites(model: nn.Module) -> dict[str, SiteInfo]:
     return found if anatomy.family else _measured_apart_from_patterns(model, found)
 
 
-def resolve_sites(
-    model: nn.Module, patterns: str | Iterable[str], *, call: CallArguments | None = None
-) -> dict[str, SiteInfo]:
+def resolve_sites(model: nn.Module, patterns: str | Iterable[str]) -> dict[str, SiteInfo]:
     """Turn the user's patterns into sites of this model.
 
     Args:
         model: Any torch module.
         patterns: As for `residua.store.sitenames.select`.
-        call: Arguments for one call, from which the shapes of ``module:`` sites are learnt if the model
-            takes no token ids. Without it their ``row_shape`` and ``dtype`` are None.
 
     Returns:
-        From name to site: canonical sites in the model's order, then the others as they were named.
+        From name to site: canonical sites in the model's order, then the others as they were named. Of a model that
+        takes no token ids the ``row_shape`` and ``dtype`` of ``module:`` sites are None.
 
     Raises:
         UnknownSiteError: A pattern fits nothing that this model has; the message says why and what to use.
@@ -73,8 +70,6 @@ def resolve_sites(
     unmeasured = {name: info for name, info in sites.items() if info.row_shape is None}
     if unmeasured and available:
         sites |= measured(model, unmeasured)
-    elif unmeasured and call is not None:
-        sites |= seen_once(model, unmeasured, call)
     return sites
 
 

@@ -6,7 +6,7 @@ wrappers and across the processes that share one model.
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import partial
 
@@ -26,11 +26,9 @@ from residua.capture.ranks import on_rank
 from residua.capture.siteinfo import SiteInfo
 from residua.capture.stages import Chunk, chunks_of, target_of
 from residua.capture.tapgroup import TapGroup
+from residua.capture.taps import TapFunction
 from residua.capture.whole import Parts, Wholes
 from residua.store.errors import CaptureError, PlanError
-
-TapFunction = Callable[[str, Tensor], Tensor | None]
-"""Takes a site's name and its tensor; what it gives back replaces the tensor unless it is None."""
 
 
 class Tap:

@@ -19,6 +19,7 @@ from residua.capture.wrappers import named_parts
 from residua.store.errors import CaptureError
 
 TapFunction = Callable[[str, Tensor], Tensor | None]
+"""Takes a site's name and its tensor; what it gives back replaces the tensor unless it is None."""
 
 
 class Taps:

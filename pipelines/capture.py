@@ -6,16 +6,23 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from os import PathLike, fspath
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from residua.capture.attention import eager_attention
 from residua.capture.attention_facts import attention_files
 from residua.capture.compiled import running_uncompiled
 from residua.capture.head import head_files
 from residua.capture.probing import evaluating
-from residua.capture.provenance import changed_conditions, describe_model, environment, identify_model
+from residua.capture.provenance import (
+    changed_conditions,
+    config_differences,
+    describe_model,
+    environment,
+    identify_model,
+)
 from residua.capture.record import RecordStats, record, total
 from residua.capture.replica import replica_of
 from residua.capture.sharded import Agreement, is_sharded
@@ -37,7 +44,7 @@ from residua.store.metadata import is_archive
 from residua.store.plan import Plan
 from residua.store.sizes import check_budget, shard_rows
 
-Source = str | PathLike[str] | Iterable[Any]
+DatasetSource = str | PathLike[str] | Iterable[Any]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,7 +70,7 @@ class CaptureResult:
 
 def capture_dataset(
     model: str | PathLike[str] | PreTrainedModel,
-    dataset: Source,
+    dataset: DatasetSource,
     *,
     out: str | PathLike[str],
     tokenizer: PreTrainedTokenizerBase | None = None,
@@ -111,7 +118,7 @@ def capture_dataset(
             tokenizer = tokenizer or load_tokenizer(name, chosen)
             model = load_model(name, chosen)
         else:
-            model = replica_of(model)
+            model = _language_model(replica_of(model))
         job = _Job(model, tokenizer, dataset, Path(out), chosen, command)
         return job.run(workers, on_example, on_plan, on_batch)
 
@@ -122,6 +129,17 @@ def _settings(settings: CaptureSettings | None, options: dict[str, Any]) -> Capt
     if options:
         raise PlanError(f"give settings or single options, not both: {', '.join(options)}")
     return settings
+
+
+def _language_model(model: nn.Module) -> PreTrainedModel:
+    """Return `model` as what it is, or say what to do with another one."""
+    if not isinstance(getattr(model, "config", None), PreTrainedConfig):
+        raise PlanError(
+            f"capture_dataset runs transformers models over token ids, and a {type(model).__name__} is none: call it "
+            "in a loop of your own inside residua.Recorder, which records any torch module, or pass the transformers "
+            "model that is in it"
+        )
+    return cast("PreTrainedModel", model)
 
 
 def _rules(settings: DatasetSettings) -> dict[str, Any]:
@@ -136,7 +154,7 @@ class _Job:
         self,
         model: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase | None,
-        dataset: Source,
+        dataset: DatasetSource,
         out: Path,
         settings: CaptureSettings,
         command: str | None,
@@ -280,9 +298,13 @@ class _Job:
         self._notes.extend(changed_conditions(archive.provenance))
         found = archive.plan
         if found.digest != plan.digest:
-            lines = "\n  ".join(found.differences(plan))
+            lines = found.differences(plan)
+            of_config = config_differences(archive.provenance, self._model)
+            if of_config:  # which say more than that the digests differ
+                lines = [line for line in lines if not line.startswith("model.config:")] + of_config
+            listed = "\n  ".join(lines)
             raise PlanError(
-                f"{self._out} was begun with another plan:\n  {lines}\n"
+                f"{self._out} was begun with another plan:\n  {listed}\n"
                 "Run it with the settings of the archive to go on, or choose another --out."
             )
 

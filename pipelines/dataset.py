@@ -17,12 +17,13 @@ from residua.pipelines.positions import IntArray, kept_positions
 from residua.pipelines.sources import is_dataset, local_path, open_rows
 from residua.pipelines.tokens import Source, Tokenizer, Tokens, start_tokens
 from residua.pipelines.windows import Window, cut_windows
-from residua.store.canonical import Json
+from residua.store.canonical import Json, digest_of
 from residua.store.errors import DatasetError
 from residua.store.examples import Example
 
 __all__ = ["DatasetReport", "DatasetSettings", "dataset_identity", "read_examples"]
 
+_MOST_FILES = 100
 SOURCE_COLUMNS = ("source_index", "source_token")
 
 
@@ -91,7 +92,7 @@ def dataset_identity(source: object, settings: DatasetSettings) -> dict[str, Jso
         if path is None:
             commit = dataset_commit(text, settings)
             return identity | {"kind": "hub", "id": text, "subset": settings.subset, "revision": commit}
-        return identity | {"kind": "local", "path": text, "files": _files(path)}
+        return identity | {"kind": "local", "path": text, **_files(path)}
     if is_dataset(source):
         fingerprint = getattr(source, "_fingerprint", None)
         known = None if fingerprint is None else str(fingerprint)
@@ -99,9 +100,13 @@ def dataset_identity(source: object, settings: DatasetSettings) -> dict[str, Jso
     return identity | {"kind": "iterable", "type": type(source).__name__}
 
 
-def _files(path: Path) -> list[Json]:
-    files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
-    return [{"name": file.relative_to(path.parent).as_posix(), "bytes": file.stat().st_size} for file in files]
+def _files(path: Path) -> dict[str, Json]:
+    """Return names and sizes: of the first files, their number, and the digest of the list of all."""
+    paths = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
+    files: list[Json] = [
+        {"name": file.relative_to(path.parent).as_posix(), "bytes": file.stat().st_size} for file in paths
+    ]
+    return {"files": files[:_MOST_FILES], "n_files": len(files), "files_digest": digest_of(files)}
 
 
 class _Reading:

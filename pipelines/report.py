@@ -109,7 +109,8 @@ def _print_provenance(provenance: Mapping[str, Any]) -> None:
         if isinstance(value, Mapping) and key != "packages":
             print(f"  {key}")
             for name, item in value.items():
-                print(f"    {name}: {_spelt(item)}")
+                if name != "config_values":  # long, and for the message that names differences
+                    print(f"    {name}: {_spelt(item)}")
         elif value is not None:
             print(f"  {key}: {_spelt(value)}")
 

@@ -30,7 +30,9 @@ class CaptureSettings:
     """How to turn a dataset into an archive. Each field is a flag of `residua capture`."""
 
     sites: str = _flag("resid_post.*", "sites, comma separated, with patterns: 'resid_post.*,attn_out.3'")
-    dtype: str | None = _flag(None, f"data type to store: {', '.join(FLOATS)} (default: what the model computes)")
+    dtype: str | None = _flag(
+        None, f"data type to store: {', '.join(FLOATS)} (default: each site's own, as the model computes it)"
+    )
     codec: str = _flag(DEFAULT_PRESET, f"codec preset: {', '.join(PRESETS)}")
     split: str | None = _flag(None, "split of the dataset (default: train, or the only one)")
     text_column: str | None = _flag(None, "column that holds the text (default: 'text', or the only text column)")

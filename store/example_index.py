@@ -105,12 +105,6 @@ class ExampleIndex:
         """Number of tokens of all examples, kept or not."""
         return int(self.n_tokens.sum(dtype=np.int64))
 
-    def example_of_row(self, row: int) -> int:
-        """Return the number of the example that `row` belongs to; IndexError if there is no such row."""
-        if not 0 <= row < self.total_rows:
-            raise IndexError(f"row {row}: the archive has rows 0 to {self.total_rows - 1}")
-        return int(np.searchsorted(self.first_row, row, side="right")) - 1
-
 
 class ContentDigest:
     """The running digest of a table; the module's head defines it."""

@@ -61,10 +61,6 @@ class ExampleTable:
             digest=self._parts[-1].digest if self._parts else ContentDigest().hexdigest(),
         )
 
-    def example_of_row(self, row: int) -> int:
-        """Return the number of the example that `row` belongs to; IndexError if there is no such row."""
-        return self.index().example_of_row(row)
-
     def rows(self, example_index: int) -> tuple[int, int]:
         """Return the first row of one example and the row after its last."""
         self._check(self._parts[self._place(example_index)[0]])
@@ -112,11 +108,8 @@ class ExampleTable:
                     types[field.name] = field.type
         return {name: kind for name, kind in types.items() if name not in OWN_COLUMNS}
 
-    def verify(self) -> ContentDigest:
+    def verify(self) -> None:
         """Read all tokens and positions and compare them with the digest that each part records.
-
-        Returns:
-            The running digest after the last example, to which a writer may add.
 
         Raises:
             DamagedArchiveError: The content of a part is not what was written.
@@ -128,7 +121,6 @@ class ExampleTable:
                 digest.add(*self._content(example_index))
             if digest.hexdigest() != part.digest:
                 raise DamagedArchiveError(f"{part.path}: its tokens or positions are not those that were written")
-        return digest
 
     def _place(self, example_index: int) -> tuple[int, int]:
         """Return the part that an example lies in, and its number there."""

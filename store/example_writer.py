@@ -8,7 +8,6 @@ pyarrow), as long as `flush` is called at the same places.
 from array import array
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import pyarrow as pa
@@ -26,7 +25,6 @@ from residua.store.example_index import (
     part_name,
     starts,
 )
-from residua.store.example_table import ExampleTable
 from residua.store.files import write_file
 
 BYTES_PER_PART = 2**26
@@ -40,25 +38,17 @@ class ExampleWriter:
 
     Args:
         folder: The archive's ``examples`` folder; made if it is not there.
-        schema: Arrow types of the user's columns; without it they follow from the first part's values. A
-            column that is not in a given schema is an error.
-        existing: What to do with parts that are already there: ``refuse`` them, ``replace`` them, or
-            ``continue`` after them (they are read and verified first).
         examples_per_part: A part is written when it holds so many examples,
         bytes_per_part: or so many bytes of tokens, positions and columns, uncompressed.
 
     Raises:
-        DatasetError: There are parts and `existing` is ``refuse``, or the schema names a reserved column.
-        DamagedArchiveError: The parts to continue after are damaged.
-        UnsafeArchiveError: The parts to continue after are not what this class writes.
+        DatasetError: There are parts in the folder already.
     """
 
     def __init__(
         self,
         folder: Path,
         *,
-        schema: pa.Schema | None = None,
-        existing: Literal["refuse", "replace", "continue"] = "refuse",
         examples_per_part: int = EXAMPLES_PER_PART,
         bytes_per_part: int = BYTES_PER_PART,
     ) -> None:
@@ -66,36 +56,16 @@ class ExampleWriter:
             raise DatasetError(f"examples_per_part={examples_per_part}: give 1 to {MAX_PART_EXAMPLES}")
         self._folder = folder
         self._limits = (examples_per_part, bytes_per_part)
-        self._fixed = schema is not None
-        self._types = {} if schema is None else dict(zip(schema.names, schema.types, strict=True))
-        check_names(list(self._types))
+        self._types: dict[str, pa.DataType] = {}
         self._n_tokens, self._n_rows, self._first_example = array("i"), array("i"), array("q", [0])
         self._total_rows = 0
         self._digest = ContentDigest()
         self._pending: list[Example] = []
         self._pending_bytes = 0
         folder.mkdir(parents=True, exist_ok=True)
-        self._take_up(existing)
-
-    def _take_up(self, existing: str) -> None:
-        parts = sorted(self._folder.glob("part-*.parquet"))
-        if parts and existing == "refuse":
-            raise DatasetError(f"{self._folder}: there are examples already ({parts[0].name}); use another folder")
-        if existing == "replace":
-            for part in parts:
-                part.unlink()
-        elif parts:
-            self._continue(ExampleTable(self._folder))
-
-    def _continue(self, table: ExampleTable) -> None:
-        index = table.index()
-        self._digest = table.verify()
-        self._n_tokens = array("i", index.n_tokens.tobytes())
-        self._n_rows = array("i", index.n_rows.tobytes())
-        self._first_example = array("q", index.first_example.tobytes())
-        self._total_rows = index.total_rows
-        if not self._fixed:
-            self._types = table.column_types()
+        parts = sorted(folder.glob("part-*.parquet"))
+        if parts:
+            raise DatasetError(f"{folder}: there are examples already ({parts[0].name}); use another folder")
 
     @property
     def n_examples(self) -> int:
@@ -111,14 +81,12 @@ class ExampleWriter:
         """Append one example and return its number; writes a part when that fills it.
 
         Raises:
-            DatasetError: A column has a reserved name, a name that the given schema lacks, or a value that
-                cannot be stored; values are looked at when their part is written.
+            DatasetError: A column has a reserved name, or a value that cannot be stored; values are looked at when
+                their part is written.
         """
         unknown = example.columns.keys() - self._types.keys()
         if unknown:
             check_names(sorted(unknown))
-        if unknown and self._fixed:
-            raise DatasetError(f"column {min(unknown)!r} is not in the schema, which has {sorted(self._types)}")
         self._pending.append(example)
         self._n_tokens.append(example.input_ids.size)
         self._n_rows.append(example.positions.size)

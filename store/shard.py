@@ -36,7 +36,6 @@ _ENTRY_BYTES = 16
 _MAX_LISTED = 8
 
 Array = npt.NDArray[np.generic]
-Bytes = npt.NDArray[np.uint8]
 
 
 @dataclass(frozen=True, kw_only=True)

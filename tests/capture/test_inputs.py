@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from residua.capture.inputs import forward_kwargs, padded_batch
+from residua.capture.inputs import forward_kwargs, padded_batch, positions_of
 from residua.capture.sites import model_sites
 from tests.capture.readings import LENGTHS, batch, read, sequences
 from tests.models import ODD, TINY
@@ -22,16 +22,17 @@ TOLERANCE = 2e-5
 )
 def test_a_batch_holds_each_sequence_once(examples: list[list[int]], side: str) -> None:
     padded = padded_batch(examples, pad_id=0, side="left" if side == "left" else "right")
-    assert padded.input_ids.dtype == padded.position_ids.dtype == torch.int64
+    assert padded.input_ids.dtype == padded.attention_mask.dtype == torch.int64
+    positions = positions_of(padded.attention_mask)
     assert padded.input_ids.shape == (len(examples), max(map(len, examples)))
     for row, example in enumerate(examples):
         kept = padded.attention_mask[row].bool()
         assert padded.input_ids[row][kept].tolist() == example
-        assert padded.position_ids[row][kept].tolist() == list(range(len(example)))
+        assert positions[row][kept].tolist() == list(range(len(example)))
         assert (padded.input_ids[row][~kept] == 0).all()
         edge = padded.attention_mask[row, -1 if side == "left" else 0]
         assert edge == 1
-    assert int(padded.position_ids.max()) < padded.input_ids.shape[1]
+    assert int(positions.max()) < padded.input_ids.shape[1]
 
 
 @pytest.mark.parametrize("examples", [[], [[1, 2], []]])

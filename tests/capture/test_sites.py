@@ -5,7 +5,7 @@ import torch
 import transformers as hf
 from torch import Tensor, nn
 
-from residua.capture.probing import CallArguments, measured
+from residua.capture.probing import measured
 from residua.capture.sites import model_sites, resolve_sites
 from residua.capture.taps import reading
 from residua.store.errors import CaptureError, UnknownSiteError
@@ -140,13 +140,8 @@ class Pixels(nn.Module):
 def test_any_torch_module_is_read_by_its_modules() -> None:
     model, image = Pixels().eval(), torch.randn(4, 3, 8, 8)
     assert model_sites(model) == {}
-    sites = resolve_sites(model, "module:stem,module:head@input", call=CallArguments(args=(image[:2],)))
-    assert [(i.row_shape, i.dtype, i.per_token) for i in sites.values()] == [
-        ((5, 6, 6), "float32", False),
-        ((5,), "float32", False),
-    ]
-    unseen = resolve_sites(model, "module:stem")["module:stem@output"]
-    assert (unseen.row_shape, unseen.dtype, unseen.per_token) == (None, None, False)
+    sites = resolve_sites(model, "module:stem,module:head@input")
+    assert [(i.row_shape, i.dtype, i.per_token) for i in sites.values()] == 2 * [(None, None, False)]
     values: dict[str, Tensor] = {}
     with reading(model, sites, lambda name, tensor: values.update({name: tensor.clone()})) as taps:
         logits = model(image)

@@ -21,7 +21,7 @@ from transformers import PreTrainedTokenizerFast
 
 from residua.pipelines import hub
 from residua.pipelines.dataset import DatasetReport, DatasetSettings, dataset_identity, read_examples
-from residua.store.canonical import canonical_json
+from residua.store.canonical import canonical_json, digest_of
 from residua.store.errors import DatasetError
 from residua.store.examples import Example, ExampleTable, ExampleWriter
 
@@ -471,6 +471,16 @@ class TestHub:
 
 
 class TestIdentity:
+    def test_of_many_files_the_first_are_named_and_all_are_counted(self, tmp_path: Path) -> None:
+        for number in range(250):
+            (tmp_path / f"{number:03d}.txt").write_text("x" * number)
+        before = dataset_identity(tmp_path, DatasetSettings())
+        assert (len(list(before["files"])), before["n_files"]) == (100, 250)  # type: ignore[call-overload]  # JSON
+        (tmp_path / "249.txt").write_text("y")
+        after = dataset_identity(tmp_path, DatasetSettings())
+        assert before["files"] == after["files"]
+        assert before["files_digest"] != after["files_digest"]
+
     def test_what_names_a_dataset(self, tmp_path: Path) -> None:
         path = write_source(tmp_path, "jsonl")
         chosen = DatasetSettings(split="train")
@@ -479,6 +489,8 @@ class TestIdentity:
             "path": str(path),
             "split": "train",
             "files": [{"name": "data.jsonl", "bytes": path.stat().st_size}],
+            "n_files": 1,
+            "files_digest": digest_of([{"name": "data.jsonl", "bytes": path.stat().st_size}]),
         }
         folder = write_source(tmp_path, "folder")
         assert dataset_identity(folder, chosen)["files"] == [

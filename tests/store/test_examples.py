@@ -80,16 +80,12 @@ class TestRoundTrip:
             assert (index.n_examples, index.total_rows, index.total_tokens) == (5, 7, 10)
             assert index.digest == expected_digest(CONTENT)
 
-    def test_examples_by_number_by_batch_and_by_row(self, tmp_path: Path) -> None:
+    def test_examples_by_number_and_by_batch(self, tmp_path: Path) -> None:
         written(tmp_path)
         table = ExampleTable(tmp_path, cached_groups=1)
         assert as_lists(table) == CONTENT
         assert (table.tokens(3).tolist(), table.positions(0).tolist()) == ([1, 2, 3, 4], [0, 2])
         assert [ids.tolist() for ids, _ in table.batch([4, 0])] == [[8, 8], [5, 6, 7]]
-        assert [table.example_of_row(row) for row in range(7)] == [0, 0, 3, 3, 3, 3, 4]
-        for row in (-1, 7):
-            with pytest.raises(IndexError, match="rows 0 to 6"):
-                table.example_of_row(row)
         with pytest.raises(IndexError, match="examples 0 to 4"):
             table.tokens(5)
 
@@ -204,23 +200,10 @@ class TestParts:
         digests = {written(tmp_path / str(n), examples_per_part=n).digest for n in (1, 2, 5)}
         assert digests == {expected_digest(CONTENT)}
 
-    def test_existing_parts_are_refused_replaced_or_continued(self, tmp_path: Path) -> None:
+    def test_existing_parts_are_refused(self, tmp_path: Path) -> None:
         written(tmp_path)
         with pytest.raises(DatasetError, match=r"examples already \(part-00000"):
             ExampleWriter(tmp_path)
-        writer = ExampleWriter(tmp_path, existing="continue")
-        assert writer.add(example([4], [0], label=5)) == 5
-        index = writer.close()
-        assert index.digest == expected_digest([*CONTENT, ([4], [0])])
-        assert ExampleTable(tmp_path).index().first_row.tolist() == index.first_row.tolist()
-        ExampleWriter(tmp_path, existing="replace").close()
-        assert list(tmp_path.iterdir()) == []
-
-    def test_continuing_damaged_parts_is_refused(self, tmp_path: Path) -> None:
-        written(tmp_path)
-        (tmp_path / "part-00001.parquet").write_bytes(b"")
-        with pytest.raises(DamagedArchiveError, match="part-00001"):
-            ExampleWriter(tmp_path, existing="continue")
 
 
 class TestColumns:
@@ -272,21 +255,6 @@ class TestColumns:
             return
         with pytest.raises(DatasetError, match=message):
             self.write(tmp_path, {"c": first}, {"c": second}, per_part=per_part)
-
-    def test_a_given_schema_rules(self, tmp_path: Path) -> None:
-        schema = pa.schema([("score", pa.float32()), ("n", pa.int16())])
-        writer = ExampleWriter(tmp_path, schema=schema)
-        writer.add(example([1], [0], score=1, n=7))
-        with pytest.raises(DatasetError, match="column 'm' is not in the schema"):
-            writer.add(example([1], [0], m=1))
-        writer.close()
-        assert ExampleTable(tmp_path).column_types() == {"score": pa.float32(), "n": pa.int16()}
-        writer = ExampleWriter(tmp_path, schema=schema, existing="replace")
-        writer.add(example([1], [0], n=70_000))
-        with pytest.raises(DatasetError, match="column 'n'"):
-            writer.close()
-        with pytest.raises(DatasetError, match="column 'n_rows'"):
-            ExampleWriter(tmp_path, schema=pa.schema([("n_rows", pa.int32())]))
 
     def test_an_example_checks_itself(self) -> None:
         good = np.array([1, 2], np.int32)

@@ -1,0 +1,74 @@
+"""What a capture makes of the model that it is given: its data types, its config, and what is no language model."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import LlamaConfig, PreTrainedModel
+
+from residua.pipelines.capture import capture_dataset
+from residua.store.errors import PlanError
+from tests.models import TINY
+
+TOKENS = [[5, 6, 7, 8], [9, 10]]
+ROUTER = "module:model.layers.0.mlp.router"
+
+
+class Routed(nn.Module):
+    """An MLP beside a router that computes in float32, as those of many mixtures of experts do."""
+
+    def __init__(self, mlp: nn.Module, width: int) -> None:
+        super().__init__()
+        self.mlp = mlp
+        self.router = nn.Linear(width, 3, dtype=torch.float32)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        scores = self.router(hidden.float()).softmax(-1)
+        out: Tensor = self.mlp(hidden) * scores.amax(-1, keepdim=True).to(hidden.dtype)
+        return out
+
+
+def routed() -> PreTrainedModel:
+    torch.manual_seed(0)
+    model = TINY["llama"]().to(torch.bfloat16)
+    block = model.model.layers[0]
+    block.mlp = Routed(block.mlp, 32)
+    return model
+
+
+def test_a_site_that_computes_wider_than_the_model_is_stored_as_it_computes(tmp_path: Path) -> None:
+    model = routed()
+    seen: list[Tensor] = []
+    hook = model.model.layers[0].mlp.router.register_forward_hook(lambda *a: seen.append(a[2].detach().flatten(0, 1)))
+    with torch.inference_mode():
+        model(torch.tensor(TOKENS[:1]))
+    hook.remove()
+    archive = capture_dataset(model, TOKENS[:1], out=tmp_path / "own.zarr", sites=f"{ROUTER},resid_post.0").archive
+    assert [str(archive[site].dtype) for site in archive.sites] == ["bfloat16", "float32"]
+    assert np.array_equal(archive[f"{ROUTER}@output"][:], seen[0].numpy())
+    asked = capture_dataset(model, TOKENS[:1], out=tmp_path / "b.zarr", sites=ROUTER, dtype="bfloat16").archive
+    assert str(asked[f"{ROUTER}@output"].dtype) == "bfloat16"
+
+
+def test_of_another_config_only_the_keys_that_differ_are_named(tmp_path: Path) -> None:
+    model = TINY["llama"]()
+    capture_dataset(model, TOKENS, out=tmp_path / "a.zarr", sites="embed")
+    assert isinstance(model.config, LlamaConfig)
+    model.config.rms_norm_eps = 1e-3
+    model.config.rope_parameters = {**(model.config.rope_parameters or {}), "rope_theta": 77.0}  # type: ignore[assignment]  # a dictionary is one
+    with pytest.raises(PlanError, match="begun with another plan") as caught:
+        capture_dataset(model, TOKENS, out=tmp_path / "a.zarr", sites="embed")
+    lines = str(caught.value).splitlines()[1:-1]
+    assert [line.partition(":")[0].strip() for line in lines] == [
+        "model.config.rms_norm_eps",
+        "model.config.rope_parameters.rope_theta",
+    ]
+    assert lines[0].endswith("this run has 0.001")
+
+
+def test_what_is_no_transformers_model_is_sent_to_the_recorder(tmp_path: Path) -> None:
+    with pytest.raises(PlanError, match=r"a Linear is none: call it in a loop of your own inside residua\.Recorder"):
+        capture_dataset(nn.Linear(2, 2), TOKENS, out=tmp_path / "a.zarr")  # type: ignore[arg-type]  # that is the point
+    assert list(tmp_path.glob("*.zarr")) == []
