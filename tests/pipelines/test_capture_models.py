@@ -32,16 +32,19 @@ class Routed(nn.Module):
 
 def routed() -> PreTrainedModel:
     torch.manual_seed(0)
-    model = TINY["llama"]().to(torch.bfloat16)
-    block = model.model.layers[0]
-    block.mlp = Routed(block.mlp, 32)
+    model = TINY["llama"]()
+    for parameter in model.parameters():
+        parameter.data = parameter.data.bfloat16()
+    model.get_submodule("model.layers.0").mlp = Routed(model.get_submodule("model.layers.0.mlp"), 32)
     return model
 
 
 def test_a_site_that_computes_wider_than_the_model_is_stored_as_it_computes(tmp_path: Path) -> None:
     model = routed()
     seen: list[Tensor] = []
-    hook = model.model.layers[0].mlp.router.register_forward_hook(lambda *a: seen.append(a[2].detach().flatten(0, 1)))
+    hook = model.get_submodule("model.layers.0.mlp.router").register_forward_hook(
+        lambda *a: seen.append(a[2].detach().flatten(0, 1))
+    )
     with torch.inference_mode():
         model(torch.tensor(TOKENS[:1]))
     hook.remove()
@@ -57,7 +60,7 @@ def test_of_another_config_only_the_keys_that_differ_are_named(tmp_path: Path) -
     capture_dataset(model, TOKENS, out=tmp_path / "a.zarr", sites="embed")
     assert isinstance(model.config, LlamaConfig)
     model.config.rms_norm_eps = 1e-3
-    model.config.rope_parameters = {**(model.config.rope_parameters or {}), "rope_theta": 77.0}  # type: ignore[assignment]  # a dictionary is one
+    model.config.rope_parameters = {**(model.config.rope_parameters or {}), "rope_theta": 77.0}
     with pytest.raises(PlanError, match="begun with another plan") as caught:
         capture_dataset(model, TOKENS, out=tmp_path / "a.zarr", sites="embed")
     lines = str(caught.value).splitlines()[1:-1]
