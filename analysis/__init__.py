@@ -7,11 +7,12 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from residua.analysis.loader import Loader
     from residua.analysis.views import array
 
-__all__ = ["array"]
+__all__ = ["Loader", "array"]
 
-_HOMES = {"array": "views"}
+_HOMES = {"Loader": "loader", "array": "views"}
 
 
 def __getattr__(name: str) -> Any:

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from functools import cached_property
 from os import PathLike
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -25,6 +25,9 @@ from residua.store.spec import ArraySpec
 from residua.store.stored import Array, StoredArray
 
 _TOKENIZER = "tokenizer/tokenizer.json"
+
+if TYPE_CHECKING:
+    import residua
 
 
 class Rows(NamedTuple):
@@ -246,6 +249,22 @@ class Archive(Mapping[str, StoredArray]):
             )
         names = self.sites if sites is None else self.select(sites)
         return {name: self._arrays[name][start:stop] for name in names}
+
+    def loader(self, sites: str | Iterable[str], *, batch_size: int, **settings: Any) -> "residua.analysis.Loader":
+        """Return batches of rows for training with torch; `residua.analysis.Loader` has the settings.
+
+        >>> for batch in archive.loader("resid_post.3", batch_size=4096, seed=0):  # doctest: +SKIP
+        ...     step(batch["resid_post.3"])
+
+        Raises:
+            UnknownSiteError: `sites` names no stored site.
+            AnalysisError: The settings do not fit each other or the archive.
+        """
+        import residua
+
+        make: Any = residua.analysis.Loader
+        loader: residua.analysis.Loader = make(self, sites, batch_size=batch_size, **settings)
+        return loader
 
     def text(self, row: int, context: int = 10) -> str:
         """Return the text around `row`, with the row's own token between « and ».

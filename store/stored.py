@@ -103,14 +103,22 @@ class StoredArray:
 
     def torch(self, rows: RowSelection = ..., *, dtype: "torch.dtype | None" = None) -> "torch.Tensor":
         """Return the chosen rows as a torch tensor on the CPU, cast to `dtype` if one is given."""
-        import torch
-
-        found = self.numpy(rows)
-        if self._dtype_name == "bfloat16":
-            tensor = torch.from_numpy(np.ascontiguousarray(found).view(np.int16)).view(torch.bfloat16)
-        else:
-            tensor = torch.from_numpy(found)
+        tensor = as_tensor(self.numpy(rows))
         return tensor if dtype is None else tensor.to(dtype)
+
+    def read_into(self, out: Array, start: int, stop: int) -> None:
+        """Read rows `start` to `stop` (not included) into `out`, C-contiguous and of this array's dtype.
+
+        Raises:
+            IndexError: The array has no such rows.
+            NotCapturedError: A row belongs to a shard that is not committed yet.
+            DamagedArchiveError: A file is missing or altered; the message names it.
+        """
+        if len(self._readers) > 1:
+            out[...] = self.numpy(slice(start, stop))
+        elif stop > start:
+            self._require(range(start, stop))
+            self._readers[0].read_into(out.view(self.specs[0].storage_dtype), start, stop)
 
     def _read(self, rows: RowSelection) -> Array:
         if isinstance(rows, EllipsisType):
@@ -152,3 +160,12 @@ class StoredArray:
         if values.shape != codes.shape:
             raise DamagedArchiveError(f"{self.name}: codes and scales do not fit together: the archive is damaged")
         return values
+
+
+def as_tensor(values: Array) -> "torch.Tensor":
+    """Return a torch tensor on the memory of `values`, or on a copy of them if they are not contiguous bfloat16."""
+    import torch
+
+    if values.dtype == ml_dtypes.bfloat16:
+        return torch.from_numpy(np.ascontiguousarray(values).view(np.int16)).view(torch.bfloat16)
+    return torch.from_numpy(values)

@@ -1,0 +1,94 @@
+"""The rows that a loader hands out, as blocks of neighbours: how high a block is, and which of its rows are chosen."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from residua.analysis.blocks import blocks
+from residua.analysis.filters import RowFilter
+from residua.store.archive import Archive
+from residua.store.codecs import PRESETS
+from residua.store.errors import AnalysisError
+
+Rows = npt.NDArray[np.int64]
+
+_RAW_BYTES = 64 * 1024  # a copy of less is mostly overhead
+_FEWEST_PER_BUFFER = 64
+_MOST_BLOCKS = 2**19
+
+
+def row_bytes(archive: Archive, sites: Sequence[str]) -> int:
+    """Return the bytes of one row of all of `sites`."""
+    return sum(archive.plan.site(site).row_bytes for site in sites)
+
+
+def block_rows(archive: Archive, sites: Sequence[str], buffer_bytes: int) -> int:
+    """Return how many neighbouring rows to read at a time: few mix better, but a chunk is decoded as a whole.
+
+    That is a chunk's rows; less, where sites have chunks of other heights and a buffer would hold few blocks; and
+    less where nothing has to be decoded. Always a power of two.
+    """
+    size = row_bytes(archive, sites)
+    specs = [spec for site in sites for spec in archive[site].specs]
+    heights = [spec.rows_per_chunk for spec in specs]
+    if all(PRESETS[spec.preset].effort is None for spec in specs):
+        rows = min(*heights, 1 << max(0, (_RAW_BYTES // size).bit_length() - 1), heights[0])
+    else:
+        rows = max(heights)
+        while rows > min(heights) and rows * size * _FEWEST_PER_BUFFER > buffer_bytes:
+            rows //= 2
+    while archive.n_rows > rows * _MOST_BLOCKS and rows < archive.plan.rows_per_shard:
+        rows *= 2
+    return rows
+
+
+class ChosenRows:
+    """Captured rows in blocks of `height`, all of them or those that a filter chooses, which takes a bit a row.
+
+    Attributes:
+        counts: Chosen rows of each block, int64.
+
+    Args:
+        archive: The archive.
+        height: Rows of a block, a power of two.
+        where: Chooses rows.
+
+    Raises:
+        AnalysisError: The filter does not fit the archive, or no row is chosen.
+    """
+
+    def __init__(self, archive: Archive, height: int, where: RowFilter | None) -> None:
+        shards = blocks(archive)
+        pieces = [np.arange(start, stop, height) for start, stop in shards]
+        self._starts = np.concatenate([np.zeros(0, np.int64), *pieces])
+        shard_stops = np.repeat([stop for _, stop in shards], [len(piece) for piece in pieces])
+        self._heights = np.minimum(height, shard_stops - self._starts)
+        self._offsets = np.cumsum(self._heights) - self._heights
+        self.counts: Rows = self._heights
+        self._bits: npt.NDArray[np.uint8] | None = None
+        if where is not None:
+            self._choose(np.concatenate([np.zeros(0, bool), *(where.mask(archive, *shard) for shard in shards)]))
+        if not self.n_rows:
+            found = f"{int(self._heights.sum()):,} captured rows" + (f", none with {where.text}" if where else "")
+            raise AnalysisError(f"there is nothing to load: {archive.path} has {found}: capture, or choose, some")
+
+    def _choose(self, mask: npt.NDArray[np.bool_]) -> None:
+        if len(mask):
+            self.counts = np.add.reduceat(mask.astype(np.int64), self._offsets)
+        self._bits = np.packbits(mask)
+
+    @property
+    def n_rows(self) -> int:
+        """How many rows are chosen."""
+        return int(self.counts.sum())
+
+    def rows(self, block: int, first: int, last: int) -> Rows:
+        """Return the numbers of the rows `first` to `last` (not included) among those chosen of a block."""
+        start = int(self._starts[block])
+        if self._bits is None:
+            return np.arange(start + first, start + last)
+        byte, skipped = divmod(int(self._offsets[block]), 8)
+        n_bits = skipped + int(self._heights[block])
+        mask = np.unpackbits(self._bits[byte : byte + -(-n_bits // 8)], count=n_bits)[skipped:]
+        return start + np.flatnonzero(mask)[first:last]
