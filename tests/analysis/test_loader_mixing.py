@@ -5,7 +5,6 @@ a block are alike. With K blocks in the buffer and batches of B rows, the mean o
 rows drawn from K blocks drawn from all: about 1 + B/K times the variance that a full shuffle has.
 """
 
-
 import numpy as np
 import numpy.typing as npt
 import pytest
