@@ -3,13 +3,13 @@
 import time
 from typing import Protocol
 
-import numpy as np
 import torch
 from torch import nn
 
-from residua.capture.inputs import forward_kwargs, padded_batch
+from residua.capture.inputs import forward_kwargs
 from residua.capture.placement import BatchRows
-from residua.capture.rows import ExampleRows, batch_rows, by_position
+from residua.capture.planbatch import plan_batch
+from residua.capture.rows import batch_rows, by_position
 from residua.capture.sharded import is_sharded
 from residua.store.errors import CaptureError
 from residua.store.examples import ExampleTable
@@ -54,7 +54,6 @@ class BatchRunner:
         self._model = model
         self._plan = plan
         self._table = table
-        self._first_row = table.index().first_row
         self._sink = sink
         self._device = next(model.parameters()).device
         self._shape = (0, 0)
@@ -71,22 +70,10 @@ class BatchRunner:
 
     def run(self, batch: Batch) -> None:
         """Run one batch."""
-        examples = self._table.batch(batch.examples.tolist())
-        tokens = [input_ids for input_ids, _ in examples]
-        padded = padded_batch(tokens, side=self._plan.padding, device=self._device)
+        made = plan_batch(self._table, batch.examples.tolist(), side=self._plan.padding, device=self._device)
+        padded, rows = made.padded, made.rows
         n_examples, n_positions = padded.input_ids.shape
         self._shape = (n_examples, n_positions)
-        left = self._plan.padding == "left"
-        rows = [
-            ExampleRows(
-                example=number,
-                first_row=int(self._first_row[number]),
-                input_ids=input_ids,
-                positions=positions,
-                padded=np.arange(len(input_ids), dtype=np.int64) + (n_positions - len(input_ids) if left else 0),
-            )
-            for number, (input_ids, positions) in zip(batch.examples.tolist(), examples, strict=True)
-        ]
         self._sink.begin(batch_rows(rows, n_positions))
         self._n_missing = len(self._plan.sites)
         started = time.perf_counter()
@@ -102,7 +89,7 @@ class BatchRunner:
             ) from error
         self.forward_seconds += time.perf_counter() - started
         self.n_rows += sum(len(example.positions) for example in rows)
-        self.n_tokens += sum(len(input_ids) for input_ids in tokens)
+        self.n_tokens += sum(len(example.input_ids) for example in rows)
 
     def run_along(self) -> None:
         """Run a token whose rows nobody wants, because the other workers' forward pass needs this one's."""

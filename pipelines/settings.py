@@ -6,18 +6,15 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Self
 
-import yaml
-
 from residua.capture.siteplans import FLOATS
 from residua.pipelines.dataset import DatasetSettings
 from residua.store.codecs import DEFAULT_PRESET, PRESETS
 from residua.store.errors import PlanError
 from residua.store.sizes import HOST_MEMORY_BYTES
+from residua.store.yamltext import parse_yaml
 
 _MAX_CONFIG_BYTES = 64 * 1024
 _MOST_BITS = 63
-# What PyYAML raises for scalars that do not fit their tag ("!!int ''", "2001-99-99"), besides its own errors.
-_YAML_ERRORS = (yaml.YAMLError, ValueError, ArithmeticError, LookupError, TypeError, AttributeError, RecursionError)
 
 
 def _flag(default: Any, text: str) -> Any:
@@ -127,15 +124,6 @@ def _type_name(annotation: str) -> str:
     return annotation.removeprefix("<class '").removesuffix("'>")
 
 
-class _TreeLoader(yaml.SafeLoader):
-    """YAML without references."""
-
-    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
-        if self.check_event(yaml.AliasEvent):
-            raise yaml.YAMLError("references such as *name are not allowed here")
-        return super().compose_node(parent, index)
-
-
 def read_config(path: Path) -> dict[str, Any]:
     """Return the settings in a YAML or JSON file.
 
@@ -148,8 +136,8 @@ def read_config(path: Path) -> dict[str, Any]:
     if path.stat().st_size > _MAX_CONFIG_BYTES:
         raise PlanError(f"--config {path} is over 64 KiB: it should hold settings")
     try:
-        values = yaml.load(path.read_text(encoding="utf-8"), _TreeLoader)  # noqa: S506  # a SafeLoader that takes less
-    except _YAML_ERRORS as error:
+        values = parse_yaml(path.read_text(encoding="utf-8"))
+    except ValueError as error:
         raise PlanError(f"--config {path} is neither YAML nor JSON: {error}") from error
     if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
         raise PlanError(f"--config {path} should be a mapping of settings, for example 'max-length: 128'")

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from residua.analysis.top import top
     from residua.capture.parameters import whole_parameter
     from residua.capture.recorder import Recorder
+    from residua.capture.replay import replay
     from residua.capture.sites import model_sites
     from residua.capture.tap import tap
     from residua.capture.tapgroup import TapGroup
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from residua.store.archive import Archive
     from residua.store.archive import Archive as open  # noqa: A004, N813  # read as residua.open(path)
     from residua.store.errors import ResiduaError
+    from residua.store.overlay import overlay
     from residua.store.verify import verify
 
 __version__ = version("residua")
@@ -36,6 +38,8 @@ __all__ = [
     "capture_dataset",
     "model_sites",
     "open",
+    "overlay",
+    "replay",
     "reproduce",
     "stats",
     "tap",
@@ -54,6 +58,8 @@ _HOMES = {
     "capture_dataset": "pipelines.capture:capture_dataset",
     "model_sites": "capture.sites:model_sites",
     "open": "store.archive:Archive",
+    "overlay": "store.overlay:overlay",
+    "replay": "capture.replay:replay",
     "reproduce": "pipelines.reproduce:reproduce",
     "stats": "analysis.stats:stats",
     "tap": "capture.tap:tap",

@@ -166,12 +166,12 @@ class Archive(Mapping[str, StoredArray]):
             specs,
             dtype=dtype,
             n_rows=self.n_rows,
-            require=self._require,
+            require=self.require_captured,
             check=self._check,
             threads=self._threads,
         )
 
-    def _require(self, rows: range | RowNumbers) -> None:
+    def require_captured(self, rows: range | RowNumbers) -> None:
         """Raise NotCapturedError unless every one of `rows` lies in a committed shard."""
         if self._is_complete:
             return

@@ -60,6 +60,11 @@ class Schedule:
         batches.sort(key=lambda batch: bool(np.isin(last, batch.examples)))
         return batches
 
+    def batch_of(self, example: int) -> Batch | None:
+        """Return the batch that `example` runs in; None if it has no kept row and so runs in none."""
+        group = int(self._index.first_row[example]) // self._height
+        return next((batch for batch in self.batches(group) if example in batch.examples), None)
+
     def _fill(self, examples: npt.NDArray[np.int64], shard: int) -> Iterator[Batch]:
         start = 0
         while start < len(examples):

@@ -1,0 +1,209 @@
+"""From edits to what happens at a site: one action for each edit and site, checked before the model runs."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+
+from residua.capture.editkinds import MAKERS, Action, Chosen, Surroundings, opened
+from residua.capture.oracle import whole_sites
+from residua.capture.placement import Indices
+from residua.capture.planbatch import PlanBatch
+from residua.capture.rows import ExampleRows
+from residua.capture.siteinfo import SiteInfo
+from residua.capture.staging import torch_dtype
+from residua.capture.storedrows import StoredRows
+from residua.store.chosenrows import RowChooser
+from residua.store.edits import Edit, Function, Scale, Swap, Zero
+from residua.store.errors import PlanError, UnknownSiteError
+from residua.store.examples import ExampleTable
+
+
+def action_of(edit: Edit, info: SiteInfo, around: Surroundings) -> Action:
+    """Return what `edit` does at a site; everything that can be checked beforehand is.
+
+    Raises:
+        PlanError: The edit does not fit the site: the width of a vector, a type that cannot hold it, an archive, lens
+            or overlay that lacks the site or is of another plan.
+    """
+    if info.site.kind == "pattern" and not isinstance(edit, Zero | Scale | Function):
+        raise PlanError(f"{edit.kind} does not fit {info.name}, whose rows are as long as their example; use z")
+    action = MAKERS[type(edit)](edit, info, around)
+    return _within(edit, info, action)
+
+
+def _within(edit: Edit, info: SiteInfo, action: Action) -> Action:
+    """Let an action change the chosen heads and channels only."""
+    mask = part_mask(edit, info)
+    if mask is None:
+        return action
+
+    def in_part(rows: Tensor, at: Chosen) -> Tensor:
+        return torch.where(mask.to(rows.device), action(rows, at), rows)
+
+    return in_part
+
+
+def part_mask(edit: Edit, info: SiteInfo) -> Tensor | None:
+    """Return which entries of a row an edit changes, as its shape; None for all of them.
+
+    Raises:
+        PlanError: The site has no heads, or not so many heads or channels.
+    """
+    heads, channels = edit.chosen.heads, edit.chosen.channels
+    if heads is None and channels is None:
+        return None
+    shape = tuple(1 if size is None else size for size in info.row_shape or ())
+    mask = torch.zeros(shape, dtype=torch.bool)
+    if heads is not None and (len(shape) != 2 or info.site.kind == "module"):
+        raise PlanError(f"{info.name} has no heads; z, q, k, v and pattern have")
+    if channels is not None and info.site.kind == "pattern":
+        raise PlanError(f"{info.name} has no channels: its last axis is the keys of each example")
+    for name, chosen, size in (("head", heads, shape[0]), ("channel", channels, shape[-1])):
+        if chosen is not None and max(chosen) >= size:
+            raise PlanError(f"{info.name} has {size} {name}s: there is no {name} {max(chosen)}")
+    rows = mask if heads is None else mask[list(heads)]
+    rows[..., slice(None) if channels is None else list(channels)] = True
+    if heads is not None:
+        mask[list(heads)] = rows
+    return mask
+
+
+@dataclass(frozen=True, kw_only=True)
+class EditAt:
+    """One edit with what it does at each of its sites.
+
+    Attributes:
+        edit: The edit.
+        number: Its place in the list, from 1.
+        actions: From site to action.
+        chooser: The examples that it speaks of.
+        source: Where swapped rows come from; None for the archive itself.
+    """
+
+    edit: Edit
+    number: int
+    actions: Mapping[str, Action]
+    chooser: RowChooser
+    source: ExampleTable
+
+    def chosen(self, batch: PlanBatch) -> Chosen:
+        """Return the rows of a batch that the edit changes.
+
+        Raises:
+            PlanError: It names tokens whose rows are not stored, and needs these.
+        """
+        parts = [self._of_example(batch, place, example) for place, example in enumerate(batch.rows)]
+        return Chosen(**{name: np.concatenate([part[name] for part in parts]) for name in parts[0]})
+
+    def _of_example(self, batch: PlanBatch, place: int, example: ExampleRows) -> dict[str, Indices]:
+        tokens = np.flatnonzero(self.chooser.tokens(self.edit.chosen, example.example))
+        if isinstance(self.edit, Swap):
+            tokens = _paired(self.edit, example.example, tokens)
+        rows = _rows_at(example.positions, example.first_row, tokens)
+        from_rows = self._swapped_rows(self.edit, example, tokens) if isinstance(self.edit, Swap) else rows
+        if self.edit.needs_stored_rows:
+            self._refuse_missing(example, tokens[from_rows < 0])
+            is_there = from_rows >= 0
+            tokens, rows, from_rows = tokens[is_there], rows[is_there], from_rows[is_there]
+        return {
+            "source": place * batch.n_positions + example.padded[tokens],
+            "example": np.full(len(tokens), example.example, np.int64),
+            "position": tokens,
+            "row": rows,
+            "from_row": from_rows,
+        }
+
+    def _swapped_rows(self, edit: Swap, example: ExampleRows, tokens: Indices) -> Indices:
+        """Rows that take the place of `tokens` of an example; -1 where there is none."""
+        if not len(tokens):
+            return tokens
+        source = edit.source[example.example] if isinstance(edit.source, Mapping) else edit.source
+        if not 0 <= source < len(self.source):
+            raise PlanError(f"edit {self.number}: there is no example {source} to swap rows with")
+        if isinstance(edit.align, str):
+            shift = int(self.source.index().n_tokens[source]) - len(example.input_ids)
+            there = tokens + (shift if edit.align == "end" else 0)
+        else:
+            pairs = dict(edit.align)
+            there = np.array([pairs[token] for token in tokens.tolist()], np.int64)
+        return _rows_at(self.source.positions(source), self.source.rows(source)[0], there)
+
+    def _refuse_missing(self, example: ExampleRows, tokens: Indices) -> None:
+        """Tokens that were named have to be there; where all are meant, those that are stored are."""
+        in_pairs = isinstance(self.edit, Swap) and not isinstance(self.edit.align, str)
+        if len(tokens) and (in_pairs or not self.edit.chosen.is_every_token):
+            raise PlanError(
+                f"edit {self.number} ({self.edit.kind}) needs a stored row for position {int(tokens[0])} of example "
+                f"{example.example}, and there is none: choose positions that were kept"
+            )
+
+    def step(self, name: str, chosen: Chosen) -> Callable[[Tensor], Tensor]:
+        """Return what the edit does to the (examples, positions, *row) tensor of a site."""
+
+        def change(tensor: Tensor) -> Tensor:
+            flat = tensor.flatten(0, 1)
+            source = torch.from_numpy(chosen.source).to(flat.device)
+            rows = flat.index_select(0, source)
+            new = self.actions[name](rows, chosen)
+            self._refuse_overflow(name, rows, new)
+            return flat.index_copy(0, source, new).view_as(tensor)
+
+        return change
+
+    def _refuse_overflow(self, name: str, rows: Tensor, new: Tensor) -> None:
+        if new.dtype == torch.float16 and bool((torch.isfinite(rows) & ~torch.isfinite(new)).any()):
+            raise PlanError(
+                f"edit {self.number} ({self.edit.kind} at {name}) goes beyond what float16, in which the model "
+                "computes, can hold: make it smaller, or load the model in bfloat16 or float32"
+            )
+
+
+def _paired(edit: Swap, example: int, tokens: Indices) -> Indices:
+    """Leave out the tokens that a swap names no partner for."""
+    if isinstance(edit.source, Mapping) and example not in edit.source:
+        return tokens[:0]
+    return tokens if isinstance(edit.align, str) else tokens[np.isin(tokens, [here for here, _ in edit.align])]
+
+
+def _rows_at(positions: npt.NDArray[np.int32], first_row: int, tokens: Indices) -> Indices:
+    """Rows of an example's tokens; -1 for those that were not kept."""
+    places = np.searchsorted(positions, tokens)
+    is_kept = (places < len(positions)) & (positions[np.minimum(places, len(positions) - 1)] == tokens)
+    return np.where(is_kept, first_row + places, -1).astype(np.int64)
+
+
+def edits_at(edits: Sequence[Edit], model: nn.Module, stored: StoredRows, chooser: RowChooser) -> list[EditAt]:
+    """Resolve edits against a model and an archive, before anything runs.
+
+    Raises:
+        PlanError: An edit does not fit; the message says which.
+        UnknownSiteError: The model has no such site.
+    """
+    found = []
+    for number, edit in enumerate(edits, start=1):
+        title = f"edit {number} ({edit.kind})"
+        try:
+            chooser.check(edit)
+            infos = whole_sites(model, list(edit.sites))
+            actions = {name: _action_at(edit, info, stored, chooser) for name, info in infos.items()}
+        except UnknownSiteError as error:
+            raise UnknownSiteError(f"{title}: {error}") from None
+        except PlanError as error:
+            raise PlanError(f"{title}: {error}") from error
+        other = edit.archive if isinstance(edit, Swap) else None
+        table = (stored.archive if other is None else opened(other)).example_table
+        found.append(EditAt(edit=edit, number=number, actions=actions, chooser=chooser, source=table))
+    return found
+
+
+def _action_at(edit: Edit, info: SiteInfo, stored: StoredRows, chooser: RowChooser) -> Action:
+    if not info.per_token or info.row_shape is None or info.dtype is None or info.site.top is not None:
+        raise PlanError(f"{info.name} does not hold one entry a token that could be changed; choose another site")
+    dtype = torch_dtype(info.dtype)
+    if not dtype.is_floating_point:
+        raise PlanError(f"{info.name} holds {info.dtype}, and edits are for floating-point numbers")
+    return action_of(edit, info, Surroundings(stored=stored, chooser=chooser, dtype=dtype))

@@ -1,0 +1,78 @@
+"""Whether a model is the one that an archive was captured from, and what is another now than it was then."""
+
+from collections.abc import Mapping
+from contextlib import suppress
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from residua.capture.groups import pipeline_group, tensor_parallel_group
+from residua.capture.provenance import changed_conditions, identify_model
+from residua.capture.wrappers import core_of
+from residua.store.archive import Archive
+from residua.store.errors import CaptureError, PlanError
+
+_IDENTITY = ("class", "weights", "config")  # the other entries are conditions under which the same model runs
+
+
+def check_model(archive: Archive, model: nn.Module, *, force: bool = False) -> tuple[str, ...]:
+    """Compare a model and the conditions here with those of the capture.
+
+    Args:
+        archive: The archive.
+        model: The model, on its device.
+        force: Take another model too, and say so.
+
+    Returns:
+        One sentence for each thing that differs.
+
+    Raises:
+        PlanError: It is another model.
+    """
+    expected = archive.plan.model
+    found, notes = _identity(model, expected)
+    wrong = [key for key in _IDENTITY if key in expected and key in found and found[key] != expected[key]]
+    lines = [f"{key}: {_short(expected[key])} in the archive, {_short(found[key])} here" for key in wrong]
+    if wrong and not force:
+        text = "\n  ".join([*lines, *_same_conditions(found, expected)])
+        raise PlanError(
+            f"this is not the model that {archive.path} was captured from:\n  {text}\n"
+            "Load that model, in the same dtype; force=True goes on with this one, and notes it."
+        )
+    forced = [f"another model than was captured, as force=True asked: {line}" for line in lines]
+    return (*forced, *notes, *_same_conditions(found, expected), *changed_conditions(archive.provenance))
+
+
+def _identity(model: nn.Module, expected: Mapping[str, object]) -> tuple[dict[str, object], list[str]]:
+    """What is known of the model here; of one that lies in parts, its weights cannot be told."""
+    core = core_of(model)
+    spread = tensor_parallel_group(core, None) or pipeline_group(core) or hasattr(core, "hf_device_map")
+    if not spread:
+        return dict(identify_model(core)), []
+    found: dict[str, object] = {"class": type(core).__name__}
+    with suppress(CaptureError):  # weights that are not here
+        found.update(identify_model(core))
+    known: dict[str, object] = {key: value for key, value in found.items() if key not in ("weights", "config")}
+    if found.get("weights") == expected.get("weights"):
+        return {**known, "weights": found["weights"]}, []
+    return known, ["the model lies in parts, so its weights were not compared with those of the capture"]
+
+
+def _same_conditions(found: Mapping[str, object], expected: Mapping[str, object]) -> list[str]:
+    return [
+        f"{key}: {expected[key]} when it was captured, {found[key]} now"
+        for key in ("dtype", "attention")
+        if key in expected and key in found and found[key] != expected[key]
+    ]
+
+
+def _short(value: object) -> str:
+    return str(value)[:16]
+
+
+def computes_otherwise(archive: Archive, model: nn.Module) -> bool:
+    """Say whether the capture switched the model to eager attention for its patterns, and this one uses another."""
+    if archive.plan.model.get("attention") != "eager" or not any(site.startswith("pattern.") for site in archive.sites):
+        return False
+    core = core_of(model)
+    return isinstance(core, PreTrainedModel) and core.config._attn_implementation != "eager"

@@ -1,0 +1,45 @@
+"""Stored rows on their way back: read when they are needed, or ahead of time while the model is at work."""
+
+from concurrent.futures import Future, ThreadPoolExecutor
+
+import torch
+
+from residua.capture.placement import Indices
+from residua.store.archive import Archive
+
+_Key = tuple[str, bytes]
+
+
+class StoredRows:
+    """Reads rows of an archive as tensors of the stored type, on the CPU.
+
+    Args:
+        archive: Where they are stored.
+
+    Example:
+        >>> rows = StoredRows(archive)  # doctest: +SKIP
+        >>> rows.prefetch("resid_post.5", next_rows)  # doctest: +SKIP
+    """
+
+    def __init__(self, archive: Archive) -> None:
+        self.archive = archive
+        self._pool: ThreadPoolExecutor | None = None
+        self._ahead: dict[_Key, Future[torch.Tensor]] = {}
+
+    def read(self, site: str, rows: Indices) -> torch.Tensor:
+        """Return rows of a site, (rows, *row); those that were fetched ahead are handed out once."""
+        ahead = self._ahead.pop((site, rows.tobytes()), None)
+        return self.archive[site].torch(rows) if ahead is None else ahead.result()
+
+    def prefetch(self, site: str, rows: Indices) -> None:
+        """Begin to read rows in the background; a failure comes up in `read`."""
+        if self._pool is None:
+            self._pool = ThreadPoolExecutor(1, thread_name_prefix="residua-replay")
+        self._ahead[(site, rows.tobytes())] = self._pool.submit(self.archive[site].torch, rows)
+
+    def close(self) -> None:
+        """Forget what was fetched ahead, and end the thread."""
+        self._ahead.clear()
+        if self._pool is not None:
+            self._pool.shutdown(wait=True, cancel_futures=True)
+            self._pool = None

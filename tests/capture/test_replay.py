@@ -1,0 +1,185 @@
+"""Replay without edits: bit for bit what was captured, on every architecture, with the lower blocks left out."""
+
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import residua
+from residua.capture.anatomy import anatomy_of
+from residua.store.archive import Archive
+from residua.store.errors import CaptureError, PlanError
+from tests.capture.replaying import EVEN, LAST, LENGTHS, MODELS, PADDED, captured, model_of, stored
+from tests.capture.test_taps import state_of
+from tests.models import LAYERS, TINY
+
+MIXTURES = ("mixtral", "qwen3_moe")
+SHARED_KEYS = "gemma4"
+STARTS = {"resid_post.0": 1, "resid_pre.2": 2, "final": LAYERS}
+LATER = {
+    "resid_post.0": ["resid_post.1", "resid_pre.2", "resid_post.2", "final"],
+    "resid_pre.2": ["resid_post.2", "final"],
+    "final": ["final"],
+}
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", [name for name in MODELS if name != "roberta"])
+def test_stored_rows_give_the_captured_bits(name: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    model = model_of(name, dtype)
+    has_z = name not in ("gptj", "bloom")
+    archive = captured(model, tmp_path / "a", sites="resid_post.*,resid_pre.2,final,logits" + ",z.1" * has_z)
+    for at, examples in [*((at, e) for at in STARTS for e in (EVEN, PADDED)), ("z.1" if has_z else None, PADDED)]:
+        with residua.replay(model, archive, examples=examples, at=at, keep=LATER.get(str(at), [])) as run:
+            for place, example in enumerate(examples):
+                assert torch.equal(run.logits[place], stored(archive, "logits", example)), (at, example)
+                for site in LATER.get(str(at), []):
+                    assert torch.equal(run[site][place], stored(archive, site, example)), (at, site, example)
+            in_full = at not in STARTS or (name in MIXTURES and examples == PADDED)
+            cannot = name == SHARED_KEYS and at == "resid_pre.2"
+            assert run.skipped_blocks == (0 if in_full or cannot else STARTS[str(at)])
+            assert len(run.notes) == (at is not None and (in_full or cannot)), run.notes
+
+
+def test_a_model_that_needs_its_lower_blocks_says_so(tmp_path: Path) -> None:
+    model = model_of(SHARED_KEYS)
+    archive = captured(model, tmp_path / "a")
+    with residua.replay(model, archive, examples=EVEN, at="resid_pre.2") as run:
+        assert run.notes[0].startswith("Gemma4ForCausalLM cannot leave out its lower blocks: ")
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> tuple[nn.Module, Archive]:
+    model = model_of("llama")
+    return model, captured(model, tmp_path_factory.mktemp("llama") / "a")
+
+
+Given = tuple[nn.Module, Archive]
+
+
+@pytest.mark.parametrize("name", ["llama", "opt"])
+def test_what_lies_below_does_not_run_and_is_not_read(name: str, tmp_path: Path) -> None:
+    model = model_of(name)
+    archive = captured(model, tmp_path / "a", sites="resid_post.*,logits")
+    anatomy = anatomy_of(model)
+    assert anatomy is not None
+    ran: Counter[int] = Counter()
+    for layer, path in enumerate(anatomy.blocks):
+        child = next(m for m in anatomy.parts[path].modules() if isinstance(m, nn.Linear))
+        child.register_forward_hook(lambda *_, layer=layer: ran.update([layer]))
+    for layer in (0, 2):  # sites that the replay has no use for are gone
+        (archive.path / f"sites/resid_post/{layer}/c/0/0").unlink()
+    with residua.replay(model, residua.open(archive.path), examples=EVEN, at="resid_post.1") as run:
+        ran.clear()
+        assert torch.equal(run.logits[1], stored(archive, "logits", 1))
+    assert ran == {2: 1}
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_another_batch_gives_the_same_to_rounding_and_says_so(name: str, tmp_path: Path) -> None:
+    model = model_of(name)
+    archive = captured(model, tmp_path / "a", sites="resid_post.0,logits")
+    with residua.replay(model, archive, examples=[2, 0], at="resid_post.0") as run:
+        for place, example in enumerate((2, 0)):
+            expected = stored(archive, "logits", example)
+            assert (run.logits[place] - expected).abs().max() <= 2e-5 * expected.abs().max()
+        assert "example 2 ran in another batch when it was captured (examples=[3, 2])" in run.notes[-1]
+
+
+def test_rows_that_the_plan_left_out_are_computed(tmp_path: Path) -> None:
+    model = model_of("llama")
+    whole = captured(model, tmp_path / "whole")
+    part = captured(model, tmp_path / "part", positions="every:4")
+    with residua.replay(model, part, examples=PADDED, at="resid_post.0") as run:
+        for place, example in enumerate(PADDED):
+            assert torch.equal(run.logits[place], stored(whole, "logits", example))
+            assert torch.equal(run["final"][place], stored(part, "final", example))
+        assert run.skipped_blocks == 0
+        assert "example 3 has 3 of 11 tokens in the archive: the model ran in full" in run.notes[0]
+
+
+def test_everything_is_computed_when_asked_for_and_once(llama: Given) -> None:
+    model, archive = llama
+    calls: list[int] = []
+    handle = model.register_forward_hook(lambda *_: calls.append(1))
+    with residua.replay(model, archive, examples=EVEN, at="resid_post.1", keep="final") as run:
+        assert not calls
+        assert run.logits is run.logits
+        assert run["final"] is run["final"]
+        assert len(calls) == 1
+        assert run["mlp_out.2"][0].shape == (LENGTHS[0], 32)
+        assert len(calls) == 2
+    handle.remove()
+    assert run.logits[0].shape == (LENGTHS[0], 97)
+    with pytest.raises(CaptureError, match="this replay is over"):
+        run["attn_out.2"]
+
+
+def test_patterns_have_the_keys_of_their_example(tmp_path: Path) -> None:
+    model = model_of("llama")
+    archive = captured(model, tmp_path / "a", sites="resid_post.0,pattern.2,logits")
+    with residua.replay(model, archive, examples=PADDED, at="resid_post.0", keep="pattern.2") as run:
+        assert run.notes == ()  # it uses eager attention, as the capture did for its patterns
+        for place, example in enumerate(PADDED):
+            n_tokens = LENGTHS[example]
+            assert torch.equal(run["pattern.2"][place], stored(archive, "pattern.2", example)[..., :n_tokens])
+            assert torch.equal(run.logits[place], stored(archive, "logits", example))
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "bloom"])
+def test_leaving_restores_everything(name: str, tmp_path: Path) -> None:
+    model = model_of(name)
+    archive = captured(model, tmp_path / "a", sites="resid_post.0")
+    foreign = model.base_model.register_forward_hook(lambda *_: None)
+    own = lambda *args, **kwargs: type(model).forward(model, *args, **kwargs)  # noqa: E731  # a forward set by hand
+    model.forward = own
+    before = state_of(model)
+    with residua.replay(model, archive, examples=LAST, at="resid_post.0") as run:
+        assert run.logits
+    assert state_of(model) == before
+
+    def fail(_site: str, _rows: torch.Tensor) -> torch.Tensor:
+        raise KeyError("by hand")
+
+    edit = {"edit": "function", "site": "resid_post.1", "function": fail}
+    with (
+        pytest.raises(KeyError, match="by hand"),
+        residua.replay(model, archive, examples=LAST, at="resid_post.0", edits=[edit]) as run,
+    ):
+        assert run.logits
+    assert state_of(model) == before
+    foreign.remove()
+
+
+def test_another_model_is_refused_unless_forced(llama: Given) -> None:
+    _, archive = llama
+    other = model_of("llama")
+    with torch.no_grad():
+        next(other.parameters()).add_(1e-3)
+    asked = pytest.raises(PlanError, match=r"not the model that .* was captured from:\n  weights: \w+ in the archive")
+    with asked, residua.replay(other, archive, examples=EVEN, at="resid_post.0"):
+        pass
+    with residua.replay(other, archive, examples=EVEN, at="resid_post.0", force=True) as run:
+        assert "force=True" in run.notes[0]
+        assert "weights" in run.notes[0]
+
+
+def test_conditions_that_differ_are_noted(llama: Given, tmp_path: Path) -> None:
+    model, archive = llama
+    torch.set_num_threads(2)
+    try:
+        model.set_attn_implementation("eager")  # type: ignore[operator]  # of transformers
+        with residua.replay(model, archive, examples=EVEN, at="resid_post.1") as run:
+            assert run.notes == (
+                "attention: sdpa when it was captured, eager now",
+                "threads: 1 when it was captured, 2 now",
+            )
+    finally:
+        torch.set_num_threads(1)
+        model.set_attn_implementation("sdpa")  # type: ignore[operator]  # of transformers
+    half = captured(model_of("llama"), tmp_path / "half", dtype="bfloat16", sites="resid_post.1")
+    with residua.replay(model, half, examples=EVEN, at="resid_post.1") as run:
+        assert "resid_post.1 is stored as bfloat16 with raw, and the model computes in float32" in run.notes[0]
