@@ -7,12 +7,13 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from residua.analysis.detection import head_detector
     from residua.analysis.loader import Loader
     from residua.analysis.views import array
 
-__all__ = ["Loader", "array"]
+__all__ = ["Loader", "array", "head_detector"]
 
-_HOMES = {"Loader": "loader", "array": "views"}
+_HOMES = {"Loader": "loader", "array": "views", "head_detector": "detection"}
 
 
 def __getattr__(name: str) -> Any:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from residua import analysis
+    from residua.analysis.induction import induction_scores
     from residua.analysis.stats import stats
     from residua.analysis.top import top
     from residua.capture.parameters import whole_parameter
@@ -36,6 +37,7 @@ __all__ = [
     "TapGroup",
     "analysis",
     "capture_dataset",
+    "induction_scores",
     "model_sites",
     "open",
     "overlay",
@@ -56,6 +58,7 @@ _HOMES = {
     "TapGroup": "capture.tapgroup:TapGroup",
     "analysis": "analysis",
     "capture_dataset": "pipelines.capture:capture_dataset",
+    "induction_scores": "analysis.induction:induction_scores",
     "model_sites": "capture.sites:model_sites",
     "open": "store.archive:Archive",
     "overlay": "store.overlay:overlay",

@@ -116,25 +116,25 @@ _SPLIT: dict[str, Any] = {"num_attention_heads": 8, "num_key_value_heads": 4, "i
 _EIGHT: dict[str, Any] = {**_GROUPED, **_SPLIT}
 
 
-def _calm(model: PreTrainedModel) -> PreTrainedModel:
+def calm(model: PreTrainedModel) -> PreTrainedModel:
     """Attention that is less sharp, so that rounding in another order stays rounding."""
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if _QUERY_OR_KEY.search(name):
+            if _QUERY_OR_KEY.search(name) or name.endswith("q_norm.weight"):
                 parameter.mul_(0.3)
     return model
 
 
 SPLIT: dict[str, Callable[[], PreTrainedModel]] = {
     "gpt2": TINY["gpt2"],
-    "llama": lambda: _calm(_build(hf.LlamaForCausalLM, hf.LlamaConfig(**_EIGHT))),
-    "mixtral": lambda: _calm(
+    "llama": lambda: calm(_build(hf.LlamaForCausalLM, hf.LlamaConfig(**_EIGHT))),
+    "mixtral": lambda: calm(
         _build(
             hf.MixtralForCausalLM,
             hf.MixtralConfig(**{**_EIGHT, "intermediate_size": 96}, num_local_experts=4, sliding_window=None),
         )
     ),
-    "qwen3": lambda: _calm(_build(hf.Qwen3ForCausalLM, hf.Qwen3Config(**_EIGHT, head_dim=12))),
+    "qwen3": lambda: calm(_build(hf.Qwen3ForCausalLM, hf.Qwen3Config(**_EIGHT, head_dim=12))),
 }
 """Architectures that can be split over four processes; 98 hidden units do not divide evenly by four.
 
