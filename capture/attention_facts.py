@@ -6,7 +6,8 @@ be those of the model's own eager attention on these tokens. A layer where they 
 is written down with the reason, and whoever needs its weights captures ``pattern``.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,10 +15,14 @@ from torch import Tensor, nn
 
 from residua.capture.anatomy import Anatomy, anatomy_of
 from residua.capture.attention import AttentionTap, eager_attention, intercepting
+from residua.capture.groups import everyones, pipeline_group, tensor_parallel_group
 from residua.capture.inputs import forward_kwargs
 from residua.capture.probing import evaluating
+from residua.capture.stages import target_of
 from residua.store.attentionspec import ATTENTION_FILE, AttentionSpec, attention_to_json
 from residua.store.sitenames import parse_site
+
+Facts = dict[int, AttentionSpec | str]
 
 _EXAMPLES, _POSITIONS = 2, 12
 _TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3}
@@ -28,13 +33,37 @@ def attention_files(model: nn.Module, sites: Iterable[str]) -> dict[str, bytes]:
     """Return the file that says how weights follow from stored queries and keys, by its name in the head's folder.
 
     There is none unless a layer has both `q` and `k` among `sites`. The model runs once over a few tokens; of a model
-    that is spread over workers by FSDP2 this is a collective of them all.
+    that is spread over several processes this is a collective of them all.
     """
     anatomy, stored = anatomy_of(model), {str(site) for site in map(parse_site, sites)}
     layers = [] if anatomy is None else [n for n in range(len(anatomy.blocks)) if {f"q.{n}", f"k.{n}"} <= stored]
     if anatomy is None or not layers:
         return {}
-    return {ATTENTION_FILE: attention_to_json(attention_facts(anatomy, layers))}
+    here = target_of(model).parts
+    facts = attention_facts(anatomy, [layer for layer in layers if anatomy.blocks[layer] in here])
+    return {ATTENTION_FILE: attention_to_json(_of_all_stages(_of_all_heads(facts, model), model))}
+
+
+def _of_all_heads(facts: Facts, model: nn.Module) -> Facts:
+    """Bring together what the ranks found out that have some heads each."""
+    everyone = everyones(tensor_parallel_group(model, None), facts)
+    if len(everyone) == 1:
+        return facts
+    return {layer: _joined([found[layer] for found in everyone]) for layer in facts}
+
+
+def _joined(found: Sequence[AttentionSpec | str]) -> AttentionSpec | str:
+    specs = [spec for spec in found if isinstance(spec, AttentionSpec)]
+    if len(specs) < len(found):
+        return next(reason for reason in found if isinstance(reason, str))
+    if specs[0].sinks is None:
+        return specs[0]
+    return replace(specs[0], sinks=tuple(sink for spec in specs for sink in spec.sinks or ()))
+
+
+def _of_all_stages(facts: Facts, model: nn.Module) -> Facts:
+    merged = {layer: fact for found in everyones(pipeline_group(model), facts) for layer, fact in found.items()}
+    return dict(sorted(merged.items()))
 
 
 def attention_facts(anatomy: Anatomy, layers: Iterable[int]) -> dict[int, AttentionSpec | str]:

@@ -1,6 +1,7 @@
 """Running the batches of a plan, exactly as the plan makes them up."""
 
 import time
+from collections.abc import Collection
 from typing import Protocol
 
 import torch
@@ -11,6 +12,7 @@ from residua.capture.placement import BatchRows
 from residua.capture.planbatch import plan_batch
 from residua.capture.rows import batch_rows, by_position
 from residua.capture.sharded import is_sharded
+from residua.capture.split import Part
 from residua.store.errors import CaptureError
 from residua.store.examples import ExampleTable
 from residua.store.plan import Plan
@@ -43,25 +45,39 @@ class BatchRunner:
         plan: The plan that the batches belong to.
         table: The examples.
         sink: Who gets the rows.
+        sites: The sites that are read here; all of the plan's unless given.
+        part: What this process has of a model that several hold together.
 
     Attributes:
-        n_rows: Rows that the batches so far have.
-        n_tokens: Their tokens, padding left out.
+        n_rows: Rows that the batches so far have; 0 on all but the leader of those that hold one model together.
+        n_tokens: Their tokens, padding left out; counted likewise.
         forward_seconds: Time in the forward passes, taps included.
     """
 
-    def __init__(self, model: nn.Module, plan: Plan, table: ExampleTable, sink: RowSink) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        plan: Plan,
+        table: ExampleTable,
+        sink: RowSink,
+        *,
+        sites: Collection[str] | None = None,
+        part: Part | None = None,
+    ) -> None:
         self._model = model
         self._plan = plan
         self._table = table
         self._sink = sink
         self._device = next(model.parameters()).device
         self._shape = (0, 0)
+        self._n_sites = len(plan.sites if sites is None else sites)
         self._n_missing = 0
+        self._is_split = part is not None
+        self._counts = part is None or part.team.is_leader
         self._is_wanted = True
-        # accelerate's hooks and FSDP's must see their forward end
+        # accelerate's hooks and FSDP's must see their forward end, and the next stage of a pipeline what it gives
         hooked = any(hasattr(module, "_hf_hook") for module in model.modules())
-        self._ends_early = not (hooked or is_sharded(model))
+        self._ends_early = not (hooked or is_sharded(model) or (part is not None and part.is_stage))
         kinds = {parse_site(site.name).kind for site in plan.sites}
         self._needs_logits = any(kind == "module" or kind.startswith("logits") for kind in kinds)
         self.n_rows = 0
@@ -75,21 +91,32 @@ class BatchRunner:
         n_examples, n_positions = padded.input_ids.shape
         self._shape = (n_examples, n_positions)
         self._sink.begin(batch_rows(rows, n_positions))
-        self._n_missing = len(self._plan.sites)
+        self._n_missing = self._n_sites
         started = time.perf_counter()
         kwargs = forward_kwargs(self._model, padded.input_ids, padded.attention_mask, needs_logits=self._needs_logits)
         try:
             self._model(**kwargs)
         except _EnoughError:
             pass
+        except CaptureError:
+            raise
         except torch.OutOfMemoryError as error:
             raise CaptureError(
                 f"{self._device} has too little memory for a batch of {n_examples} examples of {n_positions} tokens: "
                 "lower --batch-tokens, or shorten the examples with --max-length"
             ) from error
+        except RuntimeError as error:
+            if not self._is_split:
+                raise
+            raise CaptureError(
+                "the forward pass failed, perhaps because another process that holds this model died: "
+                f"{(str(error).splitlines() or [''])[0]}. What was committed before is safe; run the same capture "
+                "again to go on."
+            ) from error
         self.forward_seconds += time.perf_counter() - started
-        self.n_rows += sum(len(example.positions) for example in rows)
-        self.n_tokens += sum(len(example.input_ids) for example in rows)
+        if self._counts:  # once a replica
+            self.n_rows += sum(len(example.positions) for example in rows)
+            self.n_tokens += sum(len(example.input_ids) for example in rows)
 
     def run_along(self) -> None:
         """Run a token whose rows nobody wants, because the other workers' forward pass needs this one's."""
@@ -102,7 +129,7 @@ class BatchRunner:
         """Take one site's tensor from its tap."""
         if not self._is_wanted:
             return
-        self._sink.put(site, by_position(site, tensor, *self._shape))
+        self._sink.put(site, tensor if self._is_split else by_position(site, tensor, *self._shape))
         self._n_missing -= 1
         if not self._n_missing and self._ends_early:
             raise _EnoughError

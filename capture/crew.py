@@ -18,7 +18,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from math import inf
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 from torch._C._distributed_c10d import Store
 from torch.distributed import DistError
@@ -37,6 +37,14 @@ def number_of_joiner(store: Store, n_launched: int) -> int:
     return n_launched - 1 + store.add("joined", 1)
 
 
+class Home(NamedTuple):
+    """Processes that were launched together, as one of them sees them; a crew may have more workers."""
+
+    store: Store
+    rank: int
+    n_launched: int
+
+
 class Crew:
     """This worker's place among the others; a context, in which it is seen to live.
 
@@ -45,11 +53,21 @@ class Crew:
         number: This worker's number. Number 0 makes the plan, shows the progress and has the last word.
         n_launched: How many workers were launched together; more may join.
         lost_seconds: After how long without a sign a worker counts as lost.
+        home: The processes that this one was launched with; None if it was launched alone.
     """
 
-    def __init__(self, store: Store, number: int, n_launched: int, *, lost_seconds: float = LOST_SECONDS) -> None:
+    def __init__(
+        self,
+        store: Store,
+        number: int,
+        n_launched: int,
+        *,
+        lost_seconds: float = LOST_SECONDS,
+        home: Home | None = None,
+    ) -> None:
         self.number = number
         self.n_launched = n_launched
+        self.home = home
         self.lost_seconds = lost_seconds
         self._store = store
         self._token = secrets.token_hex(8)
@@ -111,6 +129,10 @@ class Crew:
         message: dict[str, Any] = json.loads(self._call(self._store.get, name))
         return message
 
+    def drop(self, name: str) -> None:
+        """Forget what was published under `name`."""
+        self._call(self._store.delete_key, name)
+
     def await_message(self, name: str, *, patience: float) -> dict[str, Any]:
         """Return what worker 0 publishes under `name`.
 
@@ -128,8 +150,7 @@ class Crew:
             if figures is None and time.monotonic() - started > patience:
                 raise CaptureError(f"worker 0 did not appear within {patience:.0f} s: see its own messages")
             if figures is not None and self.is_gone(0) and (message := self.message(name)) is None:
-                why = figures.get("why", f"there was no sign of it for {self.lost_seconds:.0f} s")
-                raise CaptureError(f"worker 0 ({figures['host']}, process {figures['pid']}) is gone: {why}")
+                raise CaptureError(self.obituary(0))
             time.sleep(_POLL_SECONDS)
         return message
 
@@ -175,6 +196,12 @@ class Crew:
         if figures is None or number == self.number:
             return False
         return figures["state"] == "left" or time.monotonic() - self._seen[number][1] > self.lost_seconds
+
+    def obituary(self, number: int) -> str:
+        """Say who worker `number`, which is gone, was and why it is gone."""
+        figures = self.figures(number) or {"host": "unknown", "pid": 0}
+        why = figures.get("why", f"there was no sign of it for {self.lost_seconds:.0f} s")
+        return f"worker {number} ({figures['host']}, process {figures['pid']}) is gone: {why}"
 
     def await_others(self, *states: str, seconds: float = inf) -> None:
         """Return when every other worker that ever appeared is in one of `states` or gone, or after `seconds`."""

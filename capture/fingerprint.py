@@ -10,6 +10,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
+from residua.capture.groups import everyones, pipeline_group
 from residua.capture.sharded import whole
 from residua.store.crc import crc32c
 from residua.store.errors import CaptureError
@@ -23,7 +24,7 @@ def weights_fingerprint(model: nn.Module) -> str:
 
     Weights that share one tensor count once, under the name that sorts first. Names are those inside
     wrappers (DDP, FSDP, compile), so that a wrapped model has the fingerprint of the bare one. Of a model that is
-    spread over workers by FSDP2 this is a collective of them all.
+    spread over several processes this is a collective of them all.
 
     Args:
         model: Any torch module, on any device.
@@ -38,10 +39,24 @@ def weights_fingerprint(model: nn.Module) -> str:
         >>> len(weights_fingerprint(nn.Linear(2, 2)))
         64
     """
+    lines, stages = _lines(model), pipeline_group(model)
+    if stages is not None:
+        everyone = everyones(stages, lines)
+        shared = {name for found in everyone for name, line in found.items() if line is None}
+        lines = {name: line for found in everyone for name, line in found.items() if name not in shared}
     digest = hashlib.sha256()
+    for _, line in sorted(lines.items()):
+        digest.update(line or b"")
+    return digest.hexdigest()
+
+
+def _lines(model: nn.Module) -> dict[str, bytes | None]:
+    """From name to what is hashed of each weight that is here; None for another name of one that has a line."""
+    lines: dict[str, bytes | None] = {}
     seen: set[int] = set()
     for name, tensor in _sorted_weights(model):
         if id(tensor) in seen:
+            lines[name] = None
             continue
         seen.add(id(tensor))
         if tensor.is_meta:
@@ -53,8 +68,8 @@ def weights_fingerprint(model: nn.Module) -> str:
         for part in _host_bytes(whole(tensor.detach())):
             crc = crc32c(part, crc)
         dtype = str(tensor.dtype).removeprefix("torch.")
-        digest.update(json.dumps([name, list(tensor.shape), dtype, crc]).encode() + b"\n")
-    return digest.hexdigest()
+        lines[name] = json.dumps([name, list(tensor.shape), dtype, crc]).encode() + b"\n"
+    return lines
 
 
 def _sorted_weights(model: nn.Module) -> list[tuple[str, Tensor]]:

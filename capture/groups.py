@@ -1,5 +1,7 @@
 """Which processes hold the parts of one model replica: its tensor-parallel group."""
 
+from typing import TypeVar
+
 import torch.distributed as dist
 from torch import nn
 from torch.distributed import ProcessGroup
@@ -9,6 +11,8 @@ from torch.distributed.tensor import DTensor
 
 from residua.capture.wrappers import core_of
 from residua.store.errors import PlanError
+
+T = TypeVar("T")
 
 
 def tensor_parallel_group(model: nn.Module, given: ProcessGroup | DeviceMesh | None) -> ProcessGroup | None:
@@ -38,6 +42,15 @@ def pipeline_group(model: nn.Module) -> ProcessGroup | None:
     """Return the stages of transformers' own pipeline, which all give the logits; None for any other model."""
     stage = getattr(core_of(model), "_pp_stage", None)
     return None if stage is None or stage.pp_size == 1 else stage.pp_group
+
+
+def everyones(group: ProcessGroup | None, value: T) -> list[T]:
+    """Return what each rank of a group says, in their order; without a group, what this process says."""
+    if group is None:
+        return [value]
+    values = [value] * dist.get_world_size(group)
+    dist.all_gather_object(values, value, group=group)
+    return values
 
 
 def _given(given: ProcessGroup | DeviceMesh) -> ProcessGroup:

@@ -5,11 +5,13 @@ A lens decodes with these alone, without the model; `residua.analysis.head` read
 
 from pathlib import Path
 
+import torch.distributed as dist
 from safetensors.torch import save
 from torch import nn
 
 from residua.capture.anatomy import Anatomy, anatomy_of
 from residua.capture.architectures import Family
+from residua.capture.groups import pipeline_group
 from residua.capture.sharded import whole
 from residua.store.files import write_file
 from residua.store.headspec import CONFIG_FILE, HEAD_FILE, PARAMETERS_FILE, HeadSpec
@@ -35,9 +37,19 @@ def head_files(model: nn.Module) -> dict[str, bytes]:
     """Return the files of a head, by name.
 
     There are none for a model whose head is not known for certain, that is one without a language modelling head or
-    of an architecture that is not in the table. Of a model that is spread over workers by FSDP2 this is a collective
+    of an architecture that is not in the table. Of a model that is spread over several processes this is a collective
     of them all.
     """
+    stages = pipeline_group(model)
+    if stages is None:
+        return _files(model)
+    last = dist.get_world_size(stages) - 1
+    found = [_files(model) if dist.get_rank(stages) == last else {}]
+    dist.broadcast_object_list(found, src=dist.get_global_rank(stages, last), group=stages)
+    return found[0]
+
+
+def _files(model: nn.Module) -> dict[str, bytes]:
     anatomy = anatomy_of(model)
     if anatomy is None or anatomy.family is None or _unembedding(anatomy) is None:
         return {}

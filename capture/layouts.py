@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from residua.capture.groups import everyones
 from residua.capture.siteinfo import SiteInfo
 from residua.store.crc import crc32c
 from residua.store.errors import CaptureError
@@ -78,8 +79,7 @@ def detect(name: str, local: Tensor, whole: Shape | None, group: ProcessGroup) -
         CaptureError: Nothing can be proved; all ranks raise it.
     """
     mine = Part(dist.get_rank(), tuple(local.shape), str(local.dtype), _checksum(local))
-    parts: list[Part] = [mine] * dist.get_world_size(group)
-    dist.all_gather_object(parts, mine, group=group)
+    parts = everyones(group, mine)
     layout = understood(parts, whole)
     if isinstance(layout, Layout):
         return layout

@@ -12,10 +12,19 @@ from transformers import PreTrainedModel
 
 from residua.capture.fingerprint import weights_fingerprint
 from residua.capture.sharded import is_sharded, plain_class
+from residua.capture.split import is_split, layout_of
 from residua.store.canonical import Json, digest_of, flatten
 
 PACKAGES = ("residua", "torch", "transformers", "accelerate", "tokenizers", "zarr", "numcodecs", "numpy", "pyarrow")
-_NOT_THE_MODEL = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache", "architectures")
+_NOT_THE_MODEL = (
+    "_name_or_path",
+    "transformers_version",
+    "dtype",
+    "torch_dtype",
+    "use_cache",
+    "architectures",
+    "distributed_config",
+)
 
 
 def environment() -> dict[str, Json]:
@@ -62,10 +71,16 @@ def describe_model(model: nn.Module, identity: Mapping[str, Json]) -> dict[str, 
         "id": getattr(config, "_name_or_path", ""),
         "revision": getattr(config, "_commit_hash", None),
         "devices": cast("list[Json]", names),
-        "layout": "fsdp2" if is_sharded(model) else "single",
+        "layout": layout(model),
         "config_values": _config_values(model),
         **identity,
     }
+
+
+def layout(model: nn.Module) -> str:
+    """Return how a model is spread over processes, for people."""
+    parts = [layout_of(model)] if is_split(model) else []
+    return " x ".join([*parts, *(["fsdp2"] if is_sharded(model) else [])]) or "single"
 
 
 def _attention(model: nn.Module) -> str | None:

@@ -7,17 +7,22 @@ encode, write and commit each shard as it fills.
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
 import torch
 from torch import nn
 
 from residua.capture.batches import BatchRunner
+from residua.capture.share import Share
+from residua.capture.shared_rows import SharedRows
+from residua.capture.sites import resolve_sites
+from residua.capture.split import Part
 from residua.capture.staging import Staging
 from residua.capture.taps import reading
-from residua.store.commits import committed_shards
+from residua.capture.team import TeamCommits
+from residua.capture.work import AllAtOnce, Run, Work, runs_of
 from residua.store.examples import ExampleTable
 from residua.store.plan import Plan
 from residua.store.schedule import Batch, Schedule
@@ -38,6 +43,8 @@ class RecordStats:
         logical_bytes: Bytes of the committed rows, as a reader gets them.
         stored_bytes: Bytes of the committed rows on disk.
         n_nonfinite: NaN and infinite values per array path.
+        offloaded_bytes: Bytes of rows that were copied from the model to host memory.
+        sent_bytes: Bytes of rows that were sent to other ranks, to be stored there.
         stall_seconds: Time that the model waited for the writer.
         forward_seconds: Time in the forward passes, copies included.
         seconds: Time since the run began.
@@ -49,6 +56,8 @@ class RecordStats:
     logical_bytes: int
     stored_bytes: int
     n_nonfinite: Mapping[str, int]
+    offloaded_bytes: int
+    sent_bytes: int
     stall_seconds: float
     forward_seconds: float
     seconds: float
@@ -67,37 +76,12 @@ def total(all_stats: Sequence[RecordStats]) -> RecordStats:
         logical_bytes=sum(stats.logical_bytes for stats in all_stats),
         stored_bytes=sum(stats.stored_bytes for stats in all_stats),
         n_nonfinite=n_nonfinite,
+        offloaded_bytes=sum(stats.offloaded_bytes for stats in all_stats),
+        sent_bytes=sum(stats.sent_bytes for stats in all_stats),
         stall_seconds=sum(stats.stall_seconds for stats in all_stats),
         forward_seconds=sum(stats.forward_seconds for stats in all_stats),
         seconds=max(stats.seconds for stats in all_stats),
     )
-
-
-class Work(Protocol):
-    """Hands out runs of consecutive shards, to one worker or to several."""
-
-    def take(self) -> range | None:
-        """Return the next run, or None if there is none to take now."""
-        raise NotImplementedError
-
-    def is_over(self) -> bool:
-        """Say whether there will be none any more, whatever happens to other workers."""
-        raise NotImplementedError
-
-
-class AllAtOnce:
-    """Work of a single worker: every shard, in one run."""
-
-    def __init__(self, schedule: Schedule) -> None:
-        self._runs = [range(schedule.n_shards)]
-
-    def take(self) -> range | None:
-        """Return the run, once."""
-        return self._runs.pop() if self._runs else None
-
-    def is_over(self) -> bool:
-        """Say that there is nothing to wait for."""
-        return True
 
 
 def record(
@@ -105,6 +89,7 @@ def record(
     archive: Path,
     plan: Plan,
     *,
+    part: Part | None = None,
     work: Callable[[Schedule], Work] | None = None,
     agree: Callable[[bool], bool] | None = None,
     threads: int = 1,
@@ -116,7 +101,9 @@ def record(
         model: The model that the plan was made for, on its device, in evaluation mode.
         archive: Folder of the archive.
         plan: Its plan.
-        work: Makes, of the plan's schedule, what hands out its shards; all at once unless given.
+        part: What this process has of the model, if several hold it together; then all of them have to call this.
+        work: Makes, of the plan's schedule, what hands out its shards; all at once unless given. Of a team only the
+            leader's counts.
         agree: For models whose forward pass is a collective of all workers. Called before each batch with whether
             this worker has one; returns whether any has. Who has none runs a few tokens for the others' sake.
         threads: Encoder threads.
@@ -126,22 +113,31 @@ def record(
         The figures of this run.
 
     Raises:
-        CaptureError: A site did not fire, or a shard could not be written; the cause is chained.
+        CaptureError: A site did not fire, a shard could not be written, or another process of the team is gone; the
+            cause is chained.
     """
     table = ExampleTable(archive / "examples")
     index = table.index()
     schedule = Schedule(index, rows_per_shard=plan.rows_per_shard, batch_tokens=plan.batch_tokens)
-    with ShardWriter(archive, plan, threads=threads) as writer:
+    share = Share(plan.sites) if part is None else part.share(plan)
+    sites = resolve_sites(model, [site.name for site in plan.sites]) if part is None else part.sites
+    commits = None if part is None else TeamCommits(part.team, plan)
+    with _writer(archive, plan, threads, commits) as writer:
         staging = Staging(
             plan,
             writer,
             n_stages=n_stages(int(index.n_rows.max(initial=0)), plan.rows_per_shard),
             pinned=any(parameter.is_cuda for parameter in model.parameters()),
+            share=share,
         )
-        runner = BatchRunner(model, plan, table, staging)
-        clock = _Clock(runner, staging, writer)
-        batches = _batches((work or AllAtOnce)(schedule), schedule, archive, staging)
-        with torch.inference_mode(), reading(model, [site.name for site in plan.sites], runner.put) as taps:
+        sink = staging if part is None else SharedRows(plan, staging, share, sites, part.group)
+        runner = BatchRunner(model, plan, table, sink, sites=sites, part=part)
+        clock = _Clock(runner, staging, sink, writer)
+        runs = runs_of((work or AllAtOnce)(schedule), archive)
+        if part is not None:
+            runs = part.team.in_lockstep(runs, waits=agree is None)
+        batches = _batches(runs, schedule, staging)
+        with torch.inference_mode(), reading(model, sites, runner.put) as taps:
             for batch in batches if agree is None else _in_step(batches, agree):
                 if batch is not None:
                     runner.run(batch)
@@ -153,22 +149,37 @@ def record(
                 else:
                     writer.raise_failure()
                     time.sleep(_IDLE_SECONDS)
+                if commits is not None:
+                    commits.publish(writer)
                 on_batch(clock.stats())
     return clock.stats()
 
 
-def _batches(work: Work, schedule: Schedule, archive: Path, staging: Staging) -> Iterator[Batch | None]:
+@contextmanager
+def _writer(archive: Path, plan: Plan, threads: int, commits: TeamCommits | None) -> Iterator[ShardWriter]:
+    """Yield the writer; in the end, and after an error too, what is full is written and committed."""
+    if commits is None:
+        with ShardWriter(archive, plan, threads=threads) as writer:
+            yield writer
+        return
+    in_haste = True
+    writer = ShardWriter(archive, plan, threads=threads, report=commits.report)
+    try:
+        with writer:
+            yield writer
+        in_haste = False
+    finally:
+        commits.finish(writer, in_haste=in_haste)
+
+
+def _batches(runs: Iterator[Run | None], schedule: Schedule, staging: Staging) -> Iterator[Batch | None]:
     """Yield the batches of run after run; None while no run can be had, though one may come."""
-    while True:
-        shards = work.take()
-        if shards is not None:
-            committed = committed_shards(archive)
-            staging.keep_only(set(shards) - committed)
-            yield from schedule.work(committed, shards)
-        elif work.is_over():
-            return
-        else:
+    for run in runs:
+        if run is None:
             yield None
+        else:
+            staging.keep_only(set(run.shards) - run.committed)
+            yield from schedule.work(run.committed, run.shards)
 
 
 def _in_step(batches: Iterator[Batch | None], agree: Callable[[bool], bool]) -> Iterator[Batch | None]:
@@ -182,9 +193,10 @@ def _in_step(batches: Iterator[Batch | None], agree: Callable[[bool], bool]) -> 
 class _Clock:
     """Reads the figures of a run off those who work for it."""
 
-    def __init__(self, runner: BatchRunner, staging: Staging, writer: ShardWriter) -> None:
+    def __init__(self, runner: BatchRunner, staging: Staging, sink: Staging | SharedRows, writer: ShardWriter) -> None:
         self._runner = runner
         self._staging = staging
+        self._shared = None if isinstance(sink, Staging) else sink
         self._writer = writer
         self._started = time.perf_counter()
 
@@ -197,6 +209,8 @@ class _Clock:
             logical_bytes=self._writer.logical_bytes,
             stored_bytes=self._writer.stored_bytes,
             n_nonfinite=dict(self._writer.n_nonfinite),
+            offloaded_bytes=self._staging.n_bytes,
+            sent_bytes=0 if self._shared is None else self._shared.sent_bytes,
             stall_seconds=self._staging.stall_seconds,
             forward_seconds=self._runner.forward_seconds,
             seconds=time.perf_counter() - self._started,

@@ -6,7 +6,6 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from residua.capture.compiled import uncompiled
-from residua.capture.groups import pipeline_group, tensor_parallel_group
 from residua.capture.wrappers import inside
 from residua.store.errors import PlanError
 
@@ -28,10 +27,5 @@ def replica_of(model: ModelT) -> ModelT:
         raise PlanError(
             f"the model is wrapped in {type(inner).__name__}: capture with the model inside, or shard it with FSDP2 "
             "(fully_shard), which wraps nothing"
-        )
-    if tensor_parallel_group(inner, None) is not None or pipeline_group(inner) is not None:
-        raise PlanError(
-            "the model is split by tensor or pipeline parallelism, and a capture into an archive needs a whole replica "
-            "in each process, or one sharded with FSDP2: read its sites with residua.tap"
         )
     return cast("ModelT", inner)

@@ -8,7 +8,7 @@ On a CPU the copy is made at once, because later in-place operations may change 
 `offload` owns the order of what happens then, and a stage's `landing` says when its copies are done.
 """
 
-from collections.abc import Callable, Container, Iterable
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from functools import partial
 
 import numpy as np
@@ -18,6 +18,7 @@ import torch
 from residua.capture.cuda_streams import CudaStreams
 from residua.capture.offload import Landing, Offload, StagePool
 from residua.capture.placement import BatchRows, Placement
+from residua.capture.share import Share
 from residua.store.errors import CaptureError
 from residua.store.plan import ROW_COLUMNS, Plan, SitePlan
 from residua.store.shard_memory import ShardMemory
@@ -35,7 +36,7 @@ def torch_dtype(name: str) -> torch.dtype:
 
 
 class Stage:
-    """Memory for one shard of every site.
+    """Memory for one shard of every site that this process stores.
 
     Attributes:
         blocks: Per site its rows, in blocks of equal height one after the other, each (rows, *row shape).
@@ -44,11 +45,21 @@ class Stage:
         landing: The copies from devices that are under way.
     """
 
-    def __init__(self, plan: Plan, n_rows: int, *, pinned: bool) -> None:
+    def __init__(
+        self,
+        plan: Plan,
+        n_rows: int,
+        *,
+        pinned: bool,
+        sites: Sequence[SitePlan] | None = None,
+        has_columns: bool = True,
+    ) -> None:
         self._memory: dict[str, ShardMemory] = {}
         with torch.inference_mode(mode=False):  # or rows that come outside of it could not be copied in
-            self.blocks = {site.name: self._allocate(plan, site, n_rows, pinned) for site in plan.sites}
-        self.columns = {name: np.zeros(n_rows, dtype) for name, dtype in ROW_COLUMNS.items()}
+            stored = plan.sites if sites is None else sites
+            self.blocks = {site.name: self._allocate(plan, site, n_rows, pinned) for site in stored}
+        columns = ROW_COLUMNS if has_columns else {}
+        self.columns = {name: np.zeros(n_rows, dtype) for name, dtype in columns.items()}
         self.n_filled = 0
         self.landing = Landing()
 
@@ -78,6 +89,10 @@ class Stage:
         return buffer.numpy()
 
 
+def _same(rows: torch.Tensor) -> torch.Tensor:
+    return rows
+
+
 def _as_tensor(memory: npt.NDArray[np.generic], dtype: torch.dtype, row_shape: tuple[int, ...]) -> torch.Tensor:
     return torch.from_numpy(memory.reshape(-1).view(np.uint8)).view(dtype).view(-1, *row_shape)
 
@@ -92,6 +107,10 @@ class Staging:
         most_stages: To how many that may grow for a batch that reaches into more; `n_stages` unless given.
         pinned: Whether the memory is page-locked, for copies from a CUDA device.
         committed: Shards that need no rows any more.
+        share: What this process stores of each shard; everything unless given.
+
+    Attributes:
+        n_bytes: Bytes of the rows that were copied into stages.
     """
 
     def __init__(
@@ -103,21 +122,29 @@ class Staging:
         pinned: bool,
         most_stages: int = 0,
         committed: Iterable[int] = (),
+        share: Share | None = None,
     ) -> None:
-        height = plan.rows_per_shard if plan.n_rows is None else max(1, min(plan.rows_per_shard, plan.n_rows))
-        self._new_stage = partial(Stage, plan, height, pinned=pinned)
+        self._height = plan.rows_per_shard if plan.n_rows is None else max(1, min(plan.rows_per_shard, plan.n_rows))
+        self._pinned = pinned
+        self._share = Share(plan.sites) if share is None else share
+        self.n_bytes = 0
         self._plan = plan
         self._writer = writer
         self._committed = frozenset(committed)
         self._only: Container[int] | None = None
         self._n_stages = n_stages
         self._most_stages = max(n_stages, most_stages)
-        self._pool = StagePool(self._new_stage() for _ in range(n_stages))
+        n_per_lot = -(-n_stages // self._share.n_lots)  # shards that are open at once follow one another
+        self._pools = [StagePool(self._new_stage(lot) for _ in range(n_per_lot)) for lot in range(self._share.n_lots)]
         self._open: dict[int, Stage] = {}
         self._offload = Offload(_DEVICE_BYTES)
         self._streams: dict[torch.device, CudaStreams] = {}
         self._batch: BatchRows | None = None
-        self._placements: list[tuple[Stage, Placement]] = []
+        self._placements: list[tuple[int, Stage, Placement]] = []
+
+    def _new_stage(self, lot: int) -> Stage:
+        sites, has_columns = self._share.sites(lot), self._share.has_columns
+        return Stage(self._plan, self._height, pinned=self._pinned, sites=sites, has_columns=has_columns)
 
     def keep_only(self, shards: Container[int]) -> None:
         """From now on keep rows of `shards` only; those of others are some other worker's.
@@ -149,10 +176,10 @@ class Staging:
                 continue
             stage = self._open.get(shard) or self._acquire(shard)
             target = batch.row[picked] - shard * height
-            for name in ROW_COLUMNS:
-                stage.columns[name][target] = getattr(batch, name)[picked]
+            for name, column in stage.columns.items():
+                column[target] = getattr(batch, name)[picked]
             stage.n_filled += len(picked)
-            self._placements.append((stage, Placement(batch.source[picked], target)))
+            self._placements.append((shard, stage, Placement(batch.source[picked], target)))
 
     def _refuse_unfinished(self) -> None:
         """Raise if rows of a batch were counted but not all copied: they would be whatever the memory held."""
@@ -167,7 +194,8 @@ class Staging:
         needed = len((shards | self._open.keys()) - self._committed)
         while self._n_stages < min(needed, self._most_stages):
             self._n_stages += 1
-            self._pool.release(self._new_stage())
+            for lot, pool in enumerate(self._pools):
+                pool.release(self._new_stage(lot))
         if needed > self._n_stages:
             raise CaptureError(
                 f"a batch of {n_rows:,} rows reaches into {len(shards)} shards of "
@@ -176,13 +204,16 @@ class Staging:
             )
 
     def put(self, site: str, tensor: torch.Tensor) -> None:
-        """Copy the wanted rows of `tensor` (B, T, *row) of `site` to their stages."""
+        """Copy the wanted rows of `tensor` (B, T, *row) of `site` to their stages, where they are this process's."""
         if self._batch is None:
             raise RuntimeError(f"rows of {site} came before their batch was announced")
         pattern = site.startswith("pattern.")
         flat = tensor if pattern else tensor.flatten(0, 1)
-        for stage, placement in self._placements:
-            blocks = stage.blocks[site]
+        for _, stage, placement in self._placements:
+            blocks = stage.blocks.get(site)
+            if blocks is None:
+                continue
+            self.n_bytes += len(placement.source) * blocks[0][0].nbytes
             for block, part in placement.per_block(len(blocks[0])):
                 if tensor.is_cuda:
                     self._send(flat, part, blocks[block], self._batch, stage.landing, pattern=pattern)
@@ -192,6 +223,37 @@ class Staging:
                 else:
                     part.copy(flat, blocks[block])
                 stage.filled(site, block, len(part.target))
+
+    def placements(self) -> Iterator[tuple[int, Placement]]:
+        """Yield each shard that wants rows of the batch under way, with the places of these."""
+        for shard, _, placement in self._placements:
+            yield shard, placement
+
+    def put_rows(self, site: str, shard: int, rows: torch.Tensor) -> None:
+        """Copy whole rows of `site`, all that the batch has for `shard`, in the order of their placement.
+
+        Args:
+            site: A site that this process stores of `shard`.
+            shard: One of `placements`.
+            rows: (rows, *row), of the stored dtype, and nobody else's.
+        """
+        stage, placement = next((stage, at) for number, stage, at in self._placements if number == shard)
+        blocks = stage.blocks[site]
+        self.n_bytes += rows.nbytes
+        start = 0
+        for block, part in placement.per_block(len(blocks[0])):
+            piece = rows[start : start + len(part.target)]
+            start += len(part.target)
+            if rows.is_cuda:
+                self._offload.send(
+                    self._streams_of(rows.device),
+                    partial(_same, piece),
+                    partial(part.scatter, buffer=blocks[block]),
+                    n_bytes=piece.nbytes,
+                    landing=stage.landing,
+                )
+            else:
+                part.scatter(piece, blocks[block])
 
     def _send(
         self,
@@ -242,22 +304,26 @@ class Staging:
         self._refuse_unfinished()
         stage = self._open.pop(shard)
         n_rows = stage.n_filled
+        release = partial(self._pools[self._share.lot(shard)].release, stage)
+        if not stage.blocks and not stage.columns:
+            release()
+            return
         self._writer.submit(
             FilledShard(
                 index=shard,
                 first_row=shard * self._plan.rows_per_shard,
-                sites={site.name: stage.rows(site.name, n_rows) for site in self._plan.sites},
+                sites={site: stage.rows(site, n_rows) for site in stage.blocks},
                 columns={name: column[:n_rows] for name, column in stage.columns.items()},
                 examples=examples,
                 ready=stage.landing.wait,
-                release=partial(self._pool.release, stage),
+                release=release,
             )
         )
 
     @property
     def stall_seconds(self) -> float:
         """Time that the model waited for a free stage, or for room on its device."""
-        return self._pool.wait_seconds + self._offload.wait_seconds
+        return sum(pool.wait_seconds for pool in self._pools) + self._offload.wait_seconds
 
     @property
     def open_shards(self) -> tuple[int, ...]:
@@ -269,7 +335,7 @@ class Staging:
         return height if self._plan.n_rows is None else min(height, self._plan.n_rows - shard * height)
 
     def _acquire(self, shard: int) -> Stage:
-        stage = self._pool.acquire()
+        stage = self._pools[self._share.lot(shard)].acquire()
         self._writer.raise_failure()
         stage.n_filled = 0
         self._open[shard] = stage

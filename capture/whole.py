@@ -3,14 +3,14 @@
 from collections.abc import Callable
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.distributed.tensor import DTensor, Replicate
 
 from residua.capture.gather import run_everywhere, run_once
 from residua.capture.hooks import Met
-from residua.capture.layouts import Layout, Shape, detect, whole_shape
+from residua.capture.layouts import Layout, Shape, whole_shape
+from residua.capture.proved import ProvedLayouts
 from residua.capture.ranks import on_rank
 from residua.store.errors import CaptureError
 
@@ -34,7 +34,7 @@ class Wholes:
         self._stages = stages
         self._everywhere = everywhere
         self._checks_shapes = checks_shapes
-        self._layouts: dict[tuple[str, bool], Layout] = {}
+        self._layouts = ProvedLayouts()
 
     def run(self, met: Met, local: Tensor, function: Function, *, is_gradient: bool) -> Tensor | None:
         """Run a function on the whole of a site's tensor or gradient.
@@ -58,22 +58,10 @@ class Wholes:
         if group is None:
             self._refuse_parts(met.info.name, local, whole)
             return function(local.clone())
-        key = (met.info.name, is_gradient)
-        layout = self._layout(key, local, whole, group)
+        layout = self._layouts.of(met.info.name, local, whole, group, is_gradient=is_gradient)
         if self._everywhere:
             return run_everywhere(local.clone(), layout, group, function)
         return run_once(local, layout, group, function, met.info.name)
-
-    def _layout(self, key: tuple[str, bool], local: Tensor, whole: Shape | None, group: ProcessGroup) -> Layout:
-        name, known = key[0], self._layouts.get(key)
-        if known is None or (known.dim is not None and whole is not None and whole[known.dim] != sum(known.sizes)):
-            known = self._layouts[key] = detect(name, local, whole, group)
-        if not known.fits(local, whole, dist.get_rank(group)):
-            raise CaptureError(
-                f"Site {name!r}{on_rank()} has shape {list(local.shape)} and lay otherwise on the first batch; the "
-                f"whole would be {list(whole or ())}. Tap batches of different layout in contexts of their own."
-            )
-        return known
 
     def _run_dtensor(self, met: Met, tensor: DTensor, function: Function) -> Tensor | None:
         """Follow the placements that the tensor itself carries; sums that are not yet added up are."""

@@ -15,6 +15,7 @@ from residua.capture.attention import eager_attention
 from residua.capture.attention_facts import attention_files
 from residua.capture.compiled import running_uncompiled
 from residua.capture.head import head_files
+from residua.capture.oracle import whole_sites
 from residua.capture.probing import evaluating
 from residua.capture.provenance import (
     changed_conditions,
@@ -29,6 +30,7 @@ from residua.capture.sharded import Agreement, is_sharded
 from residua.capture.siteinfo import SiteInfo
 from residua.capture.siteplans import plan_sites
 from residua.capture.sites import resolve_sites
+from residua.capture.split import is_split
 from residua.capture.tokenizer import identify_tokenizer, save_tokenizer
 from residua.pipelines.dataset import DatasetReport, DatasetSettings, dataset_identity, read_examples
 from residua.pipelines.models import load_model, load_tokenizer, token_limit
@@ -112,7 +114,7 @@ def capture_dataset(
         >>> result = residua.capture_dataset("models/pydoc-1m", ["Hello world"], out="acts.zarr")  # doctest: +SKIP
     """
     chosen = _settings(settings, options)
-    with workers_of(Path(out), join=chosen.join) as workers:
+    with workers_of(Path(out), join=chosen.join) as workers, workers.replica_group(chosen):
         if isinstance(model, str | PathLike):
             name = fspath(model)
             tokenizer = tokenizer or load_tokenizer(name, chosen)
@@ -175,7 +177,8 @@ class _Job:
         on_plan: Callable[[Plan, int], None],
         on_batch: Callable[[RecordStats], None],
     ) -> CaptureResult:
-        sites = resolve_sites(self._model, self._settings.sites)
+        split = is_split(self._model)
+        sites = (whole_sites if split else resolve_sites)(self._model, [self._settings.sites])
         needs_pattern = any(site.startswith("pattern.") for site in sites)
         eager = eager_attention(self._model) if needs_pattern else nullcontext(False)
         with running_uncompiled(self._model) as compiled, evaluating(self._model), eager as switched:
@@ -183,8 +186,10 @@ class _Job:
                 self._notes.append("hooks are no part of compiled code: the model ran uncompiled for this capture")
             if switched:
                 self._notes.append("pattern sites need eager attention: the model was switched to it for this capture")
-            self._identity = identify_model(self._model)  # by every worker: of a sharded model it is a collective
-            self._beside = self._files_beside(sites) if is_sharded(self._model) else None  # a collective, too
+            # by every worker: of a model that is spread over workers these are collectives
+            self._identity = identify_model(self._model)
+            self._beside = self._files_beside(sites) if split or is_sharded(self._model) else None
+            part = workers.part(self._model, sites)
             said = workers.plan_once(partial(self._prepare, sites, on_example), partial(self._check, sites))
             self._report = DatasetReport(**said["dataset"])
             archive = Archive(self._out)
@@ -194,6 +199,7 @@ class _Job:
                 self._model,
                 self._out,
                 plan,
+                part=part,
                 work=partial(workers.work, self._out),
                 agree=Agreement() if is_sharded(self._model) else None,
                 threads=self._settings.threads,

@@ -20,7 +20,7 @@ from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
 from torch.distributed.distributed_c10d import _get_default_store
 from torch.distributed.rendezvous import rendezvous
 
-from residua.capture.crew import FAREWELL_SECONDS, LOST_SECONDS, START_SECONDS, Crew, number_of_joiner
+from residua.capture.crew import FAREWELL_SECONDS, LOST_SECONDS, START_SECONDS, Crew, Home, number_of_joiner
 from residua.store.canonical import Json
 from residua.store.errors import CaptureError
 from residua.store.lock import ArchiveInUseError, Owner, locked
@@ -107,19 +107,20 @@ def _alone_or_joining(out: Path, stack: ExitStack) -> Crew:
 
 def _together(out: Path, launch: _Launch, join: bool, stack: ExitStack) -> Crew:
     """Let the first of those launched together take the lock, or find where all of them join."""
-    crew = Crew(launch.store, launch.rank, launch.n)
+    home = Home(launch.store, launch.rank, launch.n)
+    crew = Crew(launch.store, launch.rank, launch.n, home=home)
     if launch.rank == 0:
         address, refusal = _lock_or_address(out, launch, join, stack)
         crew.publish("lock", {"refused": None if refusal is None else str(refusal), "address": address})
         if refusal is not None:
             _await_readers(launch)
             raise refusal
-        return _joining(address) if address else crew
+        return _joining(address, home) if address else crew
     found = crew.await_message("lock", patience=START_SECONDS)
     if found["refused"]:
         crew.publish(f"read/{launch.rank}", {})
         raise CaptureError(found["refused"])
-    return _joining(found["address"]) if found["address"] else crew
+    return _joining(found["address"], home) if found["address"] else crew
 
 
 def _lock_or_address(
@@ -156,7 +157,7 @@ def _address(error: ArchiveInUseError) -> Mapping[str, Any]:
     return {**owner.join, "host": "localhost" if is_here else host}
 
 
-def _joining(address: Mapping[str, Any]) -> Crew:
+def _joining(address: Mapping[str, Any], home: Home | None = None) -> Crew:
     try:
         store = TCPStore(
             address["host"], int(address["port"]), is_master=False, timeout=timedelta(seconds=LOST_SECONDS)
@@ -166,4 +167,4 @@ def _joining(address: Mapping[str, Any]) -> Crew:
             f"the run to join, at {address['host']}:{address['port']}, does not answer: {error}"
         ) from error
     common, n_launched = PrefixStore(address["prefix"], store), int(address["n"])
-    return Crew(common, number_of_joiner(common, n_launched), n_launched)
+    return Crew(common, number_of_joiner(common, n_launched), n_launched, home=home)

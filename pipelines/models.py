@@ -8,6 +8,7 @@ import transformers
 from huggingface_hub import list_repo_files
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.distributed.configuration_utils import DistributedConfig
 
 from residua.capture.inputs import first_position
 from residua.pipelines.settings import CaptureSettings
@@ -27,8 +28,11 @@ def load_model(name: str, settings: CaptureSettings) -> PreTrainedModel:
         PlanError: There is no such model, or the device is not there; the message says what was tried.
     """
     device = choose_device(settings.device)
+    is_split = settings.tp * settings.pp > 1
+    if is_split and settings.device not in ("auto", torch._C._get_accelerator().type):
+        raise PlanError(f"--device {settings.device} and --tp or --pp contradict each other: leave the device to them")
     spread: str | dict[str, torch.device] | None = settings.device_map
-    if spread is None and device.type != "cpu":
+    if spread is None and device.type != "cpu" and not is_split:
         spread = {"": device}  # straight to where it runs: a large model need not fit the host's memory
     torch.manual_seed(settings.seed)
     _, kind = _config_and_class(name, settings.revision)
@@ -39,6 +43,7 @@ def load_model(name: str, settings: CaptureSettings) -> PreTrainedModel:
             dtype=settings.model_dtype,
             attn_implementation=settings.attn_implementation,
             device_map=spread,
+            distributed_config=DistributedConfig(tp_size=settings.tp, pp_size=settings.pp) if is_split else None,
         )
     except (OSError, ValueError, SafetensorError) as error:
         raise _not_loaded(name, error) from error

@@ -54,9 +54,28 @@ def print_capture(result: "CaptureResult", *, as_json: bool) -> None:
             f"rate      {stats.n_tokens / stats.seconds:,.0f} tokens/s, {rate}/s "
             f"({stats.seconds:.1f} s, of which {stats.stall_seconds:.1f} s waiting for the writer)"
         )
+    _print_workers(result)
     print(f"size      {human_bytes(summary.stored_bytes)}: {_per_row(summary)}, ratio {summary.ratio:.2f}")
     print(f"place     {summary.path}")
     _print_nonfinite(summary)
+
+
+def _print_workers(result: "CaptureResult") -> None:
+    """Print what each of several workers brought to the host, and what it sent to others."""
+    if len(result.workers) == 1:
+        return
+    whole = max(1, result.stats.offloaded_bytes)
+    rows = [
+        (
+            f"{worker.worker} on {worker.host}",
+            human_bytes(worker.stats.offloaded_bytes),
+            f"{100 * worker.stats.offloaded_bytes / whole:.0f} %",
+            human_bytes(worker.stats.sent_bytes),
+            human_bytes(worker.stats.stored_bytes),
+        )
+        for worker in result.workers
+    ]
+    print(table([("worker", "offloaded", "of all", "sent to others", "written"), *rows], (1, 2, 3, 4)))
 
 
 def _per_row(summary: Summary) -> str:

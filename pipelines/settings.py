@@ -46,6 +46,8 @@ class CaptureSettings:
     batch_tokens: int = _flag(8192, "most token positions in one batch, padding included")
     device: str = _flag("auto", "device of the model: auto, cpu, cuda, cuda:1, ...")
     device_map: str | None = _flag(None, "spread the model over devices: auto, balanced, sequential")
+    tp: int = _flag(1, "split the model over so many processes by tensor parallelism (transformers' plan)")
+    pp: int = _flag(1, "split the model's blocks over so many processes, one stage each (transformers' pipeline)")
     model_dtype: str = _flag("auto", f"data type to compute in: auto (the checkpoint's), {', '.join(FLOATS)}")
     attn_implementation: str | None = _flag(None, "attention implementation: eager, sdpa, ... (default: the model's)")
     revision: str | None = _flag(None, "revision of the model on the hub")
@@ -62,13 +64,20 @@ class CaptureSettings:
                 raise PlanError(f"--{name.replace('_', '-')} {value} is not known: choose one of {choice}")
         if self.codec not in PRESETS:
             raise PlanError(f"--codec {self.codec} is not known: choose one of {', '.join(PRESETS)}")
-        for name in ("batch_tokens", "threads", "host_memory"):
+        for name in ("batch_tokens", "threads", "host_memory", "tp", "pp"):
             if getattr(self, name) < 1:
                 raise PlanError(f"--{name.replace('_', '-')} is {getattr(self, name)}: it must be at least 1")
         height = self.rows_per_shard
         if height is not None and (height < 1 or height & (height - 1)):
             raise PlanError(f"--rows-per-shard is {height}: it must be a power of two")
+        self._check_split()
         self.dataset_settings()
+
+    def _check_split(self) -> None:
+        if self.tp > 1 and self.pp > 1:
+            raise PlanError("--tp and --pp together are more than transformers' own pipelines can do: choose one")
+        if self.tp * self.pp > 1 and self.device_map is not None:
+            raise PlanError("--device-map and --tp or --pp contradict each other: a process of those has one device")
 
     def dataset_settings(self) -> DatasetSettings:
         """Return the part that reads the dataset."""

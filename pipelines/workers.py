@@ -9,21 +9,28 @@ import os
 import socket
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from torch import nn
+
 from residua.capture.crew import START_SECONDS, Crew
 from residua.capture.handout import HandOut
-from residua.capture.record import AllAtOnce, RecordStats, Work, total
+from residua.capture.record import RecordStats, total
+from residua.capture.siteinfo import SiteInfo
+from residua.capture.split import Part, is_split, part_of
+from residua.capture.work import AllAtOnce, Work
 from residua.pipelines.meeting import meeting
+from residua.pipelines.replicas import replica_group
+from residua.pipelines.settings import CaptureSettings
 from residua.store.commits import committed_shards
 from residua.store.errors import CaptureError
 from residua.store.schedule import Schedule
 
 _LOOK_SECONDS = 1.0
-_LEAST_WORKERS = 2  # that the shards are cut for: more may join
+_LEAST_WORKERS = 2  # replicas that the shards are cut for: more may join
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,6 +57,14 @@ class Workers(Protocol):
         """Let worker 0 call `make`, and every other one `check` after that; return what `make` returned."""
         raise NotImplementedError
 
+    def replica_group(self, settings: CaptureSettings) -> AbstractContextManager[None]:
+        """Make the process group of this worker's replica; see `residua.pipelines.replicas`."""
+        raise NotImplementedError
+
+    def part(self, model: nn.Module, sites: Mapping[str, SiteInfo]) -> Part | None:
+        """Return what this worker has of a model that several hold together; None if it has all of it."""
+        raise NotImplementedError
+
     def work(self, archive: Path, schedule: Schedule) -> Work:
         """Return the shards that this worker is to do."""
         raise NotImplementedError
@@ -69,6 +84,14 @@ class Alone:
     def plan_once(self, make: Callable[[], Mapping[str, Any]], check: Callable[[], None]) -> Mapping[str, Any]:  # noqa: ARG002  # nobody else has to check
         """Return what `make` returns."""
         return make()
+
+    def replica_group(self, settings: CaptureSettings) -> AbstractContextManager[None]:
+        """See `Workers`."""
+        return replica_group(settings, None)
+
+    def part(self, model: nn.Module, sites: Mapping[str, SiteInfo]) -> Part | None:  # noqa: ARG002  # nobody shares it
+        """Return None."""
+        return None
 
     def work(self, archive: Path, schedule: Schedule) -> Work:  # noqa: ARG002  # it does not look at the archive
         """Return all shards."""
@@ -95,20 +118,34 @@ class Together:
         self._crew = crew
         self._others: list[RecordStats] = []
         self._next_look = 0.0
+        self._n_replicas = crew.n_launched
 
     def plan_once(self, make: Callable[[], Mapping[str, Any]], check: Callable[[], None]) -> Mapping[str, Any]:
         """See `Workers`."""
         if self._crew.number == 0:
             message = make()
-            self._crew.publish("plan", message)
+            self._crew.publish("plan", {**message, "n_replicas": self._n_replicas})
             return message
         message = self._crew.await_message("plan", patience=START_SECONDS)
+        self._n_replicas = message["n_replicas"]
         check()
         return message
 
+    def replica_group(self, settings: CaptureSettings) -> AbstractContextManager[None]:
+        """See `Workers`."""
+        return replica_group(settings, self._crew)
+
+    def part(self, model: nn.Module, sites: Mapping[str, SiteInfo]) -> Part | None:
+        """See `Workers`."""
+        if not is_split(model):
+            return None
+        part = part_of(model, sites, self._crew)
+        self._n_replicas = max(1, self._crew.n_launched // len(part.team.numbers))
+        return part
+
     def work(self, archive: Path, schedule: Schedule) -> Work:
         """See `Workers`."""
-        return HandOut(self._crew, archive, schedule.runs(max(_LEAST_WORKERS, self._crew.n_launched)))
+        return HandOut(self._crew, archive, schedule.runs(max(_LEAST_WORKERS, self._n_replicas)))
 
     def so_far(self, stats: RecordStats) -> RecordStats:
         """See `Workers`."""

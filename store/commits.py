@@ -213,7 +213,7 @@ def _read_commit(archive: Path, path: Path) -> Commit:
         record: dict[str, Any] = value["record"]
         if digest_of(record) != value["sha256"]:
             raise ValueError("its SHA-256 does not match its content")
-        commit = _commit_from_json(record)
+        commit = commit_from_json(record)
         if commit.name != path.name:
             raise ValueError(f"it is the record {commit.name}")
     except (ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError, ResiduaError) as error:
@@ -224,8 +224,12 @@ def _read_commit(archive: Path, path: Path) -> Commit:
     return commit
 
 
-def _commit_from_json(record: dict[str, Any]) -> Commit:
-    """Return the commit that `record` spells, every value of it checked: a SHA-256 vouches for no sense."""
+def commit_from_json(record: dict[str, Any]) -> Commit:
+    """Return the commit that `record` spells, every value of it checked: a SHA-256 vouches for no sense.
+
+    Raises:
+        ValueError: A value is not what `to_json` makes. KeyError, TypeError and AttributeError are possible too.
+    """
     first, stop = record["rows"]
     if not _count(first) < _count(stop):
         raise ValueError(f"it holds the rows {first} to {stop}")

@@ -42,8 +42,9 @@ class FilledShard:
     Attributes:
         index: Index of the shard along axis 0.
         first_row: Its first row.
-        sites: Per site name, its rows in storage dtype, (rows, *row shape), C-contiguous or laid out as the file.
-        columns: ``token``, ``position`` and ``example`` of the rows.
+        sites: Per site name, its rows in storage dtype, (rows, *row shape), C-contiguous or laid out as the file; those
+            that this process writes.
+        columns: ``token``, ``position`` and ``example`` of the rows; empty where another process writes them.
         examples: SHA-256 of example parts made durable with this shard, by file name.
         ready: Called in a writer thread before the rows are read; waits for copies that are still under way.
         release: Called once the rows are no longer needed.
@@ -57,6 +58,11 @@ class FilledShard:
     ready: Callable[[], None] = _nothing
     release: Callable[[], None] = _nothing
 
+    @property
+    def n_rows(self) -> int:
+        """Its rows."""
+        return int(next(iter((*self.sites.values(), *self.columns.values()))).shape[0])
+
 
 class ShardWriter:
     """Encodes, writes and commits shards in the background.
@@ -65,11 +71,16 @@ class ShardWriter:
         root: Folder of the archive; its metadata exists already.
         plan: The plan that the rows belong to.
         threads: Encoder threads.
+        report: Where other writers have a part in each shard: called in a writer thread with the record of this one's
+            part, once its files are on the disk. Whoever has all parts of a shard then calls `publish`.
     """
 
-    def __init__(self, root: Path, plan: Plan, *, threads: int = 1) -> None:
+    def __init__(
+        self, root: Path, plan: Plan, *, threads: int = 1, report: Callable[[Commit], None] | None = None
+    ) -> None:
         self._root = root
         self._plan = plan
+        self._report = report
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="residua-writer")
         self._lock = threading.Lock()
         self._failure: BaseException | None = None
@@ -100,14 +111,34 @@ class ShardWriter:
         with self._lock:
             self._failure = self._failure or error
 
-    def committed(self, commit: Commit, logical_bytes: int) -> None:
-        """Add a commit to the totals."""
+    def written(self, commit: Commit, logical_bytes: int) -> None:
+        """Commit what was written, whole, or report it as a part; its bytes are added to the totals."""
+        if self._report is None:
+            if not self.publish(commit):
+                return
+        else:
+            self._report(commit)
         with self._lock:
-            self.n_rows += commit.rows[1] - commit.rows[0]
             self.logical_bytes += logical_bytes
             self.stored_bytes += sum(file.n_bytes for file in commit.arrays.values())
             for path, file in commit.arrays.items():
                 self.n_nonfinite[path] = self.n_nonfinite.get(path, 0) + file.n_nonfinite
+
+    def publish(self, commit: Commit) -> bool:
+        """Commit a shard, all files of which are on the disk; say whether nobody else had done so.
+
+        Raises:
+            FileExistsError: The shard has another record.
+        """
+        try:
+            publish_commit(self._root, commit)
+        except FileExistsError:  # another worker took this one for dead and did its shard; the same is as good
+            if not is_published(self._root, commit):
+                raise
+            return False
+        with self._lock:
+            self.n_rows += commit.rows[1] - commit.rows[0]
+        return True
 
     def close(self) -> None:
         """Wait for all shards, then raise the first failure if there was one."""
@@ -140,10 +171,12 @@ class _ShardJob:
 
     def start(self, pool: ThreadPoolExecutor) -> None:
         for site in self._plan.sites:
-            pool.submit(self._run, partial(self._write_site, site))
+            if site.name in self._shard.sites:
+                pool.submit(self._run, partial(self._write_site, site))
         for spec in self._plan.row_arrays:
-            rows = self._shard.columns[spec.path.removeprefix("rows/")]
-            pool.submit(self._run, partial(self._write, spec, rows))
+            rows = self._shard.columns.get(spec.path.removeprefix("rows/"))
+            if rows is not None:
+                pool.submit(self._run, partial(self._write, spec, rows))
 
     def _run(self, work: Callable[[], None]) -> None:
         try:
@@ -170,14 +203,14 @@ class _ShardJob:
             return
         try:
             if not self._broken:
-                self._publish()
+                self._commit()
         except BaseException as error:  # noqa: BLE001  # thread boundary, as above
             self._writer.failed(error)
         finally:
             self._shard.release()
 
-    def _publish(self) -> None:
-        n_rows = len(self._shard.columns["token"])
+    def _commit(self) -> None:
+        n_rows = self._shard.n_rows
         first = self._shard.first_row
         commit = Commit(
             plan=self._plan.digest,
@@ -186,13 +219,8 @@ class _ShardJob:
             arrays=dict(sorted(self._files.items())),
             examples=self._shard.examples,
         )
-        try:
-            publish_commit(self._root, commit)
-        except FileExistsError:  # another worker took this one for dead and did its shard; the same is as good
-            if not is_published(self._root, commit):
-                raise
-            return
-        self._writer.committed(commit, sum(site.row_bytes for site in self._plan.sites) * n_rows)
+        row_bytes = sum(site.row_bytes for site in self._plan.sites if site.name in self._shard.sites)
+        self._writer.written(commit, row_bytes * n_rows)
 
     def _write_site(self, site: SitePlan) -> None:
         rows = self._shard.sites[site.name]

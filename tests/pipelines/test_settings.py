@@ -36,6 +36,8 @@ GOOD: dict[str, Any] = {
     "device": "cpu",
     "device_map": "auto",
     "join": True,
+    "tp": 1,
+    "pp": 1,
     "model_dtype": "float32",
     "attn_implementation": "eager",
     "revision": "v1",

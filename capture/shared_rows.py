@@ -1,0 +1,189 @@
+"""Where the rows of a replica go that several ranks hold together: to the one rank that stores them.
+
+A tensor that every rank has is copied by the rank that stores it, and by no other. One that is split goes through one
+`Exchange`, so that whole rows arrive where they are stored. Sums that are not yet added up are added up first.
+
+Legend: `B` examples in the batch, `T` padded positions.
+"""
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed import ProcessGroup
+from torch.distributed.tensor import DTensor, Shard
+
+from residua.capture.exchange import Exchange
+from residua.capture.layouts import Layout, whole_shape
+from residua.capture.placement import BatchRows, Indices, Placement
+from residua.capture.proved import ProvedLayouts
+from residua.capture.ranks import on_rank
+from residua.capture.rows import by_position
+from residua.capture.share import Share
+from residua.capture.siteinfo import SiteInfo
+from residua.capture.staging import Staging, torch_dtype
+from residua.store.errors import CaptureError
+from residua.store.plan import Plan
+
+_LEADING = 2  # axes in front of a row: examples and positions
+
+
+class _Piece(NamedTuple):
+    """What one rank has of the rows of one shard: which of them, and how long their split axis is there."""
+
+    rows: Indices
+    size: int
+
+
+class SharedRows:
+    """Takes what this rank has of each site; the `RowSink` of a split model.
+
+    Args:
+        plan: What is stored.
+        staging: Where this rank's share goes.
+        share: Who stores what.
+        sites: What is known of each site in the unsharded model.
+        group: The ranks over which activations may be split; None where this rank has whole ones.
+    """
+
+    def __init__(
+        self, plan: Plan, staging: Staging, share: Share, sites: Mapping[str, SiteInfo], group: ProcessGroup | None
+    ) -> None:
+        self._plan = plan
+        self._staging = staging
+        self._share = share
+        self._sites = sites
+        self._group = group
+        self._exchange = None if group is None else Exchange(group)
+        self._layouts = ProvedLayouts()
+        self._batch: BatchRows | None = None
+
+    @property
+    def sent_bytes(self) -> int:
+        """Bytes that this rank has sent to others."""
+        return 0 if self._exchange is None else self._exchange.sent_bytes
+
+    def begin(self, batch: BatchRows) -> None:
+        """Announce the rows of the next forward pass."""
+        self._batch = batch
+        self._staging.begin(batch)
+
+    def put(self, site: str, tensor: Tensor) -> None:
+        """Take what this rank has of one site's tensor; every rank of the group takes its own at the same time."""
+        if self._batch is None:
+            raise RuntimeError(f"rows of {site} came before their batch was announced")
+        shape = (len(self._batch.tokens_of), self._batch.n_positions)
+        local, layout = self._laid_out(site, tensor, shape)
+        if layout.dim is None:
+            self._staging.put(site, by_position(site, local, *shape))
+        elif self._exchange is not None:
+            self._move(site, local, layout, self._batch, self._exchange)
+
+    def _laid_out(self, site: str, tensor: Tensor, batch_shape: tuple[int, int]) -> tuple[Tensor, Layout]:
+        """Return this rank's part of a tensor, and how the parts lie."""
+        if isinstance(tensor, DTensor):
+            return _part_of(site, tensor, self._group)
+        if self._group is None:
+            return tensor, Layout()
+        whole = whole_shape(self._sites[site], batch_shape, tuple(tensor.shape))
+        return tensor, self._layouts.of(site, tensor, whole, self._group)
+
+    def _move(self, site: str, local: Tensor, layout: Layout, batch: BatchRows, exchange: Exchange) -> None:
+        """Send this rank's part of every row to who stores it, and store what arrives."""
+        dtype, rank = torch_dtype(self._plan.site(site).dtype), exchange.rank
+        places = list(self._staging.placements())
+        if not places:
+            return
+        to = [self._share.owner(site, shard) for shard, _ in places]
+        outgoing = [self._picked(site, local, layout, at, batch, rank).to(dtype) for _, at in places]
+        row = tuple(outgoing[0].shape[1:])
+        mine = [(shard, at) for (shard, at), owner in zip(places, to, strict=True) if owner == rank]
+        incoming = {
+            source: [self._shape(self._piece(layout, at, batch, source), row, layout) for _, at in mine]
+            for source in range(exchange.n_ranks)
+        }
+        arrived = exchange(outgoing, to, incoming)
+        for i, (shard, at) in enumerate(mine):
+            parts = [arrived[source][i] for source in range(exchange.n_ranks)]
+            rows = self._joined(parts, layout, at, batch)
+            self._staging.put_rows(site, shard, _widened(site, rows, self._plan.site(site).row_shape))
+
+    def _piece(self, layout: Layout, at: Placement, batch: BatchRows, rank: int) -> _Piece:
+        """Return which rows of a placement a rank has something of, and how much."""
+        everything = np.arange(len(at.source))
+        if layout.dim is None or layout.dim >= _LEADING:
+            return _Piece(everything, layout.sizes[rank])
+        along = np.divmod(at.source, batch.n_positions)[layout.dim]
+        start = sum(layout.sizes[:rank])
+        inside = (along >= start) & (along < start + layout.sizes[rank])
+        return _Piece(everything[inside], layout.sizes[rank])
+
+    def _picked(self, site: str, local: Tensor, layout: Layout, at: Placement, batch: BatchRows, rank: int) -> Tensor:
+        """Return what this rank has of the rows of one shard, (rows, *row)."""
+        dim = layout.dim or 0
+        if site.startswith("pattern."):
+            if dim < _LEADING:
+                raise CaptureError(f"Site {site!r}{on_rank()} is split by query or example: its keys cannot be placed.")
+            template = local.new_empty((0, *local.shape[2:]), device="cpu")
+            return at.gather_pattern(local, template, batch)
+        if dim >= _LEADING:
+            return at.gather(local.flatten(0, 1), local.dtype)
+        examples, positions = np.divmod(at.source[self._piece(layout, at, batch, rank).rows], batch.n_positions)
+        start = sum(layout.sizes[:rank])
+        examples, positions = (examples - start, positions) if dim == 0 else (examples, positions - start)
+        index = torch.from_numpy(examples * local.shape[1] + positions).to(local.device)
+        return local.flatten(0, 1).index_select(0, index)
+
+    def _shape(self, piece: _Piece, row: tuple[int, ...], layout: Layout) -> tuple[int, ...]:
+        if layout.dim is None or layout.dim < _LEADING:
+            return (len(piece.rows), *row)
+        axis = layout.dim - _LEADING
+        return (len(piece.rows), *row[:axis], piece.size, *row[axis + 1 :])
+
+    def _joined(self, parts: list[Tensor], layout: Layout, at: Placement, batch: BatchRows) -> Tensor:
+        """Return the whole rows of one shard out of what each rank had of them."""
+        if layout.dim is None or layout.dim >= _LEADING:
+            return torch.cat(parts, (layout.dim or 0) - _LEADING + 1)
+        rows = parts[0].new_empty((len(at.source), *parts[0].shape[1:]))
+        for source, part in enumerate(parts):
+            rows[self._piece(layout, at, batch, source).rows] = part
+        return rows
+
+
+def _part_of(site: str, tensor: DTensor, group: ProcessGroup | None) -> tuple[Tensor, Layout]:
+    """Follow the placement that the tensor itself carries; sums are added up."""
+    mesh = tensor.device_mesh
+    if mesh.ndim != 1:
+        raise CaptureError(
+            f"Site {site!r}{on_rank()} is a DTensor over a mesh of {mesh.ndim} dimensions; only one can be gathered."
+        )
+    placement = tensor.placements[0]
+    ranks = None if group is None else dist.get_process_group_ranks(group)
+    if not isinstance(placement, Shard) or ranks != dist.get_process_group_ranks(mesh.get_group()):
+        return tensor.full_tensor(), Layout()
+    local, dim = tensor.to_local(), placement.dim % tensor.ndim
+    sizes = _chunks(tensor.shape[dim], mesh.size())
+    if local.shape[dim] != sizes[dist.get_rank(group)]:
+        raise CaptureError(
+            f"Site {site!r}{on_rank()} is a DTensor of {tensor.shape[dim]} along axis {dim}, and this rank has "
+            f"{local.shape[dim]} of it, not {sizes[dist.get_rank(group)]} as torch cuts it: its rows cannot be placed."
+        )
+    return local, Layout(dim, sizes)
+
+
+def _chunks(length: int, n: int) -> tuple[int, ...]:
+    """Return the lengths that DTensors give to the parts of an axis, those of `torch.chunk`, later ones empty."""
+    size = -(-length // n)
+    return tuple(max(0, min(size, length - start * size)) for start in range(n))
+
+
+def _widened(site: str, rows: Tensor, row_shape: tuple[int, ...]) -> Tensor:
+    """Fill the keys of patterns up with zeros, to those of the longest example."""
+    if not site.startswith("pattern.") or tuple(rows.shape[1:]) == row_shape:
+        return rows
+    wide = rows.new_zeros((len(rows), *row_shape))
+    wide[..., : rows.shape[-1]] = rows
+    return wide

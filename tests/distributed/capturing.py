@@ -1,0 +1,127 @@
+"""Captures models that are split in many ways, for a test to compare with one process.
+
+    torchrun --nproc-per-node N -m tests.distributed.capturing FOLDER
+
+Writes an archive a case into FOLDER, and beside it a JSON file of what every worker did, or of why it failed.
+"""
+
+import gc
+import json
+import os
+import sys
+import traceback
+from collections.abc import Callable
+from dataclasses import asdict
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.distributed.configuration_utils import DistributedConfig
+
+from residua.pipelines.capture import CaptureResult, capture_dataset
+from tests.distributed.plans import parallel_llama
+from tests.models import SPLIT, VOCABULARY
+
+LENGTHS = (5, 3, 21, 40, 2, 9, 33, 1, 12, 30)
+EVERYTHING = (
+    "embed,resid_pre.1,resid_mid.1,resid_post.*,attn_out.1,mlp_out.2,q.*,k.1,v.1,z.1,pattern.1,final,logits,"
+    "logits_top3,module:model.layers.1.mlp@output,module:model.layers.2.self_attn.o_proj@input"
+)
+EXPERTS = ",module:model.layers.1.mlp.gate@output"
+BALANCED = "resid_post.*,mlp_act.*,q.*"
+Make = Callable[[], tuple[PreTrainedModel, str]]
+
+
+def tokens() -> list[list[int]]:
+    generator = torch.Generator().manual_seed(9)
+    return [torch.randint(3, VOCABULARY, (length,), generator=generator).tolist() for length in LENGTHS]
+
+
+def sites_of(name: str) -> str:
+    return EVERYTHING + (EXPERTS if name == "mixtral" else ",mlp_act.*")
+
+
+def capture(model: PreTrainedModel, out: Path, sites: str) -> CaptureResult:
+    return capture_dataset(model, tokens(), out=out, sites=sites, rows_per_shard=16, batch_tokens=64)
+
+
+def loaded(name: str, dtype: torch.dtype = torch.float32, **sizes: Any) -> PreTrainedModel:
+    """Load what rank 0 saved, in the way users of transformers' own parallelism do."""
+    path = Path(sys.argv[1]) / name
+    if dist.get_rank() == 0 and not path.exists():
+        SPLIT[name]().save_pretrained(path)
+    dist.barrier()
+    model = AutoModelForCausalLM.from_pretrained(path, distributed_config=DistributedConfig(**sizes), dtype=dtype)
+    assert isinstance(model, PreTrainedModel)
+    nn.Module.train(model, False)
+    return model
+
+
+def case(name: str, sites: str | None = None, **sizes: Any) -> Make:
+    return lambda: (loaded(name, **sizes), sites_of(name) if sites is None else sites)
+
+
+def by_hand(*shape: int, sequence: bool = False) -> Make:
+    def make() -> tuple[PreTrainedModel, str]:
+        mesh = init_device_mesh("cpu", shape, mesh_dim_names=("dp", "tp")[-len(shape) :])
+        return parallel_llama(mesh["tp"], sequence=sequence), sites_of("llama")
+
+    return make
+
+
+CASES: dict[int, dict[str, Make]] = {
+    2: {
+        "llama-tp2": case("llama", tp_size=2),
+        "llama-tp2-again": case("llama", tp_size=2),
+        "llama-float64": case("llama", dtype=torch.float64, tp_size=2),
+        "qwen3-tp2": case("qwen3", tp_size=2),
+        "mixtral-tp2": case("mixtral", tp_size=2),
+        "mixtral-ep2": case("mixtral", tp_size=2, ep_size=2),
+        "llama-sequence": by_hand(2, sequence=True),
+        "llama-pp2": case("llama", pp_size=2),
+        "mixtral-pp2": case("mixtral", pp_size=2),
+    },
+    4: {
+        "llama-tp4": case("llama", tp_size=4),
+        "llama-balanced": case("llama", BALANCED, tp_size=4),
+        "qwen3-tp4": case("qwen3", tp_size=4),
+        "mixtral-tp4": case("mixtral", tp_size=4),
+        "llama-tp2-dp2": by_hand(2, 2),
+        "llama-tp2-fsdp2": case("llama", tp_size=2, fsdp_size=2),
+    },
+}
+"""From the number of ranks to the cases that are tried on them; the part before the first dash is the model's name."""
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    folder = Path(sys.argv[1])
+    dist.init_process_group("gloo", timeout=timedelta(seconds=60))
+    for name, make in CASES[dist.get_world_size()].items():
+        if len(sys.argv) > 2 and name not in sys.argv[2:]:
+            continue
+        said: dict[str, Any] = {}
+        try:
+            model, sites = make()
+            result = capture(model, folder / f"{name}.zarr", sites)
+            said["workers"] = [asdict(worker) for worker in result.workers]
+        except Exception:  # noqa: BLE001  # the boundary to one case: the others are tried all the same
+            said["failure"] = f"rank {dist.get_rank()}: {traceback.format_exc()}"
+        everyone: list[dict[str, Any]] = [{}] * dist.get_world_size()
+        dist.all_gather_object(everyone, said)
+        if dist.get_rank() == 0:
+            failed = [found for found in everyone if "failure" in found]
+            (folder / f"{name}.json").write_text(json.dumps(failed[0] if failed else said))
+    gc.collect()  # models that hold on to the group go first
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

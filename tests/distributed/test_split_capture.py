@@ -1,0 +1,118 @@
+"""Models that several ranks hold together, captured: the archive is the one that one process writes, but for rounding.
+
+One test a launch, since it is starting ranks that takes time; what all cases have in common is checked for each.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from residua.store.archive import Archive
+from residua.store.verify import verify
+from tests.distributed.capturing import CASES, capture
+from tests.models import SPLIT
+from tests.pipelines.forking import ENVIRONMENT, ROOT
+from tests.pipelines.test_kill import content
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
+SECONDS = 240
+BOUNDS = {"float32": 2e-5, "float64": 5e-7}
+MOST_OF_ONE_RANK = 0.3
+
+
+def launch(folder: Path, n: int) -> dict[str, list[dict[str, Any]]]:
+    """Capture all cases of `n` ranks; return what each worker of each says that it did."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={n}"]
+    command += ["-m", "tests.distributed.capturing", str(folder)]
+    log = folder / "log"
+    with log.open("wb") as output:
+        started = subprocess.Popen(
+            command,
+            cwd=ROOT,
+            env={**ENVIRONMENT, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""},
+            stdout=output,
+            stderr=output,
+            start_new_session=True,
+        )
+        try:
+            started.wait(SECONDS)
+        except subprocess.TimeoutExpired:
+            os.killpg(started.pid, signal.SIGKILL)  # the session is its own: nothing else is in it
+            started.wait()
+    found = {path.stem: json.loads(path.read_text()) for path in folder.glob("*.json")}
+    failures = [f"{name}: {said['failure']}" for name, said in found.items() if "failure" in said]
+    assert not failures, "\n".join(failures)
+    assert found.keys() == CASES[n].keys(), log.read_text()[-4000:]
+    return {name: said["workers"] for name, said in found.items()}
+
+
+def one_process(folder: Path, like: Archive, name: str) -> Archive:
+    model = SPLIT[name]()
+    for parameter in model.parameters():
+        parameter.data = parameter.data.double() if like.plan.model["dtype"] == "float64" else parameter.data
+    return capture(model, folder, ",".join(like.sites)).archive
+
+
+def largest_error(got: Archive, wanted: Archive) -> float:
+    errors = [0.0]
+    for site in wanted.sites:
+        ours, theirs = (np.asarray(archive[site].numpy(), np.float64) for archive in (got, wanted))
+        errors.append(float(np.abs(ours - theirs).max() / np.abs(theirs).max()))
+    return max(errors)
+
+
+@pytest.mark.parametrize("n", CASES)
+def test_split_models_write_the_archive_of_one_process(n: int, tmp_path: Path) -> None:
+    workers = launch(tmp_path, n)
+    alone: dict[tuple[object, ...], Archive] = {}
+    for case, did in workers.items():
+        archive, name = Archive(tmp_path / f"{case}.zarr"), case.partition("-")[0]
+        key = (name, archive.plan.model["dtype"], archive.sites)
+        if key not in alone:
+            alone[key] = one_process(tmp_path / f"one {len(alone)}.zarr", archive, name)
+        wanted = alone[key]
+        assert archive.plan == wanted.plan, case
+        assert largest_error(archive, wanted) <= BOUNDS[str(archive.plan.model["dtype"])], case
+        for column, expected in zip(archive.rows, wanted.rows, strict=True):
+            assert np.array_equal(column.numpy(), expected.numpy())
+        assert set(content(archive.path)) == set(content(wanted.path)), "the same files, whoever wrote them"
+        report = verify(archive.path)
+        assert (report.problems, report.notes) == ([], []), case
+        check_figures(case, did, archive)
+    check_launch(n, tmp_path, workers)
+
+
+def check_figures(case: str, workers: list[dict[str, Any]], archive: Archive) -> None:
+    """Every row is offloaded once and counted once, whatever the number of ranks."""
+    stats = [worker["stats"] for worker in workers]
+    row_bytes = sum(site.row_bytes for site in archive.plan.sites)
+    assert sum(s["offloaded_bytes"] for s in stats) == row_bytes * archive.n_rows, case
+    assert sum(s["logical_bytes"] for s in stats) == row_bytes * archive.n_rows, case
+    assert sum(s["committed_rows"] for s in stats) == archive.n_rows, case
+    assert sum(s["stored_bytes"] for s in stats) == sum(
+        file.n_bytes for commit in archive.commits.values() for file in commit.arrays.values()
+    )
+    is_staged = "-pp" in case
+    assert all((s["sent_bytes"] == 0) == is_staged for s in stats), case
+
+
+def check_launch(n: int, folder: Path, workers: dict[str, list[dict[str, Any]]]) -> None:
+    """What only some cases show."""
+    if n == 2:
+        again = content(folder / "llama-tp2-again.zarr")
+        assert content(folder / "llama-tp2.zarr") == again, "the same layout writes the same bytes"
+        assert Archive(folder / "llama-pp2.zarr").provenance["model"]["layout"] == "pipeline 2"  # type: ignore[index]
+        return
+    shares = [worker["stats"]["offloaded_bytes"] for worker in workers["llama-balanced"]]
+    assert max(shares) <= MOST_OF_ONE_RANK * sum(shares), "every link carries its share"
+    sent = sum(worker["stats"]["sent_bytes"] for worker in workers["llama-balanced"])
+    archive = Archive(folder / "llama-balanced.zarr")
+    split = sum(site.row_bytes for site in archive.plan.sites if not site.name.startswith("resid")) * archive.n_rows
+    assert 0.7 * split < sent < 0.8 * split, "three quarters of what is split, and nothing else"
