@@ -25,6 +25,8 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 SECONDS = 240
 BOUNDS = {"float32": 2e-5, "float64": 5e-7}
 MOST_OF_ONE_RANK = 0.3
+EXACT = ("head/", "rows/", "examples/")
+"""What depends on no rounding; the config says whether the model was loaded from a folder."""
 
 
 def launch(folder: Path, n: int) -> dict[str, list[dict[str, Any]]]:
@@ -80,9 +82,10 @@ def test_split_models_write_the_archive_of_one_process(n: int, tmp_path: Path) -
         wanted = alone[key]
         assert archive.plan == wanted.plan, case
         assert largest_error(archive, wanted) <= BOUNDS[str(archive.plan.model["dtype"])], case
-        for column, expected in zip(archive.rows, wanted.rows, strict=True):
-            assert np.array_equal(column.numpy(), expected.numpy())
-        assert set(content(archive.path)) == set(content(wanted.path)), "the same files, whoever wrote them"
+        written, expected = content(archive.path), content(wanted.path)
+        assert written.keys() == expected.keys(), "the same files, whoever wrote them"
+        exact = [path for path in expected if path.startswith(EXACT) and path != "head/config.json"]
+        assert [written[path] for path in exact] == [expected[path] for path in exact], case
         report = verify(archive.path)
         assert (report.problems, report.notes) == ([], []), case
         check_figures(case, did, archive)
