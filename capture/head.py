@@ -6,13 +6,14 @@ A lens decodes with these alone, without the model; `residua.analysis.head` read
 from pathlib import Path
 
 import torch.distributed as dist
-from safetensors.torch import save
 from torch import nn
 
 from residua.capture.anatomy import Anatomy, anatomy_of
 from residua.capture.architectures import Family
 from residua.capture.groups import pipeline_group
+from residua.capture.parameter_file import parameter_file
 from residua.capture.sharded import whole
+from residua.store.crc import Buffer
 from residua.store.files import write_file
 from residua.store.headspec import CONFIG_FILE, HEAD_FILE, PARAMETERS_FILE, HeadSpec
 
@@ -29,12 +30,12 @@ def save_head(model: nn.Module, folder: Path) -> bool:
     """
     files = head_files(model)
     for name, content in files.items():
-        write_file(folder / name, [content])
+        write_file(folder / name, content)
     return bool(files)
 
 
-def head_files(model: nn.Module) -> dict[str, bytes]:
-    """Return the files of a head, by name.
+def head_files(model: nn.Module) -> dict[str, list[Buffer]]:
+    """Return the files of a head, by name, each in parts; parameters on the CPU are not copied.
 
     There are none for a model whose head is not known for certain, that is one without a language modelling head or
     of an architecture that is not in the table. Of a model that is spread over several processes this is a collective
@@ -49,7 +50,7 @@ def head_files(model: nn.Module) -> dict[str, bytes]:
     return found[0]
 
 
-def _files(model: nn.Module) -> dict[str, bytes]:
+def _files(model: nn.Module) -> dict[str, list[Buffer]]:
     anatomy = anatomy_of(model)
     if anatomy is None or anatomy.family is None or _unembedding(anatomy) is None:
         return {}
@@ -61,9 +62,9 @@ def _files(model: nn.Module) -> dict[str, bytes]:
         if kind in ("weight", "bias")
     }
     return {
-        PARAMETERS_FILE: save(tensors),
-        CONFIG_FILE: anatomy.model.config.to_json_string().encode(),
-        HEAD_FILE: spec.to_json(),
+        PARAMETERS_FILE: parameter_file(tensors),
+        CONFIG_FILE: [anatomy.model.config.to_json_string().encode()],
+        HEAD_FILE: [spec.to_json()],
     }
 
 

@@ -65,6 +65,7 @@ class Recorder:
         tokenizer: Stored in the archive, so that rows can be shown as text.
         max_length: Most tokens of an example; needed for `pattern` sites only, whose rows are that wide.
         threads: Encoder threads.
+        head: Whether final norm and unembedding are stored, which lenses need.
 
     Raises:
         FileExistsError: `out` exists already.
@@ -85,6 +86,7 @@ class Recorder:
         tokenizer: PreTrainedTokenizerBase | None = None,
         max_length: int | None = None,
         threads: int = 1,
+        head: bool = True,
     ) -> None:
         self.path = Path(out)
         if self.path.exists():
@@ -101,6 +103,7 @@ class Recorder:
         self._tokenizer = tokenizer
         self._max_length = max_length
         self._threads = threads
+        self._head = head
         self._stack = ExitStack()
         self._session: _Session | None = None
         self._held: dict[str, torch.Tensor] = {}
@@ -169,6 +172,7 @@ class Recorder:
                 batch_rows=rows,
                 host_memory=self._host_memory,
                 threads=self._threads,
+                head=self._head,
             )
             self._session.begin(self._call, self._keep, self._columns)
             for site, tensor in self._held.items():
@@ -213,11 +217,13 @@ class _Session:
         batch_rows: int,
         host_memory: int,
         threads: int,
+        head: bool,
     ) -> None:
         self._path = path
         self._plan = plan
         with workspace(path) as folder:
-            save_head(model, folder / "head")
+            if head:
+                save_head(model, folder / "head")
             for name, content in attention.items():
                 write_file(folder / "head" / name, [content])
             if tokenizer is not None:

@@ -38,6 +38,7 @@ from residua.pipelines.settings import CaptureSettings
 from residua.pipelines.workers import WorkerFigures, Workers, workers_of
 from residua.store.archive import Archive
 from residua.store.commits import drop_broken
+from residua.store.crc import Buffer
 from residua.store.create import create_archive, seal, workspace
 from residua.store.errors import DatasetError, PlanError
 from residua.store.examples import ExampleIndex, ExampleTable, ExampleWriter
@@ -169,6 +170,7 @@ class _Job:
         self._command = command
         self._report = DatasetReport()
         self._notes: list[str] = []
+        self._archive: Archive | None = None
 
     def run(
         self,
@@ -192,7 +194,7 @@ class _Job:
             part = workers.part(self._model, sites)
             said = workers.plan_once(partial(self._prepare, sites, on_example), partial(self._check, sites))
             self._report = DatasetReport(**said["dataset"])
-            archive = Archive(self._out)
+            archive = self._opened()
             plan, n_shards = archive.plan, archive.plan.n_shards(archive.n_rows)
             on_plan(plan, archive.progress.rows)
             stats = record(
@@ -205,9 +207,10 @@ class _Job:
                 threads=self._settings.threads,
                 on_batch=lambda own: on_batch(workers.so_far(own)),
             )
+        self._archive = None  # its records are those of before
         figures = workers.finish(stats, self._out, n_shards, self._seal)
         return CaptureResult(
-            archive=Archive(self._out),
+            archive=self._opened(),
             dataset=self._report,
             stats=total([worker.stats for worker in figures]),
             workers=tuple(figures),
@@ -215,10 +218,16 @@ class _Job:
             notes=(*self._notes, *self._report.notes()),
         )
 
+    def _opened(self) -> Archive:
+        """Return the archive, opened once for each time that its records may have changed."""
+        if self._archive is None:
+            self._archive = Archive(self._out)
+        return self._archive
+
     def _seal(self) -> None:
         sweep(self._out)  # a worker may have died meanwhile
-        archive = Archive(self._out)
-        seal(self._out, archive.metadata, archive.commits)
+        self._archive = Archive(self._out)
+        seal(self._out, self._archive.metadata, self._archive.commits)
 
     def _prepare(self, sites: Mapping[str, SiteInfo], on_example: Callable[[int, int], None]) -> Mapping[str, Any]:
         """Make the plan, and the archive unless it exists; an archive of another plan is refused."""
@@ -228,19 +237,24 @@ class _Job:
             plan = self._plan(sites, index)
             if resumed:
                 self._compare(plan)
-                self._notes.extend(drop_broken(self._out, plan, Archive(self._out).commits))
+                dropped = drop_broken(self._out, plan, self._opened().commits)
+                self._notes.extend(dropped)
+                self._archive = None if dropped else self._archive
             else:
                 for name, content in (self._beside or self._files_beside(sites)).items():
-                    write_file(folder / "head" / name, [content])
+                    write_file(folder / "head" / name, content)
                 if self._tokenizer is not None:
                     save_tokenizer(self._tokenizer, folder / "tokenizer")
                 create_archive(folder, self._out, plan, self._provenance(plan))
         sweep(self._out)
         return {"resumed": resumed, "dataset": asdict(self._report)}
 
-    def _files_beside(self, sites: Mapping[str, SiteInfo]) -> dict[str, bytes]:
+    def _files_beside(self, sites: Mapping[str, SiteInfo]) -> dict[str, list[Buffer]]:
         """Return what an analysis needs of the model besides activations, by name in the head's folder."""
-        return {**head_files(self._model), **attention_files(self._model, sites)}
+        attention: dict[str, list[Buffer]] = {
+            name: [content] for name, content in attention_files(self._model, sites).items()
+        }
+        return {**(head_files(self._model) if self._settings.head else {}), **attention}
 
     def _check(self, sites: Mapping[str, SiteInfo]) -> None:
         """Refuse an archive that another worker made of another model or other settings than this one's."""
@@ -300,7 +314,7 @@ class _Job:
         )
 
     def _compare(self, plan: Plan) -> None:
-        archive = Archive(self._out)
+        archive = self._opened()
         self._notes.extend(changed_conditions(archive.provenance))
         found = archive.plan
         if found.digest != plan.digest:

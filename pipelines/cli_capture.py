@@ -27,7 +27,7 @@ def add(jobs: Any) -> None:
     for setting in fields(CaptureSettings):
         flag, text = "--" + setting.name.replace("_", "-"), setting.metadata["help"]
         if setting.type in (bool, "bool"):
-            parser.add_argument(flag, action="store_true", default=None, help=text)
+            parser.add_argument(flag, action=argparse.BooleanOptionalAction, default=None, help=text)
         else:
             kind = int if "int" in str(setting.type) else str
             parser.add_argument(flag, type=kind, metavar=kind.__name__.upper(), help=text)

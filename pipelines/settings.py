@@ -55,6 +55,7 @@ class CaptureSettings:
     rows_per_shard: int | None = _flag(None, "height of a shard in rows, a power of two (default: about 32 MiB)")
     host_memory: int = _flag(HOST_MEMORY_BYTES, "bytes of host memory that staging may take")
     threads: int = _flag(1, "threads that encode and write")
+    head: bool = _flag(True, "store the final norm and unembedding, which lenses need; --no-head shares no weights")
     join: bool = _flag(False, "share the work with runs that are at this archive, and let others join")
 
     def __post_init__(self) -> None:

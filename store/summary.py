@@ -5,6 +5,7 @@ from typing import Any
 
 from residua.store.archive import Archive
 from residua.store.create import relative_error
+from residua.store.headspec import PARAMETERS_FILE
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,6 +56,7 @@ class Summary:
         sites: The sites.
         logical_bytes: Bytes of all captured rows, the row columns left out.
         stored_bytes: Bytes of all shard files, the row columns included.
+        has_head: Whether the model's final norm and unembedding are in it.
         provenance: Where model, data and numbers came from.
     """
 
@@ -71,6 +73,7 @@ class Summary:
     sites: tuple[SiteSummary, ...]
     logical_bytes: int
     stored_bytes: int
+    has_head: bool
     provenance: dict[str, Any]
 
     def to_json(self) -> dict[str, Any]:
@@ -103,6 +106,7 @@ def summarise(archive: Archive) -> Summary:
         sites=sites,
         logical_bytes=sum(site.logical_bytes for site in sites),
         stored_bytes=sum(file.n_bytes for commit in archive.commits.values() for file in commit.arrays.values()),
+        has_head=f"head/{PARAMETERS_FILE}" in archive.metadata.files,
         provenance=dict(archive.provenance),
     )
 

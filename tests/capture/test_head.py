@@ -3,11 +3,14 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from residua.capture.head import save_head
+from residua.capture.parameter_file import parameter_file
+from residua.store.files import write_file
 from tests.capture.readings import everything
 from tests.models import ODD, TINY
 
@@ -41,3 +44,24 @@ def test_a_head_that_is_not_known_for_certain_is_not_written(name: str, tmp_path
     assert not save_head(TINY["llama"]().base_model, tmp_path)
     assert not save_head(torch.nn.Linear(2, 2), tmp_path)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_parameters_of_every_type_are_written_from_where_they_lie(tmp_path: Path) -> None:
+    floats = (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn)
+    tensors = {str(dtype): torch.randn(3, 5).to(dtype) for dtype in floats}
+    tensors |= {
+        "codes": torch.arange(7, dtype=torch.uint8),
+        "none": torch.zeros(0, 4),
+        "one": torch.tensor([2], dtype=torch.int64),
+    }
+    _, _, *parts = parameter_file(tensors)
+    assert [part.ctypes.data for part in parts if isinstance(part, np.ndarray) and part.size] == [
+        tensor.data_ptr() for tensor in tensors.values() if tensor.numel()
+    ]
+    write_file(tmp_path / "a.safetensors", parameter_file(tensors))
+    found = load_file(tmp_path / "a.safetensors")
+    assert found.keys() == tensors.keys()
+    for name, tensor in tensors.items():
+        assert found[name].dtype == tensor.dtype
+        assert found[name].shape == tensor.shape
+        assert torch.equal(found[name].view(torch.uint8), tensor.view(torch.uint8))

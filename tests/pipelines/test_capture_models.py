@@ -9,7 +9,10 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, PreTrainedModel
 
 from residua.pipelines.capture import capture_dataset
+from residua.store.archive import Archive
 from residua.store.errors import PlanError
+from residua.store.summary import summarise
+from residua.store.verify import verify
 from tests.models import TINY
 
 TOKENS = [[5, 6, 7, 8], [9, 10]]
@@ -75,3 +78,33 @@ def test_what_is_no_transformers_model_is_sent_to_the_recorder(tmp_path: Path) -
     with pytest.raises(PlanError, match=r"a Linear is none: call it in a loop of your own inside residua\.Recorder"):
         capture_dataset(nn.Linear(2, 2), TOKENS, out=tmp_path / "a.zarr")  # type: ignore[arg-type]  # that is the point
     assert list(tmp_path.glob("*.zarr")) == []
+
+
+def test_without_the_head_the_plan_and_the_rows_are_the_same(tmp_path: Path) -> None:
+    model = TINY["llama"]()
+    result = capture_dataset(model, TOKENS, out=tmp_path / "a.zarr", sites="embed")
+    bare = capture_dataset(model, TOKENS, out=tmp_path / "b.zarr", sites="embed", head=False)
+    assert (summarise(result.archive).has_head, summarise(bare.archive).has_head) == (True, False)
+    assert not (tmp_path / "b.zarr/head/head.safetensors").exists()
+    assert bare.archive.plan.digest == result.archive.plan.digest
+    assert verify(tmp_path / "b.zarr").is_sound
+    again = capture_dataset(model, TOKENS, out=tmp_path / "b.zarr", sites="embed", head=True)
+    assert again.resumed
+
+
+def test_an_archive_is_opened_no_oftener_than_its_records_change(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened = 0
+
+    class Counted(Archive):
+        def __init__(self, path: Path) -> None:
+            nonlocal opened
+            opened += 1
+            super().__init__(path)
+
+    monkeypatch.setattr("residua.pipelines.capture.Archive", Counted)
+    for _ in ("fresh", "resumed"):
+        opened = 0
+        assert capture_dataset(TINY["llama"](), TOKENS, out=tmp_path / "a.zarr", sites="embed").archive.is_sealed
+        assert opened == 2

@@ -32,6 +32,7 @@ GOOD: dict[str, Any] = {
     "long_examples": "truncate",
     "positions": "every:4",
     "drop_special": True,
+    "head": False,
     "batch_tokens": 512,
     "device": "cpu",
     "device_map": "auto",
