@@ -75,6 +75,15 @@ class Head:
             return (scaled * (self.spec.weight_offset + weight.to(wide.dtype))).to(final.dtype)
         return weight * scaled.to(final.dtype)
 
+    def hidden(self, final: Tensor) -> Tensor:
+        """Return what the unembedding is applied to, (..., inner width); arguments as for `logits`."""
+        hidden = self.normed(final)
+        if "project_out.weight" in self.parameters:
+            hidden = F.linear(hidden, self.parameters["project_out.weight"])
+        if self.spec.activation is not None:
+            hidden = self._transformed(hidden, self.spec.activation)
+        return hidden
+
     def logits(self, final: Tensor) -> Tensor:
         """Decode the residual stream after the last block.
 
@@ -84,11 +93,7 @@ class Head:
         Returns:
             (..., vocabulary), of the same type.
         """
-        hidden = self.normed(final)
-        if "project_out.weight" in self.parameters:
-            hidden = F.linear(hidden, self.parameters["project_out.weight"])
-        if self.spec.activation is not None:
-            hidden = self._transformed(hidden, self.spec.activation)
+        hidden = self.hidden(final)
         unembed = self.parameters["unembed.weight"]
         logits = F.linear(hidden, unembed, self.parameters.get("unembed.bias")) * self.spec.logit_scale
         if self.spec.softcap is None:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from residua import analysis
     from residua.analysis.induction import induction_scores
+    from residua.analysis.lens import TunedLens
     from residua.analysis.stats import stats
     from residua.analysis.top import top
     from residua.capture.parameters import whole_parameter
@@ -35,6 +36,7 @@ __all__ = [
     "Recorder",
     "ResiduaError",
     "TapGroup",
+    "TunedLens",
     "analysis",
     "capture_dataset",
     "induction_scores",
@@ -56,6 +58,7 @@ _HOMES = {
     "Recorder": "capture.recorder:Recorder",
     "ResiduaError": "store.errors:ResiduaError",
     "TapGroup": "capture.tapgroup:TapGroup",
+    "TunedLens": "analysis.lens:TunedLens",
     "analysis": "analysis",
     "capture_dataset": "pipelines.capture:capture_dataset",
     "induction_scores": "analysis.induction:induction_scores",

@@ -1,0 +1,24 @@
+"""A small archive with a head: random tokens through a tiny model, examples of several lengths."""
+
+from pathlib import Path
+
+import numpy as np
+
+from residua.pipelines.capture import capture_dataset
+from residua.store.archive import Archive
+from tests.models import TINY, VOCABULARY
+
+N_EXAMPLES = 80
+
+
+def examples(n_examples: int = N_EXAMPLES) -> list[list[int]]:
+    """Token ids that follow each other by a few rules, so that there is something to predict."""
+    rng = np.random.default_rng(0)
+    steps = rng.integers(1, 5, (n_examples, 40)).cumsum(1) + rng.integers(0, 90, (n_examples, 1))
+    return [(3 + row[: 24 + number % 9] % (VOCABULARY - 3)).tolist() for number, row in enumerate(steps)]
+
+
+def make_lens_archive(path: Path, model: str = "llama", sites: str = "resid_post.*") -> Archive:
+    """Capture into `path`."""
+    capture_dataset(TINY[model](), examples(), out=path, sites=sites, rows_per_shard=512)
+    return Archive(path)

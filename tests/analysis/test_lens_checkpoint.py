@@ -1,0 +1,135 @@
+"""Lenses travel to the tuned-lens package and back: each loads what the other wrote, and decodes alike."""
+
+import json
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import PreTrainedModel
+from tuned_lens.nn.lenses import TunedLens as TheirLens
+from tuned_lens.nn.unembed import Unembed
+
+from residua.analysis.lens import TunedLens
+from residua.analysis.lens_checkpoint import LensConfig, hash_unembedding, read_checkpoint, write_checkpoint
+from residua.analysis.lens_translator import Translator
+from residua.capture.head import save_head
+from residua.store.errors import AnalysisError
+from tests.models import TINY
+
+DEPTHS, WIDTH = 3, 32
+
+
+def model_of(name: str) -> PreTrainedModel:
+    model = TINY[name]()
+    model.config.name_or_path = f"tiny/{name}"  # as a checkpoint would say
+    return model
+
+
+def translators() -> dict[int, Translator]:
+    generator = torch.Generator().manual_seed(0)
+    return {
+        depth: Translator(torch.randn(WIDTH, WIDTH, generator=generator), torch.randn(WIDTH, generator=generator))
+        for depth in range(DEPTHS)
+    }
+
+
+def written(folder: Path, model: PreTrainedModel, chosen: dict[int, Translator]) -> None:
+    weight = model.get_output_embeddings().weight  # type: ignore[no-untyped-call]  # theirs
+    config = LensConfig(
+        base_model_name_or_path="tiny/model",
+        d_model=WIDTH,
+        num_hidden_layers=DEPTHS,
+        unembed_hash=hash_unembedding(weight),
+    )
+    write_checkpoint(folder, config, chosen)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gpt_neox", "opt"])
+def test_theirs_loads_ours(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model, chosen = model_of(name), translators()
+    written(tmp_path, model, {depth: chosen[depth] for depth in (0, 2)})
+    theirs = TheirLens.from_unembed_and_pretrained(Unembed(model), str(tmp_path))
+    hidden = torch.randn(5, WIDTH, generator=torch.Generator().manual_seed(1))
+    for depth in (0, 2):
+        torch.testing.assert_close(theirs.transform_hidden(hidden, depth), chosen[depth](hidden), rtol=1e-5, atol=1e-5)
+    assert torch.equal(theirs.transform_hidden(hidden, 1), hidden)
+    assert theirs.config.unembed_hash == json.loads((tmp_path / "config.json").read_text())["unembed_hash"]
+    assert "hash" not in capsys.readouterr().err
+    save_head(model, tmp_path / "head")
+    ours = TunedLens.load(tmp_path)
+    torch.testing.assert_close(ours.decode("resid_pre.2", hidden), theirs(hidden, 2), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_ours_loads_theirs(name: str, tmp_path: Path) -> None:
+    model = model_of(name)
+    theirs = TheirLens.from_model(model)
+    with torch.no_grad():
+        for parameter in theirs.layer_translators.parameters():
+            parameter.normal_(generator=torch.Generator().manual_seed(2))
+    theirs.save(tmp_path / "lens")
+    save_head(model, tmp_path / "head")
+    ours = TunedLens.load(tmp_path / "lens", head=tmp_path / "head")
+    hidden = torch.randn(5, WIDTH, generator=torch.Generator().manual_seed(1))
+    for depth in range(DEPTHS):
+        found = ours.decode(f"resid_pre.{depth}", hidden)
+        torch.testing.assert_close(found, theirs(hidden, depth), rtol=1e-4, atol=1e-4)
+    ours.save(tmp_path / "again")
+    again = TheirLens.from_unembed_and_pretrained(Unembed(model), str(tmp_path / "again"))
+    for mine, before in zip(again.parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(mine, before, rtol=1e-6, atol=1e-6)
+    assert load_file(tmp_path / "again" / "head" / "head.safetensors").keys() == ours.head.parameters.keys()
+
+
+def test_a_lens_of_another_model_is_refused(tmp_path: Path) -> None:
+    model = model_of("llama")
+    written(tmp_path, model, translators())
+    save_head(model_of("mistral"), tmp_path / "head")
+    with torch.no_grad():
+        model.get_output_embeddings().weight.neg_()  # type: ignore[no-untyped-call]  # theirs
+    save_head(model, tmp_path / "other")
+    with pytest.raises(AnalysisError, match="another unembedding than"):
+        TunedLens.load(tmp_path, head=tmp_path / "other")
+
+
+class _Bomb:
+    def __reduce__(self) -> tuple[object, ...]:
+        return print, ("opened a strange file",)
+
+
+@pytest.mark.parametrize("content", ["bomb", "cut", "missing", "shape", "key", "whole"])
+def test_a_strange_checkpoint_is_refused_and_nothing_in_it_runs(
+    content: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    written(tmp_path, model_of("llama"), translators())
+    path = tmp_path / "params.pt"
+    state = torch.load(path, weights_only=True)
+    if content == "bomb":
+        path.write_bytes(pickle.dumps(_Bomb(), protocol=2))
+    elif content == "cut":
+        path.write_bytes(path.read_bytes()[:900])
+    elif content == "missing":
+        path.unlink()
+    elif content == "shape":
+        torch.save({**state, "1.bias": torch.zeros(7)}, path)
+    elif content == "key":
+        torch.save({**state, "3.bias": torch.zeros(WIDTH)}, path)
+    if content == "whole":
+        assert read_checkpoint(tmp_path)[0].d_model == WIDTH
+        return
+    with pytest.raises(AnalysisError, match=r"params\.pt"):
+        read_checkpoint(tmp_path)
+    assert "opened" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "change", [{"d_model": -1}, {"num_hidden_layers": 1e9}, {"lens_type": "other"}, {"d_model": True}, None]
+)
+def test_a_strange_config_is_refused(change: dict[str, object] | None, tmp_path: Path) -> None:
+    written(tmp_path, model_of("llama"), translators())
+    path = tmp_path / "config.json"
+    path.write_text("[]" if change is None else json.dumps({**json.loads(path.read_text()), **change}))
+    with pytest.raises(AnalysisError, match=r"config\.json"):
+        read_checkpoint(tmp_path)

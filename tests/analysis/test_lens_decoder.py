@@ -1,0 +1,123 @@
+"""The head's backward by hand, against autograd in float64; vocabulary blocks and candidates, against all at once."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from residua.analysis import lens_unembedding
+from residua.analysis.head import Head, load_head
+from residua.analysis.lens_candidates import draw_candidates
+from residua.analysis.lens_decoder import Decoder
+from residua.analysis.lens_unembedding import Unembedding
+from residua.capture.head import save_head
+from tests.models import TINY
+
+DOUBLE = torch.float64
+
+
+def normal(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=DOUBLE)
+
+
+def by_autograd(head: Head, final: Tensor, target: Tensor) -> Tensor:
+    leaf = final.clone().requires_grad_()
+    kl = (target * (target.log() - head.logits(leaf).log_softmax(-1))).sum()
+    return torch.autograd.grad(kl, leaf)[0]
+
+
+def check_gradient(head: Head) -> None:
+    final = normal(7, head.width) * 3 + 1
+    target = head.logits(normal(7, head.width, seed=1)).softmax(-1)
+    decoder = Decoder(head, dtype=DOUBLE)
+    torch.testing.assert_close(decoder.logits(final), head.logits(final), rtol=1e-12, atol=1e-12)
+    found = decoder.kl_gradient(final, target)
+    torch.testing.assert_close(found, by_autograd(head, final, target), rtol=1e-10, atol=1e-12)
+    assert found.abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_the_gradient_is_autograds_on_every_architecture(name: str, tmp_path: Path) -> None:
+    save_head(TINY[name](), tmp_path)
+    check_gradient(load_head(tmp_path, dtype=DOUBLE))
+
+
+@pytest.mark.parametrize("change", [{"logit_scale": 0.3}, {"softcap": 2.0, "logit_scale": 3.0}, {"norm": "layer"}])
+@pytest.mark.parametrize("name", ["bert", "llama"])
+def test_the_gradient_is_autograds_with_scale_softcap_and_norm(
+    name: str, change: dict[str, object], tmp_path: Path
+) -> None:
+    save_head(TINY[name](), tmp_path)
+    head = load_head(tmp_path, dtype=DOUBLE)
+    check_gradient(Head(replace(head.spec, **change), head.parameters))  # type: ignore[arg-type]  # any field
+
+
+def test_a_unit_is_what_the_final_norm_sees(tmp_path: Path) -> None:
+    final = normal(5, 32) * 7 + 2
+    save_head(TINY["llama"](), tmp_path)
+    unit = Decoder(load_head(tmp_path, dtype=DOUBLE), dtype=DOUBLE).unit(final)
+    torch.testing.assert_close(unit.square().mean(-1), torch.ones(5, dtype=DOUBLE), rtol=1e-5, atol=0)
+    torch.testing.assert_close(unit / unit[:, :1], final / final[:, :1])
+    save_head(TINY["gpt2"](), tmp_path)
+    unit = Decoder(load_head(tmp_path, dtype=DOUBLE), dtype=DOUBLE).unit(final)
+    torch.testing.assert_close(unit.mean(-1), torch.zeros(5, dtype=DOUBLE))
+    torch.testing.assert_close(unit.var(-1, correction=0), torch.ones(5, dtype=DOUBLE), rtol=1e-5, atol=0)
+
+
+def test_a_large_unembedding_is_converted_block_by_block(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The last block is short; both directions are those of the whole matrix."""
+    weight, bias = normal(103, 8).bfloat16(), normal(103, seed=1).bfloat16()
+    monkeypatch.setattr(lens_unembedding, "_BLOCK_BYTES", 10 * 8 * 4)
+    whole = Unembedding(weight, bias, scale=0.5, softcap=3.0)
+    blocks = Unembedding(weight, bias, scale=0.5, softcap=3.0, most_bytes=103 * 8 * 4 - 1)
+    assert whole.is_whole
+    assert not blocks.is_whole
+    hidden, gradient = normal(6, 8, seed=2).float(), normal(6, 103, seed=3).float()
+    logits = blocks.logits(hidden)
+    torch.testing.assert_close(logits, whole.logits(hidden))
+    torch.testing.assert_close(blocks.backward(gradient.clone(), logits), whole.backward(gradient.clone(), logits))
+    tokens = torch.tensor([102, 3, 3])
+    torch.testing.assert_close(blocks.of_tokens(tokens).logits(hidden), logits[:, tokens])
+
+
+def test_candidates_give_the_gradient_on_average(tmp_path: Path) -> None:
+    """Over many draws the mean is the exact gradient, but for a bias far below one draw's noise."""
+    save_head(TINY["llama"](), tmp_path)
+    head = load_head(tmp_path, dtype=DOUBLE)
+    decoder, final = Decoder(head, dtype=DOUBLE), normal(16, 32)
+    target = head.logits(normal(16, 32, seed=1) / 3).softmax(-1)
+    exact = decoder.kl_gradient(final, target)
+    generator = torch.Generator().manual_seed(2)
+    draws = []
+    for _ in range(600):
+        candidates = draw_candidates(target, 16, generator)
+        assert candidates is not None
+        some = decoder.unembedding.of_tokens(candidates.tokens)
+        draws.append(
+            decoder.kl_gradient(
+                final, candidates.restrict(target), unembedding=some, log_weights=candidates.weights.log()
+            )
+        )
+    noise = torch.stack([(draw - exact).norm() for draw in draws]).mean()
+    assert (torch.stack(draws).mean(0) - exact).norm() < 0.25 * noise
+    assert torch.cosine_similarity(torch.stack(draws).mean(0).flatten(), exact.flatten(), 0) > 0.97
+
+
+def test_candidates_hold_the_most_probable_tokens_once_and_the_rest_by_weight() -> None:
+    target = normal(32, 97).softmax(-1)
+    drawn = draw_candidates(target, 10, torch.Generator().manual_seed(0))
+    assert drawn is not None
+    best = target.mean(0).topk(10).indices
+    assert drawn.tokens[:10].tolist() == best.tolist()
+    assert drawn.weights[:10].tolist() == [1.0] * 10
+    assert not set(drawn.tokens[10:].tolist()) & set(best.tolist())
+    generator = torch.Generator().manual_seed(1)
+    counts = torch.zeros(97, dtype=DOUBLE)
+    for _ in range(3000):
+        again = draw_candidates(target, 10, generator)
+        assert again is not None
+        counts.index_add_(0, again.tokens, again.weights)
+    torch.testing.assert_close(counts / 3000, torch.ones(97, dtype=DOUBLE), rtol=0, atol=0.35)
+    assert draw_candidates(target, 49, generator) is None

@@ -1,0 +1,79 @@
+"""The closed form against numpy's least squares in float64, and its whitening against the covariance."""
+
+import numpy as np
+import pytest
+import torch
+
+from residua.analysis.lens_ridge import Gram, Ridge, solve_ridge
+from residua.store.errors import AnalysisError
+
+N, D = 700, 12
+
+
+def rows() -> tuple[torch.Tensor, torch.Tensor]:
+    """Inputs with a channel that is a thousand times the others and hardly varies, as residual streams have."""
+    generator = torch.Generator().manual_seed(0)
+    inputs = torch.randn(N, D, generator=generator) @ torch.randn(D, D, generator=generator)
+    inputs[:, 3] = 1000 + 0.1 * inputs[:, 3]
+    targets = inputs @ torch.randn(D, D, generator=generator) / 5 + torch.randn(N, D, generator=generator)
+    return inputs, targets
+
+
+def solved(inputs: torch.Tensor, targets: torch.Tensor, held: int = 100) -> Ridge:
+    """Sum in two shares, as two jobs do."""
+    origin = inputs[:8].double().mean(0)
+    total = Gram.zero(origin)
+    for share in (slice(held, 300), slice(300, None)):
+        gram = Gram.zero(origin)
+        gram.add_(inputs[share], targets[share])
+        total.merge_(gram)
+    return solve_ridge(total, inputs[:held], targets[:held])
+
+
+def test_it_is_numpys_least_squares_with_a_penalty_on_the_weight_alone() -> None:
+    inputs, targets = rows()
+    ridge = solved(inputs, targets)
+    x, y = inputs[100:].double().numpy(), targets[100:].double().numpy()
+    centred = x - x.mean(0)
+    penalty = ridge.penalty * centred.var(0).mean() * len(x)
+    stacked = np.concatenate([centred, np.sqrt(penalty) * np.eye(D)])
+    weight = np.linalg.lstsq(stacked, np.concatenate([y - y.mean(0), np.zeros((D, D))]), rcond=None)[0]
+    np.testing.assert_allclose(ridge.translator.weight, weight, rtol=1e-3, atol=1e-3)
+    expected = x @ weight + (y.mean(0) - x.mean(0) @ weight)
+    np.testing.assert_allclose(ridge.translator(inputs[100:]), expected, atol=5e-3)
+
+
+def test_the_penalty_is_the_best_on_held_out_rows() -> None:
+    """With hardly more rows than directions a larger one wins than with many."""
+    inputs, targets = rows()
+    few = solved(inputs[:120], targets[:120])
+    assert few.penalty > solved(inputs, targets).penalty
+    errors = {}
+    for penalty in (few.penalty / 10, few.penalty, few.penalty * 10):
+        x, y = inputs[100:120].double(), targets[100:120].double()
+        centred = x - x.mean(0)
+        scale = centred.var(0, correction=0).mean()
+        weight = torch.linalg.solve(
+            centred.T @ centred / 20 + penalty * scale * torch.eye(D, dtype=torch.float64), centred.T @ y / 20
+        )
+        guess = (inputs[:100].double() - x.mean(0)) @ weight + y.mean(0)
+        errors[penalty] = (guess - targets[:100]).square().mean().item()
+    assert min(errors, key=errors.__getitem__) == few.penalty
+
+
+def test_whitened_rows_start_at_the_same_map() -> None:
+    inputs, targets = rows()
+    ridge = solved(inputs, targets)
+    white = (inputs[100:] - ridge.mean) @ ridge.whitening
+    covariance = (white.T @ white / len(white)).numpy()
+    assert np.abs(covariance - np.diag(np.diag(covariance))).max() < 1e-2
+    assert (np.diag(covariance) < 1.01).all()
+    np.testing.assert_allclose(white @ ridge.whitened + ridge.offset, ridge.translator(inputs[100:]), atol=2e-2)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_rows_that_are_no_numbers_are_refused(value: float) -> None:
+    inputs, targets = rows()
+    inputs[400, 2] = value
+    with pytest.raises(AnalysisError, match="NaN or infinities"):
+        solved(inputs, targets)

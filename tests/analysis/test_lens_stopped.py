@@ -1,0 +1,93 @@
+"""A training that is killed goes on from its finished layers; a large vocabulary stays within the worker's memory."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from residua.analysis.cluster import connect
+from residua.analysis.lens import TunedLens
+from residua.analysis.lens_settings import LensSettings
+from residua.analysis.lens_train import LensTraining
+from residua.store.archive import Archive
+from residua.store.errors import AnalysisError
+from tests.analysis.lens_archive import make_lens_archive
+
+EPOCHS = 40
+
+
+def wait_for(path: Path, process: subprocess.Popen[bytes]) -> None:
+    deadline = time.monotonic() + 120
+    while not path.is_file():
+        assert process.poll() is None, "it ended before it could be killed"
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+
+
+def test_a_killed_training_goes_on_from_its_finished_layers(tmp_path: Path) -> None:
+    archive = make_lens_archive(tmp_path / "a.zarr")
+    whole = TunedLens.fit(archive, out=tmp_path / "whole", epochs=EPOCHS)
+    words = ["lens", "train", str(archive.path), "--out", str(tmp_path / "lens"), "--scheduler", "inline"]
+    words += ["--epochs", str(EPOCHS), "--together", "1"]
+    process = subprocess.Popen([sys.executable, "-m", "residua", *words], stderr=subprocess.DEVNULL)
+    work = tmp_path / "lens" / "work"
+    wait_for(work / "layer-1.safetensors", process)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (work / "layer-2.safetensors").exists()
+    finished = (work / "layer-1.safetensors").stat()
+    with pytest.raises(AnalysisError, match="unfinished lens with another epochs"):
+        TunedLens.fit(archive, out=tmp_path / "lens", epochs=EPOCHS + 1, together=1)
+    with connect("inline") as cluster:
+        settings = LensSettings(epochs=EPOCHS, together=1)
+        training = LensTraining(Archive(archive.path), tmp_path / "lens", settings=settings, cluster=cluster)
+        training.train()
+        assert (work / "layer-1.safetensors").stat() == finished
+        parts = training.judge()
+    for depth, translator in whole.translators.items():
+        assert torch.equal(translator.weight, parts.translators[depth].weight)
+    TunedLens.fit(archive, out=tmp_path / "lens", settings=settings)
+    assert not work.exists()
+    assert (tmp_path / "lens" / "params.pt").read_bytes() == (tmp_path / "whole" / "params.pt").read_bytes()
+
+
+LARGE = """
+import json, resource, sys
+import torch
+from residua.analysis.head import Head
+from residua.analysis.lens_decoder import Decoder
+from residua.analysis.lens_judge import judge
+from residua.analysis.lens_translator import Translator
+from residua.store.headspec import HeadSpec
+
+torch.set_num_threads(1)
+V, D, N = 131_072, 64, 400
+class Reader:
+    def read(self, site, rows):
+        return torch.randn(len(rows), D, generator=torch.Generator().manual_seed(len(site)))
+    def next_tokens(self, rows):
+        return rows
+weight = torch.randn(V, D, dtype=torch.bfloat16)
+decoder = Decoder(Head(HeadSpec(norm="rms", dtype="bfloat16"), {"unembed.weight": weight}), most_bytes=V * D)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+import numpy as np
+maps = {"resid_post.0": {"ridge": Translator.identity(D)}}
+scores = judge(maps, "final", np.arange(N), Reader(), decoder)
+target = decoder.logits(torch.randn(128, D)).softmax(-1)
+decoder.kl_gradient(torch.randn(128, D), target)
+after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+print(json.dumps({"added": (after - before) * 1024, "rows": scores["resid_post.0"]["ridge"].n_rows}))
+"""
+
+
+def test_a_large_vocabulary_takes_bounded_memory() -> None:
+    """131,072 tokens: logits of all 400 rows at once would be 210 MB, and five such arrays are alive at a time."""
+    shown = subprocess.run([sys.executable, "-c", LARGE], capture_output=True, text=True, check=True, timeout=200)
+    found = json.loads(shown.stdout)
+    assert found["rows"] == 400
+    assert found["added"] < 640 * 2**20
