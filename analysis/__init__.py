@@ -8,12 +8,20 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from residua.analysis.detection import head_detector
+    from residua.analysis.linear_probe import LinearProbe, LogisticProbe, RidgeProbe
     from residua.analysis.loader import Loader
     from residua.analysis.views import array
 
-__all__ = ["Loader", "array", "head_detector"]
+__all__ = ["LinearProbe", "Loader", "LogisticProbe", "RidgeProbe", "array", "head_detector"]
 
-_HOMES = {"Loader": "loader", "array": "views", "head_detector": "detection"}
+_HOMES = {
+    "LinearProbe": "linear_probe",
+    "Loader": "loader",
+    "LogisticProbe": "linear_probe",
+    "RidgeProbe": "linear_probe",
+    "array": "views",
+    "head_detector": "detection",
+}
 
 
 def __getattr__(name: str) -> Any:

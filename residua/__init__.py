@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from residua import analysis
     from residua.analysis.induction import induction_scores
     from residua.analysis.lens import TunedLens
+    from residua.analysis.probe import probe
     from residua.analysis.stats import stats
     from residua.analysis.top import top
     from residua.capture.parameters import whole_parameter
@@ -43,6 +44,7 @@ __all__ = [
     "model_sites",
     "open",
     "overlay",
+    "probe",
     "replay",
     "reproduce",
     "stats",
@@ -65,6 +67,7 @@ _HOMES = {
     "model_sites": "capture.sites:model_sites",
     "open": "store.archive:Archive",
     "overlay": "store.overlay:overlay",
+    "probe": "analysis.probe:probe",
     "replay": "capture.replay:replay",
     "reproduce": "pipelines.reproduce:reproduce",
     "stats": "analysis.stats:stats",
