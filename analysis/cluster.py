@@ -4,6 +4,7 @@ A job is given paths and numbers, opens the archive where it runs, and returns s
 travel, and none are spilled. A job whose worker dies runs again on another.
 """
 
+import logging
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -65,7 +66,7 @@ class Cluster(Protocol):
 def connect(
     scheduler: str | None = None, *, workers: int | None = None, memory_limit: str | int = "4GiB", shown: bool = False
 ) -> Iterator[Cluster]:
-    """Start or find what runs jobs, and let it go at the end.
+    """Start or find what runs jobs, and let it go at the end; Dask arrays are computed there, too, meanwhile.
 
     Args:
         scheduler: Address of a Dask scheduler, for example ``tcp://host:8786``; ``inline`` for this process, one job
@@ -117,14 +118,15 @@ class _Distributed:
         self._shown = shown
         known = client.scheduler_info(n_workers=-1)["workers"].values()
         self.n_workers = sum(worker["nthreads"] for worker in known)
-        self.memory_limit = min(worker["memory_limit"] // worker["nthreads"] for worker in known)
+        # A worker without a limit is taken to have this machine's memory.
+        self.memory_limit = min((worker["memory_limit"] or MEMORY_LIMIT) // worker["nthreads"] for worker in known)
 
     def map(
         self, function: Callable[[Job], Result], jobs: Sequence[Job], *, stage: str
     ) -> Iterator[tuple[int, Result]]:
         waiting = iter(enumerate(jobs))
         numbers: dict[Any, int] = {}  # of the jobs by their futures
-        completed = _dask.as_completed()
+        completed = _dask.as_completed(loop=self._client.loop)
 
         def submit(n_jobs: int) -> None:
             for number, job in islice(waiting, n_jobs):
@@ -180,7 +182,8 @@ def _local(workers: int | None, memory_limit: int) -> Iterator[Client]:
             threads_per_worker=1,
             processes=True,
             memory_limit=memory_limit,
-            dashboard_address=None,
+            dashboard_address="127.0.0.1:0",
+            silence_logs=logging.CRITICAL,  # what matters of it is raised
             config=fractions,
         ) as cluster,
         _dask.Client(cluster) as client,
@@ -191,7 +194,7 @@ def _local(workers: int | None, memory_limit: int) -> Iterator[Client]:
 @contextmanager
 def _remote(scheduler: str) -> Iterator[Client]:
     try:
-        client = _dask.Client(scheduler, timeout=_CONNECT_SECONDS, set_as_default=False)
+        client = _dask.Client(scheduler, timeout=_CONNECT_SECONDS)
     except (OSError, ValueError) as error:
         raise AnalysisError(
             f"no Dask scheduler answers at {scheduler} ({error}): start one (dask scheduler, and dask worker), or "

@@ -1,0 +1,70 @@
+"""Jobs for workers: in a module of their own, since workers import what they run."""
+
+import os
+import signal
+import time
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import distributed
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from residua.analysis.blocks import Block
+from residua.analysis.opened import opened
+from residua.store.errors import DamagedArchiveError
+from residua.store.mapped import OPEN_SHARDS
+
+
+def gram(path: str, block: Block) -> npt.NDArray[np.float64]:
+    """Return the Gram matrix of the rows of a block."""
+    values = opened(path)["resid_post.0"].numpy(slice(*block), dtype=np.float64)
+    return values.T @ values
+
+
+def die_once(marks: str, number: int) -> int:
+    """Return the number's square; number 2 kills its worker at its first attempt."""
+    mark = Path(marks) / "died"
+    if number == 2 and not mark.exists():
+        mark.touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+    return number * number
+
+
+def threads_seen(_: int) -> int:
+    """Return how many torch threads the job found, and leave another number behind."""
+    found = torch.get_num_threads()
+    torch.set_num_threads(3)
+    return found
+
+
+def fail(number: int) -> int:
+    """Fail in one of two ways."""
+    if number == 1:
+        raise DamagedArchiveError("shard 1 is damaged: restore it")
+    raise KeyError("three")
+
+
+def take_memory(n_bytes: int) -> None:
+    """Take memory, and use it, until somebody objects."""
+    kept = []
+    while True:
+        kept.append(np.ones(n_bytes, np.uint8))
+        time.sleep(0.01)  # the nanny looks ten times a second
+
+
+class State(NamedTuple):
+    """What a worker is, and holds."""
+
+    process: int
+    mapped_bytes: int
+    spilled_bytes: int
+
+
+def state_of_worker(_: int) -> State:
+    """Return what this worker holds."""
+    get: Any = distributed.get_worker
+    spilled = getattr(get().data, "spilled_total", None)
+    mapped = sum(shard.n_bytes for shard in OPEN_SHARDS._shards.values())
+    return State(os.getpid(), mapped, spilled.disk if spilled else 0)
