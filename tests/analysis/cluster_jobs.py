@@ -19,7 +19,7 @@ from residua.store.mapped import OPEN_SHARDS
 
 def gram(path: str, block: Block) -> npt.NDArray[np.float64]:
     """Return the Gram matrix of the rows of a block."""
-    values = opened(path)["resid_post.0"].numpy(slice(*block), dtype=np.float64)
+    values = opened(path)["resid_post.0"][slice(*block)].astype(np.float64)
     return values.T @ values
 
 

@@ -5,10 +5,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import dask
 import distributed
 import numpy as np
 import pytest
+from dask import config
 
 from residua.analysis.blocks import blocks
 from residua.analysis.cluster import Cluster, connect
@@ -51,8 +51,7 @@ def test_jobs_give_the_same_as_in_this_process(cluster: Cluster, archive: Archiv
 def test_arrays_give_the_same_as_with_threads(scheduler: str, archive: Archive) -> None:
     acts: Any = array(archive, "resid_post.0", dtype=np.float64)
     results = [acts.T @ acts, acts[3:30:5], (acts**2).sum(axis=0)]
-    with dask.config.set(scheduler="threads"):
-        expected = dask.compute(*results)
+    expected = [result.compute(scheduler="threads") for result in results]
     make: Any = distributed.Client
     with make(scheduler, set_as_default=False) as client:
         found = [future.result() for future in client.compute(results)]
@@ -92,7 +91,7 @@ def test_a_worker_needs_less_memory_than_the_archive_has(tmp_path: Path) -> None
     acts: Any = array(archive, "resid_post.0")
     wide = values.astype(np.float64)
     expected = n_shards * (wide.T @ wide)
-    with dask.config.set({"distributed.scheduler.allowed-failures": 0}), connect(workers=1, memory_limit=limit) as one:
+    with config.set({"distributed.scheduler.allowed-failures": 0}), connect(workers=1, memory_limit=limit) as one:
         before = dict(one.map(jobs.state_of_worker, [0], stage="looking"))
         total = sum(
             result for _, result in one.map(partial(jobs.gram, address(archive)), blocks(archive), stage="Gram")
