@@ -33,6 +33,7 @@ from residua.capture.provenance import describe_model, environment, identify_mod
 from residua.capture.rows import batch_rows, by_position, row_shape
 from residua.capture.siteplans import check_storage, plan_site
 from residua.capture.sites import resolve_sites
+from residua.capture.split import is_split, layout_of
 from residua.capture.staging import Staging
 from residua.capture.taps import reading
 from residua.capture.tokenizer import save_tokenizer
@@ -70,7 +71,7 @@ class Recorder:
     Raises:
         FileExistsError: `out` exists already.
         UnknownSiteError: The model lacks a site.
-        CaptureError: The model is compiled.
+        CaptureError: The model is compiled, or split over several processes.
     """
 
     def __init__(
@@ -92,6 +93,7 @@ class Recorder:
         if self.path.exists():
             raise FileExistsError(f"{self.path} exists: a recorder makes a new archive; choose another place")
         refuse_compiled(model)
+        _refuse_split(model)
         check_storage(codec=codec, dtype=dtype, rows_per_shard=rows_per_shard, threads=threads)
         self._model = model
         self._sites = resolve_sites(model, sites)
@@ -201,6 +203,14 @@ class Recorder:
             shape = (*shape[:-1], self._max_length)
         computed = str(rows.dtype).removeprefix("torch.")
         return plan_site(site, shape, computed, dtype=self._dtype, codec=self._codec)
+
+
+def _refuse_split(model: nn.Module) -> None:
+    if is_split(model):
+        raise CaptureError(
+            f"the model is split over processes ({layout_of(model)}), and each would record its own part: capture a "
+            "dataset with residua.capture_dataset, which puts the parts together, or read it with residua.tap"
+        )
 
 
 class _Session:

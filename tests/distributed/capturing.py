@@ -18,6 +18,7 @@ from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -25,7 +26,9 @@ from torch.distributed.device_mesh import init_device_mesh
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.distributed.configuration_utils import DistributedConfig
 
+from residua.capture.recorder import Recorder
 from residua.pipelines.capture import CaptureResult, capture_dataset
+from residua.store.errors import CaptureError
 from tests.distributed.plans import parallel_llama
 from tests.models import SPLIT, VOCABULARY
 
@@ -100,6 +103,11 @@ CASES: dict[int, dict[str, Make]] = {
 """From the number of ranks to the cases that are tried on them; the part before the first dash is the model's name."""
 
 
+def refused_by_recorder(model: PreTrainedModel, out: Path) -> None:
+    with pytest.raises(CaptureError, match=r"split over processes \((tensor parallel|pipeline) \d\).*capture_dataset"):
+        Recorder(model, sites="resid_post.1", out=out)
+
+
 def main() -> None:
     torch.set_num_threads(1)
     folder = Path(sys.argv[1])
@@ -110,6 +118,7 @@ def main() -> None:
         said: dict[str, Any] = {}
         try:
             model, sites = make()
+            refused_by_recorder(model, folder / "recorded.zarr")
             result = capture(model, folder / f"{name}.zarr", sites)
             said["workers"] = [asdict(worker) for worker in result.workers]
         except Exception:  # noqa: BLE001  # the boundary to one case: the others are tried all the same

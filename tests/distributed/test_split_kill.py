@@ -1,0 +1,111 @@
+"""Replicas of two ranks each, from the command line: killed, stopped, resumed; in the end one archive, bit for bit."""
+
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+from residua.store.archive import Archive
+from residua.store.verify import verify
+from tests.distributed.gang import Gang, Start, launched
+from tests.distributed.test_replicas import summary
+from tests.pipelines.test_kill import check_end, check_stop
+from tests.ragged import capture_words, write_dataset
+
+pytestmark = pytest.mark.timeout(240)
+SITES = ("--sites", "resid_post.3,q.2,mlp_act.1,pattern.0", "--dtype", "bfloat16", "--tp", "2")
+SOON = 20.0
+"""Seconds within which the others of a replica have ended after one of it died."""
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_dataset(tmp_path_factory.mktemp("data") / "ragged.jsonl", 24, seed=3)
+
+
+@pytest.fixture(scope="module")
+def reference(gang: Gang, dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The archive that one replica of two ranks wrote."""
+    out = tmp_path_factory.mktemp("one replica") / "a.zarr"
+    ended = gang.run(launched(capture_words(dataset, out, *SITES), 2))
+    assert [end.code for end in ended] == [0, 0], ended
+    report = verify(out)
+    assert (report.problems, report.notes) == ([], [])
+    return out
+
+
+def start_slowly(gang: Gang, dataset: Path, out: Path, n: int) -> None:
+    """Begin `n` ranks, and return once some shards are committed."""
+    gang.start(launched(capture_words(dataset, out, *SITES), n, slow=0.1))
+    deadline = time.monotonic() + 60
+    while len(list(out.glob("commits/*.json"))) < 3:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def resume(gang: Gang, dataset: Path, out: Path, reference: Path, n: int) -> None:
+    assert not Archive(out).is_sealed
+    check_stop(out, {})
+    ended = gang.run(launched(capture_words(dataset, out, *SITES), n))
+    assert [end.code for end in ended] == [0] * n, ended
+    check_end(out, reference)
+
+
+def test_two_replicas_of_two_write_the_same_bytes_as_one(
+    gang: Gang, dataset: Path, reference: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "a.zarr"
+    ended = gang.run(launched(capture_words(dataset, out, *SITES, "--json"), 4, slow=0.02))
+    assert [end.code for end in ended] == [0] * 4, ended
+    check_end(out, reference)
+    stats = [worker["stats"] for worker in summary(ended[0])["workers"]]
+    assert [s["committed_rows"] > 0 for s in stats] == [True, False, True, False], "leaders commit"
+    assert all(s["stored_bytes"] and s["offloaded_bytes"] and s["sent_bytes"] for s in stats), "all write"
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_when_one_of_a_replica_is_killed_the_other_ends_and_the_run_can_go_on(
+    gang: Gang, dataset: Path, reference: Path, tmp_path: Path, victim: int
+) -> None:
+    out = tmp_path / "a.zarr"
+    start_slowly(gang, dataset, out, 2)
+    gang.kill(victim)
+    ended = gang.wait(SOON)
+    assert ended[victim].code == -signal.SIGKILL
+    assert ended[1 - victim].code == 1, ended
+    assert "run the same capture again to go on" in ended[1 - victim].output.replace("\n", " ")
+    resume(gang, dataset, out, reference, (2, 4)[victim])
+
+
+def test_another_replica_finishes_what_one_with_a_dead_rank_left(
+    gang: Gang, dataset: Path, reference: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "a.zarr"
+    start_slowly(gang, dataset, out, 4)
+    gang.kill(3)
+    codes = [end.code for end in gang.wait(60)]
+    assert codes == [0, 0, 1, -signal.SIGKILL]
+    check_end(out, reference)
+
+
+def test_all_stop_in_time_when_they_are_told_to(gang: Gang, dataset: Path, reference: Path, tmp_path: Path) -> None:
+    out = tmp_path / "a.zarr"
+    start_slowly(gang, dataset, out, 2)
+    for worker in range(2):
+        gang.kill(worker, signal.SIGTERM)
+    ended = gang.wait(30)
+    assert 130 in [end.code for end in ended], ended
+    assert {end.code for end in ended} <= {130, 1}, "who waits for a stopped one in a collective sees it go"
+    resume(gang, dataset, out, reference, 2)
+
+
+def test_ranks_that_do_not_make_whole_replicas_are_refused(gang: Gang, dataset: Path, tmp_path: Path) -> None:
+    words = capture_words(dataset, tmp_path / "a.zarr", *SITES)
+    [alone] = gang.run([Start(words=words, env={})])
+    assert alone.code == 2
+    assert "--tp 2 splits a model over 2 processes, and this process is alone" in alone.output
+    ended = gang.run(launched(words, 3))
+    assert ended[0].code == 2
+    assert "3 were launched together" in ended[0].output
+    assert {end.code for end in ended} <= {1, 2}, "or the store is gone before a late one has read why"
