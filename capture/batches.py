@@ -7,7 +7,7 @@ from typing import Protocol
 import torch
 from torch import nn
 
-from residua.capture.inputs import forward_kwargs
+from residua.capture.inputs import ForwardArguments
 from residua.capture.placement import BatchRows
 from residua.capture.planbatch import plan_batch
 from residua.capture.rows import batch_rows, by_position
@@ -79,7 +79,8 @@ class BatchRunner:
         hooked = any(hasattr(module, "_hf_hook") for module in model.modules())
         self._ends_early = not (hooked or is_sharded(model) or (part is not None and part.is_stage))
         kinds = {parse_site(site.name).kind for site in plan.sites}
-        self._needs_logits = any(kind == "module" or kind.startswith("logits") for kind in kinds)
+        needs_logits = any(kind == "module" or kind.startswith("logits") for kind in kinds)
+        self._arguments = ForwardArguments(model, needs_logits=needs_logits)
         self.n_rows = 0
         self.n_tokens = 0
         self.forward_seconds = 0.0
@@ -93,7 +94,7 @@ class BatchRunner:
         self._sink.begin(batch_rows(rows, n_positions))
         self._n_missing = self._n_sites
         started = time.perf_counter()
-        kwargs = forward_kwargs(self._model, padded.input_ids, padded.attention_mask, needs_logits=self._needs_logits)
+        kwargs = self._arguments(padded.input_ids, padded.attention_mask)
         try:
             self._model(**kwargs)
         except _EnoughError:
@@ -122,7 +123,7 @@ class BatchRunner:
         """Run a token whose rows nobody wants, because the other workers' forward pass needs this one's."""
         token = torch.zeros((1, 1), dtype=torch.long, device=self._device)
         self._is_wanted = False
-        self._model(**forward_kwargs(self._model, token, torch.ones_like(token), needs_logits=self._needs_logits))
+        self._model(**self._arguments(token, torch.ones_like(token)))
         self._is_wanted = True
 
     def put(self, site: str, tensor: torch.Tensor) -> None:

@@ -78,33 +78,45 @@ def positions_of(attention_mask: Tensor) -> Tensor:
     return (attention_mask.long().cumsum(-1) - 1).clamp_min(0)
 
 
-def forward_kwargs(
-    model: nn.Module, input_ids: Tensor, attention_mask: Tensor, *, needs_logits: bool = True
-) -> dict[str, Tensor | bool | int]:
-    """Make the arguments for one forward call of a language model.
+class ForwardArguments:
+    """Makes the arguments for forward calls of one language model, which is looked at once.
 
     Position ids are given where the model's forward takes them, and the cache is off where it can be: it
     costs memory and is of no use. Token types are left to the model, whose default is one segment.
 
     Args:
-        model: A transformers model; it is called as ``model(**forward_kwargs(...))``.
-        input_ids: int64, (batch, positions).
-        attention_mask: 1 for a token, 0 for padding, of the same shape.
+        model: A transformers model; it is called as ``model(**arguments(input_ids, attention_mask))``.
         needs_logits: Whether the logits of all positions are wanted. Without them a model that can leaves them out,
             which saves (batch x positions x vocabulary) numbers and changes nothing else.
-
-    Returns:
-        The arguments, on the device of what was given.
     """
-    takes = inspect.signature(model.forward).parameters
-    kwargs: dict[str, Tensor | bool | int] = {"input_ids": input_ids, "attention_mask": attention_mask}
-    if "position_ids" in takes:
-        kwargs["position_ids"] = positions_of(attention_mask) + first_position(model)
-    if "use_cache" in takes:
-        kwargs["use_cache"] = False
-    if not needs_logits and "logits_to_keep" in takes:
-        kwargs["logits_to_keep"] = 1
-    return kwargs
+
+    def __init__(self, model: nn.Module, *, needs_logits: bool = True) -> None:
+        takes = inspect.signature(model.forward).parameters
+        self._first_position = first_position(model) if "position_ids" in takes else None
+        self._fixed: dict[str, Tensor | bool | int] = {}
+        if "use_cache" in takes:
+            self._fixed["use_cache"] = False
+        if not needs_logits and "logits_to_keep" in takes:
+            self._fixed["logits_to_keep"] = 1
+
+    def __call__(self, input_ids: Tensor, attention_mask: Tensor) -> dict[str, Tensor | bool | int]:
+        """Return the arguments for one batch, on the device of what is given.
+
+        Args:
+            input_ids: int64, (batch, positions).
+            attention_mask: 1 for a token, 0 for padding, of the same shape.
+        """
+        kwargs = {"input_ids": input_ids, "attention_mask": attention_mask, **self._fixed}
+        if self._first_position is not None:
+            kwargs["position_ids"] = positions_of(attention_mask) + self._first_position
+        return kwargs
+
+
+def forward_kwargs(
+    model: nn.Module, input_ids: Tensor, attention_mask: Tensor, *, needs_logits: bool = True
+) -> dict[str, Tensor | bool | int]:
+    """Return the arguments for a single forward call of `model`; see `ForwardArguments`."""
+    return ForwardArguments(model, needs_logits=needs_logits)(input_ids, attention_mask)
 
 
 def first_position(model: nn.Module) -> int:

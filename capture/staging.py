@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from residua.capture.cuda_streams import CudaStreams
+from residua.capture.cuda_streams import CudaStreams, page_locked
 from residua.capture.offload import Landing, Offload, StagePool
 from residua.capture.placement import BatchRows, Placement
 from residua.capture.share import Share
@@ -66,7 +66,7 @@ class Stage:
     def _allocate(self, plan: Plan, site: SitePlan, n_rows: int, pinned: bool) -> list[torch.Tensor]:
         dtype = torch_dtype(site.dtype)
         if pinned:
-            return [torch.empty((n_rows, *site.row_shape), dtype=dtype, pin_memory=True)]
+            return [_as_tensor(page_locked(n_rows * site.row_bytes), dtype, site.row_shape)]
         spec = site.arrays(plan.rows_per_shard)[0]
         if not ShardMemory.suits(spec):
             # unlike torch, numpy asks the system for large pages, and so for far fewer of them

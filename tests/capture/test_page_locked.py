@@ -1,0 +1,81 @@
+"""Stages for a CUDA device: registered memory, exactly as large as the rows, and let go with the last of them."""
+
+import gc
+
+import pytest
+import torch
+
+from residua.capture.staging import Stage
+from residua.store.errors import CaptureError
+from residua.store.plan import SitePlan
+from tests.capture.test_staging import make_plan
+
+SITES = (
+    SitePlan(name="resid_post.0", row_shape=(33,), dtype="bfloat16", codec="fast"),
+    SitePlan(name="logits_top2.indices", row_shape=(2,), dtype="int64", codec="raw"),
+    SitePlan(name="q.1", row_shape=(3, 5), dtype="float32", codec="raw"),
+)
+N_ROWS = 7
+PAGE = 4096
+
+
+class Runtime:
+    """What of CUDA's runtime is asked; it keeps the books of locked memory, and registers no page twice."""
+
+    def __init__(self, error: int = 0) -> None:
+        self.locked: dict[int, int] = {}
+        self._error = error
+
+    def cudaHostRegister(self, address: int, n_bytes: int, flags: int) -> int:  # noqa: N802  # CUDA's name
+        taken = {page for start, size in self.locked.items() for page in pages(start, size)}
+        if taken & set(pages(address, n_bytes)):
+            return 712  # cudaErrorHostMemoryAlreadyRegistered
+        self.locked[address] = n_bytes
+        return self._error
+
+    def cudaHostUnregister(self, address: int) -> int:  # noqa: N802  # CUDA's name
+        del self.locked[address]
+        return 0
+
+
+def pages(address: int, n_bytes: int) -> range:
+    return range(address // PAGE, (address + n_bytes - 1) // PAGE + 1)
+
+
+@pytest.fixture
+def runtime(monkeypatch: pytest.MonkeyPatch) -> Runtime:
+    found = Runtime()
+    monkeypatch.setattr("residua.capture.cuda_streams.torch.cuda.cudart", lambda: found)
+    return found
+
+
+def make_stage() -> Stage:
+    return Stage(make_plan(8, N_ROWS, SITES), N_ROWS, pinned=True)
+
+
+def test_a_stage_takes_the_bytes_of_its_rows_and_no_more(runtime: Runtime) -> None:
+    stage = make_stage()
+    assert sorted(runtime.locked.values()) == sorted(site.row_bytes * N_ROWS for site in SITES)
+    for site in SITES:
+        (block,) = stage.blocks[site.name]
+        assert block.data_ptr() in runtime.locked
+        assert (tuple(block.shape), str(block.dtype)) == ((N_ROWS, *site.row_shape), f"torch.{site.dtype}")
+        block.copy_(torch.arange(block.numel()).view(block.shape))
+        assert stage.rows(site.name, N_ROWS).shape == block.shape
+
+
+def test_memory_is_unlocked_when_nobody_holds_rows_of_it_any_more(runtime: Runtime) -> None:
+    stage = make_stage()
+    rows = stage.rows("q.1", 3)
+    del stage
+    gc.collect()
+    assert list(runtime.locked.values()) == [3 * 5 * 4 * N_ROWS], "a writer may still be at these"
+    del rows
+    gc.collect()
+    assert runtime.locked == {}
+
+
+def test_memory_that_cannot_be_locked_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("residua.capture.cuda_streams.torch.cuda.cudart", lambda: Runtime(error=2))
+    with pytest.raises(CaptureError, match=r"CUDA error 2\): lower --host-memory"):
+        make_stage()
