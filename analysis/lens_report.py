@@ -58,10 +58,10 @@ def plot_report(path: Path, report: pa.Table) -> None:
     """Draw KL divergence by depth, of the tuned lens and of the logit lens."""
     line_plot(
         path,
-        report["depth"].to_pylist(),
+        report["site"].to_pylist(),
         {"logit lens": report["kl_logit_lens"].to_pylist(), "tuned lens": report["kl"].to_pylist()},
         title=f"Distance from the model's own prediction, {report['rows'][0].as_py():,} held-out rows",
-        x_name="depth (blocks before)",
+        x_name="site",
         y_name="KL divergence (nats a token)",
         log_y=True,
     )

@@ -12,11 +12,12 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import LogLocator, MaxNLocator
 
 _DPI = 150
 _MOST_TICKS = 24  # labels beyond it would touch each other
 _MOST_INSIDE = 3  # entries of a legend that leave room for the lines
+_MOST_UPRIGHT = 7  # names of sites that stand side by side
 _MOST_CELLS_WITH_NUMBERS = 120
 _COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")  # Okabe and Ito, 2008
 
@@ -49,7 +50,12 @@ def line_plot(
         axes.plot(x, values, label=name, color=colour, marker=marker, markersize=4, linewidth=1.6)
     if log_y:
         axes.set_yscale("log")
-    if not isinstance(next(iter(x), ""), str):
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_locator(LogLocator(subs=(2, 5)))
+        axes.yaxis.set_minor_formatter("{x:g}")
+    if isinstance(next(iter(x), ""), str):
+        axes.set_xticks(*_ticks(len(x), [str(name) for name in x]), rotation=90 if len(x) > _MOST_UPRIGHT else 0)
+    else:
         axes.xaxis.set_major_locator(MaxNLocator(nbins=12, integer=all(float(place).is_integer() for place in x)))
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
