@@ -13,7 +13,7 @@ from residua.capture.rows import ExampleRows, batch_rows
 from residua.capture.staging import Staging
 from residua.store.plan import Plan, SitePlan
 from residua.store.writer import FilledShard, ShardWriter
-from tests.capture.test_staging import LateWriter, make_plan
+from tests.capture.staging_samples import LateWriter, make_plan
 
 pytestmark = [
     pytest.mark.gpu,

@@ -8,7 +8,7 @@ import torch
 from residua.capture.staging import Stage
 from residua.store.errors import CaptureError
 from residua.store.plan import SitePlan
-from tests.capture.test_staging import make_plan
+from tests.capture.staging_samples import make_plan
 
 SITES = (
     SitePlan(name="resid_post.0", row_shape=(33,), dtype="bfloat16", codec="fast"),

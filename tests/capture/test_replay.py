@@ -11,8 +11,8 @@ import residua
 from residua.capture.anatomy import anatomy_of
 from residua.store.archive import Archive
 from residua.store.errors import CaptureError, PlanError
+from tests.capture.hooks_by_hand import state_of
 from tests.capture.replaying import EVEN, LAST, LENGTHS, MODELS, PADDED, captured, model_of, stored
-from tests.capture.test_taps import state_of
 from tests.models import LAYERS, TINY
 
 MIXTURES = ("mixtral", "qwen3_moe")

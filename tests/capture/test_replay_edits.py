@@ -13,8 +13,8 @@ from torch import Tensor, nn
 import residua
 from residua.capture.anatomy import anatomy_of
 from residua.store.archive import Archive
+from tests.capture.hooks_by_hand import hooked
 from tests.capture.replaying import EVEN, LENGTHS, PADDED, captured, model_of, run_in_full, stored
-from tests.capture.test_taps import hooked
 from tests.models import TINY
 
 SITE, WIDTH = "resid_post.1", 32

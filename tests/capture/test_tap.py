@@ -14,8 +14,8 @@ from residua.capture.sites import model_sites
 from residua.capture.taps import reading
 from residua.capture.wrappers import core_of, named_parts
 from residua.store.errors import CaptureError, PlanError, UnknownSiteError
+from tests.capture.hooks_by_hand import hooked, state_of
 from tests.capture.readings import attention, batch, read, run
-from tests.capture.test_taps import hooked, state_of
 from tests.models import TINY
 
 SITES = "resid_pre.1,resid_mid.1,resid_post.1,attn_out.1,mlp_out.1,mlp_act.1,q.1,k.1,v.1,z.1,pattern.1,final,logits"

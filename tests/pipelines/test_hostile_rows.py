@@ -12,7 +12,7 @@ from residua.pipelines.dataset import DatasetReport, DatasetSettings, read_examp
 from residua.store.errors import DatasetError
 from residua.store.example_table import ExampleTable
 from residua.store.examples import ExampleWriter
-from tests.pipelines.test_dataset import TOKENIZER
+from tests.pipelines.dataset_samples import TOKENIZER
 
 SCALARS = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5) | st.just([1, 2, 3])
 VALUES = st.recursive(

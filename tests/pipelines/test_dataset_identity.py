@@ -1,0 +1,95 @@
+"""What names a dataset in the provenance, and which commit of the hub is read."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import datasets
+import pytest
+
+from residua.pipelines import hub
+from residua.pipelines.dataset import DatasetSettings, dataset_identity
+from residua.store.canonical import canonical_json, digest_of
+from tests.pipelines.dataset_samples import ids, read, tokens, write_source
+
+
+class TestHub:
+    def test_one_commit_is_read_and_named(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        asked: list[object] = []
+
+        def load_dataset(*args: object, **options: object) -> object:
+            asked.append((args, options))
+            return datasets.IterableDatasetDict(
+                {"test": datasets.Dataset.from_dict({"text": ["a b"]}).to_iterable_dataset()}
+            )
+
+        monkeypatch.setattr(hub, "_hub_revision", lambda name, revision: f"commit of {name}@{revision}")
+        monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+        examples, _ = read("someone/texts", subset="en", split="test")
+        assert tokens(examples) == [ids("<s> a b")]
+        commit = "commit of someone/texts@None"
+        assert asked == [(("someone/texts", "en"), {"revision": commit, "streaming": True})]
+        assert dataset_identity("someone/texts", DatasetSettings(subset="en", split="test")) == {
+            "kind": "hub",
+            "id": "someone/texts",
+            "subset": "en",
+            "split": "test",
+            "revision": commit,
+        }
+
+    @pytest.mark.parametrize(
+        ("variables", "found"),
+        [
+            ({"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_OFFLINE": "0"}, "ConnectError"),
+            ({"HF_HUB_OFFLINE": "1"}, "ConnectionError"),
+        ],
+    )
+    def test_no_network_is_said_at_once(self, tmp_path: Path, variables: dict[str, str], found: str) -> None:
+        program = (
+            "from residua.pipelines.dataset import *\n"
+            "from residua.store.errors import DatasetError\n"
+            "try:\n    read_examples('someone/texts', settings=DatasetSettings())\n"
+            "except DatasetError as error:\n    print(error)\n"
+        )
+        environment = {**os.environ, "HF_HOME": str(tmp_path), **variables}
+        result = subprocess.run(
+            [sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=60, check=True
+        )
+        assert "dataset 'someone/texts': there is no such file or folder here" in result.stdout
+        assert f"could not be read from the hub ({found}" in result.stdout
+
+
+class TestIdentity:
+    def test_of_many_files_the_first_are_named_and_all_are_counted(self, tmp_path: Path) -> None:
+        for number in range(250):
+            (tmp_path / f"{number:03d}.txt").write_text("x" * number)
+        before = dataset_identity(tmp_path, DatasetSettings())
+        assert isinstance(before["files"], list)
+        assert (len(before["files"]), before["n_files"]) == (100, 250)
+        (tmp_path / "249.txt").write_text("y")
+        after = dataset_identity(tmp_path, DatasetSettings())
+        assert before["files"] == after["files"]
+        assert before["files_digest"] != after["files_digest"]
+
+    def test_what_names_a_dataset(self, tmp_path: Path) -> None:
+        path = write_source(tmp_path, "jsonl")
+        chosen = DatasetSettings(split="train")
+        assert dataset_identity(path, chosen) == {
+            "kind": "local",
+            "path": str(path),
+            "split": "train",
+            "files": [{"name": "data.jsonl", "bytes": path.stat().st_size}],
+            "n_files": 1,
+            "files_digest": digest_of([{"name": "data.jsonl", "bytes": path.stat().st_size}]),
+        }
+        folder = write_source(tmp_path, "folder")
+        assert dataset_identity(folder, chosen)["files"] == [
+            {"name": "data.folder/part-0.parquet", "bytes": (folder / "part-0.parquet").stat().st_size}
+        ]
+        dataset = datasets.Dataset.from_dict({"text": ["a"]})
+        assert dataset_identity(dataset, chosen)["fingerprint"] == dataset._fingerprint
+        assert dataset_identity(iter([]), chosen)["kind"] == "iterable"
+        sources: list[object] = [path, folder, dataset, []]
+        for source in sources:
+            assert canonical_json(dataset_identity(source, chosen))
