@@ -1,54 +1,47 @@
 """The picture of `residua probe`: scores by layer, beside the baseline and the control."""
 
 from os import PathLike
+from typing import Any
 
 import pyarrow as pa
 
 from residua.analysis.plots import line_plot
 
-_SCORES = {
-    "accuracy": ("accuracy on held-out examples", "accuracy", "majority_accuracy", "control_accuracy"),
-    "r2": ("R² on held-out examples", "R²", "baseline_r2", "control_r2"),
-}
+_MOST_CONTROLS = 3  # kinds of site beyond which the control is left to the table, or the picture would be too full
 
 
 def plot_probe(path: str | PathLike[str], found: pa.Table) -> None:
-    """Draw the scores of a table that `residua.analysis.probe.probe` made: by layer, a line for each kind of site.
+    """Draw the scores of a table that `residua.probe` made: over the layers, a line for each kind of site.
+
+    Sites outside the blocks have no layer; with one of them, the x axis has the names of the sites.
 
     Args:
         path: The file to write; its ending says the format.
         found: The table.
     """
-    score = "accuracy" if "accuracy" in found.column_names else "r2"
-    y_name, word, baseline, control = _SCORES[score]
-    lines = found.to_pylist()
-    has_layers = all(line["layer"] is not None for line in lines)
-    x = sorted({line["layer"] for line in lines}) if has_layers else [line["site"] for line in lines]
-    kinds = list(dict.fromkeys(_kind(line["site"]) if has_layers else "" for line in lines))
-    series: dict[str, list[float]] = {}
-    for column, name in ((score, word), (control, f"{word} of shuffled labels"), (baseline, _baseline(score))):
-        for kind in kinds[:1] if column == baseline else kinds:
-            known = {
-                line["layer"] if has_layers else line["site"]: line[column]
-                for line in lines
-                if not has_layers or _kind(line["site"]) == kind
-            }
-            values = [known.get(place) for place in x]
-            label = name if len(kinds) == 1 or column == baseline else f"{kind}: {name}"
-            series[label] = [float("nan") if value is None else value for value in values]
-    line_plot(
-        path,
-        x,
-        series,
-        title=f"Linear probes of {lines[0]['target']}",
-        x_name="layer" if has_layers else "site",
-        y_name=y_name,
+    is_classes = "accuracy" in found.column_names
+    score, control, baseline, word, always = (
+        ("accuracy", "control_accuracy", "majority_accuracy", "accuracy", "always the commonest class")
+        if is_classes
+        else ("r2", "control_r2", "baseline_r2", "R²", "always the mean")
     )
+    lines = found.to_pylist()
+    place = "site" if any(line["layer"] is None for line in lines) else "layer"
+    x = list(dict.fromkeys(line[place] for line in lines))
+    kinds: dict[str, list[dict[str, Any]]] = {}
+    for line in lines:
+        kinds.setdefault(word if place == "site" else line["site"].partition(".")[0], []).append(line)
+    if len(kinds) == 1:
+        kinds = {word: lines}
+    series = {kind: _over(x, place, score, chosen) for kind, chosen in kinds.items()}
+    if len(kinds) <= _MOST_CONTROLS:
+        series |= {f"{kind}, shuffled labels": _over(x, place, control, chosen) for kind, chosen in kinds.items()}
+    series[always] = _over(x, place, baseline, lines)
+    title, y_name = f"Linear probes of {lines[0]['target']}", f"{word} on held-out examples"
+    line_plot(path, x, series, title=title, x_name=place, y_name=y_name)
 
 
-def _kind(site: str) -> str:
-    return site.partition(".")[0]
-
-
-def _baseline(score: str) -> str:
-    return "always the commonest class" if score == "accuracy" else "always the mean"
+def _over(x: list[Any], place: str, column: str, lines: list[dict[str, Any]]) -> list[float]:
+    """Return the numbers of `column` in the order of `x`; NaN, which leaves a gap, where there is none."""
+    known = {line[place]: line[column] for line in lines if line[column] is not None}
+    return [known.get(at, float("nan")) for at in x]
