@@ -27,7 +27,7 @@ def plot_probe(path: str | PathLike[str], found: pa.Table) -> None:
     )
     lines = found.to_pylist()
     place = "site" if any(line["layer"] is None for line in lines) else "layer"
-    x = list(dict.fromkeys(line[place] for line in lines))
+    x = [line["site"] for line in lines] if place == "site" else sorted({line["layer"] for line in lines})
     kinds: dict[str, list[dict[str, Any]]] = {}
     for line in lines:
         kinds.setdefault(word if place == "site" else line["site"].partition(".")[0], []).append(line)
