@@ -26,7 +26,10 @@ def archive(tmp_path_factory: pytest.TempPathFactory) -> Path:
     broken = NOISE.copy()
     broken[7, 2] = np.nan
     sites = {"resid_post.0": NOISE, "resid_post.1": NOISE + SHIFT, "mlp_out.1": broken}
-    columns = {"label": [f"label {label}" for label in LABEL], "size": [float(n) + 0.5 for n in LENGTHS]}
+    columns: dict[str, list[object]] = {
+        "label": [f"label {label}" for label in LABEL],
+        "size": [float(n) + 0.5 for n in LENGTHS],
+    }
     return write_rows(tmp_path_factory.mktemp("cli") / "acts.zarr", LENGTHS, sites, columns=columns).path
 
 
