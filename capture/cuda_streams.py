@@ -1,6 +1,7 @@
 """The two streams of a CUDA device, as `offload` asks for them, and memory that it copies to by itself."""
 
 import mmap
+import os
 import weakref
 from contextlib import AbstractContextManager
 from typing import Any
@@ -8,8 +9,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
+from torch import nn
 
 from residua.store.errors import CaptureError
+
+_MOST_WRITERS = 4
 
 
 class CudaStreams:
@@ -68,3 +72,10 @@ def page_locked(n_bytes: int) -> npt.NDArray[np.uint8]:
     # Not at the interpreter's end, when the driver may be gone; the system unlocks then.
     weakref.finalize(memory, runtime.cudaHostUnregister, memory.ctypes.data).atexit = False
     return memory
+
+
+def writer_threads(model: nn.Module) -> int:
+    """Return how many threads encode and write, unless the user says: beside a GPU the processor's cores are idle."""
+    if not any(parameter.is_cuda for parameter in model.parameters()):
+        return 1
+    return min(_MOST_WRITERS, os.cpu_count() or 1)

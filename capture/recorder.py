@@ -28,6 +28,7 @@ from transformers import PreTrainedTokenizerBase
 from residua.capture.attention_facts import attention_files
 from residua.capture.call import Call, Column, example_rows, read_call
 from residua.capture.compiled import refuse_compiled
+from residua.capture.cuda_streams import writer_threads
 from residua.capture.head import save_head
 from residua.capture.provenance import describe_model, environment, identify_model
 from residua.capture.rows import batch_rows, by_position, row_shape
@@ -65,7 +66,7 @@ class Recorder:
         host_memory: Memory that stages may take together, in bytes.
         tokenizer: Stored in the archive, so that rows can be shown as text.
         max_length: Most tokens of an example; needed for `pattern` sites only, whose rows are that wide.
-        threads: Encoder threads.
+        threads: Encoder threads; None takes 1, and up to 4 beside a GPU.
         head: Whether final norm and unembedding are stored, which lenses need.
 
     Raises:
@@ -86,7 +87,7 @@ class Recorder:
         host_memory: int = HOST_MEMORY_BYTES,
         tokenizer: PreTrainedTokenizerBase | None = None,
         max_length: int | None = None,
-        threads: int = 1,
+        threads: int | None = None,
         head: bool = True,
     ) -> None:
         self.path = Path(out)
@@ -104,7 +105,7 @@ class Recorder:
         self._host_memory = host_memory
         self._tokenizer = tokenizer
         self._max_length = max_length
-        self._threads = threads
+        self._threads = threads or writer_threads(model)
         self._head = head
         self._stack = ExitStack()
         self._session: _Session | None = None

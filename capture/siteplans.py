@@ -36,7 +36,7 @@ def plan_sites(
     return tuple(plans)
 
 
-def check_storage(*, codec: str, dtype: str | None, rows_per_shard: int | None, threads: int) -> None:
+def check_storage(*, codec: str, dtype: str | None, rows_per_shard: int | None, threads: int | None) -> None:
     """Raise PlanError if a setting of the storage has a value that nothing could be stored with."""
     if codec not in PRESETS:
         raise PlanError(f"codec {codec!r} is not known: choose one of {', '.join(PRESETS)}")
@@ -44,7 +44,7 @@ def check_storage(*, codec: str, dtype: str | None, rows_per_shard: int | None, 
         raise PlanError(f"dtype {dtype!r} is not known: choose one of {', '.join(FLOATS)}")
     if rows_per_shard is not None and (rows_per_shard < 1 or rows_per_shard & (rows_per_shard - 1)):
         raise PlanError(f"rows_per_shard is {rows_per_shard}: it must be a power of two")
-    if threads < 1:
+    if threads is not None and threads < 1:
         raise PlanError(f"threads is {threads}: it must be at least 1")
 
 

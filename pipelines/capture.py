@@ -14,6 +14,7 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from residua.capture.attention import eager_attention
 from residua.capture.attention_facts import attention_files
 from residua.capture.compiled import running_uncompiled
+from residua.capture.cuda_streams import writer_threads
 from residua.capture.head import head_files
 from residua.capture.oracle import whole_sites
 from residua.capture.probing import evaluating
@@ -204,7 +205,7 @@ class _Job:
                 part=part,
                 work=partial(workers.work, self._out),
                 agree=Agreement() if is_sharded(self._model) else None,
-                threads=self._settings.threads,
+                threads=self._settings.threads or writer_threads(self._model),
                 on_batch=lambda own: on_batch(workers.so_far(own)),
             )
         self._archive = None  # its records are those of before

@@ -54,7 +54,7 @@ class CaptureSettings:
     seed: int = _flag(0, "seed of everything random in the model")
     rows_per_shard: int | None = _flag(None, "height of a shard in rows, a power of two (default: about 32 MiB)")
     host_memory: int = _flag(HOST_MEMORY_BYTES, "bytes of host memory that staging may take")
-    threads: int = _flag(1, "threads that encode and write")
+    threads: int | None = _flag(None, "threads that encode and write (default: 1, and up to 4 beside a GPU)")
     head: bool = _flag(True, "store the final norm and unembedding, which lenses need; --no-head shares no weights")
     join: bool = _flag(False, "share the work with runs that are at this archive, and let others join")
 
@@ -66,8 +66,9 @@ class CaptureSettings:
         if self.codec not in PRESETS:
             raise PlanError(f"--codec {self.codec} is not known: choose one of {', '.join(PRESETS)}")
         for name in ("batch_tokens", "threads", "host_memory", "tp", "pp"):
-            if getattr(self, name) < 1:
-                raise PlanError(f"--{name.replace('_', '-')} is {getattr(self, name)}: it must be at least 1")
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise PlanError(f"--{name.replace('_', '-')} is {value}: it must be at least 1")
         height = self.rows_per_shard
         if height is not None and (height < 1 or height & (height - 1)):
             raise PlanError(f"--rows-per-shard is {height}: it must be a power of two")

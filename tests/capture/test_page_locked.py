@@ -1,10 +1,13 @@
 """Stages for a CUDA device: registered memory, exactly as large as the rows, and let go with the last of them."""
 
 import gc
+from types import SimpleNamespace
+from typing import cast
 
 import pytest
 import torch
 
+from residua.capture.cuda_streams import writer_threads
 from residua.capture.staging import Stage
 from residua.store.errors import CaptureError
 from residua.store.plan import SitePlan
@@ -79,3 +82,14 @@ def test_memory_that_cannot_be_locked_says_what_to_do(monkeypatch: pytest.Monkey
     monkeypatch.setattr("residua.capture.cuda_streams.torch.cuda.cudart", lambda: Runtime(error=2))
     with pytest.raises(CaptureError, match=r"CUDA error 2\): lower --host-memory"):
         make_stage()
+
+
+def test_beside_a_gpu_several_threads_write(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = torch.nn.Linear(2, 2)
+    assert writer_threads(model) == 1
+    on_device = SimpleNamespace(
+        parameters=lambda: iter([SimpleNamespace(is_cuda=False), SimpleNamespace(is_cuda=True)])
+    )
+    for n_cores, n_threads in ((64, 4), (2, 2), (None, 1)):
+        monkeypatch.setattr("os.cpu_count", lambda n_cores=n_cores: n_cores)
+        assert writer_threads(cast("torch.nn.Module", on_device)) == n_threads
