@@ -130,12 +130,8 @@ class TunedLens:
             )
         if config.d_model != found.width:
             raise AnalysisError(f"{folder} is a lens of width {config.d_model}, but {place} has {found.width}")
-        own = folder / DEPTHS_FILE
-        if own.is_file():
-            known = json.loads(own.read_bytes())["depths"]
-            translators = {depth: translator for depth, translator in translators.items() if depth in known}
-        report = pq.read_table(folder / REPORT_FILE) if (folder / REPORT_FILE).is_file() else None
-        return cls(found, translators, config, report)
+        known = _read_depths(folder / DEPTHS_FILE, translators)
+        return cls(found, {depth: translators[depth] for depth in known}, config, _read_report(folder / REPORT_FILE))
 
     def save(self, folder: str | PathLike[str]) -> None:
         """Write the lens as a folder that the `tuned-lens` package loads, with its head and report beside it.
@@ -181,3 +177,23 @@ class TunedLens:
         final = self.apply(site, hidden)
         logits = self._decoder.logits(final.reshape(-1, self.config.d_model))
         return logits.reshape(*hidden.shape[:-1], -1)
+
+
+def _read_depths(path: Path, translators: Mapping[int, Translator]) -> list[int]:
+    """Return the depths that were trained; a lens of the package says nothing of it, and has them all."""
+    if not path.is_file():
+        return list(translators)
+    try:
+        known = json.loads(path.read_bytes())["depths"]
+        return [depth for depth in translators if depth in known]
+    except (ValueError, KeyError, TypeError) as error:
+        raise AnalysisError(f"{path} does not list the depths of a lens ({error}): train the lens again") from error
+
+
+def _read_report(path: Path) -> pa.Table | None:
+    if not path.is_file():
+        return None
+    try:
+        return pq.read_table(path)
+    except (OSError, pa.ArrowException) as error:
+        raise AnalysisError(f"{path} is not the report of a lens ({error}): remove it, or train again") from error

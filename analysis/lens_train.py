@@ -125,7 +125,7 @@ class LensTraining:
         """Take up or begin the work in the folder; returns into how many parts the rows are split."""
         path = self._work / _RUN_FILE
         spare = self._cluster.n_workers // len(self._points.sites)
-        n_parts = self._settings.parts or max(1, spare)
+        n_parts = self._settings.parts or max(1, spare if self._settings.refine else 1)
         wanted = {
             "archive": self._archive.plan.digest,
             "captured_shards": len(self._archive.commits),

@@ -63,8 +63,8 @@ def _stopped(options: argparse.Namespace) -> int:
     if out is not None and is_archive(Path(out)):
         rows, total, *_ = Archive(out).progress
     of = "" if total is None else f" of {total:,}"
-    message = "stopped"
-    if out is not None:
+    message = getattr(options, "when_stopped", "stopped")
+    if out is not None and "when_stopped" not in options:
         message = f"stopped: {rows:,}{of} rows are captured and safe. Run the same command again to go on."
     print(json.dumps({"stopped": True, "rows": rows, "total_rows": total}) if options.json else f"residua: {message}")
     return 130

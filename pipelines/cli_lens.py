@@ -30,6 +30,7 @@ def add(jobs: Any) -> None:
         else:
             kind = float if setting.type is float else int
             train.add_argument(flag, type=kind, default=setting.default, metavar=kind.__name__.upper(), help=text)
+    train.set_defaults(when_stopped="stopped: finished layers are safe. Run the same command again to go on.")
     add_cluster_flags(train)
     show = add_job(lenses, "show", _show, "show what a lens scored on held-out examples")
     show.add_argument("lens", help="folder of the lens")

@@ -222,3 +222,19 @@ def test_the_command_prints_what_it_found(archive: Archive, tmp_path: Path, caps
     assert f"{found['sites'][0]['kl']:.3f}" in shown
     assert main(["lens", "show", str(archive.path)]) == 1
     assert residua.TunedLens.load(out).report is not None
+
+
+def test_a_stopped_command_says_what_is_safe(
+    archive: Archive, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from residua.pipelines.cli import main
+
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("residua.analysis.lens_train.fit_layers", stop)
+    words = ["lens", "train", str(archive.path), "--out", str(tmp_path / "lens"), "--scheduler", "inline"]
+    assert main(words) == 130
+    assert "finished layers are safe. Run the same command again" in capsys.readouterr().out
+    monkeypatch.undo()
+    assert main([*words, "--json"]) == 0

@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import re
 from pathlib import Path
 
 import pytest
@@ -122,6 +123,16 @@ def test_a_strange_checkpoint_is_refused_and_nothing_in_it_runs(
     with pytest.raises(AnalysisError, match=r"params\.pt"):
         read_checkpoint(tmp_path)
     assert "opened" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["residua.json", "report.parquet"])
+def test_what_lies_beside_the_checkpoint_is_not_believed_either(name: str, tmp_path: Path) -> None:
+    model = model_of("llama")
+    written(tmp_path, model, translators())
+    save_head(model, tmp_path / "head")
+    (tmp_path / name).write_bytes(b'{"depths": 7}')
+    with pytest.raises(AnalysisError, match=re.escape(name)):
+        TunedLens.load(tmp_path)
 
 
 @pytest.mark.parametrize(
