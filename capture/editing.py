@@ -145,12 +145,11 @@ class EditAt:
         """Return what the edit does to the (examples, positions, *row) tensor of a site."""
 
         def change(tensor: Tensor) -> Tensor:
-            flat = tensor.flatten(0, 1)
-            source = torch.from_numpy(chosen.source).to(flat.device)
-            rows = flat.index_select(0, source)
+            places = places_of(chosen.source, tensor)
+            rows = tensor[places]
             new = self.actions[name](rows, chosen)
             self._refuse_overflow(name, rows, new)
-            return flat.index_copy(0, source, new).view_as(tensor)
+            return tensor.index_put(places, new)
 
         return change
 
@@ -160,6 +159,12 @@ class EditAt:
                 f"edit {self.number} ({self.edit.kind} at {name}) goes beyond what float16, in which the model "
                 "computes, can hold: make it smaller, or load the model in bfloat16 or float32"
             )
+
+
+def places_of(source: Indices, tensor: Tensor) -> tuple[Tensor, Tensor]:
+    """Return example and padded position of indices into the first two axes of a tensor, on its device."""
+    example, position = np.divmod(source, tensor.shape[1])
+    return torch.from_numpy(example).to(tensor.device), torch.from_numpy(position).to(tensor.device)
 
 
 def _paired(edit: Swap, example: int, tokens: Indices) -> Indices:

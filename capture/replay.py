@@ -11,7 +11,9 @@ what was computed is kept. Between and after the passes the model is as it was.
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from os import PathLike
+from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
@@ -19,14 +21,17 @@ from transformers import PreTrainedModel
 
 from residua.capture.attention import eager_attention
 from residua.capture.compiled import running_uncompiled
+from residua.capture.generation import generate
+from residua.capture.metrics import MetricSpec, Outcome, metric_of
 from residua.capture.probing import evaluating
 from residua.capture.ranks import on_rank
-from residua.capture.replayer import Replayer, unlike_the_plan
+from residua.capture.replayer import Replayer, kept_rows
+from residua.capture.replaynotes import unlike_the_plan
 from residua.capture.samemodel import computes_otherwise
 from residua.capture.wrappers import core_of
 from residua.store.archive import Archive
 from residua.store.editparse import EditSource, parse_edits
-from residua.store.errors import CaptureError
+from residua.store.errors import CaptureError, PlanError
 
 
 class Replay:
@@ -39,13 +44,17 @@ class Replay:
         skipped_blocks: How many blocks did not run.
     """
 
-    def __init__(self, replayer: Replayer, examples: Sequence[int], keep: Sequence[str]) -> None:
+    def __init__(self, replayer: Replayer, examples: Sequence[int], keep: Sequence[str], *, grad: bool) -> None:
         self.examples = tuple(examples)
         self._replayer = replayer
         self._batch = replayer.batch(self.examples)
         self._keep = replayer.sites(keep)
+        self._grad = grad
+        self._asked: set[str] = set()
         self._sites: dict[str, list[Tensor]] = {}
+        self._nodes: dict[str, Tensor] = {}
         self._logits: list[Tensor] | None = None
+        self._original: list[Tensor] | None = None
         self._is_open = True
         replayer.steps(self._batch, edited=True)  # what does not fit these examples is said before anything runs
         skip, problem = replayer.starts_at(self._batch)
@@ -75,7 +84,7 @@ class Replay:
             CaptureError: The context was left before they were computed, or another process has them.
         """
         (name,) = self._replayer.sites(site)
-        if name not in self._sites:
+        if name not in self._asked:  # all processes ask alike; who has not met it must not run again by itself
             self._run([*self._keep, name])
         if name not in self._sites:
             raise CaptureError(f"{name} was met in another process than this one{on_rank()}, which has its rows")
@@ -84,11 +93,85 @@ class Replay:
     def __repr__(self) -> str:
         return f"<Replay of examples {list(self.examples)} of {self._replayer.archive.path}>"
 
+    @property
+    def original_logits(self) -> list[Tensor]:
+        """Logits of the same examples, from the same stored rows, without the edits; never part of a graph."""
+        if self._original is None:
+            self._require_open()
+            self._original = self._replayer.run(self._batch, edited=False).logits
+        if self._original is None:
+            raise CaptureError(f"the model gave no logits{on_rank()}: it has no language modelling head here")
+        return self._original
+
+    def metric(self, metric: MetricSpec) -> Tensor:
+        """Return a metric of the logits, one number; see `residua.capture.metrics`.
+
+        Raises:
+            PlanError: There is no such metric.
+        """
+        outcome = Outcome(logits=self.logits, examples=self._batch.rows, original=lambda: self.original_logits)
+        return metric_of(metric)(outcome)
+
+    def gradients(self, metric: MetricSpec) -> dict[str, list[Tensor]]:
+        """Return the gradients of a metric with respect to the injected rows, and to every site in ``keep``.
+
+        That of the injected rows is taken before the edits there. Without injected rows, it is that of ``embed``.
+
+        Args:
+            metric: As for `metric`.
+
+        Returns:
+            From site to the gradient of the rows of each example, (rows, *row).
+
+        Raises:
+            PlanError: The replay was opened without ``grad=True``, or the metric does not depend on a site.
+        """
+        if not self._grad:
+            raise PlanError("gradients were asked for: open the replay with grad=True")
+        value = self.metric(metric)
+        found = torch.autograd.grad(value, list(self._nodes.values()), retain_graph=True, allow_unused=True)
+        gradients = {}
+        for (name, node), gradient in zip(self._nodes.items(), found, strict=True):
+            whole = torch.zeros_like(node) if gradient is None else gradient
+            gradients[name] = kept_rows(self._batch, whole, name)
+        return gradients
+
+    def generate(
+        self, max_new_tokens: int, *, edit_new_tokens: bool = False, seed: int = 0, **options: Any
+    ) -> list[list[int]]:
+        """Go on from the examples as prompts: their stored rows and edits, then tokens of the model's own.
+
+        The blocks below the stored rows run too, since new tokens need their keys and values.
+
+        Args:
+            max_new_tokens: Most tokens that an example gets.
+            edit_new_tokens: Whether edits that are meant for every token, and need no stored row, change new ones too.
+            seed: Seed of the sampling; the state of torch's generator is left as it was.
+            **options: For transformers' ``generate``, such as ``do_sample=True, temperature=0.7``.
+
+        Returns:
+            The new tokens of each example, with the one that ended it, if one did.
+
+        Raises:
+            PlanError: The model does not generate, or an edit is at the logits.
+        """
+        self._require_open()
+        return generate(
+            self._replayer,
+            self.examples,
+            max_new_tokens=max_new_tokens,
+            edit_new_tokens=edit_new_tokens,
+            seed=seed,
+            options=options,
+        )
+
     def _run(self, keep: Sequence[str]) -> None:
         self._require_open()
-        found = self._replayer.run(self._batch, list(dict.fromkeys(keep)))
-        self._logits = found.logits
+        found = self._replayer.run(self._batch, list(dict.fromkeys(keep)), grad=self._grad)
+        if self._logits is None:  # later passes are for one site more, and gradients belong to the first
+            self._logits, self._nodes = found.logits, found.nodes
         self._sites.update(found.sites)
+        self._asked.update(keep)
 
     def _require_open(self) -> None:
         if not self._is_open:
@@ -109,6 +192,7 @@ def replay(
     at: str | Iterable[str] | None = None,
     edits: EditSource = (),
     keep: str | Iterable[str] = (),
+    grad: bool = False,
     force: bool = False,
     tensor_parallel: ProcessGroup | DeviceMesh | None = None,
 ) -> Iterator[Replay]:
@@ -128,6 +212,8 @@ def replay(
             several. None puts nothing in and runs the model in full.
         edits: Edits in order, as `residua.store.edits` lists them: dictionaries, or a YAML or JSON file.
         keep: Sites that are kept by the first pass; others cost a pass each when they are asked for.
+        grad: Run with gradients, so that ``run.gradients`` can be asked for. Logits and kept rows are then parts of
+            autograd's graph; the parameters' own gradients stay untouched.
         force: Go on with a model that is not the one that was captured, and note it.
         tensor_parallel: The ranks over which activations are split, where this cannot be told from the model.
 
@@ -153,6 +239,6 @@ def replay(
         if isinstance(core, PreTrainedModel) and computes_otherwise(opened, model):
             stack.enter_context(eager_attention(core))
         replayer = Replayer(model, opened, at=places, edits=parsed, force=force, tensor_parallel=tensor_parallel)
-        run = Replay(replayer, examples, [keep] if isinstance(keep, str) else list(keep))
+        run = Replay(replayer, examples, [keep] if isinstance(keep, str) else list(keep), grad=grad)
         stack.callback(run.close)
         yield run

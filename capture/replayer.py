@@ -10,23 +10,23 @@ from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
+from transformers import PreTrainedModel
 
 from residua.capture.anatomy import Anatomy, anatomy_of
-from residua.capture.editing import edits_at
+from residua.capture.editing import edits_at, places_of
 from residua.capture.inputs import forward_kwargs
 from residua.capture.oracle import whole_sites
 from residua.capture.planbatch import PlanBatch, plan_batch
+from residua.capture.replaynotes import check_injection, refuse_overflow, storage_notes, why_in_full
 from residua.capture.rows import batch_rows
 from residua.capture.samemodel import check_model
-from residua.capture.siteinfo import SiteInfo
 from residua.capture.skipping import Skip, skip_below, skipping
-from residua.capture.startpoint import Start, start_of
+from residua.capture.startpoint import start_of
 from residua.capture.storedrows import StoredRows
 from residua.capture.tap import tap
 from residua.capture.wrappers import core_of
@@ -34,7 +34,6 @@ from residua.store.archive import Archive
 from residua.store.chosenrows import RowChooser
 from residua.store.edits import Edit
 from residua.store.errors import NotCapturedError, PlanError
-from residua.store.schedule import Schedule
 
 Step = Callable[[Tensor], Tensor]
 
@@ -47,10 +46,13 @@ class Pass:
         logits: Per example, (tokens, vocabulary); None where the model's last part is in another process.
         sites: From name to the rows of each example, (rows, *row), as the model went on with them. Sites that fired in
             another process are not there.
+        nodes: With gradients only: from name to what they can be taken with respect to, (B, T, *row): the injected
+            rows before any edit, and the sites that were kept.
     """
 
     logits: list[Tensor] | None
     sites: dict[str, list[Tensor]]
+    nodes: dict[str, Tensor]
 
 
 class Replayer:
@@ -85,19 +87,24 @@ class Replayer:
         self.archive = archive
         self.stored = StoredRows(archive)
         self.edits = tuple(edits)
-        self._model = model
-        self._group = tensor_parallel
+        self.model = model
+        self.group = tensor_parallel
         self._anatomy = _language_model(model)
         self.start = start_of(self._injected(at), self._anatomy)
-        infos = whole_sites(self._anatomy.model, list(self.start.sites)) if self.start.sites else {}
+        infos = whole_sites(self.core, list(self.start.sites)) if self.start.sites else {}
         for name, info in infos.items():
-            _check_injection(archive, name, info)
-        chooser = RowChooser(archive)
-        self._edits = edits_at(edits, self._anatomy.model, self.stored, chooser)
-        for number, edit in enumerate(self._edits, start=1):
+            check_injection(archive, name, info)
+        self.chooser = RowChooser(archive)
+        self.edits_at = edits_at(edits, self.core, self.stored, self.chooser)
+        for number, edit in enumerate(self.edits_at, start=1):
             for name in edit.actions:
                 self.refuse_below(name, f"edit {number} ({edit.edit.kind} at {name})")
-        self.notes = (*check_model(archive, model, force=force), *_storage_notes(archive, infos, edits))
+        self.notes = (*check_model(archive, model, force=force), *storage_notes(archive, infos, edits))
+
+    @property
+    def core(self) -> PreTrainedModel:
+        """The model inside wrappers."""
+        return self._anatomy.model
 
     def _injected(self, at: Iterable[str]) -> tuple[str, ...]:
         wanted = list(at)
@@ -119,7 +126,7 @@ class Replayer:
             PlanError: A site lies below the rows that are put in, or has no rows.
         """
         words = [patterns] if isinstance(patterns, str) else list(patterns)
-        infos = whole_sites(self._anatomy.model, words) if words else {}
+        infos = whole_sites(self.core, words) if words else {}
         for name, info in infos.items():
             self.refuse_below(name, f"{name} was asked for")
             if not info.per_token or info.site.top is not None:
@@ -143,47 +150,46 @@ class Replayer:
             stop = example.first_row + len(example.positions)
             if stop > self.archive.n_rows:
                 raise NotCapturedError(f"example {example.example} is not captured whole yet: choose an earlier one")
-        if self.start.sites or any(edit.edit.needs_stored_rows for edit in self._edits):
+        if self.start.sites or any(edit.edit.needs_stored_rows for edit in self.edits_at):
             self.archive.require_captured(batch_rows(made.rows, made.n_positions).row)
         return made
 
     @property
     def _device(self) -> torch.device:
-        found = next(self._anatomy.model.parameters()).device
+        found = next(self.core.parameters()).device
         return torch.device("cpu") if found.type == "meta" else found  # offloaded: its hooks move what it is given
 
     def starts_at(self, batch: PlanBatch) -> tuple[Skip, str]:
         """Return the blocks that `batch` does without, and why it is none of them where it could be."""
-        if not self.start.block:
-            return Skip(()), "" if self.start.site or not self.start.sites else _partial(self.start)
-        short = [example for example in batch.rows if len(example.positions) < len(example.input_ids)]
-        if short:
-            return Skip(()), (
-                f"example {short[0].example} has {len(short[0].positions)} of {len(short[0].input_ids)} tokens in the "
-                "archive: the model ran in full, and the stored rows replaced what it computed for them"
-            )
-        model = type(self._anatomy.model).__name__
-        if _has_experts(self._anatomy) and any(len(e.input_ids) < batch.n_positions for e in batch.rows):
-            return Skip(()), (
-                f"{model} ran in full: its experts take padding along with tokens, which changes the last bits, and "
-                "rows of padding are not stored. Examples of equal length need no padding."
-            )
+        why = why_in_full(self.start, self._anatomy, batch)
+        if why or not self.start.block:
+            return Skip(()), why
         found = skip_below(self._anatomy, self.start.block)
+        model = type(self.core).__name__
         return found, f"{model} cannot leave out its lower blocks: {found.problem}" if found.problem else ""
 
     def run(
-        self, batch: PlanBatch, keep: Sequence[str] = (), *, edited: bool = True, needs_logits: bool = True
+        self,
+        batch: PlanBatch,
+        keep: Sequence[str] = (),
+        *,
+        edited: bool = True,
+        needs_logits: bool = True,
+        grad: bool = False,
     ) -> Pass:
-        """Run one batch without gradients.
+        """Run one batch.
 
         Args:
             batch: As `batch` makes it.
             keep: Sites whose rows come back, as `sites` gives them.
             edited: Whether the edits apply.
             needs_logits: Whether logits come back.
+            grad: Whether logits and kept rows are parts of autograd's graph, which begins at the injected rows; at
+                the embeddings, if none are.
         """
-        steps = self.steps(batch, edited=edited)
         kept: dict[str, list[Tensor]] = {}
+        nodes: dict[str, Tensor] = {}
+        steps = self.steps(batch, edited=edited, leaves=nodes if grad else None)
 
         def pass_by(name: str, tensor: Tensor) -> Tensor | None:
             new = tensor
@@ -191,30 +197,41 @@ class Replayer:
                 new = step(new)
             if name in keep:
                 kept[name] = kept_rows(batch, new, name)
-            return new if name in steps else None
+                nodes.setdefault(name, new)
+            return new if name in steps or grad else None
 
-        with torch.no_grad(), ExitStack() as stack:
+        with torch.set_grad_enabled(grad), ExitStack() as stack:
             wanted = list(dict.fromkeys([*steps, *keep]))
             if wanted:
-                stack.enter_context(tap(self._model, wanted, pass_by, tensor_parallel=self._group))
+                stack.enter_context(tap(self.model, wanted, pass_by, differentiable=grad, tensor_parallel=self.group))
             stack.enter_context(skipping(self.starts_at(batch)[0]))
-            output = self._model(**self.kwargs(batch, needs_logits=needs_logits))
-        return Pass(logits=token_logits(batch, output) if needs_logits else None, sites=kept)
+            output = self.model(**self.kwargs(batch, needs_logits=needs_logits))
+        logits = token_logits(batch, output) if needs_logits else None
+        return Pass(logits=logits, sites=kept, nodes=nodes if grad else {})
 
     def kwargs(self, batch: PlanBatch, *, needs_logits: bool = True) -> dict[str, Tensor | bool | int]:
         """Return the arguments of the model's forward for a batch, as a capture makes them."""
-        core = core_of(self._model)
+        core = core_of(self.model)
         padded = batch.padded
         return forward_kwargs(core, padded.input_ids, padded.attention_mask, needs_logits=needs_logits)
 
-    def steps(self, batch: PlanBatch, *, edited: bool) -> dict[str, list[Step]]:
+    def steps(
+        self, batch: PlanBatch, *, edited: bool, leaves: dict[str, Tensor] | None = None
+    ) -> dict[str, list[Step]]:
         """Return what is done at each site, in order, to its (B, T, *row) tensor.
+
+        Args:
+            batch: As `batch` makes it.
+            edited: Whether the edits apply.
+            leaves: Where the tensors go at which autograd's graph begins; it has none unless given.
 
         Raises:
             PlanError: An edit needs stored rows that there are not.
         """
         steps: dict[str, list[Step]] = {name: [self._injection(name, batch)] for name in self.start.sites}
-        for edit in self._edits if edited else ():
+        for name in (steps or ["embed"]) if leaves is not None else ():
+            steps[name] = [*steps.get(name, []), _leaf(name, leaves)]
+        for edit in self.edits_at if edited else ():
             chosen = edit.chosen(batch)
             for name in edit.actions if len(chosen.source) else ():
                 steps.setdefault(name, []).append(edit.step(name, chosen))
@@ -226,15 +243,22 @@ class Replayer:
 
         def put_in(tensor: Tensor) -> Tensor:
             stored = self.stored.read(name, rows.row).to(device=tensor.device, dtype=tensor.dtype)
-            _refuse_overflow(name, stored)
-            flat = tensor.flatten(0, 1)
-            return flat.index_copy(0, torch.from_numpy(rows.source).to(flat.device), stored).view_as(tensor)
+            refuse_overflow(name, stored)
+            return tensor.index_put(places_of(rows.source, tensor), stored)
 
         return put_in
 
 
-def _has_experts(anatomy: Anatomy) -> bool:
-    return any(path.endswith(".experts") for path in anatomy.parts)
+def _leaf(name: str, leaves: dict[str, Tensor] | None) -> Step:
+    """Let the graph of gradients begin here."""
+
+    def begin(tensor: Tensor) -> Tensor:
+        leaf = tensor.detach().requires_grad_()
+        if leaves is not None:
+            leaves[name] = leaf
+        return leaf
+
+    return begin
 
 
 def kept_rows(batch: PlanBatch, tensor: Tensor, name: str) -> list[Tensor]:
@@ -265,50 +289,3 @@ def _language_model(model: nn.Module) -> Anatomy:
     if anatomy is None:
         raise PlanError(f"{type(core_of(model)).__name__} is no language model over token ids, which replay needs")
     return anatomy
-
-
-def _check_injection(archive: Archive, name: str, info: SiteInfo) -> None:
-    if info.site.kind == "pattern" or info.site.top is not None or not info.per_token:
-        raise PlanError(f"stored rows of {name} cannot be put in; put in those of the residual stream, q, k, v or z")
-    shape = archive.plan.site(name).row_shape
-    if shape != (info.row_shape or (1,)):
-        raise PlanError(f"{name} has rows of shape {shape} in {archive.path}, and of {info.row_shape} in the model")
-
-
-def _refuse_overflow(name: str, stored: Tensor) -> None:
-    if stored.dtype == torch.float16 and not bool(torch.isfinite(stored).all()):
-        raise PlanError(f"stored rows of {name} hold values that float16, in which the model computes, cannot hold")
-
-
-def _storage_notes(archive: Archive, infos: dict[str, SiteInfo], edits: Sequence[Edit]) -> list[str]:
-    notes = [
-        f"{name} is stored as {plan.dtype} with {plan.codec}, and the model computes in {info.dtype}: rows are rounded"
-        for name, info in infos.items()
-        if (plan := archive.plan.site(name)).dtype != info.dtype or plan.codec not in ("raw", "fast", "small")
-    ]
-    if not archive.is_sealed:
-        notes.append(f"{archive.path} is not sealed: {archive.progress.rows:,} rows are captured so far")
-    if any(edit.kind == "function" for edit in edits):
-        notes.append("an edit is a Python function: nobody can repeat this from its description")
-    return notes
-
-
-def _partial(start: Start) -> str:
-    return f"{', '.join(start.sites)} is only a part of what its block hands on, so the model ran in full"
-
-
-def unlike_the_plan(archive: Archive, examples: Sequence[int]) -> str:
-    """Say how a batch of `examples` differs from the batches of the capture; empty if it is one of them."""
-    plan = archive.plan
-    if not plan.batch_tokens or plan.n_rows is None:
-        return "the archive was recorded in a user's own loop: which examples ran together, and how, is not known"
-    index = archive.example_table.index()
-    schedule = Schedule(index, rows_per_shard=plan.rows_per_shard, batch_tokens=plan.batch_tokens)
-    batch = schedule.batch_of(examples[0])
-    captured = [] if batch is None else batch.examples.tolist()
-    if np.array_equal(captured, examples):
-        return ""
-    return (
-        f"example {examples[0]} ran in another batch when it was captured (examples={captured}), so that the last "
-        "bits may differ"
-    )

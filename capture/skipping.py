@@ -19,6 +19,7 @@ from residua.capture.hooks import attached, values_of
 from residua.capture.inputs import forward_kwargs
 from residua.capture.probing import evaluating
 from residua.capture.siteinfo import SiteInfo
+from residua.capture.stages import is_stand_in
 from residua.capture.wrappers import core_of
 from residua.store.errors import CaptureError
 
@@ -50,7 +51,7 @@ def skip_below(anatomy: Anatomy, start: int) -> Skip:
         anatomy: The model. One of an architecture that is not in the table is run on a few tokens, once.
         start: Number of the first block that has to run; the number of blocks, if none has to.
     """
-    blocks = tuple(anatomy.parts[path] for path in anatomy.blocks[:start] if path in anatomy.parts)
+    blocks = tuple(anatomy.parts[path] for path in anatomy.blocks[:start] if not is_stand_in(anatomy.parts[path]))
     if anatomy.family is not None or not start:
         return Skip(blocks)
     known = _proved.setdefault(anatomy.model, {})

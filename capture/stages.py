@@ -64,7 +64,12 @@ def target_of(model: nn.Module | _PipelineStageBase) -> Target:
 
 
 def _real(parts: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
-    return {path: part for path, part in parts.items() if type(part).__name__ != "PipelineIdentityLayer"}
+    return {path: part for path, part in parts.items() if not is_stand_in(part)}
+
+
+def is_stand_in(part: nn.Module) -> bool:
+    """Tell whether another stage of transformers' own pipeline holds what has this name."""
+    return type(part).__name__ == "PipelineIdentityLayer"
 
 
 @contextmanager

@@ -67,7 +67,7 @@ class RowChooser:
     def tokens(self, chosen: Chosen, example: int) -> Mask:
         """Say for each token of `example` whether an edit means it, (tokens,)."""
         n_tokens = int(self._lengths[example])
-        if not self._means_example(chosen, example):
+        if not self.means_example(chosen, example):
             return np.zeros(n_tokens, bool)
         mask = _at_positions(chosen, n_tokens)
         if chosen.rows is not None:
@@ -76,7 +76,8 @@ class RowChooser:
             mask &= np.isin(self._table.tokens(example), chosen.tokens)
         return mask
 
-    def _means_example(self, chosen: Chosen, example: int) -> bool:
+    def means_example(self, chosen: Chosen, example: int) -> bool:
+        """Say whether an edit means any token of `example`."""
         if chosen.examples is not None and example not in chosen.examples:
             return False
         return all(self.column(name)[example] in values for name, values in (chosen.where or {}).items())

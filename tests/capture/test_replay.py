@@ -154,6 +154,26 @@ def test_leaving_restores_everything(name: str, tmp_path: Path) -> None:
     foreign.remove()
 
 
+def test_offloaded_weights_give_the_same_bits(llama: Given, tmp_path: Path) -> None:
+    from accelerate import dispatch_model  # type: ignore[import-untyped]  # it ships no types
+
+    _, archive = llama
+    places = {"model.embed_tokens": "cpu", "model.rotary_emb": "cpu", "model.layers.0": "disk", "model.layers.1": "cpu"}
+    places |= {"model.layers.2": "disk", "model.norm": "cpu", "lm_head": "cpu"}
+    spread = dispatch_model(
+        model_of("llama"), places, main_device=torch.device("cpu"), offload_dir=str(tmp_path), force_hooks=True
+    )
+    before = state_of(spread)
+    for at, n_skipped in (("resid_post.0", 1), ("resid_pre.2", 2), (None, 0)):
+        with residua.replay(spread, archive, examples=EVEN, at=at, keep="final") as run:
+            assert run.skipped_blocks == n_skipped
+            for place, example in enumerate(EVEN):
+                assert torch.equal(run.logits[place], stored(archive, "logits", example))
+                assert torch.equal(run["final"][place], stored(archive, "final", example))
+            assert run.notes == ("the model lies in parts, so its weights were not compared with those of the capture",)
+    assert state_of(spread) == before
+
+
 def test_another_model_is_refused_unless_forced(llama: Given) -> None:
     _, archive = llama
     other = model_of("llama")

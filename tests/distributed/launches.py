@@ -43,6 +43,7 @@ REFUSALS = (
         "rows_inside_experts",
         "generation",
         "parameters",
+        "replays",
     ),
 )
 """Number of ranks, and the functions of `tests.distributed.refusals` that run on them."""

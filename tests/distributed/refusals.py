@@ -17,6 +17,7 @@ from residua.capture.tapgroup import TapGroup
 from residua.store.errors import CaptureError
 from tests.distributed.checks import relative_error
 from tests.distributed.expected import batch, loss_of, site_names
+from tests.distributed.replays import replays
 from tests.models import SPLIT
 
 
@@ -236,4 +237,5 @@ CHECKS = (
     rows_inside_experts,
     generation,
     parameters,
+    replays,
 )

@@ -1,0 +1,83 @@
+"""What stands between a replay and the captured run: what is refused, and what has to be said."""
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from residua.capture.anatomy import Anatomy
+from residua.capture.planbatch import PlanBatch
+from residua.capture.siteinfo import SiteInfo
+from residua.capture.startpoint import Start
+from residua.store.archive import Archive
+from residua.store.edits import Edit
+from residua.store.errors import PlanError
+from residua.store.schedule import Schedule
+
+
+def check_injection(archive: Archive, name: str, info: SiteInfo) -> None:
+    """Raise PlanError if the stored rows of a site cannot be put in."""
+    if info.site.kind == "pattern" or info.site.top is not None or not info.per_token:
+        raise PlanError(f"stored rows of {name} cannot be put in; put in those of the residual stream, q, k, v or z")
+    shape = archive.plan.site(name).row_shape
+    if shape != (info.row_shape or (1,)):
+        raise PlanError(f"{name} has rows of shape {shape} in {archive.path}, and of {info.row_shape} in the model")
+
+
+def refuse_overflow(name: str, stored: Tensor) -> None:
+    """Raise PlanError if rows lost their size when they were brought to the model's type."""
+    if stored.dtype == torch.float16 and not bool(torch.isfinite(stored).all()):
+        raise PlanError(f"stored rows of {name} hold values that float16, in which the model computes, cannot hold")
+
+
+def storage_notes(archive: Archive, infos: Mapping[str, SiteInfo], edits: Sequence[Edit]) -> list[str]:
+    """Say what is not exact, not complete or not to be repeated, whichever examples run."""
+    notes = [
+        f"{name} is stored as {plan.dtype} with {plan.codec}, and the model computes in {info.dtype}: rows are rounded"
+        for name, info in infos.items()
+        if (plan := archive.plan.site(name)).dtype != info.dtype or plan.codec not in ("raw", "fast", "small")
+    ]
+    if not archive.is_sealed:
+        notes.append(f"{archive.path} is not sealed: {archive.progress.rows:,} rows are captured so far")
+    if any(edit.kind == "function" for edit in edits):
+        notes.append("an edit is a Python function: nobody can repeat this from its description")
+    return notes
+
+
+def why_in_full(start: Start, anatomy: Anatomy, batch: PlanBatch) -> str:
+    """Say why a batch has to run in full though rows are put in; empty if its lower blocks may be left out."""
+    if not start.site:
+        return f"{', '.join(start.sites)} is only a part of what its block hands on, so the model ran in full" * bool(
+            start.sites
+        )
+    short = [example for example in batch.rows if len(example.positions) < len(example.input_ids)]
+    if short:
+        return (
+            f"example {short[0].example} has {len(short[0].positions)} of {len(short[0].input_ids)} tokens in the "
+            "archive: the model ran in full, and the stored rows replaced what it computed for them"
+        )
+    has_experts = any(path.endswith(".experts") for path in anatomy.parts)
+    if start.block and has_experts and any(len(example.input_ids) < batch.n_positions for example in batch.rows):
+        return (
+            f"{type(anatomy.model).__name__} ran in full: its experts take padding along with tokens, which changes "
+            "the last bits, and rows of padding are not stored. Examples of equal length need no padding."
+        )
+    return ""
+
+
+def unlike_the_plan(archive: Archive, examples: Sequence[int]) -> str:
+    """Say how a batch of `examples` differs from the batches of the capture; empty if it is one of them."""
+    plan = archive.plan
+    if not plan.batch_tokens or plan.n_rows is None:
+        return "the archive was recorded in a user's own loop: which examples ran together, and how, is not known"
+    index = archive.example_table.index()
+    schedule = Schedule(index, rows_per_shard=plan.rows_per_shard, batch_tokens=plan.batch_tokens)
+    batch = schedule.batch_of(examples[0])
+    captured = [] if batch is None else batch.examples.tolist()
+    if np.array_equal(captured, examples):
+        return ""
+    return (
+        f"example {examples[0]} ran in another batch when it was captured (examples={captured}), so that the last "
+        "bits may differ"
+    )

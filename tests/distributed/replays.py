@@ -1,0 +1,141 @@
+"""Replay on a spread model against replay in one process: logits, later sites, and who reads the stored rows."""
+
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
+from transformers import PreTrainedModel
+
+import residua
+from residua.capture.placement import Indices
+from residua.capture.replay import Replay
+from residua.capture.storedrows import StoredRows
+from residua.store.errors import CaptureError
+from tests.distributed.checks import relative_error
+from tests.distributed.expected import batch, vector
+from tests.models import SPLIT
+
+BOUND = 2e-5  # that of the table of layouts, in float32
+KEPT = ("z.2", "mlp_out.2", "final")
+N_EXAMPLES = 4  # in a recorded batch
+
+
+class Load(Protocol):
+    """Loads a model over the ranks of this launch, as `tests.distributed.worker` does."""
+
+    def __call__(self, name: str = "llama", **config: int) -> PreTrainedModel: ...
+
+
+def edits_for(width: int) -> list[dict[str, Any]]:
+    return [
+        {"edit": "add", "site": "resid_post.1", "vector": vector(width), "scale": 2.0, "positions": "1:4"},
+        {"edit": "zero", "site": "z.2", "heads": [1]},
+        {"edit": "set", "site": "mlp_out.2", "to": "stored", "positions": [-1]},
+        {"edit": "mean", "site": "final", "positions": [0]},
+    ]
+
+
+def archive_of(name: str) -> Path:
+    """Two batches of a model in one process, recorded by rank 0."""
+    path = Path(sys.argv[1]) / f"replay-{name}"
+    if dist.get_rank() == 0 and not path.exists():
+        model = SPLIT[name]()
+        with residua.Recorder(model, sites="resid_post.*,mlp_out.2,final", out=path, codec="raw"), torch.no_grad():
+            for seed in (0, 1):
+                model(**batch(seed, n_examples=N_EXAMPLES))
+    dist.barrier()
+    return path
+
+
+@dataclass(frozen=True)
+class Found:
+    """What one rank has of a replay: by site, and how often it read stored rows."""
+
+    values: dict[str, Tensor]
+    gradients: dict[str, Tensor]
+    n_reads: int
+    n_skipped: int
+
+
+def replayed(model: nn.Module, path: Path, *, first: int, grad: bool = False) -> Found:
+    width = int(next(iter(SPLIT.values()))().config.hidden_size)
+    examples = [first + 1, first, first + 2]
+    with (
+        counting_reads() as reads,
+        residua.replay(
+            model, path, examples=examples, at="resid_post.0", edits=edits_for(width), keep=KEPT, grad=grad
+        ) as run,
+    ):
+        values = {"logits": torch.cat(run.logits), **dict(rows_here(run))}
+        gradients = run.gradients("loss") if grad else {}
+        joined = {site: torch.cat(rows) for site, rows in gradients.items()}
+        return Found(values, joined, sum(reads.values()), run.skipped_blocks)
+
+
+def rows_here(run: Replay) -> Iterator[tuple[str, Tensor]]:
+    for site in KEPT:
+        try:
+            yield site, torch.cat(run[site])
+        except CaptureError as error:
+            assert "was met in another process" in str(error)  # noqa: PT017  # only where functions do not run
+
+
+@contextmanager
+def counting_reads() -> Iterator[Counter[str]]:
+    reads: Counter[str] = Counter()
+    read = StoredRows.read
+
+    def counted(self: StoredRows, site: str, rows: Indices) -> Tensor:
+        reads[site] += 1
+        return read(self, site, rows)
+
+    StoredRows.read = counted  # type: ignore[method-assign]  # to see who reads
+    try:
+        yield reads
+    finally:
+        StoredRows.read = read  # type: ignore[method-assign]  # as above
+
+
+def agrees(layout: str, name: str, model: nn.Module, *, first: int = 0, grad: bool = False) -> list[Found]:
+    """Compare with one process; return what every rank has."""
+    path = archive_of(name)
+    found = replayed(model, path, first=first, grad=grad)
+    wanted = replayed(SPLIT[name](), path, first=first, grad=grad)
+    assert set(wanted.values) == {"logits", *KEPT}
+    for site, value in found.values.items():
+        assert relative_error(value, wanted.values[site]) <= BOUND, (layout, name, site)
+    assert found.gradients.keys() == wanted.gradients.keys()
+    for site, value in found.gradients.items():
+        assert relative_error(value, wanted.gradients[site]) <= BOUND, (layout, name, site, "gradient")
+    everyone: list[Found] = [found] * dist.get_world_size()
+    dist.all_gather_object(everyone, found)
+    met = set().union(*(one.values for one in everyone))
+    assert met == {"logits", *KEPT}, f"{layout}: some site was met nowhere"
+    return everyone
+
+
+def replays(load: Load) -> None:
+    """Tensor parallel, pipeline and FSDP2, each over two ranks."""
+    owner, other = agrees("TP 2", "llama", load("llama", tp_size=2))
+    assert owner.n_reads
+    assert owner.n_skipped == other.n_skipped == 1
+    assert not other.n_reads, "a rank that runs no function read stored rows"
+    assert other.values.keys() == {"logits"}
+    agrees("TP 2", "qwen3", load("qwen3", tp_size=2), grad=True)
+    first, last = agrees("PP 2", "llama", load("llama", pp_size=2))
+    assert first.n_skipped == 1
+    assert first.n_reads == last.n_reads == 1, "each stage reads what goes in at its own sites"
+    for name in ("llama", "gpt2"):
+        model = SPLIT[name]()
+        for block in next(list(m) for m in model.modules() if isinstance(m, nn.ModuleList)):
+            fully_shard(block)
+        fully_shard(model)
+        agrees("FSDP2", name, model, first=N_EXAMPLES * dist.get_rank(), grad=True)
