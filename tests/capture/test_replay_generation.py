@@ -11,8 +11,8 @@ from torch import Tensor, nn
 import residua
 from residua.capture.anatomy import anatomy_of
 from residua.store.errors import PlanError
+from tests.capture.hooks_by_hand import hooked, state_of
 from tests.capture.replaying import PADDED, captured, model_of, tokens
-from tests.capture.test_taps import hooked, state_of
 
 N_NEW = 6
 VECTOR = torch.linspace(-3, 3, 32)

@@ -14,8 +14,8 @@ from residua.capture.anatomy import anatomy_of
 from residua.capture.inputs import forward_kwargs
 from residua.capture.planbatch import plan_batch
 from residua.store.errors import PlanError
+from tests.capture.hooks_by_hand import hooked
 from tests.capture.replaying import PADDED, captured, model_of, tokens
-from tests.capture.test_taps import hooked
 
 KEPT = "resid_post.1"
 METRICS: dict[str, Any] = {"loss": "loss", "difference": {"logit_difference": [7, 11], "position": -2}, "kl": "kl"}
