@@ -74,12 +74,13 @@ class ProbeRows:
 
     def of(self, *parts: int) -> Iterator[tuple[npt.NDArray[np.floating], Floats]]:
         """Go through the rows of `parts` in order: values (rows, width), true and control labels (rows, 2)."""
-        for values, labels, part in self._rows():
+        for values, labels, part in self.each():
             chosen = np.isin(part, parts)
             if chosen.any():
                 yield values[chosen], labels[chosen]
 
-    def _rows(self) -> Iterator[LabelledRows]:
+    def each(self) -> Iterator[LabelledRows]:
+        """Go through all rows in order."""
         if self._kept is not None:
             yield from self._kept
             return

@@ -27,6 +27,8 @@ Floats = npt.NDArray[np.float64]
 LOGISTIC_PENALTIES = tuple(10.0**power for power in range(-5, 2))
 RIDGE_PENALTIES = tuple(10.0**power for power in range(-7, 3))
 _ROUGH, _FINE = 1e-5, 1e-7  # nats above the minimum: to choose the penalty by, and of the probe
+_MOST_LOGITS = 2**23  # at a time
+_VECTORS = 24  # that L-BFGS holds of each problem
 _COVARIANCES = 12  # width² float64 that a task may hold at its worst, of three parts and their eigenvectors
 
 
@@ -75,9 +77,14 @@ def _classify(job: Job, rows: ProbeRows, width: int) -> SiteProbe:
     survey = job.survey
     n_classes = len(survey.classes)
 
+    height = max(1, _MOST_LOGITS // (n_classes * len(LOGISTIC_PENALTIES)))
+    _check_memory(job, width)
+
     def batches(*parts: int) -> Iterator[tuple[npt.NDArray[np.floating], Numbers]]:
         for values, labels in rows.of(*parts):
-            yield values, np.searchsorted(survey.classes, labels)
+            codes = np.searchsorted(survey.classes, labels)
+            for start in range(0, len(values), height):
+                yield values[start : start + height], codes[start : start + height]
 
     train = Moments(width, whole=_COVARIANCES * 8 * width**2 <= job.memory)
     for values, _ in rows.of(FIT, VALIDATION):
@@ -111,6 +118,16 @@ def _classify(job: Job, rows: ProbeRows, width: int) -> SiteProbe:
     return SiteProbe({**_line(job, rows, train.n, len(truth), penalty), **line}, saved)
 
 
+def _check_memory(job: Job, width: int) -> None:
+    n_classes = len(job.survey.classes)
+    needed = _VECTORS * 8 * n_classes * (width + 1) * len(LOGISTIC_PENALTIES)
+    if needed > job.memory // 2:
+        raise AnalysisError(
+            f"{n_classes:,} classes on {job.site}, {width:,} wide, need {needed / 2**30:.1f} GiB, and a worker has "
+            f"{job.memory / 2**31:.1f} to spare: allow more (--memory-limit), or probe a condition instead"
+        )
+
+
 def _answers(
     batches: Iterator[tuple[npt.NDArray[np.floating], Numbers]], probe: Fitted, labelling: int
 ) -> tuple[Numbers, Numbers, Floats]:
@@ -139,11 +156,12 @@ def _regress(job: Job, rows: ProbeRows, width: int) -> SiteProbe:
             f"{job.memory / 2**30:.1f}: allow more (--memory-limit), or choose other sites"
         )
     moments = {part: Moments(width + 2) for part in (FIT, VALIDATION, TEST)}
-    for part, sums in moments.items():
-        for values, labels in rows.of(part):
-            sums.add(np.column_stack([values, labels]))
-        if not sums.n:
-            raise AnalysisError(f"{job.site} has too few finite rows: leave it out")
+    for values, labels, parts in rows.each():
+        both = np.column_stack([values, labels])
+        for part, sums in moments.items():
+            sums.add(both[parts == part])
+    if not all(sums.n for sums in moments.values()):
+        raise AnalysisError(f"{job.site} has too few finite rows: leave it out")
     tried = solve(moments[FIT], width, 0, RIDGE_PENALTIES)
     penalty = RIDGE_PENALTIES[int(np.argmin([mean_squared_error(one, moments[VALIDATION], 0) for one in tried]))]
     train, test = moments[FIT].merge(moments[VALIDATION]), moments[TEST]

@@ -10,18 +10,21 @@ from dask.array import Array as DaskArray
 Array: TypeAlias = npt.NDArray[Any]
 Blocks: TypeAlias = "Array | DaskArray"
 
-_ROWS = 8192  # of a numpy array at a time
+_ROWS = 8192  # at a time
 
 
 def row_blocks(values: Blocks) -> Iterator[Array]:
-    """Yield the rows of `values` in order as numpy arrays; blocks of a Dask array are computed one at a time."""
+    """Yield some rows of `values` at a time, in order; blocks of a Dask array are computed one after the other."""
     if not isinstance(values, DaskArray):
-        whole = np.asarray(values)
-        yield from (whole[start : start + _ROWS] for start in range(0, max(1, len(whole)), _ROWS))
+        yield from _cut(np.asarray(values))
         return
     rows = values.rechunk(dict.fromkeys(range(1, values.ndim), -1))  # type: ignore[no-untyped-call]  # dask's own
     for number in range(rows.numblocks[0]):
-        yield np.asarray(rows.blocks[number].compute(scheduler="synchronous"))
+        yield from _cut(np.asarray(rows.blocks[number].compute(scheduler="synchronous")))
+
+
+def _cut(rows: Array) -> Iterator[Array]:
+    return (rows[start : start + _ROWS] for start in range(0, max(1, len(rows)), _ROWS))
 
 
 def paired(values: Blocks, labels: Array) -> Iterator[tuple[Array, Array]]:

@@ -9,6 +9,7 @@ from sklearn.linear_model import LogisticRegression, Ridge
 from sklearn.metrics import balanced_accuracy_score, mean_squared_error, r2_score, roc_auc_score
 from sklearn.preprocessing import StandardScaler
 
+from residua.analysis.cluster import connect
 from residua.analysis.linear_probe import LinearProbe
 from residua.analysis.probe import probe
 from residua.analysis.split import held_out
@@ -192,5 +193,15 @@ def test_too_wide_too_many_and_not_there(archive: Archive, monkeypatch: pytest.M
     monkeypatch.setattr("residua.analysis.survey._MOST_CLASSES", 20)
     with pytest.raises(AnalysisError, match=r"more than 20 different values.*regression"):
         probe(archive, "many", "resid_post.1", task="classification")
+    with (
+        connect("inline", memory_limit=12 * 8 * 20**2 - 1) as cluster,
+        pytest.raises(AnalysisError, match=r"resid_post.1 is 20 wide: a regression"),
+    ):
+        probe(archive, "position", "resid_post.1", cluster=cluster)
+    with (
+        connect("inline", memory_limit=30_000) as cluster,
+        pytest.raises(AnalysisError, match=r"3 classes on resid_post.1, 20 wide"),
+    ):
+        probe(archive, "label", "resid_post.1", cluster=cluster)
     with pytest.raises(UnknownSiteError, match=r"resid_post\.7"):
         probe(archive, "label", "resid_post.7")
