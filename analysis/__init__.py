@@ -8,11 +8,21 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from residua.analysis.detection import head_detector
+    from residua.analysis.joins import record_batches, table
     from residua.analysis.linear_probe import LinearProbe, LogisticProbe, RidgeProbe
     from residua.analysis.loader import Loader
     from residua.analysis.views import array
 
-__all__ = ["LinearProbe", "Loader", "LogisticProbe", "RidgeProbe", "array", "head_detector"]
+__all__ = [
+    "LinearProbe",
+    "Loader",
+    "LogisticProbe",
+    "RidgeProbe",
+    "array",
+    "head_detector",
+    "record_batches",
+    "table",
+]
 
 _HOMES = {
     "LinearProbe": "linear_probe",
@@ -21,6 +31,8 @@ _HOMES = {
     "RidgeProbe": "linear_probe",
     "array": "views",
     "head_detector": "detection",
+    "record_batches": "joins",
+    "table": "joins",
 }
 
 

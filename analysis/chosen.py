@@ -1,19 +1,20 @@
 """The rows that a loader hands out, as blocks of neighbours: how high a block is, and which of its rows are chosen."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import numpy.typing as npt
 
 from residua.analysis.blocks import blocks
 from residua.analysis.filters import RowFilter
+from residua.analysis.order import Runs
 from residua.store.archive import Archive
 from residua.store.codecs import PRESETS
 from residua.store.errors import AnalysisError
 
 Rows = npt.NDArray[np.int64]
 
-_RAW_BYTES = 64 * 1024  # a copy of less is mostly overhead
+_RAW_BYTES = 128 * 1024  # a copy of less is mostly overhead
 _FEWEST_PER_BUFFER = 64
 _MOST_BLOCKS = 2**19
 
@@ -83,12 +84,28 @@ class ChosenRows:
         """How many rows are chosen."""
         return int(self.counts.sum())
 
-    def rows(self, block: int, first: int, last: int) -> Rows:
-        """Return the numbers of the rows `first` to `last` (not included) among those chosen of a block."""
-        start = int(self._starts[block])
+    def runs_of_rows(self, runs: Runs) -> Iterator[tuple[int, Rows | range]]:
+        """Yield the row numbers of `runs` and the place of the first among them all.
+
+        Neighbours of which all rows are chosen come as one range, others as the numbers of one block each.
+        """
+        at = 0
         if self._bits is None:
-            return np.arange(start + first, start + last)
+            starts, stops = self._starts[runs.block] + runs.first, self._starts[runs.block] + runs.last
+            breaks = np.flatnonzero(starts[1:] != stops[:-1]) + 1
+            begins, ends = starts[[0, *breaks]].tolist(), stops[[*(breaks - 1), -1]].tolist()
+            for begin, end in zip(begins, ends, strict=True):
+                yield at, range(begin, end)
+                at += end - begin
+            return
+        for block, first, last in zip(*(column.tolist() for column in runs), strict=True):
+            if first < last:
+                yield at, self._chosen(block)[first:last]
+                at += last - first
+
+    def _chosen(self, block: int) -> Rows:
         byte, skipped = divmod(int(self._offsets[block]), 8)
         n_bits = skipped + int(self._heights[block])
-        mask = np.unpackbits(self._bits[byte : byte + -(-n_bits // 8)], count=n_bits)[skipped:]
-        return start + np.flatnonzero(mask)[first:last]
+        bits = self._bits[byte : byte + -(-n_bits // 8)] if self._bits is not None else np.zeros(0, np.uint8)
+        chosen: Rows = self._starts[block] + np.flatnonzero(np.unpackbits(bits, count=n_bits)[skipped:])
+        return chosen

@@ -35,7 +35,7 @@ class Loader(IterableDataset[Batch]):
     and ranks whose number of rows differs (by one at most) may differ by one batch; with `drop_last` all batches are
     full, all ranks have as many, and the rows left over are others in every epoch.
 
-    Rows are shuffled by blocks (a chunk of 512 KiB, or 64 KiB of sites stored raw): all blocks in random order, then
+    Rows are shuffled by blocks (a chunk of 512 KiB, or 128 KiB of sites stored raw): all blocks in random order, then
     all rows within a buffer. ``docs/analysis.md`` says how far that is from a full shuffle.
 
     Args:

@@ -8,7 +8,6 @@ Batch j of a rank is made by worker j modulo the number of workers, which is the
 asks them. So what follows after any batch is known without what came before.
 """
 
-from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -24,13 +23,12 @@ class Share(NamedTuple):
     stop: int
 
 
-class Run(NamedTuple):
-    """Rows `first` to `last` (not included) of a block, counted among its chosen rows; they go to place `at`."""
+class Runs(NamedTuple):
+    """Parts of blocks, by ascending block: rows `first` to `last` (not included) of its chosen rows."""
 
-    block: int
-    first: int
-    last: int
-    at: int
+    block: Numbers
+    first: Numbers
+    last: Numbers
 
 
 def n_batches(n_rows: int, batch_size: int, rank: int, world_size: int, *, drop_last: bool) -> int:
@@ -86,14 +84,11 @@ class Order:
         self._blocks = np.arange(n_blocks) if generator is None else generator.permutation(n_blocks)
         self._starts = np.concatenate([np.zeros(1, np.int64), np.cumsum(counts[self._blocks])])
 
-    def runs(self, start: int, stop: int) -> Iterator[Run]:
-        """Yield what to read for rows `start` to `stop` of the line, by ascending block."""
+    def runs(self, start: int, stop: int) -> Runs:
+        """Return what to read for rows `start` to `stop` of the line."""
         first = int(np.searchsorted(self._starts, start, side="right")) - 1
         last = int(np.searchsorted(self._starts, stop, side="left"))
-        found = []
-        for i in range(first, last):
-            begin, end = max(start, int(self._starts[i])), min(stop, int(self._starts[i + 1]))
-            if begin < end:
-                offset = int(self._starts[i])
-                found.append(Run(int(self._blocks[i]), begin - offset, end - offset, begin - start))
-        yield from sorted(found)
+        begins, ends = self._starts[first:last], self._starts[first + 1 : last + 1]
+        order = np.argsort(self._blocks[first:last])
+        runs = (self._blocks[first:last], np.maximum(start, begins) - begins, np.minimum(stop, ends) - begins)
+        return Runs(*(column[order] for column in runs))

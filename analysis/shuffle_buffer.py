@@ -76,9 +76,8 @@ class ShuffleBuffer:
             return
         start = self._share.start + number * self._height
         stop = min(start + self._height, self._share.stop)
-        for run in self._order.runs(start, stop):
-            rows = self._chosen.rows(run.block, run.first, run.last)
-            self._read(slice(run.at, run.at + len(rows)), rows)
+        for at, rows in self._chosen.runs_of_rows(self._order.runs(start, stop)):
+            self._read(slice(at, at + len(rows)), rows)
         n_rows = stop - start
         if self._seed is None:
             self._places = np.arange(n_rows)
@@ -86,14 +85,13 @@ class ShuffleBuffer:
             self._places = np.random.default_rng([*self._seed, number]).permutation(n_rows)
         self._number = number
 
-    def _read(self, places: slice, rows: Rows) -> None:
-        """Put rows of one block into places of the buffer."""
-        self._rows[places] = rows
-        first, last = int(rows[0]), int(rows[-1])
+    def _read(self, places: slice, rows: Rows | range) -> None:
+        """Put rows into places of the buffer."""
+        self._rows[places] = np.arange(rows.start, rows.stop) if isinstance(rows, range) else rows
         for name, source in self._sources.items():
             out = self._values[name][places]
-            if last - first + 1 == len(rows):
-                source.read_into(out, first, last + 1)
+            if isinstance(rows, range):
+                source.read_into(out, rows.start, rows.stop)
             else:
                 out[...] = source[rows]
 

@@ -14,6 +14,7 @@ TITLES = {
     "capture": "What capturing costs",
     "write": "Writing",
     "read": "Reading",
+    "analysis": "Reading for analysis",
     "memory": "Memory",
     "throughput": "Two workers against one",
 }

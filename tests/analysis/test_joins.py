@@ -1,0 +1,125 @@
+"""Rows as tables, against looking each thing up by hand."""
+
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import pyarrow as pa
+import pytest
+
+import residua
+from residua.analysis.filters import RowFilter
+from residua.store.archive import Archive
+from residua.store.commits import FOLDER
+from residua.store.errors import AnalysisError, DatasetError, NotCapturedError, UnknownSiteError
+from tests.analysis.large_archive import make_large
+from tests.store.small_archive import LENGTHS, N_ROWS, make_archive
+
+record_batches, table = residua.analysis.record_batches, residua.analysis.table
+
+
+@pytest.fixture(scope="module")
+def archive(tmp_path_factory: pytest.TempPathFactory) -> Archive:
+    return Archive(make_archive(tmp_path_factory.mktemp("joins") / "acts.zarr"))
+
+
+def by_hand(archive: Archive, row: int) -> dict[str, Any]:
+    """Return what the table should say of a row, from the example that it belongs to."""
+    example = int(np.repeat(np.arange(len(LENGTHS)), LENGTHS)[row])
+    start, _ = archive.example_table.rows(example)
+    token = int(archive.example_table.tokens(example)[row - start])
+    return {
+        "row": row,
+        "example": example,
+        "position": row - start,
+        "token": token,
+        "token_text": f"w{token}",
+        "label": f"example {example}",
+        "score": example / 7,
+        "count": 1000 * example,
+        "resid_post.0": archive.example(example)["resid_post.0"][row - start].tolist(),
+        "q.1": archive.example(example)["q.1"][row - start].tolist(),
+    }
+
+
+def test_a_table_has_everything_beside_the_activations(archive: Archive) -> None:
+    rows = [30, 2, 2, 37, 20]
+    found = table(archive, rows, sites=["resid_post.0", "q.1"])
+    assert found.to_pylist() == [by_hand(archive, row) for row in rows]
+    assert found.schema.field("resid_post.0").type == pa.list_(pa.float32(), 40)
+    assert found.schema.field("q.1").type == pa.list_(pa.list_(pa.float32(), 4), 2)
+
+
+def test_rows_are_chosen_by_filter_slice_or_numbers(archive: Archive) -> None:
+    expected = [row for row in range(N_ROWS) if by_hand(archive, row)["position"] > 3]
+    for choice in ("position > 3", RowFilter.parse("position > 3"), np.array(expected, np.int32)):
+        assert table(archive, choice)["row"].to_pylist() == expected
+    assert table(archive, slice(5, 30, 7))["row"].to_pylist() == [5, 12, 19, 26]
+    assert table(archive, slice(None))["row"].to_pylist() == list(range(N_ROWS))
+
+
+def test_batches_are_the_table_in_parts(archive: Archive) -> None:
+    whole = table(archive, "label != 'example 1'", sites="q.*")
+    parts = list(record_batches(archive, "label != 'example 1'", sites="q.*", batch_rows=6))
+    assert max(part.num_rows for part in parts) == 6
+    assert pa.Table.from_batches(parts).equals(whole)
+    assert whole.num_rows == N_ROWS - 1
+
+
+def test_columns_are_chosen_by_name(archive: Archive) -> None:
+    own = ["row", "example", "position", "token", "token_text"]
+    assert table(archive, [3]).column_names == [*own, "label", "score", "count"]
+    assert table(archive, [3], columns=["count", "n_tokens"]).column_names == [*own, "count", "n_tokens"]
+    assert table(archive, [3], columns=[]).column_names == own
+
+
+def test_no_rows_make_an_empty_table_of_the_same_columns(archive: Archive) -> None:
+    some, none = (table(archive, rows, sites="q.1") for rows in ([3], "position > 900"))
+    assert none.num_rows == 0
+    assert none.schema == some.schema
+    assert list(record_batches(archive, "position > 900")) == []
+
+
+def test_pandas_gets_a_frame(archive: Archive) -> None:
+    frame = table(archive, "position > 3", sites="resid_post.0").to_pandas()
+    norms = frame["resid_post.0"].map(np.linalg.norm).groupby(frame["label"]).mean()
+    for label in ("example 0", "example 2", "example 3"):
+        values = archive.example(int(label[-1]))["resid_post.0"][4:]
+        assert norms[label] == pytest.approx(np.linalg.norm(values, axis=1).mean(), rel=1e-6)
+
+
+def test_bfloat16_becomes_float32_and_without_a_tokenizer_there_is_no_text(tmp_path: Path) -> None:
+    values = np.random.default_rng(0).standard_normal((16, 4), np.float32).astype(ml_dtypes.bfloat16)
+    archive = make_large(tmp_path / "acts.zarr", values.view(np.uint16), 2, dtype="bfloat16")
+    found = table(archive, [17, 3], sites="resid_post.0", columns=[])
+    assert found.column_names == ["row", "example", "position", "token", "resid_post.0"]
+    assert found["resid_post.0"].to_pylist() == [values[row].astype(np.float32).tolist() for row in (1, 3)]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"rows": [N_ROWS]}, IndexError, "has 38 rows: there is no row 38"),
+        ({"rows": [-1]}, IndexError, "there is no row -1"),
+        ({"rows": [0.5]}, AnalysisError, "by a filter, a slice or row numbers, not by"),
+        ({"rows": "position >"}, AnalysisError, "has its end where"),
+        ({"rows": [0], "sites": "q.7"}, UnknownSiteError, "q.7"),
+        ({"rows": [0], "columns": ["colour"]}, DatasetError, "no column 'colour'"),
+        ({"rows": [0], "columns": ["label", "label"]}, AnalysisError, "two columns of the table would be 'label'"),
+    ],
+)
+def test_what_cannot_be_joined_is_said(
+    archive: Archive, arguments: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        table(archive, **arguments)
+
+
+def test_a_filter_chooses_among_captured_rows(tmp_path: Path) -> None:
+    path = make_archive(tmp_path / "acts.zarr")
+    (path / FOLDER / "00000001-0000.json").unlink()
+    part = Archive(path)
+    assert table(part, "token >= 0", sites="q.1")["row"].to_pylist() == [*range(16), *range(32, N_ROWS)]
+    with pytest.raises(NotCapturedError, match="from 16 on"):
+        table(part, [20])
