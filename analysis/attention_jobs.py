@@ -50,6 +50,8 @@ def attention_jobs(
         AnalysisError: A layer lacks what is needed, or its weights do not follow from queries and keys.
     """
     index = archive.example_table.index()
+    if not index.n_examples:
+        raise AnalysisError(f"{archive.path} has no examples, so there is nothing to score")
     examples: list[tuple[int, int]] = []
     first, pairs = 0, 0
     for example, n_tokens in enumerate(index.n_tokens.tolist()):
@@ -153,4 +155,5 @@ def _weights(archive: Archive, job: AttentionJob) -> Weights:
             f"{archive.path}: {query.name} has {query.shape[1]} heads, which fits neither {key.name} with "
             f"{key.shape[1]} nor the sinks of layer {job.layer}: the archive is not one that Residua writes"
         )
-    return QueriesAndKeys(query, key, spec, most_bytes=job.most_bytes)
+    end = archive.example_table.rows(job.last - 1)[1]
+    return QueriesAndKeys(query, key, spec, end=end, most_bytes=job.most_bytes)

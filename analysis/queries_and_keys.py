@@ -29,13 +29,14 @@ class QueriesAndKeys:
         query: The `q` site, (rows, heads, head width).
         key: The `k` site, (rows, key heads, head width).
         spec: How the weights follow.
+        end: Row behind the last that will be asked for.
         most_bytes: Memory to keep to.
 
     Raises:
         AnalysisError: The budget holds no tile worth the name.
     """
 
-    def __init__(self, query: StoredArray, key: StoredArray, spec: AttentionSpec, *, most_bytes: int) -> None:
+    def __init__(self, query: StoredArray, key: StoredArray, spec: AttentionSpec, *, end: int, most_bytes: int) -> None:
         self._spec = spec
         self._n_heads, self._n_key_heads, width = query.shape[1], key.shape[1], query.shape[2]
         self._dtype = torch.float64 if query.dtype.itemsize == 8 else torch.float32
@@ -50,7 +51,7 @@ class QueriesAndKeys:
                 raise AnalysisError(too_small(most_bytes, f"weights of {query.name}", least))
         self._side = side
         window = (most_bytes - side * side * tile_bytes - side * row_bytes) // (2 * row_bytes)
-        self._query, self._key = (_Window(site, window, self._dtype) for site in (query, key))
+        self._query, self._key = (_Window(site, window, end, self._dtype) for site in (query, key))
 
     def sums(self, example: ExampleRows, matches: Sequence[Match]) -> ExampleSums:
         """See `Weights`."""
@@ -109,9 +110,10 @@ class QueriesAndKeys:
 class _Window:
     """Rows of one site, read some way ahead and kept until others are asked for: a chunk is not decoded twice."""
 
-    def __init__(self, site: StoredArray, height: int, dtype: torch.dtype) -> None:
+    def __init__(self, site: StoredArray, height: int, end: int, dtype: torch.dtype) -> None:
         self._site = site
         self._height = height
+        self._end = end
         self._dtype = dtype
         self._start = self._stop = 0
         self._values = torch.empty(0)
@@ -121,7 +123,7 @@ class _Window:
         start, stop = rows.start + places.start, rows.start + places.stop
         if not self._start <= start <= stop <= self._stop:
             self._values = torch.empty(0)  # before the next are read: there is memory for one window
-            self._start, self._stop = start, min(max(stop, start + self._height), len(self._site))
+            self._start, self._stop = start, max(stop, min(start + self._height, self._end))
             self._values = self._site.torch(slice(self._start, self._stop), dtype=self._dtype)
         return self._values[start - self._start : stop - self._start]
 

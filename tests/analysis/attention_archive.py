@@ -54,9 +54,11 @@ def make_qk_archive(
         create_archive(folder, path, plan, {})
     values = {site.name: rng.standard_normal((n_rows, *site.row_shape), np.float32) for site in sites}
     columns = {
-        "token": np.concatenate([np.array(ids, np.int32)[at] for ids, at in zip(examples, kept, strict=True)]),
-        "position": np.concatenate(kept),
-        "example": np.repeat(np.arange(len(kept)), [len(positions) for positions in kept]),
+        "token": np.concatenate(
+            [np.zeros(0, np.int32), *(np.array(ids, np.int32)[at] for ids, at in zip(examples, kept, strict=True))]
+        ),
+        "position": np.concatenate([np.zeros(0, np.int32), *kept]),
+        "example": np.repeat(np.arange(len(kept)), np.array([len(positions) for positions in kept], np.int64)),
     }
     with ShardWriter(path, plan) as shards:
         for number, first in enumerate(range(0, n_rows, HEIGHT)):

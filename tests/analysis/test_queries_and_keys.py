@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from residua.analysis import queries_and_keys
 from residua.analysis.induction import induction_scores
 from residua.store.attentionspec import AttentionSpec
-from residua.store.errors import AnalysisError
+from residua.store.errors import AnalysisError, DamagedArchiveError
 from tests.analysis.attention_archive import dense_weights, make_qk_archive
 from tests.analysis.reference_scores import NAMES, reference_scores
 
@@ -118,3 +118,10 @@ def test_archives_that_do_not_say_how_are_refused(tmp_path: Path) -> None:
         archive = make_qk_archive(tmp_path / f"{number}.zarr", [repeated(4, 12)], spec)
         with pytest.raises(AnalysisError, match=message):
             induction_scores(archive, period=4)
+    with pytest.raises(AnalysisError, match="has no examples"):
+        induction_scores(make_qk_archive(tmp_path / "empty.zarr", [], SPECS["causal"]), period=4)
+    archive = make_qk_archive(tmp_path / "altered.zarr", [repeated(4, 12)], SPECS["causal"])
+    said = archive.path / "head" / "attention.json"
+    said.write_bytes(said.read_bytes().replace(b"0.7", b"0.6"))
+    with pytest.raises(DamagedArchiveError, match=r"attention\.json was altered"):
+        induction_scores(archive, period=4)
