@@ -1,4 +1,4 @@
-"""What `make demo` shows: a dataset goes into an archive, and comes back without the model.
+"""What `make demo` shows: a dataset goes into an archive, is studied without the model, and goes back into it.
 
     python examples/demo.py demo
 
@@ -13,7 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet as pq
+import torch
+import torch.nn.functional as F  # noqa: N812 - torch's own name for it
 from pydoc_topics import write_topics
+from transformers import AutoModelForCausalLM
+from transformers.utils.logging import disable_progress_bar
 
 import residua
 
@@ -23,8 +28,9 @@ MODEL = Path(__file__).parent.parent / "models" / "pydoc-1m"
 def main(folder: Path) -> None:
     """Run the demo in `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
-    dataset, archive = folder / "topics.jsonl", folder / "acts.zarr"
-    shutil.rmtree(archive, ignore_errors=True)
+    dataset, archive, lens, repeats = (folder / name for name in ("topics.jsonl", "acts.zarr", "lens", "repeats.zarr"))
+    for made in (archive, lens, repeats, folder / "repeats-heads"):
+        shutil.rmtree(made, ignore_errors=True)
     print(f"\n# A dataset: the {write_topics(dataset)} topics of Python's own documentation, in {dataset}")
 
     print("\n# 1. Capture. The residual stream after every block, and what attention adds in block 3")
@@ -39,7 +45,18 @@ def main(folder: Path) -> None:
     run(["verify", archive])
 
     read_back(archive)
+
+    print("\n# 5. A tuned lens: what each layer would predict already, from the archive alone")
+    run(["lens", "train", archive, "--rows", 60_000, "--out", lens])
+
+    print("\n# 6. Induction heads: queries and keys on repeated random tokens, scored offline")
+    run(["induction", "--model", MODEL, "--out", repeats])
+
+    table = pq.read_table(folder / "repeats-heads" / "heads.parquet")
+    best = table.sort_by([("induction", "descending")]).slice(0, 1).to_pylist()[0]
+    losses = causal_check(repeats, best["layer"])
     conclude(archive, rate)
+    conclude_analysis(folder, best, losses)
 
 
 def run(words: list[Any]) -> str:
@@ -69,6 +86,46 @@ def read_back(path: Path) -> None:
     print(f'>>> archive["resid_post.5"][{row}][:4]\n{archive["resid_post.5"][row][:4]}')
     print(f">>> archive.text({row})          # where the residual stream is longest, of the first 4,096 rows")
     print(repr(archive.text(row)))
+
+
+def causal_check(path: Path, layer: int) -> list[tuple[float, float]]:
+    """Put zeros in the place of what a layer's heads read, and return the losses of first and second copy.
+
+    Nothing, the layer before, and the layer are ablated, in this order.
+    """
+    print("\n# 7. Are they what repeats the text? Ablate the heads of a layer, and look at the loss of the second copy")
+    disable_progress_bar()  # type: ignore[no-untyped-call]  # transformers leaves it bare
+    model = AutoModelForCausalLM.from_pretrained(MODEL)
+    archive = residua.open(path)
+    examples = range(len(archive.examples))
+    losses = []
+    for site in (None, f"z.{layer - 1}", f"z.{layer}"):
+        edits = [{"edit": "zero", "site": site}] if site else []
+        print(f">>> with residua.replay(model, archive, examples=range({len(examples)}), edits={edits}) as run: ...")
+        with residua.replay(model, archive, examples=examples, edits=edits) as run:
+            per_token = [
+                F.cross_entropy(
+                    logits[:-1], torch.tensor(archive.example_table.tokens(example)[1:]).long(), reduction="none"
+                )
+                for example, logits in zip(examples, run.logits, strict=True)
+            ]
+        first, second = torch.stack(per_token).mean(0).tensor_split(2)
+        losses.append((first.mean().item(), second.mean().item()))
+        print(f"loss of the first copy {first.mean():.2f} nats a token, of the second {second.mean():.2f}")
+    return losses
+
+
+def conclude_analysis(folder: Path, best: dict[str, Any], losses: list[tuple[float, float]]) -> None:
+    """Say what the lens and the heads came to, and where their pictures lie."""
+    report = pq.read_table(folder / "lens" / "report.parquet")
+    before, after = (float(np.mean(report[name].to_numpy())) for name in ("kl_logit_lens", "kl"))
+    print(
+        f"\nTuned lens: {after:.2f} nats from the model's own prediction, where the logit lens is {before:.2f}"
+        f"\n  {(folder / 'lens' / 'report.png').resolve()}"
+        f"\nInduction: head {best['head']} of layer {best['layer']} scores {best['induction']:.2f}; without the "
+        f"heads of its layer, the second copy costs {losses[-1][1]:.2f} nats a token, not {losses[0][1]:.2f}"
+        f"\n  {(folder / 'repeats-heads' / 'induction.png').resolve()}"
+    )
 
 
 def conclude(path: Path, rate: str) -> None:
