@@ -65,10 +65,11 @@ def _lines(model: nn.Module) -> dict[str, bytes | None]:
                 "weights first, or take the fingerprint before they are offloaded."
             )
         crc = 0
-        for part in _host_bytes(whole(tensor.detach())):
+        full = whole(tensor)
+        for part in _host_bytes(full):
             crc = crc32c(part, crc)
         dtype = str(tensor.dtype).removeprefix("torch.")
-        lines[name] = json.dumps([name, list(tensor.shape), dtype, crc]).encode() + b"\n"
+        lines[name] = json.dumps([name, list(full.shape), dtype, crc]).encode() + b"\n"
     return lines
 
 

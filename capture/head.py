@@ -56,7 +56,7 @@ def _files(model: nn.Module) -> dict[str, list[Buffer]]:
         return {}
     spec, modules = _described(anatomy, anatomy.family)
     tensors = {
-        f"{name}.{kind}": whole(tensor.detach()).cpu().contiguous()
+        f"{name}.{kind}": whole(tensor).cpu().contiguous()
         for name, module in modules.items()
         for kind, tensor in module.named_parameters(recurse=False)
         if kind in ("weight", "bias")

@@ -24,6 +24,7 @@ from residua.capture.leaves import (
     replaced_input,
     replaced_output,
 )
+from residua.capture.sharded import is_zero3
 from residua.capture.siteinfo import SiteInfo
 
 
@@ -121,22 +122,26 @@ def attached(parts: Mapping[str, nn.Module], sites: Iterable[SiteInfo], meet: Me
     """
     call = ForwardCall()
     chosen = tuple(sites)
+    # ZeRO-3 gives every module an input of its own, whose gradient lacks what flows around the module: be before it.
+    first = is_zero3(parts[""])
     with ExitStack() as stack:
-        opened = parts[""].register_forward_pre_hook(call.enter, with_kwargs=True)
-        stack.callback(opened.remove)
         for info in chosen:
             if info.via != "attention":
-                handle = _register(parts[info.module], info, call, meet)
+                handle = _register(parts[info.module], info, call, meet, first=first)
                 stack.callback(handle.remove)
+        opened = parts[""].register_forward_pre_hook(call.enter, with_kwargs=True, prepend=True)
+        stack.callback(opened.remove)
         stack.enter_context(intercepting(_attention_taps(parts, chosen, call, meet)))
         closed = parts[""].register_forward_hook(call.leave, always_call=True)
         stack.callback(closed.remove)
         yield call
 
 
-def _register(module: nn.Module, info: SiteInfo, call: ForwardCall, meet: Meet) -> torch.utils.hooks.RemovableHandle:
+def _register(
+    module: nn.Module, info: SiteInfo, call: ForwardCall, meet: Meet, *, first: bool
+) -> torch.utils.hooks.RemovableHandle:
     if info.via in ("input", "stream"):
-        return module.register_forward_pre_hook(_input_hook(info, call, meet), with_kwargs=True)
+        return module.register_forward_pre_hook(_input_hook(info, call, meet), with_kwargs=True, prepend=first)
     return module.register_forward_hook(_output_hook(info, call, meet))
 
 

@@ -5,9 +5,9 @@ from contextlib import AbstractContextManager, nullcontext
 from accelerate.utils import align_module_device  # type: ignore[import-untyped]  # it ships no types
 from torch import Tensor, nn
 from torch.distributed.fsdp import FullyShardedDataParallel
-from torch.distributed.tensor import DTensor
 
 from residua.capture.ranks import on_rank
+from residua.capture.sharded import whole, whole_gradient
 from residua.capture.wrappers import core_of, named_parts
 from residua.store.errors import CaptureError
 
@@ -18,7 +18,7 @@ def whole_parameter(model: nn.Module, name: str, *, gradient: bool = False) -> T
     Every process that shares the model has to ask for it, and each gets all of it.
 
     Args:
-        model: Any torch module, wrapped, sharded (FSDP, tensor parallel) or offloaded (``device_map``).
+        model: Any torch module, wrapped, sharded (FSDP, ZeRO-3, tensor parallel) or offloaded (``device_map``).
         name: Name of the parameter in the bare model, for example ``model.layers.3.mlp.up_proj.weight``.
         gradient: Whether its gradient is wanted.
 
@@ -42,12 +42,14 @@ def whole_parameter(model: nn.Module, name: str, *, gradient: bool = False) -> T
     module = core_of(parts[path])
     with _gathered_fsdp1(model, gradients=gradient), align_module_device(module):
         parameter = getattr(module, last, None)
-        tensor = parameter.grad if gradient and isinstance(parameter, Tensor) else parameter
-        if not isinstance(tensor, Tensor):
-            what = "no gradient" if isinstance(parameter, Tensor) else "no such parameter there"
-            raise CaptureError(f"The parameter {name!r} was asked for{on_rank()}, and there is {what}.")
-        whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-        return whole.detach().clone()
+        if not isinstance(parameter, Tensor):
+            raise CaptureError(
+                f"The parameter {name!r} was asked for{on_rank()}, and there is no such parameter there."
+            )
+        tensor = whole_gradient(parameter) if gradient else whole(parameter)
+        if tensor is None:
+            raise CaptureError(f"The parameter {name!r} was asked for{on_rank()}, and there is no gradient.")
+        return tensor.clone()
 
 
 def _gathered_fsdp1(model: nn.Module, *, gradients: bool) -> AbstractContextManager[None]:

@@ -11,7 +11,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from residua.capture.fingerprint import weights_fingerprint
-from residua.capture.sharded import is_sharded, plain_class
+from residua.capture.sharded import is_sharded, is_zero3, plain_class
 from residua.capture.split import is_split, layout_of
 from residua.store.canonical import Json, digest_of, flatten
 
@@ -80,7 +80,7 @@ def describe_model(model: nn.Module, identity: Mapping[str, Json]) -> dict[str, 
 def layout(model: nn.Module) -> str:
     """Return how a model is spread over processes, for people."""
     parts = [layout_of(model)] if is_split(model) else []
-    return " x ".join([*parts, *(["fsdp2"] if is_sharded(model) else [])]) or "single"
+    return " x ".join([*parts, *(["zero3" if is_zero3(model) else "fsdp2"] if is_sharded(model) else [])]) or "single"
 
 
 def _attention(model: nn.Module) -> str | None:

@@ -13,7 +13,7 @@ ModelT = TypeVar("ModelT", bound=nn.Module)
 
 
 def replica_of(model: ModelT) -> ModelT:
-    """Return `model` without what DDP and `torch.compile` wrapped around it.
+    """Return `model` without what DDP, DeepSpeed and `torch.compile` wrapped around it.
 
     DDP's own forward pass talks to the other workers, and so would wait for those that have fewer batches.
 
@@ -21,8 +21,8 @@ def replica_of(model: ModelT) -> ModelT:
         PlanError: The model is spread over processes in a way that a capture cannot share out.
     """
     inner: nn.Module = uncompiled(model)
-    while isinstance(inner, DistributedDataParallel):
-        inner = uncompiled(inner.module)
+    while isinstance(inner, DistributedDataParallel) or type(inner).__name__ == "DeepSpeedEngine":
+        inner = uncompiled(inner.get_submodule("module"))
     if inside(inner) is not None:
         raise PlanError(
             f"the model is wrapped in {type(inner).__name__}: capture with the model inside, or shard it with FSDP2 "

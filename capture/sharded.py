@@ -1,8 +1,11 @@
-"""Models whose weights are spread over data-parallel workers (FSDP2): their forward pass is a collective of all.
+"""Models whose weights are spread over data-parallel workers (FSDP2, ZeRO-3): each forward pass is a collective.
 
 Each worker runs batches of its own, and the activations are whole. But every forward call gathers weights from all
 workers, so all must make the same number of calls: they agree before each batch on whether any of them has one.
 """
+
+import sys
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -12,16 +15,40 @@ from torch.distributed.tensor import DTensor
 
 
 def is_sharded(model: nn.Module) -> bool:
-    """Say whether FSDP2 spreads the weights of `model` over workers."""
-    return any(isinstance(module, FSDPModule) for module in model.modules())
+    """Say whether FSDP2 or DeepSpeed's ZeRO-3 spreads the weights of `model` over workers."""
+    return is_zero3(model) or any(isinstance(module, FSDPModule) for module in model.modules())
+
+
+def is_zero3(model: nn.Module) -> bool:
+    """Say whether DeepSpeed's ZeRO-3 spreads the weights of `model` over workers."""
+    return any(_is_of_zero3(parameter) for parameter in model.parameters())
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """Return a weight as a whole; a collective of all workers if it is spread over them."""
-    if not isinstance(tensor, DTensor):
-        return tensor
-    full: Tensor = tensor.full_tensor()
-    return full
+    """Return a weight as a whole, detached; a collective of all workers if it is spread over them."""
+    if isinstance(tensor, DTensor):
+        full: Tensor = tensor.full_tensor()
+        return full.detach()
+    if not _is_of_zero3(tensor):
+        return tensor.detach()
+    with _deepspeed().zero.GatheredParameters([tensor]):
+        return tensor.detach().clone()
+
+
+def whole_gradient(parameter: Tensor) -> Tensor | None:
+    """Return the gradient of a weight as a whole, None if there is none; a collective as `whole` is."""
+    if not _is_of_zero3(parameter):
+        return None if parameter.grad is None else whole(parameter.grad)
+    gradient: Tensor | None = _deepspeed().utils.safe_get_full_grad(parameter)
+    return gradient
+
+
+def _deepspeed() -> Any:
+    return sys.modules["deepspeed"]  # no dependency of ours; it is there if a weight is of its making
+
+
+def _is_of_zero3(tensor: Tensor) -> bool:
+    return hasattr(tensor, "ds_id")  # DeepSpeed's mark on each parameter that it cuts up
 
 
 def plain_class(model: nn.Module) -> type[nn.Module]:

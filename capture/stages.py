@@ -53,6 +53,15 @@ class Chunk:
         self.is_real = is_real
         self.index: int | None = None
 
+    @contextmanager
+    def is_under_way(self, index: int | None) -> Iterator[None]:
+        """Let `index` be the number of the microbatch inside: its backward pass."""
+        before, self.index = self.index, index
+        try:
+            yield
+        finally:
+            self.index = before
+
 
 def target_of(model: nn.Module | _PipelineStageBase) -> Target:
     """Find the model inside wrappers or inside a stage of torch's pipelines."""

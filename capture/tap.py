@@ -99,12 +99,13 @@ class Tap:
             self._awaited.add(met.info.name)
         # A closure over the tensor itself would keep it alive for ever, by way of its own hook.
         self._handles = [handle for handle in self._handles if handle.hooks_dict_ref() is not None]
-        hook = partial(self._on_gradient, met.without_values())
+        hook = partial(self._on_gradient, met.without_values(), self._chunk.index)
         self._handles.append(met.tensor.register_hook(hook))  # type: ignore[no-untyped-call]  # torch leaves it bare
 
-    def _on_gradient(self, met: Met, gradient: Tensor) -> Tensor | None:
+    def _on_gradient(self, met: Met, microbatch: int | None, gradient: Tensor) -> Tensor | None:
         self._awaited.discard(met.info.name)
-        return self._apply(met, gradient) if self.enabled else None
+        with self._chunk.is_under_way(microbatch):
+            return self._apply(met, gradient) if self.enabled else None
 
     def _apply(self, met: Met, tensor: Tensor) -> Tensor | None:
         self.n_fired[met.info.name] += 1

@@ -1,6 +1,7 @@
 """From what this process has of a site to the whole tensor, and back: one way in for every layout."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -30,11 +31,10 @@ class Wholes:
     def __init__(
         self, group: ProcessGroup | None, *, everywhere: bool, checks_shapes: bool, stages: ProcessGroup | None
     ) -> None:
-        self._group = group
-        self._stages = stages
+        self._over_group = [] if group is None else [(group, ProvedLayouts())]
+        self._over_stages = [] if stages is None else [(stages, ProvedLayouts())]
         self._everywhere = everywhere
         self._checks_shapes = checks_shapes
-        self._layouts = ProvedLayouts()
 
     def run(self, met: Met, local: Tensor, function: Function, *, is_gradient: bool) -> Tensor | None:
         """Run a function on the whole of a site's tensor or gradient.
@@ -54,14 +54,21 @@ class Wholes:
         if isinstance(local, DTensor):
             return self._run_dtensor(met, local, function)
         whole = whole_shape(met.info, met.batch_shape, tuple(local.shape))
-        group = self._stages if met.info.via == "logits" and self._stages is not None else self._group
-        if group is None:
+        # Every stage has the logits: first the stages agree on who has them, then the ranks of that stage.
+        over = [*(self._over_stages if met.info.via == "logits" else []), *self._over_group]
+        if not over:
             self._refuse_parts(met.info.name, local, whole)
             return function(local.clone())
-        layout = self._layouts.of(met.info.name, local, whole, group, is_gradient=is_gradient)
-        if self._everywhere:
-            return run_everywhere(local.clone(), layout, group, function)
-        return run_once(local, layout, group, function, met.info.name)
+
+        def run(tensor: Tensor, over: Sequence[tuple[ProcessGroup, ProvedLayouts]]) -> Tensor | None:
+            (group, layouts), *rest = over
+            layout = layouts.of(met.info.name, tensor, whole, group, is_gradient=is_gradient)
+            inner = partial(run, over=rest) if rest else function
+            if self._everywhere:
+                return run_everywhere(tensor.clone(), layout, group, inner)
+            return run_once(tensor, layout, group, inner, met.info.name)
+
+        return run(local, over)
 
     def _run_dtensor(self, met: Met, tensor: DTensor, function: Function) -> Tensor | None:
         """Follow the placements that the tensor itself carries; sums that are not yet added up are."""

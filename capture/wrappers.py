@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn import DataParallel
 from torch.nn.parallel import DistributedDataParallel
 
-_BY_ATTRIBUTE = ("_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_orig_mod")
+_BY_ATTRIBUTE = ("_fsdp_wrapped_module", "_fpw_module", "_checkpoint_wrapped_module", "_orig_mod")
 _ENGINES = ("DeepSpeedEngine", "PipelineEngine", "InferenceEngine")  # known by name: the library is not imported
 
 

@@ -42,6 +42,9 @@ def table(rows: Iterable[dict[str, Any]]) -> str:
     lines = ["| layout | model | sites | " + " | ".join(kinds) + " | bound |", "| --- " * (len(kinds) + 4) + "|"]
     for (layout, model), group in groupby(rows, key=lambda row: (row["layout"], row["model"])):
         found = {row["what"]: row for row in group}
+        if "none" in found:
+            lines.append(f"| {layout} | {model} | 0 | does not run: {found['none']['reason']} |{' |' * len(kinds)}")
+            continue
         errors = [_shown(found[kind]["error"]) if kind in found else "" for kind in kinds]
         sites, bound = found["forward"]["n_sites"], _shown(found["forward"]["bound"])
         lines.append(f"| {layout} | {model} | {sites} | {' | '.join(errors)} | {bound} |")

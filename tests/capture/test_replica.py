@@ -17,10 +17,10 @@ def test_compile_is_taken_off_and_a_plain_model_is_itself() -> None:
 
 
 def test_wrappers_whose_forward_is_needed_are_refused_by_name() -> None:
-    class DeepSpeedEngine(nn.Module):
+    class InferenceEngine(nn.Module):
         def __init__(self) -> None:
             super().__init__()
             self.module = nn.Linear(2, 2)
 
-    with pytest.raises(PlanError, match=r"wrapped in DeepSpeedEngine.*FSDP2"):
-        replica_of(DeepSpeedEngine())
+    with pytest.raises(PlanError, match=r"wrapped in InferenceEngine.*FSDP2"):
+        replica_of(InferenceEngine())

@@ -1,6 +1,7 @@
 """Compare a spread model with one process and note the largest difference, as a row of the table of layouts."""
 
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -9,7 +10,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from residua.capture.tap import tap
+from residua.capture.tap import Tap, tap
+from residua.capture.taps import TapFunction
 from tests.distributed.expected import EDITED, EDITS, TRAINED, Expected, loss_of, site_names, trained
 
 
@@ -17,7 +19,8 @@ from tests.distributed.expected import EDITED, EDITS, TRAINED, Expected, loss_of
 class Row:
     """One line of the table: a layout, a model, and how far it was from one process.
 
-    ``error`` is the largest ``max|a-b| / max|b|`` over sites and ranks; 0 means bit for bit.
+    ``error`` is the largest ``max|a-b| / max|b|`` over sites and ranks; 0 means bit for bit. ``reason`` is the error of
+    a layout that does not run here at all, without us.
     """
 
     layout: str
@@ -26,6 +29,7 @@ class Row:
     n_sites: int
     error: float
     bound: float
+    reason: str = ""
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -36,7 +40,7 @@ class Case:
     """A spread model under test.
 
     ``owns`` tells whether this rank is the one of its replica on which functions run; ``staged`` that sites lie on
-    different ranks, as in a pipeline.
+    different ranks, as in a pipeline; ``group`` holds the parts of a replica, where `tap` has to be told.
     """
 
     layout: str
@@ -47,11 +51,12 @@ class Case:
     owns: bool
     bound: float = 0.0
     staged: bool = False
+    group: dist.ProcessGroup | None = None
 
     def forward(self) -> Row:
         """Every site's value, on the owner and nowhere else."""
         kept: dict[str, Tensor] = {}
-        with tap(self.model, site_names(self.model, self.name), kept.__setitem__), torch.no_grad():
+        with self._tapped(kept.__setitem__), torch.no_grad():
             logits = whole(self.model(**self.inputs).logits)
         assert torch.allclose(logits, self.expected.logits, atol=1e-3), "the spread model itself is wrong"
         return self._row("forward", kept, self.expected.values)
@@ -59,7 +64,7 @@ class Case:
     def gradients(self) -> Row:
         """Every site's gradient, on the owner and nowhere else."""
         kept: dict[str, Tensor] = {}
-        with tap(self.model, site_names(self.model, self.name), kept.__setitem__, backward=True):
+        with self._tapped(kept.__setitem__, backward=True):
             loss_of(self.model, self.inputs).backward()  # type: ignore[no-untyped-call]  # torch leaves it bare
         self.model.zero_grad()
         return self._row("gradients", kept, self.expected.gradients)
@@ -68,7 +73,7 @@ class Case:
         """Logits with one site changed, on every rank."""
         got, wanted = {}, {}
         for (site, kind), logits in self.expected.edited.items():
-            with tap(self.model, site, EDITS[kind]), torch.no_grad():
+            with tap(self.model, site, EDITS[kind], tensor_parallel=self.group), torch.no_grad():
                 got[f"{site} {kind}"] = whole(self.model(**self.inputs).logits)
             wanted[f"{site} {kind}"] = logits
             assert not torch.equal(logits, self.expected.logits), f"{kind} at {site} changes nothing: no test"
@@ -79,16 +84,23 @@ class Case:
         got = {}
         for site in TRAINED:
             width = self.expected.values[site].shape[-1]
-            got[site] = trained(self.model, site, width, self.inputs)
+            got[site] = trained(self.model, site, width, self.inputs, self.group)
         return self._noted("training", got, self.expected.trained, n_sites=2)
 
+    def _tapped(self, function: TapFunction, *, backward: bool = False) -> AbstractContextManager[Tap]:
+        names = site_names(self.model, self.name)
+        return tap(self.model, names, function, backward=backward, tensor_parallel=self.group)
+
     def _row(self, what: str, kept: dict[str, Tensor], wanted: dict[str, Tensor]) -> Row:
-        if not self.staged:
+        if self.staged:
+            assert self.owns or not kept, f"functions ran where they should not: {kept}"
+        else:
             assert kept.keys() == (wanted.keys() if self.owns else set()), (
                 f"functions ran where they should not: {kept}"
             )
         names: list[set[str]] = [set()] * dist.get_world_size()
         dist.all_gather_object(names, set(kept))
+        assert sorted(site for found in names for site in found if self.staged) == sorted(wanted if self.staged else [])
         assert set().union(*names) == wanted.keys(), "some site was met nowhere"
         return self._noted(what, kept, {site: wanted[site] for site in kept}, n_sites=len(wanted))
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 
 from residua.capture.inputs import positions_of
 from residua.capture.oracle import whole_sites
@@ -83,10 +84,16 @@ def expected(model: nn.Module, name: str, inputs: Mapping[str, Any], *, edits: b
     return Expected(values, gradients, logits, edited, inside)
 
 
-def trained(model: nn.Module, site: str, width: int, inputs: Mapping[str, Any]) -> Tensor:
+def trained(
+    model: nn.Module, site: str, width: int, inputs: Mapping[str, Any], group: ProcessGroup | None = None
+) -> Tensor:
     """The gradient of a weight that lives inside the model at a site."""
     weight = torch.eye(width).requires_grad_()
-    with tap(model, site, lambda _site, tensor: (tensor @ weight.to(tensor.dtype)).tanh(), differentiable=True):
+
+    def inside(_site: str, tensor: Tensor) -> Tensor:
+        return (tensor @ weight.to(tensor.dtype)).tanh()
+
+    with tap(model, site, inside, differentiable=True, tensor_parallel=group):
         loss_of(model, inputs).backward()  # type: ignore[no-untyped-call]  # torch leaves it bare
     model.zero_grad()
     assert weight.grad is not None

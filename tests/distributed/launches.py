@@ -13,7 +13,10 @@ LIMIT_SECONDS = 240
 
 LAYOUTS = {
     "one": (1, ("single", "device_map, cpu and disk offload")),
-    "data": (2, ("DDP", "FSDP1", "FSDP2", "FSDP2, mixed precision", "Accelerate prepare")),
+    "data": (
+        2,
+        ("DDP", "FSDP1", "FSDP2", "FSDP2, mixed precision", "Accelerate prepare", "DeepSpeed ZeRO-3", "fairscale FSDP"),
+    ),
     "tensor": (
         2,
         (
@@ -21,11 +24,12 @@ LAYOUTS = {
             "parallelize_module",
             "parallelize_module, sequence parallel",
             "expert parallel 2",
+            "fairscale model parallel 2",
             "transformers PP 2",
             "torch PipelineStage, 2 stages",
         ),
     ),
-    "four": (4, ("transformers TP 4", "TP 2 x DP 2", "TP 2 x FSDP 2", "torch PP 2 x TP 2")),
+    "four": (4, ("transformers TP 4", "TP 2 x DP 2", "TP 2 x FSDP 2", "transformers PP 2 x TP 2", "torch PP 2 x TP 2")),
 }
 """From launch to the number of its ranks and the layouts that are tried in it."""
 
@@ -44,9 +48,11 @@ REFUSALS = (
         "generation",
         "parameters",
         "replays",
+        "inputs_of_modules",
+        "gradients_of_inputs",
     ),
 )
-"""Number of ranks, and the functions of `tests.distributed.refusals` that run on them."""
+"""Number of ranks, and the functions of `tests.distributed.refusals` and `prehooks` that run on them."""
 
 LAUNCHES = {**LAYOUTS, "refusals": REFUSALS}
 

@@ -2,7 +2,8 @@
 
     torchrun --nproc-per-node 2 -m tests.distributed.own_script OUT
 
-Writes `replicas.zarr`, `ddp.zarr` and `fsdp.zarr` into OUT, and on every rank a JSON file of what it was told.
+Writes `replicas.zarr`, `ddp.zarr`, `fsdp.zarr` and `zero3.zarr` into OUT, and on every rank a JSON file of what it was
+told.
 """
 
 import json
@@ -19,6 +20,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import residua
+from tests.distributed.others import zero3
 from tests.models import TINY, VOCABULARY
 
 LENGTHS = (5, 3, 21, 40, 2, 9, 7, 33, 1, 12, 30, 4) * 4
@@ -53,6 +55,7 @@ def main() -> None:
         fully_shard(block)
     fully_shard(model)
     assert capture(model, folder / "fsdp.zarr").is_sealed
+    assert capture(zero3(TINY["llama"]()), folder / "zero3.zarr").is_sealed
     dist.destroy_process_group()
 
 

@@ -1,12 +1,13 @@
 """A stage of torch's pipelines, split by hand as its documentation has it, and the check of its sites."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.pipelining import PipelineStage, ScheduleGPipe
+from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe
 from torch.distributed.tensor.parallel import parallelize_module
 from transformers import PreTrainedModel
 from transformers.masking_utils import create_causal_mask
@@ -16,6 +17,8 @@ from tests.distributed.checks import Case, Row
 from tests.distributed.expected import EDITS, site_names
 from tests.distributed.plans import plan_of
 from tests.models import SPLIT
+
+Loss = Callable[[Tensor, Tensor], Tensor]
 
 
 class Part(nn.Module):
@@ -55,14 +58,24 @@ class Part(nn.Module):
 class Pipeline:
     """Runs a batch through the stages, so many microbatches at a time."""
 
-    def __init__(self, name: str, n_microbatches: int, mesh: DeviceMesh | None) -> None:
+    def __init__(self, name: str, n_microbatches: int, mesh: DeviceMesh | None, loss: Loss | None = None) -> None:
         group = dist.group.WORLD if mesh is None else mesh.get_group("pp")
         rank, size = dist.get_rank(group), dist.get_world_size(group)
         part = Part(SPLIT[name](), rank, size)
         if mesh is not None:
             parallelize_module(part.llm, mesh["tp"], plan_of(part.llm))
         self.stage = PipelineStage(part, rank, size, torch.device("cpu"), group=group)
-        self._schedule = ScheduleGPipe(self.stage, n_microbatches)
+        if loss is None:
+            self._schedule: ScheduleGPipe | Schedule1F1B = ScheduleGPipe(self.stage, n_microbatches)
+        else:
+            self._schedule = Schedule1F1B(self.stage, n_microbatches, loss, scale_grads=False)
+
+    def train(self, inputs: Any) -> None:
+        """Run the batch forward and backward; the microbatches take turns as torch's schedule has it."""
+        kwargs = {key: inputs[key] for key in ("attention_mask", "position_ids")}
+        first = (inputs["input_ids"],) if self.stage.is_first else ()
+        target = inputs["input_ids"] if self.stage.is_last else None  # of no use to the loss
+        self._schedule.step(*first, target=target, **kwargs)
 
     def run(self, inputs: Any) -> Tensor | None:
         """Logits of the whole batch, in the last stage."""
@@ -90,7 +103,25 @@ class PipelineCase(Case):
         assert set(seen) == (set(range(n_microbatches)) if is_owner else set())
         assert {len(found) for found in kept.values()} == ({n_microbatches} if is_owner else set())
         values = {site: torch.cat(found) for site, found in kept.items()}
-        return [self._row("forward", values, self.expected.values), self._edits(pipeline)]
+        return [
+            self._row("forward", values, self.expected.values),
+            self._edits(pipeline),
+            self._gradients(n_microbatches, mesh),
+        ]
+
+    def _gradients(self, n_microbatches: int, mesh: DeviceMesh | None) -> Row:
+        n_logits = self.expected.logits.numel()
+        pipeline = Pipeline(self.name, n_microbatches, mesh, lambda logits, _: logits.square().sum() / n_logits)
+        found: dict[str, dict[int | None, Tensor]] = {}
+
+        def keep(site: str, gradient: Tensor) -> None:
+            found.setdefault(site, {})[taps.microbatch] = gradient
+
+        names = site_names(pipeline.stage.submod.get_submodule("llm"), self.name)
+        with tap(pipeline.stage, names, keep, backward=True) as taps:
+            pipeline.train(self.inputs)
+        kept = {site: torch.cat([parts[index] for index in range(n_microbatches)]) for site, parts in found.items()}
+        return self._row("gradients", kept, self.expected.gradients)
 
     def _edits(self, pipeline: Pipeline) -> Row:
         got, wanted = {}, {}

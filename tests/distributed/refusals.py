@@ -17,6 +17,7 @@ from residua.capture.tapgroup import TapGroup
 from residua.store.errors import CaptureError
 from tests.distributed.checks import relative_error
 from tests.distributed.expected import batch, loss_of, site_names
+from tests.distributed.others import zero3
 from tests.distributed.replays import replays
 from tests.models import SPLIT
 
@@ -179,7 +180,7 @@ def parameters(load: Load) -> None:
     loss_of(bare, batch(0)).backward()  # type: ignore[no-untyped-call]  # torch leaves it bare
     wrapped = FullyShardedDataParallel(SPLIT["llama"](), device_id=torch.device("cpu"), use_orig_params=True)
     copied = nn.parallel.DistributedDataParallel(SPLIT["llama"]())
-    models: tuple[Any, ...] = (load(), fully_shard(SPLIT["llama"]()), wrapped, copied)
+    models: tuple[Any, ...] = (load(), fully_shard(SPLIT["llama"]()), wrapped, copied, zero3(SPLIT["llama"]()))
     for model in models:
         loss_of(model, batch(0)).backward()  # type: ignore[no-untyped-call]  # torch leaves it bare
         for name in ("model.layers.1.mlp.up_proj.weight", "model.layers.1.mlp.down_proj.weight", "model.norm.weight"):

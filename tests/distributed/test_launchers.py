@@ -91,18 +91,19 @@ def test_torchrun_starts_the_workers_again_when_one_is_killed(dataset: Path, ref
     assert verify(out).problems == []
 
 
-def test_a_script_of_the_users_own_with_replicas_and_with_fsdp(tmp_path: Path) -> None:
+def test_a_script_of_the_users_own_with_replicas_and_sharded(tmp_path: Path) -> None:
     torch.set_num_threads(1)
     capture(TINY["llama"](), tmp_path / "one.zarr")
     finish(start(*TORCHRUN, "-m", "tests.distributed.own_script", tmp_path))
     expected = content(tmp_path / "one.zarr")
-    for name in ("replicas", "ddp", "fsdp"):
+    for name in ("replicas", "ddp", "fsdp", "zero3"):
         assert content(tmp_path / f"{name}.zarr") == expected
         assert Archive(tmp_path / f"{name}.zarr").plan == Archive(tmp_path / "one.zarr").plan
         told = [json.loads((tmp_path / f"{name}.{rank}.json").read_text()) for rank in range(2)]
         assert told[0] == told[1]
         assert told[0]["rows"] == Archive(tmp_path / "one.zarr").n_rows
         assert len(told[0]["workers"]) == 2
-    provenance = Archive(tmp_path / "fsdp.zarr").provenance["model"]
-    assert isinstance(provenance, dict)
-    assert provenance["layout"] == "fsdp2"
+    for name, layout in {"fsdp": "fsdp2", "zero3": "zero3"}.items():
+        provenance = Archive(tmp_path / f"{name}.zarr").provenance["model"]
+        assert isinstance(provenance, dict)
+        assert provenance["layout"] == layout

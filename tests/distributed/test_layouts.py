@@ -11,7 +11,7 @@ import pytest
 from tests.distributed.launches import LAYOUTS, ROOT, launch
 
 pytestmark = pytest.mark.slow
-COMPARED = ("tried", "layout", "model", "what", "n_sites", "bound")
+COMPARED = ("tried", "layout", "model", "what", "n_sites", "bound", "reason")
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
