@@ -84,8 +84,8 @@ class Living(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch leave
 
 @pytest.mark.parametrize("few_tokens", [False, True])
 def test_memory_keeps_to_the_budget_however_long_the_example(few_tokens: bool, tmp_path: Path) -> None:
-    """A pattern of this example has 128 MiB; where all tokens are alike, every pair of a tile counts."""
-    n_tokens, budget = 2048, 2**20
+    """A pattern of this example has 32 MiB; where all tokens are alike, every pair of a tile counts."""
+    n_tokens, budget = 1024, 2**19
     ids = [5] * n_tokens if few_tokens else repeated(512, n_tokens)
     archive = make_qk_archive(tmp_path / "a.zarr", [ids], SPECS["causal"], heads=(8, 2), width=16)
     with Living() as living:  # which imports a good deal, and so not beside the other
