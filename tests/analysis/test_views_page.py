@@ -23,7 +23,7 @@ def blocks_of(section: str) -> list[str]:
 def test_every_block_does_what_the_page_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     lengths = (20,) * 60
     rows = np.random.default_rng(0).standard_normal((1200, 16)).astype(np.float32)
-    columns = {"label": ["prose", "code"] * 30, "label_number": [0, 1] * 30}
+    columns: dict[str, list[object]] = {"label": ["prose", "code"] * 30, "label_number": [0, 1] * 30}
     write_rows(tmp_path / "acts.zarr", lengths, {"resid_post.2": rows}, columns=columns)
     monkeypatch.chdir(tmp_path)
     names: dict[str, Any] = {"residua": residua, "torch": torch}
