@@ -4,6 +4,8 @@ Sites are dealt into as many lots as there are ranks, the widest first, each int
 the shards: of shard s, rank r has lot (r - s) mod n. So every file has one writer, ranks store about the same however
 few sites there are, and memory for one shard of every site is enough as long as an example reaches into no more
 shards than there are ranks.
+
+Sites that are stored in column shards are not dealt: each rank has its own part of them, of every shard.
 """
 
 from collections.abc import Sequence
@@ -25,16 +27,22 @@ class Share:
         self.n_lots = n_ranks
         self.has_columns = has_columns
         self._rank = rank
-        self._sites = tuple(sites)
-        self._lots = _dealt(sites, n_ranks)
+        self._sites = tuple(site for site in sites if site.column_shards == 1)
+        self._parts = tuple(site.part for site in sites if site.column_shards > 1)
+        self._lots = _dealt(self._sites, n_ranks)
 
     def lot(self, shard: int) -> int:
         """Return which lot of `shard` is this rank's."""
         return (self._rank - shard) % self.n_lots
 
+    @property
+    def column_shard(self) -> int:
+        """Which part of the sites in column shards is this rank's."""
+        return self._rank
+
     def sites(self, lot: int) -> tuple[SitePlan, ...]:
-        """Return the sites of a lot."""
-        return tuple(site for site in self._sites if self._lots[site.name] == lot)
+        """Return the sites of a lot, and the parts that this rank has of those in column shards."""
+        return (*(site for site in self._sites if self._lots[site.name] == lot), *self._parts)
 
     def owner(self, site: str, shard: int) -> int:
         """Return the rank that stores `site` of `shard`."""

@@ -11,15 +11,13 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
-from torch.distributed.tensor import DTensor, Shard
 
 from residua.capture.exchange import Exchange
-from residua.capture.layouts import Layout, whole_shape
+from residua.capture.layouts import Layout
+from residua.capture.local_parts import LocalParts
 from residua.capture.placement import BatchRows, Indices, Placement
-from residua.capture.proved import ProvedLayouts
 from residua.capture.ranks import on_rank
 from residua.capture.rows import by_position
 from residua.capture.share import Share
@@ -55,10 +53,8 @@ class SharedRows:
         self._plan = plan
         self._staging = staging
         self._share = share
-        self._sites = sites
-        self._group = group
         self._exchange = None if group is None else Exchange(group)
-        self._layouts = ProvedLayouts()
+        self._parts = LocalParts(sites, group)
         self._batch: BatchRows | None = None
 
     @property
@@ -76,20 +72,22 @@ class SharedRows:
         if self._batch is None:
             raise RuntimeError(f"rows of {site} came before their batch was announced")
         shape = (len(self._batch.tokens_of), self._batch.n_positions)
-        local, layout = self._laid_out(site, tensor, shape)
-        if layout.dim is None:
+        local, layout = self._parts.of(site, tensor, shape)
+        if self._plan.site(site).column_shards > 1:
+            self._check_part(site, layout)
+            self._staging.put(site, by_position(site, local, *shape))
+        elif layout.dim is None:
             self._staging.put(site, by_position(site, local, *shape))
         elif self._exchange is not None:
             self._move(site, local, layout, self._batch, self._exchange)
 
-    def _laid_out(self, site: str, tensor: Tensor, batch_shape: tuple[int, int]) -> tuple[Tensor, Layout]:
-        """Return this rank's part of a tensor, and how the parts lie."""
-        if isinstance(tensor, DTensor):
-            return _part_of(site, tensor, self._group)
-        if self._group is None:
-            return tensor, Layout()
-        whole = whole_shape(self._sites[site], batch_shape, tuple(tensor.shape))
-        return tensor, self._layouts.of(site, tensor, whole, self._group)
+    def _check_part(self, site: str, layout: Layout) -> None:
+        stored = self._plan.site(site)
+        if layout != Layout(_LEADING, (stored.part.row_shape[0],) * stored.column_shards):
+            raise CaptureError(
+                f"Site {site!r}{on_rank()} is stored in {stored.column_shards} parts of each row, and lies otherwise "
+                f"here: {layout}. Capture it again without --no-gather."
+            )
 
     def _move(self, site: str, local: Tensor, layout: Layout, batch: BatchRows, exchange: Exchange) -> None:
         """Send this rank's part of every row to who stores it, and store what arrives."""
@@ -151,33 +149,6 @@ class SharedRows:
         for source, part in enumerate(parts):
             rows[self._piece(layout, at, batch, source).rows] = part
         return rows
-
-
-def _part_of(site: str, tensor: DTensor, group: ProcessGroup | None) -> tuple[Tensor, Layout]:
-    """Follow the placement that the tensor itself carries; sums are added up."""
-    mesh = tensor.device_mesh
-    if mesh.ndim != 1:
-        raise CaptureError(
-            f"Site {site!r}{on_rank()} is a DTensor over a mesh of {mesh.ndim} dimensions; only one can be gathered."
-        )
-    placement = tensor.placements[0]
-    ranks = None if group is None else dist.get_process_group_ranks(group)
-    if not isinstance(placement, Shard) or ranks != dist.get_process_group_ranks(mesh.get_group()):
-        return tensor.full_tensor(), Layout()
-    local, dim = tensor.to_local(), placement.dim % tensor.ndim
-    sizes = _chunks(tensor.shape[dim], mesh.size())
-    if local.shape[dim] != sizes[dist.get_rank(group)]:
-        raise CaptureError(
-            f"Site {site!r}{on_rank()} is a DTensor of {tensor.shape[dim]} along axis {dim}, and this rank has "
-            f"{local.shape[dim]} of it, not {sizes[dist.get_rank(group)]} as torch cuts it: its rows cannot be placed."
-        )
-    return local, Layout(dim, sizes)
-
-
-def _chunks(length: int, n: int) -> tuple[int, ...]:
-    """Return the lengths that DTensors give to the parts of an axis, those of `torch.chunk`, later ones empty."""
-    size = -(-length // n)
-    return tuple(max(0, min(size, length - start * size)) for start in range(n))
 
 
 def _widened(site: str, rows: Tensor, row_shape: tuple[int, ...]) -> Tensor:

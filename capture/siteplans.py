@@ -1,6 +1,7 @@
 """From what a model computes at a site to how the site is stored."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 from residua.capture.siteinfo import SiteInfo
 from residua.store.codecs import DEFAULT_PRESET, PRESETS
@@ -11,7 +12,12 @@ FLOATS = ("bfloat16", "float16", "float32", "float64")
 
 
 def plan_sites(
-    sites: Mapping[str, SiteInfo], *, dtype: str | None, codec: str, longest_example: int
+    sites: Mapping[str, SiteInfo],
+    *,
+    dtype: str | None,
+    codec: str,
+    longest_example: int,
+    column_shards: Mapping[str, int] | None = None,
 ) -> tuple[SitePlan, ...]:
     """Return how each of `sites` is stored.
 
@@ -20,6 +26,7 @@ def plan_sites(
         dtype: Data type for floating-point sites; None keeps what the model computes.
         codec: Codec preset for floating-point sites.
         longest_example: Length of the key axis of `pattern` sites.
+        column_shards: Into how many parts the rows of sites are cut that are stored so.
 
     Raises:
         CaptureError: A site does not hold one entry a token, so it has no rows.
@@ -32,7 +39,8 @@ def plan_sites(
                 "or record a model without tokens with residua.Recorder, where a row is a whole example."
             )
         shape = tuple(longest_example if size is None else size for size in info.row_shape)
-        plans.append(plan_site(name, shape, info.dtype, dtype=dtype, codec=codec))
+        made = plan_site(name, shape, info.dtype, dtype=dtype, codec=codec)
+        plans.append(replace(made, column_shards=(column_shards or {}).get(name, 1)))
     return tuple(plans)
 
 

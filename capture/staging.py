@@ -314,6 +314,7 @@ class Staging:
                 first_row=shard * self._plan.rows_per_shard,
                 sites={site: stage.rows(site, n_rows) for site in stage.blocks},
                 columns={name: column[:n_rows] for name, column in stage.columns.items()},
+                column_shard=self._share.column_shard,
                 examples=examples,
                 ready=stage.landing.wait,
                 release=release,

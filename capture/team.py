@@ -128,7 +128,7 @@ class TeamCommits:
 
     def __init__(self, team: Team, plan: Plan) -> None:
         self._team = team
-        self._paths = {spec.path for spec in plan.arrays}
+        self._keys = {part.key for spec in plan.arrays for part in spec.parts}
         self._mine: dict[int, Commit] = {}
         self._lock = threading.Lock()
 
@@ -148,7 +148,7 @@ class TeamCommits:
             arrays = dict(self._mine[shard].arrays)
             for part in self._team.reported(shard):
                 arrays |= part.arrays
-            if arrays.keys() == self._paths:
+            if arrays.keys() == self._keys:
                 writer.publish(replace(self._mine[shard], arrays=dict(sorted(arrays.items()))))
                 with self._lock:
                     del self._mine[shard]

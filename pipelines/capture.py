@@ -13,6 +13,7 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from residua.capture.attention import eager_attention
 from residua.capture.attention_facts import attention_files
+from residua.capture.column_shards import column_shards
 from residua.capture.compiled import running_uncompiled
 from residua.capture.cuda_streams import writer_threads
 from residua.capture.head import head_files
@@ -31,7 +32,7 @@ from residua.capture.sharded import Agreement, is_sharded
 from residua.capture.siteinfo import SiteInfo
 from residua.capture.siteplans import plan_sites
 from residua.capture.sites import resolve_sites
-from residua.capture.split import is_split
+from residua.capture.split import Part, is_split
 from residua.capture.tokenizer import identify_tokenizer, save_tokenizer
 from residua.pipelines.dataset import DatasetReport, DatasetSettings, dataset_identity, read_examples
 from residua.pipelines.models import load_model, load_tokenizer, token_limit
@@ -193,6 +194,7 @@ class _Job:
             self._identity = identify_model(self._model)
             self._beside = self._files_beside(sites) if split or is_sharded(self._model) else None
             part = workers.part(self._model, sites)
+            self._column_shards = self._cut_columns(part)
             said = workers.plan_once(partial(self._prepare, sites, on_example), partial(self._check, sites))
             self._report = DatasetReport(**said["dataset"])
             archive = self._opened()
@@ -250,6 +252,14 @@ class _Job:
         sweep(self._out)
         return {"resumed": resumed, "dataset": asdict(self._report)}
 
+    def _cut_columns(self, part: Part | None) -> Mapping[str, int]:
+        """Return into how many parts the rows of sites are cut that each process stores as it has them."""
+        if self._settings.gather:
+            return {}
+        if part is None or part.group is None:
+            raise PlanError("--no-gather is for models under tensor parallelism, and this one is not: leave it out")
+        return column_shards(self._model, part)
+
     def _files_beside(self, sites: Mapping[str, SiteInfo]) -> dict[str, list[Buffer]]:
         """Return what an analysis needs of the model besides activations, by name in the head's folder."""
         attention: dict[str, list[Buffer]] = {
@@ -285,7 +295,13 @@ class _Job:
     def _plan(self, infos: Mapping[str, SiteInfo], index: ExampleIndex) -> Plan:
         settings = self._settings
         longest = int(index.n_tokens.max())
-        sites = plan_sites(infos, dtype=settings.dtype, codec=settings.codec, longest_example=longest)
+        sites = plan_sites(
+            infos,
+            dtype=settings.dtype,
+            codec=settings.codec,
+            longest_example=longest,
+            column_shards=self._column_shards,
+        )
         most_rows = int(index.n_rows.max())
         height = settings.rows_per_shard or shard_rows(
             [site.row_bytes for site in sites],

@@ -56,6 +56,9 @@ class CaptureSettings:
     host_memory: int = _flag(HOST_MEMORY_BYTES, "bytes of host memory that staging may take")
     threads: int | None = _flag(None, "threads that encode and write (default: 1, and up to 4 beside a GPU)")
     head: bool = _flag(True, "store the final norm and unembedding, which lenses need; --no-head shares no weights")
+    gather: bool = _flag(
+        True, "bring split rows together; without (--no-gather, under --tp) each process stores its own columns of them"
+    )
     join: bool = _flag(False, "share the work with runs that are at this archive, and let others join")
 
     def __post_init__(self) -> None:

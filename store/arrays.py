@@ -119,8 +119,8 @@ def _zarr_documents(spec: ArraySpec, n_rows: int) -> dict[str, bytes]:
         name=spec.path,
         shape=(n_rows, *spec.row_shape),
         dtype=spec.dtype,
-        chunks=(spec.rows_per_chunk, *spec.row_shape),
-        shards=(spec.rows_per_shard, *spec.row_shape),
+        chunks=(spec.rows_per_chunk, *spec.parts[0].row_shape),
+        shards=(spec.rows_per_shard, *spec.parts[0].row_shape),
         serializer=serializer,
         compressors=compressors,
         fill_value=0,
@@ -170,8 +170,11 @@ def _parse(document: dict[str, Any], node: str) -> tuple[ArraySpec, int, dict[st
     shard = _shape("chunk_grid", _configuration(document["chunk_grid"], "regular")["chunk_shape"])
     (sharding,) = document["codecs"]
     chunk = _shape("codecs", _configuration(sharding, "sharding_indexed")["chunk_shape"])
-    if shard[1:] != row_shape or chunk[1:] != row_shape:
+    if shard[1:] != chunk[1:] or shard[2:] != row_shape[1:]:
         raise ValueError(f"rows have shape {row_shape}, but shards {shard} and chunks {chunk}")
+    column_shards = row_shape[0] // shard[1] if row_shape and shard[1] else 1
+    if row_shape and shard[1] * column_shards != row_shape[0]:
+        raise ValueError(f"rows have shape {row_shape}, which shards {shard} do not cut into equal parts")
     spec = ArraySpec(
         path=node,
         row_shape=tuple(row_shape),
@@ -179,13 +182,14 @@ def _parse(document: dict[str, Any], node: str) -> tuple[ArraySpec, int, dict[st
         preset=_text("preset", ours["preset"]),
         rows_per_shard=shard[0],
         rows_per_chunk=chunk[0],
+        column_shards=column_shards,
     )
     return spec, n_rows, dict(ours)
 
 
 def _sharding(spec: ArraySpec, codecs: list[dict[str, Any]]) -> list[dict[str, Any]]:
     configuration = {
-        "chunk_shape": [spec.rows_per_chunk, *spec.row_shape],
+        "chunk_shape": [spec.rows_per_chunk, *spec.parts[0].row_shape],
         "codecs": codecs,
         "index_codecs": list(INDEX_CODECS),
         "index_location": INDEX_LOCATION,
@@ -201,7 +205,7 @@ def _check_sizes(spec: ArraySpec, n_rows: int) -> None:
         "bytes of a row": (spec.row_bytes, 1, MAX_ROW_BYTES),
         "rows of a shard": (spec.rows_per_shard, 1, MAX_ROWS_PER_SHARD),
         "rows of a chunk": (spec.rows_per_chunk, 1, spec.rows_per_shard),
-        "bytes of a chunk": (spec.chunk_bytes, 1, MAX_CHUNK_BYTES),
+        "bytes of a chunk": (spec.parts[0].chunk_bytes, 1, MAX_CHUNK_BYTES),
         "dimensions": (1 + len(spec.row_shape), 1, _MAX_RANK),
     }
     for name, (value, least, most) in limits.items():

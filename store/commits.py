@@ -59,7 +59,7 @@ class Commit:
         plan: Digest of the plan that the rows belong to.
         shard: Index of the shard along axis 0.
         rows: First row and the row after the last.
-        arrays: Per array path, what its shard file holds.
+        arrays: Per array, or part of one, what its shard file holds; by its `key`.
         examples: SHA-256 of example parts made durable with this shard (loops that the user owns), by file name.
         writer: Number of the writer among those that share a shard; 0 where one writes it whole.
     """
@@ -149,12 +149,12 @@ def check_commits(archive: Path, plan: Plan, commits: Mapping[int, Commit], n_ro
     Raises:
         DamagedArchiveError: A record has other rows or arrays than its shard; the message names it.
     """
-    paths = {spec.path for spec in plan.arrays}
+    keys = {part.key for spec in plan.arrays for part in spec.parts}
     end = max((commit.rows[1] for commit in commits.values()), default=0) if n_rows is None else n_rows
     for shard, commit in commits.items():
         first = shard * plan.rows_per_shard
         stop = min(first + plan.rows_per_shard, end)
-        if commit.rows != (first, stop) or commit.arrays.keys() != paths:
+        if commit.rows != (first, stop) or commit.arrays.keys() != keys:
             expected = f"rows {first:,} to {stop:,} of every array" if first < stop else "a shard of this archive"
             raise DamagedArchiveError(
                 f"{archive / FOLDER / commit.name}: this record is not of {expected}. Delete it and run the same "
@@ -190,9 +190,9 @@ def drop_broken(archive: Path, plan: Plan, commits: Mapping[int, Commit]) -> lis
 
 def _broken_file(archive: Path, plan: Plan, commit: Commit) -> str:
     """Return what is wrong with the first file of a shard that is not of its recorded size, or an empty text."""
-    for spec in plan.arrays:
-        path = shard_path(archive, spec, commit.shard)
-        expected = commit.arrays[spec.path].n_bytes
+    for part in (part for spec in plan.arrays for part in spec.parts):
+        path = shard_path(archive, part, commit.shard)
+        expected = commit.arrays[part.key].n_bytes
         try:
             found = path.stat().st_size
         except (FileNotFoundError, NotADirectoryError):

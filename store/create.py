@@ -15,7 +15,7 @@ from pathlib import Path
 from residua.store.arrays import create_array, resize_array
 from residua.store.canonical import Json
 from residua.store.codecs import INT8
-from residua.store.commits import FOLDER, Commit, named_parts
+from residua.store.commits import FOLDER, Commit, ShardFile, named_parts
 from residua.store.files import sync_folder
 from residua.store.lossy import BLOCK
 from residua.store.metadata import Metadata, digest_side_files, is_archive, side_files, write_metadata
@@ -144,13 +144,18 @@ def seal(
         files = digest_side_files(archive, {**metadata.files, **named_parts(commits)})
         write_metadata(archive, Metadata(plan=plan, provenance=metadata.provenance, files=files, sealed=sealed))
     for site in plan.sites:
-        if any(commit.arrays[site.path].squares is not None for commit in commits.values()):
+        if any(file.squares is not None for file in _files(site, commits)):
             _write_error(archive, plan, site, commits)
+
+
+def _files(site: SitePlan, commits: Mapping[int, Commit]) -> list[ShardFile]:
+    parts = site.arrays(BLOCK)[0].parts  # their names are the same at every height
+    return [commit.arrays[part.key] for commit in commits.values() for part in parts]
 
 
 def relative_error(site: SitePlan, commits: Mapping[int, Commit]) -> float:
     """Return the root of summed squared error over summed squares of `site`, as its lossy preset left it."""
-    files = [commit.arrays[site.path] for commit in commits.values()]
+    files = _files(site, commits)
     squares = sum(file.squares or 0.0 for file in files)
     return float((sum(file.error_squares or 0.0 for file in files) / squares) ** 0.5) if squares else 0.0
 

@@ -6,7 +6,7 @@ are no part of it (they are provenance), so an archive may be moved, and resumed
 """
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from functools import cached_property
 from math import prod
 from typing import Literal, cast
@@ -21,6 +21,8 @@ from residua.store.sizes import chunk_rows
 from residua.store.spec import MAX_ROWS, MAX_ROWS_PER_SHARD, ArraySpec
 
 MAX_SHARD_BYTES = 2**36
+MAX_COLUMN_SHARDS = 2**16
+_OPTIONAL = "column_shards"  # of a site, in a plan: it is there where it is not 1
 _MAPPINGS = ("model", "dataset", "rules")
 ROW_COLUMNS = {"token": "int32", "position": "int32", "example": "int64"}
 
@@ -34,12 +36,14 @@ class SitePlan:
         row_shape: Shape of one row, for example ``(width,)`` or ``(heads, head_width)``.
         dtype: The dtype that a reader gets, for example ``bfloat16``.
         codec: Name of the codec preset.
+        column_shards: Into how many shards of equal width the first axis of a row is cut.
     """
 
     name: str
     row_shape: tuple[int, ...]
     dtype: str
     codec: str
+    column_shards: int = 1
 
     @property
     def path(self) -> str:
@@ -51,10 +55,16 @@ class SitePlan:
         """Logical bytes of one row."""
         return prod(self.row_shape) * storage_dtype(self.dtype).itemsize
 
+    @property
+    def part(self) -> "SitePlan":
+        """The site as if what one column shard has of it were all."""
+        shape = (self.row_shape[0] // self.column_shards, *self.row_shape[1:])
+        return replace(self, row_shape=shape, column_shards=1)
+
     def arrays(self, rows_per_shard: int) -> tuple[ArraySpec, ...]:
         """Return the stored arrays of this site: one, or codes and scales for the int8 preset."""
         if self.codec != INT8:
-            return (_array(self.path, self.row_shape, self.dtype, self.codec, rows_per_shard),)
+            return (_array(self.path, self.row_shape, self.dtype, self.codec, rows_per_shard, self.column_shards),)
         blocks = (*self.row_shape[:-1], -(-self.row_shape[-1] // BLOCK))
         scales = "scales/" + self.path.removeprefix("sites/")
         return (
@@ -63,8 +73,10 @@ class SitePlan:
         )
 
 
-def _array(path: str, row_shape: tuple[int, ...], dtype: str, preset: str, rows_per_shard: int) -> ArraySpec:
-    row_bytes = prod(row_shape) * storage_dtype(dtype).itemsize
+def _array(
+    path: str, row_shape: tuple[int, ...], dtype: str, preset: str, rows_per_shard: int, column_shards: int = 1
+) -> ArraySpec:
+    row_bytes = prod(row_shape) * storage_dtype(dtype).itemsize // column_shards
     return ArraySpec(
         path=path,
         row_shape=row_shape,
@@ -72,6 +84,7 @@ def _array(path: str, row_shape: tuple[int, ...], dtype: str, preset: str, rows_
         preset=preset,
         rows_per_shard=rows_per_shard,
         rows_per_chunk=chunk_rows(row_bytes, rows_per_shard),
+        column_shards=column_shards,
     )
 
 
@@ -132,7 +145,7 @@ class Plan:
         """Return the plan as plain JSON values."""
         values = {field.name: getattr(self, field.name) for field in fields(self)}
         values |= {name: dict(values[name]) for name in _MAPPINGS}
-        values["sites"] = [{**asdict(site), "row_shape": list(site.row_shape)} for site in self.sites]
+        values["sites"] = [_site_to_json(site) for site in self.sites]
         return values
 
     def differences(self, other: "Plan") -> list[str]:
@@ -166,26 +179,37 @@ class Plan:
 
 
 def _fields(value: object, kind: type[Plan] | type[SitePlan]) -> dict[str, object]:
-    known = sorted(field.name for field in fields(kind))
+    known = sorted(field.name for field in fields(kind) if field.name != _OPTIONAL)
     if not isinstance(value, dict) or sorted(value) != known:
         found = sorted(value) if isinstance(value, dict) else type(value).__name__
         raise ValueError(f"expected the fields {known}, found {found}")
     return value
 
 
+def _site_to_json(site: SitePlan) -> dict[str, Json]:
+    values = {**asdict(site), "row_shape": list(site.row_shape)}
+    if site.column_shards == 1:
+        del values[_OPTIONAL]
+    return values
+
+
 def _site_from_json(value: object) -> SitePlan:
-    found = _fields(value, SitePlan)
+    given = dict(value) if isinstance(value, dict) else {}
+    optional = {_OPTIONAL: given.pop(_OPTIONAL)} if _OPTIONAL in given else {}
+    found = {**_fields(given or value, SitePlan), **optional}
     row_shape = found["row_shape"]
     if not isinstance(row_shape, list):
         raise TypeError(f"row_shape is {row_shape!r}, not a list")
-    return SitePlan(**{**found, "row_shape": tuple(row_shape)})  # type: ignore[arg-type]  # check_plan checks
+    if optional == {_OPTIONAL: 1}:
+        raise ValueError(f"{_OPTIONAL} is 1, which is not spelled out")
+    return SitePlan(**{**found, "row_shape": tuple(row_shape)})
 
 
 def _comparable(plan: Plan) -> dict[str, str]:
     """Return every field as text, in the spelling that the digest sees: 1, 1.0 and true differ there."""
     values = flatten(plan.to_json())
     for site in cast("list[dict[str, object]]", values.pop("sites")):
-        values[f"sites.{site['name']}"] = {key: site[key] for key in ("row_shape", "dtype", "codec")}
+        values[f"sites.{site['name']}"] = {key: value for key, value in site.items() if key != "name"}
     return {key: canonical_json(value).decode() for key, value in values.items()}
 
 
@@ -221,9 +245,18 @@ def _check_site(site: SitePlan, height: int) -> None:
         raise PlanError(f"site {site.name}: {shape!r} is not the shape of a row")
     if site.row_bytes * height > MAX_SHARD_BYTES:
         raise PlanError(f"site {site.name}: a shard of {height:,} rows of {site.row_bytes:,} bytes is over 64 GiB")
+    _check_column_shards(site)
     if site.codec not in PRESETS:
         raise PlanError(f"codec {site.codec!r} is not known; the presets are {', '.join(PRESETS)}")
     if site.codec.startswith("bitround") and site.dtype != "float32":
         raise PlanError(f"codec {site.codec} is for float32, and {site.name} is {site.dtype}: use fast or small")
     if site.codec == INT8 and site.dtype not in ("bfloat16", "float16", "float32"):
         raise PlanError(f"codec {site.codec} is for floating point, and {site.name} is {site.dtype}")
+
+
+def _check_column_shards(site: SitePlan) -> None:
+    n = site.column_shards
+    if not _is_count(n, MAX_COLUMN_SHARDS) or n < 1 or site.row_shape[0] % n:
+        raise PlanError(f"site {site.name}: rows of shape {site.row_shape} are not cut into {n!r} parts of equal width")
+    if n > 1 and site.codec == INT8:
+        raise PlanError(f"site {site.name}: codec {INT8} takes whole rows, and these are cut into {n} parts")

@@ -54,8 +54,11 @@ class ShardIndex:
 
 
 def shard_path(root: Path, spec: ArraySpec, shard: int) -> Path:
-    """Return the file of shard number `shard` of an array in the archive `root`."""
-    return root.joinpath(spec.path, "c", str(shard), *["0"] * len(spec.row_shape))
+    """Return the file of shard number `shard` of an array, or of a part of one, in the archive `root`."""
+    across = ["0"] * len(spec.row_shape)
+    if spec.column_shard is not None:
+        across[0] = str(spec.column_shard)
+    return root.joinpath(spec.path, "c", str(shard), *across)
 
 
 def shard_rows(spec: ArraySpec, n_rows: int, shard: int) -> int:

@@ -1,6 +1,6 @@
 """What one stored array looks like: the facts that its writer and its reader must share."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 
 import numpy as np
@@ -22,6 +22,8 @@ class ArraySpec:
         preset: Name of the codec preset, one of ``residua.store.codecs.PRESETS``.
         rows_per_shard: Height of a shard; a multiple of ``rows_per_chunk``.
         rows_per_chunk: Height of a chunk.
+        column_shards: Into how many shards of equal width axis 1 is cut.
+        column_shard: Which of them this is, where it is the part of an array that such shards hold; else None.
     """
 
     path: str
@@ -30,6 +32,21 @@ class ArraySpec:
     preset: str
     rows_per_shard: int
     rows_per_chunk: int
+    column_shards: int = 1
+    column_shard: int | None = None
+
+    @property
+    def parts(self) -> tuple["ArraySpec", ...]:
+        """What one file holds for each shard, along axis 1: parts of rows, or the whole rows."""
+        if self.column_shards == 1:
+            return (self,)
+        shape = (self.row_shape[0] // self.column_shards, *self.row_shape[1:])
+        return tuple(replace(self, row_shape=shape, column_shard=i) for i in range(self.column_shards))
+
+    @property
+    def key(self) -> str:
+        """The name under which records hold a shard file of this array, or of this part of one."""
+        return self.path if self.column_shard is None else f"{self.path}#{self.column_shard}"
 
     @property
     def storage_dtype(self) -> np.dtype[np.generic]:

@@ -9,10 +9,11 @@ import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 
+from residua.store.columns import reader_of
 from residua.store.dtypes import storage_dtype
 from residua.store.errors import DamagedArchiveError, TooLargeError
 from residua.store.lossy import dequantise_int8
-from residua.store.reader import ArrayReader, Check, RowNumbers
+from residua.store.reader import Check, RowNumbers
 from residua.store.spec import ArraySpec
 
 if TYPE_CHECKING:
@@ -58,7 +59,7 @@ class StoredArray:
         self.specs = tuple(specs)
         self._dtype_name = dtype
         self._require = require
-        self._readers = [ArrayReader(root, spec, n_rows, check=check, threads=threads) for spec in specs]
+        self._readers = [reader_of(root, spec, n_rows, check=check, threads=threads) for spec in specs]
 
     def __len__(self) -> int:
         return self.shape[0]

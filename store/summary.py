@@ -113,8 +113,8 @@ def summarise(archive: Archive) -> Summary:
 
 def _site(archive: Archive, name: str) -> SiteSummary:
     site = archive.plan.site(name)
-    paths = [spec.path for spec in site.arrays(archive.plan.rows_per_shard)]
-    files = [commit.arrays[path] for commit in archive.commits.values() for path in paths]
+    keys = [part.key for spec in site.arrays(archive.plan.rows_per_shard) for part in spec.parts]
+    files = [commit.arrays[key] for commit in archive.commits.values() for key in keys]
     lossy = any(file.squares is not None for file in files)
     return SiteSummary(
         name=name,

@@ -89,6 +89,7 @@ class _Check:
         self._archive = archive
         self._root = archive.path
         self._plan = archive.plan
+        self._parts = [part for spec in archive.plan.arrays for part in spec.parts]
         self._report = report
         self._known = {ROOT}
 
@@ -157,8 +158,8 @@ class _Check:
 
     def _shard(self, commit: Commit, index: ExampleIndex | None) -> None:
         before = len(self._report.problems)
-        for spec in self._plan.arrays:
-            self._shard_file(spec, commit)
+        for part in self._parts:
+            self._shard_file(part, commit)
         if index is not None and len(self._report.problems) == before:
             self._rows(*commit.rows, index, f"{FOLDER}/{commit.name}")
 
@@ -171,7 +172,7 @@ class _Check:
         except (ResiduaError, OSError) as error:
             self._problem(path, str(error))
             return
-        if digest != commit.arrays[spec.path].digest:
+        if digest != commit.arrays[spec.key].digest:
             self._problem(path, "the shard is whole, but not the one that was committed: restore it from a copy")
             return
         self._count(path)
@@ -213,7 +214,7 @@ class _Check:
         known = self._known | {f"{FOLDER}/{commit.name}" for commit in commits.values()}
         for spec in self._plan.arrays:
             known.add(f"{spec.path}/{ROOT}")
-            known.update(shard_path(Path(), spec, shard).as_posix() for shard in commits)
+            known.update(shard_path(Path(), part, shard).as_posix() for part in spec.parts for shard in commits)
         for path in sorted(self._root.rglob("*")):
             name = path.relative_to(self._root).as_posix()
             if name in known or (path.is_dir() and (not path.is_symlink() or self._is_inside(path))):

@@ -45,6 +45,7 @@ class FilledShard:
         sites: Per site name, its rows in storage dtype, (rows, *row shape), C-contiguous or laid out as the file; those
             that this process writes.
         columns: ``token``, ``position`` and ``example`` of the rows; empty where another process writes them.
+        column_shard: Which part of each row `sites` have, of sites whose rows are cut into parts.
         examples: SHA-256 of example parts made durable with this shard, by file name.
         ready: Called in a writer thread before the rows are read; waits for copies that are still under way.
         release: Called once the rows are no longer needed.
@@ -54,6 +55,7 @@ class FilledShard:
     first_row: int
     sites: Mapping[str, Rows | ShardMemory]
     columns: Mapping[str, Rows]
+    column_shard: int = 0
     examples: Mapping[str, str] = field(default_factory=dict)
     ready: Callable[[], None] = _nothing
     release: Callable[[], None] = _nothing
@@ -219,14 +221,16 @@ class _ShardJob:
             arrays=dict(sorted(self._files.items())),
             examples=self._shard.examples,
         )
-        row_bytes = sum(site.row_bytes for site in self._plan.sites if site.name in self._shard.sites)
+        sites = [site for site in self._plan.sites if site.name in self._shard.sites]
+        row_bytes = sum(site.row_bytes // site.column_shards for site in sites)
         self._writer.written(commit, row_bytes * n_rows)
 
     def _write_site(self, site: SitePlan) -> None:
         rows = self._shard.sites[site.name]
         specs = site.arrays(self._plan.rows_per_shard)
+        spec = specs[0].parts[self._shard.column_shard] if site.column_shards > 1 else specs[0]
         if isinstance(rows, ShardMemory) or PRESETS[site.codec].is_lossless:
-            self._write(specs[0], rows)
+            self._write(spec, rows)
             return
         n_nonfinite = count_nonfinite(rows, site.dtype)
         codes: Rows
@@ -235,7 +239,7 @@ class _ShardJob:
             self._write(specs[1], scales, 0)
         else:
             codes, squares, error_squares = bitround_errors(rows, site.codec)
-        self._write(specs[0], codes, n_nonfinite, squares, error_squares)
+        self._write(spec, codes, n_nonfinite, squares, error_squares)
 
     def _write(
         self,
@@ -255,4 +259,4 @@ class _ShardJob:
             error_squares=error_squares,
         )
         with self._lock:
-            self._files[spec.path] = file
+            self._files[spec.key] = file

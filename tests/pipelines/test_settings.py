@@ -38,6 +38,7 @@ GOOD: dict[str, Any] = {
     "device_map": "auto",
     "join": True,
     "tp": 1,
+    "gather": False,
     "pp": 1,
     "model_dtype": "float32",
     "attn_implementation": "eager",

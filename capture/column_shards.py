@@ -1,0 +1,45 @@
+"""Which sites of a split model can be stored as they lie: each rank its own part of every row, and nothing is sent."""
+
+import torch
+from torch import Tensor, nn
+
+from residua.capture.groups import everyones, pipeline_group
+from residua.capture.inputs import forward_kwargs
+from residua.capture.layouts import Layout
+from residua.capture.local_parts import LocalParts
+from residua.capture.probing import evaluating
+from residua.capture.split import Part
+from residua.capture.taps import reading
+from residua.store.errors import PlanError
+
+_EXAMPLES, _POSITIONS = 2, 8
+_FIRST_ROW_AXIS = 2
+
+
+def column_shards(model: nn.Module, part: Part) -> dict[str, int]:
+    """Run a few tokens and see how the sites lie; a collective of those that hold the model.
+
+    Returns:
+        For each site that is split along the first axis of its rows, over how many ranks. One that is split by position
+        or otherwise is not among them: its rows have to be brought together.
+
+    Raises:
+        PlanError: The ranks have parts of different width, which no Zarr array is cut into.
+    """
+    parts, found = LocalParts(part.sites, part.group), dict[str, Layout]()
+
+    def look(site: str, tensor: Tensor) -> None:
+        found[site] = parts.of(site, tensor, (_EXAMPLES, _POSITIONS))[1]
+
+    ids = torch.arange(_EXAMPLES * _POSITIONS, device=next(model.parameters()).device).view(_EXAMPLES, _POSITIONS)
+    with torch.inference_mode(), evaluating(model), reading(model, part.sites, look):
+        model(**forward_kwargs(model, ids, torch.ones_like(ids)))
+    split = {site: layout.sizes for site, layout in found.items() if layout.dim == _FIRST_ROW_AXIS}
+    for site, sizes in split.items():
+        if len(set(sizes)) > 1:
+            raise PlanError(
+                f"--no-gather: the ranks have {', '.join(map(str, sizes))} columns of {site}, and a Zarr array is cut "
+                "into equal ones only: capture it without --no-gather, or over a number of ranks that divides its width"
+            )
+    counts = {site: len(sizes) for site, sizes in split.items()}
+    return {site: n for stage in everyones(pipeline_group(model), counts) for site, n in stage.items()}

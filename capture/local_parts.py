@@ -1,0 +1,73 @@
+"""What this rank has of a site's tensor, and how the parts of all ranks lie; sums that are not added up are."""
+
+from collections.abc import Mapping
+
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed import ProcessGroup
+from torch.distributed.tensor import DTensor, Shard
+
+from residua.capture.layouts import Layout, whole_shape
+from residua.capture.proved import ProvedLayouts
+from residua.capture.ranks import on_rank
+from residua.capture.siteinfo import SiteInfo
+from residua.store.errors import CaptureError
+
+
+class LocalParts:
+    """Finds out and remembers how the sites of one replica lie.
+
+    Args:
+        sites: What is known of each site in the unsharded model.
+        group: The ranks over which activations may be split; None where this rank has whole ones.
+    """
+
+    def __init__(self, sites: Mapping[str, SiteInfo], group: ProcessGroup | None) -> None:
+        self._sites = sites
+        self._group = group
+        self._layouts = ProvedLayouts()
+
+    def of(self, site: str, tensor: Tensor, batch_shape: tuple[int, int]) -> tuple[Tensor, Layout]:
+        """Return this rank's part of a tensor, and how the parts lie; every rank of the group asks at the same time.
+
+        Args:
+            site: The site.
+            tensor: What the model has there.
+            batch_shape: (examples, positions) of the batch.
+
+        Raises:
+            CaptureError: The layout cannot be proved.
+        """
+        if isinstance(tensor, DTensor):
+            return _part_of(site, tensor, self._group)
+        if self._group is None:
+            return tensor, Layout()
+        whole = whole_shape(self._sites[site], batch_shape, tuple(tensor.shape))
+        return tensor, self._layouts.of(site, tensor, whole, self._group)
+
+
+def _part_of(site: str, tensor: DTensor, group: ProcessGroup | None) -> tuple[Tensor, Layout]:
+    """Follow the placement that the tensor itself carries; sums are added up."""
+    mesh = tensor.device_mesh
+    if mesh.ndim != 1:
+        raise CaptureError(
+            f"Site {site!r}{on_rank()} is a DTensor over a mesh of {mesh.ndim} dimensions; only one can be gathered."
+        )
+    placement = tensor.placements[0]
+    ranks = None if group is None else dist.get_process_group_ranks(group)
+    if not isinstance(placement, Shard) or ranks != dist.get_process_group_ranks(mesh.get_group()):
+        return tensor.full_tensor(), Layout()
+    local, dim = tensor.to_local(), placement.dim % tensor.ndim
+    sizes = _chunks(tensor.shape[dim], mesh.size())
+    if local.shape[dim] != sizes[dist.get_rank(group)]:
+        raise CaptureError(
+            f"Site {site!r}{on_rank()} is a DTensor of {tensor.shape[dim]} along axis {dim}, and this rank has "
+            f"{local.shape[dim]} of it, not {sizes[dist.get_rank(group)]} as torch cuts it: its rows cannot be placed."
+        )
+    return local, Layout(dim, sizes)
+
+
+def _chunks(length: int, n: int) -> tuple[int, ...]:
+    """Return the lengths that DTensors give to the parts of an axis, those of `torch.chunk`, later ones empty."""
+    size = -(-length // n)
+    return tuple(max(0, min(size, length - start * size)) for start in range(n))

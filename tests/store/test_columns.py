@@ -1,0 +1,92 @@
+"""Arrays whose rows are cut into column shards: written in parts, read as one, by us and by other Zarr v3 readers."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from residua.store.arrays import create_array, open_array
+from residua.store.columns import reader_of
+from residua.store.errors import PlanError, UnsafeArchiveError
+from residua.store.files import write_file
+from residua.store.plan import Plan, SitePlan
+from residua.store.shard import ShardEncoder, check_shard, shard_path
+from residua.store.spec import ArraySpec
+from tests.store.samples import Array, make_rows, make_spec, same_bits
+from tests.store.test_other_readers import READERS, Reader
+
+N_ROWS = 2 * 256 + 70
+N_PARTS = 3
+
+
+def write_in_parts(root: Path, spec: ArraySpec, rows: Array) -> None:
+    create_array(root, spec, len(rows))
+    width = spec.row_shape[0] // N_PARTS
+    for shard, start in enumerate(range(0, len(rows), spec.rows_per_shard)):
+        for i, part in enumerate(spec.parts):
+            columns = rows[start : start + spec.rows_per_shard, i * width : (i + 1) * width]
+            encoded = ShardEncoder(np.ascontiguousarray(columns), part)
+            write_file(shard_path(root, part, shard), encoded)
+            assert check_shard(shard_path(root, part, shard), part, len(columns)) == encoded.digest
+
+
+@pytest.fixture(params=["raw", "fast"])
+def spec(request: pytest.FixtureRequest) -> ArraySpec:
+    made = make_spec(request.param, "bfloat16", (24, 5), rows_per_shard=256, rows_per_chunk=64)
+    return replace(made, column_shards=N_PARTS)
+
+
+@pytest.mark.parametrize("reader", READERS)
+def test_other_readers_see_whole_rows(tmp_path: Path, spec: ArraySpec, reader: Reader) -> None:
+    rows = make_rows(spec, N_ROWS)
+    write_in_parts(tmp_path, spec, rows)
+    assert same_bits(reader(tmp_path, spec.path), rows)
+
+
+def test_so_do_we(tmp_path: Path, spec: ArraySpec) -> None:
+    rows = make_rows(spec, N_ROWS)
+    write_in_parts(tmp_path, spec, rows)
+    assert open_array(tmp_path, spec.path)[:2] == (spec, N_ROWS)
+    reader = reader_of(tmp_path, spec, N_ROWS, check="always", threads=1)
+    picked = np.array([0, 581, 300, 300, 7])
+    assert same_bits(reader.take(picked), rows[picked])
+    assert same_bits(reader.read(250, 520), rows[250:520])
+    out = np.empty((9, *spec.row_shape), spec.storage_dtype)
+    reader.read_into(out, 255, 264)
+    assert same_bits(out, rows[255:264])
+
+
+def site(**changes: object) -> SitePlan:
+    values = {"name": "mlp_act.1", "row_shape": (12,), "dtype": "float32", "codec": "fast", "column_shards": 3}
+    return SitePlan(**{**values, **changes})  # type: ignore[arg-type]  # wrong ones are what is tested
+
+
+def plan(*sites: SitePlan) -> Plan:
+    return Plan(model={}, dataset={}, rules={}, sites=sites, rows_per_shard=8)
+
+
+def test_a_plan_says_it_where_it_is_so_and_only_there() -> None:
+    cut, whole = plan(site()), plan(site(column_shards=1))
+    assert Plan.from_json(cut.to_json()) == cut
+    assert "column_shards" not in str(whole.to_json())
+    assert cut.digest != whole.digest
+    assert "column_shards" in whole.differences(cut)[0]
+    assert [part.key for part in cut.arrays[0].parts] == [f"sites/mlp_act/1#{i}" for i in range(3)]
+    assert [part.key for part in whole.arrays[0].parts] == ["sites/mlp_act/1"]
+
+
+@pytest.mark.parametrize("changes", [{"column_shards": 5}, {"column_shards": 0}, {"codec": "int8-block32"}])
+def test_rows_that_cannot_be_cut_so_are_refused(changes: dict[str, object]) -> None:
+    with pytest.raises(PlanError, match=r"site mlp_act\.1: "):
+        plan(site(**changes))
+
+
+@pytest.mark.parametrize("value", [1, None, "3", 3.0, True, [3]])
+def test_a_plan_that_spells_it_otherwise_is_not_ours(value: object) -> None:
+    spelled = plan(site()).to_json()
+    assert isinstance(spelled["sites"], list)
+    assert isinstance(spelled["sites"][0], dict)
+    spelled["sites"][0]["column_shards"] = value  # type: ignore[assignment]  # as above
+    with pytest.raises(UnsafeArchiveError):
+        Plan.from_json(spelled)
