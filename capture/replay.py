@@ -17,18 +17,13 @@ import torch
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
-from transformers import PreTrainedModel
 
-from residua.capture.attention import eager_attention
-from residua.capture.compiled import running_uncompiled
 from residua.capture.generation import generate
 from residua.capture.metrics import MetricSpec, Outcome, metric_of
-from residua.capture.probing import evaluating
 from residua.capture.ranks import on_rank
 from residua.capture.replayer import Replayer, kept_rows
 from residua.capture.replaynotes import unlike_the_plan
-from residua.capture.samemodel import computes_otherwise
-from residua.capture.wrappers import core_of
+from residua.capture.samemodel import running_as_captured
 from residua.store.archive import Archive
 from residua.store.editparse import EditSource, parse_edits
 from residua.store.errors import CaptureError, PlanError
@@ -233,11 +228,7 @@ def replay(
     parsed = parse_edits(edits)
     places = [] if at is None else [at] if isinstance(at, str) else list(at)
     with ExitStack() as stack:
-        stack.enter_context(running_uncompiled(model))
-        stack.enter_context(evaluating(model))
-        core = core_of(model)
-        if isinstance(core, PreTrainedModel) and computes_otherwise(opened, model):
-            stack.enter_context(eager_attention(core))
+        stack.enter_context(running_as_captured(opened, model))
         replayer = Replayer(model, opened, at=places, edits=parsed, force=force, tensor_parallel=tensor_parallel)
         run = Replay(replayer, examples, [keep] if isinstance(keep, str) else list(keep), grad=grad)
         stack.callback(run.close)

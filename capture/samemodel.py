@@ -1,12 +1,15 @@
 """Whether a model is the one that an archive was captured from, and what is another now than it was then."""
 
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
 
 from torch import nn
 from transformers import PreTrainedModel
 
+from residua.capture.attention import eager_attention
+from residua.capture.compiled import running_uncompiled
 from residua.capture.groups import pipeline_group, tensor_parallel_group
+from residua.capture.probing import evaluating
 from residua.capture.provenance import changed_conditions, identify_model
 from residua.capture.wrappers import core_of
 from residua.store.archive import Archive
@@ -70,9 +73,20 @@ def _short(value: object) -> str:
     return str(value)[:16]
 
 
-def computes_otherwise(archive: Archive, model: nn.Module) -> bool:
+@contextmanager
+def running_as_captured(archive: Archive, model: nn.Module) -> Iterator[None]:
+    """Let a model run as in the capture: uncompiled, evaluating, with eager attention where patterns were captured."""
+    with ExitStack() as stack:
+        stack.enter_context(running_uncompiled(model))
+        stack.enter_context(evaluating(model))
+        core = core_of(model)
+        if isinstance(core, PreTrainedModel) and _computes_otherwise(archive, core):
+            stack.enter_context(eager_attention(core))
+        yield
+
+
+def _computes_otherwise(archive: Archive, model: PreTrainedModel) -> bool:
     """Say whether the capture switched the model to eager attention for its patterns, and this one uses another."""
     if archive.plan.model.get("attention") != "eager" or not any(site.startswith("pattern.") for site in archive.sites):
         return False
-    core = core_of(model)
-    return isinstance(core, PreTrainedModel) and core.config._attn_implementation != "eager"
+    return bool(model.config._attn_implementation != "eager")

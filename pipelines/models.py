@@ -1,6 +1,7 @@
 """Models and tokenizers from the hub or a folder, ready to be captured."""
 
 import os
+from os import PathLike, fspath
 from pathlib import Path
 
 import torch
@@ -12,6 +13,7 @@ from transformers.distributed.configuration_utils import DistributedConfig
 
 from residua.capture.inputs import first_position
 from residua.pipelines.settings import CaptureSettings
+from residua.store.archive import Archive
 from residua.store.errors import PlanError
 
 _TOKENIZER_FILES = frozenset(
@@ -49,6 +51,19 @@ def load_model(name: str, settings: CaptureSettings) -> PreTrainedModel:
         raise _not_loaded(name, error) from error
     model.requires_grad_(False).train(False)
     return model
+
+
+def captured_model(archive: Archive, model: str | PathLike[str] | PreTrainedModel, *, device: str) -> PreTrainedModel:
+    """Return `model`, loaded in the type and with the attention that `archive` was captured with if it is a name.
+
+    Raises:
+        PlanError: There is no such model, or the device is not there.
+    """
+    if not isinstance(model, str | PathLike):
+        return model
+    attention, dtype = archive.plan.model["attention"], str(archive.plan.model["dtype"])
+    wanted = None if attention is None else str(attention)
+    return load_model(fspath(model), CaptureSettings(device=device, attn_implementation=wanted, model_dtype=dtype))
 
 
 def _config_and_class(name: str, revision: str | None) -> tuple[PreTrainedConfig, type[PreTrainedModel]]:

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
-from os import PathLike, fspath
+from os import PathLike
 
 import numpy as np
 import torch
@@ -17,8 +17,7 @@ from residua.capture.probing import evaluating
 from residua.capture.provenance import changed_conditions, identify_model
 from residua.capture.sites import resolve_sites
 from residua.capture.taps import reading
-from residua.pipelines.models import load_model
-from residua.pipelines.settings import CaptureSettings
+from residua.pipelines.models import captured_model
 from residua.store.archive import Archive
 from residua.store.errors import NotCapturedError, PlanError
 from residua.store.schedule import Schedule
@@ -75,10 +74,7 @@ def reproduce(
     plan = opened.plan
     if plan.n_rows is None:
         raise PlanError(f"{archive} was recorded in a loop of its user's: its batches are not known, nothing to repeat")
-    if isinstance(model, str | PathLike):
-        attention, dtype = plan.model["attention"], str(plan.model["dtype"])
-        wanted = None if attention is None else str(attention)
-        model = load_model(fspath(model), CaptureSettings(device=device, attn_implementation=wanted, model_dtype=dtype))
+    model = captured_model(opened, model, device=device)
     infos = resolve_sites(model, list(opened.sites))
     comparison = RowComparison(opened)
     table = opened.example_table

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from residua.capture.tap import tap
     from residua.capture.tapgroup import TapGroup
     from residua.pipelines.capture import capture_dataset
+    from residua.pipelines.replay import replay_dataset
     from residua.pipelines.reproduce import reproduce
     from residua.pipelines.settings import CaptureSettings
     from residua.store.archive import Archive
@@ -46,6 +47,7 @@ __all__ = [
     "overlay",
     "probe",
     "replay",
+    "replay_dataset",
     "reproduce",
     "stats",
     "tap",
@@ -69,6 +71,7 @@ _HOMES = {
     "overlay": "store.overlay:overlay",
     "probe": "analysis.probe:probe",
     "replay": "capture.replay:replay",
+    "replay_dataset": "pipelines.replay:replay_dataset",
     "reproduce": "pipelines.reproduce:reproduce",
     "stats": "analysis.stats:stats",
     "tap": "capture.tap:tap",

@@ -1,0 +1,96 @@
+"""The sub-command `residua replay`: a whole archive through the model again, with edits."""
+
+import argparse
+from typing import Any
+
+from residua.pipelines.cli_job import add_archive, add_job
+from residua.pipelines.progress import StepProgress
+from residua.pipelines.report import print_json
+from residua.pipelines.stopping import stopping_in_time
+from residua.store.errors import PlanError
+
+
+def add(jobs: Any) -> None:
+    """Add the sub-command."""
+    parser = add_job(jobs, "replay", _replay, "put stored rows back into the model with edits, and tell what changes")
+    add_archive(parser)
+    parser.add_argument("--model", required=True, help="hub id or folder of the model that was captured")
+    parser.add_argument("--edit", required=True, metavar="FILE", help="YAML or JSON file with the edits")
+    parser.add_argument(
+        "--out", dest="folder", required=True, help="folder of the tables; if it exists, the run goes on"
+    )
+    parser.add_argument("--at", metavar="STR", help="where stored rows go in, resid_post.5 say; default: nowhere")
+    parser.add_argument("--examples", metavar="STR", help="numbers of examples: 3,7,10-19; default: all")
+    parser.add_argument("--where", metavar="STR", help="only examples with such rows, for example 'label == \"code\"'")
+    parser.add_argument("--tokens", metavar="STR", help="ids of tokens whose logits are told, 17,99 say")
+    parser.add_argument("--device", default="auto", metavar="STR", help="device of the model: auto, cpu, cuda, ...")
+    parser.add_argument("--force", action="store_true", help="take another model than was captured, and note it")
+    parser.set_defaults(when_stopped="stopped: finished parts are safe. Run the same command again to go on.")
+
+
+def _replay(options: argparse.Namespace) -> int:
+    from residua.pipelines.replay import replay_dataset
+
+    with stopping_in_time(), StepProgress("example", shown=not options.json) as progress:
+        found = replay_dataset(
+            options.model,
+            options.archive,
+            out=options.folder,
+            edits=options.edit,
+            at=None if options.at is None else options.at.split(","),
+            examples=None if options.examples is None else numbers(options.examples, "--examples"),
+            where=options.where,
+            tokens=numbers(options.tokens, "--tokens") if options.tokens else (),
+            force=options.force,
+            device=options.device,
+            command=options.command_line,
+            on_example=progress.step,
+        )
+    means = _means(found.examples.to_pydict())
+    if options.json:
+        print_json({"folder": str(found.folder), "examples": found.n_examples, "notes": list(found.notes), **means})
+        return 0
+    for note in found.notes:
+        print(f"note: {note}")
+    print(f"examples  {found.n_examples:,}")
+    print(f"KL        {means['kl']:.4g} nats a token, at most {means['kl_max']:.4g}")
+    if means["loss"] is not None:
+        print(f"loss      {means['loss']:.4f}, without edits {means['unedited_loss']:.4f}: {means['loss_change']:+.4f}")
+    print(f"top 1     the same for {100 * (means['top1_agreement'] or 0):.1f} % of tokens")
+    print(f"files     {found.folder}: examples/, tokens/, residua.json")
+    return 0
+
+
+def numbers(text: str, flag: str) -> list[int]:
+    """Return the numbers that ``3,7,10-19`` spells.
+
+    Raises:
+        PlanError: It is no such list; the message names `flag`.
+    """
+    found: list[int] = []
+    for word in text.split(","):
+        first, dash, last = word.strip().partition("-")
+        if not first.isdecimal() or (dash and not last.isdecimal()):
+            raise PlanError(f"{flag} {text[:60]!r}: give numbers and ranges such as 3,7,10-19")
+        if dash and int(last) - int(first) > _MOST:
+            raise PlanError(f"{flag} {word[:60]!r} has over {_MOST:,} numbers")
+        found += range(int(first), int(last or first) + 1)
+    return found
+
+
+_MOST = 10_000_000
+
+
+def _means(columns: dict[str, list[Any]]) -> dict[str, float | None]:
+    """Return means over tokens, of examples that have a value, and the largest KL."""
+    found: dict[str, float | None] = {"kl_max": max(columns["kl_max"])}
+    for name in ("kl", "top1_agreement", "loss", "unedited_loss", "loss_change"):
+        of_next = "loss" in name
+        pairs = [
+            (value, n_tokens - of_next)
+            for value, n_tokens in zip(columns[name], columns["n_tokens"], strict=True)
+            if value is not None
+        ]
+        count = sum(weight for _, weight in pairs)
+        found[name] = sum(value * weight for value, weight in pairs) / count if count else None
+    return found

@@ -1,0 +1,241 @@
+"""Replaying a whole archive with edits, and telling per token and per example what they change.
+
+Batches are those of the capture, as far as their examples are chosen. The run without edits starts as high as exact
+stored rows allow, so that it costs the head alone where the last residual stream is stored.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+from transformers import PreTrainedModel
+
+from residua.analysis.filters import RowFilter
+from residua.capture.planbatch import PlanBatch
+from residua.capture.replayer import Replayer
+from residua.capture.replaynotes import unlike_the_plan
+from residua.capture.rows import batch_rows
+from residua.capture.samemodel import running_as_captured
+from residua.pipelines.models import captured_model
+from residua.pipelines.replay_record import begin_or_go_on
+from residua.pipelines.replay_tables import EXAMPLES, TOKENS, Comparison, part_path, read_parts, write_part
+from residua.store.archive import Archive
+from residua.store.editparse import EditSource, is_reproducible, parse_edits
+from residua.store.errors import CaptureError, NotCapturedError, PlanError
+from residua.store.schedule import Schedule
+
+_BATCH_TOKENS = 8192  # of an archive from a user's own loop, whose batches are not known
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReplayResult:
+    """What a replay of an archive gave.
+
+    Attributes:
+        folder: Where the tables lie, and ``residua.json``, which says how they came about.
+        n_examples: Examples in the tables.
+        resumed: Whether an earlier run had begun.
+        notes: What a reader of the tables has to know, one sentence each.
+    """
+
+    folder: Path
+    n_examples: int
+    resumed: bool
+    notes: tuple[str, ...]
+
+    @property
+    def examples(self) -> pa.Table:
+        """One line an example."""
+        return read_parts(self.folder, EXAMPLES)
+
+    @property
+    def tokens(self) -> pa.Table:
+        """One line a token."""
+        return read_parts(self.folder, TOKENS)
+
+
+def replay_dataset(
+    model: str | PathLike[str] | PreTrainedModel,
+    archive: Archive | str | PathLike[str],
+    *,
+    out: str | PathLike[str],
+    edits: EditSource,
+    at: str | Iterable[str] | None = None,
+    examples: Sequence[int] | None = None,
+    where: str | None = None,
+    tokens: Sequence[int] = (),
+    force: bool = False,
+    device: str = "auto",
+    command: str | None = None,
+    on_example: Callable[[int, int], None] = lambda *_: None,
+) -> ReplayResult:
+    """Replay the examples of an archive with edits and without, and write what the edits change.
+
+    A run that was killed goes on: finished parts stay, and the tables are the same as if nothing had happened.
+
+    Args:
+        model: The model that was captured: a transformers model, or a hub id or folder of one.
+        archive: The archive, or its folder. Of one that is not sealed, the captured examples are taken.
+        out: Folder of the result; if it is one of the same request, what is missing is computed.
+        edits: Edits in order, as `residua.replay` takes them.
+        at: Where stored rows go in; None runs the model in full.
+        examples: Numbers of the examples; all unless given.
+        where: A condition such as ``label == "code"``; examples with a row that meets it are taken.
+        tokens: Token ids whose logits are told.
+        force: Go on with a model that is not the one that was captured, and note it.
+        device: Device of the model, if it is loaded here.
+        command: The command line, for the provenance.
+        on_example: Called with the examples done and in all.
+
+    Returns:
+        The tables, and what has to be said of them.
+
+    Raises:
+        PlanError: An edit does not fit, examples do not exist, the model is another, `out` holds another request.
+        NotCapturedError: Nothing of what was asked for is captured yet.
+
+    Example:
+        >>> found = residua.replay_dataset(  # doctest: +SKIP
+        ...     "models/pydoc-1m", "acts.zarr", out="ablated", at="resid_post.1", edits="ablate.yaml"
+        ... )
+        >>> found.examples["loss_change"]  # doctest: +SKIP
+    """
+    opened = archive if isinstance(archive, Archive) else Archive(archive)
+    parsed = parse_edits(edits)
+    places = [] if at is None else [at] if isinstance(at, str) else list(at)
+    schedule = Schedule(
+        opened.example_table.index(),
+        rows_per_shard=opened.plan.rows_per_shard,
+        batch_tokens=opened.plan.batch_tokens or _BATCH_TOKENS,
+    )
+    chosen = _chosen(opened, examples, where) & _captured(opened, schedule)
+    if not chosen.any():
+        raise NotCapturedError(f"{opened.path} has none of these examples whole yet: run the capture first")
+    loaded = captured_model(opened, model, device=device)
+    with running_as_captured(opened, loaded):
+        runs = _Runs(schedule, loaded, Replayer(loaded, opened, at=places, edits=parsed, force=force), tokens)
+        request: dict[str, Any] = {
+            "archive": opened.plan.digest,
+            "model": dict(opened.plan.model),
+            "at": list(runs.edited.start.sites),
+            "edits": [edit.to_json() for edit in parsed],
+            "examples": None if examples is None else sorted(set(examples)),
+            "where": where,
+            "tokens": list(tokens),
+            "force": force,
+        }
+        facts = {"reproducible": is_reproducible(parsed), "notes": list(runs.edited.notes), "command": command}
+        resumed = begin_or_go_on(Path(out), request, facts)
+        notes = runs.write(Path(out), chosen, on_example)
+        runs.close()
+    return ReplayResult(
+        folder=Path(out), n_examples=int(chosen.sum()), resumed=resumed, notes=(*runs.edited.notes, *notes)
+    )
+
+
+def _chosen(archive: Archive, examples: Sequence[int] | None, where: str | None) -> npt.NDArray[np.bool_]:
+    """Say for each example whether it was asked for and has a row."""
+    index = archive.example_table.index()
+    chosen = np.full(index.n_examples, examples is None)
+    if examples is not None:
+        wrong = [number for number in examples if not 0 <= number < index.n_examples]
+        if wrong:
+            raise PlanError(f"examples {wrong[:3]}: the archive has {index.n_examples:,}, counted from 0")
+        chosen[list(examples)] = True
+    if where is not None:
+        meant = np.zeros_like(chosen)
+        meant[np.searchsorted(index.first_row, RowFilter.parse(where).rows(archive), side="right") - 1] = True
+        chosen &= meant
+    chosen &= index.n_rows > 0  # an example without rows has run in no batch
+    if not chosen.any():
+        raise PlanError("no example is left: the choice of examples and the condition leave none with a row")
+    return chosen
+
+
+def _captured(archive: Archive, schedule: Schedule) -> npt.NDArray[np.bool_]:
+    """Say for each example whether its whole group is captured, so that the group's part can be written for good."""
+    captured = np.zeros(len(archive.example_table), bool)
+    for group in range(schedule.n_shards):
+        if all(shard in archive.commits for shard in range(group, schedule.reach(group) + 1)):
+            captured[schedule.group(group)] = True
+    return captured
+
+
+class _Runs:
+    """Runs the batches of an archive, edited and not."""
+
+    def __init__(self, schedule: Schedule, model: PreTrainedModel, edited: Replayer, tokens: Sequence[int]) -> None:
+        self.edited = edited
+        self._archive = edited.archive
+        self._schedule = schedule
+        self._tokens = tokens
+        self._top = self._highest(model)
+        vocabulary = model.config.get_text_config().vocab_size
+        if wrong := [token for token in tokens if not 0 <= token < vocabulary]:
+            raise PlanError(f"logits of the tokens {wrong[:3]} were asked for: the model has {vocabulary:,}, from 0")
+
+    def _highest(self, model: PreTrainedModel) -> Replayer | None:
+        """Return what starts the run without edits above the edits' own start; None where that would not be exact."""
+        stored = [name for name in self._archive.sites if name.startswith(("resid_post.", "final"))]
+        if not stored or self.edited.notes:
+            return None
+        highest = Replayer(model, self._archive, at=[max(stored, key=_depth)])
+        return None if highest.notes or highest.start.block <= self.edited.start.block else highest
+
+    def write(
+        self, folder: Path, chosen: npt.NDArray[np.bool_], on_example: Callable[[int, int], None]
+    ) -> tuple[str, ...]:
+        """Write the parts that are not there yet; returns what has to be said of the batches."""
+        done, total = 0, int(chosen.sum())
+        notes: dict[str, str] = {}
+        for group in range(self._schedule.n_shards):
+            members = [examples[chosen[examples]] for examples in (b.examples for b in self._schedule.batches(group))]
+            batches = [found.tolist() for found in members if len(found)]
+            n_examples = sum(map(len, batches))
+            if batches and not part_path(folder, EXAMPLES, group).exists():
+                found: list[Comparison] = []
+                for batch, examples in self._with_rows_ahead(batches):
+                    found += self._compare(batch, examples, notes)
+                    on_example(done + len(found), total)
+                write_part(folder, group, found, self._tokens)
+            done += n_examples
+            on_example(done, total)
+        return tuple(notes.values())
+
+    def _with_rows_ahead(self, batches: Sequence[list[int]]) -> Iterator[tuple[PlanBatch, list[int]]]:
+        """Yield each batch while the rows of the next one are read."""
+        ahead = self.edited.batch(batches[0])
+        for number, examples in enumerate(batches):
+            batch = ahead
+            if number + 1 < len(batches):
+                ahead = self.edited.batch(batches[number + 1])
+                for site in self.edited.start.sites:
+                    self.edited.stored.prefetch(site, batch_rows(ahead.rows, ahead.n_positions).row)
+            yield batch, examples
+
+    def _compare(self, batch: PlanBatch, examples: Sequence[int], notes: dict[str, str]) -> Iterator[Comparison]:
+        other = unlike_the_plan(self._archive, examples)
+        for kind, note in (("in full", self.edited.starts_at(batch)[1]), ("other batch", other)):
+            if note:
+                notes.setdefault(kind, note)  # the first of its kind speaks for all
+        below = self.edited if self._top is None or other else self._top
+        edited, unedited = self.edited.run(batch).logits, below.run(batch, edited=False).logits
+        if edited is None or unedited is None:
+            raise CaptureError("the model gave no logits: a replay of a whole archive needs all of it in this process")
+        for example, logits, before in zip(batch.rows, edited, unedited, strict=True):
+            yield Comparison(example=example, edited=logits, unedited=before)
+
+    def close(self) -> None:
+        """End the threads that read ahead."""
+        for replayer in (self.edited, self._top):
+            if replayer is not None:
+                replayer.stored.close()
+
+
+def _depth(site: str) -> float:
+    return float("inf") if site == "final" else int(site.rpartition(".")[2])

@@ -1,0 +1,54 @@
+"""What a folder of results says of itself in ``residua.json``: what was asked for, and under which conditions."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from residua.capture.provenance import environment
+from residua.store.canonical import flatten
+from residua.store.errors import PlanError
+from residua.store.files import sweep, write_file
+
+RECORD = "residua.json"
+
+
+def begin_or_go_on(folder: Path, request: Mapping[str, Any], facts: Mapping[str, Any]) -> bool:
+    """Write the record of a request, or compare it with the one that is there; returns whether one was.
+
+    Args:
+        folder: Where results go.
+        request: What was asked for, as JSON values: an earlier run goes on only if it is the same.
+        facts: What else is to be known; kept as the first run had it.
+
+    Raises:
+        PlanError: The folder holds the results of another request, or no results of ours.
+    """
+    path = folder / RECORD
+    if path.exists():
+        _compare(path, json.loads(json.dumps(request)))
+        sweep(folder)
+        return True
+    if folder.exists() and any(folder.iterdir()):
+        raise PlanError(f"{folder} is not empty and has no {RECORD}: choose another folder for the results")
+    record = {"request": request, **facts, "conditions": environment()}
+    write_file(path, [json.dumps(record, indent=2, ensure_ascii=False).encode()])
+    return False
+
+
+def _compare(path: Path, request: Mapping[str, Any]) -> None:
+    try:
+        before = json.loads(path.read_text())["request"]
+        there = flatten(before)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise PlanError(f"{path} is no record of a replay: choose another folder for the results") from error
+    if before != request:
+        here = flatten(request)
+        keys = [key for key in sorted(there.keys() | here.keys()) if there.get(key) != here.get(key)]
+        listed = "\n  ".join(f"{key}: {_short(there.get(key))} there, {_short(here.get(key))} now" for key in keys)
+        raise PlanError(f"{path.parent} holds the results of another request:\n  {listed}\nChoose another --out.")
+
+
+def _short(value: object) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 80 else text[:77] + "..."
