@@ -1,6 +1,6 @@
 """Run every benchmark and write `benchmarks/README.md`: `python benchmarks/run.py`, or `make bench`.
 
-About fifteen minutes on two cores, on a machine that does nothing else. One benchmark alone is `python
+About twenty minutes on two cores, on a machine that does nothing else. One benchmark alone is `python
 benchmarks/NAME.py`; `python benchmarks/run.py NAME` runs it and renews its part of the page.
 """
 
@@ -16,6 +16,7 @@ TITLES = {
     "read": "Reading",
     "analysis": "Reading for analysis",
     "memory": "Memory",
+    "lens": "Tuned lenses",
     "throughput": "Two workers against one",
 }
 HEAD = """# Benchmarks

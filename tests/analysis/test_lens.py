@@ -1,7 +1,10 @@
 """A lens on a small archive: judged by hand, the same on every cluster, never worse than the logit lens."""
 
 import json
+import multiprocessing
+import time
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import numpy as np
@@ -126,15 +129,28 @@ def fit_on(cluster: Cluster, archive: Archive, out: Path, **settings: Any) -> by
     return (out / "params.pt").read_bytes()
 
 
+def kill_a_worker(moment: Path) -> None:
+    """Kill a worker once a file is there: the layers are being fitted then."""
+    deadline = time.monotonic() + 120
+    while not moment.is_file():
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+    victim, *_ = multiprocessing.active_children()
+    victim.kill()
+
+
 def test_every_number_of_workers_gives_the_same_lens(archive: Archive, tmp_path: Path) -> None:
-    """To the bit, whichever layers go together; only where rows are split, which is said, it is another."""
+    """To the bit, whichever layers go together, and though a worker dies; where rows are split, it is another."""
     with connect("inline") as inline:
         alone = fit_on(inline, archive, tmp_path / "alone", epochs=2)
         assert fit_on(inline, archive, tmp_path / "apart", epochs=2, together=1) == alone
         split = fit_on(inline, archive, tmp_path / "split", epochs=2, parts=2)
     with connect(workers=2, memory_limit="2GiB") as two:
         assert fit_on(two, archive, tmp_path / "two", epochs=2) == alone
+        killer = Thread(target=kill_a_worker, args=(tmp_path / "parts" / "work" / "sums-2.safetensors",))
+        killer.start()
         assert fit_on(two, archive, tmp_path / "parts", epochs=2, parts=2) == split
+        killer.join()
     assert split != alone
     scores = [TunedLens.load(tmp_path / name).report for name in ("alone", "split")]
     one, other = (score["kl"].to_numpy().mean() for score in scores if score is not None)
