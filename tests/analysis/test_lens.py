@@ -129,6 +129,22 @@ def fit_on(cluster: Cluster, archive: Archive, out: Path, **settings: Any) -> by
     return (out / "params.pt").read_bytes()
 
 
+class Pretended:
+    """This process, as a cluster of another size."""
+
+    def __init__(self, inline: Cluster, n_workers: int, memory_limit: int) -> None:
+        self.n_workers, self.memory_limit, self.map = n_workers, memory_limit, inline.map
+
+
+def test_little_memory_parts_layers_and_spare_workers_split_rows(archive: Archive, tmp_path: Path) -> None:
+    with connect("inline") as inline:
+        alone = fit_on(inline, archive, tmp_path / "alone")
+        assert fit_on(Pretended(inline, 1, 2**20), archive, tmp_path / "little") == alone
+        assert fit_on(Pretended(inline, 3, 2**32), archive, tmp_path / "three") == alone
+        split = fit_on(inline, archive, tmp_path / "split", parts=2)
+        assert fit_on(Pretended(inline, 4, 2**32), archive, tmp_path / "four") == split
+
+
 def kill_a_worker(moment: Path) -> None:
     """Kill a worker once a file is there: the layers are being fitted then."""
     deadline = time.monotonic() + 120

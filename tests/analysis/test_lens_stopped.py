@@ -90,4 +90,4 @@ def test_a_large_vocabulary_takes_bounded_memory() -> None:
     shown = subprocess.run([sys.executable, "-c", LARGE], capture_output=True, text=True, check=True, timeout=200)
     found = json.loads(shown.stdout)
     assert found["rows"] == 400
-    assert found["added"] < 640 * 2**20
+    assert found["added"] < 400 * 2**20
