@@ -113,7 +113,7 @@ class LensTraining:
         scores = self._judge()
         penalties = {depth: read_tensors(layer_path(self._work, depth))["penalty"].item() for depth in maps}
         identity = Translator.identity(self._points.width)
-        kept = {depth: named.get(best_map(scores[depth]), identity) for depth, named in maps.items()}
+        kept = {depth: named.get(best_map(scores[depth]), identity).copy() for depth, named in maps.items()}
         head = load_head(self._archive.path / "head")
         return LensParts(head, kept, self._config(head), report_table(self._points.sites, scores, penalties))
 

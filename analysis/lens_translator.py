@@ -35,6 +35,10 @@ class Translator(NamedTuple):
         weight = torch.stack([part.weight.double() for part in parts]).mean(0)
         return cls(weight.float(), torch.stack([part.bias.double() for part in parts]).mean(0).float())
 
+    def copy(self) -> Self:
+        """Return a copy in memory of a map that may lie in a file."""
+        return type(self)(self.weight.clone(), self.bias.clone())
+
     def __call__(self, hidden_ND: Tensor) -> Tensor:
         """Map (rows, width), float32."""
         return torch.addmm(self.bias, hidden_ND, self.weight)
