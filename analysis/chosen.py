@@ -34,7 +34,7 @@ def block_rows(archive: Archive, sites: Sequence[str], buffer_bytes: int) -> int
     specs = [spec for site in sites for spec in archive[site].specs]
     heights = [spec.rows_per_chunk for spec in specs]
     if all(PRESETS[spec.preset].effort is None for spec in specs):
-        rows = min(*heights, 1 << max(0, (_RAW_BYTES // size).bit_length() - 1), heights[0])
+        rows = min(*heights, 1 << max(0, (_RAW_BYTES // size).bit_length() - 1))
     else:
         rows = max(heights)
         while rows > min(heights) and rows * size * _FEWEST_PER_BUFFER > buffer_bytes:
@@ -65,19 +65,19 @@ class ChosenRows:
         self._starts = np.concatenate([np.zeros(0, np.int64), *pieces])
         shard_stops = np.repeat([stop for _, stop in shards], [len(piece) for piece in pieces])
         self._heights = np.minimum(height, shard_stops - self._starts)
-        self._offsets = np.cumsum(self._heights) - self._heights
+        self._rows_per_shard = archive.plan.rows_per_shard
         self.counts: Rows = self._heights
-        self._bits: npt.NDArray[np.uint8] | None = None
+        self._bits: dict[int, npt.NDArray[np.uint8]] = {}  # by shard; empty if all rows are chosen
         if where is not None:
-            self._choose(np.concatenate([np.zeros(0, bool), *(where.mask(archive, *shard) for shard in shards)]))
+            counts = [np.zeros(0, np.int64)]
+            for (start, stop), piece in zip(shards, pieces, strict=True):
+                mask = where.mask(archive, start, stop)
+                counts.append(np.add.reduceat(mask, piece - start, dtype=np.int64))
+                self._bits[start // self._rows_per_shard] = np.packbits(mask)
+            self.counts = np.concatenate(counts)
         if not self.n_rows:
             found = f"{int(self._heights.sum()):,} captured rows" + (f", none with {where.text}" if where else "")
             raise AnalysisError(f"there is nothing to load: {archive.path} has {found}: capture, or choose, some")
-
-    def _choose(self, mask: npt.NDArray[np.bool_]) -> None:
-        if len(mask):
-            self.counts = np.add.reduceat(mask.astype(np.int64), self._offsets)
-        self._bits = np.packbits(mask)
 
     @property
     def n_rows(self) -> int:
@@ -90,7 +90,7 @@ class ChosenRows:
         Neighbours of which all rows are chosen come as one range, others as the numbers of one block each.
         """
         at = 0
-        if self._bits is None:
+        if not self._bits:
             starts, stops = self._starts[runs.block] + runs.first, self._starts[runs.block] + runs.last
             breaks = np.flatnonzero(starts[1:] != stops[:-1]) + 1
             begins, ends = starts[[0, *breaks]].tolist(), stops[[*(breaks - 1), -1]].tolist()
@@ -104,8 +104,10 @@ class ChosenRows:
                 at += last - first
 
     def _chosen(self, block: int) -> Rows:
-        byte, skipped = divmod(int(self._offsets[block]), 8)
+        start = int(self._starts[block])
+        shard, offset = divmod(start, self._rows_per_shard)
+        byte, skipped = divmod(offset, 8)
         n_bits = skipped + int(self._heights[block])
-        bits = self._bits[byte : byte + -(-n_bits // 8)] if self._bits is not None else np.zeros(0, np.uint8)
-        chosen: Rows = self._starts[block] + np.flatnonzero(np.unpackbits(bits, count=n_bits)[skipped:])
+        bits = np.unpackbits(self._bits[shard][byte : byte + -(-n_bits // 8)], count=n_bits)
+        chosen: Rows = start + np.flatnonzero(bits[skipped:])
         return chosen

@@ -161,6 +161,20 @@ def test_workers_give_every_row_once_and_resume(fast: Archive) -> None:
         next(iter(alone))
 
 
+def test_workers_may_be_forked_while_readers_have_threads(fast: Archive) -> None:
+    """A child that waited for its parent's threads would hang."""
+    archive = Archive(fast.path, threads=4)
+    assert len(archive[SITES[0]][:]) == N_ROWS
+    loader = make(archive, num_workers=2, shuffle=False, buffer_bytes=8 * SMALL)
+    assert sorted(flat(rows_of(loader))) == list(range(N_ROWS))
+
+
+def test_ranks_are_those_of_torch_distributed(fast: Archive, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"is_initialized": True, "get_rank": 1, "get_world_size": 3}.items():
+        monkeypatch.setattr(torch.distributed, name, lambda value=value: value)
+    assert rows_of(make(fast)) == rows_of(make(fast, rank=1, world_size=3))
+
+
 def test_a_state_of_other_settings_is_refused(fast: Archive, tmp_path: Any) -> None:
     state = make(fast, seed=3).state_dict()
     with pytest.raises(AnalysisError, match="seed was 3 and is 4; rank was 0 and is 1; world_size was 1 and is 2"):
