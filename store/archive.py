@@ -7,12 +7,11 @@ from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import numpy as np
 import pyarrow as pa
 import zarr
 from tokenizers import Tokenizer
 
-from residua.store.arrays import open_array
+from residua.store.arrays import check_arrays
 from residua.store.commits import Commit, check_commits, named_parts, read_commits
 from residua.store.errors import DamagedArchiveError, NotCapturedError, ResiduaError, UnsafeArchiveError
 from residua.store.examples import ExampleTable
@@ -20,9 +19,10 @@ from residua.store.metadata import SIDE_FOLDERS, read_metadata
 from residua.store.plan import ROW_COLUMNS, Plan
 from residua.store.reader import Check, RowNumbers
 from residua.store.sitenames import select
-from residua.store.small_files import check_inside, read_small
+from residua.store.small_files import read_small
 from residua.store.spec import ArraySpec
 from residua.store.stored import Array, StoredArray
+from residua.store.texts import read_tokenizer, text_around
 
 _TOKENIZER = "tokenizer/tokenizer.json"
 
@@ -66,7 +66,8 @@ class Archive(Mapping[str, StoredArray]):
         self._check: Check = check
         self._threads = threads
         self.metadata = read_metadata(self.path)
-        self._check_arrays()
+        sealed = self.metadata.sealed
+        check_arrays(self.path, self.plan.arrays, self.plan.n_rows if sealed is None else _count(sealed.get("n_rows")))
 
     @property
     def plan(self) -> Plan:
@@ -175,23 +176,13 @@ class Archive(Mapping[str, StoredArray]):
         """Raise NotCapturedError unless every one of `rows` lies in a committed shard."""
         if self._is_complete:
             return
-        missing = next((shard for shard in self._shards_of(rows) if shard not in self.commits), None)
+        missing = next((shard for shard in self.plan.shards_of(rows) if shard not in self.commits), None)
         if missing is not None:
             first = missing * self.plan.rows_per_shard
             raise NotCapturedError(
                 f"rows from {first:,} on are not captured yet ({self.progress.rows:,} of {self.n_rows:,} are): "
                 "run the same capture again to go on, then open the archive anew."
             )
-
-    def _shards_of(self, rows: range | RowNumbers) -> Iterable[int]:
-        """Return the shards that `rows` lie in, ascending; of a range, which may be huge, without listing it."""
-        height = self.plan.rows_per_shard
-        if not isinstance(rows, range):
-            return map(int, np.unique(rows // height))
-        rows = rows if rows.step > 0 else rows[::-1]
-        if rows.step < height:
-            return range(rows[0] // height, rows[-1] // height + 1) if rows else ()
-        return (row // height for row in rows)
 
     @cached_property
     def _is_complete(self) -> bool:
@@ -211,21 +202,9 @@ class Archive(Mapping[str, StoredArray]):
                 raise DamagedArchiveError(f"{self.path / name} is missing: restore the file from a copy")
         # Parquet has no checksum over its footer and page headers, and a flipped bit there changes numbers.
         digests = {} if self._check == "never" else {Path(name).name: digest for name, digest in parts.items()}
-        table = ExampleTable(self.path / "examples", digests=digests)
-        found = table.index().digest
         source = self.metadata.sealed or self.plan.dataset  # neither says it while a user's own loop is open
-        expected = source.get("examples", source.get("digest"))
-        n_rows = table.index().total_rows
-        if self._known_rows not in (None, n_rows):
-            raise UnsafeArchiveError(
-                f"{self.path}/examples: the examples have {n_rows:,} rows, but the archive has {self._known_rows:,}: "
-                "copy it again from where it came from"
-            )
-        if expected not in (None, found):
-            raise DamagedArchiveError(
-                f"{self.path}/examples: the examples' digest is {found[:12]}, but the archive was made for {expected}: "
-                "restore the parts from a copy"
-            )
+        table = ExampleTable(self.path / "examples", digests=digests)
+        table.require(n_rows=self._known_rows, digest=source.get("examples", source.get("digest")))
         return table
 
     @cached_property
@@ -289,20 +268,13 @@ class Archive(Mapping[str, StoredArray]):
                 f"{self.path}: row {row:,} is said to be position {at} of example {example}, and there is no such "
                 "token: run residua verify on the archive"
             )
-        pieces = (tokens[max(0, at - context) : at], tokens[at : at + 1], tokens[at + 1 : at + 1 + context])
-        before, here, after = (tokenizer.decode(piece, skip_special_tokens=False) for piece in pieces)
-        return f"{before}«{here}»{after}"
+        return text_around(tokenizer, tokens, at, context)
 
     @cached_property
     def tokenizer(self) -> Tokenizer | None:
         """The stored tokenizer (of the `tokenizers` package), or None if the archive has none."""
-        path, text = self.path / _TOKENIZER, self.side_file(_TOKENIZER)
-        if text is None:
-            return None
-        try:
-            return Tokenizer.from_buffer(text)
-        except Exception as error:  # the Rust library raises plain Exception for any bad file
-            raise DamagedArchiveError(f"{path} is not a tokenizer that can be read ({error}): restore it") from error
+        content = self.side_file(_TOKENIZER)
+        return None if content is None else read_tokenizer(content, self.path / _TOKENIZER)
 
     def side_file(self, name: str) -> bytes | None:
         """Return the content of a small file beside the arrays, ``head/attention.json`` say; None if there is none.
@@ -322,22 +294,6 @@ class Archive(Mapping[str, StoredArray]):
     def group(self) -> zarr.Group:
         """The archive as a plain Zarr group, read-only."""
         return zarr.open_group(str(self.path), mode="r")
-
-    def _check_arrays(self) -> None:
-        """Compare every array's own metadata with the plan, before anything is read by it."""
-        sealed = self.metadata.sealed
-        expected = self.plan.n_rows if sealed is None else _count(sealed.get("n_rows"))
-        for spec in self.plan.arrays:
-            found, n_rows, _ = open_array(self.path, spec.path)
-            check_inside(self.path, self.path / spec.path / "c")
-            if found != spec:
-                raise UnsafeArchiveError(
-                    f"{self.path / spec.path}/zarr.json describes {found}, but the archive's plan says {spec}"
-                )
-            if expected is not None and n_rows != expected:
-                raise UnsafeArchiveError(
-                    f"{self.path / spec.path}/zarr.json has {n_rows:,} rows, the archive {expected:,}"
-                )
 
 
 def _count(value: object) -> int:

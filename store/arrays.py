@@ -7,7 +7,7 @@ what the caller adds, and a SHA-256 of the document, so that an altered byte is 
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from math import prod
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -23,7 +23,7 @@ from residua.store.dtypes import storage_dtype
 from residua.store.errors import DamagedArchiveError, PlanError, UnsafeArchiveError
 from residua.store.files import write_file
 from residua.store.shard import INDEX_CODECS, INDEX_LOCATION
-from residua.store.small_files import read_small
+from residua.store.small_files import check_inside, read_small
 from residua.store.spec import MAX_ROWS, MAX_ROWS_PER_SHARD, ArraySpec
 
 METADATA = "zarr.json"
@@ -246,3 +246,26 @@ def _configuration(value: object, name: str) -> dict[str, Any]:
 def _require(name: str, found: object, expected: object) -> None:
     if found != expected:
         raise ValueError(f"{name} is {found!r}, expected {expected!r}")
+
+
+def check_arrays(root: Path, specs: Iterable[ArraySpec], n_rows: int | None) -> None:
+    """Compare every array's own metadata with what the plan says of it, before anything is read by it.
+
+    Args:
+        root: Folder of the archive.
+        specs: The arrays of the plan.
+        n_rows: Rows that each must have; None if nobody knows yet.
+
+    Raises:
+        DamagedArchiveError: The metadata of an array is missing or cannot be read.
+        UnsafeArchiveError: It says something else than the plan, or a link leads out of the archive.
+    """
+    for spec in specs:
+        found, found_rows, _ = open_array(root, spec.path)
+        check_inside(root, root / spec.path / "c")
+        if found != spec:
+            raise UnsafeArchiveError(
+                f"{root / spec.path}/zarr.json describes {found}, but the archive's plan says {spec}"
+            )
+        if n_rows is not None and found_rows != n_rows:
+            raise UnsafeArchiveError(f"{root / spec.path}/zarr.json has {found_rows:,} rows, the archive {n_rows:,}")

@@ -108,6 +108,25 @@ class ExampleTable:
                     types[field.name] = field.type
         return {name: kind for name, kind in types.items() if name not in OWN_COLUMNS}
 
+    def require(self, *, n_rows: int | None, digest: object) -> None:
+        """Compare the examples with what their archive says of them; None where it says nothing.
+
+        Raises:
+            UnsafeArchiveError: They have another number of rows.
+            DamagedArchiveError: They have another digest.
+        """
+        index = self.index()
+        if n_rows not in (None, index.total_rows):
+            raise UnsafeArchiveError(
+                f"{self._folder}: the examples have {index.total_rows:,} rows, but the archive has {n_rows:,}: "
+                "copy it again from where it came from"
+            )
+        if digest not in (None, index.digest):
+            raise DamagedArchiveError(
+                f"{self._folder}: the examples' digest is {index.digest[:12]}, but the archive was made for {digest}: "
+                "restore the parts from a copy"
+            )
+
     def verify(self) -> None:
         """Read all tokens and positions and compare them with the digest that each part records.
 

@@ -5,11 +5,14 @@ digest names the run: two captures with equal digests hold the same rows in the 
 are no part of it (they are provenance), so an archive may be moved, and resumed elsewhere.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from functools import cached_property
 from math import prod
 from typing import Literal, cast
+
+import numpy as np
+import numpy.typing as npt
 
 from residua.store.canonical import Json, canonical_json, digest_of, flatten
 from residua.store.codecs import INT8, PRESETS
@@ -136,6 +139,16 @@ class Plan:
     def site(self, name: str) -> SitePlan:
         """Return the plan of site `name`; KeyError if the plan has none."""
         return {site.name: site for site in self.sites}[name]
+
+    def shards_of(self, rows: range | npt.NDArray[np.int64]) -> Iterable[int]:
+        """Return the shards that `rows` lie in, ascending; of a range, which may be huge, without listing it."""
+        height = self.rows_per_shard
+        if not isinstance(rows, range):
+            return map(int, np.unique(rows // height))
+        rows = rows if rows.step > 0 else rows[::-1]
+        if rows.step < height:
+            return range(rows[0] // height, rows[-1] // height + 1) if rows else ()
+        return (row // height for row in rows)
 
     def n_shards(self, n_rows: int) -> int:
         """Return how many shards `n_rows` rows fill."""
