@@ -83,6 +83,16 @@ def layout(model: nn.Module) -> str:
     return " x ".join([*parts, *(["zero3" if is_zero3(model) else "fsdp2"] if is_sharded(model) else [])]) or "single"
 
 
+def changed_layout(provenance: Mapping[str, object], model: nn.Module) -> tuple[str, ...]:
+    """Return a sentence if a model lies otherwise than when `provenance` was written; none if that does not say."""
+    described = provenance.get("model")
+    then = described.get("layout") if isinstance(described, Mapping) else None
+    now = layout(model)
+    if then in (None, now):
+        return ()
+    return (f"layout of the model: {then} when it was captured, {now} now: values are rounded in another order",)
+
+
 def _attention(model: nn.Module) -> str | None:
     return model.config._attn_implementation if isinstance(model, PreTrainedModel) else None
 

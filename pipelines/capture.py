@@ -21,6 +21,7 @@ from residua.capture.oracle import whole_sites
 from residua.capture.probing import evaluating
 from residua.capture.provenance import (
     changed_conditions,
+    changed_layout,
     config_differences,
     describe_model,
     environment,
@@ -333,6 +334,7 @@ class _Job:
     def _compare(self, plan: Plan) -> None:
         archive = self._opened()
         self._notes.extend(changed_conditions(archive.provenance))
+        self._notes.extend(changed_layout(archive.provenance, self._model))
         found = archive.plan
         if found.digest != plan.digest:
             lines = found.differences(plan)

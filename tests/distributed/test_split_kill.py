@@ -100,6 +100,18 @@ def test_all_stop_in_time_when_they_are_told_to(gang: Gang, dataset: Path, refer
     resume(gang, dataset, out, reference, 2)
 
 
+def test_a_launch_joins_a_launch_and_each_keeps_its_own_replicas(
+    gang: Gang, dataset: Path, reference: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "a.zarr"
+    words = capture_words(dataset, out, *SITES, "--json", "--join")
+    late = [Start(words=words, env=start.env, slow=0.05, after=str(out / "zarr.json")) for start in launched(words, 2)]
+    ended = gang.run([*launched(words, 2, slow=0.1), *late])
+    assert [end.code for end in ended] == [0] * 4, ended
+    check_end(out, reference)
+    assert sum(worker["stats"]["committed_rows"] > 0 for worker in summary(ended[0])["workers"]) == 2
+
+
 def test_ranks_that_do_not_make_whole_replicas_are_refused(gang: Gang, dataset: Path, tmp_path: Path) -> None:
     words = capture_words(dataset, tmp_path / "a.zarr", *SITES)
     [alone] = gang.run([Start(words=words, env={})])
