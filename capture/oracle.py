@@ -5,6 +5,8 @@ its shard, and weights may lie on meta. So its unsharded twin is asked: the same
 without weights.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from copy import deepcopy
 from weakref import WeakKeyDictionary
 
@@ -12,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.integrations import deepspeed as hf_deepspeed
 
 from residua.capture.siteinfo import SiteInfo
 from residua.capture.sites import resolve_sites
@@ -61,11 +64,24 @@ def _twin_of(core: PreTrainedModel) -> PreTrainedModel:
         text = config.get_text_config()
         if any(getattr(text, name, None) for name in ("num_local_experts", "num_experts")):
             options["experts_implementation"] = "batched_mm"  # the default counts tokens, which meta cannot
-        with torch.device("meta"):
+        with _without_zero3(), torch.device("meta"):
             twin = _class_of(core)._from_config(config, **options)  # type: ignore[no-untyped-call]  # theirs
         nn.Module.train(twin, False)
         _twins[core] = twin
     return _twins[core]
+
+
+@contextmanager
+def _without_zero3() -> Iterator[None]:
+    """Keep transformers from cutting up a new model by ZeRO-3, where the user's configuration asks for it."""
+    reference = hf_deepspeed._hf_deepspeed_config_weak_ref
+    asked = None if reference is None else reference()
+    hf_deepspeed.unset_hf_deepspeed_config()  # type: ignore[no-untyped-call]  # theirs
+    try:
+        yield
+    finally:
+        if asked is not None:
+            hf_deepspeed.set_hf_deepspeed_config(asked)
 
 
 def _class_of(core: PreTrainedModel) -> type[PreTrainedModel]:

@@ -15,6 +15,7 @@ from tests.models import SPLIT
 def zero3(model: nn.Module) -> nn.Module:
     """Cut every parameter of a model up with DeepSpeed; the engine around it."""
     import deepspeed
+    from transformers.integrations.deepspeed import HfDeepSpeedConfig
 
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # it would be compiled, for a minute and more
     sharding = {"stage": 3, "stage3_param_persistence_threshold": 0, "memory_efficient_linear": False}
@@ -25,6 +26,8 @@ def zero3(model: nn.Module) -> nn.Module:
     }
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)  # without one there is no backward pass
     engine: nn.Module = deepspeed.initialize(model=model, optimizer=optimizer, config=config)[0]
+    asked = HfDeepSpeedConfig(config)  # type: ignore[no-untyped-call]  # theirs; as Trainer and Accelerate ask
+    vars(engine)["asked"] = asked
     assert all(parameter.numel() == 0 for parameter in engine.parameters()), "nothing is sharded: no test"
     return engine
 
