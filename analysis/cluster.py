@@ -142,7 +142,9 @@ class _Distributed:
                     with _failing(stage, number):
                         result = future.result()
                     del future  # the result may be large, and is the caller's now
-                    submit(1)
+                    # Workers come and go; and while one job is left to be submitted, the loop must not run dry.
+                    room = _AHEAD * sum(self._client.nthreads().values()) - len(numbers)
+                    submit(max(room, 0 if numbers else 1))
                     bar.update()
                     yield number, result
         finally:
@@ -201,10 +203,13 @@ def _remote(scheduler: str) -> Iterator[Client]:
             "leave the address out for a cluster on this machine"
         ) from error
     with client:
-        if not client.scheduler_info(n_workers=-1)["workers"]:
+        try:
+            client.wait_for_workers(1, timeout=_CONNECT_SECONDS)
+        except TimeoutError as error:
             raise AnalysisError(
-                f"the Dask scheduler at {scheduler} has no workers: start some (dask worker {scheduler})"
-            )
+                f"the Dask scheduler at {scheduler} has no workers: start some (dask worker {scheduler}), or wait "
+                "until those that were asked for have started"
+            ) from error
         yield client
 
 

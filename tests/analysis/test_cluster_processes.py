@@ -83,6 +83,19 @@ def test_a_bar_names_the_stage(scheduler: str, archive: Archive, capfd: pytest.C
     assert "adding up Gram matrices:   0%" in capfd.readouterr().err
 
 
+def test_a_scheduler_must_have_workers_soon(monkeypatch: pytest.MonkeyPatch) -> None:
+    make: Any = distributed.LocalCluster
+    with make(n_workers=0, dashboard_address="127.0.0.1:0", threads_per_worker=1) as empty:
+        monkeypatch.setattr("residua.analysis.cluster._CONNECT_SECONDS", 1)
+        with pytest.raises(AnalysisError, match="has no workers: start some"), connect(empty.scheduler_address):
+            pass
+        monkeypatch.setattr("residua.analysis.cluster._CONNECT_SECONDS", 60)
+        empty.scale(1)
+        with connect(empty.scheduler_address) as cluster:
+            assert cluster.n_workers == 1
+            assert len(list(cluster.map(jobs.threads_seen, range(5), stage="threads"))) == 5
+
+
 def test_a_worker_needs_less_memory_than_the_archive_has(tmp_path: Path) -> None:
     limit, height, n_shards = 512 * MIB, 2**18, 24
     values = np.random.default_rng(0).standard_normal((height, 32), np.float32)
