@@ -24,7 +24,7 @@ from residua.store.errors import DamagedArchiveError, PlanError, UnsafeArchiveEr
 from residua.store.files import write_file
 from residua.store.shard import INDEX_CODECS, INDEX_LOCATION
 from residua.store.small_files import check_inside, read_small
-from residua.store.spec import MAX_ROWS, MAX_ROWS_PER_SHARD, ArraySpec
+from residua.store.spec import MAX_COLUMN_SHARDS, MAX_ROWS, MAX_ROWS_PER_SHARD, ArraySpec
 
 METADATA = "zarr.json"
 MAX_ROW_BYTES = 2**31
@@ -173,8 +173,8 @@ def _parse(document: dict[str, Any], node: str) -> tuple[ArraySpec, int, dict[st
     if shard[1:] != chunk[1:] or shard[2:] != row_shape[1:]:
         raise ValueError(f"rows have shape {row_shape}, but shards {shard} and chunks {chunk}")
     column_shards = row_shape[0] // shard[1] if row_shape and shard[1] else 1
-    if row_shape and shard[1] * column_shards != row_shape[0]:
-        raise ValueError(f"rows have shape {row_shape}, which shards {shard} do not cut into equal parts")
+    if column_shards > MAX_COLUMN_SHARDS or (row_shape and shard[1] * column_shards != row_shape[0]):
+        raise ValueError(f"rows have shape {row_shape}, which shards {shard} do not cut into a few equal parts")
     spec = ArraySpec(
         path=node,
         row_shape=tuple(row_shape),

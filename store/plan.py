@@ -21,10 +21,9 @@ from residua.store.errors import PlanError, UnsafeArchiveError
 from residua.store.lossy import BLOCK
 from residua.store.sitenames import parse_site
 from residua.store.sizes import chunk_rows
-from residua.store.spec import MAX_ROWS, MAX_ROWS_PER_SHARD, ArraySpec
+from residua.store.spec import MAX_COLUMN_SHARDS, MAX_ROWS, MAX_ROWS_PER_SHARD, ArraySpec
 
 MAX_SHARD_BYTES = 2**36
-MAX_COLUMN_SHARDS = 2**16
 _OPTIONAL = "column_shards"  # of a site, in a plan: it is there where it is not 1
 _MAPPINGS = ("model", "dataset", "rules")
 ROW_COLUMNS = {"token": "int32", "position": "int32", "example": "int64"}

@@ -9,6 +9,7 @@ from residua.store.dtypes import storage_dtype
 
 MAX_ROWS = 2**48
 MAX_ROWS_PER_SHARD = 2**31
+MAX_COLUMN_SHARDS = 2**12
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,5 +1,6 @@
 """Arrays whose rows are cut into column shards: written in parts, read as one, by us and by other Zarr v3 readers."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -90,3 +91,16 @@ def test_a_plan_that_spells_it_otherwise_is_not_ours(value: object) -> None:
     spelled["sites"][0]["column_shards"] = value  # type: ignore[assignment]  # as above
     with pytest.raises(UnsafeArchiveError):
         Plan.from_json(spelled)
+
+
+@pytest.mark.parametrize("width", [1, 3 * 2**10, 0, 2**21])
+def test_metadata_of_countless_or_unequal_parts_are_not_ours(tmp_path: Path, width: int) -> None:
+    spec = make_spec("raw", "int8", (2**20,), rows_per_shard=2, rows_per_chunk=1)
+    create_array(tmp_path, spec, 4)
+    path = tmp_path / spec.path / "zarr.json"
+    document = json.loads(path.read_bytes())
+    document["chunk_grid"]["configuration"]["chunk_shape"][1] = width
+    document["codecs"][0]["configuration"]["chunk_shape"][1] = width
+    path.write_text(json.dumps(document))
+    with pytest.raises(UnsafeArchiveError, match="equal parts"):
+        open_array(tmp_path, spec.path)
