@@ -13,6 +13,7 @@ from pathlib import Path
 from residua.pipelines import (
     cli_archive,
     cli_capture,
+    cli_fidelity,
     cli_induction,
     cli_lens,
     cli_probe,
@@ -23,7 +24,7 @@ from residua.pipelines import (
 from residua.pipelines.cli_job import Run
 from residua.store.errors import AnalysisError, CaptureError, DamagedArchiveError, NotCapturedError, ResiduaError
 
-JOBS = (cli_capture, cli_archive, cli_induction, cli_lens, cli_probe, cli_replay, cli_stats, cli_top)
+JOBS = (cli_capture, cli_archive, cli_fidelity, cli_induction, cli_lens, cli_probe, cli_replay, cli_stats, cli_top)
 _FAILURES = (AnalysisError, CaptureError, DamagedArchiveError, NotCapturedError)
 
 

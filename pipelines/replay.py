@@ -21,6 +21,7 @@ from residua.capture.replayer import Replayer
 from residua.capture.replaynotes import unlike_the_plan
 from residua.capture.rows import batch_rows
 from residua.capture.samemodel import running_as_captured
+from residua.pipelines.captured_batches import schedule_of, whole_groups
 from residua.pipelines.models import captured_model
 from residua.pipelines.replay_record import begin_or_go_on
 from residua.pipelines.replay_tables import EXAMPLES, TOKENS, Comparison, part_path, read_parts, write_part
@@ -28,8 +29,6 @@ from residua.store.archive import Archive
 from residua.store.editparse import EditSource, is_reproducible, parse_edits
 from residua.store.errors import CaptureError, NotCapturedError, PlanError
 from residua.store.schedule import Schedule
-
-_BATCH_TOKENS = 8192  # of an archive from a user's own loop, whose batches are not known
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,11 +107,7 @@ def replay_dataset(
     opened = archive if isinstance(archive, Archive) else Archive(archive)
     parsed = parse_edits(edits)
     places = [] if at is None else [at] if isinstance(at, str) else list(at)
-    schedule = Schedule(
-        opened.example_table.index(),
-        rows_per_shard=opened.plan.rows_per_shard,
-        batch_tokens=opened.plan.batch_tokens or _BATCH_TOKENS,
-    )
+    schedule = schedule_of(opened)
     chosen = _chosen(opened, examples, where) & _captured(opened, schedule)
     if not chosen.any():
         raise NotCapturedError(f"{opened.path} has none of these examples whole yet: run the capture first")
@@ -160,9 +155,8 @@ def _chosen(archive: Archive, examples: Sequence[int] | None, where: str | None)
 def _captured(archive: Archive, schedule: Schedule) -> npt.NDArray[np.bool_]:
     """Say for each example whether its whole group is captured, so that the group's part can be written for good."""
     captured = np.zeros(len(archive.example_table), bool)
-    for group in range(schedule.n_shards):
-        if all(shard in archive.commits for shard in range(group, schedule.reach(group) + 1)):
-            captured[schedule.group(group)] = True
+    for group in whole_groups(archive, schedule):
+        captured[schedule.group(group)] = True
     return captured
 
 

@@ -103,7 +103,10 @@ def print_info(summary: Summary, *, as_json: bool) -> None:
     print(f"  {'with' if summary.has_head else 'without'} the model's head (final norm and unembedding)")
     print(f"  {human_bytes(summary.stored_bytes)} on disk, ratio {summary.ratio:.2f}, {_per_row(summary)}")
     print()
-    print(table([("site", "shape", "dtype", "codec", "size", "ratio", "error"), *_site_rows(summary)], (4, 5, 6)))
+    head = ("site", "shape", "dtype", "codec", "size", "ratio", "error", "mean KL")
+    has_fidelity = any(site.fidelity for site in summary.sites)
+    rows = [head, *_site_rows(summary)]
+    print(table(rows if has_fidelity else [row[:-1] for row in rows], (4, 5, 6, 7)))
     _print_nonfinite(summary)
     print()
     _print_provenance(summary.provenance)
@@ -119,6 +122,7 @@ def _site_rows(summary: Summary) -> list[tuple[str, ...]]:
             human_bytes(site.stored_bytes),
             f"{site.ratio:.2f}",
             "exact" if site.relative_rms_error is None else f"{site.relative_rms_error:.1e}",
+            "-" if site.fidelity is None else f"{site.fidelity.kl_mean:.1e}",
         )
         for site in summary.sites
     ]

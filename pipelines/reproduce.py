@@ -5,7 +5,6 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from os import PathLike
 
-import numpy as np
 import torch
 from transformers import PreTrainedModel
 
@@ -17,10 +16,10 @@ from residua.capture.probing import evaluating
 from residua.capture.provenance import changed_conditions, identify_model
 from residua.capture.sites import resolve_sites
 from residua.capture.taps import reading
+from residua.pipelines.captured_batches import sample_batches
 from residua.pipelines.models import captured_model
 from residua.store.archive import Archive
-from residua.store.errors import NotCapturedError, PlanError
-from residua.store.schedule import Schedule
+from residua.store.errors import PlanError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,14 +76,8 @@ def reproduce(
     model = captured_model(opened, model, device=device)
     infos = resolve_sites(model, list(opened.sites))
     comparison = RowComparison(opened)
-    table = opened.example_table
-    schedule = Schedule(table.index(), rows_per_shard=plan.rows_per_shard, batch_tokens=plan.batch_tokens)
-    whole = [s for s in opened.commits if all(t in opened.commits for t in range(s, schedule.reach(s) + 1))]
-    batches = [batch for shard in whole for batch in schedule.batches(shard)]
-    if not batches:
-        raise NotCapturedError(f"{archive} has no captured batch yet: run the capture first")
-    chosen = np.random.default_rng(seed).permutation(len(batches))[:n_batches]
-    runner = BatchRunner(model, plan, table, comparison)
+    batches = sample_batches(opened, n_batches, seed)
+    runner = BatchRunner(model, plan, opened.example_table, comparison)
     with ExitStack() as stack:
         stack.enter_context(running_uncompiled(model))
         stack.enter_context(evaluating(model))
@@ -92,12 +85,12 @@ def reproduce(
         _check_model(opened, model)
         stack.enter_context(torch.inference_mode())
         taps = stack.enter_context(reading(model, infos, runner.put))
-        for done, index in enumerate(sorted(chosen.tolist()), start=1):
-            runner.run(batches[index])
+        for done, batch in enumerate(batches, start=1):
+            runner.run(batch)
             taps.end_forward()
-            on_batch(done, len(chosen))
+            on_batch(done, len(batches))
     return Reproduction(
-        sites=comparison.sites, n_batches=len(chosen), differences=changed_conditions(opened.provenance)
+        sites=comparison.sites, n_batches=len(batches), differences=changed_conditions(opened.provenance)
     )
 
 

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from residua.capture.tap import tap
     from residua.capture.tapgroup import TapGroup
     from residua.pipelines.capture import capture_dataset
+    from residua.pipelines.fidelity import fidelity
     from residua.pipelines.replay import replay_dataset
     from residua.pipelines.reproduce import reproduce
     from residua.pipelines.settings import CaptureSettings
@@ -41,6 +42,7 @@ __all__ = [
     "TunedLens",
     "analysis",
     "capture_dataset",
+    "fidelity",
     "induction_scores",
     "model_sites",
     "open",
@@ -65,6 +67,7 @@ _HOMES = {
     "TunedLens": "analysis.lens:TunedLens",
     "analysis": "analysis",
     "capture_dataset": "pipelines.capture:capture_dataset",
+    "fidelity": "pipelines.fidelity:fidelity",
     "induction_scores": "analysis.induction:induction_scores",
     "model_sites": "capture.sites:model_sites",
     "open": "store.archive:Archive",

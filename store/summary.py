@@ -5,6 +5,7 @@ from typing import Any
 
 from residua.store.archive import Archive
 from residua.store.create import relative_error
+from residua.store.fidelity import SiteFidelity, read_fidelity
 from residua.store.headspec import PARAMETERS_FILE
 
 
@@ -21,6 +22,7 @@ class SiteSummary:
         stored_bytes: Bytes of their shard files.
         n_nonfinite: NaN and infinite values among them.
         relative_rms_error: Measured error of a lossy preset; None if the preset loses nothing.
+        fidelity: What the model notices of it, where `residua fidelity` has measured that.
     """
 
     name: str
@@ -31,6 +33,7 @@ class SiteSummary:
     stored_bytes: int
     n_nonfinite: int
     relative_rms_error: float | None
+    fidelity: SiteFidelity | None
 
     @property
     def ratio(self) -> float:
@@ -90,7 +93,9 @@ class Summary:
 def summarise(archive: Archive) -> Summary:
     """Count what `archive` holds, from its commits alone; no activation is read."""
     progress = archive.progress
-    sites = tuple(_site(archive, site.name) for site in archive.plan.sites)
+    measured = read_fidelity(archive.path, archive.plan)
+    fidelity = {} if measured is None else measured.sites
+    sites = tuple(_site(archive, site.name, fidelity.get(site.name)) for site in archive.plan.sites)
     index = archive.example_table.index()
     return Summary(
         path=str(archive.path),
@@ -111,7 +116,7 @@ def summarise(archive: Archive) -> Summary:
     )
 
 
-def _site(archive: Archive, name: str) -> SiteSummary:
+def _site(archive: Archive, name: str, fidelity: SiteFidelity | None) -> SiteSummary:
     site = archive.plan.site(name)
     keys = [part.key for spec in site.arrays(archive.plan.rows_per_shard) for part in spec.parts]
     files = [commit.arrays[key] for commit in archive.commits.values() for key in keys]
@@ -125,4 +130,5 @@ def _site(archive: Archive, name: str) -> SiteSummary:
         stored_bytes=sum(file.n_bytes for file in files),
         n_nonfinite=sum(file.n_nonfinite for file in files),
         relative_rms_error=relative_error(site, archive.commits) if lossy else None,
+        fidelity=fidelity,
     )

@@ -14,8 +14,10 @@ import numpy as np
 
 from residua.store.archive import Archive
 from residua.store.commits import FOLDER, Commit, named_parts
-from residua.store.errors import DamagedArchiveError, ResiduaError, UnsafeArchiveError
+from residua.store.errors import DamagedArchiveError, PlanError, ResiduaError, UnsafeArchiveError
 from residua.store.examples import ExampleIndex
+from residua.store.fidelity import FILE as FIDELITY
+from residua.store.fidelity import read_fidelity
 from residua.store.metadata import ROOT, SIDE_FOLDERS, file_digest
 from residua.store.shard import check_shard, shard_path
 from residua.store.small_files import check_inside, read_small
@@ -97,6 +99,7 @@ class _Check:
         """Check everything, in the order in which damage explains damage."""
         self._groups()
         self._side_files(commits)
+        self._fidelity()
         index = self._examples()
         for done, shard in enumerate(sorted(commits), start=1):
             self._shard(commits[shard], index)
@@ -145,6 +148,18 @@ class _Check:
                 self._problem(name, "the file was altered (its SHA-256 differs): restore it from a copy")
             else:
                 self._count(path)
+
+    def _fidelity(self) -> None:
+        path = self._root / FIDELITY
+        if not path.exists():
+            return
+        self._known.add(FIDELITY)
+        try:
+            read_fidelity(self._root, self._plan)
+        except (DamagedArchiveError, UnsafeArchiveError, PlanError) as error:
+            self._problem(path, str(error))
+        else:
+            self._count(path)
 
     def _examples(self) -> ExampleIndex | None:
         """Return the example table's index, once its content is what was written."""

@@ -1,8 +1,9 @@
 """The format page against the code: every table, list and example of `store/FORMAT.md` says what the code does."""
 
+import hashlib
 import json
 import re
-from dataclasses import fields
+from dataclasses import asdict, fields
 from pathlib import Path
 
 import torch
@@ -17,6 +18,8 @@ from residua.store.codecs import INT8, PRESETS, codecs_metadata
 from residua.store.commits import FOLDER, Commit, ShardFile
 from residua.store.dtypes import STORAGE_DTYPES
 from residua.store.example_index import OWN_COLUMNS
+from residua.store.fidelity import FILE as FIDELITY
+from residua.store.fidelity import Fidelity, SiteFidelity, read_fidelity, write_fidelity
 from residua.store.metadata import FORMAT, SIDE_FOLDERS, Metadata
 from residua.store.plan import ROW_COLUMNS, Plan, SitePlan
 from residua.store.shard import INDEX_CODECS, INDEX_LOCATION
@@ -73,7 +76,14 @@ COMMIT = Commit(plan=PLAN.digest, shard=3, rows=(24, 32), arrays={"sites/resid_p
 
 
 def test_every_table_of_the_page_is_compared_here() -> None:
-    assert set(TABLES) == {"name", "preset", "key", "field of the plan", "key of a file"}
+    assert set(TABLES) == {
+        "name",
+        "preset",
+        "key",
+        "field of the plan",
+        "key of a file",
+        "key of a site's fidelity",
+    }
 
 
 def test_the_version_is_the_codes() -> None:
@@ -214,3 +224,18 @@ def test_the_folders() -> None:
     first = block("")[0]
     top = {line.split("/")[0].strip() for line in first.splitlines()[1:] if "/" in line.split("  ")[1]}
     assert top == {"sites", "rows", "scales", FOLDER, *SIDE_FOLDERS}
+
+
+def test_the_fidelity_file(tmp_path: Path) -> None:
+    site = SiteFidelity(kl_mean=1e-6, kl_max=0.5, top1_agreement=0.75)
+    found = Fidelity(sites={"resid_post.7": site}, n_examples=2, n_tokens=9)
+    write_fidelity(tmp_path, PLAN, found)
+    assert f"\n  {FIDELITY} " in block("")[0]
+    content = json.loads((tmp_path / FIDELITY).read_text())
+    entry = content["fidelity"]
+    assert [codes(row[0]) for row in TABLES["key of a site's fidelity"]] == [[key] for key in asdict(site)]
+    assert entry == {"plan": PLAN.digest, "n_examples": 2, "n_tokens": 9, "sites": {"resid_post.7": asdict(site)}}
+    assert {"fidelity", "plan", "n_examples", "n_tokens", "sites"} <= set(codes(PAGE.split("## Fidelity")[1]))
+    canonical = json.dumps(entry, sort_keys=True, separators=(",", ":")).encode()
+    assert content["sha256"] == hashlib.sha256(canonical).hexdigest()
+    assert read_fidelity(tmp_path, PLAN) == found
