@@ -18,6 +18,7 @@ TITLES = {
     "memory": "Memory",
     "lens": "Tuned lenses",
     "throughput": "Two workers against one",
+    "replay": "Replay from a layer on",
     "gpu": "On a GPU",
 }
 HEAD = """# Benchmarks

@@ -19,7 +19,7 @@ from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 
 from residua.capture.generation import generate
-from residua.capture.metrics import MetricSpec, Outcome, metric_of
+from residua.capture.metrics import MetricSpec, Outcome, metric_of, token_losses
 from residua.capture.ranks import on_rank
 from residua.capture.replayer import Replayer, kept_rows
 from residua.capture.replaynotes import unlike_the_plan
@@ -87,6 +87,12 @@ class Replay:
 
     def __repr__(self) -> str:
         return f"<Replay of examples {list(self.examples)} of {self._replayer.archive.path}>"
+
+    @property
+    def losses(self) -> list[Tensor]:
+        """Cross-entropy of every next token of each example in nats, (tokens - 1)."""
+        pairs = zip(self.logits, self._batch.rows, strict=True)
+        return [token_losses(logits, example) for logits, example in pairs]
 
     @property
     def original_logits(self) -> list[Tensor]:

@@ -25,6 +25,8 @@ LATER = {
     "final": ["final"],
 }
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+OTHER_BATCH = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 5e-3}
+"""What docs/replay.md states, of the largest logit, for batches that are not those of the plan."""
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -79,14 +81,16 @@ def test_what_lies_below_does_not_run_and_is_not_read(name: str, tmp_path: Path)
     assert ran == {2: 1}
 
 
-@pytest.mark.parametrize("name", TINY)
-def test_another_batch_gives_the_same_to_rounding_and_says_so(name: str, tmp_path: Path) -> None:
-    model = model_of(name)
+@pytest.mark.parametrize(
+    ("name", "dtype"), [*((name, torch.float32) for name in TINY), ("mistral", DTYPES[1]), ("phi", DTYPES[2])]
+)
+def test_another_batch_gives_the_same_to_rounding_and_says_so(name: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    model = model_of(name, dtype)
     archive = captured(model, tmp_path / "a", sites="resid_post.0,logits")
     with residua.replay(model, archive, examples=[2, 0], at="resid_post.0") as run:
         for place, example in enumerate((2, 0)):
             expected = stored(archive, "logits", example)
-            assert (run.logits[place] - expected).abs().max() <= 2e-5 * expected.abs().max()
+            assert (run.logits[place] - expected).abs().max() <= OTHER_BATCH[dtype] * expected.abs().max()
         assert "example 2 ran in another batch when it was captured (examples=[3, 2])" in run.notes[-1]
 
 

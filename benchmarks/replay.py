@@ -1,0 +1,114 @@
+"""What starting at a layer saves: `python benchmarks/replay.py`.
+
+A Llama of 12 blocks of width 768 (random weights, float32, one torch thread) runs the same batch of 4 examples of 128
+tokens in full, and from stored rows at the input of block 9, of block 6 and at the output of the last one. Rows are
+read from the archive (`fast`, in the page cache) within the time that is given. Of the whole forward pass, three blocks
+of twelve are 0.25; the head, which runs in every case, comes on top and weighs more the larger the vocabulary is.
+"""
+
+import shutil
+import tempfile
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from measure import Timings, in_turns, machine, parser, publish, speedups, spread, table
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import residua
+from residua.capture.inputs import forward_kwargs
+from residua.capture.replayer import Replayer
+from residua.store.archive import Archive
+from residua.store.editparse import parse_edits
+
+BLOCKS, WIDTH = 12, 768
+EXAMPLES, POSITIONS = 4, 128
+STARTS = ("resid_pre.6", "resid_pre.9", "final")
+TARGET = 0.30
+VOCABULARIES = (4096, 32000)
+STEERING = {"edit": "add", "site": "resid_post.10", "vector": [1.0] * WIDTH}
+
+
+def make_model(vocabulary: int) -> LlamaForCausalLM:
+    """Return the model that is replayed."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=vocabulary,
+        hidden_size=WIDTH,
+        intermediate_size=2048,
+        num_hidden_layers=BLOCKS,
+        num_attention_heads=12,
+        max_position_embeddings=POSITIONS,
+    )
+    model = LlamaForCausalLM(config)
+    model.requires_grad_(False).train(False)
+    return model
+
+
+def capture(model: LlamaForCausalLM, folder: Path) -> Archive:
+    """Capture one batch."""
+    tokens = np.random.default_rng(0).integers(3, 4096, (EXAMPLES, POSITIONS)).tolist()
+    sites = ",".join(STARTS)
+    options = {"batch_tokens": EXAMPLES * POSITIONS, "rows_per_shard": EXAMPLES * POSITIONS}
+    return residua.capture_dataset(model, tokens, out=folder / "acts.zarr", sites=sites, **options).archive
+
+
+def cases(model: LlamaForCausalLM, archive: Archive) -> dict[str, Callable[[int], object]]:
+    """Return what is timed; archive and model are compared once, before."""
+    examples = list(range(EXAMPLES))
+    batch = Replayer(model, archive).batch(examples).padded
+    kwargs = forward_kwargs(model, batch.input_ids, batch.attention_mask)
+
+    def plain(_: int) -> None:
+        with torch.no_grad():
+            model(**kwargs)
+
+    def replay(replayer: Replayer, _: int) -> None:
+        replayer.run(replayer.batch(examples))
+
+    made: dict[str, Callable[[int], object]] = {"the whole model": plain}
+    for start in STARTS:
+        made[f"from {start}"] = partial(replay, Replayer(model, archive, at=[start]))
+    edits = parse_edits([STEERING])
+    made["from resid_pre.9, a vector added"] = partial(
+        replay, Replayer(model, archive, at=["resid_pre.9"], edits=edits)
+    )
+    return made
+
+
+def report(measured: dict[int, Timings]) -> str:
+    """Return the tables and the figure that has a target."""
+    text = [f"{BLOCKS} blocks of width {WIDTH}, {EXAMPLES * POSITIONS} tokens; " + machine("torch", "transformers")]
+    for vocabulary, timings in measured.items():
+        whole = timings["the whole model"]
+        lines = [
+            [name, spread([one.cpu for one in found]), spread(speedups(found, whole, clock="cpu"))]
+            for name, found in timings.items()
+        ]
+        text += ["", table([f"vocabulary {vocabulary:,}", "CPU seconds", "of the whole forward pass"], lines)]
+    first = measured[VOCABULARIES[0]]
+    ratio = spread(speedups(first["from resid_pre.9"], first["the whole model"], clock="cpu"))
+    text += ["", f"- Starting at layer 9 of 12, of the whole forward pass: {ratio}, target at most {TARGET}."]
+    return "\n".join(text)
+
+
+def main() -> None:
+    """Measure and report."""
+    arguments = parser(__doc__ or "", rounds=6).parse_args()
+    torch.set_num_threads(1)
+    measured = {}
+    for vocabulary in VOCABULARIES:
+        folder = Path(tempfile.mkdtemp(prefix="residua-replay-", dir=arguments.folder))
+        try:
+            model = make_model(vocabulary)
+            archive = capture(model, folder)
+            measured[vocabulary] = in_turns(cases(model, archive), rounds=arguments.rounds)
+        finally:
+            shutil.rmtree(folder)
+    publish(report(measured), arguments.out)
+
+
+if __name__ == "__main__":
+    main()

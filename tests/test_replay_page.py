@@ -1,0 +1,63 @@
+"""The code of docs/replay.md, run as it stands there; and the figures that it quotes."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from residua.store.editparse import parse_edits
+from residua.store.edits import KINDS
+
+PAGE = Path(__file__).parents[1] / "docs" / "replay.md"
+
+
+@pytest.fixture(scope="module")
+def names(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """Everything that the page's code leaves behind."""
+    torch.set_num_threads(1)
+    found: dict[str, Any] = {"work": tmp_path_factory.mktemp("work")}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(PAGE.parents[1])
+        for block in re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL):
+            exec(block, found)  # noqa: S102  # the page's own code is what is tested
+    return found
+
+
+def test_stored_rows_give_what_was_captured(names: dict[str, Any]) -> None:
+    for example in range(16):
+        stored = torch.from_numpy(names["archive"].example(example, "resid_post.4")["resid_post.4"])
+        assert torch.equal(names["rows"][example], stored)
+    assert names["logits"][0].shape == (101, 1024)
+
+
+def test_edits_do_what_the_page_says(names: dict[str, Any]) -> None:
+    assert names["gain"] > 1
+    assert 0 < names["divergence"] < 1
+    assert [len(tokens) <= 20 for tokens in names["story"]] == [True]
+    assert names["ablated"] > 0
+    assert (np.array(names["recovered"]) > 0).tolist() == [False, False, False, True, True, True]
+    assert names["by_head"].shape == (60, 4)
+    assert names["moved"][:50].max() == 0 < names["moved"][50]
+
+
+def test_the_induction_heads_are_what_copies(names: dict[str, Any]) -> None:
+    """To 0.02 nats: another processor rounds otherwise, and the table has two digits."""
+    table = dict(re.findall(r"^\| (none|block \d(?:, one head at a time)?) \| ([\d., ]+) \|$", PAGE.read_text(), re.M))
+    quoted = {name: [float(number) for number in cell.split(",")] for name, cell in table.items()}
+    assert len(quoted) == 6
+    found = {f"block {layer}": [loss] for layer, loss in names["without"].items()}
+    found |= {"none": [names["second_copy"].item()], "block 3, one head at a time": names["without_one"]}
+    for name, losses in quoted.items():
+        np.testing.assert_allclose(losses, found[name], atol=0.02, rtol=0)
+    assert names["without"][3] > 6
+    assert max(names["without"][layer] for layer in (2, 4, 5)) < 0.5
+    assert names["first_copy"] > 7
+
+
+def test_the_page_lists_every_edit() -> None:
+    listed = re.findall(r"^\| `(\w+)` \|", PAGE.read_text(), re.M)
+    assert listed == list(KINDS)
+    assert parse_edits([{"edit": "zero", "site": "final"}])
