@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from residua.capture.lensmap import lens_map
 from residua.capture.placement import Indices
 from residua.capture.siteinfo import SiteInfo
 from residua.capture.storedrows import StoredRows
@@ -35,7 +36,6 @@ from residua.store.edits import (
     Zero,
 )
 from residua.store.errors import PlanError
-from residua.store.lensmap import lens_map
 from residua.store.means import mean_row
 from residua.store.overlay import Overlay
 from residua.store.vectors import Vector
@@ -185,14 +185,13 @@ def _swap(edit: Swap, info: SiteInfo, around: Surroundings) -> Action:
 
 def _through(edit: Through, info: SiteInfo, _around: Surroundings) -> Action:
     """Apply the lens's affine map in float32 at least; round once at the end."""
-    matrix, bias = lens_map(edit.lens, info.site)
+    weight, bias = lens_map(edit.lens, info.site)
     if info.row_shape != (len(bias),):
         raise PlanError(f"{edit.lens} is a lens of width {len(bias)}, and {info.name} has rows of {info.row_shape}")
-    weight, shift = torch.from_numpy(matrix), torch.from_numpy(bias)
 
     def act(rows: Tensor, _at: Chosen) -> Tensor:
         wide = rows if rows.dtype == torch.float64 else rows.float()
-        return (wide + wide @ weight.to(wide).T + shift.to(wide)).to(rows.dtype)
+        return (wide + wide @ weight.to(wide).T + bias.to(wide)).to(rows.dtype)
 
     return act
 

@@ -1,16 +1,16 @@
 """Whether a model is the one that an archive was captured from, and what is another now than it was then."""
 
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 
 from torch import nn
 from transformers import PreTrainedModel
 
 from residua.capture.attention import eager_attention
 from residua.capture.compiled import running_uncompiled
-from residua.capture.groups import pipeline_group, tensor_parallel_group
 from residua.capture.probing import evaluating
-from residua.capture.provenance import changed_conditions, identify_model
+from residua.capture.provenance import changed_conditions, config_differences, identify_model, layout
+from residua.capture.sharded import plain_class
 from residua.capture.wrappers import core_of
 from residua.store.archive import Archive
 from residua.store.errors import CaptureError, PlanError
@@ -33,32 +33,28 @@ def check_model(archive: Archive, model: nn.Module, *, force: bool = False) -> t
         PlanError: It is another model.
     """
     expected = archive.plan.model
-    found, notes = _identity(model, expected)
+    found, notes = _identity(core_of(model))
     wrong = [key for key in _IDENTITY if key in expected and key in found and found[key] != expected[key]]
     lines = [f"{key}: {_short(expected[key])} in the archive, {_short(found[key])} here" for key in wrong]
     if wrong and not force:
-        text = "\n  ".join([*lines, *_same_conditions(found, expected)])
+        values = config_differences(archive.provenance, core_of(model)) if "config" in wrong else []
+        text = "\n  ".join([*lines, *values, *_same_conditions(found, expected)])
         raise PlanError(
             f"this is not the model that {archive.path} was captured from:\n  {text}\n"
             "Load that model, in the same dtype; force=True goes on with this one, and notes it."
         )
     forced = [f"another model than was captured, as force=True asked: {line}" for line in lines]
-    return (*forced, *notes, *_same_conditions(found, expected), *changed_conditions(archive.provenance))
+    conditions = [*_same_conditions(found, expected), *_same_layout(archive, core_of(model))]
+    return (*forced, *notes, *conditions, *changed_conditions(archive.provenance))
 
 
-def _identity(model: nn.Module, expected: Mapping[str, object]) -> tuple[dict[str, object], list[str]]:
-    """What is known of the model here; of one that lies in parts, its weights cannot be told."""
-    core = core_of(model)
-    spread = tensor_parallel_group(core, None) or pipeline_group(core) or hasattr(core, "hf_device_map")
-    if not spread:
-        return dict(identify_model(core)), []
-    found: dict[str, object] = {"class": type(core).__name__}
-    with suppress(CaptureError):  # weights that are not here
-        found.update(identify_model(core))
-    known: dict[str, object] = {key: value for key, value in found.items() if key not in ("weights", "config")}
-    if found.get("weights") == expected.get("weights"):
-        return {**known, "weights": found["weights"]}, []
-    return known, ["the model lies in parts, so its weights were not compared with those of the capture"]
+def _identity(model: nn.Module) -> tuple[dict[str, object], list[str]]:
+    """What is known of the model here; the weights of one that is offloaded cannot be told."""
+    try:
+        return dict(identify_model(model)), []
+    except CaptureError:
+        found: dict[str, object] = {"class": plain_class(model).__name__}
+        return found, ["weights of the model are offloaded, so they were not compared with those of the capture"]
 
 
 def _same_conditions(found: Mapping[str, object], expected: Mapping[str, object]) -> list[str]:
@@ -67,6 +63,13 @@ def _same_conditions(found: Mapping[str, object], expected: Mapping[str, object]
         for key in ("dtype", "attention")
         if key in expected and key in found and found[key] != expected[key]
     ]
+
+
+def _same_layout(archive: Archive, core: nn.Module) -> list[str]:
+    described = archive.provenance.get("model")
+    before = described.get("layout") if isinstance(described, Mapping) else None
+    now = layout(core)
+    return [f"layout: {before} when it was captured, {now} now"] if before is not None and before != now else []
 
 
 def _short(value: object) -> str:

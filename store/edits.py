@@ -12,7 +12,7 @@ An edit names its kind (``edit``), its sites (``site``) and what the kind needs;
 | `project_out` | `directions`: a vector, or several | x without its part in the space that they span |
 | `noise` | `std`, `seed` (0) | x plus Gaussian noise that follows from seed, site, example and position alone |
 | `swap` | `source`, `align` (start), `archive` | the stored row of another example, at the position that `align` says |
-| `lens` | `lens`, a folder | the lens's guess at the final residual stream |
+| `lens` | `lens`, a folder | the lens's guess at the final residual stream, up to its length |
 | `overlay` | `overlay`, a folder | the overlay's row where it has one |
 | `function` | `function` | what a Python function makes of the rows; in-process only, and not reproducible |
 

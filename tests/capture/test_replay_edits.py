@@ -7,12 +7,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from safetensors.numpy import save_file
 from torch import Tensor, nn
 
 import residua
+from residua.analysis.head import load_head
+from residua.analysis.lens import TunedLens
+from residua.analysis.lens_checkpoint import LensConfig
+from residua.analysis.lens_translator import Translator
 from residua.capture.anatomy import anatomy_of
 from residua.store.archive import Archive
+from residua.store.errors import PlanError
 from tests.capture.hooks_by_hand import hooked
 from tests.capture.replaying import EVEN, LENGTHS, PADDED, captured, model_of, run_in_full, stored
 from tests.models import TINY
@@ -40,7 +44,8 @@ def edits_and_hooks(archive: Archive, other: Archive, folder: Path) -> list[tupl
     overlay.write(SITE, [written], VECTOR[None])
     np.save(folder / "basis.npy", BASIS)
     (folder / "lens").mkdir()
-    save_file({f"{SITE}.weight": WEIGHT, f"{SITE}.bias": BIAS}, folder / "lens" / "all.safetensors")
+    linear = {"2.weight": torch.from_numpy(WEIGHT).float(), "2.bias": torch.from_numpy(BIAS).float()}
+    torch.save(linear, folder / "lens" / "params.pt")
 
     def class_mean(_x: Tensor, example: int) -> Tensor:
         return torch.from_numpy(rows[labels[of_example] == labels[example]].mean(0)).float().expand(3, WIDTH)
@@ -205,6 +210,22 @@ def test_noise_follows_from_seed_site_and_token_alone(llama: Given) -> None:
     assert not torch.allclose(drawn([2], 4)[0], alone[0], atol=0.1)
     assert not torch.allclose(drawn([2], 3, "resid_post.2")[0], alone[0], atol=0.1)
     assert abs(np.corrcoef(first[0].flatten(), first[1].flatten())[0, 1]) < 0.2
+
+
+def test_a_trained_lens_is_what_the_edit_applies(llama: Given, tmp_path: Path) -> None:
+    model, archive = llama
+    translators = {2: Translator(torch.from_numpy(WEIGHT).float(), torch.from_numpy(BIAS).float())}
+    config = LensConfig(base_model_name_or_path="", d_model=WIDTH, num_hidden_layers=3)
+    lens = TunedLens(load_head(archive.path / "head"), translators, config)
+    lens.save(tmp_path / "lens")
+    edit = {"edit": "lens", "site": "resid_post.1", "lens": tmp_path / "lens"}
+    with residua.replay(model, archive, examples=EVEN, at="resid_post.1", edits=[edit], keep="resid_post.1") as run:
+        wanted = lens.apply("resid_post.1", stored(archive, "resid_post.1", 0))
+        torch.testing.assert_close(run["resid_post.1"][0], wanted, rtol=1e-5, atol=1e-5)
+    for site, words in (("resid_post.0", "was not trained at"), ("final", "maps the residual stream between blocks")):
+        asked = pytest.raises(PlanError, match=words)
+        with asked, residua.replay(model, archive, examples=EVEN, edits=[{**edit, "site": site}]):
+            pass
 
 
 def test_heads_are_ablated_one_by_one(llama: Given) -> None:
