@@ -11,6 +11,7 @@ import tempfile
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -51,7 +52,7 @@ def capture(model: LlamaForCausalLM, folder: Path) -> Archive:
     """Capture one batch."""
     tokens = np.random.default_rng(0).integers(3, 4096, (EXAMPLES, POSITIONS)).tolist()
     sites = ",".join(STARTS)
-    options = {"batch_tokens": EXAMPLES * POSITIONS, "rows_per_shard": EXAMPLES * POSITIONS}
+    options: dict[str, Any] = {"batch_tokens": EXAMPLES * POSITIONS, "rows_per_shard": EXAMPLES * POSITIONS}
     return residua.capture_dataset(model, tokens, out=folder / "acts.zarr", sites=sites, **options).archive
 
 
