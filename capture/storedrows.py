@@ -8,6 +8,7 @@ from residua.capture.placement import Indices
 from residua.store.archive import Archive
 
 _Key = tuple[str, bytes]
+_MOST_AHEAD = 8  # batches times sites
 
 
 class StoredRows:
@@ -35,6 +36,8 @@ class StoredRows:
         """Begin to read rows in the background; a failure comes up in `read`."""
         if self._pool is None:
             self._pool = ThreadPoolExecutor(1, thread_name_prefix="residua-replay")
+        while len(self._ahead) >= _MOST_AHEAD:  # a process that never meets the site would keep them for ever
+            self._ahead.pop(next(iter(self._ahead)))
         self._ahead[(site, rows.tobytes())] = self._pool.submit(self.archive[site].torch, rows)
 
     def close(self) -> None:
