@@ -1,6 +1,6 @@
 """From a model and a dataset to an archive: plan, create or resume, record, seal."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -31,26 +31,23 @@ from residua.capture.record import RecordStats, record, total
 from residua.capture.replica import replica_of
 from residua.capture.sharded import Agreement, is_sharded
 from residua.capture.siteinfo import SiteInfo
-from residua.capture.siteplans import plan_sites
 from residua.capture.sites import resolve_sites
 from residua.capture.split import Part, is_split
 from residua.capture.tokenizer import identify_tokenizer, save_tokenizer
-from residua.pipelines.dataset import DatasetReport, DatasetSettings, dataset_identity, read_examples
-from residua.pipelines.models import load_model, load_tokenizer, token_limit
+from residua.pipelines.dataset import DatasetReport, dataset_identity
+from residua.pipelines.models import load_model, load_tokenizer
+from residua.pipelines.planning import DatasetSource, make_plan, write_examples
 from residua.pipelines.settings import CaptureSettings
 from residua.pipelines.workers import WorkerFigures, Workers, workers_of
 from residua.store.archive import Archive
 from residua.store.commits import drop_broken
 from residua.store.crc import Buffer
 from residua.store.create import create_archive, seal, workspace
-from residua.store.errors import DatasetError, PlanError
-from residua.store.examples import ExampleIndex, ExampleTable, ExampleWriter
+from residua.store.errors import PlanError
+from residua.store.examples import ExampleIndex, ExampleTable
 from residua.store.files import sweep, write_file
 from residua.store.metadata import is_archive
 from residua.store.plan import Plan
-from residua.store.sizes import check_budget, shard_rows
-
-DatasetSource = str | PathLike[str] | Iterable[Any]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,11 +145,6 @@ def _language_model(model: nn.Module) -> PreTrainedModel:
     return cast("PreTrainedModel", model)
 
 
-def _rules(settings: DatasetSettings) -> dict[str, Any]:
-    """Return the settings that shape the examples, defaults filled in."""
-    return {**asdict(settings), "long_examples": settings.long_rule}
-
-
 class _Job:
     """One capture: what it was asked, and the steps in order."""
 
@@ -237,8 +229,21 @@ class _Job:
         """Make the plan, and the archive unless it exists; an archive of another plan is refused."""
         resumed = is_archive(self._out)
         with workspace(self._out) as folder:
-            index = self._write_examples(folder / "examples", on_example)
+            index = write_examples(
+                folder / "examples",
+                self._model,
+                self._tokenizer,
+                self._dataset,
+                settings=self._settings,
+                report=self._report,
+                on_example=on_example,
+            )
             plan = self._plan(sites, index)
+            if plan.rows_per_shard < min(plan.batch_tokens, index.total_rows):
+                self._notes.append(
+                    f"a shard holds {plan.rows_per_shard:,} rows, so batches are no larger: --host-memory allows no "
+                    "taller one"
+                )
             if resumed:
                 self._compare(plan)
                 dropped = drop_broken(self._out, plan, self._opened().commits)
@@ -272,64 +277,8 @@ class _Job:
         """Refuse an archive that another worker made of another model or other settings than this one's."""
         self._compare(self._plan(sites, ExampleTable(self._out / "examples").index()))
 
-    def _write_examples(self, folder: Path, on_example: Callable[[int, int], None]) -> ExampleIndex:
-        tokenizer = self._tokenizer
-        if self._settings.drop_special and tokenizer is None:
-            raise DatasetError(
-                "--drop-special needs a tokenizer, and the model comes without: nothing says what is special"
-            )
-        writer = ExampleWriter(folder)
-        examples = read_examples(
-            self._dataset,
-            settings=self._settings.dataset_settings(),
-            tokenizer=tokenizer,
-            model_limit=token_limit(self._model),
-            vocab_size=self._model.config.get_text_config().vocab_size,
-            special_ids=frozenset(tokenizer.all_special_ids) if tokenizer is not None else frozenset(),
-            report=self._report,
-        )
-        for example in examples:
-            writer.add(example)
-            on_example(self._report.n_examples, self._report.n_tokens)
-        return writer.close()
-
-    def _plan(self, infos: Mapping[str, SiteInfo], index: ExampleIndex) -> Plan:
-        settings = self._settings
-        longest = int(index.n_tokens.max())
-        sites = plan_sites(
-            infos,
-            dtype=settings.dtype,
-            codec=settings.codec,
-            longest_example=longest,
-            column_shards=self._column_shards,
-        )
-        most_rows = int(index.n_rows.max())
-        height = settings.rows_per_shard or shard_rows(
-            [site.row_bytes for site in sites],
-            batch_rows=min(settings.batch_tokens, index.total_rows),
-            most_rows_per_example=most_rows,
-            host_memory_bytes=settings.host_memory,
-        )
-        staged = min(height, index.total_rows)  # a stage is no taller than the archive
-        check_budget([site.row_bytes for site in sites], most_rows, staged, settings.host_memory)
-        if height < min(settings.batch_tokens, index.total_rows):
-            self._notes.append(
-                f"a shard holds {height:,} rows, so batches are no larger: --host-memory allows no taller one"
-            )
-        return Plan(
-            model=self._identity,
-            dataset={
-                "digest": index.digest,
-                "n_examples": index.n_examples,
-                "n_tokens": index.total_tokens,
-                "longest_example": longest,
-            },
-            rules=_rules(settings.dataset_settings()),
-            sites=sites,
-            rows_per_shard=height,
-            batch_tokens=settings.batch_tokens,
-            n_rows=index.total_rows,
-        )
+    def _plan(self, sites: Mapping[str, SiteInfo], index: ExampleIndex) -> Plan:
+        return make_plan(self._settings, sites, index, identity=self._identity, column_shards=self._column_shards)
 
     def _compare(self, plan: Plan) -> None:
         archive = self._opened()
