@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 import torch
-import torch.nn.functional as F  # noqa: N812 - torch's own name for it
 from pydoc_topics import write_topics
 from transformers import AutoModelForCausalLM
 from transformers.utils.logging import disable_progress_bar
@@ -103,12 +102,7 @@ def causal_check(path: Path, layer: int) -> list[tuple[float, float]]:
         edits = [{"edit": "zero", "site": site}] if site else []
         print(f">>> with residua.replay(model, archive, examples=range({len(examples)}), edits={edits}) as run: ...")
         with residua.replay(model, archive, examples=examples, edits=edits) as run:
-            per_token = [
-                F.cross_entropy(
-                    logits[:-1], torch.tensor(archive.example_table.tokens(example)[1:]).long(), reduction="none"
-                )
-                for example, logits in zip(examples, run.logits, strict=True)
-            ]
+            per_token = run.losses
         first, second = torch.stack(per_token).mean(0).tensor_split(2)
         losses.append((first.mean().item(), second.mean().item()))
         print(f"loss of the first copy {first.mean():.2f} nats a token, of the second {second.mean():.2f}")
