@@ -16,6 +16,7 @@ from residua.pipelines import (
     cli_fidelity,
     cli_induction,
     cli_lens,
+    cli_patch,
     cli_probe,
     cli_replay,
     cli_stats,
@@ -24,7 +25,18 @@ from residua.pipelines import (
 from residua.pipelines.cli_job import Run
 from residua.store.errors import AnalysisError, CaptureError, DamagedArchiveError, NotCapturedError, ResiduaError
 
-JOBS = (cli_capture, cli_archive, cli_fidelity, cli_induction, cli_lens, cli_probe, cli_replay, cli_stats, cli_top)
+JOBS = (
+    cli_capture,
+    cli_archive,
+    cli_fidelity,
+    cli_induction,
+    cli_lens,
+    cli_patch,
+    cli_probe,
+    cli_replay,
+    cli_stats,
+    cli_top,
+)
 _FAILURES = (AnalysisError, CaptureError, DamagedArchiveError, NotCapturedError)
 
 

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from residua.capture.tapgroup import TapGroup
     from residua.pipelines.capture import capture_dataset
     from residua.pipelines.fidelity import fidelity
+    from residua.pipelines.patch import attribute, patch
     from residua.pipelines.replay import replay_dataset
     from residua.pipelines.reproduce import reproduce
     from residua.pipelines.settings import CaptureSettings
@@ -41,12 +42,14 @@ __all__ = [
     "TapGroup",
     "TunedLens",
     "analysis",
+    "attribute",
     "capture_dataset",
     "fidelity",
     "induction_scores",
     "model_sites",
     "open",
     "overlay",
+    "patch",
     "probe",
     "replay",
     "replay_dataset",
@@ -66,12 +69,14 @@ _HOMES = {
     "TapGroup": "capture.tapgroup:TapGroup",
     "TunedLens": "analysis.lens:TunedLens",
     "analysis": "analysis",
+    "attribute": "pipelines.patch:attribute",
     "capture_dataset": "pipelines.capture:capture_dataset",
     "fidelity": "pipelines.fidelity:fidelity",
     "induction_scores": "analysis.induction:induction_scores",
     "model_sites": "capture.sites:model_sites",
     "open": "store.archive:Archive",
     "overlay": "store.overlay:overlay",
+    "patch": "pipelines.patch:patch",
     "probe": "analysis.probe:probe",
     "replay": "capture.replay:replay",
     "replay_dataset": "pipelines.replay:replay_dataset",

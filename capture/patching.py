@@ -1,0 +1,154 @@
+"""Activation patching and its linear estimate: which sites and positions carry what two examples differ in.
+
+The corrupted example runs once for each cell of a grid of sites and positions, with the clean run's value put in at
+that cell (Vig et al. 2020, Meng et al. 2022); cells share forward passes, a copy of the example each. The estimate
+(Nanda 2023; Syed, Rager and Conmy 2023) is the product of the gradient in the corrupted run and the difference of the
+two runs' values: all cells for two forward passes and one backward pass.
+
+Legend: `C` copies of the example in a batch, `T` positions, `V` vocabulary.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from residua.capture.inputs import forward_kwargs
+from residua.capture.oracle import whole_sites
+from residua.capture.pairs import Pair, PairMetric
+from residua.capture.tap import tap
+from residua.capture.wrappers import core_of
+from residua.store.errors import CaptureError, PlanError
+
+Cell = tuple[str, int]
+"""A site and a position."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Swept:
+    """What was found of one pair.
+
+    Attributes:
+        clean: The measure of the clean run.
+        corrupted: That of the corrupted run.
+        values: The measure with each cell patched, or its estimate, in the order of the cells.
+    """
+
+    clean: float
+    corrupted: float
+    values: list[float]
+
+
+class Patcher:
+    """Patches the runs of one model.
+
+    Args:
+        model: A language model, in evaluation mode.
+        sites: Names or patterns of the sites whose cells are patched.
+
+    Attributes:
+        sites: Their names, in the model's order.
+
+    Raises:
+        UnknownSiteError: The model has no such site.
+        PlanError: A site has no entry a token that could be put in.
+    """
+
+    def __init__(self, model: nn.Module, sites: str | Iterable[str]) -> None:
+        self._model = model
+        infos = whole_sites(core_of(model), [sites] if isinstance(sites, str) else list(sites))
+        for name, info in infos.items():
+            if not info.per_token or info.site.top is not None or info.site.kind == "pattern":
+                raise PlanError(f"{name} does not hold one entry a token that could be put in; choose another site")
+        self.sites = tuple(infos)
+        # where logits of the last position will do, what lies behind the blocks may see that position only
+        self._needs_logits = any(info.site.kind in ("module", "logits") for info in infos.values())
+
+    def sweep(self, pair: Pair, cells: Sequence[Cell], metric: PairMetric, *, batch_cells: int) -> Swept:
+        """Measure the corrupted run with the clean value put in at each cell, `batch_cells` in one forward pass."""
+        with torch.no_grad():
+            clean, values = self._read(pair.clean)
+            corrupted = self._logits(pair.corrupted, 1)
+            found: list[float] = []
+            for start in range(0, len(cells), batch_cells):
+                logits_CV = self._patched(pair, cells[start : start + batch_cells], values)
+                found += metric(logits_CV, pair, clean[0]).tolist()
+            measures = [float(metric(logits, pair, clean[0])) for logits in (clean, corrupted)]
+        return Swept(clean=measures[0], corrupted=measures[1], values=found)
+
+    def estimate(self, pair: Pair, cells: Sequence[Cell], metric: PairMetric) -> Swept:
+        """Estimate the same from one backward pass: the gradient by each cell times the difference of the runs."""
+        with torch.no_grad():
+            clean, wanted = self._read(pair.clean)
+        values: dict[str, Tensor] = {}
+        gradients: dict[str, Tensor] = {}
+        with (
+            torch.enable_grad(),
+            _differentiable(self._model) as embedded,
+            tap(self._model, self.sites, values.__setitem__),
+            tap(self._model, self.sites, gradients.__setitem__, backward=True),
+        ):
+            corrupted = metric(self._logits(pair.corrupted, 1), pair, clean[0])
+            # by what the last run embedded alone: no parameter gathers gradients, and taps may have tried the model
+            torch.autograd.grad(corrupted.sum(), embedded[-1])
+        effects = {
+            name: ((wanted[name] - values[name]).double() * gradients[name].double()).flatten(2).sum(-1)[0]
+            for name in self.sites
+        }
+        base = float(corrupted.detach())
+        return Swept(
+            clean=float(metric(clean, pair, clean[0])),
+            corrupted=base,
+            values=[base + float(effects[name][position]) for name, position in cells],
+        )
+
+    def _read(self, ids: Sequence[int]) -> tuple[Tensor, dict[str, Tensor]]:
+        values: dict[str, Tensor] = {}
+        with tap(self._model, self.sites, values.__setitem__):
+            logits = self._logits(ids, 1)
+        return logits, values
+
+    def _patched(self, pair: Pair, cells: Sequence[Cell], values: dict[str, Tensor]) -> Tensor:
+        places: dict[str, list[tuple[int, int]]] = {}
+        for copy, (site, position) in enumerate(cells):
+            places.setdefault(site, []).append((copy, position))
+
+        def put_in(name: str, tensor: Tensor) -> Tensor:
+            copies, positions = zip(*places[name], strict=True)
+            tensor[list(copies), list(positions)] = values[name][0, list(positions)]
+            return tensor
+
+        with tap(self._model, list(places), put_in):
+            return self._logits(pair.corrupted, len(cells))
+
+    def _logits(self, ids: Sequence[int], n_copies: int) -> Tensor:
+        """Run copies of an example; returns the logits behind the last position, (C, V)."""
+        core = core_of(self._model)
+        device = next(core.parameters()).device
+        ids_CT = torch.tensor([list(ids)] * n_copies, device=torch.device("cpu") if device.type == "meta" else device)
+        output = self._model(**forward_kwargs(core, ids_CT, torch.ones_like(ids_CT), needs_logits=self._needs_logits))
+        logits = getattr(output, "logits", None)
+        if not isinstance(logits, Tensor):
+            raise CaptureError(f"{type(core).__name__} gives no logits: patching needs a language modelling head")
+        return logits[:, -1]
+
+
+@contextmanager
+def _differentiable(model: nn.Module) -> Iterator[list[Tensor]]:
+    """Let gradients reach every site, though no parameter may ask for any; yields what the embedding then gives."""
+    embedded: list[Tensor] = []
+
+    def start(_module: nn.Module, _inputs: object, output: Tensor) -> None:
+        embedded.append(output.requires_grad_())
+
+    core = core_of(model)
+    if not isinstance(core, PreTrainedModel):
+        raise PlanError(f"{type(core).__name__} is no transformers model, whose embedding gradients could start at")
+    handle = core.get_input_embeddings().register_forward_hook(start)
+    try:
+        yield embedded
+    finally:
+        handle.remove()

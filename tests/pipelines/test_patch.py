@@ -1,0 +1,180 @@
+"""Patching cell by cell against hooks by hand, and its estimate where the effect is linear."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from pyarrow.parquet import read_table
+from torch import Tensor, nn
+
+import residua
+from residua.pipelines.cli import main
+from residua.store.errors import PlanError, UnknownSiteError
+from tests.capture.replaying import captured, model_of, tokens
+from tests.ragged import MODEL
+
+CLEAN, CORRUPTED = (3, 9, 27, 81, 5, 15, 45), (3, 9, 30, 81, 5, 15, 45)
+PAIR = {"clean": list(CLEAN), "corrupted": list(CORRUPTED), "answer": 7, "wrong": 11}
+MODULES = {"llama": "model.layers.{}", "gpt2": "transformer.h.{}"}
+
+
+def run(model: nn.Module, ids: tuple[int, ...]) -> Tensor:
+    with torch.no_grad():
+        logits: Tensor = model(torch.tensor([ids])).logits[0, -1].double()
+    return logits
+
+
+def by_hand(name: str, layer: int, position: int) -> Tensor:
+    """Logits of the corrupted example with the clean output of one block put in at one position."""
+    model, kept = model_of(name), list[Tensor]()
+    block = model.get_submodule(MODULES[name].format(layer))
+    handle = block.register_forward_hook(lambda _m, _i, output: kept.append(output.clone()))
+    run(model, CLEAN)
+    handle.remove()
+
+    def put_in(_module: object, _inputs: object, output: Tensor) -> Tensor:
+        new = output.clone()
+        new[:, position] = kept[0][:, position]
+        return new
+
+    handle = block.register_forward_hook(put_in)
+    logits = run(model, CORRUPTED)
+    handle.remove()
+    return logits
+
+
+def measured(logits: Tensor, clean: Tensor, metric: str) -> float:
+    log_q, log_p = logits.log_softmax(-1), clean.log_softmax(-1)
+    values = {
+        "logit_difference": logits[7] - logits[11],
+        "loss": -log_q[7],
+        "probability": log_q[7].exp(),
+        "kl": (log_p.exp() * (log_p - log_q)).sum(),
+    }
+    return float(values[metric])
+
+
+@pytest.mark.parametrize("metric", ["logit_difference", "loss", "probability", "kl"])
+@pytest.mark.parametrize("name", MODULES)
+def test_every_cell_is_the_one_by_hand(name: str, metric: str) -> None:
+    model = model_of(name)
+    calls: list[int] = []
+    handle = model.register_forward_hook(lambda *_: calls.append(1))
+    found = residua.patch(model, [PAIR], metric=metric, batch_cells=8).to_pylist()
+    handle.remove()
+    assert len(calls) == 2 + 3, "21 cells take three passes of eight"
+    clean, corrupted = (measured(run(model, ids), run(model, CLEAN), metric) for ids in (CLEAN, CORRUPTED))
+    assert [(line["site"], line["position"]) for line in found] == [
+        (f"resid_post.{layer}", position) for layer in range(3) for position in range(7)
+    ]
+    for line in found:
+        layer, position = int(line["site"][-1]), line["position"]
+        expected = measured(by_hand(name, layer, position), run(model, CLEAN), metric)
+        assert line["value"] == pytest.approx(expected, rel=1e-4, abs=1e-5)
+        assert line["effect"] == pytest.approx(expected - corrupted, rel=1e-3, abs=2e-5)
+        assert line["recovered"] == pytest.approx((expected - corrupted) / (clean - corrupted), rel=1e-3, abs=2e-3)
+        assert line["token"] == CORRUPTED[position]
+    assert found[-1]["recovered"] == pytest.approx(1, abs=1e-3), "the last position of the last block is all there is"
+    assert found[0]["effect"] == pytest.approx(0, abs=2e-5), "before the difference nothing is to be had"
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_the_estimate_is_exact_where_the_metric_is_linear(name: str) -> None:
+    model = model_of(name)
+    head = "module:lm_head@input"
+    found, true = (way(model, [PAIR], sites=head).to_pylist() for way in (residua.attribute, residua.patch))
+    assert [line["value"] for line in found] == pytest.approx([line["value"] for line in true], rel=1e-4, abs=1e-4)
+    assert abs(true[-1]["effect"]) > 1e-2
+
+
+def test_the_estimate_is_the_slope_of_true_patching() -> None:
+    """Every other site: by central differences along the way from corrupted to clean, in float64."""
+    model = model_of("gpt2", torch.float64)  # others take their norms in float32, whatever their type
+    found = residua.attribute(model, [PAIR], sites="resid_post.0,mlp_out.1,z.2", metric="loss", positions=[2, 4, -1])
+    for line in found.to_pylist():
+        site, position = line["site"], line["position"]
+        values: dict[str, dict[str, Tensor]] = {"clean": {}, "corrupted": {}}
+        for word, ids in (("clean", CLEAN), ("corrupted", CORRUPTED)):
+            with residua.tap(model, site, values[word].__setitem__):
+                run(model, ids)
+        step = (values["clean"][site] - values["corrupted"][site])[0, position]
+
+        def loss(size: float, site: str = site, position: int = position, step: Tensor = step) -> float:
+            def move(_site: str, tensor: Tensor) -> Tensor:
+                tensor[0, position] += size * step
+                return tensor
+
+            with residua.tap(model, site, move):
+                return float(-run(model, CORRUPTED).log_softmax(-1)[7])
+
+        slope = (loss(1e-5) - loss(-1e-5)) / 2e-5
+        assert line["effect"] == pytest.approx(slope, rel=1e-5, abs=1e-8), (site, position)
+    assert set(found["site"].to_pylist()) == {"resid_post.0", "mlp_out.1", "z.2"}
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+CIRCUIT = [("attn_out.1", 8), ("attn_out.3", 19)]
+"""Where the previous token is written beside the answer's first copy, and where the induction heads read it."""
+
+
+def repeats(n_pairs: int) -> list[dict[str, Any]]:
+    """A random block twice, up to the last token of it; corrupted, the first copy had another token before it."""
+    rng = np.random.default_rng(11)
+    pairs = []
+    for _ in range(n_pairs):
+        block = rng.choice(np.arange(3, 1024), 14, replace=False).tolist()
+        block, (other, wrong) = block[:12], block[12:]
+        clean = [0, *block, *block[:7]]
+        corrupted = [0, *block[:6], other, *block[7:], *block[:7]]
+        pairs.append({"clean": clean, "corrupted": corrupted, "answer": block[7], "wrong": wrong})
+    return pairs
+
+
+def test_the_induction_layer_of_the_shipped_model_stands_out(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "pairs.jsonl"
+    file.write_text("\n".join(json.dumps(pair) for pair in repeats(6)))
+    words = ["--model", str(MODEL), "--pairs", str(file), "--sites", "attn_out.*"]
+    assert main(["patch", *words, "--out", str(tmp_path / "patched")]) == 0
+    assert "recovered" in capsys.readouterr().out
+    assert (tmp_path / "patched/cells.png").stat().st_size > 10_000
+    found = residua.patch(MODEL, file, sites="attn_out.*").to_pandas()
+    mean = found.groupby(["site", "position"])["recovered"].mean()
+    assert all(mean[cell] > 0.9 for cell in CIRCUIT)
+    assert mean.drop(CIRCUIT).abs().max() < 0.4
+    assert main(["attribute", *words, "--out", str(tmp_path / "attributed"), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["n_cells"] == len(found)
+    estimated = read_table(tmp_path / "attributed/cells.parquet").to_pandas()
+    estimate = estimated.groupby(["site", "position"])["recovered"].mean()
+    assert set(estimate.abs().nlargest(2).index) == set(CIRCUIT)
+
+
+def test_what_does_not_fit_is_said(tmp_path: Path) -> None:
+    model = model_of("llama")
+    archive = captured(model, tmp_path / "a", sites="resid_post.0")
+    named = [{"clean": 0, "corrupted": 1, "answer": 7, "wrong": 8}]
+    spelt = [{**named[0], "clean": tokens()[0], "corrupted": tokens()[1]}]
+    options: dict[str, Any] = {"sites": "resid_post.1", "positions": [-1]}
+    assert residua.patch(model, named, archive=archive, **options) == residua.patch(model, spelt, **options)
+    for pairs, more, message in (
+        (named, {}, "pair 1: example 0 was named, and no archive"),
+        ([{**PAIR, "clean": [1, 2]}], {}, "pair 1: a pair has 2 clean and 7 corrupted tokens"),
+        ([PAIR, {**PAIR, "answer": 97}], {}, "pair 2: the model has no token 97"),
+        ([{**PAIR, "clean": "text"}], {}, "pair 1: the model comes without a tokenizer"),
+        ([{**PAIR, "wrong": None}], {}, "needs the wrong answer"),
+        ([PAIR], {"positions": [7]}, "pair 1 has 7 tokens: there is no position 7"),
+        ([PAIR], {"metric": "luck"}, "there is no metric 'luck'"),
+        ([PAIR], {"batch_cells": 0}, "at least one cell"),
+        ([PAIR], {"sites": "pattern.0"}, "pattern.0 does not hold one entry a token"),
+        ([], {}, "there are no pairs"),
+        ([3], {}, "pair 1: a pair has clean, corrupted and answer"),
+        (tmp_path / "no.jsonl", {}, "there is no file of pairs"),
+    ):
+        with pytest.raises(PlanError, match=message):
+            residua.patch(model, pairs, **{**options, **more})  # type: ignore[arg-type]  # wrong on purpose
+    with pytest.raises(UnknownSiteError):
+        residua.attribute(model, [PAIR], sites="resid_post.9")
