@@ -17,8 +17,8 @@ from residua.capture.anatomy import Anatomy, anatomy_of
 from residua.capture.attention import AttentionTap, eager_attention, intercepting
 from residua.capture.groups import everyones, pipeline_group, tensor_parallel_group
 from residua.capture.inputs import forward_kwargs
+from residua.capture.pipeline_stages import target_of
 from residua.capture.probing import evaluating
-from residua.capture.stages import target_of
 from residua.store.attentionspec import ATTENTION_FILE, AttentionSpec, attention_to_json
 from residua.store.sitenames import parse_site
 

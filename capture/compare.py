@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from residua.capture.placement import BatchRows, Placement
-from residua.capture.staging import torch_dtype
+from residua.capture.stage import torch_dtype
 from residua.store.archive import Archive
 
 

@@ -14,7 +14,7 @@ from residua.capture.placement import Indices
 from residua.capture.planbatch import PlanBatch
 from residua.capture.rows import ExampleRows
 from residua.capture.siteinfo import SiteInfo
-from residua.capture.staging import torch_dtype
+from residua.capture.stage import torch_dtype
 from residua.capture.storedrows import StoredRows
 from residua.store.chosenrows import RowChooser
 from residua.store.edits import Edit, Function, Scale, Swap, Zero

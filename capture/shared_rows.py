@@ -22,7 +22,8 @@ from residua.capture.ranks import on_rank
 from residua.capture.rows import by_position
 from residua.capture.share import Share
 from residua.capture.siteinfo import SiteInfo
-from residua.capture.staging import Staging, torch_dtype
+from residua.capture.stage import torch_dtype
+from residua.capture.staging import Staging
 from residua.store.errors import CaptureError
 from residua.store.plan import Plan
 

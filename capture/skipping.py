@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from residua.capture.anatomy import Anatomy
 from residua.capture.hooks import attached, values_of
 from residua.capture.inputs import forward_kwargs
+from residua.capture.pipeline_stages import is_stand_in
 from residua.capture.probing import evaluating
 from residua.capture.siteinfo import SiteInfo
-from residua.capture.stages import is_stand_in
 from residua.capture.wrappers import core_of
 from residua.store.errors import CaptureError
 

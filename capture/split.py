@@ -9,9 +9,9 @@ from torch.distributed import ProcessGroup
 
 from residua.capture.crew import Crew
 from residua.capture.groups import everyones, pipeline_group, tensor_parallel_group
+from residua.capture.pipeline_stages import target_of
 from residua.capture.share import Share
 from residua.capture.siteinfo import SiteInfo
-from residua.capture.stages import target_of
 from residua.capture.team import Team
 from residua.store.errors import CaptureError
 from residua.store.plan import Plan

@@ -22,9 +22,9 @@ from residua.capture.groups import pipeline_group, tensor_parallel_group
 from residua.capture.hooks import ForwardCall, Met, attached
 from residua.capture.leaves import checked_replacement
 from residua.capture.oracle import is_spread, whole_sites
+from residua.capture.pipeline_stages import Chunk, chunks_of, target_of
 from residua.capture.ranks import on_rank
 from residua.capture.siteinfo import SiteInfo
-from residua.capture.stages import Chunk, chunks_of, target_of
 from residua.capture.tapgroup import TapGroup
 from residua.capture.taps import TapFunction
 from residua.capture.whole import Parts, Wholes

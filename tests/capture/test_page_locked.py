@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from residua.capture.cuda_streams import writer_threads
-from residua.capture.staging import Stage
+from residua.capture.stage import Stage
 from residua.store.errors import CaptureError
 from residua.store.plan import SitePlan
 from tests.capture.staging_samples import make_plan

@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from residua.capture.rows import batch_rows
-from residua.capture.staging import Stage, Staging, torch_dtype
+from residua.capture.stage import Stage, torch_dtype
+from residua.capture.staging import Staging
 from residua.store.commits import read_commits
 from residua.store.create import create_archive, workspace
 from residua.store.dtypes import STORAGE_DTYPES

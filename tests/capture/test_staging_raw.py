@@ -8,7 +8,8 @@ import torch
 import zarr
 
 from residua.capture.placement import BatchRows
-from residua.capture.staging import Stage, Staging
+from residua.capture.stage import Stage
+from residua.capture.staging import Staging
 from residua.store.commits import read_commits
 from residua.store.create import create_archive, workspace
 from residua.store.plan import Plan, SitePlan
