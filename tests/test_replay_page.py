@@ -43,6 +43,26 @@ def test_edits_do_what_the_page_says(names: dict[str, Any]) -> None:
     assert names["moved"][:50].max() == 0 < names["moved"][50]
 
 
+def test_the_whole_archive_is_told_in_tables(names: dict[str, Any]) -> None:
+    assert len(names["by_example"]) == 16
+    assert len(names["by_token"]) == 16 * 101
+    listed = PAGE.read_text().partition("A line of a token")[2].partition("`examples` and `where`")[0]
+    told = set(re.findall(r"`(\w+)`", listed)) - {"tokens"}
+    assert told == set(names["by_token"].columns) | {"top1_agreement", "n_tokens", "kl_max"}
+    assert set(names["by_example"].columns) <= told
+    assert 0 < names["cost"].kl_mean < 1e-2
+
+
+def test_sweeps_find_the_two_cells_that_the_page_names(names: dict[str, Any]) -> None:
+    grid = names["grid"]
+    estimate = names["estimate"].groupby(["site", "position"])["recovered"].mean().unstack()
+    circuit = {("attn_out.1", 11), ("attn_out.3", 60)}
+    assert {cell for cell, value in grid.stack().items() if value > 0.5} == circuit
+    assert estimate[60]["attn_out.3"] == pytest.approx(1.2, abs=0.05)
+    assert estimate[11]["attn_out.1"] == pytest.approx(0.01, abs=0.05)
+    assert (names["work"] / "patched/cells.png").is_file()
+
+
 def test_the_induction_heads_are_what_copies(names: dict[str, Any]) -> None:
     """To 0.02 nats: another processor rounds otherwise, and the table has two digits."""
     table = dict(re.findall(r"^\| (none|block \d(?:, one head at a time)?) \| ([\d., ]+) \|$", PAGE.read_text(), re.M))
