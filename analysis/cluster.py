@@ -76,14 +76,26 @@ def connect(
         shown: Whether to draw progress bars, on standard error.
 
     Raises:
-        AnalysisError: No scheduler answers at that address, or it has no workers.
+        AnalysisError: No scheduler answers at that address, it has no workers, or the numbers make no sense.
     """
-    limit = parse_bytes(memory_limit)
+    limit = _positive_bytes(memory_limit)
+    if workers is not None and workers < 1:
+        raise AnalysisError(f"{workers} workers were asked for: ask for at least 1")
     if scheduler == INLINE:
         yield _Inline(limit, shown=shown)
         return
     with _local(workers, limit) if scheduler is None else _remote(scheduler) as client:
         yield _Distributed(client, shown=shown)
+
+
+def _positive_bytes(size: str | int) -> int:
+    try:
+        found = int(parse_bytes(size))
+    except ValueError as error:
+        raise AnalysisError(f"the memory limit {size!r} is no size ({error}): write for example 4GiB") from error
+    if found < 1:
+        raise AnalysisError(f"the memory limit is {size!r}: a worker needs more")
+    return found
 
 
 class _Inline:

@@ -62,7 +62,10 @@ def _answer(column: pa.ChunkedArray, value: Value, comparison: Comparison) -> pa
     if pa.types.is_null(column.type):  # Arrow compares nothing with these
         return column.is_valid()
     name = _ARROW_NAMES[comparison.operator]
-    return pc.call_function(name, [column, _fitting(value, column.type, comparison)]).fill_null(False)
+    try:
+        return pc.call_function(name, [column, _fitting(value, column.type, comparison)]).fill_null(False)
+    except pa.ArrowInvalid as error:  # whole numbers beyond 2**53, say, with a fraction
+        raise AnalysisError(f"column {comparison.name!r} cannot be compared with {value!r}: {error}") from error
 
 
 def _fitting(value: Value, kind: pa.DataType, comparison: Comparison) -> Any:

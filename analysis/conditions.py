@@ -19,6 +19,7 @@ Value: TypeAlias = int | float | str | bool | None
 
 _LONGEST = 10_000
 _DEEPEST = 50
+_MOST_DIGITS = 20
 _TOKEN = re.compile(
     r"""\s*(?:(?P<number>-?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?)
     |(?P<text>"(?:[^"\\]|\\.)*"|'(?:[^'\\]|\\.)*')
@@ -190,7 +191,12 @@ class _Parser:
 
 
 def _number(text: str) -> Value:
-    return int(text) if text.lstrip("-").isdigit() else float(text)
+    if not text.lstrip("-").isdigit():
+        return float(text)
+    number = int(text) if len(text) <= _MOST_DIGITS else 2**63
+    if not -(2**63) <= number < 2**63:
+        raise AnalysisError(f"a filter has the number {text[:40]}: whole numbers have at most 64 bits, write 1e30 say")
+    return number
 
 
 def _unquoted(text: str) -> Value:

@@ -18,6 +18,7 @@ from torch import Tensor
 from residua.analysis.attention_jobs import MOST_BYTES, AttentionJob, Source, attention_jobs, example_sums, run_jobs
 from residua.analysis.attention_weights import ExampleSums, Floats
 from residua.analysis.cluster import Cluster
+from residua.analysis.opened import opened
 from residua.analysis.token_matches import Match, duplicate_token, left_out, prefix, previous_token, without
 from residua.store.archive import Archive
 from residua.store.errors import AnalysisError
@@ -92,6 +93,14 @@ def _detect(job: AttentionJob, *, name: HeadName, measure: ErrorMeasure, bos: bo
         }[name]
         return without(detection, excluded), excluded
 
+    table = opened(job.path).example_table
+    for example in range(job.first, job.last):
+        first, last = table.rows(example)
+        if last - first < len(table.tokens(example)):
+            raise AnalysisError(
+                f"example {example} of {job.path} keeps {last - first} of its {len(table.tokens(example))} positions, "
+                "and the head detector compares whole patterns: capture all positions"
+            )
     scores = [_mul(sums) if measure == "mul" else _abs(sums) for sums in example_sums(job, matches)]
     summed: Floats = np.sum(scores, axis=0)
     return summed

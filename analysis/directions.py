@@ -29,14 +29,14 @@ def read_direction(path: str | PathLike[str]) -> Floats:
     """
     place = Path(path)
     try:
-        values = _tensor(place) if place.suffix == ".safetensors" else np.load(place, allow_pickle=False)
+        values = _tensor(place) if place.suffix == ".safetensors" else np.load(place, mmap_mode="r", allow_pickle=False)
     except (OSError, ValueError, EOFError, SafetensorError) as error:
         raise AnalysisError(
             f"the direction {place} cannot be read ({error}): give a .npy file of plain numbers, or a .safetensors file"
         ) from error
     if not isinstance(values, np.ndarray) or values.dtype.kind not in "fiu":
         raise AnalysisError(f"{place} holds no array of numbers: save one, for example with numpy.save")
-    return values.astype(np.float64)
+    return np.array(values, np.float64)
 
 
 def _tensor(place: Path) -> Floats:

@@ -24,7 +24,7 @@ from residua.analysis.head import Head, load_head
 from residua.analysis.lens_checkpoint import LensConfig, hash_unembedding, read_checkpoint, write_checkpoint
 from residua.analysis.lens_decoder import Decoder
 from residua.analysis.lens_points import depth_of
-from residua.analysis.lens_report import plot_report
+from residua.analysis.lens_report import REPORT, plot_report
 from residua.analysis.lens_settings import LensSettings
 from residua.analysis.lens_train import LensTraining
 from residua.analysis.lens_translator import Translator
@@ -186,7 +186,7 @@ def _read_depths(path: Path, translators: Mapping[int, Translator]) -> list[int]
     try:
         known = json.loads(path.read_bytes())["depths"]
         return [depth for depth in translators if depth in known]
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise AnalysisError(f"{path} does not list the depths of a lens ({error}): train the lens again") from error
 
 
@@ -194,6 +194,9 @@ def _read_report(path: Path) -> pa.Table | None:
     if not path.is_file():
         return None
     try:
-        return pq.read_table(path)
-    except (OSError, pa.ArrowException) as error:
+        report = pq.read_table(path)
+        if not report.num_rows:
+            raise ValueError("it has no lines")
+        return report.select(REPORT.names).cast(REPORT)
+    except (OSError, ValueError, KeyError, pa.ArrowException) as error:
         raise AnalysisError(f"{path} is not the report of a lens ({error}): remove it, or train again") from error

@@ -10,7 +10,6 @@ import json
 from dataclasses import asdict, dataclass, fields
 from io import BytesIO
 from pathlib import Path
-from pickle import UnpicklingError
 
 import numpy as np
 import torch
@@ -67,7 +66,7 @@ def write_checkpoint(folder: Path, config: LensConfig, translators: dict[int, Tr
         state[f"{depth}.bias"] = bias
     buffer = BytesIO()
     torch.save(state, buffer)
-    write_file(folder / PARAMETERS_FILE, [buffer.getvalue()])
+    write_file(folder / PARAMETERS_FILE, [np.frombuffer(buffer.getbuffer(), np.uint8)])
     write_file(folder / CONFIG_FILE, [json.dumps(asdict(config)).encode()])
 
 
@@ -84,7 +83,7 @@ def read_checkpoint(folder: Path) -> tuple[LensConfig, dict[int, Translator]]:
     path = folder / PARAMETERS_FILE
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, UnpicklingError, EOFError, ValueError, KeyError) as error:
+    except Exception as error:  # torch raises whatever a strange pickle makes it stumble over
         raise AnalysisError(f"{path} cannot be read as a checkpoint of tensors ({error}): {_ADVICE}") from error
     _check_state(path, config, state)
     translators = {}
@@ -97,7 +96,7 @@ def read_checkpoint(folder: Path) -> tuple[LensConfig, dict[int, Translator]]:
 def _read_config(path: Path) -> LensConfig:
     try:
         found = json.loads(path.read_bytes() if path.stat().st_size <= _MOST_CONFIG_BYTES else b"")
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise AnalysisError(f"{path} is not the config of a lens ({error}): {_ADVICE}") from error
     known = {field.name for field in fields(LensConfig)}
     try:
@@ -119,7 +118,7 @@ def _check_state(path: Path, config: LensConfig, state: object) -> None:
     found = {
         name: tuple(value.shape)
         for name, value in (state.items() if isinstance(state, dict) else ())
-        if isinstance(value, Tensor) and value.is_floating_point()
+        if isinstance(value, Tensor) and value.is_floating_point() and _is_plain(value)
     }
     if found != expected or not isinstance(state, dict) or len(state) != len(expected):
         wrong = sorted(set(map(str, found.items())) ^ set(map(str, expected.items())))
@@ -127,6 +126,12 @@ def _check_state(path: Path, config: LensConfig, state: object) -> None:
             f"{path} holds other tensors than a lens of {config.num_hidden_layers} blocks of width {config.d_model} "
             f"has: {', '.join(wrong)[:200]}: {_ADVICE}"
         )
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    """Say whether each number is in the file: a small one can claim a large tensor, which is one number repeated."""
+    is_dense = tensor.layout == torch.strided and tensor.device.type == "cpu"
+    return is_dense and tensor.untyped_storage().nbytes() >= tensor.numel() * tensor.itemsize
 
 
 _ADVICE = "choose a folder that `residua lens train` or the tuned-lens package wrote"

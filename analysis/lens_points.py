@@ -89,7 +89,7 @@ def count_blocks(head: Path) -> int:
     try:
         text = path.read_bytes() if path.stat().st_size <= _MOST_CONFIG_BYTES else b""
         config = json.loads(text)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise AnalysisError(
             f"{path} cannot be read ({error}): a lens decodes with the model's final norm and unembedding, which an "
             "archive of a causal or masked language model has in its folder head; capture such a model again"

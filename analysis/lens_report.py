@@ -11,6 +11,24 @@ from residua.analysis.plots import line_plot
 
 RIDGE, REFINED = "ridge", "refined"
 
+REPORT = pa.schema(
+    [
+        ("site", pa.string()),
+        ("depth", pa.int64()),
+        ("kept", pa.string()),
+        ("rows", pa.int64()),
+        ("kl", pa.float64()),
+        ("kl_logit_lens", pa.float64()),
+        ("kl_ridge", pa.float64()),
+        ("cross_entropy", pa.float64()),
+        ("cross_entropy_logit_lens", pa.float64()),
+        ("cross_entropy_model", pa.float64()),
+        ("agreement", pa.float64()),
+        ("agreement_logit_lens", pa.float64()),
+        ("penalty", pa.float64()),
+    ]
+)
+
 
 def best_map(scores: Mapping[str, Score]) -> str:
     """Return the name of the map with the least KL divergence, be it the logit lens."""
@@ -23,12 +41,11 @@ def report_table(
 ) -> pa.Table:
     """Return a line a site.
 
-    Columns: site, depth, kept (``refined``, ``ridge`` or ``logit lens``), rows, kl, kl_logit_lens, kl_ridge,
-    cross_entropy, cross_entropy_logit_lens, cross_entropy_model, agreement, agreement_logit_lens, penalty. KL
+    The columns are those of `REPORT`; kept is ``refined``, ``ridge`` or ``logit lens``. KL
     divergences and cross-entropies are means in nats a token, agreements shares of the rows. The penalty is the
     ridge's, in mean variances of the input. What was not measured is null.
     """
-    return pa.Table.from_pylist([_line(depth, site, scores[depth], penalties) for depth, site in sites.items()])
+    return pa.Table.from_pylist([_line(depth, site, scores[depth], penalties) for depth, site in sites.items()], REPORT)
 
 
 def _line(depth: int, site: str, scores: Mapping[str, Score], penalties: Mapping[int, float]) -> dict[str, Any]:

@@ -80,11 +80,12 @@ class LensRows:
         index = self._archive.example_table.index()
         examples = np.flatnonzero(self._is_held_out(np.arange(index.n_examples)))
         examples = np.random.default_rng([self._settings.seed, 3]).permutation(examples)
+        examples = examples[self._is_captured(index.first_row[examples])]
         enough = int(np.searchsorted(np.cumsum(index.n_rows[examples], dtype=np.int64), most)) + 1
         first, counts = index.first_row[examples[:enough]], index.n_rows[examples[:enough]]
         ranges = [np.arange(start, start + count) for start, count in zip(first, counts, strict=True)]
         rows = np.concatenate([np.zeros(0, np.int64), *ranges])
-        rows = rows[np.isin(rows // self._archive.plan.rows_per_shard, list(self._archive.commits))][:most]
+        rows = rows[self._is_captured(rows)][:most]
         rows = np.sort(rows[self._is_late(rows)])
         if not len(rows):
             raise AnalysisError(
@@ -111,6 +112,9 @@ class LensRows:
 
     def _is_held_out(self, examples: npt.NDArray[np.generic]) -> npt.NDArray[np.bool_]:
         return held_out(examples.astype(np.int64), fraction=self._settings.held_out, seed=self._settings.seed)
+
+    def _is_captured(self, rows: Rows) -> npt.NDArray[np.bool_]:
+        return np.isin(rows // self._archive.plan.rows_per_shard, list(self._archive.commits))
 
     def _is_late(self, rows: Rows) -> npt.NDArray[np.bool_]:
         if not self._settings.skip_positions:

@@ -39,7 +39,7 @@ class LensSettings:
             "together": 1,
             "parts": 1,
         }
-        for name, bound in {**least, "skip_positions": 0}.items():
+        for name, bound in {**least, "skip_positions": 0, "seed": 0}.items():
             value = getattr(self, name)
             if value is not None and value < bound:
                 raise AnalysisError(f"--{name.replace('_', '-')} is {value}: it must be at least {bound}")

@@ -208,9 +208,11 @@ class LogisticProbe(ClassifierMixin, LinearProbe):  # type: ignore[misc]  # scik
             for rows, part in paired(X, codes):
                 yield self._checked(rows), part[:, None]
 
-        moments = Moments(int(np.prod(X.shape[1:])))
+        moments: Moments | None = None
         for rows, _ in batches():
+            moments = moments or Moments(rows.shape[1])
             moments.add(rows)
+        assert moments is not None  # noqa: S101  # two classes have rows
         problem = Problem(0, len(self.classes_), self.penalty)
         found = fit_logistic(
             batches, [problem], Basis.of(moments), tolerance=self.tolerance, most_passes=self.most_passes

@@ -115,6 +115,8 @@ def probe(
             )
     if task not in (None, "classification", "regression"):
         raise AnalysisError(f"the task {task!r} is not known: a probe does classification or regression")
+    if seed < 0:
+        raise AnalysisError(f"the seed is {seed}: it must be at least 0")
     names = archive.select(sites)
     split = Split(test_fraction, seed)
     found = survey(archive, target, where=where, task=task, split=split)

@@ -25,7 +25,7 @@ Floats: TypeAlias = npt.NDArray[np.float64]
 
 _FEW = 16  # whole numbers of so many values or fewer are taken as classes
 _MOST_CLASSES = 2048
-_SAMPLE = 16_384  # labels that a control draws from, where labels differ within an example
+_SAMPLE = 16_384  # labels, or up to twice as many, that a control draws from, where labels differ within an example
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,8 +103,8 @@ class _Labels:
         self._is_per_example = True
         self._missing: list[int] = []  # examples of rows without a value, at most one a block
         self._n_missing = 0
-        self._sample: list[Floats] = []
-        self._share = _SAMPLE / max(1, archive.n_rows)
+        self._sample: tuple[Numbers, Floats] = np.zeros(0, np.int64), np.zeros(0)  # rows and their labels
+        self._share = 1.0  # of all rows, so many are in the sample
 
     def add(self, rows: Numbers, examples: Numbers, values: npt.NDArray[Any]) -> None:
         labels: Floats = values.astype(np.float64)
@@ -118,11 +118,22 @@ class _Labels:
         self.n_rows += np.bincount(parts, minlength=3)
         self._count(self.n_train, labels[parts != TEST])
         self._count(self.n_test, labels[parts == TEST])
-        self._sample.append(labels[held_out(rows, fraction=self._share, seed=0)] if self._share < 1 else labels)
+        self._add_to_sample(rows, labels)
         there, first = np.unique(examples, return_index=True)
         is_new = np.isnan(self._by_example[there])
         self._by_example[there[is_new]] = labels[first[is_new]]
         self._is_per_example &= bool((self._by_example[examples] == labels).all())
+
+    def _add_to_sample(self, rows: Numbers, labels: Floats) -> None:
+        """Keep labels of rows that a hash chooses, fewer of them as rows go on coming."""
+        rows = np.concatenate([self._sample[0], rows])
+        labels = np.concatenate([self._sample[1], labels])
+        while True:
+            is_kept = held_out(rows, fraction=self._share, seed=0) if self._share < 1 else np.ones(len(rows), np.bool_)
+            if np.count_nonzero(is_kept) <= 2 * _SAMPLE:
+                break
+            self._share /= 2
+        self._sample = rows[is_kept], labels[is_kept]
 
     def _count(self, counter: "Counter[float]", labels: Floats) -> None:
         if not self.is_much:
@@ -163,4 +174,4 @@ class _Labels:
     def control(self) -> Control:
         if self._is_per_example:
             return Control.permuted(self._by_example, self._split.seed)
-        return Control.drawn(np.concatenate(self._sample), self._split.seed)
+        return Control.drawn(self._sample[1], self._split.seed)

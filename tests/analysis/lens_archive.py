@@ -18,7 +18,9 @@ def examples(n_examples: int = N_EXAMPLES) -> list[list[int]]:
     return [(3 + row[: 24 + number % 9] % (VOCABULARY - 3)).tolist() for number, row in enumerate(steps)]
 
 
-def make_lens_archive(path: Path, model: str = "llama", sites: str = "resid_post.*") -> Archive:
+def make_lens_archive(
+    path: Path, model: str = "llama", sites: str = "resid_post.*", rows_per_shard: int = 512
+) -> Archive:
     """Capture into `path`."""
-    capture_dataset(TINY[model](), examples(), out=path, sites=sites, rows_per_shard=512)
+    capture_dataset(TINY[model](), examples(), out=path, sites=sites, rows_per_shard=rows_per_shard)
     return Archive(path)

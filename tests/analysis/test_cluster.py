@@ -1,5 +1,7 @@
 """Running jobs: in this process here; on processes of their own in test_cluster_processes.py."""
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -51,4 +53,13 @@ def test_where_nobody_answers_is_an_error(monkeypatch: pytest.MonkeyPatch) -> No
         pytest.raises(AnalysisError, match=r"no Dask scheduler answers at tcp://127.0.0.1:1"),
         connect("tcp://127.0.0.1:1"),
     ):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("asked", "quoted"),
+    [({"memory_limit": "4Gibb"}, "4Gibb"), ({"memory_limit": 0}, "limit is 0"), ({"workers": -1}, "-1 workers")],
+)
+def test_sizes_that_make_no_sense_are_refused(asked: dict[str, Any], quoted: str) -> None:
+    with pytest.raises(AnalysisError, match=quoted), connect(**asked):
         pass

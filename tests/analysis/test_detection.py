@@ -1,6 +1,7 @@
 """The head detector against TransformerLens's definition, written out with whole matrices as it is published there."""
 
 from itertools import product
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -89,6 +90,14 @@ def test_it_is_transformer_lens_own_function(archive: Archive) -> None:
         table = residua.analysis.head_detector(archive, name, **options)
         found = table.column("score").to_numpy()
         np.testing.assert_allclose(found, scores.ravel() / len(EXAMPLES), rtol=1e-12, atol=1e-12)
+
+
+def test_whole_patterns_are_needed(tmp_path: Path) -> None:
+    some = residua.capture_dataset(
+        TINY["llama"](), EXAMPLES, sites="pattern.0", positions="last", out=tmp_path / "a.zarr"
+    ).archive
+    with pytest.raises(AnalysisError, match=r"example 0 of .* keeps 1 of its 12 positions"):
+        residua.analysis.head_detector(some, "previous_token_head", error_measure="abs")
 
 
 def test_other_names_are_refused(archive: Archive) -> None:

@@ -121,6 +121,8 @@ def test_a_filter_chooses_what_python_would(archive: Archive, rows: list[Row], t
         ("position > 0; token", "cannot be read from '; token' on"),
         ("(" * 60 + "position > 0" + ")" * 60, "nested more than 50 deep"),
         ("not " * 60 + "position > 0", "nested more than 50 deep"),
+        ("position == 9223372036854775808", "the number 9223372036854775808: whole numbers have at most 64 bits"),
+        ("position > -" + "9" * 5000, "whole numbers have at most 64 bits"),
         ("position > 0 or " * 1000 + "position > 0", "a filter of 16,012 characters"),
     ],
 )
@@ -141,6 +143,7 @@ def test_long_chains_are_no_depth(archive: Archive) -> None:
         ("position == true", "compares 'position' with True"),
         ("label == 3", "compares 'label' with 3, but that column holds string"),
         ("ok == 1", "compares 'ok' with 1, but that column holds bool"),
+        ("count > 0.5", "column 'count' cannot be compared with 0.5"),
         ("count == false", "compares 'count' with False"),
         ('day == "yesterday"', "'yesterday' is none"),
         ("input_ids == 3", "that column holds list"),

@@ -124,6 +124,19 @@ def test_few_rows_come_from_everywhere(archive: Archive) -> None:
     assert 256 < len(reader.training(chunks)) <= 512
 
 
+def test_an_archive_of_which_little_is_captured_is_judged_on_all_that_is(tmp_path: Path) -> None:
+    """Held-out examples that are not captured must not use up those that may be looked at."""
+    whole = make_lens_archive(tmp_path / "a.zarr", rows_per_shard=64)
+    expected = held_out_rows(whole)
+    for path in sorted((whole.path / "commits").iterdir())[12:]:
+        path.unlink()
+    begun = Archive(whole.path)
+    expected = expected[expected < 12 * 64]
+    reader, few = LensRows(begun, LensSettings()), len(expected) // 2
+    assert reader.judging().tolist() == expected.tolist()
+    assert 0.8 * few < len(reader.judging(few)) <= few
+
+
 def fit_on(cluster: Cluster, archive: Archive, out: Path, **settings: Any) -> bytes:
     TunedLens.fit(archive, out=out, cluster=cluster, **settings)
     return (out / "params.pt").read_bytes()
@@ -228,7 +241,9 @@ def test_what_is_missing_is_named(tmp_path: Path) -> None:
         points_of(last)
 
 
-@pytest.mark.parametrize(("name", "value"), [("rows", 0), ("held_out", 1.0), ("learning_rate", 0.0), ("epochs", 0)])
+@pytest.mark.parametrize(
+    ("name", "value"), [("rows", 0), ("held_out", 1.0), ("learning_rate", 0.0), ("epochs", 0), ("seed", -1)]
+)
 def test_settings_that_make_no_sense_are_refused(name: str, value: Any) -> None:
     with pytest.raises(AnalysisError, match="--" + name.replace("_", "-")):
         LensSettings(**{name: value})

@@ -131,3 +131,9 @@ def test_bad_rows_are_refused(tmp_path: Path) -> None:
     loaded: Any = LinearProbe.load(tmp_path)
     with pytest.raises(AnalysisError, match="cannot take in more rows"):
         loaded.partial_fit(ROWS, NUMBER)
+
+
+def test_lists_are_taken_as_well() -> None:
+    rows, labels = ROWS[:200].tolist(), CLASSES[2][:200]
+    found = LogisticProbe().fit(rows, labels)
+    np.testing.assert_allclose(found.coef_, LogisticProbe().fit(np.array(rows), labels).coef_)

@@ -10,9 +10,11 @@ from sklearn.metrics import balanced_accuracy_score, mean_squared_error, r2_scor
 from sklearn.preprocessing import StandardScaler
 
 from residua.analysis.cluster import connect
+from residua.analysis.controls import Split
 from residua.analysis.linear_probe import LinearProbe
 from residua.analysis.probe import probe
 from residua.analysis.split import held_out
+from residua.analysis.survey import survey
 from residua.store.archive import Archive
 from residua.store.errors import AnalysisError, UnknownSiteError
 from tests.analysis.rows_archive import write_rows
@@ -205,3 +207,23 @@ def test_too_wide_too_many_and_not_there(archive: Archive, monkeypatch: pytest.M
         probe(archive, "label", "resid_post.1", cluster=cluster)
     with pytest.raises(UnknownSiteError, match=r"resid_post\.7"):
         probe(archive, "label", "resid_post.7")
+
+
+def test_a_control_of_few_rows_of_many_has_their_labels(archive: Archive, monkeypatch: pytest.MonkeyPatch) -> None:
+    """How many labels it draws from follows from the rows that are chosen, not from all of the archive."""
+    monkeypatch.setattr("residua.analysis.survey._SAMPLE", 32)
+    split, where = Split(0.2, 0), "example < 20"
+    chosen = POSITION[EXAMPLE < 20] > 3
+    found = survey(archive, "position > 3", where=where, task=None, split=split).control.sample
+    assert found is not None
+    assert 16 < len(found) <= 64
+    assert found.mean() == pytest.approx(chosen.mean(), abs=0.25)
+    monkeypatch.setattr("residua.analysis.survey._SAMPLE", N_ROWS)
+    every = survey(archive, "position > 3", where=where, task=None, split=split).control.sample
+    assert every is not None
+    assert every.tolist() == chosen.tolist()
+
+
+def test_a_negative_seed_is_refused(archive: Archive) -> None:
+    with pytest.raises(AnalysisError, match="seed is -1"):
+        probe(archive, "label", "resid_post.1", seed=-1)

@@ -115,6 +115,9 @@ def test_directions_from_files(tmp_path: Path) -> None:
 def test_files_that_are_no_direction(tmp_path: Path) -> None:
     np.save(tmp_path / "pickled.npy", np.array([{"a": 1}], object), allow_pickle=True)
     (tmp_path / "cut.npy").write_bytes(b"\x93NUMPY")
+    with (tmp_path / "claims-much.npy").open("wb") as file:
+        header = {"descr": "<f8", "fortran_order": False, "shape": (10**13,)}
+        np.lib.format.write_array_header_1_0(file, header)
     (tmp_path / "cut.safetensors").write_bytes(b"\xff" * 9)
     np.save(tmp_path / "text.npy", np.array(["a"]))
     np.savez(tmp_path / "many.npz", a=DIRECTION)
