@@ -24,7 +24,7 @@ from residua.capture.samemodel import running_as_captured
 from residua.pipelines.captured_batches import schedule_of, whole_groups
 from residua.pipelines.models import captured_model
 from residua.pipelines.replay_record import begin_or_go_on
-from residua.pipelines.replay_tables import EXAMPLES, TOKENS, Comparison, part_path, read_parts, write_part
+from residua.pipelines.replay_tables import EXAMPLES, TOKENS, Comparison, part_path, read_parts, token_table, write_part
 from residua.store.archive import Archive
 from residua.store.editparse import EditSource, is_reproducible, parse_edits
 from residua.store.errors import CaptureError, NotCapturedError, PlanError
@@ -192,11 +192,11 @@ class _Runs:
             batches = [found.tolist() for found in members if len(found)]
             n_examples = sum(map(len, batches))
             if batches and not part_path(folder, EXAMPLES, group).exists():
-                found: list[Comparison] = []
+                found: list[pa.Table] = []  # and not the logits, which would not fit
                 for batch, examples in self._with_rows_ahead(batches):
                     found += self._compare(batch, examples, notes)
                     on_example(done + len(found), total)
-                write_part(folder, group, found, self._tokens)
+                write_part(folder, group, found)
             done += n_examples
             on_example(done, total)
         return tuple(notes.values())
@@ -212,7 +212,7 @@ class _Runs:
                     self.edited.stored.prefetch(site, batch_rows(ahead.rows, ahead.n_positions).row)
             yield batch, examples
 
-    def _compare(self, batch: PlanBatch, examples: Sequence[int], notes: dict[str, str]) -> Iterator[Comparison]:
+    def _compare(self, batch: PlanBatch, examples: Sequence[int], notes: dict[str, str]) -> Iterator[pa.Table]:
         other = unlike_the_plan(self._archive, examples)
         for kind, note in (("in full", self.edited.starts_at(batch)[1]), ("other batch", other)):
             if note:
@@ -222,7 +222,7 @@ class _Runs:
         if edited is None or unedited is None:
             raise CaptureError("the model gave no logits: a replay of a whole archive needs all of it in this process")
         for example, logits, before in zip(batch.rows, edited, unedited, strict=True):
-            yield Comparison(example=example, edited=logits, unedited=before)
+            yield token_table(Comparison(example=example, edited=logits, unedited=before), self._tokens)
 
     def close(self) -> None:
         """End the threads that read ahead."""

@@ -98,9 +98,9 @@ def part_path(folder: Path, table: str, group: int) -> Path:
     return folder / table / f"part-{group:05d}.parquet"
 
 
-def write_part(folder: Path, group: int, found: Sequence[Comparison], chosen: Sequence[int]) -> None:
-    """Write what was found of a group's examples, sorted by example, durably."""
-    parts = [token_table(item, chosen) for item in sorted(found, key=lambda item: item.example.example)]
+def write_part(folder: Path, group: int, tables: Sequence[pa.Table]) -> None:
+    """Write the tables of the tokens of a group's examples, sorted by example, durably."""
+    parts = sorted(tables, key=lambda table: table["example"][0].as_py())
     write_table(part_path(folder, TOKENS, group), pa.concat_tables(parts))
     write_table(part_path(folder, EXAMPLES, group), example_table([example_line(part) for part in parts]))
 
