@@ -105,7 +105,7 @@ def _set(edit: Set, info: SiteInfo, around: Surroundings) -> Action:
     if isinstance(edit.to, Vector):
         value = fitting(edit.to.values, info, around.dtype, "the vector")
     else:
-        value = fitting(np.full(1, edit.to), info, around.dtype, "the number")
+        value = fitting(np.full(_row_shape(info)[-1:], edit.to), info, around.dtype, "the number")
     return lambda rows, _at: value.to(rows.device).expand_as(rows).clone()
 
 
@@ -143,7 +143,7 @@ def _mean(edit: Mean, info: SiteInfo, around: Surroundings) -> Action:
 
 def _project_out(edit: ProjectOut, info: SiteInfo, _around: Surroundings) -> Action:
     """Subtract, in float32 at least, the part in the span of the directions; round once at the end."""
-    shape = tuple(size or 0 for size in info.row_shape or ())
+    shape = _row_shape(info)
     given = np.atleast_2d(edit.directions.values)
     if given.ndim != 2 or given.shape[1] != shape[-1]:
         raise PlanError(f"{info.name} has rows of width {shape[-1]}, and the directions have shape {given.shape}")
@@ -241,13 +241,17 @@ def fitting(values: Any, info: SiteInfo, dtype: torch.dtype, what: str) -> Tenso
     Raises:
         PlanError: Its shape does not go with the rows, or the type cannot hold its values.
     """
-    shape = tuple(size or 0 for size in info.row_shape or ())
-    if values.shape not in (shape, shape[-1:], (1,)):
+    shape = _row_shape(info)
+    if values.shape not in (shape, shape[-1:]):
         raise PlanError(f"{info.name} has rows of shape {shape}, and {what} has shape {tuple(values.shape)}")
     largest = float(np.abs(values).max(initial=0.0))
     if largest > torch.finfo(dtype).max:
         raise PlanError(f"{what} reaches {largest:.3g}, more than {_name(dtype)} can hold at {info.name}")
     return torch.from_numpy(values).to(dtype)
+
+
+def _row_shape(info: SiteInfo) -> tuple[int, ...]:
+    return tuple(size or 0 for size in info.row_shape or ())
 
 
 def _as(rows: Tensor, stored: Tensor) -> Tensor:

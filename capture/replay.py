@@ -154,7 +154,7 @@ class Replay:
             The new tokens of each example, with the one that ended it, if one did.
 
         Raises:
-            PlanError: The model does not generate, or an edit is at the logits.
+            PlanError: The model does not generate, an edit is at the logits, or an example would get several sequences.
         """
         self._require_open()
         return generate(

@@ -33,7 +33,7 @@ def check_model(archive: Archive, model: nn.Module, *, force: bool = False) -> t
         PlanError: It is another model.
     """
     expected = archive.plan.model
-    found, notes = _identity(core_of(model))
+    found, notes = identity_here(core_of(model))
     wrong = [key for key in _IDENTITY if key in expected and key in found and found[key] != expected[key]]
     lines = [f"{key}: {_short(expected[key])} in the archive, {_short(found[key])} here" for key in wrong]
     if wrong and not force:
@@ -48,8 +48,8 @@ def check_model(archive: Archive, model: nn.Module, *, force: bool = False) -> t
     return (*forced, *notes, *conditions, *changed_conditions(archive.provenance))
 
 
-def _identity(model: nn.Module) -> tuple[dict[str, object], list[str]]:
-    """What is known of the model here; the weights of one that is offloaded cannot be told."""
+def identity_here(model: nn.Module) -> tuple[dict[str, object], list[str]]:
+    """Return what is known of the model here, and notes: the weights of one that is offloaded cannot be told."""
     try:
         return dict(identify_model(model)), []
     except CaptureError:

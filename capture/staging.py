@@ -186,6 +186,7 @@ class Staging:
                 )
             else:
                 part.scatter(piece, blocks[block])
+                stage.filled(site, block, len(part.target))
 
     def _send(
         self,

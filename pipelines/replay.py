@@ -20,7 +20,7 @@ from residua.capture.planbatch import PlanBatch
 from residua.capture.replayer import Replayer
 from residua.capture.replaynotes import unlike_the_plan
 from residua.capture.rows import batch_rows
-from residua.capture.samemodel import running_as_captured
+from residua.capture.samemodel import identity_here, running_as_captured
 from residua.pipelines.captured_batches import schedule_of, whole_groups
 from residua.pipelines.models import captured_model
 from residua.pipelines.replay_record import begin_or_go_on
@@ -116,7 +116,7 @@ def replay_dataset(
         runs = _Runs(schedule, loaded, Replayer(loaded, opened, at=places, edits=parsed, force=force), tokens)
         request: dict[str, Any] = {
             "archive": opened.plan.digest,
-            "model": dict(opened.plan.model),
+            "model": {**opened.plan.model, **identity_here(loaded)[0]},  # with force=True it may be another
             "at": list(runs.edited.start.sites),
             "edits": [edit.to_json() for edit in parsed],
             "examples": None if examples is None else sorted(set(examples)),

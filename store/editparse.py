@@ -4,7 +4,7 @@ Text that names files and folders stays inside the folder of the edit file. A `P
 and may lead anywhere; so may a function, which only a Python caller can hand over.
 """
 
-import math
+import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import MISSING, fields
 from difflib import get_close_matches
@@ -20,7 +20,7 @@ from residua.store.yamltext import parse_yaml
 
 MAX_EDITS = 1000
 MAX_LIST = 1_000_000
-MAX_FILE_BYTES = 2**25
+MAX_FILE_BYTES = 2**20  # as YAML it takes 350 times that in memory, and 20 s
 _LARGEST = 2**48
 
 EditSource = str | PathLike[str] | Iterable[Edit | Mapping[str, Any]]
@@ -52,7 +52,7 @@ def _read(path: Path) -> list[Any]:
     if not path.is_file():
         raise PlanError(f"there is no file of edits at {path}")
     if path.stat().st_size > MAX_FILE_BYTES:
-        raise PlanError(f"{path} is over 32 MiB: put long vectors into .npy files beside it and name them")
+        raise PlanError(f"{path} is over 1 MiB: put long vectors into .npy files beside it and name them")
     try:
         found = parse_yaml(path.read_text(encoding="utf-8"))
     except ValueError as error:
@@ -72,7 +72,7 @@ def _parse_all(items: list[Any], folder: Path, *, trusted: bool) -> tuple[Edit, 
         try:
             edit = item if isinstance(item, Edit) and trusted else _parse(item, _Fields(folder, trusted=trusted))
             _ = canonical_json(edit.to_json())
-        except (PlanError, ValueError, TypeError, RecursionError) as error:
+        except (PlanError, ValueError, TypeError, ArithmeticError, RecursionError) as error:
             raise PlanError(f"edit {number}{_title(item)}: {error}") from error
         edits.append(edit)
     return tuple(edits)
@@ -169,7 +169,8 @@ class _Fields:
 
 
 def _number(name: str, value: object) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+    largest = sys.float_info.max
+    if isinstance(value, bool) or not isinstance(value, int | float) or not -largest <= value <= largest:
         raise PlanError(f"{name} is a finite number, found {str(value)[:60]!r}")
     if name == "std" and value < 0:
         raise PlanError(f"std is {value}: the spread of noise is at least 0")

@@ -18,12 +18,16 @@ import zarr
 from zarr.codecs import Crc32cCodec
 
 from residua.store.archive import Archive
+from residua.store.crc import CRC_BYTES
 from residua.store.errors import DamagedArchiveError, PlanError, UnsafeArchiveError
 from residua.store.plan import SitePlan
+from residua.store.small_files import check_file
 from residua.store.spec import MAX_ROWS_PER_SHARD
 from residua.store.stored import Array
 
 _KEY = "residua_overlay"
+_NODE = "zarr.json"
+_MOST_NODE_BYTES = 2**20
 _FLOATS = ("bfloat16", "float16", "float32", "float64")
 
 
@@ -64,6 +68,9 @@ class Overlay:
         return f"<Overlay {self.path} of {self.archive.path}: {', '.join(self.sites)}>"
 
     def _array(self, site: str) -> zarr.Array[Any]:
+        node = self.path / self.archive.plan.site(site).path / _NODE
+        if node.exists():
+            check_file(self.path, node, _MOST_NODE_BYTES)
         try:
             found = self._group[self.archive.plan.site(site).path]
         except (KeyError, ValueError, TypeError) as error:
@@ -91,13 +98,24 @@ class Overlay:
             raise PlanError(f"{site} has {array.shape[0]:,} rows: there is no row {int(wrong[0]):,}")
         array.set_orthogonal_selection((numbers,), new.astype(array.dtype))
 
+    def _check_chunks(self, array: zarr.Array[Any], rows: npt.NDArray[np.int64]) -> None:
+        """Look at the files that rows lie in before anything is read of them."""
+        most_bytes = prod(array.chunks) * array.dtype.itemsize + CRC_BYTES
+        for chunk in np.unique(rows // array.chunks[0]).tolist():
+            key = array.metadata.encode_chunk_key((chunk, *[0] * (array.ndim - 1)))
+            file = self.path / array.path / key
+            if file.exists():
+                check_file(self.path, file, most_bytes)
+
     def read(self, site: str, rows: npt.ArrayLike) -> tuple[Array, npt.NDArray[np.bool_]]:
         """Return edited rows, and which of them there are; what the others hold means nothing.
 
         Raises:
             DamagedArchiveError: A chunk was altered.
+            UnsafeArchiveError: It is a link that leads out of the overlay, or too large.
         """
         array, numbers = self[site], np.asarray(rows, np.int64)
+        self._check_chunks(array, numbers)
         try:
             found = cast("Array", np.asarray(array.get_orthogonal_selection((numbers,))))
         except (OSError, ValueError, RuntimeError) as error:
@@ -127,7 +145,7 @@ def overlay(
     """
     below = archive if isinstance(archive, Archive) else Archive(archive)
     path = Path(out)
-    if path.exists() and any(path.iterdir()):
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
         return _reopened(path, below)
     names = [name for name in below.select(sites) if below.plan.site(name).dtype in _FLOATS]
     if below.progress.total_rows is None:
@@ -159,8 +177,9 @@ def _dtype_of(site: SitePlan) -> str:
 
 
 def _opened(path: Path) -> zarr.Group:
-    if not (path / "zarr.json").is_file():
+    if not (path / _NODE).is_file():
         raise FileNotFoundError(f"there is no overlay at {path}: make one with residua.overlay(archive, {str(path)!r})")
+    check_file(path, path / _NODE, _MOST_NODE_BYTES)
     try:
         return zarr.open_group(str(path), mode="r+", zarr_format=3)
     except (ValueError, TypeError, KeyError) as error:

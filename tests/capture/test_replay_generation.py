@@ -12,7 +12,7 @@ import residua
 from residua.capture.anatomy import anatomy_of
 from residua.store.errors import PlanError
 from tests.capture.hooks_by_hand import hooked, state_of
-from tests.capture.replaying import PADDED, captured, model_of, tokens
+from tests.capture.replaying import EVEN, PADDED, captured, model_of, tokens
 
 N_NEW = 6
 VECTOR = torch.linspace(-3, 3, 32)
@@ -79,6 +79,11 @@ def test_what_does_not_generate_says_so(tmp_path: Path) -> None:
     asked = pytest.raises(PlanError, match="an edit changes the logits")
     with residua.replay(model, archive, examples=[0], edits=[edit]) as run, asked:
         run.generate(2)
+    one_each = pytest.raises(
+        PlanError, match="num_beams is over 1: rows and edits are placed for one sequence an example"
+    )
+    with residua.replay(model, archive, examples=EVEN, at="resid_post.0") as run, one_each:
+        run.generate(2, num_beams=2)
     bert = model_of("bert")
     archive = captured(bert, tmp_path / "b", sites="resid_post.0")
     with (

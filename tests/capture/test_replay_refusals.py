@@ -43,6 +43,7 @@ EDITS: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({**ADD, "site": "resid_pos.1"}, UnknownSiteError, r"edit 1 \(add\).*'resid_pos'.*Did you mean resid_post"),
     ({**ADD, "site": "resid_post.7"}, UnknownSiteError, r"edit 1 \(add\): Site 'resid_post\.7'.*resid_post\.0-2"),
     ({**ADD, "vector": [0.0] * 31}, PlanError, r"resid_post\.1 has rows of shape \(32,\), and the vector has .*31"),
+    ({**ADD, "vector": [1.0]}, PlanError, r"resid_post\.1 has rows of shape \(32,\), and the vector has shape \(1,\)"),
     ({**ADD, "examples": [5]}, PlanError, "there is no example 5: the archive has 5, counted from 0"),
     ({**ADD, "rows": [25]}, PlanError, "there is no row 25: the archive has 24 rows"),
     ({**ADD, "positions": [12]}, PlanError, "there is no position 12: the longest example chosen has 12 tokens"),

@@ -18,7 +18,9 @@ from residua.store.commits import read_commits
 from residua.store.create import create_archive, workspace
 from residua.store.dtypes import STORAGE_DTYPES
 from residua.store.errors import CaptureError
+from residua.store.plan import SitePlan
 from residua.store.schedule import Schedule
+from residua.store.shard import ShardEncoder, check_shard
 from residua.store.sizes import n_stages
 from residua.store.writer import ShardWriter
 from tests.capture.staging_samples import (
@@ -220,6 +222,22 @@ def test_stages_made_in_inference_mode_take_rows_from_outside_of_it() -> None:
     staging.begin(rows_of([2]))
     staging.put("resid_post.0", torch.ones(1, 2, 2))
     staging.finish()
+
+
+def test_a_checksum_is_never_that_of_rows_that_lay_there_before(tmp_path: Path) -> None:
+    site = SitePlan(name="resid_post.0", row_shape=(2,), dtype="float32", codec="raw")
+    writer = HoldingWriter()
+    staging = stage_all(make_plan(4, 8, (site,)), writer, n_stages=1)
+    staging.begin(rows_of([4]))
+    staging.put(site.name, torch.ones(1, 4, 2))
+    staging.finish()
+    writer.held[0].release()
+    staging.begin(rows_of([4], first_row=4, first_example=1))
+    staging.put_rows(site.name, 1, torch.full((4, 2), 7.0))
+    staging.finish()
+    rows, (spec,) = writer.held[1].sites[site.name], site.arrays(4)
+    (tmp_path / "shard").write_bytes(b"".join(bytes(part) for part in ShardEncoder(rows, spec)))
+    check_shard(tmp_path / "shard", spec, 4)
 
 
 def test_stages_are_no_taller_than_the_archive() -> None:

@@ -139,6 +139,17 @@ def test_of_an_archive_that_is_not_sealed_what_is_captured_is_replayed(tmp_path:
         residua.replay_dataset(model, whole.path, out=tmp_path / "none", **options)
 
 
+def test_one_table_is_never_of_two_models(tmp_path: Path) -> None:
+    model, other = model_of("llama"), model_of("llama")
+    archive = captured(model, tmp_path / "a")
+    options: dict[str, Any] = {"out": tmp_path / "out", "edits": [HALVE], "at": "resid_post.1", "force": True}
+    residua.replay_dataset(model, archive, **options)
+    with torch.no_grad():
+        other.get_parameter("model.layers.2.mlp.down_proj.weight").mul_(2)
+    with pytest.raises(PlanError, match=r"holds the results of another request:\n  model\.weights"):
+        residua.replay_dataset(other, archive, **options)
+
+
 def test_killed_at_many_steps_it_ends_the_same(forks: Forks, tmp_path: Path) -> None:
     archive = tmp_path / "acts.zarr"
     dataset = write_dataset(tmp_path / "ragged.jsonl", 10)

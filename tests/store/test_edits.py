@@ -106,6 +106,12 @@ HOSTILE: list[tuple[object, str]] = [
     ({**ADD, "vector": "none.npy"}, r"there is no file 'none\.npy'"),
     ({**ADD, "vector": "pickle.npy"}, r"'pickle\.npy' cannot be read as a vector"),
     ({**ADD, "vector": "huge.npy"}, r"'huge\.npy' cannot be read as a vector"),
+    ({**ADD, "vector": "larger.npy"}, r"'larger\.npy' cannot be read as a vector"),
+    ({**ADD, "vector": "open.npy"}, r"'open\.npy' cannot be read as a vector"),
+    ({**ADD, "vector": "zip.npy"}, r"'zip\.npy' cannot be read as a vector"),
+    ({**ADD, "vector": "a" * 5000 + ".npy"}, "is not the name of a file"),
+    ({**ADD, "scale": 10**400}, "scale is a finite number"),
+    ({"edit": "swap", "site": "final", "source": {float("inf"): 1}}, r"edit 1 \(swap at final\)"),
     ({**ADD, "vector": "text.txt"}, r"neither \.npy nor \.safetensors"),
     ({**ADD, "vector": "broken.safetensors"}, "cannot be read as a vector"),
     ({**ADD, "vector": "two.safetensors"}, "holds a, b: name one as FILE#NAME"),
@@ -131,8 +137,11 @@ def test_what_is_no_edit_is_refused(case: int, tmp_path: Path) -> None:
     np.save(tmp_path / "secret.npy", np.zeros(1))
     (folder / "link.npy").symlink_to(tmp_path / "secret.npy")
     np.save(folder / "pickle.npy", np.array([{}], object))
-    header = b"{'descr': '<f8', 'fortran_order': False, 'shape': (1000000000000,), }"
-    (folder / "huge.npy").write_bytes(b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header)
+    claim = b"{'descr': '<f8', 'fortran_order': False, 'shape': (%d,), }"
+    for name, header in (("huge", claim % 10**12), ("larger", claim % 10**30), ("open", b"{'descr': (")):
+        (folder / f"{name}.npy").write_bytes(b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header)
+    with (folder / "zip.npy").open("wb") as file:
+        np.savez(file, a=np.zeros(1))
     (folder / "text.txt").write_text("1")
     (folder / "broken.safetensors").write_bytes(b"\xff" * 32)
     save_file({"a": torch.zeros(1), "b": torch.zeros(1)}, folder / "two.safetensors")
@@ -160,6 +169,13 @@ def test_files_that_hold_no_edits(name: str, tmp_path: Path) -> None:
         parse_edits(path)
     with pytest.raises(PlanError, match="there is no file of edits"):
         parse_edits(tmp_path / "none.yaml")
+
+
+def test_a_file_that_would_take_gigabytes_to_read_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "edits.yaml"
+    path.write_text("[" + "0," * 2**19 + "0]")
+    with pytest.raises(PlanError, match=r"over 1 MiB: put long vectors into \.npy files"):
+        parse_edits(path)
 
 
 def test_a_path_object_is_the_callers_own_word_and_text_is_not(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """Overlays: written by anybody, over the original, of the same plan."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -62,6 +63,9 @@ def test_what_does_not_fit_is_refused(archive: Archive, tmp_path: Path) -> None:
         residua.overlay(archive, tmp_path / "p", sites="resid_post.3")
     with pytest.raises(FileExistsError, match="is no overlay"):
         residua.overlay(archive, archive.path)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(FileExistsError, match="is no overlay"):
+        residua.overlay(archive, tmp_path / "file")
     with pytest.raises(FileNotFoundError, match="make one with"):
         Overlay(tmp_path / "none", archive)
     other = Archive(make_archive(tmp_path / "b.zarr", seed=1))
@@ -87,4 +91,29 @@ def test_a_damaged_or_hostile_overlay_is_an_error(archive: Archive, tmp_path: Pa
             Overlay(tmp_path / "o", archive)
     shutil.rmtree(node.parent)
     with pytest.raises(UnsafeArchiveError, match="resid_post"):
+        Overlay(tmp_path / "o", archive)
+
+
+def test_files_that_no_overlay_has_are_not_read(archive: Archive, tmp_path: Path) -> None:
+    made = residua.overlay(archive, tmp_path / "o", sites=SITE)
+    made.write(SITE, [0], np.ones((1, 40)))
+    node = tmp_path / "o" / "sites" / "resid_post" / "0"
+    chunk = node / "c" / "0" / "0"
+    chunk.rename(tmp_path / "elsewhere")
+    for target in (tmp_path / "elsewhere", Path("/dev/zero")):
+        chunk.symlink_to(target)
+        with pytest.raises(UnsafeArchiveError, match="a link that leads out"):
+            made.read(SITE, [0])
+        chunk.unlink()
+    with chunk.open("wb") as file:
+        file.truncate(2**40)
+    with pytest.raises(UnsafeArchiveError, match="1,099,511,627,776 bytes"):
+        made.read(SITE, [0])
+    chunk.unlink()
+    os.mkfifo(chunk)
+    with pytest.raises(DamagedArchiveError, match="not a file"):
+        made.read(SITE, [0])
+    (node / "zarr.json").unlink()
+    (node / "zarr.json").symlink_to("/dev/zero")
+    with pytest.raises(UnsafeArchiveError, match="a link that leads out"):
         Overlay(tmp_path / "o", archive)
