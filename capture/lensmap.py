@@ -40,7 +40,7 @@ def lens_map(folder: Path, site: Site) -> tuple[Tensor, Tensor]:
     weight = state.get(f"{depth}.weight") if isinstance(state, dict) else None
     if not isinstance(weight, Tensor) or weight.ndim != 2 or not weight.is_floating_point():
         raise PlanError(f"{path} has no lens for {site}, which is depth {depth}")
-    bias = state.get(f"{depth}.bias", torch.zeros(len(weight)))
+    bias = state.get(f"{depth}.bias", torch.zeros(1).expand(len(weight)))  # a file may claim any length
     if not isinstance(bias, Tensor) or weight.shape != (bias.numel(), bias.numel()) or bias.ndim != 1:
         raise PlanError(f"{path}: the lens of {site} has a weight of shape {tuple(weight.shape)}, and is no affine map")
     return weight, bias
