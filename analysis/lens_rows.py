@@ -46,6 +46,10 @@ class LensRows:
             found = np.random.default_rng(self._settings.seed).permutation(found)[:n_chunks]
         return np.sort(found)
 
+    def n_chosen(self) -> int:
+        """Return about how many rows train, without a look at any."""
+        return round(len(self.chunks()) * self._height * (1 - self._settings.held_out))
+
     def training(self, chunks: Rows) -> Rows:
         """Return the rows of `chunks` that train: no held-out example, no first position."""
         rows = (chunks[:, None] + np.arange(self._height)).reshape(-1)

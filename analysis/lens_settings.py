@@ -25,7 +25,9 @@ class LensSettings:
     candidates: int | None = _setting(None, "train on twice this many tokens of a large vocabulary (default: all)")
     together: int = _setting(8, "layers that one task refines in lockstep; they share the model's own distribution")
     parts: int | None = _setting(
-        None, "split the rows, and average the lenses (default: as workers are left when each layer has one)"
+        None,
+        "split the rows, and average the lenses (default: as workers are left when each layer has one, and never into "
+        "less than 100,000 rows each)",
     )
     seed: int = _setting(0, "seed of the choice and the order of rows, and of the split")
 

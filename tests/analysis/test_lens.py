@@ -13,6 +13,7 @@ import pytest
 import torch
 
 import residua
+from residua.analysis import lens_train
 from residua.analysis.cluster import Cluster, connect
 from residua.analysis.lens import TunedLens
 from residua.analysis.lens_points import depth_of, points_of
@@ -149,13 +150,20 @@ class Pretended:
         self.n_workers, self.memory_limit, self.map = n_workers, memory_limit, inline.map
 
 
-def test_little_memory_parts_layers_and_spare_workers_split_rows(archive: Archive, tmp_path: Path) -> None:
+def test_little_memory_parts_layers_and_spare_workers_split_rows(
+    archive: Archive, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """About 2,000 rows train; 20 workers for 2 layers would make ten parts of them, were there rows enough."""
     with connect("inline") as inline:
         alone = fit_on(inline, archive, tmp_path / "alone")
         assert fit_on(Pretended(inline, 1, 2**20), archive, tmp_path / "little") == alone
         assert fit_on(Pretended(inline, 3, 2**32), archive, tmp_path / "three") == alone
+        assert fit_on(Pretended(inline, 20, 2**32), archive, tmp_path / "few rows") == alone
         split = fit_on(inline, archive, tmp_path / "split", parts=2)
+        monkeypatch.setattr(lens_train, "_PART_ROWS", 800)
         assert fit_on(Pretended(inline, 4, 2**32), archive, tmp_path / "four") == split
+        assert fit_on(Pretended(inline, 20, 2**32), archive, tmp_path / "twenty") == split
+        assert fit_on(Pretended(inline, 20, 2**32), archive, tmp_path / "told", parts=1) == alone
 
 
 def kill_a_worker(moment: Path) -> None:

@@ -56,6 +56,49 @@ def test_a_killed_training_goes_on_from_its_finished_layers(tmp_path: Path) -> N
     assert (tmp_path / "lens" / "params.pt").read_bytes() == (tmp_path / "whole" / "params.pt").read_bytes()
 
 
+def test_what_a_kill_leaves_before_there_is_anything_is_as_good_as_empty(tmp_path: Path) -> None:
+    """The temporary of a process that is gone, as `write_file` names it, and no more."""
+    archive, out = make_lens_archive(tmp_path / "a.zarr"), tmp_path / "lens"
+    gone = subprocess.Popen(["true"])
+    gone.wait()
+    (out / "work").mkdir(parents=True)
+    (out / "work" / f".run.json.{gone.pid}-0123abcd.tmp").write_bytes(b"{")
+    TunedLens.fit(archive, out=out, refine=False)
+    assert not (out / "work").exists()
+    for foreign in ("notes.txt", "work/notes.txt"):
+        other = tmp_path / foreign.replace("/", "-")
+        (other / "work").mkdir(parents=True)
+        (other / foreign).write_text("mine")
+        with pytest.raises(AnalysisError, match="is not empty"):
+            TunedLens.fit(archive, out=other, refine=False)
+        assert (other / foreign).read_text() == "mine"
+
+
+def test_a_kill_while_the_work_is_cleared_is_taken_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whichever file the kill comes after, the same command gives the same lens."""
+    archive, out = make_lens_archive(tmp_path / "a.zarr"), tmp_path / "lens"
+    TunedLens.fit(archive, out=tmp_path / "whole", refine=False)
+    n_removed, remove = 0, Path.unlink
+
+    def stop_after_one(path: Path, missing_ok: bool = False) -> None:
+        nonlocal n_removed
+        if path.parent == out / "work" and not path.name.startswith("."):
+            n_removed += 1
+            if n_removed == 2:
+                raise KeyboardInterrupt
+        remove(path, missing_ok)
+
+    monkeypatch.setattr(Path, "unlink", stop_after_one)
+    with pytest.raises(KeyboardInterrupt):
+        TunedLens.fit(archive, out=out, refine=False)
+    monkeypatch.undo()
+    assert (out / "params.pt").is_file()
+    assert (out / "work" / "run.json").is_file()
+    TunedLens.fit(archive, out=out, refine=False)
+    assert not (out / "work").exists()
+    assert (out / "params.pt").read_bytes() == (tmp_path / "whole" / "params.pt").read_bytes()
+
+
 LARGE = """
 import json, resource, sys
 import torch
