@@ -24,7 +24,7 @@ class Score(NamedTuple):
 
     Attributes:
         n_rows: Rows.
-        n_labelled: Rows with a next token.
+        n_labelled: Rows with a next token; none of a masked model.
         kl: KL divergence from the model's distribution, in nats.
         cross_entropy: To the next token, in nats, over rows that have one.
         n_agreeing: Rows where the most probable token is the model's.

@@ -6,13 +6,13 @@ last depth, the number of blocks, is what the final norm sees. The `tuned-lens` 
 
 import json
 from collections.abc import Iterable
-from pathlib import Path
 from typing import NamedTuple
 
 from residua.store.archive import Archive
 from residua.store.errors import AnalysisError
 from residua.store.headspec import CONFIG_FILE
 from residua.store.sitenames import parse_site
+from residua.store.small_files import check_file
 
 _SHIFTS = {"resid_pre": 0, "resid_post": 1}
 _COUNTS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
@@ -61,7 +61,7 @@ def points_of(archive: Archive, sites: str | Iterable[str] | None = None) -> Poi
     """
     stored = [site for site in archive.sites if parse_site(site).kind in _SHIFTS]
     chosen = stored if sites is None else list(archive.select(sites))
-    n_blocks = count_blocks(archive.path / "head")
+    n_blocks = count_blocks(archive)
     last = f"resid_post.{n_blocks - 1}"
     final = "final" if "final" in archive.sites else last
     if final not in archive.sites:
@@ -79,17 +79,21 @@ def points_of(archive: Archive, sites: str | Iterable[str] | None = None) -> Poi
     return Points(dict(sorted(by_depth.items())), final, n_blocks, width)
 
 
-def count_blocks(head: Path) -> int:
-    """Return the number of blocks that the model's config, stored in the folder `head`, speaks of.
+def count_blocks(archive: Archive) -> int:
+    """Return the number of blocks that the model's config, stored in the archive, speaks of.
 
     Raises:
         AnalysisError: There is no such config, or it does not say it.
+        DamagedArchiveError: It is not what was written.
+        UnsafeArchiveError: It is far larger than a config.
     """
-    path = head / CONFIG_FILE
+    name = f"head/{CONFIG_FILE}"
+    path = archive.path / name
     try:
-        text = path.read_bytes() if path.stat().st_size <= _MOST_CONFIG_BYTES else b""
-        config = json.loads(text)
-    except (OSError, ValueError, RecursionError) as error:
+        if name in archive.metadata.files:
+            check_file(archive.path, path, _MOST_CONFIG_BYTES)
+        config = json.loads(archive.side_file(name) or b"")
+    except (ValueError, RecursionError) as error:
         raise AnalysisError(
             f"{path} cannot be read ({error}): a lens decodes with the model's final norm and unembedding, which an "
             "archive of a causal or masked language model has in its folder head; capture such a model again"

@@ -5,7 +5,7 @@ held-out examples. An example is held out whole, by a hash of its number. The an
 only, so every task finds them by itself.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import numpy as np
 import numpy.typing as npt
@@ -100,7 +100,9 @@ class LensRows:
         return rows
 
     def next_tokens(self, rows: Rows) -> Rows:
-        """Return the token after each row; -1 where its example ends."""
+        """Return the token after each row; -1 where its example ends, and of a masked model, which predicts none."""
+        if self._is_masked():
+            return np.full(len(rows), -1, np.int64)
         examples, following = self._archive.rows.example.numpy(rows), self._positions(rows) + 1
         found = np.full(len(rows), -1, np.int64)
         for example in np.unique(examples).tolist():
@@ -124,6 +126,10 @@ class LensRows:
         if not self._settings.skip_positions:
             return np.ones(len(rows), np.bool_)
         return self._positions(rows) >= self._settings.skip_positions
+
+    def _is_masked(self) -> bool:
+        model = self._archive.provenance.get("model")
+        return isinstance(model, Mapping) and "MaskedLM" in str(model.get("class"))
 
     def _positions(self, rows: Rows) -> Rows:
         return self._archive.rows.position.numpy(rows).astype(np.int64)

@@ -21,7 +21,7 @@ from residua.analysis.lens_rows import LensRows
 from residua.analysis.lens_settings import LensSettings
 from residua.analysis.split import held_out
 from residua.store.archive import Archive
-from residua.store.errors import AnalysisError
+from residua.store.errors import AnalysisError, DamagedArchiveError
 from tests.analysis.lens_archive import make_lens_archive
 
 torch.set_num_threads(1)
@@ -89,16 +89,16 @@ def test_the_lens_beats_the_logit_lens_and_refinement_the_ridge(archive: Archive
 
 
 def test_what_makes_it_worse_is_not_kept(archive: Archive) -> None:
-    """A refinement far too fast loses against the ridge, and where that loses, the logit lens stays."""
+    """A refinement far too fast loses against the ridge; one from 30 rows of width 32 loses against the logit lens."""
     wild = TunedLens.fit(archive, learning_rate=0.99, epochs=1, batch_rows=8)
     assert wild.report is not None
     for line in wild.report.to_pylist():
         assert line["kept"] != "refined"
         assert line["kl"] <= line["kl_logit_lens"]
-    late = TunedLens.fit(archive, rows=64, refine=False, sites="resid_post.1").report
-    assert late is not None
-    assert (late["kept"][0].as_py() == "ridge") == (late["kl_ridge"][0].as_py() < late["kl_logit_lens"][0].as_py())
-    assert late["kl"][0].as_py() <= late["kl_logit_lens"][0].as_py()
+    few = TunedLens.fit(archive, rows=1, skip_positions=20, refine=False, sites="resid_post.1").report
+    assert few is not None
+    assert few["kept"].to_pylist() == ["logit lens"]
+    assert few["kl_ridge"][0].as_py() > few["kl_logit_lens"][0].as_py() == few["kl"][0].as_py()
 
 
 def test_rows_of_held_out_examples_never_train(archive: Archive) -> None:
@@ -214,6 +214,9 @@ def test_other_heads_train_as_well(model: str, tmp_path: Path) -> None:
     assert report is not None
     for line in report.to_pylist():
         assert line["kl"] < line["kl_logit_lens"]
+        entropies = [line[name] for name in line if name.startswith("cross_entropy")]
+        assert len(entropies) == 3
+        assert {value is None for value in entropies} == {model == "bert"}  # which predicts no next token
 
 
 def test_candidates_come_close_to_the_whole_vocabulary(archive: Archive, lens: TunedLens) -> None:
@@ -235,7 +238,7 @@ def test_apply_and_decode_take_any_shape_and_both_names(archive: Archive, lens: 
         lens.apply("attn_out.1", hidden)
 
 
-def test_what_is_missing_is_named(tmp_path: Path) -> None:
+def test_what_is_missing_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     middle = make_lens_archive(tmp_path / "a.zarr", sites="resid_post.0-1,attn_out.1")
     with pytest.raises(AnalysisError, match=r"neither final nor resid_post.2"):
         TunedLens.fit(middle)
@@ -244,8 +247,12 @@ def test_what_is_missing_is_named(tmp_path: Path) -> None:
         TunedLens.fit(last)
     with pytest.raises(AnalysisError, match=r"attn_out\.1"):
         TunedLens.fit(last, sites="attn_out.1")
-    (last.path / "head" / "config.json").write_text("{}")
-    with pytest.raises(AnalysisError, match="does not say how many blocks"):
+    with monkeypatch.context() as patch:
+        patch.setattr(Archive, "side_file", lambda *_: b"{}")
+        with pytest.raises(AnalysisError, match="does not say how many blocks"):
+            points_of(last)
+    (last.path / "head" / "config.json").write_text('{"num_hidden_layers": 2}')
+    with pytest.raises(DamagedArchiveError, match=r"head/config\.json was altered"):
         points_of(last)
 
 
