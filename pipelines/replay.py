@@ -28,6 +28,7 @@ from residua.pipelines.replay_tables import EXAMPLES, TOKENS, Comparison, part_p
 from residua.store.archive import Archive
 from residua.store.editparse import EditSource, is_reproducible, parse_edits
 from residua.store.errors import CaptureError, NotCapturedError, PlanError
+from residua.store.lock import locked
 from residua.store.schedule import Schedule
 
 
@@ -97,6 +98,7 @@ def replay_dataset(
     Raises:
         PlanError: An edit does not fit, examples do not exist, the model is another, `out` holds another request.
         NotCapturedError: Nothing of what was asked for is captured yet.
+        ArchiveInUseError: Another run is at work on `out`.
 
     Example:
         >>> found = residua.replay_dataset(  # doctest: +SKIP
@@ -112,7 +114,7 @@ def replay_dataset(
     if not chosen.any():
         raise NotCapturedError(f"{opened.path} has none of these examples whole yet: run the capture first")
     loaded = captured_model(opened, model, device=device)
-    with running_as_captured(opened, loaded):
+    with locked(Path(out)), running_as_captured(opened, loaded):
         runs = _Runs(schedule, loaded, Replayer(loaded, opened, at=places, edits=parsed, force=force), tokens)
         request: dict[str, Any] = {
             "archive": opened.plan.digest,

@@ -114,5 +114,6 @@ def write_table(path: Path, table: pa.Table) -> None:
 
 def read_parts(folder: Path, table: str) -> pa.Table:
     """Return the finished parts of a table as one."""
-    done = sorted(path.name for path in (folder / EXAMPLES).glob("part-*.parquet"))
+    names = (path.name for path in (folder / EXAMPLES).glob("part-*.parquet"))
+    done = sorted(names, key=lambda name: (len(name), name))  # by number, however many there are
     return pa.concat_tables([pq.read_table(folder / table / name) for name in done])

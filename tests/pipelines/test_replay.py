@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
 import pytest
 import torch
 import yaml
@@ -14,9 +15,11 @@ from torch import Tensor
 
 import residua
 from residua.pipelines.cli import main
+from residua.pipelines.replay_tables import EXAMPLES, part_path, read_parts, write_table
 from residua.store.archive import Archive
 from residua.store.errors import NotCapturedError, PlanError
 from residua.store.files import write_file
+from residua.store.lock import ArchiveInUseError, locked
 from tests.capture.replaying import EVEN, LAST, LENGTHS, PADDED, captured, model_of, run_in_full, tokens
 from tests.pipelines.forking import Forks
 from tests.ragged import MODEL, capture_words, write_dataset
@@ -185,3 +188,15 @@ def test_the_command_says_what_is_wrong(tmp_path: Path, capsys: pytest.CaptureFi
     assert "there is no file of edits" in capsys.readouterr().err
     assert main([*words, "--examples", "3-x"]) == 2
     assert "give numbers and ranges" in capsys.readouterr().err
+
+
+def test_two_runs_at_once_are_refused(tmp_path: Path) -> None:
+    archive = captured(model_of("llama"), tmp_path / "a")
+    with locked(tmp_path / "out"), pytest.raises(ArchiveInUseError, match="another run is at work"):
+        residua.replay_dataset(model_of("llama"), archive, out=tmp_path / "out", edits=[HALVE])
+
+
+def test_parts_are_read_by_number(tmp_path: Path) -> None:
+    for group in (100_000, 7, 99_999):
+        write_table(part_path(tmp_path, EXAMPLES, group), pa.table({"example": [group]}))
+    assert read_parts(tmp_path, EXAMPLES)["example"].to_pylist() == [7, 99_999, 100_000]
