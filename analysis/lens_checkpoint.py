@@ -8,20 +8,25 @@ added to its input. Files are read with `weights_only`, so nothing in them is ru
 import hashlib
 import json
 from dataclasses import asdict, dataclass, fields
-from io import BytesIO
 from pathlib import Path
+from tempfile import TemporaryFile
+from zipfile import ZIP_STORED, BadZipFile, ZipFile
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from residua.analysis.lens_points import MOST_BLOCKS
 from residua.analysis.lens_translator import Translator
 from residua.store.errors import AnalysisError
-from residua.store.files import write_file
+from residua.store.files import make_folders, write_file
 
 CONFIG_FILE, PARAMETERS_FILE = "config.json", "params.pt"
 LENS_TYPE = "linear_tuned_lens"
 _MOST_CONFIG_BYTES = 2**20
+_MOST_WIDTH = 2**20
+_WIDEST = 8  # bytes of a float64
+_MOST_PICKLE_BYTES = 2**24
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,14 +64,18 @@ def hash_unembedding(weight: Tensor) -> str:
 
 def write_checkpoint(folder: Path, config: LensConfig, translators: dict[int, Translator]) -> None:
     """Write a lens; a depth without a translator becomes the logit lens, whose translator is zero."""
+    identity = torch.eye(config.d_model)
+    zero = Translator(torch.zeros_like(identity), torch.zeros(config.d_model))  # torch writes one storage once
     state: dict[str, Tensor] = {}
     for depth in range(config.num_hidden_layers):
-        weight, bias = translators.get(depth, Translator.identity(config.d_model))
-        state[f"{depth}.weight"] = (weight - torch.eye(config.d_model)).T.contiguous()
-        state[f"{depth}.bias"] = bias
-    buffer = BytesIO()
-    torch.save(state, buffer)
-    write_file(folder / PARAMETERS_FILE, [np.frombuffer(buffer.getbuffer(), np.uint8)])
+        known = translators.get(depth)
+        weight, bias = zero if known is None else ((known.weight - identity).T.contiguous(), known.bias)
+        state |= {f"{depth}.weight": weight, f"{depth}.bias": bias}
+    make_folders(folder)
+    with TemporaryFile(dir=folder) as file:
+        torch.save(state, file)
+        file.flush()
+        write_file(folder / PARAMETERS_FILE, [np.memmap(file, np.uint8, "r")])
     write_file(folder / CONFIG_FILE, [json.dumps(asdict(config)).encode()])
 
 
@@ -81,15 +90,25 @@ def read_checkpoint(folder: Path) -> tuple[LensConfig, dict[int, Translator]]:
     """
     config = _read_config(folder / CONFIG_FILE)
     path = folder / PARAMETERS_FILE
+    _check_zip(path, config)
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises whatever a strange pickle makes it stumble over
         raise AnalysisError(f"{path} cannot be read as a checkpoint of tensors ({error}): {_ADVICE}") from error
     _check_state(path, config, state)
-    translators = {}
+    identity = Translator.identity(config.d_model)
+    translators: dict[int, Translator] = {}
+    storages: set[int] = set()
     for depth in range(config.num_hidden_layers):
-        bias = state[f"{depth}.bias"].float() if config.bias else torch.zeros(config.d_model)
-        translators[depth] = Translator(state[f"{depth}.weight"].float().T + torch.eye(config.d_model), bias)
+        weight = state[f"{depth}.weight"]
+        bias = state[f"{depth}.bias"].float() if config.bias else identity.bias
+        if not weight.any() and not bias.any():  # such share one map, as they share one storage in the file
+            translators[depth] = identity
+            continue
+        storages.add(weight.untyped_storage().data_ptr())
+        translators[depth] = Translator(weight.float().T + identity.weight, bias)
+        if len(storages) < sum(known is not identity for known in translators.values()):
+            raise AnalysisError(f"{path} holds one matrix under several names, {depth}.weight among them: {_ADVICE}")
     return config, translators
 
 
@@ -104,11 +123,29 @@ def _read_config(path: Path) -> LensConfig:
     except (TypeError, AttributeError) as error:
         raise AnalysisError(f"{path} is not the config of a lens ({error}): {_ADVICE}") from error
     sizes = (config.d_model, config.num_hidden_layers)
-    if config.lens_type != LENS_TYPE or not all(type(size) is int and 0 < size < 2**20 for size in sizes):
+    bounds = zip(sizes, (_MOST_WIDTH, MOST_BLOCKS), strict=True)
+    if config.lens_type != LENS_TYPE or not all(type(size) is int and 0 < size <= most for size, most in bounds):
         raise AnalysisError(
             f"{path} describes a lens of type {str(config.lens_type)[:40]!r} and sizes {str(sizes)[:80]}: {_ADVICE}"
         )
     return config
+
+
+def _check_zip(path: Path, config: LensConfig) -> None:
+    """Look at what the file would unpack to: a small one can hold petabytes of nothing."""
+    most = _MOST_PICKLE_BYTES + config.num_hidden_layers * (config.d_model + 1) * config.d_model * _WIDEST
+    try:
+        with ZipFile(path) as file:
+            members = file.infolist()
+        n_bytes = path.stat().st_size
+    except (OSError, BadZipFile, ValueError, NotImplementedError) as error:
+        raise AnalysisError(f"{path} cannot be read as a checkpoint of tensors ({error}): {_ADVICE}") from error
+    total = sum(member.file_size for member in members)
+    if total > min(most, n_bytes) or any(member.compress_type != ZIP_STORED for member in members):
+        raise AnalysisError(
+            f"{path} is compressed, or unpacks from {n_bytes:,} bytes to {total:,}, where a lens of "
+            f"{config.num_hidden_layers} blocks of width {config.d_model} has at most {most:,}: {_ADVICE}"
+        )
 
 
 def _check_state(path: Path, config: LensConfig, state: object) -> None:

@@ -16,7 +16,7 @@ from residua.store.small_files import check_file
 
 _SHIFTS = {"resid_pre": 0, "resid_post": 1}
 _COUNTS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
-_MOST_BLOCKS = 100_000
+MOST_BLOCKS = 4096  # the deepest models have some hundreds
 _MOST_CONFIG_BYTES = 2**24
 
 
@@ -101,6 +101,6 @@ def count_blocks(archive: Archive) -> int:
     for part in (config, config.get("text_config")) if isinstance(config, dict) else ():
         for name in _COUNTS:
             found = part.get(name) if isinstance(part, dict) else None
-            if isinstance(found, int) and 0 < found <= _MOST_BLOCKS:
+            if isinstance(found, int) and 0 < found <= MOST_BLOCKS:
                 return found
     raise AnalysisError(f"{path} does not say how many blocks the model has, under none of {', '.join(_COUNTS)}")

@@ -5,7 +5,7 @@ import pickle
 import re
 from pathlib import Path
 from typing import Any
-from zipfile import ZipFile
+from zipfile import ZIP_DEFLATED, ZIP_STORED, ZipFile
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -136,6 +136,45 @@ def _replace_in_pickle(path: Path, old: bytes, new: bytes) -> None:
             file.writestr(name, content.replace(old, new) if name.endswith("data.pkl") else content)
 
 
+@pytest.mark.parametrize("compression", [ZIP_STORED, ZIP_DEFLATED])
+def test_a_checkpoint_that_unpacks_to_more_is_refused_before_it_is_read(
+    compression: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A compressed member is refused for itself, one that is not for its size."""
+    written(tmp_path, model_of("llama"), translators())
+    path = tmp_path / "params.pt"
+    size = 2**10 if compression == ZIP_DEFLATED else 2**25
+    with ZipFile(path, "a", compression) as file:
+        file.writestr("archive/data/99", bytes(size))
+    monkeypatch.delattr(torch, "load")
+    with pytest.raises(AnalysisError, match=r"params\.pt is compressed, or unpacks from .* a lens of 3 blocks"):
+        read_checkpoint(tmp_path)
+
+
+def test_one_matrix_under_several_names_is_refused(tmp_path: Path) -> None:
+    """A small file would become as many matrices as it has names."""
+    chosen = translators()
+    written(tmp_path, model_of("llama"), chosen)
+    path = tmp_path / "params.pt"
+    state = torch.load(path, weights_only=True)
+    torch.save({**state, "1.weight": state["0.weight"], "2.weight": state["0.weight"].T}, path)
+    with pytest.raises(AnalysisError, match=r"params\.pt holds one matrix under several names, 1\.weight"):
+        read_checkpoint(tmp_path)
+
+
+def test_depths_without_a_map_take_room_once(tmp_path: Path) -> None:
+    """On the disk, and in memory when they are read again."""
+    config = LensConfig(base_model_name_or_path="tiny/model", d_model=256, num_hidden_layers=64)
+    chosen = Translator(torch.randn(256, 256), torch.randn(256))
+    write_checkpoint(tmp_path, config, {5: chosen})
+    assert (tmp_path / "params.pt").stat().st_size < 3 * 256 * 256 * 4
+    assert {path.name for path in tmp_path.iterdir()} == {"params.pt", "config.json"}
+    _, found = read_checkpoint(tmp_path)
+    assert len({translator.weight.data_ptr() for translator in found.values()}) == 2
+    torch.testing.assert_close(found[5].weight, chosen.weight)
+    assert torch.equal(found[6].weight, torch.eye(256))
+
+
 @pytest.mark.parametrize(
     "change",
     [
@@ -179,7 +218,15 @@ def test_what_lies_beside_the_checkpoint_is_not_believed_either(name: str, conte
 
 @pytest.mark.parametrize(
     "change",
-    ["[" * 100_000, {"d_model": -1}, {"num_hidden_layers": 1e9}, {"lens_type": "other"}, {"d_model": True}, None],
+    [
+        "[" * 100_000,
+        {"d_model": -1},
+        {"num_hidden_layers": 1e9},
+        {"num_hidden_layers": 5000},
+        {"lens_type": "other"},
+        {"d_model": True},
+        None,
+    ],
 )
 def test_a_strange_config_is_refused(change: dict[str, object] | str | None, tmp_path: Path) -> None:
     written(tmp_path, model_of("llama"), translators())
