@@ -26,6 +26,7 @@ from residua.pipelines.models import captured_model
 from residua.pipelines.replay_record import begin_or_go_on
 from residua.pipelines.replay_tables import EXAMPLES, TOKENS, Comparison, part_path, read_parts, token_table, write_part
 from residua.store.archive import Archive
+from residua.store.contentmark import content_mark
 from residua.store.editparse import EditSource, is_reproducible, parse_edits
 from residua.store.errors import CaptureError, NotCapturedError, PlanError
 from residua.store.lock import locked
@@ -121,6 +122,7 @@ def replay_dataset(
             "model": {**opened.plan.model, **identity_here(loaded)[0]},  # with force=True it may be another
             "at": list(runs.edited.start.sites),
             "edits": [edit.to_json() for edit in parsed],
+            "contents": {str(path): content_mark(path) for edit in parsed for path in edit.folders},
             "examples": None if examples is None else sorted(set(examples)),
             "where": where,
             "tokens": list(tokens),

@@ -79,6 +79,11 @@ class Edit:
         """Whether it takes rows that are stored, so that it has none for tokens that the plan left out."""
         return False
 
+    @property
+    def folders(self) -> tuple[Path, ...]:
+        """Archives, lenses and overlays that it takes values from."""
+        return tuple(value for entry in fields(self) if isinstance(value := getattr(self, entry.name), Path))
+
     def to_json(self) -> dict[str, Json]:
         """Return the edit as plain JSON values, defaults left out; `parse_edits` reads them."""
         found: dict[str, Json] = {"edit": self.kind, "site": list(self.sites)}

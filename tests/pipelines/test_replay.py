@@ -200,3 +200,17 @@ def test_parts_are_read_by_number(tmp_path: Path) -> None:
     for group in (100_000, 7, 99_999):
         write_table(part_path(tmp_path, EXAMPLES, group), pa.table({"example": [group]}))
     assert read_parts(tmp_path, EXAMPLES)["example"].to_pylist() == [7, 99_999, 100_000]
+
+
+def test_a_run_does_not_go_on_with_an_overlay_that_was_written_to(tmp_path: Path) -> None:
+    archive = captured(model_of("llama"), tmp_path / "a", sites="resid_post.*")
+    overlay = residua.overlay(archive, tmp_path / "o")
+    ask: Any = {
+        "out": tmp_path / "out",
+        "edits": [{"edit": "overlay", "site": "resid_post.1", "overlay": tmp_path / "o"}],
+    }
+    residua.replay_dataset(model_of("llama"), archive, **ask)
+    assert residua.replay_dataset(model_of("llama"), archive, **ask).resumed
+    overlay.write("resid_post.1", [0], archive["resid_post.1"].numpy([1], dtype=np.float32))
+    with pytest.raises(PlanError, match="contents"):
+        residua.replay_dataset(model_of("llama"), archive, **ask)
