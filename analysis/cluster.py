@@ -17,6 +17,7 @@ from dask.system import CPU_COUNT
 from dask.utils import parse_bytes
 from distributed import Client, KilledWorker
 from distributed.system import MEMORY_LIMIT
+from threadpoolctl import threadpool_limits
 from tqdm import tqdm
 
 from residua.store.errors import AnalysisError, ResiduaError
@@ -48,7 +49,8 @@ class Cluster(Protocol):
     ) -> Iterator[tuple[int, Result]]:
         """Yield the number and the result of each job as they complete, which is not in order.
 
-        Function and jobs are pickled, and torch uses one thread inside a job. A job whose worker dies runs again.
+        Function and jobs are pickled; torch and numpy use one thread inside a job, wherever it runs. A job whose
+        worker dies runs again.
 
         Args:
             function: Called with a job where it runs: a function of a module, or a `functools.partial` of one.
@@ -114,7 +116,7 @@ class _Inline:
             for number, job in enumerate(jobs):
                 n_threads = torch.get_num_threads()
                 try:
-                    with _failing(stage, number):
+                    with threadpool_limits(1), _failing(stage, number):
                         result = _alone(function, job)
                 finally:
                     torch.set_num_threads(n_threads)
@@ -164,8 +166,12 @@ class _Distributed:
 
 
 def _alone(function: Callable[[Job], Result], job: Job) -> Result:
-    """Do one job, with one torch thread: as many jobs as cores run beside each other."""
+    """Do one job, with one thread of torch and of numpy's BLAS: as many jobs as cores run beside each other.
+
+    The limits stay: another job of this process may still run when this one ends.
+    """
     torch.set_num_threads(1)
+    threadpool_limits(1)
     return function(job)
 
 
@@ -211,8 +217,8 @@ def _remote(scheduler: str) -> Iterator[Client]:
         client = _dask.Client(scheduler, timeout=_CONNECT_SECONDS)
     except (OSError, ValueError) as error:
         raise AnalysisError(
-            f"no Dask scheduler answers at {scheduler} ({error}): start one (dask scheduler, and dask worker), or "
-            "leave the address out for a cluster on this machine"
+            f"no Dask scheduler answers at {scheduler} ({error}): start one (dask scheduler, and dask worker) and "
+            "give its address, tcp://host:port; or leave it out for a cluster on this machine, or say inline"
         ) from error
     with client:
         try:

@@ -91,7 +91,10 @@ def _channel(site: str, shape: tuple[int, ...], channel: int) -> Floats:
 
 
 def _fitted(site: str, shape: tuple[int, ...], direction: Floats) -> Floats:
-    if direction.size != np.prod(shape):
+    given = direction.shape
+    while len(given) > 1 and given[0] == 1:
+        given = given[1:]
+    if given not in (shape, (int(np.prod(shape)),)):
         has = " x ".join(map(str, shape))
         heads = ", or choose one of its heads" if len(shape) > 1 else ""
         raise AnalysisError(

@@ -139,7 +139,10 @@ class LensTraining:
         }
         if not path.is_file():
             if not self._is_untouched():
-                raise AnalysisError(f"{self._out} is not empty, and holds no unfinished lens: choose another --out")
+                raise AnalysisError(
+                    f"{self._out} is not empty, and holds no unfinished lens: choose another --out, or look at a "
+                    f"finished one (residua lens show {self._out})"
+                )
             write_file(path, [json.dumps({**wanted, "split_in": n_parts}, indent=2).encode()])
             return n_parts
         found: dict[str, Any] = json.loads(path.read_bytes())

@@ -87,10 +87,13 @@ def _classify(job: Job, rows: ProbeRows, width: int) -> SiteProbe:
                 yield values[start : start + height], codes[start : start + height]
 
     train = Moments(width, whole=_COVARIANCES * 8 * width**2 <= job.memory)
-    for values, _ in rows.of(FIT, VALIDATION):
-        train.add(values)
-    if not train.n:
-        raise AnalysisError(f"{job.site} has no finite row to learn from: leave it out")
+    seen = dict.fromkeys((FIT, VALIDATION, TEST), 0)
+    for values, _, parts in rows.each():
+        for part in seen:
+            seen[part] += int((parts == part).sum())
+        train.add(values[parts != TEST])
+    if not all(seen.values()):
+        raise AnalysisError(f"{job.site} has too few finite rows: leave it out")
     basis = Basis.of(train)
     grid = [Problem(0, n_classes, penalty) for penalty in LOGISTIC_PENALTIES]
     tried = fit_logistic(partial(batches, FIT), grid, basis, tolerance=_ROUGH)

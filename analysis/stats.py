@@ -143,6 +143,8 @@ def _summed(jobs: Sequence[_Job], cluster: Cluster) -> Iterator[tuple[str, SiteS
         site = jobs[number].site
         whole = sums[site].add(number - first[site], part)
         if whole is not None:
+            if not whole.moments.n and not whole.n_nonfinite_rows:
+                raise AnalysisError("there is no row to compute statistics of: choose another filter")
             if not whole.moments.n:
                 raise AnalysisError(
                     f"{site} has no finite row to compute statistics of ({whole.n_nonfinite_rows:,} have a NaN or an "

@@ -14,6 +14,7 @@ from pydoc_data.topics import topics
 def write_topics(path: Path) -> int:
     """Write every topic as one JSON line to `path`; returns how many there are."""
     lines = [json.dumps({"title": title, "text": text}) for title, text in sorted(topics.items())]
+    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
     return len(lines)
 

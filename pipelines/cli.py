@@ -1,6 +1,6 @@
 """The command line: one command, one sub-command per job, each a thin wrapper over a public function.
 
-Exit codes: 0 done, 1 the answer is no (`verify` found damage, the capture failed), 2 the request itself was wrong,
+Exit codes: 0 done, 1 the answer is no (`verify` found damage, the job failed), 2 the request itself was wrong,
 130 stopped by the user.
 """
 
@@ -8,6 +8,7 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
+from importlib.metadata import version
 from pathlib import Path
 
 from residua.pipelines import (
@@ -37,7 +38,6 @@ JOBS = (
     cli_stats,
     cli_top,
 )
-_FAILURES = (AnalysisError, CaptureError, DamagedArchiveError, NotCapturedError)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -49,7 +49,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     run: Run = options.run
     try:
         return run(options)
-    except _FAILURES as error:
+    except AnalysisError as error:  # without a cause nothing failed: it was asked for what cannot be
+        return _fail(options, error, 2 if error.__cause__ is None else 1)
+    except (CaptureError, DamagedArchiveError, NotCapturedError) as error:
         return _fail(options, error, 1)
     except (ResiduaError, OSError, IndexError) as error:
         return _fail(options, error, 2)
@@ -59,8 +61,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="residua", description="Capture, store, read and analyse the activations of transformer models."
+        prog="residua",
+        allow_abbrev=False,
+        description="Capture, store, read, analyse and replay the activations of transformer models.",
     )
+    parser.add_argument("--version", action="version", version=f"residua {version('residua')}")
     jobs = parser.add_subparsers(title="jobs", required=True, metavar="JOB")
     for job in JOBS:
         job.add(jobs)

@@ -1,7 +1,10 @@
 """What the sub-commands share: how a job is added to the command line, and the flags of a cluster."""
 
 import argparse
+import hashlib
+import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -21,7 +24,7 @@ def add_job(jobs: Any, name: str, run: Run, text: str) -> argparse.ArgumentParse
         run: Does the job and returns the exit code.
         text: One line of help.
     """
-    parser: argparse.ArgumentParser = jobs.add_parser(name, help=text, description=text)
+    parser: argparse.ArgumentParser = jobs.add_parser(name, help=text, description=text, allow_abbrev=False)
     parser.add_argument("--json", action="store_true", help="print JSON for machines")
     parser.set_defaults(run=run)
     return parser
@@ -30,6 +33,23 @@ def add_job(jobs: Any, name: str, run: Run, text: str) -> argparse.ArgumentParse
 def add_archive(parser: argparse.ArgumentParser) -> None:
     """Add the argument that names an archive."""
     parser.add_argument("archive", help="folder of the archive")
+
+
+def default_folder(archive: Path, job: str, *asked: str | None) -> Path:
+    """Return the folder, here, that a job's files go to unless another is named: ARCHIVE-JOB-WHAT.
+
+    Args:
+        archive: The archive; its name is used without ``.zarr``.
+        job: The job's word.
+        asked: What tells one run of the job from another; what is no plain word gets a digest as well.
+    """
+    name = archive.resolve().name.removesuffix(".zarr")
+    return Path("-".join([name, job, *(_word(text) for text in asked if text)]))
+
+
+def _word(text: str) -> str:
+    plain = re.sub(r"\W+", "-", text).strip("-")[:40]
+    return text if plain == text else f"{plain}-{hashlib.sha256(text.encode()).hexdigest()[:6]}"
 
 
 def add_cluster_flags(parser: argparse.ArgumentParser) -> None:

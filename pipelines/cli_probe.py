@@ -1,11 +1,10 @@
 """The sub-command `residua probe`: linear probes of a column, by layer, as a table and a picture."""
 
 import argparse
-import re
 from pathlib import Path
 from typing import Any
 
-from residua.pipelines.cli_job import add_archive, add_cluster_flags, add_job, cluster_of
+from residua.pipelines.cli_job import add_archive, add_cluster_flags, add_job, cluster_of, default_folder
 from residua.pipelines.report import print_json, table
 
 _SHOWN = {
@@ -46,8 +45,7 @@ def _probe(options: argparse.Namespace) -> int:
     from residua.store.archive import Archive
 
     archive = Archive(options.archive)
-    word = re.sub(r"\W+", "-", options.target).strip("-")[:60]
-    folder = Path(options.folder or f"{archive.path.resolve().stem}-probe-{word}")
+    folder = Path(options.folder or default_folder(archive.path, "probe", options.target, options.where))
     with cluster_of(options) as cluster:
         found = probe(
             archive,

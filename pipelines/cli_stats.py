@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from residua.pipelines.cli_job import add_archive, add_cluster_flags, add_job, cluster_of
+from residua.pipelines.cli_job import add_archive, add_cluster_flags, add_job, cluster_of, default_folder
 from residua.pipelines.report import print_json, table
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ def _stats(options: argparse.Namespace) -> int:
     from residua.store.archive import Archive
 
     archive = Archive(options.archive)
-    folder = Path(options.folder or f"{archive.path.resolve().stem}-stats")
+    folder = Path(options.folder or default_folder(archive.path, "stats", options.where))
     with cluster_of(options) as cluster:
         found = stats(archive, options.sites, components=options.components, where=options.where, cluster=cluster)
     found.save(folder)

@@ -102,7 +102,7 @@ class DatasetReport:
         """Return one sentence for everything that was cut or left out."""
         told = {
             f"{self.n_empty} rows of the dataset have no tokens and were left out": self.n_empty,
-            f"{self.n_split} rows were split into windows": self.n_split,
+            f"{self.n_split} rows of the dataset were split into windows": self.n_split,
             f"{self.n_truncated} rows lost {self.n_truncated_tokens} tokens at their end": self.n_truncated,
             f"{self.n_padding} tokens of padding were taken off": self.n_padding,
             f"{self.n_short} examples were shorter than asked and left out": self.n_short,

@@ -95,7 +95,7 @@ def score_repeats(archive: Archive, *, name: str, cluster: Cluster | None = None
     """
     scores = induction_scores(archive, cluster=cluster)
     path = archive.path.resolve()
-    folder = path.with_name(f"{path.stem}-heads")
+    folder = path.with_name(path.name.removesuffix(".zarr") + "-heads")
     folder.mkdir(exist_ok=True)
     _write_table(folder / TABLE, scores)
     _draw(folder / PICTURE, scores, name)

@@ -107,7 +107,9 @@ def _files_of(name: str, revision: str | None) -> list[str]:
     try:
         return list_repo_files(name, revision=revision)
     except Exception as error:  # offline, gated, gone: the library has a class for each
-        raise PlanError(f"the tokenizer of --model {name} could not be loaded from the hub: {error}") from error
+        raise PlanError(
+            f"there is no folder {name}, and the tokenizer of --model {name} could not be loaded from the hub: {error}"
+        ) from error
 
 
 def choose_device(name: str) -> torch.device:

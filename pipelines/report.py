@@ -99,7 +99,8 @@ def print_info(summary: Summary, *, as_json: bool) -> None:
     print(f"{summary.path}  ({state})")
     print(f"  {total:,} rows, {summary.n_examples:,} examples, {summary.n_tokens:,} tokens")
     shards = f"{summary.shards}" if summary.sealed else f"{summary.shards} of {summary.total_shards or '?'}"
-    print(f"  {shards} shards of {summary.rows_per_shard:,} rows, plan {summary.digest[:12]}")
+    word = "shard" if shards == "1" else "shards"
+    print(f"  {shards} {word} of {summary.rows_per_shard:,} rows, plan {summary.digest[:12]}")
     print(f"  {'with' if summary.has_head else 'without'} the model's head (final norm and unembedding)")
     print(f"  {human_bytes(summary.stored_bytes)} on disk, ratio {summary.ratio:.2f}, {_per_row(summary)}")
     print()

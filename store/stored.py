@@ -102,10 +102,19 @@ class StoredArray:
         found = found.view(self.dtype) if found.dtype != self.dtype else found
         return found if dtype is None else found.astype(dtype, copy=False)
 
-    def torch(self, rows: RowSelection = ..., *, dtype: "torch.dtype | None" = None) -> "torch.Tensor":
-        """Return the chosen rows as a torch tensor on the CPU, cast to `dtype` if one is given."""
+    def torch(self, rows: RowSelection = ..., *, dtype: "torch.dtype | str | None" = None) -> "torch.Tensor":
+        """Return the chosen rows as a torch tensor on the CPU, cast to `dtype` (or its name) if one is given.
+
+        Raises:
+            ValueError: There is no such dtype; else as `numpy` does.
+        """
+        import torch
+
+        wanted = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+        if dtype is not None and not isinstance(wanted, torch.dtype):
+            raise ValueError(f"torch has no dtype {dtype!r}: float32 and bfloat16 are two")
         tensor = as_tensor(self.numpy(rows))
-        return tensor if dtype is None else tensor.to(dtype)
+        return tensor if wanted is None else tensor.to(wanted)
 
     def read_into(self, out: Array, start: int, stop: int) -> None:
         """Read rows `start` to `stop` (not included) into `out`, C-contiguous and of this array's dtype.

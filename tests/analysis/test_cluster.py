@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 import torch
+from threadpoolctl import threadpool_info, threadpool_limits
 
 from residua.analysis.cluster import connect
 from residua.store.errors import AnalysisError, DamagedArchiveError
@@ -27,6 +28,18 @@ def test_jobs_run_in_this_process_with_one_torch_thread() -> None:
         assert torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(before)
+
+
+def blas_threads(_: int) -> list[int]:
+    return [int(library["num_threads"]) for library in threadpool_info() if library["user_api"] == "blas"]
+
+
+def test_jobs_run_with_one_thread_of_numpys_blas() -> None:
+    with threadpool_limits(2), connect("inline") as cluster:
+        before = blas_threads(0)
+        found = [threads for _, threads in cluster.map(blas_threads, range(2), stage="threads")]
+        assert found == [[1] * len(before)] * 2
+        assert blas_threads(0) == before == [2] * len(before) != []
 
 
 def test_an_error_of_a_job_comes_up_with_its_cause() -> None:

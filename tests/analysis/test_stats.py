@@ -166,7 +166,7 @@ def test_it_is_saved(found: Stats, tmp_path: Path) -> None:
 
 
 def test_nothing_to_compute_with_is_an_error(archive: Archive) -> None:
-    with pytest.raises(AnalysisError, match=r"resid_post.0 has no finite row"):
+    with pytest.raises(AnalysisError, match=r"there is no row to compute statistics of"):
         stats(archive, "resid_post.0", where="position > 5000")
     with pytest.raises(AnalysisError, match="'postion'"):
         stats(archive, where="postion > 3")

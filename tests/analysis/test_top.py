@@ -132,6 +132,7 @@ def test_files_that_are_no_direction(tmp_path: Path) -> None:
     [
         ("resid_post.0", {"direction": np.ones(7)}, r"shape \(7,\), but resid_post.0 has 6 values"),
         ("z.1", {"direction": np.ones(4)}, "3 x 4 values.*one of its heads"),
+        ("z.1", {"direction": np.ones((4, 3))}, r"shape \(4, 3\), but z.1 has 3 x 4 values"),
         ("resid_post.0", {"direction": np.full(6, np.nan)}, "NaN"),
         ("resid_post.0", {"channel": 6}, "channels 0 to 5"),
         ("resid_post.0", {"channel": 0, "head": 0}, "no heads"),

@@ -17,7 +17,7 @@ def test_a_dataset_that_was_taken_whole_needs_no_note() -> None:
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"n_split": 12}, "12 rows were split into windows"),
+        ({"n_split": 12}, "12 rows of the dataset were split into windows"),
         ({"n_truncated": 3, "n_truncated_tokens": 4}, "3 rows lost 4 tokens"),
         ({"n_padding": 5}, "5 tokens of padding were taken off"),
         ({"n_empty": 6}, "6 rows of the dataset have no tokens and were left out"),
