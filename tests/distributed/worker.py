@@ -27,6 +27,7 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.distributed.configuration_utils import DistributedConfig
 from transformers.distributed.tensor_parallel import apply_tensor_parallelism
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from tests.distributed import others, prehooks
 from tests.distributed.checks import Case, Row
@@ -389,6 +390,7 @@ def main() -> None:
             found[name] = {"rows": [row.as_dict() for row in ROWS[name]()]}
         except Exception:  # noqa: BLE001  # the boundary to one layout: the others are tried all the same
             found[name] = {"failure": f"rank {dist.get_rank()}: {traceback.format_exc()}"}
+        unset_hf_deepspeed_config()  # type: ignore[no-untyped-call]  # an engine that lingers would ask for ZeRO-3
         everyone: list[dict[str, Any]] = [{}] * dist.get_world_size()
         dist.all_gather_object(everyone, found[name])
         found[name] = next((result for result in everyone if "failure" in result), found[name])
