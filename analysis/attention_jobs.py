@@ -1,14 +1,13 @@
 """Scoring attention as jobs: one layer of some examples each, opened where it runs."""
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from typing import Literal, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
 from residua.analysis.attention_weights import ExampleRows, ExampleSums, StoredPattern, Weights
-from residua.analysis.cluster import INLINE, Cluster, connect
+from residua.analysis.cluster import Cluster, or_inline
 from residua.analysis.opened import address, opened
 from residua.analysis.queries_and_keys import QueriesAndKeys
 from residua.analysis.token_matches import Match
@@ -115,9 +114,7 @@ def run_jobs(
     function: Callable[[AttentionJob], Result], jobs: Sequence[AttentionJob], *, cluster: Cluster | None, stage: str
 ) -> dict[int, list[Result]]:
     """Return the results of each layer in the order of its jobs, so that sums do not depend on who was faster."""
-    held: AbstractContextManager[Cluster] = connect(INLINE) if cluster is None else nullcontext(cluster)
-    with held as running:
-        done = dict(running.map(function, jobs, stage=stage))
+    done = dict(or_inline(cluster).map(function, jobs, stage=stage))
     layers: dict[int, list[Result]] = {}
     for number, job in enumerate(jobs):
         layers.setdefault(job.layer, []).append(done[number])

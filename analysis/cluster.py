@@ -27,6 +27,7 @@ Result = TypeVar("Result")
 
 INLINE = "inline"
 _dask: Any = distributed  # whose functions have no types
+_LIMIT = "4GiB"
 _AHEAD = 2  # jobs that a worker has at a time, so that it never waits for the next
 _CONNECT_SECONDS = 10
 
@@ -66,7 +67,7 @@ class Cluster(Protocol):
 
 @contextmanager
 def connect(
-    scheduler: str | None = None, *, workers: int | None = None, memory_limit: str | int = "4GiB", shown: bool = False
+    scheduler: str | None = None, *, workers: int | None = None, memory_limit: str | int = _LIMIT, shown: bool = False
 ) -> Iterator[Cluster]:
     """Start or find what runs jobs, and let it go at the end; Dask arrays are computed there, too, meanwhile.
 
@@ -100,6 +101,11 @@ def _positive_bytes(size: str | int) -> int:
     return found
 
 
+def or_inline(cluster: Cluster | None) -> Cluster:
+    """Return `cluster`, or this process where there is none."""
+    return _Inline(_positive_bytes(_LIMIT), shown=False) if cluster is None else cluster
+
+
 class _Inline:
     """Runs jobs in this process, one after the other."""
 
@@ -114,12 +120,8 @@ class _Inline:
     ) -> Iterator[tuple[int, Result]]:
         with _bar(stage, len(jobs), shown=self._shown) as bar:
             for number, job in enumerate(jobs):
-                n_threads = torch.get_num_threads()
-                try:
-                    with threadpool_limits(1), _failing(stage, number):
-                        result = _alone(function, job)
-                finally:
-                    torch.set_num_threads(n_threads)
+                with _one_thread(), _failing(stage, number):
+                    result = function(job)
                 bar.update()
                 yield number, result
 
@@ -163,6 +165,18 @@ class _Distributed:
                     yield number, result
         finally:
             self._client.cancel(list(numbers))
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Use one thread of torch and of numpy's BLAS inside, as workers do, and as many as before outside."""
+    n_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with threadpool_limits(1):
+            yield
+    finally:
+        torch.set_num_threads(n_threads)
 
 
 def _alone(function: Callable[[Job], Result], job: Job) -> Result:

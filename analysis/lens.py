@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 from safetensors.torch import save
 from torch import Tensor
 
-from residua.analysis.cluster import INLINE, Cluster, connect
+from residua.analysis.cluster import Cluster, or_inline
 from residua.analysis.head import Head, load_head
 from residua.analysis.lens_checkpoint import LensConfig, hash_unembedding, read_checkpoint, write_checkpoint
 from residua.analysis.lens_decoder import Decoder
@@ -97,9 +97,8 @@ class TunedLens:
         chosen = replace(settings or LensSettings(), **options)
         source = archive if isinstance(archive, Archive) else Archive(archive)
         with ExitStack() as stack:
-            workers = cluster or stack.enter_context(connect(INLINE))
             folder = out or stack.enter_context(TemporaryDirectory(prefix="residua-lens-"))
-            training = LensTraining(source, Path(folder), sites=sites, settings=chosen, cluster=workers)
+            training = LensTraining(source, Path(folder), sites=sites, settings=chosen, cluster=or_inline(cluster))
             training.train()
             lens = cls(*training.judge())
             lens.save(folder)

@@ -11,7 +11,7 @@ from pathlib import Path
 import pyarrow as pa
 
 from residua.analysis.blocks import blocks
-from residua.analysis.cluster import INLINE, Cluster, connect
+from residua.analysis.cluster import Cluster, or_inline
 from residua.analysis.controls import Split
 from residua.analysis.opened import address
 from residua.analysis.probe_files import write_probe
@@ -100,24 +100,11 @@ def probe(
         UnknownSiteError: `sites` names no stored site.
         AnalysisError: The target cannot be predicted; the message says why.
     """
-    if cluster is None:
-        with connect(INLINE) as inline:
-            return probe(
-                archive,
-                target,
-                sites,
-                task=task,
-                where=where,
-                test_fraction=test_fraction,
-                seed=seed,
-                save=save,
-                cluster=inline,
-            )
     if task not in (None, "classification", "regression"):
         raise AnalysisError(f"the task {task!r} is not known: a probe does classification or regression")
     if seed < 0:
         raise AnalysisError(f"the seed is {seed}: it must be at least 0")
-    names = archive.select(sites)
+    names, cluster = archive.select(sites), or_inline(cluster)
     split = Split(test_fraction, seed)
     found = survey(archive, target, where=where, task=task, split=split)
     parts = blocks(archive)

@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 from safetensors.numpy import save_file
 
 from residua.analysis.blocks import Block, blocks
-from residua.analysis.cluster import INLINE, Cluster, connect
+from residua.analysis.cluster import Cluster, or_inline
 from residua.analysis.merging import OrderedSum
 from residua.analysis.opened import address, opened
 from residua.analysis.rowcolumns import positions_of
@@ -97,10 +97,7 @@ def stats(
         UnknownSiteError: `sites` names no stored site.
         AnalysisError: A site has no finite rows, or the filter cannot be asked.
     """
-    if cluster is None:
-        with connect(INLINE) as inline:
-            return stats(archive, sites, components=components, where=where, cluster=inline)
-    names = archive.select(sites)
+    names, cluster = archive.select(sites), or_inline(cluster)
     widest = int((cluster.memory_limit / _COVARIANCES / 8) ** 0.5)
     jobs = [
         job

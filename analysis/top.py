@@ -8,7 +8,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from residua.analysis.blocks import Block, blocks
-from residua.analysis.cluster import INLINE, Cluster, connect
+from residua.analysis.cluster import Cluster, or_inline
 from residua.analysis.directions import whole_row
 from residua.analysis.opened import address, opened
 from residua.analysis.rowcolumns import examples_of
@@ -82,20 +82,6 @@ def top(
         UnknownSiteError: `site` names no stored site.
         AnalysisError: Direction, channel or head do not fit the site, or no row has a score.
     """
-    if cluster is None:
-        with connect(INLINE) as inline:
-            return top(
-                archive,
-                site,
-                direction=direction,
-                channel=channel,
-                head=head,
-                k=k,
-                bottom=bottom,
-                per_example=per_example,
-                where=where,
-                cluster=inline,
-            )
     name = _one_site(archive, site)
     if k < 1:
         raise AnalysisError(f"the best {k} rows were asked for: ask for at least 1")
@@ -105,7 +91,7 @@ def top(
         for run in runs(blocks(archive), least_rows=_ROWS_A_RUN)
     ]
     best = Best(np.zeros(0), np.zeros(0, np.int64), np.zeros(0, np.int64))
-    for _, found in cluster.map(_search, jobs, stage="top rows"):
+    for _, found in or_inline(cluster).map(_search, jobs, stage="top rows"):
         best = _kept(best, found, k, per_example=per_example)
     if not len(best.rows):
         raise AnalysisError(f"{name} has no row with a score: none is captured, none is chosen, or all are NaN")

@@ -30,7 +30,7 @@ class Event(Protocol):
 
     def query(self) -> bool:
         """Say whether it has happened."""
-        raise NotImplementedError
+        ...
 
     def synchronize(self) -> None:
         """Return when it has happened."""
@@ -41,18 +41,18 @@ class Streams(Protocol):
 
     def mark_compute(self) -> Event:
         """Record an event behind what the model has queued so far."""
-        raise NotImplementedError
+        ...
 
     def hold_side(self, event: Any, /) -> None:
         """Let the side stream wait for `event`; the caller does not."""
 
     def side(self) -> AbstractContextManager[object]:
         """Return a context in which copies are queued on the side stream."""
-        raise NotImplementedError
+        ...
 
     def mark_side(self) -> Event:
         """Record an event behind the copies queued so far."""
-        raise NotImplementedError
+        ...
 
 
 class Landing:

@@ -13,11 +13,11 @@ class Work(Protocol):
 
     def take(self) -> range | None:
         """Return the next run, or None if there is none to take now."""
-        raise NotImplementedError
+        ...
 
     def is_over(self) -> bool:
         """Say whether there will be none any more, whatever happens to other workers."""
-        raise NotImplementedError
+        ...
 
 
 class AllAtOnce:

@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from residua.pipelines.cli_job import add_archive, add_job
+from residua.pipelines.cli_job import add_archive, add_job, add_sample_flags, run_sample
 from residua.pipelines.progress import StepProgress
 from residua.pipelines.report import print_info, print_reproduction, print_sites, print_verification
 
@@ -16,11 +16,7 @@ def add(jobs: Any) -> None:
     reproduce = add_job(
         jobs, "reproduce", _reproduce, "capture a sample of an archive again and compare; exit 1 if it differs"
     )
-    add_archive(reproduce)
-    reproduce.add_argument("--model", required=True, help="hub id or folder of the model that was captured")
-    reproduce.add_argument("--batches", type=int, default=4, metavar="INT", help="batches to run (default: 4)")
-    reproduce.add_argument("--seed", type=int, default=0, metavar="INT", help="seed of the choice of batches")
-    reproduce.add_argument("--device", default="auto", metavar="STR", help="device of the model: auto, cpu, cuda, ...")
+    add_sample_flags(reproduce, batches=4)
     sites = add_job(jobs, "sites", _sites, "list the sites that a model has, with shapes")
     sites.add_argument("--model", required=True, help="hub id or folder of the model")
 
@@ -45,15 +41,7 @@ def _verify(options: argparse.Namespace) -> int:
 def _reproduce(options: argparse.Namespace) -> int:
     from residua.pipelines.reproduce import reproduce
 
-    with StepProgress("batch", shown=not options.json) as progress:
-        found = reproduce(
-            options.archive,
-            options.model,
-            n_batches=options.batches,
-            seed=options.seed,
-            device=options.device,
-            on_batch=progress.step,
-        )
+    found = run_sample(options, reproduce)
     print_reproduction(found, as_json=options.json)
     return 0 if found.is_exact else 1
 

@@ -4,33 +4,20 @@ import argparse
 from dataclasses import asdict
 from typing import Any
 
-from residua.pipelines.cli_job import add_archive, add_job
-from residua.pipelines.progress import StepProgress
+from residua.pipelines.cli_job import add_job, add_sample_flags, run_sample
 from residua.pipelines.report import print_json, table
 
 
 def add(jobs: Any) -> None:
     """Add the sub-command."""
     parser = add_job(jobs, "fidelity", _fidelity, "measure what the rounding of stored rows does to the model's output")
-    add_archive(parser)
-    parser.add_argument("--model", required=True, help="hub id or folder of the model that was captured")
-    parser.add_argument("--batches", type=int, default=16, metavar="INT", help="batches to run (default: 16)")
-    parser.add_argument("--seed", type=int, default=0, metavar="INT", help="seed of the choice of batches")
-    parser.add_argument("--device", default="auto", metavar="STR", help="device of the model: auto, cpu, cuda, ...")
+    add_sample_flags(parser, batches=16)
 
 
 def _fidelity(options: argparse.Namespace) -> int:
     from residua.pipelines.fidelity import fidelity
 
-    with StepProgress("batch", shown=not options.json) as progress:
-        found = fidelity(
-            options.archive,
-            options.model,
-            n_batches=options.batches,
-            seed=options.seed,
-            device=options.device,
-            on_batch=progress.step,
-        )
+    found = run_sample(options, fidelity)
     if options.json:
         print_json(asdict(found))
         return 0

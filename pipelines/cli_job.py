@@ -5,13 +5,16 @@ import hashlib
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from residua.pipelines.progress import StepProgress
 
 if TYPE_CHECKING:
     from contextlib import AbstractContextManager
 
     from residua.analysis.cluster import Cluster
 
+Found = TypeVar("Found")
 Run = Callable[[argparse.Namespace], int]
 
 
@@ -33,6 +36,35 @@ def add_job(jobs: Any, name: str, run: Run, text: str) -> argparse.ArgumentParse
 def add_archive(parser: argparse.ArgumentParser) -> None:
     """Add the argument that names an archive."""
     parser.add_argument("archive", help="folder of the archive")
+
+
+def add_sample_flags(parser: argparse.ArgumentParser, *, batches: int) -> None:
+    """Add the archive, the model, and the flags that choose a sample of the capture's batches.
+
+    Args:
+        parser: The parser of the job.
+        batches: How many run unless the user says.
+    """
+    add_archive(parser)
+    parser.add_argument("--model", required=True, help="hub id or folder of the model that was captured")
+    parser.add_argument(
+        "--batches", type=int, default=batches, metavar="INT", help=f"batches to run (default: {batches})"
+    )
+    parser.add_argument("--seed", type=int, default=0, metavar="INT", help="seed of the choice of batches")
+    parser.add_argument("--device", default="auto", metavar="STR", help="device of the model: auto, cpu, cuda, ...")
+
+
+def run_sample(options: argparse.Namespace, job: Callable[..., Found]) -> Found:
+    """Call a job with what `add_sample_flags` added, and show its progress."""
+    with StepProgress("batch", shown=not options.json) as progress:
+        return job(
+            options.archive,
+            options.model,
+            n_batches=options.batches,
+            seed=options.seed,
+            device=options.device,
+            on_batch=progress.step,
+        )
 
 
 def default_folder(archive: Path, job: str, *asked: str | None) -> Path:

@@ -55,27 +55,27 @@ class Workers(Protocol):
 
     def plan_once(self, make: Callable[[], Mapping[str, Any]], check: Callable[[], None]) -> Mapping[str, Any]:
         """Let worker 0 call `make`, and every other one `check` after that; return what `make` returned."""
-        raise NotImplementedError
+        ...
 
     def replica_group(self, settings: CaptureSettings) -> AbstractContextManager[None]:
         """Make the process group of this worker's replica; see `residua.pipelines.replicas`."""
-        raise NotImplementedError
+        ...
 
     def part(self, model: nn.Module, sites: Mapping[str, SiteInfo]) -> Part | None:
         """Return what this worker has of a model that several hold together; None if it has all of it."""
-        raise NotImplementedError
+        ...
 
     def work(self, archive: Path, schedule: Schedule) -> Work:
         """Return the shards that this worker is to do."""
-        raise NotImplementedError
+        ...
 
     def so_far(self, stats: RecordStats) -> RecordStats:
         """Tell the others this worker's figures; return those of all, on worker 0."""
-        raise NotImplementedError
+        ...
 
     def finish(self, stats: RecordStats, archive: Path, n_shards: int, seal: Callable[[], None]) -> list[WorkerFigures]:
         """Wait until every shard is committed, let worker 0 call `seal`, and return what each worker did."""
-        raise NotImplementedError
+        ...
 
 
 class Alone:
