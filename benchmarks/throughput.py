@@ -1,9 +1,10 @@
 """Two data-parallel workers against one: `python benchmarks/throughput.py`.
 
 A Llama of 6M parameters (random weights) over ragged examples, every `resid_post` in bfloat16. Each worker is a
-process of its own with one torch thread and one encoder thread; both stay for all rounds. Within a round three cases
-take turns: one worker; two workers that share one capture; and two captures of half of the examples each that
-have nothing to do with each other, which is what the machine gives to two processes at best. The clock runs from the
+process of its own, with one torch thread and one encoder thread that share the worker's core; both processes stay for
+all rounds. Within a round four cases take turns: one worker; two workers that share one capture; two captures of half
+of the examples each that have nothing to do with each other, which is what the machine gives to two processes at best;
+and one worker that has both cores, so that its encoder thread runs beside the forward pass. The clock runs from the
 first batch to the last commit, as seen by the worker that ends last: starting Python, importing torch, loading the
 model, planning and sealing are left out. Processor time is that of both processes, from the first batch to the sealed
 archive, waiting for each other included: what it has more than that of one worker is what sharing costs.
@@ -19,6 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +33,8 @@ from residua.pipelines.capture import capture_dataset
 VOCABULARY = 2048
 TARGET = 1.7
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-ONE, TWO, APART = "one worker", "two workers", "two captures, nothing shared"
+ONE, TWO, APART = "one worker", "two workers, a core each", "two captures, nothing shared, a core each"
+SPREAD = "one worker that has both cores"
 Figures = dict[str, float]
 
 
@@ -69,10 +72,11 @@ class Worker:
             text=True,
         )
 
-    def ask(self, dataset: str, out: str, **launch: str) -> None:
-        """Let it capture a dataset, with variables as a launcher sets them."""
+    def ask(self, dataset: str, out: str, cores: Sequence[int], **launch: str) -> None:
+        """Let it capture a dataset on some cores, with variables as a launcher sets them."""
         assert self._process.stdin is not None
-        self._process.stdin.write(json.dumps({"dataset": dataset, "out": out, "launch": launch}) + "\n")
+        asked = {"dataset": dataset, "out": out, "cores": cores, "launch": launch}
+        self._process.stdin.write(json.dumps(asked) + "\n")
         self._process.stdin.flush()
 
     def answer(self) -> Figures:
@@ -98,6 +102,8 @@ def serve(folder: Path) -> None:
     for line in sys.stdin:
         asked = json.loads(line)
         os.environ.update({"WORLD_SIZE": "1", **asked["launch"]})
+        for thread in Path("/proc/self/task").iterdir():  # threads that are started later inherit it
+            os.sched_setaffinity(int(thread.name), asked["cores"])
         result = capture_dataset(
             model,
             folder / f"{asked['dataset']}.jsonl",
@@ -113,10 +119,11 @@ def serve(folder: Path) -> None:
 
 def capture(workers: list[Worker], folder: Path, case: str) -> Figures:
     """Run one case; return the seconds of the slowest, and tokens and processor seconds of all."""
-    asked = workers[: 1 if case == ONE else 2]
+    asked = workers[: 1 if case in {ONE, SPREAD} else 2]
+    cores = sorted(os.sched_getaffinity(0))[:2]
     if case == APART:
-        for worker, half in zip(asked, ("even", "odd"), strict=True):
-            worker.ask(half, f"{half}.zarr")
+        for worker, half, core in zip(asked, ("even", "odd"), cores, strict=True):
+            worker.ask(half, f"{half}.zarr", [core])
     else:
         with socket.socket() as free:
             free.bind(("localhost", 0))
@@ -126,7 +133,7 @@ def capture(workers: list[Worker], folder: Path, case: str) -> Figures:
                 "MASTER_PORT": str(free.getsockname()[1]),
             }
         for rank, worker in enumerate(asked):
-            worker.ask("all", "all.zarr", **launch, RANK=str(rank))
+            worker.ask("all", "all.zarr", cores if case == SPREAD else [cores[rank]], **launch, RANK=str(rank))
     found = [worker.answer() for worker in asked]
     for out in folder.glob("*.zarr"):
         shutil.rmtree(out)
@@ -140,14 +147,14 @@ def capture(workers: list[Worker], folder: Path, case: str) -> Figures:
 
 def main() -> None:
     """Measure and print the table."""
-    options = parser(__doc__ or "", rounds=5)
-    options.add_argument("--examples", type=int, default=360, help="examples of the dataset")
+    options = parser(__doc__ or "", rounds=3)
+    options.add_argument("--examples", type=int, default=720, help="examples of the dataset")
     options.add_argument("--serve", type=Path, help=argparse.SUPPRESS)
     chosen = options.parse_args()
     if chosen.serve:
         serve(chosen.serve)
         return
-    cases: dict[str, list[Figures]] = {case: [] for case in (ONE, TWO, APART)}
+    cases: dict[str, list[Figures]] = {case: [] for case in (ONE, TWO, APART, SPREAD)}
     with tempfile.TemporaryDirectory(dir=chosen.folder) as name:
         folder = Path(name)
         prepare(folder, chosen.examples)
@@ -163,24 +170,32 @@ def main() -> None:
 
 def report(cases: dict[str, list[Figures]], n_rounds: int) -> str:
     """Return the table; every ratio is one of the same round."""
-    one = cases[ONE]
     lines = [
-        [case, *(spread([f[key] for f in found]) for key in ("wall", "cpu")), *_beside(one, found)]
+        [case, *(spread([f[key] for f in found]) for key in ("wall", "cpu")), *_beside(cases, found)]
         for case, found in cases.items()
     ]
-    head = ["", "seconds", "CPU seconds", "times as fast as one", "CPU of one's", "tokens of one's"]
+    head = [
+        "",
+        "seconds",
+        "CPU seconds",
+        "times as fast as one",
+        "as one with both cores",
+        "CPU of one's",
+        "tokens of one's",
+    ]
     return (
         f"{table(head, lines)}\n\n{n_rounds} rounds in turns; target {TARGET} times as fast; "
         f"start-up left out. {machine('torch', 'transformers')}"
     )
 
 
-def _beside(one: list[Figures], found: list[Figures]) -> list[str]:
-    rounds = list(zip(one, found, strict=True))
+def _beside(cases: dict[str, list[Figures]], found: list[Figures]) -> list[str]:
+    one, both = cases[ONE], cases[SPREAD]
     return [
-        spread([a["wall"] / b["wall"] for a, b in rounds]),
-        spread([b["cpu"] / a["cpu"] for a, b in rounds]),
-        spread([b["tokens"] / a["tokens"] for a, b in rounds]),
+        spread([a["wall"] / b["wall"] for a, b in zip(one, found, strict=True)]),
+        spread([a["wall"] / b["wall"] for a, b in zip(both, found, strict=True)]),
+        spread([b["cpu"] / a["cpu"] for a, b in zip(one, found, strict=True)]),
+        spread([b["tokens"] / a["tokens"] for a, b in zip(one, found, strict=True)]),
     ]
 
 

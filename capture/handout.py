@@ -12,7 +12,8 @@ from pathlib import Path
 from residua.capture.crew import Crew
 from residua.store.commits import committed_shards
 
-_LOOK_SECONDS = 0.5
+_MOST_LOOK_SECONDS = 0.5
+_LOOK_SHARE = 0.1  # of the time waited so far: so nobody waits much longer than the others are at work
 
 
 class HandOut:
@@ -29,6 +30,7 @@ class HandOut:
         self._archive = archive
         self._runs = runs
         self._is_exhausted = False
+        self._exhausted_at = 0.0
         self._left: list[int] = []
         self._next_look = 0.0
 
@@ -37,7 +39,7 @@ class HandOut:
         while not self._is_exhausted:
             run = self._crew.count("runs") - 1
             if run >= len(self._runs):
-                self._is_exhausted = True
+                self._is_exhausted, self._exhausted_at = True, time.monotonic()
             elif self._crew.claim(f"run/{run}"):
                 return self._runs[run]
         return self._take_over()
@@ -47,9 +49,10 @@ class HandOut:
         return self._is_exhausted and not self._left
 
     def _take_over(self) -> range | None:
-        if time.monotonic() < self._next_look:
+        now = time.monotonic()
+        if now < self._next_look:
             return None
-        self._next_look = time.monotonic() + _LOOK_SECONDS
+        self._next_look = now + min(_MOST_LOOK_SECONDS, _LOOK_SHARE * (now - self._exhausted_at))
         committed = committed_shards(self._archive)
         self._left = [run for run, shards in enumerate(self._runs) if not committed.issuperset(shards)]
         for run in self._left:

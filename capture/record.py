@@ -29,7 +29,7 @@ from residua.store.schedule import Batch, Schedule
 from residua.store.sizes import n_stages
 from residua.store.writer import ShardWriter
 
-_IDLE_SECONDS = 0.1
+_IDLE_SECONDS = 0.02
 
 
 @dataclass(frozen=True, kw_only=True)
