@@ -29,7 +29,7 @@ N_EXAMPLES = 4  # in a recorded batch
 
 
 class Load(Protocol):
-    """Loads a model over the ranks of this launch, as `tests.distributed.worker` does."""
+    """Loads a model over the ranks of this launch, as `tests.distributed.registry.loaded` does."""
 
     def __call__(self, name: str = "llama", **config: int) -> PreTrainedModel: ...
 

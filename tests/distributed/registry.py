@@ -1,0 +1,78 @@
+"""Every layout that is tried, by name, and what the functions of its rows share.
+
+`data_rows`, `tensor_rows` and `pipeline_rows` enter functions here; `worker` runs those that its launch names.
+"""
+
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.distributed.configuration_utils import DistributedConfig
+from transformers.distributed.tensor_parallel import apply_tensor_parallelism
+
+from tests.distributed.checks import Case, Row
+from tests.distributed.expected import Expected, batch, expected
+from tests.models import SPLIT
+
+FOLDER = Path(sys.argv[1])
+ROWS: dict[str, Callable[[], Iterator[Row]]] = {}
+_expected: dict[tuple[str, int, str], Expected] = {}
+
+
+def layout(name: str) -> Callable[[Callable[[], Iterator[Row]]], Callable[[], Iterator[Row]]]:
+    def note(rows: Callable[[], Iterator[Row]]) -> Callable[[], Iterator[Row]]:
+        ROWS[name] = rows
+        return rows
+
+    return note
+
+
+def wanted(name: str, seed: int, dtype: torch.dtype = torch.float32) -> Expected:
+    """What one process gives; computed once a launch, model and batch."""
+    key = (name, seed, str(dtype))
+    if key not in _expected:
+        _expected[key] = expected(cast(SPLIT[name](), dtype), name, batch(seed))
+    return _expected[key]
+
+
+def cast(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
+    """Cast the parameters alone: rotary frequencies stay as they are."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
+    return model
+
+
+def all_of(case: Case) -> Iterator[Row]:
+    yield case.forward()
+    yield case.gradients()
+    yield case.edits()
+    yield case.training()
+
+
+def loaded(name: str, dtype: torch.dtype = torch.float32, **config: int) -> PreTrainedModel:
+    """Load what rank 0 saved, in the way users of transformers' own parallelism do."""
+    sizes: dict[str, Any] = dict(config)
+    path = FOLDER / name
+    if dist.get_rank() == 0 and not path.exists():
+        SPLIT[name]().save_pretrained(path)
+    dist.barrier()
+    with mock.patch("transformers.distributed.mixin.apply_tensor_parallelism", split_what_is_here):
+        model = AutoModelForCausalLM.from_pretrained(path, distributed_config=DistributedConfig(**sizes), dtype=dtype)
+    assert isinstance(model, PreTrainedModel)
+    nn.Module.train(model, False)
+    return model
+
+
+def split_what_is_here(model: nn.Module, mesh: DeviceMesh, plan: dict[str, str]) -> nn.Module:
+    """Leave out of the plan what another stage of a pipeline has: transformers 5.23 ends in a KeyError over it."""
+    here = {name for name, module in model.named_modules() if type(module).__name__ != "PipelineIdentityLayer"}
+    here |= {name for name, _ in model.named_parameters()}
+    apply_tensor_parallelism(model, mesh, {name: style for name, style in plan.items() if name in here})
+    return model
