@@ -24,6 +24,7 @@ from residua.pipelines import (
     cli_top,
 )
 from residua.pipelines.cli_job import Run
+from residua.pipelines.cli_lists import with_negative_values
 from residua.store.errors import AnalysisError, CaptureError, DamagedArchiveError, NotCapturedError, ResiduaError
 
 JOBS = (
@@ -44,7 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     parser = _parser()
     words = list(sys.argv[1:] if arguments is None else arguments)
-    options = parser.parse_args(words)
+    options = parser.parse_args(with_negative_values(words))
     options.command_line = " ".join(["residua", *words])
     run: Run = options.run
     try:

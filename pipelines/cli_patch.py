@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from residua.pipelines.cli_job import add_job
-from residua.pipelines.cli_replay import numbers
+from residua.pipelines.cli_lists import numbers
 from residua.pipelines.progress import StepProgress
 from residua.pipelines.report import print_json, table
 from residua.pipelines.stopping import stopping_in_time
@@ -25,7 +25,11 @@ def add(jobs: Any) -> None:
         )
         parser.add_argument("--archive", metavar="FOLDER", help="where examples that are named by number lie")
         parser.add_argument("--sites", default="resid_post.*", metavar="STR", help="the sites (resid_post.*)")
-        parser.add_argument("--positions", metavar="STR", help="positions, 0-9,12 say; default: all")
+        parser.add_argument(
+            "--positions",
+            metavar="STR",
+            help="positions, 0-9,-1 say, negative ones from the end; default: all",
+        )
         parser.add_argument(
             "--metric", default="logit_difference", metavar="STR", help="logit_difference, loss, probability or kl"
         )
@@ -54,7 +58,7 @@ def _run(options: argparse.Namespace, way: Any, word: str, **more: int) -> int:
             options.model,
             options.pairs,
             sites=options.sites,
-            positions=numbers(options.positions, "--positions") if options.positions else None,
+            positions=numbers(options.positions, "--positions", signed=True) if options.positions else None,
             metric=options.metric,
             archive=options.archive,
             out=folder,

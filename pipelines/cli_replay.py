@@ -4,10 +4,10 @@ import argparse
 from typing import Any
 
 from residua.pipelines.cli_job import add_archive, add_job
+from residua.pipelines.cli_lists import numbers, tokens
 from residua.pipelines.progress import StepProgress
 from residua.pipelines.report import print_json
 from residua.pipelines.stopping import stopping_in_time
-from residua.store.errors import PlanError
 
 
 def add(jobs: Any) -> None:
@@ -21,8 +21,9 @@ def add(jobs: Any) -> None:
     )
     parser.add_argument("--at", metavar="STR", help="where stored rows go in, resid_post.5 say; default: nowhere")
     parser.add_argument("--examples", metavar="STR", help="numbers of examples: 3,7,10-19; default: all")
+    parser.add_argument("--rows", metavar="STR", help="only examples that own these rows, 0-99,512 say")
     parser.add_argument("--where", metavar="STR", help="only examples with such rows, for example 'label == \"code\"'")
-    parser.add_argument("--tokens", metavar="STR", help="ids of tokens whose logits are told, 17,99 say")
+    parser.add_argument("--tokens", metavar="STR", help="tokens whose logits are told, as ids or texts: '17, the'")
     parser.add_argument("--device", default="auto", metavar="STR", help="device of the model: auto, cpu, cuda, ...")
     parser.add_argument("--force", action="store_true", help="take another model than was captured, and note it")
     parser.set_defaults(when_stopped="stopped: finished parts are safe. Run the same command again to go on.")
@@ -39,8 +40,9 @@ def _replay(options: argparse.Namespace) -> int:
             edits=options.edit,
             at=None if options.at is None else options.at.split(","),
             examples=None if options.examples is None else numbers(options.examples, "--examples"),
+            rows=None if options.rows is None else numbers(options.rows, "--rows"),
             where=options.where,
-            tokens=numbers(options.tokens, "--tokens") if options.tokens else (),
+            tokens=tokens(options.tokens, "--tokens") if options.tokens else (),
             force=options.force,
             device=options.device,
             command=options.command_line,
@@ -59,26 +61,6 @@ def _replay(options: argparse.Namespace) -> int:
     print(f"top 1     the same for {100 * (means['top1_agreement'] or 0):.1f} % of tokens")
     print(f"files     {found.folder}: examples/, tokens/, residua.json")
     return 0
-
-
-def numbers(text: str, flag: str) -> list[int]:
-    """Return the numbers that ``3,7,10-19`` spells.
-
-    Raises:
-        PlanError: It is no such list; the message names `flag`.
-    """
-    found: list[int] = []
-    for word in text.split(","):
-        first, dash, last = word.strip().partition("-")
-        if not first.isdecimal() or (dash and not last.isdecimal()):
-            raise PlanError(f"{flag} {text[:60]!r}: give numbers and ranges such as 3,7,10-19")
-        if dash and int(last) - int(first) > _MOST:
-            raise PlanError(f"{flag} {word[:60]!r} has over {_MOST:,} numbers")
-        found += range(int(first), int(last or first) + 1)
-    return found
-
-
-_MOST = 10_000_000
 
 
 def _means(columns: dict[str, list[Any]]) -> dict[str, float | None]:

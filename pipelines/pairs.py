@@ -13,6 +13,7 @@ from residua.capture.pairs import Pair
 from residua.pipelines.models import token_limit
 from residua.store.archive import Archive
 from residua.store.errors import PlanError, ResiduaError
+from residua.store.texts import single_token
 
 PairSource = str | PathLike[str] | Iterable[Pair | Mapping[str, Any]]
 """The path of a file of JSON lines, or dictionaries with ``clean``, ``corrupted``, ``answer`` and ``wrong``."""
@@ -115,10 +116,10 @@ class _Reader:
             return value
         if not isinstance(value, str):
             raise PlanError(f"an answer is a token id or a text that is one token; found {str(value)[:60]!r}")
-        ids = self._encoded(value, special=False)
-        if len(ids) != 1:
-            raise PlanError(f"the answer {value[:60]!r} is {len(ids)} tokens: give one token, or its id")
-        return ids[0]
+        return single_token(value, self._encoded(value, special=False), self._spelled)
+
+    def _spelled(self, token: int) -> str:
+        return "" if self._tokenizer is None else str(self._tokenizer.decode([token]))
 
     def _encoded(self, text: str, *, special: bool) -> list[int]:
         if self._tokenizer is None:

@@ -15,13 +15,13 @@ import numpy.typing as npt
 import pyarrow as pa
 from transformers import PreTrainedModel
 
-from residua.analysis.filters import RowFilter
 from residua.capture.planbatch import PlanBatch
 from residua.capture.replayer import Replayer
 from residua.capture.replaynotes import unlike_the_plan
 from residua.capture.rows import batch_rows
 from residua.capture.samemodel import identity_here, running_as_captured
 from residua.pipelines.captured_batches import schedule_of, whole_groups
+from residua.pipelines.chosen_examples import ExampleChoice
 from residua.pipelines.models import captured_model
 from residua.pipelines.replay_record import begin_or_go_on
 from residua.pipelines.replay_tables import EXAMPLES, TOKENS, Comparison, part_path, read_parts, token_table, write_part
@@ -31,6 +31,7 @@ from residua.store.editparse import EditSource, is_reproducible, parse_edits
 from residua.store.errors import CaptureError, NotCapturedError, PlanError
 from residua.store.lock import locked
 from residua.store.schedule import Schedule
+from residua.store.texts import token_id
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,8 +69,9 @@ def replay_dataset(
     edits: EditSource,
     at: str | Iterable[str] | None = None,
     examples: Sequence[int] | None = None,
+    rows: Sequence[int] | None = None,
     where: str | None = None,
-    tokens: Sequence[int] = (),
+    tokens: Sequence[int | str] = (),
     force: bool = False,
     device: str = "auto",
     command: str | None = None,
@@ -86,8 +88,9 @@ def replay_dataset(
         edits: Edits in order, as `residua.replay` takes them.
         at: Where stored rows go in; None runs the model in full.
         examples: Numbers of the examples; all unless given.
+        rows: Rows of the archive; the examples that own them are taken.
         where: A condition such as ``label == "code"``; examples with a row that meets it are taken.
-        tokens: Token ids whose logits are told.
+        tokens: Tokens whose logits are told: ids, or texts that are one token of the archive's tokenizer.
         force: Go on with a model that is not the one that was captured, and note it.
         device: Device of the model, if it is loaded here.
         command: The command line, for the provenance.
@@ -97,7 +100,8 @@ def replay_dataset(
         The tables, and what has to be said of them.
 
     Raises:
-        PlanError: An edit does not fit, examples do not exist, the model is another, `out` holds another request.
+        PlanError: An edit does not fit, examples or rows do not exist, a text is no single token, the model is another,
+            `out` holds another request.
         NotCapturedError: Nothing of what was asked for is captured yet.
         ArchiveInUseError: Another run is at work on `out`.
 
@@ -111,21 +115,22 @@ def replay_dataset(
     parsed = parse_edits(edits)
     places = [] if at is None else [at] if isinstance(at, str) else list(at)
     schedule = schedule_of(opened)
-    chosen = _chosen(opened, examples, where) & _captured(opened, schedule)
+    choice = ExampleChoice(examples=examples, rows=rows, where=where)
+    chosen = choice.of(opened) & _captured(opened, schedule)
+    ids = [token if isinstance(token, int) else token_id(opened.tokenizer, token) for token in tokens]
     if not chosen.any():
         raise NotCapturedError(f"{opened.path} has none of these examples whole yet: run the capture first")
     loaded = captured_model(opened, model, device=device)
     with locked(Path(out)), running_as_captured(opened, loaded):
-        runs = _Runs(schedule, loaded, Replayer(loaded, opened, at=places, edits=parsed, force=force), tokens)
+        runs = _Runs(schedule, loaded, Replayer(loaded, opened, at=places, edits=parsed, force=force), ids)
         request: dict[str, Any] = {
             "archive": opened.plan.digest,
             "model": {**opened.plan.model, **identity_here(loaded)[0]},  # with force=True it may be another
             "at": list(runs.edited.start.sites),
             "edits": [edit.to_json() for edit in parsed],
             "contents": {str(path): content_mark(path) for edit in parsed for path in edit.folders},
-            "examples": None if examples is None else sorted(set(examples)),
-            "where": where,
-            "tokens": list(tokens),
+            **choice.to_json(),
+            "tokens": ids,
             "force": force,
         }
         facts = {"reproducible": is_reproducible(parsed), "notes": list(runs.edited.notes), "command": command}
@@ -135,25 +140,6 @@ def replay_dataset(
     return ReplayResult(
         folder=Path(out), n_examples=int(chosen.sum()), resumed=resumed, notes=(*runs.edited.notes, *notes)
     )
-
-
-def _chosen(archive: Archive, examples: Sequence[int] | None, where: str | None) -> npt.NDArray[np.bool_]:
-    """Say for each example whether it was asked for and has a row."""
-    index = archive.example_table.index()
-    chosen = np.full(index.n_examples, examples is None)
-    if examples is not None:
-        wrong = [number for number in examples if not 0 <= number < index.n_examples]
-        if wrong:
-            raise PlanError(f"examples {wrong[:3]}: the archive has {index.n_examples:,}, counted from 0")
-        chosen[list(examples)] = True
-    if where is not None:
-        meant = np.zeros_like(chosen)
-        meant[np.searchsorted(index.first_row, RowFilter.parse(where).rows(archive), side="right") - 1] = True
-        chosen &= meant
-    chosen &= index.n_rows > 0  # an example without rows has run in no batch
-    if not chosen.any():
-        raise PlanError("no example is left: the choice of examples and the condition leave none with a row")
-    return chosen
 
 
 def _captured(archive: Archive, schedule: Schedule) -> npt.NDArray[np.bool_]:

@@ -46,7 +46,7 @@ def test_edits_do_what_the_page_says(names: dict[str, Any]) -> None:
 def test_the_whole_archive_is_told_in_tables(names: dict[str, Any]) -> None:
     assert len(names["by_example"]) == 16
     assert len(names["by_token"]) == 16 * 101
-    listed = PAGE.read_text().partition("A line of a token")[2].partition("`examples` and `where`")[0]
+    listed = PAGE.read_text().partition("A line of a token")[2].partition("`examples`, `rows`")[0]
     told = set(re.findall(r"`(\w+)`", listed)) - {"tokens"}
     assert told == set(names["by_token"].columns) | {"top1_agreement", "n_tokens", "kl_max"}
     assert set(names["by_example"].columns) <= told

@@ -115,6 +115,14 @@ def test_examples_are_chosen_by_number_and_condition(tmp_path: Path) -> None:
         residua.replay_dataset(model, archive, out=tmp_path / "c", examples=[9], **options)
     with pytest.raises(PlanError, match="no example is left"):
         residua.replay_dataset(model, archive, out=tmp_path / "c", where='label == "z"', **options)
+    by_row: dict[str, Any] = {"out": tmp_path / "r", "rows": [24, 12, 41], "examples": [1, 2, 3], **options}
+    assert residua.replay_dataset(model, archive, **by_row).examples["example"].to_pylist() == [1, 2, 3]
+    assert residua.replay_dataset(model, archive, **{**by_row, "rows": [41, 24, 12], "examples": [3, 2, 1]}).resumed
+    assert residua.replay_dataset(model, archive, out=tmp_path / "s", rows=range(12), **options).n_examples == 1
+    with pytest.raises(PlanError, match='rows: "0-11" there, "0-3,7" now'):
+        residua.replay_dataset(model, archive, out=tmp_path / "s", rows=[0, 1, 2, 3, 7], **options)
+    with pytest.raises(PlanError, match=r"rows \[45\]: the archive has 45"):
+        residua.replay_dataset(model, archive, out=tmp_path / "c", rows=[3, 45], **options)
     with pytest.raises(PlanError, match=r"tokens \[97\] were asked for"):
         residua.replay_dataset(model, archive, out=tmp_path / "c", tokens=[97], **options)
     with pytest.raises(PlanError, match="is not empty and has no residua"):
