@@ -1,11 +1,12 @@
 """Compiled models: hooks are no part of compiled code, so what is captured runs without it.
 
 Hooks that are added after the first compiled call are passed over without a word, and those that are added before
-break the graph. A capture therefore runs the very modules that were compiled, uncompiled.
+break the graph. A capture or a tap therefore runs the very modules that were compiled, uncompiled.
 """
 
+import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import TypeVar, cast
 
 import torch
@@ -29,14 +30,41 @@ def is_compiled(model: nn.Module) -> bool:
     )
 
 
+class _Uncompiled:
+    """The stance that the process takes while anybody wants it; contexts may end in any order."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._n_wanting = 0
+        self._taken = ExitStack()
+
+    def take(self) -> None:
+        with self._lock:
+            if not self._n_wanting:
+                self._taken.enter_context(torch.compiler.set_stance("force_eager"))
+            self._n_wanting += 1
+
+    def let_go(self) -> None:
+        with self._lock:
+            self._n_wanting -= 1
+            if not self._n_wanting:
+                self._taken.close()
+
+
+_uncompiled = _Uncompiled()
+
+
 @contextmanager
 def running_uncompiled(model: nn.Module) -> Iterator[bool]:
     """Let compiled modules run as plain ones inside; yields whether there are any."""
     if not is_compiled(model):
         yield False
         return
-    with torch.compiler.set_stance("force_eager"):
+    _uncompiled.take()
+    try:
         yield True
+    finally:
+        _uncompiled.let_go()
 
 
 def refuse_compiled(model: nn.Module) -> None:

@@ -8,6 +8,7 @@ Only what happens inside a call of the model itself counts. Gradient checkpointi
 during the backward pass; those runs are passed over.
 """
 
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
@@ -81,31 +82,44 @@ def values_of(emit: Emit) -> Meet:
 
 
 class ForwardCall:
-    """Whether a call of the model is under way, and the shape of its batch.
+    """Which calls of the model are under way: in each thread its own, and calls inside calls.
+
+    A callback may call the model itself, and several threads may share a model; neither ends what another runs.
 
     Attributes:
-        is_running: Whether the model's forward has been entered and not yet left.
         n_calls: Number of forward calls that were entered.
-        batch_shape: (batch, positions) of the call under way; only known for models that take token ids.
     """
 
     def __init__(self) -> None:
-        self.is_running = False
         self.n_calls = 0
-        self.batch_shape: tuple[int, int] | None = None
+        self._local = threading.local()
+
+    @property
+    def _under_way(self) -> list[tuple[int, int] | None]:
+        """The batch shapes of this thread's calls, the innermost last."""
+        shapes: list[tuple[int, int] | None] = vars(self._local).setdefault("shapes", [])
+        return shapes
+
+    @property
+    def is_running(self) -> bool:
+        """Whether this thread has entered the model's forward and not yet left it."""
+        return bool(self._under_way)
+
+    @property
+    def batch_shape(self) -> tuple[int, int] | None:
+        """(batch, positions) of the call under way; only known for models that take token ids."""
+        return self._under_way[-1]
 
     def enter(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Note that the model is entered; a forward pre-hook."""
-        self.is_running = True
         self.n_calls += 1
         tokens = kwargs.get("input_ids", kwargs.get("inputs_embeds", next(iter(args), None)))
-        self.batch_shape = None
-        if isinstance(tokens, Tensor) and tokens.ndim >= 2:
-            self.batch_shape = (tokens.shape[0], tokens.shape[1])
+        shape = tokens.shape if isinstance(tokens, Tensor) else ()
+        self._under_way.append((shape[0], shape[1]) if len(shape) >= 2 else None)
 
     def leave(self, _module: nn.Module, _args: object, _output: object) -> None:
         """Note that the model is left, by an exception too; a forward hook."""
-        self.is_running = False
+        del self._under_way[-1:]  # nothing is there if another's pre-hook failed before `enter`
 
 
 @contextmanager

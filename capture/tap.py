@@ -18,6 +18,7 @@ from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
 from residua.capture.attention import eager_where_needed
+from residua.capture.compiled import running_uncompiled
 from residua.capture.groups import pipeline_group, tensor_parallel_group
 from residua.capture.hooks import ForwardCall, Met, attached
 from residua.capture.leaves import checked_replacement
@@ -133,14 +134,14 @@ class Tap:
         if call.n_calls == 0 and self.enabled and self.sites:
             raise CaptureError(
                 f"Site {next(iter(self.sites))!r} was tapped{on_rank()} and the model was never called meanwhile. Call "
-                "the very model that is tapped, inside the context. A model that was compiled and run before "
-                "does not call what is attached to it afterwards: tap first, then run it for the first time."
+                "the very model that is tapped, inside the context; if torch.compile gave another, tap that one."
             )
         unmet = [info for name, info in self.sites.items() if call.n_calls and not self._n_met[name]]
         if unmet:
             raise CaptureError(
                 f"Site {unmet[0].name!r}{on_rank()} ({unmet[0].where}) was never met while the model ran. Name a "
-                f"module that the model calls, by calling it and not its forward.{_and_more(unmet)}"
+                "module that the model calls, by calling it and not its forward; and if torch.compile gave another "
+                f"model to call, tap that one.{_and_more(unmet)}"
             )
         waiting = [info for name, info in self.sites.items() if name in self._awaited]
         if waiting:
@@ -170,7 +171,8 @@ def tap(
 
     The tensor is (batch, positions, *row) as `reading` has it, of the model's type and on its device, and it is
     the function's own: keep it or change it, the model does not notice. What the function returns replaces the
-    site's value; None leaves it.
+    site's value; None leaves it. The function may call the model itself, with this tap switched off meanwhile.
+    A compiled model runs uncompiled inside the context.
 
     On a model that is spread over several processes all of them have to tap, alike. The function runs once per model
     replica, on the first rank of its tensor-parallel group, and its result reaches every rank. Each data-parallel
@@ -228,6 +230,7 @@ def tap(
             chunk=stack.enter_context(chunks_of(model)),
         )
         stack.callback(made._release)
+        stack.enter_context(running_uncompiled(model.submod if isinstance(model, PipelineStage) else model))
         stack.enter_context(eager_where_needed(target.core, infos.values()))
         call = stack.enter_context(attached(target.parts, infos.values(), made._meet))
         yield made

@@ -13,12 +13,24 @@ from torch import nn
 from torch.nn import DataParallel
 from torch.nn.parallel import DistributedDataParallel
 
+from residua.store.errors import CaptureError
+
 _BY_ATTRIBUTE = ("_fsdp_wrapped_module", "_fpw_module", "_checkpoint_wrapped_module", "_orig_mod")
 _ENGINES = ("DeepSpeedEngine", "PipelineEngine", "InferenceEngine")  # known by name: the library is not imported
 
 
 def inside(module: nn.Module) -> nn.Module | None:
-    """Return what a wrapper wraps; None for a module that is no wrapper."""
+    """Return what a wrapper wraps; None for a module that is no wrapper.
+
+    Raises:
+        CaptureError: The wrapper runs copies of the model on parts of each batch.
+    """
+    if isinstance(module, DataParallel) and len(module.device_ids) > 1:
+        raise CaptureError(
+            f"the model is wrapped in nn.DataParallel over {len(module.device_ids)} devices, which runs a copy on "
+            "a part of each batch, one thread a device, so that no site is whole anywhere. Use the model inside "
+            "(model.module), or one process a device and DistributedDataParallel"
+        )
     if isinstance(module, DistributedDataParallel | DataParallel) or type(module).__name__ in _ENGINES:
         return module.get_submodule("module")
     children = dict(module.named_children())

@@ -1,0 +1,157 @@
+"""Who calls the model while it is tapped: the function itself, several threads, compiled code."""
+
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, fx, nn
+from transformers import PreTrainedModel
+
+import residua
+from residua.store.errors import CaptureError
+from tests.capture.readings import batch, read, run
+from tests.models import TINY
+
+SITES = "embed,resid_pre.0,q.0,mlp_out.0,resid_post.0,z.1,mlp_out.1,resid_post.2,final,logits"
+
+
+def doubled(_site: str, tensor: Tensor) -> Tensor:
+    return tensor * 2
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_a_function_may_call_the_model_and_misses_nothing_of_the_call_that_it_is_in(name: str) -> None:
+    """As one does to compare with a run on other tokens, of another shape."""
+    model = TINY[name]()
+    expected = read(model, SITES)
+    other = torch.arange(3, 9)[None]
+    outer, inner = dict[str, Tensor](), dict[str, Tensor]()
+    group = residua.TapGroup()
+
+    def keep(site: str, tensor: Tensor) -> None:
+        outer[site] = tensor
+        if site == "mlp_out.0":
+            with group.off(), residua.tap(model, "mlp_out.0,final", inner.__setitem__), torch.no_grad():
+                model(other)
+
+    with residua.tap(model, SITES, keep, group=group) as taps:
+        assert torch.equal(run(model), expected.logits)
+    assert outer.keys() == expected.sites.keys()
+    assert all(torch.equal(outer[site], value) for site, value in expected.sites.items())
+    assert set(taps.n_fired.values()) == {1}
+    with residua.tap(model, "mlp_out.0,final", outer.__setitem__), torch.no_grad():
+        model(other)
+    assert all(torch.equal(inner[site], outer[site]) for site in ("mlp_out.0", "final"))
+
+
+def test_a_thread_that_is_done_does_not_end_the_call_of_another() -> None:
+    """One call begins, then another thread makes a whole one, then the first goes on."""
+    model = TINY["llama"]()
+    expected = read(model, SITES).sites
+    seen: dict[int, dict[str, Tensor]] = {}
+    begun, other_is_done = threading.Event(), threading.Event()
+
+    def keep(site: str, tensor: Tensor) -> None:
+        seen.setdefault(threading.get_ident(), {})[site] = tensor
+        if site == "mlp_out.0" and threading.current_thread() is first:
+            begun.set()
+            assert other_is_done.wait(timeout=60)
+
+    first = threading.Thread(target=run, args=(model,))
+    with residua.tap(model, SITES, keep):
+        first.start()
+        assert begun.wait(timeout=60)
+        run(model)
+        other_is_done.set()
+        first.join(timeout=60)
+    for thread in (first.ident, threading.get_ident()):
+        assert thread is not None
+        assert seen[thread].keys() == expected.keys()
+        assert all(torch.equal(seen[thread][site], value) for site, value in expected.items())
+
+
+class Compiler:
+    """A backend of torch.compile that counts how often what it compiled runs."""
+
+    def __init__(self) -> None:
+        self.n_runs = 0
+
+    def __call__(self, graph: fx.GraphModule, _inputs: list[Tensor]) -> Callable[..., Any]:
+        def compiled(*args: Any) -> Any:
+            self.n_runs += 1
+            return graph.forward(*args)
+
+        return compiled
+
+
+def wrapped(model: PreTrainedModel, compiler: Compiler) -> nn.Module:
+    whole = torch.compile(model, backend=compiler)
+    assert isinstance(whole, nn.Module)
+    return whole
+
+
+def in_place(model: PreTrainedModel, compiler: Compiler) -> nn.Module:
+    model.compile(backend=compiler)
+    return model
+
+
+def block_by_block(model: PreTrainedModel, compiler: Compiler) -> nn.Module:
+    for block in model.get_submodule("model.layers").children():
+        block.compile(backend=compiler)
+    return model
+
+
+def logits_of(model: nn.Module) -> Tensor:
+    with torch.no_grad():
+        logits: Tensor = model(batch().input_ids, use_cache=False).logits
+    return logits
+
+
+@pytest.mark.parametrize("compile_model", [wrapped, in_place, block_by_block])
+def test_a_model_that_ran_compiled_is_tapped_again_and_again_and_then_runs_compiled(
+    compile_model: Callable[[PreTrainedModel, Compiler], nn.Module],
+) -> None:
+    bare, compiler = TINY["llama"](), Compiler()
+    model = compile_model(TINY["llama"](), compiler)
+    before = logits_of(model)
+    n_runs = compiler.n_runs
+    assert n_runs > 0, "nothing is compiled: no test"
+    for site in ("mlp_out.0", "z.1", "resid_post.1"):
+        with residua.tap(bare, site, doubled):
+            expected = logits_of(bare)
+        with residua.tap(model, site, doubled) as taps:
+            assert torch.equal(logits_of(model), expected)
+        assert taps.n_fired == {site: 1}
+    assert compiler.n_runs == n_runs
+    assert torch.equal(logits_of(model), before)
+    assert compiler.n_runs > n_runs
+
+
+def test_taps_of_compiled_models_may_end_in_any_order() -> None:
+    model, compiler = TINY["llama"](), Compiler()
+    block_by_block(model, compiler)
+    seen: list[str] = []
+    first, second = (residua.tap(model, site, lambda site, _: seen.append(site)) for site in ("mlp_out.0", "mlp_out.1"))
+    first.__enter__()
+    second.__enter__()
+    logits_of(model)
+    first.__exit__(None, None, None)
+    logits_of(model)
+    second.__exit__(None, None, None)
+    assert seen == ["mlp_out.0", "mlp_out.1", "mlp_out.1"]
+    assert compiler.n_runs == 0
+    logits_of(model)
+    assert compiler.n_runs > 0
+
+
+def test_copies_that_run_on_parts_of_a_batch_are_refused() -> None:
+    """What torch does with two devices; here there is none, and nothing has to run."""
+    model = nn.DataParallel(TINY["llama"]())
+    model.device_ids = [0, 1]
+    with (
+        pytest.raises(CaptureError, match=r"DataParallel over 2 devices.*model\.module.*DistributedDataParallel"),
+        residua.tap(model, "final", lambda *_: None),
+    ):
+        pass
