@@ -16,6 +16,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.integrations import deepspeed as hf_deepspeed
 
+from residua.capture.groups import pipeline_group
 from residua.capture.siteinfo import SiteInfo
 from residua.capture.sites import resolve_sites
 from residua.capture.wrappers import core_of
@@ -43,6 +44,8 @@ def whole_sites(model: nn.Module, patterns: str | list[str]) -> dict[str, SiteIn
     try:
         return resolve_sites(_twin_of(core), patterns)
     except (UnknownSiteError, CaptureError):
+        if pipeline_group(core) is not None:
+            raise  # a stage has stand-ins for most of the model, which have no shapes
         # A module that was put in by hand is in no config, and some models do not run on meta. Shapes are then those
         # of this process: what is split does not fit them, and is refused.
         return resolve_sites(core, patterns)

@@ -1,6 +1,7 @@
 """Models and tokenizers from the hub or a folder, ready to be captured."""
 
 import os
+from contextlib import nullcontext
 from os import PathLike, fspath
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from transformers.distributed.configuration_utils import DistributedConfig
 
 from residua.capture.inputs import first_position
 from residua.pipelines.settings import CaptureSettings
+from residua.pipelines.stage_plans import stages_in_parallel
 from residua.store.archive import Archive
 from residua.store.errors import PlanError
 
@@ -39,14 +41,15 @@ def load_model(name: str, settings: CaptureSettings) -> PreTrainedModel:
     torch.manual_seed(settings.seed)
     _, kind = _config_and_class(name, settings.revision)
     try:
-        model: PreTrainedModel = kind.from_pretrained(
-            name,
-            revision=settings.revision or "main",
-            dtype=settings.model_dtype,
-            attn_implementation=settings.attn_implementation,
-            device_map=spread,
-            distributed_config=DistributedConfig(tp_size=settings.tp, pp_size=settings.pp) if is_split else None,
-        )
+        with stages_in_parallel() if min(settings.tp, settings.pp) > 1 else nullcontext():
+            model: PreTrainedModel = kind.from_pretrained(
+                name,
+                revision=settings.revision or "main",
+                dtype=settings.model_dtype,
+                attn_implementation=settings.attn_implementation,
+                device_map=spread,
+                distributed_config=DistributedConfig(tp_size=settings.tp, pp_size=settings.pp) if is_split else None,
+            )
     except (OSError, ValueError, SafetensorError) as error:
         raise _not_loaded(name, error) from error
     model.requires_grad_(False).train(False)

@@ -47,7 +47,7 @@ class CaptureSettings:
     device: str = _flag("auto", "device of the model: auto, cpu, cuda, cuda:1, ...")
     device_map: str | None = _flag(None, "spread the model over devices: auto, balanced, sequential")
     tp: int = _flag(1, "split the model over so many processes by tensor parallelism (transformers' plan)")
-    pp: int = _flag(1, "split the model's blocks over so many processes, one stage each (transformers' pipeline)")
+    pp: int = _flag(1, "split the model's blocks over so many stages, each of --tp processes (transformers' pipeline)")
     model_dtype: str = _flag("auto", f"data type to compute in: auto (the checkpoint's), {', '.join(FLOATS)}")
     attn_implementation: str | None = _flag(None, "attention implementation: eager, sdpa, ... (default: the model's)")
     revision: str | None = _flag(None, "revision of the model on the hub")
@@ -79,8 +79,6 @@ class CaptureSettings:
         self.dataset_settings()
 
     def _check_split(self) -> None:
-        if self.tp > 1 and self.pp > 1:
-            raise PlanError("--tp and --pp together are more than transformers' own pipelines can do: choose one")
         if self.tp * self.pp > 1 and self.device_map is not None:
             raise PlanError("--device-map and --tp or --pp contradict each other: a process of those has one device")
 

@@ -28,6 +28,7 @@ from transformers.distributed.configuration_utils import DistributedConfig
 
 from residua.capture.recorder import Recorder
 from residua.pipelines.capture import CaptureResult, capture_dataset
+from residua.pipelines.stage_plans import stages_in_parallel
 from residua.store.errors import CaptureError, PlanError
 from tests.distributed.plans import parallel_llama
 from tests.models import SPLIT, VOCABULARY
@@ -72,6 +73,16 @@ def case(name: str, sites: str | None = None, **sizes: Any) -> Make:
     return lambda: (loaded(name, **sizes), sites_of(name) if sites is None else sites)
 
 
+def stages_in_parallel_of(name: str) -> Make:
+    def make() -> tuple[PreTrainedModel, str]:
+        with pytest.raises(KeyError):  # or transformers can do it by itself by now: then `stages_in_parallel` can go
+            loaded(name, tp_size=2, pp_size=2)
+        with stages_in_parallel():
+            return loaded(name, tp_size=2, pp_size=2), sites_of(name)
+
+    return make
+
+
 def by_hand(*shape: int, sequence: bool = False) -> Make:
     def make() -> tuple[PreTrainedModel, str]:
         mesh = init_device_mesh("cpu", shape, mesh_dim_names=("dp", "tp")[-len(shape) :])
@@ -98,6 +109,7 @@ CASES: dict[int, dict[str, Make]] = {
         "mixtral-tp4": case("mixtral", tp_size=4),
         "llama-tp2-dp2": by_hand(2, 2),
         "llama-tp2-fsdp2": case("llama", tp_size=2, fsdp_size=2),
+        "llama-pp2-tp2": stages_in_parallel_of("llama"),
     },
 }
 """From the number of ranks to the cases that are tried on them; the part before the first dash is the model's name."""
@@ -109,7 +121,9 @@ def uneven_columns(model: PreTrainedModel, out: Path) -> None:
 
 
 def refused_by_recorder(model: PreTrainedModel, out: Path) -> None:
-    with pytest.raises(CaptureError, match=r"split over processes \((tensor parallel|pipeline) \d\).*capture_dataset"):
+    with pytest.raises(
+        CaptureError, match=r"split over processes \((tensor parallel|pipeline) \d.*\).*capture_dataset"
+    ):
         Recorder(model, sites="resid_post.1", out=out)
 
 

@@ -2,8 +2,10 @@
 
 import signal
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from residua.store.archive import Archive
@@ -15,6 +17,8 @@ from tests.ragged import capture_words, write_dataset
 
 pytestmark = pytest.mark.timeout(240)
 SITES = ("--sites", "resid_post.3,q.2,mlp_act.1,pattern.0", "--dtype", "bfloat16", "--tp", "2")
+BOUND = 1e-5
+STAGES = ("--sites", "embed,resid_post.*,q.2,mlp_act.1,z.4,pattern.3,logits_top3", "--tp", "2", "--pp", "2")
 SOON = 20.0
 """Seconds within which the others of a replica have ended after one of it died."""
 
@@ -35,19 +39,19 @@ def reference(gang: Gang, dataset: Path, tmp_path_factory: pytest.TempPathFactor
     return out
 
 
-def start_slowly(gang: Gang, dataset: Path, out: Path, n: int) -> None:
+def start_slowly(gang: Gang, dataset: Path, out: Path, n: int, sites: Sequence[str] = SITES) -> None:
     """Begin `n` ranks, and return once some shards are committed."""
-    gang.start(launched(capture_words(dataset, out, *SITES), n, slow=0.1))
+    gang.start(launched(capture_words(dataset, out, *sites), n, slow=0.1))
     deadline = time.monotonic() + 60
     while len(list(out.glob("commits/*.json"))) < 3:
         assert time.monotonic() < deadline
         time.sleep(0.01)
 
 
-def resume(gang: Gang, dataset: Path, out: Path, reference: Path, n: int) -> None:
+def resume(gang: Gang, dataset: Path, out: Path, reference: Path, n: int, sites: Sequence[str] = SITES) -> None:
     assert not Archive(out).is_sealed
     check_stop(out, {})
-    ended = gang.run(launched(capture_words(dataset, out, *SITES), n))
+    ended = gang.run(launched(capture_words(dataset, out, *sites), n))
     assert [end.code for end in ended] == [0] * n, ended
     check_end(out, reference)
 
@@ -87,6 +91,28 @@ def test_another_replica_finishes_what_one_with_a_dead_rank_left(
     codes = [end.code for end in gang.wait(60)]
     assert codes == [0, 0, 1, -signal.SIGKILL]
     check_end(out, reference)
+
+
+def test_stages_in_parallel_write_what_one_process_does_and_go_on_after_a_kill(
+    gang: Gang, dataset: Path, tmp_path: Path
+) -> None:
+    whole, one, out = (tmp_path / name / "a.zarr" for name in ("whole", "one", "killed"))
+    for path in (whole, one, out):
+        path.parent.mkdir()
+    for words, n in ((capture_words(dataset, whole, *STAGES), 4), (capture_words(dataset, one, *STAGES[:2]), 1)):
+        ended = gang.run(launched(words, n))
+        assert [end.code for end in ended] == [0] * n, ended
+    found, wanted = Archive(whole), Archive(one)
+    assert found.provenance["model"]["layout"] == "pipeline 2 x tensor parallel 2"  # type: ignore[index]
+    assert found.plan == wanted.plan
+    for site in wanted.sites:
+        ours, theirs = (np.asarray(archive[site].numpy(), np.float64) for archive in (found, wanted))
+        assert np.abs(ours - theirs).max() <= BOUND * np.abs(theirs).max(), site
+    start_slowly(gang, dataset, out, 4, STAGES)
+    gang.kill(3)
+    ended = gang.wait(SOON)
+    assert [end.code for end in ended] == [1, 1, 1, -signal.SIGKILL], ended
+    resume(gang, dataset, out, whole, 4, STAGES)
 
 
 def test_all_stop_in_time_when_they_are_told_to(gang: Gang, dataset: Path, reference: Path, tmp_path: Path) -> None:

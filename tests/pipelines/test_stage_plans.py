@@ -1,0 +1,44 @@
+"""A pipeline of tensor-parallel stages is loaded by putting one step of transformers right; another step is noticed.
+
+That it is still needed, and works, is tested with real processes: `stages_in_parallel_of` in
+tests/distributed/capturing.py fails as soon as transformers loads such a model by itself.
+"""
+
+from typing import Any
+
+import pytest
+from torch import nn
+from transformers.distributed import mixin
+from transformers.distributed.pipeline_parallel import PipelineIdentityLayer
+
+from residua.pipelines.stage_plans import stages_in_parallel
+from residua.store.errors import PlanError
+
+STEP = "apply_tensor_parallelism"
+WORDS = "transformers .* spreads models in another way than 5.23"
+
+
+def test_what_other_stages_have_is_left_out_of_the_plan(monkeypatch: pytest.MonkeyPatch) -> None:
+    plans: list[Any] = []
+    monkeypatch.setattr(mixin, STEP, lambda *arguments: plans.append(arguments[2]))
+    before = vars(mixin)[STEP]
+    model = nn.ModuleDict({"here": nn.Linear(2, 2), "there": PipelineIdentityLayer()})  # type: ignore[no-untyped-call]  # theirs
+    plan = {"here": "colwise", "here.weight": "colwise", "there": "rowwise", "there.up": "x", "there.weight": "rowwise"}
+    with stages_in_parallel():
+        vars(mixin)[STEP](model, None, plan)
+    assert plans == [{"here": "colwise", "here.weight": "colwise"}]
+    assert vars(mixin)[STEP] is before
+
+
+def test_another_transformers_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = vars(mixin)[STEP]
+    with pytest.raises(PlanError, match=WORDS), stages_in_parallel():
+        pass  # loading without that step: the plan was not put right
+    with pytest.raises(PlanError, match=WORDS), stages_in_parallel():
+        raise KeyError("model.layers.2.self_attn")
+    with pytest.raises(OSError, match="no such checkpoint"), stages_in_parallel():
+        raise OSError("no such checkpoint")
+    assert vars(mixin)[STEP] is before
+    monkeypatch.delattr(mixin, STEP)
+    with pytest.raises(PlanError, match=WORDS), stages_in_parallel():
+        raise AssertionError("nothing is loaded")
