@@ -50,10 +50,9 @@ class RowChooser:
             self.column(name)
 
     def _check_swap(self, edit: Swap, source: ExampleTable) -> None:
-        by_example = isinstance(edit.source, Mapping)
-        _require_examples(edit.source if by_example else (), self._table, "the archive")
-        from_where = "the archive" if edit.archive is None else str(edit.archive)
-        _require_examples(edit.source.values() if by_example else [edit.source], source, from_where)
+        pairs = edit.source if isinstance(edit.source, Mapping) else {0: edit.source}
+        _require_examples(pairs, self._table, "the archive")
+        _require_examples(pairs.values(), source, "the archive" if edit.archive is None else str(edit.archive))
         if not isinstance(edit.align, str):
             self._check_positions(tuple(here for here, _ in edit.align), edit.chosen.examples)
 
