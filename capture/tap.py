@@ -23,6 +23,7 @@ from residua.capture.groups import pipeline_group, tensor_parallel_group
 from residua.capture.hooks import ForwardCall, Met, attached
 from residua.capture.leaves import checked_replacement
 from residua.capture.oracle import is_spread, whole_sites
+from residua.capture.pipeline_gradients import carrying_gradients
 from residua.capture.pipeline_stages import Chunk, chunks_of, target_of
 from residua.capture.ranks import on_rank
 from residua.capture.siteinfo import SiteInfo
@@ -232,6 +233,8 @@ def tap(
         stack.callback(made._release)
         stack.enter_context(running_uncompiled(model.submod if isinstance(model, PipelineStage) else model))
         stack.enter_context(eager_where_needed(target.core, infos.values()))
+        if backward or differentiable:
+            stack.enter_context(carrying_gradients(target.core))
         call = stack.enter_context(attached(target.parts, infos.values(), made._meet))
         yield made
     made._check(call)

@@ -12,7 +12,7 @@ from torch.distributed.tensor import DTensor
 
 from residua.capture.tap import Tap, tap
 from residua.capture.taps import TapFunction
-from tests.distributed.expected import EDITED, EDITS, TRAINED, Expected, loss_of, site_names, trained
+from tests.distributed.expected import EDITED, EDITS, Expected, loss_of, site_names, trained
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,12 +80,23 @@ class Case:
         return self._noted("edits", got, wanted, n_sites=len([s for s in EDITED if s in self.expected.values]))
 
     def training(self) -> Row:
-        """The gradient of a module that lives inside the model, on every rank, for a whole and for a split site."""
-        got = {}
-        for site in TRAINED:
-            width = self.expected.values[site].shape[-1]
-            got[site] = trained(self.model, site, width, self.inputs, self.group)
-        return self._noted("training", got, self.expected.trained, n_sites=2)
+        """The gradient of a module that lives inside the model, for a whole and for a split site.
+
+        Every rank has it; in a pipeline, every rank of the stage that has the site.
+        """
+        got: dict[str, Tensor] = {}
+        for site, wanted in self.expected.trained.items():
+            gradient = trained(self.model, site, len(wanted), self.inputs, self.group)
+            assert gradient is not None or self.staged
+            got |= {} if gradient is None else {site: gradient}
+        return self._of_stages("training", got, self.expected.trained)
+
+    def _of_stages(self, what: str, got: dict[str, Tensor], wanted: dict[str, Tensor]) -> Row:
+        """Compare what some rank has to have."""
+        names: list[set[str]] = [set()] * dist.get_world_size()
+        dist.all_gather_object(names, set(got))
+        assert set().union(*names) == wanted.keys(), "nobody had it"
+        return self._noted(what, got, {site: wanted[site] for site in got}, n_sites=len(wanted))
 
     def _tapped(self, function: TapFunction, *, backward: bool = False) -> AbstractContextManager[Tap]:
         names = site_names(self.model, self.name)

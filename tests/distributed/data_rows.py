@@ -53,9 +53,7 @@ def offloaded() -> Iterator[Row]:
         spread = dispatch_model(
             model, where, main_device=torch.device("cpu"), offload_dir=str(FOLDER / f"offload-{name}"), force_hooks=True
         )
-        case = data_parallel("device_map, cpu and disk offload", name, spread)
-        yield case.forward()
-        yield case.edits()
+        yield from all_of(data_parallel("device_map, cpu and disk offload", name, spread))
 
 
 @layout("DDP")
@@ -88,9 +86,7 @@ def fsdp2_mixed() -> Iterator[Row]:
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
     for name in ("llama", "gpt2"):
         model = sharded(SPLIT[name](), mp_policy=policy)
-        case = data_parallel("FSDP2, mixed precision", name, model, dtype=torch.bfloat16)
-        yield case.forward()
-        yield case.edits()
+        yield from all_of(data_parallel("FSDP2, mixed precision", name, model, dtype=torch.bfloat16))
 
 
 def blocks_of(model: nn.Module) -> list[nn.Module]:
@@ -111,9 +107,7 @@ def accelerated() -> Iterator[Row]:
     accelerator = Accelerator(cpu=True)
     for name in ("llama", "gpt2"):
         model = accelerator.prepare(SPLIT[name]())
-        case = data_parallel("Accelerate prepare", name, model)
-        yield case.forward()
-        yield case.edits()
+        yield from all_of(data_parallel("Accelerate prepare", name, model))
 
 
 @layout("DeepSpeed ZeRO-3")

@@ -19,7 +19,7 @@ MODULES = {
     "mixtral": [f"module:model.layers.1.mlp{part}@output" for part in ("", ".gate", ".experts")],
 }
 EDITED = ("embed", "resid_pre.2", "resid_mid.1", "q.1", "z.1", "pattern.1", "mlp_act.1", "mlp_out.1", "resid_post.0")
-TRAINED = ("resid_post.1", "z.1")
+TRAINED = ("resid_post.0", "z.1")
 Edit = Callable[[str, Tensor], Tensor]
 
 
@@ -81,20 +81,27 @@ def expected(model: nn.Module, name: str, inputs: Mapping[str, Any], *, edits: b
             with reading(model, site, edit), torch.no_grad():
                 edited[site, kind] = model(**inputs).logits
     inside = {site: trained(model, site, values[site].shape[-1], inputs) for site in TRAINED}
-    return Expected(values, gradients, logits, edited, inside)
+    return Expected(
+        values, gradients, logits, edited, {site: found for site, found in inside.items() if found is not None}
+    )
 
 
 def trained(
     model: nn.Module, site: str, width: int, inputs: Mapping[str, Any], group: ProcessGroup | None = None
-) -> Tensor:
-    """The gradient of a weight that lives inside the model at a site."""
+) -> Tensor | None:
+    """The gradient of a weight that lives inside the model at a site; None where another stage has the site."""
+    weight, inside = inner_weight(width)
+    with tap(model, site, inside, differentiable=True, tensor_parallel=group):
+        loss_of(model, inputs).backward()  # type: ignore[no-untyped-call]  # torch leaves it bare
+    model.zero_grad()
+    return weight.grad
+
+
+def inner_weight(width: int) -> tuple[Tensor, Edit]:
+    """A weight to be trained, and the function that uses it inside a model."""
     weight = torch.eye(width).requires_grad_()
 
     def inside(_site: str, tensor: Tensor) -> Tensor:
         return (tensor @ weight.to(tensor.dtype)).tanh()
 
-    with tap(model, site, inside, differentiable=True, tensor_parallel=group):
-        loss_of(model, inputs).backward()  # type: ignore[no-untyped-call]  # torch leaves it bare
-    model.zero_grad()
-    assert weight.grad is not None
-    return weight.grad
+    return weight, inside

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[2]
-LIMIT_SECONDS = 480
+LIMIT_SECONDS = 240
 
 LAYOUTS = {
     "one": (1, ("single", "device_map, cpu and disk offload")),
@@ -50,9 +50,10 @@ REFUSALS = (
         "replays",
         "inputs_of_modules",
         "gradients_of_inputs",
+        "gradients_through_a_pipeline",
     ),
 )
-"""Number of ranks, and the functions of `tests.distributed.refusals` and `prehooks` that run on them."""
+"""Number of ranks, and the functions of `refusals`, `prehooks` and `stages` in `tests.distributed` that run on them."""
 
 LAUNCHES = {**LAYOUTS, "refusals": REFUSALS}
 

@@ -9,7 +9,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from tests.distributed.checks import Case, Row
 from tests.distributed.expected import batch
 from tests.distributed.pipelines import PipelineCase
-from tests.distributed.registry import layout, loaded, wanted
+from tests.distributed.registry import all_of, layout, loaded, wanted
 
 
 @layout("transformers PP 2")
@@ -26,8 +26,7 @@ def transformers_pp() -> Iterator[Row]:
             bound=1e-5,
             staged=True,
         )
-        yield case.forward()
-        yield case.edits()
+        yield from all_of(case)
 
 
 @layout("transformers PP 2 x TP 2")
@@ -42,8 +41,7 @@ def transformers_pp_tp() -> Iterator[Row]:
         bound=1e-5,
         staged=True,
     )
-    yield case.forward()
-    yield case.edits()
+    yield from all_of(case)
 
 
 @layout("torch PipelineStage, 2 stages")

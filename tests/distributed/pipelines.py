@@ -14,7 +14,7 @@ from transformers.masking_utils import create_causal_mask
 
 from residua.capture.tap import tap
 from tests.distributed.checks import Case, Row
-from tests.distributed.expected import EDITS, site_names
+from tests.distributed.expected import EDITS, inner_weight, site_names
 from tests.distributed.plans import plan_of
 from tests.models import SPLIT
 
@@ -58,17 +58,21 @@ class Part(nn.Module):
 class Pipeline:
     """Runs a batch through the stages, so many microbatches at a time."""
 
-    def __init__(self, name: str, n_microbatches: int, mesh: DeviceMesh | None, loss: Loss | None = None) -> None:
+    def __init__(
+        self,
+        name: str,
+        n_microbatches: int,
+        mesh: DeviceMesh | None,
+        kind: type[ScheduleGPipe | Schedule1F1B] = ScheduleGPipe,
+        loss: Loss | None = None,
+    ) -> None:
         group = dist.group.WORLD if mesh is None else mesh.get_group("pp")
         rank, size = dist.get_rank(group), dist.get_world_size(group)
         part = Part(SPLIT[name](), rank, size)
         if mesh is not None:
             parallelize_module(part.llm, mesh["tp"], plan_of(part.llm))
         self.stage = PipelineStage(part, rank, size, torch.device("cpu"), group=group)
-        if loss is None:
-            self._schedule: ScheduleGPipe | Schedule1F1B = ScheduleGPipe(self.stage, n_microbatches)
-        else:
-            self._schedule = Schedule1F1B(self.stage, n_microbatches, loss, scale_grads=False)
+        self._schedule = kind(self.stage, n_microbatches, loss, scale_grads=False)
 
     def train(self, inputs: Any) -> None:
         """Run the batch forward and backward; the microbatches take turns as torch's schedule has it."""
@@ -107,11 +111,11 @@ class PipelineCase(Case):
             self._row("forward", values, self.expected.values),
             self._edits(pipeline),
             self._gradients(n_microbatches, mesh),
+            self._training(n_microbatches, mesh),
         ]
 
     def _gradients(self, n_microbatches: int, mesh: DeviceMesh | None) -> Row:
-        n_logits = self.expected.logits.numel()
-        pipeline = Pipeline(self.name, n_microbatches, mesh, lambda logits, _: logits.square().sum() / n_logits)
+        pipeline = Pipeline(self.name, n_microbatches, mesh, Schedule1F1B, self._loss)
         found: dict[str, dict[int | None, Tensor]] = {}
 
         def keep(site: str, gradient: Tensor) -> None:
@@ -122,6 +126,18 @@ class PipelineCase(Case):
             pipeline.train(self.inputs)
         kept = {site: torch.cat([parts[index] for index in range(n_microbatches)]) for site, parts in found.items()}
         return self._row("gradients", kept, self.expected.gradients)
+
+    def _training(self, n_microbatches: int, mesh: DeviceMesh | None) -> Row:
+        pipeline, got = Pipeline(self.name, n_microbatches, mesh, ScheduleGPipe, self._loss), dict[str, Tensor]()
+        for site, wanted in self.expected.trained.items():
+            weight, inside = inner_weight(len(wanted))
+            with tap(pipeline.stage, site, inside, differentiable=True):
+                pipeline.train(self.inputs)
+            got |= {} if weight.grad is None else {site: weight.grad}
+        return self._of_stages("training", got, self.expected.trained)
+
+    def _loss(self, logits: Tensor, _target: Tensor) -> Tensor:
+        return logits.square().sum() / self.expected.logits.numel()
 
     def _edits(self, pipeline: Pipeline) -> Row:
         got, wanted = {}, {}

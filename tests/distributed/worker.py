@@ -24,6 +24,7 @@ from tests.distributed import (
     data_rows,  # noqa: F401  # it enters its rows in the registry
     pipeline_rows,  # noqa: F401  # likewise
     prehooks,
+    stages,
     tensor_rows,  # noqa: F401  # likewise
 )
 from tests.distributed.checks import Row
@@ -43,7 +44,7 @@ def refused(check: Callable[[Load], None]) -> Callable[[], Iterator[Row]]:
     return rows
 
 
-ROWS |= {check.__name__: refused(check) for check in (*CHECKS, *prehooks.CHECKS)}
+ROWS |= {check.__name__: refused(check) for check in (*CHECKS, *prehooks.CHECKS, *stages.CHECKS)}
 
 
 def main() -> None:
