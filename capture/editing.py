@@ -1,6 +1,7 @@
 """From edits to what happens at a site: one action for each edit and site, checked before the model runs."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -8,18 +9,20 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from residua.capture.editkinds import MAKERS, Action, Chosen, Surroundings, opened
+from residua.capture.editaction import Action, Change, Chosen, Surroundings, name_of
+from residua.capture.editkinds import MAKERS
 from residua.capture.oracle import whole_sites
 from residua.capture.placement import Indices
 from residua.capture.planbatch import PlanBatch
 from residua.capture.rows import ExampleRows
 from residua.capture.siteinfo import SiteInfo
 from residua.capture.stage import torch_dtype
+from residua.capture.storededits import opened
 from residua.capture.storedrows import StoredRows
+from residua.store.archive import Archive
 from residua.store.chosenrows import RowChooser
-from residua.store.edits import Edit, Function, Scale, Swap, Zero
-from residua.store.errors import PlanError, UnknownSiteError
-from residua.store.examples import ExampleTable
+from residua.store.edits import Edit, Function, Mean, Scale, Swap, Zero
+from residua.store.errors import PlanError, ResiduaError
 
 
 def action_of(edit: Edit, info: SiteInfo, around: Surroundings) -> Action:
@@ -41,10 +44,11 @@ def _within(edit: Edit, info: SiteInfo, action: Action) -> Action:
     if mask is None:
         return action
 
-    def in_part(rows: Tensor, at: Chosen) -> Tensor:
-        return torch.where(mask.to(rows.device), action(rows, at), rows)
+    def act(at: Chosen) -> Change:
+        change = action(at)
+        return lambda rows: torch.where(mask.to(rows.device), change(rows), rows)
 
-    return in_part
+    return act
 
 
 def part_mask(edit: Edit, info: SiteInfo) -> Tensor | None:
@@ -80,15 +84,17 @@ class EditAt:
         edit: The edit.
         number: Its place in the list, from 1.
         actions: From site to action.
+        infos: From site to what is known of it.
         chooser: The examples that it speaks of.
-        source: Where swapped rows come from; None for the archive itself.
+        source: The archive that its rows come from, if it brings any.
     """
 
     edit: Edit
     number: int
     actions: Mapping[str, Action]
+    infos: Mapping[str, SiteInfo]
     chooser: RowChooser
-    source: ExampleTable
+    source: Archive
 
     def chosen(self, batch: PlanBatch) -> Chosen:
         """Return the rows of a batch that the edit changes.
@@ -122,15 +128,14 @@ class EditAt:
         if not len(tokens):
             return tokens
         source = edit.source[example.example] if isinstance(edit.source, Mapping) else edit.source
-        if not 0 <= source < len(self.source):
-            raise PlanError(f"edit {self.number}: there is no example {source} to swap rows with")
+        table = self.source.example_table
         if isinstance(edit.align, str):
-            shift = int(self.source.index().n_tokens[source]) - len(example.input_ids)
+            shift = int(table.index().n_tokens[source]) - len(example.input_ids)
             there = tokens + (shift if edit.align == "end" else 0)
         else:
             pairs = dict(edit.align)
             there = np.array([pairs[token] for token in tokens.tolist()], np.int64)
-        return _rows_at(self.source.positions(source), self.source.rows(source)[0], there)
+        return _rows_at(table.positions(source), table.rows(source)[0], there)
 
     def _refuse_missing(self, example: ExampleRows, tokens: Indices) -> None:
         """Tokens that were named have to be there; where all are meant, those that are stored are."""
@@ -141,24 +146,37 @@ class EditAt:
                 f"{example.example}, and there is none: choose positions that were kept"
             )
 
-    def step(self, name: str, chosen: Chosen) -> Callable[[Tensor], Tensor]:
-        """Return what the edit does to the (examples, positions, *row) tensor of a site."""
+    def steps(self, chosen: Chosen) -> dict[str, Callable[[Tensor], Tensor]]:
+        """Return, by site, what the edit does to the (examples, positions, *row) tensor there.
 
-        def change(tensor: Tensor) -> Tensor:
+        Raises:
+            PlanError: What it needs for these rows does not fit.
+            NotCapturedError: What it needs is not captured yet.
+        """
+        return {name: self.step(name, chosen) for name in self.actions} if len(chosen.source) else {}
+
+    def step(self, name: str, chosen: Chosen) -> Callable[[Tensor], Tensor]:
+        """Return what `steps` does at one site; `chosen` holds at least one row."""
+        with _titled(f"edit {self.number} ({self.edit.kind} at {name})"):
+            change = self.actions[name](chosen)
+
+        def step(tensor: Tensor) -> Tensor:
             places = places_of(chosen.source, tensor)
             rows = tensor[places]
-            new = self.actions[name](rows, chosen)
+            new = change(rows)
             self._refuse_overflow(name, rows, new)
             return tensor.index_put(places, new)
 
-        return change
+        return step
 
     def _refuse_overflow(self, name: str, rows: Tensor, new: Tensor) -> None:
-        if new.dtype == torch.float16 and bool((torch.isfinite(rows) & ~torch.isfinite(new)).any()):
-            raise PlanError(
-                f"edit {self.number} ({self.edit.kind} at {name}) goes beyond what float16, in which the model "
-                "computes, can hold: make it smaller, or load the model in bfloat16 or float32"
-            )
+        """Raise PlanError if finite values became infinite or NaN; what a function of the user's gives is its own."""
+        if isinstance(self.edit, Function) or bool((torch.isfinite(new) | ~torch.isfinite(rows)).all()):
+            return
+        raise PlanError(
+            f"edit {self.number} ({self.edit.kind} at {name}) goes beyond what {name_of(new.dtype)}, in which the "
+            "model computes, can hold: make it smaller, or load the model in a wider type"
+        )
 
 
 def places_of(source: Indices, tensor: Tensor) -> tuple[Tensor, Tensor]:
@@ -176,9 +194,8 @@ def _paired(edit: Swap, example: int, tokens: Indices) -> Indices:
 
 def _rows_at(positions: npt.NDArray[np.int32], first_row: int, tokens: Indices) -> Indices:
     """Rows of an example's tokens; -1 for those that were not kept."""
-    places = np.searchsorted(positions, tokens)
-    is_kept = (places < len(positions)) & (positions[np.minimum(places, len(positions) - 1)] == tokens)
-    return np.where(is_kept, first_row + places, -1).astype(np.int64)
+    rows = first_row + np.searchsorted(positions, tokens)
+    return np.where(np.isin(tokens, positions), rows, -1).astype(np.int64)
 
 
 def edits_at(edits: Sequence[Edit], model: nn.Module, stored: StoredRows, chooser: RowChooser) -> list[EditAt]:
@@ -187,22 +204,27 @@ def edits_at(edits: Sequence[Edit], model: nn.Module, stored: StoredRows, choose
     Raises:
         PlanError: An edit does not fit; the message says which.
         UnknownSiteError: The model has no such site.
+        NotCapturedError: A mean is asked for of what is not captured yet.
     """
     found = []
     for number, edit in enumerate(edits, start=1):
-        title = f"edit {number} ({edit.kind})"
-        try:
-            chooser.check(edit)
+        with _titled(f"edit {number} ({edit.kind})"):
+            other = edit.archive if isinstance(edit, Swap | Mean) else None
+            source = stored.archive if other is None else opened(other)
+            chooser.check(edit, source.example_table)
             infos = whole_sites(model, list(edit.sites))
             actions = {name: _action_at(edit, info, stored, chooser) for name, info in infos.items()}
-        except UnknownSiteError as error:
-            raise UnknownSiteError(f"{title}: {error}") from None
-        except PlanError as error:
-            raise PlanError(f"{title}: {error}") from error
-        other = edit.archive if isinstance(edit, Swap) else None
-        table = (stored.archive if other is None else opened(other)).example_table
-        found.append(EditAt(edit=edit, number=number, actions=actions, chooser=chooser, source=table))
+        found.append(EditAt(edit=edit, number=number, actions=actions, infos=infos, chooser=chooser, source=source))
     return found
+
+
+@contextmanager
+def _titled(title: str) -> Iterator[None]:
+    """Say which edit an error is about."""
+    try:
+        yield
+    except ResiduaError as error:
+        raise type(error)(f"{title}: {error}") from error
 
 
 def _action_at(edit: Edit, info: SiteInfo, stored: StoredRows, chooser: RowChooser) -> Action:

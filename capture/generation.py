@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 from transformers import GenerationMixin
 
+from residua.capture.editaction import Chosen
 from residua.capture.editing import EditAt
-from residua.capture.editkinds import Chosen
 from residua.capture.planbatch import PlanBatch
 from residua.capture.replayer import Replayer
 from residua.capture.tap import tap

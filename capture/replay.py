@@ -51,10 +51,10 @@ class Replay:
         self._logits: list[Tensor] | None = None
         self._original: list[Tensor] | None = None
         self._is_open = True
-        replayer.steps(self._batch, edited=True)  # what does not fit these examples is said before anything runs
+        idle = replayer.check([self._batch])  # what does not fit these examples is said before anything runs
         skip, problem = replayer.starts_at(self._batch)
         self.skipped_blocks = len(skip.blocks)
-        notes = [*replayer.notes, problem, unlike_the_plan(replayer.archive, self.examples)]
+        notes = [*replayer.notes, *idle, problem, unlike_the_plan(replayer.archive, self.examples)]
         self.notes = tuple(note for note in notes if note)
 
     @property

@@ -22,12 +22,13 @@ from residua.capture.editing import edits_at, places_of
 from residua.capture.inputs import forward_kwargs
 from residua.capture.oracle import whole_sites
 from residua.capture.planbatch import PlanBatch, plan_batch
-from residua.capture.replaynotes import check_injection, refuse_overflow, storage_notes, why_in_full
+from residua.capture.replaynotes import check_injection, storage_notes, why_in_full
 from residua.capture.rows import batch_rows
 from residua.capture.samemodel import check_model
 from residua.capture.skipping import Skip, skip_below, skipping
+from residua.capture.stage import torch_dtype
 from residua.capture.startpoint import start_of
-from residua.capture.storedrows import StoredRows
+from residua.capture.storedrows import StoredRows, refuse_overflow
 from residua.capture.tap import tap
 from residua.capture.wrappers import core_of
 from residua.store.archive import Archive
@@ -94,12 +95,14 @@ class Replayer:
         infos = whole_sites(self.core, list(self.start.sites)) if self.start.sites else {}
         for name, info in infos.items():
             check_injection(archive, name, info)
+        self._dtypes = {name: torch_dtype(info.dtype or "float32") for name, info in infos.items()}
         self.chooser = RowChooser(archive)
         self.edits_at = edits_at(edits, self.core, self.stored, self.chooser)
         for number, edit in enumerate(self.edits_at, start=1):
             for name in edit.actions:
                 self.refuse_below(name, f"edit {number} ({edit.edit.kind} at {name})")
-        self.notes = (*check_model(archive, model, force=force), *storage_notes(archive, infos, edits))
+        told = (*check_model(archive, model, force=force), *storage_notes(archive, infos, self.edits_at))
+        self.notes = tuple(dict.fromkeys(told))
 
     @property
     def core(self) -> PreTrainedModel:
@@ -138,7 +141,7 @@ class Replayer:
 
         Raises:
             PlanError: There are none, or no such example.
-            NotCapturedError: Rows that are to go in are not captured yet.
+            NotCapturedError: The archive is still being recorded, and an example is not whole yet.
         """
         table = self.archive.example_table
         wrong = [number for number in examples if not 0 <= number < len(table)]
@@ -150,8 +153,6 @@ class Replayer:
             stop = example.first_row + len(example.positions)
             if stop > self.archive.n_rows:
                 raise NotCapturedError(f"example {example.example} is not captured whole yet: choose an earlier one")
-        if self.start.sites or any(edit.edit.needs_stored_rows for edit in self.edits_at):
-            self.archive.require_captured(batch_rows(made.rows, made.n_positions).row)
         return made
 
     @property
@@ -209,6 +210,30 @@ class Replayer:
         logits = token_logits(batch, output) if needs_logits else None
         return Pass(logits=logits, sites=kept, nodes=nodes if grad else {})
 
+    def check(self, batches: Iterable[PlanBatch]) -> tuple[str, ...]:
+        """Look at everything that `run` needs for some batches, so that it fails before the model runs or never.
+
+        Returns:
+            One sentence for each edit that means none of their tokens.
+
+        Raises:
+            PlanError: An edit needs stored rows that there are not, or the model's type cannot hold what goes in.
+            NotCapturedError: Rows are not captured yet.
+        """
+        n_changed = {edit.number: 0 for edit in self.edits_at}
+        for batch in batches:
+            self.steps(batch, edited=False)
+            for edit in self.edits_at:
+                chosen = edit.chosen(batch)
+                n_changed[edit.number] += len(chosen.source)
+                edit.steps(chosen)
+        return tuple(
+            f"edit {edit.number} ({edit.edit.kind} at {', '.join(edit.edit.sites)}) changes nothing: none of the "
+            "tokens that run is one that it means"
+            for edit in self.edits_at
+            if not n_changed[edit.number]
+        )
+
     def kwargs(self, batch: PlanBatch, *, needs_logits: bool = True) -> dict[str, Tensor | bool | int]:
         """Return the arguments of the model's forward for a batch, as a capture makes them."""
         core = core_of(self.model)
@@ -226,25 +251,27 @@ class Replayer:
             leaves: Where the tensors go at which autograd's graph begins; it has none unless given.
 
         Raises:
-            PlanError: An edit needs stored rows that there are not.
+            PlanError: An edit needs stored rows that there are not, or the model's type cannot hold what goes in.
+            NotCapturedError: Rows that go in are not captured yet.
         """
         steps: dict[str, list[Step]] = {name: [self._injection(name, batch)] for name in self.start.sites}
         for name in (steps or ["embed"]) if leaves is not None else ():
             steps[name] = [*steps.get(name, []), _leaf(name, leaves)]
         for edit in self.edits_at if edited else ():
-            chosen = edit.chosen(batch)
-            for name in edit.actions if len(chosen.source) else ():
-                steps.setdefault(name, []).append(edit.step(name, chosen))
+            for name, step in edit.steps(edit.chosen(batch)).items():
+                steps.setdefault(name, []).append(step)
         return steps
 
     def _injection(self, name: str, batch: PlanBatch) -> Step:
         """Read the rows only where the site is met, and by whom it is met."""
         rows = batch_rows(batch.rows, batch.n_positions)
+        self.stored.require(name, rows.row, self._dtypes[name])
 
         def put_in(tensor: Tensor) -> Tensor:
-            stored = self.stored.read(name, rows.row).to(device=tensor.device, dtype=tensor.dtype)
-            refuse_overflow(name, stored)
-            return tensor.index_put(places_of(rows.source, tensor), stored)
+            stored = self.stored.read(name, rows.row)
+            new = stored.to(device=tensor.device, dtype=tensor.dtype)
+            refuse_overflow(name, stored, new)
+            return tensor.index_put(places_of(rows.source, tensor), new)
 
         return put_in
 

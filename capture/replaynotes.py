@@ -3,15 +3,14 @@
 from collections.abc import Mapping, Sequence
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from residua.capture.anatomy import Anatomy
+from residua.capture.editing import EditAt
 from residua.capture.planbatch import PlanBatch
 from residua.capture.siteinfo import SiteInfo
 from residua.capture.startpoint import Start
 from residua.store.archive import Archive
-from residua.store.edits import Edit
+from residua.store.edits import Set, Swap
 from residua.store.errors import PlanError
 from residua.store.schedule import Schedule
 
@@ -25,24 +24,32 @@ def check_injection(archive: Archive, name: str, info: SiteInfo) -> None:
         raise PlanError(f"{name} has rows of shape {shape} in {archive.path}, and of {info.row_shape} in the model")
 
 
-def refuse_overflow(name: str, stored: Tensor) -> None:
-    """Raise PlanError if rows lost their size when they were brought to the model's type."""
-    if stored.dtype == torch.float16 and not bool(torch.isfinite(stored).all()):
-        raise PlanError(f"stored rows of {name} hold values that float16, in which the model computes, cannot hold")
+def storage_notes(archive: Archive, infos: Mapping[str, SiteInfo], edits: Sequence[EditAt]) -> list[str]:
+    """Say what is not exact, not complete or not to be repeated, whichever examples run.
+
+    Args:
+        archive: The archive.
+        infos: The sites whose stored rows go in.
+        edits: The edits.
+    """
+    notes = _rounded(archive, infos)
+    for one in [archive, *(edit.source for edit in edits)]:
+        if not one.is_sealed:
+            notes.append(f"{one.path} is not sealed: {one.progress.rows:,} rows are captured so far")
+    for edit in edits:
+        if isinstance(edit.edit, Set | Swap) and edit.edit.needs_stored_rows:
+            notes += _rounded(edit.source, edit.infos)
+    if any(edit.edit.kind == "function" for edit in edits):
+        notes.append("an edit is a Python function: nobody can repeat this from its description")
+    return notes
 
 
-def storage_notes(archive: Archive, infos: Mapping[str, SiteInfo], edits: Sequence[Edit]) -> list[str]:
-    """Say what is not exact, not complete or not to be repeated, whichever examples run."""
-    notes = [
+def _rounded(archive: Archive, infos: Mapping[str, SiteInfo]) -> list[str]:
+    return [
         f"{name} is stored as {plan.dtype} with {plan.codec}, and the model computes in {info.dtype}: rows are rounded"
         for name, info in infos.items()
         if (plan := archive.plan.site(name)).dtype != info.dtype or plan.codec not in ("raw", "fast", "small")
     ]
-    if not archive.is_sealed:
-        notes.append(f"{archive.path} is not sealed: {archive.progress.rows:,} rows are captured so far")
-    if any(edit.kind == "function" for edit in edits):
-        notes.append("an edit is a Python function: nobody can repeat this from its description")
-    return notes
 
 
 def why_in_full(start: Start, anatomy: Anatomy, batch: PlanBatch) -> str:

@@ -5,7 +5,9 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import torch
 
 from residua.capture.placement import Indices
+from residua.capture.ranks import is_alone
 from residua.store.archive import Archive
+from residua.store.errors import PlanError
 
 _Key = tuple[str, bytes]
 _MOST_AHEAD = 8  # batches times sites
@@ -32,6 +34,22 @@ class StoredRows:
         ahead = self._ahead.pop((site, rows.tobytes()), None)
         return self.archive[site].torch(rows) if ahead is None else ahead.result()
 
+    def require(self, site: str, rows: Indices, dtype: torch.dtype) -> None:
+        """Make sure, before a model runs, that rows of a site are there and that the model's type can hold them.
+
+        Values are looked at only where the stored type reaches further than `dtype`, and one process runs the model:
+        of several, those read rows that use them, and find out then.
+
+        Raises:
+            NotCapturedError: They are not captured yet.
+            PlanError: They would overflow.
+        """
+        self.archive.require_captured(rows)
+        stored = getattr(torch, self.archive.plan.site(site).dtype)
+        if is_alone() and torch.finfo(stored).max > torch.finfo(dtype).max:
+            values = self.read(site, rows)
+            refuse_overflow(site, values, values.to(dtype))
+
     def prefetch(self, site: str, rows: Indices) -> None:
         """Begin to read rows in the background; a failure comes up in `read`."""
         if self._pool is None:
@@ -46,3 +64,10 @@ class StoredRows:
         if self._pool is not None:
             self._pool.shutdown(wait=True, cancel_futures=True)
             self._pool = None
+
+
+def refuse_overflow(site: str, stored: torch.Tensor, rows: torch.Tensor) -> None:
+    """Raise PlanError if stored rows lost their size when they were brought to the model's type."""
+    if stored.dtype != rows.dtype and not torch.equal(torch.isfinite(stored), torch.isfinite(rows).to(stored.device)):
+        dtype = str(rows.dtype).removeprefix("torch.")
+        raise PlanError(f"stored rows of {site} hold values that {dtype}, in which the model computes, cannot hold")

@@ -123,6 +123,7 @@ def replay_dataset(
     loaded = captured_model(opened, model, device=device)
     with locked(Path(out)), running_as_captured(opened, loaded):
         runs = _Runs(schedule, loaded, Replayer(loaded, opened, at=places, edits=parsed, force=force), ids)
+        idle = runs.check(chosen)
         request: dict[str, Any] = {
             "archive": opened.plan.digest,
             "model": {**opened.plan.model, **identity_here(loaded)[0]},  # with force=True it may be another
@@ -133,9 +134,9 @@ def replay_dataset(
             "tokens": ids,
             "force": force,
         }
-        facts = {"reproducible": is_reproducible(parsed), "notes": list(runs.edited.notes), "command": command}
+        facts = {"reproducible": is_reproducible(parsed), "notes": [*runs.edited.notes, *idle], "command": command}
         resumed = begin_or_go_on(Path(out), request, facts)
-        notes = runs.write(Path(out), chosen, on_example)
+        notes = (*idle, *runs.write(Path(out), chosen, on_example))
         runs.close()
     return ReplayResult(
         folder=Path(out), n_examples=int(chosen.sum()), resumed=resumed, notes=(*runs.edited.notes, *notes)
@@ -171,6 +172,15 @@ class _Runs:
         highest = Replayer(model, self._archive, at=[max(stored, key=_depth)])
         return None if highest.notes or highest.start.block <= self.edited.start.block else highest
 
+    def check(self, chosen: npt.NDArray[np.bool_]) -> tuple[str, ...]:
+        """Look at what all batches need before the first one runs; returns what has to be said of the edits."""
+        groups = (self._batches(group, chosen) for group in range(self._schedule.n_shards))
+        return self.edited.check(self.edited.batch(examples) for batches in groups for examples in batches)
+
+    def _batches(self, group: int, chosen: npt.NDArray[np.bool_]) -> list[list[int]]:
+        members = (batch.examples[chosen[batch.examples]] for batch in self._schedule.batches(group))
+        return [found.tolist() for found in members if len(found)]
+
     def write(
         self, folder: Path, chosen: npt.NDArray[np.bool_], on_example: Callable[[int, int], None]
     ) -> tuple[str, ...]:
@@ -178,8 +188,7 @@ class _Runs:
         done, total = 0, int(chosen.sum())
         notes: dict[str, str] = {}
         for group in range(self._schedule.n_shards):
-            members = [examples[chosen[examples]] for examples in (b.examples for b in self._schedule.batches(group))]
-            batches = [found.tolist() for found in members if len(found)]
+            batches = self._batches(group, chosen)
             n_examples = sum(map(len, batches))
             if batches and not part_path(folder, EXAMPLES, group).exists():
                 found: list[pa.Table] = []  # and not the logits, which would not fit

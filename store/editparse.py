@@ -153,7 +153,7 @@ class _Fields:
     def _target(self, name: str, value: object) -> Vector | float | str:
         if value == "stored" and isinstance(value, str):
             return "stored"
-        if isinstance(value, int | float):
+        if isinstance(value, int | float) or getattr(value, "ndim", 1) == 0:
             return _number(name, value)
         return vector_of(value, self._folder)
 
@@ -168,8 +168,14 @@ class _Fields:
         return value
 
 
+def _plain(value: Any) -> Any:
+    """Return numbers and lists of them in place of what numpy, torch or pandas hold them in."""
+    return value.tolist() if hasattr(value, "tolist") else value
+
+
 def _number(name: str, value: object) -> float:
     largest = sys.float_info.max
+    value = _plain(value)
     if isinstance(value, bool) or not isinstance(value, int | float) or not -largest <= value <= largest:
         raise PlanError(f"{name} is a finite number, found {str(value)[:60]!r}")
     if name == "std" and value < 0:
@@ -182,20 +188,19 @@ def _is_int(value: object, least: int) -> bool:
 
 
 def _count(name: str, value: object) -> int:
+    value = _plain(value)
     if not isinstance(value, int) or not _is_int(value, 0):
         raise PlanError(f"{name} is a whole number from 0 on, found {str(value)[:60]!r}")
     return value
 
 
 def _list(name: str, value: Any) -> Sequence[Any]:
-    found: Any = [value] if isinstance(value, int) else value
-    if hasattr(found, "tolist"):
-        found = found.tolist()
-    if isinstance(found, range) and len(found) <= MAX_LIST:
-        found = list(found)
-    if not isinstance(found, list | tuple) or not 0 < len(found) <= MAX_LIST:
+    found = _plain(value)
+    if isinstance(found, int):
+        found = [found]
+    if not isinstance(found, list | tuple | range) or not 0 < len(found) <= MAX_LIST:
         raise PlanError(f"{name} is a list of whole numbers, found {str(value)[:60]!r}")
-    return found
+    return [_plain(item) for item in found]
 
 
 def _counts(name: str, value: object) -> tuple[int, ...]:
@@ -239,7 +244,12 @@ def _source(name: str, value: object) -> int | dict[int, int]:
         return _count(name, value)
     if not 0 < len(value) <= MAX_LIST:
         raise PlanError(f"{name} is an example, or gives one by example")
-    return {_count(name, int(key)): _count(name, item) for key, item in value.items()}
+    return {_example(name, key): _count(name, item) for key, item in value.items()}
+
+
+def _example(name: str, key: object) -> int:
+    """Return the key of a mapping, which JSON makes a text."""
+    return int(key) if isinstance(key, str) and key.isdecimal() else _count(name, key)
 
 
 def _align(name: str, value: object) -> Align:
@@ -248,7 +258,10 @@ def _align(name: str, value: object) -> Align:
     pairs: Sequence[Any] = value if isinstance(value, list | tuple) and 0 < len(value) <= MAX_LIST else ()
     if not pairs or not all(isinstance(pair, list | tuple) and len(pair) == 2 for pair in pairs):
         raise PlanError(f"{name} is start, end, or a list of pairs [position here, position there]")
-    return tuple((_count(name, here), _count(name, there)) for here, there in pairs)
+    found = tuple((_count(name, here), _count(name, there)) for here, there in pairs)
+    if len({here for here, _ in found}) < len(found):
+        raise PlanError(f"{name} gives a position two partners; each has one")
+    return found
 
 
 def is_reproducible(edits: Iterable[Edit]) -> bool:

@@ -14,7 +14,7 @@ _PIECE_ROWS = 4096
 
 
 def mean_row(archive: Archive, site: str, ranges: Iterable[tuple[int, int]] | None = None) -> npt.NDArray[np.float64]:
-    """Return the mean of rows of a site, float64, (*row shape).
+    """Return the mean of rows of a site, float64, (*row shape); NaN or infinite where a row is.
 
     Args:
         archive: Where they are stored.
@@ -30,7 +30,8 @@ def mean_row(archive: Archive, site: str, ranges: Iterable[tuple[int, int]] | No
     for first, last in _captured(archive, ranges):
         for start in range(first, last, _PIECE_ROWS):
             rows = _wide(stored[start : min(start + _PIECE_ROWS, last)])
-            total += rows.sum(0, dtype=np.float64)
+            with np.errstate(invalid="ignore"):  # of infinite values; the mean is NaN then
+                total += rows.sum(0, dtype=np.float64)
             n_rows += len(rows)
     if not n_rows:
         raise NotCapturedError(f"{archive.path} has no captured row that a mean of {site} could be taken of")

@@ -20,7 +20,7 @@ from typing import Any
 
 from tests.pipelines import forking
 
-SECONDS = 120
+SECONDS = 300
 LOST_SECONDS = 3.0
 """After how long these workers count as lost; 30 in earnest, which tests cannot afford."""
 

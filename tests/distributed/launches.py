@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[2]
-LIMIT_SECONDS = 240
+LIMIT_SECONDS = 480
 
 LAYOUTS = {
     "one": (1, ("single", "device_map, cpu and disk offload")),

@@ -32,7 +32,7 @@ def one_process(gang: Gang, dataset: Path, out: Path) -> Path:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(1200)
 def test_any_one_of_four_killed_at_ten_random_moments(gang: Gang, dataset: Path, tmp_path: Path) -> None:
     """Survivors finish what the dead one left, or, if it kept the store, end with an error; then the run goes on."""
     reference = one_process(gang, dataset, tmp_path / "reference.zarr")
@@ -82,7 +82,7 @@ def resume_with_each_number(gang: Gang, dataset: Path, half_done: Path, referenc
         check_end(out, reference)
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(900)
 def test_all_four_killed_half_way_and_resumed_by_one_two_and_four(gang: Gang, dataset: Path, tmp_path: Path) -> None:
     reference = one_process(gang, dataset, tmp_path / "reference.zarr")
     out = tmp_path / "a.zarr"
@@ -99,7 +99,7 @@ def test_all_four_killed_half_way_and_resumed_by_one_two_and_four(gang: Gang, da
     resume_with_each_number(gang, dataset, out, reference)
 
 
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(600)
 def test_without_the_worker_that_keeps_the_store_the_others_end_within_seconds(
     gang: Gang, dataset: Path, tmp_path: Path
 ) -> None:
@@ -117,7 +117,7 @@ def test_without_the_worker_that_keeps_the_store_the_others_end_within_seconds(
     check_stop(out, {})
 
 
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(600)
 def test_a_stopped_worker_is_taken_for_dead_and_does_no_harm_when_it_wakes(
     gang: Gang, dataset: Path, tmp_path: Path
 ) -> None:

@@ -20,8 +20,8 @@ from tests.pipelines.forking import ENVIRONMENT, ROOT
 from tests.pipelines.test_kill import content
 from tests.ragged import capture_words, write_dataset
 
-pytestmark = pytest.mark.timeout(240)
-SECONDS = 100
+pytestmark = pytest.mark.timeout(900)
+SECONDS = 300
 SITES = ("--sites", "resid_post.3,q.2", "--dtype", "bfloat16")
 TORCHRUN = ("torch.distributed.run", "--standalone", "--nproc-per-node", "2")
 

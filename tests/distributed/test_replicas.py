@@ -13,7 +13,7 @@ from tests.distributed.gang import Ended, Gang, Start, launched
 from tests.pipelines.test_kill import content
 from tests.ragged import capture_words, write_dataset
 
-pytestmark = pytest.mark.timeout(300)
+pytestmark = pytest.mark.timeout(900)
 SITES = ("--sites", "resid_post.3,q.2,pattern.0", "--dtype", "bfloat16")
 LOSSY = ("--sites", "attn_out.3,final", "--codec", "int8-block32")
 

@@ -24,8 +24,8 @@ from tests.pipelines.forking import ENVIRONMENT, ROOT
 from tests.pipelines.test_kill import content
 from tests.plain_zarr import plain_array
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
-SECONDS = 240
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+SECONDS = 480
 BOUNDS = {"float32": 2e-5, "float64": 5e-7}
 MOST_OF_ONE_RANK = 0.3
 EXACT = ("head/", "rows/", "examples/")

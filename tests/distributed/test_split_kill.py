@@ -15,7 +15,7 @@ from tests.distributed.test_replicas import summary
 from tests.pipelines.test_kill import check_end, check_stop
 from tests.ragged import capture_words, write_dataset
 
-pytestmark = pytest.mark.timeout(240)
+pytestmark = pytest.mark.timeout(600)
 SITES = ("--sites", "resid_post.3,q.2,mlp_act.1,pattern.0", "--dtype", "bfloat16", "--tp", "2")
 BOUND = 1e-5
 STAGES = ("--sites", "embed,resid_post.*,q.2,mlp_act.1,z.4,pattern.3,logits_top3", "--tp", "2", "--pp", "2")

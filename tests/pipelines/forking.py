@@ -22,7 +22,7 @@ from unittest import mock
 
 ROOT = Path(__file__).parents[2]
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "COLUMNS": "200"}
-SECONDS = 120
+SECONDS = 300
 STEPS = ("replace", "link", "fsync", "fdatasync", "rename", "mkdir", "unlink")
 """The calls of `os` by which files come to be, and may be cut short."""
 

@@ -24,7 +24,7 @@ from tests.pipelines.test_kill import check_end
 from tests.ragged import capture_words, write_dataset
 
 SITES = ("--sites", "resid_post.3,z.1")
-SECONDS = 60
+SECONDS = 150
 
 
 @pytest.fixture(scope="module")

@@ -125,6 +125,8 @@ HOSTILE: list[tuple[object, str]] = [
     ({"edit": "noise", "site": "final", "std": -1}, "the spread of noise is at least 0"),
     ({"edit": "swap", "site": "final", "source": 1, "align": "middle"}, "align is start, end, or a list of pairs"),
     ({"edit": "swap", "site": "final", "source": {"a": 1}}, "edit 1"),
+    ({"edit": "swap", "site": "final", "source": {1.5: 1}}, "source is a whole number from 0 on, found '1.5'"),
+    ({"edit": "swap", "site": "final", "source": 1, "align": [[2, 0], [2, 1]]}, "gives a position two partners"),
     ({"edit": "overlay", "site": "final", "overlay": "/"}, "leads out of"),
 ]
 
