@@ -45,6 +45,13 @@ def cast(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
     """Cast the parameters alone: rotary frequencies stay as they are."""
     for parameter in model.parameters():
         parameter.data = parameter.data.to(dtype)
+    return multiplying(model, dtype)
+
+
+def multiplying(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
+    """Let experts multiply as they can in this type: torch's grouped product knows no float64."""
+    if dtype == torch.float64 and hasattr(model.config, "num_local_experts"):
+        model.set_experts_implementation("batched_mm")
     return model
 
 
@@ -66,4 +73,4 @@ def loaded(name: str, dtype: torch.dtype = torch.float32, **config: int) -> PreT
         model = AutoModelForCausalLM.from_pretrained(path, distributed_config=DistributedConfig(**sizes), dtype=dtype)
     assert isinstance(model, PreTrainedModel)
     nn.Module.train(model, False)
-    return model
+    return multiplying(model, dtype)

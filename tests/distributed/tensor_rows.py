@@ -42,7 +42,7 @@ def transformers_tp() -> Iterator[Row]:
     size = dist.get_world_size()
     for name in ("llama", "qwen3", "mixtral"):
         yield from all_of(tensor_parallel(f"transformers TP {size}", name, loaded(name, tp_size=size)))
-    for name in ("llama", "qwen3"):
+    for name in ("llama", "qwen3", "mixtral"):
         model = loaded(name, torch.float64, tp_size=size)
         yield from all_of(tensor_parallel(f"transformers TP {size}, float64", name, model))
 
