@@ -14,6 +14,7 @@ from residua.store.commits import FOLDER
 from residua.store.crc import crc32c, crc_bytes
 from residua.store.errors import ResiduaError
 from residua.store.metadata import ROOT, file_digest
+from residua.store.verify import verify
 
 LITTLE_MEMORY = 48 * 2**20
 
@@ -104,3 +105,9 @@ def refused(read: Callable[..., object], *arguments: object) -> str:
         except ResiduaError as error:
             return str(error)
     raise AssertionError(f"nothing was refused: {found!r}")
+
+
+def problems(archive: Path) -> str:
+    """Return what `verify` finds, a line a problem; fails if it takes much memory for it."""
+    with little_memory():
+        return "\n".join(f"{problem.path}: {problem.what}" for problem in verify(archive).problems)

@@ -31,16 +31,6 @@ def sound(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     return make_archive(tmp_path_factory.mktemp(request.param) / "a.zarr", request.param)
 
 
-@pytest.fixture(scope="module")
-def fast(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_archive(tmp_path_factory.mktemp("fast") / "a.zarr")
-
-
-@pytest.fixture
-def copy(fast: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(fast, tmp_path / "a.zarr"))
-
-
 def names(report: Verification, name: str) -> bool:
     """Say whether a problem of the report names the file."""
     return any(name in f"{problem.path} {problem.what}" for problem in report.problems)
@@ -154,27 +144,27 @@ def test_every_single_bit_of_a_shard_counts(codec: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kept", [0, 1, 20, -1, -20])
-def test_a_shard_cut_short_is_named(kept: int, copy: Path, fast: Path) -> None:
+def test_a_shard_cut_short_is_named(kept: int, copy: Path, untouched: Path) -> None:
     name = "sites/resid_post/0/c/1/0"
     data = (copy / name).read_bytes()
     (copy / name).write_bytes(data[:kept])
     assert names(verify(copy), name)
-    assert check_reading(copy, read_everything(fast), name) > 0
+    assert check_reading(copy, read_everything(untouched), name) > 0
 
 
 @pytest.mark.parametrize("more", [b"\0", b"x" * 100])
-def test_a_shard_that_grew_is_named(more: bytes, copy: Path, fast: Path) -> None:
+def test_a_shard_that_grew_is_named(more: bytes, copy: Path, untouched: Path) -> None:
     name = "sites/resid_post/0/c/1/0"
     (copy / name).write_bytes((copy / name).read_bytes() + more)
     assert names(verify(copy), name)
-    assert check_reading(copy, read_everything(fast), name) > 0
+    assert check_reading(copy, read_everything(untouched), name) > 0
 
 
 @pytest.mark.parametrize("name", ["notes.txt", "sites/q/1/readme", "head/weights.pt", "commits/README", "examples/x"])
-def test_a_foreign_file_is_named_and_changes_nothing(name: str, copy: Path, fast: Path) -> None:
+def test_a_foreign_file_is_named_and_changes_nothing(name: str, copy: Path, untouched: Path) -> None:
     (copy / name).write_text("mine")
     assert names(verify(copy), name)
-    assert check_reading(copy, read_everything(fast), name) == 0
+    assert check_reading(copy, read_everything(untouched), name) == 0
 
 
 def test_swapped_shards_are_named(copy: Path) -> None:
@@ -287,12 +277,12 @@ def test_two_writers_records_of_one_shard_that_differ_are_named(copy: Path) -> N
     assert verify(copy).problems
 
 
-def test_a_dead_writers_temporary_is_a_note_and_is_swept(copy: Path, fast: Path) -> None:
+def test_a_dead_writers_temporary_is_a_note_and_is_swept(copy: Path, untouched: Path) -> None:
     name = "sites/q/1/c/1/0/.0.4194999-0123abcd.tmp"
     (copy / name).write_bytes(b"half a sh")
     report = verify(copy)
     assert report.problems == []
     assert any(name in note for note in report.notes)
-    assert check_reading(copy, read_everything(fast), name) == 0
+    assert check_reading(copy, read_everything(untouched), name) == 0
     assert sweep(copy) == [copy / name]
-    assert files_of(copy) == files_of(fast)
+    assert files_of(copy) == files_of(untouched)

@@ -1,0 +1,138 @@
+"""Readers among others: threads, child processes, and the files that all readers of a process keep open."""
+
+import multiprocessing
+import os
+import pickle
+import threading
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from residua.store.errors import DamagedArchiveError
+from residua.store.mapped import OPEN_SHARDS, OpenShards
+from residua.store.reader import ArrayReader
+from tests.store.samples import Array, make_spec, same_bits
+from tests.store.stored_array import N_ROWS, Stored, store
+
+
+def test_chunks_stay_verified_when_their_files_are_let_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    kept = store(tmp_path, make_spec("raw"))
+    monkeypatch.setattr("residua.store.reader.OPEN_SHARDS", OpenShards(1))
+    compared: list[Array] = []
+    monkeypatch.setattr("residua.store.mapped.check_chunk", compared.append)
+    reader = kept.reader()
+    for _ in range(3):
+        assert same_bits(reader.read(0, N_ROWS), kept.rows)
+        assert same_bits(reader.take([50, 0]), kept.rows[[50, 0]])
+    assert len(compared) == -(-N_ROWS // kept.spec.rows_per_chunk)
+    reader.close()
+    reader.read(0, 1)
+    assert len(compared) == -(-N_ROWS // kept.spec.rows_per_chunk) + 1
+
+
+def test_all_readers_share_their_threads(tmp_path: Path) -> None:
+    kept = store(tmp_path, make_spec("fast"))
+    readers = [kept.reader(threads=4) for _ in range(40)]
+    for reader in readers:
+        reader.read(0, N_ROWS)
+    assert sum("residua-reader" in thread.name for thread in threading.enumerate()) <= max(4, os.cpu_count() or 1)
+
+
+def test_reader_pickles_as_its_path(stored: Stored) -> None:
+    reader = stored.reader(check="always", threads=2)
+    reader.read(0, N_ROWS)
+    text = pickle.dumps(reader)
+    assert len(text) < 2000
+    assert same_bits(pickle.loads(text).read(0, N_ROWS), stored.rows)  # noqa: S301  # just made above
+
+
+def _read_in_child(reader: ArrayReader, expected: Array, answers: "multiprocessing.Queue[bool]") -> None:
+    answers.put(same_bits(reader.read(0, N_ROWS), expected) and same_bits(reader.take([50, 0]), expected[[50, 0]]))
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+def test_reader_works_in_a_child_process(stored: Stored, method: str) -> None:
+    reader = stored.reader(threads=3)
+    reader.read(0, N_ROWS)
+    context: Any = multiprocessing.get_context(method)
+    answers = context.Queue()
+    child = context.Process(target=_read_in_child, args=(reader, stored.rows, answers))
+    child.start()
+    assert answers.get(timeout=60)
+    child.join()
+    assert same_bits(reader.read(0, N_ROWS), stored.rows)
+
+
+def test_many_threads_share_a_reader(stored: Stored) -> None:
+    reader = stored.reader(threads=2)
+    wrong: list[int] = []
+
+    def work(seed: int) -> None:
+        rng = np.random.default_rng(seed)
+        for _ in range(30):
+            rows = rng.integers(0, N_ROWS, 40)
+            start = int(rng.integers(0, N_ROWS))
+            if not (
+                same_bits(reader.take(rows), stored.rows[rows])
+                and same_bits(reader.read(start, N_ROWS), stored.rows[start:])
+            ):
+                wrong.append(seed)
+
+    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert wrong == []
+
+
+def test_error_in_a_thread_reaches_the_caller(fresh: Stored) -> None:
+    fresh.shards[-1].unlink()
+    with pytest.raises(DamagedArchiveError, match="c/3/0/0 is missing"):
+        fresh.reader(threads=4).read(0, N_ROWS)
+
+
+def test_closed_reader_lets_its_files_go_and_opens_them_again(fresh: Stored) -> None:
+    before = len(OPEN_SHARDS)
+    reader = fresh.reader()
+    reader.read(0, N_ROWS)
+    assert len(OPEN_SHARDS) == before + 4
+    reader.close()
+    assert len(OPEN_SHARDS) == before
+    assert same_bits(reader.read(0, N_ROWS), fresh.rows)
+    del reader
+    assert len(OPEN_SHARDS) == before
+
+
+def test_only_so_many_shards_stay_open_and_the_one_unused_for_longest_goes(stored: Stored) -> None:
+    kept = OpenShards(2)
+    first, second, third = stored.mapped(3)
+    owner = object()
+    assert kept.get((owner, 0), lambda: first) is first
+    assert kept.get((owner, 1), lambda: second) is second
+    assert kept.get((owner, 0), lambda: third) is first
+    kept.get((owner, 2), lambda: third)
+    assert len(kept) == 2
+    assert kept.get((owner, 0), lambda: second) is first
+    assert kept.get((owner, 1), lambda: third) is third
+    kept.drop(object())
+    assert len(kept) == 2
+    kept.drop(owner)
+    assert len(kept) == 0
+
+
+def test_mapped_bytes_can_be_limited(stored: Stored) -> None:
+    kept = OpenShards(10)
+    shards = list(stored.mapped(3))
+    kept.limit(shards[0].n_bytes + shards[1].n_bytes)
+    owner = object()
+    for i in range(3):
+        kept.get((owner, i), iter(shards[i:]).__next__)
+    assert len(kept) == 2
+    assert kept.get((owner, 2), lambda: shards[0]) is shards[2]
+    kept.limit(0)
+    kept.get((owner, 3), lambda: shards[0])
+    assert len(kept) == 1
