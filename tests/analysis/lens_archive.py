@@ -3,7 +3,9 @@
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 
+from residua.analysis.split import held_out
 from residua.pipelines.capture import capture_dataset
 from residua.store.archive import Archive
 from tests.models import TINY, VOCABULARY
@@ -24,3 +26,14 @@ def make_lens_archive(
     """Capture into `path`."""
     capture_dataset(TINY[model](), examples(), out=path, sites=sites, rows_per_shard=rows_per_shard)
     return Archive(path)
+
+
+def is_late(archive: Archive) -> npt.NDArray[np.bool_]:
+    """Say of each row whether it trains or judges at all: the first of an example does not."""
+    return archive.rows.position[:].astype(np.int64) > 0
+
+
+def held_out_rows(archive: Archive) -> npt.NDArray[np.int64]:
+    """Return the rows that judge."""
+    is_held = held_out(archive.rows.example[:].astype(np.int64), fraction=0.1)
+    return np.flatnonzero(is_held & is_late(archive))

@@ -4,12 +4,14 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+import residua
 from residua.capture.inputs import PaddedBatch, forward_kwargs, padded_batch
 from residua.capture.sites import model_sites
 from residua.capture.taps import reading
@@ -80,3 +82,18 @@ def everything(name: str, dtype: torch.dtype = torch.float32) -> Reading:
     model = {**TINY, **ODD}[name]()
     nn.Module.to(model, dtype)  # the model's own ``to`` has no usable annotation
     return read(model, model_sites(model), batch("left"))
+
+
+def loss_of(model: nn.Module) -> Tensor:
+    """A scalar of the batch's logits, to take gradients of."""
+    padded = batch()
+    logits: Tensor = model(input_ids=padded.input_ids, attention_mask=padded.attention_mask, use_cache=False).logits
+    return logits.square().mean()
+
+
+def tapped(model: nn.Module, sites: str, **options: Any) -> dict[str, Tensor]:
+    """What a tap is given in one forward and backward pass."""
+    kept: dict[str, Tensor] = {}
+    with residua.tap(model, sites, kept.__setitem__, **options):
+        loss_of(model).backward()  # type: ignore[no-untyped-call]  # torch leaves it bare
+    return kept

@@ -1,13 +1,26 @@
-"""One process that forks captures, for all tests here."""
+"""One process that forks captures, the tokens and the model of small ones, for all tests here."""
 
 from collections.abc import Iterator
 
 import pytest
+from transformers import PreTrainedModel
 
+from tests.models import TINY
 from tests.pipelines.forking import Forks, forking
+from tests.pipelines.small_capture import make_tokens
 
 
 @pytest.fixture(scope="session")
 def forks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Forks]:
     with forking(tmp_path_factory.mktemp("logs")) as process:
         yield process
+
+
+@pytest.fixture(scope="module")
+def tokens() -> list[list[int]]:
+    return make_tokens()
+
+
+@pytest.fixture
+def llama() -> PreTrainedModel:
+    return TINY["llama"]()

@@ -18,7 +18,7 @@ from residua.store.archive import Archive
 from residua.store.errors import CaptureError
 from residua.store.files import write_file
 from residua.store.verify import verify
-from tests.models import TINY, VOCABULARY
+from tests.models import VOCABULARY
 from tests.pipelines.forking import ENVIRONMENT, ROOT, Forks
 from tests.pipelines.test_kill import check_end
 from tests.ragged import capture_words, write_dataset
@@ -37,11 +37,6 @@ def reference(forks: Forks, dataset: Path, tmp_path_factory: pytest.TempPathFact
     out = tmp_path_factory.mktemp("reference") / "a.zarr"
     assert forks.run(capture_words(dataset, out, *SITES)).code == 0
     return out
-
-
-@pytest.fixture
-def llama() -> PreTrainedModel:
-    return TINY["llama"]()
 
 
 def await_commit(archive: Path) -> None:

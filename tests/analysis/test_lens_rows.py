@@ -1,0 +1,48 @@
+"""Which rows train a lens and which judge it, of whole archives and of those that have just begun."""
+
+from pathlib import Path
+
+import numpy as np
+
+from residua.analysis.lens_rows import LensRows
+from residua.analysis.lens_settings import LensSettings
+from residua.analysis.split import held_out
+from residua.store.archive import Archive
+from tests.analysis.lens_archive import held_out_rows, is_late, make_lens_archive
+
+
+def test_rows_of_held_out_examples_never_train(lens_archive: Archive) -> None:
+    settings = LensSettings()
+    reader = LensRows(lens_archive, settings)
+    training = np.sort(np.concatenate(list(reader.waves(128, 0, 0, 1))))
+    assert training.tolist() == reader.training(reader.chunks()).tolist()
+    is_held = held_out(lens_archive.rows.example[:].astype(np.int64), fraction=0.1)
+    late = is_late(lens_archive)
+    assert training.tolist() == np.flatnonzero(~is_held & late).tolist()
+    assert reader.judging().tolist() == np.flatnonzero(is_held & late).tolist()
+    shares = [np.concatenate(list(reader.waves(128, 1, part, 3))) for part in range(3)]
+    assert np.sort(np.concatenate(shares)).tolist() == training.tolist()
+    everything = LensRows(lens_archive, LensSettings(skip_positions=0))
+    assert len(everything.training(everything.chunks())) + len(everything.judging()) == lens_archive.n_rows
+
+
+def test_few_rows_come_from_everywhere(lens_archive: Archive) -> None:
+    reader = LensRows(lens_archive, LensSettings(rows=512, seed=5))
+    chunks = reader.chunks()
+    assert len(chunks) == 4
+    assert chunks.max() > lens_archive.n_rows / 2
+    assert not np.array_equal(chunks, np.arange(4) * 128)
+    assert 256 < len(reader.training(chunks)) <= 512
+
+
+def test_an_archive_of_which_little_is_captured_is_judged_on_all_that_is(tmp_path: Path) -> None:
+    """Held-out examples that are not captured must not use up those that may be looked at."""
+    whole = make_lens_archive(tmp_path / "a.zarr", rows_per_shard=64)
+    expected = held_out_rows(whole)
+    for path in sorted((whole.path / "commits").iterdir())[12:]:
+        path.unlink()
+    begun = Archive(whole.path)
+    expected = expected[expected < 12 * 64]
+    reader, few = LensRows(begun, LensSettings()), len(expected) // 2
+    assert reader.judging().tolist() == expected.tolist()
+    assert 0.8 * few < len(reader.judging(few)) <= few

@@ -1,0 +1,130 @@
+"""The same capture again, and what is refused: another plan, others' folders, requests that cannot be met."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import PreTrainedModel
+
+import residua
+from residua.pipelines.capture import capture_dataset
+from residua.store.errors import DatasetError, PlanError, UnknownSiteError
+from tests.models import TINY
+from tests.pipelines.small_capture import capture
+
+
+def test_a_second_run_finds_nothing_to_do(llama: PreTrainedModel, tokens: list[list[int]], tmp_path: Path) -> None:
+    capture(llama, tokens, tmp_path / "a.zarr", sites="resid_post.*")
+    again = capture(llama, tokens, tmp_path / "a.zarr", sites="resid_post.*")
+    assert again.resumed
+    assert again.stats.rows == 0
+
+
+@pytest.mark.parametrize(
+    ("changed", "named"),
+    [
+        ({"sites": "resid_post.1"}, "sites.resid_post.0"),
+        ({"codec": "raw"}, "codec"),
+        ({"dtype": "bfloat16"}, "dtype"),
+        ({"positions": "last"}, "rules.positions"),
+        ({"batch_tokens": 64}, "batch_tokens"),
+        ({"rows_per_shard": 32}, "rows_per_shard"),
+        ({"attn": "eager"}, "model.attention"),
+    ],
+)
+def test_another_plan_is_refused_and_the_field_named(
+    changed: dict[str, Any], named: str, tokens: list[list[int]], tmp_path: Path
+) -> None:
+    model = TINY["llama"]()
+    capture(model, tokens, tmp_path / "a.zarr", sites="resid_post.*")
+    if "attn" in changed:
+        model.set_attn_implementation(changed["attn"])
+        changed = {}
+    with pytest.raises(PlanError, match=named):
+        capture(model, tokens, tmp_path / "a.zarr", **{"sites": "resid_post.*", **changed})
+
+
+def test_other_weights_and_other_data_are_refused(tokens: list[list[int]], tmp_path: Path) -> None:
+    model = TINY["llama"]()
+    capture(model, tokens, tmp_path / "a.zarr", sites="resid_post.0")
+    with pytest.raises(PlanError, match=r"dataset\.digest"):
+        capture(model, [*tokens[:-1], [3, 3, 3, 3]], tmp_path / "a.zarr", sites="resid_post.0")
+    with torch.no_grad():
+        next(model.parameters())[0, 0] += 1
+    with pytest.raises(PlanError, match=r"model\.weights"):
+        capture(model, tokens, tmp_path / "a.zarr", sites="resid_post.0")
+
+
+def test_conditions_that_changed_are_said_on_resume(
+    llama: PreTrainedModel, tokens: list[list[int]], tmp_path: Path
+) -> None:
+    capture(llama, tokens, tmp_path / "a.zarr", sites="embed")
+    before = torch.get_num_threads()
+    torch.set_num_threads(before + 1)
+    try:
+        again = capture(llama, tokens, tmp_path / "a.zarr", sites="embed")
+    finally:
+        torch.set_num_threads(before)
+    assert f"threads: {before} when it was captured, {before + 1} now" in again.notes
+
+
+def test_a_shard_that_was_deleted_is_captured_again(
+    llama: PreTrainedModel, tokens: list[list[int]], tmp_path: Path
+) -> None:
+    capture(llama, tokens, tmp_path / "a.zarr", sites="resid_post.*")
+    shard = tmp_path / "a.zarr" / "sites" / "resid_post" / "1" / "c" / "2" / "0"
+    before = shard.read_bytes()
+    shard.unlink()
+    again = capture(llama, tokens, tmp_path / "a.zarr", sites="resid_post.*")
+    assert any("shard 2 will be captured again" in note for note in again.notes)
+    assert shard.read_bytes() == before
+    assert residua.verify(tmp_path / "a.zarr").is_sound
+
+
+def test_a_folder_of_the_users_is_never_overwritten(
+    llama: PreTrainedModel, tokens: list[list[int]], tmp_path: Path
+) -> None:
+    (tmp_path / "thesis.tex").write_text("years of work")
+    with pytest.raises(FileExistsError, match="exists and is not"):
+        capture(llama, tokens, tmp_path, sites="embed")
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+def test_bad_requests_quote_the_users_words(llama: PreTrainedModel, tmp_path: Path) -> None:
+    with pytest.raises(UnknownSiteError, match=r"resid_pots\.1"):
+        capture(llama, [[5]], tmp_path / "a.zarr", sites="resid_pots.1")
+    with pytest.raises(DatasetError, match="empty"):
+        capture(llama, [], tmp_path / "a.zarr")
+    with pytest.raises(DatasetError, match=r"70|64"):
+        capture(llama, [[5] * 70], tmp_path / "a.zarr")
+    with pytest.raises(PlanError, match="not a setting"):
+        capture(llama, [[5]], tmp_path / "a.zarr", site="embed")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_drop_special_without_a_tokenizer_is_refused(
+    llama: PreTrainedModel, tokens: list[list[int]], tmp_path: Path
+) -> None:
+    with pytest.raises(DatasetError, match="--drop-special needs a tokenizer"):
+        capture(llama, tokens, tmp_path / "a.zarr", drop_special=True)
+
+
+def test_the_memory_bound_holds_for_tall_shards(
+    llama: PreTrainedModel, tokens: list[list[int]], tmp_path: Path
+) -> None:
+    with pytest.raises(PlanError, match="--host-memory allows 1,000 bytes"):
+        capture(llama, tokens, tmp_path / "a.zarr", sites="resid_post.*", rows_per_shard=1024, host_memory=1000)
+
+
+def test_a_tokenizer_that_is_broken_is_not_taken_for_none(tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree("models/pydoc-1m", folder)
+    (folder / "tokenizer.json").write_text("{")
+    with pytest.raises(PlanError, match="tokenizer of --model"):
+        capture_dataset(str(folder), [[1, 2, 3]], out=tmp_path / "a.zarr", sites="embed")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (folder / name).unlink()
+    result = capture_dataset(folder, [[1, 2, 3]], out=tmp_path / "a.zarr", sites="embed")
+    assert result.archive.tokenizer is None
