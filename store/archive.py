@@ -66,8 +66,7 @@ class Archive(Mapping[str, StoredArray]):
         self._check: Check = check
         self._threads = threads
         self.metadata = read_metadata(self.path)
-        sealed = self.metadata.sealed
-        check_arrays(self.path, self.plan.arrays, self.plan.n_rows if sealed is None else _count(sealed.get("n_rows")))
+        check_arrays(self.path, self.plan.arrays, self.metadata.n_rows)
 
     @property
     def plan(self) -> Plan:
@@ -92,21 +91,14 @@ class Archive(Mapping[str, StoredArray]):
             DamagedArchiveError: A record is altered, or is not of a shard of this archive; the message names it.
         """
         commits = read_commits(self.path, self.plan.digest)
-        check_commits(self.path, self.plan, commits, self._known_rows)
+        check_commits(self.path, self.plan, commits, self.metadata.n_rows)
         return commits
-
-    @property
-    def _known_rows(self) -> int | None:
-        """Rows of the whole archive; None while a user's own loop is open."""
-        if self.plan.n_rows is None and self.metadata.sealed is not None:
-            return _count(self.metadata.sealed.get("n_rows"))
-        return self.plan.n_rows
 
     @property
     def n_rows(self) -> int:
         """Rows of the archive; of one that is not sealed and of open size, those captured without a gap."""
-        if self._known_rows is not None:
-            return self._known_rows
+        if self.metadata.n_rows is not None:
+            return self.metadata.n_rows
         n_rows = 0
         for shard in range(len(self.commits)):
             if shard not in self.commits:
@@ -118,7 +110,7 @@ class Archive(Mapping[str, StoredArray]):
     def progress(self) -> Progress:
         """Captured and total rows and shards; the totals are None while a user's own loop is open."""
         rows = sum(commit.rows[1] - commit.rows[0] for commit in self.commits.values())
-        if self._known_rows is None:
+        if self.metadata.n_rows is None:
             return Progress(rows, None, len(self.commits), None)
         return Progress(rows, self.n_rows, len(self.commits), self.plan.n_shards(self.n_rows))
 
@@ -204,7 +196,7 @@ class Archive(Mapping[str, StoredArray]):
         digests = {} if self._check == "never" else {Path(name).name: digest for name, digest in parts.items()}
         source = self.metadata.sealed or self.plan.dataset  # neither says it while a user's own loop is open
         table = ExampleTable(self.path / "examples", digests=digests)
-        table.require(n_rows=self._known_rows, digest=source.get("examples", source.get("digest")))
+        table.require(n_rows=self.metadata.n_rows, digest=source.get("examples", source.get("digest")))
         return table
 
     @cached_property
@@ -253,8 +245,11 @@ class Archive(Mapping[str, StoredArray]):
             context: Tokens to show on either side.
 
         Raises:
+            IndexError: There is no such row.
             ResiduaError: The archive has no tokenizer.
         """
+        if not -self.n_rows <= row < self.n_rows:
+            raise IndexError(f"the text of row {row:,} was asked for, and {self.path} has {self.n_rows:,} rows")
         tokenizer = self.tokenizer
         if tokenizer is None:
             raise ResiduaError(
@@ -294,9 +289,3 @@ class Archive(Mapping[str, StoredArray]):
     def group(self) -> zarr.Group:
         """The archive as a plain Zarr group, read-only."""
         return zarr.open_group(str(self.path), mode="r")
-
-
-def _count(value: object) -> int:
-    if not isinstance(value, int) or not 0 <= value < 2**48:
-        raise UnsafeArchiveError(f"the archive says it was sealed with {value!r} rows, which is not a count")
-    return value

@@ -9,13 +9,14 @@ import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, cast
 
 from residua.store.canonical import Json, digest_of
 from residua.store.errors import DamagedArchiveError, UnsafeArchiveError
 from residua.store.files import write_file
 from residua.store.plan import Plan
 from residua.store.small_files import read_small
+from residua.store.spec import MAX_ROWS
 
 FORMAT = "1.0"
 ROOT = "zarr.json"
@@ -38,6 +39,13 @@ class Metadata:
     provenance: Mapping[str, Json]
     files: Mapping[str, str] = field(default_factory=dict)
     sealed: Mapping[str, Json] | None = None
+
+    @property
+    def n_rows(self) -> int | None:
+        """Rows of the whole archive; None while its size is open."""
+        if self.plan.n_rows is not None or self.sealed is None:
+            return self.plan.n_rows
+        return cast("int", self.sealed["n_rows"])  # checked when it was read
 
     def to_json(self) -> dict[str, Json]:
         """Return the entry as JSON, its own SHA-256 included."""
@@ -111,7 +119,14 @@ def _checked(path: Path, entry: object) -> Metadata:
         raise UnsafeArchiveError(f"{path}: provenance or sealed is not what Residua writes")
     if plan.digest != entry.get("digest"):
         raise UnsafeArchiveError(f"{path}: the plan's digest is not that of the plan")
+    _check_sealed(path, sealed)
     return Metadata(plan=plan, provenance=provenance, files=_checked_files(path, entry.get("files")), sealed=sealed)
+
+
+def _check_sealed(path: Path, sealed: Mapping[str, object] | None) -> None:
+    n_rows = 0 if sealed is None else sealed.get("n_rows")
+    if not isinstance(n_rows, int) or not 0 <= n_rows <= MAX_ROWS:
+        raise UnsafeArchiveError(f"{path}: the archive says it was sealed with {n_rows!r} rows, which is not a count")
 
 
 def _checked_files(path: Path, files: object) -> dict[str, str]:

@@ -139,3 +139,5 @@ def test_text_shows_the_token_in_its_context(tmp_path: Path) -> None:
     archive = capture_dataset("models/pydoc-1m", texts, out=tmp_path / "a.zarr", sites="resid_post.0").archive
     assert "".join(archive.text(row, context=0).strip("«»") for row in range(archive.n_rows)) == "".join(texts)
     assert archive.text(0, context=100).replace("«", "").replace("»", "") == texts[0]
+    with pytest.raises(IndexError, match=rf"the text of row 1,000,000 was asked for, and .* has {archive.n_rows} rows"):
+        archive.text(10**6)

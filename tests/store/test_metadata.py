@@ -138,6 +138,7 @@ def test_names_cannot_leave_the_side_folders(tmp_path: Path, name: str) -> None:
         ({"files": ["head/head.json"]}, "files"),
         ({"files": {"head/head.json": 1}}, "head/head.json"),
         ({"sealed": 3}, "sealed"),
+        ({"sealed": {"n_rows": -1}}, "sealed with -1 rows, which is not a count"),
     ],
 )
 def test_what_no_writer_of_ours_makes_is_refused(tmp_path: Path, changes: dict[str, Any], words: str) -> None:
