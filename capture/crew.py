@@ -1,8 +1,8 @@
-"""The workers of one capture, as one of them sees them: who is there, how far they are, who is lost.
+"""The workers of one job, as one of them sees them: who is there, how far they are, who is lost.
 
 A worker is a process with a whole replica of the model. Workers meet in a c10d key-value store, which needs no
 process group and no collective. Each writes its figures there once a second; that is also how the others see that
-it lives. Nothing that counts is kept in the store: what is done is what is committed on the disk.
+it lives. Nothing that counts of a capture is kept in the store: what is done is what is committed on the disk.
 
 A worker that has not been heard of for `LOST_SECONDS` is lost. If the process that keeps the store dies, the others
 notice within two beats, and every call here raises.
@@ -14,7 +14,7 @@ import secrets
 import socket
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from math import inf
 from types import TracebackType
@@ -49,7 +49,7 @@ class Crew:
     """This worker's place among the others; a context, in which it is seen to live.
 
     Args:
-        store: The store that all workers have in common, for this capture alone.
+        store: The store that all workers have in common, for this job alone.
         number: This worker's number. Number 0 makes the plan, shows the progress and has the last word.
         n_launched: How many workers were launched together; more may join.
         lost_seconds: After how long without a sign a worker counts as lost.
@@ -154,6 +154,38 @@ class Crew:
             time.sleep(_POLL_SECONDS)
         return message
 
+    def once(self, name: str, make: Callable[[], Mapping[str, Any]]) -> Mapping[str, Any]:
+        """Let worker 0 make a message, and return it on every worker.
+
+        Raises:
+            CaptureError: Worker 0 is lost, has left, or did not appear.
+        """
+        if self.number:
+            return self.await_message(name, patience=START_SECONDS)
+        message = make()
+        self.publish(name, message)
+        return message
+
+    def finish(self, close: Callable[[], Mapping[str, Any]]) -> Mapping[str, Any]:
+        """Wait until no worker has anything to do, let worker 0 call `close`, and return on all what that returned.
+
+        Raises:
+            CaptureError: Worker 0 is gone.
+        """
+        self.tell_now(state="done")
+        if self.number == 0:
+            self.await_others("done")
+        message = self.once("closed", close)
+        self.tell_now(state="told")
+        if self.number == 0:
+            self.await_others("told")  # the store may go with this process
+        return message
+
+    def gone(self) -> str:
+        """Say which workers ended without a word, for a message."""
+        left = [f for f in self.all_figures() if f["state"] not in ("done", "told")]
+        return " and ".join(f"worker {f['worker']} ({f['host']}, process {f['pid']})" for f in left)
+
     def claim(self, name: str, owner: str = "") -> bool:
         """Become the owner of `name` if it has none, or if `owner` owns it; say whether that was so."""
         me = f"{self.number}/{self._token}"
@@ -240,5 +272,5 @@ def _no_store(cause: Exception) -> CaptureError:
     first_line = (str(cause).splitlines() or [type(cause).__name__])[0]
     return CaptureError(
         f"the workers' common store does not answer, so the process that keeps it is gone ({first_line}). What was "
-        "committed before is safe; run the same capture again to go on."
+        "finished before is safe; run the same command again to go on."
     )

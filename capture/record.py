@@ -9,12 +9,14 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import nn
 
 from residua.capture.batches import BatchRunner
+from residua.capture.sharded import in_step
 from residua.capture.share import Share
 from residua.capture.shared_rows import SharedRows
 from residua.capture.sites import resolve_sites
@@ -23,6 +25,7 @@ from residua.capture.staging import Staging
 from residua.capture.taps import reading
 from residua.capture.team import TeamCommits
 from residua.capture.work import AllAtOnce, Run, Work, runs_of
+from residua.store.commits import committed_shards
 from residua.store.examples import ExampleTable
 from residua.store.plan import Plan
 from residua.store.schedule import Batch, Schedule
@@ -133,12 +136,13 @@ def record(
         sink = staging if part is None else SharedRows(plan, staging, share, sites, part.group)
         runner = BatchRunner(model, plan, table, sink, sites=sites, part=part)
         clock = _Clock(runner, staging, sink, writer)
-        runs = runs_of((work or AllAtOnce)(schedule), archive)
+        chosen = AllAtOnce(schedule.n_shards) if work is None else work(schedule)
+        runs = runs_of(chosen, partial(committed_shards, archive))
         if part is not None:
             runs = part.team.in_lockstep(runs, waits=agree is None)
         batches = _batches(runs, schedule, staging)
         with torch.inference_mode(), reading(model, sites, runner.put) as taps:
-            for batch in batches if agree is None else _in_step(batches, agree):
+            for batch in batches if agree is None else in_step(batches, agree):
                 if batch is not None:
                     runner.run(batch)
                     taps.end_forward()
@@ -180,14 +184,6 @@ def _batches(runs: Iterator[Run | None], schedule: Schedule, staging: Staging) -
         else:
             staging.keep_only(set(run.shards) - run.committed)
             yield from schedule.work(run.committed, run.shards)
-
-
-def _in_step(batches: Iterator[Batch | None], agree: Callable[[bool], bool]) -> Iterator[Batch | None]:
-    """Yield the batches, then None as long as any other worker has one; no worker takes over from another."""
-    batch = next(batches, None)
-    while agree(batch is not None):
-        yield batch
-        batch = None if batch is None else next(batches, None)
 
 
 class _Clock:

@@ -11,6 +11,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
@@ -19,8 +20,10 @@ from transformers import PreTrainedModel
 
 from residua.capture.anatomy import Anatomy, anatomy_of
 from residua.capture.editing import edits_at, places_of
+from residua.capture.groups import tensor_parallel_group
 from residua.capture.inputs import forward_kwargs
 from residua.capture.oracle import whole_sites
+from residua.capture.pipeline_stages import target_of
 from residua.capture.planbatch import PlanBatch, plan_batch
 from residua.capture.replaynotes import check_injection, storage_notes, why_in_full
 from residua.capture.rows import batch_rows
@@ -93,6 +96,9 @@ class Replayer:
         self._anatomy = _language_model(model)
         self.start = start_of(self._injected(at), self._anatomy)
         infos = whole_sites(self.core, list(self.start.sites)) if self.start.sites else {}
+        split_over = tensor_parallel_group(self.core, tensor_parallel)
+        is_owner = split_over is None or dist.get_rank(split_over) == 0
+        self._read_here = frozenset(target_of(model).here(infos)) if is_owner else frozenset()
         for name, info in infos.items():
             check_injection(archive, name, info)
         self._dtypes = {name: torch_dtype(info.dtype or "float32") for name, info in infos.items()}
@@ -159,6 +165,11 @@ class Replayer:
     def _device(self) -> torch.device:
         found = next(self.core.parameters()).device
         return torch.device("cpu") if found.type == "meta" else found  # offloaded: its hooks move what it is given
+
+    def prefetch(self, batch: PlanBatch) -> None:
+        """Begin to read the rows that go in, in the process that puts them in: no other ever needs them."""
+        for site in self._read_here:
+            self.stored.prefetch(site, batch_rows(batch.rows, batch.n_positions).row)
 
     def starts_at(self, batch: PlanBatch) -> tuple[Skip, str]:
         """Return the blocks that `batch` does without, and why it is none of them where it could be."""

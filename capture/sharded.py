@@ -5,13 +5,16 @@ workers, so all must make the same number of calls: they agree before each batch
 """
 
 import sys
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
+
+BatchT = TypeVar("BatchT")
 
 
 def is_sharded(model: nn.Module) -> bool:
@@ -73,3 +76,11 @@ class Agreement:
         self._flag.fill_(float(has_batch))
         dist.all_reduce(self._flag, op=dist.ReduceOp.MAX)
         return bool(self._flag.item())
+
+
+def in_step(batches: Iterator[BatchT | None], agree: Callable[[bool], bool]) -> Iterator[BatchT | None]:
+    """Yield the batches, then None as long as any other worker has one; no worker takes over from another."""
+    batch = next(batches, None)
+    while agree(batch is not None):
+        yield batch
+        batch = None if batch is None else next(batches, None)

@@ -53,6 +53,13 @@ class Part:
         return Share(sites, dist.get_rank(self.group), dist.get_world_size(self.group), has_columns=has_columns)
 
 
+def team_of(model: nn.Module, crew: Crew) -> Team:
+    """Return the workers that hold a model together with this one; a collective of them."""
+    group, stages = tensor_parallel_group(model, None), pipeline_group(model)
+    numbers = [number for found in everyones(stages, everyones(group, crew.number)) for number in found]
+    return Team(crew, sorted(numbers))
+
+
 def part_of(model: nn.Module, sites: Mapping[str, SiteInfo], crew: Crew) -> Part:
     """Find out what this process has of a split model; a collective of those that hold it.
 
@@ -65,10 +72,9 @@ def part_of(model: nn.Module, sites: Mapping[str, SiteInfo], crew: Crew) -> Part
         CaptureError: A site is in no stage.
     """
     group, stages = tensor_parallel_group(model, None), pipeline_group(model)
-    numbers = [number for found in everyones(stages, everyones(group, crew.number)) for number in found]
     here = target_of(model).here(sites)
     return Part(
-        team=Team(crew, sorted(numbers)),
+        team=team_of(model, crew),
         sites=here if stages is None else _of_this_stage(sites, here, stages),
         group=group,
         is_stage=stages is not None,

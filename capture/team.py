@@ -91,8 +91,8 @@ class Team:
     def _check(self, number: int) -> None:
         if self._crew.is_gone(number):
             raise CaptureError(
-                f"{self._crew.obituary(number)}. It held a part of this replica. What was committed before is safe; "
-                "run the same capture again to go on."
+                f"{self._crew.obituary(number)}. It held a part of this replica. What was finished before is safe; "
+                "run the same command again to go on."
             )
 
     def report(self, part: Commit) -> None:

@@ -1,11 +1,7 @@
-"""What a worker is to do: runs of consecutive shards, one after the other."""
+"""What a worker is to do: runs of consecutive numbers of shards, or of other units of work, one after the other."""
 
-from collections.abc import Iterator
-from pathlib import Path
+from collections.abc import Callable, Collection, Iterator
 from typing import NamedTuple, Protocol
-
-from residua.store.commits import committed_shards
-from residua.store.schedule import Schedule
 
 
 class Work(Protocol):
@@ -23,8 +19,8 @@ class Work(Protocol):
 class AllAtOnce:
     """Work of a single worker: every shard, in one run."""
 
-    def __init__(self, schedule: Schedule) -> None:
-        self._runs = [range(schedule.n_shards)]
+    def __init__(self, n_shards: int) -> None:
+        self._runs = [range(n_shards)]
 
     def take(self) -> range | None:
         """Return the run, once."""
@@ -36,18 +32,23 @@ class AllAtOnce:
 
 
 class Run(NamedTuple):
-    """Consecutive shards, and those of them that had a commit when they were taken."""
+    """Consecutive shards, and those of them that were done when they were taken."""
 
     shards: range
     committed: frozenset[int]
 
 
-def runs_of(work: Work, archive: Path) -> Iterator[Run | None]:
-    """Yield run after run; None while no run can be had, though one may come."""
+def runs_of(work: Work, done: Callable[[], Collection[int]]) -> Iterator[Run | None]:
+    """Yield run after run; None while no run can be had, though one may come.
+
+    Args:
+        work: Hands them out.
+        done: Says which shards are done.
+    """
     while True:
         shards = work.take()
         if shards is not None:
-            yield Run(shards, frozenset(committed_shards(archive).intersection(shards)))
+            yield Run(shards, frozenset(done()).intersection(shards))
         elif work.is_over():
             return
         else:

@@ -1,12 +1,11 @@
 """The sub-command `capture`: its flags are the settings of a capture."""
 
 import argparse
-import os
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from residua.pipelines.cli_job import add_job
+from residua.pipelines.cli_job import add_job, speaks_for_all
 from residua.pipelines.report import print_capture
 from residua.pipelines.stopping import stopping_in_time
 from residua.store.errors import PlanError
@@ -39,8 +38,6 @@ def _capture(options: argparse.Namespace) -> int:
 
 
 def _capture_now(options: argparse.Namespace) -> int:
-    from transformers.utils.logging import disable_progress_bar
-
     from residua.pipelines.capture import capture_dataset
     from residua.pipelines.progress import CaptureProgress
     from residua.pipelines.settings import CaptureSettings, read_config
@@ -55,9 +52,7 @@ def _capture_now(options: argparse.Namespace) -> int:
         raise PlanError(f"capture needs --{' and --'.join(missing)}")
     model, dataset, out = (values.pop(name) for name in ("model", "dataset", "out"))
     options.out = out
-    is_first = os.environ.get("RANK", "0") == "0"  # of those that a launcher started, one speaks
-    if not is_first:
-        disable_progress_bar()  # type: ignore[no-untyped-call]  # transformers leaves it bare
+    is_first = speaks_for_all()
     with CaptureProgress(shown=is_first and not options.json) as progress:
         result = capture_dataset(
             model,

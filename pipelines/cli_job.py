@@ -2,6 +2,7 @@
 
 import argparse
 import hashlib
+import os
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -65,6 +66,28 @@ def run_sample(options: argparse.Namespace, job: Callable[..., Found]) -> Found:
             device=options.device,
             on_batch=progress.step,
         )
+
+
+def add_split_flags(parser: argparse.ArgumentParser) -> None:
+    """Add the flags that spread a model over processes that were launched together."""
+    for flag, text in (
+        ("--tp", "split the model over so many processes by tensor parallelism (transformers' plan)"),
+        ("--pp", "split the model's blocks over so many processes, one stage each (transformers' pipeline)"),
+    ):
+        parser.add_argument(flag, type=int, default=1, metavar="INT", help=text)
+
+
+def speaks_for_all() -> bool:
+    """Say whether this process prints and shows progress; of those that a launcher started, the first does.
+
+    In any other, the bars of transformers are switched off.
+    """
+    if os.environ.get("RANK", "0") == "0":
+        return True
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()  # type: ignore[no-untyped-call]  # transformers leaves it bare
+    return False
 
 
 def default_folder(archive: Path, job: str, *asked: str | None) -> Path:

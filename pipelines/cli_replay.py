@@ -1,13 +1,16 @@
 """The sub-command `residua replay`: a whole archive through the model again, with edits."""
 
 import argparse
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from residua.pipelines.cli_job import add_archive, add_job
+from residua.pipelines.cli_job import add_archive, add_job, add_split_flags, speaks_for_all
 from residua.pipelines.cli_lists import numbers, tokens
 from residua.pipelines.progress import StepProgress
 from residua.pipelines.report import print_json
 from residua.pipelines.stopping import stopping_in_time
+
+if TYPE_CHECKING:
+    from residua.pipelines.replay import ReplayResult
 
 
 def add(jobs: Any) -> None:
@@ -25,6 +28,7 @@ def add(jobs: Any) -> None:
     parser.add_argument("--where", metavar="STR", help="only examples with such rows, for example 'label == \"code\"'")
     parser.add_argument("--tokens", metavar="STR", help="tokens whose logits are told, as ids or texts: '17, the'")
     parser.add_argument("--device", default="auto", metavar="STR", help="device of the model: auto, cpu, cuda, ...")
+    add_split_flags(parser)
     parser.add_argument("--force", action="store_true", help="take another model than was captured, and note it")
     parser.set_defaults(when_stopped="stopped: finished parts are safe. Run the same command again to go on.")
 
@@ -32,7 +36,8 @@ def add(jobs: Any) -> None:
 def _replay(options: argparse.Namespace) -> int:
     from residua.pipelines.replay import replay_dataset
 
-    with stopping_in_time(), StepProgress("example", shown=not options.json) as progress:
+    is_first = speaks_for_all()
+    with stopping_in_time(), StepProgress("example", shown=is_first and not options.json) as progress:
         found = replay_dataset(
             options.model,
             options.archive,
@@ -45,13 +50,21 @@ def _replay(options: argparse.Namespace) -> int:
             tokens=tokens(options.tokens, "--tokens") if options.tokens else (),
             force=options.force,
             device=options.device,
+            tp=options.tp,
+            pp=options.pp,
             command=options.command_line,
             on_example=progress.step,
         )
+    if is_first:
+        _print(found, as_json=options.json)
+    return 0
+
+
+def _print(found: "ReplayResult", *, as_json: bool) -> None:
     means = _means(found.examples.to_pydict())
-    if options.json:
+    if as_json:
         print_json({"folder": str(found.folder), "examples": found.n_examples, "notes": list(found.notes), **means})
-        return 0
+        return
     for note in found.notes:
         print(f"note: {note}")
     print(f"examples  {found.n_examples:,}")
@@ -60,7 +73,6 @@ def _replay(options: argparse.Namespace) -> int:
         print(f"loss      {means['loss']:.4f}, without edits {means['unedited_loss']:.4f}: {means['loss_change']:+.4f}")
     print(f"top 1     the same for {100 * (means['top1_agreement'] or 0):.1f} % of tokens")
     print(f"files     {found.folder}: examples/, tokens/, residua.json")
-    return 0
 
 
 def _means(columns: dict[str, list[Any]]) -> dict[str, float | None]:

@@ -11,6 +11,7 @@ from residua.capture.replayer import Replayer
 from residua.capture.samemodel import running_as_captured
 from residua.pipelines.captured_batches import sample_batches
 from residua.pipelines.models import captured_model
+from residua.pipelines.settings import CaptureSettings
 from residua.store.archive import Archive
 from residua.store.errors import CaptureError, PlanError
 from residua.store.fidelity import Fidelity, SiteFidelity, write_fidelity
@@ -56,7 +57,7 @@ def fidelity(
     opened = Archive(archive)
     names = _rounded(opened)
     batches = sample_batches(opened, n_batches, seed)
-    loaded = captured_model(opened, model, device=device)
+    loaded = captured_model(opened, model, CaptureSettings(device=device))
     sums = {name: _Sums() for name in names}
     n_examples = n_tokens = 0
     with running_as_captured(opened, loaded):

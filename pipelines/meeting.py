@@ -1,4 +1,4 @@
-"""How the workers of a capture find each other, and who may be at work on an archive.
+"""How the workers of a job find each other, and who may be at work on an archive or a folder of results.
 
 Workers are launched together (torchrun, accelerate, SLURM, or the user's own script with a process group), or they
 join: the lock beside the archive says where the run that holds it keeps its store. Worker 0 of those launched
@@ -26,7 +26,7 @@ from residua.store.errors import CaptureError
 from residua.store.lock import ArchiveInUseError, Owner, locked
 
 _LOCAL = ("localhost", "127.0.0.1", "::1")
-_captures = itertools.count()
+_jobs = itertools.count()
 
 
 class _Launch(NamedTuple):
@@ -39,11 +39,11 @@ class _Launch(NamedTuple):
 
 
 @contextmanager
-def meeting(out: Path, *, join: bool) -> Iterator[Crew | None]:
-    """Yield this worker's place among those who capture `out` together; None if it is alone and stays so.
+def meeting(out: Path | None, *, join: bool) -> Iterator[Crew | None]:
+    """Yield this worker's place among those who make `out` together; None if it is alone and stays so.
 
     Args:
-        out: Folder of the archive.
+        out: Folder of what is made; None where nothing is written that another run could be at work on.
         join: Whether to join a run that is at work on it, and to let others join this one.
 
     Raises:
@@ -53,21 +53,22 @@ def meeting(out: Path, *, join: bool) -> Iterator[Crew | None]:
     launch = _launch()
     with ExitStack() as stack:
         if launch is None and not join:
-            stack.enter_context(locked(out))
+            if out is not None:
+                stack.enter_context(locked(out))
             yield None
-        elif launch is None:
+        elif launch is None and out is not None:
             yield _alone_or_joining(out, stack)
-        else:
+        elif launch is not None:
             yield _together(out, launch, join, stack)
 
 
 def _prefix() -> str:
-    """Return where the next capture that was launched together keeps its things in the store: the same on all ranks.
+    """Return where the next job that was launched together keeps its things in the store: the same on all ranks.
 
-    A capture of one process alone does not count, since the others may have none.
+    A job of one process alone does not count, since the others may have none.
     """
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")  # torchrun keeps one store for all its attempts
-    return f"residua/{attempt}/{next(_captures)}"
+    return f"residua/{attempt}/{next(_jobs)}"
 
 
 def _launch() -> _Launch | None:
@@ -105,7 +106,7 @@ def _alone_or_joining(out: Path, stack: ExitStack) -> Crew:
     return Crew(PrefixStore(prefix, store), 0, 1)
 
 
-def _together(out: Path, launch: _Launch, join: bool, stack: ExitStack) -> Crew:
+def _together(out: Path | None, launch: _Launch, join: bool, stack: ExitStack) -> Crew:
     """Let the first of those launched together take the lock, or find where all of them join."""
     home = Home(launch.store, launch.rank, launch.n)
     crew = Crew(launch.store, launch.rank, launch.n, home=home)
@@ -124,9 +125,11 @@ def _together(out: Path, launch: _Launch, join: bool, stack: ExitStack) -> Crew:
 
 
 def _lock_or_address(
-    out: Path, launch: _Launch, join: bool, stack: ExitStack
+    out: Path | None, launch: _Launch, join: bool, stack: ExitStack
 ) -> tuple[Mapping[str, Any] | None, ArchiveInUseError | None]:
     """Take the lock; else return where the run that has it can be joined, or why that is not to be."""
+    if out is None:
+        return None, None
     try:
         stack.enter_context(locked(out, join=launch.address))
     except ArchiveInUseError as error:

@@ -2,6 +2,7 @@
 
 import os
 from contextlib import nullcontext
+from dataclasses import replace
 from os import PathLike, fspath
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrained
 from transformers.distributed.configuration_utils import DistributedConfig
 
 from residua.capture.inputs import first_position
+from residua.capture.replica import replica_of
 from residua.pipelines.settings import CaptureSettings
 from residua.pipelines.stage_plans import stages_in_parallel
 from residua.store.archive import Archive
@@ -56,17 +58,24 @@ def load_model(name: str, settings: CaptureSettings) -> PreTrainedModel:
     return model
 
 
-def captured_model(archive: Archive, model: str | PathLike[str] | PreTrainedModel, *, device: str) -> PreTrainedModel:
+def captured_model(
+    archive: Archive, model: str | PathLike[str] | PreTrainedModel, settings: CaptureSettings
+) -> PreTrainedModel:
     """Return `model`, loaded in the type and with the attention that `archive` was captured with if it is a name.
+
+    Args:
+        archive: The archive.
+        model: A model, or its name; one that is wrapped for training comes back without what is around it.
+        settings: How one is loaded otherwise: device, and over how many processes it is split.
 
     Raises:
         PlanError: There is no such model, or the device is not there.
     """
     if not isinstance(model, str | PathLike):
-        return model
+        return replica_of(model)
     attention, dtype = archive.plan.model["attention"], str(archive.plan.model["dtype"])
     wanted = None if attention is None else str(attention)
-    return load_model(fspath(model), CaptureSettings(device=device, attn_implementation=wanted, model_dtype=dtype))
+    return load_model(fspath(model), replace(settings, attn_implementation=wanted, model_dtype=dtype))
 
 
 def _config_and_class(name: str, revision: str | None) -> tuple[PreTrainedConfig, type[PreTrainedModel]]:

@@ -5,6 +5,7 @@ stored rows allow, so that it costs the head alone where the last residual strea
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
@@ -18,18 +19,19 @@ from transformers import PreTrainedModel
 from residua.capture.planbatch import PlanBatch
 from residua.capture.replayer import Replayer
 from residua.capture.replaynotes import unlike_the_plan
-from residua.capture.rows import batch_rows
 from residua.capture.samemodel import identity_here, running_as_captured
 from residua.pipelines.captured_batches import schedule_of, whole_groups
 from residua.pipelines.chosen_examples import ExampleChoice
 from residua.pipelines.models import captured_model
-from residua.pipelines.replay_record import begin_or_go_on
-from residua.pipelines.replay_tables import EXAMPLES, TOKENS, Comparison, part_path, read_parts, token_table, write_part
+from residua.pipelines.replay_parts import Compared, ReplayParts, write_parts
+from residua.pipelines.replay_record import begin_or_go_on, check_request
+from residua.pipelines.replay_tables import EXAMPLES, TOKENS, Comparison, read_parts, token_table
+from residua.pipelines.settings import CaptureSettings
+from residua.pipelines.sharing import SharedWork, sharing
 from residua.store.archive import Archive
 from residua.store.contentmark import content_mark
 from residua.store.editparse import EditSource, is_reproducible, parse_edits
 from residua.store.errors import CaptureError, NotCapturedError, PlanError
-from residua.store.lock import locked
 from residua.store.schedule import Schedule
 from residua.store.texts import token_id
 
@@ -74,12 +76,16 @@ def replay_dataset(
     tokens: Sequence[int | str] = (),
     force: bool = False,
     device: str = "auto",
+    tp: int = 1,
+    pp: int = 1,
     command: str | None = None,
     on_example: Callable[[int, int], None] = lambda *_: None,
 ) -> ReplayResult:
     """Replay the examples of an archive with edits and without, and write what the edits change.
 
-    A run that was killed goes on: finished parts stay, and the tables are the same as if nothing had happened.
+    A run that was killed goes on: finished parts stay, and the tables are the same as if nothing had happened. Called
+    by every process of a distributed launch, each with its own replica of the model, they share the parts; see
+    docs/distributed.md.
 
     Args:
         model: The model that was captured: a transformers model, or a hub id or folder of one.
@@ -93,8 +99,10 @@ def replay_dataset(
         tokens: Tokens whose logits are told: ids, or texts that are one token of the archive's tokenizer.
         force: Go on with a model that is not the one that was captured, and note it.
         device: Device of the model, if it is loaded here.
+        tp: Over how many processes it is then split by tensor parallelism.
+        pp: Over how many it is split as a pipeline.
         command: The command line, for the provenance.
-        on_example: Called with the examples done and in all.
+        on_example: Called with the examples done and in all; with those of all processes, on the first.
 
     Returns:
         The tables, and what has to be said of them.
@@ -104,6 +112,7 @@ def replay_dataset(
             `out` holds another request.
         NotCapturedError: Nothing of what was asked for is captured yet.
         ArchiveInUseError: Another run is at work on `out`.
+        CaptureError: The model gave no logits, or another process that shares the work is gone.
 
     Example:
         >>> found = residua.replay_dataset(  # doctest: +SKIP
@@ -120,10 +129,18 @@ def replay_dataset(
     ids = [token if isinstance(token, int) else token_id(opened.tokenizer, token) for token in tokens]
     if not chosen.any():
         raise NotCapturedError(f"{opened.path} has none of these examples whole yet: run the capture first")
-    loaded = captured_model(opened, model, device=device)
-    with locked(Path(out)), running_as_captured(opened, loaded):
-        runs = _Runs(schedule, loaded, Replayer(loaded, opened, at=places, edits=parsed, force=force), ids)
-        idle = runs.check(chosen)
+    folder, settings = Path(out), CaptureSettings(device=device, tp=tp, pp=pp)
+    parts = ReplayParts(folder, schedule, chosen)
+    with ExitStack() as stack:
+        crew = stack.enter_context(sharing(folder, settings))
+        loaded = captured_model(opened, model, settings)
+        stack.enter_context(running_as_captured(opened, loaded))
+        shared = SharedWork(crew, loaded)
+        runs = _Runs(loaded, Replayer(loaded, opened, at=places, edits=parsed, force=force), ids)
+        stack.callback(runs.close)
+        idle = runs.edited.check(
+            runs.edited.batch(batch) for part in range(len(parts)) for batch in parts.batches(part)
+        )
         request: dict[str, Any] = {
             "archive": opened.plan.digest,
             "model": {**opened.plan.model, **identity_here(loaded)[0]},  # with force=True it may be another
@@ -134,12 +151,14 @@ def replay_dataset(
             "tokens": ids,
             "force": force,
         }
-        facts = {"reproducible": is_reproducible(parsed), "notes": [*runs.edited.notes, *idle], "command": command}
-        resumed = begin_or_go_on(Path(out), request, facts)
-        notes = (*idle, *runs.write(Path(out), chosen, on_example))
-        runs.close()
+        said_of_edits = [*runs.edited.notes, *idle]
+        facts = {"reproducible": is_reproducible(parsed), "notes": said_of_edits, "command": command}
+        said = shared.plan_once(
+            lambda: {"resumed": begin_or_go_on(folder, request, facts)}, lambda: check_request(folder, request)
+        )
+        notes = write_parts(parts, runs, shared, on_example)
     return ReplayResult(
-        folder=Path(out), n_examples=int(chosen.sum()), resumed=resumed, notes=(*runs.edited.notes, *notes)
+        folder=folder, n_examples=int(chosen.sum()), resumed=said["resumed"], notes=(*said_of_edits, *notes)
     )
 
 
@@ -154,10 +173,9 @@ def _captured(archive: Archive, schedule: Schedule) -> npt.NDArray[np.bool_]:
 class _Runs:
     """Runs the batches of an archive, edited and not."""
 
-    def __init__(self, schedule: Schedule, model: PreTrainedModel, edited: Replayer, tokens: Sequence[int]) -> None:
+    def __init__(self, model: PreTrainedModel, edited: Replayer, tokens: Sequence[int]) -> None:
         self.edited = edited
         self._archive = edited.archive
-        self._schedule = schedule
         self._tokens = tokens
         self._top = self._highest(model)
         vocabulary = model.config.get_text_config().vocab_size
@@ -172,56 +190,38 @@ class _Runs:
         highest = Replayer(model, self._archive, at=[max(stored, key=_depth)])
         return None if highest.notes or highest.start.block <= self.edited.start.block else highest
 
-    def check(self, chosen: npt.NDArray[np.bool_]) -> tuple[str, ...]:
+    def check(self, batches: Iterable[list[int]]) -> tuple[str, ...]:
         """Look at what all batches need before the first one runs; returns what has to be said of the edits."""
-        groups = (self._batches(group, chosen) for group in range(self._schedule.n_shards))
-        return self.edited.check(self.edited.batch(examples) for batches in groups for examples in batches)
+        return self.edited.check(self.edited.batch(examples) for examples in batches)
 
-    def _batches(self, group: int, chosen: npt.NDArray[np.bool_]) -> list[list[int]]:
-        members = (batch.examples[chosen[batch.examples]] for batch in self._schedule.batches(group))
-        return [found.tolist() for found in members if len(found)]
-
-    def write(
-        self, folder: Path, chosen: npt.NDArray[np.bool_], on_example: Callable[[int, int], None]
-    ) -> tuple[str, ...]:
-        """Write the parts that are not there yet; returns what has to be said of the batches."""
-        done, total = 0, int(chosen.sum())
-        notes: dict[str, str] = {}
-        for group in range(self._schedule.n_shards):
-            batches = self._batches(group, chosen)
-            n_examples = sum(map(len, batches))
-            if batches and not part_path(folder, EXAMPLES, group).exists():
-                found: list[pa.Table] = []  # and not the logits, which would not fit
-                for batch, examples in self._with_rows_ahead(batches):
-                    found += self._compare(batch, examples, notes)
-                    on_example(done + len(found), total)
-                write_part(folder, group, found)
-            done += n_examples
-            on_example(done, total)
-        return tuple(notes.values())
-
-    def _with_rows_ahead(self, batches: Sequence[list[int]]) -> Iterator[tuple[PlanBatch, list[int]]]:
-        """Yield each batch while the rows of the next one are read."""
-        ahead = self.edited.batch(batches[0])
-        for number, examples in enumerate(batches):
+    def batches(self, examples: Sequence[list[int]]) -> Iterator[PlanBatch]:
+        """Yield each batch of some examples while the rows of the next one are read."""
+        ahead = self.edited.batch(examples[0])
+        for number in range(len(examples)):
             batch = ahead
-            if number + 1 < len(batches):
-                ahead = self.edited.batch(batches[number + 1])
-                for site in self.edited.start.sites:
-                    self.edited.stored.prefetch(site, batch_rows(ahead.rows, ahead.n_positions).row)
-            yield batch, examples
+            if number + 1 < len(examples):
+                ahead = self.edited.batch(examples[number + 1])
+                self.edited.prefetch(ahead)
+            yield batch
 
-    def _compare(self, batch: PlanBatch, examples: Sequence[int], notes: dict[str, str]) -> Iterator[pa.Table]:
-        other = unlike_the_plan(self._archive, examples)
-        for kind, note in (("in full", self.edited.starts_at(batch)[1]), ("other batch", other)):
-            if note:
-                notes.setdefault(kind, note)  # the first of its kind speaks for all
+    def compare(self, batch: PlanBatch, *, is_leader: bool) -> Compared:
+        """Run a batch twice, edited and not.
+
+        Args:
+            batch: The batch.
+            is_leader: Whether the tables are wanted here, and not in another process with the same replica.
+        """
+        other = unlike_the_plan(self._archive, [example.example for example in batch.rows])
         below = self.edited if self._top is None or other else self._top
         edited, unedited = self.edited.run(batch).logits, below.run(batch, edited=False).logits
+        if not is_leader:
+            return Compared([], {})
         if edited is None or unedited is None:
             raise CaptureError("the model gave no logits: a replay of a whole archive needs all of it in this process")
-        for example, logits, before in zip(batch.rows, edited, unedited, strict=True):
-            yield token_table(Comparison(example=example, edited=logits, unedited=before), self._tokens)
+        pairs = zip(batch.rows, edited, unedited, strict=True)
+        lines = [token_table(Comparison(example=e, edited=new, unedited=old), self._tokens) for e, new, old in pairs]
+        notes = {"in full": self.edited.starts_at(batch)[1], "other batch": other}
+        return Compared(lines, {kind: note for kind, note in notes.items() if note})
 
     def close(self) -> None:
         """End the threads that read ahead."""

@@ -26,7 +26,7 @@ def begin_or_go_on(folder: Path, request: Mapping[str, Any], facts: Mapping[str,
     """
     path = folder / RECORD
     if path.exists():
-        _compare(path, json.loads(json.dumps(request)))
+        check_request(folder, request)
         sweep(folder)
         return True
     if folder.exists() and any(folder.iterdir()):
@@ -36,7 +36,14 @@ def begin_or_go_on(folder: Path, request: Mapping[str, Any], facts: Mapping[str,
     return False
 
 
-def _compare(path: Path, request: Mapping[str, Any]) -> None:
+def check_request(folder: Path, request: Mapping[str, Any]) -> None:
+    """Compare a request with the one that a folder holds the results of.
+
+    Raises:
+        PlanError: They differ; the message says in what.
+    """
+    path = folder / RECORD
+    request = json.loads(json.dumps(request))
     try:
         before = json.loads(path.read_text())["request"]
         there = flatten(before)

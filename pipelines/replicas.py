@@ -48,7 +48,7 @@ def replica_group(settings: CaptureSettings, crew: Crew | None) -> Iterator[None
         found = "this process is alone" if home is None else f"{home.n_launched} were launched together"
         raise PlanError(
             f"{asked} splits a model over {size} processes, and {found}: start a multiple of {size}, for example "
-            f"with torchrun --nproc-per-node {size} -m residua capture ..."
+            f"with torchrun --nproc-per-node {size} -m residua ..."
         )
     replica, rank = divmod(home.rank, size)
     dist.init_process_group(

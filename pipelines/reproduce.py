@@ -18,6 +18,7 @@ from residua.capture.sites import resolve_sites
 from residua.capture.taps import reading
 from residua.pipelines.captured_batches import sample_batches
 from residua.pipelines.models import captured_model
+from residua.pipelines.settings import CaptureSettings
 from residua.store.archive import Archive
 from residua.store.errors import PlanError
 
@@ -73,7 +74,7 @@ def reproduce(
     plan = opened.plan
     if plan.n_rows is None:
         raise PlanError(f"{archive} was recorded in a loop of its user's: its batches are not known, nothing to repeat")
-    model = captured_model(opened, model, device=device)
+    model = captured_model(opened, model, CaptureSettings(device=device))
     infos = resolve_sites(model, list(opened.sites))
     comparison = RowComparison(opened)
     batches = sample_batches(opened, n_batches, seed)

@@ -11,12 +11,13 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
 from torch import nn
 
-from residua.capture.crew import START_SECONDS, Crew
+from residua.capture.crew import Crew
 from residua.capture.handout import HandOut
 from residua.capture.record import RecordStats, total
 from residua.capture.siteinfo import SiteInfo
@@ -95,7 +96,7 @@ class Alone:
 
     def work(self, archive: Path, schedule: Schedule) -> Work:  # noqa: ARG002  # it does not look at the archive
         """Return all shards."""
-        return AllAtOnce(schedule)
+        return AllAtOnce(schedule.n_shards)
 
     def so_far(self, stats: RecordStats) -> RecordStats:
         """Return `stats`."""
@@ -122,13 +123,10 @@ class Together:
 
     def plan_once(self, make: Callable[[], Mapping[str, Any]], check: Callable[[], None]) -> Mapping[str, Any]:
         """See `Workers`."""
-        if self._crew.number == 0:
-            message = make()
-            self._crew.publish("plan", {**message, "n_replicas": self._n_replicas})
-            return message
-        message = self._crew.await_message("plan", patience=START_SECONDS)
+        message = self._crew.once("plan", lambda: {**make(), "n_replicas": self._n_replicas})
         self._n_replicas = message["n_replicas"]
-        check()
+        if self._crew.number:
+            check()
         return message
 
     def replica_group(self, settings: CaptureSettings) -> AbstractContextManager[None]:
@@ -145,7 +143,8 @@ class Together:
 
     def work(self, archive: Path, schedule: Schedule) -> Work:
         """See `Workers`."""
-        return HandOut(self._crew, archive, schedule.runs(max(_LEAST_WORKERS, self._n_replicas)))
+        runs = schedule.runs(max(_LEAST_WORKERS, self._n_replicas))
+        return HandOut(self._crew, runs, partial(committed_shards, archive))
 
     def so_far(self, stats: RecordStats) -> RecordStats:
         """See `Workers`."""
@@ -164,29 +163,18 @@ class Together:
         Raises:
             CaptureError: Shards are missing because a worker is gone, or worker 0 is.
         """
-        self._crew.tell_now(stats=asdict(stats), state="done")
-        if self._crew.number:
-            message = self._crew.await_message("sealed", patience=START_SECONDS)
-            self._crew.tell_now(state="told")
-            return _figures(message["workers"])
-        self._crew.await_others("done")
-        everyone = self._crew.all_figures()
+        self._crew.tell(stats=asdict(stats))
+        return _figures(self._crew.finish(partial(self._close, archive, n_shards, seal))["workers"])
+
+    def _close(self, archive: Path, n_shards: int, seal: Callable[[], None]) -> Mapping[str, Any]:
         missing = n_shards - len(committed_shards(archive))
         if missing:
             raise CaptureError(
-                f"{missing} shards are missing because {_gone(everyone)} is gone. What was committed is safe; "
-                "run the same capture again to go on."
+                f"{missing} shards are missing because {self._crew.gone()} is gone. What was committed is safe; "
+                "run the same command again to go on."
             )
         seal()
-        self._crew.publish("sealed", {"workers": everyone})
-        self._crew.await_others("told")
-        return _figures(everyone)
-
-
-def _gone(everyone: Sequence[Mapping[str, Any]]) -> str:
-    return " and ".join(
-        f"worker {f['worker']} ({f['host']}, process {f['pid']})" for f in everyone if f["state"] != "done"
-    )
+        return {"workers": self._crew.all_figures()}
 
 
 def _figures(everyone: Sequence[Mapping[str, Any]]) -> list[WorkerFigures]:

@@ -1,6 +1,7 @@
 """Handing out runs: each once, those of the living are theirs, those of the gone are taken over."""
 
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,7 @@ from torch._C._distributed_c10d import TCPStore
 
 from residua.capture.crew import Crew
 from residua.capture.handout import HandOut
+from residua.store.commits import committed_shards
 from residua.store.errors import CaptureError
 
 RUNS = [range(3), range(3, 5), range(5, 6)]
@@ -29,6 +31,10 @@ def commit(archive: Path, *shards: int) -> None:
         (archive / "commits" / f"{shard:08d}-0000.json").touch()
 
 
+def handed_out(crew: Crew, archive: Path) -> HandOut:
+    return HandOut(crew, RUNS, partial(committed_shards, archive))
+
+
 def look_again(hand_out: HandOut) -> range | None:
     hand_out._next_look = 0.0
     return hand_out.take()
@@ -36,7 +42,7 @@ def look_again(hand_out: HandOut) -> range | None:
 
 def test_every_run_is_given_once_and_it_is_over_when_all_is_committed(store: TCPStore, archive: Path) -> None:
     with Crew(store, 0, 2) as one, Crew(store, 1, 2) as two:
-        first, second = HandOut(one, archive, RUNS), HandOut(two, archive, RUNS)
+        first, second = handed_out(one, archive), handed_out(two, archive)
         assert [first.take(), second.take(), first.take()] == RUNS
         assert first.take() is None
         assert second.take() is None
@@ -53,13 +59,13 @@ def test_what_is_not_committed_of_a_worker_that_left_is_taken_over_once(store: T
     with Crew(store, 0, 3) as one, Crew(store, 1, 3) as two:
         three = Crew(store, 2, 3)
         with three:
-            leaving = HandOut(three, archive, RUNS)
+            leaving = handed_out(three, archive)
             assert [leaving.take(), leaving.take(), leaving.take()] == RUNS
-            first = HandOut(one, archive, RUNS)
+            first = handed_out(one, archive)
             assert first.take() is None, "its owner lives"
             three.tell_now(state="left")
         commit(archive, 0, 1, 2, 3)
-        second = HandOut(two, archive, RUNS)
+        second = handed_out(two, archive)
         assert look_again(first) == RUNS[1], "half of it is missing"
         assert second.take() == RUNS[2]
         assert look_again(first) is None
@@ -70,8 +76,8 @@ def test_a_worker_that_gives_no_sign_is_lost(store: TCPStore, archive: Path) -> 
     silent = Crew(store, 1, 2, lost_seconds=0.0)
     silent._beat()
     with Crew(store, 0, 2, lost_seconds=0.0) as crew:
-        assert [HandOut(silent, archive, RUNS).take() for _ in range(3)] == RUNS
-        hand_out = HandOut(crew, archive, RUNS)
+        assert [handed_out(silent, archive).take() for _ in range(3)] == RUNS
+        hand_out = handed_out(crew, archive)
         taken = [hand_out.take()] + [look_again(hand_out) for _ in range(5)]
         assert [run for run in taken if run is not None] == RUNS
 
@@ -79,10 +85,10 @@ def test_a_worker_that_gives_no_sign_is_lost(store: TCPStore, archive: Path) -> 
 def test_runs_of_an_earlier_attempt_belong_to_nobody(store: TCPStore, archive: Path) -> None:
     """A launcher may keep its store when it starts the workers again under the same numbers."""
     with Crew(store, 0, 1) as before:
-        assert HandOut(before, archive, RUNS).take() == RUNS[0]
+        assert handed_out(before, archive).take() == RUNS[0]
         store.add("runs", 5)
     with Crew(store, 0, 1) as after:
-        hand_out = HandOut(after, archive, RUNS)
+        hand_out = handed_out(after, archive)
         assert [hand_out.take(), look_again(hand_out), look_again(hand_out)] == RUNS
         assert look_again(hand_out) is None
 
@@ -90,7 +96,7 @@ def test_runs_of_an_earlier_attempt_belong_to_nobody(store: TCPStore, archive: P
 def test_a_worker_that_died_between_taking_a_run_and_writing_its_name_loses_it(store: TCPStore, archive: Path) -> None:
     with Crew(store, 0, 2) as crew:
         crew.count("runs")
-        hand_out = HandOut(crew, archive, RUNS)
+        hand_out = handed_out(crew, archive)
         assert [hand_out.take() for _ in range(3)] == [RUNS[1], RUNS[2], RUNS[0]]
 
 
@@ -99,8 +105,8 @@ def test_without_the_store_every_call_says_so(archive: Path) -> None:
     client = TCPStore("localhost", server.port, is_master=False, timeout=timedelta(seconds=10))
     with Crew(client, 0, 1) as crew:
         del server
-        with pytest.raises(CaptureError, match=r"store does not answer.*committed before is safe"):
-            HandOut(crew, archive, RUNS).take()
+        with pytest.raises(CaptureError, match=r"store does not answer.*finished before is safe"):
+            handed_out(crew, archive).take()
 
 
 def test_who_waits_for_worker_0_is_told_why_it_left_or_that_it_never_came(store: TCPStore) -> None:

@@ -113,7 +113,7 @@ def test_without_the_worker_that_keeps_the_store_the_others_end_within_seconds(
     ended = gang.wait(20)
     assert [end.code for end in ended] == [-signal.SIGKILL, 1, 1], ended
     for end in ended[1:]:
-        assert "run the same capture again" in end.output
+        assert "run the same command again" in end.output
     check_stop(out, {})
 
 

@@ -78,7 +78,7 @@ def test_when_one_of_a_replica_is_killed_the_other_ends_and_the_run_can_go_on(
     ended = gang.wait(SOON)
     assert ended[victim].code == -signal.SIGKILL
     assert ended[1 - victim].code == 1, ended
-    assert "run the same capture again to go on" in ended[1 - victim].output.replace("\n", " ")
+    assert "run the same command again to go on" in ended[1 - victim].output.replace("\n", " ")
     resume(gang, dataset, out, reference, (2, 4)[victim])
 
 

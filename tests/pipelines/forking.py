@@ -173,7 +173,7 @@ def _become(request: dict[str, Any]) -> None:
 
 
 def _slow_down(seconds: float) -> None:
-    from residua.pipelines import capture
+    from residua.pipelines import capture, models
 
     load = vars(capture)["load_model"]
 
@@ -182,7 +182,8 @@ def _slow_down(seconds: float) -> None:
         model.register_forward_pre_hook(lambda *_: time.sleep(seconds))
         return model
 
-    mock.patch.object(capture, "load_model", load_slow).start()
+    for module in (capture, models):
+        mock.patch.object(module, "load_model", load_slow).start()
 
 
 _n_steps = 0

@@ -1,0 +1,113 @@
+"""Replicas that share jobs which run an archive's examples again: what they write is what one process writes."""
+
+import json
+import shutil
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from tests.distributed.gang import Ended, Gang, Start, launched
+from tests.pipelines.test_replay import contents
+from tests.ragged import MODEL, capture_words, write_dataset
+
+pytestmark = pytest.mark.timeout(300)
+EDITS = [
+    {"edit": "zero", "site": "attn_out.4"},
+    {"edit": "mean", "site": "resid_post.3", "positions": "1:3"},
+    {"edit": "swap", "site": "resid_post.3", "source": 3, "positions": [0]},
+    {"edit": "noise", "site": "mlp_out.4", "std": 0.1},
+]
+
+
+@pytest.fixture(scope="module")
+def archive(gang: Gang, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("data")
+    dataset = write_dataset(folder / "ragged.jsonl", 40)
+    (folder / "edits.yaml").write_text(yaml.safe_dump(EDITS))
+    words = capture_words(dataset, folder / "acts.zarr", "--sites", "resid_post.3,resid_post.5")
+    [ended] = gang.run([Start(words=words, env={})])
+    assert ended.code == 0, ended.output
+    return folder / "acts.zarr"
+
+
+def replay_words(archive: Path, out: Path, *more: str) -> list[str]:
+    job = ["replay", str(archive), "--model", str(MODEL), "--edit", str(archive.parent / "edits.yaml")]
+    return [*job, "--at", "resid_post.3", "--tokens", "7,9", "--examples", "1-30", "--out", str(out), *more]
+
+
+@pytest.fixture(scope="module")
+def reference(gang: Gang, archive: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """What one process wrote and printed."""
+    out = tmp_path_factory.mktemp("one") / "replayed"
+    [ended] = gang.run([Start(words=replay_words(archive, out, "--json"), env={})])
+    assert ended.code == 0, ended.output
+    return out, ended.output
+
+
+def summary(ended: Ended | str) -> dict[str, Any]:
+    output = ended if isinstance(ended, str) else ended.output
+    found: dict[str, Any] = json.loads(next(line for line in output.splitlines() if line.startswith("{")))
+    del found["folder"]
+    return found
+
+
+def n_parts(out: Path) -> int:
+    return len(list(out.glob("examples/part-*.parquet")))
+
+
+def await_parts(out: Path, n: int) -> None:
+    deadline = time.monotonic() + 60
+    while n_parts(out) < n:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def test_the_tables_are_those_that_one_process_writes(
+    gang: Gang, archive: Path, reference: tuple[Path, str], tmp_path: Path
+) -> None:
+    out = tmp_path / "replayed"
+    ended = gang.run(launched(replay_words(archive, out, "--json"), 3, slow=0.02))
+    assert [end.code for end in ended] == [0] * 3, ended
+    assert contents(out) == contents(reference[0])
+    assert summary(ended[0]) == summary(reference[1]), "the notes too"
+    assert not any("{" in end.output for end in ended[1:]), "the first process alone reports"
+    assert [path.name for path in tmp_path.iterdir()] == ["replayed"], "nothing is left beside the tables"
+
+
+def test_killed_at_once_it_goes_on_with_another_number_of_processes(
+    gang: Gang, archive: Path, reference: tuple[Path, str], tmp_path: Path
+) -> None:
+    out, whole = tmp_path / "replayed", reference[0]
+    gang.start(launched(replay_words(archive, out), 3, slow=0.1))
+    await_parts(out, 4)
+    for worker in range(3):
+        gang.kill(worker)
+    assert {end.code for end in gang.wait()} == {-signal.SIGKILL}
+    assert 4 <= n_parts(out) < n_parts(whole)
+    for n in (1, 2):
+        again = tmp_path / f"by {n}"
+        shutil.copytree(out, again)
+        before = {path: path.stat().st_mtime_ns for path in again.glob("examples/part-*.parquet")}
+        ended = gang.run(launched(replay_words(archive, again), n))
+        assert [end.code for end in ended] == [0] * n, ended
+        assert contents(again) == contents(whole)
+        assert {path: path.stat().st_mtime_ns for path in before} == before, "finished parts are not made again"
+    ended = gang.run(launched(replay_words(archive, out, "--tokens", "8"), 2))
+    assert [end.code for end in ended] == [2, 1], ended
+    assert all("holds the results of another request" in end.output for end in ended)
+
+
+def test_parts_of_one_that_is_killed_are_taken_over(
+    gang: Gang, archive: Path, reference: tuple[Path, str], tmp_path: Path
+) -> None:
+    out = tmp_path / "replayed"
+    gang.start(launched(replay_words(archive, out), 3, slow=0.1))
+    await_parts(out, 3)
+    gang.kill(2)
+    ended = gang.wait(60)
+    assert [end.code for end in ended] == [0, 0, -signal.SIGKILL], ended
+    assert contents(out) == contents(reference[0])
