@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from residua.capture.groups import everyones, pipeline_group
-from residua.capture.sharded import whole
+from residua.capture.weights_by_hand import Weights
 from residua.store.crc import crc32c
 from residua.store.errors import CaptureError
 
@@ -54,6 +54,7 @@ def _lines(model: nn.Module) -> dict[str, bytes | None]:
     """From name to what is hashed of each weight that is here; None for another name of one that has a line."""
     lines: dict[str, bytes | None] = {}
     seen: set[int] = set()
+    weights = Weights(model)
     for name, tensor in _sorted_weights(model):
         if id(tensor) in seen:
             lines[name] = None
@@ -64,13 +65,18 @@ def _lines(model: nn.Module) -> dict[str, bytes | None]:
                 f"Weight {name!r} is on the meta device and has no values to fingerprint; load the model's "
                 "weights first, or take the fingerprint before they are offloaded."
             )
-        crc = 0
-        full = whole(tensor)
-        for part in _host_bytes(full):
-            crc = crc32c(part, crc)
+        full = weights.whole(name, tensor)
+        found = weights.parts(tensor) if full is None else [list(full.shape), _checksum(full)]
         dtype = str(tensor.dtype).removeprefix("torch.")
-        lines[name] = json.dumps([name, list(full.shape), dtype, crc]).encode() + b"\n"
+        lines[name] = json.dumps([name, *found[:1], dtype, *found[1:]]).encode() + b"\n"
     return lines
+
+
+def _checksum(tensor: Tensor) -> int:
+    crc = 0
+    for part in _host_bytes(tensor):
+        crc = crc32c(part, crc)
+    return crc
 
 
 def _sorted_weights(model: nn.Module) -> list[tuple[str, Tensor]]:

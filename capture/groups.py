@@ -1,6 +1,9 @@
 """Which processes hold the parts of one model replica: its tensor-parallel group."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TypeVar
+from weakref import WeakKeyDictionary
 
 import torch.distributed as dist
 from torch import nn
@@ -14,12 +17,45 @@ from residua.store.errors import PlanError
 
 T = TypeVar("T")
 
+_by_hand: WeakKeyDictionary[nn.Module, ProcessGroup] = WeakKeyDictionary()
+
+
+@contextmanager
+def split_by_hand(model: nn.Module, given: ProcessGroup | DeviceMesh | None) -> Iterator[None]:
+    """Let every question about `model` inside be answered as if its tensor-parallel group were `given`.
+
+    Args:
+        model: The model, wrapped or not.
+        given: The ranks over which its activations are split, as the user says; None says nothing.
+
+    Raises:
+        PlanError: The group cannot be told from what was given.
+    """
+    if given is None:
+        yield
+        return
+    core = core_of(model)
+    before = _by_hand.get(core)
+    _by_hand[core] = _given(given)
+    try:
+        yield
+    finally:
+        del _by_hand[core]
+        if before is not None:
+            _by_hand[core] = before
+
+
+def group_by_hand(model: nn.Module) -> ProcessGroup | None:
+    """Return the group that `split_by_hand` says; None where that says nothing, or only this process."""
+    group = _by_hand.get(core_of(model))
+    return None if group is None or dist.get_world_size(group) == 1 else group
+
 
 def tensor_parallel_group(model: nn.Module, given: ProcessGroup | DeviceMesh | None) -> ProcessGroup | None:
     """Find the processes over which the activations of this model replica may be split.
 
-    Looked at in this order: what the caller gave; transformers' own mesh; the meshes of the parameters, less
-    those over which FSDP shards them (FSDP gathers parameters, so its activations are whole).
+    Looked at in this order: what the caller gave, here or by `split_by_hand`; transformers' own mesh; the meshes of
+    the parameters, less those over which FSDP shards them (FSDP gathers parameters, so its activations are whole).
 
     Args:
         model: The model, wrapped or not.
@@ -34,7 +70,10 @@ def tensor_parallel_group(model: nn.Module, given: ProcessGroup | DeviceMesh | N
     if not dist.is_available() or not dist.is_initialized():
         return None
     core = core_of(model)
-    group = _given(given) if given is not None else _of_transformers(core) or _of_parameters(core)
+    if given is not None:
+        group: ProcessGroup | None = _given(given)
+    else:
+        group = _by_hand.get(core) or _of_transformers(core) or _of_parameters(core)
     return group if group is not None and dist.get_world_size(group) > 1 else None
 
 

@@ -6,14 +6,17 @@ A lens decodes with these alone, without the model; `residua.analysis.head` read
 from pathlib import Path
 
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 
 from residua.capture.anatomy import Anatomy, anatomy_of
 from residua.capture.architectures import Family
 from residua.capture.groups import pipeline_group
 from residua.capture.parameter_file import parameter_file
-from residua.capture.sharded import whole
+from residua.capture.ranks import on_rank
+from residua.capture.weights_by_hand import Weights
+from residua.capture.wrappers import named_parts
 from residua.store.crc import Buffer
+from residua.store.errors import CaptureError
 from residua.store.files import write_file
 from residua.store.headspec import CONFIG_FILE, HEAD_FILE, PARAMETERS_FILE, HeadSpec
 
@@ -55,8 +58,9 @@ def _files(model: nn.Module) -> dict[str, list[Buffer]]:
     if anatomy is None or anatomy.family is None or _unembedding(anatomy) is None:
         return {}
     spec, modules = _described(anatomy, anatomy.family)
+    weights, paths = Weights(model), {id(module): path for path, module in named_parts(anatomy.model).items()}
     tensors = {
-        f"{name}.{kind}": whole(tensor).cpu().contiguous()
+        f"{name}.{kind}": _whole(weights, f"{paths.get(id(module), name)}.{kind}", tensor)
         for name, module in modules.items()
         for kind, tensor in module.named_parameters(recurse=False)
         if kind in ("weight", "bias")
@@ -66,6 +70,16 @@ def _files(model: nn.Module) -> dict[str, list[Buffer]]:
         CONFIG_FILE: [anatomy.model.config.to_json_string().encode()],
         HEAD_FILE: [spec.to_json()],
     }
+
+
+def _whole(weights: Weights, name: str, tensor: Tensor) -> Tensor:
+    found = weights.whole(name, tensor)
+    if found is None:
+        raise CaptureError(
+            f"{name}{on_rank()} is split over the ranks of tensor_parallel in a way that cannot be told, and the "
+            "archive keeps it for lenses: pass head=False to capture without it"
+        )
+    return found.cpu().contiguous()
 
 
 def _unembedding(anatomy: Anatomy) -> nn.Module | None:

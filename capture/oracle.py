@@ -51,6 +51,14 @@ def whole_sites(model: nn.Module, patterns: str | list[str]) -> dict[str, SiteIn
         return resolve_sites(core, patterns)
 
 
+def whole_weights(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    """Return the shape of each weight in the unsharded model, by name; nothing where there is no such twin."""
+    core = core_of(model)
+    if not isinstance(core, PreTrainedModel):
+        return {}
+    return {name: tuple(tensor.shape) for name, tensor in _twin_of(core).state_dict().items()}
+
+
 def is_spread(core: PreTrainedModel) -> bool:
     """Tell whether a model may lie on several processes or devices."""
     several = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1

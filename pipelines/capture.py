@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any, cast
 
 from torch import nn
+from torch.distributed import ProcessGroup
+from torch.distributed.device_mesh import DeviceMesh
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from residua.capture.attention import eager_attention
@@ -16,6 +18,7 @@ from residua.capture.attention_facts import attention_files
 from residua.capture.column_shards import column_shards
 from residua.capture.compiled import running_uncompiled
 from residua.capture.cuda_streams import writer_threads
+from residua.capture.groups import split_by_hand
 from residua.capture.head import head_files
 from residua.capture.oracle import whole_sites
 from residua.capture.probing import evaluating
@@ -78,6 +81,7 @@ def capture_dataset(
     out: str | PathLike[str],
     tokenizer: PreTrainedTokenizerBase | None = None,
     settings: CaptureSettings | None = None,
+    tensor_parallel: ProcessGroup | DeviceMesh | None = None,
     command: str | None = None,
     on_example: Callable[[int, int], None] = lambda *_: None,
     on_plan: Callable[[Plan, int], None] = lambda *_: None,
@@ -95,6 +99,8 @@ def capture_dataset(
         out: Folder of the archive. If it is one already, its missing rows are captured.
         tokenizer: Tokenizer of a model that is passed as an object; else it is loaded with the model.
         settings: All settings at once.
+        tensor_parallel: The ranks over which the model's activations are split, or their mesh, where this cannot be
+            told from the model, because it was split by hand.
         command: The command line, for the provenance.
         on_example: Called with the examples and tokens read so far, after each example.
         on_plan: Called with the plan, and the rows that are committed already, before the model runs.
@@ -117,13 +123,19 @@ def capture_dataset(
     chosen = _settings(settings, options)
     with workers_of(Path(out), join=chosen.join) as workers, workers.replica_group(chosen):
         if isinstance(model, str | PathLike):
+            if tensor_parallel is not None:
+                raise PlanError(
+                    "tensor_parallel says how a model that you pass is split; one that is loaded from a hub id or a "
+                    "folder is split with tp=2 (--tp 2)"
+                )
             name = fspath(model)
             tokenizer = tokenizer or load_tokenizer(name, chosen)
             model = load_model(name, chosen)
         else:
             model = _language_model(replica_of(model))
         job = _Job(model, tokenizer, dataset, Path(out), chosen, command)
-        return job.run(workers, on_example, on_plan, on_batch)
+        with split_by_hand(model, tensor_parallel):
+            return job.run(workers, on_example, on_plan, on_batch)
 
 
 def _settings(settings: CaptureSettings | None, options: dict[str, Any]) -> CaptureSettings:

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
@@ -30,6 +30,7 @@ from residua.capture.recorder import Recorder
 from residua.pipelines.capture import CaptureResult, capture_dataset
 from residua.pipelines.stage_plans import stages_in_parallel
 from residua.store.errors import CaptureError, PlanError
+from tests.distributed.others import fairscale_parallel
 from tests.distributed.plans import parallel_llama
 from tests.models import SPLIT, VOCABULARY
 
@@ -41,7 +42,17 @@ EVERYTHING = (
 )
 EXPERTS = ",module:model.layers.1.mlp.gate@output"
 BALANCED = "resid_post.*,mlp_act.*,q.*"
-Make = Callable[[], tuple[PreTrainedModel, str]]
+
+
+class Made(NamedTuple):
+    """A model, what of it is captured, and its ranks where these cannot be told from it."""
+
+    model: PreTrainedModel
+    sites: str
+    group: dist.ProcessGroup | None = None
+
+
+Make = Callable[[], Made]
 
 
 def tokens() -> list[list[int]]:
@@ -70,25 +81,30 @@ def loaded(name: str, dtype: torch.dtype = torch.float32, **sizes: Any) -> PreTr
 
 
 def case(name: str, sites: str | None = None, **sizes: Any) -> Make:
-    return lambda: (loaded(name, **sizes), sites_of(name) if sites is None else sites)
+    return lambda: Made(loaded(name, **sizes), sites_of(name) if sites is None else sites)
 
 
 def stages_in_parallel_of(name: str) -> Make:
-    def make() -> tuple[PreTrainedModel, str]:
+    def make() -> Made:
         with pytest.raises(KeyError):  # or transformers can do it by itself by now: then `stages_in_parallel` can go
             loaded(name, tp_size=2, pp_size=2)
         with stages_in_parallel():
-            return loaded(name, tp_size=2, pp_size=2), sites_of(name)
+            return Made(loaded(name, tp_size=2, pp_size=2), sites_of(name))
 
     return make
 
 
 def by_hand(*shape: int, sequence: bool = False) -> Make:
-    def make() -> tuple[PreTrainedModel, str]:
+    def make() -> Made:
         mesh = init_device_mesh("cpu", shape, mesh_dim_names=("dp", "tp")[-len(shape) :])
-        return parallel_llama(mesh["tp"], sequence=sequence), sites_of("llama")
+        return Made(parallel_llama(mesh["tp"], sequence=sequence), sites_of("llama"))
 
     return make
+
+
+def by_fairscale() -> Made:
+    model, group = fairscale_parallel()
+    return Made(model, sites_of("llama"), group)
 
 
 CASES: dict[int, dict[str, Make]] = {
@@ -98,6 +114,7 @@ CASES: dict[int, dict[str, Make]] = {
         "mixtral-ep2": case("mixtral", tp_size=2, ep_size=2),
         "llama-sequence": by_hand(2, sequence=True),
         "llama-columns": case("llama", tp_size=2),
+        "llama-fairscale": by_fairscale,
         "llama-pp2": case("llama", pp_size=2),
         "mixtral-pp2": case("mixtral", pp_size=2),
     },
@@ -136,11 +153,13 @@ def main() -> None:
             continue
         said: dict[str, Any] = {}
         try:
-            model, sites = make()
-            refused_by_recorder(model, folder / "recorded.zarr")
+            model, sites, group = make()
+            if group is None:
+                refused_by_recorder(model, folder / "recorded.zarr")
             if name in UNGATHERED and dist.get_world_size() == 4:
                 uneven_columns(model, folder / "uneven.zarr")
-            result = capture(model, folder / f"{name}.zarr", sites, gather=name not in UNGATHERED)
+            out, gather = folder / f"{name}.zarr", name not in UNGATHERED
+            result = capture(model, out, sites, gather=gather, tensor_parallel=group)
             said["workers"] = [asdict(worker) for worker in result.workers]
         except Exception:  # noqa: BLE001  # the boundary to one case: the others are tried all the same
             said["failure"] = f"rank {dist.get_rank()}: {traceback.format_exc()}"

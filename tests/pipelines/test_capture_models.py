@@ -1,11 +1,13 @@
 """What a capture makes of the model that it is given: its data types, its config, and what is no language model."""
 
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 from transformers import LlamaConfig, PreTrainedModel
 
 from residua.pipelines.capture import capture_dataset
@@ -108,3 +110,10 @@ def test_an_archive_is_opened_no_oftener_than_its_records_change(
         opened = 0
         assert capture_dataset(TINY["llama"](), TOKENS, out=tmp_path / "a.zarr", sites="embed").archive.is_sealed
         assert opened == 2
+
+
+def test_a_model_that_is_loaded_here_is_split_here(tmp_path: Path) -> None:
+    group = cast("ProcessGroup", object())
+    with pytest.raises(PlanError, match=r"a folder is split with tp=2 \(--tp 2\)"):
+        capture_dataset("models/pydoc-1m", TOKENS, out=tmp_path / "a.zarr", tensor_parallel=group)
+    assert not any(tmp_path.iterdir())
