@@ -172,8 +172,8 @@ def tap(
 
     The tensor is (batch, positions, *row) as `reading` has it, of the model's type and on its device, and it is
     the function's own: keep it or change it, the model does not notice. What the function returns replaces the
-    site's value; None leaves it. The function may call the model itself, with this tap switched off meanwhile.
-    A compiled model runs uncompiled inside the context.
+    site's value; None leaves it. The function may call the model itself, with this tap switched off meanwhile
+    (over several processes only where it runs on all of them). A compiled model runs uncompiled inside the context.
 
     On a model that is spread over several processes all of them have to tap, alike. The function runs once per model
     replica, on the first rank of its tensor-parallel group, and its result reaches every rank. Each data-parallel

@@ -51,9 +51,10 @@ REFUSALS = (
         "inputs_of_modules",
         "gradients_of_inputs",
         "gradients_through_a_pipeline",
+        "leaving_leaves_nothing_behind",
     ),
 )
-"""Number of ranks, and the functions of `refusals`, `prehooks` and `stages` in `tests.distributed` that run on them."""
+"""Number of ranks, and the functions of `refusals`, `prehooks`, `stages` and `restoration` here that run on them."""
 
 LAUNCHES = {**LAYOUTS, "refusals": REFUSALS}
 

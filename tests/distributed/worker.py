@@ -24,6 +24,7 @@ from tests.distributed import (
     data_rows,  # noqa: F401  # it enters its rows in the registry
     pipeline_rows,  # noqa: F401  # likewise
     prehooks,
+    restoration,
     stages,
     tensor_rows,  # noqa: F401  # likewise
 )
@@ -44,7 +45,7 @@ def refused(check: Callable[[Load], None]) -> Callable[[], Iterator[Row]]:
     return rows
 
 
-ROWS |= {check.__name__: refused(check) for check in (*CHECKS, *prehooks.CHECKS, *stages.CHECKS)}
+ROWS |= {check.__name__: refused(check) for check in (*CHECKS, *prehooks.CHECKS, *stages.CHECKS, *restoration.CHECKS)}
 
 
 def main() -> None:
