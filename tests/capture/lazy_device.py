@@ -36,7 +36,7 @@ class LazyDevice:
     def __init__(self, seed: int) -> None:
         self.rng = random.Random(seed)
         self._most_steps = self.rng.choice([0, 1, 4])
-        self._speeds = [self.rng.choice([1.0, 0.1]) for _ in range(3)]
+        self._speeds = [self.rng.choice([1.0, 0.1]) for _ in range(4)]
         self._compute: deque[Callable[[], bool]] = deque()
         self._side: deque[Callable[[], bool]] = deque()
         self._current = self._compute
@@ -73,6 +73,10 @@ class LazyDevice:
             stream.popleft()
             return True
         return False
+
+    def run_beside(self, other: "LazyDevice") -> None:
+        """Let `other` go on, too, whenever this one waits or goes on."""
+        self.others.append(other._step)
 
     def some_steps(self) -> None:
         for _ in range(self.rng.randint(0, self._most_steps)):

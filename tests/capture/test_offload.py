@@ -57,9 +57,15 @@ class LazyWriter:
         return True
 
 
-def capture(machine: Any, seed: int, *, n_stages: int = 2, releases_early: bool = False) -> tuple[bool, int]:
-    """Run a model of twelve stages' worth of rows; return whether all are right, and the most tensors alive."""
-    device = LazyDevice(seed)
+def capture(
+    machine: Any, seed: int, *, n_stages: int = 2, n_devices: int = 1, releases_early: bool = False
+) -> tuple[bool, int]:
+    """Run a model of twelve stages' worth of rows; return whether all are right, and the most tensors alive.
+
+    With several devices, as `device_map` spreads a model, they take turns at the rows of every stage.
+    """
+    devices = [LazyDevice(seed + 1000 * number) for number in range(n_devices)]
+    device = devices[0]
     condition: Any = LazyCondition(device)
     pool = machine.StagePool((Stage(machine) for _ in range(n_stages)), condition)
     writer = LazyWriter(pool, releases_early=releases_early)
@@ -75,23 +81,26 @@ def capture(machine: Any, seed: int, *, n_stages: int = 2, releases_early: bool 
         return went_on
 
     device.others.append(writing)
+    for other in devices[1:]:
+        device.run_beside(other)
     copies = machine.Offload(BUDGET)
     most_alive = 0
-    hidden = LazyTensor(device)
+    hidden = [LazyTensor(of) for of in devices]
     for number in range(12):
         stage = pool.acquire()
         for row in range(ROWS_PER_STAGE):
-            hidden.set((number, row))
+            of, tensor = devices[row % n_devices], hidden[row % n_devices]
+            tensor.set((number, row))
             copies.send(
-                device,
-                lambda: gathered(device, hidden),
+                of,
+                partial(gathered, of, tensor),
                 lambda rows, stage=stage, row=row: rows.copy_to(stage.cells, row),
                 n_bytes=1,
                 landing=stage.landing,
             )
-            most_alive = max(most_alive, device.n_live)
-            hidden.set("changed in place")
-            LazyTensor(device).set("the next operation's scratch memory")
+            most_alive = max(most_alive, *(of.n_live for of in devices))
+            tensor.set("changed in place")
+            LazyTensor(of).set("the next operation's scratch memory")
         writer.submit(number, stage)
     device.run_until(lambda: len(writer.written) == 12)
     return writer.written == [(n, [(n, row) for row in range(ROWS_PER_STAGE)]) for n in range(12)], most_alive
@@ -109,8 +118,9 @@ def row_of(device: LazyDevice, value: object) -> LazyTensor:
     return rows
 
 
-def test_every_row_is_right_under_any_schedule_and_memory_is_bounded() -> None:
-    outcomes = [capture(offload, seed) for seed in range(N_SCHEDULES)]
+@pytest.mark.parametrize("n_devices", [1, 2])
+def test_every_row_is_right_under_any_schedule_and_memory_is_bounded(n_devices: int) -> None:
+    outcomes = [capture(offload, seed, n_devices=n_devices) for seed in range(N_SCHEDULES)]
     assert all(right for right, _ in outcomes)
     assert max(alive for _, alive in outcomes) <= 1 + BUDGET, "the model's tensor, and the rows under way"
 
@@ -131,6 +141,22 @@ MUTANTS = {
     "only the first copy is waited for": (
         "self._last[streams] = done",
         "self._last.setdefault(streams, done)",
+    ),
+    "the rows are gathered after the side stream's mark": (
+        "        rows = gather()\n        streams.hold_side(streams.mark_compute())\n",
+        "        streams.hold_side(streams.mark_compute())\n        rows = gather()\n",
+    ),
+    "the rows are copied on the model's stream": (
+        "            copy(rows)\n            done = streams.mark_side()\n",
+        "            done = streams.mark_side()\n        copy(rows)\n",
+    ),
+    "the newest rows are let go and not the oldest": (
+        "            copies.popleft()\n        while copies and n_bytes",
+        "            copies.pop()\n        while copies and n_bytes",
+    ),
+    "a stage is given back twice": (
+        "            self._free.append(stage)\n",
+        "            self._free += [stage, stage]\n",
     ),
     "a stage is given out while it is in use": ("return self._free.pop()", "return self._free[-1]"),
 }
@@ -165,6 +191,22 @@ def goes_wrong(machine: Any, **options: Any) -> bool:
 @pytest.mark.parametrize("mutant", MUTANTS)
 def test_a_broken_order_is_noticed(mutant: str, tmp_path: Path) -> None:
     assert goes_wrong(mutated(tmp_path, *MUTANTS[mutant]))
+
+
+MUTANTS_OF_SEVERAL_DEVICES = {
+    "only one device's copies are waited for": (
+        "event.synchronize()\n\n",
+        "event.synchronize()\n            break\n\n",
+    ),
+    "the last copy of any device stands for all": ("self._last[streams] = done", "self._last = {streams: done}"),
+}
+
+
+@pytest.mark.parametrize("mutant", MUTANTS_OF_SEVERAL_DEVICES)
+def test_a_broken_order_of_several_devices_is_noticed(mutant: str, tmp_path: Path) -> None:
+    machine = mutated(tmp_path, *MUTANTS_OF_SEVERAL_DEVICES[mutant])
+    assert not goes_wrong(machine), "one device alone would do"
+    assert goes_wrong(machine, n_devices=2)
 
 
 def test_a_stage_that_is_released_before_it_was_read_is_noticed() -> None:
