@@ -1,3 +1,7 @@
+import sys
+import threading
+
+import google_crc32c
 import ml_dtypes
 import numpy as np
 import pytest
@@ -33,6 +37,41 @@ def joined(parts: list[bytes | Array]) -> np.ndarray[tuple[int], np.dtype[np.uin
 def test_crc32c_gives_the_values_of_rfc_3720(data: bytes, expected: int) -> None:
     assert crc32c(data) == expected
     assert crc32c(np.frombuffer(data, np.uint8)[1:], crc32c(data[:1])) == expected
+
+
+@pytest.mark.parametrize("n_bytes", [2**16 - 1, 2**16, 2**16 + 3, 2**20])
+def test_crc32c_of_large_pieces_is_that_of_their_parts(n_bytes: int) -> None:
+    data = np.random.default_rng(n_bytes).integers(0, 256, n_bytes, dtype=np.uint8)
+    expected = 0
+    for start in range(0, n_bytes, 1000):
+        expected = google_crc32c.extend(expected, data[start : start + 1000])
+    assert crc32c(data) == crc32c(data.tobytes()) == crc32c(data[5:], crc32c(data[:5])) == expected
+    with pytest.raises(ValueError, match="contiguous"):
+        crc32c(np.repeat(data, 2)[::2])
+
+
+def test_crc32c_lets_other_threads_go_on() -> None:
+    """Python takes its lock from nobody here: the other thread runs while the lock is given away, or not at all."""
+    data, go, went_on = np.zeros(2**24, np.uint8), threading.Event(), threading.Event()
+
+    def other() -> None:
+        go.wait()
+        went_on.set()
+
+    thread = threading.Thread(target=other)
+    thread.start()
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1000)
+    try:
+        go.set()
+        n_calls = 0
+        while not went_on.is_set() and n_calls < 300:
+            crc32c(data)
+            n_calls += 1
+        assert went_on.is_set()
+    finally:
+        sys.setswitchinterval(before)
+        thread.join()
 
 
 @settings(deadline=None)
