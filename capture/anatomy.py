@@ -32,7 +32,7 @@ class Anatomy:
     base: str
     blocks: tuple[str, ...]
 
-    @property
+    @cached_property
     def dtype(self) -> str:
         """Name of the type that the model computes in."""
         return str(self.model.dtype).removeprefix("torch.")

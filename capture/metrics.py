@@ -70,8 +70,20 @@ def token_losses(logits_TV: Tensor, example: ExampleRows) -> Tensor:
 
 def token_divergences(original_TV: Tensor, logits_TV: Tensor) -> Tensor:
     """Return KL(original || other) of each position in nats, (T)."""
+    return _divergences(*(_wide(logits).log_softmax(-1) for logits in (original_TV, logits_TV)))
+
+
+def token_changes(original_TV: Tensor, logits_TV: Tensor, example: ExampleRows) -> tuple[Tensor, Tensor, Tensor]:
+    """Return `token_divergences`, and `token_losses` of the other and of the original, from one softmax of each."""
     log_p, log_q = (_wide(logits).log_softmax(-1) for logits in (original_TV, logits_TV))
-    return (log_p.exp() * (log_p - log_q)).sum(-1)
+    targets = torch.from_numpy(example.input_ids[1:, None].astype(np.int64)).to(log_p.device)
+    before, after = (-logs[:-1].gather(1, targets)[:, 0] for logs in (log_p, log_q))
+    return _divergences(log_p, log_q), after, before
+
+
+def _divergences(log_p_TV: Tensor, log_q_TV: Tensor) -> Tensor:
+    found: Tensor = torch.linalg.vecdot(log_p_TV.exp(), log_p_TV - log_q_TV)
+    return found
 
 
 def mean_loss(outcome: Outcome) -> Tensor:

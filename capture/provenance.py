@@ -3,6 +3,7 @@
 import json
 import platform
 from collections.abc import Mapping
+from functools import cache
 from importlib.metadata import version
 from typing import cast
 
@@ -30,7 +31,7 @@ _NOT_THE_MODEL = (
 def environment() -> dict[str, Json]:
     """Return the package versions, processor and thread count that the numbers depend on."""
     return {
-        "packages": {name: version(name) for name in PACKAGES},
+        "packages": {name: _version(name) for name in PACKAGES},
         "python": platform.python_version(),
         "machine": f"{platform.system()} {platform.machine()}",
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
@@ -39,6 +40,11 @@ def environment() -> dict[str, Json]:
         "cudnn": torch.backends.cudnn.version() if torch.cuda.is_available() else None,  # type: ignore[no-untyped-call]  # bare
         "matmul_precision": torch.get_float32_matmul_precision(),
     }
+
+
+@cache
+def _version(name: str) -> str:
+    return version(name)  # which reads files of the package each time
 
 
 def changed_conditions(provenance: Mapping[str, object]) -> tuple[str, ...]:

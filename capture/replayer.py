@@ -19,7 +19,7 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from residua.capture.anatomy import Anatomy, anatomy_of
-from residua.capture.editing import edits_at, places_of
+from residua.capture.editing import edits_at, with_rows
 from residua.capture.groups import tensor_parallel_group
 from residua.capture.inputs import forward_kwargs
 from residua.capture.oracle import whole_sites
@@ -27,7 +27,8 @@ from residua.capture.pipeline_stages import target_of
 from residua.capture.planbatch import PlanBatch, plan_batch
 from residua.capture.replaynotes import check_injection, storage_notes, why_in_full
 from residua.capture.rows import batch_rows
-from residua.capture.samemodel import check_model
+from residua.capture.samemodel import Checked, check_model
+from residua.capture.siteinfo import SiteInfo
 from residua.capture.skipping import Skip, skip_below, skipping
 from residua.capture.stage import torch_dtype
 from residua.capture.startpoint import start_of
@@ -69,8 +70,10 @@ class Replayer:
         edits: What is changed, in order.
         force: Take a model that is not the one that was captured.
         tensor_parallel: As for `tap`.
+        checked: What comparing the model with the archive found, if that was done already.
 
     Attributes:
+        checked: What comparing the model with the archive found.
         notes: What a reader of the results has to know, one sentence each.
 
     Raises:
@@ -87,6 +90,7 @@ class Replayer:
         edits: Sequence[Edit] = (),
         force: bool = False,
         tensor_parallel: ProcessGroup | DeviceMesh | None = None,
+        checked: Checked | None = None,
     ) -> None:
         self.archive = archive
         self.stored = StoredRows(archive)
@@ -95,19 +99,21 @@ class Replayer:
         self.group = tensor_parallel
         self._anatomy = _language_model(model)
         self.start = start_of(self._injected(at), self._anatomy)
-        infos = whole_sites(self.core, list(self.start.sites)) if self.start.sites else {}
+        self._infos: dict[str, SiteInfo] = {}
+        infos = self._known(self.start.sites)
         split_over = tensor_parallel_group(self.core, tensor_parallel)
         is_owner = split_over is None or dist.get_rank(split_over) == 0
         self._read_here = frozenset(target_of(model).here(infos)) if is_owner else frozenset()
         for name, info in infos.items():
             check_injection(archive, name, info)
-        self._dtypes = {name: torch_dtype(info.dtype or "float32") for name, info in infos.items()}
         self.chooser = RowChooser(archive)
         self.edits_at = edits_at(edits, self.core, self.stored, self.chooser)
-        for number, edit in enumerate(self.edits_at, start=1):
+        for edit in self.edits_at:
+            self._infos |= edit.infos
             for name in edit.actions:
-                self.refuse_below(name, f"edit {number} ({edit.edit.kind} at {name})")
-        told = (*check_model(archive, model, force=force), *storage_notes(archive, infos, self.edits_at))
+                self.refuse_below(name, f"edit {edit.number} ({edit.edit.kind} at {name})")
+        self.checked = check_model(archive, model, force=force) if checked is None else checked
+        told = (*self.checked.notes, *storage_notes(archive, infos, self.edits_at))
         self.notes = tuple(dict.fromkeys(told))
 
     @property
@@ -118,6 +124,13 @@ class Replayer:
     def _injected(self, at: Iterable[str]) -> tuple[str, ...]:
         wanted = list(at)
         return self.archive.select(wanted) if wanted else ()
+
+    def _known(self, names: Iterable[str]) -> dict[str, SiteInfo]:
+        """Return what is known of sites; each is looked up once, which for some models means running them."""
+        wanted = list(names)
+        if unknown := [name for name in wanted if name not in self._infos]:
+            self._infos |= whole_sites(self.core, unknown)
+        return {name: self._infos[name] for name in wanted}
 
     def refuse_below(self, name: str, what: str) -> None:
         """Raise PlanError if a site lies below the rows that are put in, so that nothing of it reaches the logits."""
@@ -140,6 +153,7 @@ class Replayer:
             self.refuse_below(name, f"{name} was asked for")
             if not info.per_token or info.site.top is not None:
                 raise PlanError(f"{name} does not hold one entry a token that could be read; choose another site")
+        self._infos |= infos
         return tuple(infos)
 
     def batch(self, examples: Sequence[int], *, padding: str | None = None) -> PlanBatch:
@@ -213,7 +227,7 @@ class Replayer:
             return new if name in steps or grad else None
 
         with torch.set_grad_enabled(grad), ExitStack() as stack:
-            wanted = list(dict.fromkeys([*steps, *keep]))
+            wanted = self._known(dict.fromkeys([*steps, *keep]))
             if wanted:
                 stack.enter_context(tap(self.model, wanted, pass_by, differentiable=grad, tensor_parallel=self.group))
             stack.enter_context(skipping(self.starts_at(batch)[0]))
@@ -276,13 +290,13 @@ class Replayer:
     def _injection(self, name: str, batch: PlanBatch) -> Step:
         """Read the rows only where the site is met, and by whom it is met."""
         rows = batch_rows(batch.rows, batch.n_positions)
-        self.stored.require(name, rows.row, self._dtypes[name])
+        self.stored.require(name, rows.row, torch_dtype(self._infos[name].dtype or "float32"))
 
         def put_in(tensor: Tensor) -> Tensor:
             stored = self.stored.read(name, rows.row)
             new = stored.to(device=tensor.device, dtype=tensor.dtype)
             refuse_overflow(name, stored, new)
-            return tensor.index_put(places_of(rows.source, tensor), new)
+            return with_rows(rows.source, tensor, new)
 
         return put_in
 

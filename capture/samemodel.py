@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 
 from torch import nn
 from transformers import PreTrainedModel
@@ -18,7 +19,20 @@ from residua.store.errors import CaptureError, PlanError
 _IDENTITY = ("class", "weights", "config")  # the other entries are conditions under which the same model runs
 
 
-def check_model(archive: Archive, model: nn.Module, *, force: bool = False) -> tuple[str, ...]:
+@dataclass(frozen=True, kw_only=True)
+class Checked:
+    """What comparing a model with an archive found.
+
+    Attributes:
+        identity: What is known of the model here, as in the plan's `model` entry.
+        notes: One sentence for each thing that differs.
+    """
+
+    identity: Mapping[str, object]
+    notes: tuple[str, ...]
+
+
+def check_model(archive: Archive, model: nn.Module, *, force: bool = False) -> Checked:
     """Compare a model and the conditions here with those of the capture.
 
     Args:
@@ -26,14 +40,11 @@ def check_model(archive: Archive, model: nn.Module, *, force: bool = False) -> t
         model: The model, on its device.
         force: Take another model too, and say so.
 
-    Returns:
-        One sentence for each thing that differs.
-
     Raises:
         PlanError: It is another model.
     """
     expected = archive.plan.model
-    found, notes = identity_here(core_of(model))
+    found, notes = _identity_here(core_of(model))
     wrong = [key for key in _IDENTITY if key in expected and key in found and found[key] != expected[key]]
     lines = [f"{key}: {_short(expected[key])} in the archive, {_short(found[key])} here" for key in wrong]
     if wrong and not force:
@@ -45,10 +56,10 @@ def check_model(archive: Archive, model: nn.Module, *, force: bool = False) -> t
         )
     forced = [f"another model than was captured, as force=True asked: {line}" for line in lines]
     conditions = [*_same_conditions(found, expected), *_same_layout(archive, core_of(model))]
-    return (*forced, *notes, *conditions, *changed_conditions(archive.provenance))
+    return Checked(identity=found, notes=(*forced, *notes, *conditions, *changed_conditions(archive.provenance)))
 
 
-def identity_here(model: nn.Module) -> tuple[dict[str, object], list[str]]:
+def _identity_here(model: nn.Module) -> tuple[dict[str, object], list[str]]:
     """Return what is known of the model here, and notes: the weights of one that is offloaded cannot be told."""
     try:
         return dict(identify_model(model)), []

@@ -159,7 +159,7 @@ def _and_more(sites: list[SiteInfo]) -> str:
 @contextmanager
 def tap(
     model: nn.Module | PipelineStage,
-    sites: str | Iterable[str],
+    sites: str | Iterable[str] | Mapping[str, SiteInfo],
     function: TapFunction,
     *,
     backward: bool = False,
@@ -184,7 +184,8 @@ def tap(
     Args:
         model: Any torch module, wrapped (DDP, FSDP, compile, Accelerate) or not. Sites have the names that they
             have in the bare model. Or a stage of torch's pipelines.
-        sites: Names or patterns of sites, for example ``resid_post.3`` or ``mlp_out.*``.
+        sites: Names or patterns of sites, for example ``resid_post.3`` or ``mlp_out.*``; or what `whole_sites` made of
+            them, which spares many taps on one model to look them up anew.
         function: Called as ``function(name, tensor)``. A dictionary's ``__setitem__`` will do to keep everything.
         backward: Give the gradient of the loss by the site's value instead of the value, as ``backward()``
             reaches it inside the context: all of it, also what flows around the module that holds the site. A
@@ -218,7 +219,9 @@ def tap(
     if backward and differentiable:
         raise PlanError("tap was asked for backward and differentiable at once; gradients of gradients are not given")
     target = target_of(model)
-    infos = target.here(whole_sites(target.core, [sites] if isinstance(sites, str) else list(sites)))
+    if not isinstance(sites, Mapping):
+        sites = whole_sites(target.core, [sites] if isinstance(sites, str) else list(sites))
+    infos = target.here(sites)
     _refuse_parts_of_logits(infos)
     with ExitStack() as stack:
         made = Tap(

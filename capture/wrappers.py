@@ -33,8 +33,8 @@ def inside(module: nn.Module) -> nn.Module | None:
         )
     if isinstance(module, DistributedDataParallel | DataParallel) or type(module).__name__ in _ENGINES:
         return module.get_submodule("module")
-    children = dict(module.named_children())
-    return next((children[name] for name in _BY_ATTRIBUTE if name in children), None)
+    children = module._modules  # and not named_children(): this is asked of every module of a model
+    return next((children[name] for name in _BY_ATTRIBUTE if children.get(name) is not None), None)
 
 
 def core_of(model: nn.Module) -> nn.Module:

@@ -62,7 +62,7 @@ def fidelity(
     n_examples = n_tokens = 0
     with running_as_captured(opened, loaded):
         plain = Replayer(loaded, opened)
-        stored = {name: Replayer(loaded, opened, at=[name]) for name in names}
+        stored = {name: Replayer(loaded, opened, at=[name], checked=plain.checked) for name in names}
         for done, batch in enumerate(batches, start=1):
             made = plain.batch(batch.examples.tolist())
             original = _logits(plain.run(made).logits)

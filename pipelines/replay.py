@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 from residua.capture.planbatch import PlanBatch
 from residua.capture.replayer import Replayer
 from residua.capture.replaynotes import unlike_the_plan
-from residua.capture.samemodel import identity_here, running_as_captured
+from residua.capture.samemodel import running_as_captured
 from residua.pipelines.captured_batches import schedule_of, whole_groups
 from residua.pipelines.chosen_examples import ExampleChoice
 from residua.pipelines.models import captured_model
@@ -143,7 +143,7 @@ def replay_dataset(
         )
         request: dict[str, Any] = {
             "archive": opened.plan.digest,
-            "model": {**opened.plan.model, **identity_here(loaded)[0]},  # with force=True it may be another
+            "model": {**opened.plan.model, **runs.edited.checked.identity},  # with force=True it may be another
             "at": list(runs.edited.start.sites),
             "edits": [edit.to_json() for edit in parsed],
             "contents": {str(path): content_mark(path) for edit in parsed for path in edit.folders},
@@ -187,12 +187,8 @@ class _Runs:
         stored = [name for name in self._archive.sites if name.startswith(("resid_post.", "final"))]
         if not stored or self.edited.notes:
             return None
-        highest = Replayer(model, self._archive, at=[max(stored, key=_depth)])
+        highest = Replayer(model, self._archive, at=[max(stored, key=_depth)], checked=self.edited.checked)
         return None if highest.notes or highest.start.block <= self.edited.start.block else highest
-
-    def check(self, batches: Iterable[list[int]]) -> tuple[str, ...]:
-        """Look at what all batches need before the first one runs; returns what has to be said of the edits."""
-        return self.edited.check(self.edited.batch(examples) for examples in batches)
 
     def batches(self, examples: Sequence[list[int]]) -> Iterator[PlanBatch]:
         """Yield each batch of some examples while the rows of the next one are read."""

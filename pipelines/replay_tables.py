@@ -10,11 +10,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
+import torch
 from torch import Tensor
 
-from residua.capture.metrics import token_divergences, token_losses
+from residua.capture.metrics import token_changes
 from residua.capture.rows import ExampleRows
 from residua.store.files import write_file
 
@@ -47,14 +49,14 @@ def token_table(found: Comparison, chosen: Sequence[int]) -> pa.Table:
     example, n_tokens = found.example, len(found.example.input_ids)
     row = np.full(n_tokens, -1, np.int64)
     row[example.positions] = example.first_row + np.arange(len(example.positions))
-    agrees = (found.edited.argmax(-1) == found.unedited.argmax(-1)).cpu().numpy()
-    losses, unedited_losses = (_numbers(token_losses(logits, example)) for logits in (found.edited, found.unedited))
+    agrees = _likeliest(found.edited) == _likeliest(found.unedited)
+    divergences, losses, unedited_losses = map(_numbers, token_changes(found.unedited, found.edited, example))
     columns = {
         "example": pa.array(np.full(n_tokens, example.example, np.int64)),
         "position": pa.array(np.arange(n_tokens, dtype=np.int32)),
         "row": pa.array(row, mask=row < 0),
         "token": pa.array(example.input_ids.astype(np.int32)),
-        "kl": pa.array(_numbers(token_divergences(found.unedited, found.edited))),
+        "kl": pa.array(divergences),
         "loss": _next(losses),
         "unedited_loss": _next(unedited_losses),
         "loss_change": _next(losses - unedited_losses),
@@ -65,6 +67,13 @@ def token_table(found: Comparison, chosen: Sequence[int]) -> pa.Table:
         columns[f"logit_{token}"] = pa.array(edited)
         columns[f"logit_{token}_change"] = pa.array(edited - unedited)
     return pa.table(columns)
+
+
+def _likeliest(logits_TV: Tensor) -> npt.NDArray[np.int64]:
+    if logits_TV.device.type == "cpu" and logits_TV.dtype == torch.float32:
+        found: npt.NDArray[np.int64] = logits_TV.numpy().argmax(-1)  # in a tenth of the time of torch's own
+        return found
+    return logits_TV.argmax(-1).cpu().numpy()
 
 
 def _numbers(values: Tensor) -> np.ndarray[tuple[int, ...], np.dtype[np.float32]]:
