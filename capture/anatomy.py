@@ -24,6 +24,7 @@ class Anatomy:
         family: Where its family keeps its sites; None for an architecture that is not known.
         base: Path of the base model, for example ``model``; empty where the model is its own base.
         blocks: Paths of the blocks in order.
+        unembedding: Path of what makes logits; None where the model makes none.
     """
 
     model: PreTrainedModel
@@ -31,6 +32,7 @@ class Anatomy:
     family: Family | None
     base: str
     blocks: tuple[str, ...]
+    unembedding: str | None
 
     @cached_property
     def dtype(self) -> str:
@@ -89,12 +91,14 @@ def anatomy_of(model: nn.Module) -> Anatomy | None:
     if not lists:
         return None
     path, blocks = lists[0]
+    head: nn.Module | None = model.get_output_embeddings()  # type: ignore[no-untyped-call]  # transformers leaves it bare
     return Anatomy(
         model=model,
         config=config,
         family=family,
         base=base,
         blocks=tuple(f"{path}.{name}" for name, _ in blocks.named_children()),
+        unembedding=next((name for name, module in parts.items() if module is head), None),
     )
 
 

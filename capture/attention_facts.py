@@ -13,12 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from residua.capture.anatomy import Anatomy, anatomy_of
+from residua.capture.anatomy import Anatomy
 from residua.capture.attention import AttentionTap, eager_attention, intercepting
 from residua.capture.groups import everyones, pipeline_group, tensor_parallel_group
 from residua.capture.inputs import forward_kwargs
+from residua.capture.oracle import whole_anatomy
 from residua.capture.pipeline_stages import target_of
 from residua.capture.probing import evaluating
+from residua.capture.staged import runnable
 from residua.store.attentionspec import ATTENTION_FILE, AttentionSpec, attention_to_json
 from residua.store.sitenames import parse_site
 
@@ -35,7 +37,7 @@ def attention_files(model: nn.Module, sites: Iterable[str]) -> dict[str, bytes]:
     There is none unless a layer has both `q` and `k` among `sites`. The model runs once over a few tokens; of a model
     that is spread over several processes this is a collective of them all.
     """
-    anatomy, stored = anatomy_of(model), {str(site) for site in map(parse_site, sites)}
+    anatomy, stored = whole_anatomy(model), {str(site) for site in map(parse_site, sites)}
     layers = [] if anatomy is None else [n for n in range(len(anatomy.blocks)) if {f"q.{n}", f"k.{n}"} <= stored]
     if anatomy is None or not layers:
         return {}
@@ -90,7 +92,8 @@ def _run(anatomy: Anatomy) -> None:
     device = next(anatomy.model.parameters()).device
     n_tokens = int(anatomy.config.vocab_size)
     ids = torch.arange(_EXAMPLES * _POSITIONS, device=device).reshape(_EXAMPLES, _POSITIONS) * 7 % n_tokens
-    anatomy.model(**forward_kwargs(anatomy.model, ids, torch.ones_like(ids)))
+    model = runnable(anatomy.model)
+    model(**forward_kwargs(model, ids, torch.ones_like(ids)))
 
 
 class _Listener(AttentionTap):

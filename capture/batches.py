@@ -1,18 +1,20 @@
 """Running the batches of a plan, exactly as the plan makes them up."""
 
 import time
-from collections.abc import Collection
+from collections.abc import Collection, Iterator, Sequence
 from typing import Protocol
 
+import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from residua.capture.inputs import ForwardArguments
 from residua.capture.placement import BatchRows
 from residua.capture.planbatch import plan_batch
-from residua.capture.rows import batch_rows, by_position
+from residua.capture.rows import ExampleRows, batch_rows, by_position
 from residua.capture.sharded import is_sharded
 from residua.capture.split import Part
+from residua.capture.staged import runnable, staged_of
 from residua.store.errors import CaptureError
 from residua.store.examples import ExampleTable
 from residua.store.plan import Plan
@@ -64,7 +66,9 @@ class BatchRunner:
         sites: Collection[str] | None = None,
         part: Part | None = None,
     ) -> None:
-        self._model = model
+        self._model = runnable(model)
+        staged = staged_of(model)
+        self._n_parts = 1 if staged is None else staged.n_microbatches
         self._plan = plan
         self._table = table
         self._sink = sink
@@ -80,21 +84,28 @@ class BatchRunner:
         self._ends_early = not (hooked or is_sharded(model) or (part is not None and part.is_stage))
         kinds = {parse_site(site.name).kind for site in plan.sites}
         needs_logits = any(kind == "module" or kind.startswith("logits") for kind in kinds)
-        self._arguments = ForwardArguments(model, needs_logits=needs_logits)
+        self._arguments = ForwardArguments(self._model, needs_logits=needs_logits)
         self.n_rows = 0
         self.n_tokens = 0
         self.forward_seconds = 0.0
 
-    def run(self, batch: Batch) -> None:
-        """Run one batch."""
+    def run(self, batch: Batch) -> Iterator[None]:
+        """Run one batch; yields after every forward pass, of which torch's pipelines take one a microbatch."""
         made = plan_batch(self._table, batch.examples.tolist(), side=self._plan.padding, device=self._device)
-        padded, rows = made.padded, made.rows
-        n_examples, n_positions = padded.input_ids.shape
+        for examples in np.array_split(np.arange(len(made.rows)), min(self._n_parts, len(made.rows))):
+            first, last = int(examples[0]), int(examples[-1]) + 1
+            self._forward(
+                made.padded.input_ids[first:last], made.padded.attention_mask[first:last], made.rows[first:last]
+            )
+            yield
+
+    def _forward(self, input_ids: Tensor, attention_mask: Tensor, rows: Sequence[ExampleRows]) -> None:
+        n_examples, n_positions = input_ids.shape
         self._shape = (n_examples, n_positions)
         self._sink.begin(batch_rows(rows, n_positions))
         self._n_missing = self._n_sites
         started = time.perf_counter()
-        kwargs = self._arguments(padded.input_ids, padded.attention_mask)
+        kwargs = self._arguments(input_ids, attention_mask)
         try:
             self._model(**kwargs)
         except _EnoughError:

@@ -9,6 +9,7 @@ from residua.capture.layouts import Layout
 from residua.capture.local_parts import LocalParts
 from residua.capture.probing import evaluating
 from residua.capture.split import Part
+from residua.capture.staged import runnable
 from residua.capture.taps import reading
 from residua.store.errors import PlanError
 
@@ -33,7 +34,8 @@ def column_shards(model: nn.Module, part: Part) -> dict[str, int]:
 
     ids = torch.arange(_EXAMPLES * _POSITIONS, device=next(model.parameters()).device).view(_EXAMPLES, _POSITIONS)
     with torch.inference_mode(), evaluating(model), reading(model, part.sites, look):
-        model(**forward_kwargs(model, ids, torch.ones_like(ids)))
+        called = runnable(model)
+        called(**forward_kwargs(called, ids, torch.ones_like(ids)))
     split = {site: layout.sizes for site, layout in found.items() if layout.dim == _FIRST_ROW_AXIS}
     for site, sizes in split.items():
         if len(set(sizes)) > 1:

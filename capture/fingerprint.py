@@ -3,15 +3,19 @@
 import hashlib
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Container, Iterator, Mapping, Sequence
+from typing import cast
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from residua.capture.groups import everyones, pipeline_group
+from residua.capture.oracle import whole_twin
 from residua.capture.weights_by_hand import Weights
+from residua.capture.wrappers import core_of
 from residua.store.crc import crc32c
 from residua.store.errors import CaptureError
 
@@ -41,25 +45,43 @@ def weights_fingerprint(model: nn.Module) -> str:
     """
     lines, stages = _lines(model), pipeline_group(model)
     if stages is not None:
-        everyone = everyones(stages, lines)
-        shared = {name for found in everyone for name, line in found.items() if line is None}
-        lines = {name: line for found in everyone for name, line in found.items() if name not in shared}
+        others = _other_names(whole_twin(cast("PreTrainedModel", core_of(model))))
+        lines = _of_all_stages(everyones(stages, lines), others)
     digest = hashlib.sha256()
     for _, line in sorted(lines.items()):
-        digest.update(line or b"")
+        digest.update(line)
     return digest.hexdigest()
 
 
-def _lines(model: nn.Module) -> dict[str, bytes | None]:
-    """From name to what is hashed of each weight that is here; None for another name of one that has a line."""
-    lines: dict[str, bytes | None] = {}
+def _of_all_stages(everyone: Sequence[Mapping[str, bytes]], others: Container[str]) -> dict[str, bytes]:
+    """Bring together what the stages of a pipeline have; where they share a weight it counts under its first name."""
+    lines: dict[str, bytes] = {}
+    for name, line in (item for found in everyone for item in found.items() if item[0] not in others):
+        if lines.setdefault(name, line) != line:
+            raise CaptureError(
+                f"two stages of the pipeline have different weights of the name {name!r}: let every stage keep its "
+                "blocks under the names that they have in the whole model, for example as nn.ModuleDict({'4': block})"
+            )
+    return lines
+
+
+def _other_names(model: nn.Module) -> set[str]:
+    """Further names of weights that have several."""
     seen: set[int] = set()
-    weights = Weights(model)
+    others: set[str] = set()
     for name, tensor in _sorted_weights(model):
-        if id(tensor) in seen:
-            lines[name] = None
-            continue
+        others |= {name} if id(tensor) in seen else set()
         seen.add(id(tensor))
+    return others
+
+
+def _lines(model: nn.Module) -> dict[str, bytes]:
+    """From name to what is hashed of each weight that is here."""
+    lines: dict[str, bytes] = {}
+    weights, others = Weights(model), _other_names(model)
+    for name, tensor in _sorted_weights(model):
+        if name in others:
+            continue
         if tensor.is_meta:
             raise CaptureError(
                 f"Weight {name!r} is on the meta device and has no values to fingerprint; load the model's "

@@ -12,6 +12,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
+from residua.capture.staged import staged_of
 from residua.capture.wrappers import core_of
 from residua.store.errors import PlanError
 
@@ -78,9 +79,13 @@ def tensor_parallel_group(model: nn.Module, given: ProcessGroup | DeviceMesh | N
 
 
 def pipeline_group(model: nn.Module) -> ProcessGroup | None:
-    """Return the stages of transformers' own pipeline, which all give the logits; None for any other model."""
-    stage = getattr(core_of(model), "_pp_stage", None)
-    return None if stage is None or stage.pp_size == 1 else stage.pp_group
+    """Return the stages of the pipeline that a model is a part of; None for any other model.
+
+    It is transformers' own, or the one of torch's that a capture is running (`residua.capture.staged`).
+    """
+    staged, stage = staged_of(core_of(model)), getattr(core_of(model), "_pp_stage", None)
+    group: ProcessGroup | None = stage.pp_group if stage is not None else None if staged is None else staged.group
+    return group if group is not None and dist.get_world_size(group) > 1 else None
 
 
 def everyones(group: ProcessGroup | None, value: T) -> list[T]:

@@ -8,9 +8,10 @@ from pathlib import Path
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from residua.capture.anatomy import Anatomy, anatomy_of
+from residua.capture.anatomy import Anatomy
 from residua.capture.architectures import Family
 from residua.capture.groups import pipeline_group
+from residua.capture.oracle import whole_anatomy
 from residua.capture.parameter_file import parameter_file
 from residua.capture.ranks import on_rank
 from residua.capture.weights_by_hand import Weights
@@ -54,7 +55,7 @@ def head_files(model: nn.Module) -> dict[str, list[Buffer]]:
 
 
 def _files(model: nn.Module) -> dict[str, list[Buffer]]:
-    anatomy = anatomy_of(model)
+    anatomy = whole_anatomy(model)
     if anatomy is None or anatomy.family is None or _unembedding(anatomy) is None:
         return {}
     spec, modules = _described(anatomy, anatomy.family)
@@ -83,8 +84,7 @@ def _whole(weights: Weights, name: str, tensor: Tensor) -> Tensor:
 
 
 def _unembedding(anatomy: Anatomy) -> nn.Module | None:
-    head: nn.Module | None = anatomy.model.get_output_embeddings()  # type: ignore[no-untyped-call]  # theirs
-    return head
+    return None if anatomy.unembedding is None else anatomy.parts.get(anatomy.unembedding)
 
 
 def _described(anatomy: Anatomy, family: Family) -> tuple[HeadSpec, dict[str, nn.Module]]:

@@ -8,6 +8,7 @@ without weights.
 from collections.abc import Iterator
 from contextlib import contextmanager
 from copy import deepcopy
+from dataclasses import replace
 from weakref import WeakKeyDictionary
 
 import torch
@@ -16,9 +17,11 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.integrations import deepspeed as hf_deepspeed
 
+from residua.capture.anatomy import Anatomy, anatomy_of
 from residua.capture.groups import pipeline_group
 from residua.capture.siteinfo import SiteInfo
 from residua.capture.sites import resolve_sites
+from residua.capture.staged import staged_of
 from residua.capture.wrappers import core_of
 from residua.store.errors import CaptureError, UnknownSiteError
 
@@ -42,7 +45,7 @@ def whole_sites(model: nn.Module, patterns: str | list[str]) -> dict[str, SiteIn
     if not isinstance(core, PreTrainedModel) or not is_spread(core):
         return resolve_sites(core, patterns)
     try:
-        return resolve_sites(_twin_of(core), patterns)
+        return resolve_sites(whole_twin(core), patterns)
     except (UnknownSiteError, CaptureError):
         if pipeline_group(core) is not None:
             raise  # a stage has stand-ins for most of the model, which have no shapes
@@ -56,7 +59,16 @@ def whole_weights(model: nn.Module) -> dict[str, tuple[int, ...]]:
     core = core_of(model)
     if not isinstance(core, PreTrainedModel):
         return {}
-    return {name: tuple(tensor.shape) for name, tensor in _twin_of(core).state_dict().items()}
+    return {name: tuple(tensor.shape) for name, tensor in whole_twin(core).state_dict().items()}
+
+
+def whole_anatomy(model: nn.Module) -> Anatomy | None:
+    """Find the parts of a language model as `anatomy_of` does, with all of its blocks if this is a part of it."""
+    staged = staged_of(core_of(model))
+    if staged is None:
+        return anatomy_of(model)
+    whole = anatomy_of(whole_twin(staged.core))
+    return None if whole is None else replace(whole, model=staged.core)
 
 
 def is_spread(core: PreTrainedModel) -> bool:
@@ -65,7 +77,8 @@ def is_spread(core: PreTrainedModel) -> bool:
     return several or hasattr(core, "hf_device_map")
 
 
-def _twin_of(core: PreTrainedModel) -> PreTrainedModel:
+def whole_twin(core: PreTrainedModel) -> PreTrainedModel:
+    """Return the unsharded twin of a model, on meta; made once."""
     if core not in _twins:
         config = deepcopy(core.config)
         for name in ("distributed_config", "quantization_config"):

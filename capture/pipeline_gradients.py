@@ -24,7 +24,7 @@ from residua.capture.wrappers import core_of
 def carrying_gradients(model: nn.Module) -> Iterator[None]:
     """Let gradients get from stage to stage where transformers' pipeline runs a model; any other is left alone."""
     stage: Any = getattr(core_of(model), "_pp_stage", None)
-    if pipeline_group(model) is None or "communicate" in vars(stage):  # or an outer one of these is at work
+    if stage is None or pipeline_group(model) is None or "communicate" in vars(stage):  # an outer one of these is on
         yield
         return
     links = _Links(stage)

@@ -2,7 +2,8 @@
 
 transformers' own pipelines leave stand-ins under the names of what other stages hold, which pass on what they take.
 torch's ``PipelineStage`` holds a module of the user's, with a part of a transformers model in it, and runs it once on
-meaningless values to learn shapes: only what happens inside ``forward_one_chunk`` is real.
+meaningless values to learn shapes: only what happens inside ``forward_one_chunk`` is real. Users leave identities
+under the names of what other stages hold.
 """
 
 from collections.abc import Iterator, Mapping
@@ -15,6 +16,7 @@ from torch.distributed.pipelining.stage import _PipelineStageBase
 from transformers import PreTrainedModel
 
 from residua.capture.siteinfo import SiteInfo
+from residua.capture.staged import staged_of
 from residua.capture.wrappers import core_of, named_parts
 
 
@@ -67,13 +69,19 @@ def target_of(model: nn.Module | _PipelineStageBase) -> Target:
     """Find the model inside wrappers or inside a stage of torch's pipelines."""
     if isinstance(model, _PipelineStageBase):
         inner = next((m for m in model.submod.modules() if isinstance(m, PreTrainedModel)), model.submod)
-        return Target(core=inner, parts={**_real(named_parts(inner)), "": model.submod}, gives_logits=model.is_last)
+        return Target(core=inner, parts=_of_stage(inner, model.submod), gives_logits=model.is_last)
     core = core_of(model)
-    return Target(core=core, parts=_real(named_parts(core)))
+    staged = staged_of(core)
+    if staged is not None:
+        return Target(core=core, parts=_of_stage(core, staged.module), gives_logits=staged.is_last)
+    return Target(core=core, parts={path: part for path, part in named_parts(core).items() if not is_stand_in(part)})
 
 
-def _real(parts: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
-    return {path: part for path, part in parts.items() if not is_stand_in(part)}
+def _of_stage(inner: nn.Module, called: nn.Module) -> dict[str, nn.Module]:
+    return {
+        **{path: part for path, part in named_parts(inner).items() if not isinstance(part, nn.Identity)},
+        "": called,
+    }
 
 
 def is_stand_in(part: nn.Module) -> bool:

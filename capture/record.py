@@ -144,9 +144,9 @@ def record(
         with torch.inference_mode(), reading(model, sites, runner.put) as taps:
             for batch in batches if agree is None else in_step(batches, agree):
                 if batch is not None:
-                    runner.run(batch)
-                    taps.end_forward()
-                    staging.finish()
+                    for _ in runner.run(batch):
+                        taps.end_forward()
+                        staging.finish()
                 elif agree is not None:
                     runner.run_along()
                     taps.end_forward()

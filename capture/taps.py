@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 from residua.capture.attention import eager_where_needed
 from residua.capture.hooks import ForwardCall, attached, values_of
+from residua.capture.pipeline_stages import target_of
 from residua.capture.probing import not_once
 from residua.capture.siteinfo import SiteInfo
 from residua.capture.sites import resolve_sites
-from residua.capture.wrappers import named_parts
 from residua.store.errors import CaptureError
 
 TapFunction = Callable[[str, Tensor], Tensor | None]
@@ -117,8 +117,9 @@ def reading(
         module:0@output (4, 3)
     """
     infos = sites if isinstance(sites, Mapping) else resolve_sites(model, sites)
+    parts = target_of(model).parts
     taps = Taps(infos, function)
     with ExitStack() as stack:
         taps.switched_to_eager = stack.enter_context(eager_where_needed(model, infos.values()))
-        taps._call = stack.enter_context(attached(named_parts(model), infos.values(), values_of(taps._emit)))
+        taps._call = stack.enter_context(attached(parts, infos.values(), values_of(taps._emit)))
         yield taps

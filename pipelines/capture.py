@@ -1,7 +1,7 @@
 """From a model and a dataset to an archive: plan, create or resume, record, seal."""
 
 from collections.abc import Callable, Mapping
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
 from os import PathLike, fspath
@@ -11,6 +11,7 @@ from typing import Any, cast
 from torch import nn
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.pipelining.schedules import PipelineScheduleSingle
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from residua.capture.attention import eager_attention
@@ -36,6 +37,7 @@ from residua.capture.sharded import Agreement, is_sharded
 from residua.capture.siteinfo import SiteInfo
 from residua.capture.sites import resolve_sites
 from residua.capture.split import Part, is_split
+from residua.capture.staged import PIPELINES, as_model, runnable
 from residua.capture.tokenizer import identify_tokenizer, save_tokenizer
 from residua.pipelines.dataset import DatasetReport, dataset_identity
 from residua.pipelines.models import load_model, load_tokenizer
@@ -75,7 +77,7 @@ class CaptureResult:
 
 
 def capture_dataset(
-    model: str | PathLike[str] | PreTrainedModel,
+    model: str | PathLike[str] | PreTrainedModel | PipelineScheduleSingle,
     dataset: DatasetSource,
     *,
     out: str | PathLike[str],
@@ -94,7 +96,8 @@ def capture_dataset(
     archive is the same as one process writes. docs/distributed.md has the details.
 
     Args:
-        model: A transformers model, or a hub id or folder of one.
+        model: A transformers model, or a hub id or folder of one; or the schedule of a torch pipeline, GPipe or 1F1B,
+            whose stages have its parts. They run its forward passes, as many microbatches a batch as the schedule has.
         dataset: A hub id or path, or an iterable of texts, token-id lists, mappings or chats.
         out: Folder of the archive. If it is one already, its missing rows are captured.
         tokenizer: Tokenizer of a model that is passed as an object; else it is loaded with the model.
@@ -121,7 +124,9 @@ def capture_dataset(
         >>> result = residua.capture_dataset("models/pydoc-1m", ["Hello world"], out="acts.zarr")  # doctest: +SKIP
     """
     chosen = _settings(settings, options)
-    with workers_of(Path(out), join=chosen.join) as workers, workers.replica_group(chosen):
+    with ExitStack() as stack:
+        workers = stack.enter_context(workers_of(Path(out), join=chosen.join))
+        stack.enter_context(workers.replica_group(chosen))
         if isinstance(model, str | PathLike):
             if tensor_parallel is not None:
                 raise PlanError(
@@ -131,11 +136,13 @@ def capture_dataset(
             name = fspath(model)
             tokenizer = tokenizer or load_tokenizer(name, chosen)
             model = load_model(name, chosen)
+        elif isinstance(model, PIPELINES):
+            model = stack.enter_context(as_model(model))
         else:
             model = _language_model(replica_of(model))
         job = _Job(model, tokenizer, dataset, Path(out), chosen, command)
-        with split_by_hand(model, tensor_parallel):
-            return job.run(workers, on_example, on_plan, on_batch)
+        stack.enter_context(split_by_hand(model, tensor_parallel))
+        return job.run(workers, on_example, on_plan, on_batch)
 
 
 def _settings(settings: CaptureSettings | None, options: dict[str, Any]) -> CaptureSettings:
@@ -190,7 +197,8 @@ class _Job:
         sites = (whole_sites if split else resolve_sites)(self._model, [self._settings.sites])
         needs_pattern = any(site.startswith("pattern.") for site in sites)
         eager = eager_attention(self._model) if needs_pattern else nullcontext(False)
-        with running_uncompiled(self._model) as compiled, evaluating(self._model), eager as switched:
+        called = runnable(self._model)
+        with running_uncompiled(called) as compiled, evaluating(called), eager as switched:
             if compiled:
                 self._notes.append("hooks are no part of compiled code: the model ran uncompiled for this capture")
             if switched:

@@ -87,8 +87,8 @@ def reproduce(
         stack.enter_context(torch.inference_mode())
         taps = stack.enter_context(reading(model, infos, runner.put))
         for done, batch in enumerate(batches, start=1):
-            runner.run(batch)
-            taps.end_forward()
+            for _ in runner.run(batch):
+                taps.end_forward()
             on_batch(done, len(batches))
     return Reproduction(
         sites=comparison.sites, n_batches=len(batches), differences=changed_conditions(opened.provenance)

@@ -23,6 +23,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.pipelining import Schedule1F1B, ScheduleGPipe
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.distributed.configuration_utils import DistributedConfig
 
@@ -31,6 +32,7 @@ from residua.pipelines.capture import CaptureResult, capture_dataset
 from residua.pipelines.stage_plans import stages_in_parallel
 from residua.store.errors import CaptureError, PlanError
 from tests.distributed.others import fairscale_parallel
+from tests.distributed.pipelines import Pipeline
 from tests.distributed.plans import parallel_llama
 from tests.models import SPLIT, VOCABULARY
 
@@ -45,9 +47,9 @@ BALANCED = "resid_post.*,mlp_act.*,q.*"
 
 
 class Made(NamedTuple):
-    """A model, what of it is captured, and its ranks where these cannot be told from it."""
+    """What is captured: a model or a torch pipeline, its sites, and its ranks where these cannot be told from it."""
 
-    model: PreTrainedModel
+    model: Any
     sites: str
     group: dist.ProcessGroup | None = None
 
@@ -64,7 +66,7 @@ def sites_of(name: str) -> str:
     return EVERYTHING + (EXPERTS if name == "mixtral" else ",mlp_act.*")
 
 
-def capture(model: PreTrainedModel, out: Path, sites: str, **more: Any) -> CaptureResult:
+def capture(model: Any, out: Path, sites: str, **more: Any) -> CaptureResult:
     return capture_dataset(model, tokens(), out=out, sites=sites, rows_per_shard=16, batch_tokens=64, **more)
 
 
@@ -94,6 +96,16 @@ def stages_in_parallel_of(name: str) -> Make:
     return make
 
 
+def scheduled(
+    name: str, kind: type[ScheduleGPipe | Schedule1F1B], n_microbatches: int, *shape: int, **how: Any
+) -> Make:
+    def make() -> Made:
+        mesh = init_device_mesh("cpu", shape, mesh_dim_names=("pp", "tp")) if shape else None
+        return Made(Pipeline(name, n_microbatches, mesh, kind, **how).schedule, sites_of(name))
+
+    return make
+
+
 def by_hand(*shape: int, sequence: bool = False) -> Make:
     def make() -> Made:
         mesh = init_device_mesh("cpu", shape, mesh_dim_names=("dp", "tp")[-len(shape) :])
@@ -117,6 +129,10 @@ CASES: dict[int, dict[str, Make]] = {
         "llama-fairscale": by_fairscale,
         "llama-pp2": case("llama", pp_size=2),
         "mixtral-pp2": case("mixtral", pp_size=2),
+        "llama-gpipe2-pp2": scheduled("llama", ScheduleGPipe, 2),
+        "llama-gpipe4-pp2": scheduled("llama", ScheduleGPipe, 4),
+        "qwen3-1f1b4-pp2": scheduled("qwen3", Schedule1F1B, 4, identities=True),
+        "mixtral-1f1b2-pp2": scheduled("mixtral", Schedule1F1B, 2),
     },
     4: {
         "llama-tp4": case("llama", tp_size=4),
@@ -126,6 +142,7 @@ CASES: dict[int, dict[str, Make]] = {
         "mixtral-tp4": case("mixtral", tp_size=4),
         "llama-tp2-dp2": by_hand(2, 2),
         "llama-tp2-fsdp2": case("llama", tp_size=2, fsdp_size=2),
+        "llama-1f1b-tp2": scheduled("llama", Schedule1F1B, 2, 2, 2),
         "llama-pp2-tp2": stages_in_parallel_of("llama"),
     },
 }
@@ -154,7 +171,7 @@ def main() -> None:
         said: dict[str, Any] = {}
         try:
             model, sites, group = make()
-            if group is None:
+            if group is None and isinstance(model, PreTrainedModel):
                 refused_by_recorder(model, folder / "recorded.zarr")
             if name in UNGATHERED and dist.get_world_size() == 4:
                 uneven_columns(model, folder / "uneven.zarr")

@@ -52,6 +52,7 @@ REFUSALS = (
         "gradients_of_inputs",
         "gradients_through_a_pipeline",
         "leaving_leaves_nothing_behind",
+        "names_in_stages",
     ),
 )
 """Number of ranks, and the functions of `refusals`, `prehooks`, `stages` and `restoration` here that run on them."""

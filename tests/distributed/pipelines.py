@@ -22,15 +22,19 @@ Loss = Callable[[Tensor, Tensor], Tensor]
 
 
 class Part(nn.Module):
-    """The blocks of one stage of a Llama-like model; embedding in the first stage, norm and head in the last."""
+    """The blocks of one stage of a Llama-like model; embedding in the first stage, norm and head in the last.
 
-    def __init__(self, model: PreTrainedModel, stage: int, n_stages: int) -> None:
+    With ``identities`` there is one in place of every block of another stage, and else nothing.
+    """
+
+    def __init__(self, model: PreTrainedModel, stage: int, n_stages: int, *, identities: bool = False) -> None:
         super().__init__()
         self.llm = model
         base: Any = model.base_model
         n_blocks = len(base.layers)
-        first, last = stage * n_blocks // n_stages, (stage + 1) * n_blocks // n_stages
-        base.layers = nn.ModuleDict({str(i): base.layers[i] for i in range(first, last)})
+        mine = range(stage * n_blocks // n_stages, (stage + 1) * n_blocks // n_stages)
+        blocks = {str(i): base.layers[i] if i in mine else nn.Identity() for i in range(n_blocks)}
+        base.layers = nn.ModuleDict({i: block for i, block in blocks.items() if identities or int(i) in mine})
         self.is_first, self.is_last = stage == 0, stage == n_stages - 1
         if not self.is_first:
             del base.embed_tokens
@@ -49,7 +53,7 @@ class Part(nn.Module):
             position_ids=position_ids,
         )
         rotary = base.rotary_emb(hidden, position_ids)
-        for block in base.layers.values():
+        for block in (block for block in base.layers.values() if not isinstance(block, nn.Identity)):
             hidden = block(hidden, attention_mask=mask, position_embeddings=rotary, position_ids=position_ids)
         result: Tensor = self.llm.get_submodule("lm_head")(base.norm(hidden)) if self.is_last else hidden
         return result
@@ -65,28 +69,30 @@ class Pipeline:
         mesh: DeviceMesh | None,
         kind: type[ScheduleGPipe | Schedule1F1B] = ScheduleGPipe,
         loss: Loss | None = None,
+        *,
+        identities: bool = False,
     ) -> None:
         group = dist.group.WORLD if mesh is None else mesh.get_group("pp")
         rank, size = dist.get_rank(group), dist.get_world_size(group)
-        part = Part(SPLIT[name](), rank, size)
+        part = Part(SPLIT[name](), rank, size, identities=identities)
         if mesh is not None:
             parallelize_module(part.llm, mesh["tp"], plan_of(part.llm))
         self.stage = PipelineStage(part, rank, size, torch.device("cpu"), group=group)
-        self._schedule = kind(self.stage, n_microbatches, loss, scale_grads=False)
+        self.schedule = kind(self.stage, n_microbatches, loss, scale_grads=False)
 
     def train(self, inputs: Any) -> None:
         """Run the batch forward and backward; the microbatches take turns as torch's schedule has it."""
         kwargs = {key: inputs[key] for key in ("attention_mask", "position_ids")}
         first = (inputs["input_ids"],) if self.stage.is_first else ()
         target = inputs["input_ids"] if self.stage.is_last else None  # of no use to the loss
-        self._schedule.step(*first, target=target, **kwargs)
+        self.schedule.step(*first, target=target, **kwargs)
 
     def run(self, inputs: Any) -> Tensor | None:
         """Logits of the whole batch, in the last stage."""
         kwargs = {key: inputs[key] for key in ("attention_mask", "position_ids")}
         first = (inputs["input_ids"],) if self.stage.is_first else ()
         with torch.no_grad():
-            result = self._schedule.step(*first, **kwargs)
+            result = self.schedule.step(*first, **kwargs)
         return result if isinstance(result, Tensor) else None
 
 

@@ -1,16 +1,24 @@
-"""Gradients across the stages of transformers' own pipelines: where they begin and end."""
+"""Across the stages of pipelines: where gradients begin and end, and under which names weights lie."""
 
+from copy import deepcopy
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.pipelining import PipelineStage, ScheduleGPipe
+from transformers import LlamaForCausalLM
 
+from residua.capture.fingerprint import weights_fingerprint
+from residua.capture.staged import as_model
 from residua.capture.tap import tap
+from residua.store.errors import CaptureError
 from tests.distributed.checks import relative_error
 from tests.distributed.expected import batch, inner_weight, loss_of
+from tests.distributed.pipelines import Part
 from tests.distributed.refusals import Load
-from tests.models import SPLIT
+from tests.models import SPLIT, TINY
 
 EMBEDDING = "model.embed_tokens"
 
@@ -65,4 +73,24 @@ def frozen_with_a_weight_inside(model: Any, inputs: dict[str, Any], *, is_first:
         assert relative_error(weight.grad, alone.grad) < 1e-5
 
 
-CHECKS = (gradients_through_a_pipeline,)
+def names_in_stages(_load: Load) -> None:
+    """Tied weights count once, as in one process; blocks that are numbered anew on each stage are refused."""
+    torch.manual_seed(0)  # or each rank would have weights of its own
+    config: Any = TINY["llama"]().config
+    config.tie_word_embeddings = True
+    tied = LlamaForCausalLM(config)
+    wanted = weights_fingerprint(tied)
+    with as_model(scheduled(Part(deepcopy(tied), dist.get_rank(), 2))) as model:
+        assert weights_fingerprint(model) == wanted
+    part: Any = Part(tied, dist.get_rank(), 2)
+    part.llm.base_model.layers = nn.ModuleList(part.llm.base_model.layers.values())
+    words = r"different weights of the name 'model\.layers\.0\..*under the names that they have in the whole model"
+    with as_model(scheduled(part)) as model, pytest.raises(CaptureError, match=words):
+        weights_fingerprint(model)
+
+
+def scheduled(module: nn.Module) -> ScheduleGPipe:
+    return ScheduleGPipe(PipelineStage(module, dist.get_rank(), 2, torch.device("cpu")), 2)
+
+
+CHECKS = (gradients_through_a_pipeline, names_in_stages)
