@@ -9,16 +9,20 @@ Legend: `C` copies of the example in a batch, `T` positions, `V` vocabulary.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
+from residua.capture.groups import everyones, pipeline_group
 from residua.capture.inputs import forward_kwargs
 from residua.capture.oracle import whole_sites
 from residua.capture.pairs import Pair, PairMetric
+from residua.capture.pipeline_gradients import carrying_gradients
+from residua.capture.pipeline_stages import is_stand_in
 from residua.capture.tap import tap
 from residua.capture.wrappers import core_of
 from residua.store.errors import CaptureError, PlanError
@@ -80,29 +84,38 @@ class Patcher:
         return Swept(clean=measures[0], corrupted=measures[1], values=found)
 
     def estimate(self, pair: Pair, cells: Sequence[Cell], metric: PairMetric) -> Swept:
-        """Estimate the same from one backward pass: the gradient by each cell times the difference of the runs."""
+        """Estimate the same from one backward pass: the gradient by each cell times the difference of the runs.
+
+        Where several processes hold the model together, the first of them has the values.
+        """
         with torch.no_grad():
             clean, wanted = self._read(pair.clean)
         values: dict[str, Tensor] = {}
         gradients: dict[str, Tensor] = {}
         with (
             torch.enable_grad(),
+            carrying_gradients(self._model),
             _differentiable(self._model) as embedded,
             tap(self._model, self.sites, values.__setitem__),
             tap(self._model, self.sites, gradients.__setitem__, backward=True),
         ):
             corrupted = metric(self._logits(pair.corrupted, 1), pair, clean[0])
-            # by what the last run embedded alone: no parameter gathers gradients, and taps may have tried the model
-            torch.autograd.grad(corrupted.sum(), embedded[-1])
+            if embedded:  # by what the last run embedded alone: taps may have tried the model
+                torch.autograd.grad(corrupted.sum(), embedded[-1])
+            else:
+                corrupted.sum().backward()
+        met = {
+            name: ((wanted[name] - values[name]).double() * gradient.double()).flatten(2).sum(-1)[0].tolist()
+            for name, gradient in gradients.items()
+        }
         effects = {
-            name: ((wanted[name] - values[name]).double() * gradients[name].double()).flatten(2).sum(-1)[0]
-            for name in self.sites
+            name: there for stage in everyones(pipeline_group(self._model), met) for name, there in stage.items()
         }
         base = float(corrupted.detach())
         return Swept(
             clean=float(metric(clean, pair, clean[0])),
             corrupted=base,
-            values=[base + float(effects[name][position]) for name, position in cells],
+            values=[base + effects[name][position] for name, position in cells if name in effects],
         )
 
     def _read(self, ids: Sequence[int]) -> tuple[Tensor, dict[str, Tensor]]:
@@ -133,12 +146,12 @@ class Patcher:
         logits = getattr(output, "logits", None)
         if not isinstance(logits, Tensor):
             raise CaptureError(f"{type(core).__name__} gives no logits: patching needs a language modelling head")
-        return logits[:, -1]
+        return logits.full_tensor()[:, -1] if isinstance(logits, DTensor) else logits[:, -1]
 
 
 @contextmanager
 def _differentiable(model: nn.Module) -> Iterator[list[Tensor]]:
-    """Let gradients reach every site, though no parameter may ask for any; yields what the embedding then gives."""
+    """Let gradients reach every site, and no parameter gather any; yields what the embedding, if it is here, gives."""
     embedded: list[Tensor] = []
 
     def start(_module: nn.Module, _inputs: object, output: Tensor) -> None:
@@ -147,8 +160,12 @@ def _differentiable(model: nn.Module) -> Iterator[list[Tensor]]:
     core = core_of(model)
     if not isinstance(core, PreTrainedModel):
         raise PlanError(f"{type(core).__name__} is no transformers model, whose embedding gradients could start at")
-    handle = core.get_input_embeddings().register_forward_hook(start)
-    try:
+    embedding = core.get_input_embeddings()
+    with ExitStack() as stack:
+        if not is_stand_in(embedding):
+            stack.callback(embedding.register_forward_hook(start).remove)
+        else:  # a later stage of a pipeline, whose gradients begin and end at its neighbours
+            for parameter in (p for p in model.parameters() if p.requires_grad):
+                stack.callback(parameter.requires_grad_)
+                parameter.requires_grad_(False)
         yield embedded
-    finally:
-        handle.remove()

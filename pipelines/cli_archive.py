@@ -41,7 +41,7 @@ def _verify(options: argparse.Namespace) -> int:
 def _reproduce(options: argparse.Namespace) -> int:
     from residua.pipelines.reproduce import reproduce
 
-    found = run_sample(options, reproduce)
+    found = run_sample(options, reproduce, shown=True)
     print_reproduction(found, as_json=options.json)
     return 0 if found.is_exact else 1
 

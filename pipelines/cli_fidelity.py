@@ -4,7 +4,7 @@ import argparse
 from dataclasses import asdict
 from typing import Any
 
-from residua.pipelines.cli_job import add_job, add_sample_flags, run_sample
+from residua.pipelines.cli_job import add_job, add_sample_flags, add_split_flags, run_sample, speaks_for_all
 from residua.pipelines.report import print_json, table
 
 
@@ -12,12 +12,16 @@ def add(jobs: Any) -> None:
     """Add the sub-command."""
     parser = add_job(jobs, "fidelity", _fidelity, "measure what the rounding of stored rows does to the model's output")
     add_sample_flags(parser, batches=16)
+    add_split_flags(parser)
 
 
 def _fidelity(options: argparse.Namespace) -> int:
     from residua.pipelines.fidelity import fidelity
 
-    found = run_sample(options, fidelity)
+    is_first = speaks_for_all()
+    found = run_sample(options, fidelity, shown=is_first, tp=options.tp, pp=options.pp)
+    if not is_first:
+        return 0
     if options.json:
         print_json(asdict(found))
         return 0

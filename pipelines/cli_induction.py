@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from residua.pipelines.cli_job import add_cluster_flags, add_job, cluster_of
+from residua.pipelines.cli_job import add_cluster_flags, add_job, cluster_of, speaks_for_all
 from residua.pipelines.report import print_json, table
 from residua.pipelines.stopping import stopping_in_time
 
@@ -45,7 +45,8 @@ def _induction(options: argparse.Namespace) -> int:
     from residua.pipelines.settings import CaptureSettings
 
     given = {name: value for name in _CAPTURE if (value := getattr(options, name)) is not None}
-    with stopping_in_time(), CaptureProgress(shown=not options.json) as progress:
+    is_first = speaks_for_all()
+    with stopping_in_time(), CaptureProgress(shown=is_first and not options.json) as progress:
         archive = capture_repeats(
             options.model,
             out=options.out,
@@ -63,6 +64,8 @@ def _induction(options: argparse.Namespace) -> int:
             on_plan=progress.plan,
             on_batch=progress.batch,
         ).archive
+    if not is_first:  # the capture is what takes time, and what all share
+        return 0
     with cluster_of(options) as cluster:
         found = score_repeats(archive, name=Path(options.model).name, cluster=cluster)
     _print(found, archive, as_json=options.json)

@@ -55,9 +55,9 @@ def add_sample_flags(parser: argparse.ArgumentParser, *, batches: int) -> None:
     parser.add_argument("--device", default="auto", metavar="STR", help="device of the model: auto, cpu, cuda, ...")
 
 
-def run_sample(options: argparse.Namespace, job: Callable[..., Found]) -> Found:
-    """Call a job with what `add_sample_flags` added, and show its progress."""
-    with StepProgress("batch", shown=not options.json) as progress:
+def run_sample(options: argparse.Namespace, job: Callable[..., Found], *, shown: bool, **more: Any) -> Found:
+    """Call a job with what `add_sample_flags` added and with `more`, and show its progress, if it is to be shown."""
+    with StepProgress("batch", shown=shown and not options.json) as progress:
         return job(
             options.archive,
             options.model,
@@ -65,6 +65,7 @@ def run_sample(options: argparse.Namespace, job: Callable[..., Found]) -> Found:
             seed=options.seed,
             device=options.device,
             on_batch=progress.step,
+            **more,
         )
 
 

@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from residua.pipelines.cli_job import add_job
+from residua.pipelines.cli_job import add_job, add_split_flags, speaks_for_all
 from residua.pipelines.cli_lists import numbers
 from residua.pipelines.progress import StepProgress
 from residua.pipelines.report import print_json, table
@@ -35,6 +35,7 @@ def add(jobs: Any) -> None:
         )
         parser.add_argument("--out", dest="folder", metavar="FOLDER", help=f"where files go; default: {folder}")
         parser.add_argument("--device", default="auto", metavar="STR", help="device of the model: auto, cpu, cuda, ...")
+        add_split_flags(parser)
 
 
 def _patch(options: argparse.Namespace) -> int:
@@ -50,10 +51,11 @@ def _attribute(options: argparse.Namespace) -> int:
 
 
 def _run(options: argparse.Namespace, way: Any, word: str, **more: int) -> int:
-    from residua.pipelines.patch import PICTURE, TABLE
+    from residua.pipelines.sweep import PICTURE, TABLE
 
     folder = Path(options.folder or f"{Path(options.pairs).stem}-{word}")
-    with stopping_in_time(), StepProgress("pair", shown=not options.json) as progress:
+    is_first = speaks_for_all()
+    with stopping_in_time(), StepProgress("pair", shown=is_first and not options.json) as progress:
         found = way(
             options.model,
             options.pairs,
@@ -63,9 +65,13 @@ def _run(options: argparse.Namespace, way: Any, word: str, **more: int) -> int:
             archive=options.archive,
             out=folder,
             device=options.device,
+            tp=options.tp,
+            pp=options.pp,
             on_pair=progress.step,
             **more,
         )
+    if not is_first:
+        return 0
     lines = [line for line in found.to_pylist() if line["recovered"] is not None]
     lines = sorted(lines, key=lambda line: -abs(line["recovered"]))[:_SHOWN]
     if options.json:

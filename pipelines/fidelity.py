@@ -1,7 +1,8 @@
 """Measuring what rounding in the store does to the model: stored rows put back, against the run as it is."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from os import PathLike
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
@@ -12,6 +13,7 @@ from residua.capture.samemodel import running_as_captured
 from residua.pipelines.captured_batches import sample_batches
 from residua.pipelines.models import captured_model
 from residua.pipelines.settings import CaptureSettings
+from residua.pipelines.sharing import SharedWork, sharing
 from residua.store.archive import Archive
 from residua.store.errors import CaptureError, PlanError
 from residua.store.fidelity import Fidelity, SiteFidelity, write_fidelity
@@ -27,13 +29,15 @@ def fidelity(
     n_batches: int = 16,
     seed: int = 0,
     device: str = "auto",
+    tp: int = 1,
+    pp: int = 1,
     on_batch: Callable[[int, int], None] = lambda *_: None,
 ) -> Fidelity:
     """Measure by replay what the rounding of stored residual streams does to the model's output.
 
     At each stored site of the residual stream whose rows are rounded, they take the place of the computed ones, and
     the output is compared with that of the model left alone. The figures are written to ``fidelity.json`` in the
-    archive, where `residua info` finds them.
+    archive, where `residua info` finds them. Processes of a launch share the batches; see docs/distributed.md.
 
     Args:
         archive: Folder of the archive.
@@ -41,6 +45,8 @@ def fidelity(
         n_batches: How many of the plan's batches run; they are chosen at random from those that are captured.
         seed: Seed of the choice.
         device: Device of the model, if it is loaded here.
+        tp: Over how many processes it is then split by tensor parallelism.
+        pp: Over how many it is split as a pipeline.
         on_batch: Called with the batches done and in all, after each.
 
     Returns:
@@ -49,6 +55,7 @@ def fidelity(
     Raises:
         PlanError: The model is not the one that was captured, or no stored residual stream is rounded.
         NotCapturedError: Nothing is captured yet.
+        CaptureError: The model gave no logits, or another process that shares the work is gone.
 
     Example:
         >>> found = residua.fidelity("acts.zarr", "models/pydoc-1m")  # doctest: +SKIP
@@ -56,46 +63,60 @@ def fidelity(
     """
     opened = Archive(archive)
     names = _rounded(opened)
-    batches = sample_batches(opened, n_batches, seed)
-    loaded = captured_model(opened, model, CaptureSettings(device=device))
-    sums = {name: _Sums() for name in names}
-    n_examples = n_tokens = 0
-    with running_as_captured(opened, loaded):
-        plain = Replayer(loaded, opened)
-        stored = {name: Replayer(loaded, opened, at=[name], checked=plain.checked) for name in names}
-        for done, batch in enumerate(batches, start=1):
-            made = plain.batch(batch.examples.tolist())
-            original = _logits(plain.run(made).logits)
-            for name, replayer in stored.items():
-                sums[name].add(original, _logits(replayer.run(made).logits))
-            n_examples += len(made.rows)
-            n_tokens += len(original)
-            on_batch(done, len(batches))
-    found = Fidelity(
-        sites={name: counted.result(n_tokens) for name, counted in sums.items()},
-        n_examples=n_examples,
-        n_tokens=n_tokens,
-    )
-    write_fidelity(opened.path, opened.plan, found)
-    return found
+    batches = [batch.examples.tolist() for batch in sample_batches(opened, n_batches, seed)]
+    settings = CaptureSettings(device=device, tp=tp, pp=pp)
+    with sharing(None, settings) as crew:
+        loaded = captured_model(opened, model, settings)
+        with running_as_captured(opened, loaded):
+            plain = Replayer(loaded, opened)
+            stored = {name: Replayer(loaded, opened, at=[name], checked=plain.checked) for name in names}
+            compare = _Comparison(plain, stored)
+            shared = SharedWork(crew, loaded, alike=True)
+            shared.agree_on({"archive": opened.plan.digest, "batches": batches})
+            found = shared.found(
+                len(batches),
+                lambda number: compare(batches[number]),
+                close=lambda everything: write_fidelity(opened.path, opened.plan, _total(everything)),
+                on_unit=on_batch,
+            )
+    return _total(found)
 
 
-class _Sums:
-    """What was found at one site so far."""
+class _Comparison:
+    """Compares the output of one batch, from the stored rows of each site, with that of the model left alone."""
 
-    def __init__(self) -> None:
-        self._kl = 0.0
-        self._most = 0.0
-        self._same = 0
+    def __init__(self, plain: Replayer, stored: Mapping[str, Replayer]) -> None:
+        self._plain = plain
+        self._stored = stored
 
-    def add(self, original: torch.Tensor, logits: torch.Tensor) -> None:
-        kl = token_divergences(original, logits).clamp_min(0)  # which rounding may miss by the last bit
-        self._kl += float(kl.double().sum())
-        self._most = max(self._most, float(kl.max()))
-        self._same += int((original.argmax(-1) == logits.argmax(-1)).sum())
+    def __call__(self, examples: Sequence[int]) -> dict[str, Any]:
+        batch = self._plain.batch(examples)
+        original = _logits(self._plain.run(batch).logits)
+        sites = {
+            name: _compared(original, _logits(replayer.run(batch).logits)) for name, replayer in self._stored.items()
+        }
+        return {"n_examples": len(batch.rows), "n_tokens": len(original), "sites": sites}
 
-    def result(self, n_tokens: int) -> SiteFidelity:
-        return SiteFidelity(kl_mean=self._kl / n_tokens, kl_max=self._most, top1_agreement=self._same / n_tokens)
+
+def _compared(original: torch.Tensor, logits: torch.Tensor) -> dict[str, float]:
+    """Return sum and maximum of the divergences of a batch's tokens, and how many have the same top 1."""
+    kl = token_divergences(original, logits).clamp_min(0)  # which rounding may miss by the last bit
+    same = int((original.argmax(-1) == logits.argmax(-1)).sum())
+    return {"kl": float(kl.double().sum()), "kl_max": float(kl.max()), "same": same}
+
+
+def _total(found: Sequence[Mapping[str, Any]]) -> Fidelity:
+    """Add the batches up in their order, so that the sums are those of one process."""
+    n_tokens = sum(batch["n_tokens"] for batch in found)
+    sites = {}
+    for name in found[0]["sites"]:
+        parts = [batch["sites"][name] for batch in found]
+        sites[name] = SiteFidelity(
+            kl_mean=sum(part["kl"] for part in parts) / n_tokens,
+            kl_max=max(part["kl_max"] for part in parts),
+            top1_agreement=sum(part["same"] for part in parts) / n_tokens,
+        )
+    return Fidelity(sites=sites, n_examples=sum(batch["n_examples"] for batch in found), n_tokens=n_tokens)
 
 
 def _logits(parts: list[torch.Tensor] | None) -> torch.Tensor:

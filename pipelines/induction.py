@@ -1,7 +1,7 @@
 """Which heads of a model are induction heads: repeated random tokens, their queries and keys, scores, a picture."""
 
 from dataclasses import dataclass, replace
-from os import PathLike, fspath
+from os import PathLike
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,7 +13,7 @@ from residua.analysis.cluster import Cluster
 from residua.analysis.induction import induction_scores
 from residua.analysis.plots import heat_map
 from residua.pipelines.capture import CaptureResult, capture_dataset
-from residua.pipelines.models import load_model, load_tokenizer
+from residua.pipelines.models import named_model
 from residua.pipelines.repeats import RepeatSettings, repeated_tokens
 from residua.pipelines.settings import CaptureSettings
 from residua.store.archive import Archive
@@ -71,13 +71,10 @@ def capture_repeats(
     if captured_from not in _SITES:
         raise PlanError(f"--from {captured_from} is not known: choose qk or pattern")
     chosen = settings or CaptureSettings()
-    if isinstance(model, str | PathLike):
-        name = fspath(model)
-        tokenizer = tokenizer or load_tokenizer(name, chosen)
-        model = load_model(name, chosen)
-    rows = repeated_tokens(model, tokenizer, repeats or RepeatSettings())
+    loaded, tokenizer = named_model(model, tokenizer, chosen)
+    rows = repeated_tokens(loaded, tokenizer, repeats or RepeatSettings())
     asked = replace(chosen, sites=_SITES[captured_from])
-    return capture_dataset(model, rows, out=out, tokenizer=tokenizer, settings=asked, **capture)
+    return capture_dataset(loaded, rows, out=out, tokenizer=tokenizer, settings=asked, **capture)
 
 
 def score_repeats(archive: Archive, *, name: str, cluster: Cluster | None = None) -> InductionResult:

@@ -58,6 +58,22 @@ def load_model(name: str, settings: CaptureSettings) -> PreTrainedModel:
     return model
 
 
+def named_model(
+    model: str | PathLike[str] | PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None,
+    settings: CaptureSettings,
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
+    """Return a model and its tokenizer, both loaded if `model` is a name and no tokenizer is given.
+
+    Raises:
+        PlanError: There is no such model, the device is not there, or the tokenizer cannot be loaded.
+    """
+    if not isinstance(model, str | PathLike):
+        return replica_of(model), tokenizer
+    name = fspath(model)
+    return load_model(name, settings), tokenizer or load_tokenizer(name, settings)
+
+
 def captured_model(
     archive: Archive, model: str | PathLike[str] | PreTrainedModel, settings: CaptureSettings
 ) -> PreTrainedModel:

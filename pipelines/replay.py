@@ -135,7 +135,7 @@ def replay_dataset(
         crew = stack.enter_context(sharing(folder, settings))
         loaded = captured_model(opened, model, settings)
         stack.enter_context(running_as_captured(opened, loaded))
-        shared = SharedWork(crew, loaded)
+        shared = SharedWork(crew, loaded, alike=True)
         runs = _Runs(loaded, Replayer(loaded, opened, at=places, edits=parsed, force=force), ids)
         stack.callback(runs.close)
         idle = runs.edited.check(

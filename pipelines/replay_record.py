@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from residua.capture.provenance import environment
-from residua.store.canonical import flatten
+from residua.store.canonical import differing
 from residua.store.errors import PlanError
 from residua.store.files import sweep, write_file
 
@@ -46,16 +46,9 @@ def check_request(folder: Path, request: Mapping[str, Any]) -> None:
     request = json.loads(json.dumps(request))
     try:
         before = json.loads(path.read_text())["request"]
-        there = flatten(before)
+        lines = differing(before, request, word="now")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise PlanError(f"{path} is no record of a replay: choose another folder for the results") from error
     if before != request:
-        here = flatten(request)
-        keys = [key for key in sorted(there.keys() | here.keys()) if there.get(key) != here.get(key)]
-        listed = "\n  ".join(f"{key}: {_short(there.get(key))} there, {_short(here.get(key))} now" for key in keys)
+        listed = "\n  ".join(lines)
         raise PlanError(f"{path.parent} holds the results of another request:\n  {listed}\nChoose another --out.")
-
-
-def _short(value: object) -> str:
-    text = json.dumps(value)
-    return text if len(text) <= 80 else text[:77] + "..."

@@ -5,6 +5,7 @@ model, whole: with the same figures whichever it is, so that nothing tells after
 processes hold a replica together, its first rank takes units for all of them and keeps what is found.
 """
 
+import json
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -15,13 +16,15 @@ from torch import nn
 
 from residua.capture.crew import Crew
 from residua.capture.handout import HandOut
-from residua.capture.sharded import Agreement, in_step, is_sharded
+from residua.capture.sharded import Agreement, in_step, is_sharded, is_zero3
 from residua.capture.split import is_split, team_of
+from residua.capture.team import Team
 from residua.capture.work import AllAtOnce, runs_of
 from residua.pipelines.meeting import meeting
 from residua.pipelines.replicas import replica_group
 from residua.pipelines.settings import CaptureSettings
-from residua.store.errors import CaptureError
+from residua.store.canonical import differing
+from residua.store.errors import CaptureError, PlanError
 
 StepT = TypeVar("StepT")
 _IDLE_SECONDS = 0.1
@@ -55,15 +58,23 @@ class SharedWork:
     Args:
         crew: Those that were launched together; None for one process alone.
         model: The model, as this process has it; making this is a collective of those that hold it together.
+        alike: Whether all steps take the same number of forward passes. If so, processes with FSDP2 take steps of
+            their own; otherwise they all take the same. With ZeRO-3 they always do: it gathers weights module by
+            module, which blocks that only some of them leave out would disturb.
 
     Attributes:
         is_leader: Whether this process keeps what its replica finds.
     """
 
-    def __init__(self, crew: Crew | None, model: nn.Module) -> None:
+    def __init__(self, crew: Crew | None, model: nn.Module, *, alike: bool) -> None:
         self._crew = crew
-        self._team = team_of(model, crew) if crew is not None and is_split(model) else None
-        self._agree = Agreement() if crew is not None and is_sharded(model) else None
+        self._team: Team | None = None
+        self._agree: Agreement | None = None
+        if crew is not None and is_sharded(model) and (not alike or is_zero3(model)):
+            self._team = Team(crew, range(crew.n_launched))
+        elif crew is not None:
+            self._team = team_of(model, crew) if is_split(model) else None
+            self._agree = Agreement() if is_sharded(model) else None
         self.is_leader = self._team is None or self._team.is_leader
         self._next_look = 0.0
         self._n_others = 0
@@ -77,16 +88,34 @@ class SharedWork:
             check()
         return said
 
+    def agree_on(self, request: Mapping[str, Any]) -> None:
+        """Make sure that every process was asked for the same as worker 0.
+
+        Args:
+            request: What was asked for, as JSON values.
+
+        Raises:
+            PlanError: This one was asked for something else.
+        """
+        here = json.loads(json.dumps(request))
+        first = self.plan_once(lambda: here, lambda: None)
+        if first != here:
+            listed = "\n  ".join(differing(first, here, word="here"))
+            raise PlanError(
+                f"the processes were not asked for the same, the first one there, this one here:\n  {listed}"
+            )
+
     def units(self, n: int, done: Callable[[], Collection[int]]) -> Iterator[int | None]:
         """Yield the units that this process is to do; None while it has none, though one may come.
 
         Args:
             n: How many there are.
-            done: Says which are done, whoever did them.
+            done: Says which are done, whoever did them; asked once, and then while others are waited for.
         """
+        before = frozenset(done())
         everything = [range(unit, unit + 1) for unit in range(n)]
         work = AllAtOnce(n) if self._crew is None else HandOut(self._crew, everything, done)
-        runs = runs_of(work, done)
+        runs = runs_of(work, lambda: before)
         if self._team is not None:
             runs = self._team.in_lockstep(runs, waits=self._agree is None)
         for run in runs:
@@ -160,6 +189,44 @@ class SharedWork:
         crew.tell(said=said)
         return crew.finish(lambda: close([f["said"] for f in crew.all_figures() if "said" in f]))
 
+    def found(
+        self,
+        n: int,
+        find: Callable[[int], Mapping[str, Any]],
+        *,
+        close: Callable[[list[Mapping[str, Any]]], None],
+        on_unit: Callable[[int, int], None],
+    ) -> list[Mapping[str, Any]]:
+        """Return, on every process, what `find` gives for each unit; each is found by one replica.
+
+        Args:
+            n: How many units there are.
+            find: Looks at one unit; what it gives has to be JSON values.
+            close: Called by worker 0 with all of it, before any process returns.
+            on_unit: Called with the units done and in all; on worker 0 with those of all processes.
+
+        Raises:
+            CaptureError: Another process is gone, and its units with it.
+        """
+        findings = _Findings(self._crew, n)
+
+        def of_all(_said: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
+            if n_missing := n - len(findings.done()):
+                raise self.missing(f"results of {n_missing} of {n}")
+            close(findings.in_order())
+            return {"found": findings.in_order()}
+
+        units = self.steps(self.units(n, findings.done), along=lambda: find(0))
+        for n_done, unit in enumerate(units, start=1):
+            with self.forward():
+                found = find(unit)
+            if self.is_leader:
+                findings.add(unit, found)
+            on_unit(min(n, self.so_far(n_done)), n)
+        everything: list[Mapping[str, Any]] = self.finish({}, of_all)["found"]
+        on_unit(n, n)
+        return everything
+
     def missing(self, what: str) -> CaptureError:
         """Return the error for results that are missing because workers are gone."""
         gone = "" if self._crew is None else self._crew.gone()
@@ -167,3 +234,35 @@ class SharedWork:
             f"{what} are missing because {gone or 'a worker'} is gone. What was finished is safe; run the same "
             "command again to go on."
         )
+
+
+class _Findings:
+    """What was found of each unit, by this process and by the others, who tell it in the crew's store.
+
+    Args:
+        crew: The others, if there are any.
+        n: How many units there are.
+    """
+
+    def __init__(self, crew: Crew | None, n: int) -> None:
+        self._crew = crew
+        self._n = n
+        self._found: dict[int, Mapping[str, Any]] = {}
+
+    def add(self, unit: int, found: Mapping[str, Any]) -> None:
+        """Take what this process found."""
+        self._found[unit] = found
+        if self._crew is not None:
+            self._crew.publish(f"found/{unit}", found)
+
+    def done(self) -> Collection[int]:
+        """Return the units that anybody has found something of."""
+        for unit in range(self._n) if self._crew is not None else ():
+            message = None if unit in self._found or self._crew is None else self._crew.message(f"found/{unit}")
+            if message is not None:
+                self._found[unit] = message
+        return self._found.keys()
+
+    def in_order(self) -> list[Mapping[str, Any]]:
+        """Return everything, by unit."""
+        return [self._found[unit] for unit in range(self._n)]

@@ -43,3 +43,21 @@ def flatten(value: Mapping[str, object], prefix: str = "") -> dict[str, object]:
         else:
             flat[prefix + key] = item
     return flat
+
+
+def differing(there: Mapping[str, object], here: Mapping[str, object], *, word: str) -> list[str]:
+    """Return one line for each value in which two mappings of JSON values differ, for people.
+
+    Args:
+        there: The one.
+        here: The other.
+        word: Where the other is: ``now``, ``here``.
+    """
+    one, other = flatten(there), flatten(here)
+    keys = [key for key in sorted(one.keys() | other.keys()) if one.get(key) != other.get(key)]
+    return [f"{key}: {_short(one.get(key))} there, {_short(other.get(key))} {word}" for key in keys]
+
+
+def _short(value: object) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 80 else text[:77] + "..."

@@ -143,8 +143,10 @@ def serve() -> None:
     import datasets  # noqa: F401  # so that no worker has to import it
 
     import residua.pipelines.capture
+    import residua.pipelines.induction
     import residua.pipelines.progress
-    import residua.pipelines.replay  # noqa: F401  # as above
+    import residua.pipelines.replay
+    import residua.pipelines.sweep  # noqa: F401  # as above
     from residua.capture.crew import Crew
 
     defaults = Crew.__init__.__kwdefaults__

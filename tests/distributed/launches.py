@@ -48,6 +48,7 @@ REFUSALS = (
         "generation",
         "parameters",
         "replays",
+        "jobs_on_spread_models",
         "inputs_of_modules",
         "gradients_of_inputs",
         "gradients_through_a_pipeline",

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -91,17 +92,18 @@ def rows_here(run: Replay) -> Iterator[tuple[str, Tensor]]:
 @contextmanager
 def counting_reads() -> Iterator[Counter[str]]:
     reads: Counter[str] = Counter()
-    read = StoredRows.read
+    read, prefetch = StoredRows.read, StoredRows.prefetch
 
     def counted(self: StoredRows, site: str, rows: Indices) -> Tensor:
         reads[site] += 1
         return read(self, site, rows)
 
-    StoredRows.read = counted  # type: ignore[method-assign]  # to see who reads
-    try:
+    def counted_ahead(self: StoredRows, site: str, rows: Indices) -> None:
+        reads[site] += 1
+        prefetch(self, site, rows)
+
+    with mock.patch.multiple(StoredRows, read=counted, prefetch=counted_ahead):
         yield reads
-    finally:
-        StoredRows.read = read  # type: ignore[method-assign]  # as above
 
 
 def agrees(layout: str, name: str, model: nn.Module, *, first: int = 0, grad: bool = False) -> list[Found]:

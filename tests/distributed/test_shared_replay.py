@@ -28,9 +28,17 @@ def archive(gang: Gang, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("data")
     dataset = write_dataset(folder / "ragged.jsonl", 40)
     (folder / "edits.yaml").write_text(yaml.safe_dump(EDITS))
-    words = capture_words(dataset, folder / "acts.zarr", "--sites", "resid_post.3,resid_post.5")
-    [ended] = gang.run([Start(words=words, env={})])
-    assert ended.code == 0, ended.output
+    pairs = [
+        {"clean": [5 + i, 40, 7, *range(60, 63 + i)], "corrupted": [5 + i, 41, 8, *range(60, 63 + i)], "answer": 7}
+        for i in range(7)
+    ]
+    (folder / "pairs.jsonl").write_text("\n".join(json.dumps(pair) for pair in pairs))
+    for name, options in (
+        ("acts.zarr", ["--sites", "resid_post.3,resid_post.5"]),
+        ("lossy.zarr", ["--sites", "resid_post.3,resid_post.5", "--codec", "int8-block32"]),
+    ):
+        [ended] = gang.run([Start(words=capture_words(dataset, folder / name, *options), env={})])
+        assert ended.code == 0, ended.output
     return folder / "acts.zarr"
 
 
@@ -111,3 +119,45 @@ def test_parts_of_one_that_is_killed_are_taken_over(
     ended = gang.wait(60)
     assert [end.code for end in ended] == [0, 0, -signal.SIGKILL], ended
     assert contents(out) == contents(reference[0])
+
+
+def shared_jobs(archive: Path, out: Path) -> dict[str, list[str]]:
+    """Jobs beside the replay of a whole archive, and what each writes into `out`."""
+    model, pairs = ["--model", str(MODEL)], ["--pairs", str(archive.parent / "pairs.jsonl"), "--metric", "loss"]
+    repeats = ["--examples", "6", "--period", "9", "--out", str(out / "repeats.zarr"), "--scheduler", "inline"]
+    sweep = [*model, *pairs, "--sites", "attn_out.*", "--json"]
+    return {
+        "patch": ["patch", *sweep, "--positions", "1-3,-1", "--out", str(out / "patched")],
+        "attribute": ["attribute", *sweep, "--out", str(out / "attributed")],
+        "fidelity": ["fidelity", str(archive.parent / "lossy.zarr"), *model, "--batches", "9", "--json"],
+        "induction": ["induction", *model, *repeats, "--json"],
+    }
+
+
+def test_sweeps_and_samples_are_shared_too(gang: Gang, archive: Path, tmp_path: Path) -> None:
+    measured, told = archive.parent / "lossy.zarr/fidelity.json", {}
+    for n in (1, 2):
+        (tmp_path / f"{n}").mkdir()
+        for job, words in shared_jobs(archive, tmp_path / f"{n}").items():
+            ended = gang.run(launched(words, n, slow=0.01))
+            assert [end.code for end in ended] == [0] * n, ended
+            assert not any("{" in end.output for end in ended[1:]), "the first process alone reports"
+            said = json.loads(next(line for line in ended[0].output.splitlines() if line.startswith("{")))
+            told[job, n] = {key: value for key, value in said.items() if key not in ("folder", "archive")}
+            assert told[job, n] == told[job, 1]
+        measured.rename(tmp_path / f"{n}/fidelity.json")
+    written = [contents(tmp_path / f"{n}") for n in (1, 2)]
+    names = {"patched/cells.parquet", "patched/cells.png", "fidelity.json", "repeats-heads/heads.parquet"}
+    assert names < set(written[0])
+    assert {name for name, found in written[0].items() if written[1][name] != found} == {"repeats.zarr/zarr.json"}
+
+
+def test_who_was_asked_for_something_else_is_told_and_the_others_go_on(
+    gang: Gang, archive: Path, tmp_path: Path
+) -> None:
+    words = shared_jobs(archive, tmp_path)["patch"]
+    first, second = launched(words, 2, slow=0.02)
+    other = Start(words=[*words, "--positions", "1"], env=second.env)
+    ended = gang.run([first, other])
+    assert [end.code for end in ended] == [0, 2], ended
+    assert "were not asked for the same" in ended[1].output

@@ -22,6 +22,7 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from tests.distributed import (
     data_rows,  # noqa: F401  # it enters its rows in the registry
+    jobs,
     pipeline_rows,  # noqa: F401  # likewise
     prehooks,
     restoration,
@@ -45,7 +46,8 @@ def refused(check: Callable[[Load], None]) -> Callable[[], Iterator[Row]]:
     return rows
 
 
-ROWS |= {check.__name__: refused(check) for check in (*CHECKS, *prehooks.CHECKS, *stages.CHECKS, *restoration.CHECKS)}
+ASIDE = (*CHECKS, *prehooks.CHECKS, *jobs.CHECKS, *stages.CHECKS, *restoration.CHECKS)
+ROWS |= {check.__name__: refused(check) for check in ASIDE}
 
 
 def main() -> None:

@@ -1,0 +1,101 @@
+"""Jobs that run a model again, on models that are spread over processes: what they find, against whole replicas."""
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import pyarrow as pa
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.fsdp import fully_shard
+from transformers import PreTrainedModel
+
+import residua
+from residua.store.archive import Archive
+from tests.capture.replaying import captured
+from tests.distributed.others import zero3
+from tests.distributed.replays import counting_reads
+from tests.models import SPLIT
+
+BOUND = 2e-5  # that of the table of layouts, in float32
+EDITS = [
+    {"edit": "scale", "site": "mlp_out.1", "by": 0.5, "positions": "2:"},
+    {"edit": "swap", "site": "resid_post.0", "source": 0, "positions": [1]},
+]
+PAIRS = [
+    {"clean": [3, 9, 27, 81, *range(5, 5 + n)], "corrupted": [3, 9, 30, 81, *range(5, 5 + n)], "answer": 7, "wrong": 11}
+    for n in range(3)
+]
+READ_BY_THE_SECOND = {"tp": set[str](), "pp": {"resid_post.1", "resid_pre.2", "resid_post.2", "final"}}
+"""Sites whose rows the second process reads; every replica reads all that go in."""
+Make = Callable[[], Any]
+
+
+class Load(Protocol):
+    """Loads a model over the ranks of this launch, as `tests.distributed.registry.loaded` does."""
+
+    def __call__(self, name: str = "llama", **config: int) -> PreTrainedModel: ...
+
+
+def results(model: Any, archive: Archive, lossy: Archive, out: Path) -> dict[str, pa.Table]:
+    """What the jobs find, as every rank is told."""
+    replayed = residua.replay_dataset(model, archive, out=out / "replayed", at="resid_post.0", edits=EDITS, tokens=[7])
+    sites = residua.fidelity(lossy.path, model).sites
+    measured = {name: [site.kl_mean, site.kl_max, site.top1_agreement] for name, site in sites.items()}
+    sweep: dict[str, Any] = {"sites": "resid_post.*,z.1", "positions": [2, -1]}
+    return {
+        "tokens": replayed.tokens,
+        "examples": replayed.examples,
+        "fidelity": pa.table(measured),
+        "patch": residua.patch(model, PAIRS, batch_cells=5, out=out / "patched", **sweep),
+        "attribute": residua.attribute(model, PAIRS, **sweep),
+    }
+
+
+def sharded(name: str) -> nn.Module:
+    model = SPLIT[name]()
+    for block in next(list(m) for m in model.modules() if isinstance(m, nn.ModuleList)):
+        fully_shard(block)
+    fully_shard(model)
+    return model
+
+
+def jobs_on_spread_models(load: Load) -> None:
+    """Tensor parallel, pipeline, FSDP2 and ZeRO-3, each over two ranks."""
+    folder, name = Path(sys.argv[1]) / "jobs", "llama"
+    archive = captured(SPLIT[name](), folder / "acts.zarr", rows_per_shard=16)
+    lossy = captured(SPLIT[name](), folder / "lossy.zarr", rows_per_shard=16, codec="int8-block32")
+    wanted = results(SPLIT[name](), archive, lossy, folder / "whole")
+    layouts: dict[str, tuple[Make, float]] = {
+        "tp": (lambda: load(name, tp_size=2), BOUND),
+        "pp": (lambda: load(name, pp_size=2), BOUND),
+        "fsdp": (lambda: sharded(name), 0.0),
+        "zero3": (lambda: zero3(SPLIT[name]()), 2e-6),  # it adds gradients up in an order of its own
+    }
+    for layout, (make, bound) in layouts.items():
+        with counting_reads() as reads:
+            found = results(make(), archive, lossy, folder / layout)
+        sites: list[set[str]] = [set()] * dist.get_world_size()
+        dist.all_gather_object(sites, set(reads))
+        assert sites[1] == READ_BY_THE_SECOND.get(layout, sites[0]), (layout, sites)
+        assert sites[0] | sites[1] == set(archive.sites) - {"z.1", "logits"}, (layout, sites)
+        for job, table in wanted.items():
+            check(f"{layout}: {job}", found[job], table, bound)
+
+
+def check(what: str, found: pa.Table, wanted: pa.Table, bound: float) -> None:
+    assert found.schema == wanted.schema, what
+    for column in wanted.column_names:
+        one, other = found[column], wanted[column]
+        if not pa.types.is_floating(other.type) or not bound:
+            assert one == other, (what, column)
+            continue
+        values = np.nan_to_num(other.to_numpy().astype(float))
+        error = np.abs(np.nan_to_num(one.to_numpy().astype(float)) - values).max()
+        scale = max(1.0, np.abs(values).max())
+        assert error <= bound * scale, (what, column, error, scale)
+
+
+CHECKS = [jobs_on_spread_models]
