@@ -103,7 +103,7 @@ class Patcher:
             if embedded:  # by what the last run embedded alone: taps may have tried the model
                 torch.autograd.grad(corrupted.sum(), embedded[-1])
             else:
-                corrupted.sum().backward()
+                corrupted.sum().backward()  # type: ignore[no-untyped-call]  # torch leaves it bare
         met = {
             name: ((wanted[name] - values[name]).double() * gradient.double()).flatten(2).sum(-1)[0].tolist()
             for name, gradient in gradients.items()
