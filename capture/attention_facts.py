@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from residua.capture.anatomy import Anatomy
 from residua.capture.attention import AttentionTap, eager_attention, intercepting
+from residua.capture.devices import input_device
 from residua.capture.groups import everyones, pipeline_group, tensor_parallel_group
 from residua.capture.inputs import forward_kwargs
 from residua.capture.oracle import whole_anatomy
@@ -89,7 +90,7 @@ def attention_facts(anatomy: Anatomy, layers: Iterable[int]) -> dict[int, Attent
 
 
 def _run(anatomy: Anatomy) -> None:
-    device = next(anatomy.model.parameters()).device
+    device = input_device(anatomy.model)
     n_tokens = int(anatomy.config.vocab_size)
     ids = torch.arange(_EXAMPLES * _POSITIONS, device=device).reshape(_EXAMPLES, _POSITIONS) * 7 % n_tokens
     model = runnable(anatomy.model)

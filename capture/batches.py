@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from residua.capture.devices import input_device
 from residua.capture.inputs import ForwardArguments
 from residua.capture.placement import BatchRows
 from residua.capture.planbatch import plan_batch
@@ -72,7 +73,7 @@ class BatchRunner:
         self._plan = plan
         self._table = table
         self._sink = sink
-        self._device = next(model.parameters()).device
+        self._device = input_device(model)
         self._shape = (0, 0)
         self._n_sites = len(plan.sites if sites is None else sites)
         self._n_missing = 0

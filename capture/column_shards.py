@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor, nn
 
+from residua.capture.devices import input_device
 from residua.capture.groups import everyones, pipeline_group
 from residua.capture.inputs import forward_kwargs
 from residua.capture.layouts import Layout
@@ -32,7 +33,7 @@ def column_shards(model: nn.Module, part: Part) -> dict[str, int]:
     def look(site: str, tensor: Tensor) -> None:
         found[site] = parts.of(site, tensor, (_EXAMPLES, _POSITIONS))[1]
 
-    ids = torch.arange(_EXAMPLES * _POSITIONS, device=next(model.parameters()).device).view(_EXAMPLES, _POSITIONS)
+    ids = torch.arange(_EXAMPLES * _POSITIONS, device=input_device(model)).view(_EXAMPLES, _POSITIONS)
     with torch.inference_mode(), evaluating(model), reading(model, part.sites, look):
         called = runnable(model)
         called(**forward_kwargs(called, ids, torch.ones_like(ids)))

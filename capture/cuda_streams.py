@@ -11,6 +11,7 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
+from residua.capture.devices import runs_on_cuda
 from residua.store.errors import CaptureError
 
 _MOST_WRITERS = 4
@@ -76,6 +77,6 @@ def page_locked(n_bytes: int) -> npt.NDArray[np.uint8]:
 
 def writer_threads(model: nn.Module) -> int:
     """Return how many threads encode and write, unless the user says: beside a GPU the processor's cores are idle."""
-    if not any(parameter.is_cuda for parameter in model.parameters()):
+    if not runs_on_cuda(model):
         return 1
     return min(_MOST_WRITERS, os.cpu_count() or 1)

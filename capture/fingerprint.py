@@ -67,11 +67,14 @@ def _of_all_stages(everyone: Sequence[Mapping[str, bytes]], others: Container[st
 
 def _other_names(model: nn.Module) -> set[str]:
     """Further names of weights that have several."""
-    seen: set[int] = set()
+    seen: set[int | str] = set()
     others: set[str] = set()
+    tied = _tied(model)
     for name, tensor in _sorted_weights(model):
-        others |= {name} if id(tensor) in seen else set()
-        seen.add(id(tensor))
+        # One that is offloaded stands under each of its names by itself.
+        marks: set[int | str] = {id(tensor), tied.get(name, name)} if tensor.is_meta else {id(tensor)}
+        others |= set() if marks.isdisjoint(seen) else {name}
+        seen |= marks
     return others
 
 
@@ -82,16 +85,16 @@ def _lines(model: nn.Module) -> dict[str, bytes]:
     for name, tensor in _sorted_weights(model):
         if name in others:
             continue
-        if tensor.is_meta:
-            raise CaptureError(
-                f"Weight {name!r} is on the meta device and has no values to fingerprint; load the model's "
-                "weights first, or take the fingerprint before they are offloaded."
-            )
         full = weights.whole(name, tensor)
         found = weights.parts(tensor) if full is None else [list(full.shape), _checksum(full)]
         dtype = str(tensor.dtype).removeprefix("torch.")
         lines[name] = json.dumps([name, *found[:1], dtype, *found[1:]]).encode() + b"\n"
     return lines
+
+
+def _tied(model: nn.Module) -> dict[str, str]:
+    """From name to name of the weight that a transformers model ties it to."""
+    return dict(getattr(core_of(model), "all_tied_weights_keys", {}))
 
 
 def _checksum(tensor: Tensor) -> int:

@@ -11,6 +11,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
+from residua.capture.devices import input_device
 from residua.capture.hooks import attached, values_of
 from residua.capture.siteinfo import SiteInfo
 from residua.capture.wrappers import named_parts
@@ -33,7 +34,7 @@ def measured(model: nn.Module, sites: Mapping[str, SiteInfo]) -> dict[str, SiteI
         CaptureError: The model cannot be run on a few tokens, or a site was not met exactly once, or its
             leading axes are neither (batch, positions) nor (batch x positions) nor (batch).
     """
-    device = next(model.parameters()).device
+    device = input_device(model)
     runs = []
     for shape in _PROBES:
         ids = torch.ones(shape, dtype=torch.long, device=device)

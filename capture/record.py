@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from residua.capture.batches import BatchRunner
+from residua.capture.devices import runs_on_cuda
 from residua.capture.sharded import in_step
 from residua.capture.share import Share
 from residua.capture.shared_rows import SharedRows
@@ -130,7 +131,7 @@ def record(
             plan,
             writer,
             n_stages=n_stages(int(index.n_rows.max(initial=0)), plan.rows_per_shard),
-            pinned=any(parameter.is_cuda for parameter in model.parameters()),
+            pinned=runs_on_cuda(model),
             share=share,
         )
         sink = staging if part is None else SharedRows(plan, staging, share, sites, part.group)

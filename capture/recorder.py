@@ -29,6 +29,7 @@ from residua.capture.attention_facts import attention_files
 from residua.capture.call import Call, Column, example_rows, read_call
 from residua.capture.compiled import refuse_compiled
 from residua.capture.cuda_streams import writer_threads
+from residua.capture.devices import runs_on_cuda
 from residua.capture.head import save_head
 from residua.capture.provenance import describe_model, environment, identify_model
 from residua.capture.rows import batch_rows, by_position, row_shape
@@ -242,7 +243,7 @@ class _Session:
             create_archive(folder, path, plan, {"model": describe_model(model, plan.model), **environment()})
         self._examples = ExampleWriter(path / "examples")
         self._writer = ShardWriter(path, plan, threads=threads)
-        pinned = any(parameter.is_cuda for parameter in model.parameters())
+        pinned = runs_on_cuda(model)
         self.staging = Staging(
             plan,
             self._writer,

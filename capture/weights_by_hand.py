@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.distributed.tensor import DTensor
 
+from residua.capture.devices import with_values
 from residua.capture.gather import gathered
 from residua.capture.groups import everyones, group_by_hand
 from residua.capture.layouts import Layout, Part, Shape
@@ -26,6 +27,7 @@ class Weights:
     """
 
     def __init__(self, model: nn.Module) -> None:
+        self._model = model
         self._group = group_by_hand(model)
         self._shapes = {} if self._group is None else whole_weights(model)
 
@@ -37,7 +39,7 @@ class Weights:
             tensor: What this process has of it.
         """
         if self._group is None or isinstance(tensor, DTensor):
-            return whole(tensor)
+            return whole(with_values(self._model, name, tensor))
         local = tensor.detach()
         layout = understood(self._told(local, self._group), self._shapes.get(name))
         return None if layout is None else gathered(local, layout, self._group)

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from residua.capture.cuda_streams import writer_threads
+from residua.capture.devices import input_device
 from residua.capture.stage import Stage
 from residua.store.errors import CaptureError
 from residua.store.plan import SitePlan
@@ -87,9 +88,15 @@ def test_memory_that_cannot_be_locked_says_what_to_do(monkeypatch: pytest.Monkey
 def test_beside_a_gpu_several_threads_write(monkeypatch: pytest.MonkeyPatch) -> None:
     model = torch.nn.Linear(2, 2)
     assert writer_threads(model) == 1
-    on_device = SimpleNamespace(
-        parameters=lambda: iter([SimpleNamespace(is_cuda=False), SimpleNamespace(is_cuda=True)])
+    host, device = (SimpleNamespace(is_meta=False, device=torch.device(name)) for name in ("cpu", "cuda:1"))
+    on_device = SimpleNamespace(parameters=lambda: iter([host, device]))
+    hook = SimpleNamespace(hooks=[SimpleNamespace(), SimpleNamespace(execution_device="cuda:1")])
+    offloaded = SimpleNamespace(
+        parameters=lambda: iter([SimpleNamespace(is_meta=True)]),
+        modules=lambda: iter([SimpleNamespace(), SimpleNamespace(_hf_hook=hook)]),
     )
+    assert input_device(cast("torch.nn.Module", offloaded)) == torch.device("cuda:1")
     for n_cores, n_threads in ((64, 4), (2, 2), (None, 1)):
         monkeypatch.setattr("os.cpu_count", lambda n_cores=n_cores: n_cores)
-        assert writer_threads(cast("torch.nn.Module", on_device)) == n_threads
+        for model_on_device in (on_device, offloaded):
+            assert writer_threads(cast("torch.nn.Module", model_on_device)) == n_threads

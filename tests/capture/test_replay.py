@@ -180,8 +180,7 @@ def test_offloaded_weights_give_the_same_bits(llama: Given, tmp_path: Path) -> N
             for place, example in enumerate(EVEN):
                 assert torch.equal(run.logits[place], stored(archive, "logits", example))
                 assert torch.equal(run["final"][place], stored(archive, "final", example))
-            assert run.notes[0].startswith("weights of the model are offloaded")
-            assert len(run.notes) == 1
+            assert run.notes == (), "the weights are compared where they are"
     same = [0, 1, 3, 4, 5, 6]  # all but the weights, which accelerate itself brings and takes away
     assert [state_of(spread)[i] for i in same] == [before[i] for i in same]
 
