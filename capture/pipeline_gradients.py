@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
@@ -35,6 +36,19 @@ def carrying_gradients(model: nn.Module) -> Iterator[None]:
         del stage.communicate, stage.broadcast_from_last
 
 
+_ends: WeakKeyDictionary[Any, Tensor] = WeakKeyDictionary()
+
+
+def end_here(model: nn.Module) -> tuple[Tensor, ...]:
+    """Return the tie that a model's last forward pass with gradients began with on this stage; nothing elsewhere.
+
+    Whoever takes gradients by chosen tensors (`torch.autograd.grad`) takes them by this as well, on every stage: else
+    those of other stages, whose way leads through this one, would wait for ever.
+    """
+    stage = getattr(core_of(model), "_pp_stage", None)
+    return (_ends[stage],) if stage is not None and stage in _ends else ()
+
+
 class _Links:
     """What takes the place of a stage's ways to its neighbours; where no gradients are wanted it takes these.
 
@@ -46,14 +60,14 @@ class _Links:
         self._stage = stage
         self._communicate: Callable[..., Tensor | None] = stage.communicate
         self._broadcast: Callable[..., Tensor] = stage.broadcast_from_last
-        self._tie = _nothing()
+        self._end = self._tie = _nothing()
 
     def communicate(self, operation: str, *, tensor: Tensor | None = None, **how: Any) -> Tensor | None:
         """Receive from the stage before, or send to the next one."""
         if not torch.is_grad_enabled():
             return self._communicate(operation, tensor=tensor, **how)
         if tensor is None:
-            hidden, self._tie = _apply(_Received, _nothing(), partial(self._communicate, operation, **how), self._back)
+            hidden, self._tie = _apply(_Received, self._end, partial(self._communicate, operation, **how), self._back)
             return hidden  # type: ignore[no-any-return]  # autograd functions are bare
         send = partial(self._communicate, operation, **how)
         self._tie = _apply(_Sent, tensor, self._tie, send, self._from_next)
@@ -63,7 +77,8 @@ class _Links:
         """Return the last stage's logits, on every stage."""
         if not torch.is_grad_enabled():
             return self._broadcast(tensor, **how)
-        tie, self._tie = self._tie, _nothing()
+        tie, _ends[self._stage] = self._tie, self._end
+        self._end = self._tie = _nothing()
         return _apply(_Shared, tensor, tie, partial(self._broadcast, **how))  # type: ignore[no-any-return]  # as above
 
     def _back(self, gradient: Tensor) -> None:

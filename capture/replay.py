@@ -48,6 +48,7 @@ class Replay:
         self._asked: set[str] = set()
         self._sites: dict[str, list[Tensor]] = {}
         self._nodes: dict[str, Tensor] = {}
+        self._end: tuple[Tensor, ...] = ()
         self._logits: list[Tensor] | None = None
         self._original: list[Tensor] | None = None
         self._is_open = True
@@ -130,7 +131,8 @@ class Replay:
         if not self._grad:
             raise PlanError("gradients were asked for: open the replay with grad=True")
         value = self.metric(metric)
-        found = torch.autograd.grad(value, list(self._nodes.values()), retain_graph=True, allow_unused=True)
+        by = [*self._nodes.values(), *self._end]
+        found = torch.autograd.grad(value, by, retain_graph=True, allow_unused=True)[: len(self._nodes)]
         gradients = {}
         for (name, node), gradient in zip(self._nodes.items(), found, strict=True):
             whole = torch.zeros_like(node) if gradient is None else gradient
@@ -170,7 +172,7 @@ class Replay:
         self._require_open()
         found = self._replayer.run(self._batch, list(dict.fromkeys(keep)), grad=self._grad)
         if self._logits is None:  # later passes are for one site more, and gradients belong to the first
-            self._logits, self._nodes = found.logits, found.nodes
+            self._logits, self._nodes, self._end = found.logits, found.nodes, found.end
         self._sites.update(found.sites)
         self._asked.update(keep)
 

@@ -23,6 +23,7 @@ from residua.capture.editing import edits_at, with_rows
 from residua.capture.groups import tensor_parallel_group
 from residua.capture.inputs import forward_kwargs
 from residua.capture.oracle import whole_sites
+from residua.capture.pipeline_gradients import end_here
 from residua.capture.pipeline_stages import target_of
 from residua.capture.planbatch import PlanBatch, plan_batch
 from residua.capture.replaynotes import check_injection, storage_notes, why_in_full
@@ -53,11 +54,13 @@ class Pass:
             another process are not there.
         nodes: With gradients only: from name to what they can be taken with respect to, (B, T, *row): the injected
             rows before any edit, and the sites that were kept.
+        end: What gradients have to be taken by besides, in a pipeline (`residua.capture.pipeline_gradients.end_here`).
     """
 
     logits: list[Tensor] | None
     sites: dict[str, list[Tensor]]
     nodes: dict[str, Tensor]
+    end: tuple[Tensor, ...]
 
 
 class Replayer:
@@ -233,7 +236,7 @@ class Replayer:
             stack.enter_context(skipping(self.starts_at(batch)[0]))
             output = self.model(**self.kwargs(batch, needs_logits=needs_logits))
         logits = token_logits(batch, output) if needs_logits else None
-        return Pass(logits=logits, sites=kept, nodes=nodes if grad else {})
+        return Pass(logits=logits, sites=kept, nodes=nodes if grad else {}, end=end_here(self.model) if grad else ())
 
     def check(self, batches: Iterable[PlanBatch]) -> tuple[str, ...]:
         """Look at everything that `run` needs for some batches, so that it fails before the model runs or never.
