@@ -141,9 +141,10 @@ class EditAt:
         """Tokens that were named have to be there; where all are meant, those that are stored are."""
         in_pairs = isinstance(self.edit, Swap) and not isinstance(self.edit.align, str)
         if len(tokens) and (in_pairs or not self.edit.chosen.is_every_token):
+            where = "in the example that it takes rows from" if isinstance(self.edit, Swap) else "for it"
             raise PlanError(
                 f"edit {self.number} ({self.edit.kind}) needs a stored row for position {int(tokens[0])} of example "
-                f"{example.example}, and there is none: choose positions that were kept"
+                f"{example.example}, and there is none {where}: choose positions that have one"
             )
 
     def steps(self, chosen: Chosen) -> dict[str, Callable[[Tensor], Tensor]]:

@@ -151,7 +151,7 @@ class _Fields:
         return vector_of(value, self._folder)
 
     def _target(self, name: str, value: object) -> Vector | float | str:
-        if value == "stored" and isinstance(value, str):
+        if isinstance(value, str) and value == "stored":  # an array compares each of its numbers
             return "stored"
         if isinstance(value, int | float) or getattr(value, "ndim", 1) == 0:
             return _number(name, value)

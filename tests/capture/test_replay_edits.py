@@ -15,6 +15,7 @@ from residua.analysis.lens import TunedLens
 from residua.analysis.lens_checkpoint import LensConfig
 from residua.analysis.lens_translator import Translator
 from residua.capture.anatomy import anatomy_of
+from residua.capture.sites import model_sites
 from residua.store.archive import Archive
 from residua.store.errors import PlanError
 from tests.capture.hooks_by_hand import hooked
@@ -70,7 +71,7 @@ def edits_and_hooks(archive: Archive, other: Archive, folder: Path) -> list[tupl
         ({"edit": "mean", "column": "label"}, class_mean),
         ({"edit": "mean", "archive": other.path}, lambda x, _: torch.from_numpy(2 * rows.mean(0)).float().expand_as(x)),
         ({"edit": "add", "vector": VECTOR, "scale": 3.0}, lambda x, _: x + torch.from_numpy(3 * VECTOR).float()),
-        ({"edit": "set", "to": VECTOR.tolist()}, lambda x, _: vector.expand_as(x)),
+        ({"edit": "set", "to": VECTOR}, lambda x, _: vector.expand_as(x)),
         ({"edit": "set", "to": -1.5}, lambda x, _: torch.full_like(x, -1.5)),
         ({"edit": "scale", "by": -2.5, "channels": CHANNELS}, in_channels),
         ({"edit": "project_out", "directions": BASIS}, projected),
@@ -145,17 +146,25 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 @pytest.mark.parametrize(("name", "dtype"), [(name, DTYPES[i % 3]) for i, name in enumerate(TINY)])
 def test_edits_that_change_nothing_change_no_bit(name: str, dtype: torch.dtype, tmp_path: Path) -> None:
     model = model_of(name, dtype)
-    archive = captured(model, tmp_path / "a", sites="resid_post.*,logits")
+    sites = [site for site in model_sites(model) if not site.startswith("pattern.")]
+    archive = captured(model, tmp_path / "a", sites=",".join(sites))
+    overlay = residua.overlay(archive, tmp_path / "overlay", sites="z.1")
+    partners = {example: example for example in range(len(LENGTHS))}
     nothing: list[dict[str, Any]] = [
-        {"edit": "add", "site": "resid_post.*", "vector": VECTOR, "scale": 0},
-        {"edit": "add", "site": "mlp_out.1", "vector": np.zeros(WIDTH)},
-        {"edit": "scale", "site": "*_out.*", "by": 1},
-        {"edit": "set", "site": "resid_post.*", "to": "stored"},
-        {"edit": "noise", "site": "resid_post.2", "std": 0},
+        {"edit": "scale", "by": 1},
+        {"edit": "noise", "std": 0},
+        {"edit": "set", "to": "stored"},
+        {"edit": "swap", "source": partners, "align": "end"},
     ]
-    with residua.replay(model, archive, examples=PADDED, edits=nothing) as run:
-        for place, example in enumerate(PADDED):
-            assert torch.equal(run.logits[place], stored(archive, "logits", example))
+    everywhere = [{**edit, "site": sites} for edit in nothing]
+    everywhere.append({"edit": "overlay", "site": "z.1", "overlay": overlay.path})
+    for site in sites:
+        width = archive.plan.site(site).row_shape[-1]
+        everywhere += [{"edit": "add", "site": site, "vector": np.ones(width), "scale": by} for by in (0.0, -0.0)]
+    for examples in (EVEN, PADDED):
+        with residua.replay(model, archive, examples=examples, edits=everywhere) as run:
+            for place, example in enumerate(examples):
+                assert torch.equal(run.logits[place], stored(archive, "logits", example))
 
 
 def test_negative_zeros_stay_when_nothing_is_added(llama: Given) -> None:
