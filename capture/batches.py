@@ -1,7 +1,8 @@
 """Running the batches of a plan, exactly as the plan makes them up."""
 
 import time
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Protocol
 
 import numpy as np
@@ -21,6 +22,8 @@ from residua.store.examples import ExampleTable
 from residua.store.plan import Plan
 from residua.store.schedule import Batch
 from residua.store.sitenames import parse_site
+
+Around = Callable[[Sequence[int]], AbstractContextManager[None]]
 
 
 class RowSink(Protocol):
@@ -50,6 +53,7 @@ class BatchRunner:
         sink: Who gets the rows.
         sites: The sites that are read here; all of the plan's unless given.
         part: What this process has of a model that several hold together.
+        changed: Sites that are changed while a batch runs.
 
     Attributes:
         n_rows: Rows that the batches so far have; 0 on all but the leader of those that hold one model together.
@@ -66,6 +70,7 @@ class BatchRunner:
         *,
         sites: Collection[str] | None = None,
         part: Part | None = None,
+        changed: Collection[str] = (),
     ) -> None:
         self._model = runnable(model)
         staged = staged_of(model)
@@ -83,24 +88,31 @@ class BatchRunner:
         # accelerate's hooks and FSDP's must see their forward end, and the next stage of a pipeline what it gives
         hooked = any(hasattr(module, "_hf_hook") for module in model.modules())
         self._ends_early = not (hooked or is_sharded(model) or (part is not None and part.is_stage))
-        kinds = {parse_site(site.name).kind for site in plan.sites}
+        kinds = {parse_site(name).kind for name in (*(site.name for site in plan.sites), *changed)}
         needs_logits = any(kind == "module" or kind.startswith("logits") for kind in kinds)
         self._arguments = ForwardArguments(self._model, needs_logits=needs_logits)
         self.n_rows = 0
         self.n_tokens = 0
         self.forward_seconds = 0.0
 
-    def run(self, batch: Batch) -> Iterator[None]:
-        """Run one batch; yields after every forward pass, of which torch's pipelines take one a microbatch."""
+    def run(self, batch: Batch, around: Around | None = None) -> Iterator[None]:
+        """Run one batch; yields after every forward pass, of which torch's pipelines take one a microbatch.
+
+        Args:
+            batch: The batch.
+            around: Given the examples of a forward pass, in what the model is called.
+        """
         made = plan_batch(self._table, batch.examples.tolist(), side=self._plan.padding, device=self._device)
         for examples in np.array_split(np.arange(len(made.rows)), min(self._n_parts, len(made.rows))):
             first, last = int(examples[0]), int(examples[-1]) + 1
             self._forward(
-                made.padded.input_ids[first:last], made.padded.attention_mask[first:last], made.rows[first:last]
+                made.padded.input_ids[first:last], made.padded.attention_mask[first:last], made.rows[first:last], around
             )
             yield
 
-    def _forward(self, input_ids: Tensor, attention_mask: Tensor, rows: Sequence[ExampleRows]) -> None:
+    def _forward(
+        self, input_ids: Tensor, attention_mask: Tensor, rows: Sequence[ExampleRows], around: Around | None
+    ) -> None:
         n_examples, n_positions = input_ids.shape
         self._shape = (n_examples, n_positions)
         self._sink.begin(batch_rows(rows, n_positions))
@@ -108,7 +120,8 @@ class BatchRunner:
         started = time.perf_counter()
         kwargs = self._arguments(input_ids, attention_mask)
         try:
-            self._model(**kwargs)
+            with nullcontext() if around is None else around([example.example for example in rows]):
+                self._model(**kwargs)
         except _EnoughError:
             pass
         except CaptureError:

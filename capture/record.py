@@ -7,7 +7,7 @@ encode, write and commit each shard as it fills.
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -17,13 +17,14 @@ from torch import nn
 
 from residua.capture.batches import BatchRunner
 from residua.capture.devices import runs_on_cuda
+from residua.capture.replaying import Replaying
 from residua.capture.sharded import in_step
 from residua.capture.share import Share
 from residua.capture.shared_rows import SharedRows
 from residua.capture.sites import resolve_sites
 from residua.capture.split import Part
 from residua.capture.staging import Staging
-from residua.capture.taps import reading
+from residua.capture.taps import Taps
 from residua.capture.team import TeamCommits
 from residua.capture.work import AllAtOnce, Run, Work, runs_of
 from residua.store.commits import committed_shards
@@ -94,6 +95,7 @@ def record(
     plan: Plan,
     *,
     part: Part | None = None,
+    replaying: Replaying | None = None,
     work: Callable[[Schedule], Work] | None = None,
     agree: Callable[[bool], bool] | None = None,
     threads: int = 1,
@@ -106,6 +108,7 @@ def record(
         archive: Folder of the archive.
         plan: Its plan.
         part: What this process has of the model, if several hold it together; then all of them have to call this.
+        replaying: Puts stored rows into the model and edits, batch by batch; what is captured is what follows.
         work: Makes, of the plan's schedule, what hands out its shards; all at once unless given. Of a team only the
             leader's counts.
         agree: For models whose forward pass is a collective of all workers. Called before each batch with whether
@@ -135,22 +138,25 @@ def record(
             share=share,
         )
         sink = staging if part is None else SharedRows(plan, staging, share, sites, part.group)
-        runner = BatchRunner(model, plan, table, sink, sites=sites, part=part)
+        changed = () if replaying is None else replaying.changed
+        runner = BatchRunner(model, plan, table, sink, sites=sites, part=part, changed=changed)
         clock = _Clock(runner, staging, sink, writer)
         chosen = AllAtOnce(schedule.n_shards) if work is None else work(schedule)
         runs = runs_of(chosen, partial(committed_shards, archive))
         if part is not None:
             runs = part.team.in_lockstep(runs, waits=agree is None)
         batches = _batches(runs, schedule, staging)
-        with torch.inference_mode(), reading(model, sites, runner.put) as taps:
+        taps = Taps(model, sites, runner.put)
+        with torch.inference_mode(), taps.attached() if replaying is None else nullcontext():
             for batch in batches if agree is None else in_step(batches, agree):
                 if batch is not None:
-                    for _ in runner.run(batch):
+                    for _ in runner.run(batch, None if replaying is None else partial(replaying.of, taps)):
                         taps.end_forward()
                         staging.finish()
                 elif agree is not None:
                     runner.run_along()
-                    taps.end_forward()
+                    if replaying is None:
+                        taps.end_forward()
                 else:
                     writer.raise_failure()
                     time.sleep(_IDLE_SECONDS)

@@ -219,6 +219,7 @@ class Replayer:
         kept: dict[str, list[Tensor]] = {}
         nodes: dict[str, Tensor] = {}
         steps = self.steps(batch, edited=edited, leaves=nodes if grad else None)
+        skip, _ = self.starts_at(batch)  # before anything is tapped: it may have to try the model
 
         def pass_by(name: str, tensor: Tensor) -> Tensor | None:
             new = tensor
@@ -233,7 +234,7 @@ class Replayer:
             wanted = self._known(dict.fromkeys([*steps, *keep]))
             if wanted:
                 stack.enter_context(tap(self.model, wanted, pass_by, differentiable=grad, tensor_parallel=self.group))
-            stack.enter_context(skipping(self.starts_at(batch)[0]))
+            stack.enter_context(skipping(skip))
             output = self.model(**self.kwargs(batch, needs_logits=needs_logits))
         logits = token_logits(batch, output) if needs_logits else None
         return Pass(logits=logits, sites=kept, nodes=nodes if grad else {}, end=end_here(self.model) if grad else ())

@@ -12,6 +12,7 @@ from residua.capture.startpoint import Start
 from residua.store.archive import Archive
 from residua.store.edits import Set, Swap
 from residua.store.errors import PlanError
+from residua.store.replayed import is_replay
 from residua.store.schedule import Schedule
 
 
@@ -33,6 +34,8 @@ def storage_notes(archive: Archive, infos: Mapping[str, SiteInfo], edits: Sequen
         edits: The edits.
     """
     notes = _rounded(archive, infos)
+    if is_replay(archive):
+        notes.append(f"{archive.path} holds what followed a replay: its rows, edited there, count as unedited here")
     for one in [archive, *(edit.source for edit in edits)]:
         if not one.is_sealed:
             notes.append(f"{one.path} is not sealed: {one.progress.rows:,} rows are captured so far")

@@ -25,18 +25,33 @@ TapFunction = Callable[[str, Tensor], Tensor | None]
 class Taps:
     """What `reading` gives: the sites, and the check that a forward call met all of them.
 
+    Args:
+        model: Any torch module; the very object that will be called.
+        sites: What `resolve_sites` gave.
+        function: As for `reading`.
+
     Attributes:
         sites: From name to what is known of each site.
         switched_to_eager: Whether the model's attention was switched to eager because patterns are read.
     """
 
-    def __init__(self, sites: Mapping[str, SiteInfo], function: TapFunction) -> None:
+    def __init__(self, model: nn.Module, sites: Mapping[str, SiteInfo], function: TapFunction) -> None:
         self.sites = dict(sites)
         self.switched_to_eager = False
+        self._model = model
         self._function = function
         self._fired = dict.fromkeys(self.sites, 0)
         self._call = ForwardCall()
         self._top: dict[int, dict[str, Tensor]] = {}
+
+    @contextmanager
+    def attached(self) -> Iterator[None]:
+        """Read inside; whoever changes a site from before on is read as changed, whoever does later is not."""
+        with ExitStack() as stack:
+            self.switched_to_eager = stack.enter_context(eager_where_needed(self._model, self.sites.values()))
+            parts = target_of(self._model).parts
+            self._call = stack.enter_context(attached(parts, self.sites.values(), values_of(self._emit)))
+            yield
 
     def end_forward(self) -> None:
         """Check that the one forward call since the last check met every site exactly once.
@@ -116,10 +131,6 @@ def reading(
         ...     taps.end_forward()
         module:0@output (4, 3)
     """
-    infos = sites if isinstance(sites, Mapping) else resolve_sites(model, sites)
-    parts = target_of(model).parts
-    taps = Taps(infos, function)
-    with ExitStack() as stack:
-        taps.switched_to_eager = stack.enter_context(eager_where_needed(model, infos.values()))
-        taps._call = stack.enter_context(attached(parts, infos.values(), values_of(taps._emit)))
+    taps = Taps(model, sites if isinstance(sites, Mapping) else resolve_sites(model, sites), function)
+    with taps.attached():
         yield taps

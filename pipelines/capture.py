@@ -23,14 +23,7 @@ from residua.capture.groups import split_by_hand
 from residua.capture.head import head_files
 from residua.capture.oracle import whole_sites
 from residua.capture.probing import evaluating
-from residua.capture.provenance import (
-    changed_conditions,
-    changed_layout,
-    config_differences,
-    describe_model,
-    environment,
-    identify_model,
-)
+from residua.capture.provenance import describe_model, environment, identify_model
 from residua.capture.record import RecordStats, record, total
 from residua.capture.replica import replica_of
 from residua.capture.sharded import Agreement, is_sharded
@@ -40,6 +33,7 @@ from residua.capture.split import Part, is_split
 from residua.capture.staged import PIPELINES, as_model, runnable
 from residua.capture.tokenizer import identify_tokenizer, save_tokenizer
 from residua.pipelines.dataset import DatasetReport, dataset_identity
+from residua.pipelines.going_on import compare_plans, sealed_archive
 from residua.pipelines.models import load_model, load_tokenizer
 from residua.pipelines.planning import DatasetSource, make_plan, write_examples
 from residua.pipelines.settings import CaptureSettings
@@ -47,7 +41,7 @@ from residua.pipelines.workers import WorkerFigures, Workers, workers_of
 from residua.store.archive import Archive
 from residua.store.commits import drop_broken
 from residua.store.crc import Buffer
-from residua.store.create import create_archive, seal, workspace
+from residua.store.create import create_archive, workspace
 from residua.store.errors import PlanError
 from residua.store.examples import ExampleIndex, ExampleTable
 from residua.store.files import sweep, write_file
@@ -241,9 +235,7 @@ class _Job:
         return self._archive
 
     def _seal(self) -> None:
-        sweep(self._out)  # a worker may have died meanwhile
-        self._archive = Archive(self._out)
-        seal(self._out, self._archive.metadata, self._archive.commits)
+        self._archive = sealed_archive(self._out)
 
     def _prepare(self, sites: Mapping[str, SiteInfo], on_example: Callable[[int, int], None]) -> Mapping[str, Any]:
         """Make the plan, and the archive unless it exists; an archive of another plan is refused."""
@@ -301,20 +293,7 @@ class _Job:
         return make_plan(self._settings, sites, index, identity=self._identity, column_shards=self._column_shards)
 
     def _compare(self, plan: Plan) -> None:
-        archive = self._opened()
-        self._notes.extend(changed_conditions(archive.provenance))
-        self._notes.extend(changed_layout(archive.provenance, self._model))
-        found = archive.plan
-        if found.digest != plan.digest:
-            lines = found.differences(plan)
-            of_config = config_differences(archive.provenance, self._model)
-            if of_config:  # which say more than that the digests differ
-                lines = [line for line in lines if not line.startswith("model.config:")] + of_config
-            listed = "\n  ".join(lines)
-            raise PlanError(
-                f"{self._out} was begun with another plan:\n  {listed}\n"
-                "Run it with the settings of the archive to go on, or choose another --out."
-            )
+        self._notes.extend(compare_plans(self._opened(), plan, self._model))
 
     def _provenance(self, plan: Plan) -> dict[str, Any]:
         return {

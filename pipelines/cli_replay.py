@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from residua.pipelines.cli_job import add_archive, add_job, add_split_flags, speaks_for_all
 from residua.pipelines.cli_lists import numbers, tokens
-from residua.pipelines.progress import StepProgress
+from residua.pipelines.progress import CaptureProgress, StepProgress
 from residua.pipelines.report import print_json
 from residua.pipelines.stopping import stopping_in_time
 
@@ -18,11 +18,12 @@ def add(jobs: Any) -> None:
     parser = add_job(jobs, "replay", _replay, "put stored rows back into the model with edits, and tell what changes")
     add_archive(parser)
     parser.add_argument("--model", required=True, help="hub id or folder of the model that was captured")
-    parser.add_argument("--edit", required=True, metavar="FILE", help="YAML or JSON file with the edits")
+    parser.add_argument("--edit", metavar="FILE", help="YAML or JSON file with the edits; default: none")
     parser.add_argument(
         "--out", dest="folder", required=True, help="folder of the tables; if it exists, the run goes on"
     )
     parser.add_argument("--at", metavar="STR", help="where stored rows go in, resid_post.5 say; default: nowhere")
+    parser.add_argument("--capture", metavar="STR", help="sites of the edited run to capture, into OUT/acts.zarr")
     parser.add_argument("--examples", metavar="STR", help="numbers of examples: 3,7,10-19; default: all")
     parser.add_argument("--rows", metavar="STR", help="only examples that own these rows, 0-99,512 say")
     parser.add_argument("--where", metavar="STR", help="only examples with such rows, for example 'label == \"code\"'")
@@ -37,13 +38,19 @@ def _replay(options: argparse.Namespace) -> int:
     from residua.pipelines.replay import replay_dataset
 
     is_first = speaks_for_all()
-    with stopping_in_time(), StepProgress("example", shown=is_first and not options.json) as progress:
+    shown = is_first and not options.json
+    with (
+        stopping_in_time(),
+        StepProgress("example", shown=shown) as progress,
+        CaptureProgress(shown=shown) as capture_progress,
+    ):
         found = replay_dataset(
             options.model,
             options.archive,
             out=options.folder,
-            edits=options.edit,
+            edits=() if options.edit is None else options.edit,
             at=None if options.at is None else options.at.split(","),
+            capture=options.capture,
             examples=None if options.examples is None else numbers(options.examples, "--examples"),
             rows=None if options.rows is None else numbers(options.rows, "--rows"),
             where=options.where,
@@ -54,6 +61,8 @@ def _replay(options: argparse.Namespace) -> int:
             pp=options.pp,
             command=options.command_line,
             on_example=progress.step,
+            on_plan=capture_progress.plan,
+            on_batch=capture_progress.batch,
         )
     if is_first:
         _print(found, as_json=options.json)
@@ -63,7 +72,9 @@ def _replay(options: argparse.Namespace) -> int:
 def _print(found: "ReplayResult", *, as_json: bool) -> None:
     means = _means(found.examples.to_pydict())
     if as_json:
-        print_json({"folder": str(found.folder), "examples": found.n_examples, "notes": list(found.notes), **means})
+        archive = None if found.archive is None else str(found.archive.path)
+        said = {"folder": str(found.folder), "archive": archive, "examples": found.n_examples}
+        print_json({**said, "notes": list(found.notes), **means})
         return
     for note in found.notes:
         print(f"note: {note}")
@@ -72,6 +83,8 @@ def _print(found: "ReplayResult", *, as_json: bool) -> None:
     if means["loss"] is not None:
         print(f"loss      {means['loss']:.4f}, without edits {means['unedited_loss']:.4f}: {means['loss_change']:+.4f}")
     print(f"top 1     the same for {100 * (means['top1_agreement'] or 0):.1f} % of tokens")
+    if found.archive is not None:
+        print(f"captured  {len(found.archive)} sites of {found.archive.n_rows:,} rows: {found.archive.path}")
     print(f"files     {found.folder}: examples/, tokens/, residua.json")
 
 

@@ -17,6 +17,7 @@ from residua.pipelines.sharing import SharedWork, sharing
 from residua.store.archive import Archive
 from residua.store.errors import CaptureError, PlanError
 from residua.store.fidelity import Fidelity, SiteFidelity, write_fidelity
+from residua.store.replayed import refuse_replay
 from residua.store.sitenames import parse_site
 
 _STREAM = ("resid_pre", "resid_mid", "resid_post", "final")
@@ -53,7 +54,8 @@ def fidelity(
         Divergence and agreement by site.
 
     Raises:
-        PlanError: The model is not the one that was captured, or no stored residual stream is rounded.
+        PlanError: The model is not the one that was captured, or no stored residual stream is rounded, or the
+            archive is one of a replay.
         NotCapturedError: Nothing is captured yet.
         CaptureError: The model gave no logits, or another process that shares the work is gone.
 
@@ -62,6 +64,7 @@ def fidelity(
         >>> found.sites["resid_post.3"].kl_mean  # doctest: +SKIP
     """
     opened = Archive(archive)
+    refuse_replay(opened, "residua fidelity")
     names = _rounded(opened)
     batches = [batch.examples.tolist() for batch in sample_batches(opened, n_batches, seed)]
     settings = CaptureSettings(device=device, tp=tp, pp=pp)

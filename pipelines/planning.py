@@ -101,18 +101,23 @@ def make_plan(
     check_budget(row_bytes, most_rows, staged, settings.host_memory)
     return Plan(
         model=identity,
-        dataset={
-            "digest": index.digest,
-            "n_examples": index.n_examples,
-            "n_tokens": index.total_tokens,
-            "longest_example": longest,
-        },
+        dataset=dataset_entry(index),
         rules=_rules(settings.dataset_settings()),
         sites=sites,
         rows_per_shard=height,
         batch_tokens=settings.batch_tokens,
         n_rows=index.total_rows,
     )
+
+
+def dataset_entry(index: ExampleIndex) -> dict[str, Json]:
+    """Return what a plan says of its examples."""
+    return {
+        "digest": index.digest,
+        "n_examples": index.n_examples,
+        "n_tokens": index.total_tokens,
+        "longest_example": int(index.n_tokens.max()),
+    }
 
 
 def _rules(settings: DatasetSettings) -> dict[str, Any]:

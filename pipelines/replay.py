@@ -17,12 +17,14 @@ import pyarrow as pa
 from transformers import PreTrainedModel
 
 from residua.capture.planbatch import PlanBatch
+from residua.capture.record import RecordStats
 from residua.capture.replayer import Replayer
 from residua.capture.replaynotes import unlike_the_plan
 from residua.capture.samemodel import running_as_captured
 from residua.pipelines.captured_batches import schedule_of, whole_groups
 from residua.pipelines.chosen_examples import ExampleChoice
 from residua.pipelines.models import captured_model
+from residua.pipelines.replay_capture import ARCHIVE, ReplayCapture
 from residua.pipelines.replay_parts import Compared, ReplayParts, write_parts
 from residua.pipelines.replay_record import begin_or_go_on, check_request
 from residua.pipelines.replay_tables import EXAMPLES, TOKENS, Comparison, read_parts, token_table
@@ -32,6 +34,7 @@ from residua.store.archive import Archive
 from residua.store.contentmark import content_mark
 from residua.store.editparse import EditSource, is_reproducible, parse_edits
 from residua.store.errors import CaptureError, NotCapturedError, PlanError
+from residua.store.plan import Plan
 from residua.store.schedule import Schedule
 from residua.store.texts import token_id
 
@@ -45,12 +48,14 @@ class ReplayResult:
         n_examples: Examples in the tables.
         resumed: Whether an earlier run had begun.
         notes: What a reader of the tables has to know, one sentence each.
+        archive: The archive of what follows, if it was asked for.
     """
 
     folder: Path
     n_examples: int
     resumed: bool
     notes: tuple[str, ...]
+    archive: Archive | None = None
 
     @property
     def examples(self) -> pa.Table:
@@ -68,8 +73,9 @@ def replay_dataset(
     archive: Archive | str | PathLike[str],
     *,
     out: str | PathLike[str],
-    edits: EditSource,
+    edits: EditSource = (),
     at: str | Iterable[str] | None = None,
+    capture: str | Iterable[str] | None = None,
     examples: Sequence[int] | None = None,
     rows: Sequence[int] | None = None,
     where: str | None = None,
@@ -80,6 +86,8 @@ def replay_dataset(
     pp: int = 1,
     command: str | None = None,
     on_example: Callable[[int, int], None] = lambda *_: None,
+    on_plan: Callable[[Plan, int], None] = lambda *_: None,
+    on_batch: Callable[[RecordStats], None] = lambda _: None,
 ) -> ReplayResult:
     """Replay the examples of an archive with edits and without, and write what the edits change.
 
@@ -93,6 +101,8 @@ def replay_dataset(
         out: Folder of the result; if it is one of the same request, what is missing is computed.
         edits: Edits in order, as `residua.replay` takes them.
         at: Where stored rows go in; None runs the model in full.
+        capture: Sites whose activations in the edited run are captured too, into the archive ``acts.zarr`` in `out`,
+            for the chosen examples.
         examples: Numbers of the examples; all unless given.
         rows: Rows of the archive; the examples that own them are taken.
         where: A condition such as ``label == "code"``; examples with a row that meets it are taken.
@@ -103,9 +113,11 @@ def replay_dataset(
         pp: Over how many it is split as a pipeline.
         command: The command line, for the provenance.
         on_example: Called with the examples done and in all; with those of all processes, on the first.
+        on_plan: Called with the plan of the archive that is captured, and the rows that are committed already.
+        on_batch: Called with the figures of that capture after every batch.
 
     Returns:
-        The tables, and what has to be said of them.
+        The tables, what has to be said of them, and the archive.
 
     Raises:
         PlanError: An edit does not fit, examples or rows do not exist, a text is no single token, the model is another,
@@ -141,24 +153,37 @@ def replay_dataset(
         idle = runs.edited.check(
             runs.edited.batch(batch) for part in range(len(parts)) for batch in parts.batches(part)
         )
-        request: dict[str, Any] = {
+        replayed: dict[str, Any] = {
             "archive": opened.plan.digest,
-            "model": {**opened.plan.model, **runs.edited.checked.identity},  # with force=True it may be another
             "at": list(runs.edited.start.sites),
             "edits": [edit.to_json() for edit in parsed],
             "contents": {str(path): content_mark(path) for edit in parsed for path in edit.folders},
+        }
+        request: dict[str, Any] = {
+            **replayed,
+            "model": {**opened.plan.model, **runs.edited.checked.identity},  # with force=True it may be another
             **choice.to_json(),
             "tokens": ids,
             "force": force,
         }
         said_of_edits = [*runs.edited.notes, *idle]
         facts = {"reproducible": is_reproducible(parsed), "notes": said_of_edits, "command": command}
+        following = (
+            None
+            if capture is None
+            else ReplayCapture(runs.edited, capture, np.flatnonzero(chosen), replay=replayed, facts=facts)
+        )
         said = shared.plan_once(
             lambda: {"resumed": begin_or_go_on(folder, request, facts)}, lambda: check_request(folder, request)
         )
         notes = write_parts(parts, runs, shared, on_example)
+        found = None if following is None else following.run(folder / ARCHIVE, crew, on_plan, on_batch)
     return ReplayResult(
-        folder=folder, n_examples=int(chosen.sum()), resumed=said["resumed"], notes=(*said_of_edits, *notes)
+        folder=folder,
+        n_examples=int(chosen.sum()),
+        resumed=said["resumed"],
+        notes=(*said_of_edits, *notes, *(() if found is None else found.notes)),
+        archive=None if found is None else found.archive,
     )
 
 

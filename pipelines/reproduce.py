@@ -21,6 +21,7 @@ from residua.pipelines.models import captured_model
 from residua.pipelines.settings import CaptureSettings
 from residua.store.archive import Archive
 from residua.store.errors import PlanError
+from residua.store.replayed import refuse_replay
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,10 +68,12 @@ def reproduce(
         (lossy presets aside).
 
     Raises:
-        PlanError: The model is not the one that was captured, or the archive has no batches of its own.
+        PlanError: The model is not the one that was captured, the archive has no batches of its own, or is one of
+            a replay.
         NotCapturedError: Nothing is captured yet.
     """
     opened = Archive(archive)
+    refuse_replay(opened, "residua reproduce")
     plan = opened.plan
     if plan.n_rows is None:
         raise PlanError(f"{archive} was recorded in a loop of its user's: its batches are not known, nothing to repeat")

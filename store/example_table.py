@@ -4,7 +4,7 @@ Nothing in the files is believed; `residua.store.example_part` says how. An obje
 """
 
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 
@@ -90,14 +90,18 @@ class ExampleTable:
         if missing:
             raise DatasetError(f"the examples have no column {missing[0]!r}; they have {', '.join(known)}")
         wanted = known if columns is None else list(columns)
-        for part in self._parts:
-            self._check(part)
-        tables = [read_columns(part, wanted) for part in self._parts]
+        tables = list(self.parts(wanted))
         if not tables:
             return pa.schema([(name, OWN_COLUMNS[name]) for name in wanted]).empty_table()
         with naming(self._folder):
             joined = pa.concat_tables(tables, promote_options="default").select(wanted)
             return joined.replace_schema_metadata(None)
+
+    def parts(self, columns: Sequence[str]) -> Iterator[pa.Table]:
+        """Yield the examples of one part after the other, with those of `columns` that it has."""
+        for part in self._parts:
+            self._check(part)
+            yield read_columns(part, columns)
 
     def column_types(self) -> dict[str, pa.DataType]:
         """Return the Arrow types of the user's own columns; null where no example has a value."""

@@ -38,7 +38,7 @@ class Schedule:
     def __init__(self, index: ExampleIndex, *, rows_per_shard: int, batch_tokens: int) -> None:
         self._index = index
         self._height = rows_per_shard
-        self._batch_tokens = batch_tokens
+        self.batch_tokens = batch_tokens
         self.n_rows = int(index.first_row[-1])
         self.n_shards = -(-self.n_rows // rows_per_shard)
 
@@ -69,7 +69,7 @@ class Schedule:
         start = 0
         while start < len(examples):
             longest = int(self._index.n_tokens[examples[start]])
-            stop = start + max(1, self._batch_tokens // longest)
+            stop = start + max(1, self.batch_tokens // longest)
             yield Batch(examples[start:stop], shard)
             start = stop
 

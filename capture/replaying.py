@@ -1,0 +1,58 @@
+"""The forward passes of a capture that replays another archive: from its stored rows, with edits."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+
+from torch import Tensor
+
+from residua.capture.placement import Indices
+from residua.capture.replayer import Replayer
+from residua.capture.skipping import skipping
+from residua.capture.tap import tap
+from residua.capture.taps import Taps
+
+
+class Replaying:
+    """What is done around each forward pass of `record`.
+
+    Args:
+        replayer: Knows the rows that go in, and the edits.
+        examples: From the number of an example in the new archive to its number in the one that is replayed.
+
+    Attributes:
+        changed: The sites that rows go into, and those that are edited.
+    """
+
+    def __init__(self, replayer: Replayer, examples: Indices) -> None:
+        edited = (name for edit in replayer.edits_at for name in edit.actions)
+        self.changed = (*replayer.start.sites, *edited)
+        self._replayer = replayer
+        self._examples = examples
+
+    @contextmanager
+    def of(self, taps: Taps, examples: Sequence[int]) -> Iterator[None]:
+        """Put rows in and edit while the model runs on a batch inside; `taps` read what has become of each site.
+
+        Args:
+            taps: Not attached yet.
+            examples: Numbers of the examples that run together, in the new archive.
+
+        Raises:
+            PlanError: An edit needs stored rows that there are not.
+        """
+        replayer = self._replayer
+        made = replayer.batch(self._examples[list(examples)].tolist())
+        steps = replayer.steps(made, edited=True)
+        skip, _ = replayer.starts_at(made)  # before anything is tapped: it may have to try the model
+
+        def pass_by(name: str, tensor: Tensor) -> Tensor:
+            for step in steps[name]:
+                tensor = step(tensor)
+            return tensor
+
+        with ExitStack() as stack:
+            if steps:
+                stack.enter_context(tap(replayer.model, list(steps), pass_by, tensor_parallel=replayer.group))
+            stack.enter_context(skipping(skip))
+            stack.enter_context(taps.attached())  # last, so that they read what the edits have left
+            yield

@@ -1,0 +1,240 @@
+"""Capturing what follows a replay: an archive of the chosen examples' activations in the edited run.
+
+Its plan is that of the archive which is replayed, for the chosen examples and the new sites; rows, batches, shards and
+resuming then follow as for any capture. Where all examples are taken, the batches are those of the archive.
+"""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from residua.capture.attention import eager_attention
+from residua.capture.attention_facts import attention_files
+from residua.capture.cuda_streams import writer_threads
+from residua.capture.head import head_files
+from residua.capture.oracle import whole_sites
+from residua.capture.provenance import describe_model, environment, identify_model
+from residua.capture.record import RecordStats, record
+from residua.capture.replayer import Replayer
+from residua.capture.replaying import Replaying
+from residua.capture.sharded import Agreement, is_sharded
+from residua.capture.siteplans import plan_sites
+from residua.capture.split import is_split
+from residua.pipelines.captured_batches import schedule_of
+from residua.pipelines.going_on import compare_plans, sealed_archive
+from residua.pipelines.planning import dataset_entry
+from residua.pipelines.replayed_examples import write_replayed_examples
+from residua.pipelines.workers import Workers, workers_of
+from residua.store.archive import Archive
+from residua.store.canonical import Json, digest_of
+from residua.store.codecs import DEFAULT_PRESET
+from residua.store.commits import drop_broken
+from residua.store.crc import Buffer
+from residua.store.create import create_archive, workspace
+from residua.store.errors import PlanError
+from residua.store.examples import ExampleIndex, ExampleTable
+from residua.store.files import sweep, write_file
+from residua.store.headspec import PARAMETERS_FILE
+from residua.store.metadata import is_archive
+from residua.store.plan import Plan, SitePlan
+from residua.store.replayed import RULE
+from residua.store.sizes import HOST_MEMORY_BYTES, staging_bytes
+
+ARCHIVE = "acts.zarr"
+"""The archive's name in the folder of a replay."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Captured:
+    """What a capture of a replay gave.
+
+    Attributes:
+        archive: The archive, sealed.
+        notes: What a reader of it has to know, one sentence each.
+    """
+
+    archive: Archive
+    notes: tuple[str, ...]
+
+
+class ReplayCapture:
+    """The capture of what follows a replay; made, and so checked, before anything runs.
+
+    Args:
+        replayer: Knows the rows that go in, and the edits.
+        patterns: The sites to capture.
+        examples: Numbers of the chosen examples, ascending.
+        replay: What is replayed, as JSON values: archive, `at`, edits.
+        facts: What else is to be known of it: whether it can be repeated, which notes there are.
+        command: The command line, for the provenance.
+
+    Raises:
+        UnknownSiteError: The model has no such site.
+        PlanError: A site lies below the stored rows, or its rows are too large to be staged.
+        CaptureError: A site has no entry a token.
+    """
+
+    def __init__(
+        self,
+        replayer: Replayer,
+        patterns: str | Iterable[str],
+        examples: npt.NDArray[np.int64],
+        *,
+        replay: Mapping[str, Json],
+        facts: Mapping[str, Json],
+        command: str | None,
+    ) -> None:
+        self._replayer = replayer
+        self._source = replayer.archive
+        self._model = replayer.core
+        self._examples = examples
+        self._provenance = {**replay, **facts}
+        self._rule = digest_of(dict(replay))
+        self._command = command
+        self._notes: list[str] = []
+        self._infos = whole_sites(self._model, [patterns] if isinstance(patterns, str) else list(patterns))
+        for name in self._infos:
+            replayer.refuse_below(name, f"--capture {name}")
+        index = self._source.example_table.index()
+        self._longest = int(index.n_tokens[examples].max())
+        self._most_rows = int(index.n_rows[examples].max())
+        self._n_rows = int(index.n_rows[examples].sum())
+        self._sites = plan_sites(self._infos, dtype=None, codec=DEFAULT_PRESET, longest_example=self._longest)
+        self._height = self._rows_per_shard(self._sites)
+
+    def run(
+        self,
+        out: Path,
+        *,
+        on_plan: Callable[[Plan, int], None] = lambda *_: None,
+        on_batch: Callable[[RecordStats], None] = lambda _: None,
+    ) -> Captured:
+        """Capture what is missing, and return the archive, sealed.
+
+        Args:
+            out: Folder of the archive; one that was begun goes on.
+            on_plan: As for `residua.capture_dataset`.
+            on_batch: Likewise.
+
+        Raises:
+            PlanError: The archive at `out` is one of another replay.
+            CaptureError: The capture failed, here or in another process; what was committed is safe.
+        """
+        needs_pattern = any(name.startswith("pattern.") for name in self._infos)
+        with (
+            workers_of(out, join=False) as workers,
+            eager_attention(self._model) if needs_pattern else nullcontext(False) as switched,
+        ):
+            if switched:
+                self._notes.append(f"pattern sites need eager attention: {out.name} was computed with it")
+            return self._run(workers, out, on_plan, on_batch)
+
+    def _run(
+        self,
+        workers: Workers,
+        out: Path,
+        on_plan: Callable[[Plan, int], None],
+        on_batch: Callable[[RecordStats], None],
+    ) -> Captured:
+        # by every worker: of a model that is spread over workers these are collectives
+        self._identity = identify_model(self._model)
+        needs_all = is_split(self._model) or is_sharded(self._model)
+        beside = self._files_beside() if needs_all else None
+        part = workers.part(self._model, self._infos)
+        workers.plan_once(partial(self._prepare, out, beside), partial(self._check, out))
+        archive = Archive(out)
+        on_plan(archive.plan, archive.progress.rows)
+
+        def close() -> None:
+            sealed_archive(out)
+
+        stats = record(
+            self._model,
+            out,
+            archive.plan,
+            part=part,
+            replaying=Replaying(self._replayer, self._examples),
+            work=partial(workers.work, out),
+            agree=Agreement() if is_sharded(self._model) else None,
+            threads=writer_threads(self._model),
+            on_batch=lambda own: on_batch(workers.so_far(own)),
+        )
+        workers.finish(stats, out, archive.plan.n_shards(archive.n_rows), close)
+        return Captured(archive=Archive(out), notes=tuple(self._notes))
+
+    def _prepare(self, out: Path, beside: Mapping[str, list[Buffer]] | None) -> Mapping[str, Any]:
+        """Make the archive unless it exists; one of another plan is refused."""
+        with workspace(out) as folder:
+            index = write_replayed_examples(folder / "examples", self._source, self._examples)
+            plan = self._plan(index)
+            if is_archive(out):
+                archive = Archive(out)
+                self._notes.extend(compare_plans(archive, plan, self._model))
+                self._notes.extend(drop_broken(out, plan, archive.commits))
+            else:
+                for name, content in (beside or self._files_beside()).items():
+                    write_file(folder / "head" / name, content)
+                for name in self._source.metadata.files:
+                    if name.startswith("tokenizer/"):
+                        write_file(folder / name, [self._source.side_file(name) or b""])
+                create_archive(folder, out, plan, self._whole_provenance(plan))
+        sweep(out)
+        return {}
+
+    def _check(self, out: Path) -> None:
+        """Refuse an archive that another worker made of another model or another replay than this one's."""
+        archive = Archive(out)
+        compare_plans(archive, self._plan(ExampleTable(out / "examples").index()), self._model)
+
+    def _files_beside(self) -> dict[str, list[Buffer]]:
+        attention = attention_files(self._model, self._infos)
+        has_head = f"head/{PARAMETERS_FILE}" in self._source.metadata.files
+        head = head_files(self._model) if has_head else {}
+        return {**head, **{name: [content] for name, content in attention.items()}}
+
+    def _plan(self, index: ExampleIndex) -> Plan:
+        source = self._source.plan
+        return Plan(
+            model=self._identity,
+            dataset=dataset_entry(index),
+            rules={**source.rules, RULE: self._rule},
+            sites=self._sites,
+            rows_per_shard=self._height,
+            batch_tokens=schedule_of(self._source).batch_tokens,
+            padding=source.padding,
+            n_rows=index.total_rows,
+        )
+
+    def _rows_per_shard(self, sites: Sequence[SitePlan]) -> int:
+        """Return the height of the archive that is replayed, on which batches depend, or what of it can be staged."""
+        row_bytes, asked = sum(site.row_bytes for site in sites), self._source.plan.rows_per_shard
+        height = asked
+        while staging_bytes(row_bytes, self._most_rows, min(height, self._n_rows)) > HOST_MEMORY_BYTES:
+            height //= 2
+            if not height:
+                raise PlanError(
+                    f"--capture: the longest example has {self._most_rows:,} rows of {row_bytes:,} bytes, and "
+                    f"{HOST_MEMORY_BYTES:,} bytes may be staged: capture fewer sites, or replay shorter examples"
+                )
+        if height < asked:
+            self._notes.append(
+                f"a shard of {ARCHIVE} holds {height:,} rows and not {asked:,}, since rows are wider: examples ran in "
+                "other batches than when they were captured, so that the last bits may differ"
+            )
+        return height
+
+    def _whole_provenance(self, plan: Plan) -> dict[str, Any]:
+        source = self._source.provenance
+        return {
+            "model": describe_model(self._model, plan.model),
+            **{name: source.get(name) for name in ("tokenizer", "dataset", "seed")},
+            "command": self._command,
+            RULE: self._provenance,
+            **environment(),
+        }

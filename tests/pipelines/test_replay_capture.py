@@ -1,0 +1,224 @@
+"""Capturing what follows a replay: against hooks by hand on the model, and bit for bit where nothing is edited."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import zarr
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+import residua
+from residua.pipelines import replay_capture
+from residua.store.archive import Archive
+from residua.store.errors import PlanError, UnknownSiteError
+from residua.store.verify import verify
+from tests.capture.replaying import EVEN, LAST, LENGTHS, MODELS, PADDED, captured, model_of, run_in_full, tokens
+
+HALVE = {"edit": "scale", "site": "mlp_out.1", "by": 0.5, "positions": "2:"}
+PUSH = {"edit": "add", "site": "resid_post.1", "vector": [float(i % 3) for i in range(32)], "examples": [1, 2, 3]}
+LATER = "mlp_out.1,resid_post.1,z.2,resid_post.2,final,logits"
+
+
+def replayed(model: PreTrainedModel, archive: Archive, out: Path, **options: Any) -> Archive:
+    """The archive of what follows."""
+    found = residua.replay_dataset(model, archive, out=out, **{"at": "resid_post.0", "capture": LATER, **options})
+    assert found.archive is not None
+    assert found.archive.path == out / "acts.zarr"
+    return found.archive
+
+
+def assert_equal_bits(found: Archive, expected: Archive) -> None:
+    for site in found.sites:
+        there = expected[site].torch(slice(0, expected.n_rows))
+        assert torch.equal(found[site].torch(slice(0, found.n_rows)), there), site
+
+
+@pytest.mark.parametrize("name", [name for name in MODELS if name != "roberta"])
+def test_without_edits_every_later_site_has_the_captured_bits(name: str, tmp_path: Path) -> None:
+    model = model_of(name, torch.bfloat16 if name == "qwen3" else torch.float32)
+    later = "resid_post.1,resid_pre.2,resid_post.2,final,logits" + ",z.2,k.2" * (name not in ("gptj", "bloom"))
+    archive = captured(model, tmp_path / "a", sites=f"resid_post.0,{later}", rows_per_shard=16)
+    found = replayed(model, archive, tmp_path / "out", capture=later)
+    assert found.sites == archive.sites[1:]
+    assert_equal_bits(found, archive)
+    assert found.plan.rows_per_shard == 16
+
+
+def test_kept_positions_stay_those_that_were_kept(tmp_path: Path) -> None:
+    model = model_of("llama")
+    archive = captured(model, tmp_path / "a", positions="every:3")
+    found = replayed(model, archive, tmp_path / "out", capture="resid_post.2,final")
+    assert found.n_rows == archive.n_rows < sum(LENGTHS)
+    assert_equal_bits(found, archive)
+
+
+def by_hand(model: PreTrainedModel, archive: Archive, examples: list[int]) -> dict[str, Tensor]:
+    """Each site of a batch under the two edits, (tokens, *row), by hooks on the modules."""
+    kept: dict[str, Tensor] = {}
+    vector = torch.tensor([float(i % 3) for i in range(32)])
+    pushed = torch.tensor([[[float(example in (1, 2, 3))]] for example in examples])
+
+    def halve(_module: object, _inputs: object, output: Tensor) -> Tensor:
+        kept["mlp_out.1"] = torch.cat([output[:, :2], output[:, 2:] * 0.5], 1)
+        return kept["mlp_out.1"]
+
+    def push(_module: object, _inputs: object, output: Tensor) -> Tensor:
+        kept["resid_post.1"] = output + pushed * vector
+        return kept["resid_post.1"]
+
+    def keep_last(_module: object, _inputs: object, output: Tensor) -> None:
+        kept["resid_post.2"] = kept["final"] = output
+
+    def keep_heads(_module: object, inputs: tuple[Tensor]) -> None:
+        kept["z.2"] = inputs[0].unflatten(-1, (4, -1))
+
+    handles = [
+        model.get_submodule("model.layers.1.mlp").register_forward_hook(halve),
+        model.get_submodule("model.layers.1").register_forward_hook(push),
+        model.get_submodule("model.layers.2").register_forward_hook(keep_last),
+        model.get_submodule("model.layers.2.self_attn.o_proj").register_forward_pre_hook(keep_heads),
+    ]
+    kept["logits"], mask = run_in_full(model, archive, examples)
+    for handle in handles:
+        handle.remove()
+    return {site: tensor[mask] for site, tensor in kept.items()}
+
+
+@pytest.mark.parametrize("at", ["resid_post.0", None])
+def test_edited_rows_are_those_of_hooks_by_hand(at: str | None, tmp_path: Path) -> None:
+    model = model_of("llama")
+    archive = captured(model, tmp_path / "a")
+    found = replayed(model, archive, tmp_path / "out", at=at, edits=[HALVE, PUSH])
+    for examples in (EVEN, PADDED, LAST):
+        expected = by_hand(model_of("llama"), archive, examples)
+        rows = np.concatenate([np.arange(*found.example_table.rows(example)) for example in examples])
+        for site in found.sites:
+            assert torch.equal(found[site].torch(rows), expected[site]), site
+    plain = zarr.open_array(found.path / "sites/resid_post/2", mode="r")[:]
+    np.testing.assert_array_equal(plain, found["resid_post.2"][:])
+    moved = np.abs(np.asarray(plain) - archive["resid_post.2"][:]).max(-1)
+    assert (moved[:2] == 0).all()
+    assert moved[2:42].min() > 0
+
+
+@pytest.mark.parametrize("choice", [{"examples": [1, 3]}, {"rows": [12, 40]}, {"where": 'label == "b"'}])
+def test_chosen_examples_keep_their_columns_and_numbers(choice: dict[str, Any], tmp_path: Path) -> None:
+    archive = captured(model_of("llama"), tmp_path / "a")
+    found = replayed(model_of("llama"), archive, tmp_path / "out", edits=[HALVE, PUSH], **choice)
+    table = found.examples.to_pandas()
+    assert table["replayed_example"].tolist() == [1, 3]
+    assert table["label"].tolist() == ["b", "b"]
+    assert [ids.tolist() for ids in table["input_ids"]] == [tokens()[1], tokens()[3]]
+    assert found.rows.example[:].tolist() == [0] * 12 + [1] * 11
+    expected = by_hand(model_of("llama"), archive, [1, 3])
+    for site in found.sites:  # rows that went in were computed in other batches
+        torch.testing.assert_close(found[site].torch(slice(0, 23)), expected[site], rtol=1e-5, atol=1e-5)
+
+
+def test_the_archive_says_what_it_is(tmp_path: Path) -> None:
+    model = model_of("llama")
+    archive = captured(model, tmp_path / "a")
+    found = replayed(model, archive, tmp_path / "out", edits=[HALVE])
+    assert found.is_sealed
+    report = verify(found.path)
+    assert (report.problems, report.notes) == ([], [])
+    said: Any = found.provenance["replay"]
+    assert said["archive"] == archive.plan.digest
+    assert (said["at"], said["reproducible"]) == (["resid_post.0"], True)
+    assert said["edits"] == [{**HALVE, "site": ["mlp_out.1"]}]
+    other = replayed(model, archive, tmp_path / "other", edits=[{**HALVE, "by": 0.25}])
+    assert other.plan.digest != found.plan.digest
+    by_function = replayed(
+        model, archive, tmp_path / "f", edits=[{"edit": "function", "site": "z.2", "function": _same}]
+    )
+    said = by_function.provenance["replay"]
+    assert said["reproducible"] is False
+    for job in (residua.reproduce, residua.fidelity):
+        with pytest.raises(PlanError, match="holds what followed a replay"):
+            job(found.path, model)
+
+
+def _same(_site: str, rows: Tensor) -> Tensor:
+    return rows
+
+
+def test_its_rows_can_be_replayed_again(tmp_path: Path) -> None:
+    model = model_of("llama")
+    archive = captured(model, tmp_path / "a")
+    found = replayed(model, archive, tmp_path / "out", edits=[HALVE, PUSH], examples=[0, 1, 3])
+    with residua.replay(model, found, examples=EVEN, at="resid_post.1") as run:
+        for example in EVEN:
+            rows = slice(*found.example_table.rows(example))
+            assert torch.equal(run.logits[example], found["logits"].torch(rows))
+        assert "holds what followed a replay" in run.notes[0]
+    again = replayed(model, found, tmp_path / "again", at="resid_post.1", capture="final", examples=[1, 2])
+    assert again.examples["replayed_example"].to_pylist() == [1, 2]
+
+
+def test_patterns_are_those_of_the_edited_run(tmp_path: Path) -> None:
+    model = model_of("llama")
+    model.set_attn_implementation("eager")
+    archive = captured(model, tmp_path / "a")
+    found = replayed(model, archive, tmp_path / "out", edits=[HALVE], capture="pattern.2")
+
+    def halve(_module: object, _inputs: object, output: Tensor) -> Tensor:
+        return torch.cat([output[:, :2], output[:, 2:] * 0.5], 1)
+
+    with torch.no_grad():
+        model.get_submodule("model.layers.1.mlp").register_forward_hook(halve)
+        attentions = model(input_ids=torch.tensor([tokens()[4]]), output_attentions=True).attentions
+    stored = found["pattern.2"].torch(slice(*found.example_table.rows(4)))
+    torch.testing.assert_close(stored[..., :3], attentions[2][0].transpose(0, 1))
+    assert stored[..., 3:].abs().max() == 0
+
+
+def test_edits_above_the_last_captured_site_do_not_matter(tmp_path: Path) -> None:
+    model = model_of("llama")
+    archive = captured(model, tmp_path / "a")
+    edits = [HALVE, {"edit": "zero", "site": "resid_post.2"}, {"edit": "scale", "site": "logits", "by": 2.0}]
+    found = replayed(model, archive, tmp_path / "out", edits=edits, capture="resid_post.1")
+    whole = replayed(model, archive, tmp_path / "whole", edits=edits, capture="resid_post.1,final,logits")
+    assert_equal_bits(found, whole)
+    assert float(whole["final"].torch(slice(0, 45)).abs().max()) == 0
+
+
+def test_what_cannot_be_captured_is_said_before_anything_runs(tmp_path: Path) -> None:
+    model = model_of("llama")
+    archive = captured(model, tmp_path / "a")
+    calls: list[int] = []
+    nn.Module.register_forward_hook(model, lambda *_: calls.append(1))
+    for capture, error, message in (
+        ("resid_post.*", PlanError, "--capture resid_post.0: it lies below resid_post.1, where the stored rows go in"),
+        ("attn_out.1", PlanError, "--capture attn_out.1: it lies below resid_post.1"),
+        ("resid_post.9", UnknownSiteError, "resid_post.9"),
+        ("", UnknownSiteError, "No site was named"),
+    ):
+        with pytest.raises(error, match=message):
+            replayed(model, archive, tmp_path / "out", at="resid_post.1", capture=capture)
+    assert not calls
+    assert not (tmp_path / "out").exists()
+    replayed(model, archive, tmp_path / "out", capture="final")
+    with pytest.raises(PlanError, match=r"was begun with another plan:\n  sites\.final: "):
+        replayed(model, archive, tmp_path / "out", capture="logits")
+    named = [{"input_ids": [3, 4, 5], "replayed_example": "mine"}]
+    theirs = residua.capture_dataset(model, named, out=tmp_path / "b", sites="resid_post.0").archive
+    with pytest.raises(PlanError, match="have a column 'replayed_example' of their own"):
+        replayed(model, theirs, tmp_path / "c", capture="final")
+
+
+def test_wider_rows_have_lower_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = model_of("llama")
+    archive = captured(model, tmp_path / "a")
+    monkeypatch.setattr(replay_capture, "HOST_MEMORY_BYTES", 32_000)
+    found = residua.replay_dataset(model, archive, out=tmp_path / "out", at="resid_post.0", capture="logits")
+    assert found.archive is not None
+    assert found.archive.plan.rows_per_shard == 32
+    assert "holds 32 rows and not 64" in found.notes[-1]
+    rows = slice(0, archive.n_rows)
+    torch.testing.assert_close(found.archive["logits"].torch(rows), archive["logits"].torch(rows), rtol=1e-5, atol=1e-5)
+    monkeypatch.setattr(replay_capture, "HOST_MEMORY_BYTES", 1000)
+    with pytest.raises(PlanError, match=r"the longest example has 12 rows of 388 bytes, and 1,000 bytes may be staged"):
+        replayed(model, archive, tmp_path / "small", capture="logits")
