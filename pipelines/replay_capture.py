@@ -16,6 +16,7 @@ import numpy.typing as npt
 
 from residua.capture.attention import eager_attention
 from residua.capture.attention_facts import attention_files
+from residua.capture.crew import Crew
 from residua.capture.cuda_streams import writer_threads
 from residua.capture.head import head_files
 from residua.capture.oracle import whole_sites
@@ -30,7 +31,7 @@ from residua.pipelines.captured_batches import schedule_of
 from residua.pipelines.going_on import compare_plans, sealed_archive
 from residua.pipelines.planning import dataset_entry
 from residua.pipelines.replayed_examples import write_replayed_examples
-from residua.pipelines.workers import Workers, workers_of
+from residua.pipelines.workers import Workers, workers_of_launch
 from residua.store.archive import Archive
 from residua.store.canonical import Json, digest_of
 from residua.store.codecs import DEFAULT_PRESET
@@ -71,8 +72,7 @@ class ReplayCapture:
         patterns: The sites to capture.
         examples: Numbers of the chosen examples, ascending.
         replay: What is replayed, as JSON values: archive, `at`, edits.
-        facts: What else is to be known of it: whether it can be repeated, which notes there are.
-        command: The command line, for the provenance.
+        facts: What else is to be known of it, for the provenance: whether it can be repeated, notes, command line.
 
     Raises:
         UnknownSiteError: The model has no such site.
@@ -88,15 +88,13 @@ class ReplayCapture:
         *,
         replay: Mapping[str, Json],
         facts: Mapping[str, Json],
-        command: str | None,
     ) -> None:
         self._replayer = replayer
         self._source = replayer.archive
         self._model = replayer.core
         self._examples = examples
-        self._provenance = {**replay, **facts}
+        self._facts = {**replay, **facts}
         self._rule = digest_of(dict(replay))
-        self._command = command
         self._notes: list[str] = []
         self._infos = whole_sites(self._model, [patterns] if isinstance(patterns, str) else list(patterns))
         for name in self._infos:
@@ -111,14 +109,15 @@ class ReplayCapture:
     def run(
         self,
         out: Path,
-        *,
+        crew: Crew | None,
         on_plan: Callable[[Plan, int], None] = lambda *_: None,
         on_batch: Callable[[RecordStats], None] = lambda _: None,
     ) -> Captured:
         """Capture what is missing, and return the archive, sealed.
 
         Args:
-            out: Folder of the archive; one that was begun goes on.
+            out: Folder of the archive; one that was begun goes on. Nobody else is at work there.
+            crew: Those that were launched together with this process; None if it is alone.
             on_plan: As for `residua.capture_dataset`.
             on_batch: Likewise.
 
@@ -128,7 +127,7 @@ class ReplayCapture:
         """
         needs_pattern = any(name.startswith("pattern.") for name in self._infos)
         with (
-            workers_of(out, join=False) as workers,
+            workers_of_launch(crew, out.name) as workers,
             eager_attention(self._model) if needs_pattern else nullcontext(False) as switched,
         ):
             if switched:
@@ -234,7 +233,7 @@ class ReplayCapture:
         return {
             "model": describe_model(self._model, plan.model),
             **{name: source.get(name) for name in ("tokenizer", "dataset", "seed")},
-            "command": self._command,
-            RULE: self._provenance,
+            "command": self._facts["command"],
+            RULE: {name: value for name, value in self._facts.items() if name != "command"},
             **environment(),
         }

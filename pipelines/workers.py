@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from torch import nn
+from torch._C._distributed_c10d import PrefixStore
 
 from residua.capture.crew import Crew
 from residua.capture.handout import HandOut
@@ -195,3 +196,19 @@ def workers_of(out: Path, *, join: bool) -> Iterator[Workers]:
         else:
             with crew:
                 yield Together(crew)
+
+
+@contextmanager
+def workers_of_launch(crew: Crew | None, job: str) -> Iterator[Workers]:
+    """Yield this worker and the others for a capture that is part of their job; it has a crew of its own.
+
+    Args:
+        crew: Those that were launched together, as they do the whole job; None for one process alone.
+        job: A name for this part of it.
+    """
+    if crew is None or crew.home is None:
+        yield Alone()
+        return
+    store, rank, n_launched = crew.home
+    with Crew(PrefixStore(job, store), rank, n_launched, home=crew.home) as own:
+        yield Together(own)

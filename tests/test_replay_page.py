@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+import residua
 from residua.store.editparse import parse_edits
 from residua.store.edits import KINDS
 
@@ -51,6 +52,17 @@ def test_the_whole_archive_is_told_in_tables(names: dict[str, Any]) -> None:
     assert told == set(names["by_token"].columns) | {"top1_agreement", "n_tokens", "kl_max"}
     assert set(names["by_example"].columns) <= told
     assert 0 < names["cost"].kl_mean < 1e-2
+
+
+def test_what_follows_is_an_archive(names: dict[str, Any]) -> None:
+    following, archive = names["following"], names["archive"]
+    assert following.sites == ("resid_post.3", "resid_post.4", "q.5", "k.5", "resid_post.5")
+    assert following.is_sealed
+    assert following.n_rows == archive.n_rows
+    shift = names["shift"]
+    with residua.replay(names["model"], archive, examples=[0], at="resid_post.2", edits=names["halve"]) as run:
+        np.testing.assert_allclose(run["resid_post.5"][0], following.example(0)["resid_post.5"], rtol=1e-4, atol=1e-3)
+    assert 0 < shift["resid_post.3"] < shift["resid_post.5"]
 
 
 def test_sweeps_find_the_two_cells_that_the_page_names(names: dict[str, Any]) -> None:

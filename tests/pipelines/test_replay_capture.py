@@ -1,5 +1,6 @@
 """Capturing what follows a replay: against hooks by hand on the model, and bit for bit where nothing is edited."""
 
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,12 @@ import residua
 from residua.pipelines import replay_capture
 from residua.store.archive import Archive
 from residua.store.errors import PlanError, UnknownSiteError
+from residua.store.metadata import is_archive
 from residua.store.verify import verify
 from tests.capture.replaying import EVEN, LAST, LENGTHS, MODELS, PADDED, captured, model_of, run_in_full, tokens
+from tests.pipelines.forking import Forks
+from tests.pipelines.test_kill import content
+from tests.ragged import MODEL, capture_words, write_dataset
 
 HALVE = {"edit": "scale", "site": "mlp_out.1", "by": 0.5, "positions": "2:"}
 PUSH = {"edit": "add", "site": "resid_post.1", "vector": [float(i % 3) for i in range(32)], "examples": [1, 2, 3]}
@@ -222,3 +227,33 @@ def test_wider_rows_have_lower_shards(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr(replay_capture, "HOST_MEMORY_BYTES", 1000)
     with pytest.raises(PlanError, match=r"the longest example has 12 rows of 388 bytes, and 1,000 bytes may be staged"):
         replayed(model, archive, tmp_path / "small", capture="logits")
+
+
+def test_killed_at_many_steps_it_ends_the_same(forks: Forks, tmp_path: Path) -> None:
+    archive, reference, killed = tmp_path / "acts.zarr", tmp_path / "reference", tmp_path / "killed"
+    dataset = write_dataset(tmp_path / "ragged.jsonl", 12)
+    assert forks.run(capture_words(dataset, archive, "--sites", "resid_post.3")).code == 0
+    (tmp_path / "edits.yaml").write_text("[{edit: zero, site: attn_out.4, positions: '1:'}]")
+    job = ["replay", str(archive), "--model", str(MODEL), "--edit", str(tmp_path / "edits.yaml")]
+    words = [*job, "--at", "resid_post.3", "--examples", "1-9,11", "--out"]
+    capture = ["--capture", "resid_post.4,final,q.5"]
+    assert forks.run([*words, reference, *capture]).code == 0
+    assert forks.run([*words, killed]).code == 0  # the archive may be asked for later
+    n_left = [0]
+    for die_at in (5, 70, 220, 90, 150):
+        ended = forks.run([*words, killed, *capture], die_at=die_at)
+        assert ended.code == -signal.SIGKILL, ended.output
+        if is_archive(killed / "acts.zarr"):
+            assert verify(killed / "acts.zarr").problems == []
+            n_left.append(len(list((killed / "acts.zarr/commits").glob("*.json"))))
+    ended = forks.run([*words, killed, *capture, "--json"])
+    assert ended.code == 0, ended.output
+    assert str(killed / "acts.zarr") in ended.output
+    n_shards = len(list((killed / "acts.zarr/commits").glob("*.json")))
+    assert n_left == sorted(n_left)
+    assert 0 < n_left[-1] < n_shards
+    assert content(killed / "acts.zarr") == content(reference / "acts.zarr")
+    assert verify(killed / "acts.zarr").problems == []
+    ours, theirs = (dict(Archive(folder / "acts.zarr").provenance) for folder in (killed, reference))
+    assert {**ours, "command": ""} == {**theirs, "command": ""}
+    assert sorted(path.name for path in killed.iterdir()) == ["acts.zarr", "examples", "residua.json", "tokens"]
