@@ -165,7 +165,7 @@ def replay_dataset(
             "force": force,
         }
         said_of_edits = [*runs.edited.notes, *idle]
-        facts = {"reproducible": is_reproducible(parsed), "notes": said_of_edits, "command": command}
+        facts: dict[str, Any] = {"reproducible": is_reproducible(parsed), "notes": said_of_edits, "command": command}
         following = (
             None
             if capture is None

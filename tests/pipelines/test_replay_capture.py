@@ -78,7 +78,7 @@ def by_hand(model: PreTrainedModel, archive: Archive, examples: list[int]) -> di
         kept["resid_post.2"] = kept["final"] = output
 
     def keep_heads(_module: object, inputs: tuple[Tensor]) -> None:
-        kept["z.2"] = inputs[0].unflatten(-1, (4, -1))
+        kept["z.2"] = inputs[0].view(*inputs[0].shape[:2], 4, -1)
 
     handles = [
         model.get_submodule("model.layers.1.mlp").register_forward_hook(halve),
