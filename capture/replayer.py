@@ -103,7 +103,7 @@ class Replayer:
         self._anatomy = _language_model(model)
         self.start = start_of(self._injected(at), self._anatomy)
         self._infos: dict[str, SiteInfo] = {}
-        infos = self._known(self.start.sites)
+        infos = self.known(self.start.sites)
         split_over = tensor_parallel_group(self.core, tensor_parallel)
         is_owner = split_over is None or dist.get_rank(split_over) == 0
         self._read_here = frozenset(target_of(model).here(infos)) if is_owner else frozenset()
@@ -128,7 +128,7 @@ class Replayer:
         wanted = list(at)
         return self.archive.select(wanted) if wanted else ()
 
-    def _known(self, names: Iterable[str]) -> dict[str, SiteInfo]:
+    def known(self, names: Iterable[str]) -> dict[str, SiteInfo]:
         """Return what is known of sites; each is looked up once, which for some models means running them."""
         wanted = list(names)
         if unknown := [name for name in wanted if name not in self._infos]:
@@ -231,7 +231,7 @@ class Replayer:
             return new if name in steps or grad else None
 
         with torch.set_grad_enabled(grad), ExitStack() as stack:
-            wanted = self._known(dict.fromkeys([*steps, *keep]))
+            wanted = self.known(dict.fromkeys([*steps, *keep]))
             if wanted:
                 stack.enter_context(tap(self.model, wanted, pass_by, differentiable=grad, tensor_parallel=self.group))
             stack.enter_context(skipping(skip))

@@ -52,7 +52,8 @@ class Replaying:
 
         with ExitStack() as stack:
             if steps:
-                stack.enter_context(tap(replayer.model, list(steps), pass_by, tensor_parallel=replayer.group))
+                sites = replayer.known(steps)
+                stack.enter_context(tap(replayer.model, sites, pass_by, tensor_parallel=replayer.group))
             stack.enter_context(skipping(skip))
             stack.enter_context(taps.attached())  # last, so that they read what the edits have left
             yield

@@ -150,7 +150,9 @@ def replay_dataset(
         shared = SharedWork(crew, loaded, alike=True)
         runs = _Runs(loaded, Replayer(loaded, opened, at=places, edits=parsed, force=force), ids)
         stack.callback(runs.close)
-        idle = runs.check(batch for part in range(len(parts)) for batch in parts.batches(part))
+        idle = runs.edited.check(
+            runs.edited.batch(batch) for part in range(len(parts)) for batch in parts.batches(part)
+        )
         replayed: dict[str, Any] = {
             "archive": opened.plan.digest,
             "at": list(runs.edited.start.sites),
