@@ -1,9 +1,10 @@
-"""What capturing costs on a GPU: `python benchmarks/gpu.py`; it needs CUDA, and 20 GiB of memory-backed storage.
+"""What capturing costs on a GPU: `python benchmarks/gpu.py`; it needs CUDA, and 10 GiB of memory-backed storage.
 
 A Llama of 1.3B parameters (random weights, bfloat16), every `resid_post` of 32 batches of 8 by 512 tokens, codec `raw`,
 into memory-backed storage (`/dev/shm`, or `--folder`), so that no disk is in the way. The plain forward pass of
 the same batches, without logits, and the capture take turns; both end with the device idle, the capture also with the
-last commit. Making the plan and the empty archive is not timed. Then the rate of the copies to the host: rows of one
+last commit. Making the plan and the empty archive is not timed; what a capture does before its first batch, above all
+page-locking its stages, is timed by itself. Then the rate of the copies to the host: rows of one
 tensor that stays on the device, staged as a capture stages them while no model runs, against a bare copy of as many
 bytes into page-locked memory of torch's own, in pieces of one batch and site.
 """
@@ -13,7 +14,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import cast
 
@@ -27,15 +28,17 @@ from residua.capture.inputs import forward_kwargs
 from residua.capture.record import record
 from residua.capture.rows import ExampleRows, batch_rows
 from residua.capture.staging import Staging
+from residua.capture.work import AllAtOnce
 from residua.store.create import create_archive, workspace
 from residua.store.examples import Example, ExampleWriter
 from residua.store.plan import Plan, SitePlan
+from residua.store.schedule import Schedule
 from residua.store.writer import FilledShard, ShardWriter
 
 MOST_COST, LEAST_RATE = 1.05, 0.8
 EXAMPLES, POSITIONS = 8, 512
 ROWS = EXAMPLES * POSITIONS  # of a batch, and of a shard
-PLAIN, CAPTURE = "plain forward", "capture"
+PLAIN, CAPTURE, STARTUP = "plain forward", "capture, from its first batch on", "before the first batch"
 STAGED, BARE = "staged as in a capture", "bare copy"
 
 
@@ -123,8 +126,16 @@ def cost(sizes: Sizes, device: torch.device, folder: Path, rounds: int, threads:
                 model(**kwargs)
         idle(device)
 
+    startups: list[float] = []
+
     def captured(_: int) -> None:
-        record(model, out, sizes.plan(), threads=threads)
+        began = time.perf_counter()
+
+        def work(schedule: Schedule) -> AllAtOnce:
+            startups.append(time.perf_counter() - began)
+            return AllAtOnce(schedule.n_shards)
+
+        record(model, out, sizes.plan(), work=work, threads=threads)
         idle(device)
 
     def clear() -> None:
@@ -133,11 +144,24 @@ def cost(sizes: Sizes, device: torch.device, folder: Path, rounds: int, threads:
 
     cases: dict[str, Callable[[int], None]] = {PLAIN: plain, CAPTURE: captured}
     in_turns(cases, rounds=1, prepare=clear)  # to warm up
+    startups.clear()
     timings = in_turns(cases, rounds=rounds, prepare=clear)
-    return [
+    timings[CAPTURE] = [
+        replace(run, wall=run.wall - startup) for run, startup in zip(timings[CAPTURE], startups, strict=True)
+    ]
+    lines = [
         [name, spread([run.wall for run in runs]), spread(speedups(runs, timings[PLAIN], clock="wall"), 3)]
         for name, runs in timings.items()
     ]
+    return [*lines, [STARTUP, spread(startups), ""]]
+
+
+def check_space(sizes: Sizes, folder: Path) -> None:
+    """Stop where the archive does not fit: memory-backed storage is often small."""
+    needed = sizes.n_batches * sizes.layers * ROWS * sizes.width * 2
+    free = shutil.disk_usage(folder).free
+    if free < needed * 11 // 10:
+        raise SystemExit(f"{folder} has {free / 2**30:.1f} GiB, the archive takes {needed / 2**30:.1f}: give --folder")
 
 
 def idle(device: torch.device) -> None:
@@ -224,6 +248,7 @@ def main() -> None:
     if not torch.cuda.is_available():
         raise SystemExit("benchmarks/gpu.py measures copies from a GPU, and torch finds none here: run it where one is")
     with tempfile.TemporaryDirectory(dir=chosen.folder or "/dev/shm") as folder:  # noqa: S108  # memory, on purpose
+        check_space(Sizes(), Path(folder))
         text = report(Sizes(), torch.device("cuda", 0), Path(folder), chosen.rounds, chosen.threads)
     publish(text, chosen.out)
 

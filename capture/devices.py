@@ -35,6 +35,15 @@ def _devices(model: nn.Module) -> Iterator[torch.device]:
                 yield torch.device(device)
 
 
+def uploaded(tensor: Tensor, device: torch.device | str | None) -> Tensor:
+    """Copy a tensor of the host to a device, without waiting for what the device is still doing.
+
+    From memory that is not page-locked torch would wait, and the model's next batch could not be prepared meanwhile.
+    """
+    is_cuda = device is not None and torch.device(device).type == "cuda"
+    return (tensor.pin_memory() if is_cuda else tensor).to(device, non_blocking=is_cuda)
+
+
 def with_values(model: nn.Module, name: str, tensor: Tensor) -> Tensor:
     """Return a weight, on the CPU if it is offloaded: from where accelerate keeps it.
 

@@ -15,6 +15,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
+from residua.capture.devices import uploaded
+
 
 @dataclass(frozen=True, kw_only=True)
 class PaddedBatch:
@@ -63,7 +65,8 @@ def padded_batch(
         start = ids.shape[1] - len(array) if side == "left" else 0
         ids[row, start : start + len(array)] = array
         mask[row, start : start + len(array)] = 1
-    return PaddedBatch(input_ids=torch.from_numpy(ids).to(device), attention_mask=torch.from_numpy(mask).to(device))
+    ids_BT, mask_BT = (uploaded(torch.from_numpy(array), device) for array in (ids, mask))
+    return PaddedBatch(input_ids=ids_BT, attention_mask=mask_BT)
 
 
 def positions_of(attention_mask: Tensor) -> Tensor:

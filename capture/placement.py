@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from residua.capture.devices import uploaded
 from residua.store.errors import CaptureError
 
 Indices: TypeAlias = "npt.NDArray[np.int64]"
@@ -75,11 +76,9 @@ class Placement:
         self._runs = list(zip(source[starts].tolist(), target[starts].tolist(), lengths.tolist(), strict=True))
 
     def _source_indices(self, device: torch.device) -> torch.Tensor:
-        """Return `source` as an int64 tensor on `device`, without waiting for what the device is doing."""
+        """Return `source` as an int64 tensor on `device`."""
         if device not in self._on_device:
-            indices = torch.from_numpy(self.source)
-            pinned = indices.pin_memory() if device.type == "cuda" else indices
-            self._on_device[device] = pinned.to(device, non_blocking=True)
+            self._on_device[device] = uploaded(torch.from_numpy(self.source), device)
         return self._on_device[device]
 
     @cached_property

@@ -1,25 +1,33 @@
 """The copies on a CUDA device: values, overlap, back-pressure, memory. The order itself is tested in `test_offload`."""
 
 import threading
-from typing import cast
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 import pytest
 import torch
+from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
+import residua
 from residua.capture.placement import BatchRows
 from residua.capture.rows import ExampleRows, batch_rows
 from residua.capture.staging import Staging
 from residua.store.plan import Plan, SitePlan
 from residua.store.writer import FilledShard, ShardWriter
+from tests.capture.hooks_by_hand import hooked
 from tests.capture.staging_samples import LateWriter, make_plan
+from tests.models import TINY
 
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
+DEVICE = "cuda"
 HEIGHT, WIDTH = 512, 4096
+TOKENS = [[3 + (number * 7 + at) % 60 for at in range(16)] for number in range(40)]
 SITES = (
     SitePlan(name="resid_post.0", row_shape=(WIDTH,), dtype="float32", codec="raw"),
     SitePlan(name="resid_post.1", row_shape=(WIDTH,), dtype="bfloat16", codec="raw"),
@@ -145,3 +153,22 @@ def test_copies_run_beside_the_model() -> None:
     assert copies
     assert kernels
     assert any(start < k_end and k_start < end for start, end in copies for k_start, k_end in kernels)
+
+
+@pytest.mark.parametrize("how", ["plain", "compiled", "on another stream"])
+def test_a_model_is_captured_as_a_hook_by_hand_sees_it(how: str, tmp_path: Path) -> None:
+    """Every batch is one example without padding, so that rows follow the calls."""
+    model, kept = TINY["llama"](), list[torch.Tensor]()
+    nn.Module.to(model, DEVICE)
+    if how == "compiled":
+        model.compile(backend="eager")
+        with torch.inference_mode():
+            model(torch.tensor([TOKENS[0]], device=DEVICE))
+    block = model.get_submodule("model.layers.1")
+    stream = torch.cuda.stream(torch.cuda.Stream()) if how == "on another stream" else nullcontext()
+    with hooked(block, lambda _m, _a, output: kept.append(output.detach().clone())), stream:
+        options: dict[str, Any] = {"sites": "resid_post.1", "codec": "raw", "batch_tokens": len(TOKENS[0])}
+        result = residua.capture_dataset(model, TOKENS, out=tmp_path / "a.zarr", **options)
+        expected = torch.cat([output[0] for output in kept if output.shape[1] == len(TOKENS[0])]).cpu()
+    assert len(expected) == result.archive.n_rows == len(TOKENS) * len(TOKENS[0])
+    assert torch.equal(result.archive["resid_post.1"].torch(), expected)
