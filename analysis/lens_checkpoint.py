@@ -115,6 +115,8 @@ def read_checkpoint(folder: Path) -> tuple[LensConfig, dict[int, Translator]]:
 def _read_config(path: Path) -> LensConfig:
     try:
         found = json.loads(path.read_bytes() if path.stat().st_size <= _MOST_CONFIG_BYTES else b"")
+    except FileNotFoundError as error:
+        raise AnalysisError(f"{path.parent} is no lens, it has no {path.name}: {_ADVICE}") from error
     except (OSError, ValueError, RecursionError) as error:
         raise AnalysisError(f"{path} is not the config of a lens ({error}): {_ADVICE}") from error
     known = {field.name for field in fields(LensConfig)}

@@ -21,6 +21,7 @@ from residua.analysis.shuffle_buffer import ShuffleBuffer, Taken
 from residua.store.archive import Archive
 from residua.store.errors import AnalysisError
 from residua.store.stored import as_tensor
+from residua.store.wording import few
 
 Batch: TypeAlias = dict[str, Tensor]
 
@@ -116,6 +117,9 @@ class Loader(IterableDataset[Batch]):
         }
         self._taken = self._resume = 0
         self._resume_workers = max(1, num_workers)
+
+    def __repr__(self) -> str:
+        return f"<Loader of {few(self.sites)} from {self._archive.path} in batches of {self._batch_size:,} rows>"
 
     def __len__(self) -> int:
         """Return the number of batches of one epoch on this rank."""

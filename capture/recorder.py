@@ -49,6 +49,7 @@ from residua.store.files import write_file
 from residua.store.metadata import file_digest
 from residua.store.plan import Plan, SitePlan
 from residua.store.sizes import HOST_MEMORY_BYTES, n_stages, shard_rows
+from residua.store.wording import few
 from residua.store.writer import ShardWriter
 
 _LOG = logging.getLogger(__name__)
@@ -114,6 +115,9 @@ class Recorder:
         self._call: Call | None = None
         self._keep: npt.NDArray[np.bool_] | None = None
         self._columns: Mapping[str, Column] = {}
+
+    def __repr__(self) -> str:
+        return f"<Recorder of {few(list(self._sites))} into {self.path}>"
 
     def annotate(self, *, columns: Mapping[str, Column] | None = None, keep: torch.Tensor | None = None) -> None:
         """Describe the next call.

@@ -27,6 +27,7 @@ from residua.capture.samemodel import running_as_captured
 from residua.store.archive import Archive
 from residua.store.editparse import EditSource, parse_edits
 from residua.store.errors import CaptureError, PlanError
+from residua.store.wording import few
 
 
 class Replay:
@@ -87,7 +88,7 @@ class Replay:
         return self._sites[name]
 
     def __repr__(self) -> str:
-        return f"<Replay of examples {list(self.examples)} of {self._replayer.archive.path}>"
+        return f"<Replay of examples {few(self.examples)} of {self._replayer.archive.path}>"
 
     @property
     def losses(self) -> list[Tensor]:

@@ -2,8 +2,6 @@
 
 from collections.abc import Mapping, Sequence
 
-import numpy as np
-
 from residua.capture.anatomy import Anatomy
 from residua.capture.editing import EditAt
 from residua.capture.planbatch import PlanBatch
@@ -13,7 +11,7 @@ from residua.store.archive import Archive
 from residua.store.edits import Set, Swap
 from residua.store.errors import PlanError
 from residua.store.replayed import is_replay
-from residua.store.schedule import Schedule
+from residua.store.wording import few
 
 
 def check_injection(archive: Archive, name: str, info: SiteInfo) -> None:
@@ -78,16 +76,14 @@ def why_in_full(start: Start, anatomy: Anatomy, batch: PlanBatch) -> str:
 
 def unlike_the_plan(archive: Archive, examples: Sequence[int]) -> str:
     """Say how a batch of `examples` differs from the batches of the capture; empty if it is one of them."""
-    plan = archive.plan
-    if not plan.batch_tokens or plan.n_rows is None:
+    if not archive.plan.batch_tokens or archive.plan.n_rows is None:
         return "the archive was recorded in a user's own loop: which examples ran together, and how, is not known"
-    index = archive.example_table.index()
-    schedule = Schedule(index, rows_per_shard=plan.rows_per_shard, batch_tokens=plan.batch_tokens)
-    batch = schedule.batch_of(examples[0])
-    captured = [] if batch is None else batch.examples.tolist()
-    if np.array_equal(captured, examples):
+    first, captured = examples[0], archive.batch_of(examples[0])
+    if captured == tuple(examples):
         return ""
+    if not captured:
+        return f"example {first} has no row in the archive, and ran in no batch of the capture"
     return (
-        f"example {examples[0]} ran in another batch when it was captured (examples={captured}), so that the last "
-        "bits may differ"
+        f"example {first} ran in another batch when it was captured (examples {few(captured)}), so that the last bits "
+        f"may differ: examples=archive.batch_of({first}) is that batch"
     )

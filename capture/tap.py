@@ -31,6 +31,7 @@ from residua.capture.tapgroup import TapGroup
 from residua.capture.taps import TapFunction
 from residua.capture.whole import Parts, Wholes
 from residua.store.errors import CaptureError, PlanError
+from residua.store.wording import few
 
 
 class Tap:
@@ -64,6 +65,9 @@ class Tap:
         self._handles: list[RemovableHandle] = []
         self._n_met: Counter[str] = Counter()
         self._awaited: set[str] = set()
+
+    def __repr__(self) -> str:
+        return f"<Tap of {few(list(self.sites))}{'' if self.enabled else ', switched off'}>"
 
     @property
     def enabled(self) -> bool:

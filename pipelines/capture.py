@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import partial
 from os import PathLike, fspath
 from pathlib import Path
@@ -32,12 +32,13 @@ from residua.capture.sites import resolve_sites
 from residua.capture.split import Part, is_split
 from residua.capture.staged import PIPELINES, as_model, runnable
 from residua.capture.tokenizer import identify_tokenizer, save_tokenizer
+from residua.pipelines.capture_result import CaptureResult
 from residua.pipelines.dataset import DatasetReport, dataset_identity
 from residua.pipelines.going_on import compare_plans, sealed_archive
 from residua.pipelines.models import load_model, load_tokenizer
 from residua.pipelines.planning import DatasetSource, make_plan, write_examples
 from residua.pipelines.settings import CaptureSettings
-from residua.pipelines.workers import WorkerFigures, Workers, workers_of
+from residua.pipelines.workers import Workers, workers_of
 from residua.store.archive import Archive
 from residua.store.commits import drop_broken
 from residua.store.crc import Buffer
@@ -47,27 +48,6 @@ from residua.store.examples import ExampleIndex, ExampleTable
 from residua.store.files import sweep, write_file
 from residua.store.metadata import is_archive
 from residua.store.plan import Plan
-
-
-@dataclass(frozen=True, kw_only=True)
-class CaptureResult:
-    """What a capture did.
-
-    Attributes:
-        archive: The archive, open for reading.
-        dataset: What was read of the dataset, and what was cut or left out.
-        stats: Figures of this run, of all workers together; those of an earlier, interrupted run are not in it.
-        workers: What each worker did.
-        resumed: Whether an earlier run had begun.
-        notes: What the user should know, one sentence each.
-    """
-
-    archive: Archive
-    dataset: DatasetReport
-    stats: RecordStats
-    workers: tuple[WorkerFigures, ...]
-    resumed: bool
-    notes: tuple[str, ...]
 
 
 def capture_dataset(

@@ -79,16 +79,8 @@ def add_split_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def speaks_for_all() -> bool:
-    """Say whether this process prints and shows progress; of those that a launcher started, the first does.
-
-    In any other, the bars of transformers are switched off.
-    """
-    if os.environ.get("RANK", "0") == "0":
-        return True
-    from transformers.utils.logging import disable_progress_bar
-
-    disable_progress_bar()  # type: ignore[no-untyped-call]  # transformers leaves it bare
-    return False
+    """Say whether this process prints and shows progress; of those that a launcher started, the first does."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def default_folder(archive: Path, job: str, *asked: str | None) -> Path:

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from residua.pipelines.cli_job import add_archive, add_cluster_flags, add_job, cluster_of, default_folder
 from residua.pipelines.report import print_json, table
+from residua.store.wording import few
 
 if TYPE_CHECKING:
     from residua.analysis.stats import Stats
@@ -51,7 +52,7 @@ def _print(found: "Stats", folder: Path) -> None:
             f"{line['kurtosis']:.3g}",
             f"{line['row_kurtosis']:.3g}",
             f"{line['norm_mean']:.3g} ± {line['norm_std']:.2g}",
-            ", ".join(map(str, line["outlier_channels"][:5])) + (" ..." if len(line["outlier_channels"]) > 5 else ""),
+            few(line["outlier_channels"]),
             f"{line['component_shares'][0]:.0%}" if line["component_shares"] else "-",
         )
         for line in found.sites.to_pylist()

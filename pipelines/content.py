@@ -32,7 +32,7 @@ def find_content(rows: Rows, first: Row, text_column: str | None) -> Content:
     """
     found = ", ".join(rows.columns)
     if text_column is not None and text_column not in rows.columns:
-        raise DatasetError(f"there is no column {text_column!r}: the dataset has {found}; name one with text_column")
+        raise DatasetError(f"there is no column {text_column!r}: the dataset has {found}; name one with --text-column")
     if text_column is not None:
         return Content(kind=kind_of(first.get(text_column)), column=text_column)
     for column, kind in _USUAL.items():
@@ -42,7 +42,7 @@ def find_content(rows: Rows, first: Row, text_column: str | None) -> Content:
         return Content(kind="text", column=rows.text_columns[0])
     raise DatasetError(
         f"there is no column 'text', and {len(rows.text_columns)} columns hold text: the dataset has {found}; "
-        "name one with text_column"
+        "name one with --text-column"
     )
 
 

@@ -160,11 +160,11 @@ class _Reading:
     def _cut(self, source: Source, limit: int) -> list[Window]:
         n_tokens = source.input_ids.size
         if self._settings.long_rule == "refuse":
-            whose = "the model takes" if self._settings.max_length is None else "max_length is"
+            whose = "the model takes" if self._settings.max_length is None else "--max-length is"
             raise DatasetError(
-                f"row {source.row} of the dataset has {n_tokens} tokens, and {whose} {limit}: pass "
-                f"max_length={limit} (--max-length {limit}) with long_examples 'split' to cut longer rows into "
-                "windows, or with 'truncate' to drop their ends"
+                f"row {source.row} of the dataset has {n_tokens} tokens, and {whose} {limit}: give "
+                f"--max-length {limit}, with --long-examples split to cut longer rows into windows, or with "
+                "--long-examples truncate to drop their ends"
             )
         if self._settings.long_rule == "truncate":
             self._report.n_truncated += 1

@@ -42,11 +42,11 @@ class DatasetSettings:
         for name in ("max_tokens", "max_length", "min_length"):
             value = getattr(self, name)
             if value is not None and value < 1:
-                raise DatasetError(f"{name} is {value}: it must be at least 1")
+                raise DatasetError(f"--{name.replace('_', '-')} is {value}: it must be at least 1")
         if self.long_examples is not None and self.long_examples not in _LONG:
-            raise DatasetError(f"long_examples {self.long_examples!r}: choose one of {', '.join(_LONG)}")
+            raise DatasetError(f"--long-examples {self.long_examples!r}: choose one of {', '.join(_LONG)}")
         if self.max_length is not None and self.min_length > self.max_length:
-            raise DatasetError(f"min_length {self.min_length} is above max_length {self.max_length}: lower it")
+            raise DatasetError(f"--min-length {self.min_length} is above --max-length {self.max_length}: lower it")
         parse_positions(self.positions)
 
     @property
@@ -69,7 +69,7 @@ class DatasetSettings:
             return model_limit
         if model_limit is not None and self.max_length > model_limit:
             raise DatasetError(
-                f"max_length is {self.max_length}, the model takes {model_limit} tokens: give at most {model_limit}"
+                f"--max-length is {self.max_length}, the model takes {model_limit} tokens: give at most {model_limit}"
             )
         return self.max_length
 
@@ -107,6 +107,6 @@ class DatasetReport:
             f"{self.n_padding} tokens of padding were taken off": self.n_padding,
             f"{self.n_short} examples were shorter than asked and left out": self.n_short,
             f"{self.n_without_rows} examples have no position to keep and were left out": self.n_without_rows,
-            f"max_tokens ended the reading; the last example lost {self.n_cut_tokens} tokens": (self.cut_at_max_tokens),
+            f"--max-tokens ended the reading; the last example lost {self.n_cut_tokens} tokens": self.cut_at_max_tokens,
         }
         return [sentence for sentence, count in told.items() if count]

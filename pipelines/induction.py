@@ -12,7 +12,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from residua.analysis.cluster import Cluster
 from residua.analysis.induction import induction_scores
 from residua.analysis.plots import heat_map
-from residua.pipelines.capture import CaptureResult, capture_dataset
+from residua.pipelines.capture import capture_dataset
+from residua.pipelines.capture_result import CaptureResult
 from residua.pipelines.models import named_model
 from residua.pipelines.repeats import RepeatSettings, repeated_tokens
 from residua.pipelines.settings import CaptureSettings

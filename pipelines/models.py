@@ -1,7 +1,9 @@
 """Models and tokenizers from the hub or a folder, ready to be captured."""
 
 import os
-from contextlib import nullcontext
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from os import PathLike, fspath
 from pathlib import Path
@@ -12,6 +14,7 @@ from huggingface_hub import list_repo_files
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.distributed.configuration_utils import DistributedConfig
+from transformers.utils import logging as progress_bars
 
 from residua.capture.inputs import first_position
 from residua.capture.replica import replica_of
@@ -43,7 +46,7 @@ def load_model(name: str, settings: CaptureSettings) -> PreTrainedModel:
     torch.manual_seed(settings.seed)
     _, kind = _config_and_class(name, settings.revision)
     try:
-        with stages_in_parallel() if min(settings.tp, settings.pp) > 1 else nullcontext():
+        with stages_in_parallel() if min(settings.tp, settings.pp) > 1 else nullcontext(), _bar_on_a_terminal():
             model: PreTrainedModel = kind.from_pretrained(
                 name,
                 revision=settings.revision or "main",
@@ -56,6 +59,20 @@ def load_model(name: str, settings: CaptureSettings) -> PreTrainedModel:
         raise _not_loaded(name, error) from error
     model.requires_grad_(False).train(False)
     return model
+
+
+@contextmanager
+def _bar_on_a_terminal() -> Iterator[None]:
+    """Let transformers draw the bar of its loading only where somebody sees it move, and in one process of many."""
+    is_seen = sys.stderr.isatty() and os.environ.get("RANK", "0") == "0"
+    was_on = progress_bars.is_progress_bar_enabled()
+    if was_on and not is_seen:
+        progress_bars.disable_progress_bar()  # type: ignore[no-untyped-call]  # transformers leaves it bare
+    try:
+        yield
+    finally:
+        if was_on and not is_seen:
+            progress_bars.enable_progress_bar()  # type: ignore[no-untyped-call]  # as above
 
 
 def named_model(

@@ -58,7 +58,7 @@ def patch(
         >>> residua.patch("models/pydoc-1m", pairs, sites="attn_out.*", out="patched")  # doctest: +SKIP
     """
     if batch_cells < 1:
-        raise PlanError(f"batch_cells is {batch_cells}: at least one cell has to run at a time")
+        raise PlanError(f"--batch-cells is {batch_cells}: at least one cell has to run at a time")
     way = Way(
         "Activation patching",
         lambda patcher, pair, cells, metric: patcher.sweep(pair, cells, metric, batch_cells=batch_cells),

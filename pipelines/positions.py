@@ -55,7 +55,7 @@ def parse_positions(text: str) -> PositionRule:
         return PositionRule(kind="marked", column=value)
     if name == "every" and value.isascii() and value.isdigit() and int(value) > 0:
         return PositionRule(kind="every", stride=int(value))
-    raise DatasetError(f"positions {text!r}: give one of all, last, every:N (N from 1), column:NAME, assistant")
+    raise DatasetError(f"--positions {text!r}: give one of all, last, every:N (N from 1), column:NAME, assistant")
 
 
 def kept_positions(

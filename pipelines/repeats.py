@@ -35,7 +35,7 @@ class RepeatSettings:
     def __post_init__(self) -> None:
         for name, least in (("period", 2), ("copies", 2), ("n_examples", 1), ("seed", 0)):
             if getattr(self, name) < least:
-                raise PlanError(f"{name} is {getattr(self, name)}: it must be at least {least}")
+                raise PlanError(f"--{name.removeprefix('n_')} is {getattr(self, name)}: it must be at least {least}")
 
 
 def repeated_tokens(

@@ -39,7 +39,7 @@ from residua.store.schedule import Schedule
 from residua.store.texts import token_id
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class ReplayResult:
     """What a replay of an archive gave.
 
@@ -56,6 +56,9 @@ class ReplayResult:
     resumed: bool
     notes: tuple[str, ...]
     archive: Archive | None = None
+
+    def __repr__(self) -> str:
+        return f"<ReplayResult {self.folder}: {self.n_examples:,} examples, {len(self.notes)} notes>"
 
     @property
     def examples(self) -> pa.Table:

@@ -10,7 +10,7 @@ from residua.store.summary import Summary, summarise
 
 if TYPE_CHECKING:
     from residua.capture.siteinfo import SiteInfo
-    from residua.pipelines.capture import CaptureResult
+    from residua.pipelines.capture_result import CaptureResult
     from residua.pipelines.reproduce import Reproduction
     from residua.store.verify import Verification
 
@@ -55,7 +55,7 @@ def print_capture(result: "CaptureResult", *, as_json: bool) -> None:
             f"({stats.seconds:.1f} s, of which {stats.stall_seconds:.1f} s waiting for the writer)"
         )
     _print_workers(result)
-    print(f"size      {human_bytes(summary.stored_bytes)}: {_per_row(summary)}, ratio {summary.ratio:.2f}")
+    print(f"size      {human_bytes(summary.stored_bytes)}: {_per_row(summary)}, {_smaller(summary)}")
     print(f"place     {summary.path}")
     _print_nonfinite(summary)
 
@@ -76,6 +76,10 @@ def _print_workers(result: "CaptureResult") -> None:
         for worker in result.workers
     ]
     print(table([("worker", "offloaded", "of all", "sent to others", "written"), *rows], (1, 2, 3, 4)))
+
+
+def _smaller(summary: Summary) -> str:
+    return f"{summary.ratio:.2f} times smaller than in memory"
 
 
 def _per_row(summary: Summary) -> str:
@@ -102,7 +106,7 @@ def print_info(summary: Summary, *, as_json: bool) -> None:
     word = "shard" if shards == "1" else "shards"
     print(f"  {shards} {word} of {summary.rows_per_shard:,} rows, plan {summary.digest[:12]}")
     print(f"  {'with' if summary.has_head else 'without'} the model's head (final norm and unembedding)")
-    print(f"  {human_bytes(summary.stored_bytes)} on disk, ratio {summary.ratio:.2f}, {_per_row(summary)}")
+    print(f"  {human_bytes(summary.stored_bytes)} on disk, {_smaller(summary)}, {_per_row(summary)}")
     print()
     head = ("site", "shape", "dtype", "codec", "size", "ratio", "error", "mean KL")
     has_fidelity = any(site.fidelity for site in summary.sites)
@@ -132,20 +136,22 @@ def _site_rows(summary: Summary) -> list[tuple[str, ...]]:
 def _print_provenance(provenance: Mapping[str, Any]) -> None:
     for key, value in provenance.items():
         if isinstance(value, Mapping) and key != "packages":
-            print(f"  {key}")
+            print(f"  {_spelt(key)}")
             for name, item in value.items():
-                if name != "config_values":  # long, and for the message that names differences
-                    print(f"    {name}: {_spelt(item)}")
+                if item is not None and name != "config_values":  # long, and for the message that names differences
+                    print(f"    {_spelt(name)}: {_spelt(item)}")
         elif value is not None:
-            print(f"  {key}: {_spelt(value)}")
+            print(f"  {_spelt(key)}: {_spelt(value)}")
 
 
 def _spelt(value: object) -> str:
+    """Return a value that a stranger may have written as one line, without codes that a terminal would obey."""
     if isinstance(value, Mapping):
-        return ", ".join(f"{name} {_spelt(item)}" for name, item in value.items())
+        return ", ".join(f"{_spelt(name)} {_spelt(item)}" for name, item in value.items())
     if isinstance(value, list):
         return "; ".join(_spelt(item) for item in value)
-    return "-" if value is None else str(value)
+    text = "-" if value is None else str(value)
+    return text if text.isprintable() else repr(text)
 
 
 def print_verification(report: "Verification", *, as_json: bool) -> None:

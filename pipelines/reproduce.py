@@ -22,9 +22,10 @@ from residua.pipelines.settings import CaptureSettings
 from residua.store.archive import Archive
 from residua.store.errors import PlanError
 from residua.store.replayed import refuse_replay
+from residua.store.wording import few
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class Reproduction:
     """What a reproduction found.
 
@@ -37,6 +38,11 @@ class Reproduction:
     sites: dict[str, SiteComparison]
     n_batches: int
     differences: tuple[str, ...]
+
+    def __repr__(self) -> str:
+        unequal = [name for name, site in self.sites.items() if site.equal_rows != site.rows]
+        found = f"{few(unequal)} differ" if unequal else "every row is equal bit for bit"
+        return f"<Reproduction of {len(self.sites)} sites in {self.n_batches} batches: {found}>"
 
     @property
     def is_exact(self) -> bool:

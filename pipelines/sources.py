@@ -63,7 +63,7 @@ def open_rows(source: object, settings: DatasetSettings) -> Rows:
         dataset = source
     elif isinstance(source, Iterable) and not isinstance(source, bytes | Mapping):
         if settings.split is not None:
-            raise DatasetError(f"split {settings.split!r}: {name} has no splits; leave it out")
+            raise DatasetError(f"--split {settings.split!r}: {name} has no splits; leave it out")
         return _peek_rows(name, _guarded(name, map(_row_of, source)))
     else:
         raise DatasetError(
@@ -104,9 +104,9 @@ def _open_path(source: str | PathLike[str], settings: DatasetSettings) -> Any:
     path = local_path(source)
     if path is None:
         return open_hub(fspath(source), settings)
-    for name in ("subset", "revision"):
-        if getattr(settings, name) is not None:
-            raise DatasetError(f"{name} is given, but {fspath(source)!r} is a local path: leave it out")
+    for flag, value in (("--subset", settings.subset), ("--dataset-revision", settings.revision)):
+        if value is not None:
+            raise DatasetError(f"{flag} is given, but {fspath(source)!r} is a local path: leave it out")
     return _reading(source_name(source), lambda: _open_folder(path) if path.is_dir() else _open_file(path))
 
 
@@ -152,16 +152,16 @@ def _one_split(name: str, dataset: Any, split: str | None) -> Any:
     if not isinstance(dataset, dict):
         own = getattr(dataset, "split", None)
         if split is not None and split != str(own or "train"):
-            raise DatasetError(f"split {split!r}: {name} has only {str(own or 'train')!r}")
+            raise DatasetError(f"--split {split!r}: {name} has only {str(own or 'train')!r}: leave it out")
         return dataset
     names = list(dataset)
     if split is None and "train" not in names and len(names) != 1:
-        raise DatasetError(f"{name} has the splits {', '.join(names)}: say which with split")
+        raise DatasetError(f"{name} has the splits {', '.join(names)}: say which with --split")
     chosen = split or ("train" if "train" in names else names[0])
     if chosen not in names:
         raise DatasetError(
-            f"split {chosen!r}: {name} has {', '.join(names)}; slices such as train[:10%] are not understood, "
-            "use max_tokens"
+            f"--split {chosen!r}: {name} has {', '.join(names)}; slices such as train[:10%] are not understood, "
+            "use --max-tokens"
         )
     return dataset[chosen]
 

@@ -110,13 +110,13 @@ class Tokens:
     def _check_assistant(self, content: Content) -> None:
         if content.kind != "chat":
             raise DatasetError(
-                f"positions assistant: column {content.column!r} holds {content.kind}, not chats; name a column "
-                "of chats with text_column, or for token ids give the mask as a column and say column:NAME"
+                f"--positions assistant: column {content.column!r} holds {content.kind}, not chats; name a column "
+                "of chats with --text-column, or for token ids give the mask as a column and say column:NAME"
             )
         # Without this mark the library returns a mask of zeros and a log line.
         if not _GENERATION.search(str(getattr(self._tokenizer, "chat_template", ""))):
             raise DatasetError(
-                "positions assistant: the tokenizer's chat template does not mark the assistant's turns with "
+                "--positions assistant: the tokenizer's chat template does not mark the assistant's turns with "
                 "{% generation %}; use a template that does, or another position rule"
             )
 

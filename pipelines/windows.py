@@ -43,7 +43,7 @@ def cut_windows(n_tokens: int, max_length: int, n_start: int) -> list[Window]:
     step = max_length - n_start
     if step < 1:
         raise DatasetError(
-            f"max_length {max_length} leaves no room beside the {n_start} start tokens of each window; "
+            f"--max-length {max_length} leaves no room beside the {n_start} start tokens of each window; "
             f"give at least {n_start + 1}"
         )
     later = range(max_length, n_tokens, step)

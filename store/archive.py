@@ -1,6 +1,5 @@
 """An archive, opened for reading: sites, rows, examples, progress, provenance. Needs no torch and no model."""
 
-import hashlib
 from collections.abc import Iterable, Iterator, Mapping
 from functools import cached_property
 from os import PathLike
@@ -15,11 +14,11 @@ from residua.store.arrays import check_arrays
 from residua.store.commits import Commit, check_commits, named_parts, read_commits
 from residua.store.errors import DamagedArchiveError, NotCapturedError, ResiduaError, UnsafeArchiveError
 from residua.store.examples import ExampleTable
-from residua.store.metadata import SIDE_FOLDERS, read_metadata
+from residua.store.metadata import read_metadata, read_side_file
 from residua.store.plan import ROW_COLUMNS, Plan
 from residua.store.reader import Check, RowNumbers
+from residua.store.schedule import Schedule
 from residua.store.sitenames import select
-from residua.store.small_files import read_small
 from residua.store.spec import ArraySpec
 from residua.store.stored import Array, StoredArray
 from residua.store.texts import read_tokenizer, text_around
@@ -221,6 +220,22 @@ class Archive(Mapping[str, StoredArray]):
         names = self.sites if sites is None else self.select(sites)
         return {name: self._arrays[name][start:stop] for name in names}
 
+    def batch_of(self, example: int) -> tuple[int, ...]:
+        """Return the examples that ran with `example` when it was captured, itself included, in their order.
+
+        Replayed together they give the captured logits bit for bit. None of a loop of the user's own: nobody knows.
+
+        Raises:
+            IndexError: There is no such example.
+        """
+        self.example_table.rows(example)
+        plan, index = self.plan, self.example_table.index()
+        if not plan.batch_tokens or plan.n_rows is None:
+            return ()
+        schedule = Schedule(index, rows_per_shard=plan.rows_per_shard, batch_tokens=plan.batch_tokens)
+        batch = schedule.batch_of(example)
+        return () if batch is None else tuple(batch.examples.tolist())
+
     def loader(self, sites: str | Iterable[str], *, batch_size: int, **settings: Any) -> "residua.analysis.Loader":
         """Return batches of rows for training with torch; `residua.analysis.Loader` has the settings.
 
@@ -277,13 +292,7 @@ class Archive(Mapping[str, StoredArray]):
         Raises:
             DamagedArchiveError: It is missing, or is not what was written.
         """
-        if name not in self.metadata.files:
-            return None
-        path = self.path / name
-        content = read_small(self.path, path, SIDE_FOLDERS[path.relative_to(self.path).parts[0]])
-        if hashlib.sha256(content).hexdigest() != self.metadata.files[name]:
-            raise DamagedArchiveError(f"{path} was altered (its SHA-256 differs): restore it from a copy")
-        return content
+        return read_side_file(self.path, self.metadata, name)
 
     @property
     def group(self) -> zarr.Group:

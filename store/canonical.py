@@ -6,6 +6,8 @@ import math
 from collections.abc import Mapping
 from typing import TypeAlias
 
+from residua.store.wording import shortened
+
 Json: TypeAlias = "bool | int | float | str | list[Json] | dict[str, Json] | None"
 
 _MOST_WHOLE = 2**53
@@ -59,5 +61,4 @@ def differing(there: Mapping[str, object], here: Mapping[str, object], *, word: 
 
 
 def _short(value: object) -> str:
-    text = json.dumps(value)
-    return text if len(text) <= 80 else text[:77] + "..."
+    return shortened(json.dumps(value))

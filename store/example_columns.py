@@ -11,6 +11,7 @@ import pyarrow as pa
 
 from residua.store.errors import DatasetError
 from residua.store.example_index import OWN_COLUMNS, Example
+from residua.store.wording import shortened
 
 _TYPES = pa.types
 
@@ -70,7 +71,7 @@ def _complaint(name: str, values: list[object], kind: pa.DataType | None, first_
         found = _converted([value], None)
         if found is None or not _storable(found.type) or (kind is not None and not _fits(found.type, kind)):
             return (
-                f"column {name!r}, example {first_index + i}: cannot store {_quoted(value)} as "
+                f"column {name!r}, example {first_index + i}: cannot store {shortened(repr(value))} as "
                 f"{kind or 'an Arrow value'}; give the column one plain type throughout, or leave it out"
             )
         kind = found.type if kind is None and not _TYPES.is_null(found.type) else kind
@@ -78,11 +79,6 @@ def _complaint(name: str, values: list[object], kind: pa.DataType | None, first_
         f"column {name!r}, examples {first_index} to {first_index + len(values) - 1}: the values do not fit "
         f"one type ({kind}); give the column one plain type throughout, or leave it out"
     )
-
-
-def _quoted(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else text[:77] + "..."
 
 
 def _storable(kind: Any) -> bool:

@@ -41,6 +41,9 @@ class ExampleTable:
         """Return the number of examples."""
         return self.index().n_examples
 
+    def __repr__(self) -> str:
+        return f"<ExampleTable {self._folder} of {sum(len(part.n_rows) for part in self._parts):,} examples>"
+
     def index(self) -> ExampleIndex:
         """Return the lengths of all examples; reads no tokens."""
         return self._index

@@ -82,7 +82,8 @@ def read_metadata(archive: Path) -> Metadata:
     """
     path = archive / ROOT
     if not path.is_file():
-        raise FileNotFoundError(f"{archive} is not an archive: it has no {ROOT}. Check the path.")
+        why = f"it has no {ROOT}" if archive.exists() else "there is no such folder"
+        raise FileNotFoundError(f"{archive} is not an archive: {why}. Check the path.")
     text = read_small(archive, path, _MAX_METADATA_BYTES)
     try:
         root = json.loads(text)
@@ -165,3 +166,18 @@ def digest_side_files(archive: Path, known: Mapping[str, str] | None = None) -> 
         if name not in digests:
             digests[name] = file_digest(path)
     return digests
+
+
+def read_side_file(archive: Path, metadata: Metadata, name: str) -> bytes | None:
+    """Return the content of a side file, by its path inside the archive; None if the archive has none.
+
+    Raises:
+        DamagedArchiveError: It is missing, or is not what was written.
+    """
+    if name not in metadata.files:
+        return None
+    path = archive / name
+    content = read_small(archive, path, SIDE_FOLDERS[PurePosixPath(name).parts[0]])
+    if hashlib.sha256(content).hexdigest() != metadata.files[name]:
+        raise DamagedArchiveError(f"{path} was altered (its SHA-256 differs): restore it from a copy")
+    return content

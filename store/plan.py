@@ -90,7 +90,7 @@ def _array(
     )
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class Plan:
     """See the module's head.
 
@@ -116,6 +116,10 @@ class Plan:
 
     def __post_init__(self) -> None:
         check_plan(self)
+
+    def __repr__(self) -> str:
+        rows = "an open number of rows" if self.n_rows is None else f"{self.n_rows:,} rows"
+        return f"<Plan {self.digest[:12]}: {len(self.sites)} sites, {rows} in shards of {self.rows_per_shard:,}>"
 
     @cached_property
     def digest(self) -> str:

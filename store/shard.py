@@ -25,6 +25,7 @@ from residua.store.errors import DamagedArchiveError, UnsafeArchiveError
 from residua.store.nonfinite import count_nonfinite
 from residua.store.shard_memory import ShardMemory
 from residua.store.spec import ArraySpec
+from residua.store.wording import few
 
 INDEX_CODECS = ({"name": "bytes", "configuration": {"endian": "little"}}, {"name": "crc32c"})
 INDEX_LOCATION = "end"
@@ -181,8 +182,7 @@ def check_shard(path: Path, spec: ArraySpec, n_rows: int) -> str:
                 damaged.append(f"{describe_chunk(spec, i, n_rows)} ({error})")
             crcs.append(chunk[-CRC_BYTES:].tobytes())
     if damaged:
-        more = f" and {len(damaged) - _MAX_LISTED} more" if len(damaged) > _MAX_LISTED else ""
-        raise DamagedArchiveError(f"{path}: altered in {'; '.join(damaged[:_MAX_LISTED])}{more}: {RESTORE}")
+        raise DamagedArchiveError(f"{path}: altered in {few(damaged, _MAX_LISTED, '; ')}: {RESTORE}")
     return _digest(index.stored, crcs)
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from tokenizers import Tokenizer
 
 from residua.store.errors import DamagedArchiveError, PlanError
+from residua.store.wording import few
 
 _MOST_SHOWN = 8
 
@@ -58,7 +59,6 @@ def single_token(text: str, ids: Sequence[int], spelled: Callable[[int], str]) -
     """
     if len(ids) == 1:
         return ids[0]
-    listed = ", ".join(f"{spelled(token)!r} ({token})" for token in ids[:_MOST_SHOWN])
-    more = ", ..." if len(ids) > _MOST_SHOWN else ""
-    found = f"{len(ids)} tokens, {listed}{more}" if ids else "no token"
+    listed = few([f"{spelled(token)!r} ({token})" for token in ids], _MOST_SHOWN)
+    found = f"{len(ids)} tokens, {listed}" if ids else "no token"
     raise PlanError(f"the text {text[:60]!r} is {found}: give a text that is one token, or an id")

@@ -91,7 +91,8 @@ def test_another_batch_gives_the_same_to_rounding_and_says_so(name: str, dtype: 
         for place, example in enumerate((2, 0)):
             expected = stored(archive, "logits", example)
             assert (run.logits[place] - expected).abs().max() <= OTHER_BATCH[dtype] * expected.abs().max()
-        assert "example 2 ran in another batch when it was captured (examples=[3, 2])" in run.notes[-1]
+        assert "example 2 ran in another batch when it was captured (examples 3, 2)" in run.notes[-1]
+    assert archive.batch_of(2) == (3, 2)
 
 
 def test_rows_that_the_plan_left_out_are_computed(tmp_path: Path) -> None:

@@ -28,7 +28,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.distributed.configuration_utils import DistributedConfig
 
 from residua.capture.recorder import Recorder
-from residua.pipelines.capture import CaptureResult, capture_dataset
+from residua.pipelines.capture import capture_dataset
+from residua.pipelines.capture_result import CaptureResult
 from residua.pipelines.stage_plans import stages_in_parallel
 from residua.store.errors import CaptureError, PlanError
 from tests.distributed.others import fairscale_parallel

@@ -168,3 +168,22 @@ def test_a_model_in_training_mode_is_captured_without_dropout(tokens: list[list[
     found = capture(model, tokens, tmp_path / "b.zarr", sites="resid_post.*").archive
     assert model.training
     assert torch.equal(found["resid_post.2"].torch(), expected["resid_post.2"].torch())
+
+
+def test_what_prints_of_a_capture_is_one_short_line(
+    llama: PreTrainedModel, tokens: list[list[int]], tmp_path: Path
+) -> None:
+    result = capture(llama, tokens, tmp_path / "a.zarr", sites="resid_post.*")
+    archive, n_rows = result.archive, sum(LENGTHS)
+    assert repr(result).startswith(f"<CaptureResult {archive.path}: {n_rows} rows captured in ")
+    assert repr(archive.plan) == f"<Plan {archive.plan.digest[:12]}: 3 sites, {n_rows} rows in shards of 16>"
+    assert repr(archive.example_table) == f"<ExampleTable {archive.path}/examples of {len(LENGTHS)} examples>"
+    loader = archive.loader("resid_post.1", batch_size=8)
+    assert repr(loader) == f"<Loader of resid_post.1 from {archive.path} in batches of 8 rows>"
+    with residua.tap(llama, "resid_post.*", lambda *_: None) as taps:
+        taps.enabled = False
+        assert repr(taps) == "<Tap of resid_post.0, resid_post.1, resid_post.2, switched off>"
+    found = residua.reproduce(archive.path, llama)
+    assert repr(found).endswith("every row is equal bit for bit>")
+    with residua.replay(llama, archive, examples=range(len(LENGTHS)), at="resid_post.0") as run:
+        assert repr(run) == f"<Replay of examples 0, 1, 2, 3, 4 and 9 more of {archive.path}>"

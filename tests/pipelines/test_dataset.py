@@ -128,7 +128,7 @@ class TestSources:
 class TestLength:
     def test_longer_than_the_model_is_refused_with_what_to_pass(self) -> None:
         with pytest.raises(
-            DatasetError, match=r"row 1 of the dataset has 5 tokens, and the model takes 4: pass max_length=4"
+            DatasetError, match=r"row 1 of the dataset has 5 tokens, and the model takes 4: give --max-length 4"
         ):
             read(["a", "a b c d"], model_limit=4)
 
@@ -152,7 +152,7 @@ class TestLength:
         examples, report = read(["a b c d", "a"], max_length=3, long_examples="truncate")
         assert tokens(examples) == [ids("<s> a b"), ids("<s> a")]
         assert (report.n_truncated, report.n_truncated_tokens) == (1, 2)
-        with pytest.raises(DatasetError, match="row 0 of the dataset has 5 tokens, and max_length is 3"):
+        with pytest.raises(DatasetError, match="row 0 of the dataset has 5 tokens, and --max-length is 3"):
             read(["a b c d"], max_length=3, long_examples="refuse")
         examples, _ = read(["a b c d"], model_limit=4, long_examples="split")
         assert tokens(examples) == [ids("<s> a b c"), ids("<s> d")]

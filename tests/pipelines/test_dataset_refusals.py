@@ -21,7 +21,7 @@ class TestBadInput:
             (5, {}, "a int is no dataset: give a path"),
             ([5], {}, "the dataset yields 5, which is no text"),
             (b"text", {}, "a bytes is no dataset"),
-            (["a"], {"split": "train"}, "split 'train': a list has no splits"),
+            (["a"], {"split": "train"}, "--split 'train': a list has no splits"),
             (["a"], {"text_column": "body"}, "there is no column 'body': the dataset has text"),
             ([{"x": "a", "y": "b"}], {}, "no column 'text', and 2 columns hold text: the dataset has x, y"),
             ([{"text": "a"}, {"body": "b"}], {}, "row 1: there is no column 'text'; the row has body"),
@@ -62,11 +62,11 @@ class TestBadInput:
     @pytest.mark.parametrize(
         ("options", "message"),
         [
-            ({"max_length": 0}, "max_length is 0: it must be at least 1"),
-            ({"max_tokens": -1}, "max_tokens is -1"),
-            ({"long_examples": "cut"}, "long_examples 'cut': choose one of refuse, split, truncate"),
-            ({"positions": "every:x"}, "positions 'every:x'"),
-            ({"max_length": 2, "min_length": 3}, "min_length 3 is above max_length 2"),
+            ({"max_length": 0}, "--max-length is 0: it must be at least 1"),
+            ({"max_tokens": -1}, "--max-tokens is -1"),
+            ({"long_examples": "cut"}, "--long-examples 'cut': choose one of refuse, split, truncate"),
+            ({"positions": "every:x"}, "--positions 'every:x'"),
+            ({"max_length": 2, "min_length": 3}, "--min-length 3 is above --max-length 2"),
         ],
     )
     def test_settings_check_themselves(self, options: dict[str, Any], message: str) -> None:
@@ -74,7 +74,7 @@ class TestBadInput:
             DatasetSettings(**options)
 
     def test_max_length_above_the_model(self) -> None:
-        with pytest.raises(DatasetError, match="max_length is 9, the model takes 8 tokens: give at most 8"):
+        with pytest.raises(DatasetError, match="--max-length is 9, the model takes 8 tokens: give at most 8"):
             read(["a"], model_limit=8, max_length=9)
 
     @pytest.mark.parametrize("name", ["nowhere.parquet", "./nowhere", "/no/where", "a/b/c", "~/nowhere"])
@@ -100,7 +100,7 @@ class TestBadInput:
             read(tmp_path / "a.parquet")
 
     def test_hub_options_on_a_local_path(self, tmp_path: Path) -> None:
-        with pytest.raises(DatasetError, match=r"subset is given, but .* is a local path"):
+        with pytest.raises(DatasetError, match=r"--subset is given, but .* is a local path"):
             read(write_source(tmp_path, "jsonl"), subset="en")
 
     def test_an_iterable_that_raises_keeps_its_cause(self) -> None:

@@ -23,7 +23,7 @@ def test_a_dataset_that_was_taken_whole_needs_no_note() -> None:
         ({"n_empty": 6}, "6 rows of the dataset have no tokens and were left out"),
         ({"n_short": 7}, "7 examples were shorter than asked and left out"),
         ({"n_without_rows": 8}, "8 examples have no position to keep and were left out"),
-        ({"cut_at_max_tokens": True, "n_cut_tokens": 9}, "max_tokens ended the reading; the last example lost 9"),
+        ({"cut_at_max_tokens": True, "n_cut_tokens": 9}, "--max-tokens ended the reading; the last example lost 9"),
     ],
 )
 def test_each_loss_is_one_sentence(changes: dict[str, Any], words: str) -> None:

@@ -25,5 +25,5 @@ def test_a_source_that_fits_is_one_window() -> None:
 
 
 def test_no_room_beside_the_start_tokens() -> None:
-    with pytest.raises(DatasetError, match=r"max_length 2 leaves no room beside the 2 start tokens .* at least 3"):
+    with pytest.raises(DatasetError, match=r"--max-length 2 leaves no room beside the 2 start tokens .* at least 3"):
         cut_windows(10, 2, 2)
