@@ -102,6 +102,7 @@ def print_info(summary: Summary, *, as_json: bool) -> None:
     state = "sealed" if summary.sealed else f"not sealed: {summary.rows:,} of {total:,} rows are captured"
     print(f"{summary.path}  ({state})")
     print(f"  {total:,} rows, {summary.n_examples:,} examples, {summary.n_tokens:,} tokens")
+    print(f"  columns of the examples: {', '.join(map(_spelt, summary.columns)) or 'none'}")
     shards = f"{summary.shards}" if summary.sealed else f"{summary.shards} of {summary.total_shards or '?'}"
     word = "shard" if shards == "1" else "shards"
     print(f"  {shards} {word} of {summary.rows_per_shard:,} rows, plan {summary.digest[:12]}")

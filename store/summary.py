@@ -54,6 +54,7 @@ class Summary:
         total_shards: Shards when it is sealed.
         n_examples: Examples.
         n_tokens: Tokens of the examples.
+        columns: Columns of the example table besides its own, those of the dataset among them.
         sealed: Whether every shard is captured.
         rows_per_shard: Height of a shard.
         sites: The sites.
@@ -71,6 +72,7 @@ class Summary:
     total_shards: int | None
     n_examples: int
     n_tokens: int
+    columns: tuple[str, ...]
     sealed: bool
     rows_per_shard: int
     sites: tuple[SiteSummary, ...]
@@ -106,6 +108,7 @@ def summarise(archive: Archive) -> Summary:
         total_shards=progress.total_shards,
         n_examples=index.n_examples,
         n_tokens=index.total_tokens,
+        columns=tuple(archive.example_table.column_types()),
         sealed=archive.is_sealed,
         rows_per_shard=archive.plan.rows_per_shard,
         sites=sites,

@@ -1,7 +1,6 @@
 """The code of docs/replay.md, run as it stands there; and the figures that it quotes."""
 
 import re
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,8 +10,9 @@ import torch
 import residua
 from residua.store.editparse import parse_edits
 from residua.store.edits import KINDS
+from tests.pages import ROOT, blocks, run
 
-PAGE = Path(__file__).parents[1] / "docs" / "replay.md"
+PAGE = ROOT / "docs" / "replay.md"
 
 
 @pytest.fixture(scope="module")
@@ -21,9 +21,8 @@ def names(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     torch.set_num_threads(1)
     found: dict[str, Any] = {"work": tmp_path_factory.mktemp("work")}
     with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(PAGE.parents[1])
-        for block in re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL):
-            exec(block, found)  # noqa: S102  # the page's own code is what is tested
+        patch.chdir(ROOT)
+        run(blocks("docs/replay.md"), found)
     return found
 
 

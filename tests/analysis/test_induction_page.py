@@ -1,4 +1,4 @@
-"""The section on induction heads of docs/analysis.md, run as it stands there."""
+"""docs/induction.md, run as it stands there."""
 
 import re
 from pathlib import Path
@@ -8,30 +8,24 @@ import pytest
 
 import residua
 from residua.pipelines.cli import main
+from tests.pages import ROOT, blocks, run
 
-ROOT = Path(__file__).parents[2]
-PAGE = (ROOT / "docs" / "analysis.md").read_text()
-SECTION = re.split(r"^## ", PAGE.split("## Induction heads\n")[1], flags=re.MULTILINE)[0]
-
-
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", SECTION, re.DOTALL)
+PAGE = "docs/induction.md"
 
 
-def test_the_section_does_what_it_says(
+def test_every_block_does_what_the_page_says(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "models").symlink_to(ROOT / "models")
     monkeypatch.chdir(tmp_path)
-    for command in blocks("console")[0].splitlines():
+    for command in blocks(PAGE, language="console")[0].splitlines():
         assert command.startswith("$ residua ")
         assert main([*command.split()[2:], "--scheduler", "inline"]) == 0
         assert "the 10 strongest of 24 heads" in capsys.readouterr().out
     assert {path.name for path in (tmp_path / "ind-heads").iterdir()} == {"heads.parquet", "induction.png"}
     names: dict[str, Any] = {"residua": residua}
-    assert len(blocks("python")) == 2
-    for block in blocks("python"):
-        exec(block, names)  # noqa: S102  # the page's own code is what is tested
+    assert len(blocks(PAGE)) == 2
+    run(blocks(PAGE), names)
     assert {(line["layer"], line["head"]) for line in names["strongest"]} == {(3, head) for head in range(4)}
     assert [line["induction"] for line in names["strongest"]] == pytest.approx([0.96] * 4, abs=0.015)
     assert names["by_period_column"].equals(names["scores"])
@@ -43,7 +37,9 @@ def test_the_section_does_what_it_says(
 
 
 def test_the_bytes_of_queries_and_keys_follow_from_the_model() -> None:
-    rows = [re.findall(r"[\d,]+", line) for line in SECTION.splitlines() if re.match(r"\| [\d,]+ ", line)]
+    rows = [
+        re.findall(r"[\d,]+", line) for line in (ROOT / PAGE).read_text().splitlines() if re.match(r"\| [\d,]+ ", line)
+    ]
     numbers = [[int(cell.replace(",", "")) for cell in row if cell != ","] for row in rows]
     assert len(numbers) == 5
     for row in numbers:

@@ -1,6 +1,5 @@
 """The sections of docs/analysis.md on probes, statistics and top rows, run as they stand there."""
 
-import re
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +10,8 @@ import residua
 from residua.analysis.logistic import Basis, Problem, fit_logistic
 from residua.analysis.moments import Moments
 from tests.analysis.rows_archive import write_rows
+from tests.pages import blocks, run
 
-PAGE = Path(__file__).parents[2] / "docs" / "analysis.md"
 SECTIONS = ("Probes", "Statistics", "Top rows")
 
 
@@ -23,23 +22,17 @@ def test_every_block_does_what_the_page_says(tmp_path: Path, monkeypatch: pytest
     rows[2, :, 3] += 4 * np.repeat(label, 20)
     rows[2, :, 4] += np.tile(np.arange(20), 60)
     sites = {f"resid_post.{layer}": rows[layer] for layer in range(3)}
-    write_rows(tmp_path / "acts.zarr", lengths, sites, columns={"label": [["prose", "code"][i] for i in label]})
+    write_rows(tmp_path / "acts.zarr", lengths, sites, columns={"title": [["class", "async"][i] for i in label]})
     monkeypatch.chdir(tmp_path)
     names: dict[str, Any] = {"residua": residua}
-    blocks = [block for section in SECTIONS for block in blocks_of(section)]
-    for block in blocks:
-        exec(block, names)  # noqa: S102  # the page's own code is what is tested
-    assert len(blocks) == 4
+    code = blocks("docs/analysis.md", *SECTIONS)
+    assert len(code) == 4
+    run(code, names)
     assert names["table"]["accuracy"].to_pylist()[2] > 0.9
     assert names["same"].score(names["rows"], names["labels"]) > 0.9
     assert names["ridge"].score(rows[2], np.tile(np.arange(20), 60)) > 0.9
     assert names["found"].components["resid_post.2"].shape == (8, 16)
     assert {int(label[example]) for example in names["best"]["example"].to_pylist()} == {0}
-
-
-def blocks_of(section: str) -> list[str]:
-    text = PAGE.read_text().partition(f"\n## {section}\n")[2].partition("\n## ")[0]
-    return re.findall(r"```python\n(.*?)```", text, re.DOTALL)
 
 
 def test_it_takes_as_few_passes_as_the_page_says() -> None:

@@ -11,8 +11,8 @@ import pytest
 from residua.store.archive import Archive
 from residua.store.metadata import is_archive
 from tests.distributed.gang import LOST_SECONDS, Gang, Start, launched
-from tests.pipelines.test_kill import check_end, check_stop, committed
 from tests.ragged import capture_words, write_dataset
+from tests.stopped import await_commits, check_end, check_stop, committed
 
 N_KILLS = 10
 N_WORKERS = 4
@@ -87,10 +87,7 @@ def test_all_four_killed_half_way_and_resumed_by_one_two_and_four(gang: Gang, da
     reference = one_process(gang, dataset, tmp_path / "reference.zarr")
     out = tmp_path / "a.zarr"
     gang.start(launched(capture_words(dataset, out, *SITES), N_WORKERS, slow=0.1))
-    deadline = time.monotonic() + 60
-    while len(list(out.glob("commits/*.json"))) < 12:
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+    await_commits(out, 12)
     for worker in range(N_WORKERS):
         gang.kill(worker)
     assert {end.code for end in gang.wait()} == {-signal.SIGKILL}
@@ -105,10 +102,7 @@ def test_without_the_worker_that_keeps_the_store_the_others_end_within_seconds(
 ) -> None:
     out = tmp_path / "a.zarr"
     gang.start(launched(capture_words(dataset, out, *SITES), 3, slow=0.2))
-    deadline = time.monotonic() + 60
-    while not list(out.glob("commits/*.json")):
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+    await_commits(out)
     gang.kill(0)
     ended = gang.wait(20)
     assert [end.code for end in ended] == [-signal.SIGKILL, 1, 1], ended
@@ -126,10 +120,8 @@ def test_a_stopped_worker_is_taken_for_dead_and_does_no_harm_when_it_wakes(
     out = tmp_path / "woken" / "a.zarr"
     out.parent.mkdir()
     gang.start(launched(capture_words(dataset, out, *SITES), 3, slow=0.1))
+    await_commits(out)
     deadline = time.monotonic() + 60
-    while not list(out.glob("commits/*.json")):
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
     gang.kill(1, signal.SIGSTOP)
     while not Archive(out).is_sealed:
         assert time.monotonic() < deadline

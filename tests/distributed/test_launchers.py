@@ -5,7 +5,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -17,8 +16,8 @@ from residua.store.verify import verify
 from tests.distributed.own_script import capture
 from tests.models import TINY
 from tests.pipelines.forking import ENVIRONMENT, ROOT
-from tests.pipelines.test_kill import content
 from tests.ragged import capture_words, write_dataset
+from tests.stopped import await_commits, content
 
 pytestmark = pytest.mark.timeout(900)
 SECONDS = 300
@@ -74,11 +73,7 @@ def test_torchrun_starts_the_workers_again_when_one_is_killed(dataset: Path, ref
     out = tmp_path / "a.zarr"
     words = capture_words(dataset, out, *SITES, "--json")
     launch = start(*TORCHRUN, "--max-restarts", "2", "--monitor-interval", "0.1", "-m", "residua", *words)
-    deadline = time.monotonic() + SECONDS
-    while len(list(out.glob("commits/*.json"))) < 3:
-        assert time.monotonic() < deadline
-        assert launch.poll() is None
-        time.sleep(0.01)
+    await_commits(out, 3, is_running=lambda: launch.poll() is None)
     owner = read_owner(out)
     assert owner is not None
     os.kill(owner.pid, signal.SIGKILL)

@@ -10,8 +10,8 @@ import pytest
 from residua.store.archive import Archive
 from residua.store.verify import verify
 from tests.distributed.gang import Ended, Gang, Start, launched
-from tests.pipelines.test_kill import content
 from tests.ragged import capture_words, write_dataset
+from tests.stopped import await_commits, check_end
 
 pytestmark = pytest.mark.timeout(900)
 SITES = ("--sites", "resid_post.3,q.2,pattern.0", "--dtype", "bfloat16")
@@ -42,14 +42,6 @@ def summary(ended: Ended) -> dict[str, Any]:
     return found
 
 
-def check_equal(out: Path, reference: Path) -> None:
-    assert content(out) == content(reference)
-    assert Archive(out).plan == Archive(reference).plan
-    report = verify(out)
-    assert (report.problems, report.notes) == ([], [])
-    assert [path.name for path in out.parent.iterdir()] == [out.name], "nothing is left beside the archive"
-
-
 @pytest.mark.parametrize("n", [2, 4])
 def test_the_archive_is_the_one_that_one_process_writes(
     gang: Gang, dataset: Path, reference: Path, tmp_path: Path, n: int
@@ -57,7 +49,7 @@ def test_the_archive_is_the_one_that_one_process_writes(
     out = tmp_path / "a.zarr"
     ended = gang.run(launched(capture_words(dataset, out, *SITES, "--json"), n, slow=0.02))
     assert codes(ended) == [0] * n, ended
-    check_equal(out, reference)
+    check_end(out, reference)
     said = summary(ended[0])
     assert said["run"]["committed_rows"] == Archive(out).n_rows
     assert [worker["worker"] for worker in said["workers"]] == list(range(n))
@@ -73,7 +65,7 @@ def test_measured_errors_of_lossy_sites_are_those_of_one_process(gang: Gang, dat
         (tmp_path / name).mkdir()
         ended = gang.run(launched(capture_words(dataset, tmp_path / name / "a.zarr", *LOSSY), n))
         assert codes(ended) == [0] * n, ended
-    check_equal(tmp_path / "three" / "a.zarr", tmp_path / "one" / "a.zarr")
+    check_end(tmp_path / "three" / "a.zarr", tmp_path / "one" / "a.zarr")
 
 
 def test_a_worker_that_is_told_to_stop_leaves_its_shards_to_the_others(
@@ -86,7 +78,7 @@ def test_a_worker_that_is_told_to_stop_leaves_its_shards_to_the_others(
     gang.kill(1, signal.SIGTERM)
     ended = gang.wait(60)
     assert codes(ended) == [0, 130, 0], ended
-    check_equal(out, reference)
+    check_end(out, reference)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -103,16 +95,7 @@ def test_all_stop_in_time_when_they_are_told_to(
     assert "captured and safe" in ended[0].output
     assert verify(out).problems == []
     assert codes(gang.run(launched(capture_words(dataset, out, *SITES), 2))) == [0, 0]
-    check_equal(out, reference)
-
-
-def await_commits(out: Path, n: int) -> None:
-    import time
-
-    deadline = time.monotonic() + 60
-    while len(list(out.glob("commits/*.json"))) < n:
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+    check_end(out, reference)
 
 
 def test_a_second_run_is_refused(gang: Gang, dataset: Path, reference: Path, tmp_path: Path) -> None:
@@ -127,7 +110,7 @@ def test_a_second_run_is_refused(gang: Gang, dataset: Path, reference: Path, tmp
     assert codes(ended) == [0, 2, 2, 2, 1], ended
     for refused in ended[1:]:
         assert "another run is at work on" in refused.output
-    check_equal(out, reference)
+    check_end(out, reference)
 
 
 def test_a_second_run_that_is_meant_to_joins_the_first(
@@ -138,7 +121,7 @@ def test_a_second_run_that_is_meant_to_joins_the_first(
     first = Start(words=words, env={}, slow=0.1)
     ended = gang.run([first, *[Start(words=words, env={}, slow=0.1, after=str(out / "zarr.json"))] * 2])
     assert codes(ended) == [0, 0, 0], ended
-    check_equal(out, reference)
+    check_end(out, reference)
     said = [summary(end) for end in ended]
     assert said[0]["workers"] == said[1]["workers"] == said[2]["workers"]
     assert len(said[0]["workers"]) == 3
@@ -151,7 +134,7 @@ def test_a_launch_joins_a_launch(gang: Gang, dataset: Path, reference: Path, tmp
     late = [Start(words=words, env=start.env, slow=0.1, after=str(out / "zarr.json")) for start in launched(words, 2)]
     ended = gang.run([*launched(words, 2, slow=0.1), *late])
     assert codes(ended) == [0] * 4, ended
-    check_equal(out, reference)
+    check_end(out, reference)
     assert len(summary(ended[0])["workers"]) == 4
 
 
@@ -164,7 +147,7 @@ def test_who_joins_with_other_settings_is_told_and_the_others_go_on(
     ended = gang.run([Start(words=words, env={}, slow=0.1), other])
     assert codes(ended) == [0, 2], ended
     assert "batch_tokens" in ended[1].output
-    check_equal(out, reference)
+    check_end(out, reference)
 
 
 def test_when_the_plan_cannot_be_made_nobody_waits(gang: Gang, tmp_path: Path) -> None:

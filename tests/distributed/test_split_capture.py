@@ -21,8 +21,8 @@ from residua.store.verify import verify
 from tests.distributed.capturing import CASES, capture
 from tests.models import SPLIT
 from tests.pipelines.forking import ENVIRONMENT, ROOT
-from tests.pipelines.test_kill import content
 from tests.plain_zarr import plain_array
+from tests.stopped import content
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 SECONDS = 480

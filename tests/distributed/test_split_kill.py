@@ -1,7 +1,6 @@
 """Replicas of two ranks each, from the command line: killed, stopped, resumed; in the end one archive, bit for bit."""
 
 import signal
-import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -12,8 +11,8 @@ from residua.store.archive import Archive
 from residua.store.verify import verify
 from tests.distributed.gang import Gang, Start, launched
 from tests.distributed.test_replicas import summary
-from tests.pipelines.test_kill import check_end, check_stop
 from tests.ragged import capture_words, write_dataset
+from tests.stopped import await_commits, check_end, check_stop
 
 pytestmark = pytest.mark.timeout(600)
 SITES = ("--sites", "resid_post.3,q.2,mlp_act.1,pattern.0", "--dtype", "bfloat16", "--tp", "2")
@@ -42,10 +41,7 @@ def reference(gang: Gang, dataset: Path, tmp_path_factory: pytest.TempPathFactor
 def start_slowly(gang: Gang, dataset: Path, out: Path, n: int, sites: Sequence[str] = SITES) -> None:
     """Begin `n` ranks, and return once some shards are committed."""
     gang.start(launched(capture_words(dataset, out, *sites), n, slow=0.1))
-    deadline = time.monotonic() + 60
-    while len(list(out.glob("commits/*.json"))) < 3:
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+    await_commits(out, 3)
 
 
 def resume(gang: Gang, dataset: Path, out: Path, reference: Path, n: int, sites: Sequence[str] = SITES) -> None:

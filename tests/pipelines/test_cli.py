@@ -89,12 +89,13 @@ def test_info(archive: Path, capsys: pytest.CaptureFixture[str]) -> None:
     found = answer(capsys, "info", archive)
     assert found["sealed"] is True
     assert found["rows"] == Archive(archive).n_rows
+    assert found["columns"] == list(Archive(archive).example_table.column_types())
     assert found["stored_bytes"] == sum(path.stat().st_size for path in archive.glob("*/**/c/**/*") if path.is_file())
     assert found["provenance"]["packages"]["torch"] == torch.__version__
     assert main(["info", str(archive)]) == 0
     printed = capsys.readouterr().out
     assert "(sealed)" in printed
-    for word in ("resid_post.1", "q.3", "4 x 32", "float32", "fast", torch.__version__):
+    for word in ("source_index", "resid_post.1", "q.3", "4 x 32", "float32", "fast", torch.__version__):
         assert word in printed
 
 

@@ -10,8 +10,8 @@ import pytest
 from residua.store.archive import Archive
 from residua.store.verify import verify
 from tests.pipelines.forking import Forks
-from tests.pipelines.test_kill import check_end
 from tests.ragged import capture_words, write_dataset
+from tests.stopped import check_end
 
 SITES = ("--sites", "resid_post.3,attn_out.1")
 ROOMY = "64m"

@@ -1,6 +1,5 @@
 """kill -9 at random moments and at chosen steps: nothing that was committed is lost, and the end is the same."""
 
-import hashlib
 import random
 import signal
 import time
@@ -8,53 +7,14 @@ from pathlib import Path
 
 import pytest
 
-from residua.store.archive import Archive
 from residua.store.metadata import is_archive
-from residua.store.shard import shard_path
-from residua.store.verify import verify
 from tests.pipelines.forking import Forks
 from tests.ragged import capture_words, write_dataset
+from tests.stopped import check_end, check_stop, committed
 
 N_KILLS = 20
 SITES = ("--sites", "resid_post.3,q.2,pattern.0", "--dtype", "bfloat16")
 LOSSY = ("--sites", "attn_out.3,final", "--codec", "int8-block32")
-
-
-def content(archive: Path) -> dict[str, str]:
-    """Return the SHA-256 of every file but the root's metadata, which holds the command line and so the place."""
-    return {
-        path.relative_to(archive).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
-        for path in archive.rglob("*")
-        if path.is_file() and path != archive / "zarr.json"
-    }
-
-
-def committed(path: Path) -> dict[str, tuple[str, int]]:
-    """Return SHA-256 and time of every file of a committed shard, its record included."""
-    archive = Archive(path)
-    files = [path / "commits" / commit.name for commit in archive.commits.values()]
-    files += [shard_path(path, spec, shard) for spec in archive.plan.arrays for shard in archive.commits]
-    return {str(file): (hashlib.sha256(file.read_bytes()).hexdigest(), file.stat().st_mtime_ns) for file in files}
-
-
-def check_stop(path: Path, before: dict[str, tuple[str, int]]) -> dict[str, tuple[str, int]]:
-    """Check what a kill left behind against what was committed before it; return what is committed now."""
-    if not is_archive(path):
-        assert not path.exists(), "an archive appears whole or not at all"
-        return {}
-    assert verify(path).problems == []
-    now = committed(path)
-    assert before.items() <= now.items()
-    return now
-
-
-def check_end(path: Path, reference: Path) -> None:
-    """Check that a capture that was killed ended as the one that was not."""
-    assert [entry.name for entry in path.parent.iterdir()] == [path.name], "nothing is left beside the archive"
-    assert content(path) == content(reference)
-    assert Archive(path).plan.digest == Archive(reference).plan.digest
-    report = verify(path)
-    assert (report.problems, report.notes) == ([], [])
 
 
 @pytest.fixture(scope="module")

@@ -20,8 +20,8 @@ from residua.store.files import write_file
 from residua.store.verify import verify
 from tests.models import VOCABULARY
 from tests.pipelines.forking import ENVIRONMENT, ROOT, Forks
-from tests.pipelines.test_kill import check_end
 from tests.ragged import capture_words, write_dataset
+from tests.stopped import await_commits, check_end
 
 SITES = ("--sites", "resid_post.3,z.1")
 SECONDS = 150
@@ -39,13 +39,6 @@ def reference(forks: Forks, dataset: Path, tmp_path_factory: pytest.TempPathFact
     return out
 
 
-def await_commit(archive: Path) -> None:
-    deadline = time.monotonic() + SECONDS
-    while not list((archive / "commits").glob("*.json")):
-        assert time.monotonic() < deadline, "nothing was ever committed"
-        time.sleep(0.005)
-
-
 def hooks(model: torch.nn.Module) -> list[tuple[int, int]]:
     return [(len(module._forward_hooks), len(module._forward_pre_hooks)) for module in model.modules()]
 
@@ -56,7 +49,7 @@ def test_a_signal_stops_cleanly_and_the_same_command_goes_on(
 ) -> None:
     out = tmp_path / "a.zarr"
     child = forks.start(capture_words(dataset, out, *SITES), slow=0.05)
-    await_commit(out)
+    await_commits(out)
     child.send_signal(number)
     ended = child.wait()
     assert ended.code == 130
@@ -95,7 +88,7 @@ def test_ctrl_c_in_a_process_of_its_own(dataset: Path, tmp_path: Path) -> None:
         stderr=subprocess.PIPE,
         text=True,
     )
-    await_commit(out)
+    await_commits(out)
     process.send_signal(signal.SIGINT)
     output, errors = process.communicate(timeout=SECONDS)
     assert process.returncode in (0, 130), errors

@@ -25,9 +25,10 @@ from residua.store.plan import ROW_COLUMNS, Plan, SitePlan
 from residua.store.shard import INDEX_CODECS, INDEX_LOCATION
 from residua.store.sitenames import LAYER_KINDS, MODEL_KINDS, parse_site
 from tests.models import TINY
+from tests.pages import ROOT, blocks
 from tests.store.small_archive import make_archive
 
-PAGE = (Path(__file__).parents[2] / "store" / "FORMAT.md").read_text()
+PAGE = (ROOT / "store" / "FORMAT.md").read_text()
 Table = list[list[str]]
 
 
@@ -57,10 +58,6 @@ def sentence(start: str) -> str:
     """Return what follows `start` on the page, up to the end of the sentence, on one line."""
     assert PAGE.count(start) == 1, f"the page should say {start!r} once"
     return re.split(r"\.\s", PAGE.split(start)[1])[0].replace("\n", " ")
-
-
-def block(language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", PAGE, re.DOTALL)
 
 
 TABLES = read_tables(PAGE)
@@ -123,7 +120,7 @@ def test_the_fields_of_the_plan_and_of_its_sites() -> None:
 
 
 def test_the_keys_of_a_commit() -> None:
-    (example,) = block("json")
+    (example,) = blocks("store/FORMAT.md", language="json")
     record = json.loads(example)
     assert record.keys() == {"record", "sha256"}
     assert list(record["record"]) == list(COMMIT.to_json())
@@ -196,7 +193,7 @@ def test_the_arrays_of_int8_block32(tmp_path: Path) -> None:
 
 
 def test_the_row_columns() -> None:
-    listed = re.findall(r"^  rows/(\w+) +(\w+), \[rows\]", block("")[0], re.MULTILINE)
+    listed = re.findall(r"^  rows/(\w+) +(\w+), \[rows\]", blocks("store/FORMAT.md", language="")[0], re.MULTILINE)
     assert dict(listed) == ROW_COLUMNS
 
 
@@ -221,7 +218,7 @@ def test_the_index_of_a_shard() -> None:
 
 
 def test_the_folders() -> None:
-    first = block("")[0]
+    first = blocks("store/FORMAT.md", language="")[0]
     top = {line.split("/")[0].strip() for line in first.splitlines()[1:] if "/" in line.split("  ")[1]}
     assert top == {"sites", "rows", "scales", FOLDER, *SIDE_FOLDERS}
 
@@ -230,7 +227,7 @@ def test_the_fidelity_file(tmp_path: Path) -> None:
     site = SiteFidelity(kl_mean=1e-6, kl_max=0.5, top1_agreement=0.75)
     found = Fidelity(sites={"resid_post.7": site}, n_examples=2, n_tokens=9)
     write_fidelity(tmp_path, PLAN, found)
-    assert f"\n  {FIDELITY} " in block("")[0]
+    assert f"\n  {FIDELITY} " in blocks("store/FORMAT.md", language="")[0]
     content = json.loads((tmp_path / FIDELITY).read_text())
     entry = content["fidelity"]
     assert [codes(row[0]) for row in TABLES["key of a site's fidelity"]] == [[key] for key in asdict(site)]

@@ -1,0 +1,59 @@
+"""What a capture that was stopped left behind, and what it has to be in the end: the same as one that was not."""
+
+import hashlib
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from residua.store.archive import Archive
+from residua.store.metadata import is_archive
+from residua.store.shard import shard_path
+from residua.store.verify import verify
+
+SECONDS = 300  # a limit for hangs, not for busy machines
+
+
+def await_commits(archive: Path, n: int = 1, *, is_running: Callable[[], bool] = lambda: True) -> None:
+    """Return once `n` shards are committed; fails if that takes long, or nothing runs any more."""
+    deadline = time.monotonic() + SECONDS
+    while len(list(archive.glob("commits/*.json"))) < n:
+        assert time.monotonic() < deadline, f"{n} shards were never committed"
+        assert is_running()
+        time.sleep(0.005)
+
+
+def content(archive: Path) -> dict[str, str]:
+    """Return the SHA-256 of every file but the root's metadata, which holds the command line and so the place."""
+    return {
+        path.relative_to(archive).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in archive.rglob("*")
+        if path.is_file() and path != archive / "zarr.json"
+    }
+
+
+def committed(path: Path) -> dict[str, tuple[str, int]]:
+    """Return SHA-256 and time of every file of a committed shard, its record included."""
+    archive = Archive(path)
+    files = [path / "commits" / commit.name for commit in archive.commits.values()]
+    files += [shard_path(path, spec, shard) for spec in archive.plan.arrays for shard in archive.commits]
+    return {str(file): (hashlib.sha256(file.read_bytes()).hexdigest(), file.stat().st_mtime_ns) for file in files}
+
+
+def check_stop(path: Path, before: dict[str, tuple[str, int]]) -> dict[str, tuple[str, int]]:
+    """Check what a kill left behind against what was committed before it; return what is committed now."""
+    if not is_archive(path):
+        assert not path.exists(), "an archive appears whole or not at all"
+        return {}
+    assert verify(path).problems == []
+    now = committed(path)
+    assert before.items() <= now.items()
+    return now
+
+
+def check_end(path: Path, reference: Path) -> None:
+    """Check that a capture ended as the one that wrote `reference` did, and left nothing else behind."""
+    assert [entry.name for entry in path.parent.iterdir()] == [path.name], "nothing is left beside the archive"
+    assert content(path) == content(reference)
+    assert Archive(path).plan.digest == Archive(reference).plan.digest
+    report = verify(path)
+    assert (report.problems, report.notes) == ([], [])
