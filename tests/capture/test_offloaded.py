@@ -16,7 +16,7 @@ from residua.capture.devices import input_device, runs_on_cuda
 from residua.capture.fingerprint import weights_fingerprint
 from residua.store.errors import CaptureError
 from tests.models import SPLIT
-from tests.pipelines.test_kill import content
+from tests.stopped import content
 
 CPU = torch.device("cpu")
 TOKENS = [list(range(3, 3 + length)) for length in (5, 9, 20, 7)]
