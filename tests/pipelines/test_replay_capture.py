@@ -19,8 +19,8 @@ from residua.store.metadata import is_archive
 from residua.store.verify import verify
 from tests.capture.replaying import EVEN, LAST, LENGTHS, MODELS, PADDED, captured, model_of, run_in_full, tokens
 from tests.pipelines.forking import Forks
-from tests.pipelines.test_kill import content
 from tests.ragged import MODEL, capture_words, write_dataset
+from tests.stopped import content
 
 HALVE = {"edit": "scale", "site": "mlp_out.1", "by": 0.5, "positions": "2:"}
 PUSH = {"edit": "add", "site": "resid_post.1", "vector": [float(i % 3) for i in range(32)], "examples": [1, 2, 3]}
