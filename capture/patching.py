@@ -1,7 +1,7 @@
-"""Activation patching and its linear estimate: which sites and positions carry what two examples differ in.
+"""Activation patching and its linear estimate: which sites, positions and heads carry what two examples differ in.
 
-The corrupted example runs once for each cell of a grid of sites and positions, with the clean run's value put in at
-that cell (Vig et al. 2020, Meng et al. 2022); cells share forward passes, a copy of the example each. The estimate
+The corrupted example runs once for each cell of a grid, with the clean run's value put in at that cell (Vig et al.
+2020, Meng et al. 2022; by head: Wang et al. 2022); cells share forward passes, a copy of the example each. The estimate
 (Nanda 2023; Syed, Rager and Conmy 2023) is the product of the gradient in the corrupted run and the difference of the
 two runs' values: all cells for two forward passes and one backward pass.
 
@@ -11,12 +11,14 @@ Legend: `C` copies of the example in a batch, `T` positions, `V` vocabulary.
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
+from residua.capture.anatomy import ATTENTION_KINDS
 from residua.capture.groups import everyones, pipeline_group
 from residua.capture.inputs import forward_kwargs
 from residua.capture.oracle import whole_sites
@@ -27,8 +29,28 @@ from residua.capture.tap import tap
 from residua.capture.wrappers import core_of
 from residua.store.errors import CaptureError, PlanError
 
-Cell = tuple[str, int]
-"""A site and a position."""
+
+class Cell(NamedTuple):
+    """What is patched at once.
+
+    Attributes:
+        site: A site.
+        position: A position there; None for all of them together.
+        head: A head there; None for the whole row.
+    """
+
+    site: str
+    position: int | None
+    head: int | None = None
+
+    @property
+    def place(self) -> tuple[slice | int, slice | int]:
+        """Where it lies in a (T, H, ...) tensor."""
+        everything = slice(None)
+        return (
+            everything if self.position is None else self.position,
+            everything if self.head is None else self.head,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,24 +74,37 @@ class Patcher:
     Args:
         model: A language model, in evaluation mode.
         sites: Names or patterns of the sites whose cells are patched.
+        by_head: Whether each head is a cell of its own.
 
     Attributes:
         sites: Their names, in the model's order.
 
     Raises:
         UnknownSiteError: The model has no such site.
-        PlanError: A site has no entry a token that could be put in.
+        PlanError: A site has no entry a token that could be put in, or no heads where they are asked for.
     """
 
-    def __init__(self, model: nn.Module, sites: str | Iterable[str]) -> None:
+    def __init__(self, model: nn.Module, sites: str | Iterable[str], *, by_head: bool = False) -> None:
         self._model = model
         infos = whole_sites(core_of(model), [sites] if isinstance(sites, str) else list(sites))
         for name, info in infos.items():
             if not info.per_token or info.site.top is not None or info.site.kind == "pattern":
                 raise PlanError(f"{name} does not hold one entry a token that could be put in; choose another site")
+            if by_head and info.site.kind not in ATTENTION_KINDS:
+                raise PlanError(f"{name} has no heads that could be patched one by one; z, q, k and v have")
         self.sites = tuple(infos)
+        self._n_heads = {name: (info.row_shape or (0,))[0] or 0 for name, info in infos.items()} if by_head else {}
         # where logits of the last position will do, what lies behind the blocks may see that position only
         self._needs_logits = any(info.site.kind in ("module", "logits") for info in infos.values())
+
+    def cells(self, positions: Sequence[int | None]) -> list[Cell]:
+        """Return the grid of all sites and some positions; None stands for all positions together."""
+        return [
+            Cell(site, position, head)
+            for site in self.sites
+            for position in positions
+            for head in (range(self._n_heads[site]) if self._n_heads else [None])
+        ]
 
     def sweep(self, pair: Pair, cells: Sequence[Cell], metric: PairMetric, *, batch_cells: int) -> Swept:
         """Measure the corrupted run with the clean value put in at each cell, `batch_cells` in one forward pass."""
@@ -105,7 +140,7 @@ class Patcher:
             else:
                 corrupted.sum().backward()  # type: ignore[no-untyped-call]  # torch leaves it bare
         met = {
-            name: ((wanted[name] - values[name]).double() * gradient.double()).flatten(2).sum(-1)[0].tolist()
+            name: _effects((wanted[name] - values[name])[0], gradient[0], [c for c in cells if c.site == name])
             for name, gradient in gradients.items()
         }
         effects = {
@@ -115,7 +150,7 @@ class Patcher:
         return Swept(
             clean=float(metric(clean, pair, clean[0])),
             corrupted=base,
-            values=[base + effects[name][position] for name, position in cells if name in effects],
+            values=[base + effects[cell.site][cell] for cell in cells if cell.site in effects],
         )
 
     def _read(self, ids: Sequence[int]) -> tuple[Tensor, dict[str, Tensor]]:
@@ -125,16 +160,13 @@ class Patcher:
         return logits, values
 
     def _patched(self, pair: Pair, cells: Sequence[Cell], values: dict[str, Tensor]) -> Tensor:
-        places: dict[str, list[tuple[int, int]]] = {}
-        for copy, (site, position) in enumerate(cells):
-            places.setdefault(site, []).append((copy, position))
-
         def put_in(name: str, tensor: Tensor) -> Tensor:
-            copies, positions = zip(*places[name], strict=True)
-            tensor[list(copies), list(positions)] = values[name][0, list(positions)]
+            for copy, cell in enumerate(cells):
+                if cell.site == name:
+                    tensor[copy][cell.place] = values[name][0][cell.place]
             return tensor
 
-        with tap(self._model, list(places), put_in):
+        with tap(self._model, list(dict.fromkeys(cell.site for cell in cells)), put_in):
             return self._logits(pair.corrupted, len(cells))
 
     def _logits(self, ids: Sequence[int], n_copies: int) -> Tensor:
@@ -147,6 +179,12 @@ class Patcher:
         if not isinstance(logits, Tensor):
             raise CaptureError(f"{type(core).__name__} gives no logits: patching needs a language modelling head")
         return logits.full_tensor()[:, -1] if isinstance(logits, DTensor) else logits[:, -1]
+
+
+def _effects(step: Tensor, gradient: Tensor, cells: Sequence[Cell]) -> dict[Cell, float]:
+    """Return the product of gradient and step, both (T, *row), summed over each cell."""
+    product = step.double() * gradient.double()
+    return {cell: float(product[cell.place].sum()) for cell in cells}
 
 
 @contextmanager

@@ -28,8 +28,9 @@ def add(jobs: Any) -> None:
         parser.add_argument(
             "--positions",
             metavar="STR",
-            help="positions, 0-9,-1 say, negative ones from the end; default: all",
+            help="positions, 0-9,-1 say, negative ones from the end; default: each by itself; 'together': all at once",
         )
+        parser.add_argument("--heads", action="store_true", help="each head by itself, at z, q, k and v")
         parser.add_argument(
             "--metric", default="logit_difference", metavar="STR", help="logit_difference, loss, probability or kl"
         )
@@ -60,7 +61,8 @@ def _run(options: argparse.Namespace, way: Any, word: str, **more: int) -> int:
             options.model,
             options.pairs,
             sites=options.sites,
-            positions=numbers(options.positions, "--positions", signed=True) if options.positions else None,
+            positions=_positions(options.positions),
+            heads=options.heads,
             metric=options.metric,
             archive=options.archive,
             out=folder,
@@ -77,11 +79,23 @@ def _run(options: argparse.Namespace, way: Any, word: str, **more: int) -> int:
     if options.json:
         print_json({"folder": str(folder), "n_cells": found.num_rows, "largest": lines})
         return 0
+    where = ["position", *(["head"] if options.heads else []), "pair"]
     cells = [
-        (line["site"], f"{line['position']}", f"{line['pair']}", f"{line['value']:.4g}", f"{line['recovered']:.3f}")
+        (
+            line["site"],
+            *("all" if line[name] is None else f"{line[name]}" for name in where),
+            f"{line['value']:.4g}",
+            f"{line['recovered']:.3f}",
+        )
         for line in lines
     ]
     print(f"the {len(cells)} largest of {found.num_rows:,} cells:")
-    print(table([("site", "position", "pair", options.metric, "recovered"), *cells], (1, 2, 3, 4)))
+    print(table([("site", *where, options.metric, "recovered"), *cells], tuple(range(1, len(where) + 3))))
     print(f"files     {folder}: {TABLE}, {PICTURE}")
     return 0
+
+
+def _positions(text: str | None) -> Any:
+    if text in (None, "together"):
+        return text
+    return numbers(text, "--positions", signed=True)

@@ -26,7 +26,9 @@ def patch(
     on_pair: Callable[[int, int], None] = lambda *_: None,
     **options: Any,
 ) -> pa.Table:
-    """Put the clean run's value into the corrupted run, one site and position at a time, and measure the answer.
+    """Put the clean run's value into the corrupted run, one cell of a grid at a time, and measure the answer.
+
+    A cell is a site at a position, or all positions; or one head of a site there.
 
     Called by every process of a distributed launch, they share the pairs; see docs/distributed.md.
 
@@ -40,12 +42,12 @@ def patch(
         out: Folder for ``cells.parquet`` and ``cells.png``.
         on_pair: Called with the pairs done and in all.
         **options: Which sites, positions and metric, and where the model runs: the fields of `SweepSettings`
-            (``sites``, ``positions``, ``metric``, ``device``, ``tp``, ``pp``).
+            (``sites``, ``positions``, ``heads``, ``metric``, ``device``, ``tp``, ``pp``).
 
     Returns:
-        One line a cell: pair, site, position, token (of the corrupted example), clean and corrupted (the measure of
-        both runs), value (with the cell patched), effect (value - corrupted), and recovered (the share of the way from
-        corrupted to clean; null where these are equal).
+        One line a cell: pair, site, position (null for all), head (if ``heads`` were asked for), token (of the
+        corrupted example), clean and corrupted (the measure of both runs), value (with the cell patched), effect
+        (value - corrupted), and recovered (the share of the way from corrupted to clean; null where these are equal).
 
     Raises:
         PlanError: Pairs, positions, sites or metric do not fit.

@@ -4,7 +4,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from os import PathLike
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import pyarrow as pa
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -32,7 +32,9 @@ class SweepSettings:
 
     Attributes:
         sites: Names or patterns of sites, the rows of the grid.
-        positions: Positions, its columns, negative ones from the end; all unless given.
+        positions: Positions, its columns, negative ones from the end; each by itself unless given. ``together`` patches
+            all of them at once.
+        heads: Whether each head is a cell of its own, at z, q, k and v.
         metric: What is measured behind the last position: ``logit_difference`` (answer minus wrong), ``loss`` (of the
             answer), ``probability`` (of the answer) or ``kl`` (from the clean run).
         device: Device of the model, if it is loaded here.
@@ -41,7 +43,8 @@ class SweepSettings:
     """
 
     sites: str | Collection[str] = "resid_post.*"
-    positions: Sequence[int] | None = None
+    positions: Sequence[int] | Literal["together"] | None = None
+    heads: bool = False
     metric: str = "logit_difference"
     device: str = "auto"
     tp: int = 1
@@ -49,14 +52,18 @@ class SweepSettings:
 
     def __post_init__(self) -> None:
         pair_metric(self.metric)
+        if isinstance(self.positions, str) and self.positions != "together":
+            raise PlanError(f"positions is {self.positions!r}: give numbers, or together for all of them at once")
 
-    def places(self, pair: Pair, number: int) -> list[int]:
-        """Return the positions of one pair.
+    def places(self, pair: Pair, number: int) -> Sequence[int | None]:
+        """Return the positions of one pair; None stands for all of them together.
 
         Raises:
             PlanError: It has no such position.
         """
         length = len(pair.clean)
+        if isinstance(self.positions, str):
+            return [None]
         if self.positions is None:
             return list(range(length))
         wrong = [position for position in self.positions if not -length <= position < length]
@@ -107,11 +114,12 @@ class Sweep:
         with sharing(out, settings) as crew:
             model, tokenizer = named_model(self._model, self._tokenizer, settings)
             pairs = read_pairs(self._source, model, tokenizer=tokenizer, archive=self._archive)
-            patcher = Patcher(model, asked.sites)
+            patcher = Patcher(model, asked.sites, by_head=asked.heads)
             places = [asked.places(pair, number) for number, pair in enumerate(pairs, start=1)]
-            cells = [[(site, position) for site in patcher.sites for position in those] for those in places]
+            cells = [patcher.cells(those) for those in places]
             shared = SharedWork(crew, model, alike=False)
-            content = digest_of({"pairs": [asdict(pair) for pair in pairs], "places": places})
+            grid = {"places": [list(those) for those in places], "heads": asked.heads}
+            content = digest_of({"pairs": [asdict(pair) for pair in pairs], **grid})
             shared.agree_on({"pairs": content, "sites": patcher.sites, "metric": asked.metric, "way": way.title})
 
             def find(number: int) -> dict[str, Any]:
@@ -134,7 +142,7 @@ def _table(pairs: Sequence[Pair], cells: Sequence[list[Cell]], found: Sequence[M
         for number, (pair, those, values) in enumerate(zip(pairs, cells, found, strict=True))
         for line in _lines(number, pair, those, Swept(**values))
     ]
-    whole, text = dict.fromkeys(("pair", "position", "token"), pa.int64()), {"site": pa.string()}
+    whole, text = dict.fromkeys(("pair", "position", "head", "token"), pa.int64()), {"site": pa.string()}
     types = {name: {**whole, **text}.get(name, pa.float64()) for name in lines[0]}
     return pa.Table.from_pylist(lines, schema=pa.schema(list(types.items())))
 
@@ -144,14 +152,15 @@ def _lines(number: int, pair: Pair, cells: list[Cell], found: Swept) -> list[dic
     return [
         {
             "pair": number,
-            "site": site,
-            "position": position,
-            "token": pair.corrupted[position],
+            "site": cell.site,
+            "position": cell.position,
+            **({} if cell.head is None else {"head": cell.head}),
+            "token": None if cell.position is None else pair.corrupted[cell.position],
             "clean": found.clean,
             "corrupted": found.corrupted,
             "value": value,
             "effect": value - found.corrupted,
             "recovered": (value - found.corrupted) / way if way else None,
         }
-        for (site, position), value in zip(cells, found.values, strict=True)
+        for cell, value in zip(cells, found.values, strict=True)
     ]

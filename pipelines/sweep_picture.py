@@ -1,4 +1,4 @@
-"""The heat map of a sweep: which sites and positions bring the answer back, mean over pairs."""
+"""The heat map of a sweep: which sites, positions and heads bring the answer back, mean over pairs."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,33 +16,40 @@ def draw_sweep(
 ) -> None:
     """Draw the mean over pairs; positions count from the start of each.
 
+    Sites are the rows and positions the columns; with heads, each head of a site is a row, or, where all positions are
+    patched together, a column.
+
     Args:
         path: The picture.
-        cells: One line a cell of every pair, with its site, position and recovered.
+        cells: One line a cell of every pair, with its site, position, head if any, and recovered.
         title: Its title, without the number of pairs.
         pairs: The pairs.
         tokenizer: Tells what stands at each position, where there is one pair.
     """
-    lines = cells.select(["site", "position", "recovered"]).to_pylist()
-    columns = sorted({line["position"] for line in lines})
-    sites = list(dict.fromkeys(line["site"] for line in lines))
-    sums, counts = np.zeros((2, len(sites), len(columns)))
+    lines = cells.to_pylist()
+    together = all(line["position"] is None for line in lines)
+    by_head = "head" in cells.column_names
+    x, y = "head" if by_head and together else "position", ("site", "head") if by_head and not together else ("site",)
+    columns = list(dict.fromkeys(line[x] for line in lines))
+    columns = columns if None in columns else sorted(columns)
+    rows = list(dict.fromkeys(tuple(line[name] for name in y) for line in lines))
+    sums, counts = np.zeros((2, len(rows), len(columns)))
     for line in lines:
         if line["recovered"] is not None:
-            place = sites.index(line["site"]), columns.index(line["position"])
+            place = rows.index(tuple(line[name] for name in y)), columns.index(line[x])
             sums[place] += line["recovered"]
             counts[place] += 1
     values = np.divide(sums, counts, out=np.full_like(sums, np.nan), where=counts > 0)
-    names = _names(pairs, tokenizer, columns)
+    names = [] if together else _names(pairs, tokenizer, columns)
     heat_map(
         path,
         values,
         title=f"{title}, {'one pair' if len(pairs) == 1 else f'{len(pairs)} pairs'}",
-        x_name="position (token of the corrupted example)" if names else "position",
-        y_name="site",
+        x_name="position (token of the corrupted example)" if names else x,
+        y_name=" and ".join(y),
         value_name="share recovered",
-        x_ticks=names or [str(column) for column in columns],
-        y_ticks=sites,
+        x_ticks=names or ["all" if column is None else str(column) for column in columns],
+        y_ticks=[" ".join(map(str, row)) for row in rows],
         centred=True,
     )
 

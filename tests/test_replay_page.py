@@ -72,6 +72,9 @@ def test_sweeps_find_the_two_cells_that_the_page_names(names: dict[str, Any]) ->
     assert estimate[60]["attn_out.3"] == pytest.approx(1.2, abs=0.05)
     assert estimate[11]["attn_out.1"] == pytest.approx(0.01, abs=0.05)
     assert (names["work"] / "patched/cells.png").is_file()
+    heads = names["by_heads"]
+    assert heads[1]["z.1"] > 0.8
+    assert heads.stack().drop(("z.1", 1)).abs().max() < 0.5
 
 
 def test_the_induction_heads_are_what_copies(names: dict[str, Any]) -> None:

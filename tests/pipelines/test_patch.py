@@ -81,6 +81,58 @@ def test_every_cell_is_the_one_by_hand(name: str, metric: str) -> None:
     assert found[0]["effect"] == pytest.approx(0, abs=2e-5), "before the difference nothing is to be had"
 
 
+def heads_by_hand(layer: int, head: int, where: slice | int) -> Tensor:
+    """Logits of the corrupted example with the clean mix of one head put in."""
+    model, kept, width = model_of("llama"), list[Tensor](), 8
+    projection = model.get_submodule(f"model.layers.{layer}.self_attn.o_proj")
+    handle = projection.register_forward_pre_hook(lambda _m, inputs: kept.append(inputs[0].clone()))
+    run(model, CLEAN)
+    handle.remove()
+
+    def put_in(_module: object, inputs: tuple[Tensor]) -> tuple[Tensor]:
+        new, columns = inputs[0].clone(), slice(head * width, (head + 1) * width)
+        new[:, where, columns] = kept[0][:, where, columns]
+        return (new,)
+
+    handle = projection.register_forward_pre_hook(put_in)
+    logits = run(model, CORRUPTED)
+    handle.remove()
+    return logits
+
+
+@pytest.mark.parametrize("positions", ["together", [2, -1]])
+def test_every_head_is_the_one_by_hand(positions: Any, tmp_path: Path) -> None:
+    model = model_of("llama")
+    calls: list[int] = []
+    handle = model.register_forward_hook(lambda *_: calls.append(1))
+    options: dict[str, Any] = {"sites": "z.*", "heads": True, "positions": positions}
+    found = residua.patch(model, [PAIR], batch_cells=8, out=tmp_path, **options).to_pylist()
+    handle.remove()
+    places = [None] if positions == "together" else [2, 6]
+    assert len(calls) == 2 + (2 if places == [None] else 3), "12 or 24 cells, eight a pass"
+    assert [(line["site"], line["position"], line["head"]) for line in found] == [
+        (f"z.{layer}", place, head) for layer in range(3) for place in places for head in range(4)
+    ]
+    for line in found:
+        where = slice(None) if line["position"] is None else line["position"]
+        logits = heads_by_hand(int(line["site"][-1]), line["head"], where)
+        assert line["value"] == pytest.approx(float(logits[7] - logits[11]), rel=1e-4, abs=1e-5)
+        assert line["token"] == (None if line["position"] is None else CORRUPTED[line["position"]])
+    assert max(abs(line["effect"]) for line in found) > 1e-2
+    assert (tmp_path / "cells.png").stat().st_size > 5_000
+
+
+def test_estimates_of_heads_and_of_all_positions_add_up() -> None:
+    """A row's estimate is the sum of those of its heads; that of all positions, the sum of theirs."""
+    model = model_of("gpt2")
+    whole = residua.attribute(model, [PAIR], sites="z.1").to_pandas()
+    heads = residua.attribute(model, [PAIR], sites="z.1", heads=True).to_pandas()
+    together = residua.attribute(model, [PAIR], sites="z.1", heads=True, positions="together").to_pandas()
+    assert heads.groupby("position")["effect"].sum().tolist() == pytest.approx(whole["effect"].tolist(), abs=1e-9)
+    assert together["effect"].tolist() == pytest.approx(heads.groupby("head")["effect"].sum().tolist(), abs=1e-9)
+    assert whole["effect"].abs().max() > 1e-3
+
+
 @pytest.mark.parametrize("name", MODULES)
 def test_the_estimate_is_exact_where_the_metric_is_linear(name: str) -> None:
     model = model_of(name)
@@ -146,6 +198,11 @@ def test_the_induction_layer_of_the_shipped_model_stands_out(
     mean = found.groupby(["site", "position"])["recovered"].mean()
     assert all(mean[cell] > 0.9 for cell in CIRCUIT)
     assert mean.drop(CIRCUIT).abs().max() < 0.4
+    by_head = [*words[:-1], "z.*", "--heads", "--positions", "together", "--out", str(tmp_path / "heads")]
+    assert main(["patch", *by_head]) == 0
+    assert "all" in capsys.readouterr().out
+    heads = read_table(tmp_path / "heads/cells.parquet").to_pandas().groupby("site")["recovered"].mean()
+    assert set(heads.nlargest(2).index) == {"z.1", "z.3"}
     assert main(["attribute", *words, "--out", str(tmp_path / "attributed"), "--json"]) == 0
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["n_cells"] == len(found)
     estimated = read_table(tmp_path / "attributed/cells.parquet").to_pandas()
@@ -169,6 +226,8 @@ def test_what_does_not_fit_is_said(tmp_path: Path) -> None:
         ([PAIR], {"positions": [7]}, "pair 1 has 7 tokens: there is no position 7"),
         ([PAIR], {"metric": "luck"}, "there is no metric 'luck'"),
         ([PAIR], {"batch_cells": 0}, "at least one cell"),
+        ([PAIR], {"positions": "all"}, "positions is 'all': give numbers, or together"),
+        ([PAIR], {"sites": "resid_post.0", "heads": True}, "resid_post.0 has no heads"),
         ([PAIR], {"sites": "pattern.0"}, "pattern.0 does not hold one entry a token"),
         ([], {}, "there are no pairs"),
         ([3], {}, "pair 1: a pair has clean, corrupted and answer"),
