@@ -14,20 +14,28 @@ Speed is processor time, kernel included, on one torch thread and one encoder th
 import shutil
 import tempfile
 from collections import deque
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
-import zarr
+from free_model import (
+    BATCH_ROWS,
+    EXAMPLES,
+    PASSES,
+    POSITIONS,
+    SITES,
+    WIDTH,
+    FreeModel,
+    with_memmap,
+    with_safetensors,
+    with_torch_save,
+    with_zarr,
+)
 from measure import Timings, in_turns, machine, parser, publish, speedups, spread, table
 from residuals import trained_residuals
-from safetensors.torch import save_file
-from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import residua
@@ -40,39 +48,8 @@ from residua.store.plan import Plan, SitePlan
 from residua.store.shard import ShardEncoder, shard_path
 from residua.store.spec import ArraySpec
 
-SITES = 8
-WIDTH = 1024
-EXAMPLES, POSITIONS = 8, 512
-BATCH_ROWS = EXAMPLES * POSITIONS
 ROWS_PER_SHARD = 8192
 ROWS_PER_CHUNK = 256
-PASSES = 8  # over the residuals, so that a run is long against its start
-
-Rows = npt.NDArray[np.uint16]
-Keep = Callable[[int, int, torch.Tensor], None]
-
-
-class FreeModel(nn.Module):
-    """Hands out stored residuals: every block gives the current batch."""
-
-    def __init__(self, rows: Rows) -> None:
-        super().__init__()
-        self.blocks = nn.ModuleList(nn.Identity() for _ in range(SITES))
-        bits = torch.from_numpy(rows.view(np.int16)).view(torch.bfloat16)
-        self.batches = bits.view(-1, EXAMPLES, POSITIONS, WIDTH)
-        self.anchor = nn.Parameter(torch.zeros(1))
-        self.step = 0
-
-    def forward(self, input_ids: torch.Tensor, **_: object) -> torch.Tensor:  # noqa: ARG002  # as any model is called
-        """Give the next batch to every block, whatever the tokens."""
-        batch: torch.Tensor = self.batches[self.step % len(self.batches)]
-        self.step += 1
-        for block in self.blocks:
-            block(batch)
-        return batch
-
-
-TOKENS = torch.zeros(EXAMPLES, POSITIONS, dtype=torch.long)
 
 
 def plan_of(codec: str, n_rows: int) -> Plan:
@@ -127,65 +104,6 @@ def from_memory(model: FreeModel, folder: Path, *, preset: str, write: bool = Tr
                 write_file(shard_path(folder, spec, shard), encoded)
             else:
                 deque(encoded, maxlen=0)
-
-
-@contextmanager
-def hooked(model: FreeModel, keep: Keep) -> Iterator[None]:
-    """Call `keep` with step, site and tensor from plain forward hooks."""
-
-    def hook(site: int) -> Callable[[nn.Module, Any, torch.Tensor], None]:
-        return lambda _module, _args, output: keep(model.step, site, output)
-
-    handles = [block.register_forward_hook(hook(site)) for site, block in enumerate(model.blocks)]
-    yield
-    for handle in handles:
-        handle.remove()
-
-
-def by_hand(model: FreeModel, keep: Keep) -> None:
-    """Run all steps with `keep` in the hooks."""
-    model.step = 0
-    with hooked(model, keep):
-        for _ in range(PASSES * len(model.batches)):
-            model(TOKENS)
-
-
-def with_torch_save(model: FreeModel, folder: Path) -> None:
-    """One file a batch and site."""
-    by_hand(model, lambda step, site, x: torch.save(x.clone(), folder / f"{step}-{site}.pt"))
-
-
-def with_safetensors(model: FreeModel, folder: Path) -> None:
-    """One file a batch and site."""
-    by_hand(model, lambda step, site, x: save_file({"x": x.clone()}, folder / f"{step}-{site}.st"))
-
-
-def with_memmap(model: FreeModel, folder: Path) -> None:
-    """One memory-mapped file a site, flushed at the end."""
-    shape = (PASSES * len(model.batches) * BATCH_ROWS, WIDTH)
-    maps = [np.memmap(folder / str(site), np.int16, "w+", shape=shape) for site in range(SITES)]
-
-    def keep(step: int, site: int, batch: torch.Tensor) -> None:
-        start = (step - 1) * BATCH_ROWS
-        maps[site][start : start + BATCH_ROWS] = batch.view(torch.int16).numpy().reshape(-1, WIDTH)
-
-    by_hand(model, keep)
-    for mapped in maps:
-        mapped.flush()
-
-
-def with_zarr(model: FreeModel, folder: Path) -> None:
-    """One zarr-python array a site, as its defaults are, with a chunk a batch."""
-    shape, chunks = (PASSES * len(model.batches) * BATCH_ROWS, WIDTH), (BATCH_ROWS, WIDTH)
-    arrays = [
-        zarr.create_array(str(folder / str(site)), shape=shape, chunks=chunks, dtype="int16") for site in range(SITES)
-    ]
-
-    def keep(step: int, site: int, batch: torch.Tensor) -> None:
-        start = (step - 1) * BATCH_ROWS
-        arrays[site][start : start + BATCH_ROWS] = batch.view(torch.int16).numpy().reshape(-1, WIDTH)
-
-    by_hand(model, keep)
 
 
 RAW, FAST = "Residua, raw", "Residua, fast"
