@@ -9,13 +9,13 @@ from residua.capture.inputs import forward_kwargs
 from residua.capture.layouts import Layout
 from residua.capture.local_parts import LocalParts
 from residua.capture.probing import evaluating
+from residua.capture.rows import FIRST_ROW_AXIS
 from residua.capture.split import Part
 from residua.capture.staged import runnable
 from residua.capture.taps import reading
 from residua.store.errors import PlanError
 
 _EXAMPLES, _POSITIONS = 2, 8
-_FIRST_ROW_AXIS = 2
 
 
 def column_shards(model: nn.Module, part: Part) -> dict[str, int]:
@@ -37,7 +37,7 @@ def column_shards(model: nn.Module, part: Part) -> dict[str, int]:
     with torch.inference_mode(), evaluating(model), reading(model, part.sites, look):
         called = runnable(model)
         called(**forward_kwargs(called, ids, torch.ones_like(ids)))
-    split = {site: layout.sizes for site, layout in found.items() if layout.dim == _FIRST_ROW_AXIS}
+    split = {site: layout.sizes for site, layout in found.items() if layout.dim == FIRST_ROW_AXIS}
     for site, sizes in split.items():
         if len(set(sizes)) > 1:
             raise PlanError(

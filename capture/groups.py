@@ -5,6 +5,7 @@ from contextlib import contextmanager
 from typing import TypeVar
 from weakref import WeakKeyDictionary
 
+import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed import ProcessGroup
@@ -95,6 +96,13 @@ def everyones(group: ProcessGroup | None, value: T) -> list[T]:
     values = [value] * dist.get_world_size(group)
     dist.all_gather_object(values, value, group=group)
     return values
+
+
+def device_of(group: ProcessGroup | None) -> torch.device:
+    """Return a device whose tensors the ranks of a group, or of the default group, can send each other."""
+    if "gloo" in str(dist.get_backend(group)):
+        return torch.device("cpu")
+    return torch.device("cuda", torch.cuda.current_device())
 
 
 def _given(given: ProcessGroup | DeviceMesh) -> ProcessGroup:

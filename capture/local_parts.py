@@ -1,6 +1,7 @@
 """What this rank has of a site's tensor, and how the parts of all ranks lie; sums that are not added up are."""
 
 from collections.abc import Mapping
+from typing import cast
 
 import torch.distributed as dist
 from torch import Tensor
@@ -10,8 +11,19 @@ from torch.distributed.tensor import DTensor, Shard
 from residua.capture.layouts import Layout, whole_shape
 from residua.capture.proved import ProvedLayouts
 from residua.capture.ranks import on_rank
+from residua.capture.rows import FIRST_ROW_AXIS, by_position, row_shape
 from residua.capture.siteinfo import SiteInfo
 from residua.store.errors import CaptureError
+
+
+def whole_row(site: str, local: Tensor, layout: Layout, batch_shape: tuple[int, int]) -> tuple[int, ...]:
+    """Return the shape of a whole row of a tensor of which this rank has a part."""
+    if layout.dim is None:
+        return row_shape(by_position(site, local, *batch_shape))
+    row = [*row_shape(local)]
+    if layout.dim >= FIRST_ROW_AXIS:
+        row[layout.dim - FIRST_ROW_AXIS] = sum(layout.sizes)
+    return tuple(row)
 
 
 class LocalParts:
@@ -39,7 +51,7 @@ class LocalParts:
             CaptureError: The layout cannot be proved.
         """
         if isinstance(tensor, DTensor):
-            return _part_of(site, tensor, self._group)
+            return _part_of(site, cast("DTensor", by_position(site, tensor, *batch_shape)), self._group)
         if self._group is None:
             return tensor, Layout()
         whole = whole_shape(self._sites[site], batch_shape, tuple(tensor.shape))

@@ -42,6 +42,11 @@ class BatchRows:
     tokens_of: Sequence[Indices]
     n_positions: int
 
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Number of examples and of padded positions."""
+        return (len(self.tokens_of), self.n_positions)
+
     def per_shard(self, rows_per_shard: int) -> Iterator[tuple[int, Indices]]:
         """Yield each shard that the batch reaches, with the indices of its rows in this batch."""
         if not len(self.row):

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from residua.capture.fingerprint import weights_fingerprint
 from residua.capture.sharded import is_sharded, is_zero3, plain_class
 from residua.capture.split import is_split, layout_of
+from residua.capture.wrappers import core_of
 from residua.store.canonical import Json, digest_of, flatten
 
 PACKAGES = ("residua", "torch", "transformers", "accelerate", "tokenizers", "zarr", "numcodecs", "numpy", "pyarrow")
@@ -58,7 +59,8 @@ def changed_conditions(provenance: Mapping[str, object]) -> tuple[str, ...]:
 
 
 def identify_model(model: nn.Module) -> dict[str, Json]:
-    """Return what makes a model this model, wherever it lies: the plan's `model` entry."""
+    """Return what makes a model this model, wherever it lies and whatever is around it: the plan's `model` entry."""
+    model = core_of(model)
     return {
         "class": plain_class(model).__name__,
         "weights": weights_fingerprint(model),
@@ -70,6 +72,7 @@ def identify_model(model: nn.Module) -> dict[str, Json]:
 
 def describe_model(model: nn.Module, identity: Mapping[str, Json]) -> dict[str, Json]:
     """Return where the model came from, on what it ran, and its `identity`: provenance."""
+    model = core_of(model)
     devices = {parameter.device for parameter in model.parameters()}
     names = sorted(torch.cuda.get_device_name(d) if d.type == "cuda" else d.type for d in devices)
     config = model.config if isinstance(model, PreTrainedModel) else None

@@ -17,6 +17,7 @@ from torch import nn
 
 from residua.capture.batches import BatchRunner
 from residua.capture.devices import runs_on_cuda
+from residua.capture.local_parts import LocalParts
 from residua.capture.replaying import Replaying
 from residua.capture.sharded import in_step
 from residua.capture.share import Share
@@ -137,7 +138,7 @@ def record(
             pinned=runs_on_cuda(model),
             share=share,
         )
-        sink = staging if part is None else SharedRows(plan, staging, share, sites, part.group)
+        sink = staging if part is None else SharedRows(plan, staging, share, LocalParts(sites, part.group), part.group)
         changed = () if replaying is None else replaying.changed
         runner = BatchRunner(model, plan, table, sink, sites=sites, part=part, changed=changed)
         clock = _Clock(runner, staging, sink, writer)

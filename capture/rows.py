@@ -14,6 +14,9 @@ import torch
 from residua.capture.placement import BatchRows, Indices
 from residua.store.errors import CaptureError
 
+FIRST_ROW_AXIS = 2
+"""Of the tensor of a site; in front of it are examples and positions."""
+
 Integer = TypeVar("Integer", np.int32, np.int64)
 
 
@@ -83,4 +86,4 @@ def by_position(site: str, tensor: torch.Tensor, n_examples: int, n_positions: i
 
 def row_shape(tensor: torch.Tensor) -> tuple[int, ...]:
     """Return the shape of one row of a (B, T, *row) tensor."""
-    return tuple(tensor.shape[2:])
+    return tuple(tensor.shape[FIRST_ROW_AXIS:])

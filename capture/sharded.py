@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
+from residua.capture.groups import device_of
+
 BatchT = TypeVar("BatchT")
 
 
@@ -68,8 +70,7 @@ class Agreement:
     """Lets all workers agree, before each batch, on whether any of them has one; a collective."""
 
     def __init__(self) -> None:
-        on_host = "gloo" in str(dist.get_backend())
-        self._flag = torch.zeros((), device="cpu" if on_host else torch.device("cuda", torch.cuda.current_device()))
+        self._flag = torch.zeros((), device=device_of(None))
 
     def __call__(self, has_batch: bool) -> bool:
         """Return whether any worker called this with true."""

@@ -6,7 +6,6 @@ A tensor that every rank has is copied by the rank that stores it, and by no oth
 Legend: `B` examples in the batch, `T` padded positions.
 """
 
-from collections.abc import Mapping
 from typing import NamedTuple
 
 import numpy as np
@@ -19,15 +18,12 @@ from residua.capture.layouts import Layout
 from residua.capture.local_parts import LocalParts
 from residua.capture.placement import BatchRows, Indices, Placement
 from residua.capture.ranks import on_rank
-from residua.capture.rows import by_position
+from residua.capture.rows import FIRST_ROW_AXIS, by_position
 from residua.capture.share import Share
-from residua.capture.siteinfo import SiteInfo
 from residua.capture.stage import torch_dtype
 from residua.capture.staging import Staging
 from residua.store.errors import CaptureError
 from residua.store.plan import Plan
-
-_LEADING = 2  # axes in front of a row: examples and positions
 
 
 class _Piece(NamedTuple):
@@ -44,18 +40,18 @@ class SharedRows:
         plan: What is stored.
         staging: Where this rank's share goes.
         share: Who stores what.
-        sites: What is known of each site in the unsharded model.
+        parts: Finds out how the sites lie.
         group: The ranks over which activations may be split; None where this rank has whole ones.
     """
 
     def __init__(
-        self, plan: Plan, staging: Staging, share: Share, sites: Mapping[str, SiteInfo], group: ProcessGroup | None
+        self, plan: Plan, staging: Staging, share: Share, parts: LocalParts, group: ProcessGroup | None
     ) -> None:
         self._plan = plan
         self._staging = staging
         self._share = share
         self._exchange = None if group is None else Exchange(group)
-        self._parts = LocalParts(sites, group)
+        self._parts = parts
         self._batch: BatchRows | None = None
 
     @property
@@ -70,21 +66,27 @@ class SharedRows:
 
     def put(self, site: str, tensor: Tensor) -> None:
         """Take what this rank has of one site's tensor; every rank of the group takes its own at the same time."""
-        if self._batch is None:
-            raise RuntimeError(f"rows of {site} came before their batch was announced")
-        shape = (len(self._batch.tokens_of), self._batch.n_positions)
-        local, layout = self._parts.of(site, tensor, shape)
+        self.put_part(site, *self._parts.of(site, tensor, self._announced(site).shape))
+
+    def put_part(self, site: str, local: Tensor, layout: Layout) -> None:
+        """Take this rank's part of one site's tensor, of which it is known how the parts lie."""
+        batch = self._announced(site)
         if self._plan.site(site).column_shards > 1:
             self._check_part(site, layout)
-            self._staging.put(site, by_position(site, local, *shape))
+            self._staging.put(site, by_position(site, local, *batch.shape))
         elif layout.dim is None:
-            self._staging.put(site, by_position(site, local, *shape))
+            self._staging.put(site, by_position(site, local, *batch.shape))
         elif self._exchange is not None:
-            self._move(site, local, layout, self._batch, self._exchange)
+            self._move(site, local, layout, batch, self._exchange)
+
+    def _announced(self, site: str) -> BatchRows:
+        if self._batch is None:
+            raise RuntimeError(f"rows of {site} came before their batch was announced")
+        return self._batch
 
     def _check_part(self, site: str, layout: Layout) -> None:
         stored = self._plan.site(site)
-        if layout != Layout(_LEADING, (stored.part.row_shape[0],) * stored.column_shards):
+        if layout != Layout(FIRST_ROW_AXIS, (stored.part.row_shape[0],) * stored.column_shards):
             raise CaptureError(
                 f"Site {site!r}{on_rank()} is stored in {stored.column_shards} parts of each row, and lies otherwise "
                 f"here: {layout}. Capture it again without --no-gather."
@@ -113,7 +115,7 @@ class SharedRows:
     def _piece(self, layout: Layout, at: Placement, batch: BatchRows, rank: int) -> _Piece:
         """Return which rows of a placement a rank has something of, and how much."""
         everything = np.arange(len(at.source))
-        if layout.dim is None or layout.dim >= _LEADING:
+        if layout.dim is None or layout.dim >= FIRST_ROW_AXIS:
             return _Piece(everything, layout.sizes[rank])
         along = np.divmod(at.source, batch.n_positions)[layout.dim]
         start = sum(layout.sizes[:rank])
@@ -124,11 +126,12 @@ class SharedRows:
         """Return what this rank has of the rows of one shard, (rows, *row)."""
         dim = layout.dim or 0
         if site.startswith("pattern."):
-            if dim < _LEADING:
+            if dim < FIRST_ROW_AXIS:
                 raise CaptureError(f"Site {site!r}{on_rank()} is split by query or example: its keys cannot be placed.")
-            template = local.new_empty((0, *local.shape[2:]), device="cpu")
+            n_keys = min(local.shape[-1], self._plan.site(site).row_shape[-1])  # none has more, whatever the padding
+            template = local.new_empty((0, *local.shape[FIRST_ROW_AXIS:-1], n_keys), device="cpu")
             return at.gather_pattern(local, template, batch)
-        if dim >= _LEADING:
+        if dim >= FIRST_ROW_AXIS:
             return at.gather(local.flatten(0, 1), local.dtype)
         examples, positions = np.divmod(at.source[self._piece(layout, at, batch, rank).rows], batch.n_positions)
         start = sum(layout.sizes[:rank])
@@ -137,15 +140,15 @@ class SharedRows:
         return local.flatten(0, 1).index_select(0, index)
 
     def _shape(self, piece: _Piece, row: tuple[int, ...], layout: Layout) -> tuple[int, ...]:
-        if layout.dim is None or layout.dim < _LEADING:
+        if layout.dim is None or layout.dim < FIRST_ROW_AXIS:
             return (len(piece.rows), *row)
-        axis = layout.dim - _LEADING
+        axis = layout.dim - FIRST_ROW_AXIS
         return (len(piece.rows), *row[:axis], piece.size, *row[axis + 1 :])
 
     def _joined(self, parts: list[Tensor], layout: Layout, at: Placement, batch: BatchRows) -> Tensor:
         """Return the whole rows of one shard out of what each rank had of them."""
-        if layout.dim is None or layout.dim >= _LEADING:
-            return torch.cat(parts, (layout.dim or 0) - _LEADING + 1)
+        if layout.dim is None or layout.dim >= FIRST_ROW_AXIS:
+            return torch.cat(parts, (layout.dim or 0) - FIRST_ROW_AXIS + 1)
         rows = parts[0].new_empty((len(at.source), *parts[0].shape[1:]))
         for source, part in enumerate(parts):
             rows[self._piece(layout, at, batch, source).rows] = part
@@ -155,7 +158,7 @@ class SharedRows:
 def _widened(site: str, rows: Tensor, row_shape: tuple[int, ...]) -> Tensor:
     """Fill the keys of patterns up with zeros, to those of the longest example."""
     if not site.startswith("pattern.") or tuple(rows.shape[1:]) == row_shape:
-        return rows
+        return rows.view(len(rows), *row_shape)  # a scalar a position is a row of width 1
     wide = rows.new_zeros((len(rows), *row_shape))
     wide[..., : rows.shape[-1]] = rows
     return wide

@@ -27,14 +27,15 @@ from torch.distributed.pipelining import Schedule1F1B, ScheduleGPipe
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.distributed.configuration_utils import DistributedConfig
 
-from residua.capture.recorder import Recorder
 from residua.pipelines.capture import capture_dataset
 from residua.pipelines.capture_result import CaptureResult
 from residua.pipelines.stage_plans import stages_in_parallel
-from residua.store.errors import CaptureError, PlanError
+from residua.store.errors import PlanError
 from tests.distributed.others import fairscale_parallel
 from tests.distributed.pipelines import Pipeline
 from tests.distributed.plans import parallel_llama
+from tests.distributed.recording import LENGTHS as CALLS
+from tests.distributed.recording import other_calls_are_refused, record
 from tests.models import SPLIT, VOCABULARY
 
 UNGATHERED = ("llama-columns",)
@@ -150,16 +151,24 @@ CASES: dict[int, dict[str, Make]] = {
 """From the number of ranks to the cases that are tried on them; the part before the first dash is the model's name."""
 
 
+def is_recorded(name: str) -> bool:
+    """Whether a case is tried with `Recorder` too: each layout once, and torch's schedules are no models."""
+    return not name.endswith(("-columns", "-balanced")) and "gpipe" not in name and "1f1b" not in name
+
+
 def uneven_columns(model: PreTrainedModel, out: Path) -> None:
     with pytest.raises(PlanError, match=r"the ranks have 25, 25, 25, 23 columns of mlp_act\.0"):
         capture(model, out, "mlp_act.0", gather=False)
 
 
-def refused_by_recorder(model: PreTrainedModel, out: Path) -> None:
-    with pytest.raises(
-        CaptureError, match=r"split over processes \((tensor parallel|pipeline) \d.*\).*capture_dataset"
-    ):
-        Recorder(model, sites="resid_post.1", out=out)
+def recorded(name: str, made: Made, folder: Path) -> None:
+    """Record a loop: each replica makes an archive of its own, and of independent ones the second is shorter."""
+    model, sites, group = made
+    replica = dist.get_rank() // 2 if name.endswith(("-dp2", "-fsdp2")) else 0
+    n_calls = len(CALLS) - replica if name.endswith("-dp2") else len(CALLS)
+    record(model, folder / f"{name}.recorded.{replica}.zarr", sites, n_calls=n_calls, group=group)
+    if name == "llama-tp2":
+        other_calls_are_refused(model, folder / "other calls.zarr")
 
 
 def main() -> None:
@@ -171,9 +180,9 @@ def main() -> None:
             continue
         said: dict[str, Any] = {}
         try:
-            model, sites, group = make()
-            if group is None and isinstance(model, PreTrainedModel):
-                refused_by_recorder(model, folder / "recorded.zarr")
+            model, sites, group = made = make()
+            if is_recorded(name):
+                recorded(name, made, folder)
             if name in UNGATHERED and dist.get_world_size() == 4:
                 uneven_columns(model, folder / "uneven.zarr")
             out, gather = folder / f"{name}.zarr", name not in UNGATHERED

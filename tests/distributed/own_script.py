@@ -16,11 +16,13 @@ from unittest import mock
 
 import torch
 import torch.distributed as dist
+from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import residua
 from tests.distributed.others import zero3
+from tests.distributed.recording import record
 from tests.models import TINY, VOCABULARY
 
 LENGTHS = (5, 3, 21, 40, 2, 9, 7, 33, 1, 12, 30, 4) * 4
@@ -50,13 +52,35 @@ def main() -> None:
     for name, model in (("replicas", TINY["llama"]()), ("ddp", DistributedDataParallel(TINY["llama"]()))):
         archive = capture(model, folder / f"{name}.zarr")
         assert archive.is_sealed, "nobody goes on before the archive is whole"
+    assert capture(sharded(), folder / "fsdp.zarr").is_sealed
+    assert capture(zero3(TINY["llama"]()), folder / "zero3.zarr").is_sealed
+    recordings(folder)
+    dist.destroy_process_group()
+
+
+def recordings(folder: Path) -> None:
+    """Record in loops of data-parallel replicas: each has an archive of its own, and none goes into another's."""
+    rank = dist.get_rank()
+    for name, model in (("ddp", DistributedDataParallel(TINY["llama"]())), ("fsdp", sharded())):
+        record(model, folder / f"{name}.recorded.{rank}.zarr", "resid_post.*,q.1,final")
+    said: list[str | None] = [None, None]
+    refusal = None
+    try:
+        record(TINY["llama"](), folder / "contended.zarr", "embed")
+    except (FileExistsError, BlockingIOError) as error:
+        refusal = str(error)
+    dist.all_gather_object(said, refusal)
+    refused = [refusal for refusal in said if refusal is not None]
+    assert len(refused) == 1, said
+    assert "Data-parallel replicas record examples of their own" in refused[0]
+
+
+def sharded() -> nn.Module:
     model = TINY["llama"]()
     for block in model.get_submodule("model.layers").children():
         fully_shard(block)
     fully_shard(model)
-    assert capture(model, folder / "fsdp.zarr").is_sealed
-    assert capture(zero3(TINY["llama"]()), folder / "zero3.zarr").is_sealed
-    dist.destroy_process_group()
+    return model
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from residua.store.archive import Archive
 from residua.store.lock import read_owner
 from residua.store.verify import verify
 from tests.distributed.own_script import capture
+from tests.distributed.recording import record
 from tests.models import TINY
 from tests.pipelines.forking import ENVIRONMENT, ROOT
 from tests.ragged import capture_words, write_dataset
@@ -98,6 +99,10 @@ def test_a_script_of_the_users_own_with_replicas_and_sharded(tmp_path: Path) -> 
         assert told[0] == told[1]
         assert told[0]["rows"] == Archive(tmp_path / "one.zarr").n_rows
         assert len(told[0]["workers"]) == 2
+    record(TINY["llama"](), tmp_path / "recorded.zarr", "resid_post.*,q.1,final")
+    for path in sorted(tmp_path.glob("*.recorded.*.zarr")):
+        assert content(path) == content(tmp_path / "recorded.zarr"), "each replica its own, bit for bit"
+    assert len(list(tmp_path.glob("*.recorded.*.zarr"))) == 4
     for name, layout in {"fsdp": "fsdp2", "zero3": "zero3"}.items():
         provenance = Archive(tmp_path / f"{name}.zarr").provenance["model"]
         assert isinstance(provenance, dict)

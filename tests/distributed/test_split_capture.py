@@ -14,11 +14,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+from transformers import PreTrainedModel
 
 from residua.store.archive import Archive
 from residua.store.plan import Plan
 from residua.store.verify import verify
-from tests.distributed.capturing import CASES, capture
+from tests.distributed.capturing import CASES, capture, is_recorded
+from tests.distributed.recording import record
 from tests.models import SPLIT
 from tests.pipelines.forking import ENVIRONMENT, ROOT
 from tests.plain_zarr import plain_array
@@ -59,10 +61,14 @@ def launch(folder: Path, n: int) -> dict[str, list[dict[str, Any]]]:
 
 
 def one_process(folder: Path, like: Archive, name: str) -> Archive:
+    return capture(model_of(name, like), folder, ",".join(like.sites)).archive
+
+
+def model_of(name: str, like: Archive) -> PreTrainedModel:
     model = SPLIT[name]()
     for parameter in model.parameters():
         parameter.data = parameter.data.double() if like.plan.model["dtype"] == "float64" else parameter.data
-    return capture(model, folder, ",".join(like.sites)).archive
+    return model
 
 
 def largest_error(got: Archive, wanted: Archive) -> float:
@@ -92,7 +98,29 @@ def test_split_models_write_the_archive_of_one_process(n: int, tmp_path: Path) -
         report = verify(archive.path)
         assert (report.problems, report.notes) == ([], []), case
         check_figures(case, did, archive)
+        check_recorded(case, tmp_path, archive)
     check_launch(n, tmp_path, workers)
+
+
+def check_recorded(case: str, folder: Path, captured: Archive) -> None:
+    """What a loop of the user's own recorded is what it records in one process, on each replica."""
+    paths = sorted(folder.glob(f"{case}.recorded.*.zarr"))
+    n_replicas = 2 if case.endswith(("-dp2", "-fsdp2")) else 1
+    assert len(paths) == (n_replicas if is_recorded(case) else 0), case
+    for path in paths:
+        archive, name = Archive(path), case.partition("-")[0]
+        alone, n_calls = folder / f"alone {path.name}", len(set(archive.examples.column("call").to_pylist()))
+        record(model_of(name, captured), alone, ",".join(captured.sites), n_calls=n_calls)
+        wanted = Archive(alone)
+        assert (archive.is_sealed, archive.plan, archive.n_rows) == (True, wanted.plan, wanted.n_rows), case
+        assert archive.examples.equals(wanted.examples), case
+        assert largest_error(archive, wanted) <= BOUNDS[str(archive.plan.model["dtype"])], case
+        written, expected = content(path), content(alone)
+        assert written.keys() == expected.keys(), case
+        exact = [file for file in expected if file.startswith(EXACT) and file != "head/config.json"]
+        assert [written[file] for file in exact] == [expected[file] for file in exact], case
+        report = verify(path)
+        assert (report.problems, report.notes) == ([], []), case
 
 
 def check_figures(case: str, workers: list[dict[str, Any]], archive: Archive) -> None:
