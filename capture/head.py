@@ -1,9 +1,7 @@
-"""Write what turns the final residual stream into logits: final norm and unembedding, beside the archive.
+"""What turns the final residual stream into logits: final norm and unembedding, as files beside the archive.
 
 A lens decodes with these alone, without the model; `residua.analysis.head` reads them.
 """
-
-from pathlib import Path
 
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -18,24 +16,7 @@ from residua.capture.weights_by_hand import Weights
 from residua.capture.wrappers import named_parts
 from residua.store.crc import Buffer
 from residua.store.errors import CaptureError
-from residua.store.files import write_file
 from residua.store.headspec import CONFIG_FILE, HEAD_FILE, PARAMETERS_FILE, HeadSpec
-
-
-def save_head(model: nn.Module, folder: Path) -> bool:
-    """Write the model's final norm, unembedding and config.
-
-    Args:
-        model: The model; parameters are written in its own type.
-        folder: Where ``head.safetensors``, ``head.json`` and ``config.json`` go; made if it is not there.
-
-    Returns:
-        Whether they were written; see `head_files`.
-    """
-    files = head_files(model)
-    for name, content in files.items():
-        write_file(folder / name, content)
-    return bool(files)
 
 
 def head_files(model: nn.Module) -> dict[str, list[Buffer]]:

@@ -9,10 +9,10 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from residua.analysis.head import load_head
-from residua.capture.head import save_head
 from residua.store.errors import DamagedArchiveError, UnsafeArchiveError
 from residua.store.headspec import HeadSpec
 from tests.capture.readings import everything
+from tests.heads import save_head
 from tests.models import TINY
 
 

@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from residua.analysis.head import Head, load_head
-from residua.capture.head import save_head
 from residua.store.errors import DamagedArchiveError, ResiduaError, UnsafeArchiveError
 from residua.store.headspec import HeadSpec
+from tests.heads import save_head
 from tests.models import TINY
 from tests.store.forging import little_memory
 from tests.store.small_archive import make_archive

@@ -20,8 +20,8 @@ from residua.analysis.lens import TunedLens
 from residua.analysis.lens_checkpoint import LensConfig, hash_unembedding, read_checkpoint, write_checkpoint
 from residua.analysis.lens_report import REPORT
 from residua.analysis.lens_translator import Translator
-from residua.capture.head import save_head
 from residua.store.errors import AnalysisError
+from tests.heads import save_head
 from tests.models import TINY
 
 DEPTHS, WIDTH = 3, 32

@@ -12,7 +12,7 @@ from residua.analysis.head import Head, load_head
 from residua.analysis.lens_candidates import draw_candidates
 from residua.analysis.lens_decoder import Decoder
 from residua.analysis.lens_unembedding import Unembedding
-from residua.capture.head import save_head
+from tests.heads import save_head
 from tests.models import TINY
 
 DOUBLE = torch.float64
