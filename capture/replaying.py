@@ -12,6 +12,11 @@ from residua.capture.tap import tap
 from residua.capture.taps import Taps
 
 
+def changed_sites(replayer: Replayer) -> tuple[str, ...]:
+    """Return the sites that rows go into, and those that are edited."""
+    return (*replayer.start.sites, *(name for edit in replayer.edits_at for name in edit.actions))
+
+
 class Replaying:
     """What is done around each forward pass of `record`.
 
@@ -24,8 +29,7 @@ class Replaying:
     """
 
     def __init__(self, replayer: Replayer, examples: Indices) -> None:
-        edited = (name for edit in replayer.edits_at for name in edit.actions)
-        self.changed = (*replayer.start.sites, *edited)
+        self.changed = changed_sites(replayer)
         self._replayer = replayer
         self._examples = examples
 

@@ -23,8 +23,8 @@ from residua.capture.oracle import whole_sites
 from residua.capture.provenance import describe_model, environment, identify_model
 from residua.capture.record import RecordStats, record
 from residua.capture.replayer import Replayer
-from residua.capture.replaying import Replaying
-from residua.capture.sharded import Agreement, is_sharded
+from residua.capture.replaying import Replaying, changed_sites
+from residua.capture.sharded import Agreement, is_sharded, is_zero3
 from residua.capture.siteplans import plan_sites
 from residua.capture.split import is_split
 from residua.pipelines.captured_batches import schedule_of
@@ -99,6 +99,8 @@ class ReplayCapture:
         self._infos = whole_sites(self._model, [patterns] if isinstance(patterns, str) else list(patterns))
         for name in self._infos:
             replayer.refuse_below(name, f"--capture {name}")
+        if is_zero3(self._model):
+            self._refuse_changed_inputs()
         index = self._source.example_table.index()
         self._longest = int(index.n_tokens[examples].max())
         self._most_rows = int(index.n_rows[examples].max())
@@ -209,6 +211,17 @@ class ReplayCapture:
             padding=source.padding,
             n_rows=index.total_rows,
         )
+
+    def _refuse_changed_inputs(self) -> None:
+        """Raise PlanError for what a module takes if that is changed; ZeRO-3 shows it as it was before."""
+        changed = self._replayer.known(changed_sites(self._replayer)).values()
+        modules = {info.module for info in changed if info.via in ("input", "stream")}
+        for name, info in self._infos.items():
+            if info.via in ("input", "stream") and info.module in modules:
+                raise PlanError(
+                    f"--capture {name}: under ZeRO-3 what is put in or edited there cannot be read again; capture a "
+                    "later site, or replay on a model without ZeRO-3"
+                )
 
     def _rows_per_shard(self, sites: Sequence[SitePlan]) -> int:
         """Return the height of the archive that is replayed, on which batches depend, or what of it can be staged."""

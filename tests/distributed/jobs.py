@@ -7,6 +7,7 @@ from typing import Any, Protocol
 
 import numpy as np
 import pyarrow as pa
+import pytest
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.fsdp import fully_shard
@@ -14,6 +15,8 @@ from transformers import PreTrainedModel
 
 import residua
 from residua.store.archive import Archive
+from residua.store.errors import PlanError
+from residua.store.verify import verify
 from tests.capture.replaying import captured
 from tests.distributed.others import zero3
 from tests.distributed.replays import counting_reads
@@ -24,6 +27,8 @@ EDITS = [
     {"edit": "scale", "site": "mlp_out.1", "by": 0.5, "positions": "2:"},
     {"edit": "swap", "site": "resid_post.0", "source": 0, "positions": [1]},
 ]
+FOLLOWING = "mlp_out.1,resid_post.1,q.2,mlp_act.2,final,logits"
+"""What is captured of the edited run: replicated and split sites, of both stages."""
 PAIRS = [
     {"clean": [3, 9, 27, 81, *range(5, 5 + n)], "corrupted": [3, 9, 30, 81, *range(5, 5 + n)], "answer": 7, "wrong": 11}
     for n in range(3)
@@ -41,13 +46,19 @@ class Load(Protocol):
 
 def results(model: Any, archive: Archive, lossy: Archive, out: Path) -> dict[str, pa.Table]:
     """What the jobs find, as every rank is told."""
-    replayed = residua.replay_dataset(model, archive, out=out / "replayed", at="resid_post.0", edits=EDITS, tokens=[7])
+    replayed = residua.replay_dataset(
+        model, archive, out=out / "replayed", at="resid_post.0", edits=EDITS, tokens=[7], capture=FOLLOWING
+    )
+    assert replayed.archive is not None
+    assert verify(replayed.archive.path).problems == []
+    following = {site: replayed.archive[site].torch(slice(0, archive.n_rows)) for site in replayed.archive.sites}
     sites = residua.fidelity(lossy.path, model).sites
     measured = {name: [site.kl_mean, site.kl_max, site.top1_agreement] for name, site in sites.items()}
     sweep: dict[str, Any] = {"sites": "resid_post.*,z.1", "positions": [2, -1]}
     return {
         "tokens": replayed.tokens,
         "examples": replayed.examples,
+        **{f"captured {site}": pa.table({"value": rows.flatten().numpy()}) for site, rows in following.items()},
         "fidelity": pa.table(measured),
         "patch": residua.patch(model, PAIRS, batch_cells=5, out=out / "patched", **sweep),
         "attribute": residua.attribute(model, PAIRS, **sweep),
@@ -75,14 +86,24 @@ def jobs_on_spread_models(load: Load) -> None:
         "zero3": (lambda: zero3(SPLIT[name]()), 2e-6),  # it adds gradients up in an order of its own
     }
     for layout, (make, bound) in layouts.items():
+        model = make()
         with counting_reads() as reads:
-            found = results(make(), archive, lossy, folder / layout)
+            found = results(model, archive, lossy, folder / layout)
+        if layout == "zero3":
+            refuses_changed_inputs(model, archive, folder / "refused")
         sites: list[set[str]] = [set()] * dist.get_world_size()
         dist.all_gather_object(sites, set(reads))
         assert sites[1] == READ_BY_THE_SECOND.get(layout, sites[0]), (layout, sites)
         assert sites[0] | sites[1] == set(archive.sites) - {"z.1", "logits"}, (layout, sites)
         for job, table in wanted.items():
             check(f"{layout}: {job}", found[job], table, bound)
+
+
+def refuses_changed_inputs(model: Any, archive: Archive, out: Path) -> None:
+    """ZeRO-3 shows what a module takes before it is edited: better no archive than that one."""
+    edit = {"edit": "zero", "site": "mlp_act.1"}
+    with pytest.raises(PlanError, match="under ZeRO-3 what is put in or edited there cannot be read again"):
+        residua.replay_dataset(model, archive, out=out, edits=[edit], capture="mlp_act.*")
 
 
 def check(what: str, found: pa.Table, wanted: pa.Table, bound: float) -> None:

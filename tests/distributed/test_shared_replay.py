@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import yaml
 
+from residua.store.verify import verify
 from tests.distributed.gang import Ended, Gang, Start, launched
 from tests.pipelines.test_replay import contents
 from tests.ragged import MODEL, capture_words, write_dataset
@@ -44,7 +45,8 @@ def archive(gang: Gang, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def replay_words(archive: Path, out: Path, *more: str) -> list[str]:
     job = ["replay", str(archive), "--model", str(MODEL), "--edit", str(archive.parent / "edits.yaml")]
-    return [*job, "--at", "resid_post.3", "--tokens", "7,9", "--examples", "1-30", "--out", str(out), *more]
+    chosen = ["--at", "resid_post.3", "--tokens", "7,9", "--examples", "1-30", "--capture", "resid_post.4,final"]
+    return [*job, *chosen, "--out", str(out), *more]
 
 
 @pytest.fixture(scope="module")
@@ -60,6 +62,7 @@ def summary(ended: Ended | str) -> dict[str, Any]:
     output = ended if isinstance(ended, str) else ended.output
     found: dict[str, Any] = json.loads(next(line for line in output.splitlines() if line.startswith("{")))
     del found["folder"]
+    found.pop("archive", None)
     return found
 
 
@@ -107,6 +110,24 @@ def test_killed_at_once_it_goes_on_with_another_number_of_processes(
     ended = gang.run(launched(replay_words(archive, out, "--tokens", "8"), 2))
     assert [end.code for end in ended] == [2, 1], ended
     assert all("holds the results of another request" in end.output for end in ended)
+
+
+def test_shards_of_one_that_is_killed_are_taken_over(
+    gang: Gang, archive: Path, reference: tuple[Path, str], tmp_path: Path
+) -> None:
+    out = tmp_path / "replayed"
+    shutil.copytree(reference[0], out)
+    shutil.rmtree(out / "acts.zarr")
+    gang.start(launched(replay_words(archive, out), 3, slow=0.1))
+    deadline = time.monotonic() + 60
+    while len(list(out.glob("acts.zarr/commits/*.json"))) < 3:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    gang.kill(2)
+    ended = gang.wait(60)
+    assert [end.code for end in ended] == [0, 0, -signal.SIGKILL], ended
+    assert contents(out) == contents(reference[0])
+    assert verify(out / "acts.zarr").problems == []
 
 
 def test_parts_of_one_that_is_killed_are_taken_over(
