@@ -14,7 +14,7 @@ from residua.capture.inputs import ForwardArguments
 from residua.capture.placement import BatchRows
 from residua.capture.planbatch import plan_batch
 from residua.capture.rows import ExampleRows, batch_rows, by_position
-from residua.capture.sharded import is_sharded
+from residua.capture.sharded import failed_together, is_sharded
 from residua.capture.split import Part
 from residua.capture.staged import runnable, staged_of
 from residua.store.errors import CaptureError
@@ -83,6 +83,7 @@ class BatchRunner:
         self._n_sites = len(plan.sites if sites is None else sites)
         self._n_missing = 0
         self._is_split = part is not None
+        self._is_shared = self._is_split or is_sharded(model)
         self._counts = part is None or part.team.is_leader
         self._is_wanted = True
         # accelerate's hooks and FSDP's must see their forward end, and the next stage of a pipeline what it gives
@@ -132,13 +133,9 @@ class BatchRunner:
                 "lower --batch-tokens, or shorten the examples with --max-length"
             ) from error
         except RuntimeError as error:
-            if not self._is_split:
+            if not self._is_shared:
                 raise
-            raise CaptureError(
-                "the forward pass failed, perhaps because another process that holds this model died: "
-                f"{(str(error).splitlines() or [''])[0]}. What was committed before is safe; run the same capture "
-                "again to go on."
-            ) from error
+            raise failed_together(error) from error
         self.forward_seconds += time.perf_counter() - started
         if self._counts:  # once a replica
             self.n_rows += sum(len(example.positions) for example in rows)
@@ -148,7 +145,10 @@ class BatchRunner:
         """Run a token whose rows nobody wants, because the other workers' forward pass needs this one's."""
         token = torch.zeros((1, 1), dtype=torch.long, device=self._device)
         self._is_wanted = False
-        self._model(**self._arguments(token, torch.ones_like(token)))
+        try:
+            self._model(**self._arguments(token, torch.ones_like(token)))
+        except RuntimeError as error:
+            raise failed_together(error) from error
         self._is_wanted = True
 
     def put(self, site: str, tensor: torch.Tensor) -> None:

@@ -15,6 +15,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from residua.capture.groups import device_of
+from residua.store.errors import CaptureError
 
 BatchT = TypeVar("BatchT")
 
@@ -66,6 +67,15 @@ def plain_class(model: nn.Module) -> type[nn.Module]:
     return kind
 
 
+def failed_together(error: RuntimeError) -> CaptureError:
+    """Return what to raise where a forward pass, or an agreement on it, failed that several processes share."""
+    return CaptureError(
+        "the forward pass failed, perhaps because another process that holds this model died: "
+        f"{(str(error).splitlines() or [''])[0]}. What was committed before is safe; run the same capture again "
+        "to go on."
+    )
+
+
 class Agreement:
     """Lets all workers agree, before each batch, on whether any of them has one; a collective."""
 
@@ -73,10 +83,17 @@ class Agreement:
         self._flag = torch.zeros((), device=device_of(None))
 
     def __call__(self, has_batch: bool) -> bool:
-        """Return whether any worker called this with true."""
+        """Return whether any worker called this with true.
+
+        Raises:
+            CaptureError: Another worker is gone.
+        """
         self._flag.fill_(float(has_batch))
-        dist.all_reduce(self._flag, op=dist.ReduceOp.MAX)
-        return bool(self._flag.item())
+        try:
+            dist.all_reduce(self._flag, op=dist.ReduceOp.MAX)
+            return bool(self._flag.item())
+        except RuntimeError as error:
+            raise failed_together(error) from error
 
 
 def in_step(batches: Iterator[BatchT | None], agree: Callable[[bool], bool]) -> Iterator[BatchT | None]:
