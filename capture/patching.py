@@ -19,6 +19,7 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from residua.capture.anatomy import ATTENTION_KINDS
+from residua.capture.devices import input_device
 from residua.capture.groups import everyones, pipeline_group
 from residua.capture.inputs import forward_kwargs
 from residua.capture.oracle import whole_sites
@@ -172,8 +173,7 @@ class Patcher:
     def _logits(self, ids: Sequence[int], n_copies: int) -> Tensor:
         """Run copies of an example; returns the logits behind the last position, (C, V)."""
         core = core_of(self._model)
-        device = next(core.parameters()).device
-        ids_CT = torch.tensor([list(ids)] * n_copies, device=torch.device("cpu") if device.type == "meta" else device)
+        ids_CT = torch.tensor([list(ids)] * n_copies, device=input_device(core))
         output = self._model(**forward_kwargs(core, ids_CT, torch.ones_like(ids_CT), needs_logits=self._needs_logits))
         logits = getattr(output, "logits", None)
         if not isinstance(logits, Tensor):

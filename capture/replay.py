@@ -21,8 +21,9 @@ from torch.distributed.device_mesh import DeviceMesh
 from residua.capture.generation import generate
 from residua.capture.metrics import MetricSpec, Outcome, metric_of, token_losses
 from residua.capture.ranks import on_rank
-from residua.capture.replayer import Replayer, kept_rows
+from residua.capture.replayer import Replayer
 from residua.capture.replaynotes import unlike_the_plan
+from residua.capture.replaypass import kept_rows
 from residua.capture.samemodel import running_as_captured
 from residua.store.archive import Archive
 from residua.store.editparse import EditSource, parse_edits

@@ -8,17 +8,16 @@ Legend: `B` examples in the batch, `T` padded positions, `V` vocabulary.
 
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from residua.capture.anatomy import Anatomy, anatomy_of
+from residua.capture.devices import input_device
 from residua.capture.editing import edits_at, with_rows
 from residua.capture.groups import tensor_parallel_group
 from residua.capture.inputs import forward_kwargs
@@ -27,6 +26,7 @@ from residua.capture.pipeline_gradients import end_here
 from residua.capture.pipeline_stages import target_of
 from residua.capture.planbatch import PlanBatch, plan_batch
 from residua.capture.replaynotes import check_injection, storage_notes, why_in_full
+from residua.capture.replaypass import Pass, kept_rows, token_logits
 from residua.capture.rows import batch_rows
 from residua.capture.samemodel import Checked, check_model
 from residua.capture.siteinfo import SiteInfo
@@ -42,25 +42,6 @@ from residua.store.edits import Edit
 from residua.store.errors import NotCapturedError, PlanError
 
 Step = Callable[[Tensor], Tensor]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Pass:
-    """What one pass gave.
-
-    Attributes:
-        logits: Per example, (tokens, vocabulary); None where the model's last part is in another process.
-        sites: From name to the rows of each example, (rows, *row), as the model went on with them. Sites that fired in
-            another process are not there.
-        nodes: With gradients only: from name to what they can be taken with respect to, (B, T, *row): the injected
-            rows before any edit, and the sites that were kept.
-        end: What gradients have to be taken by besides, in a pipeline (`residua.capture.pipeline_gradients.end_here`).
-    """
-
-    logits: list[Tensor] | None
-    sites: dict[str, list[Tensor]]
-    nodes: dict[str, Tensor]
-    end: tuple[Tensor, ...]
 
 
 class Replayer:
@@ -171,17 +152,12 @@ class Replayer:
         if wrong or not examples:
             raise PlanError(f"examples {wrong[:3]}: the archive has {len(table):,}, counted from 0; name at least one")
         side = self.archive.plan.padding if padding is None else padding
-        made = plan_batch(table, examples, side="left" if side == "left" else "right", device=self._device)
+        made = plan_batch(table, examples, side="left" if side == "left" else "right", device=input_device(self.core))
         for example in made.rows:
             stop = example.first_row + len(example.positions)
             if stop > self.archive.n_rows:
                 raise NotCapturedError(f"example {example.example} is not captured whole yet: choose an earlier one")
         return made
-
-    @property
-    def _device(self) -> torch.device:
-        found = next(self.core.parameters()).device
-        return torch.device("cpu") if found.type == "meta" else found  # offloaded: its hooks move what it is given
 
     def prefetch(self, batch: PlanBatch) -> None:
         """Begin to read the rows that go in, in the process that puts them in: no other ever needs them."""
@@ -315,29 +291,6 @@ def _leaf(name: str, leaves: dict[str, Tensor] | None) -> Step:
         return leaf
 
     return begin
-
-
-def kept_rows(batch: PlanBatch, tensor: Tensor, name: str) -> list[Tensor]:
-    """Return the rows of each example at its kept positions; of a pattern, with the example's own keys."""
-    is_pattern = name.startswith("pattern.")
-    found = []
-    for tensor_THK, example in zip(tensor, batch.rows, strict=True):
-        rows = tensor_THK[torch.from_numpy(example.padded[example.positions]).to(tensor.device)]
-        found.append(rows[..., torch.from_numpy(example.padded).to(tensor.device)] if is_pattern else rows)
-    return found
-
-
-def token_logits(batch: PlanBatch, output: object) -> list[Tensor] | None:
-    """Return the logits of every token of each example, (tokens, V)."""
-    logits_BTV = getattr(output, "logits", None)
-    if not isinstance(logits_BTV, Tensor):
-        return None
-    if isinstance(logits_BTV, DTensor):
-        logits_BTV = logits_BTV.full_tensor()
-    return [
-        logits_TV[torch.from_numpy(example.padded).to(logits_TV.device)]
-        for logits_TV, example in zip(logits_BTV, batch.rows, strict=True)
-    ]
 
 
 def _language_model(model: nn.Module) -> Anatomy:

@@ -60,12 +60,12 @@ def check_model(archive: Archive, model: nn.Module, *, force: bool = False) -> C
 
 
 def _identity_here(model: nn.Module) -> tuple[dict[str, object], list[str]]:
-    """Return what is known of the model here, and notes: the weights of one that is offloaded cannot be told."""
+    """Return what is known of the model here, and notes: weights that have no values anywhere cannot be told."""
     try:
         return dict(identify_model(model)), []
-    except CaptureError:
+    except CaptureError as error:
         found: dict[str, object] = {"class": plain_class(model).__name__}
-        return found, ["weights of the model are offloaded, so they were not compared with those of the capture"]
+        return found, [f"the model's weights were not compared with those of the capture: {error}"]
 
 
 def _same_conditions(found: Mapping[str, object], expected: Mapping[str, object]) -> list[str]:

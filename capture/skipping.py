@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from residua.capture.anatomy import Anatomy
+from residua.capture.devices import input_device
 from residua.capture.hooks import attached, values_of
 from residua.capture.inputs import forward_kwargs
 from residua.capture.pipeline_stages import is_stand_in
@@ -104,7 +105,7 @@ def _probed(anatomy: Anatomy, skip: Skip) -> Skip:
 
 
 def _run(anatomy: Anatomy, site: SiteInfo, replace: Any) -> Tensor:
-    ids = torch.arange(_PROBE[0] * _PROBE[1], device=next(anatomy.model.parameters()).device).view(_PROBE)
+    ids = torch.arange(_PROBE[0] * _PROBE[1], device=input_device(anatomy.model)).view(_PROBE)
     kwargs = forward_kwargs(anatomy.model, ids, torch.ones_like(ids))
     emit = values_of(lambda _info, value: replace(value))
     with attached(anatomy.parts, [site], emit), torch.no_grad(), evaluating(anatomy.model):

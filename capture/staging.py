@@ -8,7 +8,7 @@ On a CPU the copy is made at once, because later in-place operations may change 
 `offload` owns the order of what happens then, and a stage's `landing` says when its copies are done.
 """
 
-from collections.abc import Callable, Container, Iterable, Iterator
+from collections.abc import Callable, Container, Iterator
 from functools import partial
 
 import torch
@@ -38,7 +38,6 @@ class Staging:
         n_stages: How many shards are in memory at once.
         most_stages: To how many that may grow for a batch that reaches into more; `n_stages` unless given.
         pinned: Whether the memory is page-locked, for copies from a CUDA device.
-        committed: Shards that need no rows any more.
         share: What this process stores of each shard; everything unless given.
 
     Attributes:
@@ -53,7 +52,6 @@ class Staging:
         n_stages: int,
         pinned: bool,
         most_stages: int = 0,
-        committed: Iterable[int] = (),
         share: Share | None = None,
     ) -> None:
         self._height = plan.rows_per_shard if plan.n_rows is None else max(1, min(plan.rows_per_shard, plan.n_rows))
@@ -62,7 +60,6 @@ class Staging:
         self.n_bytes = 0
         self._plan = plan
         self._writer = writer
-        self._committed = frozenset(committed)
         self._only: Container[int] | None = None
         self._n_stages = n_stages
         self._most_stages = max(n_stages, most_stages)
@@ -79,7 +76,7 @@ class Staging:
         return Stage(self._plan, self._height, pinned=self._pinned, sites=sites, has_columns=has_columns)
 
     def keep_only(self, shards: Container[int]) -> None:
-        """From now on keep rows of `shards` only; those of others are some other worker's.
+        """From now on keep rows of `shards` only; those of others are committed, or some other worker's.
 
         Raises:
             RuntimeError: A shard is filling still.
@@ -87,9 +84,6 @@ class Staging:
         if self._open:
             raise RuntimeError(f"the shards {self.open_shards} are not full")
         self._only = shards
-
-    def _is_wanted(self, shard: int) -> bool:
-        return shard not in self._committed and (self._only is None or shard in self._only)
 
     def begin(self, batch: BatchRows) -> None:
         """Find a place for the rows of `batch`; waits while no stage is free.
@@ -101,11 +95,9 @@ class Staging:
         self._batch = batch
         self._placements = []
         height = self._plan.rows_per_shard
-        parts = list(batch.per_shard(height))
-        self._make_room(len(batch.row), {shard for shard, _ in parts})
-        for shard, picked in parts:
-            if not self._is_wanted(shard):
-                continue
+        wanted = [part for part in batch.per_shard(height) if self._only is None or part[0] in self._only]
+        self._make_room(len(batch.row), {shard for shard, _ in wanted})
+        for shard, picked in wanted:
             stage = self._open.get(shard) or self._acquire(shard)
             target = batch.row[picked] - shard * height
             for name, column in stage.columns.items():
@@ -123,7 +115,7 @@ class Staging:
 
     def _make_room(self, n_rows: int, shards: set[int]) -> None:
         """Add stages for a batch that fills more shards than there are, or raise: waiting would be for ever."""
-        needed = len((shards | self._open.keys()) - self._committed)
+        needed = len(shards | self._open.keys())
         while self._n_stages < min(needed, self._most_stages):
             self._n_stages += 1
             for lot, pool in enumerate(self._pools):
