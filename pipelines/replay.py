@@ -237,6 +237,8 @@ class _Runs:
         """
         other = unlike_the_plan(self._archive, [example.example for example in batch.rows])
         below = self.edited if self._top is None or other else self._top
+        if below is not self.edited:
+            below.prefetch(batch)  # while the edited run is at work
         edited, unedited = self.edited.run(batch).logits, below.run(batch, edited=False).logits
         if not is_leader:
             return Compared([], {})
