@@ -15,7 +15,7 @@ from tests.distributed.gang import launched
 from tests.distributed.own_script import capture
 from tests.models import TINY
 from tests.pipelines.forking import ENVIRONMENT, ROOT
-from tests.pipelines.test_kill import check_stop, content
+from tests.stopped import check_stop, content
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 SECONDS = 200
