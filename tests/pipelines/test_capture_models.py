@@ -105,7 +105,8 @@ def test_an_archive_is_opened_no_oftener_than_its_records_change(
             opened += 1
             super().__init__(path)
 
-    monkeypatch.setattr("residua.pipelines.capture.Archive", Counted)
+    for file in ("capture", "going_on"):
+        monkeypatch.setattr(f"residua.pipelines.{file}.Archive", Counted)
     for _ in ("fresh", "resumed"):
         opened = 0
         assert capture_dataset(TINY["llama"](), TOKENS, out=tmp_path / "a.zarr", sites="embed").archive.is_sealed
