@@ -121,7 +121,7 @@ class Replayer:
         if self.start.is_below(name, self._anatomy):
             raise PlanError(
                 f"{what}: it lies below {self.start.site}, where the stored rows go in, so it has no part in what "
-                "follows. Put rows in further down with at=, or not at all with at=None."
+                "follows. Put rows in further down with at= or --at, or leave that out and put in none."
             )
 
     def sites(self, patterns: str | Iterable[str]) -> tuple[str, ...]:

@@ -52,7 +52,7 @@ def check_model(archive: Archive, model: nn.Module, *, force: bool = False) -> C
         text = "\n  ".join([*lines, *values, *_same_conditions(found, expected)])
         raise PlanError(
             f"this is not the model that {archive.path} was captured from:\n  {text}\n"
-            "Load that model, in the same dtype; force=True goes on with this one, and notes it."
+            "Load that model, in the same dtype; force=True or --force goes on with this one, and notes it."
         )
     forced = [f"another model than was captured, as force=True asked: {line}" for line in lines]
     conditions = [*_same_conditions(found, expected), *_same_layout(archive, core_of(model))]
