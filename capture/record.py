@@ -146,7 +146,7 @@ def record(
         runs = runs_of(chosen, partial(committed_shards, archive))
         if part is not None:
             runs = part.team.in_lockstep(runs, waits=agree is None)
-        batches = _batches(runs, schedule, staging)
+        batches = _batches(runs, schedule, staging, replaying)
         taps = Taps(model, sites, runner.put)
         with torch.inference_mode(), taps.attached() if replaying is None else nullcontext():
             for batch in batches if agree is None else in_step(batches, agree):
@@ -184,14 +184,17 @@ def _writer(archive: Path, plan: Plan, threads: int, commits: TeamCommits | None
         commits.finish(writer, in_haste=in_haste)
 
 
-def _batches(runs: Iterator[Run | None], schedule: Schedule, staging: Staging) -> Iterator[Batch | None]:
+def _batches(
+    runs: Iterator[Run | None], schedule: Schedule, staging: Staging, replaying: Replaying | None
+) -> Iterator[Batch | None]:
     """Yield the batches of run after run; None while no run can be had, though one may come."""
     for run in runs:
         if run is None:
             yield None
         else:
             staging.keep_only(set(run.shards) - run.committed)
-            yield from schedule.work(run.committed, run.shards)
+            batches = schedule.work(run.committed, run.shards)
+            yield from batches if replaying is None else replaying.read_ahead(batches)
 
 
 class _Clock:

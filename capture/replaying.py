@@ -1,15 +1,18 @@
 """The forward passes of a capture that replays another archive: from its stored rows, with edits."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 
+import numpy as np
 from torch import Tensor
 
 from residua.capture.placement import Indices
+from residua.capture.planbatch import PlanBatch
 from residua.capture.replayer import Replayer
 from residua.capture.skipping import skipping
 from residua.capture.tap import tap
 from residua.capture.taps import Taps
+from residua.store.schedule import Batch
 
 
 def changed_sites(replayer: Replayer) -> tuple[str, ...]:
@@ -33,6 +36,20 @@ class Replaying:
         self._replayer = replayer
         self._examples = examples
 
+    def read_ahead(self, batches: Iterable[Batch]) -> Iterator[Batch]:
+        """Yield batches; while the model is at work on one, the rows of the next are read."""
+        waiting: Batch | None = None
+        for batch in batches:
+            if waiting is not None:
+                self._replayer.prefetch(self._made(batch.examples))
+                yield waiting
+            waiting = batch
+        if waiting is not None:
+            yield waiting
+
+    def _made(self, examples: Indices) -> PlanBatch:
+        return self._replayer.batch(self._examples[examples].tolist())
+
     @contextmanager
     def of(self, taps: Taps, examples: Sequence[int]) -> Iterator[None]:
         """Put rows in and edit while the model runs on a batch inside; `taps` read what has become of each site.
@@ -45,7 +62,7 @@ class Replaying:
             PlanError: An edit needs stored rows that there are not.
         """
         replayer = self._replayer
-        made = replayer.batch(self._examples[list(examples)].tolist())
+        made = self._made(np.asarray(examples))
         steps = replayer.steps(made, edited=True)
         skip, _ = replayer.starts_at(made)  # before anything is tapped: it may have to try the model
 

@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from residua.pipelines.reproduce import Reproduction
     from residua.store.verify import Verification
 
+_MOST_SHOWN = 400  # characters of one value: the vectors of edits are as long as rows
+
 
 def print_json(value: object) -> None:
     """Print `value` as one line of JSON."""
@@ -140,9 +142,14 @@ def _print_provenance(provenance: Mapping[str, Any]) -> None:
             print(f"  {_spelt(key)}")
             for name, item in value.items():
                 if item is not None and name != "config_values":  # long, and for the message that names differences
-                    print(f"    {_spelt(name)}: {_spelt(item)}")
+                    print(f"    {_spelt(name)}: {_short(_spelt(item))}")
         elif value is not None:
-            print(f"  {_spelt(key)}: {_spelt(value)}")
+            print(f"  {_spelt(key)}: {_short(_spelt(value))}")
+
+
+def _short(text: str) -> str:
+    more = f" ... ({len(text):,} characters; --json has them)"
+    return text if len(text) <= _MOST_SHOWN else text[:_MOST_SHOWN] + more
 
 
 def _spelt(value: object) -> str:

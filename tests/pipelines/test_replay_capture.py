@@ -1,5 +1,7 @@
 """Capturing what follows a replay: against hooks by hand on the model, and bit for bit where nothing is edited."""
 
+import hashlib
+import json
 import signal
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,7 @@ from transformers import PreTrainedModel
 
 import residua
 from residua.pipelines import replay_capture
+from residua.pipelines.cli import main
 from residua.store.archive import Archive
 from residua.store.errors import PlanError, UnknownSiteError
 from residua.store.metadata import is_archive
@@ -123,7 +126,7 @@ def test_chosen_examples_keep_their_columns_and_numbers(choice: dict[str, Any], 
         torch.testing.assert_close(found[site].torch(slice(0, 23)), expected[site], rtol=1e-5, atol=1e-5)
 
 
-def test_the_archive_says_what_it_is(tmp_path: Path) -> None:
+def test_the_archive_says_what_it_is(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model = model_of("llama")
     archive = captured(model, tmp_path / "a")
     found = replayed(model, archive, tmp_path / "out", edits=[HALVE])
@@ -134,8 +137,16 @@ def test_the_archive_says_what_it_is(tmp_path: Path) -> None:
     assert said["archive"] == archive.plan.digest
     assert (said["at"], said["reproducible"]) == (["resid_post.0"], True)
     assert said["edits"] == [{**HALVE, "site": ["mlp_out.1"]}]
-    other = replayed(model, archive, tmp_path / "other", edits=[{**HALVE, "by": 0.25}])
+    named = {name: said[name] for name in ("archive", "at", "edits", "contents")}
+    canonical = json.dumps(named, sort_keys=True, separators=(",", ":")).encode()
+    assert found.plan.rules["replay"] == hashlib.sha256(canonical).hexdigest()
+    other = replayed(model, archive, tmp_path / "other", edits=[{**HALVE, "tokens": list(range(97))}])
     assert other.plan.digest != found.plan.digest
+    assert main(["info", str(other.path)]) == 0
+    shown = capsys.readouterr().out
+    assert "  replay\n    archive: " in shown
+    assert "--json has them" in shown, "an edit may be as long as a row"
+    assert max(map(len, shown.splitlines())) < 500
     by_function = replayed(
         model, archive, tmp_path / "f", edits=[{"edit": "function", "site": "z.2", "function": _same}]
     )
