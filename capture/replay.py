@@ -22,7 +22,7 @@ from residua.capture.generation import generate
 from residua.capture.metrics import MetricSpec, Outcome, metric_of, token_losses
 from residua.capture.ranks import on_rank
 from residua.capture.replayer import Replayer
-from residua.capture.replaynotes import unlike_the_plan
+from residua.capture.replaynotes import attention_notes, unlike_the_plan
 from residua.capture.replaypass import kept_rows
 from residua.capture.samemodel import running_as_captured
 from residua.store.archive import Archive
@@ -54,11 +54,12 @@ class Replay:
         self._logits: list[Tensor] | None = None
         self._original: list[Tensor] | None = None
         self._is_open = True
+        kept = attention_notes(replayer.core, replayer.known(self._keep).values())
         idle = replayer.check([self._batch])  # what does not fit these examples is said before anything runs
         skip, problem = replayer.starts_at(self._batch)
         self.skipped_blocks = len(skip.blocks)
-        notes = [*replayer.notes, *idle, problem, unlike_the_plan(replayer.archive, self.examples)]
-        self.notes = tuple(note for note in notes if note)
+        notes = [*replayer.notes, *kept, *idle, problem, unlike_the_plan(replayer.archive, self.examples)]
+        self.notes = tuple(note for note in dict.fromkeys(notes) if note)
 
     @property
     def logits(self) -> list[Tensor]:

@@ -17,6 +17,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from transformers import PreTrainedModel
 
 from residua.capture.anatomy import Anatomy, anatomy_of
+from residua.capture.attention import eager_where_needed
 from residua.capture.devices import input_device
 from residua.capture.editing import edits_at, with_rows
 from residua.capture.groups import tensor_parallel_group
@@ -25,7 +26,7 @@ from residua.capture.oracle import whole_sites
 from residua.capture.pipeline_gradients import end_here
 from residua.capture.pipeline_stages import target_of
 from residua.capture.planbatch import PlanBatch, plan_batch
-from residua.capture.replaynotes import check_injection, storage_notes, why_in_full
+from residua.capture.replaynotes import attention_notes, check_injection, storage_notes, why_in_full
 from residua.capture.replaypass import Pass, kept_rows, token_logits
 from residua.capture.rows import batch_rows
 from residua.capture.samemodel import Checked, check_model
@@ -97,8 +98,9 @@ class Replayer:
             for name in edit.actions:
                 self.refuse_below(name, f"edit {edit.number} ({edit.edit.kind} at {name})")
         self.checked = check_model(archive, model, force=force) if checked is None else checked
+        self._changed = [info for edit in self.edits_at for info in edit.infos.values()]
         told = (*self.checked.notes, *storage_notes(archive, infos, self.edits_at))
-        self.notes = tuple(dict.fromkeys(told))
+        self.notes = tuple(dict.fromkeys([*told, *attention_notes(self.core, self._changed)]))
 
     @property
     def core(self) -> PreTrainedModel:
@@ -207,6 +209,7 @@ class Replayer:
             return new if name in steps or grad else None
 
         with torch.set_grad_enabled(grad), ExitStack() as stack:
+            stack.enter_context(eager_where_needed(self.core, self._changed))  # without edits too, to compare alike
             wanted = self.known(dict.fromkeys([*steps, *keep]))
             if wanted:
                 stack.enter_context(tap(self.model, wanted, pass_by, differentiable=grad, tensor_parallel=self.group))

@@ -1,6 +1,8 @@
 """What stands between a replay and the captured run: what is refused, and what has to be said."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+
+from transformers import PreTrainedModel
 
 from residua.capture.anatomy import Anatomy
 from residua.capture.editing import EditAt
@@ -43,6 +45,17 @@ def storage_notes(archive: Archive, infos: Mapping[str, SiteInfo], edits: Sequen
     if any(edit.edit.kind == "function" for edit in edits):
         notes.append("an edit is a Python function: nobody can repeat this from its description")
     return notes
+
+
+def attention_notes(model: PreTrainedModel, infos: Iterable[SiteInfo]) -> list[str]:
+    """Say that a model runs with another attention than its own, because patterns are among the sites."""
+    patterns = [info.name for info in infos if info.site.kind == "pattern"]
+    own = model.config._attn_implementation
+    if not patterns or own == "eager":
+        return []
+    return [
+        f"only eager attention computes {patterns[0]}: the model ran with it instead of {own}; the last bits may differ"
+    ]
 
 
 def _rounded(archive: Archive, infos: Mapping[str, SiteInfo]) -> list[str]:

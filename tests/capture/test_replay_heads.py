@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import AttentionInterface
 
 import residua
+from tests.capture.hooks_by_hand import hooked
 from tests.capture.replaying import LENGTHS, PADDED, captured, model_of, run_in_full
 
 FIRST = 3  # positions that are edited
@@ -46,6 +47,35 @@ def attention_by_hand(layer: int, changes: dict[str, Change]) -> Iterator[None]:
         yield
     finally:
         table["sdpa"] = own
+
+
+def test_edits_of_patterns_run_with_eager_attention_on_both_sides(tmp_path: Path) -> None:
+    """A head whose weights are 0 mixes nothing; weights that stay leave everything as it is."""
+    model = model_of("gpt2", torch.bfloat16)
+    archive = captured(model, tmp_path / "a", sites="resid_post.0,logits")
+
+    def without_head(_module: object, inputs: tuple[Tensor]) -> tuple[Tensor]:
+        mixed = inputs[0].clone()
+        mixed[..., 8:16] = 0
+        return (mixed,)
+
+    model.set_attn_implementation("eager")
+    with hooked(model.get_submodule("transformer.h.1.attn.c_proj"), without_head, before=True):
+        expected, is_token = run_in_full(model, archive, PADDED)
+    model.set_attn_implementation("sdpa")
+    zero: dict[str, Any] = {"edit": "zero", "site": "pattern.1", "heads": [1]}
+    same: dict[str, Any] = {"edit": "scale", "site": "pattern.*", "by": 1}
+    said = "the model ran with it instead of sdpa; the last bits may differ"
+    with residua.replay(model, archive, examples=PADDED, edits=[zero]) as run:
+        assert run.notes == (f"only eager attention computes pattern.1: {said}",)
+        for place in range(len(PADDED)):
+            assert torch.equal(run.logits[place], expected[place][is_token[place]])
+            assert not torch.equal(run.logits[place], run.original_logits[place])
+    with residua.replay(model, archive, examples=PADDED, edits=[same]) as run:
+        for new, old in zip(run.logits, run.original_logits, strict=True):
+            assert torch.equal(new, old)
+    with residua.replay(model, archive, examples=PADDED, keep="pattern.1") as run:
+        assert run.notes == (f"only eager attention computes pattern.1: {said}",)
 
 
 @pytest.mark.parametrize(
