@@ -3,12 +3,13 @@
 from collections.abc import Mapping
 from typing import cast
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.distributed.tensor import DTensor, Shard
 
-from residua.capture.layouts import Layout, whole_shape
+from residua.capture.layouts import Layout, Shape, whole_shape
 from residua.capture.proved import ProvedLayouts
 from residua.capture.ranks import on_rank
 from residua.capture.rows import FIRST_ROW_AXIS, by_position, row_shape
@@ -52,10 +53,19 @@ class LocalParts:
         """
         if isinstance(tensor, DTensor):
             return _part_of(site, cast("DTensor", by_position(site, tensor, *batch_shape)), self._group)
-        if self._group is None:
-            return tensor, Layout()
         whole = whole_shape(self._sites[site], batch_shape, tuple(tensor.shape))
+        if self._group is None:
+            _refuse_part(site, tensor, whole)
+            return tensor, Layout()
         return tensor, self._layouts.of(site, tensor, whole, self._group)
+
+
+def _refuse_part(site: str, tensor: Tensor, whole: Shape | None) -> None:
+    if whole is not None and on_rank() and tensor.shape[FIRST_ROW_AXIS:] != torch.Size(whole[FIRST_ROW_AXIS:]):
+        raise CaptureError(
+            f"Site {site!r}{on_rank()} has shape {list(tensor.shape)}, and the whole would be {list(whole)}: the model "
+            "is split over ranks that are not known here. Say with tensor_parallel= which they are."
+        )
 
 
 def _part_of(site: str, tensor: DTensor, group: ProcessGroup | None) -> tuple[Tensor, Layout]:

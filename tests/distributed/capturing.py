@@ -35,7 +35,7 @@ from tests.distributed.others import fairscale_parallel
 from tests.distributed.pipelines import Pipeline
 from tests.distributed.plans import parallel_llama
 from tests.distributed.recording import LENGTHS as CALLS
-from tests.distributed.recording import other_calls_are_refused, record
+from tests.distributed.recording import other_calls_are_refused, parts_are_refused, record
 from tests.models import SPLIT, VOCABULARY
 
 UNGATHERED = ("llama-columns",)
@@ -167,6 +167,8 @@ def recorded(name: str, made: Made, folder: Path) -> None:
     replica = dist.get_rank() // 2 if name.endswith(("-dp2", "-fsdp2")) else 0
     n_calls = len(CALLS) - replica if name.endswith("-dp2") else len(CALLS)
     record(model, folder / f"{name}.recorded.{replica}.zarr", sites, n_calls=n_calls, group=group)
+    if group is not None:
+        parts_are_refused(model, folder / "parts.zarr")
     if name == "llama-tp2":
         other_calls_are_refused(model, folder / "other calls.zarr")
 

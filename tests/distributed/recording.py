@@ -66,6 +66,15 @@ def other_calls_are_refused(model: PreTrainedModel, out: Path) -> None:
         assert len(Archive(out).commits) == int(mask.sum()) // 16, "the full shards of the first call are there"
 
 
+def parts_are_refused(model: PreTrainedModel, out: Path) -> None:
+    """A model that was split by hand is not taken for one of several replicas."""
+    words = (
+        rf"'mlp_act.1' on rank {dist.get_rank()} has shape .*, 49\], and the whole would be .*, 98\].*tensor_parallel="
+    )
+    with pytest.raises(CaptureError, match=words):
+        record(model, out, "mlp_act.1", n_calls=1)
+
+
 def _record_two(model: nn.Module, out: Path, kwargs: dict[str, Any], keep: Tensor) -> None:
     with Recorder(model, sites="resid_post.1,q.0", out=out, rows_per_shard=16) as recorder, torch.no_grad():
         model(**kwargs)
