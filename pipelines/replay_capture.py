@@ -4,7 +4,7 @@ Its plan is that of the archive which is replayed, for the chosen examples and t
 resuming then follow as for any capture. Where all examples are taken, the batches are those of the archive.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -43,7 +43,7 @@ from residua.store.examples import ExampleIndex, ExampleTable
 from residua.store.files import sweep, write_file
 from residua.store.headspec import PARAMETERS_FILE
 from residua.store.metadata import is_archive
-from residua.store.plan import Plan, SitePlan
+from residua.store.plan import Plan
 from residua.store.replayed import RULE
 from residua.store.sizes import HOST_MEMORY_BYTES, staging_bytes
 
@@ -102,11 +102,11 @@ class ReplayCapture:
         if is_zero3(self._model):
             self._refuse_changed_inputs()
         index = self._source.example_table.index()
-        self._longest = int(index.n_tokens[examples].max())
         self._most_rows = int(index.n_rows[examples].max())
         self._n_rows = int(index.n_rows[examples].sum())
-        self._sites = plan_sites(self._infos, dtype=None, codec=DEFAULT_PRESET, longest_example=self._longest)
-        self._height = self._rows_per_shard(self._sites)
+        longest = int(index.n_tokens[examples].max())
+        self._sites = plan_sites(self._infos, dtype=None, codec=DEFAULT_PRESET, longest_example=longest)
+        self._height = self._rows_per_shard()
 
     def run(
         self,
@@ -223,9 +223,9 @@ class ReplayCapture:
                     "later site, or replay on a model without ZeRO-3"
                 )
 
-    def _rows_per_shard(self, sites: Sequence[SitePlan]) -> int:
+    def _rows_per_shard(self) -> int:
         """Return the height of the archive that is replayed, on which batches depend, or what of it can be staged."""
-        row_bytes, asked = sum(site.row_bytes for site in sites), self._source.plan.rows_per_shard
+        row_bytes, asked = sum(site.row_bytes for site in self._sites), self._source.plan.rows_per_shard
         height = asked
         while staging_bytes(row_bytes, self._most_rows, min(height, self._n_rows)) > HOST_MEMORY_BYTES:
             height //= 2
