@@ -83,12 +83,13 @@ class BatchRunner:
         self._n_sites = len(plan.sites if sites is None else sites)
         self._n_missing = 0
         self._is_split = part is not None
-        self._is_shared = self._is_split or is_sharded(model)
+        self._in_step = is_sharded(model)
+        self._is_shared = self._is_split or self._in_step
         self._counts = part is None or part.team.is_leader
         self._is_wanted = True
         # accelerate's hooks and FSDP's must see their forward end, and the next stage of a pipeline what it gives
         hooked = any(hasattr(module, "_hf_hook") for module in model.modules())
-        self._ends_early = not (hooked or is_sharded(model) or (part is not None and part.is_stage))
+        self._ends_early = not (hooked or self._in_step or (part is not None and part.is_stage))
         kinds = {parse_site(name).kind for name in (*(site.name for site in plan.sites), *changed)}
         needs_logits = any(kind == "module" or kind.startswith("logits") for kind in kinds)
         self._arguments = ForwardArguments(self._model, needs_logits=needs_logits)
@@ -96,20 +97,35 @@ class BatchRunner:
         self.n_tokens = 0
         self.forward_seconds = 0.0
 
-    def run(self, batch: Batch, around: Around | None = None) -> Iterator[None]:
+    def run(self, batch: Batch | None, around: Around | None = None) -> Iterator[bool]:
         """Run one batch; yields after every forward pass, of which torch's pipelines take one a microbatch.
+
+        Where forward passes are collectives of all workers, there are as many of them for every batch, also for None,
+        which a worker runs that has no batch left: what is missing are passes of a token whose rows nobody wants.
 
         Args:
             batch: The batch.
             around: Given the examples of a forward pass, in what the model is called.
+
+        Yields:
+            Whether the pass was of the batch.
         """
+        n_passes = 0
+        for input_ids, attention_mask, rows in [] if batch is None else self._microbatches(batch):
+            self._forward(input_ids, attention_mask, rows, around)
+            n_passes += 1
+            yield True
+        while self._in_step and n_passes < self._n_parts:
+            self._run_along()
+            n_passes += 1
+            yield False
+
+    def _microbatches(self, batch: Batch) -> Iterator[tuple[Tensor, Tensor, Sequence[ExampleRows]]]:
         made = plan_batch(self._table, batch.examples.tolist(), side=self._plan.padding, device=self._device)
-        for examples in np.array_split(np.arange(len(made.rows)), min(self._n_parts, len(made.rows))):
-            first, last = int(examples[0]), int(examples[-1]) + 1
-            self._forward(
-                made.padded.input_ids[first:last], made.padded.attention_mask[first:last], made.rows[first:last], around
-            )
-            yield
+        padded, rows = made.padded, made.rows
+        for examples in np.array_split(np.arange(len(rows)), min(self._n_parts, len(rows))):
+            part = slice(int(examples[0]), int(examples[-1]) + 1)
+            yield padded.input_ids[part], padded.attention_mask[part], rows[part]
 
     def _forward(
         self, input_ids: Tensor, attention_mask: Tensor, rows: Sequence[ExampleRows], around: Around | None
@@ -141,8 +157,7 @@ class BatchRunner:
             self.n_rows += sum(len(example.positions) for example in rows)
             self.n_tokens += sum(len(example.input_ids) for example in rows)
 
-    def run_along(self) -> None:
-        """Run a token whose rows nobody wants, because the other workers' forward pass needs this one's."""
+    def _run_along(self) -> None:
         token = torch.zeros((1, 1), dtype=torch.long, device=self._device)
         self._is_wanted = False
         try:

@@ -150,14 +150,12 @@ def record(
         taps = Taps(model, sites, runner.put)
         with torch.inference_mode(), taps.attached() if replaying is None else nullcontext():
             for batch in batches if agree is None else in_step(batches, agree):
-                if batch is not None:
-                    for _ in runner.run(batch, None if replaying is None else partial(replaying.of, taps)):
-                        taps.end_forward()
+                if batch is not None or agree is not None:
+                    around = None if replaying is None else partial(replaying.of, taps)
+                    for is_of_batch in runner.run(batch, around):
+                        if is_of_batch or replaying is None:
+                            taps.end_forward()
                         staging.finish()
-                elif agree is not None:
-                    runner.run_along()
-                    if replaying is None:
-                        taps.end_forward()
                 else:
                     writer.raise_failure()
                     time.sleep(_IDLE_SECONDS)

@@ -43,6 +43,7 @@ from residua.capture.provenance import identify_model
 from residua.capture.siteplans import check_storage, plan_site
 from residua.capture.sites import resolve_sites
 from residua.capture.split import Part, is_split
+from residua.capture.staged import PIPELINES
 from residua.capture.taps import reading
 from residua.store.codecs import DEFAULT_PRESET
 from residua.store.errors import CaptureError, PlanError
@@ -79,7 +80,7 @@ class Recorder:
     Raises:
         FileExistsError: `out` exists already.
         UnknownSiteError: The model lacks a site.
-        CaptureError: The model is compiled.
+        CaptureError: The model is compiled, or a pipeline of torch's.
     """
 
     def __init__(
@@ -101,6 +102,11 @@ class Recorder:
         self.path = Path(out)
         if self.path.exists():
             raise FileExistsError(taken(f"{self.path} exists: a recorder makes a new archive; choose another place"))
+        if isinstance(model, PIPELINES):
+            raise CaptureError(
+                f"Recorder was given a {type(model).__name__}, and in a loop over torch pipelines only the first stage "
+                "sees the tokens: give schedule and dataset to residua.capture_dataset, or look with residua.tap"
+            )
         refuse_compiled(model)
         check_storage(codec=codec, dtype=dtype, rows_per_shard=rows_per_shard, threads=threads)
         self._model = model

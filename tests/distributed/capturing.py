@@ -98,11 +98,11 @@ def stages_in_parallel_of(name: str) -> Make:
     return make
 
 
-def scheduled(
-    name: str, kind: type[ScheduleGPipe | Schedule1F1B], n_microbatches: int, *shape: int, **how: Any
-) -> Make:
+def scheduled(name: str, kind: type[ScheduleGPipe | Schedule1F1B], n_microbatches: int, *dims: str, **how: Any) -> Make:
+    """A pipeline of two stages, alone or in a mesh of two by two."""
+
     def make() -> Made:
-        mesh = init_device_mesh("cpu", shape, mesh_dim_names=("pp", "tp")) if shape else None
+        mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=dims) if dims else None
         return Made(Pipeline(name, n_microbatches, mesh, kind, **how).schedule, sites_of(name))
 
     return make
@@ -144,7 +144,9 @@ CASES: dict[int, dict[str, Make]] = {
         "mixtral-tp4": case("mixtral", tp_size=4),
         "llama-tp2-dp2": by_hand(2, 2),
         "llama-tp2-fsdp2": case("llama", tp_size=2, fsdp_size=2),
-        "llama-1f1b-tp2": scheduled("llama", Schedule1F1B, 2, 2, 2),
+        "llama-1f1b-tp2": scheduled("llama", Schedule1F1B, 2, "pp", "tp"),
+        "llama-gpipe2-dp2-pp2": scheduled("llama", ScheduleGPipe, 2, "dp", "pp"),
+        "llama-gpipe4-fsdp2-pp2": scheduled("llama", ScheduleGPipe, 4, "fsdp", "pp"),
         "llama-pp2-tp2": stages_in_parallel_of("llama"),
     },
 }

@@ -7,6 +7,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe
 from torch.distributed.tensor.parallel import parallelize_module
 from transformers import PreTrainedModel
@@ -75,8 +76,12 @@ class Pipeline:
         group = dist.group.WORLD if mesh is None else mesh.get_group("pp")
         rank, size = dist.get_rank(group), dist.get_world_size(group)
         part = Part(SPLIT[name](), rank, size, identities=identities)
-        if mesh is not None:
+        names = (mesh and mesh.mesh_dim_names) or ()
+        if mesh is not None and "tp" in names:
             parallelize_module(part.llm, mesh["tp"], plan_of(part.llm))
+        if mesh is not None and "fsdp" in names:
+            for module in (*part.llm.get_submodule("model.layers").children(), part):
+                fully_shard(module, mesh=mesh["fsdp"])
         self.stage = PipelineStage(part, rank, size, torch.device("cpu"), group=group)
         self.schedule = kind(self.stage, n_microbatches, loss, scale_grads=False)
 

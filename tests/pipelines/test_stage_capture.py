@@ -16,6 +16,7 @@ from torch._C._distributed_c10d import HashStore
 from torch.distributed.pipelining import PipelineStage, ScheduleGPipe, ScheduleInterleaved1F1B
 from transformers import PreTrainedModel
 
+from residua.capture.recorder import Recorder
 from residua.pipelines.capture import capture_dataset
 from residua.store.archive import Archive
 from residua.store.errors import CaptureError, PlanError
@@ -72,6 +73,12 @@ def test_padding_is_refused_where_a_stage_takes_no_mask(tmp_path: Path) -> None:
     alone = {**OPTIONS, "batch_tokens": 1}
     got = capture_dataset(schedule, TOKENS, out=tmp_path / "alone", **alone).archive
     assert_same(got, capture_dataset(TINY["llama"](), TOKENS, out=tmp_path / "plain", **alone).archive)
+
+
+def test_a_loop_over_a_schedule_is_no_recording(tmp_path: Path) -> None:
+    schedule: Any = ScheduleGPipe(stage(Part(TINY["llama"](), 0, 1)), 2)
+    with pytest.raises(CaptureError, match=r"given a ScheduleGPipe.* schedule and dataset to residua\.capture_dataset"):
+        Recorder(schedule, sites="resid_post.1", out=tmp_path / "out")
 
 
 def interleaved() -> ScheduleInterleaved1F1B:
