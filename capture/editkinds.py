@@ -48,7 +48,7 @@ def _add(edit: Add, info: SiteInfo, around: Surroundings) -> Action:
     with np.errstate(over="ignore"):  # what overflows does not fit
         values = edit.vector.values * edit.scale
     delta = fitting(values, info, around.dtype, "the vector")
-    return always(lambda rows: _moved(rows, delta.to(rows.device)))
+    return always(lambda rows: _moved(rows, delta.to(rows)))
 
 
 def _moved(rows: Tensor, delta: Tensor) -> Tensor:
@@ -63,7 +63,7 @@ def _set(edit: Set, info: SiteInfo, around: Surroundings) -> Action:
         value = fitting(edit.to.values, info, around.dtype, "the vector")
     else:
         value = fitting(np.full(row_shape(info)[-1:], edit.to), info, around.dtype, "the number")
-    return always(lambda rows: value.to(rows.device).expand_as(rows).clone())
+    return always(lambda rows: value.to(rows).expand_as(rows).clone())
 
 
 def _project_out(edit: ProjectOut, info: SiteInfo, _around: Surroundings) -> Action:

@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FullyShardedDataParallel
 from transformers import PreTrainedModel
 
 from residua.capture.groups import everyones, pipeline_group
@@ -81,7 +82,10 @@ def _other_names(model: nn.Module) -> set[str]:
 def _lines(model: nn.Module) -> dict[str, bytes]:
     """From name to what is hashed of each weight that is here."""
     lines: dict[str, bytes] = {}
-    weights, others = Weights(model), _other_names(model)
+    core = core_of(model)
+    is_copied = isinstance(model, FullyShardedDataParallel) and isinstance(core, PreTrainedModel)
+    # FSDP1 gives each name a tensor of its own
+    weights, others = Weights(model), _other_names(whole_twin(cast("PreTrainedModel", core)) if is_copied else model)
     for name, tensor in _sorted_weights(model):
         if name in others:
             continue

@@ -18,6 +18,7 @@ from residua.capture.editaction import Chosen
 from residua.capture.editing import EditAt
 from residua.capture.planbatch import PlanBatch
 from residua.capture.replayer import Replayer
+from residua.capture.staged import staged_of
 from residua.capture.tap import tap
 from residua.store.errors import PlanError
 
@@ -35,6 +36,8 @@ def generate(
     core: Any = replayer.core  # transformers' own annotation of generate fits no model
     if not issubclass(type(core), GenerationMixin):
         raise PlanError(f"{type(core).__name__} generates no text")
+    if staged_of(core) is not None:
+        raise PlanError("a torch pipeline generates no text: its stages keep no keys and values from token to token")
     if any("logits" in edit.actions for edit in replayer.edits_at):
         raise PlanError(
             "an edit changes the logits, and generation computes them for the last token only: edit 'final'"

@@ -24,7 +24,7 @@ from residua.capture.groups import everyones, pipeline_group
 from residua.capture.inputs import forward_kwargs
 from residua.capture.oracle import whole_sites
 from residua.capture.pairs import Pair, PairMetric
-from residua.capture.pipeline_gradients import carrying_gradients
+from residua.capture.pipeline_gradients import carrying_gradients, end_here
 from residua.capture.pipeline_stages import is_stand_in
 from residua.capture.tap import tap
 from residua.capture.wrappers import core_of
@@ -136,10 +136,8 @@ class Patcher:
             tap(self._model, self.sites, gradients.__setitem__, backward=True),
         ):
             corrupted = metric(self._logits(pair.corrupted, 1), pair, clean[0])
-            if embedded:  # by what the last run embedded alone: taps may have tried the model
-                torch.autograd.grad(corrupted.sum(), embedded[-1])
-            else:
-                corrupted.sum().backward()  # type: ignore[no-untyped-call]  # torch leaves it bare
+            # by what the last run embedded alone: no parameter gathers gradients, and taps may have tried the model
+            torch.autograd.grad(corrupted.sum(), [*embedded[-1:], *end_here(self._model)])
         met = {
             name: _effects((wanted[name] - values[name])[0], gradient[0], [c for c in cells if c.site == name])
             for name, gradient in gradients.items()
@@ -189,7 +187,10 @@ def _effects(step: Tensor, gradient: Tensor, cells: Sequence[Cell]) -> dict[Cell
 
 @contextmanager
 def _differentiable(model: nn.Module) -> Iterator[list[Tensor]]:
-    """Let gradients reach every site, and no parameter gather any; yields what the embedding, if it is here, gives."""
+    """Let gradients reach every site, though no parameter may ask for any; yields what the embedding then gives.
+
+    It gives nothing in a later stage of a pipeline.
+    """
     embedded: list[Tensor] = []
 
     def start(_module: nn.Module, _inputs: object, output: Tensor) -> None:
@@ -202,8 +203,4 @@ def _differentiable(model: nn.Module) -> Iterator[list[Tensor]]:
     with ExitStack() as stack:
         if not is_stand_in(embedding):
             stack.callback(embedding.register_forward_hook(start).remove)
-        else:  # a later stage of a pipeline, whose gradients begin and end at its neighbours
-            for parameter in (p for p in model.parameters() if p.requires_grad):
-                stack.callback(parameter.requires_grad_)
-                parameter.requires_grad_(False)
         yield embedded

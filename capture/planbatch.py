@@ -30,6 +30,20 @@ class PlanBatch:
         return int(self.padded.input_ids.shape[1])
 
 
+def parts_of(batch: PlanBatch, n: int) -> list[PlanBatch]:
+    """Return a batch in at most `n` parts of whole examples, as torch's schedules cut one into microbatches."""
+    cuts = np.array_split(np.arange(len(batch.rows)), min(n, len(batch.rows)))
+    spans = [slice(int(examples[0]), int(examples[-1]) + 1) for examples in cuts]
+    padded = batch.padded
+    return [
+        PlanBatch(
+            padded=PaddedBatch(input_ids=padded.input_ids[span], attention_mask=padded.attention_mask[span]),
+            rows=batch.rows[span],
+        )
+        for span in spans
+    ]
+
+
 def plan_batch(
     table: ExampleTable, examples: Sequence[int], *, side: Literal["left", "right"], device: torch.device
 ) -> PlanBatch:

@@ -9,6 +9,7 @@ from typing import cast
 
 import torch
 from torch import nn
+from torch.distributed.fsdp import FullyShardedDataParallel
 from transformers import PreTrainedModel
 
 from residua.capture.fingerprint import weights_fingerprint
@@ -60,13 +61,14 @@ def changed_conditions(provenance: Mapping[str, object]) -> tuple[str, ...]:
 
 def identify_model(model: nn.Module) -> dict[str, Json]:
     """Return what makes a model this model, wherever it lies and whatever is around it: the plan's `model` entry."""
-    model = core_of(model)
+    core = core_of(model)
     return {
-        "class": plain_class(model).__name__,
-        "weights": weights_fingerprint(model),
-        "config": _config_digest(model),
-        "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
-        "attention": _attention(model),
+        "class": plain_class(core).__name__,
+        # FSDP1 brings weights together from the outermost wrapper on
+        "weights": weights_fingerprint(model if isinstance(model, FullyShardedDataParallel) else core),
+        "config": _config_digest(core),
+        "dtype": str(next(core.parameters()).dtype).removeprefix("torch."),
+        "attention": _attention(core),
     }
 
 

@@ -17,14 +17,17 @@ import torch
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.pipelining.schedules import PipelineScheduleSingle
 
 from residua.capture.generation import generate
+from residua.capture.groups import split_by_hand
 from residua.capture.metrics import MetricSpec, Outcome, metric_of, token_losses
 from residua.capture.ranks import on_rank
 from residua.capture.replayer import Replayer
 from residua.capture.replaynotes import attention_notes, unlike_the_plan
 from residua.capture.replaypass import kept_rows
 from residua.capture.samemodel import running_as_captured
+from residua.capture.staged import PIPELINES, as_model
 from residua.store.archive import Archive
 from residua.store.editparse import EditSource, parse_edits
 from residua.store.errors import CaptureError, PlanError
@@ -191,7 +194,7 @@ class Replay:
 
 @contextmanager
 def replay(
-    model: nn.Module,
+    model: nn.Module | PipelineScheduleSingle,
     archive: Archive | str | PathLike[str],
     *,
     examples: Sequence[int],
@@ -211,7 +214,8 @@ def replay(
     On a model that is spread over several processes all of them have to replay, alike; see `residua.tap`.
 
     Args:
-        model: The model that was captured, wrapped and spread as it likes.
+        model: The model that was captured, wrapped and spread as it likes; or the schedule of a torch pipeline, GPipe
+            or 1F1B, whose stages have its parts. They run its forward passes, and logits come back on every stage.
         archive: The archive, or its folder.
         examples: Numbers of examples.
         at: Where stored rows go in: a site of the residual stream, below which nothing is computed, or any other, or
@@ -239,6 +243,9 @@ def replay(
     parsed = parse_edits(edits)
     places = [] if at is None else [at] if isinstance(at, str) else list(at)
     with ExitStack() as stack:
+        if isinstance(model, PIPELINES):
+            model = stack.enter_context(as_model(model))
+        stack.enter_context(split_by_hand(model, tensor_parallel))
         stack.enter_context(running_as_captured(opened, model))
         replayer = Replayer(model, opened, at=places, edits=parsed, force=force, tensor_parallel=tensor_parallel)
         run = Replay(replayer, examples, [keep] if isinstance(keep, str) else list(keep), grad=grad)

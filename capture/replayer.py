@@ -16,16 +16,16 @@ from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 from transformers import PreTrainedModel
 
-from residua.capture.anatomy import Anatomy, anatomy_of
+from residua.capture.anatomy import Anatomy
 from residua.capture.attention import eager_where_needed
 from residua.capture.devices import input_device
 from residua.capture.editing import edits_at, with_rows
 from residua.capture.groups import tensor_parallel_group
 from residua.capture.inputs import forward_kwargs
-from residua.capture.oracle import whole_sites
+from residua.capture.oracle import whole_anatomy, whole_sites
 from residua.capture.pipeline_gradients import end_here
 from residua.capture.pipeline_stages import target_of
-from residua.capture.planbatch import PlanBatch, plan_batch
+from residua.capture.planbatch import PlanBatch, parts_of, plan_batch
 from residua.capture.replaynotes import attention_notes, check_injection, storage_notes, why_in_full
 from residua.capture.replaypass import Pass, kept_rows, token_logits
 from residua.capture.rows import batch_rows
@@ -33,6 +33,7 @@ from residua.capture.samemodel import Checked, check_model
 from residua.capture.siteinfo import SiteInfo
 from residua.capture.skipping import Skip, skip_below, skipping
 from residua.capture.stage import torch_dtype
+from residua.capture.staged import runnable, staged_of
 from residua.capture.startpoint import start_of
 from residua.capture.storedrows import StoredRows, refuse_overflow
 from residua.capture.tap import tap
@@ -193,7 +194,29 @@ class Replayer:
             needs_logits: Whether logits come back.
             grad: Whether logits and kept rows are parts of autograd's graph, which begins at the injected rows; at
                 the embeddings, if none are.
+
+        Raises:
+            PlanError: Gradients of a torch pipeline were asked for.
         """
+        staged = staged_of(self.core)
+        if staged is None:
+            return self._pass(batch, keep, edited=edited, needs_logits=needs_logits, grad=grad)
+        if grad:
+            raise PlanError(
+                "gradients were asked for of a torch pipeline, whose schedule alone runs backward passes: tap its "
+                "stage with backward=True, or replay the model in one process or in transformers' own pipeline"
+            )
+        parts = [
+            self._pass(part, keep, edited=edited, needs_logits=needs_logits, grad=False)
+            for part in parts_of(batch, staged.n_microbatches)
+        ]
+        met = dict.fromkeys(name for part in parts for name in part.sites)
+        sites = {name: [rows for part in parts for rows in part.sites[name]] for name in met}
+        logits = [rows for part in parts for rows in part.logits or ()]
+        return Pass(logits=staged.to_all(logits) if needs_logits else None, sites=sites, nodes={}, end=())
+
+    def _pass(self, batch: PlanBatch, keep: Sequence[str], *, edited: bool, needs_logits: bool, grad: bool) -> Pass:
+        """Run one forward pass."""
         kept: dict[str, list[Tensor]] = {}
         nodes: dict[str, Tensor] = {}
         steps = self.steps(batch, edited=edited, leaves=nodes if grad else None)
@@ -214,8 +237,8 @@ class Replayer:
             if wanted:
                 stack.enter_context(tap(self.model, wanted, pass_by, differentiable=grad, tensor_parallel=self.group))
             stack.enter_context(skipping(skip))
-            output = self.model(**self.kwargs(batch, needs_logits=needs_logits))
-        logits = token_logits(batch, output) if needs_logits else None
+            output = runnable(self.model)(**self.kwargs(batch, needs_logits=needs_logits))
+        logits = token_logits(batch, output) if needs_logits and target_of(self.model).gives_logits else None
         return Pass(logits=logits, sites=kept, nodes=nodes if grad else {}, end=end_here(self.model) if grad else ())
 
     def check(self, batches: Iterable[PlanBatch]) -> tuple[str, ...]:
@@ -244,9 +267,8 @@ class Replayer:
 
     def kwargs(self, batch: PlanBatch, *, needs_logits: bool = True) -> dict[str, Tensor | bool | int]:
         """Return the arguments of the model's forward for a batch, as a capture makes them."""
-        core = core_of(self.model)
         padded = batch.padded
-        return forward_kwargs(core, padded.input_ids, padded.attention_mask, needs_logits=needs_logits)
+        return forward_kwargs(runnable(self.core), padded.input_ids, padded.attention_mask, needs_logits=needs_logits)
 
     def steps(
         self, batch: PlanBatch, *, edited: bool, leaves: dict[str, Tensor] | None = None
@@ -297,7 +319,7 @@ def _leaf(name: str, leaves: dict[str, Tensor] | None) -> Step:
 
 
 def _language_model(model: nn.Module) -> Anatomy:
-    anatomy = anatomy_of(model)
+    anatomy = whole_anatomy(model)
     if anatomy is None:
         raise PlanError(f"{type(core_of(model)).__name__} is no language model over token ids, which replay needs")
     return anatomy

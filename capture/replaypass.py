@@ -43,7 +43,7 @@ def kept_rows(batch: PlanBatch, tensor: Tensor, name: str) -> list[Tensor]:
 
 def token_logits(batch: PlanBatch, output: object) -> list[Tensor] | None:
     """Return the logits of every token of each example, (tokens, V)."""
-    logits_BTV = getattr(output, "logits", None)
+    logits_BTV = getattr(output, "logits", output)  # the last stage of a torch pipeline may give nothing else
     if not isinstance(logits_BTV, Tensor):
         return None
     if isinstance(logits_BTV, DTensor):

@@ -12,6 +12,7 @@ from residua.capture.compiled import running_uncompiled
 from residua.capture.probing import evaluating
 from residua.capture.provenance import changed_conditions, config_differences, identify_model, layout
 from residua.capture.sharded import plain_class
+from residua.capture.staged import runnable
 from residua.capture.wrappers import core_of
 from residua.store.archive import Archive
 from residua.store.errors import CaptureError, PlanError
@@ -44,7 +45,7 @@ def check_model(archive: Archive, model: nn.Module, *, force: bool = False) -> C
         PlanError: It is another model.
     """
     expected = archive.plan.model
-    found, notes = _identity_here(core_of(model))
+    found, notes = _identity_here(model)
     wrong = [key for key in _IDENTITY if key in expected and key in found and found[key] != expected[key]]
     lines = [f"{key}: {_short(expected[key])} in the archive, {_short(found[key])} here" for key in wrong]
     if wrong and not force:
@@ -64,7 +65,7 @@ def _identity_here(model: nn.Module) -> tuple[dict[str, object], list[str]]:
     try:
         return dict(identify_model(model)), []
     except CaptureError as error:
-        found: dict[str, object] = {"class": plain_class(model).__name__}
+        found: dict[str, object] = {"class": plain_class(core_of(model)).__name__}
         return found, [f"the model's weights were not compared with those of the capture: {error}"]
 
 
@@ -91,8 +92,9 @@ def _short(value: object) -> str:
 def running_as_captured(archive: Archive, model: nn.Module) -> Iterator[None]:
     """Let a model run as in the capture: uncompiled, evaluating, with eager attention where patterns were captured."""
     with ExitStack() as stack:
-        stack.enter_context(running_uncompiled(model))
-        stack.enter_context(evaluating(model))
+        called = runnable(model)
+        stack.enter_context(running_uncompiled(called))
+        stack.enter_context(evaluating(called))
         core = core_of(model)
         if isinstance(core, PreTrainedModel) and _computes_otherwise(archive, core):
             stack.enter_context(eager_attention(core))

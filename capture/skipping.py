@@ -18,9 +18,10 @@ from residua.capture.anatomy import Anatomy
 from residua.capture.devices import input_device
 from residua.capture.hooks import attached, values_of
 from residua.capture.inputs import forward_kwargs
-from residua.capture.pipeline_stages import is_stand_in
+from residua.capture.pipeline_stages import target_of
 from residua.capture.probing import evaluating
 from residua.capture.siteinfo import SiteInfo
+from residua.capture.staged import staged_of
 from residua.capture.wrappers import core_of
 from residua.store.errors import CaptureError
 
@@ -52,9 +53,12 @@ def skip_below(anatomy: Anatomy, start: int) -> Skip:
         anatomy: The model. One of an architecture that is not in the table is run on a few tokens, once.
         start: Number of the first block that has to run; the number of blocks, if none has to.
     """
-    blocks = tuple(anatomy.parts[path] for path in anatomy.blocks[:start] if not is_stand_in(anatomy.parts[path]))
+    here = target_of(anatomy.model).parts
+    blocks = tuple(here[path] for path in anatomy.blocks[:start] if path in here)
     if anatomy.family is not None or not start:
         return Skip(blocks)
+    if staged_of(anatomy.model) is not None:
+        return Skip((), problem="stages of a torch pipeline cannot be tried by themselves")
     known = _proved.setdefault(anatomy.model, {})
     if start not in known:
         known[start] = _probed(anatomy, Skip(blocks))

@@ -1,4 +1,4 @@
-"""A stage of torch's pipelines as a model that a capture can run, in step with the other stages.
+"""A stage of torch's pipelines as a model that a capture or a replay can run, in step with the other stages.
 
 A schedule of torch's learns from its first microbatch which shapes pass from stage to stage, and is held to them; the
 batches of a capture have many. So a capture runs the stage's module itself, and sends and receives as the forward
@@ -7,7 +7,7 @@ new shape is announced to the next stage; microbatches may differ in size, so th
 """
 
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -50,8 +50,8 @@ class Staged(nn.Module):
         super().__init__()
         if stage.num_stages != stage.group_size:
             raise PlanError(
-                f"the pipeline has {stage.num_stages} stages on {stage.group_size} ranks: a capture takes one stage a "
-                "rank. Give each rank its blocks as one stage, with ScheduleGPipe or Schedule1F1B"
+                f"the pipeline has {stage.num_stages} stages on {stage.group_size} ranks: one stage a rank is "
+                "taken. Give each rank its blocks as one stage, with ScheduleGPipe or Schedule1F1B"
             )
         self.module = replica_of(stage.submod)
         self.core = _transformers_model(self.module)
@@ -83,6 +83,21 @@ class Staged(nn.Module):
         if not self.is_last:
             self._send(shape, leaving)
         return leaving
+
+    def to_all(self, tensors: Sequence[Tensor] | None) -> list[Tensor]:
+        """Return what the last stage has, on every stage; a collective of them.
+
+        Args:
+            tensors: What is given to all, in the last stage; not looked at in any other.
+        """
+        mine = tensors if self.is_last and tensors is not None else []
+        said: list[Any] = [[(tuple(tensor.shape), tensor.dtype) for tensor in mine]]
+        last = dist.get_world_size(self.group) - 1
+        dist.broadcast_object_list(said, group=self.group, group_src=last, device=self._device)
+        given = list(mine) or [torch.empty(size, dtype=dtype, device=self._device) for size, dtype in said[0]]
+        for tensor in (whole := [tensor.contiguous() for tensor in given]):
+            dist.broadcast(tensor, group=self.group, group_src=last)
+        return whole
 
     def _taken(self, named: Mapping[str, Any]) -> Mapping[str, Any]:
         if self._takes is None:
@@ -149,13 +164,13 @@ def as_model(schedule: _PipelineSchedule | _PipelineStageBase) -> Iterator[PreTr
         The model, of which most is in other stages.
 
     Raises:
-        PlanError: Its stages are not such as a capture can run; the message says what to do.
+        PlanError: Its stages are not such as can be run here; the message says what to do.
     """
     if not isinstance(schedule, PipelineScheduleSingle):
         what = "a stage alone" if isinstance(schedule, _PipelineStageBase) else f"a {type(schedule).__name__}"
         raise PlanError(
-            f"a capture of a torch pipeline was given {what}: pass the schedule that runs the stage, ScheduleGPipe or "
-            "Schedule1F1B, whose number of microbatches it takes"
+            f"a torch pipeline is run by its schedule, and this was given {what}: pass the schedule that runs the "
+            "stage, ScheduleGPipe or Schedule1F1B, whose number of microbatches it takes"
         )
     stage = schedule._stage
     if not isinstance(stage, PipelineStage):
@@ -164,11 +179,15 @@ def as_model(schedule: _PipelineSchedule | _PipelineStageBase) -> Iterator[PreTr
             "the model by hand and put the part of each rank into a PipelineStage"
         )
     staged = Staged(stage, schedule._n_microbatches)
+    outer = _staged.get(staged.core)
     _staged[staged.core] = staged
     try:
         yield staged.core
     finally:
-        del _staged[staged.core]
+        if outer is None:
+            del _staged[staged.core]
+        else:
+            _staged[staged.core] = outer
 
 
 def staged_of(core: nn.Module) -> Staged | None:

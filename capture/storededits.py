@@ -46,7 +46,7 @@ def mean_of(edit: Mean, info: SiteInfo, around: Surroundings) -> Action:
     _require_site(archive, info)
     if edit.column is None:
         value = fitting(mean_row(archive, info.name), info, around.dtype, "the mean")
-        return always(lambda rows: value.to(rows.device).expand_as(rows).clone())
+        return always(lambda rows: value.to(rows).expand_as(rows).clone())
     classes = around.chooser.classes(edit.column)
     members = (around.chooser if other is None else RowChooser(other)).members(edit.column)
 
@@ -66,7 +66,7 @@ def mean_of(edit: Mean, info: SiteInfo, around: Surroundings) -> Action:
         places = {key: place for place, key in enumerate(dict.fromkeys(keys))}
         means = torch.stack([mean(key) for key in places])
         index = torch.tensor([places[key] for key in keys])
-        return lambda rows: means[index].to(rows.device)
+        return lambda rows: means[index].to(rows)
 
     return act
 

@@ -5,13 +5,14 @@ from os import PathLike
 from typing import Any
 
 import torch
+from torch.distributed.pipelining.schedules import PipelineScheduleSingle
 from transformers import PreTrainedModel
 
 from residua.capture.metrics import token_divergences
 from residua.capture.replayer import Replayer
 from residua.capture.samemodel import running_as_captured
 from residua.pipelines.captured_batches import sample_batches
-from residua.pipelines.models import captured_model
+from residua.pipelines.models import replayed_model
 from residua.pipelines.settings import CaptureSettings
 from residua.pipelines.sharing import SharedWork, sharing
 from residua.store.archive import Archive
@@ -25,7 +26,7 @@ _STREAM = ("resid_pre", "resid_mid", "resid_post", "final")
 
 def fidelity(
     archive: str | PathLike[str],
-    model: str | PathLike[str] | PreTrainedModel,
+    model: str | PathLike[str] | PreTrainedModel | PipelineScheduleSingle,
     *,
     n_batches: int = 16,
     seed: int = 0,
@@ -42,7 +43,8 @@ def fidelity(
 
     Args:
         archive: Folder of the archive.
-        model: The model that was captured: a transformers model, or a hub id or folder of one.
+        model: The model that was captured: a transformers model, or a hub id or folder of one; or the schedule of a
+            torch pipeline, as `residua.replay` takes it.
         n_batches: How many of the plan's batches run; they are chosen at random from those that are captured.
         seed: Seed of the choice.
         device: Device of the model, if it is loaded here.
@@ -68,20 +70,22 @@ def fidelity(
     names = _rounded(opened)
     batches = [batch.examples.tolist() for batch in sample_batches(opened, n_batches, seed)]
     settings = CaptureSettings(device=device, tp=tp, pp=pp)
-    with sharing(None, settings) as crew:
-        loaded = captured_model(opened, model, settings)
-        with running_as_captured(opened, loaded):
-            plain = Replayer(loaded, opened)
-            stored = {name: Replayer(loaded, opened, at=[name], checked=plain.checked) for name in names}
-            compare = _Comparison(plain, stored)
-            shared = SharedWork(crew, loaded, alike=True)
-            shared.agree_on({"archive": opened.plan.digest, "batches": batches})
-            found = shared.found(
-                len(batches),
-                lambda number: compare(batches[number]),
-                close=lambda everything: write_fidelity(opened.path, opened.plan, _total(everything)),
-                on_unit=on_batch,
-            )
+    with (
+        sharing(None, settings) as crew,
+        replayed_model(opened, model, settings) as loaded,
+        running_as_captured(opened, loaded),
+    ):
+        plain = Replayer(loaded, opened)
+        stored = {name: Replayer(loaded, opened, at=[name], checked=plain.checked) for name in names}
+        compare = _Comparison(plain, stored)
+        shared = SharedWork(crew, loaded, alike=True)
+        shared.agree_on({"archive": opened.plan.digest, "batches": batches})
+        found = shared.found(
+            len(batches),
+            lambda number: compare(batches[number]),
+            close=lambda everything: write_fidelity(opened.path, opened.plan, _total(everything)),
+            on_unit=on_batch,
+        )
     return _total(found)
 
 

@@ -12,12 +12,14 @@ import torch
 import transformers
 from huggingface_hub import list_repo_files
 from safetensors import SafetensorError
+from torch.distributed.pipelining.schedules import PipelineScheduleSingle
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.distributed.configuration_utils import DistributedConfig
 from transformers.utils import logging as progress_bars
 
 from residua.capture.inputs import first_position
 from residua.capture.replica import replica_of
+from residua.capture.staged import PIPELINES, as_model
 from residua.pipelines.settings import CaptureSettings
 from residua.pipelines.stage_plans import stages_in_parallel
 from residua.store.archive import Archive
@@ -85,10 +87,31 @@ def named_model(
     Raises:
         PlanError: There is no such model, the device is not there, or the tokenizer cannot be loaded.
     """
+    if isinstance(model, PIPELINES):
+        raise PlanError(
+            f"a model was expected, and a {type(model).__name__} was given: torch's pipelines can be captured, "
+            "replayed and tapped, and not swept"
+        )
     if not isinstance(model, str | PathLike):
         return replica_of(model), tokenizer
     name = fspath(model)
     return load_model(name, settings), tokenizer or load_tokenizer(name, settings)
+
+
+@contextmanager
+def replayed_model(
+    archive: Archive, model: str | PathLike[str] | PreTrainedModel | PipelineScheduleSingle, settings: CaptureSettings
+) -> Iterator[PreTrainedModel]:
+    """Yield what `captured_model` returns; of a torch pipeline's schedule, the part of the model that is here.
+
+    Raises:
+        PlanError: There is no such model, the device is not there, or the pipeline's stages cannot be run.
+    """
+    if not isinstance(model, PIPELINES):
+        yield captured_model(archive, model, settings)
+        return
+    with as_model(model) as part:
+        yield part
 
 
 def captured_model(

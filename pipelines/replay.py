@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+from torch.distributed.pipelining.schedules import PipelineScheduleSingle
 from transformers import PreTrainedModel
 
 from residua.capture.planbatch import PlanBatch
@@ -23,7 +24,7 @@ from residua.capture.replaynotes import unlike_the_plan
 from residua.capture.samemodel import running_as_captured
 from residua.pipelines.captured_batches import schedule_of, whole_groups
 from residua.pipelines.chosen_examples import ExampleChoice
-from residua.pipelines.models import captured_model
+from residua.pipelines.models import replayed_model
 from residua.pipelines.replay_capture import ARCHIVE, ReplayCapture
 from residua.pipelines.replay_parts import Compared, ReplayParts, write_parts
 from residua.pipelines.replay_record import begin_or_go_on, check_request
@@ -72,7 +73,7 @@ class ReplayResult:
 
 
 def replay_dataset(
-    model: str | PathLike[str] | PreTrainedModel,
+    model: str | PathLike[str] | PreTrainedModel | PipelineScheduleSingle,
     archive: Archive | str | PathLike[str],
     *,
     out: str | PathLike[str],
@@ -99,7 +100,8 @@ def replay_dataset(
     docs/distributed.md.
 
     Args:
-        model: The model that was captured: a transformers model, or a hub id or folder of one.
+        model: The model that was captured: a transformers model, or a hub id or folder of one; or the schedule of a
+            torch pipeline, as `residua.replay` takes it.
         archive: The archive, or its folder. Of one that is not sealed, the captured examples are taken.
         out: Folder of the result; if it is one of the same request, what is missing is computed.
         edits: Edits in order, as `residua.replay` takes them.
@@ -148,7 +150,7 @@ def replay_dataset(
     parts = ReplayParts(folder, schedule, chosen)
     with ExitStack() as stack:
         crew = stack.enter_context(sharing(folder, settings))
-        loaded = captured_model(opened, model, settings)
+        loaded = stack.enter_context(replayed_model(opened, model, settings))
         stack.enter_context(running_as_captured(opened, loaded))
         shared = SharedWork(crew, loaded, alike=True)
         runs = _Runs(loaded, Replayer(loaded, opened, at=places, edits=parsed, force=force), ids)

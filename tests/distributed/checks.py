@@ -40,7 +40,8 @@ class Case:
     """A spread model under test.
 
     ``owns`` tells whether this rank is the one of its replica on which functions run; ``staged`` that sites lie on
-    different ranks, as in a pipeline; ``group`` holds the parts of a replica, where `tap` has to be told.
+    different ranks, as in a pipeline; ``group`` holds the parts of a replica, where `tap` has to be told; ``seed`` is
+    that of the batch.
     """
 
     layout: str
@@ -52,6 +53,7 @@ class Case:
     bound: float = 0.0
     staged: bool = False
     group: dist.ProcessGroup | None = None
+    seed: int = 0
 
     def forward(self) -> Row:
         """Every site's value, on the owner and nowhere else."""
@@ -77,7 +79,7 @@ class Case:
                 got[f"{site} {kind}"] = whole(self.model(**self.inputs).logits)
             wanted[f"{site} {kind}"] = logits
             assert not torch.equal(logits, self.expected.logits), f"{kind} at {site} changes nothing: no test"
-        return self._noted("edits", got, wanted, n_sites=len([s for s in EDITED if s in self.expected.values]))
+        return self.noted("edits", got, wanted, n_sites=len([s for s in EDITED if s in self.expected.values]))
 
     def training(self) -> Row:
         """The gradient of a module that lives inside the model, for a whole and for a split site.
@@ -96,7 +98,7 @@ class Case:
         names: list[set[str]] = [set()] * dist.get_world_size()
         dist.all_gather_object(names, set(got))
         assert set().union(*names) == wanted.keys(), "nobody had it"
-        return self._noted(what, got, {site: wanted[site] for site in got}, n_sites=len(wanted))
+        return self.noted(what, got, {site: wanted[site] for site in got}, n_sites=len(wanted))
 
     def _tapped(self, function: TapFunction, *, backward: bool = False) -> AbstractContextManager[Tap]:
         names = site_names(self.model, self.name)
@@ -113,11 +115,12 @@ class Case:
         dist.all_gather_object(names, set(kept))
         assert sorted(site for found in names for site in found if self.staged) == sorted(wanted if self.staged else [])
         assert set().union(*names) == wanted.keys(), "some site was met nowhere"
-        return self._noted(what, kept, {site: wanted[site] for site in kept}, n_sites=len(wanted))
+        return self.noted(what, kept, {site: wanted[site] for site in kept}, n_sites=len(wanted))
 
-    def _noted(
+    def noted(
         self, what: str, got: dict[str, Tensor], wanted: dict[str, Tensor], *, n_sites: int, bound: float | None = None
     ) -> Row:
+        """Return the row of a comparison: the largest error of all ranks."""
         errors = {site: relative_error(got[site], wanted[site]) for site in wanted}
         everyone: list[dict[str, float]] = [{}] * dist.get_world_size()
         dist.all_gather_object(everyone, errors)

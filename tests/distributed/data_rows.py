@@ -14,6 +14,7 @@ from tests.distributed import others
 from tests.distributed.checks import Case, Row
 from tests.distributed.expected import batch
 from tests.distributed.registry import FOLDER, all_of, layout, wanted
+from tests.distributed.replays import replay_row
 from tests.models import SPLIT
 
 
@@ -28,6 +29,7 @@ def data_parallel(layout: str, name: str, model: nn.Module, **options: Any) -> C
         inputs=batch(seed),
         expected=wanted(name, seed, dtype),
         owns=True,
+        seed=seed,
         **options,
     )
 
@@ -116,6 +118,7 @@ def zero3() -> Iterator[Row]:
         case = data_parallel("DeepSpeed ZeRO-3", name, others.zero3(SPLIT[name]()))
         yield case.forward()
         yield case.edits()
+        yield replay_row(case)
         case = replace(case, bound=2e-6)  # it adds gradients up in an order of its own
         yield case.gradients()
         yield case.training()

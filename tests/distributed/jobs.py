@@ -19,6 +19,7 @@ from residua.store.errors import PlanError
 from residua.store.verify import verify
 from tests.capture.replaying import captured
 from tests.distributed.others import zero3
+from tests.distributed.pipelines import Pipeline
 from tests.distributed.replays import counting_reads
 from tests.models import SPLIT
 
@@ -33,7 +34,8 @@ PAIRS = [
     {"clean": [3, 9, 27, 81, *range(5, 5 + n)], "corrupted": [3, 9, 30, 81, *range(5, 5 + n)], "answer": 7, "wrong": 11}
     for n in range(3)
 ]
-READ_BY_THE_SECOND = {"tp": set[str](), "pp": {"resid_post.1", "resid_pre.2", "resid_post.2", "final"}}
+LATER = {"resid_post.1", "resid_pre.2", "resid_post.2", "final"}
+READ_BY_THE_SECOND = {"tp": set[str](), "pp": LATER, "torch pp": LATER}
 """Sites whose rows the second process reads; every replica reads all that go in."""
 Make = Callable[[], Any]
 
@@ -44,8 +46,8 @@ class Load(Protocol):
     def __call__(self, name: str = "llama", **config: int) -> PreTrainedModel: ...
 
 
-def results(model: Any, archive: Archive, lossy: Archive, out: Path) -> dict[str, pa.Table]:
-    """What the jobs find, as every rank is told."""
+def results(model: Any, archive: Archive, lossy: Archive, out: Path, *, sweeps: bool = True) -> dict[str, pa.Table]:
+    """What the jobs find, as every rank is told; without sweeps where these are refused."""
     replayed = residua.replay_dataset(
         model, archive, out=out / "replayed", at="resid_post.0", edits=EDITS, tokens=[7], capture=FOLLOWING
     )
@@ -55,11 +57,18 @@ def results(model: Any, archive: Archive, lossy: Archive, out: Path) -> dict[str
     sites = residua.fidelity(lossy.path, model).sites
     measured = {name: [site.kl_mean, site.kl_max, site.top1_agreement] for name, site in sites.items()}
     sweep: dict[str, Any] = {"sites": "resid_post.*,z.1", "positions": [2, -1]}
-    return {
+    found = {
         "tokens": replayed.tokens,
         "examples": replayed.examples,
         **{f"captured {site}": pa.table({"value": rows.flatten().numpy()}) for site, rows in following.items()},
         "fidelity": pa.table(measured),
+    }
+    if not sweeps:
+        with pytest.raises(PlanError, match="and not swept"):
+            residua.patch(model, PAIRS, **sweep)
+        return found
+    return {
+        **found,
         "patch": residua.patch(model, PAIRS, batch_cells=5, out=out / "patched", **sweep),
         "attribute": residua.attribute(model, PAIRS, **sweep),
     }
@@ -82,21 +91,23 @@ def jobs_on_spread_models(load: Load) -> None:
     layouts: dict[str, tuple[Make, float]] = {
         "tp": (lambda: load(name, tp_size=2), BOUND),
         "pp": (lambda: load(name, pp_size=2), BOUND),
+        "torch pp": (lambda: Pipeline(name, 2, None).schedule, BOUND),
         "fsdp": (lambda: sharded(name), 0.0),
         "zero3": (lambda: zero3(SPLIT[name]()), 2e-6),  # it adds gradients up in an order of its own
     }
     for layout, (make, bound) in layouts.items():
         model = make()
         with counting_reads() as reads:
-            found = results(model, archive, lossy, folder / layout)
+            found = results(model, archive, lossy, folder / layout, sweeps=layout != "torch pp")
         if layout == "zero3":
             refuses_changed_inputs(model, archive, folder / "refused")
         sites: list[set[str]] = [set()] * dist.get_world_size()
         dist.all_gather_object(sites, set(reads))
         assert sites[1] == READ_BY_THE_SECOND.get(layout, sites[0]), (layout, sites)
         assert sites[0] | sites[1] == set(archive.sites) - {"z.1", "logits"}, (layout, sites)
-        for job, table in wanted.items():
-            check(f"{layout}: {job}", found[job], table, bound)
+        assert found.keys() == wanted.keys() or layout == "torch pp"
+        for job, table in found.items():
+            check(f"{layout}: {job}", table, wanted[job], bound)
 
 
 def refuses_changed_inputs(model: Any, archive: Archive, out: Path) -> None:

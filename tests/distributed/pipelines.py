@@ -17,6 +17,7 @@ from residua.capture.tap import tap
 from tests.distributed.checks import Case, Row
 from tests.distributed.expected import EDITS, inner_weight, site_names
 from tests.distributed.plans import plan_of
+from tests.distributed.replays import replay_row
 from tests.models import SPLIT
 
 Loss = Callable[[Tensor, Tensor], Tensor]
@@ -122,6 +123,7 @@ class PipelineCase(Case):
             self._row("forward", values, self.expected.values),
             self._edits(pipeline),
             self._gradients(n_microbatches, mesh),
+            replay_row(self, pipeline.schedule),
             self._training(n_microbatches, mesh),
         ]
 
@@ -158,4 +160,4 @@ class PipelineCase(Case):
                 result = pipeline.run(self.inputs)
             if result is not None:
                 got[f"{site} {kind}"], wanted[f"{site} {kind}"] = result, logits
-        return self._noted("edits", got, wanted, n_sites=len({site for site, _ in edits}))
+        return self.noted("edits", got, wanted, n_sites=len({site for site, _ in edits}))

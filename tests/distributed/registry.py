@@ -18,6 +18,7 @@ from transformers.distributed.configuration_utils import DistributedConfig
 from residua.pipelines.stage_plans import stages_in_parallel
 from tests.distributed.checks import Case, Row
 from tests.distributed.expected import Expected, batch, expected
+from tests.distributed.replays import bare, multiplying, replay_row
 from tests.models import SPLIT
 
 FOLDER = Path(sys.argv[1])
@@ -37,22 +38,8 @@ def wanted(name: str, seed: int, dtype: torch.dtype = torch.float32) -> Expected
     """What one process gives; computed once a launch, model and batch."""
     key = (name, seed, str(dtype))
     if key not in _expected:
-        _expected[key] = expected(cast(SPLIT[name](), dtype), name, batch(seed))
+        _expected[key] = expected(bare(name, dtype), name, batch(seed))
     return _expected[key]
-
-
-def cast(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
-    """Cast the parameters alone: rotary frequencies stay as they are."""
-    for parameter in model.parameters():
-        parameter.data = parameter.data.to(dtype)
-    return multiplying(model, dtype)
-
-
-def multiplying(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
-    """Let experts multiply as they can in this type: torch's grouped product knows no float64."""
-    if dtype == torch.float64 and hasattr(model.config, "num_local_experts"):
-        model.set_experts_implementation("batched_mm")
-    return model
 
 
 def all_of(case: Case) -> Iterator[Row]:
@@ -60,6 +47,7 @@ def all_of(case: Case) -> Iterator[Row]:
     yield case.gradients()
     yield case.edits()
     yield case.training()
+    yield replay_row(case)
 
 
 def loaded(name: str, dtype: torch.dtype = torch.float32, **config: int) -> PreTrainedModel:

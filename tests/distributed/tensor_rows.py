@@ -72,6 +72,7 @@ def tp_dp() -> Iterator[Row]:
         inputs=batch(seed),
         expected=wanted("llama", seed),
         owns=owns,
+        seed=seed,
         bound=FP32,
     )
     yield from all_of(case)
@@ -94,6 +95,7 @@ def tp_times(layout: str, names: tuple[str, ...], **data_parallel: int) -> Itera
             inputs=batch(seed),
             expected=wanted(name, seed),
             owns=tp_rank == 0,
+            seed=seed,
             bound=FP32,
         )
         yield from all_of(case)

@@ -91,7 +91,7 @@ def interleaved() -> ScheduleInterleaved1F1B:
     [
         (lambda: stage(Part(TINY["llama"](), 0, 1)), "given a stage alone: pass the schedule that runs the stage"),
         (interleaved, "given a ScheduleInterleaved1F1B: pass the schedule .* ScheduleGPipe or Schedule1F1B"),
-        (lambda: ScheduleGPipe(stage(nn.Linear(2, 2), 2), 2), "2 stages on 1 ranks: a capture takes one stage a rank"),
+        (lambda: ScheduleGPipe(stage(nn.Linear(2, 2), 2), 2), "2 stages on 1 ranks: one stage a rank is taken"),
         (lambda: ScheduleGPipe(stage(nn.Linear(2, 2)), 2), "runs a Linear without a transformers model in it"),
     ],
 )
