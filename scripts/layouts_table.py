@@ -38,7 +38,7 @@ def measured() -> list[dict[str, Any]]:
 
 def table(rows: Iterable[dict[str, Any]]) -> str:
     """One line a layout and model: the largest difference of each thing that was compared."""
-    kinds = ("forward", "gradients", "edits", "training", "replay")
+    kinds = ("forward", "gradients", "edits", "training", "replay", "capture")
     lines = ["| layout | model | sites | " + " | ".join(kinds) + " | bound |", "| --- " * (len(kinds) + 4) + "|"]
     for (layout, model), group in groupby(rows, key=lambda row: (row["layout"], row["model"])):
         found = {row["what"]: row for row in group}

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from transformers.masking_utils import create_causal_mask
 
 from residua.capture.tap import tap
+from tests.distributed.captures import captured
 from tests.distributed.checks import Case, Row
 from tests.distributed.expected import EDITS, inner_weight, site_names
 from tests.distributed.plans import plan_of
@@ -125,6 +126,7 @@ class PipelineCase(Case):
             self._gradients(n_microbatches, mesh),
             replay_row(self, pipeline.schedule),
             self._training(n_microbatches, mesh),
+            captured(self, Pipeline(self.name, n_microbatches, mesh).schedule),
         ]
 
     def _gradients(self, n_microbatches: int, mesh: DeviceMesh | None) -> Row:

@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.distributed.configuration_utils import DistributedConfig
 
 from residua.pipelines.stage_plans import stages_in_parallel
+from tests.distributed.captures import captured
 from tests.distributed.checks import Case, Row
 from tests.distributed.expected import Expected, batch, expected
 from tests.distributed.replays import bare, multiplying, replay_row
@@ -42,12 +43,17 @@ def wanted(name: str, seed: int, dtype: torch.dtype = torch.float32) -> Expected
     return _expected[key]
 
 
-def all_of(case: Case) -> Iterator[Row]:
+def uncaptured(case: Case) -> Iterator[Row]:
     yield case.forward()
     yield case.gradients()
     yield case.edits()
     yield case.training()
     yield replay_row(case)
+
+
+def all_of(case: Case) -> Iterator[Row]:
+    yield from uncaptured(case)
+    yield captured(case)
 
 
 def loaded(name: str, dtype: torch.dtype = torch.float32, **config: int) -> PreTrainedModel:
