@@ -6,7 +6,7 @@ the batch is resolved and checked once, and every pass attaches its hooks and ta
 Legend: `B` examples in the batch, `T` padded positions, `V` vocabulary.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 
 import torch
@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 from residua.capture.anatomy import Anatomy
 from residua.capture.attention import eager_where_needed
 from residua.capture.devices import input_device
-from residua.capture.editing import edits_at, with_rows
+from residua.capture.editing import edits_at
 from residua.capture.groups import tensor_parallel_group
 from residua.capture.inputs import forward_kwargs
 from residua.capture.oracle import whole_anatomy, whole_sites
@@ -28,22 +28,20 @@ from residua.capture.pipeline_stages import target_of
 from residua.capture.planbatch import PlanBatch, parts_of, plan_batch
 from residua.capture.replaynotes import attention_notes, check_injection, storage_notes, why_in_full
 from residua.capture.replaypass import Pass, kept_rows, token_logits
+from residua.capture.replaysteps import Step, graph_begins, stored_rows_in
 from residua.capture.rows import batch_rows
 from residua.capture.samemodel import Checked, check_model
 from residua.capture.siteinfo import SiteInfo
 from residua.capture.skipping import Skip, skip_below, skipping
-from residua.capture.stage import torch_dtype
 from residua.capture.staged import runnable, staged_of
 from residua.capture.startpoint import start_of
-from residua.capture.storedrows import StoredRows, refuse_overflow
+from residua.capture.storedrows import StoredRows
 from residua.capture.tap import tap
 from residua.capture.wrappers import core_of
 from residua.store.archive import Archive
 from residua.store.chosenrows import RowChooser
 from residua.store.edits import Edit
 from residua.store.errors import NotCapturedError, PlanError
-
-Step = Callable[[Tensor], Tensor]
 
 
 class Replayer:
@@ -284,38 +282,16 @@ class Replayer:
             PlanError: An edit needs stored rows that there are not, or the model's type cannot hold what goes in.
             NotCapturedError: Rows that go in are not captured yet.
         """
-        steps: dict[str, list[Step]] = {name: [self._injection(name, batch)] for name in self.start.sites}
-        for name in (steps or ["embed"]) if leaves is not None else ():
-            steps[name] = [*steps.get(name, []), _leaf(name, leaves)]
+        steps: dict[str, list[Step]] = {
+            name: [stored_rows_in(self.stored, name, batch, self._infos[name].dtype)] for name in self.start.sites
+        }
+        if leaves is not None:
+            for name in steps or ["embed"]:
+                steps[name] = [*steps.get(name, []), graph_begins(name, leaves)]
         for edit in self.edits_at if edited else ():
             for name, step in edit.steps(edit.chosen(batch)).items():
                 steps.setdefault(name, []).append(step)
         return steps
-
-    def _injection(self, name: str, batch: PlanBatch) -> Step:
-        """Read the rows only where the site is met, and by whom it is met."""
-        rows = batch_rows(batch.rows, batch.n_positions)
-        self.stored.require(name, rows.row, torch_dtype(self._infos[name].dtype or "float32"))
-
-        def put_in(tensor: Tensor) -> Tensor:
-            stored = self.stored.read(name, rows.row)
-            new = stored.to(device=tensor.device, dtype=tensor.dtype)
-            refuse_overflow(name, stored, new)
-            return with_rows(rows.source, tensor, new)
-
-        return put_in
-
-
-def _leaf(name: str, leaves: dict[str, Tensor] | None) -> Step:
-    """Let the graph of gradients begin here."""
-
-    def begin(tensor: Tensor) -> Tensor:
-        leaf = tensor.detach().requires_grad_()
-        if leaves is not None:
-            leaves[name] = leaf
-        return leaf
-
-    return begin
 
 
 def _language_model(model: nn.Module) -> Anatomy:
