@@ -71,7 +71,7 @@ def failed_together(error: RuntimeError) -> CaptureError:
     """Return what to raise where a forward pass, or an agreement on it, failed that several processes share."""
     return CaptureError(
         "the forward pass failed, perhaps because another process that holds this model died: "
-        f"{(str(error).splitlines() or [''])[0]}. What was committed before is safe; run the same capture again "
+        f"{(str(error).splitlines() or [''])[0]}. What was committed before is safe; run the same command again "
         "to go on."
     )
 

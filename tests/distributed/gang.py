@@ -6,7 +6,6 @@ ended, so that a signal never goes to a number that is another process's by now.
 
 import json
 import os
-import select
 import signal
 import socket
 import subprocess
@@ -96,13 +95,6 @@ class Gang:
         """Send a signal to one worker; one that has ended already does not mind."""
         os.kill(self._pids[worker], number)
 
-    def await_output(self, worker: int, text: str) -> None:
-        """Return once a worker has printed `text`."""
-        deadline = time.monotonic() + SECONDS
-        while not self._logs[worker].exists() or text not in self._logs[worker].read_text():
-            assert time.monotonic() < deadline, f"{text!r} was never printed"
-            time.sleep(0.01)
-
     def wait(self, seconds: float = SECONDS) -> list[Ended]:
         """Return how the workers ended; fails, and ends them, if that takes longer than `seconds`."""
         try:
@@ -132,7 +124,7 @@ class Gang:
 
     def _answer(self, seconds: float = SECONDS) -> Any:
         assert self._server.stdout is not None
-        ready, _, _ = select.select([self._server.stdout], [], [], seconds)
+        ready = forking.is_readable(self._server.stdout, seconds)
         said = [log.read_text()[-2000:] for log in self._logs if log.exists()]
         assert ready, f"no answer for {seconds} seconds; the workers said:\n" + "\n".join(said)
         return json.loads(self._server.stdout.readline())

@@ -50,7 +50,7 @@ def test_the_other_ends_at_once_and_the_run_can_go_on(victim: int, tmp_path: Pat
         ranks[victim].send_signal(signal.SIGKILL)
         assert ranks[1 - victim].wait(SOON) == 1
     said = (tmp_path / f"{1 - victim}.log").read_text()
-    assert "run the same capture again to go on" in said, said[-2000:]
+    assert "run the same command again to go on" in said, said[-2000:]
     files = check_stop(out, {})
     assert files
     with started(out, tmp_path, 0.0) as ranks:

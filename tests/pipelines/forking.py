@@ -6,7 +6,7 @@ forks. A child is not reaped before the test has heard of its end, so that its n
 
 import json
 import os
-import select
+import selectors
 import signal
 import subprocess
 import sys
@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 from unittest import mock
 
 ROOT = Path(__file__).parents[2]
@@ -73,13 +73,19 @@ class Forks:
     def answer(self) -> Any:
         """Return what the process says next; fails if it takes too long."""
         assert self._server.stdout is not None
-        ready, _, _ = select.select([self._server.stdout], [], [], SECONDS)
-        assert ready, f"no answer for {SECONDS} seconds"
+        assert is_readable(self._server.stdout, SECONDS), f"no answer for {SECONDS} seconds"
         return json.loads(self._server.stdout.readline())
 
     def close(self) -> None:
         """End the process."""
         self._server.communicate(timeout=SECONDS)
+
+
+def is_readable(stream: IO[bytes], seconds: float) -> bool:
+    """Wait until `stream` has something to read or has ended; say whether that came within `seconds`."""
+    with selectors.DefaultSelector() as selector:  # select() has no room for a process that maps a thousand files
+        selector.register(stream, selectors.EVENT_READ)
+        return bool(selector.select(seconds))
 
 
 @dataclass(frozen=True)
@@ -103,11 +109,11 @@ class Child:
         """Send a signal; one that has ended already does not mind."""
         os.kill(self.pid, number)
 
-    def await_output(self, text: str) -> None:
-        """Return once the child has printed `text`."""
+    def await_file(self, path: Path) -> None:
+        """Return once `path` is there."""
         deadline = time.monotonic() + SECONDS
-        while text not in self.log.read_text():
-            assert time.monotonic() < deadline, f"{text!r} was never printed:\n{self.log.read_text()}"
+        while not path.exists():
+            assert time.monotonic() < deadline, f"{path} never appeared:\n{self.log.read_text()}"
             time.sleep(0.005)
 
     def wait(self) -> Ended:

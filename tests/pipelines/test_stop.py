@@ -68,7 +68,7 @@ def test_a_signal_stops_cleanly_and_the_same_command_goes_on(
 def test_a_signal_before_the_archive_exists(forks: Forks, dataset: Path, tmp_path: Path) -> None:
     out = tmp_path / "a.zarr"
     child = forks.start(capture_words(dataset, out, *SITES))
-    child.await_output("Loading weights")
+    child.await_file(out.with_name(".a.zarr.lock"))  # the first thing of all
     child.send_signal(signal.SIGINT)
     ended = child.wait()
     assert ended.code == 130
