@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
+from residua.capture.beside import write_beside
 from residua.capture.call import Call, Column, example_rows
 from residua.capture.crew import Crew
 from residua.capture.devices import runs_on_cuda
@@ -34,7 +35,6 @@ from residua.store.crc import Buffer
 from residua.store.create import create_archive, seal, workspace
 from residua.store.errors import CaptureError
 from residua.store.examples import ExampleWriter
-from residua.store.files import write_file
 from residua.store.metadata import file_digest
 from residua.store.plan import Plan
 from residua.store.sizes import n_stages
@@ -84,8 +84,7 @@ class GrowingArchive:
 
         def make() -> Mapping[str, Json]:
             with workspace(path) as folder:
-                for name, content in files.items():
-                    write_file(folder / "head" / name, content)
+                write_beside(folder, files)
                 if tokenizer is not None:
                     save_tokenizer(tokenizer, folder / "tokenizer")
                 create_archive(folder, path, plan, {"model": describe_model(model, plan.model), **environment()})

@@ -67,11 +67,16 @@ def plain_class(model: nn.Module) -> type[nn.Module]:
     return kind
 
 
-def failed_together(error: RuntimeError) -> CaptureError:
-    """Return what to raise where a forward pass, or an agreement on it, failed that several processes share."""
+def failed_together(error: RuntimeError, *, safe: str = "committed") -> CaptureError:
+    """Return what to raise where a forward pass, or an agreement on it, failed that several processes share.
+
+    Args:
+        error: How it failed.
+        safe: What has to have become of work that is not lost.
+    """
     return CaptureError(
         "the forward pass failed, perhaps because another process that holds this model died: "
-        f"{(str(error).splitlines() or [''])[0]}. What was committed before is safe; run the same command again "
+        f"{(str(error).splitlines() or [''])[0]}. What was {safe} before is safe; run the same command again "
         "to go on."
     )
 

@@ -15,12 +15,11 @@ from torch.distributed.pipelining.schedules import PipelineScheduleSingle
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from residua.capture.attention import eager_attention
-from residua.capture.attention_facts import attention_files
+from residua.capture.beside import Files, files_beside, write_beside
 from residua.capture.column_shards import column_shards
 from residua.capture.compiled import running_uncompiled
 from residua.capture.cuda_streams import writer_threads
 from residua.capture.groups import split_by_hand
-from residua.capture.head import head_files
 from residua.capture.oracle import whole_sites
 from residua.capture.probing import evaluating
 from residua.capture.provenance import describe_model, environment, identify_model
@@ -41,11 +40,10 @@ from residua.pipelines.settings import CaptureSettings
 from residua.pipelines.workers import Workers, workers_of
 from residua.store.archive import Archive
 from residua.store.commits import drop_broken
-from residua.store.crc import Buffer
 from residua.store.create import create_archive, workspace
 from residua.store.errors import PlanError
 from residua.store.examples import ExampleIndex, ExampleTable
-from residua.store.files import sweep, write_file
+from residua.store.files import sweep
 from residua.store.metadata import is_archive
 from residua.store.plan import Plan
 
@@ -242,8 +240,7 @@ class _Job:
                 self._notes.extend(dropped)
                 self._archive = None if dropped else self._archive
             else:
-                for name, content in (self._beside or self._files_beside(sites)).items():
-                    write_file(folder / "head" / name, content)
+                write_beside(folder, self._beside or self._files_beside(sites))
                 if self._tokenizer is not None:
                     save_tokenizer(self._tokenizer, folder / "tokenizer")
                 create_archive(folder, self._out, plan, self._provenance(plan))
@@ -258,12 +255,8 @@ class _Job:
             raise PlanError("--no-gather is for models under tensor parallelism, and this one is not: leave it out")
         return column_shards(self._model, part)
 
-    def _files_beside(self, sites: Mapping[str, SiteInfo]) -> dict[str, list[Buffer]]:
-        """Return what an analysis needs of the model besides activations, by name in the head's folder."""
-        attention: dict[str, list[Buffer]] = {
-            name: [content] for name, content in attention_files(self._model, sites).items()
-        }
-        return {**(head_files(self._model) if self._settings.head else {}), **attention}
+    def _files_beside(self, sites: Mapping[str, SiteInfo]) -> Files:
+        return files_beside(self._model, sites, head=self._settings.head)
 
     def _check(self, sites: Mapping[str, SiteInfo]) -> None:
         """Refuse an archive that another worker made of another model or other settings than this one's."""

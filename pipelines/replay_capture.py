@@ -15,10 +15,9 @@ import numpy as np
 import numpy.typing as npt
 
 from residua.capture.attention import eager_attention
-from residua.capture.attention_facts import attention_files
+from residua.capture.beside import Files, files_beside, write_beside
 from residua.capture.crew import Crew
 from residua.capture.cuda_streams import writer_threads
-from residua.capture.head import head_files
 from residua.capture.oracle import whole_sites
 from residua.capture.provenance import describe_model, environment, identify_model
 from residua.capture.record import RecordStats, record
@@ -36,7 +35,6 @@ from residua.store.archive import Archive
 from residua.store.canonical import Json, digest_of
 from residua.store.codecs import DEFAULT_PRESET
 from residua.store.commits import drop_broken
-from residua.store.crc import Buffer
 from residua.store.create import create_archive, workspace
 from residua.store.errors import PlanError
 from residua.store.examples import ExampleIndex, ExampleTable
@@ -169,7 +167,7 @@ class ReplayCapture:
         workers.finish(stats, out, archive.plan.n_shards(archive.n_rows), close)
         return Captured(archive=Archive(out), notes=tuple(self._notes))
 
-    def _prepare(self, out: Path, beside: Mapping[str, list[Buffer]] | None) -> Mapping[str, Any]:
+    def _prepare(self, out: Path, beside: Files | None) -> Mapping[str, Any]:
         """Make the archive unless it exists; one of another plan is refused."""
         with workspace(out) as folder:
             index = write_replayed_examples(folder / "examples", self._source, self._examples)
@@ -179,8 +177,7 @@ class ReplayCapture:
                 self._notes.extend(compare_plans(archive, plan, self._model))
                 self._notes.extend(drop_broken(out, plan, archive.commits))
             else:
-                for name, content in (beside or self._files_beside()).items():
-                    write_file(folder / "head" / name, content)
+                write_beside(folder, beside or self._files_beside())
                 for name in self._source.metadata.files:
                     if name.startswith("tokenizer/"):
                         write_file(folder / name, [self._source.side_file(name) or b""])
@@ -193,11 +190,9 @@ class ReplayCapture:
         archive = Archive(out)
         compare_plans(archive, self._plan(ExampleTable(out / "examples").index()), self._model)
 
-    def _files_beside(self) -> dict[str, list[Buffer]]:
-        attention = attention_files(self._model, self._infos)
+    def _files_beside(self) -> Files:
         has_head = f"head/{PARAMETERS_FILE}" in self._source.metadata.files
-        head = head_files(self._model) if has_head else {}
-        return {**head, **{name: [content] for name, content in attention.items()}}
+        return files_beside(self._model, self._infos, head=has_head)
 
     def _plan(self, index: ExampleIndex) -> Plan:
         source = self._source.plan

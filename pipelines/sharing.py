@@ -16,7 +16,7 @@ from torch import nn
 
 from residua.capture.crew import Crew
 from residua.capture.handout import HandOut
-from residua.capture.sharded import Agreement, in_step, is_sharded, is_zero3
+from residua.capture.sharded import Agreement, failed_together, in_step, is_sharded, is_zero3
 from residua.capture.split import is_split, team_of
 from residua.capture.team import Team
 from residua.capture.work import AllAtOnce, runs_of
@@ -153,11 +153,7 @@ class SharedWork:
         except RuntimeError as error:
             if self._team is None and self._agree is None:
                 raise
-            raise CaptureError(
-                "the forward pass failed, perhaps because another process that holds this model died: "
-                f"{(str(error).splitlines() or [''])[0]}. What was finished before is safe; run the same command "
-                "again to go on."
-            ) from error
+            raise failed_together(error, safe="finished") from error
 
     def so_far(self, n_done: int) -> int:
         """Tell the others how many this process has done; return, on worker 0, how many all have."""

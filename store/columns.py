@@ -16,15 +16,15 @@ class RowReader(Protocol):
 
     def read(self, start: int, stop: int) -> Array:
         """Return rows `start` to `stop` (not included)."""
-        raise NotImplementedError
+        ...
 
     def read_into(self, out: Array, start: int, stop: int) -> None:
         """Read rows `start` to `stop` (not included) into `out`."""
-        raise NotImplementedError
+        ...
 
     def take(self, rows: Sequence[int] | npt.NDArray[np.integer]) -> Array:
         """Return the given rows."""
-        raise NotImplementedError
+        ...
 
 
 def reader_of(root: Path, spec: ArraySpec, n_rows: int, *, check: Check, threads: int | None) -> RowReader:
