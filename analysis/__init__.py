@@ -7,11 +7,11 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from residua.analysis.detection import head_detector
-    from residua.analysis.joins import record_batches, table
-    from residua.analysis.linear_probe import LinearProbe, LogisticProbe, RidgeProbe
-    from residua.analysis.loader import Loader
-    from residua.analysis.views import array
+    from residua.analysis.attention.detection import head_detector
+    from residua.analysis.loader.loader import Loader
+    from residua.analysis.probes.linear_probe import LinearProbe, LogisticProbe, RidgeProbe
+    from residua.analysis.rows.dask_array import array
+    from residua.analysis.rows.tables import record_batches, table
 
 __all__ = [
     "LinearProbe",
@@ -25,14 +25,14 @@ __all__ = [
 ]
 
 _HOMES = {
-    "LinearProbe": "linear_probe",
-    "Loader": "loader",
-    "LogisticProbe": "linear_probe",
-    "RidgeProbe": "linear_probe",
-    "array": "views",
-    "head_detector": "detection",
-    "record_batches": "joins",
-    "table": "joins",
+    "LinearProbe": "probes.linear_probe",
+    "Loader": "loader.loader",
+    "LogisticProbe": "probes.linear_probe",
+    "RidgeProbe": "probes.linear_probe",
+    "array": "rows.dask_array",
+    "head_detector": "attention.detection",
+    "record_batches": "rows.tables",
+    "table": "rows.tables",
 }
 
 

@@ -24,12 +24,12 @@ import torch
 from measure import Timings, in_turns, machine, parser, publish, speedups, spread, table
 from residuals import trained_residuals
 
-from residua.analysis.views import array
-from residua.store.archive import Archive
-from residua.store.create import create_archive, workspace
-from residua.store.dtypes import to_float32
-from residua.store.plan import Plan, SitePlan
-from residua.store.writer import FilledShard, ShardWriter
+from residua.analysis.rows.dask_array import array
+from residua.store.encoding.dtypes import to_float32
+from residua.store.format.create import create_archive, workspace
+from residua.store.format.plan import Plan, SitePlan
+from residua.store.format.writer import FilledShard, ShardWriter
+from residua.store.read.archive import Archive
 
 ROWS_PER_SHARD = 32_768
 WIDTH = 512

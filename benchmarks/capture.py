@@ -39,14 +39,15 @@ from residuals import trained_residuals
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import residua
-from residua.capture.record import record
-from residua.store.archive import Archive
-from residua.store.create import create_archive, workspace
-from residua.store.examples import Example, ExampleWriter
-from residua.store.files import write_file
-from residua.store.plan import Plan, SitePlan
-from residua.store.shard import ShardEncoder, shard_path
-from residua.store.spec import ArraySpec
+from residua.capture.recording.record import record
+from residua.store.encoding.shard import ShardEncoder, shard_path
+from residua.store.encoding.spec import ArraySpec
+from residua.store.examples.index import Example
+from residua.store.examples.writer import ExampleWriter
+from residua.store.format.create import create_archive, workspace
+from residua.store.format.plan import Plan, SitePlan
+from residua.store.read.archive import Archive
+from residua.store.storage.files import write_file
 
 ROWS_PER_SHARD = 8192
 ROWS_PER_CHUNK = 256

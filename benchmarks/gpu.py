@@ -24,16 +24,17 @@ from measure import in_turns, machine, parser, publish, speedups, spread, table
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from residua.capture.inputs import forward_kwargs
-from residua.capture.record import record
-from residua.capture.rows import ExampleRows, batch_rows
-from residua.capture.staging import Staging
-from residua.capture.work import AllAtOnce
-from residua.store.create import create_archive, workspace
-from residua.store.examples import Example, ExampleWriter
-from residua.store.plan import Plan, SitePlan
-from residua.store.schedule import Schedule
-from residua.store.writer import FilledShard, ShardWriter
+from residua.capture.buffers.host_buffers import Staging
+from residua.capture.buffers.rows import ExampleRows, batch_rows
+from residua.capture.forward.inputs import forward_kwargs
+from residua.capture.recording.record import record
+from residua.capture.scheduling.work_queue import AllAtOnce
+from residua.store.examples.index import Example
+from residua.store.examples.schedule import Schedule
+from residua.store.examples.writer import ExampleWriter
+from residua.store.format.create import create_archive, workspace
+from residua.store.format.plan import Plan, SitePlan
+from residua.store.format.writer import FilledShard, ShardWriter
 
 MOST_COST, LEAST_RATE = 1.05, 0.8
 EXAMPLES, POSITIONS = 8, 512

@@ -29,12 +29,12 @@ from measure import machine, parser, publish, table
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from residua.analysis.cluster import connect
-from residua.analysis.lens import TunedLens
-from residua.analysis.lens_settings import LensSettings
-from residua.analysis.lens_train import LensTraining
-from residua.pipelines.capture import capture_dataset
-from residua.store.archive import Archive
+from residua.analysis.lens.lens import TunedLens
+from residua.analysis.lens.settings import LensSettings
+from residua.analysis.lens.train import LensTraining
+from residua.analysis.support.cluster import connect
+from residua.pipelines.capture.capture import capture_dataset
+from residua.store.read.archive import Archive
 
 MODEL = Path(__file__).parent.parent / "models" / "pydoc-1m"
 LENGTH, STEPS, BATCH = 128, 250, 12

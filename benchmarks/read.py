@@ -20,11 +20,11 @@ import torch
 from measure import Timings, in_turns, machine, parser, publish, speedups, spread, table
 from residuals import trained_residuals
 
-from residua.store.dtypes import to_float32
-from residua.store.files import write_file
-from residua.store.reader import ArrayReader
-from residua.store.shard import ShardEncoder, shard_path
-from residua.store.spec import ArraySpec
+from residua.store.encoding.dtypes import to_float32
+from residua.store.encoding.shard import ShardEncoder, shard_path
+from residua.store.encoding.spec import ArraySpec
+from residua.store.read.reader import ArrayReader
+from residua.store.storage.files import write_file
 
 ROWS_PER_SHARD = 32_768
 ROWS_PER_CHUNK = 512

@@ -22,10 +22,10 @@ from measure import Timings, in_turns, machine, parser, publish, speedups, sprea
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import residua
-from residua.capture.inputs import forward_kwargs
-from residua.capture.replayer import Replayer
-from residua.store.archive import Archive
-from residua.store.editparse import parse_edits
+from residua.capture.forward.inputs import forward_kwargs
+from residua.capture.replay.engine import Replayer
+from residua.store.edits.parser import parse_edits
+from residua.store.read.archive import Archive
 
 BLOCKS, WIDTH = 12, 768
 EXAMPLES, POSITIONS = 4, 128

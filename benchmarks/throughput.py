@@ -28,7 +28,7 @@ import torch
 from measure import machine, parser, publish, spread, table
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from residua.pipelines.capture import capture_dataset
+from residua.pipelines.capture.capture import capture_dataset
 
 VOCABULARY = 2048
 TARGET = 1.7

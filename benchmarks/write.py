@@ -23,11 +23,11 @@ import zarr
 from measure import Timings, in_turns, machine, parser, publish, speedups, spread, table
 from residuals import trained_residuals
 
-from residua.store.arrays import create_array
-from residua.store.files import write_file
-from residua.store.shard import ShardEncoder, shard_path
-from residua.store.shard_memory import ShardMemory
-from residua.store.spec import ArraySpec
+from residua.store.encoding.shard import ShardEncoder, shard_path
+from residua.store.encoding.shard_memory import ShardMemory
+from residua.store.encoding.spec import ArraySpec
+from residua.store.format.array_metadata import create_array
+from residua.store.storage.files import write_file
 
 ROWS_PER_SHARD = 131_072
 ROWS_PER_CHUNK = 2_048

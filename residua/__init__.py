@@ -10,28 +10,28 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from residua import analysis
-    from residua.analysis.induction import induction_scores
-    from residua.analysis.lens import TunedLens
-    from residua.analysis.probe import probe
-    from residua.analysis.stats import stats
-    from residua.analysis.top import top
-    from residua.capture.parameters import whole_parameter
-    from residua.capture.recorder import Recorder
-    from residua.capture.replay import replay
-    from residua.capture.sites import model_sites
-    from residua.capture.tap import tap
-    from residua.capture.tapgroup import TapGroup
-    from residua.pipelines.capture import capture_dataset
-    from residua.pipelines.fidelity import fidelity
-    from residua.pipelines.patch import attribute, patch
-    from residua.pipelines.replay import replay_dataset
-    from residua.pipelines.reproduce import reproduce
-    from residua.pipelines.settings import CaptureSettings
-    from residua.store.archive import Archive
-    from residua.store.archive import Archive as open  # noqa: A004, N813  # read as residua.open(path)
-    from residua.store.errors import ResiduaError
-    from residua.store.overlay import overlay
-    from residua.store.verify import verify
+    from residua.analysis.attention.induction import induction_scores
+    from residua.analysis.lens.lens import TunedLens
+    from residua.analysis.probes.probe import probe
+    from residua.analysis.stats.stats import stats
+    from residua.analysis.stats.top import top
+    from residua.capture.layout.parameters import whole_parameter
+    from residua.capture.recording.recorder import Recorder
+    from residua.capture.replay.replay import replay
+    from residua.capture.sites.resolve import model_sites
+    from residua.capture.taps.tap import tap
+    from residua.capture.taps.tapgroup import TapGroup
+    from residua.pipelines.capture.capture import capture_dataset
+    from residua.pipelines.capture.reproduce import reproduce
+    from residua.pipelines.circuits.patch import attribute, patch
+    from residua.pipelines.replay.fidelity import fidelity
+    from residua.pipelines.replay.replay import replay_dataset
+    from residua.pipelines.setup.settings import CaptureSettings
+    from residua.store.base.errors import ResiduaError
+    from residua.store.edits.overlay import overlay
+    from residua.store.read.archive import Archive
+    from residua.store.read.archive import Archive as open  # noqa: A004, N813  # read as residua.open(path)
+    from residua.store.read.verify import verify
 
 __version__ = version("residua")
 __all__ = [
@@ -62,30 +62,30 @@ __all__ = [
 ]
 
 _HOMES = {
-    "Archive": "store.archive:Archive",
-    "CaptureSettings": "pipelines.settings:CaptureSettings",
-    "Recorder": "capture.recorder:Recorder",
-    "ResiduaError": "store.errors:ResiduaError",
-    "TapGroup": "capture.tapgroup:TapGroup",
-    "TunedLens": "analysis.lens:TunedLens",
+    "Archive": "store.read.archive:Archive",
+    "CaptureSettings": "pipelines.setup.settings:CaptureSettings",
+    "Recorder": "capture.recording.recorder:Recorder",
+    "ResiduaError": "store.base.errors:ResiduaError",
+    "TapGroup": "capture.taps.tapgroup:TapGroup",
+    "TunedLens": "analysis.lens.lens:TunedLens",
     "analysis": "analysis",
-    "attribute": "pipelines.patch:attribute",
-    "capture_dataset": "pipelines.capture:capture_dataset",
-    "fidelity": "pipelines.fidelity:fidelity",
-    "induction_scores": "analysis.induction:induction_scores",
-    "model_sites": "capture.sites:model_sites",
-    "open": "store.archive:Archive",
-    "overlay": "store.overlay:overlay",
-    "patch": "pipelines.patch:patch",
-    "probe": "analysis.probe:probe",
-    "replay": "capture.replay:replay",
-    "replay_dataset": "pipelines.replay:replay_dataset",
-    "reproduce": "pipelines.reproduce:reproduce",
-    "stats": "analysis.stats:stats",
-    "tap": "capture.tap:tap",
-    "top": "analysis.top:top",
-    "verify": "store.verify:verify",
-    "whole_parameter": "capture.parameters:whole_parameter",
+    "attribute": "pipelines.circuits.patch:attribute",
+    "capture_dataset": "pipelines.capture.capture:capture_dataset",
+    "fidelity": "pipelines.replay.fidelity:fidelity",
+    "induction_scores": "analysis.attention.induction:induction_scores",
+    "model_sites": "capture.sites.resolve:model_sites",
+    "open": "store.read.archive:Archive",
+    "overlay": "store.edits.overlay:overlay",
+    "patch": "pipelines.circuits.patch:patch",
+    "probe": "analysis.probes.probe:probe",
+    "replay": "capture.replay.replay:replay",
+    "replay_dataset": "pipelines.replay.replay:replay_dataset",
+    "reproduce": "pipelines.capture.reproduce:reproduce",
+    "stats": "analysis.stats.stats:stats",
+    "tap": "capture.taps.tap:tap",
+    "top": "analysis.stats.top:top",
+    "verify": "store.read.verify:verify",
+    "whole_parameter": "capture.layout.parameters:whole_parameter",
 }
 
 

@@ -2,7 +2,7 @@
 
 import sys
 
-from residua.pipelines.cli import main
+from residua.pipelines.cli.main import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -15,8 +15,8 @@ import zarr
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import residua
-from residua.store.codecs import PRESETS
-from residua.store.metadata import FORMAT
+from residua.store.encoding.codecs import PRESETS
+from residua.store.format.archive_metadata import FORMAT
 
 FOLDER = Path(__file__).parent.parent / "tests" / "fixtures" / f"format-{FORMAT}"
 

@@ -4,8 +4,8 @@ from pathlib import Path
 
 from torch import nn
 
-from residua.capture.head import head_files
-from residua.store.files import write_file
+from residua.capture.identity.lm_head import head_files
+from residua.store.storage.files import write_file
 
 
 def save_head(model: nn.Module, folder: Path) -> bool:

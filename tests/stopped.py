@@ -5,10 +5,10 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from residua.store.archive import Archive
-from residua.store.metadata import is_archive
-from residua.store.shard import shard_path
-from residua.store.verify import verify
+from residua.store.encoding.shard import shard_path
+from residua.store.format.archive_metadata import is_archive
+from residua.store.read.archive import Archive
+from residua.store.read.verify import verify
 
 SECONDS = 300  # a limit for hangs, not for busy machines
 

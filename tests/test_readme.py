@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from residua.pipelines.cli import main
+from residua.pipelines.cli.main import main
 from tests.pages import ROOT, blocks, run
 
 PAGE = "README.md"

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 import residua
-from residua.store.editparse import parse_edits
-from residua.store.edits import KINDS
+from residua.store.edits.edit import KINDS
+from residua.store.edits.parser import parse_edits
 from tests.pages import ROOT, blocks, run
 
 PAGE = ROOT / "docs" / "replay.md"

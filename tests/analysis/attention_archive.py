@@ -6,13 +6,14 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from residua.store.archive import Archive
-from residua.store.attentionspec import AttentionSpec, attention_to_json
-from residua.store.create import create_archive, workspace
-from residua.store.examples import Example, ExampleWriter
-from residua.store.files import write_file
-from residua.store.plan import Plan, SitePlan
-from residua.store.writer import FilledShard, ShardWriter
+from residua.store.examples.index import Example
+from residua.store.examples.writer import ExampleWriter
+from residua.store.format.attentionspec import AttentionSpec, attention_to_json
+from residua.store.format.create import create_archive, workspace
+from residua.store.format.plan import Plan, SitePlan
+from residua.store.format.writer import FilledShard, ShardWriter
+from residua.store.read.archive import Archive
+from residua.store.storage.files import write_file
 
 Floats = npt.NDArray[np.float64]
 HEIGHT = 64

@@ -11,10 +11,10 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from residua.analysis.blocks import Block
-from residua.analysis.opened import opened
-from residua.store.errors import DamagedArchiveError
-from residua.store.mapped import OPEN_SHARDS
+from residua.analysis.rows.blocks import Block
+from residua.analysis.support.open_archives import opened
+from residua.store.base.errors import DamagedArchiveError
+from residua.store.read.mapped import OPEN_SHARDS
 
 
 def gram(path: str, block: Block) -> npt.NDArray[np.float64]:

@@ -6,7 +6,7 @@ from typing import Any
 import distributed
 import pytest
 
-from residua.store.archive import Archive
+from residua.store.read.archive import Archive
 from tests.analysis.lens_archive import make_lens_archive
 
 

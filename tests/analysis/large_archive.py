@@ -6,13 +6,13 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from residua.store.archive import Archive
-from residua.store.canonical import canonical_json, digest_of
-from residua.store.commits import FOLDER, Commit, ShardFile
-from residua.store.create import create_archive, workspace
-from residua.store.plan import Plan, SitePlan
-from residua.store.shard import shard_path
-from residua.store.writer import FilledShard, ShardWriter
+from residua.store.base.canonical import canonical_json, digest_of
+from residua.store.encoding.shard import shard_path
+from residua.store.format.commits import FOLDER, Commit, ShardFile
+from residua.store.format.create import create_archive, workspace
+from residua.store.format.plan import Plan, SitePlan
+from residua.store.format.writer import FilledShard, ShardWriter
+from residua.store.read.archive import Archive
 
 Array = npt.NDArray[np.generic]
 

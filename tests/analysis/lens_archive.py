@@ -5,9 +5,9 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from residua.analysis.split import held_out
-from residua.pipelines.capture import capture_dataset
-from residua.store.archive import Archive
+from residua.analysis.rows.held_out import held_out
+from residua.pipelines.capture.capture import capture_dataset
+from residua.store.read.archive import Archive
 from tests.models import TINY, VOCABULARY
 
 N_EXAMPLES = 80

@@ -4,14 +4,14 @@ from pathlib import Path
 
 import numpy as np
 
-from residua.store.archive import Archive
-from residua.store.canonical import Json
-from residua.store.create import create_archive, workspace
-from residua.store.example_writer import ExampleWriter
-from residua.store.examples import Example
-from residua.store.plan import Plan, SitePlan
-from residua.store.stored import Array
-from residua.store.writer import FilledShard, ShardWriter
+from residua.store.base.canonical import Json
+from residua.store.examples.index import Example
+from residua.store.examples.writer import ExampleWriter
+from residua.store.format.create import create_archive, workspace
+from residua.store.format.plan import Plan, SitePlan
+from residua.store.format.writer import FilledShard, ShardWriter
+from residua.store.read.archive import Archive
+from residua.store.read.array import Array
 
 HEIGHT = 1024
 LENGTH = 32  # rows of an example

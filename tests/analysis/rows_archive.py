@@ -9,12 +9,13 @@ import numpy.typing as npt
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 
-from residua.store.archive import Archive
-from residua.store.create import create_archive, seal, workspace
-from residua.store.examples import Example, ExampleWriter
-from residua.store.files import write_file
-from residua.store.plan import Plan, SitePlan
-from residua.store.writer import FilledShard, ShardWriter
+from residua.store.examples.index import Example
+from residua.store.examples.writer import ExampleWriter
+from residua.store.format.create import create_archive, seal, workspace
+from residua.store.format.plan import Plan, SitePlan
+from residua.store.format.writer import FilledShard, ShardWriter
+from residua.store.read.archive import Archive
+from residua.store.storage.files import write_file
 
 VOCABULARY = 50
 

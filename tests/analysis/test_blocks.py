@@ -6,10 +6,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from residua.analysis.blocks import Block, blocks
-from residua.store.archive import Archive
-from residua.store.commits import FOLDER
-from residua.store.errors import AnalysisError, UnknownSiteError
+from residua.analysis.rows.blocks import Block, blocks
+from residua.store.base.errors import AnalysisError, UnknownSiteError
+from residua.store.format.commits import FOLDER
+from residua.store.read.archive import Archive
 from tests.store.small_archive import HEIGHT, N_ROWS, make_archive
 
 ROW_BYTES = 40 * 4 + 2 * 4 * 4

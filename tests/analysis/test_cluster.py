@@ -6,8 +6,8 @@ import pytest
 import torch
 from threadpoolctl import threadpool_info, threadpool_limits
 
-from residua.analysis.cluster import connect
-from residua.store.errors import AnalysisError, DamagedArchiveError
+from residua.analysis.support.cluster import connect
+from residua.store.base.errors import AnalysisError, DamagedArchiveError
 
 
 def square(number: int) -> tuple[int, int]:
@@ -61,7 +61,7 @@ def test_a_bar_names_the_stage(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_where_nobody_answers_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("residua.analysis.cluster._CONNECT_SECONDS", 1)
+    monkeypatch.setattr("residua.analysis.support.cluster._CONNECT_SECONDS", 1)
     with (
         pytest.raises(AnalysisError, match=r"no Dask scheduler answers at tcp://127.0.0.1:1"),
         connect("tcp://127.0.0.1:1"),

@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 from dask import config
 
-from residua.analysis.blocks import blocks
-from residua.analysis.cluster import Cluster, connect
-from residua.analysis.opened import address
-from residua.analysis.views import array
-from residua.store.archive import Archive
-from residua.store.errors import AnalysisError, DamagedArchiveError
+from residua.analysis.rows.blocks import blocks
+from residua.analysis.rows.dask_array import array
+from residua.analysis.support.cluster import Cluster, connect
+from residua.analysis.support.open_archives import address
+from residua.store.base.errors import AnalysisError, DamagedArchiveError
+from residua.store.read.archive import Archive
 from tests.analysis import cluster_jobs as jobs
 from tests.analysis.large_archive import make_large
 from tests.store.small_archive import make_archive
@@ -86,10 +86,10 @@ def test_a_bar_names_the_stage(scheduler: str, archive: Archive, capfd: pytest.C
 def test_a_scheduler_must_have_workers_soon(monkeypatch: pytest.MonkeyPatch) -> None:
     make: Any = distributed.LocalCluster
     with make(n_workers=0, dashboard_address="127.0.0.1:0", threads_per_worker=1) as empty:
-        monkeypatch.setattr("residua.analysis.cluster._CONNECT_SECONDS", 1)
+        monkeypatch.setattr("residua.analysis.support.cluster._CONNECT_SECONDS", 1)
         with pytest.raises(AnalysisError, match="has no workers: start some"), connect(empty.scheduler_address):
             pass
-        monkeypatch.setattr("residua.analysis.cluster._CONNECT_SECONDS", 60)
+        monkeypatch.setattr("residua.analysis.support.cluster._CONNECT_SECONDS", 60)
         empty.scale(1)
         with connect(empty.scheduler_address) as cluster:
             assert cluster.n_workers == 1

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 import residua
-from residua.analysis.detection import HeadName
-from residua.store.archive import Archive
-from residua.store.errors import AnalysisError
+from residua.analysis.attention.detection import HeadName
+from residua.store.base.errors import AnalysisError
+from residua.store.read.archive import Archive
 from tests.models import LAYERS, TINY
 
 EXAMPLES = [[1, 5, 9, 5, 6, 9, 5, 9, 9, 7, 5, 6], [1, 8, 8, 3, 1, 8, 3, 3]]

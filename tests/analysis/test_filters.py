@@ -11,12 +11,12 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from residua.analysis import filters
-from residua.analysis.filters import RowFilter
-from residua.store.archive import Archive
-from residua.store.errors import AnalysisError
-from residua.store.example_writer import ExampleWriter
-from residua.store.examples import Example
+from residua.analysis.rows import filters
+from residua.analysis.rows.filters import RowFilter
+from residua.store.base.errors import AnalysisError
+from residua.store.examples.index import Example
+from residua.store.examples.writer import ExampleWriter
+from residua.store.read.archive import Archive
 from tests.store.small_archive import N_ROWS, make_archive
 
 Row = Mapping[str, Any]

@@ -8,9 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from residua.analysis.head import load_head
-from residua.store.errors import DamagedArchiveError, UnsafeArchiveError
-from residua.store.headspec import HeadSpec
+from residua.analysis.lens.lm_head import load_head
+from residua.store.base.errors import DamagedArchiveError, UnsafeArchiveError
+from residua.store.format.headspec import HeadSpec
 from tests.capture.readings import everything
 from tests.heads import save_head
 from tests.models import TINY

@@ -9,9 +9,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from residua.analysis.head import Head, load_head
-from residua.store.errors import DamagedArchiveError, ResiduaError, UnsafeArchiveError
-from residua.store.headspec import HeadSpec
+from residua.analysis.lens.lm_head import Head, load_head
+from residua.store.base.errors import DamagedArchiveError, ResiduaError, UnsafeArchiveError
+from residua.store.format.headspec import HeadSpec
 from tests.heads import save_head
 from tests.models import TINY
 from tests.store.forging import little_memory

@@ -13,9 +13,9 @@ import transformers as hf
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import residua
-from residua.analysis.induction import induction_scores
-from residua.store.archive import Archive
-from residua.store.errors import AnalysisError, NotCapturedError
+from residua.analysis.attention.induction import induction_scores
+from residua.store.base.errors import AnalysisError, NotCapturedError
+from residua.store.read.archive import Archive
 from tests.analysis.reference_scores import NAMES, Floats, reference_scores
 from tests.models import LAYERS, TINY, VOCABULARY, calm
 
@@ -179,7 +179,7 @@ class Backwards:
 
 def test_a_cluster_gives_the_same_to_the_bit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     archive = capture(TINY["gemma2"](), tmp_path / "a.zarr")
-    monkeypatch.setattr("residua.analysis.attention_jobs._JOB_PAIRS", 500)
+    monkeypatch.setattr("residua.analysis.attention.jobs._JOB_PAIRS", 500)
     cluster = Backwards()
     here = induction_scores(archive)
     assert here.equals(induction_scores(archive, cluster=cluster))

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 import residua
-from residua.pipelines.cli import main
+from residua.pipelines.cli.main import main
 from tests.pages import ROOT, blocks, run
 
 PAGE = "docs/induction.md"

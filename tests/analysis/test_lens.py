@@ -8,11 +8,11 @@ import pytest
 import torch
 
 import residua
-from residua.analysis.lens import TunedLens
-from residua.analysis.lens_points import depth_of, points_of
-from residua.analysis.lens_settings import LensSettings
-from residua.store.archive import Archive
-from residua.store.errors import AnalysisError, DamagedArchiveError
+from residua.analysis.lens.lens import TunedLens
+from residua.analysis.lens.points import depth_of, points_of
+from residua.analysis.lens.settings import LensSettings
+from residua.store.base.errors import AnalysisError, DamagedArchiveError
+from residua.store.read.archive import Archive
 from tests.analysis.lens_archive import held_out_rows, make_lens_archive
 
 torch.set_num_threads(1)
@@ -157,7 +157,7 @@ def test_a_finished_folder_is_not_written_over(lens_archive: Archive, tmp_path: 
 def test_the_command_prints_what_it_found(
     lens_archive: Archive, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from residua.pipelines.cli import main
+    from residua.pipelines.cli.main import main
 
     out = tmp_path / "lens"
     words = [
@@ -185,12 +185,12 @@ def test_the_command_prints_what_it_found(
 def test_a_stopped_command_says_what_is_safe(
     lens_archive: Archive, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from residua.pipelines.cli import main
+    from residua.pipelines.cli.main import main
 
     def stop(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("residua.analysis.lens_train.fit_layers", stop)
+    monkeypatch.setattr("residua.analysis.lens.train.fit_layers", stop)
     words = ["lens", "train", str(lens_archive.path), "--out", str(tmp_path / "lens"), "--scheduler", "inline"]
     assert main(words) == 130
     assert "finished layers are safe. Run the same command again" in capsys.readouterr().out

@@ -16,11 +16,11 @@ from transformers import PreTrainedModel
 from tuned_lens.nn.lenses import TunedLens as TheirLens
 from tuned_lens.nn.unembed import Unembed
 
-from residua.analysis.lens import TunedLens
-from residua.analysis.lens_checkpoint import LensConfig, hash_unembedding, read_checkpoint, write_checkpoint
-from residua.analysis.lens_report import REPORT
-from residua.analysis.lens_translator import Translator
-from residua.store.errors import AnalysisError
+from residua.analysis.lens.checkpoint import LensConfig, hash_unembedding, read_checkpoint, write_checkpoint
+from residua.analysis.lens.lens import TunedLens
+from residua.analysis.lens.report import REPORT
+from residua.analysis.lens.translator import Translator
+from residua.store.base.errors import AnalysisError
 from tests.heads import save_head
 from tests.models import TINY
 

@@ -7,11 +7,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from residua.analysis import lens_unembedding
-from residua.analysis.head import Head, load_head
-from residua.analysis.lens_candidates import draw_candidates
-from residua.analysis.lens_decoder import Decoder
-from residua.analysis.lens_unembedding import Unembedding
+from residua.analysis.lens import unembedding as lens_unembedding
+from residua.analysis.lens.candidates import draw_candidates
+from residua.analysis.lens.decoder import Decoder
+from residua.analysis.lens.lm_head import Head, load_head
+from residua.analysis.lens.unembedding import Unembedding
 from tests.heads import save_head
 from tests.models import TINY
 

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from residua.analysis.lens_ridge import Gram, Ridge, solve_ridge
-from residua.store.errors import AnalysisError
+from residua.analysis.lens.ridge import Gram, Ridge, solve_ridge
+from residua.store.base.errors import AnalysisError
 
 N, D = 700, 12
 

@@ -4,10 +4,10 @@ from pathlib import Path
 
 import numpy as np
 
-from residua.analysis.lens_rows import LensRows
-from residua.analysis.lens_settings import LensSettings
-from residua.analysis.split import held_out
-from residua.store.archive import Archive
+from residua.analysis.lens.rows import LensRows
+from residua.analysis.lens.settings import LensSettings
+from residua.analysis.rows.held_out import held_out
+from residua.store.read.archive import Archive
 from tests.analysis.lens_archive import held_out_rows, is_late, make_lens_archive
 
 

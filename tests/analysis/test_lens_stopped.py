@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from residua.analysis.cluster import connect
-from residua.analysis.lens import TunedLens
-from residua.analysis.lens_settings import LensSettings
-from residua.analysis.lens_train import LensTraining
-from residua.store.archive import Archive
-from residua.store.errors import AnalysisError
+from residua.analysis.lens.lens import TunedLens
+from residua.analysis.lens.settings import LensSettings
+from residua.analysis.lens.train import LensTraining
+from residua.analysis.support.cluster import connect
+from residua.store.base.errors import AnalysisError
+from residua.store.read.archive import Archive
 from tests.analysis.lens_archive import make_lens_archive
 
 EPOCHS = 40
@@ -102,11 +102,11 @@ def test_a_kill_while_the_work_is_cleared_is_taken_up(tmp_path: Path, monkeypatc
 LARGE = """
 import json, resource, sys
 import torch
-from residua.analysis.head import Head
-from residua.analysis.lens_decoder import Decoder
-from residua.analysis.lens_judge import judge
-from residua.analysis.lens_translator import Translator
-from residua.store.headspec import HeadSpec
+from residua.analysis.lens.lm_head import Head
+from residua.analysis.lens.decoder import Decoder
+from residua.analysis.lens.evaluate import judge
+from residua.analysis.lens.translator import Translator
+from residua.store.format.headspec import HeadSpec
 
 torch.set_num_threads(1)
 V, D, N = 131_072, 64, 400

@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 import torch
 
-from residua.analysis import lens_train
-from residua.analysis.cluster import Cluster, connect
-from residua.analysis.lens import TunedLens
-from residua.store.archive import Archive
+from residua.analysis.lens import train as lens_train
+from residua.analysis.lens.lens import TunedLens
+from residua.analysis.support.cluster import Cluster, connect
+from residua.store.read.archive import Archive
 
 torch.set_num_threads(1)
 

@@ -13,8 +13,8 @@ from sklearn.linear_model import LogisticRegression, Ridge
 from sklearn.model_selection import cross_val_score
 from sklearn.preprocessing import StandardScaler
 
-from residua.analysis.linear_probe import LinearProbe, LogisticProbe, RidgeProbe
-from residua.store.errors import AnalysisError
+from residua.analysis.probes.linear_probe import LinearProbe, LogisticProbe, RidgeProbe
+from residua.store.base.errors import AnalysisError
 
 N_ROWS, WIDTH = 1500, 12
 

@@ -14,11 +14,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
-from residua.analysis.loader import Batch, Loader
-from residua.analysis.order import n_batches, share_of, turn
-from residua.store.archive import Archive
-from residua.store.commits import FOLDER
-from residua.store.errors import AnalysisError, UnknownSiteError
+from residua.analysis.loader.loader import Batch, Loader
+from residua.analysis.loader.order import n_batches, share_of, turn
+from residua.store.base.errors import AnalysisError, UnknownSiteError
+from residua.store.format.commits import FOLDER
+from residua.store.read.archive import Archive
 from tests.analysis.loading import HEIGHT, LENGTH, make_numbered
 from tests.store.small_archive import make_archive
 

@@ -9,8 +9,8 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from residua.analysis.loader import Loader
-from residua.store.archive import Archive
+from residua.analysis.loader.loader import Loader
+from residua.store.read.archive import Archive
 from tests.analysis.large_archive import make_large
 
 N_ROWS = 2**15
@@ -29,7 +29,7 @@ def archive(tmp_path_factory: pytest.TempPathFactory) -> Archive:
 
 def make(archive: Archive, monkeypatch: pytest.MonkeyPatch, *, share: float, shuffle: bool = True) -> Loader:
     """Return a loader whose buffer holds that share of the archive, in blocks of 16 rows."""
-    monkeypatch.setattr("residua.analysis.chosen._RAW_BYTES", BLOCK * 4 * WIDTH)
+    monkeypatch.setattr("residua.analysis.loader.chosen._RAW_BYTES", BLOCK * 4 * WIDTH)
     buffer_bytes = int(share * N_ROWS) * (4 * WIDTH + 16)
     return archive.loader("resid_post.0", batch_size=SIZE, shuffle=shuffle, buffer_bytes=buffer_bytes)
 

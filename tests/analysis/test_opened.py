@@ -4,10 +4,10 @@ from pathlib import Path
 
 import pytest
 
-from residua.analysis.opened import address, opened
-from residua.store.archive import Archive
-from residua.store.commits import FOLDER
-from residua.store.errors import NotCapturedError
+from residua.analysis.support.open_archives import address, opened
+from residua.store.base.errors import NotCapturedError
+from residua.store.format.commits import FOLDER
+from residua.store.read.archive import Archive
 from tests.store.small_archive import make_archive
 
 

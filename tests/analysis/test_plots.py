@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from residua.analysis.plots import heat_map, line_plot
+from residua.analysis.support.plots import heat_map, line_plot
 
 
 def words(path: Path) -> str:

@@ -9,14 +9,14 @@ from sklearn.linear_model import LogisticRegression, Ridge
 from sklearn.metrics import balanced_accuracy_score, mean_squared_error, r2_score, roc_auc_score
 from sklearn.preprocessing import StandardScaler
 
-from residua.analysis.cluster import connect
-from residua.analysis.controls import Split
-from residua.analysis.linear_probe import LinearProbe
-from residua.analysis.probe import probe
-from residua.analysis.split import held_out
-from residua.analysis.survey import survey
-from residua.store.archive import Archive
-from residua.store.errors import AnalysisError, UnknownSiteError
+from residua.analysis.probes.controls import Split
+from residua.analysis.probes.linear_probe import LinearProbe
+from residua.analysis.probes.probe import probe
+from residua.analysis.probes.survey import survey
+from residua.analysis.rows.held_out import held_out
+from residua.analysis.support.cluster import connect
+from residua.store.base.errors import AnalysisError, UnknownSiteError
+from residua.store.read.archive import Archive
 from tests.analysis.rows_archive import write_rows
 
 RNG = np.random.default_rng(0)
@@ -128,7 +128,7 @@ def test_the_control_of_examples_shows_what_leaks(archive: Archive, monkeypatch:
     """Rows that name their example tell no held-out label; divide the examples, and the control gives it away."""
     honest = line(archive, "good", "final")
     assert honest["control_balanced_accuracy"] < 0.65
-    monkeypatch.setattr("residua.analysis.controls.held_out", divided)
+    monkeypatch.setattr("residua.analysis.probes.controls.held_out", divided)
     assert line(archive, "good", "final")["control_balanced_accuracy"] > honest["control_balanced_accuracy"] + 0.1
 
 
@@ -138,9 +138,9 @@ def divided(examples: Any, *, fraction: float, seed: int) -> Any:
 
 
 def test_rows_that_do_not_fit_are_read_again(archive: Archive, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("residua.analysis.siterows.PIECE_BYTES", 8 * 20 * 32)
+    monkeypatch.setattr("residua.analysis.rows.site_rows.PIECE_BYTES", 8 * 20 * 32)
     kept = probe(archive, "label", "resid_post.1,final")
-    monkeypatch.setattr("residua.analysis.probe_rows.width_of", lambda *_: 10**12)
+    monkeypatch.setattr("residua.analysis.probes.rows.width_of", lambda *_: 10**12)
     assert probe(archive, "label", "resid_post.1,final").equals(kept)
 
 
@@ -192,7 +192,7 @@ def test_bad_targets_are_named(archive: Archive, target: str, asked: Any, quoted
 
 
 def test_too_wide_too_many_and_not_there(archive: Archive, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("residua.analysis.survey._MOST_CLASSES", 20)
+    monkeypatch.setattr("residua.analysis.probes.survey._MOST_CLASSES", 20)
     with pytest.raises(AnalysisError, match=r"more than 20 different values.*regression"):
         probe(archive, "many", "resid_post.1", task="classification")
     with (
@@ -211,14 +211,14 @@ def test_too_wide_too_many_and_not_there(archive: Archive, monkeypatch: pytest.M
 
 def test_a_control_of_few_rows_of_many_has_their_labels(archive: Archive, monkeypatch: pytest.MonkeyPatch) -> None:
     """How many labels it draws from follows from the rows that are chosen, not from all of the archive."""
-    monkeypatch.setattr("residua.analysis.survey._SAMPLE", 32)
+    monkeypatch.setattr("residua.analysis.probes.survey._SAMPLE", 32)
     split, where = Split(0.2, 0), "example < 20"
     chosen = POSITION[EXAMPLE < 20] > 3
     found = survey(archive, "position > 3", where=where, task=None, split=split).control.sample
     assert found is not None
     assert 16 < len(found) <= 64
     assert found.mean() == pytest.approx(chosen.mean(), abs=0.25)
-    monkeypatch.setattr("residua.analysis.survey._SAMPLE", N_ROWS)
+    monkeypatch.setattr("residua.analysis.probes.survey._SAMPLE", N_ROWS)
     every = survey(archive, "position > 3", where=where, task=None, split=split).control.sample
     assert every is not None
     assert every.tolist() == chosen.tolist()

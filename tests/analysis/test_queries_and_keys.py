@@ -11,10 +11,10 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from residua.analysis import queries_and_keys
-from residua.analysis.induction import induction_scores
-from residua.store.attentionspec import AttentionSpec
-from residua.store.errors import AnalysisError, DamagedArchiveError
+from residua.analysis.attention import queries_and_keys
+from residua.analysis.attention.induction import induction_scores
+from residua.store.base.errors import AnalysisError, DamagedArchiveError
+from residua.store.format.attentionspec import AttentionSpec
 from tests.analysis.attention_archive import dense_weights, make_qk_archive
 from tests.analysis.reference_scores import NAMES, reference_scores
 

@@ -6,11 +6,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from residua.analysis.cluster import connect
-from residua.analysis.probe import probe
-from residua.analysis.stats import stats
-from residua.analysis.top import top
-from residua.store.archive import Archive
+from residua.analysis.probes.probe import probe
+from residua.analysis.stats.stats import stats
+from residua.analysis.stats.top import top
+from residua.analysis.support.cluster import connect
+from residua.store.read.archive import Archive
 from tests.analysis.rows_archive import write_rows
 
 LENGTHS = (40,) * 40
@@ -18,8 +18,8 @@ LENGTHS = (40,) * 40
 
 @pytest.fixture
 def archive(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Archive:
-    monkeypatch.setattr("residua.analysis.stats._ROWS_A_CHANNEL", 5)  # several tasks a site
-    monkeypatch.setattr("residua.analysis.top._ROWS_A_RUN", 200)
+    monkeypatch.setattr("residua.analysis.stats.stats._ROWS_A_CHANNEL", 5)  # several tasks a site
+    monkeypatch.setattr("residua.analysis.stats.top._ROWS_A_RUN", 200)
     rng = np.random.default_rng(0)
     sites = {f"resid_post.{layer}": rng.standard_normal((1600, 24)).astype(np.float32) for layer in range(3)}
     sites["resid_post.2"][:, 5] += np.arange(1600) // 40 % 2

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 import residua
-from residua.analysis.logistic import Basis, Problem, fit_logistic
-from residua.analysis.moments import Moments
+from residua.analysis.probes.logistic import Basis, Problem, fit_logistic
+from residua.analysis.support.moments import Moments
 from tests.analysis.rows_archive import write_rows
 from tests.pages import blocks, run
 

@@ -5,9 +5,9 @@ import doctest
 import numpy as np
 import pytest
 
-from residua.analysis import split
-from residua.analysis.split import held_out
-from residua.store.errors import AnalysisError
+from residua.analysis.rows import held_out as split
+from residua.analysis.rows.held_out import held_out
+from residua.store.base.errors import AnalysisError
 
 
 def splitmix(state: int) -> int:

@@ -11,12 +11,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.numpy import load_file
 
-from residua.analysis.cluster import connect
-from residua.analysis.merging import OrderedSum
-from residua.analysis.moments import Moments
-from residua.analysis.stats import Stats, stats
-from residua.store.archive import Archive
-from residua.store.errors import AnalysisError
+from residua.analysis.stats.stats import Stats, stats
+from residua.analysis.support.cluster import connect
+from residua.analysis.support.moments import Moments
+from residua.analysis.support.ordered_sums import OrderedSum
+from residua.store.base.errors import AnalysisError
+from residua.store.read.archive import Archive
 from tests.analysis.rows_archive import write_rows
 
 LENGTHS = (70, 1, 30, 199, 5, 300)
@@ -49,8 +49,8 @@ def archive(tmp_path_factory: pytest.TempPathFactory) -> Archive:
 
 @pytest.fixture(autouse=True)
 def many_small_tasks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("residua.analysis.stats._ROWS_A_CHANNEL", 1)
-    monkeypatch.setattr("residua.analysis.siterows.PIECE_BYTES", 8 * 9 * 20)
+    monkeypatch.setattr("residua.analysis.stats.stats._ROWS_A_CHANNEL", 1)
+    monkeypatch.setattr("residua.analysis.rows.site_rows.PIECE_BYTES", 8 * 9 * 20)
 
 
 @pytest.fixture(scope="module")

@@ -9,10 +9,10 @@ import safetensors.numpy
 import safetensors.torch
 import torch
 
-from residua.analysis.directions import read_direction
-from residua.analysis.top import top
-from residua.store.archive import Archive
-from residua.store.errors import AnalysisError, UnknownSiteError
+from residua.analysis.stats.directions import read_direction
+from residua.analysis.stats.top import top
+from residua.store.base.errors import AnalysisError, UnknownSiteError
+from residua.store.read.archive import Archive
 from tests.analysis.rows_archive import write_rows
 
 LENGTHS = (70, 1, 30, 99, 5, 200)
@@ -40,8 +40,8 @@ def archive(tmp_path_factory: pytest.TempPathFactory) -> Archive:
 
 @pytest.fixture(autouse=True)
 def many_small_tasks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("residua.analysis.top._ROWS_A_RUN", 100)
-    monkeypatch.setattr("residua.analysis.siterows.PIECE_BYTES", 8 * 6 * 20)
+    monkeypatch.setattr("residua.analysis.stats.top._ROWS_A_RUN", 100)
+    monkeypatch.setattr("residua.analysis.rows.site_rows.PIECE_BYTES", 8 * 6 * 20)
 
 
 def ranking(scores: Any, rows: Any, k: int, *, bottom: bool = False, per_example: bool = False) -> list[int]:

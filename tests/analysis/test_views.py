@@ -10,10 +10,10 @@ import pytest
 from dask import array as da
 
 import residua
-from residua.analysis.views import array
-from residua.store.archive import Archive
-from residua.store.commits import FOLDER
-from residua.store.errors import NotCapturedError, UnknownSiteError
+from residua.analysis.rows.dask_array import array
+from residua.store.base.errors import NotCapturedError, UnknownSiteError
+from residua.store.format.commits import FOLDER
+from residua.store.read.archive import Archive
 from tests.analysis.large_archive import make_empty, make_large
 from tests.store.small_archive import N_ROWS, make_archive
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.masking_utils import AttentionMaskInterface
 
-from residua.capture.taps import reading
+from residua.capture.taps.reading import reading
 from tests.capture.readings import run
 from tests.models import TINY
 

@@ -1,8 +1,8 @@
 """A device that is never in a hurry: streams that run when a random schedule says so, memory that is reused at once.
 
-What `residua.capture.offload` needs of a device, on a CPU. Work is queued and done later, one operation at a time, of
-a random stream. Freed memory goes to the next tensor immediately, as a stream-ordered allocator does: rightly so for
-the stream that frees, wrongly for a copy on another stream that still reads.
+What `residua.capture.buffers.offload` needs of a device, on a CPU. Work is queued and done later, one operation at a
+time, of a random stream. Freed memory goes to the next tensor immediately, as a stream-ordered allocator does: rightly
+so for the stream that frees, wrongly for a copy on another stream that still reads.
 """
 
 import random

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 import residua
-from residua.capture.inputs import PaddedBatch, forward_kwargs, padded_batch
-from residua.capture.sites import model_sites
-from residua.capture.taps import reading
+from residua.capture.forward.inputs import PaddedBatch, forward_kwargs, padded_batch
+from residua.capture.sites.resolve import model_sites
+from residua.capture.taps.reading import reading
 from tests.models import ODD, TINY, VOCABULARY
 
 torch.set_num_threads(1)

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 import residua
-from residua.capture.inputs import forward_kwargs
-from residua.capture.planbatch import plan_batch
-from residua.store.archive import Archive
+from residua.capture.forward.inputs import forward_kwargs
+from residua.capture.forward.plan_batch import plan_batch
+from residua.store.read.archive import Archive
 from tests.models import _GROUPED, ODD, TINY, VOCABULARY, _build
 
 torch.set_num_threads(1)

@@ -7,14 +7,14 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from residua.capture.placement import BatchRows
-from residua.capture.rows import ExampleRows, batch_rows
-from residua.capture.staging import Staging
-from residua.store.errors import CaptureError
-from residua.store.examples import ExampleIndex
-from residua.store.plan import Plan, SitePlan
-from residua.store.schedule import Batch
-from residua.store.writer import FilledShard, ShardWriter
+from residua.capture.buffers.host_buffers import Staging
+from residua.capture.buffers.row_index import BatchRows
+from residua.capture.buffers.rows import ExampleRows, batch_rows
+from residua.store.base.errors import CaptureError
+from residua.store.examples.index import ExampleIndex
+from residua.store.examples.schedule import Batch
+from residua.store.format.plan import Plan, SitePlan
+from residua.store.format.writer import FilledShard, ShardWriter
 
 SITES = (
     SitePlan(name="resid_post.0", row_shape=(2,), dtype="float32", codec="fast"),

@@ -9,9 +9,9 @@ import transformers as hf
 from transformers import AttentionInterface, PreTrainedConfig
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from residua.capture.attention import eager_attention
-from residua.capture.taps import reading
-from residua.store.errors import CaptureError
+from residua.capture.sites.attention import eager_attention
+from residua.capture.taps.reading import reading
+from residua.store.base.errors import CaptureError
 from tests.capture.readings import read, run
 from tests.models import LAYERS, TINY
 

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from residua.capture.call import NO_TOKEN, Call, example_rows, read_call
-from residua.store.errors import CaptureError
+from residua.capture.recording.call import NO_TOKEN, Call, example_rows, read_call
+from residua.store.base.errors import CaptureError
 
 IDS = torch.tensor([[5, 6, 7, 8], [0, 0, 9, 10]])
 MASK = torch.tensor([[1, 1, 1, 1], [0, 0, 1, 1]])

@@ -10,8 +10,8 @@ import torch
 from transformers import PreTrainedModel
 
 import residua
-from residua.capture.compiled import is_compiled, running_uncompiled, uncompiled
-from residua.store.errors import CaptureError
+from residua.capture.runtime.compiled import is_compiled, running_uncompiled, uncompiled
+from residua.store.base.errors import CaptureError
 from tests.models import TINY
 
 TOKENS = [list(range(3, 3 + length)) for length in (5, 9, 20, 7)]

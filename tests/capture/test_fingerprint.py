@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import nn
 
-from residua.capture import fingerprint
-from residua.capture.fingerprint import weights_fingerprint
-from residua.store.errors import CaptureError
+from residua.capture.identity import fingerprint
+from residua.capture.identity.fingerprint import weights_fingerprint
+from residua.store.base.errors import CaptureError
 from tests.models import TINY
 
 

@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 from torch._C._distributed_c10d import TCPStore
 
-from residua.capture.crew import Crew
-from residua.capture.handout import HandOut
-from residua.store.commits import committed_shards
-from residua.store.errors import CaptureError
+from residua.capture.scheduling.claims import HandOut
+from residua.capture.scheduling.membership import Crew
+from residua.store.base.errors import CaptureError
+from residua.store.format.commits import committed_shards
 
 RUNS = [range(3), range(3, 5), range(5, 6)]
 

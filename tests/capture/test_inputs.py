@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from residua.capture.inputs import forward_kwargs, padded_batch, positions_of
-from residua.capture.sites import model_sites
+from residua.capture.forward.inputs import forward_kwargs, padded_batch, positions_of
+from residua.capture.sites.resolve import model_sites
 from tests.capture.readings import LENGTHS, batch, read, sequences
 from tests.models import ODD, TINY
 

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from residua.capture.layouts import Layout, Part, understood, whole_shape
-from residua.capture.siteinfo import SiteInfo
+from residua.capture.layout.layouts import Layout, Part, understood, whole_shape
+from residua.capture.sites.site import SiteInfo
 
 ROOT = Path(__file__).parents[2]
 SIZES = st.lists(st.integers(1, 9), min_size=2, max_size=5)

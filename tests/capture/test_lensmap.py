@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from residua.capture.lensmap import lens_map
-from residua.store.errors import PlanError
-from residua.store.sitenames import parse_site
+from residua.capture.edits.lens_map import lens_map
+from residua.store.base.errors import PlanError
+from residua.store.format.site_names import parse_site
 
 
 def test_a_weight_of_terabytes_in_a_small_file_is_refused(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from residua.capture import offload
+from residua.capture.buffers import offload
 from tests.capture.lazy_device import LazyCondition, LazyDevice, LazyTensor
 
 N_SCHEDULES = 300

@@ -12,11 +12,11 @@ from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
 import residua
-from residua.capture.placement import BatchRows
-from residua.capture.rows import ExampleRows, batch_rows
-from residua.capture.staging import Staging
-from residua.store.plan import Plan, SitePlan
-from residua.store.writer import FilledShard, ShardWriter
+from residua.capture.buffers.host_buffers import Staging
+from residua.capture.buffers.row_index import BatchRows
+from residua.capture.buffers.rows import ExampleRows, batch_rows
+from residua.store.format.plan import Plan, SitePlan
+from residua.store.format.writer import FilledShard, ShardWriter
 from tests.capture.hooks_by_hand import hooked
 from tests.capture.staging_samples import LateWriter, make_plan
 from tests.models import TINY

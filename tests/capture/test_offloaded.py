@@ -12,9 +12,9 @@ from torch import nn
 from transformers import PreTrainedModel
 
 import residua
-from residua.capture.devices import input_device, runs_on_cuda
-from residua.capture.fingerprint import weights_fingerprint
-from residua.store.errors import CaptureError
+from residua.capture.identity.fingerprint import weights_fingerprint
+from residua.capture.runtime.devices import input_device, runs_on_cuda
+from residua.store.base.errors import CaptureError
 from tests.models import SPLIT
 from tests.stopped import content
 

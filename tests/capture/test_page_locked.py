@@ -7,11 +7,11 @@ from typing import cast
 import pytest
 import torch
 
-from residua.capture.cuda_streams import writer_threads
-from residua.capture.devices import input_device
-from residua.capture.stage import Stage
-from residua.store.errors import CaptureError
-from residua.store.plan import SitePlan
+from residua.capture.buffers.stage import Stage
+from residua.capture.runtime.devices import input_device
+from residua.capture.runtime.streams import writer_threads
+from residua.store.base.errors import CaptureError
+from residua.store.format.plan import SitePlan
 from tests.capture.staging_samples import make_plan
 
 SITES = (
@@ -49,7 +49,7 @@ def pages(address: int, n_bytes: int) -> range:
 @pytest.fixture
 def runtime(monkeypatch: pytest.MonkeyPatch) -> Runtime:
     found = Runtime()
-    monkeypatch.setattr("residua.capture.cuda_streams.torch.cuda.cudart", lambda: found)
+    monkeypatch.setattr("residua.capture.runtime.streams.torch.cuda.cudart", lambda: found)
     return found
 
 
@@ -80,7 +80,7 @@ def test_memory_is_unlocked_when_nobody_holds_rows_of_it_any_more(runtime: Runti
 
 
 def test_memory_that_cannot_be_locked_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("residua.capture.cuda_streams.torch.cuda.cudart", lambda: Runtime(error=2))
+    monkeypatch.setattr("residua.capture.runtime.streams.torch.cuda.cudart", lambda: Runtime(error=2))
     with pytest.raises(CaptureError, match=r"CUDA error 2\): lower --host-memory"):
         make_stage()
 

@@ -9,9 +9,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from residua.capture.placement import BatchRows, Placement
-from residua.capture.rows import ExampleRows, batch_rows
-from residua.store.errors import CaptureError
+from residua.capture.buffers.row_index import BatchRows, Placement
+from residua.capture.buffers.rows import ExampleRows, batch_rows
+from residua.store.base.errors import CaptureError
 
 torch.set_num_threads(1)
 WIDTH = 3

@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from residua.capture.sites import model_sites
-from residua.capture.taps import reading
-from residua.store.errors import CaptureError
+from residua.capture.sites.resolve import model_sites
+from residua.capture.taps.reading import reading
+from residua.store.base.errors import CaptureError
 from tests.capture.hooks_by_hand import FAMILIES, hooked, replaced
 from tests.capture.readings import attention, batch, read, run
 from tests.models import ODD, TINY

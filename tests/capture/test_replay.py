@@ -9,9 +9,9 @@ import torch
 from torch import nn
 
 import residua
-from residua.capture.anatomy import anatomy_of
-from residua.store.archive import Archive
-from residua.store.errors import CaptureError, PlanError
+from residua.capture.sites.anatomy import anatomy_of
+from residua.store.base.errors import CaptureError, PlanError
+from residua.store.read.archive import Archive
 from tests.capture.hooks_by_hand import state_of
 from tests.capture.replaying import EVEN, LAST, LENGTHS, MODELS, PADDED, captured, model_of, stored
 from tests.models import LAYERS, TINY

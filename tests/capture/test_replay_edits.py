@@ -10,14 +10,14 @@ import torch
 from torch import Tensor, nn
 
 import residua
-from residua.analysis.head import load_head
-from residua.analysis.lens import TunedLens
-from residua.analysis.lens_checkpoint import LensConfig
-from residua.analysis.lens_translator import Translator
-from residua.capture.anatomy import anatomy_of
-from residua.capture.sites import model_sites
-from residua.store.archive import Archive
-from residua.store.errors import PlanError
+from residua.analysis.lens.checkpoint import LensConfig
+from residua.analysis.lens.lens import TunedLens
+from residua.analysis.lens.lm_head import load_head
+from residua.analysis.lens.translator import Translator
+from residua.capture.sites.anatomy import anatomy_of
+from residua.capture.sites.resolve import model_sites
+from residua.store.base.errors import PlanError
+from residua.store.read.archive import Archive
 from tests.capture.hooks_by_hand import hooked
 from tests.capture.replaying import EVEN, LENGTHS, PADDED, captured, model_of, run_in_full, stored
 from tests.models import TINY

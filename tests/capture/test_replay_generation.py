@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 import residua
-from residua.capture.anatomy import anatomy_of
-from residua.store.errors import PlanError
+from residua.capture.sites.anatomy import anatomy_of
+from residua.store.base.errors import PlanError
 from tests.capture.hooks_by_hand import hooked, state_of
 from tests.capture.replaying import EVEN, PADDED, captured, model_of, tokens
 

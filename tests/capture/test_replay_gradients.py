@@ -10,10 +10,10 @@ import torch.nn.functional as F  # noqa: N812 - torch's own name for it
 from torch import Tensor, nn
 
 import residua
-from residua.capture.anatomy import anatomy_of
-from residua.capture.inputs import forward_kwargs
-from residua.capture.planbatch import plan_batch
-from residua.store.errors import PlanError
+from residua.capture.forward.inputs import forward_kwargs
+from residua.capture.forward.plan_batch import plan_batch
+from residua.capture.sites.anatomy import anatomy_of
+from residua.store.base.errors import PlanError
 from tests.capture.hooks_by_hand import hooked
 from tests.capture.replaying import PADDED, captured, model_of, tokens
 

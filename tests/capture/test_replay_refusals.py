@@ -8,8 +8,8 @@ import pytest
 import torch
 
 import residua
-from residua.store.archive import Archive
-from residua.store.errors import NotCapturedError, PlanError, UnknownSiteError
+from residua.store.base.errors import NotCapturedError, PlanError, UnknownSiteError
+from residua.store.read.archive import Archive
 from tests.capture.replaying import EVEN, captured, model_of
 
 Given = tuple[Any, Archive]

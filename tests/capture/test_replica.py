@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from residua.capture.replica import replica_of
-from residua.store.errors import PlanError
+from residua.capture.runtime.replica import replica_of
+from residua.store.base.errors import PlanError
 
 
 def test_compile_is_taken_off_and_a_plain_model_is_itself() -> None:

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from residua.capture.rows import by_position, row_shape
-from residua.store.errors import CaptureError
+from residua.capture.buffers.rows import by_position, row_shape
+from residua.store.base.errors import CaptureError
 
 B, T = 2, 3
 

@@ -5,8 +5,8 @@ from collections import Counter
 from hypothesis import given
 from hypothesis import strategies as st
 
-from residua.capture.share import Share
-from residua.store.plan import SitePlan
+from residua.capture.scheduling.ownership import Share
+from residua.store.format.plan import SitePlan
 
 
 def sites(widths: list[int]) -> list[SitePlan]:

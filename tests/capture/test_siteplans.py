@@ -4,12 +4,12 @@ from typing import Any
 
 import pytest
 
-from residua.capture.siteinfo import SiteInfo
-from residua.capture.siteplans import FLOATS, plan_site, plan_sites
-from residua.store.codecs import PRESETS
-from residua.store.dtypes import STORAGE_DTYPES
-from residua.store.errors import CaptureError
-from residua.store.plan import Plan, SitePlan
+from residua.capture.sites.site import SiteInfo
+from residua.capture.sites.siteplans import FLOATS, plan_site, plan_sites
+from residua.store.base.errors import CaptureError
+from residua.store.encoding.codecs import PRESETS
+from residua.store.encoding.dtypes import STORAGE_DTYPES
+from residua.store.format.plan import Plan, SitePlan
 
 
 def info(name: str, row_shape: tuple[int | None, ...] | None, dtype: str | None, **options: Any) -> SiteInfo:

@@ -5,10 +5,10 @@ import torch
 import transformers as hf
 from torch import Tensor, nn
 
-from residua.capture.probing import measured
-from residua.capture.sites import model_sites, resolve_sites
-from residua.capture.taps import reading
-from residua.store.errors import CaptureError, UnknownSiteError
+from residua.capture.sites.resolve import model_sites, resolve_sites
+from residua.capture.sites.shape_probe import measured
+from residua.capture.taps.reading import reading
+from residua.store.base.errors import CaptureError, UnknownSiteError
 from tests.capture.readings import batch, read, run
 from tests.models import LAYERS, ODD, TINY
 

@@ -11,18 +11,18 @@ import zarr
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from residua.capture.rows import batch_rows
-from residua.capture.stage import Stage, torch_dtype
-from residua.capture.staging import Staging
-from residua.store.commits import read_commits
-from residua.store.create import create_archive, workspace
-from residua.store.dtypes import STORAGE_DTYPES
-from residua.store.errors import CaptureError
-from residua.store.plan import SitePlan
-from residua.store.schedule import Schedule
-from residua.store.shard import ShardEncoder, check_shard
-from residua.store.sizes import n_stages
-from residua.store.writer import ShardWriter
+from residua.capture.buffers.host_buffers import Staging
+from residua.capture.buffers.rows import batch_rows
+from residua.capture.buffers.stage import Stage, torch_dtype
+from residua.store.base.errors import CaptureError
+from residua.store.encoding.dtypes import STORAGE_DTYPES
+from residua.store.encoding.shard import ShardEncoder, check_shard
+from residua.store.examples.schedule import Schedule
+from residua.store.format.commits import read_commits
+from residua.store.format.create import create_archive, workspace
+from residua.store.format.plan import SitePlan
+from residua.store.format.sizes import n_stages
+from residua.store.format.writer import ShardWriter
 from tests.capture.staging_samples import (
     SITES,
     HoldingWriter,

@@ -7,15 +7,15 @@ import pytest
 import torch
 import zarr
 
-from residua.capture.placement import BatchRows
-from residua.capture.stage import Stage
-from residua.capture.staging import Staging
-from residua.store.commits import read_commits
-from residua.store.create import create_archive, workspace
-from residua.store.plan import Plan, SitePlan
-from residua.store.shard import check_shard, shard_path
-from residua.store.shard_memory import ShardMemory
-from residua.store.writer import ShardWriter
+from residua.capture.buffers.host_buffers import Staging
+from residua.capture.buffers.row_index import BatchRows
+from residua.capture.buffers.stage import Stage
+from residua.store.encoding.shard import check_shard, shard_path
+from residua.store.encoding.shard_memory import ShardMemory
+from residua.store.format.commits import read_commits
+from residua.store.format.create import create_archive, workspace
+from residua.store.format.plan import Plan, SitePlan
+from residua.store.format.writer import ShardWriter
 
 torch.set_num_threads(1)
 HEIGHT = 16

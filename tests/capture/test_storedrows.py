@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from residua.capture.storedrows import StoredRows
-from residua.store.archive import Archive
-from residua.store.errors import DamagedArchiveError
+from residua.capture.edits.stored_rows import StoredRows
+from residua.store.base.errors import DamagedArchiveError
+from residua.store.read.archive import Archive
 from tests.store.small_archive import N_ROWS, make_archive
 
 SITE = "resid_post.0"

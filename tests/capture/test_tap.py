@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 import residua
-from residua.capture.sites import model_sites
-from residua.capture.wrappers import core_of, named_parts
-from residua.store.errors import CaptureError, PlanError, UnknownSiteError
+from residua.capture.runtime.wrappers import core_of, named_parts
+from residua.capture.sites.resolve import model_sites
+from residua.store.base.errors import CaptureError, PlanError, UnknownSiteError
 from tests.capture.hooks_by_hand import state_of
 from tests.capture.readings import loss_of, read, run, tapped
 from tests.models import TINY

@@ -10,7 +10,7 @@ from torch import Tensor, fx, nn
 from transformers import PreTrainedModel
 
 import residua
-from residua.store.errors import CaptureError
+from residua.store.base.errors import CaptureError
 from tests.capture.readings import batch, read, run
 from tests.models import TINY
 

@@ -9,9 +9,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 import residua
-from residua.capture.sites import model_sites
-from residua.capture.taps import reading
-from residua.store.errors import CaptureError
+from residua.capture.sites.resolve import model_sites
+from residua.capture.taps.reading import reading
+from residua.store.base.errors import CaptureError
 from tests.capture.hooks_by_hand import hooked
 from tests.capture.readings import attention, batch, loss_of, tapped
 from tests.models import TINY

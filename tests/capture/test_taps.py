@@ -7,9 +7,9 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
-from residua.capture.sites import model_sites
-from residua.capture.taps import reading
-from residua.store.errors import CaptureError
+from residua.capture.sites.resolve import model_sites
+from residua.capture.taps.reading import reading
+from residua.store.base.errors import CaptureError
 from tests.capture.hooks_by_hand import hooked, keep_nothing, state_of
 from tests.capture.readings import batch, read, run
 from tests.models import TINY

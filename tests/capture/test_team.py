@@ -9,13 +9,13 @@ from pathlib import Path
 import pytest
 from torch._C._distributed_c10d import TCPStore
 
-from residua.capture.crew import Crew
-from residua.capture.team import Team, TeamCommits
-from residua.capture.work import Run
-from residua.store.commits import Commit, ShardFile, committed_shards, read_commits
-from residua.store.errors import CaptureError
-from residua.store.plan import Plan, SitePlan
-from residua.store.writer import ShardWriter
+from residua.capture.scheduling.membership import Crew
+from residua.capture.scheduling.work_queue import Run
+from residua.capture.scheduling.worker_group import Team, TeamCommits
+from residua.store.base.errors import CaptureError
+from residua.store.format.commits import Commit, ShardFile, committed_shards, read_commits
+from residua.store.format.plan import Plan, SitePlan
+from residua.store.format.writer import ShardWriter
 
 PLAN = Plan(
     model={},

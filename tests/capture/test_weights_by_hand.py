@@ -2,8 +2,8 @@
 
 import pytest
 
-from residua.capture.layouts import Layout, Part, Shape
-from residua.capture.weights_by_hand import understood
+from residua.capture.layout.layouts import Layout, Part, Shape
+from residua.capture.layout.weights_by_hand import understood
 
 
 def parts(*said: tuple[Shape, int]) -> list[Part]:

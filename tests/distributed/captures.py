@@ -9,8 +9,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from residua.capture.taps import reading
-from residua.pipelines.capture import capture_dataset
+from residua.capture.taps.reading import reading
+from residua.pipelines.capture.capture import capture_dataset
 from tests.distributed.checks import Case, Row
 from tests.distributed.expected import batch, site_names
 from tests.distributed.replays import bare

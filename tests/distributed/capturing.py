@@ -27,10 +27,10 @@ from torch.distributed.pipelining import Schedule1F1B, ScheduleGPipe
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.distributed.configuration_utils import DistributedConfig
 
-from residua.pipelines.capture import capture_dataset
-from residua.pipelines.capture_result import CaptureResult
-from residua.pipelines.stage_plans import stages_in_parallel
-from residua.store.errors import PlanError
+from residua.pipelines.capture.capture import capture_dataset
+from residua.pipelines.capture.result import CaptureResult
+from residua.pipelines.setup.stage_plans import stages_in_parallel
+from residua.store.base.errors import PlanError
 from tests.distributed.others import fairscale_parallel
 from tests.distributed.pipelines import Pipeline
 from tests.distributed.plans import parallel_llama

@@ -10,8 +10,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from residua.capture.tap import Tap, tap
-from residua.capture.taps import TapFunction
+from residua.capture.taps.reading import TapFunction
+from residua.capture.taps.tap import Tap, tap
 from tests.distributed.expected import EDITED, EDITS, Expected, loss_of, site_names, trained
 
 

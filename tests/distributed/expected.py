@@ -8,10 +8,10 @@ import torch
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
-from residua.capture.inputs import positions_of
-from residua.capture.oracle import whole_sites
-from residua.capture.tap import tap
-from residua.capture.taps import reading
+from residua.capture.forward.inputs import positions_of
+from residua.capture.sites.reference_model import whole_sites
+from residua.capture.taps.reading import reading
+from residua.capture.taps.tap import tap
 from tests.models import VOCABULARY
 
 MODULES = {

@@ -134,12 +134,12 @@ def serve() -> None:
     """Run the process that forks, until its standard input ends."""
     import datasets  # noqa: F401  # so that no worker has to import it
 
-    import residua.pipelines.capture
-    import residua.pipelines.induction
-    import residua.pipelines.progress
-    import residua.pipelines.replay
-    import residua.pipelines.sweep  # noqa: F401  # as above
-    from residua.capture.crew import Crew
+    import residua.pipelines.capture.capture
+    import residua.pipelines.circuits.induction
+    import residua.pipelines.circuits.sweep
+    import residua.pipelines.cli.progress
+    import residua.pipelines.replay.replay  # noqa: F401  # as above
+    from residua.capture.scheduling.membership import Crew
 
     defaults = Crew.__init__.__kwdefaults__
     assert defaults is not None
@@ -157,7 +157,7 @@ def serve() -> None:
 
 
 def _fork(request: dict[str, Any]) -> int:
-    from residua.pipelines.cli import main
+    from residua.pipelines.cli.main import main
 
     pid = os.fork()
     if pid:

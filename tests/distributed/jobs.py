@@ -14,9 +14,9 @@ from torch.distributed.fsdp import fully_shard
 from transformers import PreTrainedModel
 
 import residua
-from residua.store.archive import Archive
-from residua.store.errors import PlanError
-from residua.store.verify import verify
+from residua.store.base.errors import PlanError
+from residua.store.read.archive import Archive
+from residua.store.read.verify import verify
 from tests.capture.replaying import captured
 from tests.distributed.others import zero3
 from tests.distributed.pipelines import Pipeline

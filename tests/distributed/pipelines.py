@@ -13,7 +13,7 @@ from torch.distributed.tensor.parallel import parallelize_module
 from transformers import PreTrainedModel
 from transformers.masking_utils import create_causal_mask
 
-from residua.capture.tap import tap
+from residua.capture.taps.tap import tap
 from tests.distributed.captures import captured
 from tests.distributed.checks import Case, Row
 from tests.distributed.expected import EDITS, inner_weight, site_names

@@ -9,8 +9,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from residua.capture.tap import tap
-from residua.capture.tapgroup import TapGroup
+from residua.capture.taps.tap import tap
+from residua.capture.taps.tapgroup import TapGroup
 from tests.distributed.checks import relative_error
 from tests.distributed.expected import batch, loss_of, vector
 from tests.distributed.refusals import Load, alone

@@ -19,11 +19,11 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from transformers import PreTrainedModel
 
-from residua.capture.inputs import forward_kwargs, padded_batch
-from residua.capture.recorder import Recorder
-from residua.capture.wrappers import core_of
-from residua.store.archive import Archive
-from residua.store.errors import CaptureError
+from residua.capture.forward.inputs import forward_kwargs, padded_batch
+from residua.capture.recording.recorder import Recorder
+from residua.capture.runtime.wrappers import core_of
+from residua.store.base.errors import CaptureError
+from residua.store.read.archive import Archive
 from tests.distributed.plans import parallel_llama
 from tests.models import VOCABULARY
 

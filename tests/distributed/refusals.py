@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from transformers import PreTrainedModel
 
-from residua.capture.parameters import whole_parameter
-from residua.capture.tap import tap
-from residua.capture.tapgroup import TapGroup
-from residua.store.errors import CaptureError
+from residua.capture.layout.parameters import whole_parameter
+from residua.capture.taps.tap import tap
+from residua.capture.taps.tapgroup import TapGroup
+from residua.store.base.errors import CaptureError
 from tests.distributed.checks import relative_error
 from tests.distributed.expected import batch, loss_of, site_names
 from tests.distributed.others import zero3

@@ -16,10 +16,10 @@ from torch.distributed.fsdp import fully_shard
 from transformers import PreTrainedModel
 
 import residua
-from residua.capture.placement import Indices
-from residua.capture.replay import Replay
-from residua.capture.storedrows import StoredRows
-from residua.store.errors import CaptureError
+from residua.capture.buffers.row_index import Indices
+from residua.capture.edits.stored_rows import StoredRows
+from residua.capture.replay.replay import Replay
+from residua.store.base.errors import CaptureError
 from tests.distributed.checks import Case, Row, relative_error
 from tests.distributed.expected import batch, vector
 from tests.models import SPLIT

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 
-from residua.capture.tap import tap
+from residua.capture.taps.tap import tap
 from tests.distributed.data_rows import sharded
 from tests.distributed.expected import batch, loss_of
 from tests.distributed.plans import parallel_llama

@@ -10,10 +10,10 @@ from torch import Tensor, nn
 from torch.distributed.pipelining import PipelineStage, ScheduleGPipe
 from transformers import LlamaForCausalLM
 
-from residua.capture.fingerprint import weights_fingerprint
-from residua.capture.staged import as_model
-from residua.capture.tap import tap
-from residua.store.errors import CaptureError
+from residua.capture.identity.fingerprint import weights_fingerprint
+from residua.capture.runtime.pipeline_schedule import as_model
+from residua.capture.taps.tap import tap
+from residua.store.base.errors import CaptureError
 from tests.distributed.checks import relative_error
 from tests.distributed.expected import batch, inner_weight, loss_of
 from tests.distributed.pipelines import Part

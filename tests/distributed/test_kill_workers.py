@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from residua.store.archive import Archive
-from residua.store.metadata import is_archive
+from residua.store.format.archive_metadata import is_archive
+from residua.store.read.archive import Archive
 from tests.distributed.gang import LOST_SECONDS, Gang, Start, launched
 from tests.ragged import capture_words, write_dataset
 from tests.stopped import await_commits, check_end, check_stop, committed

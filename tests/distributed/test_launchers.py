@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from residua.store.archive import Archive
-from residua.store.lock import read_owner
-from residua.store.verify import verify
+from residua.store.read.archive import Archive
+from residua.store.read.verify import verify
+from residua.store.storage.lock import read_owner
 from tests.distributed.own_script import capture
 from tests.distributed.recording import record
 from tests.models import TINY

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from residua.store.archive import Archive
-from residua.store.verify import verify
+from residua.store.read.archive import Archive
+from residua.store.read.verify import verify
 from tests.distributed.gang import Ended, Gang, Start, launched
 from tests.ragged import capture_words, write_dataset
 from tests.stopped import await_commits, check_end

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import yaml
 
-from residua.store.verify import verify
+from residua.store.read.verify import verify
 from tests.distributed.gang import Ended, Gang, Start, launched
 from tests.pipelines.test_replay import contents
 from tests.ragged import MODEL, capture_words, write_dataset

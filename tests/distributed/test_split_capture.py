@@ -16,9 +16,9 @@ import numpy as np
 import pytest
 from transformers import PreTrainedModel
 
-from residua.store.archive import Archive
-from residua.store.plan import Plan
-from residua.store.verify import verify
+from residua.store.format.plan import Plan
+from residua.store.read.archive import Archive
+from residua.store.read.verify import verify
 from tests.distributed.capturing import CASES, capture, is_recorded
 from tests.distributed.recording import record
 from tests.models import SPLIT

@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from residua.store.archive import Archive
-from residua.store.verify import verify
+from residua.store.read.archive import Archive
+from residua.store.read.verify import verify
 from tests.distributed.gang import Gang, Start, launched
 from tests.distributed.test_replicas import summary
 from tests.ragged import capture_words, write_dataset

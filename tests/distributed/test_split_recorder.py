@@ -12,8 +12,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from residua.store.archive import Archive
-from residua.store.verify import verify
+from residua.store.read.archive import Archive
+from residua.store.read.verify import verify
 from tests.distributed.gang import launched
 from tests.distributed.recording import KILLED_SITES, SHARDS_OF_FIRST, record
 from tests.models import SPLIT

@@ -138,9 +138,9 @@ def serve() -> None:
     """Run the process that forks, until its standard input ends."""
     import datasets  # noqa: F401  # so that no child has to import it
 
-    import residua.pipelines.capture
-    import residua.pipelines.progress  # noqa: F401  # as above
-    from residua.pipelines.cli import main
+    import residua.pipelines.capture.capture
+    import residua.pipelines.cli.progress  # noqa: F401  # as above
+    from residua.pipelines.cli.main import main
 
     assert len(threading.enumerate()) == 1
     _say("ready")
@@ -179,7 +179,8 @@ def _become(request: dict[str, Any]) -> None:
 
 
 def _slow_down(seconds: float) -> None:
-    from residua.pipelines import capture, models
+    from residua.pipelines.capture import capture
+    from residua.pipelines.setup import models
 
     load = vars(capture)["load_model"]
 

@@ -7,8 +7,8 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from residua.pipelines.capture import capture_dataset
-from residua.pipelines.capture_result import CaptureResult
+from residua.pipelines.capture.capture import capture_dataset
+from residua.pipelines.capture.result import CaptureResult
 from tests.models import VOCABULARY
 
 HEIGHT = 16

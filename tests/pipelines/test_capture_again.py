@@ -9,8 +9,8 @@ import torch
 from transformers import PreTrainedModel
 
 import residua
-from residua.pipelines.capture import capture_dataset
-from residua.store.errors import DatasetError, PlanError, UnknownSiteError
+from residua.pipelines.capture.capture import capture_dataset
+from residua.store.base.errors import DatasetError, PlanError, UnknownSiteError
 from tests.models import TINY
 from tests.pipelines.small_capture import capture
 

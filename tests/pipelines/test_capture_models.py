@@ -10,11 +10,11 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from transformers import LlamaConfig, PreTrainedModel
 
-from residua.pipelines.capture import capture_dataset
-from residua.store.archive import Archive
-from residua.store.errors import PlanError
-from residua.store.summary import summarise
-from residua.store.verify import verify
+from residua.pipelines.capture.capture import capture_dataset
+from residua.store.base.errors import PlanError
+from residua.store.read.archive import Archive
+from residua.store.read.summary import summarise
+from residua.store.read.verify import verify
 from tests.models import TINY
 
 TOKENS = [[5, 6, 7, 8], [9, 10]]

@@ -14,9 +14,9 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import residua
-from residua.pipelines.cli import main
-from residua.pipelines.settings import CaptureSettings
-from residua.store.archive import Archive
+from residua.pipelines.cli.main import main
+from residua.pipelines.setup.settings import CaptureSettings
+from residua.store.read.archive import Archive
 from tests.pipelines.forking import ENVIRONMENT
 from tests.ragged import MODEL, capture_words, write_dataset
 

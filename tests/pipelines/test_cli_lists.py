@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 import residua
-from residua.pipelines.cli import main
-from residua.pipelines.cli_lists import numbers, tokens, with_negative_values
-from residua.store.errors import PlanError
+from residua.pipelines.cli.lists import numbers, tokens, with_negative_values
+from residua.pipelines.cli.main import main
+from residua.store.base.errors import PlanError
 from tests.ragged import MODEL
 
 

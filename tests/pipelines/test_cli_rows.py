@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 import residua
-from residua.pipelines.cli import main
+from residua.pipelines.cli.main import main
 from tests.analysis.rows_archive import write_rows
 
 RNG = np.random.default_rng(0)

@@ -11,9 +11,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from residua.pipelines.dataset import DatasetSettings, read_examples
-from residua.store.errors import DatasetError
-from residua.store.examples import ExampleTable, ExampleWriter
+from residua.pipelines.data.dataset import DatasetSettings, read_examples
+from residua.store.base.errors import DatasetError
+from residua.store.examples.table import ExampleTable
+from residua.store.examples.writer import ExampleWriter
 from tests.pipelines.dataset_samples import CHATS, TOKENIZER, ids, make_tokenizer, positions, read, tokens, write_source
 
 

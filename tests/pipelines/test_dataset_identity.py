@@ -8,9 +8,9 @@ from pathlib import Path
 import datasets
 import pytest
 
-from residua.pipelines import hub
-from residua.pipelines.dataset import DatasetSettings, dataset_identity
-from residua.store.canonical import canonical_json, digest_of
+from residua.pipelines.data import hub
+from residua.pipelines.data.dataset import DatasetSettings, dataset_identity
+from residua.store.base.canonical import canonical_json, digest_of
 from tests.pipelines.dataset_samples import ids, read, tokens, write_source
 
 
@@ -47,8 +47,8 @@ class TestHub:
     )
     def test_no_network_is_said_at_once(self, tmp_path: Path, variables: dict[str, str], found: str) -> None:
         program = (
-            "from residua.pipelines.dataset import *\n"
-            "from residua.store.errors import DatasetError\n"
+            "from residua.pipelines.data.dataset import *\n"
+            "from residua.store.base.errors import DatasetError\n"
             "try:\n    read_examples('someone/texts', settings=DatasetSettings())\n"
             "except DatasetError as error:\n    print(error)\n"
         )

@@ -7,8 +7,8 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 
-from residua.pipelines.dataset import DatasetSettings
-from residua.store.errors import DatasetError
+from residua.pipelines.data.dataset import DatasetSettings
+from residua.store.base.errors import DatasetError
 from tests.pipelines.dataset_samples import CHATS, make_tokenizer, read, table_of, write_source
 
 

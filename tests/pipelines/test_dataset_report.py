@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from residua.pipelines.dataset_settings import DatasetReport
+from residua.pipelines.data.dataset_settings import DatasetReport
 
 WHOLE = DatasetReport(n_sources=2000, n_examples=2500, n_tokens=90_000, n_rows=90_000)
 

@@ -8,11 +8,11 @@ import pytest
 import torch
 
 import residua
-from residua.pipelines.cli import main
-from residua.store.archive import Archive
-from residua.store.errors import DamagedArchiveError, PlanError
-from residua.store.summary import summarise
-from residua.store.verify import verify
+from residua.pipelines.cli.main import main
+from residua.store.base.errors import DamagedArchiveError, PlanError
+from residua.store.read.archive import Archive
+from residua.store.read.summary import summarise
+from residua.store.read.verify import verify
 from tests.capture.replaying import EVEN, LAST, LENGTHS, PADDED, captured, model_of, run_in_full, stored
 from tests.ragged import MODEL, capture_words, write_dataset
 

@@ -8,10 +8,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from residua.pipelines.dataset import DatasetReport, DatasetSettings, read_examples
-from residua.store.errors import DatasetError
-from residua.store.example_table import ExampleTable
-from residua.store.examples import ExampleWriter
+from residua.pipelines.data.dataset import DatasetReport, DatasetSettings, read_examples
+from residua.store.base.errors import DatasetError
+from residua.store.examples.table import ExampleTable
+from residua.store.examples.writer import ExampleWriter
 from tests.pipelines.dataset_samples import TOKENIZER
 
 SCALARS = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5) | st.just([1, 2, 3])

@@ -10,10 +10,10 @@ import pytest
 from transformers import AutoTokenizer
 
 import residua
-from residua.pipelines.cli import main
-from residua.pipelines.induction import capture_repeats, score_repeats
-from residua.pipelines.repeats import RepeatSettings, plain_ids, repeated_tokens
-from residua.store.errors import PlanError
+from residua.pipelines.circuits.induction import capture_repeats, score_repeats
+from residua.pipelines.circuits.repeats import RepeatSettings, plain_ids, repeated_tokens
+from residua.pipelines.cli.main import main
+from residua.store.base.errors import PlanError
 from tests.models import LAYERS, TINY
 
 MODEL = "models/pydoc-1m"

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from residua.store.metadata import is_archive
+from residua.store.format.archive_metadata import is_archive
 from tests.pipelines.forking import Forks
 from tests.ragged import capture_words, write_dataset
 from tests.stopped import check_end, check_stop, committed

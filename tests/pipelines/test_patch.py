@@ -11,8 +11,8 @@ from pyarrow.parquet import read_table
 from torch import Tensor, nn
 
 import residua
-from residua.pipelines.cli import main
-from residua.store.errors import PlanError, UnknownSiteError
+from residua.pipelines.cli.main import main
+from residua.store.base.errors import PlanError, UnknownSiteError
 from tests.capture.replaying import captured, model_of, tokens
 from tests.ragged import MODEL
 

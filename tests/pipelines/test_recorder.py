@@ -10,7 +10,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 import residua
-from residua.store.errors import CaptureError, PlanError, UnknownSiteError
+from residua.store.base.errors import CaptureError, PlanError, UnknownSiteError
 from tests.models import TINY, VOCABULARY
 from tests.plain_zarr import plain_array
 

@@ -9,7 +9,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 import residua
-from residua.store.errors import CaptureError
+from residua.store.base.errors import CaptureError
 from tests.models import TINY
 
 IDS = torch.tensor([[5, 6, 7, 8], [9, 10, 3, 3]])

@@ -14,12 +14,12 @@ import yaml
 from torch import Tensor
 
 import residua
-from residua.pipelines.cli import main
-from residua.pipelines.replay_tables import EXAMPLES, part_path, read_parts, write_table
-from residua.store.archive import Archive
-from residua.store.errors import NotCapturedError, PlanError
-from residua.store.files import write_file
-from residua.store.lock import ArchiveInUseError, locked
+from residua.pipelines.cli.main import main
+from residua.pipelines.replay.tables import EXAMPLES, part_path, read_parts, write_table
+from residua.store.base.errors import NotCapturedError, PlanError
+from residua.store.read.archive import Archive
+from residua.store.storage.files import write_file
+from residua.store.storage.lock import ArchiveInUseError, locked
 from tests.capture.replaying import EVEN, LAST, LENGTHS, PADDED, captured, model_of, run_in_full, tokens
 from tests.pipelines.forking import Forks
 from tests.ragged import MODEL, capture_words, write_dataset

@@ -14,12 +14,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 import residua
-from residua.pipelines import replay_capture
-from residua.pipelines.cli import main
-from residua.store.archive import Archive
-from residua.store.errors import PlanError, UnknownSiteError
-from residua.store.metadata import is_archive
-from residua.store.verify import verify
+from residua.pipelines.cli.main import main
+from residua.pipelines.replay import capture as replay_capture
+from residua.store.base.errors import PlanError, UnknownSiteError
+from residua.store.format.archive_metadata import is_archive
+from residua.store.read.archive import Archive
+from residua.store.read.verify import verify
 from tests.capture.replaying import EVEN, LAST, LENGTHS, MODELS, PADDED, captured, model_of, run_in_full, tokens
 from tests.pipelines.forking import Forks
 from tests.ragged import MODEL, capture_words, write_dataset

@@ -7,13 +7,13 @@ import numpy as np
 import pytest
 import torch
 
-from residua.pipelines.capture import capture_dataset
-from residua.pipelines.cli import main
-from residua.pipelines.reproduce import reproduce
-from residua.store.archive import Archive
-from residua.store.errors import PlanError
-from residua.store.shard import shard_path
-from residua.store.spec import ArraySpec
+from residua.pipelines.capture.capture import capture_dataset
+from residua.pipelines.capture.reproduce import reproduce
+from residua.pipelines.cli.main import main
+from residua.store.base.errors import PlanError
+from residua.store.encoding.shard import shard_path
+from residua.store.encoding.spec import ArraySpec
+from residua.store.read.archive import Archive
 from tests.models import TINY, VOCABULARY
 
 MODEL = "models/pydoc-1m"

@@ -11,9 +11,9 @@ from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
-from residua.capture.siteplans import FLOATS
-from residua.pipelines.settings import CaptureSettings, read_config
-from residua.store.errors import DatasetError, PlanError
+from residua.capture.sites.siteplans import FLOATS
+from residua.pipelines.setup.settings import CaptureSettings, read_config
+from residua.store.base.errors import DatasetError, PlanError
 
 NAMES = [field.name for field in fields(CaptureSettings)]
 SCALARS = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=6) | st.binary(max_size=3)
@@ -147,7 +147,7 @@ def test_a_file_gives_what_was_put_in(tmp_path: Path, spell: Any) -> None:
         "!!python/object/apply:os.system ['touch pwned']",
         "sites: !!python/object/apply:pathlib.Path.touch [pwned]",
         "sites: !!python/name:os.system",
-        "sites: !!python/object:residua.pipelines.settings.CaptureSettings {}",
+        "sites: !!python/object:residua.pipelines.setup.settings.CaptureSettings {}",
         "!!python/tuple [1]",
     ],
 )

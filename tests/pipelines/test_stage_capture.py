@@ -16,10 +16,10 @@ from torch._C._distributed_c10d import HashStore
 from torch.distributed.pipelining import PipelineStage, ScheduleGPipe, ScheduleInterleaved1F1B
 from transformers import PreTrainedModel
 
-from residua.capture.recorder import Recorder
-from residua.pipelines.capture import capture_dataset
-from residua.store.archive import Archive
-from residua.store.errors import CaptureError, PlanError
+from residua.capture.recording.recorder import Recorder
+from residua.pipelines.capture.capture import capture_dataset
+from residua.store.base.errors import CaptureError, PlanError
+from residua.store.read.archive import Archive
 from tests.distributed.pipelines import Part
 from tests.models import TINY
 

@@ -11,8 +11,8 @@ from torch import nn
 from transformers.distributed import mixin
 from transformers.distributed.pipeline_parallel import PipelineIdentityLayer
 
-from residua.pipelines.stage_plans import stages_in_parallel
-from residua.store.errors import PlanError
+from residua.pipelines.setup.stage_plans import stages_in_parallel
+from residua.store.base.errors import PlanError
 
 STEP = "apply_tensor_parallelism"
 WORDS = "transformers .* spreads models in another way than 5.23"

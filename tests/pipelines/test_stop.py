@@ -13,11 +13,11 @@ import torch
 from transformers import PreTrainedModel
 
 import residua
-from residua.pipelines.capture import capture_dataset
-from residua.store.archive import Archive
-from residua.store.errors import CaptureError
-from residua.store.files import write_file
-from residua.store.verify import verify
+from residua.pipelines.capture.capture import capture_dataset
+from residua.store.base.errors import CaptureError
+from residua.store.read.archive import Archive
+from residua.store.read.verify import verify
+from residua.store.storage.files import write_file
 from tests.models import VOCABULARY
 from tests.pipelines.forking import ENVIRONMENT, ROOT, Forks
 from tests.ragged import capture_words, write_dataset
@@ -127,7 +127,7 @@ def refuse_some_writes(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
             raise OSError(28, f"cannot write {path}: {name}")
         return write_file(path, parts)
 
-    monkeypatch.setattr("residua.store.writer.write_file", refuse)
+    monkeypatch.setattr("residua.store.format.writer.write_file", refuse)
 
 
 def test_a_failing_writer_reaches_the_caller_who_waits_for_a_stage(

@@ -7,11 +7,11 @@ import time
 
 import pytest
 
-from residua.pipelines.stopping import STOPPED, stopping_in_time
+from residua.pipelines.jobs.stopping import STOPPED, stopping_in_time
 
 HANG = """
 import threading, time
-from residua.pipelines.stopping import stopping_in_time
+from residua.pipelines.jobs.stopping import stopping_in_time
 with stopping_in_time(grace_seconds=0.5):
     try:
         print("ready", flush=True)
@@ -48,7 +48,7 @@ def test_what_hangs_is_ended_after_the_grace(number: int) -> None:
 
 DEADLOCK = """
 import ctypes, threading
-from residua.pipelines.stopping import stopping_in_time
+from residua.pipelines.jobs.stopping import stopping_in_time
 with stopping_in_time(grace_seconds=0.5):
     libc = ctypes.CDLL(None)
     mutex = ctypes.create_string_buffer(64)

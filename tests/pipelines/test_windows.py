@@ -4,8 +4,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from residua.pipelines.windows import Window, cut_windows
-from residua.store.errors import DatasetError
+from residua.pipelines.data.windows import Window, cut_windows
+from residua.store.base.errors import DatasetError
 
 
 @given(n_tokens=st.integers(0, 200), n_start=st.integers(0, 3), room=st.integers(1, 40))

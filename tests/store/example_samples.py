@@ -6,7 +6,9 @@ from pathlib import Path
 
 import numpy as np
 
-from residua.store.examples import Example, ExampleIndex, ExampleTable, ExampleWriter
+from residua.store.examples.index import Example, ExampleIndex
+from residua.store.examples.table import ExampleTable
+from residua.store.examples.writer import ExampleWriter
 
 Content = list[tuple[list[int], list[int]]]
 

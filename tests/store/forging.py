@@ -9,12 +9,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from residua.store.canonical import canonical_json, digest_of
-from residua.store.commits import FOLDER
-from residua.store.crc import crc32c, crc_bytes
-from residua.store.errors import ResiduaError
-from residua.store.metadata import ROOT, file_digest
-from residua.store.verify import verify
+from residua.store.base.canonical import canonical_json, digest_of
+from residua.store.base.errors import ResiduaError
+from residua.store.format.archive_metadata import ROOT, file_digest
+from residua.store.format.commits import FOLDER
+from residua.store.read.verify import verify
+from residua.store.storage.crc import crc32c, crc_bytes
 
 LITTLE_MEMORY = 48 * 2**20
 

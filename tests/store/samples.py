@@ -6,12 +6,12 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from residua.store.arrays import create_array
-from residua.store.codecs import PRESETS
-from residua.store.dtypes import STORAGE_DTYPES
-from residua.store.files import write_file
-from residua.store.shard import ShardEncoder, shard_path
-from residua.store.spec import ArraySpec
+from residua.store.encoding.codecs import PRESETS
+from residua.store.encoding.dtypes import STORAGE_DTYPES
+from residua.store.encoding.shard import ShardEncoder, shard_path
+from residua.store.encoding.spec import ArraySpec
+from residua.store.format.array_metadata import create_array
+from residua.store.storage.files import write_file
 
 Array = npt.NDArray[np.generic]
 

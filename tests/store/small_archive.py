@@ -10,16 +10,17 @@ from safetensors.numpy import save
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 
-from residua.store.archive import Archive
-from residua.store.canonical import Json
-from residua.store.create import create_archive, seal, workspace
-from residua.store.errors import ResiduaError
-from residua.store.examples import Example, ExampleWriter
-from residua.store.files import write_file
-from residua.store.headspec import HEAD_FILE, PARAMETERS_FILE, HeadSpec
-from residua.store.plan import Plan, SitePlan
-from residua.store.stored import StoredArray
-from residua.store.writer import FilledShard, ShardWriter
+from residua.store.base.canonical import Json
+from residua.store.base.errors import ResiduaError
+from residua.store.examples.index import Example
+from residua.store.examples.writer import ExampleWriter
+from residua.store.format.create import create_archive, seal, workspace
+from residua.store.format.headspec import HEAD_FILE, PARAMETERS_FILE, HeadSpec
+from residua.store.format.plan import Plan, SitePlan
+from residua.store.format.writer import FilledShard, ShardWriter
+from residua.store.read.archive import Archive
+from residua.store.read.array import StoredArray
+from residua.store.storage.files import write_file
 
 HEIGHT = 16
 LENGTHS = (20, 1, 12, 5)

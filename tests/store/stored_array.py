@@ -4,9 +4,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from residua.store.mapped import MappedShard
-from residua.store.reader import ArrayReader
-from residua.store.spec import ArraySpec
+from residua.store.encoding.spec import ArraySpec
+from residua.store.read.mapped import MappedShard
+from residua.store.read.reader import ArrayReader
 from tests.store.samples import Array, make_rows, write_array
 
 N_ROWS = 16 * 3 + 7  # the last shard is short, and so is its last chunk

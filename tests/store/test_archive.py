@@ -11,9 +11,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import residua
-from residua.pipelines.capture import capture_dataset
-from residua.store.archive import Archive
-from residua.store.errors import NotCapturedError, UnknownSiteError
+from residua.pipelines.capture.capture import capture_dataset
+from residua.store.base.errors import NotCapturedError, UnknownSiteError
+from residua.store.read.archive import Archive
 from tests.models import TINY, VOCABULARY
 from tests.plain_zarr import plain_array
 from tests.store.small_archive import make_archive

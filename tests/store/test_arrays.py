@@ -9,11 +9,11 @@ import zarr
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from residua.store.arrays import MAX_CHUNK_BYTES, create_array, open_array, resize_array
-from residua.store.canonical import Json, digest_of
-from residua.store.dtypes import STORAGE_DTYPES
-from residua.store.errors import DamagedArchiveError, PlanError, UnsafeArchiveError
-from residua.store.spec import ArraySpec
+from residua.store.base.canonical import Json, digest_of
+from residua.store.base.errors import DamagedArchiveError, PlanError, UnsafeArchiveError
+from residua.store.encoding.dtypes import STORAGE_DTYPES
+from residua.store.encoding.spec import ArraySpec
+from residua.store.format.array_metadata import MAX_CHUNK_BYTES, create_array, open_array, resize_array
 from tests.store.samples import COMBINATIONS, flip_every_bit, make_spec
 
 Document = dict[str, Any]

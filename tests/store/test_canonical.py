@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from residua.store.canonical import canonical_json, digest_of, flatten
+from residua.store.base.canonical import canonical_json, digest_of, flatten
 
 TEXTS = st.text(st.characters(exclude_categories=["Cs"]), max_size=8)
 VALUES = st.recursive(

@@ -9,8 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numcodecs.blosc import decompress
 
-from residua.store.blosc import decode_frame, encode_frame
-from residua.store.codecs import (
+from residua.store.base.errors import PlanError
+from residua.store.encoding.blosc import decode_frame, encode_frame
+from residua.store.encoding.codecs import (
     PRESETS,
     check_chunk,
     check_preset,
@@ -19,8 +20,7 @@ from residua.store.codecs import (
     encode_chunk,
     max_chunk_bytes,
 )
-from residua.store.crc import crc32c
-from residua.store.errors import PlanError
+from residua.store.storage.crc import crc32c
 from tests.store.samples import COMBINATIONS, Array, make_rows, make_spec, same_bits
 
 EFFORTS = ["fast", "small", "matches"]

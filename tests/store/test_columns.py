@@ -7,13 +7,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from residua.store.arrays import create_array, open_array
-from residua.store.columns import reader_of
-from residua.store.errors import PlanError, UnsafeArchiveError
-from residua.store.files import write_file
-from residua.store.plan import Plan, SitePlan
-from residua.store.shard import ShardEncoder, check_shard, shard_path
-from residua.store.spec import ArraySpec
+from residua.store.base.errors import PlanError, UnsafeArchiveError
+from residua.store.encoding.shard import ShardEncoder, check_shard, shard_path
+from residua.store.encoding.spec import ArraySpec
+from residua.store.format.array_metadata import create_array, open_array
+from residua.store.format.plan import Plan, SitePlan
+from residua.store.read.columns import reader_of
+from residua.store.storage.files import write_file
 from tests.store.samples import Array, make_rows, make_spec, same_bits
 from tests.store.test_other_readers import READERS, Reader
 

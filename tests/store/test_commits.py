@@ -11,9 +11,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from residua.store.canonical import canonical_json, digest_of
-from residua.store.commits import FOLDER, Commit, ShardFile, publish_commit, read_commits
-from residua.store.errors import DamagedArchiveError
+from residua.store.base.canonical import canonical_json, digest_of
+from residua.store.base.errors import DamagedArchiveError
+from residua.store.format.commits import FOLDER, Commit, ShardFile, publish_commit, read_commits
 
 PLAN = "ab" * 32
 FILE = ShardFile(n_bytes=100, digest="cd" * 32, n_nonfinite=2)

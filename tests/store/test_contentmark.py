@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import residua
-from residua.store.contentmark import content_mark
+from residua.store.format.contentmark import content_mark
 from tests.store.small_archive import make_archive
 
 

@@ -13,12 +13,12 @@ import numpy as np
 import pytest
 import zarr
 
-from residua.store.arrays import open_array
-from residua.store.canonical import Json
-from residua.store.commits import Commit, ShardFile
-from residua.store.create import create_archive, relative_error, seal, workspace
-from residua.store.metadata import is_archive, read_metadata
-from residua.store.plan import SitePlan
+from residua.store.base.canonical import Json
+from residua.store.format.archive_metadata import is_archive, read_metadata
+from residua.store.format.array_metadata import open_array
+from residua.store.format.commits import Commit, ShardFile
+from residua.store.format.create import create_archive, relative_error, seal, workspace
+from residua.store.format.plan import SitePlan
 from tests.store.test_plan import make_plan
 
 SITES = (

@@ -10,16 +10,16 @@ from pathlib import Path
 
 import pytest
 
-from residua.store.archive import Archive
-from residua.store.arrays import open_array, resize_array
-from residua.store.canonical import canonical_json, digest_of
-from residua.store.commits import drop_broken, read_commits
-from residua.store.errors import DamagedArchiveError, NotCapturedError, ResiduaError
-from residua.store.files import sweep
-from residua.store.metadata import read_metadata, write_metadata
-from residua.store.shard import check_shard
-from residua.store.summary import summarise
-from residua.store.verify import Verification, verify
+from residua.store.base.canonical import canonical_json, digest_of
+from residua.store.base.errors import DamagedArchiveError, NotCapturedError, ResiduaError
+from residua.store.encoding.shard import check_shard
+from residua.store.format.archive_metadata import read_metadata, write_metadata
+from residua.store.format.array_metadata import open_array, resize_array
+from residua.store.format.commits import drop_broken, read_commits
+from residua.store.read.archive import Archive
+from residua.store.read.summary import summarise
+from residua.store.read.verify import Verification, verify
+from residua.store.storage.files import sweep
 from tests.store.small_archive import HEIGHT, N_ROWS, N_SHARDS, files_of, is_same_json, make_archive, read_everything
 
 PRESETS = ("raw", "fast", "small", "int8-block32", "bitround10")

@@ -7,9 +7,9 @@ from hypothesis import strategies as st
 from zarr.dtype import data_type_registry
 from zarr.storage import MemoryStore
 
-from residua.store import bfloat16
-from residua.store.dtypes import STORAGE_DTYPES, storage_dtype, to_float32
-from residua.store.errors import PlanError
+from residua.store.base.errors import PlanError
+from residua.store.encoding import bfloat16
+from residua.store.encoding.dtypes import STORAGE_DTYPES, storage_dtype, to_float32
 
 
 @pytest.mark.parametrize("name", STORAGE_DTYPES)

@@ -9,10 +9,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from residua.store.canonical import canonical_json
-from residua.store.editparse import is_reproducible, parse_edits
-from residua.store.edits import KINDS, Add, Edit
-from residua.store.errors import PlanError
+from residua.store.base.canonical import canonical_json
+from residua.store.base.errors import PlanError
+from residua.store.edits.edit import KINDS, Add, Edit
+from residua.store.edits.parser import is_reproducible, parse_edits
 
 ONE_OF_EACH: list[dict[str, Any]] = [
     {"edit": "zero", "site": "mlp_out.3", "where": {"label": ["a", None, 1.5]}, "tokens": [4]},

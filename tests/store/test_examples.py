@@ -11,9 +11,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from residua.store import example_writer
-from residua.store.errors import DatasetError
-from residua.store.examples import Example, ExampleTable, ExampleWriter
+from residua.store.base.errors import DatasetError
+from residua.store.examples import writer as example_writer
+from residua.store.examples.index import Example
+from residua.store.examples.table import ExampleTable
+from residua.store.examples.writer import ExampleWriter
 from tests.store.example_samples import CONTENT, Content, as_lists, example, expected_digest, written
 
 

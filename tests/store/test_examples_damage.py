@@ -10,8 +10,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from residua.store.errors import DamagedArchiveError, UnsafeArchiveError
-from residua.store.examples import ExampleTable
+from residua.store.base.errors import DamagedArchiveError, UnsafeArchiveError
+from residua.store.examples.table import ExampleTable
 from tests.store.example_samples import CONTENT, Content, as_lists, written
 
 

@@ -15,9 +15,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from residua.store import direct
-from residua.store.direct import LEAST_BYTES
-from residua.store.files import publish, sweep, write_file
+from residua.store.storage import direct
+from residua.store.storage.direct import LEAST_BYTES
+from residua.store.storage.files import publish, sweep, write_file
 
 
 def contents(folder: Path) -> set[str]:
@@ -131,7 +131,7 @@ def test_kernel_that_stops_in_mid_file_leaves_nothing_behind(tmp_path: Path) -> 
     script = (
         "import resource, sys, numpy as np\n"
         "from pathlib import Path\n"
-        "from residua.store.files import write_file\n"
+        "from residua.store.storage.files import write_file\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))\n"
         "write_file(Path(sys.argv[1]), [np.ones(60_000, np.uint8), np.ones(60_000, np.uint8)])\n"
     )
@@ -194,7 +194,7 @@ def test_sweep_removes_what_a_killed_writer_left_and_nothing_else(tmp_path: Path
     script = (
         "import os, sys, time\n"
         "from pathlib import Path\n"
-        "from residua.store.files import write_file\n"
+        "from residua.store.storage.files import write_file\n"
         "def wait(_): print('writing', flush=True); time.sleep(600)\n"
         "os.fdatasync = wait\n"
         "write_file(Path(sys.argv[1]), [b'x' * 1000])\n"

@@ -10,20 +10,20 @@ import torch
 from torch import nn
 
 import residua
-from residua.capture.sites import resolve_sites
-from residua.pipelines.dataset import SOURCE_COLUMNS
-from residua.store.archive import Archive
-from residua.store.arrays import open_array
-from residua.store.codecs import INT8, PRESETS, codecs_metadata
-from residua.store.commits import FOLDER, Commit, ShardFile
-from residua.store.dtypes import STORAGE_DTYPES
-from residua.store.example_index import OWN_COLUMNS
-from residua.store.fidelity import FILE as FIDELITY
-from residua.store.fidelity import Fidelity, SiteFidelity, read_fidelity, write_fidelity
-from residua.store.metadata import FORMAT, SIDE_FOLDERS, Metadata
-from residua.store.plan import ROW_COLUMNS, Plan, SitePlan
-from residua.store.shard import INDEX_CODECS, INDEX_LOCATION
-from residua.store.sitenames import LAYER_KINDS, MODEL_KINDS, parse_site
+from residua.capture.sites.resolve import resolve_sites
+from residua.pipelines.data.dataset import SOURCE_COLUMNS
+from residua.store.encoding.codecs import INT8, PRESETS, codecs_metadata
+from residua.store.encoding.dtypes import STORAGE_DTYPES
+from residua.store.encoding.shard import INDEX_CODECS, INDEX_LOCATION
+from residua.store.examples.index import OWN_COLUMNS
+from residua.store.format.archive_metadata import FORMAT, SIDE_FOLDERS, Metadata
+from residua.store.format.array_metadata import open_array
+from residua.store.format.commits import FOLDER, Commit, ShardFile
+from residua.store.format.fidelity import FILE as FIDELITY
+from residua.store.format.fidelity import Fidelity, SiteFidelity, read_fidelity, write_fidelity
+from residua.store.format.plan import ROW_COLUMNS, Plan, SitePlan
+from residua.store.format.site_names import LAYER_KINDS, MODEL_KINDS, parse_site
+from residua.store.read.archive import Archive
 from tests.models import TINY
 from tests.pages import ROOT, blocks
 from tests.store.small_archive import make_archive

@@ -13,13 +13,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from residua.store.archive import Archive
-from residua.store.canonical import digest_of
-from residua.store.errors import ResiduaError
-from residua.store.metadata import read_metadata
-from residua.store.shard import shard_path
-from residua.store.summary import summarise
-from residua.store.verify import verify
+from residua.store.base.canonical import digest_of
+from residua.store.base.errors import ResiduaError
+from residua.store.encoding.shard import shard_path
+from residua.store.format.archive_metadata import read_metadata
+from residua.store.read.archive import Archive
+from residua.store.read.summary import summarise
+from residua.store.read.verify import verify
 from tests.store.forging import (
     in_a_row,
     load,

@@ -7,10 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from residua.store.archive import Archive
-from residua.store.arrays import open_array
-from residua.store.files import write_file
-from residua.store.shard import ShardEncoder, shard_path
+from residua.store.encoding.shard import ShardEncoder, shard_path
+from residua.store.format.array_metadata import open_array
+from residua.store.read.archive import Archive
+from residua.store.storage.files import write_file
 from tests.store.forging import little_memory, load, problems, refused, sign_commit, sign_root, sign_side_file
 from tests.store.small_archive import HEIGHT, read_everything
 

@@ -6,12 +6,12 @@ from typing import Any
 
 import pytest
 
-from residua.store.archive import Archive
-from residua.store.arrays import create_array, resize_array
-from residua.store.metadata import read_metadata
-from residua.store.shard import shard_path
-from residua.store.stored import StoredArray
-from residua.store.summary import summarise
+from residua.store.encoding.shard import shard_path
+from residua.store.format.archive_metadata import read_metadata
+from residua.store.format.array_metadata import create_array, resize_array
+from residua.store.read.archive import Archive
+from residua.store.read.array import StoredArray
+from residua.store.read.summary import summarise
 from tests.store.forging import (
     in_a_row,
     little_memory,
@@ -95,7 +95,7 @@ def test_more_rows_than_there_is_memory_for(untouched: Path, monkeypatch: pytest
     def too_large(*_: object) -> None:
         raise MemoryError("Unable to allocate 8.00 EiB")
 
-    monkeypatch.setattr("residua.store.reader.ArrayReader.read", too_large)
+    monkeypatch.setattr("residua.store.read.reader.ArrayReader.read", too_large)
     words = refused(READS["all"], array)
     assert words.startswith("resid_post.0 has 38 rows of 160 bytes, and there is too little memory")
     assert words.endswith("8.00 EiB): read fewer at a time")

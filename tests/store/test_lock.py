@@ -11,12 +11,12 @@ from pathlib import Path
 
 import pytest
 
-from residua.store.lock import ArchiveInUseError, locked, read_owner
+from residua.store.storage.lock import ArchiveInUseError, locked, read_owner
 
 HOLD = """
 import sys, time
 from pathlib import Path
-from residua.store.lock import locked
+from residua.store.storage.lock import locked
 with locked(Path(sys.argv[1]), join={"port": 7}):
     print("held", flush=True)
     time.sleep(600)

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as st_numpy
 from numcodecs.bitround import BitRound
 
-from residua.store.dtypes import to_float32
-from residua.store.lossy import BLOCK, bitround, bitround_errors, dequantise_int8, quantise_int8
+from residua.store.encoding.dtypes import to_float32
+from residua.store.encoding.lossy import BLOCK, bitround, bitround_errors, dequantise_int8, quantise_int8
 
 floats = st.floats(width=32, allow_nan=True, allow_infinity=True)
 

@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from residua.store.canonical import digest_of
-from residua.store.errors import DamagedArchiveError, UnsafeArchiveError
-from residua.store.metadata import (
+from residua.store.base.canonical import digest_of
+from residua.store.base.errors import DamagedArchiveError, UnsafeArchiveError
+from residua.store.format.archive_metadata import (
     FORMAT,
     ROOT,
     Metadata,

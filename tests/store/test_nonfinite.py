@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from residua.store.dtypes import STORAGE_DTYPES, storage_dtype
-from residua.store.nonfinite import _BLOCK, count_nonfinite
+from residua.store.encoding.dtypes import STORAGE_DTYPES, storage_dtype
+from residua.store.encoding.nonfinite import _BLOCK, count_nonfinite
 
 FLOATS: dict[str, npt.DTypeLike] = {
     "bfloat16": ml_dtypes.bfloat16,

@@ -10,9 +10,9 @@ import pytest
 import tensorstore
 import zarr
 
-from residua.store.arrays import create_array, resize_array
-from residua.store.lossy import dequantise_int8, quantise_int8
-from residua.store.spec import ArraySpec
+from residua.store.encoding.lossy import dequantise_int8, quantise_int8
+from residua.store.encoding.spec import ArraySpec
+from residua.store.format.array_metadata import create_array, resize_array
 from tests.store.samples import COMBINATIONS, Array, make_rows, make_spec, same_bits, write_array
 
 N_ROWS = 2 * 256 + 70  # the last shard is short, and so is its last chunk

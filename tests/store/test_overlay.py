@@ -12,9 +12,9 @@ import pytest
 import zarr
 
 import residua
-from residua.store.archive import Archive
-from residua.store.errors import DamagedArchiveError, PlanError, UnknownSiteError, UnsafeArchiveError
-from residua.store.overlay import Overlay
+from residua.store.base.errors import DamagedArchiveError, PlanError, UnknownSiteError, UnsafeArchiveError
+from residua.store.edits.overlay import Overlay
+from residua.store.read.archive import Archive
 from tests.store.small_archive import HEIGHT, N_ROWS, make_archive
 
 SITE = "resid_post.0"

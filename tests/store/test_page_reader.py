@@ -13,7 +13,7 @@ import numpy.typing as npt
 import pyarrow.parquet as pq
 import pytest
 
-from residua.store.archive import Archive
+from residua.store.read.archive import Archive
 from tests.store.small_archive import LENGTHS, make_archive
 
 

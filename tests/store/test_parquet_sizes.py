@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from residua.store.parquet_sizes import Chunk, read_footer
+from residua.store.examples.parquet_sizes import Chunk, read_footer
 
 NAMES = ("number", "text", "list")
 

@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from residua.store.errors import PlanError, UnknownSiteError, UnsafeArchiveError
-from residua.store.plan import ROW_COLUMNS, Plan, SitePlan
-from residua.store.spec import MAX_ROWS
+from residua.store.base.errors import PlanError, UnknownSiteError, UnsafeArchiveError
+from residua.store.encoding.spec import MAX_ROWS
+from residua.store.format.plan import ROW_COLUMNS, Plan, SitePlan
 from tests.store.test_canonical import TEXTS, VALUES
 
 SITES = (

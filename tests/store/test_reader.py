@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from residua.store.errors import DamagedArchiveError, UnsafeArchiveError
-from residua.store.reader import ArrayReader
+from residua.store.base.errors import DamagedArchiveError, UnsafeArchiveError
+from residua.store.read.reader import ArrayReader
 from tests.store.samples import COMBINATIONS, Array, flip_every_bit, make_spec, same_bits
 from tests.store.stored_array import N_ROWS, Stored, store
 

@@ -10,18 +10,18 @@ from typing import Any
 import numpy as np
 import pytest
 
-from residua.store.errors import DamagedArchiveError
-from residua.store.mapped import OPEN_SHARDS, OpenShards
-from residua.store.reader import ArrayReader
+from residua.store.base.errors import DamagedArchiveError
+from residua.store.read.mapped import OPEN_SHARDS, OpenShards
+from residua.store.read.reader import ArrayReader
 from tests.store.samples import Array, make_spec, same_bits
 from tests.store.stored_array import N_ROWS, Stored, store
 
 
 def test_chunks_stay_verified_when_their_files_are_let_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     kept = store(tmp_path, make_spec("raw"))
-    monkeypatch.setattr("residua.store.reader.OPEN_SHARDS", OpenShards(1))
+    monkeypatch.setattr("residua.store.read.reader.OPEN_SHARDS", OpenShards(1))
     compared: list[Array] = []
-    monkeypatch.setattr("residua.store.mapped.check_chunk", compared.append)
+    monkeypatch.setattr("residua.store.read.mapped.check_chunk", compared.append)
     reader = kept.reader()
     for _ in range(3):
         assert same_bits(reader.read(0, N_ROWS), kept.rows)

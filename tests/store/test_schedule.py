@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from residua.store.examples import ExampleIndex
-from residua.store.schedule import Schedule
+from residua.store.examples.index import ExampleIndex
+from residua.store.examples.schedule import Schedule
 
 # Per example, its tokens and how many of them are kept.
 EXAMPLES = st.lists(st.integers(1, 12).flatmap(lambda n: st.tuples(st.just(n), st.integers(0, n))), max_size=14)

@@ -7,11 +7,19 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from residua.store.crc import crc32c, crc_bytes
-from residua.store.errors import DamagedArchiveError, UnsafeArchiveError
-from residua.store.files import write_file
-from residua.store.shard import ShardEncoder, ShardIndex, check_shard, index_bytes, parse_index, shard_path, shard_rows
-from residua.store.spec import ArraySpec
+from residua.store.base.errors import DamagedArchiveError, UnsafeArchiveError
+from residua.store.encoding.shard import (
+    ShardEncoder,
+    ShardIndex,
+    check_shard,
+    index_bytes,
+    parse_index,
+    shard_path,
+    shard_rows,
+)
+from residua.store.encoding.spec import ArraySpec
+from residua.store.storage.crc import crc32c, crc_bytes
+from residua.store.storage.files import write_file
 from tests.store.samples import COMBINATIONS, flip_every_bit, make_rows, make_spec
 
 EMPTY = 2**64 - 1

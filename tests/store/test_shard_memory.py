@@ -11,13 +11,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from residua.store import direct
-from residua.store.codecs import PRESETS
-from residua.store.dtypes import STORAGE_DTYPES
-from residua.store.files import write_file
-from residua.store.shard import ShardEncoder
-from residua.store.shard_memory import ShardMemory
-from residua.store.spec import ArraySpec
+from residua.store.encoding.codecs import PRESETS
+from residua.store.encoding.dtypes import STORAGE_DTYPES
+from residua.store.encoding.shard import ShardEncoder
+from residua.store.encoding.shard_memory import ShardMemory
+from residua.store.encoding.spec import ArraySpec
+from residua.store.storage import direct
+from residua.store.storage.files import write_file
 from tests.store.samples import make_rows, make_spec
 
 Array = npt.NDArray[np.generic]

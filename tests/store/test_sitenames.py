@@ -4,8 +4,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from residua.store.errors import UnknownSiteError
-from residua.store.sitenames import Site, parse_site, select
+from residua.store.base.errors import UnknownSiteError
+from residua.store.format.site_names import Site, parse_site, select
 
 AVAILABLE = (
     "embed",

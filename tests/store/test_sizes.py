@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from residua.store.errors import PlanError
-from residua.store.sizes import (
+from residua.store.base.errors import PlanError
+from residua.store.format.sizes import (
     CHUNK_BYTES,
     COLUMN_BYTES,
     SHARD_BYTES,

@@ -1,0 +1,1 @@
+"""Tuned lenses: fitting, evaluation and files. Uses `rows` and `support`."""

@@ -1,0 +1,170 @@
+"""The stored head of a model: from the final residual stream to logits, without the model.
+
+Axes: `...` any, `D` width of the residual stream, `V` vocabulary.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F  # noqa: N812 - torch's own name for it
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from residua.store.base.errors import DamagedArchiveError, UnsafeArchiveError
+from residua.store.format.archive_metadata import SIDE_FOLDERS, file_digest, is_archive, read_metadata
+from residua.store.format.headspec import HEAD_FILE, PARAMETERS_FILE, Activation, HeadSpec
+from residua.store.storage.small_files import check_file
+
+_MAX_SPEC_BYTES = 2**20
+
+_ACTIVATIONS: Mapping[Activation, Callable[[Tensor], Tensor]] = {
+    "gelu": F.gelu,
+    "gelu_new": partial(F.gelu, approximate="tanh"),
+    "gelu_pytorch_tanh": partial(F.gelu, approximate="tanh"),
+    "relu": F.relu,
+    "silu": F.silu,
+    "tanh": torch.tanh,
+}
+
+
+@dataclass(frozen=True)
+class Head:
+    """A model's final norm and unembedding.
+
+    Attributes:
+        spec: How they are applied.
+        parameters: Their parameters by name, as `residua.store.format.headspec` lists them.
+    """
+
+    spec: HeadSpec
+    parameters: Mapping[str, Tensor]
+
+    @property
+    def width(self) -> int:
+        """Width of the residual stream."""
+        inner = self.parameters.get("project_out.weight", self.parameters["unembed.weight"])
+        return int(inner.shape[1])
+
+    @property
+    def vocabulary_size(self) -> int:
+        """Number of logits."""
+        return int(self.parameters["unembed.weight"].shape[0])
+
+    def normed(self, final: Tensor) -> Tensor:
+        """Apply the final norm, in the order of rounding that the model uses.
+
+        Args:
+            final: Residual stream after the last block, (..., width), in the type of the parameters.
+
+        Returns:
+            The same shape and type.
+        """
+        weight, bias = self.parameters.get("norm.weight"), self.parameters.get("norm.bias")
+        if self.spec.norm == "none":
+            return final
+        if self.spec.norm == "layer":
+            return F.layer_norm(final, final.shape[-1:], weight, bias, self.spec.eps)
+        wide = final if final.dtype == torch.float64 else final.float()
+        scaled = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.spec.eps)
+        if weight is None:
+            return scaled.to(final.dtype)
+        if self.spec.weight_offset:  # Gemma multiplies before it rounds, Llama after
+            return (scaled * (self.spec.weight_offset + weight.to(wide.dtype))).to(final.dtype)
+        return weight * scaled.to(final.dtype)
+
+    def hidden(self, final: Tensor) -> Tensor:
+        """Return what the unembedding is applied to, (..., inner width); arguments as for `logits`."""
+        hidden = self.normed(final)
+        if "project_out.weight" in self.parameters:
+            hidden = F.linear(hidden, self.parameters["project_out.weight"])
+        if self.spec.activation is not None:
+            hidden = self._transformed(hidden, self.spec.activation)
+        return hidden
+
+    def logits(self, final: Tensor) -> Tensor:
+        """Decode the residual stream after the last block.
+
+        Args:
+            final: (..., width), in the type and on the device of the parameters.
+
+        Returns:
+            (..., vocabulary), of the same type.
+        """
+        hidden = self.hidden(final)
+        unembed = self.parameters["unembed.weight"]
+        logits = F.linear(hidden, unembed, self.parameters.get("unembed.bias")) * self.spec.logit_scale
+        if self.spec.softcap is None:
+            return logits
+        return torch.tanh(logits / self.spec.softcap) * self.spec.softcap
+
+    def _transformed(self, hidden: Tensor, activation: Activation) -> Tensor:
+        get = self.parameters.get
+        dense = F.linear(hidden, self.parameters["transform.dense.weight"], get("transform.dense.bias"))
+        active = _ACTIVATIONS[activation](dense)
+        weight, bias = get("transform.norm.weight"), get("transform.norm.bias")
+        return F.layer_norm(active, active.shape[-1:], weight, bias, self.spec.transform_eps)
+
+
+def load_head(folder: Path, *, dtype: torch.dtype | None = None, device: torch.device | str = "cpu") -> Head:
+    """Read the head that a capture left in ``folder``.
+
+    Args:
+        folder: The archive's ``head`` folder.
+        dtype: Type to bring the parameters to; None keeps the model's.
+        device: Where to put them.
+
+    Raises:
+        DamagedArchiveError: A file is missing, cut short, or not the one that the archive was made with.
+        UnsafeArchiveError: The files do not describe a head.
+    """
+    digests = read_metadata(folder.parent).files if is_archive(folder.parent) else {}
+    try:
+        spec = HeadSpec.from_json(_checked(folder, HEAD_FILE, _MAX_SPEC_BYTES, digests).read_bytes())
+        parameters = _checked(folder, PARAMETERS_FILE, SIDE_FOLDERS["head"], digests)
+        with safe_open(parameters, "pt") as file:
+            shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118  # no dict
+            _check(spec, shapes, folder)
+            stored = {name: file.get_tensor(name).to(device, dtype) for name in shapes}
+    except (OSError, SafetensorError) as error:
+        raise DamagedArchiveError(
+            f"The head in {folder} cannot be read: {error}. An archive of a model whose head is not known has "
+            "none; otherwise copy the folder again, or capture again."
+        ) from error
+    return Head(spec, stored)
+
+
+def _checked(folder: Path, name: str, most_bytes: int, digests: Mapping[str, str]) -> Path:
+    """Return the path of a file of the head, once it is known to be a sound one."""
+    path = folder / name
+    check_file(folder.parent, path, most_bytes)
+    expected = digests.get(f"{folder.name}/{name}")
+    if expected is not None and file_digest(path) != expected:
+        raise DamagedArchiveError(f"{path} was altered (its SHA-256 differs)")
+    return path
+
+
+def _check(spec: HeadSpec, shapes: Mapping[str, tuple[int, ...]], folder: Path) -> None:
+    """Refuse parameters that do not fit each other."""
+    n_logits, inner = shapes["unembed.weight"] if len(shapes.get("unembed.weight", ())) == 2 else (0, 0)
+    width = shapes["project_out.weight"][-1] if "project_out.weight" in shapes else inner
+    expected = {
+        "norm.weight": (width,),
+        "norm.bias": (width,),
+        "project_out.weight": (inner, width),
+        "transform.dense.weight": (inner, inner),
+        "transform.dense.bias": (inner,),
+        "transform.norm.weight": (inner,),
+        "transform.norm.bias": (inner,),
+        "unembed.weight": (n_logits, inner),
+        "unembed.bias": (n_logits,),
+    }
+    needed = {"unembed.weight"} | ({"transform.dense.weight"} if spec.activation else set())
+    wrong = {name: shape for name, shape in shapes.items() if expected.get(name) != shape}
+    if wrong or not inner or needed - set(shapes):
+        raise UnsafeArchiveError(
+            f"{folder / PARAMETERS_FILE} holds {shapes}, which is no head: {sorted(needed)} must be there and "
+            f"all shapes must fit. Copy the archive again from where it came from."
+        )

@@ -1,0 +1,1 @@
+"""Batches of rows for training: shuffled, divided, resumable. Uses `rows` and `support`."""

@@ -1,0 +1,1 @@
+"""Linear probes: targets, controls, solvers and files. Uses `rows` and `support`."""

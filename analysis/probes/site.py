@@ -1,0 +1,201 @@
+"""One task of `residua.analysis.probes.probe`, the probe of one site, chosen, fitted, tested where rows are read."""
+
+from collections.abc import Iterator, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+from sklearn.metrics import roc_auc_score
+
+from residua.analysis.probes.controls import FIT, TEST, VALIDATION, Split
+from residua.analysis.probes.files import SavedProbe
+from residua.analysis.probes.logistic import Basis, Fitted, Problem, fit_logistic, log_losses, probabilities
+from residua.analysis.probes.ridge import mean_squared_error, solve
+from residua.analysis.probes.rows import ProbeRows
+from residua.analysis.probes.survey import Survey
+from residua.analysis.rows.blocks import Block
+from residua.analysis.rows.site_rows import width_of
+from residua.analysis.support.moments import Moments
+from residua.analysis.support.open_archives import opened
+from residua.store.base.errors import AnalysisError
+from residua.store.format.site_names import parse_site
+
+Numbers = npt.NDArray[np.int64]
+Floats = npt.NDArray[np.float64]
+
+LOGISTIC_PENALTIES = tuple(10.0**power for power in range(-5, 2))
+RIDGE_PENALTIES = tuple(10.0**power for power in range(-7, 3))
+_ROUGH, _FINE = 1e-5, 1e-7  # nats above the minimum: to choose the penalty by, and of the probe
+_MOST_LOGITS = 2**23  # at a time
+_VECTORS = 24  # that L-BFGS holds of each problem
+_COVARIANCES = 12  # width² float64 that a task may hold at its worst, of three parts and their eigenvectors
+
+
+class Job(NamedTuple):
+    """One site to probe; what is read is read where the job runs."""
+
+    path: str
+    site: str
+    blocks: Sequence[Block]
+    target: str
+    where: str | None
+    split: Split
+    survey: Survey
+    memory: int
+
+
+class SiteProbe(NamedTuple):
+    """What a task returns: a line of the table, and the probe."""
+
+    line: dict[str, Any]
+    probe: SavedProbe
+
+
+def probe_site(job: Job) -> SiteProbe:
+    """Choose the penalty, fit to all training rows, with true and with meaningless labels, and test.
+
+    Raises:
+        AnalysisError: A regression's covariance does not fit into memory, or no finite rows are left.
+    """
+    archive = opened(job.path)
+    rows = ProbeRows(
+        archive,
+        job.site,
+        job.blocks,
+        target=job.target,
+        where=job.where,
+        split=job.split,
+        control=job.survey.control,
+        n_rows=sum(job.survey.n_rows),
+        budget=job.memory // 4,
+    )
+    return (_classify if job.survey.task == "classification" else _regress)(job, rows, width_of(archive, job.site))
+
+
+def _classify(job: Job, rows: ProbeRows, width: int) -> SiteProbe:
+    survey = job.survey
+    n_classes = len(survey.classes)
+
+    height = max(1, _MOST_LOGITS // (n_classes * len(LOGISTIC_PENALTIES)))
+    _check_memory(job, width)
+
+    def batches(*parts: int) -> Iterator[tuple[npt.NDArray[np.floating], Numbers]]:
+        for values, labels in rows.of(*parts):
+            codes = np.searchsorted(survey.classes, labels)
+            for start in range(0, len(values), height):
+                yield values[start : start + height], codes[start : start + height]
+
+    train = Moments(width, whole=_COVARIANCES * 8 * width**2 <= job.memory)
+    seen = dict.fromkeys((FIT, VALIDATION, TEST), 0)
+    for values, _, parts in rows.each():
+        for part in seen:
+            seen[part] += int((parts == part).sum())
+        train.add(values[parts != TEST])
+    if not all(seen.values()):
+        raise AnalysisError(f"{job.site} has too few finite rows: leave it out")
+    basis = Basis.of(train)
+    grid = [Problem(0, n_classes, penalty) for penalty in LOGISTIC_PENALTIES]
+    tried = fit_logistic(partial(batches, FIT), grid, basis, tolerance=_ROUGH)
+    losses = sum(
+        np.array([log_losses(values @ one.weight.T + one.bias, codes[:, 0]).sum() for one in tried])
+        for values, codes in batches(VALIDATION)
+    )
+    penalty = LOGISTIC_PENALTIES[int(np.argmin(losses))]
+    finals = [Problem(labelling, n_classes, penalty) for labelling in (0, 1)]
+    probe, control = fit_logistic(partial(batches, FIT, VALIDATION), finals, basis, tolerance=_FINE)
+    truth, guess, score = _answers(batches(TEST), probe, 0)
+    control_truth, control_guess, _ = _answers(batches(TEST), control, 1)
+    line = {
+        "accuracy": float((truth == guess).mean()),
+        "balanced_accuracy": _balanced(truth, guess),
+        "auc": float(roc_auc_score(truth, score)) if n_classes == 2 and len(np.unique(truth)) == 2 else None,
+        "majority_accuracy": float((truth == survey.majority).mean()),
+        "control_accuracy": float((control_truth == control_guess).mean()),
+        "control_balanced_accuracy": _balanced(control_truth, control_guess),
+        "n_classes": n_classes,
+        "converged": probe.is_converged and control.is_converged,
+    }
+    about = {"site": job.site, "target": job.target}
+    saved = SavedProbe(probe.weight, probe.bias, penalty, survey.names, about)
+    return SiteProbe({**_line(job, rows, train.n, len(truth), penalty), **line}, saved)
+
+
+def _check_memory(job: Job, width: int) -> None:
+    n_classes = len(job.survey.classes)
+    needed = _VECTORS * 8 * n_classes * (width + 1) * len(LOGISTIC_PENALTIES)
+    if needed > job.memory // 2:
+        raise AnalysisError(
+            f"{n_classes:,} classes on {job.site}, {width:,} wide, need {needed / 2**30:.1f} GiB, and a worker has "
+            f"{job.memory / 2**31:.1f} to spare: allow more (--memory-limit), or probe a condition instead"
+        )
+
+
+def _answers(
+    batches: Iterator[tuple[npt.NDArray[np.floating], Numbers]], probe: Fitted, labelling: int
+) -> tuple[Numbers, Numbers, Floats]:
+    """Return true classes, likeliest classes, and the last class's probability, (rows,) each."""
+    truth, guess, score = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)], [np.zeros(0)]
+    for values, codes in batches:
+        chances = probabilities(values @ probe.weight.T + probe.bias)
+        truth.append(codes[:, labelling])
+        guess.append(chances.argmax(axis=1))
+        score.append(chances[:, -1])
+    return np.concatenate(truth), np.concatenate(guess), np.concatenate(score)
+
+
+def _balanced(truth: Numbers, guess: Numbers) -> float:
+    """Return the mean over classes of the share of their rows that are found."""
+    n_rows = np.bincount(truth)
+    n_found = np.bincount(truth[truth == guess], minlength=len(n_rows))
+    return float((n_found[n_rows > 0] / n_rows[n_rows > 0]).mean())
+
+
+def _regress(job: Job, rows: ProbeRows, width: int) -> SiteProbe:
+    needed = _COVARIANCES * 8 * width**2
+    if needed > job.memory:
+        raise AnalysisError(
+            f"{job.site} is {width:,} wide: a regression on it needs {needed / 2**30:.1f} GiB, and a worker has "
+            f"{job.memory / 2**30:.1f}: allow more (--memory-limit), or choose other sites"
+        )
+    moments = {part: Moments(width + 2) for part in (FIT, VALIDATION, TEST)}
+    for values, labels, parts in rows.each():
+        both = np.column_stack([values, labels])
+        for part, sums in moments.items():
+            sums.add(both[parts == part])
+    if not all(sums.n for sums in moments.values()):
+        raise AnalysisError(f"{job.site} has too few finite rows: leave it out")
+    tried = solve(moments[FIT], width, 0, RIDGE_PENALTIES)
+    penalty = RIDGE_PENALTIES[int(np.argmin([mean_squared_error(one, moments[VALIDATION], 0) for one in tried]))]
+    train, test = moments[FIT].merge(moments[VALIDATION]), moments[TEST]
+    probe, control = (solve(train, width, column, [penalty])[0] for column in (0, 1))
+    error = mean_squared_error(probe, test, 0)
+    variance, control_variance = test.variance[width:]
+    baseline = variance + (test.mean[width] - train.mean[width]) ** 2
+    line = {
+        "r2": _share(error, variance),
+        "rmse": error**0.5,
+        "baseline_r2": _share(baseline, variance),
+        "baseline_rmse": float(baseline) ** 0.5,
+        "control_r2": _share(mean_squared_error(control, test, 1), control_variance),
+    }
+    about = {"site": job.site, "target": job.target}
+    saved = SavedProbe(probe.weight[None], np.array([probe.bias]), penalty, None, about)
+    return SiteProbe({**_line(job, rows, train.n, test.n, penalty), **line}, saved)
+
+
+def _share(error: float, variance: float) -> float | None:
+    """Return the explained share of the variance; None where there is none to explain."""
+    return 1 - float(error) / float(variance) if variance > 0 else None
+
+
+def _line(job: Job, rows: ProbeRows, n_train: int, n_test: int, penalty: float) -> dict[str, Any]:
+    return {
+        "site": job.site,
+        "layer": parse_site(job.site).layer,
+        "target": job.target,
+        "n_train": n_train,
+        "n_test": n_test,
+        "n_left_out": rows.n_left_out,
+        "penalty": penalty,
+    }

@@ -1,0 +1,1 @@
+"""Rows of an archive as blocks, Dask arrays and tables; choosing them; held-out splits. Uses `support`."""

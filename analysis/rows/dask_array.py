@@ -1,0 +1,65 @@
+"""Sites of an archive as Dask arrays."""
+
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import numpy.typing as npt
+from dask import array as da
+from dask.base import tokenize
+
+from residua.analysis.support.open_archives import address, opened
+from residua.store.read.archive import Archive
+from residua.store.read.array import Array
+
+_WITHOUT_ARITHMETIC = np.dtype(ml_dtypes.bfloat16)
+
+
+def array(archive: Archive, site: str, *, dtype: npt.DTypeLike | None = None) -> da.Array:
+    """Return a site as a Dask array, (rows, *row shape), one block a shard.
+
+    Nothing is read before something is computed. The graph holds the archive's path and no data; workers open the
+    archive by that path, so it must be the same where they run. On a Dask cluster blocks are read inside the tasks
+    that use them, each with one thread.
+
+    >>> acts = array(archive, "resid_post.3")  # doctest: +SKIP
+    >>> covariance = (acts.T @ acts).compute() / len(acts)  # doctest: +SKIP
+
+    Args:
+        archive: The archive.
+        site: One of its sites.
+        dtype: Type to cast the values to. By default they keep theirs, except that bfloat16 becomes float32, which is
+            exact: numpy and Dask can do little with bfloat16 itself.
+
+    Raises:
+        UnknownSiteError: The archive has no such site.
+        NotCapturedError: On computing: rows are not captured yet.
+    """
+    stored = archive[site]
+    if dtype is None:
+        dtype = np.float32 if stored.dtype == _WITHOUT_ARITHMETIC else stored.dtype
+    kind = np.dtype(dtype)
+    n_rows, *row_shape = stored.shape
+    height = archive.plan.rows_per_shard
+    heights = tuple(min(height, n_rows - start) for start in range(0, n_rows, height)) or (0,)
+    path = address(archive)
+    make: Any = da.map_blocks  # which has no types
+    view: da.Array = make(
+        _block,
+        path,
+        stored.name,
+        height,
+        kind,
+        name=f"{stored.name}-{tokenize(path, archive.plan.digest, n_rows, stored.name, kind.name)}",
+        chunks=(heights, *((size,) for size in row_shape)),
+        dtype=kind,
+        meta=np.empty((0,) * len(stored.shape), kind),
+    )
+    return view
+
+
+def _block(path: str, site: str, height: int, dtype: np.dtype[np.generic], *, block_id: tuple[int, ...]) -> Array:
+    """Read one shard's rows of a site; Dask gives `block_id`."""
+    stored = opened(path)[site]
+    start = block_id[0] * height
+    return stored.numpy(slice(start, start + height), dtype=dtype)

@@ -1,0 +1,149 @@
+"""The rows that lie furthest along a direction, with their text, out of any number of rows in bounded memory."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from residua.analysis.rows.blocks import Block, blocks
+from residua.analysis.rows.row_columns import examples_of
+from residua.analysis.rows.site_rows import pieces, runs
+from residua.analysis.stats.directions import whole_row
+from residua.analysis.support.cluster import Cluster, or_inline
+from residua.analysis.support.open_archives import address, opened
+from residua.store.base.errors import AnalysisError
+from residua.store.read.archive import Archive
+
+_ROWS_A_RUN = 2**18
+_CONTEXT = 10  # tokens of text on either side
+
+
+class Best(NamedTuple):
+    """Rows in the order of their scores; of equal scores the first row comes first.
+
+    Attributes:
+        scores: float64, the highest first.
+        rows: Their numbers, int64.
+        examples: The example of each, int64.
+    """
+
+    scores: npt.NDArray[np.float64]
+    rows: npt.NDArray[np.int64]
+    examples: npt.NDArray[np.int64]
+
+
+class _Job(NamedTuple):
+    path: str
+    site: str
+    blocks: Sequence[Block]
+    direction: npt.NDArray[np.float64]
+    k: int
+    per_example: bool
+    where: str | None
+
+
+def top(
+    archive: Archive,
+    site: str,
+    *,
+    direction: npt.ArrayLike | None = None,
+    channel: int | None = None,
+    head: int | None = None,
+    k: int = 20,
+    bottom: bool = False,
+    per_example: bool = False,
+    where: str | None = None,
+    cluster: Cluster | None = None,
+) -> pa.Table:
+    """Find the `k` captured rows of `site` with the largest dot product with a direction.
+
+    A task keeps `k` rows, whatever it reads. The dot product is taken in float64; rows where it is NaN never rank.
+
+    Args:
+        archive: The archive.
+        site: One stored site.
+        direction: One number for each value of a row; of a site with heads (heads, head width), or with `head` one
+            for each value of that head.
+        channel: Instead of a direction, the number of one value of the row, or of `head`.
+        head: The head that is meant, of a site with heads; None takes the whole row.
+        k: How many rows.
+        bottom: Find the smallest dot products instead.
+        per_example: At most one row of an example, its best.
+        where: Takes only these rows, for example ``position > 0``.
+        cluster: Where to compute; by default in this process.
+
+    Returns:
+        A table, the best first (of equal scores the lower row): score float64, row, example, position, token int64,
+        and text (the token in its context, between « and »; null where the archive has no tokenizer).
+
+    Raises:
+        UnknownSiteError: `site` names no stored site.
+        AnalysisError: Direction, channel or head do not fit the site, or no row has a score.
+    """
+    name = _one_site(archive, site)
+    if k < 1:
+        raise AnalysisError(f"the best {k} rows were asked for: ask for at least 1")
+    wanted = whole_row(archive, name, direction=direction, channel=channel, head=head) * (-1 if bottom else 1)
+    jobs = [
+        _Job(address(archive), name, run, wanted, k, per_example, where)
+        for run in runs(blocks(archive), least_rows=_ROWS_A_RUN)
+    ]
+    best = Best(np.zeros(0), np.zeros(0, np.int64), np.zeros(0, np.int64))
+    for _, found in or_inline(cluster).map(_search, jobs, stage="top rows"):
+        best = _kept(best, found, k, per_example=per_example)
+    if not len(best.rows):
+        raise AnalysisError(f"{name} has no row with a score: none is captured, none is chosen, or all are NaN")
+    return _described(archive, best, sign=-1 if bottom else 1)
+
+
+def _one_site(archive: Archive, site: str) -> str:
+    names = archive.select(site)
+    if len(names) != 1:
+        raise AnalysisError(f"{site!r} names {len(names)} sites: name one, for example {names[0]}")
+    return names[0]
+
+
+def _search(job: _Job) -> Best:
+    """Return the best rows of one job; runs where the job runs."""
+    archive = opened(job.path)
+    best = Best(np.zeros(0), np.zeros(0, np.int64), np.zeros(0, np.int64))
+    channels = np.flatnonzero(job.direction)  # a NaN elsewhere is no matter
+    for rows, values in pieces(archive, job.site, job.blocks, job.where):
+        with np.errstate(invalid="ignore"):
+            scores = values[:, channels].astype(np.float64) @ job.direction[channels]
+        ranked = ~np.isnan(scores)
+        found = Best(scores[ranked], rows[ranked], examples_of(archive, rows)[ranked])
+        best = _kept(best, found, job.k, per_example=job.per_example)
+    return best
+
+
+def _kept(first: Best, second: Best, k: int, *, per_example: bool) -> Best:
+    """Return the best `k` rows of both."""
+    scores = np.concatenate([first.scores, second.scores])
+    rows = np.concatenate([first.rows, second.rows])
+    examples = np.concatenate([first.examples, second.examples])
+    if not per_example and len(scores) > k:
+        candidates = np.flatnonzero(scores >= np.partition(scores, len(scores) - k)[-k])
+        scores, rows, examples = scores[candidates], rows[candidates], examples[candidates]
+    order = np.lexsort((rows, -scores))
+    if per_example:
+        order = order[np.sort(np.unique(examples[order], return_index=True)[1])]
+    order = order[:k]
+    return Best(scores[order], rows[order], examples[order])
+
+
+def _described(archive: Archive, best: Best, *, sign: int) -> pa.Table:
+    rows = best.rows.tolist()
+    has_text = archive.tokenizer is not None
+    return pa.table(
+        {
+            "score": pa.array(best.scores * sign + 0.0),
+            "row": pa.array(best.rows),
+            "example": pa.array(best.examples),
+            "position": pa.array(archive.rows.position.numpy(rows, dtype=np.int64)),
+            "token": pa.array(archive.rows.token.numpy(rows, dtype=np.int64)),
+            "text": pa.array([archive.text(row, _CONTEXT) if has_text else None for row in rows], pa.string()),
+        }
+    )

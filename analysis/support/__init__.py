@@ -1,0 +1,1 @@
+"""What all analyses share: the Dask executor, ordered sums, moments, open archives and plots. Uses `store` only."""

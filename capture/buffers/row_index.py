@@ -1,0 +1,162 @@
+"""Where the rows of one batch go: from (example, padded position) in a tensor to rows of shards.
+
+Legend: `B` examples in the batch, `T` padded positions, `N` kept rows of the batch.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from residua.capture.runtime.devices import uploaded
+from residua.store.base.errors import CaptureError
+
+Indices: TypeAlias = "npt.NDArray[np.int64]"
+_RUNS_WORTH_LOOPING = 4  # below this many rows a run, one indexed copy beats a loop of slices
+
+
+@dataclass(frozen=True, kw_only=True)
+class BatchRows:
+    """The kept rows of one batch.
+
+    Attributes:
+        source: For each row its index into the tensor's flattened (B, T) axes, (N,).
+        row: For each row its number in the archive, (N,).
+        token: Token id of each row, (N,).
+        position: Position of each row in its example, (N,).
+        example: Number of each row's example, (N,).
+        tokens_of: Per example of the batch, the padded positions of its tokens, in order; what the key axis of a
+            pattern is made of.
+        n_positions: Padded length `T`.
+    """
+
+    source: Indices
+    row: Indices
+    token: npt.NDArray[np.int32]
+    position: npt.NDArray[np.int32]
+    example: Indices
+    tokens_of: Sequence[Indices]
+    n_positions: int
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Number of examples and of padded positions."""
+        return (len(self.tokens_of), self.n_positions)
+
+    def per_shard(self, rows_per_shard: int) -> Iterator[tuple[int, Indices]]:
+        """Yield each shard that the batch reaches, with the indices of its rows in this batch."""
+        if not len(self.row):
+            return
+        first, last = (int(row) // rows_per_shard for row in (self.row.min(), self.row.max()))
+        if first == last:  # by far the most batches, and a tenth of the work
+            yield first, np.arange(len(self.row))
+            return
+        shards = self.row // rows_per_shard
+        for shard in np.unique(shards):
+            yield int(shard), np.flatnonzero(shards == shard)
+
+
+class Placement:
+    """The part of a batch that lands in one shard.
+
+    Args:
+        source: Indices into the flattened (B, T) axes, (n,).
+        target: Rows inside the shard, (n,).
+    """
+
+    def __init__(self, source: Indices, target: Indices) -> None:
+        order = np.argsort(target, kind="stable")  # neighbours in the shard are copied together
+        source, target = source[order], target[order]
+        self._on_device: dict[torch.device, torch.Tensor] = {}
+        self.source = source
+        self.target = target
+        self._by_block: dict[int, list[tuple[int, Placement]]] = {}
+        breaks = np.flatnonzero((np.diff(source) != 1) | (np.diff(target) != 1)) + 1
+        starts = np.concatenate([[0], breaks])
+        lengths = np.diff(np.concatenate([starts, [len(source)]]))
+        self._runs = list(zip(source[starts].tolist(), target[starts].tolist(), lengths.tolist(), strict=True))
+
+    def _source_indices(self, device: torch.device) -> torch.Tensor:
+        """Return `source` as an int64 tensor on `device`."""
+        if device not in self._on_device:
+            self._on_device[device] = uploaded(torch.from_numpy(self.source), device)
+        return self._on_device[device]
+
+    @cached_property
+    def _target_indices(self) -> torch.Tensor:
+        return torch.from_numpy(self.target)
+
+    def per_block(self, height: int) -> list[tuple[int, "Placement"]]:
+        """Return each block of `height` rows of the shard that is reached, with the part that lands in it."""
+        if self.target[-1] < height:
+            return [(0, self)]
+        if height not in self._by_block:
+            blocks = self.target // height
+            starts = np.flatnonzero(np.diff(blocks, prepend=-1))
+            self._by_block[height] = [
+                (int(blocks[part[0]]), Placement(self.source[part], self.target[part] % height))
+                for part in np.split(np.arange(len(blocks)), starts[1:])
+            ]
+        return self._by_block[height]
+
+    def copy(self, flat: torch.Tensor, buffer: torch.Tensor) -> None:
+        """Copy the rows from `flat` (B * T, *row) to `buffer` (rows of the shard, *row), casting to its dtype."""
+        if len(self._runs) * _RUNS_WORTH_LOOPING <= len(self.source):
+            for source, target, length in self._runs:
+                buffer[target : target + length].copy_(flat[source : source + length])
+        else:
+            rows = flat.index_select(0, self._source_indices(flat.device))
+            buffer.index_copy_(0, self._target_indices, rows.to(buffer.device, buffer.dtype))
+
+    def gather(self, flat: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """Return the rows of `flat` (B * T, *row) in memory of their own, on its device and in `dtype`, (n, *row)."""
+        return flat.index_select(0, self._source_indices(flat.device)).to(dtype)
+
+    def gather_pattern(self, pattern_BTHK: torch.Tensor, buffer: torch.Tensor, rows: BatchRows) -> torch.Tensor:
+        """Return attention patterns so that key k is the example's k-th token, zero past its end, (n, *row).
+
+        The result has the buffer's dtype, and the pattern's device.
+
+        Raises:
+            CaptureError: An example has more tokens than a row has keys.
+        """
+        gathered = pattern_BTHK.new_zeros((len(self.source), *buffer.shape[1:]), dtype=buffer.dtype)
+        examples, positions = np.divmod(self.source, rows.n_positions)
+        for example in np.unique(examples):
+            keys = rows.tokens_of[example]
+            if len(keys) > buffer.shape[-1]:
+                raise CaptureError(
+                    f"an example has {len(keys)} tokens, but rows of the pattern hold {buffer.shape[-1]}: "
+                    "raise max_length to the longest example's"
+                )
+            picked = np.flatnonzero(examples == example)
+            of_example_THK = pattern_BTHK[int(example)]
+            queries = _slice(positions[picked])
+            gathered[_slice(picked), :, : len(keys)] = of_example_THK[queries][..., _slice(keys)]
+        return gathered
+
+    def copy_pattern(self, pattern_BTHK: torch.Tensor, buffer: torch.Tensor, rows: BatchRows) -> None:
+        """Copy attention patterns to `buffer` (rows of the shard, *row), as `gather_pattern` lays them out."""
+        self.scatter(self.gather_pattern(pattern_BTHK, buffer, rows), buffer)
+
+    def scatter(self, gathered: torch.Tensor, buffer: torch.Tensor) -> None:
+        """Copy gathered rows to their places in `buffer` (rows of the shard, *row); does not wait for a device."""
+        for start, target, length in self._target_runs:
+            buffer[target : target + length].copy_(gathered[start : start + length], non_blocking=True)
+
+    @cached_property
+    def _target_runs(self) -> list[tuple[int, int, int]]:
+        """(index in this placement, row in the shard, length) of each run of consecutive targets."""
+        starts = np.concatenate([[0], np.flatnonzero(np.diff(self.target) != 1) + 1])
+        lengths = np.diff(np.concatenate([starts, [len(self.target)]]))
+        return list(zip(starts.tolist(), self.target[starts].tolist(), lengths.tolist(), strict=True))
+
+
+def _slice(indices: Indices) -> slice | list[int]:
+    """Return increasing `indices` as a slice where they have no gaps, which needs no copy to a device."""
+    first, last = int(indices[0]), int(indices[-1])
+    return slice(first, last + 1) if last - first + 1 == len(indices) else indices.tolist()

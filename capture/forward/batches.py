@@ -1,0 +1,176 @@
+"""Running the batches of a plan, exactly as the plan makes them up."""
+
+import time
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from residua.capture.buffers.row_index import BatchRows
+from residua.capture.buffers.rows import ExampleRows, batch_rows, by_position
+from residua.capture.forward.inputs import ForwardArguments
+from residua.capture.forward.plan_batch import plan_batch
+from residua.capture.layout.process_layout import Part
+from residua.capture.runtime.devices import input_device
+from residua.capture.runtime.pipeline_schedule import runnable, staged_of
+from residua.capture.runtime.sharded import failed_together, is_sharded
+from residua.store.base.errors import CaptureError
+from residua.store.examples.schedule import Batch
+from residua.store.examples.table import ExampleTable
+from residua.store.format.plan import Plan
+from residua.store.format.site_names import parse_site
+
+Around = Callable[[Sequence[int]], AbstractContextManager[None]]
+
+
+class RowSink(Protocol):
+    """Takes the rows of batches: `begin` announces a batch, `put` brings one site's tensor, (B, T, *row)."""
+
+    def begin(self, batch: BatchRows, /) -> None:
+        """Announce the rows of the next forward pass."""
+
+    def put(self, site: str, tensor: torch.Tensor, /) -> None:
+        """Take one site's tensor; copy what is kept before returning."""
+
+
+class _EnoughError(Exception):
+    """Every site has fired: what is left of the forward pass would be thrown away."""
+
+
+class BatchRunner:
+    """Runs batches through a model; the taps of the sites call `put` meanwhile.
+
+    Nothing is computed that no site needs: the forward pass ends where the last site has fired, and logits that
+    nobody asked for are left out. Neither changes a bit of what is captured.
+
+    Args:
+        model: The model, on its device.
+        plan: The plan that the batches belong to.
+        table: The examples.
+        sink: Who gets the rows.
+        sites: The sites that are read here; all of the plan's unless given.
+        part: What this process has of a model that several hold together.
+        changed: Sites that are changed while a batch runs.
+
+    Attributes:
+        n_rows: Rows that the batches so far have; 0 on all but the leader of those that hold one model together.
+        n_tokens: Their tokens, padding left out; counted likewise.
+        forward_seconds: Time in the forward passes, taps included.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        plan: Plan,
+        table: ExampleTable,
+        sink: RowSink,
+        *,
+        sites: Collection[str] | None = None,
+        part: Part | None = None,
+        changed: Collection[str] = (),
+    ) -> None:
+        self._model = runnable(model)
+        staged = staged_of(model)
+        self._n_parts = 1 if staged is None else staged.n_microbatches
+        self._plan = plan
+        self._table = table
+        self._sink = sink
+        self._device = input_device(model)
+        self._shape = (0, 0)
+        self._n_sites = len(plan.sites if sites is None else sites)
+        self._n_missing = 0
+        self._is_split = part is not None
+        self._in_step = is_sharded(model)
+        self._is_shared = self._is_split or self._in_step
+        self._counts = part is None or part.team.is_leader
+        self._is_wanted = True
+        # accelerate's hooks and FSDP's must see their forward end, and the next stage of a pipeline what it gives
+        hooked = any(hasattr(module, "_hf_hook") for module in model.modules())
+        self._ends_early = not (hooked or self._in_step or (part is not None and part.is_stage))
+        kinds = {parse_site(name).kind for name in (*(site.name for site in plan.sites), *changed)}
+        needs_logits = any(kind == "module" or kind.startswith("logits") for kind in kinds)
+        self._arguments = ForwardArguments(self._model, needs_logits=needs_logits)
+        self.n_rows = 0
+        self.n_tokens = 0
+        self.forward_seconds = 0.0
+
+    def run(self, batch: Batch | None, around: Around | None = None) -> Iterator[bool]:
+        """Run one batch; yields after every forward pass, of which torch's pipelines take one a microbatch.
+
+        Where forward passes are collectives of all workers, there are as many of them for every batch, also for None,
+        which a worker runs that has no batch left: what is missing are passes of a token whose rows nobody wants.
+
+        Args:
+            batch: The batch.
+            around: Given the examples of a forward pass, in what the model is called.
+
+        Yields:
+            Whether the pass was of the batch.
+        """
+        n_passes = 0
+        for input_ids, attention_mask, rows in [] if batch is None else self._microbatches(batch):
+            self._forward(input_ids, attention_mask, rows, around)
+            n_passes += 1
+            yield True
+        while self._in_step and n_passes < self._n_parts:
+            self._run_along()
+            n_passes += 1
+            yield False
+
+    def _microbatches(self, batch: Batch) -> Iterator[tuple[Tensor, Tensor, Sequence[ExampleRows]]]:
+        made = plan_batch(self._table, batch.examples.tolist(), side=self._plan.padding, device=self._device)
+        padded, rows = made.padded, made.rows
+        for examples in np.array_split(np.arange(len(rows)), min(self._n_parts, len(rows))):
+            part = slice(int(examples[0]), int(examples[-1]) + 1)
+            yield padded.input_ids[part], padded.attention_mask[part], rows[part]
+
+    def _forward(
+        self, input_ids: Tensor, attention_mask: Tensor, rows: Sequence[ExampleRows], around: Around | None
+    ) -> None:
+        n_examples, n_positions = input_ids.shape
+        self._shape = (n_examples, n_positions)
+        self._sink.begin(batch_rows(rows, n_positions))
+        self._n_missing = self._n_sites
+        started = time.perf_counter()
+        kwargs = self._arguments(input_ids, attention_mask)
+        try:
+            with nullcontext() if around is None else around([example.example for example in rows]):
+                self._model(**kwargs)
+        except _EnoughError:
+            pass
+        except CaptureError:
+            raise
+        except torch.OutOfMemoryError as error:
+            raise CaptureError(
+                f"{self._device} has too little memory for a batch of {n_examples} examples of {n_positions} tokens: "
+                "lower --batch-tokens, or shorten the examples with --max-length"
+            ) from error
+        except RuntimeError as error:
+            if not self._is_shared:
+                raise
+            raise failed_together(error) from error
+        self.forward_seconds += time.perf_counter() - started
+        if self._counts:  # once a replica
+            self.n_rows += sum(len(example.positions) for example in rows)
+            self.n_tokens += sum(len(example.input_ids) for example in rows)
+
+    def _run_along(self) -> None:
+        token = torch.zeros((1, 1), dtype=torch.long, device=self._device)
+        self._is_wanted = False
+        try:
+            self._model(**self._arguments(token, torch.ones_like(token)))
+        except RuntimeError as error:
+            raise failed_together(error) from error
+        self._is_wanted = True
+
+    def put(self, site: str, tensor: torch.Tensor) -> None:
+        """Take one site's tensor from its tap."""
+        if not self._is_wanted:
+            return
+        self._sink.put(site, tensor if self._is_split else by_position(site, tensor, *self._shape))
+        self._n_missing -= 1
+        if not self._n_missing and self._ends_early:
+            raise _EnoughError

@@ -1,0 +1,65 @@
+"""Some examples of an archive as one padded batch, as its plan says: the side of the padding, and where rows lie."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+
+from residua.capture.buffers.rows import ExampleRows
+from residua.capture.forward.inputs import PaddedBatch, padded_batch
+from residua.store.examples.table import ExampleTable
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanBatch:
+    """Examples that run together.
+
+    Attributes:
+        padded: Their tokens side by side.
+        rows: Per example, in batch order, its tokens, its kept positions, and where they lie in the batch.
+    """
+
+    padded: PaddedBatch
+    rows: list[ExampleRows]
+
+    @property
+    def n_positions(self) -> int:
+        """Length of the batch, padding included."""
+        return int(self.padded.input_ids.shape[1])
+
+
+def parts_of(batch: PlanBatch, n: int) -> list[PlanBatch]:
+    """Return a batch in at most `n` parts of whole examples, as torch's schedules cut one into microbatches."""
+    cuts = np.array_split(np.arange(len(batch.rows)), min(n, len(batch.rows)))
+    spans = [slice(int(examples[0]), int(examples[-1]) + 1) for examples in cuts]
+    padded = batch.padded
+    return [
+        PlanBatch(
+            padded=PaddedBatch(input_ids=padded.input_ids[span], attention_mask=padded.attention_mask[span]),
+            rows=batch.rows[span],
+        )
+        for span in spans
+    ]
+
+
+def plan_batch(
+    table: ExampleTable, examples: Sequence[int], *, side: Literal["left", "right"], device: torch.device
+) -> PlanBatch:
+    """Return the batch of `examples`, in the order given, padded on `side`, on `device`."""
+    contents = table.batch(examples)
+    padded = padded_batch([input_ids for input_ids, _ in contents], side=side, device=device)
+    n_positions = padded.input_ids.shape[1]
+    first_row = table.index().first_row
+    rows = [
+        ExampleRows(
+            example=number,
+            first_row=int(first_row[number]),
+            input_ids=input_ids,
+            positions=positions,
+            padded=np.arange(len(input_ids), dtype=np.int64) + (n_positions - len(input_ids) if side == "left" else 0),
+        )
+        for number, (input_ids, positions) in zip(examples, contents, strict=True)
+    ]
+    return PlanBatch(padded=padded, rows=rows)

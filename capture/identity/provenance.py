@@ -1,0 +1,134 @@
+"""Where the numbers came from: everything that one needs to capture the same rows again."""
+
+import json
+import platform
+from collections.abc import Mapping
+from functools import cache
+from importlib.metadata import version
+from typing import cast
+
+import torch
+from torch import nn
+from torch.distributed.fsdp import FullyShardedDataParallel
+from transformers import PreTrainedModel
+
+from residua.capture.identity.fingerprint import weights_fingerprint
+from residua.capture.layout.process_layout import is_split, layout_of
+from residua.capture.runtime.sharded import is_sharded, is_zero3, plain_class
+from residua.capture.runtime.wrappers import core_of
+from residua.store.base.canonical import Json, digest_of, flatten
+
+PACKAGES = ("residua", "torch", "transformers", "accelerate", "tokenizers", "zarr", "numcodecs", "numpy", "pyarrow")
+_NOT_THE_MODEL = (
+    "_name_or_path",
+    "transformers_version",
+    "dtype",
+    "torch_dtype",
+    "use_cache",
+    "architectures",
+    "distributed_config",
+)
+
+
+def environment() -> dict[str, Json]:
+    """Return the package versions, processor and thread count that the numbers depend on."""
+    return {
+        "packages": {name: _version(name) for name in PACKAGES},
+        "python": platform.python_version(),
+        "machine": f"{platform.system()} {platform.machine()}",
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "threads": torch.get_num_threads(),
+        "cuda": torch.version.cuda,
+        "cudnn": torch.backends.cudnn.version() if torch.cuda.is_available() else None,  # type: ignore[no-untyped-call]  # bare
+        "matmul_precision": torch.get_float32_matmul_precision(),
+    }
+
+
+@cache
+def _version(name: str) -> str:
+    return version(name)  # which reads files of the package each time
+
+
+def changed_conditions(provenance: Mapping[str, object]) -> tuple[str, ...]:
+    """Return one sentence for each condition of `provenance` that is another here, now."""
+    here, there = flatten(environment()), flatten(provenance)
+    return tuple(
+        f"{key}: {there[key]} when it was captured, {value} now"
+        for key, value in here.items()
+        if key in there and there[key] != value
+    )
+
+
+def identify_model(model: nn.Module) -> dict[str, Json]:
+    """Return what makes a model this model, wherever it lies and whatever is around it: the plan's `model` entry."""
+    core = core_of(model)
+    return {
+        "class": plain_class(core).__name__,
+        # FSDP1 brings weights together from the outermost wrapper on
+        "weights": weights_fingerprint(model if isinstance(model, FullyShardedDataParallel) else core),
+        "config": _config_digest(core),
+        "dtype": str(next(core.parameters()).dtype).removeprefix("torch."),
+        "attention": _attention(core),
+    }
+
+
+def describe_model(model: nn.Module, identity: Mapping[str, Json]) -> dict[str, Json]:
+    """Return where the model came from, on what it ran, and its `identity`: provenance."""
+    model = core_of(model)
+    devices = {parameter.device for parameter in model.parameters()}
+    names = sorted(torch.cuda.get_device_name(d) if d.type == "cuda" else d.type for d in devices)
+    config = model.config if isinstance(model, PreTrainedModel) else None
+    return {
+        "id": getattr(config, "_name_or_path", ""),
+        "revision": getattr(config, "_commit_hash", None),
+        "devices": cast("list[Json]", names),
+        "layout": layout(model),
+        "config_values": _config_values(model),
+        **identity,
+    }
+
+
+def layout(model: nn.Module) -> str:
+    """Return how a model is spread over processes, for people."""
+    parts = [layout_of(model)] if is_split(model) else []
+    return " x ".join([*parts, *(["zero3" if is_zero3(model) else "fsdp2"] if is_sharded(model) else [])]) or "single"
+
+
+def changed_layout(provenance: Mapping[str, object], model: nn.Module) -> tuple[str, ...]:
+    """Return a sentence if a model lies otherwise than when `provenance` was written; none if that does not say."""
+    described = provenance.get("model")
+    then = described.get("layout") if isinstance(described, Mapping) else None
+    now = layout(model)
+    if then in (None, now):
+        return ()
+    return (f"layout of the model: {then} when it was captured, {now} now: values are rounded in another order",)
+
+
+def _attention(model: nn.Module) -> str | None:
+    return model.config._attn_implementation if isinstance(model, PreTrainedModel) else None
+
+
+def config_differences(provenance: Mapping[str, object], model: nn.Module) -> list[str]:
+    """Return one line for each value of the model's config that is another than in `provenance`."""
+    described = provenance.get("model")
+    there = described.get("config_values") if isinstance(described, Mapping) else None
+    if not isinstance(there, Mapping):
+        return []
+    before, now = flatten(there), flatten(_config_values(model))
+    return [
+        f"model.config.{key}: the archive has {before.get(key, 'nothing')!r}, this run has {now.get(key, 'nothing')!r}"
+        for key in sorted(before.keys() | now.keys())
+        if before.get(key) != now.get(key)
+    ]
+
+
+def _config_digest(model: nn.Module) -> str:
+    return digest_of(_config_values(model) if isinstance(model, PreTrainedModel) else str(model))
+
+
+def _config_values(model: nn.Module) -> dict[str, Json]:
+    """Return what of a transformers model's config is the model's, and not this library's or this machine's."""
+    if not isinstance(model, PreTrainedModel):
+        return {}
+    values = json.loads(model.config.to_json_string(use_diff=True))
+    return {key: value for key, value in values.items() if key not in _NOT_THE_MODEL}

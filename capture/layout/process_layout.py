@@ -1,0 +1,96 @@
+"""This process's part of a replica that several hold together: by tensor, sequence, expert or pipeline parallelism."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch.distributed as dist
+from torch import nn
+from torch.distributed import ProcessGroup
+
+from residua.capture.runtime.process_groups import everyones, pipeline_group, tensor_parallel_group
+from residua.capture.scheduling.membership import Crew
+from residua.capture.scheduling.ownership import Share
+from residua.capture.scheduling.worker_group import Team
+from residua.capture.sites.pipeline_stages import target_of
+from residua.capture.sites.site import SiteInfo
+from residua.store.base.errors import CaptureError
+from residua.store.format.plan import Plan
+
+
+def is_split(model: nn.Module) -> bool:
+    """Say whether several processes hold this model together, so that one of them alone cannot run it."""
+    return tensor_parallel_group(model, None) is not None or pipeline_group(model) is not None
+
+
+def layout_of(model: nn.Module) -> str:
+    """Return how a split model is split, for people: ``tensor parallel 2``."""
+    groups = {"pipeline": pipeline_group(model), "tensor parallel": tensor_parallel_group(model, None)}
+    return " x ".join(f"{name} {dist.get_world_size(group)}" for name, group in groups.items() if group is not None)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    """What this process has of a replica.
+
+    Attributes:
+        team: The workers that hold the replica.
+        sites: The sites that this process's stage of the pipeline has; all of them where there is no pipeline.
+        group: The ranks over which the activations of this stage may be split; None where it has whole ones.
+        is_stage: Whether it is a stage of a pipeline, whose other stages wait for what it passes on.
+    """
+
+    team: Team
+    sites: Mapping[str, SiteInfo]
+    group: ProcessGroup | None
+    is_stage: bool
+
+    def share(self, plan: Plan) -> Share:
+        """Return what of `plan` this process stores."""
+        sites = [site for site in plan.sites if site.name in self.sites]
+        has_columns = self.team.is_leader
+        if self.group is None:
+            return Share(sites, has_columns=has_columns)
+        return Share(sites, dist.get_rank(self.group), dist.get_world_size(self.group), has_columns=has_columns)
+
+
+def team_of(model: nn.Module, crew: Crew) -> Team:
+    """Return the workers that hold a model together with this one; a collective of them."""
+    group, stages = tensor_parallel_group(model, None), pipeline_group(model)
+    numbers = [number for found in everyones(stages, everyones(group, crew.number)) for number in found]
+    return Team(crew, sorted(numbers))
+
+
+def part_of(model: nn.Module, sites: Mapping[str, SiteInfo], crew: Crew) -> Part:
+    """Find out what this process has of a split model; a collective of those that hold it.
+
+    Args:
+        model: The model.
+        sites: The sites to capture, as the unsharded model has them.
+        crew: All workers of the capture.
+
+    Raises:
+        CaptureError: A site is in no stage.
+    """
+    group, stages = tensor_parallel_group(model, None), pipeline_group(model)
+    here = target_of(model).here(sites)
+    return Part(
+        team=team_of(model, crew),
+        sites=here if stages is None else _of_this_stage(sites, here, stages),
+        group=group,
+        is_stage=stages is not None,
+    )
+
+
+def _of_this_stage(
+    sites: Mapping[str, SiteInfo], here: Mapping[str, SiteInfo], stages: ProcessGroup
+) -> dict[str, SiteInfo]:
+    """Return the sites that this stage stores: the first that has one does, and of logits, which all have, the last."""
+    everyone: list[list[str]] = everyones(stages, list(here))
+    mine = {}
+    for name, info in sites.items():
+        holders = [stage for stage, names in enumerate(everyone) if name in names]
+        if not holders:
+            raise CaptureError(f"Site {name!r} ({info.where}) is in no stage of the pipeline; choose another")
+        if dist.get_rank(stages) == holders[-1 if info.via == "logits" else 0]:
+            mine[name] = info
+    return mine

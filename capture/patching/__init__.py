@@ -1,0 +1,1 @@
+"""Activation patching and its linear estimate over sites, positions and heads. Uses `replay` and below."""

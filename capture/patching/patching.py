@@ -1,0 +1,206 @@
+"""Activation patching and its linear estimate: which sites, positions and heads carry what two examples differ in.
+
+The corrupted example runs once for each cell of a grid, with the clean run's value put in at that cell (Vig et al.
+2020, Meng et al. 2022; by head: Wang et al. 2022); cells share forward passes, a copy of the example each. The estimate
+(Nanda 2023; Syed, Rager and Conmy 2023) is the product of the gradient in the corrupted run and the difference of the
+two runs' values: all cells for two forward passes and one backward pass.
+
+Legend: `C` copies of the example in a batch, `T` positions, `V` vocabulary.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from transformers import PreTrainedModel
+
+from residua.capture.forward.inputs import forward_kwargs
+from residua.capture.patching.pairs import Pair, PairMetric
+from residua.capture.runtime.devices import input_device
+from residua.capture.runtime.process_groups import everyones, pipeline_group
+from residua.capture.runtime.wrappers import core_of
+from residua.capture.sites.anatomy import ATTENTION_KINDS
+from residua.capture.sites.pipeline_stages import is_stand_in
+from residua.capture.sites.reference_model import whole_sites
+from residua.capture.taps.pipeline_gradients import carrying_gradients, end_here
+from residua.capture.taps.tap import tap
+from residua.store.base.errors import CaptureError, PlanError
+
+
+class Cell(NamedTuple):
+    """What is patched at once.
+
+    Attributes:
+        site: A site.
+        position: A position there; None for all of them together.
+        head: A head there; None for the whole row.
+    """
+
+    site: str
+    position: int | None
+    head: int | None = None
+
+    @property
+    def place(self) -> tuple[slice | int, slice | int]:
+        """Where it lies in a (T, H, ...) tensor."""
+        everything = slice(None)
+        return (
+            everything if self.position is None else self.position,
+            everything if self.head is None else self.head,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Swept:
+    """What was found of one pair.
+
+    Attributes:
+        clean: The measure of the clean run.
+        corrupted: That of the corrupted run.
+        values: The measure with each cell patched, or its estimate, in the order of the cells.
+    """
+
+    clean: float
+    corrupted: float
+    values: list[float]
+
+
+class Patcher:
+    """Patches the runs of one model.
+
+    Args:
+        model: A language model, in evaluation mode.
+        sites: Names or patterns of the sites whose cells are patched.
+        by_head: Whether each head is a cell of its own.
+
+    Attributes:
+        sites: Their names, in the model's order.
+
+    Raises:
+        UnknownSiteError: The model has no such site.
+        PlanError: A site has no entry a token that could be put in, or no heads where they are asked for.
+    """
+
+    def __init__(self, model: nn.Module, sites: str | Iterable[str], *, by_head: bool = False) -> None:
+        self._model = model
+        infos = whole_sites(core_of(model), [sites] if isinstance(sites, str) else list(sites))
+        for name, info in infos.items():
+            if not info.per_token or info.site.top is not None or info.site.kind == "pattern":
+                raise PlanError(f"{name} does not hold one entry a token that could be put in; choose another site")
+            if by_head and info.site.kind not in ATTENTION_KINDS:
+                raise PlanError(f"{name} has no heads that could be patched one by one; z, q, k and v have")
+        self.sites = tuple(infos)
+        self._n_heads = {name: (info.row_shape or (0,))[0] or 0 for name, info in infos.items()} if by_head else {}
+        # where logits of the last position will do, what lies behind the blocks may see that position only
+        self._needs_logits = any(info.site.kind in ("module", "logits") for info in infos.values())
+
+    def cells(self, positions: Sequence[int | None]) -> list[Cell]:
+        """Return the grid of all sites and some positions; None stands for all positions together."""
+        return [
+            Cell(site, position, head)
+            for site in self.sites
+            for position in positions
+            for head in (range(self._n_heads[site]) if self._n_heads else [None])
+        ]
+
+    def sweep(self, pair: Pair, cells: Sequence[Cell], metric: PairMetric, *, batch_cells: int) -> Swept:
+        """Measure the corrupted run with the clean value put in at each cell, `batch_cells` in one forward pass."""
+        with torch.no_grad():
+            clean, values = self._read(pair.clean)
+            corrupted = self._logits(pair.corrupted, 1)
+            found: list[float] = []
+            for start in range(0, len(cells), batch_cells):
+                logits_CV = self._patched(pair, cells[start : start + batch_cells], values)
+                found += metric(logits_CV, pair, clean[0]).tolist()
+            measures = [float(metric(logits, pair, clean[0])) for logits in (clean, corrupted)]
+        return Swept(clean=measures[0], corrupted=measures[1], values=found)
+
+    def estimate(self, pair: Pair, cells: Sequence[Cell], metric: PairMetric) -> Swept:
+        """Estimate the same from one backward pass: the gradient by each cell times the difference of the runs.
+
+        Where several processes hold the model together, the first of them has the values.
+        """
+        with torch.no_grad():
+            clean, wanted = self._read(pair.clean)
+        values: dict[str, Tensor] = {}
+        gradients: dict[str, Tensor] = {}
+        with (
+            torch.enable_grad(),
+            carrying_gradients(self._model),
+            _differentiable(self._model) as embedded,
+            tap(self._model, self.sites, values.__setitem__),
+            tap(self._model, self.sites, gradients.__setitem__, backward=True),
+        ):
+            corrupted = metric(self._logits(pair.corrupted, 1), pair, clean[0])
+            # by what the last run embedded alone: no parameter gathers gradients, and taps may have tried the model
+            torch.autograd.grad(corrupted.sum(), [*embedded[-1:], *end_here(self._model)])
+        met = {
+            name: _effects((wanted[name] - values[name])[0], gradient[0], [c for c in cells if c.site == name])
+            for name, gradient in gradients.items()
+        }
+        effects = {
+            name: there for stage in everyones(pipeline_group(self._model), met) for name, there in stage.items()
+        }
+        base = float(corrupted.detach())
+        return Swept(
+            clean=float(metric(clean, pair, clean[0])),
+            corrupted=base,
+            values=[base + effects[cell.site][cell] for cell in cells if cell.site in effects],
+        )
+
+    def _read(self, ids: Sequence[int]) -> tuple[Tensor, dict[str, Tensor]]:
+        values: dict[str, Tensor] = {}
+        with tap(self._model, self.sites, values.__setitem__):
+            logits = self._logits(ids, 1)
+        return logits, values
+
+    def _patched(self, pair: Pair, cells: Sequence[Cell], values: dict[str, Tensor]) -> Tensor:
+        def put_in(name: str, tensor: Tensor) -> Tensor:
+            for copy, cell in enumerate(cells):
+                if cell.site == name:
+                    tensor[copy][cell.place] = values[name][0][cell.place]
+            return tensor
+
+        with tap(self._model, list(dict.fromkeys(cell.site for cell in cells)), put_in):
+            return self._logits(pair.corrupted, len(cells))
+
+    def _logits(self, ids: Sequence[int], n_copies: int) -> Tensor:
+        """Run copies of an example; returns the logits behind the last position, (C, V)."""
+        core = core_of(self._model)
+        ids_CT = torch.tensor([list(ids)] * n_copies, device=input_device(core))
+        output = self._model(**forward_kwargs(core, ids_CT, torch.ones_like(ids_CT), needs_logits=self._needs_logits))
+        logits = getattr(output, "logits", None)
+        if not isinstance(logits, Tensor):
+            raise CaptureError(f"{type(core).__name__} gives no logits: patching needs a language modelling head")
+        return logits.full_tensor()[:, -1] if isinstance(logits, DTensor) else logits[:, -1]
+
+
+def _effects(step: Tensor, gradient: Tensor, cells: Sequence[Cell]) -> dict[Cell, float]:
+    """Return the product of gradient and step, both (T, *row), summed over each cell."""
+    product = step.double() * gradient.double()
+    return {cell: float(product[cell.place].sum()) for cell in cells}
+
+
+@contextmanager
+def _differentiable(model: nn.Module) -> Iterator[list[Tensor]]:
+    """Let gradients reach every site, though no parameter may ask for any; yields what the embedding then gives.
+
+    It gives nothing in a later stage of a pipeline.
+    """
+    embedded: list[Tensor] = []
+
+    def start(_module: nn.Module, _inputs: object, output: Tensor) -> None:
+        embedded.append(output.requires_grad_())
+
+    core = core_of(model)
+    if not isinstance(core, PreTrainedModel):
+        raise PlanError(f"{type(core).__name__} is no transformers model, whose embedding gradients could start at")
+    embedding = core.get_input_embeddings()
+    with ExitStack() as stack:
+        if not is_stand_in(embedding):
+            stack.callback(embedding.register_forward_hook(start).remove)
+        yield embedded

@@ -1,0 +1,123 @@
+"""What one call of the user's model says about its rows: tokens, mask, number of examples."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from residua.capture.buffers.rows import ExampleRows
+from residua.store.base.errors import CaptureError
+from residua.store.examples.index import Example
+
+Column: TypeAlias = "Sequence[object] | torch.Tensor | npt.NDArray[np.generic]"
+"""One value an example."""
+NO_TOKEN = 0  # token id of rows that are whole examples, as an image is
+
+
+@dataclass(frozen=True, kw_only=True)
+class Call:
+    """One call of the model.
+
+    Attributes:
+        input_ids: Token ids, (examples, positions), or None for a model without tokens.
+        mask: Which positions are tokens and not padding, (examples, positions).
+    """
+
+    input_ids: npt.NDArray[np.int32] | None
+    mask: npt.NDArray[np.bool_]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Number of examples and of padded positions; one position an example where there are no tokens."""
+        return (int(self.mask.shape[0]), int(self.mask.shape[1]))
+
+    def examples(
+        self, keep: npt.NDArray[np.bool_] | None, columns: Mapping[str, Column]
+    ) -> tuple[list[Example], list[npt.NDArray[np.int64]]]:
+        """Return the call's examples, and where the tokens of each lie among the padded positions.
+
+        Args:
+            keep: Which positions become rows, (examples, positions); None keeps every token.
+            columns: Per name, one value an example; a tensor or an array counts by its first axis.
+
+        Raises:
+            CaptureError: `keep` or a column does not fit the call.
+        """
+        if keep is not None and keep.shape != self.mask.shape:
+            raise CaptureError(
+                f"keep has shape {keep.shape}, but the call has {self.shape[0]} examples of {self.shape[1]} "
+                "positions: give one entry a position"
+            )
+        kept = self.mask if keep is None else keep & self.mask
+        plain = {name: _plain(values) for name, values in columns.items()}
+        for name, values in plain.items():
+            if len(values) != len(self.mask):
+                raise CaptureError(f"column {name!r} has {len(values)} values for {len(self.mask)} examples")
+        examples, padded = [], []
+        for b, mask in enumerate(self.mask):
+            at = np.flatnonzero(mask)
+            tokens = np.full(len(at), NO_TOKEN, np.int32) if self.input_ids is None else self.input_ids[b, at]
+            positions = np.flatnonzero(kept[b, at]).astype(np.int32)
+            row = {name: values[b] for name, values in plain.items()}
+            examples.append(Example(input_ids=tokens, positions=positions, columns=row))
+            padded.append(at.astype(np.int64))
+        return examples, padded
+
+
+def _plain(values: Column) -> Sequence[object]:
+    """Return the values of a tensor or an array as Python's own, which the example table can hold."""
+    return values.tolist() if isinstance(values, torch.Tensor | np.ndarray) else values
+
+
+def read_call(names: Iterable[str], args: Sequence[object], kwargs: Mapping[str, object]) -> Call:
+    """Read tokens and mask from the arguments of a model's call.
+
+    Args:
+        names: Names of the parameters of the model's forward, in order, so that a mask passed by position counts.
+        args: The arguments passed by position.
+        kwargs: The arguments passed by name.
+
+    Raises:
+        CaptureError: There is no tensor among them, or the mask does not fit the tokens.
+    """
+    named = {**dict(zip(names, args, strict=False)), **kwargs}
+    mask = named.pop("attention_mask", None)
+    candidates = (named.get("input_ids"), *args, *named.values())
+    first = next((value for value in candidates if isinstance(value, torch.Tensor) and value.ndim), None)
+    if first is None:
+        raise CaptureError("the model was called without a tensor: there is nothing to count examples by")
+    if first.is_floating_point() or first.ndim != 2:
+        if isinstance(mask, torch.Tensor) and mask.ndim == 2 and mask.shape == first.shape[:2]:
+            return Call(input_ids=None, mask=mask.cpu().numpy() > 0)
+        return Call(input_ids=None, mask=np.ones((first.shape[0], 1), bool))
+    if mask is None:
+        mask = torch.ones_like(first)
+    if not isinstance(mask, torch.Tensor) or mask.shape != first.shape:
+        found = tuple(mask.shape) if isinstance(mask, torch.Tensor) else type(mask).__name__
+        raise CaptureError(
+            f"attention_mask is {found} for input_ids of shape {tuple(first.shape)}: a recorded call needs one mask "
+            "entry a token. To record generated text, generate first, then call the model on the whole sequences."
+        )
+    return Call(input_ids=first.cpu().numpy().astype(np.int32), mask=mask.cpu().numpy() > 0)
+
+
+def example_rows(
+    examples: Sequence[Example], padded: Sequence[npt.NDArray[np.int64]], first_example: int, first_row: int
+) -> list[ExampleRows]:
+    """Number the rows of a call's examples, from `first_example` and `first_row` on; those without rows are kept."""
+    rows = []
+    for number, (example, at) in enumerate(zip(examples, padded, strict=True), start=first_example):
+        rows.append(
+            ExampleRows(
+                example=number,
+                first_row=first_row,
+                input_ids=example.input_ids,
+                positions=example.positions,
+                padded=at,
+            )
+        )
+        first_row += len(example.positions)
+    return rows

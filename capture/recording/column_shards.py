@@ -1,0 +1,48 @@
+"""Which sites of a split model can be stored as they lie: each rank its own part of every row, and nothing is sent."""
+
+import torch
+from torch import Tensor, nn
+
+from residua.capture.buffers.rows import FIRST_ROW_AXIS
+from residua.capture.forward.inputs import forward_kwargs
+from residua.capture.layout.layouts import Layout
+from residua.capture.layout.local_shards import LocalParts
+from residua.capture.layout.process_layout import Part
+from residua.capture.runtime.devices import input_device
+from residua.capture.runtime.pipeline_schedule import runnable
+from residua.capture.runtime.process_groups import everyones, pipeline_group
+from residua.capture.sites.shape_probe import evaluating
+from residua.capture.taps.reading import reading
+from residua.store.base.errors import PlanError
+
+_EXAMPLES, _POSITIONS = 2, 8
+
+
+def column_shards(model: nn.Module, part: Part) -> dict[str, int]:
+    """Run a few tokens and see how the sites lie; a collective of those that hold the model.
+
+    Returns:
+        For each site that is split along the first axis of its rows, over how many ranks. One that is split by position
+        or otherwise is not among them: its rows have to be brought together.
+
+    Raises:
+        PlanError: The ranks have parts of different width, which no Zarr array is cut into.
+    """
+    parts, found = LocalParts(part.sites, part.group), dict[str, Layout]()
+
+    def look(site: str, tensor: Tensor) -> None:
+        found[site] = parts.of(site, tensor, (_EXAMPLES, _POSITIONS))[1]
+
+    ids = torch.arange(_EXAMPLES * _POSITIONS, device=input_device(model)).view(_EXAMPLES, _POSITIONS)
+    with torch.inference_mode(), evaluating(model), reading(model, part.sites, look):
+        called = runnable(model)
+        called(**forward_kwargs(called, ids, torch.ones_like(ids)))
+    split = {site: layout.sizes for site, layout in found.items() if layout.dim == FIRST_ROW_AXIS}
+    for site, sizes in split.items():
+        if len(set(sizes)) > 1:
+            raise PlanError(
+                f"--no-gather: the ranks have {', '.join(map(str, sizes))} columns of {site}, and a Zarr array is cut "
+                "into equal ones only: capture it without --no-gather, or over a number of ranks that divides its width"
+            )
+    counts = {site: len(sizes) for site, sizes in split.items()}
+    return {site: n for stage in everyones(pipeline_group(model), counts) for site, n in stage.items()}

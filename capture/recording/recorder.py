@@ -1,0 +1,253 @@
+"""Recording in a loop that the user owns: every call of the model appends rows.
+
+    with residua.Recorder(model, sites="resid_post.*", out="acts.zarr") as recorder:
+        for batch in loader:
+            recorder.annotate(columns={"label": batch.pop("label")})
+            model(**batch)
+
+Rows follow the calls: examples in batch order, tokens in their order, without the positions that `attention_mask`
+masks. The size of the archive is open until the context is left; then it is sealed. After an exception the archive
+is left unsealed, with every shard that was committed, and can be read as far as it goes.
+"""
+
+from collections.abc import Iterable, Mapping
+from contextlib import ExitStack
+from inspect import signature
+from os import PathLike
+from pathlib import Path
+from types import TracebackType
+from typing import Any, NamedTuple, Self
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+from torch.distributed import ProcessGroup
+from torch.distributed.device_mesh import DeviceMesh
+from transformers import PreTrainedTokenizerBase
+
+from residua.capture.identity.attention_facts import attention_files
+from residua.capture.identity.lm_head import head_files
+from residua.capture.identity.provenance import identify_model
+from residua.capture.layout.layouts import Layout
+from residua.capture.layout.local_shards import LocalParts, whole_row
+from residua.capture.layout.process_layout import Part, is_split
+from residua.capture.recording.call import Call, Column, read_call
+from residua.capture.recording.growing_archive import GrowingArchive, taken
+from residua.capture.recording.loop import SameCalls, team_in_loop
+from residua.capture.runtime.compiled import refuse_compiled
+from residua.capture.runtime.pipeline_schedule import PIPELINES
+from residua.capture.runtime.process_groups import device_of, everyones, pipeline_group, split_by_hand
+from residua.capture.runtime.streams import writer_threads
+from residua.capture.scheduling.membership import Crew
+from residua.capture.sites.attention import eager_where_needed
+from residua.capture.sites.reference_model import whole_sites
+from residua.capture.sites.resolve import resolve_sites
+from residua.capture.sites.siteplans import check_storage, plan_site
+from residua.capture.taps.reading import reading
+from residua.store.base.errors import CaptureError, PlanError
+from residua.store.base.wording import few
+from residua.store.encoding.codecs import DEFAULT_PRESET
+from residua.store.format.plan import Plan, SitePlan
+from residua.store.format.sizes import HOST_MEMORY_BYTES, shard_rows
+
+
+class _Held(NamedTuple):
+    """This process's part of a site's tensor in the first call, in host memory, and how the parts lie."""
+
+    local: Tensor
+    layout: Layout
+
+
+class Recorder:
+    """Appends the rows of every call of `model` to a new archive; see the module's head.
+
+    Args:
+        model: Any torch module; canonical sites need a transformers model.
+        sites: Site names or patterns, for example ``"resid_post.*, attn_out.3"``.
+        out: Folder of the new archive.
+        dtype: Data type to store floating-point sites in; None keeps what the model computes.
+        codec: Codec preset.
+        rows_per_shard: Height of a shard, a power of two; None follows the widest site.
+        host_memory: Memory that stages may take together, in bytes.
+        tokenizer: Stored in the archive, so that rows can be shown as text.
+        max_length: Most tokens of an example; needed for `pattern` sites only, whose rows are that wide.
+        threads: Encoder threads; None takes 1, and up to 4 beside a GPU.
+        head: Whether final norm and unembedding are stored, which lenses need.
+        tensor_parallel: The ranks over which the model's activations are split, or their mesh, where this cannot be
+            told from the model, because it was split by hand.
+
+    Raises:
+        FileExistsError: `out` exists already.
+        UnknownSiteError: The model lacks a site.
+        CaptureError: The model is compiled, or a pipeline of torch's.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        sites: str | Iterable[str],
+        out: str | PathLike[str],
+        dtype: str | None = None,
+        codec: str = DEFAULT_PRESET,
+        rows_per_shard: int | None = None,
+        host_memory: int = HOST_MEMORY_BYTES,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        max_length: int | None = None,
+        threads: int | None = None,
+        head: bool = True,
+        tensor_parallel: ProcessGroup | DeviceMesh | None = None,
+    ) -> None:
+        self.path = Path(out)
+        if self.path.exists():
+            raise FileExistsError(taken(f"{self.path} exists: a recorder makes a new archive; choose another place"))
+        if isinstance(model, PIPELINES):
+            raise CaptureError(
+                f"Recorder was given a {type(model).__name__}, and in a loop over torch pipelines only the first stage "
+                "sees the tokens: give schedule and dataset to residua.capture_dataset, or look with residua.tap"
+            )
+        refuse_compiled(model)
+        check_storage(codec=codec, dtype=dtype, rows_per_shard=rows_per_shard, threads=threads)
+        self._model = model
+        self._given = tensor_parallel
+        with split_by_hand(model, tensor_parallel):
+            self._sites = (whole_sites if is_split(model) else resolve_sites)(model, _patterns(sites))
+            self._attention = attention_files(model, self._sites)
+        self._dtype = dtype
+        self._codec = codec
+        self._rows_per_shard = rows_per_shard
+        self._host_memory = host_memory
+        self._tokenizer = tokenizer
+        self._max_length = max_length
+        self._threads = threads or writer_threads(model)
+        self._head = head
+        self._stack = ExitStack()
+        self._team: tuple[Crew, Part] | None = None
+        self._archive: GrowingArchive | None = None
+        self._held: dict[str, _Held] = {}
+        self._call: Call | None = None
+        self._keep: npt.NDArray[np.bool_] | None = None
+        self._columns: Mapping[str, Column] = {}
+
+    def __repr__(self) -> str:
+        return f"<Recorder of {few(list(self._sites))} into {self.path}>"
+
+    def annotate(self, *, columns: Mapping[str, Column] | None = None, keep: torch.Tensor | None = None) -> None:
+        """Describe the next call.
+
+        Args:
+            columns: Per name, one value an example, as a sequence, tensor or array; they go into the example table.
+            keep: Which positions become rows, bool, (examples, positions); masked ones never do.
+        """
+        self._columns = dict(columns or {})
+        self._keep = None if keep is None else keep.cpu().numpy().astype(bool)
+
+    def __enter__(self) -> Self:
+        with ExitStack() as stack:
+            stack.enter_context(split_by_hand(self._model, self._given))
+            self._team = stack.enter_context(team_in_loop(self._model, self._sites))
+            part = None if self._team is None else self._team[1]
+            stack.enter_context(eager_where_needed(self._model, self._sites.values()))  # on stages without any, too
+            here = self._sites if part is None else part.sites
+            self._parts = LocalParts(here, None if part is None else part.group)
+            self._same_calls = SameCalls(self._model)
+            stack.push(self._close)
+            before = self._model.register_forward_pre_hook(self._before, with_kwargs=True)
+            stack.callback(before.remove)
+            self._taps = stack.enter_context(reading(self._model, here, self._put))
+            after = self._model.register_forward_hook(self._after)
+            stack.callback(after.remove)
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stack.__exit__(kind, error, trace)
+
+    def _close(
+        self, _kind: type[BaseException] | None, error: BaseException | None, _trace: TracebackType | None
+    ) -> None:
+        if self._archive is not None:
+            self._archive.close(finish=error is None)
+        elif error is None:
+            raise CaptureError("the model was not called inside the recorder, so there is nothing to keep")
+
+    def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._call = read_call(signature(module.forward).parameters, args, kwargs)
+        self._same_calls.check(self._call, self._keep)
+        if self._archive is not None:
+            self._archive.begin(self._call, self._keep, self._columns)
+
+    def _put(self, site: str, tensor: Tensor) -> None:
+        if self._call is None:
+            raise CaptureError(f"{site} fired outside a call of the recorded model: call the model itself")
+        local, layout = self._parts.of(site, tensor, self._call.shape)
+        if self._archive is None:
+            # one call of every site may be more than the device has
+            self._held[site] = _Held(local.to("cpu", copy=True), layout)
+        else:
+            self._archive.put(site, local, layout)
+
+    def _after(self, _module: nn.Module, _args: tuple[Any, ...], _output: object) -> None:
+        self._taps.end_forward()
+        if self._call is None:
+            raise CaptureError("a call of the model ended that did not begin")
+        if self._archive is None:
+            self._archive = self._begun(self._call)
+        self._archive.finish()
+        self._call, self._keep, self._columns = None, None, {}
+
+    def _begun(self, call: Call) -> GrowingArchive:
+        """Make the archive, now that the first call has shown what its rows are, and put those of that call there."""
+        archive = GrowingArchive(
+            self.path,
+            self._model,
+            self._plan(call),
+            files={
+                **(head_files(self._model) if self._head else {}),
+                **{name: [content] for name, content in self._attention.items()},
+            },
+            tokenizer=self._tokenizer,
+            parts=self._parts,
+            team=self._team,
+            first_rows=int(call.mask.sum()),
+            host_memory=self._host_memory,
+            threads=self._threads,
+        )
+        archive.begin(call, self._keep, self._columns)
+        group = None if self._team is None else self._team[1].group
+        for site, held in self._held.items():
+            local = held.local if group is None else held.local.to(device_of(group))
+            archive.put(site, local, held.layout)
+        self._held = {}
+        return archive
+
+    def _plan(self, call: Call) -> Plan:
+        mine = {
+            site: (whole_row(site, held.local, held.layout, call.shape), str(held.local.dtype).removeprefix("torch."))
+            for site, held in self._held.items()
+        }
+        found = {site: said for stage in everyones(pipeline_group(self._model), mine) for site, said in stage.items()}
+        sites = tuple(self._site_plan(site, *found[site]) for site in self._sites)
+        height = self._rows_per_shard or shard_rows(
+            [site.row_bytes for site in sites],
+            batch_rows=int(call.mask.sum()),
+            most_rows_per_example=int(call.mask.sum()),
+            host_memory_bytes=self._host_memory,
+        )
+        return Plan(
+            model=identify_model(self._model), dataset={}, rules={"loop": "user"}, sites=sites, rows_per_shard=height
+        )
+
+    def _site_plan(self, site: str, row_shape: tuple[int, ...], computed: str) -> SitePlan:
+        if site.startswith("pattern."):
+            if self._max_length is None:
+                raise PlanError(f"{site} has rows as wide as the longest example: pass max_length to Recorder")
+            row_shape = (*row_shape[:-1], self._max_length)
+        return plan_site(site, row_shape, computed, dtype=self._dtype, codec=self._codec)
+
+
+def _patterns(sites: str | Iterable[str]) -> str | list[str]:
+    return sites if isinstance(sites, str) else list(sites)

@@ -1,0 +1,120 @@
+"""Numbers that say what a replay changed, by name: losses, divergences and differences of logits.
+
+A metric is ``loss``; ``kl``; or ``{"logit_difference": [token, other token], "position": -1}``. All are differentiable,
+in float32 at least, and means: over predicted tokens, over tokens, over examples.
+
+Legend: `T` tokens of an example, `V` vocabulary.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F  # noqa: N812 - torch's own name for it
+from torch import Tensor
+
+from residua.capture.buffers.rows import ExampleRows
+from residua.store.base.errors import PlanError
+
+NAMES = ("loss", "kl", "logit_difference")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """What a metric is taken of.
+
+    Attributes:
+        logits: Per example, (T, V).
+        examples: The examples.
+        original: Gives the logits of the same examples without edits.
+    """
+
+    logits: Sequence[Tensor]
+    examples: Sequence[ExampleRows]
+    original: Callable[[], Sequence[Tensor]]
+
+
+Metric = Callable[[Outcome], Tensor]
+MetricSpec = str | Mapping[str, Any] | Metric
+"""A name, a name with what it needs, or a Python function of an `Outcome` that gives one number."""
+
+
+def metric_of(spec: MetricSpec) -> Metric:
+    """Return the metric that `spec` names.
+
+    Raises:
+        PlanError: There is no such metric, or it lacks something.
+
+    Example:
+        >>> metric_of("loss") is mean_loss
+        True
+    """
+    if callable(spec):
+        return spec
+    if isinstance(spec, Mapping) and "logit_difference" in spec:
+        return _logit_difference(spec)
+    if isinstance(spec, str) and spec in ("loss", "kl"):
+        return mean_loss if spec == "loss" else mean_kl
+    raise PlanError(
+        f"there is no metric {spec!r}: give loss, kl, or {{'logit_difference': [token, other token], 'position': -1}}"
+    )
+
+
+def token_losses(logits_TV: Tensor, example: ExampleRows) -> Tensor:
+    """Return the cross-entropy of each next token in nats, (T - 1)."""
+    targets = torch.from_numpy(example.input_ids[1:].astype(np.int64)).to(logits_TV.device)
+    return F.cross_entropy(_wide(logits_TV[:-1]), targets, reduction="none")
+
+
+def token_divergences(original_TV: Tensor, logits_TV: Tensor) -> Tensor:
+    """Return KL(original || other) of each position in nats, (T)."""
+    return _divergences(*(_wide(logits).log_softmax(-1) for logits in (original_TV, logits_TV)))
+
+
+def token_changes(original_TV: Tensor, logits_TV: Tensor, example: ExampleRows) -> tuple[Tensor, Tensor, Tensor]:
+    """Return `token_divergences`, and `token_losses` of the other and of the original, from one softmax of each."""
+    log_p, log_q = (_wide(logits).log_softmax(-1) for logits in (original_TV, logits_TV))
+    targets = torch.from_numpy(example.input_ids[1:, None].astype(np.int64)).to(log_p.device)
+    before, after = (-logs[:-1].gather(1, targets)[:, 0] for logs in (log_p, log_q))
+    return _divergences(log_p, log_q), after, before
+
+
+def _divergences(log_p_TV: Tensor, log_q_TV: Tensor) -> Tensor:
+    found: Tensor = torch.linalg.vecdot(log_p_TV.exp(), log_p_TV - log_q_TV)
+    return found
+
+
+def mean_loss(outcome: Outcome) -> Tensor:
+    """Return the mean cross-entropy of next tokens in nats, over all predicted tokens."""
+    parts = [token_losses(*pair) for pair in zip(outcome.logits, outcome.examples, strict=True)]
+    return torch.cat(parts).mean()
+
+
+def mean_kl(outcome: Outcome) -> Tensor:
+    """Return the mean divergence from the run without edits in nats, over all tokens."""
+    parts = [token_divergences(*pair) for pair in zip(outcome.original(), outcome.logits, strict=True)]
+    return torch.cat(parts).mean()
+
+
+def _logit_difference(spec: Mapping[str, Any]) -> Metric:
+    chosen, position = spec["logit_difference"], spec.get("position", -1)
+    is_pair = isinstance(chosen, list | tuple) and len(chosen) == 2 and all(isinstance(i, int) for i in chosen)
+    if not is_pair or not isinstance(position, int) or set(spec) - {"logit_difference", "position"}:
+        raise PlanError(f"a logit difference needs two token ids, and may have a position; found {dict(spec)!r}")
+    token, other = chosen
+
+    def difference(outcome: Outcome) -> Tensor:
+        for logits_TV in outcome.logits:
+            n_tokens, n_logits = logits_TV.shape
+            if not -n_tokens <= position < n_tokens or not 0 <= min(chosen) <= max(chosen) < n_logits:
+                raise PlanError(f"{dict(spec)!r}: an example has {n_tokens} tokens of a vocabulary of {n_logits}")
+        parts = [_wide(logits_TV[position, token] - logits_TV[position, other]) for logits_TV in outcome.logits]
+        return torch.stack(parts).mean()
+
+    return difference
+
+
+def _wide(values: Tensor) -> Tensor:
+    return values if values.dtype == torch.float64 else values.float()

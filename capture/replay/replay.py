@@ -1,0 +1,253 @@
+"""Stored or edited activations back into the model, for some examples of an archive, interactively.
+
+    with residua.replay(model, "acts.zarr", examples=[3], at="resid_post.5", edits=[...]) as run:
+        run.logits          # per example, (tokens, vocabulary)
+        run["resid_post.7"] # per example, (rows, width)
+
+The stored rows go in at ``at``, the edits apply, and only the blocks above run. Nothing runs before it is asked for;
+what was computed is kept. Between and after the passes the model is as it was.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from os import PathLike
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed import ProcessGroup
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.pipelining.schedules import PipelineScheduleSingle
+
+from residua.capture.identity.same_model import running_as_captured
+from residua.capture.replay.engine import Replayer
+from residua.capture.replay.generation import generate
+from residua.capture.replay.metrics import MetricSpec, Outcome, metric_of, token_losses
+from residua.capture.replay.notes import attention_notes, unlike_the_plan
+from residua.capture.replay.passes import kept_rows
+from residua.capture.runtime.pipeline_schedule import PIPELINES, as_model
+from residua.capture.runtime.process_groups import split_by_hand
+from residua.capture.runtime.ranks import on_rank
+from residua.store.base.errors import CaptureError, PlanError
+from residua.store.base.wording import few
+from residua.store.edits.parser import EditSource, parse_edits
+from residua.store.read.archive import Archive
+
+
+class Replay:
+    """What `replay` gives: the logits and sites of some examples, computed when they are first asked for.
+
+    Attributes:
+        examples: Numbers of the examples, in the order of every list here.
+        notes: What a reader of the results has to know, one sentence each: conditions that differ from those of the
+            capture, rows that were rounded, blocks that could not be left out.
+        skipped_blocks: How many blocks did not run.
+    """
+
+    def __init__(self, replayer: Replayer, examples: Sequence[int], keep: Sequence[str], *, grad: bool) -> None:
+        self.examples = tuple(examples)
+        self._replayer = replayer
+        self._batch = replayer.batch(self.examples)
+        self._keep = replayer.sites(keep)
+        self._grad = grad
+        self._asked: set[str] = set()
+        self._sites: dict[str, list[Tensor]] = {}
+        self._nodes: dict[str, Tensor] = {}
+        self._end: tuple[Tensor, ...] = ()
+        self._logits: list[Tensor] | None = None
+        self._original: list[Tensor] | None = None
+        self._is_open = True
+        kept = attention_notes(replayer.core, replayer.known(self._keep).values())
+        idle = replayer.check([self._batch])  # what does not fit these examples is said before anything runs
+        skip, problem = replayer.starts_at(self._batch)
+        self.skipped_blocks = len(skip.blocks)
+        notes = [*replayer.notes, *kept, *idle, problem, unlike_the_plan(replayer.archive, self.examples)]
+        self.notes = tuple(note for note in dict.fromkeys(notes) if note)
+
+    @property
+    def logits(self) -> list[Tensor]:
+        """Logits of every token of each example, (tokens, vocabulary), in the model's type and on its device.
+
+        Raises:
+            CaptureError: The context was left before they were computed, or another process has them.
+        """
+        if self._logits is None:
+            self._run(self._keep)
+        if self._logits is None:
+            raise CaptureError(f"the model gave no logits{on_rank()}: it has no language modelling head here")
+        return self._logits
+
+    def __getitem__(self, site: str) -> list[Tensor]:
+        """Return the rows of a site above the stored ones, (rows, *row) an example, edits included.
+
+        Raises:
+            UnknownSiteError: The model has no such site.
+            PlanError: The site lies below the stored rows.
+            CaptureError: The context was left before they were computed, or another process has them.
+        """
+        (name,) = self._replayer.sites(site)
+        if name not in self._asked:  # all processes ask alike; who has not met it must not run again by itself
+            self._run([*self._keep, name])
+        if name not in self._sites:
+            raise CaptureError(f"{name} was met in another process than this one{on_rank()}, which has its rows")
+        return self._sites[name]
+
+    def __repr__(self) -> str:
+        return f"<Replay of examples {few(self.examples)} of {self._replayer.archive.path}>"
+
+    @property
+    def losses(self) -> list[Tensor]:
+        """Cross-entropy of every next token of each example in nats, (tokens - 1)."""
+        pairs = zip(self.logits, self._batch.rows, strict=True)
+        return [token_losses(logits, example) for logits, example in pairs]
+
+    @property
+    def original_logits(self) -> list[Tensor]:
+        """Logits of the same examples, from the same stored rows, without the edits; never part of a graph."""
+        if self._original is None:
+            self._require_open()
+            self._original = self._replayer.run(self._batch, edited=False).logits
+        if self._original is None:
+            raise CaptureError(f"the model gave no logits{on_rank()}: it has no language modelling head here")
+        return self._original
+
+    def metric(self, metric: MetricSpec) -> Tensor:
+        """Return a metric of the logits, one number; see `residua.capture.replay.metrics`.
+
+        Raises:
+            PlanError: There is no such metric.
+        """
+        outcome = Outcome(logits=self.logits, examples=self._batch.rows, original=lambda: self.original_logits)
+        return metric_of(metric)(outcome)
+
+    def gradients(self, metric: MetricSpec) -> dict[str, list[Tensor]]:
+        """Return the gradients of a metric with respect to the injected rows, and to every site in ``keep``.
+
+        That of the injected rows is taken before the edits there. Without injected rows, it is that of ``embed``.
+
+        Args:
+            metric: As for `metric`.
+
+        Returns:
+            From site to the gradient of the rows of each example, (rows, *row).
+
+        Raises:
+            PlanError: The replay was opened without ``grad=True``, or the metric does not depend on a site.
+        """
+        if not self._grad:
+            raise PlanError("gradients were asked for: open the replay with grad=True")
+        value = self.metric(metric)
+        by = [*self._nodes.values(), *self._end]
+        found = torch.autograd.grad(value, by, retain_graph=True, allow_unused=True)[: len(self._nodes)]
+        gradients = {}
+        for (name, node), gradient in zip(self._nodes.items(), found, strict=True):
+            whole = torch.zeros_like(node) if gradient is None else gradient
+            gradients[name] = kept_rows(self._batch, whole, name)
+        return gradients
+
+    def generate(
+        self, max_new_tokens: int, *, edit_new_tokens: bool = False, seed: int = 0, **options: Any
+    ) -> list[list[int]]:
+        """Go on from the examples as prompts: their stored rows and edits, then tokens of the model's own.
+
+        The blocks below the stored rows run too, since new tokens need their keys and values.
+
+        Args:
+            max_new_tokens: Most tokens that an example gets.
+            edit_new_tokens: Whether edits that are meant for every token, and need no stored row, change new ones too.
+            seed: Seed of the sampling; the state of torch's generator is left as it was.
+            **options: For transformers' ``generate``, such as ``do_sample=True, temperature=0.7``.
+
+        Returns:
+            The new tokens of each example, with the one that ended it, if one did.
+
+        Raises:
+            PlanError: The model does not generate, an edit is at the logits, or an example would get several sequences.
+        """
+        self._require_open()
+        return generate(
+            self._replayer,
+            self.examples,
+            max_new_tokens=max_new_tokens,
+            edit_new_tokens=edit_new_tokens,
+            seed=seed,
+            options=options,
+        )
+
+    def _run(self, keep: Sequence[str]) -> None:
+        self._require_open()
+        found = self._replayer.run(self._batch, list(dict.fromkeys(keep)), grad=self._grad)
+        if self._logits is None:  # later passes are for one site more, and gradients belong to the first
+            self._logits, self._nodes, self._end = found.logits, found.nodes, found.end
+        self._sites.update(found.sites)
+        self._asked.update(keep)
+
+    def _require_open(self) -> None:
+        if not self._is_open:
+            raise CaptureError("this replay is over: ask for logits and sites inside the with block")
+
+    def close(self) -> None:
+        """Run nothing any more; what was computed stays."""
+        self._is_open = False
+        self._replayer.stored.close()
+
+
+@contextmanager
+def replay(
+    model: nn.Module | PipelineScheduleSingle,
+    archive: Archive | str | PathLike[str],
+    *,
+    examples: Sequence[int],
+    at: str | Iterable[str] | None = None,
+    edits: EditSource = (),
+    keep: str | Iterable[str] = (),
+    grad: bool = False,
+    force: bool = False,
+    tensor_parallel: ProcessGroup | DeviceMesh | None = None,
+) -> Iterator[Replay]:
+    """Put stored rows of some examples back into the model, edit, and run only the layers above.
+
+    The examples run together in one batch, padded and numbered as the capture did it. Without edits, logits and later
+    sites are those of the captured run bit for bit if the examples are a batch of the plan, the rows were stored
+    without loss, and dtype, attention implementation and threads are those of the capture; what differs is in `notes`.
+
+    On a model that is spread over several processes all of them have to replay, alike; see `residua.tap`.
+
+    Args:
+        model: The model that was captured, wrapped and spread as it likes; or the schedule of a torch pipeline, GPipe
+            or 1F1B, whose stages have its parts. They run its forward passes, and logits come back on every stage.
+        archive: The archive, or its folder.
+        examples: Numbers of examples.
+        at: Where stored rows go in: a site of the residual stream, below which nothing is computed, or any other, or
+            several. None puts nothing in and runs the model in full.
+        edits: Edits in order, as `residua.store.edits.edit` lists them: dictionaries, or a YAML or JSON file.
+        keep: Sites that are kept by the first pass; others cost a pass each when they are asked for.
+        grad: Run with gradients, so that ``run.gradients`` can be asked for. Logits and kept rows are then parts of
+            autograd's graph; the parameters' own gradients stay untouched.
+        force: Go on with a model that is not the one that was captured, and note it.
+        tensor_parallel: The ranks over which activations are split, where this cannot be told from the model.
+
+    Yields:
+        The replay.
+
+    Raises:
+        PlanError: An edit does not fit, rows do not exist, the model is another. Nothing has run by then.
+        UnknownSiteError: The model or the archive does not have a site.
+        NotCapturedError: Rows are not captured yet.
+
+    Example:
+        >>> with residua.replay(model, "acts.zarr", examples=[0], at="resid_post.3") as run:  # doctest: +SKIP
+        ...     run.logits[0].shape
+    """
+    opened = archive if isinstance(archive, Archive) else Archive(archive)
+    parsed = parse_edits(edits)
+    places = [] if at is None else [at] if isinstance(at, str) else list(at)
+    with ExitStack() as stack:
+        if isinstance(model, PIPELINES):
+            model = stack.enter_context(as_model(model))
+        stack.enter_context(split_by_hand(model, tensor_parallel))
+        stack.enter_context(running_as_captured(opened, model))
+        replayer = Replayer(model, opened, at=places, edits=parsed, force=force, tensor_parallel=tensor_parallel)
+        run = Replay(replayer, examples, [keep] if isinstance(keep, str) else list(keep), grad=grad)
+        stack.callback(run.close)
+        yield run

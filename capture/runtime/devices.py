@@ -1,0 +1,69 @@
+"""Where a model runs: on the devices of its weights, or where accelerate brings weights that it keeps elsewhere.
+
+Weights that are offloaded to the host or to a disk stand in the model as tensors on meta, without values.
+"""
+
+from collections.abc import Iterator
+from contextlib import nullcontext
+
+import torch
+from accelerate.utils import align_module_device  # type: ignore[import-untyped]  # it ships no types
+from torch import Tensor, nn
+
+from residua.capture.runtime.ranks import on_rank
+from residua.capture.runtime.wrappers import core_of, named_parts
+from residua.store.base.errors import CaptureError
+
+
+def input_device(model: nn.Module) -> torch.device:
+    """Return the device for a model's inputs; the CPU for a model without weights."""
+    return next(_devices(model), torch.device("cpu"))
+
+
+def runs_on_cuda(model: nn.Module) -> bool:
+    """Say whether some part of a model runs on a CUDA device."""
+    return any(device.type == "cuda" for device in _devices(model))
+
+
+def _devices(model: nn.Module) -> Iterator[torch.device]:
+    yield from (parameter.device for parameter in model.parameters() if not parameter.is_meta)
+    for module in model.modules():
+        hook = getattr(module, "_hf_hook", None)
+        for one in getattr(hook, "hooks", (hook,)):
+            device = getattr(one, "execution_device", None)
+            if device is not None:
+                yield torch.device(device)
+
+
+def uploaded(tensor: Tensor, device: torch.device | str | None) -> Tensor:
+    """Copy a tensor of the host to a device, without waiting for what the device is still doing.
+
+    From memory that is not page-locked torch would wait, and the model's next batch could not be prepared meanwhile.
+    """
+    is_cuda = device is not None and torch.device(device).type == "cuda"
+    return (tensor.pin_memory() if is_cuda else tensor).to(device, non_blocking=is_cuda)
+
+
+def with_values(model: nn.Module, name: str, tensor: Tensor) -> Tensor:
+    """Return a weight, on the CPU if it is offloaded: from where accelerate keeps it.
+
+    Args:
+        model: The model, wrapped or not.
+        name: Name of the weight in the bare model.
+        tensor: What stands in the model.
+
+    Raises:
+        CaptureError: It has no values anywhere.
+    """
+    if not tensor.is_meta:
+        return tensor
+    path, _, last = name.rpartition(".")
+    part = named_parts(model).get(path)
+    with nullcontext() if part is None else align_module_device(core_of(part)):
+        found = None if part is None else getattr(core_of(part), last)
+        if not isinstance(found, Tensor) or found.is_meta:
+            raise CaptureError(
+                f"Weight {name!r}{on_rank()} is on the meta device and accelerate keeps no values of it; load the "
+                "model's weights first."
+            )
+        return found.detach().cpu()

@@ -1,0 +1,200 @@
+"""A stage of torch's pipelines as a model that a capture or a replay can run, in step with the other stages.
+
+A schedule of torch's learns from its first microbatch which shapes pass from stage to stage, and is held to them; the
+batches of a capture have many. So a capture runs the stage's module itself, and sends and receives as the forward
+passes of a schedule do: the microbatches one after the other, each stage at work on another of them. A microbatch of
+new shape is announced to the next stage; microbatches may differ in size, so that no batch has to be filled up.
+"""
+
+import inspect
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.pipelining import PipelineStage
+from torch.distributed.pipelining.schedules import PipelineScheduleSingle, _PipelineSchedule
+from torch.distributed.pipelining.stage import _PipelineStageBase
+from torch.distributed.tensor import DTensor
+from transformers import PreTrainedModel
+
+from residua.capture.runtime.ranks import on_rank
+from residua.capture.runtime.replica import replica_of
+from residua.store.base.errors import CaptureError, PlanError
+
+_Announced = list[tuple[tuple[int, ...], torch.dtype]]
+
+
+class Staged(nn.Module):
+    """This process's stage; a call runs one microbatch, which every stage of the pipeline has to be called with.
+
+    Args:
+        stage: The stage.
+        n_microbatches: Into how many parts batches are to be cut.
+
+    Attributes:
+        module: What the stage runs.
+        core: The part of a transformers model that is in it.
+        n_microbatches: As given.
+        group: The stages.
+        is_last: Whether what the module gives is what the pipeline gives.
+
+    Raises:
+        PlanError: The stage is not one that a capture can run.
+    """
+
+    def __init__(self, stage: PipelineStage, n_microbatches: int) -> None:
+        super().__init__()
+        if stage.num_stages != stage.group_size:
+            raise PlanError(
+                f"the pipeline has {stage.num_stages} stages on {stage.group_size} ranks: one stage a rank is "
+                "taken. Give each rank its blocks as one stage, with ScheduleGPipe or Schedule1F1B"
+            )
+        self.module = replica_of(stage.submod)
+        self.core = _transformers_model(self.module)
+        self.n_microbatches = n_microbatches
+        self.group = stage.group or dist.group.WORLD
+        self.is_last = stage.is_last
+        self._is_first = stage.is_first
+        self._rank, self._device = stage.group_rank, stage.device
+        self._announced: dict[tuple[int, ...], _Announced] = {}
+        taken = inspect.signature(self.module.forward).parameters.values()
+        self._takes = None if any(p.kind is p.VAR_KEYWORD for p in taken) else {p.name for p in taken}
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor, use_cache: bool) -> Any:
+        """Run one microbatch through this stage: take what the stage before gives, pass on what this one does.
+
+        Args:
+            input_ids: (examples, positions); the first stage's module gets it, by position.
+            attention_mask: Of the same shape. It and what follows goes to those modules that name it.
+            position_ids: Likewise.
+            use_cache: Likewise.
+
+        Raises:
+            CaptureError: There is padding, and the module takes no mask; or it passes on something else than tensors.
+        """
+        shape = tuple(input_ids.shape)
+        entering = (input_ids,) if self._is_first else self._received(shape)
+        named = {"attention_mask": attention_mask, "position_ids": position_ids, "use_cache": use_cache}
+        leaving = self.module(*entering, **self._taken(named))
+        if not self.is_last:
+            self._send(shape, leaving)
+        return leaving
+
+    def to_all(self, tensors: Sequence[Tensor] | None) -> list[Tensor]:
+        """Return what the last stage has, on every stage; a collective of them.
+
+        Args:
+            tensors: What is given to all, in the last stage; not looked at in any other.
+        """
+        mine = tensors if self.is_last and tensors is not None else []
+        said: list[Any] = [[(tuple(tensor.shape), tensor.dtype) for tensor in mine]]
+        last = dist.get_world_size(self.group) - 1
+        dist.broadcast_object_list(said, group=self.group, group_src=last, device=self._device)
+        given = list(mine) or [torch.empty(size, dtype=dtype, device=self._device) for size, dtype in said[0]]
+        for tensor in (whole := [tensor.contiguous() for tensor in given]):
+            dist.broadcast(tensor, group=self.group, group_src=last)
+        return whole
+
+    def _taken(self, named: Mapping[str, Any]) -> Mapping[str, Any]:
+        if self._takes is None:
+            return named
+        if "attention_mask" not in self._takes and not named["attention_mask"].all():
+            raise CaptureError(
+                f"the forward of {type(self.module).__name__}{on_rank()}, a stage of the pipeline, takes no "
+                "attention_mask, and examples of several lengths run together: let it take attention_mask (1 for a "
+                "token, 0 for padding), or set batch_tokens to 1, so that every example runs alone"
+            )
+        return {name: value for name, value in named.items() if name in self._takes}
+
+    def _received(self, shape: tuple[int, ...]) -> tuple[Tensor, ...]:
+        if shape not in self._announced:
+            said: list[Any] = [None]
+            dist.recv_object_list(said, group=self.group, group_src=self._rank - 1, device=self._device)
+            self._announced[shape] = said[0]
+        tensors = [torch.empty(size, dtype=dtype, device=self._device) for size, dtype in self._announced[shape]]
+        for tensor in tensors:
+            dist.recv(tensor, group=self.group, group_src=self._rank - 1)
+        return tuple(tensors)
+
+    def _send(self, shape: tuple[int, ...], leaving: Any) -> None:
+        tensors = tuple(leaving) if isinstance(leaving, tuple | list) else (leaving,)
+        wrong = [type(each).__name__ for each in tensors if not isinstance(each, Tensor) or isinstance(each, DTensor)]
+        if wrong:
+            raise CaptureError(
+                f"{type(self.module).__name__}{on_rank()}, a stage of the pipeline, passes on a {wrong[0]}: a capture "
+                "takes plain tensors, one or a tuple of them. Return what is in it (of a DTensor, its full_tensor())"
+            )
+        if shape not in self._announced:
+            self._announced[shape] = [(tuple(tensor.shape), tensor.dtype) for tensor in tensors]
+            dist.send_object_list(
+                [self._announced[shape]], group=self.group, group_dst=self._rank + 1, device=self._device
+            )
+        for tensor in tensors:
+            dist.send(tensor.contiguous(), group=self.group, group_dst=self._rank + 1)
+
+
+def _transformers_model(module: nn.Module) -> PreTrainedModel:
+    found = next((inner for inner in module.modules() if isinstance(inner, PreTrainedModel)), None)
+    if found is None:
+        raise PlanError(
+            f"a stage of the pipeline runs a {type(module).__name__} without a transformers model in it: keep the "
+            "stage's blocks in the model that they come from, under their own names, with the others deleted"
+        )
+    return found
+
+
+PIPELINES = (_PipelineSchedule, _PipelineStageBase)
+"""What torch runs pipelines with: schedules, and stages."""
+
+_staged: WeakKeyDictionary[nn.Module, Staged] = WeakKeyDictionary()
+
+
+@contextmanager
+def as_model(schedule: _PipelineSchedule | _PipelineStageBase) -> Iterator[PreTrainedModel]:
+    """Let the transformers model that is in a schedule's stage be known as a part of a pipeline, inside.
+
+    Args:
+        schedule: A schedule of torch's pipelines with one stage a rank.
+
+    Yields:
+        The model, of which most is in other stages.
+
+    Raises:
+        PlanError: Its stages are not such as can be run here; the message says what to do.
+    """
+    if not isinstance(schedule, PipelineScheduleSingle):
+        what = "a stage alone" if isinstance(schedule, _PipelineStageBase) else f"a {type(schedule).__name__}"
+        raise PlanError(
+            f"a torch pipeline is run by its schedule, and this was given {what}: pass the schedule that runs the "
+            "stage, ScheduleGPipe or Schedule1F1B, whose number of microbatches it takes"
+        )
+    stage = schedule._stage
+    if not isinstance(stage, PipelineStage):
+        raise PlanError(
+            "the stage was traced by torch.distributed.pipelining.pipeline(), and traced code has no sites: split "
+            "the model by hand and put the part of each rank into a PipelineStage"
+        )
+    staged = Staged(stage, schedule._n_microbatches)
+    outer = _staged.get(staged.core)
+    _staged[staged.core] = staged
+    try:
+        yield staged.core
+    finally:
+        if outer is None:
+            del _staged[staged.core]
+        else:
+            _staged[staged.core] = outer
+
+
+def staged_of(core: nn.Module) -> Staged | None:
+    """Return the stage that a model is a part of, while a capture runs it; None for any other model."""
+    return _staged.get(core)
+
+
+def runnable(model: nn.Module) -> nn.Module:
+    """Return what to call to run a model: itself, or the stage that it is a part of."""
+    return _staged.get(model, model)

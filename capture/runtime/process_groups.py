@@ -1,0 +1,150 @@
+"""Which processes hold the parts of one model replica: its tensor-parallel group."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TypeVar
+from weakref import WeakKeyDictionary
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed import ProcessGroup
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
+
+from residua.capture.runtime.pipeline_schedule import staged_of
+from residua.capture.runtime.wrappers import core_of
+from residua.store.base.errors import PlanError
+
+T = TypeVar("T")
+
+_by_hand: WeakKeyDictionary[nn.Module, ProcessGroup] = WeakKeyDictionary()
+
+
+@contextmanager
+def split_by_hand(model: nn.Module, given: ProcessGroup | DeviceMesh | None) -> Iterator[None]:
+    """Let every question about `model` inside be answered as if its tensor-parallel group were `given`.
+
+    Args:
+        model: The model, wrapped or not.
+        given: The ranks over which its activations are split, as the user says; None says nothing.
+
+    Raises:
+        PlanError: The group cannot be told from what was given.
+    """
+    if given is None:
+        yield
+        return
+    core = core_of(model)
+    before = _by_hand.get(core)
+    _by_hand[core] = _given(given)
+    try:
+        yield
+    finally:
+        del _by_hand[core]
+        if before is not None:
+            _by_hand[core] = before
+
+
+def group_by_hand(model: nn.Module) -> ProcessGroup | None:
+    """Return the group that `split_by_hand` says; None where that says nothing, or only this process."""
+    group = _by_hand.get(core_of(model))
+    return None if group is None or dist.get_world_size(group) == 1 else group
+
+
+def tensor_parallel_group(model: nn.Module, given: ProcessGroup | DeviceMesh | None) -> ProcessGroup | None:
+    """Find the processes over which the activations of this model replica may be split.
+
+    Looked at in this order: what the caller gave, here or by `split_by_hand`; transformers' own mesh; the meshes of
+    the parameters, less those over which FSDP shards them (FSDP gathers parameters, so its activations are whole).
+
+    Args:
+        model: The model, wrapped or not.
+        given: The group, or a mesh of one dimension or with a dimension named ``tp``.
+
+    Returns:
+        The group; None where this process has whole activations.
+
+    Raises:
+        PlanError: The group cannot be told from what was given, or the parameters lie on several.
+    """
+    if not dist.is_available() or not dist.is_initialized():
+        return None
+    core = core_of(model)
+    if given is not None:
+        group: ProcessGroup | None = _given(given)
+    else:
+        group = _by_hand.get(core) or _of_transformers(core) or _of_parameters(core)
+    return group if group is not None and dist.get_world_size(group) > 1 else None
+
+
+def pipeline_group(model: nn.Module) -> ProcessGroup | None:
+    """Return the stages of the pipeline that a model is a part of; None for any other model.
+
+    It is transformers' own, or the one of torch's that a capture is running
+    (`residua.capture.runtime.pipeline_schedule`).
+    """
+    staged, stage = staged_of(core_of(model)), getattr(core_of(model), "_pp_stage", None)
+    group: ProcessGroup | None = stage.pp_group if stage is not None else None if staged is None else staged.group
+    return group if group is not None and dist.get_world_size(group) > 1 else None
+
+
+def everyones(group: ProcessGroup | None, value: T) -> list[T]:
+    """Return what each rank of a group says, in their order; without a group, what this process says."""
+    if group is None:
+        return [value]
+    values = [value] * dist.get_world_size(group)
+    dist.all_gather_object(values, value, group=group)
+    return values
+
+
+def device_of(group: ProcessGroup | None) -> torch.device:
+    """Return a device whose tensors the ranks of a group, or of the default group, can send each other."""
+    if "gloo" in str(dist.get_backend(group)):
+        return torch.device("cpu")
+    return torch.device("cuda", torch.cuda.current_device())
+
+
+def _given(given: ProcessGroup | DeviceMesh) -> ProcessGroup:
+    if isinstance(given, ProcessGroup):
+        return given
+    names = given.mesh_dim_names or ()
+    if given.ndim == 1 or "tp" in names:
+        return given.get_group() if given.ndim == 1 else given.get_group("tp")
+    raise PlanError(
+        f"tensor_parallel was given a mesh of shape {tuple(given.shape)} with dimensions {names or 'without names'}; "
+        "give the part of it over which activations are split, for example mesh['tp']"
+    )
+
+
+def _of_transformers(core: nn.Module) -> ProcessGroup | None:
+    meshes = getattr(core, "_mesh_manager", None)
+    return None if meshes is None else meshes.get_mesh("tp").get_group()
+
+
+def _of_parameters(core: nn.Module) -> ProcessGroup | None:
+    data_parallel = {
+        ranks
+        for module in core.modules()
+        if isinstance(module, FSDPModule)
+        for group in module._get_fsdp_state()._fsdp_param_groups
+        for ranks in _groups(group.mesh_info.mesh)
+    }
+    found: dict[tuple[int, ...], ProcessGroup] = {}
+    for parameter in core.parameters():
+        if isinstance(parameter, DTensor):
+            found |= {r: g for r, g in _groups(parameter.device_mesh).items() if r not in data_parallel}
+    found = {ranks: group for ranks, group in found.items() if len(ranks) > 1}
+    if len(found) > 1:
+        raise PlanError(
+            f"The parameters are split over several groups of ranks, {', '.join(map(str, found))}; say with "
+            "tensor_parallel= over which of them activations are split"
+        )
+    return next(iter(found.values()), None)
+
+
+def _groups(mesh: DeviceMesh) -> dict[tuple[int, ...], ProcessGroup]:
+    """From the ranks along each dimension of a mesh, as this process sees them, to their group."""
+    groups = [mesh.get_group(dim) for dim in range(mesh.ndim)]
+    return {tuple(dist.get_process_group_ranks(group)): group for group in groups}

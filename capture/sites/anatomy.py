@@ -1,0 +1,116 @@
+"""The parts of one language model that its canonical sites refer to: blocks, embedding, heads, widths."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from residua.capture.runtime.wrappers import core_of, named_parts
+from residua.capture.sites.architectures import Family, family_of
+
+ATTENTION_KINDS = ("q", "k", "v", "z", "pattern")
+"""Kinds that are met on their way through transformers' attention interface."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Anatomy:
+    """Where the parts of one language model are.
+
+    Attributes:
+        model: The model.
+        config: The config of its text part.
+        family: Where its family keeps its sites; None for an architecture that is not known.
+        base: Path of the base model, for example ``model``; empty where the model is its own base.
+        blocks: Paths of the blocks in order.
+        unembedding: Path of what makes logits; None where the model makes none.
+    """
+
+    model: PreTrainedModel
+    config: PreTrainedConfig
+    family: Family | None
+    base: str
+    blocks: tuple[str, ...]
+    unembedding: str | None
+
+    @cached_property
+    def dtype(self) -> str:
+        """Name of the type that the model computes in."""
+        return str(self.model.dtype).removeprefix("torch.")
+
+    @property
+    def n_heads(self) -> int:
+        """Number of query heads."""
+        return int(self.config.num_attention_heads)
+
+    @property
+    def n_key_heads(self) -> int:
+        """Number of key and value heads: fewer than query heads where these share them in groups."""
+        return int(getattr(self.config, "num_key_value_heads", None) or self.n_heads)
+
+    @property
+    def head_width(self) -> int:
+        """Width of a head."""
+        return int(getattr(self.config, "head_dim", None) or self.config.hidden_size // self.n_heads)
+
+    @property
+    def uses_attention_interface(self) -> bool:
+        """Whether q, k, v, z and pattern can be met on their way through transformers' interface."""
+        return self.family is not None or bool(getattr(self.model, "_supports_attention_backend", False))
+
+    @cached_property
+    def parts(self) -> Mapping[str, nn.Module]:
+        """The model's modules under the names that they have without wrappers."""
+        return named_parts(self.model)
+
+    def path(self, module: nn.Module | None) -> str | None:
+        """Dotted path of one of the model's modules; None if it is not one."""
+        return next((name for name, found in self.parts.items() if found is module), None)
+
+
+def anatomy_of(model: nn.Module) -> Anatomy | None:
+    """Find the parts of a language model; None for a model in which there is no such thing.
+
+    Wrappers around the model and around modules in it are seen through (see `residua.capture.runtime.wrappers`).
+    A model of an unknown architecture has blocks if it holds a list of as many modules as its config says
+    there are layers; the outermost such list is taken.
+    """
+    model = core_of(model)
+    if not isinstance(model, PreTrainedModel) or no_language_model(model):
+        return None
+    config = model.config.get_text_config()
+    parts = named_parts(model)
+    base = next((name for name, module in parts.items() if module is model.base_model), "")
+    family = family_of(model.config)
+    lists = (
+        [(path := f"{base}.{family.blocks}".lstrip("."), parts[path])]
+        if family
+        else _lists_of(parts, int(getattr(config, "num_hidden_layers", 0)))
+    )
+    if not lists:
+        return None
+    path, blocks = lists[0]
+    head: nn.Module | None = model.get_output_embeddings()  # type: ignore[no-untyped-call]  # transformers leaves it bare
+    return Anatomy(
+        model=model,
+        config=config,
+        family=family,
+        base=base,
+        blocks=tuple(f"{path}.{name}" for name, _ in blocks.named_children()),
+        unembedding=next((name for name, module in parts.items() if module is head), None),
+    )
+
+
+def no_language_model(model: PreTrainedModel) -> bool:
+    """Tell whether a transformers model is something else than one stack of blocks over token ids."""
+    return model.main_input_name != "input_ids" or bool(getattr(model.config, "is_encoder_decoder", False))
+
+
+def _lists_of(parts: Mapping[str, nn.Module], n_layers: int) -> list[tuple[str, nn.Module]]:
+    found = [
+        (name, module)
+        for name, module in parts.items()
+        if isinstance(module, nn.ModuleList) and len(module) == n_layers > 0
+    ]
+    return sorted(found, key=lambda pair: pair[0].count("."))

@@ -1,0 +1,185 @@
+"""Which sites a model has, and what the user's patterns stand for in it.
+
+`model_sites` lists the canonical sites of a model with their exact rows; `resolve_sites` turns patterns into
+sites, adds those that exist on demand (``module:`` sites and ``logits_topK``), and says why one is missing.
+"""
+
+from collections.abc import Iterable
+from dataclasses import replace
+from difflib import get_close_matches
+
+from torch import nn
+
+from residua.capture.runtime.wrappers import named_parts
+from residua.capture.sites.anatomy import ATTENTION_KINDS, Anatomy, anatomy_of
+from residua.capture.sites.missing import reasons
+from residua.capture.sites.shape_probe import measured
+from residua.capture.sites.site import SiteInfo
+from residua.store.base.errors import UnknownSiteError
+from residua.store.format.site_names import LAYER_KINDS, Site, parse_site, select
+
+
+def model_sites(model: nn.Module) -> dict[str, SiteInfo]:
+    """List the canonical sites of a model, in the order in which it computes them.
+
+    Shapes of known architectures follow from config and modules. Of others, what is found by structure is
+    measured by running the model on a few tokens.
+
+    Args:
+        model: Any torch module; one that is not a transformers model over token ids has no canonical sites.
+
+    Returns:
+        From name to site: ``embed``, then block by block, then ``final`` and ``logits``.
+
+    Raises:
+        CaptureError: The architecture is not known and the model cannot be run on a few tokens.
+    """
+    anatomy = anatomy_of(model)
+    if anatomy is None:
+        return {}
+    sites = [_embed(anatomy)]
+    for layer in range(len(anatomy.blocks)):
+        sites += [_in_block(anatomy, kind, layer) for kind in LAYER_KINDS]
+    sites += [_final(anatomy), _logits(anatomy)]
+    found = {info.name: info for info in sites if info is not None}
+    return found if anatomy.family else _measured_apart_from_patterns(model, found)
+
+
+def resolve_sites(model: nn.Module, patterns: str | Iterable[str]) -> dict[str, SiteInfo]:
+    """Turn the user's patterns into sites of this model.
+
+    Args:
+        model: Any torch module.
+        patterns: As for `residua.store.format.site_names.select`.
+
+    Returns:
+        From name to site: canonical sites in the model's order, then the others as they were named. Of a model that
+        takes no token ids the ``row_shape`` and ``dtype`` of ``module:`` sites are None.
+
+    Raises:
+        UnknownSiteError: A pattern fits nothing that this model has; the message says why and what to use.
+        CaptureError: A site has to be measured and the model cannot be run.
+    """
+    words = [patterns] if isinstance(patterns, str) else list(patterns)
+    available = model_sites(model)
+    try:
+        names = select(words, available)
+    except UnknownSiteError as error:
+        raise UnknownSiteError(f"{error}{reasons(model, words, available)}") from None
+    sites = {name: available.get(name) or _on_demand(model, name, available) for name in names}
+    unmeasured = {name: info for name, info in sites.items() if info.row_shape is None}
+    if unmeasured and available:
+        sites |= measured(model, unmeasured)
+    return sites
+
+
+def _measured_apart_from_patterns(model: nn.Module, sites: dict[str, SiteInfo]) -> dict[str, SiteInfo]:
+    """Measure sites of an architecture that is not known; patterns follow from queries without eager."""
+    seen = measured(model, {name: info for name, info in sites.items() if info.site.kind != "pattern"})
+    for name, info in sites.items():
+        if info.site.kind == "pattern":
+            query = seen[f"q.{info.site.layer}"]
+            seen[name] = replace(info, row_shape=((query.row_shape or (0,))[0], None), dtype=query.dtype)
+    return {name: seen[name] for name in sites}
+
+
+def _embed(anatomy: Anatomy) -> SiteInfo | None:
+    path = anatomy.path(anatomy.model.get_input_embeddings())
+    if path is None:
+        return None
+    return _info(anatomy, "embed", (_attribute(anatomy.parts[path], "embedding_dim"),), module=path)
+
+
+def _final(anatomy: Anatomy) -> SiteInfo:
+    return _info(anatomy, "final", (int(anatomy.config.hidden_size),), module=anatomy.blocks[-1])
+
+
+def _logits(anatomy: Anatomy) -> SiteInfo | None:
+    head: nn.Module | None = anatomy.model.get_output_embeddings()  # type: ignore[no-untyped-call]  # transformers leaves it bare
+    if head is None:
+        return None
+    return replace(_info(anatomy, "logits", (_attribute(head, "out_features"),), module=""), via="logits")
+
+
+def _in_block(anatomy: Anatomy, kind: str, layer: int) -> SiteInfo | None:
+    name, block = f"{kind}.{layer}", anatomy.blocks[layer]
+    if kind in ATTENTION_KINDS:
+        if not anatomy.uses_attention_interface:
+            return None
+        return replace(_info(anatomy, name, _head_row(anatomy, kind), module=block), via="attention")
+    stream = (int(anatomy.config.hidden_size),)
+    if kind == "resid_pre":
+        return replace(_info(anatomy, name, stream, module=block), via="input")
+    if kind == "resid_post":
+        return _info(anatomy, name, stream, module=block)
+    return _from_family(anatomy, kind, layer)
+
+
+def _from_family(anatomy: Anatomy, kind: str, layer: int) -> SiteInfo | None:
+    spot = anatomy.family.kinds.get(kind) if anatomy.family else None
+    if spot is None:
+        return None
+    path = f"{anatomy.blocks[layer]}.{spot.module}"
+    module = anatomy.parts.get(path)
+    if module is None:  # a mixture of experts has no down projection as a module
+        return None
+    width = _input_width(module) if kind == "mlp_act" else int(anatomy.config.hidden_size)
+    info = _info(anatomy, f"{kind}.{layer}", (width,), module=path)
+    return replace(info, via=spot.side, flat=spot.flat)
+
+
+def _input_width(projection: nn.Module) -> int:
+    """Width of what a projection takes; transformers' Conv1D calls it nx."""
+    return _attribute(projection, "in_features" if hasattr(projection, "in_features") else "nx")
+
+
+def _attribute(module: nn.Module, name: str) -> int:
+    width = getattr(module, name)
+    if not isinstance(width, int):
+        raise TypeError(f"{type(module).__name__}.{name} is {width!r} and no width")
+    return width
+
+
+def _head_row(anatomy: Anatomy, kind: str) -> tuple[int | None, ...]:
+    if kind == "pattern":
+        return (anatomy.n_heads, None)
+    n_heads = anatomy.n_key_heads if kind in ("k", "v") else anatomy.n_heads
+    return (n_heads, anatomy.head_width)
+
+
+def _info(anatomy: Anatomy, name: str, row_shape: tuple[int | None, ...], *, module: str) -> SiteInfo:
+    return SiteInfo(name=name, row_shape=row_shape, dtype=anatomy.dtype, module=module, via="output")
+
+
+def _on_demand(model: nn.Module, name: str, available: dict[str, SiteInfo]) -> SiteInfo:
+    """A site that is made when asked for: of a module, or of the largest logits."""
+    site = parse_site(name)
+    if site.top is not None:
+        return _top_logits(site, available["logits"])
+    paths = [path for path in named_parts(model) if path]
+    if site.module not in paths:
+        near = get_close_matches(str(site.module), paths, n=3)
+        raise UnknownSiteError(
+            f"Site {name!r}: {type(model).__name__} has no module {site.module!r}. "
+            + (f"Did you mean {' or '.join(near)}? " if near else "")
+            + "The names are those of model.named_modules()."
+        )
+    return SiteInfo(
+        name=name,
+        row_shape=None,
+        dtype=None,
+        module=str(site.module),
+        via=site.side or "output",
+        index=site.index,
+        per_token=False,
+    )
+
+
+def _top_logits(site: Site, logits: SiteInfo) -> SiteInfo:
+    n_logits = (logits.row_shape or (0,))[0] or 0
+    if site.top is None or site.top > n_logits:
+        raise UnknownSiteError(
+            f"Site {str(site)!r} asks for more logits than the {n_logits} that the model has; ask for fewer."
+        )
+    dtype = "int32" if site.field == "indices" else logits.dtype
+    return replace(logits, name=str(site), row_shape=(site.top,), dtype=dtype)

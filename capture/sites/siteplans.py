@@ -1,0 +1,65 @@
+"""From what a model computes at a site to how the site is stored."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+from residua.capture.sites.site import SiteInfo
+from residua.store.base.errors import CaptureError, PlanError
+from residua.store.encoding.codecs import DEFAULT_PRESET, PRESETS
+from residua.store.format.plan import SitePlan
+
+FLOATS = ("bfloat16", "float16", "float32", "float64")
+
+
+def plan_sites(
+    sites: Mapping[str, SiteInfo],
+    *,
+    dtype: str | None,
+    codec: str,
+    longest_example: int,
+    column_shards: Mapping[str, int] | None = None,
+) -> tuple[SitePlan, ...]:
+    """Return how each of `sites` is stored.
+
+    Args:
+        sites: What `resolve_sites` found.
+        dtype: Data type for floating-point sites; None keeps what the model computes.
+        codec: Codec preset for floating-point sites.
+        longest_example: Length of the key axis of `pattern` sites.
+        column_shards: Into how many parts the rows of sites are cut that are stored so.
+
+    Raises:
+        CaptureError: A site does not hold one entry a token, so it has no rows.
+    """
+    plans = []
+    for name, info in sites.items():
+        if info.row_shape is None or info.dtype is None or not info.per_token:
+            raise CaptureError(
+                f"{name} ({info.where}) does not hold one entry a token, so it has no rows. Choose a site that does, "
+                "or record a model without tokens with residua.Recorder, where a row is a whole example."
+            )
+        shape = tuple(longest_example if size is None else size for size in info.row_shape)
+        made = plan_site(name, shape, info.dtype, dtype=dtype, codec=codec)
+        plans.append(replace(made, column_shards=(column_shards or {}).get(name, 1)))
+    return tuple(plans)
+
+
+def check_storage(*, codec: str, dtype: str | None, rows_per_shard: int | None, threads: int | None) -> None:
+    """Raise PlanError if a setting of the storage has a value that nothing could be stored with."""
+    if codec not in PRESETS:
+        raise PlanError(f"codec {codec!r} is not known: choose one of {', '.join(PRESETS)}")
+    if dtype is not None and dtype not in FLOATS:
+        raise PlanError(f"dtype {dtype!r} is not known: choose one of {', '.join(FLOATS)}")
+    if rows_per_shard is not None and (rows_per_shard < 1 or rows_per_shard & (rows_per_shard - 1)):
+        raise PlanError(f"rows_per_shard is {rows_per_shard}: it must be a power of two")
+    if threads is not None and threads < 1:
+        raise PlanError(f"threads is {threads}: it must be at least 1")
+
+
+def plan_site(name: str, row_shape: tuple[int, ...], computed: str, *, dtype: str | None, codec: str) -> SitePlan:
+    """Return how one site is stored; integer sites keep their data type and lose nothing."""
+    row_shape = row_shape or (1,)
+    if computed not in FLOATS:
+        exact = codec if codec == "raw" else DEFAULT_PRESET
+        return SitePlan(name=name, row_shape=row_shape, dtype=computed, codec=exact)
+    return SitePlan(name=name, row_shape=row_shape, dtype=dtype or computed, codec=codec)

@@ -1,0 +1,146 @@
+"""Gradients across the stages of transformers' own pipelines.
+
+In transformers 5.23 a stage receives what the one before it sends into a new tensor (`PipelineStage.communicate`), and
+the logits of the last stage likewise (`PipelineStage.broadcast_from_last`): no gradient gets from one stage to another,
+and only the last has any. Inside `carrying_gradients` both are parts of autograd's graph, and gradients go the
+opposite way. A scalar that stands for nothing, the tie, goes along with them: it ties every stage's logits to what that
+stage sent, so that the same ``loss.backward()`` on every rank is one backward pass through all stages.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from residua.capture.runtime.process_groups import pipeline_group
+from residua.capture.runtime.wrappers import core_of
+
+
+@contextmanager
+def carrying_gradients(model: nn.Module) -> Iterator[None]:
+    """Let gradients get from stage to stage where transformers' pipeline runs a model; any other is left alone."""
+    stage: Any = getattr(core_of(model), "_pp_stage", None)
+    if stage is None or pipeline_group(model) is None or "communicate" in vars(stage):  # an outer one of these is on
+        yield
+        return
+    links = _Links(stage)
+    stage.communicate, stage.broadcast_from_last = links.communicate, links.broadcast_from_last
+    try:
+        yield
+    finally:
+        del stage.communicate, stage.broadcast_from_last
+
+
+_ends: WeakKeyDictionary[Any, Tensor] = WeakKeyDictionary()
+
+
+def end_here(model: nn.Module) -> tuple[Tensor, ...]:
+    """Return the tie that a model's last forward pass with gradients began with on this stage; nothing elsewhere.
+
+    Whoever takes gradients by chosen tensors (`torch.autograd.grad`) takes them by this as well, on every stage: else
+    those of other stages, whose way leads through this one, would wait for ever.
+    """
+    stage = getattr(core_of(model), "_pp_stage", None)
+    return (_ends[stage],) if stage is not None and stage in _ends else ()
+
+
+class _Links:
+    """What takes the place of a stage's ways to its neighbours; where no gradients are wanted it takes these.
+
+    Args:
+        stage: transformers' `PipelineStage` of this process.
+    """
+
+    def __init__(self, stage: Any) -> None:
+        self._stage = stage
+        self._communicate: Callable[..., Tensor | None] = stage.communicate
+        self._broadcast: Callable[..., Tensor] = stage.broadcast_from_last
+        self._end = self._tie = _nothing()
+
+    def communicate(self, operation: str, *, tensor: Tensor | None = None, **how: Any) -> Tensor | None:
+        """Receive from the stage before, or send to the next one."""
+        if not torch.is_grad_enabled():
+            return self._communicate(operation, tensor=tensor, **how)
+        if tensor is None:
+            hidden, self._tie = _apply(_Received, self._end, partial(self._communicate, operation, **how), self._back)
+            return hidden  # type: ignore[no-any-return]  # autograd functions are bare
+        send = partial(self._communicate, operation, **how)
+        self._tie = _apply(_Sent, tensor, self._tie, send, self._from_next)
+        return None
+
+    def broadcast_from_last(self, tensor: Tensor | None, **how: Any) -> Tensor:
+        """Return the last stage's logits, on every stage."""
+        if not torch.is_grad_enabled():
+            return self._broadcast(tensor, **how)
+        tie, _ends[self._stage] = self._tie, self._end
+        self._end = self._tie = _nothing()
+        return _apply(_Shared, tensor, tie, partial(self._broadcast, **how))  # type: ignore[no-any-return]  # as above
+
+    def _back(self, gradient: Tensor) -> None:
+        """Send the gradient of what was received to the stage that it came from."""
+        there = gradient.to("cpu") if self._stage.comm_on_cpu else gradient
+        dist.send(there.contiguous(), group=self._stage.pp_group, group_dst=self._stage.pp_prev_rank)
+
+    def _from_next(self, shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """Return the gradient of what was sent."""
+        gradient = torch.empty(shape, dtype=dtype, device="cpu" if self._stage.comm_on_cpu else device)
+        dist.recv(gradient, group=self._stage.pp_group, group_src=self._stage.pp_next_rank)
+        return gradient.to(device)
+
+
+def _nothing() -> Tensor:
+    return torch.zeros((), requires_grad=True)
+
+
+def _apply(function: type[torch.autograd.Function], *arguments: Any) -> Any:
+    return function.apply(*arguments)  # type: ignore[no-untyped-call]  # torch leaves it bare
+
+
+class _Received(torch.autograd.Function):
+    """From nothing to what the stage before sent, and the tie; sends back the gradient."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, tie: Tensor, receive: Callable[[], Tensor], send_back: Callable[[Tensor], None]
+    ) -> tuple[Tensor, Tensor]:
+        ctx.send_back = send_back
+        return receive(), tie.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        ctx.send_back(gradients[0])
+        return gradients[1], None, None
+
+
+class _Sent(torch.autograd.Function):
+    """Sends to the next stage; what is left here is the tie, whose backward receives the gradient of what was sent."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, tie: Tensor, send: Callable[..., None], receive_back: Callable[..., Tensor]
+    ) -> Tensor:
+        send(tensor=hidden)
+        ctx.receive_back, ctx.like = receive_back, (hidden.shape, hidden.dtype, hidden.device)
+        return tie.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        return ctx.receive_back(*ctx.like), gradients[0], None, None
+
+
+class _Shared(torch.autograd.Function):
+    """From the last stage's logits to every stage's; every stage knows their gradient, and the last one's counts."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor | None, tie: Tensor, share: Callable[[Tensor | None], Tensor]) -> Tensor:
+        ctx.is_last, ctx.nothing = logits is not None, torch.zeros_like(tie)
+        return share(logits)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor, None]:
+        return gradients[0] if ctx.is_last else None, ctx.nothing, None

@@ -1,0 +1,136 @@
+"""Read and replace the tensors of chosen sites while a model runs.
+
+`reading` is what recording and replay are built on: a callback is given each site's tensor during the forward
+pass, in one layout whatever the model does inside, and may give back a replacement.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from residua.capture.sites.attention import eager_where_needed
+from residua.capture.sites.hooks import ForwardCall, attached, values_of
+from residua.capture.sites.pipeline_stages import target_of
+from residua.capture.sites.resolve import resolve_sites
+from residua.capture.sites.shape_probe import not_once
+from residua.capture.sites.site import SiteInfo
+from residua.store.base.errors import CaptureError
+
+TapFunction = Callable[[str, Tensor], Tensor | None]
+"""Takes a site's name and its tensor; what it gives back replaces the tensor unless it is None."""
+
+
+class Taps:
+    """What `reading` gives: the sites, and the check that a forward call met all of them.
+
+    Args:
+        model: Any torch module; the very object that will be called.
+        sites: What `resolve_sites` gave.
+        function: As for `reading`.
+
+    Attributes:
+        sites: From name to what is known of each site.
+        switched_to_eager: Whether the model's attention was switched to eager because patterns are read.
+    """
+
+    def __init__(self, model: nn.Module, sites: Mapping[str, SiteInfo], function: TapFunction) -> None:
+        self.sites = dict(sites)
+        self.switched_to_eager = False
+        self._model = model
+        self._function = function
+        self._fired = dict.fromkeys(self.sites, 0)
+        self._call = ForwardCall()
+        self._top: dict[int, dict[str, Tensor]] = {}
+
+    @contextmanager
+    def attached(self) -> Iterator[None]:
+        """Read inside; whoever changes a site from before on is read as changed, whoever does later is not."""
+        with ExitStack() as stack:
+            self.switched_to_eager = stack.enter_context(eager_where_needed(self._model, self.sites.values()))
+            parts = target_of(self._model).parts
+            self._call = stack.enter_context(attached(parts, self.sites.values(), values_of(self._emit)))
+            yield
+
+    def end_forward(self) -> None:
+        """Check that the one forward call since the last check met every site exactly once.
+
+        Call it after each forward call of the model. It starts a new count.
+
+        Raises:
+            CaptureError: The model was not called, or was called several times, or a site was met no time
+                or several times; the message names the sites.
+        """
+        fired, self._fired = self._fired, dict.fromkeys(self.sites, 0)
+        n_calls, self._call.n_calls = self._call.n_calls, 0
+        self._top.clear()
+        if n_calls != 1:
+            raise CaptureError(
+                f"The model's forward was entered {n_calls} times since the last check instead of once. Call "
+                "the very model that is being read, and check after each call. A model that was compiled "
+                "before does not call what is attached to it afterwards: attach first, then compile."
+            )
+        wrong = [not_once(self.sites[name], count) for name, count in fired.items() if count != 1]
+        if wrong:
+            more = f" The same holds for {len(wrong) - 1} more sites." if len(wrong) > 1 else ""
+            raise CaptureError(wrong[0] + more)
+
+    def _emit(self, info: SiteInfo, tensor: Tensor) -> Tensor | None:
+        self._fired[info.name] += 1
+        if info.site.top is None:
+            return self._function(info.name, tensor)
+        if self._function(info.name, self._top_logits(info, tensor)) is not None:
+            raise CaptureError(f"Site {info.name!r} cannot be replaced; replace 'logits' instead.")
+        return None
+
+    def _top_logits(self, info: SiteInfo, logits_BTV: Tensor) -> Tensor:
+        """Values or int32 indices of the largest logits; both halves come from one search."""
+        n_top, half = info.site.top or 0, info.site.field or "values"
+        if half not in self._top.get(n_top, {}):
+            values_BTK, indices_BTK = logits_BTV.topk(n_top, dim=-1)
+            self._top[n_top] = {"values": values_BTK, "indices": indices_BTK.to(torch.int32)}
+        return self._top[n_top].pop(half)
+
+
+@contextmanager
+def reading(
+    model: nn.Module, sites: Mapping[str, SiteInfo] | Iterable[str] | str, function: TapFunction
+) -> Iterator[Taps]:
+    """Call ``function`` with each site's tensor while the model runs.
+
+    The tensor is (batch, positions, *row): (batch, positions, heads, head width) for ``q``, ``k``, ``v``
+    and ``z``, (batch, query positions, heads, key positions) for ``pattern``. A site with ``per_token``
+    false comes as its module made it. It is detached, on the model's device and in the model's type. It is
+    not copied, and the model may change it later: copy what you keep before you return, and do not write
+    into it.
+
+    If the function returns a tensor, this replaces the site's value in the model; gradients flow into the
+    replacement, though not into the detached tensor that it may have been made of. Asking for a ``pattern``
+    switches the whole model to eager attention (see ``Taps``).
+
+    Leaving, by an exception too, leaves the model as it was: only what was added here is taken away.
+
+    Args:
+        model: Any torch module; the very object that will be called.
+        sites: Names or patterns of sites, or what `resolve_sites` gave for them. Given names, ``module:``
+            sites of a language model are measured first by running it on a few tokens.
+        function: Called as ``function(name, tensor)`` during the forward pass.
+
+    Yields:
+        The sites that are read, and the check to make after each forward call.
+
+    Raises:
+        UnknownSiteError: The model has no such site.
+        CaptureError: During the model's forward, if a replacement does not fit.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(2, 3))
+        >>> with reading(model, "module:0", lambda name, tensor: print(name, tuple(tensor.shape))) as taps:
+        ...     _ = model(torch.ones(4, 2))
+        ...     taps.end_forward()
+        module:0@output (4, 3)
+    """
+    taps = Taps(model, sites if isinstance(sites, Mapping) else resolve_sites(model, sites), function)
+    with taps.attached():
+        yield taps

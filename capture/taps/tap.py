@@ -1,0 +1,263 @@
+"""Look at, and change, what a model computes at chosen sites: forward and backward, whole tensors, any layout.
+
+`tap` is the one primitive behind everything that is done to a running model. It differs from `reading`, on which
+recording is built, in three ways: what it hands out is the caller's own, it sees gradients too, and it looks behind
+wrappers and across the processes that share one model.
+"""
+
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from functools import partial
+
+from torch import Tensor, nn
+from torch.distributed import ProcessGroup
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.pipelining import PipelineStage
+from torch.utils.hooks import RemovableHandle
+from transformers import PreTrainedModel
+
+from residua.capture.runtime.compiled import running_uncompiled
+from residua.capture.runtime.process_groups import pipeline_group, tensor_parallel_group
+from residua.capture.runtime.ranks import on_rank
+from residua.capture.sites.attention import eager_where_needed
+from residua.capture.sites.hooks import ForwardCall, Met, attached
+from residua.capture.sites.leaves import checked_replacement
+from residua.capture.sites.pipeline_stages import Chunk, chunks_of, target_of
+from residua.capture.sites.reference_model import is_spread, whole_sites
+from residua.capture.sites.site import SiteInfo
+from residua.capture.taps.full_tensor import Parts, Wholes
+from residua.capture.taps.pipeline_gradients import carrying_gradients
+from residua.capture.taps.reading import TapFunction
+from residua.capture.taps.tapgroup import TapGroup
+from residua.store.base.errors import CaptureError, PlanError
+from residua.store.base.wording import few
+
+
+class Tap:
+    """What `tap` gives: its sites, how often each was met, and its switch.
+
+    Attributes:
+        sites: From name to what is known of each site.
+        group: The switch that this tap shares with the others of its group.
+        n_fired: From name to how often the function was due: once a forward call for most sites.
+    """
+
+    def __init__(
+        self,
+        sites: Mapping[str, SiteInfo],
+        function: TapFunction,
+        *,
+        backward: bool,
+        differentiable: bool,
+        group: TapGroup,
+        layouts: Wholes | Parts,
+        chunk: Chunk,
+    ) -> None:
+        self.sites = dict(sites)
+        self.group = group
+        self.n_fired: Counter[str] = Counter()
+        self._function = function
+        self._backward = backward
+        self._differentiable = differentiable
+        self._layouts = layouts
+        self._chunk = chunk
+        self._handles: list[RemovableHandle] = []
+        self._n_met: Counter[str] = Counter()
+        self._awaited: set[str] = set()
+
+    def __repr__(self) -> str:
+        return f"<Tap of {few(list(self.sites))}{'' if self.enabled else ', switched off'}>"
+
+    @property
+    def enabled(self) -> bool:
+        """Whether the group of this tap is switched on."""
+        return self.group.enabled
+
+    @enabled.setter
+    def enabled(self, on: bool) -> None:
+        self.group.enabled = on
+
+    @property
+    def microbatch(self) -> int | None:
+        """Number of the microbatch under way, in a stage of torch's pipelines; None elsewhere."""
+        return self._chunk.index
+
+    def _meet(self, met: Met) -> Tensor | None:
+        if not self._chunk.is_real:
+            return None
+        self._n_met[met.info.name] += 1
+        if not self.enabled:
+            return None
+        if self._backward:
+            self._await_gradient(met)
+            return None
+        return self._apply(met, met.tensor)
+
+    def _await_gradient(self, met: Met) -> None:
+        if not met.tensor.requires_grad:
+            raise CaptureError(
+                f"Site {met.info.name!r}{on_rank()} takes part in no gradient: nothing before it requires one, or "
+                "the model was called without gradients. Call it with gradients enabled, and let the parameters "
+                "or the embeddings before the site require them."
+            )
+        if not self.n_fired[met.info.name]:
+            self._awaited.add(met.info.name)
+        # A closure over the tensor itself would keep it alive for ever, by way of its own hook.
+        self._handles = [handle for handle in self._handles if handle.hooks_dict_ref() is not None]
+        hook = partial(self._on_gradient, met.without_values(), self._chunk.index)
+        self._handles.append(met.tensor.register_hook(hook))  # type: ignore[no-untyped-call]  # torch leaves it bare
+
+    def _on_gradient(self, met: Met, microbatch: int | None, gradient: Tensor) -> Tensor | None:
+        self._awaited.discard(met.info.name)
+        with self._chunk.is_under_way(microbatch):
+            return self._apply(met, gradient) if self.enabled else None
+
+    def _apply(self, met: Met, tensor: Tensor) -> Tensor | None:
+        self.n_fired[met.info.name] += 1
+        shown = met.shown(tensor if self._differentiable else tensor.detach())
+        new = self._layouts.run(met, shown, partial(self._run, met.info.name), is_gradient=self._backward)
+        return None if new is None else met.restored(new)
+
+    def _run(self, name: str, tensor: Tensor) -> Tensor | None:
+        new = self._function(name, tensor)
+        if new is None:
+            return None
+        if not self._differentiable and isinstance(new, Tensor) and new.requires_grad:
+            raise CaptureError(
+                f"Site {name!r}{on_rank()}: the replacement takes part in gradients, which would be lost here. Pass "
+                "differentiable=True to let them flow, or detach the replacement."
+            )
+        return checked_replacement(tensor, new, name)
+
+    def _release(self) -> None:
+        while self._handles:
+            self._handles.pop().remove()
+
+    def _check(self, call: ForwardCall) -> None:
+        """Raise unless every site was met, and had its gradient where one was due."""
+        if call.n_calls == 0 and self.enabled and self.sites:
+            raise CaptureError(
+                f"Site {next(iter(self.sites))!r} was tapped{on_rank()} and the model was never called meanwhile. Call "
+                "the very model that is tapped, inside the context; if torch.compile gave another, tap that one."
+            )
+        unmet = [info for name, info in self.sites.items() if call.n_calls and not self._n_met[name]]
+        if unmet:
+            raise CaptureError(
+                f"Site {unmet[0].name!r}{on_rank()} ({unmet[0].where}) was never met while the model ran. Name a "
+                "module that the model calls, by calling it and not its forward; and if torch.compile gave another "
+                f"model to call, tap that one.{_and_more(unmet)}"
+            )
+        waiting = [info for name, info in self.sites.items() if name in self._awaited]
+        if waiting:
+            raise CaptureError(
+                f"Site {waiting[0].name!r}{on_rank()} ({waiting[0].where}) never had a gradient. Call backward() "
+                f"inside the context, on a loss that depends on the site.{_and_more(waiting)}"
+            )
+
+
+def _and_more(sites: list[SiteInfo]) -> str:
+    return f" The same holds for {len(sites) - 1} more sites." if len(sites) > 1 else ""
+
+
+@contextmanager
+def tap(
+    model: nn.Module | PipelineStage,
+    sites: str | Iterable[str] | Mapping[str, SiteInfo],
+    function: TapFunction,
+    *,
+    backward: bool = False,
+    gather: bool = True,
+    differentiable: bool = False,
+    group: TapGroup | None = None,
+    tensor_parallel: ProcessGroup | DeviceMesh | None = None,
+) -> Iterator[Tap]:
+    """Give ``function`` the whole tensor of each site while the model runs; take back a replacement.
+
+    The tensor is (batch, positions, *row) as `reading` has it, of the model's type and on its device, and it is
+    the function's own: keep it or change it, the model does not notice. What the function returns replaces the
+    site's value; None leaves it. The function may call the model itself, with this tap switched off meanwhile
+    (over several processes only where it runs on all of them). A compiled model runs uncompiled inside the context.
+
+    On a model that is spread over several processes all of them have to tap, alike. The function runs once per model
+    replica, on the first rank of its tensor-parallel group, and its result reaches every rank. Each data-parallel
+    replica is one of its own, with its own batch. A site that another pipeline stage holds fires there only.
+
+    Leaving, by an exception too, leaves the model as it was: the same hooks, weights, outputs and attention.
+
+    Args:
+        model: Any torch module, wrapped (DDP, FSDP, compile, Accelerate) or not. Sites have the names that they
+            have in the bare model. Or a stage of torch's pipelines.
+        sites: Names or patterns of sites, for example ``resid_post.3`` or ``mlp_out.*``; or what `whole_sites` made of
+            them, which spares many taps on one model to look them up anew.
+        function: Called as ``function(name, tensor)``. A dictionary's ``__setitem__`` will do to keep everything.
+        backward: Give the gradient of the loss by the site's value instead of the value, as ``backward()``
+            reaches it inside the context: all of it, also what flows around the module that holds the site. A
+            replacement is what flows on.
+        gather: Whether the function gets the whole tensor; otherwise it runs on every rank, on what that rank has of
+            it, with no communication.
+        differentiable: Give the tensor as a part of autograd's graph, so that gradients flow through the
+            function and into what it uses: a trainable module can live inside. Without it the model below the
+            site gets no gradient through a replacement. The function then runs on every rank, and has to do
+            the same on each.
+        group: A switch that several taps share; without it the tap has its own.
+        tensor_parallel: The ranks over which the model's activations are split, or their mesh, where this cannot be
+            told from the model.
+
+    Yields:
+        The tap: its sites, how often they were met, and its switch ``enabled``.
+
+    Raises:
+        UnknownSiteError: The model has no such site.
+        PlanError: Options contradict each other.
+        CaptureError: A site never fired; or, during the run, a replacement does not fit, a site has no gradient, or
+            its layout over the ranks cannot be proved. The message names site, rank and reason.
+
+    Example:
+        >>> model, kept = nn.Sequential(nn.Linear(2, 3)), {}
+        >>> with tap(model, "module:0", kept.__setitem__):
+        ...     _ = model(torch.ones(4, 2))
+        >>> kept["module:0@output"].shape
+        torch.Size([4, 3])
+    """
+    if backward and differentiable:
+        raise PlanError("tap was asked for backward and differentiable at once; gradients of gradients are not given")
+    target = target_of(model)
+    if not isinstance(sites, Mapping):
+        sites = whole_sites(target.core, [sites] if isinstance(sites, str) else list(sites))
+    infos = target.here(sites)
+    _refuse_parts_of_logits(infos)
+    with ExitStack() as stack:
+        made = Tap(
+            infos,
+            function,
+            backward=backward,
+            differentiable=differentiable,
+            group=TapGroup() if group is None else group,
+            layouts=_layouts(target.core, gather=gather, everywhere=differentiable, given=tensor_parallel),
+            chunk=stack.enter_context(chunks_of(model)),
+        )
+        stack.callback(made._release)
+        stack.enter_context(running_uncompiled(model.submod if isinstance(model, PipelineStage) else model))
+        stack.enter_context(eager_where_needed(target.core, infos.values()))
+        if backward or differentiable:
+            stack.enter_context(carrying_gradients(target.core))
+        call = stack.enter_context(attached(target.parts, infos.values(), made._meet))
+        yield made
+    made._check(call)
+
+
+def _layouts(
+    core: nn.Module, *, gather: bool, everywhere: bool, given: ProcessGroup | DeviceMesh | None
+) -> Wholes | Parts:
+    if not gather:
+        return Parts()
+    spread = isinstance(core, PreTrainedModel) and is_spread(core)
+    group = tensor_parallel_group(core, given)
+    return Wholes(group, everywhere=everywhere, checks_shapes=spread, stages=pipeline_group(core))
+
+
+def _refuse_parts_of_logits(sites: Mapping[str, SiteInfo]) -> None:
+    for name, info in sites.items():
+        if info.site.top is not None:
+            raise PlanError(f"{name!r} is a search among the logits and not a tensor of the model; tap 'logits'")

@@ -1,0 +1,112 @@
+"""Reproducing: capture a sample of an archive's batches again and compare, so that others can check an archive."""
+
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass
+from os import PathLike
+
+import torch
+from transformers import PreTrainedModel
+
+from residua.capture.forward.batches import BatchRunner
+from residua.capture.identity.compare import RowComparison, SiteComparison
+from residua.capture.identity.provenance import changed_conditions, identify_model
+from residua.capture.runtime.compiled import running_uncompiled
+from residua.capture.sites.attention import eager_where_needed
+from residua.capture.sites.resolve import resolve_sites
+from residua.capture.sites.shape_probe import evaluating
+from residua.capture.taps.reading import reading
+from residua.pipelines.capture.captured_batches import sample_batches
+from residua.pipelines.setup.models import captured_model
+from residua.pipelines.setup.settings import CaptureSettings
+from residua.store.base.errors import PlanError
+from residua.store.base.wording import few
+from residua.store.edits.replayed import refuse_replay
+from residua.store.read.archive import Archive
+
+
+@dataclass(frozen=True, kw_only=True, repr=False)
+class Reproduction:
+    """What a reproduction found.
+
+    Attributes:
+        sites: Per site, how its rows compare.
+        n_batches: Batches that were run again.
+        differences: Conditions that differ from those of the capture, one sentence each.
+    """
+
+    sites: dict[str, SiteComparison]
+    n_batches: int
+    differences: tuple[str, ...]
+
+    def __repr__(self) -> str:
+        unequal = [name for name, site in self.sites.items() if site.equal_rows != site.rows]
+        found = f"{few(unequal)} differ" if unequal else "every row is equal bit for bit"
+        return f"<Reproduction of {len(self.sites)} sites in {self.n_batches} batches: {found}>"
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether every compared row is equal bit for bit."""
+        return all(site.equal_rows == site.rows for site in self.sites.values())
+
+
+def reproduce(
+    archive: str | PathLike[str],
+    model: str | PathLike[str] | PreTrainedModel,
+    *,
+    n_batches: int = 4,
+    seed: int = 0,
+    device: str = "auto",
+    on_batch: Callable[[int, int], None] = lambda *_: None,
+) -> Reproduction:
+    """Run a sample of an archive's batches through `model` again and compare every site with what is stored.
+
+    Args:
+        archive: Folder of the archive.
+        model: The model that was captured: a transformers model, or a hub id or folder of one.
+        n_batches: How many batches to run; they are chosen at random from those that are wholly captured.
+        seed: Seed of the choice.
+        device: Device of the model, if it is loaded here.
+        on_batch: Called with the batches done and in all, after each.
+
+    Returns:
+        How the rows compare. On one kind of machine, with the same versions and threads, they are equal bit for bit
+        (lossy presets aside).
+
+    Raises:
+        PlanError: The model is not the one that was captured, the archive has no batches of its own, or is one of
+            a replay.
+        NotCapturedError: Nothing is captured yet.
+    """
+    opened = Archive(archive)
+    refuse_replay(opened, "residua reproduce")
+    plan = opened.plan
+    if plan.n_rows is None:
+        raise PlanError(f"{archive} was recorded in a loop of its user's: its batches are not known, nothing to repeat")
+    model = captured_model(opened, model, CaptureSettings(device=device))
+    infos = resolve_sites(model, list(opened.sites))
+    comparison = RowComparison(opened)
+    batches = sample_batches(opened, n_batches, seed)
+    runner = BatchRunner(model, plan, opened.example_table, comparison)
+    with ExitStack() as stack:
+        stack.enter_context(running_uncompiled(model))
+        stack.enter_context(evaluating(model))
+        stack.enter_context(eager_where_needed(model, infos.values()))
+        _check_model(opened, model)
+        stack.enter_context(torch.inference_mode())
+        taps = stack.enter_context(reading(model, infos, runner.put))
+        for done, batch in enumerate(batches, start=1):
+            for _ in runner.run(batch):
+                taps.end_forward()
+            on_batch(done, len(batches))
+    return Reproduction(
+        sites=comparison.sites, n_batches=len(batches), differences=changed_conditions(opened.provenance)
+    )
+
+
+def _check_model(archive: Archive, model: PreTrainedModel) -> None:
+    found, expected = identify_model(model), archive.plan.model
+    wrong = [key for key in expected if found.get(key) != expected[key]]
+    if wrong:
+        lines = "\n  ".join(f"{key}: the archive has {expected[key]}, this model has {found.get(key)}" for key in wrong)
+        raise PlanError(f"this is not the model that {archive.path} was captured from:\n  {lines}")

@@ -1,0 +1,1 @@
+"""Sweeps of patching and attribution, and induction heads. Uses `replay` and below."""

@@ -1,0 +1,126 @@
+"""Which heads of a model are induction heads: repeated random tokens, their queries and keys, scores, a picture."""
+
+from dataclasses import dataclass, replace
+from os import PathLike
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import pyarrow as pa
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from residua.analysis.attention.induction import induction_scores
+from residua.analysis.support.cluster import Cluster
+from residua.analysis.support.plots import heat_map
+from residua.pipelines.capture.capture import capture_dataset
+from residua.pipelines.capture.result import CaptureResult
+from residua.pipelines.circuits.repeats import RepeatSettings, repeated_tokens
+from residua.pipelines.setup.models import named_model
+from residua.pipelines.setup.settings import CaptureSettings
+from residua.store.base.errors import PlanError
+from residua.store.read.archive import Archive
+from residua.store.storage.files import write_file
+
+CapturedFrom = Literal["qk", "pattern"]
+_SITES: dict[CapturedFrom, str] = {"qk": "q.*,k.*", "pattern": "pattern.*"}
+TABLE, PICTURE = "heads.parquet", "induction.png"
+
+
+@dataclass(frozen=True, kw_only=True)
+class InductionResult:
+    """What was found.
+
+    Attributes:
+        scores: One line a head; see `residua.induction_scores`.
+        folder: Where ``heads.parquet`` and ``induction.png`` lie.
+    """
+
+    scores: pa.Table
+    folder: Path
+
+    def strongest(self, count: int) -> list[dict[str, Any]]:
+        """Return the lines of the `count` heads of the highest induction score, highest first."""
+        lines: list[dict[str, Any]] = self.scores.sort_by([("induction", "descending")]).slice(0, count).to_pylist()
+        return lines
+
+
+def capture_repeats(
+    model: str | PathLike[str] | PreTrainedModel,
+    *,
+    out: str | PathLike[str],
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    repeats: RepeatSettings | None = None,
+    captured_from: CapturedFrom = "qk",
+    settings: CaptureSettings | None = None,
+    **capture: Any,
+) -> CaptureResult:
+    """Capture what scores need of a model on repeated random tokens; go on where an earlier run stopped.
+
+    Args:
+        model: A transformers model, or a hub id or folder of one.
+        out: Folder of the archive.
+        tokenizer: Tokenizer of a model that is passed as an object; else it is loaded with the model.
+        repeats: How the sequences are made.
+        captured_from: ``qk`` for queries and keys, ``pattern`` for whole attention patterns (eager attention).
+        settings: Settings of the capture; its sites are chosen here.
+        **capture: Passed on to `residua.capture_dataset`.
+
+    Raises:
+        PlanError: The settings contradict the model, or an archive that exists.
+        CaptureError: The capture failed; what was committed is safe.
+    """
+    if captured_from not in _SITES:
+        raise PlanError(f"--from {captured_from} is not known: choose qk or pattern")
+    chosen = settings or CaptureSettings()
+    loaded, tokenizer = named_model(model, tokenizer, chosen)
+    rows = repeated_tokens(loaded, tokenizer, repeats or RepeatSettings())
+    asked = replace(chosen, sites=_SITES[captured_from])
+    return capture_dataset(loaded, rows, out=out, tokenizer=tokenizer, settings=asked, **capture)
+
+
+def score_repeats(archive: Archive, *, name: str, cluster: Cluster | None = None) -> InductionResult:
+    """Score the heads of an archive of repeats, and write table and picture beside it.
+
+    They lie in a folder of the archive's name with ``-heads`` behind it; the archive itself stays as it is.
+
+    Args:
+        archive: What `capture_repeats` made.
+        name: The model, for the title of the picture.
+        cluster: Where the jobs run; None: in this process.
+
+    Raises:
+        AnalysisError: The scores cannot be made; the message says why.
+    """
+    scores = induction_scores(archive, cluster=cluster)
+    path = archive.path.resolve()
+    folder = path.with_name(path.name.removesuffix(".zarr") + "-heads")
+    folder.mkdir(exist_ok=True)
+    _write_table(folder / TABLE, scores)
+    _draw(folder / PICTURE, scores, name)
+    return InductionResult(scores=scores, folder=folder)
+
+
+def _write_table(path: Path, scores: pa.Table) -> None:
+    from pyarrow.parquet import write_table
+
+    sink = pa.BufferOutputStream()
+    write_table(scores, sink)
+    write_file(path, [sink.getvalue().to_pybytes()])
+
+
+def _draw(path: Path, scores: pa.Table, name: str) -> None:
+    lines = scores.to_pylist()
+    layers = sorted({line["layer"] for line in lines})
+    values = np.full((len(layers), 1 + max(line["head"] for line in lines)), np.nan)
+    for line in lines:
+        if line["induction"] is not None:
+            values[layers.index(line["layer"]), line["head"]] = line["induction"]
+    heat_map(
+        path,
+        values,
+        title=f"Induction heads of {name}",
+        x_name="head",
+        y_name="layer",
+        value_name="induction score (share of attention)",
+        y_ticks=[str(layer) for layer in layers],
+    )

@@ -1,0 +1,131 @@
+"""Pairs of examples for patching, from a file or a list: texts, token ids, or examples of an archive by number."""
+
+import json
+from collections.abc import Iterable, Mapping
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from residua.capture.patching.pairs import Pair
+from residua.pipelines.setup.models import token_limit
+from residua.store.base.errors import PlanError, ResiduaError
+from residua.store.read.archive import Archive
+from residua.store.read.text import single_token
+
+PairSource = str | PathLike[str] | Iterable[Pair | Mapping[str, Any]]
+"""The path of a file of JSON lines, or dictionaries with ``clean``, ``corrupted``, ``answer`` and ``wrong``."""
+
+_FIELDS = {"clean", "corrupted", "answer", "wrong"}
+_MOST_BYTES = 2**28
+
+
+def read_pairs(
+    source: PairSource,
+    model: PreTrainedModel,
+    *,
+    tokenizer: PreTrainedTokenizerBase | None,
+    archive: Archive | None,
+) -> list[Pair]:
+    """Return the pairs that `source` spells, checked against the model.
+
+    ``clean`` and ``corrupted`` are texts, lists of token ids, or numbers of examples of `archive`; ``answer`` and
+    ``wrong`` are token ids, or texts that are one token.
+
+    Raises:
+        PlanError: Something in it is no pair; the message says which and why.
+    """
+    items: list[Any] = _lines(Path(source)) if isinstance(source, str | PathLike) else list(source)
+    if not items:
+        raise PlanError("there are no pairs: give at least one")
+    reader = _Reader(model, tokenizer, archive)
+    found = []
+    for number, item in enumerate(items, start=1):
+        try:
+            found.append(reader.checked(item if isinstance(item, Pair) else reader.pair(item)))
+        except ResiduaError as error:
+            raise PlanError(f"pair {number}: {error}") from error
+    return found
+
+
+def _lines(path: Path) -> list[Any]:
+    if not path.is_file():
+        raise PlanError(f"there is no file of pairs at {path}")
+    if path.stat().st_size > _MOST_BYTES:
+        raise PlanError(f"{path} is over 256 MiB, which is no list of pairs")
+    found = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+        try:
+            found += [json.loads(line)] if line.strip() else []
+        except (ValueError, RecursionError) as error:
+            raise PlanError(f"{path}, line {number} is not JSON: {error}") from error
+    return found
+
+
+class _Reader:
+    """Reads the fields of pairs for one model."""
+
+    def __init__(
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, archive: Archive | None
+    ) -> None:
+        self._vocabulary = int(model.config.get_text_config().vocab_size)
+        self._limit = token_limit(model)
+        self._tokenizer = tokenizer
+        self._archive = archive
+
+    def pair(self, item: object) -> Pair:
+        if not isinstance(item, Mapping) or not {"clean", "corrupted", "answer"} <= item.keys() <= _FIELDS:
+            raise PlanError("a pair has clean, corrupted and answer, and may have wrong; found something else")
+        wrong = item.get("wrong")
+        return Pair(
+            clean=self._tokens(item["clean"]),
+            corrupted=self._tokens(item["corrupted"]),
+            answer=self._one(item["answer"]),
+            wrong=None if wrong is None else self._one(wrong),
+        )
+
+    def checked(self, pair: Pair) -> Pair:
+        ids = [*pair.clean, *pair.corrupted, pair.answer, *([] if pair.wrong is None else [pair.wrong])]
+        outside = [token for token in ids if not 0 <= token < self._vocabulary]
+        if outside:
+            raise PlanError(f"the model has no token {outside[0]}: its vocabulary has {self._vocabulary:,}")
+        if self._limit is not None and len(pair.clean) > self._limit:
+            raise PlanError(f"{len(pair.clean):,} tokens were given, and the model takes {self._limit:,}")
+        return pair
+
+    def _tokens(self, value: object) -> tuple[int, ...]:
+        if isinstance(value, str):
+            return tuple(self._encoded(value, special=True))
+        if isinstance(value, list | tuple) and all(_is_whole(token) for token in value):
+            return tuple(value)
+        if _is_whole(value) and isinstance(value, int):
+            return self._example(value)
+        raise PlanError(f"an example is a text, a list of token ids, or the number of one; found {str(value)[:60]!r}")
+
+    def _example(self, number: int) -> tuple[int, ...]:
+        if self._archive is None:
+            raise PlanError(f"example {number} was named, and no archive: say which with --archive")
+        if not 0 <= number < len(self._archive.example_table):
+            raise PlanError(f"there is no example {number}: the archive has {len(self._archive.example_table):,}")
+        return tuple(np.asarray(self._archive.example_table.tokens(number)).tolist())
+
+    def _one(self, value: object) -> int:
+        if isinstance(value, int) and _is_whole(value):
+            return value
+        if not isinstance(value, str):
+            raise PlanError(f"an answer is a token id or a text that is one token; found {str(value)[:60]!r}")
+        return single_token(value, self._encoded(value, special=False), self._spelled)
+
+    def _spelled(self, token: int) -> str:
+        return "" if self._tokenizer is None else str(self._tokenizer.decode([token]))
+
+    def _encoded(self, text: str, *, special: bool) -> list[int]:
+        if self._tokenizer is None:
+            raise PlanError("the model comes without a tokenizer: give token ids")
+        return [int(token) for token in self._tokenizer(text, add_special_tokens=special)["input_ids"]]
+
+
+def _is_whole(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)

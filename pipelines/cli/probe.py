@@ -1,0 +1,85 @@
+"""The sub-command `residua probe`: linear probes of a column, by layer, as a table and a picture."""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from residua.pipelines.cli.job import add_archive, add_cluster_flags, add_job, cluster_of, default_folder
+from residua.pipelines.cli.report import print_json, table
+
+_SHOWN = {
+    "accuracy": "accuracy",
+    "balanced_accuracy": "balanced",
+    "auc": "AUC",
+    "r2": "R²",
+    "rmse": "error (RMS)",
+    "majority_accuracy": "commonest class",
+    "baseline_r2": "R² of the mean",
+    "control_accuracy": "shuffled labels",
+    "control_r2": "R², shuffled labels",
+    "penalty": "penalty",
+}
+
+
+def add(jobs: Any) -> None:
+    """Add the sub-command."""
+    parser = add_job(jobs, "probe", _probe, "linear probes of a column of the rows or examples, site by site")
+    add_archive(parser)
+    parser.add_argument(
+        "--target", required=True, metavar="STR", help="token, position, a column, or a condition: 'position > 10'"
+    )
+    parser.add_argument("--sites", default="*", metavar="STR", help="the sites, for example resid_post.*; default: all")
+    parser.add_argument("--task", choices=("classification", "regression"), help="default: by the target's values")
+    parser.add_argument("--where", metavar="STR", help="only these rows, for example 'position > 0'")
+    parser.add_argument("--test-fraction", type=float, default=0.2, metavar="NUMBER", help="of the examples (0.2)")
+    parser.add_argument("--seed", type=int, default=0, metavar="INT", help="of who is held out, and of the control (0)")
+    parser.add_argument("--out", dest="folder", metavar="FOLDER", help="where files go; default: ARCHIVE-probe-TARGET")
+    add_cluster_flags(parser)
+
+
+def _probe(options: argparse.Namespace) -> int:
+    from pyarrow.parquet import write_table
+
+    from residua.analysis.probes.probe import probe
+    from residua.analysis.support.probe_plot import plot_probe
+    from residua.store.read.archive import Archive
+
+    archive = Archive(options.archive)
+    folder = Path(options.folder or default_folder(archive.path, "probe", options.target, options.where))
+    with cluster_of(options) as cluster:
+        found = probe(
+            archive,
+            options.target,
+            options.sites,
+            task=options.task,
+            where=options.where,
+            test_fraction=options.test_fraction,
+            seed=options.seed,
+            save=folder / "probes",
+            cluster=cluster,
+        )
+    write_table(found, folder / "probe.parquet")
+    plot_probe(folder / "probe.png", found)
+    if options.json:
+        print_json({"sites": found.to_pylist(), "folder": str(folder)})
+    else:
+        _print(found.to_pylist(), folder)
+    return 0
+
+
+def _print(lines: list[dict[str, Any]], folder: Path) -> None:
+    first = lines[0]
+    print(f"{first['n_train']:,} rows to learn from, {first['n_test']:,} of held-out examples to test on")
+    shown = [name for name in _SHOWN if any(line.get(name) is not None for line in lines)]
+    cells = [(line["site"], *(_cell(line[name]) for name in shown)) for line in lines]
+    print(table([("site", *(_SHOWN[name] for name in shown)), *cells], range(1, len(shown) + 1)))
+    for line in lines:
+        if line["n_left_out"]:
+            print(f"warning: {line['site']}: {line['n_left_out']:,} rows with NaN or infinite values are left out")
+        if not line.get("converged", True):
+            print(f"warning: {line['site']}: the fit stopped before the gradient vanished")
+    print(f"files     {folder}: probe.parquet, probe.png, and the probes themselves in probes/")
+
+
+def _cell(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4g}"

@@ -1,0 +1,91 @@
+"""The progress bar of a capture: rows, bytes, rate, time left, stalls. It goes to standard error."""
+
+import sys
+from types import TracebackType
+from typing import TYPE_CHECKING, Self
+
+from tqdm import tqdm
+
+from residua.store.format.plan import Plan
+
+if TYPE_CHECKING:
+    from residua.capture.recording.record import RecordStats
+
+
+class _Progress:
+    """A bar that is made when it is first needed, and closed at the end; none at all unless `shown`."""
+
+    def __init__(self, *, shown: bool) -> None:
+        self._shown = shown
+        self._bar: tqdm | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+
+class CaptureProgress(_Progress):
+    """A bar over the rows of a plan; nothing at all when `shown` is false.
+
+    Args:
+        shown: Whether to draw; a run for machines does not.
+    """
+
+    def __init__(self, *, shown: bool) -> None:
+        super().__init__(shown=shown)
+        self._done = 0
+
+    def example(self, n_examples: int, n_tokens: int) -> None:
+        """Count the examples that are read, before the plan is made."""
+        if self._shown:
+            if self._bar is None:
+                self._bar = tqdm(unit="token", unit_scale=True, file=sys.stderr, leave=False, mininterval=0.5)
+            self._bar.set_description_str(f"reading examples ({n_examples:,})", refresh=False)
+            self._bar.update(n_tokens - self._bar.n)
+
+    def plan(self, plan: Plan, committed_rows: int) -> None:
+        """Begin the bar: the plan is made, and `committed_rows` of it are on the disk."""
+        if self._bar is not None:
+            self._bar.close()
+        if self._shown:
+            self._bar = tqdm(
+                total=plan.n_rows, initial=committed_rows, unit="row", unit_scale=True, file=sys.stderr, leave=False
+            )
+
+    def batch(self, stats: "RecordStats") -> None:
+        """Move the bar to the figures after a batch."""
+        if self._bar is not None:
+            self._bar.update(min(stats.rows - self._done, (self._bar.total or 0) - self._bar.n))
+            self._done = stats.rows
+            self._bar.set_postfix_str(
+                f"{human_bytes(stats.logical_bytes)} written, {stats.stall_seconds:.1f} s stalled"
+            )
+
+
+class StepProgress(_Progress):
+    """A bar over steps whose number is known, such as shards; nothing at all when `shown` is false."""
+
+    def __init__(self, unit: str, *, shown: bool) -> None:
+        super().__init__(shown=shown)
+        self._unit = unit
+
+    def step(self, done: int, total: int) -> None:
+        """Move the bar to `done` of `total` steps."""
+        if self._shown:
+            if self._bar is None:
+                self._bar = tqdm(total=total, unit=self._unit, file=sys.stderr, leave=False)
+            self._bar.update(done - self._bar.n)
+
+
+def human_bytes(n_bytes: float) -> str:
+    """Return `n_bytes` in the binary unit that reads best, for example ``1.5 MiB``."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if abs(n_bytes) < 1024:
+            return f"{n_bytes:.0f} {unit}" if unit == "B" else f"{n_bytes:.1f} {unit}"
+        n_bytes /= 1024
+    return f"{n_bytes:.1f} TiB"

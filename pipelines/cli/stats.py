@@ -1,0 +1,70 @@
+"""The sub-command `residua stats`: statistics of every site, as tables and a picture."""
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from residua.pipelines.cli.job import add_archive, add_cluster_flags, add_job, cluster_of, default_folder
+from residua.pipelines.cli.report import print_json, table
+from residua.store.base.wording import few
+
+if TYPE_CHECKING:
+    from residua.analysis.stats.stats import Stats
+
+
+def add(jobs: Any) -> None:
+    """Add the sub-command."""
+    parser = add_job(jobs, "stats", _stats, "norms, moments, outlier channels and principal components of every site")
+    add_archive(parser)
+    parser.add_argument("--sites", default="*", metavar="STR", help="the sites, for example resid_post.*; default: all")
+    parser.add_argument("--where", metavar="STR", help="only these rows, for example 'position > 0'")
+    parser.add_argument("--components", type=int, default=8, metavar="INT", help="principal components a site (8)")
+    parser.add_argument("--out", dest="folder", metavar="FOLDER", help="where files go; default: ARCHIVE-stats")
+    add_cluster_flags(parser)
+
+
+def _stats(options: argparse.Namespace) -> int:
+    from residua.analysis.stats.stats import stats
+    from residua.analysis.support.norm_plot import plot_norms
+    from residua.store.read.archive import Archive
+
+    archive = Archive(options.archive)
+    folder = Path(options.folder or default_folder(archive.path, "stats", options.where))
+    with cluster_of(options) as cluster:
+        found = stats(archive, options.sites, components=options.components, where=options.where, cluster=cluster)
+    found.save(folder)
+    plot_norms(folder / "norms.png", found.positions)
+    if options.json:
+        print_json({"sites": found.sites.to_pylist(), "folder": str(folder)})
+    else:
+        _print(found, folder)
+    return 0
+
+
+def _print(found: "Stats", folder: Path) -> None:
+    head = ("site", "width", "mean", "std", "kurtosis", "row kurtosis", "norm", "outlier channels", "1st component")
+    lines = [
+        (
+            line["site"],
+            f"{line['width']:,}",
+            f"{line['mean']:.3g}",
+            f"{line['variance'] ** 0.5:.3g}",
+            f"{line['kurtosis']:.3g}",
+            f"{line['row_kurtosis']:.3g}",
+            f"{line['norm_mean']:.3g} ± {line['norm_std']:.2g}",
+            few(line["outlier_channels"]),
+            f"{line['component_shares'][0]:.0%}" if line["component_shares"] else "-",
+        )
+        for line in found.sites.to_pylist()
+    ]
+    print(f"{max(found.sites['n_rows'].to_pylist()):,} rows")
+    print(table([head, *lines], (1, 2, 3, 4, 5, 6, 8)))
+    for line in found.sites.to_pylist():
+        if line["n_nonfinite"]:
+            print(
+                f"warning: {line['site']} has {line['n_nonfinite']:,} NaN or infinite values in "
+                f"{line['n_nonfinite_rows']:,} rows, which are left out"
+            )
+        if line["component_shares"] is None:
+            print(f"note: {line['site']} has no principal components: its covariance was not wanted or is too large")
+    print(f"files     {folder}: sites, channels, positions (.parquet), components.safetensors, norms.png")

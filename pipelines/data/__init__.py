@@ -1,0 +1,1 @@
+"""From a dataset to examples: sources, tokens, windows and positions. Uses the rooms only."""

@@ -1,0 +1,235 @@
+"""Opens what a user calls a dataset, as a stream of rows: a path, a hub id, a `datasets` object, or an iterable.
+
+Local files go through `datasets` as streams or memory maps, never through its cache, and touch no network. No code
+that comes with a dataset is run, and nothing is unpickled. Memory is taken for a few hundred rows at a time.
+"""
+
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import chain, islice
+from os import PathLike, fspath
+from pathlib import Path
+from typing import Any
+
+from residua.pipelines.data.dataset_settings import DatasetSettings
+from residua.pipelines.data.hub import open_hub
+from residua.store.base.errors import DatasetError
+
+Row = Mapping[str, Any]
+
+_ROWS_AT_ONCE = 128
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
+_KINDS = {
+    ".parquet": "parquet",
+    ".jsonl": "json",
+    ".json": "json",
+    ".ndjson": "json",
+    ".csv": "csv",
+    ".tsv": "csv",
+    ".txt": "text",
+    ".text": "text",
+    ".arrow": "arrow",
+}
+_LONG_COLUMNS = ("input_ids", "attention_mask")
+_COMPRESSED = (".gz", ".zst", ".xz", ".bz2")
+
+
+@dataclass(frozen=True)
+class Rows:
+    """A stream of rows and what is known before the first: which columns there are, and which hold text."""
+
+    columns: Sequence[str]
+    text_columns: Sequence[str]
+    rows: Iterator[Row]
+
+
+def open_rows(source: object, settings: DatasetSettings) -> Rows:
+    """Open `source` as a stream of rows.
+
+    Args:
+        source: A path or hub id; a `datasets` object; or an iterable of texts, of lists of token ids, of chats
+            (lists of messages), or of rows (dictionaries), which come out as columns ``text``,
+            ``input_ids``, ``messages``, or as they are.
+        settings: Split, subset and revision.
+
+    Raises:
+        DatasetError: There is nothing there, it cannot be read, or it has no rows or no such split.
+    """
+    name = source_name(source)
+    if isinstance(source, str | PathLike):
+        dataset = _open_path(source, settings)
+    elif is_dataset(source):
+        dataset = source
+    elif isinstance(source, Iterable) and not isinstance(source, bytes | Mapping):
+        if settings.split is not None:
+            raise DatasetError(f"--split {settings.split!r}: {name} has no splits; leave it out")
+        return _peek_rows(name, _guarded(name, map(_row_of, source)))
+    else:
+        raise DatasetError(
+            f"{name} is no dataset: give a path, a hub id, or an iterable of texts, token ids, chats or rows"
+        )
+    return _arrow_rows(name, _one_split(name, dataset, settings.split))
+
+
+def source_name(source: object) -> str:
+    """Return how messages call a source: a path or id in quotes, or its type."""
+    return repr(fspath(source)) if isinstance(source, str | PathLike) else f"a {type(source).__name__}"
+
+
+def local_path(source: str | PathLike[str]) -> Path | None:
+    """Return the file or folder that `source` names; None if there is none but it may be a hub id.
+
+    Raises:
+        DatasetError: There is none, and no hub id looks like this.
+    """
+    path = Path(source).expanduser()
+    if path.exists():
+        return path
+    is_file_name = bool(_data_suffix(path))
+    if not isinstance(source, str) or is_file_name or not _HUB_ID.fullmatch(source):
+        raise DatasetError(f"dataset {fspath(source)!r}: there is no such file or folder; check the path")
+    return None
+
+
+def _data_suffix(path: Path) -> str:
+    """Return the suffix that tells a data file's format, or an empty text."""
+    if path.suffix.lower() in _COMPRESSED:
+        path = path.with_suffix("")
+    suffix = path.suffix.lower()
+    return suffix if suffix in _KINDS else ""
+
+
+def _open_path(source: str | PathLike[str], settings: DatasetSettings) -> Any:
+    path = local_path(source)
+    if path is None:
+        return open_hub(fspath(source), settings)
+    for flag, value in (("--subset", settings.subset), ("--dataset-revision", settings.revision)):
+        if value is not None:
+            raise DatasetError(f"{flag} is given, but {fspath(source)!r} is a local path: leave it out")
+    return _reading(source_name(source), lambda: _open_folder(path) if path.is_dir() else _open_file(path))
+
+
+def _open_file(path: Path) -> Any:
+    import datasets
+
+    suffix = _data_suffix(path)
+    if not suffix:
+        raise DatasetError(f"dataset {str(path)!r}: cannot tell its format; known endings are {', '.join(_KINDS)}")
+    kind = _KINDS[suffix]
+    if kind == "arrow":
+        return datasets.Dataset.from_file(str(path))
+    read = getattr(datasets.Dataset, f"from_{kind}")
+    # Else a table is as high as the first row group, and none at all where that is empty.
+    options = {"sep": "\t"} if suffix == ".tsv" else {"batch_size": _ROWS_AT_ONCE} if kind == "parquet" else {}
+    return read(str(path), streaming=True, **options)
+
+
+def _open_folder(path: Path) -> Any:
+    import datasets
+
+    if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
+        return datasets.load_from_disk(str(path))
+    return datasets.load_dataset(str(path), streaming=True)
+
+
+def _reading(name: str, read: Callable[[], Any]) -> Any:
+    """Call `read`, and say which dataset it was about if that fails."""
+    try:
+        return read()
+    except DatasetError:
+        raise
+    except Exception as error:
+        raise DatasetError(f"dataset {name} cannot be read: {type(error).__name__}: {error}") from error
+
+
+def is_dataset(source: object) -> bool:
+    """Return whether `source` is an object of the `datasets` library, which need not be imported for that."""
+    return type(source).__module__.partition(".")[0] == "datasets"
+
+
+def _one_split(name: str, dataset: Any, split: str | None) -> Any:
+    if not isinstance(dataset, dict):
+        own = getattr(dataset, "split", None)
+        if split is not None and split != str(own or "train"):
+            raise DatasetError(f"--split {split!r}: {name} has only {str(own or 'train')!r}: leave it out")
+        return dataset
+    names = list(dataset)
+    if split is None and "train" not in names and len(names) != 1:
+        raise DatasetError(f"{name} has the splits {', '.join(names)}: say which with --split")
+    chosen = split or ("train" if "train" in names else names[0])
+    if chosen not in names:
+        raise DatasetError(
+            f"--split {chosen!r}: {name} has {', '.join(names)}; slices such as train[:10%] are not understood, "
+            "use --max-tokens"
+        )
+    return dataset[chosen]
+
+
+def _arrow_rows(name: str, dataset: Any) -> Rows:
+    import pyarrow as pa
+
+    tables = _guarded(name, dataset.with_format("arrow").iter(batch_size=_ROWS_AT_ONCE))
+    first = next(tables, None)
+    if first is None:
+        raise DatasetError(f"dataset {name} is empty: it has no rows")
+    text = (pa.types.is_string, pa.types.is_large_string)
+    return Rows(
+        columns=first.schema.names,
+        text_columns=[field.name for field in first.schema if any(test(field.type) for test in text)],
+        rows=_guarded(name, (row for table in chain([first], tables) for row in _table_rows(table))),
+    )
+
+
+def _table_rows(table: Any) -> Iterator[Row]:
+    """Yield the rows one by one, since a table of long examples is many times larger as Python numbers."""
+    columns = {name: table.column(name) for name in table.schema.names}
+    for i in range(len(table)):
+        yield {name: _cell(name, column[i]) for name, column in columns.items()}
+
+
+def _cell(name: str, scalar: Any) -> Any:
+    values: Any = getattr(scalar, "values", None) if name in _LONG_COLUMNS else None
+    if not hasattr(values, "null_count") or values.null_count:  # of a struct, `values` is a method
+        return scalar.as_py()
+    return values.to_numpy(zero_copy_only=False)
+
+
+def _peek_rows(name: str, rows: Iterator[Row]) -> Rows:
+    ahead = list(islice(rows, 1))
+    if not ahead:
+        raise DatasetError(f"{name} is empty: it has no rows")
+    return Rows(
+        columns=list(ahead[0]),
+        text_columns=[key for key, value in ahead[0].items() if isinstance(value, str)],
+        rows=chain(ahead, rows),
+    )
+
+
+def _guarded(name: str, items: Iterable[Any]) -> Iterator[Any]:
+    """Yield `items`; if reading fails, say of which dataset."""
+    stream = iter(items)
+    while True:
+        try:
+            item = next(stream)
+        except StopIteration:
+            return
+        except DatasetError:
+            raise
+        except Exception as error:
+            raise DatasetError(f"dataset {name} cannot be read: {type(error).__name__}: {error}") from error
+        yield item
+
+
+def _row_of(item: object) -> Row:
+    if isinstance(item, Mapping):
+        return item
+    if isinstance(item, str):
+        return {"text": item}
+    if isinstance(item, list | tuple) and item and isinstance(item[0], Mapping):
+        return {"messages": item}
+    if isinstance(item, list | tuple) or hasattr(item, "__array__"):
+        return {"input_ids": item}
+    raise DatasetError(
+        f"the dataset yields {item!r:.80}, which is no text, list of token ids, chat or row (a dictionary)"
+    )

@@ -1,0 +1,214 @@
+"""What the workers of a capture do once, what each does, and what they tell each other.
+
+Worker 0 makes the plan and the archive; the others wait for it, open the archive, and check that their own model and
+settings give the same plan. All take runs of shards until every shard is committed. Then worker 0 seals the archive,
+and nobody returns before that.
+"""
+
+import os
+import socket
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Protocol
+
+from torch import nn
+from torch._C._distributed_c10d import PrefixStore
+
+from residua.capture.layout.process_layout import Part, is_split, part_of
+from residua.capture.recording.record import RecordStats, total
+from residua.capture.scheduling.claims import HandOut
+from residua.capture.scheduling.membership import Crew
+from residua.capture.scheduling.work_queue import AllAtOnce, Work
+from residua.capture.sites.site import SiteInfo
+from residua.pipelines.jobs.rendezvous import meeting
+from residua.pipelines.jobs.replicas import replica_group
+from residua.pipelines.setup.settings import CaptureSettings
+from residua.store.base.errors import CaptureError
+from residua.store.examples.schedule import Schedule
+from residua.store.format.commits import committed_shards
+
+_LOOK_SECONDS = 1.0
+_LEAST_WORKERS = 2  # replicas that the shards are cut for: more may join
+
+
+@dataclass(frozen=True, kw_only=True)
+class WorkerFigures:
+    """What one worker did.
+
+    Attributes:
+        worker: Its number.
+        host: Name of its machine.
+        pid: Number of its process there.
+        stats: Its figures.
+    """
+
+    worker: int
+    host: str
+    pid: int
+    stats: RecordStats
+
+
+class Workers(Protocol):
+    """This worker and the others."""
+
+    def plan_once(self, make: Callable[[], Mapping[str, Any]], check: Callable[[], None]) -> Mapping[str, Any]:
+        """Let worker 0 call `make`, and every other one `check` after that; return what `make` returned."""
+        ...
+
+    def replica_group(self, settings: CaptureSettings) -> AbstractContextManager[None]:
+        """Make the process group of this worker's replica; see `residua.pipelines.jobs.replicas`."""
+        ...
+
+    def part(self, model: nn.Module, sites: Mapping[str, SiteInfo]) -> Part | None:
+        """Return what this worker has of a model that several hold together; None if it has all of it."""
+        ...
+
+    def work(self, archive: Path, schedule: Schedule) -> Work:
+        """Return the shards that this worker is to do."""
+        ...
+
+    def so_far(self, stats: RecordStats) -> RecordStats:
+        """Tell the others this worker's figures; return those of all, on worker 0."""
+        ...
+
+    def finish(self, stats: RecordStats, archive: Path, n_shards: int, seal: Callable[[], None]) -> list[WorkerFigures]:
+        """Wait until every shard is committed, let worker 0 call `seal`, and return what each worker did."""
+        ...
+
+
+class Alone:
+    """One worker that does everything."""
+
+    def plan_once(self, make: Callable[[], Mapping[str, Any]], check: Callable[[], None]) -> Mapping[str, Any]:  # noqa: ARG002  # nobody else has to check
+        """Return what `make` returns."""
+        return make()
+
+    def replica_group(self, settings: CaptureSettings) -> AbstractContextManager[None]:
+        """See `Workers`."""
+        return replica_group(settings, None)
+
+    def part(self, model: nn.Module, sites: Mapping[str, SiteInfo]) -> Part | None:  # noqa: ARG002  # nobody shares it
+        """Return None."""
+        return None
+
+    def work(self, archive: Path, schedule: Schedule) -> Work:  # noqa: ARG002  # it does not look at the archive
+        """Return all shards."""
+        return AllAtOnce(schedule.n_shards)
+
+    def so_far(self, stats: RecordStats) -> RecordStats:
+        """Return `stats`."""
+        return stats
+
+    def finish(self, stats: RecordStats, archive: Path, n_shards: int, seal: Callable[[], None]) -> list[WorkerFigures]:  # noqa: ARG002  # as above
+        """Seal at once."""
+        seal()
+        return [WorkerFigures(worker=0, host=socket.gethostname(), pid=os.getpid(), stats=stats)]
+
+
+class Together:
+    """One worker among several.
+
+    Args:
+        crew: The others.
+    """
+
+    def __init__(self, crew: Crew) -> None:
+        self._crew = crew
+        self._others: list[RecordStats] = []
+        self._next_look = 0.0
+        self._n_replicas = crew.n_launched
+
+    def plan_once(self, make: Callable[[], Mapping[str, Any]], check: Callable[[], None]) -> Mapping[str, Any]:
+        """See `Workers`."""
+        message = self._crew.once("plan", lambda: {**make(), "n_replicas": self._n_replicas})
+        self._n_replicas = message["n_replicas"]
+        if self._crew.number:
+            check()
+        return message
+
+    def replica_group(self, settings: CaptureSettings) -> AbstractContextManager[None]:
+        """See `Workers`."""
+        return replica_group(settings, self._crew)
+
+    def part(self, model: nn.Module, sites: Mapping[str, SiteInfo]) -> Part | None:
+        """See `Workers`."""
+        if not is_split(model):
+            return None
+        part = part_of(model, sites, self._crew)
+        self._n_replicas = max(1, self._crew.n_launched // len(part.team.numbers))
+        return part
+
+    def work(self, archive: Path, schedule: Schedule) -> Work:
+        """See `Workers`."""
+        runs = schedule.runs(max(_LEAST_WORKERS, self._n_replicas))
+        return HandOut(self._crew, runs, partial(committed_shards, archive))
+
+    def so_far(self, stats: RecordStats) -> RecordStats:
+        """See `Workers`."""
+        self._crew.tell(stats=asdict(stats))
+        if self._crew.number:
+            return stats
+        if time.monotonic() > self._next_look:
+            self._next_look = time.monotonic() + _LOOK_SECONDS
+            told = [figures for figures in self._crew.all_figures() if figures["worker"] != self._crew.number]
+            self._others = [RecordStats(**figures["stats"]) for figures in told if "stats" in figures]
+        return total([stats, *self._others])
+
+    def finish(self, stats: RecordStats, archive: Path, n_shards: int, seal: Callable[[], None]) -> list[WorkerFigures]:
+        """See `Workers`.
+
+        Raises:
+            CaptureError: Shards are missing because a worker is gone, or worker 0 is.
+        """
+        self._crew.tell(stats=asdict(stats))
+        return _figures(self._crew.finish(partial(self._close, archive, n_shards, seal))["workers"])
+
+    def _close(self, archive: Path, n_shards: int, seal: Callable[[], None]) -> Mapping[str, Any]:
+        missing = n_shards - len(committed_shards(archive))
+        if missing:
+            raise CaptureError(
+                f"{missing} shards are missing because {self._crew.gone()} is gone. What was committed is safe; "
+                "run the same command again to go on."
+            )
+        seal()
+        return {"workers": self._crew.all_figures()}
+
+
+def _figures(everyone: Sequence[Mapping[str, Any]]) -> list[WorkerFigures]:
+    """Return the figures of all that told any; of a worker that died, those that it told last."""
+    return [
+        WorkerFigures(worker=f["worker"], host=f["host"], pid=f["pid"], stats=RecordStats(**f["stats"]))
+        for f in everyone
+        if "stats" in f
+    ]
+
+
+@contextmanager
+def workers_of(out: Path, *, join: bool) -> Iterator[Workers]:
+    """Yield this worker and the others that capture `out`; see `meeting`."""
+    with meeting(out, join=join) as crew:
+        if crew is None:
+            yield Alone()
+        else:
+            with crew:
+                yield Together(crew)
+
+
+@contextmanager
+def workers_of_launch(crew: Crew | None, job: str) -> Iterator[Workers]:
+    """Yield this worker and the others for a capture that is part of their job; it has a crew of its own.
+
+    Args:
+        crew: Those that were launched together, as they do the whole job; None for one process alone.
+        job: A name for this part of it.
+    """
+    if crew is None or crew.home is None:
+        yield Alone()
+        return
+    store, rank, n_launched = crew.home
+    with Crew(PrefixStore(job, store), rank, n_launched, home=crew.home) as own:
+        yield Together(own)

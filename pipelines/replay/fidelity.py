@@ -1,0 +1,145 @@
+"""Measuring what rounding in the store does to the model: stored rows put back, against the run as it is."""
+
+from collections.abc import Callable, Mapping, Sequence
+from os import PathLike
+from typing import Any
+
+import torch
+from torch.distributed.pipelining.schedules import PipelineScheduleSingle
+from transformers import PreTrainedModel
+
+from residua.capture.identity.same_model import running_as_captured
+from residua.capture.replay.engine import Replayer
+from residua.capture.replay.metrics import token_divergences
+from residua.pipelines.capture.captured_batches import sample_batches
+from residua.pipelines.jobs.sharing import SharedWork, sharing
+from residua.pipelines.setup.models import replayed_model
+from residua.pipelines.setup.settings import CaptureSettings
+from residua.store.base.errors import CaptureError, PlanError
+from residua.store.edits.replayed import refuse_replay
+from residua.store.format.fidelity import Fidelity, SiteFidelity, write_fidelity
+from residua.store.format.site_names import parse_site
+from residua.store.read.archive import Archive
+
+_STREAM = ("resid_pre", "resid_mid", "resid_post", "final")
+
+
+def fidelity(
+    archive: str | PathLike[str],
+    model: str | PathLike[str] | PreTrainedModel | PipelineScheduleSingle,
+    *,
+    n_batches: int = 16,
+    seed: int = 0,
+    device: str = "auto",
+    tp: int = 1,
+    pp: int = 1,
+    on_batch: Callable[[int, int], None] = lambda *_: None,
+) -> Fidelity:
+    """Measure by replay what the rounding of stored residual streams does to the model's output.
+
+    At each stored site of the residual stream whose rows are rounded, they take the place of the computed ones, and
+    the output is compared with that of the model left alone. The figures are written to ``fidelity.json`` in the
+    archive, where `residua info` finds them. Processes of a launch share the batches; see docs/distributed.md.
+
+    Args:
+        archive: Folder of the archive.
+        model: The model that was captured: a transformers model, or a hub id or folder of one; or the schedule of a
+            torch pipeline, as `residua.replay` takes it.
+        n_batches: How many of the plan's batches run; they are chosen at random from those that are captured.
+        seed: Seed of the choice.
+        device: Device of the model, if it is loaded here.
+        tp: Over how many processes it is then split by tensor parallelism.
+        pp: Over how many it is split as a pipeline.
+        on_batch: Called with the batches done and in all, after each.
+
+    Returns:
+        Divergence and agreement by site.
+
+    Raises:
+        PlanError: The model is not the one that was captured, or no stored residual stream is rounded, or the
+            archive is one of a replay.
+        NotCapturedError: Nothing is captured yet.
+        CaptureError: The model gave no logits, or another process that shares the work is gone.
+
+    Example:
+        >>> found = residua.fidelity("acts.zarr", "models/pydoc-1m")  # doctest: +SKIP
+        >>> found.sites["resid_post.3"].kl_mean  # doctest: +SKIP
+    """
+    opened = Archive(archive)
+    refuse_replay(opened, "residua fidelity")
+    names = _rounded(opened)
+    batches = [batch.examples.tolist() for batch in sample_batches(opened, n_batches, seed)]
+    settings = CaptureSettings(device=device, tp=tp, pp=pp)
+    with (
+        sharing(None, settings) as crew,
+        replayed_model(opened, model, settings) as loaded,
+        running_as_captured(opened, loaded),
+    ):
+        plain = Replayer(loaded, opened)
+        stored = {name: Replayer(loaded, opened, at=[name], checked=plain.checked) for name in names}
+        compare = _Comparison(plain, stored)
+        shared = SharedWork(crew, loaded, alike=True)
+        shared.agree_on({"archive": opened.plan.digest, "batches": batches})
+        found = shared.found(
+            len(batches),
+            lambda number: compare(batches[number]),
+            close=lambda everything: write_fidelity(opened.path, opened.plan, _total(everything)),
+            on_unit=on_batch,
+        )
+    return _total(found)
+
+
+class _Comparison:
+    """Compares the output of one batch, from the stored rows of each site, with that of the model left alone."""
+
+    def __init__(self, plain: Replayer, stored: Mapping[str, Replayer]) -> None:
+        self._plain = plain
+        self._stored = stored
+
+    def __call__(self, examples: Sequence[int]) -> dict[str, Any]:
+        batch = self._plain.batch(examples)
+        original = _logits(self._plain.run(batch).logits)
+        sites = {
+            name: _compared(original, _logits(replayer.run(batch).logits)) for name, replayer in self._stored.items()
+        }
+        return {"n_examples": len(batch.rows), "n_tokens": len(original), "sites": sites}
+
+
+def _compared(original: torch.Tensor, logits: torch.Tensor) -> dict[str, float]:
+    """Return sum and maximum of the divergences of a batch's tokens, and how many have the same top 1."""
+    kl = token_divergences(original, logits).clamp_min(0)  # which rounding may miss by the last bit
+    same = int((original.argmax(-1) == logits.argmax(-1)).sum())
+    return {"kl": float(kl.double().sum()), "kl_max": float(kl.max()), "same": same}
+
+
+def _total(found: Sequence[Mapping[str, Any]]) -> Fidelity:
+    """Add the batches up in their order, so that the sums are those of one process."""
+    n_tokens = sum(batch["n_tokens"] for batch in found)
+    sites = {}
+    for name in found[0]["sites"]:
+        parts = [batch["sites"][name] for batch in found]
+        sites[name] = SiteFidelity(
+            kl_mean=sum(part["kl"] for part in parts) / n_tokens,
+            kl_max=max(part["kl_max"] for part in parts),
+            top1_agreement=sum(part["same"] for part in parts) / n_tokens,
+        )
+    return Fidelity(sites=sites, n_examples=sum(batch["n_examples"] for batch in found), n_tokens=n_tokens)
+
+
+def _logits(parts: list[torch.Tensor] | None) -> torch.Tensor:
+    if parts is None:
+        raise CaptureError("the model gave no logits: it has no language modelling head in this process")
+    return torch.cat(parts)
+
+
+def _rounded(archive: Archive) -> list[str]:
+    stream = [name for name in archive.sites if parse_site(name).kind in _STREAM]
+    plans = [archive.plan.site(name) for name in stream]
+    dtype = archive.plan.model["dtype"]
+    found = [plan.name for plan in plans if plan.codec not in ("raw", "fast", "small") or plan.dtype != dtype]
+    if not found:
+        raise PlanError(
+            f"{archive.path} has no residual stream that is rounded ({', '.join(stream) or 'none is stored'}): "
+            "there is nothing to measure"
+        )
+    return found

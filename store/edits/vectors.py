@@ -1,0 +1,162 @@
+"""Vectors of an edit: numbers in the text, or files beside it, never code and never from elsewhere.
+
+A file is ``.npy`` (read without pickle) or ``.safetensors``; of several tensors in one, ``FILE#NAME`` names one. It
+lies in the folder of the edit file or below, links included. Sizes are checked before memory is taken.
+"""
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import numpy.typing as npt
+from safetensors import deserialize
+
+from residua.store.base.canonical import Json
+from residua.store.base.errors import PlanError
+
+MAX_VECTOR_VALUES = 2**26
+MAX_VECTOR_BYTES = 2**29
+_SAFETENSORS: Mapping[str, npt.DTypeLike] = {
+    "BF16": ml_dtypes.bfloat16,
+    "F16": np.float16,
+    "F32": np.float32,
+    "F64": np.float64,
+}
+
+
+@dataclass(frozen=True, eq=False)
+class Vector:
+    """One vector, or several as rows of a matrix.
+
+    Attributes:
+        values: float64, (width,) or (vectors, width), or of the shape of a site's row.
+        file: The file as it was named, with ``#NAME``; None where the numbers were given themselves.
+        sha256: Digest of the file's bytes, in hex; empty where there is none.
+    """
+
+    values: npt.NDArray[np.float64]
+    file: str | None = None
+    sha256: str = ""
+
+    def to_json(self) -> Json:
+        """Return the numbers themselves, or the file's name with its digest."""
+        if self.file is not None:
+            return {"file": self.file, "sha256": self.sha256}
+        numbers: Json = self.values.tolist()
+        return numbers
+
+
+def vector_of(value: object, folder: Path) -> Vector:
+    """Return the vector that `value` spells.
+
+    Args:
+        value: Numbers, lists of them, an array or a tensor; the name of a file; or what `Vector.to_json` makes.
+        folder: Where files lie.
+
+    Raises:
+        PlanError: It is no vector, is too large, is not finite, or its file is missing or was altered.
+    """
+    if isinstance(value, str):
+        return _from_file(value, folder, None)
+    if isinstance(value, Mapping):
+        if value.keys() != {"file", "sha256"} or not all(isinstance(text, str) for text in value.values()):
+            raise PlanError(f"a vector in a file is written as its name, found a mapping of {sorted(map(str, value))}")
+        return _from_file(value["file"], folder, value["sha256"])
+    return Vector(_checked(_numbers(value), "the vector"))
+
+
+def _numbers(value: Any) -> npt.NDArray[Any]:
+    if hasattr(value, "detach"):  # a tensor, without importing torch; numpy does not know bfloat16
+        value = value.detach().cpu().double().numpy()
+    try:
+        found = np.asarray(value)
+    except (ValueError, TypeError) as error:
+        raise PlanError("a vector is a list of numbers, or the name of a .npy or .safetensors file") from error
+    return found
+
+
+def inside(name: str, folder: Path) -> Path:
+    """Return the path of `name`, which lies in `folder` or below.
+
+    Raises:
+        PlanError: It leads out of the folder.
+    """
+    try:
+        path = (folder / name).resolve()
+        _ = path.exists()  # there are names that no file can have
+        is_inside = path.is_relative_to(folder.resolve())
+    except (OSError, ValueError, RuntimeError) as error:
+        raise PlanError(f"{name!r} is not the name of a file: {error}") from error
+    if not is_inside:
+        raise PlanError(f"{name!r} leads out of {folder}: what an edit names lies beside it; copy it there")
+    return path
+
+
+def _from_file(name: str, folder: Path, sha256: str | None) -> Vector:
+    text, _, tensor = name.partition("#")
+    path = inside(text, folder)
+    if not path.is_file():
+        raise PlanError(f"there is no file {text!r} in {folder}")
+    if path.stat().st_size > MAX_VECTOR_BYTES:
+        raise PlanError(f"{text!r} is over 512 MiB: an edit's vector is not that large")
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    if sha256 is not None and digest != sha256:
+        raise PlanError(f"{text!r} is not the file that the edit was made with (its SHA-256 differs)")
+    try:
+        found = _read_npy(path) if path.suffix == ".npy" else _read_safetensors(path, tensor)
+    except PlanError:
+        raise
+    except Exception as error:  # boundary to a stranger's bytes: numpy alone raises six kinds of errors
+        raise PlanError(f"{text!r} cannot be read as a vector: {error}") from error
+    return Vector(_checked(found, repr(name)), name, digest)
+
+
+def _read_npy(path: Path) -> npt.NDArray[Any]:
+    # Mapping the file compares the shape that it claims with its size, before any memory is taken. Unlike `np.load`,
+    # this takes no zip archive and no pickle for an array.
+    found: npt.NDArray[Any] = np.lib.format.open_memmap(path, mode="r")
+    return found
+
+
+def _read_safetensors(path: Path, name: str) -> npt.NDArray[Any]:
+    if path.suffix != ".safetensors":
+        raise PlanError(f"{path.name!r} is neither .npy nor .safetensors")
+    return one_tensor(read_tensors(path), name, path)
+
+
+def read_tensors(path: Path) -> dict[str, npt.NDArray[Any]]:
+    """Return the floating-point tensors of a safetensors file, by name; others are left out.
+
+    Raises:
+        SafetensorError: It is no such file.
+        OSError: It cannot be read.
+    """
+    found = {}
+    for name, entry in deserialize(path.read_bytes()):  # type: ignore[no-untyped-call]  # safetensors leaves it bare
+        if entry["dtype"] in _SAFETENSORS:
+            values: npt.NDArray[Any] = np.frombuffer(entry["data"], _SAFETENSORS[entry["dtype"]])
+            found[name] = values.reshape(entry["shape"])
+    return found
+
+
+def one_tensor(tensors: Mapping[str, npt.NDArray[Any]], name: str, path: Path) -> npt.NDArray[Any]:
+    """Return the tensor `name`, or the only one there is."""
+    if not name and len(tensors) == 1:
+        return next(iter(tensors.values()))
+    if name not in tensors:
+        raise PlanError(f"{path.name!r} holds {', '.join(sorted(tensors)) or 'no floats'}: name one as FILE#NAME")
+    return tensors[name]
+
+
+def _checked(found: npt.NDArray[Any], what: str) -> npt.NDArray[np.float64]:
+    is_number = found.dtype.kind in "iuf" or found.dtype == ml_dtypes.bfloat16
+    if not is_number or not 1 <= found.ndim <= 3 or not 0 < found.size <= MAX_VECTOR_VALUES:
+        raise PlanError(f"{what} should be a vector of numbers, found {found.dtype} of shape {found.shape}")
+    values = found.astype(np.float64)
+    if not np.isfinite(values).all():
+        raise PlanError(f"{what} holds NaN or infinite values")
+    return values

@@ -1,0 +1,170 @@
+"""Lossy ways to store activations, opt-in and with their error measured.
+
+BitRound keeps a number of mantissa bits of a float32 (Klöwer et al. 2021, doi:10.1038/s43588-021-00156-2),
+rounding to nearest, ties to even; NaN and infinities are kept as they are, bit for bit.
+
+int8 per block of 32 divides each run of 32 values along the last axis by a scale of its own, the largest
+magnitude over 127, so that a channel a hundred times larger than the rest spoils only its neighbours. A value
+that is NaN or infinite cannot be such a code. Its whole block is then marked by a scale of NaN and reads back
+as NaN: it can never be mistaken for a number, and the scales tell where it happened.
+"""
+
+from typing import Any, NamedTuple
+
+import ml_dtypes
+import numpy as np
+import numpy.typing as npt
+
+from residua.store.encoding.codecs import PRESETS
+from residua.store.encoding.dtypes import storage_dtype, to_float32
+
+BLOCK = 32
+_LARGEST = 127
+_EXPONENT = np.uint32(0x7F800000)
+_SLICE = 1 << 18  # values handled at a time, so that temporaries stay small and in the cache
+
+Array = npt.NDArray[np.generic]
+Floats = npt.NDArray[np.float32]
+
+
+class Rounded(NamedTuple):
+    """Rounded values, and the sums that their relative error is made of (over finite values only)."""
+
+    values: Floats
+    squares: float
+    error_squares: float
+
+
+class Quantised(NamedTuple):
+    """Codes and scales, and the sums that their relative error is made of (over finite blocks only)."""
+
+    codes: npt.NDArray[np.int8]
+    scales: Floats
+    squares: float
+    error_squares: float
+
+
+def bitround(values: Floats, kept_bits: int) -> Floats:
+    """Return `values` with `kept_bits` of the 23 mantissa bits kept, rounded to nearest, ties to even.
+
+    A value that rounds past the largest float32 becomes infinite, as in any float arithmetic.
+    """
+    dropped = np.uint32(23 - kept_bits)
+    bits = np.ascontiguousarray(values).view(np.uint32)
+    last = (bits >> dropped) & np.uint32(1)
+    with np.errstate(over="ignore"):
+        rounded = bits + (last + np.uint32((1 << (int(dropped) - 1)) - 1))
+    rounded &= np.uint32((0xFFFFFFFF << int(dropped)) & 0xFFFFFFFF)
+    not_finite = (bits & _EXPONENT) == _EXPONENT
+    np.copyto(rounded, bits, where=not_finite)
+    return rounded.view(np.float32)
+
+
+def bitround_errors(values: Array, preset: str) -> Rounded:
+    """Return float32 `values` rounded as `preset` says, of any shape, with their error."""
+    kept_bits = PRESETS[preset].kept_bits
+    if kept_bits is None or values.dtype != np.float32:
+        raise ValueError(f"codec {preset} does not round {values.dtype}")
+    flat = values.reshape(-1).view(np.float32)
+    rounded = np.empty_like(flat)
+    squares = error_squares = 0.0
+    for start in range(0, flat.size, _SLICE):
+        part = slice(start, start + _SLICE)
+        rounded[part] = bitround(flat[part], kept_bits)
+        squares, error_squares = _add_errors(flat[part], rounded[part], squares, error_squares)
+    return Rounded(rounded.reshape(values.shape), squares, error_squares)
+
+
+def quantise_int8(values: Array, dtype: str) -> Quantised:
+    """Return codes and scales of `values`.
+
+    Args:
+        values: (rows, ..., width) in storage dtype.
+        dtype: Data type name of the values: ``bfloat16``, ``float16`` or ``float32``.
+
+    Returns:
+        int8 codes (rows, ..., width) and float32 scales (rows, ..., ceil(width / 32)); the last block of a
+        row may be short. Blocks that hold NaN or an infinity have a scale of NaN and codes of zero.
+    """
+    *outer, width = values.shape
+    flat = values.reshape(-1, width)
+    codes = np.empty((len(flat), width), np.int8)
+    scales = np.empty((len(flat), -(-width // BLOCK)), np.float32)
+    squares = error_squares = 0.0
+    step = max(1, _SLICE // max(1, width))
+    for start in range(0, len(flat), step):
+        part = slice(start, start + step)
+        wide = to_float32(flat[part], dtype)
+        codes[part], scales[part] = _quantise(wide)
+        squares, error_squares = _add_errors(wide, _dequantise(codes[part], scales[part]), squares, error_squares)
+    return Quantised(codes.reshape(values.shape), scales.reshape(*outer, scales.shape[-1]), squares, error_squares)
+
+
+def dequantise_int8(codes: Array, scales: Array, dtype: str) -> npt.NDArray[Any]:
+    """Return the values that `codes` and `scales` stand for, in the storage dtype of `dtype`.
+
+    Blocks whose scale is NaN come back as NaN.
+
+    Raises:
+        ValueError: The shapes do not belong together.
+    """
+    *outer, width = codes.shape
+    expected = (*outer, -(-width // BLOCK))
+    if scales.shape != expected:
+        raise ValueError(f"codes {codes.shape} need scales {expected}, found {scales.shape}")
+    values = np.empty(codes.shape, storage_dtype(dtype))
+    flat_codes, flat_values = codes.reshape(-1, width), values.reshape(-1, width)
+    flat_scales = scales.reshape(len(flat_codes), scales.shape[-1]).view(np.float32)
+    step = max(1, _SLICE // max(1, width))
+    for start in range(0, len(flat_codes), step):
+        part = slice(start, start + step)
+        wide = _dequantise(flat_codes[part].view(np.int8), flat_scales[part])
+        flat_values[part] = _from_float32(wide, dtype)
+    return values
+
+
+def _quantise(values: Floats) -> tuple[npt.NDArray[np.int8], Floats]:
+    """Quantise (rows, width); the last block is filled up with zeros, which change no largest magnitude."""
+    n_rows, width = values.shape
+    n_blocks = -(-width // BLOCK)
+    padded = np.zeros((n_rows, n_blocks * BLOCK), np.float32)
+    padded[:, :width] = values
+    blocks = padded.reshape(n_rows, n_blocks, BLOCK)
+    scales = np.abs(blocks).max(axis=-1) / np.float32(_LARGEST)
+    finite = np.isfinite(scales)
+    scales[~finite] = np.nan
+    with np.errstate(over="ignore"):
+        too_large = np.isinf(scales * np.float32(_LARGEST))
+    scales[too_large] = np.nextafter(scales[too_large], np.float32(0))
+    # Dividing by the scale itself and not by a reciprocal: a tiny scale has an infinite one.
+    divisors = np.where(finite & (scales > 0), scales, np.float32(np.inf))[..., None]
+    with np.errstate(invalid="ignore", over="ignore"):
+        codes = np.clip(np.rint(blocks / divisors), -_LARGEST, _LARGEST)
+    codes[~finite] = 0
+    return codes.reshape(n_rows, -1)[:, :width].astype(np.int8), scales
+
+
+def _dequantise(codes: npt.NDArray[np.int8], scales: Floats) -> Floats:
+    width = codes.shape[-1]
+    wide = np.repeat(scales, BLOCK, axis=-1)[..., :width]
+    with np.errstate(invalid="ignore", over="ignore"):
+        wide *= codes
+    return wide
+
+
+def _from_float32(values: Floats, dtype: str) -> Array:
+    if dtype == "bfloat16":
+        return values.astype(ml_dtypes.bfloat16).view("<u2")
+    with np.errstate(over="ignore"):
+        return values.astype(storage_dtype(dtype))
+
+
+def _add_errors(before: Floats, after: Floats, squares: float, error_squares: float) -> tuple[float, float]:
+    """Add the sums over the values that are finite on both sides, in float64."""
+    with np.errstate(invalid="ignore", over="ignore"):
+        error = after.astype(np.float64) - before
+    wide = before.astype(np.float64)
+    finite = np.isfinite(error)
+    if not finite.all():
+        error, wide = error[finite], wide[finite]
+    return squares + float(np.vdot(wide, wide)), error_squares + float(np.vdot(error, error))

@@ -1,0 +1,130 @@
+"""The user's own columns on their way into Arrow: types from the first values, and nothing lost in a cast.
+
+Arrow would drop the fields of a dictionary that its type does not name, without a word; a column that
+changes its kind in the middle of a dataset is therefore compared with its type before it is converted.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import pyarrow as pa
+
+from residua.store.base.errors import DatasetError
+from residua.store.base.wording import shortened
+from residua.store.examples.index import OWN_COLUMNS, Example
+
+_TYPES = pa.types
+
+
+def check_names(names: Sequence[str]) -> None:
+    """Raise DatasetError if a column of the user's has the name of one of the table's own."""
+    for name in names:
+        if name in OWN_COLUMNS:
+            raise DatasetError(
+                f"the dataset has a column {name!r}, a name that the example table needs for itself; rename "
+                f"the column, for example dataset.rename_column({name!r}, {'my_' + name!r}), or leave it out"
+            )
+
+
+def columns_of(examples: Sequence[Example], known: Mapping[str, pa.DataType], first_index: int) -> dict[str, pa.Array]:
+    """Convert the user's columns of a run of examples; a column that an example lacks is null there.
+
+    Args:
+        examples: A run of examples.
+        known: Types of the columns seen so far, in order; new columns follow in order of appearance.
+        first_index: Number of the first of `examples`, for messages.
+
+    Raises:
+        DatasetError: A reserved name, or a value that Arrow cannot store or that is of another kind than
+            the column's earlier values.
+    """
+    names = dict.fromkeys([*known, *(name for example in examples for name in example.columns)])
+    check_names(list(names))
+    return {
+        name: _column(name, [example.columns.get(name) for example in examples], known.get(name), first_index)
+        for name in names
+    }
+
+
+def _column(name: str, values: list[object], known: pa.DataType | None, first_index: int) -> pa.Array:
+    kind = None if known is None or _TYPES.is_null(known) else known
+    found = _converted(values, None)
+    if found is not None and kind is None and _storable(found.type):
+        return found
+    if found is not None and kind is not None and _fits(found.type, kind):
+        column = _converted(values, kind)
+        if column is not None:
+            return column
+    raise DatasetError(_complaint(name, values, kind, first_index))
+
+
+def _converted(values: list[object], kind: Any) -> pa.Array | None:
+    try:
+        return pa.array(values, type=kind)
+    except (pa.ArrowException, TypeError, ValueError, OverflowError):
+        return None
+
+
+def _complaint(name: str, values: list[object], kind: pa.DataType | None, first_index: int) -> str:
+    """Name the first value that cannot be stored beside the ones before it."""
+    for i, value in enumerate(values):
+        found = _converted([value], None)
+        if found is None or not _storable(found.type) or (kind is not None and not _fits(found.type, kind)):
+            return (
+                f"column {name!r}, example {first_index + i}: cannot store {shortened(repr(value))} as "
+                f"{kind or 'an Arrow value'}; give the column one plain type throughout, or leave it out"
+            )
+        kind = found.type if kind is None and not _TYPES.is_null(found.type) else kind
+    return (
+        f"column {name!r}, examples {first_index} to {first_index + len(values) - 1}: the values do not fit "
+        f"one type ({kind}); give the column one plain type throughout, or leave it out"
+    )
+
+
+def _storable(kind: Any) -> bool:
+    """Tell whether Parquet can hold the type: it has no structs without fields."""
+    if _TYPES.is_struct(kind):
+        return kind.num_fields > 0 and all(_storable(kind.field(i).type) for i in range(kind.num_fields))
+    return _storable(kind.value_type) if _is_list(kind) else True
+
+
+def _fits(found: Any, kind: Any) -> bool:
+    """Tell whether values that look like `found` can be stored as `kind` without loss."""
+    if found.equals(kind) or _TYPES.is_null(found):
+        return True
+    if _is_list(found) and _is_list(kind):
+        return _fits(found.value_type, kind.value_type)
+    if _TYPES.is_struct(found) and _TYPES.is_struct(kind):
+        fields = {field.name: field.type for field in kind}
+        return all(field.name in fields and _fits(field.type, fields[field.name]) for field in found)
+    return _same_kind(found, kind)
+
+
+def _is_list(kind: Any) -> bool:
+    return bool(_TYPES.is_list(kind) or _TYPES.is_large_list(kind) or _TYPES.is_fixed_size_list(kind))
+
+
+def _same_kind(found: pa.DataType, kind: pa.DataType) -> bool:
+    if _TYPES.is_integer(found):
+        return bool(_TYPES.is_integer(kind) or _TYPES.is_floating(kind))
+    tests = (_TYPES.is_floating, _is_text, _is_bytes, _TYPES.is_temporal)
+    return any(test(found) and test(kind) for test in tests)
+
+
+def _is_text(kind: pa.DataType) -> bool:
+    return bool(_TYPES.is_string(kind) or _TYPES.is_large_string(kind))
+
+
+def _is_bytes(kind: pa.DataType) -> bool:
+    return bool(_TYPES.is_binary(kind) or _TYPES.is_large_binary(kind) or _TYPES.is_fixed_size_binary(kind))
+
+
+def value_bytes(value: object) -> int:
+    """Estimate what a column's value takes in memory, in bytes: texts and containers by their length."""
+    if isinstance(value, str | bytes):
+        return len(value)
+    if isinstance(value, Mapping):
+        return sum(map(value_bytes, value.values()))
+    if isinstance(value, list | tuple):
+        return sum(map(value_bytes, value))
+    return int(getattr(value, "nbytes", 8))

@@ -1,0 +1,240 @@
+"""Reads one part of an example table without believing it.
+
+What cannot be read is a DamagedArchiveError; what can be read and contradicts itself (counts, positions,
+types) is an UnsafeArchiveError. Both name the file. Counts are compared with limits before memory is taken.
+"""
+
+import mmap
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from residua.store.base.errors import DamagedArchiveError, UnsafeArchiveError
+from residua.store.examples.index import (
+    DIGEST_KEY,
+    MAX_PART_BYTES,
+    MAX_PART_EXAMPLES,
+    MAX_PART_VALUES,
+    OWN_COLUMNS,
+    IntArray,
+    LongArray,
+    content_problem,
+    part_name,
+    starts,
+)
+from residua.store.examples.parquet_sizes import Chunk, RowGroup, read_footer
+from residua.store.format.archive_metadata import SIDE_FOLDERS
+from residua.store.storage.small_files import check_file
+
+_COUNTS = ("first_row", "n_rows", "n_tokens")
+_LISTS = ("input_ids", "positions")
+_READER_ERRORS = (
+    pa.ArrowException,
+    OSError,
+    ValueError,
+    TypeError,
+    LookupError,
+    OverflowError,
+    MemoryError,
+)
+
+
+@dataclass(frozen=True, eq=False)
+class Part:
+    """What a part's footer and its columns of counts say.
+
+    Attributes:
+        path: The file.
+        groups: What its footer announces of each row group.
+        group_starts: First example of each row group and, last, their number, int64, counted in this part.
+        schema: Arrow schema of the file.
+        digest: The table's digest after this part, as the file records it.
+        first_row: First row of each example, int64.
+        n_rows: Rows of each example, int32.
+        n_tokens: Tokens of each example, int32.
+    """
+
+    path: Path
+    groups: Sequence[RowGroup]
+    group_starts: LongArray
+    schema: pa.Schema
+    digest: str
+    first_row: LongArray
+    n_rows: IntArray
+    n_tokens: IntArray
+
+
+@dataclass(frozen=True, eq=False)
+class Group:
+    """The tokens and positions of one row group, flat, with where each example's start; all read-only."""
+
+    tokens: IntArray
+    positions: IntArray
+    token_starts: LongArray
+    row_starts: LongArray
+
+    def content(self, i: int) -> tuple[IntArray, IntArray]:
+        """Return token ids and positions of example `i` of the group."""
+        return (
+            self.tokens[self.token_starts[i] : self.token_starts[i + 1]],
+            self.positions[self.row_starts[i] : self.row_starts[i + 1]],
+        )
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Turn whatever a Parquet reader throws at damaged bytes into an error that names the file."""
+    try:
+        yield
+    except (DamagedArchiveError, UnsafeArchiveError):
+        raise
+    except _READER_ERRORS as error:
+        raise DamagedArchiveError(f"{path}: cannot be read as Parquet: {error}") from error
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[pq.ParquetFile]:
+    with pq.ParquetFile(path, page_checksum_verification=True, pre_buffer=False) as file:
+        yield file
+
+
+@contextmanager
+def _mapped(path: Path) -> Iterator[Any]:
+    """Give the bytes of a file, of which only those looked at are read."""
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        yield data
+
+
+def _check_pages(path: Path, groups: Sequence[RowGroup], names: tuple[str, ...]) -> list[Chunk]:
+    """Measure columns before anything decodes them, and refuse more than an honest writer puts into a part."""
+    with _mapped(path) as data:
+        chunks = [chunk for group in groups for chunk in group.chunks(data, names)]
+    if sum(chunk.n_bytes for chunk in chunks) > MAX_PART_BYTES:
+        raise UnsafeArchiveError(f"{path}: more than {MAX_PART_BYTES} bytes in one part")
+    if any(chunk.n_values > MAX_PART_VALUES for chunk in chunks):
+        raise UnsafeArchiveError(f"{path}: more than {MAX_PART_VALUES} values in one part")
+    return chunks
+
+
+def read_parts(folder: Path) -> list[Part]:
+    """Read the footers and counts of all parts in `folder`, in order.
+
+    Raises:
+        DamagedArchiveError: The folder or a part is missing or unreadable.
+        UnsafeArchiveError: A part holds what no honest writer would put there.
+    """
+    if not folder.is_dir():
+        raise DamagedArchiveError(f"{folder}: the folder of the examples is missing")
+    names = {path.name for path in folder.glob("part-*.parquet")}
+    expected = [part_name(i) for i in range(len(names))]
+    missing = [name for name in expected if name not in names]
+    if missing:
+        raise DamagedArchiveError(f"{folder / missing[0]}: this part is missing, while {max(names)} is there")
+    return [_read_part(folder / name) for name in expected]
+
+
+def _read_part(path: Path) -> Part:
+    check_file(path.parents[1], path, SIDE_FOLDERS["examples"])
+    with naming(path):
+        with _mapped(path) as data:
+            groups = read_footer(data)
+        n_examples = [group.n_rows for group in groups]
+        if min(n_examples, default=0) < 0 or sum(n_examples) > MAX_PART_EXAMPLES:
+            raise UnsafeArchiveError(f"{path}: more than {MAX_PART_EXAMPLES} examples in one part")
+        if any(chunk.n_values > MAX_PART_EXAMPLES for chunk in _check_pages(path, groups, _COUNTS)):
+            raise UnsafeArchiveError(f"{path}: a column of counts has more entries than examples")
+        with _opened(path) as file:
+            schema = file.schema_arrow
+            _check_schema(path, schema)
+            counts = file.read(columns=list(_COUNTS))
+        first_row, n_rows, n_tokens = (_numbers(path, counts.column(name), sum(n_examples)) for name in _COUNTS)
+        _check_counts(path, n_rows, n_tokens)
+        return Part(
+            path=path,
+            groups=groups,
+            group_starts=starts(np.array(n_examples, np.int32)),
+            schema=schema,
+            digest=(schema.metadata or {}).get(DIGEST_KEY, b"").decode("ascii", "replace"),
+            first_row=first_row,
+            n_rows=n_rows,
+            n_tokens=n_tokens,
+        )
+
+
+def _check_schema(path: Path, schema: pa.Schema) -> None:
+    for name, kind in OWN_COLUMNS.items():
+        if schema.names.count(name) != 1:
+            raise UnsafeArchiveError(f"{path}: column {name!r} should be there once, found {schema.names}")
+        found = schema.field(name).type
+        if pa.types.is_list(kind):
+            right = pa.types.is_list(found) and found.value_type.equals(kind.value_type)
+        else:
+            right = found.equals(kind)
+        if not right:
+            raise UnsafeArchiveError(f"{path}: column {name!r} should be {kind}, found {found}")
+
+
+def _check_counts(path: Path, n_rows: IntArray, n_tokens: IntArray) -> None:
+    if (n_rows < 0).any() or (n_tokens < n_rows).any():
+        raise UnsafeArchiveError(f"{path}: an example has a negative count or more rows than tokens")
+    if n_tokens.sum(dtype=np.int64) > MAX_PART_VALUES:
+        raise UnsafeArchiveError(f"{path}: more than {MAX_PART_VALUES} tokens in one part")
+
+
+def _numbers(path: Path, column: Any, n: int) -> Any:
+    if column.null_count or len(column) != n:
+        raise UnsafeArchiveError(f"{path}: a column of counts has {len(column)} entries or gaps, expected {n}")
+    return column.to_numpy()
+
+
+def read_group(part: Part, group_index: int) -> Group:
+    """Read and check the tokens and positions of one row group; raises as `read_parts` does."""
+    examples = slice(*part.group_starts[group_index : group_index + 2].tolist())
+    n_tokens, n_rows = part.n_tokens[examples], part.n_rows[examples]
+    with naming(part.path), _opened(part.path) as file:
+        _check_sizes(part.path, part.groups[group_index], n_tokens, n_rows)
+        lists = file.read_row_group(group_index, columns=list(_LISTS))
+        group = Group(
+            tokens=_flat(part.path, lists.column("input_ids"), n_tokens),
+            positions=_flat(part.path, lists.column("positions"), n_rows),
+            token_starts=starts(n_tokens),
+            row_starts=starts(n_rows),
+        )
+    for i in range(len(n_tokens)):
+        problem = content_problem(*group.content(i))
+        if problem:
+            raise UnsafeArchiveError(f"{part.path}: example {examples.start + i} of this part: {problem}")
+    return group
+
+
+def _check_sizes(path: Path, group: RowGroup, n_tokens: IntArray, n_rows: IntArray) -> None:
+    found = {chunk.column: chunk.n_values for chunk in _check_pages(path, [group], _LISTS)}
+    for name, counts in zip(_LISTS, (n_tokens, n_rows), strict=True):
+        # An empty list takes one entry in the column too.
+        if found[name] != np.maximum(counts, 1).sum(dtype=np.int64):
+            raise UnsafeArchiveError(f"{path}: {name} holds another number of values than announced")
+
+
+def _flat(path: Path, column: Any, counts: IntArray) -> IntArray:
+    lists = column.combine_chunks()
+    values = lists.flatten()
+    lengths = lists.value_lengths().to_numpy(zero_copy_only=False)
+    if lists.null_count or values.null_count or not np.array_equal(lengths, counts):
+        raise UnsafeArchiveError(f"{path}: an example's list has another length than announced, or gaps")
+    flat: IntArray = values.to_numpy(zero_copy_only=False)
+    flat.flags.writeable = False
+    return flat
+
+
+def read_columns(part: Part, names: Sequence[str]) -> pa.Table:
+    """Read those of the columns `names` that the part has; raises as `read_parts` does."""
+    wanted = [name for name in names if name in part.schema.names]
+    with naming(part.path), _opened(part.path) as file:
+        _check_pages(part.path, part.groups, tuple(wanted))
+        return file.read(columns=wanted)

@@ -1,0 +1,130 @@
+"""Who runs when: batches and the shards that they fill, from the plan and the examples' lengths alone.
+
+An example belongs to the shard that its first row lies in; the examples of one shard are its *group*. Batches are
+formed inside a group: examples from longest to shortest (equal lengths in their order), as many as fit
+`batch_tokens` with padding. The batch of the group's last example comes last, because only that example can reach
+into the next shards. So the make-up of every batch is the same however often the run was interrupted, and a resumed
+run computes no batch twice except those that reach into a missing shard from a finished one.
+"""
+
+from collections.abc import Container, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from residua.store.examples.index import ExampleIndex
+
+_LEAST_RUN = 3  # shards: a batch may be as large as a shard, and one at each end is computed twice
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Examples that run together, in batch order, as indices into the example table."""
+
+    examples: npt.NDArray[np.int64]
+    group: int
+
+
+class Schedule:
+    """The batches of a plan, by group.
+
+    Args:
+        index: Lengths and first rows of all examples.
+        rows_per_shard: Height of a shard.
+        batch_tokens: Most token positions, padding included, in one batch; a longer example runs alone.
+    """
+
+    def __init__(self, index: ExampleIndex, *, rows_per_shard: int, batch_tokens: int) -> None:
+        self._index = index
+        self._height = rows_per_shard
+        self.batch_tokens = batch_tokens
+        self.n_rows = int(index.first_row[-1])
+        self.n_shards = -(-self.n_rows // rows_per_shard)
+
+    def group(self, shard: int) -> npt.NDArray[np.int64]:
+        """Return the examples whose first row lies in `shard`; those without a kept row are in none."""
+        bounds = np.array([shard, shard + 1], np.int64) * self._height
+        start, stop = np.searchsorted(self._index.first_row[:-1], bounds)
+        examples = np.arange(start, stop, dtype=np.int64)
+        return examples[self._index.n_rows[start:stop] > 0]
+
+    def batches(self, shard: int) -> list[Batch]:
+        """Return the batches of the group of `shard`, the one that may reach further last."""
+        examples = self.group(shard)
+        if not len(examples):
+            return []
+        last = examples[-1]
+        order = np.argsort(-self._index.n_tokens[examples], kind="stable")
+        batches = list(self._fill(examples[order], shard))
+        batches.sort(key=lambda batch: bool(np.isin(last, batch.examples)))
+        return batches
+
+    def batch_of(self, example: int) -> Batch | None:
+        """Return the batch that `example` runs in; None if it has no kept row and so runs in none."""
+        group = int(self._index.first_row[example]) // self._height
+        return next((batch for batch in self.batches(group) if example in batch.examples), None)
+
+    def _fill(self, examples: npt.NDArray[np.int64], shard: int) -> Iterator[Batch]:
+        start = 0
+        while start < len(examples):
+            longest = int(self._index.n_tokens[examples[start]])
+            stop = start + max(1, self.batch_tokens // longest)
+            yield Batch(examples[start:stop], shard)
+            start = stop
+
+    def reach(self, shard: int) -> int:
+        """Return the last shard that the group of `shard` has rows in."""
+        examples = self.group(shard)
+        return (int(self._index.first_row[examples[-1] + 1]) - 1) // self._height if len(examples) else shard
+
+    def work(self, committed: Container[int], shards: range | None = None) -> Iterator[Batch]:
+        """Yield the batches that fill every shard not in `committed`, group by group.
+
+        Args:
+            committed: Shards that need nothing any more.
+            shards: Fill only these; all of them unless given.
+        """
+        wanted = range(self.n_shards) if shards is None else shards
+
+        def is_missing(shard: int) -> bool:
+            return shard in wanted and shard not in committed
+
+        for shard in range(self._first_group(wanted.start), wanted.stop):
+            if is_missing(shard):
+                yield from self.batches(shard)
+            elif any(is_missing(other) for other in range(shard + 1, self.reach(shard) + 1)):
+                yield self.batches(shard)[-1]
+
+    def _first_group(self, shard: int) -> int:
+        """Return the group of the example that the first row of `shard` belongs to: no earlier one reaches it."""
+        if not 0 <= shard < self.n_shards:
+            return shard
+        example = np.searchsorted(self._index.first_row, shard * self._height, side="right") - 1
+        return int(self._index.first_row[example]) // self._height
+
+    def runs(self, n_workers: int) -> list[range]:
+        """Cut the shards into runs of consecutive ones, for workers to take one after another.
+
+        A run is half of what is left for each worker, as guided self-scheduling has it (Polychronopoulos and Kuck,
+        1987), so that all workers end at about the same time. It ends, within a quarter of its length, where the
+        batch that both neighbours have to compute is smallest; and it is not so short that this would be most of it.
+        """
+        least = min(_LEAST_RUN, -(-self.n_shards // n_workers))
+        runs: list[range] = []
+        start = 0
+        while start < self.n_shards:
+            length = max(least, -(-(self.n_shards - start) // (2 * n_workers)))
+            stops = range(start + length - length // 4, start + length + length // 4 + 1)
+            stop = min(self.n_shards, min(stops, key=lambda stop: (self._shared_tokens(stop), stop)))
+            runs.append(range(start, stop))
+            start = stop
+        return runs
+
+    def _shared_tokens(self, shard: int) -> int:
+        """Return the size, with padding, of the batch that reaches into `shard` from before it; 0 if none does."""
+        group = self._first_group(shard)
+        if not 0 <= group < shard < self.n_shards:
+            return 0
+        examples = self.batches(group)[-1].examples
+        return len(examples) * int(self._index.n_tokens[examples].max())

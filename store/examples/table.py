@@ -1,0 +1,189 @@
+"""Reads the example table: lengths at once, tokens row group by row group, everything on request.
+
+Nothing in the files is believed; `residua.store.examples.part` says how. An object belongs to one thread.
+"""
+
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+
+from residua.store.base.errors import DamagedArchiveError, DatasetError, UnsafeArchiveError
+from residua.store.examples.index import OWN_COLUMNS, ContentDigest, ExampleIndex, IntArray, starts
+from residua.store.examples.part import Group, Part, naming, read_columns, read_group, read_parts
+from residua.store.format.archive_metadata import file_digest
+
+
+class ExampleTable:
+    """The examples of an archive, read from its ``examples`` folder.
+
+    Args:
+        folder: The folder with the parts.
+        cached_groups: Row groups kept decoded; each has about a quarter of a million token ids and positions.
+        digests: SHA-256 of parts by file name, compared when something but the lengths is first read from them.
+
+    Raises:
+        DamagedArchiveError: The folder or a part is missing or unreadable.
+        UnsafeArchiveError: A part holds what no honest writer would put there.
+    """
+
+    def __init__(self, folder: Path, *, cached_groups: int = 4, digests: Mapping[str, str] | None = None) -> None:
+        self._folder = folder
+        self._cached_groups = cached_groups
+        self._cache: OrderedDict[tuple[int, int], Group] = OrderedDict()
+        self._unchecked = dict(digests or {})
+        self._parts = read_parts(folder)
+
+    def __len__(self) -> int:
+        """Return the number of examples."""
+        return self.index().n_examples
+
+    def __repr__(self) -> str:
+        return f"<ExampleTable {self._folder} of {sum(len(part.n_rows) for part in self._parts):,} examples>"
+
+    def index(self) -> ExampleIndex:
+        """Return the lengths of all examples; reads no tokens."""
+        return self._index
+
+    @cached_property
+    def _index(self) -> ExampleIndex:
+        n_rows = _joined([part.n_rows for part in self._parts])
+        first_row = starts(n_rows)
+        first_example = starts(np.array([len(part.n_rows) for part in self._parts], np.int32))
+        for part, start in zip(self._parts, first_example.tolist(), strict=False):
+            if not np.array_equal(part.first_row, first_row[start : start + len(part.n_rows)]):
+                raise UnsafeArchiveError(f"{part.path}: first_row is not the sum of the n_rows before it")
+        return ExampleIndex(
+            n_tokens=_joined([part.n_tokens for part in self._parts]),
+            n_rows=n_rows,
+            first_row=first_row,
+            first_example=first_example,
+            digest=self._parts[-1].digest if self._parts else ContentDigest().hexdigest(),
+        )
+
+    def rows(self, example_index: int) -> tuple[int, int]:
+        """Return the first row of one example and the row after its last."""
+        self._check(self._parts[self._place(example_index)[0]])
+        start, stop = self.index().first_row[example_index : example_index + 2].tolist()
+        return start, stop
+
+    def tokens(self, example_index: int) -> IntArray:
+        """Return the token ids of one example, int32, read-only."""
+        return self._content(example_index)[0]
+
+    def positions(self, example_index: int) -> IntArray:
+        """Return the kept positions of one example, int32, one a row, read-only."""
+        return self._content(example_index)[1]
+
+    def batch(self, example_indices: Sequence[int]) -> list[tuple[IntArray, IntArray]]:
+        """Return (token ids, positions) of the examples named; fast when they are neighbours."""
+        return [self._content(example_index) for example_index in example_indices]
+
+    def table(self, columns: Sequence[str] | None = None) -> pa.Table:
+        """Return all examples as one table, or only `columns`; what a part lacks is null there.
+
+        Raises:
+            DatasetError: There is no such column.
+        """
+        known = [*OWN_COLUMNS, *self.column_types()]
+        missing = [name for name in columns or () if name not in known]
+        if missing:
+            raise DatasetError(f"the examples have no column {missing[0]!r}; they have {', '.join(known)}")
+        wanted = known if columns is None else list(columns)
+        tables = list(self.parts(wanted))
+        if not tables:
+            return pa.schema([(name, OWN_COLUMNS[name]) for name in wanted]).empty_table()
+        with naming(self._folder):
+            joined = pa.concat_tables(tables, promote_options="default").select(wanted)
+            return joined.replace_schema_metadata(None)
+
+    def parts(self, columns: Sequence[str]) -> Iterator[pa.Table]:
+        """Yield the examples of one part after the other, with those of `columns` that it has."""
+        for part in self._parts:
+            self._check(part)
+            yield read_columns(part, columns)
+
+    def column_types(self) -> dict[str, pa.DataType]:
+        """Return the Arrow types of the user's own columns; null where no example has a value."""
+        types: dict[str, pa.DataType] = {}
+        for part in self._parts:
+            for field in part.schema:
+                if pa.types.is_null(types.get(field.name, pa.null())):
+                    types[field.name] = field.type
+        return {name: kind for name, kind in types.items() if name not in OWN_COLUMNS}
+
+    def require(self, *, n_rows: int | None, digest: object) -> None:
+        """Compare the examples with what their archive says of them; None where it says nothing.
+
+        Raises:
+            UnsafeArchiveError: They have another number of rows.
+            DamagedArchiveError: They have another digest.
+        """
+        index = self.index()
+        if n_rows not in (None, index.total_rows):
+            raise UnsafeArchiveError(
+                f"{self._folder}: the examples have {index.total_rows:,} rows, but the archive has {n_rows:,}: "
+                "copy it again from where it came from"
+            )
+        if digest not in (None, index.digest):
+            raise DamagedArchiveError(
+                f"{self._folder}: the examples' digest is {index.digest[:12]}, but the archive was made for {digest}: "
+                "restore the parts from a copy"
+            )
+
+    def verify(self) -> None:
+        """Read all tokens and positions and compare them with the digest that each part records.
+
+        Raises:
+            DamagedArchiveError: The content of a part is not what was written.
+        """
+        digest = ContentDigest()
+        bounds = self.index().first_example.tolist()
+        for part, start, stop in zip(self._parts, bounds, bounds[1:], strict=False):
+            for example_index in range(start, stop):
+                digest.add(*self._content(example_index))
+            if digest.hexdigest() != part.digest:
+                raise DamagedArchiveError(f"{part.path}: its tokens or positions are not those that were written")
+
+    def _place(self, example_index: int) -> tuple[int, int]:
+        """Return the part that an example lies in, and its number there."""
+        index = self.index()
+        if not 0 <= example_index < index.n_examples:
+            raise IndexError(f"example {example_index}: there are examples 0 to {index.n_examples - 1}")
+        part_index = int(np.searchsorted(index.first_example, example_index, side="right")) - 1
+        return part_index, example_index - int(index.first_example[part_index])
+
+    def _content(self, example_index: int) -> tuple[IntArray, IntArray]:
+        part_index, inside = self._place(example_index)
+        group_starts = self._parts[part_index].group_starts
+        group_index = int(np.searchsorted(group_starts, inside, side="right")) - 1
+        group = self._group(part_index, group_index)
+        return group.content(inside - int(group_starts[group_index]))
+
+    def _group(self, part_index: int, group_index: int) -> Group:
+        key = part_index, group_index
+        if key in self._cache:
+            self._cache.move_to_end(key)
+        else:
+            self._check(self._parts[part_index])
+            self._cache[key] = read_group(self._parts[part_index], group_index)
+            if len(self._cache) > self._cached_groups:
+                self._cache.popitem(last=False)
+        return self._cache[key]
+
+    def _check(self, part: Part) -> None:
+        expected = self._unchecked.get(part.path.name)
+        if expected is None:
+            return
+        with naming(part.path):
+            found = file_digest(part.path)
+        if found != expected:
+            raise DamagedArchiveError(f"{part.path} was altered (its SHA-256 differs): restore it from a copy")
+        self._unchecked.pop(part.path.name, None)
+
+
+def _joined(arrays: list[IntArray]) -> IntArray:
+    return np.concatenate([np.zeros(0, np.int32), *arrays])

@@ -1,0 +1,167 @@
+"""Writes the example table part by part: for a whole dataset, or for a loop that adds examples as it goes.
+
+A part is a Parquet file that appears complete and durable or not at all. What stays in memory is the part
+being filled and two integers an example. The same examples give the same bytes (with the same version of
+pyarrow), as long as `flush` is called at the same places.
+"""
+
+from array import array
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from residua.store.base.errors import DatasetError
+from residua.store.examples.columns import check_names, columns_of, value_bytes
+from residua.store.examples.index import (
+    DIGEST_KEY,
+    MAX_PART_EXAMPLES,
+    OWN_COLUMNS,
+    ContentDigest,
+    Example,
+    ExampleIndex,
+    part_name,
+    starts,
+)
+from residua.store.storage.files import write_file
+
+BYTES_PER_PART = 2**26
+VALUES_PER_GROUP = 2**18  # a row group is what a reader decodes at once: about 1 MiB of token ids
+EXAMPLES_PER_GROUP = 1024
+EXAMPLES_PER_PART = 2**16  # few files for short examples; long ones fill a part by their bytes
+
+
+class ExampleWriter:
+    """Streams examples into the parts of a folder.
+
+    Args:
+        folder: The archive's ``examples`` folder; made if it is not there.
+        examples_per_part: A part is written when it holds so many examples,
+        bytes_per_part: or so many bytes of tokens, positions and columns, uncompressed.
+
+    Raises:
+        DatasetError: There are parts in the folder already.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        examples_per_part: int = EXAMPLES_PER_PART,
+        bytes_per_part: int = BYTES_PER_PART,
+    ) -> None:
+        if not 0 < examples_per_part <= MAX_PART_EXAMPLES:
+            raise DatasetError(f"examples_per_part={examples_per_part}: give 1 to {MAX_PART_EXAMPLES}")
+        self._folder = folder
+        self._limits = (examples_per_part, bytes_per_part)
+        self._types: dict[str, pa.DataType] = {}
+        self._n_tokens, self._n_rows, self._first_example = array("i"), array("i"), array("q", [0])
+        self._total_rows = 0
+        self._digest = ContentDigest()
+        self._pending: list[Example] = []
+        self._pending_bytes = 0
+        folder.mkdir(parents=True, exist_ok=True)
+        parts = sorted(folder.glob("part-*.parquet"))
+        if parts:
+            raise DatasetError(f"{folder}: there are examples already ({parts[0].name}); use another folder")
+
+    @property
+    def n_examples(self) -> int:
+        """Examples added so far, written or not: the number that the next one gets."""
+        return len(self._n_tokens)
+
+    @property
+    def n_rows(self) -> int:
+        """Rows of the examples added so far: the first row of the next one."""
+        return self._total_rows
+
+    def add(self, example: Example) -> int:
+        """Append one example and return its number; writes a part when that fills it.
+
+        Raises:
+            DatasetError: A column has a reserved name, or a value that cannot be stored; values are looked at when
+                their part is written.
+        """
+        unknown = example.columns.keys() - self._types.keys()
+        if unknown:
+            check_names(sorted(unknown))
+        self._pending.append(example)
+        self._n_tokens.append(example.input_ids.size)
+        self._n_rows.append(example.positions.size)
+        self._total_rows += example.positions.size
+        self._pending_bytes += example.input_ids.nbytes + example.positions.nbytes + value_bytes(example.columns)
+        n_examples, n_bytes = self._limits
+        if len(self._pending) >= n_examples or self._pending_bytes >= n_bytes:
+            self.flush()
+        return self.n_examples - 1
+
+    def flush(self) -> str | None:
+        """Write what was added since the last part, durably; return the part's name, None if nothing was."""
+        if not self._pending:
+            return None
+        first = self._first_example[-1]
+        columns = columns_of(self._pending, self._types, first)
+        digest = self._digest.copy()
+        for example in self._pending:
+            digest.add(example.input_ids, example.positions)
+        table = pa.table({**self._own_columns(first), **columns})
+        table = table.replace_schema_metadata({DIGEST_KEY: digest.hexdigest().encode()})
+        name = part_name(len(self._first_example) - 1)
+        write_file(self._folder / name, [self._encoded(table)])
+        # Only now, so that a part that the disk refused may be written again.
+        self._digest = digest
+        self._types.update({column: values.type for column, values in columns.items()})
+        self._first_example.append(self.n_examples)
+        self._pending, self._pending_bytes = [], 0
+        return name
+
+    def close(self) -> ExampleIndex:
+        """Write what is left and return the index of all examples; may be called again."""
+        self.flush()
+        n_rows = np.array(self._n_rows, np.int32)
+        return ExampleIndex(
+            n_tokens=np.array(self._n_tokens, np.int32),
+            n_rows=n_rows,
+            first_row=starts(n_rows),
+            first_example=np.array(self._first_example, np.int64),
+            digest=self._digest.hexdigest(),
+        )
+
+    def _own_columns(self, first: int) -> dict[str, pa.Array]:
+        n_tokens = np.array(self._n_tokens[first:], np.int32)
+        n_rows = np.array(self._n_rows[first:], np.int32)
+        first_row = self._total_rows - int(n_rows.sum(dtype=np.int64)) + starts(n_rows)[:-1]
+        values = {"first_row": first_row, "n_rows": n_rows, "n_tokens": n_tokens}
+        lists = {
+            "input_ids": _lists(n_tokens, [example.input_ids for example in self._pending]),
+            "positions": _lists(n_rows, [example.positions for example in self._pending]),
+        }
+        return {name: pa.array(column, OWN_COLUMNS[name]) for name, column in values.items()} | lists
+
+    def _encoded(self, table: pa.Table) -> bytes:
+        sink = pa.BufferOutputStream()
+        with pq.ParquetWriter(
+            sink, table.schema, compression="zstd", write_page_checksum=True, version="2.6"
+        ) as writer:
+            first = self._first_example[-1]
+            for start, stop in _groups(np.array(self._n_tokens[first:]), np.array(self._n_rows[first:])):
+                writer.write_table(table.slice(start, stop - start), row_group_size=stop - start)
+        return bytes(sink.getvalue().to_pybytes())
+
+
+def _lists(counts: np.ndarray, runs: list[np.ndarray]) -> pa.ListArray:
+    return pa.ListArray.from_arrays(pa.array(starts(counts), pa.int32()), pa.array(np.concatenate(runs)))
+
+
+def _groups(n_tokens: np.ndarray, n_rows: np.ndarray) -> Iterator[tuple[int, int]]:
+    """Yield (start, stop) of the row groups: each is closed by its count of values or of examples."""
+    start = n_values = 0
+    for i, (tokens, rows) in enumerate(zip(n_tokens.tolist(), n_rows.tolist(), strict=True)):
+        n_values += tokens + rows
+        if n_values >= VALUES_PER_GROUP or i + 1 - start >= EXAMPLES_PER_GROUP:
+            yield start, i + 1
+            start, n_values = i + 1, 0
+    if start < len(n_tokens):
+        yield start, len(n_tokens)

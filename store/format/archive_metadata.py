@@ -1,0 +1,183 @@
+"""The archive's own metadata: `attributes.residua` of the root group, written last when an archive is made.
+
+Until the root's `zarr.json` carries it there is no archive, only the beginnings of one, which the next run clears
+away. A SHA-256 over the whole entry guards plan and provenance; `files` guards every small file beside the arrays.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+from typing import Any, cast
+
+from residua.store.base.canonical import Json, digest_of
+from residua.store.base.errors import DamagedArchiveError, UnsafeArchiveError
+from residua.store.encoding.spec import MAX_ROWS
+from residua.store.format.plan import Plan
+from residua.store.storage.files import write_file
+from residua.store.storage.small_files import read_small
+
+FORMAT = "1.0"
+ROOT = "zarr.json"
+SIDE_FOLDERS = {"examples": 2**33, "head": 2**38, "tokenizer": 2**30}  # and how many bytes a file of each may have
+_MAX_METADATA_BYTES = 256 * 1024 * 1024
+
+
+@dataclass(frozen=True, kw_only=True)
+class Metadata:
+    """What an archive says of itself.
+
+    Attributes:
+        plan: The frozen plan.
+        provenance: Where model, data and numbers came from.
+        files: SHA-256 of every file in `examples/`, `head/` and `tokenizer/`, by path inside the archive.
+        sealed: For archives whose size was not known beforehand: rows, examples and their digest, once it is.
+    """
+
+    plan: Plan
+    provenance: Mapping[str, Json]
+    files: Mapping[str, str] = field(default_factory=dict)
+    sealed: Mapping[str, Json] | None = None
+
+    @property
+    def n_rows(self) -> int | None:
+        """Rows of the whole archive; None while its size is open."""
+        if self.plan.n_rows is not None or self.sealed is None:
+            return self.plan.n_rows
+        return cast("int", self.sealed["n_rows"])  # checked when it was read
+
+    def to_json(self) -> dict[str, Json]:
+        """Return the entry as JSON, its own SHA-256 included."""
+        entry: dict[str, Any] = {
+            "format": FORMAT,
+            "plan": self.plan.to_json(),
+            "digest": self.plan.digest,
+            "provenance": dict(self.provenance),
+            "files": dict(self.files),
+            "sealed": None if self.sealed is None else dict(self.sealed),
+        }
+        return {**entry, "sha256": digest_of(entry)}
+
+
+def write_metadata(archive: Path, metadata: Metadata) -> None:
+    """Write the root group's `zarr.json`, durably and in one step."""
+    root = {"zarr_format": 3, "node_type": "group", "attributes": {"residua": metadata.to_json()}}
+    write_file(archive / ROOT, [json.dumps(root, indent=2, ensure_ascii=False).encode()])
+
+
+def is_archive(path: Path) -> bool:
+    """Say whether `path` holds an archive of ours, damaged or not."""
+    root = path / ROOT
+    return root.is_file() and (root.stat().st_size > _MAX_METADATA_BYTES or b'"residua"' in root.read_bytes())
+
+
+def read_metadata(archive: Path) -> Metadata:
+    """Return the metadata of `archive`, checked.
+
+    Raises:
+        FileNotFoundError: There is no archive at that path.
+        DamagedArchiveError: The metadata does not match its own SHA-256.
+        UnsafeArchiveError: It is not metadata that Residua writes, or of a newer format.
+    """
+    path = archive / ROOT
+    if not path.is_file():
+        why = f"it has no {ROOT}" if archive.exists() else "there is no such folder"
+        raise FileNotFoundError(f"{archive} is not an archive: {why}. Check the path.")
+    text = read_small(archive, path, _MAX_METADATA_BYTES)
+    try:
+        root = json.loads(text)
+        entry = root["attributes"]["residua"]
+    except (ValueError, RecursionError) as error:
+        raise DamagedArchiveError(f"{path} cannot be read as JSON ({error}): restore it from a copy") from error
+    except (KeyError, TypeError) as error:
+        raise UnsafeArchiveError(f"{path} is a Zarr group but not a Residua archive") from error
+    if root.get("zarr_format") != 3 or root.get("node_type") != "group":
+        raise DamagedArchiveError(f"{path} does not say that it is a group of Zarr format 3: restore it from a copy")
+    return _checked(path, entry)
+
+
+def _checked(path: Path, entry: object) -> Metadata:
+    if not isinstance(entry, dict) or not isinstance(entry.get("format"), str):
+        raise UnsafeArchiveError(f"{path}: attributes.residua is not an entry that Residua writes")
+    if entry["format"].split(".")[0] != FORMAT.split(".", maxsplit=1)[0]:
+        raise UnsafeArchiveError(
+            f"{path}: the archive has format {entry['format']}, this version reads {FORMAT}: update residua"
+        )
+    body = {key: value for key, value in entry.items() if key != "sha256"}
+    try:
+        found = digest_of(body)
+    except (ValueError, RecursionError) as error:
+        raise UnsafeArchiveError(f"{path}: attributes.residua is nothing that Residua writes ({error})") from error
+    if found != entry.get("sha256"):
+        raise DamagedArchiveError(f"{path}: attributes.residua was altered (its SHA-256 differs): restore the file")
+    try:
+        plan = Plan.from_json(entry.get("plan"))
+    except UnsafeArchiveError as error:
+        raise UnsafeArchiveError(f"{path}: {error}") from error
+    provenance, sealed = entry.get("provenance"), entry.get("sealed")
+    if not isinstance(provenance, dict) or not isinstance(sealed, dict | None):
+        raise UnsafeArchiveError(f"{path}: provenance or sealed is not what Residua writes")
+    if plan.digest != entry.get("digest"):
+        raise UnsafeArchiveError(f"{path}: the plan's digest is not that of the plan")
+    _check_sealed(path, sealed)
+    return Metadata(plan=plan, provenance=provenance, files=_checked_files(path, entry.get("files")), sealed=sealed)
+
+
+def _check_sealed(path: Path, sealed: Mapping[str, object] | None) -> None:
+    n_rows = 0 if sealed is None else sealed.get("n_rows")
+    if not isinstance(n_rows, int) or not 0 <= n_rows <= MAX_ROWS:
+        raise UnsafeArchiveError(f"{path}: the archive says it was sealed with {n_rows!r} rows, which is not a count")
+
+
+def _checked_files(path: Path, files: object) -> dict[str, str]:
+    """Return `files` if every name stays inside the archive's side folders."""
+    if not isinstance(files, dict):
+        raise UnsafeArchiveError(f"{path}: files is {type(files).__name__}, not a mapping from path to SHA-256")
+    for name, digest in files.items():
+        parts = PurePosixPath(name).parts
+        if len(parts) < 2 or parts[0] not in SIDE_FOLDERS or ".." in parts or "\0" in name:
+            raise UnsafeArchiveError(f"{path}: files names {name!r}, which is no side file of an archive")
+        if not isinstance(digest, str):
+            raise UnsafeArchiveError(f"{path}: files gives {digest!r} as the SHA-256 of {name!r}")
+    return files
+
+
+def side_files(archive: Path) -> Iterator[Path]:
+    """Yield the regular files of `examples/`, `head/` and `tokenizer/`, in a fixed order."""
+    for folder in SIDE_FOLDERS:
+        root = archive / folder
+        for path in sorted(root.rglob("*")) if root.is_dir() else []:
+            if path.is_file() and not path.name.startswith("."):
+                yield path
+
+
+def file_digest(path: Path) -> str:
+    """Return the SHA-256 of a file's bytes, in hex."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def digest_side_files(archive: Path, known: Mapping[str, str] | None = None) -> dict[str, str]:
+    """Return the SHA-256 of every side file, by its path inside the archive; those that are `known` are not read."""
+    digests = dict(known or {})
+    for path in side_files(archive):
+        name = path.relative_to(archive).as_posix()
+        if name not in digests:
+            digests[name] = file_digest(path)
+    return digests
+
+
+def read_side_file(archive: Path, metadata: Metadata, name: str) -> bytes | None:
+    """Return the content of a side file, by its path inside the archive; None if the archive has none.
+
+    Raises:
+        DamagedArchiveError: It is missing, or is not what was written.
+    """
+    if name not in metadata.files:
+        return None
+    path = archive / name
+    content = read_small(archive, path, SIDE_FOLDERS[PurePosixPath(name).parts[0]])
+    if hashlib.sha256(content).hexdigest() != metadata.files[name]:
+        raise DamagedArchiveError(f"{path} was altered (its SHA-256 differs): restore it from a copy")
+    return content

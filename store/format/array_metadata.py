@@ -1,0 +1,271 @@
+"""The `zarr.json` of one stored array: made through zarr-python, read back strictly.
+
+`create_array` and `resize_array` write it durably. `open_array` trusts nothing: it accepts the one layout that we
+write (sharding along the row axis, one of our codec pipelines, crc32c everywhere) and bounds every number before
+anything is allocated by it. What is ours beyond Zarr's own fields lies in `attributes.residua`: the codec preset,
+what the caller adds, and a SHA-256 of the document, so that an altered byte is noticed here too.
+"""
+
+import json
+from collections.abc import Iterable, Mapping
+from math import prod
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import zarr
+from zarr.abc.store import Store
+from zarr.core.buffer import Buffer
+from zarr.storage import MemoryStore
+
+from residua.store.base.canonical import Json, digest_of
+from residua.store.base.errors import DamagedArchiveError, PlanError, UnsafeArchiveError
+from residua.store.encoding.codecs import codecs_metadata
+from residua.store.encoding.dtypes import storage_dtype
+from residua.store.encoding.shard import INDEX_CODECS, INDEX_LOCATION
+from residua.store.encoding.spec import MAX_COLUMN_SHARDS, MAX_ROWS, MAX_ROWS_PER_SHARD, ArraySpec
+from residua.store.storage.files import write_file
+from residua.store.storage.small_files import check_inside, read_small
+
+METADATA = "zarr.json"
+MAX_ROW_BYTES = 2**31
+MAX_CHUNK_BYTES = 2**30
+_MAX_METADATA_BYTES = 4 * 1024 * 1024
+_MAX_RANK = 6
+_OURS = "residua"
+_DIGEST = "sha256"
+_FIXED = {
+    "zarr_format": 3,
+    "node_type": "array",
+    "chunk_key_encoding": {"name": "default", "configuration": {"separator": "/"}},
+    "storage_transformers": [],
+}
+_OPTIONAL = {"dimension_names", "storage_transformers"}
+_FIELDS = {*_FIXED, "shape", "data_type", "chunk_grid", "codecs", "fill_value", "attributes"}
+
+
+def create_array(root: Path, spec: ArraySpec, n_rows: int, *, attributes: Mapping[str, Json] | None = None) -> None:
+    """Write the metadata of an array, and of the groups on the way that are not there yet.
+
+    Metadata that is there already is replaced in one step; shards are not touched.
+
+    Args:
+        root: Folder of the archive.
+        spec: The array.
+        n_rows: Its rows.
+        attributes: More entries for `attributes.residua`.
+
+    Raises:
+        PlanError: (a ValueError) The array is larger than an archive may have, or its codec does not fit.
+        OSError: A file could not be written; the message names it.
+    """
+    _check_sizes(spec, n_rows)
+    for path, text in _zarr_documents(spec, n_rows).items():
+        if path == f"{spec.path}/{METADATA}":
+            document = json.loads(text)
+            ours = {**(attributes or {}), "preset": spec.preset}
+            document["attributes"] = {_OURS: {**ours, _DIGEST: _digest(document, ours)}}
+            write_file(root / path, [_spell(document)])
+        elif not (root / path).exists():
+            write_file(root / path, [_spell(json.loads(text))])
+
+
+def resize_array(root: Path, spec: ArraySpec, n_rows: int) -> None:
+    """Give an array `n_rows` rows, keeping its attributes; shards are not touched.
+
+    Raises:
+        DamagedArchiveError: The array's metadata is missing or altered.
+        UnsafeArchiveError: It is not metadata that we write, or not that of `spec`.
+    """
+    found, _, attributes = open_array(root, spec.path)
+    if found != spec:
+        raise UnsafeArchiveError(f"{root / spec.path / METADATA} describes {found}, expected {spec}")
+    create_array(root, spec, n_rows, attributes=attributes)
+
+
+def open_array(root: Path, node: str) -> tuple[ArraySpec, int, dict[str, Json]]:
+    """Return what the metadata of array `node` says: the array, its rows, and the caller's attributes.
+
+    Args:
+        root: Folder of the archive.
+        node: Path of the array inside it, for example ``sites/resid_post/7``.
+
+    Raises:
+        DamagedArchiveError: The metadata is missing, is not JSON, or was altered.
+        UnsafeArchiveError: It describes anything but an array of ours, or leads out of the archive.
+    """
+    path = _inside(root, node)
+    document = _load(root, path)
+    try:
+        spec, n_rows, ours = _parse(document, node)
+        _check_sizes(spec, n_rows)
+        expected = codecs_metadata(spec.preset, spec.dtype)
+        _require("codecs", document["codecs"], _sharding(spec, expected))
+    except (ValueError, TypeError, KeyError) as error:
+        raise UnsafeArchiveError(f"{path} is not an array that Residua writes: {error}") from error
+    digest = ours.pop(_DIGEST, None)
+    if digest != _digest(document, ours):
+        raise DamagedArchiveError(f"{path} was altered (its SHA-256 differs): restore the file from a copy")
+    del ours["preset"]
+    return spec, n_rows, ours
+
+
+def _zarr_documents(spec: ArraySpec, n_rows: int) -> dict[str, bytes]:
+    """Return the metadata files that zarr-python makes for the array, by their path in the archive."""
+    files: dict[str, Buffer] = {}
+    store: Store = MemoryStore(files)
+    serializer, *compressors = codecs_metadata(spec.preset, spec.dtype)
+    zarr.create_array(
+        store,
+        name=spec.path,
+        shape=(n_rows, *spec.row_shape),
+        dtype=spec.dtype,
+        chunks=(spec.rows_per_chunk, *spec.parts[0].row_shape),
+        shards=(spec.rows_per_shard, *spec.parts[0].row_shape),
+        serializer=serializer,
+        compressors=compressors,
+        fill_value=0,
+    )
+    return {path: buffer.to_bytes() for path, buffer in files.items()}
+
+
+def _spell(document: object) -> bytes:
+    return json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False).encode()
+
+
+def _digest(document: Mapping[str, Any], ours: Mapping[str, Json]) -> str:
+    """Return the SHA-256 of the document with nothing but `ours`: other people's attributes are theirs."""
+    return digest_of({**document, "attributes": dict(ours)})
+
+
+def _inside(root: Path, node: str) -> Path:
+    parts = PurePosixPath(node).parts
+    if not parts or "/".join(parts) != node or {"..", "/"} & set(parts) or not node.isprintable():
+        raise UnsafeArchiveError(f"{node!r} is not a path inside an archive")
+    return root / node / METADATA
+
+
+def _load(root: Path, path: Path) -> dict[str, Any]:
+    text = read_small(root, path, _MAX_METADATA_BYTES)
+    try:
+        document = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise DamagedArchiveError(f"{path} cannot be read as JSON ({error}): restore it from a copy") from error
+    if not isinstance(document, dict):
+        raise UnsafeArchiveError(f"{path} holds a JSON {type(document).__name__}, not the metadata of an array")
+    return document
+
+
+def _parse(document: dict[str, Any], node: str) -> tuple[ArraySpec, int, dict[str, Json]]:
+    missing, foreign = _FIELDS - _OPTIONAL - document.keys(), document.keys() - _FIELDS - _OPTIONAL
+    if missing or foreign:
+        raise ValueError(f"fields {sorted(missing)} are missing, {sorted(foreign)} are not known")
+    for name, value in _FIXED.items():
+        _require(name, document.get(name, value), value)
+    if document["fill_value"] != 0 or isinstance(document["fill_value"], bool):
+        raise ValueError(f"the fill value is {document['fill_value']!r}, not 0")
+    ours = document["attributes"][_OURS]
+    if not isinstance(ours, dict):
+        raise TypeError(f"attributes.residua is {ours!r}")
+    n_rows, *row_shape = _shape("shape", document["shape"])
+    shard = _shape("chunk_grid", _configuration(document["chunk_grid"], "regular")["chunk_shape"])
+    (sharding,) = document["codecs"]
+    chunk = _shape("codecs", _configuration(sharding, "sharding_indexed")["chunk_shape"])
+    if shard[1:] != chunk[1:] or shard[2:] != row_shape[1:]:
+        raise ValueError(f"rows have shape {row_shape}, but shards {shard} and chunks {chunk}")
+    column_shards = row_shape[0] // shard[1] if row_shape and shard[1] else 1
+    if column_shards > MAX_COLUMN_SHARDS or (row_shape and shard[1] * column_shards != row_shape[0]):
+        raise ValueError(f"rows have shape {row_shape}, which shards {shard} do not cut into a few equal parts")
+    spec = ArraySpec(
+        path=node,
+        row_shape=tuple(row_shape),
+        dtype=_text("data_type", document["data_type"]),
+        preset=_text("preset", ours["preset"]),
+        rows_per_shard=shard[0],
+        rows_per_chunk=chunk[0],
+        column_shards=column_shards,
+    )
+    return spec, n_rows, dict(ours)
+
+
+def _sharding(spec: ArraySpec, codecs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    configuration = {
+        "chunk_shape": [spec.rows_per_chunk, *spec.parts[0].row_shape],
+        "codecs": codecs,
+        "index_codecs": list(INDEX_CODECS),
+        "index_location": INDEX_LOCATION,
+    }
+    return [{"name": "sharding_indexed", "configuration": configuration}]
+
+
+def _check_sizes(spec: ArraySpec, n_rows: int) -> None:
+    """Raise PlanError unless every size is one that an archive may have."""
+    storage_dtype(spec.dtype)
+    limits = {
+        "rows": (n_rows, 0, MAX_ROWS),
+        "bytes of a row": (spec.row_bytes, 1, MAX_ROW_BYTES),
+        "rows of a shard": (spec.rows_per_shard, 1, MAX_ROWS_PER_SHARD),
+        "rows of a chunk": (spec.rows_per_chunk, 1, spec.rows_per_shard),
+        "bytes of a chunk": (spec.parts[0].chunk_bytes, 1, MAX_CHUNK_BYTES),
+        "dimensions": (1 + len(spec.row_shape), 1, _MAX_RANK),
+    }
+    for name, (value, least, most) in limits.items():
+        if not least <= value <= most:
+            raise PlanError(f"{spec.path}: {name}: {value:,} is not between {least:,} and {most:,}")
+    if spec.rows_per_shard % spec.rows_per_chunk:
+        raise PlanError(
+            f"{spec.path}: a shard of {spec.rows_per_shard:,} rows cannot hold chunks of {spec.rows_per_chunk:,}"
+        )
+
+
+def _shape(name: str, value: object) -> list[int]:
+    if not isinstance(value, list) or not 0 < len(value) <= _MAX_RANK:
+        raise ValueError(f"{name} has the shape {value!r}")
+    for size in value:
+        if not isinstance(size, int) or isinstance(size, bool) or not 0 <= size <= MAX_ROWS:
+            raise ValueError(f"{name} has the shape {value!r}")
+    if prod(value[1:]) > MAX_ROW_BYTES:
+        raise ValueError(f"{name} has the shape {value!r}: its rows are too large")
+    return value
+
+
+def _text(name: str, value: object) -> str:
+    if not isinstance(value, str):
+        raise TypeError(f"{name} is {value!r}")
+    return value
+
+
+def _configuration(value: object, name: str) -> dict[str, Any]:
+    if not isinstance(value, dict) or value.keys() != {"name", "configuration"} or value["name"] != name:
+        raise ValueError(f"expected {name!r} and its configuration, found {value!r}")
+    configuration = value["configuration"]
+    if not isinstance(configuration, dict):
+        raise TypeError(f"the configuration of {name!r} is {configuration!r}")
+    return configuration
+
+
+def _require(name: str, found: object, expected: object) -> None:
+    if found != expected:
+        raise ValueError(f"{name} is {found!r}, expected {expected!r}")
+
+
+def check_arrays(root: Path, specs: Iterable[ArraySpec], n_rows: int | None) -> None:
+    """Compare every array's own metadata with what the plan says of it, before anything is read by it.
+
+    Args:
+        root: Folder of the archive.
+        specs: The arrays of the plan.
+        n_rows: Rows that each must have; None if nobody knows yet.
+
+    Raises:
+        DamagedArchiveError: The metadata of an array is missing or cannot be read.
+        UnsafeArchiveError: It says something else than the plan, or a link leads out of the archive.
+    """
+    for spec in specs:
+        found, found_rows, _ = open_array(root, spec.path)
+        check_inside(root, root / spec.path / "c")
+        if found != spec:
+            raise UnsafeArchiveError(
+                f"{root / spec.path}/zarr.json describes {found}, but the archive's plan says {spec}"
+            )
+        if n_rows is not None and found_rows != n_rows:
+            raise UnsafeArchiveError(f"{root / spec.path}/zarr.json has {found_rows:,} rows, the archive {n_rows:,}")

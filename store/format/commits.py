@@ -1,0 +1,269 @@
+"""Commits: the durable records that a shard is complete.
+
+One JSON file a shard and writer, `commits/SSSSSSSS-WWWW.json`, published with `link`, so that it appears whole or
+not at all and cannot replace another. It is written after every file that it names is on the disk: no record, no
+shard. The record holds the row range and, per array, size and digest of the shard file; a SHA-256 over the record
+guards the record itself.
+"""
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from residua.store.base.canonical import canonical_json, digest_of
+from residua.store.base.errors import DamagedArchiveError, ResiduaError
+from residua.store.encoding.shard import shard_path
+from residua.store.format.plan import Plan
+from residua.store.storage.files import publish, sync_folder
+from residua.store.storage.small_files import check_inside, read_small
+
+FOLDER = "commits"
+_NAME = re.compile(r"[0-9]{8,}-[0-9]{4}\.json")
+_DIGEST = re.compile(r"[0-9a-f]{64}")
+_PART = re.compile(r"part-[0-9]{5,}\.parquet")
+_MAX_COUNT = 2**63
+_MAX_RECORD_BYTES = 64 * 1024 * 1024
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShardFile:
+    """What a commit says of one array's shard file.
+
+    Attributes:
+        n_bytes: Size of the file.
+        digest: SHA-256 over the shard index and the chunks' crc32c, in hex (see FORMAT.md).
+        n_nonfinite: How many NaN and infinite values the rows hold.
+        squares: Sum of squares of the values, lossy presets only.
+        error_squares: Sum of squares of what the lossy preset changed.
+    """
+
+    n_bytes: int
+    digest: str
+    n_nonfinite: int = 0
+    squares: float | None = None
+    error_squares: float | None = None
+
+    def to_json(self) -> dict[str, object]:
+        """Return the facts as JSON values; absent ones are left out."""
+        return {key: value for key, value in asdict(self).items() if value is not None}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Commit:
+    """The record of one complete shard.
+
+    Attributes:
+        plan: Digest of the plan that the rows belong to.
+        shard: Index of the shard along axis 0.
+        rows: First row and the row after the last.
+        arrays: Per array, or part of one, what its shard file holds; by its `key`.
+        examples: SHA-256 of example parts made durable with this shard (loops that the user owns), by file name.
+        writer: Number of the writer among those that share a shard; 0 where one writes it whole.
+    """
+
+    plan: str
+    shard: int
+    rows: tuple[int, int]
+    arrays: Mapping[str, ShardFile]
+    examples: Mapping[str, str] = field(default_factory=dict)
+    writer: int = 0
+
+    @property
+    def name(self) -> str:
+        """File name of the record."""
+        return f"{self.shard:08d}-{self.writer:04d}.json"
+
+    def to_json(self) -> dict[str, object]:
+        """Return the record as JSON values."""
+        return {
+            "plan": self.plan,
+            "shard": self.shard,
+            "writer": self.writer,
+            "rows": list(self.rows),
+            "examples": dict(self.examples),
+            "arrays": {path: file.to_json() for path, file in self.arrays.items()},
+        }
+
+
+def publish_commit(archive: Path, commit: Commit) -> None:
+    """Make `commit` durable. Every file that it names must be on the disk already.
+
+    Raises:
+        FileExistsError: The shard has a record by this writer.
+    """
+    publish(archive / FOLDER / commit.name, _spelled(commit))
+
+
+def is_published(archive: Path, commit: Commit) -> bool:
+    """Say whether `archive` holds this very record, word for word."""
+    path = archive / FOLDER / commit.name
+    return path.is_file() and path.read_bytes() == _spelled(commit)
+
+
+def _spelled(commit: Commit) -> bytes:
+    record = commit.to_json()
+    return canonical_json({"record": record, "sha256": digest_of(record)}) + b"\n"
+
+
+def committed_shards(archive: Path) -> set[int]:
+    """Return which shards have a record, by the records' names alone: cheap enough to ask again and again."""
+    names = (path.name for path in (archive / FOLDER).iterdir())
+    return {int(name.split("-")[0]) for name in names if _NAME.fullmatch(name)}
+
+
+def read_commits(archive: Path, plan_digest: str) -> dict[int, Commit]:
+    """Return the commits of `archive` by shard.
+
+    Raises:
+        DamagedArchiveError: A record is altered or belongs to another plan; the message names the file.
+        UnsafeArchiveError: The folder of the records lies elsewhere.
+    """
+    folder = archive / FOLDER
+    check_inside(archive, folder)
+    commits: dict[int, Commit] = {}
+    for path in sorted(folder.iterdir()) if folder.is_dir() else []:
+        if _NAME.fullmatch(path.name) is None:
+            continue
+        commit = _read_commit(archive, path)
+        if commit.plan != plan_digest:
+            raise DamagedArchiveError(
+                f"{path}: this record belongs to plan {commit.plan[:12]}, the archive's plan is {plan_digest[:12]}: "
+                "the file was copied here from another archive; remove it."
+            )
+        commits[commit.shard] = commit
+    return commits
+
+
+def check_commits(archive: Path, plan: Plan, commits: Mapping[int, Commit], n_rows: int | None) -> None:
+    """Compare rows and arrays of every record with the plan.
+
+    Args:
+        archive: Folder of the archive, for messages.
+        plan: Its plan.
+        commits: Its commits, by shard.
+        n_rows: Rows of the archive; None while they are not known, when the last record says it.
+
+    Raises:
+        DamagedArchiveError: A record has other rows or arrays than its shard; the message names it.
+    """
+    keys = {part.key for spec in plan.arrays for part in spec.parts}
+    end = max((commit.rows[1] for commit in commits.values()), default=0) if n_rows is None else n_rows
+    for shard, commit in commits.items():
+        first = shard * plan.rows_per_shard
+        stop = min(first + plan.rows_per_shard, end)
+        if commit.rows != (first, stop) or commit.arrays.keys() != keys:
+            expected = f"rows {first:,} to {stop:,} of every array" if first < stop else "a shard of this archive"
+            raise DamagedArchiveError(
+                f"{archive / FOLDER / commit.name}: this record is not of {expected}. Delete it and run the same "
+                "capture again."
+            )
+
+
+def drop_broken(archive: Path, plan: Plan, commits: Mapping[int, Commit]) -> list[str]:
+    """Unlink the records of shards whose files are missing or of another size, so that a capture does them again.
+
+    Args:
+        archive: Folder of the archive.
+        plan: Its plan.
+        commits: Its commits, by shard; those that are dropped have to be read anew.
+
+    Returns:
+        One sentence for each shard that was dropped, naming the first file that is broken.
+
+    Raises:
+        OSError: A record could not be removed.
+    """
+    sentences = []
+    for shard, commit in sorted(commits.items()):
+        broken = _broken_file(archive, plan, commit)
+        if broken:
+            for record in (archive / FOLDER).glob(f"{shard:08d}-*.json"):
+                record.unlink(missing_ok=True)
+            sentences.append(f"shard {shard} will be captured again: {broken}.")
+    if sentences:
+        sync_folder(archive / FOLDER)
+    return sentences
+
+
+def _broken_file(archive: Path, plan: Plan, commit: Commit) -> str:
+    """Return what is wrong with the first file of a shard that is not of its recorded size, or an empty text."""
+    for part in (part for spec in plan.arrays for part in spec.parts):
+        path = shard_path(archive, part, commit.shard)
+        expected = commit.arrays[part.key].n_bytes
+        try:
+            found = path.stat().st_size
+        except (FileNotFoundError, NotADirectoryError):
+            return f"{path} is missing"
+        if found != expected:
+            return f"{path} has {found:,} bytes, its record says {expected:,}"
+    return ""
+
+
+def named_parts(commits: Mapping[int, Commit]) -> dict[str, str]:
+    """Return the SHA-256 of each example part that `commits` name, by its path inside the archive."""
+    return {f"examples/{name}": digest for commit in commits.values() for name, digest in commit.examples.items()}
+
+
+def _read_commit(archive: Path, path: Path) -> Commit:
+    try:
+        value = json.loads(read_small(archive, path, _MAX_RECORD_BYTES))
+        record: dict[str, Any] = value["record"]
+        if digest_of(record) != value["sha256"]:
+            raise ValueError("its SHA-256 does not match its content")
+        commit = commit_from_json(record)
+        if commit.name != path.name:
+            raise ValueError(f"it is the record {commit.name}")
+    except (ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError, ResiduaError) as error:
+        raise DamagedArchiveError(
+            f"{path}: this commit record is damaged ({error}). Delete it and run the capture again: "
+            "the shard will be captured anew."
+        ) from error
+    return commit
+
+
+def commit_from_json(record: dict[str, Any]) -> Commit:
+    """Return the commit that `record` spells, every value of it checked: a SHA-256 vouches for no sense.
+
+    Raises:
+        ValueError: A value is not what `to_json` makes. KeyError, TypeError and AttributeError are possible too.
+    """
+    first, stop = record["rows"]
+    if not _count(first) < _count(stop):
+        raise ValueError(f"it holds the rows {first} to {stop}")
+    for name, digest in record["examples"].items():
+        if not _PART.fullmatch(name) or not _DIGEST.fullmatch(digest):
+            raise ValueError(f"it names the example part {name!r}")
+    return Commit(
+        plan=_digest(record["plan"]),
+        shard=_count(record["shard"]),
+        writer=_count(record["writer"]),
+        rows=(first, stop),
+        examples=record["examples"],
+        arrays={path: _shard_file(file) for path, file in record["arrays"].items()},
+    )
+
+
+def _shard_file(value: dict[str, Any]) -> ShardFile:
+    file = ShardFile(**value)
+    _count(file.n_bytes)
+    _count(file.n_nonfinite)
+    _digest(file.digest)
+    for squares in (file.squares, file.error_squares):
+        if squares is not None and not (isinstance(squares, float) and squares >= 0):
+            raise ValueError(f"{squares!r} is no sum of squares")
+    return file
+
+
+def _count(value: object) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < _MAX_COUNT:
+        raise ValueError(f"{value!r} is not a count")
+    return value
+
+
+def _digest(value: str) -> str:
+    if not _DIGEST.fullmatch(value):
+        raise ValueError(f"{value!r} is not a SHA-256 in hex")
+    return value

@@ -1,0 +1,167 @@
+"""Making an archive: everything but the rows, built beside its place and moved there in one step.
+
+An archive under construction lies in a hidden folder next to its destination. Renaming it makes the archive appear
+whole; what a killed run left behind is recognised by that name and cleared by the next.
+"""
+
+import errno
+import fcntl
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from residua.store.base.canonical import Json
+from residua.store.encoding.codecs import INT8
+from residua.store.encoding.lossy import BLOCK
+from residua.store.format.archive_metadata import Metadata, digest_side_files, is_archive, side_files, write_metadata
+from residua.store.format.array_metadata import create_array, resize_array
+from residua.store.format.commits import FOLDER, Commit, ShardFile, named_parts
+from residua.store.format.plan import Plan, SitePlan
+from residua.store.storage.files import sync_folder
+
+
+@contextmanager
+def workspace(destination: Path) -> Iterator[Path]:
+    """Yield an empty hidden folder beside `destination`; whatever is left in it is removed at the end.
+
+    The folder is locked meanwhile, so that a second capture of the same archive does not clear it away.
+
+    Raises:
+        FileExistsError: `destination` exists and is not an archive, so that nothing of the user's is overwritten.
+        BlockingIOError: Another capture is making the same archive.
+        OSError: The parent folder cannot be written.
+    """
+    if not is_archive(destination):
+        _refuse_occupied(destination)
+    folder = destination.parent / f".{destination.name}.making"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    except OSError as error:
+        raise OSError(
+            error.errno, f"cannot make an archive at {destination}: {error.strerror}. Choose a folder that is writable."
+        ) from error
+    _lock(descriptor, destination)
+    try:
+        _clear(folder)
+        yield folder
+    finally:
+        if _is_at(folder, descriptor):
+            shutil.rmtree(folder, ignore_errors=True)
+        os.close(descriptor)
+
+
+def _lock(descriptor: int, destination: Path) -> None:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        raise BlockingIOError(
+            errno.EWOULDBLOCK, f"another capture is making {destination}: wait for it, or choose another place"
+        ) from None
+    except OSError:
+        return  # a file system without locks; two captures of one archive at once are then the user's to avoid
+
+
+def _clear(folder: Path) -> None:
+    for left in folder.iterdir():
+        if left.is_dir() and not left.is_symlink():
+            shutil.rmtree(left)
+        else:
+            left.unlink()
+
+
+def _is_at(folder: Path, descriptor: int) -> bool:
+    """Say whether `folder` is the open one: after the move to its place, the name may be another capture's."""
+    with suppress(FileNotFoundError):
+        return os.path.samestat(folder.stat(), os.fstat(descriptor))
+    return False
+
+
+def _refuse_occupied(destination: Path) -> None:
+    if destination.exists() and (not destination.is_dir() or any(destination.iterdir())):
+        raise FileExistsError(
+            errno.EEXIST, f"{destination} exists and is not an empty folder: choose another place, or remove it"
+        )
+
+
+def create_archive(folder: Path, destination: Path, plan: Plan, provenance: Mapping[str, Json]) -> None:
+    """Complete the archive in `folder`, which holds its side files already, and move it to `destination`.
+
+    Raises:
+        FileExistsError: `destination` exists.
+    """
+    n_rows = plan.n_rows or 0
+    for site in plan.sites:
+        for spec in site.arrays(plan.rows_per_shard):
+            create_array(folder, spec, n_rows, attributes=_attributes(site, spec.path))
+    for spec in plan.row_arrays:
+        create_array(folder, spec, n_rows, attributes={})
+    (folder / FOLDER).mkdir(exist_ok=True)
+    _sync_side_files(folder)
+    write_metadata(folder, Metadata(plan=plan, provenance=provenance, files=digest_side_files(folder)))
+    _refuse_occupied(destination)
+    folder.rename(destination)
+    sync_folder(destination.parent)
+
+
+def _sync_side_files(folder: Path) -> None:
+    """Flush what other libraries wrote, so that a power cut after the move finds the archive whole."""
+    for path in side_files(folder):
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+        sync_folder(path.parent)
+
+
+def _attributes(site: SitePlan, path: str) -> dict[str, Json]:
+    if site.codec == INT8 and path == site.path:
+        scales = site.arrays(BLOCK)[1].path
+        return {"quantised": {"scheme": INT8, "scales": scales, "logical_dtype": site.dtype}}
+    return {}
+
+
+def seal(
+    archive: Path, metadata: Metadata, commits: Mapping[int, Commit], sealed: Mapping[str, Json] | None = None
+) -> None:
+    """Write what is known only at the end: the measured error of lossy sites, and sizes that were open.
+
+    Args:
+        archive: Folder of the archive.
+        metadata: Its metadata.
+        commits: A commit of every shard.
+        sealed: For an archive of open size, `n_rows`, `n_examples` and the examples' digest.
+    """
+    plan = metadata.plan
+    if sealed is not None:
+        n_rows = sealed["n_rows"]
+        if not isinstance(n_rows, int):
+            raise TypeError(f"n_rows is {n_rows!r}")
+        for spec in plan.arrays:
+            resize_array(archive, spec, n_rows)
+        # What is on the disk by now may be damaged; only what the last call left has no digest yet.
+        files = digest_side_files(archive, {**metadata.files, **named_parts(commits)})
+        write_metadata(archive, Metadata(plan=plan, provenance=metadata.provenance, files=files, sealed=sealed))
+    for site in plan.sites:
+        if any(file.squares is not None for file in _files(site, commits)):
+            _write_error(archive, plan, site, commits)
+
+
+def _files(site: SitePlan, commits: Mapping[int, Commit]) -> list[ShardFile]:
+    parts = site.arrays(BLOCK)[0].parts  # their names are the same at every height
+    return [commit.arrays[part.key] for commit in commits.values() for part in parts]
+
+
+def relative_error(site: SitePlan, commits: Mapping[int, Commit]) -> float:
+    """Return the root of summed squared error over summed squares of `site`, as its lossy preset left it."""
+    files = _files(site, commits)
+    squares = sum(file.squares or 0.0 for file in files)
+    return float((sum(file.error_squares or 0.0 for file in files) / squares) ** 0.5) if squares else 0.0
+
+
+def _write_error(archive: Path, plan: Plan, site: SitePlan, commits: Mapping[int, Commit]) -> None:
+    spec = site.arrays(plan.rows_per_shard)[0]
+    n_rows = max(commit.rows[1] for commit in commits.values())
+    attributes = {**_attributes(site, spec.path), "relative_rms_error": relative_error(site, commits)}
+    create_array(archive, spec, n_rows, attributes=attributes)

@@ -1,0 +1,278 @@
+"""The plan: the frozen answer, made before the model runs, to everything that decides what lands where.
+
+From the plan and the example table alone follow all shapes, all row numbers and the make-up of every batch. Its
+digest names the run: two captures with equal digests hold the same rows in the same places. Paths and host names
+are no part of it (they are provenance), so an archive may be moved, and resumed elsewhere.
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, fields, replace
+from functools import cached_property
+from math import prod
+from typing import Literal, cast
+
+import numpy as np
+import numpy.typing as npt
+
+from residua.store.base.canonical import Json, canonical_json, digest_of, flatten
+from residua.store.base.errors import PlanError, UnsafeArchiveError
+from residua.store.encoding.codecs import INT8, PRESETS
+from residua.store.encoding.dtypes import storage_dtype
+from residua.store.encoding.lossy import BLOCK
+from residua.store.encoding.spec import MAX_COLUMN_SHARDS, MAX_ROWS, MAX_ROWS_PER_SHARD, ArraySpec
+from residua.store.format.site_names import parse_site
+from residua.store.format.sizes import chunk_rows
+
+MAX_SHARD_BYTES = 2**36
+_OPTIONAL = "column_shards"  # of a site, in a plan: it is there where it is not 1
+_MAPPINGS = ("model", "dataset", "rules")
+ROW_COLUMNS = {"token": "int32", "position": "int32", "example": "int64"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class SitePlan:
+    """One site as it is stored.
+
+    Attributes:
+        name: The site's text, for example ``resid_post.7``.
+        row_shape: Shape of one row, for example ``(width,)`` or ``(heads, head_width)``.
+        dtype: The dtype that a reader gets, for example ``bfloat16``.
+        codec: Name of the codec preset.
+        column_shards: Into how many shards of equal width the first axis of a row is cut.
+    """
+
+    name: str
+    row_shape: tuple[int, ...]
+    dtype: str
+    codec: str
+    column_shards: int = 1
+
+    @property
+    def path(self) -> str:
+        """The site's node inside the archive."""
+        return parse_site(self.name).path
+
+    @property
+    def row_bytes(self) -> int:
+        """Logical bytes of one row."""
+        return prod(self.row_shape) * storage_dtype(self.dtype).itemsize
+
+    @property
+    def part(self) -> "SitePlan":
+        """The site as if what one column shard has of it were all."""
+        shape = (self.row_shape[0] // self.column_shards, *self.row_shape[1:])
+        return replace(self, row_shape=shape, column_shards=1)
+
+    def arrays(self, rows_per_shard: int) -> tuple[ArraySpec, ...]:
+        """Return the stored arrays of this site: one, or codes and scales for the int8 preset."""
+        if self.codec != INT8:
+            return (_array(self.path, self.row_shape, self.dtype, self.codec, rows_per_shard, self.column_shards),)
+        blocks = (*self.row_shape[:-1], -(-self.row_shape[-1] // BLOCK))
+        scales = "scales/" + self.path.removeprefix("sites/")
+        return (
+            _array(self.path, self.row_shape, "int8", "fast", rows_per_shard),
+            _array(scales, blocks, "float32", "fast", rows_per_shard),
+        )
+
+
+def _array(
+    path: str, row_shape: tuple[int, ...], dtype: str, preset: str, rows_per_shard: int, column_shards: int = 1
+) -> ArraySpec:
+    row_bytes = prod(row_shape) * storage_dtype(dtype).itemsize // column_shards
+    return ArraySpec(
+        path=path,
+        row_shape=row_shape,
+        dtype=dtype,
+        preset=preset,
+        rows_per_shard=rows_per_shard,
+        rows_per_chunk=chunk_rows(row_bytes, rows_per_shard),
+        column_shards=column_shards,
+    )
+
+
+@dataclass(frozen=True, kw_only=True, repr=False)
+class Plan:
+    """See the module's head.
+
+    Attributes:
+        model: Digests of weights and config, compute dtype, attention implementation.
+        dataset: Digest and counts of the example table; empty when the examples are not known beforehand.
+        rules: The settings that turned the dataset into examples and kept positions.
+        sites: What is stored of every row.
+        rows_per_shard: Height of a shard in rows, the same in every array.
+        batch_tokens: Most token positions, padding included, in one batch.
+        padding: ``left`` or ``right``.
+        n_rows: Rows of the whole archive; None when they are not known beforehand (a loop the user owns).
+    """
+
+    model: Mapping[str, Json]
+    dataset: Mapping[str, Json]
+    rules: Mapping[str, Json]
+    sites: tuple[SitePlan, ...]
+    rows_per_shard: int
+    batch_tokens: int = 0
+    padding: Literal["left", "right"] = "right"
+    n_rows: int | None = None
+
+    def __post_init__(self) -> None:
+        check_plan(self)
+
+    def __repr__(self) -> str:
+        rows = "an open number of rows" if self.n_rows is None else f"{self.n_rows:,} rows"
+        return f"<Plan {self.digest[:12]}: {len(self.sites)} sites, {rows} in shards of {self.rows_per_shard:,}>"
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 of the plan's canonical JSON, in hex: the name of the run."""
+        return digest_of(self.to_json())
+
+    @property
+    def row_arrays(self) -> tuple[ArraySpec, ...]:
+        """The three arrays that say what each row is: token, position and example."""
+        return tuple(
+            _array(f"rows/{name}", (), dtype, "fast", self.rows_per_shard) for name, dtype in ROW_COLUMNS.items()
+        )
+
+    @cached_property
+    def arrays(self) -> tuple[ArraySpec, ...]:
+        """Every stored array, sites first."""
+        sites = (spec for site in self.sites for spec in site.arrays(self.rows_per_shard))
+        return (*sites, *self.row_arrays)
+
+    def site(self, name: str) -> SitePlan:
+        """Return the plan of site `name`; KeyError if the plan has none."""
+        return {site.name: site for site in self.sites}[name]
+
+    def shards_of(self, rows: range | npt.NDArray[np.int64]) -> Iterable[int]:
+        """Return the shards that `rows` lie in, ascending; of a range, which may be huge, without listing it."""
+        height = self.rows_per_shard
+        if not isinstance(rows, range):
+            return map(int, np.unique(rows // height))
+        rows = rows if rows.step > 0 else rows[::-1]
+        if rows.step < height:
+            return range(rows[0] // height, rows[-1] // height + 1) if rows else ()
+        return (row // height for row in rows)
+
+    def n_shards(self, n_rows: int) -> int:
+        """Return how many shards `n_rows` rows fill."""
+        return -(-n_rows // self.rows_per_shard)
+
+    def to_json(self) -> dict[str, Json]:
+        """Return the plan as plain JSON values."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        values |= {name: dict(values[name]) for name in _MAPPINGS}
+        values["sites"] = [_site_to_json(site) for site in self.sites]
+        return values
+
+    def differences(self, other: "Plan") -> list[str]:
+        """Return one line per field in which `other` differs, for the message that refuses it."""
+        mine, theirs = (_comparable(plan) for plan in (self, other))
+        lines = [
+            f"{key}: the archive has {mine.get(key, 'nothing')}, this run has {theirs.get(key, 'nothing')}"
+            for key in sorted(mine.keys() | theirs.keys())
+            if mine.get(key) != theirs.get(key)
+        ]
+        order, other_order = (", ".join(site.name for site in plan.sites) for plan in (self, other))
+        if order != other_order and not lines:
+            lines.append(f"sites: the archive has them in the order {order}, this run in the order {other_order}")
+        return lines
+
+    @classmethod
+    def from_json(cls, value: object) -> "Plan":
+        """Return the plan that `value` spells.
+
+        Raises:
+            UnsafeArchiveError: `value` is not what `to_json` makes; the message says where.
+        """
+        try:
+            found = _fields(value, cls)
+            sites = tuple(_site_from_json(site) for site in cast("list[object]", found["sites"]))
+            plan = cls(**{**found, "sites": sites})  # type: ignore[arg-type]  # __post_init__ checks the types
+            _ = plan.digest  # NaN, broken Unicode and bottomless nesting come out here and not later
+        except (TypeError, ValueError, KeyError, RecursionError) as error:
+            raise UnsafeArchiveError(f"the archive's plan is not one that Residua writes: {error}") from error
+        return plan
+
+
+def _fields(value: object, kind: type[Plan] | type[SitePlan]) -> dict[str, object]:
+    known = sorted(field.name for field in fields(kind) if field.name != _OPTIONAL)
+    if not isinstance(value, dict) or sorted(value) != known:
+        found = sorted(value) if isinstance(value, dict) else type(value).__name__
+        raise ValueError(f"expected the fields {known}, found {found}")
+    return value
+
+
+def _site_to_json(site: SitePlan) -> dict[str, Json]:
+    values = {**asdict(site), "row_shape": list(site.row_shape)}
+    if site.column_shards == 1:
+        del values[_OPTIONAL]
+    return values
+
+
+def _site_from_json(value: object) -> SitePlan:
+    given = dict(value) if isinstance(value, dict) else {}
+    optional = {_OPTIONAL: given.pop(_OPTIONAL)} if _OPTIONAL in given else {}
+    found = {**_fields(given or value, SitePlan), **optional}
+    row_shape = found["row_shape"]
+    if not isinstance(row_shape, list):
+        raise TypeError(f"row_shape is {row_shape!r}, not a list")
+    if optional == {_OPTIONAL: 1}:
+        raise ValueError(f"{_OPTIONAL} is 1, which is not spelled out")
+    return SitePlan(**{**found, "row_shape": tuple(row_shape)})
+
+
+def _comparable(plan: Plan) -> dict[str, str]:
+    """Return every field as text, in the spelling that the digest sees: 1, 1.0 and true differ there."""
+    values = flatten(plan.to_json())
+    for site in cast("list[dict[str, object]]", values.pop("sites")):
+        values[f"sites.{site['name']}"] = {key: value for key, value in site.items() if key != "name"}
+    return {key: canonical_json(value).decode() for key, value in values.items()}
+
+
+def _is_count(value: object, most: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= most
+
+
+def check_plan(plan: Plan) -> None:
+    """Raise PlanError if `plan` has a value that no archive could be made or safely read with."""
+    for name in _MAPPINGS:
+        if not isinstance(getattr(plan, name), Mapping):
+            raise PlanError(f"the plan's {name} is {getattr(plan, name)!r}, not a mapping")
+    height = plan.rows_per_shard
+    if not _is_count(height, MAX_ROWS_PER_SHARD) or height == 0 or height & (height - 1):
+        raise PlanError(f"rows per shard is {height!r}: it must be a power of two, at most {MAX_ROWS_PER_SHARD:,}")
+    if plan.n_rows is not None and not _is_count(plan.n_rows, MAX_ROWS):
+        raise PlanError(f"the plan's number of rows is {plan.n_rows!r}, not a count up to 2**48")
+    if not _is_count(plan.batch_tokens, MAX_ROWS) or plan.padding not in ("left", "right"):
+        raise PlanError(f"the plan's batch_tokens {plan.batch_tokens!r} or padding {plan.padding!r} is not valid")
+    names = [site.name for site in plan.sites]
+    if not names or len(set(names)) != len(names):
+        raise PlanError(f"the plan's sites must be at least one, each once; it has {names!r}")
+    for site in plan.sites:
+        _check_site(site, height)
+
+
+def _check_site(site: SitePlan, height: int) -> None:
+    if str(parse_site(site.name)) != site.name:
+        raise PlanError(f"site {site.name!r} is spelled {str(parse_site(site.name))!r} in a plan")
+    storage_dtype(site.dtype)
+    shape = site.row_shape
+    if not 0 < len(shape) <= 4 or not all(_is_count(size, 2**31) and size > 0 for size in shape):
+        raise PlanError(f"site {site.name}: {shape!r} is not the shape of a row")
+    if site.row_bytes * height > MAX_SHARD_BYTES:
+        raise PlanError(f"site {site.name}: a shard of {height:,} rows of {site.row_bytes:,} bytes is over 64 GiB")
+    _check_column_shards(site)
+    if site.codec not in PRESETS:
+        raise PlanError(f"codec {site.codec!r} is not known; the presets are {', '.join(PRESETS)}")
+    if site.codec.startswith("bitround") and site.dtype != "float32":
+        raise PlanError(f"codec {site.codec} is for float32, and {site.name} is {site.dtype}: use fast or small")
+    if site.codec == INT8 and site.dtype not in ("bfloat16", "float16", "float32"):
+        raise PlanError(f"codec {site.codec} is for floating point, and {site.name} is {site.dtype}")
+
+
+def _check_column_shards(site: SitePlan) -> None:
+    n = site.column_shards
+    if not _is_count(n, MAX_COLUMN_SHARDS) or n < 1 or site.row_shape[0] % n:
+        raise PlanError(f"site {site.name}: rows of shape {site.row_shape} are not cut into {n!r} parts of equal width")
+    if n > 1 and site.codec == INT8:
+        raise PlanError(f"site {site.name}: codec {INT8} takes whole rows, and these are cut into {n} parts")

@@ -1,0 +1,254 @@
+"""The text form of sites: ``kind.layer`` on the command line, in Python and on disk.
+
+A site is written in one of four ways:
+
+* ``resid_post.7`` - a kind that every block has, and the number of the block;
+* ``embed``, ``final``, ``logits`` - a kind that a model has once;
+* ``logits_top8.values`` and ``logits_top8.indices`` - the two halves of the eight largest logits;
+* ``module:model.layers.3.mlp@output`` - what a module of the model takes (``@input``) or gives
+  (``@output``, the default), with ``.1`` behind it for the second item of a tuple.
+
+A site that parses is safe as a folder name: its characters are letters, digits, ``_``, ``-``, ``.`` and
+``@``, no part is empty, and so ``..`` cannot occur. ``str(parse_site(text))`` is the canonical text.
+"""
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from difflib import get_close_matches
+from fnmatch import fnmatchcase
+from typing import Literal
+
+from residua.store.base.errors import UnknownSiteError
+
+LAYER_KINDS = (
+    "resid_pre",
+    "q",
+    "k",
+    "v",
+    "pattern",
+    "z",
+    "attn_out",
+    "resid_mid",
+    "mlp_act",
+    "mlp_out",
+    "resid_post",
+)
+"""Kinds with one site a block, in the order in which a block computes them."""
+
+MODEL_KINDS = ("embed", "final", "logits")
+"""Kinds with one site a model."""
+
+_LONGEST = 200  # file systems allow 255 bytes a name
+_TOP = re.compile(r"logits_top([1-9][0-9]{0,5})")
+_LAYER = re.compile(r"0|[1-9][0-9]{0,5}")
+_MODULE = re.compile(
+    r"(?P<path>[A-Za-z0-9_-]+(?:\.[A-Za-z0-9_-]+)*)"
+    r"(?:@(?P<side>input|output)(?:\.(?P<index>0|[1-9][0-9]{0,2}))?)?"
+)
+_RANGE = re.compile(r"([a-z_]+)\.([0-9]{1,6})-([0-9]{1,6})")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Site:
+    """A named place in a model where one tensor can be read or replaced.
+
+    Attributes:
+        kind: One of ``LAYER_KINDS``, ``MODEL_KINDS``, ``logits_topK``, or ``module``.
+        layer: Number of the block, for a kind that every block has.
+        field: ``values`` or ``indices``, for ``logits_topK``.
+        module: Dotted path of the module, for ``module``.
+        side: What the module takes or what it gives, for ``module``.
+        index: Which item of a tuple, for ``module``; None means the tensor itself or the first item.
+    """
+
+    kind: str
+    layer: int | None = None
+    field: Literal["values", "indices"] | None = None
+    module: str | None = None
+    side: Literal["input", "output"] | None = None
+    index: int | None = None
+
+    def __str__(self) -> str:
+        if self.kind == "module":
+            return f"module:{self._module_text}"
+        suffix = self.field if self.layer is None else self.layer
+        return self.kind if suffix is None else f"{self.kind}.{suffix}"
+
+    @property
+    def path(self) -> str:
+        """Node inside an archive, for example ``sites/resid_post/7``."""
+        if self.kind == "module":
+            return f"sites/module/{self._module_text}"
+        return "sites/" + str(self).replace(".", "/")
+
+    @property
+    def top(self) -> int | None:
+        """How many logits ``logits_topK`` keeps; None for every other kind."""
+        match = _TOP.fullmatch(self.kind)
+        return int(match[1]) if match else None
+
+    @property
+    def _module_text(self) -> str:
+        return f"{self.module}@{self.side}" + ("" if self.index is None else f".{self.index}")
+
+
+def parse_site(text: str) -> Site:
+    """Read the text form of one site.
+
+    Args:
+        text: For example ``resid_post.7``, ``final`` or ``module:model.layers.3.mlp@output``.
+
+    Returns:
+        The site; ``str`` of it is the canonical text.
+
+    Raises:
+        UnknownSiteError: The text names no site; the message says what was wrong with it.
+
+    Example:
+        >>> parse_site("resid_post.7").path
+        'sites/resid_post/7'
+        >>> str(parse_site("module:model.norm"))
+        'module:model.norm@output'
+    """
+    if len(text) > _LONGEST:
+        raise UnknownSiteError(f"Site {text[:40]!r}... has {len(text)} characters; at most {_LONGEST} are allowed.")
+    if text.startswith("module:"):
+        return _parse_module(text)
+    kind, dot, suffix = text.partition(".")
+    if kind in LAYER_KINDS:
+        return _parse_layer(text, kind, suffix)
+    if _TOP.fullmatch(kind):
+        return _parse_top(text, kind, suffix)
+    if kind in MODEL_KINDS and not dot:
+        return Site(kind=kind)
+    if kind in MODEL_KINDS:
+        raise UnknownSiteError(f"Site {text!r}: {kind!r} is there once a model; write just {kind!r}.")
+    near = get_close_matches(kind, [*LAYER_KINDS, *MODEL_KINDS], n=3)
+    raise UnknownSiteError(
+        f"Site {text!r}: there is no kind {kind!r}. {_did_you_mean(near)}"
+        f"The kinds are {', '.join([*LAYER_KINDS, *MODEL_KINDS])}, logits_topK for any K; "
+        "any module can be named as module:PATH@output."
+    )
+
+
+def _parse_layer(text: str, kind: str, suffix: str) -> Site:
+    if not _LAYER.fullmatch(suffix):
+        raise UnknownSiteError(
+            f"Site {text!r}: {kind!r} needs the number of one block behind it, as in '{kind}.0'; "
+            f"'{kind}.*' stands for all of them where several sites can be given."
+        )
+    return Site(kind=kind, layer=int(suffix))
+
+
+def _parse_top(text: str, kind: str, suffix: str) -> Site:
+    if suffix == "values":
+        return Site(kind=kind, field="values")
+    if suffix == "indices":
+        return Site(kind=kind, field="indices")
+    raise UnknownSiteError(
+        f"Site {text!r}: {kind!r} is stored as two sites, '{kind}.values' and '{kind}.indices'; name one."
+    )
+
+
+def _parse_module(text: str) -> Site:
+    match = _MODULE.fullmatch(text.removeprefix("module:"))
+    if match is None:
+        raise UnknownSiteError(
+            f"Site {text!r} is not of the form module:PATH@input or module:PATH@output, with .N behind it "
+            "for item N of a tuple. PATH is the dotted name from model.named_modules(); its parts may hold "
+            "letters, digits, '_' and '-'."
+        )
+    index = match["index"]
+    return Site(
+        kind="module",
+        module=match["path"],
+        side="input" if match["side"] == "input" else "output",
+        index=None if index is None else int(index),
+    )
+
+
+def select(patterns: str | Iterable[str], available: Iterable[str], *, on_demand: bool = True) -> tuple[str, ...]:
+    """Turn the user's patterns into site names, in the model's order and each once.
+
+    A pattern is a site name, a name with ``*`` or ``?`` (``resid_post.*``, ``resid_*.3``), a range of blocks
+    with both ends included (``attn_out.0-5``), or ``logits_topK`` for its two halves.
+
+    Args:
+        patterns: Patterns separated by commas, or several such texts.
+        available: Names of the sites that there are, in the model's order.
+        on_demand: Whether ``module:`` sites and ``logits_topK`` may be asked for without being in
+            ``available``: true for a model, where they are made when asked for; false for an archive.
+
+    Returns:
+        The chosen names: those in ``available`` in its order, then those made on demand as they were given.
+
+    Raises:
+        UnknownSiteError: A pattern fits nothing; the message lists near matches.
+
+    Example:
+        >>> select("final,resid_post.*", ["resid_post.0", "resid_post.1", "final"])
+        ('resid_post.0', 'resid_post.1', 'final')
+    """
+    known = tuple(available)
+    texts = [patterns] if isinstance(patterns, str) else list(patterns)
+    words = [word.strip() for text in texts for word in text.split(",") if word.strip()]
+    if not words:
+        raise UnknownSiteError("No site was named; name at least one, for example 'resid_post.*'.")
+    wanted = {name: None for word in words for name in _expand(word, known, on_demand)}
+    return (*(name for name in known if name in wanted), *(name for name in wanted if name not in set(known)))
+
+
+def _expand(word: str, known: tuple[str, ...], on_demand: bool) -> list[str]:
+    """Names that one pattern stands for."""
+    if span := _RANGE.fullmatch(word):
+        return _expand_range(word, span[1], int(span[2]), int(span[3]), known)
+    if "*" in word or "?" in word:
+        found = [name for name in known if fnmatchcase(name, word)]
+        return found or _refuse(word, known)
+    if _TOP.fullmatch(word):
+        return [n for half in ("values", "indices") for n in _expand(f"{word}.{half}", known, on_demand)]
+    try:
+        site = parse_site(word)
+    except UnknownSiteError as error:
+        return _refuse(word, known, reason=str(error))
+    made = on_demand and (site.kind == "module" or (site.top is not None and "logits" in known))
+    return [str(site)] if made or str(site) in known else _refuse(word, known)
+
+
+def _expand_range(word: str, kind: str, first: int, last: int, known: tuple[str, ...]) -> list[str]:
+    layers = [parse_site(name).layer for name in known if name.startswith(f"{kind}.")]
+    there = {layer for layer in layers if layer is not None}
+    if first > last or not {first, last} <= there:
+        return _refuse(word, known)
+    return [f"{kind}.{layer}" for layer in range(first, last + 1) if layer in there]
+
+
+def _refuse(word: str, known: tuple[str, ...], reason: str | None = None) -> list[str]:
+    what = reason or f"Site {word!r} was asked for and there is none of that name."
+    near = get_close_matches(word, known, n=3)
+    raise UnknownSiteError(
+        f"{what} {_did_you_mean(near)}There are: {_summary(known) or 'none'}. Patterns are written like "
+        "'resid_post.*', 'attn_out.3' or 'resid_post.0-5', separated by commas."
+    )
+
+
+def _summary(names: Iterable[str]) -> str:
+    """Name every kind once, with its blocks: ``embed, q.0-11``."""
+    layers: dict[str, list[int]] = {}
+    for name in names:
+        site = parse_site(name)
+        text = name if site.layer is None else site.kind
+        layers.setdefault(text, []).extend([] if site.layer is None else [site.layer])
+    return ", ".join(text + _range_text(sorted(found)) for text, found in layers.items())
+
+
+def _range_text(layers: list[int]) -> str:
+    if len(layers) < 2:
+        return "".join(f".{layer}" for layer in layers)
+    gap = "" if layers[-1] - layers[0] + 1 == len(layers) else " with gaps"
+    return f".{layers[0]}-{layers[-1]}{gap}"
+
+
+def _did_you_mean(near: list[str]) -> str:
+    return f"Did you mean {' or '.join(near)}? " if near else ""

@@ -1,0 +1,262 @@
+"""Writing shards: threads that encode, write durably and commit.
+
+The order is the promise: every file of a shard is on the disk, its folder synchronised, before the record that
+names it is published. A shard's arrays are encoded side by side; whichever ends last publishes. The first failure
+is kept and raised, with its cause, by the next call; a shard that failed has no record and so does not exist.
+"""
+
+import threading
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from types import TracebackType
+
+import numpy as np
+import numpy.typing as npt
+
+from residua.store.base.errors import CaptureError
+from residua.store.encoding.codecs import INT8, PRESETS
+from residua.store.encoding.lossy import bitround_errors, quantise_int8
+from residua.store.encoding.nonfinite import count_nonfinite
+from residua.store.encoding.shard import ShardEncoder, shard_path
+from residua.store.encoding.shard_memory import ShardMemory
+from residua.store.encoding.spec import ArraySpec
+from residua.store.format.archive_metadata import ROOT
+from residua.store.format.commits import Commit, ShardFile, is_published, publish_commit
+from residua.store.format.plan import Plan, SitePlan
+from residua.store.storage.files import write_file
+
+Rows = npt.NDArray[np.generic]
+
+
+def _nothing() -> None:
+    """Do nothing: the rows are ready, and nobody waits for their memory."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FilledShard:
+    """A shard whose rows are all there.
+
+    Attributes:
+        index: Index of the shard along axis 0.
+        first_row: Its first row.
+        sites: Per site name, its rows in storage dtype, (rows, *row shape), C-contiguous or laid out as the file; those
+            that this process writes.
+        columns: ``token``, ``position`` and ``example`` of the rows; empty where another process writes them.
+        column_shard: Which part of each row `sites` have, of sites whose rows are cut into parts.
+        examples: SHA-256 of example parts made durable with this shard, by file name.
+        ready: Called in a writer thread before the rows are read; waits for copies that are still under way.
+        release: Called once the rows are no longer needed.
+    """
+
+    index: int
+    first_row: int
+    sites: Mapping[str, Rows | ShardMemory]
+    columns: Mapping[str, Rows]
+    column_shard: int = 0
+    examples: Mapping[str, str] = field(default_factory=dict)
+    ready: Callable[[], None] = _nothing
+    release: Callable[[], None] = _nothing
+
+    @property
+    def n_rows(self) -> int:
+        """Its rows."""
+        return int(next(iter((*self.sites.values(), *self.columns.values()))).shape[0])
+
+
+class ShardWriter:
+    """Encodes, writes and commits shards in the background.
+
+    Args:
+        root: Folder of the archive; its metadata exists already.
+        plan: The plan that the rows belong to.
+        threads: Encoder threads.
+        report: Where other writers have a part in each shard: called in a writer thread with the record of this one's
+            part, once its files are on the disk. Whoever has all parts of a shard then calls `publish`.
+    """
+
+    def __init__(
+        self, root: Path, plan: Plan, *, threads: int = 1, report: Callable[[Commit], None] | None = None
+    ) -> None:
+        self._root = root
+        self._plan = plan
+        self._report = report
+        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="residua-writer")
+        self._lock = threading.Lock()
+        self._failure: BaseException | None = None
+        self.stored_bytes = 0
+        self.logical_bytes = 0
+        self.n_rows = 0
+        self.n_nonfinite: dict[str, int] = {}
+
+    def submit(self, shard: FilledShard) -> None:
+        """Hand over a filled shard; returns at once.
+
+        Raises:
+            CaptureError: An earlier shard could not be written; the cause is chained.
+        """
+        self.raise_failure()
+        _ShardJob(self, shard, self._root, self._plan).start(self._pool)
+
+    def raise_failure(self) -> None:
+        """Raise CaptureError if a shard could not be written."""
+        if self._failure is not None:
+            raise CaptureError(
+                f"a shard could not be written: {self._failure}. What was committed before is safe; "
+                "remove the cause and run the same capture again to go on."
+            ) from self._failure
+
+    def failed(self, error: BaseException) -> None:
+        """Keep the first failure for the caller."""
+        with self._lock:
+            self._failure = self._failure or error
+
+    def written(self, commit: Commit, logical_bytes: int) -> None:
+        """Commit what was written, whole, or report it as a part; its bytes are added to the totals."""
+        if self._report is None:
+            if not self.publish(commit):
+                return
+        else:
+            self._report(commit)
+        with self._lock:
+            self.logical_bytes += logical_bytes
+            self.stored_bytes += sum(file.n_bytes for file in commit.arrays.values())
+            for path, file in commit.arrays.items():
+                self.n_nonfinite[path] = self.n_nonfinite.get(path, 0) + file.n_nonfinite
+
+    def publish(self, commit: Commit) -> bool:
+        """Commit a shard, all files of which are on the disk; say whether nobody else had done so.
+
+        Raises:
+            FileExistsError: The shard has another record.
+        """
+        try:
+            publish_commit(self._root, commit)
+        except FileExistsError:  # another worker took this one for dead and did its shard; the same is as good
+            if not is_published(self._root, commit):
+                raise
+            return False
+        with self._lock:
+            self.n_rows += commit.rows[1] - commit.rows[0]
+        return True
+
+    def close(self) -> None:
+        """Wait for all shards, then raise the first failure if there was one."""
+        self._pool.shutdown(wait=True)
+        self.raise_failure()
+
+    def __enter__(self) -> "ShardWriter":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._pool.shutdown(wait=True)
+        if error is None:
+            self.raise_failure()
+
+
+class _ShardJob:
+    """One shard on its way: counts its arrays down, publishes after the last, and always releases the rows."""
+
+    def __init__(self, writer: ShardWriter, shard: FilledShard, root: Path, plan: Plan) -> None:
+        self._writer = writer
+        self._shard = shard
+        self._root = root
+        self._plan = plan
+        self._lock = threading.Lock()
+        self._files: dict[str, ShardFile] = {}
+        self._broken = False
+        self._left = len(shard.sites) + len(shard.columns)
+
+    def start(self, pool: ThreadPoolExecutor) -> None:
+        for site in self._plan.sites:
+            if site.name in self._shard.sites:
+                pool.submit(self._run, partial(self._write_site, site))
+        for spec in self._plan.row_arrays:
+            rows = self._shard.columns.get(spec.path.removeprefix("rows/"))
+            if rows is not None:
+                pool.submit(self._run, partial(self._write, spec, rows))
+
+    def _run(self, work: Callable[[], None]) -> None:
+        try:
+            if not self._broken:
+                self._shard.ready()
+                self._check_place()
+                work()
+        except BaseException as error:  # noqa: BLE001  # thread boundary: the caller raises it, with its cause
+            self._broken = True
+            self._writer.failed(error)
+        finally:
+            self._one_done()
+
+    def _check_place(self) -> None:
+        """Raise if the archive was moved or removed: writing would begin another, broken one in its place."""
+        if not (self._root / ROOT).exists():
+            raise FileNotFoundError(f"{self._root} was moved or removed while it was written")
+
+    def _one_done(self) -> None:
+        with self._lock:
+            self._left -= 1
+            last = self._left == 0
+        if not last:
+            return
+        try:
+            if not self._broken:
+                self._commit()
+        except BaseException as error:  # noqa: BLE001  # thread boundary, as above
+            self._writer.failed(error)
+        finally:
+            self._shard.release()
+
+    def _commit(self) -> None:
+        n_rows = self._shard.n_rows
+        first = self._shard.first_row
+        commit = Commit(
+            plan=self._plan.digest,
+            shard=self._shard.index,
+            rows=(first, first + n_rows),
+            arrays=dict(sorted(self._files.items())),
+            examples=self._shard.examples,
+        )
+        sites = [site for site in self._plan.sites if site.name in self._shard.sites]
+        row_bytes = sum(site.row_bytes // site.column_shards for site in sites)
+        self._writer.written(commit, row_bytes * n_rows)
+
+    def _write_site(self, site: SitePlan) -> None:
+        rows = self._shard.sites[site.name]
+        specs = site.arrays(self._plan.rows_per_shard)
+        spec = specs[0].parts[self._shard.column_shard] if site.column_shards > 1 else specs[0]
+        if isinstance(rows, ShardMemory) or PRESETS[site.codec].is_lossless:
+            self._write(spec, rows)
+            return
+        n_nonfinite = count_nonfinite(rows, site.dtype)
+        codes: Rows
+        if site.codec == INT8:
+            codes, scales, squares, error_squares = quantise_int8(rows, site.dtype)
+            self._write(specs[1], scales, 0)
+        else:
+            codes, squares, error_squares = bitround_errors(rows, site.codec)
+        self._write(spec, codes, n_nonfinite, squares, error_squares)
+
+    def _write(
+        self,
+        spec: ArraySpec,
+        rows: Rows | ShardMemory,
+        n_nonfinite: int | None = None,
+        squares: float | None = None,
+        error_squares: float | None = None,
+    ) -> None:
+        encoded = ShardEncoder(rows, spec)
+        write_file(shard_path(self._root, spec, self._shard.index), encoded)
+        file = ShardFile(
+            n_bytes=encoded.n_bytes,
+            digest=encoded.digest,
+            n_nonfinite=encoded.n_nonfinite if n_nonfinite is None else n_nonfinite,
+            squares=squares,
+            error_squares=error_squares,
+        )
+        with self._lock:
+            self._files[spec.key] = file

@@ -1,0 +1,181 @@
+"""One stored array, lazily: shape and dtype without reading, rows by slice, list or mask."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import EllipsisType
+from typing import TYPE_CHECKING, Any, TypeAlias, cast
+
+import ml_dtypes
+import numpy as np
+import numpy.typing as npt
+
+from residua.store.base.errors import DamagedArchiveError, TooLargeError
+from residua.store.encoding.dtypes import storage_dtype
+from residua.store.encoding.lossy import dequantise_int8
+from residua.store.encoding.spec import ArraySpec
+from residua.store.read.columns import reader_of
+from residua.store.read.reader import Check, RowNumbers
+
+if TYPE_CHECKING:
+    import torch
+
+Array: TypeAlias = npt.NDArray[np.generic]
+RowSelection: TypeAlias = int | np.integer[Any] | slice | Sequence[int] | Sequence[bool] | Array | EllipsisType
+
+
+class StoredArray:
+    """Rows of one array of an archive, (rows, *row shape).
+
+    Indexing with a slice, an integer, a list of rows or a boolean mask reads just those rows and returns numpy;
+    further indices apply to the result. bfloat16 surfaces as `ml_dtypes.bfloat16` in numpy and `torch.bfloat16` in
+    torch, bit for bit.
+
+    Args:
+        root: Folder of the archive.
+        name: The name in messages: a site, or ``rows/token``.
+        specs: The stored array, or codes and scales of the int8 preset.
+        dtype: Data type name that readers get.
+        n_rows: Rows that the array has.
+        require: Called with the rows asked for; raises if some are not captured yet.
+        check: When chunks are verified: ``once`` (at first touch), ``always`` or ``never``.
+        threads: Threads that decode compressed chunks; by default the processor's, up to four.
+    """
+
+    def __init__(
+        self,
+        root: Path,
+        name: str,
+        specs: Sequence[ArraySpec],
+        *,
+        dtype: str,
+        n_rows: int,
+        require: Callable[[range | RowNumbers], None],
+        check: Check = "once",
+        threads: int | None = None,
+    ) -> None:
+        self.name = name
+        self.shape = (n_rows, *specs[0].row_shape)
+        self.dtype = np.dtype(ml_dtypes.bfloat16) if dtype == "bfloat16" else storage_dtype(dtype)
+        self.specs = tuple(specs)
+        self._dtype_name = dtype
+        self._require = require
+        self._readers = [reader_of(root, spec, n_rows, check=check, threads=threads) for spec in specs]
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __repr__(self) -> str:
+        return f"<{self.name} {self.shape} {self.dtype}>"
+
+    def __getitem__(self, rows: RowSelection | tuple[Any, ...]) -> Array:
+        """Return the chosen rows as numpy; see the class."""
+        if isinstance(rows, tuple):
+            picked, rest = rows[0], rows[1:]
+            inner: Any = rest if isinstance(picked, int | np.integer) else (slice(None), *rest)
+            return cast("Array", self.numpy(picked)[inner])
+        return self.numpy(rows)
+
+    def __array__(self, dtype: npt.DTypeLike | None = None, copy: bool | None = None) -> Array:
+        """Return all rows, for numpy functions."""
+        if copy is False:
+            raise ValueError(f"{self.name} lies on disk: numpy cannot have it without a copy")
+        return self.numpy(..., dtype=dtype)
+
+    def numpy(self, rows: RowSelection = ..., *, dtype: npt.DTypeLike | None = None) -> Array:
+        """Return the chosen rows as a numpy array, cast to `dtype` if one is given.
+
+        Raises:
+            IndexError: A row lies outside the array.
+            NotCapturedError: A row belongs to a shard that is not committed yet.
+            TooLargeError: There is too little memory for the rows.
+            DamagedArchiveError: A file is missing or altered; the message names it.
+        """
+        if isinstance(rows, int | np.integer):
+            return cast("Array", self.numpy([int(rows)], dtype=dtype)[0])
+        try:
+            found = self._read(rows)
+        except MemoryError as error:
+            raise TooLargeError(
+                f"{self.name} has {len(self):,} rows of {self.specs[0].row_bytes:,} bytes, and there is too little "
+                f"memory for those that were asked for ({error}): read fewer at a time"
+            ) from error
+        found = found.view(self.dtype) if found.dtype != self.dtype else found
+        return found if dtype is None else found.astype(dtype, copy=False)
+
+    def torch(self, rows: RowSelection = ..., *, dtype: "torch.dtype | str | None" = None) -> "torch.Tensor":
+        """Return the chosen rows as a torch tensor on the CPU, cast to `dtype` (or its name) if one is given.
+
+        Raises:
+            ValueError: There is no such dtype; else as `numpy` does.
+        """
+        import torch
+
+        wanted = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+        if dtype is not None and not isinstance(wanted, torch.dtype):
+            raise ValueError(f"torch has no dtype {dtype!r}: float32 and bfloat16 are two")
+        tensor = as_tensor(self.numpy(rows))
+        return tensor if wanted is None else tensor.to(wanted)
+
+    def read_into(self, out: Array, start: int, stop: int) -> None:
+        """Read rows `start` to `stop` (not included) into `out`, C-contiguous and of this array's dtype.
+
+        Raises:
+            IndexError: The array has no such rows.
+            NotCapturedError: A row belongs to a shard that is not committed yet.
+            DamagedArchiveError: A file is missing or altered; the message names it.
+        """
+        if len(self._readers) > 1:
+            out[...] = self.numpy(slice(start, stop))
+        elif stop > start:
+            self._require(range(start, stop))
+            self._readers[0].read_into(out.view(self.specs[0].storage_dtype), start, stop)
+
+    def _read(self, rows: RowSelection) -> Array:
+        if isinstance(rows, EllipsisType):
+            rows = slice(None)
+        if isinstance(rows, slice):
+            start, stop, step = rows.indices(len(self))
+            if step == 1:
+                stop = max(start, stop)
+                self._require(range(start, stop))
+                return self._merge([reader.read(start, stop) for reader in self._readers])
+            self._require(range(start, stop, step))
+            rows = np.arange(start, stop, step)
+        indices = self._indices(rows)
+        self._require(indices)
+        return self._merge([reader.take(indices) for reader in self._readers])
+
+    def _indices(self, rows: object) -> npt.NDArray[np.int64]:
+        indices = np.asarray(rows)
+        if indices.dtype == bool:
+            if indices.shape != (len(self),):
+                raise IndexError(
+                    f"the mask has shape {indices.shape}, but {self.name} has {len(self):,} rows: "
+                    "a mask needs one entry a row"
+                )
+            return np.flatnonzero(indices)
+        if indices.ndim != 1 or (indices.size and indices.dtype.kind not in "iu"):
+            raise IndexError(f"rows of {self.name} are chosen by a slice, a list of integers or a mask, not {rows!r}")
+        indices = indices.astype(np.int64)
+        outside = (indices < -len(self)) | (indices >= len(self))
+        if outside.any():
+            raise IndexError(f"{self.name} has {len(self):,} rows: there is no row {int(indices[outside][0]):,}")
+        return np.where(indices < 0, indices + len(self), indices)
+
+    def _merge(self, parts: list[Array]) -> Array:
+        if len(parts) == 1:
+            return parts[0]
+        codes, scales = parts
+        values = dequantise_int8(codes, scales, self._dtype_name)
+        if values.shape != codes.shape:
+            raise DamagedArchiveError(f"{self.name}: codes and scales do not fit together: the archive is damaged")
+        return values
+
+
+def as_tensor(values: Array) -> "torch.Tensor":
+    """Return a torch tensor on the memory of `values`, or on a copy of them if they are not contiguous bfloat16."""
+    import torch
+
+    if values.dtype == ml_dtypes.bfloat16:
+        return torch.from_numpy(np.ascontiguousarray(values).view(np.int16)).view(torch.bfloat16)
+    return torch.from_numpy(values)

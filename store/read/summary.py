@@ -1,0 +1,137 @@
+"""What an archive holds, in numbers: for `residua info`, and as JSON for machines."""
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from residua.store.format.create import relative_error
+from residua.store.format.fidelity import SiteFidelity, read_fidelity
+from residua.store.format.headspec import PARAMETERS_FILE
+from residua.store.read.archive import Archive
+
+
+@dataclass(frozen=True, kw_only=True)
+class SiteSummary:
+    """One site of an archive.
+
+    Attributes:
+        name: The site.
+        shape: (rows, *row shape).
+        dtype: Data type that a reader gets.
+        codec: Codec preset.
+        logical_bytes: Bytes of the captured rows as a reader gets them.
+        stored_bytes: Bytes of their shard files.
+        n_nonfinite: NaN and infinite values among them.
+        relative_rms_error: Measured error of a lossy preset; None if the preset loses nothing.
+        fidelity: What the model notices of it, where `residua fidelity` has measured that.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    codec: str
+    logical_bytes: int
+    stored_bytes: int
+    n_nonfinite: int
+    relative_rms_error: float | None
+    fidelity: SiteFidelity | None
+
+    @property
+    def ratio(self) -> float:
+        """Logical over stored bytes; 1 while nothing is captured."""
+        return self.logical_bytes / self.stored_bytes if self.stored_bytes else 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Summary:
+    """One archive; see `SiteSummary` for its sites.
+
+    Attributes:
+        path: Where it lies.
+        digest: Digest of its plan.
+        rows: Captured rows.
+        total_rows: Rows when it is sealed; None while a user's own loop is open.
+        shards: Captured shards.
+        total_shards: Shards when it is sealed.
+        n_examples: Examples.
+        n_tokens: Tokens of the examples.
+        columns: Columns of the example table besides its own, those of the dataset among them.
+        sealed: Whether every shard is captured.
+        rows_per_shard: Height of a shard.
+        sites: The sites.
+        logical_bytes: Bytes of all captured rows, the row columns left out.
+        stored_bytes: Bytes of all shard files, the row columns included.
+        has_head: Whether the model's final norm and unembedding are in it.
+        provenance: Where model, data and numbers came from.
+    """
+
+    path: str
+    digest: str
+    rows: int
+    total_rows: int | None
+    shards: int
+    total_shards: int | None
+    n_examples: int
+    n_tokens: int
+    columns: tuple[str, ...]
+    sealed: bool
+    rows_per_shard: int
+    sites: tuple[SiteSummary, ...]
+    logical_bytes: int
+    stored_bytes: int
+    has_head: bool
+    provenance: dict[str, Any]
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the summary as JSON values, with each site's ratio."""
+        sites = [{**asdict(site), "ratio": site.ratio} for site in self.sites]
+        return {**asdict(self), "sites": sites, "ratio": self.ratio}
+
+    @property
+    def ratio(self) -> float:
+        """Logical over stored bytes of the whole archive."""
+        return self.logical_bytes / self.stored_bytes if self.stored_bytes else 1.0
+
+
+def summarise(archive: Archive) -> Summary:
+    """Count what `archive` holds, from its commits alone; no activation is read."""
+    progress = archive.progress
+    measured = read_fidelity(archive.path, archive.plan)
+    fidelity = {} if measured is None else measured.sites
+    sites = tuple(_site(archive, site.name, fidelity.get(site.name)) for site in archive.plan.sites)
+    index = archive.example_table.index()
+    return Summary(
+        path=str(archive.path),
+        digest=archive.plan.digest,
+        rows=progress.rows,
+        total_rows=progress.total_rows,
+        shards=progress.shards,
+        total_shards=progress.total_shards,
+        n_examples=index.n_examples,
+        n_tokens=index.total_tokens,
+        columns=tuple(archive.example_table.column_types()),
+        sealed=archive.is_sealed,
+        rows_per_shard=archive.plan.rows_per_shard,
+        sites=sites,
+        logical_bytes=sum(site.logical_bytes for site in sites),
+        stored_bytes=sum(file.n_bytes for commit in archive.commits.values() for file in commit.arrays.values()),
+        has_head=f"head/{PARAMETERS_FILE}" in archive.metadata.files,
+        provenance=dict(archive.provenance),
+    )
+
+
+def _site(archive: Archive, name: str, fidelity: SiteFidelity | None) -> SiteSummary:
+    site = archive.plan.site(name)
+    keys = [part.key for spec in site.arrays(archive.plan.rows_per_shard) for part in spec.parts]
+    files = [commit.arrays[key] for commit in archive.commits.values() for key in keys]
+    lossy = any(file.squares is not None for file in files)
+    return SiteSummary(
+        name=name,
+        shape=(archive.n_rows, *site.row_shape),
+        dtype=site.dtype,
+        codec=site.codec,
+        logical_bytes=archive.progress.rows * site.row_bytes,
+        stored_bytes=sum(file.n_bytes for file in files),
+        n_nonfinite=sum(file.n_nonfinite for file in files),
+        relative_rms_error=relative_error(site, archive.commits) if lossy else None,
+        fidelity=fidelity,
+    )

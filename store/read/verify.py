@@ -1,0 +1,262 @@
+"""Verification: re-read everything that an archive holds and name what is damaged.
+
+Every chunk is re-hashed against its crc32c, every shard file against its commit, every small file against the
+SHA-256 in the metadata, and the row columns against the example table, so that rows and texts belong together.
+"""
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path, PurePosixPath
+
+import numpy as np
+
+from residua.store.base.errors import DamagedArchiveError, PlanError, ResiduaError, UnsafeArchiveError
+from residua.store.encoding.shard import check_shard, shard_path
+from residua.store.encoding.spec import ArraySpec
+from residua.store.examples.index import ExampleIndex
+from residua.store.format.archive_metadata import ROOT, SIDE_FOLDERS, file_digest
+from residua.store.format.commits import FOLDER, Commit, named_parts
+from residua.store.format.fidelity import FILE as FIDELITY
+from residua.store.format.fidelity import read_fidelity
+from residua.store.read.archive import Archive
+from residua.store.storage.small_files import check_inside, read_small
+
+_MAX_LISTED = 8
+_MAX_GROUP_BYTES = 2**24
+_GROUP_FIELDS = {"zarr_format", "node_type", "attributes", "consolidated_metadata"}
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One thing that is wrong: the file, inside the archive where it has a name there, and what about it."""
+
+    path: str
+    what: str
+
+
+@dataclass(kw_only=True)
+class Verification:
+    """What a verification found.
+
+    Attributes:
+        problems: What is damaged; empty for a sound archive.
+        notes: What is worth knowing and no damage, for example that the archive is not sealed.
+        n_files: Files that were re-hashed.
+        n_chunks: Chunks that were re-hashed.
+        n_bytes: Bytes that were re-hashed.
+    """
+
+    problems: list[Problem] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    n_files: int = 0
+    n_chunks: int = 0
+    n_bytes: int = 0
+
+    @property
+    def is_sound(self) -> bool:
+        """Whether nothing is damaged."""
+        return not self.problems
+
+
+def verify(path: str | Path, *, on_shard: Callable[[int, int], None] = lambda *_: None) -> Verification:
+    """Re-hash everything in the archive at `path`.
+
+    Args:
+        path: Folder of the archive.
+        on_shard: Called with the shards done and in all, after each.
+
+    Returns:
+        What was found; nothing is raised for damage.
+
+    Raises:
+        FileNotFoundError: There is no archive at `path`.
+    """
+    report = Verification()
+    try:
+        archive = Archive(path)
+        commits = archive.commits
+    except (ResiduaError, ValueError) as error:
+        report.problems.append(Problem(str(path), str(error)))
+        return report
+    _Check(archive, report).run(commits, on_shard)
+    return report
+
+
+class _Check:
+    """One verification under way."""
+
+    def __init__(self, archive: Archive, report: Verification) -> None:
+        self._archive = archive
+        self._root = archive.path
+        self._plan = archive.plan
+        self._parts = [part for spec in archive.plan.arrays for part in spec.parts]
+        self._report = report
+        self._known = {ROOT}
+
+    def run(self, commits: Mapping[int, Commit], on_shard: Callable[[int, int], None]) -> None:
+        """Check everything, in the order in which damage explains damage."""
+        self._groups()
+        self._side_files(commits)
+        self._fidelity()
+        index = self._examples()
+        for done, shard in enumerate(sorted(commits), start=1):
+            self._shard(commits[shard], index)
+            on_shard(done, len(commits))
+        if self._archive.metadata.sealed is not None:
+            self._missing(commits)
+        elif not self._archive.is_sealed:
+            self._report.notes.append(f"the archive is not sealed: {self._archive.progress.rows:,} rows are captured")
+        self._strangers(commits)
+
+    def _problem(self, path: str | Path, what: str) -> None:
+        path = Path(path)
+        inside = path.relative_to(self._root) if path.is_relative_to(self._root) else path
+        self._report.problems.append(Problem(inside.as_posix(), what))
+
+    def _groups(self) -> None:
+        """Check the metadata of the groups that the arrays lie in; we need it not, other readers do."""
+        folders = {folder for spec in self._plan.arrays for folder in PurePosixPath(spec.path).parents}
+        for folder in sorted(folders - {PurePosixPath()}):
+            name = f"{folder}/{ROOT}"
+            self._known.add(name)
+            try:
+                found = json.loads(read_small(self._root, self._root / name, _MAX_GROUP_BYTES))
+                sound = found["zarr_format"] == 3 and found["node_type"] == "group"
+                sound = sound and isinstance(found.get("attributes", {}), dict) and not found.keys() - _GROUP_FIELDS
+            except (DamagedArchiveError, UnsafeArchiveError) as error:
+                self._problem(name, str(error))
+            except (ValueError, KeyError, TypeError, RecursionError) as error:
+                self._problem(name, f"it cannot be read as JSON of a group ({error}): restore it from a copy")
+            else:
+                if not sound:
+                    self._problem(name, "it is not the metadata of a Zarr group: restore it from a copy")
+
+    def _side_files(self, commits: Mapping[int, Commit]) -> None:
+        expected = {**self._archive.metadata.files, **named_parts(commits)}
+        for name, digest in expected.items():
+            path = self._root / name
+            self._known.add(name)
+            if not self._is_inside(path):
+                continue
+            if not path.is_file():
+                self._problem(name, "the file is missing: restore it from a copy")
+            elif path.stat().st_size > (most := SIDE_FOLDERS[PurePosixPath(name).parts[0]]):
+                self._problem(name, f"the file is over {most >> 20:,} MiB: restore it from a copy")
+            elif file_digest(path) != digest:
+                self._problem(name, "the file was altered (its SHA-256 differs): restore it from a copy")
+            else:
+                self._count(path)
+
+    def _fidelity(self) -> None:
+        path = self._root / FIDELITY
+        if not path.exists():
+            return
+        self._known.add(FIDELITY)
+        try:
+            read_fidelity(self._root, self._plan)
+        except (DamagedArchiveError, UnsafeArchiveError, PlanError) as error:
+            self._problem(path, str(error))
+        else:
+            self._count(path)
+
+    def _examples(self) -> ExampleIndex | None:
+        """Return the example table's index, once its content is what was written."""
+        try:
+            table = self._archive.example_table
+            table.verify()
+        except (ResiduaError, OSError) as error:
+            self._problem("examples", str(error))
+            return None
+        return table.index()
+
+    def _shard(self, commit: Commit, index: ExampleIndex | None) -> None:
+        before = len(self._report.problems)
+        for part in self._parts:
+            self._shard_file(part, commit)
+        if index is not None and len(self._report.problems) == before:
+            self._rows(*commit.rows, index, f"{FOLDER}/{commit.name}")
+
+    def _shard_file(self, spec: ArraySpec, commit: Commit) -> None:
+        path = shard_path(self._root, spec, commit.shard)
+        n_rows = commit.rows[1] - commit.rows[0]
+        try:
+            check_inside(self._root, path)
+            digest = check_shard(path, spec, n_rows)
+        except (ResiduaError, OSError) as error:
+            self._problem(path, str(error))
+            return
+        if digest != commit.arrays[spec.key].digest:
+            self._problem(path, "the shard is whole, but not the one that was committed: restore it from a copy")
+            return
+        self._count(path)
+        self._report.n_chunks += -(-n_rows // spec.rows_per_chunk)
+
+    def _rows(self, first: int, stop: int, index: ExampleIndex, name: str) -> None:
+        """Compare the row columns with the example table."""
+        if stop > index.total_rows:
+            self._problem(name, f"it is of rows {first:,} to {stop:,}, and the examples have {index.total_rows:,} rows")
+            return
+        rows = np.arange(first, stop)
+        columns = self._archive.rows
+        example = np.searchsorted(index.first_row, rows, side="right") - 1
+        tokens, positions = [], []
+        for number in np.unique(example).tolist():
+            start, end = (int(row) for row in index.first_row[number : number + 2])
+            at = self._archive.example_table.positions(number)[max(first, start) - start : min(stop, end) - start]
+            positions.append(at)
+            tokens.append(self._archive.example_table.tokens(number)[at])
+        for column, values in (
+            (columns.example, example),
+            (columns.position, np.concatenate(positions)),
+            (columns.token, np.concatenate(tokens)),
+        ):
+            if not np.array_equal(column[first:stop], values):
+                self._problem(name, f"{column.name} of rows {first:,} to {stop:,} is not what the example table says")
+
+    def _missing(self, commits: Mapping[int, Commit]) -> None:
+        """Name the first shards without a record; only metadata says how many there should be, and it may lie."""
+        n_shards = self._plan.n_shards(self._archive.n_rows)
+        for shard in islice((shard for shard in range(n_shards) if shard not in commits), _MAX_LISTED):
+            self._problem(f"{FOLDER}/{shard:08d}-0000.json", "the record is missing: restore it from a copy")
+        n_more = n_shards - len(commits) - _MAX_LISTED
+        if n_more > 0:
+            self._problem(FOLDER, f"{n_more:,} more records are missing: restore them from a copy")
+
+    def _strangers(self, commits: Mapping[int, Commit]) -> None:
+        """Name files that no record knows; those of a run that was killed are no damage."""
+        known = self._known | {f"{FOLDER}/{commit.name}" for commit in commits.values()}
+        for spec in self._plan.arrays:
+            known.add(f"{spec.path}/{ROOT}")
+            known.update(shard_path(Path(), part, shard).as_posix() for part in spec.parts for shard in commits)
+        for path in sorted(self._root.rglob("*")):
+            name = path.relative_to(self._root).as_posix()
+            if name in known or (path.is_dir() and (not path.is_symlink() or self._is_inside(path))):
+                continue
+            if path.name.endswith(".tmp"):
+                self._report.notes.append(f"{name} is a temporary of a run that was killed; the next run removes it")
+            elif any(name.startswith(f"{spec.path}/c/") for spec in self._plan.arrays):
+                self._report.notes.append(f"{name} belongs to a shard without a commit; it will be written again")
+            elif self._is_growing and name.startswith("examples/part-"):
+                self._report.notes.append(f"{name} holds examples whose shard was not committed")
+            elif path.name != ROOT:
+                self._problem(name, "no record of the archive knows this file: remove it")
+
+    def _is_inside(self, path: Path) -> bool:
+        """Say whether no link on the way to `path` leads out of the archive; note the problem if one does."""
+        try:
+            check_inside(self._root, path)
+        except UnsafeArchiveError as error:
+            self._problem(path, str(error))
+            return False
+        return True
+
+    @property
+    def _is_growing(self) -> bool:
+        """Whether the archive is of a user's own loop that has not ended well."""
+        return self._plan.n_rows is None and self._archive.metadata.sealed is None
+
+    def _count(self, path: Path) -> None:
+        self._report.n_files += 1
+        self._report.n_bytes += path.stat().st_size

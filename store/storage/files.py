@@ -1,0 +1,226 @@
+"""Durable files: what `write_file` and `publish` wrote survives a power cut and is never seen half-written.
+
+Bytes go to a temporary name beside the target, are flushed to the disk, and only then get the real name;
+after that the folder is flushed as well. Temporaries are removed on any error. Those of a killed writer keep
+their name, `.NAME.PID-HEX.tmp`, and `sweep` removes them: a live writer holds a lock on its temporary, which
+the kernel drops with the process. Every error says which file it is about and what to do.
+"""
+
+import errno
+import fcntl
+import os
+import re
+import secrets
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
+from itertools import chain
+from pathlib import Path
+
+import numpy as np
+
+from residua.store.storage.crc import Buffer
+from residua.store.storage.direct import LEAST_BYTES, set_direct, write_direct
+
+_TEMPORARY = re.compile(r"^\..+\.(?P<pid>\d+)-[0-9a-f]{8}\.tmp$")
+_MAX_BUFFERS = 1024  # IOV_MAX on Linux and macOS
+_BATCH_BYTES = 1024 * 1024  # what is written at a time is still in the cache when the kernel copies it
+_ADVICE = {
+    errno.ENOSPC: "the disk is full: free some space",
+    errno.EDQUOT: "the disk quota is used up: free some space or raise the quota",
+    errno.EROFS: "the file system is read-only: choose another place",
+    errno.EACCES: "this user may not write there: change the permissions or choose another place",
+    errno.EPERM: "this user may not write there: change the permissions or choose another place",
+    errno.EFBIG: "the file is larger than the file system or the user's limit allows: use smaller shards",
+    errno.EMFILE: "too many files are open: raise the limit (ulimit -n)",
+    errno.ENOTDIR: "part of the path is a file, not a folder: choose another place",
+    errno.EISDIR: "a folder of that name is in the way: remove it",
+    errno.EIO: "the disk reported a fault: check it, and choose another place",
+}
+_NO_LINKS = "this file system has no hard links, which commits need: choose another place"
+
+
+class _NoLinksError(OSError):
+    """The file system has no hard links; the number of this error has other causes elsewhere."""
+
+
+def write_file(path: Path, parts: Iterable[Buffer]) -> int:
+    """Write `parts`, one after the other, as the file `path`; durable and whole, or not at all.
+
+    Folders on the way are created. An existing file is replaced in one step.
+
+    Args:
+        path: The file.
+        parts: Bytes or C-contiguous numpy arrays; they are not joined or copied.
+
+    Returns:
+        The bytes written.
+
+    Raises:
+        OSError: The file could not be written; `errno` is kept, and no temporary is left behind.
+    """
+    return _write(path, parts, os.replace)
+
+
+def publish(path: Path, data: bytes) -> None:
+    """Create the file `path` with `data`, durably, and never over an existing one.
+
+    Of several writers that publish the same name, exactly one succeeds.
+
+    Raises:
+        FileExistsError: `path` exists; it is left as it is.
+        OSError: The file could not be written; `errno` is kept, and no temporary is left behind.
+    """
+    _write(path, [data], _link)
+
+
+def sweep(folder: Path) -> list[Path]:
+    """Remove the temporaries that dead writers left in `folder` and below, and return their paths.
+
+    A temporary is left alone while its writer holds the lock on it. Where the file system knows no locks, it
+    is left alone while a process of that number runs on this machine.
+
+    Raises:
+        OSError: A temporary could not be removed.
+    """
+    removed = []
+    for root, _, names in os.walk(folder):
+        for name in names:
+            match = _TEMPORARY.match(name)
+            path = Path(root) / name
+            if match and not _is_in_use(path, int(match["pid"])):
+                path.unlink(missing_ok=True)
+                removed.append(path)
+    return removed
+
+
+def sync_folder(folder: Path) -> None:
+    """Flush the names in `folder` to the disk, so that a rename or a new file survives a power cut."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _write(path: Path, parts: Iterable[Buffer], place: Callable[[Path, Path], None]) -> int:
+    temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
+    try:
+        make_folders(path.parent)
+        try:
+            n_bytes = _write_through(temporary, parts)
+            place(temporary, path)
+        finally:
+            with suppress(FileNotFoundError):
+                temporary.unlink()
+        sync_folder(path.parent)
+    except FileExistsError:
+        raise
+    except OSError as error:
+        advice = _ADVICE.get(error.errno or 0, "see the cause, and try again")
+        if isinstance(error, _NoLinksError):
+            advice = _NO_LINKS
+        raise OSError(error.errno, f"cannot write {path} ({error.strerror}): {advice}") from error
+    return n_bytes
+
+
+def make_folders(folder: Path) -> None:
+    """Create `folder` and those above it where they are missing; the new names are durable."""
+    missing = []
+    while not folder.is_dir():
+        missing.append(folder)
+        folder = folder.parent
+    for new in reversed(missing):
+        try:
+            new.mkdir(exist_ok=True)
+        except FileExistsError:
+            raise NotADirectoryError(errno.ENOTDIR, f"{new} is a file") from None
+        sync_folder(new.parent)
+
+
+def _write_through(path: Path, parts: Iterable[Buffer]) -> int:
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
+    try:
+        with suppress(OSError):
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        views = map(_bytes_of, parts)
+        head = _first(views, LEAST_BYTES)
+        is_large = sum(view.nbytes for view in head) >= LEAST_BYTES
+        write = write_direct if is_large and set_direct(descriptor) else _write_all
+        n_bytes = write(descriptor, chain(head, views))
+        os.fdatasync(descriptor)
+    finally:
+        os.close(descriptor)
+    return n_bytes
+
+
+def _first(views: Iterator[memoryview], n_bytes: int) -> list[memoryview]:
+    """Take views until they hold `n_bytes`, or all there are, and no more than one call to the kernel takes."""
+    taken: list[memoryview] = []
+    while n_bytes > 0 and len(taken) < _MAX_BUFFERS and (view := next(views, None)) is not None:
+        taken.append(view)
+        n_bytes -= view.nbytes
+    return taken
+
+
+def _write_all(descriptor: int, views: Iterator[memoryview]) -> int:
+    """Write all of `views`; the kernel may take fewer bytes at a time, for example near a full disk."""
+    total = 0
+    while batch := _first(views, _BATCH_BYTES):
+        while batch:
+            written = os.writev(descriptor, batch)
+            total += written
+            batch = _after(batch, written)
+    return total
+
+
+def _bytes_of(part: Buffer) -> memoryview:
+    if isinstance(part, np.ndarray):
+        return part.reshape(-1).view(np.uint8).data
+    return memoryview(part)
+
+
+def _after(buffers: list[memoryview], n_bytes: int) -> list[memoryview]:
+    """Return what is left of `buffers` once their first `n_bytes` are gone."""
+    for i, buffer in enumerate(buffers):
+        if n_bytes < buffer.nbytes:
+            return [buffer[n_bytes:], *buffers[i + 1 :]]
+        n_bytes -= buffer.nbytes
+    return []
+
+
+def _link(temporary: Path, path: Path) -> None:
+    try:
+        os.link(temporary, path)
+    except FileExistsError:
+        raise FileExistsError(errno.EEXIST, f"{path} exists already and is not overwritten") from None
+    except OSError as error:
+        if error.errno in (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP):
+            raise _NoLinksError(error.errno, error.strerror) from error
+        raise
+
+
+def _is_in_use(path: Path, pid: int) -> bool:
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return True
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return is_alive(pid)
+    finally:
+        os.close(descriptor)
+    return False
+
+
+def is_alive(pid: int) -> bool:
+    """Say whether a process of that number runs on this machine."""
+    try:
+        os.kill(pid, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:
+        return True
+    return True
