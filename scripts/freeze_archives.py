@@ -2,7 +2,7 @@
 
 Run it once for each new version of the format, never for one that is released: `tests/fixtures/` must hold what that
 version really wrote. Beside the archives goes `digests.json`, the SHA-256 of every array's values as plain zarr-python
-reads them, which `tests/store/test_frozen.py` compares with what every later version of Residua reads.
+reads them, which `tests/store/read/test_frozen.py` compares with what every later version of Residua reads.
 """
 
 import hashlib

@@ -12,7 +12,7 @@ import yaml
 
 from residua.store.read.verify import verify
 from tests.distributed.gang import Ended, Gang, Start, launched
-from tests.pipelines.test_replay import contents
+from tests.pipelines.replay.test_replay import contents
 from tests.ragged import MODEL, capture_words, write_dataset
 
 pytestmark = pytest.mark.timeout(300)

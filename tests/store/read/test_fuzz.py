@@ -20,6 +20,7 @@ from residua.store.format.archive_metadata import read_metadata
 from residua.store.read.archive import Archive
 from residua.store.read.summary import summarise
 from residua.store.read.verify import verify
+from tests.store.base.test_canonical import VALUES
 from tests.store.forging import (
     in_a_row,
     load,
@@ -32,7 +33,6 @@ from tests.store.forging import (
     sign_side_file,
 )
 from tests.store.small_archive import HEIGHT, files_of, is_same_json, make_archive, read_everything
-from tests.store.test_canonical import VALUES
 
 CODECS = ("raw", "fast", "small", "int8-block32", "bitround10")
 SITE = "resid_post.0"

@@ -14,8 +14,8 @@ from residua.store.format.array_metadata import create_array, open_array
 from residua.store.format.plan import Plan, SitePlan
 from residua.store.read.columns import reader_of
 from residua.store.storage.files import write_file
+from tests.store.read.test_other_readers import READERS, Reader
 from tests.store.samples import Array, make_rows, make_spec, same_bits
-from tests.store.test_other_readers import READERS, Reader
 
 N_ROWS = 2 * 256 + 70
 N_PARTS = 3

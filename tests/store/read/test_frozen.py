@@ -11,7 +11,7 @@ import pytest
 import residua
 from tests.plain_zarr import plain_array
 
-FIXTURES = Path(__file__).parent.parent / "fixtures"
+FIXTURES = Path(__file__).parents[2] / "fixtures"
 ARCHIVES = sorted(FIXTURES.glob("format-*/*.archive"))
 
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from residua.store.base.errors import PlanError, UnknownSiteError, UnsafeArchiveError
 from residua.store.encoding.spec import MAX_ROWS
 from residua.store.format.plan import ROW_COLUMNS, Plan, SitePlan
-from tests.store.test_canonical import TEXTS, VALUES
+from tests.store.base.test_canonical import TEXTS, VALUES
 
 SITES = (
     SitePlan(name="resid_post.0", row_shape=(64,), dtype="bfloat16", codec="fast"),

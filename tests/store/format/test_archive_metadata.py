@@ -21,8 +21,8 @@ from residua.store.format.archive_metadata import (
     read_metadata,
     write_metadata,
 )
-from tests.store.test_canonical import VALUES
-from tests.store.test_plan import HOSTILE, make_plan, paths_into
+from tests.store.base.test_canonical import VALUES
+from tests.store.format.test_plan import HOSTILE, make_plan, paths_into
 
 METADATA = Metadata(
     plan=make_plan(),

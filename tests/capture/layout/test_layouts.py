@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from residua.capture.layout.layouts import Layout, Part, understood, whole_shape
 from residua.capture.sites.site import SiteInfo
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 SIZES = st.lists(st.integers(1, 9), min_size=2, max_size=5)
 
 

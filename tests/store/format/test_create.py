@@ -19,7 +19,7 @@ from residua.store.format.array_metadata import open_array
 from residua.store.format.commits import Commit, ShardFile
 from residua.store.format.create import create_archive, relative_error, seal, workspace
 from residua.store.format.plan import SitePlan
-from tests.store.test_plan import make_plan
+from tests.store.format.test_plan import make_plan
 
 SITES = (
     SitePlan(name="resid_post.0", row_shape=(8,), dtype="float32", codec="fast"),
