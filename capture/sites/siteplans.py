@@ -1,6 +1,6 @@
 """From what a model computes at a site to how the site is stored."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 from residua.capture.sites.site import SiteInfo
@@ -44,16 +44,34 @@ def plan_sites(
     return tuple(plans)
 
 
-def check_storage(*, codec: str, dtype: str | None, rows_per_shard: int | None, threads: int | None) -> None:
-    """Raise PlanError if a setting of the storage has a value that nothing could be stored with."""
+def check_storage(
+    *,
+    codec: str,
+    dtype: str | None,
+    rows_per_shard: int | None,
+    threads: int | None,
+    named: Callable[[str], str] = str,
+) -> None:
+    """Check the settings that every capture has for its storage.
+
+    Args:
+        codec: Name of a codec preset.
+        dtype: Data type to store floating-point sites in; None keeps what the model computes.
+        rows_per_shard: Rows of a shard; None leaves the choice to the plan.
+        threads: Threads that encode and write; None leaves the choice to the capture.
+        named: Turns the name of a setting into what the user calls it, for messages.
+
+    Raises:
+        PlanError: A setting has a value that nothing can be stored with.
+    """
     if codec not in PRESETS:
-        raise PlanError(f"codec {codec!r} is not known: choose one of {', '.join(PRESETS)}")
+        raise PlanError(f"{named('codec')} {codec} is not known: choose one of {', '.join(PRESETS)}")
     if dtype is not None and dtype not in FLOATS:
-        raise PlanError(f"dtype {dtype!r} is not known: choose one of {', '.join(FLOATS)}")
+        raise PlanError(f"{named('dtype')} {dtype} is not known: choose one of {', '.join(FLOATS)}")
     if rows_per_shard is not None and (rows_per_shard < 1 or rows_per_shard & (rows_per_shard - 1)):
-        raise PlanError(f"rows_per_shard is {rows_per_shard}: it must be a power of two")
+        raise PlanError(f"{named('rows_per_shard')} is {rows_per_shard}: it must be a power of two")
     if threads is not None and threads < 1:
-        raise PlanError(f"threads is {threads}: it must be at least 1")
+        raise PlanError(f"{named('threads')} is {threads}: it must be at least 1")
 
 
 def plan_site(name: str, row_shape: tuple[int, ...], computed: str, *, dtype: str | None, codec: str) -> SitePlan:

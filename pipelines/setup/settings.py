@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Self
 
-from residua.capture.sites.siteplans import FLOATS
+from residua.capture.sites.siteplans import FLOATS, check_storage
 from residua.pipelines.data.dataset import DatasetSettings
 from residua.store.base.errors import PlanError
 from residua.store.base.yamltext import parse_yaml
@@ -20,6 +20,11 @@ _MOST_BITS = 63
 def _flag(default: Any, text: str) -> Any:
     """Return a field whose help on the command line is `text`."""
     return field(default=default, metadata={"help": text})
+
+
+def flag_of(name: str) -> str:
+    """Return the flag of a setting: ``--max-length`` for ``max_length``."""
+    return "--" + name.replace("_", "-")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,25 +67,21 @@ class CaptureSettings:
     join: bool = _flag(False, "share the work with runs that are at this archive, and let others join")
 
     def __post_init__(self) -> None:
-        for name, known in (("dtype", (None, *FLOATS)), ("model_dtype", ("auto", *FLOATS))):
-            if (value := getattr(self, name)) not in known:
-                choice = ", ".join(filter(None, known))
-                raise PlanError(f"--{name.replace('_', '-')} {value} is not known: choose one of {choice}")
-        if self.codec not in PRESETS:
-            raise PlanError(f"--codec {self.codec} is not known: choose one of {', '.join(PRESETS)}")
-        for name in ("batch_tokens", "threads", "host_memory", "tp", "pp"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise PlanError(f"--{name.replace('_', '-')} is {value}: it must be at least 1")
-        height = self.rows_per_shard
-        if height is not None and (height < 1 or height & (height - 1)):
-            raise PlanError(f"--rows-per-shard is {height}: it must be a power of two")
-        self._check_split()
-        self.dataset_settings()
-
-    def _check_split(self) -> None:
+        check_storage(
+            codec=self.codec,
+            dtype=self.dtype,
+            rows_per_shard=self.rows_per_shard,
+            threads=self.threads,
+            named=flag_of,
+        )
+        if self.model_dtype not in (known := ("auto", *FLOATS)):
+            raise PlanError(f"--model-dtype {self.model_dtype} is not known: choose one of {', '.join(known)}")
+        for name in ("batch_tokens", "host_memory", "tp", "pp"):
+            if (value := getattr(self, name)) < 1:
+                raise PlanError(f"{flag_of(name)} is {value}: it must be at least 1")
         if self.tp * self.pp > 1 and self.device_map is not None:
             raise PlanError("--device-map and --tp or --pp contradict each other: a process of those has one device")
+        self.dataset_settings()
 
     def dataset_settings(self) -> DatasetSettings:
         """Return the part that reads the dataset."""
