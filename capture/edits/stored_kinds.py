@@ -12,7 +12,7 @@ from torch import Tensor
 from residua.capture.buffers.row_index import Indices
 from residua.capture.edits.action import Action, Change, Chosen, Surroundings, always, fitting, name_of
 from residua.capture.edits.stored_rows import StoredRows
-from residua.capture.runtime.ranks import is_alone
+from residua.capture.runtime.collectives import is_alone
 from residua.capture.sites.site import SiteInfo
 from residua.store.base.errors import NotCapturedError, PlanError
 from residua.store.edits.edit import FromOverlay, Mean, Scalar, Swap

@@ -5,7 +5,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import torch
 
 from residua.capture.buffers.row_index import Indices
-from residua.capture.runtime.ranks import is_alone
+from residua.capture.runtime.collectives import is_alone
 from residua.store.base.errors import PlanError
 from residua.store.read.archive import Archive
 

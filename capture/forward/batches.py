@@ -14,9 +14,10 @@ from residua.capture.buffers.rows import ExampleRows, batch_rows, by_position
 from residua.capture.forward.inputs import ForwardArguments
 from residua.capture.forward.plan_batch import plan_batch
 from residua.capture.layout.process_layout import Part
+from residua.capture.runtime.collectives import failed_together
 from residua.capture.runtime.devices import input_device
 from residua.capture.runtime.pipeline_schedule import runnable, staged_of
-from residua.capture.runtime.sharded import failed_together, is_sharded
+from residua.capture.runtime.sharded import is_sharded
 from residua.store.base.errors import CaptureError
 from residua.store.examples.schedule import Batch
 from residua.store.examples.table import ExampleTable

@@ -14,9 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from residua.capture.forward.inputs import forward_kwargs
+from residua.capture.runtime.collectives import everyones
 from residua.capture.runtime.devices import input_device
 from residua.capture.runtime.pipeline_schedule import runnable
-from residua.capture.runtime.process_groups import everyones, pipeline_group, tensor_parallel_group
+from residua.capture.runtime.process_groups import pipeline_group, tensor_parallel_group
 from residua.capture.sites.anatomy import Anatomy
 from residua.capture.sites.attention import AttentionTap, eager_attention, intercepting
 from residua.capture.sites.pipeline_stages import target_of

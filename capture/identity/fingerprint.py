@@ -14,7 +14,8 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 from transformers import PreTrainedModel
 
 from residua.capture.layout.weights_by_hand import Weights
-from residua.capture.runtime.process_groups import everyones, pipeline_group
+from residua.capture.runtime.collectives import everyones
+from residua.capture.runtime.process_groups import pipeline_group
 from residua.capture.runtime.wrappers import core_of
 from residua.capture.sites.reference_model import whole_twin
 from residua.store.base.errors import CaptureError

@@ -8,8 +8,8 @@ from torch import Tensor, nn
 
 from residua.capture.identity.parameter_file import parameter_file
 from residua.capture.layout.weights_by_hand import Weights
+from residua.capture.runtime.collectives import on_rank
 from residua.capture.runtime.process_groups import pipeline_group
-from residua.capture.runtime.ranks import on_rank
 from residua.capture.runtime.wrappers import named_parts
 from residua.capture.sites.anatomy import Anatomy
 from residua.capture.sites.architectures import Family

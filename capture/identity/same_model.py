@@ -8,10 +8,9 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from residua.capture.identity.provenance import changed_conditions, config_differences, identify_model, layout
-from residua.capture.runtime.compiled import running_uncompiled
 from residua.capture.runtime.pipeline_schedule import runnable
 from residua.capture.runtime.sharded import plain_class
-from residua.capture.runtime.wrappers import core_of
+from residua.capture.runtime.wrappers import core_of, running_uncompiled
 from residua.capture.sites.attention import eager_attention
 from residua.capture.sites.shape_probe import evaluating
 from residua.store.base.errors import CaptureError, PlanError

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from residua.capture.runtime.process_groups import everyones
+from residua.capture.runtime.collectives import everyones
 from residua.capture.sites.site import SiteInfo
 from residua.store.base.errors import CaptureError
 from residua.store.storage.crc import crc32c

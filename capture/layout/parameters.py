@@ -6,7 +6,7 @@ from accelerate.utils import align_module_device  # type: ignore[import-untyped]
 from torch import Tensor, nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 
-from residua.capture.runtime.ranks import on_rank
+from residua.capture.runtime.collectives import on_rank
 from residua.capture.runtime.sharded import whole, whole_gradient
 from residua.capture.runtime.wrappers import core_of, named_parts
 from residua.store.base.errors import CaptureError

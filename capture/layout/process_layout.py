@@ -7,7 +7,8 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed import ProcessGroup
 
-from residua.capture.runtime.process_groups import everyones, pipeline_group, tensor_parallel_group
+from residua.capture.runtime.collectives import everyones
+from residua.capture.runtime.process_groups import pipeline_group, tensor_parallel_group
 from residua.capture.scheduling.membership import Crew
 from residua.capture.scheduling.ownership import Share
 from residua.capture.scheduling.worker_group import Team

@@ -5,7 +5,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from residua.capture.layout.layouts import Layout, Shape, detect
-from residua.capture.runtime.ranks import on_rank
+from residua.capture.runtime.collectives import on_rank
 from residua.store.base.errors import CaptureError
 
 

@@ -19,8 +19,7 @@ from residua.capture.buffers.rows import FIRST_ROW_AXIS, by_position
 from residua.capture.buffers.stage import torch_dtype
 from residua.capture.layout.layouts import Layout
 from residua.capture.layout.local_shards import LocalParts
-from residua.capture.runtime.collectives import Exchange
-from residua.capture.runtime.ranks import on_rank
+from residua.capture.runtime.collectives import Exchange, on_rank
 from residua.capture.scheduling.ownership import Share
 from residua.store.base.errors import CaptureError
 from residua.store.format.plan import Plan

@@ -12,8 +12,9 @@ from torch.distributed.tensor import DTensor
 
 from residua.capture.layout.gather import gathered
 from residua.capture.layout.layouts import Layout, Part, Shape
+from residua.capture.runtime.collectives import everyones
 from residua.capture.runtime.devices import with_values
-from residua.capture.runtime.process_groups import everyones, group_by_hand
+from residua.capture.runtime.process_groups import group_by_hand
 from residua.capture.runtime.sharded import whole
 from residua.capture.sites.reference_model import whole_weights
 from residua.store.storage.crc import crc32c

@@ -20,8 +20,9 @@ from transformers import PreTrainedModel
 
 from residua.capture.forward.inputs import forward_kwargs
 from residua.capture.patching.pairs import Pair, PairMetric
+from residua.capture.runtime.collectives import everyones
 from residua.capture.runtime.devices import input_device
-from residua.capture.runtime.process_groups import everyones, pipeline_group
+from residua.capture.runtime.process_groups import pipeline_group
 from residua.capture.runtime.wrappers import core_of
 from residua.capture.sites.anatomy import ATTENTION_KINDS
 from residua.capture.sites.pipeline_stages import is_stand_in

@@ -8,9 +8,10 @@ from residua.capture.forward.inputs import forward_kwargs
 from residua.capture.layout.layouts import Layout
 from residua.capture.layout.local_shards import LocalParts
 from residua.capture.layout.process_layout import Part
+from residua.capture.runtime.collectives import everyones
 from residua.capture.runtime.devices import input_device
 from residua.capture.runtime.pipeline_schedule import runnable
-from residua.capture.runtime.process_groups import everyones, pipeline_group
+from residua.capture.runtime.process_groups import pipeline_group
 from residua.capture.sites.shape_probe import evaluating
 from residua.capture.taps.reading import reading
 from residua.store.base.errors import PlanError

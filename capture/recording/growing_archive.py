@@ -24,8 +24,8 @@ from residua.capture.layout.local_shards import LocalParts, whole_row
 from residua.capture.layout.process_layout import Part
 from residua.capture.layout.row_exchange import SharedRows
 from residua.capture.recording.call import Call, Column, example_rows
+from residua.capture.runtime.collectives import on_rank
 from residua.capture.runtime.devices import runs_on_cuda
-from residua.capture.runtime.ranks import on_rank
 from residua.capture.scheduling.membership import Crew
 from residua.capture.scheduling.ownership import Share
 from residua.capture.scheduling.worker_group import TeamCommits

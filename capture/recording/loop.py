@@ -18,8 +18,8 @@ from torch.distributed.distributed_c10d import _get_default_store
 
 from residua.capture.layout.process_layout import Part, is_split, part_of
 from residua.capture.recording.call import Call
-from residua.capture.runtime.process_groups import device_of, everyones, pipeline_group, tensor_parallel_group
-from residua.capture.runtime.ranks import on_rank
+from residua.capture.runtime.collectives import device_of, everyones, on_rank
+from residua.capture.runtime.process_groups import pipeline_group, tensor_parallel_group
 from residua.capture.scheduling.membership import Crew
 from residua.capture.sites.site import SiteInfo
 from residua.store.base.errors import CaptureError

@@ -21,8 +21,8 @@ from residua.capture.layout.local_shards import LocalParts
 from residua.capture.layout.process_layout import Part
 from residua.capture.layout.row_exchange import SharedRows
 from residua.capture.replay.replaying import Replaying
+from residua.capture.runtime.collectives import in_step
 from residua.capture.runtime.devices import runs_on_cuda
-from residua.capture.runtime.sharded import in_step
 from residua.capture.scheduling.ownership import Share
 from residua.capture.scheduling.work_queue import AllAtOnce, Run, Work, runs_of
 from residua.capture.scheduling.worker_group import TeamCommits

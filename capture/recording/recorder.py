@@ -35,10 +35,11 @@ from residua.capture.layout.process_layout import Part, is_split
 from residua.capture.recording.call import Call, Column, read_call
 from residua.capture.recording.growing_archive import GrowingArchive, taken
 from residua.capture.recording.loop import SameCalls, team_in_loop
-from residua.capture.runtime.compiled import refuse_compiled
+from residua.capture.runtime.collectives import device_of, everyones
 from residua.capture.runtime.pipeline_schedule import PIPELINES
-from residua.capture.runtime.process_groups import device_of, everyones, pipeline_group, split_by_hand
+from residua.capture.runtime.process_groups import pipeline_group, split_by_hand
 from residua.capture.runtime.streams import writer_threads
+from residua.capture.runtime.wrappers import refuse_compiled
 from residua.capture.scheduling.membership import Crew
 from residua.capture.sites.attention import eager_where_needed
 from residua.capture.sites.reference_model import whole_sites

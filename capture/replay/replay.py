@@ -25,9 +25,9 @@ from residua.capture.replay.generation import generate
 from residua.capture.replay.metrics import MetricSpec, Outcome, metric_of, token_losses
 from residua.capture.replay.notes import attention_notes, unlike_the_plan
 from residua.capture.replay.passes import kept_rows
+from residua.capture.runtime.collectives import on_rank
 from residua.capture.runtime.pipeline_schedule import PIPELINES, as_model
 from residua.capture.runtime.process_groups import split_by_hand
-from residua.capture.runtime.ranks import on_rank
 from residua.store.base.errors import CaptureError, PlanError
 from residua.store.base.wording import few
 from residua.store.edits.parser import EditSource, parse_edits

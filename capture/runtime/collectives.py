@@ -1,19 +1,95 @@
-"""From parts of all rows to all of some rows: one exchange between the ranks that hold a tensor together.
+"""Collectives: which rank this process is, and what the ranks of a group exchange.
 
-A tensor that is split over ranks lies on each as a part of every row, or, split by position, as all of some rows. A
-shard is written by one rank. So each rank cuts what it has by who stores it, and one `all_to_all` brings everything to
-its place: nothing is sent twice, and nothing is sent that is not stored.
+`Exchange` turns parts of all rows into all of some rows. A tensor that is distributed over ranks lies on each rank as a
+slice of every row or, if it is distributed by position, as all of some rows. One rank writes a shard. So each rank cuts
+its tensor by the rank that stores each piece, and one `all_to_all` brings every piece to that rank: nothing is sent
+twice, and nothing is sent that is not stored.
+
+`Agreement` and `in_step` keep workers together whose forward passes are collectives.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from math import prod
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from residua.store.base.errors import CaptureError
+
+T = TypeVar("T")
+BatchT = TypeVar("BatchT")
 Shape = tuple[int, ...]
+
+
+def is_alone() -> bool:
+    """Say whether there is only one process."""
+    return not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1
+
+
+def on_rank() -> str:
+    """Return `` on rank 3`` with a space in front; empty where there is only one process."""
+    return "" if is_alone() else f" on rank {dist.get_rank()}"
+
+
+def everyones(group: ProcessGroup | None, value: T) -> list[T]:
+    """Return what each rank of a group says, in their order; without a group, what this process says."""
+    if group is None:
+        return [value]
+    values = [value] * dist.get_world_size(group)
+    dist.all_gather_object(values, value, group=group)
+    return values
+
+
+def device_of(group: ProcessGroup | None) -> torch.device:
+    """Return a device whose tensors the ranks of a group, or of the default group, can send each other."""
+    if "gloo" in str(dist.get_backend(group)):
+        return torch.device("cpu")
+    return torch.device("cuda", torch.cuda.current_device())
+
+
+def failed_together(error: RuntimeError, *, safe: str = "committed") -> CaptureError:
+    """Return what to raise where a forward pass, or an agreement on it, failed that several processes share.
+
+    Args:
+        error: How it failed.
+        safe: What has to have become of work that is not lost.
+    """
+    return CaptureError(
+        "the forward pass failed, perhaps because another process that holds this model died: "
+        f"{(str(error).splitlines() or [''])[0]}. What was {safe} before is safe; run the same command again "
+        "to go on."
+    )
+
+
+class Agreement:
+    """Lets all workers agree, before each batch, on whether any of them has one; a collective."""
+
+    def __init__(self) -> None:
+        self._flag = torch.zeros((), device=device_of(None))
+
+    def __call__(self, has_batch: bool) -> bool:
+        """Return whether any worker called this with true.
+
+        Raises:
+            CaptureError: Another worker is gone.
+        """
+        self._flag.fill_(float(has_batch))
+        try:
+            dist.all_reduce(self._flag, op=dist.ReduceOp.MAX)
+            return bool(self._flag.item())
+        except RuntimeError as error:
+            raise failed_together(error) from error
+
+
+def in_step(batches: Iterator[BatchT | None], agree: Callable[[bool], bool]) -> Iterator[BatchT | None]:
+    """Yield the batches, then None as long as any other worker has one; no worker takes over from another."""
+    batch = next(batches, None)
+    while agree(batch is not None):
+        yield batch
+        batch = None if batch is None else next(batches, None)
 
 
 class Exchange:

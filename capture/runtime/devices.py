@@ -10,7 +10,7 @@ import torch
 from accelerate.utils import align_module_device  # type: ignore[import-untyped]  # it ships no types
 from torch import Tensor, nn
 
-from residua.capture.runtime.ranks import on_rank
+from residua.capture.runtime.collectives import on_rank
 from residua.capture.runtime.wrappers import core_of, named_parts
 from residua.store.base.errors import CaptureError
 

@@ -21,8 +21,8 @@ from torch.distributed.pipelining.stage import _PipelineStageBase
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
-from residua.capture.runtime.ranks import on_rank
-from residua.capture.runtime.replica import replica_of
+from residua.capture.runtime.collectives import on_rank
+from residua.capture.runtime.wrappers import replica_of
 from residua.store.base.errors import CaptureError, PlanError
 
 _Announced = list[tuple[tuple[int, ...], torch.dtype]]

@@ -2,10 +2,8 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TypeVar
 from weakref import WeakKeyDictionary
 
-import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed import ProcessGroup
@@ -16,8 +14,6 @@ from torch.distributed.tensor import DTensor
 from residua.capture.runtime.pipeline_schedule import staged_of
 from residua.capture.runtime.wrappers import core_of
 from residua.store.base.errors import PlanError
-
-T = TypeVar("T")
 
 _by_hand: WeakKeyDictionary[nn.Module, ProcessGroup] = WeakKeyDictionary()
 
@@ -88,22 +84,6 @@ def pipeline_group(model: nn.Module) -> ProcessGroup | None:
     staged, stage = staged_of(core_of(model)), getattr(core_of(model), "_pp_stage", None)
     group: ProcessGroup | None = stage.pp_group if stage is not None else None if staged is None else staged.group
     return group if group is not None and dist.get_world_size(group) > 1 else None
-
-
-def everyones(group: ProcessGroup | None, value: T) -> list[T]:
-    """Return what each rank of a group says, in their order; without a group, what this process says."""
-    if group is None:
-        return [value]
-    values = [value] * dist.get_world_size(group)
-    dist.all_gather_object(values, value, group=group)
-    return values
-
-
-def device_of(group: ProcessGroup | None) -> torch.device:
-    """Return a device whose tensors the ranks of a group, or of the default group, can send each other."""
-    if "gloo" in str(dist.get_backend(group)):
-        return torch.device("cpu")
-    return torch.device("cuda", torch.cuda.current_device())
 
 
 def _given(given: ProcessGroup | DeviceMesh) -> ProcessGroup:

@@ -5,19 +5,11 @@ workers, so all must make the same number of calls: they agree before each batch
 """
 
 import sys
-from collections.abc import Callable, Iterator
-from typing import Any, TypeVar
+from typing import Any
 
-import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
-
-from residua.capture.runtime.process_groups import device_of
-from residua.store.base.errors import CaptureError
-
-BatchT = TypeVar("BatchT")
 
 
 def is_sharded(model: nn.Module) -> bool:
@@ -65,45 +57,3 @@ def plain_class(model: nn.Module) -> type[nn.Module]:
             base for base in kind.__mro__[1:] if issubclass(base, nn.Module) and not issubclass(base, FSDPModule)
         )
     return kind
-
-
-def failed_together(error: RuntimeError, *, safe: str = "committed") -> CaptureError:
-    """Return what to raise where a forward pass, or an agreement on it, failed that several processes share.
-
-    Args:
-        error: How it failed.
-        safe: What has to have become of work that is not lost.
-    """
-    return CaptureError(
-        "the forward pass failed, perhaps because another process that holds this model died: "
-        f"{(str(error).splitlines() or [''])[0]}. What was {safe} before is safe; run the same command again "
-        "to go on."
-    )
-
-
-class Agreement:
-    """Lets all workers agree, before each batch, on whether any of them has one; a collective."""
-
-    def __init__(self) -> None:
-        self._flag = torch.zeros((), device=device_of(None))
-
-    def __call__(self, has_batch: bool) -> bool:
-        """Return whether any worker called this with true.
-
-        Raises:
-            CaptureError: Another worker is gone.
-        """
-        self._flag.fill_(float(has_batch))
-        try:
-            dist.all_reduce(self._flag, op=dist.ReduceOp.MAX)
-            return bool(self._flag.item())
-        except RuntimeError as error:
-            raise failed_together(error) from error
-
-
-def in_step(batches: Iterator[BatchT | None], agree: Callable[[bool], bool]) -> Iterator[BatchT | None]:
-    """Yield the batches, then None as long as any other worker has one; no worker takes over from another."""
-    batch = next(batches, None)
-    while agree(batch is not None):
-        yield batch
-        batch = None if batch is None else next(batches, None)

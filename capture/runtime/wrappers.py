@@ -1,19 +1,29 @@
-"""What is inside wrappers: the model that DDP, FSDP, compile and the like stand around, under its own names.
+"""Wrappers around a model, compiled models, and the bare model inside them.
 
-A wrapper holds the wrapped module as a child of a fixed name, so the names of `named_modules` grow parts such as
-``module`` or ``_fsdp_wrapped_module``. Here they do not: a wrapped module has the name that it has in the bare
-model. What is named is the wrapper, since what enters and leaves it is what the model around it sees.
+A wrapper (DDP, FSDP, `torch.compile`, checkpointing) holds the wrapped module as a child of a fixed name, so the names
+of `named_modules` contain parts such as ``module`` or ``_fsdp_wrapped_module``. The names used here do not: a wrapped
+module has the name that it has in the bare model. `named_parts` returns the wrapper under that name, because the model
+around it sees what enters and leaves the wrapper. FSDP2 and transformers' own parallelism wrap nothing: they change
+the model's class or the forward method of its modules.
 
-FSDP2 and transformers' own parallelism wrap nothing: they change the model's class or its modules' forward.
+Compiled code ignores hooks that are added after the first compiled call, and hooks that are added before it break the
+graph. A capture or a tap therefore runs compiled modules uncompiled.
 """
 
+import threading
 from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import TypeVar, cast
 
+import torch
 from torch import nn
+from torch._dynamo.eval_frame import OptimizedModule
 from torch.nn import DataParallel
 from torch.nn.parallel import DistributedDataParallel
 
-from residua.store.base.errors import CaptureError
+from residua.store.base.errors import CaptureError, PlanError
+
+ModelT = TypeVar("ModelT", bound=nn.Module)
 
 _BY_ATTRIBUTE = ("_fsdp_wrapped_module", "_fpw_module", "_checkpoint_wrapped_module", "_orig_mod")
 _ENGINES = ("DeepSpeedEngine", "PipelineEngine", "InferenceEngine")  # known by name: the library is not imported
@@ -69,3 +79,80 @@ def _below(module: nn.Module, path: str, seen: set[int]) -> Iterator[tuple[str, 
             seen.add(id(child))
             yield path + name, child
             yield from _below(child, f"{path}{name}.", seen)
+
+
+def uncompiled(model: ModelT) -> ModelT:
+    """Return the module that `torch.compile` wrapped, or `model` itself."""
+    return cast("ModelT", model._orig_mod) if isinstance(model, OptimizedModule) else model
+
+
+def is_compiled(model: nn.Module) -> bool:
+    """Say whether `model` or a module in it is compiled, by `torch.compile` or in place."""
+    return any(
+        isinstance(module, OptimizedModule) or module._compiled_call_impl is not None for module in model.modules()
+    )
+
+
+class _Uncompiled:
+    """The stance that the process takes while anybody wants it; contexts may end in any order."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._n_wanting = 0
+        self._taken = ExitStack()
+
+    def take(self) -> None:
+        with self._lock:
+            if not self._n_wanting:
+                self._taken.enter_context(torch.compiler.set_stance("force_eager"))
+            self._n_wanting += 1
+
+    def let_go(self) -> None:
+        with self._lock:
+            self._n_wanting -= 1
+            if not self._n_wanting:
+                self._taken.close()
+
+
+_uncompiled = _Uncompiled()
+
+
+@contextmanager
+def running_uncompiled(model: nn.Module) -> Iterator[bool]:
+    """Let compiled modules run as plain ones inside; yields whether there are any."""
+    if not is_compiled(model):
+        yield False
+        return
+    _uncompiled.take()
+    try:
+        yield True
+    finally:
+        _uncompiled.let_go()
+
+
+def refuse_compiled(model: nn.Module) -> None:
+    """Raise CaptureError if `model` is compiled: a loop that the user owns runs it as it is."""
+    if is_compiled(model):
+        raise CaptureError(
+            "the model is compiled, and hooks are no part of compiled code: record with the model as it was before "
+            "torch.compile (model._orig_mod), or build it without compile()"
+        )
+
+
+def replica_of(model: ModelT) -> ModelT:
+    """Return `model` without what DDP, DeepSpeed and `torch.compile` wrapped around it.
+
+    DDP's own forward pass talks to the other workers, and so would wait for those that have fewer batches.
+
+    Raises:
+        PlanError: The model is spread over processes in a way that a capture cannot share out.
+    """
+    inner: nn.Module = uncompiled(model)
+    while isinstance(inner, DistributedDataParallel) or type(inner).__name__ == "DeepSpeedEngine":
+        inner = uncompiled(inner.get_submodule("module"))
+    if inside(inner) is not None:
+        raise PlanError(
+            f"the model is wrapped in {type(inner).__name__}: capture with the model inside, or shard it with FSDP2 "
+            "(fully_shard), which wraps nothing"
+        )
+    return cast("ModelT", inner)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from residua.capture.runtime.ranks import on_rank
+from residua.capture.runtime.collectives import on_rank
 from residua.store.base.errors import CaptureError
 
 

@@ -17,9 +17,9 @@ from torch.distributed.pipelining import PipelineStage
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
-from residua.capture.runtime.compiled import running_uncompiled
+from residua.capture.runtime.collectives import on_rank
 from residua.capture.runtime.process_groups import pipeline_group, tensor_parallel_group
-from residua.capture.runtime.ranks import on_rank
+from residua.capture.runtime.wrappers import running_uncompiled
 from residua.capture.sites.attention import eager_where_needed
 from residua.capture.sites.hooks import ForwardCall, Met, attached
 from residua.capture.sites.leaves import checked_replacement

@@ -20,12 +20,12 @@ from residua.capture.identity.tokenizer import identify_tokenizer, save_tokenize
 from residua.capture.layout.process_layout import Part, is_split
 from residua.capture.recording.column_shards import column_shards
 from residua.capture.recording.record import RecordStats, record, total
-from residua.capture.runtime.compiled import running_uncompiled
+from residua.capture.runtime.collectives import Agreement
 from residua.capture.runtime.pipeline_schedule import PIPELINES, as_model, runnable
 from residua.capture.runtime.process_groups import split_by_hand
-from residua.capture.runtime.replica import replica_of
-from residua.capture.runtime.sharded import Agreement, is_sharded
+from residua.capture.runtime.sharded import is_sharded
 from residua.capture.runtime.streams import writer_threads
+from residua.capture.runtime.wrappers import replica_of, running_uncompiled
 from residua.capture.sites.attention import eager_attention
 from residua.capture.sites.reference_model import whole_sites
 from residua.capture.sites.resolve import resolve_sites

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from residua.capture.forward.batches import BatchRunner
 from residua.capture.identity.compare import RowComparison, SiteComparison
 from residua.capture.identity.provenance import changed_conditions, identify_model
-from residua.capture.runtime.compiled import running_uncompiled
+from residua.capture.runtime.wrappers import running_uncompiled
 from residua.capture.sites.attention import eager_where_needed
 from residua.capture.sites.resolve import resolve_sites
 from residua.capture.sites.shape_probe import evaluating

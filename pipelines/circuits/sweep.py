@@ -11,7 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from residua.capture.patching.pairs import Pair, PairMetric, pair_metric
 from residua.capture.patching.patching import Cell, Patcher, Swept
-from residua.capture.runtime.compiled import running_uncompiled
+from residua.capture.runtime.wrappers import running_uncompiled
 from residua.capture.sites.shape_probe import evaluating
 from residua.pipelines.circuits.pairs import PairSource, read_pairs
 from residua.pipelines.circuits.sweep_picture import draw_sweep

@@ -15,7 +15,8 @@ from typing import Any, TypeVar
 from torch import nn
 
 from residua.capture.layout.process_layout import is_split, team_of
-from residua.capture.runtime.sharded import Agreement, failed_together, in_step, is_sharded, is_zero3
+from residua.capture.runtime.collectives import Agreement, failed_together, in_step
+from residua.capture.runtime.sharded import is_sharded, is_zero3
 from residua.capture.scheduling.claims import HandOut
 from residua.capture.scheduling.membership import Crew
 from residua.capture.scheduling.work_queue import AllAtOnce, runs_of

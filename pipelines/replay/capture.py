@@ -20,7 +20,8 @@ from residua.capture.layout.process_layout import is_split
 from residua.capture.recording.record import RecordStats, record
 from residua.capture.replay.engine import Replayer
 from residua.capture.replay.replaying import Replaying, changed_sites
-from residua.capture.runtime.sharded import Agreement, is_sharded, is_zero3
+from residua.capture.runtime.collectives import Agreement
+from residua.capture.runtime.sharded import is_sharded, is_zero3
 from residua.capture.runtime.streams import writer_threads
 from residua.capture.scheduling.membership import Crew
 from residua.capture.sites.attention import eager_attention

@@ -19,7 +19,7 @@ from transformers.utils import logging as progress_bars
 
 from residua.capture.forward.inputs import first_position
 from residua.capture.runtime.pipeline_schedule import PIPELINES, as_model
-from residua.capture.runtime.replica import replica_of
+from residua.capture.runtime.wrappers import replica_of
 from residua.pipelines.setup.settings import CaptureSettings
 from residua.pipelines.setup.stage_plans import stages_in_parallel
 from residua.store.base.errors import PlanError

@@ -1,4 +1,4 @@
-"""Compiled models: captured as if they were not compiled, whichever way and whenever they were, or refused."""
+"""Compiled models are captured as if they were not compiled, or refused; wrappers come off or are refused."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -7,11 +7,12 @@ from typing import cast
 import numpy as np
 import pytest
 import torch
+from torch import nn
 from transformers import PreTrainedModel
 
 import residua
-from residua.capture.runtime.compiled import is_compiled, running_uncompiled, uncompiled
-from residua.store.base.errors import CaptureError
+from residua.capture.runtime.wrappers import is_compiled, replica_of, running_uncompiled, uncompiled
+from residua.store.base.errors import CaptureError, PlanError
 from tests.models import TINY
 
 TOKENS = [list(range(3, 3 + length)) for length in (5, 9, 20, 7)]
@@ -68,3 +69,19 @@ def test_the_model_is_still_compiled_afterwards() -> None:
     assert uncompiled(wrapped(plain)) is plain
     with running_uncompiled(plain) as was_compiled:
         assert not was_compiled
+
+
+def test_compile_is_taken_off_and_a_plain_model_is_itself() -> None:
+    model = nn.Linear(2, 2)
+    assert replica_of(model) is model
+    assert replica_of(cast("nn.Module", torch.compile(model, backend="eager"))) is model
+
+
+def test_wrappers_whose_forward_is_needed_are_refused_by_name() -> None:
+    class InferenceEngine(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.module = nn.Linear(2, 2)
+
+    with pytest.raises(PlanError, match=r"wrapped in InferenceEngine.*FSDP2"):
+        replica_of(InferenceEngine())
