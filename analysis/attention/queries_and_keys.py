@@ -16,7 +16,7 @@ from residua.analysis.attention.token_matches import Match
 from residua.analysis.attention.weights import ExampleRows, ExampleSums, Tally, too_small
 from residua.store.base.errors import AnalysisError
 from residua.store.format.attentionspec import AttentionSpec
-from residua.store.read.array import StoredArray
+from residua.store.read.array import ArchiveArray
 
 _LONGEST_SIDE = 256  # of a tile: larger ones leave the processor's cache
 _SHORTEST_SIDE = 8
@@ -36,7 +36,9 @@ class QueriesAndKeys:
         AnalysisError: The budget holds no tile worth the name.
     """
 
-    def __init__(self, query: StoredArray, key: StoredArray, spec: AttentionSpec, *, end: int, most_bytes: int) -> None:
+    def __init__(
+        self, query: ArchiveArray, key: ArchiveArray, spec: AttentionSpec, *, end: int, most_bytes: int
+    ) -> None:
         self._spec = spec
         self._n_heads, self._n_key_heads, width = query.shape[1], key.shape[1], query.shape[2]
         self._dtype = torch.float64 if query.dtype.itemsize == 8 else torch.float32
@@ -110,7 +112,7 @@ class QueriesAndKeys:
 class _Window:
     """Rows of one site, read some way ahead and kept until others are asked for: a chunk is not decoded twice."""
 
-    def __init__(self, site: StoredArray, height: int, end: int, dtype: torch.dtype) -> None:
+    def __init__(self, site: ArchiveArray, height: int, end: int, dtype: torch.dtype) -> None:
         self._site = site
         self._height = height
         self._end = end

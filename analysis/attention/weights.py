@@ -14,7 +14,7 @@ from torch import Tensor
 
 from residua.analysis.attention.token_matches import Match
 from residua.store.base.errors import AnalysisError
-from residua.store.read.array import StoredArray
+from residua.store.read.array import ArchiveArray
 
 Floats = npt.NDArray[np.float64]
 _MOST_ROWS = 256
@@ -66,7 +66,7 @@ class StoredPattern:
         AnalysisError: Not even one row fits.
     """
 
-    def __init__(self, pattern: StoredArray, *, most_bytes: int) -> None:
+    def __init__(self, pattern: ArchiveArray, *, most_bytes: int) -> None:
         _, n_heads, n_keys = pattern.shape
         row_bytes = n_heads * n_keys * (pattern.dtype.itemsize + 16) + n_keys * 40
         if row_bytes > most_bytes:

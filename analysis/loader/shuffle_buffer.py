@@ -10,7 +10,7 @@ import numpy.typing as npt
 from residua.analysis.loader.chosen import ChosenRows
 from residua.analysis.loader.order import Order, Share
 from residua.store.read.archive import Archive
-from residua.store.read.array import Array
+from residua.store.read.reader import Array
 
 Rows = npt.NDArray[np.int64]
 

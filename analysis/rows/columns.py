@@ -9,7 +9,7 @@ import pyarrow as pa
 from residua.analysis.rows.blocks import blocks
 from residua.store.base.errors import AnalysisError, DatasetError
 from residua.store.read.archive import Archive
-from residua.store.read.array import Array
+from residua.store.read.reader import Array
 
 Rows = npt.NDArray[np.int64]
 Lookup = Callable[[Rows], Array]

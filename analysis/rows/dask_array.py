@@ -10,7 +10,7 @@ from dask.base import tokenize
 
 from residua.analysis.support.open_archives import address, opened
 from residua.store.read.archive import Archive
-from residua.store.read.array import Array
+from residua.store.read.reader import Array
 
 _WITHOUT_ARITHMETIC = np.dtype(ml_dtypes.bfloat16)
 

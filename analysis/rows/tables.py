@@ -13,7 +13,7 @@ from residua.analysis.rows.blocks import blocks
 from residua.analysis.rows.filters import RowFilter
 from residua.store.base.errors import AnalysisError, DamagedArchiveError
 from residua.store.read.archive import Archive
-from residua.store.read.array import Array
+from residua.store.read.reader import Array
 
 Choice: TypeAlias = "str | RowFilter | slice | Sequence[int] | npt.NDArray[np.integer]"
 Rows = npt.NDArray[np.int64]

@@ -20,7 +20,7 @@ from residua.store.edits.means import mean_row
 from residua.store.edits.overlay import Overlay
 from residua.store.edits.selection import RowChooser
 from residua.store.read.archive import Archive
-from residua.store.read.array import Array
+from residua.store.read.reader import Array
 
 _MOST_MEANS = 4096  # that are kept, of a column with a class for each example
 

@@ -12,8 +12,7 @@ from residua.capture.sites.site import SiteInfo
 from residua.store.base.errors import PlanError
 from residua.store.base.wording import few
 from residua.store.edits.edit import Set, Swap
-from residua.store.edits.replayed import is_replay
-from residua.store.read.archive import Archive
+from residua.store.read.archive import Archive, is_replay
 
 
 def check_injection(archive: Archive, name: str, info: SiteInfo) -> None:

@@ -21,8 +21,7 @@ from residua.pipelines.setup.models import captured_model
 from residua.pipelines.setup.settings import CaptureSettings
 from residua.store.base.errors import PlanError
 from residua.store.base.wording import few
-from residua.store.edits.replayed import refuse_replay
-from residua.store.read.archive import Archive
+from residua.store.read.archive import Archive, refuse_replay
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)

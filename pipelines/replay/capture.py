@@ -34,7 +34,6 @@ from residua.pipelines.jobs.workers import Workers, workers_of_launch
 from residua.pipelines.replay.examples import write_replayed_examples
 from residua.store.base.canonical import Json, digest_of
 from residua.store.base.errors import PlanError
-from residua.store.edits.replayed import RULE
 from residua.store.encoding.codecs import DEFAULT_PRESET
 from residua.store.examples.index import ExampleIndex
 from residua.store.examples.table import ExampleTable
@@ -44,7 +43,7 @@ from residua.store.format.create import create_archive, workspace
 from residua.store.format.headspec import PARAMETERS_FILE
 from residua.store.format.plan import Plan
 from residua.store.format.sizes import HOST_MEMORY_BYTES, staging_bytes
-from residua.store.read.archive import Archive
+from residua.store.read.archive import REPLAY_RULE, Archive
 from residua.store.storage.files import sweep, write_file
 
 ARCHIVE = "acts.zarr"
@@ -201,7 +200,7 @@ class ReplayCapture:
         return Plan(
             model=self._identity,
             dataset=dataset_entry(index),
-            rules={**source.rules, RULE: self._rule},
+            rules={**source.rules, REPLAY_RULE: self._rule},
             sites=self._sites,
             rows_per_shard=self._height,
             batch_tokens=schedule_of(self._source).batch_tokens,
@@ -244,6 +243,6 @@ class ReplayCapture:
             "model": describe_model(self._model, plan.model),
             **{name: source.get(name) for name in ("tokenizer", "dataset", "seed")},
             "command": self._facts["command"],
-            RULE: {name: value for name, value in self._facts.items() if name != "command"},
+            REPLAY_RULE: {name: value for name, value in self._facts.items() if name != "command"},
             **environment(),
         }

@@ -8,10 +8,9 @@ import numpy as np
 import numpy.typing as npt
 
 from residua.store.base.errors import PlanError
-from residua.store.edits.replayed import COLUMN, is_replay
 from residua.store.examples.index import Example, ExampleIndex
 from residua.store.examples.writer import ExampleWriter
-from residua.store.read.archive import Archive
+from residua.store.read.archive import REPLAYED_EXAMPLE, Archive, is_replay
 
 
 def write_replayed_examples(folder: Path, archive: Archive, examples: npt.NDArray[np.int64]) -> ExampleIndex:
@@ -26,15 +25,15 @@ def write_replayed_examples(folder: Path, archive: Archive, examples: npt.NDArra
         PlanError: The dataset has a column of the name that is needed.
     """
     table = archive.example_table
-    if COLUMN in table.column_types() and not is_replay(archive):
+    if REPLAYED_EXAMPLE in table.column_types() and not is_replay(archive):
         raise PlanError(
-            f"the examples of {archive.path} have a column {COLUMN!r} of their own, where the archive of a replay "
-            "says which example is which: replay without capturing"
+            f"the examples of {archive.path} have a column {REPLAYED_EXAMPLE!r} of their own, where the archive of a "
+            "replay says which example is which: replay without capturing"
         )
     writer = ExampleWriter(folder)
     for number, columns in _chosen_lines(archive, examples):
         [(input_ids, positions)] = table.batch([number])
-        writer.add(Example(input_ids=input_ids, positions=positions, columns={**columns, COLUMN: number}))
+        writer.add(Example(input_ids=input_ids, positions=positions, columns={**columns, REPLAYED_EXAMPLE: number}))
     return writer.close()
 
 
@@ -45,5 +44,8 @@ def _chosen_lines(archive: Archive, examples: npt.NDArray[np.int64]) -> Iterator
     for part in table.parts(["n_rows", *own]):  # the first for its length: there may be no other
         inside = examples[(examples >= start) & (examples < start + part.num_rows)]
         for number, line in zip(inside.tolist(), part.take(inside - start).to_pylist(), strict=True):
-            yield number, {name: line.get(name) for name in own if name != COLUMN}  # that of an earlier replay
+            yield (
+                number,
+                {name: line.get(name) for name in own if name != REPLAYED_EXAMPLE},
+            )  # that of an earlier replay
         start += part.num_rows

@@ -16,10 +16,9 @@ from residua.pipelines.jobs.sharing import SharedWork, sharing
 from residua.pipelines.setup.models import replayed_model
 from residua.pipelines.setup.settings import CaptureSettings
 from residua.store.base.errors import CaptureError, PlanError
-from residua.store.edits.replayed import refuse_replay
 from residua.store.format.fidelity import Fidelity, SiteFidelity, write_fidelity
 from residua.store.format.site_names import parse_site
-from residua.store.read.archive import Archive
+from residua.store.read.archive import Archive, refuse_replay
 
 _STREAM = ("resid_pre", "resid_mid", "resid_post", "final")
 

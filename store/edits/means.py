@@ -8,7 +8,7 @@ import numpy.typing as npt
 from residua.store.base.errors import NotCapturedError
 from residua.store.encoding.dtypes import to_float32
 from residua.store.read.archive import Archive
-from residua.store.read.array import Array
+from residua.store.read.reader import Array
 
 _PIECE_ROWS = 4096
 

@@ -21,7 +21,7 @@ from residua.store.base.errors import DamagedArchiveError, PlanError, UnsafeArch
 from residua.store.encoding.spec import MAX_ROWS_PER_SHARD
 from residua.store.format.plan import SitePlan
 from residua.store.read.archive import Archive
-from residua.store.read.array import Array
+from residua.store.read.reader import Array
 from residua.store.storage.crc import CRC_BYTES
 from residua.store.storage.small_files import check_file
 

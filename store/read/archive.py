@@ -10,7 +10,13 @@ import pyarrow as pa
 import zarr
 from tokenizers import Tokenizer
 
-from residua.store.base.errors import DamagedArchiveError, NotCapturedError, ResiduaError, UnsafeArchiveError
+from residua.store.base.errors import (
+    DamagedArchiveError,
+    NotCapturedError,
+    PlanError,
+    ResiduaError,
+    UnsafeArchiveError,
+)
 from residua.store.encoding.spec import ArraySpec
 from residua.store.examples.schedule import Schedule
 from residua.store.examples.table import ExampleTable
@@ -19,9 +25,15 @@ from residua.store.format.array_metadata import check_arrays
 from residua.store.format.commits import Commit, check_commits, named_parts, read_commits
 from residua.store.format.plan import ROW_COLUMNS, Plan
 from residua.store.format.site_names import select
-from residua.store.read.array import Array, StoredArray
-from residua.store.read.reader import Check, RowNumbers
+from residua.store.read.array import ArchiveArray
+from residua.store.read.reader import Array, Check, RowNumbers
 from residua.store.read.text import read_tokenizer, text_around
+
+REPLAY_RULE = "replay"
+"""Entry of the plan's `rules` (digest of what was replayed) and of the provenance (its description)."""
+
+REPLAYED_EXAMPLE = "replayed_example"
+"""Column of the example table: the number of each example in the replayed archive."""
 
 _TOKENIZER = "tokenizer/tokenizer.json"
 
@@ -32,9 +44,9 @@ if TYPE_CHECKING:
 class Rows(NamedTuple):
     """What each row is: token id, position in its example, and number of its example."""
 
-    token: StoredArray
-    position: StoredArray
-    example: StoredArray
+    token: ArchiveArray
+    position: ArchiveArray
+    example: ArchiveArray
 
 
 class Progress(NamedTuple):
@@ -46,7 +58,7 @@ class Progress(NamedTuple):
     total_shards: int | None
 
 
-class Archive(Mapping[str, StoredArray]):
+class Archive(Mapping[str, ArchiveArray]):
     """A dataset of activations, read without the model. Open one with `residua.open`.
 
     Args:
@@ -118,7 +130,7 @@ class Archive(Mapping[str, StoredArray]):
         """Whether every shard is captured."""
         return self.progress.shards == self.progress.total_shards
 
-    def __getitem__(self, site: str) -> StoredArray:
+    def __getitem__(self, site: str) -> ArchiveArray:
         return self._arrays[self.select(site)[0]]
 
     def __iter__(self) -> Iterator[str]:
@@ -140,7 +152,7 @@ class Archive(Mapping[str, StoredArray]):
         return select(patterns, self.sites, on_demand=False)
 
     @cached_property
-    def _arrays(self) -> dict[str, StoredArray]:
+    def _arrays(self) -> dict[str, ArchiveArray]:
         height = self.plan.rows_per_shard
         return {site.name: self._stored(site.name, site.arrays(height), site.dtype) for site in self.plan.sites}
 
@@ -151,8 +163,8 @@ class Archive(Mapping[str, StoredArray]):
         columns = {name: self._stored(f"rows/{name}", (specs[name],), dtype) for name, dtype in ROW_COLUMNS.items()}
         return Rows(**columns)
 
-    def _stored(self, name: str, specs: tuple[ArraySpec, ...], dtype: str) -> StoredArray:
-        return StoredArray(
+    def _stored(self, name: str, specs: tuple[ArraySpec, ...], dtype: str) -> ArchiveArray:
+        return ArchiveArray(
             self.path,
             name,
             specs,
@@ -298,3 +310,17 @@ class Archive(Mapping[str, StoredArray]):
     def group(self) -> zarr.Group:
         """The archive as a plain Zarr group, read-only."""
         return zarr.open_group(str(self.path), mode="r")
+
+
+def is_replay(archive: Archive) -> bool:
+    """Return whether the archive was captured during a replay: its rows follow from stored rows and edits."""
+    return REPLAY_RULE in archive.plan.rules
+
+
+def refuse_replay(archive: Archive, job: str) -> None:
+    """Raise PlanError if the archive was captured during a replay, which `job` would compare with the plain model."""
+    if is_replay(archive):
+        raise PlanError(
+            f"{archive.path} was captured during a replay: its rows are not what the model computes by itself, so "
+            f"{job} has nothing to compare them with. Its provenance says what to replay: residua info"
+        )

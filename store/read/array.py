@@ -13,17 +13,15 @@ from residua.store.base.errors import DamagedArchiveError, TooLargeError
 from residua.store.encoding.dtypes import storage_dtype
 from residua.store.encoding.lossy import dequantise_int8
 from residua.store.encoding.spec import ArraySpec
-from residua.store.read.columns import reader_of
-from residua.store.read.reader import Check, RowNumbers
+from residua.store.read.reader import Array, Check, RowNumbers, reader_of
 
 if TYPE_CHECKING:
     import torch
 
-Array: TypeAlias = npt.NDArray[np.generic]
 RowSelection: TypeAlias = int | np.integer[Any] | slice | Sequence[int] | Sequence[bool] | Array | EllipsisType
 
 
-class StoredArray:
+class ArchiveArray:
     """Rows of one array of an archive, (rows, *row shape).
 
     Indexing with a slice, an integer, a list of rows or a boolean mask reads just those rows and returns numpy;

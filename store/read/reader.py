@@ -25,7 +25,7 @@ from residua.store.read.mapped import OPEN_SHARDS, MappedShard, cpu_threads
 _FEW_CHUNKS = 3  # not worth waking a thread for
 _MOST_THREADS = max(4, os.cpu_count() or 1)
 
-Array: TypeAlias = "npt.NDArray[np.generic]"
+Array: TypeAlias = npt.NDArray[np.generic]
 Check: TypeAlias = Literal["once", "always", "never"]
 RowNumbers: TypeAlias = npt.NDArray[np.int64]
 T = TypeVar("T")
@@ -230,6 +230,42 @@ class ArrayReader:
             wait(futures)
         for future in futures:
             future.result()
+
+
+def reader_of(
+    root: Path, spec: ArraySpec, n_rows: int, *, check: Check, threads: int | None
+) -> "ArrayReader | ColumnShardsReader":
+    """Return the reader of an array, stored in full rows or in column shards; arguments as for `ArrayReader`."""
+    readers = [ArrayReader(root, columns, n_rows, check=check, threads=threads) for columns in spec.parts]
+    return readers[0] if len(readers) == 1 else ColumnShardsReader(spec, readers)
+
+
+class ColumnShardsReader:
+    """Reads an array whose rows are cut into column shards, as the ranks of a tensor-parallel model write them.
+
+    Methods are those of `ArrayReader`.
+
+    Args:
+        spec: The full array.
+        readers: One reader for each range of columns, in order.
+    """
+
+    def __init__(self, spec: ArraySpec, readers: Sequence[ArrayReader]) -> None:
+        self._width = spec.parts[0].row_shape[0]
+        self._readers = readers
+
+    def read(self, start: int, stop: int) -> Array:
+        """Return rows `start` to `stop` (not included), (rows, *row shape), in storage dtype."""
+        return np.concatenate([reader.read(start, stop) for reader in self._readers], axis=1)
+
+    def read_into(self, out: Array, start: int, stop: int) -> None:
+        """Read rows `start` to `stop` (not included) into `out`, of storage dtype."""
+        for i, reader in enumerate(self._readers):
+            out[:, i * self._width : (i + 1) * self._width] = reader.read(start, stop)
+
+    def take(self, rows: Sequence[int] | npt.NDArray[np.integer]) -> Array:
+        """Return the given rows, in the given order, (rows, *row shape), in storage dtype."""
+        return np.concatenate([reader.take(rows) for reader in self._readers], axis=1)
 
 
 @lru_cache(maxsize=1)

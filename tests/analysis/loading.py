@@ -11,7 +11,7 @@ from residua.store.format.create import create_archive, workspace
 from residua.store.format.plan import Plan, SitePlan
 from residua.store.format.writer import FilledShard, ShardWriter
 from residua.store.read.archive import Archive
-from residua.store.read.array import Array
+from residua.store.read.reader import Array
 
 HEIGHT = 1024
 LENGTH = 32  # rows of an example

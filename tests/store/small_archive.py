@@ -19,7 +19,7 @@ from residua.store.format.headspec import HEAD_FILE, PARAMETERS_FILE, HeadSpec
 from residua.store.format.plan import Plan, SitePlan
 from residua.store.format.writer import FilledShard, ShardWriter
 from residua.store.read.archive import Archive
-from residua.store.read.array import StoredArray
+from residua.store.read.array import ArchiveArray
 from residua.store.storage.files import write_file
 
 HEIGHT = 16
@@ -135,7 +135,7 @@ def _table(archive: Archive) -> object:
     return archive.examples.to_pydict()
 
 
-def _bits(array: StoredArray, rows: slice) -> tuple[str, tuple[int, ...], bytes]:
+def _bits(array: ArchiveArray, rows: slice) -> tuple[str, tuple[int, ...], bytes]:
     found = array[rows]
     return str(found.dtype), found.shape, found.tobytes()
 

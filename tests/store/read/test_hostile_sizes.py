@@ -10,7 +10,7 @@ from residua.store.encoding.shard import shard_path
 from residua.store.format.archive_metadata import read_metadata
 from residua.store.format.array_metadata import create_array, resize_array
 from residua.store.read.archive import Archive
-from residua.store.read.array import StoredArray
+from residua.store.read.array import ArchiveArray
 from residua.store.read.summary import summarise
 from tests.store.forging import (
     in_a_row,
@@ -27,7 +27,7 @@ from tests.store.small_archive import HEIGHT, N_ROWS, make_archive, read_everyth
 
 SITE = "resid_post.0"
 HUGE = 2**48 - HEIGHT
-READS: dict[str, Callable[[StoredArray], object]] = {
+READS: dict[str, Callable[[ArchiveArray], object]] = {
     "all": lambda array: array[...],
     "backwards": lambda array: array[::-1],
     "here and there": lambda array: array[:: HUGE // 8],
