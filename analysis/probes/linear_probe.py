@@ -18,7 +18,7 @@ from sklearn.utils.validation import check_array, check_consistent_length, check
 from residua.analysis.probes.files import SavedProbe, read_probe, write_probe
 from residua.analysis.probes.logistic import Basis, Problem, fit_logistic, probabilities
 from residua.analysis.probes.ridge import solve
-from residua.analysis.rows.row_blocks import Array, Blocks, paired, row_blocks
+from residua.analysis.rows.blocks import Array, Rows, array_blocks, labelled_blocks
 from residua.analysis.support.moments import Moments
 from residua.store.base.errors import AnalysisError
 
@@ -59,11 +59,11 @@ class LinearProbe(BaseEstimator):  # type: ignore[misc]  # scikit-learn has no t
         saved = read_probe(folder)
         return RidgeProbe.of(saved) if saved.classes is None else LogisticProbe.of(saved)
 
-    def _scores(self, X: Blocks) -> Floats:
+    def _scores(self, X: Rows) -> Floats:
         """Return weight times row plus bias, (rows, vectors)."""
         check_is_fitted(self, "n_features_in_")
         saved = self.saved({})
-        found = [self._checked(block).astype(np.float64) @ saved.weight.T + saved.bias for block in row_blocks(X)]
+        found = [self._checked(block).astype(np.float64) @ saved.weight.T + saved.bias for block in array_blocks(X)]
         return np.concatenate(found)
 
     def _checked(self, block: Array) -> Array:
@@ -105,13 +105,13 @@ class RidgeProbe(RegressorMixin, LinearProbe):  # type: ignore[misc]  # scikit-l
         probe._solution = saved.weight[0], float(saved.bias[0])
         return probe
 
-    def fit(self, X: Blocks, y: Blocks) -> Self:
+    def fit(self, X: Rows, y: Rows) -> Self:
         """Fit to rows `X`, (rows, *row shape), and numbers `y`, (rows,), and to nothing that came before."""
         for name in ("n_features_in_", "_moments", "_solution"):
             self.__dict__.pop(name, None)
         return self.partial_fit(X, y)
 
-    def partial_fit(self, X: Blocks, y: Blocks) -> Self:
+    def partial_fit(self, X: Rows, y: Rows) -> Self:
         """Take in more rows; what is found is the same as from all rows at once.
 
         Raises:
@@ -121,7 +121,7 @@ class RidgeProbe(RegressorMixin, LinearProbe):  # type: ignore[misc]  # scikit-l
             raise AnalysisError("a probe that was loaded cannot take in more rows: fit a new one")
         check_consistent_length(X, y)
         numbers = check_array(np.asarray(y), dtype="float64", ensure_2d=False, input_name="y")
-        for rows, part in paired(X, numbers):
+        for rows, part in labelled_blocks(X, numbers):
             checked = self._checked(rows)
             if "_moments" not in self.__dict__:
                 self._moments = Moments(self.n_features_in_ + 1)
@@ -139,7 +139,7 @@ class RidgeProbe(RegressorMixin, LinearProbe):  # type: ignore[misc]  # scikit-l
         """The bias."""
         return self._solved()[1]
 
-    def predict(self, X: Blocks) -> Floats:
+    def predict(self, X: Rows) -> Floats:
         """Return the predicted numbers, (rows,)."""
         return self._scores(X)[:, 0]
 
@@ -192,7 +192,7 @@ class LogisticProbe(ClassifierMixin, LinearProbe):  # type: ignore[misc]  # scik
         probe.n_features_in_ = saved.weight.shape[1]
         return probe
 
-    def fit(self, X: Blocks, y: Blocks) -> Self:
+    def fit(self, X: Rows, y: Rows) -> Self:
         """Fit to rows `X`, (rows, *row shape), and classes `y`, (rows,); goes over `X` several times.
 
         Raises:
@@ -205,7 +205,7 @@ class LogisticProbe(ClassifierMixin, LinearProbe):  # type: ignore[misc]  # scik
             raise ValueError(f"a probe needs two classes or more, and all rows are {self.classes_[0]!r}")
 
         def batches() -> Iterator[tuple[Array, npt.NDArray[np.int64]]]:
-            for rows, part in paired(X, codes):
+            for rows, part in labelled_blocks(X, codes):
                 yield self._checked(rows), part[:, None]
 
         moments: Moments | None = None
@@ -220,16 +220,16 @@ class LogisticProbe(ClassifierMixin, LinearProbe):  # type: ignore[misc]  # scik
         self.coef_, self.intercept_, self.n_iter_ = found.weight, found.bias, found.n_steps
         return self
 
-    def decision_function(self, X: Blocks) -> Floats:
+    def decision_function(self, X: Rows) -> Floats:
         """Return the logits, (rows,) of the second of two classes, else (rows, classes)."""
         scores = self._scores(X)
         return scores[:, 0] if scores.shape[1] == 1 else scores
 
-    def predict_proba(self, X: Blocks) -> Floats:
+    def predict_proba(self, X: Rows) -> Floats:
         """Return the probability of each class, (rows, classes)."""
         return probabilities(self._scores(X))
 
-    def predict(self, X: Blocks) -> Array:
+    def predict(self, X: Rows) -> Array:
         """Return the likeliest class, (rows,)."""
         return np.asarray(self.classes_[self.predict_proba(X).argmax(axis=1)])
 

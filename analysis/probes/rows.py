@@ -9,7 +9,7 @@ import numpy.typing as npt
 from residua.analysis.probes.controls import Control, Split
 from residua.analysis.probes.target import Target
 from residua.analysis.rows.blocks import Block
-from residua.analysis.rows.row_columns import examples_of
+from residua.analysis.rows.columns import examples_of
 from residua.analysis.rows.site_rows import pieces, width_of
 from residua.store.read.archive import Archive
 

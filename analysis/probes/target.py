@@ -15,8 +15,8 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from residua.analysis.rows.columns import examples_of, positions_of, row_numbers
 from residua.analysis.rows.filters import RowFilter
-from residua.analysis.rows.row_columns import examples_of, positions_of
 from residua.store.base.errors import AnalysisError, DamagedArchiveError
 from residua.store.read.archive import Archive
 
@@ -68,9 +68,7 @@ class Target:
             mask = self._condition.mask(archive, first, int(rows[-1]) + 1)[rows - first]
             return np.asarray(mask.astype(np.int64))
         if column is None:
-            first = int(rows[0])
-            array = getattr(archive.rows, self._text)
-            return np.asarray(array.numpy(slice(first, int(rows[-1]) + 1), dtype=np.int64)[rows - first])
+            return row_numbers(archive, self._text, rows)
         examples = examples_of(archive, rows)
         if column.starts is None:
             return np.asarray(column.values[examples])

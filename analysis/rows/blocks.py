@@ -1,14 +1,25 @@
-"""Runs of rows that lie in one shard: what a task reads at a time."""
+"""Rows in blocks that fit into memory: those of an archive, shard by shard, and those of numpy and Dask arrays."""
 
-from collections.abc import Iterable
-from typing import NamedTuple
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
 
 from residua.store.base.errors import AnalysisError
 from residua.store.read.archive import Archive
 
+if TYPE_CHECKING:  # importing dask.array takes long, and archives need none of it
+    from dask.array import Array as DaskArray
+
+Array: TypeAlias = npt.NDArray[Any]
+Rows: TypeAlias = "Array | DaskArray"
+
+_BLOCK_ROWS = 8192  # of an array
+
 
 class Block(NamedTuple):
-    """Rows `start` to `stop` (not included), all of one shard."""
+    """Rows `start` to `stop` (not included), all in one shard."""
 
     start: int
     stop: int
@@ -17,14 +28,13 @@ class Block(NamedTuple):
 def blocks(archive: Archive, *, most_bytes: int | None = None, sites: str | Iterable[str] = ()) -> list[Block]:
     """Return the committed rows of an archive as blocks, in order.
 
-    A block is a shard. Where a shard is larger than `most_bytes`, it is cut at multiples of a power of two of rows;
-    chunk heights are powers of two as well, so no chunk is read for two blocks unless a block has to be smaller
-    than a chunk.
+    A block is a shard. A shard larger than `most_bytes` is cut at multiples of a power of two of rows. Chunk heights
+    are powers of two as well, so no two blocks read the same chunk, unless a block has to be smaller than a chunk.
 
     Args:
         archive: The archive.
-        most_bytes: Most bytes of a block, as readers get the values (bfloat16 has two a value).
-        sites: Sites whose bytes are counted; by default all.
+        most_bytes: Largest size of a block, counted as readers get the values (bfloat16 has two bytes a value).
+        sites: Sites whose bytes are counted; all by default.
 
     Raises:
         AnalysisError: Not even one row fits.
@@ -39,10 +49,33 @@ def blocks(archive: Archive, *, most_bytes: int | None = None, sites: str | Iter
 
 
 def _rows_within(most_bytes: int, row_bytes: int) -> int:
-    """Return the largest power of two of rows that `most_bytes` hold."""
+    """Return the largest power of two of rows that fit into `most_bytes`."""
     if most_bytes < row_bytes:
         raise AnalysisError(
             f"blocks of at most {most_bytes:,} bytes were asked for, but one row has {row_bytes:,}: allow more memory, "
             "or choose fewer sites"
         )
     return 1 << ((most_bytes // row_bytes).bit_length() - 1)
+
+
+def array_blocks(values: Rows) -> Iterator[Array]:
+    """Yield the rows of a numpy array, a list or a Dask array in order, at most 8,192 at a time.
+
+    The blocks of a Dask array are computed one after the other. An array without rows gives one empty block.
+    """
+    parts: Iterable[Array] = [np.asarray(values)]
+    if hasattr(values, "numblocks"):
+        rows: Any = values.rechunk(dict.fromkeys(range(1, values.ndim), -1))
+        dask_blocks = (rows.blocks[index] for index in range(rows.numblocks[0]))
+        parts = (np.asarray(block.compute(scheduler="synchronous")) for block in dask_blocks)
+    for part in parts:
+        for start in range(0, max(1, len(part)), _BLOCK_ROWS):
+            yield part[start : start + _BLOCK_ROWS]
+
+
+def labelled_blocks(values: Rows, labels: Array) -> Iterator[tuple[Array, Array]]:
+    """Yield the blocks of `array_blocks`, each with its labels, (rows,)."""
+    start = 0
+    for block in array_blocks(values):
+        yield block, labels[start : start + len(block)]
+        start += len(block)

@@ -1,27 +1,76 @@
-"""Numbers that stand beside a row: its token, position and example, and numeric columns of the example table."""
+"""Numbers that belong to a row: its token, position and example, and numeric columns of the example table."""
 
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
+from operator import getitem
+from typing import TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
 from residua.analysis.rows.blocks import blocks
-from residua.store.base.errors import AnalysisError, DatasetError
+from residua.store.base.errors import AnalysisError, DamagedArchiveError, DatasetError
 from residua.store.read.archive import Archive
 from residua.store.read.reader import Array
 
-Rows = npt.NDArray[np.int64]
-Lookup = Callable[[Rows], Array]
+Numbers: TypeAlias = npt.NDArray[np.int64]
+Lookup: TypeAlias = Callable[[Numbers], Array]
+
+
+def row_numbers(archive: Archive, name: str, rows: Numbers) -> Numbers:
+    """Return the `token`, `position` or `example` of each of `rows`, (rows,) int64, as it is stored.
+
+    Args:
+        archive: The archive.
+        name: Which of the three.
+        rows: Row numbers, ascending and close together: every row between the first and the last is read.
+
+    Raises:
+        NotCapturedError: A row is not captured yet.
+    """
+    if not len(rows):
+        return np.zeros(0, np.int64)
+    first = int(rows[0])
+    values: Numbers = getattr(archive.rows, name).numpy(slice(first, int(rows[-1]) + 1), dtype=np.int64)
+    return values[rows - first]
+
+
+def examples_of(archive: Archive, rows: Numbers) -> Numbers:
+    """Return the number of each row's example, (rows,) int64; `rows` as in `row_numbers`.
+
+    Raises:
+        DamagedArchiveError: The archive has no example of that number.
+    """
+    return _checked(archive, "example", rows, archive.example_table.index().n_examples)
+
+
+def positions_of(archive: Archive, rows: Numbers) -> Numbers:
+    """Return the position of each row's token in its example, (rows,) int64; `rows` as in `row_numbers`.
+
+    Raises:
+        DamagedArchiveError: A position lies beyond the end of the longest example.
+    """
+    return _checked(archive, "position", rows, int(archive.example_table.index().n_tokens.max(initial=0)))
+
+
+def _checked(archive: Archive, name: str, rows: Numbers, end: int) -> Numbers:
+    found = row_numbers(archive, name, rows)
+    if len(found) and (found.min() < 0 or found.max() >= max(1, end)):
+        raise DamagedArchiveError(
+            f"{archive.path}/rows/{name} holds a number outside 0 to {max(1, end) - 1:,} in rows {rows[0]:,} to "
+            f"{rows[-1]:,}: the array and the example table do not belong to the same archive"
+        )
+    return found
 
 
 def lookups(archive: Archive, names: Iterable[str]) -> Mapping[str, Lookup]:
-    """Return, for each of the columns `names`, what finds its values by row number.
+    """Return, for each of the columns `names`, a function from row numbers, in any order, to values, (rows,).
 
-    `token` and `position` are read whole, 4 bytes a row; the others take memory an example.
+    `token` and `position` are held in memory, 4 bytes a row; the other columns take memory for each example.
 
     Raises:
-        AnalysisError: There is no such column, or it holds no numbers.
+        AnalysisError: There is no such column, or it does not hold numbers.
     """
     return {name: _lookup(archive, name) for name in names}
 
@@ -32,9 +81,15 @@ def _lookup(archive: Archive, name: str) -> Lookup:
         values = np.zeros(stored.shape, stored.dtype)
         for start, stop in blocks(archive):
             values[start:stop] = stored[start:stop]
-        return _Of(values)
+        return partial(getitem, values)
     first_row = archive.example_table.index().first_row
-    return _OfExample(first_row, None if name == "example" else _column(archive, name))
+    return partial(_by_example, first_row, None if name == "example" else _column(archive, name))
+
+
+def _by_example(first_row: Numbers, values: Array | None, rows: Numbers) -> Array:
+    """Return the value of each row's example, or the example's number if there are no values."""
+    examples = np.searchsorted(first_row, rows, side="right") - 1
+    return examples if values is None else values[examples]
 
 
 def _column(archive: Archive, name: str) -> Array:
@@ -47,35 +102,13 @@ def _column(archive: Archive, name: str) -> Array:
     types = pa.types
     if not (types.is_integer(column.type) or types.is_floating(column.type) or types.is_boolean(column.type)):
         raise AnalysisError(
-            f"batches cannot have the column {name!r}, which holds {column.type}: batches are tensors; ask for "
-            "'example', and look the value up by that number"
+            f"batches cannot have the column {name!r}, which holds {column.type}, because batches are tensors: ask for "
+            "'example' and look up the value by that number"
         )
     if column.null_count:
         raise AnalysisError(
-            f"batches cannot have the column {name!r}, which is null for {column.null_count:,} examples: choose rows "
-            f"that have it (where='{name} != null') and look the value up by 'example'"
+            f"batches cannot have the column {name!r}, which is null for {column.null_count:,} examples: choose only "
+            f"rows that have a value (where='{name} != null'), or look up the value by 'example'"
         )
     values: Array = column.to_numpy()
     return values
-
-
-class _Of:
-    """Values by row."""
-
-    def __init__(self, values: Array) -> None:
-        self._values = values
-
-    def __call__(self, rows: Rows) -> Array:
-        return self._values[rows]
-
-
-class _OfExample:
-    """Values by the example that a row belongs to, or, without values, its number."""
-
-    def __init__(self, first_row: Rows, values: Array | None) -> None:
-        self._first_row = first_row
-        self._values = values
-
-    def __call__(self, rows: Rows) -> Array:
-        examples = np.searchsorted(self._first_row, rows, side="right") - 1
-        return examples if self._values is None else self._values[examples]

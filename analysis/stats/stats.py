@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 from safetensors.numpy import save_file
 
 from residua.analysis.rows.blocks import Block, blocks
-from residua.analysis.rows.row_columns import positions_of
+from residua.analysis.rows.columns import positions_of
 from residua.analysis.rows.site_rows import pieces, runs, width_of
 from residua.analysis.stats.site_stats import SITES, site_stats
 from residua.analysis.stats.site_sums import SiteSums

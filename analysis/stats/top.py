@@ -8,7 +8,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from residua.analysis.rows.blocks import Block, blocks
-from residua.analysis.rows.row_columns import examples_of
+from residua.analysis.rows.columns import examples_of
 from residua.analysis.rows.site_rows import pieces, runs
 from residua.analysis.stats.directions import whole_row
 from residua.analysis.support.cluster import Cluster, or_inline
