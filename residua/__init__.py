@@ -4,6 +4,7 @@ The names below are the public ones; each is loaded when it is first used, so th
 and opening an archive needs neither torch nor transformers.
 """
 
+import warnings
 from importlib import import_module
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
@@ -15,12 +16,11 @@ if TYPE_CHECKING:
     from residua.analysis.probes.probe import probe
     from residua.analysis.stats.stats import stats
     from residua.analysis.stats.top import top
-    from residua.capture.layout.parameters import whole_parameter
+    from residua.capture.layout.parameters import full_parameter
     from residua.capture.recording.recorder import Recorder
     from residua.capture.replay.replay import replay
     from residua.capture.sites.resolve import model_sites
-    from residua.capture.taps.tap import tap
-    from residua.capture.taps.tapgroup import TapGroup
+    from residua.capture.taps.tap import TapGroup, tap
     from residua.pipelines.capture.capture import capture_dataset
     from residua.pipelines.capture.reproduce import reproduce
     from residua.pipelines.circuits.patch import attribute, patch
@@ -45,6 +45,7 @@ __all__ = [
     "attribute",
     "capture_dataset",
     "fidelity",
+    "full_parameter",
     "induction_scores",
     "model_sites",
     "open",
@@ -58,7 +59,6 @@ __all__ = [
     "tap",
     "top",
     "verify",
-    "whole_parameter",
 ]
 
 _HOMES = {
@@ -66,12 +66,13 @@ _HOMES = {
     "CaptureSettings": "pipelines.setup.settings:CaptureSettings",
     "Recorder": "capture.recording.recorder:Recorder",
     "ResiduaError": "store.base.errors:ResiduaError",
-    "TapGroup": "capture.taps.tapgroup:TapGroup",
+    "TapGroup": "capture.taps.tap:TapGroup",
     "TunedLens": "analysis.lens.lens:TunedLens",
     "analysis": "analysis",
     "attribute": "pipelines.circuits.patch:attribute",
     "capture_dataset": "pipelines.capture.capture:capture_dataset",
     "fidelity": "pipelines.replay.fidelity:fidelity",
+    "full_parameter": "capture.layout.parameters:full_parameter",
     "induction_scores": "analysis.attention.induction:induction_scores",
     "model_sites": "capture.sites.resolve:model_sites",
     "open": "store.read.archive:Archive",
@@ -85,12 +86,19 @@ _HOMES = {
     "tap": "capture.taps.tap:tap",
     "top": "analysis.stats.top:top",
     "verify": "store.read.verify:verify",
-    "whole_parameter": "capture.layout.parameters:whole_parameter",
 }
+_RENAMED = {"whole_parameter": "full_parameter"}
+"""Former public names; each works for one version more and warns."""
 
 
 def __getattr__(name: str) -> Any:
     """Load a public name from its home."""
+    if name in _RENAMED:
+        new = _RENAMED[name]
+        warnings.warn(
+            f"residua.{name} is now residua.{new}: the old name will be removed", DeprecationWarning, stacklevel=2
+        )
+        name = new
     if name not in _HOMES:
         raise AttributeError(f"module 'residua' has no attribute {name!r}; it has {', '.join(__all__)}")
     module, _, attribute = _HOMES[name].partition(":")

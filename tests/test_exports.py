@@ -22,3 +22,8 @@ def test_an_unknown_name_is_an_error_that_lists_the_known_ones() -> None:
 
 def test_dir_lists_the_public_names() -> None:
     assert set(residua.__all__) <= set(dir(residua))
+
+
+def test_a_former_name_works_and_warns() -> None:
+    with pytest.warns(DeprecationWarning, match=r"whole_parameter.*full_parameter"):
+        assert residua.whole_parameter is residua.full_parameter

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 from transformers import PreTrainedModel
 
-from residua.capture.layout.weights_by_hand import Weights
+from residua.capture.layout.parameters import Weights
 from residua.capture.runtime.collectives import everyones
 from residua.capture.runtime.process_groups import pipeline_group
 from residua.capture.runtime.wrappers import core_of

@@ -3,11 +3,15 @@
 A lens decodes with these alone, without the model; `residua.analysis.lens.lm_head` reads them.
 """
 
+import json
+import struct
+from collections.abc import Mapping
+
+import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from residua.capture.identity.parameter_file import parameter_file
-from residua.capture.layout.weights_by_hand import Weights
+from residua.capture.layout.parameters import Weights
 from residua.capture.runtime.collectives import on_rank
 from residua.capture.runtime.process_groups import pipeline_group
 from residua.capture.runtime.wrappers import named_parts
@@ -106,3 +110,37 @@ def _eps(norm: nn.Module | None) -> float:
         return 0.0
     eps = getattr(norm, "eps", None)
     return float(getattr(norm, "variance_epsilon") if eps is None else eps)  # noqa: B009 - typed as a module
+
+
+_NAMES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.float8_e5m2: "F8_E5M2",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+}
+_ALIGNMENT = 8
+
+
+def parameter_file(tensors: Mapping[str, Tensor]) -> list[Buffer]:
+    """Return the parts of a safetensors file, in order: a header, and the memory of each tensor.
+
+    Args:
+        tensors: On the CPU, contiguous. They are not copied, so they must not change before the parts are written.
+
+    Raises:
+        KeyError: A tensor has a data type that no parameter of a head has.
+    """
+    header: dict[str, object] = {}
+    end = 0
+    for name, tensor in tensors.items():
+        start, end = end, end + tensor.nbytes
+        header[name] = {"dtype": _NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % _ALIGNMENT)
+    return [struct.pack("<Q", len(text)), text, *(t.reshape(-1).view(torch.uint8).numpy() for t in tensors.values())]

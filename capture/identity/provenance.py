@@ -2,7 +2,9 @@
 
 import json
 import platform
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import version
 from typing import cast
@@ -10,13 +12,18 @@ from typing import cast
 import torch
 from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from residua.capture.identity.fingerprint import weights_fingerprint
 from residua.capture.layout.process_layout import is_split, layout_of
+from residua.capture.runtime.pipeline_schedule import runnable
 from residua.capture.runtime.sharded import is_sharded, is_zero3, plain_class
-from residua.capture.runtime.wrappers import core_of
+from residua.capture.runtime.wrappers import core_of, running_uncompiled
+from residua.capture.sites.attention import eager_attention
+from residua.capture.sites.shape_probe import evaluating
 from residua.store.base.canonical import Json, digest_of, flatten
+from residua.store.base.errors import CaptureError, PlanError
+from residua.store.read.archive import Archive
 
 PACKAGES = ("residua", "torch", "transformers", "accelerate", "tokenizers", "zarr", "numcodecs", "numpy", "pyarrow")
 _NOT_THE_MODEL = (
@@ -88,6 +95,15 @@ def describe_model(model: nn.Module, identity: Mapping[str, Json]) -> dict[str, 
     }
 
 
+def identify_tokenizer(tokenizer: PreTrainedTokenizerBase) -> dict[str, Json]:
+    """Return the name of a tokenizer and the SHA-256 of its vocabulary and rules (of its vocabulary, if it is slow)."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    content = tokenizer.get_vocab() if backend is None else json.loads(backend.to_str())
+    if backend is not None:
+        content = {name: part for name, part in content.items() if name not in ("padding", "truncation")}
+    return {"id": tokenizer.name_or_path, "sha256": digest_of(content)}
+
+
 def layout(model: nn.Module) -> str:
     """Return how a model is spread over processes, for people."""
     parts = [layout_of(model)] if is_split(model) else []
@@ -132,3 +148,94 @@ def _config_values(model: nn.Module) -> dict[str, Json]:
         return {}
     values = json.loads(model.config.to_json_string(use_diff=True))
     return {key: value for key, value in values.items() if key not in _NOT_THE_MODEL}
+
+
+_IDENTITY = ("class", "weights", "config")  # the other entries are conditions under which the same model runs
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checked:
+    """What comparing a model with an archive found.
+
+    Attributes:
+        identity: What is known of the model here, as in the plan's `model` entry.
+        notes: One sentence for each thing that differs.
+    """
+
+    identity: Mapping[str, object]
+    notes: tuple[str, ...]
+
+
+def check_model(archive: Archive, model: nn.Module, *, force: bool = False) -> Checked:
+    """Compare a model and the conditions here with those of the capture.
+
+    Args:
+        archive: The archive.
+        model: The model, on its device.
+        force: Take another model too, and say so.
+
+    Raises:
+        PlanError: It is another model.
+    """
+    expected = archive.plan.model
+    found, notes = _identity_here(model)
+    wrong = [key for key in _IDENTITY if key in expected and key in found and found[key] != expected[key]]
+    lines = [f"{key}: {_short(expected[key])} in the archive, {_short(found[key])} here" for key in wrong]
+    if wrong and not force:
+        values = config_differences(archive.provenance, core_of(model)) if "config" in wrong else []
+        text = "\n  ".join([*lines, *values, *_same_conditions(found, expected)])
+        raise PlanError(
+            f"this is not the model that {archive.path} was captured from:\n  {text}\n"
+            "Load that model, in the same dtype; force=True or --force goes on with this one, and notes it."
+        )
+    forced = [f"another model than was captured, as force=True asked: {line}" for line in lines]
+    conditions = [*_same_conditions(found, expected), *_same_layout(archive, core_of(model))]
+    return Checked(identity=found, notes=(*forced, *notes, *conditions, *changed_conditions(archive.provenance)))
+
+
+def _identity_here(model: nn.Module) -> tuple[dict[str, object], list[str]]:
+    """Return what is known of the model here, and notes: weights that have no values anywhere cannot be told."""
+    try:
+        return dict(identify_model(model)), []
+    except CaptureError as error:
+        found: dict[str, object] = {"class": plain_class(core_of(model)).__name__}
+        return found, [f"the model's weights were not compared with those of the capture: {error}"]
+
+
+def _same_conditions(found: Mapping[str, object], expected: Mapping[str, object]) -> list[str]:
+    return [
+        f"{key}: {expected[key]} when it was captured, {found[key]} now"
+        for key in ("dtype", "attention")
+        if key in expected and key in found and found[key] != expected[key]
+    ]
+
+
+def _same_layout(archive: Archive, core: nn.Module) -> list[str]:
+    described = archive.provenance.get("model")
+    before = described.get("layout") if isinstance(described, Mapping) else None
+    now = layout(core)
+    return [f"layout: {before} when it was captured, {now} now"] if before is not None and before != now else []
+
+
+def _short(value: object) -> str:
+    return str(value)[:16]
+
+
+@contextmanager
+def running_as_captured(archive: Archive, model: nn.Module) -> Iterator[None]:
+    """Let a model run as in the capture: uncompiled, evaluating, with eager attention where patterns were captured."""
+    with ExitStack() as stack:
+        called = runnable(model)
+        stack.enter_context(running_uncompiled(called))
+        stack.enter_context(evaluating(called))
+        core = core_of(model)
+        if isinstance(core, PreTrainedModel) and _computes_otherwise(archive, core):
+            stack.enter_context(eager_attention(core))
+        yield
+
+
+def _computes_otherwise(archive: Archive, model: PreTrainedModel) -> bool:
+    """Say whether the capture switched the model to eager attention for its patterns, and this one uses another."""
+    if archive.plan.model.get("attention") != "eager" or not any(site.startswith("pattern.") for site in archive.sites):
+        return False
+    return bool(model.config._attn_implementation != "eager")

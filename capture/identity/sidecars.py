@@ -1,14 +1,180 @@
-"""What an archive has of the model besides activations, in its `head` folder, so that analyses need no model."""
+"""How a model's attention weights follow from the queries and keys that are stored: found out before the capture.
+
+What a layer's attention does besides multiplying - scale, soft cap, window, sinks - it tells the attention function,
+where we listen while the model runs over a few tokens. What is found is then proved: the weights that it gives must
+be those of the model's own eager attention on these tokens. A layer where they are not (a bias by position, say)
+is written down with the reason, and whoever needs its weights captures ``pattern``.
+"""
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
 
-from residua.capture.identity.attention_facts import attention_files
+from residua.capture.forward.inputs import forward_kwargs
 from residua.capture.identity.lm_head import head_files
+from residua.capture.runtime.collectives import everyones
+from residua.capture.runtime.devices import input_device
+from residua.capture.runtime.pipeline_schedule import runnable
+from residua.capture.runtime.process_groups import pipeline_group, tensor_parallel_group
+from residua.capture.sites.anatomy import Anatomy
+from residua.capture.sites.attention import AttentionTap, eager_attention, intercepting
+from residua.capture.sites.pipeline_stages import target_of
+from residua.capture.sites.reference_model import whole_anatomy
+from residua.capture.sites.shape_probe import evaluating
+from residua.store.format.attentionspec import ATTENTION_FILE, AttentionSpec, attention_to_json
+from residua.store.format.site_names import parse_site
 from residua.store.storage.crc import Buffer
 from residua.store.storage.files import write_file
+
+Facts = dict[int, AttentionSpec | str]
+
+_EXAMPLES, _POSITIONS = 2, 12
+_TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3}
+_ROUGH = 0.1  # a model may round in another order than we do, and one rounding of bfloat16 shows
+
+
+def attention_files(model: nn.Module, sites: Iterable[str]) -> dict[str, bytes]:
+    """Return the file that says how weights follow from stored queries and keys, by its name in the head's folder.
+
+    There is none unless a layer has both `q` and `k` among `sites`. The model runs once over a few tokens; of a model
+    that is spread over several processes this is a collective of them all.
+    """
+    anatomy, stored = whole_anatomy(model), {str(site) for site in map(parse_site, sites)}
+    layers = [] if anatomy is None else [n for n in range(len(anatomy.blocks)) if {f"q.{n}", f"k.{n}"} <= stored]
+    if anatomy is None or not layers:
+        return {}
+    here = target_of(model).parts
+    facts = attention_facts(anatomy, [layer for layer in layers if anatomy.blocks[layer] in here])
+    return {ATTENTION_FILE: attention_to_json(_of_all_stages(_of_all_heads(facts, model), model))}
+
+
+def _of_all_heads(facts: Facts, model: nn.Module) -> Facts:
+    """Bring together what the ranks found out that have some heads each."""
+    everyone = everyones(tensor_parallel_group(model, None), facts)
+    if len(everyone) == 1:
+        return facts
+    return {layer: _joined([found[layer] for found in everyone]) for layer in facts}
+
+
+def _joined(found: Sequence[AttentionSpec | str]) -> AttentionSpec | str:
+    specs = [spec for spec in found if isinstance(spec, AttentionSpec)]
+    if len(specs) < len(found):
+        return next(reason for reason in found if isinstance(reason, str))
+    if specs[0].sinks is None:
+        return specs[0]
+    return replace(specs[0], sinks=tuple(sink for spec in specs for sink in spec.sinks or ()))
+
+
+def _of_all_stages(facts: Facts, model: nn.Module) -> Facts:
+    merged = {layer: fact for found in everyones(pipeline_group(model), facts) for layer, fact in found.items()}
+    return dict(sorted(merged.items()))
+
+
+def attention_facts(anatomy: Anatomy, layers: Iterable[int]) -> dict[int, AttentionSpec | str]:
+    """Find out, by running the model over a few tokens, how the weights of `layers` follow from queries and keys.
+
+    Returns:
+        From layer to how they do, proved on those tokens, or to why it cannot be said.
+    """
+    listeners = {layer: _Listener() for layer in layers}
+    taps = {
+        module: listener
+        for layer, listener in listeners.items()
+        for module in anatomy.parts[anatomy.blocks[layer]].modules()
+    }
+    try:
+        with eager_attention(anatomy.model), evaluating(anatomy.model), intercepting(taps), torch.no_grad():
+            _run(anatomy)
+    except Exception as error:  # noqa: BLE001 - the boundary to the user's model, and the capture itself needs none of this
+        return dict.fromkeys(listeners, f"the model could not be run over a few tokens to find out: {error}")
+    return {layer: listener.facts(_window(anatomy, layer, listener)) for layer, listener in listeners.items()}
+
+
+def _run(anatomy: Anatomy) -> None:
+    device = input_device(anatomy.model)
+    n_tokens = int(anatomy.config.vocab_size)
+    ids = torch.arange(_EXAMPLES * _POSITIONS, device=device).reshape(_EXAMPLES, _POSITIONS) * 7 % n_tokens
+    model = runnable(anatomy.model)
+    model(**forward_kwargs(model, ids, torch.ones_like(ids)))
+
+
+class _Listener(AttentionTap):
+    """Keeps what one layer's attention was given and told, and what it gave."""
+
+    parts = frozenset(("q", "k", "pattern"))
+
+    def __init__(self) -> None:
+        self.arguments: Mapping[str, Any] | None = None
+        self._seen: dict[str, Tensor] = {}
+
+    def __call__(self, part: str, tensor: Tensor) -> None:
+        self._seen[part] = tensor
+
+    def told(self, arguments: Mapping[str, Any]) -> None:
+        self.arguments = arguments
+
+    def facts(self, window: int | str | None) -> AttentionSpec | str:
+        """Return what this layer does, given the window that its queries look through or why that is not known."""
+        if self.arguments is None or len(self._seen) < len(self.parts):
+            return "its attention did not come through transformers' attention interface under eager attention"
+        if isinstance(window, str):
+            return window
+        pattern_BHQK, query_BHQD, key_BHKD = (self._seen[part] for part in ("pattern", "q", "k"))
+        causal = not pattern_BHQK.triu(1).any()
+        if window is not None and not causal:
+            return "its attention has a window and is not causal"
+        scaling, sinks = self.arguments.get("scaling"), self.arguments.get("s_aux")
+        spec = AttentionSpec(
+            scale=float(query_BHQD.shape[-1] ** -0.5 if scaling is None else scaling),
+            causal=causal,
+            softcap=self.arguments.get("softcap"),
+            window=window,
+            sinks=None if sinks is None else tuple(sinks.double().flatten().tolist()),
+        )
+        error = float((_weights(spec, query_BHQD, key_BHKD) - pattern_BHQK).abs().max())
+        if not error <= _TOLERANCE.get(pattern_BHQK.dtype, _ROUGH):
+            return f"its attention weights do not follow from q and k alone: they differ by {error:.2g} on a few tokens"
+        return spec
+
+
+def _weights(spec: AttentionSpec, query_BHQD: Tensor, key_BHKD: Tensor) -> Tensor:
+    """Attention weights of whole examples, in the model's type and in the order of rounding of its eager attention."""
+    key_BHKD = key_BHKD.repeat_interleave(query_BHQD.shape[1] // key_BHKD.shape[1], dim=1)
+    score_BHQK = query_BHQD @ key_BHKD.transpose(2, 3) * spec.scale
+    if spec.softcap is not None:
+        score_BHQK = torch.tanh(score_BHQK / spec.softcap) * spec.softcap
+    n_positions = score_BHQK.shape[-1]
+    distance_QK = torch.arange(n_positions)[:, None] - torch.arange(n_positions)
+    seen_QK = distance_QK >= 0 if spec.causal else torch.ones_like(distance_QK, dtype=torch.bool)
+    seen_QK &= distance_QK < (spec.window or n_positions)
+    score_BHQK = score_BHQK.masked_fill(~seen_QK.to(score_BHQK.device), -torch.inf)
+    if spec.sinks is not None:
+        sinks_BHQ1 = score_BHQK.new_tensor(spec.sinks)[:, None, None].expand(*score_BHQK.shape[:3], 1)
+        score_BHQK = torch.cat([score_BHQK, sinks_BHQ1], dim=-1)
+    return score_BHQK.softmax(-1, torch.float32 if score_BHQK.dtype.itemsize < 4 else None)[..., :n_positions]
+
+
+def _window(anatomy: Anatomy, layer: int, listener: _Listener) -> int | str | None:
+    """Return how far this layer's queries look, or why config and layer do not agree on it.
+
+    The few tokens prove only windows that are shorter.
+    """
+    told: int | None = (listener.arguments or {}).get("sliding_window")
+    types: list[str] | None = getattr(anatomy.config, "layer_types", None)
+    if types is not None:
+        if types[layer] not in ("full_attention", "sliding_attention"):
+            return f"its attention is of the type {types[layer]}, whose mask is not known"
+        agree = (types[layer] == "sliding_attention") == (told is not None)
+    else:
+        stated = getattr(anatomy.config, "sliding_window", None)
+        agree = told == stated or not getattr(anatomy.config, "use_sliding_window", True)
+    return told if agree else f"its config and its attention do not agree on a window ({told} is what it is told)"
+
 
 Files = dict[str, list[Buffer]]
 
@@ -29,3 +195,19 @@ def write_beside(archive: Path, files: Mapping[str, Sequence[Buffer]]) -> None:
     """Write the files to an archive that is being made."""
     for name, content in files.items():
         write_file(archive / "head" / name, content)
+
+
+def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Write the files of `tokenizer` to `folder`, durably.
+
+    Raises:
+        OSError: A file could not be written; the message says where and why.
+    """
+    try:
+        tokenizer.save_pretrained(folder)
+    except Exception as error:  # the Rust library raises plain Exception, for example when the disk is full
+        raise OSError(
+            f"cannot write the tokenizer to {folder} ({error}): free some space there, or choose another place"
+        ) from error
+    for path in sorted(folder.iterdir()):
+        write_file(path, [path.read_bytes()])

@@ -10,8 +10,7 @@ from torch.distributed import ProcessGroup
 from torch.distributed.tensor import DTensor, Shard
 
 from residua.capture.buffers.rows import FIRST_ROW_AXIS, by_position, row_shape
-from residua.capture.layout.layouts import Layout, Shape, whole_shape
-from residua.capture.layout.proved import ProvedLayouts
+from residua.capture.layout.layouts import Layout, ProvedLayouts, Shape, whole_shape
 from residua.capture.runtime.collectives import on_rank
 from residua.capture.sites.site import SiteInfo
 from residua.store.base.errors import CaptureError

@@ -17,8 +17,7 @@ from transformers import PreTrainedTokenizerBase
 from residua.capture.buffers.host_buffers import Staging
 from residua.capture.buffers.rows import batch_rows
 from residua.capture.identity.provenance import describe_model, environment
-from residua.capture.identity.sidecars import write_beside
-from residua.capture.identity.tokenizer import save_tokenizer
+from residua.capture.identity.sidecars import save_tokenizer, write_beside
 from residua.capture.layout.layouts import Layout
 from residua.capture.layout.local_shards import LocalParts, whole_row
 from residua.capture.layout.process_layout import Part

@@ -26,15 +26,14 @@ from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 from transformers import PreTrainedTokenizerBase
 
-from residua.capture.identity.attention_facts import attention_files
 from residua.capture.identity.lm_head import head_files
 from residua.capture.identity.provenance import identify_model
+from residua.capture.identity.sidecars import attention_files
 from residua.capture.layout.layouts import Layout
 from residua.capture.layout.local_shards import LocalParts, whole_row
 from residua.capture.layout.process_layout import Part, is_split
-from residua.capture.recording.call import Call, Column, read_call
+from residua.capture.recording.call import Call, Column, SameCalls, read_call, team_in_loop
 from residua.capture.recording.growing_archive import GrowingArchive, taken
-from residua.capture.recording.loop import SameCalls, team_in_loop
 from residua.capture.runtime.collectives import device_of, everyones
 from residua.capture.runtime.pipeline_schedule import PIPELINES
 from residua.capture.runtime.process_groups import pipeline_group, split_by_hand

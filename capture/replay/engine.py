@@ -21,7 +21,7 @@ from residua.capture.edits.prepare import edits_at
 from residua.capture.edits.stored_rows import StoredRows
 from residua.capture.forward.inputs import forward_kwargs
 from residua.capture.forward.plan_batch import PlanBatch, parts_of, plan_batch
-from residua.capture.identity.same_model import Checked, check_model
+from residua.capture.identity.provenance import Checked, check_model
 from residua.capture.replay.notes import attention_notes, check_injection, storage_notes, why_in_full
 from residua.capture.replay.passes import Pass, kept_rows, token_logits
 from residua.capture.replay.skipping import Skip, skip_below, skipping

@@ -19,7 +19,7 @@ from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.pipelining.schedules import PipelineScheduleSingle
 
-from residua.capture.identity.same_model import running_as_captured
+from residua.capture.identity.provenance import running_as_captured
 from residua.capture.replay.engine import Replayer
 from residua.capture.replay.generation import generate
 from residua.capture.replay.metrics import MetricSpec, Outcome, metric_of, token_losses

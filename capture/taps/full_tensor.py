@@ -9,8 +9,7 @@ from torch.distributed import ProcessGroup
 from torch.distributed.tensor import DTensor, Replicate
 
 from residua.capture.layout.gather import run_everywhere, run_once
-from residua.capture.layout.layouts import Layout, Shape, whole_shape
-from residua.capture.layout.proved import ProvedLayouts
+from residua.capture.layout.layouts import Layout, ProvedLayouts, Shape, whole_shape
 from residua.capture.runtime.collectives import on_rank
 from residua.capture.sites.hooks import Met
 from residua.store.base.errors import CaptureError

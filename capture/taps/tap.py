@@ -29,9 +29,33 @@ from residua.capture.sites.site import SiteInfo
 from residua.capture.taps.full_tensor import Parts, Wholes
 from residua.capture.taps.pipeline_gradients import carrying_gradients
 from residua.capture.taps.reading import TapFunction
-from residua.capture.taps.tapgroup import TapGroup
 from residua.store.base.errors import CaptureError, PlanError
 from residua.store.base.wording import few
+
+
+class TapGroup:
+    """A switch that several taps can share; ``enabled`` may be set at any time between forward calls.
+
+    On a model that is spread over several processes every process has to set it alike.
+
+    Example:
+        >>> ablations = TapGroup()
+        >>> with ablations.off():
+        ...     ablations.enabled
+        False
+    """
+
+    def __init__(self) -> None:
+        self.enabled = True
+
+    @contextmanager
+    def off(self) -> Iterator[None]:
+        """Leave the group's taps out of what happens inside; afterwards the switch is as it was."""
+        before, self.enabled = self.enabled, False
+        try:
+            yield
+        finally:
+            self.enabled = before
 
 
 class Tap:

@@ -14,9 +14,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.pipelining.schedules import PipelineScheduleSingle
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from residua.capture.identity.provenance import describe_model, environment, identify_model
-from residua.capture.identity.sidecars import Files, files_beside, write_beside
-from residua.capture.identity.tokenizer import identify_tokenizer, save_tokenizer
+from residua.capture.identity.provenance import describe_model, environment, identify_model, identify_tokenizer
+from residua.capture.identity.sidecars import Files, files_beside, save_tokenizer, write_beside
 from residua.capture.layout.process_layout import Part, is_split
 from residua.capture.recording.column_shards import column_shards
 from residua.capture.recording.record import RecordStats, record, total

@@ -8,7 +8,7 @@ import torch
 from torch.distributed.pipelining.schedules import PipelineScheduleSingle
 from transformers import PreTrainedModel
 
-from residua.capture.identity.same_model import running_as_captured
+from residua.capture.identity.provenance import running_as_captured
 from residua.capture.replay.engine import Replayer
 from residua.capture.replay.metrics import token_divergences
 from residua.pipelines.capture.captured_batches import sample_batches

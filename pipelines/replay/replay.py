@@ -18,7 +18,7 @@ from torch.distributed.pipelining.schedules import PipelineScheduleSingle
 from transformers import PreTrainedModel
 
 from residua.capture.forward.plan_batch import PlanBatch
-from residua.capture.identity.same_model import running_as_captured
+from residua.capture.identity.provenance import running_as_captured
 from residua.capture.recording.record import RecordStats
 from residua.capture.replay.engine import Replayer
 from residua.capture.replay.notes import unlike_the_plan

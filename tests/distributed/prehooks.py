@@ -9,8 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from residua.capture.taps.tap import tap
-from residua.capture.taps.tapgroup import TapGroup
+from residua.capture.taps.tap import TapGroup, tap
 from tests.distributed.checks import relative_error
 from tests.distributed.expected import batch, loss_of, vector
 from tests.distributed.refusals import Load, alone

@@ -11,9 +11,8 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from transformers import PreTrainedModel
 
-from residua.capture.layout.parameters import whole_parameter
-from residua.capture.taps.tap import tap
-from residua.capture.taps.tapgroup import TapGroup
+from residua.capture.layout.parameters import full_parameter
+from residua.capture.taps.tap import TapGroup, tap
 from residua.store.base.errors import CaptureError
 from tests.distributed.checks import relative_error
 from tests.distributed.expected import batch, loss_of, site_names
@@ -184,13 +183,13 @@ def parameters(load: Load) -> None:
     for model in models:
         loss_of(model, batch(0)).backward()  # type: ignore[no-untyped-call]  # torch leaves it bare
         for name in ("model.layers.1.mlp.up_proj.weight", "model.layers.1.mlp.down_proj.weight", "model.norm.weight"):
-            assert torch.equal(whole_parameter(model, name), bare.get_parameter(name))
+            assert torch.equal(full_parameter(model, name), bare.get_parameter(name))
             wanted = bare.get_parameter(name).grad
             assert wanted is not None
-            assert relative_error(whole_parameter(model, name, gradient=True), wanted) < 2e-5
+            assert relative_error(full_parameter(model, name, gradient=True), wanted) < 2e-5
     words = rf"'model\.norm\.bias' was asked for on rank {dist.get_rank()}, and there is no such parameter"
     with pytest.raises(CaptureError, match=words):
-        whole_parameter(bare, "model.norm.bias")
+        full_parameter(bare, "model.norm.bias")
 
 
 def world() -> dist.ProcessGroup:

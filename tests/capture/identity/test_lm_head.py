@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from residua.capture.identity.parameter_file import parameter_file
+from residua.capture.identity.lm_head import parameter_file
 from residua.store.storage.files import write_file
 from tests.capture.readings import everything
 from tests.heads import save_head

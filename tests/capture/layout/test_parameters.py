@@ -3,7 +3,7 @@
 import pytest
 
 from residua.capture.layout.layouts import Layout, Part, Shape
-from residua.capture.layout.weights_by_hand import understood
+from residua.capture.layout.parameters import understood
 
 
 def parts(*said: tuple[Shape, int]) -> list[Part]:
