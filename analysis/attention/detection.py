@@ -69,7 +69,7 @@ def head_detector(
         _detect, name=detection_pattern, measure=error_measure, bos=exclude_bos, current=exclude_current_token
     )
     n_examples = archive.example_table.index().n_examples
-    found = run_jobs(detect, jobs, cluster=cluster, stage=f"detecting {detection_pattern}s")
+    found = run_jobs(detect, jobs, cluster=cluster, label=f"detecting {detection_pattern}s")
     scores = {layer: np.sum(sums, axis=0) / n_examples for layer, sums in found.items()}
     heads = [(layer, head) for layer, values in scores.items() for head in range(len(values))]
     return pa.table(

@@ -86,7 +86,7 @@ def induction_scores(
         )
     jobs = attention_jobs(archive, layers=layers, source=source, most_bytes=most_bytes)
     score = partial(_score, period=period, bos=bos)
-    found = run_jobs(score, jobs, cluster=cluster, stage="scoring heads")
+    found = run_jobs(score, jobs, cluster=cluster, label="scoring heads")
     return _table({layer: _added(sums) for layer, sums in found.items()})
 
 

@@ -111,10 +111,10 @@ def attention_spec(archive: Archive, layer: int) -> AttentionSpec:
 
 
 def run_jobs(
-    function: Callable[[AttentionJob], Result], jobs: Sequence[AttentionJob], *, cluster: Cluster | None, stage: str
+    function: Callable[[AttentionJob], Result], jobs: Sequence[AttentionJob], *, cluster: Cluster | None, label: str
 ) -> dict[int, list[Result]]:
     """Return the results of each layer in the order of its jobs, so that sums do not depend on who was faster."""
-    done = dict(or_inline(cluster).map(function, jobs, stage=stage))
+    done = dict(or_inline(cluster).map(function, jobs, label=label))
     layers: dict[int, list[Result]] = {}
     for number, job in enumerate(jobs):
         layers.setdefault(job.layer, []).append(done[number])

@@ -23,11 +23,12 @@ from residua.analysis.lens.checkpoint import LensConfig, hash_unembedding, read_
 from residua.analysis.lens.decoder import Decoder
 from residua.analysis.lens.lm_head import Head, load_head
 from residua.analysis.lens.points import depth_of
-from residua.analysis.lens.report import REPORT, plot_report
+from residua.analysis.lens.report import REPORT
 from residua.analysis.lens.settings import LensSettings
 from residua.analysis.lens.train import LensTraining
 from residua.analysis.lens.translator import Translator
 from residua.analysis.support.cluster import Cluster, or_inline
+from residua.analysis.support.plots import plot_lens
 from residua.store.base.errors import AnalysisError
 from residua.store.format.headspec import HEAD_FILE, PARAMETERS_FILE
 from residua.store.read.archive import Archive
@@ -143,7 +144,7 @@ class TunedLens:
             sink = pa.BufferOutputStream()
             pq.write_table(self.report, sink)
             write_file(folder / REPORT_FILE, [sink.getvalue()])
-            plot_report(folder / PLOT_FILE, self.report)
+            plot_lens(folder / PLOT_FILE, self.report)
         write_file(folder / "head" / PARAMETERS_FILE, [save(dict(self.head.parameters))])
         write_file(folder / "head" / HEAD_FILE, [self.head.spec.to_json()])
         write_file(folder / DEPTHS_FILE, [json.dumps({"depths": sorted(self.translators)}).encode()])

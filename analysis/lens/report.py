@@ -1,13 +1,11 @@
 """What a lens scored, as a table and a picture, and which of its maps is kept at each point."""
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 
 from residua.analysis.lens.evaluate import LOGIT_LENS, MODEL, Score
-from residua.analysis.support.plots import line_plot
 
 RIDGE, REFINED = "ridge", "refined"
 
@@ -69,16 +67,3 @@ def _line(depth: int, site: str, scores: Mapping[str, Score], penalties: Mapping
 
 def _per_label(score: Score) -> float | None:
     return score.cross_entropy / score.n_labelled if score.n_labelled else None
-
-
-def plot_report(path: Path, report: pa.Table) -> None:
-    """Draw KL divergence by depth, of the tuned lens and of the logit lens."""
-    line_plot(
-        path,
-        report["site"].to_pylist(),
-        {"logit lens": report["kl_logit_lens"].to_pylist(), "tuned lens": report["kl"].to_pylist()},
-        title=f"Distance from the model's own prediction, {report['rows'][0].as_py():,} held-out rows",
-        x_name="site",
-        y_name="KL divergence (nats a token)",
-        log_y=True,
-    )

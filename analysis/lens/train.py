@@ -200,7 +200,7 @@ class LensTraining:
         origins = {depth: self._origin(self._points.sites[depth]) for depth in group}
         tasks = [GramTask(**self._task(group), origins=origins, first=first, last=last) for first, last in runs]
         totals = {depth: Gram.zero(origins[depth]) for depth in group}
-        for sums in in_order(self._cluster.map(sum_rows, tasks, stage="adding up rows")):
+        for sums in in_order(self._cluster.map(sum_rows, tasks, label="adding up rows")):
             for depth, gram in sums.items():
                 totals[depth].merge_(gram)
         for depth, gram in totals.items():
@@ -220,7 +220,7 @@ class LensTraining:
             for part in range(self._n_parts)
         ]
         shares: dict[int, dict[int, Fitted]] = {depth: {} for depth in depths}
-        for number, found in self._cluster.map(fit_layers, tasks, stage="fitting layers"):
+        for number, found in self._cluster.map(fit_layers, tasks, label="fitting layers"):
             for depth, fitted in found.items():
                 shares[depth][tasks[number].part] = fitted
                 if len(shares[depth]) == self._n_parts:
@@ -241,7 +241,7 @@ class LensTraining:
             for first in range(0, n_rows, _RUN_ROWS)
         ]
         totals: dict[int, dict[str, Score]] = {depth: {} for depth in depths}
-        for scores in in_order(self._cluster.map(judge_layers, tasks, stage="judging on held-out rows")):
+        for scores in in_order(self._cluster.map(judge_layers, tasks, label="judging on held-out rows")):
             for depth, named in scores.items():
                 for name, score in named.items():
                     totals[depth][name] = totals[depth].get(name, Score()).plus(score)

@@ -110,7 +110,7 @@ def probe(
     parts = blocks(archive)
     jobs = [Job(address(archive), name, parts, target, where, split, found, cluster.memory_limit) for name in names]
     probed: dict[int, SiteProbe] = {}
-    for number, answer in cluster.map(probe_site, jobs, stage=f"probes of {target}"):
+    for number, answer in cluster.map(probe_site, jobs, label=f"probes of {target}"):
         probed[number] = answer
         if save is not None:
             write_probe(Path(save) / parse_site(names[number]).path.removeprefix("sites/"), answer.probe)

@@ -22,9 +22,8 @@ from residua.analysis.rows.columns import positions_of
 from residua.analysis.rows.site_rows import pieces, runs, width_of
 from residua.analysis.stats.site_stats import SITES, site_stats
 from residua.analysis.stats.site_sums import SiteSums
-from residua.analysis.support.cluster import Cluster, or_inline
+from residua.analysis.support.cluster import Cluster, OrderedSum, or_inline
 from residua.analysis.support.open_archives import address, opened
-from residua.analysis.support.ordered_sums import OrderedSum
 from residua.store.base.errors import AnalysisError
 from residua.store.read.archive import Archive
 
@@ -136,7 +135,7 @@ def _summed(jobs: Sequence[_Job], cluster: Cluster) -> Iterator[tuple[str, SiteS
     n_parts = Counter(job.site for job in jobs)
     sums = {site: OrderedSum(n, SiteSums.merge) for site, n in n_parts.items()}
     first = {job.site: len(jobs) - 1 - i for i, job in enumerate(reversed(jobs))}
-    for number, part in cluster.map(_sums, jobs, stage="statistics"):
+    for number, part in cluster.map(_sums, jobs, label="statistics"):
         site = jobs[number].site
         whole = sums[site].add(number - first[site], part)
         if whole is not None:

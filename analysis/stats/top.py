@@ -91,7 +91,7 @@ def top(
         for run in runs(blocks(archive), least_rows=_ROWS_A_RUN)
     ]
     best = Best(np.zeros(0), np.zeros(0, np.int64), np.zeros(0, np.int64))
-    for _, found in or_inline(cluster).map(_search, jobs, stage="top rows"):
+    for _, found in or_inline(cluster).map(_search, jobs, label="top rows"):
         best = _kept(best, found, k, per_example=per_example)
     if not len(best.rows):
         raise AnalysisError(f"{name} has no row with a score: none is captured, none is chosen, or all are NaN")

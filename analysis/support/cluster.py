@@ -1,7 +1,10 @@
-"""Where analyses run: a cluster of processes on this machine, one that exists, or this very process.
+"""Where analyses run, and how the results of their jobs are added up.
 
-A job is given paths and numbers, opens the archive where it runs, and returns something small: so no activations
-travel, and none are spilled. A job whose worker dies runs again on another.
+Jobs run on worker processes of this machine, on an existing Dask cluster, or in this process. A job takes paths and
+numbers, opens the archive where it runs, and returns a small result, so no activations are sent or spilled. A job whose
+worker dies runs again on another worker.
+
+Floating-point sums depend on their order, and jobs finish in any order. `OrderedSum` adds results in a fixed order.
 """
 
 import logging
@@ -9,7 +12,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import islice
-from typing import Any, Protocol, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 import distributed
 import torch
@@ -24,70 +27,77 @@ from residua.store.base.errors import AnalysisError, ResiduaError
 
 Job = TypeVar("Job")
 Result = TypeVar("Result")
+Term = TypeVar("Term")
 
 INLINE = "inline"
-_dask: Any = distributed  # whose functions have no types
-_LIMIT = "4GiB"
-_AHEAD = 2  # jobs that a worker has at a time, so that it never waits for the next
-_CONNECT_SECONDS = 10
+_dask: Any = distributed  # its functions have no types
+_MEMORY_LIMIT = "4GiB"
+_JOBS_PER_WORKER = 2  # submitted at a time, so that a worker never waits for its next job
 
 
 class Cluster(Protocol):
-    """What runs jobs; see `connect`."""
+    """Runs jobs. `connect` makes one."""
 
     @property
     def n_workers(self) -> int:
-        """How many jobs run at a time."""
+        """Number of jobs that run at a time."""
         ...
 
     @property
     def memory_limit(self) -> int:
-        """Bytes that the process of one job may take in all."""
+        """Bytes of memory that the process of one job may use in total."""
         ...
 
     def map(
-        self, function: Callable[[Job], Result], jobs: Sequence[Job], *, stage: str
+        self, function: Callable[[Job], Result], jobs: Sequence[Job], *, label: str
     ) -> Iterator[tuple[int, Result]]:
-        """Yield the number and the result of each job as they complete, which is not in order.
+        """Yield the number and the result of each job as it completes, in any order.
 
-        Function and jobs are pickled; torch and numpy use one thread inside a job, wherever it runs. A job whose
-        worker dies runs again.
+        The function and the jobs are pickled. Torch and numpy use one thread inside a job. A job whose worker dies runs
+        again.
 
         Args:
-            function: Called with a job where it runs: a function of a module, or a `functools.partial` of one.
-            jobs: Small things, for example paths and `Block`s.
-            stage: What is being done, in the words of the progress bar.
+            function: Called with one job on a worker: a module-level function, or a `functools.partial` of one.
+            jobs: Small objects, for example paths and `Block`s.
+            label: Text of the progress bar.
 
         Raises:
-            AnalysisError: A job failed, and the cause is chained; or its workers died again and again. The other jobs
-                are given up. An error of Residua's own comes up as it is.
+            AnalysisError: A job failed (the cause is chained), or every worker that tried it died. The other jobs are
+                cancelled. Residua's own errors are raised unchanged.
         """
         ...
 
 
 @contextmanager
 def connect(
-    scheduler: str | None = None, *, workers: int | None = None, memory_limit: str | int = _LIMIT, shown: bool = False
+    scheduler: str | None = None,
+    *,
+    workers: int | None = None,
+    memory_limit: str | int = _MEMORY_LIMIT,
+    shown: bool = False,
+    timeout: float = 10,
 ) -> Iterator[Cluster]:
-    """Start or find what runs jobs, and let it go at the end; Dask arrays are computed there, too, meanwhile.
+    """Connect to workers, or start them, for a ``with`` block. Dask arrays are computed there, too.
 
     Args:
-        scheduler: Address of a Dask scheduler, for example ``tcp://host:8786``; ``inline`` for this process, one job
-            after the other; None for a cluster of processes on this machine, with one thread each.
-        workers: Processes of a cluster on this machine; by default one a core, as many as the memory allows.
-        memory_limit: Memory of one worker. Workers of a cluster that exists have limits of their own, which count.
-        shown: Whether to draw progress bars, on standard error.
+        scheduler: Address of a Dask scheduler, for example ``tcp://host:8786``; ``inline`` runs one job after the other
+            in this process; None starts single-threaded worker processes on this machine.
+        workers: Number of worker processes to start; by default one per core, as far as memory allows.
+        memory_limit: Memory of one worker, in bytes or as text (``4GiB``). Workers of an existing cluster keep their
+            own limits.
+        shown: Draw progress bars on standard error.
+        timeout: Seconds to wait for an existing scheduler, and then for its first worker.
 
     Raises:
-        AnalysisError: No scheduler answers at that address, it has no workers, or the numbers make no sense.
+        AnalysisError: No scheduler answers at the address, it has no workers, or a number is out of range.
     """
     limit = _positive_bytes(memory_limit)
     if workers is not None and workers < 1:
-        raise AnalysisError(f"{workers} workers were asked for: ask for at least 1")
+        raise AnalysisError(f"{workers} workers were requested: request at least 1")
     if scheduler == INLINE:
         yield _Inline(limit, shown=shown)
         return
-    with _local(workers, limit) if scheduler is None else _remote(scheduler) as client:
+    with _local(workers, limit) if scheduler is None else _remote(scheduler, timeout) as client:
         yield _Distributed(client, shown=shown)
 
 
@@ -95,15 +105,15 @@ def _positive_bytes(size: str | int) -> int:
     try:
         found = int(parse_bytes(size))
     except ValueError as error:
-        raise AnalysisError(f"the memory limit {size!r} is no size ({error}): write for example 4GiB") from error
+        raise AnalysisError(f"the memory limit {size!r} is not a size ({error}): write, for example, 4GiB") from error
     if found < 1:
-        raise AnalysisError(f"the memory limit is {size!r}: a worker needs more")
+        raise AnalysisError(f"the memory limit is {size!r}: give each worker more than 0 bytes")
     return found
 
 
 def or_inline(cluster: Cluster | None) -> Cluster:
-    """Return `cluster`, or this process where there is none."""
-    return _Inline(_positive_bytes(_LIMIT), shown=False) if cluster is None else cluster
+    """Return `cluster`; if it is None, one that runs jobs in this process."""
+    return _Inline(_positive_bytes(_MEMORY_LIMIT), shown=False) if cluster is None else cluster
 
 
 class _Inline:
@@ -116,50 +126,50 @@ class _Inline:
         self._shown = shown
 
     def map(
-        self, function: Callable[[Job], Result], jobs: Sequence[Job], *, stage: str
+        self, function: Callable[[Job], Result], jobs: Sequence[Job], *, label: str
     ) -> Iterator[tuple[int, Result]]:
-        with _bar(stage, len(jobs), shown=self._shown) as bar:
+        with _bar(label, len(jobs), shown=self._shown) as bar:
             for number, job in enumerate(jobs):
-                with _one_thread(), _failing(stage, number):
+                with _one_thread(), _failing(label, number):
                     result = function(job)
                 bar.update()
                 yield number, result
 
 
 class _Distributed:
-    """Runs jobs on the workers of a Dask cluster, a few for each at a time."""
+    """Runs jobs on the workers of a Dask cluster. Each worker has a few submitted jobs at a time."""
 
     def __init__(self, client: Client, *, shown: bool) -> None:
         self._client: Any = client
         self._shown = shown
-        known = client.scheduler_info(n_workers=-1)["workers"].values()
-        self.n_workers = sum(worker["nthreads"] for worker in known)
-        # A worker without a limit is taken to have this machine's memory.
-        self.memory_limit = min((worker["memory_limit"] or MEMORY_LIMIT) // worker["nthreads"] for worker in known)
+        workers = client.scheduler_info(n_workers=-1)["workers"].values()
+        self.n_workers = sum(worker["nthreads"] for worker in workers)
+        # A worker without a limit is assumed to have as much memory as this machine.
+        self.memory_limit = min((worker["memory_limit"] or MEMORY_LIMIT) // worker["nthreads"] for worker in workers)
 
     def map(
-        self, function: Callable[[Job], Result], jobs: Sequence[Job], *, stage: str
+        self, function: Callable[[Job], Result], jobs: Sequence[Job], *, label: str
     ) -> Iterator[tuple[int, Result]]:
         waiting = iter(enumerate(jobs))
-        numbers: dict[Any, int] = {}  # of the jobs by their futures
+        numbers: dict[Any, int] = {}  # of the jobs, by future
         completed = _dask.as_completed(loop=self._client.loop)
 
         def submit(n_jobs: int) -> None:
             for number, job in islice(waiting, n_jobs):
-                future = self._client.submit(_alone, function, job, pure=False)
+                future = self._client.submit(_run_with_one_thread, function, job, pure=False)
                 numbers[future] = number
                 completed.add(future)
 
         try:
-            with _bar(stage, len(jobs), shown=self._shown) as bar:
-                submit(_AHEAD * self.n_workers)
+            with _bar(label, len(jobs), shown=self._shown) as bar:
+                submit(_JOBS_PER_WORKER * self.n_workers)
                 for future in completed:
                     number = numbers.pop(future)
-                    with _failing(stage, number):
+                    with _failing(label, number):
                         result = future.result()
-                    del future  # the result may be large, and is the caller's now
-                    # Workers come and go; and while one job is left to be submitted, the loop must not run dry.
-                    room = _AHEAD * sum(self._client.nthreads().values()) - len(numbers)
+                    del future  # or the worker keeps the result, which may be large
+                    # Workers come and go. The loop ends when no future is left, so always keep one while jobs wait.
+                    room = _JOBS_PER_WORKER * sum(self._client.nthreads().values()) - len(numbers)
                     submit(max(room, 0 if numbers else 1))
                     bar.update()
                     yield number, result
@@ -169,7 +179,7 @@ class _Distributed:
 
 @contextmanager
 def _one_thread() -> Iterator[None]:
-    """Use one thread of torch and of numpy's BLAS inside, as workers do, and as many as before outside."""
+    """Limit torch and numpy's BLAS to one thread inside the ``with`` block, as on a worker."""
     n_threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -179,10 +189,10 @@ def _one_thread() -> Iterator[None]:
         torch.set_num_threads(n_threads)
 
 
-def _alone(function: Callable[[Job], Result], job: Job) -> Result:
-    """Do one job, with one thread of torch and of numpy's BLAS: as many jobs as cores run beside each other.
+def _run_with_one_thread(function: Callable[[Job], Result], job: Job) -> Result:
+    """Run one job on a worker with one thread of torch and of numpy's BLAS, since every core has a worker.
 
-    The limits stay: another job of this process may still run when this one ends.
+    The limits are not reset: another job of this process may still run when this one ends.
     """
     torch.set_num_threads(1)
     threadpool_limits(1)
@@ -190,26 +200,26 @@ def _alone(function: Callable[[Job], Result], job: Job) -> Result:
 
 
 @contextmanager
-def _failing(stage: str, number: int) -> Iterator[None]:
-    """Turn whatever a job raises into one of our errors."""
+def _failing(label: str, number: int) -> Iterator[None]:
+    """Turn any error of a job into one of ours."""
     try:
         yield
     except ResiduaError:
         raise
     except KilledWorker as error:
         raise AnalysisError(
-            f"{stage}: job {number} was given up, since every worker that tried it died, which mostly means that it "
-            "took more memory than allowed: allow more, or ask for less at once"
+            f"{label}: job {number} was given up, because every worker that tried it died. Most likely it took more "
+            "memory than allowed: raise the memory limit, or request less at once"
         ) from error
-    except Exception as error:
-        raise AnalysisError(f"{stage}: job {number} failed: {error}") from error
+    except Exception as error:  # a job may raise anything
+        raise AnalysisError(f"{label}: job {number} failed: {error}") from error
 
 
 @contextmanager
 def _local(workers: int | None, memory_limit: int) -> Iterator[Client]:
     n_workers = workers or max(1, min(CPU_COUNT, MEMORY_LIMIT // memory_limit))
-    # Jobs keep to the limit by themselves. Pausing a worker that is near it could wait for ever.
-    fractions = {f"distributed.worker.memory.{name}": False for name in ("target", "spill", "pause")}
+    # Jobs respect the limit by themselves. A worker that pauses near its limit could wait for ever.
+    never = {f"distributed.worker.memory.{name}": False for name in ("target", "spill", "pause")}
     with (
         _dask.LocalCluster(
             n_workers=n_workers,
@@ -217,8 +227,8 @@ def _local(workers: int | None, memory_limit: int) -> Iterator[Client]:
             processes=True,
             memory_limit=memory_limit,
             dashboard_address="127.0.0.1:0",
-            silence_logs=logging.CRITICAL,  # what matters of it is raised
-            config=fractions,
+            silence_logs=logging.CRITICAL,  # failures are raised
+            config=never,
         ) as cluster,
         _dask.Client(cluster) as client,
     ):
@@ -226,24 +236,56 @@ def _local(workers: int | None, memory_limit: int) -> Iterator[Client]:
 
 
 @contextmanager
-def _remote(scheduler: str) -> Iterator[Client]:
+def _remote(scheduler: str, timeout: float) -> Iterator[Client]:
     try:
-        client = _dask.Client(scheduler, timeout=_CONNECT_SECONDS)
+        client = _dask.Client(scheduler, timeout=timeout)
     except (OSError, ValueError) as error:
         raise AnalysisError(
             f"no Dask scheduler answers at {scheduler} ({error}): start one (dask scheduler, and dask worker) and "
-            "give its address, tcp://host:port; or leave it out for a cluster on this machine, or say inline"
+            "give its address, tcp://host:port; or give no address to start workers on this machine, or give inline"
         ) from error
     with client:
         try:
-            client.wait_for_workers(1, timeout=_CONNECT_SECONDS)
+            client.wait_for_workers(1, timeout=timeout)
         except TimeoutError as error:
             raise AnalysisError(
                 f"the Dask scheduler at {scheduler} has no workers: start some (dask worker {scheduler}), or wait "
-                "until those that were asked for have started"
+                "until the requested ones have started"
             ) from error
         yield client
 
 
-def _bar(stage: str, n_jobs: int, *, shown: bool) -> tqdm:
-    return tqdm(total=n_jobs, desc=stage, unit="job", file=sys.stderr, leave=False, disable=not shown)
+def _bar(label: str, n_jobs: int, *, shown: bool) -> tqdm:
+    return tqdm(total=n_jobs, desc=label, unit="job", file=sys.stderr, leave=False, disable=not shown)
+
+
+class OrderedSum(Generic[Term]):
+    """The sum of `n_terms` terms that arrive in any order.
+
+    The terms are the leaves of a fixed binary tree, so the sum is the same, bit for bit, whatever order they arrive in.
+    While one term is late, only about log2(`n_terms`) partial sums wait in memory.
+
+    Args:
+        n_terms: Number of terms, at least one.
+        merge: Adds its second argument to its first and returns the sum; may change the first in place.
+    """
+
+    def __init__(self, n_terms: int, merge: Callable[[Term, Term], Term]) -> None:
+        self._widths = [n_terms]  # nodes of each level of the tree, leaves first
+        while self._widths[-1] > 1:
+            self._widths.append(-(-self._widths[-1] // 2))
+        self._merge = merge
+        self._waiting: dict[tuple[int, int], Term] = {}
+
+    def add(self, index: int, term: Term) -> Term | None:
+        """Add the term numbered `index`. Return the sum after the last one, None before."""
+        for level, width in enumerate(self._widths[:-1]):
+            sibling = index ^ 1
+            if sibling < width:
+                if (level, sibling) not in self._waiting:
+                    self._waiting[level, index] = term
+                    return None
+                other = self._waiting.pop((level, sibling))
+                term = self._merge(term, other) if index < sibling else self._merge(other, term)
+            index //= 2
+        return term

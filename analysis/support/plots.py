@@ -1,13 +1,16 @@
-"""The pictures that analyses make: lines over layers or positions, and heat maps of heads. Written as PNG or SVG.
+"""Plots: lines and heat maps, and the plots of `residua stats`, `residua probe` and `residua lens`.
 
-Figures are made without a display and without matplotlib's global state, so that tasks and threads may draw at once.
+The ending of a path decides the file format, for example ``.png`` or ``.svg``. Figures need no display and use no
+global state of matplotlib, so several threads may draw at the same time.
 """
 
 from collections.abc import Mapping, Sequence
 from os import PathLike
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -15,11 +18,12 @@ from matplotlib.image import AxesImage
 from matplotlib.ticker import LogLocator, MaxNLocator
 
 _DPI = 150
-_MOST_TICKS = 24  # labels beyond it would touch each other
-_MOST_INSIDE = 3  # entries of a legend that leave room for the lines
-_MOST_UPRIGHT = 7  # names of sites that stand side by side
+_MOST_TICKS = 24  # more labels would overlap
+_MOST_INSIDE = 3  # a longer legend goes outside the axes
+_MOST_HORIZONTAL = 7  # more names on the x axis are turned by 90 degrees
 _MOST_CELLS_WITH_NUMBERS = 120
-_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")  # Okabe and Ito, 2008
+_MOST_CONTROLS = 3  # with more kinds of site, `plot_probe` leaves the control lines out
+_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")  # Okabe and Ito (2008)
 
 
 def line_plot(
@@ -32,16 +36,16 @@ def line_plot(
     y_name: str,
     log_y: bool = False,
 ) -> None:
-    """Draw one line for each of `series` over `x`, told apart by colour and marker, and write the picture.
+    """Draw one line for each of `series` over `x` and write the plot.
 
     Args:
-        path: The file to write; its ending says the format.
-        x: Places on the axis: numbers, or names in order.
-        series: Values by the name in the legend; NaN leaves a gap.
-        title: Title of the picture.
+        path: File to write.
+        x: Positions on the x axis: numbers, or names in order.
+        series: Values by name in the legend; NaN leaves a gap.
+        title: Title of the plot.
         x_name: Name of the x axis, with its unit if it has one.
         y_name: Name of the y axis, with its unit.
-        log_y: Whether the y axis is logarithmic.
+        log_y: Use a logarithmic y axis.
     """
     figure, axes = _figure(7.0, 4.2)
     for number, (name, values) in enumerate(series.items()):
@@ -54,7 +58,7 @@ def line_plot(
         axes.yaxis.set_minor_locator(LogLocator(subs=(2, 5)))
         axes.yaxis.set_minor_formatter("{x:g}")
     if isinstance(next(iter(x), ""), str):
-        axes.set_xticks(*_ticks(len(x), [str(name) for name in x]), rotation=90 if len(x) > _MOST_UPRIGHT else 0)
+        axes.set_xticks(*_ticks(len(x), [str(name) for name in x]), rotation=90 if len(x) > _MOST_HORIZONTAL else 0)
     else:
         axes.xaxis.set_major_locator(MaxNLocator(nbins=12, integer=all(float(place).is_integer() for place in x)))
     axes.grid(alpha=0.25)
@@ -78,18 +82,18 @@ def heat_map(
     y_ticks: Sequence[str] | None = None,
     centred: bool = False,
 ) -> None:
-    """Draw a matrix as coloured cells, the first row at the top, and write the picture.
+    """Draw a matrix as coloured cells, the first row at the top, and write the plot.
 
     Args:
-        path: The file to write; its ending says the format.
-        values: (rows, columns) numbers; NaN stays white.
-        title: Title of the picture.
-        x_name: Name of the columns' axis.
-        y_name: Name of the rows' axis.
-        value_name: What a colour means, with its unit.
+        path: File to write.
+        values: (rows, columns); NaN stays white.
+        title: Title of the plot.
+        x_name: Name of the columns.
+        y_name: Name of the rows.
+        value_name: Name of the values, with their unit.
         x_ticks: Names of the columns; their numbers if None.
         y_ticks: Names of the rows; their numbers if None.
-        centred: Whether zero is the middle of two colours, for values of either sign.
+        centred: Put zero in the middle of two colours, for values of both signs.
     """
     cells = np.asarray(values, np.float64)
     n_rows, n_columns = cells.shape
@@ -108,6 +112,83 @@ def heat_map(
     _finish(figure, axes, path, title, x_name, y_name)
 
 
+def plot_norms(path: str | PathLike[str], positions: pa.Table) -> None:
+    """Plot the mean norm of the rows by position: a line per site, or a heat map for more than seven sites.
+
+    Args:
+        path: File to write.
+        positions: The `positions` table of `residua.analysis.stats.stats.Stats`.
+    """
+    names = positions["site"].combine_chunks().dictionary_encode()
+    sites, at = names.dictionary.to_pylist(), positions["position"].to_numpy()
+    norms = np.full((len(sites), int(at.max()) + 1), np.nan)
+    norms[names.indices.to_numpy(), at] = positions["norm_mean"].to_numpy()
+    title, x_name = "Norm of the rows by position", "position in the example (tokens)"
+    if len(sites) <= len(_COLOURS):
+        series = {site: line.tolist() for site, line in zip(sites, norms, strict=True)}
+        x = list(range(norms.shape[1]))
+        line_plot(path, x, series, title=title, x_name=x_name, y_name="mean Euclidean norm", log_y=True)
+        return
+    with np.errstate(divide="ignore"):
+        logs = np.log10(norms)
+    logs[np.isinf(logs)] = np.nan
+    value_name = "mean Euclidean norm (log10)"
+    heat_map(path, logs, title=title, x_name=x_name, y_name="site", value_name=value_name, y_ticks=sites)
+
+
+def plot_probe(path: str | PathLike[str], scores: pa.Table) -> None:
+    """Plot the scores of `residua.probe` over layers, with baseline and control, a line per kind of site.
+
+    If a site has no layer, because it lies outside the blocks, the x axis shows site names instead.
+
+    Args:
+        path: File to write.
+        scores: The table that `residua.probe` returned.
+    """
+    score, control, baseline, score_name, baseline_name = (
+        ("accuracy", "control_accuracy", "majority_accuracy", "accuracy", "always the commonest class")
+        if "accuracy" in scores.column_names
+        else ("r2", "control_r2", "baseline_r2", "R²", "always the mean")
+    )
+    lines: list[dict[str, Any]] = scores.to_pylist()
+    x_name = "site" if any(line["layer"] is None for line in lines) else "layer"
+    x = [line["site"] for line in lines] if x_name == "site" else sorted({line["layer"] for line in lines})
+    kinds: dict[str, list[dict[str, Any]]] = {}
+    for line in lines:
+        kinds.setdefault(score_name if x_name == "site" else line["site"].partition(".")[0], []).append(line)
+    if len(kinds) == 1:
+        kinds = {score_name: lines}
+
+    def over_x(column: str, lines: list[dict[str, Any]]) -> list[float]:
+        known = {line[x_name]: line[column] for line in lines if line[column] is not None}
+        return [known.get(at, float("nan")) for at in x]
+
+    series = {kind: over_x(score, chosen) for kind, chosen in kinds.items()}
+    if len(kinds) <= _MOST_CONTROLS:
+        series |= {f"{kind}, shuffled labels": over_x(control, chosen) for kind, chosen in kinds.items()}
+    series[baseline_name] = over_x(baseline, lines)
+    title, y_name = f"Linear probes of {lines[0]['target']}", f"{score_name} on held-out examples"
+    line_plot(path, x, series, title=title, x_name=x_name, y_name=y_name)
+
+
+def plot_lens(path: str | PathLike[str], report: pa.Table) -> None:
+    """Plot the KL divergence of the tuned lens and of the logit lens by site.
+
+    Args:
+        path: File to write.
+        report: A table with the columns of `residua.analysis.lens.evaluate.REPORT`.
+    """
+    line_plot(
+        path,
+        report["site"].to_pylist(),
+        {"logit lens": report["kl_logit_lens"].to_pylist(), "tuned lens": report["kl"].to_pylist()},
+        title=f"Distance from the model's own prediction, {report['rows'][0].as_py():,} held-out rows",
+        x_name="site",
+        y_name="KL divergence (nats a token)",
+        log_y=True,
+    )
+
+
 def _figure(width: float, height: float) -> tuple[Figure, Axes]:
     figure = Figure(figsize=(width, height), dpi=_DPI, layout="constrained")
     FigureCanvasAgg(figure)
@@ -122,13 +203,13 @@ def _finish(figure: Figure, axes: Axes, path: str | PathLike[str], title: str, x
 
 
 def _ticks(count: int, names: Sequence[str] | None) -> tuple[list[int], list[str]]:
-    """Return the places to label, every so many of `count`, and their labels."""
+    """Return evenly spaced indices below `count`, at most `_MOST_TICKS`, and their labels."""
     places = list(range(0, count, -(-count // _MOST_TICKS)))
     return places, [str(place) if names is None else names[place] for place in places]
 
 
 def _write_numbers(axes: Axes, cells: npt.NDArray[np.float64], image: AxesImage, *, centred: bool) -> None:
-    """Write each value into its cell, in black or white, whichever can be read."""
+    """Write each value into its cell, in black on light colours and in white on dark ones."""
     shades = np.ma.filled(image.norm(cells), 0.0)
     form = ".2f" if 0.1 <= np.nanmax(np.abs(cells), initial=0.0) < 100 else ".2g"
     for (row, column), value in np.ndenumerate(cells):

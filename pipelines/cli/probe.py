@@ -41,7 +41,7 @@ def _probe(options: argparse.Namespace) -> int:
     from pyarrow.parquet import write_table
 
     from residua.analysis.probes.probe import probe
-    from residua.analysis.support.probe_plot import plot_probe
+    from residua.analysis.support.plots import plot_probe
     from residua.store.read.archive import Archive
 
     archive = Archive(options.archive)

@@ -25,7 +25,7 @@ def add(jobs: Any) -> None:
 
 def _stats(options: argparse.Namespace) -> int:
     from residua.analysis.stats.stats import stats
-    from residua.analysis.support.norm_plot import plot_norms
+    from residua.analysis.support.plots import plot_norms
     from residua.store.read.archive import Archive
 
     archive = Archive(options.archive)

@@ -170,7 +170,7 @@ class Backwards:
     def __init__(self) -> None:
         self.n_jobs = 0
 
-    def map(self, function: Any, jobs: Sequence[Any], *, stage: str) -> Iterator[tuple[int, Any]]:
+    def map(self, function: Any, jobs: Sequence[Any], *, label: str) -> Iterator[tuple[int, Any]]:
         self.n_jobs += len(jobs)
         for number in reversed(range(len(jobs))):
             called, job = pickle.loads(pickle.dumps((function, jobs[number])))  # noqa: S301 - our own

@@ -12,9 +12,8 @@ from hypothesis import strategies as st
 from safetensors.numpy import load_file
 
 from residua.analysis.stats.stats import Stats, stats
-from residua.analysis.support.cluster import connect
+from residua.analysis.support.cluster import OrderedSum, connect
 from residua.analysis.support.moments import Moments
-from residua.analysis.support.ordered_sums import OrderedSum
 from residua.store.base.errors import AnalysisError
 from residua.store.read.archive import Archive
 from tests.analysis.rows_archive import write_rows
