@@ -13,7 +13,7 @@ from residua.capture.buffers.row_index import BatchRows
 from residua.capture.buffers.rows import ExampleRows, batch_rows, by_position
 from residua.capture.forward.inputs import ForwardArguments
 from residua.capture.forward.plan_batch import plan_batch
-from residua.capture.layout.process_layout import Part
+from residua.capture.layout.process_layout import ProcessLayout
 from residua.capture.runtime.collectives import failed_together
 from residua.capture.runtime.devices import input_device
 from residua.capture.runtime.pipeline_schedule import runnable, staged_of
@@ -53,7 +53,7 @@ class BatchRunner:
         table: The examples.
         sink: Who gets the rows.
         sites: The sites that are read here; all of the plan's unless given.
-        part: What this process has of a model that several hold together.
+        process_layout: What this process has of a model that several hold together.
         changed: Sites that are changed while a batch runs.
 
     Attributes:
@@ -70,7 +70,7 @@ class BatchRunner:
         sink: RowSink,
         *,
         sites: Collection[str] | None = None,
-        part: Part | None = None,
+        process_layout: ProcessLayout | None = None,
         changed: Collection[str] = (),
     ) -> None:
         self._model = runnable(model)
@@ -83,14 +83,14 @@ class BatchRunner:
         self._shape = (0, 0)
         self._n_sites = len(plan.sites if sites is None else sites)
         self._n_missing = 0
-        self._is_split = part is not None
+        self._spans_processes = process_layout is not None
         self._in_step = is_sharded(model)
-        self._is_shared = self._is_split or self._in_step
-        self._counts = part is None or part.team.is_leader
+        self._is_shared = self._spans_processes or self._in_step
+        self._counts = process_layout is None or process_layout.team.is_leader
         self._is_wanted = True
         # accelerate's hooks and FSDP's must see their forward end, and the next stage of a pipeline what it gives
         hooked = any(hasattr(module, "_hf_hook") for module in model.modules())
-        self._ends_early = not (hooked or self._in_step or (part is not None and part.is_stage))
+        self._ends_early = not (hooked or self._in_step or (process_layout is not None and process_layout.is_stage))
         kinds = {parse_site(name).kind for name in (*(site.name for site in plan.sites), *changed)}
         needs_logits = any(kind == "module" or kind.startswith("logits") for kind in kinds)
         self._arguments = ForwardArguments(self._model, needs_logits=needs_logits)
@@ -171,7 +171,7 @@ class BatchRunner:
         """Take one site's tensor from its tap."""
         if not self._is_wanted:
             return
-        self._sink.put(site, tensor if self._is_split else by_position(site, tensor, *self._shape))
+        self._sink.put(site, tensor if self._spans_processes else by_position(site, tensor, *self._shape))
         self._n_missing -= 1
         if not self._n_missing and self._ends_early:
             raise _EnoughError

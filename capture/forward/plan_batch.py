@@ -30,7 +30,7 @@ class PlanBatch:
         return int(self.padded.input_ids.shape[1])
 
 
-def parts_of(batch: PlanBatch, n: int) -> list[PlanBatch]:
+def microbatches(batch: PlanBatch, n: int) -> list[PlanBatch]:
     """Return a batch in at most `n` parts of whole examples, as torch's schedules cut one into microbatches."""
     cuts = np.array_split(np.arange(len(batch.rows)), min(n, len(batch.rows)))
     spans = [slice(int(examples[0]), int(examples[-1]) + 1) for examples in cuts]

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 from transformers import PreTrainedModel
 
-from residua.capture.layout.parameters import Weights
+from residua.capture.layout.parameters import FullParameters
 from residua.capture.runtime.collectives import everyones
 from residua.capture.runtime.process_groups import pipeline_group
 from residua.capture.runtime.wrappers import core_of
@@ -86,7 +86,10 @@ def _lines(model: nn.Module) -> dict[str, bytes]:
     core = core_of(model)
     is_copied = isinstance(model, FullyShardedDataParallel) and isinstance(core, PreTrainedModel)
     # FSDP1 gives each name a tensor of its own
-    weights, others = Weights(model), _other_names(whole_twin(cast("PreTrainedModel", core)) if is_copied else model)
+    weights, others = (
+        FullParameters(model),
+        _other_names(whole_twin(cast("PreTrainedModel", core)) if is_copied else model),
+    )
     for name, tensor in _sorted_weights(model):
         if name in others:
             continue

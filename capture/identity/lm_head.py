@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from residua.capture.layout.parameters import Weights
+from residua.capture.layout.parameters import FullParameters
 from residua.capture.runtime.collectives import on_rank
 from residua.capture.runtime.process_groups import pipeline_group
 from residua.capture.runtime.wrappers import named_parts
@@ -23,7 +23,7 @@ from residua.store.format.headspec import CONFIG_FILE, HEAD_FILE, PARAMETERS_FIL
 from residua.store.storage.crc import Buffer
 
 
-def head_files(model: nn.Module) -> dict[str, list[Buffer]]:
+def lm_head_files(model: nn.Module) -> dict[str, list[Buffer]]:
     """Return the files of a head, by name, each in parts; parameters on the CPU are not copied.
 
     There are none for a model whose head is not known for certain, that is one without a language modelling head or
@@ -44,7 +44,7 @@ def _files(model: nn.Module) -> dict[str, list[Buffer]]:
     if anatomy is None or anatomy.family is None or _unembedding(anatomy) is None:
         return {}
     spec, modules = _described(anatomy, anatomy.family)
-    weights, paths = Weights(model), {id(module): path for path, module in named_parts(anatomy.model).items()}
+    weights, paths = FullParameters(model), {id(module): path for path, module in named_parts(anatomy.model).items()}
     tensors = {
         f"{name}.{kind}": _whole(weights, f"{paths.get(id(module), name)}.{kind}", tensor)
         for name, module in modules.items()
@@ -52,13 +52,13 @@ def _files(model: nn.Module) -> dict[str, list[Buffer]]:
         if kind in ("weight", "bias")
     }
     return {
-        PARAMETERS_FILE: parameter_file(tensors),
+        PARAMETERS_FILE: safetensors_file(tensors),
         CONFIG_FILE: [anatomy.model.config.to_json_string().encode()],
         HEAD_FILE: [spec.to_json()],
     }
 
 
-def _whole(weights: Weights, name: str, tensor: Tensor) -> Tensor:
+def _whole(weights: FullParameters, name: str, tensor: Tensor) -> Tensor:
     found = weights.whole(name, tensor)
     if found is None:
         raise CaptureError(
@@ -127,7 +127,7 @@ _NAMES = {
 _ALIGNMENT = 8
 
 
-def parameter_file(tensors: Mapping[str, Tensor]) -> list[Buffer]:
+def safetensors_file(tensors: Mapping[str, Tensor]) -> list[Buffer]:
     """Return the parts of a safetensors file, in order: a header, and the memory of each tensor.
 
     Args:

@@ -15,7 +15,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from residua.capture.identity.fingerprint import weights_fingerprint
-from residua.capture.layout.process_layout import is_split, layout_of
+from residua.capture.layout.process_layout import describe_process_layout, spans_processes
 from residua.capture.runtime.pipeline_schedule import runnable
 from residua.capture.runtime.sharded import is_sharded, is_zero3, plain_class
 from residua.capture.runtime.wrappers import core_of, running_uncompiled
@@ -106,7 +106,7 @@ def identify_tokenizer(tokenizer: PreTrainedTokenizerBase) -> dict[str, Json]:
 
 def layout(model: nn.Module) -> str:
     """Return how a model is spread over processes, for people."""
-    parts = [layout_of(model)] if is_split(model) else []
+    parts = [describe_process_layout(model)] if spans_processes(model) else []
     return " x ".join([*parts, *(["zero3" if is_zero3(model) else "fsdp2"] if is_sharded(model) else [])]) or "single"
 
 
@@ -154,7 +154,7 @@ _IDENTITY = ("class", "weights", "config")  # the other entries are conditions u
 
 
 @dataclass(frozen=True, kw_only=True)
-class Checked:
+class ModelCheck:
     """What comparing a model with an archive found.
 
     Attributes:
@@ -166,7 +166,7 @@ class Checked:
     notes: tuple[str, ...]
 
 
-def check_model(archive: Archive, model: nn.Module, *, force: bool = False) -> Checked:
+def check_model(archive: Archive, model: nn.Module, *, force: bool = False) -> ModelCheck:
     """Compare a model and the conditions here with those of the capture.
 
     Args:
@@ -190,7 +190,7 @@ def check_model(archive: Archive, model: nn.Module, *, force: bool = False) -> C
         )
     forced = [f"another model than was captured, as force=True asked: {line}" for line in lines]
     conditions = [*_same_conditions(found, expected), *_same_layout(archive, core_of(model))]
-    return Checked(identity=found, notes=(*forced, *notes, *conditions, *changed_conditions(archive.provenance)))
+    return ModelCheck(identity=found, notes=(*forced, *notes, *conditions, *changed_conditions(archive.provenance)))
 
 
 def _identity_here(model: nn.Module) -> tuple[dict[str, object], list[str]]:

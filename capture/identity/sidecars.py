@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from residua.capture.forward.inputs import forward_kwargs
-from residua.capture.identity.lm_head import head_files
+from residua.capture.identity.lm_head import lm_head_files
 from residua.capture.runtime.collectives import everyones
 from residua.capture.runtime.devices import input_device
 from residua.capture.runtime.pipeline_schedule import runnable
@@ -176,10 +176,10 @@ def _window(anatomy: Anatomy, layer: int, listener: _Listener) -> int | str | No
     return told if agree else f"its config and its attention do not agree on a window ({told} is what it is told)"
 
 
-Files = dict[str, list[Buffer]]
+Sidecars = dict[str, list[Buffer]]
 
 
-def files_beside(model: nn.Module, sites: Iterable[str], *, head: bool) -> Files:
+def sidecar_files(model: nn.Module, sites: Iterable[str], *, head: bool) -> Sidecars:
     """Return the files by name; of a model that is spread over several processes this is a collective of them all.
 
     Args:
@@ -187,11 +187,11 @@ def files_beside(model: nn.Module, sites: Iterable[str], *, head: bool) -> Files
         sites: Names of the sites that are stored.
         head: Whether the final norm and the unembedding are wanted too.
     """
-    attention: Files = {name: [content] for name, content in attention_files(model, sites).items()}
-    return {**(head_files(model) if head else {}), **attention}
+    attention: Sidecars = {name: [content] for name, content in attention_files(model, sites).items()}
+    return {**(lm_head_files(model) if head else {}), **attention}
 
 
-def write_beside(archive: Path, files: Mapping[str, Sequence[Buffer]]) -> None:
+def write_sidecars(archive: Path, files: Mapping[str, Sequence[Buffer]]) -> None:
     """Write the files to an archive that is being made."""
     for name, content in files.items():
         write_file(archive / "head" / name, content)

@@ -43,7 +43,7 @@ class Layout:
 
 
 @dataclass(frozen=True)
-class Part:
+class ShardReport:
     """What one rank says of its tensor: global rank, shape, type, crc32c of the bytes."""
 
     rank: int
@@ -52,7 +52,7 @@ class Part:
     checksum: int
 
 
-def whole_shape(info: SiteInfo, batch_shape: tuple[int, int] | None, local: Shape) -> Shape | None:
+def full_shape(info: SiteInfo, batch_shape: tuple[int, int] | None, local: Shape) -> Shape | None:
     """Return the shape that a site's tensor has in the unsharded model; None where that is not known.
 
     Axes whose length only the run knows (the keys of a pattern) are taken from `local`.
@@ -67,7 +67,7 @@ def whole_shape(info: SiteInfo, batch_shape: tuple[int, int] | None, local: Shap
     return (*lead, *row)
 
 
-def detect(name: str, local: Tensor, whole: Shape | None, group: ProcessGroup) -> Layout:
+def prove_layout(name: str, local: Tensor, whole: Shape | None, group: ProcessGroup) -> Layout:
     """Find out how a tensor lies over a group; every rank of it has to ask at the same time.
 
     Args:
@@ -79,9 +79,9 @@ def detect(name: str, local: Tensor, whole: Shape | None, group: ProcessGroup) -
     Raises:
         CaptureError: Nothing can be proved; all ranks raise it.
     """
-    mine = Part(dist.get_rank(), tuple(local.shape), str(local.dtype), _checksum(local))
+    mine = ShardReport(dist.get_rank(), tuple(local.shape), str(local.dtype), _checksum(local))
     parts = everyones(group, mine)
-    layout = understood(parts, whole)
+    layout = infer_layout(parts, whole)
     if isinstance(layout, Layout):
         return layout
     shapes = ", ".join(f"rank {part.rank}: {list(part.shape)}" for part in parts)
@@ -92,7 +92,7 @@ def detect(name: str, local: Tensor, whole: Shape | None, group: ProcessGroup) -
     )
 
 
-def understood(parts: Sequence[Part], whole: Shape | None) -> Layout | str:
+def infer_layout(parts: Sequence[ShardReport], whole: Shape | None) -> Layout | str:
     """Tell how a tensor lies from what the ranks say of their parts.
 
     Args:
@@ -163,7 +163,7 @@ class ProvedLayouts:
         key = (name, is_gradient)
         known = self._layouts.get(key)
         if known is None or (known.dim is not None and whole is not None and whole[known.dim] != sum(known.sizes)):
-            known = self._layouts[key] = detect(name, local, whole, group)
+            known = self._layouts[key] = prove_layout(name, local, whole, group)
         if not known.fits(local, whole, dist.get_rank(group)):
             raise CaptureError(
                 f"Site {name!r}{on_rank()} has shape {list(local.shape)} and lay otherwise on the first batch; the "

@@ -10,13 +10,13 @@ from torch.distributed import ProcessGroup
 from torch.distributed.tensor import DTensor, Shard
 
 from residua.capture.buffers.rows import FIRST_ROW_AXIS, by_position, row_shape
-from residua.capture.layout.layouts import Layout, ProvedLayouts, Shape, whole_shape
+from residua.capture.layout.layouts import Layout, ProvedLayouts, Shape, full_shape
 from residua.capture.runtime.collectives import on_rank
 from residua.capture.sites.site import SiteInfo
 from residua.store.base.errors import CaptureError
 
 
-def whole_row(site: str, local: Tensor, layout: Layout, batch_shape: tuple[int, int]) -> tuple[int, ...]:
+def full_row_shape(site: str, local: Tensor, layout: Layout, batch_shape: tuple[int, int]) -> tuple[int, ...]:
     """Return the shape of a whole row of a tensor of which this rank has a part."""
     if layout.dim is None:
         return row_shape(by_position(site, local, *batch_shape))
@@ -26,7 +26,7 @@ def whole_row(site: str, local: Tensor, layout: Layout, batch_shape: tuple[int, 
     return tuple(row)
 
 
-class LocalParts:
+class LocalShards:
     """Finds out and remembers how the sites of one replica lie.
 
     Args:
@@ -52,7 +52,7 @@ class LocalParts:
         """
         if isinstance(tensor, DTensor):
             return _part_of(site, cast("DTensor", by_position(site, tensor, *batch_shape)), self._group)
-        whole = whole_shape(self._sites[site], batch_shape, tuple(tensor.shape))
+        whole = full_shape(self._sites[site], batch_shape, tuple(tensor.shape))
         if self._group is None:
             _refuse_part(site, tensor, whole)
             return tensor, Layout()

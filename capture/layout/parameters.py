@@ -11,7 +11,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
 
 from residua.capture.layout.gather import gathered
-from residua.capture.layout.layouts import Layout, Part, Shape
+from residua.capture.layout.layouts import Layout, Shape, ShardReport
 from residua.capture.runtime.collectives import everyones, on_rank
 from residua.capture.runtime.devices import with_values
 from residua.capture.runtime.process_groups import group_by_hand
@@ -68,7 +68,7 @@ def _gathered_fsdp1(model: nn.Module, *, gradients: bool) -> AbstractContextMana
     return FullyShardedDataParallel.summon_full_params(model, writeback=False, with_grads=gradients)
 
 
-class Weights:
+class FullParameters:
     """Gives weights of one model as wholes; each question is a collective of those that hold it.
 
     Args:
@@ -90,19 +90,19 @@ class Weights:
         if self._group is None or isinstance(tensor, DTensor):
             return whole(with_values(self._model, name, tensor))
         local = tensor.detach()
-        layout = understood(self._told(local, self._group), self._shapes.get(name))
+        layout = infer_layout(self._told(local, self._group), self._shapes.get(name))
         return None if layout is None else gathered(local, layout, self._group)
 
     def parts(self, tensor: Tensor) -> list[tuple[Shape, int]]:
         """Return shape and crc32c of what each rank has, in their order."""
         return [(part.shape, part.checksum) for part in self._told(tensor.detach(), self._group)]
 
-    def _told(self, local: Tensor, group: ProcessGroup | None) -> list[Part]:
+    def _told(self, local: Tensor, group: ProcessGroup | None) -> list[ShardReport]:
         checksum = crc32c(local.cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-        return everyones(group, Part(dist.get_rank(), tuple(local.shape), str(local.dtype), checksum))
+        return everyones(group, ShardReport(dist.get_rank(), tuple(local.shape), str(local.dtype), checksum))
 
 
-def understood(parts: list[Part], shape: Shape | None) -> Layout | None:
+def infer_layout(parts: list[ShardReport], shape: Shape | None) -> Layout | None:
     """Return how a weight lies from what the ranks say of it and the shape of the whole; None if that does not tell."""
     shapes = [part.shape for part in parts]
     if len({(part.shape, part.dtype, part.checksum) for part in parts}) == 1 and shape in (None, shapes[0]):

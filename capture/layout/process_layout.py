@@ -18,19 +18,19 @@ from residua.store.base.errors import CaptureError
 from residua.store.format.plan import Plan
 
 
-def is_split(model: nn.Module) -> bool:
+def spans_processes(model: nn.Module) -> bool:
     """Say whether several processes hold this model together, so that one of them alone cannot run it."""
     return tensor_parallel_group(model, None) is not None or pipeline_group(model) is not None
 
 
-def layout_of(model: nn.Module) -> str:
+def describe_process_layout(model: nn.Module) -> str:
     """Return how a split model is split, for people: ``tensor parallel 2``."""
     groups = {"pipeline": pipeline_group(model), "tensor parallel": tensor_parallel_group(model, None)}
     return " x ".join(f"{name} {dist.get_world_size(group)}" for name, group in groups.items() if group is not None)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Part:
+class ProcessLayout:
     """What this process has of a replica.
 
     Attributes:
@@ -61,7 +61,7 @@ def team_of(model: nn.Module, crew: Crew) -> Team:
     return Team(crew, sorted(numbers))
 
 
-def part_of(model: nn.Module, sites: Mapping[str, SiteInfo], crew: Crew) -> Part:
+def process_layout_of(model: nn.Module, sites: Mapping[str, SiteInfo], crew: Crew) -> ProcessLayout:
     """Find out what this process has of a split model; a collective of those that hold it.
 
     Args:
@@ -74,7 +74,7 @@ def part_of(model: nn.Module, sites: Mapping[str, SiteInfo], crew: Crew) -> Part
     """
     group, stages = tensor_parallel_group(model, None), pipeline_group(model)
     here = target_of(model).here(sites)
-    return Part(
+    return ProcessLayout(
         team=team_of(model, crew),
         sites=here if stages is None else _of_this_stage(sites, here, stages),
         group=group,

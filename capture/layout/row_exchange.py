@@ -18,7 +18,7 @@ from residua.capture.buffers.row_index import BatchRows, Indices, Placement
 from residua.capture.buffers.rows import FIRST_ROW_AXIS, by_position
 from residua.capture.buffers.stage import torch_dtype
 from residua.capture.layout.layouts import Layout
-from residua.capture.layout.local_shards import LocalParts
+from residua.capture.layout.local_shards import LocalShards
 from residua.capture.runtime.collectives import Exchange, on_rank
 from residua.capture.scheduling.ownership import Share
 from residua.store.base.errors import CaptureError
@@ -32,7 +32,7 @@ class _Piece(NamedTuple):
     size: int
 
 
-class SharedRows:
+class RowExchange:
     """Takes what this rank has of each site; the `RowSink` of a split model.
 
     Args:
@@ -44,7 +44,7 @@ class SharedRows:
     """
 
     def __init__(
-        self, plan: Plan, staging: Staging, share: Share, parts: LocalParts, group: ProcessGroup | None
+        self, plan: Plan, staging: Staging, share: Share, parts: LocalShards, group: ProcessGroup | None
     ) -> None:
         self._plan = plan
         self._staging = staging

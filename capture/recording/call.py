@@ -15,7 +15,7 @@ from torch._C._distributed_c10d import PrefixStore
 from torch.distributed.distributed_c10d import _get_default_store
 
 from residua.capture.buffers.rows import ExampleRows
-from residua.capture.layout.process_layout import Part, is_split, part_of
+from residua.capture.layout.process_layout import ProcessLayout, process_layout_of, spans_processes
 from residua.capture.runtime.collectives import device_of, everyones, on_rank
 from residua.capture.runtime.process_groups import pipeline_group, tensor_parallel_group
 from residua.capture.scheduling.membership import Crew
@@ -136,7 +136,9 @@ def example_rows(
 
 
 @contextmanager
-def team_in_loop(model: nn.Module, sites: Mapping[str, SiteInfo]) -> Iterator[tuple[Crew, Part] | None]:
+def worker_group_in_loop(
+    model: nn.Module, sites: Mapping[str, SiteInfo]
+) -> Iterator[tuple[Crew, ProcessLayout] | None]:
     """Yield the processes that hold `model` together and this one's part of it; None if it has all of it.
 
     A collective of those that hold it. Inside, each is seen to live by the others. Data-parallel replicas know
@@ -149,7 +151,7 @@ def team_in_loop(model: nn.Module, sites: Mapping[str, SiteInfo]) -> Iterator[tu
     Raises:
         CaptureError: They were asked for different sites, or a site is in no stage.
     """
-    if not is_split(model):
+    if not spans_processes(model):
         yield None
         return
     mine = (dist.get_rank(), secrets.token_hex(8), list(sites))
@@ -162,7 +164,7 @@ def team_in_loop(model: nn.Module, sites: Mapping[str, SiteInfo]) -> Iterator[tu
     first_token = everyone[0][1]  # a place in the store that no other recorder has, whatever each process did before
     store = PrefixStore(f"residua/loop/{first_token}", _get_default_store())
     with Crew(store, everyone.index(mine), len(everyone)) as crew:
-        yield crew, part_of(model, sites, crew)
+        yield crew, process_layout_of(model, sites, crew)
 
 
 class SameCalls:

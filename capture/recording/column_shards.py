@@ -6,8 +6,8 @@ from torch import Tensor, nn
 from residua.capture.buffers.rows import FIRST_ROW_AXIS
 from residua.capture.forward.inputs import forward_kwargs
 from residua.capture.layout.layouts import Layout
-from residua.capture.layout.local_shards import LocalParts
-from residua.capture.layout.process_layout import Part
+from residua.capture.layout.local_shards import LocalShards
+from residua.capture.layout.process_layout import ProcessLayout
 from residua.capture.runtime.collectives import everyones
 from residua.capture.runtime.devices import input_device
 from residua.capture.runtime.pipeline_schedule import runnable
@@ -19,7 +19,7 @@ from residua.store.base.errors import PlanError
 _EXAMPLES, _POSITIONS = 2, 8
 
 
-def column_shards(model: nn.Module, part: Part) -> dict[str, int]:
+def column_shards(model: nn.Module, part: ProcessLayout) -> dict[str, int]:
     """Run a few tokens and see how the sites lie; a collective of those that hold the model.
 
     Returns:
@@ -29,7 +29,7 @@ def column_shards(model: nn.Module, part: Part) -> dict[str, int]:
     Raises:
         PlanError: The ranks have parts of different width, which no Zarr array is cut into.
     """
-    parts, found = LocalParts(part.sites, part.group), dict[str, Layout]()
+    parts, found = LocalShards(part.sites, part.group), dict[str, Layout]()
 
     def look(site: str, tensor: Tensor) -> None:
         found[site] = parts.of(site, tensor, (_EXAMPLES, _POSITIONS))[1]

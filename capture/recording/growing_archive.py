@@ -17,11 +17,11 @@ from transformers import PreTrainedTokenizerBase
 from residua.capture.buffers.host_buffers import Staging
 from residua.capture.buffers.rows import batch_rows
 from residua.capture.identity.provenance import describe_model, environment
-from residua.capture.identity.sidecars import save_tokenizer, write_beside
+from residua.capture.identity.sidecars import save_tokenizer, write_sidecars
 from residua.capture.layout.layouts import Layout
-from residua.capture.layout.local_shards import LocalParts, whole_row
-from residua.capture.layout.process_layout import Part
-from residua.capture.layout.row_exchange import SharedRows
+from residua.capture.layout.local_shards import LocalShards, full_row_shape
+from residua.capture.layout.process_layout import ProcessLayout
+from residua.capture.layout.row_exchange import RowExchange
 from residua.capture.recording.call import Call, Column, example_rows
 from residua.capture.runtime.collectives import on_rank
 from residua.capture.runtime.devices import runs_on_cuda
@@ -70,8 +70,8 @@ class GrowingArchive:
         *,
         files: Mapping[str, Sequence[Buffer]],
         tokenizer: PreTrainedTokenizerBase | None,
-        parts: LocalParts,
-        team: tuple[Crew, Part] | None,
+        parts: LocalShards,
+        team: tuple[Crew, ProcessLayout] | None,
         first_rows: int,
         host_memory: int,
         threads: int,
@@ -83,7 +83,7 @@ class GrowingArchive:
 
         def make() -> Mapping[str, Json]:
             with workspace(path) as folder:
-                write_beside(folder, files)
+                write_sidecars(folder, files)
                 if tokenizer is not None:
                     save_tokenizer(tokenizer, folder / "tokenizer")
                 create_archive(folder, path, plan, {"model": describe_model(model, plan.model), **environment()})
@@ -113,7 +113,7 @@ class GrowingArchive:
             pinned=runs_on_cuda(model),
             share=share,
         )
-        self._sink = SharedRows(plan, self._staging, share, parts, None if part is None else part.group)
+        self._sink = RowExchange(plan, self._staging, share, parts, None if part is None else part.group)
         self._n_rows = 0
         self._n_examples = 0
         self._shape = (0, 0)
@@ -136,7 +136,7 @@ class GrowingArchive:
         Raises:
             CaptureError: Its rows have another shape than those of the first call.
         """
-        expected, found = self._plan.site(site).row_shape, whole_row(site, local, layout, self._shape)
+        expected, found = self._plan.site(site).row_shape, full_row_shape(site, local, layout, self._shape)
         if found != expected and not site.startswith("pattern."):
             raise CaptureError(
                 f"{site} gave rows of shape {found} in this call, and {expected} in the first: the rows of an archive "

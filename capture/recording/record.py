@@ -17,9 +17,9 @@ from torch import nn
 
 from residua.capture.buffers.host_buffers import Staging
 from residua.capture.forward.batches import BatchRunner
-from residua.capture.layout.local_shards import LocalParts
-from residua.capture.layout.process_layout import Part
-from residua.capture.layout.row_exchange import SharedRows
+from residua.capture.layout.local_shards import LocalShards
+from residua.capture.layout.process_layout import ProcessLayout
+from residua.capture.layout.row_exchange import RowExchange
 from residua.capture.replay.replaying import Replaying
 from residua.capture.runtime.collectives import in_step
 from residua.capture.runtime.devices import runs_on_cuda
@@ -95,7 +95,7 @@ def record(
     archive: Path,
     plan: Plan,
     *,
-    part: Part | None = None,
+    process_layout: ProcessLayout | None = None,
     replaying: Replaying | None = None,
     work: Callable[[Schedule], Work] | None = None,
     agree: Callable[[bool], bool] | None = None,
@@ -108,7 +108,7 @@ def record(
         model: The model that the plan was made for, on its device, in evaluation mode.
         archive: Folder of the archive.
         plan: Its plan.
-        part: What this process has of the model, if several hold it together; then all of them have to call this.
+        process_layout: What this process holds of a model that several processes share; all of them call `record`.
         replaying: Puts stored rows into the model and edits, batch by batch; what is captured is what follows.
         work: Makes, of the plan's schedule, what hands out its shards; all at once unless given. Of a team only the
             leader's counts.
@@ -127,9 +127,9 @@ def record(
     table = ExampleTable(archive / "examples")
     index = table.index()
     schedule = Schedule(index, rows_per_shard=plan.rows_per_shard, batch_tokens=plan.batch_tokens)
-    share = Share(plan.sites) if part is None else part.share(plan)
-    sites = resolve_sites(model, [site.name for site in plan.sites]) if part is None else part.sites
-    commits = None if part is None else TeamCommits(part.team, plan)
+    share = Share(plan.sites) if process_layout is None else process_layout.share(plan)
+    sites = resolve_sites(model, [site.name for site in plan.sites]) if process_layout is None else process_layout.sites
+    commits = None if process_layout is None else TeamCommits(process_layout.team, plan)
     with _writer(archive, plan, threads, commits) as writer:
         staging = Staging(
             plan,
@@ -138,14 +138,18 @@ def record(
             pinned=runs_on_cuda(model),
             share=share,
         )
-        sink = staging if part is None else SharedRows(plan, staging, share, LocalParts(sites, part.group), part.group)
+        sink = (
+            staging
+            if process_layout is None
+            else RowExchange(plan, staging, share, LocalShards(sites, process_layout.group), process_layout.group)
+        )
         changed = () if replaying is None else replaying.changed
-        runner = BatchRunner(model, plan, table, sink, sites=sites, part=part, changed=changed)
+        runner = BatchRunner(model, plan, table, sink, sites=sites, process_layout=process_layout, changed=changed)
         clock = _Clock(runner, staging, sink, writer)
         chosen = AllAtOnce(schedule.n_shards) if work is None else work(schedule)
         runs = runs_of(chosen, partial(committed_shards, archive))
-        if part is not None:
-            runs = part.team.in_lockstep(runs, waits=agree is None)
+        if process_layout is not None:
+            runs = process_layout.team.in_lockstep(runs, waits=agree is None)
         batches = _batches(runs, schedule, staging, replaying)
         taps = Taps(model, sites, runner.put)
         with torch.inference_mode(), taps.attached() if replaying is None else nullcontext():
@@ -198,7 +202,7 @@ def _batches(
 class _Clock:
     """Reads the figures of a run off those who work for it."""
 
-    def __init__(self, runner: BatchRunner, staging: Staging, sink: Staging | SharedRows, writer: ShardWriter) -> None:
+    def __init__(self, runner: BatchRunner, staging: Staging, sink: Staging | RowExchange, writer: ShardWriter) -> None:
         self._runner = runner
         self._staging = staging
         self._shared = None if isinstance(sink, Staging) else sink

@@ -26,13 +26,13 @@ from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 from transformers import PreTrainedTokenizerBase
 
-from residua.capture.identity.lm_head import head_files
+from residua.capture.identity.lm_head import lm_head_files
 from residua.capture.identity.provenance import identify_model
 from residua.capture.identity.sidecars import attention_files
 from residua.capture.layout.layouts import Layout
-from residua.capture.layout.local_shards import LocalParts, whole_row
-from residua.capture.layout.process_layout import Part, is_split
-from residua.capture.recording.call import Call, Column, SameCalls, read_call, team_in_loop
+from residua.capture.layout.local_shards import LocalShards, full_row_shape
+from residua.capture.layout.process_layout import ProcessLayout, spans_processes
+from residua.capture.recording.call import Call, Column, SameCalls, read_call, worker_group_in_loop
 from residua.capture.recording.growing_archive import GrowingArchive, taken
 from residua.capture.runtime.collectives import device_of, everyones
 from residua.capture.runtime.pipeline_schedule import PIPELINES
@@ -112,7 +112,7 @@ class Recorder:
         self._model = model
         self._given = tensor_parallel
         with split_by_hand(model, tensor_parallel):
-            self._sites = (whole_sites if is_split(model) else resolve_sites)(model, _patterns(sites))
+            self._sites = (whole_sites if spans_processes(model) else resolve_sites)(model, _patterns(sites))
             self._attention = attention_files(model, self._sites)
         self._dtype = dtype
         self._codec = codec
@@ -123,7 +123,7 @@ class Recorder:
         self._threads = threads or writer_threads(model)
         self._head = head
         self._stack = ExitStack()
-        self._team: tuple[Crew, Part] | None = None
+        self._team: tuple[Crew, ProcessLayout] | None = None
         self._archive: GrowingArchive | None = None
         self._held: dict[str, _Held] = {}
         self._call: Call | None = None
@@ -146,11 +146,11 @@ class Recorder:
     def __enter__(self) -> Self:
         with ExitStack() as stack:
             stack.enter_context(split_by_hand(self._model, self._given))
-            self._team = stack.enter_context(team_in_loop(self._model, self._sites))
+            self._team = stack.enter_context(worker_group_in_loop(self._model, self._sites))
             part = None if self._team is None else self._team[1]
             stack.enter_context(eager_where_needed(self._model, self._sites.values()))  # on stages without any, too
             here = self._sites if part is None else part.sites
-            self._parts = LocalParts(here, None if part is None else part.group)
+            self._parts = LocalShards(here, None if part is None else part.group)
             self._same_calls = SameCalls(self._model)
             stack.push(self._close)
             before = self._model.register_forward_pre_hook(self._before, with_kwargs=True)
@@ -206,7 +206,7 @@ class Recorder:
             self._model,
             self._plan(call),
             files={
-                **(head_files(self._model) if self._head else {}),
+                **(lm_head_files(self._model) if self._head else {}),
                 **{name: [content] for name, content in self._attention.items()},
             },
             tokenizer=self._tokenizer,
@@ -226,7 +226,10 @@ class Recorder:
 
     def _plan(self, call: Call) -> Plan:
         mine = {
-            site: (whole_row(site, held.local, held.layout, call.shape), str(held.local.dtype).removeprefix("torch."))
+            site: (
+                full_row_shape(site, held.local, held.layout, call.shape),
+                str(held.local.dtype).removeprefix("torch."),
+            )
             for site, held in self._held.items()
         }
         found = {site: said for stage in everyones(pipeline_group(self._model), mine) for site, said in stage.items()}

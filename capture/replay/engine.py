@@ -20,8 +20,8 @@ from residua.capture.buffers.rows import batch_rows
 from residua.capture.edits.prepare import edits_at
 from residua.capture.edits.stored_rows import StoredRows
 from residua.capture.forward.inputs import forward_kwargs
-from residua.capture.forward.plan_batch import PlanBatch, parts_of, plan_batch
-from residua.capture.identity.provenance import Checked, check_model
+from residua.capture.forward.plan_batch import PlanBatch, microbatches, plan_batch
+from residua.capture.identity.provenance import ModelCheck, check_model
 from residua.capture.replay.notes import attention_notes, check_injection, storage_notes, why_in_full
 from residua.capture.replay.passes import Pass, kept_rows, token_logits
 from residua.capture.replay.skipping import Skip, skip_below, skipping
@@ -74,7 +74,7 @@ class Replayer:
         edits: Sequence[Edit] = (),
         force: bool = False,
         tensor_parallel: ProcessGroup | DeviceMesh | None = None,
-        checked: Checked | None = None,
+        checked: ModelCheck | None = None,
     ) -> None:
         self.archive = archive
         self.stored = StoredRows(archive)
@@ -206,7 +206,7 @@ class Replayer:
             )
         parts = [
             self._pass(part, keep, edited=edited, needs_logits=needs_logits, grad=False)
-            for part in parts_of(batch, staged.n_microbatches)
+            for part in microbatches(batch, staged.n_microbatches)
         ]
         met = dict.fromkeys(name for part in parts for name in part.sites)
         sites = {name: [rows for part in parts for rows in part.sites[name]] for name in met}

@@ -9,7 +9,7 @@ from torch.distributed import ProcessGroup
 from torch.distributed.tensor import DTensor, Replicate
 
 from residua.capture.layout.gather import run_everywhere, run_once
-from residua.capture.layout.layouts import Layout, ProvedLayouts, Shape, whole_shape
+from residua.capture.layout.layouts import Layout, ProvedLayouts, Shape, full_shape
 from residua.capture.runtime.collectives import on_rank
 from residua.capture.sites.hooks import Met
 from residua.store.base.errors import CaptureError
@@ -17,7 +17,7 @@ from residua.store.base.errors import CaptureError
 Function = Callable[[Tensor], Tensor | None]
 
 
-class Wholes:
+class FullTensors:
     """Runs functions on whole tensors of one model replica.
 
     Args:
@@ -52,7 +52,7 @@ class Wholes:
         """
         if isinstance(local, DTensor):
             return self._run_dtensor(met, local, function)
-        whole = whole_shape(met.info, met.batch_shape, tuple(local.shape))
+        whole = full_shape(met.info, met.batch_shape, tuple(local.shape))
         # Every stage has the logits: first the stages agree on who has them, then the ranks of that stage.
         over = [*(self._over_stages if met.info.via == "logits" else []), *self._over_group]
         if not over:
@@ -95,11 +95,11 @@ class Wholes:
             )
 
 
-class Parts:
+class LocalTensors:
     """Runs functions on what each process has by itself, without communication."""
 
     def run(self, _met: Met, local: Tensor, function: Function, *, is_gradient: bool) -> Tensor | None:
-        """Run a function on this process's part of a site's tensor or gradient; see `Wholes.run`."""
+        """Run a function on this process's part of a site's tensor or gradient; see `FullTensors.run`."""
         del is_gradient
         if not isinstance(local, DTensor):
             return function(local.clone())

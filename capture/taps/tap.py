@@ -26,7 +26,7 @@ from residua.capture.sites.leaves import checked_replacement
 from residua.capture.sites.pipeline_stages import Chunk, chunks_of, target_of
 from residua.capture.sites.reference_model import is_spread, whole_sites
 from residua.capture.sites.site import SiteInfo
-from residua.capture.taps.full_tensor import Parts, Wholes
+from residua.capture.taps.full_tensor import FullTensors, LocalTensors
 from residua.capture.taps.pipeline_gradients import carrying_gradients
 from residua.capture.taps.reading import TapFunction
 from residua.store.base.errors import CaptureError, PlanError
@@ -75,7 +75,7 @@ class Tap:
         backward: bool,
         differentiable: bool,
         group: TapGroup,
-        layouts: Wholes | Parts,
+        layouts: FullTensors | LocalTensors,
         chunk: Chunk,
     ) -> None:
         self.sites = dict(sites)
@@ -273,12 +273,12 @@ def tap(
 
 def _layouts(
     core: nn.Module, *, gather: bool, everywhere: bool, given: ProcessGroup | DeviceMesh | None
-) -> Wholes | Parts:
+) -> FullTensors | LocalTensors:
     if not gather:
-        return Parts()
+        return LocalTensors()
     spread = isinstance(core, PreTrainedModel) and is_spread(core)
     group = tensor_parallel_group(core, given)
-    return Wholes(group, everywhere=everywhere, checks_shapes=spread, stages=pipeline_group(core))
+    return FullTensors(group, everywhere=everywhere, checks_shapes=spread, stages=pipeline_group(core))
 
 
 def _refuse_parts_of_logits(sites: Mapping[str, SiteInfo]) -> None:

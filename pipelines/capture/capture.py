@@ -15,8 +15,8 @@ from torch.distributed.pipelining.schedules import PipelineScheduleSingle
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from residua.capture.identity.provenance import describe_model, environment, identify_model, identify_tokenizer
-from residua.capture.identity.sidecars import Files, files_beside, save_tokenizer, write_beside
-from residua.capture.layout.process_layout import Part, is_split
+from residua.capture.identity.sidecars import Sidecars, save_tokenizer, sidecar_files, write_sidecars
+from residua.capture.layout.process_layout import ProcessLayout, spans_processes
 from residua.capture.recording.column_shards import column_shards
 from residua.capture.recording.record import RecordStats, record, total
 from residua.capture.runtime.collectives import Agreement
@@ -165,7 +165,7 @@ class _Job:
         on_plan: Callable[[Plan, int], None],
         on_batch: Callable[[RecordStats], None],
     ) -> CaptureResult:
-        split = is_split(self._model)
+        split = spans_processes(self._model)
         sites = (whole_sites if split else resolve_sites)(self._model, [self._settings.sites])
         needs_pattern = any(site.startswith("pattern.") for site in sites)
         eager = eager_attention(self._model) if needs_pattern else nullcontext(False)
@@ -177,7 +177,7 @@ class _Job:
                 self._notes.append("pattern sites need eager attention: the model was switched to it for this capture")
             # by every worker: of a model that is spread over workers these are collectives
             self._identity = identify_model(self._model)
-            self._beside = self._files_beside(sites) if split or is_sharded(self._model) else None
+            self._beside = self._sidecar_files(sites) if split or is_sharded(self._model) else None
             part = workers.part(self._model, sites)
             self._column_shards = self._cut_columns(part)
             said = workers.plan_once(partial(self._prepare, sites, on_example), partial(self._check, sites))
@@ -189,7 +189,7 @@ class _Job:
                 self._model,
                 self._out,
                 plan,
-                part=part,
+                process_layout=part,
                 work=partial(workers.work, self._out),
                 agree=Agreement() if is_sharded(self._model) else None,
                 threads=self._settings.threads or writer_threads(self._model),
@@ -240,14 +240,14 @@ class _Job:
                 self._notes.extend(dropped)
                 self._archive = None if dropped else self._archive
             else:
-                write_beside(folder, self._beside or self._files_beside(sites))
+                write_sidecars(folder, self._beside or self._sidecar_files(sites))
                 if self._tokenizer is not None:
                     save_tokenizer(self._tokenizer, folder / "tokenizer")
                 create_archive(folder, self._out, plan, self._provenance(plan))
         sweep(self._out)
         return {"resumed": resumed, "dataset": asdict(self._report)}
 
-    def _cut_columns(self, part: Part | None) -> Mapping[str, int]:
+    def _cut_columns(self, part: ProcessLayout | None) -> Mapping[str, int]:
         """Return into how many parts the rows of sites are cut that each process stores as it has them."""
         if self._settings.gather:
             return {}
@@ -255,8 +255,8 @@ class _Job:
             raise PlanError("--no-gather is for models under tensor parallelism, and this one is not: leave it out")
         return column_shards(self._model, part)
 
-    def _files_beside(self, sites: Mapping[str, SiteInfo]) -> Files:
-        return files_beside(self._model, sites, head=self._settings.head)
+    def _sidecar_files(self, sites: Mapping[str, SiteInfo]) -> Sidecars:
+        return sidecar_files(self._model, sites, head=self._settings.head)
 
     def _check(self, sites: Mapping[str, SiteInfo]) -> None:
         """Refuse an archive that another worker made of another model or other settings than this one's."""

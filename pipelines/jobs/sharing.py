@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 from torch import nn
 
-from residua.capture.layout.process_layout import is_split, team_of
+from residua.capture.layout.process_layout import spans_processes, team_of
 from residua.capture.runtime.collectives import Agreement, failed_together, in_step
 from residua.capture.runtime.sharded import is_sharded, is_zero3
 from residua.capture.scheduling.claims import HandOut
@@ -74,7 +74,7 @@ class SharedWork:
         if crew is not None and is_sharded(model) and (not alike or is_zero3(model)):
             self._team = Team(crew, range(crew.n_launched))
         elif crew is not None:
-            self._team = team_of(model, crew) if is_split(model) else None
+            self._team = team_of(model, crew) if spans_processes(model) else None
             self._agree = Agreement() if is_sharded(model) else None
         self.is_leader = self._team is None or self._team.is_leader
         self._next_look = 0.0

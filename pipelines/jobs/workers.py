@@ -18,7 +18,7 @@ from typing import Any, Protocol
 from torch import nn
 from torch._C._distributed_c10d import PrefixStore
 
-from residua.capture.layout.process_layout import Part, is_split, part_of
+from residua.capture.layout.process_layout import ProcessLayout, process_layout_of, spans_processes
 from residua.capture.recording.record import RecordStats, total
 from residua.capture.scheduling.claims import HandOut
 from residua.capture.scheduling.membership import Crew
@@ -63,7 +63,7 @@ class Workers(Protocol):
         """Make the process group of this worker's replica; see `residua.pipelines.jobs.replicas`."""
         ...
 
-    def part(self, model: nn.Module, sites: Mapping[str, SiteInfo]) -> Part | None:
+    def part(self, model: nn.Module, sites: Mapping[str, SiteInfo]) -> ProcessLayout | None:
         """Return what this worker has of a model that several hold together; None if it has all of it."""
         ...
 
@@ -91,7 +91,7 @@ class Alone:
         """See `Workers`."""
         return replica_group(settings, None)
 
-    def part(self, model: nn.Module, sites: Mapping[str, SiteInfo]) -> Part | None:  # noqa: ARG002  # nobody shares it
+    def part(self, model: nn.Module, sites: Mapping[str, SiteInfo]) -> ProcessLayout | None:  # noqa: ARG002  # nobody shares it
         """Return None."""
         return None
 
@@ -134,11 +134,11 @@ class Together:
         """See `Workers`."""
         return replica_group(settings, self._crew)
 
-    def part(self, model: nn.Module, sites: Mapping[str, SiteInfo]) -> Part | None:
+    def part(self, model: nn.Module, sites: Mapping[str, SiteInfo]) -> ProcessLayout | None:
         """See `Workers`."""
-        if not is_split(model):
+        if not spans_processes(model):
             return None
-        part = part_of(model, sites, self._crew)
+        part = process_layout_of(model, sites, self._crew)
         self._n_replicas = max(1, self._crew.n_launched // len(part.team.numbers))
         return part
 

@@ -15,8 +15,8 @@ import numpy as np
 import numpy.typing as npt
 
 from residua.capture.identity.provenance import describe_model, environment, identify_model
-from residua.capture.identity.sidecars import Files, files_beside, write_beside
-from residua.capture.layout.process_layout import is_split
+from residua.capture.identity.sidecars import Sidecars, sidecar_files, write_sidecars
+from residua.capture.layout.process_layout import spans_processes
 from residua.capture.recording.record import RecordStats, record
 from residua.capture.replay.engine import Replayer
 from residua.capture.replay.replaying import Replaying, changed_sites
@@ -144,8 +144,8 @@ class ReplayCapture:
     ) -> Captured:
         # by every worker: of a model that is spread over workers these are collectives
         self._identity = identify_model(self._model)
-        needs_all = is_split(self._model) or is_sharded(self._model)
-        beside = self._files_beside() if needs_all else None
+        needs_all = spans_processes(self._model) or is_sharded(self._model)
+        beside = self._sidecar_files() if needs_all else None
         part = workers.part(self._model, self._infos)
         workers.plan_once(partial(self._prepare, out, beside), partial(self._check, out))
         archive = Archive(out)
@@ -158,7 +158,7 @@ class ReplayCapture:
             self._model,
             out,
             archive.plan,
-            part=part,
+            process_layout=part,
             replaying=Replaying(self._replayer, self._examples),
             work=partial(workers.work, out),
             agree=Agreement() if is_sharded(self._model) else None,
@@ -168,7 +168,7 @@ class ReplayCapture:
         workers.finish(stats, out, archive.plan.n_shards(archive.n_rows), close)
         return Captured(archive=Archive(out), notes=tuple(self._notes))
 
-    def _prepare(self, out: Path, beside: Files | None) -> Mapping[str, Any]:
+    def _prepare(self, out: Path, beside: Sidecars | None) -> Mapping[str, Any]:
         """Make the archive unless it exists; one of another plan is refused."""
         with workspace(out) as folder:
             index = write_replayed_examples(folder / "examples", self._source, self._examples)
@@ -178,7 +178,7 @@ class ReplayCapture:
                 self._notes.extend(compare_plans(archive, plan, self._model))
                 self._notes.extend(drop_broken(out, plan, archive.commits))
             else:
-                write_beside(folder, beside or self._files_beside())
+                write_sidecars(folder, beside or self._sidecar_files())
                 for name in self._source.metadata.files:
                     if name.startswith("tokenizer/"):
                         write_file(folder / name, [self._source.side_file(name) or b""])
@@ -191,9 +191,9 @@ class ReplayCapture:
         archive = Archive(out)
         compare_plans(archive, self._plan(ExampleTable(out / "examples").index()), self._model)
 
-    def _files_beside(self) -> Files:
+    def _sidecar_files(self) -> Sidecars:
         has_head = f"head/{PARAMETERS_FILE}" in self._source.metadata.files
-        return files_beside(self._model, self._infos, head=has_head)
+        return sidecar_files(self._model, self._infos, head=has_head)
 
     def _plan(self, index: ExampleIndex) -> Plan:
         source = self._source.plan

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from residua.capture.identity.lm_head import parameter_file
+from residua.capture.identity.lm_head import safetensors_file
 from residua.store.storage.files import write_file
 from tests.capture.readings import everything
 from tests.heads import save_head
@@ -54,11 +54,11 @@ def test_parameters_of_every_type_are_written_from_where_they_lie(tmp_path: Path
         "none": torch.zeros(0, 4),
         "one": torch.tensor([2], dtype=torch.int64),
     }
-    _, _, *parts = parameter_file(tensors)
+    _, _, *parts = safetensors_file(tensors)
     assert [part.ctypes.data for part in parts if isinstance(part, np.ndarray) and part.size] == [
         tensor.data_ptr() for tensor in tensors.values() if tensor.numel()
     ]
-    write_file(tmp_path / "a.safetensors", parameter_file(tensors))
+    write_file(tmp_path / "a.safetensors", safetensors_file(tensors))
     found = load_file(tmp_path / "a.safetensors")
     assert found.keys() == tensors.keys()
     for name, tensor in tensors.items():

@@ -8,17 +8,18 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from residua.capture.layout.layouts import Layout, Part, understood, whole_shape
+from residua.capture.layout.layouts import Layout, ShardReport, full_shape, infer_layout
 from residua.capture.sites.site import SiteInfo
 
 ROOT = Path(__file__).parents[3]
 SIZES = st.lists(st.integers(1, 9), min_size=2, max_size=5)
 
 
-def said(*shapes: tuple[int, ...], checksums: list[int] | None = None) -> list[Part]:
+def said(*shapes: tuple[int, ...], checksums: list[int] | None = None) -> list[ShardReport]:
     checksums = checksums or list(range(len(shapes)))
     return [
-        Part(i, shape, "float32", checksum) for i, (shape, checksum) in enumerate(zip(shapes, checksums, strict=True))
+        ShardReport(i, shape, "float32", checksum)
+        for i, (shape, checksum) in enumerate(zip(shapes, checksums, strict=True))
     ]
 
 
@@ -27,29 +28,29 @@ def test_a_tensor_split_along_one_axis_is_understood_evenly_or_not(sizes: list[i
     whole = [2, 7, 11, 13]
     whole[dim] = sum(sizes)
     shapes = [(*whole[:dim], size, *whole[dim + 1 :]) for size in sizes]
-    assert understood(said(*shapes), tuple(whole)) == Layout(dim, tuple(sizes))
+    assert infer_layout(said(*shapes), tuple(whole)) == Layout(dim, tuple(sizes))
 
 
 @given(SIZES)
 def test_parts_that_do_not_add_up_are_refused(sizes: list[int]) -> None:
     shapes = [(2, 7, size) for size in sizes]
-    assert isinstance(understood(said(*shapes), (2, 7, sum(sizes) + 1)), str)
+    assert isinstance(infer_layout(said(*shapes), (2, 7, sum(sizes) + 1)), str)
 
 
 def test_equal_tensors_are_replicas_and_unequal_ones_are_nothing() -> None:
     same = said((2, 7, 5), (2, 7, 5), checksums=[4, 4])
-    assert understood(same, (2, 7, 5)) == Layout()
-    assert understood(same, None) == Layout()
+    assert infer_layout(same, (2, 7, 5)) == Layout()
+    assert infer_layout(same, None) == Layout()
     for whole in ((2, 7, 5), None):
-        found = understood(said((2, 7, 5), (2, 7, 5)), whole)
+        found = infer_layout(said((2, 7, 5), (2, 7, 5)), whole)
         assert isinstance(found, str)
         assert "not yet added up" in found
 
 
 def test_fewer_positions_than_the_call_has_are_understood() -> None:
     """Logits of the last position alone, and keys of a cache in front of the call's own."""
-    assert understood(said((2, 1, 5), (2, 1, 5), checksums=[4, 4]), (2, 7, 5)) == Layout()
-    assert understood(said((2, 9, 2, 3), (2, 9, 2, 3)), (2, 1, 4, 3)) == Layout(2, (2, 2))
+    assert infer_layout(said((2, 1, 5), (2, 1, 5), checksums=[4, 4]), (2, 7, 5)) == Layout()
+    assert infer_layout(said((2, 9, 2, 3), (2, 9, 2, 3)), (2, 1, 4, 3)) == Layout(2, (2, 2))
 
 
 @pytest.mark.parametrize(
@@ -63,19 +64,19 @@ def test_fewer_positions_than_the_call_has_are_understood() -> None:
     ],
 )
 def test_what_proves_nothing_is_refused(shapes: list[tuple[int, ...]], whole: tuple[int, ...] | None) -> None:
-    assert isinstance(understood(said(*shapes), whole), str)
+    assert isinstance(infer_layout(said(*shapes), whole), str)
 
 
 def test_types_that_differ_are_refused() -> None:
-    parts = [Part(0, (2, 7, 5), "float32", 1), Part(1, (2, 7, 5), "bfloat16", 1)]
-    assert isinstance(understood(parts, (2, 7, 5)), str)
+    parts = [ShardReport(0, (2, 7, 5), "float32", 1), ShardReport(1, (2, 7, 5), "bfloat16", 1)]
+    assert isinstance(infer_layout(parts, (2, 7, 5)), str)
 
 
 def test_the_whole_takes_what_only_the_run_knows_from_the_run() -> None:
     pattern = SiteInfo(name="pattern.0", row_shape=(8, None), dtype="float32", module="b", via="attention")
-    assert whole_shape(pattern, (2, 7), (2, 7, 4, 9)) == (2, 7, 8, 9)
-    assert whole_shape(pattern, None, (2, 7, 4, 9)) is None
-    assert whole_shape(pattern, (2, 7), (2, 7, 4)) is None
+    assert full_shape(pattern, (2, 7), (2, 7, 4, 9)) == (2, 7, 8, 9)
+    assert full_shape(pattern, None, (2, 7, 4, 9)) is None
+    assert full_shape(pattern, (2, 7), (2, 7, 4)) is None
 
 
 def test_the_page_shows_the_table_that_was_measured() -> None:

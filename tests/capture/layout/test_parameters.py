@@ -2,12 +2,12 @@
 
 import pytest
 
-from residua.capture.layout.layouts import Layout, Part, Shape
-from residua.capture.layout.parameters import understood
+from residua.capture.layout.layouts import Layout, Shape, ShardReport
+from residua.capture.layout.parameters import infer_layout
 
 
-def parts(*said: tuple[Shape, int]) -> list[Part]:
-    return [Part(rank, shape, "torch.float32", checksum) for rank, (shape, checksum) in enumerate(said)]
+def parts(*said: tuple[Shape, int]) -> list[ShardReport]:
+    return [ShardReport(rank, shape, "torch.float32", checksum) for rank, (shape, checksum) in enumerate(said)]
 
 
 @pytest.mark.parametrize(
@@ -27,4 +27,4 @@ def parts(*said: tuple[Shape, int]) -> list[Part]:
     ],
 )
 def test_parts_and_copies(said: list[tuple[Shape, int]], whole: Shape | None, layout: Layout | None) -> None:
-    assert understood(parts(*said), whole) == layout
+    assert infer_layout(parts(*said), whole) == layout
