@@ -23,8 +23,7 @@ import zarr
 from measure import Timings, in_turns, machine, parser, publish, speedups, spread, table
 from residuals import trained_residuals
 
-from residua.store.encoding.shard import ShardEncoder, shard_path
-from residua.store.encoding.shard_memory import ShardMemory
+from residua.store.encoding.shard import ShardEncoder, ShardMemory, shard_path
 from residua.store.encoding.spec import ArraySpec
 from residua.store.format.array_metadata import create_array
 from residua.store.storage.files import write_file

@@ -12,7 +12,7 @@ from residua.analysis.attention.weights import ExampleRows, ExampleSums, StoredP
 from residua.analysis.support.cluster import Cluster, or_inline
 from residua.analysis.support.open_archives import address, opened
 from residua.store.base.errors import AnalysisError
-from residua.store.format.attentionspec import ATTENTION_FILE, AttentionSpec, attention_from_json
+from residua.store.format.sidecars import ATTENTION_FILE, AttentionSpec, attention_from_json
 from residua.store.format.site_names import parse_site
 from residua.store.read.archive import Archive
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from residua.analysis.attention.token_matches import Match
 from residua.analysis.attention.weights import ExampleRows, ExampleSums, Tally, too_small
 from residua.store.base.errors import AnalysisError
-from residua.store.format.attentionspec import AttentionSpec
+from residua.store.format.sidecars import AttentionSpec
 from residua.store.read.array import ArchiveArray
 
 _LONGEST_SIDE = 256  # of a tile: larger ones leave the processor's cache

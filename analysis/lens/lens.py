@@ -30,7 +30,7 @@ from residua.analysis.lens.translator import Translator
 from residua.analysis.support.cluster import Cluster, or_inline
 from residua.analysis.support.plots import plot_lens
 from residua.store.base.errors import AnalysisError
-from residua.store.format.headspec import HEAD_FILE, PARAMETERS_FILE
+from residua.store.format.sidecars import LM_HEAD_FILE, PARAMETERS_FILE
 from residua.store.read.archive import Archive
 from residua.store.storage.files import write_file
 
@@ -146,7 +146,7 @@ class TunedLens:
             write_file(folder / REPORT_FILE, [sink.getvalue()])
             plot_lens(folder / PLOT_FILE, self.report)
         write_file(folder / "head" / PARAMETERS_FILE, [save(dict(self.head.parameters))])
-        write_file(folder / "head" / HEAD_FILE, [self.head.spec.to_json()])
+        write_file(folder / "head" / LM_HEAD_FILE, [self.head.spec.to_json()])
         write_file(folder / DEPTHS_FILE, [json.dumps({"depths": sorted(self.translators)}).encode()])
         write_checkpoint(folder, self.config, self.translators)
 

@@ -14,9 +14,9 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from residua.store.base.errors import DamagedArchiveError, UnsafeArchiveError
+from residua.store.base.untrusted import check_file
 from residua.store.format.archive_metadata import SIDE_FOLDERS, file_digest, is_archive, read_metadata
-from residua.store.format.headspec import HEAD_FILE, PARAMETERS_FILE, Activation, HeadSpec
-from residua.store.storage.small_files import check_file
+from residua.store.format.sidecars import LM_HEAD_FILE, PARAMETERS_FILE, Activation, LMHeadSpec
 
 _MAX_SPEC_BYTES = 2**20
 
@@ -36,10 +36,10 @@ class Head:
 
     Attributes:
         spec: How they are applied.
-        parameters: Their parameters by name, as `residua.store.format.headspec` lists them.
+        parameters: Their parameters by name, as `residua.store.format.sidecars` lists them.
     """
 
-    spec: HeadSpec
+    spec: LMHeadSpec
     parameters: Mapping[str, Tensor]
 
     @property
@@ -122,7 +122,7 @@ def load_head(folder: Path, *, dtype: torch.dtype | None = None, device: torch.d
     """
     digests = read_metadata(folder.parent).files if is_archive(folder.parent) else {}
     try:
-        spec = HeadSpec.from_json(_checked(folder, HEAD_FILE, _MAX_SPEC_BYTES, digests).read_bytes())
+        spec = LMHeadSpec.from_json(_checked(folder, LM_HEAD_FILE, _MAX_SPEC_BYTES, digests).read_bytes())
         parameters = _checked(folder, PARAMETERS_FILE, SIDE_FOLDERS["head"], digests)
         with safe_open(parameters, "pt") as file:
             shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118  # no dict
@@ -146,7 +146,7 @@ def _checked(folder: Path, name: str, most_bytes: int, digests: Mapping[str, str
     return path
 
 
-def _check(spec: HeadSpec, shapes: Mapping[str, tuple[int, ...]], folder: Path) -> None:
+def _check(spec: LMHeadSpec, shapes: Mapping[str, tuple[int, ...]], folder: Path) -> None:
     """Refuse parameters that do not fit each other."""
     n_logits, inner = shapes["unembed.weight"] if len(shapes.get("unembed.weight", ())) == 2 else (0, 0)
     width = shapes["project_out.weight"][-1] if "project_out.weight" in shapes else inner

@@ -9,10 +9,10 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 from residua.store.base.errors import AnalysisError
-from residua.store.format.headspec import CONFIG_FILE
+from residua.store.base.untrusted import check_file
+from residua.store.format.sidecars import CONFIG_FILE
 from residua.store.format.site_names import parse_site
 from residua.store.read.archive import Archive
-from residua.store.storage.small_files import check_file
 
 _SHIFTS = {"resid_pre": 0, "resid_post": 1}
 _COUNTS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")

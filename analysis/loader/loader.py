@@ -18,8 +18,7 @@ from residua.analysis.loader.order import Order, n_batches, share_of, turn
 from residua.analysis.loader.shuffle_buffer import ShuffleBuffer, Taken
 from residua.analysis.rows.columns import lookups
 from residua.analysis.rows.filters import RowFilter
-from residua.store.base.errors import AnalysisError
-from residua.store.base.wording import few
+from residua.store.base.errors import AnalysisError, few
 from residua.store.read.archive import Archive
 from residua.store.read.array import as_tensor
 

@@ -8,7 +8,7 @@ import torch
 
 from residua.capture.buffers.offload import Landing
 from residua.capture.runtime.streams import page_locked
-from residua.store.encoding.shard_memory import ShardMemory
+from residua.store.encoding.shard import ShardMemory
 from residua.store.format.plan import ROW_COLUMNS, Plan, SitePlan
 
 

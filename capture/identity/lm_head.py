@@ -19,7 +19,7 @@ from residua.capture.sites.anatomy import Anatomy
 from residua.capture.sites.architectures import Family
 from residua.capture.sites.reference_model import whole_anatomy
 from residua.store.base.errors import CaptureError
-from residua.store.format.headspec import CONFIG_FILE, HEAD_FILE, PARAMETERS_FILE, HeadSpec
+from residua.store.format.sidecars import CONFIG_FILE, LM_HEAD_FILE, PARAMETERS_FILE, LMHeadSpec
 from residua.store.storage.crc import Buffer
 
 
@@ -54,7 +54,7 @@ def _files(model: nn.Module) -> dict[str, list[Buffer]]:
     return {
         PARAMETERS_FILE: safetensors_file(tensors),
         CONFIG_FILE: [anatomy.model.config.to_json_string().encode()],
-        HEAD_FILE: [spec.to_json()],
+        LM_HEAD_FILE: [spec.to_json()],
     }
 
 
@@ -72,7 +72,7 @@ def _unembedding(anatomy: Anatomy) -> nn.Module | None:
     return None if anatomy.unembedding is None else anatomy.parts.get(anatomy.unembedding)
 
 
-def _described(anatomy: Anatomy, family: Family) -> tuple[HeadSpec, dict[str, nn.Module]]:
+def _described(anatomy: Anatomy, family: Family) -> tuple[LMHeadSpec, dict[str, nn.Module]]:
     """What ``head.json`` says, and the modules whose parameters go beside it."""
     norm = _part(anatomy.model.base_model, family.final_norm)
     transform = _part(anatomy.model, family.transform)
@@ -83,7 +83,7 @@ def _described(anatomy: Anatomy, family: Family) -> tuple[HeadSpec, dict[str, nn
         "transform.norm": _part(transform, "LayerNorm"),
         "unembed": _unembedding(anatomy),
     }
-    spec = HeadSpec(
+    spec = LMHeadSpec(
         norm="none" if norm is None else "layer" if isinstance(norm, nn.LayerNorm) else "rms",
         eps=_eps(norm),
         weight_offset=family.norm_offset,

@@ -26,7 +26,7 @@ from residua.capture.sites.attention import AttentionTap, eager_attention, inter
 from residua.capture.sites.pipeline_stages import target_of
 from residua.capture.sites.reference_model import whole_anatomy
 from residua.capture.sites.shape_probe import evaluating
-from residua.store.format.attentionspec import ATTENTION_FILE, AttentionSpec, attention_to_json
+from residua.store.format.sidecars import ATTENTION_FILE, AttentionSpec, attention_to_json
 from residua.store.format.site_names import parse_site
 from residua.store.storage.crc import Buffer
 from residua.store.storage.files import write_file

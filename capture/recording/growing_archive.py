@@ -33,8 +33,7 @@ from residua.store.base.errors import CaptureError
 from residua.store.examples.writer import ExampleWriter
 from residua.store.format.archive_metadata import file_digest
 from residua.store.format.create import create_archive, seal, workspace
-from residua.store.format.plan import Plan
-from residua.store.format.sizes import n_stages
+from residua.store.format.plan import Plan, n_open_shards
 from residua.store.format.writer import ShardWriter
 from residua.store.read.archive import Archive
 from residua.store.storage.crc import Buffer
@@ -108,7 +107,7 @@ class GrowingArchive:
         self._staging = Staging(
             plan,
             self._writer,
-            n_stages=n_stages(first_rows, plan.rows_per_shard),
+            n_stages=n_open_shards(first_rows, plan.rows_per_shard),
             most_stages=host_memory // (plan.rows_per_shard * sum(site.row_bytes for site in plan.sites)),
             pinned=runs_on_cuda(model),
             share=share,

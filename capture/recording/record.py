@@ -31,8 +31,7 @@ from residua.capture.taps.reading import Taps
 from residua.store.examples.schedule import Batch, Schedule
 from residua.store.examples.table import ExampleTable
 from residua.store.format.commits import committed_shards
-from residua.store.format.plan import Plan
-from residua.store.format.sizes import n_stages
+from residua.store.format.plan import Plan, n_open_shards
 from residua.store.format.writer import ShardWriter
 
 _IDLE_SECONDS = 0.02
@@ -134,7 +133,7 @@ def record(
         staging = Staging(
             plan,
             writer,
-            n_stages=n_stages(int(index.n_rows.max(initial=0)), plan.rows_per_shard),
+            n_stages=n_open_shards(int(index.n_rows.max(initial=0)), plan.rows_per_shard),
             pinned=runs_on_cuda(model),
             share=share,
         )

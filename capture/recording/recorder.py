@@ -45,11 +45,9 @@ from residua.capture.sites.reference_model import whole_sites
 from residua.capture.sites.resolve import resolve_sites
 from residua.capture.sites.siteplans import check_storage, plan_site
 from residua.capture.taps.reading import reading
-from residua.store.base.errors import CaptureError, PlanError
-from residua.store.base.wording import few
+from residua.store.base.errors import CaptureError, PlanError, few
 from residua.store.encoding.codecs import DEFAULT_PRESET
-from residua.store.format.plan import Plan, SitePlan
-from residua.store.format.sizes import HOST_MEMORY_BYTES, shard_rows
+from residua.store.format.plan import HOST_MEMORY_BYTES, Plan, SitePlan, choose_rows_per_shard
 
 
 class _Held(NamedTuple):
@@ -234,7 +232,7 @@ class Recorder:
         }
         found = {site: said for stage in everyones(pipeline_group(self._model), mine) for site, said in stage.items()}
         sites = tuple(self._site_plan(site, *found[site]) for site in self._sites)
-        height = self._rows_per_shard or shard_rows(
+        height = self._rows_per_shard or choose_rows_per_shard(
             [site.row_bytes for site in sites],
             batch_rows=int(call.mask.sum()),
             most_rows_per_example=int(call.mask.sum()),

@@ -9,8 +9,7 @@ from residua.capture.forward.plan_batch import PlanBatch
 from residua.capture.replay.start import Start
 from residua.capture.sites.anatomy import Anatomy
 from residua.capture.sites.site import SiteInfo
-from residua.store.base.errors import PlanError
-from residua.store.base.wording import few
+from residua.store.base.errors import PlanError, few
 from residua.store.edits.edit import Set, Swap
 from residua.store.read.archive import Archive, is_replay
 

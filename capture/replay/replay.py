@@ -28,8 +28,7 @@ from residua.capture.replay.passes import kept_rows
 from residua.capture.runtime.collectives import on_rank
 from residua.capture.runtime.pipeline_schedule import PIPELINES, as_model
 from residua.capture.runtime.process_groups import split_by_hand
-from residua.store.base.errors import CaptureError, PlanError
-from residua.store.base.wording import few
+from residua.store.base.errors import CaptureError, PlanError, few
 from residua.store.edits.parser import EditSource, parse_edits
 from residua.store.read.archive import Archive
 

@@ -29,8 +29,7 @@ from residua.capture.sites.site import SiteInfo
 from residua.capture.taps.full_tensor import FullTensors, LocalTensors
 from residua.capture.taps.pipeline_gradients import carrying_gradients
 from residua.capture.taps.reading import TapFunction
-from residua.store.base.errors import CaptureError, PlanError
-from residua.store.base.wording import few
+from residua.store.base.errors import CaptureError, PlanError, few
 
 
 class TapGroup:

@@ -17,8 +17,7 @@ from residua.store.base.canonical import Json
 from residua.store.base.errors import DatasetError
 from residua.store.examples.index import ExampleIndex
 from residua.store.examples.writer import ExampleWriter
-from residua.store.format.plan import Plan
-from residua.store.format.sizes import check_budget, shard_rows
+from residua.store.format.plan import Plan, check_host_memory, choose_rows_per_shard
 
 DatasetSource = str | PathLike[str] | Iterable[Any]
 
@@ -92,14 +91,14 @@ def make_plan(
         infos, dtype=settings.dtype, codec=settings.codec, longest_example=longest, column_shards=column_shards
     )
     row_bytes = [site.row_bytes for site in sites]
-    height = settings.rows_per_shard or shard_rows(
+    height = settings.rows_per_shard or choose_rows_per_shard(
         row_bytes,
         batch_rows=min(settings.batch_tokens, index.total_rows),
         most_rows_per_example=most_rows,
         host_memory_bytes=settings.host_memory,
     )
     staged = min(height, index.total_rows)  # a stage is no taller than the archive
-    check_budget(row_bytes, most_rows, staged, settings.host_memory)
+    check_host_memory(row_bytes, most_rows, staged, settings.host_memory)
     return Plan(
         model=identity,
         dataset=dataset_entry(index),

@@ -19,8 +19,7 @@ from residua.capture.taps.reading import reading
 from residua.pipelines.capture.captured_batches import sample_batches
 from residua.pipelines.setup.models import captured_model
 from residua.pipelines.setup.settings import CaptureSettings
-from residua.store.base.errors import PlanError
-from residua.store.base.wording import few
+from residua.store.base.errors import PlanError, few
 from residua.store.read.archive import Archive, refuse_replay
 
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from residua.pipelines.cli.job import add_archive, add_cluster_flags, add_job, cluster_of, default_folder
 from residua.pipelines.cli.report import print_json, table
-from residua.store.base.wording import few
+from residua.store.base.errors import few
 
 if TYPE_CHECKING:
     from residua.analysis.stats.stats import Stats

@@ -40,9 +40,8 @@ from residua.store.examples.table import ExampleTable
 from residua.store.format.archive_metadata import is_archive
 from residua.store.format.commits import drop_broken
 from residua.store.format.create import create_archive, workspace
-from residua.store.format.headspec import PARAMETERS_FILE
-from residua.store.format.plan import Plan
-from residua.store.format.sizes import HOST_MEMORY_BYTES, staging_bytes
+from residua.store.format.plan import HOST_MEMORY_BYTES, Plan, host_buffer_bytes
+from residua.store.format.sidecars import PARAMETERS_FILE
 from residua.store.read.archive import REPLAY_RULE, Archive
 from residua.store.storage.files import sweep, write_file
 
@@ -223,7 +222,7 @@ class ReplayCapture:
         """Return the height of the archive that is replayed, on which batches depend, or what of it can be staged."""
         row_bytes, asked = sum(site.row_bytes for site in self._sites), self._source.plan.rows_per_shard
         height = asked
-        while staging_bytes(row_bytes, self._most_rows, min(height, self._n_rows)) > HOST_MEMORY_BYTES:
+        while host_buffer_bytes(row_bytes, self._most_rows, min(height, self._n_rows)) > HOST_MEMORY_BYTES:
             height //= 2
             if not height:
                 raise PlanError(

@@ -16,7 +16,7 @@ from residua.pipelines.jobs.sharing import SharedWork, sharing
 from residua.pipelines.setup.models import replayed_model
 from residua.pipelines.setup.settings import CaptureSettings
 from residua.store.base.errors import CaptureError, PlanError
-from residua.store.format.fidelity import Fidelity, SiteFidelity, write_fidelity
+from residua.store.format.sidecars import Fidelity, SiteFidelity, write_fidelity
 from residua.store.format.site_names import parse_site
 from residua.store.read.archive import Archive, refuse_replay
 

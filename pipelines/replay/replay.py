@@ -34,7 +34,7 @@ from residua.pipelines.setup.settings import CaptureSettings
 from residua.store.base.errors import CaptureError, NotCapturedError, PlanError
 from residua.store.edits.parser import EditSource, is_reproducible, parse_edits
 from residua.store.examples.schedule import Schedule
-from residua.store.format.contentmark import content_mark
+from residua.store.format.commits import content_hash
 from residua.store.format.plan import Plan
 from residua.store.read.archive import Archive
 from residua.store.read.text import token_id
@@ -162,7 +162,7 @@ def replay_dataset(
             "archive": opened.plan.digest,
             "at": list(runs.edited.start.sites),
             "edits": [edit.to_json() for edit in parsed],
-            "contents": {str(path): content_mark(path) for edit in parsed for path in edit.folders},
+            "contents": {str(path): content_hash(path) for edit in parsed for path in edit.folders},
         }
         request: dict[str, Any] = {
             **replayed,

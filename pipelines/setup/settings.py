@@ -9,9 +9,9 @@ from typing import Any, Self
 from residua.capture.sites.siteplans import FLOATS, check_storage
 from residua.pipelines.data.dataset import DatasetSettings
 from residua.store.base.errors import PlanError
-from residua.store.base.yamltext import parse_yaml
+from residua.store.base.untrusted import parse_yaml
 from residua.store.encoding.codecs import DEFAULT_PRESET, PRESETS
-from residua.store.format.sizes import HOST_MEMORY_BYTES
+from residua.store.format.plan import HOST_MEMORY_BYTES
 
 _MAX_CONFIG_BYTES = 64 * 1024
 _MOST_BITS = 63

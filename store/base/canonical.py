@@ -2,15 +2,12 @@
 
 import hashlib
 import json
-import math
 from collections.abc import Mapping
 from typing import TypeAlias
 
-from residua.store.base.wording import shortened
+from residua.store.base.errors import shortened
 
 Json: TypeAlias = "bool | int | float | str | list[Json] | dict[str, Json] | None"
-
-_MOST_WHOLE = 2**53
 
 
 def canonical_json(value: object) -> bytes:
@@ -27,13 +24,6 @@ def canonical_json(value: object) -> bytes:
 def digest_of(value: object) -> str:
     """Return the SHA-256 of the canonical JSON of `value`, in hex."""
     return hashlib.sha256(canonical_json(value)).hexdigest()
-
-
-def is_finite(value: object) -> bool:
-    """Say whether `value` is a number that a float can hold: true is none, nor is a 1 with 400 zeros."""
-    if not isinstance(value, float | int) or isinstance(value, bool):
-        return False
-    return math.isfinite(value) if isinstance(value, float) else abs(value) < _MOST_WHOLE
 
 
 def flatten(value: Mapping[str, object], prefix: str = "") -> dict[str, object]:

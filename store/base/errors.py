@@ -14,6 +14,10 @@ Every message says what was asked, what was found and what to do. The tree:
     └── AnalysisError (RuntimeError)      an analysis cannot be done as asked, or failed; the cause is chained
 """
 
+from collections.abc import Sequence
+
+_MAX_LETTERS = 80
+
 
 class ResiduaError(Exception):
     """Base of all errors that Residua raises on purpose."""
@@ -57,3 +61,19 @@ class CaptureError(ResiduaError, RuntimeError):
 
 class AnalysisError(ResiduaError, RuntimeError):
     """An analysis cannot be done as asked, or failed; where something failed, the chained cause says why."""
+
+
+def few(items: Sequence[object], most: int = 5, between: str = ", ") -> str:
+    """Return the first `most` of `items` as text, and how many more there are.
+
+    Example:
+        >>> few([1, 2, 3, 4], most=2)
+        '1, 2 and 2 more'
+    """
+    more = f" and {len(items) - most} more" if len(items) > most else ""
+    return between.join(map(str, items[:most])) + more
+
+
+def shortened(text: str) -> str:
+    """Return `text`, or its beginning if it is long."""
+    return text if len(text) <= _MAX_LETTERS else text[: _MAX_LETTERS - 3] + "..."

@@ -18,12 +18,12 @@ import zarr
 from zarr.codecs import Crc32cCodec
 
 from residua.store.base.errors import DamagedArchiveError, PlanError, UnsafeArchiveError
+from residua.store.base.untrusted import check_file
 from residua.store.encoding.spec import MAX_ROWS_PER_SHARD
 from residua.store.format.plan import SitePlan
 from residua.store.read.archive import Archive
 from residua.store.read.reader import Array
 from residua.store.storage.crc import CRC_BYTES
-from residua.store.storage.small_files import check_file
 
 _KEY = "residua_overlay"
 _NODE = "zarr.json"

@@ -14,7 +14,7 @@ from typing import Any
 
 from residua.store.base.canonical import canonical_json
 from residua.store.base.errors import PlanError
-from residua.store.base.yamltext import parse_yaml
+from residua.store.base.untrusted import parse_yaml
 from residua.store.edits.edit import KINDS, Align, Chosen, Edit, Function, Scalar
 from residua.store.edits.vectors import Vector, inside, vector_of
 

@@ -20,7 +20,8 @@ from residua.store.encoding.dtypes import storage_dtype, to_float32
 
 BLOCK = 32
 _LARGEST = 127
-_EXPONENT = np.uint32(0x7F800000)
+_EXPONENT = {"bfloat16": 0x7F80, "float16": 0x7C00, "float32": 0x7F800000, "float64": 0x7FF0000000000000}
+_COUNTED = 1 << 17  # values that `count_nonfinite` looks at together
 _SLICE = 1 << 18  # values handled at a time, so that temporaries stay small and in the cache
 
 Array = npt.NDArray[np.generic]
@@ -55,7 +56,7 @@ def bitround(values: Floats, kept_bits: int) -> Floats:
     with np.errstate(over="ignore"):
         rounded = bits + (last + np.uint32((1 << (int(dropped) - 1)) - 1))
     rounded &= np.uint32((0xFFFFFFFF << int(dropped)) & 0xFFFFFFFF)
-    not_finite = (bits & _EXPONENT) == _EXPONENT
+    not_finite = (bits & np.uint32(_EXPONENT["float32"])) == np.uint32(_EXPONENT["float32"])
     np.copyto(rounded, bits, where=not_finite)
     return rounded.view(np.float32)
 
@@ -168,3 +169,24 @@ def _add_errors(before: Floats, after: Floats, squares: float, error_squares: fl
     if not finite.all():
         error, wide = error[finite], wide[finite]
     return squares + float(np.vdot(wide, wide)), error_squares + float(np.vdot(error, error))
+
+
+def count_nonfinite(rows: npt.NDArray[np.generic], dtype: str) -> int:
+    """Return how many values of `rows` are NaN or infinite; 0 for integer dtypes.
+
+    Args:
+        rows: C-contiguous values in storage dtype (bfloat16 as its bits in uint16).
+        dtype: Data type name, for example ``bfloat16``.
+    """
+    exponent = _EXPONENT.get(dtype)
+    if exponent is None:
+        return 0
+    bits = rows.reshape(-1).view(f"<u{rows.dtype.itemsize}")
+    return sum(_count(bits[i : i + _COUNTED], exponent) for i in range(0, bits.size, _COUNTED))
+
+
+def _count(bits: npt.NDArray[np.unsignedinteger], exponent: int) -> int:
+    sign = 1 << (8 * bits.itemsize - 1)
+    if bits.view(f"<i{bits.itemsize}").max() < exponent and bits.max() < (sign | exponent):
+        return 0
+    return int(np.count_nonzero((bits & exponent) == exponent))

@@ -9,8 +9,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from residua.store.base.errors import DatasetError
-from residua.store.base.wording import shortened
+from residua.store.base.errors import DatasetError, shortened
 from residua.store.examples.index import OWN_COLUMNS, Example
 
 _TYPES = pa.types

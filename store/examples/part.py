@@ -16,6 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from residua.store.base.errors import DamagedArchiveError, UnsafeArchiveError
+from residua.store.base.untrusted import check_file
 from residua.store.examples.index import (
     DIGEST_KEY,
     MAX_PART_BYTES,
@@ -30,7 +31,6 @@ from residua.store.examples.index import (
 )
 from residua.store.examples.parquet_sizes import Chunk, RowGroup, read_footer
 from residua.store.format.archive_metadata import SIDE_FOLDERS
-from residua.store.storage.small_files import check_file
 
 _COUNTS = ("first_row", "n_rows", "n_tokens")
 _LISTS = ("input_ids", "positions")

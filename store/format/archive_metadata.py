@@ -13,10 +13,10 @@ from typing import Any, cast
 
 from residua.store.base.canonical import Json, digest_of
 from residua.store.base.errors import DamagedArchiveError, UnsafeArchiveError
+from residua.store.base.untrusted import read_file
 from residua.store.encoding.spec import MAX_ROWS
 from residua.store.format.plan import Plan
 from residua.store.storage.files import write_file
-from residua.store.storage.small_files import read_small
 
 FORMAT = "1.0"
 ROOT = "zarr.json"
@@ -84,7 +84,7 @@ def read_metadata(archive: Path) -> Metadata:
     if not path.is_file():
         why = f"it has no {ROOT}" if archive.exists() else "there is no such folder"
         raise FileNotFoundError(f"{archive} is not an archive: {why}. Check the path.")
-    text = read_small(archive, path, _MAX_METADATA_BYTES)
+    text = read_file(archive, path, _MAX_METADATA_BYTES)
     try:
         root = json.loads(text)
         entry = root["attributes"]["residua"]
@@ -177,7 +177,7 @@ def read_side_file(archive: Path, metadata: Metadata, name: str) -> bytes | None
     if name not in metadata.files:
         return None
     path = archive / name
-    content = read_small(archive, path, SIDE_FOLDERS[PurePosixPath(name).parts[0]])
+    content = read_file(archive, path, SIDE_FOLDERS[PurePosixPath(name).parts[0]])
     if hashlib.sha256(content).hexdigest() != metadata.files[name]:
         raise DamagedArchiveError(f"{path} was altered (its SHA-256 differs): restore it from a copy")
     return content

@@ -19,12 +19,12 @@ from zarr.storage import MemoryStore
 
 from residua.store.base.canonical import Json, digest_of
 from residua.store.base.errors import DamagedArchiveError, PlanError, UnsafeArchiveError
+from residua.store.base.untrusted import check_inside, read_file
 from residua.store.encoding.codecs import codecs_metadata
 from residua.store.encoding.dtypes import storage_dtype
 from residua.store.encoding.shard import INDEX_CODECS, INDEX_LOCATION
 from residua.store.encoding.spec import MAX_COLUMN_SHARDS, MAX_ROWS, MAX_ROWS_PER_SHARD, ArraySpec
 from residua.store.storage.files import write_file
-from residua.store.storage.small_files import check_inside, read_small
 
 METADATA = "zarr.json"
 MAX_ROW_BYTES = 2**31
@@ -145,7 +145,7 @@ def _inside(root: Path, node: str) -> Path:
 
 
 def _load(root: Path, path: Path) -> dict[str, Any]:
-    text = read_small(root, path, _MAX_METADATA_BYTES)
+    text = read_file(root, path, _MAX_METADATA_BYTES)
     try:
         document = json.loads(text)
     except (ValueError, RecursionError) as error:

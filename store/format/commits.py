@@ -6,6 +6,7 @@ shard. The record holds the row range and, per array, size and digest of the sha
 guards the record itself.
 """
 
+import hashlib
 import json
 import re
 from collections.abc import Mapping
@@ -15,10 +16,11 @@ from typing import Any
 
 from residua.store.base.canonical import canonical_json, digest_of
 from residua.store.base.errors import DamagedArchiveError, ResiduaError
+from residua.store.base.untrusted import check_inside, read_file
 from residua.store.encoding.shard import shard_path
+from residua.store.format.archive_metadata import ROOT
 from residua.store.format.plan import Plan
 from residua.store.storage.files import publish, sync_folder
-from residua.store.storage.small_files import check_inside, read_small
 
 FOLDER = "commits"
 _NAME = re.compile(r"[0-9]{8,}-[0-9]{4}\.json")
@@ -209,7 +211,7 @@ def named_parts(commits: Mapping[int, Commit]) -> dict[str, str]:
 
 def _read_commit(archive: Path, path: Path) -> Commit:
     try:
-        value = json.loads(read_small(archive, path, _MAX_RECORD_BYTES))
+        value = json.loads(read_file(archive, path, _MAX_RECORD_BYTES))
         record: dict[str, Any] = value["record"]
         if digest_of(record) != value["sha256"]:
             raise ValueError("its SHA-256 does not match its content")
@@ -267,3 +269,30 @@ def _digest(value: str) -> str:
     if not _DIGEST.fullmatch(value):
         raise ValueError(f"{value!r} is not a SHA-256 in hex")
     return value
+
+
+_TAIL_BYTES = 64 * 1024  # chunks end in their crc32c, and a checkpoint's zip in its directory, which has every crc32
+
+
+def content_hash(folder: Path) -> str:
+    """Return a digest that changes when the content of `folder` does, in hex.
+
+    Of an archive it is that of its metadata and commits, which hold the digests of everything else. Of any other
+    folder it is that of the names, the sizes and the last 64 KiB of all files: overlays and lenses end every file in
+    checksums of what is before.
+
+    Raises:
+        OSError: A file cannot be read.
+    """
+    if (folder / FOLDER).is_dir():
+        files = [folder / ROOT, *(folder / FOLDER).iterdir()]
+    else:
+        files = [path for path in folder.rglob("*") if path.is_file()]
+    digest = hashlib.sha256()
+    for path in sorted(files):
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            file.seek(max(0, size - _TAIL_BYTES))
+            digest.update(f"{path.relative_to(folder)}\0{size}\0".encode())
+            digest.update(file.read(_TAIL_BYTES))
+    return digest.hexdigest()

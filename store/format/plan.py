@@ -8,7 +8,7 @@ are no part of it (they are provenance), so an archive may be moved, and resumed
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from functools import cached_property
-from math import prod
+from math import ceil, prod
 from typing import Literal, cast
 
 import numpy as np
@@ -21,9 +21,12 @@ from residua.store.encoding.dtypes import storage_dtype
 from residua.store.encoding.lossy import BLOCK
 from residua.store.encoding.spec import MAX_COLUMN_SHARDS, MAX_ROWS, MAX_ROWS_PER_SHARD, ArraySpec
 from residua.store.format.site_names import parse_site
-from residua.store.format.sizes import chunk_rows
 
 MAX_SHARD_BYTES = 2**36
+CHUNK_BYTES = 512 * 1024
+SHARD_BYTES = 32 * 1024 * 1024
+HOST_MEMORY_BYTES = 4 * 1024**3
+COLUMN_BYTES = 16  # of a row in a stage: its token, position and example
 _OPTIONAL = "column_shards"  # of a site, in a plan: it is there where it is not 1
 _MAPPINGS = ("model", "dataset", "rules")
 ROW_COLUMNS = {"token": "int32", "position": "int32", "example": "int64"}
@@ -85,7 +88,7 @@ def _array(
         dtype=dtype,
         preset=preset,
         rows_per_shard=rows_per_shard,
-        rows_per_chunk=chunk_rows(row_bytes, rows_per_shard),
+        rows_per_chunk=choose_rows_per_chunk(row_bytes, rows_per_shard),
         column_shards=column_shards,
     )
 
@@ -276,3 +279,67 @@ def _check_column_shards(site: SitePlan) -> None:
         raise PlanError(f"site {site.name}: rows of shape {site.row_shape} are not cut into {n!r} parts of equal width")
     if n > 1 and site.codec == INT8:
         raise PlanError(f"site {site.name}: codec {INT8} takes whole rows, and these are cut into {n} parts")
+
+
+def nearest_power_of_two(value: float) -> int:
+    """Return the power of two nearest to `value` on a linear scale, at least 1."""
+    lower = 1 << max(0, int(value).bit_length() - 1)
+    return lower if value - lower <= 2 * lower - value else 2 * lower
+
+
+def choose_rows_per_chunk(row_bytes: int, rows_per_shard: int) -> int:
+    """Return the chunk height for rows of `row_bytes`, never more than the shard's."""
+    return min(rows_per_shard, nearest_power_of_two(CHUNK_BYTES / max(1, row_bytes)))
+
+
+def n_open_shards(most_rows_per_example: int, rows_per_shard: int) -> int:
+    """Return how many shards are open at once: the one that fills and those its last example reaches."""
+    return 1 + max(1, ceil(most_rows_per_example / rows_per_shard))
+
+
+def host_buffer_bytes(row_bytes_all: int, most_rows_per_example: int, rows_per_shard: int) -> int:
+    """Return the host memory that all stages take together, in bytes."""
+    return n_open_shards(most_rows_per_example, rows_per_shard) * rows_per_shard * (row_bytes_all + COLUMN_BYTES)
+
+
+def choose_rows_per_shard(
+    row_bytes: Iterable[int],
+    *,
+    batch_rows: int,
+    most_rows_per_example: int,
+    host_memory_bytes: int = HOST_MEMORY_BYTES,
+) -> int:
+    """Return the shard height in rows, a power of two, by the rule in this module's head.
+
+    Args:
+        row_bytes: Logical bytes of one row of each site.
+        batch_rows: Rows that one batch may yield.
+        most_rows_per_example: Rows of the example that keeps most.
+        host_memory_bytes: Memory that all stages may take together.
+
+    Raises:
+        PlanError: Even shards of one row do not fit the budget.
+    """
+    sizes = list(row_bytes)
+    height = nearest_power_of_two(SHARD_BYTES / max([1, *sizes]))
+    while height < batch_rows:
+        height *= 2
+    while height > 1 and host_buffer_bytes(sum(sizes), most_rows_per_example, height) > host_memory_bytes:
+        height //= 2
+    check_host_memory(sizes, most_rows_per_example, height, host_memory_bytes)
+    return height
+
+
+def check_host_memory(
+    row_bytes: Iterable[int], most_rows_per_example: int, height: int, host_memory_bytes: int
+) -> None:
+    """Raise PlanError if stages of `height` rows take more than `host_memory_bytes` together."""
+    sizes = list(row_bytes)
+    needed = host_buffer_bytes(sum(sizes), most_rows_per_example, height)
+    if needed > host_memory_bytes:
+        raise PlanError(
+            f"--host-memory allows {host_memory_bytes:,} bytes, but {len(sizes)} sites in shards of {height:,} rows "
+            f"need {needed:,} to stage the longest example ({most_rows_per_example:,} rows of {sum(sizes):,} bytes): "
+            "raise --host-memory, lower --rows-per-shard, keep fewer positions, shorten the examples with --max-length "
+            "or capture fewer sites."
+        )

@@ -18,10 +18,8 @@ import numpy.typing as npt
 
 from residua.store.base.errors import CaptureError
 from residua.store.encoding.codecs import INT8, PRESETS
-from residua.store.encoding.lossy import bitround_errors, quantise_int8
-from residua.store.encoding.nonfinite import count_nonfinite
-from residua.store.encoding.shard import ShardEncoder, shard_path
-from residua.store.encoding.shard_memory import ShardMemory
+from residua.store.encoding.lossy import bitround_errors, count_nonfinite, quantise_int8
+from residua.store.encoding.shard import ShardEncoder, ShardMemory, shard_path
 from residua.store.encoding.spec import ArraySpec
 from residua.store.format.archive_metadata import ROOT
 from residua.store.format.commits import Commit, ShardFile, is_published, publish_commit

@@ -16,11 +16,11 @@ import numpy as np
 import numpy.typing as npt
 
 from residua.store.base.errors import DamagedArchiveError
+from residua.store.base.untrusted import check_inside
 from residua.store.encoding.codecs import PRESETS, check_chunk
 from residua.store.encoding.shard import RESTORE, describe_chunk, open_shard, read_index, shard_path, shard_rows
 from residua.store.encoding.spec import ArraySpec
 from residua.store.storage.crc import CRC_BYTES
-from residua.store.storage.small_files import check_inside
 
 _MOST_OPEN = 1024
 

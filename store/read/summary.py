@@ -4,8 +4,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from residua.store.format.create import relative_error
-from residua.store.format.fidelity import SiteFidelity, read_fidelity
-from residua.store.format.headspec import PARAMETERS_FILE
+from residua.store.format.sidecars import PARAMETERS_FILE, SiteFidelity, read_fidelity
 from residua.store.read.archive import Archive
 
 

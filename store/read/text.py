@@ -5,8 +5,7 @@ from pathlib import Path
 
 from tokenizers import Tokenizer
 
-from residua.store.base.errors import DamagedArchiveError, PlanError
-from residua.store.base.wording import few
+from residua.store.base.errors import DamagedArchiveError, PlanError, few
 
 _MOST_SHOWN = 8
 

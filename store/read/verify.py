@@ -13,15 +13,14 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 
 from residua.store.base.errors import DamagedArchiveError, PlanError, ResiduaError, UnsafeArchiveError
+from residua.store.base.untrusted import check_inside, read_file
 from residua.store.encoding.shard import check_shard, shard_path
 from residua.store.encoding.spec import ArraySpec
 from residua.store.examples.index import ExampleIndex
 from residua.store.format.archive_metadata import ROOT, SIDE_FOLDERS, file_digest
 from residua.store.format.commits import FOLDER, Commit, named_parts
-from residua.store.format.fidelity import FILE as FIDELITY
-from residua.store.format.fidelity import read_fidelity
+from residua.store.format.sidecars import FIDELITY_FILE, read_fidelity
 from residua.store.read.archive import Archive
-from residua.store.storage.small_files import check_inside, read_small
 
 _MAX_LISTED = 8
 _MAX_GROUP_BYTES = 2**24
@@ -122,7 +121,7 @@ class _Check:
             name = f"{folder}/{ROOT}"
             self._known.add(name)
             try:
-                found = json.loads(read_small(self._root, self._root / name, _MAX_GROUP_BYTES))
+                found = json.loads(read_file(self._root, self._root / name, _MAX_GROUP_BYTES))
                 sound = found["zarr_format"] == 3 and found["node_type"] == "group"
                 sound = sound and isinstance(found.get("attributes", {}), dict) and not found.keys() - _GROUP_FIELDS
             except (DamagedArchiveError, UnsafeArchiveError) as error:
@@ -150,10 +149,10 @@ class _Check:
                 self._count(path)
 
     def _fidelity(self) -> None:
-        path = self._root / FIDELITY
+        path = self._root / FIDELITY_FILE
         if not path.exists():
             return
-        self._known.add(FIDELITY)
+        self._known.add(FIDELITY_FILE)
         try:
             read_fidelity(self._root, self._plan)
         except (DamagedArchiveError, UnsafeArchiveError, PlanError) as error:

@@ -8,9 +8,9 @@ import numpy.typing as npt
 
 from residua.store.examples.index import Example
 from residua.store.examples.writer import ExampleWriter
-from residua.store.format.attentionspec import AttentionSpec, attention_to_json
 from residua.store.format.create import create_archive, workspace
 from residua.store.format.plan import Plan, SitePlan
+from residua.store.format.sidecars import AttentionSpec, attention_to_json
 from residua.store.format.writer import FilledShard, ShardWriter
 from residua.store.read.archive import Archive
 from residua.store.storage.files import write_file

@@ -15,8 +15,8 @@ from residua.store.base.errors import ResiduaError
 from residua.store.examples.index import Example
 from residua.store.examples.writer import ExampleWriter
 from residua.store.format.create import create_archive, seal, workspace
-from residua.store.format.headspec import HEAD_FILE, PARAMETERS_FILE, HeadSpec
 from residua.store.format.plan import Plan, SitePlan
+from residua.store.format.sidecars import LM_HEAD_FILE, PARAMETERS_FILE, LMHeadSpec
 from residua.store.format.writer import FilledShard, ShardWriter
 from residua.store.read.archive import Archive
 from residua.store.read.array import ArchiveArray
@@ -80,7 +80,7 @@ def _write_side_files(folder: Path, rng: np.random.Generator) -> None:
     write_file(folder / "tokenizer" / "tokenizer.json", [tokenizer.to_str().encode()])
     head = save({"unembed.weight": rng.standard_normal((5, 4), np.float32)})
     write_file(folder / "head" / PARAMETERS_FILE, [head])
-    write_file(folder / "head" / HEAD_FILE, [HeadSpec(norm="none", dtype="float32").to_json()])
+    write_file(folder / "head" / LM_HEAD_FILE, [LMHeadSpec(norm="none", dtype="float32").to_json()])
 
 
 def _write_shards(path: Path, plan: Plan, values: dict[str, Any], columns: dict[str, Any]) -> None:

@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from residua.analysis.attention import queries_and_keys
 from residua.analysis.attention.induction import induction_scores
 from residua.store.base.errors import AnalysisError, DamagedArchiveError
-from residua.store.format.attentionspec import AttentionSpec
+from residua.store.format.sidecars import AttentionSpec
 from tests.analysis.attention_archive import dense_weights, make_qk_archive
 from tests.analysis.reference_scores import NAMES, reference_scores
 

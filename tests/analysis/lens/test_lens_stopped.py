@@ -106,7 +106,7 @@ from residua.analysis.lens.lm_head import Head
 from residua.analysis.lens.decoder import Decoder
 from residua.analysis.lens.evaluate import judge
 from residua.analysis.lens.translator import Translator
-from residua.store.format.headspec import HeadSpec
+from residua.store.format.sidecars import LMHeadSpec
 
 torch.set_num_threads(1)
 V, D, N = 131_072, 64, 400
@@ -116,7 +116,7 @@ class Reader:
     def next_tokens(self, rows):
         return rows
 weight = torch.randn(V, D, dtype=torch.bfloat16)
-decoder = Decoder(Head(HeadSpec(norm="rms", dtype="bfloat16"), {"unembed.weight": weight}), most_bytes=V * D)
+decoder = Decoder(Head(LMHeadSpec(norm="rms", dtype="bfloat16"), {"unembed.weight": weight}), most_bytes=V * D)
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 import numpy as np
 maps = {"resid_post.0": {"ridge": Translator.identity(D)}}

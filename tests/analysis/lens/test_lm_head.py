@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from residua.analysis.lens.lm_head import load_head
 from residua.store.base.errors import DamagedArchiveError, UnsafeArchiveError
-from residua.store.format.headspec import HeadSpec
+from residua.store.format.sidecars import LMHeadSpec
 from tests.capture.readings import everything
 from tests.heads import save_head
 from tests.models import TINY
@@ -76,11 +76,11 @@ def test_parameters_that_do_not_fit_are_refused(name: str, tmp_path: Path) -> No
 def test_any_other_head_json_is_refused(change: bytes | dict[str, object]) -> None:
     import json
 
-    good = json.loads(HeadSpec(norm="rms", eps=1e-6, dtype="float32").to_json())
+    good = json.loads(LMHeadSpec(norm="rms", eps=1e-6, dtype="float32").to_json())
     text = change if isinstance(change, bytes) else json.dumps({**good, **change}).encode()
     try:
-        spec = HeadSpec.from_json(text)
+        spec = LMHeadSpec.from_json(text)
     except UnsafeArchiveError:
         return
     assert spec.norm in ("rms", "layer", "none")
-    assert HeadSpec.from_json(spec.to_json()) == spec
+    assert LMHeadSpec.from_json(spec.to_json()) == spec

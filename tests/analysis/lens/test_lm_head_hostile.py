@@ -11,13 +11,13 @@ from hypothesis import strategies as st
 
 from residua.analysis.lens.lm_head import Head, load_head
 from residua.store.base.errors import DamagedArchiveError, ResiduaError, UnsafeArchiveError
-from residua.store.format.headspec import HeadSpec
+from residua.store.format.sidecars import LMHeadSpec
 from tests.heads import save_head
 from tests.models import TINY
 from tests.store.forging import little_memory
 from tests.store.small_archive import make_archive
 
-SPEC = json.loads(HeadSpec(norm="rms", eps=1e-6, dtype="float32").to_json())
+SPEC = json.loads(LMHeadSpec(norm="rms", eps=1e-6, dtype="float32").to_json())
 
 
 @pytest.fixture(scope="module")
@@ -100,7 +100,7 @@ def test_hostile_parameters_are_refused_without_memory(content: bytes, tmp_path:
 def test_a_hostile_description_is_refused(field: str, text: str) -> None:
     document = json.dumps({**SPEC, field: "HERE"}).replace('"HERE"', text)
     with pytest.raises(UnsafeArchiveError, match="no head is like that"):
-        HeadSpec.from_json(document.encode())
+        LMHeadSpec.from_json(document.encode())
 
 
 def test_a_terabyte_of_nothing_is_not_read(folder: Path, tmp_path: Path) -> None:

@@ -20,8 +20,7 @@ from residua.store.encoding.shard import ShardEncoder, check_shard
 from residua.store.examples.schedule import Schedule
 from residua.store.format.commits import read_commits
 from residua.store.format.create import create_archive, workspace
-from residua.store.format.plan import SitePlan
-from residua.store.format.sizes import n_stages
+from residua.store.format.plan import SitePlan, n_open_shards
 from residua.store.format.writer import ShardWriter
 from tests.capture.staging_samples import (
     SITES,
@@ -50,7 +49,7 @@ def test_every_missing_shard_is_handed_over_once_with_its_own_rows(
     plan = make_plan(height, index.total_rows)
     schedule = Schedule(index, rows_per_shard=height, batch_tokens=plan.batch_tokens)
     writer = LateWriter()
-    stages = n_stages(int(index.n_rows.max(initial=0)), height)
+    stages = n_open_shards(int(index.n_rows.max(initial=0)), height)
     staging = stage_all(plan, writer, n_stages=stages)
     staging.keep_only(set(range(schedule.n_shards)) - committed)
     for batch in schedule.work(committed):

@@ -10,8 +10,7 @@ import zarr
 from residua.capture.buffers.host_buffers import Staging
 from residua.capture.buffers.row_index import BatchRows
 from residua.capture.buffers.stage import Stage
-from residua.store.encoding.shard import check_shard, shard_path
-from residua.store.encoding.shard_memory import ShardMemory
+from residua.store.encoding.shard import ShardMemory, check_shard, shard_path
 from residua.store.format.commits import read_commits
 from residua.store.format.create import create_archive, workspace
 from residua.store.format.plan import Plan, SitePlan

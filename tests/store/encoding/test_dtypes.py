@@ -8,8 +8,7 @@ from zarr.dtype import data_type_registry
 from zarr.storage import MemoryStore
 
 from residua.store.base.errors import PlanError
-from residua.store.encoding import bfloat16
-from residua.store.encoding.dtypes import STORAGE_DTYPES, storage_dtype, to_float32
+from residua.store.encoding.dtypes import STORAGE_DTYPES, BFloat16, storage_dtype, to_float32
 
 
 @pytest.mark.parametrize("name", STORAGE_DTYPES)
@@ -59,13 +58,13 @@ def test_a_uint16_array_stays_uint16() -> None:
 
 def test_registering_again_changes_nothing() -> None:
     before = dict(data_type_registry.contents)
-    bfloat16.register()
+    data_type_registry.register("bfloat16", BFloat16)
     assert dict(data_type_registry.contents) == before
 
 
 @given(st.integers(0, 2**16 - 1))
 def test_every_fill_value_survives_json(bits: int) -> None:
-    kind = bfloat16.BFloat16()
+    kind = BFloat16()
     spelled = kind.to_json_scalar(np.uint16(bits), zarr_format=3)
     assert kind.from_json_scalar(spelled, zarr_format=3) == bits
 
@@ -73,4 +72,4 @@ def test_every_fill_value_survives_json(bits: int) -> None:
 @pytest.mark.parametrize("value", [None, "zero", True, [0]])
 def test_fill_value_that_is_no_number_is_refused(value: object) -> None:
     with pytest.raises(TypeError, match="not a bfloat16 fill value"):
-        bfloat16.BFloat16().from_json_scalar(value, zarr_format=3)
+        BFloat16().from_json_scalar(value, zarr_format=3)

@@ -6,11 +6,20 @@ import numpy.typing as npt
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
 from hypothesis.extra import numpy as st_numpy
 from numcodecs.bitround import BitRound
 
-from residua.store.encoding.dtypes import to_float32
-from residua.store.encoding.lossy import BLOCK, bitround, bitround_errors, dequantise_int8, quantise_int8
+from residua.store.encoding.dtypes import STORAGE_DTYPES, storage_dtype, to_float32
+from residua.store.encoding.lossy import (
+    _COUNTED,
+    BLOCK,
+    bitround,
+    bitround_errors,
+    count_nonfinite,
+    dequantise_int8,
+    quantise_int8,
+)
 
 floats = st.floats(width=32, allow_nan=True, allow_infinity=True)
 
@@ -129,3 +138,56 @@ def test_no_rows_are_no_values(row_shape: tuple[int, ...]) -> None:
     codes, scales, squares, error_squares = quantise_int8(np.zeros((0, *row_shape), np.float32), "float32")
     assert dequantise_int8(codes, scales, "float32").shape == (0, *row_shape)
     assert (squares, error_squares) == (0.0, 0.0)
+
+
+FLOATS: dict[str, npt.DTypeLike] = {
+    "bfloat16": ml_dtypes.bfloat16,
+    "float16": np.float16,
+    "float32": np.float32,
+    "float64": np.float64,
+}
+SHAPES = hnp.array_shapes(min_dims=1, max_dims=3, min_side=0, max_side=6)
+
+
+def expected(bits: npt.NDArray[np.generic], dtype: str) -> int:
+    return int((~np.isfinite(bits.view(FLOATS[dtype]))).sum())
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@given(data=st.data())
+def test_any_bits(dtype: str, data: st.DataObject) -> None:
+    storage = storage_dtype(dtype)
+    bits = data.draw(hnp.arrays(f"<u{storage.itemsize}", SHAPES))
+    assert count_nonfinite(bits.view(storage), dtype) == expected(bits, dtype)
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_the_edges_of_the_number_line(dtype: str) -> None:
+    kind = np.dtype(FLOATS[dtype])
+    info = ml_dtypes.finfo(kind)  # type: ignore[no-untyped-call]  # theirs has no annotations
+    finite = np.array([0.0, -0.0, info.max, info.min, info.smallest_subnormal, -info.smallest_subnormal, 1.0], kind)
+    special = np.array([np.inf, -np.inf, np.nan, -np.nan], kind)
+    storage = storage_dtype(dtype)
+    assert count_nonfinite(finite.view(storage), dtype) == 0
+    assert count_nonfinite(special.view(storage), dtype) == 4
+    for value in special:
+        one = np.append(finite, np.array([value], kind))
+        assert count_nonfinite(one.view(storage), dtype) == 1, f"{value} among finite values"
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("at", [0, _COUNTED - 1, _COUNTED, 2 * _COUNTED + 4])
+def test_none_is_missed_at_the_seams_of_blocks(dtype: str, at: int) -> None:
+    values = np.zeros(2 * _COUNTED + 5, FLOATS[dtype])
+    values[at] = -np.inf
+    assert count_nonfinite(values.view(storage_dtype(dtype)), dtype) == 1
+
+
+@pytest.mark.parametrize("dtype", sorted(STORAGE_DTYPES.keys() - FLOATS.keys()))
+def test_integers_are_finite(dtype: str) -> None:
+    assert count_nonfinite(np.full(9, -1).astype(storage_dtype(dtype)), dtype) == 0
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_no_rows_hold_none(dtype: str) -> None:
+    assert count_nonfinite(np.zeros((0, 4), storage_dtype(dtype)), dtype) == 0

@@ -3,17 +3,22 @@
 import json
 import multiprocessing
 import os
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import residua
 from residua.store.base.canonical import canonical_json, digest_of
 from residua.store.base.errors import DamagedArchiveError
-from residua.store.format.commits import FOLDER, Commit, ShardFile, publish_commit, read_commits
+from residua.store.format.commits import FOLDER, Commit, ShardFile, content_hash, publish_commit, read_commits
+from tests.store.small_archive import make_archive
 
 PLAN = "ab" * 32
 FILE = ShardFile(n_bytes=100, digest="cd" * 32, n_nonfinite=2)
@@ -208,3 +213,39 @@ def test_what_is_no_file_is_refused_and_not_waited_for(tmp_path: Path, make: Any
 def test_absent_facts_are_left_out() -> None:
     assert FILE.to_json() == {"n_bytes": 100, "digest": "cd" * 32, "n_nonfinite": 2}
     assert json.loads(canonical_json(LOSSY.to_json()))["error_squares"] == 0.0
+
+
+def test_an_overlay_that_is_written_to_has_another_mark(tmp_path: Path) -> None:
+    archive = residua.open(make_archive(tmp_path / "a.zarr"))
+    site = archive.sites[0]
+    overlay = residua.overlay(archive, tmp_path / "o")
+    before = content_hash(tmp_path / "o")
+    rows = np.zeros((1, *archive[site].shape[1:]), np.float32)
+    overlay.write(site, [0], rows)
+    once = content_hash(tmp_path / "o")
+    overlay.write(site, [0], rows + 1)
+    assert len({before, once, content_hash(tmp_path / "o")}) == 3
+
+
+def test_a_checkpoint_that_is_trained_again_has_another_mark(tmp_path: Path) -> None:
+    marks = set()
+    for seed in range(2):
+        torch.manual_seed(seed)
+        torch.save({"0.weight": torch.randn(400, 400)}, tmp_path / "params.pt")
+        marks.add(content_hash(tmp_path))
+    assert len(marks) == 2
+
+
+def test_an_archive_is_marked_by_its_metadata_and_commits(tmp_path: Path) -> None:
+    make_archive(tmp_path / "a.zarr")
+    before = content_hash(tmp_path / "a.zarr")
+    shutil.copytree(tmp_path / "a.zarr", tmp_path / "b.zarr")
+    assert content_hash(tmp_path / "b.zarr") == before
+    next((tmp_path / "b.zarr" / "commits").iterdir()).unlink()
+    assert content_hash(tmp_path / "b.zarr") != before
+
+
+def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
+    (tmp_path / "commits").mkdir()
+    with pytest.raises(FileNotFoundError, match=r"zarr\.json"):
+        content_hash(tmp_path)

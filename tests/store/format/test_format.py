@@ -19,9 +19,8 @@ from residua.store.examples.index import OWN_COLUMNS
 from residua.store.format.archive_metadata import FORMAT, SIDE_FOLDERS, Metadata
 from residua.store.format.array_metadata import open_array
 from residua.store.format.commits import FOLDER, Commit, ShardFile
-from residua.store.format.fidelity import FILE as FIDELITY
-from residua.store.format.fidelity import Fidelity, SiteFidelity, read_fidelity, write_fidelity
 from residua.store.format.plan import ROW_COLUMNS, Plan, SitePlan
+from residua.store.format.sidecars import FIDELITY_FILE, Fidelity, SiteFidelity, read_fidelity, write_fidelity
 from residua.store.format.site_names import LAYER_KINDS, MODEL_KINDS, parse_site
 from residua.store.read.archive import Archive
 from tests.models import TINY
@@ -227,8 +226,8 @@ def test_the_fidelity_file(tmp_path: Path) -> None:
     site = SiteFidelity(kl_mean=1e-6, kl_max=0.5, top1_agreement=0.75)
     found = Fidelity(sites={"resid_post.7": site}, n_examples=2, n_tokens=9)
     write_fidelity(tmp_path, PLAN, found)
-    assert f"\n  {FIDELITY} " in blocks("store/FORMAT.md", language="")[0]
-    content = json.loads((tmp_path / FIDELITY).read_text())
+    assert f"\n  {FIDELITY_FILE} " in blocks("store/FORMAT.md", language="")[0]
+    content = json.loads((tmp_path / FIDELITY_FILE).read_text())
     entry = content["fidelity"]
     assert [codes(row[0]) for row in TABLES["key of a site's fidelity"]] == [[key] for key in asdict(site)]
     assert entry == {"plan": PLAN.digest, "n_examples": 2, "n_tokens": 9, "sites": {"resid_post.7": asdict(site)}}

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from residua.store.base.errors import UnsafeArchiveError
-from residua.store.format.attentionspec import AttentionSpec, attention_from_json, attention_to_json
+from residua.store.format.sidecars import AttentionSpec, attention_from_json, attention_to_json
 
 LAYERS: dict[int, AttentionSpec | str] = {
     0: AttentionSpec(scale=0.25, causal=True, softcap=50.0, window=8, sinks=(0.5, -1.0)),

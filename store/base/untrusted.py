@@ -3,10 +3,15 @@
 A pipe is not waited for, a link does not lead out, and a file of a terabyte of nothing takes no memory.
 """
 
+import math
 import os
 from pathlib import Path
 
+import yaml
+
 from residua.store.base.errors import DamagedArchiveError, UnsafeArchiveError
+
+_MAX_EXACT_INTEGER = 2**53
 
 
 def check_inside(root: Path, path: Path) -> None:
@@ -44,10 +49,47 @@ def check_file(root: Path, path: Path, most_bytes: int) -> None:
         )
 
 
-def read_small(root: Path, path: Path, most_bytes: int) -> bytes:
+def read_file(root: Path, path: Path, most_bytes: int) -> bytes:
     """Return the bytes of a file of the archive `root`; raises as `check_file`, and if it cannot be read."""
     check_file(root, path, most_bytes)
     try:
         return path.read_bytes()
     except OSError as error:
         raise DamagedArchiveError(f"{path} cannot be read ({error.strerror}): restore it from a copy") from error
+
+
+def is_finite(value: object) -> bool:
+    """Say whether `value` is a number that a float can hold; bools and integers of 2**53 and more are not."""
+    if not isinstance(value, float | int) or isinstance(value, bool):
+        return False
+    return math.isfinite(value) if isinstance(value, float) else abs(value) < _MAX_EXACT_INTEGER
+
+
+# What PyYAML raises for scalars that do not fit their tag ("!!int ''", "2001-99-99"), besides its own errors.
+_ERRORS = (yaml.YAMLError, ArithmeticError, LookupError, TypeError, AttributeError, RecursionError)
+
+
+class _TreeLoader(yaml.SafeLoader):
+    """YAML without references."""
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.YAMLError("references such as *name are not allowed here")
+        return super().compose_node(parent, index)
+
+
+def parse_yaml(text: str) -> object:
+    """Return the plain value that a YAML or JSON text spells.
+
+    Raises:
+        ValueError: It is neither, or refers to its own parts.
+
+    Example:
+        >>> parse_yaml("a: [1, 2]")
+        {'a': [1, 2]}
+    """
+    try:
+        value: object = yaml.load(text, _TreeLoader)  # noqa: S506  # a SafeLoader that takes less
+    except _ERRORS as error:
+        raise ValueError(str(error)) from error
+    return value
