@@ -25,7 +25,7 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from residua.capture.buffers.host_buffers import Staging
-from residua.capture.buffers.rows import ExampleRows, batch_rows
+from residua.capture.buffers.row_index import ExampleRows, batch_rows
 from residua.capture.forward.inputs import forward_kwargs
 from residua.capture.recording.record import record
 from residua.capture.scheduling.work_queue import AllAtOnce

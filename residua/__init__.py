@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from residua.capture.layout.parameters import full_parameter
     from residua.capture.recording.recorder import Recorder
     from residua.capture.replay.replay import replay
-    from residua.capture.sites.resolve import model_sites
+    from residua.capture.sites.names_to_modules import model_sites
     from residua.capture.taps.tap import TapGroup, tap
     from residua.pipelines.capture.capture import capture_dataset
     from residua.pipelines.capture.reproduce import reproduce
@@ -74,7 +74,7 @@ _HOMES = {
     "fidelity": "pipelines.replay.fidelity:fidelity",
     "full_parameter": "capture.layout.parameters:full_parameter",
     "induction_scores": "analysis.attention.induction:induction_scores",
-    "model_sites": "capture.sites.resolve:model_sites",
+    "model_sites": "capture.sites.names_to_modules:model_sites",
     "open": "store.read.archive:Archive",
     "overlay": "store.edits.overlay:overlay",
     "patch": "pipelines.circuits.patch:patch",

@@ -9,9 +9,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from residua.capture.buffers.row_index import Indices
-from residua.capture.buffers.rows import ExampleRows
-from residua.capture.buffers.stage import torch_dtype
+from residua.capture.buffers.host_buffers import torch_dtype
+from residua.capture.buffers.row_index import ExampleRows, Indices
 from residua.capture.edits.action import Action, Change, Chosen, Surroundings, name_of
 from residua.capture.edits.kinds import MAKERS
 from residua.capture.edits.stored_kinds import opened

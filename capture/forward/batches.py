@@ -9,8 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from residua.capture.buffers.row_index import BatchRows
-from residua.capture.buffers.rows import ExampleRows, batch_rows, by_position
+from residua.capture.buffers.row_index import BatchRows, ExampleRows, batch_rows, by_position
 from residua.capture.forward.inputs import ForwardArguments
 from residua.capture.forward.plan_batch import plan_batch
 from residua.capture.layout.process_layout import ProcessLayout

@@ -7,7 +7,7 @@ from typing import Literal
 import numpy as np
 import torch
 
-from residua.capture.buffers.rows import ExampleRows
+from residua.capture.buffers.row_index import ExampleRows
 from residua.capture.forward.inputs import PaddedBatch, padded_batch
 from residua.store.examples.table import ExampleTable
 

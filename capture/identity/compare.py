@@ -5,8 +5,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from residua.capture.buffers.host_buffers import torch_dtype
 from residua.capture.buffers.row_index import BatchRows, Placement
-from residua.capture.buffers.stage import torch_dtype
 from residua.store.read.archive import Archive
 
 

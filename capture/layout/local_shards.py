@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.distributed.tensor import DTensor, Shard
 
-from residua.capture.buffers.rows import FIRST_ROW_AXIS, by_position, row_shape
+from residua.capture.buffers.row_index import FIRST_ROW_AXIS, by_position, row_shape
 from residua.capture.layout.layouts import Layout, ProvedLayouts, Shape, full_shape
 from residua.capture.runtime.collectives import on_rank
 from residua.capture.sites.site import SiteInfo

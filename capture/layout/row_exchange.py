@@ -13,10 +13,8 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from residua.capture.buffers.host_buffers import Staging
-from residua.capture.buffers.row_index import BatchRows, Indices, Placement
-from residua.capture.buffers.rows import FIRST_ROW_AXIS, by_position
-from residua.capture.buffers.stage import torch_dtype
+from residua.capture.buffers.host_buffers import Staging, torch_dtype
+from residua.capture.buffers.row_index import FIRST_ROW_AXIS, BatchRows, Indices, Placement, by_position
 from residua.capture.layout.layouts import Layout
 from residua.capture.layout.local_shards import LocalShards
 from residua.capture.runtime.collectives import Exchange, on_rank

@@ -14,7 +14,7 @@ from torch import nn
 from torch._C._distributed_c10d import PrefixStore
 from torch.distributed.distributed_c10d import _get_default_store
 
-from residua.capture.buffers.rows import ExampleRows
+from residua.capture.buffers.row_index import ExampleRows
 from residua.capture.layout.process_layout import ProcessLayout, process_layout_of, spans_processes
 from residua.capture.runtime.collectives import device_of, everyones, on_rank
 from residua.capture.runtime.process_groups import pipeline_group, tensor_parallel_group

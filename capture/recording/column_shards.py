@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from residua.capture.buffers.rows import FIRST_ROW_AXIS
+from residua.capture.buffers.row_index import FIRST_ROW_AXIS
 from residua.capture.forward.inputs import forward_kwargs
 from residua.capture.layout.layouts import Layout
 from residua.capture.layout.local_shards import LocalShards

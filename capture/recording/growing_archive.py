@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from residua.capture.buffers.host_buffers import Staging
-from residua.capture.buffers.rows import batch_rows
+from residua.capture.buffers.row_index import batch_rows
 from residua.capture.identity.provenance import describe_model, environment
 from residua.capture.identity.sidecars import save_tokenizer, write_sidecars
 from residua.capture.layout.layouts import Layout

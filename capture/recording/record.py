@@ -26,7 +26,7 @@ from residua.capture.runtime.devices import runs_on_cuda
 from residua.capture.scheduling.ownership import Share
 from residua.capture.scheduling.work_queue import AllAtOnce, Run, Work, runs_of
 from residua.capture.scheduling.worker_group import TeamCommits
-from residua.capture.sites.resolve import resolve_sites
+from residua.capture.sites.names_to_modules import resolve_sites
 from residua.capture.taps.reading import Taps
 from residua.store.examples.schedule import Batch, Schedule
 from residua.store.examples.table import ExampleTable

@@ -41,9 +41,9 @@ from residua.capture.runtime.streams import writer_threads
 from residua.capture.runtime.wrappers import refuse_compiled
 from residua.capture.scheduling.membership import Crew
 from residua.capture.sites.attention import eager_where_needed
+from residua.capture.sites.names_to_modules import resolve_sites
 from residua.capture.sites.reference_model import whole_sites
-from residua.capture.sites.resolve import resolve_sites
-from residua.capture.sites.siteplans import check_storage, plan_site
+from residua.capture.sites.site import check_storage, plan_site
 from residua.capture.taps.reading import reading
 from residua.store.base.errors import CaptureError, PlanError, few
 from residua.store.encoding.codecs import DEFAULT_PRESET

@@ -16,7 +16,7 @@ from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 from transformers import PreTrainedModel
 
-from residua.capture.buffers.rows import batch_rows
+from residua.capture.buffers.row_index import batch_rows
 from residua.capture.edits.prepare import edits_at
 from residua.capture.edits.stored_rows import StoredRows
 from residua.capture.forward.inputs import forward_kwargs

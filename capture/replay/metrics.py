@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812 - torch's own name for it
 from torch import Tensor
 
-from residua.capture.buffers.rows import ExampleRows
+from residua.capture.buffers.row_index import ExampleRows
 from residua.store.base.errors import PlanError
 
 NAMES = ("loss", "kl", "logit_difference")

@@ -7,8 +7,8 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from residua.capture.buffers.rows import batch_rows
-from residua.capture.buffers.stage import torch_dtype
+from residua.capture.buffers.host_buffers import torch_dtype
+from residua.capture.buffers.row_index import batch_rows
 from residua.capture.edits.prepare import with_rows
 from residua.capture.edits.stored_rows import StoredRows, refuse_overflow
 from residua.capture.forward.plan_batch import PlanBatch

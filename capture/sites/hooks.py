@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from residua.capture.runtime.sharded import is_zero3
 from residua.capture.sites.attention import AttentionTap, intercepting
-from residua.capture.sites.leaves import (
+from residua.capture.sites.module_io import (
     checked_replacement,
     input_item,
     output_item,

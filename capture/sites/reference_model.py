@@ -21,7 +21,7 @@ from residua.capture.runtime.pipeline_schedule import staged_of
 from residua.capture.runtime.process_groups import pipeline_group
 from residua.capture.runtime.wrappers import core_of
 from residua.capture.sites.anatomy import Anatomy, anatomy_of
-from residua.capture.sites.resolve import resolve_sites
+from residua.capture.sites.names_to_modules import resolve_sites
 from residua.capture.sites.site import SiteInfo
 from residua.store.base.errors import CaptureError, UnknownSiteError
 

@@ -1,10 +1,16 @@
-"""What is known of one site of one model: its row, its type, and where it is read."""
+"""One site of one model: its row shape, its dtype, where it is read, and how it is stored."""
 
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Literal
 
+from residua.store.base.errors import CaptureError, PlanError
+from residua.store.encoding.codecs import DEFAULT_PRESET, PRESETS
+from residua.store.format.plan import SitePlan
 from residua.store.format.site_names import Site, parse_site
+
+FLOATS = ("bfloat16", "float16", "float32", "float64")
 
 Via = Literal["input", "output", "stream", "attention", "logits"]
 """How a site is reached: what a module takes or gives; the residual stream that a module takes and its block
@@ -49,3 +55,75 @@ class SiteInfo:
         """Where the site is read, for people: ``model.layers.3.mlp output``."""
         via = "input" if self.via == "stream" else self.via
         return f"{self.module or 'the model'} {via}"
+
+
+def plan_sites(
+    sites: Mapping[str, SiteInfo],
+    *,
+    dtype: str | None,
+    codec: str,
+    longest_example: int,
+    column_shards: Mapping[str, int] | None = None,
+) -> tuple[SitePlan, ...]:
+    """Return how each of `sites` is stored.
+
+    Args:
+        sites: What `resolve_sites` found.
+        dtype: Data type for floating-point sites; None keeps what the model computes.
+        codec: Codec preset for floating-point sites.
+        longest_example: Length of the key axis of `pattern` sites.
+        column_shards: Into how many parts the rows of sites are cut that are stored so.
+
+    Raises:
+        CaptureError: A site does not hold one entry a token, so it has no rows.
+    """
+    plans = []
+    for name, info in sites.items():
+        if info.row_shape is None or info.dtype is None or not info.per_token:
+            raise CaptureError(
+                f"{name} ({info.where}) does not hold one entry a token, so it has no rows. Choose a site that does, "
+                "or record a model without tokens with residua.Recorder, where a row is a whole example."
+            )
+        shape = tuple(longest_example if size is None else size for size in info.row_shape)
+        made = plan_site(name, shape, info.dtype, dtype=dtype, codec=codec)
+        plans.append(replace(made, column_shards=(column_shards or {}).get(name, 1)))
+    return tuple(plans)
+
+
+def check_storage(
+    *,
+    codec: str,
+    dtype: str | None,
+    rows_per_shard: int | None,
+    threads: int | None,
+    named: Callable[[str], str] = str,
+) -> None:
+    """Check the settings that every capture has for its storage.
+
+    Args:
+        codec: Name of a codec preset.
+        dtype: Data type to store floating-point sites in; None keeps what the model computes.
+        rows_per_shard: Rows of a shard; None leaves the choice to the plan.
+        threads: Threads that encode and write; None leaves the choice to the capture.
+        named: Turns the name of a setting into what the user calls it, for messages.
+
+    Raises:
+        PlanError: A setting has a value that nothing can be stored with.
+    """
+    if codec not in PRESETS:
+        raise PlanError(f"{named('codec')} {codec} is not known: choose one of {', '.join(PRESETS)}")
+    if dtype is not None and dtype not in FLOATS:
+        raise PlanError(f"{named('dtype')} {dtype} is not known: choose one of {', '.join(FLOATS)}")
+    if rows_per_shard is not None and (rows_per_shard < 1 or rows_per_shard & (rows_per_shard - 1)):
+        raise PlanError(f"{named('rows_per_shard')} is {rows_per_shard}: it must be a power of two")
+    if threads is not None and threads < 1:
+        raise PlanError(f"{named('threads')} is {threads}: it must be at least 1")
+
+
+def plan_site(name: str, row_shape: tuple[int, ...], computed: str, *, dtype: str | None, codec: str) -> SitePlan:
+    """Return how one site is stored; integer sites keep their data type and lose nothing."""
+    row_shape = row_shape or (1,)
+    if computed not in FLOATS:
+        exact = codec if codec == "raw" else DEFAULT_PRESET
+        return SitePlan(name=name, row_shape=row_shape, dtype=computed, codec=exact)
+    return SitePlan(name=name, row_shape=row_shape, dtype=dtype or computed, codec=codec)

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from residua.capture.sites.attention import eager_where_needed
 from residua.capture.sites.hooks import ForwardCall, attached, values_of
+from residua.capture.sites.names_to_modules import resolve_sites
 from residua.capture.sites.pipeline_stages import target_of
-from residua.capture.sites.resolve import resolve_sites
 from residua.capture.sites.shape_probe import not_once
 from residua.capture.sites.site import SiteInfo
 from residua.store.base.errors import CaptureError

@@ -22,7 +22,7 @@ from residua.capture.runtime.process_groups import pipeline_group, tensor_parall
 from residua.capture.runtime.wrappers import running_uncompiled
 from residua.capture.sites.attention import eager_where_needed
 from residua.capture.sites.hooks import ForwardCall, Met, attached
-from residua.capture.sites.leaves import checked_replacement
+from residua.capture.sites.module_io import checked_replacement
 from residua.capture.sites.pipeline_stages import Chunk, chunks_of, target_of
 from residua.capture.sites.reference_model import is_spread, whole_sites
 from residua.capture.sites.site import SiteInfo

@@ -26,8 +26,8 @@ from residua.capture.runtime.sharded import is_sharded
 from residua.capture.runtime.streams import writer_threads
 from residua.capture.runtime.wrappers import replica_of, running_uncompiled
 from residua.capture.sites.attention import eager_attention
+from residua.capture.sites.names_to_modules import resolve_sites
 from residua.capture.sites.reference_model import whole_sites
-from residua.capture.sites.resolve import resolve_sites
 from residua.capture.sites.shape_probe import evaluating
 from residua.capture.sites.site import SiteInfo
 from residua.pipelines.capture.plan import DatasetSource, make_plan, write_examples

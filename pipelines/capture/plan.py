@@ -8,8 +8,7 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from residua.capture.sites.site import SiteInfo
-from residua.capture.sites.siteplans import plan_sites
+from residua.capture.sites.site import SiteInfo, plan_sites
 from residua.pipelines.data.dataset import DatasetReport, DatasetSettings, read_examples
 from residua.pipelines.setup.models import token_limit
 from residua.pipelines.setup.settings import CaptureSettings

@@ -13,7 +13,7 @@ from residua.capture.identity.compare import RowComparison, SiteComparison
 from residua.capture.identity.provenance import changed_conditions, identify_model
 from residua.capture.runtime.wrappers import running_uncompiled
 from residua.capture.sites.attention import eager_where_needed
-from residua.capture.sites.resolve import resolve_sites
+from residua.capture.sites.names_to_modules import resolve_sites
 from residua.capture.sites.shape_probe import evaluating
 from residua.capture.taps.reading import reading
 from residua.pipelines.capture.captured_batches import sample_batches

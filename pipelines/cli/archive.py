@@ -47,7 +47,7 @@ def _reproduce(options: argparse.Namespace) -> int:
 
 
 def _sites(options: argparse.Namespace) -> int:
-    from residua.capture.sites.resolve import model_sites
+    from residua.capture.sites.names_to_modules import model_sites
     from residua.pipelines.setup.models import load_empty_model
 
     print_sites(options.model, model_sites(load_empty_model(options.model)), as_json=options.json)

@@ -17,9 +17,8 @@ from torch import nn
 from residua.capture.layout.process_layout import spans_processes, team_of
 from residua.capture.runtime.collectives import Agreement, failed_together, in_step
 from residua.capture.runtime.sharded import is_sharded, is_zero3
-from residua.capture.scheduling.claims import HandOut
 from residua.capture.scheduling.membership import Crew
-from residua.capture.scheduling.work_queue import AllAtOnce, runs_of
+from residua.capture.scheduling.work_queue import AllAtOnce, HandOut, runs_of
 from residua.capture.scheduling.worker_group import Team
 from residua.pipelines.jobs.rendezvous import meeting
 from residua.pipelines.jobs.replicas import replica_group

@@ -20,9 +20,8 @@ from torch._C._distributed_c10d import PrefixStore
 
 from residua.capture.layout.process_layout import ProcessLayout, process_layout_of, spans_processes
 from residua.capture.recording.record import RecordStats, total
-from residua.capture.scheduling.claims import HandOut
 from residua.capture.scheduling.membership import Crew
-from residua.capture.scheduling.work_queue import AllAtOnce, Work
+from residua.capture.scheduling.work_queue import AllAtOnce, HandOut, Work
 from residua.capture.sites.site import SiteInfo
 from residua.pipelines.jobs.rendezvous import meeting
 from residua.pipelines.jobs.replicas import replica_group

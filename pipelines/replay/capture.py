@@ -26,7 +26,7 @@ from residua.capture.runtime.streams import writer_threads
 from residua.capture.scheduling.membership import Crew
 from residua.capture.sites.attention import eager_attention
 from residua.capture.sites.reference_model import whole_sites
-from residua.capture.sites.siteplans import plan_sites
+from residua.capture.sites.site import plan_sites
 from residua.pipelines.capture.captured_batches import schedule_of
 from residua.pipelines.capture.plan import dataset_entry
 from residua.pipelines.capture.resume import compare_plans, sealed_archive

@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
-from residua.capture.buffers.rows import ExampleRows
+from residua.capture.buffers.row_index import ExampleRows
 from residua.capture.replay.metrics import token_changes
 from residua.store.storage.files import write_file
 

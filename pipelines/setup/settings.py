@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Self
 
-from residua.capture.sites.siteplans import FLOATS, check_storage
+from residua.capture.sites.site import FLOATS, check_storage
 from residua.pipelines.data.dataset import DatasetSettings
 from residua.store.base.errors import PlanError
 from residua.store.base.untrusted import parse_yaml

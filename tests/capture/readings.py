@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 import residua
 from residua.capture.forward.inputs import PaddedBatch, forward_kwargs, padded_batch
-from residua.capture.sites.resolve import model_sites
+from residua.capture.sites.names_to_modules import model_sites
 from residua.capture.taps.reading import reading
 from tests.models import ODD, TINY, VOCABULARY
 

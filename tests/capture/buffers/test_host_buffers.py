@@ -11,9 +11,8 @@ import zarr
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from residua.capture.buffers.host_buffers import Staging
-from residua.capture.buffers.rows import batch_rows
-from residua.capture.buffers.stage import Stage, torch_dtype
+from residua.capture.buffers.host_buffers import Stage, Staging, torch_dtype
+from residua.capture.buffers.row_index import batch_rows
 from residua.store.base.errors import CaptureError
 from residua.store.encoding.dtypes import STORAGE_DTYPES
 from residua.store.encoding.shard import ShardEncoder, check_shard
@@ -22,7 +21,7 @@ from residua.store.format.commits import read_commits
 from residua.store.format.create import create_archive, workspace
 from residua.store.format.plan import SitePlan, n_open_shards
 from residua.store.format.writer import ShardWriter
-from tests.capture.staging_samples import (
+from tests.capture.buffer_samples import (
     SITES,
     HoldingWriter,
     LateWriter,

@@ -13,12 +13,11 @@ from torch.profiler import ProfilerActivity, profile
 
 import residua
 from residua.capture.buffers.host_buffers import Staging
-from residua.capture.buffers.row_index import BatchRows
-from residua.capture.buffers.rows import ExampleRows, batch_rows
+from residua.capture.buffers.row_index import BatchRows, ExampleRows, batch_rows
 from residua.store.format.plan import Plan, SitePlan
 from residua.store.format.writer import FilledShard, ShardWriter
+from tests.capture.buffer_samples import LateWriter, make_plan
 from tests.capture.hooks_by_hand import hooked
-from tests.capture.staging_samples import LateWriter, make_plan
 from tests.models import TINY
 
 pytestmark = [

@@ -7,12 +7,12 @@ from typing import cast
 import pytest
 import torch
 
-from residua.capture.buffers.stage import Stage
+from residua.capture.buffers.host_buffers import Stage
 from residua.capture.runtime.devices import input_device
 from residua.capture.runtime.streams import writer_threads
 from residua.store.base.errors import CaptureError
 from residua.store.format.plan import SitePlan
-from tests.capture.staging_samples import make_plan
+from tests.capture.buffer_samples import make_plan
 
 SITES = (
     SitePlan(name="resid_post.0", row_shape=(33,), dtype="bfloat16", codec="fast"),

@@ -1,4 +1,4 @@
-"""Rows of a batch against numpy indexing and plain loops: the run path, the index path, patterns."""
+"""Rows of a batch against numpy indexing and plain loops: runs, index copies, patterns, shapes that modules give."""
 
 from dataclasses import dataclass
 
@@ -9,8 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from residua.capture.buffers.row_index import BatchRows, Placement
-from residua.capture.buffers.rows import ExampleRows, batch_rows
+from residua.capture.buffers.row_index import BatchRows, ExampleRows, Placement, batch_rows, by_position, row_shape
 from residua.store.base.errors import CaptureError
 
 torch.set_num_threads(1)
@@ -222,3 +221,45 @@ def test_an_example_with_more_tokens_than_keys_is_an_error_that_says_so() -> Non
     rows = Case(np.ones((1, 5), bool), np.ones((1, 5), bool), 0).rows
     with pytest.raises(CaptureError, match=r"5 tokens, but rows of the pattern hold 4.*max_length"):
         Placement(rows.source, rows.row).copy_pattern(torch.zeros(1, 5, 2, 5), torch.zeros(8, 2, 4), rows)
+
+
+B, T = 2, 3  # of the tensors that `by_position` takes
+
+
+@pytest.mark.parametrize(
+    ("shape", "row"),
+    [
+        ((B, T, 5), (5,)),
+        ((B, T, 4, 5), (4, 5)),
+        ((B, T), (1,)),
+        ((B * T, 5), (5,)),
+        ((B * T,), (1,)),
+        ((B * T, 4, 5), (4, 5)),
+    ],
+)
+def test_one_entry_a_position_in_any_shape(shape: tuple[int, ...], row: tuple[int, ...]) -> None:
+    tensor = torch.arange(float(torch.Size(shape).numel())).view(shape)
+    found = by_position("module:x@output", tensor, B, T)
+    assert found.shape == (B, T, *row)
+    assert row_shape(found) == row
+    assert torch.equal(found.flatten(), tensor.flatten()), "rows lie example after example"
+
+
+def test_a_transposed_tensor_needs_no_copy_to_be_right() -> None:
+    tensor = torch.arange(30.0).view(5, B * T).t()
+    assert torch.equal(by_position("module:x@output", tensor, B, T), tensor.reshape(B, T, 5))
+
+
+@pytest.mark.parametrize("shape", [(), (B,), (B, 5), (B, T + 1, 5), (T, B, 5), (1, B, T, 5), (B * T + 1, 5)])
+def test_anything_else_is_refused_by_name_and_shape(shape: tuple[int, ...]) -> None:
+    with pytest.raises(CaptureError, match="module:x@output gave a tensor of shape") as caught:
+        by_position("module:x@output", torch.zeros(shape), B, T)
+    assert str(shape) in str(caught.value)
+    assert "2 examples of 3 positions" in str(caught.value)
+
+
+def test_whole_examples_are_rows_where_there_are_no_tokens() -> None:
+    images = torch.arange(24.0).view(2, 3, 2, 2)
+    found = by_position("module:conv@output", images, 2, 1)
+    assert found.shape == (2, 1, 3, 2, 2)
+    assert torch.equal(found[:, 0], images)

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from residua.capture.forward.inputs import forward_kwargs, padded_batch, positions_of
-from residua.capture.sites.resolve import model_sites
+from residua.capture.sites.names_to_modules import model_sites
 from tests.capture.readings import LENGTHS, batch, read, sequences
 from tests.models import ODD, TINY
 

@@ -13,7 +13,7 @@ from transformers.models.llama import modeling_llama
 
 import residua
 from residua.capture.identity.sidecars import attention_files
-from residua.capture.sites.resolve import model_sites
+from residua.capture.sites.names_to_modules import model_sites
 from residua.store.format.sidecars import AttentionSpec, attention_from_json
 from tests.models import LAYERS, ODD, TINY, VOCABULARY
 

@@ -15,7 +15,7 @@ from residua.analysis.lens.lens import TunedLens
 from residua.analysis.lens.lm_head import load_head
 from residua.analysis.lens.translator import Translator
 from residua.capture.sites.anatomy import anatomy_of
-from residua.capture.sites.resolve import model_sites
+from residua.capture.sites.names_to_modules import model_sites
 from residua.store.base.errors import PlanError
 from residua.store.read.archive import Archive
 from tests.capture.hooks_by_hand import hooked

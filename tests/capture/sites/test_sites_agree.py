@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from residua.capture.forward.inputs import forward_kwargs
 from residua.capture.sites.architectures import KNOWN_MODEL_TYPES
-from residua.capture.sites.resolve import model_sites
+from residua.capture.sites.names_to_modules import model_sites
 from tests.capture.readings import LENGTHS, Reading, attention, batch, everything, read, run
 from tests.models import LAYERS, ODD, TINY
 

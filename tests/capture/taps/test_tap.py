@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 import residua
 from residua.capture.runtime.wrappers import core_of, named_parts
-from residua.capture.sites.resolve import model_sites
+from residua.capture.sites.names_to_modules import model_sites
 from residua.store.base.errors import CaptureError, PlanError, UnknownSiteError
 from tests.capture.hooks_by_hand import state_of
 from tests.capture.readings import loss_of, read, run, tapped

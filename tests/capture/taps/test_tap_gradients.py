@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 import residua
-from residua.capture.sites.resolve import model_sites
+from residua.capture.sites.names_to_modules import model_sites
 from residua.capture.taps.reading import reading
 from residua.store.base.errors import CaptureError
 from tests.capture.hooks_by_hand import hooked

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import residua
-from residua.capture.sites.resolve import resolve_sites
+from residua.capture.sites.names_to_modules import resolve_sites
 from residua.pipelines.data.dataset import SOURCE_COLUMNS
 from residua.store.encoding.codecs import INT8, PRESETS, codecs_metadata
 from residua.store.encoding.dtypes import STORAGE_DTYPES

@@ -7,9 +7,8 @@ import pytest
 import torch
 import zarr
 
-from residua.capture.buffers.host_buffers import Staging
+from residua.capture.buffers.host_buffers import Stage, Staging
 from residua.capture.buffers.row_index import BatchRows
-from residua.capture.buffers.stage import Stage
 from residua.store.encoding.shard import ShardMemory, check_shard, shard_path
 from residua.store.format.commits import read_commits
 from residua.store.format.create import create_archive, workspace

@@ -8,8 +8,7 @@ import numpy.typing as npt
 import torch
 
 from residua.capture.buffers.host_buffers import Staging
-from residua.capture.buffers.row_index import BatchRows
-from residua.capture.buffers.rows import ExampleRows, batch_rows
+from residua.capture.buffers.row_index import BatchRows, ExampleRows, batch_rows
 from residua.store.base.errors import CaptureError
 from residua.store.examples.index import ExampleIndex
 from residua.store.examples.schedule import Batch

@@ -5,7 +5,7 @@ import torch
 import transformers as hf
 from torch import Tensor, nn
 
-from residua.capture.sites.resolve import model_sites, resolve_sites
+from residua.capture.sites.names_to_modules import model_sites, resolve_sites
 from residua.capture.sites.shape_probe import measured
 from residua.capture.taps.reading import reading
 from residua.store.base.errors import CaptureError, UnknownSiteError

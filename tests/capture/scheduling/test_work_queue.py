@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 from torch._C._distributed_c10d import TCPStore
 
-from residua.capture.scheduling.claims import HandOut
 from residua.capture.scheduling.membership import Crew
+from residua.capture.scheduling.work_queue import HandOut
 from residua.store.base.errors import CaptureError
 from residua.store.format.commits import committed_shards
 
