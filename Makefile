@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test check bench clean
+.PHONY: demo test test-reader bench clean
 
 demo: $(READY)
 	@DS_ACCELERATOR=cpu $(BIN)/python examples/demo.py demo  # else DeepSpeed, which tests need, warns where no GPU is
@@ -14,11 +14,18 @@ demo: $(READY)
 test: $(READY)
 	@PATH="$(CURDIR)/$(BIN):$$PATH" scripts/check
 
+# What an installation without torch can do, with the newest zarr and tensorstore: make test-reader PYTHON=python3.13
+test-reader:
+	@$(PYTHON) -m venv --clear .venv-reader
+	@.venv-reader/bin/python -m pip install -qq --disable-pip-version-check --editable '.[reader-tests]'
+	@.venv-reader/bin/python -c 'import sys, zarr, tensorstore, importlib.util; assert importlib.util.find_spec("torch") is None; print("Python", sys.version.split()[0], "zarr", zarr.__version__)'
+	@.venv-reader/bin/python -m pytest -q tests/store tests/test_without_extras.py
+
 bench: $(READY)
 	@$(BIN)/python benchmarks/run.py
 
 clean:
-	rm -rf $(VENV) build demo .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) .venv-reader build demo .mypy_cache .ruff_cache .pytest_cache .hypothesis
 
 $(READY): pyproject.toml constraints.txt
 	@echo "making the environment in $(VENV) (once, about two minutes)"

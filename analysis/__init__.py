@@ -3,8 +3,9 @@
 The public names are loaded when they are first used; each of the room's files says what it holds.
 """
 
-from importlib import import_module
 from typing import TYPE_CHECKING, Any
+
+from residua.store.base.extras import load
 
 if TYPE_CHECKING:
     from residua.analysis.attention.detection import head_detector
@@ -25,14 +26,14 @@ __all__ = [
 ]
 
 _HOMES = {
-    "LinearProbe": "probes.linear_probe",
-    "Loader": "loader.loader",
-    "LogisticProbe": "probes.linear_probe",
-    "RidgeProbe": "probes.linear_probe",
-    "array": "rows.dask_array",
-    "head_detector": "attention.detection",
-    "record_batches": "rows.tables",
-    "table": "rows.tables",
+    "LinearProbe": "analysis.probes.linear_probe",
+    "Loader": "analysis.loader.loader",
+    "LogisticProbe": "analysis.probes.linear_probe",
+    "RidgeProbe": "analysis.probes.linear_probe",
+    "array": "analysis.rows.dask_array",
+    "head_detector": "analysis.attention.detection",
+    "record_batches": "analysis.rows.tables",
+    "table": "analysis.rows.tables",
 }
 
 
@@ -40,7 +41,7 @@ def __getattr__(name: str) -> Any:
     """Load a public name from its home."""
     if name not in _HOMES:
         raise AttributeError(f"module 'residua.analysis' has no attribute {name!r}; it has {', '.join(__all__)}")
-    return getattr(import_module(f"residua.analysis.{_HOMES[name]}"), name)
+    return load(f"{_HOMES[name]}:{name}", f"residua.analysis.{name}")
 
 
 def __dir__() -> list[str]:

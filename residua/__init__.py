@@ -5,7 +5,6 @@ and opening an archive needs neither torch nor transformers.
 """
 
 import warnings
-from importlib import import_module
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
@@ -101,9 +100,9 @@ def __getattr__(name: str) -> Any:
         name = new
     if name not in _HOMES:
         raise AttributeError(f"module 'residua' has no attribute {name!r}; it has {', '.join(__all__)}")
-    module, _, attribute = _HOMES[name].partition(":")
-    found = import_module(f"residua.{module}")
-    return getattr(found, attribute) if attribute else found
+    from residua.store.base.extras import load
+
+    return load(_HOMES[name], f"residua.{name}")
 
 
 def __dir__() -> list[str]:

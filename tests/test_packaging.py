@@ -14,6 +14,8 @@ from typing import Any
 
 import pytest
 
+from residua.store.base.extras import PACKAGES
+
 ROOT = Path(__file__).parent.parent
 PROJECT: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text())
 ROOMS = sorted(path.parent.name for path in ROOT.glob("*/__init__.py") if path.parent.name not in ("residua", "tests"))
@@ -51,7 +53,7 @@ def test_the_wheel_holds_every_module_of_every_room_and_nothing_beside(wheel: Pa
     names = set(zipfile.ZipFile(wheel).namelist())
     modules = {f"residua/{path.name}" for path in (ROOT / "residua").glob("*.py")}
     modules |= {f"residua/{path.relative_to(ROOT)}" for room in ROOMS for path in (ROOT / room).rglob("*.py")}
-    assert len(modules) > 50
+    assert len(modules) > 150
     held = {name for name in names if ".dist-info/" not in name}
     assert held == modules | {"residua/py.typed", "residua/store/FORMAT.md"}
 
@@ -130,20 +132,39 @@ def normal(name: str) -> str:
     return re.sub(r"[-_.]+", "-", name).lower()
 
 
-@pytest.mark.parametrize("folder", ["residua", *ROOMS])
-def test_every_import_of_the_package_is_a_declared_dependency(folder: str) -> None:
-    missing = {normal(name) for name in third_party(ROOT / folder)} - declared(PROJECT["project"]["dependencies"])
+def extra(name: str) -> set[str]:
+    """What an extra installs, with the extras that it names."""
+    found = set()
+    for requirement in PROJECT["project"]["optional-dependencies"][name]:
+        nested = re.match(r"residua\[(.*)\]", requirement)
+        found |= set.union(*map(extra, nested[1].split(","))) if nested else declared([requirement])
+    return found
+
+
+BASE = declared(PROJECT["project"]["dependencies"])
+NEEDS = {"residua": [], "store": ["capture"], "capture": ["capture"], "analysis": ["analysis"], "pipelines": ["all"]}
+"""The extras that a room may import from. In the store only functions that give tensors import torch (test_rooms)."""
+
+
+@pytest.mark.parametrize("folder", NEEDS)
+def test_every_import_of_a_room_is_a_dependency_or_in_its_extra(folder: str) -> None:
+    missing = {normal(name) for name in third_party(ROOT / folder)} - BASE.union(*map(extra, NEEDS[folder]))
     assert not missing, f"{folder} imports {sorted(missing)}, which pyproject.toml does not declare"
 
 
+def test_the_extras_of_messages_are_those_of_the_project() -> None:
+    assert PACKAGES.keys() == {"capture", "analysis"}
+    for name, modules in PACKAGES.items():
+        distributions = {normal(packages_distributions()[module][0]) for module in modules}
+        assert distributions == extra(name) - BASE
+
+
 def test_every_import_of_the_tests_is_declared() -> None:
-    project = PROJECT["project"]
-    known = declared(project["dependencies"]) | declared(project["optional-dependencies"]["dev"])
-    missing = {normal(name) for name in third_party(ROOT / "tests")} - known
+    missing = {normal(name) for name in third_party(ROOT / "tests")} - BASE - extra("dev")
     assert not missing, f"tests import {sorted(missing)}, which the dev extra does not declare"
 
 
 def test_every_dependency_is_pinned_for_the_environment() -> None:
     pinned = declared((ROOT / "constraints.txt").read_text().splitlines())
-    wanted = declared([*PROJECT["project"]["dependencies"], *PROJECT["project"]["optional-dependencies"]["dev"]])
+    wanted = BASE | extra("dev")
     assert not wanted - pinned, f"constraints.txt does not pin {sorted(wanted - pinned)}"

@@ -24,6 +24,7 @@ from residua.pipelines.cli import top as cli_top
 from residua.pipelines.cli.job import Run
 from residua.pipelines.cli.lists import with_negative_values
 from residua.store.base.errors import AnalysisError, CaptureError, DamagedArchiveError, NotCapturedError, ResiduaError
+from residua.store.base.extras import missing_package
 
 JOBS = (
     cli_capture,
@@ -52,6 +53,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _fail(options, error, 2 if error.__cause__ is None else 1)
     except (CaptureError, DamagedArchiveError, NotCapturedError) as error:
         return _fail(options, error, 1)
+    except ModuleNotFoundError as error:
+        explained = missing_package(error, f"residua {words[0]}")
+        if explained is None:
+            raise
+        return _fail(options, explained, 2)
     except (ResiduaError, OSError, IndexError) as error:
         return _fail(options, error, 2)
     except KeyboardInterrupt:

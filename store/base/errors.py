@@ -9,6 +9,7 @@ Every message says what was asked, what was found and what to do. The tree:
     ├── DamagedArchiveError (OSError)     a file of the archive is missing, cut short or altered
     ├── UnsafeArchiveError (ValueError)   an archive whose metadata no honest writer would produce
     ├── NotCapturedError (LookupError)    rows that the capture has not reached yet
+    ├── MissingPackageError (ImportError) a package that an extra installs is not there; the message names the extra
     ├── TooLargeError (MemoryError)       more rows at once than there is memory for
     ├── CaptureError (RuntimeError)       the capture itself failed; the cause is chained
     └── AnalysisError (RuntimeError)      an analysis cannot be done as asked, or failed; the cause is chained
@@ -49,6 +50,10 @@ class UnsafeArchiveError(ResiduaError, ValueError):
 
 class NotCapturedError(ResiduaError, LookupError):
     """Rows were asked for that the capture has not reached yet."""
+
+
+class MissingPackageError(ResiduaError, ImportError):
+    """A package is not installed that an extra of the distribution brings; the message names the extra."""
 
 
 class TooLargeError(ResiduaError, MemoryError):

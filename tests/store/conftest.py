@@ -1,6 +1,7 @@
 """Arrays and archives that many tests here read, and copies of them that a test may damage."""
 
 import shutil
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,13 @@ import pytest
 from tests.store.samples import make_spec
 from tests.store.small_archive import make_archive
 from tests.store.stored_array import Stored, store
+
+# Tests that compare the store with models and captures; `make test-reader` runs the others without torch.
+collect_ignore = (
+    []
+    if find_spec("torch")
+    else ["edits/test_edits.py", "format/test_commits.py", "format/test_format.py", "read/test_archive.py"]
+)
 
 
 @pytest.fixture(scope="module", params=["raw", "fast"])
