@@ -77,6 +77,27 @@ def test_a_file_that_claims_more_values_than_it_is_large_is_measured_in_no_memor
     assert chunk.n_values == n_rows >= 2**20
 
 
+def zigzag(value: int, n_bytes: int) -> bytes:
+    """Return a number of Thrift's compact protocol, padded to a length."""
+    digits = [2 * value >> 7 * i & 127 for i in range(n_bytes)]
+    return bytes([*(digit | 128 for digit in digits[:-1]), digits[-1]])
+
+
+def test_pages_with_more_values_than_the_footer_announces_are_refused_where_pyarrow_decodes_them() -> None:
+    n_values = 2**22
+    lists = pa.ListArray.from_arrays(pa.array([0, n_values], pa.int32()), pa.array(np.zeros(n_values, np.int32)))
+    sink = io.BytesIO()
+    pq.write_table(pa.table({"list": lists}), sink, compression="zstd", data_page_size=2**31 - 1)
+    data = sink.getvalue()
+    footer = len(data) - 8 - int.from_bytes(data[-8:-4], "little")
+    lying = data[:footer] + data[footer:].replace(zigzag(n_values, 4), zigzag(3, 4))
+    assert len(lying) < 1000
+    assert pq.read_metadata(io.BytesIO(lying)).row_group(0).column(0).num_values == 3
+    assert len(pq.ParquetFile(io.BytesIO(lying)).read()["list"][0]) == n_values
+    with pytest.raises(ValueError, match="footer announces"):
+        measured(lying)
+
+
 @pytest.mark.parametrize("data", [b"", b"PAR1PAR1", b"PAR1" + b"\xff\xff\xff\x7fPAR1", b"PAR1\x00\x01\x00\x00\x00PAR1"])
 def test_no_parquet_at_all(data: bytes) -> None:
     with pytest.raises(ValueError, match=r"footer|does not end"):
