@@ -272,7 +272,7 @@ class _Job:
         return {
             "model": describe_model(self._model, plan.model),
             "tokenizer": None if self._tokenizer is None else identify_tokenizer(self._tokenizer),
-            "dataset": dataset_identity(self._dataset, self._settings.dataset_settings()),
+            "dataset": dataset_identity(self._dataset, self._settings),
             "command": self._command,
             "seed": self._settings.seed,
             **environment(),

@@ -1,7 +1,6 @@
 """What is settled before the model runs: the examples, written, and the plan that follows from them."""
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -9,7 +8,7 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from residua.capture.sites.site import SiteInfo, plan_sites
-from residua.pipelines.data.dataset import DatasetReport, DatasetSettings, read_examples
+from residua.pipelines.data.dataset import DatasetReport, read_examples
 from residua.pipelines.setup.models import token_limit
 from residua.pipelines.setup.settings import CaptureSettings
 from residua.store.base.canonical import Json
@@ -52,7 +51,7 @@ def write_examples(
     writer = ExampleWriter(folder)
     examples = read_examples(
         dataset,
-        settings=settings.dataset_settings(),
+        settings=settings,
         tokenizer=tokenizer,
         model_limit=token_limit(model),
         vocab_size=model.config.get_text_config().vocab_size,
@@ -101,7 +100,7 @@ def make_plan(
     return Plan(
         model=identity,
         dataset=dataset_entry(index),
-        rules=_rules(settings.dataset_settings()),
+        rules=settings.rules(),
         sites=sites,
         rows_per_shard=height,
         batch_tokens=settings.batch_tokens,
@@ -117,8 +116,3 @@ def dataset_entry(index: ExampleIndex) -> dict[str, Json]:
         "n_tokens": index.total_tokens,
         "longest_example": int(index.n_tokens.max()),
     }
-
-
-def _rules(settings: DatasetSettings) -> dict[str, Any]:
-    """Return the settings that shape the examples, defaults filled in."""
-    return {**asdict(settings), "long_examples": settings.long_rule}

@@ -5,7 +5,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from residua.pipelines.cli.job import add_job, speaks_for_all
+from residua.pipelines.cli.job import add_job, add_settings, speaks_for_all
 from residua.pipelines.cli.report import print_capture
 from residua.pipelines.jobs.stopping import stopping_in_time
 from residua.store.base.errors import PlanError
@@ -23,13 +23,7 @@ def add(jobs: Any) -> None:
         ("config", "YAML or JSON file with any of these settings; flags win over it"),
     ):
         parser.add_argument(f"--{name}", help=text)
-    for setting in fields(CaptureSettings):
-        flag, text = "--" + setting.name.replace("_", "-"), setting.metadata["help"]
-        if setting.type in (bool, "bool"):
-            parser.add_argument(flag, action=argparse.BooleanOptionalAction, default=None, help=text)
-        else:
-            kind = int if "int" in str(setting.type) else str
-            parser.add_argument(flag, type=kind, metavar=kind.__name__.upper(), help=text)
+    add_settings(parser, fields(CaptureSettings))
 
 
 def _capture(options: argparse.Namespace) -> int:

@@ -4,7 +4,8 @@ import argparse
 import hashlib
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from dataclasses import Field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -32,6 +33,22 @@ def add_job(jobs: Any, name: str, run: Run, text: str) -> argparse.ArgumentParse
     parser.add_argument("--json", action="store_true", help="print JSON for machines")
     parser.set_defaults(run=run)
     return parser
+
+
+def add_settings(parser: argparse.ArgumentParser, settings: Iterable[Field[Any]]) -> None:
+    """Add a flag for each field of a settings class, with the help of its metadata and its default.
+
+    A flag that is not given is None, so that a settings file or the class's own default applies.
+    """
+    for setting in settings:
+        flag, text, default = "--" + setting.name.replace("_", "-"), setting.metadata["help"], setting.default
+        if isinstance(default, bool):
+            text += f" (default: {'on' if default else 'off'})"
+            parser.add_argument(flag, action=argparse.BooleanOptionalAction, default=None, help=text)
+            continue
+        text += "" if default is None else f" (default: {default})"
+        kind = next(kind for kind in (float, int, str) if kind.__name__ in str(setting.type))
+        parser.add_argument(flag, type=kind, metavar=kind.__name__.upper(), help=text)
 
 
 def add_archive(parser: argparse.ArgumentParser) -> None:

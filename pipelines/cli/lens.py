@@ -6,7 +6,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from residua.pipelines.cli.job import add_archive, add_cluster_flags, add_job, cluster_of
+from residua.pipelines.cli.job import add_archive, add_cluster_flags, add_job, add_settings, cluster_of
 from residua.store.base.errors import AnalysisError
 
 if TYPE_CHECKING:
@@ -23,13 +23,7 @@ def add(jobs: Any) -> None:
     add_archive(train)
     train.add_argument("--out", required=True, help="folder of the lens; an unfinished one goes on")
     train.add_argument("--sites", help="sites to train at, comma separated, with patterns (default: all)")
-    for setting in fields(LensSettings):
-        flag, text = "--" + setting.name.replace("_", "-"), setting.metadata["help"]
-        if setting.type is bool:
-            train.add_argument(flag, action=argparse.BooleanOptionalAction, default=setting.default, help=text)
-        else:
-            kind = float if setting.type is float else int
-            train.add_argument(flag, type=kind, default=setting.default, metavar=kind.__name__.upper(), help=text)
+    add_settings(train, fields(LensSettings))
     train.set_defaults(when_stopped="stopped: finished layers are safe. Run the same command again to go on.")
     add_cluster_flags(train)
     show = add_job(lenses, "show", _show, "show what a lens scored on held-out examples")
@@ -40,7 +34,8 @@ def _train(options: argparse.Namespace) -> int:
     from residua.analysis.lens.lens import TunedLens
     from residua.analysis.lens.settings import LensSettings
 
-    settings = LensSettings(**{setting.name: getattr(options, setting.name) for setting in fields(LensSettings)})
+    given = {f.name: value for f in fields(LensSettings) if (value := getattr(options, f.name)) is not None}
+    settings = LensSettings(**given)
     sites = None if options.sites is None else [site.strip() for site in options.sites.split(",")]
     with cluster_of(options) as cluster:
         lens = TunedLens.fit(options.archive, sites=sites, out=options.out, cluster=cluster, settings=settings)

@@ -1,1 +1,1 @@
-"""From a dataset to examples: sources, tokens, windows and positions. Uses the rooms only."""
+"""From a dataset to examples: settings, sources, tokens, windows and positions. Uses only the room `store`."""

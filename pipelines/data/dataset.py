@@ -1,30 +1,65 @@
-"""From a dataset to examples: open, tokenize, cut, choose positions; nothing is left out without being counted.
+"""Read a dataset as examples: open it, tokenize it, cut it into windows, choose positions.
 
-A source without tokens, an example below `min_length` and one of which no position is kept give no example; the
-report counts them. Beside the dataset's own columns every example carries ``source_index``, the number of its row in
-the dataset, and ``source_token``, the number of its first own token there.
+Whatever is left out is counted: a source without tokens, an example below `min_length`, an example without a
+position to keep. Every example carries, next to the dataset's own columns, ``source_index`` (the number of its row in
+the dataset) and ``source_token`` (the position of its first token in that row).
 """
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from os import PathLike, fspath
 from pathlib import Path
 
 import numpy as np
 
-from residua.pipelines.data.dataset_settings import DatasetReport, DatasetSettings
-from residua.pipelines.data.hub import dataset_commit
 from residua.pipelines.data.positions import IntArray, kept_positions
-from residua.pipelines.data.sources import is_dataset, local_path, open_rows
+from residua.pipelines.data.settings import DatasetSettings
+from residua.pipelines.data.sources import dataset_commit, is_dataset, local_path, open_rows
 from residua.pipelines.data.tokens import Source, Tokenizer, Tokens, start_tokens
-from residua.pipelines.data.windows import Window, cut_windows
 from residua.store.base.canonical import Json, digest_of
 from residua.store.base.errors import DatasetError
 from residua.store.examples.index import Example
 
-__all__ = ["DatasetReport", "DatasetSettings", "dataset_identity", "read_examples"]
-
-_MOST_FILES = 100
+_MOST_FILES = 100  # that the provenance names; all are counted and covered by its digest
 SOURCE_COLUMNS = ("source_index", "source_token")
+
+
+@dataclass(kw_only=True)
+class DatasetReport:
+    """What became of a dataset; filled while it is read."""
+
+    # Texts, chats or token lists read.
+    n_sources: int = 0
+    # Examples made of them, with their tokens (added start tokens included) and their rows.
+    n_examples: int = 0
+    n_tokens: int = 0
+    n_rows: int = 0
+    # Sources that were split into windows, and sources that `truncate` shortened.
+    n_split: int = 0
+    n_truncated: int = 0
+    # Tokens that `truncate` dropped, and padding that the dataset's attention_mask marked.
+    n_truncated_tokens: int = 0
+    n_padding: int = 0
+    # Left out: sources without a token, examples shorter than min_length, examples without a position to keep.
+    n_empty: int = 0
+    n_short: int = 0
+    n_without_rows: int = 0
+    # Whether max_tokens ended the reading, and how many tokens the last example lost to it.
+    cut_at_max_tokens: bool = False
+    n_cut_tokens: int = 0
+
+    def notes(self) -> list[str]:
+        """Return one sentence for everything that was cut or left out."""
+        notes = {
+            f"{self.n_empty} rows of the dataset have no tokens and were left out": self.n_empty,
+            f"{self.n_split} rows of the dataset were split into windows": self.n_split,
+            f"{self.n_truncated} rows lost {self.n_truncated_tokens} tokens at their end": self.n_truncated,
+            f"{self.n_padding} tokens of padding were removed": self.n_padding,
+            f"{self.n_short} examples were shorter than asked and were left out": self.n_short,
+            f"{self.n_without_rows} examples have no position to keep and were left out": self.n_without_rows,
+            f"--max-tokens ended the reading; the last example lost {self.n_cut_tokens} tokens": self.cut_at_max_tokens,
+        }
+        return [sentence for sentence, count in notes.items() if count]
 
 
 def read_examples(
@@ -37,24 +72,24 @@ def read_examples(
     vocab_size: int | None = None,
     report: DatasetReport | None = None,
 ) -> Iterator[Example]:
-    """Read a dataset as examples, in its order.
+    """Read a dataset as examples, in the order of the dataset.
 
     Args:
         source: A path or hub id; a `datasets` object; or an iterable of texts, of lists of token ids, of chats
             (lists of messages), or of rows (dictionaries).
         settings: What to read, how to cut it, and which positions to keep.
-        tokenizer: A transformers tokenizer; not needed for token ids.
+        tokenizer: A transformers tokenizer; token ids need none.
         model_limit: Most tokens that the model takes; None if it has no limit.
         special_ids: Ids of special tokens, for `drop_special`.
-        vocab_size: Token ids must lie below it; None leaves that unchecked.
+        vocab_size: Token ids must lie below it; None skips this check.
         report: Filled while the examples are read.
 
     Returns:
-        The examples; the dataset is opened at once and read as they are taken, some hundred rows ahead.
+        The examples. The dataset is opened at once and read lazily, a few hundred rows ahead.
 
     Raises:
-        DatasetError: The dataset cannot be opened, or (while iterating) a row cannot be used, or no example
-            came of it.
+        DatasetError: The dataset cannot be opened, or (while iterating) a row cannot be used, or the dataset gives
+            no example at all.
 
     Example:
         >>> settings = DatasetSettings(max_length=2, positions="last")
@@ -79,9 +114,9 @@ def read_examples(
 
 
 def dataset_identity(source: object, settings: DatasetSettings) -> dict[str, Json]:
-    """Return what names `source` in the provenance: path or id, split, and the fingerprint or commit it has.
+    """Return what the provenance says of `source`: path or id, split, and its fingerprint or commit.
 
-    Local files are named with their sizes; the digest of the examples, which is stored too, covers the content.
+    Local files are listed with their sizes only; the digest of the examples, which is stored too, covers the content.
 
     Raises:
         DatasetError: There is no such file or folder, and no such dataset on the hub.
@@ -95,13 +130,12 @@ def dataset_identity(source: object, settings: DatasetSettings) -> dict[str, Jso
         return identity | {"kind": "local", "path": text, **_files(path)}
     if is_dataset(source):
         fingerprint = getattr(source, "_fingerprint", None)
-        known = None if fingerprint is None else str(fingerprint)
-        return identity | {"kind": "datasets", "fingerprint": known}
+        return identity | {"kind": "datasets", "fingerprint": None if fingerprint is None else str(fingerprint)}
     return identity | {"kind": "iterable", "type": type(source).__name__}
 
 
 def _files(path: Path) -> dict[str, Json]:
-    """Return names and sizes: of the first files, their number, and the digest of the list of all."""
+    """Return names and sizes of the first files, the number of files, and the digest of the full list."""
     paths = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
     files: list[Json] = [
         {"name": file.relative_to(path.parent).as_posix(), "bytes": file.stat().st_size} for file in paths
@@ -109,8 +143,51 @@ def _files(path: Path) -> dict[str, Json]:
     return {"files": files[:_MOST_FILES], "n_files": len(files), "files_digest": digest_of(files)}
 
 
+@dataclass(frozen=True)
+class Window:
+    """Tokens ``start`` to ``stop`` of a source, after `n_added` start tokens that are added to them."""
+
+    start: int
+    stop: int
+    n_added: int = 0
+
+    @property
+    def n_tokens(self) -> int:
+        """Tokens of the window, added ones included."""
+        return self.n_added + self.stop - self.start
+
+
+def cut_windows(n_tokens: int, max_length: int, n_start: int) -> list[Window]:
+    """Cut a source of `n_tokens` tokens into windows that follow each other without overlap.
+
+    If a source begins with the tokens that its tokenizer puts at the start (a BOS, for example), every later window
+    gets them too. They count towards `max_length`.
+
+    >>> cut_windows(7, 4, 1)
+    [Window(start=0, stop=4, n_added=0), Window(start=4, stop=7, n_added=1)]
+
+    Args:
+        n_tokens: Tokens of the source, its own start tokens included.
+        max_length: Most tokens of a window.
+        n_start: Start tokens to put before every window but the first.
+
+    Raises:
+        DatasetError: The start tokens alone fill a window.
+    """
+    if n_tokens <= max_length:
+        return [Window(0, n_tokens)]
+    step = max_length - n_start
+    if step < 1:
+        raise DatasetError(
+            f"--max-length {max_length} leaves no room next to the {n_start} start tokens of each window; "
+            f"give at least {n_start + 1}"
+        )
+    later = range(max_length, n_tokens, step)
+    return [Window(0, max_length), *(Window(at, min(at + step, n_tokens), n_start) for at in later)]
+
+
 class _Reading:
-    """One pass over a dataset: windows, positions, and the count of what was left out."""
+    """One pass over a dataset: windows, positions, and the count of what is left out."""
 
     def __init__(
         self,
@@ -128,7 +205,7 @@ class _Reading:
         self._report = report
 
     def examples(self, tokens: Tokens) -> Iterator[Example]:
-        """Yield the examples; raises DatasetError at the end if there were none."""
+        """Yield the examples; raises DatasetError at the end if there are none."""
         report, most = self._report, self._settings.max_tokens
         for source, window in self._windows(tokens):
             if most is not None and report.n_tokens >= most:

@@ -1,24 +1,26 @@
-"""Opens what a user calls a dataset, as a stream of rows: a path, a hub id, a `datasets` object, or an iterable.
+"""Open what a user calls a dataset as a stream of rows: a path, a hub id, a `datasets` object or an iterable.
 
-Local files go through `datasets` as streams or memory maps, never through its cache, and touch no network. No code
-that comes with a dataset is run, and nothing is unpickled. Memory is taken for a few hundred rows at a time.
+`datasets` reads local files as streams or memory maps, without its cache and without the network. A dataset on the hub
+is read from one commit throughout. No code of a dataset is run, and nothing is unpickled. A few hundred rows are in
+memory at a time.
 """
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain, islice
 from os import PathLike, fspath
 from pathlib import Path
 from typing import Any
 
-from residua.pipelines.data.dataset_settings import DatasetSettings
-from residua.pipelines.data.hub import open_hub
+from residua.pipelines.data.settings import DatasetSettings
 from residua.store.base.errors import DatasetError
 
 Row = Mapping[str, Any]
 
 _ROWS_AT_ONCE = 128
+_HUB_SECONDS = 10.0  # for the one request that shows whether the hub answers
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 _KINDS = {
     ".parquet": "parquet",
@@ -37,7 +39,7 @@ _COMPRESSED = (".gz", ".zst", ".xz", ".bz2")
 
 @dataclass(frozen=True)
 class Rows:
-    """A stream of rows and what is known before the first: which columns there are, and which hold text."""
+    """A stream of rows, with the names of all columns and of those that hold text."""
 
     columns: Sequence[str]
     text_columns: Sequence[str]
@@ -49,16 +51,16 @@ def open_rows(source: object, settings: DatasetSettings) -> Rows:
 
     Args:
         source: A path or hub id; a `datasets` object; or an iterable of texts, of lists of token ids, of chats
-            (lists of messages), or of rows (dictionaries), which come out as columns ``text``,
-            ``input_ids``, ``messages``, or as they are.
+            (lists of messages), or of rows (dictionaries). Texts become a column ``text``, token ids ``input_ids``,
+            chats ``messages``; rows stay as they are.
         settings: Split, subset and revision.
 
     Raises:
-        DatasetError: There is nothing there, it cannot be read, or it has no rows or no such split.
+        DatasetError: The source does not exist, cannot be read, has no rows or no such split.
     """
-    name = source_name(source)
+    name = repr(fspath(source)) if isinstance(source, str | PathLike) else f"a {type(source).__name__}"
     if isinstance(source, str | PathLike):
-        dataset = _open_path(source, settings)
+        dataset = _open_path(name, source, settings)
     elif is_dataset(source):
         dataset = source
     elif isinstance(source, Iterable) and not isinstance(source, bytes | Mapping):
@@ -67,47 +69,81 @@ def open_rows(source: object, settings: DatasetSettings) -> Rows:
         return _peek_rows(name, _guarded(name, map(_row_of, source)))
     else:
         raise DatasetError(
-            f"{name} is no dataset: give a path, a hub id, or an iterable of texts, token ids, chats or rows"
+            f"{name} is not a dataset: give a path, a hub id, or an iterable of texts, token ids, chats or rows"
         )
     return _arrow_rows(name, _one_split(name, dataset, settings.split))
 
 
-def source_name(source: object) -> str:
-    """Return how messages call a source: a path or id in quotes, or its type."""
-    return repr(fspath(source)) if isinstance(source, str | PathLike) else f"a {type(source).__name__}"
-
-
 def local_path(source: str | PathLike[str]) -> Path | None:
-    """Return the file or folder that `source` names; None if there is none but it may be a hub id.
+    """Return the file or folder that `source` names; None if there is none and `source` may be a hub id.
 
     Raises:
-        DatasetError: There is none, and no hub id looks like this.
+        DatasetError: There is none, and `source` cannot be a hub id.
     """
     path = Path(source).expanduser()
     if path.exists():
         return path
-    is_file_name = bool(_data_suffix(path))
-    if not isinstance(source, str) or is_file_name or not _HUB_ID.fullmatch(source):
+    if not isinstance(source, str) or _data_suffix(path) or not _HUB_ID.fullmatch(source):
         raise DatasetError(f"dataset {fspath(source)!r}: there is no such file or folder; check the path")
     return None
 
 
 def _data_suffix(path: Path) -> str:
-    """Return the suffix that tells a data file's format, or an empty text."""
+    """Return the suffix that shows a data file's format, or an empty text."""
     if path.suffix.lower() in _COMPRESSED:
         path = path.with_suffix("")
     suffix = path.suffix.lower()
     return suffix if suffix in _KINDS else ""
 
 
-def _open_path(source: str | PathLike[str], settings: DatasetSettings) -> Any:
+def dataset_commit(name: str, settings: DatasetSettings) -> str | None:
+    """Return the commit of the hub dataset `name`; None offline, where only the local cache can be read.
+
+    Raises:
+        DatasetError: There is no such dataset, or the hub does not answer.
+    """
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import OfflineModeIsEnabled
+
+    try:
+        # One short request: load_dataset would retry for almost a minute where there is no network.
+        return HfApi().dataset_info(name, revision=settings.dataset_revision, timeout=_HUB_SECONDS).sha
+    except OfflineModeIsEnabled:
+        return None
+    except Exception as error:
+        # The boundary to the hub's client and its transport, whose errors have no common base.
+        raise _not_found(name, error) from error
+
+
+def _open_hub(name: str, settings: DatasetSettings) -> Any:
+    """Open the hub dataset `name` as a stream, or from the local cache when offline (HF_HUB_OFFLINE=1)."""
+    import datasets
+
+    commit = dataset_commit(name, settings)
+    revision = commit or settings.dataset_revision
+    try:
+        return datasets.load_dataset(name, settings.subset, revision=revision, streaming=commit is not None)
+    except Exception as error:
+        # The boundary to `datasets`, which passes on whatever its parsers and transports raise.
+        raise _not_found(name, error) from error
+
+
+def _not_found(name: str, error: Exception) -> DatasetError:
+    return DatasetError(
+        f"dataset {name!r}: there is no such file or folder here, and it could not be read from the hub "
+        f"({type(error).__name__}: {error}); check the path, the id and the network"
+    )
+
+
+def _open_path(name: str, source: str | PathLike[str], settings: DatasetSettings) -> Any:
     path = local_path(source)
     if path is None:
-        return open_hub(fspath(source), settings)
-    for flag, value in (("--subset", settings.subset), ("--dataset-revision", settings.revision)):
+        return _open_hub(fspath(source), settings)
+    for flag, value in (("--subset", settings.subset), ("--dataset-revision", settings.dataset_revision)):
         if value is not None:
-            raise DatasetError(f"{flag} is given, but {fspath(source)!r} is a local path: leave it out")
-    return _reading(source_name(source), lambda: _open_folder(path) if path.is_dir() else _open_file(path))
+            raise DatasetError(f"{flag} is given, but {name} is a local path: leave it out")
+    with _naming_dataset(name):
+        return _open_folder(path) if path.is_dir() else _open_file(path)
 
 
 def _open_file(path: Path) -> Any:
@@ -115,12 +151,14 @@ def _open_file(path: Path) -> Any:
 
     suffix = _data_suffix(path)
     if not suffix:
-        raise DatasetError(f"dataset {str(path)!r}: cannot tell its format; known endings are {', '.join(_KINDS)}")
+        raise DatasetError(
+            f"dataset {str(path)!r}: its name does not show its format; known endings are {', '.join(_KINDS)}"
+        )
     kind = _KINDS[suffix]
     if kind == "arrow":
         return datasets.Dataset.from_file(str(path))
     read = getattr(datasets.Dataset, f"from_{kind}")
-    # Else a table is as high as the first row group, and none at all where that is empty.
+    # Without a batch size, a table is as high as the first row group, and missing if that is empty.
     options = {"sep": "\t"} if suffix == ".tsv" else {"batch_size": _ROWS_AT_ONCE} if kind == "parquet" else {}
     return read(str(path), streaming=True, **options)
 
@@ -133,18 +171,8 @@ def _open_folder(path: Path) -> Any:
     return datasets.load_dataset(str(path), streaming=True)
 
 
-def _reading(name: str, read: Callable[[], Any]) -> Any:
-    """Call `read`, and say which dataset it was about if that fails."""
-    try:
-        return read()
-    except DatasetError:
-        raise
-    except Exception as error:
-        raise DatasetError(f"dataset {name} cannot be read: {type(error).__name__}: {error}") from error
-
-
 def is_dataset(source: object) -> bool:
-    """Return whether `source` is an object of the `datasets` library, which need not be imported for that."""
+    """Return whether `source` is an object of the `datasets` library, without importing the library."""
     return type(source).__module__.partition(".")[0] == "datasets"
 
 
@@ -156,11 +184,11 @@ def _one_split(name: str, dataset: Any, split: str | None) -> Any:
         return dataset
     names = list(dataset)
     if split is None and "train" not in names and len(names) != 1:
-        raise DatasetError(f"{name} has the splits {', '.join(names)}: say which with --split")
+        raise DatasetError(f"{name} has the splits {', '.join(names)}: choose one with --split")
     chosen = split or ("train" if "train" in names else names[0])
     if chosen not in names:
         raise DatasetError(
-            f"--split {chosen!r}: {name} has {', '.join(names)}; slices such as train[:10%] are not understood, "
+            f"--split {chosen!r}: {name} has {', '.join(names)}; slices such as train[:10%] are not supported, "
             "use --max-tokens"
         )
     return dataset[chosen]
@@ -182,7 +210,7 @@ def _arrow_rows(name: str, dataset: Any) -> Rows:
 
 
 def _table_rows(table: Any) -> Iterator[Row]:
-    """Yield the rows one by one, since a table of long examples is many times larger as Python numbers."""
+    """Yield the rows one by one: a table of long examples is many times larger as Python numbers."""
     columns = {name: table.column(name) for name in table.schema.names}
     for i in range(len(table)):
         yield {name: _cell(name, column[i]) for name, column in columns.items()}
@@ -190,7 +218,7 @@ def _table_rows(table: Any) -> Iterator[Row]:
 
 def _cell(name: str, scalar: Any) -> Any:
     values: Any = getattr(scalar, "values", None) if name in _LONG_COLUMNS else None
-    if not hasattr(values, "null_count") or values.null_count:  # of a struct, `values` is a method
+    if not hasattr(values, "null_count") or values.null_count:  # a struct's `values` is a method
         return scalar.as_py()
     return values.to_numpy(zero_copy_only=False)
 
@@ -207,18 +235,21 @@ def _peek_rows(name: str, rows: Iterator[Row]) -> Rows:
 
 
 def _guarded(name: str, items: Iterable[Any]) -> Iterator[Any]:
-    """Yield `items`; if reading fails, say of which dataset."""
-    stream = iter(items)
-    while True:
-        try:
-            item = next(stream)
-        except StopIteration:
-            return
-        except DatasetError:
-            raise
-        except Exception as error:
-            raise DatasetError(f"dataset {name} cannot be read: {type(error).__name__}: {error}") from error
-        yield item
+    """Yield `items`; an error names the dataset."""
+    with _naming_dataset(name):
+        yield from items
+
+
+@contextmanager
+def _naming_dataset(name: str) -> Iterator[None]:
+    """Turn an error of reading into one that names the dataset."""
+    try:
+        yield
+    except DatasetError:
+        raise
+    except Exception as error:
+        # The boundary to `datasets`, as above, and to the user's own iterable.
+        raise DatasetError(f"dataset {name} cannot be read: {type(error).__name__}: {error}") from error
 
 
 def _row_of(item: object) -> Row:
@@ -231,5 +262,5 @@ def _row_of(item: object) -> Row:
     if isinstance(item, list | tuple) or hasattr(item, "__array__"):
         return {"input_ids": item}
     raise DatasetError(
-        f"the dataset yields {item!r:.80}, which is no text, list of token ids, chat or row (a dictionary)"
+        f"the dataset yields {item!r:.80}, which is not a text, a list of token ids, a chat or a row (a dictionary)"
     )

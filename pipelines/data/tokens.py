@@ -1,26 +1,29 @@
-"""From rows of a dataset to token ids: texts and chats through the tokenizer, token lists after a check.
+"""Turn rows of a dataset into token ids: tokenize texts and chats, check lists of token ids.
 
-Every row comes out, in order; one without tokens comes out empty. Columns that were not used are carried along.
+Every row gives one source, in order; a row without tokens gives an empty one. Unused columns are kept. The content
+is in the column that the user names, else in ``input_ids``, ``text`` or ``messages``, else in the only text column.
+The first row shows what the column holds.
 """
 
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeAlias, cast
+from typing import Any, Literal, Protocol, TypeAlias, cast
 
 import numpy as np
 
-from residua.pipelines.data.content import Content, find_content, kind_of
 from residua.pipelines.data.positions import BoolArray, IntArray, PositionRule, marks_of
 from residua.pipelines.data.sources import Row, Rows
 from residua.store.base.errors import DatasetError
 
 _TEXTS_AT_ONCE = 256
-_LETTERS_AT_ONCE = 2**22  # or token ids: what bounds memory where rows are long
+_LETTERS_AT_ONCE = 2**22  # or token ids: bounds memory where rows are long
 _MAX_ID = 2**31 - 1
 _GENERATION = re.compile(r"\{%[-+]?\s*generation\b")
 
-_Encoded: TypeAlias = list[tuple[IntArray, BoolArray | None]]
+_Kind: TypeAlias = Literal["text", "chat", "ids"]
+_Encoded: TypeAlias = tuple[IntArray, BoolArray | None]
+_USUAL: Mapping[str, _Kind] = {"input_ids": "ids", "text": "text", "messages": "chat"}
 
 
 class Tokenizer(Protocol):
@@ -44,9 +47,9 @@ class Source:
     Attributes:
         row: Its number in the dataset, from 0.
         input_ids: Token ids, int32, (tokens).
-        marked: Which tokens the position rule's column or the assistant's turns mark; None for other rules.
+        marked: Which tokens the position rule's column or the assistant's turns mark, (tokens); None for other rules.
         columns: The row's other columns.
-        n_padding: Tokens that its attention_mask called padding, already taken off.
+        n_padding: Padding tokens that were removed, as the row's attention_mask marks them.
     """
 
     row: int
@@ -56,15 +59,26 @@ class Source:
     n_padding: int = 0
 
 
+@dataclass(frozen=True)
+class _Content:
+    """Which column holds a row's content, and as what."""
+
+    kind: _Kind
+    column: str
+
+
 class Tokens:
-    """Turns rows into sources, in order; texts and chats are tokenized some hundreds at a time.
+    """Turns rows into sources, in order; tokenizes some hundred texts at a time.
 
     Args:
         rows: The dataset.
         rule: The position rule, which may need marks from a column or from the chat template.
         text_column: The column with the content; None finds it.
         tokenizer: Needed for texts and chats.
-        vocab_size: Token ids must lie below it; None leaves that unchecked.
+        vocab_size: Token ids must lie below it; None skips this check.
+
+    Raises:
+        DatasetError: The position rule names a column that the dataset does not have.
     """
 
     def __init__(
@@ -86,111 +100,112 @@ class Tokens:
             raise DatasetError(f"positions column:{rule.column}: the dataset has no such column, it has {found}")
 
     def __iter__(self) -> Iterator[Source]:
-        """Yield the sources; raises DatasetError naming the row that cannot be used."""
-        content: Content | None = None
+        """Yield the sources; raises DatasetError that names a row which cannot be used."""
+        content: _Content | None = None
         for batch in _batches(enumerate(self._rows.rows)):
-            content = content or self._content(batch[0][1])
-            yield from self._tokenized(content, batch)
+            if content is None:
+                content = self._find_content(batch[0][1])
+                self._check(content)
+            values = [(number, _value(row, content.column, number)) for number, row in batch]
+            for (number, row), (ids, marked) in zip(batch, self._encoded(content, values), strict=True):
+                yield self._source(number, row, content, ids, marked)
 
-    def _content(self, first: Row) -> Content:
-        content = find_content(self._rows, first, self._text_column)
+    def _find_content(self, first: Row) -> _Content:
+        asked, columns, found = self._text_column, self._rows.columns, ", ".join(self._rows.columns)
+        if asked is not None and asked not in columns:
+            raise DatasetError(f"there is no column {asked!r}: the dataset has {found}; name one with --text-column")
+        if asked is not None:
+            return _Content(_kind_of(first.get(asked)), asked)
+        for column, kind in _USUAL.items():
+            if column in columns and (kind != "chat" or _kind_of(first.get(column)) == "chat"):
+                return _Content(kind, column)
+        texts = self._rows.text_columns
+        if len(texts) == 1:
+            return _Content("text", texts[0])
+        raise DatasetError(
+            f"there is no column 'text', and {len(texts)} columns hold text: the dataset has {found}; "
+            "name one with --text-column"
+        )
+
+    def _check(self, content: _Content) -> None:
+        """Refuse content that this tokenizer or this position rule cannot be used with."""
+        template = getattr(self._tokenizer, "chat_template", None)
         if content.kind != "ids" and self._tokenizer is None:
             raise DatasetError(
                 f"column {content.column!r} holds {content.kind}, and the model comes without a tokenizer: "
                 "pass one, or give token ids in a column input_ids"
             )
-        if content.kind == "chat" and not getattr(self._tokenizer, "chat_template", None):
+        if content.kind == "chat" and not template:
             raise DatasetError(
                 f"column {content.column!r} holds chats, and the tokenizer has no chat template: set one, or give texts"
             )
-        if self._rule.is_assistant:
-            self._check_assistant(content)
-        return content
-
-    def _check_assistant(self, content: Content) -> None:
-        if content.kind != "chat":
+        if self._rule.is_assistant and content.kind != "chat":
             raise DatasetError(
                 f"--positions assistant: column {content.column!r} holds {content.kind}, not chats; name a column "
-                "of chats with --text-column, or for token ids give the mask as a column and say column:NAME"
+                "of chats with --text-column, or for token ids give the mask as a column and use column:NAME"
             )
-        # Without this mark the library returns a mask of zeros and a log line.
-        if not _GENERATION.search(str(getattr(self._tokenizer, "chat_template", ""))):
+        # Without this mark the library returns a mask of zeros and only logs a line.
+        if self._rule.is_assistant and not _GENERATION.search(str(template)):
             raise DatasetError(
                 "--positions assistant: the tokenizer's chat template does not mark the assistant's turns with "
                 "{% generation %}; use a template that does, or another position rule"
             )
 
-    def _tokenized(self, content: Content, batch: Sequence[tuple[int, Row]]) -> Iterator[Source]:
-        values = [_value(row, content.column, number) for number, row in batch]
-        numbers = [number for number, _ in batch]
-        encoded = self._encoded(content, values, numbers)
-        for (number, row), (input_ids, marked) in zip(batch, encoded, strict=True):
-            yield self._source(number, row, content, input_ids, marked)
-
-    def _encoded(self, content: Content, values: Sequence[object], numbers: Sequence[int]) -> _Encoded:
+    def _encoded(self, content: _Content, values: Sequence[tuple[int, object]]) -> list[_Encoded]:
         if content.kind == "text":
-            return self._texts(values, numbers, content.column)
+            return self._texts(values, content.column)
         if content.kind == "chat":
-            return self._chats(values, numbers, content.column)
-        return [(self._ids(value, number), None) for value, number in zip(values, numbers, strict=True)]
+            return [self._chat(value, number, content.column) for number, value in values]
+        return [(self._ids(value, number), None) for number, value in values]
 
-    def _source(self, number: int, row: Row, content: Content, input_ids: IntArray, marked: BoolArray | None) -> Source:
+    def _source(self, number: int, row: Row, content: _Content, ids: IntArray, marked: BoolArray | None) -> Source:
         used = {content.column, self._rule.column}
         if self._rule.column:
             value = _value(row, self._rule.column, number)
-            marked = marks_of(value, input_ids.size, column=self._rule.column, row=number)
-        own = slice(0, input_ids.size)
+            marked = marks_of(value, ids.size, column=self._rule.column, row=number)
+        own = slice(0, ids.size)
         if content.kind == "ids" and row.get("attention_mask") is not None:
             used.add("attention_mask")
-            own = _unpadded(row["attention_mask"], input_ids.size, number)
+            own = _unpadded(row["attention_mask"], ids.size, number)
         return Source(
             row=number,
-            input_ids=input_ids[own],
+            input_ids=ids[own],
             marked=None if marked is None else marked[own],
             columns={name: value for name, value in row.items() if name not in used},
-            n_padding=input_ids.size - (own.stop - own.start),
+            n_padding=ids.size - (own.stop - own.start),
         )
 
-    def _texts(self, texts: Sequence[object], numbers: Sequence[int], column: str) -> _Encoded:
+    def _texts(self, values: Sequence[tuple[int, object]], column: str) -> list[_Encoded]:
         tokenizer = cast("Tokenizer", self._tokenizer)
-        for text, number in zip(texts, numbers, strict=True):
+        for number, text in values:
             if not isinstance(text, str | None):
                 raise DatasetError(f"row {number}: column {column!r} should hold a text, found {text!r:.80}")
-        # Not what the tokenizer makes of an empty text, which may be a lone BOS: there is nothing to look at.
-        full = [text for text in texts if text]
+        # An empty text stays empty, although the tokenizer may make a lone BOS of it.
+        full = [text for _, text in values if text]
         ids = iter(tokenizer(full, verbose=False)["input_ids"] if full else ())
-        return [
-            (self._ids(next(ids) if text else [], number), None) for text, number in zip(texts, numbers, strict=True)
-        ]
+        return [(self._ids(next(ids) if text else [], number), None) for number, text in values]
 
-    def _chats(self, chats: Sequence[object], numbers: Sequence[int], column: str) -> _Encoded:
-        return [
-            self._chat(chat, number, column) if chat else (self._ids([], number), _no_marks())
-            for chat, number in zip(chats, numbers, strict=True)
-        ]
-
-    def _chat(self, chat: object, number: int, column: str) -> tuple[IntArray, BoolArray | None]:
-        tokenizer = cast("Tokenizer", self._tokenizer)
-        if kind_of(chat) != "chat":
+    def _chat(self, chat: object, number: int, column: str) -> _Encoded:
+        if not chat:
+            return np.zeros(0, np.int32), np.zeros(0, np.bool_)
+        if _kind_of(chat) != "chat":
             raise DatasetError(f"row {number}: column {column!r} should hold a chat, found {chat!r:.80}")
         messages = [_message(message, number) for message in cast("Sequence[object]", chat)]
         try:
-            encoded = tokenizer.apply_chat_template(
+            encoded = cast("Tokenizer", self._tokenizer).apply_chat_template(
                 messages, return_dict=True, return_assistant_tokens_mask=self._rule.is_assistant
             )
         except Exception as error:
-            # The boundary to the chat template, a program of the tokenizer's that may raise anything.
+            # The boundary to the chat template, a program that comes with the tokenizer and may raise anything.
             raise DatasetError(f"row {number}: the chat template refuses this chat: {error}") from error
-        input_ids = self._ids(encoded["input_ids"], number)
-        if not self._rule.is_assistant:
-            return input_ids, None
-        return input_ids, np.asarray(encoded["assistant_masks"], np.bool_)
+        marked = np.asarray(encoded["assistant_masks"], np.bool_) if self._rule.is_assistant else None
+        return self._ids(encoded["input_ids"], number), marked
 
     def _ids(self, value: object, number: int) -> IntArray:
         try:
             ids = np.asarray(value)
         except (ValueError, TypeError, RuntimeError) as error:
-            raise DatasetError(f"row {number}: {value!r:.80} is no list of token ids: {error}") from error
+            raise DatasetError(f"row {number}: {value!r:.80} is not a list of token ids: {error}") from error
         if ids.ndim != 1 or not (ids.size == 0 or ids.dtype.kind in "iu"):
             raise DatasetError(f"row {number}: a flat list of whole numbers is needed, found {value!r:.80}")
         n_known = _MAX_ID if self._vocab_size is None else self._vocab_size
@@ -201,6 +216,15 @@ class Tokens:
                 f"{n_known - 1}; do dataset, tokenizer and model belong together?"
             )
         return ids.astype(np.int32)
+
+
+def _kind_of(value: object) -> _Kind:
+    """Return what a value looks like; a missing value counts as an empty text."""
+    if value is None or isinstance(value, str):
+        return "text"
+    if isinstance(value, list | tuple) and value and isinstance(value[0], Mapping):
+        return "chat"
+    return "ids"
 
 
 def start_tokens(tokenizer: Tokenizer | None) -> IntArray:
@@ -232,19 +256,15 @@ def _value(row: Row, column: str, number: int) -> object:
     return row[column]
 
 
-def _no_marks() -> BoolArray:
-    return np.zeros(0, np.bool_)
-
-
 def _message(message: object, number: int) -> dict[str, object]:
     if not isinstance(message, Mapping) or "role" not in message or "content" not in message:
         raise DatasetError(f"row {number}: a message needs role and content, found {message!r:.80}")
-    # Arrow fills the fields that other messages have with None; a template would take them for given.
+    # Arrow gives each message the fields of all others, with None; a template would take them as given.
     return {key: value for key, value in message.items() if value is not None or key == "content"}
 
 
 def _unpadded(mask: object, n_tokens: int, number: int) -> slice:
-    """Return where the tokens are that an attention mask does not call padding."""
+    """Return the range of tokens that an attention mask does not mark as padding."""
     flags = np.asarray(mask)
     if flags.shape != (n_tokens,) or not (n_tokens == 0 or flags.dtype.kind in "biu"):
         raise DatasetError(
@@ -253,5 +273,5 @@ def _unpadded(mask: object, n_tokens: int, number: int) -> slice:
     real = np.flatnonzero(flags)
     start, stop = (int(real[0]), int(real[-1]) + 1) if real.size else (0, 0)
     if real.size != stop - start:
-        raise DatasetError(f"row {number}: its attention_mask has gaps; only padding at the ends can be taken off")
+        raise DatasetError(f"row {number}: its attention_mask has gaps; only padding at the ends can be removed")
     return slice(start, stop)

@@ -1,1 +1,1 @@
-"""What a job is told and what it runs on: settings and loaded models. Uses `data`."""
+"""What a job runs with: settings, and models and tokenizers loaded by name. Uses `data`, `capture` and `store`."""

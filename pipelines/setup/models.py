@@ -1,4 +1,4 @@
-"""Models and tokenizers from the hub or a folder, ready to be captured."""
+"""Load models and tokenizers from the hub or a folder, ready for a job."""
 
 import os
 import sys
@@ -7,11 +7,13 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from os import PathLike, fspath
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
 from huggingface_hub import list_repo_files
 from safetensors import SafetensorError
+from torch import nn
 from torch.distributed.pipelining.schedules import PipelineScheduleSingle
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.distributed.configuration_utils import DistributedConfig
@@ -20,31 +22,35 @@ from transformers.utils import logging as progress_bars
 from residua.capture.forward.inputs import first_position
 from residua.capture.runtime.pipeline_schedule import PIPELINES, as_model
 from residua.capture.runtime.wrappers import replica_of
+from residua.capture.sites.pipeline_stages import is_stand_in
 from residua.pipelines.setup.settings import CaptureSettings
-from residua.pipelines.setup.stage_plans import stages_in_parallel
 from residua.store.base.errors import PlanError
 from residua.store.read.archive import Archive
 
 _TOKENIZER_FILES = frozenset(
     ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
 )
+_APPLY_PLAN = "apply_tensor_parallelism"
 
 
 def load_model(name: str, settings: CaptureSettings) -> PreTrainedModel:
     """Load the model `name`, a hub id or a folder, in evaluation mode on its device.
 
-    The class is the one that its config names, so that heads come along; no code of the checkpoint is ever run.
+    The class is the one that the config names, so the model keeps its LM head. No code of the checkpoint is run.
 
     Raises:
-        PlanError: There is no such model, or the device is not there; the message says what was tried.
+        PlanError: There is no such model or no such device.
     """
     device = choose_device(settings.device)
     is_split = settings.tp * settings.pp > 1
     if is_split and settings.device not in ("auto", torch._C._get_accelerator().type):
-        raise PlanError(f"--device {settings.device} and --tp or --pp contradict each other: leave the device to them")
+        raise PlanError(
+            f"--device {settings.device} cannot be combined with --tp or --pp, which choose the device of each "
+            "process: leave --device out"
+        )
     spread: str | dict[str, torch.device] | None = settings.device_map
     if spread is None and device.type != "cpu" and not is_split:
-        spread = {"": device}  # straight to where it runs: a large model need not fit the host's memory
+        spread = {"": device}  # load it there directly: a large model need not fit into host memory
     torch.manual_seed(settings.seed)
     _, kind = _config_and_class(name, settings.revision)
     try:
@@ -65,11 +71,11 @@ def load_model(name: str, settings: CaptureSettings) -> PreTrainedModel:
 
 @contextmanager
 def _bar_on_a_terminal() -> Iterator[None]:
-    """Let transformers draw the bar of its loading only where somebody sees it move, and in one process of many."""
+    """Let transformers draw its loading bar only on a terminal, and only in one process of many."""
     is_seen = sys.stderr.isatty() and os.environ.get("RANK", "0") == "0"
     was_on = progress_bars.is_progress_bar_enabled()
     if was_on and not is_seen:
-        progress_bars.disable_progress_bar()  # type: ignore[no-untyped-call]  # transformers leaves it bare
+        progress_bars.disable_progress_bar()  # type: ignore[no-untyped-call]  # transformers has no annotations
     try:
         yield
     finally:
@@ -82,15 +88,15 @@ def named_model(
     tokenizer: PreTrainedTokenizerBase | None,
     settings: CaptureSettings,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
-    """Return a model and its tokenizer, both loaded if `model` is a name and no tokenizer is given.
+    """Return a model and its tokenizer; load both if `model` is a name, unless a tokenizer is given.
 
     Raises:
-        PlanError: There is no such model, the device is not there, or the tokenizer cannot be loaded.
+        PlanError: There is no such model or device, the tokenizer cannot be loaded, or `model` is a torch pipeline.
     """
     if isinstance(model, PIPELINES):
         raise PlanError(
             f"a model was expected, and a {type(model).__name__} was given: torch's pipelines can be captured, "
-            "replayed and tapped, and not swept"
+            "replayed and tapped, but not swept"
         )
     if not isinstance(model, str | PathLike):
         return replica_of(model), tokenizer
@@ -102,30 +108,30 @@ def named_model(
 def replayed_model(
     archive: Archive, model: str | PathLike[str] | PreTrainedModel | PipelineScheduleSingle, settings: CaptureSettings
 ) -> Iterator[PreTrainedModel]:
-    """Yield what `captured_model` returns; of a torch pipeline's schedule, the part of the model that is here.
+    """Yield what `captured_model` returns; for the schedule of a torch pipeline, this process's stage.
 
     Raises:
-        PlanError: There is no such model, the device is not there, or the pipeline's stages cannot be run.
+        PlanError: There is no such model or device, or the pipeline's stages cannot be run.
     """
     if not isinstance(model, PIPELINES):
         yield captured_model(archive, model, settings)
         return
-    with as_model(model) as part:
-        yield part
+    with as_model(model) as stage:
+        yield stage
 
 
 def captured_model(
     archive: Archive, model: str | PathLike[str] | PreTrainedModel, settings: CaptureSettings
 ) -> PreTrainedModel:
-    """Return `model`, loaded in the type and with the attention that `archive` was captured with if it is a name.
+    """Return `model`; if it is a name, load it with the data type and the attention of the capture.
 
     Args:
-        archive: The archive.
-        model: A model, or its name; one that is wrapped for training comes back without what is around it.
-        settings: How one is loaded otherwise: device, and over how many processes it is split.
+        archive: The archive that was captured.
+        model: A model or its name; a model that is wrapped for training is unwrapped.
+        settings: The device to load it on, and the number of processes to split it over.
 
     Raises:
-        PlanError: There is no such model, or the device is not there.
+        PlanError: There is no such model or device.
     """
     if not isinstance(model, str | PathLike):
         return replica_of(model)
@@ -143,7 +149,7 @@ def _config_and_class(name: str, revision: str | None) -> tuple[PreTrainedConfig
     kind = getattr(transformers, wanted, None)
     if not (isinstance(kind, type) and issubclass(kind, PreTrainedModel)):
         raise PlanError(
-            f"--model {name} names the class {wanted!r}, which transformers {transformers.__version__} does not have: "
+            f"--model {name} is of class {wanted!r}, which transformers {transformers.__version__} does not have: "
             "load the model yourself and pass it to residua.capture_dataset"
         )
     return config, kind
@@ -155,14 +161,14 @@ def _not_loaded(name: str, error: Exception) -> PlanError:
 
 
 def load_tokenizer(name: str, settings: CaptureSettings) -> PreTrainedTokenizerBase | None:
-    """Load the tokenizer of `name`; None if it comes without one.
+    """Load the tokenizer of the model `name`; None if the model comes without one.
 
     Raises:
-        PlanError: It has a tokenizer that cannot be loaded; the cause is chained.
+        PlanError: The tokenizer cannot be loaded; the cause is chained.
     """
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, revision=settings.revision)
-    except Exception as error:  # whatever the library, or the Rust one below it, makes of a broken file
+    except Exception as error:  # whatever transformers, or tokenizers below it, raises for a broken file
         if not any(file in _TOKENIZER_FILES for file in _files_of(name, settings.revision)):
             return None
         raise PlanError(f"the tokenizer of --model {name} could not be loaded: {error}") from error
@@ -181,9 +187,12 @@ def _files_of(name: str, revision: str | None) -> list[str]:
 
 
 def choose_device(name: str) -> torch.device:
-    """Return the device that `name` means; ``auto`` is CUDA where there is one, else the CPU.
+    """Return the device called `name`; ``auto`` is CUDA if there is a CUDA device, else the CPU.
 
-    Of several processes on a machine, each takes the device of its `LOCAL_RANK`.
+    With ``auto``, each of several processes on a machine takes the device of its `LOCAL_RANK`.
+
+    Raises:
+        PlanError: There is no such device.
     """
     if name == "auto":
         if not torch.cuda.is_available():
@@ -199,19 +208,65 @@ def choose_device(name: str) -> torch.device:
 
 
 def token_limit(model: PreTrainedModel) -> int | None:
-    """Return the most tokens that the model takes in one example, or None if it states no limit."""
+    """Return the most tokens that the model takes in one example; None if its config has no limit."""
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     return limit - first_position(model) if isinstance(limit, int) and limit > 0 else None
 
 
 def load_empty_model(name: str, revision: str | None = None) -> PreTrainedModel:
-    """Build the model `name` from its config alone, without weights or memory, to ask what it looks like.
+    """Build the model `name` from its config alone, on the meta device: it has shapes, but no weights.
 
     Raises:
         PlanError: There is no such model.
     """
     config, kind = _config_and_class(name, revision)
     with torch.device("meta"):
-        model: PreTrainedModel = kind._from_config(config)  # type: ignore[no-untyped-call]  # transformers leaves it bare
+        model: PreTrainedModel = kind._from_config(config)  # type: ignore[no-untyped-call]  # transformers has no annotations
     model.train(False)
     return model
+
+
+@contextmanager
+def stages_in_parallel() -> Iterator[None]:
+    """Let `from_pretrained` load a pipeline of tensor-parallel stages, which transformers 5.23 cannot do by itself.
+
+    transformers makes the tensor-parallel plan of the full model, puts stand-ins where other stages have their blocks,
+    and then looks up every module and parameter of the plan. That ends in a `KeyError` for those of other stages. Here
+    they are removed from the plan before the look-up. A test fails as soon as this is no longer needed.
+
+    Wrap the loading of one model in this. Meanwhile the step is replaced in all threads of the process.
+
+    Raises:
+        PlanError: This version of transformers loads such models in another way.
+    """
+    try:
+        from transformers.distributed import mixin  # versions before 5.2x do not have it
+
+        apply_plan = vars(mixin)[_APPLY_PLAN]
+    except (ImportError, KeyError) as error:
+        raise _other_transformers() from error
+    n_calls = 0
+
+    def apply_to_this_stage(model: nn.Module, mesh: Any, plan: dict[str, str]) -> Any:
+        nonlocal n_calls
+        n_calls += 1
+        here = {name for name, module in model.named_modules() if not is_stand_in(module)}
+        here |= {name for name, _ in model.named_parameters()}
+        return apply_plan(model, mesh, {name: style for name, style in plan.items() if name in here})
+
+    setattr(mixin, _APPLY_PLAN, apply_to_this_stage)
+    try:
+        yield
+    except KeyError as error:
+        raise _other_transformers() from error
+    finally:
+        setattr(mixin, _APPLY_PLAN, apply_plan)
+    if n_calls != 1:
+        raise _other_transformers()
+
+
+def _other_transformers() -> PlanError:
+    return PlanError(
+        f"--tp and --pp together work with transformers 5.23 only, and transformers {transformers.__version__} is "
+        "installed, which splits models in another way: use one of the two flags, or install transformers 5.23"
+    )

@@ -29,7 +29,7 @@ from transformers.distributed.configuration_utils import DistributedConfig
 
 from residua.pipelines.capture.capture import capture_dataset
 from residua.pipelines.capture.result import CaptureResult
-from residua.pipelines.setup.stage_plans import stages_in_parallel
+from residua.pipelines.setup.models import stages_in_parallel
 from residua.store.base.errors import PlanError
 from tests.distributed.others import fairscale_parallel
 from tests.distributed.pipelines import Pipeline

@@ -15,7 +15,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.distributed.configuration_utils import DistributedConfig
 
-from residua.pipelines.setup.stage_plans import stages_in_parallel
+from residua.pipelines.setup.models import stages_in_parallel
 from tests.distributed.captures import captured
 from tests.distributed.checks import Case, Row
 from tests.distributed.expected import Expected, batch, expected

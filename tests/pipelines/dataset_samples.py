@@ -11,7 +11,8 @@ import pyarrow.parquet as pq
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from residua.pipelines.data.dataset import DatasetReport, DatasetSettings, read_examples
+from residua.pipelines.data.dataset import DatasetReport, read_examples
+from residua.pipelines.data.settings import DatasetSettings
 from residua.store.examples.index import Example
 
 WORDS = ["<s>", "</s>", "<unk>", "user", "assistant", "a", "b", "c", "d", "e", "f", "g"]

@@ -1,7 +1,9 @@
 """From a dataset to examples: every kind of source, every rule, and bad input in the user's own words."""
 
 from collections.abc import Iterator
+from dataclasses import fields, replace
 from pathlib import Path
+from typing import Any
 
 import datasets
 import numpy as np
@@ -11,7 +13,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from residua.pipelines.data.dataset import DatasetSettings, read_examples
+from residua.pipelines.data.dataset import DatasetReport, Window, cut_windows, read_examples
+from residua.pipelines.data.settings import DatasetSettings
 from residua.store.base.errors import DatasetError
 from residua.store.examples.table import ExampleTable
 from residua.store.examples.writer import ExampleWriter
@@ -32,7 +35,8 @@ class TestSources:
         ]
         assert (report.n_sources, report.n_examples, report.n_empty) == (4, 3, 1)
         assert (report.n_tokens, report.n_rows) == (12, 12)
-        assert report.notes() == ["1 rows of the dataset have no tokens and were left out"]
+        (note,) = report.notes()
+        assert "1 rows of the dataset have no tokens" in note
 
     def test_lines_of_a_text_file(self, tmp_path: Path) -> None:
         path = tmp_path / "book.txt"
@@ -128,9 +132,7 @@ class TestSources:
 
 class TestLength:
     def test_longer_than_the_model_is_refused_with_what_to_pass(self) -> None:
-        with pytest.raises(
-            DatasetError, match=r"row 1 of the dataset has 5 tokens, and the model takes 4: give --max-length 4"
-        ):
+        with pytest.raises(DatasetError, match=r"row 1 .* 5 tokens.* model takes 4: .*--max-length 4"):
             read(["a", "a b c d"], model_limit=4)
 
     def test_max_length_splits_and_repeats_the_bos(self) -> None:
@@ -153,7 +155,7 @@ class TestLength:
         examples, report = read(["a b c d", "a"], max_length=3, long_examples="truncate")
         assert tokens(examples) == [ids("<s> a b"), ids("<s> a")]
         assert (report.n_truncated, report.n_truncated_tokens) == (1, 2)
-        with pytest.raises(DatasetError, match="row 0 of the dataset has 5 tokens, and --max-length is 3"):
+        with pytest.raises(DatasetError, match=r"row 0 .* 5 tokens.* --max-length is 3"):
             read(["a b c d"], max_length=3, long_examples="refuse")
         examples, _ = read(["a b c d"], model_limit=4, long_examples="split")
         assert tokens(examples) == [ids("<s> a b c"), ids("<s> d")]
@@ -217,7 +219,7 @@ class TestPositions:
         assert kept == [ids("b"), ids("d")]
         assert [example.columns["source_token"] for example in examples] == [0, 3]
         assert report.n_without_rows == 2
-        assert "2 examples have no position to keep and were left out" in report.notes()
+        assert any("2 examples have no position" in note for note in report.notes())
 
     def test_drop_special_takes_the_last_ordinary_token(self) -> None:
         closed = make_tokenizer(single="<s> $A </s>")
@@ -229,5 +231,57 @@ class TestPositions:
     def test_a_template_without_the_mark_is_refused(self) -> None:
         # Its text has "generation" in it, as nearly every template does.
         template = "{% for m in messages %}{{ m['content'] }}{% endfor %}{% if add_generation_prompt %}{% endif %}"
-        with pytest.raises(DatasetError, match="does not mark the assistant's turns"):
+        with pytest.raises(DatasetError, match=r"--positions assistant: .* \{% generation %\}"):
             read(CHATS, tokenizer=make_tokenizer(template), positions="assistant")
+
+
+@given(n_tokens=st.integers(0, 200), n_start=st.integers(0, 3), room=st.integers(1, 40))
+def test_windows_follow_one_another_without_gap(n_tokens: int, n_start: int, room: int) -> None:
+    max_length = n_start + room
+    windows = cut_windows(n_tokens, max_length, n_start)
+    assert [i for window in windows for i in range(window.start, window.stop)] == list(range(n_tokens))
+    assert all(window.n_tokens <= max_length for window in windows)
+    assert all(window.n_tokens == max_length for window in windows[:-1])
+    assert [window.n_added for window in windows] == [0] + [n_start] * (len(windows) - 1)
+    assert all(window.stop > window.start for window in windows) or n_tokens == 0
+
+
+def test_a_source_that_fits_is_one_window() -> None:
+    assert cut_windows(4, 4, 1) == [Window(0, 4)]
+    assert cut_windows(1, 1, 1) == [Window(0, 1)]
+
+
+def test_no_room_next_to_the_start_tokens() -> None:
+    with pytest.raises(DatasetError, match=r"--max-length 2 .* 2 start tokens .* at least 3"):
+        cut_windows(10, 2, 2)
+
+
+FULL = DatasetReport(n_sources=2000, n_examples=2500, n_tokens=90_000, n_rows=90_000)
+
+
+def test_a_dataset_that_was_read_in_full_needs_no_note() -> None:
+    assert FULL.notes() == []
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"n_split": 12}, "12 rows of the dataset were split"),
+        ({"n_truncated": 3, "n_truncated_tokens": 4}, "3 rows lost 4 tokens"),
+        ({"n_padding": 5}, "5 tokens of padding"),
+        ({"n_empty": 6}, "6 rows of the dataset have no tokens"),
+        ({"n_short": 7}, "7 examples were shorter"),
+        ({"n_without_rows": 8}, "8 examples have no position"),
+        ({"cut_at_max_tokens": True, "n_cut_tokens": 9}, "--max-tokens ended the reading; the last example lost 9"),
+    ],
+)
+def test_each_loss_is_one_sentence(changes: dict[str, Any], words: str) -> None:
+    (note,) = replace(FULL, **changes).notes()
+    assert words in note
+
+
+def test_no_count_of_the_report_is_forgotten() -> None:
+    counted = {field.name for field in fields(DatasetReport)} - {"n_sources", "n_examples", "n_tokens", "n_rows"}
+    values: dict[str, Any] = {name: 7_000_000 + i for i, name in enumerate(sorted(counted - {"cut_at_max_tokens"}))}
+    text = "\n".join(DatasetReport(**values, cut_at_max_tokens=True).notes())
+    assert [name for name, value in values.items() if str(value) not in text] == []

@@ -4,12 +4,14 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import datasets
 import pytest
+from huggingface_hub import HfApi
 
-from residua.pipelines.data import hub
-from residua.pipelines.data.dataset import DatasetSettings, dataset_identity
+from residua.pipelines.data.dataset import dataset_identity
+from residua.pipelines.data.settings import DatasetSettings
 from residua.store.base.canonical import canonical_json, digest_of
 from tests.pipelines.dataset_samples import ids, read, tokens, write_source
 
@@ -24,7 +26,11 @@ class TestHub:
                 {"test": datasets.Dataset.from_dict({"text": ["a b"]}).to_iterable_dataset()}
             )
 
-        monkeypatch.setattr(hub, "_hub_revision", lambda name, revision: f"commit of {name}@{revision}")
+        def dataset_info(_api: object, name: str, *, revision: str | None, timeout: float) -> object:
+            assert timeout <= 10
+            return SimpleNamespace(sha=f"commit of {name}@{revision}")
+
+        monkeypatch.setattr(HfApi, "dataset_info", dataset_info)
         monkeypatch.setattr(datasets, "load_dataset", load_dataset)
         examples, _ = read("someone/texts", subset="en", split="test")
         assert tokens(examples) == [ids("<s> a b")]
@@ -47,7 +53,8 @@ class TestHub:
     )
     def test_no_network_is_said_at_once(self, tmp_path: Path, variables: dict[str, str], found: str) -> None:
         program = (
-            "from residua.pipelines.data.dataset import *\n"
+            "from residua.pipelines.data.dataset import read_examples\n"
+            "from residua.pipelines.data.settings import DatasetSettings\n"
             "from residua.store.base.errors import DatasetError\n"
             "try:\n    read_examples('someone/texts', settings=DatasetSettings())\n"
             "except DatasetError as error:\n    print(error)\n"
@@ -56,7 +63,7 @@ class TestHub:
         result = subprocess.run(
             [sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=60, check=True
         )
-        assert "dataset 'someone/texts': there is no such file or folder here" in result.stdout
+        assert "dataset 'someone/texts': there is no such file or folder" in result.stdout
         assert f"could not be read from the hub ({found}" in result.stdout
 
 

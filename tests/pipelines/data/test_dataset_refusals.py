@@ -7,7 +7,7 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 
-from residua.pipelines.data.dataset import DatasetSettings
+from residua.pipelines.data.settings import DatasetSettings
 from residua.store.base.errors import DatasetError
 from tests.pipelines.dataset_samples import CHATS, make_tokenizer, read, table_of, write_source
 
@@ -16,32 +16,32 @@ class TestBadInput:
     @pytest.mark.parametrize(
         ("source", "options", "message"),
         [
-            ([], {}, "a list is empty: it has no rows"),
-            ([""], {}, "the dataset gives no example: 1 rows of the dataset have no tokens"),
-            (5, {}, "a int is no dataset: give a path"),
-            ([5], {}, "the dataset yields 5, which is no text"),
-            (b"text", {}, "a bytes is no dataset"),
-            (["a"], {"split": "train"}, "--split 'train': a list has no splits"),
-            (["a"], {"text_column": "body"}, "there is no column 'body': the dataset has text"),
-            ([{"x": "a", "y": "b"}], {}, "no column 'text', and 2 columns hold text: the dataset has x, y"),
-            ([{"text": "a"}, {"body": "b"}], {}, "row 1: there is no column 'text'; the row has body"),
-            ([{"text": "a"}, {"text": 5}], {}, "row 1: column 'text' should hold a text, found 5"),
-            ([[5], [12]], {}, "row 1: token id 12 at position 0 is not one of the model's, 0 to 11"),
+            ([], {}, "a list is empty"),
+            ([""], {}, "no example: 1 rows .* no tokens"),
+            (5, {}, "a int is .*: give a path"),
+            ([5], {}, "the dataset yields 5, .* text"),
+            (b"text", {}, "a bytes is .*: give a path"),
+            (["a"], {"split": "train"}, "--split 'train': a list"),
+            (["a"], {"text_column": "body"}, "column 'body': the dataset has text; .*--text-column"),
+            ([{"x": "a", "y": "b"}], {}, "no column 'text'.* x, y; .*--text-column"),
+            ([{"text": "a"}, {"body": "b"}], {}, "row 1: .* 'text'; the row has body"),
+            ([{"text": "a"}, {"text": 5}], {}, "row 1: column 'text' .* found 5"),
+            ([[5], [12]], {}, "row 1: token id 12 at position 0 .* 0 to 11"),
             ([[5, -1]], {}, "row 0: token id -1 at position 1"),
             ([[5], [0.5]], {}, "row 1: a flat list of whole numbers is needed"),
             ([[5], [[5, 6]]], {}, "row 1: a flat list of whole numbers is needed"),
-            ([[5], [[5], [5, 6]]], {}, "row 1: .* is no list of token ids"),
+            ([[5], [[5], [5, 6]]], {}, "row 1: .* list of token ids"),
             ([[5], ["a"]], {}, "row 1: a flat list of whole numbers is needed"),
             ([[5, None]], {}, "row 0: a flat list of whole numbers is needed"),
             ([[True]], {}, "row 0: a flat list of whole numbers is needed"),
-            ([{"text": "a", "source_token": 1}], {}, "has a column 'source_token', which the examples need"),
-            ([[5]], {"positions": "column:keep"}, "positions column:keep: the dataset has no such column"),
-            ([{"text": "a", "keep": [2]}], {"positions": "column:keep"}, "row 0: position 2 is not in the example"),
-            (["a"], {"positions": "assistant"}, "column 'text' holds text, not chats"),
-            ([CHATS[0], "a"], {}, "row 1: there is no column 'messages'; the row has text"),
-            ([[{"role": "user"}]], {}, "row 0: a message needs role and content"),
-            ([{"input_ids": [5], "attention_mask": [1, 1]}], {}, "row 0: its attention_mask has shape"),
-            ([{"input_ids": [5, 6, 7], "attention_mask": [1, 0, 1]}], {}, "row 0: its attention_mask has gaps"),
+            ([{"text": "a", "source_token": 1}], {}, "column 'source_token'.* rename"),
+            ([[5]], {"positions": "column:keep"}, "positions column:keep: .* no such column"),
+            ([{"text": "a", "keep": [2]}], {"positions": "column:keep"}, "row 0: position 2 "),
+            (["a"], {"positions": "assistant"}, "--positions assistant: column 'text' .* --text-column"),
+            ([CHATS[0], "a"], {}, "row 1: .* 'messages'; the row has text"),
+            ([[{"role": "user"}]], {}, "row 0: .* role and content"),
+            ([{"input_ids": [5], "attention_mask": [1, 1]}], {}, "row 0: .*attention_mask has shape"),
+            ([{"input_ids": [5, 6, 7], "attention_mask": [1, 0, 1]}], {}, "row 0: .*attention_mask has gaps"),
         ],
     )
     def test_in_memory(self, source: object, options: dict[str, Any], message: str) -> None:
@@ -49,20 +49,20 @@ class TestBadInput:
             read(source, **options)
 
     def test_nothing_to_tokenize_with(self) -> None:
-        with pytest.raises(DatasetError, match="holds text, and the model comes without a tokenizer"):
+        with pytest.raises(DatasetError, match=r"column 'text' .* without a tokenizer"):
             read(["a"], tokenizer=None)
-        with pytest.raises(DatasetError, match="the tokenizer has no chat template"):
+        with pytest.raises(DatasetError, match=r"column 'messages' .* no chat template"):
             read(CHATS, tokenizer=make_tokenizer())
 
     def test_a_template_that_raises_names_the_row(self) -> None:
         template = "{% generation %}{% endgeneration %}{{ raise_exception('roles must alternate') }}"
-        with pytest.raises(DatasetError, match=r"row 0: the chat template refuses this chat: roles must alternate"):
+        with pytest.raises(DatasetError, match=r"row 0: the chat template .*: roles must alternate"):
             read(CHATS, tokenizer=make_tokenizer(template))
 
     @pytest.mark.parametrize(
         ("options", "message"),
         [
-            ({"max_length": 0}, "--max-length is 0: it must be at least 1"),
+            ({"max_length": 0}, "--max-length is 0: .* at least 1"),
             ({"max_tokens": -1}, "--max-tokens is -1"),
             ({"long_examples": "cut"}, "--long-examples 'cut': choose one of refuse, split, truncate"),
             ({"positions": "every:x"}, "--positions 'every:x'"),
@@ -74,12 +74,12 @@ class TestBadInput:
             DatasetSettings(**options)
 
     def test_max_length_above_the_model(self) -> None:
-        with pytest.raises(DatasetError, match="--max-length is 9, the model takes 8 tokens: give at most 8"):
+        with pytest.raises(DatasetError, match=r"--max-length is 9, .* 8 tokens: give at most 8"):
             read(["a"], model_limit=8, max_length=9)
 
     @pytest.mark.parametrize("name", ["nowhere.parquet", "./nowhere", "/no/where", "a/b/c", "~/nowhere"])
     def test_a_path_that_is_not_there(self, name: str) -> None:
-        with pytest.raises(DatasetError, match=f"dataset '{name}': there is no such file or folder"):
+        with pytest.raises(DatasetError, match=f"dataset '{name}': .*no such file"):
             read(name)
 
     def test_files_that_cannot_be_read(self, tmp_path: Path) -> None:
@@ -88,7 +88,7 @@ class TestBadInput:
             with pytest.raises(DatasetError, match=f"dataset '.*{name}' cannot be read"):
                 read(tmp_path / name)
         (tmp_path / "a.xyz").write_bytes(b"")
-        with pytest.raises(DatasetError, match=r"a.xyz': cannot tell its format; known endings are .parquet"):
+        with pytest.raises(DatasetError, match=r"a.xyz': .*format.* .parquet"):
             read(tmp_path / "a.xyz")
         (tmp_path / "empty").mkdir()
         with pytest.raises(DatasetError, match=r"empty' cannot be read"):
@@ -96,11 +96,11 @@ class TestBadInput:
 
     def test_an_empty_file(self, tmp_path: Path) -> None:
         pq.write_table(table_of([]), tmp_path / "a.parquet")
-        with pytest.raises(DatasetError, match=r"a.parquet' is empty: it has no rows"):
+        with pytest.raises(DatasetError, match=r"a.parquet' is empty"):
             read(tmp_path / "a.parquet")
 
     def test_hub_options_on_a_local_path(self, tmp_path: Path) -> None:
-        with pytest.raises(DatasetError, match=r"--subset is given, but .* is a local path"):
+        with pytest.raises(DatasetError, match=r"--subset .* local path: leave it out"):
             read(write_source(tmp_path, "jsonl"), subset="en")
 
     def test_an_iterable_that_raises_keeps_its_cause(self) -> None:

@@ -12,6 +12,7 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from residua.capture.sites.site import FLOATS
+from residua.pipelines.data.settings import DatasetSettings
 from residua.pipelines.setup.settings import CaptureSettings, read_config
 from residua.store.base.errors import DatasetError, PlanError
 
@@ -70,10 +71,11 @@ def test_a_key_may_be_written_as_a_flag() -> None:
     )
 
 
-def test_the_part_about_the_dataset_gets_every_value() -> None:
-    made = CaptureSettings(**GOOD).dataset_settings()
-    for field in fields(made):
-        assert getattr(made, field.name) == GOOD["dataset_revision" if field.name == "revision" else field.name]
+def test_the_rules_of_a_plan_have_every_setting_of_the_dataset() -> None:
+    rules = CaptureSettings(**GOOD).rules()
+    assert set(rules) == {"revision", *(field.name for field in fields(DatasetSettings))} - {"dataset_revision"}
+    for name, value in rules.items():
+        assert value == GOOD["dataset_revision" if name == "revision" else name]
 
 
 @given(st.dictionaries(st.sampled_from(NAMES) | st.text(max_size=8), VALUES, max_size=4))
