@@ -1,33 +1,42 @@
-"""What an edit is to a running model: an action, told which rows it is for, gives what happens to them.
+"""What an edit is to a running model: an action, which takes the rows to change and returns the change to make.
 
-Legend: `N` chosen rows.
+An action can fail only before the model runs: when it is made, and when it gets its rows. `StoredRows` reads the rows
+of an archive that edits and replays bring into the model.
+
+Legend: `N` chosen rows, `B` examples in the batch, `T` padded positions.
 """
 
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from residua.capture.buffers.row_index import Indices
-from residua.capture.edits.stored_rows import StoredRows
-from residua.capture.sites.site import SiteInfo
+from residua.capture.runtime.collectives import is_alone
 from residua.store.base.errors import PlanError
 from residua.store.edits.selection import RowChooser
+from residua.store.read.archive import Archive
+
+_MAX_PREFETCHED = 8  # batches times sites
+
+Change = Callable[[Tensor], Tensor]
+"""From rows, (N, *row), to their new values; shape, type and device stay."""
+Step = Callable[[Tensor], Tensor]
+"""From the full (B, T, *row) tensor of a site to the tensor that the model continues with."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Chosen:
+class ChosenRows:
     """The rows of one batch that an edit changes, (N,) each.
 
     Attributes:
         source: Index into the flattened (examples, positions) axes of the batch.
         example: Number of the example.
         position: Position in the example.
-        row: Row of the archive; -1 for a token that the plan left out.
-        from_row: Row that takes its place, for edits that bring stored rows.
+        row: Row of the archive; -1 for a token whose row was not captured.
+        from_row: For edits that bring stored rows: the row that replaces it.
     """
 
     source: Indices
@@ -37,14 +46,81 @@ class Chosen:
     from_row: Indices
 
 
+Action = Callable[[ChosenRows], Change]
+"""From the rows to change to the change; reads or refuses what the change needs for these rows."""
+
+
+class StoredRows:
+    """Reads rows of an archive as CPU tensors of the stored type, on request or ahead of time in a thread.
+
+    Args:
+        archive: The archive.
+
+    Example:
+        >>> rows = StoredRows(archive)  # doctest: +SKIP
+        >>> rows.prefetch("resid_post.5", next_rows)  # doctest: +SKIP
+    """
+
+    def __init__(self, archive: Archive) -> None:
+        self.archive = archive
+        self._pool: ThreadPoolExecutor | None = None
+        self._prefetched: dict[tuple[str, bytes], Future[Tensor]] = {}
+
+    def read(self, site: str, rows: Indices) -> Tensor:
+        """Return rows of a site, (rows, *row); a prefetched result is used once."""
+        prefetched = self._prefetched.pop((site, rows.tobytes()), None)
+        return self.archive[site].torch(rows) if prefetched is None else prefetched.result()
+
+    def require(self, site: str, rows: Indices, dtype: torch.dtype) -> None:
+        """Check, before the model runs, that rows of a site are captured and fit the model's type.
+
+        The values are read only if the stored type has a larger range than `dtype` and one process runs the model. Of
+        several processes only those that use the rows read them; they find out then.
+
+        Raises:
+            NotCapturedError: Some rows are not captured yet.
+            PlanError: Values overflow in `dtype`.
+        """
+        self.archive.require_captured(rows)
+        stored = getattr(torch, self.archive.plan.site(site).dtype)
+        if is_alone() and torch.finfo(stored).max > torch.finfo(dtype).max:
+            values = self.read(site, rows)
+            refuse_overflow(site, values, values.to(dtype))
+
+    def prefetch(self, site: str, rows: Indices) -> None:
+        """Start to read rows in the background; `read` raises if that fails."""
+        if self._pool is None:
+            self._pool = ThreadPoolExecutor(1, thread_name_prefix="residua-replay")
+        while len(self._prefetched) >= _MAX_PREFETCHED:  # a process that never reaches the site must not keep them all
+            self._prefetched.pop(next(iter(self._prefetched)))
+        self._prefetched[(site, rows.tobytes())] = self._pool.submit(self.archive[site].torch, rows)
+
+    def close(self) -> None:
+        """Drop prefetched rows and end the thread."""
+        self._prefetched.clear()
+        if self._pool is not None:
+            self._pool.shutdown(wait=True, cancel_futures=True)
+            self._pool = None
+
+
+def refuse_overflow(site: str, stored: Tensor, converted: Tensor) -> None:
+    """Raise PlanError if finite stored values became infinite in the model's type."""
+    if stored.dtype == converted.dtype or torch.equal(stored.isfinite(), converted.isfinite().to(stored.device)):
+        return
+    raise PlanError(
+        f"stored rows of {site} hold values that {dtype_name(converted.dtype)}, in which the model computes, cannot "
+        "hold: load the model in a wider type"
+    )
+
+
 @dataclass(frozen=True, kw_only=True)
-class Surroundings:
-    """What actions are made of, besides the edit and the site.
+class EditContext:
+    """What an action needs besides the edit and the site.
 
     Attributes:
         stored: Rows of the archive.
-        chooser: Its examples.
-        dtype: The type that the model computes in at the site.
+        chooser: Examples of the archive.
+        dtype: The type of the site's tensor in the model.
     """
 
     stored: StoredRows
@@ -52,39 +128,11 @@ class Surroundings:
     dtype: torch.dtype
 
 
-Change = Callable[[Tensor], Tensor]
-"""Takes rows, (N, *row); gives what they become."""
-Action = Callable[[Chosen], Change]
-"""Takes which rows are meant, makes ready or refuses what they need, and gives what happens to them."""
-
-
-def always(change: Change) -> Action:
-    """Return the action that does the same to all rows."""
-    return lambda _at: change
-
-
-def fitting(values: Any, info: SiteInfo, dtype: torch.dtype, what: str) -> Tensor:
-    """Return float64 `values` as a tensor that goes with the site's rows, rounded to `dtype`.
-
-    Raises:
-        PlanError: Its shape does not go with the rows, or the type cannot hold its values.
-    """
-    shape = row_shape(info)
-    if values.shape not in (shape, shape[-1:]):
-        raise PlanError(f"{info.name} has rows of shape {shape}, and {what} has shape {tuple(values.shape)}")
-    largest = float(np.abs(values).max(initial=0.0))
-    if np.isnan(largest):
-        raise PlanError(f"{what} is NaN at {info.name}: rows that it is taken of hold NaN or infinite values")
-    if largest > torch.finfo(dtype).max:
-        raise PlanError(f"{what} reaches {largest:.3g}, more than {name_of(dtype)} can hold at {info.name}")
-    return torch.from_numpy(values).to(dtype)
-
-
-def row_shape(info: SiteInfo) -> tuple[int, ...]:
-    """Return the shape of a row; 0 stands for an axis as long as the example."""
-    return tuple(size or 0 for size in info.row_shape or ())
-
-
-def name_of(dtype: torch.dtype) -> str:
-    """Return what people call a type."""
+def dtype_name(dtype: torch.dtype) -> str:
+    """Return the name of a torch type, without ``torch.``."""
     return str(dtype).removeprefix("torch.")
+
+
+def widen(values: Tensor) -> Tensor:
+    """Return values as float32; float64 stays."""
+    return values if values.dtype == torch.float64 else values.float()

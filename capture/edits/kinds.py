@@ -1,23 +1,30 @@
-"""What each kind of edit does to rows: one function a kind, in the order of rounding that its docstring states.
+"""What each kind of edit does to rows: one function for each kind, whose docstring states where it rounds.
 
-Whatever can fail does so in two steps before the model runs: when the action is made, and when it is told its rows.
-Values are combined in the model's own type, as a hook by hand would, unless said otherwise; what an edit changes by
-nothing keeps its bits.
+A function makes the action of one edit at one site; whatever can be checked without the rows is checked there. Values
+are combined in the model's own type, as a hook by hand would do it, unless the docstring says otherwise. An entry that
+an edit changes by nothing keeps its bits.
+
+Sources: mean ablation (Wang et al. 2022), activation addition (Turner et al. 2023), directional ablation
+(Arditi et al. 2024), interchange of rows between examples (Geiger et al. 2021), the tuned lens (Belrose et al. 2023).
 """
 
 from collections.abc import Callable, Mapping
+from functools import cache, lru_cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from residua.capture.edits.action import Action, Change, Chosen, Surroundings, always, fitting, row_shape
+from residua.capture.buffers.row_index import Indices
+from residua.capture.edits.action import Action, Change, ChosenRows, EditContext, StoredRows, dtype_name, widen
 from residua.capture.edits.lens_map import lens_map
-from residua.capture.edits.stored_kinds import brought, from_overlay, mean_of, swapped
+from residua.capture.runtime.collectives import is_alone
 from residua.capture.sites.site import SiteInfo
 from residua.store.base.canonical import digest_of
-from residua.store.base.errors import PlanError
+from residua.store.base.errors import NotCapturedError, PlanError
 from residua.store.edits.edit import (
     Add,
     Edit,
@@ -26,85 +33,92 @@ from residua.store.edits.edit import (
     Mean,
     Noise,
     ProjectOut,
+    Scalar,
     Scale,
     Set,
     Swap,
     Through,
     Zero,
 )
+from residua.store.edits.means import mean_row
+from residua.store.edits.overlay import Overlay
+from residua.store.edits.selection import RowChooser
 from residua.store.edits.vectors import Vector
+from residua.store.read.archive import Archive
+from residua.store.read.reader import Array
+
+_MAX_CACHED_MEANS = 4096  # a column may have a class for each example
 
 
-def _zero(_edit: Zero, _info: SiteInfo, _around: Surroundings) -> Action:
-    return always(torch.zeros_like)
+def _zero(_edit: Zero, _info: SiteInfo, _context: EditContext) -> Action:
+    return _always(torch.zeros_like)
 
 
-def _scale(edit: Scale, _info: SiteInfo, _around: Surroundings) -> Action:
-    return always(lambda rows: rows * edit.by)
+def _scale(edit: Scale, _info: SiteInfo, _context: EditContext) -> Action:
+    return _always(lambda rows: rows * edit.by)
 
 
-def _add(edit: Add, info: SiteInfo, around: Surroundings) -> Action:
-    """Round scale * vector, computed in float64, to the model's type, then add it there."""
-    with np.errstate(over="ignore"):  # what overflows does not fit
+def _add(edit: Add, info: SiteInfo, context: EditContext) -> Action:
+    """Compute scale * vector in float64, round it to the model's type, and add it there."""
+    with np.errstate(over="ignore"):  # `_row_value` refuses what overflows
         values = edit.vector.values * edit.scale
-    delta = fitting(values, info, around.dtype, "the vector")
-    return always(lambda rows: _moved(rows, delta.to(rows)))
+    delta = _row_value(values, info, context.dtype, "the vector")
+    return _always(lambda rows: _plus(rows, delta.to(rows)))
 
 
-def _moved(rows: Tensor, delta: Tensor) -> Tensor:
-    """Add where there is something to add: adding 0 would turn -0 into 0."""
+def _plus(rows: Tensor, delta: Tensor) -> Tensor:
+    """Add only where delta is not 0: adding 0 would turn -0 into 0."""
     return torch.where(delta == 0, rows, rows + delta)
 
 
-def _set(edit: Set, info: SiteInfo, around: Surroundings) -> Action:
+def _set(edit: Set, info: SiteInfo, context: EditContext) -> Action:
     if isinstance(edit.to, str):
-        return brought(around.stored, info, around.dtype)
+        return _stored_rows(context.stored, info, context.dtype, lambda chosen: chosen.row)
     if isinstance(edit.to, Vector):
-        value = fitting(edit.to.values, info, around.dtype, "the vector")
-    else:
-        value = fitting(np.full(row_shape(info)[-1:], edit.to), info, around.dtype, "the number")
-    return always(lambda rows: value.to(rows).expand_as(rows).clone())
+        return _fill(_row_value(edit.to.values, info, context.dtype, "the vector"))
+    return _fill(_row_value(np.full(_row_shape(info)[-1:], edit.to), info, context.dtype, "the number"))
 
 
-def _project_out(edit: ProjectOut, info: SiteInfo, _around: Surroundings) -> Action:
-    """Subtract, in float32 at least, the part in the span of the directions; round once at the end."""
-    shape = row_shape(info)
+def _project_out(edit: ProjectOut, info: SiteInfo, _context: EditContext) -> Action:
+    """Subtract the projection onto the span of the directions, in float32 at least; round once at the end."""
+    width = _row_shape(info)[-1]
     given = np.atleast_2d(edit.directions.values)
-    if given.ndim != 2 or given.shape[1] != shape[-1]:
-        raise PlanError(f"{info.name} has rows of width {shape[-1]}, and the directions have shape {given.shape}")
+    if given.ndim != 2 or given.shape[1] != width:
+        raise PlanError(f"{info.name} has rows of width {width}, and the directions have shape {given.shape}")
     _, sizes, span = np.linalg.svd(given, full_matrices=False)
     rank = int((sizes > sizes.max() * max(given.shape) * np.finfo(np.float64).eps).sum()) if sizes.max() else 0
     if not rank:
-        raise PlanError("the directions are 0, which is no direction")
+        raise PlanError("the directions are all 0: give at least one vector that is not 0")
     basis = torch.from_numpy(span[:rank])
 
     def change(rows: Tensor) -> Tensor:
-        wide = rows if rows.dtype == torch.float64 else rows.float()
+        wide = widen(rows)
         directions = basis.to(wide)
         return (wide - (wide @ directions.T) @ directions).to(rows.dtype)
 
-    return always(change)
+    return _always(change)
 
 
-def _noise(edit: Noise, info: SiteInfo, around: Surroundings) -> Action:
-    """Draw for each token by itself, so that it does not matter what stands beside it or on which rank it is."""
+def _noise(edit: Noise, info: SiteInfo, context: EditContext) -> Action:
+    """Draw each token from a generator of its own (Philox: Salmon et al. 2011): batch and rank do not matter."""
     key = np.array([edit.seed, int(digest_of(info.name)[:16], 16)], np.uint64)
-    fitting(np.full(row_shape(info)[-1:], edit.std), info, around.dtype, "std")
+    _row_value(np.full(_row_shape(info)[-1:], edit.std), info, context.dtype, "std")
 
-    def act(at: Chosen) -> Change:
+    def act(chosen: ChosenRows) -> Change:
         def change(rows: Tensor) -> Tensor:
             drawn = np.empty(rows.shape, np.float64)
-            for place, (example, position) in enumerate(zip(at.example.tolist(), at.position.tolist(), strict=True)):
+            tokens = zip(chosen.example.tolist(), chosen.position.tolist(), strict=True)
+            for index, (example, position) in enumerate(tokens):
                 stream = np.random.Generator(np.random.Philox(key=key, counter=[0, 0, position, example]))
-                drawn[place] = stream.standard_normal(rows.shape[1:])
-            return _moved(rows, torch.from_numpy(drawn * edit.std).to(rows))
+                drawn[index] = stream.standard_normal(rows.shape[1:])
+            return _plus(rows, torch.from_numpy(drawn * edit.std).to(rows))
 
         return change
 
     return act
 
 
-def _through(edit: Through, info: SiteInfo, _around: Surroundings) -> Action:
+def _through(edit: Through, info: SiteInfo, _context: EditContext) -> Action:
     """Apply the lens's affine map in float32 at least; round once at the end."""
     weight, bias = lens_map(edit.lens, info.site)
     if not bool(torch.isfinite(weight).all() and torch.isfinite(bias).all()):
@@ -113,33 +127,181 @@ def _through(edit: Through, info: SiteInfo, _around: Surroundings) -> Action:
         raise PlanError(f"{edit.lens} is a lens of width {len(bias)}, and {info.name} has rows of {info.row_shape}")
 
     def change(rows: Tensor) -> Tensor:
-        wide = rows if rows.dtype == torch.float64 else rows.float()
+        wide = widen(rows)
         return (wide + wide @ weight.to(wide).T + bias.to(wide)).to(rows.dtype)
 
-    return always(change)
+    return _always(change)
 
 
-def _function(edit: Function, info: SiteInfo, _around: Surroundings) -> Action:
+def _function(edit: Function, info: SiteInfo, _context: EditContext) -> Action:
     def change(rows: Tensor) -> Tensor:
         new = edit.function(info.name, rows)
         if not isinstance(new, Tensor) or (new.shape, new.dtype) != (rows.shape, rows.dtype):
             found = f"{new.dtype}{list(new.shape)}" if isinstance(new, Tensor) else type(new).__name__
-            raise PlanError(f"the function gave {found} for {rows.dtype}{list(rows.shape)} at {info.name}")
+            raise PlanError(f"the function returned {found} for {rows.dtype}{list(rows.shape)} at {info.name}")
         return new
 
-    return always(change)
+    return _always(change)
 
 
-MAKERS: Mapping[type[Edit], Callable[[Any, SiteInfo, Surroundings], Action]] = {
+def _mean(edit: Mean, info: SiteInfo, context: EditContext) -> Action:
+    """Compute the mean in float64 and round it to the model's type."""
+    other = None if edit.archive is None else open_archive(edit.archive)
+    archive = context.stored.archive if other is None else other
+    _require_site(archive, info)
+    if edit.column is None:
+        return _fill(_row_value(mean_row(archive, info.name), info, context.dtype, "the mean"))
+    classes = context.chooser.classes(edit.column)
+    members = (context.chooser if other is None else RowChooser(other)).members(edit.column)
+
+    @lru_cache(_MAX_CACHED_MEANS)
+    def mean(key: Scalar) -> Tensor:
+        what = f"the mean of rows with {edit.column} == {key!r}"
+        if key not in members:
+            raise PlanError(f"{what} was asked for, and {archive.path} has no such example")
+        ranges = [archive.example_table.rows(example) for example in members[key]]
+        try:
+            return _row_value(mean_row(archive, info.name, ranges), info, context.dtype, what)
+        except NotCapturedError as error:
+            raise NotCapturedError(f"{what}: {error}") from error
+
+    def act(chosen: ChosenRows) -> Change:
+        keys = [classes[example] for example in chosen.example.tolist()]
+        places = {key: place for place, key in enumerate(dict.fromkeys(keys))}
+        means = torch.stack([mean(key) for key in places])
+        index = torch.tensor([places[key] for key in keys])
+        return lambda rows: means[index].to(rows)
+
+    return act
+
+
+def _swap(edit: Swap, info: SiteInfo, context: EditContext) -> Action:
+    source = context.stored if edit.archive is None else StoredRows(open_archive(edit.archive))
+    return _stored_rows(source, info, context.dtype, lambda chosen: chosen.from_row)
+
+
+def _stored_rows(
+    source: StoredRows, info: SiteInfo, dtype: torch.dtype, rows_of: Callable[[ChosenRows], Indices]
+) -> Action:
+    """Replace rows by stored ones; only the process that has the site reads them."""
+    _require_site(source.archive, info)
+
+    def act(chosen: ChosenRows) -> Change:
+        numbers = rows_of(chosen)
+        source.require(info.name, numbers, dtype)
+        return lambda rows: source.read(info.name, numbers).to(rows)
+
+    return act
+
+
+def _from_overlay(edit: FromOverlay, info: SiteInfo, context: EditContext) -> Action:
+    """Put in the rows that the overlay has; other rows stay."""
+    try:
+        overlay = Overlay(edit.overlay, context.stored.archive)
+    except FileNotFoundError as error:
+        raise PlanError(str(error)) from error
+    _ = overlay[info.name]  # raises if the overlay lacks the site
+
+    def act(chosen: ChosenRows) -> Change:
+        read = cache(lambda: overlay.read(info.name, chosen.row))
+        if is_alone():
+            _check_overlay(overlay, info, context.dtype, chosen, *read())
+
+        def change(rows: Tensor) -> Tensor:
+            values, is_there = read()
+            mask = torch.from_numpy(is_there).to(rows.device).view(-1, *[1] * (rows.ndim - 1))
+            return torch.where(mask, torch.from_numpy(values).to(rows), rows)
+
+        return change
+
+    return act
+
+
+def _check_overlay(
+    overlay: Overlay,
+    info: SiteInfo,
+    dtype: torch.dtype,
+    chosen: ChosenRows,
+    values: Array,
+    is_there: npt.NDArray[np.bool_],
+) -> None:
+    """Raise PlanError if a row of an overlay holds NaN or a number that `dtype` cannot hold."""
+    sizes = np.abs(values.reshape(len(values), -1)).max(axis=1, initial=0.0)  # NaN where any is
+    wrong = np.flatnonzero(is_there & ~(sizes <= torch.finfo(dtype).max))
+    if len(wrong):
+        raise PlanError(
+            f"{overlay.path}: row {int(chosen.row[wrong[0]]):,} of {info.name} reaches {sizes[wrong[0]]:.3g}, which is "
+            f"no number that {dtype_name(dtype)} can hold: write finite numbers, or NaN in every entry of a row that "
+            "is to stay as it is"
+        )
+
+
+ACTIONS: Mapping[type[Edit], Callable[[Any, SiteInfo, EditContext], Action]] = {
     Zero: _zero,
-    Mean: mean_of,
+    Mean: _mean,
     Add: _add,
     Set: _set,
     Scale: _scale,
     ProjectOut: _project_out,
     Noise: _noise,
-    Swap: swapped,
+    Swap: _swap,
     Through: _through,
-    FromOverlay: from_overlay,
+    FromOverlay: _from_overlay,
     Function: _function,
 }
+"""From the kind of an edit to the function that makes its action at a site.
+
+Each raises PlanError where the edit does not fit the site, and NotCapturedError for rows that are not captured yet.
+"""
+
+
+def open_archive(path: Path) -> Archive:
+    """Open an archive that an edit names.
+
+    Raises:
+        PlanError: There is none.
+    """
+    try:
+        return Archive(path)
+    except FileNotFoundError as error:
+        raise PlanError(f"there is no archive at {path}") from error
+
+
+def _require_site(archive: Archive, info: SiteInfo) -> None:
+    if info.name not in archive.sites:
+        raise PlanError(f"{archive.path} does not store {info.name}; it stores {', '.join(archive.sites)}")
+    shape = archive[info.name].shape[1:]
+    if shape != info.row_shape:
+        raise PlanError(f"{archive.path} has rows of shape {shape} at {info.name}, the model {info.row_shape}")
+
+
+def _always(change: Change) -> Action:
+    """Return the action that makes the same change whatever the rows are."""
+    return lambda _chosen: change
+
+
+def _fill(value: Tensor) -> Action:
+    """Return the action that replaces every row by `value`."""
+    return _always(lambda rows: value.to(rows).expand_as(rows).clone())
+
+
+def _row_value(values: npt.NDArray[np.float64], info: SiteInfo, dtype: torch.dtype, what: str) -> Tensor:
+    """Return float64 values, one row or its last axis, as a tensor of `dtype`.
+
+    Raises:
+        PlanError: The shape does not fit the site's rows, a value is NaN, or `dtype` cannot hold it.
+    """
+    shape = _row_shape(info)
+    if values.shape not in (shape, shape[-1:]):
+        raise PlanError(f"{info.name} has rows of shape {shape}, and {what} has shape {tuple(values.shape)}")
+    largest = float(np.abs(values).max(initial=0.0))
+    if np.isnan(largest):
+        raise PlanError(f"{what} is NaN at {info.name}: its rows hold NaN or infinite values")
+    if largest > torch.finfo(dtype).max:
+        raise PlanError(f"{what} reaches {largest:.3g}, more than {dtype_name(dtype)} can hold at {info.name}")
+    return torch.from_numpy(values).to(dtype)
+
+
+def _row_shape(info: SiteInfo) -> tuple[int, ...]:
+    """Return the shape of a row; 0 stands for an axis as long as the example."""
+    return tuple(size or 0 for size in info.row_shape or ())

@@ -7,10 +7,10 @@ vocabulary, `T` positions.
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
-from residua.capture.replay.metrics import token_divergences
+from residua.capture.edits.action import widen
+from residua.capture.replay.metrics import logit_difference, token_divergences
 from residua.store.base.errors import PlanError
 
 
@@ -45,15 +45,15 @@ PairMetric = Callable[[Tensor, Pair, Tensor], Tensor]
 def _logit_difference(logits_CV: Tensor, pair: Pair, _clean_V: Tensor) -> Tensor:
     if pair.wrong is None:
         raise PlanError("logit_difference needs the wrong answer of every pair: give `wrong`, or choose loss")
-    return _wide(logits_CV)[:, pair.answer] - _wide(logits_CV)[:, pair.wrong]
+    return logit_difference(widen(logits_CV), pair.answer, pair.wrong)
 
 
 def _loss(logits_CV: Tensor, pair: Pair, _clean_V: Tensor) -> Tensor:
-    return -_wide(logits_CV).log_softmax(-1)[:, pair.answer]
+    return -widen(logits_CV).log_softmax(-1)[:, pair.answer]
 
 
 def _probability(logits_CV: Tensor, pair: Pair, _clean_V: Tensor) -> Tensor:
-    return _wide(logits_CV).softmax(-1)[:, pair.answer]
+    return widen(logits_CV).softmax(-1)[:, pair.answer]
 
 
 def _kl(logits_CV: Tensor, _pair: Pair, clean_V: Tensor) -> Tensor:
@@ -77,7 +77,3 @@ def pair_metric(name: str) -> PairMetric:
     if name not in PAIR_METRICS:
         raise PlanError(f"there is no metric {name[:60]!r}: choose one of {', '.join(PAIR_METRICS)}")
     return PAIR_METRICS[name]
-
-
-def _wide(values: Tensor) -> Tensor:
-    return values if values.dtype == torch.float64 else values.float()

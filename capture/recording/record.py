@@ -20,7 +20,7 @@ from residua.capture.forward.batches import BatchRunner
 from residua.capture.layout.local_shards import LocalShards
 from residua.capture.layout.process_layout import ProcessLayout
 from residua.capture.layout.row_exchange import RowExchange
-from residua.capture.replay.replaying import Replaying
+from residua.capture.replay.engine import CapturedReplay
 from residua.capture.runtime.collectives import in_step
 from residua.capture.runtime.devices import runs_on_cuda
 from residua.capture.scheduling.ownership import Share
@@ -95,7 +95,7 @@ def record(
     plan: Plan,
     *,
     process_layout: ProcessLayout | None = None,
-    replaying: Replaying | None = None,
+    replaying: CapturedReplay | None = None,
     work: Callable[[Schedule], Work] | None = None,
     agree: Callable[[bool], bool] | None = None,
     threads: int = 1,
@@ -154,7 +154,7 @@ def record(
         with torch.inference_mode(), taps.attached() if replaying is None else nullcontext():
             for batch in batches if agree is None else in_step(batches, agree):
                 if batch is not None or agree is not None:
-                    around = None if replaying is None else partial(replaying.of, taps)
+                    around = None if replaying is None else partial(replaying.reading, taps)
                     for is_of_batch in runner.run(batch, around):
                         if is_of_batch or replaying is None:
                             taps.end_forward()
@@ -186,7 +186,7 @@ def _writer(archive: Path, plan: Plan, threads: int, commits: TeamCommits | None
 
 
 def _batches(
-    runs: Iterator[Run | None], schedule: Schedule, staging: Staging, replaying: Replaying | None
+    runs: Iterator[Run | None], schedule: Schedule, staging: Staging, replaying: CapturedReplay | None
 ) -> Iterator[Batch | None]:
     """Yield the batches of run after run; None while no run can be had, though one may come."""
     for run in runs:
@@ -195,7 +195,7 @@ def _batches(
         else:
             staging.keep_only(set(run.shards) - run.committed)
             batches = schedule.work(run.committed, run.shards)
-            yield from batches if replaying is None else replaying.read_ahead(batches)
+            yield from batches if replaying is None else replaying.prefetching(batches)
 
 
 class _Clock:

@@ -1,32 +1,37 @@
-"""Running batches of an archive's examples through the model again, from stored rows and with edits.
+"""How a replay runs: batches of an archive's examples through the model, from stored rows and with edits.
 
-`Replayer` is the machinery below `residua.replay`, for one batch after another: everything that does not depend on
-the batch is resolved and checked once, and every pass attaches its hooks and takes exactly these away again.
+`Replayer` checks and resolves everything that does not depend on the batch, once. `Replayer.changing` is one replay
+pass: while the model runs inside, stored rows go in, edits apply and skipped blocks do nothing; leaving takes away
+exactly what was attached. `Replayer.run` makes a pass and returns logits and rows. `CapturedReplay` is the same pass
+for `record`, whose taps capture what follows.
 
-Legend: `B` examples in the batch, `T` padded positions, `V` vocabulary.
+Legend: `B` examples in the batch, `T` padded positions, `H` heads, `K` keys, `V` vocabulary.
 """
 
-from collections.abc import Iterable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import TypeVar
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
-from residua.capture.buffers.row_index import batch_rows
-from residua.capture.edits.prepare import edits_at
-from residua.capture.edits.stored_rows import StoredRows
+from residua.capture.buffers.host_buffers import torch_dtype
+from residua.capture.buffers.row_index import Indices, batch_rows
+from residua.capture.edits.action import Step, StoredRows, refuse_overflow
+from residua.capture.edits.prepare import prepare_edits, with_rows
 from residua.capture.forward.inputs import forward_kwargs
 from residua.capture.forward.plan_batch import PlanBatch, microbatches, plan_batch
 from residua.capture.identity.provenance import ModelCheck, check_model
-from residua.capture.replay.notes import attention_notes, check_injection, storage_notes, why_in_full
-from residua.capture.replay.passes import Pass, kept_rows, token_logits
-from residua.capture.replay.skipping import Skip, skip_below, skipping
-from residua.capture.replay.start import start_of
-from residua.capture.replay.steps import Step, graph_begins, stored_rows_in
+from residua.capture.replay.notes import attention_notes, storage_notes
+from residua.capture.replay.start import Skip, skip_for, skipping, start_of
+from residua.capture.runtime.collectives import on_rank
 from residua.capture.runtime.devices import input_device
 from residua.capture.runtime.pipeline_schedule import runnable, staged_of
 from residua.capture.runtime.process_groups import tensor_parallel_group
@@ -37,31 +42,72 @@ from residua.capture.sites.pipeline_stages import target_of
 from residua.capture.sites.reference_model import whole_anatomy, whole_sites
 from residua.capture.sites.site import SiteInfo
 from residua.capture.taps.pipeline_gradients import end_here
+from residua.capture.taps.reading import Taps
 from residua.capture.taps.tap import tap
-from residua.store.base.errors import NotCapturedError, PlanError
+from residua.store.base.errors import CaptureError, NotCapturedError, PlanError
 from residua.store.edits.edit import Edit
 from residua.store.edits.selection import RowChooser
+from residua.store.examples.schedule import Batch
 from residua.store.read.archive import Archive
+
+BatchT = TypeVar("BatchT")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pass:
+    """The results of one replay pass, by example and without padding.
+
+    Attributes:
+        logits: Per example, (tokens, vocabulary); None if the model's last stage is in another process.
+        sites: From name to the rows of each example, (rows, *row), as the model continued with them. Sites of another
+            process are missing.
+        nodes: With gradients only: from name to the tensor that gradients can be taken with respect to, (B, T, *row):
+            the injected rows before any edit, and the kept sites.
+        end: In a pipeline: further tensors that gradients have to be taken with respect to
+            (`residua.capture.taps.pipeline_gradients.end_here`).
+    """
+
+    logits: list[Tensor] | None
+    sites: dict[str, list[Tensor]]
+    nodes: dict[str, Tensor]
+    end: tuple[Tensor, ...]
+
+    def require_logits(self) -> list[Tensor]:
+        """Return the logits.
+
+        Raises:
+            CaptureError: The model gave none in this process.
+        """
+        if self.logits is None:
+            raise CaptureError(f"the model gave no logits{on_rank()}: it has no language modelling head here")
+        return self.logits
 
 
 class Replayer:
-    """Runs batches from stored rows, with edits.
+    """Replays batches of one archive with one model, start and list of edits.
 
     Args:
-        model: The model that was captured, wrapped and spread as it likes, in evaluation mode.
+        model: The model that was captured, in evaluation mode; it may be wrapped and spread over processes.
         archive: The archive.
-        at: Sites whose stored rows go in; none, and the model runs in full.
-        edits: What is changed, in order.
-        force: Take a model that is not the one that was captured.
+        at: Sites whose stored rows go in; without any, the model runs in full.
+        edits: The edits, in order.
+        force: Accept a model that is not the captured one.
         tensor_parallel: As for `tap`.
-        checked: What comparing the model with the archive found, if that was done already.
+        checked: The result of comparing the model with the archive, if that was done already.
 
     Attributes:
-        checked: What comparing the model with the archive found.
+        archive: The archive.
+        stored: Its rows.
+        chooser: Its examples, for edits.
+        edits: The prepared edits.
+        model: The model as it was given.
+        group: `tensor_parallel`.
+        start: Where the stored rows go in.
+        checked: The result of comparing the model with the archive.
         notes: What a reader of the results has to know, one sentence each.
 
     Raises:
-        PlanError: An edit, a site or the model does not fit the archive; nothing has run by then.
+        PlanError: An edit, a site or the model does not fit the archive. The model has not run.
         UnknownSiteError: The model or the archive does not have a site.
     """
 
@@ -70,7 +116,7 @@ class Replayer:
         model: nn.Module,
         archive: Archive,
         *,
-        at: Iterable[str] = (),
+        at: Sequence[str] = (),
         edits: Sequence[Edit] = (),
         force: bool = False,
         tensor_parallel: ProcessGroup | DeviceMesh | None = None,
@@ -78,62 +124,61 @@ class Replayer:
     ) -> None:
         self.archive = archive
         self.stored = StoredRows(archive)
-        self.edits = tuple(edits)
         self.model = model
         self.group = tensor_parallel
         self._anatomy = _language_model(model)
-        self.start = start_of(self._injected(at), self._anatomy)
+        self.start = start_of(archive.select(at) if at else (), self._anatomy)
         self._infos: dict[str, SiteInfo] = {}
-        infos = self.known(self.start.sites)
+        infos = self.infos(self.start.sites)
         split_over = tensor_parallel_group(self.core, tensor_parallel)
         is_owner = split_over is None or dist.get_rank(split_over) == 0
         self._read_here = frozenset(target_of(model).here(infos)) if is_owner else frozenset()
         for name, info in infos.items():
-            check_injection(archive, name, info)
+            _check_injection(archive, name, info)
         self.chooser = RowChooser(archive)
-        self.edits_at = edits_at(edits, self.core, self.stored, self.chooser)
-        for edit in self.edits_at:
+        self.edits = prepare_edits(edits, self.core, self.stored, self.chooser)
+        for edit in self.edits:
             self._infos |= edit.infos
             for name in edit.actions:
                 self.refuse_below(name, f"edit {edit.number} ({edit.edit.kind} at {name})")
         self.checked = check_model(archive, model, force=force) if checked is None else checked
-        self._changed = [info for edit in self.edits_at for info in edit.infos.values()]
-        told = (*self.checked.notes, *storage_notes(archive, infos, self.edits_at))
-        self.notes = tuple(dict.fromkeys([*told, *attention_notes(self.core, self._changed)]))
+        self._edited_infos = [info for edit in self.edits for info in edit.infos.values()]
+        notes = [*self.checked.notes, *storage_notes(archive, infos, self.edits)]
+        self.notes = tuple(dict.fromkeys([*notes, *attention_notes(self.core, self._edited_infos)]))
 
     @property
     def core(self) -> PreTrainedModel:
         """The model inside wrappers."""
         return self._anatomy.model
 
-    def _injected(self, at: Iterable[str]) -> tuple[str, ...]:
-        wanted = list(at)
-        return self.archive.select(wanted) if wanted else ()
+    @property
+    def changed_sites(self) -> tuple[str, ...]:
+        """The sites that take stored rows, and those that are edited."""
+        return (*self.start.sites, *(name for edit in self.edits for name in edit.actions))
 
-    def known(self, names: Iterable[str]) -> dict[str, SiteInfo]:
-        """Return what is known of sites; each is looked up once, which for some models means running them."""
+    def infos(self, names: Iterable[str]) -> dict[str, SiteInfo]:
+        """Return what is known of sites; each is looked up once, because for some models this runs them."""
         wanted = list(names)
         if unknown := [name for name in wanted if name not in self._infos]:
             self._infos |= whole_sites(self.core, unknown)
         return {name: self._infos[name] for name in wanted}
 
     def refuse_below(self, name: str, what: str) -> None:
-        """Raise PlanError if a site lies below the rows that are put in, so that nothing of it reaches the logits."""
+        """Raise PlanError if a site lies below the rows that go in, so that nothing of it reaches the logits."""
         if self.start.is_below(name, self._anatomy):
             raise PlanError(
-                f"{what}: it lies below {self.start.site}, where the stored rows go in, so it has no part in what "
-                "follows. Put rows in further down with at= or --at, or leave that out and put in none."
+                f"{what}: it lies below {self.start.site}, where the stored rows go in, so it has no effect on what "
+                "follows. Put rows in at a lower site with at= or --at, or leave it out and put in none."
             )
 
-    def sites(self, patterns: str | Iterable[str]) -> tuple[str, ...]:
+    def readable_sites(self, patterns: Sequence[str]) -> tuple[str, ...]:
         """Return the model's sites that `patterns` name.
 
         Raises:
             UnknownSiteError: The model has no such site.
-            PlanError: A site lies below the rows that are put in, or has no rows.
+            PlanError: A site lies below the rows that go in, or has no rows.
         """
-        words = [patterns] if isinstance(patterns, str) else list(patterns)
-        infos = whole_sites(self.core, words) if words else {}
+        infos = whole_sites(self.core, list(patterns)) if patterns else {}
         for name, info in infos.items():
             self.refuse_below(name, f"{name} was asked for")
             if not info.per_token or info.site.top is not None:
@@ -142,37 +187,67 @@ class Replayer:
         return tuple(infos)
 
     def batch(self, examples: Sequence[int], *, padding: str | None = None) -> PlanBatch:
-        """Return the batch of some examples, in this order.
+        """Return the batch of some examples, in this order, padded as the plan says unless `padding` is given.
 
         Raises:
-            PlanError: There are none, or no such example.
-            NotCapturedError: The archive is still being recorded, and an example is not whole yet.
+            PlanError: No example is named, or one does not exist.
+            NotCapturedError: The archive is still being recorded, and an example is not complete yet.
         """
         table = self.archive.example_table
         wrong = [number for number in examples if not 0 <= number < len(table)]
         if wrong or not examples:
             raise PlanError(f"examples {wrong[:3]}: the archive has {len(table):,}, counted from 0; name at least one")
         side = self.archive.plan.padding if padding is None else padding
-        made = plan_batch(table, examples, side="left" if side == "left" else "right", device=input_device(self.core))
-        for example in made.rows:
-            stop = example.first_row + len(example.positions)
-            if stop > self.archive.n_rows:
-                raise NotCapturedError(f"example {example.example} is not captured whole yet: choose an earlier one")
-        return made
+        batch = plan_batch(table, examples, side="left" if side == "left" else "right", device=input_device(self.core))
+        for example in batch.rows:
+            if example.first_row + len(example.positions) > self.archive.n_rows:
+                raise NotCapturedError(
+                    f"example {example.example} is not captured completely yet: choose an earlier one"
+                )
+        return batch
+
+    def check(self, batches: Iterable[PlanBatch]) -> tuple[str, ...]:
+        """Check everything that `run` needs for some batches, so that it fails before the model runs or never.
+
+        Returns:
+            One sentence for each edit that changes none of their tokens.
+
+        Raises:
+            PlanError: An edit needs stored rows that do not exist, or the model's type cannot hold what goes in.
+            NotCapturedError: Rows are not captured yet.
+        """
+        n_changed = {edit.number: 0 for edit in self.edits}
+        for batch in batches:
+            self.steps(batch, edited=False)
+            for edit in self.edits:
+                chosen = edit.choose(batch)
+                n_changed[edit.number] += len(chosen.source)
+                edit.steps(chosen)
+        return tuple(
+            f"edit {edit.number} ({edit.edit.kind} at {', '.join(edit.edit.sites)}) changes nothing: it applies to "
+            "none of the tokens that run"
+            for edit in self.edits
+            if not n_changed[edit.number]
+        )
 
     def prefetch(self, batch: PlanBatch) -> None:
-        """Begin to read the rows that go in, in the process that puts them in: no other ever needs them."""
+        """Start to read the rows that go in, if this is the process that puts them in."""
         for site in self._read_here:
             self.stored.prefetch(site, batch_rows(batch.rows, batch.n_positions).row)
 
-    def starts_at(self, batch: PlanBatch) -> tuple[Skip, str]:
-        """Return the blocks that `batch` does without, and why it is none of them where it could be."""
-        why = why_in_full(self.start, self._anatomy, batch)
-        if why or not self.start.block:
-            return Skip(()), why
-        found = skip_below(self._anatomy, self.start.block)
-        model = type(self.core).__name__
-        return found, f"{model} cannot leave out its lower blocks: {found.problem}" if found.problem else ""
+    def prefetching(self, batches: Iterable[BatchT], batch_of: Callable[[BatchT], PlanBatch]) -> Iterator[BatchT]:
+        """Yield batches, of which `batch_of` gives the examples; the rows of the next one are read meanwhile."""
+        waiting: list[BatchT] = []
+        for batch in batches:
+            if waiting:
+                self.prefetch(batch_of(batch))
+                yield waiting.pop()
+            waiting.append(batch)
+        yield from waiting
+
+    def skip(self, batch: PlanBatch) -> Skip:
+        """Return the blocks that `batch` skips, and why it has to run in full if it could skip some."""
+        return skip_for(self.start, self._anatomy, batch)
 
     def run(
         self,
@@ -186,12 +261,12 @@ class Replayer:
         """Run one batch.
 
         Args:
-            batch: As `batch` makes it.
-            keep: Sites whose rows come back, as `sites` gives them.
+            batch: The batch, as `batch` makes it.
+            keep: Sites whose rows are returned, as `readable_sites` gives them.
             edited: Whether the edits apply.
-            needs_logits: Whether logits come back.
-            grad: Whether logits and kept rows are parts of autograd's graph, which begins at the injected rows; at
-                the embeddings, if none are.
+            needs_logits: Whether logits are returned.
+            grad: Whether logits and kept rows are part of autograd's graph, which starts at the injected rows, or at
+                the embeddings if no rows go in.
 
         Raises:
             PlanError: Gradients of a torch pipeline were asked for.
@@ -204,94 +279,108 @@ class Replayer:
                 "gradients were asked for of a torch pipeline, whose schedule alone runs backward passes: tap its "
                 "stage with backward=True, or replay the model in one process or in transformers' own pipeline"
             )
-        parts = [
-            self._pass(part, keep, edited=edited, needs_logits=needs_logits, grad=False)
-            for part in microbatches(batch, staged.n_microbatches)
+        passes = [
+            self._pass(microbatch, keep, edited=edited, needs_logits=needs_logits, grad=False)
+            for microbatch in microbatches(batch, staged.n_microbatches)
         ]
-        met = dict.fromkeys(name for part in parts for name in part.sites)
-        sites = {name: [rows for part in parts for rows in part.sites[name]] for name in met}
-        logits = [rows for part in parts for rows in part.logits or ()]
+        sites = {name: [rows for one in passes for rows in one.sites[name]] for name in passes[0].sites}
+        logits = [rows for one in passes for rows in one.logits or ()]
         return Pass(logits=staged.to_all(logits) if needs_logits else None, sites=sites, nodes={}, end=())
 
     def _pass(self, batch: PlanBatch, keep: Sequence[str], *, edited: bool, needs_logits: bool, grad: bool) -> Pass:
         """Run one forward pass."""
         kept: dict[str, list[Tensor]] = {}
         nodes: dict[str, Tensor] = {}
-        steps = self.steps(batch, edited=edited, leaves=nodes if grad else None)
-        skip, _ = self.starts_at(batch)  # before anything is tapped: it may have to try the model
 
-        def pass_by(name: str, tensor: Tensor) -> Tensor | None:
-            new = tensor
-            for step in steps.get(name, ()):
-                new = step(new)
-            if name in keep:
-                kept[name] = kept_rows(batch, new, name)
-                nodes.setdefault(name, new)
-            return new if name in steps or grad else None
+        def on_kept(name: str, tensor: Tensor) -> None:
+            kept[name] = kept_rows(batch, tensor, name)
+            nodes.setdefault(name, tensor)
 
-        with torch.set_grad_enabled(grad), ExitStack() as stack:
-            stack.enter_context(eager_where_needed(self.core, self._changed))  # without edits too, to compare alike
-            wanted = self.known(dict.fromkeys([*steps, *keep]))
-            if wanted:
-                stack.enter_context(tap(self.model, wanted, pass_by, differentiable=grad, tensor_parallel=self.group))
-            stack.enter_context(skipping(skip))
-            output = runnable(self.model)(**self.kwargs(batch, needs_logits=needs_logits))
-        logits = token_logits(batch, output) if needs_logits and target_of(self.model).gives_logits else None
+        padded, core = batch.padded, runnable(self.core)
+        kwargs = forward_kwargs(core, padded.input_ids, padded.attention_mask, needs_logits=needs_logits)
+        with (
+            torch.set_grad_enabled(grad),
+            eager_where_needed(self.core, self._edited_infos),  # without the edits too, so that both runs compare
+            self.changing(batch, edited=edited, keep=keep, on_kept=on_kept, leaves=nodes if grad else None),
+        ):
+            output = runnable(self.model)(**kwargs)
+        logits = _token_logits(batch, output) if needs_logits and target_of(self.model).gives_logits else None
         return Pass(logits=logits, sites=kept, nodes=nodes if grad else {}, end=end_here(self.model) if grad else ())
 
-    def check(self, batches: Iterable[PlanBatch]) -> tuple[str, ...]:
-        """Look at everything that `run` needs for some batches, so that it fails before the model runs or never.
+    @contextmanager
+    def changing(
+        self,
+        batch: PlanBatch,
+        *,
+        edited: bool = True,
+        keep: Sequence[str] = (),
+        on_kept: Callable[[str, Tensor], None] = lambda *_: None,
+        leaves: dict[str, Tensor] | None = None,
+    ) -> Iterator[None]:
+        """Put the stored rows in, edit and skip blocks while the model runs on `batch` inside.
 
-        Returns:
-            One sentence for each edit that means none of their tokens.
+        Args:
+            batch: The batch, as `batch` makes it.
+            edited: Whether the edits apply.
+            keep: Sites that are read.
+            on_kept: Called with the name and the (B, T, *row) tensor of each of them, after the changes there.
+            leaves: With gradients: receives the tensors at which autograd's graph starts.
 
         Raises:
-            PlanError: An edit needs stored rows that there are not, or the model's type cannot hold what goes in.
-            NotCapturedError: Rows are not captured yet.
+            PlanError: An edit needs stored rows that do not exist, or the model's type cannot hold what goes in.
+            NotCapturedError: Rows that go in are not captured yet.
         """
-        n_changed = {edit.number: 0 for edit in self.edits_at}
-        for batch in batches:
-            self.steps(batch, edited=False)
-            for edit in self.edits_at:
-                chosen = edit.chosen(batch)
-                n_changed[edit.number] += len(chosen.source)
-                edit.steps(chosen)
-        return tuple(
-            f"edit {edit.number} ({edit.edit.kind} at {', '.join(edit.edit.sites)}) changes nothing: none of the "
-            "tokens that run is one that it means"
-            for edit in self.edits_at
-            if not n_changed[edit.number]
-        )
+        steps = self.steps(batch, edited=edited, leaves=leaves)
+        skip = self.skip(batch)  # before anything is attached: it may have to run the model
+        sites = self.infos(dict.fromkeys([*steps, *keep]))
+        has_grad = leaves is not None
 
-    def kwargs(self, batch: PlanBatch, *, needs_logits: bool = True) -> dict[str, Tensor | bool | int]:
-        """Return the arguments of the model's forward for a batch, as a capture makes them."""
-        padded = batch.padded
-        return forward_kwargs(runnable(self.core), padded.input_ids, padded.attention_mask, needs_logits=needs_logits)
+        def change(name: str, tensor: Tensor) -> Tensor | None:
+            for step in steps.get(name, ()):
+                tensor = step(tensor)
+            if name in keep:
+                on_kept(name, tensor)
+            return tensor if name in steps or has_grad else None
+
+        tapped = tap(self.model, sites, change, differentiable=has_grad, tensor_parallel=self.group)
+        with tapped if sites else nullcontext(), skipping(skip):
+            yield
 
     def steps(
         self, batch: PlanBatch, *, edited: bool, leaves: dict[str, Tensor] | None = None
     ) -> dict[str, list[Step]]:
-        """Return what is done at each site, in order, to its (B, T, *row) tensor.
-
-        Args:
-            batch: As `batch` makes it.
-            edited: Whether the edits apply.
-            leaves: Where the tensors go at which autograd's graph begins; it has none unless given.
-
-        Raises:
-            PlanError: An edit needs stored rows that there are not, or the model's type cannot hold what goes in.
-            NotCapturedError: Rows that go in are not captured yet.
-        """
-        steps: dict[str, list[Step]] = {
-            name: [stored_rows_in(self.stored, name, batch, self._infos[name].dtype)] for name in self.start.sites
-        }
+        """Return the steps at each site, in order; arguments and errors are those of `changing`."""
+        steps: dict[str, list[Step]] = {name: [self._injection(name, batch)] for name in self.start.sites}
         if leaves is not None:
             for name in steps or ["embed"]:
-                steps[name] = [*steps.get(name, []), graph_begins(name, leaves)]
-        for edit in self.edits_at if edited else ():
-            for name, step in edit.steps(edit.chosen(batch)).items():
+                steps[name] = [*steps.get(name, []), _graph_start(name, leaves)]
+        for edit in self.edits if edited else ():
+            for name, step in edit.steps(edit.choose(batch)).items():
                 steps.setdefault(name, []).append(step)
         return steps
+
+    def _injection(self, name: str, batch: PlanBatch) -> Step:
+        """Return the step that puts the stored rows of a batch in; only the process that has the site reads them."""
+        rows = batch_rows(batch.rows, batch.n_positions)
+        self.stored.require(name, rows.row, torch_dtype(self._infos[name].dtype or "float32"))
+
+        def put_in(tensor: Tensor) -> Tensor:
+            stored = self.stored.read(name, rows.row)
+            converted = stored.to(tensor)
+            refuse_overflow(name, stored, converted)
+            return with_rows(rows.source, tensor, converted)
+
+        return put_in
+
+
+def _graph_start(name: str, leaves: dict[str, Tensor]) -> Step:
+    """Return the step that starts autograd's graph at a site, and puts the tensor there into `leaves`."""
+
+    def start(tensor: Tensor) -> Tensor:
+        leaves[name] = tensor.detach().requires_grad_()
+        return leaves[name]
+
+    return start
 
 
 def _language_model(model: nn.Module) -> Anatomy:
@@ -299,3 +388,73 @@ def _language_model(model: nn.Module) -> Anatomy:
     if anatomy is None:
         raise PlanError(f"{type(core_of(model)).__name__} is no language model over token ids, which replay needs")
     return anatomy
+
+
+def _check_injection(archive: Archive, name: str, info: SiteInfo) -> None:
+    """Raise PlanError if the stored rows of a site cannot be put in."""
+    if info.site.kind == "pattern" or info.site.top is not None or not info.per_token:
+        raise PlanError(f"stored rows of {name} cannot be put in; put in those of the residual stream, q, k, v or z")
+    shape = archive.plan.site(name).row_shape
+    if shape != (info.row_shape or (1,)):
+        raise PlanError(f"{name} has rows of shape {shape} in {archive.path}, and of {info.row_shape} in the model")
+
+
+def kept_rows(batch: PlanBatch, tensor: Tensor, name: str) -> list[Tensor]:
+    """Return the rows of each example at its kept positions; of a pattern, with the example's own keys."""
+    is_pattern = name.startswith("pattern.")
+    found = []
+    for tensor_THK, example in zip(tensor, batch.rows, strict=True):
+        rows = tensor_THK[torch.from_numpy(example.padded[example.positions]).to(tensor.device)]
+        found.append(rows[..., torch.from_numpy(example.padded).to(tensor.device)] if is_pattern else rows)
+    return found
+
+
+def _token_logits(batch: PlanBatch, output: object) -> list[Tensor] | None:
+    """Return the logits of every token of each example, (tokens, V)."""
+    logits_BTV = getattr(output, "logits", output)  # the last stage of a torch pipeline may return the tensor alone
+    if not isinstance(logits_BTV, Tensor):
+        return None
+    if isinstance(logits_BTV, DTensor):
+        logits_BTV = logits_BTV.full_tensor()
+    return [
+        logits_TV[torch.from_numpy(example.padded).to(logits_TV.device)]
+        for logits_TV, example in zip(logits_BTV, batch.rows, strict=True)
+    ]
+
+
+class CapturedReplay:
+    """The replay passes of a capture: `record` runs the model, its taps read what follows.
+
+    Args:
+        replayer: The replayer.
+        examples: From the number of an example in the new archive to its number in the replayed one.
+
+    Attributes:
+        changed: The sites that take stored rows, and those that are edited.
+    """
+
+    def __init__(self, replayer: Replayer, examples: Indices) -> None:
+        self.changed = replayer.changed_sites
+        self._replayer = replayer
+        self._examples = examples
+
+    def prefetching(self, batches: Iterable[Batch]) -> Iterator[Batch]:
+        """Yield batches of the new archive; the rows that go into the next one are read meanwhile."""
+        return self._replayer.prefetching(batches, lambda batch: self._replayed(batch.examples))
+
+    def _replayed(self, examples: Indices) -> PlanBatch:
+        return self._replayer.batch(self._examples[examples].tolist())
+
+    @contextmanager
+    def reading(self, taps: Taps, examples: Sequence[int]) -> Iterator[None]:
+        """Replay while the model runs on a batch inside; `taps` read every site after it was changed.
+
+        Args:
+            taps: The taps, not attached yet.
+            examples: Numbers of the examples that run together, in the new archive.
+
+        Raises:
+            PlanError: An edit needs stored rows that do not exist.
+        """
+        with self._replayer.changing(self._replayed(np.asarray(examples))), taps.attached():
+            yield

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 from transformers import GenerationMixin
 
-from residua.capture.edits.action import Chosen
-from residua.capture.edits.prepare import EditAt
+from residua.capture.edits.action import ChosenRows
+from residua.capture.edits.prepare import PreparedEdit
 from residua.capture.forward.plan_batch import PlanBatch
 from residua.capture.replay.engine import Replayer
 from residua.capture.runtime.pipeline_schedule import staged_of
@@ -38,7 +38,7 @@ def generate(
         raise PlanError(f"{type(core).__name__} generates no text")
     if staged_of(core) is not None:
         raise PlanError("a torch pipeline generates no text: its stages keep no keys and values from token to token")
-    if any("logits" in edit.actions for edit in replayer.edits_at):
+    if any("logits" in edit.actions for edit in replayer.edits):
         raise PlanError(
             "an edit changes the logits, and generation computes them for the last token only: edit 'final'"
         )
@@ -67,7 +67,7 @@ class _Steps:
     def __init__(self, replayer: Replayer, batch: PlanBatch, *, edit_new_tokens: bool) -> None:
         self._batch = batch
         self._prompt = replayer.steps(batch, edited=True)
-        self._edits = [edit for edit in replayer.edits_at if edit_new_tokens and _fits_new_tokens(edit)]
+        self._edits = [edit for edit in replayer.edits if edit_new_tokens and _fits_new_tokens(edit)]
         self._chooser = replayer.chooser
         self._n_passes: Counter[str] = Counter()
         new_sites = (site for edit in self._edits for site in edit.actions)
@@ -86,7 +86,7 @@ class _Steps:
                 tensor = edit.step(name, chosen)(tensor)
         return tensor
 
-    def _new_tokens(self, edit: EditAt, number: int) -> Chosen:
+    def _new_tokens(self, edit: PreparedEdit, number: int) -> ChosenRows:
         """The new token of each example that the edit means; it has no row in the archive."""
         meant = [
             (place, example.example, len(example.input_ids) + number)
@@ -95,10 +95,10 @@ class _Steps:
         ]
         source, numbers, positions = np.array(meant, np.int64).reshape(-1, 3).T
         nowhere = np.full(len(meant), -1)
-        return Chosen(source=source, example=numbers, position=positions, row=nowhere, from_row=nowhere)
+        return ChosenRows(source=source, example=numbers, position=positions, row=nowhere, from_row=nowhere)
 
 
-def _fits_new_tokens(edit: EditAt) -> bool:
+def _fits_new_tokens(edit: PreparedEdit) -> bool:
     """Whether an edit is meant for any token at all, and needs no stored row of it."""
     return edit.edit.chosen.is_every_token and not edit.edit.needs_stored_rows
 

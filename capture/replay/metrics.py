@@ -16,9 +16,8 @@ import torch.nn.functional as F  # noqa: N812 - torch's own name for it
 from torch import Tensor
 
 from residua.capture.buffers.row_index import ExampleRows
+from residua.capture.edits.action import widen
 from residua.store.base.errors import PlanError
-
-NAMES = ("loss", "kl", "logit_difference")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,7 +53,7 @@ def metric_of(spec: MetricSpec) -> Metric:
     if callable(spec):
         return spec
     if isinstance(spec, Mapping) and "logit_difference" in spec:
-        return _logit_difference(spec)
+        return _mean_logit_difference(spec)
     if isinstance(spec, str) and spec in ("loss", "kl"):
         return mean_loss if spec == "loss" else mean_kl
     raise PlanError(
@@ -65,17 +64,17 @@ def metric_of(spec: MetricSpec) -> Metric:
 def token_losses(logits_TV: Tensor, example: ExampleRows) -> Tensor:
     """Return the cross-entropy of each next token in nats, (T - 1)."""
     targets = torch.from_numpy(example.input_ids[1:].astype(np.int64)).to(logits_TV.device)
-    return F.cross_entropy(_wide(logits_TV[:-1]), targets, reduction="none")
+    return F.cross_entropy(widen(logits_TV[:-1]), targets, reduction="none")
 
 
 def token_divergences(original_TV: Tensor, logits_TV: Tensor) -> Tensor:
     """Return KL(original || other) of each position in nats, (T)."""
-    return _divergences(*(_wide(logits).log_softmax(-1) for logits in (original_TV, logits_TV)))
+    return _divergences(*(widen(logits).log_softmax(-1) for logits in (original_TV, logits_TV)))
 
 
 def token_changes(original_TV: Tensor, logits_TV: Tensor, example: ExampleRows) -> tuple[Tensor, Tensor, Tensor]:
     """Return `token_divergences`, and `token_losses` of the other and of the original, from one softmax of each."""
-    log_p, log_q = (_wide(logits).log_softmax(-1) for logits in (original_TV, logits_TV))
+    log_p, log_q = (widen(logits).log_softmax(-1) for logits in (original_TV, logits_TV))
     targets = torch.from_numpy(example.input_ids[1:, None].astype(np.int64)).to(log_p.device)
     before, after = (-logs[:-1].gather(1, targets)[:, 0] for logs in (log_p, log_q))
     return _divergences(log_p, log_q), after, before
@@ -98,7 +97,15 @@ def mean_kl(outcome: Outcome) -> Tensor:
     return torch.cat(parts).mean()
 
 
-def _logit_difference(spec: Mapping[str, Any]) -> Metric:
+def logit_difference(logits: Tensor, token: int, other: int) -> Tensor:
+    """Return the logit of `token` minus that of `other`, over all axes but the last one, (..., V).
+
+    The difference is taken in the type of the logits and then widened to float32 at least.
+    """
+    return widen(logits[..., token] - logits[..., other])
+
+
+def _mean_logit_difference(spec: Mapping[str, Any]) -> Metric:
     chosen, position = spec["logit_difference"], spec.get("position", -1)
     is_pair = isinstance(chosen, list | tuple) and len(chosen) == 2 and all(isinstance(i, int) for i in chosen)
     if not is_pair or not isinstance(position, int) or set(spec) - {"logit_difference", "position"}:
@@ -110,11 +117,7 @@ def _logit_difference(spec: Mapping[str, Any]) -> Metric:
             n_tokens, n_logits = logits_TV.shape
             if not -n_tokens <= position < n_tokens or not 0 <= min(chosen) <= max(chosen) < n_logits:
                 raise PlanError(f"{dict(spec)!r}: an example has {n_tokens} tokens of a vocabulary of {n_logits}")
-        parts = [_wide(logits_TV[position, token] - logits_TV[position, other]) for logits_TV in outcome.logits]
+        parts = [logit_difference(logits_TV[position], token, other) for logits_TV in outcome.logits]
         return torch.stack(parts).mean()
 
     return difference
-
-
-def _wide(values: Tensor) -> Tensor:
-    return values if values.dtype == torch.float64 else values.float()

@@ -20,11 +20,10 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.pipelining.schedules import PipelineScheduleSingle
 
 from residua.capture.identity.provenance import running_as_captured
-from residua.capture.replay.engine import Replayer
+from residua.capture.replay.engine import Pass, Replayer, kept_rows
 from residua.capture.replay.generation import generate
 from residua.capture.replay.metrics import MetricSpec, Outcome, metric_of, token_losses
-from residua.capture.replay.notes import attention_notes, unlike_the_plan
-from residua.capture.replay.passes import kept_rows
+from residua.capture.replay.notes import attention_notes, batch_note
 from residua.capture.runtime.collectives import on_rank
 from residua.capture.runtime.pipeline_schedule import PIPELINES, as_model
 from residua.capture.runtime.process_groups import split_by_hand
@@ -47,20 +46,18 @@ class Replay:
         self.examples = tuple(examples)
         self._replayer = replayer
         self._batch = replayer.batch(self.examples)
-        self._keep = replayer.sites(keep)
+        self._keep = replayer.readable_sites(keep)
         self._grad = grad
         self._asked: set[str] = set()
         self._sites: dict[str, list[Tensor]] = {}
-        self._nodes: dict[str, Tensor] = {}
-        self._end: tuple[Tensor, ...] = ()
-        self._logits: list[Tensor] | None = None
-        self._original: list[Tensor] | None = None
+        self._first: Pass | None = None
+        self._original: Pass | None = None
         self._is_open = True
-        kept = attention_notes(replayer.core, replayer.known(self._keep).values())
-        idle = replayer.check([self._batch])  # what does not fit these examples is said before anything runs
-        skip, problem = replayer.starts_at(self._batch)
+        kept = attention_notes(replayer.core, replayer.infos(self._keep).values())
+        idle = replayer.check([self._batch])  # before anything runs
+        skip = replayer.skip(self._batch)
         self.skipped_blocks = len(skip.blocks)
-        notes = [*replayer.notes, *kept, *idle, problem, unlike_the_plan(replayer.archive, self.examples)]
+        notes = [*replayer.notes, *kept, *idle, skip.problem, batch_note(replayer.archive, self.examples)]
         self.notes = tuple(note for note in dict.fromkeys(notes) if note)
 
     @property
@@ -70,11 +67,7 @@ class Replay:
         Raises:
             CaptureError: The context was left before they were computed, or another process has them.
         """
-        if self._logits is None:
-            self._run(self._keep)
-        if self._logits is None:
-            raise CaptureError(f"the model gave no logits{on_rank()}: it has no language modelling head here")
-        return self._logits
+        return (self._first or self._run(self._keep)).require_logits()
 
     def __getitem__(self, site: str) -> list[Tensor]:
         """Return the rows of a site above the stored ones, (rows, *row) an example, edits included.
@@ -84,7 +77,7 @@ class Replay:
             PlanError: The site lies below the stored rows.
             CaptureError: The context was left before they were computed, or another process has them.
         """
-        (name,) = self._replayer.sites(site)
+        (name,) = self._replayer.readable_sites([site])
         if name not in self._asked:  # all processes ask alike; who has not met it must not run again by itself
             self._run([*self._keep, name])
         if name not in self._sites:
@@ -105,10 +98,8 @@ class Replay:
         """Logits of the same examples, from the same stored rows, without the edits; never part of a graph."""
         if self._original is None:
             self._require_open()
-            self._original = self._replayer.run(self._batch, edited=False).logits
-        if self._original is None:
-            raise CaptureError(f"the model gave no logits{on_rank()}: it has no language modelling head here")
-        return self._original
+            self._original = self._replayer.run(self._batch, edited=False)
+        return self._original.require_logits()
 
     def metric(self, metric: MetricSpec) -> Tensor:
         """Return a metric of the logits, one number; see `residua.capture.replay.metrics`.
@@ -135,11 +126,11 @@ class Replay:
         """
         if not self._grad:
             raise PlanError("gradients were asked for: open the replay with grad=True")
-        value = self.metric(metric)
-        by = [*self._nodes.values(), *self._end]
-        found = torch.autograd.grad(value, by, retain_graph=True, allow_unused=True)[: len(self._nodes)]
+        first = self._first or self._run(self._keep)
+        wanted = [*first.nodes.values(), *first.end]
+        found = torch.autograd.grad(self.metric(metric), wanted, retain_graph=True, allow_unused=True)
         gradients = {}
-        for (name, node), gradient in zip(self._nodes.items(), found, strict=True):
+        for (name, node), gradient in zip(first.nodes.items(), found, strict=False):
             whole = torch.zeros_like(node) if gradient is None else gradient
             gradients[name] = kept_rows(self._batch, whole, name)
         return gradients
@@ -173,13 +164,14 @@ class Replay:
             options=options,
         )
 
-    def _run(self, keep: Sequence[str]) -> None:
+    def _run(self, keep: Sequence[str]) -> Pass:
+        """Make a pass; gradients are those of the first one, later ones are for one more site."""
         self._require_open()
         found = self._replayer.run(self._batch, list(dict.fromkeys(keep)), grad=self._grad)
-        if self._logits is None:  # later passes are for one site more, and gradients belong to the first
-            self._logits, self._nodes, self._end = found.logits, found.nodes, found.end
+        self._first = self._first or found
         self._sites.update(found.sites)
         self._asked.update(keep)
+        return found
 
     def _require_open(self) -> None:
         if not self._is_open:

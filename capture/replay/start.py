@@ -1,16 +1,38 @@
-"""Where a replay starts: which blocks need not run, and which sites then mean nothing.
+"""Where a replay starts: which blocks it can skip, how it skips them, and why a batch has to run in full.
 
-The residual stream between two blocks holds all that later blocks need of earlier ones. Rows put in there (at
-``resid_pre``, ``resid_mid``, ``resid_post`` or ``final``) for every token make what lies below superfluous; any other
-site is only a part of what its block hands on, and the model runs in full.
+The residual stream between two blocks holds all that later blocks need of earlier ones. If rows go in there (at
+``resid_pre``, ``resid_mid``, ``resid_post`` or ``final``) for every token, the blocks below are not needed. Rows at any
+other site are only a part of what its block passes on, and the model runs in full.
+
+A skipped block returns its input. It stays in the list of blocks, because models choose masks and caches by a block's
+number; embeddings, rotary tables and masks are computed as always. In the architectures of the table only the residual
+stream passes from block to block. Any other architecture has to prove it: the model runs on a few tokens with the
+blocks and without them, and the logits have to be equal bit for bit.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from typing import Any
+from weakref import WeakKeyDictionary
 
+import torch
+from torch import Tensor, nn
+
+from residua.capture.forward.inputs import forward_kwargs
+from residua.capture.forward.plan_batch import PlanBatch
+from residua.capture.runtime.devices import input_device
+from residua.capture.runtime.pipeline_schedule import staged_of
+from residua.capture.runtime.wrappers import core_of
 from residua.capture.sites.anatomy import Anatomy
-from residua.store.base.errors import PlanError
+from residua.capture.sites.hooks import attached, values_of
+from residua.capture.sites.pipeline_stages import target_of
+from residua.capture.sites.shape_probe import evaluating
+from residua.capture.sites.site import SiteInfo
+from residua.store.base.errors import CaptureError, PlanError
 from residua.store.format.site_names import LAYER_KINDS, Site, parse_site
+
+_PROBE_SHAPE = (2, 7)  # examples, positions
 
 
 @dataclass(frozen=True)
@@ -20,7 +42,7 @@ class Start:
     Attributes:
         sites: The sites that take them, in the model's order.
         block: The first block that has to run if every token has its row; 0 if all have to.
-        site: The site that makes everything below superfluous; None if there is none.
+        site: The site below which nothing has to run; None if there is none.
     """
 
     sites: tuple[str, ...]
@@ -28,13 +50,12 @@ class Start:
     site: Site | None = None
 
     def is_below(self, name: str, anatomy: Anatomy) -> bool:
-        """Say whether nothing above depends on a site, once the stream above it is put in."""
+        """Return whether a site lies below `site`, so that nothing of it reaches the logits."""
         if self.site is None or name in self.sites:
             return False
         site = parse_site(name)
         if site.kind == "module":
-            skipped = anatomy.blocks[: self.block]
-            return any(f"{site.module}.".startswith(f"{path}.") for path in skipped)
+            return any(f"{site.module}.".startswith(f"{path}.") for path in anatomy.blocks[: self.block])
         return _order(site, len(anatomy.blocks)) < _order(self.site, len(anatomy.blocks))
 
 
@@ -42,21 +63,21 @@ def start_of(sites: Sequence[str], anatomy: Anatomy) -> Start:
     """Return where a replay starts whose stored rows go in at `sites`.
 
     Raises:
-        PlanError: Rows go in below rows that make them superfluous.
+        PlanError: Rows go in below a site of the residual stream that takes rows too.
     """
     n_blocks = len(anatomy.blocks)
     streams = [site for site in map(parse_site, sites) if _first_block(site, n_blocks) is not None]
     if not streams:
         return Start(tuple(sites))
     top = max(streams, key=lambda site: _order(site, n_blocks))
-    found = Start(tuple(sites), _first_block(top, n_blocks) or 0, top)
     below = [name for name in sites if name != str(top) and _order(parse_site(name), n_blocks) < _order(top, n_blocks)]
     if below:
         raise PlanError(f"rows put in at {top} make those at {below[0]} superfluous: name one of the two")
-    return found
+    return Start(tuple(sites), _first_block(top, n_blocks) or 0, top)
 
 
 def _first_block(site: Site, n_blocks: int) -> int | None:
+    """Return the first block above a site of the residual stream; None for any other site."""
     if site.kind == "final":
         return n_blocks
     if site.kind == "resid_post":
@@ -65,9 +86,131 @@ def _first_block(site: Site, n_blocks: int) -> int | None:
 
 
 def _order(site: Site, n_blocks: int) -> tuple[int, int]:
-    """Where a canonical site comes in the model; ``final`` is read right behind ``resid_post`` of the last block."""
+    """Return the place of a site in the model; ``final`` comes directly after ``resid_post`` of the last block."""
     if site.layer is not None:
         return site.layer, LAYER_KINDS.index(site.kind)
     if site.kind == "embed":
         return -1, 0
     return (n_blocks - 1, len(LAYER_KINDS)) if site.kind == "final" else (n_blocks, 0)
+
+
+@dataclass(frozen=True)
+class Skip:
+    """The blocks that a pass skips.
+
+    Attributes:
+        blocks: The blocks.
+        returns_tuples: Whether blocks of this model return tuples.
+        problem: If rows go in and no block can be skipped, the reason, as a sentence; else empty.
+    """
+
+    blocks: tuple[nn.Module, ...]
+    returns_tuples: bool = False
+    problem: str = ""
+
+
+_skips_below: WeakKeyDictionary[nn.Module, dict[int, Skip]] = WeakKeyDictionary()
+"""Results of `_probe`, by model and first block."""
+
+
+def skip_for(start: Start, anatomy: Anatomy, batch: PlanBatch) -> Skip:
+    """Return the blocks that a batch can skip.
+
+    A model whose architecture is not in the table runs on a few tokens, once.
+    """
+    model, block = anatomy.model, start.block
+    problem = _why_in_full(start, anatomy, batch)
+    if problem or not block:
+        return Skip((), problem=problem)
+    here = target_of(model).parts
+    skip = Skip(tuple(here[path] for path in anatomy.blocks[:block] if path in here))
+    if anatomy.family is not None:
+        return skip
+    if staged_of(model) is not None:
+        return _cannot_skip(anatomy, "the stages of a torch pipeline cannot be tried one by one")
+    known = _skips_below.setdefault(model, {})
+    if block not in known:
+        known[block] = _probe(anatomy, skip)
+    return known[block]
+
+
+def _why_in_full(start: Start, anatomy: Anatomy, batch: PlanBatch) -> str:
+    """Return why a batch has to run in full although rows go in; empty if it may skip blocks."""
+    if start.site is None:
+        sites = ", ".join(start.sites)
+        return sites and f"{sites} is only a part of what its block passes on, so the model ran in full"
+    short = [example for example in batch.rows if len(example.positions) < len(example.input_ids)]
+    if short:
+        return (
+            f"example {short[0].example} has {len(short[0].positions)} of {len(short[0].input_ids)} tokens in the "
+            "archive: the model ran in full, and the stored rows replaced what it computed for them"
+        )
+    has_experts = any(path.endswith(".experts") for path in anatomy.parts)
+    if start.block and has_experts and any(len(example.input_ids) < batch.n_positions for example in batch.rows):
+        return (
+            f"{type(anatomy.model).__name__} ran in full: its experts take padding along with tokens, which changes "
+            "the last bits, and rows of padding are not stored. Examples of equal length need no padding."
+        )
+    return ""
+
+
+def _cannot_skip(anatomy: Anatomy, reason: str) -> Skip:
+    return Skip((), problem=f"{type(anatomy.model).__name__} cannot leave out its lower blocks: {reason}")
+
+
+@contextmanager
+def skipping(skip: Skip) -> Iterator[None]:
+    """Skip blocks inside; afterwards every block has its own forward again, also one that was set by hand."""
+
+    def pass_on(*args: Any, **kwargs: Any) -> Any:
+        hidden = args[0] if args else kwargs["hidden_states"]
+        return (hidden,) if skip.returns_tuples else hidden
+
+    with ExitStack() as stack:
+        for block in skip.blocks:
+            attributes = vars(core_of(block))
+            stack.callback(_restore, attributes, attributes.get("forward"))
+            attributes["forward"] = pass_on
+        yield
+
+
+def _restore(attributes: dict[str, Any], forward: Any) -> None:
+    if forward is None:
+        del attributes["forward"]
+    else:
+        attributes["forward"] = forward
+
+
+def _probe(anatomy: Anatomy, skip: Skip) -> Skip:
+    """Run the model on a few tokens with the blocks and without them, and compare the logits bit for bit."""
+    returns_tuples: list[bool] = []
+    path = anatomy.blocks[len(skip.blocks) - 1]
+    handle = anatomy.parts[path].register_forward_hook(
+        lambda _m, _a, out: returns_tuples.append(isinstance(out, tuple))
+    )
+    last = SiteInfo(name=f"resid_post.{len(skip.blocks) - 1}", row_shape=None, dtype=None, module=path, via="output")
+    kept: list[Tensor] = []
+    try:
+        in_full = _probe_logits(anatomy, last, lambda value: kept.append(value.clone()))
+    finally:
+        handle.remove()
+    found = Skip(skip.blocks, returns_tuples[0])
+    try:
+        with skipping(found):
+            skipped = _probe_logits(anatomy, last, lambda _: kept[0].clone())
+    except Exception as error:  # noqa: BLE001  # whatever a model raises without its lower blocks: it needs them
+        return _cannot_skip(anatomy, f"it fails without them ({type(error).__name__}: {error})")
+    if torch.equal(in_full, skipped):
+        return found
+    return _cannot_skip(anatomy, "later blocks use more of them than the residual stream")
+
+
+def _probe_logits(anatomy: Anatomy, site: SiteInfo, replace: Any) -> Tensor:
+    ids = torch.arange(_PROBE_SHAPE[0] * _PROBE_SHAPE[1], device=input_device(anatomy.model)).view(_PROBE_SHAPE)
+    kwargs = forward_kwargs(anatomy.model, ids, torch.ones_like(ids))
+    emit = values_of(lambda _info, value: replace(value))
+    with attached(anatomy.parts, [site], emit), torch.no_grad(), evaluating(anatomy.model):
+        logits: Tensor | None = getattr(anatomy.model(**kwargs), "logits", None)
+    if logits is None:
+        raise CaptureError(f"{type(anatomy.model).__name__} gives no logits")
+    return logits

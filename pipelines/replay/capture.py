@@ -18,8 +18,7 @@ from residua.capture.identity.provenance import describe_model, environment, ide
 from residua.capture.identity.sidecars import Sidecars, sidecar_files, write_sidecars
 from residua.capture.layout.process_layout import spans_processes
 from residua.capture.recording.record import RecordStats, record
-from residua.capture.replay.engine import Replayer
-from residua.capture.replay.replaying import Replaying, changed_sites
+from residua.capture.replay.engine import CapturedReplay, Replayer
 from residua.capture.runtime.collectives import Agreement
 from residua.capture.runtime.sharded import is_sharded, is_zero3
 from residua.capture.runtime.streams import writer_threads
@@ -158,7 +157,7 @@ class ReplayCapture:
             out,
             archive.plan,
             process_layout=part,
-            replaying=Replaying(self._replayer, self._examples),
+            replaying=CapturedReplay(self._replayer, self._examples),
             work=partial(workers.work, out),
             agree=Agreement() if is_sharded(self._model) else None,
             threads=writer_threads(self._model),
@@ -209,7 +208,7 @@ class ReplayCapture:
 
     def _refuse_changed_inputs(self) -> None:
         """Raise PlanError for what a module takes if that is changed; ZeRO-3 shows it as it was before."""
-        changed = self._replayer.known(changed_sites(self._replayer)).values()
+        changed = self._replayer.infos(self._replayer.changed_sites).values()
         modules = {info.module for info in changed if info.via in ("input", "stream")}
         for name, info in self._infos.items():
             if info.via in ("input", "stream") and info.module in modules:

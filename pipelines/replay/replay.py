@@ -21,7 +21,7 @@ from residua.capture.forward.plan_batch import PlanBatch
 from residua.capture.identity.provenance import running_as_captured
 from residua.capture.recording.record import RecordStats
 from residua.capture.replay.engine import Replayer
-from residua.capture.replay.notes import unlike_the_plan
+from residua.capture.replay.notes import batch_note
 from residua.pipelines.capture.captured_batches import schedule_of, whole_groups
 from residua.pipelines.jobs.sharing import SharedWork, sharing
 from residua.pipelines.replay.capture import ARCHIVE, ReplayCapture
@@ -237,7 +237,7 @@ class _Runs:
             batch: The batch.
             is_leader: Whether the tables are wanted here, and not in another process with the same replica.
         """
-        other = unlike_the_plan(self._archive, [example.example for example in batch.rows])
+        other = batch_note(self._archive, [example.example for example in batch.rows])
         below = self.edited if self._top is None or other else self._top
         if below is not self.edited:
             below.prefetch(batch)  # while the edited run is at work
@@ -248,7 +248,7 @@ class _Runs:
             raise CaptureError("the model gave no logits: a replay of a whole archive needs all of it in this process")
         pairs = zip(batch.rows, edited, unedited, strict=True)
         lines = [token_table(Comparison(example=e, edited=new, unedited=old), self._tokens) for e, new, old in pairs]
-        notes = {"in full": self.edited.starts_at(batch)[1], "other batch": other}
+        notes = {"in full": self.edited.skip(batch).problem, "other batch": other}
         return Compared(lines, {kind: note for kind, note in notes.items() if note})
 
     def close(self) -> None:

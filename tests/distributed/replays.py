@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 import residua
 from residua.capture.buffers.row_index import Indices
-from residua.capture.edits.stored_rows import StoredRows
+from residua.capture.edits.action import StoredRows
 from residua.capture.replay.replay import Replay
 from residua.store.base.errors import CaptureError
 from tests.distributed.checks import Case, Row, relative_error

@@ -62,7 +62,7 @@ EDITS: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"edit": "noise", "site": "resid_post.1", "std": 1e39}, PlanError, r"std reaches 1e\+39, more than float32"),
     ({**ADD, "vector": [1e300] * WIDTH, "scale": 1e300}, PlanError, "the vector reaches inf, more than float32"),
     ({"edit": "overlay", "site": "resid_post.1", "overlay": Path("nowhere")}, PlanError, "no overlay at nowhere"),
-    ({"edit": "project_out", "site": "resid_post.1", "directions": [[0.0] * WIDTH]}, PlanError, "no direction"),
+    ({"edit": "project_out", "site": "resid_post.1", "directions": [[0.0] * WIDTH]}, PlanError, "directions"),
     ({"edit": "project_out", "site": "resid_post.1", "directions": [1.0]}, PlanError, r"width 32.*\(1, 1\)"),
     ({"edit": "lens", "site": "resid_post.1", "lens": Path("nowhere")}, PlanError, "there is no lens at nowhere"),
     ({"edit": "mean", "site": "resid_post.1", "archive": Path("nowhere")}, PlanError, "no archive at nowhere"),

@@ -169,7 +169,7 @@ def test_its_rows_can_be_replayed_again(tmp_path: Path) -> None:
         for example in EVEN:
             rows = slice(*found.example_table.rows(example))
             assert torch.equal(run.logits[example], found["logits"].torch(rows))
-        assert "holds what followed a replay" in run.notes[0]
+        assert f"{found.path} holds" in run.notes[0]
     again = replayed(model, found, tmp_path / "again", at="resid_post.1", capture="final", examples=[1, 2])
     assert again.examples["replayed_example"].to_pylist() == [1, 2]
 

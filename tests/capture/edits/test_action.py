@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from residua.capture.edits.stored_rows import StoredRows
+from residua.capture.edits.action import StoredRows
 from residua.store.base.errors import DamagedArchiveError
 from residua.store.read.archive import Archive
 from tests.store.small_archive import N_ROWS, make_archive
