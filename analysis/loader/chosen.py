@@ -7,10 +7,10 @@ import numpy.typing as npt
 
 from residua.analysis.loader.order import Runs
 from residua.analysis.rows.blocks import blocks
-from residua.analysis.rows.filters import RowFilter
 from residua.store.base.errors import AnalysisError
 from residua.store.encoding.codecs import PRESETS
 from residua.store.read.archive import Archive
+from residua.store.selection.row_filter import RowFilter
 
 Rows = npt.NDArray[np.int64]
 

@@ -17,10 +17,10 @@ from residua.analysis.loader.chosen import ChosenRows, block_rows, row_bytes
 from residua.analysis.loader.order import Order, n_batches, share_of, turn
 from residua.analysis.loader.shuffle_buffer import ShuffleBuffer, Taken
 from residua.analysis.rows.columns import lookups
-from residua.analysis.rows.filters import RowFilter
 from residua.store.base.errors import AnalysisError, few
 from residua.store.read.archive import Archive
 from residua.store.read.array import as_tensor
+from residua.store.selection.row_filter import RowFilter
 
 Batch: TypeAlias = dict[str, Tensor]
 
@@ -44,7 +44,7 @@ class Loader(IterableDataset[Batch]):
         batch_size: Rows of a batch.
         shuffle: Whether rows come in random order, another in every epoch; see `set_epoch`.
         seed: Of the order; not negative.
-        where: Which rows, for example ``position > 0 and label == "code"``; see `residua.analysis.rows.filters`.
+        where: Which rows, for example ``position > 0 and label == "code"``; see `residua.store.selection`.
         columns: What else a batch has: ``token``, ``position``, ``example``, and columns of numbers of the example
             table. Tokens and positions are kept in memory, 4 bytes a row.
         dtype: Type to cast the values to; by default they keep theirs.

@@ -14,10 +14,10 @@ from residua.analysis.probes.controls import TEST, Control, Split
 from residua.analysis.probes.target import Target
 from residua.analysis.rows.blocks import blocks
 from residua.analysis.rows.columns import examples_of
-from residua.analysis.rows.filters import RowFilter
 from residua.analysis.rows.held_out import held_out
 from residua.store.base.errors import AnalysisError
 from residua.store.read.archive import Archive
+from residua.store.selection.row_filter import RowFilter
 
 Task: TypeAlias = Literal["classification", "regression"]
 Numbers: TypeAlias = npt.NDArray[np.int64]

@@ -16,9 +16,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from residua.analysis.rows.columns import examples_of, positions_of, row_numbers
-from residua.analysis.rows.filters import RowFilter
 from residua.store.base.errors import AnalysisError, DamagedArchiveError
 from residua.store.read.archive import Archive
+from residua.store.selection.row_filter import RowFilter
 
 Values: TypeAlias = npt.NDArray[Any]
 

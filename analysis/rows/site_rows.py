@@ -8,8 +8,8 @@ import numpy as np
 import numpy.typing as npt
 
 from residua.analysis.rows.blocks import Block
-from residua.analysis.rows.filters import RowFilter
 from residua.store.read.archive import Archive
+from residua.store.selection.row_filter import RowFilter
 
 PIECE_BYTES = 32 * 2**20
 """Bytes of a piece in float64: large enough for fast matrix products, small beside any worker's memory."""

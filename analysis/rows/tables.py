@@ -10,10 +10,10 @@ import pyarrow as pa
 from tokenizers import Tokenizer
 
 from residua.analysis.rows.blocks import blocks
-from residua.analysis.rows.filters import RowFilter
 from residua.store.base.errors import AnalysisError, DamagedArchiveError
 from residua.store.read.archive import Archive
 from residua.store.read.reader import Array
+from residua.store.selection.row_filter import RowFilter
 
 Choice: TypeAlias = "str | RowFilter | slice | Sequence[int] | npt.NDArray[np.integer]"
 Rows = npt.NDArray[np.int64]
@@ -32,7 +32,7 @@ def table(
 
     Args:
         archive: The archive.
-        rows: A filter (``position > 0 and label == "code"``, see `residua.analysis.rows.filters`), which chooses among
+        rows: A filter (``position > 0 and label == "code"``, see `residua.store.selection`), which chooses among
         the
             captured rows; or a slice; or row numbers, in the order in which they are wanted.
         sites: Sites to put beside; by default none.

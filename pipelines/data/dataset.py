@@ -12,13 +12,13 @@ from pathlib import Path
 
 import numpy as np
 
-from residua.pipelines.data.positions import IntArray, kept_positions
 from residua.pipelines.data.settings import DatasetSettings
 from residua.pipelines.data.sources import dataset_commit, is_dataset, local_path, open_rows
 from residua.pipelines.data.tokens import Source, Tokenizer, Tokens, start_tokens
 from residua.store.base.canonical import Json, digest_of
 from residua.store.base.errors import DatasetError
 from residua.store.examples.index import Example
+from residua.store.selection.positions import IntArray, kept_positions
 
 _MOST_FILES = 100  # that the provenance names; all are counted and covered by its digest
 SOURCE_COLUMNS = ("source_index", "source_token")

@@ -3,9 +3,9 @@
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from residua.pipelines.data.positions import PositionRule, parse_positions
 from residua.store.base.canonical import Json
 from residua.store.base.errors import DatasetError
+from residua.store.selection.positions import PositionRule, parse_positions
 
 _LONG = ("refuse", "split", "truncate")
 

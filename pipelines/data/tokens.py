@@ -12,9 +12,9 @@ from typing import Any, Literal, Protocol, TypeAlias, cast
 
 import numpy as np
 
-from residua.pipelines.data.positions import BoolArray, IntArray, PositionRule, marks_of
 from residua.pipelines.data.sources import Row, Rows
 from residua.store.base.errors import DatasetError
+from residua.store.selection.positions import BoolArray, IntArray, PositionRule, marks_of
 
 _TEXTS_AT_ONCE = 256
 _LETTERS_AT_ONCE = 2**22  # or token ids: bounds memory where rows are long

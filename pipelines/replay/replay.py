@@ -25,7 +25,6 @@ from residua.capture.replay.notes import batch_note
 from residua.pipelines.capture.captured_batches import schedule_of, whole_groups
 from residua.pipelines.jobs.sharing import SharedWork, sharing
 from residua.pipelines.replay.capture import ARCHIVE, ReplayCapture
-from residua.pipelines.replay.chosen_examples import ExampleChoice
 from residua.pipelines.replay.parts import Compared, ReplayParts, write_parts
 from residua.pipelines.replay.record import begin_or_go_on, check_request
 from residua.pipelines.replay.tables import EXAMPLES, TOKENS, Comparison, read_parts, token_table
@@ -38,6 +37,7 @@ from residua.store.format.commits import content_hash
 from residua.store.format.plan import Plan
 from residua.store.read.archive import Archive
 from residua.store.read.text import token_id
+from residua.store.selection.examples import ExampleChoice
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)

@@ -9,10 +9,10 @@ import pyarrow as pa
 import pytest
 
 import residua
-from residua.analysis.rows.filters import RowFilter
 from residua.store.base.errors import AnalysisError, DatasetError, NotCapturedError, UnknownSiteError
 from residua.store.format.commits import FOLDER
 from residua.store.read.archive import Archive
+from residua.store.selection.row_filter import RowFilter
 from tests.analysis.large_archive import make_large
 from tests.store.small_archive import LENGTHS, N_ROWS, make_archive
 

@@ -5,8 +5,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from residua.pipelines.data.positions import kept_positions, marks_of, parse_positions
 from residua.store.base.errors import DatasetError
+from residua.store.selection.positions import kept_positions, marks_of, parse_positions
 
 
 @given(

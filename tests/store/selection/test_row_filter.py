@@ -11,12 +11,12 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from residua.analysis.rows import filters
-from residua.analysis.rows.filters import RowFilter
 from residua.store.base.errors import AnalysisError
 from residua.store.examples.index import Example
 from residua.store.examples.writer import ExampleWriter
 from residua.store.read.archive import Archive
+from residua.store.selection import row_filter
+from residua.store.selection.row_filter import RowFilter
 from tests.store.small_archive import N_ROWS, make_archive
 
 Row = Mapping[str, Any]
@@ -182,4 +182,4 @@ def test_a_column_that_is_null_throughout_is_null(archive: Archive, monkeypatch:
 
 
 def test_the_example_in_the_docstring() -> None:
-    assert doctest.testmod(filters) == (0, 1)
+    assert doctest.testmod(row_filter) == (0, 1)

@@ -9,9 +9,9 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from residua.analysis.rows.conditions import Comparison, Value
 from residua.store.base.errors import AnalysisError, DatasetError
 from residua.store.read.archive import Archive
+from residua.store.selection.grammar import Comparison, Value
 
 Mask: TypeAlias = npt.NDArray[np.bool_]
 

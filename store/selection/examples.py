@@ -6,10 +6,10 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from residua.analysis.rows.filters import RowFilter
 from residua.store.base.canonical import Json
 from residua.store.base.errors import PlanError
 from residua.store.read.archive import Archive
+from residua.store.selection.row_filter import RowFilter
 
 Mask = npt.NDArray[np.bool_]
 

@@ -1,7 +1,7 @@
 """Choosing rows by a line of text: `position > 0 and label == "code"`.
 
 Names are `position`, `token` and `example` of the row, and the columns of the example table.
-`residua.analysis.rows.conditions` has the grammar. A null equals nothing but `null`, and is neither less nor more
+`residua.store.selection.grammar` has the grammar. A null equals nothing but `null`, and is neither less nor more
 than anything.
 """
 
@@ -11,11 +11,10 @@ from typing import TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from residua.analysis.rows.blocks import blocks
-from residua.analysis.rows.comparing import ROW_NAMES, compare_column, compare_numbers
-from residua.analysis.rows.conditions import Comparison, Condition, Every, Not, Some, parse
 from residua.store.base.errors import DamagedArchiveError
 from residua.store.read.archive import Archive
+from residua.store.selection.evaluate import ROW_NAMES, compare_column, compare_numbers
+from residua.store.selection.grammar import Comparison, Condition, Every, Not, Some, parse
 
 Mask: TypeAlias = npt.NDArray[np.bool_]
 
@@ -70,7 +69,8 @@ class RowFilter:
             AnalysisError: The archive has no such column, or its values are of another kind.
         """
         self.mask(archive, 0, 0)  # even of an archive without rows, wrong names are to be noticed
-        found = [block.start + np.flatnonzero(self.mask(archive, *block)) for block in blocks(archive)]
+        shards = sorted(commit.rows for commit in archive.commits.values())
+        found = [start + np.flatnonzero(self.mask(archive, start, stop)) for start, stop in shards]
         return np.concatenate([np.zeros(0, np.int64), *found])
 
     def of_examples(self, archive: Archive, comparison: Comparison) -> Mask:
