@@ -18,7 +18,7 @@ import torch
 from residua.capture.buffers.offload import Landing, Offload, StagePool
 from residua.capture.buffers.row_index import BatchRows, Placement
 from residua.capture.runtime.streams import CudaStreams, page_locked
-from residua.capture.scheduling.ownership import Share
+from residua.capture.scheduling.ownership import Ownership
 from residua.store.base.errors import CaptureError
 from residua.store.encoding.shard import ShardMemory
 from residua.store.format.plan import ROW_COLUMNS, Plan, SitePlan
@@ -106,7 +106,7 @@ class Staging:
         n_stages: How many shards are in memory at once.
         most_stages: To how many that may grow for a batch that reaches into more; `n_stages` unless given.
         pinned: Whether the memory is page-locked, for copies from a CUDA device.
-        share: What this process stores of each shard; everything unless given.
+        ownership: What this process stores of each shard; everything unless given.
 
     Attributes:
         n_bytes: Bytes of the rows that were copied into stages.
@@ -120,19 +120,21 @@ class Staging:
         n_stages: int,
         pinned: bool,
         most_stages: int = 0,
-        share: Share | None = None,
+        ownership: Ownership | None = None,
     ) -> None:
         self._height = plan.rows_per_shard if plan.n_rows is None else max(1, min(plan.rows_per_shard, plan.n_rows))
         self._pinned = pinned
-        self._share = Share(plan.sites) if share is None else share
+        self._ownership = Ownership(plan.sites) if ownership is None else ownership
         self.n_bytes = 0
         self._plan = plan
         self._writer = writer
         self._only: Container[int] | None = None
         self._n_stages = n_stages
         self._most_stages = max(n_stages, most_stages)
-        n_per_lot = -(-n_stages // self._share.n_lots)  # shards that are open at once follow one another
-        self._pools = [StagePool(self._new_stage(lot) for _ in range(n_per_lot)) for lot in range(self._share.n_lots)]
+        n_per_lot = -(-n_stages // self._ownership.n_lots)  # shards that are open at once follow one another
+        self._pools = [
+            StagePool(self._new_stage(lot) for _ in range(n_per_lot)) for lot in range(self._ownership.n_lots)
+        ]
         self._open: dict[int, Stage] = {}
         self._offload = Offload(_DEVICE_BYTES)
         self._streams: dict[torch.device, CudaStreams] = {}
@@ -140,7 +142,7 @@ class Staging:
         self._placements: list[tuple[int, Stage, Placement]] = []
 
     def _new_stage(self, lot: int) -> Stage:
-        sites, has_columns = self._share.sites(lot), self._share.has_columns
+        sites, has_columns = self._ownership.sites(lot), self._ownership.has_columns
         return Stage(self._plan, self._height, pinned=self._pinned, sites=sites, has_columns=has_columns)
 
     def keep_only(self, shards: Container[int]) -> None:
@@ -297,7 +299,7 @@ class Staging:
         self._refuse_unfinished()
         stage = self._open.pop(shard)
         n_rows = stage.n_filled
-        release = partial(self._pools[self._share.lot(shard)].release, stage)
+        release = partial(self._pools[self._ownership.lot(shard)].release, stage)
         if not stage.blocks and not stage.columns:
             release()
             return
@@ -307,7 +309,7 @@ class Staging:
                 first_row=shard * self._plan.rows_per_shard,
                 sites={site: stage.rows(site, n_rows) for site in stage.blocks},
                 columns={name: column[:n_rows] for name, column in stage.columns.items()},
-                column_shard=self._share.column_shard,
+                column_shard=self._ownership.column_shard,
                 examples=examples,
                 ready=stage.landing.wait,
                 release=release,
@@ -329,7 +331,7 @@ class Staging:
         return height if self._plan.n_rows is None else min(height, self._plan.n_rows - shard * height)
 
     def _acquire(self, shard: int) -> Stage:
-        stage = self._pools[self._share.lot(shard)].acquire()
+        stage = self._pools[self._ownership.lot(shard)].acquire()
         self._writer.raise_failure()
         stage.n_filled = 0
         self._open[shard] = stage

@@ -85,7 +85,7 @@ class BatchRunner:
         self._spans_processes = process_layout is not None
         self._in_step = is_sharded(model)
         self._is_shared = self._spans_processes or self._in_step
-        self._counts = process_layout is None or process_layout.team.is_leader
+        self._counts = process_layout is None or process_layout.worker_group.is_leader
         self._is_wanted = True
         # accelerate's hooks and FSDP's must see their forward end, and the next stage of a pipeline what it gives
         hooked = any(hasattr(module, "_hf_hook") for module in model.modules())

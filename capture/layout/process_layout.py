@@ -9,9 +9,9 @@ from torch.distributed import ProcessGroup
 
 from residua.capture.runtime.collectives import everyones
 from residua.capture.runtime.process_groups import pipeline_group, tensor_parallel_group
-from residua.capture.scheduling.membership import Crew
-from residua.capture.scheduling.ownership import Share
-from residua.capture.scheduling.worker_group import Team
+from residua.capture.scheduling.membership import Membership
+from residua.capture.scheduling.ownership import Ownership
+from residua.capture.scheduling.worker_group import WorkerGroup
 from residua.capture.sites.pipeline_stages import target_of
 from residua.capture.sites.site import SiteInfo
 from residua.store.base.errors import CaptureError
@@ -34,40 +34,40 @@ class ProcessLayout:
     """What this process has of a replica.
 
     Attributes:
-        team: The workers that hold the replica.
+        worker_group: The workers that hold the replica.
         sites: The sites that this process's stage of the pipeline has; all of them where there is no pipeline.
         group: The ranks over which the activations of this stage may be split; None where it has whole ones.
         is_stage: Whether it is a stage of a pipeline, whose other stages wait for what it passes on.
     """
 
-    team: Team
+    worker_group: WorkerGroup
     sites: Mapping[str, SiteInfo]
     group: ProcessGroup | None
     is_stage: bool
 
-    def share(self, plan: Plan) -> Share:
+    def ownership(self, plan: Plan) -> Ownership:
         """Return what of `plan` this process stores."""
         sites = [site for site in plan.sites if site.name in self.sites]
-        has_columns = self.team.is_leader
+        has_columns = self.worker_group.is_leader
         if self.group is None:
-            return Share(sites, has_columns=has_columns)
-        return Share(sites, dist.get_rank(self.group), dist.get_world_size(self.group), has_columns=has_columns)
+            return Ownership(sites, has_columns=has_columns)
+        return Ownership(sites, dist.get_rank(self.group), dist.get_world_size(self.group), has_columns=has_columns)
 
 
-def team_of(model: nn.Module, crew: Crew) -> Team:
+def worker_group_of(model: nn.Module, membership: Membership) -> WorkerGroup:
     """Return the workers that hold a model together with this one; a collective of them."""
     group, stages = tensor_parallel_group(model, None), pipeline_group(model)
-    numbers = [number for found in everyones(stages, everyones(group, crew.number)) for number in found]
-    return Team(crew, sorted(numbers))
+    numbers = [number for found in everyones(stages, everyones(group, membership.number)) for number in found]
+    return WorkerGroup(membership, sorted(numbers))
 
 
-def process_layout_of(model: nn.Module, sites: Mapping[str, SiteInfo], crew: Crew) -> ProcessLayout:
+def process_layout_of(model: nn.Module, sites: Mapping[str, SiteInfo], membership: Membership) -> ProcessLayout:
     """Find out what this process has of a split model; a collective of those that hold it.
 
     Args:
         model: The model.
         sites: The sites to capture, as the unsharded model has them.
-        crew: All workers of the capture.
+        membership: All workers of the capture.
 
     Raises:
         CaptureError: A site is in no stage.
@@ -75,7 +75,7 @@ def process_layout_of(model: nn.Module, sites: Mapping[str, SiteInfo], crew: Cre
     group, stages = tensor_parallel_group(model, None), pipeline_group(model)
     here = target_of(model).here(sites)
     return ProcessLayout(
-        team=team_of(model, crew),
+        worker_group=worker_group_of(model, membership),
         sites=here if stages is None else _of_this_stage(sites, here, stages),
         group=group,
         is_stage=stages is not None,

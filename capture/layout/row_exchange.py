@@ -18,7 +18,7 @@ from residua.capture.buffers.row_index import FIRST_ROW_AXIS, BatchRows, Indices
 from residua.capture.layout.layouts import Layout
 from residua.capture.layout.local_shards import LocalShards
 from residua.capture.runtime.collectives import Exchange, on_rank
-from residua.capture.scheduling.ownership import Share
+from residua.capture.scheduling.ownership import Ownership
 from residua.store.base.errors import CaptureError
 from residua.store.format.plan import Plan
 
@@ -36,17 +36,17 @@ class RowExchange:
     Args:
         plan: What is stored.
         staging: Where this rank's share goes.
-        share: Who stores what.
+        ownership: Who stores what.
         parts: Finds out how the sites lie.
         group: The ranks over which activations may be split; None where this rank has whole ones.
     """
 
     def __init__(
-        self, plan: Plan, staging: Staging, share: Share, parts: LocalShards, group: ProcessGroup | None
+        self, plan: Plan, staging: Staging, ownership: Ownership, parts: LocalShards, group: ProcessGroup | None
     ) -> None:
         self._plan = plan
         self._staging = staging
-        self._share = share
+        self._ownership = ownership
         self._exchange = None if group is None else Exchange(group)
         self._parts = parts
         self._batch: BatchRows | None = None
@@ -95,7 +95,7 @@ class RowExchange:
         places = list(self._staging.placements())
         if not places:
             return
-        to = [self._share.owner(site, shard) for shard, _ in places]
+        to = [self._ownership.owner(site, shard) for shard, _ in places]
         outgoing = [self._picked(site, local, layout, at, batch, rank).to(dtype) for _, at in places]
         row = tuple(outgoing[0].shape[1:])
         mine = [(shard, at) for (shard, at), owner in zip(places, to, strict=True) if owner == rank]

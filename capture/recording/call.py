@@ -18,7 +18,7 @@ from residua.capture.buffers.row_index import ExampleRows
 from residua.capture.layout.process_layout import ProcessLayout, process_layout_of, spans_processes
 from residua.capture.runtime.collectives import device_of, everyones, on_rank
 from residua.capture.runtime.process_groups import pipeline_group, tensor_parallel_group
-from residua.capture.scheduling.membership import Crew
+from residua.capture.scheduling.membership import Membership
 from residua.capture.sites.site import SiteInfo
 from residua.store.base.errors import CaptureError
 from residua.store.examples.index import Example
@@ -138,7 +138,7 @@ def example_rows(
 @contextmanager
 def worker_group_in_loop(
     model: nn.Module, sites: Mapping[str, SiteInfo]
-) -> Iterator[tuple[Crew, ProcessLayout] | None]:
+) -> Iterator[tuple[Membership, ProcessLayout] | None]:
     """Yield the processes that hold `model` together and this one's part of it; None if it has all of it.
 
     A collective of those that hold it. Inside, each is seen to live by the others. Data-parallel replicas know
@@ -163,8 +163,8 @@ def worker_group_in_loop(
         )
     first_token = everyone[0][1]  # a place in the store that no other recorder has, whatever each process did before
     store = PrefixStore(f"residua/loop/{first_token}", _get_default_store())
-    with Crew(store, everyone.index(mine), len(everyone)) as crew:
-        yield crew, process_layout_of(model, sites, crew)
+    with Membership(store, everyone.index(mine), len(everyone)) as membership:
+        yield membership, process_layout_of(model, sites, membership)
 
 
 class SameCalls:

@@ -25,9 +25,9 @@ from residua.capture.layout.row_exchange import RowExchange
 from residua.capture.recording.call import Call, Column, example_rows
 from residua.capture.runtime.collectives import on_rank
 from residua.capture.runtime.devices import runs_on_cuda
-from residua.capture.scheduling.membership import Crew
-from residua.capture.scheduling.ownership import Share
-from residua.capture.scheduling.worker_group import TeamCommits
+from residua.capture.scheduling.membership import Membership
+from residua.capture.scheduling.ownership import Ownership
+from residua.capture.scheduling.worker_group import GroupCommits
 from residua.store.base.canonical import Json
 from residua.store.base.errors import CaptureError
 from residua.store.examples.writer import ExampleWriter
@@ -51,7 +51,7 @@ class GrowingArchive:
         files: What lies in the archive's ``head`` folder, by name.
         tokenizer: Stored beside them.
         parts: Finds out how the sites lie over the processes that hold the model.
-        team: Those processes and this one's part of the model; None if it has all of it.
+        worker_group: Those processes and this one's part of the model; None if it has all of it.
         first_rows: Rows of the first call.
         host_memory: Memory that stages may take together, in bytes.
         threads: Encoder threads.
@@ -70,15 +70,15 @@ class GrowingArchive:
         files: Mapping[str, Sequence[Buffer]],
         tokenizer: PreTrainedTokenizerBase | None,
         parts: LocalShards,
-        team: tuple[Crew, ProcessLayout] | None,
+        worker_group: tuple[Membership, ProcessLayout] | None,
         first_rows: int,
         host_memory: int,
         threads: int,
     ) -> None:
         self._path = path
         self._plan = plan
-        self._crew = None if team is None else team[0]
-        part = None if team is None else team[1]
+        self._membership = None if worker_group is None else worker_group[0]
+        part = None if worker_group is None else worker_group[1]
 
         def make() -> Mapping[str, Json]:
             with workspace(path) as folder:
@@ -89,7 +89,7 @@ class GrowingArchive:
             return {"plan": plan.digest}
 
         try:
-            made = make() if self._crew is None else self._crew.once("archive", make)
+            made = make() if self._membership is None else self._membership.once("archive", make)
         except (FileExistsError, BlockingIOError) as error:
             raise type(error)(error.errno, taken(error.strerror or str(error))) from error
         if made["plan"] != plan.digest:
@@ -98,21 +98,23 @@ class GrowingArchive:
                 f"the recorder{on_rank()} is another than on the first rank that holds the model: {listed}. Make the "
                 "same one on all of them."
             )
-        self._examples = ExampleWriter(path / "examples") if self._crew is None or not self._crew.number else None
-        self._commits = None if part is None else TeamCommits(part.team, plan)
+        self._examples = (
+            ExampleWriter(path / "examples") if self._membership is None or not self._membership.number else None
+        )
+        self._commits = None if part is None else GroupCommits(part.worker_group, plan)
         self._writer = ShardWriter(
             path, plan, threads=threads, report=None if self._commits is None else self._commits.report
         )
-        share = Share(plan.sites) if part is None else part.share(plan)
+        ownership = Ownership(plan.sites) if part is None else part.ownership(plan)
         self._staging = Staging(
             plan,
             self._writer,
             n_stages=n_open_shards(first_rows, plan.rows_per_shard),
             most_stages=host_memory // (plan.rows_per_shard * sum(site.row_bytes for site in plan.sites)),
             pinned=runs_on_cuda(model),
-            share=share,
+            ownership=ownership,
         )
-        self._sink = RowExchange(plan, self._staging, share, parts, None if part is None else part.group)
+        self._sink = RowExchange(plan, self._staging, ownership, parts, None if part is None else part.group)
         self._n_rows = 0
         self._n_examples = 0
         self._shape = (0, 0)
@@ -159,20 +161,20 @@ class GrowingArchive:
         Raises:
             CaptureError: A shard could not be written, or another process of the replica is gone.
         """
-        in_haste = True
+        after_error = True
         try:
             self._close_writer(finish=finish)
-            in_haste = not finish
+            after_error = not finish
         finally:
             if self._commits is not None:
-                self._commits.finish(self._writer, in_haste=in_haste)
+                self._commits.finish(self._writer, after_error=after_error)
         found = {path: count for path, count in self._writer.n_nonfinite.items() if count}
         if found:
             _LOG.warning("NaN or infinite values were recorded, and kept as they are: %s", found)
-        if finish and self._crew is None:
+        if finish and self._membership is None:
             self._seal()
-        elif finish and self._crew is not None:
-            self._crew.finish(self._seal)
+        elif finish and self._membership is not None:
+            self._membership.finish(self._seal)
 
     def _close_writer(self, *, finish: bool) -> None:
         try:

@@ -23,9 +23,9 @@ from residua.capture.layout.row_exchange import RowExchange
 from residua.capture.replay.engine import CapturedReplay
 from residua.capture.runtime.collectives import in_step
 from residua.capture.runtime.devices import runs_on_cuda
-from residua.capture.scheduling.ownership import Share
-from residua.capture.scheduling.work_queue import AllAtOnce, Run, Work, runs_of
-from residua.capture.scheduling.worker_group import TeamCommits
+from residua.capture.scheduling.ownership import Ownership
+from residua.capture.scheduling.work_queue import LocalQueue, Run, WorkQueue, runs_of
+from residua.capture.scheduling.worker_group import GroupCommits
 from residua.capture.sites.names_to_modules import resolve_sites
 from residua.capture.taps.reading import Taps
 from residua.store.examples.schedule import Batch, Schedule
@@ -96,7 +96,7 @@ def record(
     *,
     process_layout: ProcessLayout | None = None,
     replaying: CapturedReplay | None = None,
-    work: Callable[[Schedule], Work] | None = None,
+    work: Callable[[Schedule], WorkQueue] | None = None,
     agree: Callable[[bool], bool] | None = None,
     threads: int = 1,
     on_batch: Callable[[RecordStats], None] = lambda _: None,
@@ -109,8 +109,8 @@ def record(
         plan: Its plan.
         process_layout: What this process holds of a model that several processes share; all of them call `record`.
         replaying: Puts stored rows into the model and edits, batch by batch; what is captured is what follows.
-        work: Makes, of the plan's schedule, what hands out its shards; all at once unless given. Of a team only the
-            leader's counts.
+        work: Makes the work queue for the plan's schedule; every shard in one run unless given. In a worker group only
+            the leader's queue counts.
         agree: For models whose forward pass is a collective of all workers. Called before each batch with whether
             this worker has one; returns whether any has. Who has none runs a few tokens for the others' sake.
         threads: Encoder threads.
@@ -120,35 +120,35 @@ def record(
         The figures of this run.
 
     Raises:
-        CaptureError: A site did not fire, a shard could not be written, or another process of the team is gone; the
-            cause is chained.
+        CaptureError: A site did not fire, a shard could not be written, or another process of the worker group is
+            gone; the cause is chained.
     """
     table = ExampleTable(archive / "examples")
     index = table.index()
     schedule = Schedule(index, rows_per_shard=plan.rows_per_shard, batch_tokens=plan.batch_tokens)
-    share = Share(plan.sites) if process_layout is None else process_layout.share(plan)
+    ownership = Ownership(plan.sites) if process_layout is None else process_layout.ownership(plan)
     sites = resolve_sites(model, [site.name for site in plan.sites]) if process_layout is None else process_layout.sites
-    commits = None if process_layout is None else TeamCommits(process_layout.team, plan)
+    commits = None if process_layout is None else GroupCommits(process_layout.worker_group, plan)
     with _writer(archive, plan, threads, commits) as writer:
         staging = Staging(
             plan,
             writer,
             n_stages=n_open_shards(int(index.n_rows.max(initial=0)), plan.rows_per_shard),
             pinned=runs_on_cuda(model),
-            share=share,
+            ownership=ownership,
         )
         sink = (
             staging
             if process_layout is None
-            else RowExchange(plan, staging, share, LocalShards(sites, process_layout.group), process_layout.group)
+            else RowExchange(plan, staging, ownership, LocalShards(sites, process_layout.group), process_layout.group)
         )
         changed = () if replaying is None else replaying.changed
         runner = BatchRunner(model, plan, table, sink, sites=sites, process_layout=process_layout, changed=changed)
         clock = _Clock(runner, staging, sink, writer)
-        chosen = AllAtOnce(schedule.n_shards) if work is None else work(schedule)
+        chosen = LocalQueue(schedule.n_shards) if work is None else work(schedule)
         runs = runs_of(chosen, partial(committed_shards, archive))
         if process_layout is not None:
-            runs = process_layout.team.in_lockstep(runs, waits=agree is None)
+            runs = process_layout.worker_group.in_lockstep(runs, waits=agree is None)
         batches = _batches(runs, schedule, staging, replaying)
         taps = Taps(model, sites, runner.put)
         with torch.inference_mode(), taps.attached() if replaying is None else nullcontext():
@@ -169,20 +169,20 @@ def record(
 
 
 @contextmanager
-def _writer(archive: Path, plan: Plan, threads: int, commits: TeamCommits | None) -> Iterator[ShardWriter]:
+def _writer(archive: Path, plan: Plan, threads: int, commits: GroupCommits | None) -> Iterator[ShardWriter]:
     """Yield the writer; in the end, and after an error too, what is full is written and committed."""
     if commits is None:
         with ShardWriter(archive, plan, threads=threads) as writer:
             yield writer
         return
-    in_haste = True
+    after_error = True
     writer = ShardWriter(archive, plan, threads=threads, report=commits.report)
     try:
         with writer:
             yield writer
-        in_haste = False
+        after_error = False
     finally:
-        commits.finish(writer, in_haste=in_haste)
+        commits.finish(writer, after_error=after_error)
 
 
 def _batches(

@@ -39,7 +39,7 @@ from residua.capture.runtime.pipeline_schedule import PIPELINES
 from residua.capture.runtime.process_groups import pipeline_group, split_by_hand
 from residua.capture.runtime.streams import writer_threads
 from residua.capture.runtime.wrappers import refuse_compiled
-from residua.capture.scheduling.membership import Crew
+from residua.capture.scheduling.membership import Membership
 from residua.capture.sites.attention import eager_where_needed
 from residua.capture.sites.names_to_modules import resolve_sites
 from residua.capture.sites.reference_model import whole_sites
@@ -121,7 +121,7 @@ class Recorder:
         self._threads = threads or writer_threads(model)
         self._head = head
         self._stack = ExitStack()
-        self._team: tuple[Crew, ProcessLayout] | None = None
+        self._worker_group: tuple[Membership, ProcessLayout] | None = None
         self._archive: GrowingArchive | None = None
         self._held: dict[str, _Held] = {}
         self._call: Call | None = None
@@ -144,8 +144,8 @@ class Recorder:
     def __enter__(self) -> Self:
         with ExitStack() as stack:
             stack.enter_context(split_by_hand(self._model, self._given))
-            self._team = stack.enter_context(worker_group_in_loop(self._model, self._sites))
-            part = None if self._team is None else self._team[1]
+            self._worker_group = stack.enter_context(worker_group_in_loop(self._model, self._sites))
+            part = None if self._worker_group is None else self._worker_group[1]
             stack.enter_context(eager_where_needed(self._model, self._sites.values()))  # on stages without any, too
             here = self._sites if part is None else part.sites
             self._parts = LocalShards(here, None if part is None else part.group)
@@ -209,13 +209,13 @@ class Recorder:
             },
             tokenizer=self._tokenizer,
             parts=self._parts,
-            team=self._team,
+            worker_group=self._worker_group,
             first_rows=int(call.mask.sum()),
             host_memory=self._host_memory,
             threads=self._threads,
         )
         archive.begin(call, self._keep, self._columns)
-        group = None if self._team is None else self._team[1].group
+        group = None if self._worker_group is None else self._worker_group[1].group
         for site, held in self._held.items():
             local = held.local if group is None else held.local.to(device_of(group))
             archive.put(site, local, held.layout)

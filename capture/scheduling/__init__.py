@@ -1,1 +1,4 @@
-"""Which worker does which shards: membership of the worker group, the work queue and claims on it. Uses `runtime`."""
+"""Which worker does which shards: membership and heartbeats, worker groups, work queues, ownership of sites.
+
+Uses `runtime` only.
+"""

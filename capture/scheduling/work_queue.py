@@ -10,52 +10,52 @@ import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import NamedTuple, Protocol
 
-from residua.capture.scheduling.membership import Crew
+from residua.capture.scheduling.membership import Membership
 
 _MOST_LOOK_SECONDS = 0.5
-_LOOK_SHARE = 0.1  # of the time waited so far: so nobody waits much longer than the others are at work
+_LOOK_FRACTION = 0.1  # of the time waited so far: nobody waits much longer than the other workers work
 
 
-class Work(Protocol):
-    """Hands out runs of consecutive shards, to one worker or to several."""
+class WorkQueue(Protocol):
+    """Gives runs of consecutive shards to one worker or to several."""
 
     def take(self) -> range | None:
-        """Return the next run, or None if there is none to take now."""
+        """Return the next run; None if there is none now."""
         ...
 
     def is_over(self) -> bool:
-        """Say whether there will be none any more, whatever happens to other workers."""
+        """Return whether no run will come any more, whatever happens to other workers."""
         ...
 
 
-class AllAtOnce:
-    """Work of a single worker: every shard, in one run."""
+class LocalQueue:
+    """The queue of a single worker: every shard, in one run."""
 
     def __init__(self, n_shards: int) -> None:
         self._runs = [range(n_shards)]
 
     def take(self) -> range | None:
-        """Return the run, once."""
+        """Return the run; None after that."""
         return self._runs.pop() if self._runs else None
 
     def is_over(self) -> bool:
-        """Say that there is nothing to wait for."""
+        """Return True: there is nothing to wait for."""
         return True
 
 
 class Run(NamedTuple):
-    """Consecutive shards, and those of them that were done when they were taken."""
+    """Consecutive shards, and those of them that were done when the run was taken."""
 
     shards: range
     committed: frozenset[int]
 
 
-def runs_of(work: Work, done: Callable[[], Collection[int]]) -> Iterator[Run | None]:
-    """Yield run after run; None while no run can be had, though one may come.
+def runs_of(work: WorkQueue, done: Callable[[], Collection[int]]) -> Iterator[Run | None]:
+    """Yield the runs of a queue; None while there is none, but one may come.
 
     Args:
-        work: Hands them out.
-        done: Says which shards are done.
+        work: The queue.
+        done: Returns the shards that are done.
     """
     while True:
         shards = work.take()
@@ -67,17 +67,17 @@ def runs_of(work: Work, done: Callable[[], Collection[int]]) -> Iterator[Run | N
             yield None
 
 
-class HandOut:
-    """Gives this worker run after run, until every shard is done; it is the `Work` of a `record`.
+class SharedQueue:
+    """A queue that several workers share; it ends when every shard is done.
 
     Args:
-        crew: The workers.
+        membership: This worker's membership in the job.
         runs: All runs; the same for every worker.
-        done: Says which shards are done, whoever did them.
+        done: Returns the shards that are done, by any worker.
     """
 
-    def __init__(self, crew: Crew, runs: Sequence[range], done: Callable[[], Collection[int]]) -> None:
-        self._crew = crew
+    def __init__(self, membership: Membership, runs: Sequence[range], done: Callable[[], Collection[int]]) -> None:
+        self._membership = membership
         self._runs = runs
         self._done = done
         self._is_exhausted = False
@@ -86,28 +86,28 @@ class HandOut:
         self._next_look = 0.0
 
     def take(self) -> range | None:
-        """Return the next run, or one that a worker who is gone left behind; None if there is none now."""
+        """Return the next run, or one that a lost worker did not finish; None if there is none now."""
         while not self._is_exhausted:
-            run = self._crew.count("runs") - 1
+            run = self._membership.count("runs") - 1
             if run >= len(self._runs):
                 self._is_exhausted, self._exhausted_at = True, time.monotonic()
-            elif self._crew.claim(f"run/{run}"):
+            elif self._membership.claim(f"run/{run}"):
                 return self._runs[run]
         return self._take_over()
 
     def is_over(self) -> bool:
-        """Say whether every shard is done."""
+        """Return whether every shard is done."""
         return self._is_exhausted and not self._left
 
     def _take_over(self) -> range | None:
         now = time.monotonic()
         if now < self._next_look:
             return None
-        self._next_look = now + min(_MOST_LOOK_SECONDS, _LOOK_SHARE * (now - self._exhausted_at))
+        self._next_look = now + min(_MOST_LOOK_SECONDS, _LOOK_FRACTION * (now - self._exhausted_at))
         done = frozenset(self._done())
         self._left = [run for run, shards in enumerate(self._runs) if not done.issuperset(shards)]
         for run in self._left:
-            owner = self._crew.lost_owner(f"run/{run}")
-            if owner is not None and self._crew.claim(f"run/{run}", owner):
+            owner = self._membership.lost_owner(f"run/{run}")
+            if owner is not None and self._membership.claim(f"run/{run}", owner):
                 return self._runs[run]
         return None

@@ -111,13 +111,13 @@ class Sweep:
         """Return one line a cell of every pair; in `out` table and picture, if it is given."""
         asked = self._settings
         settings = CaptureSettings(device=asked.device, tp=asked.tp, pp=asked.pp)
-        with sharing(out, settings) as crew:
+        with sharing(out, settings) as membership:
             model, tokenizer = named_model(self._model, self._tokenizer, settings)
             pairs = read_pairs(self._source, model, tokenizer=tokenizer, archive=self._archive)
             patcher = Patcher(model, asked.sites, by_head=asked.heads)
             places = [asked.places(pair, number) for number, pair in enumerate(pairs, start=1)]
             cells = [patcher.cells(those) for those in places]
-            shared = SharedWork(crew, model, alike=False)
+            shared = SharedWork(membership, model, alike=False)
             grid = {"places": [list(those) for those in places], "heads": asked.heads}
             content = digest_of({"pairs": [asdict(pair) for pair in pairs], **grid})
             shared.agree_on({"pairs": content, "sites": patcher.sites, "metric": asked.metric, "way": way.title})

@@ -21,12 +21,12 @@ from torch.distributed.distributed_c10d import _get_default_store
 from torch.distributed.rendezvous import rendezvous
 
 from residua.capture.scheduling.membership import (
-    FAREWELL_SECONDS,
+    EXIT_GRACE_SECONDS,
     LOST_SECONDS,
     START_SECONDS,
-    Crew,
-    Home,
-    number_of_joiner,
+    Launch,
+    Membership,
+    number_of_late_worker,
 )
 from residua.store.base.canonical import Json
 from residua.store.base.errors import CaptureError
@@ -46,7 +46,7 @@ class _Launch(NamedTuple):
 
 
 @contextmanager
-def meeting(out: Path | None, *, join: bool) -> Iterator[Crew | None]:
+def meeting(out: Path | None, *, join: bool) -> Iterator[Membership | None]:
     """Yield this worker's place among those who make `out` together; None if it is alone and stays so.
 
     Args:
@@ -101,7 +101,7 @@ def _launch() -> _Launch | None:
     return _Launch(PrefixStore(prefix, store), rank, n, address)
 
 
-def _alone_or_joining(out: Path, stack: ExitStack) -> Crew:
+def _alone_or_joining(out: Path, stack: ExitStack) -> Membership:
     """Keep a store that others can join; or join the run that is there."""
     store = TCPStore("localhost", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=LOST_SECONDS))
     prefix = "residua/alone"  # the store is this capture's own
@@ -110,25 +110,25 @@ def _alone_or_joining(out: Path, stack: ExitStack) -> Crew:
         stack.enter_context(locked(out, join=address))
     except ArchiveInUseError as error:
         return _joining(_address(error))
-    return Crew(PrefixStore(prefix, store), 0, 1)
+    return Membership(PrefixStore(prefix, store), 0, 1)
 
 
-def _together(out: Path | None, launch: _Launch, join: bool, stack: ExitStack) -> Crew:
+def _together(out: Path | None, launch: _Launch, join: bool, stack: ExitStack) -> Membership:
     """Let the first of those launched together take the lock, or find where all of them join."""
-    home = Home(launch.store, launch.rank, launch.n)
-    crew = Crew(launch.store, launch.rank, launch.n, home=home)
+    launched = Launch(launch.store, launch.rank, launch.n)
+    membership = Membership(launch.store, launch.rank, launch.n, launch=launched)
     if launch.rank == 0:
         address, refusal = _lock_or_address(out, launch, join, stack)
-        crew.publish("lock", {"refused": None if refusal is None else str(refusal), "address": address})
+        membership.publish("lock", {"refused": None if refusal is None else str(refusal), "address": address})
         if refusal is not None:
             _await_readers(launch)
             raise refusal
-        return _joining(address, home) if address else crew
-    found = crew.await_message("lock", patience=START_SECONDS)
+        return _joining(address, launched) if address else membership
+    found = membership.await_message("lock", patience=START_SECONDS)
     if found["refused"]:
-        crew.publish(f"read/{launch.rank}", {})
+        membership.publish(f"read/{launch.rank}", {})
         raise CaptureError(found["refused"])
-    return _joining(found["address"], home) if found["address"] else crew
+    return _joining(found["address"], launched) if found["address"] else membership
 
 
 def _lock_or_address(
@@ -149,7 +149,7 @@ def _lock_or_address(
 
 def _await_readers(launch: _Launch) -> None:
     """Give the others a little time to read a message: the store may go with this process."""
-    deadline = time.monotonic() + FAREWELL_SECONDS
+    deadline = time.monotonic() + EXIT_GRACE_SECONDS
     keys = [f"read/{rank}" for rank in range(1, launch.n)]
     while not launch.store.check(keys) and time.monotonic() < deadline:
         time.sleep(0.05)
@@ -167,7 +167,7 @@ def _address(error: ArchiveInUseError) -> Mapping[str, Any]:
     return {**owner.join, "host": "localhost" if is_here else host}
 
 
-def _joining(address: Mapping[str, Any], home: Home | None = None) -> Crew:
+def _joining(address: Mapping[str, Any], launched: Launch | None = None) -> Membership:
     try:
         store = TCPStore(
             address["host"], int(address["port"]), is_master=False, timeout=timedelta(seconds=LOST_SECONDS)
@@ -177,4 +177,4 @@ def _joining(address: Mapping[str, Any], home: Home | None = None) -> Crew:
             f"the run to join, at {address['host']}:{address['port']}, does not answer: {error}"
         ) from error
     common, n_launched = PrefixStore(address["prefix"], store), int(address["n"])
-    return Crew(common, number_of_joiner(common, n_launched), n_launched, home=home)
+    return Membership(common, number_of_late_worker(common, n_launched), n_launched, launch=launched)

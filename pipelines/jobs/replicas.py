@@ -12,20 +12,20 @@ import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import PrefixStore
 
-from residua.capture.scheduling.membership import START_SECONDS, Crew
+from residua.capture.scheduling.membership import START_SECONDS, Membership
 from residua.pipelines.setup.settings import CaptureSettings
 from residua.store.base.errors import PlanError
 
 
 @contextmanager
-def replica_group(settings: CaptureSettings, crew: Crew | None) -> Iterator[None]:
+def replica_group(settings: CaptureSettings, membership: Membership | None) -> Iterator[None]:
     """Make the process group of this process's replica for as long as it is needed.
 
     A process that is stopped, and not dead, holds the others of its replica for `START_SECONDS` at most.
 
     Args:
         settings: They say over how many processes a replica is split; nothing is made for one.
-        crew: Those that were launched together.
+        membership: Those that were launched together.
 
     Raises:
         PlanError: As many processes cannot be shared out.
@@ -43,17 +43,17 @@ def replica_group(settings: CaptureSettings, crew: Crew | None) -> Iterator[None
             )
         yield
         return
-    home = None if crew is None else crew.home
-    if home is None or home.n_launched % size:
-        found = "this process is alone" if home is None else f"{home.n_launched} were launched together"
+    launched = None if membership is None else membership.launch
+    if launched is None or launched.n_launched % size:
+        found = "this process is alone" if launched is None else f"{launched.n_launched} were launched together"
         raise PlanError(
             f"{asked} splits a model over {size} processes, and {found}: start a multiple of {size}, for example "
             f"with torchrun --nproc-per-node {size} -m residua ..."
         )
-    replica, rank = divmod(home.rank, size)
+    replica, rank = divmod(launched.rank, size)
     dist.init_process_group(
         "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo",
-        store=PrefixStore(f"group/{replica}", home.store),
+        store=PrefixStore(f"group/{replica}", launched.store),
         rank=rank,
         world_size=size,
         timeout=timedelta(seconds=START_SECONDS),

@@ -14,12 +14,12 @@ from typing import Any, TypeVar
 
 from torch import nn
 
-from residua.capture.layout.process_layout import spans_processes, team_of
+from residua.capture.layout.process_layout import spans_processes, worker_group_of
 from residua.capture.runtime.collectives import Agreement, failed_together, in_step
 from residua.capture.runtime.sharded import is_sharded, is_zero3
-from residua.capture.scheduling.membership import Crew
-from residua.capture.scheduling.work_queue import AllAtOnce, HandOut, runs_of
-from residua.capture.scheduling.worker_group import Team
+from residua.capture.scheduling.membership import Membership
+from residua.capture.scheduling.work_queue import LocalQueue, SharedQueue, runs_of
+from residua.capture.scheduling.worker_group import WorkerGroup
 from residua.pipelines.jobs.rendezvous import meeting
 from residua.pipelines.jobs.replicas import replica_group
 from residua.pipelines.setup.settings import CaptureSettings
@@ -32,7 +32,7 @@ _LOOK_SECONDS = 1.0
 
 
 @contextmanager
-def sharing(out: Path | None, settings: CaptureSettings) -> Iterator[Crew | None]:
+def sharing(out: Path | None, settings: CaptureSettings) -> Iterator[Membership | None]:
     """Yield this process's place among those that were launched together; None if it is alone.
 
     Args:
@@ -45,18 +45,18 @@ def sharing(out: Path | None, settings: CaptureSettings) -> Iterator[Crew | None
         PlanError: As many processes cannot be shared out.
     """
     with (
-        meeting(out, join=False) as crew,
-        nullcontext() if crew is None else crew,
-        replica_group(settings, crew),
+        meeting(out, join=False) as membership,
+        nullcontext() if membership is None else membership,
+        replica_group(settings, membership),
     ):
-        yield crew
+        yield membership
 
 
 class SharedWork:
     """What one process does of a job that several share.
 
     Args:
-        crew: Those that were launched together; None for one process alone.
+        membership: Those that were launched together; None for one process alone.
         model: The model, as this process has it; making this is a collective of those that hold it together.
         alike: Whether all steps take the same number of forward passes. If so, processes with FSDP2 take steps of
             their own; otherwise they all take the same. With ZeRO-3 they always do: it gathers weights module by
@@ -66,25 +66,25 @@ class SharedWork:
         is_leader: Whether this process keeps what its replica finds.
     """
 
-    def __init__(self, crew: Crew | None, model: nn.Module, *, alike: bool) -> None:
-        self._crew = crew
-        self._team: Team | None = None
+    def __init__(self, membership: Membership | None, model: nn.Module, *, alike: bool) -> None:
+        self._membership = membership
+        self._worker_group: WorkerGroup | None = None
         self._agree: Agreement | None = None
-        if crew is not None and is_sharded(model) and (not alike or is_zero3(model)):
-            self._team = Team(crew, range(crew.n_launched))
-        elif crew is not None:
-            self._team = team_of(model, crew) if spans_processes(model) else None
+        if membership is not None and is_sharded(model) and (not alike or is_zero3(model)):
+            self._worker_group = WorkerGroup(membership, range(membership.n_launched))
+        elif membership is not None:
+            self._worker_group = worker_group_of(model, membership) if spans_processes(model) else None
             self._agree = Agreement() if is_sharded(model) else None
-        self.is_leader = self._team is None or self._team.is_leader
+        self.is_leader = self._worker_group is None or self._worker_group.is_leader
         self._next_look = 0.0
         self._n_others = 0
 
     def plan_once(self, make: Callable[[], Mapping[str, Any]], check: Callable[[], None]) -> Mapping[str, Any]:
         """Let worker 0 call `make`, and every other one `check` after that; return what `make` returned."""
-        if self._crew is None:
+        if self._membership is None:
             return make()
-        said = self._crew.once("plan", make)
-        if self._crew.number:
+        said = self._membership.once("plan", make)
+        if self._membership.number:
             check()
         return said
 
@@ -114,10 +114,10 @@ class SharedWork:
         """
         before = frozenset(done())
         everything = [range(unit, unit + 1) for unit in range(n)]
-        work = AllAtOnce(n) if self._crew is None else HandOut(self._crew, everything, done)
+        work = LocalQueue(n) if self._membership is None else SharedQueue(self._membership, everything, done)
         runs = runs_of(work, lambda: before)
-        if self._team is not None:
-            runs = self._team.in_lockstep(runs, waits=self._agree is None)
+        if self._worker_group is not None:
+            runs = self._worker_group.in_lockstep(runs, waits=self._agree is None)
         for run in runs:
             if run is None:
                 yield None
@@ -151,19 +151,19 @@ class SharedWork:
         except CaptureError:
             raise
         except RuntimeError as error:
-            if self._team is None and self._agree is None:
+            if self._worker_group is None and self._agree is None:
                 raise
             raise failed_together(error, safe="finished") from error
 
     def so_far(self, n_done: int) -> int:
         """Tell the others how many this process has done; return, on worker 0, how many all have."""
-        if self._crew is None:
+        if self._membership is None:
             return n_done
         n_mine = n_done if self.is_leader else 0
-        self._crew.tell(n_done=n_mine)
-        if self._crew.number == 0 and time.monotonic() > self._next_look:
+        self._membership.report(n_done=n_mine)
+        if self._membership.number == 0 and time.monotonic() > self._next_look:
             self._next_look = time.monotonic() + _LOOK_SECONDS
-            others = [f for f in self._crew.all_figures() if f["worker"] != self._crew.number]
+            others = [f for f in self._membership.all_statuses() if f["worker"] != self._membership.number]
             self._n_others = sum(figures.get("n_done", 0) for figures in others)
         return n_mine + self._n_others
 
@@ -179,11 +179,11 @@ class SharedWork:
         Raises:
             CaptureError: Worker 0 is gone.
         """
-        if self._crew is None:
+        if self._membership is None:
             return close([said])
-        crew = self._crew
-        crew.tell(said=said)
-        return crew.finish(lambda: close([f["said"] for f in crew.all_figures() if "said" in f]))
+        membership = self._membership
+        membership.report(said=said)
+        return membership.finish(lambda: close([f["said"] for f in membership.all_statuses() if "said" in f]))
 
     def found(
         self,
@@ -204,7 +204,7 @@ class SharedWork:
         Raises:
             CaptureError: Another process is gone, and its units with it.
         """
-        findings = _Findings(self._crew, n)
+        findings = _Findings(self._membership, n)
 
         def of_all(_said: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
             if n_missing := n - len(findings.done()):
@@ -225,7 +225,7 @@ class SharedWork:
 
     def missing(self, what: str) -> CaptureError:
         """Return the error for results that are missing because workers are gone."""
-        gone = "" if self._crew is None else self._crew.gone()
+        gone = "" if self._membership is None else self._membership.unfinished()
         return CaptureError(
             f"{what} are missing because {gone or 'a worker'} is gone. What was finished is safe; run the same "
             "command again to go on."
@@ -233,28 +233,30 @@ class SharedWork:
 
 
 class _Findings:
-    """What was found of each unit, by this process and by the others, who tell it in the crew's store.
+    """What was found of each unit, by this process and by the others, who tell it in the worker group's store.
 
     Args:
-        crew: The others, if there are any.
+        membership: The others, if there are any.
         n: How many units there are.
     """
 
-    def __init__(self, crew: Crew | None, n: int) -> None:
-        self._crew = crew
+    def __init__(self, membership: Membership | None, n: int) -> None:
+        self._membership = membership
         self._n = n
         self._found: dict[int, Mapping[str, Any]] = {}
 
     def add(self, unit: int, found: Mapping[str, Any]) -> None:
         """Take what this process found."""
         self._found[unit] = found
-        if self._crew is not None:
-            self._crew.publish(f"found/{unit}", found)
+        if self._membership is not None:
+            self._membership.publish(f"found/{unit}", found)
 
     def done(self) -> Collection[int]:
         """Return the units that anybody has found something of."""
-        for unit in range(self._n) if self._crew is not None else ():
-            message = None if unit in self._found or self._crew is None else self._crew.message(f"found/{unit}")
+        for unit in range(self._n) if self._membership is not None else ():
+            message = (
+                None if unit in self._found or self._membership is None else self._membership.message(f"found/{unit}")
+            )
             if message is not None:
                 self._found[unit] = message
         return self._found.keys()

@@ -20,8 +20,8 @@ from torch._C._distributed_c10d import PrefixStore
 
 from residua.capture.layout.process_layout import ProcessLayout, process_layout_of, spans_processes
 from residua.capture.recording.record import RecordStats, total
-from residua.capture.scheduling.membership import Crew
-from residua.capture.scheduling.work_queue import AllAtOnce, HandOut, Work
+from residua.capture.scheduling.membership import Membership
+from residua.capture.scheduling.work_queue import LocalQueue, SharedQueue, WorkQueue
 from residua.capture.sites.site import SiteInfo
 from residua.pipelines.jobs.rendezvous import meeting
 from residua.pipelines.jobs.replicas import replica_group
@@ -66,7 +66,7 @@ class Workers(Protocol):
         """Return what this worker has of a model that several hold together; None if it has all of it."""
         ...
 
-    def work(self, archive: Path, schedule: Schedule) -> Work:
+    def work(self, archive: Path, schedule: Schedule) -> WorkQueue:
         """Return the shards that this worker is to do."""
         ...
 
@@ -94,9 +94,9 @@ class Alone:
         """Return None."""
         return None
 
-    def work(self, archive: Path, schedule: Schedule) -> Work:  # noqa: ARG002  # it does not look at the archive
+    def work(self, archive: Path, schedule: Schedule) -> WorkQueue:  # noqa: ARG002  # it does not look at the archive
         """Return all shards."""
-        return AllAtOnce(schedule.n_shards)
+        return LocalQueue(schedule.n_shards)
 
     def so_far(self, stats: RecordStats) -> RecordStats:
         """Return `stats`."""
@@ -112,48 +112,50 @@ class Together:
     """One worker among several.
 
     Args:
-        crew: The others.
+        membership: The others.
     """
 
-    def __init__(self, crew: Crew) -> None:
-        self._crew = crew
+    def __init__(self, membership: Membership) -> None:
+        self._membership = membership
         self._others: list[RecordStats] = []
         self._next_look = 0.0
-        self._n_replicas = crew.n_launched
+        self._n_replicas = membership.n_launched
 
     def plan_once(self, make: Callable[[], Mapping[str, Any]], check: Callable[[], None]) -> Mapping[str, Any]:
         """See `Workers`."""
-        message = self._crew.once("plan", lambda: {**make(), "n_replicas": self._n_replicas})
+        message = self._membership.once("plan", lambda: {**make(), "n_replicas": self._n_replicas})
         self._n_replicas = message["n_replicas"]
-        if self._crew.number:
+        if self._membership.number:
             check()
         return message
 
     def replica_group(self, settings: CaptureSettings) -> AbstractContextManager[None]:
         """See `Workers`."""
-        return replica_group(settings, self._crew)
+        return replica_group(settings, self._membership)
 
     def part(self, model: nn.Module, sites: Mapping[str, SiteInfo]) -> ProcessLayout | None:
         """See `Workers`."""
         if not spans_processes(model):
             return None
-        part = process_layout_of(model, sites, self._crew)
-        self._n_replicas = max(1, self._crew.n_launched // len(part.team.numbers))
+        part = process_layout_of(model, sites, self._membership)
+        self._n_replicas = max(1, self._membership.n_launched // len(part.worker_group.numbers))
         return part
 
-    def work(self, archive: Path, schedule: Schedule) -> Work:
+    def work(self, archive: Path, schedule: Schedule) -> WorkQueue:
         """See `Workers`."""
         runs = schedule.runs(max(_LEAST_WORKERS, self._n_replicas))
-        return HandOut(self._crew, runs, partial(committed_shards, archive))
+        return SharedQueue(self._membership, runs, partial(committed_shards, archive))
 
     def so_far(self, stats: RecordStats) -> RecordStats:
         """See `Workers`."""
-        self._crew.tell(stats=asdict(stats))
-        if self._crew.number:
+        self._membership.report(stats=asdict(stats))
+        if self._membership.number:
             return stats
         if time.monotonic() > self._next_look:
             self._next_look = time.monotonic() + _LOOK_SECONDS
-            told = [figures for figures in self._crew.all_figures() if figures["worker"] != self._crew.number]
+            told = [
+                figures for figures in self._membership.all_statuses() if figures["worker"] != self._membership.number
+            ]
             self._others = [RecordStats(**figures["stats"]) for figures in told if "stats" in figures]
         return total([stats, *self._others])
 
@@ -163,18 +165,18 @@ class Together:
         Raises:
             CaptureError: Shards are missing because a worker is gone, or worker 0 is.
         """
-        self._crew.tell(stats=asdict(stats))
-        return _figures(self._crew.finish(partial(self._close, archive, n_shards, seal))["workers"])
+        self._membership.report(stats=asdict(stats))
+        return _figures(self._membership.finish(partial(self._close, archive, n_shards, seal))["workers"])
 
     def _close(self, archive: Path, n_shards: int, seal: Callable[[], None]) -> Mapping[str, Any]:
         missing = n_shards - len(committed_shards(archive))
         if missing:
             raise CaptureError(
-                f"{missing} shards are missing because {self._crew.gone()} is gone. What was committed is safe; "
-                "run the same command again to go on."
+                f"{missing} shards are missing because {self._membership.unfinished()} is gone. What was committed is "
+                "safe; run the same command again to go on."
             )
         seal()
-        return {"workers": self._crew.all_figures()}
+        return {"workers": self._membership.all_statuses()}
 
 
 def _figures(everyone: Sequence[Mapping[str, Any]]) -> list[WorkerFigures]:
@@ -189,25 +191,25 @@ def _figures(everyone: Sequence[Mapping[str, Any]]) -> list[WorkerFigures]:
 @contextmanager
 def workers_of(out: Path, *, join: bool) -> Iterator[Workers]:
     """Yield this worker and the others that capture `out`; see `meeting`."""
-    with meeting(out, join=join) as crew:
-        if crew is None:
+    with meeting(out, join=join) as membership:
+        if membership is None:
             yield Alone()
         else:
-            with crew:
-                yield Together(crew)
+            with membership:
+                yield Together(membership)
 
 
 @contextmanager
-def workers_of_launch(crew: Crew | None, job: str) -> Iterator[Workers]:
-    """Yield this worker and the others for a capture that is part of their job; it has a crew of its own.
+def workers_of_launch(membership: Membership | None, job: str) -> Iterator[Workers]:
+    """Yield this worker and the others for a capture that is part of their job; it has a worker group of its own.
 
     Args:
-        crew: Those that were launched together, as they do the whole job; None for one process alone.
+        membership: Those that were launched together, as they do the whole job; None for one process alone.
         job: A name for this part of it.
     """
-    if crew is None or crew.home is None:
+    if membership is None or membership.launch is None:
         yield Alone()
         return
-    store, rank, n_launched = crew.home
-    with Crew(PrefixStore(job, store), rank, n_launched, home=crew.home) as own:
+    store, rank, n_launched = membership.launch
+    with Membership(PrefixStore(job, store), rank, n_launched, launch=membership.launch) as own:
         yield Together(own)

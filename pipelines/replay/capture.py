@@ -22,7 +22,7 @@ from residua.capture.replay.engine import CapturedReplay, Replayer
 from residua.capture.runtime.collectives import Agreement
 from residua.capture.runtime.sharded import is_sharded, is_zero3
 from residua.capture.runtime.streams import writer_threads
-from residua.capture.scheduling.membership import Crew
+from residua.capture.scheduling.membership import Membership
 from residua.capture.sites.attention import eager_attention
 from residua.capture.sites.reference_model import whole_sites
 from residua.capture.sites.site import plan_sites
@@ -108,7 +108,7 @@ class ReplayCapture:
     def run(
         self,
         out: Path,
-        crew: Crew | None,
+        membership: Membership | None,
         on_plan: Callable[[Plan, int], None] = lambda *_: None,
         on_batch: Callable[[RecordStats], None] = lambda _: None,
     ) -> Captured:
@@ -116,7 +116,7 @@ class ReplayCapture:
 
         Args:
             out: Folder of the archive; one that was begun goes on. Nobody else is at work there.
-            crew: Those that were launched together with this process; None if it is alone.
+            membership: Those that were launched together with this process; None if it is alone.
             on_plan: As for `residua.capture_dataset`.
             on_batch: Likewise.
 
@@ -126,7 +126,7 @@ class ReplayCapture:
         """
         needs_pattern = any(name.startswith("pattern.") for name in self._infos)
         with (
-            workers_of_launch(crew, out.name) as workers,
+            workers_of_launch(membership, out.name) as workers,
             eager_attention(self._model) if needs_pattern else nullcontext(False) as switched,
         ):
             if switched:

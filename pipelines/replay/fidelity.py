@@ -70,14 +70,14 @@ def fidelity(
     batches = [batch.examples.tolist() for batch in sample_batches(opened, n_batches, seed)]
     settings = CaptureSettings(device=device, tp=tp, pp=pp)
     with (
-        sharing(None, settings) as crew,
+        sharing(None, settings) as membership,
         replayed_model(opened, model, settings) as loaded,
         running_as_captured(opened, loaded),
     ):
         plain = Replayer(loaded, opened)
         stored = {name: Replayer(loaded, opened, at=[name], checked=plain.checked) for name in names}
         compare = _Comparison(plain, stored)
-        shared = SharedWork(crew, loaded, alike=True)
+        shared = SharedWork(membership, loaded, alike=True)
         shared.agree_on({"archive": opened.plan.digest, "batches": batches})
         found = shared.found(
             len(batches),

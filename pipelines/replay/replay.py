@@ -149,10 +149,10 @@ def replay_dataset(
     folder, settings = Path(out), CaptureSettings(device=device, tp=tp, pp=pp)
     parts = ReplayParts(folder, schedule, chosen)
     with ExitStack() as stack:
-        crew = stack.enter_context(sharing(folder, settings))
+        membership = stack.enter_context(sharing(folder, settings))
         loaded = stack.enter_context(replayed_model(opened, model, settings))
         stack.enter_context(running_as_captured(opened, loaded))
-        shared = SharedWork(crew, loaded, alike=True)
+        shared = SharedWork(membership, loaded, alike=True)
         runs = _Runs(loaded, Replayer(loaded, opened, at=places, edits=parsed, force=force), ids)
         stack.callback(runs.close)
         idle = runs.edited.check(
@@ -182,7 +182,7 @@ def replay_dataset(
             lambda: {"resumed": begin_or_go_on(folder, request, facts)}, lambda: check_request(folder, request)
         )
         notes = write_parts(parts, runs, shared, on_example)
-        found = None if following is None else following.run(folder / ARCHIVE, crew, on_plan, on_batch)
+        found = None if following is None else following.run(folder / ARCHIVE, membership, on_plan, on_batch)
     return ReplayResult(
         folder=folder,
         n_examples=int(chosen.sum()),

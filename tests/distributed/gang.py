@@ -139,9 +139,9 @@ def serve() -> None:
     import residua.pipelines.circuits.sweep
     import residua.pipelines.cli.progress
     import residua.pipelines.replay.replay  # noqa: F401  # as above
-    from residua.capture.scheduling.membership import Crew
+    from residua.capture.scheduling.membership import Membership
 
-    defaults = Crew.__init__.__kwdefaults__
+    defaults = Membership.__init__.__kwdefaults__
     assert defaults is not None
     defaults["lost_seconds"] = LOST_SECONDS
     assert len(threading.enumerate()) == 1

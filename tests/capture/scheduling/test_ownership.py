@@ -1,11 +1,11 @@
-"""Who stores what: every file has one writer, and all ranks have about the same to do."""
+"""Ownership: every file has one writer, and all ranks store about the same number of bytes."""
 
 from collections import Counter
 
 from hypothesis import given
 from hypothesis import strategies as st
 
-from residua.capture.scheduling.ownership import Share
+from residua.capture.scheduling.ownership import Ownership
 from residua.store.format.plan import SitePlan
 
 
@@ -18,11 +18,11 @@ def sites(widths: list[int]) -> list[SitePlan]:
 @given(st.lists(st.integers(1, 100), min_size=1, max_size=9), st.integers(1, 5), st.integers(0, 12))
 def test_every_site_of_every_shard_is_stored_by_its_owner_alone(widths: list[int], n: int, shard: int) -> None:
     plans = sites(widths)
-    shares = [Share(plans, rank, n) for rank in range(n)]
+    owners = [Ownership(plans, rank, n) for rank in range(n)]
     stored = Counter[str]()
-    for rank, share in enumerate(shares):
-        mine = share.sites(share.lot(shard))
-        assert all(other.owner(site.name, shard) == rank for site in mine for other in shares)
+    for rank, owner in enumerate(owners):
+        mine = owner.sites(owner.lot(shard))
+        assert all(other.owner(site.name, shard) == rank for site in mine for other in owners)
         stored.update(site.name for site in mine)
     assert stored == Counter({site.name: 1 for site in plans})
 
@@ -30,12 +30,12 @@ def test_every_site_of_every_shard_is_stored_by_its_owner_alone(widths: list[int
 @given(st.lists(st.integers(1, 100), min_size=1, max_size=9), st.integers(1, 5))
 def test_after_as_many_shards_as_ranks_all_have_stored_the_same(widths: list[int], n: int) -> None:
     plans = sites(widths)
-    shares = [Share(plans, rank, n) for rank in range(n)]
-    totals = [sum(site.row_bytes for s in range(n) for site in share.sites(share.lot(s))) for share in shares]
+    owners = [Ownership(plans, rank, n) for rank in range(n)]
+    totals = [sum(site.row_bytes for s in range(n) for site in owner.sites(owner.lot(s))) for owner in owners]
     assert totals == [4 * sum(widths)] * n
 
 
 def test_within_one_shard_wide_sites_are_dealt_apart() -> None:
-    shares = [Share(sites([98, 98, 98, 32, 32, 32, 32, 32, 32]), rank, 4) for rank in range(4)]
-    parts = [sum(site.row_bytes for site in share.sites(share.lot(0))) / (4 * 486) for share in shares]
+    owners = [Ownership(sites([98, 98, 98, 32, 32, 32, 32, 32, 32]), rank, 4) for rank in range(4)]
+    parts = [sum(site.row_bytes for site in owner.sites(owner.lot(0))) / (4 * 486) for owner in owners]
     assert max(parts) < 0.3

@@ -1,4 +1,4 @@
-"""Handing out runs: each once, those of the living are theirs, those of the gone are taken over."""
+"""Work queues: every run is claimed once, and the runs of a lost worker are claimed again."""
 
 from datetime import timedelta
 from functools import partial
@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 from torch._C._distributed_c10d import TCPStore
 
-from residua.capture.scheduling.membership import Crew
-from residua.capture.scheduling.work_queue import HandOut
+from residua.capture.scheduling.membership import Membership
+from residua.capture.scheduling.work_queue import SharedQueue
 from residua.store.base.errors import CaptureError
 from residua.store.format.commits import committed_shards
 
@@ -31,18 +31,18 @@ def commit(archive: Path, *shards: int) -> None:
         (archive / "commits" / f"{shard:08d}-0000.json").touch()
 
 
-def handed_out(crew: Crew, archive: Path) -> HandOut:
-    return HandOut(crew, RUNS, partial(committed_shards, archive))
+def queue_of(membership: Membership, archive: Path) -> SharedQueue:
+    return SharedQueue(membership, RUNS, partial(committed_shards, archive))
 
 
-def look_again(hand_out: HandOut) -> range | None:
-    hand_out._next_look = 0.0
-    return hand_out.take()
+def look_again(queue: SharedQueue) -> range | None:
+    queue._next_look = 0.0
+    return queue.take()
 
 
 def test_every_run_is_given_once_and_it_is_over_when_all_is_committed(store: TCPStore, archive: Path) -> None:
-    with Crew(store, 0, 2) as one, Crew(store, 1, 2) as two:
-        first, second = handed_out(one, archive), handed_out(two, archive)
+    with Membership(store, 0, 2) as one, Membership(store, 1, 2) as two:
+        first, second = queue_of(one, archive), queue_of(two, archive)
         assert [first.take(), second.take(), first.take()] == RUNS
         assert first.take() is None
         assert second.take() is None
@@ -56,64 +56,64 @@ def test_every_run_is_given_once_and_it_is_over_when_all_is_committed(store: TCP
 
 
 def test_what_is_not_committed_of_a_worker_that_left_is_taken_over_once(store: TCPStore, archive: Path) -> None:
-    with Crew(store, 0, 3) as one, Crew(store, 1, 3) as two:
-        three = Crew(store, 2, 3)
+    with Membership(store, 0, 3) as one, Membership(store, 1, 3) as two:
+        three = Membership(store, 2, 3)
         with three:
-            leaving = handed_out(three, archive)
+            leaving = queue_of(three, archive)
             assert [leaving.take(), leaving.take(), leaving.take()] == RUNS
-            first = handed_out(one, archive)
+            first = queue_of(one, archive)
             assert first.take() is None, "its owner lives"
-            three.tell_now(state="left")
+            three.report_now(state="left")
         commit(archive, 0, 1, 2, 3)
-        second = handed_out(two, archive)
+        second = queue_of(two, archive)
         assert look_again(first) == RUNS[1], "half of it is missing"
         assert second.take() == RUNS[2]
         assert look_again(first) is None
         assert look_again(second) is None
 
 
-def test_a_worker_that_gives_no_sign_is_lost(store: TCPStore, archive: Path) -> None:
-    silent = Crew(store, 1, 2, lost_seconds=0.0)
-    silent._beat()
-    with Crew(store, 0, 2, lost_seconds=0.0) as crew:
-        assert [handed_out(silent, archive).take() for _ in range(3)] == RUNS
-        hand_out = handed_out(crew, archive)
-        taken = [hand_out.take()] + [look_again(hand_out) for _ in range(5)]
+def test_a_worker_without_heartbeats_is_lost(store: TCPStore, archive: Path) -> None:
+    silent = Membership(store, 1, 2, lost_seconds=0.0)
+    silent._heartbeat()
+    with Membership(store, 0, 2, lost_seconds=0.0) as membership:
+        assert [queue_of(silent, archive).take() for _ in range(3)] == RUNS
+        queue = queue_of(membership, archive)
+        taken = [queue.take()] + [look_again(queue) for _ in range(5)]
         assert [run for run in taken if run is not None] == RUNS
 
 
 def test_runs_of_an_earlier_attempt_belong_to_nobody(store: TCPStore, archive: Path) -> None:
     """A launcher may keep its store when it starts the workers again under the same numbers."""
-    with Crew(store, 0, 1) as before:
-        assert handed_out(before, archive).take() == RUNS[0]
+    with Membership(store, 0, 1) as before:
+        assert queue_of(before, archive).take() == RUNS[0]
         store.add("runs", 5)
-    with Crew(store, 0, 1) as after:
-        hand_out = handed_out(after, archive)
-        assert [hand_out.take(), look_again(hand_out), look_again(hand_out)] == RUNS
-        assert look_again(hand_out) is None
+    with Membership(store, 0, 1) as after:
+        queue = queue_of(after, archive)
+        assert [queue.take(), look_again(queue), look_again(queue)] == RUNS
+        assert look_again(queue) is None
 
 
-def test_a_worker_that_died_between_taking_a_run_and_writing_its_name_loses_it(store: TCPStore, archive: Path) -> None:
-    with Crew(store, 0, 2) as crew:
-        crew.count("runs")
-        hand_out = handed_out(crew, archive)
-        assert [hand_out.take() for _ in range(3)] == [RUNS[1], RUNS[2], RUNS[0]]
+def test_a_worker_that_died_between_counting_a_run_and_claiming_it_loses_it(store: TCPStore, archive: Path) -> None:
+    with Membership(store, 0, 2) as membership:
+        membership.count("runs")
+        queue = queue_of(membership, archive)
+        assert [queue.take() for _ in range(3)] == [RUNS[1], RUNS[2], RUNS[0]]
 
 
 def test_without_the_store_every_call_says_so(archive: Path) -> None:
     server = TCPStore("localhost", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=10))
     client = TCPStore("localhost", server.port, is_master=False, timeout=timedelta(seconds=10))
-    with Crew(client, 0, 1) as crew:
+    with Membership(client, 0, 1) as membership:
         del server
-        with pytest.raises(CaptureError, match=r"store does not answer.*finished before is safe"):
-            handed_out(crew, archive).take()
+        with pytest.raises(CaptureError, match=r"store .* does not answer.*finished before is safe"):
+            queue_of(membership, archive).take()
 
 
-def test_who_waits_for_worker_0_is_told_why_it_left_or_that_it_never_came(store: TCPStore) -> None:
-    with Crew(store, 1, 2) as crew:
+def test_waiting_for_worker_0_reports_why_it_left_or_that_it_never_came(store: TCPStore) -> None:
+    with Membership(store, 1, 2) as membership:
         with pytest.raises(CaptureError, match="did not appear within 0 s"):
-            crew.await_message("plan", patience=0)
-        with pytest.raises(OSError, match="full"), Crew(store, 0, 2, lost_seconds=0.0):
+            membership.await_message("plan", patience=0)
+        with pytest.raises(OSError, match="full"), Membership(store, 0, 2, lost_seconds=0.0):
             raise OSError("the disk is full")
         with pytest.raises(CaptureError, match=r"worker 0 .* is gone: the disk is full"):
-            crew.await_message("plan", patience=0)
+            membership.await_message("plan", patience=0)
