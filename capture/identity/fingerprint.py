@@ -93,8 +93,8 @@ def _lines(model: nn.Module) -> dict[str, bytes]:
     for name, tensor in _sorted_weights(model):
         if name in others:
             continue
-        full = weights.whole(name, tensor)
-        found = weights.parts(tensor) if full is None else [list(full.shape), _checksum(full)]
+        full = weights.full(name, tensor)
+        found = weights.shards(tensor) if full is None else [list(full.shape), _checksum(full)]
         dtype = str(tensor.dtype).removeprefix("torch.")
         lines[name] = json.dumps([name, *found[:1], dtype, *found[1:]]).encode() + b"\n"
     return lines

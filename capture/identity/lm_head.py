@@ -59,7 +59,7 @@ def _files(model: nn.Module) -> dict[str, list[Buffer]]:
 
 
 def _whole(weights: FullParameters, name: str, tensor: Tensor) -> Tensor:
-    found = weights.whole(name, tensor)
+    found = weights.full(name, tensor)
     if found is None:
         raise CaptureError(
             f"{name}{on_rank()} is split over the ranks of tensor_parallel in a way that cannot be told, and the "

@@ -1,4 +1,4 @@
-"""Which process holds which part of a tensor: proved layouts, gathering, local shards, parameters.
+"""Which process holds what of a model and its tensors: proved layouts, gathering, local shards, full parameters.
 
 Uses `buffers` and below.
 """

@@ -1,6 +1,6 @@
-"""Moving the parts of one tensor between the ranks of a group: to one rank and back, or to all of them.
+"""Moving the shards of one tensor between the ranks of a group: to one rank and back, or to all of them.
 
-Parts may be of different length; what is sent is padded to the longest, since backends want equal sizes.
+Shards may differ in length. They are padded to the longest before they are sent, since backends want equal sizes.
 """
 
 from collections.abc import Callable
@@ -21,55 +21,55 @@ Function = Callable[[Tensor], Tensor | None]
 
 
 def run_once(local: Tensor, layout: Layout, group: ProcessGroup, function: Function, name: str) -> Tensor | None:
-    """Run a function on the whole tensor, on the owner alone; return this rank's part of what it gives.
+    """Run a function on the full tensor, on the owner alone; return this rank's shard of the replacement.
 
     Raises:
-        CaptureError: The function failed on the owner; the owner raises what the function raised.
+        CaptureError: The function failed on the owner; the owner itself raises the function's own error.
     """
-    whole = _to_owner(local, layout, group)
+    full = _to_owner(local, layout, group)
     new, error = None, None
-    if whole is not None:
+    if full is not None:
         try:
-            new = function(whole)
+            new = function(full)
         except Exception as raised:  # noqa: BLE001  # the other ranks wait; it is raised once they know
             error = raised
-    if not _agreed(new, error, group, local.device, name):
+    if not _is_replaced(new, error, group, local.device, name):
         return None
     return _from_owner(new, local, layout, group)
 
 
 def run_everywhere(local: Tensor, layout: Layout, group: ProcessGroup, function: Function) -> Tensor | None:
-    """Run a function on the whole tensor on every rank, with gradients; return this rank's part of what it gives.
+    """Run a function on the full tensor on every rank, with gradients; return this rank's shard of the replacement.
 
-    The function has to do the same on every rank. Gradients are those of one process: each rank has the whole
+    The function has to do the same on every rank. Gradients are those of a single process: each rank has the full
     gradient of what the function uses, and nothing is counted twice.
     """
     if layout.dim is None:
         return function(local)
-    new = function(_apply(_WholeOf, local, layout, group))
-    return None if new is None else _apply(_PartOf, new, layout, group)
+    new = function(_apply(_Gathered, local, layout, group))
+    return None if new is None else _apply(_LocalShard, new, layout, group)
 
 
 def gathered(local: Tensor, layout: Layout, group: ProcessGroup) -> Tensor:
-    """Return the whole tensor on every rank; `local` itself where every rank has all of it."""
+    """Return the full tensor on every rank; `local` itself where every rank has all of it."""
     if layout.dim is None:
         return local
     padded = _padded(local, layout)
-    parts = [torch.empty_like(padded) for _ in layout.sizes]
-    dist.all_gather(parts, padded, group=group)
-    return _joined(parts, layout)
+    shards = [torch.empty_like(padded) for _ in layout.sizes]
+    dist.all_gather(shards, padded, group=group)
+    return _joined(shards, layout)
 
 
-def part_of(whole: Tensor, layout: Layout, group: ProcessGroup) -> Tensor:
-    """Return this rank's part of a whole tensor that every rank has."""
+def local_shard(full: Tensor, layout: Layout, group: ProcessGroup) -> Tensor:
+    """Return this rank's shard of a full tensor that every rank has."""
     if layout.dim is None:
-        return whole
-    me = dist.get_rank(group)
-    return whole.narrow(layout.dim, sum(layout.sizes[:me]), layout.sizes[me]).contiguous()
+        return full
+    rank = dist.get_rank(group)
+    return full.narrow(layout.dim, sum(layout.sizes[:rank]), layout.sizes[rank]).contiguous()
 
 
-class _WholeOf(torch.autograd.Function):
-    """From part to whole; the gradient of the whole is the same on every rank, and each takes its part of it."""
+class _Gathered(torch.autograd.Function):
+    """From shard to full tensor; every rank has the same gradient of the full tensor, and takes its shard of it."""
 
     @staticmethod
     def forward(ctx: Any, local: Tensor, layout: Layout, group: ProcessGroup) -> Tensor:
@@ -78,16 +78,16 @@ class _WholeOf(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
-        return part_of(gradients[0], ctx.layout, ctx.group), None, None
+        return local_shard(gradients[0], ctx.layout, ctx.group), None, None
 
 
-class _PartOf(torch.autograd.Function):
-    """From whole to part; the parts of the gradient are brought together."""
+class _LocalShard(torch.autograd.Function):
+    """From full tensor to shard; the shards of the gradient are gathered."""
 
     @staticmethod
-    def forward(ctx: Any, whole: Tensor, layout: Layout, group: ProcessGroup) -> Tensor:
+    def forward(ctx: Any, full: Tensor, layout: Layout, group: ProcessGroup) -> Tensor:
         ctx.layout, ctx.group = layout, group
-        return part_of(whole, layout, group)
+        return local_shard(full, layout, group)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
@@ -95,61 +95,57 @@ class _PartOf(torch.autograd.Function):
 
 
 def _apply(change: type[torch.autograd.Function], tensor: Tensor, layout: Layout, group: ProcessGroup) -> Tensor:
-    result: Tensor = change.apply(tensor, layout, group)  # type: ignore[no-untyped-call]  # torch leaves it bare
+    result: Tensor = change.apply(tensor, layout, group)  # type: ignore[no-untyped-call]  # torch has no types here
     return result
 
 
-def _agreed(new: Tensor | None, error: Exception | None, group: ProcessGroup, device: torch.device, name: str) -> bool:
-    """Let every rank know what came out; return whether there is a replacement."""
-    outcome = _FAILED if error else _NOTHING if new is None else _REPLACED
-    shared = torch.tensor([outcome], device=device)
+def _is_replaced(
+    new: Tensor | None, error: Exception | None, group: ProcessGroup, device: torch.device, name: str
+) -> bool:
+    """Return on every rank whether the owner's function gave a replacement; raise on every rank if it failed."""
+    outcome = torch.tensor([_FAILED if error else _NOTHING if new is None else _REPLACED], device=device)
     owner = dist.get_global_rank(group, OWNER)
-    dist.broadcast(shared, src=owner, group=group)
-    if shared.item() != _FAILED:
-        return bool(shared.item() == _REPLACED)
-    words = [f"{type(error).__name__}: {error}"]
-    dist.broadcast_object_list(words, src=owner, group=group)
+    dist.broadcast(outcome, src=owner, group=group)
+    if outcome.item() != _FAILED:
+        return bool(outcome.item() == _REPLACED)
+    reason = [f"{type(error).__name__}: {error}"]
+    dist.broadcast_object_list(reason, src=owner, group=group)
     if error is not None:
         raise error
-    raise CaptureError(f"Site {name!r} on rank {dist.get_rank()}: the function failed on rank {owner}: {words[0]}")
+    raise CaptureError(f"Site {name!r} on rank {dist.get_rank()}: the function failed on rank {owner}: {reason[0]}")
 
 
 def _to_owner(local: Tensor, layout: Layout, group: ProcessGroup) -> Tensor | None:
-    """Return the whole tensor on the owner, and nothing elsewhere."""
+    """Return the full tensor on the owner, and None elsewhere."""
     is_owner = dist.get_rank(group) == OWNER
     if layout.dim is None:
         return local.clone() if is_owner else None
     padded = _padded(local, layout)
-    parts = [torch.empty_like(padded) for _ in layout.sizes] if is_owner else None
-    dist.gather(padded, parts, dst=dist.get_global_rank(group, OWNER), group=group)
-    return None if parts is None else _joined(parts, layout)
+    shards = [torch.empty_like(padded) for _ in layout.sizes] if is_owner else None
+    dist.gather(padded, shards, dst=dist.get_global_rank(group, OWNER), group=group)
+    return None if shards is None else _joined(shards, layout)
 
 
 def _from_owner(new: Tensor | None, local: Tensor, layout: Layout, group: ProcessGroup) -> Tensor:
-    """Return this rank's part of what the owner has."""
+    """Return this rank's shard of what the owner has."""
     owner = dist.get_global_rank(group, OWNER)
     if layout.dim is None:
-        whole = torch.empty(local.shape, dtype=local.dtype, device=local.device) if new is None else new.contiguous()
-        dist.broadcast(whole, src=owner, group=group)
-        return whole
-    part = torch.empty_like(_padded(local, layout))
-    parts = (
-        None if new is None else [_padded(piece, layout) for piece in torch.split(new, list(layout.sizes), layout.dim)]
-    )
-    dist.scatter(part, parts, src=owner, group=group)
-    return part.narrow(layout.dim, 0, local.shape[layout.dim]).contiguous()
+        full = torch.empty(local.shape, dtype=local.dtype, device=local.device) if new is None else new.contiguous()
+        dist.broadcast(full, src=owner, group=group)
+        return full
+    shard = torch.empty_like(_padded(local, layout))
+    shards = None if new is None else [_padded(cut, layout) for cut in torch.split(new, list(layout.sizes), layout.dim)]
+    dist.scatter(shard, shards, src=owner, group=group)
+    return shard.narrow(layout.dim, 0, local.shape[layout.dim]).contiguous()
 
 
-def _padded(part: Tensor, layout: Layout) -> Tensor:
+def _padded(shard: Tensor, layout: Layout) -> Tensor:
     dim = layout.dim or 0
-    missing = max(layout.sizes) - part.shape[dim]
-    if not missing:
-        return part.contiguous()
-    shape = [*part.shape]
-    shape[dim] = missing
-    return torch.cat([part, part.new_zeros(shape)], dim)
+    shape = [*shard.shape]
+    shape[dim] = max(layout.sizes) - shard.shape[dim]
+    return torch.cat([shard, shard.new_zeros(shape)], dim) if shape[dim] else shard.contiguous()
 
 
-def _joined(parts: list[Tensor], layout: Layout) -> Tensor:
+def _joined(shards: list[Tensor], layout: Layout) -> Tensor:
     dim = layout.dim or 0
-    return torch.cat([part.narrow(dim, 0, size) for part, size in zip(parts, layout.sizes, strict=True)], dim)
+    return torch.cat([shard.narrow(dim, 0, size) for shard, size in zip(shards, layout.sizes, strict=True)], dim)

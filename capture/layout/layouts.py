@@ -1,10 +1,10 @@
-"""Who holds which part of a site's tensor, found out once and proved.
+"""Which process holds which shard of a tensor: found out once, proved, and held to afterwards.
 
-On the first batch every rank of the tensor-parallel group says what it has: shape, type and checksum. With the
-shape that the whole tensor has (see `residua.capture.sites.reference_model`) this leaves one of three answers: every
-rank has all of it; it is split along one axis, into parts whose sizes add up; or neither, and then nothing is guessed.
-Sums that are not yet summed, rows local to an expert and ranks that were fed different tokens are all caught by the
-checksum.
+A plain tensor does not say that it is one rank's shard. So every rank of the tensor-parallel group reports the shape,
+type and checksum of what it has. With the shape of the full tensor (see `residua.capture.sites.reference_model`) this
+leaves one of three answers: every rank has the full tensor; the tensor is cut along one axis into shards whose sizes
+add up; or neither, and then nothing is guessed. The checksum catches partial sums, rows of different experts, and
+ranks that were given different tokens.
 """
 
 from collections.abc import Sequence
@@ -14,7 +14,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
 
+from residua.capture.buffers.row_index import FIRST_ROW_AXIS
 from residua.capture.runtime.collectives import everyones, on_rank
 from residua.capture.sites.site import SiteInfo
 from residua.store.base.errors import CaptureError
@@ -28,23 +31,23 @@ class Layout:
     """How one tensor lies over the ranks of a group.
 
     Attributes:
-        dim: The axis along which it is split; None where every rank has all of it.
-        sizes: Length of each rank's part along that axis, in the order of the group.
+        dim: The axis along which it is cut; None where every rank has the full tensor.
+        sizes: Length of each rank's shard along that axis, in the order of the group.
     """
 
     dim: int | None = None
     sizes: Shape = ()
 
-    def fits(self, local: Tensor, whole: Shape | None, rank_in_group: int) -> bool:
-        """Tell whether a later tensor of the same site still lies like this."""
-        if whole is None or self.dim is None:
-            return whole is None or local.shape[2:] == whole[2:]
-        return whole[self.dim] == sum(self.sizes) and local.shape[self.dim] == self.sizes[rank_in_group]
+    def fits(self, local: Tensor, full: Shape | None, rank_in_group: int) -> bool:
+        """Return whether a later tensor of the same site lies like this."""
+        if full is None or self.dim is None:
+            return full is None or local.shape[FIRST_ROW_AXIS:] == full[FIRST_ROW_AXIS:]
+        return full[self.dim] == sum(self.sizes) and local.shape[self.dim] == self.sizes[rank_in_group]
 
 
 @dataclass(frozen=True)
 class ShardReport:
-    """What one rank says of its tensor: global rank, shape, type, crc32c of the bytes."""
+    """What one rank reports of its tensor: global rank, shape, type, crc32c of the bytes."""
 
     rank: int
     shape: Shape
@@ -52,8 +55,105 @@ class ShardReport:
     checksum: int
 
 
+def shard_reports(local: Tensor, group: ProcessGroup | None) -> list[ShardReport]:
+    """Return what each rank of a group has of a tensor, in their order; a collective of the group."""
+    checksum = crc32c(local.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return everyones(group, ShardReport(dist.get_rank(), tuple(local.shape), str(local.dtype), checksum))
+
+
+def infer_layout(
+    reports: Sequence[ShardReport], full: Shape | None, *, n_free_axes: int = FIRST_ROW_AXIS
+) -> Layout | str:
+    """Infer how a tensor lies from what the ranks report.
+
+    Args:
+        reports: One report a rank, in the order of the group.
+        full: Shape of the full tensor; None where it is not known.
+        n_free_axes: Leading axes whose length a run may change: examples and positions of an activation (a model may
+            be asked for its last logits only, and the keys of a cache precede those of the call); none of a parameter.
+
+    Returns:
+        The layout, or the reason why there is none.
+    """
+    shapes = [report.shape for report in reports]
+    if len({len(shape) for shape in shapes}) > 1 or len({report.dtype for report in reports}) > 1:
+        return "the ranks have tensors of different kinds"
+    first = shapes[0]
+    has_full_rows = full is None or (len(first) == len(full) and first[n_free_axes:] == full[n_free_axes:])
+    if len(set(shapes)) == 1 and has_full_rows:
+        if len({report.checksum for report in reports}) == 1:
+            return Layout()
+        if full is None or first == full:
+            return (
+                "every rank has a tensor of the same shape with other values: partial sums that are not yet added up, "
+                "rows of different experts, or ranks that were given different tokens"
+            )
+    return "the shape of the full tensor is not known" if full is None else _cut_along(shapes, full, n_free_axes)
+
+
+def _cut_along(shapes: Sequence[Shape], full: Shape, n_free_axes: int) -> Layout | str:
+    if len(shapes[0]) != len(full):
+        return "the shards have another number of axes than the full tensor"
+    if n_free_axes > 1 and len(full) > 1:
+        lengths = {shape[1] for shape in shapes}
+        if len(lengths) == 1 and sum(shape[1] for shape in shapes) != full[1]:
+            full = (full[0], *lengths, *full[2:])  # keys of a cache, or fewer positions than the call has
+    dims = {dim for shape in shapes for dim, size in enumerate(shape) if size != full[dim]}
+    if len(dims) != 1:
+        return "the shards differ from the full tensor along several axes"
+    dim = dims.pop()
+    sizes = tuple(shape[dim] for shape in shapes)
+    return Layout(dim, sizes) if sum(sizes) == full[dim] else "the shards do not add up to the full tensor"
+
+
+class ProvedLayouts:
+    """The layouts of one model's sites, each proved when the site is met first."""
+
+    def __init__(self) -> None:
+        self._layouts: dict[tuple[str, bool], Layout] = {}
+
+    def of(
+        self, name: str, local: Tensor, full: Shape | None, group: ProcessGroup, *, is_gradient: bool = False
+    ) -> Layout:
+        """Return how a tensor lies; the first call for a site is a collective of the group.
+
+        Args:
+            name: The site.
+            local: What this rank has.
+            full: Shape of the full tensor, if it is known.
+            group: The ranks that share the model's activations.
+            is_gradient: Whether it is the gradient; its layout is proved by itself.
+
+        Raises:
+            CaptureError: Nothing can be proved, or the tensor lies differently from the first one.
+        """
+        key = (name, is_gradient)
+        known = self._layouts.get(key)
+        if known is None or (known.dim is not None and full is not None and full[known.dim] != sum(known.sizes)):
+            known = self._layouts[key] = _prove(name, local, full, group)
+        if not known.fits(local, full, dist.get_rank(group)):
+            raise CaptureError(
+                f"Site {name!r}{on_rank()} has shape {list(local.shape)} of a full {list(full or ())}, and its layout "
+                "differs from that of the first batch. Tap batches of different layouts in separate contexts."
+            )
+        return known
+
+
+def _prove(name: str, local: Tensor, full: Shape | None, group: ProcessGroup) -> Layout:
+    reports = shard_reports(local, group)
+    layout = infer_layout(reports, full)
+    if isinstance(layout, Layout):
+        return layout
+    shapes = ", ".join(f"rank {report.rank}: {list(report.shape)}" for report in reports)
+    raise CaptureError(
+        f"Site {name!r} on rank {dist.get_rank()}: its layout cannot be proved, because {layout}. Found {shapes}; the "
+        f"full tensor has {'an unknown shape' if full is None else f'shape {list(full)}'}. Tap another site, or pass "
+        "gather=False to get what each rank has."
+    )
+
+
 def full_shape(info: SiteInfo, batch_shape: tuple[int, int] | None, local: Shape) -> Shape | None:
-    """Return the shape that a site's tensor has in the unsharded model; None where that is not known.
+    """Return the shape of a site's tensor in the unsharded model; None where it is not known.
 
     Axes whose length only the run knows (the keys of a pattern) are taken from `local`.
     """
@@ -67,106 +167,32 @@ def full_shape(info: SiteInfo, batch_shape: tuple[int, int] | None, local: Shape
     return (*lead, *row)
 
 
-def prove_layout(name: str, local: Tensor, whole: Shape | None, group: ProcessGroup) -> Layout:
-    """Find out how a tensor lies over a group; every rank of it has to ask at the same time.
+def refuse_shard(name: str, local: Tensor, full: Shape | None, *, remedy: str = "") -> None:
+    """Raise CaptureError if a tensor of a model that shows no group has rows of another shape than the full tensor.
 
     Args:
-        name: The site, for messages.
+        name: The site.
         local: What this rank has.
-        whole: Shape in the unsharded model, if it is known.
-        group: The ranks that share the model.
+        full: Shape of the full tensor, if it is known.
+        remedy: What else the user can do.
+    """
+    if full is not None and local.shape[FIRST_ROW_AXIS:] != full[FIRST_ROW_AXIS:]:
+        raise CaptureError(
+            f"Site {name!r}{on_rank()} has shape {list(local.shape)}, and the full tensor has {list(full)}: the model "
+            f"is split over ranks that Residua cannot see. Name them with tensor_parallel=.{remedy}"
+        )
+
+
+def mesh_of(name: str, tensor: DTensor) -> DeviceMesh:
+    """Return the mesh of one dimension over which the DTensor of a site lies.
 
     Raises:
-        CaptureError: Nothing can be proved; all ranks raise it.
+        CaptureError: The mesh has several dimensions.
     """
-    mine = ShardReport(dist.get_rank(), tuple(local.shape), str(local.dtype), _checksum(local))
-    parts = everyones(group, mine)
-    layout = infer_layout(parts, whole)
-    if isinstance(layout, Layout):
-        return layout
-    shapes = ", ".join(f"rank {part.rank}: {list(part.shape)}" for part in parts)
-    raise CaptureError(
-        f"Site {name!r} on rank {mine.rank}: its layout cannot be proved, for {layout}. Found {shapes}; the whole "
-        f"would be {'of unknown shape' if whole is None else list(whole)}. Tap another site, or pass gather=False "
-        "to get what each rank has."
-    )
-
-
-def infer_layout(parts: Sequence[ShardReport], whole: Shape | None) -> Layout | str:
-    """Tell how a tensor lies from what the ranks say of their parts.
-
-    Args:
-        parts: What each rank says, in the order of the group.
-        whole: Shape in the unsharded model; None where it is not known.
-
-    Returns:
-        The layout, or in words why there is none.
-    """
-    shapes = [part.shape for part in parts]
-    if len({len(shape) for shape in shapes}) > 1 or len({part.dtype for part in parts}) > 1:
-        return "the ranks have tensors of different kinds"
-    is_same = len(set(shapes)) == 1
-    if is_same and (whole is None or len(whole) == len(shapes[0])) and _rows_are_whole(shapes[0], whole):
-        if len({part.checksum for part in parts}) == 1:
-            return Layout()
-        if whole is None or shapes[0] == whole:
-            return (
-                "every rank has a tensor of the same shape with other values: sums that are not yet added up, rows of "
-                "different experts, or ranks that were fed different tokens"
-            )
-    return "the shape of the whole is not known" if whole is None else _split(shapes, whole)
-
-
-def _rows_are_whole(shape: Shape, whole: Shape | None) -> bool:
-    """Whether rows are whole; how many there are is another matter (a model may be asked for its last logits)."""
-    return whole is None or shape[2:] == whole[2:]
-
-
-def _split(shapes: Sequence[Shape], whole: Shape) -> Layout | str:
-    if len(shapes[0]) != len(whole):
-        return "the parts have another number of axes than the whole"
-    if len(whole) > 1 and len({shape[1] for shape in shapes}) == 1 and sum(shape[1] for shape in shapes) != whole[1]:
-        whole = (whole[0], shapes[0][1], *whole[2:])  # keys of a cache, or fewer positions than the call has
-    dims = {dim for shape in shapes for dim, (part, all_) in enumerate(zip(shape, whole, strict=True)) if part != all_}
-    if len(dims) != 1:
-        return "the parts differ from the whole along several axes"
-    dim = dims.pop()
-    sizes = tuple(shape[dim] for shape in shapes)
-    return Layout(dim, sizes) if sum(sizes) == whole[dim] else "the parts do not add up to the whole"
-
-
-def _checksum(tensor: Tensor) -> int:
-    return crc32c(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-
-
-class ProvedLayouts:
-    """Remembers how the sites of one model replica lie over the ranks that hold it."""
-
-    def __init__(self) -> None:
-        self._layouts: dict[tuple[str, bool], Layout] = {}
-
-    def of(
-        self, name: str, local: Tensor, whole: Shape | None, group: ProcessGroup, *, is_gradient: bool = False
-    ) -> Layout:
-        """Return how a tensor lies; the first time all ranks of the group find out together.
-
-        Args:
-            name: The site.
-            local: What this rank has.
-            whole: Shape in the unsharded model, if it is known.
-            group: The ranks that share the model's activations.
-            is_gradient: Whether it is the gradient; its layout is proved by itself.
-
-        Raises:
-            CaptureError: Nothing can be proved, or the tensor lies otherwise than the first one did.
-        """
-        key = (name, is_gradient)
-        known = self._layouts.get(key)
-        if known is None or (known.dim is not None and whole is not None and whole[known.dim] != sum(known.sizes)):
-            known = self._layouts[key] = prove_layout(name, local, whole, group)
-        if not known.fits(local, whole, dist.get_rank(group)):
-            raise CaptureError(
-                f"Site {name!r}{on_rank()} has shape {list(local.shape)} and lay otherwise on the first batch; the "
-                f"whole would be {list(whole or ())}. Tap batches of different layout in contexts of their own."
-            )
-        return known
+    mesh = tensor.device_mesh
+    if mesh.ndim != 1:
+        raise CaptureError(
+            f"Site {name!r}{on_rank()} is a DTensor over a mesh of {mesh.ndim} dimensions; only one dimension can be "
+            "gathered. Choose another site, or tap it with gather=False to get what each rank has."
+        )
+    return mesh

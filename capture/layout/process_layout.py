@@ -1,4 +1,4 @@
-"""This process's part of a replica that several hold together: by tensor, sequence, expert or pipeline parallelism."""
+"""This process's place in a replica under tensor, sequence, expert or pipeline parallelism."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -19,25 +19,25 @@ from residua.store.format.plan import Plan
 
 
 def spans_processes(model: nn.Module) -> bool:
-    """Say whether several processes hold this model together, so that one of them alone cannot run it."""
+    """Return whether several processes hold this model together, so that one of them alone cannot run it."""
     return tensor_parallel_group(model, None) is not None or pipeline_group(model) is not None
 
 
 def describe_process_layout(model: nn.Module) -> str:
-    """Return how a split model is split, for people: ``tensor parallel 2``."""
+    """Return how a model is split over processes, for people: ``tensor parallel 2``."""
     groups = {"pipeline": pipeline_group(model), "tensor parallel": tensor_parallel_group(model, None)}
     return " x ".join(f"{name} {dist.get_world_size(group)}" for name, group in groups.items() if group is not None)
 
 
 @dataclass(frozen=True, kw_only=True)
 class ProcessLayout:
-    """What this process has of a replica.
+    """What this process holds of a replica.
 
     Attributes:
         worker_group: The workers that hold the replica.
-        sites: The sites that this process's stage of the pipeline has; all of them where there is no pipeline.
-        group: The ranks over which the activations of this stage may be split; None where it has whole ones.
-        is_stage: Whether it is a stage of a pipeline, whose other stages wait for what it passes on.
+        sites: The sites that this process's pipeline stage stores; all sites where there is no pipeline.
+        group: The ranks over which the activations of this stage may be split; None where it has full ones.
+        is_stage: Whether it is a pipeline stage, so that other stages wait for its output.
     """
 
     worker_group: WorkerGroup
@@ -46,7 +46,7 @@ class ProcessLayout:
     is_stage: bool
 
     def ownership(self, plan: Plan) -> Ownership:
-        """Return what of `plan` this process stores."""
+        """Return what this process stores of `plan`."""
         sites = [site for site in plan.sites if site.name in self.sites]
         has_columns = self.worker_group.is_leader
         if self.group is None:
@@ -62,7 +62,7 @@ def worker_group_of(model: nn.Module, membership: Membership) -> WorkerGroup:
 
 
 def process_layout_of(model: nn.Module, sites: Mapping[str, SiteInfo], membership: Membership) -> ProcessLayout:
-    """Find out what this process has of a split model; a collective of those that hold it.
+    """Find out what this process holds of a split model; a collective of the processes that hold it.
 
     Args:
         model: The model.
@@ -70,28 +70,30 @@ def process_layout_of(model: nn.Module, sites: Mapping[str, SiteInfo], membershi
         membership: All workers of the capture.
 
     Raises:
-        CaptureError: A site is in no stage.
+        CaptureError: No stage has one of the sites.
     """
-    group, stages = tensor_parallel_group(model, None), pipeline_group(model)
-    here = target_of(model).here(sites)
+    stages, here = pipeline_group(model), target_of(model).here(sites)
     return ProcessLayout(
         worker_group=worker_group_of(model, membership),
-        sites=here if stages is None else _of_this_stage(sites, here, stages),
-        group=group,
+        sites=here if stages is None else _sites_of_stage(sites, here, stages),
+        group=tensor_parallel_group(model, None),
         is_stage=stages is not None,
     )
 
 
-def _of_this_stage(
+def _sites_of_stage(
     sites: Mapping[str, SiteInfo], here: Mapping[str, SiteInfo], stages: ProcessGroup
 ) -> dict[str, SiteInfo]:
-    """Return the sites that this stage stores: the first that has one does, and of logits, which all have, the last."""
+    """Return the sites that this stage stores.
+
+    The first stage that has a site stores it. All stages have the logits; the last one stores them.
+    """
     everyone: list[list[str]] = everyones(stages, list(here))
     mine = {}
     for name, info in sites.items():
         holders = [stage for stage, names in enumerate(everyone) if name in names]
         if not holders:
-            raise CaptureError(f"Site {name!r} ({info.where}) is in no stage of the pipeline; choose another")
+            raise CaptureError(f"No pipeline stage has the site {name!r} ({info.where}): choose another site")
         if dist.get_rank(stages) == holders[-1 if info.via == "logits" else 0]:
             mine[name] = info
     return mine

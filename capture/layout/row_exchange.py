@@ -1,12 +1,10 @@
-"""Where the rows of a replica go that several ranks hold together: to the one rank that stores them.
+"""Moving rows of a replica that several ranks hold together to the one rank that stores them.
 
-A tensor that every rank has is copied by the rank that stores it, and by no other. One that is split goes through one
-`Exchange`, so that whole rows arrive where they are stored. Sums that are not yet added up are added up first.
+Where every rank has the full tensor, the rank that stores it copies it and no other rank does. Where the tensor is
+split, one `Exchange` brings full rows to the rank that stores them. Partial sums are reduced first.
 
 Legend: `B` examples in the batch, `T` padded positions.
 """
-
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -23,32 +21,25 @@ from residua.store.base.errors import CaptureError
 from residua.store.format.plan import Plan
 
 
-class _Piece(NamedTuple):
-    """What one rank has of the rows of one shard: which of them, and how long their split axis is there."""
-
-    rows: Indices
-    size: int
-
-
 class RowExchange:
-    """Takes what this rank has of each site; the `RowSink` of a split model.
+    """The `RowSink` of a split model: takes what this rank has of each site.
 
     Args:
         plan: What is stored.
-        staging: Where this rank's share goes.
-        ownership: Who stores what.
-        parts: Finds out how the sites lie.
-        group: The ranks over which activations may be split; None where this rank has whole ones.
+        staging: Takes the rows that this rank stores.
+        ownership: Which rank stores what.
+        shards: Finds out how the sites lie.
+        group: The ranks over which activations may be split; None where this rank has full ones.
     """
 
     def __init__(
-        self, plan: Plan, staging: Staging, ownership: Ownership, parts: LocalShards, group: ProcessGroup | None
+        self, plan: Plan, staging: Staging, ownership: Ownership, shards: LocalShards, group: ProcessGroup | None
     ) -> None:
         self._plan = plan
         self._staging = staging
         self._ownership = ownership
         self._exchange = None if group is None else Exchange(group)
-        self._parts = parts
+        self._shards = shards
         self._batch: BatchRows | None = None
 
     @property
@@ -62,16 +53,24 @@ class RowExchange:
         self._staging.begin(batch)
 
     def put(self, site: str, tensor: Tensor) -> None:
-        """Take what this rank has of one site's tensor; every rank of the group takes its own at the same time."""
-        self.put_part(site, *self._parts.of(site, tensor, self._announced(site).shape))
+        """Take what this rank has of one site's tensor; all ranks of the group call this at the same time."""
+        self.put_shard(site, *self._shards.of(site, tensor, self._announced(site).shape))
 
-    def put_part(self, site: str, local: Tensor, layout: Layout) -> None:
-        """Take this rank's part of one site's tensor, of which it is known how the parts lie."""
-        batch = self._announced(site)
-        if self._plan.site(site).column_shards > 1:
-            self._check_part(site, layout)
-            self._staging.put(site, by_position(site, local, *batch.shape))
-        elif layout.dim is None:
+    def put_shard(self, site: str, local: Tensor, layout: Layout) -> None:
+        """Take this rank's shard of one site's tensor, whose layout is known.
+
+        Raises:
+            CaptureError: The layout is not the one in which the archive stores the site.
+        """
+        batch, stored = self._announced(site), self._plan.site(site)
+        if stored.column_shards > 1 and layout != Layout(
+            FIRST_ROW_AXIS, (stored.part.row_shape[0],) * stored.column_shards
+        ):
+            raise CaptureError(
+                f"Site {site!r}{on_rank()} is stored in {stored.column_shards} column shards, and its layout here is "
+                f"another: {layout}. Capture it without --no-gather."
+            )
+        if stored.column_shards > 1 or layout.dim is None:
             self._staging.put(site, by_position(site, local, *batch.shape))
         elif self._exchange is not None:
             self._move(site, local, layout, batch, self._exchange)
@@ -81,16 +80,8 @@ class RowExchange:
             raise RuntimeError(f"rows of {site} came before their batch was announced")
         return self._batch
 
-    def _check_part(self, site: str, layout: Layout) -> None:
-        stored = self._plan.site(site)
-        if layout != Layout(FIRST_ROW_AXIS, (stored.part.row_shape[0],) * stored.column_shards):
-            raise CaptureError(
-                f"Site {site!r}{on_rank()} is stored in {stored.column_shards} parts of each row, and lies otherwise "
-                f"here: {layout}. Capture it again without --no-gather."
-            )
-
     def _move(self, site: str, local: Tensor, layout: Layout, batch: BatchRows, exchange: Exchange) -> None:
-        """Send this rank's part of every row to who stores it, and store what arrives."""
+        """Send this rank's shard of every row to the rank that stores the row, and store the rows that arrive."""
         dtype, rank = torch_dtype(self._plan.site(site).dtype), exchange.rank
         places = list(self._staging.placements())
         if not places:
@@ -100,62 +91,69 @@ class RowExchange:
         row = tuple(outgoing[0].shape[1:])
         mine = [(shard, at) for (shard, at), owner in zip(places, to, strict=True) if owner == rank]
         incoming = {
-            source: [self._shape(self._piece(layout, at, batch, source), row, layout) for _, at in mine]
+            source: [_shape_from(source, row, layout, at, batch) for _, at in mine]
             for source in range(exchange.n_ranks)
         }
         arrived = exchange(outgoing, to, incoming)
         for i, (shard, at) in enumerate(mine):
-            parts = [arrived[source][i] for source in range(exchange.n_ranks)]
-            rows = self._joined(parts, layout, at, batch)
+            shards = [arrived[source][i] for source in range(exchange.n_ranks)]
+            rows = _joined(shards, layout, at, batch)
             self._staging.put_rows(site, shard, _widened(site, rows, self._plan.site(site).row_shape))
-
-    def _piece(self, layout: Layout, at: Placement, batch: BatchRows, rank: int) -> _Piece:
-        """Return which rows of a placement a rank has something of, and how much."""
-        everything = np.arange(len(at.source))
-        if layout.dim is None or layout.dim >= FIRST_ROW_AXIS:
-            return _Piece(everything, layout.sizes[rank])
-        along = np.divmod(at.source, batch.n_positions)[layout.dim]
-        start = sum(layout.sizes[:rank])
-        inside = (along >= start) & (along < start + layout.sizes[rank])
-        return _Piece(everything[inside], layout.sizes[rank])
 
     def _picked(self, site: str, local: Tensor, layout: Layout, at: Placement, batch: BatchRows, rank: int) -> Tensor:
         """Return what this rank has of the rows of one shard, (rows, *row)."""
         dim = layout.dim or 0
         if site.startswith("pattern."):
             if dim < FIRST_ROW_AXIS:
-                raise CaptureError(f"Site {site!r}{on_rank()} is split by query or example: its keys cannot be placed.")
-            n_keys = min(local.shape[-1], self._plan.site(site).row_shape[-1])  # none has more, whatever the padding
+                raise CaptureError(
+                    f"Site {site!r}{on_rank()} is split by query or example, so its keys cannot be placed: choose "
+                    "another site."
+                )
+            n_keys = min(local.shape[-1], self._plan.site(site).row_shape[-1])  # padding may add keys; no row has more
             template = local.new_empty((0, *local.shape[FIRST_ROW_AXIS:-1], n_keys), device="cpu")
             return at.gather_pattern(local, template, batch)
         if dim >= FIRST_ROW_AXIS:
             return at.gather(local.flatten(0, 1), local.dtype)
-        examples, positions = np.divmod(at.source[self._piece(layout, at, batch, rank).rows], batch.n_positions)
+        examples, positions = np.divmod(at.source[_rows_held_by(rank, layout, at, batch)], batch.n_positions)
         start = sum(layout.sizes[:rank])
         examples, positions = (examples - start, positions) if dim == 0 else (examples, positions - start)
         index = torch.from_numpy(examples * local.shape[1] + positions).to(local.device)
         return local.flatten(0, 1).index_select(0, index)
 
-    def _shape(self, piece: _Piece, row: tuple[int, ...], layout: Layout) -> tuple[int, ...]:
-        if layout.dim is None or layout.dim < FIRST_ROW_AXIS:
-            return (len(piece.rows), *row)
-        axis = layout.dim - FIRST_ROW_AXIS
-        return (len(piece.rows), *row[:axis], piece.size, *row[axis + 1 :])
 
-    def _joined(self, parts: list[Tensor], layout: Layout, at: Placement, batch: BatchRows) -> Tensor:
-        """Return the whole rows of one shard out of what each rank had of them."""
-        if layout.dim is None or layout.dim >= FIRST_ROW_AXIS:
-            return torch.cat(parts, (layout.dim or 0) - FIRST_ROW_AXIS + 1)
-        rows = parts[0].new_empty((len(at.source), *parts[0].shape[1:]))
-        for source, part in enumerate(parts):
-            rows[self._piece(layout, at, batch, source).rows] = part
-        return rows
+def _rows_held_by(rank: int, layout: Layout, at: Placement, batch: BatchRows) -> Indices:
+    """Return the rows of a placement of which a rank has something."""
+    everything = np.arange(len(at.source))
+    if layout.dim is None or layout.dim >= FIRST_ROW_AXIS:
+        return everything
+    along = np.divmod(at.source, batch.n_positions)[layout.dim]
+    start = sum(layout.sizes[:rank])
+    return everything[(along >= start) & (along < start + layout.sizes[rank])]
+
+
+def _shape_from(rank: int, row: tuple[int, ...], layout: Layout, at: Placement, batch: BatchRows) -> tuple[int, ...]:
+    """Return the shape of what a rank sends of the rows of a placement."""
+    n_rows = len(_rows_held_by(rank, layout, at, batch))
+    if layout.dim is None or layout.dim < FIRST_ROW_AXIS:
+        return (n_rows, *row)
+    axis = layout.dim - FIRST_ROW_AXIS
+    return (n_rows, *row[:axis], layout.sizes[rank], *row[axis + 1 :])
+
+
+def _joined(shards: list[Tensor], layout: Layout, at: Placement, batch: BatchRows) -> Tensor:
+    """Return full rows, made of what each rank had of them."""
+    if layout.dim is None or layout.dim >= FIRST_ROW_AXIS:
+        return torch.cat(shards, (layout.dim or 0) - FIRST_ROW_AXIS + 1)
+    rows = shards[0].new_empty((len(at.source), *shards[0].shape[1:]))
+    for rank, shard in enumerate(shards):
+        rows[_rows_held_by(rank, layout, at, batch)] = shard
+    return rows
 
 
 def _widened(site: str, rows: Tensor, row_shape: tuple[int, ...]) -> Tensor:
-    """Fill the keys of patterns up with zeros, to those of the longest example."""
+    """Pad the keys of patterns with zeros, up to the longest example."""
     if not site.startswith("pattern.") or tuple(rows.shape[1:]) == row_shape:
-        return rows.view(len(rows), *row_shape)  # a scalar a position is a row of width 1
+        return rows.view(len(rows), *row_shape)  # a scalar per position is a row of width 1
     wide = rows.new_zeros((len(rows), *row_shape))
     wide[..., : rows.shape[-1]] = rows
     return wide

@@ -143,7 +143,7 @@ class GrowingArchive:
                 f"{site} gave rows of shape {found} in this call, and {expected} in the first: the rows of an archive "
                 "are alike. Record calls of one shape, or choose another site."
             )
-        self._sink.put_part(site, local, layout)
+        self._sink.put_shard(site, local, layout)
 
     def finish(self) -> None:
         """End a call, every site of which was put: full shards go to the writer."""

@@ -1,1 +1,4 @@
-"""Reading and replacing full tensors while a model runs, forward and backward. Uses `layout` and below."""
+"""Read and replace the tensors of a model while it runs, forward and backward, in any layout over processes.
+
+Uses `layout` and below.
+"""

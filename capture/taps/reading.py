@@ -1,7 +1,7 @@
-"""Read and replace the tensors of chosen sites while a model runs.
+"""Read and replace the tensors of chosen sites during the forward pass of a model in one process.
 
-`reading` is what recording and replay are built on: a callback is given each site's tensor during the forward
-pass, in one layout whatever the model does inside, and may give back a replacement.
+Recording is built on `reading`: a callback gets each site's tensor, with the same axes in every architecture, and may
+return a replacement.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -19,15 +19,15 @@ from residua.capture.sites.site import SiteInfo
 from residua.store.base.errors import CaptureError
 
 TapFunction = Callable[[str, Tensor], Tensor | None]
-"""Takes a site's name and its tensor; what it gives back replaces the tensor unless it is None."""
+"""Takes a site's name and its tensor; the result replaces the tensor unless it is None."""
 
 
 class Taps:
-    """What `reading` gives: the sites, and the check that a forward call met all of them.
+    """The sites that are read, and the check that a forward call met all of them.
 
     Args:
         model: Any torch module; the very object that will be called.
-        sites: What `resolve_sites` gave.
+        sites: The result of `resolve_sites`.
         function: As for `reading`.
 
     Attributes:
@@ -46,7 +46,7 @@ class Taps:
 
     @contextmanager
     def attached(self) -> Iterator[None]:
-        """Read inside; whoever changes a site from before on is read as changed, whoever does later is not."""
+        """Read sites inside. Changes made by hooks registered earlier are visible; later ones are not."""
         with ExitStack() as stack:
             self.switched_to_eager = stack.enter_context(eager_where_needed(self._model, self.sites.values()))
             parts = target_of(self._model).parts
@@ -54,22 +54,21 @@ class Taps:
             yield
 
     def end_forward(self) -> None:
-        """Check that the one forward call since the last check met every site exactly once.
+        """Check that there was one forward call since the last check, and that it met every site exactly once.
 
-        Call it after each forward call of the model. It starts a new count.
+        Call this after each forward call of the model. It starts a new count.
 
         Raises:
-            CaptureError: The model was not called, or was called several times, or a site was met no time
-                or several times; the message names the sites.
+            CaptureError: The model was not called once, or a site was not met once; the message names the sites.
         """
         fired, self._fired = self._fired, dict.fromkeys(self.sites, 0)
         n_calls, self._call.n_calls = self._call.n_calls, 0
         self._top.clear()
         if n_calls != 1:
             raise CaptureError(
-                f"The model's forward was entered {n_calls} times since the last check instead of once. Call "
-                "the very model that is being read, and check after each call. A model that was compiled "
-                "before does not call what is attached to it afterwards: attach first, then compile."
+                f"The model's forward was called {n_calls} times since the last check instead of once. Call the very "
+                "model that is read, and check after each call. A compiled model ignores hooks that are attached "
+                "later: attach first, then compile."
             )
         wrong = [not_once(self.sites[name], count) for name, count in fired.items() if count != 1]
         if wrong:
@@ -85,7 +84,7 @@ class Taps:
         return None
 
     def _top_logits(self, info: SiteInfo, logits_BTV: Tensor) -> Tensor:
-        """Values or int32 indices of the largest logits; both halves come from one search."""
+        """Return values or int32 indices of the largest logits; one search gives both halves."""
         n_top, half = info.site.top or 0, info.site.field or "values"
         if half not in self._top.get(n_top, {}):
             values_BTK, indices_BTK = logits_BTV.topk(n_top, dim=-1)
@@ -99,22 +98,20 @@ def reading(
 ) -> Iterator[Taps]:
     """Call ``function`` with each site's tensor while the model runs.
 
-    The tensor is (batch, positions, *row): (batch, positions, heads, head width) for ``q``, ``k``, ``v``
-    and ``z``, (batch, query positions, heads, key positions) for ``pattern``. A site with ``per_token``
-    false comes as its module made it. It is detached, on the model's device and in the model's type. It is
-    not copied, and the model may change it later: copy what you keep before you return, and do not write
-    into it.
+    The tensor has shape (batch, positions, *row): (batch, positions, heads, head width) for ``q``, ``k``, ``v`` and
+    ``z``, (batch, query positions, heads, key positions) for ``pattern``. A site whose ``per_token`` is false has the
+    shape that its module gave it. The tensor is detached, on the model's device and in the model's dtype. It is not
+    copied, and the model may change it later: copy what you keep before you return, and do not write into it.
 
-    If the function returns a tensor, this replaces the site's value in the model; gradients flow into the
-    replacement, though not into the detached tensor that it may have been made of. Asking for a ``pattern``
-    switches the whole model to eager attention (see ``Taps``).
+    A tensor that the function returns replaces the site's value in the model. Gradients flow into the replacement, but
+    not into the detached tensor. Reading a ``pattern`` switches all layers to eager attention (see ``Taps``).
 
-    Leaving, by an exception too, leaves the model as it was: only what was added here is taken away.
+    Leaving the context, also by an exception, removes exactly what was added here.
 
     Args:
         model: Any torch module; the very object that will be called.
-        sites: Names or patterns of sites, or what `resolve_sites` gave for them. Given names, ``module:``
-            sites of a language model are measured first by running it on a few tokens.
+        sites: Names or patterns of sites, or the result of `resolve_sites`. For names, ``module:`` sites of a language
+            model are measured first, by running the model on a few tokens.
         function: Called as ``function(name, tensor)`` during the forward pass.
 
     Yields:
@@ -122,7 +119,7 @@ def reading(
 
     Raises:
         UnknownSiteError: The model has no such site.
-        CaptureError: During the model's forward, if a replacement does not fit.
+        CaptureError: During the model's forward pass, if a replacement does not fit.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(2, 3))

@@ -1,12 +1,12 @@
-"""Look at, and change, what a model computes at chosen sites: forward and backward, whole tensors, any layout.
+"""Read and change what a model computes at chosen sites: forward and backward, full tensors, any layout.
 
-`tap` is the one primitive behind everything that is done to a running model. It differs from `reading`, on which
-recording is built, in three ways: what it hands out is the caller's own, it sees gradients too, and it looks behind
-wrappers and across the processes that share one model.
+Replay, patching and generation are built on `tap`. It differs from `reading`, on which recording is built, in three
+ways: its function gets a copy, it sees gradients too, and it works through wrappers and across the processes that
+share one model.
 """
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import partial
 
@@ -26,7 +26,7 @@ from residua.capture.sites.module_io import checked_replacement
 from residua.capture.sites.pipeline_stages import Chunk, chunks_of, target_of
 from residua.capture.sites.reference_model import is_spread, whole_sites
 from residua.capture.sites.site import SiteInfo
-from residua.capture.taps.full_tensor import FullTensors, LocalTensors
+from residua.capture.taps.full_tensor import FullTensors, run_locally
 from residua.capture.taps.pipeline_gradients import carrying_gradients
 from residua.capture.taps.reading import TapFunction
 from residua.store.base.errors import CaptureError, PlanError, few
@@ -35,7 +35,7 @@ from residua.store.base.errors import CaptureError, PlanError, few
 class TapGroup:
     """A switch that several taps can share; ``enabled`` may be set at any time between forward calls.
 
-    On a model that is spread over several processes every process has to set it alike.
+    On a model that several processes share, every process has to set it in the same way.
 
     Example:
         >>> ablations = TapGroup()
@@ -49,7 +49,7 @@ class TapGroup:
 
     @contextmanager
     def off(self) -> Iterator[None]:
-        """Leave the group's taps out of what happens inside; afterwards the switch is as it was."""
+        """Switch the group's taps off inside; afterwards the switch is as it was before."""
         before, self.enabled = self.enabled, False
         try:
             yield
@@ -58,7 +58,7 @@ class TapGroup:
 
 
 class Tap:
-    """What `tap` gives: its sites, how often each was met, and its switch.
+    """The sites of a tap, how often each fired, and the switch.
 
     Attributes:
         sites: From name to what is known of each site.
@@ -74,7 +74,7 @@ class Tap:
         backward: bool,
         differentiable: bool,
         group: TapGroup,
-        layouts: FullTensors | LocalTensors,
+        run_on: Callable[..., Tensor | None],
         chunk: Chunk,
     ) -> None:
         self.sites = dict(sites)
@@ -83,7 +83,7 @@ class Tap:
         self._function = function
         self._backward = backward
         self._differentiable = differentiable
-        self._layouts = layouts
+        self._run_on = run_on
         self._chunk = chunk
         self._handles: list[RemovableHandle] = []
         self._n_met: Counter[str] = Counter()
@@ -120,16 +120,16 @@ class Tap:
     def _await_gradient(self, met: Met) -> None:
         if not met.tensor.requires_grad:
             raise CaptureError(
-                f"Site {met.info.name!r}{on_rank()} takes part in no gradient: nothing before it requires one, or "
-                "the model was called without gradients. Call it with gradients enabled, and let the parameters "
-                "or the embeddings before the site require them."
+                f"Site {met.info.name!r}{on_rank()} has no gradient: nothing before it requires one, or the model was "
+                "called without gradients. Call it with gradients enabled, and let the parameters or the embeddings "
+                "before the site require them."
             )
         if not self.n_fired[met.info.name]:
             self._awaited.add(met.info.name)
-        # A closure over the tensor itself would keep it alive for ever, by way of its own hook.
+        # A closure over the tensor itself would keep it alive for ever, through its own hook.
         self._handles = [handle for handle in self._handles if handle.hooks_dict_ref() is not None]
         hook = partial(self._on_gradient, met.without_values(), self._chunk.index)
-        self._handles.append(met.tensor.register_hook(hook))  # type: ignore[no-untyped-call]  # torch leaves it bare
+        self._handles.append(met.tensor.register_hook(hook))  # type: ignore[no-untyped-call]  # torch has no types here
 
     def _on_gradient(self, met: Met, microbatch: int | None, gradient: Tensor) -> Tensor | None:
         self._awaited.discard(met.info.name)
@@ -139,7 +139,7 @@ class Tap:
     def _apply(self, met: Met, tensor: Tensor) -> Tensor | None:
         self.n_fired[met.info.name] += 1
         shown = met.shown(tensor if self._differentiable else tensor.detach())
-        new = self._layouts.run(met, shown, partial(self._run, met.info.name), is_gradient=self._backward)
+        new = self._run_on(met, shown, partial(self._run, met.info.name), is_gradient=self._backward)
         return None if new is None else met.restored(new)
 
     def _run(self, name: str, tensor: Tensor) -> Tensor | None:
@@ -148,7 +148,7 @@ class Tap:
             return None
         if not self._differentiable and isinstance(new, Tensor) and new.requires_grad:
             raise CaptureError(
-                f"Site {name!r}{on_rank()}: the replacement takes part in gradients, which would be lost here. Pass "
+                f"Site {name!r}{on_rank()}: the replacement requires gradients, which would be lost here. Pass "
                 "differentiable=True to let them flow, or detach the replacement."
             )
         return checked_replacement(tensor, new, name)
@@ -161,15 +161,15 @@ class Tap:
         """Raise unless every site was met, and had its gradient where one was due."""
         if call.n_calls == 0 and self.enabled and self.sites:
             raise CaptureError(
-                f"Site {next(iter(self.sites))!r} was tapped{on_rank()} and the model was never called meanwhile. Call "
-                "the very model that is tapped, inside the context; if torch.compile gave another, tap that one."
+                f"Site {next(iter(self.sites))!r} was tapped{on_rank()}, and the model was never called inside the "
+                "context. Call the very model that is tapped; if torch.compile returned another one, tap that."
             )
         unmet = [info for name, info in self.sites.items() if call.n_calls and not self._n_met[name]]
         if unmet:
             raise CaptureError(
                 f"Site {unmet[0].name!r}{on_rank()} ({unmet[0].where}) was never met while the model ran. Name a "
-                "module that the model calls, by calling it and not its forward; and if torch.compile gave another "
-                f"model to call, tap that one.{_and_more(unmet)}"
+                "module that the model calls (a call of its forward does not count); if torch.compile returned another "
+                f"model, tap that.{_and_more(unmet)}"
             )
         waiting = [info for name, info in self.sites.items() if name in self._awaited]
         if waiting:
@@ -195,40 +195,39 @@ def tap(
     group: TapGroup | None = None,
     tensor_parallel: ProcessGroup | DeviceMesh | None = None,
 ) -> Iterator[Tap]:
-    """Give ``function`` the whole tensor of each site while the model runs; take back a replacement.
+    """Give ``function`` the full tensor of each site while the model runs; take back a replacement.
 
-    The tensor is (batch, positions, *row) as `reading` has it, of the model's type and on its device, and it is
-    the function's own: keep it or change it, the model does not notice. What the function returns replaces the
-    site's value; None leaves it. The function may call the model itself, with this tap switched off meanwhile
-    (over several processes only where it runs on all of them). A compiled model runs uncompiled inside the context.
+    The tensor has shape (batch, positions, *row) as in `reading`, the model's dtype and its device. It is a copy: keep
+    it or change it, the model does not notice. What the function returns replaces the site's value; None leaves it.
+    The function may call the model itself: this tap is switched off meanwhile. (Over several processes it may do so
+    only where it runs on all of them.) A compiled model runs uncompiled inside the context.
 
-    On a model that is spread over several processes all of them have to tap, alike. The function runs once per model
-    replica, on the first rank of its tensor-parallel group, and its result reaches every rank. Each data-parallel
-    replica is one of its own, with its own batch. A site that another pipeline stage holds fires there only.
+    If several processes share the model, all of them have to use the same tap. The function runs once per model
+    replica, on the first rank of its tensor-parallel group, and its result reaches every rank. Data-parallel replicas
+    are independent, each with its own batch. A site of another pipeline stage fires in that stage only.
 
-    Leaving, by an exception too, leaves the model as it was: the same hooks, weights, outputs and attention.
+    Leaving the context, also by an exception, restores the model: hooks, weights, outputs and attention.
 
     Args:
-        model: Any torch module, wrapped (DDP, FSDP, compile, Accelerate) or not. Sites have the names that they
-            have in the bare model. Or a stage of torch's pipelines.
-        sites: Names or patterns of sites, for example ``resid_post.3`` or ``mlp_out.*``; or what `whole_sites` made of
-            them, which spares many taps on one model to look them up anew.
-        function: Called as ``function(name, tensor)``. A dictionary's ``__setitem__`` will do to keep everything.
-        backward: Give the gradient of the loss by the site's value instead of the value, as ``backward()``
-            reaches it inside the context: all of it, also what flows around the module that holds the site. A
-            replacement is what flows on.
-        gather: Whether the function gets the whole tensor; otherwise it runs on every rank, on what that rank has of
-            it, with no communication.
-        differentiable: Give the tensor as a part of autograd's graph, so that gradients flow through the
-            function and into what it uses: a trainable module can live inside. Without it the model below the
-            site gets no gradient through a replacement. The function then runs on every rank, and has to do
-            the same on each.
-        group: A switch that several taps share; without it the tap has its own.
-        tensor_parallel: The ranks over which the model's activations are split, or their mesh, where this cannot be
-            told from the model.
+        model: Any torch module, wrapped (DDP, FSDP, compile, Accelerate) or not, or a stage of torch's pipelines.
+            Sites have the names of the unwrapped model.
+        sites: Names or patterns of sites, for example ``resid_post.3`` or ``mlp_out.*``; or the result of
+            `whole_sites`, so that many taps on one model need only one look-up.
+        function: Called as ``function(name, tensor)``. To keep all tensors, pass a dictionary's ``__setitem__``.
+        backward: Give the gradient of the loss with respect to the site's value instead of the value, when
+            ``backward()`` reaches it inside the context. It is the full gradient, including what flows around the
+            module that holds the site. A replacement flows on in its place.
+        gather: Give the full tensor. Otherwise the function runs on every rank, on what that rank has of the tensor,
+            without communication.
+        differentiable: Give the tensor as a part of autograd's graph, so that gradients flow through the function and
+            into the parameters that it uses, for example those of a trainable module. The function then runs on every
+            rank, and has to do the same on each. Otherwise no gradient flows through a replacement to earlier layers.
+        group: A switch that several taps share; by default the tap has its own.
+        tensor_parallel: The ranks over which the model's activations are split, or their mesh, where the model does
+            not show it.
 
     Yields:
-        The tap: its sites, how often they were met, and its switch ``enabled``.
+        The tap: its sites, how often they fired, and its switch ``enabled``.
 
     Raises:
         UnknownSiteError: The model has no such site.
@@ -244,12 +243,12 @@ def tap(
         torch.Size([4, 3])
     """
     if backward and differentiable:
-        raise PlanError("tap was asked for backward and differentiable at once; gradients of gradients are not given")
+        raise PlanError("tap got backward=True and differentiable=True, and gives no gradients of gradients: pass one")
     target = target_of(model)
     if not isinstance(sites, Mapping):
         sites = whole_sites(target.core, [sites] if isinstance(sites, str) else list(sites))
     infos = target.here(sites)
-    _refuse_parts_of_logits(infos)
+    _refuse_top_logits(infos)
     with ExitStack() as stack:
         made = Tap(
             infos,
@@ -257,7 +256,7 @@ def tap(
             backward=backward,
             differentiable=differentiable,
             group=TapGroup() if group is None else group,
-            layouts=_layouts(target.core, gather=gather, everywhere=differentiable, given=tensor_parallel),
+            run_on=_full_tensors(target.core, differentiable, tensor_parallel).run if gather else run_locally,
             chunk=stack.enter_context(chunks_of(model)),
         )
         stack.callback(made._release)
@@ -270,17 +269,16 @@ def tap(
     made._check(call)
 
 
-def _layouts(
-    core: nn.Module, *, gather: bool, everywhere: bool, given: ProcessGroup | DeviceMesh | None
-) -> FullTensors | LocalTensors:
-    if not gather:
-        return LocalTensors()
-    spread = isinstance(core, PreTrainedModel) and is_spread(core)
-    group = tensor_parallel_group(core, given)
-    return FullTensors(group, everywhere=everywhere, checks_shapes=spread, stages=pipeline_group(core))
+def _full_tensors(core: nn.Module, differentiable: bool, given: ProcessGroup | DeviceMesh | None) -> FullTensors:
+    return FullTensors(
+        tensor_parallel_group(core, given),
+        everywhere=differentiable,
+        checks_shapes=isinstance(core, PreTrainedModel) and is_spread(core),
+        stages=pipeline_group(core),
+    )
 
 
-def _refuse_parts_of_logits(sites: Mapping[str, SiteInfo]) -> None:
+def _refuse_top_logits(sites: Mapping[str, SiteInfo]) -> None:
     for name, info in sites.items():
         if info.site.top is not None:
             raise PlanError(f"{name!r} is a search among the logits and not a tensor of the model; tap 'logits'")

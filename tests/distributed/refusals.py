@@ -40,9 +40,7 @@ def nothing(_site: str, _tensor: Tensor) -> None:
 def different_tokens(load: Load) -> None:
     """Ranks that should share a batch and do not are found out by the checksum."""
     model, rank = SPLIT["llama"](), dist.get_rank()
-    words = (
-        rf"Site 'resid_post\.1' on rank {rank}: its layout cannot be proved.*different tokens.*rank 1: \[4, 10, 32\]"
-    )
+    words = rf"'resid_post\.1' on rank {rank}.*cannot be proved.*different tokens.*rank 1: \[4, 10, 32\]"
     with pytest.raises(CaptureError, match=words), tap(model, "resid_post.1", nothing, tensor_parallel=world()):
         run(model, seed=rank)
 
@@ -61,7 +59,7 @@ def partial_sums(load: Load) -> None:
 def a_group_that_is_not_known(load: Load) -> None:
     """A model split by hand shows no group: parts are refused, until the user says who holds them."""
     model, kept = by_hand(), dict[str, Tensor]()
-    words = rf"Site 'mlp_act\.1' on rank {dist.get_rank()} has shape \[4, 10, 49\].*\[4, 10, 98\].*tensor_parallel="
+    words = rf"Site 'mlp_act\.1' on rank {dist.get_rank()} .*\[4, 10, 49\].*\[4, 10, 98\].*tensor_parallel="
     with pytest.raises(CaptureError, match=words), tap(model, "mlp_act.1", nothing):
         run(model)
     with tap(model, "mlp_act.1", kept.__setitem__, tensor_parallel=world()):
@@ -84,7 +82,7 @@ def functions_that_fail(load: Load) -> None:
     ]
     for function, error, words in wrong:
         there = CaptureError if dist.get_rank() else error
-        told = rf"Site 'z\.1' on rank 1: the function failed on rank 0: .*{words}" if dist.get_rank() else words
+        told = rf"Site 'z\.1' on rank 1: .*failed on rank 0: .*{words}" if dist.get_rank() else words
         with pytest.raises(there, match=told), tap(model, "z.1", partial(ignoring_site, function)):
             run(model)
         assert torch.equal(run(model), before)
@@ -130,7 +128,7 @@ def later_batches_and_switches(load: Load) -> None:
 def a_site_that_never_fires(load: Load) -> None:
     model = load()
     setattr(model.get_submodule("model.layers.1.mlp"), "forward", nn.Identity().forward)  # noqa: B010 - mypy's wish
-    words = rf"Site 'mlp_act\.1' on rank {dist.get_rank()} \(model\.layers\.1\.mlp\.down_proj input\) was never met"
+    words = rf"Site 'mlp_act\.1' on rank {dist.get_rank()} \(model\.layers\.1\.mlp\.down_proj input\).* never met"
     with pytest.raises(CaptureError, match=words), tap(model, "mlp_act.1", nothing):
         run(model)
 
@@ -187,7 +185,7 @@ def parameters(load: Load) -> None:
             wanted = bare.get_parameter(name).grad
             assert wanted is not None
             assert relative_error(full_parameter(model, name, gradient=True), wanted) < 2e-5
-    words = rf"'model\.norm\.bias' was asked for on rank {dist.get_rank()}, and there is no such parameter"
+    words = rf"'model\.norm\.bias' .* on rank {dist.get_rank()}.* no such parameter"
     with pytest.raises(CaptureError, match=words):
         full_parameter(bare, "model.norm.bias")
 

@@ -1,4 +1,4 @@
-"""From what the ranks say of their parts to the layout, or to a refusal: no processes, every way to split."""
+"""From what the ranks report of their shards to the layout, or to a refusal: every way to split, no processes."""
 
 import importlib.util
 import json
@@ -8,14 +8,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from residua.capture.layout.layouts import Layout, ShardReport, full_shape, infer_layout
+from residua.capture.layout.layouts import Layout, Shape, ShardReport, full_shape, infer_layout
 from residua.capture.sites.site import SiteInfo
 
 ROOT = Path(__file__).parents[3]
 SIZES = st.lists(st.integers(1, 9), min_size=2, max_size=5)
 
 
-def said(*shapes: tuple[int, ...], checksums: list[int] | None = None) -> list[ShardReport]:
+def reported(*shapes: tuple[int, ...], checksums: list[int] | None = None) -> list[ShardReport]:
     checksums = checksums or list(range(len(shapes)))
     return [
         ShardReport(i, shape, "float32", checksum)
@@ -24,37 +24,37 @@ def said(*shapes: tuple[int, ...], checksums: list[int] | None = None) -> list[S
 
 
 @given(SIZES, st.integers(1, 3))
-def test_a_tensor_split_along_one_axis_is_understood_evenly_or_not(sizes: list[int], dim: int) -> None:
-    whole = [2, 7, 11, 13]
-    whole[dim] = sum(sizes)
-    shapes = [(*whole[:dim], size, *whole[dim + 1 :]) for size in sizes]
-    assert infer_layout(said(*shapes), tuple(whole)) == Layout(dim, tuple(sizes))
+def test_a_tensor_split_along_one_axis_has_that_layout_evenly_or_not(sizes: list[int], dim: int) -> None:
+    full = [2, 7, 11, 13]
+    full[dim] = sum(sizes)
+    shapes = [(*full[:dim], size, *full[dim + 1 :]) for size in sizes]
+    assert infer_layout(reported(*shapes), tuple(full)) == Layout(dim, tuple(sizes))
 
 
 @given(SIZES)
-def test_parts_that_do_not_add_up_are_refused(sizes: list[int]) -> None:
+def test_shards_that_do_not_add_up_are_refused(sizes: list[int]) -> None:
     shapes = [(2, 7, size) for size in sizes]
-    assert isinstance(infer_layout(said(*shapes), (2, 7, sum(sizes) + 1)), str)
+    assert isinstance(infer_layout(reported(*shapes), (2, 7, sum(sizes) + 1)), str)
 
 
 def test_equal_tensors_are_replicas_and_unequal_ones_are_nothing() -> None:
-    same = said((2, 7, 5), (2, 7, 5), checksums=[4, 4])
+    same = reported((2, 7, 5), (2, 7, 5), checksums=[4, 4])
     assert infer_layout(same, (2, 7, 5)) == Layout()
     assert infer_layout(same, None) == Layout()
-    for whole in ((2, 7, 5), None):
-        found = infer_layout(said((2, 7, 5), (2, 7, 5)), whole)
+    for full in ((2, 7, 5), None):
+        found = infer_layout(reported((2, 7, 5), (2, 7, 5)), full)
         assert isinstance(found, str)
         assert "not yet added up" in found
 
 
-def test_fewer_positions_than_the_call_has_are_understood() -> None:
+def test_fewer_positions_than_the_call_has_are_accepted() -> None:
     """Logits of the last position alone, and keys of a cache in front of the call's own."""
-    assert infer_layout(said((2, 1, 5), (2, 1, 5), checksums=[4, 4]), (2, 7, 5)) == Layout()
-    assert infer_layout(said((2, 9, 2, 3), (2, 9, 2, 3)), (2, 1, 4, 3)) == Layout(2, (2, 2))
+    assert infer_layout(reported((2, 1, 5), (2, 1, 5), checksums=[4, 4]), (2, 7, 5)) == Layout()
+    assert infer_layout(reported((2, 9, 2, 3), (2, 9, 2, 3)), (2, 1, 4, 3)) == Layout(2, (2, 2))
 
 
 @pytest.mark.parametrize(
-    ("shapes", "whole"),
+    ("shapes", "full"),
     [
         ([(2, 7, 5), (2, 7)], (2, 7, 5)),
         ([(2, 3, 2), (2, 4, 3)], (2, 7, 5)),
@@ -63,20 +63,44 @@ def test_fewer_positions_than_the_call_has_are_understood() -> None:
         ([(2, 7, 2), (2, 7, 3)], None),
     ],
 )
-def test_what_proves_nothing_is_refused(shapes: list[tuple[int, ...]], whole: tuple[int, ...] | None) -> None:
-    assert isinstance(infer_layout(said(*shapes), whole), str)
+def test_what_proves_nothing_is_refused(shapes: list[tuple[int, ...]], full: tuple[int, ...] | None) -> None:
+    assert isinstance(infer_layout(reported(*shapes), full), str)
 
 
 def test_types_that_differ_are_refused() -> None:
-    parts = [ShardReport(0, (2, 7, 5), "float32", 1), ShardReport(1, (2, 7, 5), "bfloat16", 1)]
-    assert isinstance(infer_layout(parts, (2, 7, 5)), str)
+    reports = [ShardReport(0, (2, 7, 5), "float32", 1), ShardReport(1, (2, 7, 5), "bfloat16", 1)]
+    assert isinstance(infer_layout(reports, (2, 7, 5)), str)
 
 
-def test_the_whole_takes_what_only_the_run_knows_from_the_run() -> None:
+def test_the_full_shape_takes_what_only_the_run_knows_from_the_run() -> None:
     pattern = SiteInfo(name="pattern.0", row_shape=(8, None), dtype="float32", module="b", via="attention")
     assert full_shape(pattern, (2, 7), (2, 7, 4, 9)) == (2, 7, 8, 9)
     assert full_shape(pattern, None, (2, 7, 4, 9)) is None
     assert full_shape(pattern, (2, 7), (2, 7, 4)) is None
+
+
+@pytest.mark.parametrize(
+    ("found", "full", "layout"),
+    [
+        ([((4, 6), 1), ((4, 6), 1)], (4, 6), Layout()),
+        ([((4, 6), 1), ((4, 6), 1)], None, Layout()),
+        ([((2, 6), 1), ((2, 6), 2)], (4, 6), Layout(0, (2, 2))),
+        ([((2, 6), 1), ((2, 6), 1)], (4, 6), Layout(0, (2, 2))),  # shards of equal values, such as zeros
+        ([((3,), 0), ((1,), 0)], (4,), Layout(0, (3, 1))),
+        ([((4, 2), 1), ((4, 2), 2), ((4, 1), 3)], (4, 5), Layout(1, (2, 2, 1))),
+        ([((4, 6), 1), ((4, 6), 2)], (4, 6), None),  # every rank has other values: these are no shards of one tensor
+        ([((4, 6), 1), ((4, 6), 2)], None, None),
+        ([((2, 6), 1), ((4, 3), 2)], (4, 6), None),
+        ([((2, 6), 1), ((3, 6), 2)], (4, 6), None),
+        ([((12,), 1), ((12,), 2)], (4, 6), None),
+    ],
+)
+def test_parameters_have_no_free_axes(
+    found: list[tuple[Shape, int]], full: Shape | None, layout: Layout | None
+) -> None:
+    reports = [ShardReport(rank, shape, "torch.float32", crc) for rank, (shape, crc) in enumerate(found)]
+    inferred = infer_layout(reports, full, n_free_axes=0)
+    assert inferred == layout if layout else isinstance(inferred, str)
 
 
 def test_the_page_shows_the_table_that_was_measured() -> None:

@@ -133,7 +133,7 @@ def test_options_and_sites_that_make_no_sense_are_refused() -> None:
             pass
     with (
         torch.no_grad(),
-        pytest.raises(CaptureError, match=r"'final' takes part in no gradient"),
+        pytest.raises(CaptureError, match=r"'final' has no gradient"),
         residua.tap(model, "final", lambda *_: None, backward=True),
     ):
         loss_of(model)
