@@ -13,12 +13,12 @@ That changes the path and not the solution: some ten to thirty passes do, where 
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Self, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
-from residua.analysis.probes.lbfgs import descend
+from residua.analysis.probes.minimiser import minimise
 from residua.analysis.support.moments import Moments
 
 Floats: TypeAlias = npt.NDArray[np.float64]
@@ -59,11 +59,11 @@ class Basis:
         centred *= (1 / self.scale).astype(values.dtype)
         return centred
 
-    def turned(self, weights: Floats) -> Floats:
+    def rotated(self, weights: Floats) -> Floats:
         """Return (width, n) weights in these coordinates as weights of standardised rows."""
         return weights if self.vectors is None else self.vectors @ weights
 
-    def turned_back(self, gradients: Floats) -> Floats:
+    def rotated_back(self, gradients: Floats) -> Floats:
         """Return (width, n) gradients of standardised rows in these coordinates."""
         return gradients if self.vectors is None else self.vectors.T @ gradients
 
@@ -114,30 +114,82 @@ def fit_logistic(
     width = len(basis.mean)
     scales = [_preconditioner(problem, basis) for problem in problems]
 
-    def unpacked(number: int, point: Floats) -> tuple[Floats, Floats]:
+    def weights_at(number: int, point: Floats) -> Floats:
         vectors = point.reshape(width + 1, -1) * scales[number]
-        return basis.turned(vectors[:-1]), vectors[-1]
+        return np.vstack([basis.rotated(vectors[:-1]), vectors[-1:]])
 
     def evaluate(numbers: Sequence[int], points: Sequence[Floats]) -> list[tuple[float, Floats]]:
-        unknown = [unpacked(number, point) for number, point in zip(numbers, points, strict=True)]
         asked = [problems[number] for number in numbers]
-        sums = _one_pass(batches, asked, basis, unknown)
+        weights = [weights_at(number, point) for number, point in zip(numbers, points, strict=True)]
+        joined = np.hstack(weights)
+        sums = LossSums(0, np.zeros(len(asked)), np.zeros_like(joined))
+        for values, codes in batches():
+            sums.merge(loss_sums(values, codes, asked, basis, joined))
+        gradients = np.split(sums.gradients / sums.n_rows, _ends(asked)[:-1], axis=1)
         answers = []
-        for number, (weights, _), (loss, gradient) in zip(numbers, unknown, sums, strict=True):
+        for number, loss, weight, gradient in zip(numbers, sums.losses / sums.n_rows, weights, gradients, strict=True):
             penalty = problems[number].penalty
-            loss += penalty / 2 * float(np.vdot(weights, weights))
-            down = np.vstack([basis.turned_back(gradient[:-1] + penalty * weights), gradient[-1:]])
-            answers.append((loss, (down * scales[number]).reshape(-1)))
+            down = np.vstack([basis.rotated_back(gradient[:-1] + penalty * weight[:-1]), gradient[-1:]])
+            loss += penalty / 2 * float(np.vdot(weight[:-1], weight[:-1]))
+            answers.append((float(loss), (down * scales[number]).reshape(-1)))
         return answers
 
-    starts = [np.zeros((width + 1) * problem.n_vectors) for problem in problems]
-    descents = descend(evaluate, starts, tolerance=tolerance, most_passes=most_passes)
+    n_parameters = [(width + 1) * problem.n_vectors for problem in problems]
     found = []
-    for number, descent in enumerate(descents):
-        weights, bias = unpacked(number, descent.point)
-        weight = np.ascontiguousarray((weights / basis.scale[:, None]).T)
-        found.append(Fitted(weight, bias - weight @ basis.mean, descent.n_steps, descent.is_converged))
+    for number, descent in enumerate(minimise(evaluate, n_parameters, tolerance=tolerance, most_passes=most_passes)):
+        weights = weights_at(number, descent.point)
+        weight = np.ascontiguousarray((weights[:-1] / basis.scale[:, None]).T)
+        found.append(Fitted(weight, weights[-1] - weight @ basis.mean, descent.n_steps, descent.is_converged))
     return found
+
+
+@dataclass
+class LossSums:
+    """Sums over some rows, for several problems at some weights each; those of several blocks add up.
+
+    Attributes:
+        n_rows: Number of rows.
+        losses: Of each problem, (problems,) float64.
+        gradients: By the weights of all problems, (width + 1, vectors) float64; the bias stands last.
+    """
+
+    n_rows: int
+    losses: Floats
+    gradients: Floats
+
+    def merge(self, other: "LossSums") -> Self:
+        """Add the sums over other rows."""
+        self.n_rows += other.n_rows
+        self.losses += other.losses
+        self.gradients += other.gradients
+        return self
+
+
+def loss_sums(
+    values: npt.NDArray[np.floating], codes: Codes, problems: Sequence[Problem], basis: Basis, weights: Floats
+) -> LossSums:
+    """Sum losses and gradients over one block of rows; a function of its arguments alone.
+
+    Args:
+        values: (rows, width) float32 or float64, in which the products are computed.
+        codes: Numbers of classes, (rows, labellings).
+        problems: The problems, without their penalties.
+        basis: Standardises the rows.
+        weights: Of standardised rows, (width + 1, vectors of all problems); the bias stands last.
+    """
+    rows = basis.standardised(values)
+    logits = rows @ weights[:-1].astype(rows.dtype) + weights[-1].astype(rows.dtype)
+    losses = np.zeros(len(problems))
+    for number, (problem, end) in enumerate(zip(problems, _ends(problems), strict=True)):
+        losses[number] = _residual_(logits[:, end - problem.n_vectors : end], codes[:, problem.labelling])
+    gradients = np.vstack([rows.T @ logits, logits.sum(axis=0, dtype=np.float64)])
+    return LossSums(len(rows), losses, gradients)
+
+
+def _ends(problems: Sequence[Problem]) -> list[int]:
+    """Return the number of the column after the last of each problem."""
+    ends: list[int] = np.cumsum([problem.n_vectors for problem in problems]).tolist()
+    return ends
 
 
 def log_losses(logits: npt.NDArray[np.floating], codes: Codes) -> Floats:
@@ -159,30 +211,6 @@ def _preconditioner(problem: Problem, basis: Basis) -> Floats:
     curvature = (1 - 1 / problem.n_classes) / problem.n_classes
     entries = np.append(curvature * basis.values + problem.penalty, curvature)
     return np.asarray(1 / np.sqrt(entries))[:, None]
-
-
-def _one_pass(
-    batches: Batches, problems: Sequence[Problem], basis: Basis, unknown: Sequence[tuple[Floats, Floats]]
-) -> list[tuple[float, Floats]]:
-    """Return the mean loss of each problem and its gradient, (width + 1, vectors)."""
-    weights = np.hstack([weights for weights, _ in unknown])
-    bias = np.concatenate([bias for _, bias in unknown])
-    ends = np.cumsum([problem.n_vectors for problem in problems]).tolist()
-    losses = [0.0] * len(problems)
-    gradients = np.zeros((len(basis.mean) + 1, len(bias)))
-    n_rows = 0
-    for values, codes in batches():
-        rows = basis.standardised(values)
-        logits = rows @ weights.astype(rows.dtype) + bias.astype(rows.dtype)
-        for number, (problem, end) in enumerate(zip(problems, ends, strict=True)):
-            part = slice(end - problem.n_vectors, end)
-            losses[number] += _residual_(logits[:, part], codes[:, problem.labelling])
-        gradients[:-1] += rows.T @ logits
-        gradients[-1] += logits.sum(axis=0, dtype=np.float64)
-        n_rows += len(rows)
-    gradients /= n_rows
-    starts = [0, *ends[:-1]]
-    return [(loss / n_rows, gradients[:, a:b]) for loss, a, b in zip(losses, starts, ends, strict=True)]
 
 
 def _residual_(logits: npt.NDArray[np.floating], codes: Codes) -> float:

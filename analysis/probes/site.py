@@ -28,7 +28,7 @@ LOGISTIC_PENALTIES = tuple(10.0**power for power in range(-5, 2))
 RIDGE_PENALTIES = tuple(10.0**power for power in range(-7, 3))
 _ROUGH, _FINE = 1e-5, 1e-7  # nats above the minimum: to choose the penalty by, and of the probe
 _MOST_LOGITS = 2**23  # at a time
-_VECTORS = 24  # that L-BFGS holds of each problem
+_VECTORS = 24  # float64, of parameters of each problem, that L-BFGS needs in the half of the memory it gets
 _COVARIANCES = 12  # width² float64 that a task may hold at its worst, of three parts and their eigenvectors
 
 

@@ -63,9 +63,12 @@ def array_blocks(values: Rows) -> Iterator[Array]:
 
     The blocks of a Dask array are computed one after the other. An array without rows gives one empty block.
     """
-    parts: Iterable[Array] = [np.asarray(values)]
-    if hasattr(values, "numblocks"):
-        rows: Any = values.rechunk(dict.fromkeys(range(1, values.ndim), -1))
+    lazy: Any = values  # Dask's methods have no types
+    parts: Iterable[Array]
+    if not hasattr(lazy, "numblocks"):
+        parts = [np.asarray(values)]
+    else:
+        rows = lazy.rechunk(dict.fromkeys(range(1, lazy.ndim), -1))
         dask_blocks = (rows.blocks[index] for index in range(rows.numblocks[0]))
         parts = (np.asarray(block.compute(scheduler="synchronous")) for block in dask_blocks)
     for part in parts:

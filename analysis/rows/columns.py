@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
-from operator import getitem
 from typing import TypeAlias
 
 import numpy as np
@@ -81,9 +80,13 @@ def _lookup(archive: Archive, name: str) -> Lookup:
         values = np.zeros(stored.shape, stored.dtype)
         for start, stop in blocks(archive):
             values[start:stop] = stored[start:stop]
-        return partial(getitem, values)
+        return partial(_by_row, values)
     first_row = archive.example_table.index().first_row
     return partial(_by_example, first_row, None if name == "example" else _column(archive, name))
+
+
+def _by_row(values: Array, rows: Numbers) -> Array:
+    return values[rows]
 
 
 def _by_example(first_row: Numbers, values: Array | None, rows: Numbers) -> Array:

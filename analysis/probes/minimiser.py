@@ -1,0 +1,141 @@
+"""L-BFGS for several convex functions side by side, so that one pass over the data evaluates all of them.
+
+The algorithm is scipy's (Liu and Nocedal 1989, "On the limited memory BFGS method for large scale optimization"). Each
+function is minimised in a thread of its own. When every function that is not done has asked for its loss at a point,
+one call evaluates them together.
+"""
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from functools import partial
+from queue import SimpleQueue
+from typing import TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+from scipy.optimize import minimize
+
+Floats: TypeAlias = npt.NDArray[np.float64]
+Answer: TypeAlias = tuple[float, Floats]
+"""Loss and gradient at a point."""
+Evaluate: TypeAlias = Callable[[Sequence[int], Sequence[Floats]], Sequence[Answer]]
+
+_NOISE = 1e-7  # of the loss at zero: losses may be sums of float32 products, and a smaller rise is no rise
+_PAIRS = 8  # of steps and gradients that are kept: more save no pass and take memory
+
+
+class _StopDescent(Exception):  # noqa: N818  # no error; scipy has no other way out before it evaluates
+    """Ends one minimisation."""
+
+
+class Descent:
+    """The minimisation of one function, from zero.
+
+    Attributes:
+        point: The best point so far, (parameters,).
+        n_steps: Steps taken.
+        is_converged: Whether the loss is as low as was asked for.
+    """
+
+    def __init__(self, n_parameters: int) -> None:
+        self.point: Floats = np.zeros(n_parameters)
+        self.n_steps = 0
+        self.is_converged = False
+
+    def run(self, evaluate: Callable[[Floats], Answer], *, tolerance: float) -> None:
+        """Minimise until the next step is expected to lower the loss by no more than `tolerance`.
+
+        The first point that scipy tries in a step is the minimum of its quadratic model of the loss, which is half the
+        gradient times the way there below the current loss.
+        """
+        first_loss, gradient = evaluate(self.point)
+        scale = float(np.linalg.norm(gradient))  # scipy's first step has length 1; in these units it is the gradient
+        trial, is_first_trial = self.point, True
+
+        def loss_at(scaled: Floats) -> Answer:
+            nonlocal gradient, trial, is_first_trial
+            if not scaled.any():
+                return first_loss, gradient * scale
+            if is_first_trial:
+                self.is_converged = float((self.point - scaled * scale) @ gradient) / 2 <= tolerance
+                if self.is_converged:
+                    raise _StopDescent
+            trial, is_first_trial = scaled * scale, False
+            loss, gradient = evaluate(trial)
+            return loss - _NOISE * abs(first_loss) * (self.n_steps + 1), gradient * scale
+
+        def take_step(_: Floats) -> None:
+            nonlocal is_first_trial
+            self.point, self.n_steps, is_first_trial = trial, self.n_steps + 1, True
+
+        options = {"ftol": 0, "gtol": 0, "maxcor": _PAIRS}  # it stops for our reason, not for scipy's
+        with suppress(_StopDescent):
+            found = minimize(loss_at, trial, jac=True, method="L-BFGS-B", callback=take_step, options=options)
+            self.is_converged = bool(found.success)
+
+
+class _Exchange:
+    """Points that threads ask about, and the answers to them."""
+
+    def __init__(self, n_threads: int) -> None:
+        self._requests: SimpleQueue[tuple[int, Floats] | None] = SimpleQueue()
+        self._answers: list[SimpleQueue[Answer | None]] = [SimpleQueue() for _ in range(n_threads)]
+
+    def ask(self, number: int, point: Floats) -> Answer:
+        """Wait for the answer to a point; called in thread `number`."""
+        self._requests.put((number, point))
+        answer = self._answers[number].get()
+        if answer is None:
+            raise _StopDescent
+        return answer
+
+    def thread_ended(self, _: object) -> None:
+        self._requests.put(None)
+
+    def serve(self, evaluate: Evaluate, most_passes: int) -> None:
+        """Evaluate the points of all threads together, until every thread has ended or `most_passes` calls are made."""
+        n_running = len(self._answers)
+        for _ in range(most_passes):
+            asked = dict(sorted(filter(None, [self._requests.get() for _ in range(n_running)])))
+            n_running = len(asked)
+            if not asked:
+                return
+            for number, answer in zip(asked, evaluate([*asked], [*asked.values()]), strict=True):
+                self._answers[number].put(answer)
+
+    def close(self) -> None:
+        """End every thread that asks, now or later."""
+        for answers in self._answers:
+            answers.put(None)
+
+
+def minimise(evaluate: Evaluate, n_parameters: Sequence[int], *, tolerance: float, most_passes: int) -> list[Descent]:
+    """Minimise several convex functions, all from zero.
+
+    Args:
+        evaluate: Given the numbers of some functions and a point for each, returns loss and gradient of each. It is
+            called in the calling thread.
+        n_parameters: Number of parameters of each function.
+        tolerance: A function is done when its next step is expected to lower its loss by no more than this.
+        most_passes: Most calls of `evaluate`.
+
+    Returns:
+        One descent for each function.
+    """
+    descents = [Descent(n) for n in n_parameters]
+    exchange = _Exchange(len(descents))
+    with ThreadPoolExecutor(len(descents)) as pool:
+        try:
+            threads = [
+                pool.submit(descent.run, partial(exchange.ask, number), tolerance=tolerance)
+                for number, descent in enumerate(descents)
+            ]
+            for thread in threads:
+                thread.add_done_callback(exchange.thread_ended)
+            exchange.serve(evaluate, most_passes)
+        finally:
+            exchange.close()
+    for thread in threads:
+        thread.result()  # raises what ended the thread, if anything did
+    return descents
