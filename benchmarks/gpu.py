@@ -24,7 +24,7 @@ from measure import in_turns, machine, parser, publish, speedups, spread, table
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from residua.capture.buffers.host_buffers import Staging
+from residua.capture.buffers.host_buffers import ShardFiller
 from residua.capture.buffers.row_index import ExampleRows, batch_rows
 from residua.capture.forward.inputs import forward_kwargs
 from residua.capture.recording.record import record
@@ -177,15 +177,15 @@ def rate(sizes: Sizes, device: torch.device, rounds: int) -> list[list[str]]:
     hidden = torch.randn(EXAMPLES, POSITIONS, sizes.width, device=device, dtype=torch.bfloat16)
     ring = [torch.empty(hidden.shape, dtype=hidden.dtype, pin_memory=pinned) for _ in range(2 * sizes.layers)]
     plan, writer = sizes.plan(), Nowhere()
-    staging = Staging(plan, cast("ShardWriter", writer), n_stages=4, pinned=pinned)
+    filler = ShardFiller(plan, cast("ShardWriter", writer), n_buffers=4, pinned=pinned)
     n_bytes = sizes.n_batches * sizes.layers * hidden.nbytes
 
     def staged(_: int) -> None:
         for batch in range(sizes.n_batches):
-            staging.begin(batch_rows(rows_of(batch), POSITIONS))
+            filler.begin(batch_rows(rows_of(batch), POSITIONS))
             for site in plan.sites:
-                staging.put(site.name, hidden)
-            staging.finish()
+                filler.put(site.name, hidden)
+            filler.finish()
         idle(device)
 
     def bare(_: int) -> None:

@@ -1,1 +1,4 @@
-"""From tensors on a device to rows in host memory: offload, host buffers, the row index. Uses `sites` and below."""
+"""From tensors on a device to rows in host memory: host buffers, copies from devices, the row index.
+
+Uses `sites` and below.
+"""

@@ -1,11 +1,12 @@
-"""Stages: host memory in which shards fill, and the copies into it.
+"""Host buffers: memory in which shards fill, and the copies of rows into it.
 
-A stage holds one shard of every site, in the dtype that is stored. Hooks copy rows straight to where they will lie
-in the shard, so nothing is copied twice and nothing is gathered later. The number of stages is fixed: when a batch
-needs one and all are being filled or written, it waits. That is the only back-pressure, and it is counted.
+A host buffer holds one shard of every site that a process stores, in the stored dtype. `ShardFiller` copies each row
+straight to the place where it lies in the shard, so nothing is copied twice and nothing is gathered later. The number
+of host buffers is fixed: a batch that needs one waits while all are being filled or written. This is the only
+back-pressure, and the time is counted.
 
-On a CPU the copy is made at once, because later in-place operations may change the tensor. On CUDA it is queued;
-`offload` owns the order of what happens then, and a stage's `landing` says when its copies are done.
+From a CPU the copy is made at once, because later in-place operations may change the tensor. From a CUDA device it is
+queued; `offload` owns the order of the operations, and `HostBuffer.pending` says when the copies are done.
 """
 
 from collections.abc import Callable, Container, Iterator, Sequence
@@ -15,8 +16,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from residua.capture.buffers.offload import Landing, Offload, StagePool
-from residua.capture.buffers.row_index import BatchRows, Placement
+from residua.capture.buffers.offload import BufferPool, Offload, PendingCopies
+from residua.capture.buffers.row_index import BatchRows, RowIndex
 from residua.capture.runtime.streams import CudaStreams, page_locked
 from residua.capture.scheduling.ownership import Ownership
 from residua.store.base.errors import CaptureError
@@ -28,21 +29,28 @@ _DEVICE_BYTES = 256 * 1024 * 1024  # of gathered rows on a device that wait for 
 
 
 def torch_dtype(name: str) -> torch.dtype:
-    """Return torch's dtype of a stored data type name."""
+    """Return torch's dtype of a stored data type."""
     dtype = getattr(torch, name)
     if not isinstance(dtype, torch.dtype):
         raise TypeError(f"{name!r} is not a torch dtype")
     return dtype
 
 
-class Stage:
+class HostBuffer:
     """Memory for one shard of every site that this process stores.
 
+    Args:
+        plan: What is stored.
+        n_rows: Number of rows that the buffer holds.
+        pinned: Whether the memory is page-locked, for copies from a CUDA device.
+        sites: The sites to make memory for; all of the plan's unless given.
+        has_columns: Whether the buffer also holds the columns of the rows (token, position, example).
+
     Attributes:
-        blocks: Per site its rows, in blocks of equal height one after the other, each (rows, *row shape).
-        columns: What each row is.
-        n_filled: Rows that were announced.
-        landing: The copies from devices that are under way.
+        blocks: For each site its rows, in consecutive blocks of equal height, each (rows, *row shape).
+        columns: For each column of the rows its values.
+        n_filled: Number of rows that batches have announced.
+        pending: The copies from devices that are under way.
     """
 
     def __init__(
@@ -55,13 +63,13 @@ class Stage:
         has_columns: bool = True,
     ) -> None:
         self._memory: dict[str, ShardMemory] = {}
-        with torch.inference_mode(mode=False):  # or rows that come outside of it could not be copied in
+        with torch.inference_mode(mode=False):  # rows computed outside inference mode cannot be copied to its tensors
             stored = plan.sites if sites is None else sites
             self.blocks = {site.name: self._allocate(plan, site, n_rows, pinned) for site in stored}
         columns = ROW_COLUMNS if has_columns else {}
         self.columns = {name: np.zeros(n_rows, dtype) for name, dtype in columns.items()}
         self.n_filled = 0
-        self.landing = Landing()
+        self.pending = PendingCopies()
 
     def _allocate(self, plan: Plan, site: SitePlan, n_rows: int, pinned: bool) -> list[torch.Tensor]:
         dtype = torch_dtype(site.dtype)
@@ -69,47 +77,44 @@ class Stage:
             return [_as_tensor(page_locked(n_rows * site.row_bytes), dtype, site.row_shape)]
         spec = site.arrays(plan.rows_per_shard)[0]
         if not ShardMemory.suits(spec):
-            # unlike torch, numpy asks the system for large pages, and so for far fewer of them
+            # Unlike torch, numpy asks the system for large pages, and so for far fewer of them.
             return [_as_tensor(np.empty(n_rows * site.row_bytes, np.uint8), dtype, site.row_shape)]
         memory = self._memory[site.name] = ShardMemory(spec, n_rows)
         return [_as_tensor(chunk, dtype, site.row_shape) for chunk in memory.chunks]
 
     def filled(self, site: str, block: int, n_rows: int) -> None:
-        """Take note that `n_rows` rows were just copied to block number `block` of `site`."""
+        """Note that `n_rows` rows were copied to block number `block` of `site`."""
         if site in self._memory:
             self._memory[site].filled(block, n_rows)
 
     def rows(self, site: str, n_rows: int) -> npt.NDArray[np.generic] | ShardMemory:
-        """Return the first `n_rows` rows of `site` in storage dtype, without a copy."""
+        """Return the first `n_rows` rows of `site` in the stored dtype (bfloat16 as uint16 bits), without a copy."""
         if site in self._memory:
             return self._memory[site].first(n_rows)
-        buffer = self.blocks[site][0][:n_rows]
-        if buffer.dtype == torch.bfloat16:
-            return buffer.view(torch.int16).numpy().view("<u2")
-        return buffer.numpy()
+        rows = self.blocks[site][0][:n_rows]
+        if rows.dtype == torch.bfloat16:
+            return rows.view(torch.int16).numpy().view("<u2")
+        return rows.numpy()
 
 
 def _as_tensor(memory: npt.NDArray[np.generic], dtype: torch.dtype, row_shape: tuple[int, ...]) -> torch.Tensor:
     return torch.from_numpy(memory.reshape(-1).view(np.uint8)).view(dtype).view(-1, *row_shape)
 
 
-def _same(rows: torch.Tensor) -> torch.Tensor:
-    return rows
-
-
-class Staging:
-    """Takes the rows of batches and hands full shards to the writer.
+class ShardFiller:
+    """Copies the rows of batches to host buffers, and hands full shards to the writer.
 
     Args:
         plan: What is stored.
-        writer: Where full shards go.
-        n_stages: How many shards are in memory at once.
-        most_stages: To how many that may grow for a batch that reaches into more; `n_stages` unless given.
+        writer: The writer that gets full shards.
+        n_buffers: Number of host buffers, and so of shards that are in memory at once.
+        max_buffers: Number to which the host buffers may grow for a batch that reaches into more shards;
+            `n_buffers` unless given.
         pinned: Whether the memory is page-locked, for copies from a CUDA device.
         ownership: What this process stores of each shard; everything unless given.
 
     Attributes:
-        n_bytes: Bytes of the rows that were copied into stages.
+        n_bytes: Bytes of the rows that were copied to host buffers.
     """
 
     def __init__(
@@ -117,9 +122,9 @@ class Staging:
         plan: Plan,
         writer: ShardWriter,
         *,
-        n_stages: int,
+        n_buffers: int,
         pinned: bool,
-        most_stages: int = 0,
+        max_buffers: int = 0,
         ownership: Ownership | None = None,
     ) -> None:
         self._height = plan.rows_per_shard if plan.n_rows is None else max(1, min(plan.rows_per_shard, plan.n_rows))
@@ -129,54 +134,56 @@ class Staging:
         self._plan = plan
         self._writer = writer
         self._only: Container[int] | None = None
-        self._n_stages = n_stages
-        self._most_stages = max(n_stages, most_stages)
-        n_per_lot = -(-n_stages // self._ownership.n_lots)  # shards that are open at once follow one another
-        self._pools = [
-            StagePool(self._new_stage(lot) for _ in range(n_per_lot)) for lot in range(self._ownership.n_lots)
-        ]
-        self._open: dict[int, Stage] = {}
+        self._n_buffers = n_buffers
+        self._max_buffers = max(n_buffers, max_buffers)
+        n_lots = self._ownership.n_lots
+        n_per_lot = -(-n_buffers // n_lots)  # shards that are open at once are consecutive
+        self._pools = [BufferPool(self._new_buffer(lot) for _ in range(n_per_lot)) for lot in range(n_lots)]
+        self._open: dict[int, HostBuffer] = {}
         self._offload = Offload(_DEVICE_BYTES)
         self._streams: dict[torch.device, CudaStreams] = {}
         self._batch: BatchRows | None = None
-        self._placements: list[tuple[int, Stage, Placement]] = []
+        self._targets: list[tuple[int, HostBuffer, RowIndex]] = []
 
-    def _new_stage(self, lot: int) -> Stage:
+    def _new_buffer(self, lot: int) -> HostBuffer:
         sites, has_columns = self._ownership.sites(lot), self._ownership.has_columns
-        return Stage(self._plan, self._height, pinned=self._pinned, sites=sites, has_columns=has_columns)
+        return HostBuffer(self._plan, self._height, pinned=self._pinned, sites=sites, has_columns=has_columns)
 
     def keep_only(self, shards: Container[int]) -> None:
-        """From now on keep rows of `shards` only; those of others are committed, or some other worker's.
+        """Keep only rows of `shards` from now on; other shards are committed, or another worker writes them.
 
         Raises:
-            RuntimeError: A shard is filling still.
+            RuntimeError: A shard is still being filled.
         """
         if self._open:
             raise RuntimeError(f"the shards {self.open_shards} are not full")
         self._only = shards
 
     def begin(self, batch: BatchRows) -> None:
-        """Find a place for the rows of `batch`; waits while no stage is free.
+        """Find the places for the rows of `batch`; wait while no host buffer is free.
 
         Raises:
-            CaptureError: The batch before was not finished, this one reaches too far, or the writer failed.
+            CaptureError: The batch before was not finished, this one reaches into too many shards, or the writer
+                failed.
         """
         self._refuse_unfinished()
         self._batch = batch
-        self._placements = []
+        self._targets = []
         height = self._plan.rows_per_shard
-        wanted = [part for part in batch.per_shard(height) if self._only is None or part[0] in self._only]
+        wanted = [
+            (shard, picked) for shard, picked in batch.per_shard(height) if self._only is None or shard in self._only
+        ]
         self._make_room(len(batch.row), {shard for shard, _ in wanted})
         for shard, picked in wanted:
-            stage = self._open.get(shard) or self._acquire(shard)
+            buffer = self._open.get(shard) or self._acquire(shard)
             target = batch.row[picked] - shard * height
-            for name, column in stage.columns.items():
+            for name, column in buffer.columns.items():
                 column[target] = getattr(batch, name)[picked]
-            stage.n_filled += len(picked)
-            self._placements.append((shard, stage, Placement(batch.source[picked], target)))
+            buffer.n_filled += len(picked)
+            self._targets.append((shard, buffer, RowIndex(batch.source[picked], target)))
 
     def _refuse_unfinished(self) -> None:
-        """Raise if rows of a batch were counted but not all copied: they would be whatever the memory held."""
+        """Raise if rows of a batch were announced but not all copied: they would hold whatever was in the memory."""
         if self._batch is not None:
             raise CaptureError(
                 f"a call of the model ended before its {len(self._batch.row):,} rows were copied, so they are missing. "
@@ -184,108 +191,103 @@ class Staging:
             )
 
     def _make_room(self, n_rows: int, shards: set[int]) -> None:
-        """Add stages for a batch that fills more shards than there are, or raise: waiting would be for ever."""
+        """Add host buffers for a batch that fills more shards than there are, or raise: it would wait forever."""
         needed = len(shards | self._open.keys())
-        while self._n_stages < min(needed, self._most_stages):
-            self._n_stages += 1
+        while self._n_buffers < min(needed, self._max_buffers):
+            self._n_buffers += 1
             for lot, pool in enumerate(self._pools):
-                pool.release(self._new_stage(lot))
-        if needed > self._n_stages:
+                pool.release(self._new_buffer(lot))
+        if needed > self._n_buffers:
             raise CaptureError(
                 f"a batch of {n_rows:,} rows reaches into {len(shards)} shards of "
-                f"{self._plan.rows_per_shard:,} rows, but there is memory for {self._n_stages} at once: "
+                f"{self._plan.rows_per_shard:,} rows, but there is memory for {self._n_buffers} at once: "
                 "use smaller batches, or taller shards (rows_per_shard)."
             )
 
     def put(self, site: str, tensor: torch.Tensor) -> None:
-        """Copy the wanted rows of `tensor` (B, T, *row) of `site` to their stages, where they are this process's."""
+        """Copy the rows of `site` that this process stores to their host buffers.
+
+        Args:
+            site: Name of the site.
+            tensor: (B, T, *row), in any dtype and on any device; it may change afterwards.
+        """
         if self._batch is None:
             raise RuntimeError(f"rows of {site} came before their batch was announced")
-        pattern = site.startswith("pattern.")
-        flat = tensor if pattern else tensor.flatten(0, 1)
-        for _, stage, placement in self._placements:
-            blocks = stage.blocks.get(site)
+        is_pattern = site.startswith("pattern.")
+        flat = tensor if is_pattern else tensor.flatten(0, 1)
+        for _, buffer, row_index in self._targets:
+            blocks = buffer.blocks.get(site)
             if blocks is None:
                 continue
-            self.n_bytes += len(placement.source) * blocks[0][0].nbytes
-            for block, part in placement.per_block(len(blocks[0])):
+            self.n_bytes += len(row_index.source) * blocks[0][0].nbytes
+            for number, part in row_index.per_block(len(blocks[0])):
+                block = blocks[number]
                 if tensor.is_cuda:
-                    self._send(flat, part, blocks[block], self._batch, stage.landing, pattern=pattern)
+                    if is_pattern:
+                        gather = partial(part.gather_pattern, flat, block, self._batch)
+                    else:
+                        gather = partial(part.gather, flat, block.dtype)
+                    self._send(tensor.device, gather, part, block, buffer.pending)
                     continue
-                if pattern:
-                    part.copy_pattern(flat, blocks[block], self._batch)
+                if is_pattern:
+                    part.copy_pattern(flat, block, self._batch)
                 else:
-                    part.copy(flat, blocks[block])
-                stage.filled(site, block, len(part.target))
+                    part.copy(flat, block)
+                buffer.filled(site, number, len(part.target))
 
-    def placements(self) -> Iterator[tuple[int, Placement]]:
-        """Yield each shard that wants rows of the batch under way, with the places of these."""
-        for shard, _, placement in self._placements:
-            yield shard, placement
+    def row_indexes(self) -> Iterator[tuple[int, RowIndex]]:
+        """Yield each shard that keeps rows of the current batch, with the index of these rows."""
+        for shard, _, row_index in self._targets:
+            yield shard, row_index
 
     def put_rows(self, site: str, shard: int, rows: torch.Tensor) -> None:
-        """Copy whole rows of `site`, all that the batch has for `shard`, in the order of their placement.
+        """Copy all rows of `site` that the current batch has for `shard`.
 
         Args:
             site: A site that this process stores of `shard`.
-            shard: One of `placements`.
-            rows: (rows, *row), of the stored dtype, and nobody else's.
+            shard: One of the shards of `row_indexes`.
+            rows: (rows, *row), in the order of the row index and in the stored dtype; nobody else changes it.
         """
-        stage, placement = next((stage, at) for number, stage, at in self._placements if number == shard)
-        blocks = stage.blocks[site]
+        buffer, row_index = next((buffer, index) for number, buffer, index in self._targets if number == shard)
+        blocks = buffer.blocks[site]
         self.n_bytes += rows.nbytes
         start = 0
-        for block, part in placement.per_block(len(blocks[0])):
+        for number, part in row_index.per_block(len(blocks[0])):
             piece = rows[start : start + len(part.target)]
             start += len(part.target)
             if rows.is_cuda:
-                self._offload.send(
-                    self._streams_of(rows.device),
-                    partial(_same, piece),
-                    partial(part.scatter, buffer=blocks[block]),
-                    n_bytes=piece.nbytes,
-                    landing=stage.landing,
-                )
+                self._send(rows.device, partial(_same, piece), part, blocks[number], buffer.pending)
             else:
-                part.scatter(piece, blocks[block])
-                stage.filled(site, block, len(part.target))
+                part.scatter(piece, blocks[number])
+                buffer.filled(site, number, len(part.target))
 
     def _send(
         self,
-        flat: torch.Tensor,
-        placement: Placement,
-        buffer: torch.Tensor,
-        batch: BatchRows,
-        landing: Landing,
-        *,
-        pattern: bool,
+        device: torch.device,
+        gather: Callable[[], torch.Tensor],
+        part: RowIndex,
+        block: torch.Tensor,
+        pending: PendingCopies,
     ) -> None:
-        """Queue a copy from a device."""
-        if pattern:
-            gather = partial(placement.gather_pattern, flat, buffer, batch)
-        else:
-            gather = partial(placement.gather, flat, buffer.dtype)
-        self._offload.send(
-            self._streams_of(flat.device),
-            gather,
-            partial(placement.scatter, buffer=buffer),
-            n_bytes=len(placement.source) * buffer[0].nbytes,
-            landing=landing,
-        )
-
-    def _streams_of(self, device: torch.device) -> CudaStreams:
+        """Queue a copy of gathered rows from a device to a block."""
         if device not in self._streams:
             self._streams[device] = CudaStreams(device)
-        return self._streams[device]
+        self._offload.send(
+            self._streams[device],
+            gather,
+            partial(part.scatter, buffer=block),
+            n_bytes=len(part.source) * block[0].nbytes,
+            pending=pending,
+        )
 
     def finish(self, before: Callable[[], dict[str, str]] = dict) -> None:
-        """Close the batch: every site's rows were put; full shards go to the writer.
+        """End the batch, after `put` of every site; hand full shards to the writer.
 
         Args:
-            before: Called before a shard is handed over; makes its example parts durable and returns their SHA-256.
+            before: Called before a shard is handed over; makes its example files durable and returns their SHA-256.
         """
         self._batch = None
-        self._placements = []
+        self._targets = []
         for shard in sorted(self._open):
             if self._open[shard].n_filled == self._rows_in(shard):
                 self.hand_over(shard, before())
@@ -297,42 +299,46 @@ class Staging:
             CaptureError: A batch was not finished, or the writer failed.
         """
         self._refuse_unfinished()
-        stage = self._open.pop(shard)
-        n_rows = stage.n_filled
-        release = partial(self._pools[self._ownership.lot(shard)].release, stage)
-        if not stage.blocks and not stage.columns:
+        buffer = self._open.pop(shard)
+        n_rows = buffer.n_filled
+        release = partial(self._pools[self._ownership.lot(shard)].release, buffer)
+        if not buffer.blocks and not buffer.columns:
             release()
             return
         self._writer.submit(
             FilledShard(
                 index=shard,
                 first_row=shard * self._plan.rows_per_shard,
-                sites={site: stage.rows(site, n_rows) for site in stage.blocks},
-                columns={name: column[:n_rows] for name, column in stage.columns.items()},
+                sites={site: buffer.rows(site, n_rows) for site in buffer.blocks},
+                columns={name: column[:n_rows] for name, column in buffer.columns.items()},
                 column_shard=self._ownership.column_shard,
                 examples=examples,
-                ready=stage.landing.wait,
+                ready=buffer.pending.wait,
                 release=release,
             )
         )
 
     @property
     def stall_seconds(self) -> float:
-        """Time that the model waited for a free stage, or for room on its device."""
+        """Time that the model waited for a free host buffer, or for room on its device, in seconds."""
         return sum(pool.wait_seconds for pool in self._pools) + self._offload.wait_seconds
 
     @property
     def open_shards(self) -> tuple[int, ...]:
-        """Shards that are filling."""
+        """Shards that are being filled."""
         return tuple(sorted(self._open))
 
     def _rows_in(self, shard: int) -> int:
         height = self._plan.rows_per_shard
         return height if self._plan.n_rows is None else min(height, self._plan.n_rows - shard * height)
 
-    def _acquire(self, shard: int) -> Stage:
-        stage = self._pools[self._ownership.lot(shard)].acquire()
+    def _acquire(self, shard: int) -> HostBuffer:
+        buffer = self._pools[self._ownership.lot(shard)].acquire()
         self._writer.raise_failure()
-        stage.n_filled = 0
-        self._open[shard] = stage
-        return stage
+        buffer.n_filled = 0
+        self._open[shard] = buffer
+        return buffer
+
+
+def _same(rows: torch.Tensor) -> torch.Tensor:
+    return rows

@@ -1,16 +1,16 @@
-"""Copies from a device to host memory that the model does not wait for.
+"""Copies from a device to host buffers; the model does not wait for them.
 
-For every tensor of rows, the order is the promise:
+For every tensor of rows, this order is guaranteed:
 
-1. The rows are gathered on the compute stream into memory of their own: the model may change its tensor afterwards.
-2. An event is recorded behind the gathering, and the side stream waits for it.
-3. The side stream copies the rows into a stage, which is pinned, and a second event is recorded behind the copy.
-4. **Nobody reads a stage before its second events have happened**: `Landing.wait`, which the writer calls first.
-5. The gathered rows are kept until the second event has happened. Let go earlier, their memory would go to the
-   model's next operation while the copy still reads it.
+1. The compute stream gathers the rows into memory of their own. Afterwards the model may change its tensor.
+2. An event is recorded after the gathering, and the side stream waits for it.
+3. The side stream copies the rows to a pinned host buffer, and a second event is recorded after the copy.
+4. **Nobody reads a host buffer before its second events have happened**: the writer calls `PendingCopies.wait` first.
+5. The gathered rows are kept until the second event has happened. If they were freed earlier, the allocator would give
+   their memory to the model's next operation while the copy still reads it.
 
-Device memory of rows under way is bounded, and so is the number of stages; who needs more waits, and the time is
-counted. Streams and events are handed in, so that the order can be tested without a device.
+The device memory of pending rows is bounded, and so is the number of host buffers. A caller that needs more waits, and
+the time is counted. Streams and events are arguments, so that the order can be tested without a device.
 """
 
 import threading
@@ -21,26 +21,26 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Generic, Protocol, TypeVar
 
-StageT = TypeVar("StageT")
+BufferT = TypeVar("BufferT")
 RowsT = TypeVar("RowsT")
 
 
 class Event(Protocol):
-    """A mark in a stream, which happens once everything queued before it is done."""
+    """An event in a stream: it happens when everything queued before it is done."""
 
     def query(self) -> bool:
-        """Say whether it has happened."""
+        """Return whether it has happened."""
         ...
 
     def synchronize(self) -> None:
-        """Return when it has happened."""
+        """Wait until it has happened."""
 
 
 class Streams(Protocol):
     """The compute stream of a device, and a side stream for copies."""
 
     def mark_compute(self) -> Event:
-        """Record an event behind what the model has queued so far."""
+        """Record an event after what the model has queued so far."""
         ...
 
     def hold_side(self, event: Any, /) -> None:
@@ -51,29 +51,29 @@ class Streams(Protocol):
         ...
 
     def mark_side(self) -> Event:
-        """Record an event behind the copies queued so far."""
+        """Record an event after the copies that are queued so far."""
         ...
 
 
-class Landing:
-    """The copies under way into one stage."""
+class PendingCopies:
+    """The copies to one host buffer that are under way."""
 
     def __init__(self) -> None:
         self._last: dict[Streams, Event] = {}
 
     def expect(self, streams: Streams, done: Event) -> None:
-        """Note a copy; those of one side stream end in order, so its last event stands for all."""
+        """Note a copy. Copies on one side stream end in order, so its last event is enough."""
         self._last[streams] = done
 
     def wait(self) -> None:
-        """Return when every copy into the stage is done; any number of threads may wait."""
+        """Wait until every copy to the host buffer is done; several threads may wait."""
         for event in tuple(self._last.values()):
             event.synchronize()
 
 
 @dataclass(frozen=True)
 class _Copy:
-    """A copy under way; `rows` is there to be kept, not to be read."""
+    """A copy under way; `rows` keeps the gathered rows alive."""
 
     done: Event
     rows: object
@@ -81,13 +81,13 @@ class _Copy:
 
 
 class Offload:
-    """Queues copies and keeps their rows until they are done. For one thread, that of the model.
+    """Queues copies and keeps their rows until the copies are done; only the model's thread may use it.
 
     Args:
-        budget_bytes: Device memory that rows under way may take, per device; a single larger tensor goes alone.
+        budget_bytes: Device memory that pending rows may take, per device. A larger tensor is copied alone.
 
     Attributes:
-        wait_seconds: Time that the caller waited because the budget was used up.
+        wait_seconds: Time that the caller waited because the budget was used up, in seconds.
     """
 
     def __init__(self, budget_bytes: int) -> None:
@@ -102,16 +102,16 @@ class Offload:
         copy: Callable[[RowsT], None],
         *,
         n_bytes: int,
-        landing: Landing,
+        pending: PendingCopies,
     ) -> None:
-        """Queue one copy; returns as soon as it is queued and within the budget.
+        """Queue one copy; return as soon as it is queued and within the budget.
 
         Args:
-            streams: Those of the device that holds the rows.
-            gather: Queues the gathering on the compute stream; returns rows that nobody else uses.
-            copy: Queues the copy of these rows into a stage.
+            streams: The streams of the device that holds the rows.
+            gather: Queues the gathering on the compute stream, and returns rows that nobody else uses.
+            copy: Queues the copy of these rows to a host buffer.
             n_bytes: Device memory of the rows.
-            landing: That of the stage.
+            pending: The pending copies of the host buffer.
         """
         self._make_room(streams, n_bytes)
         rows = gather()
@@ -119,11 +119,11 @@ class Offload:
         with streams.side():
             copy(rows)
             done = streams.mark_side()
-        landing.expect(streams, done)
+        pending.expect(streams, done)
         self._under_way[streams].append(_Copy(done, rows, n_bytes))
 
     def _make_room(self, streams: Streams, n_bytes: int) -> None:
-        """Let go of rows whose copies are done; wait for the oldest while the budget is used up."""
+        """Free rows whose copies are done; wait for the oldest copy while the budget is used up."""
         copies = self._under_way.setdefault(streams, deque())
         while copies and copies[0].done.query():
             copies.popleft()
@@ -134,24 +134,24 @@ class Offload:
             copies.popleft()
 
 
-class StagePool(Generic[StageT]):
-    """Stages that are free. Writers release them; the model's thread acquires them, and waits while none is free.
+class BufferPool(Generic[BufferT]):
+    """The host buffers that are free. Writers release them; the model's thread acquires one, or waits for one.
 
     Args:
-        stages: The stages, all free.
-        condition: What waits; another one only in tests.
+        buffers: The host buffers, all free.
+        condition: The condition variable to wait on; tests pass another one.
 
     Attributes:
-        wait_seconds: Time that the model waited for a stage.
+        wait_seconds: Time that the model waited for a host buffer, in seconds.
     """
 
-    def __init__(self, stages: Iterable[StageT], condition: threading.Condition | None = None) -> None:
-        self._free = list(stages)
+    def __init__(self, buffers: Iterable[BufferT], condition: threading.Condition | None = None) -> None:
+        self._free = list(buffers)
         self._condition = condition or threading.Condition()
         self.wait_seconds = 0.0
 
-    def acquire(self) -> StageT:
-        """Return a free stage; waits for one."""
+    def acquire(self) -> BufferT:
+        """Return a free host buffer; wait while there is none."""
         with self._condition:
             if not self._free:
                 started = time.perf_counter()
@@ -159,8 +159,8 @@ class StagePool(Generic[StageT]):
                 self.wait_seconds += time.perf_counter() - started
             return self._free.pop()
 
-    def release(self, stage: StageT) -> None:
-        """Take back a stage that nobody reads any more, or add one."""
+    def release(self, buffer: BufferT) -> None:
+        """Take back a host buffer that nobody reads any more, or add a new one."""
         with self._condition:
-            self._free.append(stage)
+            self._free.append(buffer)
             self._condition.notify()

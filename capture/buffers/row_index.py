@@ -1,4 +1,7 @@
-"""Where the rows of one batch go: from (example, padded position) in a tensor to rows of shards.
+"""Row index: from (example, padded position) in a site's tensor to the rows of the archive and of its shards.
+
+`batch_rows` numbers the rows of a padded batch, `RowIndex` copies those that lie in one shard, and `by_position` gives
+a site's tensor the axes that both expect.
 
 Legend: `B` examples in the batch, `T` padded positions, `N` kept rows of the batch.
 """
@@ -16,9 +19,9 @@ from residua.capture.runtime.devices import uploaded
 from residua.store.base.errors import CaptureError
 
 Indices: TypeAlias = "npt.NDArray[np.int64]"
-_RUNS_WORTH_LOOPING = 4  # below this many rows a run, one indexed copy beats a loop of slices
+_RUNS_WORTH_LOOPING = 4  # with fewer rows in each run, one indexed copy is faster than a loop over slices
 FIRST_ROW_AXIS = 2
-"""Of the tensor of a site; in front of it are examples and positions."""
+"""First axis of the row in a site's tensor; the axes before it are examples and positions."""
 
 Integer = TypeVar("Integer", np.int32, np.int64)
 
@@ -32,7 +35,7 @@ class ExampleRows:
         first_row: Row of its first kept position.
         input_ids: Its tokens, (tokens,).
         positions: The kept positions, (rows,), strictly increasing.
-        padded: Where each token lies among the padded positions, (tokens,).
+        padded: The padded position of each token, (tokens,).
     """
 
     example: int
@@ -52,8 +55,8 @@ class BatchRows:
         token: Token id of each row, (N,).
         position: Position of each row in its example, (N,).
         example: Number of each row's example, (N,).
-        tokens_of: Per example of the batch, the padded positions of its tokens, in order; what the key axis of a
-            pattern is made of.
+        tokens_of: For each example of the batch the padded positions of its tokens, in order; they select from the
+            key axis of a pattern.
         n_positions: Padded length `T`.
     """
 
@@ -71,11 +74,11 @@ class BatchRows:
         return (len(self.tokens_of), self.n_positions)
 
     def per_shard(self, rows_per_shard: int) -> Iterator[tuple[int, Indices]]:
-        """Yield each shard that the batch reaches, with the indices of its rows in this batch."""
+        """Yield each shard that has rows of the batch, with the indices of these rows in the batch."""
         if not len(self.row):
             return
         first, last = (int(row) // rows_per_shard for row in (self.row.min(), self.row.max()))
-        if first == last:  # by far the most batches, and a tenth of the work
+        if first == last:  # true for most batches, and takes a tenth of the time
             yield first, np.arange(len(self.row))
             return
         shards = self.row // rows_per_shard
@@ -102,12 +105,12 @@ def batch_rows(examples: Sequence[ExampleRows], n_positions: int) -> BatchRows:
 
 
 def _join(parts: Sequence[npt.NDArray[Any]], dtype: type[Integer]) -> npt.NDArray[Integer]:
-    """Return `parts` one behind the other; a batch may have none."""
+    """Concatenate `parts`; a batch may have none."""
     return np.concatenate([np.zeros(0, dtype), *parts], dtype=dtype)
 
 
-class Placement:
-    """The part of a batch that lands in one shard.
+class RowIndex:
+    """The index of a batch's rows that lie in one shard: where each comes from, and where it goes.
 
     Args:
         source: Indices into the flattened (B, T) axes, (n,).
@@ -115,12 +118,12 @@ class Placement:
     """
 
     def __init__(self, source: Indices, target: Indices) -> None:
-        order = np.argsort(target, kind="stable")  # neighbours in the shard are copied together
+        order = np.argsort(target, kind="stable")  # adjacent rows of the shard are copied together
         source, target = source[order], target[order]
         self._on_device: dict[torch.device, torch.Tensor] = {}
         self.source = source
         self.target = target
-        self._by_block: dict[int, list[tuple[int, Placement]]] = {}
+        self._by_block: dict[int, list[tuple[int, RowIndex]]] = {}
         breaks = np.flatnonzero((np.diff(source) != 1) | (np.diff(target) != 1)) + 1
         starts = np.concatenate([[0], breaks])
         lengths = np.diff(np.concatenate([starts, [len(source)]]))
@@ -136,15 +139,15 @@ class Placement:
     def _target_indices(self) -> torch.Tensor:
         return torch.from_numpy(self.target)
 
-    def per_block(self, height: int) -> list[tuple[int, "Placement"]]:
-        """Return each block of `height` rows of the shard that is reached, with the part that lands in it."""
+    def per_block(self, height: int) -> list[tuple[int, "RowIndex"]]:
+        """Return the index for each block of `height` rows of the shard that has rows of the batch."""
         if self.target[-1] < height:
             return [(0, self)]
         if height not in self._by_block:
             blocks = self.target // height
             starts = np.flatnonzero(np.diff(blocks, prepend=-1))
             self._by_block[height] = [
-                (int(blocks[part[0]]), Placement(self.source[part], self.target[part] % height))
+                (int(blocks[part[0]]), RowIndex(self.source[part], self.target[part] % height))
                 for part in np.split(np.arange(len(blocks)), starts[1:])
             ]
         return self._by_block[height]
@@ -190,20 +193,20 @@ class Placement:
         self.scatter(self.gather_pattern(pattern_BTHK, buffer, rows), buffer)
 
     def scatter(self, gathered: torch.Tensor, buffer: torch.Tensor) -> None:
-        """Copy gathered rows to their places in `buffer` (rows of the shard, *row); does not wait for a device."""
+        """Copy gathered rows to their places in `buffer` (rows of the shard, *row), without waiting for a device."""
         for start, target, length in self._target_runs:
             buffer[target : target + length].copy_(gathered[start : start + length], non_blocking=True)
 
     @cached_property
     def _target_runs(self) -> list[tuple[int, int, int]]:
-        """(index in this placement, row in the shard, length) of each run of consecutive targets."""
+        """(position in this index, row in the shard, length) of each run of consecutive targets."""
         starts = np.concatenate([[0], np.flatnonzero(np.diff(self.target) != 1) + 1])
         lengths = np.diff(np.concatenate([starts, [len(self.target)]]))
         return list(zip(starts.tolist(), self.target[starts].tolist(), lengths.tolist(), strict=True))
 
 
 def _slice(indices: Indices) -> slice | list[int]:
-    """Return increasing `indices` as a slice where they have no gaps, which needs no copy to a device."""
+    """Return increasing `indices` as a slice if they have no gaps: a slice needs no copy to a device."""
     first, last = int(indices[0]), int(indices[-1])
     return slice(first, last + 1) if last - first + 1 == len(indices) else indices.tolist()
 
@@ -211,8 +214,8 @@ def _slice(indices: Indices) -> slice | list[int]:
 def by_position(site: str, tensor: torch.Tensor, n_examples: int, n_positions: int) -> torch.Tensor:
     """Return `tensor` as (B, T, *row); a scalar a position is a row of width 1.
 
-    Canonical sites come so already; a `module:` site may have its first two axes flattened, as mixture-of-experts
-    layers have, or, where rows are whole examples (`T` is 1), no position axis at all.
+    Canonical sites already have this shape. A `module:` site may have its first two axes flattened, as in
+    mixture-of-experts layers, or no position axis where each row is an example (`T` is 1).
 
     Raises:
         CaptureError: The tensor does not hold one entry a position.

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from residua.capture.buffers.host_buffers import torch_dtype
-from residua.capture.buffers.row_index import BatchRows, Placement
+from residua.capture.buffers.row_index import BatchRows, RowIndex
 from residua.store.read.archive import Archive
 
 
@@ -28,7 +28,7 @@ class SiteComparison:
 
 
 class RowComparison:
-    """Takes rows as the staging does, and compares them with those that are stored.
+    """Takes rows as a `ShardFiller` does, and compares them with those that are stored.
 
     Args:
         archive: What to compare with.
@@ -53,11 +53,11 @@ class RowComparison:
             raise RuntimeError(f"rows of {site} came before their batch was announced")
         plan = self._archive.plan.site(site)
         computed = torch.empty((len(batch.row), *plan.row_shape), dtype=torch_dtype(plan.dtype))
-        placement = Placement(batch.source, np.arange(len(batch.row)))
+        row_index = RowIndex(batch.source, np.arange(len(batch.row)))
         if site.startswith("pattern."):
-            placement.copy_pattern(tensor.cpu(), computed, batch)
+            row_index.copy_pattern(tensor.cpu(), computed, batch)
         else:
-            placement.copy(tensor.flatten(0, 1).cpu(), computed)
+            row_index.copy(tensor.flatten(0, 1).cpu(), computed)
         stored = self._archive[site].torch(batch.row)
         _add(self.sites[site], computed.flatten(1), stored.flatten(1))
 

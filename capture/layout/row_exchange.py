@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from residua.capture.buffers.host_buffers import Staging, torch_dtype
-from residua.capture.buffers.row_index import FIRST_ROW_AXIS, BatchRows, Indices, Placement, by_position
+from residua.capture.buffers.host_buffers import ShardFiller, torch_dtype
+from residua.capture.buffers.row_index import FIRST_ROW_AXIS, BatchRows, Indices, RowIndex, by_position
 from residua.capture.layout.layouts import Layout
 from residua.capture.layout.local_shards import LocalShards
 from residua.capture.runtime.collectives import Exchange, on_rank
@@ -26,17 +26,17 @@ class RowExchange:
 
     Args:
         plan: What is stored.
-        staging: Takes the rows that this rank stores.
+        filler: Takes the rows that this rank stores.
         ownership: Which rank stores what.
         shards: Finds out how the sites lie.
         group: The ranks over which activations may be split; None where this rank has full ones.
     """
 
     def __init__(
-        self, plan: Plan, staging: Staging, ownership: Ownership, shards: LocalShards, group: ProcessGroup | None
+        self, plan: Plan, filler: ShardFiller, ownership: Ownership, shards: LocalShards, group: ProcessGroup | None
     ) -> None:
         self._plan = plan
-        self._staging = staging
+        self._filler = filler
         self._ownership = ownership
         self._exchange = None if group is None else Exchange(group)
         self._shards = shards
@@ -50,7 +50,7 @@ class RowExchange:
     def begin(self, batch: BatchRows) -> None:
         """Announce the rows of the next forward pass."""
         self._batch = batch
-        self._staging.begin(batch)
+        self._filler.begin(batch)
 
     def put(self, site: str, tensor: Tensor) -> None:
         """Take what this rank has of one site's tensor; all ranks of the group call this at the same time."""
@@ -71,7 +71,7 @@ class RowExchange:
                 f"another: {layout}. Capture it without --no-gather."
             )
         if stored.column_shards > 1 or layout.dim is None:
-            self._staging.put(site, by_position(site, local, *batch.shape))
+            self._filler.put(site, by_position(site, local, *batch.shape))
         elif self._exchange is not None:
             self._move(site, local, layout, batch, self._exchange)
 
@@ -83,7 +83,7 @@ class RowExchange:
     def _move(self, site: str, local: Tensor, layout: Layout, batch: BatchRows, exchange: Exchange) -> None:
         """Send this rank's shard of every row to the rank that stores the row, and store the rows that arrive."""
         dtype, rank = torch_dtype(self._plan.site(site).dtype), exchange.rank
-        places = list(self._staging.placements())
+        places = list(self._filler.row_indexes())
         if not places:
             return
         to = [self._ownership.owner(site, shard) for shard, _ in places]
@@ -98,9 +98,9 @@ class RowExchange:
         for i, (shard, at) in enumerate(mine):
             shards = [arrived[source][i] for source in range(exchange.n_ranks)]
             rows = _joined(shards, layout, at, batch)
-            self._staging.put_rows(site, shard, _widened(site, rows, self._plan.site(site).row_shape))
+            self._filler.put_rows(site, shard, _widened(site, rows, self._plan.site(site).row_shape))
 
-    def _picked(self, site: str, local: Tensor, layout: Layout, at: Placement, batch: BatchRows, rank: int) -> Tensor:
+    def _picked(self, site: str, local: Tensor, layout: Layout, at: RowIndex, batch: BatchRows, rank: int) -> Tensor:
         """Return what this rank has of the rows of one shard, (rows, *row)."""
         dim = layout.dim or 0
         if site.startswith("pattern."):
@@ -121,8 +121,8 @@ class RowExchange:
         return local.flatten(0, 1).index_select(0, index)
 
 
-def _rows_held_by(rank: int, layout: Layout, at: Placement, batch: BatchRows) -> Indices:
-    """Return the rows of a placement of which a rank has something."""
+def _rows_held_by(rank: int, layout: Layout, at: RowIndex, batch: BatchRows) -> Indices:
+    """Return the rows of a row index of which a rank has something."""
     everything = np.arange(len(at.source))
     if layout.dim is None or layout.dim >= FIRST_ROW_AXIS:
         return everything
@@ -131,8 +131,8 @@ def _rows_held_by(rank: int, layout: Layout, at: Placement, batch: BatchRows) ->
     return everything[(along >= start) & (along < start + layout.sizes[rank])]
 
 
-def _shape_from(rank: int, row: tuple[int, ...], layout: Layout, at: Placement, batch: BatchRows) -> tuple[int, ...]:
-    """Return the shape of what a rank sends of the rows of a placement."""
+def _shape_from(rank: int, row: tuple[int, ...], layout: Layout, at: RowIndex, batch: BatchRows) -> tuple[int, ...]:
+    """Return the shape of what a rank sends of the rows of a row index."""
     n_rows = len(_rows_held_by(rank, layout, at, batch))
     if layout.dim is None or layout.dim < FIRST_ROW_AXIS:
         return (n_rows, *row)
@@ -140,7 +140,7 @@ def _shape_from(rank: int, row: tuple[int, ...], layout: Layout, at: Placement, 
     return (n_rows, *row[:axis], layout.sizes[rank], *row[axis + 1 :])
 
 
-def _joined(shards: list[Tensor], layout: Layout, at: Placement, batch: BatchRows) -> Tensor:
+def _joined(shards: list[Tensor], layout: Layout, at: RowIndex, batch: BatchRows) -> Tensor:
     """Return full rows, made of what each rank had of them."""
     if layout.dim is None or layout.dim >= FIRST_ROW_AXIS:
         return torch.cat(shards, (layout.dim or 0) - FIRST_ROW_AXIS + 1)

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from residua.capture.buffers.host_buffers import Staging
+from residua.capture.buffers.host_buffers import ShardFiller
 from residua.capture.buffers.row_index import batch_rows
 from residua.capture.identity.provenance import describe_model, environment
 from residua.capture.identity.sidecars import save_tokenizer, write_sidecars
@@ -53,7 +53,7 @@ class GrowingArchive:
         parts: Finds out how the sites lie over the processes that hold the model.
         worker_group: Those processes and this one's part of the model; None if it has all of it.
         first_rows: Rows of the first call.
-        host_memory: Memory that stages may take together, in bytes.
+        host_memory: Memory that host buffers may take together, in bytes.
         threads: Encoder threads.
 
     Raises:
@@ -106,15 +106,15 @@ class GrowingArchive:
             path, plan, threads=threads, report=None if self._commits is None else self._commits.report
         )
         ownership = Ownership(plan.sites) if part is None else part.ownership(plan)
-        self._staging = Staging(
+        self._filler = ShardFiller(
             plan,
             self._writer,
-            n_stages=n_open_shards(first_rows, plan.rows_per_shard),
-            most_stages=host_memory // (plan.rows_per_shard * sum(site.row_bytes for site in plan.sites)),
+            n_buffers=n_open_shards(first_rows, plan.rows_per_shard),
+            max_buffers=host_memory // (plan.rows_per_shard * sum(site.row_bytes for site in plan.sites)),
             pinned=runs_on_cuda(model),
             ownership=ownership,
         )
-        self._sink = RowExchange(plan, self._staging, ownership, parts, None if part is None else part.group)
+        self._sink = RowExchange(plan, self._filler, ownership, parts, None if part is None else part.group)
         self._n_rows = 0
         self._n_examples = 0
         self._shape = (0, 0)
@@ -147,7 +147,7 @@ class GrowingArchive:
 
     def finish(self) -> None:
         """End a call, every site of which was put: full shards go to the writer."""
-        self._staging.finish(self._flush_examples)
+        self._filler.finish(self._flush_examples)
         if self._commits is not None:
             self._commits.publish(self._writer)
 
@@ -179,8 +179,8 @@ class GrowingArchive:
     def _close_writer(self, *, finish: bool) -> None:
         try:
             if finish:
-                for shard in self._staging.open_shards:
-                    self._staging.hand_over(shard, self._flush_examples())
+                for shard in self._filler.open_shards:
+                    self._filler.hand_over(shard, self._flush_examples())
         finally:
             self._writer.close()
 

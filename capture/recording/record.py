@@ -1,7 +1,7 @@
 """The story of a capture, top to bottom: run the batches that are missing, put every row where the plan says.
 
 The plan and the example table are made; the archive exists and holds what earlier runs committed. What is left is
-to run the model over the schedule's batches, let the taps copy each site's rows into stages, and let the writer
+to run the model over the schedule's batches, let the taps copy each site's rows into host buffers, and let the writer
 encode, write and commit each shard as it fills.
 """
 
@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from residua.capture.buffers.host_buffers import Staging
+from residua.capture.buffers.host_buffers import ShardFiller
 from residua.capture.forward.batches import BatchRunner
 from residua.capture.layout.local_shards import LocalShards
 from residua.capture.layout.process_layout import ProcessLayout
@@ -130,26 +130,26 @@ def record(
     sites = resolve_sites(model, [site.name for site in plan.sites]) if process_layout is None else process_layout.sites
     commits = None if process_layout is None else GroupCommits(process_layout.worker_group, plan)
     with _writer(archive, plan, threads, commits) as writer:
-        staging = Staging(
+        filler = ShardFiller(
             plan,
             writer,
-            n_stages=n_open_shards(int(index.n_rows.max(initial=0)), plan.rows_per_shard),
+            n_buffers=n_open_shards(int(index.n_rows.max(initial=0)), plan.rows_per_shard),
             pinned=runs_on_cuda(model),
             ownership=ownership,
         )
         sink = (
-            staging
+            filler
             if process_layout is None
-            else RowExchange(plan, staging, ownership, LocalShards(sites, process_layout.group), process_layout.group)
+            else RowExchange(plan, filler, ownership, LocalShards(sites, process_layout.group), process_layout.group)
         )
         changed = () if replaying is None else replaying.changed
         runner = BatchRunner(model, plan, table, sink, sites=sites, process_layout=process_layout, changed=changed)
-        clock = _Clock(runner, staging, sink, writer)
+        clock = _Clock(runner, filler, sink, writer)
         chosen = LocalQueue(schedule.n_shards) if work is None else work(schedule)
         runs = runs_of(chosen, partial(committed_shards, archive))
         if process_layout is not None:
             runs = process_layout.worker_group.in_lockstep(runs, waits=agree is None)
-        batches = _batches(runs, schedule, staging, replaying)
+        batches = _batches(runs, schedule, filler, replaying)
         taps = Taps(model, sites, runner.put)
         with torch.inference_mode(), taps.attached() if replaying is None else nullcontext():
             for batch in batches if agree is None else in_step(batches, agree):
@@ -158,7 +158,7 @@ def record(
                     for is_of_batch in runner.run(batch, around):
                         if is_of_batch or replaying is None:
                             taps.end_forward()
-                        staging.finish()
+                        filler.finish()
                 else:
                     writer.raise_failure()
                     time.sleep(_IDLE_SECONDS)
@@ -186,14 +186,14 @@ def _writer(archive: Path, plan: Plan, threads: int, commits: GroupCommits | Non
 
 
 def _batches(
-    runs: Iterator[Run | None], schedule: Schedule, staging: Staging, replaying: CapturedReplay | None
+    runs: Iterator[Run | None], schedule: Schedule, filler: ShardFiller, replaying: CapturedReplay | None
 ) -> Iterator[Batch | None]:
     """Yield the batches of run after run; None while no run can be had, though one may come."""
     for run in runs:
         if run is None:
             yield None
         else:
-            staging.keep_only(set(run.shards) - run.committed)
+            filler.keep_only(set(run.shards) - run.committed)
             batches = schedule.work(run.committed, run.shards)
             yield from batches if replaying is None else replaying.prefetching(batches)
 
@@ -201,10 +201,12 @@ def _batches(
 class _Clock:
     """Reads the figures of a run off those who work for it."""
 
-    def __init__(self, runner: BatchRunner, staging: Staging, sink: Staging | RowExchange, writer: ShardWriter) -> None:
+    def __init__(
+        self, runner: BatchRunner, filler: ShardFiller, sink: ShardFiller | RowExchange, writer: ShardWriter
+    ) -> None:
         self._runner = runner
-        self._staging = staging
-        self._shared = None if isinstance(sink, Staging) else sink
+        self._filler = filler
+        self._shared = None if isinstance(sink, ShardFiller) else sink
         self._writer = writer
         self._started = time.perf_counter()
 
@@ -217,9 +219,9 @@ class _Clock:
             logical_bytes=self._writer.logical_bytes,
             stored_bytes=self._writer.stored_bytes,
             n_nonfinite=dict(self._writer.n_nonfinite),
-            offloaded_bytes=self._staging.n_bytes,
+            offloaded_bytes=self._filler.n_bytes,
             sent_bytes=0 if self._shared is None else self._shared.sent_bytes,
-            stall_seconds=self._staging.stall_seconds,
+            stall_seconds=self._filler.stall_seconds,
             forward_seconds=self._runner.forward_seconds,
             seconds=time.perf_counter() - self._started,
         )

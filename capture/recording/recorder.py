@@ -67,7 +67,7 @@ class Recorder:
         dtype: Data type to store floating-point sites in; None keeps what the model computes.
         codec: Codec preset.
         rows_per_shard: Height of a shard, a power of two; None follows the widest site.
-        host_memory: Memory that stages may take together, in bytes.
+        host_memory: Memory that host buffers may take together, in bytes.
         tokenizer: Stored in the archive, so that rows can be shown as text.
         max_length: Most tokens of an example; needed for `pattern` sites only, whose rows are that wide.
         threads: Encoder threads; None takes 1, and up to 4 beside a GPU.

@@ -1,4 +1,4 @@
-"""Plans, batches and writers for the tests of staging."""
+"""Plans, batches and writers for the tests of host buffers."""
 
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, cast
@@ -7,7 +7,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from residua.capture.buffers.host_buffers import Staging
+from residua.capture.buffers.host_buffers import ShardFiller
 from residua.capture.buffers.row_index import BatchRows, ExampleRows, batch_rows
 from residua.store.base.errors import CaptureError
 from residua.store.examples.index import ExampleIndex
@@ -56,7 +56,7 @@ class LateWriter:
 
 
 class HoldingWriter:
-    """Keeps every shard until it is told to let go, and fails when it is told to."""
+    """Keeps every shard until it is asked to release it, and fails when asked to."""
 
     def __init__(self) -> None:
         self.held: list[FilledShard] = []
@@ -75,8 +75,8 @@ def make_plan(height: int, n_rows: int | None, sites: tuple[SitePlan, ...] = SIT
     return Plan(model={}, dataset={}, rules={}, sites=sites, rows_per_shard=height, batch_tokens=24, n_rows=n_rows)
 
 
-def stage_all(plan: Plan, writer: object, **options: Any) -> Staging:
-    return Staging(plan, cast("ShardWriter", writer), pinned=False, **options)
+def filler_of(plan: Plan, writer: object, **options: Any) -> ShardFiller:
+    return ShardFiller(plan, cast("ShardWriter", writer), pinned=False, **options)
 
 
 def rows_of(lengths: list[int], first_row: int = 0, first_example: int = 0) -> BatchRows:
@@ -97,8 +97,8 @@ def rows_of(lengths: list[int], first_row: int = 0, first_example: int = 0) -> B
     return batch_rows(examples, max(lengths))
 
 
-def put_all(staging: Staging, examples: list[int], n_positions: int) -> None:
-    """Give every site a tensor in which each entry says whose it is; then spoil it, as in-place code does."""
+def put_all(filler: ShardFiller, examples: list[int], n_positions: int) -> None:
+    """Give every site a tensor in which each entry names its example and position; then overwrite it in place."""
     b = torch.tensor(examples, dtype=torch.float32)[:, None]
     t = torch.arange(n_positions, dtype=torch.float32)[None]
     hidden = torch.stack([b.expand(-1, n_positions), t.expand(len(examples), -1)], dim=-1)
@@ -106,7 +106,7 @@ def put_all(staging: Staging, examples: list[int], n_positions: int) -> None:
     pattern = (100 * b[..., None, None] + 10 * t[..., None, None] + k + 1).expand(-1, -1, 1, -1)
     for site, tensor in (("resid_post.0", hidden), ("resid_post.1", hidden), ("pattern.0", pattern)):
         passed = tensor.clone()
-        staging.put(site, passed)
+        filler.put(site, passed)
         passed.fill_(float("nan"))
 
 
@@ -120,7 +120,7 @@ def index_of(n_tokens: list[int], n_rows: list[int]) -> ExampleIndex:
     )
 
 
-def run(staging: Staging, index: ExampleIndex, batch: Batch) -> None:
+def run(filler: ShardFiller, index: ExampleIndex, batch: Batch) -> None:
     """Run one batch as a capture does, with every example's last rows kept."""
     examples = batch.examples.tolist()
     rows = []
@@ -136,6 +136,6 @@ def run(staging: Staging, index: ExampleIndex, batch: Batch) -> None:
             )
         )
     n_positions = max(int(index.n_tokens[number]) for number in examples)
-    staging.begin(batch_rows(rows, n_positions))
-    put_all(staging, examples, n_positions)
-    staging.finish()
+    filler.begin(batch_rows(rows, n_positions))
+    put_all(filler, examples, n_positions)
+    filler.finish()

@@ -12,7 +12,7 @@ from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
 import residua
-from residua.capture.buffers.host_buffers import Staging
+from residua.capture.buffers.host_buffers import ShardFiller
 from residua.capture.buffers.row_index import BatchRows, ExampleRows, batch_rows
 from residua.store.format.plan import Plan, SitePlan
 from residua.store.format.writer import FilledShard, ShardWriter
@@ -77,24 +77,24 @@ def batch(number: int, step: int = 1) -> BatchRows:
     return batch_rows([example], HEIGHT * step)
 
 
-def stage(staging: Staging, number: int, tensor: torch.Tensor, step: int = 1) -> None:
-    staging.begin(batch(number, step))
+def fill(filler: ShardFiller, number: int, tensor: torch.Tensor, step: int = 1) -> None:
+    filler.begin(batch(number, step))
     for site in SITES:
-        staging.put(site.name, tensor)
+        filler.put(site.name, tensor)
     tensor.fill_(float("nan"))
-    staging.finish()
+    filler.finish()
 
 
 @pytest.mark.parametrize("step", [1, 2])
 def test_values_are_right_though_the_tensor_changes_afterwards(step: int) -> None:
     n_batches = 24
     writer = LateWriter()
-    staging = Staging(plan_of(n_batches), cast("ShardWriter", writer), n_stages=2, pinned=True)
+    filler = ShardFiller(plan_of(n_batches), cast("ShardWriter", writer), n_buffers=2, pinned=True)
     expected = []
     for number in range(n_batches):
         tensor = torch.randn(1, HEIGHT * step, WIDTH, device="cuda")
         expected.append(tensor[0, ::step].cpu())
-        stage(staging, number, tensor, step)
+        fill(filler, number, tensor, step)
         del tensor
     shards = writer.close()
     assert sorted(shards) == list(range(n_batches))
@@ -106,44 +106,44 @@ def test_values_are_right_though_the_tensor_changes_afterwards(step: int) -> Non
 
 def test_a_stuck_disk_blocks_the_producer_and_memory_does_not_grow() -> None:
     writer = StuckWriter()
-    staging = Staging(plan_of(12), cast("ShardWriter", writer), n_stages=2, pinned=True)
+    filler = ShardFiller(plan_of(12), cast("ShardWriter", writer), n_buffers=2, pinned=True)
     tensor = torch.zeros(1, HEIGHT, WIDTH, device="cuda")
     for number in range(2):
-        stage(staging, number, tensor)
+        fill(filler, number, tensor)
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()
     done = threading.Event()
 
     def produce() -> None:
         for number in range(2, 12):
-            stage(staging, number, tensor)
+            fill(filler, number, tensor)
         done.set()
 
     producer = threading.Thread(target=produce)
     producer.start()
-    assert not done.wait(timeout=0.5), "both stages are being written"
+    assert not done.wait(timeout=0.5), "both buffers are being written"
     assert torch.cuda.memory_allocated() <= before
     writer.go_on.set()
     producer.join(timeout=60)
     writer.join()
     assert writer.n_shards == 12
-    assert staging.stall_seconds > 0
+    assert filler.stall_seconds > 0
 
 
 def test_copies_run_beside_the_model() -> None:
     """In a profile, some copy to the host overlaps a kernel of the compute stream."""
     writer = LateWriter()
-    staging = Staging(plan_of(24), cast("ShardWriter", writer), n_stages=4, pinned=True)
+    filler = ShardFiller(plan_of(24), cast("ShardWriter", writer), n_buffers=4, pinned=True)
     weights = torch.randn(WIDTH, WIDTH, device="cuda")
     with profile(activities=[ProfilerActivity.CUDA]) as found:
         for number in range(24):
             hidden = torch.randn(1, HEIGHT, WIDTH, device="cuda")
-            staging.begin(batch(number))
+            filler.begin(batch(number))
             for site in SITES:
-                staging.put(site.name, hidden)
+                filler.put(site.name, hidden)
                 for _ in range(20):
                     hidden = torch.tanh(hidden @ weights)
-            staging.finish()
+            filler.finish()
         torch.cuda.synchronize()
     writer.close()
     spans = [(event.name, event.time_range.start, event.time_range.end) for event in found.events() or []]

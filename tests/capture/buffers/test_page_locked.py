@@ -1,4 +1,4 @@
-"""Stages for a CUDA device: registered memory, exactly as large as the rows, and let go with the last of them."""
+"""Host buffers for a CUDA device: page-locked memory, exactly as large as the rows, freed with the last view."""
 
 import gc
 from types import SimpleNamespace
@@ -7,7 +7,7 @@ from typing import cast
 import pytest
 import torch
 
-from residua.capture.buffers.host_buffers import Stage
+from residua.capture.buffers.host_buffers import HostBuffer
 from residua.capture.runtime.devices import input_device
 from residua.capture.runtime.streams import writer_threads
 from residua.store.base.errors import CaptureError
@@ -24,7 +24,7 @@ PAGE = 4096
 
 
 class Runtime:
-    """What of CUDA's runtime is asked; it keeps the books of locked memory, and registers no page twice."""
+    """The calls of CUDA's runtime that are used; it records locked memory, and registers no page twice."""
 
     def __init__(self, error: int = 0) -> None:
         self.locked: dict[int, int] = {}
@@ -53,27 +53,27 @@ def runtime(monkeypatch: pytest.MonkeyPatch) -> Runtime:
     return found
 
 
-def make_stage() -> Stage:
-    return Stage(make_plan(8, N_ROWS, SITES), N_ROWS, pinned=True)
+def make_buffer() -> HostBuffer:
+    return HostBuffer(make_plan(8, N_ROWS, SITES), N_ROWS, pinned=True)
 
 
-def test_a_stage_takes_the_bytes_of_its_rows_and_no_more(runtime: Runtime) -> None:
-    stage = make_stage()
+def test_a_buffer_takes_the_bytes_of_its_rows_and_no_more(runtime: Runtime) -> None:
+    buffer = make_buffer()
     assert sorted(runtime.locked.values()) == sorted(site.row_bytes * N_ROWS for site in SITES)
     for site in SITES:
-        (block,) = stage.blocks[site.name]
+        (block,) = buffer.blocks[site.name]
         assert block.data_ptr() in runtime.locked
         assert (tuple(block.shape), str(block.dtype)) == ((N_ROWS, *site.row_shape), f"torch.{site.dtype}")
         block.copy_(torch.arange(block.numel()).view(block.shape))
-        assert stage.rows(site.name, N_ROWS).shape == block.shape
+        assert buffer.rows(site.name, N_ROWS).shape == block.shape
 
 
-def test_memory_is_unlocked_when_nobody_holds_rows_of_it_any_more(runtime: Runtime) -> None:
-    stage = make_stage()
-    rows = stage.rows("q.1", 3)
-    del stage
+def test_memory_is_unlocked_with_the_last_view_of_its_rows(runtime: Runtime) -> None:
+    buffer = make_buffer()
+    rows = buffer.rows("q.1", 3)
+    del buffer
     gc.collect()
-    assert list(runtime.locked.values()) == [3 * 5 * 4 * N_ROWS], "a writer may still be at these"
+    assert list(runtime.locked.values()) == [3 * 5 * 4 * N_ROWS], "a writer may still read these"
     del rows
     gc.collect()
     assert runtime.locked == {}
@@ -82,10 +82,10 @@ def test_memory_is_unlocked_when_nobody_holds_rows_of_it_any_more(runtime: Runti
 def test_memory_that_cannot_be_locked_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("residua.capture.runtime.streams.torch.cuda.cudart", lambda: Runtime(error=2))
     with pytest.raises(CaptureError, match=r"CUDA error 2\): lower --host-memory"):
-        make_stage()
+        make_buffer()
 
 
-def test_beside_a_gpu_several_threads_write(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_several_threads_write_if_the_model_is_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     model = torch.nn.Linear(2, 2)
     assert writer_threads(model) == 1
     host, device = (SimpleNamespace(is_meta=False, device=torch.device(name)) for name in ("cpu", "cuda:1"))

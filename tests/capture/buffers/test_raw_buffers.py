@@ -1,4 +1,4 @@
-"""Stages of `raw` sites, whose rows are laid out as their file: what was put is what any reader finds."""
+"""Host buffers of `raw` sites, laid out as their files: any reader finds the rows that were put."""
 
 from pathlib import Path
 
@@ -7,7 +7,7 @@ import pytest
 import torch
 import zarr
 
-from residua.capture.buffers.host_buffers import Stage, Staging
+from residua.capture.buffers.host_buffers import HostBuffer, ShardFiller
 from residua.capture.buffers.row_index import BatchRows
 from residua.store.encoding.shard import ShardMemory, check_shard, shard_path
 from residua.store.format.commits import read_commits
@@ -30,7 +30,7 @@ def plan_of(n_rows: int | None) -> Plan:
 
 
 def batches(n_rows: int, order: str) -> list[BatchRows]:
-    """Return batches of one example each that together give every row once, in the order that is asked."""
+    """Return batches of one example each that together give every row once, in the given order."""
     rows = np.arange(n_rows)
     if order == "scattered":
         rows = np.random.default_rng(n_rows).permutation(rows)
@@ -51,24 +51,24 @@ def batches(n_rows: int, order: str) -> list[BatchRows]:
 
 @pytest.mark.parametrize("order", ["in order", "scattered"])
 @pytest.mark.parametrize("n_rows", [1, 5, 16, 31, 32])
-def test_what_was_put_is_what_zarr_reads(tmp_path: Path, n_rows: int, order: str) -> None:
+def test_zarr_reads_the_rows_that_were_put(tmp_path: Path, n_rows: int, order: str) -> None:
     plan = plan_of(n_rows)
     with workspace(tmp_path / "a.zarr") as folder:
         create_archive(folder, tmp_path / "a.zarr", plan, {})
     values = torch.randn(n_rows, WIDTH, generator=torch.Generator().manual_seed(n_rows))
     patterns = np.zeros((n_rows, 1, WIDTH), np.float16)
     with ShardWriter(tmp_path / "a.zarr", plan, threads=2) as writer:
-        staging = Staging(plan, writer, n_stages=2, pinned=False)
+        filler = ShardFiller(plan, writer, n_buffers=2, pinned=False)
         for batch in batches(n_rows, order):
             n = len(batch.row)
             pattern = torch.rand(1, n, 1, n).to(torch.float16)
             patterns[batch.row, :, :n] = pattern[0].numpy()
-            staging.begin(batch)
+            filler.begin(batch)
             for site in SITES:
                 passed = pattern if site.name == "pattern.0" else values[batch.row][None]
-                staging.put(site.name, passed)
+                filler.put(site.name, passed)
                 passed.fill_(float("nan"))
-            staging.finish()
+            filler.finish()
     expected = [
         values.numpy(),
         values.to(torch.bfloat16).view(torch.int16).numpy().view("<u2"),
@@ -85,14 +85,14 @@ def test_what_was_put_is_what_zarr_reads(tmp_path: Path, n_rows: int, order: str
             assert digest == commit.arrays[spec.path].digest
 
 
-def test_rows_of_eight_byte_values_lie_one_behind_the_other() -> None:
-    stage = Stage(plan_of(8), 8, pinned=False)
-    laid_out = {site.name for site in SITES if isinstance(stage.rows(site.name, 8), ShardMemory)}
+def test_rows_of_eight_byte_values_are_contiguous() -> None:
+    buffer = HostBuffer(plan_of(8), 8, pinned=False)
+    laid_out = {site.name for site in SITES if isinstance(buffer.rows(site.name, 8), ShardMemory)}
     assert laid_out == {"resid_post.0", "resid_post.1", "pattern.0"}
 
 
-def test_a_stage_for_few_rows_has_no_more() -> None:
-    stage = Stage(plan_of(3), 3, pinned=False)
-    assert {site: sum(len(block) for block in blocks) for site, blocks in stage.blocks.items()} == dict.fromkeys(
-        stage.blocks, 3
+def test_a_buffer_for_few_rows_has_no_more() -> None:
+    buffer = HostBuffer(plan_of(3), 3, pinned=False)
+    assert {site: sum(len(block) for block in blocks) for site, blocks in buffer.blocks.items()} == dict.fromkeys(
+        buffer.blocks, 3
     )

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from residua.capture.buffers.row_index import BatchRows, ExampleRows, Placement, batch_rows, by_position, row_shape
+from residua.capture.buffers.row_index import BatchRows, ExampleRows, RowIndex, batch_rows, by_position, row_shape
 from residua.store.base.errors import CaptureError
 
 torch.set_num_threads(1)
@@ -111,7 +111,7 @@ def test_a_copy_is_numpys_fancy_indexing_and_torchs_cast(
         expected = buffer.clone().view(torch.uint8).numpy()
         source, target = rows.source[picked], rows.row[picked] - shard * height
         expected[target] = cast[source]
-        Placement(source, target).copy(flat, buffer)
+        RowIndex(source, target).copy(flat, buffer)
         assert np.array_equal(buffer.view(torch.uint8).numpy(), expected)
 
 
@@ -130,22 +130,22 @@ def test_any_source_may_go_to_any_target(data: st.DataObject) -> None:
     buffer = torch.full((height, WIDTH), -1.0)
     expected = buffer.numpy().copy()
     expected[target] = flat.numpy()[source]
-    placement = Placement(source, target)
-    placement.copy(flat, buffer)
+    row_index = RowIndex(source, target)
+    row_index.copy(flat, buffer)
     assert np.array_equal(buffer.numpy(), expected)
     scattered = torch.full((height, WIDTH), -1.0)
-    placement.scatter(placement.gather(flat, torch.float32), scattered)
+    row_index.scatter(row_index.gather(flat, torch.float32), scattered)
     assert np.array_equal(scattered.numpy(), expected)
 
 
 @settings(deadline=None)
 @given(st.sets(st.integers(0, 39), min_size=1), st.sampled_from([1, 3, 8, 39, 40, 64]), st.booleans())
-def test_parts_that_land_in_blocks_together_are_the_whole(rows: set[int], height: int, backwards: bool) -> None:
+def test_the_blocks_of_a_shard_together_have_every_row(rows: set[int], height: int, backwards: bool) -> None:
     target = np.array(sorted(rows), np.int64)
     source = np.arange(len(target))[:: -1 if backwards else 1].copy()
     flat = torch.arange(len(target) * WIDTH, dtype=torch.float32).view(-1, WIDTH)
     blocks = [torch.full((height, WIDTH), -1.0) for _ in range(-(-40 // height))]
-    for block, part in Placement(source, target).per_block(height):
+    for block, part in RowIndex(source, target).per_block(height):
         part.copy(flat, blocks[block])
     expected = np.full((len(blocks) * height, WIDTH), -1.0, np.float32)
     expected[target] = flat.numpy()[source]
@@ -178,7 +178,7 @@ def test_runs_end_where_source_or_target_jumps(blocks: list[tuple[int, bool, boo
     buffer = torch.full((ends["target"], 1), -1.0)
     expected = buffer.numpy().copy()
     expected[target] = flat.numpy()[source]
-    Placement(source, target).copy(flat, buffer)
+    RowIndex(source, target).copy(flat, buffer)
     assert np.array_equal(buffer.numpy(), expected)
 
 
@@ -188,7 +188,7 @@ def test_nan_payloads_and_signs_survive_both_paths(step: int, n_rows: int) -> No
     flat = bits.view(torch.bfloat16).view(-1, 5)
     buffer = torch.zeros(n_rows, 5, dtype=torch.bfloat16)
     source = np.arange(0, n_rows, step, dtype=np.int64)
-    Placement(source, source).copy(flat, buffer)
+    RowIndex(source, source).copy(flat, buffer)
     assert torch.equal(buffer.view(torch.int16)[::step], flat.view(torch.int16)[::step])
 
 
@@ -203,7 +203,7 @@ def test_patterns_have_the_examples_own_keys_and_zeros_behind_them(case: Case, s
     for shard, picked in rows.per_shard(height):
         buffer = torch.full((height, n_heads, longest), torch.nan, dtype=stored)
         target = rows.row[picked] - shard * height
-        Placement(rows.source[picked], target).copy_pattern(pattern, buffer, rows)
+        RowIndex(rows.source[picked], target).copy_pattern(pattern, buffer, rows)
         for row, (b, t, _) in zip(rows.row.tolist(), every_row(case), strict=True):
             if row // height != shard:
                 continue
@@ -220,7 +220,7 @@ def test_patterns_have_the_examples_own_keys_and_zeros_behind_them(case: Case, s
 def test_an_example_with_more_tokens_than_keys_is_an_error_that_says_so() -> None:
     rows = Case(np.ones((1, 5), bool), np.ones((1, 5), bool), 0).rows
     with pytest.raises(CaptureError, match=r"5 tokens, but rows of the pattern hold 4.*max_length"):
-        Placement(rows.source, rows.row).copy_pattern(torch.zeros(1, 5, 2, 5), torch.zeros(8, 2, 4), rows)
+        RowIndex(rows.source, rows.row).copy_pattern(torch.zeros(1, 5, 2, 5), torch.zeros(8, 2, 4), rows)
 
 
 B, T = 2, 3  # of the tensors that `by_position` takes
