@@ -116,7 +116,7 @@ class Replayer:
         model: nn.Module,
         archive: Archive,
         *,
-        at: Sequence[str] = (),
+        at: str | Iterable[str] | None = None,
         edits: Sequence[Edit] = (),
         force: bool = False,
         tensor_parallel: ProcessGroup | DeviceMesh | None = None,
@@ -127,7 +127,8 @@ class Replayer:
         self.model = model
         self.group = tensor_parallel
         self._anatomy = _language_model(model)
-        self.start = start_of(archive.select(at) if at else (), self._anatomy)
+        places = [] if at is None else [at] if isinstance(at, str) else list(at)
+        self.start = start_of(archive.select(places) if places else (), self._anatomy)
         self._infos: dict[str, SiteInfo] = {}
         infos = self.infos(self.start.sites)
         split_over = tensor_parallel_group(self.core, tensor_parallel)

@@ -232,13 +232,12 @@ def replay(
     """
     opened = archive if isinstance(archive, Archive) else Archive(archive)
     parsed = parse_edits(edits)
-    places = [] if at is None else [at] if isinstance(at, str) else list(at)
     with ExitStack() as stack:
         if isinstance(model, PIPELINES):
             model = stack.enter_context(as_model(model))
         stack.enter_context(split_by_hand(model, tensor_parallel))
         stack.enter_context(running_as_captured(opened, model))
-        replayer = Replayer(model, opened, at=places, edits=parsed, force=force, tensor_parallel=tensor_parallel)
+        replayer = Replayer(model, opened, at=at, edits=parsed, force=force, tensor_parallel=tensor_parallel)
         run = Replay(replayer, examples, [keep] if isinstance(keep, str) else list(keep), grad=grad)
         stack.callback(run.close)
         yield run

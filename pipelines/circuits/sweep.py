@@ -16,7 +16,7 @@ from residua.capture.sites.shape_probe import evaluating
 from residua.pipelines.circuits.pairs import PairSource, read_pairs
 from residua.pipelines.circuits.sweep_picture import draw_sweep
 from residua.pipelines.jobs.sharing import SharedWork, sharing
-from residua.pipelines.replay.tables import write_table
+from residua.pipelines.replay.result_folder import write_table
 from residua.pipelines.setup.models import named_model
 from residua.pipelines.setup.settings import CaptureSettings
 from residua.store.base.canonical import digest_of

@@ -11,11 +11,12 @@ from transformers import PreTrainedModel
 from residua.capture.identity.provenance import running_as_captured
 from residua.capture.replay.engine import Replayer
 from residua.capture.replay.metrics import token_divergences
+from residua.capture.replay.notes import is_rounded
 from residua.pipelines.capture.captured_batches import sample_batches
 from residua.pipelines.jobs.sharing import SharedWork, sharing
 from residua.pipelines.setup.models import replayed_model
 from residua.pipelines.setup.settings import CaptureSettings
-from residua.store.base.errors import CaptureError, PlanError
+from residua.store.base.errors import PlanError
 from residua.store.format.sidecars import Fidelity, SiteFidelity, write_fidelity
 from residua.store.format.site_names import parse_site
 from residua.store.read.archive import Archive, refuse_replay
@@ -75,33 +76,26 @@ def fidelity(
         running_as_captured(opened, loaded),
     ):
         plain = Replayer(loaded, opened)
-        stored = {name: Replayer(loaded, opened, at=[name], checked=plain.checked) for name in names}
-        compare = _Comparison(plain, stored)
+        stored = {name: Replayer(loaded, opened, at=name, checked=plain.checked) for name in names}
         shared = SharedWork(membership, loaded, alike=True)
         shared.agree_on({"archive": opened.plan.digest, "batches": batches})
         found = shared.found(
             len(batches),
-            lambda number: compare(batches[number]),
+            lambda number: _compare(batches[number], plain, stored),
             close=lambda everything: write_fidelity(opened.path, opened.plan, _total(everything)),
             on_unit=on_batch,
         )
     return _total(found)
 
 
-class _Comparison:
-    """Compares the output of one batch, from the stored rows of each site, with that of the model left alone."""
-
-    def __init__(self, plain: Replayer, stored: Mapping[str, Replayer]) -> None:
-        self._plain = plain
-        self._stored = stored
-
-    def __call__(self, examples: Sequence[int]) -> dict[str, Any]:
-        batch = self._plain.batch(examples)
-        original = _logits(self._plain.run(batch).logits)
-        sites = {
-            name: _compared(original, _logits(replayer.run(batch).logits)) for name, replayer in self._stored.items()
-        }
-        return {"n_examples": len(batch.rows), "n_tokens": len(original), "sites": sites}
+def _compare(examples: Sequence[int], plain: Replayer, stored: Mapping[str, Replayer]) -> dict[str, Any]:
+    """Compare the output of one batch, from the stored rows of each site, with that of the unchanged model."""
+    batch = plain.batch(examples)
+    original = torch.cat(plain.run(batch).require_logits())
+    sites = {}
+    for name, replayer in stored.items():
+        sites[name] = _compared(original, torch.cat(replayer.run(batch).require_logits()))
+    return {"n_examples": len(batch.rows), "n_tokens": len(original), "sites": sites}
 
 
 def _compared(original: torch.Tensor, logits: torch.Tensor) -> dict[str, float]:
@@ -125,17 +119,11 @@ def _total(found: Sequence[Mapping[str, Any]]) -> Fidelity:
     return Fidelity(sites=sites, n_examples=sum(batch["n_examples"] for batch in found), n_tokens=n_tokens)
 
 
-def _logits(parts: list[torch.Tensor] | None) -> torch.Tensor:
-    if parts is None:
-        raise CaptureError("the model gave no logits: it has no language modelling head in this process")
-    return torch.cat(parts)
-
-
 def _rounded(archive: Archive) -> list[str]:
     stream = [name for name in archive.sites if parse_site(name).kind in _STREAM]
     plans = [archive.plan.site(name) for name in stream]
     dtype = archive.plan.model["dtype"]
-    found = [plan.name for plan in plans if plan.codec not in ("raw", "fast", "small") or plan.dtype != dtype]
+    found = [plan.name for plan in plans if is_rounded(plan, dtype)]
     if not found:
         raise PlanError(
             f"{archive.path} has no residual stream that is rounded ({', '.join(stream) or 'none is stored'}): "

@@ -15,7 +15,7 @@ from torch import Tensor
 
 import residua
 from residua.pipelines.cli.main import main
-from residua.pipelines.replay.tables import EXAMPLES, part_path, read_parts, write_table
+from residua.pipelines.replay.result_folder import EXAMPLES, read_table, table_file, write_table
 from residua.store.base.errors import NotCapturedError, PlanError
 from residua.store.read.archive import Archive
 from residua.store.storage.files import write_file
@@ -207,8 +207,8 @@ def test_two_runs_at_once_are_refused(tmp_path: Path) -> None:
 
 def test_parts_are_read_by_number(tmp_path: Path) -> None:
     for group in (100_000, 7, 99_999):
-        write_table(part_path(tmp_path, EXAMPLES, group), pa.table({"example": [group]}))
-    assert read_parts(tmp_path, EXAMPLES)["example"].to_pylist() == [7, 99_999, 100_000]
+        write_table(table_file(tmp_path, EXAMPLES, group), pa.table({"example": [group]}))
+    assert read_table(tmp_path, EXAMPLES)["example"].to_pylist() == [7, 99_999, 100_000]
 
 
 def test_a_run_does_not_go_on_with_an_overlay_that_was_written_to(tmp_path: Path) -> None:
