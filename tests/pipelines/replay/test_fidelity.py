@@ -73,15 +73,15 @@ def test_what_cannot_be_measured_or_believed_is_said(tmp_path: Path) -> None:
     residua.fidelity(lossy.path, model, n_batches=1)
     file = lossy.path / "fidelity.json"
     (exact.path / "fidelity.json").write_bytes(file.read_bytes())
-    with pytest.raises(PlanError, match="fidelity.json.* another archive"):
+    with pytest.raises(PlanError, match=r"fidelity\.json.* another archive"):
         summarise(exact)
     file.write_text(file.read_text().replace('"kl_max": ', '"kl_max": 1'))
-    with pytest.raises(DamagedArchiveError, match="fidelity.json.*SHA-256"):
+    with pytest.raises(DamagedArchiveError, match=r"fidelity\.json.*SHA-256"):
         summarise(lossy)
     (problem,) = verify(lossy.path).problems
     assert problem.path == "fidelity.json"
     file.write_text(json.dumps({"fidelity": 3}))
-    with pytest.raises(DamagedArchiveError, match="fidelity.json"):
+    with pytest.raises(DamagedArchiveError, match=r"fidelity\.json"):
         summarise(lossy)
 
 
