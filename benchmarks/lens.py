@@ -159,7 +159,7 @@ def ours(text: Text, n_tokens: int, folder: Path, **settings: Any) -> Outcome:
     with connect("inline") as cluster, TemporaryDirectory() as out:
         training = LensTraining(archive, Path(out), settings=chosen, cluster=cluster)
         training.train()
-        lens = TunedLens(*training.judge())
+        lens = TunedLens(*training.evaluate())
     seconds = time.process_time() - started
     kl = text.kl(lambda depth, hidden: lens.decode(f"resid_pre.{depth}", hidden))
     return Outcome(float(np.mean(kl)), capture + seconds, seconds)

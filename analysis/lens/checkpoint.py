@@ -1,45 +1,111 @@
-"""Lenses in the folder format of the `tuned-lens` package (0.2.0), read and written without it.
+"""The affine maps of a lens, and the files that hold them.
 
-``config.json`` holds the keys of its `TunedLensConfig`. ``params.pt`` is the state of its translators, written by
-`torch.save`: for every depth before the last, ``{depth}.weight`` and ``{depth}.bias`` of a linear layer whose output is
-added to its input. Files are read with `weights_only`, so nothing in them is run.
+A finished lens is a folder in the format of the `tuned-lens` package (0.2.0), written and read without that package:
+``config.json`` holds the keys of its `TunedLensConfig`; `residua.store.edits.lens_files` describes ``params.pt`` and
+reads it safely. While a lens is being trained, its maps lie in safetensors files.
 """
 
 import hashlib
 import json
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from tempfile import TemporaryFile
-from zipfile import ZIP_STORED, BadZipFile, ZipFile
+from typing import NamedTuple, Self
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
 from torch import Tensor
 
-from residua.analysis.lens.points import MOST_BLOCKS
-from residua.analysis.lens.translator import Translator
-from residua.store.base.errors import AnalysisError
+from residua.analysis.lens.rows import MOST_BLOCKS
+from residua.store.base.errors import AnalysisError, PlanError
+from residua.store.edits.lens_files import CONFIG_FILE, PARAMETERS_FILE, is_stored_tensor, read_parameters
 from residua.store.storage.files import make_folders, write_file
 
-CONFIG_FILE, PARAMETERS_FILE = "config.json", "params.pt"
 LENS_TYPE = "linear_tuned_lens"
 _MOST_CONFIG_BYTES = 2**20
 _MOST_WIDTH = 2**20
-_WIDEST = 8  # bytes of a float64
+_WIDEST_ITEM = 8  # bytes of a float64
 _MOST_PICKLE_BYTES = 2**24
+_ADVICE = "choose a folder that `residua lens train` or the tuned-lens package wrote"
+
+
+class Translator(NamedTuple):
+    """An affine map from a residual stream to an estimate of the final one: ``hidden @ weight + bias``.
+
+    Attributes:
+        weight: (width, width), float32.
+        bias: (width,), float32.
+    """
+
+    weight: Tensor
+    bias: Tensor
+
+    @classmethod
+    def identity(cls, width: int) -> Self:
+        """Return the identity, which makes the logit lens."""
+        return cls(torch.eye(width), torch.zeros(width))
+
+    @classmethod
+    def mean(cls, translators: Sequence[Self]) -> Self:
+        """Return the average, summed in order in float64."""
+        weights, biases = ([tensor.double() for tensor in tensors] for tensors in zip(*translators, strict=True))
+        return cls(torch.stack(weights).mean(0).float(), torch.stack(biases).mean(0).float())
+
+    def __call__(self, hidden_ND: Tensor) -> Tensor:
+        """Map (rows, width), float32."""
+        return torch.addmm(self.bias, hidden_ND, self.weight)
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write tensors as one safetensors file, durably and atomically."""
+    write_file(path, [save({name: tensor.contiguous() for name, tensor in tensors.items()})])
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """Read a file of `write_tensors`, memory-mapped.
+
+    Raises:
+        AnalysisError: The file is missing or damaged.
+    """
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise AnalysisError(f"{path} cannot be read ({error}): remove it, and train the lens again") from error
+
+
+def write_translators(path: Path, translators: Mapping[str, Translator], *, penalty: float) -> None:
+    """Write named maps of one layer as one file, with the penalty of the ridge regression."""
+    tensors = {f"{name}.weight": translator.weight for name, translator in translators.items()}
+    tensors |= {f"{name}.bias": translator.bias for name, translator in translators.items()}
+    write_tensors(path, {**tensors, "penalty": torch.tensor(penalty, dtype=torch.float64)})
+
+
+def read_translators(path: Path) -> tuple[dict[str, Translator], float]:
+    """Read a file of `write_translators`; returns its maps by name, and the penalty.
+
+    Raises:
+        AnalysisError: The file is missing or damaged.
+    """
+    tensors = read_tensors(path)
+    names = [name.removesuffix(".weight") for name in tensors if name.endswith(".weight")]
+    translators = {name: Translator(tensors[f"{name}.weight"], tensors[f"{name}.bias"]) for name in names}
+    return translators, tensors["penalty"].item()
 
 
 @dataclass(frozen=True, kw_only=True)
 class LensConfig:
-    """What ``config.json`` says; names and meaning are the package's own.
+    """The content of ``config.json``, with the package's own names.
 
     Attributes:
         base_model_name_or_path: The model.
         d_model: Width of its residual stream.
-        num_hidden_layers: Its blocks, and so the translators.
+        num_hidden_layers: Number of its blocks, and so of translators.
         bias: Whether translators have a bias.
         base_model_revision: Revision of the model.
-        unembed_hash: What `hash_unembedding` gives for its unembedding.
+        unembed_hash: Result of `hash_unembedding` for its unembedding.
         lens_type: Always ``linear_tuned_lens``.
     """
 
@@ -53,24 +119,24 @@ class LensConfig:
 
 
 def hash_unembedding(weight: Tensor) -> str:
-    """Return the package's hash of an unembedding, (vocabulary, width): of what numpy shows of it.
+    """Return the package's hash of an unembedding, (vocabulary, width): the SHA-256 of its numpy text.
 
-    It is the same for small perturbations, and says nothing of what numpy leaves out with three dots.
+    The text has one decimal place and leaves out most numbers, so close or partly equal matrices can share a hash.
     """
     with np.printoptions(threshold=1000, edgeitems=3, linewidth=75, floatmode="maxprec", sign="-"):
-        shown = np.array_str(weight.detach().float().cpu().numpy(), precision=1)
-    return hashlib.sha256(shown.encode()).hexdigest()
+        text = np.array_str(weight.detach().float().cpu().numpy(), precision=1)
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
-def write_checkpoint(folder: Path, config: LensConfig, translators: dict[int, Translator]) -> None:
-    """Write a lens; a depth without a translator becomes the logit lens, whose translator is zero."""
+def write_checkpoint(folder: Path, config: LensConfig, translators: Mapping[int, Translator]) -> None:
+    """Write a lens. A layer without a translator gets a zero map, which makes the logit lens there."""
     identity = torch.eye(config.d_model)
-    zero = Translator(torch.zeros_like(identity), torch.zeros(config.d_model))  # torch writes one storage once
+    zero = Translator(torch.zeros_like(identity), torch.zeros(config.d_model))  # torch writes a shared storage once
     state: dict[str, Tensor] = {}
-    for depth in range(config.num_hidden_layers):
-        known = translators.get(depth)
+    for layer in range(config.num_hidden_layers):
+        known = translators.get(layer)
         weight, bias = zero if known is None else ((known.weight - identity).T.contiguous(), known.bias)
-        state |= {f"{depth}.weight": weight, f"{depth}.bias": bias}
+        state |= {f"{layer}.weight": weight, f"{layer}.bias": bias}
     make_folders(folder)
     with TemporaryFile(dir=folder) as file:
         torch.save(state, file)
@@ -80,49 +146,44 @@ def write_checkpoint(folder: Path, config: LensConfig, translators: dict[int, Tr
 
 
 def read_checkpoint(folder: Path) -> tuple[LensConfig, dict[int, Translator]]:
-    """Read a lens that this module or the package wrote.
+    """Read a lens that `write_checkpoint` or the package wrote.
 
     Returns:
-        What the config says, and the translators by depth; those that are zero as the identity.
+        The config, and the translators by layer. Those whose stored map is zero share one identity.
 
     Raises:
         AnalysisError: A file is missing, or does not hold a lens.
     """
     config = _read_config(folder / CONFIG_FILE)
-    path = folder / PARAMETERS_FILE
-    _check_zip(path, config)
+    width, n_layers, path = config.d_model, config.num_hidden_layers, folder / PARAMETERS_FILE
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises whatever a strange pickle makes it stumble over
-        raise AnalysisError(f"{path} cannot be read as a checkpoint of tensors ({error}): {_ADVICE}") from error
-    _check_state(path, config, state)
-    identity = Translator.identity(config.d_model)
+        state = read_parameters(path, most_bytes=_MOST_PICKLE_BYTES + n_layers * (width + 1) * width * _WIDEST_ITEM)
+    except PlanError as error:
+        sizes = f"{CONFIG_FILE} describes a lens of {n_layers} blocks of width {width}"
+        raise AnalysisError(f"{error}; {sizes}: {_ADVICE}") from error.__cause__
+    maps = _checked_maps(path, config, state)
+    identity = Translator.identity(width)
     translators: dict[int, Translator] = {}
     storages: set[int] = set()
-    for depth in range(config.num_hidden_layers):
-        weight = state[f"{depth}.weight"]
-        bias = state[f"{depth}.bias"].float() if config.bias else identity.bias
-        if not weight.any() and not bias.any():  # such share one map, as they share one storage in the file
-            translators[depth] = identity
+    for layer, (weight, bias) in maps.items():
+        if not weight.any() and not bias.any():
+            translators[layer] = identity
             continue
         storages.add(weight.untyped_storage().data_ptr())
-        translators[depth] = Translator(weight.float().T + identity.weight, bias)
+        translators[layer] = Translator(weight.float().T + identity.weight, bias.float().clone())
         if len(storages) < sum(known is not identity for known in translators.values()):
-            raise AnalysisError(f"{path} holds one matrix under several names, {depth}.weight among them: {_ADVICE}")
+            raise AnalysisError(f"{path} holds one matrix under several names, {layer}.weight among them: {_ADVICE}")
     return config, translators
 
 
 def _read_config(path: Path) -> LensConfig:
     try:
         found = json.loads(path.read_bytes() if path.stat().st_size <= _MOST_CONFIG_BYTES else b"")
-    except FileNotFoundError as error:
-        raise AnalysisError(f"{path.parent} is no lens, it has no {path.name}: {_ADVICE}") from error
-    except (OSError, ValueError, RecursionError) as error:
-        raise AnalysisError(f"{path} is not the config of a lens ({error}): {_ADVICE}") from error
-    known = {field.name for field in fields(LensConfig)}
-    try:
+        known = {field.name for field in fields(LensConfig)}
         config = LensConfig(**{name: value for name, value in found.items() if name in known})
-    except (TypeError, AttributeError) as error:
+    except FileNotFoundError as error:
+        raise AnalysisError(f"{path.parent} is not a lens, it has no {path.name}: {_ADVICE}") from error
+    except (OSError, ValueError, RecursionError, TypeError, AttributeError) as error:
         raise AnalysisError(f"{path} is not the config of a lens ({error}): {_ADVICE}") from error
     sizes = (config.d_model, config.num_hidden_layers)
     bounds = zip(sizes, (_MOST_WIDTH, MOST_BLOCKS), strict=True)
@@ -133,44 +194,19 @@ def _read_config(path: Path) -> LensConfig:
     return config
 
 
-def _check_zip(path: Path, config: LensConfig) -> None:
-    """Look at what the file would unpack to: a small one can hold petabytes of nothing."""
-    most = _MOST_PICKLE_BYTES + config.num_hidden_layers * (config.d_model + 1) * config.d_model * _WIDEST
-    try:
-        with ZipFile(path) as file:
-            members = file.infolist()
-        n_bytes = path.stat().st_size
-    except (OSError, BadZipFile, ValueError, NotImplementedError) as error:
-        raise AnalysisError(f"{path} cannot be read as a checkpoint of tensors ({error}): {_ADVICE}") from error
-    total = sum(member.file_size for member in members)
-    if total > min(most, n_bytes) or any(member.compress_type != ZIP_STORED for member in members):
-        raise AnalysisError(
-            f"{path} is compressed, or unpacks from {n_bytes:,} bytes to {total:,}, where a lens of "
-            f"{config.num_hidden_layers} blocks of width {config.d_model} has at most {most:,}: {_ADVICE}"
-        )
-
-
-def _check_state(path: Path, config: LensConfig, state: object) -> None:
-    shapes = {"weight": (config.d_model, config.d_model), "bias": (config.d_model,)}
-    parts = [part for part in shapes if part == "weight" or config.bias]
-    expected = {f"{depth}.{part}": shapes[part] for depth in range(config.num_hidden_layers) for part in parts}
-    found = {
-        name: tuple(value.shape)
-        for name, value in (state.items() if isinstance(state, dict) else ())
-        if isinstance(value, Tensor) and value.is_floating_point() and _is_plain(value)
-    }
-    if found != expected or not isinstance(state, dict) or len(state) != len(expected):
+def _checked_maps(path: Path, config: LensConfig, state: Mapping[str, object]) -> dict[int, tuple[Tensor, Tensor]]:
+    """Return the stored weight and bias of each layer, after a check that there is nothing else."""
+    width, layers = config.d_model, range(config.num_hidden_layers)
+    expected: dict[str, tuple[int, ...]] = {f"{layer}.weight": (width, width) for layer in layers}
+    if config.bias:
+        expected |= {f"{layer}.bias": (width,) for layer in layers}
+    tensors = {name: value for name, value in state.items() if is_stored_tensor(value)}
+    found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    if found != expected or len(state) != len(expected):
         wrong = sorted(set(map(str, found.items())) ^ set(map(str, expected.items())))
         raise AnalysisError(
-            f"{path} holds other tensors than a lens of {config.num_hidden_layers} blocks of width {config.d_model} "
-            f"has: {', '.join(wrong)[:200]}: {_ADVICE}"
+            f"{path} holds other tensors than a lens of {len(layers)} blocks of width {width} has: "
+            f"{', '.join(wrong)[:200]}: {_ADVICE}"
         )
-
-
-def _is_plain(tensor: Tensor) -> bool:
-    """Say whether each number is in the file: a small one can claim a large tensor, which is one number repeated."""
-    is_dense = tensor.layout == torch.strided and tensor.device.type == "cpu"
-    return is_dense and tensor.untyped_storage().nbytes() >= tensor.numel() * tensor.itemsize
-
-
-_ADVICE = "choose a folder that `residua lens train` or the tuned-lens package wrote"
+    no_bias = torch.zeros(width)
+    return {layer: (tensors[f"{layer}.weight"], tensors.get(f"{layer}.bias", no_bias)) for layer in layers}

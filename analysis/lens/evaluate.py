@@ -1,33 +1,53 @@
-"""How good a lens is: what its distribution loses against the model's own, on rows that it was not trained on.
+"""Evaluation of a lens on held-out rows: how far its distribution is from the model's own, as sums and as a report.
 
-Logits of a few rows at a time are in memory, so that a vocabulary of any size fits.
+Logits of a few rows at a time are in memory, so a vocabulary of any size fits. The measures are those of Belrose et al.
+(2023), arXiv 2303.08112.
 
 Axes: `N` rows, `D` width, `V` vocabulary.
 """
 
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import pyarrow as pa
 import torch
 from torch import Tensor
 
-from residua.analysis.lens.decoder import Decoder
+from residua.analysis.lens.checkpoint import Translator
 from residua.analysis.lens.rows import LensRows, Rows
-from residua.analysis.lens.translator import Translator
+from residua.analysis.lens.unembedding import Decoder
 
-LOGIT_LENS, MODEL = "logit lens", "model"
-_LOGIT_BYTES = 2**26  # of one distribution in memory; four are alive at a time
+LOGIT_LENS, RIDGE, REFINED, MODEL = "logit lens", "ridge", "refined", "model"
+_LOGIT_BYTES = 2**26  # one distribution in memory; four exist at a time
+
+REPORT = pa.schema(
+    [
+        ("site", pa.string()),
+        ("depth", pa.int64()),
+        ("kept", pa.string()),
+        ("rows", pa.int64()),
+        ("kl", pa.float64()),
+        ("kl_logit_lens", pa.float64()),
+        ("kl_ridge", pa.float64()),
+        ("cross_entropy", pa.float64()),
+        ("cross_entropy_logit_lens", pa.float64()),
+        ("cross_entropy_model", pa.float64()),
+        ("agreement", pa.float64()),
+        ("agreement_logit_lens", pa.float64()),
+        ("penalty", pa.float64()),
+    ]
+)
 
 
 class Score(NamedTuple):
     """Sums over rows.
 
     Attributes:
-        n_rows: Rows.
-        n_labelled: Rows with a next token; none of a masked model.
+        n_rows: Number of rows.
+        n_labelled: Number of rows with a next token; 0 for a masked model.
         kl: KL divergence from the model's distribution, in nats.
-        cross_entropy: To the next token, in nats, over rows that have one.
-        n_agreeing: Rows where the most probable token is the model's.
+        cross_entropy: Cross-entropy to the next token, in nats, over the rows that have one.
+        n_agreeing: Number of rows whose most probable token is the model's.
     """
 
     n_rows: int = 0
@@ -37,13 +57,13 @@ class Score(NamedTuple):
     n_agreeing: int = 0
 
     def plus(self, other: "Score") -> "Score":
-        """Return the sums over both."""
+        """Return the sums over the rows of both."""
         return Score(
-            self.n_rows + other.n_rows,
-            self.n_labelled + other.n_labelled,
-            self.kl + other.kl,
-            self.cross_entropy + other.cross_entropy,
-            self.n_agreeing + other.n_agreeing,
+            n_rows=self.n_rows + other.n_rows,
+            n_labelled=self.n_labelled + other.n_labelled,
+            kl=self.kl + other.kl,
+            cross_entropy=self.cross_entropy + other.cross_entropy,
+            n_agreeing=self.n_agreeing + other.n_agreeing,
         )
 
 
@@ -52,29 +72,29 @@ class _Target:
 
     def __init__(self, logits_NV: Tensor, labels: Tensor) -> None:
         self.log = logits_NV.log_softmax(-1)
-        self.chances = self.log.exp()
+        self.probabilities = self.log.exp()
         self.best = self.log.argmax(-1)
-        self.negative_entropy = (self.chances * self.log).sum(-1)
+        self.negative_entropy = (self.probabilities * self.log).sum(-1)
         self.labelled = (labels >= 0).nonzero()[:, 0]
         self.labels = labels[self.labelled]
 
     def score(self, logits_NV: Tensor) -> Score:
         """Compare a distribution with the model's."""
         log = logits_NV.log_softmax(-1)
-        crossed = torch.einsum("nv,nv->n", self.chances, log)
+        negative_cross_entropy = torch.einsum("nv,nv->n", self.probabilities, log)
         return Score(
             n_rows=len(log),
             n_labelled=len(self.labels),
-            kl=(self.negative_entropy - crossed).sum(dtype=torch.float64).item(),
+            kl=(self.negative_entropy - negative_cross_entropy).sum(dtype=torch.float64).item(),
             cross_entropy=-log[self.labelled, self.labels].sum(dtype=torch.float64).item(),
             n_agreeing=int((log.argmax(-1) == self.best).sum().item()),
         )
 
 
-def judge(
+def evaluate(
     maps: Mapping[str, Mapping[str, Translator]], final: str, rows: Rows, reader: LensRows, decoder: Decoder
 ) -> dict[str, dict[str, Score]]:
-    """Score lenses on rows.
+    """Score maps on rows.
 
     Args:
         maps: By site, the maps to compare by name.
@@ -84,7 +104,7 @@ def judge(
         decoder: The head.
 
     Returns:
-        By site, the score of each map, of the logit lens, and of the model itself under the name of its own.
+        By site, the score of each map, of the logit lens, and of the model itself, by name.
     """
     scores = {site: dict.fromkeys([LOGIT_LENS, MODEL, *named], Score()) for site, named in maps.items()}
     values = {site: reader.read(site, rows) for site in (final, *maps)}
@@ -100,3 +120,50 @@ def judge(
             found |= {MODEL: own, LOGIT_LENS: target.score(decoder.logits(hidden))}
             scores[site] = {name: scores[site][name].plus(score) for name, score in found.items()}
     return scores
+
+
+def best_map(scores: Mapping[str, Score]) -> str:
+    """Return the name of the map with the least KL divergence, which may be the logit lens."""
+    names = [name for name in (LOGIT_LENS, RIDGE, REFINED) if name in scores]
+    return min(names, key=lambda name: scores[name].kl)
+
+
+def report_table(
+    sites: Mapping[int, str], scores: Mapping[int, Mapping[str, Score]], penalties: Mapping[int, float]
+) -> pa.Table:
+    """Return the report: a line per site, with the columns of `REPORT`.
+
+    `depth` is the layer in the lens, and `kept` is ``refined``, ``ridge`` or ``logit lens``. KL divergences and
+    cross-entropies are means in nats per token, agreements are shares of the rows. `penalty` is that of the ridge
+    regression, in units of the mean variance of the input. Values that were not measured are null.
+
+    Args:
+        sites: Sites by layer.
+        scores: By layer, the score of each map by name.
+        penalties: By layer.
+    """
+    lines = [_report_line(layer, site, scores[layer], penalties[layer]) for layer, site in sites.items()]
+    return pa.Table.from_pylist(lines, REPORT)
+
+
+def _report_line(layer: int, site: str, scores: Mapping[str, Score], penalty: float) -> dict[str, Any]:
+    kept, logit_lens = scores[best_map(scores)], scores[LOGIT_LENS]
+    return {
+        "site": site,
+        "depth": layer,
+        "kept": best_map(scores),
+        "rows": logit_lens.n_rows,
+        "kl": kept.kl / kept.n_rows,
+        "kl_logit_lens": logit_lens.kl / logit_lens.n_rows,
+        "kl_ridge": scores[RIDGE].kl / logit_lens.n_rows,
+        "cross_entropy": _per_label(kept),
+        "cross_entropy_logit_lens": _per_label(logit_lens),
+        "cross_entropy_model": _per_label(scores[MODEL]),
+        "agreement": kept.n_agreeing / kept.n_rows,
+        "agreement_logit_lens": logit_lens.n_agreeing / logit_lens.n_rows,
+        "penalty": penalty,
+    }
+
+
+def _per_label(score: Score) -> float | None:
+    return score.cross_entropy / score.n_labelled if score.n_labelled else None

@@ -1,8 +1,7 @@
-"""Tuned lenses: an affine map at every point of the residual stream, decoded by the model's own head.
+"""Tuned lenses (Belrose et al. 2023, arXiv 2303.08112): an affine map at every point of the residual stream.
 
-Belrose et al. 2023, arXiv 2303.08112. A lens is trained from an archive, without the model, as
-`residua.analysis.lens.train` tells. On disk it is a folder that the `tuned-lens` package loads as well, with the head
-beside it.
+The mapped residual stream is decoded by the model's own head. A lens is trained from an archive, without the model; see
+`residua.analysis.lens.train`. On disk it is a folder that the `tuned-lens` package can load, with the head next to it.
 """
 
 import json
@@ -19,23 +18,29 @@ import pyarrow.parquet as pq
 from safetensors.torch import save
 from torch import Tensor
 
-from residua.analysis.lens.checkpoint import LensConfig, hash_unembedding, read_checkpoint, write_checkpoint
-from residua.analysis.lens.decoder import Decoder
+from residua.analysis.lens.checkpoint import (
+    LensConfig,
+    Translator,
+    hash_unembedding,
+    read_checkpoint,
+    write_checkpoint,
+)
+from residua.analysis.lens.evaluate import REPORT
 from residua.analysis.lens.lm_head import Head, load_head
-from residua.analysis.lens.points import depth_of
-from residua.analysis.lens.report import REPORT
+from residua.analysis.lens.rows import layer_of
 from residua.analysis.lens.settings import LensSettings
 from residua.analysis.lens.train import LensTraining
-from residua.analysis.lens.translator import Translator
+from residua.analysis.lens.unembedding import Decoder
 from residua.analysis.support.cluster import Cluster, or_inline
 from residua.analysis.support.plots import plot_lens
-from residua.store.base.errors import AnalysisError
+from residua.store.base.errors import AnalysisError, PlanError
+from residua.store.edits.lens_files import LAYERS_FILE, read_trained_layers
 from residua.store.format.sidecars import LM_HEAD_FILE, PARAMETERS_FILE
 from residua.store.read.archive import Archive
 from residua.store.storage.files import write_file
 
-REPORT_FILE, PLOT_FILE, DEPTHS_FILE = "report.parquet", "report.png", "residua.json"
-_UNEMBEDDING_BYTES = 2**29  # a larger one is not held in float32
+REPORT_FILE, PLOT_FILE = "report.parquet", "report.png"
+_UNEMBEDDING_BYTES = 2**29  # a larger unembedding is not converted to float32 at once
 
 
 class TunedLens:
@@ -43,9 +48,9 @@ class TunedLens:
 
     Args:
         head: Final norm and unembedding.
-        translators: By depth, the number of blocks before a point of the residual stream.
-        config: What is known of the model.
-        report: What the lens scored on held-out rows; see `fit`.
+        translators: Affine maps by layer, the number of blocks before a point of the residual stream.
+        config: The model's name and sizes.
+        report: The evaluation on held-out rows; see `fit`.
 
     Example:
         >>> lens = TunedLens.fit(archive, sites="resid_post.*")  # doctest: +SKIP
@@ -75,34 +80,33 @@ class TunedLens:
         """Train a lens on an archive.
 
         Args:
-            archive: The archive, with its head, the final residual stream (`final`, or the last `resid_post`, which
-                is the same) and some `resid_pre` or `resid_post` before it.
-            sites: Which of them to train at, as patterns; by default all.
-            out: Folder for the lens, its report (Parquet) and plot. A run that was stopped goes on from the layers that
-                are finished there. By default nothing is kept.
-            cluster: Where to work, from `connect` (`residua.analysis.support.cluster`); by default in this process. Its
-            workers
-                need the archive and `out` under the same paths.
-            settings: How, all at once.
+            archive: The archive, with its head, the final residual stream (`final`, or the last `resid_post`, which has
+                the same values) and some `resid_pre` or `resid_post` before it.
+            sites: Patterns of the sites to train at; by default all of them.
+            out: Folder for the lens, its report (Parquet) and plot. A stopped training continues from its finished
+                layers there. By default nothing is kept.
+            cluster: Where to work, from `residua.analysis.support.cluster.connect`; by default in this process. Its
+                workers need the archive and `out` under the same paths.
+            settings: The settings.
             **options: Single settings by name, as in `residua.analysis.lens.settings.LensSettings`, for example
                 ``rows=100_000``.
 
         Returns:
-            The lens. Its `report` has a line a site: KL divergence from the model's own distribution and cross-entropy
-            to the next token in nats, and how often both agree on the most probable token, on held-out examples, each
-            beside the logit lens. At no site is the lens's KL above the logit lens's.
+            The lens. Its `report` has a line per site, measured on held-out examples: the KL divergence from the
+            model's own distribution and the cross-entropy to the next token, in nats, and how often the most probable
+            tokens agree, each next to the logit lens. The lens's KL is never above the logit lens's.
 
         Raises:
             AnalysisError: The archive lacks what is needed, or `out` holds a lens of other settings.
-            UnknownSiteError: `sites` names no stored site.
+            UnknownSiteError: `sites` matches no stored site.
         """
-        chosen = replace(settings or LensSettings(), **options)
+        settings = replace(settings or LensSettings(), **options)
         source = archive if isinstance(archive, Archive) else Archive(archive)
         with ExitStack() as stack:
             folder = out or stack.enter_context(TemporaryDirectory(prefix="residua-lens-"))
-            training = LensTraining(source, Path(folder), sites=sites, settings=chosen, cluster=or_inline(cluster))
+            training = LensTraining(source, Path(folder), sites=sites, settings=settings, cluster=or_inline(cluster))
             training.train()
-            lens = cls(*training.judge())
+            lens = cls(*training.evaluate())
             lens.save(folder)
             training.clear()
         return lens
@@ -113,31 +117,36 @@ class TunedLens:
 
         Args:
             folder: The lens.
-            head: An archive of the same model, or its folder ``head``; needed where the lens has none of its own.
+            head: An archive of the same model, or its folder ``head``; required if the lens has no head of its own.
 
         Raises:
             AnalysisError: The folder holds no lens, or the head belongs to another model.
             DamagedArchiveError: The head is missing or cut short.
-            UnsafeArchiveError: The head's files do not describe one.
+            UnsafeArchiveError: The head's files do not describe a head.
         """
         folder = Path(folder)
         config, translators = read_checkpoint(folder)
-        place = folder / "head" if head is None else Path(head)
-        found = load_head(place / "head" if (place / "head").is_dir() else place)
+        source = folder / "head" if head is None else Path(head)
+        found = load_head(source / "head" if (source / "head").is_dir() else source)
         if config.unembed_hash not in (None, hash_unembedding(found.parameters["unembed.weight"])):
             raise AnalysisError(
-                f"{folder} is a lens of {config.base_model_name_or_path} with another unembedding than {place} has: "
+                f"{folder} is a lens of {config.base_model_name_or_path} with another unembedding than {source} has: "
                 "give the head of the model that the lens was trained for"
             )
         if config.d_model != found.width:
-            raise AnalysisError(f"{folder} is a lens of width {config.d_model}, but {place} has {found.width}")
-        known = _read_depths(folder / DEPTHS_FILE, translators)
-        return cls(found, {depth: translators[depth] for depth in known}, config, _read_report(folder / REPORT_FILE))
+            raise AnalysisError(f"{folder} is a lens of width {config.d_model}, but {source} has {found.width}")
+        try:
+            trained = read_trained_layers(folder)
+        except PlanError as error:
+            raise AnalysisError(str(error)) from error.__cause__
+        if trained is not None:
+            translators = {layer: translators[layer] for layer in translators if layer in trained}
+        return cls(found, translators, config, _read_report(folder / REPORT_FILE))
 
     def save(self, folder: str | PathLike[str]) -> None:
-        """Write the lens as a folder that the `tuned-lens` package loads, with its head and report beside it.
+        """Write the lens as a folder that the `tuned-lens` package can load, with its head and report.
 
-        Points without a translator become the logit lens there. The report goes along, as a table and a picture.
+        Points without a translator become the logit lens there. The report is written as a table and a plot.
         """
         folder = Path(folder)
         if self.report is not None:
@@ -147,7 +156,7 @@ class TunedLens:
             plot_lens(folder / PLOT_FILE, self.report)
         write_file(folder / "head" / PARAMETERS_FILE, [save(dict(self.head.parameters))])
         write_file(folder / "head" / LM_HEAD_FILE, [self.head.spec.to_json()])
-        write_file(folder / DEPTHS_FILE, [json.dumps({"depths": sorted(self.translators)}).encode()])
+        write_file(folder / LAYERS_FILE, [json.dumps({"depths": sorted(self.translators)}).encode()])
         write_checkpoint(folder, self.config, self.translators)
 
     def apply(self, site: str, hidden: Tensor) -> Tensor:
@@ -155,40 +164,29 @@ class TunedLens:
 
         Args:
             site: A `resid_pre` or `resid_post`.
-            hidden: What lies there, (..., width), of any floating type.
+            hidden: Its values, (..., width), of any floating type.
 
         Returns:
-            (..., width), float32, up to what the final norm takes away (its length, and for layer norm its mean).
+            (..., width), float32, except for what the final norm removes (the length, and for layer norm the mean).
 
         Raises:
-            AnalysisError: The lens knows no such point.
+            AnalysisError: The lens was not trained at this point.
         """
-        depth = depth_of(site)
-        if depth == self.config.num_hidden_layers:
+        layer = layer_of(site)
+        if layer == self.config.num_hidden_layers:
             return hidden.float()
-        if depth not in self.translators:
+        if layer not in self.translators:
             raise AnalysisError(
-                f"the lens was asked for at {site}, which is depth {depth}, but was trained at "
+                f"the lens was requested at {site}, which is layer {layer} of a lens, but it was trained at "
                 f"{', '.join(map(str, sorted(self.translators)))}: choose another site, or train it there"
             )
-        return self.translators[depth](hidden.float().reshape(-1, self.config.d_model)).reshape(hidden.shape)
+        return self.translators[layer](hidden.float().reshape(-1, self.config.d_model)).reshape(hidden.shape)
 
     def decode(self, site: str, hidden: Tensor) -> Tensor:
-        """Return the logits that the lens reads off a site, (..., vocabulary), float32; arguments as for `apply`."""
+        """Return the logits of the lens at a site, (..., vocabulary), float32; arguments as for `apply`."""
         final = self.apply(site, hidden)
         logits = self._decoder.logits(final.reshape(-1, self.config.d_model))
         return logits.reshape(*hidden.shape[:-1], -1)
-
-
-def _read_depths(path: Path, translators: Mapping[int, Translator]) -> list[int]:
-    """Return the depths that were trained; a lens of the package says nothing of it, and has them all."""
-    if not path.is_file():
-        return list(translators)
-    try:
-        known = json.loads(path.read_bytes())["depths"]
-        return [depth for depth in translators if depth in known]
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise AnalysisError(f"{path} does not list the depths of a lens ({error}): train the lens again") from error
 
 
 def _read_report(path: Path) -> pa.Table | None:

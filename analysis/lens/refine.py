@@ -1,75 +1,124 @@
 """The refinement of a lens: Adam on the KL divergence to the model's own distribution, in whitened coordinates.
 
-Starting at the ridge solution, plain Adam destroys it within ten steps: channels of the residual stream differ a
-thousandfold in size. Here the map acts on whitened rows, where one step size suits every direction. Layers go in
-lockstep, so that the model's own distribution is computed once for all of them; each layer's numbers are its own, so
-they do not depend on which layers go together.
+The loss is that of Belrose et al. (2023), arXiv 2303.08112; Adam is that of Kingma and Ba (2015), arXiv 1412.6980. In
+the coordinates of the residual stream Adam destroys the ridge solution within ten steps, because some channels are a
+thousand times larger than others. So the map acts on whitened rows, where one step size suits all directions. Layers
+are refined in lockstep, so that the model's own distribution is computed once for all of them. Each layer's numbers are
+its own, so the result does not depend on which layers go together.
+
+Optionally a step uses a few candidate tokens instead of the full vocabulary. The most probable tokens of a batch enter
+with weight 1. As many are drawn from the rest, and weighted by their inverse probability (Hansen and Hurwitz 1943). All
+rows share the candidates, so the products stay dense. The target's term of the gradient is then unbiased, and the
+lens's own term nearly so. Without the drawn tokens, both would be biased.
 
 Axes: `N` rows of a batch, `D` width, `V` vocabulary.
 """
 
 import math
 from collections.abc import Iterator, Mapping
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from residua.analysis.lens.candidates import Candidates, draw_candidates
-from residua.analysis.lens.decoder import Decoder
+from residua.analysis.lens.checkpoint import Translator
 from residua.analysis.lens.ridge import Ridge
 from residua.analysis.lens.rows import LensRows
 from residua.analysis.lens.settings import LensSettings
-from residua.analysis.lens.translator import Translator
-from residua.analysis.lens.unembedding import Unembedding
+from residua.analysis.lens.unembedding import Decoder, Unembedding
 
-_MOMENTUM, _MEMORY, _EPSILON = 0.8, 0.99, 1e-12
+_BETA_1, _BETA_2, _EPSILON = 0.8, 0.99, 1e-12
+_UNIFORM_SHARE = 0.5  # of the drawn candidates: the lens may believe in tokens that the model does not
 
 
-class _Layer:
-    """One layer's map for whitened rows, with Adam's two averages; its bias is the last line."""
+class Candidates(NamedTuple):
+    """Some tokens, and how many each stands for.
+
+    Attributes:
+        tokens: (candidates,), int64; drawn ones may repeat.
+        weights: (candidates,), floating.
+    """
+
+    tokens: Tensor
+    weights: Tensor
+
+    def restrict(self, target_NV: Tensor) -> Tensor:
+        """Return the weighted target on the candidates, (rows, candidates)."""
+        return target_NV[:, self.tokens] * self.weights
+
+
+def draw_candidates(target_NV: Tensor, n_tokens: int, generator: torch.Generator) -> Candidates | None:
+    """Choose the `n_tokens` most probable tokens of a batch, and draw as many from the rest.
+
+    Args:
+        target_NV: The model's own distribution, (rows, vocabulary).
+        n_tokens: Number of tokens of each kind.
+        generator: Random generator.
+
+    Returns:
+        The candidates, or None if the vocabulary has no more tokens than that.
+    """
+    if 2 * n_tokens >= target_NV.shape[1]:
+        return None
+    rest = target_NV.mean(0)
+    top = rest.topk(n_tokens).indices
+    rest[top] = 0
+    chances = (1 - _UNIFORM_SHARE) * rest / rest.sum().clamp_min(1e-30)
+    chances += _UNIFORM_SHARE / (len(rest) - n_tokens)
+    chances[top] = 0
+    drawn = torch.multinomial(chances, n_tokens, replacement=True, generator=generator)
+    weights = torch.cat([torch.ones_like(chances[top]), 1 / (n_tokens * chances[drawn] / chances.sum())])
+    return Candidates(torch.cat([top, drawn]), weights)
+
+
+class _LayerMap:
+    """The map of one layer for whitened rows, with Adam's two moments. The last row of the matrix is the bias."""
 
     def __init__(self, ridge: Ridge) -> None:
         self._whitening = ridge.whitening
         self._centre = -(ridge.mean @ ridge.whitening)
         self._map = torch.cat([ridge.whitened, ridge.offset[None]])
         self._gradient = torch.zeros_like(self._map)
-        self._average = torch.zeros_like(self._map)
-        self._square = torch.zeros_like(self._map)
+        self._first_moment = torch.zeros_like(self._map)
+        self._second_moment = torch.zeros_like(self._map)
         self._n_steps = 0
 
-    def step(self, hidden_ND: Tensor, descend: "_Descent", rate: float) -> None:
+    def step(self, hidden_ND: Tensor, loss: "_BatchLoss", rate: float) -> None:
         """Take one step on a batch."""
         white = torch.addmm(self._centre, hidden_ND, self._whitening)
-        pull = descend(torch.addmm(self._map[-1], white, self._map[:-1])).div_(len(white))
-        torch.mm(white.T, pull, out=self._gradient[:-1])
-        torch.sum(pull, 0, out=self._gradient[-1])
+        gradient = loss.gradient(torch.addmm(self._map[-1], white, self._map[:-1])).div_(len(white))
+        torch.mm(white.T, gradient, out=self._gradient[:-1])
+        torch.sum(gradient, 0, out=self._gradient[-1])
         self._n_steps += 1
-        self._average.lerp_(self._gradient, 1 - _MOMENTUM)
-        self._square.mul_(_MEMORY).addcmul_(self._gradient, self._gradient, value=1 - _MEMORY)
-        scale = math.sqrt(1 - _MEMORY**self._n_steps) / (1 - _MOMENTUM**self._n_steps)
-        self._map.addcdiv_(self._average, self._square.sqrt().add_(_EPSILON), value=-rate * scale)
+        self._first_moment.lerp_(self._gradient, 1 - _BETA_1)
+        self._second_moment.mul_(_BETA_2).addcmul_(self._gradient, self._gradient, value=1 - _BETA_2)
+        scale = math.sqrt(1 - _BETA_2**self._n_steps) / (1 - _BETA_1**self._n_steps)
+        self._map.addcdiv_(self._first_moment, self._second_moment.sqrt().add_(_EPSILON), value=-rate * scale)
 
     def translator(self) -> Translator:
-        """Return the map for rows as they are."""
+        """Return the map for rows that are not whitened."""
         weight = self._whitening.double() @ self._map[:-1].double()
         bias = self._map[-1].double() + self._centre.double() @ self._map[:-1].double()
         return Translator(weight.float(), bias.float())
 
 
-class _Descent:
-    """The gradient of one batch, for what a layer makes of it."""
+class _BatchLoss:
+    """The KL divergence of one batch, on the full vocabulary or on candidates; shared by all layers."""
 
     def __init__(self, decoder: Decoder, target_NV: Tensor, candidates: Candidates | None) -> None:
         self._decoder = decoder
         self._target = target_NV if candidates is None else candidates.restrict(target_NV)
-        self._some: Unembedding | None = None
+        self._unembedding: Unembedding | None = None
         self._log_weights: Tensor | None = None
         if candidates is not None:
-            self._some = decoder.unembedding.of_tokens(candidates.tokens)
+            self._unembedding = decoder.unembedding.of_tokens(candidates.tokens)
             self._log_weights = candidates.weights.log()
 
-    def __call__(self, final_ND: Tensor) -> Tensor:
-        return self._decoder.kl_gradient(final_ND, self._target, unembedding=self._some, log_weights=self._log_weights)
+    def gradient(self, final_ND: Tensor) -> Tensor:
+        """Return the gradient, summed over rows, for a layer's estimate of the final residual stream."""
+        return self._decoder.kl_gradient(
+            final_ND, self._target, unembedding=self._unembedding, log_weights=self._log_weights
+        )
 
 
 def refine(
@@ -84,32 +133,32 @@ def refine(
     part: int = 0,
     n_parts: int = 1,
 ) -> dict[str, Translator]:
-    """Refine the maps of some sites in lockstep.
+    """Refine the maps of several sites in lockstep.
 
     Args:
         ridges: Where each site starts.
         final: Site of the final residual stream.
         reader: The rows.
         decoder: The head.
-        settings: How.
-        n_rows: Training rows of all parts together, which the cosine is laid over.
+        settings: The settings.
+        n_rows: Number of training rows of all parts together; sets the length of the cosine schedule.
         row_bytes: Bytes of one row of a site.
-        part: Which share of the rows to use.
-        n_parts: Shares.
+        part: Which of `n_parts` disjoint sets of rows to train on.
+        n_parts: Number of these sets.
 
     Returns:
         The maps by site.
     """
-    layers = {site: _Layer(ridge) for site, ridge in ridges.items()}
+    layers = {site: _LayerMap(ridge) for site, ridge in ridges.items()}
     generator = torch.Generator().manual_seed(settings.seed * 1009 + part)
     n_left = n_total = max(1, settings.epochs * n_rows // n_parts)
     for values in _batches([final, *layers], reader, settings, generator, row_bytes, part, n_parts):
         target = decoder.logits(next(values).float()).softmax(-1)
-        candidates = settings.candidates and draw_candidates(target, settings.candidates, generator)
-        descend = _Descent(decoder, target, candidates or None)
+        candidates = draw_candidates(target, settings.candidates, generator) if settings.candidates else None
+        loss = _BatchLoss(decoder, target, candidates)
         rate = settings.learning_rate * (1 - math.cos(math.pi * max(0.0, n_left / n_total))) / 2
         for layer, hidden in zip(layers.values(), values, strict=True):
-            layer.step(hidden.float(), descend, rate)
+            layer.step(hidden.float(), loss, rate)
         n_left -= len(target)
     return {site: layer.translator() for site, layer in layers.items()}
 
@@ -123,11 +172,11 @@ def _batches(
     part: int,
     n_parts: int,
 ) -> Iterator[Iterator[Tensor]]:
-    """Yield the rows of each batch, site after site, in the type that is stored."""
+    """Yield the batches; each is an iterator over the values of its rows at the sites, in the stored type."""
     for epoch in range(settings.epochs):
         for rows in reader.waves(row_bytes, epoch, part, n_parts):
             values = [reader.read(site, rows) for site in sites]
             order = torch.randperm(len(rows), generator=generator)
             for batch in order.tensor_split(max(1, round(len(rows) / settings.batch_rows))):
-                picked = batch.sort().values  # in order, memory is read faster
-                yield (whole[picked] for whole in values)
+                picked = batch.sort().values  # memory is read faster in order
+                yield (of_site[picked] for of_site in values)

@@ -1,11 +1,15 @@
-"""Which rows train a lens, and which judge it.
+"""The data of a lens: the points of the residual stream that it maps, and the rows that train and evaluate it.
 
-Training rows are chunks of 128 rows drawn from all over the archive, never its beginning alone, without those of
-held-out examples. An example is held out whole, by a hash of its number. The answers depend on archive and settings
-only, so every task finds them by itself.
+A lens numbers points by the block that reads them, as the `tuned-lens` package does: layer *l* is the input of block
+*l*, which is the output of block *l* - 1. The last layer, the number of blocks, is the input of the final norm.
+
+Training rows are chunks of 128 rows drawn at random from the full archive. An example is held out with all its rows, by
+a hash of its number. Everything follows from the archive and the settings alone, so every job finds the same rows.
 """
 
-from collections.abc import Iterator, Mapping
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -14,21 +18,112 @@ from torch import Tensor
 from residua.analysis.lens.settings import LensSettings
 from residua.analysis.rows.blocks import blocks
 from residua.analysis.rows.held_out import held_out
-from residua.store.base.errors import AnalysisError
+from residua.store.base.errors import AnalysisError, PlanError
+from residua.store.base.untrusted import check_file
+from residua.store.edits.lens_files import BLOCKS_BEFORE, lens_layer
+from residua.store.format.sidecars import CONFIG_FILE
+from residua.store.format.site_names import parse_site
 from residua.store.read.archive import Archive
 
+MOST_BLOCKS = 4096  # the deepest models have some hundreds
+_BLOCK_COUNTS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")  # keys of a model's config
+_MOST_CONFIG_BYTES = 2**24
 _CHUNK_ROWS = 128
-_WAVE_BYTES = 2**28  # of one site in memory at a time
+_WAVE_BYTES = 2**28  # rows of one site in memory at a time
 
 Rows = npt.NDArray[np.int64]
 
 
+class LensPoints(NamedTuple):
+    """The points of an archive that a lens is trained on.
+
+    Attributes:
+        sites: Sites by layer.
+        final: Site of the final residual stream.
+        n_blocks: Number of blocks of the model.
+        width: Width of the residual stream.
+    """
+
+    sites: dict[int, str]
+    final: str
+    n_blocks: int
+    width: int
+
+
+def layer_of(site: str) -> int:
+    """Return the layer of `site` in a lens, the number of blocks before it.
+
+    Raises:
+        AnalysisError: The site is not a `resid_pre` or `resid_post`.
+        UnknownSiteError: It is not a site.
+    """
+    try:
+        return lens_layer(parse_site(site))
+    except PlanError as error:
+        raise AnalysisError(str(error)) from None
+
+
+def lens_points(archive: Archive, sites: str | Iterable[str] | None = None) -> LensPoints:
+    """Find the points of an archive that a lens can be trained on.
+
+    If `final` was not captured, the output of the last block replaces it; both have the same values. The final residual
+    stream itself needs no lens and is left out.
+
+    Args:
+        archive: The archive.
+        sites: Patterns of `resid_pre` and `resid_post` sites; by default all stored ones.
+
+    Raises:
+        AnalysisError: The final residual stream is not stored, or no other point is.
+        UnknownSiteError: A pattern matches no stored site.
+    """
+    stored = [site for site in archive.sites if parse_site(site).kind in BLOCKS_BEFORE]
+    chosen = stored if sites is None else list(archive.select(sites))
+    n_blocks = _count_blocks(archive)
+    last = f"resid_post.{n_blocks - 1}"
+    final = "final" if "final" in archive.sites else last
+    if final not in archive.sites:
+        raise AnalysisError(
+            f"{archive.path} holds neither final nor {last}, the residual stream that a lens maps to: capture again "
+            f"with --sites 'resid_post.*'; it holds {', '.join(archive.sites)}"
+        )
+    by_layer = {layer_of(site): site for site in chosen if site != "final" and layer_of(site) < n_blocks}
+    if not by_layer:
+        raise AnalysisError(
+            f"a lens needs resid_pre or resid_post sites before the final residual stream, but the chosen sites are "
+            f"{', '.join(chosen) or 'none'}; {archive.path} holds {', '.join(archive.sites)}"
+        )
+    (width,) = archive.plan.site(final).row_shape
+    return LensPoints(dict(sorted(by_layer.items())), final, n_blocks, width)
+
+
+def _count_blocks(archive: Archive) -> int:
+    """Return the number of blocks from the model's config, which the archive stores."""
+    name = f"head/{CONFIG_FILE}"
+    path = archive.path / name
+    try:
+        if name in archive.metadata.files:
+            check_file(archive.path, path, _MOST_CONFIG_BYTES)
+        config = json.loads(archive.side_file(name) or b"")
+    except (ValueError, RecursionError) as error:
+        raise AnalysisError(
+            f"{path} cannot be read ({error}): a lens decodes with the model's final norm and unembedding, which an "
+            "archive of a causal or masked language model has in its folder head; capture such a model again"
+        ) from error
+    for mapping in (config, config.get("text_config")) if isinstance(config, dict) else ():
+        for key in _BLOCK_COUNTS:
+            found = mapping.get(key) if isinstance(mapping, dict) else None
+            if isinstance(found, int) and 0 < found <= MOST_BLOCKS:
+                return found
+    raise AnalysisError(f"{path} does not give the number of blocks of the model, as {' or '.join(_BLOCK_COUNTS)}")
+
+
 class LensRows:
-    """The rows of one archive that a lens sees.
+    """The rows of one archive that train and evaluate a lens.
 
     Args:
         archive: The archive; only committed rows are used.
-        settings: How many, and which are held out.
+        settings: How many rows to use, and which examples are held out.
     """
 
     def __init__(self, archive: Archive, settings: LensSettings) -> None:
@@ -46,39 +141,39 @@ class LensRows:
             found = np.random.default_rng(self._settings.seed).permutation(found)[:n_chunks]
         return np.sort(found)
 
-    def n_chosen(self) -> int:
-        """Return about how many rows train, without a look at any."""
+    def estimated_training_rows(self) -> int:
+        """Return about how many rows train, without reading any."""
         return round(len(self.chunks()) * self._height * (1 - self._settings.held_out))
 
-    def training(self, chunks: Rows) -> Rows:
+    def training_rows(self, chunks: Rows) -> Rows:
         """Return the rows of `chunks` that train: no held-out example, no first position."""
         rows = (chunks[:, None] + np.arange(self._height)).reshape(-1)
         rows = rows[rows < self._archive.n_rows]  # only the last shard may be short
         return rows[~self._is_held_out(self._archive.rows.example.numpy(rows)) & self._is_late(rows)]
 
     def waves(self, row_bytes: int, epoch: int, part: int, n_parts: int) -> Iterator[Rows]:
-        """Yield the training rows of one pass, in random order of chunks, as many at a time as memory takes.
+        """Yield the training rows of one pass, with chunks in random order, as many at a time as fit in 256 MiB.
 
         Args:
             row_bytes: Bytes of one row of a site.
-            epoch: Number of the pass, which decides the order.
-            part: Which of `n_parts` shares of the rows.
-            n_parts: Shares.
+            epoch: Number of the pass; decides the order.
+            part: Which of `n_parts` disjoint sets of rows to use.
+            n_parts: Number of these sets.
         """
         chunks = np.random.default_rng([self._settings.seed, 1]).permutation(self.chunks())[part::n_parts]
         order = np.random.default_rng([self._settings.seed, 2, epoch]).permutation(chunks)
         n_chunks = max(1, _WAVE_BYTES // (row_bytes * self._height))
         for start in range(0, len(order), n_chunks):
-            yield self.training(np.sort(order[start : start + n_chunks]))
+            yield self.training_rows(np.sort(order[start : start + n_chunks]))
 
-    def judging(self, most: int | None = None) -> Rows:
+    def held_out_rows(self, most: int | None = None) -> Rows:
         """Return rows of held-out examples drawn at random, in ascending order.
 
         Args:
-            most: Most rows; by default what the settings say.
+            most: Most rows; by default the setting `held_out_rows`.
 
         Raises:
-            AnalysisError: No example is held out.
+            AnalysisError: No captured example is held out.
         """
         most = self._settings.held_out_rows if most is None else most
         index = self._archive.example_table.index()
@@ -93,18 +188,19 @@ class LensRows:
         rows = np.sort(rows[self._is_late(rows)])
         if not len(rows):
             raise AnalysisError(
-                f"of the {index.n_examples:,} examples of {self._archive.path} none is held out and captured, and a "
-                f"lens is judged by such: capture more examples (--max-length splits long ones), or raise --held-out "
-                f"from {self._settings.held_out}"
+                f"none of the {index.n_examples:,} examples of {self._archive.path} is both held out and captured, and "
+                "a lens is evaluated on such examples: capture more examples (--max-length splits long ones), or raise "
+                f"--held-out from {self._settings.held_out}"
             )
         return rows
 
     def next_tokens(self, rows: Rows) -> Rows:
-        """Return the token after each row; -1 where its example ends, and of a masked model, which predicts none."""
-        if self._is_masked():
-            return np.full(len(rows), -1, np.int64)
-        examples, following = self._archive.rows.example.numpy(rows), self._positions(rows) + 1
+        """Return the token after each row; -1 at the end of its example, and for masked models, which predict none."""
         found = np.full(len(rows), -1, np.int64)
+        model = self._archive.provenance.get("model")
+        if isinstance(model, Mapping) and "MaskedLM" in str(model.get("class")):
+            return found
+        examples, following = self._archive.rows.example.numpy(rows), self._positions(rows) + 1
         for example in np.unique(examples).tolist():
             tokens = self._archive.example_table.tokens(example)
             here = np.flatnonzero(examples == example)
@@ -113,7 +209,7 @@ class LensRows:
         return found
 
     def read(self, site: str, rows: Rows) -> Tensor:
-        """Return the values of `rows` at `site`, (rows, width), in the type that is stored."""
+        """Return the values of `rows` at `site`, (rows, width), in the stored type."""
         return self._archive[site].torch(rows)
 
     def _is_held_out(self, examples: npt.NDArray[np.generic]) -> npt.NDArray[np.bool_]:
@@ -126,10 +222,6 @@ class LensRows:
         if not self._settings.skip_positions:
             return np.ones(len(rows), np.bool_)
         return self._positions(rows) >= self._settings.skip_positions
-
-    def _is_masked(self) -> bool:
-        model = self._archive.provenance.get("model")
-        return isinstance(model, Mapping) and "MaskedLM" in str(model.get("class"))
 
     def _positions(self, rows: Rows) -> Rows:
         return self._archive.rows.position.numpy(rows).astype(np.int64)

@@ -1,4 +1,4 @@
-"""How a tuned lens is trained: every choice, with its default and the reason for it."""
+"""The settings of training a lens, apart from the training, so that the command line can list them without torch."""
 
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -14,42 +14,36 @@ def _setting(default: Any, text: str) -> Any:
 class LensSettings:
     """How a tuned lens is trained. Each field is a flag of `residua lens train`."""
 
-    rows: int | None = _setting(None, "train on about this many rows, chunks from everywhere (default: all)")
-    skip_positions: int = _setting(1, "leave out this many first positions of an example; attention sinks sit there")
-    held_out: float = _setting(0.1, "share of the examples that only judge the lens")
-    held_out_rows: int = _setting(65_536, "most rows of them that are looked at")
-    refine: bool = _setting(True, "refine the ridge solution by the KL divergence; without it, far cheaper and worse")
-    epochs: int = _setting(1, "how often the refinement sees each row")
-    batch_rows: int = _setting(128, "rows in one step")
-    learning_rate: float = _setting(6e-3, "of Adam, in whitened coordinates; falls to zero along a cosine")
-    candidates: int | None = _setting(None, "train on twice this many tokens of a large vocabulary (default: all)")
-    together: int = _setting(8, "layers that one task refines in lockstep; they share the model's own distribution")
+    rows: int | None = _setting(None, "train on about this many rows, drawn from the full archive (default: all)")
+    skip_positions: int = _setting(1, "leave out this many first positions of each example; attention sinks sit there")
+    held_out: float = _setting(0.1, "share of the examples that only evaluate the lens")
+    held_out_rows: int = _setting(65_536, "evaluate on at most this many of their rows")
+    refine: bool = _setting(True, "refine the ridge solution by the KL divergence; cheaper and worse without")
+    epochs: int = _setting(1, "number of times that the refinement uses each row")
+    batch_rows: int = _setting(128, "rows in one step of the refinement")
+    learning_rate: float = _setting(6e-3, "learning rate of Adam, in whitened coordinates; decays to 0 along a cosine")
+    candidates: int | None = _setting(
+        None, "refine on twice this many tokens of a large vocabulary in each step (default: all)"
+    )
+    together: int = _setting(8, "layers that one job refines in lockstep; they share the model's own distribution")
     parts: int | None = _setting(
         None,
-        "split the rows, and average the lenses (default: as workers are left when each layer has one, and never into "
-        "less than 100,000 rows each)",
+        "divide the rows into this many parts, train a lens on each, and average the lenses (default: as many parts as "
+        "there are workers per layer, with at least 100,000 rows each)",
     )
-    seed: int = _setting(0, "seed of the choice and the order of rows, and of the split")
+    seed: int = _setting(0, "seed for the choice and order of rows, and for the held-out examples")
 
     def __post_init__(self) -> None:
-        least = {
-            "rows": 1,
-            "held_out_rows": 1,
-            "epochs": 1,
-            "batch_rows": 1,
-            "candidates": 1,
-            "together": 1,
-            "parts": 1,
-        }
-        for name, bound in {**least, "skip_positions": 0, "seed": 0}.items():
+        at_least_1 = ("rows", "held_out_rows", "epochs", "batch_rows", "candidates", "together", "parts")
+        for name, least in {**dict.fromkeys(at_least_1, 1), "skip_positions": 0, "seed": 0}.items():
             value = getattr(self, name)
-            if value is not None and value < bound:
-                raise AnalysisError(f"--{name.replace('_', '-')} is {value}: it must be at least {bound}")
+            if value is not None and value < least:
+                raise AnalysisError(f"--{name.replace('_', '-')} is {value}: it must be at least {least}")
         if not 0 < self.learning_rate < 1 or not 0 < self.held_out < 1:
             raise AnalysisError(
                 f"--learning-rate {self.learning_rate} and --held-out {self.held_out}: both must lie between 0 and 1"
             )
 
     def to_json(self) -> dict[str, Any]:
-        """Return what a folder of results records of them."""
+        """Return the settings as plain numbers, for a record of the training."""
         return asdict(self)

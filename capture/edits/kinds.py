@@ -20,7 +20,6 @@ from torch import Tensor
 
 from residua.capture.buffers.row_index import Indices
 from residua.capture.edits.action import Action, Change, ChosenRows, EditContext, StoredRows, dtype_name, widen
-from residua.capture.edits.lens_map import lens_map
 from residua.capture.runtime.collectives import is_alone
 from residua.capture.sites.site import SiteInfo
 from residua.store.base.canonical import digest_of
@@ -40,6 +39,7 @@ from residua.store.edits.edit import (
     Through,
     Zero,
 )
+from residua.store.edits.lens_files import read_linear_map
 from residua.store.edits.means import mean_row
 from residua.store.edits.overlay import Overlay
 from residua.store.edits.selection import RowChooser
@@ -120,7 +120,7 @@ def _noise(edit: Noise, info: SiteInfo, context: EditContext) -> Action:
 
 def _through(edit: Through, info: SiteInfo, _context: EditContext) -> Action:
     """Apply the lens's affine map in float32 at least; round once at the end."""
-    weight, bias = lens_map(edit.lens, info.site)
+    weight, bias = read_linear_map(edit.lens, info.site)
     if not bool(torch.isfinite(weight).all() and torch.isfinite(bias).all()):
         raise PlanError(f"the lens at {edit.lens} holds NaN or infinite numbers at {info.name}")
     if info.row_shape != (len(bias),):

@@ -50,7 +50,7 @@ def _show(options: argparse.Namespace) -> int:
     if lens.report is None:
         raise AnalysisError(
             f"{options.lens} holds a lens without a report, which lenses of the tuned-lens package have not: train "
-            "one with residua lens train to have it judged"
+            "one with residua lens train to have it evaluated"
         )
     _print(lens, Path(options.lens), as_json=options.json)
     return 0

@@ -1,4 +1,4 @@
-"""The head's backward by hand, against autograd in float64; vocabulary blocks and candidates, against all at once."""
+"""The head's backward pass against autograd in float64; vocabulary blocks and candidates against the full matrix."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -7,11 +7,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from residua.analysis.lens import unembedding as lens_unembedding
-from residua.analysis.lens.candidates import draw_candidates
-from residua.analysis.lens.decoder import Decoder
 from residua.analysis.lens.lm_head import Head, load_head
-from residua.analysis.lens.unembedding import Unembedding
+from residua.analysis.lens.refine import draw_candidates
+from residua.analysis.lens.unembedding import Decoder, Unembedding
 from tests.heads import save_head
 from tests.models import TINY
 
@@ -54,30 +52,29 @@ def test_the_gradient_is_autograds_with_scale_softcap_and_norm(
     check_gradient(Head(replace(head.spec, **change), head.parameters))  # type: ignore[arg-type]  # any field
 
 
-def test_a_unit_is_what_the_final_norm_sees(tmp_path: Path) -> None:
+def test_normalise_applies_the_final_norm_without_parameters(tmp_path: Path) -> None:
     final = normal(5, 32) * 7 + 2
     save_head(TINY["llama"](), tmp_path)
-    unit = Decoder(load_head(tmp_path, dtype=DOUBLE), dtype=DOUBLE).unit(final)
-    torch.testing.assert_close(unit.square().mean(-1), torch.ones(5, dtype=DOUBLE), rtol=1e-5, atol=0)
-    torch.testing.assert_close(unit / unit[:, :1], final / final[:, :1])
+    normalised = Decoder(load_head(tmp_path, dtype=DOUBLE), dtype=DOUBLE).normalise(final)
+    torch.testing.assert_close(normalised.square().mean(-1), torch.ones(5, dtype=DOUBLE), rtol=1e-5, atol=0)
+    torch.testing.assert_close(normalised / normalised[:, :1], final / final[:, :1])
     save_head(TINY["gpt2"](), tmp_path)
-    unit = Decoder(load_head(tmp_path, dtype=DOUBLE), dtype=DOUBLE).unit(final)
-    torch.testing.assert_close(unit.mean(-1), torch.zeros(5, dtype=DOUBLE))
-    torch.testing.assert_close(unit.var(-1, correction=0), torch.ones(5, dtype=DOUBLE), rtol=1e-5, atol=0)
+    normalised = Decoder(load_head(tmp_path, dtype=DOUBLE), dtype=DOUBLE).normalise(final)
+    torch.testing.assert_close(normalised.mean(-1), torch.zeros(5, dtype=DOUBLE))
+    torch.testing.assert_close(normalised.var(-1, correction=0), torch.ones(5, dtype=DOUBLE), rtol=1e-5, atol=0)
 
 
-def test_a_large_unembedding_is_converted_block_by_block(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The last block is short; both directions are those of the whole matrix."""
+def test_a_large_unembedding_is_converted_block_by_block() -> None:
+    """The last block is short. Both directions equal those of the full matrix."""
     weight, bias = normal(103, 8).bfloat16(), normal(103, seed=1).bfloat16()
-    monkeypatch.setattr(lens_unembedding, "_BLOCK_BYTES", 10 * 8 * 4)
-    whole = Unembedding(weight, bias, scale=0.5, softcap=3.0)
-    blocks = Unembedding(weight, bias, scale=0.5, softcap=3.0, most_bytes=103 * 8 * 4 - 1)
-    assert whole.is_whole
-    assert not blocks.is_whole
+    full = Unembedding(weight, bias, scale=0.5, softcap=3.0)
+    blocks = Unembedding(weight, bias, scale=0.5, softcap=3.0, most_bytes=103 * 8 * 4 - 1, block_bytes=10 * 8 * 4)
+    assert full.is_converted
+    assert not blocks.is_converted
     hidden, gradient = normal(6, 8, seed=2).float(), normal(6, 103, seed=3).float()
     logits = blocks.logits(hidden)
-    torch.testing.assert_close(logits, whole.logits(hidden))
-    torch.testing.assert_close(blocks.backward(gradient.clone(), logits), whole.backward(gradient.clone(), logits))
+    torch.testing.assert_close(logits, full.logits(hidden))
+    torch.testing.assert_close(blocks.backward(gradient.clone(), logits), full.backward(gradient.clone(), logits))
     tokens = torch.tensor([102, 3, 3])
     torch.testing.assert_close(blocks.of_tokens(tokens).logits(hidden), logits[:, tokens])
 

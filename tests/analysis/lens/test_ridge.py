@@ -20,12 +20,12 @@ def rows() -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def solved(inputs: torch.Tensor, targets: torch.Tensor, held: int = 100) -> Ridge:
-    """Sum in two shares, as two jobs do."""
+    """Sum in two pieces, as two jobs do."""
     origin = inputs[:8].double().mean(0)
     total = Gram.zero(origin)
-    for share in (slice(held, 300), slice(300, None)):
+    for piece in (slice(held, 300), slice(300, None)):
         gram = Gram.zero(origin)
-        gram.add_(inputs[share], targets[share])
+        gram.add_(inputs[piece], targets[piece])
         total.merge_(gram)
     return solve_ridge(total, inputs[:held], targets[:held])
 
@@ -75,5 +75,5 @@ def test_whitened_rows_start_at_the_same_map() -> None:
 def test_rows_that_are_no_numbers_are_refused(value: float) -> None:
     inputs, targets = rows()
     inputs[400, 2] = value
-    with pytest.raises(AnalysisError, match="NaN or infinities"):
+    with pytest.raises(AnalysisError, match=r"600 rows.*NaN"):
         solved(inputs, targets)

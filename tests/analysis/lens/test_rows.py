@@ -1,4 +1,4 @@
-"""Which rows train a lens and which judge it, of whole archives and of those that have just begun."""
+"""Which rows train a lens and which evaluate it, in finished and in unfinished archives."""
 
 from pathlib import Path
 
@@ -15,15 +15,15 @@ def test_rows_of_held_out_examples_never_train(lens_archive: Archive) -> None:
     settings = LensSettings()
     reader = LensRows(lens_archive, settings)
     training = np.sort(np.concatenate(list(reader.waves(128, 0, 0, 1))))
-    assert training.tolist() == reader.training(reader.chunks()).tolist()
+    assert training.tolist() == reader.training_rows(reader.chunks()).tolist()
     is_held = held_out(lens_archive.rows.example[:].astype(np.int64), fraction=0.1)
     late = is_late(lens_archive)
     assert training.tolist() == np.flatnonzero(~is_held & late).tolist()
-    assert reader.judging().tolist() == np.flatnonzero(is_held & late).tolist()
-    shares = [np.concatenate(list(reader.waves(128, 1, part, 3))) for part in range(3)]
-    assert np.sort(np.concatenate(shares)).tolist() == training.tolist()
+    assert reader.held_out_rows().tolist() == np.flatnonzero(is_held & late).tolist()
+    parts = [np.concatenate(list(reader.waves(128, 1, part, 3))) for part in range(3)]
+    assert np.sort(np.concatenate(parts)).tolist() == training.tolist()
     everything = LensRows(lens_archive, LensSettings(skip_positions=0))
-    assert len(everything.training(everything.chunks())) + len(everything.judging()) == lens_archive.n_rows
+    assert len(everything.training_rows(everything.chunks())) + len(everything.held_out_rows()) == lens_archive.n_rows
 
 
 def test_few_rows_come_from_everywhere(lens_archive: Archive) -> None:
@@ -32,17 +32,17 @@ def test_few_rows_come_from_everywhere(lens_archive: Archive) -> None:
     assert len(chunks) == 4
     assert chunks.max() > lens_archive.n_rows / 2
     assert not np.array_equal(chunks, np.arange(4) * 128)
-    assert 256 < len(reader.training(chunks)) <= 512
+    assert 256 < len(reader.training_rows(chunks)) <= 512
 
 
-def test_an_archive_of_which_little_is_captured_is_judged_on_all_that_is(tmp_path: Path) -> None:
-    """Held-out examples that are not captured must not use up those that may be looked at."""
-    whole = make_lens_archive(tmp_path / "a.zarr", rows_per_shard=64)
-    expected = held_out_rows(whole)
-    for path in sorted((whole.path / "commits").iterdir())[12:]:
+def test_an_unfinished_archive_evaluates_on_all_captured_held_out_rows(tmp_path: Path) -> None:
+    """Held-out examples that are not captured do not count towards the most rows."""
+    full = make_lens_archive(tmp_path / "a.zarr", rows_per_shard=64)
+    expected = held_out_rows(full)
+    for path in sorted((full.path / "commits").iterdir())[12:]:
         path.unlink()
-    begun = Archive(whole.path)
+    begun = Archive(full.path)
     expected = expected[expected < 12 * 64]
     reader, few = LensRows(begun, LensSettings()), len(expected) // 2
-    assert reader.judging().tolist() == expected.tolist()
-    assert 0.8 * few < len(reader.judging(few)) <= few
+    assert reader.held_out_rows().tolist() == expected.tolist()
+    assert 0.8 * few < len(reader.held_out_rows(few)) <= few

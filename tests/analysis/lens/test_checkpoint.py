@@ -1,4 +1,4 @@
-"""Lenses travel to the tuned-lens package and back: each loads what the other wrote, and decodes alike."""
+"""Lenses are exchanged with the tuned-lens package: each loads the other's files, and decodes alike."""
 
 import json
 import pickle
@@ -16,28 +16,33 @@ from transformers import PreTrainedModel
 from tuned_lens.nn.lenses import TunedLens as TheirLens
 from tuned_lens.nn.unembed import Unembed
 
-from residua.analysis.lens.checkpoint import LensConfig, hash_unembedding, read_checkpoint, write_checkpoint
+from residua.analysis.lens.checkpoint import (
+    LensConfig,
+    Translator,
+    hash_unembedding,
+    read_checkpoint,
+    write_checkpoint,
+)
+from residua.analysis.lens.evaluate import REPORT
 from residua.analysis.lens.lens import TunedLens
-from residua.analysis.lens.report import REPORT
-from residua.analysis.lens.translator import Translator
 from residua.store.base.errors import AnalysisError
 from tests.heads import save_head
 from tests.models import TINY
 
-DEPTHS, WIDTH = 3, 32
+LAYERS, WIDTH = 3, 32
 
 
 def model_of(name: str) -> PreTrainedModel:
     model = TINY[name]()
-    model.config.name_or_path = f"tiny/{name}"  # as a checkpoint would say
+    model.config.name_or_path = f"tiny/{name}"  # as if loaded from a checkpoint
     return model
 
 
 def translators() -> dict[int, Translator]:
     generator = torch.Generator().manual_seed(0)
     return {
-        depth: Translator(torch.randn(WIDTH, WIDTH, generator=generator), torch.randn(WIDTH, generator=generator))
-        for depth in range(DEPTHS)
+        layer: Translator(torch.randn(WIDTH, WIDTH, generator=generator), torch.randn(WIDTH, generator=generator))
+        for layer in range(LAYERS)
     }
 
 
@@ -46,7 +51,7 @@ def written(folder: Path, model: PreTrainedModel, chosen: dict[int, Translator])
     config = LensConfig(
         base_model_name_or_path="tiny/model",
         d_model=WIDTH,
-        num_hidden_layers=DEPTHS,
+        num_hidden_layers=LAYERS,
         unembed_hash=hash_unembedding(weight),
     )
     write_checkpoint(folder, config, chosen)
@@ -55,11 +60,11 @@ def written(folder: Path, model: PreTrainedModel, chosen: dict[int, Translator])
 @pytest.mark.parametrize("name", ["llama", "gpt2", "gpt_neox", "opt"])
 def test_theirs_loads_ours(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model, chosen = model_of(name), translators()
-    written(tmp_path, model, {depth: chosen[depth] for depth in (0, 2)})
+    written(tmp_path, model, {layer: chosen[layer] for layer in (0, 2)})
     theirs = TheirLens.from_unembed_and_pretrained(Unembed(model), str(tmp_path))
     hidden = torch.randn(5, WIDTH, generator=torch.Generator().manual_seed(1))
-    for depth in (0, 2):
-        torch.testing.assert_close(theirs.transform_hidden(hidden, depth), chosen[depth](hidden), rtol=1e-5, atol=1e-5)
+    for layer in (0, 2):
+        torch.testing.assert_close(theirs.transform_hidden(hidden, layer), chosen[layer](hidden), rtol=1e-5, atol=1e-5)
     assert torch.equal(theirs.transform_hidden(hidden, 1), hidden)
     assert theirs.config.unembed_hash == json.loads((tmp_path / "config.json").read_text())["unembed_hash"]
     assert "hash" not in capsys.readouterr().err
@@ -79,9 +84,9 @@ def test_ours_loads_theirs(name: str, tmp_path: Path) -> None:
     save_head(model, tmp_path / "head")
     ours = TunedLens.load(tmp_path / "lens", head=tmp_path / "head")
     hidden = torch.randn(5, WIDTH, generator=torch.Generator().manual_seed(1))
-    for depth in range(DEPTHS):
-        found = ours.decode(f"resid_pre.{depth}", hidden)
-        torch.testing.assert_close(found, theirs(hidden, depth), rtol=1e-4, atol=1e-4)
+    for layer in range(LAYERS):
+        found = ours.decode(f"resid_pre.{layer}", hidden)
+        torch.testing.assert_close(found, theirs(hidden, layer), rtol=1e-4, atol=1e-4)
     ours.save(tmp_path / "again")
     again = TheirLens.from_unembed_and_pretrained(Unembed(model), str(tmp_path / "again"))
     for mine, before in zip(again.parameters(), theirs.parameters(), strict=True):
@@ -96,7 +101,7 @@ def test_a_lens_of_another_model_is_refused(tmp_path: Path) -> None:
     with torch.no_grad():
         model.get_output_embeddings().weight.neg_()  # type: ignore[no-untyped-call]  # theirs
     save_head(model, tmp_path / "other")
-    with pytest.raises(AnalysisError, match="another unembedding than"):
+    with pytest.raises(AnalysisError, match=f"unembedding.*{tmp_path / 'other'}"):
         TunedLens.load(tmp_path, head=tmp_path / "other")
 
 
@@ -147,7 +152,7 @@ def test_a_checkpoint_that_unpacks_to_more_is_refused_before_it_is_read(
     with ZipFile(path, "a", compression) as file:
         file.writestr("archive/data/99", bytes(size))
     monkeypatch.delattr(torch, "load")
-    with pytest.raises(AnalysisError, match=r"params\.pt is compressed, or unpacks from .* a lens of 3 blocks"):
+    with pytest.raises(AnalysisError, match=r"params\.pt is compressed, or unpacks from .* 3 blocks of width 32"):
         read_checkpoint(tmp_path)
 
 
@@ -158,11 +163,11 @@ def test_one_matrix_under_several_names_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "params.pt"
     state = torch.load(path, weights_only=True)
     torch.save({**state, "1.weight": state["0.weight"], "2.weight": state["0.weight"].T}, path)
-    with pytest.raises(AnalysisError, match=r"params\.pt holds one matrix under several names, 1\.weight"):
+    with pytest.raises(AnalysisError, match=r"params\.pt .*1\.weight"):
         read_checkpoint(tmp_path)
 
 
-def test_depths_without_a_map_take_room_once(tmp_path: Path) -> None:
+def test_layers_without_a_map_take_room_once(tmp_path: Path) -> None:
     """On the disk, and in memory when they are read again."""
     config = LensConfig(base_model_name_or_path="tiny/model", d_model=256, num_hidden_layers=64)
     chosen = Translator(torch.randn(256, 256), torch.randn(256))
@@ -189,7 +194,7 @@ def test_tensors_that_are_no_lens_are_refused(change: dict[str, torch.Tensor], t
     written(tmp_path, model_of("llama"), translators())
     path = tmp_path / "params.pt"
     torch.save({**torch.load(path, weights_only=True), **change}, path)
-    with pytest.raises(AnalysisError, match=r"params\.pt holds other tensors"):
+    with pytest.raises(AnalysisError, match=r"params\.pt .* 3 blocks of width 32"):
         read_checkpoint(tmp_path)
 
 
@@ -204,7 +209,7 @@ def test_tensors_that_are_no_lens_are_refused(change: dict[str, torch.Tensor], t
         ("report.parquet", {name: [] for name in REPORT.names}),
     ],
 )
-def test_what_lies_beside_the_checkpoint_is_not_believed_either(name: str, content: Any, tmp_path: Path) -> None:
+def test_strange_files_next_to_the_checkpoint_are_refused(name: str, content: Any, tmp_path: Path) -> None:
     model = model_of("llama")
     written(tmp_path, model, translators())
     save_head(model, tmp_path / "head")

@@ -1,11 +1,14 @@
-"""A training that is killed goes on from its finished layers; a large vocabulary stays within the worker's memory."""
+"""Training: continued after a kill, the same lens from any number of workers, bounded memory for a large vocabulary."""
 
 import json
+import multiprocessing
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from threading import Thread
+from typing import Any
 
 import pytest
 import torch
@@ -13,11 +16,12 @@ import torch
 from residua.analysis.lens.lens import TunedLens
 from residua.analysis.lens.settings import LensSettings
 from residua.analysis.lens.train import LensTraining
-from residua.analysis.support.cluster import connect
+from residua.analysis.support.cluster import Cluster, connect
 from residua.store.base.errors import AnalysisError
 from residua.store.read.archive import Archive
 from tests.analysis.lens_archive import make_lens_archive
 
+torch.set_num_threads(1)
 EPOCHS = 40
 
 
@@ -31,7 +35,7 @@ def wait_for(path: Path, process: subprocess.Popen[bytes]) -> None:
 
 def test_a_killed_training_goes_on_from_its_finished_layers(tmp_path: Path) -> None:
     archive = make_lens_archive(tmp_path / "a.zarr")
-    whole = TunedLens.fit(archive, out=tmp_path / "whole", epochs=EPOCHS)
+    unbroken = TunedLens.fit(archive, out=tmp_path / "unbroken", epochs=EPOCHS)
     words = ["lens", "train", str(archive.path), "--out", str(tmp_path / "lens"), "--scheduler", "inline"]
     words += ["--epochs", str(EPOCHS), "--together", "1"]
     process = subprocess.Popen([sys.executable, "-m", "residua", *words], stderr=subprocess.DEVNULL)
@@ -41,23 +45,23 @@ def test_a_killed_training_goes_on_from_its_finished_layers(tmp_path: Path) -> N
     process.wait()
     assert not (work / "layer-2.safetensors").exists()
     finished = (work / "layer-1.safetensors").stat()
-    with pytest.raises(AnalysisError, match="unfinished lens with another epochs"):
+    with pytest.raises(AnalysisError, match=f"{tmp_path / 'lens'} .*epochs.*--out"):
         TunedLens.fit(archive, out=tmp_path / "lens", epochs=EPOCHS + 1, together=1)
     with connect("inline") as cluster:
         settings = LensSettings(epochs=EPOCHS, together=1)
         training = LensTraining(Archive(archive.path), tmp_path / "lens", settings=settings, cluster=cluster)
         training.train()
         assert (work / "layer-1.safetensors").stat() == finished
-        parts = training.judge()
-    for depth, translator in whole.translators.items():
-        assert torch.equal(translator.weight, parts.translators[depth].weight)
+        continued = training.evaluate()
+    for layer, translator in unbroken.translators.items():
+        assert torch.equal(translator.weight, continued.translators[layer].weight)
     TunedLens.fit(archive, out=tmp_path / "lens", settings=settings)
     assert not work.exists()
-    assert (tmp_path / "lens" / "params.pt").read_bytes() == (tmp_path / "whole" / "params.pt").read_bytes()
+    assert (tmp_path / "lens" / "params.pt").read_bytes() == (tmp_path / "unbroken" / "params.pt").read_bytes()
 
 
-def test_what_a_kill_leaves_before_there_is_anything_is_as_good_as_empty(tmp_path: Path) -> None:
-    """The temporary of a process that is gone, as `write_file` names it, and no more."""
+def test_a_folder_from_a_run_killed_at_its_start_counts_as_empty(tmp_path: Path) -> None:
+    """It holds only the temporary file of a dead process, as `write_file` names it."""
     archive, out = make_lens_archive(tmp_path / "a.zarr"), tmp_path / "lens"
     gone = subprocess.Popen(["true"])
     gone.wait()
@@ -69,15 +73,15 @@ def test_what_a_kill_leaves_before_there_is_anything_is_as_good_as_empty(tmp_pat
         other = tmp_path / foreign.replace("/", "-")
         (other / "work").mkdir(parents=True)
         (other / foreign).write_text("mine")
-        with pytest.raises(AnalysisError, match="is not empty"):
+        with pytest.raises(AnalysisError, match=f"{other} is not empty"):
             TunedLens.fit(archive, out=other, refine=False)
         assert (other / foreign).read_text() == "mine"
 
 
-def test_a_kill_while_the_work_is_cleared_is_taken_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_kill_while_the_work_is_cleared_is_recovered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whichever file the kill comes after, the same command gives the same lens."""
     archive, out = make_lens_archive(tmp_path / "a.zarr"), tmp_path / "lens"
-    TunedLens.fit(archive, out=tmp_path / "whole", refine=False)
+    TunedLens.fit(archive, out=tmp_path / "unbroken", refine=False)
     n_removed, remove = 0, Path.unlink
 
     def stop_after_one(path: Path, missing_ok: bool = False) -> None:
@@ -96,16 +100,74 @@ def test_a_kill_while_the_work_is_cleared_is_taken_up(tmp_path: Path, monkeypatc
     assert (out / "work" / "run.json").is_file()
     TunedLens.fit(archive, out=out, refine=False)
     assert not (out / "work").exists()
-    assert (out / "params.pt").read_bytes() == (tmp_path / "whole" / "params.pt").read_bytes()
+    assert (out / "params.pt").read_bytes() == (tmp_path / "unbroken" / "params.pt").read_bytes()
+
+
+def fit_on(cluster: Cluster, archive: Archive, out: Path, *, rows_per_part: int = 100_000, **options: Any) -> bytes:
+    settings = LensSettings(**options)
+    training = LensTraining(archive, out, settings=settings, cluster=cluster, rows_per_part=rows_per_part)
+    training.train()
+    TunedLens(*training.evaluate()).save(out)
+    training.clear()
+    return (out / "params.pt").read_bytes()
+
+
+class Resized:
+    """This process, presented as a cluster of another size."""
+
+    def __init__(self, inline: Cluster, n_workers: int, memory_limit: int) -> None:
+        self.n_workers, self.memory_limit, self.map = n_workers, memory_limit, inline.map
+
+
+def test_little_memory_divides_layers_and_spare_workers_divide_rows(lens_archive: Archive, tmp_path: Path) -> None:
+    """About 2,000 rows train. 20 workers for 2 layers would make ten parts, if there were enough rows."""
+    with connect("inline") as inline:
+        alone = fit_on(inline, lens_archive, tmp_path / "alone")
+        assert fit_on(Resized(inline, 1, 2**20), lens_archive, tmp_path / "little") == alone
+        assert fit_on(Resized(inline, 3, 2**32), lens_archive, tmp_path / "three") == alone
+        assert fit_on(Resized(inline, 20, 2**32), lens_archive, tmp_path / "few rows") == alone
+        split = fit_on(inline, lens_archive, tmp_path / "split", parts=2)
+        four, twenty = Resized(inline, 4, 2**32), Resized(inline, 20, 2**32)
+        assert fit_on(four, lens_archive, tmp_path / "four", rows_per_part=800) == split
+        assert fit_on(twenty, lens_archive, tmp_path / "twenty", rows_per_part=800) == split
+        assert fit_on(twenty, lens_archive, tmp_path / "one part", rows_per_part=800, parts=1) == alone
+
+
+def kill_a_worker(moment: Path) -> None:
+    """Kill a worker once `moment` exists; the layers are being fitted then."""
+    deadline = time.monotonic() + 120
+    while not moment.is_file():
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+    victim, *_ = multiprocessing.active_children()
+    victim.kill()
+
+
+def test_every_number_of_workers_gives_the_same_lens(lens_archive: Archive, tmp_path: Path) -> None:
+    """Bit for bit, whichever layers go together, also if a worker dies. Divided rows give another lens."""
+    with connect("inline") as inline:
+        alone = fit_on(inline, lens_archive, tmp_path / "alone", epochs=2)
+        assert fit_on(inline, lens_archive, tmp_path / "apart", epochs=2, together=1) == alone
+        split = fit_on(inline, lens_archive, tmp_path / "split", epochs=2, parts=2)
+    with connect(workers=2, memory_limit="2GiB") as two:
+        assert fit_on(two, lens_archive, tmp_path / "two", epochs=2) == alone
+        killer = Thread(target=kill_a_worker, args=(tmp_path / "parts" / "work" / "sums-2.safetensors",))
+        killer.start()
+        assert fit_on(two, lens_archive, tmp_path / "parts", epochs=2, parts=2) == split
+        killer.join()
+    assert split != alone
+    scores = [TunedLens.load(tmp_path / name).report for name in ("alone", "split")]
+    one, other = (score["kl"].to_numpy().mean() for score in scores if score is not None)
+    assert abs(one - other) < 0.1 * one
 
 
 LARGE = """
 import json, resource, sys
 import torch
 from residua.analysis.lens.lm_head import Head
-from residua.analysis.lens.decoder import Decoder
-from residua.analysis.lens.evaluate import judge
-from residua.analysis.lens.translator import Translator
+from residua.analysis.lens.checkpoint import Translator
+from residua.analysis.lens.evaluate import evaluate
+from residua.analysis.lens.unembedding import Decoder
 from residua.store.format.sidecars import LMHeadSpec
 
 torch.set_num_threads(1)
@@ -120,7 +182,7 @@ decoder = Decoder(Head(LMHeadSpec(norm="rms", dtype="bfloat16"), {"unembed.weigh
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 import numpy as np
 maps = {"resid_post.0": {"ridge": Translator.identity(D)}}
-scores = judge(maps, "final", np.arange(N), Reader(), decoder)
+scores = evaluate(maps, "final", np.arange(N), Reader(), decoder)
 target = decoder.logits(torch.randn(128, D)).softmax(-1)
 decoder.kl_gradient(torch.randn(128, D), target)
 after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
