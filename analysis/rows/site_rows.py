@@ -1,4 +1,4 @@
-"""The rows of one site as a matrix, piece by piece: what sums over rows read."""
+"""The rows of one site as matrices, piece by piece: what statistics and probes read."""
 
 from collections.abc import Iterator, Sequence
 from math import prod
@@ -11,9 +11,7 @@ from residua.analysis.rows.blocks import Block
 from residua.store.read.archive import Archive
 from residua.store.selection.row_filter import RowFilter
 
-PIECE_BYTES = 32 * 2**20
-"""Bytes of a piece in float64: large enough for fast matrix products, small beside any worker's memory."""
-
+_PIECE_BYTES = 32 * 2**20  # large enough for fast matrix products, small compared with a worker's memory
 _MOST_RUNS = 256
 
 
@@ -21,8 +19,8 @@ class Piece(NamedTuple):
     """Some rows of one site.
 
     Attributes:
-        rows: Their numbers, int64, ascending.
-        values: (rows, width) float32, or float64 where the site is; the heads of a row one after the other.
+        rows: Row numbers, int64, ascending.
+        values: (rows, width) float32, or float64 if the site is; the heads of a row one after the other.
     """
 
     rows: npt.NDArray[np.int64]
@@ -30,37 +28,51 @@ class Piece(NamedTuple):
 
 
 def width_of(archive: Archive, site: str) -> int:
-    """Return how many values a row of `site` has, over all its heads."""
+    """Return the number of values in a row of `site`, over all its heads."""
     return prod(archive[site].shape[1:])
 
 
-def pieces(archive: Archive, site: str, blocks: Sequence[Block], where: str | None = None) -> Iterator[Piece]:
-    """Yield the rows of `blocks`, or those that the filter `where` chooses; no piece is empty.
+def pieces(
+    archive: Archive,
+    site: str,
+    blocks: Sequence[Block],
+    where: str | None = None,
+    *,
+    piece_bytes: int = _PIECE_BYTES,
+) -> Iterator[Piece]:
+    """Yield the rows of `blocks`, or those that the filter `where` selects; no piece is empty.
 
-    Where a piece ends depends on the blocks and on the site's width alone.
+    The ends of the pieces depend only on the blocks and the site's width.
+
+    Args:
+        archive: The archive.
+        site: The site.
+        blocks: The rows.
+        where: A filter, such as ``position > 0``.
+        piece_bytes: Largest size of a piece in float64; a piece has at least one row.
     """
     array = archive[site]
     width = width_of(archive, site)
     dtype = np.float64 if array.dtype.itemsize > 4 or array.dtype == np.int32 else np.float32
-    height = max(1, PIECE_BYTES // (8 * width))
-    chosen = None if where is None else RowFilter.parse(where)
+    height = max(1, piece_bytes // (8 * width))
+    selected = None if where is None else RowFilter.parse(where)
     for block in blocks:
         for start in range(block.start, block.stop, height):
             stop = min(start + height, block.stop)
             rows = np.arange(start, stop)
             values: npt.NDArray[Any] = array.numpy(slice(start, stop), dtype=dtype).reshape(stop - start, width)
-            if chosen is not None:
-                mask = chosen.mask(archive, start, stop)
+            if selected is not None:
+                mask = selected.mask(archive, start, stop)
                 rows, values = rows[mask], values[mask]
             if len(rows):
                 yield Piece(rows, values)
 
 
 def runs(blocks: Sequence[Block], *, least_rows: int) -> list[list[Block]]:
-    """Cut `blocks` into runs of neighbours, each the work of one task; at most a few hundred of them.
+    """Divide `blocks` into runs of neighbours, each the work of one task; at most a few hundred runs.
 
-    A run has at least `least_rows` rows, so that what a task returns is small beside what it read. The cut depends on
-    the archive and not on the cluster: sums over runs are the same wherever they are made.
+    A run has at least `least_rows` rows, so that what a task returns is small compared with what it reads. The runs
+    depend on the archive and not on the cluster, so sums over runs are the same wherever they are computed.
     """
     least_rows = max(least_rows, sum(block.stop - block.start for block in blocks) // _MOST_RUNS)
     found: list[list[Block]] = []

@@ -1,15 +1,20 @@
-"""From the sums over a site's rows to its statistics."""
+"""Statistics of one site: sums over its rows, which merge in any number of pieces, and what follows from them.
 
-from typing import Any, NamedTuple
+Sums are float64 and centred on the mean of each piece. They are merged by the formulas of Chan, Golub and LeVeque
+(1979) and, for third and fourth powers, of Pébay (2008, Sandia report SAND2008-6212).
+"""
+
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from residua.analysis.stats.site_sums import NormsByPosition, SiteSums
+from residua.analysis.support.moments import Moments
 
 OUTLIER_RATIO = 6.0
-"""A channel is an outlier if its root mean square is more than so many times that of the site's median channel."""
+"""A channel is an outlier if its root mean square is more than this many times that of the site's median channel."""
 
 SITES = pa.schema(
     [
@@ -33,8 +38,144 @@ SITES = pa.schema(
 Floats = npt.NDArray[np.float64]
 
 
+class SiteSums:
+    """Sums over rows of one site.
+
+    A row with a NaN or an infinity is counted, and left out of everything else.
+
+    Args:
+        width: Values of a row.
+        full: Keep the covariance of all pairs of channels.
+
+    Attributes:
+        moments: Number, mean and scatter of the rows.
+        third, fourth: Sums of third and fourth powers of deviations from the mean, (width,).
+        least, most: Smallest and largest value of each channel, (width,).
+        norms: Moments of the rows' Euclidean norms, as one channel.
+        largest_norm: The largest norm.
+        row_kurtosis: Sum over the rows of the kurtosis of a row's values.
+        positions: Norms by the token's position.
+        n_nonfinite: Values that are NaN or infinite.
+        n_nonfinite_rows: Rows with such a value.
+    """
+
+    def __init__(self, width: int, *, full: bool) -> None:
+        self.moments = Moments(width, whole=full)
+        self.third: Floats = np.zeros(width)
+        self.fourth: Floats = np.zeros(width)
+        self.least: Floats = np.full(width, np.inf)
+        self.most: Floats = np.full(width, -np.inf)
+        self.norms = Moments(1, whole=False)
+        self.largest_norm = 0.0
+        self.row_kurtosis = 0.0
+        self.positions = NormsByPosition()
+        self.n_nonfinite = 0
+        self.n_nonfinite_rows = 0
+
+    def add(self, values: npt.NDArray[np.floating], positions: npt.NDArray[np.int64]) -> None:
+        """Add rows: `values` (rows, width), and the position of each row's token, (rows,)."""
+        is_finite = np.isfinite(values)
+        if not is_finite.all():
+            finite_rows = is_finite.all(axis=1)
+            self.n_nonfinite += int(is_finite.size - np.count_nonzero(is_finite))
+            self.n_nonfinite_rows += int(len(values) - np.count_nonzero(finite_rows))
+            values, positions = values[finite_rows], positions[finite_rows]
+        if len(values):
+            self.merge(_sums_of(values, positions, full=self.moments.is_whole))
+
+    def merge(self, other: "SiteSums") -> Self:
+        """Add the rows of `other`."""
+        self._merge_powers(other)
+        self.moments.merge(other.moments)
+        self.least = np.minimum(self.least, other.least)
+        self.most = np.maximum(self.most, other.most)
+        self.norms.merge(other.norms)
+        self.largest_norm = max(self.largest_norm, other.largest_norm)
+        self.row_kurtosis += other.row_kurtosis
+        self.positions.merge(other.positions)
+        self.n_nonfinite += other.n_nonfinite
+        self.n_nonfinite_rows += other.n_nonfinite_rows
+        return self
+
+    def _merge_powers(self, other: "SiteSums") -> None:
+        mine, theirs = self.moments, other.moments
+        n = mine.n + theirs.n
+        if not n:
+            return
+        p, q = mine.n / n, theirs.n / n
+        shift = theirs.mean - mine.mean
+        second, other_second = mine.variance * mine.n, theirs.variance * theirs.n
+        self.fourth = self.fourth + other.fourth + 4 * shift * (p * other.third - q * self.third)
+        self.fourth += 6 * shift**2 * (p * p * other_second + q * q * second)
+        self.fourth += n * p * q * (p * p - p * q + q * q) * shift**4
+        self.third = self.third + other.third + 3 * shift * (p * other_second - q * second)
+        self.third += n * p * q * (p - q) * shift**3
+
+
+@dataclass
+class NormsByPosition:
+    """Number, mean and scatter of the rows' norms at each position of the example, (longest example,) float64 each."""
+
+    n: Floats = field(default_factory=lambda: np.zeros(0))
+    mean: Floats = field(default_factory=lambda: np.zeros(0))
+    scatter: Floats = field(default_factory=lambda: np.zeros(0))
+
+    @classmethod
+    def of(cls, norms: Floats, positions: npt.NDArray[np.int64]) -> Self:
+        """Sum `norms` by `positions`, both (rows,)."""
+        n = np.bincount(positions).astype(np.float64)
+        mean = np.bincount(positions, norms) / np.maximum(n, 1)
+        return cls(n, mean, np.bincount(positions, (norms - mean[positions]) ** 2).astype(np.float64))
+
+    def merge(self, other: "NormsByPosition") -> None:
+        """Add the rows of `other`."""
+        length = max(len(self.n), len(other.n))
+        (n, mean, scatter), (other_n, other_mean, other_scatter) = self._padded(length), other._padded(length)
+        share = other_n / np.maximum(n + other_n, 1)
+        shift = other_mean - mean
+        self.n = n + other_n
+        self.mean = mean + shift * share
+        self.scatter = scatter + other_scatter + shift**2 * n * share
+
+    def _padded(self, length: int) -> tuple[Floats, ...]:
+        return tuple(np.pad(sums, (0, length - len(sums))) for sums in (self.n, self.mean, self.scatter))
+
+
+def _sums_of(values: npt.NDArray[np.floating], positions: npt.NDArray[np.int64], *, full: bool) -> SiteSums:
+    """Return the sums of rows without NaN and infinity."""
+    sums = SiteSums(values.shape[1], full=full)
+    sums.least, sums.most = (edge.astype(np.float64) for edge in (values.min(axis=0), values.max(axis=0)))
+    exact = values.astype(np.float64, copy=False)
+    norms = np.sqrt(np.einsum("nd,nd->n", exact, exact))
+    sums.norms.add(norms[:, None])
+    sums.largest_norm = float(norms.max())
+    sums.positions = NormsByPosition.of(norms, positions)
+    sums.row_kurtosis = float(_kurtosis_within(exact).sum())
+    centred = sums.moments.add(values)
+    squares = centred * centred
+    sums.third = np.einsum("nd,nd->d", squares, centred)
+    sums.fourth = np.einsum("nd,nd->d", squares, squares)
+    return sums
+
+
+def _kurtosis_within(rows: Floats) -> Floats:
+    """Return the kurtosis of the values of each row, (rows,); 0 for a row whose values are all equal."""
+    centred = rows - rows.mean(axis=1, keepdims=True)
+    squares = centred * centred
+    second = squares.mean(axis=1)
+    fourth = np.einsum("nd,nd->n", squares, squares) / rows.shape[1]
+    return _ratio(fourth, second**2)
+
+
 class SiteStats(NamedTuple):
-    """Statistics of one site; `residua.analysis.stats.stats.Stats` says what is in the tables."""
+    """Statistics of one site; `residua.analysis.stats.stats.Stats` describes the tables.
+
+    Attributes:
+        line: The site's line of the table of sites.
+        channels: One line a channel.
+        positions: One line a position.
+        components: Principal directions, (components, width) float64, or None.
+    """
 
     line: dict[str, Any]
     channels: pa.Table
@@ -43,7 +184,7 @@ class SiteStats(NamedTuple):
 
 
 def site_stats(site: str, sums: SiteSums, n_components: int) -> SiteStats:
-    """Return the statistics of `site`, of whose rows at least one is finite."""
+    """Return the statistics of `site`; at least one of its rows must be finite."""
     moments = sums.moments
     n_rows = moments.n
     second, fourth = moments.variance, sums.fourth / n_rows
@@ -87,7 +228,7 @@ def _pooled(mean: Floats, second: Floats, third: Floats, fourth: Floats) -> dict
 
 
 def _components(sums: SiteSums, n_components: int) -> tuple[list[float] | None, Floats | None]:
-    """Return the shares of variance and the directions of the first principal components."""
+    """Return the shares of the variance and the directions of the first principal components."""
     if not sums.moments.is_whole:
         return None, None
     values, vectors = np.linalg.eigh(sums.moments.scatter)
@@ -111,7 +252,7 @@ def _by_position(site: str, norms: NormsByPosition) -> pa.Table:
 
 
 def _table(site: str, columns: dict[str, Any]) -> pa.Table:
-    names = pa.array([site]).take(pa.array(np.zeros(len(next(iter(columns.values()))), np.int64)))
+    names = pa.repeat(site, len(next(iter(columns.values()))))
     return pa.table({"site": names, **{name: pa.array(values) for name, values in columns.items()}})
 
 

@@ -1,4 +1,4 @@
-"""The rows that lie furthest along a direction, with their text, out of any number of rows in bounded memory."""
+"""The rows with the largest dot product with a direction, and their text; memory does not grow with the rows."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -16,15 +16,14 @@ from residua.analysis.support.open_archives import address, opened
 from residua.store.base.errors import AnalysisError
 from residua.store.read.archive import Archive
 
-_ROWS_A_RUN = 2**18
 _CONTEXT = 10  # tokens of text on either side
 
 
 class Best(NamedTuple):
-    """Rows in the order of their scores; of equal scores the first row comes first.
+    """Rows in the order of their scores, highest first; of equal scores the lower row comes first.
 
     Attributes:
-        scores: float64, the highest first.
+        scores: float64.
         rows: Their numbers, int64.
         examples: The example of each, int64.
     """
@@ -56,31 +55,34 @@ def top(
     per_example: bool = False,
     where: str | None = None,
     cluster: Cluster | None = None,
+    task_rows: int = 2**18,
 ) -> pa.Table:
     """Find the `k` captured rows of `site` with the largest dot product with a direction.
 
-    A task keeps `k` rows, whatever it reads. The dot product is taken in float64; rows where it is NaN never rank.
+    A task keeps `k` rows, however many it reads. The dot product is computed in float64; a row where it is NaN has no
+    score.
 
     Args:
         archive: The archive.
         site: One stored site.
         direction: One number for each value of a row; of a site with heads (heads, head width), or with `head` one
             for each value of that head.
-        channel: Instead of a direction, the number of one value of the row, or of `head`.
-        head: The head that is meant, of a site with heads; None takes the whole row.
-        k: How many rows.
+        channel: Instead of a direction: the number of one value of the row, or of `head`.
+        head: A head of a site with heads; None: the full row.
+        k: Number of rows.
         bottom: Find the smallest dot products instead.
-        per_example: At most one row of an example, its best.
-        where: Takes only these rows, for example ``position > 0``.
+        per_example: Take at most one row of an example, its best.
+        where: Use only these rows, for example ``position > 0``.
         cluster: Where to compute; by default in this process.
+        task_rows: Fewest rows that a task reads.
 
     Returns:
-        A table, the best first (of equal scores the lower row): score float64, row, example, position, token int64,
-        and text (the token in its context, between « and »; null where the archive has no tokenizer).
+        A table, the best first (of equal scores the lower row): score float64; row, example, position and token int64;
+        text (the token between « and » in its context; null if the archive has no tokenizer).
 
     Raises:
         UnknownSiteError: `site` names no stored site.
-        AnalysisError: Direction, channel or head do not fit the site, or no row has a score.
+        AnalysisError: Direction, channel or head does not fit the site, or no row has a score.
     """
     name = _one_site(archive, site)
     if k < 1:
@@ -88,13 +90,15 @@ def top(
     wanted = whole_row(archive, name, direction=direction, channel=channel, head=head) * (-1 if bottom else 1)
     jobs = [
         _Job(address(archive), name, run, wanted, k, per_example, where)
-        for run in runs(blocks(archive), least_rows=_ROWS_A_RUN)
+        for run in runs(blocks(archive), least_rows=task_rows)
     ]
     best = Best(np.zeros(0), np.zeros(0, np.int64), np.zeros(0, np.int64))
     for _, found in or_inline(cluster).map(_search, jobs, label="top rows"):
         best = _kept(best, found, k, per_example=per_example)
     if not len(best.rows):
-        raise AnalysisError(f"{name} has no row with a score: none is captured, none is chosen, or all are NaN")
+        raise AnalysisError(
+            f"{name} has no row with a score: no row is captured, the filter selects none, or all scores are NaN"
+        )
     return _described(archive, best, sign=-1 if bottom else 1)
 
 
@@ -109,7 +113,7 @@ def _search(job: _Job) -> Best:
     """Return the best rows of one job; runs where the job runs."""
     archive = opened(job.path)
     best = Best(np.zeros(0), np.zeros(0, np.int64), np.zeros(0, np.int64))
-    channels = np.flatnonzero(job.direction)  # a NaN elsewhere is no matter
+    channels = np.flatnonzero(job.direction)  # a NaN in another channel does not count
     for rows, values in pieces(archive, job.site, job.blocks, job.where):
         with np.errstate(invalid="ignore"):
             scores = values[:, channels].astype(np.float64) @ job.direction[channels]

@@ -17,9 +17,7 @@ LENGTHS = (40,) * 40
 
 
 @pytest.fixture
-def archive(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Archive:
-    monkeypatch.setattr("residua.analysis.stats.stats._ROWS_A_CHANNEL", 5)  # several tasks a site
-    monkeypatch.setattr("residua.analysis.stats.top._ROWS_A_RUN", 200)
+def archive(tmp_path: Path) -> Archive:
     rng = np.random.default_rng(0)
     sites = {f"resid_post.{layer}": rng.standard_normal((1600, 24)).astype(np.float32) for layer in range(3)}
     sites["resid_post.2"][:, 5] += np.arange(1600) // 40 % 2
@@ -39,12 +37,12 @@ def test_a_cluster_finds_what_this_process_finds(archive: Archive, scheduler: st
 
 def everything(archive: Archive, scheduler: str, folder: Path) -> dict[str, Any]:
     with connect(scheduler) as cluster:
-        found = stats(archive, cluster=cluster)
+        found = stats(archive, cluster=cluster, task_rows=120)  # several tasks a site
         return {
             "sites": found.sites,
             "channels": found.channels,
             "positions": found.positions,
             "probe": probe(archive, "odd", save=folder, cluster=cluster),
             "position": probe(archive, "position", cluster=cluster),
-            "top": top(archive, "resid_post.2", channel=5, cluster=cluster),
+            "top": top(archive, "resid_post.2", channel=5, cluster=cluster, task_rows=200),
         }

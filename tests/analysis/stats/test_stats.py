@@ -46,15 +46,9 @@ def archive(tmp_path_factory: pytest.TempPathFactory) -> Archive:
     return write_rows(tmp_path_factory.mktemp("stats") / "a.zarr", LENGTHS, VALUES)
 
 
-@pytest.fixture(autouse=True)
-def many_small_tasks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("residua.analysis.stats.stats._ROWS_A_CHANNEL", 1)
-    monkeypatch.setattr("residua.analysis.rows.site_rows.PIECE_BYTES", 8 * 9 * 20)
-
-
 @pytest.fixture(scope="module")
 def found(archive: Archive) -> Stats:
-    return stats(archive, components=3)
+    return stats(archive, components=3, task_rows=100)
 
 
 def rows_of(site: str) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.int64]]:
@@ -137,7 +131,7 @@ def test_norms_by_position_are_numpys(found: Stats) -> None:
 
 
 def test_a_filter_chooses_rows(archive: Archive) -> None:
-    found = stats(archive, "resid_post.0", where="position > 100", components=0)
+    found = stats(archive, "resid_post.0", where="position > 100", components=0, task_rows=100)
     rows, positions = rows_of("resid_post.0")
     np.testing.assert_allclose(found.channels["mean"], rows[positions > 100].mean(axis=0), rtol=1e-10)
     assert found.sites["n_rows"].to_pylist() == [(positions > 100).sum()]
@@ -147,7 +141,7 @@ def test_a_filter_chooses_rows(archive: Archive) -> None:
 
 def test_a_site_too_wide_for_the_memory_has_no_components(archive: Archive) -> None:
     with connect("inline", memory_limit=8 * 8 * 7**2) as cluster:
-        found = stats(archive, cluster=cluster)
+        found = stats(archive, cluster=cluster, task_rows=100)
     assert found.components.keys() == {"resid_post.1", "z.0"}
     assert found.sites["component_shares"].is_null().to_pylist() == [True, False, False]
     assert len(found.channels) == 9 + 5 + 6

@@ -38,12 +38,6 @@ def archive(tmp_path_factory: pytest.TempPathFactory) -> Archive:
     return write_rows(tmp_path_factory.mktemp("top") / "a.zarr", LENGTHS, VALUES)
 
 
-@pytest.fixture(autouse=True)
-def many_small_tasks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("residua.analysis.stats.top._ROWS_A_RUN", 100)
-    monkeypatch.setattr("residua.analysis.rows.site_rows.PIECE_BYTES", 8 * 6 * 20)
-
-
 def ranking(scores: Any, rows: Any, k: int, *, bottom: bool = False, per_example: bool = False) -> list[int]:
     """Sort everything; of equal scores the lower row first."""
     kept = [int(row) for row in rows if not np.isnan(scores[row])]
@@ -65,7 +59,8 @@ def test_it_is_the_full_sort(archive: Archive, k: int, where: str | None, per_ex
         scores = VALUES["resid_post.0"].astype(np.float64) @ DIRECTION
     scores[9] = np.inf
     rows = [row for row in range(N_ROWS) if where is None or (POSITION[row] > 3 and EXAMPLE[row] != 5)]
-    found = top(archive, "resid_post.0", direction=DIRECTION, k=k, bottom=bottom, per_example=per_example, where=where)
+    options: dict[str, Any] = {"k": k, "bottom": bottom, "per_example": per_example, "where": where}
+    found = top(archive, "resid_post.0", direction=DIRECTION, task_rows=100, **options)
     expected = ranking(scores, rows, k, bottom=bottom, per_example=per_example)
     assert found["row"].to_pylist() == expected
     assert found["score"].to_pylist() == scores[expected].tolist()
