@@ -1,77 +1,83 @@
 """Data types of stored arrays: names as in Zarr v3, numpy types as they lie in memory.
 
-Importing this module makes zarr-python know `bfloat16`: version 3.1.6 collects the `zarr.data_type` entry
-points of other packages but never loads them, so an archive could not be opened otherwise.
+Importing this module registers `bfloat16` in zarr-python: versions before 3.4 collect the `zarr.data_type` entry points
+of other packages but never load them, so an archive could not be opened otherwise.
 """
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import ClassVar, Self
+from typing import Any, ClassVar
 
 import ml_dtypes
 import numpy as np
 import numpy.typing as npt
-from zarr.dtype import DataTypeValidationError, UInt16, data_type_registry
+from zarr.dtype import Float16, data_type_registry
 
 from residua.store.base.errors import PlanError
 
 NAME = "bfloat16"
-_BIT_STRING = "0x"
-_CANONICAL = {"NaN": 0x7FC0, "Infinity": 0x7F80, "-Infinity": 0xFF80}
-
-
-def _value_to_json(bits: int) -> float | str:
-    for text, canonical in _CANONICAL.items():
-        if bits == canonical:
-            return text
-    value = float(np.array(bits, np.uint16).view(ml_dtypes.bfloat16))
-    return f"{_BIT_STRING}{bits:04x}" if math.isnan(value) else value
-
-
-def _bits_from_json(value: object) -> int:
-    if isinstance(value, str) and value in _CANONICAL:
-        return _CANONICAL[value]
-    if isinstance(value, str) and value.startswith(_BIT_STRING):
-        return int(value, 16)
-    if isinstance(value, int | float) and not isinstance(value, bool):
-        return int(np.float32(value).astype(ml_dtypes.bfloat16).view(np.uint16))
-    raise TypeError(f"{value!r} is not a bfloat16 fill value: expected a number, 'NaN', 'Infinity' or '0x…'")
+_NUMPY_TYPE = np.dtype(ml_dtypes.bfloat16)
+_BITS = np.dtype("<u2")
+_NOT_FINITE = {0x7FC0: "NaN", 0x7F80: "Infinity", 0xFF80: "-Infinity"}
 
 
 @dataclass(frozen=True, kw_only=True)
-class BFloat16(UInt16):
-    """Zarr data type `bfloat16`; its native type is the little-endian uint16 that holds the bits."""
+class BFloat16(Float16):
+    """The registered Zarr v3 extension type `bfloat16` for zarr-python, which has none.
 
+    Values are numbers, of numpy type `ml_dtypes.bfloat16`: reading gives values, and writing converts values, as for
+    every other float type. zarr-python 3.4 loads it by itself where Residua is installed (`zarr.data_type` in
+    `pyproject.toml`); earlier ones once Residua is imported. Specification: zarr-extensions, ``data-types/bfloat16``.
+    """
+
+    dtype_cls: ClassVar[type[np.dtype[Any]]] = type(_NUMPY_TYPE)  # type: ignore[assignment]  # the base has float16's
     _zarr_v3_name: ClassVar[str] = NAME  # type: ignore[assignment]  # the base fixes it to its own literal
+    _zarr_v2_names: ClassVar[tuple[str, ...]] = ()  # type: ignore[assignment]  # Zarr v2 has no such type
 
-    @classmethod
-    def from_native_dtype(cls, dtype: object) -> Self:
-        """Refuse every numpy type: uint16 stays `uint16` unless `bfloat16` is asked for by name."""
-        raise DataTypeValidationError(f"{dtype} is not {NAME}: name the Zarr data type {NAME!r} instead")
+    def to_native_dtype(self) -> Any:
+        """Return the numpy type of values in memory."""
+        return _NUMPY_TYPE
 
-    @classmethod
-    def _from_json_v2(cls, data: object) -> Self:
-        raise DataTypeValidationError(f"{data} is not {NAME}: Zarr v2 has no such type")
+    def _check_scalar(self, data: object) -> bool:  # type: ignore[override]  # the base narrows the type
+        return isinstance(data, int | float | np.floating | np.integer | ml_dtypes.bfloat16)
 
-    def from_json_scalar(self, data: object, *, zarr_format: int) -> np.uint16:  # noqa: ARG002  # zarr's signature
-        """Return the bits of a fill value."""
-        return np.uint16(_bits_from_json(data))
+    def _cast_scalar_unchecked(self, data: Any) -> Any:
+        return _NUMPY_TYPE.type(data)
 
-    def to_json_scalar(  # type: ignore[override]  # the base promises an int
+    def from_json_scalar(self, data: object, *, zarr_format: int) -> Any:  # noqa: ARG002  # zarr's signature
+        """Return a fill value: a number, ``NaN``, ``Infinity``, ``-Infinity``, or the bits as ``0x`` and four digits.
+
+        Raises:
+            TypeError: `data` is none of these.
+        """
+        if isinstance(data, str):
+            bits = next((bits for bits, text in _NOT_FINITE.items() if text == data), None)
+            if bits is None and data.startswith("0x"):
+                bits = int(data, 16)
+            if bits is not None:
+                return np.array(bits, _BITS).view(_NUMPY_TYPE)[()]
+        elif isinstance(data, int | float) and not isinstance(data, bool):
+            return _NUMPY_TYPE.type(data)
+        raise TypeError(f"{data!r} is not a bfloat16 fill value: give a number, 'NaN', 'Infinity' or '0x...'")
+
+    def to_json_scalar(
         self,
         data: object,
         *,
         zarr_format: int,  # noqa: ARG002  # zarr's signature
     ) -> float | str:
-        """Return a fill value, given by its bits, as the float that they stand for."""
-        return _value_to_json(int(self.cast_scalar(data)))
+        """Return a fill value as the specification formats it."""
+        value = np.array(self.cast_scalar(data), _NUMPY_TYPE)
+        bits = int(value.view(_BITS))
+        if bits in _NOT_FINITE:
+            return _NOT_FINITE[bits]
+        return f"0x{bits:04x}" if np.isnan(value) else float(value)
 
 
 STORAGE_DTYPES: Mapping[str, np.dtype[np.generic]] = MappingProxyType(
     {
-        "bfloat16": np.dtype("<u2"),
+        NAME: _BITS,
         "float16": np.dtype("<f2"),
         "float32": np.dtype("<f4"),
         "float64": np.dtype("<f8"),

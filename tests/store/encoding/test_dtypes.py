@@ -1,3 +1,5 @@
+from typing import Any
+
 import ml_dtypes
 import numpy as np
 import pytest
@@ -40,15 +42,26 @@ def test_other_data_types_become_float32_by_value(name: str) -> None:
     assert found.tolist() == [[0, 1, 2], [3, 100, 7]]
 
 
-def test_zarr_keeps_bfloat16_bits_and_its_name() -> None:
+def test_zarr_reads_and_writes_bfloat16_as_numbers_and_keeps_every_bit() -> None:
     store = MemoryStore()
     array = zarr.create_array(store, shape=(4, 3), chunks=(2, 3), dtype="bfloat16", fill_value=0)
-    bits = np.array([[0x7FC1, 0xFF80, 0x0001], [0x3F80, 0x8000, 0x7F81]], np.uint16)
-    array[:2] = bits
+    bits = np.array([[0x7FC1, 0xFF80, 0x0001], [0x3F80, 0x8000, 0x7F80]], np.uint16)
+    array[:2] = bits.view(ml_dtypes.bfloat16)
+    array[2] = np.array([0.5, 1 + 2**-9, -3], np.float32)
     again = zarr.open_array(store, mode="r")
     assert again.metadata.to_dict()["data_type"] == "bfloat16"
-    assert again.dtype == np.uint16
-    assert np.array_equal(np.asarray(again[:]), np.concatenate([bits, np.zeros((2, 3), np.uint16)]))
+    assert again.dtype == ml_dtypes.bfloat16
+    found = np.asarray(again[:])
+    assert np.array_equal(found[:2].view(np.uint16), bits)
+    assert found[2].tolist() == [0.5, 1, -3]  # rounded to the nearest, not taken for bits
+    assert found[3].tolist() == [0, 0, 0]
+
+
+def test_zarr_makes_a_bfloat16_array_of_bfloat16_values() -> None:
+    values = np.array([0.008, 1.5], ml_dtypes.bfloat16)
+    array: Any = zarr.create_array(MemoryStore(), data=values)
+    assert array.metadata.to_dict()["data_type"] == "bfloat16"
+    assert np.array_equal(array[:], values)
 
 
 def test_a_uint16_array_stays_uint16() -> None:
@@ -65,8 +78,9 @@ def test_registering_again_changes_nothing() -> None:
 @given(st.integers(0, 2**16 - 1))
 def test_every_fill_value_survives_json(bits: int) -> None:
     kind = BFloat16()
-    spelled = kind.to_json_scalar(np.uint16(bits), zarr_format=3)
-    assert kind.from_json_scalar(spelled, zarr_format=3) == bits
+    value = np.array(bits, np.uint16).view(ml_dtypes.bfloat16)
+    formatted = kind.to_json_scalar(value[()], zarr_format=3)
+    assert np.array(kind.from_json_scalar(formatted, zarr_format=3)).view(np.uint16) == bits
 
 
 @pytest.mark.parametrize("value", [None, "zero", True, [0]])

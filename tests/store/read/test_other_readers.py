@@ -1,5 +1,7 @@
 """Arrays that we write, opened in other Zarr v3 readers: every value equal, bit for bit."""
 
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,24 +17,30 @@ from residua.store.encoding.spec import ArraySpec
 from residua.store.format.array_metadata import create_array, resize_array
 from tests.store.samples import COMBINATIONS, Array, make_rows, make_spec, same_bits, write_array
 
+ZARR = tuple(int(word) for word in zarr.__version__.split(".")[:2])
 N_ROWS = 2 * 256 + 70  # the last shard is short, and so is its last chunk
 
 
+def as_stored(values: Any) -> Array:
+    """Return bfloat16 as its bits, so that every pattern can be compared."""
+    return np.asarray(values.view("<u2") if values.dtype == ml_dtypes.bfloat16 else values)
+
+
 def with_zarr_python(root: Path, node: str) -> Array:
-    array = zarr.open_array(str(root / node), mode="r")
-    return np.asarray(array[...])
+    array: Any = zarr.open_array(str(root / node), mode="r")
+    return as_stored(array[...])
 
 
 def with_zarrs(root: Path, node: str) -> Array:
-    with zarr.config.set({"codec_pipeline.path": "zarrs.ZarrsCodecPipeline", "codec_pipeline.strict": True}):
+    """Read with the zarrs pipeline; it hands bfloat16, which it cannot give as numpy values, to zarr-python."""
+    is_known = zarr.open_array(str(root / node), mode="r").dtype != ml_dtypes.bfloat16
+    with zarr.config.set({"codec_pipeline.path": "zarrs.ZarrsCodecPipeline", "codec_pipeline.strict": is_known}):
         return with_zarr_python(root, node)
 
 
 def with_tensorstore(root: Path, node: str) -> Array:
     spec = {"driver": "zarr3", "kvstore": {"driver": "file", "path": str(root / node)}}
-    found: Any = tensorstore.open(spec, open=True, read=True).result().read().result()
-    values: Array = found.view("<u2") if found.dtype == ml_dtypes.bfloat16 else found
-    return values
+    return as_stored(tensorstore.open(spec, open=True, read=True).result().read().result())
 
 
 READERS = [with_zarr_python, with_zarrs, with_tensorstore]
@@ -121,3 +129,14 @@ def test_empty_array_opens(tmp_path: Path, reader: Reader) -> None:
     spec = large_spec("raw", "float16", (24,))
     create_array(tmp_path, spec, 0)
     assert reader(tmp_path, spec.path).shape == (0, 24)
+
+
+@pytest.mark.skipif(ZARR < (3, 4), reason="zarr-python before 3.4 does not load the data types of other packages")
+def test_zarr_python_opens_bfloat16_where_residua_is_installed_and_not_imported(tmp_path: Path) -> None:
+    spec = large_spec("fast", "bfloat16", (4,))
+    values = np.linspace(-3, 5, 280).reshape(70, 4).astype(ml_dtypes.bfloat16)
+    write_array(tmp_path, spec, values.view("<u2"))
+    code = "import sys, zarr; print(zarr.open_array(sys.argv[1], mode='r')[...].astype('f4').sum(dtype='f8'))"
+    words = [sys.executable, "-c", code, str(tmp_path / spec.path)]
+    shown = subprocess.run(words, capture_output=True, text=True, check=True, timeout=120)
+    assert float(shown.stdout) == values.astype("f4").sum(dtype="f8")
