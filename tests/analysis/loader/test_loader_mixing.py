@@ -27,11 +27,16 @@ def archive(tmp_path_factory: pytest.TempPathFactory) -> Archive:
     return make_large(tmp_path_factory.mktemp("mixing") / "acts.zarr", values, 4)
 
 
-def make(archive: Archive, monkeypatch: pytest.MonkeyPatch, *, share: float, shuffle: bool = True) -> Loader:
+def make(archive: Archive, *, share: float, shuffle: bool = True) -> Loader:
     """Return a loader whose buffer holds that share of the archive, in blocks of 16 rows."""
-    monkeypatch.setattr("residua.analysis.loader.chosen._RAW_BYTES", BLOCK * 4 * WIDTH)
     buffer_bytes = int(share * N_ROWS) * (4 * WIDTH + 16)
-    return archive.loader("resid_post.0", batch_size=SIZE, shuffle=shuffle, buffer_bytes=buffer_bytes)
+    return archive.loader(
+        "resid_post.0",
+        batch_size=SIZE,
+        shuffle=shuffle,
+        buffer_bytes=buffer_bytes,
+        raw_block_bytes=BLOCK * 4 * WIDTH,
+    )
 
 
 def epochs(loader: Loader) -> npt.NDArray[np.int64]:
@@ -65,8 +70,8 @@ def correlations(rows: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
 
 
 @pytest.mark.parametrize("share", [1, 1 / 8, 1 / 32])
-def test_batches_vary_as_the_formula_says(archive: Archive, monkeypatch: pytest.MonkeyPatch, share: float) -> None:
-    rows = epochs(make(archive, monkeypatch, share=share))
+def test_batches_vary_as_the_formula_says(archive: Archive, share: float) -> None:
+    rows = epochs(make(archive, share=share))
     n_blocks = N_ROWS // BLOCK
     in_buffer = share * n_blocks
     expected = 1 + SIZE / in_buffer * (1 - in_buffer / n_blocks)
@@ -75,8 +80,8 @@ def test_batches_vary_as_the_formula_says(archive: Archive, monkeypatch: pytest.
     assert np.abs(correlations(rows)).max() < 4 / np.sqrt(n_blocks)
 
 
-def test_without_shuffling_the_same_figures_are_far_off(archive: Archive, monkeypatch: pytest.MonkeyPatch) -> None:
-    rows = epochs(make(archive, monkeypatch, share=1 / 8, shuffle=False))
+def test_without_shuffling_the_same_figures_are_far_off(archive: Archive) -> None:
+    rows = epochs(make(archive, share=1 / 8, shuffle=False))
     assert variance_ratio(rows) > 100
     assert class_ratio(rows) > 100
     assert correlations(rows).min() > 0.99
