@@ -32,7 +32,7 @@ class BFloat16(Float16):
     """
 
     dtype_cls: ClassVar[type[np.dtype[Any]]] = type(_NUMPY_TYPE)  # type: ignore[assignment]  # the base has float16's
-    _zarr_v3_name: ClassVar[str] = NAME  # type: ignore[assignment]  # the base fixes it to its own literal
+    _zarr_v3_name: ClassVar[str] = NAME
     _zarr_v2_names: ClassVar[tuple[str, ...]] = ()  # type: ignore[assignment]  # Zarr v2 has no such type
 
     def to_native_dtype(self) -> Any:
