@@ -1,8 +1,13 @@
-"""From a model and a dataset to an archive: plan, create or resume, record, seal."""
+"""The story of ``residua capture``: load the model, plan, create or resume the archive, record, seal.
 
+`capture_dataset` is the job as users call it. `CaptureJob.run` has its steps in order; a replay that captures takes
+the same steps with examples and a plan of its own.
+"""
+
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack, nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from functools import partial
 from os import PathLike, fspath
 from pathlib import Path
@@ -19,6 +24,7 @@ from residua.capture.identity.sidecars import Sidecars, save_tokenizer, sidecar_
 from residua.capture.layout.process_layout import ProcessLayout, spans_processes
 from residua.capture.recording.column_shards import column_shards
 from residua.capture.recording.record import RecordStats, record, total
+from residua.capture.replay.engine import CapturedReplay
 from residua.capture.runtime.collectives import Agreement
 from residua.capture.runtime.pipeline_schedule import PIPELINES, as_model, runnable
 from residua.capture.runtime.process_groups import split_by_hand
@@ -31,12 +37,12 @@ from residua.capture.sites.reference_model import whole_sites
 from residua.capture.sites.shape_probe import evaluating
 from residua.capture.sites.site import SiteInfo
 from residua.pipelines.capture.plan import DatasetSource, make_plan, write_examples
-from residua.pipelines.capture.result import CaptureResult
 from residua.pipelines.capture.resume import compare_plans, sealed_archive
 from residua.pipelines.data.dataset import DatasetReport, dataset_identity
-from residua.pipelines.jobs.workers import Workers, workers_of
+from residua.pipelines.jobs.workers import WorkerFigures, Workers, working_together
 from residua.pipelines.setup.models import load_model, load_tokenizer
 from residua.pipelines.setup.settings import CaptureSettings
+from residua.store.base.canonical import Json
 from residua.store.base.errors import PlanError
 from residua.store.examples.index import ExampleIndex
 from residua.store.examples.table import ExampleTable
@@ -46,6 +52,31 @@ from residua.store.format.create import create_archive, workspace
 from residua.store.format.plan import Plan
 from residua.store.read.archive import Archive
 from residua.store.storage.files import sweep
+
+
+@dataclass(frozen=True, kw_only=True, repr=False)
+class CaptureResult:
+    """What a capture did.
+
+    Attributes:
+        archive: The archive, open for reading.
+        dataset: What was read of the dataset, and what was cut or left out.
+        stats: Figures of this run, of all workers together, without those of an earlier, interrupted run.
+        workers: What each worker did.
+        resumed: Whether the archive had been begun by an earlier run.
+        notes: What the user should know, one sentence each.
+    """
+
+    archive: Archive
+    dataset: DatasetReport
+    stats: RecordStats
+    workers: tuple[WorkerFigures, ...]
+    resumed: bool
+    notes: tuple[str, ...]
+
+    def __repr__(self) -> str:
+        captured = f"{self.stats.rows:,} rows captured in {self.stats.seconds:.1f} s"
+        return f"<CaptureResult {self.archive.path}: {captured}, {len(self.notes)} notes>"
 
 
 def capture_dataset(
@@ -62,24 +93,24 @@ def capture_dataset(
     on_batch: Callable[[RecordStats], None] = lambda _: None,
     **options: Any,
 ) -> CaptureResult:
-    """Capture the activations of `model` over `dataset` into the archive `out`; go on where an earlier run stopped.
+    """Capture the activations of `model` over `dataset` into the archive `out`; resume where an earlier run stopped.
 
-    Called by every process of a distributed launch, each with its own replica of the model, they share the work; the
-    archive is the same as one process writes. docs/distributed.md has the details.
+    In a distributed launch every process calls this, each with its own replica of the model, and they share the work.
+    The archive is the same as one process writes. See docs/distributed.md.
 
     Args:
-        model: A transformers model, or a hub id or folder of one; or the schedule of a torch pipeline, GPipe or 1F1B,
-            whose stages have its parts. They run its forward passes, as many microbatches a batch as the schedule has.
+        model: A transformers model, or a hub id or folder of one; or the schedule of a torch pipeline (GPipe or 1F1B)
+            whose stages hold the model. Such stages run as many microbatches a batch as the schedule has.
         dataset: A hub id or path, or an iterable of texts, token-id lists, mappings or chats.
-        out: Folder of the archive. If it is one already, its missing rows are captured.
-        tokenizer: Tokenizer of a model that is passed as an object; else it is loaded with the model.
+        out: Folder of the archive. If the archive exists, its missing rows are captured.
+        tokenizer: Tokenizer of a model that is passed as an object; by default it is loaded with the model.
         settings: All settings at once.
-        tensor_parallel: The ranks over which the model's activations are split, or their mesh, where this cannot be
-            told from the model, because it was split by hand.
+        tensor_parallel: The ranks that the model's activations are split over, or their mesh, for a model that was
+            split by hand, which does not show it.
         command: The command line, for the provenance.
         on_example: Called with the examples and tokens read so far, after each example.
-        on_plan: Called with the plan, and the rows that are committed already, before the model runs.
-        on_batch: Called with the figures so far after every batch; with those of all workers, on worker 0.
+        on_plan: Called before the model runs, with the plan and the rows that are committed already.
+        on_batch: Called after every batch with the figures so far; on worker 0 with those of all workers.
         **options: Single settings by name, as in `CaptureSettings`, for example ``sites="resid_post.*"``.
 
     Returns:
@@ -87,23 +118,22 @@ def capture_dataset(
 
     Raises:
         PlanError: The settings contradict each other, or differ from those of the archive that exists.
-        UnknownSiteError: The model lacks a site.
+        UnknownSiteError: The model does not have a site.
         DatasetError: The dataset cannot be used as asked.
-        CaptureError: The capture failed, here or in another process; what was committed is safe.
-        ArchiveInUseError: Another run is at work on the archive, and is not to be joined.
+        CaptureError: The capture failed, here or in another process; committed rows are safe.
+        ArchiveInUseError: Another run is writing the archive, and cannot be joined or is not to be joined.
 
     Example:
         >>> result = residua.capture_dataset("models/pydoc-1m", ["Hello world"], out="acts.zarr")  # doctest: +SKIP
     """
     chosen = _settings(settings, options)
     with ExitStack() as stack:
-        workers = stack.enter_context(workers_of(Path(out), join=chosen.join))
-        stack.enter_context(workers.replica_group(chosen))
+        membership = stack.enter_context(working_together(Path(out), chosen))
         if isinstance(model, str | PathLike):
             if tensor_parallel is not None:
                 raise PlanError(
-                    "tensor_parallel says how a model that you pass is split; one that is loaded from a hub id or a "
-                    "folder is split with tp=2 (--tp 2)"
+                    "tensor_parallel is for a model that you pass and split by hand; a model that is loaded from a hub "
+                    "id or a folder is split with tp=2 (--tp 2)"
                 )
             name = fspath(model)
             tokenizer = tokenizer or load_tokenizer(name, chosen)
@@ -112,168 +142,249 @@ def capture_dataset(
             model = stack.enter_context(as_model(model))
         else:
             model = _language_model(replica_of(model))
-        job = _Job(model, tokenizer, dataset, Path(out), chosen, command)
         stack.enter_context(split_by_hand(model, tensor_parallel))
-        return job.run(workers, on_example, on_plan, on_batch)
+        job = _DatasetCapture(model, Path(out), tokenizer, dataset, chosen, command, on_example)
+        called = runnable(model)
+        if stack.enter_context(running_uncompiled(called)):
+            job.notes.append("compiled code does not run hooks: the model ran uncompiled for this capture")
+        stack.enter_context(evaluating(called))
+        figures, shared = job.run(Workers(membership), on_plan, on_batch)
+        report = DatasetReport(**shared["dataset"])
+        return CaptureResult(
+            archive=job.archive,
+            dataset=report,
+            stats=total([worker.stats for worker in figures]),
+            workers=tuple(figures),
+            resumed=shared["resumed"],
+            notes=(*job.notes, *report.notes()),
+        )
 
 
 def _settings(settings: CaptureSettings | None, options: dict[str, Any]) -> CaptureSettings:
     if settings is None:
         return CaptureSettings.from_mapping(options)
     if options:
-        raise PlanError(f"give settings or single options, not both: {', '.join(options)}")
+        raise PlanError(f"give either settings or single options, not both: {', '.join(options)}")
     return settings
 
 
 def _language_model(model: nn.Module) -> PreTrainedModel:
-    """Return `model` as what it is, or say what to do with another one."""
+    """Return `model` if it is a transformers model; raises PlanError otherwise."""
     if not isinstance(getattr(model, "config", None), PreTrainedConfig):
         raise PlanError(
-            f"capture_dataset runs transformers models over token ids, and a {type(model).__name__} is none: call it "
-            "in a loop of your own inside residua.Recorder, which records any torch module, or pass the transformers "
-            "model that is in it"
+            f"capture_dataset runs transformers models over token ids, and was given a {type(model).__name__}: call it "
+            "in your own loop inside residua.Recorder, which records any torch module, or pass the transformers model "
+            "that it contains"
         )
     return cast("PreTrainedModel", model)
 
 
-class _Job:
-    """One capture: what it was asked, and the steps in order."""
+class CaptureJob(ABC):
+    """A capture into an archive: its steps, in order. A subclass provides the examples, the plan and the provenance.
+
+    Args:
+        model: The model, on its device; every worker has it, or its share of it.
+        sites: The sites to capture, as the unsharded model has them.
+        out: Folder of the archive.
+        head: Whether to store the final norm and the unembedding.
+        threads: Threads that encode and write; None chooses by the model's device.
+        replaying: Puts stored rows into the model and edits, batch by batch; None captures the model as it is.
+
+    Attributes:
+        notes: What the user should know, one sentence each; grows while the job runs.
+        identity: What identifies the model in a plan; known before `plan` is called.
+        column_shards: What `cut_columns` returned; known before `plan` is called.
+        shared: What worker 0 found out while it prepared, for the other workers, as JSON values.
+    """
 
     def __init__(
         self,
         model: PreTrainedModel,
-        tokenizer: PreTrainedTokenizerBase | None,
-        dataset: DatasetSource,
+        sites: Mapping[str, SiteInfo],
         out: Path,
-        settings: CaptureSettings,
-        command: str | None,
+        *,
+        head: bool,
+        threads: int | None = None,
+        replaying: CapturedReplay | None = None,
     ) -> None:
-        self._model = model
-        self._tokenizer = tokenizer
-        self._dataset = dataset
-        self._out = out
-        self._settings = settings
-        self._command = command
-        self._report = DatasetReport()
-        self._notes: list[str] = []
+        self.model = model
+        self.sites = sites
+        self.out = out
+        self.notes: list[str] = []
+        self.identity: Mapping[str, Json] = {}
+        self.column_shards: Mapping[str, int] = {}
+        self.shared: dict[str, Json] = {}
+        self._head = head
+        self._threads = threads
+        self._replaying = replaying
         self._archive: Archive | None = None
+
+    @abstractmethod
+    def write_examples(self, folder: Path) -> ExampleIndex:
+        """Write the example table to `folder`, which it makes."""
+
+    @abstractmethod
+    def plan(self, index: ExampleIndex) -> Plan:
+        """Return the plan for the examples of `index`."""
+
+    @abstractmethod
+    def write_tokenizer(self, folder: Path) -> None:
+        """Write the tokenizer's files, if there is a tokenizer, to a subfolder of `folder`."""
+
+    @abstractmethod
+    def provenance(self, plan: Plan) -> dict[str, Any]:
+        """Return how the archive is made, as JSON values."""
+
+    def cut_columns(self, layout: ProcessLayout | None) -> Mapping[str, int]:  # noqa: ARG002  # this cuts none
+        """Return into how many shards the columns of sites are cut, if each process stores its own columns."""
+        return {}
 
     def run(
         self,
         workers: Workers,
-        on_example: Callable[[int, int], None],
         on_plan: Callable[[Plan, int], None],
         on_batch: Callable[[RecordStats], None],
-    ) -> CaptureResult:
-        split = spans_processes(self._model)
-        sites = (whole_sites if split else resolve_sites)(self._model, [self._settings.sites])
-        needs_pattern = any(site.startswith("pattern.") for site in sites)
-        eager = eager_attention(self._model) if needs_pattern else nullcontext(False)
-        called = runnable(self._model)
-        with running_uncompiled(called) as compiled, evaluating(called), eager as switched:
-            if compiled:
-                self._notes.append("hooks are no part of compiled code: the model ran uncompiled for this capture")
+    ) -> tuple[list[WorkerFigures], Mapping[str, Any]]:
+        """Capture what is missing and seal the archive; every worker calls this.
+
+        Args:
+            workers: This worker and the others.
+            on_plan: Called before the model runs, with the plan and the rows that are committed already.
+            on_batch: Called after every batch with the figures so far; on worker 0 with those of all workers.
+
+        Returns:
+            What each worker did; and what worker 0 shared: whether the archive was begun before, and `shared`.
+
+        Raises:
+            PlanError: The archive was begun with another plan.
+            CaptureError: The capture failed, here or in another process; committed rows are safe.
+        """
+        needs_pattern = any(site.startswith("pattern.") for site in self.sites)
+        with eager_attention(self.model) if needs_pattern else nullcontext(False) as switched:
             if switched:
-                self._notes.append("pattern sites need eager attention: the model was switched to it for this capture")
-            # by every worker: of a model that is spread over workers these are collectives
-            self._identity = identify_model(self._model)
-            self._beside = self._sidecar_files(sites) if split or is_sharded(self._model) else None
-            part = workers.part(self._model, sites)
-            self._column_shards = self._cut_columns(part)
-            said = workers.plan_once(partial(self._prepare, sites, on_example), partial(self._check, sites))
-            self._report = DatasetReport(**said["dataset"])
-            archive = self._opened()
-            plan, n_shards = archive.plan, archive.plan.n_shards(archive.n_rows)
-            on_plan(plan, archive.progress.rows)
+                self.notes.append(f"pattern sites need eager attention: the model used it to capture {self.out.name}")
+            # Collectives of the workers that hold a model together: every worker has to call them.
+            self.identity = identify_model(self.model)
+            is_shared = spans_processes(self.model) or is_sharded(self.model)
+            sidecars = self._sidecars() if is_shared else None
+            layout = workers.process_layout(self.model, self.sites)
+            self.column_shards = self.cut_columns(layout)
+            shared = workers.plan_once(partial(self._prepare, sidecars), self._check)
+            plan, n_shards = self.archive.plan, self.archive.plan.n_shards(self.archive.n_rows)
+            on_plan(plan, self.archive.progress.rows)
             stats = record(
-                self._model,
-                self._out,
+                self.model,
+                self.out,
                 plan,
-                process_layout=part,
-                work=partial(workers.work, self._out),
-                agree=Agreement() if is_sharded(self._model) else None,
-                threads=self._settings.threads or writer_threads(self._model),
+                process_layout=layout,
+                replaying=self._replaying,
+                work=partial(workers.work, self.out),
+                agree=Agreement() if is_sharded(self.model) else None,
+                threads=self._threads or writer_threads(self.model),
                 on_batch=lambda own: on_batch(workers.so_far(own)),
             )
-        self._archive = None  # its records are those of before
-        figures = workers.finish(stats, self._out, n_shards, self._seal)
-        return CaptureResult(
-            archive=self._opened(),
-            dataset=self._report,
-            stats=total([worker.stats for worker in figures]),
-            workers=tuple(figures),
-            resumed=bool(said["resumed"]),
-            notes=(*self._notes, *self._report.notes()),
-        )
+        self._archive = None  # it knows the commits from before
+        return workers.finish(stats, self.out, n_shards, self._seal), shared
 
-    def _opened(self) -> Archive:
-        """Return the archive, opened once for each time that its records may have changed."""
+    @property
+    def archive(self) -> Archive:
+        """The archive; opened again only after its commits may have changed."""
         if self._archive is None:
-            self._archive = Archive(self._out)
+            self._archive = Archive(self.out)
         return self._archive
 
-    def _seal(self) -> None:
-        self._archive = sealed_archive(self._out)
-
-    def _prepare(self, sites: Mapping[str, SiteInfo], on_example: Callable[[int, int], None]) -> Mapping[str, Any]:
-        """Make the plan, and the archive unless it exists; an archive of another plan is refused."""
-        resumed = is_archive(self._out)
-        with workspace(self._out) as folder:
-            index = write_examples(
-                folder / "examples",
-                self._model,
-                self._tokenizer,
-                self._dataset,
-                settings=self._settings,
-                report=self._report,
-                on_example=on_example,
-            )
-            plan = self._plan(sites, index)
-            if plan.rows_per_shard < min(plan.batch_tokens, index.total_rows):
-                self._notes.append(
-                    f"a shard holds {plan.rows_per_shard:,} rows, so batches are no larger: --host-memory allows no "
-                    "taller one"
-                )
+    def _prepare(self, sidecars: Sidecars | None) -> Mapping[str, Any]:
+        """Make the plan, and the archive unless it exists; refuse an archive of another plan."""
+        resumed = is_archive(self.out)
+        with workspace(self.out) as folder:
+            plan = self.plan(self.write_examples(folder / "examples"))
             if resumed:
                 self._compare(plan)
-                dropped = drop_broken(self._out, plan, self._opened().commits)
-                self._notes.extend(dropped)
-                self._archive = None if dropped else self._archive
+                if dropped := drop_broken(self.out, plan, self.archive.commits):
+                    self.notes.extend(dropped)
+                    self._archive = None
             else:
-                write_sidecars(folder, self._beside or self._sidecar_files(sites))
-                if self._tokenizer is not None:
-                    save_tokenizer(self._tokenizer, folder / "tokenizer")
-                create_archive(folder, self._out, plan, self._provenance(plan))
-        sweep(self._out)
-        return {"resumed": resumed, "dataset": asdict(self._report)}
+                write_sidecars(folder, sidecars or self._sidecars())
+                self.write_tokenizer(folder)
+                create_archive(folder, self.out, plan, self.provenance(plan))
+        sweep(self.out)
+        return {"resumed": resumed, **self.shared}
 
-    def _cut_columns(self, part: ProcessLayout | None) -> Mapping[str, int]:
-        """Return into how many parts the rows of sites are cut that each process stores as it has them."""
-        if self._settings.gather:
-            return {}
-        if part is None or part.group is None:
-            raise PlanError("--no-gather is for models under tensor parallelism, and this one is not: leave it out")
-        return column_shards(self._model, part)
-
-    def _sidecar_files(self, sites: Mapping[str, SiteInfo]) -> Sidecars:
-        return sidecar_files(self._model, sites, head=self._settings.head)
-
-    def _check(self, sites: Mapping[str, SiteInfo]) -> None:
-        """Refuse an archive that another worker made of another model or other settings than this one's."""
-        self._compare(self._plan(sites, ExampleTable(self._out / "examples").index()))
-
-    def _plan(self, sites: Mapping[str, SiteInfo], index: ExampleIndex) -> Plan:
-        return make_plan(self._settings, sites, index, identity=self._identity, column_shards=self._column_shards)
+    def _check(self) -> None:
+        """Refuse an archive that worker 0 made with another model or other settings than this worker has."""
+        self._compare(self.plan(ExampleTable(self.out / "examples").index()))
 
     def _compare(self, plan: Plan) -> None:
-        self._notes.extend(compare_plans(self._opened(), plan, self._model))
+        self.notes.extend(compare_plans(self.archive, plan, self.model))
 
-    def _provenance(self, plan: Plan) -> dict[str, Any]:
+    def _sidecars(self) -> Sidecars:
+        return sidecar_files(self.model, self.sites, head=self._head)
+
+    def _seal(self) -> None:
+        self._archive = sealed_archive(self.out)
+
+
+class _DatasetCapture(CaptureJob):
+    """The capture of a dataset's examples."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        out: Path,
+        tokenizer: PreTrainedTokenizerBase | None,
+        dataset: DatasetSource,
+        settings: CaptureSettings,
+        command: str | None,
+        on_example: Callable[[int, int], None],
+    ) -> None:
+        sites = (whole_sites if spans_processes(model) else resolve_sites)(model, [settings.sites])
+        super().__init__(model, sites, out, head=settings.head, threads=settings.threads)
+        self._tokenizer = tokenizer
+        self._dataset = dataset
+        self._settings = settings
+        self._command = command
+        self._on_example = on_example
+
+    def write_examples(self, folder: Path) -> ExampleIndex:
+        report = DatasetReport()
+        index = write_examples(
+            folder,
+            self.model,
+            self._tokenizer,
+            self._dataset,
+            settings=self._settings,
+            report=report,
+            on_example=self._on_example,
+        )
+        self.shared["dataset"] = asdict(report)
+        return index
+
+    def plan(self, index: ExampleIndex) -> Plan:
+        plan = make_plan(self._settings, self.sites, index, identity=self.identity, column_shards=self.column_shards)
+        if plan.rows_per_shard < min(plan.batch_tokens, index.total_rows):
+            self.notes.append(
+                f"a shard holds {plan.rows_per_shard:,} rows, and a batch no more than that, although --batch-tokens "
+                f"allows {plan.batch_tokens:,}: larger shards need more --host-memory"
+            )
+        return plan
+
+    def write_tokenizer(self, folder: Path) -> None:
+        if self._tokenizer is not None:
+            save_tokenizer(self._tokenizer, folder / "tokenizer")
+
+    def provenance(self, plan: Plan) -> dict[str, Any]:
         return {
-            "model": describe_model(self._model, plan.model),
+            "model": describe_model(self.model, plan.model),
             "tokenizer": None if self._tokenizer is None else identify_tokenizer(self._tokenizer),
             "dataset": dataset_identity(self._dataset, self._settings),
             "command": self._command,
             "seed": self._settings.seed,
             **environment(),
         }
+
+    def cut_columns(self, layout: ProcessLayout | None) -> Mapping[str, int]:
+        if self._settings.gather:
+            return {}
+        if layout is None or layout.group is None:
+            raise PlanError("--no-gather is for models under tensor parallelism, and this model is not: leave it out")
+        return column_shards(self.model, layout)

@@ -15,7 +15,8 @@ from residua.capture.runtime.wrappers import running_uncompiled
 from residua.capture.sites.shape_probe import evaluating
 from residua.pipelines.circuits.pairs import PairSource, read_pairs
 from residua.pipelines.circuits.sweep_picture import draw_sweep
-from residua.pipelines.jobs.sharing import SharedWork, sharing
+from residua.pipelines.jobs.sharing import SharedWork
+from residua.pipelines.jobs.workers import working_together
 from residua.pipelines.replay.result_folder import write_table
 from residua.pipelines.setup.models import named_model
 from residua.pipelines.setup.settings import CaptureSettings
@@ -111,7 +112,7 @@ class Sweep:
         """Return one line a cell of every pair; in `out` table and picture, if it is given."""
         asked = self._settings
         settings = CaptureSettings(device=asked.device, tp=asked.tp, pp=asked.pp)
-        with sharing(out, settings) as membership:
+        with working_together(out, settings) as membership:
             model, tokenizer = named_model(self._model, self._tokenizer, settings)
             pairs = read_pairs(self._source, model, tokenizer=tokenizer, archive=self._archive)
             patcher = Patcher(model, asked.sites, by_head=asked.heads)

@@ -10,8 +10,8 @@ from residua.store.read.summary import Summary, summarise
 
 if TYPE_CHECKING:
     from residua.capture.sites.site import SiteInfo
+    from residua.pipelines.capture.capture import CaptureResult
     from residua.pipelines.capture.reproduce import Reproduction
-    from residua.pipelines.capture.result import CaptureResult
     from residua.store.read.verify import Verification
 
 _MOST_SHOWN = 400  # characters of one value: the vectors of edits are as long as rows

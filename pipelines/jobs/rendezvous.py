@@ -1,8 +1,8 @@
-"""How the workers of a job find each other, and who may be at work on an archive or a folder of results.
+"""How the workers of a job find each other, and which run may write an archive or a folder of results.
 
-Workers are launched together (torchrun, accelerate, SLURM, or the user's own script with a process group), or they
-join: the lock beside the archive says where the run that holds it keeps its store. Worker 0 of those launched
-together holds the lock.
+Workers are launched together (by torchrun, accelerate or SLURM, or in the user's own script with a process group), or
+they join a run: the lock next to the archive names the store of the run that holds it. Among workers that are launched
+together, worker 0 holds the lock.
 """
 
 import itertools
@@ -13,12 +13,12 @@ from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch.distributed as dist
-from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
+from torch._C._distributed_c10d import PrefixStore, TCPStore
 from torch.distributed.distributed_c10d import _get_default_store
-from torch.distributed.rendezvous import rendezvous
+from torch.distributed.rendezvous import rendezvous as torch_rendezvous
 
 from residua.capture.scheduling.membership import (
     EXIT_GRACE_SECONDS,
@@ -30,144 +30,135 @@ from residua.capture.scheduling.membership import (
 )
 from residua.store.base.canonical import Json
 from residua.store.base.errors import CaptureError
-from residua.store.storage.lock import ArchiveInUseError, Owner, locked
+from residua.store.storage.lock import ArchiveInUseError, locked
 
 _LOCAL = ("localhost", "127.0.0.1", "::1")
 _jobs = itertools.count()
 
 
-class _Launch(NamedTuple):
-    """Processes that were launched together, as one of them sees them."""
-
-    store: Store
-    rank: int
-    n: int
-    address: Mapping[str, Json] | None
-
-
 @contextmanager
-def meeting(out: Path | None, *, join: bool) -> Iterator[Membership | None]:
-    """Yield this worker's place among those who make `out` together; None if it is alone and stays so.
+def rendezvous(out: Path | None, *, join: bool) -> Iterator[Membership | None]:
+    """Yield this worker's place among those that make `out` together; None if it is alone and stays alone.
 
     Args:
-        out: Folder of what is made; None where nothing is written that another run could be at work on.
-        join: Whether to join a run that is at work on it, and to let others join this one.
+        out: Folder of the results; None if no folder is written.
+        join: Whether to join a run that is writing it, and to let others join this run.
 
     Raises:
-        ArchiveInUseError: Another run is at work on it, and is not to be joined or cannot be.
-        CaptureError: The others do not appear, or have no place for this one.
+        ArchiveInUseError: Another run is writing it, and `join` is False or that run cannot be joined.
+        CaptureError: The other workers do not appear, or the run to join does not answer.
     """
-    launch = _launch()
+    launch, address = _launch()
     with ExitStack() as stack:
-        if launch is None and not join:
-            if out is not None:
-                stack.enter_context(locked(out))
-            yield None
-        elif launch is None and out is not None:
-            yield _alone_or_joining(out, stack)
-        elif launch is not None:
-            yield _together(out, launch, join, stack)
+        membership = None
+        if launch is not None:
+            membership = _launched_together(out, launch, address, join, stack)
+        elif out is not None and join:
+            membership = _alone_or_joining(out, stack)
+        elif out is not None:
+            stack.enter_context(locked(out))
+        yield None if membership is None else stack.enter_context(membership)
+
+
+def _launch() -> tuple[Launch | None, Mapping[str, Json] | None]:
+    """Return the processes that were launched together, and where other runs can reach their store, if they can."""
+    if dist.is_available() and dist.is_initialized():
+        if dist.get_world_size() == 1:
+            return None, None
+        store = PrefixStore(_prefix(), _get_default_store())
+        return Launch(store, dist.get_rank(), dist.get_world_size()), None
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or not {"RANK", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
+        return None, None
+    try:
+        store, rank, n = next(torch_rendezvous("env://", timeout=timedelta(seconds=START_SECONDS)))
+    except dist.DistError as error:
+        raise CaptureError(f"the processes that were launched together did not find each other: {error}") from error
+    store.set_timeout(timedelta(seconds=LOST_SECONDS))
+    prefix = _prefix()
+    address = _address(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), prefix, n)
+    return Launch(PrefixStore(prefix, store), rank, n), address
 
 
 def _prefix() -> str:
-    """Return where the next job that was launched together keeps its things in the store: the same on all ranks.
+    """Return the prefix of the next job's keys in the launcher's store; all ranks count the same jobs.
 
-    A job of one process alone does not count, since the others may have none.
+    A job of one process alone does not count, since other processes may have none.
     """
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")  # torchrun keeps one store for all its attempts
     return f"residua/{attempt}/{next(_jobs)}"
 
 
-def _launch() -> _Launch | None:
-    if dist.is_available() and dist.is_initialized():
-        if dist.get_world_size() == 1:
-            return None
-        store = PrefixStore(_prefix(), _get_default_store())
-        return _Launch(store, dist.get_rank(), dist.get_world_size(), None)
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or not {"RANK", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
-        return None
-    try:
-        store, rank, n = next(rendezvous("env://", timeout=timedelta(seconds=START_SECONDS)))
-    except dist.DistError as error:
-        raise CaptureError(f"the processes that were launched together did not meet: {error}") from error
-    store.set_timeout(timedelta(seconds=LOST_SECONDS))
-    prefix = _prefix()
-    address: dict[str, Json] = {
-        "host": os.environ["MASTER_ADDR"],
-        "port": int(os.environ["MASTER_PORT"]),
-        "prefix": prefix,
-        "n": n,
-    }
-    return _Launch(PrefixStore(prefix, store), rank, n, address)
+def _address(host: str, port: int, prefix: str, n: int) -> dict[str, Json]:
+    """Return how other runs reach a store, as the lock of an archive records it."""
+    return {"host": host, "port": port, "prefix": prefix, "n": n}
 
 
 def _alone_or_joining(out: Path, stack: ExitStack) -> Membership:
-    """Keep a store that others can join; or join the run that is there."""
+    """Host a store that other runs can join; if another run holds the lock, join that run instead."""
     store = TCPStore("localhost", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=LOST_SECONDS))
-    prefix = "residua/alone"  # the store is this capture's own
-    address: dict[str, Json] = {"host": socket.gethostname(), "port": store.port, "prefix": prefix, "n": 1}
+    prefix = "residua/alone"  # the store serves this job only
     try:
-        stack.enter_context(locked(out, join=address))
+        stack.enter_context(locked(out, join=_address(socket.gethostname(), store.port, prefix, 1)))
     except ArchiveInUseError as error:
-        return _joining(_address(error))
+        return _join(_address_of_owner(error))
     return Membership(PrefixStore(prefix, store), 0, 1)
 
 
-def _together(out: Path | None, launch: _Launch, join: bool, stack: ExitStack) -> Membership:
-    """Let the first of those launched together take the lock, or find where all of them join."""
-    launched = Launch(launch.store, launch.rank, launch.n)
-    membership = Membership(launch.store, launch.rank, launch.n, launch=launched)
+def _launched_together(
+    out: Path | None, launch: Launch, address: Mapping[str, Json] | None, join: bool, stack: ExitStack
+) -> Membership:
+    """Let worker 0 take the lock, or find the run that all of them join."""
+    membership = Membership(launch.store, launch.rank, launch.n_launched, launch=launch)
     if launch.rank == 0:
-        address, refusal = _lock_or_address(out, launch, join, stack)
-        membership.publish("lock", {"refused": None if refusal is None else str(refusal), "address": address})
+        owner, refusal = _lock_or_address(out, address, join, stack)
+        membership.publish("lock", {"refused": None if refusal is None else str(refusal), "address": owner})
         if refusal is not None:
             _await_readers(launch)
             raise refusal
-        return _joining(address, launched) if address else membership
+        return _join(owner, launch) if owner else membership
     found = membership.await_message("lock", patience=START_SECONDS)
     if found["refused"]:
         membership.publish(f"read/{launch.rank}", {})
         raise CaptureError(found["refused"])
-    return _joining(found["address"], launched) if found["address"] else membership
+    return _join(found["address"], launch) if found["address"] else membership
 
 
 def _lock_or_address(
-    out: Path | None, launch: _Launch, join: bool, stack: ExitStack
+    out: Path | None, address: Mapping[str, Json] | None, join: bool, stack: ExitStack
 ) -> tuple[Mapping[str, Any] | None, ArchiveInUseError | None]:
-    """Take the lock; else return where the run that has it can be joined, or why that is not to be."""
+    """Take the lock; else return the address of the run that holds it, or the reason why it cannot be joined."""
     if out is None:
         return None, None
     try:
-        stack.enter_context(locked(out, join=launch.address))
+        stack.enter_context(locked(out, join=address))
     except ArchiveInUseError as error:
         try:
-            return (_address(error), None) if join else (None, error)
+            return (_address_of_owner(error), None) if join else (None, error)
         except ArchiveInUseError:
             return None, error
     return None, None
 
 
-def _await_readers(launch: _Launch) -> None:
-    """Give the others a little time to read a message: the store may go with this process."""
+def _await_readers(launch: Launch) -> None:
+    """Give the other workers a little time to read a message: the store may end with this process."""
     deadline = time.monotonic() + EXIT_GRACE_SECONDS
-    keys = [f"read/{rank}" for rank in range(1, launch.n)]
+    keys = [f"read/{rank}" for rank in range(1, launch.n_launched)]
     while not launch.store.check(keys) and time.monotonic() < deadline:
         time.sleep(0.05)
 
 
-def _address(error: ArchiveInUseError) -> Mapping[str, Any]:
-    """Return where the run that holds the archive can be joined, or raise `error` again."""
-    owner: Owner | None = error.owner
+def _address_of_owner(error: ArchiveInUseError) -> Mapping[str, Any]:
+    """Return the address of the run that holds the lock; raises `error` again if that run cannot be joined."""
+    owner = error.owner
     if owner is None or not owner.join:
         raise error
-    host = owner.join["host"]
-    is_here = owner.host == socket.gethostname()
+    host, is_here = owner.join["host"], owner.host == socket.gethostname()
     if host in _LOCAL and not is_here:
         raise error
     return {**owner.join, "host": "localhost" if is_here else host}
 
 
-def _joining(address: Mapping[str, Any], launched: Launch | None = None) -> Membership:
+def _join(address: Mapping[str, Any], launch: Launch | None = None) -> Membership:
     try:
         store = TCPStore(
             address["host"], int(address["port"]), is_master=False, timeout=timedelta(seconds=LOST_SECONDS)
@@ -177,4 +168,4 @@ def _joining(address: Mapping[str, Any], launched: Launch | None = None) -> Memb
             f"the run to join, at {address['host']}:{address['port']}, does not answer: {error}"
         ) from error
     common, n_launched = PrefixStore(address["prefix"], store), int(address["n"])
-    return Membership(common, number_of_late_worker(common, n_launched), n_launched, launch=launched)
+    return Membership(common, number_of_late_worker(common, n_launched), n_launched, launch=launch)

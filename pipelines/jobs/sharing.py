@@ -1,15 +1,14 @@
 """Numbered units of work that processes share: the groups of a replay, the pairs of a sweep, the batches of a sample.
 
-Processes that were launched together find each other as those of a capture do. Each unit is done by one replica of the
-model, whole: with the same figures whichever it is, so that nothing tells afterwards how many there were. Where several
-processes hold a replica together, its first rank takes units for all of them and keeps what is found.
+One replica of the model does each unit alone, with the same figures whichever replica it is. So the results do not
+depend on the number of processes. If several processes hold a replica together, its first rank takes units for all of
+them and keeps the results.
 """
 
 import json
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
-from pathlib import Path
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 from torch import nn
@@ -20,50 +19,26 @@ from residua.capture.runtime.sharded import is_sharded, is_zero3
 from residua.capture.scheduling.membership import Membership
 from residua.capture.scheduling.work_queue import LocalQueue, SharedQueue, runs_of
 from residua.capture.scheduling.worker_group import WorkerGroup
-from residua.pipelines.jobs.rendezvous import meeting
-from residua.pipelines.jobs.replicas import replica_group
-from residua.pipelines.setup.settings import CaptureSettings
+from residua.pipelines.jobs.workers import Progress, missing_work, plan_once
 from residua.store.base.canonical import differing
 from residua.store.base.errors import CaptureError, PlanError
 
 StepT = TypeVar("StepT")
 _IDLE_SECONDS = 0.1
-_LOOK_SECONDS = 1.0
-
-
-@contextmanager
-def sharing(out: Path | None, settings: CaptureSettings) -> Iterator[Membership | None]:
-    """Yield this process's place among those that were launched together; None if it is alone.
-
-    Args:
-        out: Folder of the results, which is kept from other runs meanwhile; None where none is written.
-        settings: They say over how many processes a model is split that is loaded here.
-
-    Raises:
-        ArchiveInUseError: Another run is at work on `out`.
-        CaptureError: The others do not appear.
-        PlanError: As many processes cannot be shared out.
-    """
-    with (
-        meeting(out, join=False) as membership,
-        nullcontext() if membership is None else membership,
-        replica_group(settings, membership),
-    ):
-        yield membership
 
 
 class SharedWork:
     """What one process does of a job that several share.
 
     Args:
-        membership: Those that were launched together; None for one process alone.
-        model: The model, as this process has it; making this is a collective of those that hold it together.
+        membership: The workers that were launched together; None for one process alone.
+        model: The model in this process. Making this object is a collective of the processes that hold the model.
         alike: Whether all steps take the same number of forward passes. If so, processes with FSDP2 take steps of
-            their own; otherwise they all take the same. With ZeRO-3 they always do: it gathers weights module by
-            module, which blocks that only some of them leave out would disturb.
+            their own; otherwise all processes take the same step. With ZeRO-3 they always do: it gathers weights module
+            by module, and fails if some processes skip a block.
 
     Attributes:
-        is_leader: Whether this process keeps what its replica finds.
+        is_leader: Whether this process keeps the results of its replica.
     """
 
     def __init__(self, membership: Membership | None, model: nn.Module, *, alike: bool) -> None:
@@ -76,41 +51,35 @@ class SharedWork:
             self._worker_group = worker_group_of(model, membership) if spans_processes(model) else None
             self._agree = Agreement() if is_sharded(model) else None
         self.is_leader = self._worker_group is None or self._worker_group.is_leader
-        self._next_look = 0.0
-        self._n_others = 0
+        self._progress = Progress(membership)
 
     def plan_once(self, make: Callable[[], Mapping[str, Any]], check: Callable[[], None]) -> Mapping[str, Any]:
-        """Let worker 0 call `make`, and every other one `check` after that; return what `make` returned."""
-        if self._membership is None:
-            return make()
-        said = self._membership.once("plan", make)
-        if self._membership.number:
-            check()
-        return said
+        """Let worker 0 call `make`, and every other worker `check` after that; return what `make` returned."""
+        return plan_once(self._membership, make, check)
 
     def agree_on(self, request: Mapping[str, Any]) -> None:
-        """Make sure that every process was asked for the same as worker 0.
+        """Check that every process was given the same request as worker 0.
 
         Args:
-            request: What was asked for, as JSON values.
+            request: The request, as JSON values.
 
         Raises:
-            PlanError: This one was asked for something else.
+            PlanError: This process was given another request.
         """
         here = json.loads(json.dumps(request))
         first = self.plan_once(lambda: here, lambda: None)
         if first != here:
             listed = "\n  ".join(differing(first, here, word="here"))
             raise PlanError(
-                f"the processes were not asked for the same, the first one there, this one here:\n  {listed}"
+                f"the processes were given different requests, the first one there, this one here:\n  {listed}"
             )
 
     def units(self, n: int, done: Callable[[], Collection[int]]) -> Iterator[int | None]:
-        """Yield the units that this process is to do; None while it has none, though one may come.
+        """Yield the units that this process is to do; None while it has none but may get one.
 
         Args:
-            n: How many there are.
-            done: Says which are done, whoever did them; asked once, and then while others are waited for.
+            n: Number of units.
+            done: Returns the units that are done, by any process; called at the start, and while waiting for others.
         """
         before = frozenset(done())
         everything = [range(unit, unit + 1) for unit in range(n)]
@@ -125,11 +94,12 @@ class SharedWork:
                 yield from (unit for unit in run.shards if unit not in run.committed)
 
     def steps(self, steps: Iterator[StepT | None], *, along: Callable[[], object]) -> Iterator[StepT]:
-        """Yield steps of units, and wait where there is none yet.
+        """Yield steps of units; wait while there is none.
 
         Args:
             steps: Steps that take the same number of forward passes each; None while there is none.
-            along: Makes as many forward passes for nothing, where those of a sharded model need every process.
+            along: Makes as many forward passes without a result, where the forward passes of a sharded model need
+                every process.
         """
         for step in steps if self._agree is None else in_step(steps, self._agree):
             if step is not None:
@@ -141,10 +111,10 @@ class SharedWork:
 
     @contextmanager
     def forward(self) -> Iterator[None]:
-        """Say in words what it means if a forward pass fails that several processes make together.
+        """Explain a forward pass that fails while several processes run it together.
 
         Raises:
-            CaptureError: It failed.
+            CaptureError: The forward pass failed.
         """
         try:
             yield
@@ -156,25 +126,18 @@ class SharedWork:
             raise failed_together(error, safe="finished") from error
 
     def so_far(self, n_done: int) -> int:
-        """Tell the others how many this process has done; return, on worker 0, how many all have."""
-        if self._membership is None:
-            return n_done
+        """Report how many units this process has done; return on worker 0 how many all have done."""
         n_mine = n_done if self.is_leader else 0
-        self._membership.report(n_done=n_mine)
-        if self._membership.number == 0 and time.monotonic() > self._next_look:
-            self._next_look = time.monotonic() + _LOOK_SECONDS
-            others = [f for f in self._membership.all_statuses() if f["worker"] != self._membership.number]
-            self._n_others = sum(figures.get("n_done", 0) for figures in others)
-        return n_mine + self._n_others
+        return n_done if self._membership is None else n_mine + sum(self._progress.others(n_mine))
 
     def finish(
         self, said: Mapping[str, Any], close: Callable[[Sequence[Mapping[str, Any]]], Mapping[str, Any]]
     ) -> Mapping[str, Any]:
-        """Wait until all have ended; return on every process what `close` makes of what they say.
+        """Wait until all processes have ended; return on every process what `close` makes of their messages.
 
         Args:
-            said: What this process has to say, as JSON values.
-            close: Called by worker 0 with what each said, in the order of their numbers.
+            said: This process's message, as JSON values.
+            close: Called by worker 0 with the message of each process, in the order of their numbers.
 
         Raises:
             CaptureError: Worker 0 is gone.
@@ -193,74 +156,45 @@ class SharedWork:
         close: Callable[[list[Mapping[str, Any]]], None],
         on_unit: Callable[[int, int], None],
     ) -> list[Mapping[str, Any]]:
-        """Return, on every process, what `find` gives for each unit; each is found by one replica.
+        """Return, on every process, the result of `find` for each unit; one replica computes each.
 
         Args:
-            n: How many units there are.
-            find: Looks at one unit; what it gives has to be JSON values.
-            close: Called by worker 0 with all of it, before any process returns.
+            n: Number of units.
+            find: Computes the result of a unit, as JSON values.
+            close: Called by worker 0 with all results, before any process returns.
             on_unit: Called with the units done and in all; on worker 0 with those of all processes.
 
         Raises:
             CaptureError: Another process is gone, and its units with it.
         """
-        findings = _Findings(self._membership, n)
+        membership, results = self._membership, dict[int, Mapping[str, Any]]()
 
-        def of_all(_said: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
-            if n_missing := n - len(findings.done()):
+        def done() -> Collection[int]:
+            if membership is not None:
+                others = {unit: membership.message(f"found/{unit}") for unit in range(n) if unit not in results}
+                results.update({unit: message for unit, message in others.items() if message is not None})
+            return results.keys()
+
+        def close_all(_said: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
+            if n_missing := n - len(done()):
                 raise self.missing(f"results of {n_missing} of {n}")
-            close(findings.in_order())
-            return {"found": findings.in_order()}
+            in_order = [results[unit] for unit in range(n)]
+            close(in_order)
+            return {"found": in_order}
 
-        units = self.steps(self.units(n, findings.done), along=lambda: find(0))
+        units = self.steps(self.units(n, done), along=lambda: find(0))
         for n_done, unit in enumerate(units, start=1):
             with self.forward():
                 found = find(unit)
             if self.is_leader:
-                findings.add(unit, found)
+                results[unit] = found
+                if membership is not None:
+                    membership.publish(f"found/{unit}", found)
             on_unit(min(n, self.so_far(n_done)), n)
-        everything: list[Mapping[str, Any]] = self.finish({}, of_all)["found"]
+        everything: list[Mapping[str, Any]] = self.finish({}, close_all)["found"]
         on_unit(n, n)
         return everything
 
     def missing(self, what: str) -> CaptureError:
-        """Return the error for results that are missing because workers are gone."""
-        gone = "" if self._membership is None else self._membership.unfinished()
-        return CaptureError(
-            f"{what} are missing because {gone or 'a worker'} is gone. What was finished is safe; run the same "
-            "command again to go on."
-        )
-
-
-class _Findings:
-    """What was found of each unit, by this process and by the others, who tell it in the worker group's store.
-
-    Args:
-        membership: The others, if there are any.
-        n: How many units there are.
-    """
-
-    def __init__(self, membership: Membership | None, n: int) -> None:
-        self._membership = membership
-        self._n = n
-        self._found: dict[int, Mapping[str, Any]] = {}
-
-    def add(self, unit: int, found: Mapping[str, Any]) -> None:
-        """Take what this process found."""
-        self._found[unit] = found
-        if self._membership is not None:
-            self._membership.publish(f"found/{unit}", found)
-
-    def done(self) -> Collection[int]:
-        """Return the units that anybody has found something of."""
-        for unit in range(self._n) if self._membership is not None else ():
-            message = (
-                None if unit in self._found or self._membership is None else self._membership.message(f"found/{unit}")
-            )
-            if message is not None:
-                self._found[unit] = message
-        return self._found.keys()
-
-    def in_order(self) -> list[Mapping[str, Any]]:
-        """Return everything, by unit."""
-        return [self._found[unit] for unit in range(self._n)]
+        """Return the error for results that are missing because workers ended early."""
+        return missing_work(self._membership, what)

@@ -1,37 +1,148 @@
-"""What the workers of a capture do once, what each does, and what they tell each other.
+"""The workers of a job: what worker 0 does once, what each worker does, and what they report to each other.
 
-Worker 0 makes the plan and the archive; the others wait for it, open the archive, and check that their own model and
-settings give the same plan. All take runs of shards until every shard is committed. Then worker 0 seals the archive,
-and nobody returns before that.
+In a capture, worker 0 makes the plan and the archive. The others wait for it, open the archive, and check that their
+own model and settings give the same plan. All take runs of shards until every shard is committed. Then worker 0 seals
+the archive, and no worker returns before that.
 """
 
 import os
 import socket
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
+import torch
+import torch.distributed as dist
 from torch import nn
 from torch._C._distributed_c10d import PrefixStore
 
 from residua.capture.layout.process_layout import ProcessLayout, process_layout_of, spans_processes
 from residua.capture.recording.record import RecordStats, total
-from residua.capture.scheduling.membership import Membership
+from residua.capture.scheduling.membership import START_SECONDS, Membership
 from residua.capture.scheduling.work_queue import LocalQueue, SharedQueue, WorkQueue
 from residua.capture.sites.site import SiteInfo
-from residua.pipelines.jobs.rendezvous import meeting
-from residua.pipelines.jobs.replicas import replica_group
+from residua.pipelines.jobs.rendezvous import rendezvous
 from residua.pipelines.setup.settings import CaptureSettings
-from residua.store.base.errors import CaptureError
+from residua.store.base.errors import CaptureError, PlanError
 from residua.store.examples.schedule import Schedule
 from residua.store.format.commits import committed_shards
 
 _LOOK_SECONDS = 1.0
 _LEAST_WORKERS = 2  # replicas that the shards are cut for: more may join
+
+
+@contextmanager
+def working_together(out: Path | None, settings: CaptureSettings) -> Iterator[Membership | None]:
+    """Yield this process's place among the workers of a job; None if it is alone.
+
+    Args:
+        out: Folder of the results, which no other run may write meanwhile; None if no folder is written.
+        settings: Whether other runs may join, and over how many processes a model that is loaded here is split.
+
+    Raises:
+        ArchiveInUseError: Another run is writing `out`.
+        CaptureError: The other workers do not appear.
+        PlanError: The launched processes cannot be divided into groups of that many.
+    """
+    with rendezvous(out, join=settings.join) as membership, replica_group(settings, membership):
+        yield membership
+
+
+@contextmanager
+def replica_group(settings: CaptureSettings, membership: Membership | None) -> Iterator[None]:
+    """Make a process group for this process's replica, if a model that is loaded here is split over processes.
+
+    Each replica is a process group of neighbouring ranks and knows of no other. So replicas do not wait for each other,
+    and a replica whose process dies does not stop the others. A process that hangs holds the others of its replica for
+    `START_SECONDS` at most.
+
+    Args:
+        settings: Over how many processes a replica is split; for one process no group is made.
+        membership: The workers that were launched together.
+
+    Raises:
+        PlanError: The launched processes cannot be divided into groups of that many.
+    """
+    size = settings.tp * settings.pp
+    if size == 1:
+        yield
+        return
+    asked = f"--tp {settings.tp}" if settings.pp == 1 else f"--tp {settings.tp} --pp {settings.pp}"
+    if dist.is_initialized():
+        if dist.get_world_size() != size:
+            raise PlanError(
+                f"{asked} needs {size} processes, and this script has a process group of {dist.get_world_size()}: load "
+                "and split the model in the script, and pass it instead of its name"
+            )
+        yield
+        return
+    launch = None if membership is None else membership.launch
+    if launch is None or launch.n_launched % size:
+        found = "this process is alone" if launch is None else f"{launch.n_launched} were launched together"
+        raise PlanError(
+            f"{asked} splits a model over {size} processes, and {found}: start a multiple of {size}, for example "
+            f"with torchrun --nproc-per-node {size} -m residua ..."
+        )
+    replica, rank = divmod(launch.rank, size)
+    dist.init_process_group(
+        "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo",
+        store=PrefixStore(f"group/{replica}", launch.store),
+        rank=rank,
+        world_size=size,
+        timeout=timedelta(seconds=START_SECONDS),
+    )
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def plan_once(
+    membership: Membership | None, make: Callable[[], Mapping[str, Any]], check: Callable[[], None]
+) -> Mapping[str, Any]:
+    """Let worker 0 call `make`, and every other worker `check` after that; return what `make` returned."""
+    if membership is None:
+        return make()
+    message = membership.once("plan", make)
+    if membership.number:
+        check()
+    return message
+
+
+def missing_work(membership: Membership | None, what: str) -> CaptureError:
+    """Return the error for work that is missing because workers ended early."""
+    gone = "" if membership is None else membership.unfinished()
+    return CaptureError(
+        f"{what} are missing because {gone or 'a worker'} is gone. What was finished is safe; run the same command "
+        "again to go on."
+    )
+
+
+class Progress:
+    """How far the workers are: each reports its figures, and worker 0 looks at the others' once a second."""
+
+    def __init__(self, membership: Membership | None) -> None:
+        self._membership = membership
+        self._next_look = 0.0
+        self._others: list[Any] = []
+
+    def others(self, mine: Any) -> list[Any]:
+        """Report this worker's figures, as JSON values; return on worker 0 what the others reported."""
+        if self._membership is None:
+            return []
+        self._membership.report(so_far=mine)
+        if self._membership.number == 0 and time.monotonic() > self._next_look:
+            self._next_look = time.monotonic() + _LOOK_SECONDS
+            others = (
+                figures for figures in self._membership.all_statuses() if figures["worker"] != self._membership.number
+            )
+            self._others = [figures["so_far"] for figures in others if "so_far" in figures]
+        return self._others
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +152,7 @@ class WorkerFigures:
     Attributes:
         worker: Its number.
         host: Name of its machine.
-        pid: Number of its process there.
+        pid: Process id on that machine.
         stats: Its figures.
     """
 
@@ -51,165 +162,80 @@ class WorkerFigures:
     stats: RecordStats
 
 
-class Workers(Protocol):
-    """This worker and the others."""
+class Workers:
+    """This worker and the others of a capture.
+
+    Args:
+        membership: The workers; None if this one is alone.
+    """
+
+    def __init__(self, membership: Membership | None) -> None:
+        self._membership = membership
+        self._progress = Progress(membership)
+        self._n_replicas = 1 if membership is None else membership.n_launched
 
     def plan_once(self, make: Callable[[], Mapping[str, Any]], check: Callable[[], None]) -> Mapping[str, Any]:
-        """Let worker 0 call `make`, and every other one `check` after that; return what `make` returned."""
-        ...
+        """Let worker 0 call `make`, and every other worker `check` after that; return what `make` returned."""
+        message = plan_once(self._membership, lambda: {**make(), "n_replicas": self._n_replicas}, check)
+        self._n_replicas = message["n_replicas"]
+        return message
 
-    def replica_group(self, settings: CaptureSettings) -> AbstractContextManager[None]:
-        """Make the process group of this worker's replica; see `residua.pipelines.jobs.replicas`."""
-        ...
-
-    def part(self, model: nn.Module, sites: Mapping[str, SiteInfo]) -> ProcessLayout | None:
-        """Return what this worker has of a model that several hold together; None if it has all of it."""
-        ...
+    def process_layout(self, model: nn.Module, sites: Mapping[str, SiteInfo]) -> ProcessLayout | None:
+        """Return what this worker holds of a model that several hold together; None if it holds the full model."""
+        if self._membership is None or not spans_processes(model):
+            return None
+        layout = process_layout_of(model, sites, self._membership)
+        self._n_replicas = max(1, self._membership.n_launched // len(layout.worker_group.numbers))
+        return layout
 
     def work(self, archive: Path, schedule: Schedule) -> WorkQueue:
         """Return the shards that this worker is to do."""
-        ...
-
-    def so_far(self, stats: RecordStats) -> RecordStats:
-        """Tell the others this worker's figures; return those of all, on worker 0."""
-        ...
-
-    def finish(self, stats: RecordStats, archive: Path, n_shards: int, seal: Callable[[], None]) -> list[WorkerFigures]:
-        """Wait until every shard is committed, let worker 0 call `seal`, and return what each worker did."""
-        ...
-
-
-class Alone:
-    """One worker that does everything."""
-
-    def plan_once(self, make: Callable[[], Mapping[str, Any]], check: Callable[[], None]) -> Mapping[str, Any]:  # noqa: ARG002  # nobody else has to check
-        """Return what `make` returns."""
-        return make()
-
-    def replica_group(self, settings: CaptureSettings) -> AbstractContextManager[None]:
-        """See `Workers`."""
-        return replica_group(settings, None)
-
-    def part(self, model: nn.Module, sites: Mapping[str, SiteInfo]) -> ProcessLayout | None:  # noqa: ARG002  # nobody shares it
-        """Return None."""
-        return None
-
-    def work(self, archive: Path, schedule: Schedule) -> WorkQueue:  # noqa: ARG002  # it does not look at the archive
-        """Return all shards."""
-        return LocalQueue(schedule.n_shards)
-
-    def so_far(self, stats: RecordStats) -> RecordStats:
-        """Return `stats`."""
-        return stats
-
-    def finish(self, stats: RecordStats, archive: Path, n_shards: int, seal: Callable[[], None]) -> list[WorkerFigures]:  # noqa: ARG002  # as above
-        """Seal at once."""
-        seal()
-        return [WorkerFigures(worker=0, host=socket.gethostname(), pid=os.getpid(), stats=stats)]
-
-
-class Together:
-    """One worker among several.
-
-    Args:
-        membership: The others.
-    """
-
-    def __init__(self, membership: Membership) -> None:
-        self._membership = membership
-        self._others: list[RecordStats] = []
-        self._next_look = 0.0
-        self._n_replicas = membership.n_launched
-
-    def plan_once(self, make: Callable[[], Mapping[str, Any]], check: Callable[[], None]) -> Mapping[str, Any]:
-        """See `Workers`."""
-        message = self._membership.once("plan", lambda: {**make(), "n_replicas": self._n_replicas})
-        self._n_replicas = message["n_replicas"]
-        if self._membership.number:
-            check()
-        return message
-
-    def replica_group(self, settings: CaptureSettings) -> AbstractContextManager[None]:
-        """See `Workers`."""
-        return replica_group(settings, self._membership)
-
-    def part(self, model: nn.Module, sites: Mapping[str, SiteInfo]) -> ProcessLayout | None:
-        """See `Workers`."""
-        if not spans_processes(model):
-            return None
-        part = process_layout_of(model, sites, self._membership)
-        self._n_replicas = max(1, self._membership.n_launched // len(part.worker_group.numbers))
-        return part
-
-    def work(self, archive: Path, schedule: Schedule) -> WorkQueue:
-        """See `Workers`."""
+        if self._membership is None:
+            return LocalQueue(schedule.n_shards)
         runs = schedule.runs(max(_LEAST_WORKERS, self._n_replicas))
         return SharedQueue(self._membership, runs, partial(committed_shards, archive))
 
     def so_far(self, stats: RecordStats) -> RecordStats:
-        """See `Workers`."""
-        self._membership.report(stats=asdict(stats))
-        if self._membership.number:
-            return stats
-        if time.monotonic() > self._next_look:
-            self._next_look = time.monotonic() + _LOOK_SECONDS
-            told = [
-                figures for figures in self._membership.all_statuses() if figures["worker"] != self._membership.number
-            ]
-            self._others = [RecordStats(**figures["stats"]) for figures in told if "stats" in figures]
-        return total([stats, *self._others])
+        """Report this worker's figures; return on worker 0 the figures of all workers, elsewhere `stats`."""
+        others = [] if self._membership is None else self._progress.others(asdict(stats))
+        return total([stats, *(RecordStats(**figures) for figures in others)]) if others else stats
 
     def finish(self, stats: RecordStats, archive: Path, n_shards: int, seal: Callable[[], None]) -> list[WorkerFigures]:
-        """See `Workers`.
+        """Wait until every shard is committed, let worker 0 call `seal`, and return what each worker did.
 
         Raises:
-            CaptureError: Shards are missing because a worker is gone, or worker 0 is.
+            CaptureError: Shards are missing because a worker is gone, or worker 0 is gone.
         """
-        self._membership.report(stats=asdict(stats))
-        return _figures(self._membership.finish(partial(self._close, archive, n_shards, seal))["workers"])
+        if self._membership is None:
+            seal()
+            return [WorkerFigures(worker=0, host=socket.gethostname(), pid=os.getpid(), stats=stats)]
+        membership = self._membership
 
-    def _close(self, archive: Path, n_shards: int, seal: Callable[[], None]) -> Mapping[str, Any]:
-        missing = n_shards - len(committed_shards(archive))
-        if missing:
-            raise CaptureError(
-                f"{missing} shards are missing because {self._membership.unfinished()} is gone. What was committed is "
-                "safe; run the same command again to go on."
-            )
-        seal()
-        return {"workers": self._membership.all_statuses()}
+        def close() -> Mapping[str, Any]:
+            if missing := n_shards - len(committed_shards(archive)):
+                raise missing_work(membership, f"{missing} shards")
+            seal()
+            return {"workers": membership.all_statuses()}
 
-
-def _figures(everyone: Sequence[Mapping[str, Any]]) -> list[WorkerFigures]:
-    """Return the figures of all that told any; of a worker that died, those that it told last."""
-    return [
-        WorkerFigures(worker=f["worker"], host=f["host"], pid=f["pid"], stats=RecordStats(**f["stats"]))
-        for f in everyone
-        if "stats" in f
-    ]
+        membership.report(so_far=asdict(stats))
+        return [
+            WorkerFigures(worker=f["worker"], host=f["host"], pid=f["pid"], stats=RecordStats(**f["so_far"]))
+            for f in membership.finish(close)["workers"]  # of a worker that died, the last figures that it reported
+            if "so_far" in f
+        ]
 
 
 @contextmanager
-def workers_of(out: Path, *, join: bool) -> Iterator[Workers]:
-    """Yield this worker and the others that capture `out`; see `meeting`."""
-    with meeting(out, join=join) as membership:
-        if membership is None:
-            yield Alone()
-        else:
-            with membership:
-                yield Together(membership)
-
-
-@contextmanager
-def workers_of_launch(membership: Membership | None, job: str) -> Iterator[Workers]:
-    """Yield this worker and the others for a capture that is part of their job; it has a worker group of its own.
+def workers_of_step(membership: Membership | None, step: str) -> Iterator[Workers]:
+    """Yield this worker and the others for a capture that is one step of their job.
 
     Args:
-        membership: Those that were launched together, as they do the whole job; None for one process alone.
-        job: A name for this part of it.
+        membership: The workers of the job, launched together; None for one process alone.
+        step: A name for the step.
     """
     if membership is None or membership.launch is None:
-        yield Alone()
+        yield Workers(None)
         return
     store, rank, n_launched = membership.launch
-    with Membership(PrefixStore(job, store), rank, n_launched, launch=membership.launch) as own:
-        yield Together(own)
+    with Membership(PrefixStore(step, store), rank, n_launched, launch=membership.launch) as own:
+        yield Workers(own)

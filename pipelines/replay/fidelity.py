@@ -13,7 +13,8 @@ from residua.capture.replay.engine import Replayer
 from residua.capture.replay.metrics import token_divergences
 from residua.capture.replay.notes import is_rounded
 from residua.pipelines.capture.captured_batches import sample_batches
-from residua.pipelines.jobs.sharing import SharedWork, sharing
+from residua.pipelines.jobs.sharing import SharedWork
+from residua.pipelines.jobs.workers import working_together
 from residua.pipelines.setup.models import replayed_model
 from residua.pipelines.setup.settings import CaptureSettings
 from residua.store.base.errors import PlanError
@@ -71,7 +72,7 @@ def fidelity(
     batches = [batch.examples.tolist() for batch in sample_batches(opened, n_batches, seed)]
     settings = CaptureSettings(device=device, tp=tp, pp=pp)
     with (
-        sharing(None, settings) as membership,
+        working_together(None, settings) as membership,
         replayed_model(opened, model, settings) as loaded,
         running_as_captured(opened, loaded),
     ):

@@ -21,7 +21,8 @@ from residua.capture.identity.provenance import running_as_captured
 from residua.capture.recording.record import RecordStats
 from residua.capture.replay.engine import Replayer
 from residua.pipelines.capture.captured_batches import schedule_of, whole_groups
-from residua.pipelines.jobs.sharing import SharedWork, sharing
+from residua.pipelines.jobs.sharing import SharedWork
+from residua.pipelines.jobs.workers import working_together
 from residua.pipelines.replay.capture import ARCHIVE, ReplayCapture
 from residua.pipelines.replay.comparison import Comparison
 from residua.pipelines.replay.result_folder import (
@@ -153,7 +154,7 @@ def replay_dataset(
     folder, settings = Path(out), CaptureSettings(device=device, tp=tp, pp=pp)
     files = TableFiles(folder, schedule, chosen)
     with ExitStack() as stack:
-        membership = stack.enter_context(sharing(folder, settings))
+        membership = stack.enter_context(working_together(folder, settings))
         loaded = stack.enter_context(replayed_model(opened, model, settings))
         stack.enter_context(running_as_captured(opened, loaded))
         shared = SharedWork(membership, loaded, alike=True)
@@ -176,22 +177,23 @@ def replay_dataset(
         }
         edit_notes = [*replayer.notes, *idle]
         facts: dict[str, Any] = {"reproducible": is_reproducible(parsed), "notes": edit_notes, "command": command}
+        taken = np.flatnonzero(chosen)
         following = (
             None
             if capture is None
-            else ReplayCapture(replayer, capture, np.flatnonzero(chosen), replay=replayed, facts=facts)
+            else ReplayCapture(replayer, capture, taken, folder / ARCHIVE, replay=replayed, facts=facts)
         )
         planned = shared.plan_once(
             lambda: {"resumed": begin_or_resume(folder, request, facts)}, lambda: check_request(folder, request)
         )
         notes = write_files(files, comparison, shared, on_example)
-        found = None if following is None else following.run(folder / ARCHIVE, membership, on_plan, on_batch)
+        found = None if following is None else following.capture(membership, on_plan, on_batch)
     return ReplayResult(
         folder=folder,
         n_examples=int(chosen.sum()),
         resumed=planned["resumed"],
-        notes=(*edit_notes, *notes, *(() if found is None else found.notes)),
-        archive=None if found is None else found.archive,
+        notes=(*edit_notes, *notes, *(() if following is None else following.notes)),
+        archive=found,
     )
 
 

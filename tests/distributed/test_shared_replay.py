@@ -181,4 +181,4 @@ def test_who_was_asked_for_something_else_is_told_and_the_others_go_on(
     other = Start(words=[*words, "--positions", "1"], env=second.env)
     ended = gang.run([first, other])
     assert [end.code for end in ended] == [0, 2], ended
-    assert "were not asked for the same" in ended[1].output
+    assert "different requests" in ended[1].output

@@ -7,8 +7,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from residua.pipelines.capture.capture import capture_dataset
-from residua.pipelines.capture.result import CaptureResult
+from residua.pipelines.capture.capture import CaptureResult, capture_dataset
 from tests.models import VOCABULARY
 
 HEIGHT = 16

@@ -77,7 +77,7 @@ def test_of_another_config_only_the_keys_that_differ_are_named(tmp_path: Path) -
 
 
 def test_what_is_no_transformers_model_is_sent_to_the_recorder(tmp_path: Path) -> None:
-    with pytest.raises(PlanError, match=r"a Linear is none: call it in a loop of your own inside residua\.Recorder"):
+    with pytest.raises(PlanError, match=r"a Linear: .*residua\.Recorder"):
         capture_dataset(nn.Linear(2, 2), TOKENS, out=tmp_path / "a.zarr")  # type: ignore[arg-type]  # that is the point
     assert list(tmp_path.glob("*.zarr")) == []
 
@@ -97,16 +97,14 @@ def test_without_the_head_the_plan_and_the_rows_are_the_same(tmp_path: Path) -> 
 def test_an_archive_is_opened_no_oftener_than_its_records_change(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    opened = 0
+    opened, plain = 0, Archive.__init__
 
-    class Counted(Archive):
-        def __init__(self, path: Path) -> None:
-            nonlocal opened
-            opened += 1
-            super().__init__(path)
+    def counted(archive: Archive, path: Path) -> None:
+        nonlocal opened
+        opened += 1
+        plain(archive, path)
 
-    for file in ("capture", "going_on"):
-        monkeypatch.setattr(f"residua.pipelines.{file}.Archive", Counted)
+    monkeypatch.setattr(Archive, "__init__", counted)
     for _ in ("fresh", "resumed"):
         opened = 0
         assert capture_dataset(TINY["llama"](), TOKENS, out=tmp_path / "a.zarr", sites="embed").archive.is_sealed

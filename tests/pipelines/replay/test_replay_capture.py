@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 import residua
+from residua.capture.replay.engine import Replayer
 from residua.pipelines.cli.main import main
-from residua.pipelines.replay import capture as replay_capture
+from residua.pipelines.replay.capture import ReplayCapture
 from residua.store.base.errors import PlanError, UnknownSiteError
 from residua.store.format.archive_metadata import is_archive
 from residua.store.read.archive import Archive
@@ -226,19 +227,21 @@ def test_what_cannot_be_captured_is_said_before_anything_runs(tmp_path: Path) ->
         replayed(model, theirs, tmp_path / "c", capture="final")
 
 
-def test_wider_rows_have_lower_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wider_rows_have_lower_shards(tmp_path: Path) -> None:
     model = model_of("llama")
     archive = captured(model, tmp_path / "a")
-    monkeypatch.setattr(replay_capture, "HOST_MEMORY_BYTES", 32_000)
-    found = residua.replay_dataset(model, archive, out=tmp_path / "out", at="resid_post.0", capture="logits")
-    assert found.archive is not None
-    assert found.archive.plan.rows_per_shard == 32
-    assert "holds 32 rows and not 64" in found.notes[-1]
+    replayer = Replayer(model, archive, at=["resid_post.0"])
+    examples = np.arange(len(archive.example_table))
+    facts: dict[str, Any] = {"replay": {}, "facts": {"command": None}}
+    job = ReplayCapture(replayer, "logits", examples, tmp_path / "acts.zarr", host_memory=32_000, **facts)
+    found = job.capture(None)
+    replayer.stored.close()
+    assert found.plan.rows_per_shard == 32
+    assert "holds 32 rows and not 64" in job.notes[-1]
     rows = slice(0, archive.n_rows)
-    torch.testing.assert_close(found.archive["logits"].torch(rows), archive["logits"].torch(rows), rtol=1e-5, atol=1e-5)
-    monkeypatch.setattr(replay_capture, "HOST_MEMORY_BYTES", 1000)
-    with pytest.raises(PlanError, match=r"the longest example has 12 rows of 388 bytes, and 1,000 bytes may be staged"):
-        replayed(model, archive, tmp_path / "small", capture="logits")
+    torch.testing.assert_close(found["logits"].torch(rows), archive["logits"].torch(rows), rtol=1e-5, atol=1e-5)
+    with pytest.raises(PlanError, match=r"12 rows of 388 bytes, .* 1,000 bytes"):
+        ReplayCapture(replayer, "logits", examples, tmp_path / "small", host_memory=1000, **facts)
 
 
 def test_killed_at_many_steps_it_ends_the_same(forks: Forks, tmp_path: Path) -> None:
