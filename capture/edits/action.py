@@ -16,7 +16,6 @@ from torch import Tensor
 from residua.capture.buffers.row_index import Indices
 from residua.capture.runtime.collectives import is_alone
 from residua.store.base.errors import PlanError
-from residua.store.edits.selection import RowChooser
 from residua.store.read.archive import Archive
 
 _MAX_PREFETCHED = 8  # batches times sites
@@ -119,12 +118,10 @@ class EditContext:
 
     Attributes:
         stored: Rows of the archive.
-        chooser: Examples of the archive.
         dtype: The type of the site's tensor in the model.
     """
 
     stored: StoredRows
-    chooser: RowChooser
     dtype: torch.dtype
 
 

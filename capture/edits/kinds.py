@@ -24,6 +24,7 @@ from residua.capture.runtime.collectives import is_alone
 from residua.capture.sites.site import SiteInfo
 from residua.store.base.canonical import digest_of
 from residua.store.base.errors import NotCapturedError, PlanError
+from residua.store.edits.archive_values import class_members, column_classes, mean_row
 from residua.store.edits.edit import (
     Add,
     Edit,
@@ -32,7 +33,6 @@ from residua.store.edits.edit import (
     Mean,
     Noise,
     ProjectOut,
-    Scalar,
     Scale,
     Set,
     Swap,
@@ -40,12 +40,11 @@ from residua.store.edits.edit import (
     Zero,
 )
 from residua.store.edits.lens_files import read_linear_map
-from residua.store.edits.means import mean_row
 from residua.store.edits.overlay import Overlay
-from residua.store.edits.selection import RowChooser
 from residua.store.edits.vectors import Vector
 from residua.store.read.archive import Archive
 from residua.store.read.reader import Array
+from residua.store.selection.grammar import Value
 
 _MAX_CACHED_MEANS = 4096  # a column may have a class for each example
 
@@ -151,11 +150,11 @@ def _mean(edit: Mean, info: SiteInfo, context: EditContext) -> Action:
     _require_site(archive, info)
     if edit.column is None:
         return _fill(_row_value(mean_row(archive, info.name), info, context.dtype, "the mean"))
-    classes = context.chooser.classes(edit.column)
-    members = (context.chooser if other is None else RowChooser(other)).members(edit.column)
+    classes = column_classes(context.stored.archive, edit.column)
+    members = class_members(archive, edit.column)
 
     @lru_cache(_MAX_CACHED_MEANS)
-    def mean(key: Scalar) -> Tensor:
+    def mean(key: Value) -> Tensor:
         what = f"the mean of rows with {edit.column} == {key!r}"
         if key not in members:
             raise PlanError(f"{what} was asked for, and {archive.path} has no such example")

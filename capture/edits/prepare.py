@@ -23,13 +23,14 @@ from residua.capture.forward.plan_batch import PlanBatch
 from residua.capture.sites.reference_model import whole_sites
 from residua.capture.sites.site import SiteInfo
 from residua.store.base.errors import PlanError, ResiduaError
+from residua.store.edits.archive_values import check_edit
 from residua.store.edits.edit import Edit, Function, Mean, Scale, Swap, Zero
-from residua.store.edits.selection import RowChooser
 from residua.store.read.archive import Archive
+from residua.store.selection.tokens import TokenSelector
 
 
 def prepare_edits(
-    edits: Sequence[Edit], model: nn.Module, stored: StoredRows, chooser: RowChooser
+    edits: Sequence[Edit], model: nn.Module, stored: StoredRows, selector: TokenSelector
 ) -> list["PreparedEdit"]:
     """Check edits against a model and an archive, and prepare what they do.
 
@@ -43,16 +44,16 @@ def prepare_edits(
         with _naming(f"edit {number} ({edit.kind})"):
             other = edit.archive if isinstance(edit, Swap | Mean) else None
             source = stored.archive if other is None else open_archive(other)
-            chooser.check(edit, source.example_table)
+            check_edit(edit, selector, stored.archive, source.example_table)
             infos = whole_sites(model, list(edit.sites))
-            actions = {name: _action(edit, info, stored, chooser) for name, info in infos.items()}
+            actions = {name: _action(edit, info, stored) for name, info in infos.items()}
         prepared.append(
-            PreparedEdit(edit=edit, number=number, actions=actions, infos=infos, chooser=chooser, source=source)
+            PreparedEdit(edit=edit, number=number, actions=actions, infos=infos, selector=selector, source=source)
         )
     return prepared
 
 
-def _action(edit: Edit, info: SiteInfo, stored: StoredRows, chooser: RowChooser) -> Action:
+def _action(edit: Edit, info: SiteInfo, stored: StoredRows) -> Action:
     """Return what an edit does at a site, limited to the heads and channels that it names."""
     if not info.per_token or info.row_shape is None or info.dtype is None or info.site.top is not None:
         raise PlanError(f"{info.name} does not hold one entry a token that could be changed; choose another site")
@@ -61,7 +62,7 @@ def _action(edit: Edit, info: SiteInfo, stored: StoredRows, chooser: RowChooser)
         raise PlanError(f"{info.name} holds {info.dtype}, and edits are for floating-point numbers")
     if info.site.kind == "pattern" and not isinstance(edit, Zero | Scale | Function):
         raise PlanError(f"{edit.kind} does not fit {info.name}, whose rows are as long as their example; use z")
-    action = ACTIONS[type(edit)](edit, info, EditContext(stored=stored, chooser=chooser, dtype=dtype))
+    action = ACTIONS[type(edit)](edit, info, EditContext(stored=stored, dtype=dtype))
     mask = _entry_mask(edit, info)
     if mask is None:
         return action
@@ -104,7 +105,7 @@ class PreparedEdit:
         number: Its place in the list, from 1.
         actions: From site to action.
         infos: From site to what is known of it.
-        chooser: The examples that the edit refers to.
+        selector: The examples that the edit refers to.
         source: The archive that its rows come from, if it brings any.
     """
 
@@ -112,7 +113,7 @@ class PreparedEdit:
     number: int
     actions: Mapping[str, Action]
     infos: Mapping[str, SiteInfo]
-    chooser: RowChooser
+    selector: TokenSelector
     source: Archive
 
     def choose(self, batch: PlanBatch) -> ChosenRows:
@@ -125,7 +126,7 @@ class PreparedEdit:
         return ChosenRows(**{name: np.concatenate([found[name] for found in examples]) for name in examples[0]})
 
     def _choose_in(self, batch: PlanBatch, place: int, example: ExampleRows) -> dict[str, Indices]:
-        tokens = np.flatnonzero(self.chooser.tokens(self.edit.chosen, example.example))
+        tokens = np.flatnonzero(self.selector.tokens(self.edit.chosen, example.example))
         if isinstance(self.edit, Swap):
             tokens = _with_partner(self.edit, example.example, tokens)
         rows = _rows_of_tokens(example.positions, example.first_row, tokens)

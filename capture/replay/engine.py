@@ -46,9 +46,9 @@ from residua.capture.taps.reading import Taps
 from residua.capture.taps.tap import tap
 from residua.store.base.errors import CaptureError, NotCapturedError, PlanError
 from residua.store.edits.edit import Edit
-from residua.store.edits.selection import RowChooser
 from residua.store.examples.schedule import Batch
 from residua.store.read.archive import Archive
+from residua.store.selection.tokens import TokenSelector
 
 BatchT = TypeVar("BatchT")
 
@@ -98,7 +98,7 @@ class Replayer:
     Attributes:
         archive: The archive.
         stored: Its rows.
-        chooser: Its examples, for edits.
+        selector: Its examples, for edits.
         edits: The prepared edits.
         model: The model as it was given.
         group: `tensor_parallel`.
@@ -136,8 +136,8 @@ class Replayer:
         self._read_here = frozenset(target_of(model).here(infos)) if is_owner else frozenset()
         for name, info in infos.items():
             _check_injection(archive, name, info)
-        self.chooser = RowChooser(archive)
-        self.edits = prepare_edits(edits, self.core, self.stored, self.chooser)
+        self.selector = TokenSelector(archive)
+        self.edits = prepare_edits(edits, self.core, self.stored, self.selector)
         for edit in self.edits:
             self._infos |= edit.infos
             for name in edit.actions:

@@ -68,7 +68,7 @@ class _Steps:
         self._batch = batch
         self._prompt = replayer.steps(batch, edited=True)
         self._edits = [edit for edit in replayer.edits if edit_new_tokens and _fits_new_tokens(edit)]
-        self._chooser = replayer.chooser
+        self._selector = replayer.selector
         self._n_passes: Counter[str] = Counter()
         new_sites = (site for edit in self._edits for site in edit.actions)
         self.sites = list(dict.fromkeys([*self._prompt, *new_sites]))
@@ -91,7 +91,7 @@ class _Steps:
         meant = [
             (place, example.example, len(example.input_ids) + number)
             for place, example in enumerate(self._batch.rows)
-            if self._chooser.means_example(edit.edit.chosen, example.example)
+            if self._selector.includes(edit.edit.chosen, example.example)
         ]
         source, numbers, positions = np.array(meant, np.int64).reshape(-1, 3).T
         nowhere = np.full(len(meant), -1)

@@ -5,10 +5,10 @@ from pathlib import Path
 from typing import Any
 
 from residua.pipelines.cli.job import add_job, add_split_flags, speaks_for_all
-from residua.pipelines.cli.lists import numbers
 from residua.pipelines.cli.progress import StepProgress
 from residua.pipelines.cli.report import print_json, table
 from residua.pipelines.jobs.stopping import stopping_in_time
+from residua.store.selection.grammar import parse_numbers
 
 _SHOWN = 10
 
@@ -98,4 +98,4 @@ def _run(options: argparse.Namespace, way: Any, word: str, **more: int) -> int:
 def _positions(text: str | None) -> Any:
     if text in (None, "together"):
         return text
-    return numbers(text, "--positions", signed=True)
+    return parse_numbers(text, "--positions", signed=True)

@@ -4,10 +4,11 @@ import argparse
 from typing import TYPE_CHECKING, Any
 
 from residua.pipelines.cli.job import add_archive, add_job, add_split_flags, speaks_for_all
-from residua.pipelines.cli.lists import numbers, tokens
+from residua.pipelines.cli.lists import tokens
 from residua.pipelines.cli.progress import CaptureProgress, StepProgress
 from residua.pipelines.cli.report import print_json
 from residua.pipelines.jobs.stopping import stopping_in_time
+from residua.store.selection.grammar import parse_numbers
 
 if TYPE_CHECKING:
     from residua.pipelines.replay.replay import ReplayResult
@@ -51,8 +52,8 @@ def _replay(options: argparse.Namespace) -> int:
             edits=() if options.edit is None else options.edit,
             at=None if options.at is None else options.at.split(","),
             capture=options.capture,
-            examples=None if options.examples is None else numbers(options.examples, "--examples"),
-            rows=None if options.rows is None else numbers(options.rows, "--rows"),
+            examples=None if options.examples is None else parse_numbers(options.examples, "--examples"),
+            rows=None if options.rows is None else parse_numbers(options.rows, "--rows"),
             where=options.where,
             tokens=tokens(options.tokens, "--tokens") if options.tokens else (),
             force=options.force,

@@ -14,7 +14,8 @@ import numpy as np
 
 from residua.pipelines.data.sources import Row, Rows
 from residua.store.base.errors import DatasetError
-from residua.store.selection.positions import BoolArray, IntArray, PositionRule, marks_of
+from residua.store.selection.evaluate import Mask
+from residua.store.selection.positions import IntArray, PositionRule, marks_of
 
 _TEXTS_AT_ONCE = 256
 _LETTERS_AT_ONCE = 2**22  # or token ids: bounds memory where rows are long
@@ -22,7 +23,7 @@ _MAX_ID = 2**31 - 1
 _GENERATION = re.compile(r"\{%[-+]?\s*generation\b")
 
 _Kind: TypeAlias = Literal["text", "chat", "ids"]
-_Encoded: TypeAlias = tuple[IntArray, BoolArray | None]
+_Encoded: TypeAlias = tuple[IntArray, Mask | None]
 _USUAL: Mapping[str, _Kind] = {"input_ids": "ids", "text": "text", "messages": "chat"}
 
 
@@ -54,7 +55,7 @@ class Source:
 
     row: int
     input_ids: IntArray
-    marked: BoolArray | None
+    marked: Mask | None
     columns: Row
     n_padding: int = 0
 
@@ -158,7 +159,7 @@ class Tokens:
             return [self._chat(value, number, content.column) for number, value in values]
         return [(self._ids(value, number), None) for number, value in values]
 
-    def _source(self, number: int, row: Row, content: _Content, ids: IntArray, marked: BoolArray | None) -> Source:
+    def _source(self, number: int, row: Row, content: _Content, ids: IntArray, marked: Mask | None) -> Source:
         used = {content.column, self._rule.column}
         if self._rule.column:
             value = _value(row, self._rule.column, number)

@@ -28,37 +28,10 @@ from typing import Any, ClassVar, Literal
 
 from residua.store.base.canonical import Json
 from residua.store.edits.vectors import Vector
+from residua.store.selection.grammar import format_slice
+from residua.store.selection.tokens import Selection
 
-Scalar = str | int | float | bool | None
 Align = Literal["start", "end"] | tuple[tuple[int, int], ...]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Chosen:
-    """Which rows an edit changes, and which part of each; None leaves the choice open.
-
-    Attributes:
-        examples: Numbers of examples.
-        positions: Token positions in their example, or a slice of them.
-        rows: Rows of the archive.
-        tokens: Token ids.
-        where: From a column of the dataset to the values that are meant.
-        heads: Heads, for sites that have them.
-        channels: Channels, along the last axis.
-    """
-
-    examples: tuple[int, ...] | None = None
-    positions: tuple[int, ...] | slice | None = None
-    rows: tuple[int, ...] | None = None
-    tokens: tuple[int, ...] | None = None
-    where: Mapping[str, tuple[Scalar, ...]] | None = None
-    heads: tuple[int, ...] | None = None
-    channels: tuple[int, ...] | None = None
-
-    @property
-    def is_every_token(self) -> bool:
-        """Whether no position, row or token is named, so that an edit is meant for whatever token there is."""
-        return self.positions is None and self.rows is None and self.tokens is None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,7 +44,7 @@ class Edit:
     """
 
     sites: tuple[str, ...]
-    chosen: Chosen = field(default_factory=Chosen)
+    chosen: Selection = field(default_factory=Selection)
     kind: ClassVar[str] = ""
 
     @property
@@ -91,7 +64,7 @@ class Edit:
             for entry in fields(owner):
                 value = getattr(owner, entry.name)
                 if entry.name not in ("sites", "chosen") and (entry.default is MISSING or value != entry.default):
-                    found[entry.name] = _spelled(value)
+                    found[entry.name] = _plain_json(value)
         return found
 
 
@@ -221,16 +194,16 @@ KINDS: Mapping[str, type[Edit]] = {
 """From the name of a kind to its class."""
 
 
-def _spelled(value: Any) -> Json:
+def _plain_json(value: Any) -> Json:
     if isinstance(value, Vector):
         return value.to_json()
     if isinstance(value, Path):
         return str(value)
     if isinstance(value, slice):
-        return ":".join("" if part is None else str(part) for part in (value.start, value.stop))
+        return format_slice(value)
     if isinstance(value, tuple):
-        return [_spelled(item) for item in value]
+        return [_plain_json(item) for item in value]
     if isinstance(value, Mapping):
-        return {str(key): _spelled(item) for key, item in value.items()}
+        return {str(key): _plain_json(item) for key, item in value.items()}
     plain: Json = value
     return plain

@@ -4,8 +4,7 @@ Text that names files and folders stays inside the folder of the edit file. A `P
 and may lead anywhere; so may a function, which only a Python caller can hand over.
 """
 
-import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import MISSING, fields
 from difflib import get_close_matches
 from os import PathLike
@@ -15,13 +14,13 @@ from typing import Any
 from residua.store.base.canonical import canonical_json
 from residua.store.base.errors import PlanError
 from residua.store.base.untrusted import parse_yaml
-from residua.store.edits.edit import KINDS, Align, Chosen, Edit, Function, Scalar
+from residua.store.edits.edit import KINDS, Align, Edit, Function
 from residua.store.edits.vectors import Vector, inside, vector_of
+from residua.store.selection.tokens import Selection, parse_selection
+from residua.store.selection.values import MAX_LIST, finite_number, is_list, text, whole_number
 
 MAX_EDITS = 1000
-MAX_LIST = 1_000_000
 MAX_FILE_BYTES = 2**20  # as YAML it takes 350 times that in memory, and 20 s
-_LARGEST = 2**48
 
 EditSource = str | PathLike[str] | Iterable[Edit | Mapping[str, Any]]
 """The path of a YAML or JSON file, or edits and dictionaries in order."""
@@ -94,12 +93,12 @@ def _parse(item: object, parser: "_Fields") -> Edit:
         raise PlanError(f"there is no edit {str(name)[:60]!r}; there are {', '.join(KINDS)}")
     kind = KINDS[name]
     own = {entry.name: entry for entry in fields(kind) if entry.name not in ("sites", "chosen")}
-    choice = [entry.name for entry in fields(Chosen)]
+    choice = [entry.name for entry in fields(Selection)]
     _refuse_unknown(item, name, ["edit", "site", *own, *choice])
     missing = [entry.name for entry in own.values() if entry.default is MISSING and entry.name not in item]
     if missing or "site" not in item:
         raise PlanError(f"{name} needs {' and '.join([*missing, *([] if 'site' in item else ['site'])])}")
-    chosen = Chosen(**{key: parser.value(key, item[key]) for key in choice if item.get(key) is not None})
+    chosen = parse_selection(item)
     values = {key: parser.value(key, item[key]) for key in own if key in item and item[key] is not None}
     return kind(sites=_sites(item["site"]), chosen=chosen, **values)
 
@@ -127,17 +126,14 @@ class _Fields:
     def __init__(self, folder: Path, *, trusted: bool) -> None:
         self._folder = folder
         self._trusted = trusted
-        counts = dict.fromkeys(("examples", "rows", "tokens", "heads", "channels"), _counts)
         self._readers: dict[str, Callable[[str, Any], Any]] = {
-            **counts,
-            **dict.fromkeys(("scale", "by", "std"), _number),
+            **dict.fromkeys(("scale", "by"), finite_number),
+            "std": _spread,
             **dict.fromkeys(("archive", "lens", "overlay"), self._place),
             **dict.fromkeys(("vector", "directions"), self._vector),
-            "positions": _positions,
-            "where": _where,
-            "column": _text,
+            "column": text,
             "to": self._target,
-            "seed": _count,
+            "seed": whole_number,
             "source": _source,
             "align": _align,
             "function": self._function,
@@ -154,13 +150,13 @@ class _Fields:
         if isinstance(value, str) and value == "stored":  # an array compares each of its numbers
             return "stored"
         if isinstance(value, int | float) or getattr(value, "ndim", 1) == 0:
-            return _number(name, value)
+            return finite_number(name, value)
         return vector_of(value, self._folder)
 
     def _place(self, name: str, value: object) -> Path:
         if isinstance(value, Path) and self._trusted:
             return value
-        return inside(_text(name, value), self._folder)
+        return inside(text(name, value), self._folder)
 
     def _function(self, name: str, value: object) -> Callable[..., Any]:
         if not self._trusted or not callable(value):
@@ -168,97 +164,33 @@ class _Fields:
         return value
 
 
-def _plain(value: Any) -> Any:
-    """Return numbers and lists of them in place of what numpy, torch or pandas hold them in."""
-    return value.tolist() if hasattr(value, "tolist") else value
-
-
-def _number(name: str, value: object) -> float:
-    largest = sys.float_info.max
-    value = _plain(value)
-    if isinstance(value, bool) or not isinstance(value, int | float) or not -largest <= value <= largest:
-        raise PlanError(f"{name} is a finite number, found {str(value)[:60]!r}")
-    if name == "std" and value < 0:
-        raise PlanError(f"std is {value}: the spread of noise is at least 0")
-    return float(value)
-
-
-def _is_int(value: object, least: int) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and least <= value < _LARGEST
-
-
-def _count(name: str, value: object) -> int:
-    value = _plain(value)
-    if not isinstance(value, int) or not _is_int(value, 0):
-        raise PlanError(f"{name} is a whole number from 0 on, found {str(value)[:60]!r}")
-    return value
-
-
-def _list(name: str, value: Any) -> Sequence[Any]:
-    found = _plain(value)
-    if isinstance(found, int):
-        found = [found]
-    if not isinstance(found, list | tuple | range) or not 0 < len(found) <= MAX_LIST:
-        raise PlanError(f"{name} is a list of whole numbers, found {str(value)[:60]!r}")
-    return [_plain(item) for item in found]
-
-
-def _counts(name: str, value: object) -> tuple[int, ...]:
-    return tuple(_count(name, item) for item in _list(name, value))
-
-
-def _positions(name: str, value: object) -> tuple[int, ...] | slice:
-    if isinstance(value, str):
-        parts = value.split(":")
-        try:
-            start, stop = (int(part) if part.strip() else None for part in parts)
-        except ValueError as error:
-            raise PlanError(f"{name} {value[:60]!r} is no slice such as '-3:' or '5:10'") from error
-        return slice(start, stop)
-    found = _list(name, value)
-    if not all(_is_int(item, -_LARGEST) for item in found):
-        raise PlanError(f"{name} are whole numbers, negative ones from the end, found {str(value)[:60]!r}")
-    return tuple(found)
-
-
-def _text(name: str, value: object) -> str:
-    if not isinstance(value, str) or not 0 < len(value) <= 4096:
-        raise PlanError(f"{name} is a text, found {str(value)[:60]!r}")
-    return value
-
-
-def _where(name: str, value: object) -> dict[str, tuple[Scalar, ...]]:
-    if not isinstance(value, Mapping) or not value or len(value) > MAX_EDITS:
-        raise PlanError(f"{name} gives values by column, such as {{label: python}}, found {str(value)[:60]!r}")
-    found = {}
-    for column, values in value.items():
-        listed = values if isinstance(values, list | tuple) else [values]
-        if not all(isinstance(item, str | int | float | bool | None) for item in listed) or len(listed) > MAX_LIST:
-            raise PlanError(f"{name}: the values of {column!r} are plain texts or numbers")
-        found[_text(name, column)] = tuple(listed)
+def _spread(name: str, value: object) -> float:
+    found = finite_number(name, value)
+    if found < 0:
+        raise PlanError(f"{name} is {found}: the spread of noise is at least 0")
     return found
 
 
 def _source(name: str, value: object) -> int | dict[int, int]:
     if not isinstance(value, Mapping):
-        return _count(name, value)
+        return whole_number(name, value)
     if not 0 < len(value) <= MAX_LIST:
         raise PlanError(f"{name} is an example, or gives one by example")
-    return {_example(name, key): _count(name, item) for key, item in value.items()}
+    return {_example(name, key): whole_number(name, item) for key, item in value.items()}
 
 
 def _example(name: str, key: object) -> int:
     """Return the key of a mapping, which JSON makes a text."""
-    return int(key) if isinstance(key, str) and key.isdecimal() else _count(name, key)
+    return int(key) if isinstance(key, str) and key.isdecimal() else whole_number(name, key)
 
 
 def _align(name: str, value: object) -> Align:
     if isinstance(value, str) and value in ("start", "end"):
         return "start" if value == "start" else "end"
-    pairs: Sequence[Any] = value if isinstance(value, list | tuple) and 0 < len(value) <= MAX_LIST else ()
+    pairs: Any = value if is_list(value) else ()
     if not pairs or not all(isinstance(pair, list | tuple) and len(pair) == 2 for pair in pairs):
         raise PlanError(f"{name} is start, end, or a list of pairs [position here, position there]")
-    found = tuple((_count(name, here), _count(name, there)) for here, there in pairs)
+    found = tuple((whole_number(name, here), whole_number(name, there)) for here, there in pairs)
     if len({here for here, _ in found}) < len(found):
         raise PlanError(f"{name} gives a position two partners; each has one")
     return found

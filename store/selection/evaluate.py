@@ -1,8 +1,11 @@
-"""Comparing columns with the values of a condition: the numbers of rows, and what examples have of any Arrow type."""
+"""The one evaluator of conditions: a tree of `residua.store.selection.grammar` in, one answer a row or token out.
+
+A null equals nothing but ``null``, and is neither less nor more than anything.
+"""
 
 import operator
-from collections.abc import Callable, Mapping
-from typing import Any, TypeAlias
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -10,12 +13,16 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from residua.store.base.errors import AnalysisError, DatasetError
-from residua.store.read.archive import Archive
-from residua.store.selection.grammar import Comparison, Value
+from residua.store.examples.table import ExampleTable
+from residua.store.selection.grammar import At, ColumnIn, Comparison, Condition, Every, Not, Some, Value
 
 Mask: TypeAlias = npt.NDArray[np.bool_]
+LongArray: TypeAlias = npt.NDArray[np.int64]
 
 ROW_NAMES = ("position", "token", "example")
+"""The numbers of a row that a written condition may name; other names are columns of the example table."""
+
+_NUMBERS = (*ROW_NAMES, "row")
 _ORDER: Mapping[str, Callable[[Any, Any], Any]] = {
     "<": operator.lt,
     "<=": operator.le,
@@ -25,29 +32,104 @@ _ORDER: Mapping[str, Callable[[Any, Any], Any]] = {
 _ARROW_NAMES = {"in": "equal", "<": "less", "<=": "less_equal", ">": "greater", ">=": "greater_equal"}
 
 
-def compare_numbers(values: npt.NDArray[np.int64], comparison: Comparison) -> Mask:
-    """Compare numbers of rows.
+class Items(NamedTuple):
+    """What a condition is evaluated on: rows of an archive, the tokens of one example, or all examples.
+
+    Attributes:
+        n_items: How many there are.
+        numbers: Gives the ``position``, ``token``, ``example`` or ``row`` of each, (items,).
+        column: Gives the answer of each to a condition on a column of the example table, (items,).
+    """
+
+    n_items: int
+    numbers: Callable[[str], LongArray]
+    column: "Callable[[Comparison | ColumnIn], Mask]"
+
+
+def evaluate(condition: Condition, items: Items) -> Mask:
+    """Return which of `items` meet a condition, (items,).
 
     Raises:
-        AnalysisError: The condition compares them with a text, true or false.
+        AnalysisError: A written condition names a column that is not there, or compares it with another kind of value.
     """
-    wanted = [_fitting(value, pa.int64(), comparison) for value in comparison.values if value is not None]
+    match condition:
+        case Not(one):
+            return ~evaluate(one, items)
+        case Every(conditions):
+            every = np.ones(items.n_items, bool)
+            for one in conditions:
+                every &= evaluate(one, items)
+            return every
+        case Some(conditions):
+            some = np.zeros(items.n_items, bool)
+            for one in conditions:
+                some |= evaluate(one, items)
+            return some
+        case At(positions):
+            return at_positions(positions, items.n_items)
+        case Comparison(name) if name in _NUMBERS:
+            return _compare_numbers(items.numbers(name), condition)
+    return items.column(condition)
+
+
+def at_positions(positions: Sequence[int] | LongArray | slice, n_tokens: int) -> Mask:
+    """Return which tokens of an example are at `positions`, (tokens,); negative ones count from its end."""
+    mask = np.zeros(n_tokens, bool)
+    if isinstance(positions, slice):
+        mask[positions] = True
+    else:
+        at = np.asarray(positions, np.int64)
+        at = np.where(at < 0, at + n_tokens, at)
+        mask[at[(at >= 0) & (at < n_tokens)]] = True
+    return mask
+
+
+class ColumnAnswers:
+    """Answers to conditions on columns of an example table, one an example; each is worked out once.
+
+    Args:
+        table: The example table.
+    """
+
+    def __init__(self, table: ExampleTable) -> None:
+        self._table = table
+        self._known: dict[Comparison | ColumnIn, Mask] = {}
+
+    def __call__(self, condition: Comparison | ColumnIn) -> Mask:
+        """Return the answer of each example.
+
+        Raises:
+            AnalysisError: There is no such column, or a `Comparison` has a value of another kind.
+        """
+        if condition not in self._known:
+            name = condition.name
+            try:
+                column = self._table.table([name])[name]
+            except DatasetError as error:
+                raise AnalysisError(
+                    f"a filter asks for {name!r}, but rows have {', '.join(ROW_NAMES)}, and {error}"
+                ) from error
+            compare: Any = _compare_column if isinstance(condition, Comparison) else _equals_any
+            self._known[condition] = compare(column, condition)
+        return self._known[condition]
+
+
+def _compare_numbers(values: LongArray, comparison: Comparison) -> Mask:
+    wanted: Any = comparison.values
+    if not isinstance(wanted, np.ndarray):
+        wanted = [_fitting(value, pa.int64(), comparison) for value in wanted if value is not None]
     if comparison.operator != "in":
         return np.asarray(_ORDER[comparison.operator](values, wanted[0]))
-    return np.isin(values, wanted) if wanted else np.zeros(len(values), bool)
+    return np.isin(values, wanted) if len(wanted) else np.zeros(len(values), bool)
 
 
-def compare_column(archive: Archive, comparison: Comparison) -> Mask:
-    """Compare a column of the example table: one answer an example.
+def _equals_any(column: pa.ChunkedArray, condition: ColumnIn) -> Mask:
+    values = frozenset(condition.values)
+    found = (isinstance(value, Hashable) and value in values for value in column.to_pylist())
+    return np.fromiter(found, bool, len(column))
 
-    Raises:
-        AnalysisError: There is no such column, or its values are of another kind.
-    """
-    name = comparison.name
-    try:
-        column = archive.example_table.table([name])[name]
-    except DatasetError as error:
-        raise AnalysisError(f"a filter asks for {name!r}, but rows have {', '.join(ROW_NAMES)}, and {error}") from error
+
+def _compare_column(column: pa.ChunkedArray, comparison: Comparison) -> Mask:
     if pa.types.is_dictionary(column.type):
         column = column.cast(column.type.value_type)
     found = pa.chunked_array([np.zeros(len(column), bool)])
@@ -64,7 +146,7 @@ def _answer(column: pa.ChunkedArray, value: Value, comparison: Comparison) -> pa
     name = _ARROW_NAMES[comparison.operator]
     try:
         return pc.call_function(name, [column, _fitting(value, column.type, comparison)]).fill_null(False)
-    except pa.ArrowInvalid as error:  # whole numbers beyond 2**53, say, with a fraction
+    except pa.ArrowInvalid as error:  # for example whole numbers beyond 2**53 with a fraction
         raise AnalysisError(f"column {comparison.name!r} cannot be compared with {value!r}: {error}") from error
 
 

@@ -4,24 +4,23 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 
 from residua.store.base.canonical import Json
 from residua.store.base.errors import PlanError
 from residua.store.read.archive import Archive
+from residua.store.selection.evaluate import LongArray, Mask
+from residua.store.selection.grammar import format_numbers
 from residua.store.selection.row_filter import RowFilter
-
-Mask = npt.NDArray[np.bool_]
 
 
 @dataclass(frozen=True, kw_only=True)
 class ExampleChoice:
-    """What was asked for; all that is given must hold.
+    """The examples that were asked for; all that is given must hold.
 
     Attributes:
         examples: Numbers of examples.
-        rows: Rows of the archive; the examples that own them are taken, whole.
-        where: A condition on rows; examples with a row that meets it are taken, whole.
+        rows: Rows of the archive; the examples that own them are taken in full.
+        where: A condition on rows; examples with a row that meets it are taken in full.
     """
 
     examples: Sequence[int] | None = None
@@ -32,52 +31,43 @@ class ExampleChoice:
         """Return the choice as JSON values, the same for the same numbers in any order."""
         return {
             "examples": None if self.examples is None else _distinct(self.examples).tolist(),
-            "rows": None if self.rows is None else _ranges(_distinct(self.rows)),
+            "rows": None if self.rows is None else format_numbers(_distinct(self.rows)),
             "where": self.where,
         }
 
     def of(self, archive: Archive) -> Mask:
-        """Say for each example of an archive whether it was asked for and has a row.
+        """Return for each example of an archive whether it was asked for and has a row, (examples,).
 
         Raises:
             PlanError: There is no such example or row, or nothing is left.
             AnalysisError: The condition does not fit the archive.
         """
         index = archive.example_table.index()
+        numbers = np.arange(index.n_examples)
         chosen = index.n_rows > 0  # an example without rows has run in no batch
         if self.examples is not None:
-            numbers = _within(_distinct(self.examples), index.n_examples, "examples")
-            chosen &= np.isin(np.arange(index.n_examples), numbers)
+            chosen &= np.isin(numbers, _within(_distinct(self.examples), index.n_examples, "examples"))
         for rows in self._rows(archive):
-            owner = np.searchsorted(index.first_row, rows, side="right") - 1
-            chosen &= np.isin(np.arange(index.n_examples), owner)
+            chosen &= np.isin(numbers, np.searchsorted(index.first_row, rows, side="right") - 1)
         if not chosen.any():
             raise PlanError(
                 "no example is left: the choice of examples and rows and the condition leave none with a row"
             )
         return chosen
 
-    def _rows(self, archive: Archive) -> Iterator[npt.NDArray[np.int64]]:
+    def _rows(self, archive: Archive) -> Iterator[LongArray]:
         if self.rows is not None:
             yield _within(_distinct(self.rows), archive.n_rows, "rows")
         if self.where is not None:
             yield RowFilter.parse(self.where).rows(archive)
 
 
-def _distinct(numbers: Sequence[int]) -> npt.NDArray[np.int64]:
+def _distinct(numbers: Sequence[int]) -> LongArray:
     return np.unique(np.fromiter(numbers, np.int64))
 
 
-def _within(numbers: npt.NDArray[np.int64], count: int, what: str) -> npt.NDArray[np.int64]:
+def _within(numbers: LongArray, count: int, what: str) -> LongArray:
     wrong = numbers[(numbers < 0) | (numbers >= count)]
     if len(wrong):
         raise PlanError(f"{what} {wrong[:3].tolist()}: the archive has {count:,}, counted from 0")
     return numbers
-
-
-def _ranges(numbers: npt.NDArray[np.int64]) -> str:
-    """Spell ascending numbers as ``3,10-19``; of a large archive a list would be larger than the results."""
-    starts = np.flatnonzero(np.diff(numbers, prepend=-2) > 1)
-    firsts, lasts = numbers[starts], numbers[[*(starts[1:] - 1), -1]] if len(numbers) else numbers
-    pairs = zip(firsts.tolist(), lasts.tolist(), strict=True)
-    return ",".join(str(first) if first == last else f"{first}-{last}" for first, last in pairs)

@@ -1,4 +1,6 @@
-"""The grammar of conditions on rows, and its parser: text in, a tree out, nothing executed.
+"""The text forms by which users select rows, and the tree that a condition becomes. Nothing in a text is executed.
+
+A condition on rows, for ``where``:
 
     condition   := every ("or" every)*
     every       := one ("and" one)*
@@ -7,19 +9,27 @@
     value       := a number, a text in quotes, true, false, null
 
 A name that is not a plain word stands in backquotes. `a == 1` is read as `a in [1]`, `a != 1` as `not a in [1]`.
+
+A list of numbers, for ``--examples``, ``--rows`` and ``--positions``: ``3,7,10-19``. A slice of positions, for edits:
+``-3:``. A rule for positions, for the capture's ``--positions``: `residua.store.selection.positions`.
 """
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple, NoReturn, TypeAlias
 
-from residua.store.base.errors import AnalysisError
+import numpy as np
+import numpy.typing as npt
+
+from residua.store.base.errors import AnalysisError, PlanError
 
 Value: TypeAlias = int | float | str | bool | None
 
 _LONGEST = 10_000
 _DEEPEST = 50
-_MOST_DIGITS = 20
+_MAX_DIGITS = 20
+_MAX_NUMBERS = 10_000_000
+_RANGE = re.compile(r"\s*(-?\d{1,18})(?:-(-?\d{1,18}))?\s*", re.ASCII)
 _TOKEN = re.compile(
     r"""\s*(?:(?P<number>-?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?)
     |(?P<text>"(?:[^"\\]|\\.)*"|'(?:[^'\\]|\\.)*')
@@ -33,43 +43,60 @@ _WORDS = {"and", "or", "not", "in"}
 
 
 class Comparison(NamedTuple):
-    """A column against values: with the operator ``in`` any number of them, with ``<``, ``<=``, ``>``, ``>=`` one."""
+    """A name against values: with the operator ``in`` any number of them, with ``<``, ``<=``, ``>``, ``>=`` one.
+
+    The name is one of the numbers of a row (`residua.store.selection.evaluate.ROW_NAMES`), else a column of the
+    example table. Values of the wrong kind are refused.
+    """
 
     name: str
     operator: str
+    values: "Sequence[Value] | npt.NDArray[np.int64]"
+
+
+class ColumnIn(NamedTuple):
+    """A column of the dataset has one of the values, as Python compares; a value of another kind equals nothing."""
+
+    name: str
     values: tuple[Value, ...]
 
 
-class Not(NamedTuple):
-    """True where the part is false."""
+class At(NamedTuple):
+    """Token positions of an example; negative ones count from its end."""
 
-    part: "Condition"
+    positions: "tuple[int, ...] | slice"
+
+
+class Not(NamedTuple):
+    """True where the condition is false."""
+
+    condition: "Condition"
 
 
 class Every(NamedTuple):
-    """True where all parts are."""
+    """True where all conditions are."""
 
-    parts: tuple["Condition", ...]
+    conditions: "tuple[Condition, ...]"
 
 
 class Some(NamedTuple):
-    """True where a part is."""
+    """True where one of the conditions is."""
 
-    parts: tuple["Condition", ...]
-
-
-Condition: TypeAlias = "Comparison | Not | Every | Some"
+    conditions: "tuple[Condition, ...]"
 
 
-def parse(text: str) -> Condition:
-    """Return the condition that `text` spells, by the grammar in the module's head.
+Condition: TypeAlias = "Comparison | ColumnIn | At | Not | Every | Some"
+
+
+def parse_condition(text: str) -> Condition:
+    """Return the condition that `text` states, by the grammar above.
 
     Raises:
         AnalysisError: It is not a condition; the message says where.
     """
     if len(text) > _LONGEST:
-        raise AnalysisError(f"a filter of {len(text):,} characters was given: at most {_LONGEST:,} are read")
-    return _Parser(text).whole()
+        raise AnalysisError(f"the filter has {len(text):,} characters: shorten it to {_LONGEST:,}")
+    return _Parser(text).parse()
 
 
 class _Token(NamedTuple):
@@ -103,7 +130,7 @@ class _Parser:
         self._at = 0
         self._depth = 0
 
-    def whole(self) -> Condition:
+    def parse(self) -> Condition:
         condition = self._condition()
         if self._next != _END:
             self._fail("and, or, or the end")
@@ -190,21 +217,82 @@ class _Parser:
         raise AnalysisError(f"the filter {self._text!r} has {self._next.text} where {expected} was expected")
 
 
-def _number(text: str) -> Value:
+def _read_number(text: str) -> Value:
     if not text.lstrip("-").isdigit():
         return float(text)
-    number = int(text) if len(text) <= _MOST_DIGITS else 2**63
+    number = int(text) if len(text) <= _MAX_DIGITS else 2**63
     if not -(2**63) <= number < 2**63:
-        raise AnalysisError(f"a filter has the number {text[:40]}: whole numbers have at most 64 bits, write 1e30 say")
+        raise AnalysisError(f"a filter has the number {text[:40]}: whole numbers have at most 64 bits; use 1e30")
     return number
 
 
-def _unquoted(text: str) -> Value:
+def _unquote(text: str) -> Value:
     return re.sub(r"\\(.)", r"\1", text[1:-1])
 
 
 _READ: dict[str, Callable[[str], Value]] = {
-    "number": _number,
-    "text": _unquoted,
+    "number": _read_number,
+    "text": _unquote,
     "constant": lambda text: _CONSTANTS[text],
 }
+
+
+def is_number_or_range(text: str) -> bool:
+    """Return whether `text` is one entry of a list of numbers: ``7`` or ``10-19``."""
+    return _RANGE.fullmatch(text) is not None
+
+
+def parse_numbers(text: str, flag: str, *, signed: bool = False) -> list[int]:
+    """Return the numbers of a list such as ``3,7,10-19``, in its order.
+
+    Args:
+        text: The list.
+        flag: Name of the option, for messages.
+        signed: Whether numbers may be negative, as positions that count from the end are: ``-1``, ``-5--1``.
+
+    Raises:
+        PlanError: The text is no such list.
+    """
+    found: list[int] = []
+    for word in text.split(","):
+        entry = _RANGE.fullmatch(word)
+        if entry is None or (not signed and "-" in (entry[1][0], (entry[2] or "0")[0])):
+            raise PlanError(f"{flag} {text[:60]!r}: give numbers and ranges such as 3,7,10-19{' or -1' * signed}")
+        first = int(entry[1])
+        last = first if entry[2] is None else int(entry[2])
+        if last < first:
+            raise PlanError(f"{flag} {word[:60]!r}: a range goes up, and {last} is less than {first}")
+        if last - first >= _MAX_NUMBERS:
+            raise PlanError(f"{flag} {word[:60]!r} has over {_MAX_NUMBERS:,} numbers")
+        found += range(first, last + 1)
+    return found
+
+
+def format_numbers(numbers: npt.NDArray[np.int64]) -> str:
+    """Return ascending numbers as a list with ranges: ``3,7,10-19``."""
+    starts = np.flatnonzero(np.diff(numbers, prepend=-2) > 1)
+    firsts, lasts = numbers[starts], numbers[[*(starts[1:] - 1), -1]] if len(numbers) else numbers
+    pairs = zip(firsts.tolist(), lasts.tolist(), strict=True)
+    return ",".join(str(first) if first == last else f"{first}-{last}" for first, last in pairs)
+
+
+def parse_slice(text: str, name: str) -> slice:
+    """Return the slice of positions that ``-3:`` or ``5:10`` states.
+
+    Args:
+        text: The slice.
+        name: Name of the field, for messages.
+
+    Raises:
+        PlanError: The text is no slice.
+    """
+    try:
+        start, stop = (int(bound) if bound.strip() else None for bound in text.split(":"))
+    except ValueError as error:
+        raise PlanError(f"{name} {text[:60]!r} is no slice such as '-3:' or '5:10'") from error
+    return slice(start, stop)
+
+
+def format_slice(positions: slice) -> str:
+    """Return a slice as `parse_slice` reads it."""
+    return ":".join("" if bound is None else str(bound) for bound in (positions.start, positions.stop))

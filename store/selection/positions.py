@@ -1,7 +1,9 @@
-"""Which positions of an example become rows: a rule written as text, and what it keeps.
+"""Position rules: which positions of an example become rows, decided while a capture is planned.
 
-A rule looks at one example, that is at one window of a long source: ``last`` is the last position of every window.
-Positions of special tokens are taken out before ``last`` looks for its position, and after the other rules.
+A rule looks at one example, which is one window of a long source. ``all`` and ``every:N`` are conditions as
+everywhere else. Two rules are not: ``last`` is the last position that is left once special tokens are taken out, and
+``column:NAME`` and ``assistant`` are marks that the dataset or the chat template gives, token by token. No condition
+on the token alone could say either.
 """
 
 from dataclasses import dataclass
@@ -11,8 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from residua.store.base.errors import DatasetError
+from residua.store.selection.evaluate import Mask, at_positions
 
-BoolArray = NDArray[np.bool_]
 IntArray = NDArray[np.int32]
 
 
@@ -21,8 +23,8 @@ class PositionRule:
     """A parsed rule.
 
     Attributes:
-        kind: ``all``; ``last``; ``every`` N-th, beginning with position 0; or those that are ``marked``, by a
-            column of the dataset or by the assistant's turns of a chat.
+        kind: ``all``; ``last``; ``every`` N-th, from position 0; or ``marked``: those that a column of the dataset or
+            the assistant's turns of a chat mark.
         stride: N of ``every``, in positions.
         column: Name of the column that marks positions; empty for the assistant's turns.
     """
@@ -59,7 +61,7 @@ def parse_positions(text: str) -> PositionRule:
 
 
 def kept_positions(
-    rule: PositionRule, n_tokens: int, *, marked: BoolArray | None = None, dropped: BoolArray | None = None
+    rule: PositionRule, n_tokens: int, *, marked: Mask | None = None, dropped: Mask | None = None
 ) -> IntArray:
     """Return the positions that `rule` keeps, int32, increasing.
 
@@ -69,17 +71,16 @@ def kept_positions(
         marked: For the rule ``marked``: which positions are, (tokens).
         dropped: Positions that are never kept, such as those of special tokens, (tokens).
     """
-    allowed = np.ones(n_tokens, np.bool_) if dropped is None else ~dropped
-    if rule.kind == "last":
-        return np.flatnonzero(allowed)[-1:].astype(np.int32)
-    if rule.kind == "every":
-        allowed &= np.arange(n_tokens) % rule.stride == 0
+    kept = at_positions(slice(None, None, rule.stride), n_tokens)
     if marked is not None:
-        allowed &= marked
-    return np.flatnonzero(allowed).astype(np.int32)
+        kept &= marked
+    if dropped is not None:
+        kept &= ~dropped
+    positions = np.flatnonzero(kept).astype(np.int32)
+    return positions[-1:] if rule.kind == "last" else positions
 
 
-def marks_of(value: object, n_tokens: int, *, column: str, row: int) -> BoolArray:
+def marks_of(value: object, n_tokens: int, *, column: str, row: int) -> Mask:
     """Return which tokens a column's value marks: a list of positions, or a mask of the example's length.
 
     Raises:
@@ -99,8 +100,6 @@ def marks_of(value: object, n_tokens: int, *, column: str, row: int) -> BoolArra
     outside = marks[(marks < 0) | (marks >= n_tokens)]
     if outside.size:
         raise DatasetError(f"{where}: position {outside[0]} is not in the example, which has {n_tokens} tokens")
-    flags = np.zeros(n_tokens, np.bool_)
-    flags[marks.astype(np.int64)] = True
-    if flags.sum() != marks.size:
+    if np.unique(marks).size != marks.size:
         raise DatasetError(f"{where}: a position is named twice; name each once")
-    return flags
+    return at_positions(marks, n_tokens)

@@ -10,26 +10,27 @@ import numpy as np
 import pytest
 
 import residua
-from residua.pipelines.cli.lists import numbers, tokens, with_negative_values
+from residua.pipelines.cli.lists import tokens, with_negative_values
 from residua.pipelines.cli.main import main
 from residua.store.base.errors import PlanError
+from residua.store.selection.grammar import parse_numbers
 from tests.ragged import MODEL
 
 
 def test_lists_are_what_they_spell() -> None:
-    assert numbers("3,7, 10-12", "--examples") == [3, 7, 10, 11, 12]
-    assert numbers("-1,-5--3,0-1", "--positions", signed=True) == [-1, -5, -4, -3, 0, 1]
+    assert parse_numbers("3,7, 10-12", "--examples") == [3, 7, 10, 11, 12]
+    assert parse_numbers("-1,-5--3,0-1", "--positions", signed=True) == [-1, -5, -4, -3, 0, 1]
     assert tokens('17,40-41, the,"7","a,\\u0062" , 5', "--tokens") == [17, 40, 41, " the", "7", "a,b", 5]
 
 
 @pytest.mark.parametrize(
     ("way", "text", "message"),
     [
-        (numbers, "9-3", "a range goes up, and 3 is less than 9"),
-        (numbers, "-1", "give numbers and ranges such as 3,7,10-19$"),
-        (numbers, "0--1", "give numbers"),
-        (numbers, "", "give numbers"),
-        (numbers, "0-99999999", "has over 10,000,000 numbers"),
+        (parse_numbers, "9-3", "a range goes up, and 3 is less than 9"),
+        (parse_numbers, "-1", "give numbers and ranges such as 3,7,10-19$"),
+        (parse_numbers, "0--1", "give numbers"),
+        (parse_numbers, "", "give numbers"),
+        (parse_numbers, "0-99999999", "has over 10,000,000 numbers"),
         (tokens, "a,,b", "a token between commas is empty"),
         (tokens, "a,", "a token between commas is empty"),
         (tokens, r'"\x"', "this is no text in double quotes"),

@@ -1,0 +1,102 @@
+"""What an edit takes from an archive: whether it is there, the classes of a column, means of a site's rows."""
+
+from collections.abc import Hashable, Iterable, Iterator, Mapping
+
+import numpy as np
+import numpy.typing as npt
+
+from residua.store.base.errors import NotCapturedError, PlanError
+from residua.store.edits.edit import Edit, Swap
+from residua.store.encoding.dtypes import to_float32
+from residua.store.examples.table import ExampleTable
+from residua.store.read.archive import Archive
+from residua.store.read.reader import Array
+from residua.store.selection.grammar import Value
+from residua.store.selection.tokens import TokenSelector, require_column, require_examples
+
+_PIECE_ROWS = 4096
+_NAN = float("nan")  # one object, which a dictionary finds again
+
+
+def check_edit(edit: Edit, selector: TokenSelector, archive: Archive, source: ExampleTable) -> None:
+    """Look for the examples, rows, positions and columns that an edit names.
+
+    Args:
+        edit: The edit.
+        selector: The selector of the edited archive.
+        archive: The edited archive.
+        source: The examples that a swap takes rows from.
+
+    Raises:
+        PlanError: The archive has no such one.
+    """
+    selector.check(edit.chosen)
+    if not isinstance(edit, Swap):
+        return
+    pairs = edit.source if isinstance(edit.source, Mapping) else {0: edit.source}
+    require_examples(pairs, archive.example_table, "the archive")
+    require_examples(pairs.values(), source, "the archive" if edit.archive is None else str(edit.archive))
+    if not isinstance(edit.align, str):
+        selector.check_positions(tuple(here for here, _ in edit.align), edit.chosen.examples)
+
+
+def column_classes(archive: Archive, name: str) -> list[Value]:
+    """Return the values of a column as classes, one an example: equal values are one class, NaN too.
+
+    Raises:
+        PlanError: The dataset has no such column, or its values are lists or mappings.
+    """
+    require_column(name, archive.example_table)
+    values = archive.example_table.table([name])[name].to_pylist()
+    if not all(isinstance(value, Hashable) for value in values):
+        raise PlanError(f"column {name!r} holds lists or mappings, and a class is one text or number an example")
+    return [_NAN if value != value else value for value in values]  # NaN, of whatever type
+
+
+def class_members(archive: Archive, name: str) -> dict[Value, list[int]]:
+    """Return the examples of each class of a column; raises as `column_classes`."""
+    found: dict[Value, list[int]] = {}
+    for example, key in enumerate(column_classes(archive, name)):
+        found.setdefault(key, []).append(example)
+    return found
+
+
+def mean_row(archive: Archive, site: str, ranges: Iterable[tuple[int, int]] | None = None) -> npt.NDArray[np.float64]:
+    """Return the mean of rows of a site, float64, (*row shape); NaN or infinite where a row is.
+
+    Args:
+        archive: Where they are stored.
+        site: Name of a stored site.
+        ranges: First row and row after the last, of each run of rows; all unless given. Those that are not captured
+            yet are left out.
+
+    Raises:
+        NotCapturedError: There is no such row yet.
+    """
+    stored = archive[site]
+    total, n_rows = np.zeros(stored.shape[1:]), 0
+    for first, last in _captured(archive, ranges):
+        for start in range(first, last, _PIECE_ROWS):
+            rows = _wide(stored[start : min(start + _PIECE_ROWS, last)])
+            with np.errstate(invalid="ignore"):  # of infinite values; the mean is NaN then
+                total += rows.sum(0, dtype=np.float64)
+            n_rows += len(rows)
+    if not n_rows:
+        raise NotCapturedError(f"{archive.path} has no captured row that a mean of {site} could be taken of")
+    return total / n_rows
+
+
+def _captured(archive: Archive, ranges: Iterable[tuple[int, int]] | None) -> Iterator[tuple[int, int]]:
+    """Yield the parts of `ranges` that lie in captured shards."""
+    captured = [commit.rows for _, commit in sorted(archive.commits.items())]
+    if ranges is None or archive.is_sealed:
+        yield from captured if ranges is None else ranges
+        return
+    for first, last in ranges:
+        for start, stop in captured:
+            if max(first, start) < min(last, stop):
+                yield max(first, start), min(last, stop)
+
+
+def _wide(rows: Array) -> npt.NDArray[np.generic]:
+    return to_float32(rows, "bfloat16") if rows.dtype.name == "bfloat16" else rows
