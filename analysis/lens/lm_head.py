@@ -15,7 +15,7 @@ from torch import Tensor
 
 from residua.store.base.errors import DamagedArchiveError, UnsafeArchiveError
 from residua.store.base.untrusted import check_file
-from residua.store.format.archive_metadata import SIDE_FOLDERS, file_digest, is_archive, read_metadata
+from residua.store.format.archive_metadata import SIDECAR_FOLDERS, file_digest, is_archive, read_metadata
 from residua.store.format.sidecars import LM_HEAD_FILE, PARAMETERS_FILE, Activation, LMHeadSpec
 
 _MAX_SPEC_BYTES = 2**20
@@ -123,7 +123,7 @@ def load_head(folder: Path, *, dtype: torch.dtype | None = None, device: torch.d
     digests = read_metadata(folder.parent).files if is_archive(folder.parent) else {}
     try:
         spec = LMHeadSpec.from_json(_checked(folder, LM_HEAD_FILE, _MAX_SPEC_BYTES, digests).read_bytes())
-        parameters = _checked(folder, PARAMETERS_FILE, SIDE_FOLDERS["head"], digests)
+        parameters = _checked(folder, PARAMETERS_FILE, SIDECAR_FOLDERS["head"], digests)
         with safe_open(parameters, "pt") as file:
             shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118  # no dict
             _check(spec, shapes, folder)

@@ -64,7 +64,7 @@ class RowExchange:
         """
         batch, stored = self._announced(site), self._plan.site(site)
         if stored.column_shards > 1 and layout != Layout(
-            FIRST_ROW_AXIS, (stored.part.row_shape[0],) * stored.column_shards
+            FIRST_ROW_AXIS, (stored.one_column_shard.row_shape[0],) * stored.column_shards
         ):
             raise CaptureError(
                 f"Site {site!r}{on_rank()} is stored in {stored.column_shards} column shards, and its layout here is "

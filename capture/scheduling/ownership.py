@@ -28,7 +28,7 @@ class Ownership:
         self.has_columns = has_columns
         self._rank = rank
         self._sites = tuple(site for site in sites if site.column_shards == 1)
-        self._column_shards = tuple(site.part for site in sites if site.column_shards > 1)
+        self._column_shards = tuple(site.one_column_shard for site in sites if site.column_shards > 1)
         self._lots = _lots_of(self._sites, n_ranks)
 
     def lot(self, shard: int) -> int:

@@ -1,1 +1,1 @@
-"""What everything in `store` leans on: errors and the text forms of data. Uses no other folder."""
+"""Errors, the canonical JSON behind every digest, and the checks of untrusted input. Uses no other folder."""

@@ -1,39 +1,108 @@
-"""Reads whole files of an archive that nobody vouches for: regular files inside it, no larger than they may be.
+"""Checks of what strangers wrote: archives, edits and lenses are read as if somebody had forged them.
 
-A pipe is not waited for, a link does not lead out, and a file of a terabyte of nothing takes no memory.
+Three kinds of checks live here, and every reader calls them:
+
+* sizes: `size_problem` bounds a number, `check_file` and `read_file` bound a file, before memory is taken for either;
+* names and paths: `name_problem` for a name that a file holds, `check_inside` for links that lead out of a folder;
+* shapes: `shape_problem`.
+
+Functions called `..._problem` return what is wrong, or an empty text; the caller raises the error that fits. The limits
+of the format are the constants below. `parse_json` and `parse_yaml` read plain values and never execute anything.
 """
 
+import json
 import math
 import os
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import yaml
 
-from residua.store.base.errors import DamagedArchiveError, UnsafeArchiveError
+from residua.store.base.errors import DamagedArchiveError, UnsafeArchiveError, shortened
 
+MAX_RANK = 6
+MAX_ROWS = 2**48
+MAX_ROWS_PER_SHARD = 2**31
+MAX_COLUMN_SHARDS = 2**12
+MAX_ROW_BYTES = 2**31
+MAX_CHUNK_BYTES = 2**30
+MAX_SHARD_BYTES = 2**36
 _MAX_EXACT_INTEGER = 2**53
+# PyYAML raises these for scalars that do not fit their tag ("!!int ''", "2001-99-99"), besides its own errors.
+_YAML_ERRORS = (yaml.YAMLError, ArithmeticError, LookupError, TypeError, AttributeError, RecursionError)
+
+
+def size_problem(what: str, value: object, most: int, least: int = 0) -> str:
+    """Return what is wrong with `value`, which must be an integer from `least` to `most`; empty if it is one.
+
+    Example:
+        >>> size_problem("rows", -1, 10)
+        'rows: -1 is not an integer from 0 to 10'
+    """
+    if isinstance(value, int) and not isinstance(value, bool) and least <= value <= most:
+        return ""
+    return f"{what}: {shortened(repr(value))} is not an integer from {least:,} to {most:,}"
+
+
+def shape_problem(what: str, value: object, *, max_rank: int, most: int, least: int = 0) -> str:
+    """Return what is wrong with `value`, which must be a list or tuple of sizes; empty if it is one.
+
+    Args:
+        what: What has the shape, for the message.
+        value: The shape.
+        max_rank: Most sizes; there must be at least one.
+        most: Largest size.
+        least: Smallest size.
+    """
+    if not isinstance(value, list | tuple) or not 0 < len(value) <= max_rank:
+        return f"{what}: {shortened(repr(value))} is not a shape of 1 to {max_rank} sizes"
+    problems = (size_problem(f"{what} {shortened(repr(value))}", size, most, least) for size in value)
+    return next(filter(None, problems), "")
+
+
+def name_problem(name: str) -> str:
+    """Return what is wrong with `name`, which must name a file or folder inside another; empty if it does."""
+    parts = PurePosixPath(name).parts
+    if parts and "/".join(parts) == name and not {"..", "/"} & set(parts) and name.isprintable():
+        return ""
+    return f"{shortened(repr(name))} is not a path inside the folder"
+
+
+def is_finite(value: object) -> bool:
+    """Say whether `value` is a number that a float can hold; bools and integers of 2**53 and more are not."""
+    if not isinstance(value, float | int) or isinstance(value, bool):
+        return False
+    return math.isfinite(value) if isinstance(value, float) else abs(value) < _MAX_EXACT_INTEGER
+
+
+def is_inside(root: Path, path: Path) -> bool:
+    """Say whether `path`, links followed, lies in the folder `root`; a name that no file can have does not."""
+    try:
+        return Path(os.path.realpath(path)).is_relative_to(os.path.realpath(root))
+    except (OSError, ValueError, RuntimeError):
+        return False
 
 
 def check_inside(root: Path, path: Path) -> None:
     """Raise UnsafeArchiveError if a link on the way to `path` leads out of the archive `root`."""
-    real, real_root = os.path.realpath(path), os.path.realpath(root)
-    if not Path(real).is_relative_to(real_root):
+    if not is_inside(root, path):
         raise UnsafeArchiveError(
-            f"{path} is a link that leads out of the archive, to {real}: if you trust whoever made it, copy the "
-            "archive with links followed (cp -rL), and open the copy"
+            f"{path} is a link that leads out of the archive, to {os.path.realpath(path)}: if you trust whoever made "
+            "it, copy the archive with links followed (cp -rL), and open the copy"
         )
 
 
 def check_file(root: Path, path: Path, most_bytes: int) -> None:
-    """Look at a file of the archive `root` before anything is read of it.
+    """Check a file of the archive `root` before any of it is read.
+
+    A pipe is not waited for, and a sparse file of a terabyte takes no memory.
 
     Args:
         root: Folder of the archive.
         path: The file.
-        most_bytes: How large such a file can be.
+        most_bytes: Largest size of such a file.
 
     Raises:
-        DamagedArchiveError: The file is missing, or is no regular file.
+        DamagedArchiveError: The file is missing, or is not a regular file.
         UnsafeArchiveError: It lies outside the archive, or is larger.
     """
     check_inside(root, path)
@@ -44,7 +113,7 @@ def check_file(root: Path, path: Path, most_bytes: int) -> None:
     size = path.stat().st_size
     if size > most_bytes:
         raise UnsafeArchiveError(
-            f"{path} has {size:,} bytes, and no such file of ours is over {most_bytes >> 20:,} MiB: copy the archive "
+            f"{path} has {size:,} bytes, but Residua writes at most {most_bytes >> 20:,} MiB there: copy the archive "
             "again from where it came from"
         )
 
@@ -58,19 +127,21 @@ def read_file(root: Path, path: Path, most_bytes: int) -> bytes:
         raise DamagedArchiveError(f"{path} cannot be read ({error.strerror}): restore it from a copy") from error
 
 
-def is_finite(value: object) -> bool:
-    """Say whether `value` is a number that a float can hold; bools and integers of 2**53 and more are not."""
-    if not isinstance(value, float | int) or isinstance(value, bool):
-        return False
-    return math.isfinite(value) if isinstance(value, float) else abs(value) < _MAX_EXACT_INTEGER
+def parse_json(text: bytes | str) -> object:
+    """Return the value of a JSON text.
 
-
-# What PyYAML raises for scalars that do not fit their tag ("!!int ''", "2001-99-99"), besides its own errors.
-_ERRORS = (yaml.YAMLError, ArithmeticError, LookupError, TypeError, AttributeError, RecursionError)
+    Raises:
+        ValueError: It is not JSON, or is nested too deeply.
+    """
+    try:
+        value: object = json.loads(text)
+    except RecursionError as error:
+        raise ValueError(f"it is nested too deeply ({error})") from error
+    return value
 
 
 class _TreeLoader(yaml.SafeLoader):
-    """YAML without references."""
+    """YAML without references, which could make a small file a huge value."""
 
     def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
         if self.check_event(yaml.AliasEvent):
@@ -79,10 +150,10 @@ class _TreeLoader(yaml.SafeLoader):
 
 
 def parse_yaml(text: str) -> object:
-    """Return the plain value that a YAML or JSON text spells.
+    """Return the plain value of a YAML or JSON text; tags other than YAML's own are refused.
 
     Raises:
-        ValueError: It is neither, or refers to its own parts.
+        ValueError: It is neither, or contains references.
 
     Example:
         >>> parse_yaml("a: [1, 2]")
@@ -90,6 +161,6 @@ def parse_yaml(text: str) -> object:
     """
     try:
         value: object = yaml.load(text, _TreeLoader)  # noqa: S506  # a SafeLoader that takes less
-    except _ERRORS as error:
+    except _YAML_ERRORS as error:
         raise ValueError(str(error)) from error
     return value

@@ -18,8 +18,7 @@ import zarr
 from zarr.codecs import Crc32cCodec
 
 from residua.store.base.errors import DamagedArchiveError, PlanError, UnsafeArchiveError
-from residua.store.base.untrusted import check_file
-from residua.store.encoding.spec import MAX_ROWS_PER_SHARD
+from residua.store.base.untrusted import MAX_ROWS_PER_SHARD, check_file
 from residua.store.format.plan import SitePlan
 from residua.store.read.archive import Archive
 from residua.store.read.reader import Array

@@ -15,7 +15,6 @@ import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 
-from residua.store.encoding.codecs import PRESETS
 from residua.store.encoding.dtypes import storage_dtype, to_float32
 
 BLOCK = 32
@@ -61,11 +60,14 @@ def bitround(values: Floats, kept_bits: int) -> Floats:
     return rounded.view(np.float32)
 
 
-def bitround_errors(values: Array, preset: str) -> Rounded:
-    """Return float32 `values` rounded as `preset` says, of any shape, with their error."""
-    kept_bits = PRESETS[preset].kept_bits
-    if kept_bits is None or values.dtype != np.float32:
-        raise ValueError(f"codec {preset} does not round {values.dtype}")
+def bitround_errors(values: Array, kept_bits: int) -> Rounded:
+    """Return float32 `values` of any shape rounded to `kept_bits` mantissa bits, with their error.
+
+    Raises:
+        ValueError: The values are not float32.
+    """
+    if values.dtype != np.float32:
+        raise ValueError(f"only float32 can be rounded to {kept_bits} mantissa bits, found {values.dtype}")
     flat = values.reshape(-1).view(np.float32)
     rounded = np.empty_like(flat)
     squares = error_squares = 0.0

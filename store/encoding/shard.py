@@ -99,7 +99,7 @@ class ShardMemory:
     @staticmethod
     def suits(spec: ArraySpec) -> bool:
         """Say whether chunks of the array lie in its file as in memory, and values stay aligned behind a crc32c."""
-        return PRESETS[spec.preset].effort is None and CRC_BYTES % spec.storage_dtype.itemsize == 0
+        return PRESETS[spec.preset].is_raw and CRC_BYTES % spec.storage_dtype.itemsize == 0
 
     def first(self, n_rows: int) -> "ShardMemory":
         """Return the first `n_rows` rows, in the same memory."""
@@ -331,7 +331,7 @@ def _check_entries(entries: npt.NDArray[np.uint64], spec: ArraySpec, data_bytes:
     """Raise UnsafeArchiveError unless the chunks fill the first `data_bytes` of the file, one after the other."""
     largest = max_chunk_bytes(spec.preset, spec.chunk_bytes)
     offsets, sizes = entries.T
-    least = largest if PRESETS[spec.preset].effort is None else CRC_BYTES + 1
+    least = largest if PRESETS[spec.preset].is_raw else CRC_BYTES + 1
     impossible = (sizes > largest) | (sizes < least)
     if not impossible.any():
         ends = np.cumsum(sizes)

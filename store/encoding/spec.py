@@ -1,4 +1,4 @@
-"""What one stored array looks like: the facts that its writer and its reader must share."""
+"""The description of one stored array that its writer and its reader share."""
 
 from dataclasses import dataclass, replace
 from math import prod
@@ -6,10 +6,6 @@ from math import prod
 import numpy as np
 
 from residua.store.encoding.dtypes import storage_dtype
-
-MAX_ROWS = 2**48
-MAX_ROWS_PER_SHARD = 2**31
-MAX_COLUMN_SHARDS = 2**12
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,11 +16,11 @@ class ArraySpec:
         path: Node inside the archive, for example ``sites/resid_post/7``.
         row_shape: Shape of one row: ``(width,)``, ``(heads, head_width)``, or ``()`` for a scalar.
         dtype: Zarr data type name, for example ``bfloat16``.
-        preset: Name of the codec preset, one of ``residua.store.encoding.codecs.PRESETS``.
+        preset: Name of the codec, one of ``residua.store.encoding.codecs.PRESETS``.
         rows_per_shard: Height of a shard; a multiple of ``rows_per_chunk``.
         rows_per_chunk: Height of a chunk.
         column_shards: Into how many shards of equal width axis 1 is cut.
-        column_shard: Which of them this is, where it is the part of an array that such shards hold; else None.
+        column_shard: Which of them this is, where the spec describes one of them; None for the full array.
     """
 
     path: str
@@ -37,8 +33,8 @@ class ArraySpec:
     column_shard: int | None = None
 
     @property
-    def parts(self) -> tuple["ArraySpec", ...]:
-        """What one file holds for each shard, along axis 1: parts of rows, or the whole rows."""
+    def file_specs(self) -> tuple["ArraySpec", ...]:
+        """What each file of a shard holds, in the order of axis 1: one column shard, or full rows."""
         if self.column_shards == 1:
             return (self,)
         shape = (self.row_shape[0] // self.column_shards, *self.row_shape[1:])
@@ -46,12 +42,12 @@ class ArraySpec:
 
     @property
     def key(self) -> str:
-        """The name under which records hold a shard file of this array, or of this part of one."""
+        """The name under which commit records list a shard file of this array or column shard."""
         return self.path if self.column_shard is None else f"{self.path}#{self.column_shard}"
 
     @property
     def storage_dtype(self) -> np.dtype[np.generic]:
-        """The numpy type that holds one element; bfloat16 surfaces as its bits in uint16."""
+        """The numpy type that holds one element; for bfloat16, its bits in uint16."""
         return storage_dtype(self.dtype)
 
     @property

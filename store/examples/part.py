@@ -30,7 +30,7 @@ from residua.store.examples.index import (
     starts,
 )
 from residua.store.examples.parquet_sizes import Chunk, RowGroup, read_footer
-from residua.store.format.archive_metadata import SIDE_FOLDERS
+from residua.store.format.archive_metadata import SIDECAR_FOLDERS
 
 _COUNTS = ("first_row", "n_rows", "n_tokens")
 _LISTS = ("input_ids", "positions")
@@ -140,7 +140,7 @@ def read_parts(folder: Path) -> list[Part]:
 
 
 def _read_part(path: Path) -> Part:
-    check_file(path.parents[1], path, SIDE_FOLDERS["examples"])
+    check_file(path.parents[1], path, SIDECAR_FOLDERS["examples"])
     with naming(path):
         with _mapped(path) as data:
             groups = read_footer(data)

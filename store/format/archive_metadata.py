@@ -1,7 +1,8 @@
 """The archive's own metadata: `attributes.residua` of the root group, written last when an archive is made.
 
-Until the root's `zarr.json` carries it there is no archive, only the beginnings of one, which the next run clears
-away. A SHA-256 over the whole entry guards plan and provenance; `files` guards every small file beside the arrays.
+Until the root's `zarr.json` has it, there is no archive, only the start of one, which the next run removes. A SHA-256
+over the entry protects plan and provenance; `files` protects every sidecar file, that is, every file in `examples/`,
+`head/` and `tokenizer/`.
 """
 
 import hashlib
@@ -13,26 +14,25 @@ from typing import Any, cast
 
 from residua.store.base.canonical import Json, digest_of
 from residua.store.base.errors import DamagedArchiveError, UnsafeArchiveError
-from residua.store.base.untrusted import read_file
-from residua.store.encoding.spec import MAX_ROWS
+from residua.store.base.untrusted import MAX_ROWS, name_problem, parse_json, read_file, size_problem
 from residua.store.format.plan import Plan
 from residua.store.storage.files import write_file
 
 FORMAT = "1.0"
 ROOT = "zarr.json"
-SIDE_FOLDERS = {"examples": 2**33, "head": 2**38, "tokenizer": 2**30}  # and how many bytes a file of each may have
+SIDECAR_FOLDERS = {"examples": 2**33, "head": 2**38, "tokenizer": 2**30}  # and how many bytes a file of each may have
 _MAX_METADATA_BYTES = 256 * 1024 * 1024
 
 
 @dataclass(frozen=True, kw_only=True)
 class Metadata:
-    """What an archive says of itself.
+    """What an archive says about itself.
 
     Attributes:
         plan: The frozen plan.
         provenance: Where model, data and numbers came from.
         files: SHA-256 of every file in `examples/`, `head/` and `tokenizer/`, by path inside the archive.
-        sealed: For archives whose size was not known beforehand: rows, examples and their digest, once it is.
+        sealed: Rows, examples and their digest of an archive whose size was not known beforehand, once it is known.
     """
 
     plan: Plan
@@ -42,10 +42,10 @@ class Metadata:
 
     @property
     def n_rows(self) -> int | None:
-        """Rows of the whole archive; None while its size is open."""
+        """Rows of the archive; None while its size is open."""
         if self.plan.n_rows is not None or self.sealed is None:
             return self.plan.n_rows
-        return cast("int", self.sealed["n_rows"])  # checked when it was read
+        return cast("int", self.sealed["n_rows"])  # checked by `read_metadata`
 
     def to_json(self) -> dict[str, Json]:
         """Return the entry as JSON, its own SHA-256 included."""
@@ -67,7 +67,7 @@ def write_metadata(archive: Path, metadata: Metadata) -> None:
 
 
 def is_archive(path: Path) -> bool:
-    """Say whether `path` holds an archive of ours, damaged or not."""
+    """Say whether `path` holds an archive that Residua made, damaged or not."""
     root = path / ROOT
     return root.is_file() and (root.stat().st_size > _MAX_METADATA_BYTES or b'"residua"' in root.read_bytes())
 
@@ -86,9 +86,9 @@ def read_metadata(archive: Path) -> Metadata:
         raise FileNotFoundError(f"{archive} is not an archive: {why}. Check the path.")
     text = read_file(archive, path, _MAX_METADATA_BYTES)
     try:
-        root = json.loads(text)
+        root: Any = parse_json(text)
         entry = root["attributes"]["residua"]
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise DamagedArchiveError(f"{path} cannot be read as JSON ({error}): restore it from a copy") from error
     except (KeyError, TypeError) as error:
         raise UnsafeArchiveError(f"{path} is a Zarr group but not a Residua archive") from error
@@ -108,7 +108,7 @@ def _checked(path: Path, entry: object) -> Metadata:
     try:
         found = digest_of(body)
     except (ValueError, RecursionError) as error:
-        raise UnsafeArchiveError(f"{path}: attributes.residua is nothing that Residua writes ({error})") from error
+        raise UnsafeArchiveError(f"{path}: attributes.residua is not an entry that Residua writes ({error})") from error
     if found != entry.get("sha256"):
         raise DamagedArchiveError(f"{path}: attributes.residua was altered (its SHA-256 differs): restore the file")
     try:
@@ -119,33 +119,32 @@ def _checked(path: Path, entry: object) -> Metadata:
     if not isinstance(provenance, dict) or not isinstance(sealed, dict | None):
         raise UnsafeArchiveError(f"{path}: provenance or sealed is not what Residua writes")
     if plan.digest != entry.get("digest"):
-        raise UnsafeArchiveError(f"{path}: the plan's digest is not that of the plan")
+        raise UnsafeArchiveError(f"{path}: the digest is not that of the plan")
     _check_sealed(path, sealed)
     return Metadata(plan=plan, provenance=provenance, files=_checked_files(path, entry.get("files")), sealed=sealed)
 
 
 def _check_sealed(path: Path, sealed: Mapping[str, object] | None) -> None:
-    n_rows = 0 if sealed is None else sealed.get("n_rows")
-    if not isinstance(n_rows, int) or not 0 <= n_rows <= MAX_ROWS:
-        raise UnsafeArchiveError(f"{path}: the archive says it was sealed with {n_rows!r} rows, which is not a count")
+    if sealed is not None and (problem := size_problem("sealed rows", sealed.get("n_rows"), MAX_ROWS)):
+        raise UnsafeArchiveError(f"{path}: {problem}")
 
 
 def _checked_files(path: Path, files: object) -> dict[str, str]:
-    """Return `files` if every name stays inside the archive's side folders."""
+    """Return `files` if every name stays inside the archive's sidecar folders."""
     if not isinstance(files, dict):
         raise UnsafeArchiveError(f"{path}: files is {type(files).__name__}, not a mapping from path to SHA-256")
     for name, digest in files.items():
-        parts = PurePosixPath(name).parts
-        if len(parts) < 2 or parts[0] not in SIDE_FOLDERS or ".." in parts or "\0" in name:
-            raise UnsafeArchiveError(f"{path}: files names {name!r}, which is no side file of an archive")
+        folder, _, file = name.partition("/")
+        if name_problem(name) or folder not in SIDECAR_FOLDERS or not file:
+            raise UnsafeArchiveError(f"{path}: files names {name!r}, which is not a sidecar file of an archive")
         if not isinstance(digest, str):
             raise UnsafeArchiveError(f"{path}: files gives {digest!r} as the SHA-256 of {name!r}")
     return files
 
 
-def side_files(archive: Path) -> Iterator[Path]:
+def sidecar_files(archive: Path) -> Iterator[Path]:
     """Yield the regular files of `examples/`, `head/` and `tokenizer/`, in a fixed order."""
-    for folder in SIDE_FOLDERS:
+    for folder in SIDECAR_FOLDERS:
         root = archive / folder
         for path in sorted(root.rglob("*")) if root.is_dir() else []:
             if path.is_file() and not path.name.startswith("."):
@@ -158,26 +157,26 @@ def file_digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def digest_side_files(archive: Path, known: Mapping[str, str] | None = None) -> dict[str, str]:
-    """Return the SHA-256 of every side file, by its path inside the archive; those that are `known` are not read."""
+def sidecar_digests(archive: Path, known: Mapping[str, str] | None = None) -> dict[str, str]:
+    """Return the SHA-256 of every sidecar file, by its path inside the archive; files that are `known` are not read."""
     digests = dict(known or {})
-    for path in side_files(archive):
+    for path in sidecar_files(archive):
         name = path.relative_to(archive).as_posix()
         if name not in digests:
             digests[name] = file_digest(path)
     return digests
 
 
-def read_side_file(archive: Path, metadata: Metadata, name: str) -> bytes | None:
-    """Return the content of a side file, by its path inside the archive; None if the archive has none.
+def read_sidecar(archive: Path, metadata: Metadata, name: str) -> bytes | None:
+    """Return the content of a sidecar file, by its path inside the archive; None if the archive has none.
 
     Raises:
-        DamagedArchiveError: It is missing, or is not what was written.
+        DamagedArchiveError: It is missing or altered.
     """
     if name not in metadata.files:
         return None
     path = archive / name
-    content = read_file(archive, path, SIDE_FOLDERS[PurePosixPath(name).parts[0]])
+    content = read_file(archive, path, SIDECAR_FOLDERS[PurePosixPath(name).parts[0]])
     if hashlib.sha256(content).hexdigest() != metadata.files[name]:
         raise DamagedArchiveError(f"{path} was altered (its SHA-256 differs): restore it from a copy")
     return content

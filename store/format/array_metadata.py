@@ -1,15 +1,15 @@
 """The `zarr.json` of one stored array: made through zarr-python, read back strictly.
 
-`create_array` and `resize_array` write it durably. `open_array` trusts nothing: it accepts the one layout that we
-write (sharding along the row axis, one of our codec pipelines, crc32c everywhere) and bounds every number before
-anything is allocated by it. What is ours beyond Zarr's own fields lies in `attributes.residua`: the codec preset,
-what the caller adds, and a SHA-256 of the document, so that an altered byte is noticed here too.
+`create_array` and `resize_array` write it durably. `open_array` trusts nothing: it accepts only the layout that Residua
+writes (sharding along the row axis, one of our codecs, crc32c everywhere) and bounds every number before anything is
+allocated. Our own entries are in `attributes.residua`: the codec's name, what the caller adds, and a SHA-256 of the
+document, so that an altered byte is noticed here too.
 """
 
 import json
 from collections.abc import Iterable, Mapping
 from math import prod
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 import zarr
@@ -19,18 +19,28 @@ from zarr.storage import MemoryStore
 
 from residua.store.base.canonical import Json, digest_of
 from residua.store.base.errors import DamagedArchiveError, PlanError, UnsafeArchiveError
-from residua.store.base.untrusted import check_inside, read_file
+from residua.store.base.untrusted import (
+    MAX_CHUNK_BYTES,
+    MAX_COLUMN_SHARDS,
+    MAX_RANK,
+    MAX_ROW_BYTES,
+    MAX_ROWS,
+    MAX_ROWS_PER_SHARD,
+    check_inside,
+    name_problem,
+    parse_json,
+    read_file,
+    shape_problem,
+    size_problem,
+)
 from residua.store.encoding.codecs import codecs_metadata
 from residua.store.encoding.dtypes import storage_dtype
 from residua.store.encoding.shard import INDEX_CODECS, INDEX_LOCATION
-from residua.store.encoding.spec import MAX_COLUMN_SHARDS, MAX_ROWS, MAX_ROWS_PER_SHARD, ArraySpec
+from residua.store.encoding.spec import ArraySpec
 from residua.store.storage.files import write_file
 
 METADATA = "zarr.json"
-MAX_ROW_BYTES = 2**31
-MAX_CHUNK_BYTES = 2**30
 _MAX_METADATA_BYTES = 4 * 1024 * 1024
-_MAX_RANK = 6
 _OURS = "residua"
 _DIGEST = "sha256"
 _FIXED = {
@@ -44,14 +54,14 @@ _FIELDS = {*_FIXED, "shape", "data_type", "chunk_grid", "codecs", "fill_value", 
 
 
 def create_array(root: Path, spec: ArraySpec, n_rows: int, *, attributes: Mapping[str, Json] | None = None) -> None:
-    """Write the metadata of an array, and of the groups on the way that are not there yet.
+    """Write the metadata of an array, and of the groups above it that do not exist yet.
 
-    Metadata that is there already is replaced in one step; shards are not touched.
+    Metadata that exists already is replaced in one step; shards are not touched.
 
     Args:
         root: Folder of the archive.
         spec: The array.
-        n_rows: Its rows.
+        n_rows: Rows of the array.
         attributes: More entries for `attributes.residua`.
 
     Raises:
@@ -64,9 +74,9 @@ def create_array(root: Path, spec: ArraySpec, n_rows: int, *, attributes: Mappin
             document = json.loads(text)
             ours = {**(attributes or {}), "preset": spec.preset}
             document["attributes"] = {_OURS: {**ours, _DIGEST: _digest(document, ours)}}
-            write_file(root / path, [_spell(document)])
+            write_file(root / path, [_json(document)])
         elif not (root / path).exists():
-            write_file(root / path, [_spell(json.loads(text))])
+            write_file(root / path, [_json(json.loads(text))])
 
 
 def resize_array(root: Path, spec: ArraySpec, n_rows: int) -> None:
@@ -74,7 +84,7 @@ def resize_array(root: Path, spec: ArraySpec, n_rows: int) -> None:
 
     Raises:
         DamagedArchiveError: The array's metadata is missing or altered.
-        UnsafeArchiveError: It is not metadata that we write, or not that of `spec`.
+        UnsafeArchiveError: It is not metadata that Residua writes, or not that of `spec`.
     """
     found, _, attributes = open_array(root, spec.path)
     if found != spec:
@@ -83,7 +93,7 @@ def resize_array(root: Path, spec: ArraySpec, n_rows: int) -> None:
 
 
 def open_array(root: Path, node: str) -> tuple[ArraySpec, int, dict[str, Json]]:
-    """Return what the metadata of array `node` says: the array, its rows, and the caller's attributes.
+    """Return the content of the metadata of array `node`: the array, its rows, and the caller's attributes.
 
     Args:
         root: Folder of the archive.
@@ -91,9 +101,11 @@ def open_array(root: Path, node: str) -> tuple[ArraySpec, int, dict[str, Json]]:
 
     Raises:
         DamagedArchiveError: The metadata is missing, is not JSON, or was altered.
-        UnsafeArchiveError: It describes anything but an array of ours, or leads out of the archive.
+        UnsafeArchiveError: It does not describe an array that Residua writes, or leads out of the archive.
     """
-    path = _inside(root, node)
+    if problem := name_problem(node):
+        raise UnsafeArchiveError(problem)
+    path = root / node / METADATA
     document = _load(root, path)
     try:
         spec, n_rows, ours = _parse(document, node)
@@ -110,7 +122,7 @@ def open_array(root: Path, node: str) -> tuple[ArraySpec, int, dict[str, Json]]:
 
 
 def _zarr_documents(spec: ArraySpec, n_rows: int) -> dict[str, bytes]:
-    """Return the metadata files that zarr-python makes for the array, by their path in the archive."""
+    """Return the metadata files that zarr-python makes for the array, by their path inside the archive."""
     files: dict[str, Buffer] = {}
     store: Store = MemoryStore(files)
     serializer, *compressors = codecs_metadata(spec.preset, spec.dtype)
@@ -119,8 +131,8 @@ def _zarr_documents(spec: ArraySpec, n_rows: int) -> dict[str, bytes]:
         name=spec.path,
         shape=(n_rows, *spec.row_shape),
         dtype=spec.dtype,
-        chunks=(spec.rows_per_chunk, *spec.parts[0].row_shape),
-        shards=(spec.rows_per_shard, *spec.parts[0].row_shape),
+        chunks=(spec.rows_per_chunk, *spec.file_specs[0].row_shape),
+        shards=(spec.rows_per_shard, *spec.file_specs[0].row_shape),
         serializer=serializer,
         compressors=compressors,
         fill_value=0,
@@ -128,27 +140,20 @@ def _zarr_documents(spec: ArraySpec, n_rows: int) -> dict[str, bytes]:
     return {path: buffer.to_bytes() for path, buffer in files.items()}
 
 
-def _spell(document: object) -> bytes:
+def _json(document: object) -> bytes:
     return json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False).encode()
 
 
 def _digest(document: Mapping[str, Any], ours: Mapping[str, Json]) -> str:
-    """Return the SHA-256 of the document with nothing but `ours`: other people's attributes are theirs."""
+    """Return the SHA-256 of the document with `ours` as its only attributes: those of other programs may change."""
     return digest_of({**document, "attributes": dict(ours)})
-
-
-def _inside(root: Path, node: str) -> Path:
-    parts = PurePosixPath(node).parts
-    if not parts or "/".join(parts) != node or {"..", "/"} & set(parts) or not node.isprintable():
-        raise UnsafeArchiveError(f"{node!r} is not a path inside an archive")
-    return root / node / METADATA
 
 
 def _load(root: Path, path: Path) -> dict[str, Any]:
     text = read_file(root, path, _MAX_METADATA_BYTES)
     try:
-        document = json.loads(text)
-    except (ValueError, RecursionError) as error:
+        document = parse_json(text)
+    except ValueError as error:
         raise DamagedArchiveError(f"{path} cannot be read as JSON ({error}): restore it from a copy") from error
     if not isinstance(document, dict):
         raise UnsafeArchiveError(f"{path} holds a JSON {type(document).__name__}, not the metadata of an array")
@@ -189,7 +194,7 @@ def _parse(document: dict[str, Any], node: str) -> tuple[ArraySpec, int, dict[st
 
 def _sharding(spec: ArraySpec, codecs: list[dict[str, Any]]) -> list[dict[str, Any]]:
     configuration = {
-        "chunk_shape": [spec.rows_per_chunk, *spec.parts[0].row_shape],
+        "chunk_shape": [spec.rows_per_chunk, *spec.file_specs[0].row_shape],
         "codecs": codecs,
         "index_codecs": list(INDEX_CODECS),
         "index_location": INDEX_LOCATION,
@@ -198,34 +203,29 @@ def _sharding(spec: ArraySpec, codecs: list[dict[str, Any]]) -> list[dict[str, A
 
 
 def _check_sizes(spec: ArraySpec, n_rows: int) -> None:
-    """Raise PlanError unless every size is one that an archive may have."""
+    """Raise PlanError unless every size is within the limits of the format."""
     storage_dtype(spec.dtype)
-    limits = {
-        "rows": (n_rows, 0, MAX_ROWS),
-        "bytes of a row": (spec.row_bytes, 1, MAX_ROW_BYTES),
-        "rows of a shard": (spec.rows_per_shard, 1, MAX_ROWS_PER_SHARD),
-        "rows of a chunk": (spec.rows_per_chunk, 1, spec.rows_per_shard),
-        "bytes of a chunk": (spec.parts[0].chunk_bytes, 1, MAX_CHUNK_BYTES),
-        "dimensions": (1 + len(spec.row_shape), 1, _MAX_RANK),
-    }
-    for name, (value, least, most) in limits.items():
-        if not least <= value <= most:
-            raise PlanError(f"{spec.path}: {name}: {value:,} is not between {least:,} and {most:,}")
+    problems = (
+        size_problem(f"{spec.path}: rows", n_rows, MAX_ROWS),
+        size_problem(f"{spec.path}: bytes of a row", spec.row_bytes, MAX_ROW_BYTES, 1),
+        size_problem(f"{spec.path}: rows of a shard", spec.rows_per_shard, MAX_ROWS_PER_SHARD, 1),
+        size_problem(f"{spec.path}: rows of a chunk", spec.rows_per_chunk, spec.rows_per_shard, 1),
+        size_problem(f"{spec.path}: bytes of a chunk", spec.file_specs[0].chunk_bytes, MAX_CHUNK_BYTES, 1),
+        size_problem(f"{spec.path}: dimensions", 1 + len(spec.row_shape), MAX_RANK, 1),
+    )
+    if problem := next(filter(None, problems), ""):
+        raise PlanError(problem)
     if spec.rows_per_shard % spec.rows_per_chunk:
         raise PlanError(
             f"{spec.path}: a shard of {spec.rows_per_shard:,} rows cannot hold chunks of {spec.rows_per_chunk:,}"
         )
 
 
-def _shape(name: str, value: object) -> list[int]:
-    if not isinstance(value, list) or not 0 < len(value) <= _MAX_RANK:
-        raise ValueError(f"{name} has the shape {value!r}")
-    for size in value:
-        if not isinstance(size, int) or isinstance(size, bool) or not 0 <= size <= MAX_ROWS:
-            raise ValueError(f"{name} has the shape {value!r}")
-    if prod(value[1:]) > MAX_ROW_BYTES:
-        raise ValueError(f"{name} has the shape {value!r}: its rows are too large")
-    return value
+def _shape(name: str, value: Any) -> list[int]:
+    problem = shape_problem(name, value, max_rank=MAX_RANK, most=MAX_ROWS)
+    if problem or prod(value[1:]) > MAX_ROW_BYTES:
+        raise ValueError(problem or f"{name} has the shape {value!r}: its rows are too large")
+    return list(value)
 
 
 def _text(name: str, value: object) -> str:
@@ -249,23 +249,23 @@ def _require(name: str, found: object, expected: object) -> None:
 
 
 def check_arrays(root: Path, specs: Iterable[ArraySpec], n_rows: int | None) -> None:
-    """Compare every array's own metadata with what the plan says of it, before anything is read by it.
+    """Compare the metadata of every array with the plan, before anything is read by it.
 
     Args:
         root: Folder of the archive.
         specs: The arrays of the plan.
-        n_rows: Rows that each must have; None if nobody knows yet.
+        n_rows: Rows that each must have; None if they are not known yet.
 
     Raises:
         DamagedArchiveError: The metadata of an array is missing or cannot be read.
-        UnsafeArchiveError: It says something else than the plan, or a link leads out of the archive.
+        UnsafeArchiveError: It differs from the plan, or a link leads out of the archive.
     """
     for spec in specs:
         found, found_rows, _ = open_array(root, spec.path)
         check_inside(root, root / spec.path / "c")
         if found != spec:
             raise UnsafeArchiveError(
-                f"{root / spec.path}/zarr.json describes {found}, but the archive's plan says {spec}"
+                f"{root / spec.path / METADATA} describes {found}, but the archive's plan says {spec}"
             )
         if n_rows is not None and found_rows != n_rows:
-            raise UnsafeArchiveError(f"{root / spec.path}/zarr.json has {found_rows:,} rows, the archive {n_rows:,}")
+            raise UnsafeArchiveError(f"{root / spec.path / METADATA} has {found_rows:,} rows, the archive {n_rows:,}")

@@ -1,13 +1,12 @@
 """Commits: the durable records that a shard is complete.
 
-One JSON file a shard and writer, `commits/SSSSSSSS-WWWW.json`, published with `link`, so that it appears whole or
-not at all and cannot replace another. It is written after every file that it names is on the disk: no record, no
-shard. The record holds the row range and, per array, size and digest of the shard file; a SHA-256 over the record
-guards the record itself.
+There is one JSON file for each shard and writer, `commits/SSSSSSSS-WWWW.json`. It is published with `link`, so that it
+appears complete or not at all and cannot replace another. It is written after every file that it names is on the disk:
+no record, no shard. The record holds the row range and, for each array, size and digest of the shard file. A SHA-256
+over the record protects the record itself.
 """
 
 import hashlib
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -16,7 +15,7 @@ from typing import Any
 
 from residua.store.base.canonical import canonical_json, digest_of
 from residua.store.base.errors import DamagedArchiveError, ResiduaError
-from residua.store.base.untrusted import check_inside, read_file
+from residua.store.base.untrusted import check_inside, parse_json, read_file, size_problem
 from residua.store.encoding.shard import shard_path
 from residua.store.format.archive_metadata import ROOT
 from residua.store.format.plan import Plan
@@ -26,20 +25,21 @@ FOLDER = "commits"
 _NAME = re.compile(r"[0-9]{8,}-[0-9]{4}\.json")
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 _PART = re.compile(r"part-[0-9]{5,}\.parquet")
-_MAX_COUNT = 2**63
+_MAX_COUNT = 2**63 - 1
 _MAX_RECORD_BYTES = 64 * 1024 * 1024
+_TAIL_BYTES = 64 * 1024  # chunks end in their crc32c; a checkpoint's zip file ends in its directory of crc32 values
 
 
 @dataclass(frozen=True, kw_only=True)
 class ShardFile:
-    """What a commit says of one array's shard file.
+    """What a commit says about the shard file of one array.
 
     Attributes:
         n_bytes: Size of the file.
         digest: SHA-256 over the shard index and the chunks' crc32c, in hex (see FORMAT.md).
-        n_nonfinite: How many NaN and infinite values the rows hold.
-        squares: Sum of squares of the values, lossy presets only.
-        error_squares: Sum of squares of what the lossy preset changed.
+        n_nonfinite: Number of NaN and infinite values in the rows.
+        squares: Sum of squares of the values, lossy codecs only.
+        error_squares: Sum of squares of what the lossy codec changed.
     """
 
     n_bytes: int
@@ -61,9 +61,10 @@ class Commit:
         plan: Digest of the plan that the rows belong to.
         shard: Index of the shard along axis 0.
         rows: First row and the row after the last.
-        arrays: Per array, or part of one, what its shard file holds; by its `key`.
-        examples: SHA-256 of example parts made durable with this shard (loops that the user owns), by file name.
-        writer: Number of the writer among those that share a shard; 0 where one writes it whole.
+        arrays: The shard file of each array or column shard, by its `key`.
+        examples: SHA-256 of Parquet files of examples made durable with this shard (loops that the user owns), by
+            file name.
+        writer: Number of the writer among those that share a shard; always 0 today.
     """
 
     plan: str
@@ -96,22 +97,22 @@ def publish_commit(archive: Path, commit: Commit) -> None:
     Raises:
         FileExistsError: The shard has a record by this writer.
     """
-    publish(archive / FOLDER / commit.name, _spelled(commit))
+    publish(archive / FOLDER / commit.name, _json(commit))
 
 
 def is_published(archive: Path, commit: Commit) -> bool:
-    """Say whether `archive` holds this very record, word for word."""
+    """Say whether `archive` holds exactly this record."""
     path = archive / FOLDER / commit.name
-    return path.is_file() and path.read_bytes() == _spelled(commit)
+    return path.is_file() and path.read_bytes() == _json(commit)
 
 
-def _spelled(commit: Commit) -> bytes:
+def _json(commit: Commit) -> bytes:
     record = commit.to_json()
     return canonical_json({"record": record, "sha256": digest_of(record)}) + b"\n"
 
 
 def committed_shards(archive: Path) -> set[int]:
-    """Return which shards have a record, by the records' names alone: cheap enough to ask again and again."""
+    """Return which shards have a record, from the file names alone: cheap enough to call often."""
     names = (path.name for path in (archive / FOLDER).iterdir())
     return {int(name.split("-")[0]) for name in names if _NAME.fullmatch(name)}
 
@@ -121,7 +122,7 @@ def read_commits(archive: Path, plan_digest: str) -> dict[int, Commit]:
 
     Raises:
         DamagedArchiveError: A record is altered or belongs to another plan; the message names the file.
-        UnsafeArchiveError: The folder of the records lies elsewhere.
+        UnsafeArchiveError: The folder of the records is a link that leads out of the archive.
     """
     folder = archive / FOLDER
     check_inside(archive, folder)
@@ -133,25 +134,25 @@ def read_commits(archive: Path, plan_digest: str) -> dict[int, Commit]:
         if commit.plan != plan_digest:
             raise DamagedArchiveError(
                 f"{path}: this record belongs to plan {commit.plan[:12]}, the archive's plan is {plan_digest[:12]}: "
-                "the file was copied here from another archive; remove it."
+                "the file was copied here from another archive. Remove it."
             )
         commits[commit.shard] = commit
     return commits
 
 
 def check_commits(archive: Path, plan: Plan, commits: Mapping[int, Commit], n_rows: int | None) -> None:
-    """Compare rows and arrays of every record with the plan.
+    """Compare the rows and arrays of every record with the plan.
 
     Args:
         archive: Folder of the archive, for messages.
         plan: Its plan.
         commits: Its commits, by shard.
-        n_rows: Rows of the archive; None while they are not known, when the last record says it.
+        n_rows: Rows of the archive; None while they are not known: then the last record gives them.
 
     Raises:
-        DamagedArchiveError: A record has other rows or arrays than its shard; the message names it.
+        DamagedArchiveError: A record does not cover the rows and arrays of its shard; the message names it.
     """
-    keys = {part.key for spec in plan.arrays for part in spec.parts}
+    keys = {spec.key for array in plan.arrays for spec in array.file_specs}
     end = max((commit.rows[1] for commit in commits.values()), default=0) if n_rows is None else n_rows
     for shard, commit in commits.items():
         first = shard * plan.rows_per_shard
@@ -159,21 +160,21 @@ def check_commits(archive: Path, plan: Plan, commits: Mapping[int, Commit], n_ro
         if commit.rows != (first, stop) or commit.arrays.keys() != keys:
             expected = f"rows {first:,} to {stop:,} of every array" if first < stop else "a shard of this archive"
             raise DamagedArchiveError(
-                f"{archive / FOLDER / commit.name}: this record is not of {expected}. Delete it and run the same "
-                "capture again."
+                f"{archive / FOLDER / commit.name}: this commit record does not cover {expected}. Delete it and run "
+                "the same capture again."
             )
 
 
 def drop_broken(archive: Path, plan: Plan, commits: Mapping[int, Commit]) -> list[str]:
-    """Unlink the records of shards whose files are missing or of another size, so that a capture does them again.
+    """Delete the records of shards whose files are missing or of another size, so that they are captured again.
 
     Args:
         archive: Folder of the archive.
         plan: Its plan.
-        commits: Its commits, by shard; those that are dropped have to be read anew.
+        commits: Its commits, by shard; read them again afterwards.
 
     Returns:
-        One sentence for each shard that was dropped, naming the first file that is broken.
+        One sentence for each shard that was dropped; it names the first broken file.
 
     Raises:
         OSError: A record could not be removed.
@@ -191,10 +192,10 @@ def drop_broken(archive: Path, plan: Plan, commits: Mapping[int, Commit]) -> lis
 
 
 def _broken_file(archive: Path, plan: Plan, commit: Commit) -> str:
-    """Return what is wrong with the first file of a shard that is not of its recorded size, or an empty text."""
-    for part in (part for spec in plan.arrays for part in spec.parts):
-        path = shard_path(archive, part, commit.shard)
-        expected = commit.arrays[part.key].n_bytes
+    """Return what is wrong with the first file of a shard that has not its recorded size; empty if all have."""
+    for spec in (files for array in plan.arrays for files in array.file_specs):
+        path = shard_path(archive, spec, commit.shard)
+        expected = commit.arrays[spec.key].n_bytes
         try:
             found = path.stat().st_size
         except (FileNotFoundError, NotADirectoryError):
@@ -205,13 +206,13 @@ def _broken_file(archive: Path, plan: Plan, commit: Commit) -> str:
 
 
 def named_parts(commits: Mapping[int, Commit]) -> dict[str, str]:
-    """Return the SHA-256 of each example part that `commits` name, by its path inside the archive."""
+    """Return the SHA-256 of each file of examples that `commits` name, by its path inside the archive."""
     return {f"examples/{name}": digest for commit in commits.values() for name, digest in commit.examples.items()}
 
 
 def _read_commit(archive: Path, path: Path) -> Commit:
     try:
-        value = json.loads(read_file(archive, path, _MAX_RECORD_BYTES))
+        value: Any = parse_json(read_file(archive, path, _MAX_RECORD_BYTES))
         record: dict[str, Any] = value["record"]
         if digest_of(record) != value["sha256"]:
             raise ValueError("its SHA-256 does not match its content")
@@ -220,14 +221,14 @@ def _read_commit(archive: Path, path: Path) -> Commit:
             raise ValueError(f"it is the record {commit.name}")
     except (ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError, ResiduaError) as error:
         raise DamagedArchiveError(
-            f"{path}: this commit record is damaged ({error}). Delete it and run the capture again: "
-            "the shard will be captured anew."
+            f"{path}: this commit record is damaged ({error}). Delete it and run the same capture again, which will "
+            "write the shard again."
         ) from error
     return commit
 
 
 def commit_from_json(record: dict[str, Any]) -> Commit:
-    """Return the commit that `record` spells, every value of it checked: a SHA-256 vouches for no sense.
+    """Return the commit of a record. Every value is checked, since a forged record has a right SHA-256, too.
 
     Raises:
         ValueError: A value is not what `to_json` makes. KeyError, TypeError and AttributeError are possible too.
@@ -237,7 +238,7 @@ def commit_from_json(record: dict[str, Any]) -> Commit:
         raise ValueError(f"it holds the rows {first} to {stop}")
     for name, digest in record["examples"].items():
         if not _PART.fullmatch(name) or not _DIGEST.fullmatch(digest):
-            raise ValueError(f"it names the example part {name!r}")
+            raise ValueError(f"it names the file of examples {name!r}")
     return Commit(
         plan=_digest(record["plan"]),
         shard=_count(record["shard"]),
@@ -255,14 +256,14 @@ def _shard_file(value: dict[str, Any]) -> ShardFile:
     _digest(file.digest)
     for squares in (file.squares, file.error_squares):
         if squares is not None and not (isinstance(squares, float) and squares >= 0):
-            raise ValueError(f"{squares!r} is no sum of squares")
+            raise ValueError(f"{squares!r} is not a sum of squares")
     return file
 
 
-def _count(value: object) -> int:
-    if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < _MAX_COUNT:
-        raise ValueError(f"{value!r} is not a count")
-    return value
+def _count(value: Any) -> int:
+    if problem := size_problem("count", value, _MAX_COUNT):
+        raise ValueError(problem)
+    return int(value)
 
 
 def _digest(value: str) -> str:
@@ -271,15 +272,12 @@ def _digest(value: str) -> str:
     return value
 
 
-_TAIL_BYTES = 64 * 1024  # chunks end in their crc32c, and a checkpoint's zip in its directory, which has every crc32
-
-
 def content_hash(folder: Path) -> str:
-    """Return a digest that changes when the content of `folder` does, in hex.
+    """Return a digest, in hex, that changes when the content of `folder` does, without reading all of it.
 
-    Of an archive it is that of its metadata and commits, which hold the digests of everything else. Of any other
-    folder it is that of the names, the sizes and the last 64 KiB of all files: overlays and lenses end every file in
-    checksums of what is before.
+    For an archive it covers metadata and commits, which hold the digests of everything else. For any other folder it
+    covers the names, the sizes and the last 64 KiB of all files: every file of an overlay or a lens ends in checksums
+    of its content.
 
     Raises:
         OSError: A file cannot be read.

@@ -15,7 +15,7 @@ from pathlib import Path
 from residua.store.base.canonical import Json
 from residua.store.encoding.codecs import INT8
 from residua.store.encoding.lossy import BLOCK
-from residua.store.format.archive_metadata import Metadata, digest_side_files, is_archive, side_files, write_metadata
+from residua.store.format.archive_metadata import Metadata, is_archive, sidecar_digests, sidecar_files, write_metadata
 from residua.store.format.array_metadata import create_array, resize_array
 from residua.store.format.commits import FOLDER, Commit, ShardFile, named_parts
 from residua.store.format.plan import Plan, SitePlan
@@ -100,16 +100,16 @@ def create_archive(folder: Path, destination: Path, plan: Plan, provenance: Mapp
     for spec in plan.row_arrays:
         create_array(folder, spec, n_rows, attributes={})
     (folder / FOLDER).mkdir(exist_ok=True)
-    _sync_side_files(folder)
-    write_metadata(folder, Metadata(plan=plan, provenance=provenance, files=digest_side_files(folder)))
+    _sync_sidecars(folder)
+    write_metadata(folder, Metadata(plan=plan, provenance=provenance, files=sidecar_digests(folder)))
     _refuse_occupied(destination)
     folder.rename(destination)
     sync_folder(destination.parent)
 
 
-def _sync_side_files(folder: Path) -> None:
+def _sync_sidecars(folder: Path) -> None:
     """Flush what other libraries wrote, so that a power cut after the move finds the archive whole."""
-    for path in side_files(folder):
+    for path in sidecar_files(folder):
         with path.open("rb") as file:
             os.fsync(file.fileno())
         sync_folder(path.parent)
@@ -141,7 +141,7 @@ def seal(
         for spec in plan.arrays:
             resize_array(archive, spec, n_rows)
         # What is on the disk by now may be damaged; only what the last call left has no digest yet.
-        files = digest_side_files(archive, {**metadata.files, **named_parts(commits)})
+        files = sidecar_digests(archive, {**metadata.files, **named_parts(commits)})
         write_metadata(archive, Metadata(plan=plan, provenance=metadata.provenance, files=files, sealed=sealed))
     for site in plan.sites:
         if any(file.squares is not None for file in _files(site, commits)):
@@ -149,7 +149,7 @@ def seal(
 
 
 def _files(site: SitePlan, commits: Mapping[int, Commit]) -> list[ShardFile]:
-    parts = site.arrays(BLOCK)[0].parts  # their names are the same at every height
+    parts = site.arrays(BLOCK)[0].file_specs  # their names are the same at every height
     return [commit.arrays[part.key] for commit in commits.values() for part in parts]
 
 

@@ -1,8 +1,17 @@
-"""The plan: the frozen answer, made before the model runs, to everything that decides what lands where.
+"""The plan: the frozen answer, made before the model runs, to everything that decides what is stored where.
 
-From the plan and the example table alone follow all shapes, all row numbers and the make-up of every batch. Its
-digest names the run: two captures with equal digests hold the same rows in the same places. Paths and host names
-are no part of it (they are provenance), so an archive may be moved, and resumed elsewhere.
+All shapes, all row numbers and the content of every batch follow from the plan and the example table alone. The plan's
+digest names the run: two captures with equal digests hold the same rows in the same places. Paths and host names are
+not part of the plan (they are provenance), so an archive may be moved and resumed elsewhere.
+
+The heights of chunks and shards follow one rule. A chunk is the power of two of rows nearest 512 KiB. All sites share
+one shard height, the power of two of rows nearest 32 MiB of the widest site, with two corrections in this order:
+
+1. A shard should hold a full batch, because batches are formed from the examples of one shard: it grows until it does.
+2. The host buffers must fit the memory budget: it shrinks until they do. One buffer holds one shard of every site, and
+   `n_open_shards` of them are open at once: the shard that fills, and those that its last example reaches into.
+
+The rule is a pure function of its arguments, so that a plan made twice is the same plan.
 """
 
 from collections.abc import Iterable, Mapping
@@ -16,20 +25,26 @@ import numpy.typing as npt
 
 from residua.store.base.canonical import Json, canonical_json, digest_of, flatten
 from residua.store.base.errors import PlanError, UnsafeArchiveError
-from residua.store.encoding.codecs import INT8, PRESETS
+from residua.store.base.untrusted import (
+    MAX_COLUMN_SHARDS,
+    MAX_ROWS,
+    MAX_ROWS_PER_SHARD,
+    MAX_SHARD_BYTES,
+    shape_problem,
+    size_problem,
+)
+from residua.store.encoding.codecs import PRESETS, check_codec
 from residua.store.encoding.dtypes import storage_dtype
-from residua.store.encoding.lossy import BLOCK
-from residua.store.encoding.spec import MAX_COLUMN_SHARDS, MAX_ROWS, MAX_ROWS_PER_SHARD, ArraySpec
+from residua.store.encoding.spec import ArraySpec
 from residua.store.format.site_names import parse_site
 
-MAX_SHARD_BYTES = 2**36
 CHUNK_BYTES = 512 * 1024
 SHARD_BYTES = 32 * 1024 * 1024
 HOST_MEMORY_BYTES = 4 * 1024**3
-COLUMN_BYTES = 16  # of a row in a stage: its token, position and example
-_OPTIONAL = "column_shards"  # of a site, in a plan: it is there where it is not 1
-_MAPPINGS = ("model", "dataset", "rules")
+COLUMN_BYTES = 16  # of a row in a host buffer: its token, position and example
 ROW_COLUMNS = {"token": "int32", "position": "int32", "example": "int64"}
+_OPTIONAL = "column_shards"  # field of a site that the JSON leaves out where it is 1
+_MAPPINGS = ("model", "dataset", "rules")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,7 +55,7 @@ class SitePlan:
         name: The site's text, for example ``resid_post.7``.
         row_shape: Shape of one row, for example ``(width,)`` or ``(heads, head_width)``.
         dtype: The dtype that a reader gets, for example ``bfloat16``.
-        codec: Name of the codec preset.
+        codec: Name of the codec, one of ``residua.store.encoding.codecs.PRESETS``.
         column_shards: Into how many shards of equal width the first axis of a row is cut.
     """
 
@@ -61,20 +76,23 @@ class SitePlan:
         return prod(self.row_shape) * storage_dtype(self.dtype).itemsize
 
     @property
-    def part(self) -> "SitePlan":
-        """The site as if what one column shard has of it were all."""
+    def one_column_shard(self) -> "SitePlan":
+        """The site as if one column shard were all of it."""
         shape = (self.row_shape[0] // self.column_shards, *self.row_shape[1:])
         return replace(self, row_shape=shape, column_shards=1)
 
     def arrays(self, rows_per_shard: int) -> tuple[ArraySpec, ...]:
-        """Return the stored arrays of this site: one, or codes and scales for the int8 preset."""
-        if self.codec != INT8:
-            return (_array(self.path, self.row_shape, self.dtype, self.codec, rows_per_shard, self.column_shards),)
-        blocks = (*self.row_shape[:-1], -(-self.row_shape[-1] // BLOCK))
-        scales = "scales/" + self.path.removeprefix("sites/")
-        return (
-            _array(self.path, self.row_shape, "int8", "fast", rows_per_shard),
-            _array(scales, blocks, "float32", "fast", rows_per_shard),
+        """Return the stored arrays of this site: one, or codes and scales for the int8 codec."""
+        return tuple(
+            _array(
+                self.path.replace("sites", layout.folder, 1),
+                layout.row_shape,
+                layout.dtype,
+                layout.preset,
+                rows_per_shard,
+                self.column_shards,
+            )
+            for layout in PRESETS[self.codec].arrays(self.row_shape, self.dtype)
         )
 
 
@@ -105,7 +123,7 @@ class Plan:
         rows_per_shard: Height of a shard in rows, the same in every array.
         batch_tokens: Most token positions, padding included, in one batch.
         padding: ``left`` or ``right``.
-        n_rows: Rows of the whole archive; None when they are not known beforehand (a loop the user owns).
+        n_rows: Rows of the archive; None when they are not known beforehand (a loop that the user owns).
     """
 
     model: Mapping[str, Json]
@@ -118,7 +136,7 @@ class Plan:
     n_rows: int | None = None
 
     def __post_init__(self) -> None:
-        check_plan(self)
+        _check_plan(self)
 
     def __repr__(self) -> str:
         rows = "an open number of rows" if self.n_rows is None else f"{self.n_rows:,} rows"
@@ -168,7 +186,7 @@ class Plan:
         return values
 
     def differences(self, other: "Plan") -> list[str]:
-        """Return one line per field in which `other` differs, for the message that refuses it."""
+        """Return one line for each field in which `other` differs, for the message that refuses it."""
         mine, theirs = (_comparable(plan) for plan in (self, other))
         lines = [
             f"{key}: the archive has {mine.get(key, 'nothing')}, this run has {theirs.get(key, 'nothing')}"
@@ -182,16 +200,16 @@ class Plan:
 
     @classmethod
     def from_json(cls, value: object) -> "Plan":
-        """Return the plan that `value` spells.
+        """Return the plan of a JSON value that `to_json` made.
 
         Raises:
-            UnsafeArchiveError: `value` is not what `to_json` makes; the message says where.
+            UnsafeArchiveError: `value` is not such a value; the message says where.
         """
         try:
             found = _fields(value, cls)
             sites = tuple(_site_from_json(site) for site in cast("list[object]", found["sites"]))
             plan = cls(**{**found, "sites": sites})  # type: ignore[arg-type]  # __post_init__ checks the types
-            _ = plan.digest  # NaN, broken Unicode and bottomless nesting come out here and not later
+            _ = plan.digest  # fails on NaN, broken Unicode and endless nesting, here and not later
         except (TypeError, ValueError, KeyError, RecursionError) as error:
             raise UnsafeArchiveError(f"the archive's plan is not one that Residua writes: {error}") from error
         return plan
@@ -220,65 +238,58 @@ def _site_from_json(value: object) -> SitePlan:
     if not isinstance(row_shape, list):
         raise TypeError(f"row_shape is {row_shape!r}, not a list")
     if optional == {_OPTIONAL: 1}:
-        raise ValueError(f"{_OPTIONAL} is 1, which is not spelled out")
+        raise ValueError(f"{_OPTIONAL} is 1, which has to be left out")
     return SitePlan(**{**found, "row_shape": tuple(row_shape)})
 
 
 def _comparable(plan: Plan) -> dict[str, str]:
-    """Return every field as text, in the spelling that the digest sees: 1, 1.0 and true differ there."""
+    """Return every field as the JSON text that the digest covers: 1, 1.0 and true differ there."""
     values = flatten(plan.to_json())
     for site in cast("list[dict[str, object]]", values.pop("sites")):
         values[f"sites.{site['name']}"] = {key: value for key, value in site.items() if key != "name"}
     return {key: canonical_json(value).decode() for key, value in values.items()}
 
 
-def _is_count(value: object, most: int) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= most
-
-
-def check_plan(plan: Plan) -> None:
+def _check_plan(plan: Plan) -> None:
     """Raise PlanError if `plan` has a value that no archive could be made or safely read with."""
     for name in _MAPPINGS:
         if not isinstance(getattr(plan, name), Mapping):
             raise PlanError(f"the plan's {name} is {getattr(plan, name)!r}, not a mapping")
     height = plan.rows_per_shard
-    if not _is_count(height, MAX_ROWS_PER_SHARD) or height == 0 or height & (height - 1):
-        raise PlanError(f"rows per shard is {height!r}: it must be a power of two, at most {MAX_ROWS_PER_SHARD:,}")
-    if plan.n_rows is not None and not _is_count(plan.n_rows, MAX_ROWS):
-        raise PlanError(f"the plan's number of rows is {plan.n_rows!r}, not a count up to 2**48")
-    if not _is_count(plan.batch_tokens, MAX_ROWS) or plan.padding not in ("left", "right"):
-        raise PlanError(f"the plan's batch_tokens {plan.batch_tokens!r} or padding {plan.padding!r} is not valid")
+    _refuse(size_problem("rows per shard", height, MAX_ROWS_PER_SHARD, 1))
+    if height & (height - 1):
+        raise PlanError(f"rows per shard: {height:,} is not a power of two")
+    if plan.n_rows is not None:
+        _refuse(size_problem("the plan's number of rows", plan.n_rows, MAX_ROWS))
+    _refuse(size_problem("the plan's batch_tokens", plan.batch_tokens, MAX_ROWS))
+    if plan.padding not in ("left", "right"):
+        raise PlanError(f"the plan's padding is {plan.padding!r}, not left or right")
     names = [site.name for site in plan.sites]
     if not names or len(set(names)) != len(names):
-        raise PlanError(f"the plan's sites must be at least one, each once; it has {names!r}")
+        raise PlanError(f"a plan needs at least one site, and each site once; found {names!r}")
     for site in plan.sites:
         _check_site(site, height)
 
 
 def _check_site(site: SitePlan, height: int) -> None:
     if str(parse_site(site.name)) != site.name:
-        raise PlanError(f"site {site.name!r} is spelled {str(parse_site(site.name))!r} in a plan")
-    storage_dtype(site.dtype)
-    shape = site.row_shape
-    if not 0 < len(shape) <= 4 or not all(_is_count(size, 2**31) and size > 0 for size in shape):
-        raise PlanError(f"site {site.name}: {shape!r} is not the shape of a row")
+        raise PlanError(f"site {site.name!r} has to be written {str(parse_site(site.name))!r} in a plan")
+    what = f"site {site.name}"
+    check_codec(site.codec, site.dtype, what)
+    _refuse(shape_problem(f"{what}: shape of a row", site.row_shape, max_rank=4, most=2**31, least=1))
     if site.row_bytes * height > MAX_SHARD_BYTES:
-        raise PlanError(f"site {site.name}: a shard of {height:,} rows of {site.row_bytes:,} bytes is over 64 GiB")
-    _check_column_shards(site)
-    if site.codec not in PRESETS:
-        raise PlanError(f"codec {site.codec!r} is not known; the presets are {', '.join(PRESETS)}")
-    if site.codec.startswith("bitround") and site.dtype != "float32":
-        raise PlanError(f"codec {site.codec} is for float32, and {site.name} is {site.dtype}: use fast or small")
-    if site.codec == INT8 and site.dtype not in ("bfloat16", "float16", "float32"):
-        raise PlanError(f"codec {site.codec} is for floating point, and {site.name} is {site.dtype}")
-
-
-def _check_column_shards(site: SitePlan) -> None:
+        raise PlanError(f"{what}: a shard of {height:,} rows of {site.row_bytes:,} bytes is over 64 GiB")
     n = site.column_shards
-    if not _is_count(n, MAX_COLUMN_SHARDS) or n < 1 or site.row_shape[0] % n:
-        raise PlanError(f"site {site.name}: rows of shape {site.row_shape} are not cut into {n!r} parts of equal width")
-    if n > 1 and site.codec == INT8:
-        raise PlanError(f"site {site.name}: codec {INT8} takes whole rows, and these are cut into {n} parts")
+    _refuse(size_problem(f"{what}: column shards", n, MAX_COLUMN_SHARDS, 1))
+    if site.row_shape[0] % n:
+        raise PlanError(f"{what}: rows of shape {site.row_shape} cannot be cut into {n} column shards of equal width")
+    if n > 1 and len(site.arrays(height)) > 1:
+        raise PlanError(f"{what}: codec {site.codec} takes full rows, and these are cut into {n} column shards")
+
+
+def _refuse(problem: str) -> None:
+    if problem:
+        raise PlanError(problem)
 
 
 def nearest_power_of_two(value: float) -> int:
@@ -293,12 +304,12 @@ def choose_rows_per_chunk(row_bytes: int, rows_per_shard: int) -> int:
 
 
 def n_open_shards(most_rows_per_example: int, rows_per_shard: int) -> int:
-    """Return how many shards are open at once: the one that fills and those its last example reaches."""
+    """Return how many shards are open at once: the one that fills and those that its last example reaches into."""
     return 1 + max(1, ceil(most_rows_per_example / rows_per_shard))
 
 
 def host_buffer_bytes(row_bytes_all: int, most_rows_per_example: int, rows_per_shard: int) -> int:
-    """Return the host memory that all stages take together, in bytes."""
+    """Return the host memory that all buffers take together, in bytes."""
     return n_open_shards(most_rows_per_example, rows_per_shard) * rows_per_shard * (row_bytes_all + COLUMN_BYTES)
 
 
@@ -309,13 +320,13 @@ def choose_rows_per_shard(
     most_rows_per_example: int,
     host_memory_bytes: int = HOST_MEMORY_BYTES,
 ) -> int:
-    """Return the shard height in rows, a power of two, by the rule in this module's head.
+    """Return the shard height in rows, a power of two, by the rule in the module's head.
 
     Args:
         row_bytes: Logical bytes of one row of each site.
         batch_rows: Rows that one batch may yield.
         most_rows_per_example: Rows of the example that keeps most.
-        host_memory_bytes: Memory that all stages may take together.
+        host_memory_bytes: Memory that all host buffers may take together.
 
     Raises:
         PlanError: Even shards of one row do not fit the budget.
@@ -333,13 +344,13 @@ def choose_rows_per_shard(
 def check_host_memory(
     row_bytes: Iterable[int], most_rows_per_example: int, height: int, host_memory_bytes: int
 ) -> None:
-    """Raise PlanError if stages of `height` rows take more than `host_memory_bytes` together."""
+    """Raise PlanError if host buffers of `height` rows take more than `host_memory_bytes` together."""
     sizes = list(row_bytes)
     needed = host_buffer_bytes(sum(sizes), most_rows_per_example, height)
     if needed > host_memory_bytes:
         raise PlanError(
             f"--host-memory allows {host_memory_bytes:,} bytes, but {len(sizes)} sites in shards of {height:,} rows "
-            f"need {needed:,} to stage the longest example ({most_rows_per_example:,} rows of {sum(sizes):,} bytes): "
+            f"need {needed:,} to buffer the longest example ({most_rows_per_example:,} rows of {sum(sizes):,} bytes): "
             "raise --host-memory, lower --rows-per-shard, keep fewer positions, shorten the examples with --max-length "
             "or capture fewer sites."
         )

@@ -1,8 +1,8 @@
 """Writing shards: threads that encode, write durably and commit.
 
-The order is the promise: every file of a shard is on the disk, its folder synchronised, before the record that
-names it is published. A shard's arrays are encoded side by side; whichever ends last publishes. The first failure
-is kept and raised, with its cause, by the next call; a shard that failed has no record and so does not exist.
+The promise is the order: every file of a shard is on the disk, and its folder synchronised, before the commit record
+that names it is published. The arrays of a shard are encoded in parallel; the last one to finish publishes. The first
+failure is kept and raised, with its cause, by the next call. A shard that failed has no record, so it does not exist.
 """
 
 import threading
@@ -17,8 +17,8 @@ import numpy as np
 import numpy.typing as npt
 
 from residua.store.base.errors import CaptureError
-from residua.store.encoding.codecs import INT8, PRESETS
-from residua.store.encoding.lossy import bitround_errors, count_nonfinite, quantise_int8
+from residua.store.encoding.codecs import PRESETS
+from residua.store.encoding.lossy import count_nonfinite
 from residua.store.encoding.shard import ShardEncoder, ShardMemory, shard_path
 from residua.store.encoding.spec import ArraySpec
 from residua.store.format.archive_metadata import ROOT
@@ -30,7 +30,7 @@ Rows = npt.NDArray[np.generic]
 
 
 def _nothing() -> None:
-    """Do nothing: the rows are ready, and nobody waits for their memory."""
+    """Do nothing: the rows are ready, and nobody needs their memory."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,12 +40,12 @@ class FilledShard:
     Attributes:
         index: Index of the shard along axis 0.
         first_row: Its first row.
-        sites: Per site name, its rows in storage dtype, (rows, *row shape), C-contiguous or laid out as the file; those
+        sites: By site name, its rows in storage dtype, (rows, *row shape), C-contiguous or in a `ShardMemory`; those
             that this process writes.
         columns: ``token``, ``position`` and ``example`` of the rows; empty where another process writes them.
-        column_shard: Which part of each row `sites` have, of sites whose rows are cut into parts.
-        examples: SHA-256 of example parts made durable with this shard, by file name.
-        ready: Called in a writer thread before the rows are read; waits for copies that are still under way.
+        column_shard: Which column shard `sites` have, of sites whose rows are cut into several.
+        examples: SHA-256 of Parquet files of examples made durable with this shard, by file name.
+        ready: Called in a writer thread before the rows are read; waits for copies in progress.
         release: Called once the rows are no longer needed.
     """
 
@@ -60,7 +60,7 @@ class FilledShard:
 
     @property
     def n_rows(self) -> int:
-        """Its rows."""
+        """Number of its rows."""
         return int(next(iter((*self.sites.values(), *self.columns.values()))).shape[0])
 
 
@@ -71,8 +71,14 @@ class ShardWriter:
         root: Folder of the archive; its metadata exists already.
         plan: The plan that the rows belong to.
         threads: Encoder threads.
-        report: Where other writers have a part in each shard: called in a writer thread with the record of this one's
-            part, once its files are on the disk. Whoever has all parts of a shard then calls `publish`.
+        report: For shards that several writers share: called in a writer thread with the record of this writer's
+            files, once they are on the disk. The process that collects all records of a shard then calls `publish`.
+
+    Attributes:
+        stored_bytes: Bytes written so far.
+        logical_bytes: Bytes of the values behind them.
+        n_rows: Rows committed so far.
+        n_nonfinite: NaN and infinite values written so far, by the array's `key`.
     """
 
     def __init__(
@@ -90,7 +96,7 @@ class ShardWriter:
         self.n_nonfinite: dict[str, int] = {}
 
     def submit(self, shard: FilledShard) -> None:
-        """Hand over a filled shard; returns at once.
+        """Queue a filled shard; return at once.
 
         Raises:
             CaptureError: An earlier shard could not be written; the cause is chained.
@@ -103,7 +109,7 @@ class ShardWriter:
         if self._failure is not None:
             raise CaptureError(
                 f"a shard could not be written: {self._failure}. What was committed before is safe; "
-                "remove the cause and run the same capture again to go on."
+                "remove the cause and run the same capture again to continue."
             ) from self._failure
 
     def failed(self, error: BaseException) -> None:
@@ -112,7 +118,7 @@ class ShardWriter:
             self._failure = self._failure or error
 
     def written(self, commit: Commit, logical_bytes: int) -> None:
-        """Commit what was written, whole, or report it as a part; its bytes are added to the totals."""
+        """Commit the written files, or report them where writers share shards; add their bytes to the totals."""
         if self._report is None:
             if not self.publish(commit):
                 return
@@ -125,14 +131,14 @@ class ShardWriter:
                 self.n_nonfinite[path] = self.n_nonfinite.get(path, 0) + file.n_nonfinite
 
     def publish(self, commit: Commit) -> bool:
-        """Commit a shard, all files of which are on the disk; say whether nobody else had done so.
+        """Commit a shard, all files of which are on the disk; say whether it was not committed before.
 
         Raises:
             FileExistsError: The shard has another record.
         """
         try:
             publish_commit(self._root, commit)
-        except FileExistsError:  # another worker took this one for dead and did its shard; the same is as good
+        except FileExistsError:  # another worker took this one for dead and wrote the same shard
             if not is_published(self._root, commit):
                 raise
             return False
@@ -157,7 +163,7 @@ class ShardWriter:
 
 
 class _ShardJob:
-    """One shard on its way: counts its arrays down, publishes after the last, and always releases the rows."""
+    """The work on one shard: it commits after the last array, and always releases the rows."""
 
     def __init__(self, writer: ShardWriter, shard: FilledShard, root: Path, plan: Plan) -> None:
         self._writer = writer
@@ -191,9 +197,9 @@ class _ShardJob:
             self._one_done()
 
     def _check_place(self) -> None:
-        """Raise if the archive was moved or removed: writing would begin another, broken one in its place."""
+        """Raise if the archive was moved or removed: writing would start another, broken one in its place."""
         if not (self._root / ROOT).exists():
-            raise FileNotFoundError(f"{self._root} was moved or removed while it was written")
+            raise FileNotFoundError(f"{self._root} was moved or removed while it was being written")
 
     def _one_done(self) -> None:
         with self._lock:
@@ -225,19 +231,16 @@ class _ShardJob:
 
     def _write_site(self, site: SitePlan) -> None:
         rows = self._shard.sites[site.name]
-        specs = site.arrays(self._plan.rows_per_shard)
-        spec = specs[0].parts[self._shard.column_shard] if site.column_shards > 1 else specs[0]
-        if isinstance(rows, ShardMemory) or PRESETS[site.codec].is_lossless:
+        spec, *others = site.arrays(self._plan.rows_per_shard)
+        spec = spec.file_specs[self._shard.column_shard if site.column_shards > 1 else 0]
+        codec = PRESETS[site.codec]
+        if isinstance(rows, ShardMemory) or codec.is_lossless:
             self._write(spec, rows)
             return
-        n_nonfinite = count_nonfinite(rows, site.dtype)
-        codes: Rows
-        if site.codec == INT8:
-            codes, scales, squares, error_squares = quantise_int8(rows, site.dtype)
-            self._write(specs[1], scales, 0)
-        else:
-            codes, squares, error_squares = bitround_errors(rows, site.codec)
-        self._write(spec, codes, n_nonfinite, squares, error_squares)
+        (values, *more), squares, error_squares = codec.transform(rows, site.dtype)
+        for other, array in zip(others, more, strict=True):
+            self._write(other, array, 0)
+        self._write(spec, values, count_nonfinite(rows, site.dtype), squares, error_squares)
 
     def _write(
         self,

@@ -20,7 +20,7 @@ from residua.store.base.errors import (
 from residua.store.encoding.spec import ArraySpec
 from residua.store.examples.schedule import Schedule
 from residua.store.examples.table import ExampleTable
-from residua.store.format.archive_metadata import read_metadata, read_side_file
+from residua.store.format.archive_metadata import read_metadata, read_sidecar
 from residua.store.format.array_metadata import check_arrays
 from residua.store.format.commits import Commit, check_commits, named_parts, read_commits
 from residua.store.format.plan import ROW_COLUMNS, Plan
@@ -304,7 +304,7 @@ class Archive(Mapping[str, ArchiveArray]):
         Raises:
             DamagedArchiveError: It is missing, or is not what was written.
         """
-        return read_side_file(self.path, self.metadata, name)
+        return read_sidecar(self.path, self.metadata, name)
 
     @property
     def group(self) -> zarr.Group:

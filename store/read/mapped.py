@@ -65,7 +65,7 @@ class MappedShard:
         self._sizes = index.sizes.tolist()
         self.verified = np.zeros(len(self._starts), bool) if verified is None else verified
         self.is_verified = bool(self.verified.all())
-        n_chunks = len(self._starts) if PRESETS[spec.preset].effort is None else 0
+        n_chunks = len(self._starts) if PRESETS[spec.preset].is_raw else 0
         strides = (spec.chunk_bytes + CRC_BYTES, spec.row_bytes)
         self._raw_chunks: Bytes = np.ndarray(
             (n_chunks, spec.chunk_bytes), np.uint8, self._bytes.data, 0, (strides[0], 1)

@@ -64,7 +64,7 @@ class ArrayReader:
         self._n_rows = n_rows
         self._check: Check = check
         self._threads = cpu_threads() if threads is None else threads
-        self._is_raw = PRESETS[spec.preset].effort is None
+        self._is_raw = PRESETS[spec.preset].is_raw
         self._key = _Key()
         self._verified: dict[int, npt.NDArray[np.bool_]] = {}  # a byte a chunk; outlives the mappings
         weakref.finalize(self, OPEN_SHARDS.drop, self._key)
@@ -236,7 +236,7 @@ def reader_of(
     root: Path, spec: ArraySpec, n_rows: int, *, check: Check, threads: int | None
 ) -> "ArrayReader | ColumnShardsReader":
     """Return the reader of an array, stored in full rows or in column shards; arguments as for `ArrayReader`."""
-    readers = [ArrayReader(root, columns, n_rows, check=check, threads=threads) for columns in spec.parts]
+    readers = [ArrayReader(root, columns, n_rows, check=check, threads=threads) for columns in spec.file_specs]
     return readers[0] if len(readers) == 1 else ColumnShardsReader(spec, readers)
 
 
@@ -251,7 +251,7 @@ class ColumnShardsReader:
     """
 
     def __init__(self, spec: ArraySpec, readers: Sequence[ArrayReader]) -> None:
-        self._width = spec.parts[0].row_shape[0]
+        self._width = spec.file_specs[0].row_shape[0]
         self._readers = readers
 
     def read(self, start: int, stop: int) -> Array:

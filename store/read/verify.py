@@ -17,7 +17,7 @@ from residua.store.base.untrusted import check_inside, read_file
 from residua.store.encoding.shard import check_shard, shard_path
 from residua.store.encoding.spec import ArraySpec
 from residua.store.examples.index import ExampleIndex
-from residua.store.format.archive_metadata import ROOT, SIDE_FOLDERS, file_digest
+from residua.store.format.archive_metadata import ROOT, SIDECAR_FOLDERS, file_digest
 from residua.store.format.commits import FOLDER, Commit, named_parts
 from residua.store.format.sidecars import FIDELITY_FILE, read_fidelity
 from residua.store.read.archive import Archive
@@ -90,7 +90,7 @@ class _Check:
         self._archive = archive
         self._root = archive.path
         self._plan = archive.plan
-        self._parts = [part for spec in archive.plan.arrays for part in spec.parts]
+        self._parts = [part for spec in archive.plan.arrays for part in spec.file_specs]
         self._report = report
         self._known = {ROOT}
 
@@ -141,7 +141,7 @@ class _Check:
                 continue
             if not path.is_file():
                 self._problem(name, "the file is missing: restore it from a copy")
-            elif path.stat().st_size > (most := SIDE_FOLDERS[PurePosixPath(name).parts[0]]):
+            elif path.stat().st_size > (most := SIDECAR_FOLDERS[PurePosixPath(name).parts[0]]):
                 self._problem(name, f"the file is over {most >> 20:,} MiB: restore it from a copy")
             elif file_digest(path) != digest:
                 self._problem(name, "the file was altered (its SHA-256 differs): restore it from a copy")
@@ -228,7 +228,7 @@ class _Check:
         known = self._known | {f"{FOLDER}/{commit.name}" for commit in commits.values()}
         for spec in self._plan.arrays:
             known.add(f"{spec.path}/{ROOT}")
-            known.update(shard_path(Path(), part, shard).as_posix() for part in spec.parts for shard in commits)
+            known.update(shard_path(Path(), part, shard).as_posix() for part in spec.file_specs for shard in commits)
         for path in sorted(self._root.rglob("*")):
             name = path.relative_to(self._root).as_posix()
             if name in known or (path.is_dir() and (not path.is_symlink() or self._is_inside(path))):

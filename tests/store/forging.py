@@ -46,7 +46,7 @@ def sign_commit(path: Path, record: Any) -> None:
     path.write_bytes(canonical_json({"record": record, "sha256": digest_of(record)}))
 
 
-def sign_side_file(archive: Path, name: str, content: bytes) -> None:
+def sign_sidecar(archive: Path, name: str, content: bytes) -> None:
     """Replace a file of `examples`, `head` or `tokenizer`, and what the root says of it."""
     (archive / name).write_bytes(content)
     document = load(archive / ROOT)

@@ -7,7 +7,6 @@ import numpy as np
 import numpy.typing as npt
 
 from residua.store.encoding.codecs import PRESETS
-from residua.store.encoding.dtypes import STORAGE_DTYPES
 from residua.store.encoding.shard import ShardEncoder, shard_path
 from residua.store.encoding.spec import ArraySpec
 from residua.store.format.array_metadata import create_array
@@ -17,11 +16,7 @@ Array = npt.NDArray[np.generic]
 
 # Every pair of preset and dtype that one stored array may have.
 COMBINATIONS = [
-    (name, dtype)
-    for name, preset in PRESETS.items()
-    if preset.n_arrays == 1
-    for dtype in STORAGE_DTYPES
-    if preset.kept_bits is None or dtype == "float32"
+    (name, dtype) for name, codec in PRESETS.items() for dtype in codec.dtypes if len(codec.arrays((1,), dtype)) == 1
 ]
 
 

@@ -45,7 +45,7 @@ def make_archive(path: Path, codec: str = "fast", *, seed: int = 0, open_size: b
         for example in examples:
             writer.add(example)
         index = writer.close()
-        _write_side_files(folder, rng)
+        _write_sidecars(folder, rng)
         plan = Plan(
             model={"weights": f"{seed}"},
             dataset={"digest": index.digest, "n_examples": len(LENGTHS)},
@@ -75,7 +75,7 @@ def _example(i: int, length: int, rng: np.random.Generator) -> Example:
     return Example(input_ids=ids, positions=np.arange(length, dtype=np.int32), columns=columns)
 
 
-def _write_side_files(folder: Path, rng: np.random.Generator) -> None:
+def _write_sidecars(folder: Path, rng: np.random.Generator) -> None:
     tokenizer = Tokenizer(WordLevel({f"w{i}": i for i in range(50)}, unk_token="w0"))  # noqa: S106  # no password
     write_file(folder / "tokenizer" / "tokenizer.json", [tokenizer.to_str().encode()])
     head = save({"unembed.weight": rng.standard_normal((5, 4), np.float32)})

@@ -14,7 +14,6 @@ from residua.store.encoding.blosc import decode_frame, encode_frame
 from residua.store.encoding.codecs import (
     PRESETS,
     check_chunk,
-    check_preset,
     codecs_metadata,
     decode_chunk,
     encode_chunk,
@@ -200,7 +199,7 @@ def test_every_pipeline_ends_in_crc32c(preset: str, dtype: str) -> None:
 )
 def test_preset_that_does_not_fit_is_refused(preset: str, dtype: str, message: str) -> None:
     with pytest.raises(PlanError, match=message):
-        check_preset(preset, dtype)
+        codecs_metadata(preset, dtype)
 
 
 def test_every_preset_is_described_and_lossy_ones_are_named_so() -> None:

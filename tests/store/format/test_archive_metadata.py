@@ -16,9 +16,9 @@ from residua.store.format.archive_metadata import (
     FORMAT,
     ROOT,
     Metadata,
-    digest_side_files,
     is_archive,
     read_metadata,
+    sidecar_digests,
     write_metadata,
 )
 from tests.store.base.test_canonical import VALUES
@@ -122,10 +122,11 @@ def test_a_signed_entry_of_any_make_is_read_or_refused(
 @pytest.mark.parametrize(
     "name", ["../secret", "/etc/passwd", "examples/../../x", "examples", "commits/x", "zarr.json", "", "head/\0"]
 )
-def test_names_cannot_leave_the_side_folders(tmp_path: Path, name: str) -> None:
+def test_names_cannot_leave_the_sidecar_folders(tmp_path: Path, name: str) -> None:
     write_entry(tmp_path, {**METADATA.to_json(), "files": {name: "ab" * 32}})
-    with pytest.raises(UnsafeArchiveError, match="side file"):
+    with pytest.raises(UnsafeArchiveError) as caught:
         read_metadata(tmp_path)
+    assert repr(name) in str(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -138,7 +139,7 @@ def test_names_cannot_leave_the_side_folders(tmp_path: Path, name: str) -> None:
         ({"files": ["head/head.json"]}, "files"),
         ({"files": {"head/head.json": 1}}, "head/head.json"),
         ({"sealed": 3}, "sealed"),
-        ({"sealed": {"n_rows": -1}}, "sealed with -1 rows, which is not a count"),
+        ({"sealed": {"n_rows": -1}}, "sealed rows: -1"),
     ],
 )
 def test_what_no_writer_of_ours_makes_is_refused(tmp_path: Path, changes: dict[str, Any], words: str) -> None:
@@ -183,4 +184,4 @@ def test_side_files_are_found_by_content_and_hidden_ones_are_not(tmp_path: Path)
         (tmp_path / name).parent.mkdir(parents=True)
         (tmp_path / name).write_text("abc")
     abc = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"  # FIPS 180-2, appendix B.1
-    assert digest_side_files(tmp_path) == {"examples/part-00000.parquet": abc, "tokenizer/deep/er.json": abc}
+    assert sidecar_digests(tmp_path) == {"examples/part-00000.parquet": abc, "tokenizer/deep/er.json": abc}

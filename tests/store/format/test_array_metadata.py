@@ -11,9 +11,10 @@ from hypothesis import strategies as st
 
 from residua.store.base.canonical import Json, digest_of
 from residua.store.base.errors import DamagedArchiveError, PlanError, UnsafeArchiveError
+from residua.store.base.untrusted import MAX_CHUNK_BYTES
 from residua.store.encoding.dtypes import STORAGE_DTYPES
 from residua.store.encoding.spec import ArraySpec
-from residua.store.format.array_metadata import MAX_CHUNK_BYTES, create_array, open_array, resize_array
+from residua.store.format.array_metadata import create_array, open_array, resize_array
 from tests.store.samples import COMBINATIONS, flip_every_bit, make_spec
 
 Document = dict[str, Any]
@@ -202,7 +203,7 @@ def test_altered_and_signed_metadata_is_refused_or_within_bounds(tmp_path: Path,
 
 @pytest.mark.parametrize("node", ["", ".", "..", "../x", "/etc", "a/../b", "a//b", "a/", "./a", "a/\0", "a/\n"])
 def test_node_that_leaves_the_archive_is_refused(tmp_path: Path, node: str) -> None:
-    with pytest.raises(UnsafeArchiveError, match="is not a path inside an archive"):
+    with pytest.raises(UnsafeArchiveError, match="path inside"):
         open_array(tmp_path, node)
 
 
@@ -224,7 +225,7 @@ def test_missing_array_is_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("spec", "n_rows", "message"),
     [
-        (make_spec(), 2**48 + 1, "rows: 281,474,976,710,657 is not between"),
+        (make_spec(), 2**48 + 1, "rows: 281474976710657"),
         (make_spec(), -1, "rows: -1"),
         (make_spec(row_shape=(2**30,)), 1, "bytes of a row|bytes of a chunk"),
         (make_spec(rows_per_chunk=5), 1, "16 rows cannot hold chunks of 5"),

@@ -100,7 +100,7 @@ def test_every_cut_is_noticed(tmp_path: Path) -> None:
     sound = path.read_bytes()
     for length in range(len(sound) - 1):
         path.write_bytes(sound[:length])
-        with pytest.raises(DamagedArchiveError, match="Delete it and run the capture again"):
+        with pytest.raises(DamagedArchiveError, match=r"Delete it and run .*again"):
             read_commits(tmp_path, PLAN)
 
 
@@ -114,7 +114,7 @@ def test_a_record_is_never_replaced(tmp_path: Path) -> None:
 
 
 def _publish(archive: Path, number: int, start: Any, outcomes: Any) -> None:
-    """Publish ten shards, in the same order as everybody else, and tell which were won."""
+    """Publish ten shards, in the same order as the others, and report which were won."""
     won = []
     start.wait()
     for shard in range(10):
@@ -215,7 +215,7 @@ def test_absent_facts_are_left_out() -> None:
     assert json.loads(canonical_json(LOSSY.to_json()))["error_squares"] == 0.0
 
 
-def test_an_overlay_that_is_written_to_has_another_mark(tmp_path: Path) -> None:
+def test_an_overlay_that_is_written_to_has_another_hash(tmp_path: Path) -> None:
     archive = residua.open(make_archive(tmp_path / "a.zarr"))
     site = archive.sites[0]
     overlay = residua.overlay(archive, tmp_path / "o")
@@ -227,16 +227,16 @@ def test_an_overlay_that_is_written_to_has_another_mark(tmp_path: Path) -> None:
     assert len({before, once, content_hash(tmp_path / "o")}) == 3
 
 
-def test_a_checkpoint_that_is_trained_again_has_another_mark(tmp_path: Path) -> None:
-    marks = set()
+def test_a_checkpoint_that_is_trained_again_has_another_hash(tmp_path: Path) -> None:
+    hashes = set()
     for seed in range(2):
         torch.manual_seed(seed)
         torch.save({"0.weight": torch.randn(400, 400)}, tmp_path / "params.pt")
-        marks.add(content_hash(tmp_path))
-    assert len(marks) == 2
+        hashes.add(content_hash(tmp_path))
+    assert len(hashes) == 2
 
 
-def test_an_archive_is_marked_by_its_metadata_and_commits(tmp_path: Path) -> None:
+def test_the_hash_of_an_archive_covers_its_metadata_and_commits(tmp_path: Path) -> None:
     make_archive(tmp_path / "a.zarr")
     before = content_hash(tmp_path / "a.zarr")
     shutil.copytree(tmp_path / "a.zarr", tmp_path / "b.zarr")

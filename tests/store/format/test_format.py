@@ -12,11 +12,11 @@ from torch import nn
 import residua
 from residua.capture.sites.names_to_modules import resolve_sites
 from residua.pipelines.data.dataset import SOURCE_COLUMNS
-from residua.store.encoding.codecs import INT8, PRESETS, codecs_metadata
+from residua.store.encoding.codecs import INT8, PRESETS, BitRound, codecs_metadata
 from residua.store.encoding.dtypes import STORAGE_DTYPES
 from residua.store.encoding.shard import INDEX_CODECS, INDEX_LOCATION
 from residua.store.examples.index import OWN_COLUMNS
-from residua.store.format.archive_metadata import FORMAT, SIDE_FOLDERS, Metadata
+from residua.store.format.archive_metadata import FORMAT, SIDECAR_FOLDERS, Metadata
 from residua.store.format.array_metadata import open_array
 from residua.store.format.commits import FOLDER, Commit, ShardFile
 from residua.store.format.plan import ROW_COLUMNS, Plan, SitePlan
@@ -93,7 +93,7 @@ def test_the_keys_of_the_entry() -> None:
     assert [codes(row[0]) for row in TABLES["key"]] == [[key] for key in entry]
     assert entry["digest"] == PLAN.digest
     (files,) = (row[1] for row in TABLES["key"] if codes(row[0]) == ["files"])
-    assert codes(files) == [f"{folder}/" for folder in SIDE_FOLDERS]
+    assert codes(files) == [f"{folder}/" for folder in SIDECAR_FOLDERS]
 
 
 def test_the_keys_of_sealed(tmp_path: Path) -> None:
@@ -173,9 +173,9 @@ def test_the_presets() -> None:
             if codec["name"] == "blosc":
                 settings = codec["configuration"]
                 assert f"({settings['cname']}, {settings['shuffle']})" in pipeline
-    for name in PRESETS:
-        if name.startswith("bitround"):
-            assert PRESETS[name].kept_bits == int(name.removeprefix("bitround"))
+    rounded = [codec for codec in PRESETS.values() if isinstance(codec, BitRound)]
+    assert [codec.name for codec in rounded] == [f"bitround{codec.kept_bits}" for codec in rounded]
+    assert len(rounded) == 3
 
 
 def test_the_arrays_of_int8_block32(tmp_path: Path) -> None:
@@ -219,7 +219,7 @@ def test_the_index_of_a_shard() -> None:
 def test_the_folders() -> None:
     first = blocks("store/FORMAT.md", language="")[0]
     top = {line.split("/")[0].strip() for line in first.splitlines()[1:] if "/" in line.split("  ")[1]}
-    assert top == {"sites", "rows", "scales", FOLDER, *SIDE_FOLDERS}
+    assert top == {"sites", "rows", "scales", FOLDER, *SIDECAR_FOLDERS}
 
 
 def test_the_fidelity_file(tmp_path: Path) -> None:

@@ -25,7 +25,7 @@ def write_in_parts(root: Path, spec: ArraySpec, rows: Array) -> None:
     create_array(root, spec, len(rows))
     width = spec.row_shape[0] // N_PARTS
     for shard, start in enumerate(range(0, len(rows), spec.rows_per_shard)):
-        for i, part in enumerate(spec.parts):
+        for i, part in enumerate(spec.file_specs):
             columns = rows[start : start + spec.rows_per_shard, i * width : (i + 1) * width]
             encoded = ShardEncoder(np.ascontiguousarray(columns), part)
             write_file(shard_path(root, part, shard), encoded)
@@ -73,8 +73,8 @@ def test_a_plan_says_it_where_it_is_so_and_only_there() -> None:
     assert "column_shards" not in str(whole.to_json())
     assert cut.digest != whole.digest
     assert "column_shards" in whole.differences(cut)[0]
-    assert [part.key for part in cut.arrays[0].parts] == [f"sites/mlp_act/1#{i}" for i in range(3)]
-    assert [part.key for part in whole.arrays[0].parts] == ["sites/mlp_act/1"]
+    assert [part.key for part in cut.arrays[0].file_specs] == [f"sites/mlp_act/1#{i}" for i in range(3)]
+    assert [part.key for part in whole.arrays[0].file_specs] == ["sites/mlp_act/1"]
 
 
 @pytest.mark.parametrize("changes", [{"column_shards": 5}, {"column_shards": 0}, {"codec": "int8-block32"}])

@@ -224,7 +224,7 @@ def test_a_record_that_is_not_of_the_plan_is_refused_when_it_is_read(change: str
     path.write_bytes(canonical_json({"record": record, "sha256": digest_of(record)}))
     archive = Archive(copy)
     for read in (lambda: archive.is_sealed, lambda: summarise(archive), lambda: archive["q.1"][0]):
-        with pytest.raises(DamagedArchiveError, match=f"{path.name}: this record is not of"):
+        with pytest.raises(DamagedArchiveError, match=f"{path.name}: .*record"):
             read()
 
 

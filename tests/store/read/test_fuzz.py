@@ -30,7 +30,7 @@ from tests.store.forging import (
     sign_commit,
     sign_root,
     sign_shard,
-    sign_side_file,
+    sign_sidecar,
 )
 from tests.store.small_archive import HEIGHT, files_of, is_same_json, make_archive, read_everything
 
@@ -179,6 +179,6 @@ def test_a_signed_tokenizer_of_any_make_is_used_or_refused(
         digest_of(document)
     except ValueError:
         return
-    sign_side_file(archive, name, json.dumps(document).encode())
+    sign_sidecar(archive, name, json.dumps(document).encode())
     found = read_everything(archive)
     assert all(isinstance(found[f"text {row}"], str | Exception) for row in (0, 20))

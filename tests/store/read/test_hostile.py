@@ -11,7 +11,7 @@ from residua.store.encoding.shard import ShardEncoder, shard_path
 from residua.store.format.array_metadata import open_array
 from residua.store.read.archive import Archive
 from residua.store.storage.files import write_file
-from tests.store.forging import little_memory, load, problems, refused, sign_commit, sign_root, sign_side_file
+from tests.store.forging import little_memory, load, problems, refused, sign_commit, sign_root, sign_sidecar
 from tests.store.small_archive import HEIGHT, read_everything
 
 SITE = "resid_post.0"
@@ -141,5 +141,5 @@ def test_rows_that_name_no_token(copy: Path, column: str, value: int) -> None:
     ["[]", "{}", "null", "[" * 10**5, '{"version": "1.0"}', '{"version": "1.0", "model": {"type": "BPE", "vocab": 3}}'],
 )
 def test_a_tokenizer_that_is_none(copy: Path, text: str) -> None:
-    sign_side_file(copy, "tokenizer/tokenizer.json", text.encode())
+    sign_sidecar(copy, "tokenizer/tokenizer.json", text.encode())
     assert "tokenizer/tokenizer.json is not a tokenizer" in refused(Archive(copy).text, 0)
