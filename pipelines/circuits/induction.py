@@ -14,11 +14,11 @@ from residua.analysis.support.cluster import Cluster
 from residua.analysis.support.plots import heat_map
 from residua.pipelines.capture.capture import CaptureResult, capture_dataset
 from residua.pipelines.circuits.repeats import RepeatSettings, repeated_tokens
+from residua.pipelines.replay.result_folder import write_table
 from residua.pipelines.setup.models import named_model
 from residua.pipelines.setup.settings import CaptureSettings
 from residua.store.base.errors import PlanError
 from residua.store.read.archive import Archive
-from residua.store.storage.files import write_file
 
 CapturedFrom = Literal["qk", "pattern"]
 _SITES: dict[CapturedFrom, str] = {"qk": "q.*,k.*", "pattern": "pattern.*"}
@@ -94,17 +94,9 @@ def score_repeats(archive: Archive, *, name: str, cluster: Cluster | None = None
     path = archive.path.resolve()
     folder = path.with_name(path.name.removesuffix(".zarr") + "-heads")
     folder.mkdir(exist_ok=True)
-    _write_table(folder / TABLE, scores)
+    write_table(folder / TABLE, scores)
     _draw(folder / PICTURE, scores, name)
     return InductionResult(scores=scores, folder=folder)
-
-
-def _write_table(path: Path, scores: pa.Table) -> None:
-    from pyarrow.parquet import write_table
-
-    sink = pa.BufferOutputStream()
-    write_table(scores, sink)
-    write_file(path, [sink.getvalue().to_pybytes()])
 
 
 def _draw(path: Path, scores: pa.Table, name: str) -> None:

@@ -1,16 +1,19 @@
-"""Activation patching over a grid of sites and positions, and its estimate from gradients: a table and a heat map."""
+"""`residua.patch` and `residua.attribute`: activation patching over a grid, and its estimate from gradients.
+
+Both return a table and write it with a heat map; `residua.capture.patching.patcher` holds the methods and their papers.
+"""
 
 from collections.abc import Callable
+from functools import partial
 from os import PathLike
-from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from residua.capture.patching.patching import Patcher
-from residua.pipelines.circuits.pairs import PairSource
-from residua.pipelines.circuits.sweep import Sweep, SweepSettings, Way
+from residua.capture.patching.patcher import Patcher
+from residua.pipelines.circuits.read_pairs import PairSource
+from residua.pipelines.circuits.sweep import SweepSettings, sweep
 from residua.store.base.errors import PlanError
 from residua.store.read.archive import Archive
 
@@ -28,31 +31,31 @@ def patch(
 ) -> pa.Table:
     """Put the clean run's value into the corrupted run, one cell of a grid at a time, and measure the answer.
 
-    A cell is a site at a position, or all positions; or one head of a site there.
+    A cell is a site at a position or at all positions, or one head of a site there.
 
-    Called by every process of a distributed launch, they share the pairs; see docs/distributed.md.
+    If every process of a distributed launch calls it, they share the pairs; see docs/distributed.md.
 
     Args:
         model: A transformers model, or a hub id or folder of one.
-        pairs: Clean and corrupted examples of equal length with the answers to them: a file of JSON lines, or
-            dictionaries with ``clean``, ``corrupted``, ``answer`` and, for ``logit_difference``, ``wrong``.
+        pairs: Clean and corrupted examples of equal length with their answers: a file of JSON lines, or dictionaries
+            with ``clean``, ``corrupted``, ``answer`` and, for ``logit_difference``, ``wrong``.
         batch_cells: How many cells share one forward pass, as copies of the example.
         tokenizer: Tokenizer of a model that is passed as an object, for texts.
-        archive: Where examples that are named by number lie.
+        archive: The archive of examples that are named by number.
         out: Folder for ``cells.parquet`` and ``cells.png``.
-        on_pair: Called with the pairs done and in all.
-        **options: Which sites, positions and metric, and where the model runs: the fields of `SweepSettings`
-            (``sites``, ``positions``, ``heads``, ``metric``, ``device``, ``tp``, ``pp``).
+        on_pair: Called with the numbers of finished pairs and of all pairs.
+        **options: Sites, positions and metric, and where the model runs: the fields of `SweepSettings` (``sites``,
+            ``positions``, ``heads``, ``metric``, ``device``, ``tp``, ``pp``).
 
     Returns:
-        One line a cell: pair, site, position (null for all), head (if ``heads`` were asked for), token (of the
-        corrupted example), clean and corrupted (the measure of both runs), value (with the cell patched), effect
-        (value - corrupted), and recovered (the share of the way from corrupted to clean; null where these are equal).
+        One line a cell: pair, site, position (null for all), head (if ``heads`` is set), token (of the corrupted
+        example), clean and corrupted (the metric of both runs), value (with the cell patched), effect (value -
+        corrupted), and recovered (the share of the way from corrupted to clean; null if these are equal).
 
     Raises:
         PlanError: Pairs, positions, sites or metric do not fit.
         UnknownSiteError: The model has no such site.
-        ArchiveInUseError: Another run is at work on `out`.
+        ArchiveInUseError: Another run works on `out`.
         CaptureError: Another process that shares the work is gone.
 
     Example:
@@ -61,12 +64,17 @@ def patch(
     """
     if batch_cells < 1:
         raise PlanError(f"--batch-cells is {batch_cells}: at least one cell has to run at a time")
-    way = Way(
-        "Activation patching",
-        lambda patcher, pair, cells, metric: patcher.sweep(pair, cells, metric, batch_cells=batch_cells),
+    return sweep(
+        model,
+        pairs,
+        partial(Patcher.patch, batch_cells=batch_cells),
+        SweepSettings(**options),
+        title="Activation patching",
+        tokenizer=tokenizer,
+        archive=archive,
+        out=out,
+        on_pair=on_pair,
     )
-    sweep = Sweep(model, pairs, SweepSettings(**options), tokenizer=tokenizer, archive=archive)
-    return sweep.run(way, None if out is None else Path(out), on_pair)
 
 
 def attribute(
@@ -81,21 +89,29 @@ def attribute(
 ) -> pa.Table:
     """Estimate what `patch` measures, for all cells of a pair from two forward passes and one backward pass.
 
-    The estimate of a cell is the gradient of the metric by the corrupted run's value times the difference of the clean
-    and the corrupted value (attribution patching). It is exact where the metric is linear in the site, good where the
-    difference is small, and can be far off elsewhere: confirm what stands out with `patch`.
+    The estimate of a cell is the gradient of the metric at the corrupted run's value times the difference of the clean
+    and the corrupted value (attribution patching). It is exact if the metric is linear in the site, good if the
+    difference is small, and can be far off elsewhere: confirm large values with `patch`.
 
-    Args and what is returned are those of `patch`; value and effect are estimates.
+    Args and returns are those of `patch`; value and effect are estimates.
 
     Raises:
         PlanError: Pairs, positions, sites or metric do not fit.
         UnknownSiteError: The model has no such site.
-        ArchiveInUseError: Another run is at work on `out`.
+        ArchiveInUseError: Another run works on `out`.
         CaptureError: Another process that shares the work is gone.
 
     Example:
         >>> residua.attribute("models/pydoc-1m", "pairs.jsonl", sites="attn_out.*,mlp_out.*")  # doctest: +SKIP
     """
-    sweep = Sweep(model, pairs, SweepSettings(**options), tokenizer=tokenizer, archive=archive)
-    way = Way("Attribution patching (estimated)", Patcher.estimate)
-    return sweep.run(way, None if out is None else Path(out), on_pair)
+    return sweep(
+        model,
+        pairs,
+        Patcher.attribute,
+        SweepSettings(**options),
+        title="Attribution patching (estimated)",
+        tokenizer=tokenizer,
+        archive=archive,
+        out=out,
+        on_pair=on_pair,
+    )

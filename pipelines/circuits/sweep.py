@@ -1,20 +1,21 @@
-"""Sweeps over sites and positions of pairs: what is asked, and the job that patching and its estimate share."""
+"""The job behind `patch` and `attribute`: a grid of sites, positions and heads for every pair, a table, a heat map."""
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from os import PathLike
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
+import numpy as np
 import pyarrow as pa
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from residua.capture.patching.pairs import Pair, PairMetric, pair_metric
-from residua.capture.patching.patching import Cell, Patcher, Swept
+from residua.analysis.support.plots import heat_map
+from residua.capture.patching.pair import Pair, PairMetric, pair_metric
+from residua.capture.patching.patcher import Cell, PatchedPair, Patcher
 from residua.capture.runtime.wrappers import running_uncompiled
 from residua.capture.sites.shape_probe import evaluating
-from residua.pipelines.circuits.pairs import PairSource, read_pairs
-from residua.pipelines.circuits.sweep_picture import draw_sweep
+from residua.pipelines.circuits.read_pairs import PairSource, read_pairs
 from residua.pipelines.jobs.sharing import SharedWork
 from residua.pipelines.jobs.workers import working_together
 from residua.pipelines.replay.result_folder import write_table
@@ -26,21 +27,27 @@ from residua.store.read.archive import Archive
 
 TABLE, PICTURE = "cells.parquet", "cells.png"
 
+Measure = Callable[[Patcher, Pair, list[Cell], PairMetric], PatchedPair]
+"""Measures the cells of a pair, by patching or by its estimate."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class SweepSettings:
-    """What a sweep looks at, and where it runs.
+    """The grid of a sweep, and where the model runs.
 
     Attributes:
         sites: Names or patterns of sites, the rows of the grid.
-        positions: Positions, its columns, negative ones from the end; each by itself unless given. ``together`` patches
-            all of them at once.
+        positions: Positions, its columns, negative ones from the end; every one by itself unless given. ``together``
+            patches all of them at once.
         heads: Whether each head is a cell of its own, at z, q, k and v.
-        metric: What is measured behind the last position: ``logit_difference`` (answer minus wrong), ``loss`` (of the
+        metric: The metric after the last position: ``logit_difference`` (answer minus wrong), ``loss`` (of the
             answer), ``probability`` (of the answer) or ``kl`` (from the clean run).
         device: Device of the model, if it is loaded here.
-        tp: Over how many processes it is then split by tensor parallelism.
-        pp: Over how many it is split as a pipeline.
+        tp: Number of processes of tensor parallelism, if it is loaded here.
+        pp: Number of pipeline stages, if it is loaded here.
+
+    Raises:
+        PlanError: There is no such metric, or `positions` is another word.
     """
 
     sites: str | Collection[str] = "resid_post.*"
@@ -56,11 +63,11 @@ class SweepSettings:
         if isinstance(self.positions, str) and self.positions != "together":
             raise PlanError(f"positions is {self.positions!r}: give numbers, or together for all of them at once")
 
-    def places(self, pair: Pair, number: int) -> Sequence[int | None]:
+    def positions_of(self, pair: Pair, number: int) -> Sequence[int | None]:
         """Return the positions of one pair; None stands for all of them together.
 
         Raises:
-            PlanError: It has no such position.
+            PlanError: The pair has no such position.
         """
         length = len(pair.clean)
         if isinstance(self.positions, str):
@@ -75,81 +82,71 @@ class SweepSettings:
         return sorted({position % length for position in self.positions})
 
 
-class Way(NamedTuple):
-    """A way to fill the cells of a pair, and its title."""
-
-    title: str
-    fill: Callable[[Patcher, Pair, list[Cell], PairMetric], Swept]
-
-
-class Sweep:
-    """What is swept over.
+def sweep(
+    model: str | PathLike[str] | PreTrainedModel,
+    source: PairSource,
+    measure: Measure,
+    asked: SweepSettings,
+    *,
+    title: str,
+    tokenizer: PreTrainedTokenizerBase | None,
+    archive: Archive | str | PathLike[str] | None,
+    out: str | PathLike[str] | None,
+    on_pair: Callable[[int, int], None],
+) -> pa.Table:
+    """Return one line a cell of every pair.
 
     Args:
         model: A transformers model, or a hub id or folder of one.
-        pairs: As `read_pairs` takes them.
-        settings: The grid.
+        source: The pairs, as `read_pairs` takes them.
+        measure: Measures the cells of a pair.
+        asked: The grid.
+        title: Title of the heat map, and name of the method.
         tokenizer: Tokenizer of a model that is passed as an object, for texts.
-        archive: Where examples that are named by number lie.
+        archive: The archive of examples that are named by number.
+        out: Folder for the table and the heat map, if they are to be written.
+        on_pair: Called with the numbers of finished pairs and of all pairs.
     """
+    folder = None if out is None else Path(out)
+    opened = archive if isinstance(archive, Archive | None) else Archive(archive)
+    settings = CaptureSettings(device=asked.device, tp=asked.tp, pp=asked.pp)
+    with working_together(folder, settings) as membership:
+        model, tokenizer = named_model(model, tokenizer, settings)
+        pairs = read_pairs(source, model, tokenizer=tokenizer, archive=opened)
+        patcher = Patcher(model, asked.sites, by_head=asked.heads)
+        positions = [asked.positions_of(pair, number) for number, pair in enumerate(pairs, start=1)]
+        cells = [patcher.cells(of_pair) for of_pair in positions]
+        shared = SharedWork(membership, model, alike=False)
+        grid = {"places": [list(of_pair) for of_pair in positions], "heads": asked.heads}
+        content = digest_of({"pairs": [asdict(pair) for pair in pairs], **grid})
+        shared.agree_on({"pairs": content, "sites": patcher.sites, "metric": asked.metric, "way": title})
 
-    def __init__(
-        self,
-        model: str | PathLike[str] | PreTrainedModel,
-        pairs: PairSource,
-        settings: SweepSettings,
-        *,
-        tokenizer: PreTrainedTokenizerBase | None,
-        archive: Archive | str | PathLike[str] | None,
-    ) -> None:
-        self._model = model
-        self._source = pairs
-        self._settings = settings
-        self._tokenizer = tokenizer
-        self._archive = archive if isinstance(archive, Archive | None) else Archive(archive)
+        def find(index: int) -> dict[str, Any]:
+            return asdict(measure(patcher, pairs[index], cells[index], pair_metric(asked.metric)))
 
-    def run(self, way: Way, out: Path | None, on_pair: Callable[[int, int], None]) -> pa.Table:
-        """Return one line a cell of every pair; in `out` table and picture, if it is given."""
-        asked = self._settings
-        settings = CaptureSettings(device=asked.device, tp=asked.tp, pp=asked.pp)
-        with working_together(out, settings) as membership:
-            model, tokenizer = named_model(self._model, self._tokenizer, settings)
-            pairs = read_pairs(self._source, model, tokenizer=tokenizer, archive=self._archive)
-            patcher = Patcher(model, asked.sites, by_head=asked.heads)
-            places = [asked.places(pair, number) for number, pair in enumerate(pairs, start=1)]
-            cells = [patcher.cells(those) for those in places]
-            shared = SharedWork(membership, model, alike=False)
-            grid = {"places": [list(those) for those in places], "heads": asked.heads}
-            content = digest_of({"pairs": [asdict(pair) for pair in pairs], **grid})
-            shared.agree_on({"pairs": content, "sites": patcher.sites, "metric": asked.metric, "way": way.title})
+        def write(found: list[Mapping[str, Any]]) -> None:
+            if folder is not None:
+                table = _table(pairs, cells, found)
+                write_table(folder / TABLE, table)
+                _draw(folder / PICTURE, table, f"{title}: {asked.metric.replace('_', ' ')}", pairs, tokenizer)
 
-            def find(number: int) -> dict[str, Any]:
-                return asdict(way.fill(patcher, pairs[number], cells[number], pair_metric(asked.metric)))
-
-            def close(found: list[Mapping[str, Any]]) -> None:
-                if out is not None:
-                    write_table(out / TABLE, _table(pairs, cells, found))
-                    title = f"{way.title}: {asked.metric.replace('_', ' ')}"
-                    draw_sweep(out / PICTURE, _table(pairs, cells, found), title, pairs, tokenizer)
-
-            with running_uncompiled(model), evaluating(model):
-                found = shared.found(len(pairs), find, close=close, on_unit=on_pair)
-        return _table(pairs, cells, found)
+        with running_uncompiled(model), evaluating(model):
+            found = shared.found(len(pairs), find, close=write, on_unit=on_pair)
+    return _table(pairs, cells, found)
 
 
 def _table(pairs: Sequence[Pair], cells: Sequence[list[Cell]], found: Sequence[Mapping[str, Any]]) -> pa.Table:
     lines = [
         line
-        for number, (pair, those, values) in enumerate(zip(pairs, cells, found, strict=True))
-        for line in _lines(number, pair, those, Swept(**values))
+        for number, (pair, of_pair, values) in enumerate(zip(pairs, cells, found, strict=True))
+        for line in _lines(number, pair, of_pair, PatchedPair(**values))
     ]
-    whole, text = dict.fromkeys(("pair", "position", "head", "token"), pa.int64()), {"site": pa.string()}
-    types = {name: {**whole, **text}.get(name, pa.float64()) for name in lines[0]}
-    return pa.Table.from_pylist(lines, schema=pa.schema(list(types.items())))
+    types = dict.fromkeys(("pair", "position", "head", "token"), pa.int64()) | {"site": pa.string()}
+    return pa.Table.from_pylist(lines, schema=pa.schema([(name, types.get(name, pa.float64())) for name in lines[0]]))
 
 
-def _lines(number: int, pair: Pair, cells: list[Cell], found: Swept) -> list[dict[str, Any]]:
-    way = found.clean - found.corrupted
+def _lines(number: int, pair: Pair, cells: list[Cell], found: PatchedPair) -> list[dict[str, Any]]:
+    distance = found.clean - found.corrupted
     return [
         {
             "pair": number,
@@ -161,7 +158,55 @@ def _lines(number: int, pair: Pair, cells: list[Cell], found: Swept) -> list[dic
             "corrupted": found.corrupted,
             "value": value,
             "effect": value - found.corrupted,
-            "recovered": (value - found.corrupted) / way if way else None,
+            "recovered": (value - found.corrupted) / distance if distance else None,
         }
         for cell, value in zip(cells, found.values, strict=True)
     ]
+
+
+def _draw(
+    path: Path, table: pa.Table, title: str, pairs: Sequence[Pair], tokenizer: PreTrainedTokenizerBase | None
+) -> None:
+    """Draw the share recovered, mean over pairs; positions count from the start of each.
+
+    Rows are sites and columns positions. With heads, each head of a site is a row, or, if all positions are patched
+    together, a column.
+    """
+    lines = table.to_pylist()
+    together = all(line["position"] is None for line in lines)
+    by_head = "head" in table.column_names
+    x, y = "head" if by_head and together else "position", ("site", "head") if by_head and not together else ("site",)
+    columns = list(dict.fromkeys(line[x] for line in lines))
+    columns = columns if None in columns else sorted(columns)
+    rows = list(dict.fromkeys(tuple(line[name] for name in y) for line in lines))
+    sums, counts = np.zeros((2, len(rows), len(columns)))
+    for line in lines:
+        if line["recovered"] is not None:
+            cell = rows.index(tuple(line[name] for name in y)), columns.index(line[x])
+            sums[cell] += line["recovered"]
+            counts[cell] += 1
+    names = [] if together else _token_names(pairs, tokenizer, columns)
+    heat_map(
+        path,
+        np.divide(sums, counts, out=np.full_like(sums, np.nan), where=counts > 0),
+        title=f"{title}, {'one pair' if len(pairs) == 1 else f'{len(pairs)} pairs'}",
+        x_name="position (token of the corrupted example)" if names else x,
+        y_name=" and ".join(y),
+        value_name="share recovered",
+        x_ticks=names or ["all" if column is None else str(column) for column in columns],
+        y_ticks=[" ".join(map(str, row)) for row in rows],
+        centred=True,
+    )
+
+
+def _token_names(pairs: Sequence[Pair], tokenizer: PreTrainedTokenizerBase | None, columns: list[int]) -> list[str]:
+    """Return the text of the token at each position, if there is one pair and a tokenizer."""
+    if len(pairs) > 1 or tokenizer is None:
+        return []
+    ids = pairs[0].corrupted
+    return [f"{column} {_printable(str(tokenizer.decode([ids[column]])))}" for column in columns]
+
+
+def _printable(text: str) -> str:
+    """Return text without control characters, and with dollars escaped, which would start a formula."""
+    return (repr(text)[1:-1] if text.strip() else repr(text)[:6])[:14].replace("$", r"\$")

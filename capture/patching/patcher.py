@@ -1,9 +1,9 @@
-"""Activation patching and its linear estimate: which sites, positions and heads carry what two examples differ in.
+"""Activation patching and its linear estimate: which sites, positions and heads carry the difference of two examples.
 
-The corrupted example runs once for each cell of a grid, with the clean run's value put in at that cell (Vig et al.
-2020, Meng et al. 2022; by head: Wang et al. 2022); cells share forward passes, a copy of the example each. The estimate
-(Nanda 2023; Syed, Rager and Conmy 2023) is the product of the gradient in the corrupted run and the difference of the
-two runs' values: all cells for two forward passes and one backward pass.
+Patching runs the corrupted example once for each cell of a grid, with the value of the clean run at that cell (Vig et
+al. 2020; Meng et al. 2022; by head: Wang et al. 2022). Cells share forward passes, a copy of the example each.
+Attribution patching (Nanda 2023; Syed, Rager and Conmy 2023) estimates the same as the gradient in the corrupted run
+times the difference of the two runs' values: all cells for two forward passes and one backward pass.
 
 Legend: `C` copies of the example in a batch, `T` positions, `V` vocabulary.
 """
@@ -19,7 +19,7 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from residua.capture.forward.inputs import forward_kwargs
-from residua.capture.patching.pairs import Pair, PairMetric
+from residua.capture.patching.pair import Pair, PairMetric
 from residua.capture.runtime.collectives import everyones
 from residua.capture.runtime.devices import input_device
 from residua.capture.runtime.process_groups import pipeline_group
@@ -38,7 +38,7 @@ class Cell(NamedTuple):
     Attributes:
         site: A site.
         position: A position there; None for all of them together.
-        head: A head there; None for the whole row.
+        head: A head there; None for the full row.
     """
 
     site: str
@@ -46,8 +46,8 @@ class Cell(NamedTuple):
     head: int | None = None
 
     @property
-    def place(self) -> tuple[slice | int, slice | int]:
-        """Where it lies in a (T, H, ...) tensor."""
+    def at(self) -> tuple[slice | int, slice | int]:
+        """The index of the cell in a (T, heads, ...) tensor."""
         everything = slice(None)
         return (
             everything if self.position is None else self.position,
@@ -56,13 +56,13 @@ class Cell(NamedTuple):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Swept:
-    """What was found of one pair.
+class PatchedPair:
+    """The results for one pair.
 
     Attributes:
-        clean: The measure of the clean run.
-        corrupted: That of the corrupted run.
-        values: The measure with each cell patched, or its estimate, in the order of the cells.
+        clean: The metric of the clean run.
+        corrupted: The metric of the corrupted run.
+        values: The metric with each cell patched, or its estimate, in the order of the cells.
     """
 
     clean: float
@@ -83,7 +83,7 @@ class Patcher:
 
     Raises:
         UnknownSiteError: The model has no such site.
-        PlanError: A site has no entry a token that could be put in, or no heads where they are asked for.
+        PlanError: A site does not hold one entry a token, or has no heads although `by_head` asks for them.
     """
 
     def __init__(self, model: nn.Module, sites: str | Iterable[str], *, by_head: bool = False) -> None:
@@ -96,7 +96,7 @@ class Patcher:
                 raise PlanError(f"{name} has no heads that could be patched one by one; z, q, k and v have")
         self.sites = tuple(infos)
         self._n_heads = {name: (info.row_shape or (0,))[0] or 0 for name, info in infos.items()} if by_head else {}
-        # where logits of the last position will do, what lies behind the blocks may see that position only
+        # without these sites, the LM head may run on the last position alone
         self._needs_logits = any(info.site.kind in ("module", "logits") for info in infos.values())
 
     def cells(self, positions: Sequence[int | None]) -> list[Cell]:
@@ -108,22 +108,22 @@ class Patcher:
             for head in (range(self._n_heads[site]) if self._n_heads else [None])
         ]
 
-    def sweep(self, pair: Pair, cells: Sequence[Cell], metric: PairMetric, *, batch_cells: int) -> Swept:
-        """Measure the corrupted run with the clean value put in at each cell, `batch_cells` in one forward pass."""
+    def patch(self, pair: Pair, cells: Sequence[Cell], metric: PairMetric, *, batch_cells: int) -> PatchedPair:
+        """Measure the corrupted run with the clean value at each cell, `batch_cells` cells in one forward pass."""
         with torch.no_grad():
             clean, values = self._read(pair.clean)
             corrupted = self._logits(pair.corrupted, 1)
-            found: list[float] = []
+            patched: list[float] = []
             for start in range(0, len(cells), batch_cells):
-                logits_CV = self._patched(pair, cells[start : start + batch_cells], values)
-                found += metric(logits_CV, pair, clean[0]).tolist()
-            measures = [float(metric(logits, pair, clean[0])) for logits in (clean, corrupted)]
-        return Swept(clean=measures[0], corrupted=measures[1], values=found)
+                logits_CV = self._patched_logits(pair, cells[start : start + batch_cells], values)
+                patched += metric(logits_CV, pair, clean[0]).tolist()
+            ends = [float(metric(logits, pair, clean[0])) for logits in (clean, corrupted)]
+        return PatchedPair(clean=ends[0], corrupted=ends[1], values=patched)
 
-    def estimate(self, pair: Pair, cells: Sequence[Cell], metric: PairMetric) -> Swept:
-        """Estimate the same from one backward pass: the gradient by each cell times the difference of the runs.
+    def attribute(self, pair: Pair, cells: Sequence[Cell], metric: PairMetric) -> PatchedPair:
+        """Estimate `patch` from one backward pass: the gradient at each cell times the difference of the runs.
 
-        Where several processes hold the model together, the first of them has the values.
+        If several processes hold the model, the first one has the values.
         """
         with torch.no_grad():
             clean, wanted = self._read(pair.clean)
@@ -137,40 +137,43 @@ class Patcher:
             tap(self._model, self.sites, gradients.__setitem__, backward=True),
         ):
             corrupted = metric(self._logits(pair.corrupted, 1), pair, clean[0])
-            # by what the last run embedded alone: no parameter gathers gradients, and taps may have tried the model
+            # only with respect to the last embedding output: no parameter accumulates gradients, and attaching the
+            # taps may have run the model before
             torch.autograd.grad(corrupted.sum(), [*embedded[-1:], *end_here(self._model)])
-        met = {
+        effects_here = {
             name: _effects((wanted[name] - values[name])[0], gradient[0], [c for c in cells if c.site == name])
             for name, gradient in gradients.items()
         }
-        effects = {
-            name: there for stage in everyones(pipeline_group(self._model), met) for name, there in stage.items()
-        }
+        stages = everyones(pipeline_group(self._model), effects_here)
+        effects = {name: of_cells for stage in stages for name, of_cells in stage.items()}
         base = float(corrupted.detach())
-        return Swept(
+        return PatchedPair(
             clean=float(metric(clean, pair, clean[0])),
             corrupted=base,
             values=[base + effects[cell.site][cell] for cell in cells if cell.site in effects],
         )
 
     def _read(self, ids: Sequence[int]) -> tuple[Tensor, dict[str, Tensor]]:
+        """Run an example; return its logits, (1, V), and the values of the sites."""
         values: dict[str, Tensor] = {}
         with tap(self._model, self.sites, values.__setitem__):
             logits = self._logits(ids, 1)
         return logits, values
 
-    def _patched(self, pair: Pair, cells: Sequence[Cell], values: dict[str, Tensor]) -> Tensor:
+    def _patched_logits(self, pair: Pair, cells: Sequence[Cell], values: dict[str, Tensor]) -> Tensor:
+        """Run a copy of the corrupted example for each cell, with the clean value put in there."""
+
         def put_in(name: str, tensor: Tensor) -> Tensor:
             for copy, cell in enumerate(cells):
                 if cell.site == name:
-                    tensor[copy][cell.place] = values[name][0][cell.place]
+                    tensor[copy][cell.at] = values[name][0][cell.at]
             return tensor
 
         with tap(self._model, list(dict.fromkeys(cell.site for cell in cells)), put_in):
             return self._logits(pair.corrupted, len(cells))
 
     def _logits(self, ids: Sequence[int], n_copies: int) -> Tensor:
-        """Run copies of an example; returns the logits behind the last position, (C, V)."""
+        """Run copies of an example; return the logits after the last position, (C, V)."""
         core = core_of(self._model)
         ids_CT = torch.tensor([list(ids)] * n_copies, device=input_device(core))
         output = self._model(**forward_kwargs(core, ids_CT, torch.ones_like(ids_CT), needs_logits=self._needs_logits))
@@ -183,18 +186,18 @@ class Patcher:
 def _effects(step: Tensor, gradient: Tensor, cells: Sequence[Cell]) -> dict[Cell, float]:
     """Return the product of gradient and step, both (T, *row), summed over each cell."""
     product = step.double() * gradient.double()
-    return {cell: float(product[cell.place].sum()) for cell in cells}
+    return {cell: float(product[cell.at].sum()) for cell in cells}
 
 
 @contextmanager
 def _differentiable(model: nn.Module) -> Iterator[list[Tensor]]:
-    """Let gradients reach every site, though no parameter may ask for any; yields what the embedding then gives.
+    """Let gradients reach every site even if no parameter requires them; yield the outputs of the embedding.
 
-    It gives nothing in a later stage of a pipeline.
+    The list stays empty in a later stage of a pipeline.
     """
     embedded: list[Tensor] = []
 
-    def start(_module: nn.Module, _inputs: object, output: Tensor) -> None:
+    def start_graph(_module: nn.Module, _inputs: object, output: Tensor) -> None:
         embedded.append(output.requires_grad_())
 
     core = core_of(model)
@@ -203,5 +206,5 @@ def _differentiable(model: nn.Module) -> Iterator[list[Tensor]]:
     embedding = core.get_input_embeddings()
     with ExitStack() as stack:
         if not is_stand_in(embedding):
-            stack.callback(embedding.register_forward_hook(start).remove)
+            stack.callback(embedding.register_forward_hook(start_graph).remove)
         yield embedded

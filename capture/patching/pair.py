@@ -1,7 +1,6 @@
-"""Pairs of token sequences that differ in what is under study, and what is measured of the model's answer to them.
+"""A clean and a corrupted example, and the metrics of the model's answer to them.
 
-The measures look at the next token behind the last position. Legend: `C` copies of a sequence in a batch, `V`
-vocabulary, `T` positions.
+The metrics look at the prediction after the last position. Legend: `C` copies of an example in a batch, `V` vocabulary.
 """
 
 from collections.abc import Callable
@@ -16,13 +15,16 @@ from residua.store.base.errors import PlanError
 
 @dataclass(frozen=True, kw_only=True)
 class Pair:
-    """A clean and a corrupted example of equal length.
+    """Two examples of equal length that differ in what is studied.
 
     Attributes:
         clean: Token ids of the example as it should be.
-        corrupted: Token ids of the example that lacks what is under study.
+        corrupted: Token ids of the example that lacks what is studied.
         answer: The token that follows the clean example.
-        wrong: The token that follows the corrupted one; None where no measure needs it.
+        wrong: The token that follows the corrupted example; None if no metric needs it.
+
+    Raises:
+        PlanError: The examples differ in length, or have no token.
     """
 
     clean: tuple[int, ...]
@@ -60,7 +62,7 @@ def _kl(logits_CV: Tensor, _pair: Pair, clean_V: Tensor) -> Tensor:
     return token_divergences(clean_V[None], logits_CV)
 
 
-PAIR_METRICS: dict[str, PairMetric] = {
+_METRICS: dict[str, PairMetric] = {
     "logit_difference": _logit_difference,
     "loss": _loss,
     "kl": _kl,
@@ -69,11 +71,11 @@ PAIR_METRICS: dict[str, PairMetric] = {
 
 
 def pair_metric(name: str) -> PairMetric:
-    """Return the measure of that name.
+    """Return the metric of that name.
 
     Raises:
         PlanError: There is none.
     """
-    if name not in PAIR_METRICS:
-        raise PlanError(f"there is no metric {name[:60]!r}: choose one of {', '.join(PAIR_METRICS)}")
-    return PAIR_METRICS[name]
+    if name not in _METRICS:
+        raise PlanError(f"there is no metric {name[:60]!r}: choose one of {', '.join(_METRICS)}")
+    return _METRICS[name]

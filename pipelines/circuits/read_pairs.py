@@ -1,4 +1,7 @@
-"""Pairs of examples for patching, from a file or a list: texts, token ids, or examples of an archive by number."""
+"""Reading the pairs of examples that `patch` and `attribute` compare, from a file of JSON lines or from dictionaries.
+
+An example is a text, a list of token ids, or the number of an example of an archive.
+"""
 
 import json
 from collections.abc import Iterable, Mapping
@@ -9,7 +12,7 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from residua.capture.patching.pairs import Pair
+from residua.capture.patching.pair import Pair
 from residua.pipelines.setup.models import token_limit
 from residua.store.base.errors import PlanError, ResiduaError
 from residua.store.read.archive import Archive
@@ -19,7 +22,7 @@ PairSource = str | PathLike[str] | Iterable[Pair | Mapping[str, Any]]
 """The path of a file of JSON lines, or dictionaries with ``clean``, ``corrupted``, ``answer`` and ``wrong``."""
 
 _FIELDS = {"clean", "corrupted", "answer", "wrong"}
-_MOST_BYTES = 2**28
+_MAX_BYTES = 2**28
 
 
 def read_pairs(
@@ -29,32 +32,32 @@ def read_pairs(
     tokenizer: PreTrainedTokenizerBase | None,
     archive: Archive | None,
 ) -> list[Pair]:
-    """Return the pairs that `source` spells, checked against the model.
+    """Return the pairs of `source`, checked against the model.
 
     ``clean`` and ``corrupted`` are texts, lists of token ids, or numbers of examples of `archive`; ``answer`` and
     ``wrong`` are token ids, or texts that are one token.
 
     Raises:
-        PlanError: Something in it is no pair; the message says which and why.
+        PlanError: An entry is no pair; the message says which and why.
     """
     items: list[Any] = _lines(Path(source)) if isinstance(source, str | PathLike) else list(source)
     if not items:
         raise PlanError("there are no pairs: give at least one")
-    reader = _Reader(model, tokenizer, archive)
-    found = []
+    reader = _PairReader(model, tokenizer, archive)
+    pairs = []
     for number, item in enumerate(items, start=1):
         try:
-            found.append(reader.checked(item if isinstance(item, Pair) else reader.pair(item)))
+            pairs.append(reader.checked(item if isinstance(item, Pair) else reader.pair(item)))
         except ResiduaError as error:
             raise PlanError(f"pair {number}: {error}") from error
-    return found
+    return pairs
 
 
 def _lines(path: Path) -> list[Any]:
     if not path.is_file():
         raise PlanError(f"there is no file of pairs at {path}")
-    if path.stat().st_size > _MOST_BYTES:
-        raise PlanError(f"{path} is over 256 MiB, which is no list of pairs")
+    if path.stat().st_size > _MAX_BYTES:
+        raise PlanError(f"{path} is over 256 MiB, too large for a list of pairs")
     found = []
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
         try:
@@ -64,8 +67,8 @@ def _lines(path: Path) -> list[Any]:
     return found
 
 
-class _Reader:
-    """Reads the fields of pairs for one model."""
+class _PairReader:
+    """Reads the fields of pairs for one model, tokenizer and archive."""
 
     def __init__(
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, archive: Archive | None
@@ -80,10 +83,10 @@ class _Reader:
             raise PlanError("a pair has clean, corrupted and answer, and may have wrong; found something else")
         wrong = item.get("wrong")
         return Pair(
-            clean=self._tokens(item["clean"]),
-            corrupted=self._tokens(item["corrupted"]),
-            answer=self._one(item["answer"]),
-            wrong=None if wrong is None else self._one(wrong),
+            clean=self._example(item["clean"]),
+            corrupted=self._example(item["corrupted"]),
+            answer=self._answer(item["answer"]),
+            wrong=None if wrong is None else self._answer(wrong),
         )
 
     def checked(self, pair: Pair) -> Pair:
@@ -95,37 +98,37 @@ class _Reader:
             raise PlanError(f"{len(pair.clean):,} tokens were given, and the model takes {self._limit:,}")
         return pair
 
-    def _tokens(self, value: object) -> tuple[int, ...]:
+    def _example(self, value: object) -> tuple[int, ...]:
         if isinstance(value, str):
-            return tuple(self._encoded(value, special=True))
-        if isinstance(value, list | tuple) and all(_is_whole(token) for token in value):
+            return tuple(self._tokens(value, special=True))
+        if isinstance(value, list | tuple) and all(_is_integer(token) for token in value):
             return tuple(value)
-        if _is_whole(value) and isinstance(value, int):
-            return self._example(value)
+        if isinstance(value, int) and _is_integer(value):
+            return self._archived(value)
         raise PlanError(f"an example is a text, a list of token ids, or the number of one; found {str(value)[:60]!r}")
 
-    def _example(self, number: int) -> tuple[int, ...]:
+    def _archived(self, number: int) -> tuple[int, ...]:
         if self._archive is None:
-            raise PlanError(f"example {number} was named, and no archive: say which with --archive")
+            raise PlanError(f"example {number} was named, and no archive: name the archive with --archive")
         if not 0 <= number < len(self._archive.example_table):
             raise PlanError(f"there is no example {number}: the archive has {len(self._archive.example_table):,}")
         return tuple(np.asarray(self._archive.example_table.tokens(number)).tolist())
 
-    def _one(self, value: object) -> int:
-        if isinstance(value, int) and _is_whole(value):
+    def _answer(self, value: object) -> int:
+        if isinstance(value, int) and _is_integer(value):
             return value
         if not isinstance(value, str):
             raise PlanError(f"an answer is a token id or a text that is one token; found {str(value)[:60]!r}")
-        return single_token(value, self._encoded(value, special=False), self._spelled)
+        return single_token(value, self._tokens(value, special=False), self._text)
 
-    def _spelled(self, token: int) -> str:
+    def _text(self, token: int) -> str:
         return "" if self._tokenizer is None else str(self._tokenizer.decode([token]))
 
-    def _encoded(self, text: str, *, special: bool) -> list[int]:
+    def _tokens(self, text: str, *, special: bool) -> list[int]:
         if self._tokenizer is None:
             raise PlanError("the model comes without a tokenizer: give token ids")
         return [int(token) for token in self._tokenizer(text, add_special_tokens=special)["input_ids"]]
 
 
-def _is_whole(value: object) -> bool:
+def _is_integer(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
