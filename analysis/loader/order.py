@@ -39,7 +39,7 @@ def block_height(archive: Archive, sites: Sequence[str], *, buffer_bytes: int, r
     size = row_bytes(archive, sites)
     specs = [spec for site in sites for spec in archive[site].specs]
     heights = [spec.rows_per_chunk for spec in specs]
-    if all(PRESETS[spec.preset].effort is None for spec in specs):
+    if all(PRESETS[spec.preset].is_raw for spec in specs):
         rows = min(*heights, 1 << max(0, (raw_block_bytes // size).bit_length() - 1))
     else:
         rows = max(heights)
