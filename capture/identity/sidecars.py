@@ -31,6 +31,7 @@ from residua.store.format.site_names import parse_site
 from residua.store.storage.crc import Buffer
 from residua.store.storage.files import write_file
 
+Sidecars = dict[str, list[Buffer]]
 Facts = dict[int, AttentionSpec | str]
 
 _EXAMPLES, _POSITIONS = 2, 12
@@ -38,7 +39,7 @@ _TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3}
 _ROUGH = 0.1  # a model may round in another order than we do, and one rounding of bfloat16 shows
 
 
-def attention_files(model: nn.Module, sites: Iterable[str]) -> dict[str, bytes]:
+def attention_files(model: nn.Module, sites: Iterable[str]) -> Sidecars:
     """Return the file that says how weights follow from stored queries and keys, by its name in the head's folder.
 
     There is none unless a layer has both `q` and `k` among `sites`. The model runs once over a few tokens; of a model
@@ -50,7 +51,7 @@ def attention_files(model: nn.Module, sites: Iterable[str]) -> dict[str, bytes]:
         return {}
     here = target_of(model).parts
     facts = attention_facts(anatomy, [layer for layer in layers if anatomy.blocks[layer] in here])
-    return {ATTENTION_FILE: attention_to_json(_of_all_stages(_of_all_heads(facts, model), model))}
+    return {ATTENTION_FILE: [attention_to_json(_of_all_stages(_of_all_heads(facts, model), model))]}
 
 
 def _of_all_heads(facts: Facts, model: nn.Module) -> Facts:
@@ -176,9 +177,6 @@ def _window(anatomy: Anatomy, layer: int, listener: _Listener) -> int | str | No
     return told if agree else f"its config and its attention do not agree on a window ({told} is what it is told)"
 
 
-Sidecars = dict[str, list[Buffer]]
-
-
 def sidecar_files(model: nn.Module, sites: Iterable[str], *, head: bool) -> Sidecars:
     """Return the files by name; of a model that is spread over several processes this is a collective of them all.
 
@@ -187,8 +185,7 @@ def sidecar_files(model: nn.Module, sites: Iterable[str], *, head: bool) -> Side
         sites: Names of the sites that are stored.
         head: Whether the final norm and the unembedding are wanted too.
     """
-    attention: Sidecars = {name: [content] for name, content in attention_files(model, sites).items()}
-    return {**(lm_head_files(model) if head else {}), **attention}
+    return {**(lm_head_files(model) if head else {}), **attention_files(model, sites)}
 
 
 def write_sidecars(archive: Path, files: Mapping[str, Sequence[Buffer]]) -> None:

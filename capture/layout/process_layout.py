@@ -1,11 +1,15 @@
 """This process's place in a replica under tensor, sequence, expert or pipeline parallelism."""
 
-from collections.abc import Mapping
+import secrets
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch.distributed as dist
 from torch import nn
+from torch._C._distributed_c10d import PrefixStore
 from torch.distributed import ProcessGroup
+from torch.distributed.distributed_c10d import _get_default_store
 
 from residua.capture.runtime.collectives import everyones
 from residua.capture.runtime.process_groups import pipeline_group, tensor_parallel_group
@@ -97,3 +101,37 @@ def _sites_of_stage(
         if dist.get_rank(stages) == holders[-1 if info.via == "logits" else 0]:
             mine[name] = info
     return mine
+
+
+@contextmanager
+def process_layout_in_loop(
+    model: nn.Module, sites: Mapping[str, SiteInfo]
+) -> Iterator[tuple[Membership, ProcessLayout] | tuple[None, None]]:
+    """Find out what this process holds of a model that the user's own loop calls; a collective of its processes.
+
+    Inside, these processes send heartbeats to each other. Data-parallel replicas are independent of each other.
+
+    Args:
+        model: The model.
+        sites: The sites to record, as the unsharded model has them.
+
+    Yields:
+        This process among those that hold the model, and what it holds; None, None if it has all of it.
+
+    Raises:
+        CaptureError: The processes record different sites, or no stage has one of the sites.
+    """
+    if not spans_processes(model):
+        yield None, None
+        return
+    mine = (dist.get_rank(), secrets.token_hex(8), list(sites))
+    over = everyones(pipeline_group(model), everyones(tensor_parallel_group(model, None), mine))
+    everyone = sorted(found for stage in over for found in stage)
+    if any(names != list(sites) for *_, names in everyone):
+        raise CaptureError(
+            "the ranks that hold the model together record different sites: make the same recorder on all of them"
+        )
+    first_token = everyone[0][1]  # a place in the store that no other recorder has, whatever each process did before
+    store = PrefixStore(f"residua/loop/{first_token}", _get_default_store())
+    with Membership(store, everyone.index(mine), len(everyone)) as membership:
+        yield membership, process_layout_of(model, sites, membership)

@@ -1,4 +1,4 @@
-"""From a running model to an archive: `record` for a plan's batches, `Recorder` for a loop of the user's own.
+"""From a running model to an archive: `record` for a plan's batches, `Recorder` for the user's own loop.
 
 Uses `replay` and below.
 """

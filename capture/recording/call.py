@@ -1,8 +1,6 @@
-"""What one call of the user's model says about its rows: tokens, mask, number of examples."""
+"""One call of the user's model: its tokens, mask and examples, and whether all processes make the same call."""
 
-import secrets
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -11,22 +9,17 @@ import numpy.typing as npt
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch._C._distributed_c10d import PrefixStore
-from torch.distributed.distributed_c10d import _get_default_store
 
 from residua.capture.buffers.row_index import ExampleRows
-from residua.capture.layout.process_layout import ProcessLayout, process_layout_of, spans_processes
-from residua.capture.runtime.collectives import device_of, everyones, on_rank
+from residua.capture.runtime.collectives import device_of, on_rank
 from residua.capture.runtime.process_groups import pipeline_group, tensor_parallel_group
-from residua.capture.scheduling.membership import Membership
-from residua.capture.sites.site import SiteInfo
 from residua.store.base.errors import CaptureError
 from residua.store.examples.index import Example
 from residua.store.storage.crc import crc32c
 
 Column: TypeAlias = "Sequence[object] | torch.Tensor | npt.NDArray[np.generic]"
-"""One value an example."""
-NO_TOKEN = 0  # token id of rows that are whole examples, as an image is
+"""One value per example."""
+NO_TOKEN = 0  # token id of rows that are full examples, such as images
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,7 +27,7 @@ class Call:
     """One call of the model.
 
     Attributes:
-        input_ids: Token ids, (examples, positions), or None for a model without tokens.
+        input_ids: Token ids, (examples, positions); None for a model without tokens.
         mask: Which positions are tokens and not padding, (examples, positions).
     """
 
@@ -43,31 +36,36 @@ class Call:
 
     @property
     def shape(self) -> tuple[int, int]:
-        """Number of examples and of padded positions; one position an example where there are no tokens."""
+        """Number of examples and of padded positions; one position per example where there are no tokens."""
         return (int(self.mask.shape[0]), int(self.mask.shape[1]))
 
     def examples(
         self, keep: npt.NDArray[np.bool_] | None, columns: Mapping[str, Column]
     ) -> tuple[list[Example], list[npt.NDArray[np.int64]]]:
-        """Return the call's examples, and where the tokens of each lie among the padded positions.
+        """Return the call's examples, and for each the padded positions of its tokens.
 
         Args:
             keep: Which positions become rows, (examples, positions); None keeps every token.
-            columns: Per name, one value an example; a tensor or an array counts by its first axis.
+            columns: One value per example, by name; the values of tensors and arrays lie along the first axis.
 
         Raises:
             CaptureError: `keep` or a column does not fit the call.
         """
         if keep is not None and keep.shape != self.mask.shape:
             raise CaptureError(
-                f"keep has shape {keep.shape}, but the call has {self.shape[0]} examples of {self.shape[1]} "
-                "positions: give one entry a position"
+                f"keep has shape {keep.shape}, but the call has {self.shape[0]} examples of {self.shape[1]} positions: "
+                "give one entry per position"
             )
         kept = self.mask if keep is None else keep & self.mask
-        plain = {name: _plain(values) for name, values in columns.items()}
+        plain = {
+            name: values.tolist() if isinstance(values, torch.Tensor | np.ndarray) else values
+            for name, values in columns.items()
+        }
         for name, values in plain.items():
             if len(values) != len(self.mask):
-                raise CaptureError(f"column {name!r} has {len(values)} values for {len(self.mask)} examples")
+                raise CaptureError(
+                    f"column {name!r} has {len(values)} values for {len(self.mask)} examples: give one per example"
+                )
         examples, padded = [], []
         for b, mask in enumerate(self.mask):
             at = np.flatnonzero(mask)
@@ -79,18 +77,13 @@ class Call:
         return examples, padded
 
 
-def _plain(values: Column) -> Sequence[object]:
-    """Return the values of a tensor or an array as Python's own, which the example table can hold."""
-    return values.tolist() if isinstance(values, torch.Tensor | np.ndarray) else values
-
-
 def read_call(names: Iterable[str], args: Sequence[object], kwargs: Mapping[str, object]) -> Call:
     """Read tokens and mask from the arguments of a model's call.
 
     Args:
-        names: Names of the parameters of the model's forward, in order, so that a mask passed by position counts.
-        args: The arguments passed by position.
-        kwargs: The arguments passed by name.
+        names: Parameter names of the model's forward, in order; they identify a mask that is passed by position.
+        args: The positional arguments.
+        kwargs: The keyword arguments.
 
     Raises:
         CaptureError: There is no tensor among them, or the mask does not fit the tokens.
@@ -100,7 +93,10 @@ def read_call(names: Iterable[str], args: Sequence[object], kwargs: Mapping[str,
     candidates = (named.get("input_ids"), *args, *named.values())
     first = next((value for value in candidates if isinstance(value, torch.Tensor) and value.ndim), None)
     if first is None:
-        raise CaptureError("the model was called without a tensor: there is nothing to count examples by")
+        raise CaptureError(
+            "the model was called without a tensor, so its examples cannot be counted: pass a tensor with one entry "
+            "per example"
+        )
     if first.is_floating_point() or first.ndim != 2:
         if isinstance(mask, torch.Tensor) and mask.ndim == 2 and mask.shape == first.shape[:2]:
             return Call(input_ids=None, mask=mask.cpu().numpy() > 0)
@@ -111,7 +107,7 @@ def read_call(names: Iterable[str], args: Sequence[object], kwargs: Mapping[str,
         found = tuple(mask.shape) if isinstance(mask, torch.Tensor) else type(mask).__name__
         raise CaptureError(
             f"attention_mask is {found} for input_ids of shape {tuple(first.shape)}: a recorded call needs one mask "
-            "entry a token. To record generated text, generate first, then call the model on the whole sequences."
+            "entry per token. To record generated text, generate first, then call the model on the full sequences."
         )
     return Call(input_ids=first.cpu().numpy().astype(np.int32), mask=mask.cpu().numpy() > 0)
 
@@ -119,7 +115,7 @@ def read_call(names: Iterable[str], args: Sequence[object], kwargs: Mapping[str,
 def example_rows(
     examples: Sequence[Example], padded: Sequence[npt.NDArray[np.int64]], first_example: int, first_row: int
 ) -> list[ExampleRows]:
-    """Number the rows of a call's examples, from `first_example` and `first_row` on; those without rows are kept."""
+    """Number a call's examples and rows from `first_example` and `first_row` on; examples without rows are counted."""
     rows = []
     for number, (example, at) in enumerate(zip(examples, padded, strict=True), start=first_example):
         rows.append(
@@ -135,40 +131,8 @@ def example_rows(
     return rows
 
 
-@contextmanager
-def worker_group_in_loop(
-    model: nn.Module, sites: Mapping[str, SiteInfo]
-) -> Iterator[tuple[Membership, ProcessLayout] | None]:
-    """Yield the processes that hold `model` together and this one's part of it; None if it has all of it.
-
-    A collective of those that hold it. Inside, each is seen to live by the others. Data-parallel replicas know
-    nothing of each other.
-
-    Args:
-        model: The model.
-        sites: The sites to record, as the unsharded model has them.
-
-    Raises:
-        CaptureError: They were asked for different sites, or a site is in no stage.
-    """
-    if not spans_processes(model):
-        yield None
-        return
-    mine = (dist.get_rank(), secrets.token_hex(8), list(sites))
-    over = everyones(pipeline_group(model), everyones(tensor_parallel_group(model, None), mine))
-    everyone = sorted(told for stage in over for told in stage)
-    if any(names != list(sites) for *_, names in everyone):
-        raise CaptureError(
-            "the ranks that hold the model together were asked for different sites: make the same recorder on all"
-        )
-    first_token = everyone[0][1]  # a place in the store that no other recorder has, whatever each process did before
-    store = PrefixStore(f"residua/loop/{first_token}", _get_default_store())
-    with Membership(store, everyone.index(mine), len(everyone)) as membership:
-        yield membership, process_layout_of(model, sites, membership)
-
-
 class SameCalls:
-    """Finds out whether all processes that hold a replica call it with the same batch.
+    """Checks that all processes that hold a replica call it with the same batch.
 
     Args:
         model: The model.
@@ -179,18 +143,18 @@ class SameCalls:
         self._groups = [group for group in groups if group is not None]
 
     def check(self, call: Call, keep: npt.NDArray[np.bool_] | None) -> None:
-        """Compare a call with the others'; a collective of all that hold the replica.
+        """Compare a call with those of the other processes; a collective of all that hold the replica.
 
         Raises:
-            CaptureError: Tokens, mask or kept positions differ; every one of them raises it.
+            CaptureError: Tokens, mask or kept positions differ; every process raises it.
         """
         if not self._groups:
             return
-        mark = 0
+        content_hash = 0
         for array in (np.array(call.shape), call.input_ids, call.mask, keep):
             if array is not None:
-                mark = crc32c(np.ascontiguousarray(array).view(np.uint8).reshape(-1), mark)
-        ends = torch.tensor([mark, -mark])
+                content_hash = crc32c(np.ascontiguousarray(array).view(np.uint8).reshape(-1), content_hash)
+        ends = torch.tensor([content_hash, -content_hash])
         for group in self._groups:
             ends = ends.to(device_of(group))
             dist.all_reduce(ends, op=dist.ReduceOp.MAX, group=group)

@@ -1,4 +1,4 @@
-"""Which sites of a split model can be stored as they lie: each rank its own part of every row, and nothing is sent."""
+"""Which sites of a split model can be stored as they lie: each rank stores its own columns, and nothing is sent."""
 
 import torch
 from torch import Tensor, nn
@@ -19,23 +19,23 @@ from residua.store.base.errors import PlanError
 _EXAMPLES, _POSITIONS = 2, 8
 
 
-def column_shards(model: nn.Module, part: ProcessLayout) -> dict[str, int]:
-    """Run a few tokens and see how the sites lie; a collective of those that hold the model.
+def column_shards(model: nn.Module, process_layout: ProcessLayout) -> dict[str, int]:
+    """Run a few tokens to see how the sites lie; a collective of the processes that hold the model.
 
     Returns:
-        For each site that is split along the first axis of its rows, over how many ranks. One that is split by position
-        or otherwise is not among them: its rows have to be brought together.
+        The number of ranks for each site that is split along the first axis of its rows. Sites that are split by
+        position or in another way are left out: their rows have to be gathered.
 
     Raises:
-        PlanError: The ranks have parts of different width, which no Zarr array is cut into.
+        PlanError: The ranks have shards of different widths, into which no Zarr array can be cut.
     """
-    parts, found = LocalShards(part.sites, part.group), dict[str, Layout]()
+    shards, found = LocalShards(process_layout.sites, process_layout.group), dict[str, Layout]()
 
     def look(site: str, tensor: Tensor) -> None:
-        found[site] = parts.of(site, tensor, (_EXAMPLES, _POSITIONS))[1]
+        found[site] = shards.of(site, tensor, (_EXAMPLES, _POSITIONS))[1]
 
     ids = torch.arange(_EXAMPLES * _POSITIONS, device=input_device(model)).view(_EXAMPLES, _POSITIONS)
-    with torch.inference_mode(), evaluating(model), reading(model, part.sites, look):
+    with torch.inference_mode(), evaluating(model), reading(model, process_layout.sites, look):
         called = runnable(model)
         called(**forward_kwargs(called, ids, torch.ones_like(ids)))
     split = {site: layout.sizes for site, layout in found.items() if layout.dim == FIRST_ROW_AXIS}

@@ -1,14 +1,13 @@
-"""The story of a capture, top to bottom: run the batches that are missing, put every row where the plan says.
+"""The story of a capture, top to bottom: run the batches that are missing, and store each row where the plan says.
 
-The plan and the example table are made; the archive exists and holds what earlier runs committed. What is left is
-to run the model over the schedule's batches, let the taps copy each site's rows into host buffers, and let the writer
-encode, write and commit each shard as it fills.
+The plan, the example table and the archive exist, and the archive holds what earlier runs committed. `record` runs the
+model over the remaining batches of the schedule. Taps copy the rows of each site to host buffers, one buffer a shard.
+A full buffer goes to the writer, which encodes, writes and commits the shard in the background.
 """
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
@@ -19,74 +18,20 @@ from residua.capture.buffers.host_buffers import ShardFiller
 from residua.capture.forward.batches import BatchRunner
 from residua.capture.layout.local_shards import LocalShards
 from residua.capture.layout.process_layout import ProcessLayout
-from residua.capture.layout.row_exchange import RowExchange
+from residua.capture.recording.row_writer import RowWriter
+from residua.capture.recording.stats import RecordStats
 from residua.capture.replay.engine import CapturedReplay
 from residua.capture.runtime.collectives import in_step
 from residua.capture.runtime.devices import runs_on_cuda
-from residua.capture.scheduling.ownership import Ownership
 from residua.capture.scheduling.work_queue import LocalQueue, Run, WorkQueue, runs_of
-from residua.capture.scheduling.worker_group import GroupCommits
 from residua.capture.sites.names_to_modules import resolve_sites
 from residua.capture.taps.reading import Taps
 from residua.store.examples.schedule import Batch, Schedule
 from residua.store.examples.table import ExampleTable
 from residua.store.format.commits import committed_shards
-from residua.store.format.plan import Plan, n_open_shards
-from residua.store.format.writer import ShardWriter
+from residua.store.format.plan import Plan
 
 _IDLE_SECONDS = 0.02
-
-
-@dataclass(frozen=True, kw_only=True)
-class RecordStats:
-    """How a capture is going.
-
-    Attributes:
-        rows: Rows that this run has computed.
-        n_tokens: Tokens that this run has computed, padding left out.
-        committed_rows: Rows that this run has committed.
-        logical_bytes: Bytes of the committed rows, as a reader gets them.
-        stored_bytes: Bytes of the committed rows on disk.
-        n_nonfinite: NaN and infinite values per array path.
-        offloaded_bytes: Bytes of rows that were copied from the model to host memory.
-        sent_bytes: Bytes of rows that were sent to other ranks, to be stored there.
-        stall_seconds: Time that the model waited for the writer.
-        forward_seconds: Time in the forward passes, copies included.
-        seconds: Time since the run began.
-    """
-
-    rows: int
-    n_tokens: int
-    committed_rows: int
-    logical_bytes: int
-    stored_bytes: int
-    n_nonfinite: Mapping[str, int]
-    offloaded_bytes: int
-    sent_bytes: int
-    stall_seconds: float
-    forward_seconds: float
-    seconds: float
-
-
-def total(all_stats: Sequence[RecordStats]) -> RecordStats:
-    """Return the figures of several workers as those of one; the seconds are the longest run's."""
-    n_nonfinite: dict[str, int] = {}
-    for stats in all_stats:
-        for path, count in stats.n_nonfinite.items():
-            n_nonfinite[path] = n_nonfinite.get(path, 0) + count
-    return RecordStats(
-        rows=sum(stats.rows for stats in all_stats),
-        n_tokens=sum(stats.n_tokens for stats in all_stats),
-        committed_rows=sum(stats.committed_rows for stats in all_stats),
-        logical_bytes=sum(stats.logical_bytes for stats in all_stats),
-        stored_bytes=sum(stats.stored_bytes for stats in all_stats),
-        n_nonfinite=n_nonfinite,
-        offloaded_bytes=sum(stats.offloaded_bytes for stats in all_stats),
-        sent_bytes=sum(stats.sent_bytes for stats in all_stats),
-        stall_seconds=sum(stats.stall_seconds for stats in all_stats),
-        forward_seconds=sum(stats.forward_seconds for stats in all_stats),
-        seconds=max(stats.seconds for stats in all_stats),
-    )
 
 
 def record(
@@ -101,18 +46,18 @@ def record(
     threads: int = 1,
     on_batch: Callable[[RecordStats], None] = lambda _: None,
 ) -> RecordStats:
-    """Capture the shards of `archive` that are handed out and have no commit.
+    """Capture the shards of `archive` that the work queue gives to this worker and that have no commit record.
 
     Args:
         model: The model that the plan was made for, on its device, in evaluation mode.
         archive: Folder of the archive.
         plan: Its plan.
         process_layout: What this process holds of a model that several processes share; all of them call `record`.
-        replaying: Puts stored rows into the model and edits, batch by batch; what is captured is what follows.
+        replaying: Puts stored rows and edits into the model; the capture stores what follows from them.
         work: Makes the work queue for the plan's schedule; every shard in one run unless given. In a worker group only
             the leader's queue counts.
         agree: For models whose forward pass is a collective of all workers. Called before each batch with whether
-            this worker has one; returns whether any has. Who has none runs a few tokens for the others' sake.
+            this worker has one; returns whether any worker has. A worker without a batch runs a few tokens instead.
         threads: Encoder threads.
         on_batch: Called after every batch, and now and then while there is none.
 
@@ -123,72 +68,60 @@ def record(
         CaptureError: A site did not fire, a shard could not be written, or another process of the worker group is
             gone; the cause is chained.
     """
+    # What is to be captured here: the batches of the plan, and the sites that this process holds.
     table = ExampleTable(archive / "examples")
     index = table.index()
     schedule = Schedule(index, rows_per_shard=plan.rows_per_shard, batch_tokens=plan.batch_tokens)
-    ownership = Ownership(plan.sites) if process_layout is None else process_layout.ownership(plan)
     sites = resolve_sites(model, [site.name for site in plan.sites]) if process_layout is None else process_layout.sites
-    commits = None if process_layout is None else GroupCommits(process_layout.worker_group, plan)
-    with _writer(archive, plan, threads, commits) as writer:
-        filler = ShardFiller(
-            plan,
-            writer,
-            n_buffers=n_open_shards(int(index.n_rows.max(initial=0)), plan.rows_per_shard),
-            pinned=runs_on_cuda(model),
-            ownership=ownership,
-        )
-        sink = (
-            filler
-            if process_layout is None
-            else RowExchange(plan, filler, ownership, LocalShards(sites, process_layout.group), process_layout.group)
-        )
-        changed = () if replaying is None else replaying.changed
-        runner = BatchRunner(model, plan, table, sink, sites=sites, process_layout=process_layout, changed=changed)
-        clock = _Clock(runner, filler, sink, writer)
-        chosen = LocalQueue(schedule.n_shards) if work is None else work(schedule)
-        runs = runs_of(chosen, partial(committed_shards, archive))
+    shards = LocalShards(sites, None if process_layout is None else process_layout.group)
+
+    # The way of a row: model, tap, sink (a host buffer here or on another rank), writer, disk.
+    rows = RowWriter(
+        archive,
+        plan,
+        process_layout=process_layout,
+        shards=shards,
+        most_rows=int(index.n_rows.max(initial=0)),
+        pinned=runs_on_cuda(model),
+        threads=threads,
+    )
+    runner = BatchRunner(
+        model,
+        plan,
+        table,
+        rows.filler if process_layout is None else rows.exchange,
+        sites=sites,
+        process_layout=process_layout,
+        changed=() if replaying is None else replaying.changed,
+    )
+    taps = Taps(model, sites, runner.put)
+    stats = partial(_stats, runner, rows, time.perf_counter())
+
+    with rows, torch.inference_mode(), taps.attached() if replaying is None else nullcontext():
+        queue = LocalQueue(schedule.n_shards) if work is None else work(schedule)
+        runs = runs_of(queue, partial(committed_shards, archive))
         if process_layout is not None:
             runs = process_layout.worker_group.in_lockstep(runs, waits=agree is None)
-        batches = _batches(runs, schedule, filler, replaying)
-        taps = Taps(model, sites, runner.put)
-        with torch.inference_mode(), taps.attached() if replaying is None else nullcontext():
-            for batch in batches if agree is None else in_step(batches, agree):
-                if batch is not None or agree is not None:
-                    around = None if replaying is None else partial(replaying.reading, taps)
-                    for is_of_batch in runner.run(batch, around):
-                        if is_of_batch or replaying is None:
-                            taps.end_forward()
-                        filler.finish()
-                else:
-                    writer.raise_failure()
-                    time.sleep(_IDLE_SECONDS)
-                if commits is not None:
-                    commits.publish(writer)
-                on_batch(clock.stats())
-    return clock.stats()
-
-
-@contextmanager
-def _writer(archive: Path, plan: Plan, threads: int, commits: GroupCommits | None) -> Iterator[ShardWriter]:
-    """Yield the writer; in the end, and after an error too, what is full is written and committed."""
-    if commits is None:
-        with ShardWriter(archive, plan, threads=threads) as writer:
-            yield writer
-        return
-    after_error = True
-    writer = ShardWriter(archive, plan, threads=threads, report=commits.report)
-    try:
-        with writer:
-            yield writer
-        after_error = False
-    finally:
-        commits.finish(writer, after_error=after_error)
+        batches = _batches(runs, schedule, rows.filler, replaying)
+        around = None if replaying is None else partial(replaying.reading, taps)
+        for batch in batches if agree is None else in_step(batches, agree):
+            if batch is None and agree is None:
+                rows.writer.raise_failure()
+                time.sleep(_IDLE_SECONDS)
+            else:
+                for is_of_batch in runner.run(batch, around):
+                    if is_of_batch or replaying is None:
+                        taps.end_forward()
+                    rows.filler.finish()
+            rows.publish()
+            on_batch(stats())
+    return stats()
 
 
 def _batches(
     runs: Iterator[Run | None], schedule: Schedule, filler: ShardFiller, replaying: CapturedReplay | None
 ) -> Iterator[Batch | None]:
-    """Yield the batches of run after run; None while no run can be had, though one may come."""
+    """Yield the batches of run after run, without committed shards; None while no run can be had, but one may come."""
     for run in runs:
         if run is None:
             yield None
@@ -198,30 +131,17 @@ def _batches(
             yield from batches if replaying is None else replaying.prefetching(batches)
 
 
-class _Clock:
-    """Reads the figures of a run off those who work for it."""
-
-    def __init__(
-        self, runner: BatchRunner, filler: ShardFiller, sink: ShardFiller | RowExchange, writer: ShardWriter
-    ) -> None:
-        self._runner = runner
-        self._filler = filler
-        self._shared = None if isinstance(sink, ShardFiller) else sink
-        self._writer = writer
-        self._started = time.perf_counter()
-
-    def stats(self) -> RecordStats:
-        """Return the figures so far."""
-        return RecordStats(
-            rows=self._runner.n_rows,
-            n_tokens=self._runner.n_tokens,
-            committed_rows=self._writer.n_rows,
-            logical_bytes=self._writer.logical_bytes,
-            stored_bytes=self._writer.stored_bytes,
-            n_nonfinite=dict(self._writer.n_nonfinite),
-            offloaded_bytes=self._filler.n_bytes,
-            sent_bytes=0 if self._shared is None else self._shared.sent_bytes,
-            stall_seconds=self._filler.stall_seconds,
-            forward_seconds=self._runner.forward_seconds,
-            seconds=time.perf_counter() - self._started,
-        )
+def _stats(runner: BatchRunner, rows: RowWriter, started: float) -> RecordStats:
+    return RecordStats(
+        rows=runner.n_rows,
+        n_tokens=runner.n_tokens,
+        committed_rows=rows.writer.n_rows,
+        logical_bytes=rows.writer.logical_bytes,
+        stored_bytes=rows.writer.stored_bytes,
+        n_nonfinite=dict(rows.writer.n_nonfinite),
+        offloaded_bytes=rows.filler.n_bytes,
+        sent_bytes=rows.exchange.sent_bytes,
+        stall_seconds=rows.filler.stall_seconds,
+        forward_seconds=runner.forward_seconds,
+        seconds=time.perf_counter() - started,
+    )

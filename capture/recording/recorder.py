@@ -1,4 +1,4 @@
-"""Recording in a loop that the user owns: every call of the model appends rows.
+"""Recording in the user's own loop: every call of the model appends rows to one archive.
 
     with residua.Recorder(model, sites="resid_post.*", out="acts.zarr") as recorder:
         for batch in loader:
@@ -6,8 +6,8 @@
             model(**batch)
 
 Rows follow the calls: examples in batch order, tokens in their order, without the positions that `attention_mask`
-masks. The size of the archive is open until the context is left; then it is sealed. After an exception the archive
-is left unsealed, with every shard that was committed, and can be read as far as it goes.
+masks. The first call shows what a row is; then the archive is made. Leaving the context seals it. After an exception
+the archive stays unsealed; it has every shard that was committed, and these can be read.
 """
 
 from collections.abc import Iterable, Mapping
@@ -16,7 +16,7 @@ from inspect import signature
 from os import PathLike
 from pathlib import Path
 from types import TracebackType
-from typing import Any, NamedTuple, Self
+from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -31,9 +31,9 @@ from residua.capture.identity.provenance import identify_model
 from residua.capture.identity.sidecars import attention_files
 from residua.capture.layout.layouts import Layout
 from residua.capture.layout.local_shards import LocalShards, full_row_shape
-from residua.capture.layout.process_layout import ProcessLayout, spans_processes
-from residua.capture.recording.call import Call, Column, SameCalls, read_call, worker_group_in_loop
-from residua.capture.recording.growing_archive import GrowingArchive, taken
+from residua.capture.layout.process_layout import ProcessLayout, process_layout_in_loop, spans_processes
+from residua.capture.recording.call import Call, Column, SameCalls, read_call
+from residua.capture.recording.growing_archive import GrowingArchive, with_replica_hint
 from residua.capture.runtime.collectives import device_of, everyones
 from residua.capture.runtime.pipeline_schedule import PIPELINES
 from residua.capture.runtime.process_groups import pipeline_group, split_by_hand
@@ -50,30 +50,23 @@ from residua.store.encoding.codecs import DEFAULT_PRESET
 from residua.store.format.plan import HOST_MEMORY_BYTES, Plan, SitePlan, choose_rows_per_shard
 
 
-class _Held(NamedTuple):
-    """This process's part of a site's tensor in the first call, in host memory, and how the parts lie."""
-
-    local: Tensor
-    layout: Layout
-
-
 class Recorder:
-    """Appends the rows of every call of `model` to a new archive; see the module's head.
+    """Appends the rows of every call of `model` to a new archive. A context; see the module's docstring.
 
     Args:
         model: Any torch module; canonical sites need a transformers model.
         sites: Site names or patterns, for example ``"resid_post.*, attn_out.3"``.
         out: Folder of the new archive.
-        dtype: Data type to store floating-point sites in; None keeps what the model computes.
+        dtype: Data type in which floating-point sites are stored; None keeps the model's.
         codec: Codec preset.
-        rows_per_shard: Height of a shard, a power of two; None follows the widest site.
+        rows_per_shard: Height of a shard, a power of two; None chooses it by the widest site.
         host_memory: Memory that host buffers may take together, in bytes.
         tokenizer: Stored in the archive, so that rows can be shown as text.
         max_length: Most tokens of an example; needed for `pattern` sites only, whose rows are that wide.
-        threads: Encoder threads; None takes 1, and up to 4 beside a GPU.
-        head: Whether final norm and unembedding are stored, which lenses need.
-        tensor_parallel: The ranks over which the model's activations are split, or their mesh, where this cannot be
-            told from the model, because it was split by hand.
+        threads: Encoder threads; None takes 1, and up to 4 with a GPU.
+        head: Store the LM head (final norm and unembedding), which lenses need.
+        tensor_parallel: The ranks over which the model's activations are split, or their mesh, where the model does
+            not show it because it was split by hand.
 
     Raises:
         FileExistsError: `out` exists already.
@@ -99,18 +92,22 @@ class Recorder:
     ) -> None:
         self.path = Path(out)
         if self.path.exists():
-            raise FileExistsError(taken(f"{self.path} exists: a recorder makes a new archive; choose another place"))
+            raise FileExistsError(
+                with_replica_hint(f"{self.path} exists: a recorder makes a new archive; choose another place")
+            )
         if isinstance(model, PIPELINES):
             raise CaptureError(
-                f"Recorder was given a {type(model).__name__}, and in a loop over torch pipelines only the first stage "
-                "sees the tokens: give schedule and dataset to residua.capture_dataset, or look with residua.tap"
+                f"Recorder got a {type(model).__name__}, and in a loop over torch pipelines only the first stage sees "
+                "the tokens: give schedule and dataset to residua.capture_dataset, or read sites with residua.tap"
             )
         refuse_compiled(model)
         check_storage(codec=codec, dtype=dtype, rows_per_shard=rows_per_shard, threads=threads)
         self._model = model
         self._given = tensor_parallel
         with split_by_hand(model, tensor_parallel):
-            self._sites = (whole_sites if spans_processes(model) else resolve_sites)(model, _patterns(sites))
+            self._sites = (whole_sites if spans_processes(model) else resolve_sites)(
+                model, sites if isinstance(sites, str) else list(sites)
+            )
             self._attention = attention_files(model, self._sites)
         self._dtype = dtype
         self._codec = codec
@@ -121,9 +118,10 @@ class Recorder:
         self._threads = threads or writer_threads(model)
         self._head = head
         self._stack = ExitStack()
-        self._worker_group: tuple[Membership, ProcessLayout] | None = None
+        self._membership: Membership | None = None
+        self._process_layout: ProcessLayout | None = None
         self._archive: GrowingArchive | None = None
-        self._held: dict[str, _Held] = {}
+        self._held: dict[str, tuple[Tensor, Layout]] = {}
         self._call: Call | None = None
         self._keep: npt.NDArray[np.bool_] | None = None
         self._columns: Mapping[str, Column] = {}
@@ -135,8 +133,8 @@ class Recorder:
         """Describe the next call.
 
         Args:
-            columns: Per name, one value an example, as a sequence, tensor or array; they go into the example table.
-            keep: Which positions become rows, bool, (examples, positions); masked ones never do.
+            columns: One value per example, by name, as a sequence, tensor or array; stored in the example table.
+            keep: Which positions become rows, bool, (examples, positions); masked positions never do.
         """
         self._columns = dict(columns or {})
         self._keep = None if keep is None else keep.cpu().numpy().astype(bool)
@@ -144,11 +142,13 @@ class Recorder:
     def __enter__(self) -> Self:
         with ExitStack() as stack:
             stack.enter_context(split_by_hand(self._model, self._given))
-            self._worker_group = stack.enter_context(worker_group_in_loop(self._model, self._sites))
-            part = None if self._worker_group is None else self._worker_group[1]
-            stack.enter_context(eager_where_needed(self._model, self._sites.values()))  # on stages without any, too
-            here = self._sites if part is None else part.sites
-            self._parts = LocalShards(here, None if part is None else part.group)
+            self._membership, self._process_layout = stack.enter_context(
+                process_layout_in_loop(self._model, self._sites)
+            )
+            # by all sites, so that stages without a pattern site switch too
+            stack.enter_context(eager_where_needed(self._model, self._sites.values()))
+            here = self._sites if self._process_layout is None else self._process_layout.sites
+            self._shards = LocalShards(here, self._group)
             self._same_calls = SameCalls(self._model)
             stack.push(self._close)
             before = self._model.register_forward_pre_hook(self._before, with_kwargs=True)
@@ -168,9 +168,13 @@ class Recorder:
         self, _kind: type[BaseException] | None, error: BaseException | None, _trace: TracebackType | None
     ) -> None:
         if self._archive is not None:
-            self._archive.close(finish=error is None)
+            self._archive.close(error)
         elif error is None:
-            raise CaptureError("the model was not called inside the recorder, so there is nothing to keep")
+            raise CaptureError("the model was not called inside the recorder, so there are no rows: call it inside")
+
+    @property
+    def _group(self) -> ProcessGroup | None:
+        return None if self._process_layout is None else self._process_layout.group
 
     def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._call = read_call(signature(module.forward).parameters, args, kwargs)
@@ -181,56 +185,49 @@ class Recorder:
     def _put(self, site: str, tensor: Tensor) -> None:
         if self._call is None:
             raise CaptureError(f"{site} fired outside a call of the recorded model: call the model itself")
-        local, layout = self._parts.of(site, tensor, self._call.shape)
+        local, layout = self._shards.of(site, tensor, self._call.shape)
         if self._archive is None:
-            # one call of every site may be more than the device has
-            self._held[site] = _Held(local.to("cpu", copy=True), layout)
+            # in host memory: all sites of one call may need more than the device has
+            self._held[site] = (local.to("cpu", copy=True), layout)
         else:
             self._archive.put(site, local, layout)
 
     def _after(self, _module: nn.Module, _args: tuple[Any, ...], _output: object) -> None:
         self._taps.end_forward()
         if self._call is None:
-            raise CaptureError("a call of the model ended that did not begin")
+            raise CaptureError("the recorded model called itself: call it once for each batch")
         if self._archive is None:
-            self._archive = self._begun(self._call)
+            self._archive = self._first_archive(self._call)
         self._archive.finish()
         self._call, self._keep, self._columns = None, None, {}
 
-    def _begun(self, call: Call) -> GrowingArchive:
-        """Make the archive, now that the first call has shown what its rows are, and put those of that call there."""
+    def _first_archive(self, call: Call) -> GrowingArchive:
+        """Make the archive, now that the first call has shown what a row is, and put the rows of that call into it."""
         archive = GrowingArchive(
             self.path,
             self._model,
             self._plan(call),
-            files={
-                **(lm_head_files(self._model) if self._head else {}),
-                **{name: [content] for name, content in self._attention.items()},
-            },
+            sidecars={**(lm_head_files(self._model) if self._head else {}), **self._attention},
             tokenizer=self._tokenizer,
-            parts=self._parts,
-            worker_group=self._worker_group,
+            shards=self._shards,
+            membership=self._membership,
+            process_layout=self._process_layout,
             first_rows=int(call.mask.sum()),
             host_memory=self._host_memory,
             threads=self._threads,
         )
         archive.begin(call, self._keep, self._columns)
-        group = None if self._worker_group is None else self._worker_group[1].group
-        for site, held in self._held.items():
-            local = held.local if group is None else held.local.to(device_of(group))
-            archive.put(site, local, held.layout)
+        for site, (local, layout) in self._held.items():
+            archive.put(site, local if self._group is None else local.to(device_of(self._group)), layout)
         self._held = {}
         return archive
 
     def _plan(self, call: Call) -> Plan:
         mine = {
-            site: (
-                full_row_shape(site, held.local, held.layout, call.shape),
-                str(held.local.dtype).removeprefix("torch."),
-            )
-            for site, held in self._held.items()
+            site: (full_row_shape(site, local, layout, call.shape), str(local.dtype).removeprefix("torch."))
+            for site, (local, layout) in self._held.items()
         }
-        found = {site: said for stage in everyones(pipeline_group(self._model), mine) for site, said in stage.items()}
+        found = {site: row for stage in everyones(pipeline_group(self._model), mine) for site, row in stage.items()}
         sites = tuple(self._site_plan(site, *found[site]) for site in self._sites)
         height = self._rows_per_shard or choose_rows_per_shard(
             [site.row_bytes for site in sites],
@@ -248,7 +245,3 @@ class Recorder:
                 raise PlanError(f"{site} has rows as wide as the longest example: pass max_length to Recorder")
             row_shape = (*row_shape[:-1], self._max_length)
         return plan_site(site, row_shape, computed, dtype=self._dtype, codec=self._codec)
-
-
-def _patterns(sites: str | Iterable[str]) -> str | list[str]:
-    return sites if isinstance(sites, str) else list(sites)

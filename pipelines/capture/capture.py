@@ -23,7 +23,8 @@ from residua.capture.identity.provenance import describe_model, environment, ide
 from residua.capture.identity.sidecars import Sidecars, save_tokenizer, sidecar_files, write_sidecars
 from residua.capture.layout.process_layout import ProcessLayout, spans_processes
 from residua.capture.recording.column_shards import column_shards
-from residua.capture.recording.record import RecordStats, record, total
+from residua.capture.recording.record import record
+from residua.capture.recording.stats import RecordStats, total
 from residua.capture.replay.engine import CapturedReplay
 from residua.capture.runtime.collectives import Agreement
 from residua.capture.runtime.pipeline_schedule import PIPELINES, as_model, runnable

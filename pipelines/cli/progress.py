@@ -9,7 +9,7 @@ from tqdm import tqdm
 from residua.store.format.plan import Plan
 
 if TYPE_CHECKING:
-    from residua.capture.recording.record import RecordStats
+    from residua.capture.recording.stats import RecordStats
 
 
 class _Progress:

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from residua.capture.identity.provenance import describe_model, environment
-from residua.capture.recording.record import RecordStats
+from residua.capture.recording.stats import RecordStats
 from residua.capture.replay.engine import CapturedReplay, Replayer
 from residua.capture.runtime.sharded import is_zero3
 from residua.capture.scheduling.membership import Membership

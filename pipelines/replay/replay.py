@@ -18,7 +18,7 @@ from torch.distributed.pipelining.schedules import PipelineScheduleSingle
 from transformers import PreTrainedModel
 
 from residua.capture.identity.provenance import running_as_captured
-from residua.capture.recording.record import RecordStats
+from residua.capture.recording.stats import RecordStats
 from residua.capture.replay.engine import Replayer
 from residua.pipelines.capture.captured_batches import schedule_of, whole_groups
 from residua.pipelines.jobs.sharing import SharedWork

@@ -30,7 +30,7 @@ SIZES: dict[str, Any] = {
 
 def facts(model: PreTrainedModel) -> dict[int, AttentionSpec | str]:
     files = attention_files(model, [site for site in model_sites(model) if site[:2] in ("q.", "k.")])
-    return attention_from_json(files["attention.json"])
+    return attention_from_json(b"".join(bytes(piece) for piece in files["attention.json"]))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
