@@ -3,17 +3,17 @@
 from os import PathLike
 from pathlib import Path
 
+import ml_dtypes
 import numpy as np
 import numpy.typing as npt
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 
-from residua.store.base.errors import AnalysisError
+from residua.store.base.errors import AnalysisError, PlanError
+from residua.store.edits.vectors import read_array
 from residua.store.read.archive import Archive
 
 Floats = npt.NDArray[np.float64]
 
-_TENSOR = "weight"  # what is taken of a file with several tensors, such as a saved probe
+_TENSOR = "weight"  # of a file with several tensors, such as a saved probe
 
 
 def read_direction(path: str | PathLike[str]) -> Floats:
@@ -27,26 +27,16 @@ def read_direction(path: str | PathLike[str]) -> Floats:
     Raises:
         AnalysisError: The file cannot be read, or does not hold one array of numbers.
     """
-    place = Path(path)
     try:
-        values = _tensor(place) if place.suffix == ".safetensors" else np.load(place, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError, EOFError, SafetensorError) as error:
+        values = read_array(Path(path), default=_TENSOR, floats_only=False)
+    except PlanError as error:
         raise AnalysisError(
-            f"the direction {place} cannot be read ({error}): give a .npy file of plain numbers, or a .safetensors file"
+            f"the direction {path} cannot be read ({error}): give a .npy file of plain numbers, or a .safetensors file "
+            f"with one tensor or a tensor {_TENSOR!r}"
         ) from error
-    if not isinstance(values, np.ndarray) or values.dtype.kind not in "fiu":
-        raise AnalysisError(f"{place} holds no array of numbers: save one, for example with numpy.save")
+    if values.dtype.kind not in "fiu" and values.dtype != ml_dtypes.bfloat16:
+        raise AnalysisError(f"{path} holds no array of numbers: save one, for example with numpy.save")
     return np.array(values, np.float64)
-
-
-def _tensor(place: Path) -> Floats:
-    tensors = load_file(place)
-    name = _TENSOR if len(tensors) != 1 else next(iter(tensors))
-    if name not in tensors:
-        has = ", ".join(sorted(tensors)) or "none"
-        raise AnalysisError(f"{place} holds the tensors {has}: a direction is the only one, or is named {_TENSOR!r}")
-    found: Floats = tensors[name].double().numpy()
-    return found
 
 
 def whole_row(

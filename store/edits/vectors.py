@@ -1,7 +1,7 @@
-"""Vectors of an edit: numbers in the text, or files beside it, never code and never from elsewhere.
+"""Vectors: numbers in an edit itself, or in a ``.npy`` or ``.safetensors`` file. Nothing in a file is executed.
 
-A file is ``.npy`` (read without pickle) or ``.safetensors``; of several tensors in one, ``FILE#NAME`` names one. It
-lies in the folder of the edit file or below, links included. Sizes are checked before memory is taken.
+``FILE#NAME`` names one tensor of a file that holds several. The file of an edit lies in the folder of the edits or
+below, also after links are followed. Sizes are checked before memory is taken.
 """
 
 import hashlib
@@ -25,6 +25,7 @@ _SAFETENSORS: Mapping[str, npt.DTypeLike] = {
     "F16": np.float16,
     "F32": np.float32,
     "F64": np.float64,
+    **{f"{kind}{bits}": f"{kind.lower()}{bits // 8}" for kind in "IU" for bits in (8, 16, 32, 64)},
 }
 
 
@@ -34,8 +35,8 @@ class Vector:
 
     Attributes:
         values: float64, (width,) or (vectors, width), or of the shape of a site's row.
-        file: The file as it was named, with ``#NAME``; None where the numbers were given themselves.
-        sha256: Digest of the file's bytes, in hex; empty where there is none.
+        file: The file as it was named, with ``#NAME``; None if the numbers themselves were given.
+        sha256: Digest of the file's bytes, in hex; empty without a file.
     """
 
     values: npt.NDArray[np.float64]
@@ -51,14 +52,14 @@ class Vector:
 
 
 def vector_of(value: object, folder: Path) -> Vector:
-    """Return the vector that `value` spells.
+    """Return the vector that `value` states.
 
     Args:
         value: Numbers, lists of them, an array or a tensor; the name of a file; or what `Vector.to_json` makes.
         folder: Where files lie.
 
     Raises:
-        PlanError: It is no vector, is too large, is not finite, or its file is missing or was altered.
+        PlanError: The value is no vector, is too large or not finite, or its file is missing or was altered.
     """
     if isinstance(value, str):
         return _from_file(value, folder, None)
@@ -80,10 +81,10 @@ def _numbers(value: Any) -> npt.NDArray[Any]:
 
 
 def inside(name: str, folder: Path) -> Path:
-    """Return the path of `name`, which lies in `folder` or below.
+    """Return the path of `name` in `folder` or below.
 
     Raises:
-        PlanError: It leads out of the folder.
+        PlanError: The name leads out of the folder, or no file can have it.
     """
     try:
         path = (folder / name).resolve()
@@ -92,63 +93,54 @@ def inside(name: str, folder: Path) -> Path:
     except (OSError, ValueError, RuntimeError) as error:
         raise PlanError(f"{name!r} is not the name of a file: {error}") from error
     if not is_inside:
-        raise PlanError(f"{name!r} leads out of {folder}: what an edit names lies beside it; copy it there")
+        raise PlanError(f"{name!r} leads out of {folder}: copy what an edit names to the folder of the edits")
     return path
 
 
 def _from_file(name: str, folder: Path, sha256: str | None) -> Vector:
-    text, _, tensor = name.partition("#")
-    path = inside(text, folder)
+    file_name, _, tensor = name.partition("#")
+    path = inside(file_name, folder)
     if not path.is_file():
-        raise PlanError(f"there is no file {text!r} in {folder}")
+        raise PlanError(f"there is no file {file_name!r} in {folder}")
     if path.stat().st_size > MAX_VECTOR_BYTES:
-        raise PlanError(f"{text!r} is over 512 MiB: an edit's vector is not that large")
+        raise PlanError(f"{file_name!r} is over 512 MiB: an edit's vector is not that large")
+    if path.suffix not in (".npy", ".safetensors"):
+        raise PlanError(f"{path.name!r} is neither .npy nor .safetensors")
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
     if sha256 is not None and digest != sha256:
-        raise PlanError(f"{text!r} is not the file that the edit was made with (its SHA-256 differs)")
-    try:
-        found = _read_npy(path) if path.suffix == ".npy" else _read_safetensors(path, tensor)
-    except PlanError:
-        raise
-    except Exception as error:  # boundary to a stranger's bytes: numpy alone raises six kinds of errors
-        raise PlanError(f"{text!r} cannot be read as a vector: {error}") from error
-    return Vector(_checked(found, repr(name)), name, digest)
+        raise PlanError(f"{file_name!r} is not the file that the edit was made with (its SHA-256 differs)")
+    return Vector(_checked(read_array(path, tensor), repr(name)), name, digest)
 
 
-def _read_npy(path: Path) -> npt.NDArray[Any]:
-    # Mapping the file compares the shape that it claims with its size, before any memory is taken. Unlike `np.load`,
-    # this takes no zip archive and no pickle for an array.
-    found: npt.NDArray[Any] = np.lib.format.open_memmap(path, mode="r")
-    return found
+def read_array(path: Path, tensor: str = "", *, default: str = "", floats_only: bool = True) -> npt.NDArray[Any]:
+    """Return the array that a file holds: a ``.safetensors`` file by its name, any other as ``.npy``.
 
+    Nothing in the file is executed, and the shape that it claims is compared with its size before memory is taken.
 
-def _read_safetensors(path: Path, name: str) -> npt.NDArray[Any]:
-    if path.suffix != ".safetensors":
-        raise PlanError(f"{path.name!r} is neither .npy nor .safetensors")
-    return one_tensor(read_tensors(path), name, path)
-
-
-def read_tensors(path: Path) -> dict[str, npt.NDArray[Any]]:
-    """Return the floating-point tensors of a safetensors file, by name; others are left out.
+    Args:
+        path: The file.
+        tensor: For ``.safetensors``: name of the tensor; the only one unless given.
+        default: For ``.safetensors``: the tensor to take where none is named and there are several.
+        floats_only: For ``.safetensors``: whether tensors of integers are passed over.
 
     Raises:
-        SafetensorError: It is no such file.
-        OSError: It cannot be read.
+        PlanError: The file cannot be read, or has no such tensor; the message names the file.
     """
-    found = {}
-    for name, entry in deserialize(path.read_bytes()):  # type: ignore[no-untyped-call]  # safetensors leaves it bare
-        if entry["dtype"] in _SAFETENSORS:
-            values: npt.NDArray[Any] = np.frombuffer(entry["data"], _SAFETENSORS[entry["dtype"]])
-            found[name] = values.reshape(entry["shape"])
-    return found
-
-
-def one_tensor(tensors: Mapping[str, npt.NDArray[Any]], name: str, path: Path) -> npt.NDArray[Any]:
-    """Return the tensor `name`, or the only one there is."""
-    if not name and len(tensors) == 1:
-        return next(iter(tensors.values()))
+    try:
+        if path.suffix != ".safetensors":
+            # Mapping the file takes no memory. Unlike `np.load`, this takes no zip archive and no pickle for an array.
+            found: npt.NDArray[Any] = np.lib.format.open_memmap(path, mode="r")
+            return found
+        tensors = {
+            name: np.frombuffer(entry["data"], _SAFETENSORS[entry["dtype"]]).reshape(entry["shape"])
+            for name, entry in deserialize(path.read_bytes())  # type: ignore[no-untyped-call]  # safetensors is bare
+            if entry["dtype"] in _SAFETENSORS and not (floats_only and entry["dtype"][0] in "IU")
+        }
+    except Exception as error:  # boundary to a stranger's bytes: numpy alone raises six kinds of errors
+        raise PlanError(f"{path.name!r} cannot be read as a vector: {error}") from error
+    name = tensor or (next(iter(tensors)) if len(tensors) == 1 else default)
     if name not in tensors:
-        raise PlanError(f"{path.name!r} holds {', '.join(sorted(tensors)) or 'no floats'}: name one as FILE#NAME")
+        raise PlanError(f"{path.name!r} holds {', '.join(sorted(tensors)) or 'no numbers'}: name one as FILE#NAME")
     return tensors[name]
 
 
