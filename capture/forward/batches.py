@@ -14,6 +14,7 @@ from residua.capture.forward.inputs import ForwardArguments
 from residua.capture.forward.plan_batch import plan_batch
 from residua.capture.layout.process_layout import ProcessLayout
 from residua.capture.runtime.collectives import failed_together
+from residua.capture.runtime.compat import accelerate_hook
 from residua.capture.runtime.devices import input_device
 from residua.capture.runtime.pipeline_schedule import runnable, staged_of
 from residua.capture.runtime.sharded import is_sharded
@@ -88,7 +89,7 @@ class BatchRunner:
         self._counts = process_layout is None or process_layout.worker_group.is_leader
         self._is_wanted = True
         # accelerate's hooks and FSDP's must see their forward end, and the next stage of a pipeline what it gives
-        hooked = any(hasattr(module, "_hf_hook") for module in model.modules())
+        hooked = any(accelerate_hook(module) is not None for module in model.modules())
         self._ends_early = not (hooked or self._in_step or (process_layout is not None and process_layout.is_stage))
         kinds = {parse_site(name).kind for name in (*(site.name for site in plan.sites), *changed)}
         needs_logits = any(kind == "module" or kind.startswith("logits") for kind in kinds)

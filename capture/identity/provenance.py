@@ -16,6 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from residua.capture.identity.fingerprint import weights_fingerprint
 from residua.capture.layout.process_layout import describe_process_layout, spans_processes
+from residua.capture.runtime.compat import attention_implementation, model_revision
 from residua.capture.runtime.pipeline_schedule import runnable
 from residua.capture.runtime.sharded import is_sharded, is_zero3, plain_class
 from residua.capture.runtime.wrappers import core_of, running_uncompiled
@@ -86,8 +87,8 @@ def describe_model(model: nn.Module, identity: Mapping[str, Json]) -> dict[str, 
     names = sorted(torch.cuda.get_device_name(d) if d.type == "cuda" else d.type for d in devices)
     config = model.config if isinstance(model, PreTrainedModel) else None
     return {
-        "id": getattr(config, "_name_or_path", ""),
-        "revision": getattr(config, "_commit_hash", None),
+        "id": getattr(config, "name_or_path", "") or "",
+        "revision": model_revision(config),
         "devices": cast("list[Json]", names),
         "layout": layout(model),
         "config_values": _config_values(model),
@@ -121,7 +122,7 @@ def changed_layout(provenance: Mapping[str, object], model: nn.Module) -> tuple[
 
 
 def _attention(model: nn.Module) -> str | None:
-    return model.config._attn_implementation if isinstance(model, PreTrainedModel) else None
+    return attention_implementation(model.config) if isinstance(model, PreTrainedModel) else None
 
 
 def config_differences(provenance: Mapping[str, object], model: nn.Module) -> list[str]:
@@ -238,4 +239,4 @@ def _computes_otherwise(archive: Archive, model: PreTrainedModel) -> bool:
     """Say whether the capture switched the model to eager attention for its patterns, and this one uses another."""
     if archive.plan.model.get("attention") != "eager" or not any(site.startswith("pattern.") for site in archive.sites):
         return False
-    return bool(model.config._attn_implementation != "eager")
+    return attention_implementation(model.config) != "eager"

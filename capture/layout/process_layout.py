@@ -7,11 +7,10 @@ from dataclasses import dataclass
 
 import torch.distributed as dist
 from torch import nn
-from torch._C._distributed_c10d import PrefixStore
 from torch.distributed import ProcessGroup
-from torch.distributed.distributed_c10d import _get_default_store
 
 from residua.capture.runtime.collectives import everyones
+from residua.capture.runtime.compat import PrefixStore, default_store
 from residua.capture.runtime.process_groups import pipeline_group, tensor_parallel_group
 from residua.capture.scheduling.membership import Membership
 from residua.capture.scheduling.ownership import Ownership
@@ -132,6 +131,6 @@ def process_layout_in_loop(
             "the ranks that hold the model together record different sites: make the same recorder on all of them"
         )
     first_token = everyone[0][1]  # a place in the store that no other recorder has, whatever each process did before
-    store = PrefixStore(f"residua/loop/{first_token}", _get_default_store())
+    store = PrefixStore(f"residua/loop/{first_token}", default_store())
     with Membership(store, everyone.index(mine), len(everyone)) as membership:
         yield membership, process_layout_of(model, sites, membership)

@@ -5,6 +5,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from transformers import PreTrainedModel
 
 from residua.capture.edits.prepare import PreparedEdit
+from residua.capture.runtime.compat import attention_implementation
 from residua.capture.sites.site import SiteInfo
 from residua.store.base.errors import few
 from residua.store.edits.edit import Set, Swap
@@ -51,7 +52,7 @@ def is_rounded(site: SitePlan, dtype: object) -> bool:
 def attention_notes(model: PreTrainedModel, infos: Iterable[SiteInfo]) -> list[str]:
     """Return a note if the sites hold patterns and the model had to change to eager attention for them."""
     patterns = [info.name for info in infos if info.site.kind == "pattern"]
-    own = model.config._attn_implementation
+    own = attention_implementation(model.config)
     if not patterns or own == "eager":
         return []
     return [

@@ -11,6 +11,7 @@ from accelerate.utils import align_module_device  # type: ignore[import-untyped]
 from torch import Tensor, nn
 
 from residua.capture.runtime.collectives import on_rank
+from residua.capture.runtime.compat import accelerate_hook
 from residua.capture.runtime.wrappers import core_of, named_parts
 from residua.store.base.errors import CaptureError
 
@@ -28,7 +29,7 @@ def runs_on_cuda(model: nn.Module) -> bool:
 def _devices(model: nn.Module) -> Iterator[torch.device]:
     yield from (parameter.device for parameter in model.parameters() if not parameter.is_meta)
     for module in model.modules():
-        hook = getattr(module, "_hf_hook", None)
+        hook = accelerate_hook(module)
         for one in getattr(hook, "hooks", (hook,)):
             device = getattr(one, "execution_device", None)
             if device is not None:

@@ -16,12 +16,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.pipelining import PipelineStage
-from torch.distributed.pipelining.schedules import PipelineScheduleSingle, _PipelineSchedule
-from torch.distributed.pipelining.stage import _PipelineStageBase
+from torch.distributed.pipelining.schedules import PipelineScheduleSingle
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from residua.capture.runtime.collectives import on_rank
+from residua.capture.runtime.compat import PipelineSchedule, PipelineStageBase, n_microbatches_of, stage_of
 from residua.capture.runtime.wrappers import replica_of
 from residua.store.base.errors import CaptureError, PlanError
 
@@ -147,14 +147,14 @@ def _transformers_model(module: nn.Module) -> PreTrainedModel:
     return found
 
 
-PIPELINES = (_PipelineSchedule, _PipelineStageBase)
+PIPELINES = (PipelineSchedule, PipelineStageBase)
 """What torch runs pipelines with: schedules, and stages."""
 
 _staged: WeakKeyDictionary[nn.Module, Staged] = WeakKeyDictionary()
 
 
 @contextmanager
-def as_model(schedule: _PipelineSchedule | _PipelineStageBase) -> Iterator[PreTrainedModel]:
+def as_model(schedule: PipelineSchedule | PipelineStageBase) -> Iterator[PreTrainedModel]:
     """Let the transformers model that is in a schedule's stage be known as a part of a pipeline, inside.
 
     Args:
@@ -167,18 +167,18 @@ def as_model(schedule: _PipelineSchedule | _PipelineStageBase) -> Iterator[PreTr
         PlanError: Its stages are not such as can be run here; the message says what to do.
     """
     if not isinstance(schedule, PipelineScheduleSingle):
-        what = "a stage alone" if isinstance(schedule, _PipelineStageBase) else f"a {type(schedule).__name__}"
+        what = "a stage alone" if isinstance(schedule, PipelineStageBase) else f"a {type(schedule).__name__}"
         raise PlanError(
             f"a torch pipeline is run by its schedule, and this was given {what}: pass the schedule that runs the "
             "stage, ScheduleGPipe or Schedule1F1B, whose number of microbatches it takes"
         )
-    stage = schedule._stage
+    stage = stage_of(schedule)
     if not isinstance(stage, PipelineStage):
         raise PlanError(
             "the stage was traced by torch.distributed.pipelining.pipeline(), and traced code has no sites: split "
             "the model by hand and put the part of each rank into a PipelineStage"
         )
-    staged = Staged(stage, schedule._n_microbatches)
+    staged = Staged(stage, n_microbatches_of(schedule))
     outer = _staged.get(staged.core)
     _staged[staged.core] = staged
     try:

@@ -11,6 +11,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
+from residua.capture.runtime.compat import device_meshes_of, fsdp_meshes, pipeline_stage_of
 from residua.capture.runtime.pipeline_schedule import staged_of
 from residua.capture.runtime.wrappers import core_of
 from residua.store.base.errors import PlanError
@@ -81,7 +82,7 @@ def pipeline_group(model: nn.Module) -> ProcessGroup | None:
     It is transformers' own, or the one of torch's that a capture is running
     (`residua.capture.runtime.pipeline_schedule`).
     """
-    staged, stage = staged_of(core_of(model)), getattr(core_of(model), "_pp_stage", None)
+    staged, stage = staged_of(core_of(model)), pipeline_stage_of(core_of(model))
     group: ProcessGroup | None = stage.pp_group if stage is not None else None if staged is None else staged.group
     return group if group is not None and dist.get_world_size(group) > 1 else None
 
@@ -99,7 +100,7 @@ def _given(given: ProcessGroup | DeviceMesh) -> ProcessGroup:
 
 
 def _of_transformers(core: nn.Module) -> ProcessGroup | None:
-    meshes = getattr(core, "_mesh_manager", None)
+    meshes = device_meshes_of(core)
     return None if meshes is None else meshes.get_mesh("tp").get_group()
 
 
@@ -108,8 +109,8 @@ def _of_parameters(core: nn.Module) -> ProcessGroup | None:
         ranks
         for module in core.modules()
         if isinstance(module, FSDPModule)
-        for group in module._get_fsdp_state()._fsdp_param_groups
-        for ranks in _groups(group.mesh_info.mesh)
+        for mesh in fsdp_meshes(module)
+        for ranks in _groups(mesh)
     }
     found: dict[tuple[int, ...], ProcessGroup] = {}
     for parameter in core.parameters():

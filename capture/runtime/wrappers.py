@@ -17,15 +17,14 @@ from typing import TypeVar, cast
 
 import torch
 from torch import nn
-from torch._dynamo.eval_frame import OptimizedModule
 from torch.nn import DataParallel
 from torch.nn.parallel import DistributedDataParallel
 
+from residua.capture.runtime import compat
 from residua.store.base.errors import CaptureError, PlanError
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
 
-_BY_ATTRIBUTE = ("_fsdp_wrapped_module", "_fpw_module", "_checkpoint_wrapped_module", "_orig_mod")
 _ENGINES = ("DeepSpeedEngine", "PipelineEngine", "InferenceEngine")  # known by name: the library is not imported
 
 
@@ -43,8 +42,8 @@ def inside(module: nn.Module) -> nn.Module | None:
         )
     if isinstance(module, DistributedDataParallel | DataParallel) or type(module).__name__ in _ENGINES:
         return module.get_submodule("module")
-    children = module._modules  # and not named_children(): this is asked of every module of a model
-    return next((children[name] for name in _BY_ATTRIBUTE if children.get(name) is not None), None)
+    children = compat.children_by_name(module)
+    return next((children[name] for name in compat.WRAPPED_CHILDREN if children.get(name) is not None), None)
 
 
 def core_of(model: nn.Module) -> nn.Module:
@@ -83,13 +82,13 @@ def _below(module: nn.Module, path: str, seen: set[int]) -> Iterator[tuple[str, 
 
 def uncompiled(model: ModelT) -> ModelT:
     """Return the module that `torch.compile` wrapped, or `model` itself."""
-    return cast("ModelT", model._orig_mod) if isinstance(model, OptimizedModule) else model
+    return cast("ModelT", compat.uncompiled(model)) if isinstance(model, compat.CompiledModule) else model
 
 
 def is_compiled(model: nn.Module) -> bool:
     """Say whether `model` or a module in it is compiled, by `torch.compile` or in place."""
     return any(
-        isinstance(module, OptimizedModule) or module._compiled_call_impl is not None for module in model.modules()
+        isinstance(module, compat.CompiledModule) or compat.is_compiled_in_place(module) for module in model.modules()
     )
 
 

@@ -20,9 +20,9 @@ from math import inf
 from types import TracebackType
 from typing import Any, NamedTuple, Self
 
-from torch._C._distributed_c10d import Store
 from torch.distributed import DistError
 
+from residua.capture.runtime.compat import Store
 from residua.store.base.errors import CaptureError
 
 HEARTBEAT_SECONDS = 1.0

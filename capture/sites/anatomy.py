@@ -7,6 +7,7 @@ from functools import cached_property
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from residua.capture.runtime.compat import uses_attention_interface
 from residua.capture.runtime.wrappers import core_of, named_parts
 from residua.capture.sites.architectures import Family, family_of
 
@@ -57,7 +58,7 @@ class Anatomy:
     @property
     def uses_attention_interface(self) -> bool:
         """Whether q, k, v, z and pattern can be met on their way through transformers' interface."""
-        return self.family is not None or bool(getattr(self.model, "_supports_attention_backend", False))
+        return self.family is not None or uses_attention_interface(self.model)
 
     @cached_property
     def parts(self) -> Mapping[str, nn.Module]:

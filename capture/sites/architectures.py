@@ -17,6 +17,8 @@ from typing import Literal
 
 from transformers import PreTrainedConfig
 
+from residua.capture.runtime.compat import lacks_final_norm
+
 
 @dataclass(frozen=True)
 class Spot:
@@ -154,7 +156,7 @@ def _neox(config: PreTrainedConfig) -> Family:
 def _opt(config: PreTrainedConfig) -> Family:
     if not config.do_layer_norm_before:
         return _OPT_POST_NORM
-    return replace(_OPT, final_norm=None) if config._remove_final_layer_norm else _OPT
+    return replace(_OPT, final_norm=None) if lacks_final_norm(config) else _OPT
 
 
 _FAMILIES: Mapping[str, Family | Callable[[PreTrainedConfig], Family]] = {

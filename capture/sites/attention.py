@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedConfig, PreTrainedModel
 
+from residua.capture.runtime.compat import attention_implementation, set_attention_implementation
 from residua.capture.runtime.wrappers import core_of
 from residua.capture.sites.site import SiteInfo
 from residua.store.base.errors import CaptureError
@@ -164,7 +165,7 @@ def eager_attention(model: PreTrainedModel) -> Iterator[bool]:
     Raises:
         CaptureError: The model does not let itself be switched.
     """
-    before = [(config, config._attn_implementation) for config in _configs(model)]
+    before = [(config, attention_implementation(config)) for config in _configs(model)]
     if all(name == "eager" for _, name in before):
         yield False
         return
@@ -174,7 +175,7 @@ def eager_attention(model: PreTrainedModel) -> Iterator[bool]:
         yield True
     finally:
         for config, name in before:  # the model's own comes first: setting it would set its parts too
-            config._attn_implementation = name
+            set_attention_implementation(config, name)
 
 
 def _switch_to_eager(model: PreTrainedModel) -> None:

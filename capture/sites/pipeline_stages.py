@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
-from torch.distributed.pipelining.stage import _PipelineStageBase
 from transformers import PreTrainedModel
 
+from residua.capture.runtime.compat import PipelineStageBase
 from residua.capture.runtime.pipeline_schedule import staged_of
 from residua.capture.runtime.wrappers import core_of, named_parts
 from residua.capture.sites.site import SiteInfo
@@ -65,9 +65,9 @@ class Chunk:
             self.index = before
 
 
-def target_of(model: nn.Module | _PipelineStageBase) -> Target:
+def target_of(model: nn.Module | PipelineStageBase) -> Target:
     """Find the model inside wrappers or inside a stage of torch's pipelines."""
-    if isinstance(model, _PipelineStageBase):
+    if isinstance(model, PipelineStageBase):
         inner = next((m for m in model.submod.modules() if isinstance(m, PreTrainedModel)), model.submod)
         return Target(core=inner, parts=_of_stage(inner, model.submod), gives_logits=model.is_last)
     core = core_of(model)
@@ -90,9 +90,9 @@ def is_stand_in(part: nn.Module) -> bool:
 
 
 @contextmanager
-def chunks_of(model: nn.Module | _PipelineStageBase) -> Iterator[Chunk]:
+def chunks_of(model: nn.Module | PipelineStageBase) -> Iterator[Chunk]:
     """Follow which microbatch a stage of torch's pipelines runs; a model that is no stage is always real."""
-    if not isinstance(model, _PipelineStageBase):
+    if not isinstance(model, PipelineStageBase):
         yield Chunk(is_real=True)
         return
     chunk, before = Chunk(is_real=False), vars(model).get("forward_one_chunk")

@@ -17,6 +17,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.integrations import deepspeed as hf_deepspeed
 
+from residua.capture.runtime.compat import deepspeed_config, model_from_config
 from residua.capture.runtime.pipeline_schedule import staged_of
 from residua.capture.runtime.process_groups import pipeline_group
 from residua.capture.runtime.wrappers import core_of
@@ -89,7 +90,7 @@ def whole_twin(core: PreTrainedModel) -> PreTrainedModel:
         if any(getattr(text, name, None) for name in ("num_local_experts", "num_experts")):
             options["experts_implementation"] = "batched_mm"  # the default counts tokens, which meta cannot
         with _without_zero3(), torch.device("meta"):
-            twin = _class_of(core)._from_config(config, **options)  # type: ignore[no-untyped-call]  # theirs
+            twin = model_from_config(_class_of(core), config, **options)
         nn.Module.train(twin, False)
         _twins[core] = twin
     return _twins[core]
@@ -98,14 +99,13 @@ def whole_twin(core: PreTrainedModel) -> PreTrainedModel:
 @contextmanager
 def _without_zero3() -> Iterator[None]:
     """Keep transformers from cutting up a new model by ZeRO-3, where the user's configuration asks for it."""
-    reference = hf_deepspeed._hf_deepspeed_config_weak_ref
-    asked = None if reference is None else reference()
+    asked = deepspeed_config()
     hf_deepspeed.unset_hf_deepspeed_config()  # type: ignore[no-untyped-call]  # theirs
     try:
         yield
     finally:
         if asked is not None:
-            hf_deepspeed.set_hf_deepspeed_config(asked)
+            hf_deepspeed.set_hf_deepspeed_config(asked)  # type: ignore[no-untyped-call]  # theirs
 
 
 def _class_of(core: PreTrainedModel) -> type[PreTrainedModel]:

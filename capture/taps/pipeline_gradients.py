@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from residua.capture.runtime.compat import pipeline_stage_of
 from residua.capture.runtime.process_groups import pipeline_group
 from residua.capture.runtime.wrappers import core_of
 
@@ -26,7 +27,7 @@ from residua.capture.runtime.wrappers import core_of
 @contextmanager
 def carrying_gradients(model: nn.Module) -> Iterator[None]:
     """Let gradients get from stage to stage of transformers' pipeline; any other model stays as it is."""
-    stage: Any = getattr(core_of(model), "_pp_stage", None)
+    stage = pipeline_stage_of(core_of(model))
     if stage is None or pipeline_group(model) is None or "communicate" in vars(stage):  # an outer context is active
         yield
         return
@@ -47,7 +48,7 @@ def end_here(model: nn.Module) -> tuple[Tensor, ...]:
     Callers that take gradients with respect to chosen tensors (`torch.autograd.grad`) have to add this tensor, on
     every stage. Otherwise other stages, whose gradients pass through this one, wait for ever.
     """
-    stage = getattr(core_of(model), "_pp_stage", None)
+    stage = pipeline_stage_of(core_of(model))
     return (_ends[stage],) if stage is not None and stage in _ends else ()
 
 

@@ -16,10 +16,9 @@ from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
-from torch._C._distributed_c10d import PrefixStore, TCPStore
-from torch.distributed.distributed_c10d import _get_default_store
 from torch.distributed.rendezvous import rendezvous as torch_rendezvous
 
+from residua.capture.runtime.compat import PrefixStore, TCPStore, default_store
 from residua.capture.scheduling.membership import (
     EXIT_GRACE_SECONDS,
     LOST_SECONDS,
@@ -65,7 +64,7 @@ def _launch() -> tuple[Launch | None, Mapping[str, Json] | None]:
     if dist.is_available() and dist.is_initialized():
         if dist.get_world_size() == 1:
             return None, None
-        store = PrefixStore(_prefix(), _get_default_store())
+        store = PrefixStore(_prefix(), default_store())
         return Launch(store, dist.get_rank(), dist.get_world_size()), None
     if int(os.environ.get("WORLD_SIZE", "1")) == 1 or not {"RANK", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
         return None, None

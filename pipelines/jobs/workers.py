@@ -19,10 +19,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch._C._distributed_c10d import PrefixStore
 
 from residua.capture.layout.process_layout import ProcessLayout, process_layout_of, spans_processes
 from residua.capture.recording.stats import RecordStats, total
+from residua.capture.runtime.compat import PrefixStore
 from residua.capture.scheduling.membership import START_SECONDS, Membership
 from residua.capture.scheduling.work_queue import LocalQueue, SharedQueue, WorkQueue
 from residua.capture.sites.site import SiteInfo

@@ -20,6 +20,7 @@ from transformers.distributed.configuration_utils import DistributedConfig
 from transformers.utils import logging as progress_bars
 
 from residua.capture.forward.inputs import first_position
+from residua.capture.runtime.compat import model_from_config
 from residua.capture.runtime.pipeline_schedule import PIPELINES, as_model
 from residua.capture.runtime.wrappers import replica_of
 from residua.capture.sites.pipeline_stages import is_stand_in
@@ -43,7 +44,8 @@ def load_model(name: str, settings: CaptureSettings) -> PreTrainedModel:
     """
     device = choose_device(settings.device)
     is_split = settings.tp * settings.pp > 1
-    if is_split and settings.device not in ("auto", torch._C._get_accelerator().type):
+    accelerator = torch.accelerator.current_accelerator(check_available=False) or torch.device("cpu")
+    if is_split and settings.device not in ("auto", accelerator.type):
         raise PlanError(
             f"--device {settings.device} cannot be combined with --tp or --pp, which choose the device of each "
             "process: leave --device out"
@@ -221,7 +223,7 @@ def load_empty_model(name: str, revision: str | None = None) -> PreTrainedModel:
     """
     config, kind = _config_and_class(name, revision)
     with torch.device("meta"):
-        model: PreTrainedModel = kind._from_config(config)  # type: ignore[no-untyped-call]  # transformers has no annotations
+        model: PreTrainedModel = model_from_config(kind, config)
     model.train(False)
     return model
 

@@ -5,8 +5,8 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-from torch._C._distributed_c10d import TCPStore
 
+from residua.capture.runtime.compat import TCPStore
 from residua.capture.scheduling.membership import Membership
 from residua.capture.scheduling.work_queue import SharedQueue
 from residua.store.base.errors import CaptureError

@@ -7,8 +7,8 @@ from datetime import timedelta
 from pathlib import Path
 
 import pytest
-from torch._C._distributed_c10d import TCPStore
 
+from residua.capture.runtime.compat import TCPStore
 from residua.capture.scheduling.membership import Membership
 from residua.capture.scheduling.work_queue import Run
 from residua.capture.scheduling.worker_group import GroupCommits, WorkerGroup

@@ -1,0 +1,129 @@
+"""Every private name of torch, transformers and accelerate that the project uses.
+
+A private name may change in any release, so it stands here once, behind a function or a constant whose
+docstring says what it is and which public name is missing. `tests/capture/runtime/test_compat.py` has one test for each
+name, and `pyproject.toml` bounds the versions of the libraries to those that were tested.
+
+`Store`, `PrefixStore` and `TCPStore` are documented as names of `torch.distributed`, which does not export them to type
+checkers; the names of the module that defines them stand here.
+"""
+
+from collections.abc import Iterator, Mapping
+from typing import Any, TypeAlias, cast
+
+from torch import nn
+from torch._C._distributed_c10d import PrefixStore as PrefixStore
+from torch._C._distributed_c10d import Store as Store
+from torch._C._distributed_c10d import TCPStore as TCPStore
+from torch._dynamo.eval_frame import OptimizedModule
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.distributed_c10d import _get_default_store
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.pipelining.schedules import PipelineScheduleSingle, _PipelineSchedule
+from torch.distributed.pipelining.stage import _PipelineStageBase
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.integrations import deepspeed
+
+CompiledModule: TypeAlias = OptimizedModule
+"""What `torch.compile` returns for a module; torch has no public name for the class."""
+
+PipelineSchedule: TypeAlias = _PipelineSchedule
+"""Base class of every pipeline schedule; torch exports its subclasses only."""
+
+PipelineStageBase: TypeAlias = _PipelineStageBase
+"""Base class of every pipeline stage, traced or not; torch exports `PipelineStage` only."""
+
+WRAPPED_CHILDREN = ("_fsdp_wrapped_module", "_fpw_module", "_checkpoint_wrapped_module", "_orig_mod")
+"""Names under which FSDP1, fairscale's FSDP, checkpointing and `torch.compile` keep the module that they wrap; none of
+them has a public name for it."""
+
+
+def uncompiled(compiled: CompiledModule) -> nn.Module:
+    """Return the module that `torch.compile` wrapped; torch has no public attribute for it."""
+    return compiled._orig_mod
+
+
+def is_compiled_in_place(module: nn.Module) -> bool:
+    """Return whether `module.compile()` was called; torch has no public attribute for it."""
+    return module._compiled_call_impl is not None
+
+
+def children_by_name(module: nn.Module) -> Mapping[str, nn.Module | None]:
+    """Return the children of a module; unlike the public `named_children`, this costs no time for each child."""
+    return module._modules
+
+
+def default_store() -> Store:
+    """Return the store of the default process group; torch has no public function for it."""
+    return _get_default_store()
+
+
+def stage_of(schedule: PipelineScheduleSingle) -> PipelineStageBase:
+    """Return the stage that a schedule runs; torch has no public attribute for it."""
+    return schedule._stage
+
+
+def n_microbatches_of(schedule: PipelineScheduleSingle) -> int:
+    """Return the number of microbatches of a schedule; torch has no public attribute for it."""
+    return schedule._n_microbatches
+
+
+def fsdp_meshes(module: FSDPModule) -> Iterator[DeviceMesh]:
+    """Yield the meshes over which FSDP2 shards a module's parameters; torch has no public attribute for them."""
+    for group in module._get_fsdp_state()._fsdp_param_groups:
+        yield group.mesh_info.mesh
+
+
+def attention_implementation(config: PreTrainedConfig) -> str | None:
+    """Return the name of the attention implementation of a config; transformers has only a setter, of models."""
+    return cast("str | None", config._attn_implementation)
+
+
+def set_attention_implementation(config: PreTrainedConfig, name: str | None) -> None:
+    """Set the attention implementation of one config; `PreTrainedModel.set_attn_implementation` refuses some names."""
+    config._attn_implementation = name
+
+
+def uses_attention_interface(model: PreTrainedModel) -> bool:
+    """Return whether a model's attention goes through `AttentionInterface`; transformers has no public attribute."""
+    return bool(getattr(model, "_supports_attention_backend", False))
+
+
+def lacks_final_norm(config: PreTrainedConfig) -> bool:
+    """Return whether an OPT config removes the final norm; transformers has no public attribute for it."""
+    return bool(config._remove_final_layer_norm)
+
+
+def model_revision(config: PreTrainedConfig | None) -> str | None:
+    """Return the commit of the hub that a config came from, None if the config does not say.
+
+    transformers has no public attribute for it, and since 5.23 sets none: it resolves the revision before loading.
+    """
+    return cast("str | None", getattr(config, "_commit_hash", None))
+
+
+def model_from_config(kind: type[PreTrainedModel], config: PreTrainedConfig, **options: object) -> PreTrainedModel:
+    """Build a model from its config; the public `AutoModel.from_config` does not take the model's class."""
+    model: PreTrainedModel = kind._from_config(config, **options)  # type: ignore[no-untyped-call]  # it has no annotations
+    return model
+
+
+def deepspeed_config() -> Any:
+    """Return the DeepSpeed config that the user gave transformers, None if none; the module has only setters."""
+    reference = deepspeed._hf_deepspeed_config_weak_ref
+    return None if reference is None else reference()
+
+
+def pipeline_stage_of(model: nn.Module) -> Any:
+    """Return the stage of transformers' own pipeline, None if there is none; the model has no public attribute."""
+    return getattr(model, "_pp_stage", None)
+
+
+def device_meshes_of(model: nn.Module) -> Any:
+    """Return the meshes over which transformers split a model, None if it did not; there is no public attribute."""
+    return getattr(model, "_mesh_manager", None)
+
+
+def accelerate_hook(module: nn.Module) -> Any:
+    """Return the hook that accelerate put on a module, None if there is none; accelerate has no public attribute."""
+    return getattr(module, "_hf_hook", None)
