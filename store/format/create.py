@@ -1,11 +1,10 @@
-"""Making an archive: everything but the rows, built beside its place and moved there in one step.
+"""Creating an archive: everything but the rows, built next to its destination and moved there in one step.
 
-An archive under construction lies in a hidden folder next to its destination. Renaming it makes the archive appear
-whole; what a killed run left behind is recognised by that name and cleared by the next.
+An archive under construction is a hidden folder next to its destination. Renaming it makes the complete archive appear.
+The next run recognises by that name what a killed run left, and removes it.
 """
 
 import errno
-import fcntl
 import os
 import shutil
 from collections.abc import Iterator, Mapping
@@ -14,36 +13,36 @@ from pathlib import Path
 
 from residua.store.base.canonical import Json
 from residua.store.encoding.codecs import INT8
-from residua.store.encoding.lossy import BLOCK
 from residua.store.format.archive_metadata import Metadata, is_archive, sidecar_digests, sidecar_files, write_metadata
 from residua.store.format.array_metadata import create_array, resize_array
 from residua.store.format.commits import FOLDER, Commit, ShardFile, named_parts
 from residua.store.format.plan import Plan, SitePlan
 from residua.store.storage.files import sync_folder
+from residua.store.storage.lock import naming_archive, try_flock
 
 
 @contextmanager
 def workspace(destination: Path) -> Iterator[Path]:
-    """Yield an empty hidden folder beside `destination`; whatever is left in it is removed at the end.
+    """Yield an empty hidden folder next to `destination`; what is left in it is removed at the end.
 
-    The folder is locked meanwhile, so that a second capture of the same archive does not clear it away.
+    The folder is locked meanwhile, so that a second capture of the same archive does not remove it.
 
     Raises:
-        FileExistsError: `destination` exists and is not an archive, so that nothing of the user's is overwritten.
+        FileExistsError: `destination` exists and is not an archive; the user's files are not overwritten.
         BlockingIOError: Another capture is making the same archive.
         OSError: The parent folder cannot be written.
     """
     if not is_archive(destination):
         _refuse_occupied(destination)
     folder = destination.parent / f".{destination.name}.making"
-    try:
+    with naming_archive(destination):
         folder.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    except OSError as error:
-        raise OSError(
-            error.errno, f"cannot make an archive at {destination}: {error.strerror}. Choose a folder that is writable."
-        ) from error
-    _lock(descriptor, destination)
+    if try_flock(descriptor) is False:  # without locks, two captures of one archive are the user's to avoid
+        os.close(descriptor)
+        raise BlockingIOError(
+            errno.EWOULDBLOCK, f"another capture is making {destination}: wait for it, or choose another place"
+        )
     try:
         _clear(folder)
         yield folder
@@ -51,18 +50,6 @@ def workspace(destination: Path) -> Iterator[Path]:
         if _is_at(folder, descriptor):
             shutil.rmtree(folder, ignore_errors=True)
         os.close(descriptor)
-
-
-def _lock(descriptor: int, destination: Path) -> None:
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(descriptor)
-        raise BlockingIOError(
-            errno.EWOULDBLOCK, f"another capture is making {destination}: wait for it, or choose another place"
-        ) from None
-    except OSError:
-        return  # a file system without locks; two captures of one archive at once are then the user's to avoid
 
 
 def _clear(folder: Path) -> None:
@@ -74,7 +61,7 @@ def _clear(folder: Path) -> None:
 
 
 def _is_at(folder: Path, descriptor: int) -> bool:
-    """Say whether `folder` is the open one: after the move to its place, the name may be another capture's."""
+    """Say whether `folder` is the open one: after the move, another capture may have made a folder of that name."""
     with suppress(FileNotFoundError):
         return os.path.samestat(folder.stat(), os.fstat(descriptor))
     return False
@@ -88,7 +75,7 @@ def _refuse_occupied(destination: Path) -> None:
 
 
 def create_archive(folder: Path, destination: Path, plan: Plan, provenance: Mapping[str, Json]) -> None:
-    """Complete the archive in `folder`, which holds its side files already, and move it to `destination`.
+    """Complete the archive in `folder`, which holds its sidecar files already, and move it to `destination`.
 
     Raises:
         FileExistsError: `destination` exists.
@@ -108,7 +95,7 @@ def create_archive(folder: Path, destination: Path, plan: Plan, provenance: Mapp
 
 
 def _sync_sidecars(folder: Path) -> None:
-    """Flush what other libraries wrote, so that a power cut after the move finds the archive whole."""
+    """Flush what other libraries wrote, so that the archive is complete after a power cut that follows the move."""
     for path in sidecar_files(folder):
         with path.open("rb") as file:
             os.fsync(file.fileno())
@@ -117,7 +104,7 @@ def _sync_sidecars(folder: Path) -> None:
 
 def _attributes(site: SitePlan, path: str) -> dict[str, Json]:
     if site.codec == INT8 and path == site.path:
-        scales = site.arrays(BLOCK)[1].path
+        scales = site.arrays(1)[1].path
         return {"quantised": {"scheme": INT8, "scales": scales, "logical_dtype": site.dtype}}
     return {}
 
@@ -130,7 +117,7 @@ def seal(
     Args:
         archive: Folder of the archive.
         metadata: Its metadata.
-        commits: A commit of every shard.
+        commits: The commit of every shard.
         sealed: For an archive of open size, `n_rows`, `n_examples` and the examples' digest.
     """
     plan = metadata.plan
@@ -140,7 +127,7 @@ def seal(
             raise TypeError(f"n_rows is {n_rows!r}")
         for spec in plan.arrays:
             resize_array(archive, spec, n_rows)
-        # What is on the disk by now may be damaged; only what the last call left has no digest yet.
+        # Files with a known digest may be damaged by now, so only files that have none yet are read.
         files = sidecar_digests(archive, {**metadata.files, **named_parts(commits)})
         write_metadata(archive, Metadata(plan=plan, provenance=metadata.provenance, files=files, sealed=sealed))
     for site in plan.sites:
@@ -149,12 +136,12 @@ def seal(
 
 
 def _files(site: SitePlan, commits: Mapping[int, Commit]) -> list[ShardFile]:
-    parts = site.arrays(BLOCK)[0].file_specs  # their names are the same at every height
-    return [commit.arrays[part.key] for commit in commits.values() for part in parts]
+    specs = site.arrays(1)[0].file_specs  # their keys are the same at every height
+    return [commit.arrays[spec.key] for commit in commits.values() for spec in specs]
 
 
 def relative_error(site: SitePlan, commits: Mapping[int, Commit]) -> float:
-    """Return the root of summed squared error over summed squares of `site`, as its lossy preset left it."""
+    """Return the root of summed squared errors over summed squares of a site with a lossy codec."""
     files = _files(site, commits)
     squares = sum(file.squares or 0.0 for file in files)
     return float((sum(file.error_squares or 0.0 for file in files) / squares) ** 0.5) if squares else 0.0

@@ -1,1 +1,1 @@
-"""The one door to bytes: durable files, locks, checksums, writing past the page cache. Uses `base`."""
+"""Access to bytes: durable files, locks, checksums, and writing past the page cache. Uses `base`."""

@@ -1,9 +1,9 @@
 """Durable files: what `write_file` and `publish` wrote survives a power cut and is never seen half-written.
 
-Bytes go to a temporary name beside the target, are flushed to the disk, and only then get the real name;
-after that the folder is flushed as well. Temporaries are removed on any error. Those of a killed writer keep
-their name, `.NAME.PID-HEX.tmp`, and `sweep` removes them: a live writer holds a lock on its temporary, which
-the kernel drops with the process. Every error says which file it is about and what to do.
+Bytes go to a temporary file next to the target, are flushed to the disk, and only then get the real name; after that
+the folder is flushed as well. Temporary files are removed on any error. Those of a killed writer keep their name,
+`.NAME.PID-HEX.tmp`, until `sweep` removes them: a live writer holds a lock on its temporary file, and the kernel drops
+the lock together with the process. Every error names the file and says what to do.
 """
 
 import errno
@@ -11,6 +11,7 @@ import fcntl
 import os
 import re
 import secrets
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from itertools import chain
@@ -20,10 +21,11 @@ import numpy as np
 
 from residua.store.storage.crc import Buffer
 from residua.store.storage.direct import LEAST_BYTES, set_direct, write_direct
+from residua.store.storage.lock import is_alive, try_flock
 
 _TEMPORARY = re.compile(r"^\..+\.(?P<pid>\d+)-[0-9a-f]{8}\.tmp$")
 _MAX_BUFFERS = 1024  # IOV_MAX on Linux and macOS
-_BATCH_BYTES = 1024 * 1024  # what is written at a time is still in the cache when the kernel copies it
+_BATCH_BYTES = 1024 * 1024  # one call writes what is still in the processor's cache
 _ADVICE = {
     errno.ENOSPC: "the disk is full: free some space",
     errno.EDQUOT: "the disk quota is used up: free some space or raise the quota",
@@ -40,25 +42,26 @@ _NO_LINKS = "this file system has no hard links, which commits need: choose anot
 
 
 class _NoLinksError(OSError):
-    """The file system has no hard links; the number of this error has other causes elsewhere."""
+    """The file system has no hard links; its error number has other causes elsewhere."""
 
 
-def write_file(path: Path, parts: Iterable[Buffer]) -> int:
-    """Write `parts`, one after the other, as the file `path`; durable and whole, or not at all.
+def write_file(path: Path, parts: Iterable[Buffer], *, direct_bytes: int | None = LEAST_BYTES) -> int:
+    """Write `parts`, one after the other, as the file `path`: durable and complete, or not at all.
 
-    Folders on the way are created. An existing file is replaced in one step.
+    Missing folders are created. An existing file is replaced in one step.
 
     Args:
         path: The file.
         parts: Bytes or C-contiguous numpy arrays; they are not joined or copied.
+        direct_bytes: Files of this size or more bypass the page cache; None: no file does.
 
     Returns:
         The bytes written.
 
     Raises:
-        OSError: The file could not be written; `errno` is kept, and no temporary is left behind.
+        OSError: The file could not be written; `errno` is kept, and no temporary file stays.
     """
-    return _write(path, parts, os.replace)
+    return _write(path, parts, os.replace, direct_bytes)
 
 
 def publish(path: Path, data: bytes) -> None:
@@ -67,20 +70,20 @@ def publish(path: Path, data: bytes) -> None:
     Of several writers that publish the same name, exactly one succeeds.
 
     Raises:
-        FileExistsError: `path` exists; it is left as it is.
-        OSError: The file could not be written; `errno` is kept, and no temporary is left behind.
+        FileExistsError: `path` exists; it stays as it is.
+        OSError: The file could not be written; `errno` is kept, and no temporary file stays.
     """
-    _write(path, [data], _link)
+    _write(path, [data], _link, LEAST_BYTES)
 
 
 def sweep(folder: Path) -> list[Path]:
-    """Remove the temporaries that dead writers left in `folder` and below, and return their paths.
+    """Remove the temporary files that dead writers left in `folder` and below, and return their paths.
 
-    A temporary is left alone while its writer holds the lock on it. Where the file system knows no locks, it
-    is left alone while a process of that number runs on this machine.
+    A temporary file stays while its writer holds the lock on it. Where the file system has no locks, it stays while a
+    process with that number runs on this machine.
 
     Raises:
-        OSError: A temporary could not be removed.
+        OSError: A temporary file could not be removed.
     """
     removed = []
     for root, _, names in os.walk(folder):
@@ -102,12 +105,12 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def _write(path: Path, parts: Iterable[Buffer], place: Callable[[Path, Path], None]) -> int:
+def _write(path: Path, parts: Iterable[Buffer], place: Callable[[Path, Path], None], direct_bytes: int | None) -> int:
     temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
     try:
         make_folders(path.parent)
         try:
-            n_bytes = _write_through(temporary, parts)
+            n_bytes = _write_durably(temporary, parts, direct_bytes)
             place(temporary, path)
         finally:
             with suppress(FileNotFoundError):
@@ -124,7 +127,7 @@ def _write(path: Path, parts: Iterable[Buffer], place: Callable[[Path, Path], No
 
 
 def make_folders(folder: Path) -> None:
-    """Create `folder` and those above it where they are missing; the new names are durable."""
+    """Create `folder` and its missing parents; the new names are durable."""
     missing = []
     while not folder.is_dir():
         missing.append(folder)
@@ -137,24 +140,31 @@ def make_folders(folder: Path) -> None:
         sync_folder(new.parent)
 
 
-def _write_through(path: Path, parts: Iterable[Buffer]) -> int:
+def _write_durably(path: Path, parts: Iterable[Buffer], direct_bytes: int | None) -> int:
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
     try:
-        with suppress(OSError):
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        try_flock(descriptor)
         views = map(_bytes_of, parts)
-        head = _first(views, LEAST_BYTES)
-        is_large = sum(view.nbytes for view in head) >= LEAST_BYTES
+        head = _first(views, direct_bytes or 0)
+        is_large = direct_bytes is not None and sum(view.nbytes for view in head) >= direct_bytes
         write = write_direct if is_large and set_direct(descriptor) else _write_all
         n_bytes = write(descriptor, chain(head, views))
-        os.fdatasync(descriptor)
+        _sync_data(descriptor)
     finally:
         os.close(descriptor)
     return n_bytes
 
 
+def _sync_data(descriptor: int) -> None:
+    """Flush a file's bytes to the disk; macOS has no fdatasync, and its fsync stops at the disk's own cache."""
+    if sys.platform == "darwin":
+        fcntl.fcntl(descriptor, fcntl.F_FULLFSYNC)
+    else:
+        os.fdatasync(descriptor)
+
+
 def _first(views: Iterator[memoryview], n_bytes: int) -> list[memoryview]:
-    """Take views until they hold `n_bytes`, or all there are, and no more than one call to the kernel takes."""
+    """Take views until they hold `n_bytes`, but at most as many as one call to the kernel takes."""
     taken: list[memoryview] = []
     while n_bytes > 0 and len(taken) < _MAX_BUFFERS and (view := next(views, None)) is not None:
         taken.append(view)
@@ -163,7 +173,7 @@ def _first(views: Iterator[memoryview], n_bytes: int) -> list[memoryview]:
 
 
 def _write_all(descriptor: int, views: Iterator[memoryview]) -> int:
-    """Write all of `views`; the kernel may take fewer bytes at a time, for example near a full disk."""
+    """Write all of `views`; the kernel may take fewer bytes than offered, for example near a full disk."""
     total = 0
     while batch := _first(views, _BATCH_BYTES):
         while batch:
@@ -180,7 +190,7 @@ def _bytes_of(part: Buffer) -> memoryview:
 
 
 def _after(buffers: list[memoryview], n_bytes: int) -> list[memoryview]:
-    """Return what is left of `buffers` once their first `n_bytes` are gone."""
+    """Return `buffers` without their first `n_bytes`."""
     for i, buffer in enumerate(buffers):
         if n_bytes < buffer.nbytes:
             return [buffer[n_bytes:], *buffers[i + 1 :]]
@@ -205,22 +215,7 @@ def _is_in_use(path: Path, pid: int) -> bool:
     except FileNotFoundError:
         return True
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    except OSError:
-        return is_alive(pid)
+        is_free = try_flock(descriptor)
     finally:
         os.close(descriptor)
-    return False
-
-
-def is_alive(pid: int) -> bool:
-    """Say whether a process of that number runs on this machine."""
-    try:
-        os.kill(pid, 0)
-    except (ProcessLookupError, OverflowError):
-        return False
-    except PermissionError:
-        return True
-    return True
+    return is_alive(pid) if is_free is None else not is_free

@@ -1,8 +1,8 @@
-"""One run at a time: a lock beside the archive, with the name of who holds it.
+"""One run at a time: a lock next to the archive, which says who holds it.
 
-The lock is a file, `.NAME.lock`, with an flock on it. The kernel drops that with the process, so what a dead run
-leaves behind is no obstacle. On a file system without locks the file itself counts while its process lives; of a
-process on another machine nobody can tell, and the message says what to do.
+The lock is a file, `.NAME.lock`, with an flock on it. The kernel drops the flock together with the process, so the file
+of a dead run does not block anybody. On a file system without locks, the file itself counts as the lock while its
+process lives. Whether a process on another machine lives cannot be known; the message then says what to do.
 """
 
 import errno
@@ -18,20 +18,19 @@ from pathlib import Path
 from typing import Any
 
 from residua.store.base.canonical import Json
-from residua.store.storage.files import is_alive
 
 _MAX_BYTES = 64 * 1024
 
 
 @dataclass(frozen=True, kw_only=True)
 class Owner:
-    """Who is at work on an archive.
+    """The run that holds the lock of an archive.
 
     Attributes:
         host: Name of the machine.
-        pid: Number of the process there.
-        since: When it began, as people write it.
-        join: What another run needs to join, or None if that is not possible.
+        pid: Process number there.
+        since: Time when it started, for people.
+        join: What another run needs to join this one; None if that is not possible.
     """
 
     host: str
@@ -44,10 +43,10 @@ class Owner:
 
 
 class ArchiveInUseError(BlockingIOError):
-    """Another run is at work on the archive.
+    """Another run holds the lock of the archive.
 
     Attributes:
-        owner: Who, if the lock says.
+        owner: That run, if the lock names it.
     """
 
     def __init__(self, archive: Path, owner: Owner | None, advice: str) -> None:
@@ -61,29 +60,23 @@ class ArchiveInUseError(BlockingIOError):
 
 @contextmanager
 def locked(archive: Path, *, join: Mapping[str, Json] | None = None) -> Iterator[None]:
-    """Keep other runs off `archive` inside.
+    """Hold the lock of `archive` inside the `with` block.
 
     Args:
         archive: Folder of the archive; it need not exist.
         join: What another run needs to join this one.
 
     Raises:
-        ArchiveInUseError: Another run holds it.
-        OSError: The folder above cannot be written.
+        ArchiveInUseError: Another run holds the lock.
+        OSError: The parent folder cannot be written.
     """
     path = _path(archive)
-    try:
+    with naming_archive(archive):
         path.parent.mkdir(parents=True, exist_ok=True)
         descriptor = _acquire(path, archive)
-    except ArchiveInUseError:
-        raise
-    except OSError as error:
-        raise OSError(
-            error.errno, f"cannot make an archive at {archive}: {error.strerror}. Choose a folder that is writable."
-        ) from error
     try:
         owner = {"host": socket.gethostname(), "pid": os.getpid(), "since": time.strftime("%Y-%m-%d %H:%M:%S %z")}
-        with suppress(OSError):  # a full disk: the lock holds without a name, and the capture will say more
+        with suppress(OSError):  # a full disk: the lock holds without a name, and writing the archive will fail
             os.ftruncate(descriptor, 0)
             os.pwrite(descriptor, json.dumps({**owner, "join": join}).encode(), 0)
         yield
@@ -93,8 +86,21 @@ def locked(archive: Path, *, join: Mapping[str, Json] | None = None) -> Iterator
         os.close(descriptor)
 
 
+@contextmanager
+def naming_archive(archive: Path) -> Iterator[None]:
+    """Turn an OSError inside into one that names the archive that cannot be made."""
+    try:
+        yield
+    except ArchiveInUseError:
+        raise
+    except OSError as error:
+        raise OSError(
+            error.errno, f"cannot make an archive at {archive}: {error.strerror}. Choose a folder that is writable."
+        ) from error
+
+
 def read_owner(archive: Path) -> Owner | None:
-    """Return what the lock of `archive` says, whether or not its owner lives; None if it says nothing."""
+    """Return the owner that the lock of `archive` names, alive or not; None if it names none."""
     try:
         with _path(archive).open("rb") as file:
             values = json.loads(file.read(_MAX_BYTES))
@@ -109,12 +115,38 @@ def read_owner(archive: Path) -> Owner | None:
         return None
 
 
+def try_flock(descriptor: int) -> bool | None:
+    """Take the exclusive flock of an open file or folder, without waiting.
+
+    Returns:
+        True if it is taken now, False if another process holds it, None if the file system has no locks.
+    """
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return None
+    return True
+
+
+def is_alive(pid: int) -> bool:
+    """Say whether a process with that number runs on this machine."""
+    try:
+        os.kill(pid, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
 def _path(archive: Path) -> Path:
     return archive.with_name(f".{archive.name}.lock")
 
 
 def _acquire(path: Path, archive: Path) -> int:
-    """Return a descriptor of the lock file, locked; the file may be replaced while we wait for none."""
+    """Return a descriptor of the lock file, locked; a file that its owner removed meanwhile is opened again."""
     while True:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         try:
@@ -129,18 +161,17 @@ def _acquire(path: Path, archive: Path) -> int:
 
 
 def _lock(descriptor: int, archive: Path) -> None:
-    wait = "Wait for it, stop it, or start both so that they share the work (--join)."
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise ArchiveInUseError(archive, read_owner(archive), wait) from None
-    except OSError:  # a file system without locks
-        owner = read_owner(archive)
+    is_taken = try_flock(descriptor)
+    if is_taken:
+        return
+    owner = read_owner(archive)
+    if is_taken is None:  # a file system without locks
         if owner is None or owner.pid == os.getpid():
             return
         if owner.host != socket.gethostname():
-            raise ArchiveInUseError(
-                archive, owner, f"If it is dead, remove {_path(archive)}: this file system cannot tell."
-            ) from None
-        if is_alive(owner.pid):
-            raise ArchiveInUseError(archive, owner, wait) from None
+            advice = f"If that process is dead, remove {_path(archive)}: this file system has no locks."
+            raise ArchiveInUseError(archive, owner, advice)
+        if not is_alive(owner.pid):
+            return
+    advice = "Wait for it, stop it, or start both so that they share the work (--join)."
+    raise ArchiveInUseError(archive, owner, advice)

@@ -25,8 +25,8 @@ from residua.store.encoding.shard import (
     shard_rows,
 )
 from residua.store.encoding.spec import ArraySpec
-from residua.store.storage import direct
 from residua.store.storage.crc import crc32c, crc_bytes
+from residua.store.storage.direct import BLOCK
 from residua.store.storage.files import write_file
 from tests.store.samples import COMBINATIONS, flip_every_bit, make_rows, make_spec
 
@@ -293,8 +293,8 @@ def test_a_large_shard_goes_to_the_disk_from_where_it_lies(
 
     def watch(descriptor: int, buffer: memoryview) -> int:
         start = np.frombuffer(buffer, np.uint8).ctypes.data
-        if fcntl.fcntl(descriptor, fcntl.F_GETFL) & direct._DIRECT:
-            assert start % direct.BLOCK == buffer.nbytes % direct.BLOCK == 0
+        if fcntl.fcntl(descriptor, fcntl.F_GETFL) & os.O_DIRECT:
+            assert start % BLOCK == buffer.nbytes % BLOCK == 0
         if first <= start < first + 8192 * 2048 + 32 * 4:
             inside["bytes"] += buffer.nbytes
             inside["calls"] += 1
@@ -304,7 +304,7 @@ def test_a_large_shard_goes_to_the_disk_from_where_it_lies(
     encoded = ShardEncoder(memory, LARGE)
     write_file(tmp_path / "0", encoded)
     assert (tmp_path / "0").read_bytes() == file_of(ShardEncoder(rows, LARGE))
-    assert encoded.n_bytes - inside["bytes"] < direct.BLOCK + 32 * 16 + 4, "only the end and the index were copied"
+    assert encoded.n_bytes - inside["bytes"] < BLOCK + 32 * 16 + 4, "only the end and the index were copied"
     assert inside["calls"] > 1
 
 

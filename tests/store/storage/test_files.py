@@ -15,7 +15,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from residua.store.storage import direct
 from residua.store.storage.direct import LEAST_BYTES
 from residua.store.storage.files import publish, sweep, write_file
 
@@ -92,6 +91,16 @@ def test_data_reaches_the_disk_before_the_name_and_the_name_before_the_return(
     publish(tmp_path / "folder" / "b", b"x")
     before = ["writev temporary", "fdatasync temporary"]
     assert events == [*before, "replace temporary", "fsync folder", *before, "link temporary", "fsync folder"]
+
+
+def test_macos_flushes_the_cache_of_the_disk_as_well(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    flushed: list[int] = []
+    monkeypatch.setattr(sys, "platform", "darwin")
+    monkeypatch.setattr(fcntl, "F_FULLFSYNC", 51, raising=False)
+    monkeypatch.setattr(fcntl, "fcntl", lambda descriptor, command: flushed.append(command))
+    monkeypatch.delattr(os, "fdatasync")
+    write_file(tmp_path / "a", [b"x"])
+    assert flushed == [51]
 
 
 def test_new_folders_are_durable_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -260,8 +269,7 @@ def test_file_system_that_refuses_to_bypass_the_page_cache_is_written_through_it
 
     monkeypatch.setattr(os, "write", refuse_direct)
     write_file(tmp_path / "late", [data])
-    monkeypatch.setattr(direct, "_DIRECT", 0)
-    write_file(tmp_path / "never", [data])
+    write_file(tmp_path / "never", [data], direct_bytes=None)
     assert (tmp_path / "late").read_bytes() == (tmp_path / "never").read_bytes() == data.tobytes()
 
 
