@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from residua.store.base.extras import load
 
 if TYPE_CHECKING:
-    from residua.analysis.attention.detection import head_detector
+    from residua.analysis.attention.head_detector import head_detector
     from residua.analysis.loader.loader import Loader
     from residua.analysis.probes.linear_probe import LinearProbe, LogisticProbe, RidgeProbe
     from residua.analysis.rows.dask_array import array
@@ -31,7 +31,7 @@ _HOMES = {
     "LogisticProbe": "analysis.probes.linear_probe",
     "RidgeProbe": "analysis.probes.linear_probe",
     "array": "analysis.rows.dask_array",
-    "head_detector": "analysis.attention.detection",
+    "head_detector": "analysis.attention.head_detector",
     "record_batches": "analysis.rows.tables",
     "table": "analysis.rows.tables",
 }

@@ -1,1 +1,1 @@
-"""Scores of attention heads from stored patterns, or from queries and keys. Uses `rows` and `support`."""
+"""Scores of attention heads, from stored patterns or from queries and keys. Uses `support`."""

@@ -1,15 +1,15 @@
-"""Scores of attention heads on a block of tokens that is repeated: induction, and what it is made of.
+"""Scores of attention heads on a repeated block of tokens: induction, and what it is made of.
 
-Four scores a head, each a mean over queries of the attention to the keys that its definition names, all in
-`residua.analysis.attention.token_matches`:
+Each of the four scores is a mean over queries of the attention to the keys that its definition names. The definitions
+are in `residua.analysis.attention.token_matches`:
 
-- ``induction``: the stripe. To the one key that followed the same token one period before; over the queries of the
-  second and later copies.
-- ``prefix_matching``: to all keys that followed an earlier occurrence of the query's token (Olsson et al. 2022,
+- ``induction``: the stripe, that is, the one key that followed the same token one period before; over the queries of
+  the second and later copies.
+- ``prefix_matching``: all keys that followed an earlier occurrence of the query's token (Olsson et al. 2022,
   "In-context Learning and Induction Heads"); over the queries whose token occurred before.
-- ``previous_token``: to the key just before; over all queries but the first, a BOS left out on both sides.
-- ``duplicate_token``: to all earlier occurrences of the query's token (Wang et al. 2022); over the queries whose
-  token occurred before.
+- ``previous_token``: the key just before; over all queries but the first. A BOS token is left out on both sides.
+- ``duplicate_token``: all earlier occurrences of the query's token (Wang et al. 2022, "Interpretability in the Wild");
+  over the queries whose token occurred before.
 
 Every query has the same weight, whichever example it is in.
 """
@@ -24,7 +24,16 @@ import numpy.typing as npt
 import pyarrow as pa
 from torch import Tensor
 
-from residua.analysis.attention.jobs import MOST_BYTES, AttentionJob, Source, attention_jobs, example_sums, run_jobs
+from residua.analysis.attention.jobs import (
+    JOB_PAIRS,
+    MOST_BYTES,
+    AttentionJob,
+    Source,
+    attention_jobs,
+    example_sums,
+    head_table,
+    run_jobs,
+)
 from residua.analysis.attention.token_matches import Match, duplicate_token, prefix, previous_token, stripe
 from residua.analysis.attention.weights import ExampleSums, Floats
 from residua.analysis.support.cluster import Cluster
@@ -37,7 +46,7 @@ PERIOD_COLUMN = "period"
 
 
 class _Sums(NamedTuple):
-    """Summed weights, float64, (scores, heads), and the number of queries that they are of, int64, (scores)."""
+    """Summed weights, float64, (scores, heads), and the number of queries behind them, int64, (scores)."""
 
     matched: Floats
     n_queries: npt.NDArray[np.int64]
@@ -52,48 +61,49 @@ def induction_scores(
     source: Source | None = None,
     cluster: Cluster | None = None,
     most_bytes: int = MOST_BYTES,
+    job_pairs: int = JOB_PAIRS,
 ) -> pa.Table:
-    """Score every head of an archive whose examples are blocks of tokens, each repeated.
+    """Score every head of an archive in which each example is a repeated block of tokens.
 
     Args:
         archive: The archive, or its path. It holds `pattern` sites, or `q` and `k` sites with all positions.
-        period: Tokens of a block; None: what the column ``period`` of the example table says.
-        bos: Whether a token stands in front of the first block; None: found out from the tokens of each example.
-        layers: Layers to score; None: all that can be.
-        source: ``pattern`` or ``qk``; None: patterns where they are stored.
+        period: Tokens of a block; None: the value in the column ``period`` of the example table.
+        bos: Whether a BOS token stands before the first block; None: detected from the tokens of each example.
+        layers: Layers to score; None: all layers whose weights are known.
+        source: ``pattern`` or ``qk``; None: patterns if they are stored.
         cluster: Where the jobs run, from `residua.analysis.support.cluster.connect`; None: in this process.
-        most_bytes: Memory that one job takes at most, besides the tokens of an example.
+        most_bytes: Memory limit of a job, not counting the tokens of an example.
+        job_pairs: Pairs of query and key that a job covers at most, if it has more than one example.
 
     Returns:
-        One line a head, with the columns ``layer`` and ``head`` (int32) and, float64, ``induction``,
+        One line for each head, with the columns ``layer`` and ``head`` (int32) and, float64, ``induction``,
         ``previous_token``, ``duplicate_token`` and ``prefix_matching``; see the module's head. A score is null if no
-        stored query has a key that counts for it.
+        stored query has a key that counts.
 
     Raises:
-        AnalysisError: An example is no repeated block, or the archive lacks what the weights follow from.
-        NotCapturedError: The archive is not captured to its end.
+        AnalysisError: An example is not a repeated block, or the archive lacks the sites.
+        NotCapturedError: The archive is not fully captured.
 
     Example:
         >>> residua.induction_scores("ind.zarr", period=50).sort_by([("induction", "descending")])  # doctest: +SKIP
     """
     archive = archive if isinstance(archive, Archive) else Archive(archive)
     if period is not None and period < 2:
-        raise AnalysisError(f"period is {period}: a repeated block has at least two tokens")
+        raise AnalysisError(f"the period is {period}: a repeated block has at least two tokens")
     if period is None and PERIOD_COLUMN not in archive.example_table.column_types():
         raise AnalysisError(
-            f"{archive.path} has no column {PERIOD_COLUMN!r} in its example table: say the period, which is the "
+            f"{archive.path} has no column {PERIOD_COLUMN!r} in its example table: give the period, which is the "
             "number of tokens after which an example repeats itself"
         )
-    jobs = attention_jobs(archive, layers=layers, source=source, most_bytes=most_bytes)
-    score = partial(_score, period=period, bos=bos)
-    found = run_jobs(score, jobs, cluster=cluster, label="scoring heads")
-    return _table({layer: _added(sums) for layer, sums in found.items()})
+    jobs = attention_jobs(archive, layers=layers, source=source, most_bytes=most_bytes, job_pairs=job_pairs)
+    found = run_jobs(partial(_score, period=period, bos=bos), jobs, cluster=cluster, label="scoring heads")
+    return head_table({layer: _means(_added(sums)) for layer, sums in found.items()})
 
 
 def repeats_from(tokens: Tensor, period: int, bos: bool | None) -> int | None:
-    """Return the position at which `tokens` begin to be a block of `period` tokens, repeated; None if they are not.
+    """Return the position from which `tokens` repeat a block of `period` tokens, or None if they do not.
 
-    It is 1 behind a BOS and 0 without. The last copy may be cut short.
+    It is 1 after a BOS token and 0 without one. The last copy may be incomplete.
     """
     for start in (0, 1) if bos is None else (int(bos),):
         body = tokens[start:]
@@ -110,10 +120,10 @@ def _score(job: AttentionJob, *, period: int | None, bos: bool | None) -> _Sums:
         length = periods[example - job.first]
         start = repeats_from(tokens, length, bos)
         if start is None:
-            with_bos = {None: "with or without a BOS", True: "behind a BOS", False: "from its first token on"}[bos]
+            with_bos = {None: "with or without a BOS", True: "after a BOS", False: "from its first token on"}[bos]
             raise AnalysisError(
                 f"example {example} of {job.path}, {len(tokens)} tokens, does not repeat itself after {length} tokens, "
-                f"{with_bos}: say another period, or capture sequences that do"
+                f"{with_bos}: give another period, or capture sequences that repeat"
             )
         return (
             stripe(length, start=start),
@@ -125,10 +135,18 @@ def _score(job: AttentionJob, *, period: int | None, bos: bool | None) -> _Sums:
     return _added(list(example_sums(job, matches)))
 
 
-def _added(parts: Sequence[_Sums | ExampleSums]) -> _Sums:
-    matched: Floats = np.sum([part.matched for part in parts], axis=0)
-    n_queries: npt.NDArray[np.int64] = np.sum([part.n_queries for part in parts], axis=0)
+def _added(sums: Sequence[_Sums | ExampleSums]) -> _Sums:
+    matched: Floats = np.sum([one.matched for one in sums], axis=0)
+    n_queries: npt.NDArray[np.int64] = np.sum([one.n_queries for one in sums], axis=0)
     return _Sums(matched, n_queries)
+
+
+def _means(sums: _Sums) -> dict[str, list[float | None]]:
+    """Return each score of each head; None if there is no query."""
+    return {
+        name: [float(total / n_queries) if n_queries else None for total in totals]
+        for name, totals, n_queries in zip(SCORES, sums.matched, sums.n_queries, strict=True)
+    }
 
 
 def _periods(job: AttentionJob) -> list[int]:
@@ -137,19 +155,7 @@ def _periods(job: AttentionJob) -> list[int]:
     wrong = next((n for n, value in enumerate(found) if type(value) is not int or value < 2), None)
     if wrong is not None:
         raise AnalysisError(
-            f"example {job.first + wrong} of {job.path} has {found[wrong]!r} in the column {PERIOD_COLUMN!r}: say the "
+            f"example {job.first + wrong} of {job.path} has {found[wrong]!r} in the column {PERIOD_COLUMN!r}: give the "
             "period yourself"
         )
     return found
-
-
-def _table(layers: dict[int, _Sums]) -> pa.Table:
-    columns: dict[str, list[int | float | None]] = {name: [] for name in ("layer", "head", *SCORES)}
-    for layer, (matched, n_queries) in layers.items():
-        for head in range(matched.shape[1]):
-            columns["layer"].append(layer)
-            columns["head"].append(head)
-            for name, total, count in zip(SCORES, matched[:, head], n_queries, strict=True):
-                columns[name].append(float(total / count) if count else None)
-    types = {name: pa.float64() if name in SCORES else pa.int32() for name in columns}
-    return pa.table({name: pa.array(values, types[name]) for name, values in columns.items()})

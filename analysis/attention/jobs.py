@@ -1,14 +1,14 @@
-"""Scoring attention as jobs: one layer of some examples each, opened where it runs."""
+"""Jobs that score attention heads: each reads one layer of some examples, and opens the archive where it runs."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Literal, NamedTuple, TypeVar
 
+import pyarrow as pa
 import torch
 from torch import Tensor
 
-from residua.analysis.attention.queries_and_keys import QueriesAndKeys
 from residua.analysis.attention.token_matches import Match
-from residua.analysis.attention.weights import ExampleRows, ExampleSums, StoredPattern, Weights
+from residua.analysis.attention.weights import ExampleRows, ExampleSums, QueriesAndKeys, StoredPattern, Weights
 from residua.analysis.support.cluster import Cluster, or_inline
 from residua.analysis.support.open_archives import address, opened
 from residua.store.base.errors import AnalysisError
@@ -19,7 +19,7 @@ from residua.store.read.archive import Archive
 Result = TypeVar("Result")
 Source = Literal["pattern", "qk"]
 MOST_BYTES = 64 * 2**20
-_JOB_PAIRS = 2**27  # of query and key: seconds of work, so that jobs are many and their overhead is none
+JOB_PAIRS = 2**27
 
 
 class AttentionJob(NamedTuple):
@@ -34,19 +34,25 @@ class AttentionJob(NamedTuple):
 
 
 def attention_jobs(
-    archive: Archive, *, layers: Sequence[int] | None, source: Source | None, most_bytes: int
+    archive: Archive,
+    *,
+    layers: Sequence[int] | None,
+    source: Source | None,
+    most_bytes: int,
+    job_pairs: int = JOB_PAIRS,
 ) -> list[AttentionJob]:
-    """Cut the scoring of an archive into jobs, the same however many workers there are.
+    """Return the jobs that score an archive; they are the same for any number of workers.
 
     Args:
         archive: The archive.
-        layers: Layers to score; None: all that have what is needed.
-        source: Whether weights come from `pattern` sites or from `q` and `k`; None: from patterns where they are
-            stored, else from the others.
-        most_bytes: Memory that a job keeps to.
+        layers: Layers to score; None: all layers whose weights are known.
+        source: ``pattern``: use `pattern` sites; ``qk``: use `q` and `k` sites; None: use patterns if they are stored.
+        most_bytes: Memory limit of a job.
+        job_pairs: Pairs of query and key that a job covers at most, if it has more than one example. The default takes
+            seconds, so that there are many jobs and starting them costs little.
 
     Raises:
-        AnalysisError: A layer lacks what is needed, or its weights do not follow from queries and keys.
+        AnalysisError: A layer lacks the sites, or its weights do not follow from queries and keys.
     """
     index = archive.example_table.index()
     if not index.n_examples:
@@ -54,14 +60,14 @@ def attention_jobs(
     examples: list[tuple[int, int]] = []
     first, pairs = 0, 0
     for example, n_tokens in enumerate(index.n_tokens.tolist()):
-        if pairs and pairs + n_tokens**2 > _JOB_PAIRS:
+        if pairs and pairs + n_tokens**2 > job_pairs:
             examples.append((first, example))
             first, pairs = example, 0
         pairs += n_tokens**2
     examples.append((first, index.n_examples))
     return [
-        AttentionJob(address(archive), layer, how, first, last, most_bytes)
-        for layer, how in _sources(archive, layers, source).items()
+        AttentionJob(address(archive), layer, layer_source, first, last, most_bytes)
+        for layer, layer_source in _sources(archive, layers, source).items()
         for first, last in examples
     ]
 
@@ -71,20 +77,20 @@ def _sources(archive: Archive, layers: Sequence[int] | None, source: Source | No
     kinds: dict[int, set[str]] = {}
     for site in map(parse_site, archive.sites):
         kinds.setdefault(-1 if site.layer is None else site.layer, set()).add(site.kind)
-    there: dict[int, Source] = {}
+    found: dict[int, Source] = {}
     for layer in sorted(kinds):
-        if (how := _source(kinds[layer], source)) is not None:
-            there[layer] = how
-    missing = sorted(set(layers or ()) - set(there))
-    if missing or not there:
+        if (layer_source := _source(kinds[layer], source)) is not None:
+            found[layer] = layer_source
+    missing = sorted(set(layers or ()) - set(found))
+    if missing or not found:
         what = {"pattern": "pattern sites", "qk": "q and k sites", None: "pattern sites, nor q and k sites"}[source]
         where = f"layer {missing[0]} of {archive.path}" if missing else str(archive.path)
-        raise AnalysisError(f"{where} has no {what}: capture with --sites 'q.*,k.*', which is the smaller way")
-    chosen: dict[int, Source] = {layer: there[layer] for layer in there if layers is None or layer in layers}
-    for layer, from_where in chosen.items():
-        if from_where == "qk":
-            attention_spec(archive, layer)  # here, so that jobs that cannot be done are not begun
-    return chosen
+        raise AnalysisError(f"{where} has no {what}: capture with --sites 'q.*,k.*', which takes less space")
+    asked: dict[int, Source] = {layer: found[layer] for layer in found if layers is None or layer in layers}
+    for layer, layer_source in asked.items():
+        if layer_source == "qk":
+            attention_spec(archive, layer)  # raises here, before any job starts
+    return asked
 
 
 def _source(kinds: set[str], wanted: Source | None) -> Source | None:
@@ -97,15 +103,15 @@ def attention_spec(archive: Archive, layer: int) -> AttentionSpec:
     """Return how the weights of `layer` follow from its stored queries and keys.
 
     Raises:
-        AnalysisError: They do not, or the archive does not say it.
+        AnalysisError: They do not follow, or the archive does not say how.
     """
     text = archive.side_file(f"head/{ATTENTION_FILE}")
     spec = None if text is None else attention_from_json(text).get(layer)
     if isinstance(spec, AttentionSpec):
         return spec
-    reason = spec or "the archive does not say how; it was captured before this was written down"
+    reason = spec or "the archive does not say how; it comes from a version that did not record this"
     raise AnalysisError(
-        f"the attention weights of layer {layer} of {archive.path} cannot be made from q and k: {reason}. Capture "
+        f"the attention weights of layer {layer} of {archive.path} cannot be computed from q and k: {reason}. Capture "
         "pattern sites, or choose other layers."
     )
 
@@ -113,7 +119,7 @@ def attention_spec(archive: Archive, layer: int) -> AttentionSpec:
 def run_jobs(
     function: Callable[[AttentionJob], Result], jobs: Sequence[AttentionJob], *, cluster: Cluster | None, label: str
 ) -> dict[int, list[Result]]:
-    """Return the results of each layer in the order of its jobs, so that sums do not depend on who was faster."""
+    """Return the results of each layer in the order of its jobs, so that sums do not depend on which ended first."""
     done = dict(or_inline(cluster).map(function, jobs, label=label))
     layers: dict[int, list[Result]] = {}
     for number, job in enumerate(jobs):
@@ -121,11 +127,29 @@ def run_jobs(
     return layers
 
 
+def head_table(scores: Mapping[int, Mapping[str, Sequence[float | None]]]) -> pa.Table:
+    """Return a table with one line for each head, from the scores of each layer's heads by name.
+
+    Its columns are ``layer`` and ``head``, int32, and the scores, float64; a score that is None is null.
+    """
+    layers = []
+    for layer, columns in scores.items():
+        values = {name: pa.array(heads, pa.float64()) for name, heads in columns.items()}
+        n_heads = len(next(iter(values.values())))
+        heads = pa.array(range(n_heads), pa.int32())
+        layers.append(pa.table({"layer": pa.repeat(pa.scalar(layer, pa.int32()), n_heads), "head": heads, **values}))
+    return pa.concat_tables(layers).combine_chunks()
+
+
 def example_sums(job: AttentionJob, matches: Callable[[int, Tensor], Sequence[Match]]) -> Iterator[ExampleSums]:
-    """Yield what each example of a job adds up to; `matches` is called with its number and its tokens (int64).
+    """Yield the sums of each example of a job.
+
+    Args:
+        job: The job.
+        matches: Given the number of an example and its tokens (int64), returns which keys count.
 
     Raises:
-        AnalysisError: The budget is too small, or an example lacks rows that its weights depend on.
+        AnalysisError: The memory limit is too small, or an example lacks rows that its weights depend on.
     """
     archive = opened(job.path)
     weights = _weights(archive, job)
@@ -135,7 +159,7 @@ def example_sums(job: AttentionJob, matches: Callable[[int, Tensor], Sequence[Ma
         tokens = torch.from_numpy(table.tokens(example).astype("int64"))
         if job.source == "qk" and len(rows) < len(tokens):
             raise AnalysisError(
-                f"example {example} of {archive.path} keeps {len(rows)} of its {len(tokens)} positions, and attention "
+                f"example {example} of {archive.path} keeps {len(rows)} of its {len(tokens)} positions, but attention "
                 "weights need every key: capture all positions, special tokens too, or capture pattern sites"
             )
         positions = torch.from_numpy(table.positions(example).astype("int64"))
@@ -150,7 +174,7 @@ def _weights(archive: Archive, job: AttentionJob) -> Weights:
     if query.shape[1] % key.shape[1] or (spec.sinks is not None and len(spec.sinks) != query.shape[1]):
         raise AnalysisError(
             f"{archive.path}: {query.name} has {query.shape[1]} heads, which fits neither {key.name} with "
-            f"{key.shape[1]} nor the sinks of layer {job.layer}: the archive is not one that Residua writes"
+            f"{key.shape[1]} nor the sinks of layer {job.layer}: Residua did not write this archive"
         )
     end = archive.example_table.rows(job.last - 1)[1]
     return QueriesAndKeys(query, key, spec, end=end, most_bytes=job.most_bytes)

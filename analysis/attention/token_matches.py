@@ -1,7 +1,7 @@
-"""Which keys count for a query: the definitions behind the scores of attention heads, each under its own name.
+"""Which keys count for a query: the definitions behind the scores of attention heads.
 
-A match is asked for a tile at a time, so none is ever as large as a pattern. Positions count from 0; `start` is the
-first position that takes part, 1 where position 0 is a BOS. A match never looks ahead, in models that can as well.
+A match is evaluated tile by tile, so nothing is ever as large as a pattern. Positions count from 0. `start` is the
+first position that takes part: 1 if position 0 is a BOS token. A match never looks ahead, even in models that can.
 
 Axes: `Q` query and `K` key positions.
 """
@@ -11,23 +11,23 @@ from collections.abc import Callable
 from torch import Tensor
 
 Match = Callable[[Tensor, Tensor], Tensor]
-"""Takes query positions (Q, 1) and key positions (1, K), int64, and gives bool (Q, K): which pairs count."""
+"""Takes query positions (Q, 1) and key positions (1, K), int64, and returns which pairs count, bool (Q, K)."""
 
 
 def stripe(period: int, *, start: int = 0) -> Match:
-    """Match the token after the same token, one period before: the diagonal ``1 - period`` of the pattern.
+    """Match the token after the same token one period before: the diagonal ``1 - period`` of the pattern.
 
-    The usual demonstration of induction heads (TransformerLens's and FlexModel's) averages this diagonal of a random
-    block that is repeated. Here only queries of the second and later copies have a match: the first copy has nothing
-    to look back to.
+    The usual demonstration of induction heads (in TransformerLens and FlexModel) averages this diagonal over a repeated
+    random block. Here only queries of the second and later copies have a match: the first copy has no earlier one.
     """
     return lambda query, key: (key == query - period + 1) & (query >= start + period)
 
 
 def previous_token(*, start: int = 0) -> Match:
-    """Match the token before (Elhage et al. 2021; Olsson et al. 2022): the diagonal -1 of the pattern.
+    """Match the token before: the diagonal -1 of the pattern.
 
-    The first token has no match, and neither has the one that follows a BOS, which nearly every head attends to.
+    See Elhage et al. 2021, "A Mathematical Framework for Transformer Circuits", and Olsson et al. 2022. The first token
+    has no match, and neither has the token after a BOS, because nearly every head attends to a BOS.
     """
     return lambda query, key: (key == query - 1) & (key >= start)
 
@@ -43,10 +43,10 @@ def duplicate_token(tokens: Tensor, *, start: int = 0) -> Match:
 
 
 def prefix(tokens: Tensor, *, start: int = 0) -> Match:
-    """Match every token that followed an earlier occurrence of the query's token (Olsson et al. 2022).
+    """Match every token that followed an earlier occurrence of the query's token.
 
-    Their "prefix matching": the attention from a token to what came after the same token before, whichever of the
-    earlier copies it is in. Queries whose token is new have no match.
+    This is the "prefix matching" of Olsson et al. 2022, "In-context Learning and Induction Heads": the attention to all
+    tokens that came after the same token. Queries whose token is new have no match.
 
     Args:
         tokens: Token ids of the example, int64, (positions).
@@ -56,7 +56,7 @@ def prefix(tokens: Tensor, *, start: int = 0) -> Match:
 
 
 def left_out(*, bos: bool, current: bool) -> Match:
-    """Match the pairs that are left out: with the first token as key if `bos`, of a token with itself if `current`."""
+    """Match the pairs to leave out: with the first token as key if `bos`, of a token with itself if `current`."""
     return lambda query, key: ((key == 0) & bos) | ((key == query) & current)
 
 

@@ -85,7 +85,7 @@ def test_queries_and_keys_give_the_scores_of_eager_attention(name: str, tmp_path
 
 @pytest.mark.parametrize("name", TINY)
 def test_so_do_bfloat16_queries_and_keys(name: str, tmp_path: Path) -> None:
-    """The weights of `TINY` are far sharper than those of trained models; so few examples do not average that out."""
+    """The attention of `TINY` is far sharper than that of trained models, so its scores are made smaller here."""
     model = calm(TINY[name]())
     table = induction_scores(capture(model, tmp_path / "a.zarr", dtype="bfloat16"))
     assert np.abs(values(table) - expected(model)).max() < 1e-4
@@ -134,10 +134,10 @@ def test_period_and_bos_can_be_stated(tmp_path: Path) -> None:
     found = induction_scores(archive, period=3)
     assert found.equals(induction_scores(str(archive.path), period=3, bos=True))
     wrong: tuple[tuple[dict[str, Any], str], ...] = (
-        ({}, "has no column 'period'"),
-        ({"period": 1}, "at least two tokens"),
-        ({"period": 3, "bos": False}, "does not repeat itself after 3 tokens, from its first token on"),
-        ({"period": 4}, "example 0 .* with or without a BOS"),
+        ({}, "a.zarr.* 'period'.* period"),
+        ({"period": 1}, "period is 1.* two tokens"),
+        ({"period": 3, "bos": False}, "example 0 .* repeat .*3 tokens.* first token"),
+        ({"period": 4}, "example 0 .* 4 tokens.* BOS"),
     )
     for options, message in wrong:
         with pytest.raises(AnalysisError, match=message):
@@ -177,12 +177,11 @@ class Backwards:
             yield number, pickle.loads(pickle.dumps(called(job)))  # noqa: S301 - our own
 
 
-def test_a_cluster_gives_the_same_to_the_bit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_cluster_gives_the_same_to_the_bit(tmp_path: Path) -> None:
     archive = capture(TINY["gemma2"](), tmp_path / "a.zarr")
-    monkeypatch.setattr("residua.analysis.attention.jobs._JOB_PAIRS", 500)
     cluster = Backwards()
-    here = induction_scores(archive)
-    assert here.equals(induction_scores(archive, cluster=cluster))
+    here = induction_scores(archive, job_pairs=500)
+    assert here.equals(induction_scores(archive, job_pairs=500, cluster=cluster))
     assert cluster.n_jobs > 4 * LAYERS
     assert np.abs(values(here) - expected(TINY["gemma2"]())).max() < 1e-6
 
@@ -190,12 +189,12 @@ def test_a_cluster_gives_the_same_to_the_bit(tmp_path: Path, monkeypatch: pytest
 def test_what_cannot_be_scored_is_refused(tmp_path: Path) -> None:
     model = TINY["llama"]()
     some = capture(model, tmp_path / "some.zarr", positions="every:2")
-    with pytest.raises(AnalysisError, match=r"example 0 .* keeps 5 of its 9 positions"):
+    with pytest.raises(AnalysisError, match=r"example 0 .* 5 of its 9 positions.* all positions"):
         induction_scores(some)
     other = capture(model, tmp_path / "other.zarr", sites="q.*,k.1,resid_post.0")
-    with pytest.raises(AnalysisError, match=r"layer 2 of .* has no pattern sites, nor q and k sites.*'q\.\*,k\.\*'"):
+    with pytest.raises(AnalysisError, match=r"layer 2 of .*other.zarr.* pattern.* q and k .*'q\.\*,k\.\*'"):
         induction_scores(other, layers=[1, 2])
-    with pytest.raises(AnalysisError, match="has no pattern sites"):
+    with pytest.raises(AnalysisError, match=r"other.zarr.* pattern"):
         induction_scores(other, source="pattern")
     assert induction_scores(other).num_rows == 4
     (other.path / "commits").rename(tmp_path / "elsewhere")

@@ -1,9 +1,9 @@
-"""TransformerLens's head detector, on the weights of an archive.
+"""TransformerLens's head detector, on the attention weights of an archive.
 
-The definition is that of ``transformer_lens.head_detector.detect_head`` (Cooney and Nanda, TransformerLens 4.3): a
-detection pattern D of zeros and ones is compared with an attention pattern A of L tokens. Its names are kept, since
-its numbers are not ours: ``mul`` is the share of *all* attention of a head that lies on D, the first copy's and the
-BOS's included, and reads 0.5 to 0.7 where prefix matching reads 0.98.
+The definition is that of ``transformer_lens.head_detector.detect_head`` (Cooney and Nanda, TransformerLens 4.3). It
+compares a detection pattern D of zeros and ones with an attention pattern A of L tokens. Its names are kept because its
+numbers differ from ours: ``mul`` is the share of *all* attention of a head that lies on D. That includes the attention
+of the first copy and to the BOS token, so it reads 0.5 to 0.7 where prefix matching reads 0.98.
 """
 
 from collections.abc import Sequence
@@ -15,7 +15,15 @@ import numpy as np
 import pyarrow as pa
 from torch import Tensor
 
-from residua.analysis.attention.jobs import MOST_BYTES, AttentionJob, Source, attention_jobs, example_sums, run_jobs
+from residua.analysis.attention.jobs import (
+    MOST_BYTES,
+    AttentionJob,
+    Source,
+    attention_jobs,
+    example_sums,
+    head_table,
+    run_jobs,
+)
 from residua.analysis.attention.token_matches import Match, duplicate_token, left_out, prefix, previous_token, without
 from residua.analysis.attention.weights import ExampleSums, Floats
 from residua.analysis.support.cluster import Cluster
@@ -39,30 +47,30 @@ def head_detector(
     cluster: Cluster | None = None,
     most_bytes: int = MOST_BYTES,
 ) -> pa.Table:
-    """Score every head as TransformerLens's ``detect_head`` does; of several examples, the mean of their scores.
+    """Score every head as TransformerLens's ``detect_head`` does; the score is the mean over the examples.
 
     Args:
         archive: The archive, or its path. It holds `pattern` sites, or `q` and `k` sites, with all positions.
         detection_pattern: ``previous_token_head``: the token before; ``duplicate_token_head``: every earlier
-            occurrence of the same token; ``induction_head``: every token that followed one.
-        exclude_bos: Whether attention to the first token is left out.
-        exclude_current_token: Whether the attention of a token to itself is left out.
+            occurrence of the same token; ``induction_head``: every token that followed an earlier occurrence.
+        exclude_bos: Leave out attention to the first token.
+        exclude_current_token: Leave out the attention of a token to itself.
         error_measure: ``mul``: sum(A * D) / sum(A); ``abs``: 1 - round(sum(|A - D|) / L, 3).
-        layers: Layers to score; None: all that can be.
-        source: ``pattern`` or ``qk``; None: patterns where they are stored.
+        layers: Layers to score; None: all layers whose weights are known.
+        source: ``pattern`` or ``qk``; None: patterns if they are stored.
         cluster: Where the jobs run; None: in this process.
-        most_bytes: Memory that one job takes at most, besides the tokens of an example.
+        most_bytes: Memory limit of a job, not counting the tokens of an example.
 
     Returns:
-        One line a head, with the columns ``layer`` and ``head`` (int32) and ``score`` (float64).
+        One line for each head, with the columns ``layer`` and ``head`` (int32) and ``score`` (float64).
 
     Raises:
-        AnalysisError: A name is not one of these, or the archive lacks what the weights follow from.
-        NotCapturedError: The archive is not captured to its end.
+        AnalysisError: A name is unknown, or the archive lacks the sites.
+        NotCapturedError: The archive is not fully captured.
     """
     for name, known in ((detection_pattern, get_args(HeadName)), (error_measure, get_args(ErrorMeasure))):
         if name not in known:
-            raise AnalysisError(f"{name!r} is not known to the head detector: choose one of {', '.join(known)}")
+            raise AnalysisError(f"the head detector does not know {name!r}: choose one of {', '.join(known)}")
     archive = archive if isinstance(archive, Archive) else Archive(archive)
     jobs = attention_jobs(archive, layers=layers, source=source, most_bytes=most_bytes)
     detect = partial(
@@ -70,15 +78,7 @@ def head_detector(
     )
     n_examples = archive.example_table.index().n_examples
     found = run_jobs(detect, jobs, cluster=cluster, label=f"detecting {detection_pattern}s")
-    scores = {layer: np.sum(sums, axis=0) / n_examples for layer, sums in found.items()}
-    heads = [(layer, head) for layer, values in scores.items() for head in range(len(values))]
-    return pa.table(
-        {
-            "layer": pa.array([layer for layer, _ in heads], pa.int32()),
-            "head": pa.array([head for _, head in heads], pa.int32()),
-            "score": pa.array([float(scores[layer][head]) for layer, head in heads], pa.float64()),
-        }
-    )
+    return head_table({layer: {"score": np.sum(sums, axis=0) / n_examples} for layer, sums in found.items()})
 
 
 def _detect(job: AttentionJob, *, name: HeadName, measure: ErrorMeasure, bos: bool, current: bool) -> Floats:
@@ -99,7 +99,7 @@ def _detect(job: AttentionJob, *, name: HeadName, measure: ErrorMeasure, bos: bo
         if last - first < len(table.tokens(example)):
             raise AnalysisError(
                 f"example {example} of {job.path} keeps {last - first} of its {len(table.tokens(example))} positions, "
-                "and the head detector compares whole patterns: capture all positions"
+                "but the head detector compares full patterns: capture all positions"
             )
     scores = [_mul(sums) if measure == "mul" else _abs(sums) for sums in example_sums(job, matches)]
     summed: Floats = np.sum(scores, axis=0)
