@@ -26,7 +26,7 @@ from residua.analysis.lens.checkpoint import (
     write_checkpoint,
 )
 from residua.analysis.lens.evaluate import REPORT
-from residua.analysis.lens.lm_head import Head, load_head
+from residua.analysis.lens.lm_head import LMHead, load_lm_head
 from residua.analysis.lens.rows import layer_of
 from residua.analysis.lens.settings import LensSettings
 from residua.analysis.lens.train import LensTraining
@@ -58,7 +58,7 @@ class TunedLens:
     """
 
     def __init__(
-        self, head: Head, translators: Mapping[int, Translator], config: LensConfig, report: pa.Table | None = None
+        self, head: LMHead, translators: Mapping[int, Translator], config: LensConfig, report: pa.Table | None = None
     ) -> None:
         self.head = head
         self.translators = dict(translators)
@@ -127,7 +127,7 @@ class TunedLens:
         folder = Path(folder)
         config, translators = read_checkpoint(folder)
         source = folder / "head" if head is None else Path(head)
-        found = load_head(source / "head" if (source / "head").is_dir() else source)
+        found = load_lm_head(source / "head" if (source / "head").is_dir() else source)
         if config.unembed_hash not in (None, hash_unembedding(found.parameters["unembed.weight"])):
             raise AnalysisError(
                 f"{folder} is a lens of {config.base_model_name_or_path} with another unembedding than {source} has: "

@@ -1,7 +1,4 @@
-"""The stored head of a model: from the final residual stream to logits, without the model.
-
-Axes: `...` any, `D` width of the residual stream, `V` vocabulary.
-"""
+"""The stored LM head of a model: from the final residual stream to logits, without the model."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -31,12 +28,12 @@ _ACTIVATIONS: Mapping[Activation, Callable[[Tensor], Tensor]] = {
 
 
 @dataclass(frozen=True)
-class Head:
+class LMHead:
     """A model's final norm and unembedding.
 
     Attributes:
         spec: How they are applied.
-        parameters: Their parameters by name, as `residua.store.format.sidecars` lists them.
+        parameters: Their parameters, by the names of `residua.store.format.sidecars`.
     """
 
     spec: LMHeadSpec
@@ -53,15 +50,32 @@ class Head:
         """Number of logits."""
         return int(self.parameters["unembed.weight"].shape[0])
 
-    def normed(self, final: Tensor) -> Tensor:
-        """Apply the final norm, in the order of rounding that the model uses.
+    def hidden(self, final: Tensor) -> Tensor:
+        """Return the input of the unembedding, (..., inner width); arguments as for `logits`."""
+        hidden = self._norm(final)
+        if "project_out.weight" in self.parameters:
+            hidden = F.linear(hidden, self.parameters["project_out.weight"])
+        if self.spec.activation is not None:
+            hidden = self._transformed(hidden, self.spec.activation)
+        return hidden
+
+    def logits(self, final: Tensor) -> Tensor:
+        """Decode the final residual stream, with the same rounding as the model.
 
         Args:
-            final: Residual stream after the last block, (..., width), in the type of the parameters.
+            final: Output of the last block, (..., width), in the type and on the device of the parameters.
 
         Returns:
-            The same shape and type.
+            (..., vocabulary), of the same type.
         """
+        hidden = self.hidden(final)
+        unembed = self.parameters["unembed.weight"]
+        logits = F.linear(hidden, unembed, self.parameters.get("unembed.bias")) * self.spec.logit_scale
+        if self.spec.softcap is None:
+            return logits
+        return torch.tanh(logits / self.spec.softcap) * self.spec.softcap
+
+    def _norm(self, final: Tensor) -> Tensor:
         weight, bias = self.parameters.get("norm.weight"), self.parameters.get("norm.bias")
         if self.spec.norm == "none":
             return final
@@ -75,31 +89,6 @@ class Head:
             return (scaled * (self.spec.weight_offset + weight.to(wide.dtype))).to(final.dtype)
         return weight * scaled.to(final.dtype)
 
-    def hidden(self, final: Tensor) -> Tensor:
-        """Return what the unembedding is applied to, (..., inner width); arguments as for `logits`."""
-        hidden = self.normed(final)
-        if "project_out.weight" in self.parameters:
-            hidden = F.linear(hidden, self.parameters["project_out.weight"])
-        if self.spec.activation is not None:
-            hidden = self._transformed(hidden, self.spec.activation)
-        return hidden
-
-    def logits(self, final: Tensor) -> Tensor:
-        """Decode the residual stream after the last block.
-
-        Args:
-            final: (..., width), in the type and on the device of the parameters.
-
-        Returns:
-            (..., vocabulary), of the same type.
-        """
-        hidden = self.hidden(final)
-        unembed = self.parameters["unembed.weight"]
-        logits = F.linear(hidden, unembed, self.parameters.get("unembed.bias")) * self.spec.logit_scale
-        if self.spec.softcap is None:
-            return logits
-        return torch.tanh(logits / self.spec.softcap) * self.spec.softcap
-
     def _transformed(self, hidden: Tensor, activation: Activation) -> Tensor:
         get = self.parameters.get
         dense = F.linear(hidden, self.parameters["transform.dense.weight"], get("transform.dense.bias"))
@@ -108,17 +97,16 @@ class Head:
         return F.layer_norm(active, active.shape[-1:], weight, bias, self.spec.transform_eps)
 
 
-def load_head(folder: Path, *, dtype: torch.dtype | None = None, device: torch.device | str = "cpu") -> Head:
-    """Read the head that a capture left in ``folder``.
+def load_lm_head(folder: Path, *, dtype: torch.dtype | None = None) -> LMHead:
+    """Read an LM head, after a check of file sizes, digests and shapes.
 
     Args:
-        folder: The archive's ``head`` folder.
-        dtype: Type to bring the parameters to; None keeps the model's.
-        device: Where to put them.
+        folder: The ``head`` folder of an archive or of a lens.
+        dtype: Type to cast the parameters to; None keeps the model's.
 
     Raises:
-        DamagedArchiveError: A file is missing, cut short, or not the one that the archive was made with.
-        UnsafeArchiveError: The files do not describe a head.
+        DamagedArchiveError: A file is missing, cut short, or differs from the one that the archive was made with.
+        UnsafeArchiveError: The files do not describe an LM head.
     """
     digests = read_metadata(folder.parent).files if is_archive(folder.parent) else {}
     try:
@@ -126,28 +114,28 @@ def load_head(folder: Path, *, dtype: torch.dtype | None = None, device: torch.d
         parameters = _checked(folder, PARAMETERS_FILE, SIDECAR_FOLDERS["head"], digests)
         with safe_open(parameters, "pt") as file:
             shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118  # no dict
-            _check(spec, shapes, folder)
-            stored = {name: file.get_tensor(name).to(device, dtype) for name in shapes}
+            _check_shapes(spec, shapes, folder)
+            stored = {name: file.get_tensor(name).to(dtype=dtype) for name in shapes}
     except (OSError, SafetensorError) as error:
         raise DamagedArchiveError(
-            f"The head in {folder} cannot be read: {error}. An archive of a model whose head is not known has "
-            "none; otherwise copy the folder again, or capture again."
+            f"the LM head in {folder} cannot be read: {error}. An archive of a model with an unknown LM head has "
+            "none; otherwise copy the folder again, or capture again"
         ) from error
-    return Head(spec, stored)
+    return LMHead(spec, stored)
 
 
 def _checked(folder: Path, name: str, most_bytes: int, digests: Mapping[str, str]) -> Path:
-    """Return the path of a file of the head, once it is known to be a sound one."""
+    """Return the path of a file of the head, after a check of its size and of its digest, if the archive has one."""
     path = folder / name
     check_file(folder.parent, path, most_bytes)
     expected = digests.get(f"{folder.name}/{name}")
     if expected is not None and file_digest(path) != expected:
-        raise DamagedArchiveError(f"{path} was altered (its SHA-256 differs)")
+        raise DamagedArchiveError(f"{path} was altered (its SHA-256 differs): restore it from a copy")
     return path
 
 
-def _check(spec: LMHeadSpec, shapes: Mapping[str, tuple[int, ...]], folder: Path) -> None:
-    """Refuse parameters that do not fit each other."""
+def _check_shapes(spec: LMHeadSpec, shapes: Mapping[str, tuple[int, ...]], folder: Path) -> None:
+    """Raise UnsafeArchiveError if the parameters do not fit together."""
     n_logits, inner = shapes["unembed.weight"] if len(shapes.get("unembed.weight", ())) == 2 else (0, 0)
     width = shapes["project_out.weight"][-1] if "project_out.weight" in shapes else inner
     expected = {
@@ -163,8 +151,8 @@ def _check(spec: LMHeadSpec, shapes: Mapping[str, tuple[int, ...]], folder: Path
     }
     needed = {"unembed.weight"} | ({"transform.dense.weight"} if spec.activation else set())
     wrong = {name: shape for name, shape in shapes.items() if expected.get(name) != shape}
-    if wrong or not inner or needed - set(shapes):
+    if wrong or not inner or needed - shapes.keys():
         raise UnsafeArchiveError(
-            f"{folder / PARAMETERS_FILE} holds {shapes}, which is no head: {sorted(needed)} must be there and "
-            f"all shapes must fit. Copy the archive again from where it came from."
+            f"{folder / PARAMETERS_FILE} holds {shapes}, which is not an LM head: it needs {sorted(needed)}, and all "
+            "shapes must fit together. Copy the archive again from its source"
         )

@@ -24,7 +24,6 @@ from torch import Tensor
 from residua.analysis.lens.checkpoint import Translator
 from residua.analysis.lens.ridge import Ridge
 from residua.analysis.lens.rows import LensRows
-from residua.analysis.lens.settings import LensSettings
 from residua.analysis.lens.unembedding import Decoder, Unembedding
 
 _BETA_1, _BETA_2, _EPSILON = 0.8, 0.99, 1e-12
@@ -126,12 +125,10 @@ def refine(
     final: str,
     reader: LensRows,
     decoder: Decoder,
-    settings: LensSettings,
     *,
     n_rows: int,
-    row_bytes: int,
-    part: int = 0,
-    n_parts: int = 1,
+    part: int,
+    n_parts: int,
 ) -> dict[str, Translator]:
     """Refine the maps of several sites in lockstep.
 
@@ -139,20 +136,19 @@ def refine(
         ridges: Where each site starts.
         final: Site of the final residual stream.
         reader: The rows.
-        decoder: The head.
-        settings: The settings.
+        decoder: The LM head.
         n_rows: Number of training rows of all parts together; sets the length of the cosine schedule.
-        row_bytes: Bytes of one row of a site.
         part: Which of `n_parts` disjoint sets of rows to train on.
         n_parts: Number of these sets.
 
     Returns:
         The maps by site.
     """
+    settings = reader.settings
     layers = {site: _LayerMap(ridge) for site, ridge in ridges.items()}
     generator = torch.Generator().manual_seed(settings.seed * 1009 + part)
     n_left = n_total = max(1, settings.epochs * n_rows // n_parts)
-    for values in _batches([final, *layers], reader, settings, generator, row_bytes, part, n_parts):
+    for values in _batches([final, *layers], reader, generator, part, n_parts):
         target = decoder.logits(next(values).float()).softmax(-1)
         candidates = draw_candidates(target, settings.candidates, generator) if settings.candidates else None
         loss = _BatchLoss(decoder, target, candidates)
@@ -164,19 +160,13 @@ def refine(
 
 
 def _batches(
-    sites: list[str],
-    reader: LensRows,
-    settings: LensSettings,
-    generator: torch.Generator,
-    row_bytes: int,
-    part: int,
-    n_parts: int,
+    sites: list[str], reader: LensRows, generator: torch.Generator, part: int, n_parts: int
 ) -> Iterator[Iterator[Tensor]]:
     """Yield the batches; each is an iterator over the values of its rows at the sites, in the stored type."""
-    for epoch in range(settings.epochs):
-        for rows in reader.waves(row_bytes, epoch, part, n_parts):
+    for epoch in range(reader.settings.epochs):
+        for rows in reader.waves(sites[0], epoch, part, n_parts):
             values = [reader.read(site, rows) for site in sites]
             order = torch.randperm(len(rows), generator=generator)
-            for batch in order.tensor_split(max(1, round(len(rows) / settings.batch_rows))):
+            for batch in order.tensor_split(max(1, round(len(rows) / reader.settings.batch_rows))):
                 picked = batch.sort().values  # memory is read faster in order
                 yield (of_site[picked] for of_site in values)

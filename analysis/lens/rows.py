@@ -128,22 +128,22 @@ class LensRows:
 
     def __init__(self, archive: Archive, settings: LensSettings) -> None:
         self._archive = archive
-        self._settings = settings
+        self.settings = settings
         self._height = min(_CHUNK_ROWS, archive.plan.rows_per_shard)
 
     def chunks(self) -> Rows:
         """Return the first rows of the chunks that train, in ascending order."""
         starts = [np.arange(start, stop, self._height) for start, stop in blocks(self._archive)]
         found = np.concatenate([np.zeros(0, np.int64), *starts])
-        wanted = self._settings.rows
+        wanted = self.settings.rows
         if wanted is not None:
-            n_chunks = max(1, round(wanted / self._height / (1 - self._settings.held_out)))
-            found = np.random.default_rng(self._settings.seed).permutation(found)[:n_chunks]
+            n_chunks = max(1, round(wanted / self._height / (1 - self.settings.held_out)))
+            found = np.random.default_rng(self.settings.seed).permutation(found)[:n_chunks]
         return np.sort(found)
 
     def estimated_training_rows(self) -> int:
         """Return about how many rows train, without reading any."""
-        return round(len(self.chunks()) * self._height * (1 - self._settings.held_out))
+        return round(len(self.chunks()) * self._height * (1 - self.settings.held_out))
 
     def training_rows(self, chunks: Rows) -> Rows:
         """Return the rows of `chunks` that train: no held-out example, no first position."""
@@ -151,18 +151,18 @@ class LensRows:
         rows = rows[rows < self._archive.n_rows]  # only the last shard may be short
         return rows[~self._is_held_out(self._archive.rows.example.numpy(rows)) & self._is_late(rows)]
 
-    def waves(self, row_bytes: int, epoch: int, part: int, n_parts: int) -> Iterator[Rows]:
-        """Yield the training rows of one pass, with chunks in random order, as many at a time as fit in 256 MiB.
+    def waves(self, site: str, epoch: int, part: int, n_parts: int) -> Iterator[Rows]:
+        """Yield the training rows of one pass, with chunks in random order, at most 256 MiB per site at a time.
 
         Args:
-            row_bytes: Bytes of one row of a site.
+            site: One of the sites that are read.
             epoch: Number of the pass; decides the order.
             part: Which of `n_parts` disjoint sets of rows to use.
             n_parts: Number of these sets.
         """
-        chunks = np.random.default_rng([self._settings.seed, 1]).permutation(self.chunks())[part::n_parts]
-        order = np.random.default_rng([self._settings.seed, 2, epoch]).permutation(chunks)
-        n_chunks = max(1, _WAVE_BYTES // (row_bytes * self._height))
+        chunks = np.random.default_rng([self.settings.seed, 1]).permutation(self.chunks())[part::n_parts]
+        order = np.random.default_rng([self.settings.seed, 2, epoch]).permutation(chunks)
+        n_chunks = max(1, _WAVE_BYTES // (self._archive.plan.site(site).row_bytes * self._height))
         for start in range(0, len(order), n_chunks):
             yield self.training_rows(np.sort(order[start : start + n_chunks]))
 
@@ -175,10 +175,10 @@ class LensRows:
         Raises:
             AnalysisError: No captured example is held out.
         """
-        most = self._settings.held_out_rows if most is None else most
+        most = self.settings.held_out_rows if most is None else most
         index = self._archive.example_table.index()
         examples = np.flatnonzero(self._is_held_out(np.arange(index.n_examples)))
-        examples = np.random.default_rng([self._settings.seed, 3]).permutation(examples)
+        examples = np.random.default_rng([self.settings.seed, 3]).permutation(examples)
         examples = examples[self._is_captured(index.first_row[examples])]
         enough = int(np.searchsorted(np.cumsum(index.n_rows[examples], dtype=np.int64), most)) + 1
         first, counts = index.first_row[examples[:enough]], index.n_rows[examples[:enough]]
@@ -190,7 +190,7 @@ class LensRows:
             raise AnalysisError(
                 f"none of the {index.n_examples:,} examples of {self._archive.path} is both held out and captured, and "
                 "a lens is evaluated on such examples: capture more examples (--max-length splits long ones), or raise "
-                f"--held-out from {self._settings.held_out}"
+                f"--held-out from {self.settings.held_out}"
             )
         return rows
 
@@ -213,15 +213,15 @@ class LensRows:
         return self._archive[site].torch(rows)
 
     def _is_held_out(self, examples: npt.NDArray[np.generic]) -> npt.NDArray[np.bool_]:
-        return held_out(examples.astype(np.int64), fraction=self._settings.held_out, seed=self._settings.seed)
+        return held_out(examples.astype(np.int64), fraction=self.settings.held_out, seed=self.settings.seed)
 
     def _is_captured(self, rows: Rows) -> npt.NDArray[np.bool_]:
         return np.isin(rows // self._archive.plan.rows_per_shard, list(self._archive.commits))
 
     def _is_late(self, rows: Rows) -> npt.NDArray[np.bool_]:
-        if not self._settings.skip_positions:
+        if not self.settings.skip_positions:
             return np.ones(len(rows), np.bool_)
-        return self._positions(rows) >= self._settings.skip_positions
+        return self._positions(rows) >= self.settings.skip_positions
 
     def _positions(self, rows: Rows) -> Rows:
         return self._archive.rows.position.numpy(rows).astype(np.int64)

@@ -1,6 +1,6 @@
 """The settings of training a lens, apart from the training, so that the command line can list them without torch."""
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 from residua.store.base.errors import AnalysisError
@@ -43,7 +43,3 @@ class LensSettings:
             raise AnalysisError(
                 f"--learning-rate {self.learning_rate} and --held-out {self.held_out}: both must lie between 0 and 1"
             )
-
-    def to_json(self) -> dict[str, Any]:
-        """Return the settings as plain numbers, for a record of the training."""
-        return asdict(self)

@@ -12,9 +12,9 @@ finished layer is a file in the folder ``work``, from which a stopped training c
 
 import json
 import shutil
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
-from functools import lru_cache
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -33,10 +33,10 @@ from residua.analysis.lens.checkpoint import (
     write_translators,
 )
 from residua.analysis.lens.evaluate import REFINED, RIDGE, Score, best_map, evaluate, report_table
-from residua.analysis.lens.lm_head import Head, load_head
+from residua.analysis.lens.lm_head import LMHead, load_lm_head
 from residua.analysis.lens.refine import refine
-from residua.analysis.lens.ridge import Gram, add_rows, solve_ridge
-from residua.analysis.lens.rows import LensRows, lens_points
+from residua.analysis.lens.ridge import Gram, Ridge, add_rows, solve_ridge
+from residua.analysis.lens.rows import LensPoints, LensRows, lens_points
 from residua.analysis.lens.settings import LensSettings
 from residua.analysis.lens.unembedding import Decoder
 from residua.analysis.support.cluster import Cluster, OrderedSum
@@ -52,24 +52,24 @@ _PENALTY_ROWS = 4096  # held-out rows that choose the penalty of the ridge regre
 _WORK, _RUN_FILE = "work", "run.json"
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Job:
-    """What every job knows.
+@dataclass(frozen=True)
+class _Training:
+    """What all jobs of a training share.
 
     Attributes:
         archive: Path of the archive.
         work: Path of the folder ``work``.
+        points: The sites, by layer.
         settings: How the lens is trained.
-        final: Site of the final residual stream.
-        sites: Sites of this job, by layer.
-        memory_limit: Bytes that the worker may use.
+        n_parts: Number of parts that the rows are divided into.
+        memory_limit: Bytes that a worker may use.
     """
 
     archive: str
-    work: str
+    work: Path
+    points: LensPoints
     settings: LensSettings
-    final: str
-    sites: dict[int, str]
+    n_parts: int
     memory_limit: int
 
     @property
@@ -78,39 +78,29 @@ class _Job:
 
     @property
     def decoder(self) -> Decoder:
-        """The head, loaded once a process."""
+        """The LM head, loaded once per process."""
         return _decoder(Path(self.archive) / "head", self.memory_limit // 8)
+
+    def sums_path(self, layer: int) -> Path:
+        return self.work / f"sums-{layer}.safetensors"
+
+    def layer_path(self, layer: int) -> Path:
+        return self.work / f"layer-{layer}.safetensors"
 
 
 @lru_cache(maxsize=1)
 def _decoder(folder: Path, most_bytes: int) -> Decoder:
-    return Decoder(load_head(folder), most_bytes=most_bytes)
+    return Decoder(load_lm_head(folder), most_bytes=most_bytes)
 
 
-@dataclass(frozen=True, kw_only=True)
-class _SumJob(_Job):
-    """Add up the training rows of the chunks numbered `first` to `last`."""
-
-    origins: dict[int, Tensor]
-    first: int
-    last: int
-
-
-def _sum_rows(job: _SumJob) -> dict[int, Gram]:
-    """Return the sums of each layer."""
-    reader = job.reader
-    grams = {site: Gram.zero(job.origins[layer]) for layer, site in job.sites.items()}
-    add_rows(grams, job.final, reader.training_rows(reader.chunks()[job.first : job.last]), reader, job.decoder)
-    return {layer: grams[site] for layer, site in job.sites.items()}
-
-
-@dataclass(frozen=True, kw_only=True)
-class _FitJob(_Job):
-    """Solve the ridge regression of some layers from their sums, and refine it on one part of the rows."""
-
-    n_rows: int
-    part: int
-    n_parts: int
+def _sum_rows(training: _Training, job: tuple[Mapping[int, Tensor], int]) -> dict[int, Gram]:
+    """Add up rows for the layers of `job`, by their origins, from the chunk with the number in `job` on."""
+    (origins, first), reader, points = job, training.reader, training.points
+    grams = {layer: Gram.zero(origin) for layer, origin in origins.items()}
+    rows = reader.training_rows(reader.chunks()[first : first + _SUM_CHUNKS])
+    by_site = {points.sites[layer]: gram for layer, gram in grams.items()}
+    add_rows(by_site, points.final, rows, reader, training.decoder)
+    return grams
 
 
 class _Fitted(NamedTuple):
@@ -119,66 +109,32 @@ class _Fitted(NamedTuple):
     penalty: float
 
 
-def _fit_layers(job: _FitJob) -> dict[int, _Fitted]:
-    """Return the maps of each layer."""
-    reader, decoder = job.reader, job.decoder
+def _fit_layers(training: _Training, job: tuple[Sequence[int], int]) -> dict[int, _Fitted]:
+    """Solve the ridge regression of the layers of `job`, and refine it on the part of the rows with its number."""
+    (layers, part), reader, decoder, points = job, training.reader, training.decoder, training.points
     rows = reader.held_out_rows(_PENALTY_ROWS)
-    target = decoder.normalise(reader.read(job.final, rows).float())
-    ridges = {
-        site: solve_ridge(Gram(**read_tensors(_sums_path(job.work, layer))), reader.read(site, rows).float(), target)
-        for layer, site in job.sites.items()
-    }
+    target = decoder.normalise(reader.read(points.final, rows).float())
+    ridges: dict[str, Ridge] = {}
+    for layer in layers:
+        site, gram = points.sites[layer], Gram(**read_tensors(training.sums_path(layer)))
+        ridges[site] = solve_ridge(gram, reader.read(site, rows).float(), target)
     refined: dict[str, Translator] = {}
-    if job.settings.refine:
-        refined = refine(
-            ridges,
-            job.final,
-            reader,
-            decoder,
-            job.settings,
-            n_rows=job.n_rows,
-            row_bytes=opened(job.archive).plan.site(job.final).row_bytes,
-            part=job.part,
-            n_parts=job.n_parts,
-        )
+    if training.settings.refine:
+        n_rows = int(gram.n_rows.item())
+        refined = refine(ridges, points.final, reader, decoder, n_rows=n_rows, part=part, n_parts=training.n_parts)
     return {
-        layer: _Fitted(ridges[site].translator, refined.get(site), ridges[site].penalty)
-        for layer, site in job.sites.items()
+        layer: _Fitted(ridge.translator, refined.get(site), ridge.penalty)
+        for layer, (site, ridge) in zip(layers, ridges.items(), strict=True)
     }
 
 
-@dataclass(frozen=True, kw_only=True)
-class _EvaluateJob(_Job):
-    """Compare the maps of some layers on the held-out rows numbered `first` to `last`."""
-
-    first: int
-    last: int
-
-
-def _evaluate_layers(job: _EvaluateJob) -> dict[int, dict[str, Score]]:
-    """Return the score of each map, by layer and name."""
-    reader = job.reader
-    rows = reader.held_out_rows()[job.first : job.last]
-    maps = {site: read_translators(_layer_path(job.work, layer))[0] for layer, site in job.sites.items()}
-    scores = evaluate(maps, job.final, rows, reader, job.decoder)
-    return {layer: scores[site] for layer, site in job.sites.items()}
-
-
-def _sums_path(work: str | Path, layer: int) -> Path:
-    return Path(work) / f"sums-{layer}.safetensors"
-
-
-def _layer_path(work: str | Path, layer: int) -> Path:
-    return Path(work) / f"layer-{layer}.safetensors"
-
-
-class TrainedLens(NamedTuple):
-    """A lens that was trained and evaluated; the arguments of `residua.analysis.lens.lens.TunedLens`."""
-
-    head: Head
-    translators: dict[int, Translator]
-    config: LensConfig
-    report: pa.Table
+def _evaluate_layers(training: _Training, job: tuple[Sequence[int], int]) -> dict[int, dict[str, Score]]:
+    """Score the maps of the layers of `job`, by name, on held-out rows from its number on."""
+    (layers, first), reader, points = job, training.reader, training.points
+    rows = reader.held_out_rows()[first : first + _EVALUATE_ROWS]
+    maps = {points.sites[layer]: read_translators(training.layer_path(layer))[0] for layer in layers}
+    scores = evaluate(maps, points.final, rows, reader, training.decoder)
+    return dict(zip(layers, scores.values(), strict=True))
 
 
 class LensTraining:
@@ -208,32 +164,38 @@ class LensTraining:
         cluster: Cluster,
         rows_per_part: int = 100_000,
     ) -> None:
-        self._settings = settings or LensSettings()
-        self._points = lens_points(archive, sites)
         self._archive = opened(address(archive))
-        self._reader = LensRows(self._archive, self._settings)
         self._cluster = cluster
         self._out = out.absolute()
         self._work = self._out / _WORK
-        self._n_parts = self._start(rows_per_part)
+        self._points = lens_points(archive, sites)
+        settings = settings or LensSettings()
+        self._reader = LensRows(self._archive, settings)
+        n_parts = self._start(settings, settings.parts or self._default_parts(settings, rows_per_part))
+        path, limit = str(self._archive.path), cluster.memory_limit
+        self._training = _Training(path, self._work, self._points, settings, n_parts, limit)
 
     def train(self) -> None:
         """Find the maps of all unfinished layers."""
-        left = [layer for layer in self._points.sites if not _layer_path(self._work, layer).is_file()]
+        left = [layer for layer in self._points.sites if not self._training.layer_path(layer).is_file()]
         if left:
-            n_rows = self._sum(left)
-            self._fit(left, n_rows)
+            self._sum(left)
+            self._fit(left)
 
-    def evaluate(self) -> TrainedLens:
-        """Evaluate the maps on held-out rows, and keep the best one of each layer."""
-        files = {layer: read_translators(_layer_path(self._work, layer)) for layer in self._points.sites}
+    def evaluate(self) -> tuple[LMHead, dict[int, Translator], LensConfig, pa.Table]:
+        """Evaluate the maps on held-out rows, and keep the best one of each layer.
+
+        Returns:
+            The arguments of `residua.analysis.lens.lens.TunedLens`.
+        """
+        files = {layer: read_translators(self._training.layer_path(layer)) for layer in self._points.sites}
         scores = self._scores()
         identity = Translator.identity(self._points.width)
         kept = {layer: maps.get(best_map(scores[layer]), identity) for layer, (maps, _) in files.items()}
         copies = {layer: Translator(weight.clone(), bias.clone()) for layer, (weight, bias) in kept.items()}
         penalties = {layer: penalty for layer, (_, penalty) in files.items()}
-        head = load_head(self._archive.path / "head")
-        return TrainedLens(head, copies, self._config(head), report_table(self._points.sites, scores, penalties))
+        head = load_lm_head(self._archive.path / "head")
+        return head, copies, self._config(head), report_table(self._points.sites, scores, penalties)
 
     def clear(self) -> None:
         """Remove the folder ``work``, once the lens is written."""
@@ -242,16 +204,15 @@ class LensTraining:
                 path.unlink()
         shutil.rmtree(self._work)
 
-    def _start(self, rows_per_part: int) -> int:
+    def _start(self, settings: LensSettings, n_parts: int) -> int:
         """Begin or continue the work in the folder; returns the number of parts that the rows are divided into."""
         path = self._work / _RUN_FILE
-        n_parts = self._settings.parts or self._default_parts(rows_per_part)
         wanted = {
             "archive": self._archive.plan.digest,
             "captured_shards": len(self._archive.commits),
             "sites": list(self._points.sites.values()),
             "final": self._points.final,
-            **self._settings.to_json(),
+            **asdict(settings),
         }
         if not path.is_file():
             if not self._is_unused():
@@ -272,9 +233,9 @@ class LensTraining:
         sweep(self._work)
         return n_parts
 
-    def _default_parts(self, rows_per_part: int) -> int:
+    def _default_parts(self, settings: LensSettings, rows_per_part: int) -> int:
         """Return the number of workers per layer, or less if the parts would have too few rows."""
-        if not self._settings.refine:
+        if not settings.refine:
             return 1
         workers_per_layer = self._cluster.n_workers // len(self._points.sites)
         return max(1, min(workers_per_layer, self._reader.estimated_training_rows() // rows_per_part))
@@ -286,89 +247,68 @@ class LensTraining:
         sweep(self._work)
         return not any(self._work.glob("*"))
 
-    def _for_jobs(self, layers: Iterable[int]) -> dict[str, Any]:
-        """Return the fields that all jobs have."""
-        return {
-            "archive": str(self._archive.path),
-            "work": str(self._work),
-            "settings": self._settings,
-            "final": self._points.final,
-            "sites": {layer: self._points.sites[layer] for layer in layers},
-            "memory_limit": self._cluster.memory_limit,
-        }
-
     def _groups(self, layers: list[int], layer_bytes: int, most: int) -> list[list[int]]:
         """Divide layers evenly into groups, one per job: at least one for each worker, each within its memory."""
         per_worker = -(-len(layers) // self._cluster.n_workers)
         size = max(1, min(most, per_worker, self._cluster.memory_limit // 4 // layer_bytes))
         return [group.tolist() for group in np.array_split(np.array(layers), -(-len(layers) // size))]
 
-    def _sum(self, layers: list[int]) -> int:
-        """Write the sums of `layers`; returns the number of training rows."""
-        left = [layer for layer in layers if not _sums_path(self._work, layer).is_file()]
+    def _sum(self, layers: list[int]) -> None:
+        """Write the sums of `layers`, for as many at a time as fit into memory."""
+        left = [layer for layer in layers if not self._training.sums_path(layer).is_file()]
         size = max(1, self._cluster.memory_limit // 16 // (2 * 8 * self._points.width**2))
         for start in range(0, len(left), size):
-            self._sum_group(left[start : start + size])
-        return int(read_tensors(_sums_path(self._work, layers[0]))["n_rows"].item())
-
-    def _sum_group(self, group: list[int]) -> None:
-        origins = {layer: self._origin(self._points.sites[layer]) for layer in group}
-        firsts = range(0, max(1, len(self._reader.chunks())), _SUM_CHUNKS)
-        jobs = [
-            _SumJob(**self._for_jobs(group), origins=origins, first=first, last=first + _SUM_CHUNKS) for first in firsts
-        ]
-        sums = {layer: OrderedSum[Gram](len(jobs), Gram.merge_) for layer in group}
-        for number, grams in self._cluster.map(_sum_rows, jobs, label="adding up rows"):
-            for layer, gram in grams.items():
-                total = sums[layer].add(number, gram)
-                if total is not None:
-                    write_tensors(_sums_path(self._work, layer), total._asdict())
+            origins = {layer: self._origin(self._points.sites[layer]) for layer in left[start : start + size]}
+            jobs = [(origins, first) for first in range(0, max(1, len(self._reader.chunks())), _SUM_CHUNKS)]
+            sums = {layer: OrderedSum[Gram](len(jobs), Gram.merge_) for layer in origins}
+            for number, grams in self._cluster.map(partial(_sum_rows, self._training), jobs, label="adding up rows"):
+                for layer, gram in grams.items():
+                    total = sums[layer].add(number, gram)
+                    if total is not None:
+                        write_tensors(self._training.sums_path(layer), total._asdict())
 
     def _origin(self, site: str) -> Tensor:
         rows = self._reader.training_rows(self._reader.chunks()[:_ORIGIN_CHUNKS])
         return self._reader.read(site, rows).double().mean(0) if len(rows) else torch.zeros(self._points.width)
 
-    def _fit(self, layers: list[int], n_rows: int) -> None:
-        width, row_bytes = self._points.width, self._archive.plan.site(self._points.final).row_bytes
-        most_rows_bytes = min(2**28, n_rows * row_bytes)
-        groups = self._groups(layers, most_rows_bytes + 8 * 4 * width**2, self._settings.together)
-        jobs = [
-            _FitJob(**self._for_jobs(group), n_rows=n_rows, part=part, n_parts=self._n_parts)
-            for group in groups
-            for part in range(self._n_parts)
-        ]
+    def _fit(self, layers: list[int]) -> None:
+        n_rows = int(read_tensors(self._training.sums_path(layers[0]))["n_rows"].item())
+        rows_bytes = min(2**28, n_rows * self._archive.plan.site(self._points.final).row_bytes)
+        n_parts, settings = self._training.n_parts, self._training.settings
+        groups = self._groups(layers, rows_bytes + 8 * 4 * self._points.width**2, settings.together)
+        jobs = [(group, part) for group in groups for part in range(n_parts)]
         fitted: dict[int, dict[int, _Fitted]] = {layer: {} for layer in layers}
-        for number, found in self._cluster.map(_fit_layers, jobs, label="fitting layers"):
+        for number, found in self._cluster.map(partial(_fit_layers, self._training), jobs, label="fitting layers"):
             for layer, of_part in found.items():
-                fitted[layer][jobs[number].part] = of_part
-                if len(fitted[layer]) == self._n_parts:
+                fitted[layer][number % n_parts] = of_part
+                if len(fitted[layer]) == n_parts:
                     self._write_layer(layer, fitted.pop(layer))
 
     def _write_layer(self, layer: int, by_part: Mapping[int, _Fitted]) -> None:
-        fitted = [by_part[part] for part in range(self._n_parts)]
+        fitted = [by_part[part] for part in sorted(by_part)]
         refined = [each.refined for each in fitted if each.refined is not None]
         maps = {RIDGE: fitted[0].ridge} | ({REFINED: Translator.mean(refined)} if refined else {})
-        write_translators(_layer_path(self._work, layer), maps, penalty=fitted[0].penalty)
+        write_translators(self._training.layer_path(layer), maps, penalty=fitted[0].penalty)
 
     def _scores(self) -> dict[int, dict[str, Score]]:
+        """Return the score of each map, by layer and name."""
         layers, n_rows = list(self._points.sites), len(self._reader.held_out_rows())
         layer_bytes = 3 * 4 * self._points.width**2 + 2 * _EVALUATE_ROWS * 4 * self._points.width
         firsts = range(0, n_rows, _EVALUATE_ROWS)
-        jobs = [
-            _EvaluateJob(**self._for_jobs(group), first=first, last=first + _EVALUATE_ROWS)
-            for group in self._groups(layers, layer_bytes, len(layers))
-            for first in firsts
-        ]
+        groups = self._groups(layers, layer_bytes, len(layers))
+        jobs = [(group, first) for group in groups for first in firsts]
         sums = {layer: OrderedSum(len(firsts), _merge_scores) for layer in layers}
         totals: dict[int, dict[str, Score]] = {}
-        for number, found in self._cluster.map(_evaluate_layers, jobs, label="evaluating on held-out rows"):
+        for number, found in self._cluster.map(
+            partial(_evaluate_layers, self._training), jobs, label="evaluating layers"
+        ):
             for layer, scores in found.items():
                 total = sums[layer].add(number % len(firsts), scores)
                 if total is not None:
                     totals[layer] = total
         return totals
 
-    def _config(self, head: Head) -> LensConfig:
+    def _config(self, head: LMHead) -> LensConfig:
         model = self._archive.provenance.get("model")
         known: Mapping[str, Any] = model if isinstance(model, Mapping) else {}
         return LensConfig(

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from residua.analysis.lens.lm_head import Head
+from residua.analysis.lens.lm_head import LMHead
 
 Backward = Callable[[Tensor], Tensor]
 
@@ -106,7 +106,7 @@ class Decoder:
         most_bytes: An unembedding that takes more bytes in that type is converted block by block.
     """
 
-    def __init__(self, head: Head, *, dtype: torch.dtype = torch.float32, most_bytes: int = 2**63) -> None:
+    def __init__(self, head: LMHead, *, dtype: torch.dtype = torch.float32, most_bytes: int = 2**63) -> None:
         spec = head.spec
         self.unembedding = Unembedding(
             head.parameters["unembed.weight"],
@@ -117,7 +117,7 @@ class Decoder:
             most_bytes=most_bytes,
         )
         others = {name: tensor.to(dtype) for name, tensor in head.parameters.items() if "unembed" not in name}
-        self._head = Head(spec, others)
+        self._head = LMHead(spec, others)
         weight = others.get("norm.weight")
         self._norm_weight = None if weight is None else weight + spec.weight_offset
         self._norm_bias = others.get("norm.bias")

@@ -1,4 +1,4 @@
-"""A head that somebody damaged or made on purpose: its parameters as they were written, or an error of ours."""
+"""A damaged or hostile LM head: its parameters are loaded as written, or refused with an error of ours."""
 
 import json
 import struct
@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from residua.analysis.lens.lm_head import Head, load_head
+from residua.analysis.lens.lm_head import LMHead, load_lm_head
 from residua.store.base.errors import DamagedArchiveError, ResiduaError, UnsafeArchiveError
 from residua.store.format.sidecars import LMHeadSpec
 from tests.heads import save_head
@@ -27,10 +27,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def head_or_error(folder: Path) -> Head | str:
+def head_or_error(folder: Path) -> LMHead | str:
     try:
         with little_memory():
-            return load_head(folder)
+            return load_lm_head(folder)
     except ResiduaError as error:
         return str(error)
 
@@ -99,7 +99,7 @@ def test_hostile_parameters_are_refused_without_memory(content: bytes, tmp_path:
 )
 def test_a_hostile_description_is_refused(field: str, text: str) -> None:
     document = json.dumps({**SPEC, field: "HERE"}).replace('"HERE"', text)
-    with pytest.raises(UnsafeArchiveError, match="no head is like that"):
+    with pytest.raises(UnsafeArchiveError, match=r"head\.json"):
         LMHeadSpec.from_json(document.encode())
 
 
@@ -115,9 +115,9 @@ def test_a_terabyte_of_nothing_is_not_read(folder: Path, tmp_path: Path) -> None
 @pytest.mark.parametrize("name", ["head.json", "head.safetensors"])
 def test_a_flipped_bit_of_an_archives_head_is_noticed(name: str, tmp_path: Path) -> None:
     archive = make_archive(tmp_path / "a.zarr")
-    assert load_head(archive / "head").vocabulary_size == 5
+    assert load_lm_head(archive / "head").vocabulary_size == 5
     content = bytearray((archive / "head" / name).read_bytes())
     content[-3] ^= 1
     (archive / "head" / name).write_bytes(content)
     with pytest.raises(DamagedArchiveError, match=rf"{name} was altered"):
-        load_head(archive / "head")
+        load_lm_head(archive / "head")

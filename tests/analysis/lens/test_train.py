@@ -52,7 +52,7 @@ def test_a_killed_training_goes_on_from_its_finished_layers(tmp_path: Path) -> N
         training = LensTraining(Archive(archive.path), tmp_path / "lens", settings=settings, cluster=cluster)
         training.train()
         assert (work / "layer-1.safetensors").stat() == finished
-        continued = training.evaluate()
+        continued = TunedLens(*training.evaluate())
     for layer, translator in unbroken.translators.items():
         assert torch.equal(translator.weight, continued.translators[layer].weight)
     TunedLens.fit(archive, out=tmp_path / "lens", settings=settings)
@@ -164,7 +164,7 @@ def test_every_number_of_workers_gives_the_same_lens(lens_archive: Archive, tmp_
 LARGE = """
 import json, resource, sys
 import torch
-from residua.analysis.lens.lm_head import Head
+from residua.analysis.lens.lm_head import LMHead
 from residua.analysis.lens.checkpoint import Translator
 from residua.analysis.lens.evaluate import evaluate
 from residua.analysis.lens.unembedding import Decoder
@@ -178,7 +178,7 @@ class Reader:
     def next_tokens(self, rows):
         return rows
 weight = torch.randn(V, D, dtype=torch.bfloat16)
-decoder = Decoder(Head(LMHeadSpec(norm="rms", dtype="bfloat16"), {"unembed.weight": weight}), most_bytes=V * D)
+decoder = Decoder(LMHead(LMHeadSpec(norm="rms", dtype="bfloat16"), {"unembed.weight": weight}), most_bytes=V * D)
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 import numpy as np
 maps = {"resid_post.0": {"ridge": Translator.identity(D)}}

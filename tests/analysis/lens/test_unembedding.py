@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from residua.analysis.lens.lm_head import Head, load_head
+from residua.analysis.lens.lm_head import LMHead, load_lm_head
 from residua.analysis.lens.refine import draw_candidates
 from residua.analysis.lens.unembedding import Decoder, Unembedding
 from tests.heads import save_head
@@ -20,13 +20,13 @@ def normal(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=DOUBLE)
 
 
-def by_autograd(head: Head, final: Tensor, target: Tensor) -> Tensor:
+def by_autograd(head: LMHead, final: Tensor, target: Tensor) -> Tensor:
     leaf = final.clone().requires_grad_()
     kl = (target * (target.log() - head.logits(leaf).log_softmax(-1))).sum()
     return torch.autograd.grad(kl, leaf)[0]
 
 
-def check_gradient(head: Head) -> None:
+def check_gradient(head: LMHead) -> None:
     final = normal(7, head.width) * 3 + 1
     target = head.logits(normal(7, head.width, seed=1)).softmax(-1)
     decoder = Decoder(head, dtype=DOUBLE)
@@ -39,7 +39,7 @@ def check_gradient(head: Head) -> None:
 @pytest.mark.parametrize("name", TINY)
 def test_the_gradient_is_autograds_on_every_architecture(name: str, tmp_path: Path) -> None:
     save_head(TINY[name](), tmp_path)
-    check_gradient(load_head(tmp_path, dtype=DOUBLE))
+    check_gradient(load_lm_head(tmp_path, dtype=DOUBLE))
 
 
 @pytest.mark.parametrize("change", [{"logit_scale": 0.3}, {"softcap": 2.0, "logit_scale": 3.0}, {"norm": "layer"}])
@@ -48,18 +48,18 @@ def test_the_gradient_is_autograds_with_scale_softcap_and_norm(
     name: str, change: dict[str, object], tmp_path: Path
 ) -> None:
     save_head(TINY[name](), tmp_path)
-    head = load_head(tmp_path, dtype=DOUBLE)
-    check_gradient(Head(replace(head.spec, **change), head.parameters))  # type: ignore[arg-type]  # any field
+    head = load_lm_head(tmp_path, dtype=DOUBLE)
+    check_gradient(LMHead(replace(head.spec, **change), head.parameters))  # type: ignore[arg-type]  # any field
 
 
 def test_normalise_applies_the_final_norm_without_parameters(tmp_path: Path) -> None:
     final = normal(5, 32) * 7 + 2
     save_head(TINY["llama"](), tmp_path)
-    normalised = Decoder(load_head(tmp_path, dtype=DOUBLE), dtype=DOUBLE).normalise(final)
+    normalised = Decoder(load_lm_head(tmp_path, dtype=DOUBLE), dtype=DOUBLE).normalise(final)
     torch.testing.assert_close(normalised.square().mean(-1), torch.ones(5, dtype=DOUBLE), rtol=1e-5, atol=0)
     torch.testing.assert_close(normalised / normalised[:, :1], final / final[:, :1])
     save_head(TINY["gpt2"](), tmp_path)
-    normalised = Decoder(load_head(tmp_path, dtype=DOUBLE), dtype=DOUBLE).normalise(final)
+    normalised = Decoder(load_lm_head(tmp_path, dtype=DOUBLE), dtype=DOUBLE).normalise(final)
     torch.testing.assert_close(normalised.mean(-1), torch.zeros(5, dtype=DOUBLE))
     torch.testing.assert_close(normalised.var(-1, correction=0), torch.ones(5, dtype=DOUBLE), rtol=1e-5, atol=0)
 
@@ -82,7 +82,7 @@ def test_a_large_unembedding_is_converted_block_by_block() -> None:
 def test_candidates_give_the_gradient_on_average(tmp_path: Path) -> None:
     """Over many draws the mean is the exact gradient, but for a bias far below one draw's noise."""
     save_head(TINY["llama"](), tmp_path)
-    head = load_head(tmp_path, dtype=DOUBLE)
+    head = load_lm_head(tmp_path, dtype=DOUBLE)
     decoder, final = Decoder(head, dtype=DOUBLE), normal(16, 32)
     target = head.logits(normal(16, 32, seed=1) / 3).softmax(-1)
     exact = decoder.kl_gradient(final, target)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import residua
 from residua.analysis.lens.checkpoint import LensConfig, Translator
 from residua.analysis.lens.lens import TunedLens
-from residua.analysis.lens.lm_head import load_head
+from residua.analysis.lens.lm_head import load_lm_head
 from residua.capture.sites.anatomy import anatomy_of
 from residua.capture.sites.names_to_modules import model_sites
 from residua.store.base.errors import PlanError
@@ -226,7 +226,7 @@ def test_a_trained_lens_is_what_the_edit_applies(llama: Given, tmp_path: Path) -
     model, archive = llama
     translators = {2: Translator(torch.from_numpy(WEIGHT).float(), torch.from_numpy(BIAS).float())}
     config = LensConfig(base_model_name_or_path="", d_model=WIDTH, num_hidden_layers=3)
-    lens = TunedLens(load_head(archive.path / "head"), translators, config)
+    lens = TunedLens(load_lm_head(archive.path / "head"), translators, config)
     lens.save(tmp_path / "lens")
     edit = {"edit": "lens", "site": "resid_post.1", "lens": tmp_path / "lens"}
     with residua.replay(model, archive, examples=EVEN, at="resid_post.1", edits=[edit], keep="resid_post.1") as run:
