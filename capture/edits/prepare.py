@@ -20,7 +20,7 @@ from residua.capture.buffers.row_index import ExampleRows, Indices
 from residua.capture.edits.action import Action, Change, ChosenRows, EditContext, Step, StoredRows, dtype_name
 from residua.capture.edits.kinds import ACTIONS, open_archive
 from residua.capture.forward.plan_batch import PlanBatch
-from residua.capture.sites.reference_model import whole_sites
+from residua.capture.sites.reference_model import unsharded_sites
 from residua.capture.sites.site import SiteInfo
 from residua.store.base.errors import PlanError, ResiduaError
 from residua.store.edits.archive_values import check_edit
@@ -45,7 +45,7 @@ def prepare_edits(
             other = edit.archive if isinstance(edit, Swap | Mean) else None
             source = stored.archive if other is None else open_archive(other)
             check_edit(edit, selector, stored.archive, source.example_table)
-            infos = whole_sites(model, list(edit.sites))
+            infos = unsharded_sites(model, list(edit.sites))
             actions = {name: _action(edit, info, stored) for name, info in infos.items()}
         prepared.append(
             PreparedEdit(edit=edit, number=number, actions=actions, infos=infos, selector=selector, source=source)

@@ -5,18 +5,17 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Protocol
 
-import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from residua.capture.buffers.row_index import BatchRows, ExampleRows, batch_rows, by_position
+from residua.capture.buffers.row_index import BatchRows, batch_rows, by_position
 from residua.capture.forward.inputs import ForwardArguments
-from residua.capture.forward.plan_batch import plan_batch
+from residua.capture.forward.plan_batch import PlanBatch, microbatches, plan_batch
 from residua.capture.layout.process_layout import ProcessLayout
 from residua.capture.runtime.collectives import failed_together
 from residua.capture.runtime.compat import accelerate_hook
 from residua.capture.runtime.devices import input_device
-from residua.capture.runtime.pipeline_schedule import runnable, staged_of
+from residua.capture.runtime.pipeline_schedule import runnable, stage_model_of
 from residua.capture.runtime.sharded import is_sharded
 from residua.store.base.errors import CaptureError
 from residua.store.examples.schedule import Batch
@@ -74,8 +73,8 @@ class BatchRunner:
         changed: Collection[str] = (),
     ) -> None:
         self._model = runnable(model)
-        staged = staged_of(model)
-        self._n_parts = 1 if staged is None else staged.n_microbatches
+        stage_model = stage_model_of(model)
+        self._n_microbatches = 1 if stage_model is None else stage_model.n_microbatches
         self._plan = plan
         self._table = table
         self._sink = sink
@@ -112,31 +111,27 @@ class BatchRunner:
             Whether the pass was of the batch.
         """
         n_passes = 0
-        for input_ids, attention_mask, rows in [] if batch is None else self._microbatches(batch):
-            self._forward(input_ids, attention_mask, rows, around)
+        for microbatch in [] if batch is None else self._microbatches(batch):
+            self._forward(microbatch, around)
             n_passes += 1
             yield True
-        while self._in_step and n_passes < self._n_parts:
+        while self._in_step and n_passes < self._n_microbatches:
             self._run_along()
             n_passes += 1
             yield False
 
-    def _microbatches(self, batch: Batch) -> Iterator[tuple[Tensor, Tensor, Sequence[ExampleRows]]]:
+    def _microbatches(self, batch: Batch) -> list[PlanBatch]:
         made = plan_batch(self._table, batch.examples.tolist(), side=self._plan.padding, device=self._device)
-        padded, rows = made.padded, made.rows
-        for examples in np.array_split(np.arange(len(rows)), min(self._n_parts, len(rows))):
-            part = slice(int(examples[0]), int(examples[-1]) + 1)
-            yield padded.input_ids[part], padded.attention_mask[part], rows[part]
+        return microbatches(made, self._n_microbatches)
 
-    def _forward(
-        self, input_ids: Tensor, attention_mask: Tensor, rows: Sequence[ExampleRows], around: Around | None
-    ) -> None:
-        n_examples, n_positions = input_ids.shape
+    def _forward(self, batch: PlanBatch, around: Around | None) -> None:
+        padded, rows = batch.padded, batch.rows
+        n_examples, n_positions = padded.input_ids.shape
         self._shape = (n_examples, n_positions)
         self._sink.begin(batch_rows(rows, n_positions))
         self._n_missing = self._n_sites
         started = time.perf_counter()
-        kwargs = self._arguments(input_ids, attention_mask)
+        kwargs = self._arguments(padded.input_ids, padded.attention_mask)
         try:
             with nullcontext() if around is None else around([example.example for example in rows]):
                 self._model(**kwargs)

@@ -14,10 +14,10 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 from transformers import PreTrainedModel
 
 from residua.capture.layout.parameters import FullParameters
-from residua.capture.runtime.collectives import everyones
+from residua.capture.runtime.collectives import all_gather_objects
 from residua.capture.runtime.process_groups import pipeline_group
 from residua.capture.runtime.wrappers import core_of
-from residua.capture.sites.reference_model import whole_twin
+from residua.capture.sites.reference_model import reference_model
 from residua.store.base.errors import CaptureError
 from residua.store.storage.crc import crc32c
 
@@ -47,8 +47,8 @@ def weights_fingerprint(model: nn.Module) -> str:
     """
     lines, stages = _lines(model), pipeline_group(model)
     if stages is not None:
-        others = _other_names(whole_twin(cast("PreTrainedModel", core_of(model))))
-        lines = _of_all_stages(everyones(stages, lines), others)
+        others = _other_names(reference_model(cast("PreTrainedModel", core_of(model))))
+        lines = _of_all_stages(all_gather_objects(stages, lines), others)
     digest = hashlib.sha256()
     for _, line in sorted(lines.items()):
         digest.update(line)
@@ -88,7 +88,7 @@ def _lines(model: nn.Module) -> dict[str, bytes]:
     # FSDP1 gives each name a tensor of its own
     weights, others = (
         FullParameters(model),
-        _other_names(whole_twin(cast("PreTrainedModel", core)) if is_copied else model),
+        _other_names(reference_model(cast("PreTrainedModel", core)) if is_copied else model),
     )
     for name, tensor in _sorted_weights(model):
         if name in others:

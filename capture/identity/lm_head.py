@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from residua.capture.layout.parameters import FullParameters
 from residua.capture.runtime.collectives import on_rank
 from residua.capture.runtime.process_groups import pipeline_group
-from residua.capture.runtime.wrappers import named_parts
+from residua.capture.runtime.wrappers import named_modules
 from residua.capture.sites.anatomy import Anatomy
 from residua.capture.sites.architectures import Family
-from residua.capture.sites.reference_model import whole_anatomy
+from residua.capture.sites.reference_model import unsharded_anatomy
 from residua.store.base.errors import CaptureError
 from residua.store.format.sidecars import CONFIG_FILE, LM_HEAD_FILE, PARAMETERS_FILE, LMHeadSpec
 from residua.store.storage.crc import Buffer
@@ -40,11 +40,11 @@ def lm_head_files(model: nn.Module) -> dict[str, list[Buffer]]:
 
 
 def _files(model: nn.Module) -> dict[str, list[Buffer]]:
-    anatomy = whole_anatomy(model)
+    anatomy = unsharded_anatomy(model)
     if anatomy is None or anatomy.family is None or _unembedding(anatomy) is None:
         return {}
     spec, modules = _described(anatomy, anatomy.family)
-    weights, paths = FullParameters(model), {id(module): path for path, module in named_parts(anatomy.model).items()}
+    weights, paths = FullParameters(model), {id(module): path for path, module in named_modules(anatomy.model).items()}
     tensors = {
         f"{name}.{kind}": _whole(weights, f"{paths.get(id(module), name)}.{kind}", tensor)
         for name, module in modules.items()

@@ -17,14 +17,14 @@ from transformers import PreTrainedTokenizerBase
 
 from residua.capture.forward.inputs import forward_kwargs
 from residua.capture.identity.lm_head import lm_head_files
-from residua.capture.runtime.collectives import everyones
+from residua.capture.runtime.collectives import all_gather_objects
 from residua.capture.runtime.devices import input_device
 from residua.capture.runtime.pipeline_schedule import runnable
 from residua.capture.runtime.process_groups import pipeline_group, tensor_parallel_group
 from residua.capture.sites.anatomy import Anatomy
 from residua.capture.sites.attention import AttentionTap, eager_attention, intercepting
 from residua.capture.sites.pipeline_stages import target_of
-from residua.capture.sites.reference_model import whole_anatomy
+from residua.capture.sites.reference_model import unsharded_anatomy
 from residua.capture.sites.shape_probe import evaluating
 from residua.store.format.sidecars import ATTENTION_FILE, AttentionSpec, attention_to_json
 from residua.store.format.site_names import parse_site
@@ -45,7 +45,7 @@ def attention_files(model: nn.Module, sites: Iterable[str]) -> Sidecars:
     There is none unless a layer has both `q` and `k` among `sites`. The model runs once over a few tokens; of a model
     that is spread over several processes this is a collective of them all.
     """
-    anatomy, stored = whole_anatomy(model), {str(site) for site in map(parse_site, sites)}
+    anatomy, stored = unsharded_anatomy(model), {str(site) for site in map(parse_site, sites)}
     layers = [] if anatomy is None else [n for n in range(len(anatomy.blocks)) if {f"q.{n}", f"k.{n}"} <= stored]
     if anatomy is None or not layers:
         return {}
@@ -56,7 +56,7 @@ def attention_files(model: nn.Module, sites: Iterable[str]) -> Sidecars:
 
 def _of_all_heads(facts: Facts, model: nn.Module) -> Facts:
     """Bring together what the ranks found out that have some heads each."""
-    everyone = everyones(tensor_parallel_group(model, None), facts)
+    everyone = all_gather_objects(tensor_parallel_group(model, None), facts)
     if len(everyone) == 1:
         return facts
     return {layer: _joined([found[layer] for found in everyone]) for layer in facts}
@@ -72,7 +72,9 @@ def _joined(found: Sequence[AttentionSpec | str]) -> AttentionSpec | str:
 
 
 def _of_all_stages(facts: Facts, model: nn.Module) -> Facts:
-    merged = {layer: fact for found in everyones(pipeline_group(model), facts) for layer, fact in found.items()}
+    merged = {
+        layer: fact for found in all_gather_objects(pipeline_group(model), facts) for layer, fact in found.items()
+    }
     return dict(sorted(merged.items()))
 
 

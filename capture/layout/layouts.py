@@ -18,7 +18,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 from residua.capture.buffers.row_index import FIRST_ROW_AXIS
-from residua.capture.runtime.collectives import everyones, on_rank
+from residua.capture.runtime.collectives import all_gather_objects, on_rank
 from residua.capture.sites.site import SiteInfo
 from residua.store.base.errors import CaptureError
 from residua.store.storage.crc import crc32c
@@ -58,7 +58,7 @@ class ShardReport:
 def shard_reports(local: Tensor, group: ProcessGroup | None) -> list[ShardReport]:
     """Return what each rank of a group has of a tensor, in their order; a collective of the group."""
     checksum = crc32c(local.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-    return everyones(group, ShardReport(dist.get_rank(), tuple(local.shape), str(local.dtype), checksum))
+    return all_gather_objects(group, ShardReport(dist.get_rank(), tuple(local.shape), str(local.dtype), checksum))
 
 
 def infer_layout(

@@ -11,10 +11,10 @@ from residua.capture.layout.gather import gathered
 from residua.capture.layout.layouts import Layout, Shape, infer_layout, shard_reports
 from residua.capture.runtime.collectives import on_rank
 from residua.capture.runtime.devices import with_values
-from residua.capture.runtime.process_groups import group_by_hand
-from residua.capture.runtime.sharded import whole, whole_gradient
-from residua.capture.runtime.wrappers import core_of, named_parts
-from residua.capture.sites.reference_model import whole_weights
+from residua.capture.runtime.process_groups import declared_group_of
+from residua.capture.runtime.sharded import full_gradient, full_tensor
+from residua.capture.runtime.wrappers import core_of, named_modules
+from residua.capture.sites.reference_model import unsharded_shapes
 from residua.store.base.errors import CaptureError
 
 
@@ -40,7 +40,7 @@ def full_parameter(model: nn.Module, name: str, *, gradient: bool = False) -> Te
     """
     asked = f"The parameter {name!r} was asked for{on_rank()}"
     path, _, last = name.rpartition(".")
-    modules = named_parts(model)
+    modules = named_modules(model)
     if path not in modules:
         raise CaptureError(
             f"{asked}, and {type(core_of(model)).__name__} has no module {path!r} here. Take a name from the unwrapped "
@@ -51,7 +51,7 @@ def full_parameter(model: nn.Module, name: str, *, gradient: bool = False) -> Te
         parameter = getattr(module, last, None)
         if not isinstance(parameter, Tensor):
             raise CaptureError(f"{asked}, and there is no such parameter in the module {path!r}.")
-        tensor = whole_gradient(parameter) if gradient else whole(parameter)
+        tensor = full_gradient(parameter) if gradient else full_tensor(parameter)
         if tensor is None:
             raise CaptureError(f"{asked}, and it has no gradient. Call backward() first.")
         return tensor.clone()
@@ -72,8 +72,8 @@ class FullParameters:
 
     def __init__(self, model: nn.Module) -> None:
         self._model = model
-        self._group = group_by_hand(model)
-        self._shapes = {} if self._group is None else whole_weights(model)
+        self._group = declared_group_of(model)
+        self._shapes = {} if self._group is None else unsharded_shapes(model)
 
     def full(self, name: str, tensor: Tensor) -> Tensor | None:
         """Return a full parameter, detached; None if the ranks have shards of it and their layout is unknown.
@@ -83,7 +83,7 @@ class FullParameters:
             tensor: What this process has of it.
         """
         if self._group is None or isinstance(tensor, DTensor):
-            return whole(with_values(self._model, name, tensor))
+            return full_tensor(with_values(self._model, name, tensor))
         layout = infer_layout(shard_reports(tensor, self._group), self._shapes.get(name), n_free_axes=0)
         return gathered(tensor.detach(), layout, self._group) if isinstance(layout, Layout) else None
 

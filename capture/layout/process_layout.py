@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed import ProcessGroup
 
-from residua.capture.runtime.collectives import everyones
+from residua.capture.runtime.collectives import all_gather_objects
 from residua.capture.runtime.compat import PrefixStore, default_store
 from residua.capture.runtime.process_groups import pipeline_group, tensor_parallel_group
 from residua.capture.scheduling.membership import Membership
@@ -60,7 +60,9 @@ class ProcessLayout:
 def worker_group_of(model: nn.Module, membership: Membership) -> WorkerGroup:
     """Return the workers that hold a model together with this one; a collective of them."""
     group, stages = tensor_parallel_group(model, None), pipeline_group(model)
-    numbers = [number for found in everyones(stages, everyones(group, membership.number)) for number in found]
+    numbers = [
+        number for found in all_gather_objects(stages, all_gather_objects(group, membership.number)) for number in found
+    ]
     return WorkerGroup(membership, sorted(numbers))
 
 
@@ -91,7 +93,7 @@ def _sites_of_stage(
 
     The first stage that has a site stores it. All stages have the logits; the last one stores them.
     """
-    everyone: list[list[str]] = everyones(stages, list(here))
+    everyone: list[list[str]] = all_gather_objects(stages, list(here))
     mine = {}
     for name, info in sites.items():
         holders = [stage for stage, names in enumerate(everyone) if name in names]
@@ -124,7 +126,7 @@ def process_layout_in_loop(
         yield None, None
         return
     mine = (dist.get_rank(), secrets.token_hex(8), list(sites))
-    over = everyones(pipeline_group(model), everyones(tensor_parallel_group(model, None), mine))
+    over = all_gather_objects(pipeline_group(model), all_gather_objects(tensor_parallel_group(model, None), mine))
     everyone = sorted(found for stage in over for found in stage)
     if any(names != list(sites) for *_, names in everyone):
         raise CaptureError(

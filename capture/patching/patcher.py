@@ -20,13 +20,13 @@ from transformers import PreTrainedModel
 
 from residua.capture.forward.inputs import forward_kwargs
 from residua.capture.patching.pair import Pair, PairMetric
-from residua.capture.runtime.collectives import everyones
+from residua.capture.runtime.collectives import all_gather_objects
 from residua.capture.runtime.devices import input_device
 from residua.capture.runtime.process_groups import pipeline_group
 from residua.capture.runtime.wrappers import core_of
 from residua.capture.sites.anatomy import ATTENTION_KINDS
-from residua.capture.sites.pipeline_stages import is_stand_in
-from residua.capture.sites.reference_model import whole_sites
+from residua.capture.sites.pipeline_stages import is_placeholder
+from residua.capture.sites.reference_model import unsharded_sites
 from residua.capture.taps.pipeline_gradients import carrying_gradients, end_here
 from residua.capture.taps.tap import tap
 from residua.store.base.errors import CaptureError, PlanError
@@ -88,7 +88,7 @@ class Patcher:
 
     def __init__(self, model: nn.Module, sites: str | Iterable[str], *, by_head: bool = False) -> None:
         self._model = model
-        infos = whole_sites(core_of(model), [sites] if isinstance(sites, str) else list(sites))
+        infos = unsharded_sites(core_of(model), [sites] if isinstance(sites, str) else list(sites))
         for name, info in infos.items():
             if not info.per_token or info.site.top is not None or info.site.kind == "pattern":
                 raise PlanError(f"{name} does not hold one entry a token that could be put in; choose another site")
@@ -144,7 +144,7 @@ class Patcher:
             name: _effects((wanted[name] - values[name])[0], gradient[0], [c for c in cells if c.site == name])
             for name, gradient in gradients.items()
         }
-        stages = everyones(pipeline_group(self._model), effects_here)
+        stages = all_gather_objects(pipeline_group(self._model), effects_here)
         effects = {name: of_cells for stage in stages for name, of_cells in stage.items()}
         base = float(corrupted.detach())
         return PatchedPair(
@@ -205,6 +205,6 @@ def _differentiable(model: nn.Module) -> Iterator[list[Tensor]]:
         raise PlanError(f"{type(core).__name__} is no transformers model, whose embedding gradients could start at")
     embedding = core.get_input_embeddings()
     with ExitStack() as stack:
-        if not is_stand_in(embedding):
+        if not is_placeholder(embedding):
             stack.callback(embedding.register_forward_hook(start_graph).remove)
         yield embedded

@@ -8,7 +8,7 @@ from residua.capture.forward.inputs import forward_kwargs
 from residua.capture.layout.layouts import Layout
 from residua.capture.layout.local_shards import LocalShards
 from residua.capture.layout.process_layout import ProcessLayout
-from residua.capture.runtime.collectives import everyones
+from residua.capture.runtime.collectives import all_gather_objects
 from residua.capture.runtime.devices import input_device
 from residua.capture.runtime.pipeline_schedule import runnable
 from residua.capture.runtime.process_groups import pipeline_group
@@ -46,4 +46,4 @@ def column_shards(model: nn.Module, process_layout: ProcessLayout) -> dict[str, 
                 "into equal ones only: capture it without --no-gather, or over a number of ranks that divides its width"
             )
     counts = {site: len(sizes) for site, sizes in split.items()}
-    return {site: n for stage in everyones(pipeline_group(model), counts) for site, n in stage.items()}
+    return {site: n for stage in all_gather_objects(pipeline_group(model), counts) for site, n in stage.items()}

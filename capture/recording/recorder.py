@@ -34,15 +34,15 @@ from residua.capture.layout.local_shards import LocalShards, full_row_shape
 from residua.capture.layout.process_layout import ProcessLayout, process_layout_in_loop, spans_processes
 from residua.capture.recording.call import Call, Column, SameCalls, read_call
 from residua.capture.recording.growing_archive import GrowingArchive, with_replica_hint
-from residua.capture.runtime.collectives import device_of, everyones
-from residua.capture.runtime.pipeline_schedule import PIPELINES
-from residua.capture.runtime.process_groups import pipeline_group, split_by_hand
+from residua.capture.runtime.collectives import all_gather_objects, device_of
+from residua.capture.runtime.pipeline_schedule import PIPELINE_TYPES
+from residua.capture.runtime.process_groups import declared_group, pipeline_group
 from residua.capture.runtime.streams import writer_threads
 from residua.capture.runtime.wrappers import refuse_compiled
 from residua.capture.scheduling.membership import Membership
 from residua.capture.sites.attention import eager_where_needed
 from residua.capture.sites.names_to_modules import resolve_sites
-from residua.capture.sites.reference_model import whole_sites
+from residua.capture.sites.reference_model import unsharded_sites
 from residua.capture.sites.site import check_storage, plan_site
 from residua.capture.taps.reading import reading
 from residua.store.base.errors import CaptureError, PlanError, few
@@ -95,7 +95,7 @@ class Recorder:
             raise FileExistsError(
                 with_replica_hint(f"{self.path} exists: a recorder makes a new archive; choose another place")
             )
-        if isinstance(model, PIPELINES):
+        if isinstance(model, PIPELINE_TYPES):
             raise CaptureError(
                 f"Recorder got a {type(model).__name__}, and in a loop over torch pipelines only the first stage sees "
                 "the tokens: give schedule and dataset to residua.capture_dataset, or read sites with residua.tap"
@@ -104,8 +104,8 @@ class Recorder:
         check_storage(codec=codec, dtype=dtype, rows_per_shard=rows_per_shard, threads=threads)
         self._model = model
         self._given = tensor_parallel
-        with split_by_hand(model, tensor_parallel):
-            self._sites = (whole_sites if spans_processes(model) else resolve_sites)(
+        with declared_group(model, tensor_parallel):
+            self._sites = (unsharded_sites if spans_processes(model) else resolve_sites)(
                 model, sites if isinstance(sites, str) else list(sites)
             )
             self._attention = attention_files(model, self._sites)
@@ -141,7 +141,7 @@ class Recorder:
 
     def __enter__(self) -> Self:
         with ExitStack() as stack:
-            stack.enter_context(split_by_hand(self._model, self._given))
+            stack.enter_context(declared_group(self._model, self._given))
             self._membership, self._process_layout = stack.enter_context(
                 process_layout_in_loop(self._model, self._sites)
             )
@@ -227,7 +227,9 @@ class Recorder:
             site: (full_row_shape(site, local, layout, call.shape), str(local.dtype).removeprefix("torch."))
             for site, (local, layout) in self._held.items()
         }
-        found = {site: row for stage in everyones(pipeline_group(self._model), mine) for site, row in stage.items()}
+        found = {
+            site: row for stage in all_gather_objects(pipeline_group(self._model), mine) for site, row in stage.items()
+        }
         sites = tuple(self._site_plan(site, *found[site]) for site in self._sites)
         height = self._rows_per_shard or choose_rows_per_shard(
             [site.row_bytes for site in sites],

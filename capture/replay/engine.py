@@ -33,13 +33,13 @@ from residua.capture.replay.notes import attention_notes, storage_notes
 from residua.capture.replay.start import Skip, skip_for, skipping, start_of
 from residua.capture.runtime.collectives import on_rank
 from residua.capture.runtime.devices import input_device
-from residua.capture.runtime.pipeline_schedule import runnable, staged_of
+from residua.capture.runtime.pipeline_schedule import runnable, stage_model_of
 from residua.capture.runtime.process_groups import tensor_parallel_group
 from residua.capture.runtime.wrappers import core_of
 from residua.capture.sites.anatomy import Anatomy
 from residua.capture.sites.attention import eager_where_needed
 from residua.capture.sites.pipeline_stages import target_of
-from residua.capture.sites.reference_model import whole_anatomy, whole_sites
+from residua.capture.sites.reference_model import unsharded_anatomy, unsharded_sites
 from residua.capture.sites.site import SiteInfo
 from residua.capture.taps.pipeline_gradients import end_here
 from residua.capture.taps.reading import Taps
@@ -161,7 +161,7 @@ class Replayer:
         """Return what is known of sites; each is looked up once, because for some models this runs them."""
         wanted = list(names)
         if unknown := [name for name in wanted if name not in self._infos]:
-            self._infos |= whole_sites(self.core, unknown)
+            self._infos |= unsharded_sites(self.core, unknown)
         return {name: self._infos[name] for name in wanted}
 
     def refuse_below(self, name: str, what: str) -> None:
@@ -179,7 +179,7 @@ class Replayer:
             UnknownSiteError: The model has no such site.
             PlanError: A site lies below the rows that go in, or has no rows.
         """
-        infos = whole_sites(self.core, list(patterns)) if patterns else {}
+        infos = unsharded_sites(self.core, list(patterns)) if patterns else {}
         for name, info in infos.items():
             self.refuse_below(name, f"{name} was asked for")
             if not info.per_token or info.site.top is not None:
@@ -272,8 +272,8 @@ class Replayer:
         Raises:
             PlanError: Gradients of a torch pipeline were asked for.
         """
-        staged = staged_of(self.core)
-        if staged is None:
+        stage_model = stage_model_of(self.core)
+        if stage_model is None:
             return self._pass(batch, keep, edited=edited, needs_logits=needs_logits, grad=grad)
         if grad:
             raise PlanError(
@@ -282,11 +282,11 @@ class Replayer:
             )
         passes = [
             self._pass(microbatch, keep, edited=edited, needs_logits=needs_logits, grad=False)
-            for microbatch in microbatches(batch, staged.n_microbatches)
+            for microbatch in microbatches(batch, stage_model.n_microbatches)
         ]
         sites = {name: [rows for one in passes for rows in one.sites[name]] for name in passes[0].sites}
         logits = [rows for one in passes for rows in one.logits or ()]
-        return Pass(logits=staged.to_all(logits) if needs_logits else None, sites=sites, nodes={}, end=())
+        return Pass(logits=stage_model.to_all(logits) if needs_logits else None, sites=sites, nodes={}, end=())
 
     def _pass(self, batch: PlanBatch, keep: Sequence[str], *, edited: bool, needs_logits: bool, grad: bool) -> Pass:
         """Run one forward pass."""
@@ -385,7 +385,7 @@ def _graph_start(name: str, leaves: dict[str, Tensor]) -> Step:
 
 
 def _language_model(model: nn.Module) -> Anatomy:
-    anatomy = whole_anatomy(model)
+    anatomy = unsharded_anatomy(model)
     if anatomy is None:
         raise PlanError(f"{type(core_of(model)).__name__} is no language model over token ids, which replay needs")
     return anatomy

@@ -18,7 +18,7 @@ from residua.capture.edits.action import ChosenRows
 from residua.capture.edits.prepare import PreparedEdit
 from residua.capture.forward.plan_batch import PlanBatch
 from residua.capture.replay.engine import Replayer
-from residua.capture.runtime.pipeline_schedule import staged_of
+from residua.capture.runtime.pipeline_schedule import stage_model_of
 from residua.capture.taps.tap import tap
 from residua.store.base.errors import PlanError
 
@@ -36,7 +36,7 @@ def generate(
     core: Any = replayer.core  # transformers' own annotation of generate fits no model
     if not issubclass(type(core), GenerationMixin):
         raise PlanError(f"{type(core).__name__} generates no text")
-    if staged_of(core) is not None:
+    if stage_model_of(core) is not None:
         raise PlanError("a torch pipeline generates no text: its stages keep no keys and values from token to token")
     if any("logits" in edit.actions for edit in replayer.edits):
         raise PlanError(

@@ -25,8 +25,8 @@ from residua.capture.replay.generation import generate
 from residua.capture.replay.metrics import MetricSpec, Outcome, metric_of, token_losses
 from residua.capture.replay.notes import attention_notes, batch_note
 from residua.capture.runtime.collectives import on_rank
-from residua.capture.runtime.pipeline_schedule import PIPELINES, as_model
-from residua.capture.runtime.process_groups import split_by_hand
+from residua.capture.runtime.pipeline_schedule import PIPELINE_TYPES, as_model
+from residua.capture.runtime.process_groups import declared_group
 from residua.store.base.errors import CaptureError, PlanError, few
 from residua.store.edits.parser import EditSource, parse_edits
 from residua.store.read.archive import Archive
@@ -233,9 +233,9 @@ def replay(
     opened = archive if isinstance(archive, Archive) else Archive(archive)
     parsed = parse_edits(edits)
     with ExitStack() as stack:
-        if isinstance(model, PIPELINES):
+        if isinstance(model, PIPELINE_TYPES):
             model = stack.enter_context(as_model(model))
-        stack.enter_context(split_by_hand(model, tensor_parallel))
+        stack.enter_context(declared_group(model, tensor_parallel))
         stack.enter_context(running_as_captured(opened, model))
         replayer = Replayer(model, opened, at=at, edits=parsed, force=force, tensor_parallel=tensor_parallel)
         run = Replay(replayer, examples, [keep] if isinstance(keep, str) else list(keep), grad=grad)

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from residua.capture.forward.inputs import forward_kwargs
 from residua.capture.forward.plan_batch import PlanBatch
 from residua.capture.runtime.devices import input_device
-from residua.capture.runtime.pipeline_schedule import staged_of
+from residua.capture.runtime.pipeline_schedule import stage_model_of
 from residua.capture.runtime.wrappers import core_of
 from residua.capture.sites.anatomy import Anatomy
 from residua.capture.sites.hooks import attached, values_of
@@ -126,7 +126,7 @@ def skip_for(start: Start, anatomy: Anatomy, batch: PlanBatch) -> Skip:
     skip = Skip(tuple(here[path] for path in anatomy.blocks[:block] if path in here))
     if anatomy.family is not None:
         return skip
-    if staged_of(model) is not None:
+    if stage_model_of(model) is not None:
         return _cannot_skip(anatomy, "the stages of a torch pipeline cannot be tried one by one")
     known = _skips_below.setdefault(model, {})
     if block not in known:

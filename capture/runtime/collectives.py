@@ -34,7 +34,7 @@ def on_rank() -> str:
     return "" if is_alone() else f" on rank {dist.get_rank()}"
 
 
-def everyones(group: ProcessGroup | None, value: T) -> list[T]:
+def all_gather_objects(group: ProcessGroup | None, value: T) -> list[T]:
     """Return what each rank of a group says, in their order; without a group, what this process says."""
     if group is None:
         return [value]

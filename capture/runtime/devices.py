@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from residua.capture.runtime.collectives import on_rank
 from residua.capture.runtime.compat import accelerate_hook
-from residua.capture.runtime.wrappers import core_of, named_parts
+from residua.capture.runtime.wrappers import core_of, named_modules
 from residua.store.base.errors import CaptureError
 
 
@@ -59,7 +59,7 @@ def with_values(model: nn.Module, name: str, tensor: Tensor) -> Tensor:
     if not tensor.is_meta:
         return tensor
     path, _, last = name.rpartition(".")
-    part = named_parts(model).get(path)
+    part = named_modules(model).get(path)
     with nullcontext() if part is None else align_module_device(core_of(part)):
         found = None if part is None else getattr(core_of(part), last)
         if not isinstance(found, Tensor) or found.is_meta:

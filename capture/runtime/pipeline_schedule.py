@@ -28,7 +28,7 @@ from residua.store.base.errors import CaptureError, PlanError
 _Announced = list[tuple[tuple[int, ...], torch.dtype]]
 
 
-class Staged(nn.Module):
+class StageModel(nn.Module):
     """This process's stage; a call runs one microbatch, which every stage of the pipeline has to be called with.
 
     Args:
@@ -147,10 +147,10 @@ def _transformers_model(module: nn.Module) -> PreTrainedModel:
     return found
 
 
-PIPELINES = (PipelineSchedule, PipelineStageBase)
+PIPELINE_TYPES = (PipelineSchedule, PipelineStageBase)
 """What torch runs pipelines with: schedules, and stages."""
 
-_staged: WeakKeyDictionary[nn.Module, Staged] = WeakKeyDictionary()
+_stage_models: WeakKeyDictionary[nn.Module, StageModel] = WeakKeyDictionary()
 
 
 @contextmanager
@@ -178,23 +178,23 @@ def as_model(schedule: PipelineSchedule | PipelineStageBase) -> Iterator[PreTrai
             "the stage was traced by torch.distributed.pipelining.pipeline(), and traced code has no sites: split "
             "the model by hand and put the part of each rank into a PipelineStage"
         )
-    staged = Staged(stage, n_microbatches_of(schedule))
-    outer = _staged.get(staged.core)
-    _staged[staged.core] = staged
+    stage_model = StageModel(stage, n_microbatches_of(schedule))
+    outer = _stage_models.get(stage_model.core)
+    _stage_models[stage_model.core] = stage_model
     try:
-        yield staged.core
+        yield stage_model.core
     finally:
         if outer is None:
-            del _staged[staged.core]
+            del _stage_models[stage_model.core]
         else:
-            _staged[staged.core] = outer
+            _stage_models[stage_model.core] = outer
 
 
-def staged_of(core: nn.Module) -> Staged | None:
+def stage_model_of(core: nn.Module) -> StageModel | None:
     """Return the stage that a model is a part of, while a capture runs it; None for any other model."""
-    return _staged.get(core)
+    return _stage_models.get(core)
 
 
 def runnable(model: nn.Module) -> nn.Module:
     """Return what to call to run a model: itself, or the stage that it is a part of."""
-    return _staged.get(model, model)
+    return _stage_models.get(model, model)

@@ -12,7 +12,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from residua.capture.runtime.compat import device_meshes_of, fsdp_meshes, pipeline_stage_of
-from residua.capture.runtime.pipeline_schedule import staged_of
+from residua.capture.runtime.pipeline_schedule import stage_model_of
 from residua.capture.runtime.wrappers import core_of
 from residua.store.base.errors import PlanError
 
@@ -20,7 +20,7 @@ _by_hand: WeakKeyDictionary[nn.Module, ProcessGroup] = WeakKeyDictionary()
 
 
 @contextmanager
-def split_by_hand(model: nn.Module, given: ProcessGroup | DeviceMesh | None) -> Iterator[None]:
+def declared_group(model: nn.Module, given: ProcessGroup | DeviceMesh | None) -> Iterator[None]:
     """Let every question about `model` inside be answered as if its tensor-parallel group were `given`.
 
     Args:
@@ -44,8 +44,8 @@ def split_by_hand(model: nn.Module, given: ProcessGroup | DeviceMesh | None) -> 
             _by_hand[core] = before
 
 
-def group_by_hand(model: nn.Module) -> ProcessGroup | None:
-    """Return the group that `split_by_hand` says; None where that says nothing, or only this process."""
+def declared_group_of(model: nn.Module) -> ProcessGroup | None:
+    """Return the group that `declared_group` says; None where that says nothing, or only this process."""
     group = _by_hand.get(core_of(model))
     return None if group is None or dist.get_world_size(group) == 1 else group
 
@@ -53,7 +53,7 @@ def group_by_hand(model: nn.Module) -> ProcessGroup | None:
 def tensor_parallel_group(model: nn.Module, given: ProcessGroup | DeviceMesh | None) -> ProcessGroup | None:
     """Find the processes over which the activations of this model replica may be split.
 
-    Looked at in this order: what the caller gave, here or by `split_by_hand`; transformers' own mesh; the meshes of
+    Looked at in this order: what the caller gave, here or by `declared_group`; transformers' own mesh; the meshes of
     the parameters, less those over which FSDP shards them (FSDP gathers parameters, so its activations are whole).
 
     Args:
@@ -82,8 +82,10 @@ def pipeline_group(model: nn.Module) -> ProcessGroup | None:
     It is transformers' own, or the one of torch's that a capture is running
     (`residua.capture.runtime.pipeline_schedule`).
     """
-    staged, stage = staged_of(core_of(model)), pipeline_stage_of(core_of(model))
-    group: ProcessGroup | None = stage.pp_group if stage is not None else None if staged is None else staged.group
+    stage_model, stage = stage_model_of(core_of(model)), pipeline_stage_of(core_of(model))
+    group: ProcessGroup | None = (
+        stage.pp_group if stage is not None else None if stage_model is None else stage_model.group
+    )
     return group if group is not None and dist.get_world_size(group) > 1 else None
 
 

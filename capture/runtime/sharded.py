@@ -22,7 +22,7 @@ def is_zero3(model: nn.Module) -> bool:
     return any(_is_of_zero3(parameter) for parameter in model.parameters())
 
 
-def whole(tensor: Tensor) -> Tensor:
+def full_tensor(tensor: Tensor) -> Tensor:
     """Return a weight as a whole, detached; a collective of all workers if it is spread over them."""
     if isinstance(tensor, DTensor):
         full: Tensor = tensor.full_tensor()
@@ -33,10 +33,10 @@ def whole(tensor: Tensor) -> Tensor:
         return tensor.detach().clone()
 
 
-def whole_gradient(parameter: Tensor) -> Tensor | None:
-    """Return the gradient of a weight as a whole, None if there is none; a collective as `whole` is."""
+def full_gradient(parameter: Tensor) -> Tensor | None:
+    """Return the gradient of a weight as a whole, None if there is none; a collective as `full_tensor` is."""
     if not _is_of_zero3(parameter):
-        return None if parameter.grad is None else whole(parameter.grad)
+        return None if parameter.grad is None else full_tensor(parameter.grad)
     gradient: Tensor | None = _deepspeed().utils.safe_get_full_grad(parameter)
     return gradient
 

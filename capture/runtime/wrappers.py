@@ -2,9 +2,9 @@
 
 A wrapper (DDP, FSDP, `torch.compile`, checkpointing) holds the wrapped module as a child of a fixed name, so the names
 of `named_modules` contain parts such as ``module`` or ``_fsdp_wrapped_module``. The names used here do not: a wrapped
-module has the name that it has in the bare model. `named_parts` returns the wrapper under that name, because the model
-around it sees what enters and leaves the wrapper. FSDP2 and transformers' own parallelism wrap nothing: they change
-the model's class or the forward method of its modules.
+module has the name that it has in the bare model. `named_modules` returns the wrapper under that name, because the
+model around it sees what enters and leaves the wrapper. FSDP2 and transformers' own parallelism wrap nothing: they
+change the model's class or the forward method of its modules.
 
 Compiled code ignores hooks that are added after the first compiled call, and hooks that are added before it break the
 graph. A capture or a tap therefore runs compiled modules uncompiled.
@@ -58,7 +58,7 @@ def core_of(model: nn.Module) -> nn.Module:
     return model if inner is None else core_of(inner)
 
 
-def named_parts(model: nn.Module) -> dict[str, nn.Module]:
+def named_modules(model: nn.Module) -> dict[str, nn.Module]:
     """Return the modules of a model under the names that they have without wrappers.
 
     Args:

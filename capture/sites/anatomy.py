@@ -8,7 +8,7 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from residua.capture.runtime.compat import uses_attention_interface
-from residua.capture.runtime.wrappers import core_of, named_parts
+from residua.capture.runtime.wrappers import core_of, named_modules
 from residua.capture.sites.architectures import Family, family_of
 
 ATTENTION_KINDS = ("q", "k", "v", "z", "pattern")
@@ -63,7 +63,7 @@ class Anatomy:
     @cached_property
     def parts(self) -> Mapping[str, nn.Module]:
         """The model's modules under the names that they have without wrappers."""
-        return named_parts(self.model)
+        return named_modules(self.model)
 
     def path(self, module: nn.Module | None) -> str | None:
         """Dotted path of one of the model's modules; None if it is not one."""
@@ -81,7 +81,7 @@ def anatomy_of(model: nn.Module) -> Anatomy | None:
     if not isinstance(model, PreTrainedModel) or no_language_model(model):
         return None
     config = model.config.get_text_config()
-    parts = named_parts(model)
+    parts = named_modules(model)
     base = next((name for name, module in parts.items() if module is model.base_model), "")
     family = family_of(model.config)
     lists = (

@@ -30,7 +30,7 @@ from residua.capture.sites.site import SiteInfo
 
 
 @dataclass(frozen=True, kw_only=True)
-class Met:
+class SiteTensor:
     """One tensor on its way through a model, met at a site.
 
     Attributes:
@@ -57,12 +57,12 @@ class Met:
         """Lay out as the model has it what `shown` laid out as promised."""
         return tensor.transpose(1, 2) if self.heads_first else tensor.reshape(self.tensor.shape)
 
-    def without_values(self) -> "Met":
+    def without_values(self) -> "SiteTensor":
         """Return the same with a tensor of the same shape on meta, which keeps no memory and no graph alive."""
         return replace(self, tensor=torch.empty(self.tensor.shape, device="meta"))
 
 
-Meet = Callable[[Met], Tensor | None]
+Meet = Callable[[SiteTensor], Tensor | None]
 """Takes what was met; what it gives back, laid out as the model has it, replaces the tensor unless it is None."""
 
 Emit = Callable[[SiteInfo, Tensor], Tensor | None]
@@ -73,7 +73,7 @@ replaces the site's value unless it is None."""
 def values_of(emit: Emit) -> Meet:
     """Let ``emit`` have the detached values of what is met, laid out as sites are promised."""
 
-    def meet(met: Met) -> Tensor | None:
+    def meet(met: SiteTensor) -> Tensor | None:
         shown = met.shown(met.tensor.detach())
         new = emit(met.info, shown)
         return None if new is None else met.restored(checked_replacement(shown, new, met.info.name))
@@ -127,7 +127,7 @@ def attached(parts: Mapping[str, nn.Module], sites: Iterable[SiteInfo], meet: Me
     """Call ``meet`` with the tensor of each site whenever the model runs.
 
     Args:
-        parts: The model's modules, as `named_parts` gives them; they are left exactly as they were.
+        parts: The model's modules, as `named_modules` gives them; they are left exactly as they were.
         sites: Where to read. Sites of one module are served in the order given.
         meet: Called during the forward pass, on the model's device.
 
@@ -167,7 +167,7 @@ def _output_hook(info: SiteInfo, call: ForwardCall, meet: Meet) -> Callable[...,
             return None
         index = _logits_index(output) if info.via == "logits" else info.index
         tensor = output_item(output, index, where)
-        new = meet(Met(info=info, tensor=tensor, batch_shape=call.batch_shape))
+        new = meet(SiteTensor(info=info, tensor=tensor, batch_shape=call.batch_shape))
         return None if new is None else replaced_output(output, index, new)
 
     return on_output
@@ -180,7 +180,7 @@ def _input_hook(info: SiteInfo, call: ForwardCall, meet: Meet) -> Callable[..., 
         if not call.is_running:
             return None
         tensor = input_item(args, kwargs, info.index, where)
-        new = meet(Met(info=info, tensor=tensor, batch_shape=call.batch_shape))
+        new = meet(SiteTensor(info=info, tensor=tensor, batch_shape=call.batch_shape))
         if new is not None and info.via == "stream":
             # The block holds this same tensor as its residual: only a change in place reaches both.
             tensor.copy_(new)
@@ -211,7 +211,7 @@ class _BlockAttentionTap(AttentionTap):
         if not self._call.is_running:
             return None
         shape = self._call.batch_shape
-        return self._meet(Met(info=self._sites[part], tensor=tensor, batch_shape=shape, heads_first=part != "z"))
+        return self._meet(SiteTensor(info=self._sites[part], tensor=tensor, batch_shape=shape, heads_first=part != "z"))
 
 
 def _attention_taps(

@@ -11,7 +11,7 @@ from fnmatch import fnmatchcase
 
 from torch import nn
 
-from residua.capture.runtime.wrappers import named_parts
+from residua.capture.runtime.wrappers import named_modules
 from residua.capture.sites.anatomy import ATTENTION_KINDS, Anatomy, anatomy_of
 from residua.capture.sites.shape_probe import measured
 from residua.capture.sites.site import SiteInfo
@@ -156,7 +156,7 @@ def _on_demand(model: nn.Module, name: str, available: dict[str, SiteInfo]) -> S
     site = parse_site(name)
     if site.top is not None:
         return _top_logits(site, available["logits"])
-    paths = [path for path in named_parts(model) if path]
+    paths = [path for path in named_modules(model) if path]
     if site.module not in paths:
         near = get_close_matches(str(site.module), paths, n=3)
         raise UnknownSiteError(

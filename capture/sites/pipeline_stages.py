@@ -15,8 +15,8 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from residua.capture.runtime.compat import PipelineStageBase
-from residua.capture.runtime.pipeline_schedule import staged_of
-from residua.capture.runtime.wrappers import core_of, named_parts
+from residua.capture.runtime.pipeline_schedule import stage_model_of
+from residua.capture.runtime.wrappers import core_of, named_modules
 from residua.capture.sites.site import SiteInfo
 
 
@@ -71,20 +71,22 @@ def target_of(model: nn.Module | PipelineStageBase) -> Target:
         inner = next((m for m in model.submod.modules() if isinstance(m, PreTrainedModel)), model.submod)
         return Target(core=inner, parts=_of_stage(inner, model.submod), gives_logits=model.is_last)
     core = core_of(model)
-    staged = staged_of(core)
-    if staged is not None:
-        return Target(core=core, parts=_of_stage(core, staged.module), gives_logits=staged.is_last)
-    return Target(core=core, parts={path: part for path, part in named_parts(core).items() if not is_stand_in(part)})
+    stage_model = stage_model_of(core)
+    if stage_model is not None:
+        return Target(core=core, parts=_of_stage(core, stage_model.module), gives_logits=stage_model.is_last)
+    return Target(
+        core=core, parts={path: part for path, part in named_modules(core).items() if not is_placeholder(part)}
+    )
 
 
 def _of_stage(inner: nn.Module, called: nn.Module) -> dict[str, nn.Module]:
     return {
-        **{path: part for path, part in named_parts(inner).items() if not isinstance(part, nn.Identity)},
+        **{path: part for path, part in named_modules(inner).items() if not isinstance(part, nn.Identity)},
         "": called,
     }
 
 
-def is_stand_in(part: nn.Module) -> bool:
+def is_placeholder(part: nn.Module) -> bool:
     """Tell whether another stage of transformers' own pipeline holds what has this name."""
     return type(part).__name__ == "PipelineIdentityLayer"
 

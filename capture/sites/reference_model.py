@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from transformers.integrations import deepspeed as hf_deepspeed
 
 from residua.capture.runtime.compat import deepspeed_config, model_from_config
-from residua.capture.runtime.pipeline_schedule import staged_of
+from residua.capture.runtime.pipeline_schedule import stage_model_of
 from residua.capture.runtime.process_groups import pipeline_group
 from residua.capture.runtime.wrappers import core_of
 from residua.capture.sites.anatomy import Anatomy, anatomy_of
@@ -29,7 +29,7 @@ from residua.store.base.errors import CaptureError, UnknownSiteError
 _twins: WeakKeyDictionary[nn.Module, PreTrainedModel] = WeakKeyDictionary()
 
 
-def whole_sites(model: nn.Module, patterns: str | list[str]) -> dict[str, SiteInfo]:
+def unsharded_sites(model: nn.Module, patterns: str | list[str]) -> dict[str, SiteInfo]:
     """Turn patterns into sites, with the shapes that they have in the unsharded model.
 
     Args:
@@ -43,10 +43,10 @@ def whole_sites(model: nn.Module, patterns: str | list[str]) -> dict[str, SiteIn
         UnknownSiteError: The model has no such site.
     """
     core = core_of(model)
-    if not isinstance(core, PreTrainedModel) or not is_spread(core):
+    if not isinstance(core, PreTrainedModel) or not may_be_distributed(core):
         return resolve_sites(core, patterns)
     try:
-        return resolve_sites(whole_twin(core), patterns)
+        return resolve_sites(reference_model(core), patterns)
     except (UnknownSiteError, CaptureError):
         if pipeline_group(core) is not None:
             raise  # a stage has stand-ins for most of the model, which have no shapes
@@ -55,30 +55,30 @@ def whole_sites(model: nn.Module, patterns: str | list[str]) -> dict[str, SiteIn
         return resolve_sites(core, patterns)
 
 
-def whole_weights(model: nn.Module) -> dict[str, tuple[int, ...]]:
+def unsharded_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
     """Return the shape of each weight in the unsharded model, by name; nothing where there is no such twin."""
     core = core_of(model)
     if not isinstance(core, PreTrainedModel):
         return {}
-    return {name: tuple(tensor.shape) for name, tensor in whole_twin(core).state_dict().items()}
+    return {name: tuple(tensor.shape) for name, tensor in reference_model(core).state_dict().items()}
 
 
-def whole_anatomy(model: nn.Module) -> Anatomy | None:
+def unsharded_anatomy(model: nn.Module) -> Anatomy | None:
     """Find the parts of a language model as `anatomy_of` does, with all of its blocks if this is a part of it."""
-    staged = staged_of(core_of(model))
-    if staged is None:
+    stage_model = stage_model_of(core_of(model))
+    if stage_model is None:
         return anatomy_of(model)
-    whole = anatomy_of(whole_twin(staged.core))
-    return None if whole is None else replace(whole, model=staged.core)
+    whole = anatomy_of(reference_model(stage_model.core))
+    return None if whole is None else replace(whole, model=stage_model.core)
 
 
-def is_spread(core: PreTrainedModel) -> bool:
+def may_be_distributed(core: PreTrainedModel) -> bool:
     """Tell whether a model may lie on several processes or devices."""
     several = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
     return several or hasattr(core, "hf_device_map")
 
 
-def whole_twin(core: PreTrainedModel) -> PreTrainedModel:
+def reference_model(core: PreTrainedModel) -> PreTrainedModel:
     """Return the unsharded twin of a model, on meta; made once."""
     if core not in _twins:
         config = deepcopy(core.config)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from residua.capture.runtime.devices import input_device
-from residua.capture.runtime.wrappers import named_parts
+from residua.capture.runtime.wrappers import named_modules
 from residua.capture.sites.hooks import attached, values_of
 from residua.capture.sites.site import SiteInfo
 from residua.store.base.errors import CaptureError
@@ -51,7 +51,7 @@ def _seen(model: nn.Module, sites: Mapping[str, SiteInfo], kwargs: Mapping[str, 
         seen[info.name].append(tensor.to("meta"))
 
     plain = [replace(info, flat=False) for info in sites.values()]
-    with attached(named_parts(model), plain, values_of(note)), evaluating(model), torch.no_grad():
+    with attached(named_modules(model), plain, values_of(note)), evaluating(model), torch.no_grad():
         try:
             model(**kwargs)
         except Exception as error:  # the boundary to the user's model: whatever it raises, we could not look

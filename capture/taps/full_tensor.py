@@ -12,7 +12,7 @@ from torch.distributed.tensor import DTensor, Replicate
 
 from residua.capture.layout.gather import run_everywhere, run_once
 from residua.capture.layout.layouts import Layout, ProvedLayouts, full_shape, mesh_of, refuse_shard
-from residua.capture.sites.hooks import Met
+from residua.capture.sites.hooks import SiteTensor
 
 Function = Callable[[Tensor], Tensor | None]
 
@@ -35,7 +35,7 @@ class FullTensors:
         self._everywhere = everywhere
         self._checks_shapes = checks_shapes
 
-    def run(self, met: Met, local: Tensor, function: Function, *, is_gradient: bool) -> Tensor | None:
+    def run(self, met: SiteTensor, local: Tensor, function: Function, *, is_gradient: bool) -> Tensor | None:
         """Run a function on a site's full tensor or gradient.
 
         Args:
@@ -70,7 +70,7 @@ class FullTensors:
 
         return run(local, over)
 
-    def _run_dtensor(self, met: Met, tensor: DTensor, function: Function) -> Tensor | None:
+    def _run_dtensor(self, met: SiteTensor, tensor: DTensor, function: Function) -> Tensor | None:
         """Follow the placements that the tensor itself carries. Partial sums are reduced."""
         mesh = mesh_of(met.info.name, tensor)
         full = tensor.full_tensor()
@@ -83,7 +83,7 @@ class FullTensors:
         return DTensor.from_local(new, mesh, [Replicate()], run_check=False).redistribute(placements=tensor.placements)
 
 
-def run_locally(_met: Met, local: Tensor, function: Function, *, is_gradient: bool) -> Tensor | None:
+def run_locally(_met: SiteTensor, local: Tensor, function: Function, *, is_gradient: bool) -> Tensor | None:
     """Run a function on what this process has of a site's tensor or gradient, without communication."""
     del is_gradient
     if not isinstance(local, DTensor):

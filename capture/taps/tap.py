@@ -21,10 +21,10 @@ from residua.capture.runtime.collectives import on_rank
 from residua.capture.runtime.process_groups import pipeline_group, tensor_parallel_group
 from residua.capture.runtime.wrappers import running_uncompiled
 from residua.capture.sites.attention import eager_where_needed
-from residua.capture.sites.hooks import ForwardCall, Met, attached
+from residua.capture.sites.hooks import ForwardCall, SiteTensor, attached
 from residua.capture.sites.module_io import checked_replacement
 from residua.capture.sites.pipeline_stages import Chunk, chunks_of, target_of
-from residua.capture.sites.reference_model import is_spread, whole_sites
+from residua.capture.sites.reference_model import may_be_distributed, unsharded_sites
 from residua.capture.sites.site import SiteInfo
 from residua.capture.taps.full_tensor import FullTensors, run_locally
 from residua.capture.taps.pipeline_gradients import carrying_gradients
@@ -106,7 +106,7 @@ class Tap:
         """Number of the microbatch under way, in a stage of torch's pipelines; None elsewhere."""
         return self._chunk.index
 
-    def _meet(self, met: Met) -> Tensor | None:
+    def _meet(self, met: SiteTensor) -> Tensor | None:
         if not self._chunk.is_real:
             return None
         self._n_met[met.info.name] += 1
@@ -117,7 +117,7 @@ class Tap:
             return None
         return self._apply(met, met.tensor)
 
-    def _await_gradient(self, met: Met) -> None:
+    def _await_gradient(self, met: SiteTensor) -> None:
         if not met.tensor.requires_grad:
             raise CaptureError(
                 f"Site {met.info.name!r}{on_rank()} has no gradient: nothing before it requires one, or the model was "
@@ -131,12 +131,12 @@ class Tap:
         hook = partial(self._on_gradient, met.without_values(), self._chunk.index)
         self._handles.append(met.tensor.register_hook(hook))  # type: ignore[no-untyped-call]  # torch has no types here
 
-    def _on_gradient(self, met: Met, microbatch: int | None, gradient: Tensor) -> Tensor | None:
+    def _on_gradient(self, met: SiteTensor, microbatch: int | None, gradient: Tensor) -> Tensor | None:
         self._awaited.discard(met.info.name)
         with self._chunk.is_under_way(microbatch):
             return self._apply(met, gradient) if self.enabled else None
 
-    def _apply(self, met: Met, tensor: Tensor) -> Tensor | None:
+    def _apply(self, met: SiteTensor, tensor: Tensor) -> Tensor | None:
         self.n_fired[met.info.name] += 1
         shown = met.shown(tensor if self._differentiable else tensor.detach())
         new = self._run_on(met, shown, partial(self._run, met.info.name), is_gradient=self._backward)
@@ -212,7 +212,7 @@ def tap(
         model: Any torch module, wrapped (DDP, FSDP, compile, Accelerate) or not, or a stage of torch's pipelines.
             Sites have the names of the unwrapped model.
         sites: Names or patterns of sites, for example ``resid_post.3`` or ``mlp_out.*``; or the result of
-            `whole_sites`, so that many taps on one model need only one look-up.
+            `unsharded_sites`, so that many taps on one model need only one look-up.
         function: Called as ``function(name, tensor)``. To keep all tensors, pass a dictionary's ``__setitem__``.
         backward: Give the gradient of the loss with respect to the site's value instead of the value, when
             ``backward()`` reaches it inside the context. It is the full gradient, including what flows around the
@@ -246,7 +246,7 @@ def tap(
         raise PlanError("tap got backward=True and differentiable=True, and gives no gradients of gradients: pass one")
     target = target_of(model)
     if not isinstance(sites, Mapping):
-        sites = whole_sites(target.core, [sites] if isinstance(sites, str) else list(sites))
+        sites = unsharded_sites(target.core, [sites] if isinstance(sites, str) else list(sites))
     infos = target.here(sites)
     _refuse_top_logits(infos)
     with ExitStack() as stack:
@@ -273,7 +273,7 @@ def _full_tensors(core: nn.Module, differentiable: bool, given: ProcessGroup | D
     return FullTensors(
         tensor_parallel_group(core, given),
         everywhere=differentiable,
-        checks_shapes=isinstance(core, PreTrainedModel) and is_spread(core),
+        checks_shapes=isinstance(core, PreTrainedModel) and may_be_distributed(core),
         stages=pipeline_group(core),
     )
 

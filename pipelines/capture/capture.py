@@ -27,14 +27,14 @@ from residua.capture.recording.record import record
 from residua.capture.recording.stats import RecordStats, total
 from residua.capture.replay.engine import CapturedReplay
 from residua.capture.runtime.collectives import Agreement
-from residua.capture.runtime.pipeline_schedule import PIPELINES, as_model, runnable
-from residua.capture.runtime.process_groups import split_by_hand
+from residua.capture.runtime.pipeline_schedule import PIPELINE_TYPES, as_model, runnable
+from residua.capture.runtime.process_groups import declared_group
 from residua.capture.runtime.sharded import is_sharded
 from residua.capture.runtime.streams import writer_threads
 from residua.capture.runtime.wrappers import replica_of, running_uncompiled
 from residua.capture.sites.attention import eager_attention
 from residua.capture.sites.names_to_modules import resolve_sites
-from residua.capture.sites.reference_model import whole_sites
+from residua.capture.sites.reference_model import unsharded_sites
 from residua.capture.sites.shape_probe import evaluating
 from residua.capture.sites.site import SiteInfo
 from residua.pipelines.capture.plan import DatasetSource, make_plan, write_examples
@@ -139,11 +139,11 @@ def capture_dataset(
             name = fspath(model)
             tokenizer = tokenizer or load_tokenizer(name, chosen)
             model = load_model(name, chosen)
-        elif isinstance(model, PIPELINES):
+        elif isinstance(model, PIPELINE_TYPES):
             model = stack.enter_context(as_model(model))
         else:
             model = _language_model(replica_of(model))
-        stack.enter_context(split_by_hand(model, tensor_parallel))
+        stack.enter_context(declared_group(model, tensor_parallel))
         job = _DatasetCapture(model, Path(out), tokenizer, dataset, chosen, command, on_example)
         called = runnable(model)
         if stack.enter_context(running_uncompiled(called)):
@@ -338,7 +338,7 @@ class _DatasetCapture(CaptureJob):
         command: str | None,
         on_example: Callable[[int, int], None],
     ) -> None:
-        sites = (whole_sites if spans_processes(model) else resolve_sites)(model, [settings.sites])
+        sites = (unsharded_sites if spans_processes(model) else resolve_sites)(model, [settings.sites])
         super().__init__(model, sites, out, head=settings.head, threads=settings.threads)
         self._tokenizer = tokenizer
         self._dataset = dataset

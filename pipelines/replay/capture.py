@@ -16,7 +16,7 @@ from residua.capture.recording.stats import RecordStats
 from residua.capture.replay.engine import CapturedReplay, Replayer
 from residua.capture.runtime.sharded import is_zero3
 from residua.capture.scheduling.membership import Membership
-from residua.capture.sites.reference_model import whole_sites
+from residua.capture.sites.reference_model import unsharded_sites
 from residua.capture.sites.site import plan_sites
 from residua.pipelines.capture.capture import CaptureJob
 from residua.pipelines.capture.captured_batches import schedule_of
@@ -70,7 +70,7 @@ class ReplayCapture(CaptureJob):
         self._examples = examples
         self._facts = {**replay, **facts}
         self._rule = digest_of(dict(replay))
-        sites = whole_sites(replayer.core, [patterns] if isinstance(patterns, str) else list(patterns))
+        sites = unsharded_sites(replayer.core, [patterns] if isinstance(patterns, str) else list(patterns))
         for name in sites:
             replayer.refuse_below(name, f"--capture {name}")
         super().__init__(

@@ -21,9 +21,9 @@ from transformers.utils import logging as progress_bars
 
 from residua.capture.forward.inputs import first_position
 from residua.capture.runtime.compat import model_from_config
-from residua.capture.runtime.pipeline_schedule import PIPELINES, as_model
+from residua.capture.runtime.pipeline_schedule import PIPELINE_TYPES, as_model
 from residua.capture.runtime.wrappers import replica_of
-from residua.capture.sites.pipeline_stages import is_stand_in
+from residua.capture.sites.pipeline_stages import is_placeholder
 from residua.pipelines.setup.settings import CaptureSettings
 from residua.store.base.errors import PlanError
 from residua.store.read.archive import Archive
@@ -95,7 +95,7 @@ def named_model(
     Raises:
         PlanError: There is no such model or device, the tokenizer cannot be loaded, or `model` is a torch pipeline.
     """
-    if isinstance(model, PIPELINES):
+    if isinstance(model, PIPELINE_TYPES):
         raise PlanError(
             f"a model was expected, and a {type(model).__name__} was given: torch's pipelines can be captured, "
             "replayed and tapped, but not swept"
@@ -115,7 +115,7 @@ def replayed_model(
     Raises:
         PlanError: There is no such model or device, or the pipeline's stages cannot be run.
     """
-    if not isinstance(model, PIPELINES):
+    if not isinstance(model, PIPELINE_TYPES):
         yield captured_model(archive, model, settings)
         return
     with as_model(model) as stage:
@@ -252,7 +252,7 @@ def stages_in_parallel() -> Iterator[None]:
     def apply_to_this_stage(model: nn.Module, mesh: Any, plan: dict[str, str]) -> Any:
         nonlocal n_calls
         n_calls += 1
-        here = {name for name, module in model.named_modules() if not is_stand_in(module)}
+        here = {name for name, module in model.named_modules() if not is_placeholder(module)}
         here |= {name for name, _ in model.named_parameters()}
         return apply_plan(model, mesh, {name: style for name, style in plan.items() if name in here})
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from residua.capture.forward.inputs import positions_of
-from residua.capture.sites.reference_model import whole_sites
+from residua.capture.sites.reference_model import unsharded_sites
 from residua.capture.taps.reading import reading
 from residua.capture.taps.tap import tap
 from tests.models import VOCABULARY
@@ -34,7 +34,7 @@ def batch(seed: int, *, n_examples: int = 4, length: int = 10) -> dict[str, Any]
 
 def site_names(model: nn.Module, name: str) -> list[str]:
     """Every canonical site that the architecture has, and modules of it."""
-    return [*whole_sites(model, ["*"]), *MODULES.get(name, ["module:model.layers.1.mlp@output"])]
+    return [*unsharded_sites(model, ["*"]), *MODULES.get(name, ["module:model.layers.1.mlp@output"])]
 
 
 def loss_of(model: nn.Module, inputs: Mapping[str, Any]) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 import residua
-from residua.capture.runtime.wrappers import core_of, named_parts
+from residua.capture.runtime.wrappers import core_of, named_modules
 from residua.capture.sites.names_to_modules import model_sites
 from residua.store.base.errors import CaptureError, PlanError, UnknownSiteError
 from tests.capture.hooks_by_hand import state_of
@@ -174,7 +174,7 @@ WRAPPED: dict[str, Callable[[PreTrainedModel], nn.Module]] = {
 def test_wrapped_models_have_the_sites_of_the_bare_one(name: str) -> None:
     bare, model = TINY["llama"](), WRAPPED[name](TINY["llama"]())
     sites = "embed,resid_pre.1,resid_post.1,attn_out.1,mlp_act.1,q.1,z.1,final,logits,module:model.layers.1.mlp"
-    assert list(named_parts(model)) == list(named_parts(bare))
+    assert list(named_modules(model)) == list(named_modules(bare))
     assert isinstance(core_of(model), type(bare))
     assert model_sites(model) == model_sites(bare)
     assert tapped(model, sites).keys() == tapped(bare, sites).keys()
