@@ -1,4 +1,4 @@
-"""The example table, one line an example in Parquet, and the schedule of batches that follows from it.
+"""The example table (Parquet, one line for each example), and the schedule of batches that follows from it.
 
 Uses `format`.
 """

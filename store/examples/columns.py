@@ -1,7 +1,7 @@
-"""The user's own columns on their way into Arrow: types from the first values, and nothing lost in a cast.
+"""Converts the user's own columns to Arrow. A column's first values set its type, and no value loses anything.
 
-Arrow would drop the fields of a dictionary that its type does not name, without a word; a column that
-changes its kind in the middle of a dataset is therefore compared with its type before it is converted.
+Arrow silently drops fields of a dictionary that its type does not name. So every run of values is compared with the
+column's type before it is converted.
 """
 
 from collections.abc import Mapping, Sequence
@@ -16,26 +16,26 @@ _TYPES = pa.types
 
 
 def check_names(names: Sequence[str]) -> None:
-    """Raise DatasetError if a column of the user's has the name of one of the table's own."""
+    """Raise DatasetError if a column of the user has the name of one of the table's own."""
     for name in names:
         if name in OWN_COLUMNS:
             raise DatasetError(
-                f"the dataset has a column {name!r}, a name that the example table needs for itself; rename "
-                f"the column, for example dataset.rename_column({name!r}, {'my_' + name!r}), or leave it out"
+                f"the dataset has a column {name!r}, and the example table has one of that name itself: rename it, for "
+                f"example with dataset.rename_column({name!r}, {'my_' + name!r}), or leave it out"
             )
 
 
 def columns_of(examples: Sequence[Example], known: Mapping[str, pa.DataType], first_index: int) -> dict[str, pa.Array]:
-    """Convert the user's columns of a run of examples; a column that an example lacks is null there.
+    """Convert the user's columns of a run of examples; an example without a column gets null.
 
     Args:
         examples: A run of examples.
-        known: Types of the columns seen so far, in order; new columns follow in order of appearance.
-        first_index: Number of the first of `examples`, for messages.
+        known: Types of the columns seen so far, in order; new columns follow as they appear.
+        first_index: Number of the first example, for messages.
 
     Raises:
-        DatasetError: A reserved name, or a value that Arrow cannot store or that is of another kind than
-            the column's earlier values.
+        DatasetError: A column has a reserved name, or a value that Arrow cannot store or that is of another kind than
+            the values before it.
     """
     names = dict.fromkeys([*known, *(name for example in examples for name in example.columns)])
     check_names(list(names))
@@ -54,7 +54,7 @@ def _column(name: str, values: list[object], known: pa.DataType | None, first_in
         column = _converted(values, kind)
         if column is not None:
             return column
-    raise DatasetError(_complaint(name, values, kind, first_index))
+    raise DatasetError(_describe_misfit(name, values, kind, first_index))
 
 
 def _converted(values: list[object], kind: Any) -> pa.Array | None:
@@ -64,8 +64,8 @@ def _converted(values: list[object], kind: Any) -> pa.Array | None:
         return None
 
 
-def _complaint(name: str, values: list[object], kind: pa.DataType | None, first_index: int) -> str:
-    """Name the first value that cannot be stored beside the ones before it."""
+def _describe_misfit(name: str, values: list[object], kind: pa.DataType | None, first_index: int) -> str:
+    """Return a message that names the first value that does not fit the ones before it."""
     for i, value in enumerate(values):
         found = _converted([value], None)
         if found is None or not _storable(found.type) or (kind is not None and not _fits(found.type, kind)):
@@ -81,14 +81,14 @@ def _complaint(name: str, values: list[object], kind: pa.DataType | None, first_
 
 
 def _storable(kind: Any) -> bool:
-    """Tell whether Parquet can hold the type: it has no structs without fields."""
+    """Return whether Parquet can hold the type; it has no structs without fields."""
     if _TYPES.is_struct(kind):
         return kind.num_fields > 0 and all(_storable(kind.field(i).type) for i in range(kind.num_fields))
     return _storable(kind.value_type) if _is_list(kind) else True
 
 
 def _fits(found: Any, kind: Any) -> bool:
-    """Tell whether values that look like `found` can be stored as `kind` without loss."""
+    """Return whether values of type `found` can be stored as `kind` without loss."""
     if found.equals(kind) or _TYPES.is_null(found):
         return True
     if _is_list(found) and _is_list(kind):
@@ -119,7 +119,7 @@ def _is_bytes(kind: pa.DataType) -> bool:
 
 
 def value_bytes(value: object) -> int:
-    """Estimate what a column's value takes in memory, in bytes: texts and containers by their length."""
+    """Estimate the memory of a column's value, in bytes: texts and containers by their length."""
     if isinstance(value, str | bytes):
         return len(value)
     if isinstance(value, Mapping):

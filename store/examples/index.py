@@ -1,9 +1,8 @@
-"""One example, and what is known of all of them without their tokens.
+"""One example, the lengths of all examples, and the digest of their content.
 
-The digest is defined on the content, so that a table may be rewritten with another compression, or be
-checked without Parquet, and keep it. It is the SHA-256 of, for every example in order: n_tokens and n_rows as
-little-endian int64, then input_ids and positions as little-endian int32. The user's own columns are no part
-of it.
+The digest is a SHA-256 over every example in order: n_tokens and n_rows as little-endian int64, then input_ids and
+positions as little-endian int32. The user's own columns are left out. It does not depend on Parquet: a table that is
+rewritten with another compression keeps its digest.
 """
 
 import hashlib
@@ -19,7 +18,7 @@ from residua.store.base.errors import DatasetError
 IntArray = NDArray[np.int32]
 LongArray = NDArray[np.int64]
 
-# The table's own columns, in the order in which they are stored; the user's follow.
+# The table's own columns, as they are stored; the user's follow.
 OWN_COLUMNS: Mapping[str, pa.DataType] = {
     "first_row": pa.int64(),
     "n_rows": pa.int32(),
@@ -28,22 +27,22 @@ OWN_COLUMNS: Mapping[str, pa.DataType] = {
     "positions": pa.list_(pa.int32()),
 }
 DIGEST_KEY = b"residua.digest"
-MAX_PART_EXAMPLES = 2**20  # a reader takes memory for these counts before it can check them
+MAX_PART_EXAMPLES = 2**20  # readers take memory for these counts before they can check them
 MAX_PART_VALUES = 2**28
 MAX_PART_BYTES = 2**32
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Example:
-    """One token sequence, the positions of it that become rows, and what the dataset says about it.
+    """One token sequence, its positions that become rows, and the dataset's other columns.
 
     Attributes:
         input_ids: Token ids, int32, (positions of the example).
-        positions: Kept positions, int32, strictly increasing, one a row.
-        columns: The dataset's other columns: plain Python values that Arrow can store.
+        positions: Kept positions, int32, strictly increasing, (rows of the example).
+        columns: Values of the dataset's other columns: plain Python values that Arrow can store.
 
     Raises:
-        DatasetError: An array has another dtype or rank, an id is negative, or the positions do not fit.
+        DatasetError: An array has another dtype or rank, an id is negative, or a position lies outside the example.
     """
 
     input_ids: IntArray
@@ -53,14 +52,14 @@ class Example:
     def __post_init__(self) -> None:
         for name, values in (("input_ids", self.input_ids), ("positions", self.positions)):
             if values.dtype != np.int32 or values.ndim != 1:
-                raise DatasetError(f"{name}: one row of int32 is needed, found {values.dtype} {values.shape}")
+                raise DatasetError(f"{name}: give a one-dimensional int32 array, found {values.dtype} {values.shape}")
         problem = content_problem(self.input_ids, self.positions)
         if problem:
             raise DatasetError(f"this example cannot be stored: {problem}")
 
 
 def content_problem(input_ids: IntArray, positions: IntArray) -> str:
-    """Return what is wrong with one example's numbers, or an empty text."""
+    """Return what is wrong with one example's numbers; an empty text if nothing is."""
     if input_ids.size and input_ids.min() < 0:
         return f"token id {input_ids.min()} is negative"
     if not positions.size:
@@ -74,14 +73,14 @@ def content_problem(input_ids: IntArray, positions: IntArray) -> str:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class ExampleIndex:
-    """Lengths of all examples and where their rows start: 16 bytes an example.
+    """Lengths of all examples, and where their rows start: 16 bytes for each example.
 
     Attributes:
         n_tokens: Tokens of each example, int32, (examples).
         n_rows: Rows of each example, int32, (examples).
-        first_row: First row of each example and, last, the number of all rows, int64, (examples + 1).
-        first_example: First example of each part and, last, the number of examples, int64, (parts + 1).
-        digest: The digest of the whole content, in hex; as a reader finds it recorded until it verifies.
+        first_row: First row of each example, then the number of all rows, int64, (examples + 1).
+        first_example: First example of each part, then the number of examples, int64, (parts + 1).
+        digest: Digest of the content, in hex. A reader takes it from the files, and `ExampleTable.verify` checks it.
     """
 
     n_tokens: IntArray
@@ -106,31 +105,15 @@ class ExampleIndex:
         return int(self.n_tokens.sum(dtype=np.int64))
 
 
-class ContentDigest:
-    """The running digest of a table; the module's head defines it."""
-
-    def __init__(self) -> None:
-        self._sha256 = hashlib.sha256()
-
-    def copy(self) -> "ContentDigest":
-        """Return a digest that goes on from here by itself."""
-        other = ContentDigest()
-        other._sha256 = self._sha256.copy()
-        return other
-
-    def add(self, input_ids: IntArray, positions: IntArray) -> None:
-        """Append one example."""
-        self._sha256.update(np.array([input_ids.size, positions.size], "<i8").tobytes())
-        self._sha256.update(input_ids.astype("<i4").tobytes())
-        self._sha256.update(positions.astype("<i4").tobytes())
-
-    def hexdigest(self) -> str:
-        """Return the digest of what was added so far."""
-        return self._sha256.hexdigest()
+def add_to_digest(digest: "hashlib._Hash", input_ids: IntArray, positions: IntArray) -> None:
+    """Add one example to the running SHA-256 of a table."""
+    digest.update(np.array([input_ids.size, positions.size], "<i8").tobytes())
+    digest.update(input_ids.astype("<i4").tobytes())
+    digest.update(positions.astype("<i4").tobytes())
 
 
 def starts(counts: IntArray) -> LongArray:
-    """Return where each run of `counts` starts and, last, their sum: int64, one longer than `counts`."""
+    """Return the sum of the counts before each one, then the sum of all: int64, (counts + 1)."""
     bounds = np.zeros(len(counts) + 1, np.int64)
     np.cumsum(counts, out=bounds[1:])
     return bounds

@@ -1,6 +1,6 @@
-"""Reads one part of an example table without believing it.
+"""Reads one part of an example table without trusting it.
 
-What cannot be read is a DamagedArchiveError; what can be read and contradicts itself (counts, positions,
+A part that cannot be read is a DamagedArchiveError. A part that can be read and contradicts itself (counts, positions,
 types) is an UnsafeArchiveError. Both name the file. Counts are compared with limits before memory is taken.
 """
 
@@ -47,14 +47,14 @@ _READER_ERRORS = (
 
 @dataclass(frozen=True, eq=False)
 class Part:
-    """What a part's footer and its columns of counts say.
+    """The footer of a part, and its columns of counts.
 
     Attributes:
         path: The file.
-        groups: What its footer announces of each row group.
-        group_starts: First example of each row group and, last, their number, int64, counted in this part.
+        groups: Its row groups, as the footer announces them.
+        group_starts: First example of each row group, counted in this part, then their number, int64.
         schema: Arrow schema of the file.
-        digest: The table's digest after this part, as the file records it.
+        digest: Digest of the table up to and including this part, as the file has it.
         first_row: First row of each example, int64.
         n_rows: Rows of each example, int32.
         n_tokens: Tokens of each example, int32.
@@ -72,7 +72,7 @@ class Part:
 
 @dataclass(frozen=True, eq=False)
 class Group:
-    """The tokens and positions of one row group, flat, with where each example's start; all read-only."""
+    """Tokens and positions of one row group, flat, and the start of each example in them; all read-only."""
 
     tokens: IntArray
     positions: IntArray
@@ -89,7 +89,7 @@ class Group:
 
 @contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """Turn whatever a Parquet reader throws at damaged bytes into an error that names the file."""
+    """Turn every error of the Parquet reader into a DamagedArchiveError that names the file."""
     try:
         yield
     except (DamagedArchiveError, UnsafeArchiveError):
@@ -106,13 +106,13 @@ def _opened(path: Path) -> Iterator[pq.ParquetFile]:
 
 @contextmanager
 def _mapped(path: Path) -> Iterator[Any]:
-    """Give the bytes of a file, of which only those looked at are read."""
+    """Yield the bytes of a file; only those that are used are read."""
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
         yield data
 
 
 def _check_pages(path: Path, groups: Sequence[RowGroup], names: tuple[str, ...]) -> list[Chunk]:
-    """Measure columns before anything decodes them, and refuse more than an honest writer puts into a part."""
+    """Return the sizes of columns before they are decoded; refuse more than Residua puts into a part."""
     with _mapped(path) as data:
         chunks = [chunk for group in groups for chunk in group.chunks(data, names)]
     if sum(chunk.n_bytes for chunk in chunks) > MAX_PART_BYTES:
@@ -127,15 +127,15 @@ def read_parts(folder: Path) -> list[Part]:
 
     Raises:
         DamagedArchiveError: The folder or a part is missing or unreadable.
-        UnsafeArchiveError: A part holds what no honest writer would put there.
+        UnsafeArchiveError: A part has contents that Residua never writes.
     """
     if not folder.is_dir():
-        raise DamagedArchiveError(f"{folder}: the folder of the examples is missing")
+        raise DamagedArchiveError(f"{folder}, the folder of the examples, is missing: restore it from a copy")
     names = {path.name for path in folder.glob("part-*.parquet")}
     expected = [part_name(i) for i in range(len(names))]
     missing = [name for name in expected if name not in names]
     if missing:
-        raise DamagedArchiveError(f"{folder / missing[0]}: this part is missing, while {max(names)} is there")
+        raise DamagedArchiveError(f"{folder / missing[0]} is missing, but {max(names)} exists: restore it from a copy")
     return [_read_part(folder / name) for name in expected]
 
 
@@ -170,7 +170,7 @@ def _read_part(path: Path) -> Part:
 def _check_schema(path: Path, schema: pa.Schema) -> None:
     for name, kind in OWN_COLUMNS.items():
         if schema.names.count(name) != 1:
-            raise UnsafeArchiveError(f"{path}: column {name!r} should be there once, found {schema.names}")
+            raise UnsafeArchiveError(f"{path}: column {name!r} should occur once, found {schema.names}")
         found = schema.field(name).type
         if pa.types.is_list(kind):
             right = pa.types.is_list(found) and found.value_type.equals(kind.value_type)
@@ -216,9 +216,9 @@ def read_group(part: Part, group_index: int) -> Group:
 def _check_sizes(path: Path, group: RowGroup, n_tokens: IntArray, n_rows: IntArray) -> None:
     found = {chunk.column: chunk.n_values for chunk in _check_pages(path, [group], _LISTS)}
     for name, counts in zip(_LISTS, (n_tokens, n_rows), strict=True):
-        # An empty list takes one entry in the column too.
+        # An empty list takes one entry in the column.
         if found[name] != np.maximum(counts, 1).sum(dtype=np.int64):
-            raise UnsafeArchiveError(f"{path}: {name} holds another number of values than announced")
+            raise UnsafeArchiveError(f"{path}: {name} holds another number of values than its counts say")
 
 
 def _flat(path: Path, column: Any, counts: IntArray) -> IntArray:
@@ -226,14 +226,14 @@ def _flat(path: Path, column: Any, counts: IntArray) -> IntArray:
     values = lists.flatten()
     lengths = lists.value_lengths().to_numpy(zero_copy_only=False)
     if lists.null_count or values.null_count or not np.array_equal(lengths, counts):
-        raise UnsafeArchiveError(f"{path}: an example's list has another length than announced, or gaps")
+        raise UnsafeArchiveError(f"{path}: an example's list has another length than its count says, or gaps")
     flat: IntArray = values.to_numpy(zero_copy_only=False)
     flat.flags.writeable = False
     return flat
 
 
 def read_columns(part: Part, names: Sequence[str]) -> pa.Table:
-    """Read those of the columns `names` that the part has; raises as `read_parts` does."""
+    """Read the columns `names`, as far as the part has them; raises as `read_parts` does."""
     wanted = [name for name in names if name in part.schema.names]
     with naming(part.path), _opened(part.path) as file:
         _check_pages(part.path, part.groups, tuple(wanted))

@@ -1,10 +1,10 @@
-"""Who runs when: batches and the shards that they fill, from the plan and the examples' lengths alone.
+"""The schedule of a capture: its batches and the shards that they fill, from the plan and the examples' lengths alone.
 
-An example belongs to the shard that its first row lies in; the examples of one shard are its *group*. Batches are
-formed inside a group: examples from longest to shortest (equal lengths in their order), as many as fit
-`batch_tokens` with padding. The batch of the group's last example comes last, because only that example can reach
-into the next shards. So the make-up of every batch is the same however often the run was interrupted, and a resumed
-run computes no batch twice except those that reach into a missing shard from a finished one.
+An example belongs to the shard that has its first row; the examples of one shard are its *group*. Batches are formed
+inside a group: examples from longest to shortest (equal lengths in their order), as many as fit `batch_tokens` with
+padding. The batch with the group's last example comes last, because only that example can reach into the next shards.
+So every batch has the same examples however often the run was interrupted. A resumed run computes a batch twice only
+if it reaches from a finished shard into a missing one.
 """
 
 from collections.abc import Container, Iterator
@@ -15,12 +15,12 @@ import numpy.typing as npt
 
 from residua.store.examples.index import ExampleIndex
 
-_LEAST_RUN = 3  # shards: a batch may be as large as a shard, and one at each end is computed twice
+_LEAST_RUN = 3  # shards; a batch can be as large as a shard, and the one at each end is computed twice
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Examples that run together, in batch order, as indices into the example table."""
+    """Examples that run together: their numbers in batch order, and the shard whose group they are from."""
 
     examples: npt.NDArray[np.int64]
     group: int
@@ -31,8 +31,8 @@ class Schedule:
 
     Args:
         index: Lengths and first rows of all examples.
-        rows_per_shard: Height of a shard.
-        batch_tokens: Most token positions, padding included, in one batch; a longer example runs alone.
+        rows_per_shard: Rows of a shard.
+        batch_tokens: Most token positions in one batch, padding included; a longer example runs alone.
     """
 
     def __init__(self, index: ExampleIndex, *, rows_per_shard: int, batch_tokens: int) -> None:
@@ -43,14 +43,14 @@ class Schedule:
         self.n_shards = -(-self.n_rows // rows_per_shard)
 
     def group(self, shard: int) -> npt.NDArray[np.int64]:
-        """Return the examples whose first row lies in `shard`; those without a kept row are in none."""
+        """Return the examples whose first row lies in `shard`; examples without a row are in no group."""
         bounds = np.array([shard, shard + 1], np.int64) * self._height
         start, stop = np.searchsorted(self._index.first_row[:-1], bounds)
         examples = np.arange(start, stop, dtype=np.int64)
         return examples[self._index.n_rows[start:stop] > 0]
 
     def batches(self, shard: int) -> list[Batch]:
-        """Return the batches of the group of `shard`, the one that may reach further last."""
+        """Return the batches of the group of `shard`; the last one can reach into later shards."""
         examples = self.group(shard)
         if not len(examples):
             return []
@@ -61,7 +61,7 @@ class Schedule:
         return batches
 
     def batch_of(self, example: int) -> Batch | None:
-        """Return the batch that `example` runs in; None if it has no kept row and so runs in none."""
+        """Return the batch that `example` runs in; None if it has no row."""
         group = int(self._index.first_row[example]) // self._height
         return next((batch for batch in self.batches(group) if example in batch.examples), None)
 
@@ -82,8 +82,8 @@ class Schedule:
         """Yield the batches that fill every shard not in `committed`, group by group.
 
         Args:
-            committed: Shards that need nothing any more.
-            shards: Fill only these; all of them unless given.
+            committed: Shards that are finished.
+            shards: The shards to fill; all by default.
         """
         wanted = range(self.n_shards) if shards is None else shards
 
@@ -97,18 +97,18 @@ class Schedule:
                 yield self.batches(shard)[-1]
 
     def _first_group(self, shard: int) -> int:
-        """Return the group of the example that the first row of `shard` belongs to: no earlier one reaches it."""
+        """Return the group of the example that owns the first row of `shard`: no earlier group reaches the shard."""
         if not 0 <= shard < self.n_shards:
             return shard
         example = np.searchsorted(self._index.first_row, shard * self._height, side="right") - 1
         return int(self._index.first_row[example]) // self._height
 
     def runs(self, n_workers: int) -> list[range]:
-        """Cut the shards into runs of consecutive ones, for workers to take one after another.
+        """Cut the shards into runs of consecutive shards, which workers take one after another.
 
-        A run is half of what is left for each worker, as guided self-scheduling has it (Polychronopoulos and Kuck,
-        1987), so that all workers end at about the same time. It ends, within a quarter of its length, where the
-        batch that both neighbours have to compute is smallest; and it is not so short that this would be most of it.
+        A run is half of each worker's share of what is left, so that all workers end at about the same time (guided
+        self-scheduling: Polychronopoulos and Kuck, 1987). The end of a run is moved, by up to a quarter of its length,
+        to where the batch that both neighbours compute is smallest. A minimal length keeps that repetition small.
         """
         least = min(_LEAST_RUN, -(-self.n_shards // n_workers))
         runs: list[range] = []
@@ -122,7 +122,7 @@ class Schedule:
         return runs
 
     def _shared_tokens(self, shard: int) -> int:
-        """Return the size, with padding, of the batch that reaches into `shard` from before it; 0 if none does."""
+        """Return the tokens, with padding, of the batch that reaches into `shard` from earlier ones; 0 if none does."""
         group = self._first_group(shard)
         if not 0 <= group < shard < self.n_shards:
             return 0

@@ -1,8 +1,9 @@
-"""Reads the example table: lengths at once, tokens row group by row group, everything on request.
+"""Reads the example table: lengths when it is opened, tokens by row group, columns on request.
 
-Nothing in the files is believed; `residua.store.examples.part` says how. An object belongs to one thread.
+Nothing in the files is trusted; `residua.store.examples.part` has the checks. An object belongs to one thread.
 """
 
+import hashlib
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
@@ -12,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 
 from residua.store.base.errors import DamagedArchiveError, DatasetError, UnsafeArchiveError
-from residua.store.examples.index import OWN_COLUMNS, ContentDigest, ExampleIndex, IntArray, starts
+from residua.store.examples.index import OWN_COLUMNS, ExampleIndex, IntArray, add_to_digest, starts
 from residua.store.examples.part import Group, Part, naming, read_columns, read_group, read_parts
 from residua.store.format.archive_metadata import file_digest
 
@@ -23,11 +24,11 @@ class ExampleTable:
     Args:
         folder: The folder with the parts.
         cached_groups: Row groups kept decoded; each has about a quarter of a million token ids and positions.
-        digests: SHA-256 of parts by file name, compared when something but the lengths is first read from them.
+        digests: SHA-256 of parts by file name. A part is compared before anything but its lengths is used.
 
     Raises:
         DamagedArchiveError: The folder or a part is missing or unreadable.
-        UnsafeArchiveError: A part holds what no honest writer would put there.
+        UnsafeArchiveError: A part has contents that Residua never writes.
     """
 
     def __init__(self, folder: Path, *, cached_groups: int = 4, digests: Mapping[str, str] | None = None) -> None:
@@ -45,7 +46,7 @@ class ExampleTable:
         return f"<ExampleTable {self._folder} of {sum(len(part.n_rows) for part in self._parts):,} examples>"
 
     def index(self) -> ExampleIndex:
-        """Return the lengths of all examples; reads no tokens."""
+        """Return the lengths of all examples, without reading tokens."""
         return self._index
 
     @cached_property
@@ -61,11 +62,11 @@ class ExampleTable:
             n_rows=n_rows,
             first_row=first_row,
             first_example=first_example,
-            digest=self._parts[-1].digest if self._parts else ContentDigest().hexdigest(),
+            digest=self._parts[-1].digest if self._parts else hashlib.sha256().hexdigest(),
         )
 
     def rows(self, example_index: int) -> tuple[int, int]:
-        """Return the first row of one example and the row after its last."""
+        """Return the first row of one example, and the row after its last."""
         self._check(self._parts[self._place(example_index)[0]])
         start, stop = self.index().first_row[example_index : example_index + 2].tolist()
         return start, stop
@@ -75,15 +76,15 @@ class ExampleTable:
         return self._content(example_index)[0]
 
     def positions(self, example_index: int) -> IntArray:
-        """Return the kept positions of one example, int32, one a row, read-only."""
+        """Return the kept positions of one example, int32, (rows of the example), read-only."""
         return self._content(example_index)[1]
 
     def batch(self, example_indices: Sequence[int]) -> list[tuple[IntArray, IntArray]]:
-        """Return (token ids, positions) of the examples named; fast when they are neighbours."""
+        """Return (token ids, positions) of examples; fast if they are neighbours."""
         return [self._content(example_index) for example_index in example_indices]
 
     def table(self, columns: Sequence[str] | None = None) -> pa.Table:
-        """Return all examples as one table, or only `columns`; what a part lacks is null there.
+        """Return all examples as one table, or only `columns`; a column that a part lacks is null there.
 
         Raises:
             DatasetError: There is no such column.
@@ -101,13 +102,13 @@ class ExampleTable:
             return joined.replace_schema_metadata(None)
 
     def parts(self, columns: Sequence[str]) -> Iterator[pa.Table]:
-        """Yield the examples of one part after the other, with those of `columns` that it has."""
+        """Yield the examples part by part, with those of `columns` that the part has."""
         for part in self._parts:
             self._check(part)
             yield read_columns(part, columns)
 
     def column_types(self) -> dict[str, pa.DataType]:
-        """Return the Arrow types of the user's own columns; null where no example has a value."""
+        """Return the Arrow types of the user's own columns; null for one without any value."""
         types: dict[str, pa.DataType] = {}
         for part in self._parts:
             for field in part.schema:
@@ -116,43 +117,43 @@ class ExampleTable:
         return {name: kind for name, kind in types.items() if name not in OWN_COLUMNS}
 
     def require(self, *, n_rows: int | None, digest: object) -> None:
-        """Compare the examples with what their archive says of them; None where it says nothing.
+        """Compare the examples with their archive's metadata; None if it has no such entry.
 
         Raises:
-            UnsafeArchiveError: They have another number of rows.
-            DamagedArchiveError: They have another digest.
+            UnsafeArchiveError: The examples have another number of rows.
+            DamagedArchiveError: The examples have another digest.
         """
         index = self.index()
         if n_rows not in (None, index.total_rows):
             raise UnsafeArchiveError(
                 f"{self._folder}: the examples have {index.total_rows:,} rows, but the archive has {n_rows:,}: "
-                "copy it again from where it came from"
+                "copy the archive again from its source"
             )
         if digest not in (None, index.digest):
             raise DamagedArchiveError(
-                f"{self._folder}: the examples' digest is {index.digest[:12]}, but the archive was made for {digest}: "
-                "restore the parts from a copy"
+                f"{self._folder}: the examples have the digest {index.digest[:12]}, but the archive was made for "
+                f"{digest}: restore the parts from a copy"
             )
 
     def verify(self) -> None:
-        """Read all tokens and positions and compare them with the digest that each part records.
+        """Read all tokens and positions, and compare them with the digest in each part.
 
         Raises:
-            DamagedArchiveError: The content of a part is not what was written.
+            DamagedArchiveError: A part has other content than was written.
         """
-        digest = ContentDigest()
+        digest = hashlib.sha256()
         bounds = self.index().first_example.tolist()
         for part, start, stop in zip(self._parts, bounds, bounds[1:], strict=False):
             for example_index in range(start, stop):
-                digest.add(*self._content(example_index))
+                add_to_digest(digest, *self._content(example_index))
             if digest.hexdigest() != part.digest:
-                raise DamagedArchiveError(f"{part.path}: its tokens or positions are not those that were written")
+                raise DamagedArchiveError(f"{part.path}: its tokens or positions were altered: restore it from a copy")
 
     def _place(self, example_index: int) -> tuple[int, int]:
-        """Return the part that an example lies in, and its number there."""
+        """Return the part that has an example, and the number of the example in it."""
         index = self.index()
         if not 0 <= example_index < index.n_examples:
-            raise IndexError(f"example {example_index}: there are examples 0 to {index.n_examples - 1}")
+            raise IndexError(f"there is no example {example_index}: there are examples 0 to {index.n_examples - 1}")
         part_index = int(np.searchsorted(index.first_example, example_index, side="right")) - 1
         return part_index, example_index - int(index.first_example[part_index])
 

@@ -1,10 +1,11 @@
-"""Writes the example table part by part: for a whole dataset, or for a loop that adds examples as it goes.
+"""Writes the example table part by part, for a complete dataset or for a loop that adds examples as it goes.
 
-A part is a Parquet file that appears complete and durable or not at all. What stays in memory is the part
-being filled and two integers an example. The same examples give the same bytes (with the same version of
-pyarrow), as long as `flush` is called at the same places.
+A part is a Parquet file that appears complete and durable, or not at all. Memory holds the part being filled and two
+integers for each example. The same examples give the same bytes, with the same version of pyarrow and `flush` called
+after the same examples.
 """
 
+import hashlib
 from array import array
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,30 +20,30 @@ from residua.store.examples.index import (
     DIGEST_KEY,
     MAX_PART_EXAMPLES,
     OWN_COLUMNS,
-    ContentDigest,
     Example,
     ExampleIndex,
+    add_to_digest,
     part_name,
     starts,
 )
 from residua.store.storage.files import write_file
 
 BYTES_PER_PART = 2**26
-VALUES_PER_GROUP = 2**18  # a row group is what a reader decodes at once: about 1 MiB of token ids
+VALUES_PER_GROUP = 2**18  # a reader decodes one row group at a time: about 1 MiB of token ids
 EXAMPLES_PER_GROUP = 1024
-EXAMPLES_PER_PART = 2**16  # few files for short examples; long ones fill a part by their bytes
+EXAMPLES_PER_PART = 2**16  # short examples make few files; long ones fill a part by their bytes
 
 
 class ExampleWriter:
     """Streams examples into the parts of a folder.
 
     Args:
-        folder: The archive's ``examples`` folder; made if it is not there.
-        examples_per_part: A part is written when it holds so many examples,
-        bytes_per_part: or so many bytes of tokens, positions and columns, uncompressed.
+        folder: The archive's ``examples`` folder; created if missing.
+        examples_per_part: Most examples in a part.
+        bytes_per_part: Bytes of tokens, positions and columns, uncompressed, at which a part is written.
 
     Raises:
-        DatasetError: There are parts in the folder already.
+        DatasetError: The folder has parts already.
     """
 
     def __init__(
@@ -59,30 +60,30 @@ class ExampleWriter:
         self._types: dict[str, pa.DataType] = {}
         self._n_tokens, self._n_rows, self._first_example = array("i"), array("i"), array("q", [0])
         self._total_rows = 0
-        self._digest = ContentDigest()
+        self._digest = hashlib.sha256()
         self._pending: list[Example] = []
         self._pending_bytes = 0
         folder.mkdir(parents=True, exist_ok=True)
         parts = sorted(folder.glob("part-*.parquet"))
         if parts:
-            raise DatasetError(f"{folder}: there are examples already ({parts[0].name}); use another folder")
+            raise DatasetError(f"{folder} has examples already ({parts[0].name}): use another folder")
 
     @property
     def n_examples(self) -> int:
-        """Examples added so far, written or not: the number that the next one gets."""
+        """Examples added so far, written or not; the next one gets this number."""
         return len(self._n_tokens)
 
     @property
     def n_rows(self) -> int:
-        """Rows of the examples added so far: the first row of the next one."""
+        """Rows of the examples added so far; the next one starts at this row."""
         return self._total_rows
 
     def add(self, example: Example) -> int:
-        """Append one example and return its number; writes a part when that fills it.
+        """Append one example and return its number. Writes the part once it is full.
 
         Raises:
-            DatasetError: A column has a reserved name, or a value that cannot be stored; values are looked at when
-                their part is written.
+            DatasetError: A column has a reserved name, or a value that cannot be stored. Values are checked when their
+                part is written.
         """
         unknown = example.columns.keys() - self._types.keys()
         if unknown:
@@ -98,19 +99,19 @@ class ExampleWriter:
         return self.n_examples - 1
 
     def flush(self) -> str | None:
-        """Write what was added since the last part, durably; return the part's name, None if nothing was."""
+        """Write the examples added since the last part, durably; return the part's name, or None without examples."""
         if not self._pending:
             return None
         first = self._first_example[-1]
         columns = columns_of(self._pending, self._types, first)
         digest = self._digest.copy()
         for example in self._pending:
-            digest.add(example.input_ids, example.positions)
+            add_to_digest(digest, example.input_ids, example.positions)
         table = pa.table({**self._own_columns(first), **columns})
         table = table.replace_schema_metadata({DIGEST_KEY: digest.hexdigest().encode()})
         name = part_name(len(self._first_example) - 1)
         write_file(self._folder / name, [self._encoded(table)])
-        # Only now, so that a part that the disk refused may be written again.
+        # Last, so that a part that the disk refused can be written again.
         self._digest = digest
         self._types.update({column: values.type for column, values in columns.items()})
         self._first_example.append(self.n_examples)
@@ -118,7 +119,7 @@ class ExampleWriter:
         return name
 
     def close(self) -> ExampleIndex:
-        """Write what is left and return the index of all examples; may be called again."""
+        """Write the last part and return the index of all examples; may be called again."""
         self.flush()
         n_rows = np.array(self._n_rows, np.int32)
         return ExampleIndex(
@@ -156,7 +157,7 @@ def _lists(counts: np.ndarray, runs: list[np.ndarray]) -> pa.ListArray:
 
 
 def _groups(n_tokens: np.ndarray, n_rows: np.ndarray) -> Iterator[tuple[int, int]]:
-    """Yield (start, stop) of the row groups: each is closed by its count of values or of examples."""
+    """Yield (start, stop) of the row groups; each ends at a number of values or of examples."""
     start = n_values = 0
     for i, (tokens, rows) in enumerate(zip(n_tokens.tolist(), n_rows.tolist(), strict=True)):
         n_values += tokens + rows

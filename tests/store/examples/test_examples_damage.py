@@ -66,7 +66,7 @@ class TestDamage:
     def test_other_tokens_of_the_same_length(self, tmp_path: Path) -> None:
         written(tmp_path)
         tampered(tmp_path / "part-00001.parquet", lambda values: values["input_ids"].__setitem__(0, [10]))
-        with pytest.raises(DamagedArchiveError, match=r"part-00001.parquet: its tokens or positions are not those"):
+        with pytest.raises(DamagedArchiveError, match=r"part-00001.parquet: .*tokens or positions"):
             ExampleTable(tmp_path).verify()
 
     @pytest.mark.parametrize(
@@ -86,15 +86,15 @@ class TestDamage:
         written(tmp_path)
         path = tmp_path / "part-00002.parquet"
         pq.write_table(pq.read_table(path).drop_columns(["positions"]), path)
-        with pytest.raises(UnsafeArchiveError, match=r"part-00002.*'positions' should be there once"):
+        with pytest.raises(UnsafeArchiveError, match=r"part-00002.*'positions'"):
             ExampleTable(tmp_path)
 
     def test_missing_part_and_folder(self, tmp_path: Path) -> None:
         written(tmp_path)
         (tmp_path / "part-00001.parquet").unlink()
-        with pytest.raises(DamagedArchiveError, match=r"part-00001.parquet: this part is missing"):
+        with pytest.raises(DamagedArchiveError, match=r"part-00001.parquet is missing"):
             ExampleTable(tmp_path)
-        with pytest.raises(DamagedArchiveError, match="nowhere: the folder of the examples is missing"):
+        with pytest.raises(DamagedArchiveError, match="nowhere.* is missing"):
             ExampleTable(tmp_path / "nowhere")
 
     def test_a_part_whose_folder_entry_is_no_file(self, tmp_path: Path) -> None:

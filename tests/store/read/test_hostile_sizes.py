@@ -66,7 +66,7 @@ def test_all_else_that_it_claims_to_have_is_said_to_be_wrong(huge: Path) -> None
         assert archive[SITE].shape == (HUGE, 40)
         assert f"{HUGE:,} rows" in repr(archive)
     assert f"the examples have {N_ROWS} rows, but the archive has {HUGE:,}" in refused(lambda: archive.examples)
-    assert "copy it again" in refused(summarise, archive)
+    assert "copy the archive again" in refused(summarise, archive)
     assert "more records are missing" in problems(huge)
 
 
