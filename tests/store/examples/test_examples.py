@@ -232,9 +232,9 @@ class TestColumns:
 
     def test_an_example_checks_itself(self) -> None:
         good = np.array([1, 2], np.int32)
-        with pytest.raises(DatasetError, match="input_ids: .*int32.*found int64"):
+        with pytest.raises(DatasetError, match=r"input_ids: .*int32.*found int64"):
             Example(input_ids=np.array([1, 2]), positions=good[:0])
-        with pytest.raises(DatasetError, match="positions: .*int32"):
+        with pytest.raises(DatasetError, match=r"positions: .*int32"):
             Example(input_ids=good, positions=good.reshape(1, 2))
         for positions, message in (([0, 2], "do not lie in"), ([-1, 0], "do not lie"), ([1, 1], "increasing")):
             with pytest.raises(DatasetError, match=message):

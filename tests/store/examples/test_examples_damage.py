@@ -94,7 +94,7 @@ class TestDamage:
         (tmp_path / "part-00001.parquet").unlink()
         with pytest.raises(DamagedArchiveError, match=r"part-00001.parquet is missing"):
             ExampleTable(tmp_path)
-        with pytest.raises(DamagedArchiveError, match="nowhere.* is missing"):
+        with pytest.raises(DamagedArchiveError, match=r"nowhere.* is missing"):
             ExampleTable(tmp_path / "nowhere")
 
     def test_a_part_whose_folder_entry_is_no_file(self, tmp_path: Path) -> None:
