@@ -1,9 +1,13 @@
-"""Where the numbers came from: everything that one needs to capture the same rows again."""
+"""Which model this is, where the numbers came from, and whether a model is the one that an archive was captured from.
+
+The identity of a model (class, weights, config, dtype, attention) stands in the plan. The provenance adds what the
+numbers depend on: package versions, processor, threads, and how the model was spread over processes.
+"""
 
 import json
 import platform
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import version
@@ -36,6 +40,8 @@ _NOT_THE_MODEL = (
     "architectures",
     "distributed_config",
 )
+_IDENTITY = ("class", "weights", "config")
+_CONDITIONS = ("dtype", "attention")  # under which the same model may run
 
 
 def environment() -> dict[str, Json]:
@@ -54,34 +60,30 @@ def environment() -> dict[str, Json]:
 
 @cache
 def _version(name: str) -> str:
-    return version(name)  # which reads files of the package each time
-
-
-def changed_conditions(provenance: Mapping[str, object]) -> tuple[str, ...]:
-    """Return one sentence for each condition of `provenance` that is another here, now."""
-    here, there = flatten(environment()), flatten(provenance)
-    return tuple(
-        f"{key}: {there[key]} when it was captured, {value} now"
-        for key, value in here.items()
-        if key in there and there[key] != value
-    )
+    return version(name)  # reads files of the package each time
 
 
 def identify_model(model: nn.Module) -> dict[str, Json]:
-    """Return what makes a model this model, wherever it lies and whatever is around it: the plan's `model` entry."""
+    """Return the plan's `model` entry: the same on every device, under every wrapper, in every layout.
+
+    A collective of all processes that hold the model.
+
+    Raises:
+        CaptureError: A weight has no values, since it lies on the meta device.
+    """
     core = core_of(model)
     return {
         "class": plain_class(core).__name__,
-        # FSDP1 brings weights together from the outermost wrapper on
+        # FSDP1 gathers weights from the outermost wrapper
         "weights": weights_fingerprint(model if isinstance(model, FullyShardedDataParallel) else core),
-        "config": _config_digest(core),
+        "config": digest_of(_config_values(core) if isinstance(core, PreTrainedModel) else str(core)),
         "dtype": str(next(core.parameters()).dtype).removeprefix("torch."),
-        "attention": _attention(core),
+        "attention": attention_implementation(core.config) if isinstance(core, PreTrainedModel) else None,
     }
 
 
 def describe_model(model: nn.Module, identity: Mapping[str, Json]) -> dict[str, Json]:
-    """Return where the model came from, on what it ran, and its `identity`: provenance."""
+    """Return the provenance of a model: where it came from, what it ran on, and its `identity`."""
     model = core_of(model)
     devices = {parameter.device for parameter in model.parameters()}
     names = sorted(torch.cuda.get_device_name(d) if d.type == "cuda" else d.type for d in devices)
@@ -90,43 +92,59 @@ def describe_model(model: nn.Module, identity: Mapping[str, Json]) -> dict[str, 
         "id": getattr(config, "name_or_path", "") or "",
         "revision": model_revision(config),
         "devices": cast("list[Json]", names),
-        "layout": layout(model),
+        "layout": _layout(model),
         "config_values": _config_values(model),
         **identity,
     }
 
 
 def identify_tokenizer(tokenizer: PreTrainedTokenizerBase) -> dict[str, Json]:
-    """Return the name of a tokenizer and the SHA-256 of its vocabulary and rules (of its vocabulary, if it is slow)."""
+    """Return the name of a tokenizer and the SHA-256 of its vocabulary and rules; of a slow one, of its vocabulary."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     content = tokenizer.get_vocab() if backend is None else json.loads(backend.to_str())
     if backend is not None:
-        content = {name: part for name, part in content.items() if name not in ("padding", "truncation")}
+        content = {name: value for name, value in content.items() if name not in ("padding", "truncation")}
     return {"id": tokenizer.name_or_path, "sha256": digest_of(content)}
 
 
-def layout(model: nn.Module) -> str:
+def _layout(model: nn.Module) -> str:
     """Return how a model is spread over processes, for people."""
-    parts = [describe_process_layout(model)] if spans_processes(model) else []
-    return " x ".join([*parts, *(["zero3" if is_zero3(model) else "fsdp2"] if is_sharded(model) else [])]) or "single"
+    over = [describe_process_layout(model)] if spans_processes(model) else []
+    return " x ".join([*over, *(["zero3" if is_zero3(model) else "fsdp2"] if is_sharded(model) else [])]) or "single"
 
 
-def changed_layout(provenance: Mapping[str, object], model: nn.Module) -> tuple[str, ...]:
-    """Return a sentence if a model lies otherwise than when `provenance` was written; none if that does not say."""
+def _config_values(model: nn.Module) -> dict[str, Json]:
+    """Return the config of a transformers model, without what belongs to the library or to this machine."""
+    if not isinstance(model, PreTrainedModel):
+        return {}
+    values = json.loads(model.config.to_json_string(use_diff=True))
+    return {key: value for key, value in values.items() if key not in _NOT_THE_MODEL}
+
+
+def changed_conditions(provenance: Mapping[str, object], model: nn.Module | None = None) -> tuple[str, ...]:
+    """Return one sentence for each condition that differs from `provenance`: the environment, the model's layout.
+
+    Args:
+        provenance: The provenance of an archive.
+        model: The model whose layout is compared, if it matters.
+    """
+    here, there = flatten(environment()), flatten(provenance)
+    changed = [
+        f"{key}: {there[key]} when it was captured, {value} now"
+        for key, value in here.items()
+        if key in there and there[key] != value
+    ]
     described = provenance.get("model")
     then = described.get("layout") if isinstance(described, Mapping) else None
-    now = layout(model)
-    if then in (None, now):
-        return ()
-    return (f"layout of the model: {then} when it was captured, {now} now: values are rounded in another order",)
-
-
-def _attention(model: nn.Module) -> str | None:
-    return attention_implementation(model.config) if isinstance(model, PreTrainedModel) else None
+    if model is not None and then not in (None, now := _layout(core_of(model))):
+        changed.append(
+            f"layout of the model: {then} when it was captured, {now} now, so values are rounded in another order"
+        )
+    return tuple(changed)
 
 
 def config_differences(provenance: Mapping[str, object], model: nn.Module) -> list[str]:
-    """Return one line for each value of the model's config that is another than in `provenance`."""
+    """Return one line for each value of the model's config that differs from `provenance`."""
     described = provenance.get("model")
     there = described.get("config_values") if isinstance(described, Mapping) else None
     if not isinstance(there, Mapping):
@@ -139,104 +157,69 @@ def config_differences(provenance: Mapping[str, object], model: nn.Module) -> li
     ]
 
 
-def _config_digest(model: nn.Module) -> str:
-    return digest_of(_config_values(model) if isinstance(model, PreTrainedModel) else str(model))
-
-
-def _config_values(model: nn.Module) -> dict[str, Json]:
-    """Return what of a transformers model's config is the model's, and not this library's or this machine's."""
-    if not isinstance(model, PreTrainedModel):
-        return {}
-    values = json.loads(model.config.to_json_string(use_diff=True))
-    return {key: value for key, value in values.items() if key not in _NOT_THE_MODEL}
-
-
-_IDENTITY = ("class", "weights", "config")  # the other entries are conditions under which the same model runs
-
-
 @dataclass(frozen=True, kw_only=True)
 class ModelCheck:
-    """What comparing a model with an archive found.
+    """The result of comparing a model with an archive.
 
     Attributes:
         identity: What is known of the model here, as in the plan's `model` entry.
         notes: One sentence for each thing that differs.
     """
 
-    identity: Mapping[str, object]
+    identity: Mapping[str, Json]
     notes: tuple[str, ...]
 
 
-def check_model(archive: Archive, model: nn.Module, *, force: bool = False) -> ModelCheck:
-    """Compare a model and the conditions here with those of the capture.
+def check_model(archive: Archive, model: nn.Module, *, force: bool = False, exact: bool = False) -> ModelCheck:
+    """Compare a model, and the conditions here, with those of the capture.
 
     Args:
         archive: The archive.
         model: The model, on its device.
-        force: Take another model too, and say so.
+        force: Accept another model, with a note.
+        exact: Also refuse another dtype or attention, and a model whose weights have no values.
 
     Raises:
         PlanError: It is another model.
+        CaptureError: With `exact`: a weight has no values.
     """
-    expected = archive.plan.model
-    found, notes = _identity_here(model)
-    wrong = [key for key in _IDENTITY if key in expected and key in found and found[key] != expected[key]]
-    lines = [f"{key}: {_short(expected[key])} in the archive, {_short(found[key])} here" for key in wrong]
-    if wrong and not force:
-        values = config_differences(archive.provenance, core_of(model)) if "config" in wrong else []
-        text = "\n  ".join([*lines, *values, *_same_conditions(found, expected)])
-        raise PlanError(
-            f"this is not the model that {archive.path} was captured from:\n  {text}\n"
-            "Load that model, in the same dtype; force=True or --force goes on with this one, and notes it."
-        )
-    forced = [f"another model than was captured, as force=True asked: {line}" for line in lines]
-    conditions = [*_same_conditions(found, expected), *_same_layout(archive, core_of(model))]
-    return ModelCheck(identity=found, notes=(*forced, *notes, *conditions, *changed_conditions(archive.provenance)))
-
-
-def _identity_here(model: nn.Module) -> tuple[dict[str, object], list[str]]:
-    """Return what is known of the model here, and notes: weights that have no values anywhere cannot be told."""
+    expected, notes = archive.plan.model, list[str]()
     try:
-        return dict(identify_model(model)), []
+        found = identify_model(model)
     except CaptureError as error:
-        found: dict[str, object] = {"class": plain_class(core_of(model)).__name__}
-        return found, [f"the model's weights were not compared with those of the capture: {error}"]
-
-
-def _same_conditions(found: Mapping[str, object], expected: Mapping[str, object]) -> list[str]:
-    return [
+        if exact:
+            raise
+        found = {"class": plain_class(core_of(model)).__name__}
+        notes.append(f"the model's weights were not compared with those of the capture: {error}")
+    wrong = [
+        key
+        for key in (expected if exact else _IDENTITY)
+        if key in expected and found.get(key) != expected[key] and (exact or key in found)
+    ]
+    conditions = [
         f"{key}: {expected[key]} when it was captured, {found[key]} now"
-        for key in ("dtype", "attention")
+        for key in _CONDITIONS
         if key in expected and key in found and found[key] != expected[key]
     ]
-
-
-def _same_layout(archive: Archive, core: nn.Module) -> list[str]:
-    described = archive.provenance.get("model")
-    before = described.get("layout") if isinstance(described, Mapping) else None
-    now = layout(core)
-    return [f"layout: {before} when it was captured, {now} now"] if before is not None and before != now else []
-
-
-def _short(value: object) -> str:
-    return str(value)[:16]
+    lines = [f"{key}: {str(expected[key])[:16]} in the archive, {str(found.get(key))[:16]} here" for key in wrong]
+    if wrong and not force:
+        values = config_differences(archive.provenance, core_of(model)) if "config" in wrong else []
+        listed = "\n  ".join([*lines, *values, *([] if exact else conditions)])
+        remedy = "" if exact else "; or go on with this model by force=True or --force, which is noted"
+        raise PlanError(
+            f"this is not the model that {archive.path} was captured from:\n  {listed}\n"
+            f"Load that model, in the same dtype{remedy}."
+        )
+    forced = [f"another model than the captured one, as force=True allowed: {line}" for line in lines]
+    changed = changed_conditions(archive.provenance, model)
+    return ModelCheck(identity=found, notes=(*forced, *notes, *conditions, *changed))
 
 
 @contextmanager
 def running_as_captured(archive: Archive, model: nn.Module) -> Iterator[None]:
-    """Let a model run as in the capture: uncompiled, evaluating, with eager attention where patterns were captured."""
-    with ExitStack() as stack:
-        called = runnable(model)
-        stack.enter_context(running_uncompiled(called))
-        stack.enter_context(evaluating(called))
-        core = core_of(model)
-        if isinstance(core, PreTrainedModel) and _computes_otherwise(archive, core):
-            stack.enter_context(eager_attention(core))
+    """Let a model run as in the capture: uncompiled, in evaluation mode, with eager attention if it has patterns."""
+    core, called = core_of(model), runnable(model)
+    has_patterns = any(site.startswith("pattern.") for site in archive.sites)
+    eager = eager_attention(core) if has_patterns and isinstance(core, PreTrainedModel) else nullcontext()
+    with running_uncompiled(called), evaluating(called), eager:
         yield
-
-
-def _computes_otherwise(archive: Archive, model: PreTrainedModel) -> bool:
-    """Say whether the capture switched the model to eager attention for its patterns, and this one uses another."""
-    if archive.plan.model.get("attention") != "eager" or not any(site.startswith("pattern.") for site in archive.sites):
-        return False
-    return attention_implementation(model.config) != "eager"

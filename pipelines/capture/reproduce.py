@@ -10,11 +10,8 @@ from transformers import PreTrainedModel
 
 from residua.capture.forward.batches import BatchRunner
 from residua.capture.identity.compare import RowComparison, SiteComparison
-from residua.capture.identity.provenance import changed_conditions, identify_model
-from residua.capture.runtime.wrappers import running_uncompiled
-from residua.capture.sites.attention import eager_where_needed
+from residua.capture.identity.provenance import changed_conditions, check_model, running_as_captured
 from residua.capture.sites.names_to_modules import resolve_sites
-from residua.capture.sites.shape_probe import evaluating
 from residua.capture.taps.reading import reading
 from residua.pipelines.capture.captured_batches import sample_batches
 from residua.pipelines.setup.models import captured_model
@@ -87,10 +84,8 @@ def reproduce(
     batches = sample_batches(opened, n_batches, seed)
     runner = BatchRunner(model, plan, opened.example_table, comparison)
     with ExitStack() as stack:
-        stack.enter_context(running_uncompiled(model))
-        stack.enter_context(evaluating(model))
-        stack.enter_context(eager_where_needed(model, infos.values()))
-        _check_model(opened, model)
+        stack.enter_context(running_as_captured(opened, model))
+        check_model(opened, model, exact=True)
         stack.enter_context(torch.inference_mode())
         taps = stack.enter_context(reading(model, infos, runner.put))
         for done, batch in enumerate(batches, start=1):
@@ -100,11 +95,3 @@ def reproduce(
     return Reproduction(
         sites=comparison.sites, n_batches=len(batches), differences=changed_conditions(opened.provenance)
     )
-
-
-def _check_model(archive: Archive, model: PreTrainedModel) -> None:
-    found, expected = identify_model(model), archive.plan.model
-    wrong = [key for key in expected if found.get(key) != expected[key]]
-    if wrong:
-        lines = "\n  ".join(f"{key}: the archive has {expected[key]}, this model has {found.get(key)}" for key in wrong)
-        raise PlanError(f"this is not the model that {archive.path} was captured from:\n  {lines}")

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from torch import nn
 
-from residua.capture.identity.provenance import changed_conditions, changed_layout, config_differences
+from residua.capture.identity.provenance import changed_conditions, config_differences
 from residua.store.base.errors import PlanError
 from residua.store.format.create import seal
 from residua.store.format.plan import Plan
@@ -21,7 +21,7 @@ def compare_plans(archive: Archive, plan: Plan, model: nn.Module) -> tuple[str, 
     Raises:
         PlanError: They differ; the message says in what.
     """
-    notes = (*changed_conditions(archive.provenance), *changed_layout(archive.provenance, model))
+    notes = changed_conditions(archive.provenance, model)
     if archive.plan.digest == plan.digest:
         return notes
     lines = archive.plan.differences(plan)
