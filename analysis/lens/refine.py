@@ -15,7 +15,8 @@ Axes: `N` rows of a batch, `D` width, `V` vocabulary.
 """
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -24,7 +25,7 @@ from torch import Tensor
 from residua.analysis.lens.checkpoint import Translator
 from residua.analysis.lens.ridge import Ridge
 from residua.analysis.lens.rows import LensRows
-from residua.analysis.lens.unembedding import Decoder, Unembedding
+from residua.analysis.lens.unembedding import Decoder
 
 _BETA_1, _BETA_2, _EPSILON = 0.8, 0.99, 1e-12
 _UNIFORM_SHARE = 0.5  # of the drawn candidates: the lens may believe in tokens that the model does not
@@ -82,10 +83,10 @@ class _LayerMap:
         self._second_moment = torch.zeros_like(self._map)
         self._n_steps = 0
 
-    def step(self, hidden_ND: Tensor, loss: "_BatchLoss", rate: float) -> None:
-        """Take one step on a batch."""
+    def step(self, hidden_ND: Tensor, gradient_of: Callable[[Tensor], Tensor], rate: float) -> None:
+        """Take one step on a batch, whose loss has the gradient `gradient_of`."""
         white = torch.addmm(self._centre, hidden_ND, self._whitening)
-        gradient = loss.gradient(torch.addmm(self._map[-1], white, self._map[:-1])).div_(len(white))
+        gradient = gradient_of(torch.addmm(self._map[-1], white, self._map[:-1])).div_(len(white))
         torch.mm(white.T, gradient, out=self._gradient[:-1])
         torch.sum(gradient, 0, out=self._gradient[-1])
         self._n_steps += 1
@@ -101,23 +102,16 @@ class _LayerMap:
         return Translator(weight.float(), bias.float())
 
 
-class _BatchLoss:
-    """The KL divergence of one batch, on the full vocabulary or on candidates; shared by all layers."""
-
-    def __init__(self, decoder: Decoder, target_NV: Tensor, candidates: Candidates | None) -> None:
-        self._decoder = decoder
-        self._target = target_NV if candidates is None else candidates.restrict(target_NV)
-        self._unembedding: Unembedding | None = None
-        self._log_weights: Tensor | None = None
-        if candidates is not None:
-            self._unembedding = decoder.unembedding.of_tokens(candidates.tokens)
-            self._log_weights = candidates.weights.log()
-
-    def gradient(self, final_ND: Tensor) -> Tensor:
-        """Return the gradient, summed over rows, for a layer's estimate of the final residual stream."""
-        return self._decoder.kl_gradient(
-            final_ND, self._target, unembedding=self._unembedding, log_weights=self._log_weights
-        )
+def _kl_gradient(decoder: Decoder, target_NV: Tensor, candidates: Candidates | None) -> Callable[[Tensor], Tensor]:
+    """Return the gradient of the loss of a batch, as a function of a layer's estimate of the final residual stream."""
+    if candidates is None:
+        return partial(decoder.kl_gradient, target_NV=target_NV)
+    return partial(
+        decoder.kl_gradient,
+        target_NV=candidates.restrict(target_NV),
+        unembedding=decoder.unembedding.of_tokens(candidates.tokens),
+        log_weights=candidates.weights.log(),
+    )
 
 
 def refine(
@@ -151,10 +145,10 @@ def refine(
     for values in _batches([final, *layers], reader, generator, part, n_parts):
         target = decoder.logits(next(values).float()).softmax(-1)
         candidates = draw_candidates(target, settings.candidates, generator) if settings.candidates else None
-        loss = _BatchLoss(decoder, target, candidates)
+        gradient_of = _kl_gradient(decoder, target, candidates)
         rate = settings.learning_rate * (1 - math.cos(math.pi * max(0.0, n_left / n_total))) / 2
         for layer, hidden in zip(layers.values(), values, strict=True):
-            layer.step(hidden.float(), loss, rate)
+            layer.step(hidden.float(), gradient_of, rate)
         n_left -= len(target)
     return {site: layer.translator() for site, layer in layers.items()}
 

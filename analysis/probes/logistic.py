@@ -48,7 +48,7 @@ class Basis:
         """Return the coordinates that the rows behind `moments` suggest."""
         scale = np.sqrt(moments.variance)
         scale[scale == 0] = 1.0
-        if not moments.is_whole:
+        if not moments.is_full:
             return cls(moments.mean, scale, np.ones(len(scale)), None)
         values, vectors = np.linalg.eigh(moments.scatter / (moments.n * np.outer(scale, scale)))
         return cls(moments.mean, scale, np.maximum(values, 0.0), vectors)

@@ -86,7 +86,7 @@ def _classify(job: Job, rows: ProbeRows, width: int) -> SiteProbe:
             for start in range(0, len(values), height):
                 yield values[start : start + height], codes[start : start + height]
 
-    train = Moments(width, whole=_COVARIANCES * 8 * width**2 <= job.memory)
+    train = Moments(width, full=_COVARIANCES * 8 * width**2 <= job.memory)
     seen = dict.fromkeys((FIT, VALIDATION, TEST), 0)
     for values, _, parts in rows.each():
         for part in seen:

@@ -60,12 +60,12 @@ class SiteSums:
     """
 
     def __init__(self, width: int, *, full: bool) -> None:
-        self.moments = Moments(width, whole=full)
+        self.moments = Moments(width, full=full)
         self.third: Floats = np.zeros(width)
         self.fourth: Floats = np.zeros(width)
         self.least: Floats = np.full(width, np.inf)
         self.most: Floats = np.full(width, -np.inf)
-        self.norms = Moments(1, whole=False)
+        self.norms = Moments(1, full=False)
         self.largest_norm = 0.0
         self.row_kurtosis = 0.0
         self.positions = NormsByPosition()
@@ -81,7 +81,7 @@ class SiteSums:
             self.n_nonfinite_rows += int(len(values) - np.count_nonzero(finite_rows))
             values, positions = values[finite_rows], positions[finite_rows]
         if len(values):
-            self.merge(_sums_of(values, positions, full=self.moments.is_whole))
+            self.merge(_sums_of(values, positions, full=self.moments.is_full))
 
     def merge(self, other: "SiteSums") -> Self:
         """Add the rows of `other`."""
@@ -229,7 +229,7 @@ def _pooled(mean: Floats, second: Floats, third: Floats, fourth: Floats) -> dict
 
 def _components(sums: SiteSums, n_components: int) -> tuple[list[float] | None, Floats | None]:
     """Return the shares of the variance and the directions of the first principal components."""
-    if not sums.moments.is_whole:
+    if not sums.moments.is_full:
         return None, None
     values, vectors = np.linalg.eigh(sums.moments.scatter)
     order = slice(None, -n_components - 1, -1)

@@ -36,17 +36,15 @@ _JOBS_PER_WORKER = 2  # submitted at a time, so that a worker never waits for it
 
 
 class Cluster(Protocol):
-    """Runs jobs. `connect` makes one."""
+    """Runs jobs. `connect` makes one.
 
-    @property
-    def n_workers(self) -> int:
-        """Number of jobs that run at a time."""
-        ...
+    Attributes:
+        n_workers: Number of jobs that run at a time.
+        memory_limit: Bytes of memory that the process of one job may use in total.
+    """
 
-    @property
-    def memory_limit(self) -> int:
-        """Bytes of memory that the process of one job may use in total."""
-        ...
+    n_workers: int
+    memory_limit: int
 
     def map(
         self, function: Callable[[Job], Result], jobs: Sequence[Job], *, label: str
