@@ -43,14 +43,7 @@ METADATA = "zarr.json"
 _MAX_METADATA_BYTES = 4 * 1024 * 1024
 _OURS = "residua"
 _DIGEST = "sha256"
-_FIXED = {
-    "zarr_format": 3,
-    "node_type": "array",
-    "chunk_key_encoding": {"name": "default", "configuration": {"separator": "/"}},
-    "storage_transformers": [],
-}
 _OPTIONAL = {"dimension_names", "storage_transformers"}
-_FIELDS = {*_FIXED, "shape", "data_type", "chunk_grid", "codecs", "fill_value", "attributes"}
 
 
 def create_array(root: Path, spec: ArraySpec, n_rows: int, *, attributes: Mapping[str, Json] | None = None) -> None:
@@ -110,12 +103,11 @@ def open_array(root: Path, node: str) -> tuple[ArraySpec, int, dict[str, Json]]:
     try:
         spec, n_rows, ours = _parse(document, node)
         _check_sizes(spec, n_rows)
-        expected = codecs_metadata(spec.preset, spec.dtype)
-        _require("codecs", document["codecs"], _sharding(spec, expected))
-    except (ValueError, TypeError, KeyError) as error:
+        _check_layout(document, spec)
+        is_sound = ours.pop(_DIGEST, None) == _digest(document, ours)
+    except (ValueError, TypeError, LookupError) as error:
         raise UnsafeArchiveError(f"{path} is not an array that Residua writes: {error}") from error
-    digest = ours.pop(_DIGEST, None)
-    if digest != _digest(document, ours):
+    if not is_sound:
         raise DamagedArchiveError(f"{path} was altered (its SHA-256 differs): restore the file from a copy")
     del ours["preset"]
     return spec, n_rows, ours
@@ -161,20 +153,11 @@ def _load(root: Path, path: Path) -> dict[str, Any]:
 
 
 def _parse(document: dict[str, Any], node: str) -> tuple[ArraySpec, int, dict[str, Json]]:
-    missing, foreign = _FIELDS - _OPTIONAL - document.keys(), document.keys() - _FIELDS - _OPTIONAL
-    if missing or foreign:
-        raise ValueError(f"fields {sorted(missing)} are missing, {sorted(foreign)} are not known")
-    for name, value in _FIXED.items():
-        _require(name, document.get(name, value), value)
-    if document["fill_value"] != 0 or isinstance(document["fill_value"], bool):
-        raise ValueError(f"the fill value is {document['fill_value']!r}, not 0")
-    ours = document["attributes"][_OURS]
-    if not isinstance(ours, dict):
-        raise TypeError(f"attributes.residua is {ours!r}")
+    """Return what the document says about shapes, dtype and codec; `_check_layout` compares the rest."""
+    ours = dict(document["attributes"][_OURS])
     n_rows, *row_shape = _shape("shape", document["shape"])
-    shard = _shape("chunk_grid", _configuration(document["chunk_grid"], "regular")["chunk_shape"])
-    (sharding,) = document["codecs"]
-    chunk = _shape("codecs", _configuration(sharding, "sharding_indexed")["chunk_shape"])
+    shard = _shape("chunk_grid", document["chunk_grid"]["configuration"]["chunk_shape"])
+    chunk = _shape("codecs", document["codecs"][0]["configuration"]["chunk_shape"])
     if shard[1:] != chunk[1:] or shard[2:] != row_shape[1:]:
         raise ValueError(f"rows have shape {row_shape}, but shards {shard} and chunks {chunk}")
     column_shards = row_shape[0] // shard[1] if row_shape and shard[1] else 1
@@ -189,17 +172,35 @@ def _parse(document: dict[str, Any], node: str) -> tuple[ArraySpec, int, dict[st
         rows_per_chunk=chunk[0],
         column_shards=column_shards,
     )
-    return spec, n_rows, dict(ours)
+    return spec, n_rows, ours
 
 
-def _sharding(spec: ArraySpec, codecs: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    configuration = {
-        "chunk_shape": [spec.rows_per_chunk, *spec.file_specs[0].row_shape],
-        "codecs": codecs,
+def _check_layout(document: dict[str, Any], spec: ArraySpec) -> None:
+    """Raise ValueError unless every field but shape, dtype and attributes is as Residua writes it."""
+    shape = spec.file_specs[0].row_shape
+    sharding = {
+        "chunk_shape": [spec.rows_per_chunk, *shape],
+        "codecs": codecs_metadata(spec.preset, spec.dtype),
         "index_codecs": list(INDEX_CODECS),
         "index_location": INDEX_LOCATION,
     }
-    return [{"name": "sharding_indexed", "configuration": configuration}]
+    expected = {
+        "zarr_format": 3,
+        "node_type": "array",
+        "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": [spec.rows_per_shard, *shape]}},
+        "chunk_key_encoding": {"name": "default", "configuration": {"separator": "/"}},
+        "codecs": [{"name": "sharding_indexed", "configuration": sharding}],
+        "fill_value": 0,
+        "storage_transformers": [],
+    }
+    known = {*expected, *_OPTIONAL, "shape", "data_type", "attributes"}
+    missing, foreign = known - _OPTIONAL - document.keys(), document.keys() - known
+    if missing or foreign:
+        raise ValueError(f"fields {sorted(missing)} are missing, {sorted(foreign)} are not known")
+    for name, value in expected.items():
+        found = document.get(name, value)
+        if found != value or isinstance(found, bool):
+            raise ValueError(f"{name} is {found!r}, expected {value!r}")
 
 
 def _check_sizes(spec: ArraySpec, n_rows: int) -> None:
@@ -232,20 +233,6 @@ def _text(name: str, value: object) -> str:
     if not isinstance(value, str):
         raise TypeError(f"{name} is {value!r}")
     return value
-
-
-def _configuration(value: object, name: str) -> dict[str, Any]:
-    if not isinstance(value, dict) or value.keys() != {"name", "configuration"} or value["name"] != name:
-        raise ValueError(f"expected {name!r} and its configuration, found {value!r}")
-    configuration = value["configuration"]
-    if not isinstance(configuration, dict):
-        raise TypeError(f"the configuration of {name!r} is {configuration!r}")
-    return configuration
-
-
-def _require(name: str, found: object, expected: object) -> None:
-    if found != expected:
-        raise ValueError(f"{name} is {found!r}, expected {expected!r}")
 
 
 def check_arrays(root: Path, specs: Iterable[ArraySpec], n_rows: int | None) -> None:
