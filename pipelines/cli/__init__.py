@@ -1,1 +1,1 @@
-"""The command line: one file a command, options, report and progress. Uses everything."""
+"""The command line: one file a command, shared options, what is printed, progress bars. Uses all rooms and folders."""

@@ -1,32 +1,123 @@
-"""The sub-commands that look at an archive or a model: info, verify, reproduce, sites."""
+"""The commands about one archive or model: info, verify, reproduce, fidelity and sites."""
 
 import argparse
+from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from residua.pipelines.cli.job import add_archive, add_job, add_sample_flags, run_sample
+from residua.pipelines.cli.options import (
+    MODEL_HELP,
+    add_archive,
+    add_command,
+    add_parallel_flags,
+    add_sample_flags,
+    is_first_process,
+    run_sample,
+)
 from residua.pipelines.cli.progress import StepProgress
-from residua.pipelines.cli.report import print_info, print_reproduction, print_sites, print_verification
+from residua.pipelines.cli.report import human_bytes, print_json, print_nonfinite, printable, table
+
+if TYPE_CHECKING:
+    from residua.store.read.summary import Summary
+
+_MOST_SHOWN = 400  # characters of one value: the vectors of edits are as long as rows
 
 
-def add(jobs: Any) -> None:
-    """Add the sub-commands."""
-    add_archive(add_job(jobs, "info", _info, "show what an archive holds"))
-    add_archive(add_job(jobs, "verify", _verify, "re-hash every chunk of an archive; exit 1 if anything is damaged"))
-    reproduce = add_job(
-        jobs, "reproduce", _reproduce, "capture a sample of an archive again and compare; exit 1 if it differs"
+def add(commands: Any) -> None:
+    """Add the commands."""
+    text = "show what an archive holds"
+    description = "Show the sites of an archive, with shapes, sizes and errors, and how the archive was made."
+    add_archive(add_command(commands, "info", _info, text, description))
+    text = "check that no byte of an archive is damaged"
+    description = "Hash every chunk of an archive again and compare. The exit code is 1 if anything is damaged."
+    add_archive(add_command(commands, "verify", _verify, text, description))
+    text = "run a sample of an archive again and compare every row"
+    description = (
+        "Run a random sample of an archive's batches through the model again, and compare every row with the stored "
+        "one. The exit code is 1 if any row differs."
     )
-    add_sample_flags(reproduce, batches=4)
-    sites = add_job(jobs, "sites", _sites, "list the sites that a model has, with shapes")
-    sites.add_argument("--model", required=True, help="hub id or folder of the model")
+    add_sample_flags(add_command(commands, "reproduce", _reproduce, text, description), batches=4)
+    text = "measure what the rounding of stored rows does to the model's output"
+    description = (
+        "Put stored rows of the residual stream, as a lossy codec or data type rounded them, back into the model on a "
+        "random sample of batches. Compare the output with that of the unchanged model, site by site. The figures are "
+        "kept in the archive, where residua info shows them."
+    )
+    fidelity = add_command(commands, "fidelity", _fidelity, text, description)
+    add_sample_flags(fidelity, batches=16)
+    add_parallel_flags(fidelity)
+    text = "list the sites of a model"
+    description = "List the sites that a model has, with shape and data type of a row. No weights are loaded."
+    sites = add_command(commands, "sites", _sites, text, description)
+    sites.add_argument("--model", required=True, help=MODEL_HELP)
 
 
 def _info(options: argparse.Namespace) -> int:
     from residua.store.read.archive import Archive
     from residua.store.read.summary import summarise
 
-    print_info(summarise(Archive(options.archive)), as_json=options.json)
+    summary = summarise(Archive(options.archive))
+    if options.json:
+        print_json(summary.to_json())
+    else:
+        _print_info(summary)
     return 0
+
+
+def _print_info(summary: "Summary") -> None:
+    total = summary.rows if summary.total_rows is None else summary.total_rows
+    state = "sealed" if summary.sealed else f"not sealed: {summary.rows:,} of {total:,} rows are captured"
+    print(f"{summary.path}  ({state})")
+    print(f"  {total:,} rows, {summary.n_examples:,} examples, {summary.n_tokens:,} tokens")
+    print(f"  columns of the examples: {', '.join(map(printable, summary.columns)) or 'none'}")
+    shards = f"{summary.shards}" if summary.sealed else f"{summary.shards} of {summary.total_shards or '?'}"
+    word = "shard" if shards == "1" else "shards"
+    print(f"  {shards} {word} of {summary.rows_per_shard:,} rows, plan {summary.digest[:12]}")
+    print(f"  {'with' if summary.has_head else 'without'} the model's final norm and unembedding")
+    print(f"  {human_bytes(summary.stored_bytes)} on disk, {compression(summary)}")
+    print()
+    heading = ("site", "shape", "dtype", "codec", "size", "ratio", "error", "mean KL")
+    rows = [
+        (
+            site.name,
+            " x ".join(f"{size:,}" for size in site.shape),
+            site.dtype,
+            site.codec,
+            human_bytes(site.stored_bytes),
+            f"{site.ratio:.2f}",
+            "exact" if site.relative_rms_error is None else f"{site.relative_rms_error:.1e}",
+            "-" if site.fidelity is None else f"{site.fidelity.kl_mean:.1e}",
+        )
+        for site in summary.sites
+    ]
+    n_columns = len(heading) if any(site.fidelity for site in summary.sites) else len(heading) - 1
+    print(table([row[:n_columns] for row in (heading, *rows)], (4, 5, 6, 7)))
+    print_nonfinite({site.name: site.n_nonfinite for site in summary.sites})
+    print()
+    _print_provenance(summary.provenance)
+
+
+def compression(summary: "Summary") -> str:
+    """Return how much space an archive takes, in words."""
+    per_row = summary.stored_bytes / max(1, summary.rows)
+    return f"{per_row:,.0f} bytes a token, {summary.ratio:.2f} times smaller than in memory"
+
+
+def _print_provenance(provenance: Mapping[str, Any]) -> None:
+    for key, value in provenance.items():
+        if isinstance(value, Mapping) and key != "packages":
+            print(f"  {printable(key)}")
+            for name, item in value.items():
+                if item is not None and name != "config_values":  # long, and only needed to show differences
+                    print(f"    {printable(name)}: {_short(printable(item))}")
+        elif value is not None:
+            print(f"  {printable(key)}: {_short(printable(value))}")
+
+
+def _short(text: str) -> str:
+    more = f" ... ({len(text):,} characters; --json has them)"
+    return text if len(text) <= _MOST_SHOWN else text[:_MOST_SHOWN] + more
 
 
 def _verify(options: argparse.Namespace) -> int:
@@ -34,7 +125,15 @@ def _verify(options: argparse.Namespace) -> int:
 
     with StepProgress("shard", shown=not options.json) as progress:
         report = verify(Path(options.archive), on_shard=progress.step)
-    print_verification(report, as_json=options.json)
+    if options.json:
+        print_json({**asdict(report), "sound": report.is_sound})
+    else:
+        for problem in report.problems:
+            print(f"damaged: {problem.path}: {problem.what}")
+        for note in report.notes:
+            print(f"note: {note}")
+        checked = f"{report.n_files:,} files, {report.n_chunks:,} chunks, {human_bytes(report.n_bytes)} hashed again"
+        print(f"{'sound' if report.is_sound else f'{len(report.problems)} problems'}: {checked}")
     return 0 if report.is_sound else 1
 
 
@@ -42,13 +141,54 @@ def _reproduce(options: argparse.Namespace) -> int:
     from residua.pipelines.capture.reproduce import reproduce
 
     found = run_sample(options, reproduce, shown=True)
-    print_reproduction(found, as_json=options.json)
+    if options.json:
+        print_json({**asdict(found), "exact": found.is_exact})
+        return 0 if found.is_exact else 1
+    rows = [
+        (name, f"{site.rows:,}", f"{site.equal_rows:,}", f"{site.largest_error:.1e}", f"{site.largest_value:.1e}")
+        for name, site in found.sites.items()
+    ]
+    print(table([("site", "rows", "equal bit for bit", "largest error", "largest value"), *rows], (1, 2, 3, 4)))
+    for difference in found.differences:
+        print(f"note: {difference}")
+    print("reproduced: every row is equal bit for bit" if found.is_exact else "not equal bit for bit; see the errors")
     return 0 if found.is_exact else 1
+
+
+def _fidelity(options: argparse.Namespace) -> int:
+    from residua.pipelines.replay.fidelity import fidelity
+
+    is_first = is_first_process()
+    found = run_sample(options, fidelity, shown=is_first, tp=options.tp, pp=options.pp)
+    if is_first and options.json:
+        print_json(asdict(found))
+    elif is_first:
+        rows = [
+            (name, f"{site.kl_mean:.2e}", f"{site.kl_max:.2e}", f"{100 * site.top1_agreement:.2f} %")
+            for name, site in found.sites.items()
+        ]
+        print(f"{found.n_examples:,} examples, {found.n_tokens:,} tokens; KL divergence in nats a token")
+        print(table([("site", "mean KL", "largest KL", "same top 1"), *rows], (1, 2, 3)))
+    return 0
 
 
 def _sites(options: argparse.Namespace) -> int:
     from residua.capture.sites.names_to_modules import model_sites
     from residua.pipelines.setup.models import load_empty_model
 
-    print_sites(options.model, model_sites(load_empty_model(options.model)), as_json=options.json)
+    sites = model_sites(load_empty_model(options.model))
+    if options.json:
+        print_json({name: {"row_shape": info.row_shape, "dtype": info.dtype} for name, info in sites.items()})
+        return 0
+    rows = [
+        (
+            name,
+            " x ".join("longest example" if n is None else f"{n:,}" for n in info.row_shape or ()),
+            str(info.dtype),
+            info.where,
+        )
+        for name, info in sites.items()
+    ]
+    print(f"{options.model}: {len(rows)} sites, and module:PATH@output or module:PATH@input for any other module")
+    print(table([("site", "row", "dtype", "read from"), *rows]))
     return 0

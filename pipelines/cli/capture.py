@@ -1,63 +1,112 @@
-"""The sub-command `capture`: its flags are the settings of a capture."""
+"""The command `capture`. Its flags are the settings of a capture."""
 
 import argparse
-from dataclasses import fields
+from dataclasses import asdict, fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from residua.pipelines.cli.job import add_job, add_settings, speaks_for_all
-from residua.pipelines.cli.report import print_capture
+from residua.pipelines.cli.archive import compression
+from residua.pipelines.cli.options import MODEL_HELP, add_command, add_settings, is_first_process
+from residua.pipelines.cli.progress import CaptureProgress
+from residua.pipelines.cli.report import human_bytes, print_json, print_nonfinite, table
 from residua.pipelines.jobs.stopping import stopping_in_time
 from residua.store.base.errors import PlanError
+from residua.store.read.summary import summarise
+
+if TYPE_CHECKING:
+    from residua.pipelines.capture.capture import CaptureResult
 
 
-def add(jobs: Any) -> None:
-    """Add the sub-command."""
+def add(commands: Any) -> None:
+    """Add the command."""
+    from residua.pipelines.data.settings import DatasetSettings
     from residua.pipelines.setup.settings import CaptureSettings
 
-    parser = add_job(jobs, "capture", _capture, "capture a model's activations over a dataset into an archive")
-    for name, text in (
-        ("model", "hub id or folder of the model"),
-        ("dataset", "hub id or path of the dataset: parquet, jsonl, csv, text, arrow"),
-        ("out", "folder of the archive; if it exists, the capture goes on"),
-        ("config", "YAML or JSON file with any of these settings; flags win over it"),
+    text = "store a model's activations over a dataset in an archive"
+    description = (
+        "Run a model over a dataset and store the activations of the chosen sites in an archive. If the archive "
+        "exists, only what is missing is captured. --model, --dataset and --out are required, here or in --config."
+    )
+    parser = add_command(commands, "capture", _capture, text, description)
+    for name, meaning in (
+        ("model", MODEL_HELP),
+        ("dataset", "hub id of a dataset, or path of a file or folder: parquet, jsonl, csv, text, arrow"),
+        ("out", "folder of the archive; an unfinished one is resumed"),
+        ("config", "YAML or JSON file with any of these settings; flags on the command line take precedence"),
     ):
-        parser.add_argument(f"--{name}", help=text)
-    add_settings(parser, fields(CaptureSettings))
+        parser.add_argument(f"--{name}", help=meaning)
+    of_dataset = fields(DatasetSettings)
+    add_settings(parser.add_argument_group("what is captured, and how"), fields(CaptureSettings)[len(of_dataset) :])
+    add_settings(parser.add_argument_group("what is read of the dataset"), of_dataset)
 
 
 def _capture(options: argparse.Namespace) -> int:
     with stopping_in_time():
-        return _capture_now(options)
+        from residua.pipelines.capture.capture import capture_dataset
+        from residua.pipelines.setup.settings import CaptureSettings, read_config
 
-
-def _capture_now(options: argparse.Namespace) -> int:
-    from residua.pipelines.capture.capture import capture_dataset
-    from residua.pipelines.cli.progress import CaptureProgress
-    from residua.pipelines.setup.settings import CaptureSettings, read_config
-
-    values = read_config(Path(options.config)) if options.config else {}
-    values = {key.replace("-", "_"): value for key, value in values.items()}
-    names = [setting.name for setting in fields(CaptureSettings)]
-    given = {name: getattr(options, name) for name in ("model", "dataset", "out", *names)}
-    values.update({name: value for name, value in given.items() if value is not None})
-    missing = [name for name in ("model", "dataset", "out") if not isinstance(values.get(name), str)]
-    if missing:
-        raise PlanError(f"capture needs --{' and --'.join(missing)}")
-    model, dataset, out = (values.pop(name) for name in ("model", "dataset", "out"))
-    options.out = out
-    is_first = speaks_for_all()
-    with CaptureProgress(shown=is_first and not options.json) as progress:
-        result = capture_dataset(
-            model,
-            dataset,
-            out=out,
-            settings=CaptureSettings.from_mapping(values),
-            command=options.command_line,
-            on_example=progress.example,
-            on_plan=progress.plan,
-            on_batch=progress.batch,
-        )
-    if is_first:
-        print_capture(result, as_json=options.json)
+        values = read_config(Path(options.config)) if options.config else {}
+        values = {key.replace("-", "_"): value for key, value in values.items()}
+        names = ("model", "dataset", "out", *(setting.name for setting in fields(CaptureSettings)))
+        values.update({name: value for name in names if (value := getattr(options, name)) is not None})
+        missing = [name for name in ("model", "dataset", "out") if not isinstance(values.get(name), str)]
+        if missing:
+            raise PlanError(f"capture needs --{' and --'.join(missing)}")
+        model, dataset, options.out = (values.pop(name) for name in ("model", "dataset", "out"))
+        is_first = is_first_process()
+        with CaptureProgress(shown=is_first and not options.json) as progress:
+            result = capture_dataset(
+                model,
+                dataset,
+                out=options.out,
+                settings=CaptureSettings.from_mapping(values),
+                command=options.command_line,
+                on_example=progress.example,
+                on_plan=progress.plan,
+                on_batch=progress.batch,
+            )
+        if is_first:
+            _print(result, as_json=options.json)
     return 0
+
+
+def _print(result: "CaptureResult", *, as_json: bool) -> None:
+    summary, stats = summarise(result.archive), result.stats
+    if as_json:
+        run = {**asdict(stats), "resumed": result.resumed, "notes": list(result.notes)}
+        workers = [asdict(worker) for worker in result.workers]
+        print_json({"archive": summary.to_json(), "run": run, "workers": workers, "dataset": asdict(result.dataset)})
+        return
+    for note in result.notes:
+        print(f"note: {note}")
+    if result.resumed and not stats.rows:
+        print("nothing was missing: the archive is complete")
+    print(f"captured  {len(summary.sites)} sites of {summary.rows:,} rows ({summary.n_examples:,} examples)")
+    if stats.rows and stats.seconds:
+        rate = human_bytes(stats.logical_bytes / stats.seconds)
+        print(
+            f"rate      {stats.n_tokens / stats.seconds:,.0f} tokens/s, {rate}/s "
+            f"({stats.seconds:.1f} s, of which {stats.stall_seconds:.1f} s waiting for the writer)"
+        )
+    _print_workers(result)
+    print(f"size      {human_bytes(summary.stored_bytes)}: {compression(summary)}")
+    print(f"place     {summary.path}")
+    print_nonfinite({site.name: site.n_nonfinite for site in summary.sites})
+
+
+def _print_workers(result: "CaptureResult") -> None:
+    """Print what each of several workers copied to host memory, sent to others and wrote."""
+    if len(result.workers) == 1:
+        return
+    all_bytes = max(1, result.stats.offloaded_bytes)
+    rows = [
+        (
+            f"{worker.worker} on {worker.host}",
+            human_bytes(worker.stats.offloaded_bytes),
+            f"{100 * worker.stats.offloaded_bytes / all_bytes:.0f} %",
+            human_bytes(worker.stats.sent_bytes),
+            human_bytes(worker.stats.stored_bytes),
+        )
+        for worker in result.workers
+    ]
+    print(table([("worker", "offloaded", "of all", "sent to others", "written"), *rows], (1, 2, 3, 4)))

@@ -1,10 +1,19 @@
-"""The sub-command `residua induction`: which heads of a model are induction heads."""
+"""The command `induction`: which heads of a model are induction heads."""
 
 import argparse
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from residua.pipelines.cli.job import add_cluster_flags, add_job, cluster_of, speaks_for_all
+from residua.pipelines.cli.options import (
+    MODEL_HELP,
+    add_cluster_flags,
+    add_command,
+    add_settings,
+    cluster_of,
+    is_first_process,
+)
+from residua.pipelines.cli.progress import CaptureProgress
 from residua.pipelines.cli.report import print_json, table
 from residua.pipelines.jobs.stopping import stopping_in_time
 
@@ -16,36 +25,49 @@ _SHOWN = 10
 _CAPTURE = ("dtype", "model_dtype", "device", "device_map", "batch_tokens", "revision", "codec")
 
 
-def add(jobs: Any) -> None:
-    """Add the sub-command."""
-    parser = add_job(jobs, "induction", _induction, "score every head of a model on repeated random tokens")
-    parser.add_argument("--model", required=True, help="hub id or folder of the model")
-    parser.add_argument("--out", required=True, help="folder of the archive; if it exists, the capture goes on")
-    parser.add_argument(
-        "--from", dest="captured_from", choices=("qk", "pattern"), default="qk", help="what is captured"
+def add(commands: Any) -> None:
+    """Add the command."""
+    from residua.pipelines.setup.settings import CaptureSettings
+
+    text = "score every attention head on repeated random tokens"
+    description = (
+        "Capture a model's queries and keys (or attention patterns) on sequences of random tokens that repeat, into an "
+        "archive, and score every head: how much of its attention goes to the token after an earlier copy of the "
+        "current token (induction), and the like."
     )
-    parser.add_argument("--period", type=int, default=50, metavar="INT", help="tokens of a block (50)")
-    parser.add_argument("--copies", type=int, default=2, metavar="INT", help="how often it stands there (2)")
-    parser.add_argument("--examples", type=int, default=64, metavar="INT", help="sequences (64)")
+    parser = add_command(commands, "induction", _induction, text, description)
+    parser.add_argument("--model", required=True, help=MODEL_HELP)
+    parser.add_argument("--out", required=True, help="folder of the archive; an unfinished one is resumed")
     parser.add_argument(
-        "--bos", action=argparse.BooleanOptionalAction, help="put a BOS in front; default: where the model has one"
+        "--from",
+        dest="captured_from",
+        choices=("qk", "pattern"),
+        default="qk",
+        help="what to capture: queries and keys, which are smaller, or attention patterns (default: %(default)s)",
     )
-    parser.add_argument("--seed", type=int, default=0, metavar="INT", help="seed of the random tokens (0)")
-    for name in _CAPTURE:
-        kind = int if name == "batch_tokens" else str
-        flag = "--" + name.replace("_", "-")
-        parser.add_argument(flag, type=kind, metavar=kind.__name__.upper(), help="as for residua capture")
+    for flag, default, meaning in (
+        ("--period", 50, "tokens of the block that is repeated"),
+        ("--copies", 2, "copies of the block in a sequence"),
+        ("--examples", 64, "number of sequences"),
+        ("--seed", 0, "seed of the random tokens"),
+    ):
+        parser.add_argument(flag, type=int, default=default, metavar="INT", help=f"{meaning} (default: {default})")
+    parser.add_argument(
+        "--bos",
+        action=argparse.BooleanOptionalAction,
+        help="put a BOS before each sequence (default: on if the model has a BOS)",
+    )
+    add_settings(parser, [setting for setting in fields(CaptureSettings) if setting.name in _CAPTURE])
     add_cluster_flags(parser)
 
 
 def _induction(options: argparse.Namespace) -> int:
     from residua.pipelines.circuits.induction import capture_repeats, score_repeats
     from residua.pipelines.circuits.repeats import RepeatSettings
-    from residua.pipelines.cli.progress import CaptureProgress
     from residua.pipelines.setup.settings import CaptureSettings
 
     given = {name: value for name in _CAPTURE if (value := getattr(options, name)) is not None}
-    is_first = speaks_for_all()
+    is_first = is_first_process()
     with stopping_in_time(), CaptureProgress(shown=is_first and not options.json) as progress:
         archive = capture_repeats(
             options.model,
@@ -64,7 +86,7 @@ def _induction(options: argparse.Namespace) -> int:
             on_plan=progress.plan,
             on_batch=progress.batch,
         ).archive
-    if not is_first:  # the capture is what takes time, and what all share
+    if not is_first:  # all share the capture, which takes the time; the scores are made once
         return 0
     with cluster_of(options) as cluster:
         found = score_repeats(archive, name=Path(options.model).name, cluster=cluster)
@@ -77,12 +99,12 @@ def _print(found: "InductionResult", archive: "Archive", *, as_json: bool) -> No
     if as_json:
         print_json({"strongest": strongest, "archive": str(archive.path), "folder": str(found.folder)})
         return
-    head = ("layer", "head", "induction", "prefix matching", "previous token", "duplicate token")
-    names = [name.replace(" ", "_") for name in head]
+    heading = ("layer", "head", "induction", "prefix matching", "previous token", "duplicate token")
+    names = [name.replace(" ", "_") for name in heading]
     lines = [
         [str(line[name]) if name in ("layer", "head") else f"{line[name]:.3f}" for name in names] for line in strongest
     ]
     print(f"the {len(lines)} strongest of {found.scores.num_rows} heads:")
-    print(table([head, *lines], tuple(range(len(head)))))
+    print(table([heading, *lines], tuple(range(len(heading)))))
     print(f"archive   {archive.path}")
     print(f"files     {found.folder}: heads.parquet, induction.png")

@@ -1,32 +1,39 @@
-"""The sub-commands of tuned lenses: train one on an archive, show what it scored."""
+"""The commands `lens train` and `lens show`."""
 
 import argparse
-import json
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from residua.pipelines.cli.job import add_archive, add_cluster_flags, add_job, add_settings, cluster_of
+from residua.pipelines.cli.options import add_archive, add_cluster_flags, add_command, add_settings, cluster_of
+from residua.pipelines.cli.report import print_json
 from residua.store.base.errors import AnalysisError
 
 if TYPE_CHECKING:
     from residua.analysis.lens.lens import TunedLens
 
 
-def add(jobs: Any) -> None:
-    """Add the sub-commands."""
+def add(commands: Any) -> None:
+    """Add the commands."""
     from residua.analysis.lens.settings import LensSettings
 
-    parser = jobs.add_parser("lens", help="tuned lenses: what each depth would predict", description=__doc__)
-    lenses = parser.add_subparsers(title="jobs", required=True, metavar="JOB")
-    train = add_job(lenses, "train", _train, "train a tuned lens on an archive, without the model")
+    text = "train and show tuned lenses: what each layer would predict"
+    parser = commands.add_parser("lens", help=text, description=f"{text[0].upper()}{text[1:]} (Belrose et al., 2023).")
+    lenses = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+    text = "train a tuned lens on an archive, without the model"
+    description = (
+        "Train a tuned lens at each stored site of the residual stream: an affine map after which the model's own "
+        "unembedding predicts the next token as the full model does. Needs the archive alone, not the model."
+    )
+    train = add_command(lenses, "train", _train, text, description)
     add_archive(train)
-    train.add_argument("--out", required=True, help="folder of the lens; an unfinished one goes on")
+    train.add_argument("--out", required=True, help="folder of the lens; an unfinished one is resumed")
     train.add_argument("--sites", help="sites to train at, comma separated, with patterns (default: all)")
     add_settings(train, fields(LensSettings))
     train.set_defaults(when_stopped="stopped: finished layers are safe. Run the same command again to go on.")
     add_cluster_flags(train)
-    show = add_job(lenses, "show", _show, "show what a lens scored on held-out examples")
+    text = "show how good a lens is on held-out examples"
+    show = add_command(lenses, "show", _show, text, f"{text[0].upper()}{text[1:]}, next to the logit lens.")
     show.add_argument("lens", help="folder of the lens")
 
 
@@ -49,8 +56,8 @@ def _show(options: argparse.Namespace) -> int:
     lens = TunedLens.load(options.lens)
     if lens.report is None:
         raise AnalysisError(
-            f"{options.lens} holds a lens without a report, which lenses of the tuned-lens package have not: train "
-            "one with residua lens train to have it evaluated"
+            f"{options.lens} holds a lens without a report, as the tuned-lens package writes it: train one "
+            "with residua lens train to have it evaluated"
         )
     _print(lens, Path(options.lens), as_json=options.json)
     return 0
@@ -60,12 +67,12 @@ def _print(lens: "TunedLens", folder: Path, *, as_json: bool) -> None:
     from residua.analysis.lens.lens import PLOT_FILE, REPORT_FILE
 
     report = [] if lens.report is None else lens.report.to_pylist()
-    places = {"lens": str(folder), "report": str(folder / REPORT_FILE), "plot": str(folder / PLOT_FILE)}
+    paths = {"lens": str(folder), "report": str(folder / REPORT_FILE), "plot": str(folder / PLOT_FILE)}
     if as_json:
-        print(json.dumps({**places, "sites": report}))
+        print_json({**paths, "sites": report})
         return
     width = max(len(line["site"]) for line in report)
-    print(f"{'':{width}}  KL divergence, nats       same first guess         cross-entropy, nats")
+    print(f"{'':{width}}  KL divergence, nats       same top 1               cross-entropy, nats")
     print(f"{'site':{width}}  logit lens  tuned lens   logit lens  tuned lens   logit lens  tuned lens  kept")
     for line in report:
         pairs = [
@@ -73,14 +80,10 @@ def _print(lens: "TunedLens", folder: Path, *, as_json: bool) -> None:
             for name in ("kl", "agreement", "cross_entropy")
         ]
         print(f"{line['site']:{width}}  {'   '.join(pairs)}  {line['kept']}")
-    print(f"{report[0]['rows']:,} held-out rows; the model's own cross-entropy is {_number(_own(report))} nats")
-    for name, place in places.items():
-        print(f"{name:7} {place}")
-
-
-def _own(report: list[dict[str, Any]]) -> float | None:
-    own: float | None = report[0]["cross_entropy_model"]
-    return own
+    n_rows, of_model = report[0]["rows"], _number(report[0]["cross_entropy_model"])
+    print(f"{n_rows:,} held-out rows; the model's own cross-entropy is {of_model} nats")
+    for name, path in paths.items():
+        print(f"{name:7} {path}")
 
 
 def _number(value: float | None) -> str:

@@ -1,10 +1,17 @@
-"""The sub-commands `residua patch` and `residua attribute`: which sites and positions carry a behaviour."""
+"""The commands `patch` and `attribute`: which sites and positions carry a behaviour."""
 
 import argparse
 from pathlib import Path
 from typing import Any
 
-from residua.pipelines.cli.job import add_job, add_split_flags, speaks_for_all
+from residua.pipelines.cli.options import (
+    MODEL_HELP,
+    SITES_HELP,
+    add_command,
+    add_device,
+    add_parallel_flags,
+    is_first_process,
+)
 from residua.pipelines.cli.progress import StepProgress
 from residua.pipelines.cli.report import print_json, table
 from residua.pipelines.jobs.stopping import stopping_in_time
@@ -13,30 +20,55 @@ from residua.store.selection.grammar import parse_numbers
 _SHOWN = 10
 
 
-def add(jobs: Any) -> None:
-    """Add the sub-commands."""
-    sweep = add_job(jobs, "patch", _patch, "put clean activations into a corrupted run, site by site and position")
-    sweep.add_argument("--batch-cells", type=int, default=64, metavar="INT", help="cells of one forward pass (64)")
-    estimate = add_job(jobs, "attribute", _attribute, "estimate what patching does from one backward pass a pair")
+def add(commands: Any) -> None:
+    """Add the commands."""
+    text = "put clean activations into a corrupted run, site by site"
+    description = (
+        "Activation patching: for each pair of a clean and a corrupted prompt, put the clean run's activation at one "
+        "site and position (a cell) into the corrupted run, and measure how much of the metric it recovers."
+    )
+    sweep = add_command(commands, "patch", _patch, text, description)
+    sweep.add_argument(
+        "--batch-cells", type=int, default=64, metavar="INT", help="cells in one forward pass (default: %(default)s)"
+    )
+    text = "estimate what patching does, from gradients"
+    description = (
+        "Attribution patching: estimate the effect of patching every cell from one backward pass a pair. Much faster "
+        "than residua patch, and less exact."
+    )
+    estimate = add_command(commands, "attribute", _attribute, text, description)
     for parser, folder in ((sweep, "PAIRS-patched"), (estimate, "PAIRS-attributed")):
-        parser.add_argument("--model", required=True, help="hub id or folder of the model")
+        parser.add_argument("--model", required=True, help=MODEL_HELP)
         parser.add_argument(
-            "--pairs", required=True, metavar="FILE", help="JSON lines: clean, corrupted, answer, wrong"
+            "--pairs",
+            required=True,
+            metavar="FILE",
+            help="file of JSON lines, one pair each, with the keys clean, corrupted, answer and wrong",
         )
-        parser.add_argument("--archive", metavar="FOLDER", help="where examples that are named by number lie")
-        parser.add_argument("--sites", default="resid_post.*", metavar="STR", help="the sites (resid_post.*)")
+        parser.add_argument(
+            "--archive", metavar="FOLDER", help="archive with the examples, if pairs name prompts by example number"
+        )
+        parser.add_argument("--sites", default="resid_post.*", metavar="STR", help=SITES_HELP)
         parser.add_argument(
             "--positions",
             metavar="STR",
-            help="positions, 0-9,-1 say, negative ones from the end; default: each by itself; 'together': all at once",
+            help="positions to patch, such as 0-9,-1 (negative ones count from the end), or 'together' for all at once "
+            "(default: each position by itself)",
         )
-        parser.add_argument("--heads", action="store_true", help="each head by itself, at z, q, k and v")
         parser.add_argument(
-            "--metric", default="logit_difference", metavar="STR", help="logit_difference, loss, probability or kl"
+            "--heads", action="store_true", help="patch each head by itself, at the sites z, q, k and v (default: off)"
         )
-        parser.add_argument("--out", dest="folder", metavar="FOLDER", help=f"where files go; default: {folder}")
-        parser.add_argument("--device", default="auto", metavar="STR", help="device of the model: auto, cpu, cuda, ...")
-        add_split_flags(parser)
+        parser.add_argument(
+            "--metric",
+            default="logit_difference",
+            metavar="STR",
+            help="what is measured: logit_difference, loss, probability or kl (default: %(default)s)",
+        )
+        parser.add_argument(
+            "--out", dest="folder", metavar="FOLDER", help=f"folder for the table and the picture (default: {folder})"
+        )
+        add_device(parser)
+        add_parallel_flags(parser)
 
 
 def _patch(options: argparse.Namespace) -> int:
@@ -55,7 +87,7 @@ def _run(options: argparse.Namespace, way: Any, word: str, **more: int) -> int:
     from residua.pipelines.circuits.sweep import PICTURE, TABLE
 
     folder = Path(options.folder or f"{Path(options.pairs).stem}-{word}")
-    is_first = speaks_for_all()
+    is_first = is_first_process()
     with stopping_in_time(), StepProgress("pair", shown=is_first and not options.json) as progress:
         found = way(
             options.model,

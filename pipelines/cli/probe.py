@@ -1,10 +1,18 @@
-"""The sub-command `residua probe`: linear probes of a column, by layer, as a table and a picture."""
+"""The command `probe`: linear probes of a target, site by site, as a table and a picture."""
 
 import argparse
 from pathlib import Path
 from typing import Any
 
-from residua.pipelines.cli.job import add_archive, add_cluster_flags, add_job, cluster_of, default_folder
+from residua.pipelines.cli.options import (
+    SITES_HELP,
+    WHERE_HELP,
+    add_archive,
+    add_cluster_flags,
+    add_command,
+    cluster_of,
+    default_folder,
+)
 from residua.pipelines.cli.report import print_json, table
 
 _SHOWN = {
@@ -21,19 +29,43 @@ _SHOWN = {
 }
 
 
-def add(jobs: Any) -> None:
-    """Add the sub-command."""
-    parser = add_job(jobs, "probe", _probe, "linear probes of a column of the rows or examples, site by site")
+def add(commands: Any) -> None:
+    """Add the command."""
+    text = "fit linear probes of a target, site by site"
+    description = (
+        "Fit a linear probe of a target at each site, test it on held-out examples, and compare it with a probe of "
+        "shuffled labels (the control). Writes the probes, a table and a picture."
+    )
+    parser = add_command(commands, "probe", _probe, text, description)
     add_archive(parser)
     parser.add_argument(
-        "--target", required=True, metavar="STR", help="token, position, a column, or a condition: 'position > 10'"
+        "--target",
+        required=True,
+        metavar="STR",
+        help="what to predict: token, position, a column of the examples, or a condition such as 'position > 10'",
     )
-    parser.add_argument("--sites", default="*", metavar="STR", help="the sites, for example resid_post.*; default: all")
-    parser.add_argument("--task", choices=("classification", "regression"), help="default: by the target's values")
-    parser.add_argument("--where", metavar="STR", help="only these rows, for example 'position > 0'")
-    parser.add_argument("--test-fraction", type=float, default=0.2, metavar="NUMBER", help="of the examples (0.2)")
-    parser.add_argument("--seed", type=int, default=0, metavar="INT", help="of who is held out, and of the control (0)")
-    parser.add_argument("--out", dest="folder", metavar="FOLDER", help="where files go; default: ARCHIVE-probe-TARGET")
+    parser.add_argument("--sites", default="*", metavar="STR", help=SITES_HELP)
+    parser.add_argument(
+        "--task", choices=("classification", "regression"), help="kind of probe (default: by the target's values)"
+    )
+    parser.add_argument("--where", metavar="STR", help=WHERE_HELP)
+    parser.add_argument(
+        "--test-fraction",
+        type=float,
+        default=0.2,
+        metavar="FLOAT",
+        help="share of the examples that are held out for the test (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--seed",
+        type=int,
+        default=0,
+        metavar="INT",
+        help="random seed for the held-out split and for the control (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--out", dest="folder", metavar="FOLDER", help="folder for the files (default: ARCHIVE-probe-TARGET)"
+    )
     add_cluster_flags(parser)
 
 

@@ -1,4 +1,4 @@
-"""The progress bar of a capture: rows, bytes, rate, time left, stalls. It goes to standard error."""
+"""Progress bars, on standard error: one over the rows of a capture, one over any steps."""
 
 import sys
 from types import TracebackType
@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Self
 
 from tqdm import tqdm
 
+from residua.pipelines.cli.report import human_bytes
 from residua.store.format.plan import Plan
 
 if TYPE_CHECKING:
@@ -13,7 +14,7 @@ if TYPE_CHECKING:
 
 
 class _Progress:
-    """A bar that is made when it is first needed, and closed at the end; none at all unless `shown`."""
+    """A bar that is made when it is first needed, and closed at the end; `shown=False` draws nothing."""
 
     def __init__(self, *, shown: bool) -> None:
         self._shown = shown
@@ -30,10 +31,10 @@ class _Progress:
 
 
 class CaptureProgress(_Progress):
-    """A bar over the rows of a plan; nothing at all when `shown` is false.
+    """A bar over the rows of a plan: rows, rate, time left, bytes written, and time that the model waited.
 
     Args:
-        shown: Whether to draw; a run for machines does not.
+        shown: Whether to draw it.
     """
 
     def __init__(self, *, shown: bool) -> None:
@@ -41,7 +42,7 @@ class CaptureProgress(_Progress):
         self._done = 0
 
     def example(self, n_examples: int, n_tokens: int) -> None:
-        """Count the examples that are read, before the plan is made."""
+        """Show the examples and tokens that are read so far, before the plan is made."""
         if self._shown:
             if self._bar is None:
                 self._bar = tqdm(unit="token", unit_scale=True, file=sys.stderr, leave=False, mininterval=0.5)
@@ -49,7 +50,7 @@ class CaptureProgress(_Progress):
             self._bar.update(n_tokens - self._bar.n)
 
     def plan(self, plan: Plan, committed_rows: int) -> None:
-        """Begin the bar: the plan is made, and `committed_rows` of it are on the disk."""
+        """Begin the bar over the plan's rows, of which `committed_rows` are on the disk."""
         if self._bar is not None:
             self._bar.close()
         if self._shown:
@@ -62,13 +63,17 @@ class CaptureProgress(_Progress):
         if self._bar is not None:
             self._bar.update(min(stats.rows - self._done, (self._bar.total or 0) - self._bar.n))
             self._done = stats.rows
-            self._bar.set_postfix_str(
-                f"{human_bytes(stats.logical_bytes)} written, {stats.stall_seconds:.1f} s stalled"
-            )
+            written = human_bytes(stats.logical_bytes)
+            self._bar.set_postfix_str(f"{written} written, {stats.stall_seconds:.1f} s waiting for the writer")
 
 
 class StepProgress(_Progress):
-    """A bar over steps whose number is known, such as shards; nothing at all when `shown` is false."""
+    """A bar over a known number of steps, such as shards.
+
+    Args:
+        unit: What a step is.
+        shown: Whether to draw it.
+    """
 
     def __init__(self, unit: str, *, shown: bool) -> None:
         super().__init__(shown=shown)
@@ -80,12 +85,3 @@ class StepProgress(_Progress):
             if self._bar is None:
                 self._bar = tqdm(total=total, unit=self._unit, file=sys.stderr, leave=False)
             self._bar.update(done - self._bar.n)
-
-
-def human_bytes(n_bytes: float) -> str:
-    """Return `n_bytes` in the binary unit that reads best, for example ``1.5 MiB``."""
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if abs(n_bytes) < 1024:
-            return f"{n_bytes:.0f} {unit}" if unit == "B" else f"{n_bytes:.1f} {unit}"
-        n_bytes /= 1024
-    return f"{n_bytes:.1f} TiB"

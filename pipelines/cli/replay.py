@@ -1,10 +1,16 @@
-"""The sub-command `residua replay`: a whole archive through the model again, with edits."""
+"""The command `replay`: the examples of an archive through the model again, with edits."""
 
 import argparse
 from typing import TYPE_CHECKING, Any
 
-from residua.pipelines.cli.job import add_archive, add_job, add_split_flags, speaks_for_all
-from residua.pipelines.cli.lists import tokens
+from residua.pipelines.cli.options import (
+    add_archive,
+    add_command,
+    add_device,
+    add_parallel_flags,
+    is_first_process,
+    parse_tokens,
+)
 from residua.pipelines.cli.progress import CaptureProgress, StepProgress
 from residua.pipelines.cli.report import print_json
 from residua.pipelines.jobs.stopping import stopping_in_time
@@ -14,31 +20,59 @@ if TYPE_CHECKING:
     from residua.pipelines.replay.replay import ReplayResult
 
 
-def add(jobs: Any) -> None:
-    """Add the sub-command."""
-    parser = add_job(jobs, "replay", _replay, "put stored rows back into the model with edits, and tell what changes")
+def add(commands: Any) -> None:
+    """Add the command."""
+    text = "put stored rows back into the model with edits, and measure what changes"
+    description = (
+        "Run the examples of an archive through the model with edits and without, starting from stored rows if --at is "
+        "given. Writes what the edits change, per token and per example, as tables."
+    )
+    parser = add_command(commands, "replay", _replay, text, description)
     add_archive(parser)
     parser.add_argument("--model", required=True, help="hub id or folder of the model that was captured")
-    parser.add_argument("--edit", metavar="FILE", help="YAML or JSON file with the edits; default: none")
     parser.add_argument(
-        "--out", dest="folder", required=True, help="folder of the tables; if it exists, the run goes on"
+        "--out", dest="folder", required=True, help="folder for the tables; an unfinished one is resumed"
     )
-    parser.add_argument("--at", metavar="STR", help="where stored rows go in, resid_post.5 say; default: nowhere")
-    parser.add_argument("--capture", metavar="STR", help="sites of the edited run to capture, into OUT/acts.zarr")
-    parser.add_argument("--examples", metavar="STR", help="numbers of examples: 3,7,10-19; default: all")
-    parser.add_argument("--rows", metavar="STR", help="only examples that own these rows, 0-99,512 say")
-    parser.add_argument("--where", metavar="STR", help="only examples with such rows, for example 'label == \"code\"'")
-    parser.add_argument("--tokens", metavar="STR", help="tokens whose logits are told, as ids or texts: '17, the'")
-    parser.add_argument("--device", default="auto", metavar="STR", help="device of the model: auto, cpu, cuda, ...")
-    add_split_flags(parser)
-    parser.add_argument("--force", action="store_true", help="take another model than was captured, and note it")
-    parser.set_defaults(when_stopped="stopped: finished parts are safe. Run the same command again to go on.")
+    parser.add_argument("--edit", metavar="FILE", help="YAML or JSON file with the edits (default: no edits)")
+    parser.add_argument(
+        "--at",
+        metavar="STR",
+        help="sites, comma separated, where stored rows replace computed ones, such as resid_post.5 (default: none)",
+    )
+    parser.add_argument(
+        "--capture",
+        metavar="STR",
+        help="sites of the edited run to store in the archive OUT/acts.zarr, comma separated, with patterns (default: "
+        "none)",
+    )
+    parser.add_argument("--examples", metavar="STR", help="numbers of the examples, such as 3,7,10-19 (default: all)")
+    parser.add_argument(
+        "--rows", metavar="STR", help="only examples that own these rows, such as 0-99,512 (default: all)"
+    )
+    parser.add_argument(
+        "--where",
+        metavar="STR",
+        help="only examples with a row that meets this condition, such as 'label == \"code\"' (default: all)",
+    )
+    parser.add_argument(
+        "--tokens",
+        metavar="STR",
+        help="tokens whose logits are added to the tables, as ids or texts: '17, the' (default: none)",
+    )
+    add_device(parser)
+    add_parallel_flags(parser)
+    parser.add_argument(
+        "--force",
+        action="store_true",
+        help="accept a model other than the captured one, and note it in the results (default: refuse)",
+    )
+    parser.set_defaults(when_stopped="stopped: finished files are safe. Run the same command again to go on.")
 
 
 def _replay(options: argparse.Namespace) -> int:
     from residua.pipelines.replay.replay import replay_dataset
 
-    is_first = speaks_for_all()
+    is_first = is_first_process()
     shown = is_first and not options.json
     with (
         stopping_in_time(),
@@ -55,7 +89,7 @@ def _replay(options: argparse.Namespace) -> int:
             examples=None if options.examples is None else parse_numbers(options.examples, "--examples"),
             rows=None if options.rows is None else parse_numbers(options.rows, "--rows"),
             where=options.where,
-            tokens=tokens(options.tokens, "--tokens") if options.tokens else (),
+            tokens=parse_tokens(options.tokens, "--tokens") if options.tokens else (),
             force=options.force,
             device=options.device,
             tp=options.tp,
@@ -74,8 +108,8 @@ def _print(found: "ReplayResult", *, as_json: bool) -> None:
     means = _means(found.examples.to_pydict())
     if as_json:
         archive = None if found.archive is None else str(found.archive.path)
-        said = {"folder": str(found.folder), "archive": archive, "examples": found.n_examples}
-        print_json({**said, "notes": list(found.notes), **means})
+        result = {"folder": str(found.folder), "archive": archive, "examples": found.n_examples}
+        print_json({**result, "notes": list(found.notes), **means})
         return
     for note in found.notes:
         print(f"note: {note}")
@@ -90,7 +124,7 @@ def _print(found: "ReplayResult", *, as_json: bool) -> None:
 
 
 def _means(columns: dict[str, list[Any]]) -> dict[str, float | None]:
-    """Return means over tokens, of examples that have a value, and the largest KL."""
+    """Return means over the tokens of all examples that have a value, and the largest KL divergence."""
     found: dict[str, float | None] = {"kl_max": max(columns["kl_max"])}
     for name in ("kl", "top1_agreement", "loss", "unedited_loss", "loss_change"):
         of_next = "loss" in name

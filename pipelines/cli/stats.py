@@ -1,10 +1,18 @@
-"""The sub-command `residua stats`: statistics of every site, as tables and a picture."""
+"""The command `stats`: statistics of every site, as tables and a picture."""
 
 import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from residua.pipelines.cli.job import add_archive, add_cluster_flags, add_job, cluster_of, default_folder
+from residua.pipelines.cli.options import (
+    SITES_HELP,
+    WHERE_HELP,
+    add_archive,
+    add_cluster_flags,
+    add_command,
+    cluster_of,
+    default_folder,
+)
 from residua.pipelines.cli.report import print_json, table
 from residua.store.base.errors import few
 
@@ -12,14 +20,22 @@ if TYPE_CHECKING:
     from residua.analysis.stats.stats import Stats
 
 
-def add(jobs: Any) -> None:
-    """Add the sub-command."""
-    parser = add_job(jobs, "stats", _stats, "norms, moments, outlier channels and principal components of every site")
+def add(commands: Any) -> None:
+    """Add the command."""
+    text = "norms, moments, outlier channels and principal components of every site"
+    description = f"Compute {text}, by channel and by position. Writes tables and a picture."
+    parser = add_command(commands, "stats", _stats, text, description)
     add_archive(parser)
-    parser.add_argument("--sites", default="*", metavar="STR", help="the sites, for example resid_post.*; default: all")
-    parser.add_argument("--where", metavar="STR", help="only these rows, for example 'position > 0'")
-    parser.add_argument("--components", type=int, default=8, metavar="INT", help="principal components a site (8)")
-    parser.add_argument("--out", dest="folder", metavar="FOLDER", help="where files go; default: ARCHIVE-stats")
+    parser.add_argument("--sites", default="*", metavar="STR", help=SITES_HELP)
+    parser.add_argument("--where", metavar="STR", help=WHERE_HELP)
+    parser.add_argument(
+        "--components",
+        type=int,
+        default=8,
+        metavar="INT",
+        help="principal components of each site; 0 computes none (default: %(default)s)",
+    )
+    parser.add_argument("--out", dest="folder", metavar="FOLDER", help="folder for the files (default: ARCHIVE-stats)")
     add_cluster_flags(parser)
 
 
@@ -42,7 +58,7 @@ def _stats(options: argparse.Namespace) -> int:
 
 
 def _print(found: "Stats", folder: Path) -> None:
-    head = ("site", "width", "mean", "std", "kurtosis", "row kurtosis", "norm", "outlier channels", "1st component")
+    heading = ("site", "width", "mean", "std", "kurtosis", "row kurtosis", "norm", "outlier channels", "1st component")
     lines = [
         (
             line["site"],
@@ -58,7 +74,7 @@ def _print(found: "Stats", folder: Path) -> None:
         for line in found.sites.to_pylist()
     ]
     print(f"{max(found.sites['n_rows'].to_pylist()):,} rows")
-    print(table([head, *lines], (1, 2, 3, 4, 5, 6, 8)))
+    print(table([heading, *lines], (1, 2, 3, 4, 5, 6, 8)))
     for line in found.sites.to_pylist():
         if line["n_nonfinite"]:
             print(

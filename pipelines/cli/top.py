@@ -1,26 +1,34 @@
-"""The sub-command `residua top`: the rows that lie furthest along a direction, with their text."""
+"""The command `top`: the rows furthest along a direction, with their text."""
 
 import argparse
 from typing import Any
 
-from residua.pipelines.cli.job import add_archive, add_cluster_flags, add_job, cluster_of
+from residua.pipelines.cli.options import WHERE_HELP, add_archive, add_cluster_flags, add_command, cluster_of
 from residua.pipelines.cli.report import print_json, table
 
 
-def add(jobs: Any) -> None:
-    """Add the sub-command."""
-    parser = add_job(jobs, "top", _top, "the rows that lie furthest along a direction or channel, with their text")
+def add(commands: Any) -> None:
+    """Add the command."""
+    text = "find the rows furthest along a direction or channel"
+    description = "Find the rows of a site that are furthest along a direction or channel, and show them in their text."
+    parser = add_command(commands, "top", _top, text, description)
     add_archive(parser)
     parser.add_argument("--site", required=True, metavar="STR", help="the site, for example resid_post.3")
     which = parser.add_mutually_exclusive_group(required=True)
-    which.add_argument("--direction", metavar="FILE", help=".npy or .safetensors; of a saved probe, probe.safetensors")
-    which.add_argument("--channel", type=int, metavar="INT", help="the number of one channel")
-    parser.add_argument("--head", type=int, metavar="INT", help="of a site with heads, the one that is meant")
-    parser.add_argument("-k", type=int, default=20, metavar="INT", help="how many rows (20)")
-    parser.add_argument("--bottom", action="store_true", help="the rows that lie furthest the other way")
-    parser.add_argument("--per-example", action="store_true", help="at most one row of an example")
-    parser.add_argument("--where", metavar="STR", help="only these rows, for example 'position > 0'")
-    parser.add_argument("--out", dest="file", metavar="FILE", help="write the table there too, as Parquet")
+    which.add_argument(
+        "--direction",
+        metavar="FILE",
+        help="file with the direction: .npy or .safetensors, such as probe.safetensors of a saved probe",
+    )
+    which.add_argument("--channel", type=int, metavar="INT", help="number of one channel, from 0")
+    parser.add_argument("--head", type=int, metavar="INT", help="number of one head, from 0, at a site with heads")
+    parser.add_argument("-k", type=int, default=20, metavar="INT", help="number of rows to show (default: %(default)s)")
+    parser.add_argument(
+        "--bottom", action="store_true", help="show the rows furthest in the opposite direction (default: off)"
+    )
+    parser.add_argument("--per-example", action="store_true", help="show at most one row of an example (default: off)")
+    parser.add_argument("--where", metavar="STR", help=WHERE_HELP)
+    parser.add_argument("--out", dest="file", metavar="FILE", help="also write the table to this Parquet file")
     add_cluster_flags(parser)
 
 
@@ -62,5 +70,5 @@ def _top(options: argparse.Namespace) -> int:
 
 
 def _one_line(line: dict[str, Any]) -> str:
-    """Return the text without line ends and control characters, which would spoil the terminal."""
+    """Return the text without line ends and control characters, which could command the terminal."""
     return f"token {line['token']}" if line["text"] is None else repr(line["text"])[1:-1]

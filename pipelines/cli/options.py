@@ -1,0 +1,202 @@
+"""What the commands share: how a command is added, flags that several commands have, and lists as values."""
+
+import argparse
+import hashlib
+import json
+import os
+import re
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import Field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from residua.pipelines.cli.progress import StepProgress
+from residua.store.base.errors import PlanError
+from residua.store.selection.grammar import is_number_or_range, parse_numbers
+
+if TYPE_CHECKING:
+    from contextlib import AbstractContextManager
+
+    from residua.analysis.support.cluster import Cluster
+
+Found = TypeVar("Found")
+Run = Callable[[argparse.Namespace], int]
+SITES_HELP = "sites, comma separated, with patterns: 'resid_post.*,attn_out.3' (default: %(default)s)"
+WHERE_HELP = "use only rows that meet this condition, for example 'position > 0' (default: all rows)"
+MODEL_HELP = "hub id or folder of the model"
+
+_TOKEN = re.compile(r'\s*("(?:[^"\\]|\\.)*")\s*,|([^,]*),')  # a JSON string, or anything without a comma
+_FLAG, _NEGATIVE = re.compile(r"--[^=]+"), re.compile(r"-\d")
+
+
+def add_command(commands: Any, name: str, run: Run, text: str, description: str) -> argparse.ArgumentParser:
+    """Add a command.
+
+    Args:
+        commands: What ``add_subparsers`` returned.
+        name: Its word on the command line.
+        run: Does the work and returns the exit code.
+        text: One line for the list of commands.
+        description: What the command reads, does and writes.
+    """
+    parser: argparse.ArgumentParser = commands.add_parser(name, help=text, description=description, allow_abbrev=False)
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
+    parser.set_defaults(run=run)
+    return parser
+
+
+def add_settings(parser: argparse._ActionsContainer, settings: Iterable[Field[Any]]) -> None:
+    """Add a flag for each field of a settings class, with the help of its metadata and its default.
+
+    A flag that is not given is None, so that a settings file or the class's own default applies.
+    """
+    for setting in settings:
+        flag, text, default = "--" + setting.name.replace("_", "-"), setting.metadata["help"], setting.default
+        if isinstance(default, bool):
+            text += f" (default: {'on' if default else 'off'})"
+            parser.add_argument(flag, action=argparse.BooleanOptionalAction, default=None, help=text)
+            continue
+        text += "" if default is None else f" (default: {default})"
+        kind = next(kind for kind in (float, int, str) if kind.__name__ in str(setting.type))
+        parser.add_argument(flag, type=kind, metavar=kind.__name__.upper(), help=text)
+
+
+def add_archive(parser: argparse.ArgumentParser) -> None:
+    """Add the argument that names an archive."""
+    parser.add_argument("archive", help="folder of the archive")
+
+
+def add_device(parser: argparse.ArgumentParser) -> None:
+    """Add the flag for the device of the model."""
+    text = "device of the model: auto (CUDA if there is one), cpu, cuda, cuda:1, ... (default: %(default)s)"
+    parser.add_argument("--device", default="auto", metavar="STR", help=text)
+
+
+def add_sample_flags(parser: argparse.ArgumentParser, *, batches: int) -> None:
+    """Add the archive, the model, and the flags that choose a sample of the capture's batches.
+
+    Args:
+        parser: The parser of the command.
+        batches: How many batches run by default.
+    """
+    add_archive(parser)
+    parser.add_argument("--model", required=True, help="hub id or folder of the model that was captured")
+    parser.add_argument(
+        "--batches", type=int, default=batches, metavar="INT", help="number of batches to run (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--seed", type=int, default=0, metavar="INT", help="seed of the random choice of batches (default: %(default)s)"
+    )
+    add_device(parser)
+
+
+def run_sample(options: argparse.Namespace, job: Callable[..., Found], *, shown: bool, **more: Any) -> Found:
+    """Call a job with the flags of `add_sample_flags` and with `more`; show its progress if `shown`."""
+    with StepProgress("batch", shown=shown and not options.json) as progress:
+        return job(
+            options.archive,
+            options.model,
+            n_batches=options.batches,
+            seed=options.seed,
+            device=options.device,
+            on_batch=progress.step,
+            **more,
+        )
+
+
+def add_parallel_flags(parser: argparse.ArgumentParser) -> None:
+    """Add the flags that split a model over processes that were launched together."""
+    for flag, text in (
+        ("--tp", "processes to split each layer over, by transformers' tensor-parallel plan (default: %(default)s)"),
+        ("--pp", "pipeline stages to split the layers into, each of --tp processes (default: %(default)s)"),
+    ):
+        parser.add_argument(flag, type=int, default=1, metavar="INT", help=text)
+
+
+def is_first_process() -> bool:
+    """Return whether this process prints and shows progress: the first of those that a launcher started."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def default_folder(archive: Path, command: str, *asked: str | None) -> Path:
+    """Return the default folder for a command's files, ARCHIVE-COMMAND-WHAT in the working directory.
+
+    Args:
+        archive: The archive; its name is used without ``.zarr``.
+        command: The command's word.
+        asked: Values of flags that tell one run from another. A value that is not a plain word also gets a digest.
+    """
+    name = archive.resolve().name.removesuffix(".zarr")
+    return Path("-".join([name, command, *(_word(text) for text in asked if text)]))
+
+
+def _word(text: str) -> str:
+    plain = re.sub(r"\W+", "-", text).strip("-")[:40]
+    return text if plain == text else f"{plain}-{hashlib.sha256(text.encode()).hexdigest()[:6]}"
+
+
+def add_cluster_flags(parser: argparse.ArgumentParser) -> None:
+    """Add the flags that say where an analysis runs."""
+    parser.add_argument(
+        "--scheduler",
+        metavar="ADDRESS",
+        help="address of a Dask scheduler, tcp://host:port, or 'inline' for this process alone (default: start a "
+        "cluster on this machine)",
+    )
+    parser.add_argument(
+        "--workers",
+        type=int,
+        metavar="INT",
+        help="workers of the cluster on this machine (default: one a core, as far as memory allows)",
+    )
+    parser.add_argument(
+        "--memory-limit",
+        default="4GiB",
+        metavar="SIZE",
+        help="memory of each worker of the cluster on this machine (default: %(default)s)",
+    )
+
+
+def cluster_of(options: argparse.Namespace) -> "AbstractContextManager[Cluster]":
+    """Return the cluster that the flags ask for, as a context manager."""
+    from residua.analysis.support.cluster import connect
+
+    return connect(
+        options.scheduler, workers=options.workers, memory_limit=options.memory_limit, shown=not options.json
+    )
+
+
+def parse_tokens(text: str, flag: str) -> list[int | str]:
+    """Return the tokens of a list such as ``17,40-44, the,"7"``: numbers are ids, anything else is a text.
+
+    A text with commas or digits only is written in double quotes, as in JSON.
+
+    Raises:
+        PlanError: A text is empty, or its quotes are not those of JSON.
+    """
+    found: list[int | str] = []
+    for item in _TOKEN.finditer(text + ","):
+        quoted, plain = item.groups()
+        if quoted is not None:
+            try:
+                found.append(str(json.loads(quoted)))
+            except ValueError as error:
+                raise PlanError(f"{flag} {quoted[:60]}: this is not a text in double quotes ({error})") from error
+        elif is_number_or_range(plain):
+            found += parse_numbers(plain, flag)
+        elif not plain:
+            raise PlanError(f"{flag} {text[:60]!r}: a token between commas is empty; give ids, or texts")
+        else:
+            found.append(plain)
+    return found
+
+
+def bind_negative_values(words: Sequence[str]) -> list[str]:
+    """Join each value such as ``-3,-1`` to the flag before it; argparse would take the value for a flag."""
+    bound: list[str] = []
+    for word in words:
+        if _NEGATIVE.match(word) and bound and _FLAG.fullmatch(bound[-1]):
+            bound[-1] += f"={word}"
+        else:
+            bound.append(word)
+    return bound
