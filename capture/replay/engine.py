@@ -256,7 +256,6 @@ class Replayer:
         keep: Sequence[str] = (),
         *,
         edited: bool = True,
-        needs_logits: bool = True,
         grad: bool = False,
     ) -> Pass:
         """Run one batch.
@@ -265,7 +264,6 @@ class Replayer:
             batch: The batch, as `batch` makes it.
             keep: Sites whose rows are returned, as `readable_sites` gives them.
             edited: Whether the edits apply.
-            needs_logits: Whether logits are returned.
             grad: Whether logits and kept rows are part of autograd's graph, which starts at the injected rows, or at
                 the embeddings if no rows go in.
 
@@ -274,21 +272,21 @@ class Replayer:
         """
         stage_model = stage_model_of(self.core)
         if stage_model is None:
-            return self._pass(batch, keep, edited=edited, needs_logits=needs_logits, grad=grad)
+            return self._pass(batch, keep, edited=edited, grad=grad)
         if grad:
             raise PlanError(
                 "gradients were asked for of a torch pipeline, whose schedule alone runs backward passes: tap its "
                 "stage with backward=True, or replay the model in one process or in transformers' own pipeline"
             )
         passes = [
-            self._pass(microbatch, keep, edited=edited, needs_logits=needs_logits, grad=False)
+            self._pass(microbatch, keep, edited=edited, grad=False)
             for microbatch in microbatches(batch, stage_model.n_microbatches)
         ]
         sites = {name: [rows for one in passes for rows in one.sites[name]] for name in passes[0].sites}
         logits = [rows for one in passes for rows in one.logits or ()]
-        return Pass(logits=stage_model.to_all(logits) if needs_logits else None, sites=sites, nodes={}, end=())
+        return Pass(logits=stage_model.to_all(logits), sites=sites, nodes={}, end=())
 
-    def _pass(self, batch: PlanBatch, keep: Sequence[str], *, edited: bool, needs_logits: bool, grad: bool) -> Pass:
+    def _pass(self, batch: PlanBatch, keep: Sequence[str], *, edited: bool, grad: bool) -> Pass:
         """Run one forward pass."""
         kept: dict[str, list[Tensor]] = {}
         nodes: dict[str, Tensor] = {}
@@ -298,14 +296,14 @@ class Replayer:
             nodes.setdefault(name, tensor)
 
         padded, core = batch.padded, runnable(self.core)
-        kwargs = forward_kwargs(core, padded.input_ids, padded.attention_mask, needs_logits=needs_logits)
+        kwargs = forward_kwargs(core, padded.input_ids, padded.attention_mask)
         with (
             torch.set_grad_enabled(grad),
             eager_where_needed(self.core, self._edited_infos),  # without the edits too, so that both runs compare
             self.changing(batch, edited=edited, keep=keep, on_kept=on_kept, leaves=nodes if grad else None),
         ):
             output = runnable(self.model)(**kwargs)
-        logits = _token_logits(batch, output) if needs_logits and target_of(self.model).gives_logits else None
+        logits = _token_logits(batch, output) if target_of(self.model).gives_logits else None
         return Pass(logits=logits, sites=kept, nodes=nodes if grad else {}, end=end_here(self.model) if grad else ())
 
     @contextmanager

@@ -1,7 +1,7 @@
-"""Going on from a replayed prompt: stored rows and edits in the prompt, edits on new tokens too if that is wanted.
+"""Generating text from a replayed prompt: stored rows and edits in the prompt, and edits on new tokens if asked for.
 
-New tokens need the keys and values of the prompt in every block, also in those that a replay leaves out. So the model
-runs the prompt in full; the stored rows replace what it computes, and the rest follows.
+New tokens need the prompt's keys and values in every block, also in the blocks that a replay skips. So the model runs
+the prompt in full, the stored rows replace what it computes, and generation continues from there.
 """
 
 from collections import Counter
@@ -32,7 +32,7 @@ def generate(
     seed: int,
     options: Mapping[str, Any],
 ) -> list[list[int]]:
-    """Let the model go on from the replayed prompts; see `residua.capture.replay.replay.Replay.generate`."""
+    """Continue replayed prompts; see `residua.capture.replay.replay.Replay.generate`."""
     core: Any = replayer.core  # transformers' own annotation of generate fits no model
     if not issubclass(type(core), GenerationMixin):
         raise PlanError(f"{type(core).__name__} generates no text")
@@ -46,35 +46,38 @@ def generate(
         if (options.get(name) or getattr(core.generation_config, name, None) or 1) > 1:
             raise PlanError(f"{name} is over 1: rows and edits are placed for one sequence an example, so set it to 1")
     batch = replayer.batch(examples, padding="left")
-    steps = _Steps(replayer, batch, edit_new_tokens=edit_new_tokens)
+    steps = _GenerationSteps(replayer, batch, edit_new_tokens=edit_new_tokens)
     padded = batch.padded
-    settings = {"do_sample": False, **options, "max_new_tokens": max_new_tokens}
-    settings.setdefault("pad_token_id", _padding_of(core))
+    pad_token = core.generation_config.pad_token_id
+    settings = {"do_sample": False, "pad_token_id": 0 if pad_token is None else pad_token, **options}
+    settings["max_new_tokens"] = max_new_tokens
     with ExitStack() as stack:
         if steps.sites:
             stack.enter_context(tap(replayer.model, steps.sites, steps.change, tensor_parallel=replayer.group))
         stack.enter_context(torch.random.fork_rng())
         torch.manual_seed(seed)
-        made: object = core.generate(input_ids=padded.input_ids, attention_mask=padded.attention_mask, **settings)
-    if not isinstance(made, Tensor):
+        generated: object = core.generate(input_ids=padded.input_ids, attention_mask=padded.attention_mask, **settings)
+    if not isinstance(generated, Tensor):
         raise PlanError("generation was asked for more than tokens; leave return_dict_in_generate out")
-    return [_until_end(row, core) for row in made[:, batch.n_positions :].tolist()]
+    return [_until_end(row, core) for row in generated[:, batch.n_positions :].tolist()]
 
 
-class _Steps:
-    """Changes prompts at their first pass, and new tokens, one a pass, after that."""
+class _GenerationSteps:
+    """Changes the prompts in their first pass, and new tokens, one a pass, after that.
+
+    Attributes:
+        sites: The sites that change.
+    """
 
     def __init__(self, replayer: Replayer, batch: PlanBatch, *, edit_new_tokens: bool) -> None:
         self._batch = batch
         self._prompt = replayer.steps(batch, edited=True)
         self._edits = [edit for edit in replayer.edits if edit_new_tokens and _fits_new_tokens(edit)]
-        self._selector = replayer.selector
         self._n_passes: Counter[str] = Counter()
-        new_sites = (site for edit in self._edits for site in edit.actions)
-        self.sites = list(dict.fromkeys([*self._prompt, *new_sites]))
+        self.sites = list(dict.fromkeys([*self._prompt, *(site for edit in self._edits for site in edit.actions)]))
 
     def change(self, name: str, tensor: Tensor) -> Tensor:
-        """Apply what is due at a site."""
+        """Change the tensor of a site."""
         self._n_passes[name] += 1
         if self._n_passes[name] == 1:
             for step in self._prompt.get(name, ()):
@@ -87,34 +90,25 @@ class _Steps:
         return tensor
 
     def _new_tokens(self, edit: PreparedEdit, number: int) -> ChosenRows:
-        """The new token of each example that the edit means; it has no row in the archive."""
-        meant = [
+        """Return the new token of each example that the edit applies to; it has no row in the archive."""
+        tokens = [
             (place, example.example, len(example.input_ids) + number)
             for place, example in enumerate(self._batch.rows)
-            if self._selector.includes(edit.edit.chosen, example.example)
+            if edit.chooser.means_example(edit.edit.chosen, example.example)
         ]
-        source, numbers, positions = np.array(meant, np.int64).reshape(-1, 3).T
-        nowhere = np.full(len(meant), -1)
-        return ChosenRows(source=source, example=numbers, position=positions, row=nowhere, from_row=nowhere)
+        source, numbers, positions = np.array(tokens, np.int64).reshape(-1, 3).T
+        no_row = np.full(len(tokens), -1)
+        return ChosenRows(source=source, example=numbers, position=positions, row=no_row, from_row=no_row)
 
 
 def _fits_new_tokens(edit: PreparedEdit) -> bool:
-    """Whether an edit is meant for any token at all, and needs no stored row of it."""
+    """Return whether an edit applies to every token and needs no stored row of it."""
     return edit.edit.chosen.is_every_token and not edit.edit.needs_stored_rows
 
 
-def _padding_of(core: Any) -> int:
-    found = core.generation_config.pad_token_id
-    return int(found) if found is not None else 0
-
-
-def _ends_of(core: Any) -> set[int]:
-    found = core.generation_config.eos_token_id
-    return set(found) if isinstance(found, list) else {found}
-
-
 def _until_end(tokens: list[int], core: Any) -> list[int]:
-    """Cut off the padding behind the token that ended an example."""
-    ends = _ends_of(core)
-    last = next((place for place, token in enumerate(tokens) if token in ends), len(tokens))
-    return tokens[: last + 1]
+    """Cut off the padding after the token that ended an example."""
+    ends = core.generation_config.eos_token_id
+    is_end = (token in ends if isinstance(ends, list) else token == ends for token in tokens)
+    length = next((place + 1 for place, found in enumerate(is_end) if found), len(tokens))
+    return tokens[:length]
