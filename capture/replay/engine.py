@@ -98,7 +98,6 @@ class Replayer:
     Attributes:
         archive: The archive.
         stored: Its rows.
-        selector: Its examples, for edits.
         edits: The prepared edits.
         model: The model as it was given.
         group: `tensor_parallel`.
@@ -136,8 +135,7 @@ class Replayer:
         self._read_here = frozenset(target_of(model).here(infos)) if is_owner else frozenset()
         for name, info in infos.items():
             _check_injection(archive, name, info)
-        self.selector = TokenSelector(archive)
-        self.edits = prepare_edits(edits, self.core, self.stored, self.selector)
+        self.edits = prepare_edits(edits, self.core, self.stored, TokenSelector(archive))
         for edit in self.edits:
             self._infos |= edit.infos
             for name in edit.actions:

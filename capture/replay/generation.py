@@ -94,7 +94,7 @@ class _GenerationSteps:
         tokens = [
             (place, example.example, len(example.input_ids) + number)
             for place, example in enumerate(self._batch.rows)
-            if edit.chooser.means_example(edit.edit.chosen, example.example)
+            if edit.selector.includes(edit.edit.chosen, example.example)
         ]
         source, numbers, positions = np.array(tokens, np.int64).reshape(-1, 3).T
         no_row = np.full(len(tokens), -1)

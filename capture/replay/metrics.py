@@ -1,7 +1,7 @@
-"""Numbers that say what a replay changed, by name: losses, divergences and differences of logits.
+"""Metrics of a replay's logits: loss, KL divergence from the run without edits, and difference of two logits.
 
-A metric is ``loss``; ``kl``; or ``{"logit_difference": [token, other token], "position": -1}``. All are differentiable,
-in float32 at least, and means: over predicted tokens, over tokens, over examples.
+A metric is ``loss``; ``kl``; or ``{"logit_difference": [token, other token], "position": -1}``. All are differentiable
+means in float32 at least: over predicted tokens, over tokens, over examples.
 
 Legend: `T` tokens of an example, `V` vocabulary.
 """
@@ -22,12 +22,12 @@ from residua.store.base.errors import PlanError
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """What a metric is taken of.
+    """The argument of a metric.
 
     Attributes:
         logits: Per example, (T, V).
         examples: The examples.
-        original: Gives the logits of the same examples without edits.
+        original: Returns the logits of the same examples without edits.
     """
 
     logits: Sequence[Tensor]
@@ -37,14 +37,14 @@ class Outcome:
 
 Metric = Callable[[Outcome], Tensor]
 MetricSpec = str | Mapping[str, Any] | Metric
-"""A name, a name with what it needs, or a Python function of an `Outcome` that gives one number."""
+"""A name, a name with its arguments, or a Python function of an `Outcome` that returns one number."""
 
 
 def metric_of(spec: MetricSpec) -> Metric:
     """Return the metric that `spec` names.
 
     Raises:
-        PlanError: There is no such metric, or it lacks something.
+        PlanError: There is no such metric, or an argument is missing or wrong.
 
     Example:
         >>> metric_of("loss") is mean_loss
@@ -73,7 +73,7 @@ def token_divergences(original_TV: Tensor, logits_TV: Tensor) -> Tensor:
 
 
 def token_changes(original_TV: Tensor, logits_TV: Tensor, example: ExampleRows) -> tuple[Tensor, Tensor, Tensor]:
-    """Return `token_divergences`, and `token_losses` of the other and of the original, from one softmax of each."""
+    """Return `token_divergences`, and `token_losses` of the second and of the first run, from one softmax of each."""
     log_p, log_q = (widen(logits).log_softmax(-1) for logits in (original_TV, logits_TV))
     targets = torch.from_numpy(example.input_ids[1:, None].astype(np.int64)).to(log_p.device)
     before, after = (-logs[:-1].gather(1, targets)[:, 0] for logs in (log_p, log_q))
@@ -87,20 +87,20 @@ def _divergences(log_p_TV: Tensor, log_q_TV: Tensor) -> Tensor:
 
 def mean_loss(outcome: Outcome) -> Tensor:
     """Return the mean cross-entropy of next tokens in nats, over all predicted tokens."""
-    parts = [token_losses(*pair) for pair in zip(outcome.logits, outcome.examples, strict=True)]
-    return torch.cat(parts).mean()
+    losses = [token_losses(*pair) for pair in zip(outcome.logits, outcome.examples, strict=True)]
+    return torch.cat(losses).mean()
 
 
 def mean_kl(outcome: Outcome) -> Tensor:
     """Return the mean divergence from the run without edits in nats, over all tokens."""
-    parts = [token_divergences(*pair) for pair in zip(outcome.original(), outcome.logits, strict=True)]
-    return torch.cat(parts).mean()
+    divergences = [token_divergences(*pair) for pair in zip(outcome.original(), outcome.logits, strict=True)]
+    return torch.cat(divergences).mean()
 
 
 def logit_difference(logits: Tensor, token: int, other: int) -> Tensor:
-    """Return the logit of `token` minus that of `other`, over all axes but the last one, (..., V).
+    """Return the logit of `token` minus that of `other`, from (..., V) to (...).
 
-    The difference is taken in the type of the logits and then widened to float32 at least.
+    The difference is computed in the type of the logits and then widened to float32 at least.
     """
     return widen(logits[..., token] - logits[..., other])
 
@@ -117,7 +117,7 @@ def _mean_logit_difference(spec: Mapping[str, Any]) -> Metric:
             n_tokens, n_logits = logits_TV.shape
             if not -n_tokens <= position < n_tokens or not 0 <= min(chosen) <= max(chosen) < n_logits:
                 raise PlanError(f"{dict(spec)!r}: an example has {n_tokens} tokens of a vocabulary of {n_logits}")
-        parts = [logit_difference(logits_TV[position], token, other) for logits_TV in outcome.logits]
-        return torch.stack(parts).mean()
+        differences = [logit_difference(logits_TV[position], token, other) for logits_TV in outcome.logits]
+        return torch.stack(differences).mean()
 
     return difference

@@ -1,11 +1,12 @@
-"""Stored or edited activations back into the model, for some examples of an archive, interactively.
+"""`residua.replay`: stored or edited activations back into the model, for some examples of an archive.
 
     with residua.replay(model, "acts.zarr", examples=[3], at="resid_post.5", edits=[...]) as run:
         run.logits          # per example, (tokens, vocabulary)
         run["resid_post.7"] # per example, (rows, width)
 
-The stored rows go in at ``at``, the edits apply, and only the blocks above run. Nothing runs before it is asked for;
-what was computed is kept. Between and after the passes the model is as it was.
+The stored rows go in at ``at``, the edits apply, and only the blocks above run. The model runs when a result is first
+asked for, and results are kept. Between and after the passes the model is as it was. `residua.capture.replay.engine`
+holds the passes themselves.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -33,13 +34,13 @@ from residua.store.read.archive import Archive
 
 
 class Replay:
-    """What `replay` gives: the logits and sites of some examples, computed when they are first asked for.
+    """What `replay` yields: logits and sites of some examples, computed when they are first asked for.
 
     Attributes:
         examples: Numbers of the examples, in the order of every list here.
-        notes: What a reader of the results has to know, one sentence each: conditions that differ from those of the
-            capture, rows that were rounded, blocks that could not be left out.
-        skipped_blocks: How many blocks did not run.
+        notes: What a reader of the results has to know, one sentence each: conditions that differ from the capture,
+            rows that were rounded, blocks that could not be skipped.
+        skipped_blocks: How many blocks do not run.
     """
 
     def __init__(self, replayer: Replayer, examples: Sequence[int], keep: Sequence[str], *, grad: bool) -> None:
@@ -65,23 +66,23 @@ class Replay:
         """Logits of every token of each example, (tokens, vocabulary), in the model's type and on its device.
 
         Raises:
-            CaptureError: The context was left before they were computed, or another process has them.
+            CaptureError: The replay ended before they were computed, or another process has them.
         """
         return (self._first or self._run(self._keep)).require_logits()
 
     def __getitem__(self, site: str) -> list[Tensor]:
-        """Return the rows of a site above the stored ones, (rows, *row) an example, edits included.
+        """Return the rows of a site at or above the start, with the edits, (rows, *row) for each example.
 
         Raises:
             UnknownSiteError: The model has no such site.
             PlanError: The site lies below the stored rows.
-            CaptureError: The context was left before they were computed, or another process has them.
+            CaptureError: The replay ended before they were computed, or another process has them.
         """
         (name,) = self._replayer.readable_sites([site])
-        if name not in self._asked:  # all processes ask alike; who has not met it must not run again by itself
+        if name not in self._asked:  # and not _sites: a process without the site must not run again alone
             self._run([*self._keep, name])
         if name not in self._sites:
-            raise CaptureError(f"{name} was met in another process than this one{on_rank()}, which has its rows")
+            raise CaptureError(f"another process than this one{on_rank()} has {name} and its rows")
         return self._sites[name]
 
     def __repr__(self) -> str:
@@ -95,14 +96,14 @@ class Replay:
 
     @property
     def original_logits(self) -> list[Tensor]:
-        """Logits of the same examples, from the same stored rows, without the edits; never part of a graph."""
+        """Logits of the same examples, from the same stored rows, without the edits and without a graph."""
         if self._original is None:
             self._require_open()
             self._original = self._replayer.run(self._batch, edited=False)
         return self._original.require_logits()
 
     def metric(self, metric: MetricSpec) -> Tensor:
-        """Return a metric of the logits, one number; see `residua.capture.replay.metrics`.
+        """Return a metric of the logits, one number; `residua.capture.replay.metrics` lists the metrics.
 
         Raises:
             PlanError: There is no such metric.
@@ -111,9 +112,9 @@ class Replay:
         return metric_of(metric)(outcome)
 
     def gradients(self, metric: MetricSpec) -> dict[str, list[Tensor]]:
-        """Return the gradients of a metric with respect to the injected rows, and to every site in ``keep``.
+        """Return the gradients of a metric with respect to the injected rows and to every site in ``keep``.
 
-        That of the injected rows is taken before the edits there. Without injected rows, it is that of ``embed``.
+        Gradients of the injected rows are those before the edits there. If no rows go in, ``embed`` takes their place.
 
         Args:
             metric: As for `metric`.
@@ -131,25 +132,25 @@ class Replay:
         found = torch.autograd.grad(self.metric(metric), wanted, retain_graph=True, allow_unused=True)
         gradients = {}
         for (name, node), gradient in zip(first.nodes.items(), found, strict=False):
-            whole = torch.zeros_like(node) if gradient is None else gradient
-            gradients[name] = kept_rows(self._batch, whole, name)
+            full = torch.zeros_like(node) if gradient is None else gradient
+            gradients[name] = kept_rows(self._batch, full, name)
         return gradients
 
     def generate(
         self, max_new_tokens: int, *, edit_new_tokens: bool = False, seed: int = 0, **options: Any
     ) -> list[list[int]]:
-        """Go on from the examples as prompts: their stored rows and edits, then tokens of the model's own.
+        """Continue the examples as prompts, with their stored rows and edits, by tokens that the model chooses.
 
-        The blocks below the stored rows run too, since new tokens need their keys and values.
+        The blocks below the stored rows run too, because new tokens need their keys and values.
 
         Args:
-            max_new_tokens: Most tokens that an example gets.
-            edit_new_tokens: Whether edits that are meant for every token, and need no stored row, change new ones too.
-            seed: Seed of the sampling; the state of torch's generator is left as it was.
+            max_new_tokens: Maximum number of new tokens of an example.
+            edit_new_tokens: Whether edits that apply to every token, and need no stored row, change new tokens too.
+            seed: Seed of the sampling; the state of torch's generator stays as it was.
             **options: For transformers' ``generate``, such as ``do_sample=True, temperature=0.7``.
 
         Returns:
-            The new tokens of each example, with the one that ended it, if one did.
+            The new tokens of each example, including the token that ended it, if any.
 
         Raises:
             PlanError: The model does not generate, an edit is at the logits, or an example would get several sequences.
@@ -165,7 +166,7 @@ class Replay:
         )
 
     def _run(self, keep: Sequence[str]) -> Pass:
-        """Make a pass; gradients are those of the first one, later ones are for one more site."""
+        """Make a pass. Logits and gradients belong to the first one; later ones are for one more site each."""
         self._require_open()
         found = self._replayer.run(self._batch, list(dict.fromkeys(keep)), grad=self._grad)
         self._first = self._first or found
@@ -178,7 +179,7 @@ class Replay:
             raise CaptureError("this replay is over: ask for logits and sites inside the with block")
 
     def close(self) -> None:
-        """Run nothing any more; what was computed stays."""
+        """Refuse further passes; computed results stay."""
         self._is_open = False
         self._replayer.stored.close()
 
@@ -198,31 +199,32 @@ def replay(
 ) -> Iterator[Replay]:
     """Put stored rows of some examples back into the model, edit, and run only the layers above.
 
-    The examples run together in one batch, padded and numbered as the capture did it. Without edits, logits and later
-    sites are those of the captured run bit for bit if the examples are a batch of the plan, the rows were stored
-    without loss, and dtype, attention implementation and threads are those of the capture; what differs is in `notes`.
+    The examples run in one batch, padded and numbered as in the capture. Without edits, logits and later sites equal
+    the captured ones bit for bit if the examples are a batch of the plan, the rows are stored without loss, and dtype,
+    attention implementation and threads are those of the capture; `notes` says what differs.
 
-    On a model that is spread over several processes all of them have to replay, alike; see `residua.tap`.
+    If several processes hold the model, all of them make the same replay; see `residua.tap`.
 
     Args:
-        model: The model that was captured, wrapped and spread as it likes; or the schedule of a torch pipeline, GPipe
-            or 1F1B, whose stages have its parts. They run its forward passes, and logits come back on every stage.
+        model: The model that was captured; it may be wrapped and spread over processes. Or the schedule of a torch
+            pipeline, GPipe or 1F1B, whose stages hold the model: they run its forward passes, and every stage returns
+            the logits.
         archive: The archive, or its folder.
         examples: Numbers of examples.
-        at: Where stored rows go in: a site of the residual stream, below which nothing is computed, or any other, or
-            several. None puts nothing in and runs the model in full.
+        at: Where stored rows go in: one or more sites. Below a site of the residual stream nothing is computed. None
+            puts no rows in and runs the model in full.
         edits: Edits in order, as `residua.store.edits.edit` lists them: dictionaries, or a YAML or JSON file.
-        keep: Sites that are kept by the first pass; others cost a pass each when they are asked for.
-        grad: Run with gradients, so that ``run.gradients`` can be asked for. Logits and kept rows are then parts of
-            autograd's graph; the parameters' own gradients stay untouched.
-        force: Go on with a model that is not the one that was captured, and note it.
-        tensor_parallel: The ranks over which activations are split, where this cannot be told from the model.
+        keep: Sites that the first pass keeps; each other one costs a pass when it is asked for.
+        grad: Run with gradients, for ``run.gradients``. Logits and kept rows are then part of autograd's graph; the
+            gradients of the parameters stay untouched.
+        force: Accept a model that is not the captured one, and note it.
+        tensor_parallel: The ranks over which activations are split, if the model does not show them.
 
     Yields:
         The replay.
 
     Raises:
-        PlanError: An edit does not fit, rows do not exist, the model is another. Nothing has run by then.
+        PlanError: An edit does not fit, rows do not exist, or the model is another one. The model has not run.
         UnknownSiteError: The model or the archive does not have a site.
         NotCapturedError: Rows are not captured yet.
 

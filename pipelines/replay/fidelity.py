@@ -1,4 +1,4 @@
-"""Measuring what rounding in the store does to the model: stored rows put back, against the run as it is."""
+"""`residua.fidelity`: what the rounding of stored rows does to the output of the model, measured by replay."""
 
 from collections.abc import Callable, Mapping, Sequence
 from os import PathLike
@@ -38,27 +38,27 @@ def fidelity(
 ) -> Fidelity:
     """Measure by replay what the rounding of stored residual streams does to the model's output.
 
-    At each stored site of the residual stream whose rows are rounded, they take the place of the computed ones, and
-    the output is compared with that of the model left alone. The figures are written to ``fidelity.json`` in the
-    archive, where `residua info` finds them. Processes of a launch share the batches; see docs/distributed.md.
+    For each stored site of the residual stream whose rows are rounded, the stored rows replace the computed ones, and
+    the output is compared with that of the unchanged model. The figures are written to ``fidelity.json`` in the
+    archive; `residua info` shows them. The processes of a launch share the batches; see docs/distributed.md.
 
     Args:
         archive: Folder of the archive.
         model: The model that was captured: a transformers model, or a hub id or folder of one; or the schedule of a
             torch pipeline, as `residua.replay` takes it.
-        n_batches: How many of the plan's batches run; they are chosen at random from those that are captured.
+        n_batches: How many batches of the plan run; they are chosen at random from the captured ones.
         seed: Seed of the choice.
         device: Device of the model, if it is loaded here.
-        tp: Over how many processes it is then split by tensor parallelism.
-        pp: Over how many it is split as a pipeline.
-        on_batch: Called with the batches done and in all, after each.
+        tp: Number of processes of tensor parallelism, if it is loaded here.
+        pp: Number of pipeline stages, if it is loaded here.
+        on_batch: Called after each batch with the numbers of finished batches and of all batches.
 
     Returns:
         Divergence and agreement by site.
 
     Raises:
-        PlanError: The model is not the one that was captured, or no stored residual stream is rounded, or the
-            archive is one of a replay.
+        PlanError: The model is not the captured one, no stored residual stream is rounded, or the archive was captured
+            during a replay.
         NotCapturedError: Nothing is captured yet.
         CaptureError: The model gave no logits, or another process that shares the work is gone.
 
@@ -68,7 +68,7 @@ def fidelity(
     """
     opened = Archive(archive)
     refuse_replay(opened, "residua fidelity")
-    names = _rounded(opened)
+    names = _rounded_streams(opened)
     batches = [batch.examples.tolist() for batch in sample_batches(opened, n_batches, seed)]
     settings = CaptureSettings(device=device, tp=tp, pp=pp)
     with (
@@ -100,34 +100,35 @@ def _compare(examples: Sequence[int], plain: Replayer, stored: Mapping[str, Repl
 
 
 def _compared(original: torch.Tensor, logits: torch.Tensor) -> dict[str, float]:
-    """Return sum and maximum of the divergences of a batch's tokens, and how many have the same top 1."""
-    kl = token_divergences(original, logits).clamp_min(0)  # which rounding may miss by the last bit
+    """Return sum and maximum of the divergences of a batch's tokens, and how many tokens have the same top 1."""
+    kl = token_divergences(original, logits).clamp_min(0)  # rounding may make it negative by the last bit
     same = int((original.argmax(-1) == logits.argmax(-1)).sum())
     return {"kl": float(kl.double().sum()), "kl_max": float(kl.max()), "same": same}
 
 
 def _total(found: Sequence[Mapping[str, Any]]) -> Fidelity:
-    """Add the batches up in their order, so that the sums are those of one process."""
+    """Sum over the batches in their order, so that the sums do not depend on the number of processes."""
     n_tokens = sum(batch["n_tokens"] for batch in found)
     sites = {}
     for name in found[0]["sites"]:
-        parts = [batch["sites"][name] for batch in found]
+        batches = [batch["sites"][name] for batch in found]
         sites[name] = SiteFidelity(
-            kl_mean=sum(part["kl"] for part in parts) / n_tokens,
-            kl_max=max(part["kl_max"] for part in parts),
-            top1_agreement=sum(part["same"] for part in parts) / n_tokens,
+            kl_mean=sum(batch["kl"] for batch in batches) / n_tokens,
+            kl_max=max(batch["kl_max"] for batch in batches),
+            top1_agreement=sum(batch["same"] for batch in batches) / n_tokens,
         )
     return Fidelity(sites=sites, n_examples=sum(batch["n_examples"] for batch in found), n_tokens=n_tokens)
 
 
-def _rounded(archive: Archive) -> list[str]:
+def _rounded_streams(archive: Archive) -> list[str]:
+    """Return the stored sites of the residual stream whose rows are rounded."""
     stream = [name for name in archive.sites if parse_site(name).kind in _STREAM]
     plans = [archive.plan.site(name) for name in stream]
     dtype = archive.plan.model["dtype"]
     found = [plan.name for plan in plans if is_rounded(plan, dtype)]
     if not found:
         raise PlanError(
-            f"{archive.path} has no residual stream that is rounded ({', '.join(stream) or 'none is stored'}): "
+            f"{archive.path} has no residual stream that is rounded ({', '.join(stream) or 'none is stored'}), so "
             "there is nothing to measure"
         )
     return found

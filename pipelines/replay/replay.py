@@ -1,7 +1,7 @@
-"""Replaying a whole archive with edits, and telling per token and per example what they change.
+"""`residua.replay_dataset`: the examples of an archive replayed with edits, and tables of what the edits change.
 
-Batches are those of the capture, as far as their examples are chosen. The run without edits starts as high as exact
-stored rows allow, so that it costs the head alone where the last residual stream is stored.
+Batches are those of the capture, without the examples that are not chosen. `comparison` runs a batch with the edits and
+without, `result_folder` holds the tables, and `capture` makes the archive of what follows, if it is asked for.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -48,12 +48,12 @@ from residua.store.selection.examples import ExampleChoice
 
 @dataclass(frozen=True, kw_only=True, repr=False)
 class ReplayResult:
-    """What a replay of an archive gave.
+    """The results of a replay of an archive.
 
     Attributes:
-        folder: Where the tables lie, and ``residua.json``, which says how they came about.
-        n_examples: Examples in the tables.
-        resumed: Whether an earlier run had begun.
+        folder: The folder of the tables and of ``residua.json``, which says how they were made.
+        n_examples: Number of examples in the tables.
+        resumed: Whether this run resumed an earlier one.
         notes: What a reader of the tables has to know, one sentence each.
         archive: The archive of what follows, if it was asked for.
     """
@@ -101,40 +101,41 @@ def replay_dataset(
 ) -> ReplayResult:
     """Replay the examples of an archive with edits and without, and write what the edits change.
 
-    A run that was killed goes on: finished parts stay, and the tables are the same as if nothing had happened. Called
-    by every process of a distributed launch, each with its own replica of the model, they share the parts; see
-    docs/distributed.md.
+    The same call resumes a run that was killed: finished files stay, and the tables are the same as those of one run.
+    If every process of a distributed launch calls it, each with its own replica of the model, they share the files;
+    see docs/distributed.md.
 
     Args:
         model: The model that was captured: a transformers model, or a hub id or folder of one; or the schedule of a
             torch pipeline, as `residua.replay` takes it.
-        archive: The archive, or its folder. Of one that is not sealed, the captured examples are taken.
-        out: Folder of the result; if it is one of the same request, what is missing is computed.
+        archive: The archive, or its folder. If it is not sealed, the captured examples are replayed.
+        out: Folder of the results; if it holds results of the same request, the missing ones are computed.
         edits: Edits in order, as `residua.replay` takes them.
         at: Where stored rows go in; None runs the model in full.
-        capture: Sites whose activations in the edited run are captured too, into the archive ``acts.zarr`` in `out`,
-            for the chosen examples.
-        examples: Numbers of the examples; all unless given.
-        rows: Rows of the archive; the examples that own them are taken.
-        where: A condition such as ``label == "code"``; examples with a row that meets it are taken.
-        tokens: Tokens whose logits are told: ids, or texts that are one token of the archive's tokenizer.
-        force: Go on with a model that is not the one that was captured, and note it.
+        capture: Sites whose activations in the edited run are captured, for the chosen examples, into the archive
+            ``acts.zarr`` in `out`.
+        examples: Numbers of the examples to replay; all unless given.
+        rows: Rows of the archive; the examples that own them are replayed.
+        where: A condition such as ``label == "code"``; the examples with a row that meets it are replayed.
+        tokens: Tokens whose logits the tables report: ids, or texts that are one token of the archive's tokenizer.
+        force: Accept a model that is not the captured one, and note it.
         device: Device of the model, if it is loaded here.
-        tp: Over how many processes it is then split by tensor parallelism.
-        pp: Over how many it is split as a pipeline.
+        tp: Number of processes of tensor parallelism, if it is loaded here.
+        pp: Number of pipeline stages, if it is loaded here.
         command: The command line, for the provenance.
-        on_example: Called with the examples done and in all; with those of all processes, on the first.
-        on_plan: Called with the plan of the archive that is captured, and the rows that are committed already.
-        on_batch: Called with the figures of that capture after every batch.
+        on_example: Called with the numbers of finished examples and of all; on the first process those of all
+            processes.
+        on_plan: Called with the plan of the new archive, and the number of rows that are committed already.
+        on_batch: Called after every batch with the figures of the capture.
 
     Returns:
-        The tables, what has to be said of them, and the archive.
+        The tables, notes on them, and the archive.
 
     Raises:
-        PlanError: An edit does not fit, examples or rows do not exist, a text is no single token, the model is another,
-            `out` holds another request.
-        NotCapturedError: Nothing of what was asked for is captured yet.
-        ArchiveInUseError: Another run is at work on `out`.
+        PlanError: An edit does not fit, examples or rows do not exist, a text is not one token, the model is another
+            one, or `out` holds the results of another request.
+        NotCapturedError: None of the chosen examples is captured yet.
+        ArchiveInUseError: Another run works on `out`.
         CaptureError: The model gave no logits, or another process that shares the work is gone.
 
     Example:
@@ -150,7 +151,7 @@ def replay_dataset(
     chosen = choice.of(opened) & _captured(opened, schedule)
     ids = [token if isinstance(token, int) else token_id(opened.tokenizer, token) for token in tokens]
     if not chosen.any():
-        raise NotCapturedError(f"{opened.path} has none of these examples whole yet: run the capture first")
+        raise NotCapturedError(f"{opened.path} has none of these examples completely yet: run the capture first")
     folder, settings = Path(out), CaptureSettings(device=device, tp=tp, pp=pp)
     files = TableFiles(folder, schedule, chosen)
     with ExitStack() as stack:
@@ -198,7 +199,7 @@ def replay_dataset(
 
 
 def _captured(archive: Archive, schedule: Schedule) -> npt.NDArray[np.bool_]:
-    """Say for each example whether its whole group is captured, so that the group's part can be written for good."""
+    """Return for each example whether its group is captured completely, so that the group's file is final."""
     captured = np.zeros(len(archive.example_table), bool)
     for group in whole_groups(archive, schedule):
         captured[schedule.group(group)] = True
