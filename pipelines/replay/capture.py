@@ -4,7 +4,7 @@ The plan is that of the archive which is replayed, for the chosen examples and t
 resuming are those of any capture. If all examples are chosen, the batches are those of the archive.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,14 +22,15 @@ from residua.pipelines.capture.capture import CaptureJob
 from residua.pipelines.capture.captured_batches import schedule_of
 from residua.pipelines.capture.plan import dataset_entry
 from residua.pipelines.jobs.workers import workers_of_step
-from residua.pipelines.replay.examples import write_replayed_examples
 from residua.store.base.canonical import Json, digest_of
 from residua.store.base.errors import PlanError
 from residua.store.encoding.codecs import DEFAULT_PRESET
-from residua.store.examples.index import ExampleIndex
+from residua.store.examples.index import Example, ExampleIndex
+from residua.store.examples.table import ExampleTable
+from residua.store.examples.writer import ExampleWriter
 from residua.store.format.plan import HOST_MEMORY_BYTES, Plan, host_buffer_bytes
 from residua.store.format.sidecars import PARAMETERS_FILE
-from residua.store.read.archive import REPLAY_RULE, Archive
+from residua.store.read.archive import REPLAY_RULE, REPLAYED_EXAMPLE, Archive, is_replay
 from residua.store.storage.files import write_file
 
 ARCHIVE = "acts.zarr"
@@ -109,8 +110,22 @@ class ReplayCapture(CaptureJob):
         return self.archive
 
     def write_examples(self, folder: Path) -> ExampleIndex:
-        """Write the chosen examples, with their numbers in the archive that is replayed."""
-        return write_replayed_examples(folder, self._source, self._examples)
+        """Write the chosen examples with all columns of the dataset and their numbers in the replayed archive.
+
+        Raises:
+            PlanError: The dataset has a column of its own with the name of the column of these numbers.
+        """
+        table = self._source.example_table
+        if REPLAYED_EXAMPLE in table.column_types() and not is_replay(self._source):
+            raise PlanError(
+                f"the examples of {self._source.path} have a column {REPLAYED_EXAMPLE!r} of their own, and the archive "
+                "of a replay keeps the number of each replayed example there: replay without capturing"
+            )
+        writer = ExampleWriter(folder)
+        for number, columns in _dataset_columns(table, self._examples):
+            [(input_ids, positions)] = table.batch([number])
+            writer.add(Example(input_ids=input_ids, positions=positions, columns={**columns, REPLAYED_EXAMPLE: number}))
+        return writer.close()
 
     def write_tokenizer(self, folder: Path) -> None:
         """Copy the tokenizer's files from the archive that is replayed."""
@@ -174,3 +189,14 @@ class ReplayCapture(CaptureJob):
                 "ran in other batches than when they were captured, so the last bits may differ"
             )
         return height
+
+
+def _dataset_columns(table: ExampleTable, examples: npt.NDArray[np.int64]) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yield the number of each chosen example with its columns of the dataset; one file is in memory at a time."""
+    names = [name for name in table.column_types() if name != REPLAYED_EXAMPLE]  # that of an earlier replay goes
+    start = 0
+    for file in table.parts(["n_rows", *names]):  # n_rows for its length: there may be no other column
+        inside = examples[(examples >= start) & (examples < start + file.num_rows)]
+        for number, line in zip(inside.tolist(), file.take(inside - start).to_pylist(), strict=True):
+            yield number, {name: line.get(name) for name in names}
+        start += file.num_rows
