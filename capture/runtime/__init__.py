@@ -1,4 +1,4 @@
-"""What torch is at run time: devices, streams, wrappers around models, process groups, pipeline schedules.
+"""What torch, transformers and accelerate are at run time: devices, streams, wrappers, process groups, collectives.
 
-Uses `store` only.
+Also pipeline schedules, and `compat`: every private name of these libraries that the project uses. Uses `store` only.
 """

@@ -25,17 +25,17 @@ Shape = tuple[int, ...]
 
 
 def is_alone() -> bool:
-    """Say whether there is only one process."""
+    """Return whether there is only one process."""
     return not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1
 
 
 def on_rank() -> str:
-    """Return `` on rank 3`` with a space in front; empty where there is only one process."""
+    """Return `` on rank 3``, with a leading space, for messages; empty if there is only one process."""
     return "" if is_alone() else f" on rank {dist.get_rank()}"
 
 
 def all_gather_objects(group: ProcessGroup | None, value: T) -> list[T]:
-    """Return what each rank of a group says, in their order; without a group, what this process says."""
+    """Return the value of each rank of a group, in rank order; without a group, this process's value alone."""
     if group is None:
         return [value]
     values = [value] * dist.get_world_size(group)
@@ -44,18 +44,18 @@ def all_gather_objects(group: ProcessGroup | None, value: T) -> list[T]:
 
 
 def device_of(group: ProcessGroup | None) -> torch.device:
-    """Return a device whose tensors the ranks of a group, or of the default group, can send each other."""
+    """Return a device whose tensors the ranks of a group can exchange; None stands for the default group."""
     if "gloo" in str(dist.get_backend(group)):
         return torch.device("cpu")
     return torch.device("cuda", torch.cuda.current_device())
 
 
 def failed_together(error: RuntimeError, *, safe: str = "committed") -> CaptureError:
-    """Return what to raise where a forward pass, or an agreement on it, failed that several processes share.
+    """Return the error to raise after a forward pass failed that several processes run together.
 
     Args:
-        error: How it failed.
-        safe: What has to have become of work that is not lost.
+        error: The failure.
+        safe: What was done with the work that is not lost, for the message.
     """
     return CaptureError(
         "the forward pass failed, perhaps because another process that holds this model died: "
@@ -65,13 +65,13 @@ def failed_together(error: RuntimeError, *, safe: str = "committed") -> CaptureE
 
 
 class Agreement:
-    """Lets all workers agree, before each batch, on whether any of them has one; a collective."""
+    """Tells all workers, before each batch, whether any of them has one; a collective of all workers."""
 
     def __init__(self) -> None:
         self._flag = torch.zeros((), device=device_of(None))
 
     def __call__(self, has_batch: bool) -> bool:
-        """Return whether any worker called this with true.
+        """Return whether any worker called this with True.
 
         Raises:
             CaptureError: Another worker is gone.
@@ -85,7 +85,7 @@ class Agreement:
 
 
 def in_step(batches: Iterator[BatchT | None], agree: Callable[[bool], bool]) -> Iterator[BatchT | None]:
-    """Yield the batches, then None as long as any other worker has one; no worker takes over from another."""
+    """Yield the batches, then None as long as any other worker has a batch."""
     batch = next(batches, None)
     while agree(batch is not None):
         yield batch
@@ -99,7 +99,7 @@ class Exchange:
         group: The ranks.
 
     Attributes:
-        sent_bytes: Bytes that this rank has sent to others.
+        sent_bytes: Bytes that this rank has sent to other ranks.
     """
 
     def __init__(self, group: ProcessGroup) -> None:
@@ -114,12 +114,12 @@ class Exchange:
         """Send each piece to its rank; a collective of the group.
 
         Args:
-            outgoing: What this rank has to give, all of one type; at least one piece.
-            to: For each piece the rank that gets it.
-            incoming: For each rank the shapes of the pieces that come from there, in the order in which it has them.
+            outgoing: The pieces that this rank sends, all of one dtype; at least one.
+            to: For each piece the rank that receives it.
+            incoming: For each rank the shapes of the pieces that it sends here, in its order.
 
         Returns:
-            For each rank its pieces.
+            For each rank the pieces that it sent here.
         """
         order = sorted(range(len(to)), key=lambda i: to[i])
         pieces = [outgoing[i].contiguous().view(-1).view(torch.uint8) for i in order]

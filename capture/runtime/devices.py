@@ -1,6 +1,7 @@
-"""Where a model runs: on the devices of its weights, or where accelerate brings weights that it keeps elsewhere.
+"""The devices that a model runs on, and the values of weights that accelerate offloads.
 
-Weights that are offloaded to the host or to a disk stand in the model as tensors on meta, without values.
+A model runs on the devices of its weights. Weights that accelerate offloads to the host or to a disk are tensors on the
+meta device in the model, without values; accelerate brings them to a device when a module runs.
 """
 
 from collections.abc import Iterator
@@ -22,7 +23,7 @@ def input_device(model: nn.Module) -> torch.device:
 
 
 def runs_on_cuda(model: nn.Module) -> bool:
-    """Say whether some part of a model runs on a CUDA device."""
+    """Return whether any module of a model runs on a CUDA device."""
     return any(device.type == "cuda" for device in _devices(model))
 
 
@@ -37,34 +38,34 @@ def _devices(model: nn.Module) -> Iterator[torch.device]:
 
 
 def uploaded(tensor: Tensor, device: torch.device | str | None) -> Tensor:
-    """Copy a tensor of the host to a device, without waiting for what the device is still doing.
+    """Copy a tensor from the host to a device, without waiting for the device's queued work.
 
-    From memory that is not page-locked torch would wait, and the model's next batch could not be prepared meanwhile.
+    From memory that is not page-locked torch would wait, and the next batch could not be prepared in that time.
     """
     is_cuda = device is not None and torch.device(device).type == "cuda"
     return (tensor.pin_memory() if is_cuda else tensor).to(device, non_blocking=is_cuda)
 
 
 def with_values(model: nn.Module, name: str, tensor: Tensor) -> Tensor:
-    """Return a weight, on the CPU if it is offloaded: from where accelerate keeps it.
+    """Return a weight with its values; an offloaded weight is read from accelerate and returned on the CPU.
 
     Args:
         model: The model, wrapped or not.
         name: Name of the weight in the bare model.
-        tensor: What stands in the model.
+        tensor: The weight in the model, which may be on the meta device.
 
     Raises:
-        CaptureError: It has no values anywhere.
+        CaptureError: The weight is on the meta device, and accelerate keeps no values of it.
     """
     if not tensor.is_meta:
         return tensor
     path, _, last = name.rpartition(".")
-    part = named_modules(model).get(path)
-    with nullcontext() if part is None else align_module_device(core_of(part)):
-        found = None if part is None else getattr(core_of(part), last)
+    module = named_modules(model).get(path)
+    with nullcontext() if module is None else align_module_device(core_of(module)):
+        found = None if module is None else getattr(core_of(module), last)
         if not isinstance(found, Tensor) or found.is_meta:
             raise CaptureError(
-                f"Weight {name!r}{on_rank()} is on the meta device and accelerate keeps no values of it; load the "
-                "model's weights first."
+                f"weight {name!r}{on_rank()} is on the meta device, and accelerate keeps no values of it: load the "
+                "model's weights first"
             )
         return found.detach().cpu()

@@ -1,9 +1,11 @@
-"""A stage of torch's pipelines as a model that a capture or a replay can run, in step with the other stages.
+"""Pipeline schedules of torch: a stage as a model that a capture or a replay runs together with the other stages.
 
-A schedule of torch's learns from its first microbatch which shapes pass from stage to stage, and is held to them; the
-batches of a capture have many. So a capture runs the stage's module itself, and sends and receives as the forward
-passes of a schedule do: the microbatches one after the other, each stage at work on another of them. A microbatch of
-new shape is announced to the next stage; microbatches may differ in size, so that no batch has to be filled up.
+A torch schedule accepts only the shapes of its first microbatch, but the batches of a capture have many shapes. So a
+capture runs the stage's module itself, and sends and receives as the forward passes of a schedule do: one microbatch
+after the other, while each stage works on a different one. A stage announces each new shape to the next stage, so
+microbatches may differ in size, and no batch is padded.
+
+Pipeline schedules: GPipe, Huang et al. 2019, arXiv:1811.06965; 1F1B, Narayanan et al. 2019 (PipeDream).
 """
 
 import inspect
@@ -29,29 +31,29 @@ _Announced = list[tuple[tuple[int, ...], torch.dtype]]
 
 
 class StageModel(nn.Module):
-    """This process's stage; a call runs one microbatch, which every stage of the pipeline has to be called with.
+    """This process's stage as a model. Every stage of the pipeline has to be called with the same microbatches.
 
     Args:
         stage: The stage.
-        n_microbatches: Into how many parts batches are to be cut.
+        n_microbatches: Number of microbatches into which a batch is divided.
 
     Attributes:
-        module: What the stage runs.
-        core: The part of a transformers model that is in it.
+        module: The module that the stage runs.
+        core: The transformers model in it, of which it has some blocks.
         n_microbatches: As given.
-        group: The stages.
-        is_last: Whether what the module gives is what the pipeline gives.
+        group: The processes of the pipeline.
+        is_last: Whether the module's output is the pipeline's output.
 
     Raises:
-        PlanError: The stage is not one that a capture can run.
+        PlanError: A rank has several stages, or there is no transformers model in the module.
     """
 
     def __init__(self, stage: PipelineStage, n_microbatches: int) -> None:
         super().__init__()
         if stage.num_stages != stage.group_size:
             raise PlanError(
-                f"the pipeline has {stage.num_stages} stages on {stage.group_size} ranks: one stage a rank is "
-                "taken. Give each rank its blocks as one stage, with ScheduleGPipe or Schedule1F1B"
+                f"the pipeline has {stage.num_stages} stages on {stage.group_size} ranks, and a capture takes one "
+                "stage on each rank: give each rank its blocks as one stage, with ScheduleGPipe or Schedule1F1B"
             )
         self.module = replica_of(stage.submod)
         self.core = _transformers_model(self.module)
@@ -65,16 +67,16 @@ class StageModel(nn.Module):
         self._takes = None if any(p.kind is p.VAR_KEYWORD for p in taken) else {p.name for p in taken}
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor, use_cache: bool) -> Any:
-        """Run one microbatch through this stage: take what the stage before gives, pass on what this one does.
+        """Run one microbatch through this stage: receive the previous stage's output, send this stage's output.
 
         Args:
-            input_ids: (examples, positions); the first stage's module gets it, by position.
-            attention_mask: Of the same shape. It and what follows goes to those modules that name it.
-            position_ids: Likewise.
-            use_cache: Likewise.
+            input_ids: (examples, positions); the first stage's module gets it as its positional argument.
+            attention_mask: (examples, positions); like the arguments below, it goes to modules that name it.
+            position_ids: (examples, positions).
+            use_cache: Whether the model keeps keys and values.
 
         Raises:
-            CaptureError: There is padding, and the module takes no mask; or it passes on something else than tensors.
+            CaptureError: There is padding, and the module takes no mask; or its output is not plain tensors.
         """
         shape = tuple(input_ids.shape)
         entering = (input_ids,) if self._is_first else self._received(shape)
@@ -85,19 +87,20 @@ class StageModel(nn.Module):
         return leaving
 
     def to_all(self, tensors: Sequence[Tensor] | None) -> list[Tensor]:
-        """Return what the last stage has, on every stage; a collective of them.
+        """Return the last stage's tensors on every stage; a collective of the stages.
 
         Args:
-            tensors: What is given to all, in the last stage; not looked at in any other.
+            tensors: The tensors of the last stage; ignored on other stages.
         """
         mine = tensors if self.is_last and tensors is not None else []
         said: list[Any] = [[(tuple(tensor.shape), tensor.dtype) for tensor in mine]]
         last = dist.get_world_size(self.group) - 1
         dist.broadcast_object_list(said, group=self.group, group_src=last, device=self._device)
         given = list(mine) or [torch.empty(size, dtype=dtype, device=self._device) for size, dtype in said[0]]
-        for tensor in (whole := [tensor.contiguous() for tensor in given]):
+        contiguous = [tensor.contiguous() for tensor in given]
+        for tensor in contiguous:
             dist.broadcast(tensor, group=self.group, group_src=last)
-        return whole
+        return contiguous
 
     def _taken(self, named: Mapping[str, Any]) -> Mapping[str, Any]:
         if self._takes is None:
@@ -105,7 +108,7 @@ class StageModel(nn.Module):
         if "attention_mask" not in self._takes and not named["attention_mask"].all():
             raise CaptureError(
                 f"the forward of {type(self.module).__name__}{on_rank()}, a stage of the pipeline, takes no "
-                "attention_mask, and examples of several lengths run together: let it take attention_mask (1 for a "
+                "attention_mask, and the batch has examples of several lengths: let it take attention_mask (1 for a "
                 "token, 0 for padding), or set batch_tokens to 1, so that every example runs alone"
             )
         return {name: value for name, value in named.items() if name in self._takes}
@@ -125,8 +128,8 @@ class StageModel(nn.Module):
         wrong = [type(each).__name__ for each in tensors if not isinstance(each, Tensor) or isinstance(each, DTensor)]
         if wrong:
             raise CaptureError(
-                f"{type(self.module).__name__}{on_rank()}, a stage of the pipeline, passes on a {wrong[0]}: a capture "
-                "takes plain tensors, one or a tuple of them. Return what is in it (of a DTensor, its full_tensor())"
+                f"{type(self.module).__name__}{on_rank()}, a stage of the pipeline, returns a {wrong[0]}: a capture "
+                "takes a plain tensor or a tuple of plain tensors. Return these (for a DTensor, its full_tensor())"
             )
         if shape not in self._announced:
             self._announced[shape] = [(tuple(tensor.shape), tensor.dtype) for tensor in tensors]
@@ -142,41 +145,38 @@ def _transformers_model(module: nn.Module) -> PreTrainedModel:
     if found is None:
         raise PlanError(
             f"a stage of the pipeline runs a {type(module).__name__} without a transformers model in it: keep the "
-            "stage's blocks in the model that they come from, under their own names, with the others deleted"
+            "stage's blocks in the model that they come from, under their own names, and delete the other blocks"
         )
     return found
 
 
 PIPELINE_TYPES = (PipelineSchedule, PipelineStageBase)
-"""What torch runs pipelines with: schedules, and stages."""
+"""The classes of torch's pipelines: schedules and stages."""
 
 _stage_models: WeakKeyDictionary[nn.Module, StageModel] = WeakKeyDictionary()
 
 
 @contextmanager
 def as_model(schedule: PipelineSchedule | PipelineStageBase) -> Iterator[PreTrainedModel]:
-    """Let the transformers model that is in a schedule's stage be known as a part of a pipeline, inside.
+    """Yield the transformers model in a schedule's stage; while the context lasts, `stage_model_of` knows it.
 
     Args:
-        schedule: A schedule of torch's pipelines with one stage a rank.
-
-    Yields:
-        The model, of which most is in other stages.
+        schedule: A torch schedule with one stage on each rank.
 
     Raises:
-        PlanError: Its stages are not such as can be run here; the message says what to do.
+        PlanError: It is no such schedule, its stage was traced, or there is no transformers model in the stage.
     """
     if not isinstance(schedule, PipelineScheduleSingle):
         what = "a stage alone" if isinstance(schedule, PipelineStageBase) else f"a {type(schedule).__name__}"
         raise PlanError(
-            f"a torch pipeline is run by its schedule, and this was given {what}: pass the schedule that runs the "
-            "stage, ScheduleGPipe or Schedule1F1B, whose number of microbatches it takes"
+            f"a capture of a torch pipeline takes its schedule, and found {what}: pass the schedule that runs the "
+            "stage, ScheduleGPipe or Schedule1F1B, which says the number of microbatches"
         )
     stage = stage_of(schedule)
     if not isinstance(stage, PipelineStage):
         raise PlanError(
             "the stage was traced by torch.distributed.pipelining.pipeline(), and traced code has no sites: split "
-            "the model by hand and put the part of each rank into a PipelineStage"
+            "the model yourself and put the blocks of each rank into a PipelineStage"
         )
     stage_model = StageModel(stage, n_microbatches_of(schedule))
     outer = _stage_models.get(stage_model.core)
@@ -191,10 +191,10 @@ def as_model(schedule: PipelineSchedule | PipelineStageBase) -> Iterator[PreTrai
 
 
 def stage_model_of(core: nn.Module) -> StageModel | None:
-    """Return the stage that a model is a part of, while a capture runs it; None for any other model."""
+    """Return the stage that holds a model, while `as_model` lasts; None for any other model."""
     return _stage_models.get(core)
 
 
 def runnable(model: nn.Module) -> nn.Module:
-    """Return what to call to run a model: itself, or the stage that it is a part of."""
+    """Return the module to call to run a model: its stage in a torch pipeline, or the model itself."""
     return _stage_models.get(model, model)

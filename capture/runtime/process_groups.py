@@ -1,4 +1,7 @@
-"""Which processes hold the parts of one model replica: its tensor-parallel group."""
+"""Process groups of one model replica: its tensor-parallel group and the stages of its pipeline.
+
+Tensor parallelism: Shoeybi et al. 2019, arXiv:1909.08053. Pipelines: Huang et al. 2019, arXiv:1811.06965.
+"""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,55 +19,57 @@ from residua.capture.runtime.pipeline_schedule import stage_model_of
 from residua.capture.runtime.wrappers import core_of
 from residua.store.base.errors import PlanError
 
-_by_hand: WeakKeyDictionary[nn.Module, ProcessGroup] = WeakKeyDictionary()
+_declared: WeakKeyDictionary[nn.Module, ProcessGroup] = WeakKeyDictionary()
 
 
 @contextmanager
 def declared_group(model: nn.Module, given: ProcessGroup | DeviceMesh | None) -> Iterator[None]:
-    """Let every question about `model` inside be answered as if its tensor-parallel group were `given`.
+    """Declare the tensor-parallel group of `model`, as the user gave it, while the context lasts.
 
     Args:
         model: The model, wrapped or not.
-        given: The ranks over which its activations are split, as the user says; None says nothing.
+        given: The ranks over which its activations are split: a group, or a mesh of one dimension or with a dimension
+            named ``tp``; None declares nothing.
 
     Raises:
-        PlanError: The group cannot be told from what was given.
+        PlanError: The mesh has several dimensions, and none is named ``tp``.
     """
     if given is None:
         yield
         return
     core = core_of(model)
-    before = _by_hand.get(core)
-    _by_hand[core] = _given(given)
+    before = _declared.get(core)
+    _declared[core] = _given(given)
     try:
         yield
     finally:
-        del _by_hand[core]
+        del _declared[core]
         if before is not None:
-            _by_hand[core] = before
+            _declared[core] = before
 
 
 def declared_group_of(model: nn.Module) -> ProcessGroup | None:
-    """Return the group that `declared_group` says; None where that says nothing, or only this process."""
-    group = _by_hand.get(core_of(model))
+    """Return the group that `declared_group` declares; None if there is none, or it has only this process."""
+    group = _declared.get(core_of(model))
     return None if group is None or dist.get_world_size(group) == 1 else group
 
 
 def tensor_parallel_group(model: nn.Module, given: ProcessGroup | DeviceMesh | None) -> ProcessGroup | None:
     """Find the processes over which the activations of this model replica may be split.
 
-    Looked at in this order: what the caller gave, here or by `declared_group`; transformers' own mesh; the meshes of
-    the parameters, less those over which FSDP shards them (FSDP gathers parameters, so its activations are whole).
+    The search goes in this order: the group that the caller gave, here or by `declared_group`; transformers' own mesh;
+    the meshes of the parameters, except those over which FSDP shards them (FSDP gathers parameters, so each process
+    has full activations).
 
     Args:
         model: The model, wrapped or not.
         given: The group, or a mesh of one dimension or with a dimension named ``tp``.
 
     Returns:
-        The group; None where this process has whole activations.
+        The group; None if this process has full activations.
 
     Raises:
-        PlanError: The group cannot be told from what was given, or the parameters lie on several.
+        PlanError: The mesh has several dimensions, and none is named ``tp``; or the parameters lie on several groups.
     """
     if not dist.is_available() or not dist.is_initialized():
         return None
@@ -72,14 +77,14 @@ def tensor_parallel_group(model: nn.Module, given: ProcessGroup | DeviceMesh | N
     if given is not None:
         group: ProcessGroup | None = _given(given)
     else:
-        group = _by_hand.get(core) or _of_transformers(core) or _of_parameters(core)
+        group = _declared.get(core) or _of_transformers(core) or _of_parameters(core)
     return group if group is not None and dist.get_world_size(group) > 1 else None
 
 
 def pipeline_group(model: nn.Module) -> ProcessGroup | None:
-    """Return the stages of the pipeline that a model is a part of; None for any other model.
+    """Return the processes of the pipeline that a model is a stage of; None for any other model.
 
-    It is transformers' own, or the one of torch's that a capture is running
+    The pipeline is transformers' own, or the torch pipeline that a capture is running
     (`residua.capture.runtime.pipeline_schedule`).
     """
     stage_model, stage = stage_model_of(core_of(model)), pipeline_stage_of(core_of(model))
@@ -97,7 +102,7 @@ def _given(given: ProcessGroup | DeviceMesh) -> ProcessGroup:
         return given.get_group() if given.ndim == 1 else given.get_group("tp")
     raise PlanError(
         f"tensor_parallel was given a mesh of shape {tuple(given.shape)} with dimensions {names or 'without names'}; "
-        "give the part of it over which activations are split, for example mesh['tp']"
+        "give the dimension over which activations are split, for example mesh['tp']"
     )
 
 
@@ -121,13 +126,13 @@ def _of_parameters(core: nn.Module) -> ProcessGroup | None:
     found = {ranks: group for ranks, group in found.items() if len(ranks) > 1}
     if len(found) > 1:
         raise PlanError(
-            f"The parameters are split over several groups of ranks, {', '.join(map(str, found))}; say with "
-            "tensor_parallel= over which of them activations are split"
+            f"the parameters are split over several groups of ranks, {', '.join(map(str, found))}: pass the group "
+            "over which activations are split as tensor_parallel="
         )
     return next(iter(found.values()), None)
 
 
 def _groups(mesh: DeviceMesh) -> dict[tuple[int, ...], ProcessGroup]:
-    """From the ranks along each dimension of a mesh, as this process sees them, to their group."""
+    """Return the groups of a mesh that this process is in, one for each dimension, by their ranks."""
     groups = [mesh.get_group(dim) for dim in range(mesh.ndim)]
     return {tuple(dist.get_process_group_ranks(group)): group for group in groups}

@@ -1,7 +1,9 @@
-"""Models whose weights are spread over data-parallel workers (FSDP2, ZeRO-3): each forward pass is a collective.
+"""Models whose weights are sharded over data-parallel workers, by FSDP2 or DeepSpeed's ZeRO-3.
 
-Each worker runs batches of its own, and the activations are whole. But every forward call gathers weights from all
-workers, so all must make the same number of calls: they agree before each batch on whether any of them has one.
+Each worker runs its own batches, and has full activations. But every forward pass gathers weights from all workers, so
+all workers must run the same number of forward passes (see `Agreement` in `residua.capture.runtime.collectives`).
+
+FSDP: Zhao et al. 2023, arXiv:2304.11277. ZeRO: Rajbhandari et al. 2020, arXiv:1910.02054.
 """
 
 import sys
@@ -13,17 +15,17 @@ from torch.distributed.tensor import DTensor
 
 
 def is_sharded(model: nn.Module) -> bool:
-    """Say whether FSDP2 or DeepSpeed's ZeRO-3 spreads the weights of `model` over workers."""
+    """Return whether FSDP2 or DeepSpeed's ZeRO-3 shards the weights of `model`."""
     return is_zero3(model) or any(isinstance(module, FSDPModule) for module in model.modules())
 
 
 def is_zero3(model: nn.Module) -> bool:
-    """Say whether DeepSpeed's ZeRO-3 spreads the weights of `model` over workers."""
+    """Return whether DeepSpeed's ZeRO-3 shards the weights of `model`."""
     return any(_is_of_zero3(parameter) for parameter in model.parameters())
 
 
 def full_tensor(tensor: Tensor) -> Tensor:
-    """Return a weight as a whole, detached; a collective of all workers if it is spread over them."""
+    """Return the full tensor of a weight, detached; a collective of all workers if the weight is sharded."""
     if isinstance(tensor, DTensor):
         full: Tensor = tensor.full_tensor()
         return full.detach()
@@ -34,7 +36,7 @@ def full_tensor(tensor: Tensor) -> Tensor:
 
 
 def full_gradient(parameter: Tensor) -> Tensor | None:
-    """Return the gradient of a weight as a whole, None if there is none; a collective as `full_tensor` is."""
+    """Return the full gradient of a weight, None if there is none; a collective like `full_tensor`."""
     if not _is_of_zero3(parameter):
         return None if parameter.grad is None else full_tensor(parameter.grad)
     gradient: Tensor | None = _deepspeed().utils.safe_get_full_grad(parameter)
@@ -42,15 +44,15 @@ def full_gradient(parameter: Tensor) -> Tensor | None:
 
 
 def _deepspeed() -> Any:
-    return sys.modules["deepspeed"]  # no dependency of ours; it is there if a weight is of its making
+    return sys.modules["deepspeed"]  # not a dependency; it is imported if it made the weight
 
 
 def _is_of_zero3(tensor: Tensor) -> bool:
-    return hasattr(tensor, "ds_id")  # DeepSpeed's mark on each parameter that it cuts up
+    return hasattr(tensor, "ds_id")  # DeepSpeed sets it on each parameter that it shards
 
 
 def plain_class(model: nn.Module) -> type[nn.Module]:
-    """Return the class of `model` as it was before FSDP2 put its own in front."""
+    """Return the class of `model`; of a model that FSDP2 shards, the class that it had before `fully_shard`."""
     kind = type(model)
     if isinstance(model, FSDPModule):
         return next(

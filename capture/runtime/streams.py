@@ -1,4 +1,7 @@
-"""The two streams of a CUDA device, as `offload` asks for them, and memory that it copies to by itself."""
+"""CUDA streams for copies, page-locked host memory, and the number of writer threads.
+
+`CudaStreams` implements the `Streams` protocol of `residua.capture.buffers.offload`.
+"""
 
 import mmap
 import os
@@ -18,7 +21,7 @@ _MOST_WRITERS = 4
 
 
 class CudaStreams:
-    """The stream that the model runs on, whichever that is at each call, and a side stream of our own.
+    """The current stream of the model's device, looked up at each call, and a side stream for copies.
 
     Args:
         device: A CUDA device with its index.
@@ -29,7 +32,7 @@ class CudaStreams:
         self._side = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]  # torch leaves it bare
 
     def mark_compute(self) -> torch.cuda.Event:
-        """Record an event behind what the model has queued so far."""
+        """Record an event after what the model has queued so far."""
         return self._mark(torch.cuda.current_stream(self._device))
 
     def hold_side(self, event: torch.cuda.Event) -> None:
@@ -41,26 +44,26 @@ class CudaStreams:
         return torch.cuda.stream(self._side)
 
     def mark_side(self) -> torch.cuda.Event:
-        """Record an event behind the copies queued so far."""
+        """Record an event after the copies that are queued so far."""
         return self._mark(self._side, is_waited_for=True)
 
     def _mark(self, stream: torch.cuda.Stream, *, is_waited_for: bool = False) -> torch.cuda.Event:
-        # A writer that waits for a blocking event sleeps; for another it would spin, and take a core from the encoder.
+        # A writer that waits for a blocking event sleeps; otherwise it would spin and take a core from the encoder.
         event = torch.cuda.Event(blocking=is_waited_for)  # type: ignore[no-untyped-call]  # torch leaves it bare
         event.record(stream)
         return event
 
 
 def page_locked(n_bytes: int) -> npt.NDArray[np.uint8]:
-    """Return `n_bytes` of page-locked host memory, which devices copy to by themselves.
+    """Return `n_bytes` of page-locked host memory, to which a device copies without the processor.
 
-    Torch's own allocator rounds up to a power of two, and keeps what is let go: up to twice what the user allowed. So
-    pages of the system are registered, and given back when nobody holds a view of them any more.
+    Torch's allocator rounds up to a power of two and keeps freed memory, so it may take twice what the user allowed.
+    Here pages of the system are registered, and released when nobody holds a view of them any more.
 
     Raises:
-        CaptureError: The system does not let so much memory be locked.
+        CaptureError: The system does not allow so much memory to be page-locked.
     """
-    # Pages of its own: those that another piece reaches into could not be registered again.
+    # The memory has pages of its own: a page that two allocations share cannot be registered twice.
     pages = mmap.mmap(-1, max(1, n_bytes), mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     memory = np.frombuffer(pages, np.uint8)
     runtime: Any = torch.cuda.cudart()  # type: ignore[no-untyped-call]  # torch leaves it bare
@@ -70,13 +73,13 @@ def page_locked(n_bytes: int) -> npt.NDArray[np.uint8]:
             f"{n_bytes:,} bytes of host memory cannot be page-locked for copies from the GPU (CUDA error {failure}): "
             "lower --host-memory, or raise the limit on locked memory (ulimit -l)"
         )
-    # Not at the interpreter's end, when the driver may be gone; the system unlocks then.
+    # Not at the end of the interpreter, when the driver may be gone: the system unlocks the pages then.
     weakref.finalize(memory, runtime.cudaHostUnregister, memory.ctypes.data).atexit = False
     return memory
 
 
 def writer_threads(model: nn.Module) -> int:
-    """Return how many threads encode and write, unless the user says: beside a GPU the processor's cores are idle."""
+    """Return the default number of threads that encode and write: more if a GPU leaves the processor's cores idle."""
     if not runs_on_cuda(model):
         return 1
     return min(_MOST_WRITERS, os.cpu_count() or 1)

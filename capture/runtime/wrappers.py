@@ -25,20 +25,20 @@ from residua.store.base.errors import CaptureError, PlanError
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
 
-_ENGINES = ("DeepSpeedEngine", "PipelineEngine", "InferenceEngine")  # known by name: the library is not imported
+_ENGINES = ("DeepSpeedEngine", "PipelineEngine", "InferenceEngine")  # compared by name: the library is optional
 
 
 def inside(module: nn.Module) -> nn.Module | None:
-    """Return what a wrapper wraps; None for a module that is no wrapper.
+    """Return the module that a wrapper wraps; None for a module that is no wrapper.
 
     Raises:
-        CaptureError: The wrapper runs copies of the model on parts of each batch.
+        CaptureError: The wrapper runs copies of the model on slices of each batch.
     """
     if isinstance(module, DataParallel) and len(module.device_ids) > 1:
         raise CaptureError(
-            f"the model is wrapped in nn.DataParallel over {len(module.device_ids)} devices, which runs a copy on "
-            "a part of each batch, one thread a device, so that no site is whole anywhere. Use the model inside "
-            "(model.module), or one process a device and DistributedDataParallel"
+            f"the model is wrapped in nn.DataParallel over {len(module.device_ids)} devices, which runs a copy of it "
+            "on a slice of each batch, so no device has the full tensor of a site. Use the model inside "
+            "(model.module), or one process for each device with DistributedDataParallel"
         )
     if isinstance(module, DistributedDataParallel | DataParallel) or type(module).__name__ in _ENGINES:
         return module.get_submodule("module")
@@ -47,7 +47,7 @@ def inside(module: nn.Module) -> nn.Module | None:
 
 
 def core_of(model: nn.Module) -> nn.Module:
-    """Return the model inside any number of wrappers; the model itself where there is none.
+    """Return the model inside any number of wrappers; the model itself if there is no wrapper.
 
     Example:
         >>> bare = nn.Linear(2, 2)
@@ -62,11 +62,11 @@ def named_modules(model: nn.Module) -> dict[str, nn.Module]:
     """Return the modules of a model under the names that they have without wrappers.
 
     Args:
-        model: Any module; wrappers around it, and around modules in it, leave no trace in the names.
+        model: Any module; wrappers around it, and around modules in it, do not appear in the names.
 
     Returns:
-        From dotted path to module, outer ones first, the core itself under the empty path. Where a module in
-        the core is wrapped, its wrapper stands for it.
+        From dotted path to module, outer modules first, the model inside the wrappers under the empty path. If a
+        module in it is wrapped, the wrapper is returned under the module's name.
     """
     core = core_of(model)
     return {"": core, **dict(_below(core, "", {id(core)}))}
@@ -74,7 +74,7 @@ def named_modules(model: nn.Module) -> dict[str, nn.Module]:
 
 def _below(module: nn.Module, path: str, seen: set[int]) -> Iterator[tuple[str, nn.Module]]:
     for name, child in core_of(module).named_children():
-        if id(child) not in seen:  # a module that stands in two places has the first name, as in torch
+        if id(child) not in seen:  # a module that occurs twice has its first name, as in torch
             seen.add(id(child))
             yield path + name, child
             yield from _below(child, f"{path}{name}.", seen)
@@ -86,31 +86,31 @@ def uncompiled(model: ModelT) -> ModelT:
 
 
 def is_compiled(model: nn.Module) -> bool:
-    """Say whether `model` or a module in it is compiled, by `torch.compile` or in place."""
+    """Return whether `model` or a module in it is compiled, by `torch.compile` or in place."""
     return any(
         isinstance(module, compat.CompiledModule) or compat.is_compiled_in_place(module) for module in model.modules()
     )
 
 
 class _Uncompiled:
-    """The stance that the process takes while anybody wants it; contexts may end in any order."""
+    """Counts the contexts that want modules to run uncompiled: the stance is global, and they end in any order."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._n_wanting = 0
-        self._taken = ExitStack()
+        self._n_contexts = 0
+        self._stance = ExitStack()
 
-    def take(self) -> None:
+    def enter(self) -> None:
         with self._lock:
-            if not self._n_wanting:
-                self._taken.enter_context(torch.compiler.set_stance("force_eager"))
-            self._n_wanting += 1
+            if not self._n_contexts:
+                self._stance.enter_context(torch.compiler.set_stance("force_eager"))
+            self._n_contexts += 1
 
-    def let_go(self) -> None:
+    def leave(self) -> None:
         with self._lock:
-            self._n_wanting -= 1
-            if not self._n_wanting:
-                self._taken.close()
+            self._n_contexts -= 1
+            if not self._n_contexts:
+                self._stance.close()
 
 
 _uncompiled = _Uncompiled()
@@ -118,33 +118,33 @@ _uncompiled = _Uncompiled()
 
 @contextmanager
 def running_uncompiled(model: nn.Module) -> Iterator[bool]:
-    """Let compiled modules run as plain ones inside; yields whether there are any."""
+    """Let the compiled modules of a model run uncompiled; yield whether there are any."""
     if not is_compiled(model):
         yield False
         return
-    _uncompiled.take()
+    _uncompiled.enter()
     try:
         yield True
     finally:
-        _uncompiled.let_go()
+        _uncompiled.leave()
 
 
 def refuse_compiled(model: nn.Module) -> None:
-    """Raise CaptureError if `model` is compiled: a loop that the user owns runs it as it is."""
+    """Raise CaptureError if `model` is compiled: the user's own loop would run the compiled code."""
     if is_compiled(model):
         raise CaptureError(
-            "the model is compiled, and hooks are no part of compiled code: record with the model as it was before "
+            "the model is compiled, and compiled code ignores hooks: record with the model as it was before "
             "torch.compile (model._orig_mod), or build it without compile()"
         )
 
 
 def replica_of(model: ModelT) -> ModelT:
-    """Return `model` without what DDP, DeepSpeed and `torch.compile` wrapped around it.
+    """Return the model inside the wrappers of DDP, DeepSpeed and `torch.compile`: the replica that is captured.
 
-    DDP's own forward pass talks to the other workers, and so would wait for those that have fewer batches.
+    The forward pass of DDP communicates with the other workers, and would wait for a worker that has fewer batches.
 
     Raises:
-        PlanError: The model is spread over processes in a way that a capture cannot share out.
+        PlanError: Another wrapper shards the model over processes.
     """
     inner: nn.Module = uncompiled(model)
     while isinstance(inner, DistributedDataParallel) or type(inner).__name__ == "DeepSpeedEngine":

@@ -70,5 +70,5 @@ def test_an_offloaded_model_writes_the_archive_of_the_plain_one(
 def test_a_weight_without_values_anywhere_is_refused_by_name() -> None:
     model = SPLIT["llama"]()
     model.get_submodule("lm_head").to("meta")
-    with pytest.raises(CaptureError, match=r"'lm_head\.weight' is on the meta device and accelerate keeps no values"):
+    with pytest.raises(CaptureError, match=r"'lm_head\.weight' is on the meta device.*accelerate"):
         weights_fingerprint(model)

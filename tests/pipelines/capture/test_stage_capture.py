@@ -68,7 +68,7 @@ class WithoutMask(nn.Module):
 
 def test_padding_is_refused_where_a_stage_takes_no_mask(tmp_path: Path) -> None:
     schedule = ScheduleGPipe(stage(WithoutMask(TINY["llama"]())), 2)
-    with pytest.raises(CaptureError, match="WithoutMask, a stage of the pipeline, takes no attention_mask"):
+    with pytest.raises(CaptureError, match=r"WithoutMask.* takes no attention_mask"):
         capture_dataset(schedule, TOKENS, out=tmp_path / "padded", **OPTIONS)
     alone = {**OPTIONS, "batch_tokens": 1}
     got = capture_dataset(schedule, TOKENS, out=tmp_path / "alone", **alone).archive
@@ -77,7 +77,7 @@ def test_padding_is_refused_where_a_stage_takes_no_mask(tmp_path: Path) -> None:
 
 def test_a_loop_over_a_schedule_is_no_recording(tmp_path: Path) -> None:
     schedule: Any = ScheduleGPipe(stage(Part(TINY["llama"](), 0, 1)), 2)
-    with pytest.raises(CaptureError, match=r"given a ScheduleGPipe.* schedule and dataset to residua\.capture_dataset"):
+    with pytest.raises(CaptureError, match=r"ScheduleGPipe.* schedule and dataset to residua\.capture_dataset"):
         Recorder(schedule, sites="resid_post.1", out=tmp_path / "out")
 
 
@@ -89,12 +89,15 @@ def interleaved() -> ScheduleInterleaved1F1B:
 @pytest.mark.parametrize(
     ("make", "words"),
     [
-        (lambda: stage(Part(TINY["llama"](), 0, 1)), "given a stage alone: pass the schedule that runs the stage"),
-        (interleaved, "given a ScheduleInterleaved1F1B: pass the schedule .* ScheduleGPipe or Schedule1F1B"),
-        (lambda: ScheduleGPipe(stage(nn.Linear(2, 2), 2), 2), "2 stages on 1 ranks: one stage a rank is taken"),
+        (
+            lambda: stage(Part(TINY["llama"](), 0, 1)),
+            "a stage alone: pass the schedule",
+        ),
+        (interleaved, "a ScheduleInterleaved1F1B: pass the schedule .* ScheduleGPipe or Schedule1F1B"),
+        (lambda: ScheduleGPipe(stage(nn.Linear(2, 2), 2), 2), "2 stages on 1 ranks.* as one stage"),
         (lambda: ScheduleGPipe(stage(nn.Linear(2, 2)), 2), "runs a Linear without a transformers model in it"),
     ],
 )
-def test_what_is_no_schedule_of_one_stage_a_rank_is_refused(make: Any, words: str, tmp_path: Path) -> None:
+def test_anything_but_a_schedule_with_one_stage_on_each_rank_is_refused(make: Any, words: str, tmp_path: Path) -> None:
     with pytest.raises(PlanError, match=words):
         capture_dataset(make(), TOKENS, out=tmp_path / "out", **OPTIONS)
