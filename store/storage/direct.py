@@ -1,10 +1,10 @@
-"""Writing large files past the page cache: half the processor time, and other data stays in the cache.
+"""Writing the bytes of a new file; large files bypass the page cache, for half the processor time.
 
 A shard is flushed to the disk at once, so a copy of it in the page cache is wasted: allocating and filling those pages
-takes more time than checking and copying the data. Here the data go directly to the disk (`O_DIRECT`, Linux only). Data
-that start at a block boundary, both in memory and in the file, are written from where they are; other data go through
-one aligned buffer of the thread. Where the file system or an incomplete block does not allow that, writing continues
-through the page cache.
+takes more time than checking and copying the data, and pushes other data out. So large files go directly to the disk
+(`O_DIRECT`, Linux only). Data that start at a block boundary, both in memory and in the file, are written from where
+they are; other data go through one aligned buffer of the thread. Where the file system or an incomplete block does not
+allow that, writing continues through the page cache.
 """
 
 import errno
@@ -12,6 +12,7 @@ import fcntl
 import os
 import threading
 from collections.abc import Iterable
+from functools import partial
 
 import numpy as np
 import numpy.typing as npt
@@ -19,6 +20,7 @@ import numpy.typing as npt
 LEAST_BYTES = 1024 * 1024  # below, a copy in the page cache costs less than the wait
 BLOCK = 4096  # bytes of a block, in memory and in the file; no disk needs more
 _BUFFER_BYTES = 4 * 1024 * 1024
+_LARGE_BYTES = 64 * 1024  # from here on, copying costs more than another call to the kernel
 _DIRECT: int = getattr(os, "O_DIRECT", 0)  # Linux only
 
 _local = threading.local()
@@ -35,20 +37,31 @@ def set_direct(descriptor: int) -> bool:
     return True
 
 
-def write_direct(descriptor: int, parts: Iterable[memoryview]) -> int:
-    """Write `parts`, one after the other, to a new file after `set_direct`; return the number of bytes.
+def write_all(descriptor: int, parts: Iterable[memoryview], *, is_direct: bool) -> int:
+    """Write `parts`, one after the other, to a new file; return the number of bytes.
+
+    Args:
+        descriptor: The file, at its start.
+        parts: The bytes. Small parts, and those that direct writing cannot take as they are, go through a buffer.
+        is_direct: Whether `set_direct` made writes bypass the page cache.
 
     Raises:
         OSError: As `os.write` does.
     """
+    drain = partial(_drain, descriptor, is_direct)
     buffer = _buffer()
     filled = total = 0
     for part in parts:
         rest = np.frombuffer(part, np.uint8)
         total += rest.size
-        if not filled and rest.ctypes.data % BLOCK == 0:
+        if not is_direct and rest.size >= _LARGE_BYTES:
+            drain(buffer.data[:filled])
+            drain(rest.data)
+            filled = 0
+            continue
+        if is_direct and not filled and rest.ctypes.data % BLOCK == 0:
             aligned = rest.size - rest.size % BLOCK
-            _drain(descriptor, rest[:aligned].data)
+            drain(rest[:aligned].data)
             rest = rest[aligned:]
         while rest.size:
             taken = min(rest.size, buffer.size - filled)
@@ -56,13 +69,13 @@ def write_direct(descriptor: int, parts: Iterable[memoryview]) -> int:
             filled += taken
             rest = rest[taken:]
             if filled == buffer.size:
-                _drain(descriptor, buffer.data)
+                drain(buffer.data)
                 filled = 0
-    aligned = filled - filled % BLOCK
-    _drain(descriptor, buffer.data[:aligned])
+    aligned = filled - filled % BLOCK if is_direct else filled
+    drain(buffer.data[:aligned])
     if filled > aligned:
         _clear_direct(descriptor)
-        _drain(descriptor, buffer.data[aligned:filled])
+        drain(buffer.data[aligned:filled])
     return total
 
 
@@ -79,16 +92,17 @@ def _buffer() -> npt.NDArray[np.uint8]:
     return buffer
 
 
-def _drain(descriptor: int, data: memoryview) -> None:
+def _drain(descriptor: int, is_direct: bool, data: memoryview) -> None:
+    """Write all of `data`; the kernel may take fewer bytes than offered, for example near a full disk."""
     while data:
         try:
             written = os.write(descriptor, data)
         except OSError as error:
-            if error.errno != errno.EINVAL or not _clear_direct(descriptor):
+            if not (is_direct and error.errno == errno.EINVAL and _clear_direct(descriptor)):
                 raise
             continue
         data = data[written:]
-        if written % BLOCK:
+        if is_direct and written % BLOCK:
             _clear_direct(descriptor)
 
 

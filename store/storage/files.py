@@ -12,7 +12,7 @@ import os
 import re
 import secrets
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from itertools import chain
 from pathlib import Path
@@ -20,12 +20,10 @@ from pathlib import Path
 import numpy as np
 
 from residua.store.storage.crc import Buffer
-from residua.store.storage.direct import LEAST_BYTES, set_direct, write_direct
+from residua.store.storage.direct import LEAST_BYTES, set_direct, write_all
 from residua.store.storage.lock import is_alive, try_flock
 
 _TEMPORARY = re.compile(r"^\..+\.(?P<pid>\d+)-[0-9a-f]{8}\.tmp$")
-_MAX_BUFFERS = 1024  # IOV_MAX on Linux and macOS
-_BATCH_BYTES = 1024 * 1024  # one call writes what is still in the processor's cache
 _ADVICE = {
     errno.ENOSPC: "the disk is full: free some space",
     errno.EDQUOT: "the disk quota is used up: free some space or raise the quota",
@@ -145,10 +143,12 @@ def _write_durably(path: Path, parts: Iterable[Buffer], direct_bytes: int | None
     try:
         try_flock(descriptor)
         views = map(_bytes_of, parts)
-        head = _first(views, direct_bytes or 0)
-        is_large = direct_bytes is not None and sum(view.nbytes for view in head) >= direct_bytes
-        write = write_direct if is_large and set_direct(descriptor) else _write_all
-        n_bytes = write(descriptor, chain(head, views))
+        head: list[memoryview] = []
+        while direct_bytes and direct_bytes > 0 and (view := next(views, None)) is not None:
+            head.append(view)
+            direct_bytes -= view.nbytes
+        is_direct = direct_bytes is not None and direct_bytes <= 0 and set_direct(descriptor)
+        n_bytes = write_all(descriptor, chain(head, views), is_direct=is_direct)
         _sync_data(descriptor)
     finally:
         os.close(descriptor)
@@ -163,39 +163,10 @@ def _sync_data(descriptor: int) -> None:
         os.fdatasync(descriptor)
 
 
-def _first(views: Iterator[memoryview], n_bytes: int) -> list[memoryview]:
-    """Take views until they hold `n_bytes`, but at most as many as one call to the kernel takes."""
-    taken: list[memoryview] = []
-    while n_bytes > 0 and len(taken) < _MAX_BUFFERS and (view := next(views, None)) is not None:
-        taken.append(view)
-        n_bytes -= view.nbytes
-    return taken
-
-
-def _write_all(descriptor: int, views: Iterator[memoryview]) -> int:
-    """Write all of `views`; the kernel may take fewer bytes than offered, for example near a full disk."""
-    total = 0
-    while batch := _first(views, _BATCH_BYTES):
-        while batch:
-            written = os.writev(descriptor, batch)
-            total += written
-            batch = _after(batch, written)
-    return total
-
-
 def _bytes_of(part: Buffer) -> memoryview:
     if isinstance(part, np.ndarray):
         return part.reshape(-1).view(np.uint8).data
     return memoryview(part)
-
-
-def _after(buffers: list[memoryview], n_bytes: int) -> list[memoryview]:
-    """Return `buffers` without their first `n_bytes`."""
-    for i, buffer in enumerate(buffers):
-        if n_bytes < buffer.nbytes:
-            return [buffer[n_bytes:], *buffers[i + 1 :]]
-        n_bytes -= buffer.nbytes
-    return []
 
 
 def _link(temporary: Path, path: Path) -> None:

@@ -36,13 +36,13 @@ def test_parts_are_written_in_order_however_few_bytes_the_kernel_takes(
     tmp_path_factory: pytest.TempPathFactory, parts: list[bytes], most: int
 ) -> None:
     path = tmp_path_factory.mktemp("files") / "a"
-    real = os.writev
+    real = os.write
 
-    def short(descriptor: int, buffers: list[memoryview]) -> int:
-        return real(descriptor, [b"".join(buffers)[:most]])
+    def short(descriptor: int, buffer: memoryview) -> int:
+        return real(descriptor, buffer[:most])
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(os, "writev", short)
+        patch.setattr(os, "write", short)
         written = write_file(path, [np.frombuffer(part, np.uint8) if len(part) % 2 else part for part in parts])
     assert path.read_bytes() == b"".join(parts)
     assert written == path.stat().st_size
@@ -84,12 +84,12 @@ def test_data_reaches_the_disk_before_the_name_and_the_name_before_the_return(
 
         return call
 
-    for name in ("writev", "fdatasync", "fsync", "replace", "link"):
+    for name in ("write", "fdatasync", "fsync", "replace", "link"):
         monkeypatch.setattr(os, name, noted(name, getattr(os, name)))
     (tmp_path / "folder").mkdir()
     write_file(tmp_path / "folder" / "a", [b"x"])
     publish(tmp_path / "folder" / "b", b"x")
-    before = ["writev temporary", "fdatasync temporary"]
+    before = ["write temporary", "fdatasync temporary"]
     assert events == [*before, "replace temporary", "fsync folder", *before, "link temporary", "fsync folder"]
 
 
@@ -125,7 +125,7 @@ def test_new_folders_are_durable_too(tmp_path: Path, monkeypatch: pytest.MonkeyP
         (errno.EINTR, "try again"),
     ],
 )
-@pytest.mark.parametrize("call", ["writev", "fdatasync", "replace", "open"])
+@pytest.mark.parametrize("call", ["write", "fdatasync", "replace", "open"])
 def test_error_names_the_file_and_what_to_do_and_leaves_nothing_behind(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int, advice: str, call: str
 ) -> None:
