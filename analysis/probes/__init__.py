@@ -1,1 +1,4 @@
-"""Linear probes: targets, controls, solvers and files. Uses `rows` and `support`."""
+"""Linear probes of the rows: what they predict, controls, ridge and logistic regression, and their files.
+
+Uses `rows` and `support`.
+"""

@@ -1,7 +1,7 @@
-"""Linear probes on every site: how well a column can be read off the rows by a line, and how much of that is luck.
+"""Linear probes on many sites: how well a linear function of the rows predicts a column, compared with a control.
 
-Sites are probed side by side, a task for each, which holds its rows in memory if they take at most a quarter of it
-and else reads them again at every pass.
+Each site is one task. A task keeps its rows in memory if they take at most a quarter of it; else it reads them again in
+every pass.
 """
 
 from collections.abc import Iterable
@@ -13,7 +13,7 @@ import pyarrow as pa
 from residua.analysis.probes.controls import Split
 from residua.analysis.probes.files import write_probe
 from residua.analysis.probes.site import Job, SiteProbe, probe_site
-from residua.analysis.probes.survey import Task, survey
+from residua.analysis.probes.target import Task, summarise
 from residua.analysis.rows.blocks import blocks
 from residua.analysis.support.cluster import Cluster, or_inline
 from residua.analysis.support.open_archives import address
@@ -69,46 +69,47 @@ def probe(
     save: str | PathLike[str] | None = None,
     cluster: Cluster | None = None,
 ) -> pa.Table:
-    """Fit a linear probe for `target` to each of `sites`, and test it on examples that it has not seen.
+    """Fit a linear probe for `target` to each of `sites`, and test it on held-out examples.
 
     Classes are fitted by logistic regression and numbers by ridge regression, both exactly, on standardised channels
     (`residua.analysis.probes.linear_probe`). A fifth of the examples that are not held out chooses the penalty; the
-    probe is then fitted to all of them. The control is the same probe, with the same penalty, of labels that say
-    nothing: where all rows of an example have one label, labels permuted among the examples.
+    probe is then fitted to all of them. The control is the same probe with the same penalty, for labels that say
+    nothing about the rows: if all rows of an example have the same label, labels permuted among the examples (Hewitt
+    and Liang 2019, "Designing and Interpreting Probes with Control Tasks").
 
     Args:
         archive: The archive.
         target: ``token`` or ``position`` of the row; a column of the example table, with one value an example or a
             list with one a token; or a condition such as ``position > 10``.
         sites: The sites, for example ``resid_post.*``.
-        task: ``classification`` or ``regression``; None decides: classes are texts, true and false, and whole numbers
-            if there are at most 16 of them.
-        where: Takes only these rows, for example ``position > 0``.
+        task: ``classification`` or ``regression``; None: classification of texts, of true and false, and of whole
+            numbers if there are at most 16 different ones; else regression.
+        where: Use only these rows, for example ``position > 0``.
         test_fraction: Share of the examples that is held out.
-        seed: Of the choice of examples, and of the control.
-        save: A folder for the probes, one folder a site; `LinearProbe.load` reads them.
+        seed: Random seed for the held-out split and the control.
+        save: Folder to write the probes to, one folder for each site; `LinearProbe.load` reads them.
         cluster: Where to compute; by default in this process.
 
     Returns:
-        A line a site: site, layer (null for a site outside the blocks), target, n_train, n_test, n_left_out (rows with
-        a NaN or an infinity), penalty; of a classification n_classes, accuracy, balanced_accuracy (mean over classes),
-        auc (two classes), majority_accuracy (always the commonest training class), control_accuracy,
-        control_balanced_accuracy, converged; of a regression r2, rmse, baseline_r2 and baseline_rmse (always
-        the training mean), control_r2. All scores are of held-out examples.
+        One line for each site: site, layer (null for a site outside the layers), target, n_train, n_test, n_left_out
+        (rows with a NaN or an infinity), penalty. For a classification also n_classes, accuracy, balanced_accuracy
+        (mean over classes), auc (two classes), majority_accuracy (of always answering the most common training class),
+        control_accuracy, control_balanced_accuracy, converged. For a regression also r2, rmse, baseline_r2 and
+        baseline_rmse (of always answering the training mean), control_r2. All scores are on held-out examples.
 
     Raises:
         UnknownSiteError: `sites` names no stored site.
         AnalysisError: The target cannot be predicted; the message says why.
     """
     if task not in (None, "classification", "regression"):
-        raise AnalysisError(f"the task {task!r} is not known: a probe does classification or regression")
+        raise AnalysisError(f"the task {task!r} is unknown: choose classification or regression")
     if seed < 0:
-        raise AnalysisError(f"the seed is {seed}: it must be at least 0")
+        raise AnalysisError(f"the seed is {seed}: give a number of at least 0")
     names, cluster = archive.select(sites), or_inline(cluster)
     split = Split(test_fraction, seed)
-    found = survey(archive, target, where=where, task=task, split=split)
-    parts = blocks(archive)
-    jobs = [Job(address(archive), name, parts, target, where, split, found, cluster.memory_limit) for name in names]
+    found = summarise(archive, target, where=where, task=task, split=split)
+    rows = blocks(archive)
+    jobs = [Job(address(archive), name, rows, target, where, split, found, cluster.memory_limit) for name in names]
     probed: dict[int, SiteProbe] = {}
     for number, answer in cluster.map(probe_site, jobs, label=f"probes of {target}"):
         probed[number] = answer

@@ -1,4 +1,4 @@
-"""The rows of one site with their labels, pass after pass: from memory where they fit, else from the archive."""
+"""The labelled rows of one site, in any number of passes: from memory if they fit, else from the archive."""
 
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
@@ -22,30 +22,30 @@ class LabelledRows(NamedTuple):
     Attributes:
         values: (rows, width), finite.
         labels: True labels and those of the control, (rows, 2) float64.
-        parts: Which part of the split each row is in, (rows,).
+        subsets: `FIT`, `VALIDATION` or `TEST`, (rows,).
     """
 
     values: npt.NDArray[np.floating]
     labels: Floats
-    parts: npt.NDArray[np.int8]
+    subsets: npt.NDArray[np.int8]
 
 
 class ProbeRows:
-    """The rows that a probe sees of one site.
+    """The rows of one site that a probe uses.
 
     Args:
         archive: The archive.
         site: The site.
         blocks: The rows to read.
         target: The text of the target.
-        where: Takes only these rows.
-        split: Who is in which part.
-        control: Labels that mean nothing.
-        n_rows: How many rows there will be.
-        budget: Bytes; rows that take no more are read once and kept.
+        where: Use only these rows.
+        split: Which examples are held out.
+        control: Labels that say nothing about the rows.
+        n_rows: Number of rows.
+        memory_limit: Bytes; rows that take no more are read once and kept.
 
     Attributes:
-        n_left_out: Rows left out in the first pass because a value is NaN or infinite.
+        n_left_out: Rows that the latest pass left out because a value is NaN or infinite.
     """
 
     def __init__(
@@ -59,7 +59,7 @@ class ProbeRows:
         split: Split,
         control: Control,
         n_rows: int,
-        budget: int,
+        memory_limit: int,
     ) -> None:
         self._archive = archive
         self._site = site
@@ -68,19 +68,19 @@ class ProbeRows:
         self._where = where
         self._split = split
         self._control = control
-        self._keeps = n_rows * (width_of(archive, site) * max(4, archive[site].dtype.itemsize) + 40) <= budget
+        self._keeps = n_rows * (width_of(archive, site) * max(4, archive[site].dtype.itemsize) + 40) <= memory_limit
         self._kept: list[LabelledRows] | None = None
         self.n_left_out = 0
 
-    def of(self, *parts: int) -> Iterator[tuple[npt.NDArray[np.floating], Floats]]:
-        """Go through the rows of `parts` in order: values (rows, width), true and control labels (rows, 2)."""
-        for values, labels, part in self.each():
-            chosen = np.isin(part, parts)
-            if chosen.any():
-                yield values[chosen], labels[chosen]
+    def of(self, *subsets: int) -> Iterator[tuple[npt.NDArray[np.floating], Floats]]:
+        """Yield the rows of `subsets` in order: values (rows, width), true and control labels (rows, 2)."""
+        for values, labels, found in self.each():
+            mask = np.isin(found, subsets)
+            if mask.any():
+                yield values[mask], labels[mask]
 
     def each(self) -> Iterator[LabelledRows]:
-        """Go through all rows in order."""
+        """Yield all rows in order."""
         if self._kept is not None:
             yield from self._kept
             return
@@ -96,9 +96,9 @@ class ProbeRows:
         for rows, values in pieces(self._archive, self._site, self._blocks, self._where):
             examples = examples_of(self._archive, rows)
             labels = np.column_stack([self._target.values(rows), self._control.labels(rows, examples)])
-            piece = LabelledRows(values, labels.astype(np.float64), self._split.parts(examples))
-            whole = np.isfinite(values).all(axis=1)
-            if not whole.all():
-                self.n_left_out += int(len(rows) - np.count_nonzero(whole))
-                piece = LabelledRows(piece.values[whole], piece.labels[whole], piece.parts[whole])
+            piece = LabelledRows(values, labels.astype(np.float64), self._split.subsets(examples))
+            finite = np.isfinite(values).all(axis=1)
+            if not finite.all():
+                self.n_left_out += int(len(rows) - np.count_nonzero(finite))
+                piece = LabelledRows(*(array[finite] for array in piece))
             yield piece

@@ -1,4 +1,4 @@
-"""One task of `residua.analysis.probes.probe`, the probe of one site, chosen, fitted, tested where rows are read."""
+"""The probe of one site: choose the penalty, fit, and test; one task of `residua.analysis.probes.probe`."""
 
 from collections.abc import Iterator, Sequence
 from functools import partial
@@ -13,7 +13,7 @@ from residua.analysis.probes.files import SavedProbe
 from residua.analysis.probes.logistic import Basis, Fitted, Problem, fit_logistic, log_losses, probabilities
 from residua.analysis.probes.ridge import mean_squared_error, solve
 from residua.analysis.probes.rows import ProbeRows
-from residua.analysis.probes.survey import Survey
+from residua.analysis.probes.target import TargetSummary
 from residua.analysis.rows.blocks import Block
 from residua.analysis.rows.site_rows import width_of
 from residua.analysis.support.moments import Moments
@@ -26,14 +26,14 @@ Floats = npt.NDArray[np.float64]
 
 LOGISTIC_PENALTIES = tuple(10.0**power for power in range(-5, 2))
 RIDGE_PENALTIES = tuple(10.0**power for power in range(-7, 3))
-_ROUGH, _FINE = 1e-5, 1e-7  # nats above the minimum: to choose the penalty by, and of the probe
-_MOST_LOGITS = 2**23  # at a time
-_VECTORS = 24  # float64, of parameters of each problem, that L-BFGS needs in the half of the memory it gets
-_COVARIANCES = 12  # width² float64 that a task may hold at its worst, of three parts and their eigenvectors
+_ROUGH, _FINE = 1e-5, 1e-7  # nats above the minimum: to choose the penalty by, and of the final probe
+_MOST_LOGITS = 2**23  # in memory at a time
+_VECTORS = 24  # float64 vectors of a problem's parameters that half of the memory must hold, for L-BFGS
+_COVARIANCES = 12  # width² float64 arrays that a task holds at most: of three subsets, and their eigenvectors
 
 
 class Job(NamedTuple):
-    """One site to probe; what is read is read where the job runs."""
+    """One site to probe; its rows are read where the job runs. `memory` is in bytes."""
 
     path: str
     site: str
@@ -41,22 +41,22 @@ class Job(NamedTuple):
     target: str
     where: str | None
     split: Split
-    survey: Survey
+    summary: TargetSummary
     memory: int
 
 
 class SiteProbe(NamedTuple):
-    """What a task returns: a line of the table, and the probe."""
+    """The result of a task: a line of the table, and the probe."""
 
     line: dict[str, Any]
     probe: SavedProbe
 
 
 def probe_site(job: Job) -> SiteProbe:
-    """Choose the penalty, fit to all training rows, with true and with meaningless labels, and test.
+    """Choose the penalty, fit true and control labels to all training rows, and test on held-out examples.
 
     Raises:
-        AnalysisError: A regression's covariance does not fit into memory, or no finite rows are left.
+        AnalysisError: The problem does not fit into memory, or a subset has no finite rows.
     """
     archive = opened(job.path)
     rows = ProbeRows(
@@ -66,34 +66,31 @@ def probe_site(job: Job) -> SiteProbe:
         target=job.target,
         where=job.where,
         split=job.split,
-        control=job.survey.control,
-        n_rows=sum(job.survey.n_rows),
-        budget=job.memory // 4,
+        control=job.summary.control,
+        n_rows=sum(job.summary.n_rows),
+        memory_limit=job.memory // 4,
     )
-    return (_classify if job.survey.task == "classification" else _regress)(job, rows, width_of(archive, job.site))
+    return (_classify if job.summary.task == "classification" else _regress)(job, rows, width_of(archive, job.site))
 
 
 def _classify(job: Job, rows: ProbeRows, width: int) -> SiteProbe:
-    survey = job.survey
-    n_classes = len(survey.classes)
-
+    summary = job.summary
+    n_classes = len(summary.classes)
     height = max(1, _MOST_LOGITS // (n_classes * len(LOGISTIC_PENALTIES)))
     _check_memory(job, width)
 
-    def batches(*parts: int) -> Iterator[tuple[npt.NDArray[np.floating], Numbers]]:
-        for values, labels in rows.of(*parts):
-            codes = np.searchsorted(survey.classes, labels)
+    def batches(*subsets: int) -> Iterator[tuple[npt.NDArray[np.floating], Numbers]]:
+        for values, labels in rows.of(*subsets):
+            codes = np.searchsorted(summary.classes, labels)
             for start in range(0, len(values), height):
                 yield values[start : start + height], codes[start : start + height]
 
     train = Moments(width, full=_COVARIANCES * 8 * width**2 <= job.memory)
-    seen = dict.fromkeys((FIT, VALIDATION, TEST), 0)
-    for values, _, parts in rows.each():
-        for part in seen:
-            seen[part] += int((parts == part).sum())
-        train.add(values[parts != TEST])
-    if not all(seen.values()):
-        raise AnalysisError(f"{job.site} has too few finite rows: leave it out")
+    n_rows = np.zeros(3, np.int64)
+    for values, _, subsets in rows.each():
+        n_rows += np.bincount(subsets, minlength=3)
+        train.add(values[subsets != TEST])
+    _check_rows(job, n_rows.tolist())
     basis = Basis.of(train)
     grid = [Problem(0, n_classes, penalty) for penalty in LOGISTIC_PENALTIES]
     tried = fit_logistic(partial(batches, FIT), grid, basis, tolerance=_ROUGH)
@@ -106,35 +103,39 @@ def _classify(job: Job, rows: ProbeRows, width: int) -> SiteProbe:
     probe, control = fit_logistic(partial(batches, FIT, VALIDATION), finals, basis, tolerance=_FINE)
     truth, guess, score = _answers(batches(TEST), probe, 0)
     control_truth, control_guess, _ = _answers(batches(TEST), control, 1)
-    line = {
+    scores = {
         "accuracy": float((truth == guess).mean()),
         "balanced_accuracy": _balanced(truth, guess),
         "auc": float(roc_auc_score(truth, score)) if n_classes == 2 and len(np.unique(truth)) == 2 else None,
-        "majority_accuracy": float((truth == survey.majority).mean()),
+        "majority_accuracy": float((truth == summary.majority).mean()),
         "control_accuracy": float((control_truth == control_guess).mean()),
         "control_balanced_accuracy": _balanced(control_truth, control_guess),
         "n_classes": n_classes,
         "converged": probe.is_converged and control.is_converged,
     }
-    about = {"site": job.site, "target": job.target}
-    saved = SavedProbe(probe.weight, probe.bias, penalty, survey.names, about)
-    return SiteProbe({**_line(job, rows, train.n, len(truth), penalty), **line}, saved)
+    saved = SavedProbe(probe.weight, probe.bias, penalty, summary.names, {"site": job.site, "target": job.target})
+    return _site_probe(job, rows, (train.n, len(truth)), scores, saved)
 
 
 def _check_memory(job: Job, width: int) -> None:
-    n_classes = len(job.survey.classes)
+    n_classes = len(job.summary.classes)
     needed = _VECTORS * 8 * n_classes * (width + 1) * len(LOGISTIC_PENALTIES)
     if needed > job.memory // 2:
         raise AnalysisError(
-            f"{n_classes:,} classes on {job.site}, {width:,} wide, need {needed / 2**30:.1f} GiB, and a worker has "
-            f"{job.memory / 2**31:.1f} to spare: allow more (--memory-limit), or probe a condition instead"
+            f"{n_classes:,} classes on {job.site}, {width:,} wide, need {needed / 2**30:.1f} GiB, but a worker has "
+            f"only {job.memory / 2**31:.1f} GiB for them: allow more (--memory-limit), or probe a condition instead"
         )
+
+
+def _check_rows(job: Job, n_rows: Sequence[int]) -> None:
+    if not all(n_rows):
+        raise AnalysisError(f"{job.site} has too few finite rows: leave this site out")
 
 
 def _answers(
     batches: Iterator[tuple[npt.NDArray[np.floating], Numbers]], probe: Fitted, labelling: int
 ) -> tuple[Numbers, Numbers, Floats]:
-    """Return true classes, likeliest classes, and the last class's probability, (rows,) each."""
+    """Return true classes, most likely classes, and the last class's probability, (rows,) each."""
     truth, guess, score = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)], [np.zeros(0)]
     for values, codes in batches:
         chances = probabilities(values @ probe.weight.T + probe.bias)
@@ -145,7 +146,7 @@ def _answers(
 
 
 def _balanced(truth: Numbers, guess: Numbers) -> float:
-    """Return the mean over classes of the share of their rows that are found."""
+    """Return the mean over classes of the share of their rows that are recognised."""
     n_rows = np.bincount(truth)
     n_found = np.bincount(truth[truth == guess], minlength=len(n_rows))
     return float((n_found[n_rows > 0] / n_rows[n_rows > 0]).mean())
@@ -155,16 +156,15 @@ def _regress(job: Job, rows: ProbeRows, width: int) -> SiteProbe:
     needed = _COVARIANCES * 8 * width**2
     if needed > job.memory:
         raise AnalysisError(
-            f"{job.site} is {width:,} wide: a regression on it needs {needed / 2**30:.1f} GiB, and a worker has "
-            f"{job.memory / 2**30:.1f}: allow more (--memory-limit), or choose other sites"
+            f"{job.site} is {width:,} wide: a regression on it needs {needed / 2**30:.1f} GiB, but a worker has "
+            f"{job.memory / 2**30:.1f} GiB: allow more (--memory-limit), or choose other sites"
         )
-    moments = {part: Moments(width + 2) for part in (FIT, VALIDATION, TEST)}
-    for values, labels, parts in rows.each():
+    moments = {subset: Moments(width + 2) for subset in (FIT, VALIDATION, TEST)}
+    for values, labels, subsets in rows.each():
         both = np.column_stack([values, labels])
-        for part, sums in moments.items():
-            sums.add(both[parts == part])
-    if not all(sums.n for sums in moments.values()):
-        raise AnalysisError(f"{job.site} has too few finite rows: leave it out")
+        for subset, sums in moments.items():
+            sums.add(both[subsets == subset])
+    _check_rows(job, [sums.n for sums in moments.values()])
     tried = solve(moments[FIT], width, 0, RIDGE_PENALTIES)
     penalty = RIDGE_PENALTIES[int(np.argmin([mean_squared_error(one, moments[VALIDATION], 0) for one in tried]))]
     train, test = moments[FIT].merge(moments[VALIDATION]), moments[TEST]
@@ -172,30 +172,34 @@ def _regress(job: Job, rows: ProbeRows, width: int) -> SiteProbe:
     error = mean_squared_error(probe, test, 0)
     variance, control_variance = test.variance[width:]
     baseline = variance + (test.mean[width] - train.mean[width]) ** 2
-    line = {
-        "r2": _share(error, variance),
+    scores = {
+        "r2": _explained(error, variance),
         "rmse": error**0.5,
-        "baseline_r2": _share(baseline, variance),
+        "baseline_r2": _explained(baseline, variance),
         "baseline_rmse": float(baseline) ** 0.5,
-        "control_r2": _share(mean_squared_error(control, test, 1), control_variance),
+        "control_r2": _explained(mean_squared_error(control, test, 1), control_variance),
     }
     about = {"site": job.site, "target": job.target}
     saved = SavedProbe(probe.weight[None], np.array([probe.bias]), penalty, None, about)
-    return SiteProbe({**_line(job, rows, train.n, test.n, penalty), **line}, saved)
+    return _site_probe(job, rows, (train.n, test.n), scores, saved)
 
 
-def _share(error: float, variance: float) -> float | None:
-    """Return the explained share of the variance; None where there is none to explain."""
+def _explained(error: float, variance: float) -> float | None:
+    """Return the share of the variance that is explained, or None if there is no variance."""
     return 1 - float(error) / float(variance) if variance > 0 else None
 
 
-def _line(job: Job, rows: ProbeRows, n_train: int, n_test: int, penalty: float) -> dict[str, Any]:
-    return {
+def _site_probe(
+    job: Job, rows: ProbeRows, n_rows: tuple[int, int], scores: dict[str, Any], probe: SavedProbe
+) -> SiteProbe:
+    line = {
         "site": job.site,
         "layer": parse_site(job.site).layer,
         "target": job.target,
-        "n_train": n_train,
-        "n_test": n_test,
+        "n_train": n_rows[0],
+        "n_test": n_rows[1],
         "n_left_out": rows.n_left_out,
-        "penalty": penalty,
+        "penalty": probe.penalty,
+        **scores,
     }
+    return SiteProbe(line, probe)

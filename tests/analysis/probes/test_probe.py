@@ -1,4 +1,4 @@
-"""Probes of an archive's sites against scikit-learn on the same rows; and what is said of bad targets."""
+"""Probes of an archive's sites against scikit-learn on the same rows, and the messages about bad targets."""
 
 from pathlib import Path
 from typing import Any
@@ -9,10 +9,13 @@ from sklearn.linear_model import LogisticRegression, Ridge
 from sklearn.metrics import balanced_accuracy_score, mean_squared_error, r2_score, roc_auc_score
 from sklearn.preprocessing import StandardScaler
 
-from residua.analysis.probes.controls import Split
+from residua.analysis.probes.controls import FIT, VALIDATION, Split
+from residua.analysis.probes.controls import TEST as TEST_SUBSET
 from residua.analysis.probes.linear_probe import LinearProbe
 from residua.analysis.probes.probe import probe
-from residua.analysis.probes.survey import survey
+from residua.analysis.probes.site import Job, probe_site
+from residua.analysis.probes.target import summarise
+from residua.analysis.rows.blocks import blocks
 from residua.analysis.rows.held_out import held_out
 from residua.analysis.support.cluster import connect
 from residua.store.base.errors import AnalysisError, UnknownSiteError
@@ -38,8 +41,8 @@ COLUMNS: dict[str, list[object]] = {
     "many": [float(i) for i in range(len(LENGTHS))],
 }
 NOISE = RNG.standard_normal((N_ROWS, 20))
-KNOWN = NOISE + (LABEL[EXAMPLE][:, None] == np.arange(20) % 3) * 1.5  # the label can be read off
-MEMORY = NOISE + 3 * RNG.standard_normal((len(LENGTHS), 20))[EXAMPLE]  # examples can be told apart, labels cannot
+KNOWN = NOISE + (LABEL[EXAMPLE][:, None] == np.arange(20) % 3) * 1.5  # the label follows from the row
+MEMORY = NOISE + 3 * RNG.standard_normal((len(LENGTHS), 20))[EXAMPLE]  # the example follows, not the label
 SITES = {
     "resid_post.0": NOISE.astype(np.float32),
     "resid_post.1": KNOWN.astype(np.float32),
@@ -124,24 +127,36 @@ def test_only_what_is_there_is_found(archive: Archive) -> None:
     assert all(one["control_r2"] < 0.1 for one in numbers.values())
 
 
-def test_the_control_of_examples_shows_what_leaks(archive: Archive, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Rows that name their example tell no held-out label; divide the examples, and the control gives it away."""
-    honest = line(archive, "good", "final")
-    assert honest["control_balanced_accuracy"] < 0.65
-    monkeypatch.setattr("residua.analysis.probes.controls.held_out", divided)
-    assert line(archive, "good", "final")["control_balanced_accuracy"] > honest["control_balanced_accuracy"] + 0.1
+def test_the_control_of_examples_shows_what_leaks(archive: Archive) -> None:
+    """Rows that identify their example say nothing about held-out labels; if examples are divided, the control does."""
+    honest, leaking = (control_accuracy(archive, split) for split in (Split(0.2, 0), DividedSplit(0.2, 0)))
+    assert honest < 0.65
+    assert leaking > honest + 0.1
+    assert honest == line(archive, "good", "final")["control_balanced_accuracy"]
 
 
-def divided(examples: Any, *, fraction: float, seed: int) -> Any:
-    """Hold out rows whatever their example: the mistake that `held_out` is there to prevent."""
-    return np.random.default_rng([seed, len(examples), int(examples[0])]).random(len(examples)) < fraction
+def control_accuracy(archive: Archive, split: Split) -> float:
+    found = summarise(archive, "good", where=None, task=None, split=split)
+    job = Job(str(archive.path), "final", blocks(archive), "good", None, split, found, 2**30)
+    accuracy: float = probe_site(job).line["control_balanced_accuracy"]
+    return accuracy
 
 
-def test_rows_that_do_not_fit_are_read_again(archive: Archive, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("residua.analysis.rows.site_rows.PIECE_BYTES", 8 * 20 * 32)
+class DividedSplit(Split):
+    """Holds out rows whatever their example: the mistake that `Split` prevents."""
+
+    def subsets(self, examples: Any) -> Any:
+        subsets = np.full(len(examples), FIT, np.int8)
+        for seed, subset in ((1, VALIDATION), (0, TEST_SUBSET)):
+            drawn = np.random.default_rng([seed, len(examples), int(examples[0])]).random(len(examples))
+            subsets[drawn < 0.2] = subset
+        return subsets
+
+
+def test_rows_that_do_not_fit_are_read_again(archive: Archive) -> None:
     kept = probe(archive, "label", "resid_post.1,final")
-    monkeypatch.setattr("residua.analysis.probes.rows.width_of", lambda *_: 10**12)
-    assert probe(archive, "label", "resid_post.1,final").equals(kept)
+    with connect("inline", memory_limit=200_000) as cluster:  # the rows may take a quarter, and take 150,000 bytes
+        assert probe(archive, "label", "resid_post.1,final", cluster=cluster).equals(kept)
 
 
 def test_a_filter_and_the_task(archive: Archive) -> None:
@@ -172,16 +187,16 @@ def test_broken_rows_are_left_out_and_counted(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("target", "asked", "quoted"),
     [
-        ("labl", {}, "no column 'labl'.*token, position, example, label, score"),
-        ("label ==", {}, "neither a column nor a condition"),
+        ("labl", {}, "'labl'.*token, position, example, label, score"),
+        ("label ==", {}, "'label =='.*column.*condition"),
         ("labl > 3", {}, "labl"),
-        ("same", {}, "same value|one value only"),
-        ("position > 1000", {}, "one value only"),
-        ("gaps", {}, "no value in .* first in example 3.*gaps != null"),
-        ("nested", {}, "struct"),
-        ("short", {}, "one value a token.*example 0 has"),
-        ("label", {"where": "example < 3"}, "no rows are left"),
-        ("label", {"where": "position > 1000"}, "no rows are left"),
+        ("same", {}, "'same'.* one value"),
+        ("position > 1000", {}, "'position > 1000'.* one value"),
+        ("gaps", {}, "'gaps'.* example 3.*gaps != null"),
+        ("nested", {}, "'nested'.*struct"),
+        ("short", {}, "'short'.*example 0 has"),
+        ("label", {"where": "example < 3"}, "no rows.* 3 examples"),
+        ("label", {"where": "position > 1000"}, "no rows"),
         ("label", {"test_fraction": 1.5}, "1.5"),
         ("label", {"task": "regresion"}, "regresion"),
     ],
@@ -191,39 +206,38 @@ def test_bad_targets_are_named(archive: Archive, target: str, asked: Any, quoted
         probe(archive, target, "resid_post.1", **asked)
 
 
-def test_too_wide_too_many_and_not_there(archive: Archive, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("residua.analysis.probes.survey._MOST_CLASSES", 20)
-    with pytest.raises(AnalysisError, match=r"more than 20 different values.*regression"):
-        probe(archive, "many", "resid_post.1", task="classification")
+def test_too_wide_too_many_and_not_there(archive: Archive) -> None:
+    with pytest.raises(AnalysisError, match=r"'many'.* 20 different values.*regression"):
+        summarise(archive, "many", where=None, task="classification", split=Split(0.2, 0), most_classes=20)
     with (
         connect("inline", memory_limit=12 * 8 * 20**2 - 1) as cluster,
-        pytest.raises(AnalysisError, match=r"resid_post.1 is 20 wide: a regression"),
+        pytest.raises(AnalysisError, match=r"resid_post.1 is 20 wide.*regression.*--memory-limit"),
     ):
         probe(archive, "position", "resid_post.1", cluster=cluster)
     with (
         connect("inline", memory_limit=30_000) as cluster,
-        pytest.raises(AnalysisError, match=r"3 classes on resid_post.1, 20 wide"),
+        pytest.raises(AnalysisError, match=r"3 classes on resid_post.1, 20 wide.*--memory-limit"),
     ):
         probe(archive, "label", "resid_post.1", cluster=cluster)
     with pytest.raises(UnknownSiteError, match=r"resid_post\.7"):
         probe(archive, "label", "resid_post.7")
 
 
-def test_a_control_of_few_rows_of_many_has_their_labels(archive: Archive, monkeypatch: pytest.MonkeyPatch) -> None:
-    """How many labels it draws from follows from the rows that are chosen, not from all of the archive."""
-    monkeypatch.setattr("residua.analysis.probes.survey._SAMPLE", 32)
-    split, where = Split(0.2, 0), "example < 20"
-    chosen = POSITION[EXAMPLE < 20] > 3
-    found = survey(archive, "position > 3", where=where, task=None, split=split).control.sample
-    assert found is not None
-    assert 16 < len(found) <= 64
-    assert found.mean() == pytest.approx(chosen.mean(), abs=0.25)
-    monkeypatch.setattr("residua.analysis.probes.survey._SAMPLE", N_ROWS)
-    every = survey(archive, "position > 3", where=where, task=None, split=split).control.sample
-    assert every is not None
-    assert every.tolist() == chosen.tolist()
+def test_a_control_of_few_rows_of_many_has_their_labels(archive: Archive) -> None:
+    """The number of labels that it draws from follows from the selected rows, not from all rows of the archive."""
+    selected = POSITION[EXAMPLE < 20] > 3
+
+    def control(sample_rows: int) -> Any:
+        options: dict[str, Any] = {"where": "example < 20", "task": None, "split": Split(0.2, 0)}
+        return summarise(archive, "position > 3", **options, sample_rows=sample_rows).control
+
+    found = control(32)
+    assert not found.is_per_example
+    assert 16 < len(found.values) <= 64
+    assert found.values.mean() == pytest.approx(selected.mean(), abs=0.25)
+    assert control(N_ROWS).values.tolist() == selected.tolist()
 
 
 def test_a_negative_seed_is_refused(archive: Archive) -> None:
-    with pytest.raises(AnalysisError, match="seed is -1"):
+    with pytest.raises(AnalysisError, match=r"seed is -1.*at least 0"):
         probe(archive, "label", "resid_post.1", seed=-1)
