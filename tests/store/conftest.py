@@ -1,5 +1,6 @@
 """Arrays and archives that many tests here read, and copies of them that a test may damage."""
 
+import re
 import shutil
 from importlib.util import find_spec
 from pathlib import Path
@@ -10,12 +11,14 @@ from tests.store.samples import make_spec
 from tests.store.small_archive import make_archive
 from tests.store.stored_array import Stored, store
 
-# Tests that compare the store with models and captures; `make test-reader` runs the others without torch.
-collect_ignore = (
-    []
-    if find_spec("torch")
-    else ["edits/test_edits.py", "format/test_commits.py", "format/test_format.py", "read/test_archive.py"]
+FOLDER = Path(__file__).parent
+NEEDS_A_MODEL = re.compile(
+    r"^(import|from) (torch|residua\.(analysis|capture|pipelines)|tests\.models)\b", re.MULTILINE
 )
+# `make test-reader` runs, in an environment without torch, what does not compare the store with models and captures.
+collect_ignore = [
+    str(path) for path in FOLDER.rglob("test_*.py") if not find_spec("torch") and NEEDS_A_MODEL.search(path.read_text())
+]
 
 
 @pytest.fixture(scope="module", params=["raw", "fast"])
