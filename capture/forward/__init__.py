@@ -1,1 +1,4 @@
-"""Running the batches of a plan: padded inputs and the forward passes over them. Uses `taps` and below."""
+"""Forward passes over the batches of a plan: padded inputs, microbatches, the arguments of the model.
+
+Uses `taps` and below.
+"""

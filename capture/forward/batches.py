@@ -1,4 +1,4 @@
-"""Running the batches of a plan, exactly as the plan makes them up."""
+"""Running the batches of a plan through a model, exactly as the plan composes them."""
 
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
@@ -24,10 +24,11 @@ from residua.store.format.plan import Plan
 from residua.store.format.site_names import parse_site
 
 Around = Callable[[Sequence[int]], AbstractContextManager[None]]
+"""Takes the numbers of the examples of a forward pass; the pass runs inside the context that it returns."""
 
 
 class RowSink(Protocol):
-    """Takes the rows of batches: `begin` announces a batch, `put` brings one site's tensor, (B, T, *row)."""
+    """Takes the rows of batches: `begin` announces a batch, `put` takes one site's tensor, (B, T, *row)."""
 
     def begin(self, batch: BatchRows, /) -> None:
         """Announce the rows of the next forward pass."""
@@ -37,27 +38,27 @@ class RowSink(Protocol):
 
 
 class _EnoughError(Exception):
-    """Every site has fired: what is left of the forward pass would be thrown away."""
+    """Every site has fired, so nobody needs the rest of the forward pass."""
 
 
 class BatchRunner:
-    """Runs batches through a model; the taps of the sites call `put` meanwhile.
+    """Runs batches through a model; the taps of the sites call `put` during each pass.
 
-    Nothing is computed that no site needs: the forward pass ends where the last site has fired, and logits that
-    nobody asked for are left out. Neither changes a bit of what is captured.
+    Nothing is computed that no site needs: the forward pass ends when the last site has fired, and logits that no site
+    needs are left out. Neither changes a bit of what is captured.
 
     Args:
         model: The model, on its device.
         plan: The plan that the batches belong to.
         table: The examples.
-        sink: Who gets the rows.
+        sink: Takes the rows.
         sites: The sites that are read here; all of the plan's unless given.
-        process_layout: What this process has of a model that several hold together.
+        process_layout: What this process holds of a model that several processes share.
         changed: Sites that are changed while a batch runs.
 
     Attributes:
-        n_rows: Rows that the batches so far have; 0 on all but the leader of those that hold one model together.
-        n_tokens: Their tokens, padding left out; counted likewise.
+        n_rows: Rows of the batches so far. Of the processes that share a model only the leader counts; others have 0.
+        n_tokens: Their tokens, without padding; counted likewise.
         forward_seconds: Time in the forward passes, taps included.
     """
 
@@ -84,10 +85,9 @@ class BatchRunner:
         self._n_missing = 0
         self._spans_processes = process_layout is not None
         self._in_step = is_sharded(model)
-        self._is_shared = self._spans_processes or self._in_step
         self._counts = process_layout is None or process_layout.worker_group.is_leader
         self._is_wanted = True
-        # accelerate's hooks and FSDP's must see their forward end, and the next stage of a pipeline what it gives
+        # hooks of accelerate and FSDP must see their forward end, and the next pipeline stage needs its input
         hooked = any(accelerate_hook(module) is not None for module in model.modules())
         self._ends_early = not (hooked or self._in_step or (process_layout is not None and process_layout.is_stage))
         kinds = {parse_site(name).kind for name in (*(site.name for site in plan.sites), *changed)}
@@ -98,17 +98,17 @@ class BatchRunner:
         self.forward_seconds = 0.0
 
     def run(self, batch: Batch | None, around: Around | None = None) -> Iterator[bool]:
-        """Run one batch; yields after every forward pass, of which torch's pipelines take one a microbatch.
+        """Run one batch; yields after every forward pass. A torch pipeline has one pass per microbatch.
 
-        Where forward passes are collectives of all workers, there are as many of them for every batch, also for None,
-        which a worker runs that has no batch left: what is missing are passes of a token whose rows nobody wants.
+        Where forward passes are collectives of all workers, every batch has the same number of passes. A worker that
+        has no batch left runs None. Missing passes are made with one token, whose rows are dropped.
 
         Args:
             batch: The batch.
-            around: Given the examples of a forward pass, in what the model is called.
+            around: Makes the context of each forward pass.
 
         Yields:
-            Whether the pass was of the batch.
+            Whether the pass belonged to the batch.
         """
         n_passes = 0
         for microbatch in [] if batch is None else self._microbatches(batch):
@@ -116,7 +116,7 @@ class BatchRunner:
             n_passes += 1
             yield True
         while self._in_step and n_passes < self._n_microbatches:
-            self._run_along()
+            self._forward_one_token()
             n_passes += 1
             yield False
 
@@ -145,15 +145,15 @@ class BatchRunner:
                 "lower --batch-tokens, or shorten the examples with --max-length"
             ) from error
         except RuntimeError as error:
-            if not self._is_shared:
+            if not (self._spans_processes or self._in_step):
                 raise
             raise failed_together(error) from error
         self.forward_seconds += time.perf_counter() - started
-        if self._counts:  # once a replica
+        if self._counts:
             self.n_rows += sum(len(example.positions) for example in rows)
             self.n_tokens += sum(len(example.input_ids) for example in rows)
 
-    def _run_along(self) -> None:
+    def _forward_one_token(self) -> None:
         token = torch.zeros((1, 1), dtype=torch.long, device=self._device)
         self._is_wanted = False
         try:

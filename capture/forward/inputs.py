@@ -1,8 +1,8 @@
-"""Token sequences as a padded batch, and as the arguments that a model wants.
+"""Token sequences as a padded batch, and as the arguments of a model's forward.
 
-Padding must not reach a row: the same tokens give the same activations whatever stands beside them. For
-that the model gets the attention mask and, where it takes them, position ids that count tokens only. Without
-these, left padding shifts every learned position (an error of 0.29 in GPT-2's residuals).
+Padding must not change a row: the same tokens give the same activations, whichever examples are in the batch. So the
+model gets the attention mask and, where it takes them, position ids that count tokens only. Without them, left padding
+shifts every learned position (an error of 0.29 in GPT-2's residuals).
 """
 
 import inspect
@@ -20,7 +20,7 @@ from residua.capture.runtime.devices import uploaded
 
 @dataclass(frozen=True, kw_only=True)
 class PaddedBatch:
-    """Sequences of different lengths side by side, each int64 of shape (batch, longest length).
+    """Sequences of different lengths as one batch, each tensor int64 of shape (batch, longest length).
 
     Attributes:
         input_ids: Token ids.
@@ -41,10 +41,10 @@ def padded_batch(
     """Pad token sequences to the longest of them.
 
     Args:
-        sequences: Token ids, one sequence an example; none may be empty.
-        pad_id: What stands where there is no token; masked, so any id of the vocabulary will do.
-        side: Where the padding goes.
-        device: Where the tensors are made.
+        sequences: Token ids, one sequence per example; none may be empty.
+        pad_id: Token id of the padding; it is masked, so any id of the vocabulary will do.
+        side: Side of the padding.
+        device: Device of the tensors.
 
     Returns:
         The batch.
@@ -56,7 +56,7 @@ def padded_batch(
     lengths = [len(array) for array in arrays]
     if not lengths or min(lengths) == 0:
         raise ValueError(
-            f"A batch needs at least one sequence and each at least one token; the lengths are {lengths}. "
+            f"A batch needs at least one sequence, and each sequence at least one token; the lengths are {lengths}. "
             "Leave empty examples out."
         )
     ids = np.full((len(arrays), max(lengths)), pad_id, dtype=np.int64)
@@ -70,27 +70,27 @@ def padded_batch(
 
 
 def positions_of(attention_mask: Tensor) -> Tensor:
-    """Count the tokens of each sequence from 0, whichever side the padding is on.
+    """Count the tokens of each sequence from 0, with padding on either side.
 
     Args:
         attention_mask: 1 for a token, 0 for padding; (batch, positions).
 
     Returns:
-        int64 of the same shape; padding has a position that some token has too.
+        int64 of the same shape; padding has a position that a token has too.
     """
     return (attention_mask.long().cumsum(-1) - 1).clamp_min(0)
 
 
 class ForwardArguments:
-    """Makes the arguments for forward calls of one language model, which is looked at once.
+    """Makes the arguments for forward calls of one language model, which is inspected once.
 
-    Position ids are given where the model's forward takes them, and the cache is off where it can be: it
-    costs memory and is of no use. Token types are left to the model, whose default is one segment.
+    Position ids are passed where the model's forward takes them. The cache is switched off where possible, since it
+    only costs memory. Token types are left to the model, whose default is one segment.
 
     Args:
         model: A transformers model; it is called as ``model(**arguments(input_ids, attention_mask))``.
-        needs_logits: Whether the logits of all positions are wanted. Without them a model that can leaves them out,
-            which saves (batch x positions x vocabulary) numbers and changes nothing else.
+        needs_logits: Compute the logits of all positions. Otherwise a model that can leaves them out, which saves
+            (batch x positions x vocabulary) numbers and changes nothing else.
     """
 
     def __init__(self, model: nn.Module, *, needs_logits: bool = True) -> None:
@@ -103,7 +103,7 @@ class ForwardArguments:
             self._fixed["logits_to_keep"] = 1
 
     def __call__(self, input_ids: Tensor, attention_mask: Tensor) -> dict[str, Tensor | bool | int]:
-        """Return the arguments for one batch, on the device of what is given.
+        """Return the arguments for one batch, on the device of the tensors given.
 
         Args:
             input_ids: int64, (batch, positions).
@@ -123,7 +123,7 @@ def forward_kwargs(
 
 
 def first_position(model: nn.Module) -> int:
-    """Return what the model calls the position of the first token: not 0 in RoBERTa, which keeps one for padding."""
+    """Return the model's number for the first position: 0, except in RoBERTa, which reserves one for padding."""
     for name, module in model.named_modules():
         if name.endswith("position_embeddings") and isinstance(module, nn.Embedding):
             return 0 if module.padding_idx is None else module.padding_idx + 1

@@ -1,4 +1,4 @@
-"""Some examples of an archive as one padded batch, as its plan says: the side of the padding, and where rows lie."""
+"""Examples of an archive as one padded batch, as its plan says: their tokens, the padding, and where rows lie."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,8 +17,8 @@ class PlanBatch:
     """Examples that run together.
 
     Attributes:
-        padded: Their tokens side by side.
-        rows: Per example, in batch order, its tokens, its kept positions, and where they lie in the batch.
+        padded: Their tokens, padded to one length.
+        rows: Per example, in batch order, its tokens, its kept positions, and where these lie in the batch.
     """
 
     padded: PaddedBatch
@@ -31,7 +31,7 @@ class PlanBatch:
 
 
 def microbatches(batch: PlanBatch, n: int) -> list[PlanBatch]:
-    """Return a batch in at most `n` parts of whole examples, as torch's schedules cut one into microbatches."""
+    """Cut a batch into at most `n` microbatches of full examples, as torch's schedules do."""
     cuts = np.array_split(np.arange(len(batch.rows)), min(n, len(batch.rows)))
     spans = [slice(int(examples[0]), int(examples[-1]) + 1) for examples in cuts]
     padded = batch.padded
@@ -47,7 +47,7 @@ def microbatches(batch: PlanBatch, n: int) -> list[PlanBatch]:
 def plan_batch(
     table: ExampleTable, examples: Sequence[int], *, side: Literal["left", "right"], device: torch.device
 ) -> PlanBatch:
-    """Return the batch of `examples`, in the order given, padded on `side`, on `device`."""
+    """Return the batch of `examples` in the order given, padded on `side`, as tensors on `device`."""
     contents = table.batch(examples)
     padded = padded_batch([input_ids for input_ids, _ in contents], side=side, device=device)
     n_positions = padded.input_ids.shape[1]

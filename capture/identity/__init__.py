@@ -1,4 +1,4 @@
-"""Which model this is: fingerprint, provenance, LM head, tokenizer, and the files that keep them.
+"""Which model this is: fingerprint, provenance, LM head, and the sidecar files that an archive keeps about it.
 
 Uses `forward` and below.
 """

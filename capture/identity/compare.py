@@ -12,13 +12,13 @@ from residua.store.read.archive import Archive
 
 @dataclass(kw_only=True)
 class SiteComparison:
-    """How one site compares.
+    """How the computed rows of one site compare with the stored ones.
 
     Attributes:
         rows: Rows compared.
         equal_rows: Rows that are equal bit for bit.
         largest_error: Largest absolute difference of two values.
-        largest_value: Largest magnitude in the archive, to hold it against.
+        largest_value: Largest magnitude in the archive, as a scale for the error.
     """
 
     rows: int = 0
@@ -26,15 +26,29 @@ class SiteComparison:
     largest_error: float = 0.0
     largest_value: float = 0.0
 
+    def add(self, computed: torch.Tensor, stored: torch.Tensor) -> None:
+        """Compare some rows, (rows, width), both in the stored dtype."""
+        same = (computed.contiguous().view(torch.int8) == stored.contiguous().view(torch.int8)).all(-1)
+        computed, stored = computed.double(), stored.double()
+        finite = computed.isfinite() & stored.isfinite()
+        self.rows += len(same)
+        self.equal_rows += int(same.sum())
+        self.largest_error = _largest(self.largest_error, (computed - stored)[finite])
+        self.largest_value = _largest(self.largest_value, stored[finite])
+
+
+def _largest(so_far: float, values: torch.Tensor) -> float:
+    return max(so_far, float(values.abs().max())) if values.numel() else so_far
+
 
 class RowComparison:
-    """Takes rows as a `ShardFiller` does, and compares them with those that are stored.
+    """A `RowSink` that compares rows with the stored ones.
 
     Args:
-        archive: What to compare with.
+        archive: The archive with the stored rows.
 
     Attributes:
-        sites: What was found so far, by site.
+        sites: The results so far, by site.
     """
 
     def __init__(self, archive: Archive) -> None:
@@ -58,17 +72,4 @@ class RowComparison:
             row_index.copy_pattern(tensor.cpu(), computed, batch)
         else:
             row_index.copy(tensor.flatten(0, 1).cpu(), computed)
-        stored = self._archive[site].torch(batch.row)
-        _add(self.sites[site], computed.flatten(1), stored.flatten(1))
-
-
-def _add(found: SiteComparison, computed: torch.Tensor, stored: torch.Tensor) -> None:
-    bits = torch.int8
-    same = (computed.contiguous().view(bits) == stored.contiguous().view(bits)).all(-1)
-    finite = computed.double().isfinite() & stored.double().isfinite()
-    error = (computed.double() - stored.double()).abs()[finite]
-    found.rows += len(same)
-    found.equal_rows += int(same.sum())
-    found.largest_error = max(found.largest_error, float(error.max()) if error.numel() else 0.0)
-    largest = stored.double().abs()[finite]
-    found.largest_value = max(found.largest_value, float(largest.max()) if largest.numel() else 0.0)
+        self.sites[site].add(computed.flatten(1), self._archive[site].torch(batch.row).flatten(1))

@@ -1,6 +1,6 @@
-"""What turns the final residual stream into logits: final norm and unembedding, as files beside the archive.
+"""The LM head, which turns the final residual stream into logits: final norm and unembedding, as sidecar files.
 
-A lens decodes with these alone, without the model; `residua.analysis.lens.lm_head` reads them.
+A lens decodes with these files alone, without the model; `residua.analysis.lens.lm_head` reads them.
 """
 
 import json
@@ -24,11 +24,10 @@ from residua.store.storage.crc import Buffer
 
 
 def lm_head_files(model: nn.Module) -> dict[str, list[Buffer]]:
-    """Return the files of a head, by name, each in parts; parameters on the CPU are not copied.
+    """Return the files of the LM head by name, each as a list of buffers; parameters on the CPU are not copied.
 
-    There are none for a model whose head is not known for certain, that is one without a language modelling head or
-    of an architecture that is not in the table. Of a model that is spread over several processes this is a collective
-    of them all.
+    There are none for a model whose head is not known for certain: one without an LM head, or of an architecture that
+    is not in the table. A collective of all processes that hold the model.
     """
     stages = pipeline_group(model)
     if stages is None:
@@ -44,9 +43,10 @@ def _files(model: nn.Module) -> dict[str, list[Buffer]]:
     if anatomy is None or anatomy.family is None or _unembedding(anatomy) is None:
         return {}
     spec, modules = _described(anatomy, anatomy.family)
-    weights, paths = FullParameters(model), {id(module): path for path, module in named_modules(anatomy.model).items()}
+    parameters = FullParameters(model)
+    paths = {id(module): path for path, module in named_modules(anatomy.model).items()}
     tensors = {
-        f"{name}.{kind}": _whole(weights, f"{paths.get(id(module), name)}.{kind}", tensor)
+        f"{name}.{kind}": _full(parameters, f"{paths.get(id(module), name)}.{kind}", tensor)
         for name, module in modules.items()
         for kind, tensor in module.named_parameters(recurse=False)
         if kind in ("weight", "bias")
@@ -58,12 +58,12 @@ def _files(model: nn.Module) -> dict[str, list[Buffer]]:
     }
 
 
-def _whole(weights: FullParameters, name: str, tensor: Tensor) -> Tensor:
-    found = weights.full(name, tensor)
+def _full(parameters: FullParameters, name: str, tensor: Tensor) -> Tensor:
+    found = parameters.full(name, tensor)
     if found is None:
         raise CaptureError(
-            f"{name}{on_rank()} is split over the ranks of tensor_parallel in a way that cannot be told, and the "
-            "archive keeps it for lenses: pass head=False to capture without it"
+            f"{name}{on_rank()} is split over the ranks of tensor_parallel in an unknown way, and the archive keeps it "
+            "for lenses: pass head=False to capture without it"
         )
     return found.cpu().contiguous()
 
@@ -73,14 +73,14 @@ def _unembedding(anatomy: Anatomy) -> nn.Module | None:
 
 
 def _described(anatomy: Anatomy, family: Family) -> tuple[LMHeadSpec, dict[str, nn.Module]]:
-    """What ``head.json`` says, and the modules whose parameters go beside it."""
-    norm = _part(anatomy.model.base_model, family.final_norm)
-    transform = _part(anatomy.model, family.transform)
+    """Return the content of ``head.json``, and the modules whose parameters are stored."""
+    norm = _submodule(anatomy.model.base_model, family.final_norm)
+    transform = _submodule(anatomy.model, family.transform)
     modules = {
         "norm": norm,
-        "project_out": _part(anatomy.model.base_model, family.project_out),
-        "transform.dense": _part(transform, "dense"),
-        "transform.norm": _part(transform, "LayerNorm"),
+        "project_out": _submodule(anatomy.model.base_model, family.project_out),
+        "transform.dense": _submodule(transform, "dense"),
+        "transform.norm": _submodule(transform, "LayerNorm"),
         "unembed": _unembedding(anatomy),
     }
     spec = LMHeadSpec(
@@ -95,8 +95,8 @@ def _described(anatomy: Anatomy, family: Family) -> tuple[LMHeadSpec, dict[str, 
     return spec, {name: module for name, module in modules.items() if module is not None}
 
 
-def _part(module: nn.Module | None, path: str | None) -> nn.Module | None:
-    """A module below another; None where either is not there (OPT sets what it lacks to None)."""
+def _submodule(module: nn.Module | None, path: str | None) -> nn.Module | None:
+    """Return the module at a path below another; None where either is missing (OPT sets missing modules to None)."""
     if module is None or path is None:
         return None
     for name in path.split("."):
@@ -105,14 +105,14 @@ def _part(module: nn.Module | None, path: str | None) -> nn.Module | None:
 
 
 def _eps(norm: nn.Module | None) -> float:
-    """What a norm adds under its root; Llama's norms call it variance_epsilon."""
+    """Return the epsilon of a norm; Llama's norms call it variance_epsilon."""
     if norm is None:
         return 0.0
     eps = getattr(norm, "eps", None)
     return float(getattr(norm, "variance_epsilon") if eps is None else eps)  # noqa: B009 - typed as a module
 
 
-_NAMES = {
+_DTYPES = {
     torch.float64: "F64",
     torch.float32: "F32",
     torch.float16: "F16",
@@ -128,19 +128,22 @@ _ALIGNMENT = 8
 
 
 def safetensors_file(tensors: Mapping[str, Tensor]) -> list[Buffer]:
-    """Return the parts of a safetensors file, in order: a header, and the memory of each tensor.
+    """Return a safetensors file as buffers: a header, and the memory of each tensor in the order given.
+
+    The format: https://github.com/huggingface/safetensors#format. The library's own writer sorts the tensors, and its
+    `serialize` copies them; these buffers can also be sent to another process.
 
     Args:
-        tensors: On the CPU, contiguous. They are not copied, so they must not change before the parts are written.
+        tensors: On the CPU, contiguous. They are not copied: do not change them before the buffers are written.
 
     Raises:
-        KeyError: A tensor has a data type that no parameter of a head has.
+        KeyError: A tensor has a dtype that no parameter of an LM head has.
     """
     header: dict[str, object] = {}
     end = 0
     for name, tensor in tensors.items():
         start, end = end, end + tensor.nbytes
-        header[name] = {"dtype": _NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
+        header[name] = {"dtype": _DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % _ALIGNMENT)
     return [struct.pack("<Q", len(text)), text, *(t.reshape(-1).view(torch.uint8).numpy() for t in tensors.values())]

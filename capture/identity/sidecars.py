@@ -1,9 +1,10 @@
-"""How a model's attention weights follow from the queries and keys that are stored: found out before the capture.
+"""The files that an archive keeps about its model: LM head, attention facts, tokenizer.
 
-What a layer's attention does besides multiplying - scale, soft cap, window, sinks - it tells the attention function,
-where we listen while the model runs over a few tokens. What is found is then proved: the weights that it gives must
-be those of the model's own eager attention on these tokens. A layer where they are not (a bias by position, say)
-is written down with the reason, and whoever needs its weights captures ``pattern``.
+``attention.json`` says how each layer's attention weights follow from stored queries and keys. A layer passes its
+scale, soft cap, window and sinks to the attention function; a tap reads these arguments while the model runs over a few
+tokens. Then they are proved: weights computed from them must equal those of the model's own eager attention on these
+tokens. Where they differ (because of a position bias, for example), the file gives the reason instead, and whoever
+needs the weights of that layer captures ``pattern``.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -32,37 +33,67 @@ from residua.store.storage.crc import Buffer
 from residua.store.storage.files import write_file
 
 Sidecars = dict[str, list[Buffer]]
+"""Files by name; the content of each is a list of buffers."""
 Facts = dict[int, AttentionSpec | str]
 
 _EXAMPLES, _POSITIONS = 2, 12
 _TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3}
-_ROUGH = 0.1  # a model may round in another order than we do, and one rounding of bfloat16 shows
+_LOW_PRECISION_TOLERANCE = 0.1  # a model may round in another order than we do, and one rounding of bfloat16 shows
+
+
+def sidecar_files(model: nn.Module, sites: Iterable[str], *, head: bool) -> Sidecars:
+    """Return the files of the archive's ``head`` folder; a collective of all processes that hold the model.
+
+    Args:
+        model: The model.
+        sites: Names of the sites that are stored.
+        head: Add the LM head: final norm and unembedding.
+    """
+    return {**(lm_head_files(model) if head else {}), **attention_files(model, sites)}
+
+
+def write_sidecars(archive: Path, files: Sidecars) -> None:
+    """Write the files to an archive that is being made."""
+    for name, content in files.items():
+        write_file(archive / "head" / name, content)
+
+
+def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Write the files of `tokenizer` to `folder`, durably.
+
+    Raises:
+        OSError: A file could not be written; the message says where and why.
+    """
+    try:
+        tokenizer.save_pretrained(folder)
+    except Exception as error:  # the Rust library raises plain Exception, for example when the disk is full
+        raise OSError(
+            f"cannot write the tokenizer to {folder} ({error}): free some space there, or choose another place"
+        ) from error
+    for path in sorted(folder.iterdir()):
+        write_file(path, [path.read_bytes()])
 
 
 def attention_files(model: nn.Module, sites: Iterable[str]) -> Sidecars:
-    """Return the file that says how weights follow from stored queries and keys, by its name in the head's folder.
+    """Return ``attention.json``, if a layer has both `q` and `k` among `sites`.
 
-    There is none unless a layer has both `q` and `k` among `sites`. The model runs once over a few tokens; of a model
-    that is spread over several processes this is a collective of them all.
+    The model runs once over a few tokens. A collective of all processes that hold it.
     """
     anatomy, stored = unsharded_anatomy(model), {str(site) for site in map(parse_site, sites)}
     layers = [] if anatomy is None else [n for n in range(len(anatomy.blocks)) if {f"q.{n}", f"k.{n}"} <= stored]
     if anatomy is None or not layers:
         return {}
     here = target_of(model).parts
-    facts = attention_facts(anatomy, [layer for layer in layers if anatomy.blocks[layer] in here])
-    return {ATTENTION_FILE: [attention_to_json(_of_all_stages(_of_all_heads(facts, model), model))]}
-
-
-def _of_all_heads(facts: Facts, model: nn.Module) -> Facts:
-    """Bring together what the ranks found out that have some heads each."""
-    everyone = all_gather_objects(tensor_parallel_group(model, None), facts)
-    if len(everyone) == 1:
-        return facts
-    return {layer: _joined([found[layer] for found in everyone]) for layer in facts}
+    facts = _attention_facts(anatomy, [layer for layer in layers if anatomy.blocks[layer] in here])
+    ranks = all_gather_objects(tensor_parallel_group(model, None), facts)  # each has the facts of its own heads
+    if len(ranks) > 1:
+        facts = {layer: _joined([found[layer] for found in ranks]) for layer in facts}
+    stages = all_gather_objects(pipeline_group(model), facts)
+    return {ATTENTION_FILE: [attention_to_json({layer: fact for found in stages for layer, fact in found.items()})]}
 
 
 def _joined(found: Sequence[AttentionSpec | str]) -> AttentionSpec | str:
+    """Return the facts of all heads of a layer, given those of each rank's heads."""
     specs = [spec for spec in found if isinstance(spec, AttentionSpec)]
     if len(specs) < len(found):
         return next(reason for reason in found if isinstance(reason, str))
@@ -71,18 +102,12 @@ def _joined(found: Sequence[AttentionSpec | str]) -> AttentionSpec | str:
     return replace(specs[0], sinks=tuple(sink for spec in specs for sink in spec.sinks or ()))
 
 
-def _of_all_stages(facts: Facts, model: nn.Module) -> Facts:
-    merged = {
-        layer: fact for found in all_gather_objects(pipeline_group(model), facts) for layer, fact in found.items()
-    }
-    return dict(sorted(merged.items()))
-
-
-def attention_facts(anatomy: Anatomy, layers: Iterable[int]) -> dict[int, AttentionSpec | str]:
-    """Find out, by running the model over a few tokens, how the weights of `layers` follow from queries and keys.
+def _attention_facts(anatomy: Anatomy, layers: Iterable[int]) -> Facts:
+    """Run the model over a few tokens to find out how the weights of `layers` follow from queries and keys.
 
     Returns:
-        From layer to how they do, proved on those tokens, or to why it cannot be said.
+        For each layer how they follow, proved on those tokens, or the reason why that is not known. Reasons are stored
+        in the archive.
     """
     listeners = {layer: _Listener() for layer in layers}
     taps = {
@@ -107,7 +132,7 @@ def _run(anatomy: Anatomy) -> None:
 
 
 class _Listener(AttentionTap):
-    """Keeps what one layer's attention was given and told, and what it gave."""
+    """Keeps the inputs, the arguments and the weights of one layer's attention."""
 
     parts = frozenset(("q", "k", "pattern"))
 
@@ -122,7 +147,7 @@ class _Listener(AttentionTap):
         self.arguments = arguments
 
     def facts(self, window: int | str | None) -> AttentionSpec | str:
-        """Return what this layer does, given the window that its queries look through or why that is not known."""
+        """Return the facts of this layer, given its window or the reason why the window is not known."""
         if self.arguments is None or len(self._seen) < len(self.parts):
             return "its attention did not come through transformers' attention interface under eager attention"
         if isinstance(window, str):
@@ -140,13 +165,13 @@ class _Listener(AttentionTap):
             sinks=None if sinks is None else tuple(sinks.double().flatten().tolist()),
         )
         error = float((_weights(spec, query_BHQD, key_BHKD) - pattern_BHQK).abs().max())
-        if not error <= _TOLERANCE.get(pattern_BHQK.dtype, _ROUGH):
+        if not error <= _TOLERANCE.get(pattern_BHQK.dtype, _LOW_PRECISION_TOLERANCE):
             return f"its attention weights do not follow from q and k alone: they differ by {error:.2g} on a few tokens"
         return spec
 
 
 def _weights(spec: AttentionSpec, query_BHQD: Tensor, key_BHKD: Tensor) -> Tensor:
-    """Attention weights of whole examples, in the model's type and in the order of rounding of its eager attention."""
+    """Return the attention weights of full examples, in the model's dtype and with the rounding of eager attention."""
     key_BHKD = key_BHKD.repeat_interleave(query_BHQD.shape[1] // key_BHKD.shape[1], dim=1)
     score_BHQK = query_BHQD @ key_BHKD.transpose(2, 3) * spec.scale
     if spec.softcap is not None:
@@ -163,50 +188,17 @@ def _weights(spec: AttentionSpec, query_BHQD: Tensor, key_BHKD: Tensor) -> Tenso
 
 
 def _window(anatomy: Anatomy, layer: int, listener: _Listener) -> int | str | None:
-    """Return how far this layer's queries look, or why config and layer do not agree on it.
+    """Return how far this layer's queries look, or the reason why config and layer do not agree on it.
 
-    The few tokens prove only windows that are shorter.
+    The few tokens can only prove windows that are shorter than they are.
     """
-    told: int | None = (listener.arguments or {}).get("sliding_window")
+    given: int | None = (listener.arguments or {}).get("sliding_window")
     types: list[str] | None = getattr(anatomy.config, "layer_types", None)
     if types is not None:
         if types[layer] not in ("full_attention", "sliding_attention"):
             return f"its attention is of the type {types[layer]}, whose mask is not known"
-        agree = (types[layer] == "sliding_attention") == (told is not None)
+        agree = (types[layer] == "sliding_attention") == (given is not None)
     else:
-        stated = getattr(anatomy.config, "sliding_window", None)
-        agree = told == stated or not getattr(anatomy.config, "use_sliding_window", True)
-    return told if agree else f"its config and its attention do not agree on a window ({told} is what it is told)"
-
-
-def sidecar_files(model: nn.Module, sites: Iterable[str], *, head: bool) -> Sidecars:
-    """Return the files by name; of a model that is spread over several processes this is a collective of them all.
-
-    Args:
-        model: The model.
-        sites: Names of the sites that are stored.
-        head: Whether the final norm and the unembedding are wanted too.
-    """
-    return {**(lm_head_files(model) if head else {}), **attention_files(model, sites)}
-
-
-def write_sidecars(archive: Path, files: Mapping[str, Sequence[Buffer]]) -> None:
-    """Write the files to an archive that is being made."""
-    for name, content in files.items():
-        write_file(archive / "head" / name, content)
-
-
-def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """Write the files of `tokenizer` to `folder`, durably.
-
-    Raises:
-        OSError: A file could not be written; the message says where and why.
-    """
-    try:
-        tokenizer.save_pretrained(folder)
-    except Exception as error:  # the Rust library raises plain Exception, for example when the disk is full
-        raise OSError(
-            f"cannot write the tokenizer to {folder} ({error}): free some space there, or choose another place"
-        ) from error
-    for path in sorted(folder.iterdir()):
-        write_file(path, [path.read_bytes()])
+        configured = getattr(anatomy.config, "sliding_window", None)
+        agree = given == configured or not getattr(anatomy.config, "use_sliding_window", True)
+    return given if agree else f"its config and its attention do not agree on a window ({given} is what it is told)"

@@ -8,7 +8,6 @@ import pytest
 import torch
 from torch import nn
 
-from residua.capture.identity import fingerprint
 from residua.capture.identity.fingerprint import weights_fingerprint
 from residua.store.base.errors import CaptureError
 from tests.models import TINY
@@ -38,11 +37,9 @@ def test_the_definition_by_hand() -> None:
     assert weights_fingerprint(Weights()) == digest.hexdigest()
 
 
-def test_the_size_of_the_pieces_does_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_size_of_the_chunks_does_not_matter() -> None:
     model = TINY["llama"]()
-    whole = weights_fingerprint(model)
-    monkeypatch.setattr(fingerprint, "_CHUNK_BYTES", 24)
-    assert weights_fingerprint(model) == whole
+    assert weights_fingerprint(model, chunk_bytes=24) == weights_fingerprint(model)
 
 
 def test_one_bit_one_name_or_one_type_changes_it() -> None:
