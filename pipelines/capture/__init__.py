@@ -1,1 +1,1 @@
-"""From a model and a dataset to an archive: plan, capture, resume, reproduce. Uses `jobs` and below."""
+"""From a model and a dataset to an archive: `capture` tells the story, `reproduce` checks it. Uses `jobs` and below."""

@@ -5,7 +5,7 @@ the same steps with examples and a plan of its own.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack, nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -19,7 +19,14 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.pipelining.schedules import PipelineScheduleSingle
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from residua.capture.identity.provenance import describe_model, environment, identify_model, identify_tokenizer
+from residua.capture.identity.provenance import (
+    changed_conditions,
+    config_differences,
+    describe_model,
+    environment,
+    identify_model,
+    identify_tokenizer,
+)
 from residua.capture.identity.sidecars import Sidecars, save_tokenizer, sidecar_files, write_sidecars
 from residua.capture.layout.process_layout import ProcessLayout, spans_processes
 from residua.capture.recording.column_shards import column_shards
@@ -36,23 +43,24 @@ from residua.capture.sites.attention import eager_attention
 from residua.capture.sites.names_to_modules import resolve_sites
 from residua.capture.sites.reference_model import unsharded_sites
 from residua.capture.sites.shape_probe import evaluating
-from residua.capture.sites.site import SiteInfo
-from residua.pipelines.capture.plan import DatasetSource, make_plan, write_examples
-from residua.pipelines.capture.resume import compare_plans, sealed_archive
-from residua.pipelines.data.dataset import DatasetReport, dataset_identity
+from residua.capture.sites.site import SiteInfo, plan_sites
+from residua.pipelines.data.dataset import DatasetReport, dataset_identity, read_examples
 from residua.pipelines.jobs.workers import WorkerFigures, Workers, working_together
-from residua.pipelines.setup.models import load_model, load_tokenizer
+from residua.pipelines.setup.models import load_model, load_tokenizer, token_limit
 from residua.pipelines.setup.settings import CaptureSettings
 from residua.store.base.canonical import Json
-from residua.store.base.errors import PlanError
+from residua.store.base.errors import DatasetError, PlanError
 from residua.store.examples.index import ExampleIndex
 from residua.store.examples.table import ExampleTable
+from residua.store.examples.writer import ExampleWriter
 from residua.store.format.archive_metadata import is_archive
 from residua.store.format.commits import drop_broken
-from residua.store.format.create import create_archive, workspace
-from residua.store.format.plan import Plan
+from residua.store.format.create import create_archive, seal, workspace
+from residua.store.format.plan import Plan, check_host_memory, choose_rows_per_shard
 from residua.store.read.archive import Archive
 from residua.store.storage.files import sweep
+
+DatasetSource = str | PathLike[str] | Iterable[Any]
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -178,6 +186,16 @@ def _language_model(model: nn.Module) -> PreTrainedModel:
             "that it contains"
         )
     return cast("PreTrainedModel", model)
+
+
+def dataset_entry(index: ExampleIndex) -> dict[str, Json]:
+    """Return what a plan records of its examples."""
+    return {
+        "digest": index.digest,
+        "n_examples": index.n_examples,
+        "n_tokens": index.total_tokens,
+        "longest_example": int(index.n_tokens.max()),
+    }
 
 
 class CaptureJob(ABC):
@@ -316,13 +334,26 @@ class CaptureJob(ABC):
         self._compare(self.plan(ExampleTable(self.out / "examples").index()))
 
     def _compare(self, plan: Plan) -> None:
-        self.notes.extend(compare_plans(self.archive, plan, self.model))
+        """Compare the archive with the plan that this worker would make; note conditions that differ."""
+        archive = self.archive
+        self.notes.extend(changed_conditions(archive.provenance, self.model))
+        if archive.plan.digest == plan.digest:
+            return
+        lines = archive.plan.differences(plan)
+        if of_config := config_differences(archive.provenance, self.model):  # more helpful than digests that differ
+            lines = [line for line in lines if not line.startswith("model.config:")] + of_config
+        listed = "\n  ".join(lines)
+        raise PlanError(
+            f"{archive.path} was begun with another plan:\n  {listed}\n"
+            "Run it with the settings of the archive to go on, or choose another --out."
+        )
 
     def _sidecars(self) -> Sidecars:
         return sidecar_files(self.model, self.sites, head=self._head)
 
     def _seal(self) -> None:
-        self._archive = sealed_archive(self.out)
+        sweep(self.out)  # a worker may have died and left temporary files
+        seal(self.out, self.archive.metadata, self.archive.commits)
 
 
 class _DatasetCapture(CaptureJob):
@@ -347,27 +378,60 @@ class _DatasetCapture(CaptureJob):
         self._on_example = on_example
 
     def write_examples(self, folder: Path) -> ExampleIndex:
-        report = DatasetReport()
-        index = write_examples(
-            folder,
-            self.model,
-            self._tokenizer,
+        """Read the dataset once, and write its examples; raises DatasetError if it cannot be used as asked."""
+        tokenizer, report = self._tokenizer, DatasetReport()
+        if self._settings.drop_special and tokenizer is None:
+            raise DatasetError(
+                "--drop-special needs a tokenizer, and the model has none: nothing says which tokens are special"
+            )
+        writer = ExampleWriter(folder)
+        examples = read_examples(
             self._dataset,
             settings=self._settings,
+            tokenizer=tokenizer,
+            model_limit=token_limit(self.model),
+            vocab_size=self.model.config.get_text_config().vocab_size,
+            special_ids=frozenset(tokenizer.all_special_ids) if tokenizer is not None else frozenset(),
             report=report,
-            on_example=self._on_example,
         )
+        for example in examples:
+            writer.add(example)
+            self._on_example(report.n_examples, report.n_tokens)
         self.shared["dataset"] = asdict(report)
-        return index
+        return writer.close()
 
     def plan(self, index: ExampleIndex) -> Plan:
-        plan = make_plan(self._settings, self.sites, index, identity=self.identity, column_shards=self.column_shards)
-        if plan.rows_per_shard < min(plan.batch_tokens, index.total_rows):
+        """Return the plan; raises PlanError if not even the smallest shard fits into host memory."""
+        settings, most_rows = self._settings, int(index.n_rows.max())
+        sites = plan_sites(
+            self.sites,
+            dtype=settings.dtype,
+            codec=settings.codec,
+            longest_example=int(index.n_tokens.max()),
+            column_shards=self.column_shards,
+        )
+        row_bytes = [site.row_bytes for site in sites]
+        height = settings.rows_per_shard or choose_rows_per_shard(
+            row_bytes,
+            batch_rows=min(settings.batch_tokens, index.total_rows),
+            most_rows_per_example=most_rows,
+            host_memory_bytes=settings.host_memory,
+        )
+        check_host_memory(row_bytes, most_rows, min(height, index.total_rows), settings.host_memory)
+        if height < min(settings.batch_tokens, index.total_rows):
             self.notes.append(
-                f"a shard holds {plan.rows_per_shard:,} rows, and a batch no more than that, although --batch-tokens "
-                f"allows {plan.batch_tokens:,}: larger shards need more --host-memory"
+                f"a shard holds {height:,} rows, and a batch no more than that, although --batch-tokens allows "
+                f"{settings.batch_tokens:,}: larger shards need more --host-memory"
             )
-        return plan
+        return Plan(
+            model=self.identity,
+            dataset=dataset_entry(index),
+            rules=settings.rules(),
+            sites=sites,
+            rows_per_shard=height,
+            batch_tokens=settings.batch_tokens,
+            n_rows=index.total_rows,
+        )
 
     def write_tokenizer(self, folder: Path) -> None:
         if self._tokenizer is not None:

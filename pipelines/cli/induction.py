@@ -9,6 +9,7 @@ from residua.pipelines.cli.options import (
     MODEL_HELP,
     add_cluster_flags,
     add_command,
+    add_flag,
     add_settings,
     cluster_of,
     is_first_process,
@@ -38,25 +39,14 @@ def add(commands: Any) -> None:
     parser = add_command(commands, "induction", _induction, text, description)
     parser.add_argument("--model", required=True, help=MODEL_HELP)
     parser.add_argument("--out", required=True, help="folder of the archive; an unfinished one is resumed")
-    parser.add_argument(
-        "--from",
-        dest="captured_from",
-        choices=("qk", "pattern"),
-        default="qk",
-        help="what to capture: queries and keys, which are smaller, or attention patterns (default: %(default)s)",
-    )
-    for flag, default, meaning in (
-        ("--period", 50, "tokens of the block that is repeated"),
-        ("--copies", 2, "copies of the block in a sequence"),
-        ("--examples", 64, "number of sequences"),
-        ("--seed", 0, "seed of the random tokens"),
-    ):
-        parser.add_argument(flag, type=int, default=default, metavar="INT", help=f"{meaning} (default: {default})")
-    parser.add_argument(
-        "--bos",
-        action=argparse.BooleanOptionalAction,
-        help="put a BOS before each sequence (default: on if the model has a BOS)",
-    )
+    text = "what to capture: queries and keys, which are smaller, or attention patterns"
+    add_flag(parser, "--from", text, "qk", dest="captured_from", choices=("qk", "pattern"), metavar=None)
+    add_flag(parser, "--period", "tokens of the block that is repeated", 50)
+    add_flag(parser, "--copies", "copies of the block in a sequence", 2)
+    add_flag(parser, "--examples", "number of sequences", 64)
+    add_flag(parser, "--seed", "seed of the random tokens", 0)
+    text = "put a BOS before each sequence (default: on if the model has a BOS)"
+    parser.add_argument("--bos", action=argparse.BooleanOptionalAction, help=text)
     add_settings(parser, [setting for setting in fields(CaptureSettings) if setting.name in _CAPTURE])
     add_cluster_flags(parser)
 

@@ -21,9 +21,10 @@ if TYPE_CHECKING:
 
 Found = TypeVar("Found")
 Run = Callable[[argparse.Namespace], int]
-SITES_HELP = "sites, comma separated, with patterns: 'resid_post.*,attn_out.3' (default: %(default)s)"
+SITES_HELP = "sites, comma separated, with patterns: 'resid_post.*,attn_out.3'"
 WHERE_HELP = "use only rows that meet this condition, for example 'position > 0' (default: all rows)"
 MODEL_HELP = "hub id or folder of the model"
+CAPTURED_MODEL_HELP = "hub id or folder of the model that was captured"
 
 _TOKEN = re.compile(r'\s*("(?:[^"\\]|\\.)*")\s*,|([^,]*),')  # a JSON string, or anything without a comma
 _FLAG, _NEGATIVE = re.compile(r"--[^=]+"), re.compile(r"-\d")
@@ -45,6 +46,29 @@ def add_command(commands: Any, name: str, run: Run, text: str, description: str)
     return parser
 
 
+def add_flag(
+    parser: argparse._ActionsContainer, flag: str, text: str, default: Any = None, *, kind: type = str, **more: Any
+) -> None:
+    """Add a flag with one value.
+
+    Args:
+        parser: The parser.
+        flag: The flag.
+        text: Its help, with the default in words if `default` is None.
+        default: Its default; the help shows it, and it decides the type of the value unless it is None.
+        kind: The type of the value if `default` is None.
+        more: As for ``add_argument``.
+    """
+    if default is not None:
+        kind, text = type(default), f"{text} (default: {default})"
+    parser.add_argument(flag, **{"metavar": kind.__name__.upper(), **more}, type=kind, default=default, help=text)
+
+
+def add_switch(parser: argparse._ActionsContainer, flag: str, text: str) -> None:
+    """Add a flag without a value, which is off by default."""
+    parser.add_argument(flag, action="store_true", help=f"{text} (default: off)")
+
+
 def add_settings(parser: argparse._ActionsContainer, settings: Iterable[Field[Any]]) -> None:
     """Add a flag for each field of a settings class, with the help of its metadata and its default.
 
@@ -55,10 +79,9 @@ def add_settings(parser: argparse._ActionsContainer, settings: Iterable[Field[An
         if isinstance(default, bool):
             text += f" (default: {'on' if default else 'off'})"
             parser.add_argument(flag, action=argparse.BooleanOptionalAction, default=None, help=text)
-            continue
-        text += "" if default is None else f" (default: {default})"
-        kind = next(kind for kind in (float, int, str) if kind.__name__ in str(setting.type))
-        parser.add_argument(flag, type=kind, metavar=kind.__name__.upper(), help=text)
+        else:
+            kind = next(kind for kind in (float, int, str) if kind.__name__ in str(setting.type))
+            add_flag(parser, flag, text if default is None else f"{text} (default: {default})", kind=kind)
 
 
 def add_archive(parser: argparse.ArgumentParser) -> None:
@@ -68,8 +91,7 @@ def add_archive(parser: argparse.ArgumentParser) -> None:
 
 def add_device(parser: argparse.ArgumentParser) -> None:
     """Add the flag for the device of the model."""
-    text = "device of the model: auto (CUDA if there is one), cpu, cuda, cuda:1, ... (default: %(default)s)"
-    parser.add_argument("--device", default="auto", metavar="STR", help=text)
+    add_flag(parser, "--device", "device of the model: auto (CUDA if there is one), cpu, cuda, cuda:1, ...", "auto")
 
 
 def add_sample_flags(parser: argparse.ArgumentParser, *, batches: int) -> None:
@@ -80,13 +102,9 @@ def add_sample_flags(parser: argparse.ArgumentParser, *, batches: int) -> None:
         batches: How many batches run by default.
     """
     add_archive(parser)
-    parser.add_argument("--model", required=True, help="hub id or folder of the model that was captured")
-    parser.add_argument(
-        "--batches", type=int, default=batches, metavar="INT", help="number of batches to run (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--seed", type=int, default=0, metavar="INT", help="seed of the random choice of batches (default: %(default)s)"
-    )
+    parser.add_argument("--model", required=True, help=CAPTURED_MODEL_HELP)
+    add_flag(parser, "--batches", "number of batches to run", batches)
+    add_flag(parser, "--seed", "seed of the random choice of batches", 0)
     add_device(parser)
 
 
@@ -106,11 +124,8 @@ def run_sample(options: argparse.Namespace, job: Callable[..., Found], *, shown:
 
 def add_parallel_flags(parser: argparse.ArgumentParser) -> None:
     """Add the flags that split a model over processes that were launched together."""
-    for flag, text in (
-        ("--tp", "processes to split each layer over, by transformers' tensor-parallel plan (default: %(default)s)"),
-        ("--pp", "pipeline stages to split the layers into, each of --tp processes (default: %(default)s)"),
-    ):
-        parser.add_argument(flag, type=int, default=1, metavar="INT", help=text)
+    add_flag(parser, "--tp", "processes to split each layer over, by transformers' tensor-parallel plan", 1)
+    add_flag(parser, "--pp", "pipeline stages to split the layers into, each of --tp processes", 1)
 
 
 def is_first_process() -> bool:
@@ -137,24 +152,10 @@ def _word(text: str) -> str:
 
 def add_cluster_flags(parser: argparse.ArgumentParser) -> None:
     """Add the flags that say where an analysis runs."""
-    parser.add_argument(
-        "--scheduler",
-        metavar="ADDRESS",
-        help="address of a Dask scheduler, tcp://host:port, or 'inline' for this process alone (default: start a "
-        "cluster on this machine)",
-    )
-    parser.add_argument(
-        "--workers",
-        type=int,
-        metavar="INT",
-        help="workers of the cluster on this machine (default: one a core, as far as memory allows)",
-    )
-    parser.add_argument(
-        "--memory-limit",
-        default="4GiB",
-        metavar="SIZE",
-        help="memory of each worker of the cluster on this machine (default: %(default)s)",
-    )
+    text = "address of a Dask scheduler, tcp://host:port, or 'inline' for this process alone (default: a local cluster)"
+    add_flag(parser, "--scheduler", text, metavar="ADDRESS")
+    add_flag(parser, "--workers", "workers of the local cluster (default: one a core, as memory allows)", kind=int)
+    add_flag(parser, "--memory-limit", "memory of each worker of the local cluster", "4GiB", metavar="SIZE")
 
 
 def cluster_of(options: argparse.Namespace) -> "AbstractContextManager[Cluster]":

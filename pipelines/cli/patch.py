@@ -9,7 +9,9 @@ from residua.pipelines.cli.options import (
     SITES_HELP,
     add_command,
     add_device,
+    add_flag,
     add_parallel_flags,
+    add_switch,
     is_first_process,
 )
 from residua.pipelines.cli.progress import StepProgress
@@ -28,9 +30,7 @@ def add(commands: Any) -> None:
         "site and position (a cell) into the corrupted run, and measure how much of the metric it recovers."
     )
     sweep = add_command(commands, "patch", _patch, text, description)
-    sweep.add_argument(
-        "--batch-cells", type=int, default=64, metavar="INT", help="cells in one forward pass (default: %(default)s)"
-    )
+    add_flag(sweep, "--batch-cells", "cells in one forward pass", 64)
     text = "estimate what patching does, from gradients"
     description = (
         "Attribution patching: estimate the effect of patching every cell from one backward pass a pair. Much faster "
@@ -39,34 +39,21 @@ def add(commands: Any) -> None:
     estimate = add_command(commands, "attribute", _attribute, text, description)
     for parser, folder in ((sweep, "PAIRS-patched"), (estimate, "PAIRS-attributed")):
         parser.add_argument("--model", required=True, help=MODEL_HELP)
-        parser.add_argument(
-            "--pairs",
-            required=True,
-            metavar="FILE",
-            help="file of JSON lines, one pair each, with the keys clean, corrupted, answer and wrong",
+        text = "file of JSON lines, one pair each, with the keys clean, corrupted, answer and wrong"
+        add_flag(parser, "--pairs", text, required=True, metavar="FILE")
+        text = "archive with the examples, if pairs name prompts by example number (default: none)"
+        add_flag(parser, "--archive", text, metavar="FOLDER")
+        add_flag(parser, "--sites", SITES_HELP, "resid_post.*")
+        text = (
+            "positions to patch, such as 0-9,-1 (negative ones count from the end), or 'together' for all at once "
+            "(default: each position by itself)"
         )
-        parser.add_argument(
-            "--archive", metavar="FOLDER", help="archive with the examples, if pairs name prompts by example number"
-        )
-        parser.add_argument("--sites", default="resid_post.*", metavar="STR", help=SITES_HELP)
-        parser.add_argument(
-            "--positions",
-            metavar="STR",
-            help="positions to patch, such as 0-9,-1 (negative ones count from the end), or 'together' for all at once "
-            "(default: each position by itself)",
-        )
-        parser.add_argument(
-            "--heads", action="store_true", help="patch each head by itself, at the sites z, q, k and v (default: off)"
-        )
-        parser.add_argument(
-            "--metric",
-            default="logit_difference",
-            metavar="STR",
-            help="what is measured: logit_difference, loss, probability or kl (default: %(default)s)",
-        )
-        parser.add_argument(
-            "--out", dest="folder", metavar="FOLDER", help=f"folder for the table and the picture (default: {folder})"
-        )
+        add_flag(parser, "--positions", text)
+        add_switch(parser, "--heads", "patch each head by itself, at the sites z, q, k and v")
+        text = "what is measured: logit_difference, loss, probability or kl"
+        add_flag(parser, "--metric", text, "logit_difference")
+        text = f"folder for the table and the picture (default: {folder})"
+        add_flag(parser, "--out", text, dest="folder", metavar="FOLDER")
         add_device(parser)
         add_parallel_flags(parser)
 

@@ -10,6 +10,7 @@ from residua.pipelines.cli.options import (
     add_archive,
     add_cluster_flags,
     add_command,
+    add_flag,
     cluster_of,
     default_folder,
 )
@@ -38,34 +39,15 @@ def add(commands: Any) -> None:
     )
     parser = add_command(commands, "probe", _probe, text, description)
     add_archive(parser)
-    parser.add_argument(
-        "--target",
-        required=True,
-        metavar="STR",
-        help="what to predict: token, position, a column of the examples, or a condition such as 'position > 10'",
-    )
-    parser.add_argument("--sites", default="*", metavar="STR", help=SITES_HELP)
-    parser.add_argument(
-        "--task", choices=("classification", "regression"), help="kind of probe (default: by the target's values)"
-    )
-    parser.add_argument("--where", metavar="STR", help=WHERE_HELP)
-    parser.add_argument(
-        "--test-fraction",
-        type=float,
-        default=0.2,
-        metavar="FLOAT",
-        help="share of the examples that are held out for the test (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--seed",
-        type=int,
-        default=0,
-        metavar="INT",
-        help="random seed for the held-out split and for the control (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--out", dest="folder", metavar="FOLDER", help="folder for the files (default: ARCHIVE-probe-TARGET)"
-    )
+    text = "what to predict: token, position, a column of the examples, or a condition such as 'position > 10'"
+    add_flag(parser, "--target", text, required=True)
+    add_flag(parser, "--sites", SITES_HELP, "*")
+    tasks = ("classification", "regression")
+    add_flag(parser, "--task", "kind of probe (default: by the target's values)", choices=tasks, metavar=None)
+    add_flag(parser, "--where", WHERE_HELP)
+    add_flag(parser, "--test-fraction", "share of the examples that are held out for the test", 0.2)
+    add_flag(parser, "--seed", "random seed for the held-out split and for the control", 0)
+    add_flag(parser, "--out", "folder for the files (default: ARCHIVE-probe-TARGET)", dest="folder", metavar="FOLDER")
     add_cluster_flags(parser)
 
 

@@ -4,10 +4,13 @@ import argparse
 from typing import TYPE_CHECKING, Any
 
 from residua.pipelines.cli.options import (
+    CAPTURED_MODEL_HELP,
     add_archive,
     add_command,
     add_device,
+    add_flag,
     add_parallel_flags,
+    add_switch,
     is_first_process,
     parse_tokens,
 )
@@ -29,43 +32,23 @@ def add(commands: Any) -> None:
     )
     parser = add_command(commands, "replay", _replay, text, description)
     add_archive(parser)
-    parser.add_argument("--model", required=True, help="hub id or folder of the model that was captured")
-    parser.add_argument(
-        "--out", dest="folder", required=True, help="folder for the tables; an unfinished one is resumed"
-    )
-    parser.add_argument("--edit", metavar="FILE", help="YAML or JSON file with the edits (default: no edits)")
-    parser.add_argument(
-        "--at",
-        metavar="STR",
-        help="sites, comma separated, where stored rows replace computed ones, such as resid_post.5 (default: none)",
-    )
-    parser.add_argument(
-        "--capture",
-        metavar="STR",
-        help="sites of the edited run to store in the archive OUT/acts.zarr, comma separated, with patterns (default: "
-        "none)",
-    )
-    parser.add_argument("--examples", metavar="STR", help="numbers of the examples, such as 3,7,10-19 (default: all)")
-    parser.add_argument(
-        "--rows", metavar="STR", help="only examples that own these rows, such as 0-99,512 (default: all)"
-    )
-    parser.add_argument(
-        "--where",
-        metavar="STR",
-        help="only examples with a row that meets this condition, such as 'label == \"code\"' (default: all)",
-    )
-    parser.add_argument(
-        "--tokens",
-        metavar="STR",
-        help="tokens whose logits are added to the tables, as ids or texts: '17, the' (default: none)",
-    )
+    parser.add_argument("--model", required=True, help=CAPTURED_MODEL_HELP)
+    text = "folder for the tables; an unfinished one is resumed"
+    add_flag(parser, "--out", text, dest="folder", metavar="FOLDER", required=True)
+    add_flag(parser, "--edit", "YAML or JSON file with the edits (default: no edits)", metavar="FILE")
+    text = "sites, comma separated, where stored rows replace computed ones, such as resid_post.5 (default: none)"
+    add_flag(parser, "--at", text)
+    text = "sites of the edited run to store in OUT/acts.zarr, comma separated, with patterns (default: none)"
+    add_flag(parser, "--capture", text)
+    add_flag(parser, "--examples", "numbers of the examples, such as 3,7,10-19 (default: all)")
+    add_flag(parser, "--rows", "only examples that own these rows, such as 0-99,512 (default: all)")
+    text = "only examples with a row that meets this condition, such as 'label == \"code\"' (default: all)"
+    add_flag(parser, "--where", text)
+    text = "tokens whose logits are added to the tables, as ids or texts: '17, the' (default: none)"
+    add_flag(parser, "--tokens", text)
     add_device(parser)
     add_parallel_flags(parser)
-    parser.add_argument(
-        "--force",
-        action="store_true",
-        help="accept a model other than the captured one, and note it in the results (default: refuse)",
-    )
+    add_switch(parser, "--force", "accept a model other than the captured one, and note it in the results")
     parser.set_defaults(when_stopped="stopped: finished files are safe. Run the same command again to go on.")
 
 

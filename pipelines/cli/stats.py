@@ -10,6 +10,7 @@ from residua.pipelines.cli.options import (
     add_archive,
     add_cluster_flags,
     add_command,
+    add_flag,
     cluster_of,
     default_folder,
 )
@@ -26,16 +27,10 @@ def add(commands: Any) -> None:
     description = f"Compute {text}, by channel and by position. Writes tables and a picture."
     parser = add_command(commands, "stats", _stats, text, description)
     add_archive(parser)
-    parser.add_argument("--sites", default="*", metavar="STR", help=SITES_HELP)
-    parser.add_argument("--where", metavar="STR", help=WHERE_HELP)
-    parser.add_argument(
-        "--components",
-        type=int,
-        default=8,
-        metavar="INT",
-        help="principal components of each site; 0 computes none (default: %(default)s)",
-    )
-    parser.add_argument("--out", dest="folder", metavar="FOLDER", help="folder for the files (default: ARCHIVE-stats)")
+    add_flag(parser, "--sites", SITES_HELP, "*")
+    add_flag(parser, "--where", WHERE_HELP)
+    add_flag(parser, "--components", "principal components of each site; 0 computes none", 8)
+    add_flag(parser, "--out", "folder for the files (default: ARCHIVE-stats)", dest="folder", metavar="FOLDER")
     add_cluster_flags(parser)
 
 

@@ -3,7 +3,15 @@
 import argparse
 from typing import Any
 
-from residua.pipelines.cli.options import WHERE_HELP, add_archive, add_cluster_flags, add_command, cluster_of
+from residua.pipelines.cli.options import (
+    WHERE_HELP,
+    add_archive,
+    add_cluster_flags,
+    add_command,
+    add_flag,
+    add_switch,
+    cluster_of,
+)
 from residua.pipelines.cli.report import print_json, table
 
 
@@ -13,22 +21,17 @@ def add(commands: Any) -> None:
     description = "Find the rows of a site that are furthest along a direction or channel, and show them in their text."
     parser = add_command(commands, "top", _top, text, description)
     add_archive(parser)
-    parser.add_argument("--site", required=True, metavar="STR", help="the site, for example resid_post.3")
+    add_flag(parser, "--site", "the site, for example resid_post.3", required=True)
     which = parser.add_mutually_exclusive_group(required=True)
-    which.add_argument(
-        "--direction",
-        metavar="FILE",
-        help="file with the direction: .npy or .safetensors, such as probe.safetensors of a saved probe",
-    )
-    which.add_argument("--channel", type=int, metavar="INT", help="number of one channel, from 0")
-    parser.add_argument("--head", type=int, metavar="INT", help="number of one head, from 0, at a site with heads")
-    parser.add_argument("-k", type=int, default=20, metavar="INT", help="number of rows to show (default: %(default)s)")
-    parser.add_argument(
-        "--bottom", action="store_true", help="show the rows furthest in the opposite direction (default: off)"
-    )
-    parser.add_argument("--per-example", action="store_true", help="show at most one row of an example (default: off)")
-    parser.add_argument("--where", metavar="STR", help=WHERE_HELP)
-    parser.add_argument("--out", dest="file", metavar="FILE", help="also write the table to this Parquet file")
+    text = "file with the direction: .npy or .safetensors, such as probe.safetensors of a saved probe"
+    add_flag(which, "--direction", text, metavar="FILE")
+    add_flag(which, "--channel", "number of one channel, from 0", kind=int)
+    add_flag(parser, "--head", "number of one head, from 0, at a site with heads", kind=int)
+    add_flag(parser, "-k", "number of rows to show", 20)
+    add_switch(parser, "--bottom", "show the rows furthest in the opposite direction")
+    add_switch(parser, "--per-example", "show at most one row of an example")
+    add_flag(parser, "--where", WHERE_HELP)
+    add_flag(parser, "--out", "also write the table to this Parquet file", dest="file", metavar="FILE")
     add_cluster_flags(parser)
 
 

@@ -18,9 +18,8 @@ from residua.capture.runtime.sharded import is_zero3
 from residua.capture.scheduling.membership import Membership
 from residua.capture.sites.reference_model import unsharded_sites
 from residua.capture.sites.site import plan_sites
-from residua.pipelines.capture.capture import CaptureJob
+from residua.pipelines.capture.capture import CaptureJob, dataset_entry
 from residua.pipelines.capture.captured_batches import schedule_of
-from residua.pipelines.capture.plan import dataset_entry
 from residua.pipelines.jobs.workers import workers_of_step
 from residua.store.base.canonical import Json, digest_of
 from residua.store.base.errors import PlanError

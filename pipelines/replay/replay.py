@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 from residua.capture.identity.provenance import running_as_captured
 from residua.capture.recording.stats import RecordStats
 from residua.capture.replay.engine import Replayer
-from residua.pipelines.capture.captured_batches import schedule_of, whole_groups
+from residua.pipelines.capture.captured_batches import captured_groups, schedule_of
 from residua.pipelines.jobs.sharing import SharedWork
 from residua.pipelines.jobs.workers import working_together
 from residua.pipelines.replay.capture import ARCHIVE, ReplayCapture
@@ -201,6 +201,6 @@ def replay_dataset(
 def _captured(archive: Archive, schedule: Schedule) -> npt.NDArray[np.bool_]:
     """Return for each example whether its group is captured completely, so that the group's file is final."""
     captured = np.zeros(len(archive.example_table), bool)
-    for group in whole_groups(archive, schedule):
+    for group in captured_groups(archive, schedule):
         captured[schedule.group(group)] = True
     return captured
