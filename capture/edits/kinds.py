@@ -166,9 +166,9 @@ def _mean(edit: Mean, info: SiteInfo, context: EditContext) -> Action:
 
     def act(chosen: ChosenRows) -> Change:
         keys = [classes[example] for example in chosen.example.tolist()]
-        places = {key: place for place, key in enumerate(dict.fromkeys(keys))}
-        means = torch.stack([mean(key) for key in places])
-        index = torch.tensor([places[key] for key in keys])
+        class_index = {key: index for index, key in enumerate(dict.fromkeys(keys))}
+        means = torch.stack([mean(key) for key in class_index])
+        index = torch.tensor([class_index[key] for key in keys])
         return lambda rows: means[index].to(rows)
 
     return act

@@ -1,1 +1,1 @@
-"""Activation patching and its linear estimate over sites, positions and heads. Uses `replay` and below."""
+"""Activation patching and its linear estimate, for one pair of examples at a time. Uses `replay` and below."""

@@ -1,1 +1,1 @@
-"""Sweeps of patching and attribution, and induction heads. Uses `replay` and below."""
+"""Jobs that find circuits: patching and attribution sweeps, induction heads. Uses `replay` and below."""

@@ -1,4 +1,7 @@
-"""Which heads of a model are induction heads: repeated random tokens, their queries and keys, scores, a picture."""
+"""Which heads of a model are induction heads: capture repeated random tokens, score the heads, draw the scores.
+
+`residua.analysis.attention` computes the scores and cites their papers.
+"""
 
 from dataclasses import dataclass, replace
 from os import PathLike
@@ -27,18 +30,18 @@ TABLE, PICTURE = "heads.parquet", "induction.png"
 
 @dataclass(frozen=True, kw_only=True)
 class InductionResult:
-    """What was found.
+    """The scores of the heads.
 
     Attributes:
         scores: One line a head; see `residua.induction_scores`.
-        folder: Where ``heads.parquet`` and ``induction.png`` lie.
+        folder: Folder of ``heads.parquet`` and ``induction.png``.
     """
 
     scores: pa.Table
     folder: Path
 
     def strongest(self, count: int) -> list[dict[str, Any]]:
-        """Return the lines of the `count` heads of the highest induction score, highest first."""
+        """Return the lines of the `count` heads with the highest induction score, highest first."""
         lines: list[dict[str, Any]] = self.scores.sort_by([("induction", "descending")]).slice(0, count).to_pylist()
         return lines
 
@@ -53,20 +56,20 @@ def capture_repeats(
     settings: CaptureSettings | None = None,
     **capture: Any,
 ) -> CaptureResult:
-    """Capture what scores need of a model on repeated random tokens; go on where an earlier run stopped.
+    """Capture what the scores need, on repeated random tokens; resume an unfinished archive.
 
     Args:
         model: A transformers model, or a hub id or folder of one.
         out: Folder of the archive.
-        tokenizer: Tokenizer of a model that is passed as an object; else it is loaded with the model.
-        repeats: How the sequences are made.
-        captured_from: ``qk`` for queries and keys, ``pattern`` for whole attention patterns (eager attention).
-        settings: Settings of the capture; its sites are chosen here.
-        **capture: Passed on to `residua.capture_dataset`.
+        tokenizer: Tokenizer of a model that is passed as an object; otherwise it is loaded with the model.
+        repeats: How to make the sequences.
+        captured_from: ``qk`` for queries and keys, ``pattern`` for full attention patterns (eager attention).
+        settings: Settings of the capture; its sites are replaced.
+        **capture: Further arguments of `residua.capture_dataset`.
 
     Raises:
-        PlanError: The settings contradict the model, or an archive that exists.
-        CaptureError: The capture failed; what was committed is safe.
+        PlanError: The settings contradict the model or an existing archive.
+        CaptureError: The capture failed; committed rows are safe.
     """
     if captured_from not in _SITES:
         raise PlanError(f"--from {captured_from} is not known: choose qk or pattern")
@@ -78,17 +81,17 @@ def capture_repeats(
 
 
 def score_repeats(archive: Archive, *, name: str, cluster: Cluster | None = None) -> InductionResult:
-    """Score the heads of an archive of repeats, and write table and picture beside it.
+    """Score the heads of an archive of repeats, and write a table and a heat map.
 
-    They lie in a folder of the archive's name with ``-heads`` behind it; the archive itself stays as it is.
+    The files go to a folder next to the archive, with ``-heads`` added to its name; the archive stays as it is.
 
     Args:
-        archive: What `capture_repeats` made.
-        name: The model, for the title of the picture.
-        cluster: Where the jobs run; None: in this process.
+        archive: An archive that `capture_repeats` made.
+        name: The model's name, for the title of the heat map.
+        cluster: Runs the jobs; None runs them in this process.
 
     Raises:
-        AnalysisError: The scores cannot be made; the message says why.
+        AnalysisError: The scores cannot be computed; the message says why.
     """
     scores = induction_scores(archive, cluster=cluster)
     path = archive.path.resolve()

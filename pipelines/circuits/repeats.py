@@ -1,4 +1,4 @@
-"""Random tokens that are repeated: what induction heads show themselves on (Olsson et al. 2022)."""
+"""Sequences of repeated random tokens, on which induction heads show (Olsson et al. 2022)."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -11,19 +11,22 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from residua.pipelines.setup.models import token_limit
 from residua.store.base.errors import PlanError
 
-_SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id", "sep_token_id", "cls_token_id", "unk_token_id")
+_SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id", "sep_token_id", "cls_token_id", "unk_token_id")
 
 
 @dataclass(frozen=True, kw_only=True)
 class RepeatSettings:
-    """How the sequences are made.
+    """How to make the sequences.
 
     Attributes:
-        period: Tokens of a block.
-        copies: How often the block stands there.
-        n_examples: Sequences.
-        bos: Whether a BOS stands in front; None: where the model has one.
+        period: Number of tokens of a block.
+        copies: How often the block is repeated.
+        n_examples: Number of sequences.
+        bos: Whether a sequence starts with a BOS token; None: if the model has one.
         seed: Seed of the random tokens.
+
+    Raises:
+        PlanError: A number is too small.
     """
 
     period: int = 50
@@ -41,51 +44,51 @@ class RepeatSettings:
 def repeated_tokens(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, settings: RepeatSettings
 ) -> list[dict[str, Any]]:
-    """Make the sequences: rows of a dataset, with the columns ``input_ids`` and ``period``.
+    """Return the sequences as rows of a dataset, with the columns ``input_ids`` and ``period``.
 
-    The tokens of a block differ from each other, so that each has one earlier occurrence a copy. Special tokens, and
-    ids that the tokenizer does not know, are left out.
+    The tokens of a block are distinct, so that each occurs once in every earlier copy. Special tokens, and ids that the
+    tokenizer does not know, are not used.
 
     Raises:
-        PlanError: The model does not take so many tokens, has too few to choose from, or has no BOS.
+        PlanError: The model does not take that many tokens, has too few to choose from, or has no BOS token.
     """
     config = model.config.get_text_config()
-    bos = bos_id(config, tokenizer) if settings.bos is not False else None
+    bos = _bos_id(config, tokenizer) if settings.bos is not False else None
     if settings.bos and bos is None:
         raise PlanError("a BOS was asked for, and neither the tokenizer nor the config of this model names one")
     length, limit = settings.period * settings.copies + (bos is not None), token_limit(model)
     if limit is not None and length > limit:
         raise PlanError(
-            f"{settings.copies} copies of {settings.period} tokens are {length} with the BOS, if there is one, and the "
-            f"model takes {limit}: choose a shorter period or fewer copies"
+            f"{settings.copies} copies of {settings.period} tokens are {length} tokens, counting a BOS, and the model "
+            f"takes {limit}: choose a shorter period or fewer copies"
         )
     ids = plain_ids(config, tokenizer)
     if len(ids) < settings.period:
         raise PlanError(f"a block of {settings.period} different tokens was asked for; the model has {len(ids)}")
     rng = np.random.default_rng(settings.seed)
     blocks = (rng.choice(ids, settings.period, replace=False).tolist() for _ in range(settings.n_examples))
-    front = [] if bos is None else [bos]
-    return [{"input_ids": front + block * settings.copies, "period": settings.period} for block in blocks]
+    start = [] if bos is None else [bos]
+    return [{"input_ids": start + block * settings.copies, "period": settings.period} for block in blocks]
 
 
-def bos_id(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase | None) -> int | None:
-    """Return the token that stands in front of a text: the tokenizer's BOS or CLS; without a tokenizer the config's."""
+def _bos_id(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase | None) -> int | None:
+    """Return the token that starts a text: BOS or CLS of the tokenizer, or of the config without a tokenizer."""
     source = config if tokenizer is None else tokenizer
     found = (getattr(source, name, None) for name in ("bos_token_id", "cls_token_id"))
     return next((token for token in found if isinstance(token, int)), None)
 
 
 def plain_ids(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase | None) -> npt.NDArray[np.int64]:
-    """Return the ids that stand for text, sorted."""
+    """Return the ids of text tokens, sorted."""
     known = set(range(config.vocab_size) if tokenizer is None else tokenizer.get_vocab().values())
-    known -= set(_special(config, tokenizer))
+    known -= set(_special_ids(config, tokenizer))
     return np.array(sorted(token for token in known if 0 <= token < config.vocab_size), np.int64)
 
 
-def _special(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase | None) -> Iterator[int]:
-    for name in _SPECIAL:
+def _special_ids(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase | None) -> Iterator[int]:
+    for name in _SPECIAL_TOKENS:
         found = getattr(config, name, None)
         yield from [found] if isinstance(found, int) else found or []
     if tokenizer is not None:
         yield from tokenizer.all_special_ids
-        yield from (number for number, token in tokenizer.added_tokens_decoder.items() if token.special)
+        yield from (index for index, token in tokenizer.added_tokens_decoder.items() if token.special)

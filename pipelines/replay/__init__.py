@@ -1,1 +1,1 @@
-"""Whole archives through the model again: tables, archives of what follows, fidelity. Uses `capture` and below."""
+"""Replays of archives: tables of what edits change, archives of what follows, fidelity. Uses `capture` and below."""
