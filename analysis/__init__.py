@@ -1,6 +1,6 @@
-"""Offline analysis of archives, without the model.
+"""Offline analysis of archives, without the model: probes, lenses, attention heads, statistics, batches for training.
 
-The public names are loaded when they are first used; each of the room's files says what it holds.
+Public names are loaded when they are first used. Uses `store` only.
 """
 
 from typing import TYPE_CHECKING, Any

@@ -1,1 +1,1 @@
-"""Batches of rows for training: shuffled, divided, resumable. Uses `rows` and `support`."""
+"""Batches of rows for training: shuffled, divided over ranks and workers, resumable. Uses `rows` and `support`."""

@@ -1,1 +1,4 @@
-"""What all analyses share: the Dask executor, ordered sums, moments, open archives and plots. Uses `store` only."""
+"""What all analyses share: the cluster that runs jobs and adds up their results, open archives, moments and plots.
+
+Uses `store` only.
+"""

@@ -1,4 +1,4 @@
-"""Jobs for workers: in a module of their own, since workers import what they run."""
+"""Jobs for workers, in a module of their own, since workers import the functions that they run."""
 
 import os
 import signal
@@ -24,7 +24,7 @@ def gram(path: str, block: Block) -> npt.NDArray[np.float64]:
 
 
 def die_once(marks: str, number: int) -> int:
-    """Return the number's square; number 2 kills its worker at its first attempt."""
+    """Return the square of a number; number 2 kills its worker at the first attempt."""
     mark = Path(marks) / "died"
     if number == 2 and not mark.exists():
         mark.touch()
@@ -33,21 +33,21 @@ def die_once(marks: str, number: int) -> int:
 
 
 def threads_seen(_: int) -> int:
-    """Return how many torch threads the job found, and leave another number behind."""
+    """Return the number of torch threads, and set another one."""
     found = torch.get_num_threads()
     torch.set_num_threads(3)
     return found
 
 
 def fail(number: int) -> int:
-    """Fail in one of two ways."""
+    """Raise one of two errors."""
     if number == 1:
         raise DamagedArchiveError("shard 1 is damaged: restore it")
     raise KeyError("three")
 
 
 def take_memory(n_bytes: int) -> None:
-    """Take memory, and use it, until somebody objects."""
+    """Allocate and use memory until the worker is ended."""
     kept = []
     while True:
         kept.append(np.ones(n_bytes, np.uint8))
@@ -55,7 +55,7 @@ def take_memory(n_bytes: int) -> None:
 
 
 class State(NamedTuple):
-    """What a worker is, and holds."""
+    """A worker's process number, and the bytes it has mapped and spilled."""
 
     process: int
     mapped_bytes: int
@@ -63,7 +63,7 @@ class State(NamedTuple):
 
 
 def state_of_worker(_: int) -> State:
-    """Return what this worker holds."""
+    """Return the state of this worker."""
     get: Any = distributed.get_worker
     spilled = getattr(get().data, "spilled_total", None)
     mapped = sum(shard.n_bytes for shard in OPEN_SHARDS._shards.values())

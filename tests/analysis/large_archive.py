@@ -1,4 +1,4 @@
-"""Archives of many shards that cost nearly nothing: every shard is the same file, or none at all."""
+"""Archives of many shards at almost no cost: all shards are the same file, or there are none."""
 
 import os
 from pathlib import Path
@@ -24,7 +24,7 @@ def make_plan(n_shards: int, height: int, width: int, codec: str, dtype: str) ->
 
 
 def make_large(path: Path, values: Array, n_shards: int, *, codec: str = "raw", dtype: str = "float32") -> Archive:
-    """Write an archive whose shards all hold `values`, (rows of a shard, width), and are one file on the disk.
+    """Write an archive whose shards all hold `values`, (rows of a shard, width), as hard links to one file.
 
     `values` are of the storage type of `dtype`.
     """
@@ -50,7 +50,7 @@ def make_large(path: Path, values: Array, n_shards: int, *, codec: str = "raw", 
 
 
 def make_empty(path: Path, n_shards: int) -> Archive:
-    """Write an archive that is to have `n_shards` shards, and has none yet."""
+    """Write an archive of `n_shards` shards that are not captured yet."""
     plan = make_plan(n_shards, 4096, 512, "fast", "float32")
     with workspace(path) as folder:
         create_archive(folder, path, plan, {})
@@ -58,7 +58,7 @@ def make_empty(path: Path, n_shards: int) -> Archive:
 
 
 def _commit(path: Path, plan: Plan, shard: int, files: dict[str, ShardFile]) -> None:
-    """Leave the record of a shard; durable ones would take minutes."""
+    """Write the commit record of a shard without fsync, which would take minutes."""
     height = plan.rows_per_shard
     commit = Commit(plan=plan.digest, shard=shard, rows=(shard * height, (shard + 1) * height), arrays=files)
     record = commit.to_json()

@@ -1,4 +1,4 @@
-"""The scores of attention heads, written out query by query in float64: what the code under test is compared with."""
+"""Reference scores of attention heads, computed query by query in float64."""
 
 from collections.abc import Sequence
 
@@ -10,7 +10,7 @@ NAMES = ("induction", "previous_token", "duplicate_token", "prefix_matching")
 
 
 def keys_that_count(ids: Sequence[int], query: int, period: int, start: int) -> dict[str, list[int]]:
-    """Which keys count for a query, by score; `start` is 1 behind a BOS."""
+    """Return the keys that count for a query, by score; `start` is 1 after a BOS token."""
     earlier = [j for j in range(start, query) if ids[j] == ids[query] and query >= start]
     return {
         "induction": [query - period + 1] if query >= start + period else [],
@@ -23,7 +23,7 @@ def keys_that_count(ids: Sequence[int], query: int, period: int, start: int) -> 
 def reference_scores(
     patterns: Sequence[Floats], examples: Sequence[Sequence[int]], periods: Sequence[int], starts: Sequence[int]
 ) -> Floats:
-    """Mean over queries of the attention to the keys that count, (heads, scores); patterns are (heads, Q, K)."""
+    """Return the mean over queries of the attention to keys that count, (heads, scores), of patterns (heads, Q, K)."""
     found: dict[str, list[Floats]] = {name: [] for name in NAMES}
     for pattern, ids, period, start in zip(patterns, examples, periods, starts, strict=True):
         for query in range(len(ids)):

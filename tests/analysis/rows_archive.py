@@ -20,60 +20,71 @@ from residua.store.storage.files import write_file
 VOCABULARY = 50
 
 
+def tokenizer_files() -> dict[str, bytes]:
+    """Return the file of a tokenizer that reads token t as ``w<t>``."""
+    words = Tokenizer(WordLevel({f"w{i}": i for i in range(VOCABULARY)}, unk_token="w0"))  # noqa: S106
+    return {"tokenizer/tokenizer.json": words.to_str().encode()}
+
+
 def write_rows(
     path: Path,
     lengths: Sequence[int],
     values: Mapping[str, npt.NDArray[Any]],
     *,
     columns: Mapping[str, Sequence[object]] | None = None,
+    input_ids: Sequence[Sequence[int]] | None = None,
+    files: Mapping[str, bytes] | None = None,
     rows_per_shard: int = 64,
-    tokenizer: bool = True,
+    codec: str = "fast",
+    sealed: bool = True,
 ) -> Archive:
-    """Write an archive of examples of `lengths` whose sites have `values`, (rows, *row shape), and open it.
+    """Write an archive of examples whose sites have `values`, (rows, *row shape), and open it.
 
-    Token r % 50 stands at row r; with a tokenizer it reads ``w<r % 50>``. `columns` have one value an example.
+    Args:
+        path: The archive.
+        lengths: Rows of each example, from its first position on.
+        values: By site.
+        columns: Columns of the example table, one value per example.
+        input_ids: Tokens of each example, at least as many as it has rows; by default row r has token r % 50.
+        files: Side files by name; by default those of a tokenizer.
+        rows_per_shard: Height of the shards.
+        codec: Codec of all sites.
+        sealed: Whether to seal the archive.
     """
-    starts = np.cumsum([0, *lengths])
-    tokens = (np.arange(starts[-1]) % VOCABULARY).astype(np.int32)
+    n_rows = sum(lengths)
+    none = np.zeros(0, np.int32)
+    positions = [np.arange(length, dtype=np.int32) for length in lengths]
+    if input_ids is None:
+        tokens = np.split(np.arange(n_rows, dtype=np.int32) % VOCABULARY, np.cumsum(lengths)[:-1])
+    else:
+        tokens = [np.array(ids, np.int32) for ids in input_ids]
     rows = {
-        "token": tokens,
-        "position": np.concatenate([np.arange(n, dtype=np.int32) for n in lengths]),
-        "example": np.repeat(np.arange(len(lengths)), lengths),
+        "token": np.concatenate([none, *(ids[at] for ids, at in zip(tokens, positions, strict=True))]),
+        "position": np.concatenate([none, *positions]),
+        "example": np.repeat(np.arange(len(lengths)), np.array(lengths, np.int64)),
     }
     sites = tuple(
-        SitePlan(name=name, row_shape=array.shape[1:], dtype=str(array.dtype), codec="fast")
+        SitePlan(name=name, row_shape=array.shape[1:], dtype=str(array.dtype), codec=codec)
         for name, array in values.items()
     )
     with workspace(path) as folder:
         writer = ExampleWriter(folder / "examples")
-        for i, length in enumerate(lengths):
+        for i, (ids, at) in enumerate(zip(tokens, positions, strict=True)):
             own = {name: column[i] for name, column in (columns or {}).items()}
-            ids, positions = tokens[starts[i] : starts[i + 1]], np.arange(length, dtype=np.int32)
-            writer.add(Example(input_ids=ids, positions=positions, columns=own))
-        digest = writer.close().digest
-        if tokenizer:
-            words = Tokenizer(WordLevel({f"w{i}": i for i in range(VOCABULARY)}, unk_token="w0"))  # noqa: S106
-            write_file(folder / "tokenizer" / "tokenizer.json", [words.to_str().encode()])
-        plan = Plan(
-            model={},
-            dataset={"digest": digest},
-            rules={},
-            sites=sites,
-            rows_per_shard=rows_per_shard,
-            n_rows=len(tokens),
-        )
+            writer.add(Example(input_ids=ids, positions=at, columns=own))
+        dataset = {"digest": writer.close().digest}
+        for name, content in (tokenizer_files() if files is None else files).items():
+            write_file(folder / name, [content])
+        plan = Plan(model={}, dataset=dataset, rules={}, sites=sites, rows_per_shard=rows_per_shard, n_rows=n_rows)
         create_archive(folder, path, plan, {})
     with ShardWriter(path, plan) as shards:
-        for index, first in enumerate(range(0, len(tokens), rows_per_shard)):
-            part = slice(first, first + rows_per_shard)
-            shards.submit(
-                FilledShard(
-                    index=index,
-                    first_row=first,
-                    sites={name: np.ascontiguousarray(array[part]) for name, array in values.items()},
-                    columns={name: np.ascontiguousarray(column[part]) for name, column in rows.items()},
-                )
+        for index, first in enumerate(range(0, n_rows, rows_per_shard)):
+            here = slice(first, first + rows_per_shard)
+            of_sites, of_columns = (
+                {name: np.ascontiguousarray(array[here]) for name, array in arrays.items()} for arrays in (values, rows)
             )
+            shards.submit(FilledShard(index=index, first_row=first, sites=of_sites, columns=of_columns))
     archive = Archive(path)
-    seal(path, archive.metadata, archive.commits)
+    if sealed:
+        seal(path, archive.metadata, archive.commits)
     return Archive(path)

@@ -5,6 +5,7 @@ import pickle
 import tracemalloc
 from collections.abc import Iterator
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,13 +20,34 @@ from residua.analysis.loader.order import n_batches, resumed_worker, worker_slic
 from residua.store.base.errors import AnalysisError, UnknownSiteError
 from residua.store.format.commits import FOLDER
 from residua.store.read.archive import Archive
-from tests.analysis.loading import HEIGHT, LENGTH, make_numbered
+from tests.analysis.rows_archive import write_rows
 from tests.store.small_archive import make_archive
 
+HEIGHT = 1024
+LENGTH = 32  # rows of an example
 N_ROWS = 5000 // LENGTH * LENGTH  # the last shard is short
 SITES = ("resid_post.0", "resid_post.1")
 SIZE = 60
 SMALL = 2**20  # a buffer of a tenth of the archive
+
+
+def make_numbered(path: Path, n_rows: int, codec: str = "fast") -> Archive:
+    """Write an archive whose row r holds r in both sites; chunks of the wider one have 256 rows.
+
+    Example e has the label e % 4, and the token at its position p is e + p.
+    """
+    examples = range(n_rows // LENGTH)
+    numbers = np.arange(n_rows, dtype=np.float32)[:, None]
+    return write_rows(
+        path,
+        [LENGTH] * len(examples),
+        {site: np.tile(numbers, width) for site, width in zip(SITES, (512, 128), strict=True)},
+        columns={"label": [example % 4 for example in examples], "name": ["n"] * len(examples)},
+        input_ids=[range(example, example + LENGTH) for example in examples],
+        rows_per_shard=HEIGHT,
+        codec=codec,
+        sealed=False,
+    )
 
 
 @pytest.fixture(scope="module", params=["fast", "raw"])

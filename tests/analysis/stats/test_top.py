@@ -94,7 +94,7 @@ def test_the_text_shows_the_token(archive: Archive, tmp_path: Path) -> None:
     for row, text in zip(found["row"].to_pylist(), found["text"].to_pylist(), strict=True):
         assert f"«w{row % 50}»" in text
         assert text == archive.text(row)
-    bare = write_rows(tmp_path / "bare.zarr", (5,), {"resid_post.0": np.ones((5, 2), np.float32)}, tokenizer=False)
+    bare = write_rows(tmp_path / "bare.zarr", (5,), {"resid_post.0": np.ones((5, 2), np.float32)}, files={})
     assert top(bare, "resid_post.0", channel=0)["text"].to_pylist() == [None] * 5
 
 
