@@ -20,7 +20,7 @@ from residua.capture.scheduling.membership import Membership
 from residua.capture.scheduling.work_queue import LocalQueue, SharedQueue, runs_of
 from residua.capture.scheduling.worker_group import WorkerGroup
 from residua.pipelines.jobs.workers import Progress, missing_work, plan_once
-from residua.store.base.canonical import differing
+from residua.store.base.canonical import differences, flatten
 from residua.store.base.errors import CaptureError, PlanError
 
 StepT = TypeVar("StepT")
@@ -69,10 +69,8 @@ class SharedWork:
         here = json.loads(json.dumps(request))
         first = self.plan_once(lambda: here, lambda: None)
         if first != here:
-            listed = "\n  ".join(differing(first, here, word="here"))
-            raise PlanError(
-                f"the processes were given different requests, the first one there, this one here:\n  {listed}"
-            )
+            listed = "\n  ".join(differences(flatten(first), flatten(here), ("the first", "this one")))
+            raise PlanError(f"the processes were given different requests:\n  {listed}")
 
     def units(self, n: int, done: Callable[[], Collection[int]]) -> Iterator[int | None]:
         """Yield the units that this process is to do; None while it has none but may get one.

@@ -20,7 +20,7 @@ from residua.capture.forward.plan_batch import PlanBatch
 from residua.capture.identity.provenance import environment
 from residua.pipelines.jobs.sharing import SharedWork
 from residua.pipelines.replay.comparison import Compared, Comparison, example_table
-from residua.store.base.canonical import differing
+from residua.store.base.canonical import differences, flatten
 from residua.store.base.errors import PlanError
 from residua.store.examples.schedule import Schedule
 from residua.store.storage.files import sweep, write_file
@@ -65,7 +65,7 @@ def check_request(folder: Path, request: Mapping[str, Any]) -> None:
     request = json.loads(json.dumps(request))
     try:
         before = json.loads(path.read_text())["request"]
-        lines = differing(before, request, word="now")
+        lines = differences(flatten(before), flatten(request), ("that request", "this one"))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise PlanError(f"{path} is no record of a replay: choose another folder for the results") from error
     if before != request:

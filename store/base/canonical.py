@@ -1,4 +1,4 @@
-"""One spelling of JSON, so that equal content has equal bytes and a digest means something."""
+"""Canonical JSON: equal content has equal bytes, so that a digest names the content."""
 
 import hashlib
 import json
@@ -8,13 +8,14 @@ from typing import TypeAlias
 from residua.store.base.errors import shortened
 
 Json: TypeAlias = "bool | int | float | str | list[Json] | dict[str, Json] | None"
+_MAX_LETTERS = 200  # of a value in a message
 
 
 def canonical_json(value: object) -> bytes:
-    """Return `value` as JSON with sorted keys, no white space, UTF-8, and no NaN (RFC 8785's spirit).
+    """Return `value` as JSON with sorted keys, no white space, UTF-8, and no NaN (in the spirit of RFC 8785).
 
     Raises:
-        ValueError: `value` holds NaN, an infinity, or half of a surrogate pair, which JSON in UTF-8 cannot spell.
+        ValueError: `value` holds NaN, an infinity, or half of a surrogate pair, which JSON in UTF-8 cannot express.
         TypeError: `value` holds something that is not JSON.
         RecursionError: `value` is nested too deeply.
     """
@@ -27,7 +28,7 @@ def digest_of(value: object) -> str:
 
 
 def flatten(value: Mapping[str, object], prefix: str = "") -> dict[str, object]:
-    """Return nested mappings as one level with dotted keys; lists and empty mappings stay whole."""
+    """Return nested mappings as one level with dotted keys; lists and empty mappings stay as they are."""
     flat: dict[str, object] = {}
     for key, item in value.items():
         if isinstance(item, Mapping) and item:
@@ -37,18 +38,27 @@ def flatten(value: Mapping[str, object], prefix: str = "") -> dict[str, object]:
     return flat
 
 
-def differing(there: Mapping[str, object], here: Mapping[str, object], *, word: str) -> list[str]:
-    """Return one line for each value in which two mappings of JSON values differ, for people.
+def differences(one: Mapping[str, object], other: Mapping[str, object], names: tuple[str, str]) -> list[str]:
+    """Return one line, for a message, for each key in which two mappings of JSON values differ.
+
+    Values are compared as canonical JSON: 1, 1.0 and true differ.
 
     Args:
-        there: The one.
-        here: The other.
-        word: Where the other is: ``now``, ``here``.
+        one: The first mapping.
+        other: The second mapping.
+        names: What has the one and the other value, for example ``("the archive", "this run")``.
+
+    Example:
+        >>> differences({"a": 1, "b": 2}, {"a": 1, "b": 3}, ("the archive", "this run"))
+        ['b: the archive has 2, this run has 3']
     """
-    one, other = flatten(there), flatten(here)
-    keys = [key for key in sorted(one.keys() | other.keys()) if one.get(key) != other.get(key)]
-    return [f"{key}: {_short(one.get(key))} there, {_short(other.get(key))} {word}" for key in keys]
-
-
-def _short(value: object) -> str:
-    return shortened(json.dumps(value))
+    texts = [{key: canonical_json(value).decode() for key, value in mapping.items()} for mapping in (one, other)]
+    return [
+        f"{key}: "
+        + ", ".join(
+            f"{name} has {shortened(text.get(key, 'nothing'), _MAX_LETTERS)}"
+            for name, text in zip(names, texts, strict=True)
+        )
+        for key in sorted({*one, *other})
+        if texts[0].get(key) != texts[1].get(key)
+    ]

@@ -1,4 +1,4 @@
-"""The errors that a caller may want to tell apart.
+"""The errors that a caller may want to distinguish, and helpers for the texts of messages.
 
 Every message says what was asked, what was found and what to do. The tree:
 
@@ -16,8 +16,6 @@ Every message says what was asked, what was found and what to do. The tree:
 """
 
 from collections.abc import Sequence
-
-_MAX_LETTERS = 80
 
 
 class ResiduaError(Exception):
@@ -79,6 +77,6 @@ def few(items: Sequence[object], most: int = 5, between: str = ", ") -> str:
     return between.join(map(str, items[:most])) + more
 
 
-def shortened(text: str) -> str:
-    """Return `text`, or its beginning if it is long."""
-    return text if len(text) <= _MAX_LETTERS else text[: _MAX_LETTERS - 3] + "..."
+def shortened(text: str, most: int = 80) -> str:
+    """Return `text`, or its beginning if it has more than `most` characters."""
+    return text if len(text) <= most else text[: most - 3] + "..."

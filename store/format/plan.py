@@ -23,7 +23,7 @@ from typing import Literal, cast
 import numpy as np
 import numpy.typing as npt
 
-from residua.store.base.canonical import Json, canonical_json, digest_of, flatten
+from residua.store.base.canonical import Json, differences, digest_of, flatten
 from residua.store.base.errors import PlanError, UnsafeArchiveError
 from residua.store.base.untrusted import (
     MAX_COLUMN_SHARDS,
@@ -187,12 +187,7 @@ class Plan:
 
     def differences(self, other: "Plan") -> list[str]:
         """Return one line for each field in which `other` differs, for the message that refuses it."""
-        mine, theirs = (_comparable(plan) for plan in (self, other))
-        lines = [
-            f"{key}: the archive has {mine.get(key, 'nothing')}, this run has {theirs.get(key, 'nothing')}"
-            for key in sorted(mine.keys() | theirs.keys())
-            if mine.get(key) != theirs.get(key)
-        ]
+        lines = differences(_comparable(self), _comparable(other), ("the archive", "this run"))
         order, other_order = (", ".join(site.name for site in plan.sites) for plan in (self, other))
         if order != other_order and not lines:
             lines.append(f"sites: the archive has them in the order {order}, this run in the order {other_order}")
@@ -242,12 +237,12 @@ def _site_from_json(value: object) -> SitePlan:
     return SitePlan(**{**found, "row_shape": tuple(row_shape)})
 
 
-def _comparable(plan: Plan) -> dict[str, str]:
-    """Return every field as the JSON text that the digest covers: 1, 1.0 and true differ there."""
+def _comparable(plan: Plan) -> dict[str, object]:
+    """Return every field by its dotted key, a site as one value."""
     values = flatten(plan.to_json())
     for site in cast("list[dict[str, object]]", values.pop("sites")):
         values[f"sites.{site['name']}"] = {key: value for key, value in site.items() if key != "name"}
-    return {key: canonical_json(value).decode() for key, value in values.items()}
+    return values
 
 
 def _check_plan(plan: Plan) -> None:

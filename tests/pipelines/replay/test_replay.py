@@ -109,7 +109,7 @@ def test_examples_are_chosen_by_number_and_condition(tmp_path: Path) -> None:
     assert any("ran in another batch" in note for note in found.notes)
     whole = residua.replay_dataset(model, archive, out=tmp_path / "all", **options).examples["kl"].to_numpy()
     np.testing.assert_allclose(found.examples["kl"], whole[[1, 3]], rtol=1e-3)
-    with pytest.raises(PlanError, match="holds the results of another request:\n  examples: null there, \\[1\\] now"):
+    with pytest.raises(PlanError, match=r"another request:\n  examples: .*null.*\[1\]"):
         residua.replay_dataset(model, archive, out=tmp_path / "all", examples=[1], **options)
     with pytest.raises(PlanError, match=r"examples \[9\]: the archive has 5"):
         residua.replay_dataset(model, archive, out=tmp_path / "c", examples=[9], **options)
@@ -119,7 +119,7 @@ def test_examples_are_chosen_by_number_and_condition(tmp_path: Path) -> None:
     assert residua.replay_dataset(model, archive, **by_row).examples["example"].to_pylist() == [1, 2, 3]
     assert residua.replay_dataset(model, archive, **{**by_row, "rows": [41, 24, 12], "examples": [3, 2, 1]}).resumed
     assert residua.replay_dataset(model, archive, out=tmp_path / "s", rows=range(12), **options).n_examples == 1
-    with pytest.raises(PlanError, match='rows: "0-11" there, "0-3,7" now'):
+    with pytest.raises(PlanError, match=r'rows: .*"0-11".*"0-3,7"'):
         residua.replay_dataset(model, archive, out=tmp_path / "s", rows=[0, 1, 2, 3, 7], **options)
     with pytest.raises(PlanError, match=r"rows \[45\]: the archive has 45"):
         residua.replay_dataset(model, archive, out=tmp_path / "c", rows=[3, 45], **options)

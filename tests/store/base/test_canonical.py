@@ -1,4 +1,4 @@
-"""One spelling of JSON: equal content has equal bytes, whatever the order in which it was put together."""
+"""Canonical JSON: equal content has equal bytes, whatever the order of its keys."""
 
 import hashlib
 import json
@@ -18,12 +18,12 @@ VALUES = st.recursive(
 )
 
 
-def spelled(value: object) -> str:
-    """Spell `value` by the rule of the format page, with json for scalars only."""
+def reference(value: object) -> str:
+    """Write `value` by the rule of the format page, with json for scalars only."""
     if isinstance(value, list):
-        return "[" + ",".join(map(spelled, value)) + "]"
+        return "[" + ",".join(map(reference, value)) + "]"
     if isinstance(value, dict):
-        return "{" + ",".join(f"{spelled(key)}:{spelled(value[key])}" for key in sorted(value)) + "}"
+        return "{" + ",".join(f"{reference(key)}:{reference(value[key])}" for key in sorted(value)) + "}"
     return json.dumps(value, ensure_ascii=False)
 
 
@@ -36,23 +36,23 @@ def reversed_everywhere(value: object) -> object:
 
 
 @given(VALUES)
-def test_the_spelling_is_the_format_pages(value: object) -> None:
-    assert canonical_json(value) == spelled(value).encode()
+def test_canonical_json_is_that_of_the_format_page(value: object) -> None:
+    assert canonical_json(value) == reference(value).encode()
     assert json.loads(canonical_json(value)) == value
 
 
 @given(VALUES)
-def test_order_of_keys_is_no_part_of_the_content(value: object) -> None:
+def test_the_order_of_keys_does_not_matter(value: object) -> None:
     assert digest_of(value) == digest_of(reversed_everywhere(value))
 
 
-def test_the_digest_is_sha256_of_the_spelling() -> None:
+def test_the_digest_is_the_sha256_of_the_bytes() -> None:
     text = '{"a":[1,2.5,null,true],"b":"é / \\" \\n"}'
     assert digest_of({"b": 'é / " \n', "a": (1, 2.5, None, True)}) == hashlib.sha256(text.encode()).hexdigest()
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, [math.nan], "\ud800", {"\udfff": 1}])
-def test_what_json_cannot_spell_is_refused(value: object) -> None:
+def test_what_json_cannot_express_is_refused(value: object) -> None:
     with pytest.raises(ValueError, match=r"JSON compliant|surrogates"):
         canonical_json(value)
 
