@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import partial
-from queue import SimpleQueue
+from threading import Barrier, BrokenBarrierError
 from typing import TypeAlias
 
 import numpy as np
@@ -19,14 +19,13 @@ from scipy.optimize import minimize
 Floats: TypeAlias = npt.NDArray[np.float64]
 Answer: TypeAlias = tuple[float, Floats]
 """Loss and gradient at a point."""
-Evaluate: TypeAlias = Callable[[Sequence[int], Sequence[Floats]], Sequence[Answer]]
 
 _NOISE = 1e-7  # of the loss at zero: losses may be sums of float32 products, and a smaller rise is no rise
 _PAIRS = 8  # of steps and gradients that are kept: more save no pass and take memory
 
 
-class _StopDescent(Exception):  # noqa: N818  # no error; scipy has no other way out before it evaluates
-    """Ends one minimisation."""
+class _Converged(Exception):  # noqa: N818  # no error, but the only way out of scipy's loop before it evaluates
+    pass
 
 
 class Descent:
@@ -60,7 +59,7 @@ class Descent:
             if is_first_trial:
                 self.is_converged = float((self.point - scaled * scale) @ gradient) / 2 <= tolerance
                 if self.is_converged:
-                    raise _StopDescent
+                    raise _Converged
             trial, is_first_trial = scaled * scale, False
             loss, gradient = evaluate(trial)
             return loss - _NOISE * abs(first_loss) * (self.n_steps + 1), gradient * scale
@@ -70,47 +69,18 @@ class Descent:
             self.point, self.n_steps, is_first_trial = trial, self.n_steps + 1, True
 
         options = {"ftol": 0, "gtol": 0, "maxcor": _PAIRS}  # it stops for our reason, not for scipy's
-        with suppress(_StopDescent):
+        with suppress(_Converged):
             found = minimize(loss_at, trial, jac=True, method="L-BFGS-B", callback=take_step, options=options)
             self.is_converged = bool(found.success)
 
 
-class _Exchange:
-    """Points that threads ask about, and the answers to them."""
-
-    def __init__(self, n_threads: int) -> None:
-        self._requests: SimpleQueue[tuple[int, Floats] | None] = SimpleQueue()
-        self._answers: list[SimpleQueue[Answer | None]] = [SimpleQueue() for _ in range(n_threads)]
-
-    def ask(self, number: int, point: Floats) -> Answer:
-        """Wait for the answer to a point; called in thread `number`."""
-        self._requests.put((number, point))
-        answer = self._answers[number].get()
-        if answer is None:
-            raise _StopDescent
-        return answer
-
-    def thread_ended(self, _: object) -> None:
-        self._requests.put(None)
-
-    def serve(self, evaluate: Evaluate, most_passes: int) -> None:
-        """Evaluate the points of all threads together, until every thread has ended or `most_passes` calls are made."""
-        n_running = len(self._answers)
-        for _ in range(most_passes):
-            asked = dict(sorted(filter(None, [self._requests.get() for _ in range(n_running)])))
-            n_running = len(asked)
-            if not asked:
-                return
-            for number, answer in zip(asked, evaluate([*asked], [*asked.values()]), strict=True):
-                self._answers[number].put(answer)
-
-    def close(self) -> None:
-        """End every thread that asks, now or later."""
-        for answers in self._answers:
-            answers.put(None)
-
-
-def minimise(evaluate: Evaluate, n_parameters: Sequence[int], *, tolerance: float, most_passes: int) -> list[Descent]:
+def minimise(
+    evaluate: Callable[[Sequence[int], Sequence[Floats]], Sequence[Answer]],
+    n_parameters: Sequence[int],
+    *,
+    tolerance: float,
+    most_passes: int,
+) -> list[Descent]:
     """Minimise several convex functions, all from zero.
 
     Args:
@@ -124,18 +94,39 @@ def minimise(evaluate: Evaluate, n_parameters: Sequence[int], *, tolerance: floa
         One descent for each function.
     """
     descents = [Descent(n) for n in n_parameters]
-    exchange = _Exchange(len(descents))
+    barrier = Barrier(len(descents) + 1)  # the threads, and this one
+    asked: dict[int, Floats] = {}
+    answers: dict[int, Answer] = {}
+
+    def ask(number: int, point: Floats) -> Answer:
+        asked[number] = point
+        barrier.wait()
+        barrier.wait()
+        return answers[number]
+
+    def descend(number: int) -> None:
+        try:
+            descents[number].run(partial(ask, number), tolerance=tolerance)
+            while True:
+                barrier.wait()
+        finally:
+            barrier.abort()
+
     with ThreadPoolExecutor(len(descents)) as pool:
         try:
-            threads = [
-                pool.submit(descent.run, partial(exchange.ask, number), tolerance=tolerance)
-                for number, descent in enumerate(descents)
-            ]
-            for thread in threads:
-                thread.add_done_callback(exchange.thread_ended)
-            exchange.serve(evaluate, most_passes)
+            threads = [pool.submit(descend, number) for number in range(len(descents))]
+            for _ in range(most_passes):
+                barrier.wait()
+                numbers = sorted(asked)
+                if not numbers:
+                    break
+                answers.update(zip(numbers, evaluate(numbers, [asked.pop(n) for n in numbers]), strict=True))
+                barrier.wait()
+        except BrokenBarrierError:
+            pass  # a thread failed
         finally:
-            exchange.close()
+            barrier.abort()
     for thread in threads:
-        thread.result()  # raises what ended the thread, if anything did
+        with suppress(BrokenBarrierError):
+            thread.result()  # raises what a thread failed with
     return descents

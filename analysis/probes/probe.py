@@ -12,7 +12,8 @@ import pyarrow as pa
 
 from residua.analysis.probes.controls import Split
 from residua.analysis.probes.files import write_probe
-from residua.analysis.probes.site import Job, SiteProbe, probe_site
+from residua.analysis.probes.rows import Job
+from residua.analysis.probes.site import SiteProbe, probe_site
 from residua.analysis.probes.target import Task, summarise
 from residua.analysis.rows.blocks import blocks
 from residua.analysis.support.cluster import Cluster, or_inline
@@ -21,39 +22,18 @@ from residua.store.base.errors import AnalysisError
 from residua.store.format.site_names import parse_site
 from residua.store.read.archive import Archive
 
-_COMMON = [
-    ("site", pa.string()),
-    ("layer", pa.int64()),
-    ("target", pa.string()),
-    ("n_train", pa.int64()),
-    ("n_test", pa.int64()),
-    ("n_left_out", pa.int64()),
-    ("penalty", pa.float64()),
-]
-_SCHEMAS = {
-    "classification": pa.schema(
-        [
-            *_COMMON,
-            ("n_classes", pa.int64()),
-            ("accuracy", pa.float64()),
-            ("balanced_accuracy", pa.float64()),
-            ("auc", pa.float64()),
-            ("majority_accuracy", pa.float64()),
-            ("control_accuracy", pa.float64()),
-            ("control_balanced_accuracy", pa.float64()),
-            ("converged", pa.bool_()),
-        ]
+_COLUMNS = ("site", "layer", "target", "n_train", "n_test", "n_left_out", "penalty")
+_SCORES = {
+    "classification": (
+        *("n_classes", "accuracy", "balanced_accuracy", "auc", "majority_accuracy"),
+        *("control_accuracy", "control_balanced_accuracy", "converged"),
     ),
-    "regression": pa.schema(
-        [
-            *_COMMON,
-            ("r2", pa.float64()),
-            ("rmse", pa.float64()),
-            ("baseline_r2", pa.float64()),
-            ("baseline_rmse", pa.float64()),
-            ("control_r2", pa.float64()),
-        ]
-    ),
+    "regression": ("r2", "rmse", "baseline_r2", "baseline_rmse", "control_r2"),
+}
+_TYPES = {
+    **dict.fromkeys(("site", "target"), pa.string()),
+    **dict.fromkeys(("layer", "n_train", "n_test", "n_left_out", "n_classes"), pa.int64()),
+    "converged": pa.bool_(),
 }
 
 
@@ -115,5 +95,5 @@ def probe(
         probed[number] = answer
         if save is not None:
             write_probe(Path(save) / parse_site(names[number]).path.removeprefix("sites/"), answer.probe)
-    lines = [probed[number].line for number in range(len(names))]
-    return pa.Table.from_pylist(lines, schema=_SCHEMAS[found.task])
+    schema = pa.schema([(name, _TYPES.get(name, pa.float64())) for name in (*_COLUMNS, *_SCORES[found.task])])
+    return pa.Table.from_pylist([probed[number].line for number in range(len(names))], schema=schema)

@@ -6,14 +6,27 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from residua.analysis.probes.controls import Control, Split
-from residua.analysis.probes.target import Target
+from residua.analysis.probes.controls import Split
+from residua.analysis.probes.target import Target, TargetSummary
 from residua.analysis.rows.blocks import Block
 from residua.analysis.rows.columns import examples_of
 from residua.analysis.rows.site_rows import pieces, width_of
-from residua.store.read.archive import Archive
+from residua.analysis.support.open_archives import opened
 
 Floats = npt.NDArray[np.float64]
+
+
+class Job(NamedTuple):
+    """One site to probe; its rows are read where the job runs. `memory` is in bytes."""
+
+    path: str
+    site: str
+    blocks: Sequence[Block]
+    target: str
+    where: str | None
+    split: Split
+    summary: TargetSummary
+    memory: int
 
 
 class LabelledRows(NamedTuple):
@@ -31,44 +44,20 @@ class LabelledRows(NamedTuple):
 
 
 class ProbeRows:
-    """The rows of one site that a probe uses.
-
-    Args:
-        archive: The archive.
-        site: The site.
-        blocks: The rows to read.
-        target: The text of the target.
-        where: Use only these rows.
-        split: Which examples are held out.
-        control: Labels that say nothing about the rows.
-        n_rows: Number of rows.
-        memory_limit: Bytes; rows that take no more are read once and kept.
+    """The rows of a job; they are read once and kept if they take at most a quarter of its memory.
 
     Attributes:
+        width: Values of a row.
         n_left_out: Rows that the latest pass left out because a value is NaN or infinite.
     """
 
-    def __init__(
-        self,
-        archive: Archive,
-        site: str,
-        blocks: Sequence[Block],
-        *,
-        target: str,
-        where: str | None,
-        split: Split,
-        control: Control,
-        n_rows: int,
-        memory_limit: int,
-    ) -> None:
-        self._archive = archive
-        self._site = site
-        self._blocks = blocks
-        self._target = Target(archive, target)
-        self._where = where
-        self._split = split
-        self._control = control
-        self._keeps = n_rows * (width_of(archive, site) * max(4, archive[site].dtype.itemsize) + 40) <= memory_limit
+    def __init__(self, job: Job) -> None:
+        self._job = job
+        self._archive = opened(job.path)
+        self._target = Target(self._archive, job.target)
+        self.width = width_of(self._archive, job.site)
+        row_bytes = self.width * max(4, self._archive[job.site].dtype.itemsize) + 40
+        self._keeps = sum(job.summary.n_rows) * row_bytes <= job.memory // 4
         self._kept: list[LabelledRows] | None = None
         self.n_left_out = 0
 
@@ -93,10 +82,11 @@ class ProbeRows:
         self._kept = kept if self._keeps else None
 
     def _read(self) -> Iterator[LabelledRows]:
-        for rows, values in pieces(self._archive, self._site, self._blocks, self._where):
+        job = self._job
+        for rows, values in pieces(self._archive, job.site, job.blocks, job.where):
             examples = examples_of(self._archive, rows)
-            labels = np.column_stack([self._target.values(rows), self._control.labels(rows, examples)])
-            piece = LabelledRows(values, labels.astype(np.float64), self._split.subsets(examples))
+            labels = np.column_stack([self._target.values(rows), job.summary.control.labels(rows, examples)])
+            piece = LabelledRows(values, labels.astype(np.float64), job.split.subsets(examples))
             finite = np.isfinite(values).all(axis=1)
             if not finite.all():
                 self.n_left_out += int(len(rows) - np.count_nonzero(finite))

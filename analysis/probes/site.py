@@ -8,16 +8,12 @@ import numpy as np
 import numpy.typing as npt
 from sklearn.metrics import roc_auc_score
 
-from residua.analysis.probes.controls import FIT, TEST, VALIDATION, Split
+from residua.analysis.probes.controls import FIT, TEST, VALIDATION
 from residua.analysis.probes.files import SavedProbe
 from residua.analysis.probes.logistic import Basis, Fitted, Problem, fit_logistic, log_losses, probabilities
 from residua.analysis.probes.ridge import mean_squared_error, solve
-from residua.analysis.probes.rows import ProbeRows
-from residua.analysis.probes.target import TargetSummary
-from residua.analysis.rows.blocks import Block
-from residua.analysis.rows.site_rows import width_of
+from residua.analysis.probes.rows import Job, ProbeRows
 from residua.analysis.support.moments import Moments
-from residua.analysis.support.open_archives import opened
 from residua.store.base.errors import AnalysisError
 from residua.store.format.site_names import parse_site
 
@@ -30,19 +26,6 @@ _ROUGH, _FINE = 1e-5, 1e-7  # nats above the minimum: to choose the penalty by, 
 _MOST_LOGITS = 2**23  # in memory at a time
 _VECTORS = 24  # float64 vectors of a problem's parameters that half of the memory must hold, for L-BFGS
 _COVARIANCES = 12  # width² float64 arrays that a task holds at most: of three subsets, and their eigenvectors
-
-
-class Job(NamedTuple):
-    """One site to probe; its rows are read where the job runs. `memory` is in bytes."""
-
-    path: str
-    site: str
-    blocks: Sequence[Block]
-    target: str
-    where: str | None
-    split: Split
-    summary: TargetSummary
-    memory: int
 
 
 class SiteProbe(NamedTuple):
@@ -58,23 +41,11 @@ def probe_site(job: Job) -> SiteProbe:
     Raises:
         AnalysisError: The problem does not fit into memory, or a subset has no finite rows.
     """
-    archive = opened(job.path)
-    rows = ProbeRows(
-        archive,
-        job.site,
-        job.blocks,
-        target=job.target,
-        where=job.where,
-        split=job.split,
-        control=job.summary.control,
-        n_rows=sum(job.summary.n_rows),
-        memory_limit=job.memory // 4,
-    )
-    return (_classify if job.summary.task == "classification" else _regress)(job, rows, width_of(archive, job.site))
+    return (_classify if job.summary.task == "classification" else _regress)(job, ProbeRows(job))
 
 
-def _classify(job: Job, rows: ProbeRows, width: int) -> SiteProbe:
-    summary = job.summary
+def _classify(job: Job, rows: ProbeRows) -> SiteProbe:
+    summary, width = job.summary, rows.width
     n_classes = len(summary.classes)
     height = max(1, _MOST_LOGITS // (n_classes * len(LOGISTIC_PENALTIES)))
     _check_memory(job, width)
@@ -152,7 +123,8 @@ def _balanced(truth: Numbers, guess: Numbers) -> float:
     return float((n_found[n_rows > 0] / n_rows[n_rows > 0]).mean())
 
 
-def _regress(job: Job, rows: ProbeRows, width: int) -> SiteProbe:
+def _regress(job: Job, rows: ProbeRows) -> SiteProbe:
+    width = rows.width
     needed = _COVARIANCES * 8 * width**2
     if needed > job.memory:
         raise AnalysisError(

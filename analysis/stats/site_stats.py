@@ -19,17 +19,9 @@ OUTLIER_RATIO = 6.0
 SITES = pa.schema(
     [
         ("site", pa.string()),
-        ("width", pa.int64()),
-        ("n_rows", pa.int64()),
-        ("n_nonfinite", pa.int64()),
-        ("n_nonfinite_rows", pa.int64()),
-        ("mean", pa.float64()),
-        ("variance", pa.float64()),
-        ("kurtosis", pa.float64()),
-        ("row_kurtosis", pa.float64()),
-        ("norm_mean", pa.float64()),
-        ("norm_std", pa.float64()),
-        ("norm_max", pa.float64()),
+        *((name, pa.int64()) for name in ("width", "n_rows", "n_nonfinite", "n_nonfinite_rows")),
+        *((name, pa.float64()) for name in ("mean", "variance", "kurtosis", "row_kurtosis")),
+        *((name, pa.float64()) for name in ("norm_mean", "norm_std", "norm_max")),
         ("outlier_channels", pa.list_(pa.int64())),
         ("component_shares", pa.list_(pa.float64())),
     ]

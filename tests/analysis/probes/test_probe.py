@@ -13,7 +13,8 @@ from residua.analysis.probes.controls import FIT, VALIDATION, Split
 from residua.analysis.probes.controls import TEST as TEST_SUBSET
 from residua.analysis.probes.linear_probe import LinearProbe
 from residua.analysis.probes.probe import probe
-from residua.analysis.probes.site import Job, probe_site
+from residua.analysis.probes.rows import Job
+from residua.analysis.probes.site import probe_site
 from residua.analysis.probes.target import summarise
 from residua.analysis.rows.blocks import blocks
 from residua.analysis.rows.held_out import held_out
