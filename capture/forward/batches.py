@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from residua.capture.buffers.row_index import BatchRows, batch_rows, by_position
-from residua.capture.forward.inputs import ForwardArguments
+from residua.capture.forward.inputs import forward_arguments
 from residua.capture.forward.plan_batch import PlanBatch, microbatches, plan_batch
 from residua.capture.layout.process_layout import ProcessLayout
 from residua.capture.runtime.collectives import failed_together
@@ -92,7 +92,7 @@ class BatchRunner:
         self._ends_early = not (hooked or self._in_step or (process_layout is not None and process_layout.is_stage))
         kinds = {parse_site(name).kind for name in (*(site.name for site in plan.sites), *changed)}
         needs_logits = any(kind == "module" or kind.startswith("logits") for kind in kinds)
-        self._arguments = ForwardArguments(self._model, needs_logits=needs_logits)
+        self._arguments = forward_arguments(self._model, needs_logits=needs_logits)
         self.n_rows = 0
         self.n_tokens = 0
         self.forward_seconds = 0.0

@@ -6,7 +6,7 @@ shifts every learned position (an error of 0.29 in GPT-2's residuals).
 """
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -34,15 +34,13 @@ class PaddedBatch:
 def padded_batch(
     sequences: Sequence[npt.ArrayLike],
     *,
-    pad_id: int = 0,
     side: Literal["left", "right"] = "right",
     device: torch.device | str | None = None,
 ) -> PaddedBatch:
-    """Pad token sequences to the longest of them.
+    """Pad token sequences with 0, which is masked, to the longest of them.
 
     Args:
         sequences: Token ids, one sequence per example; none may be empty.
-        pad_id: Token id of the padding; it is masked, so any id of the vocabulary will do.
         side: Side of the padding.
         device: Device of the tensors.
 
@@ -59,7 +57,7 @@ def padded_batch(
             f"A batch needs at least one sequence, and each sequence at least one token; the lengths are {lengths}. "
             "Leave empty examples out."
         )
-    ids = np.full((len(arrays), max(lengths)), pad_id, dtype=np.int64)
+    ids = np.zeros((len(arrays), max(lengths)), dtype=np.int64)
     mask = np.zeros_like(ids)
     for row, array in enumerate(arrays):
         start = ids.shape[1] - len(array) if side == "left" else 0
@@ -81,8 +79,10 @@ def positions_of(attention_mask: Tensor) -> Tensor:
     return (attention_mask.long().cumsum(-1) - 1).clamp_min(0)
 
 
-class ForwardArguments:
-    """Makes the arguments for forward calls of one language model, which is inspected once.
+def forward_arguments(
+    model: nn.Module, *, needs_logits: bool = True
+) -> Callable[[Tensor, Tensor], dict[str, Tensor | bool | int]]:
+    """Inspect a language model once, and return the function that makes the arguments of its forward calls.
 
     Position ids are passed where the model's forward takes them. The cache is switched off where possible, since it
     only costs memory. Token types are left to the model, whose default is one segment.
@@ -91,35 +91,31 @@ class ForwardArguments:
         model: A transformers model; it is called as ``model(**arguments(input_ids, attention_mask))``.
         needs_logits: Compute the logits of all positions. Otherwise a model that can leaves them out, which saves
             (batch x positions x vocabulary) numbers and changes nothing else.
+
+    Returns:
+        A function of token ids, int64 of shape (batch, positions), and attention mask of the same shape, 1 for a token
+        and 0 for padding.
     """
+    takes = inspect.signature(model.forward).parameters
+    first = first_position(model) if "position_ids" in takes else None
+    fixed: dict[str, bool | int] = {"use_cache": False} if "use_cache" in takes else {}
+    if not needs_logits and "logits_to_keep" in takes:
+        fixed["logits_to_keep"] = 1
 
-    def __init__(self, model: nn.Module, *, needs_logits: bool = True) -> None:
-        takes = inspect.signature(model.forward).parameters
-        self._first_position = first_position(model) if "position_ids" in takes else None
-        self._fixed: dict[str, Tensor | bool | int] = {}
-        if "use_cache" in takes:
-            self._fixed["use_cache"] = False
-        if not needs_logits and "logits_to_keep" in takes:
-            self._fixed["logits_to_keep"] = 1
-
-    def __call__(self, input_ids: Tensor, attention_mask: Tensor) -> dict[str, Tensor | bool | int]:
-        """Return the arguments for one batch, on the device of the tensors given.
-
-        Args:
-            input_ids: int64, (batch, positions).
-            attention_mask: 1 for a token, 0 for padding, of the same shape.
-        """
-        kwargs = {"input_ids": input_ids, "attention_mask": attention_mask, **self._fixed}
-        if self._first_position is not None:
-            kwargs["position_ids"] = positions_of(attention_mask) + self._first_position
+    def arguments(input_ids: Tensor, attention_mask: Tensor) -> dict[str, Tensor | bool | int]:
+        kwargs: dict[str, Tensor | bool | int] = {"input_ids": input_ids, "attention_mask": attention_mask, **fixed}
+        if first is not None:
+            kwargs["position_ids"] = positions_of(attention_mask) + first
         return kwargs
+
+    return arguments
 
 
 def forward_kwargs(
     model: nn.Module, input_ids: Tensor, attention_mask: Tensor, *, needs_logits: bool = True
 ) -> dict[str, Tensor | bool | int]:
-    """Return the arguments for a single forward call of `model`; see `ForwardArguments`."""
-    return ForwardArguments(model, needs_logits=needs_logits)(input_ids, attention_mask)
+    """Return the arguments for a single forward call of `model`; see `forward_arguments`."""
+    return forward_arguments(model, needs_logits=needs_logits)(input_ids, attention_mask)
 
 
 def first_position(model: nn.Module) -> int:

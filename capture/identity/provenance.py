@@ -19,10 +19,10 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from residua.capture.identity.fingerprint import weights_fingerprint
-from residua.capture.layout.process_layout import describe_process_layout, spans_processes
+from residua.capture.layout.process_layout import describe_process_layout
 from residua.capture.runtime.compat import attention_implementation, model_revision
 from residua.capture.runtime.pipeline_schedule import runnable
-from residua.capture.runtime.sharded import is_sharded, is_zero3, plain_class
+from residua.capture.runtime.sharded import plain_class
 from residua.capture.runtime.wrappers import core_of, running_uncompiled
 from residua.capture.sites.attention import eager_attention
 from residua.capture.sites.shape_probe import evaluating
@@ -92,7 +92,7 @@ def describe_model(model: nn.Module, identity: Mapping[str, Json]) -> dict[str, 
         "id": getattr(config, "name_or_path", "") or "",
         "revision": model_revision(config),
         "devices": cast("list[Json]", names),
-        "layout": _layout(model),
+        "layout": describe_process_layout(model),
         "config_values": _config_values(model),
         **identity,
     }
@@ -105,12 +105,6 @@ def identify_tokenizer(tokenizer: PreTrainedTokenizerBase) -> dict[str, Json]:
     if backend is not None:
         content = {name: value for name, value in content.items() if name not in ("padding", "truncation")}
     return {"id": tokenizer.name_or_path, "sha256": digest_of(content)}
-
-
-def _layout(model: nn.Module) -> str:
-    """Return how a model is spread over processes, for people."""
-    over = [describe_process_layout(model)] if spans_processes(model) else []
-    return " x ".join([*over, *(["zero3" if is_zero3(model) else "fsdp2"] if is_sharded(model) else [])]) or "single"
 
 
 def _config_values(model: nn.Module) -> dict[str, Json]:
@@ -136,7 +130,7 @@ def changed_conditions(provenance: Mapping[str, object], model: nn.Module | None
     ]
     described = provenance.get("model")
     then = described.get("layout") if isinstance(described, Mapping) else None
-    if model is not None and then not in (None, now := _layout(core_of(model))):
+    if model is not None and then not in (None, now := describe_process_layout(core_of(model))):
         changed.append(
             f"layout of the model: {then} when it was captured, {now} now, so values are rounded in another order"
         )

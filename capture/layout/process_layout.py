@@ -12,6 +12,7 @@ from torch.distributed import ProcessGroup
 from residua.capture.runtime.collectives import all_gather_objects
 from residua.capture.runtime.compat import PrefixStore, default_store
 from residua.capture.runtime.process_groups import pipeline_group, tensor_parallel_group
+from residua.capture.runtime.sharded import is_sharded, is_zero3
 from residua.capture.scheduling.membership import Membership
 from residua.capture.scheduling.ownership import Ownership
 from residua.capture.scheduling.worker_group import WorkerGroup
@@ -27,9 +28,12 @@ def spans_processes(model: nn.Module) -> bool:
 
 
 def describe_process_layout(model: nn.Module) -> str:
-    """Return how a model is split over processes, for people: ``tensor parallel 2``."""
+    """Return how a model is spread over processes, for people: ``tensor parallel 2 x fsdp2``, or ``single``."""
     groups = {"pipeline": pipeline_group(model), "tensor parallel": tensor_parallel_group(model, None)}
-    return " x ".join(f"{name} {dist.get_world_size(group)}" for name, group in groups.items() if group is not None)
+    over = [f"{name} {dist.get_world_size(group)}" for name, group in groups.items() if group is not None]
+    if is_sharded(model):
+        over.append("zero3" if is_zero3(model) else "fsdp2")
+    return " x ".join(over) or "single"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -35,11 +35,11 @@ class FullTensors:
         self._everywhere = everywhere
         self._checks_shapes = checks_shapes
 
-    def run(self, met: SiteTensor, local: Tensor, function: Function, *, is_gradient: bool) -> Tensor | None:
+    def run(self, site_tensor: SiteTensor, local: Tensor, function: Function, *, is_gradient: bool) -> Tensor | None:
         """Run a function on a site's full tensor or gradient.
 
         Args:
-            met: Where it was met.
+            site_tensor: The tensor, as the model has it.
             local: What this process has of it, with the axes that are promised for sites.
             function: Given a tensor of its own.
             is_gradient: Whether it is the gradient; its layout is proved by itself.
@@ -51,39 +51,41 @@ class FullTensors:
             CaptureError: The layout cannot be proved.
         """
         if isinstance(local, DTensor):
-            return self._run_dtensor(met, local, function)
-        full = full_shape(met.info, met.batch_shape, tuple(local.shape))
+            return self._run_dtensor(site_tensor, local, function)
+        full = full_shape(site_tensor.info, site_tensor.batch_shape, tuple(local.shape))
         # Every stage has the logits: first the stages agree on who has them, then the ranks of that stage.
-        over = [*(self._over_stages if met.info.via == "logits" else []), *self._over_group]
+        over = [*(self._over_stages if site_tensor.info.via == "logits" else []), *self._over_group]
         if not over:
             if self._checks_shapes:
-                refuse_shard(met.info.name, local, full, remedy=" Or pass gather=False to get what each rank has.")
+                refuse_shard(
+                    site_tensor.info.name, local, full, remedy=" Or pass gather=False to get what each rank has."
+                )
             return function(local.clone())
 
         def run(tensor: Tensor, over: Sequence[tuple[ProcessGroup, ProvedLayouts]]) -> Tensor | None:
             (group, layouts), *rest = over
-            layout = layouts.of(met.info.name, tensor, full, group, is_gradient=is_gradient)
+            layout = layouts.of(site_tensor.info.name, tensor, full, group, is_gradient=is_gradient)
             inner = partial(run, over=rest) if rest else function
             if self._everywhere:
                 return run_everywhere(tensor.clone(), layout, group, inner)
-            return run_once(tensor, layout, group, inner, met.info.name)
+            return run_once(tensor, layout, group, inner, site_tensor.info.name)
 
         return run(local, over)
 
-    def _run_dtensor(self, met: SiteTensor, tensor: DTensor, function: Function) -> Tensor | None:
+    def _run_dtensor(self, site_tensor: SiteTensor, tensor: DTensor, function: Function) -> Tensor | None:
         """Follow the placements that the tensor itself carries. Partial sums are reduced."""
-        mesh = mesh_of(met.info.name, tensor)
+        mesh = mesh_of(site_tensor.info.name, tensor)
         full = tensor.full_tensor()
         if self._everywhere:
             new = function(full.clone())
         else:
-            new = run_once(full, Layout(), mesh.get_group(), function, met.info.name)
+            new = run_once(full, Layout(), mesh.get_group(), function, site_tensor.info.name)
         if new is None:
             return None
         return DTensor.from_local(new, mesh, [Replicate()], run_check=False).redistribute(placements=tensor.placements)
 
 
-def run_locally(_met: SiteTensor, local: Tensor, function: Function, *, is_gradient: bool) -> Tensor | None:
+def run_locally(_site_tensor: SiteTensor, local: Tensor, function: Function, *, is_gradient: bool) -> Tensor | None:
     """Run a function on what this process has of a site's tensor or gradient, without communication."""
     del is_gradient
     if not isinstance(local, DTensor):

@@ -32,12 +32,10 @@ class Taps:
 
     Attributes:
         sites: From name to what is known of each site.
-        switched_to_eager: Whether the model's attention was switched to eager because patterns are read.
     """
 
     def __init__(self, model: nn.Module, sites: Mapping[str, SiteInfo], function: TapFunction) -> None:
         self.sites = dict(sites)
-        self.switched_to_eager = False
         self._model = model
         self._function = function
         self._fired = dict.fromkeys(self.sites, 0)
@@ -48,7 +46,7 @@ class Taps:
     def attached(self) -> Iterator[None]:
         """Read sites inside. Changes made by hooks registered earlier are visible; later ones are not."""
         with ExitStack() as stack:
-            self.switched_to_eager = stack.enter_context(eager_where_needed(self._model, self.sites.values()))
+            stack.enter_context(eager_where_needed(self._model, self.sites.values()))
             parts = target_of(self._model).parts
             self._call = stack.enter_context(attached(parts, self.sites.values(), values_of(self._emit)))
             yield
@@ -104,7 +102,7 @@ def reading(
     copied, and the model may change it later: copy what you keep before you return, and do not write into it.
 
     A tensor that the function returns replaces the site's value in the model. Gradients flow into the replacement, but
-    not into the detached tensor. Reading a ``pattern`` switches all layers to eager attention (see ``Taps``).
+    not into the detached tensor. Reading a ``pattern`` switches all layers to eager attention.
 
     Leaving the context, also by an exception, removes exactly what was added here.
 

@@ -106,41 +106,41 @@ class Tap:
         """Number of the microbatch under way, in a stage of torch's pipelines; None elsewhere."""
         return self._chunk.index
 
-    def _meet(self, met: SiteTensor) -> Tensor | None:
+    def _on_site(self, site_tensor: SiteTensor) -> Tensor | None:
         if not self._chunk.is_real:
             return None
-        self._n_met[met.info.name] += 1
+        self._n_met[site_tensor.info.name] += 1
         if not self.enabled:
             return None
         if self._backward:
-            self._await_gradient(met)
+            self._await_gradient(site_tensor)
             return None
-        return self._apply(met, met.tensor)
+        return self._apply(site_tensor, site_tensor.tensor)
 
-    def _await_gradient(self, met: SiteTensor) -> None:
-        if not met.tensor.requires_grad:
+    def _await_gradient(self, site_tensor: SiteTensor) -> None:
+        if not site_tensor.tensor.requires_grad:
             raise CaptureError(
-                f"Site {met.info.name!r}{on_rank()} has no gradient: nothing before it requires one, or the model was "
-                "called without gradients. Call it with gradients enabled, and let the parameters or the embeddings "
-                "before the site require them."
+                f"Site {site_tensor.info.name!r}{on_rank()} has no gradient: nothing before it requires one, or the "
+                "model was called without gradients. Call it with gradients enabled, and let the parameters or the "
+                "embeddings before the site require them."
             )
-        if not self.n_fired[met.info.name]:
-            self._awaited.add(met.info.name)
+        if not self.n_fired[site_tensor.info.name]:
+            self._awaited.add(site_tensor.info.name)
         # A closure over the tensor itself would keep it alive for ever, through its own hook.
         self._handles = [handle for handle in self._handles if handle.hooks_dict_ref() is not None]
-        hook = partial(self._on_gradient, met.without_values(), self._chunk.index)
-        self._handles.append(met.tensor.register_hook(hook))  # type: ignore[no-untyped-call]  # torch has no types here
+        hook = partial(self._on_gradient, site_tensor.without_values(), self._chunk.index)
+        self._handles.append(site_tensor.tensor.register_hook(hook))  # type: ignore[no-untyped-call]  # torch has no types here
 
-    def _on_gradient(self, met: SiteTensor, microbatch: int | None, gradient: Tensor) -> Tensor | None:
-        self._awaited.discard(met.info.name)
+    def _on_gradient(self, site_tensor: SiteTensor, microbatch: int | None, gradient: Tensor) -> Tensor | None:
+        self._awaited.discard(site_tensor.info.name)
         with self._chunk.is_under_way(microbatch):
-            return self._apply(met, gradient) if self.enabled else None
+            return self._apply(site_tensor, gradient) if self.enabled else None
 
-    def _apply(self, met: SiteTensor, tensor: Tensor) -> Tensor | None:
-        self.n_fired[met.info.name] += 1
-        shown = met.shown(tensor if self._differentiable else tensor.detach())
-        new = self._run_on(met, shown, partial(self._run, met.info.name), is_gradient=self._backward)
-        return None if new is None else met.restored(new)
+    def _apply(self, site_tensor: SiteTensor, tensor: Tensor) -> Tensor | None:
+        self.n_fired[site_tensor.info.name] += 1
+        shown = site_tensor.shown(tensor if self._differentiable else tensor.detach())
+        new = self._run_on(site_tensor, shown, partial(self._run, site_tensor.info.name), is_gradient=self._backward)
+        return None if new is None else site_tensor.restored(new)
 
     def _run(self, name: str, tensor: Tensor) -> Tensor | None:
         new = self._function(name, tensor)
@@ -264,7 +264,7 @@ def tap(
         stack.enter_context(eager_where_needed(target.core, infos.values()))
         if backward or differentiable:
             stack.enter_context(carrying_gradients(target.core))
-        call = stack.enter_context(attached(target.parts, infos.values(), made._meet))
+        call = stack.enter_context(attached(target.parts, infos.values(), made._on_site))
         yield made
     made._check(call)
 

@@ -21,7 +21,7 @@ TOLERANCE = 2e-5
     st.sampled_from(["left", "right"]),
 )
 def test_a_batch_holds_each_sequence_once(examples: list[list[int]], side: str) -> None:
-    padded = padded_batch(examples, pad_id=0, side="left" if side == "left" else "right")
+    padded = padded_batch(examples, side="left" if side == "left" else "right")
     assert padded.input_ids.dtype == padded.attention_mask.dtype == torch.int64
     positions = positions_of(padded.attention_mask)
     assert padded.input_ids.shape == (len(examples), max(map(len, examples)))

@@ -23,7 +23,6 @@ def test_a_pattern_switches_to_eager_and_says_so(caplog: pytest.LogCaptureFixtur
         caplog.at_level(logging.INFO, "residua"),
         reading(model, "pattern.0,resid_post.1", lambda *_: None) as taps,
     ):
-        assert taps.switched_to_eager
         assert model.config._attn_implementation == "eager"
         run(model)
         taps.end_forward()
@@ -33,8 +32,7 @@ def test_a_pattern_switches_to_eager_and_says_so(caplog: pytest.LogCaptureFixtur
 
 def test_other_sites_leave_the_implementation_alone() -> None:
     model = TINY["llama"]()
-    with reading(model, "q.0,z.0", lambda *_: None) as taps:
-        assert not taps.switched_to_eager
+    with reading(model, "q.0,z.0", lambda *_: None):
         assert model.config._attn_implementation == "sdpa"
 
 
