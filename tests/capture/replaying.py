@@ -1,4 +1,4 @@
-"""What the tests of replay share: a small archive of a tiny model, whose batches are known, and its stored rows."""
+"""Shared by the tests of replay: a small archive of a tiny model with known batches, and its stored rows."""
 
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ EVEN, PADDED, LAST = [0, 1], [3, 2], [4]
 
 
 def _gemma4() -> PreTrainedModel:
-    """Inputs of its own for each layer, and a last block that uses the keys of an earlier one."""
+    """Build a model with extra inputs for each layer and a last block that uses the keys of an earlier one."""
     options: dict[str, Any] = {
         "head_dim": 12,
         "global_head_dim": 12,
@@ -68,7 +68,7 @@ def stored(archive: Archive, site: str, example: int) -> Tensor:
 
 
 def run_in_full(model: PreTrainedModel, archive: Archive, examples: list[int]) -> tuple[Tensor, Tensor]:
-    """Logits of the whole model for a batch of the plan, and which positions are tokens."""
+    """Return the logits of the full model for a batch of the plan, and which positions are tokens."""
     batch = plan_batch(archive.example_table, examples, side="right", device=torch.device("cpu")).padded
     with torch.no_grad():
         logits = model(**forward_kwargs(model, batch.input_ids, batch.attention_mask)).logits

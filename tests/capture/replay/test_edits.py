@@ -1,4 +1,4 @@
-"""Every edit against a hook by hand on the full model, on every architecture; and what each is by its closed form."""
+"""Every edit against a plain hook on the full model, on every architecture, and against its closed form."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -30,7 +30,7 @@ WEIGHT, BIAS = RNG.standard_normal((WIDTH, WIDTH)) / WIDTH, RNG.standard_normal(
 CHANNELS = [0, 5, 31]
 
 ByHand = Callable[[Tensor, int], Tensor]
-"""From rows of an example at the edited positions, (3, width), to what they become."""
+"""From the rows of an example at the edited positions, (3, width), to their new values."""
 
 
 def edits_and_hooks(archive: Archive, other: Archive, folder: Path) -> list[tuple[dict[str, Any], ByHand]]:
@@ -95,7 +95,7 @@ def swapped_in_pairs(archive: Archive) -> ByHand:
 
 
 def by_hand(change: ByHand) -> Callable[..., Any]:
-    """A forward hook that changes some rows of a block's output in place, as people write them."""
+    """Return a forward hook that changes some rows of a block's output in place, as users write it."""
 
     def hook(_module: nn.Module, _args: object, output: Any) -> None:
         hidden = output[0] if isinstance(output, tuple) else output
@@ -106,13 +106,13 @@ def by_hand(change: ByHand) -> Callable[..., Any]:
 
 
 def doubled(archive: Archive, out: Path, model: nn.Module) -> Archive:
-    """The same archive with rows twice as large."""
+    """Return the same archive with rows twice as large."""
     with residua.tap(model, SITE, lambda _site, x: 2 * x):
         return captured(model, out, sites=SITE)  # type: ignore[arg-type]  # a model all the same
 
 
 @pytest.mark.parametrize("name", TINY)
-def test_every_edit_is_what_a_hook_by_hand_does(name: str, tmp_path: Path) -> None:
+def test_every_edit_does_what_a_plain_hook_does(name: str, tmp_path: Path) -> None:
     model = model_of(name)
     archive = captured(model, tmp_path / "a", sites=f"resid_post.0,{SITE}")
     anatomy = anatomy_of(model)
@@ -121,7 +121,7 @@ def test_every_edit_is_what_a_hook_by_hand_does(name: str, tmp_path: Path) -> No
     for edit, change in edits_and_hooks(archive, doubled(archive, tmp_path / "b", model), tmp_path):
         with hooked(anatomy.parts[anatomy.blocks[1]], by_hand(change)):
             expected, _ = run_in_full(model, archive, PADDED)
-        assert not torch.equal(expected, plain), f"{edit} changes nothing: no test"
+        assert not torch.equal(expected, plain), f"{edit} changes nothing, so this tests nothing"
         options = {**edit, "site": SITE, "positions": "2:5"}
         with residua.replay(model, archive, examples=PADDED, at="resid_post.0", edits=[options]) as run:
             for place in range(len(PADDED)):
@@ -178,8 +178,8 @@ def test_negative_zeros_stay_when_nothing_is_added(llama: Given) -> None:
     assert (rows[:, 31] == 1).all()
 
 
-def test_a_vector_at_the_last_layer_is_head_of_the_sum(llama: Given) -> None:
-    """Final norm and unembedding in float64, from the weights."""
+def test_a_vector_at_the_last_layer_gives_the_lm_head_of_the_sum(llama: Given) -> None:
+    """The expected logits are the final norm and the unembedding in float64, from the weights."""
     model, archive = llama
     steering = {"edit": "add", "site": "final", "vector": VECTOR, "scale": 4.0}
     with residua.replay(model, archive, examples=EVEN, at="final", edits=[steering]) as run:
@@ -191,7 +191,7 @@ def test_a_vector_at_the_last_layer_is_head_of_the_sum(llama: Given) -> None:
             torch.testing.assert_close(run.logits[place].double(), wanted, rtol=1e-5, atol=1e-5)
 
 
-def test_what_was_projected_out_is_gone(llama: Given) -> None:
+def test_projected_out_directions_are_gone(llama: Given) -> None:
     model, archive = llama
     removed = {"edit": "project_out", "site": "resid_post.1", "directions": [*BASIS, BASIS[0] - 2 * BASIS[1]]}
     keep = ["resid_post.1"]
@@ -239,7 +239,7 @@ def test_a_trained_lens_is_what_the_edit_applies(llama: Given, tmp_path: Path) -
 
 
 def test_heads_are_ablated_one_by_one(llama: Given) -> None:
-    """Against the output projection without the columns of those heads."""
+    """Compare with the output projection without the columns of those heads."""
     model, archive = llama
     edit = {"edit": "zero", "site": "z.1", "heads": [0, 3]}
     with residua.replay(model, archive, examples=EVEN, at="resid_post.0", edits=[edit], keep="attn_out.1") as run:
@@ -261,7 +261,7 @@ def test_edits_of_one_site_apply_in_their_order(llama: Given) -> None:
 
 
 def changed(llama: Given, run_with: list[int], **choice: Any) -> list[list[int]]:
-    """Positions of each example whose rows a zero at `final` reaches."""
+    """Return, for each example, the positions whose rows a zero at `final` changes."""
     model, archive = llama
     edit = {"edit": "zero", "site": "final", **choice}
     with residua.replay(model, archive, examples=run_with, at="final", edits=[edit], keep="final") as run:

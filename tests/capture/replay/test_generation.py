@@ -1,4 +1,4 @@
-"""Prompts from the store, then the model's own tokens: the same as running everything anew for each token."""
+"""Generation from stored prompts equals running the model again for every token."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -19,7 +19,7 @@ VECTOR = torch.linspace(-3, 3, 32)
 
 
 def greedy(model: nn.Module, prompt: list[int], changes: Callable[[int], slice]) -> list[int]:
-    """Without any cache; the second block's output gets a vector added at some positions."""
+    """Generate without a cache; a vector is added to the second block's output at some positions."""
     anatomy = anatomy_of(model)
     assert anatomy is not None
     ids = list(prompt)
@@ -45,7 +45,7 @@ CHANGES: dict[str, Callable[[int], slice]] = {
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "gemma3"])
-def test_going_on_is_what_running_everything_anew_gives(name: str, tmp_path: Path) -> None:
+def test_generation_equals_running_the_model_for_every_token(name: str, tmp_path: Path) -> None:
     model = model_of(name)
     archive = captured(model, tmp_path / "a", sites="resid_post.0")
     before = state_of(model)
@@ -58,7 +58,7 @@ def test_going_on_is_what_running_everything_anew_gives(name: str, tmp_path: Pat
                 found = run.generate(N_NEW, edit_new_tokens=what in ("new tokens too", "its third token"))
             assert found == [greedy(model, tokens()[example], changes) for example in examples], what
         seen.add(str(found))
-    assert len(seen) > 2, "the edits change hardly anything: no test"
+    assert len(seen) > 2, "the edits change too little for a test"
     assert state_of(model) == before
 
 
@@ -72,22 +72,20 @@ def test_sampling_follows_its_seed_and_leaves_the_generator_alone(tmp_path: Path
     assert torch.equal(torch.random.get_rng_state(), state)
 
 
-def test_what_does_not_generate_says_so(tmp_path: Path) -> None:
+def test_models_and_edits_that_do_not_generate_are_refused(tmp_path: Path) -> None:
     model = model_of("llama")
     archive = captured(model, tmp_path / "a", sites="resid_post.0")
     edit = {"edit": "scale", "site": "logits", "by": 2}
-    asked = pytest.raises(PlanError, match="an edit changes the logits")
+    asked = pytest.raises(PlanError, match=r"logits.*'final'")
     with residua.replay(model, archive, examples=[0], edits=[edit]) as run, asked:
         run.generate(2)
-    one_each = pytest.raises(
-        PlanError, match="num_beams is over 1: rows and edits are placed for one sequence an example"
-    )
+    one_each = pytest.raises(PlanError, match=r"num_beams.*1")
     with residua.replay(model, archive, examples=EVEN, at="resid_post.0") as run, one_each:
         run.generate(2, num_beams=2)
     bert = model_of("bert")
     archive = captured(bert, tmp_path / "b", sites="resid_post.0")
     with (
         residua.replay(bert, archive, examples=[0]) as run,
-        pytest.raises(PlanError, match="BertForMaskedLM generates"),
+        pytest.raises(PlanError, match="BertForMaskedLM"),
     ):
         run.generate(2)

@@ -1,5 +1,6 @@
-"""Replay without edits: bit for bit what was captured, on every architecture, with the lower blocks left out."""
+"""Replay without edits gives the captured bits on every architecture, with the lower blocks skipped."""
 
+import re
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ LATER = {
 }
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 OTHER_BATCH = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 5e-3}
-"""What docs/replay.md states, of the largest logit, for batches that are not those of the plan."""
+"""The tolerance that docs/replay.md states for batches other than the plan's, relative to the largest logit."""
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -47,11 +48,12 @@ def test_stored_rows_give_the_captured_bits(name: str, dtype: torch.dtype, tmp_p
             assert len(run.notes) == (at is not None and (in_full or cannot)), run.notes
 
 
-def test_a_model_that_needs_its_lower_blocks_says_so(tmp_path: Path) -> None:
+def test_a_note_names_a_model_that_needs_its_lower_blocks(tmp_path: Path) -> None:
     model = model_of(SHARED_KEYS)
     archive = captured(model, tmp_path / "a")
     with residua.replay(model, archive, examples=EVEN, at="resid_pre.2") as run:
-        assert run.notes[0].startswith("Gemma4ForCausalLM cannot leave out its lower blocks: ")
+        assert "Gemma4ForCausalLM" in run.notes[0]
+        assert "lower blocks" in run.notes[0]
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +66,7 @@ Given = tuple[nn.Module, Archive]
 
 
 @pytest.mark.parametrize("name", ["llama", "opt"])
-def test_what_lies_below_does_not_run_and_is_not_read(name: str, tmp_path: Path) -> None:
+def test_lower_blocks_do_not_run_and_their_rows_are_not_read(name: str, tmp_path: Path) -> None:
     model = model_of(name)
     archive = captured(model, tmp_path / "a", sites="resid_post.*,logits")
     anatomy = anatomy_of(model)
@@ -73,7 +75,7 @@ def test_what_lies_below_does_not_run_and_is_not_read(name: str, tmp_path: Path)
     for layer, path in enumerate(anatomy.blocks):
         child = next(m for m in anatomy.parts[path].modules() if isinstance(m, nn.Linear))
         child.register_forward_hook(lambda *_, layer=layer: ran.update([layer]))
-    for layer in (0, 2):  # sites that the replay has no use for are gone
+    for layer in (0, 2):  # the replay does not need these sites
         (archive.path / f"sites/resid_post/{layer}/c/0/0").unlink()
     with residua.replay(model, residua.open(archive.path), examples=EVEN, at="resid_post.1") as run:
         ran.clear()
@@ -84,30 +86,32 @@ def test_what_lies_below_does_not_run_and_is_not_read(name: str, tmp_path: Path)
 @pytest.mark.parametrize(
     ("name", "dtype"), [*((name, torch.float32) for name in TINY), ("mistral", DTYPES[1]), ("phi", DTYPES[2])]
 )
-def test_another_batch_gives_the_same_to_rounding_and_says_so(name: str, dtype: torch.dtype, tmp_path: Path) -> None:
+def test_another_batch_gives_the_same_to_rounding_and_a_note(name: str, dtype: torch.dtype, tmp_path: Path) -> None:
     model = model_of(name, dtype)
     archive = captured(model, tmp_path / "a", sites="resid_post.0,logits")
     with residua.replay(model, archive, examples=[2, 0], at="resid_post.0") as run:
         for place, example in enumerate((2, 0)):
             expected = stored(archive, "logits", example)
             assert (run.logits[place] - expected).abs().max() <= OTHER_BATCH[dtype] * expected.abs().max()
-        assert "example 2 ran in another batch when it was captured (examples 3, 2)" in run.notes[-1]
+        assert "example 2 ran in another batch" in run.notes[-1]
+        assert "(examples 3, 2)" in run.notes[-1]
     assert archive.batch_of(2) == (3, 2)
 
 
-def test_rows_that_the_plan_left_out_are_computed(tmp_path: Path) -> None:
+def test_rows_that_were_not_captured_are_computed(tmp_path: Path) -> None:
     model = model_of("llama")
-    whole = captured(model, tmp_path / "whole")
-    part = captured(model, tmp_path / "part", positions="every:4")
-    with residua.replay(model, part, examples=PADDED, at="resid_post.0") as run:
+    full = captured(model, tmp_path / "full")
+    sparse = captured(model, tmp_path / "sparse", positions="every:4")
+    with residua.replay(model, sparse, examples=PADDED, at="resid_post.0") as run:
         for place, example in enumerate(PADDED):
-            assert torch.equal(run.logits[place], stored(whole, "logits", example))
-            assert torch.equal(run["final"][place], stored(part, "final", example))
+            assert torch.equal(run.logits[place], stored(full, "logits", example))
+            assert torch.equal(run["final"][place], stored(sparse, "final", example))
         assert run.skipped_blocks == 0
-        assert "example 3 has 3 of 11 tokens in the archive: the model ran in full" in run.notes[0]
+        assert "example 3 has 3 of 11 tokens" in run.notes[0]
+        assert "in full" in run.notes[0]
 
 
-def test_everything_is_computed_when_asked_for_and_once(llama: Given) -> None:
+def test_results_are_computed_when_asked_for_and_once(llama: Given) -> None:
     model, archive = llama
     calls: list[int] = []
     handle = model.register_forward_hook(lambda *_: calls.append(1))
@@ -120,7 +124,7 @@ def test_everything_is_computed_when_asked_for_and_once(llama: Given) -> None:
         assert len(calls) == 2
     handle.remove()
     assert run.logits[0].shape == (LENGTHS[0], 97)
-    with pytest.raises(CaptureError, match="this replay is over"):
+    with pytest.raises(CaptureError, match="over"):
         run["attn_out.2"]
 
 
@@ -181,8 +185,8 @@ def test_offloaded_weights_give_the_same_bits(llama: Given, tmp_path: Path) -> N
             for place, example in enumerate(EVEN):
                 assert torch.equal(run.logits[place], stored(archive, "logits", example))
                 assert torch.equal(run["final"][place], stored(archive, "final", example))
-            assert run.notes == (), "the weights are compared where they are"
-    same = [0, 1, 3, 4, 5, 6]  # all but the weights, which accelerate itself brings and takes away
+            assert run.notes == (), "offloaded weights are compared too"
+    same = [0, 1, 3, 4, 5, 6]  # all but the weights, which accelerate loads and removes
     assert [state_of(spread)[i] for i in same] == [before[i] for i in same]
 
 
@@ -191,7 +195,7 @@ def test_another_model_is_refused_unless_forced(llama: Given) -> None:
     other = model_of("llama")
     with torch.no_grad():
         next(other.parameters()).add_(1e-3)
-    asked = pytest.raises(PlanError, match=r"not the model that .* was captured from:\n  weights: \w+ in the archive")
+    asked = pytest.raises(PlanError, match=rf"(?s)not the model.*{re.escape(str(archive.path))}.*weights: \w+")
     with asked, residua.replay(other, archive, examples=EVEN, at="resid_post.0"):
         pass
     with residua.replay(other, archive, examples=EVEN, at="resid_post.0", force=True) as run:
@@ -205,13 +209,12 @@ def test_conditions_that_differ_are_noted(llama: Given, tmp_path: Path) -> None:
     try:
         model.set_attn_implementation("eager")  # type: ignore[operator]  # of transformers
         with residua.replay(model, archive, examples=EVEN, at="resid_post.1") as run:
-            assert run.notes == (
-                "attention: sdpa when it was captured, eager now",
-                "threads: 1 when it was captured, 2 now",
-            )
+            attention, threads = run.notes
+            assert all(word in attention for word in ("attention", "sdpa", "eager"))
+            assert all(word in threads for word in ("threads", "1", "2"))
     finally:
         torch.set_num_threads(1)
         model.set_attn_implementation("sdpa")  # type: ignore[operator]  # of transformers
     half = captured(model_of("llama"), tmp_path / "half", dtype="bfloat16", sites="resid_post.1")
     with residua.replay(model, half, examples=EVEN, at="resid_post.1") as run:
-        assert "resid_post.1 is stored as bfloat16 with raw, and the model computes in float32" in run.notes[0]
+        assert all(word in run.notes[0] for word in ("resid_post.1", "bfloat16", "raw", "float32"))
