@@ -1,4 +1,4 @@
-"""What an edit takes from an archive: whether it is there, the classes of a column, means of a site's rows."""
+"""What an edit takes from an archive: the check that it is there, classes of a column, means of a site's rows."""
 
 from collections.abc import Hashable, Iterable, Iterator, Mapping
 
@@ -62,32 +62,32 @@ def class_members(archive: Archive, name: str) -> dict[Value, list[int]]:
 
 
 def mean_row(archive: Archive, site: str, ranges: Iterable[tuple[int, int]] | None = None) -> npt.NDArray[np.float64]:
-    """Return the mean of rows of a site, float64, (*row shape); NaN or infinite where a row is.
+    """Return the mean of a site's rows, float64, (*row shape), in one pass; NaN or infinite where a row is.
 
     Args:
-        archive: Where they are stored.
+        archive: The archive.
         site: Name of a stored site.
-        ranges: First row and row after the last, of each run of rows; all unless given. Those that are not captured
-            yet are left out.
+        ranges: Ranges of rows, each its first row and the row after its last; all rows by default. Rows that are not
+            captured yet are left out.
 
     Raises:
-        NotCapturedError: There is no such row yet.
+        NotCapturedError: None of the rows is captured yet.
     """
     stored = archive[site]
     total, n_rows = np.zeros(stored.shape[1:]), 0
     for first, last in _captured(archive, ranges):
         for start in range(first, last, _PIECE_ROWS):
             rows = _wide(stored[start : min(start + _PIECE_ROWS, last)])
-            with np.errstate(invalid="ignore"):  # of infinite values; the mean is NaN then
+            with np.errstate(invalid="ignore"):  # the mean of infinite values of both signs is NaN
                 total += rows.sum(0, dtype=np.float64)
             n_rows += len(rows)
     if not n_rows:
-        raise NotCapturedError(f"{archive.path} has no captured row that a mean of {site} could be taken of")
+        raise NotCapturedError(f"{archive.path} has no captured row of {site} to take the mean of")
     return total / n_rows
 
 
 def _captured(archive: Archive, ranges: Iterable[tuple[int, int]] | None) -> Iterator[tuple[int, int]]:
-    """Yield the parts of `ranges` that lie in captured shards."""
+    """Yield those rows of `ranges` that lie in captured shards, as ranges."""
     captured = [commit.rows for _, commit in sorted(archive.commits.items())]
     if ranges is None or archive.is_sealed:
         yield from captured if ranges is None else ranges

@@ -1,24 +1,24 @@
-"""Edits as data: what is changed at which sites, on which rows, in a stated order. No torch, no code.
+"""Edits as data: changes of sites on selected rows, in a stated order. No torch, no code.
 
-An edit names its kind (``edit``), its sites (``site``) and what the kind needs; the rest says where it applies:
+An edit names its kind (``edit``), its sites (``site``) and what its kind needs. Other keys select rows.
 
-| edit | needs | what becomes of a chosen row x |
+| edit | needs | value that replaces a selected row x |
 | --- | --- | --- |
 | `zero` | | 0 |
-| `mean` | | the mean of the archive's rows; `column`: of examples with the same value there; `archive`: of another |
+| `mean` | | the mean of the archive's rows; `column`: of examples with the same value; `archive`: of another archive |
 | `add` | `vector`, `scale` (1) | x + scale * vector |
-| `set` | `to`: a vector, a number, or `stored` | that value, or the row that the archive holds |
+| `set` | `to`: a vector, a number, or `stored` | that value, or the row in the archive |
 | `scale` | `by` | by * x |
-| `project_out` | `directions`: a vector, or several | x without its part in the space that they span |
-| `noise` | `std`, `seed` (0) | x plus Gaussian noise that follows from seed, site, example and position alone |
-| `swap` | `source`, `align` (start), `archive` | the stored row of another example, at the position that `align` says |
-| `lens` | `lens`, a folder | the lens's guess at the final residual stream, up to its length |
-| `overlay` | `overlay`, a folder | the overlay's row where it has one |
-| `function` | `function` | what a Python function makes of the rows; in-process only, and not reproducible |
+| `project_out` | `directions`: a vector, or several | x without its projection onto their span |
+| `noise` | `std`, `seed` (0) | x plus Gaussian noise that depends on seed, site, example and position only |
+| `swap` | `source`, `align` (start), `archive` | the stored row of another example, where `align` says |
+| `lens` | `lens`, a folder | the lens's estimate of the final residual stream, up to its length |
+| `overlay` | `overlay`, a folder | the row of the overlay, if it has one |
+| `function` | `function` | the result of a Python function; in-process only, and not reproducible |
 
-`examples`, `positions` (numbers, negative ones from the end, or a slice as text, ``"-3:"``), `rows` (of the archive),
-`tokens` (ids) and `where` (values of the dataset's columns) choose rows, and all that are given must hold. `heads` and
-`channels` choose parts of a row. Edits of one site apply in the order of the list; sites come in the model's order.
+`residua.store.selection.tokens` has the keys that select rows (`examples`, `positions`, `rows`, `tokens`, `where`) and
+elements of a row (`heads`, `channels`). All that are given must hold. Edits of one site apply in the order of the list;
+sites come in the model's order.
 """
 
 from collections.abc import Callable, Mapping
@@ -36,11 +36,11 @@ Align = Literal["start", "end"] | tuple[tuple[int, int], ...]
 
 @dataclass(frozen=True, kw_only=True)
 class Edit:
-    """One edit; see the module's head.
+    """One edit; the module's docstring has all kinds.
 
     Attributes:
-        sites: Names or patterns of sites, as they were given.
-        chosen: Where it applies.
+        sites: Names or patterns of sites, as given.
+        chosen: The rows that it changes.
     """
 
     sites: tuple[str, ...]
@@ -49,16 +49,16 @@ class Edit:
 
     @property
     def needs_stored_rows(self) -> bool:
-        """Whether it takes rows that are stored, so that it has none for tokens that the plan left out."""
+        """Whether it takes stored rows, which tokens that the plan left out do not have."""
         return False
 
     @property
     def folders(self) -> tuple[Path, ...]:
-        """Archives, lenses and overlays that it takes values from."""
+        """Folders of the archives, lenses and overlays that it takes values from."""
         return tuple(value for entry in fields(self) if isinstance(value := getattr(self, entry.name), Path))
 
     def to_json(self) -> dict[str, Json]:
-        """Return the edit as plain JSON values, defaults left out; `parse_edits` reads them."""
+        """Return the edit as JSON values without defaults; `parse_edits` reads them."""
         found: dict[str, Json] = {"edit": self.kind, "site": list(self.sites)}
         for owner in (self, self.chosen):
             for entry in fields(owner):
@@ -95,7 +95,7 @@ class Add(Edit):
 
 @dataclass(frozen=True, kw_only=True)
 class Set(Edit):
-    """A value in place of another."""
+    """Replacement by a fixed value or by stored rows."""
 
     to: Vector | float | Literal["stored"]
     kind = "set"
@@ -108,7 +108,7 @@ class Set(Edit):
 
 @dataclass(frozen=True, kw_only=True)
 class Scale(Edit):
-    """A multiple."""
+    """Multiplication by a number."""
 
     by: float
     kind = "scale"
@@ -116,7 +116,7 @@ class Scale(Edit):
 
 @dataclass(frozen=True, kw_only=True)
 class ProjectOut(Edit):
-    """Removal of a direction or of a subspace."""
+    """Projection that removes a direction or a subspace."""
 
     directions: Vector
     kind = "project_out"
@@ -136,9 +136,9 @@ class Swap(Edit):
     """Activation patching with another example's rows.
 
     Attributes:
-        source: The example whose rows come in, for all or by example.
+        source: The example that the rows come from, one for all or one for each edited example.
         align: Equal positions counted from the ``start`` or the ``end``, or pairs (position here, position there).
-        archive: Where the rows come from, if it is another archive.
+        archive: The archive that the rows come from, if it is another one.
     """
 
     source: int | Mapping[int, int]
@@ -154,7 +154,7 @@ class Swap(Edit):
 
 @dataclass(frozen=True, kw_only=True)
 class Through(Edit):
-    """Decoding through a lens."""
+    """Replacement by a lens's estimate of the final residual stream."""
 
     lens: Path
     kind = "lens"
@@ -162,7 +162,7 @@ class Through(Edit):
 
 @dataclass(frozen=True, kw_only=True)
 class FromOverlay(Edit):
-    """Rows that were edited elsewhere."""
+    """Replacement by the rows of an overlay."""
 
     overlay: Path
     kind = "overlay"
@@ -175,13 +175,13 @@ class FromOverlay(Edit):
 
 @dataclass(frozen=True, kw_only=True)
 class Function(Edit):
-    """A Python function of (site, rows): rows are (rows, *row) and what comes back is of the same shape and type."""
+    """A Python function of (site, rows), rows being (rows, *row); it returns the same shape and type."""
 
     function: Callable[[str, Any], Any]
     kind = "function"
 
     def to_json(self) -> dict[str, Json]:
-        """Return what can be said of a function: its name, and that nobody can run it from this."""
+        """Return the name of the function; the JSON cannot bring it back, and says so."""
         name = getattr(self.function, "__qualname__", type(self.function).__name__)
         module = getattr(self.function, "__module__", "")
         chosen = Edit(sites=self.sites, chosen=self.chosen).to_json()

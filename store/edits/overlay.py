@@ -1,9 +1,9 @@
-"""Overlays: edited rows of an archive's own plan, over the original; a row that was never written is the original's.
+"""Overlays: edited rows on top of an archive. A row that was never written stays as the archive has it.
 
 An overlay is a plain Zarr v3 group, so anything can write it: numpy, zarr-python, a Dask cluster. Every site is one
-array of the archive's shape in float32 (float64 where the site is), which holds bfloat16 and float16 exactly. Its
+array of the archive's shape in float32 (float64 for a float64 site), which holds bfloat16 and float16 exactly. Its
 chunks are as high as the archive's shards, so that tasks on blocks of shards never share a chunk. The fill value is
-NaN: a row that is NaN throughout has not been written. `zarr.json` names the plan that the rows belong to.
+NaN: a row of NaN only has not been written. `zarr.json` names the plan of the archive.
 """
 
 from collections.abc import Iterable
@@ -26,28 +26,28 @@ from residua.store.storage.crc import CRC_BYTES
 
 _KEY = "residua_overlay"
 _NODE = "zarr.json"
-_MOST_NODE_BYTES = 2**20
+_MAX_NODE_BYTES = 2**20
 _FLOATS = ("bfloat16", "float16", "float32", "float64")
 
 
 class Overlay:
-    """Edited rows over an archive. Make or open one with `residua.overlay`.
+    """Edited rows on top of an archive. Create or open one with `residua.overlay`.
 
     ``overlay["resid_post.5"]`` is a Zarr array, (rows, *row shape), to write to; `write` takes any list of rows.
 
     Args:
         path: Folder of the overlay.
-        archive: The archive that it lies over.
+        archive: The archive that it belongs to.
 
     Attributes:
         path: Folder of the overlay.
-        archive: The archive below.
-        sites: Names of its sites.
+        archive: The archive that it belongs to.
+        sites: Names of the overlay's sites.
 
     Raises:
         FileNotFoundError: There is no overlay at that path.
-        PlanError: It is an overlay of another plan.
-        UnsafeArchiveError: It is none that Residua makes.
+        PlanError: The overlay belongs to another plan.
+        UnsafeArchiveError: The overlay is not such as Residua creates.
     """
 
     def __init__(self, path: Path, archive: Archive) -> None:
@@ -69,7 +69,7 @@ class Overlay:
     def _array(self, site: str) -> zarr.Array[Any]:
         node = self.path / self.archive.plan.site(site).path / _NODE
         if node.exists():
-            check_file(self.path, node, _MOST_NODE_BYTES)
+            check_file(self.path, node, _MAX_NODE_BYTES)
         try:
             found = self._group[self.archive.plan.site(site).path]
         except (KeyError, ValueError, TypeError) as error:
@@ -84,21 +84,21 @@ class Overlay:
         Args:
             site: Name of a site.
             rows: Rows of the archive, (n).
-            values: What they become, (n, *row shape).
+            values: Their new values, (n, *row shape).
 
         Raises:
             PlanError: The overlay has no such site, or the values do not fit.
         """
         array, numbers, new = self[site], np.asarray(rows, np.int64), np.asarray(values)
         if new.shape != (len(numbers), *array.shape[1:]):
-            raise PlanError(f"{len(numbers)} rows of {site} have shape {(len(numbers), *array.shape[1:])}: {new.shape}")
+            raise PlanError(f"{len(numbers)} rows of {site} need {(len(numbers), *array.shape[1:])}: found {new.shape}")
         wrong = numbers[(numbers < 0) | (numbers >= array.shape[0])]
         if len(wrong):
             raise PlanError(f"{site} has {array.shape[0]:,} rows: there is no row {int(wrong[0]):,}")
         array.set_orthogonal_selection((numbers,), new.astype(array.dtype))
 
     def _check_chunks(self, array: zarr.Array[Any], rows: npt.NDArray[np.int64]) -> None:
-        """Look at the files that rows lie in before anything is read of them."""
+        """Check the files of the given rows before anything is read from them."""
         most_bytes = prod(array.chunks) * array.dtype.itemsize + CRC_BYTES
         for chunk in np.unique(rows // array.chunks[0]).tolist():
             key = array.metadata.encode_chunk_key((chunk, *[0] * (array.ndim - 1)))
@@ -107,11 +107,11 @@ class Overlay:
                 check_file(self.path, file, most_bytes)
 
     def read(self, site: str, rows: npt.ArrayLike) -> tuple[Array, npt.NDArray[np.bool_]]:
-        """Return edited rows, and which of them there are; what the others hold means nothing.
+        """Return rows, (rows, *row shape), and for each whether it was edited; values of the others are arbitrary.
 
         Raises:
             DamagedArchiveError: A chunk was altered.
-            UnsafeArchiveError: It is a link that leads out of the overlay, or too large.
+            UnsafeArchiveError: A chunk is a link that leads out of the overlay, or is too large.
         """
         array, numbers = self[site], np.asarray(rows, np.int64)
         self._check_chunks(array, numbers)
@@ -126,17 +126,17 @@ class Overlay:
 def overlay(
     archive: Archive | str | PathLike[str], out: str | PathLike[str], *, sites: str | Iterable[str] = "*"
 ) -> Overlay:
-    """Make an overlay of edited rows at `out`, or open the one that is there.
+    """Create an overlay of edited rows at `out`, or open the existing one.
 
     Args:
         archive: The archive, or its folder.
         out: Folder of the overlay.
-        sites: The sites that it has, if it is made; nothing is written for those that stay as they are.
+        sites: Sites of a new overlay. A site without edited rows takes no space.
 
     Raises:
         UnknownSiteError: The archive does not store a site.
-        PlanError: There is an overlay of another plan, or the archive's size is still open.
-        FileExistsError: There is something else.
+        PlanError: The overlay at `out` belongs to another plan, or the archive's size is still open.
+        FileExistsError: There is something else at `out`.
 
     Example:
         >>> edited = residua.overlay("acts.zarr", "edited.zarr", sites="resid_post.5")  # doctest: +SKIP
@@ -148,7 +148,7 @@ def overlay(
         return _reopened(path, below)
     names = [name for name in below.select(sites) if below.plan.site(name).dtype in _FLOATS]
     if below.progress.total_rows is None:
-        raise PlanError(f"{below.path} is still being recorded, and nobody knows how many rows it will have")
+        raise PlanError(f"{below.path} is still being recorded, so its number of rows is open: finish the recording")
     group = zarr.create_group(str(path), zarr_format=3)
     for name in names:
         site = below.plan.site(name)
@@ -157,7 +157,7 @@ def overlay(
             shape=(below.n_rows, *site.row_shape),
             dtype=_dtype_of(site),
             chunks=(below.plan.rows_per_shard, *site.row_shape),
-            compressors=[Crc32cCodec()],  # and none that packs: a stranger's chunk then cannot claim a huge size
+            compressors=[Crc32cCodec()],  # no compression, so that a hostile chunk cannot claim a huge size
             fill_value=np.nan,
         )
     group.attrs[_KEY] = {"plan": below.plan.digest, "sites": names}
@@ -177,8 +177,8 @@ def _dtype_of(site: SitePlan) -> str:
 
 def _opened(path: Path) -> zarr.Group:
     if not (path / _NODE).is_file():
-        raise FileNotFoundError(f"there is no overlay at {path}: make one with residua.overlay(archive, {str(path)!r})")
-    check_file(path, path / _NODE, _MOST_NODE_BYTES)
+        raise FileNotFoundError(f"no overlay at {path}: create one with residua.overlay(archive, {str(path)!r})")
+    check_file(path, path / _NODE, _MAX_NODE_BYTES)
     try:
         return zarr.open_group(str(path), mode="r+", zarr_format=3)
     except (ValueError, TypeError, KeyError) as error:
@@ -191,7 +191,7 @@ def _sites_of(group: zarr.Group, path: Path, archive: Archive) -> tuple[str, ...
         raise FileNotFoundError(f"{path} is no overlay")
     if entry.get("plan") != archive.plan.digest:
         raise PlanError(
-            f"{path} is an overlay of another plan than that of {archive.path}: its rows are not these rows"
+            f"{path} is an overlay of another plan than that of {archive.path}: use it with its own archive"
         )
     names = entry.get("sites")
     found = [name for name in names if isinstance(name, str)] if isinstance(names, list) else []
@@ -201,7 +201,7 @@ def _sites_of(group: zarr.Group, path: Path, archive: Archive) -> tuple[str, ...
 
 
 def _check_array(array: zarr.Array[Any], site: SitePlan, n_rows: int, path: Path) -> None:
-    """Refuse an array that is not as `overlay` makes it, before anything is read by its sizes."""
+    """Refuse an array that `overlay` does not create, before its sizes are used."""
     shape, chunks = (n_rows, *site.row_shape), array.chunks
     codecs = [codec["name"] for codec in array.metadata.to_dict()["codecs"]]  # type: ignore[index, union-attr, call-overload]  # zarr's union of versions 2 and 3
     if array.shape != shape or str(array.dtype) != _dtype_of(site) or codecs != ["bytes", "crc32c"]:
@@ -209,4 +209,4 @@ def _check_array(array: zarr.Array[Any], site: SitePlan, n_rows: int, path: Path
             f"{path}: {site.name} has {array.dtype} rows of shape {array.shape} in {codecs}, and the archive {shape}"
         )
     if chunks[1:] != site.row_shape or chunks[0] > MAX_ROWS_PER_SHARD:
-        raise UnsafeArchiveError(f"{path}: {site.name} has chunks of {chunks}, which no overlay of ours has")
+        raise UnsafeArchiveError(f"{path}: {site.name} has chunks of {chunks}, which Residua never creates")

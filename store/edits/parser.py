@@ -1,7 +1,7 @@
-"""From Python dictionaries, YAML or JSON to edits, checked: whatever a stranger sends is an edit or an error.
+"""Parses edits from Python dictionaries, YAML or JSON. Untrusted input becomes an edit or an error.
 
-Text that names files and folders stays inside the folder of the edit file. A `Path` object is the caller's own word
-and may lead anywhere; so may a function, which only a Python caller can hand over.
+Text that names files and folders stays inside the folder of the edit file. A `Path` object may lead anywhere, since
+only a Python caller can pass one; the same holds for functions.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -20,22 +20,22 @@ from residua.store.selection.tokens import Selection, parse_selection
 from residua.store.selection.values import MAX_LIST, finite_number, is_list, text, whole_number
 
 MAX_EDITS = 1000
-MAX_FILE_BYTES = 2**20  # as YAML it takes 350 times that in memory, and 20 s
+MAX_FILE_BYTES = 2**20  # as YAML this takes 350 times the memory, and 20 s
 
 EditSource = str | PathLike[str] | Iterable[Edit | Mapping[str, Any]]
 """The path of a YAML or JSON file, or edits and dictionaries in order."""
 
 
 def parse_edits(source: EditSource, *, folder: str | PathLike[str] | None = None) -> tuple[Edit, ...]:
-    """Return the edits that `source` spells, in order.
+    """Return the edits of `source`, in order.
 
     Args:
         source: A file with a list of edits, or with such a list under ``edits``; or edits and dictionaries.
-        folder: Where files lie that dictionaries name by text; the current folder unless given. Files that a file
-            names lie beside it.
+        folder: Folder of the files that dictionaries name by text; the current folder by default. Files that a file
+            names are in its own folder.
 
     Raises:
-        PlanError: Something in it is no edit; the message says which and why.
+        PlanError: An entry is no edit; the message says which and why.
 
     Example:
         >>> parse_edits([{"edit": "scale", "site": "mlp_out.3", "by": 0.5, "positions": [-1]}])[0].chosen.positions
@@ -51,7 +51,7 @@ def _read(path: Path) -> list[Any]:
     if not path.is_file():
         raise PlanError(f"there is no file of edits at {path}")
     if path.stat().st_size > MAX_FILE_BYTES:
-        raise PlanError(f"{path} is over 1 MiB: put long vectors into .npy files beside it and name them")
+        raise PlanError(f"{path} is over 1 MiB: put long vectors into .npy files in its folder, and name them")
     try:
         found = parse_yaml(path.read_text(encoding="utf-8"))
     except ValueError as error:
@@ -65,7 +65,7 @@ def _read(path: Path) -> list[Any]:
 
 def _parse_all(items: list[Any], folder: Path, *, trusted: bool) -> tuple[Edit, ...]:
     if len(items) > MAX_EDITS:
-        raise PlanError(f"{len(items):,} edits were given; at most {MAX_EDITS:,} are taken")
+        raise PlanError(f"{len(items):,} edits were given: give at most {MAX_EDITS:,}")
     edits = []
     for number, item in enumerate(items, start=1):
         try:
@@ -116,12 +116,12 @@ def _sites(value: object) -> tuple[str, ...]:
     if not isinstance(words, list | tuple) or not words or not all(isinstance(word, str) for word in words):
         raise PlanError(f"site is the name of a site or a list of names, found {str(value)[:60]!r}")
     if len(words) > MAX_EDITS or sum(len(word) for word in words) > MAX_FILE_BYTES:
-        raise PlanError("site names too many sites: patterns such as 'resid_post.*' name several")
+        raise PlanError("site names too many sites: use patterns such as 'resid_post.*'")
     return tuple(words)
 
 
 class _Fields:
-    """Reads the value of each field; a field means the same in every edit."""
+    """Reads the value of each field of an edit that selects no rows; a field is the same in every kind."""
 
     def __init__(self, folder: Path, *, trusted: bool) -> None:
         self._folder = folder
@@ -147,7 +147,7 @@ class _Fields:
         return vector_of(value, self._folder)
 
     def _target(self, name: str, value: object) -> Vector | float | str:
-        if isinstance(value, str) and value == "stored":  # an array compares each of its numbers
+        if isinstance(value, str) and value == "stored":  # comparing an array would give an array
             return "stored"
         if isinstance(value, int | float) or getattr(value, "ndim", 1) == 0:
             return finite_number(name, value)
@@ -160,7 +160,7 @@ class _Fields:
 
     def _function(self, name: str, value: object) -> Callable[..., Any]:
         if not self._trusted or not callable(value):
-            raise PlanError(f"{name} is a Python function, which only Python code in this process can hand over")
+            raise PlanError(f"{name} is a Python function, which only Python code in this process can pass")
         return value
 
 
@@ -180,7 +180,7 @@ def _source(name: str, value: object) -> int | dict[int, int]:
 
 
 def _example(name: str, key: object) -> int:
-    """Return the key of a mapping, which JSON makes a text."""
+    """Return the key of a mapping; JSON has turned it into text."""
     return int(key) if isinstance(key, str) and key.isdecimal() else whole_number(name, key)
 
 
@@ -192,10 +192,10 @@ def _align(name: str, value: object) -> Align:
         raise PlanError(f"{name} is start, end, or a list of pairs [position here, position there]")
     found = tuple((whole_number(name, here), whole_number(name, there)) for here, there in pairs)
     if len({here for here, _ in found}) < len(found):
-        raise PlanError(f"{name} gives a position two partners; each has one")
+        raise PlanError(f"{name} gives a position two partners: give each one")
     return found
 
 
 def is_reproducible(edits: Iterable[Edit]) -> bool:
-    """Say whether the edits' JSON is all that one needs to apply them again: no function is among them."""
+    """Return whether the edits' JSON suffices to apply them again, which no Python function allows."""
     return not any(isinstance(edit, Function) for edit in edits)

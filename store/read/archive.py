@@ -1,4 +1,4 @@
-"""An archive, opened for reading: sites, rows, examples, progress, provenance. Needs no torch and no model."""
+"""An archive opened for reading: sites, rows, examples, progress and provenance. Needs no torch and no model."""
 
 from collections.abc import Iterable, Iterator, Mapping
 from functools import cached_property
@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 
 
 class Rows(NamedTuple):
-    """What each row is: token id, position in its example, and number of its example."""
+    """The columns of the rows: token id, position in its example, and number of its example."""
 
     token: ArchiveArray
     position: ArchiveArray
@@ -50,7 +50,7 @@ class Rows(NamedTuple):
 
 
 class Progress(NamedTuple):
-    """How much of an archive is captured."""
+    """Captured and total rows and shards; the totals are None while a user's own loop is still open."""
 
     rows: int
     total_rows: int | None
@@ -63,13 +63,13 @@ class Archive(Mapping[str, ArchiveArray]):
 
     Args:
         path: Folder of the archive.
-        check: When chunks are verified: ``once`` (at first touch), ``always`` or ``never``.
+        check: When chunks are verified: ``once`` (when they are used first), ``always`` or ``never``.
         threads: Threads that decode compressed chunks; by default the processor's, up to four.
 
     Raises:
         FileNotFoundError: There is no archive at that path.
         DamagedArchiveError: A file is missing or altered; the message names it.
-        UnsafeArchiveError: The metadata is not what an honest writer makes.
+        UnsafeArchiveError: The metadata is not such as Residua writes.
     """
 
     def __init__(self, path: str | PathLike[str], *, check: Check = "once", threads: int | None = None) -> None:
@@ -81,12 +81,12 @@ class Archive(Mapping[str, ArchiveArray]):
 
     @property
     def plan(self) -> Plan:
-        """The plan that everything follows from."""
+        """The plan of the archive."""
         return self.metadata.plan
 
     @property
     def provenance(self) -> Mapping[str, object]:
-        """Where model, data and numbers came from."""
+        """The sources of model, data and numbers."""
         return self.metadata.provenance
 
     @property
@@ -96,10 +96,10 @@ class Archive(Mapping[str, ArchiveArray]):
 
     @cached_property
     def commits(self) -> Mapping[int, Commit]:
-        """The commit of each captured shard, as they were when first asked for.
+        """The commit of each captured shard; read once.
 
         Raises:
-            DamagedArchiveError: A record is altered, or is not of a shard of this archive; the message names it.
+            DamagedArchiveError: A record is altered, or belongs to no shard of this archive; the message names it.
         """
         commits = read_commits(self.path, self.plan.digest)
         check_commits(self.path, self.plan, commits, self.metadata.n_rows)
@@ -107,7 +107,7 @@ class Archive(Mapping[str, ArchiveArray]):
 
     @property
     def n_rows(self) -> int:
-        """Rows of the archive; of one that is not sealed and of open size, those captured without a gap."""
+        """Rows of the archive; while its size is open, the rows captured without a gap."""
         if self.metadata.n_rows is not None:
             return self.metadata.n_rows
         n_rows = 0
@@ -119,7 +119,7 @@ class Archive(Mapping[str, ArchiveArray]):
 
     @property
     def progress(self) -> Progress:
-        """Captured and total rows and shards; the totals are None while a user's own loop is open."""
+        """Captured and total rows and shards."""
         rows = sum(commit.rows[1] - commit.rows[0] for commit in self.commits.values())
         if self.metadata.n_rows is None:
             return Progress(rows, None, len(self.commits), None)
@@ -144,26 +144,26 @@ class Archive(Mapping[str, ArchiveArray]):
         return f"<Archive {self.path} of {self.n_rows:,} rows ({state}), {len(self)} sites>"
 
     def select(self, patterns: str | Iterable[str]) -> tuple[str, ...]:
-        """Return the stored sites that `patterns` name, for example ``resid_post.*``.
+        """Return the stored sites that match `patterns`, for example ``resid_post.*``.
 
         Raises:
-            UnknownSiteError: A pattern names no stored site.
+            UnknownSiteError: A pattern matches no stored site.
         """
         return select(patterns, self.sites, on_demand=False)
 
     @cached_property
     def _arrays(self) -> dict[str, ArchiveArray]:
         height = self.plan.rows_per_shard
-        return {site.name: self._stored(site.name, site.arrays(height), site.dtype) for site in self.plan.sites}
+        return {site.name: self._array(site.name, site.arrays(height), site.dtype) for site in self.plan.sites}
 
     @cached_property
     def rows(self) -> Rows:
-        """Token, position and example of every row, each lazily."""
+        """Token, position and example of every row, read lazily."""
         specs = {spec.path.removeprefix("rows/"): spec for spec in self.plan.row_arrays}
-        columns = {name: self._stored(f"rows/{name}", (specs[name],), dtype) for name, dtype in ROW_COLUMNS.items()}
+        columns = {name: self._array(f"rows/{name}", (specs[name],), dtype) for name, dtype in ROW_COLUMNS.items()}
         return Rows(**columns)
 
-    def _stored(self, name: str, specs: tuple[ArraySpec, ...], dtype: str) -> ArchiveArray:
+    def _array(self, name: str, specs: tuple[ArraySpec, ...], dtype: str) -> ArchiveArray:
         return ArchiveArray(
             self.path,
             name,
@@ -184,7 +184,7 @@ class Archive(Mapping[str, ArchiveArray]):
             first = missing * self.plan.rows_per_shard
             raise NotCapturedError(
                 f"rows from {first:,} on are not captured yet ({self.progress.rows:,} of {self.n_rows:,} are): "
-                "run the same capture again to go on, then open the archive anew."
+                "run the same capture again to continue it, then open the archive again"
             )
 
     @cached_property
@@ -193,49 +193,50 @@ class Archive(Mapping[str, ArchiveArray]):
 
     @cached_property
     def example_table(self) -> ExampleTable:
-        """The example table, read part by part; a part's SHA-256 is compared before its content is used.
+        """The example table, read part by part. A part's SHA-256 is compared before its content is used.
 
         Raises:
-            DamagedArchiveError: A part is missing, or they are not those that this archive was made with.
+            DamagedArchiveError: A part is missing, or belongs to another archive.
         """
         parts = {name: digest for name, digest in self.metadata.files.items() if name.startswith("examples/")}
         parts |= named_parts(self.commits)
         for name in sorted(parts):
             if not (self.path / name).is_file():
                 raise DamagedArchiveError(f"{self.path / name} is missing: restore the file from a copy")
-        # Parquet has no checksum over its footer and page headers, and a flipped bit there changes numbers.
+        # Parquet has no checksum of its footer and page headers, where a flipped bit changes numbers.
         digests = {} if self._check == "never" else {Path(name).name: digest for name, digest in parts.items()}
-        source = self.metadata.sealed or self.plan.dataset  # neither says it while a user's own loop is open
+        source = self.metadata.sealed or self.plan.dataset  # neither has it while a user's own loop is open
         table = ExampleTable(self.path / "examples", digests=digests)
         table.require(n_rows=self.metadata.n_rows, digest=source.get("examples", source.get("digest")))
         return table
 
     @cached_property
     def examples(self) -> pa.Table:
-        """One line an example: first_row, n_rows, n_tokens, input_ids, positions, and the user's own columns."""
+        """One line for each example: first_row, n_rows, n_tokens, input_ids, positions, and the user's own columns."""
         return self.example_table.table()
 
     def example(self, index: int, sites: str | Iterable[str] | None = None) -> dict[str, Array]:
-        """Return the rows of example `index`, for every site or for those that `sites` names.
+        """Return the rows of example `index`, for every site or for `sites`.
 
         Raises:
             IndexError: There is no such example.
             NotCapturedError: The example has rows that are not captured yet.
-            UnknownSiteError: `sites` names no stored site.
+            UnknownSiteError: `sites` matches no stored site.
         """
         start, stop = self.example_table.rows(index)
-        if stop > self.n_rows:  # a slice would end there without a word
+        if stop > self.n_rows:  # a slice would silently end there
             raise NotCapturedError(
-                f"example {index} is not captured whole: it has the rows {start:,} to {stop:,}, and of this archive, "
-                f"which is not sealed, {self.n_rows:,} rows can be read: choose an example that ends before."
+                f"example {index} is not fully captured: it has rows {start:,} to {stop:,}, and this archive, which is "
+                f"not sealed, has {self.n_rows:,} readable rows: choose an example that ends before"
             )
         names = self.sites if sites is None else self.select(sites)
         return {name: self._arrays[name][start:stop] for name in names}
 
     def batch_of(self, example: int) -> tuple[int, ...]:
-        """Return the examples that ran with `example` when it was captured, itself included, in their order.
+        """Return the examples of the batch in which `example` was captured, in their order, itself included.
 
-        Replayed together they give the captured logits bit for bit. None of a loop of the user's own: nobody knows.
+        Replayed together they give the captured logits bit for bit. Empty if a user's own loop made the archive, for
+        its batches are unknown.
 
         Raises:
             IndexError: There is no such example.
@@ -249,14 +250,14 @@ class Archive(Mapping[str, ArchiveArray]):
         return () if batch is None else tuple(batch.examples.tolist())
 
     def loader(self, sites: str | Iterable[str], *, batch_size: int, **settings: Any) -> "residua.analysis.Loader":
-        """Return batches of rows for training with torch; `residua.analysis.Loader` has the settings.
+        """Return batches of rows for training with torch; see `residua.analysis.Loader` for the settings.
 
         >>> for batch in archive.loader("resid_post.3", batch_size=4096, seed=0):  # doctest: +SKIP
         ...     step(batch["resid_post.3"])
 
         Raises:
-            UnknownSiteError: `sites` names no stored site.
-            AnalysisError: The settings do not fit each other or the archive.
+            UnknownSiteError: `sites` matches no stored site.
+            AnalysisError: The settings contradict each other or the archive.
         """
         import residua
 
@@ -265,7 +266,7 @@ class Archive(Mapping[str, ArchiveArray]):
         return loader
 
     def text(self, row: int, context: int = 10) -> str:
-        """Return the text around `row`, with the row's own token between « and ».
+        """Return the text around `row`, with the token of the row between « and ».
 
         Args:
             row: Number of the row.
@@ -276,33 +277,33 @@ class Archive(Mapping[str, ArchiveArray]):
             ResiduaError: The archive has no tokenizer.
         """
         if not -self.n_rows <= row < self.n_rows:
-            raise IndexError(f"the text of row {row:,} was asked for, and {self.path} has {self.n_rows:,} rows")
+            raise IndexError(f"there is no row {row:,} to show the text of: {self.path} has {self.n_rows:,} rows")
         tokenizer = self.tokenizer
         if tokenizer is None:
             raise ResiduaError(
-                f"{self.path} has no tokenizer: row {row} is token {self.rows.token[row]} by number only"
+                f"{self.path} has no tokenizer for the text of row {row}; its token id is {self.rows.token[row]}"
             )
         example, at = int(self.rows.example[row]), int(self.rows.position[row])
         table = self.example_table
         tokens = table.tokens(example).tolist() if 0 <= example < len(table) else []
         if not 0 <= at < len(tokens):
             raise UnsafeArchiveError(
-                f"{self.path}: row {row:,} is said to be position {at} of example {example}, and there is no such "
-                "token: run residua verify on the archive"
+                f"{self.path}: row {row:,} should be position {at} of example {example}, which has no such token: run "
+                "residua verify on the archive"
             )
         return text_around(tokenizer, tokens, at, context)
 
     @cached_property
     def tokenizer(self) -> Tokenizer | None:
-        """The stored tokenizer (of the `tokenizers` package), or None if the archive has none."""
+        """The tokenizer in the archive (of the `tokenizers` package), or None."""
         content = self.side_file(_TOKENIZER)
         return None if content is None else read_tokenizer(content, self.path / _TOKENIZER)
 
     def side_file(self, name: str) -> bytes | None:
-        """Return the content of a small file beside the arrays, ``head/attention.json`` say; None if there is none.
+        """Return the content of a sidecar file, for example ``head/attention.json``; None if there is none.
 
         Raises:
-            DamagedArchiveError: It is missing, or is not what was written.
+            DamagedArchiveError: The file is missing or was altered.
         """
         return read_sidecar(self.path, self.metadata, name)
 

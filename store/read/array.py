@@ -1,4 +1,4 @@
-"""One stored array, lazily: shape and dtype without reading, rows by slice, list or mask."""
+"""One array of an archive, read lazily: shape and dtype at once, rows by slice, list or mask."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -24,18 +24,18 @@ RowSelection: TypeAlias = int | np.integer[Any] | slice | Sequence[int] | Sequen
 class ArchiveArray:
     """Rows of one array of an archive, (rows, *row shape).
 
-    Indexing with a slice, an integer, a list of rows or a boolean mask reads just those rows and returns numpy;
-    further indices apply to the result. bfloat16 surfaces as `ml_dtypes.bfloat16` in numpy and `torch.bfloat16` in
-    torch, bit for bit.
+    Indexing with a slice, an integer, a list of rows or a boolean mask reads only those rows and returns numpy;
+    further indices apply to the result. bfloat16 becomes `ml_dtypes.bfloat16` in numpy and `torch.bfloat16` in torch,
+    bit for bit.
 
     Args:
         root: Folder of the archive.
-        name: The name in messages: a site, or ``rows/token``.
-        specs: The stored array, or codes and scales of the int8 preset.
-        dtype: Data type name that readers get.
-        n_rows: Rows that the array has.
-        require: Called with the rows asked for; raises if some are not captured yet.
-        check: When chunks are verified: ``once`` (at first touch), ``always`` or ``never``.
+        name: Name for messages: a site, or ``rows/token``.
+        specs: The array on disk, or the codes and scales of the int8 preset.
+        dtype: Name of the data type that readers get.
+        n_rows: Rows of the array.
+        require: Called with the requested rows; raises if some are not captured yet.
+        check: When chunks are verified: ``once`` (when they are used first), ``always`` or ``never``.
         threads: Threads that decode compressed chunks; by default the processor's, up to four.
     """
 
@@ -66,7 +66,7 @@ class ArchiveArray:
         return f"<{self.name} {self.shape} {self.dtype}>"
 
     def __getitem__(self, rows: RowSelection | tuple[Any, ...]) -> Array:
-        """Return the chosen rows as numpy; see the class."""
+        """Return the selected rows as numpy; see the class."""
         if isinstance(rows, tuple):
             picked, rest = rows[0], rows[1:]
             inner: Any = rest if isinstance(picked, int | np.integer) else (slice(None), *rest)
@@ -76,16 +76,16 @@ class ArchiveArray:
     def __array__(self, dtype: npt.DTypeLike | None = None, copy: bool | None = None) -> Array:
         """Return all rows, for numpy functions."""
         if copy is False:
-            raise ValueError(f"{self.name} lies on disk: numpy cannot have it without a copy")
+            raise ValueError(f"{self.name} is on disk: numpy gets it as a copy only")
         return self.numpy(..., dtype=dtype)
 
     def numpy(self, rows: RowSelection = ..., *, dtype: npt.DTypeLike | None = None) -> Array:
-        """Return the chosen rows as a numpy array, cast to `dtype` if one is given.
+        """Return the selected rows as a numpy array, cast to `dtype` if one is given.
 
         Raises:
             IndexError: A row lies outside the array.
             NotCapturedError: A row belongs to a shard that is not committed yet.
-            TooLargeError: There is too little memory for the rows.
+            TooLargeError: The rows do not fit into memory.
             DamagedArchiveError: A file is missing or altered; the message names it.
         """
         if isinstance(rows, int | np.integer):
@@ -95,22 +95,22 @@ class ArchiveArray:
         except MemoryError as error:
             raise TooLargeError(
                 f"{self.name} has {len(self):,} rows of {self.specs[0].row_bytes:,} bytes, and there is too little "
-                f"memory for those that were asked for ({error}): read fewer at a time"
+                f"memory for the requested ones ({error}): read fewer at a time"
             ) from error
         found = found.view(self.dtype) if found.dtype != self.dtype else found
         return found if dtype is None else found.astype(dtype, copy=False)
 
     def torch(self, rows: RowSelection = ..., *, dtype: "torch.dtype | str | None" = None) -> "torch.Tensor":
-        """Return the chosen rows as a torch tensor on the CPU, cast to `dtype` (or its name) if one is given.
+        """Return the selected rows as a torch tensor on the CPU, cast to `dtype` (or its name) if one is given.
 
         Raises:
-            ValueError: There is no such dtype; else as `numpy` does.
+            ValueError: torch has no such dtype. Other errors are those of `numpy`.
         """
         import torch
 
         wanted = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
         if dtype is not None and not isinstance(wanted, torch.dtype):
-            raise ValueError(f"torch has no dtype {dtype!r}: float32 and bfloat16 are two")
+            raise ValueError(f"torch has no dtype {dtype!r}: give one such as float32 or bfloat16")
         tensor = as_tensor(self.numpy(rows))
         return tensor if wanted is None else tensor.to(wanted)
 
@@ -149,29 +149,29 @@ class ArchiveArray:
             if indices.shape != (len(self),):
                 raise IndexError(
                     f"the mask has shape {indices.shape}, but {self.name} has {len(self):,} rows: "
-                    "a mask needs one entry a row"
+                    "give one entry for each row"
                 )
             return np.flatnonzero(indices)
         if indices.ndim != 1 or (indices.size and indices.dtype.kind not in "iu"):
-            raise IndexError(f"rows of {self.name} are chosen by a slice, a list of integers or a mask, not {rows!r}")
+            raise IndexError(f"rows of {self.name}: give a slice, a list of integers or a mask, not {rows!r}")
         indices = indices.astype(np.int64)
         outside = (indices < -len(self)) | (indices >= len(self))
         if outside.any():
             raise IndexError(f"{self.name} has {len(self):,} rows: there is no row {int(indices[outside][0]):,}")
         return np.where(indices < 0, indices + len(self), indices)
 
-    def _merge(self, parts: list[Array]) -> Array:
-        if len(parts) == 1:
-            return parts[0]
-        codes, scales = parts
+    def _merge(self, stored: list[Array]) -> Array:
+        if len(stored) == 1:
+            return stored[0]
+        codes, scales = stored
         values = dequantise_int8(codes, scales, self._dtype_name)
         if values.shape != codes.shape:
-            raise DamagedArchiveError(f"{self.name}: codes and scales do not fit together: the archive is damaged")
+            raise DamagedArchiveError(f"{self.name}: codes and scales differ in shape: restore the archive from a copy")
         return values
 
 
 def as_tensor(values: Array) -> "torch.Tensor":
-    """Return a torch tensor on the memory of `values`, or on a copy of them if they are not contiguous bfloat16."""
+    """Return a torch tensor on the memory of `values`; bfloat16 that is not contiguous is copied."""
     import torch
 
     if values.dtype == ml_dtypes.bfloat16:

@@ -1,8 +1,8 @@
-"""Shard files mapped into memory: opened and checked once, kept while in use, and at most so many at a time.
+"""Shard files mapped into memory. Each is opened and checked once; a limited number stays open.
 
-A mapping costs no memory but a file descriptor and, at first, a look at the shard's index. So recently used ones
-are kept, for all readers of the process together, since the limit on descriptors is the process's. Shard files never
-change once they have their name; whoever cuts one short while it is mapped makes readers crash (SIGBUS).
+A mapping costs a file descriptor and one read of the shard's index, but no memory. All readers of a process share the
+mappings used last, because the limit on descriptors is the process's. A shard file never changes once it has its
+name. Truncating a mapped one crashes readers (SIGBUS).
 """
 
 import mmap
@@ -22,30 +22,30 @@ from residua.store.encoding.shard import RESTORE, describe_chunk, open_shard, re
 from residua.store.encoding.spec import ArraySpec
 from residua.store.storage.crc import CRC_BYTES
 
-_MOST_OPEN = 1024
+_MAX_OPEN = 1024
 
 Bytes = npt.NDArray[np.uint8]
 
 
 class MappedShard:
-    """One shard file, its index checked, its bytes in reach.
+    """One mapped shard file with a checked index.
 
     Attributes:
         path: The file.
-        verified: Per chunk, whether its crc32c was compared.
-        is_verified: Whether that is so for all chunks.
-        raw_rows: For arrays stored raw, (chunks, rows of a chunk), each row an opaque item; empty for others.
+        verified: For each chunk, whether its crc32c was compared, bool, (chunks,).
+        is_verified: Whether all chunks were compared.
+        raw_rows: For arrays stored raw, (chunks, rows of a chunk), each row one opaque item; empty for others.
 
     Args:
         root: Folder of the archive.
         spec: The array.
         shard: Number of the shard.
         n_rows: Rows of the array.
-        verified: What an earlier mapping of the shard had as `verified`; marked further by this one.
+        verified: `verified` of an earlier mapping of the shard, which this one continues.
 
     Raises:
-        DamagedArchiveError: The file is missing, cut short, or its index altered.
-        UnsafeArchiveError: Its index is hostile.
+        DamagedArchiveError: The file is missing or cut short, or its index was altered.
+        UnsafeArchiveError: The index points outside the file.
     """
 
     def __init__(
@@ -59,7 +59,7 @@ class MappedShard:
         with open_shard(self.path) as descriptor:
             index = read_index(descriptor, spec, n_rows=self._n_rows, path=self.path)
             mapping = mmap.mmap(descriptor, 0, access=mmap.ACCESS_READ)
-        # Never closed by hand: views of it may outlive this object, and the last one frees it.
+        # Never closed: views may outlive this object, and the last one frees the mapping.
         self._bytes: Bytes = np.frombuffer(mapping, np.uint8)
         self._starts = index.offsets.tolist()
         self._sizes = index.sizes.tolist()
@@ -80,7 +80,7 @@ class MappedShard:
         return self._bytes.nbytes
 
     def stored(self, chunk: int) -> Bytes:
-        """Return the bytes of a chunk as they lie in the file, crc32c included."""
+        """Return the bytes of a chunk as stored, crc32c included."""
         start = self._starts[chunk]
         found: Bytes = self._bytes[start : start + self._sizes[chunk]]
         return found
@@ -89,7 +89,7 @@ class MappedShard:
         """Compare the crc32c of a chunk.
 
         Raises:
-            DamagedArchiveError: The chunk was altered; the message names file, chunk and rows.
+            DamagedArchiveError: The chunk was altered. The message names file, chunk and rows.
         """
         try:
             check_chunk(self.stored(chunk))
@@ -99,49 +99,51 @@ class MappedShard:
         self.is_verified = bool(self.verified.all())
 
     def copy_raw(self, first: int, out: npt.NDArray[np.generic]) -> None:
-        """Fill `out`, C-contiguous, with the raw rows from `first` on; whole chunks go in one strided copy."""
+        """Fill `out`, C-contiguous, with the raw rows from `first` on. Full chunks take one strided copy."""
         height, row_bytes = self._spec.rows_per_chunk, self._spec.row_bytes
         target = out.reshape(-1).view(np.uint8)
         last = first + len(out)
         row = first
         while row < last:
             chunk, start = divmod(row, height)
-            n_whole = 0 if start else (last - row) // height
+            n_full = 0 if start else (last - row) // height
             stop = min(height, start + last - row)
             at = (row - first) * row_bytes
-            if n_whole:
-                n_bytes = n_whole * self._spec.chunk_bytes
-                whole = target[at : at + n_bytes].reshape(n_whole, -1)
-                np.copyto(whole, self._raw_chunks[chunk : chunk + n_whole])
-                row += n_whole * height
+            if n_full:
+                n_bytes = n_full * self._spec.chunk_bytes
+                np.copyto(target[at : at + n_bytes].reshape(n_full, -1), self._raw_chunks[chunk : chunk + n_full])
+                row += n_full * height
             else:
-                part = self._raw_chunks[chunk, start * row_bytes : stop * row_bytes]
-                np.copyto(target[at : at + part.size], part)
+                rows = self._raw_chunks[chunk, start * row_bytes : stop * row_bytes]
+                np.copyto(target[at : at + rows.size], rows)
                 row += stop - start
 
     def damaged(self, chunk: int, error: ValueError) -> DamagedArchiveError:
-        """Return the error that says what is wrong with a chunk."""
+        """Return the error for a damaged chunk."""
         where = describe_chunk(self._spec, chunk, self._n_rows, self._first_row)
         return DamagedArchiveError(f"{self.path}: {where} is damaged: {error}: {RESTORE}")
 
 
 class OpenShards:
-    """The most recently used mapped shards, by their reader's key and shard number.
+    """The mapped shards used last, by the reader's key and the shard's number.
 
-    What is mapped and was read counts as memory of the process, though the kernel takes it back when it needs it;
-    where somebody ends processes by that count, `limit` keeps it low.
+    Pages of a mapping that were read count as memory of the process, although the kernel takes them back when it needs
+    them. `limit` bounds that count, for environments that end processes by it (Dask workers, for example).
 
-    There is no lock that a fork could leave closed: each step is atomic in the interpreter, and if two threads open
-    the same shard at once, one of the two mappings is kept.
+    No lock guards it, since a fork could leave a lock closed. Each step is atomic in the interpreter. If two threads
+    open the same shard at once, one of the two mappings is kept.
+
+    Args:
+        max_open: Most shards to keep open.
     """
 
-    def __init__(self, most: int) -> None:
-        self._most = most
-        self._most_bytes: int | None = None
+    def __init__(self, max_open: int) -> None:
+        self._max_open = max_open
+        self._max_bytes: int | None = None
         self._shards: OrderedDict[tuple[object, int], MappedShard] = OrderedDict()
 
     def get(self, key: tuple[object, int], open_: Callable[[], MappedShard]) -> MappedShard:
-        """Return the shard kept under `key`, or open it, keep it, and let the one unused for longest go."""
+        """Return the shard kept under `key`, or open and keep it; the shards unused for longest are dropped."""
         found = self._shards.get(key)
         if found is None:
             found = open_()
@@ -151,23 +153,26 @@ class OpenShards:
         else:
             try:
                 self._shards.move_to_end(key)
-            except KeyError:  # another thread has just let it go
+            except KeyError:  # another thread has just dropped it
                 self._shards[key] = found
         return found
 
-    def limit(self, most_bytes: int) -> None:
-        """Keep shards of at most so many bytes together, but always the last one."""
-        self._most_bytes = most_bytes
+    def limit(self, max_bytes: int) -> None:
+        """Keep shards of at most `max_bytes` together, but always the last one."""
+        self._max_bytes = max_bytes
+
+    @property
+    def n_bytes(self) -> int:
+        """Bytes of the shards kept."""
+        return sum(shard.n_bytes for shard in list(self._shards.values()))
 
     def _is_over(self) -> bool:
-        if len(self._shards) > self._most:
+        if len(self._shards) > self._max_open:
             return True
-        if self._most_bytes is None or len(self._shards) < 2:
-            return False
-        return sum(shard.n_bytes for shard in list(self._shards.values())) > self._most_bytes
+        return self._max_bytes is not None and len(self._shards) > 1 and self.n_bytes > self._max_bytes
 
     def drop(self, owner: object) -> None:
-        """Let go of all shards of one reader."""
+        """Drop all shards of one reader."""
         for key in [key for key in list(self._shards) if key[0] is owner]:
             self._shards.pop(key, None)
 
@@ -175,15 +180,15 @@ class OpenShards:
         return len(self._shards)
 
 
-def _most_open() -> int:
+def _max_open() -> int:
     soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    available = soft if soft != resource.RLIM_INFINITY else 4 * _MOST_OPEN
-    return max(16, min(_MOST_OPEN, available // 4))
+    available = soft if soft != resource.RLIM_INFINITY else 4 * _MAX_OPEN
+    return max(16, min(_MAX_OPEN, available // 4))
 
 
-OPEN_SHARDS = OpenShards(_most_open())
+OPEN_SHARDS = OpenShards(_max_open())
 
 
 def cpu_threads() -> int:
-    """Return how many threads a reader takes unless it is told: the processor's, up to four."""
+    """Return the default number of a reader's threads: the processor's, up to four."""
     return min(4, os.cpu_count() or 1)

@@ -1,10 +1,10 @@
-"""Reading rows of one array: slices, row lists and batches, straight from memory-mapped shard files.
+"""Reads rows of one array, by range or by list, from memory-mapped shard files.
 
-Arrays stored raw are read as strided views of the files: one gather a shard. Compressed chunks are decoded where
-they belong, each once a call, by a few threads. Every chunk's crc32c is compared when it is touched first, so an
-altered bit is an error that names file and chunk, never a wrong number. The reader remembers which were compared.
+Arrays stored raw are read as strided views of the files, with one gather for each shard. Compressed chunks are decoded
+into place, each once a call, by a few threads. A chunk's crc32c is compared when the chunk is used first, so an
+altered bit is an error that names file and chunk, and never a wrong number.
 
-A reader may be used by several threads at once, survives a fork, and pickles as its path and settings.
+Several threads may use a reader at once. It survives a fork, and pickles as its path and settings.
 """
 
 import os
@@ -20,10 +20,10 @@ import numpy.typing as npt
 
 from residua.store.encoding.codecs import PRESETS, decode_chunk
 from residua.store.encoding.spec import ArraySpec
-from residua.store.read.mapped import OPEN_SHARDS, MappedShard, cpu_threads
+from residua.store.read.mapped import OPEN_SHARDS, MappedShard, OpenShards, cpu_threads
 
-_FEW_CHUNKS = 3  # not worth waking a thread for
-_MOST_THREADS = max(4, os.cpu_count() or 1)
+_FEW_CHUNKS = 3  # decoded faster without waking a thread
+_MAX_THREADS = max(4, os.cpu_count() or 1)
 
 Array: TypeAlias = npt.NDArray[np.generic]
 Check: TypeAlias = Literal["once", "always", "never"]
@@ -32,7 +32,7 @@ T = TypeVar("T")
 
 
 class _Span(NamedTuple):
-    """Rows of one shard or chunk (its number, first row, row after the last), and where they go."""
+    """Rows of one shard or chunk: its number, first row and row after the last, and their place in the output."""
 
     block: int
     first: int
@@ -41,7 +41,7 @@ class _Span(NamedTuple):
 
 
 class _Key:
-    """What the shards of one reader are kept under."""
+    """The key of one reader's shards among the open ones."""
 
 
 class ArrayReader:
@@ -50,14 +50,22 @@ class ArrayReader:
     Args:
         root: Folder of the archive.
         spec: The array.
-        n_rows: Its rows.
-        check: When a chunk's crc32c is compared: ``once`` (when it is touched first), ``always`` or ``never``.
-        threads: Threads that decode compressed chunks, of those that all readers of the process share; by default the
-            processor's, up to four.
+        n_rows: Rows of the array.
+        check: When a chunk's crc32c is compared: ``once`` (when it is used first), ``always`` or ``never``.
+        threads: Threads that decode compressed chunks, from a pool that all readers of the process share; by default
+            the processor's, up to four.
+        open_shards: Keeps shard files open; by default for all readers of the process.
     """
 
     def __init__(
-        self, root: Path, spec: ArraySpec, n_rows: int, *, check: Check = "once", threads: int | None = None
+        self,
+        root: Path,
+        spec: ArraySpec,
+        n_rows: int,
+        *,
+        check: Check = "once",
+        threads: int | None = None,
+        open_shards: OpenShards = OPEN_SHARDS,
     ) -> None:
         self._root = root
         self._spec = spec
@@ -67,7 +75,8 @@ class ArrayReader:
         self._is_raw = PRESETS[spec.preset].is_raw
         self._key = _Key()
         self._verified: dict[int, npt.NDArray[np.bool_]] = {}  # a byte a chunk; outlives the mappings
-        weakref.finalize(self, OPEN_SHARDS.drop, self._key)
+        self._open_shards = open_shards
+        weakref.finalize(self, open_shards.drop, self._key)
 
     def __reduce__(self) -> tuple[object, ...]:
         return _reopen, (self._root, self._spec, self._n_rows, self._check, self._threads)
@@ -78,11 +87,11 @@ class ArrayReader:
         Raises:
             IndexError: The array has no such rows.
             DamagedArchiveError: A shard file is missing or altered; the message names it.
-            UnsafeArchiveError: The index of a shard file is hostile.
+            UnsafeArchiveError: The index of a shard file points outside it.
         """
         self._check_range(start, stop)
         if start < stop:
-            self._open(start // self._spec.rows_per_shard)  # what is missing is said before memory is taken for it
+            self._open(start // self._spec.rows_per_shard)  # a missing shard is an error before memory is taken
         out = np.empty((stop - start, *self._spec.row_shape), self._spec.storage_dtype)
         self.read_into(out, start, stop)
         return out
@@ -112,12 +121,12 @@ class ArrayReader:
             self._run(lambda span: self._decode(span, out), list(_spans(start, stop, self._spec.rows_per_chunk)))
 
     def take(self, rows: Sequence[int] | npt.NDArray[np.integer]) -> Array:
-        """Return the given rows, in the given order, repeats allowed: (rows, *row shape) in storage dtype.
+        """Return rows in the given order, repeats allowed: (rows, *row shape) in storage dtype.
 
         Raises:
             IndexError: The array has no such row.
             DamagedArchiveError: A shard file is missing or altered; the message names it.
-            UnsafeArchiveError: The index of a shard file is hostile.
+            UnsafeArchiveError: The index of a shard file points outside it.
         """
         wanted = self._check_rows(rows)
         out = np.empty((len(wanted), *self._spec.row_shape), self._spec.storage_dtype)
@@ -132,29 +141,29 @@ class ArrayReader:
         return out
 
     def close(self) -> None:
-        """Let go of mapped files; reading again opens and verifies them anew."""
-        OPEN_SHARDS.drop(self._key)
+        """Close the mapped files; reading again opens and verifies them anew."""
+        self._open_shards.drop(self._key)
         self._verified = {}
 
     def _check_range(self, start: int, stop: int) -> None:
         if not 0 <= start <= stop <= self._n_rows:
-            raise IndexError(f"rows {start:,} to {stop:,} were asked of {self._spec.path}, which has {self._n_rows:,}")
+            raise IndexError(f"rows {start:,} to {stop:,} of {self._spec.path} do not exist: it has {self._n_rows:,}")
 
     def _check_rows(self, rows: Sequence[int] | npt.NDArray[np.integer]) -> RowNumbers:
         wanted = np.asarray(rows)
         if wanted.ndim != 1 or (wanted.size and wanted.dtype.kind not in "iu"):
-            raise IndexError(f"rows of {self._spec.path} are chosen by a list of integers, not by {rows!r}")
+            raise IndexError(f"rows of {self._spec.path}: give a list of integers, not {rows!r}")
         outside = (wanted < 0) | (wanted >= self._n_rows)
         if outside.any():
-            raise IndexError(f"row {wanted[outside][0]:,} was asked of {self._spec.path}, which has {self._n_rows:,}")
+            raise IndexError(f"row {wanted[outside][0]:,} of {self._spec.path} does not exist: it has {self._n_rows:,}")
         return wanted.astype(np.int64)
 
     def _as_items(self, values: Array) -> npt.NDArray[np.void]:
-        """Return a view of rows with each row as one opaque item, which numpy gathers much faster."""
+        """Return a view with each row as one opaque item, which numpy gathers much faster."""
         return values.reshape(-1).view(np.dtype((np.void, self._spec.row_bytes)))
 
     def _open(self, shard: int) -> MappedShard:
-        return OPEN_SHARDS.get((self._key, shard), lambda: self._map(shard))
+        return self._open_shards.get((self._key, shard), lambda: self._map(shard))
 
     def _map(self, shard: int) -> MappedShard:
         mapped = MappedShard(self._root, self._spec, shard, self._n_rows, self._verified.get(shard))
@@ -162,11 +171,11 @@ class ArrayReader:
         return mapped
 
     def _trusts(self, shard: MappedShard) -> bool:
-        """Say whether nothing in `shard` has to be compared any more."""
+        """Return whether no chunk of `shard` needs comparing."""
         return self._check == "never" or (self._check == "once" and shard.is_verified)
 
     def _verify(self, shard: MappedShard, chunks: Iterable[int]) -> None:
-        """Compare the crc32c of `chunks`, as far as `check` asks for it."""
+        """Compare the crc32c of `chunks`, as far as `check` demands."""
         if self._trusts(shard):
             return
         for chunk in chunks:
@@ -192,7 +201,7 @@ class ArrayReader:
         return values
 
     def _decode_chunk(self, number: int, out: Array) -> None:
-        """Decode a chunk, numbered through all shards, into `out`."""
+        """Decode a chunk, numbered across all shards, into `out`."""
         shard_number, chunk = divmod(number, self._spec.chunks_per_shard)
         shard = self._open(shard_number)
         self._verify(shard, [chunk])
@@ -202,7 +211,7 @@ class ArrayReader:
             raise shard.damaged(chunk, error) from error
 
     def _gather_raw(self, wanted: RowNumbers, items: npt.NDArray[np.void]) -> None:
-        """Gather shard by shard; all arithmetic is done before, so that a shard costs a few microseconds."""
+        """Gather shard by shard. All arithmetic comes first, so that each shard costs a few microseconds."""
         shards, local = np.divmod(wanted, self._spec.rows_per_shard)
         chunks, rows = np.divmod(local, self._spec.rows_per_chunk)
         for number, places in _groups(shards):
@@ -216,16 +225,16 @@ class ArrayReader:
         items[places] = self._as_items(self._new_chunk(chunk))[local]
 
     def _run(self, work: Callable[[T], None], jobs: Sequence[T]) -> None:
-        """Do all jobs; with threads, this one takes its share. Return only when none is at work any more."""
-        n_shares = min(self._threads, len(jobs)) if len(jobs) > _FEW_CHUNKS else 1
+        """Do all jobs, in this thread and in others. Return when every thread has finished."""
+        n_slices = min(self._threads, len(jobs)) if len(jobs) > _FEW_CHUNKS else 1
 
-        def share(start: int) -> None:
-            for job in jobs[start::n_shares]:
+        def work_on(start: int) -> None:
+            for job in jobs[start::n_slices]:
                 work(job)
 
-        futures = [_threads_of(os.getpid()).submit(share, i) for i in range(1, n_shares)]
+        futures = [_threads_of(os.getpid()).submit(work_on, i) for i in range(1, n_slices)]
         try:
-            share(0)
+            work_on(0)
         finally:
             wait(futures)
         for future in futures:
@@ -270,8 +279,8 @@ class ColumnShardsReader:
 
 @lru_cache(maxsize=1)
 def _threads_of(pid: int) -> ThreadPoolExecutor:
-    """Return the pool of all readers of process `pid`: a forked child has its parent's, but none of its threads."""
-    return ThreadPoolExecutor(_MOST_THREADS, thread_name_prefix=f"residua-reader-{pid}")
+    """Return the thread pool of all readers of process `pid`; a forked child needs its own, for it has no threads."""
+    return ThreadPoolExecutor(_MAX_THREADS, thread_name_prefix=f"residua-reader-{pid}")
 
 
 def _reopen(root: Path, spec: ArraySpec, n_rows: int, check: Check, threads: int) -> ArrayReader:
@@ -279,7 +288,7 @@ def _reopen(root: Path, spec: ArraySpec, n_rows: int, check: Check, threads: int
 
 
 def _groups(keys: RowNumbers) -> Iterator[tuple[int, RowNumbers]]:
-    """Yield each key with the places where it stands, keys ascending."""
+    """Yield each key with its places in `keys`, keys ascending."""
     order = np.argsort(keys, kind="stable")
     ordered = keys[order]
     starts = np.flatnonzero(np.diff(ordered, prepend=-1))
@@ -289,7 +298,7 @@ def _groups(keys: RowNumbers) -> Iterator[tuple[int, RowNumbers]]:
 
 
 def _spans(start: int, stop: int, height: int) -> Iterator[_Span]:
-    """Cut rows `start` to `stop` at multiples of `height`."""
+    """Yield rows `start` to `stop`, cut at multiples of `height`."""
     row = start
     while row < stop:
         block, first = divmod(row, height)

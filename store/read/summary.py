@@ -1,4 +1,4 @@
-"""What an archive holds, in numbers: for `residua info`, and as JSON for machines."""
+"""The contents of an archive in numbers, for `residua info` and as JSON."""
 
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -17,11 +17,11 @@ class SiteSummary:
         shape: (rows, *row shape).
         dtype: Data type that a reader gets.
         codec: Codec preset.
-        logical_bytes: Bytes of the captured rows as a reader gets them.
+        logical_bytes: Bytes of the captured rows as readers get them.
         stored_bytes: Bytes of their shard files.
-        n_nonfinite: NaN and infinite values among them.
-        relative_rms_error: Measured error of a lossy preset; None if the preset loses nothing.
-        fidelity: What the model notices of it, where `residua fidelity` has measured that.
+        n_nonfinite: NaN and infinite values in them.
+        relative_rms_error: Measured error of a lossy preset; None for a lossless one.
+        fidelity: Effect of that error on the model, if `residua fidelity` has measured it.
     """
 
     name: str
@@ -45,22 +45,22 @@ class Summary:
     """One archive; see `SiteSummary` for its sites.
 
     Attributes:
-        path: Where it lies.
-        digest: Digest of its plan.
+        path: Folder of the archive.
+        digest: Digest of the plan.
         rows: Captured rows.
-        total_rows: Rows when it is sealed; None while a user's own loop is open.
+        total_rows: Rows of the sealed archive; None while a user's own loop is still open.
         shards: Captured shards.
-        total_shards: Shards when it is sealed.
+        total_shards: Shards of the sealed archive; None while a user's own loop is still open.
         n_examples: Examples.
         n_tokens: Tokens of the examples.
-        columns: Columns of the example table besides its own, those of the dataset among them.
+        columns: Columns of the example table besides its own.
         sealed: Whether every shard is captured.
-        rows_per_shard: Height of a shard.
+        rows_per_shard: Rows of a shard.
         sites: The sites.
-        logical_bytes: Bytes of all captured rows, the row columns left out.
-        stored_bytes: Bytes of all shard files, the row columns included.
-        has_head: Whether the model's final norm and unembedding are in it.
-        provenance: Where model, data and numbers came from.
+        logical_bytes: Bytes of all captured rows, without the row columns.
+        stored_bytes: Bytes of all shard files, with the row columns.
+        has_head: Whether the archive has the model's final norm and unembedding.
+        provenance: Sources of model, data and numbers.
     """
 
     path: str
@@ -87,12 +87,12 @@ class Summary:
 
     @property
     def ratio(self) -> float:
-        """Logical over stored bytes of the whole archive."""
+        """Logical over stored bytes of the archive; 1 while nothing is captured."""
         return self.logical_bytes / self.stored_bytes if self.stored_bytes else 1.0
 
 
 def summarise(archive: Archive) -> Summary:
-    """Count what `archive` holds, from its commits alone; no activation is read."""
+    """Summarise an archive from its metadata and commits; no activation is read."""
     progress = archive.progress
     measured = read_fidelity(archive.path, archive.plan)
     fidelity = {} if measured is None else measured.sites

@@ -1,7 +1,7 @@
-"""Verification: re-read everything that an archive holds and name what is damaged.
+"""Verification: re-reads everything in an archive and names what is damaged.
 
-Every chunk is re-hashed against its crc32c, every shard file against its commit, every small file against the
-SHA-256 in the metadata, and the row columns against the example table, so that rows and texts belong together.
+It compares every chunk with its crc32c, every shard file with its commit, every sidecar file with the SHA-256 in the
+metadata, and the row columns with the example table, so that rows and texts belong together.
 """
 
 import json
@@ -29,7 +29,7 @@ _GROUP_FIELDS = {"zarr_format", "node_type", "attributes", "consolidated_metadat
 
 @dataclass(frozen=True)
 class Problem:
-    """One thing that is wrong: the file, inside the archive where it has a name there, and what about it."""
+    """One problem: the file, by its path in the archive if it is inside, and what is wrong with it."""
 
     path: str
     what: str
@@ -37,11 +37,11 @@ class Problem:
 
 @dataclass(kw_only=True)
 class Verification:
-    """What a verification found.
+    """The result of a verification.
 
     Attributes:
-        problems: What is damaged; empty for a sound archive.
-        notes: What is worth knowing and no damage, for example that the archive is not sealed.
+        problems: The damage; empty for a sound archive.
+        notes: Remarks that are no damage, for example that the archive is not sealed.
         n_files: Files that were re-hashed.
         n_chunks: Chunks that were re-hashed.
         n_bytes: Bytes that were re-hashed.
@@ -64,10 +64,10 @@ def verify(path: str | Path, *, on_shard: Callable[[int, int], None] = lambda *_
 
     Args:
         path: Folder of the archive.
-        on_shard: Called with the shards done and in all, after each.
+        on_shard: Called after each shard, with the number done and the total.
 
     Returns:
-        What was found; nothing is raised for damage.
+        The problems found; damage raises nothing.
 
     Raises:
         FileNotFoundError: There is no archive at `path`.
@@ -84,7 +84,7 @@ def verify(path: str | Path, *, on_shard: Callable[[int, int], None] = lambda *_
 
 
 class _Check:
-    """One verification under way."""
+    """One verification."""
 
     def __init__(self, archive: Archive, report: Verification) -> None:
         self._archive = archive
@@ -95,7 +95,7 @@ class _Check:
         self._known = {ROOT}
 
     def run(self, commits: Mapping[int, Commit], on_shard: Callable[[int, int], None]) -> None:
-        """Check everything, in the order in which damage explains damage."""
+        """Check everything; damage that explains other damage comes first."""
         self._groups()
         self._side_files(commits)
         self._fidelity()
@@ -107,7 +107,7 @@ class _Check:
             self._missing(commits)
         elif not self._archive.is_sealed:
             self._report.notes.append(f"the archive is not sealed: {self._archive.progress.rows:,} rows are captured")
-        self._strangers(commits)
+        self._unknown_files(commits)
 
     def _problem(self, path: str | Path, what: str) -> None:
         path = Path(path)
@@ -115,7 +115,7 @@ class _Check:
         self._report.problems.append(Problem(inside.as_posix(), what))
 
     def _groups(self) -> None:
-        """Check the metadata of the groups that the arrays lie in; we need it not, other readers do."""
+        """Check the metadata of the groups around the arrays, which only other readers need."""
         folders = {folder for spec in self._plan.arrays for folder in PurePosixPath(spec.path).parents}
         for folder in sorted(folders - {PurePosixPath()}):
             name = f"{folder}/{ROOT}"
@@ -127,7 +127,7 @@ class _Check:
             except (DamagedArchiveError, UnsafeArchiveError) as error:
                 self._problem(name, str(error))
             except (ValueError, KeyError, TypeError, RecursionError) as error:
-                self._problem(name, f"it cannot be read as JSON of a group ({error}): restore it from a copy")
+                self._problem(name, f"it cannot be read as the metadata of a group ({error}): restore it from a copy")
             else:
                 if not sound:
                     self._problem(name, "it is not the metadata of a Zarr group: restore it from a copy")
@@ -161,7 +161,7 @@ class _Check:
             self._count(path)
 
     def _examples(self) -> ExampleIndex | None:
-        """Return the example table's index, once its content is what was written."""
+        """Return the index of the example table if its content is sound."""
         try:
             table = self._archive.example_table
             table.verify()
@@ -187,7 +187,7 @@ class _Check:
             self._problem(path, str(error))
             return
         if digest != commit.arrays[spec.key].digest:
-            self._problem(path, "the shard is whole, but not the one that was committed: restore it from a copy")
+            self._problem(path, "the shard is sound, but not the one that was committed: restore it from a copy")
             return
         self._count(path)
         self._report.n_chunks += -(-n_rows // spec.rows_per_chunk)
@@ -195,7 +195,9 @@ class _Check:
     def _rows(self, first: int, stop: int, index: ExampleIndex, name: str) -> None:
         """Compare the row columns with the example table."""
         if stop > index.total_rows:
-            self._problem(name, f"it is of rows {first:,} to {stop:,}, and the examples have {index.total_rows:,} rows")
+            self._problem(
+                name, f"it covers rows {first:,} to {stop:,}, but the examples have {index.total_rows:,} rows"
+            )
             return
         rows = np.arange(first, stop)
         columns = self._archive.rows
@@ -212,10 +214,10 @@ class _Check:
             (columns.token, np.concatenate(tokens)),
         ):
             if not np.array_equal(column[first:stop], values):
-                self._problem(name, f"{column.name} of rows {first:,} to {stop:,} is not what the example table says")
+                self._problem(name, f"{column.name} of rows {first:,} to {stop:,} contradicts the example table")
 
     def _missing(self, commits: Mapping[int, Commit]) -> None:
-        """Name the first shards without a record; only metadata says how many there should be, and it may lie."""
+        """Name the first missing records. Their number comes from the metadata, which may claim anything."""
         n_shards = self._plan.n_shards(self._archive.n_rows)
         for shard in islice((shard for shard in range(n_shards) if shard not in commits), _MAX_LISTED):
             self._problem(f"{FOLDER}/{shard:08d}-0000.json", "the record is missing: restore it from a copy")
@@ -223,8 +225,8 @@ class _Check:
         if n_more > 0:
             self._problem(FOLDER, f"{n_more:,} more records are missing: restore them from a copy")
 
-    def _strangers(self, commits: Mapping[int, Commit]) -> None:
-        """Name files that no record knows; those of a run that was killed are no damage."""
+    def _unknown_files(self, commits: Mapping[int, Commit]) -> None:
+        """Name files without a record; leftovers of a killed run are no damage."""
         known = self._known | {f"{FOLDER}/{commit.name}" for commit in commits.values()}
         for spec in self._plan.arrays:
             known.add(f"{spec.path}/{ROOT}")
@@ -234,16 +236,16 @@ class _Check:
             if name in known or (path.is_dir() and (not path.is_symlink() or self._is_inside(path))):
                 continue
             if path.name.endswith(".tmp"):
-                self._report.notes.append(f"{name} is a temporary of a run that was killed; the next run removes it")
+                self._report.notes.append(f"{name} is a temporary file of a killed run; the next run removes it")
             elif any(name.startswith(f"{spec.path}/c/") for spec in self._plan.arrays):
                 self._report.notes.append(f"{name} belongs to a shard without a commit; it will be written again")
             elif self._is_growing and name.startswith("examples/part-"):
                 self._report.notes.append(f"{name} holds examples whose shard was not committed")
             elif path.name != ROOT:
-                self._problem(name, "no record of the archive knows this file: remove it")
+                self._problem(name, "the archive has no record of this file: remove it")
 
     def _is_inside(self, path: Path) -> bool:
-        """Say whether no link on the way to `path` leads out of the archive; note the problem if one does."""
+        """Return whether `path` lies inside the archive; note the problem if a link leads out."""
         try:
             check_inside(self._root, path)
         except UnsafeArchiveError as error:
@@ -253,7 +255,7 @@ class _Check:
 
     @property
     def _is_growing(self) -> bool:
-        """Whether the archive is of a user's own loop that has not ended well."""
+        """Whether the archive comes from a user's own loop that is still open or failed."""
         return self._plan.n_rows is None and self._archive.metadata.sealed is None
 
     def _count(self, path: Path) -> None:

@@ -66,5 +66,4 @@ def state_of_worker(_: int) -> State:
     """Return the state of this worker."""
     get: Any = distributed.get_worker
     spilled = getattr(get().data, "spilled_total", None)
-    mapped = sum(shard.n_bytes for shard in OPEN_SHARDS._shards.values())
-    return State(os.getpid(), mapped, spilled.disk if spilled else 0)
+    return State(os.getpid(), OPEN_SHARDS.n_bytes, spilled.disk if spilled else 0)

@@ -53,7 +53,7 @@ def test_dask_writes_blocks_of_shards(archive: Archive, tmp_path: Path) -> None:
 
 def test_what_does_not_fit_is_refused(archive: Archive, tmp_path: Path) -> None:
     made = residua.overlay(archive, tmp_path / "o", sites=SITE)
-    with pytest.raises(PlanError, match=r"2 rows of resid_post\.0 have shape \(2, 40\): \(2, 39\)"):
+    with pytest.raises(PlanError, match=r"2 rows of resid_post\.0 .*\(2, 40\).*\(2, 39\)"):
         made.write(SITE, [0, 1], np.zeros((2, 39)))
     with pytest.raises(PlanError, match="has 38 rows: there is no row 38"):
         made.write(SITE, [38], np.zeros((1, 40)))
@@ -66,7 +66,7 @@ def test_what_does_not_fit_is_refused(archive: Archive, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(FileExistsError, match="is no overlay"):
         residua.overlay(archive, tmp_path / "file")
-    with pytest.raises(FileNotFoundError, match="make one with"):
+    with pytest.raises(FileNotFoundError, match=r"residua\.overlay\("):
         Overlay(tmp_path / "none", archive)
     other = Archive(make_archive(tmp_path / "b.zarr", seed=1))
     with pytest.raises(PlanError, match="an overlay of another plan"):

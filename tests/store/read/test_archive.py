@@ -130,7 +130,7 @@ def test_an_example_of_an_open_archive_is_whole_or_not_captured(tmp_path: Path) 
     archive = Archive(out)
     assert archive.n_rows == 16
     assert [len(archive.example(i)["embed"]) for i in (0, 1)] == [6, 6]
-    with pytest.raises(NotCapturedError, match=r"example 2 is not captured whole: it has the rows 12 to 18"):
+    with pytest.raises(NotCapturedError, match=r"example 2 .* rows 12 to 18"):
         archive.example(2)
 
 
@@ -139,5 +139,5 @@ def test_text_shows_the_token_in_its_context(tmp_path: Path) -> None:
     archive = capture_dataset("models/pydoc-1m", texts, out=tmp_path / "a.zarr", sites="resid_post.0").archive
     assert "".join(archive.text(row, context=0).strip("«»") for row in range(archive.n_rows)) == "".join(texts)
     assert archive.text(0, context=100).replace("«", "").replace("»", "") == texts[0]
-    with pytest.raises(IndexError, match=rf"the text of row 1,000,000 was asked for, and .* has {archive.n_rows} rows"):
+    with pytest.raises(IndexError, match=rf"row 1,000,000 .* has {archive.n_rows} rows"):
         archive.text(10**6)

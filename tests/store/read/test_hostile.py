@@ -133,7 +133,7 @@ def test_rows_that_name_no_token(copy: Path, column: str, value: int) -> None:
     values[3] = value
     write_file(shard_path(copy, spec, 0), ShardEncoder(np.ascontiguousarray(values), spec))
     words = refused(Archive(copy).text, 3)
-    assert f"{copy}: row 3 is said to be position" in words
+    assert f"{copy}: row 3 should be position" in words
 
 
 @pytest.mark.parametrize(
@@ -142,4 +142,4 @@ def test_rows_that_name_no_token(copy: Path, column: str, value: int) -> None:
 )
 def test_a_tokenizer_that_is_none(copy: Path, text: str) -> None:
     sign_sidecar(copy, "tokenizer/tokenizer.json", text.encode())
-    assert "tokenizer/tokenizer.json is not a tokenizer" in refused(Archive(copy).text, 0)
+    assert "tokenizer/tokenizer.json cannot be read as a tokenizer" in refused(Archive(copy).text, 0)

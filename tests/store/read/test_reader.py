@@ -73,19 +73,19 @@ def test_any_sizes_are_written_and_read(
 
 @pytest.mark.parametrize(("start", "stop"), [(-1, 3), (0, N_ROWS + 1), (5, 4), (N_ROWS + 1, N_ROWS + 1)])
 def test_slice_outside_the_array_is_an_error_that_says_the_range(stored: Stored, start: int, stop: int) -> None:
-    with pytest.raises(IndexError, match=rf"rows {start} to {stop} were asked of sites/resid_post/7, which has 55"):
+    with pytest.raises(IndexError, match=rf"rows {start} to {stop} of sites/resid_post/7 .* 55"):
         stored.reader().read(start, stop)
 
 
 @pytest.mark.parametrize("row", [-1, N_ROWS, 2**40])
 def test_row_outside_the_array_is_an_error_that_says_the_range(stored: Stored, row: int) -> None:
-    with pytest.raises(IndexError, match=rf"row {row:,} was asked of sites/resid_post/7, which has 55"):
+    with pytest.raises(IndexError, match=rf"row {row:,} of sites/resid_post/7 .* 55"):
         stored.reader().take([3, row])
 
 
 @pytest.mark.parametrize("rows", [[1.5], [[1, 2]], ["a"], 3])
 def test_what_is_no_list_of_rows_is_refused(stored: Stored, rows: list[int]) -> None:
-    with pytest.raises(IndexError, match="chosen by a list of integers"):
+    with pytest.raises(IndexError, match="list of integers"):
         stored.reader().take(rows)
 
 

@@ -19,10 +19,9 @@ from tests.store.stored_array import N_ROWS, Stored, store
 
 def test_chunks_stay_verified_when_their_files_are_let_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     kept = store(tmp_path, make_spec("raw"))
-    monkeypatch.setattr("residua.store.read.reader.OPEN_SHARDS", OpenShards(1))
     compared: list[Array] = []
     monkeypatch.setattr("residua.store.read.mapped.check_chunk", compared.append)
-    reader = kept.reader()
+    reader = kept.reader(open_shards=OpenShards(1))
     for _ in range(3):
         assert same_bits(reader.read(0, N_ROWS), kept.rows)
         assert same_bits(reader.take([50, 0]), kept.rows[[50, 0]])
