@@ -1,14 +1,13 @@
-"""One-block Blosc-1 frames: what the lossless presets put into a chunk, readable by every Blosc decoder.
+"""One-block Blosc-1 frames, which the lossless codecs store in a chunk; every Blosc decoder reads them.
 
-Bytes of the same significance are gathered into planes (Blosc's shuffle). The planes of floating point
-numbers
-differ: the highest holds sign and exponent and shrinks to about a third by entropy coding alone, the lower
-ones are noise. So the highest plane goes through zstd with settings that look for almost no matches, and the
-others are stored as they are unless a sample says that they would shrink. A frame where nothing shrinks is
-Blosc's plain copy. Format: c-blosc `README_CHUNK_FORMAT.rst`, version 2.
+Bytes of the same significance are collected into planes (Blosc's shuffle). The planes of floating point numbers differ:
+the highest has sign and exponent and shrinks to about a third by entropy coding alone; the lower ones are noise. So the
+highest plane is compressed by zstd, with settings that search for almost no matches, and the others are stored as they
+are unless a sample shows that they would shrink. A frame in which nothing shrinks is Blosc's plain copy. Format:
+c-blosc `README_CHUNK_FORMAT.rst`, version 2.
 
-We decode our own frames here as well: numcodecs guards its Blosc with a semaphore that forked processes
-share, so a killed data-loading worker could hang all others.
+Frames are decoded here, too: numcodecs guards its Blosc with a semaphore that forked processes share, so a killed
+data-loading worker could block all others.
 """
 
 import struct
@@ -33,7 +32,7 @@ _ZSTD = 4 << 5
 _MIN_PLANE = 128  # c-blosc splits no block whose planes are shorter
 _MAX_BLOCK = 2**29  # c-blosc's own limit is a little higher
 _SAMPLES = 2048
-_UNEVEN = 1.2  # how much likelier than in noise two equal bytes must be before a plane is worth compressing
+_UNEVEN = 1.2  # two equal bytes must be that much likelier than in noise before a plane is compressed
 
 Plane: TypeAlias = "npt.NDArray[np.uint8]"
 Array: TypeAlias = "npt.NDArray[np.generic]"
@@ -44,19 +43,18 @@ _FAST = _settings(window_log=17, hash_log=6, write_content_size=True)
 _REPEATS = _settings(window_log=20, hash_log=12, write_content_size=True)
 _EFFORTS = {
     "fast": (_FAST,),
-    "small": (_FAST, _REPEATS),  # the smaller of both: looking for repeats pays in early layers only
+    "small": (_FAST, _REPEATS),  # the smaller result of both: searching for repeats helps in early layers only
     "matches": (zstandard.ZstdCompressionParameters.from_level(3, write_content_size=True),),
 }
 _local = threading.local()
 
 
 def encode_frame(values: Array, effort: str) -> list[Buffer]:
-    """Return the parts of the frame that holds `values`, bit for bit.
+    """Return the parts of a frame that keeps every bit of `values`.
 
     Args:
         values: C-contiguous, little endian, items of 1, 2, 4 or 8 bytes.
-        effort: ``fast`` or ``small`` for floating point and codes; ``matches`` for counters and other
-        integers.
+        effort: ``fast`` or ``small`` for floating point and codes; ``matches`` for counters and other integers.
     """
     itemsize = values.dtype.itemsize
     n_items = values.size
@@ -85,7 +83,7 @@ def decode_frame(frame: Plane, out: Array) -> None:
         out: C-contiguous, of exactly the size and item size that were encoded.
 
     Raises:
-        ValueError: `frame` is none of ours, or of another size, or its content is broken.
+        ValueError: `encode_frame` does not make such a frame, it has another size, or its content is damaged.
     """
     if frame.size < HEADER.size:
         raise ValueError(f"a Blosc frame has at least {HEADER.size} bytes, this one has {frame.size}")
@@ -138,7 +136,7 @@ def _expand(stored: Plane, n_items: int) -> Array:
 def _join(planes: list[Array], out: Array) -> None:
     """Interleave `planes`, lowest byte first, into the unsigned integers `out`.
 
-    Pairs are joined into items twice as wide until one is left, which vectorises where strided copies do not.
+    Pairs are joined into items twice as wide until one is left: this vectorises, and strided copies do not.
     """
     while len(planes) > 1:
         itemsize = 2 * planes[0].itemsize
@@ -147,7 +145,7 @@ def _join(planes: list[Array], out: Array) -> None:
             items = out if itemsize == out.itemsize else np.empty(out.size, f"<u{itemsize}")
             np.copyto(items, high)
             np.left_shift(items, 4 * itemsize, out=items)
-            # Widened first: numpy is twice as slow when it has to convert within an operation.
+            # Convert first: numpy is twice as slow when it converts within an operation.
             np.bitwise_or(items, low.astype(items.dtype), out=items)
             joined.append(items)
         planes = joined
@@ -177,7 +175,7 @@ def _plane(values: Array, k: int) -> Plane:
 
 
 def _is_uneven(plane: Plane) -> bool:
-    """Say whether a sample of `plane` repeats values more often than noise would (its collision entropy)."""
+    """Say whether a sample of `plane` repeats values more often than noise (its collision entropy)."""
     sample = plane[:: max(1, plane.size // _SAMPLES)]
     counts = np.bincount(sample)
     pairs = int(counts @ counts) - sample.size
@@ -191,6 +189,6 @@ def _shrink(plane: Plane, effort: str) -> Buffer:
 
 
 def _kept(name: str, make: Callable[[], T]) -> T:
-    """Return this thread's own instance: zstd contexts are costly to make and must not be shared."""
+    """Return the instance of this thread: zstd contexts are expensive to make and must not be shared."""
     made: T = _local.__dict__.get(name) or _local.__dict__.setdefault(name, make())
     return made

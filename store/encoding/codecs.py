@@ -20,7 +20,7 @@ import numpy.typing as npt
 from residua.store.base.errors import PlanError
 from residua.store.encoding.blosc import HEADER, decode_frame, encode_frame
 from residua.store.encoding.dtypes import STORAGE_DTYPES, storage_dtype
-from residua.store.encoding.lossy import BLOCK, bitround_errors, dequantise_int8, quantise_int8
+from residua.store.encoding.lossy import BLOCK, Transformed, bitround_errors, dequantise_int8, quantise_int8
 from residua.store.storage.crc import CRC_BYTES, Buffer, crc32c, crc_bytes
 
 DEFAULT_PRESET = "fast"
@@ -36,14 +36,6 @@ class Layout(NamedTuple):
     row_shape: tuple[int, ...]
     dtype: str
     preset: str
-
-
-class Transformed(NamedTuple):
-    """The arrays of a site, and the sums behind its relative error; None for a lossless codec."""
-
-    arrays: Sequence[Array]
-    squares: float | None = None
-    error_squares: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,8 +134,7 @@ class BitRound(BloscFrame):
 
     def transform(self, rows: Array, dtype: str) -> Transformed:
         """Return the rounded rows."""
-        values, squares, error_squares = bitround_errors(rows, self.kept_bits)
-        return Transformed([values], squares, error_squares)
+        return bitround_errors(rows, self.kept_bits)
 
 
 class Int8Blocks(BloscFrame):
@@ -159,8 +150,7 @@ class Int8Blocks(BloscFrame):
 
     def transform(self, rows: Array, dtype: str) -> Transformed:
         """Return codes and scales."""
-        codes, scales, squares, error_squares = quantise_int8(rows, dtype)
-        return Transformed([codes, scales], squares, error_squares)
+        return quantise_int8(rows, dtype)
 
     def restore(self, arrays: Sequence[Array], dtype: str) -> Array:
         """Return the values of codes and scales; ValueError if their shapes do not belong together."""

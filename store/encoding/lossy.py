@@ -1,14 +1,20 @@
-"""Lossy ways to store activations, opt-in and with their error measured.
+"""The arithmetic of lossy codecs, which measure their error, and the count of NaN and infinite values.
 
-BitRound keeps a number of mantissa bits of a float32 (Klöwer et al. 2021, doi:10.1038/s43588-021-00156-2),
-rounding to nearest, ties to even; NaN and infinities are kept as they are, bit for bit.
+BitRound keeps some of the 23 mantissa bits of a float32 (Klöwer et al. 2021, doi:10.1038/s43588-021-00156-2), rounding
+to nearest, ties to even. NaN and infinities keep all their bits.
 
-int8 per block of 32 divides each run of 32 values along the last axis by a scale of its own, the largest
-magnitude over 127, so that a channel a hundred times larger than the rest spoils only its neighbours. A value
-that is NaN or infinite cannot be such a code. Its whole block is then marked by a scale of NaN and reads back
-as NaN: it can never be mistaken for a number, and the scales tell where it happened.
+int8 in blocks of 32 divides each run of 32 values along the last axis by its own scale, the largest magnitude over 127
+(block-wise absmax quantisation: Dettmers et al. 2022, arXiv:2110.02861), so that a channel a hundred times larger than
+the rest spoils only its neighbours. NaN and infinities have no such code: their block gets a scale of NaN and reads
+back as NaN, so that it cannot be mistaken for numbers.
+
+NaN and infinite values are counted for the price of two maxima. A float whose exponent bits are all ones is NaN or
+infinite. Read as signed integers, the positive ones are the largest values; read as unsigned integers, the negative
+ones are. Two maxima over the bits, which numpy computes at memory speed and without a temporary, show whether there are
+any; only then are they counted.
 """
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import ml_dtypes
@@ -20,28 +26,19 @@ from residua.store.encoding.dtypes import storage_dtype, to_float32
 BLOCK = 32
 _LARGEST = 127
 _EXPONENT = {"bfloat16": 0x7F80, "float16": 0x7C00, "float32": 0x7F800000, "float64": 0x7FF0000000000000}
-_COUNTED = 1 << 17  # values that `count_nonfinite` looks at together
+_COUNTED = 1 << 17  # values that `count_nonfinite` handles at a time
 _SLICE = 1 << 18  # values handled at a time, so that temporaries stay small and in the cache
 
 Array = npt.NDArray[np.generic]
 Floats = npt.NDArray[np.float32]
 
 
-class Rounded(NamedTuple):
-    """Rounded values, and the sums that their relative error is made of (over finite values only)."""
+class Transformed(NamedTuple):
+    """The stored arrays of a site, and the sums behind its relative error, over finite values; None if lossless."""
 
-    values: Floats
-    squares: float
-    error_squares: float
-
-
-class Quantised(NamedTuple):
-    """Codes and scales, and the sums that their relative error is made of (over finite blocks only)."""
-
-    codes: npt.NDArray[np.int8]
-    scales: Floats
-    squares: float
-    error_squares: float
+    arrays: Sequence[Array]
+    squares: float | None = None
+    error_squares: float | None = None
 
 
 def bitround(values: Floats, kept_bits: int) -> Floats:
@@ -60,7 +57,7 @@ def bitround(values: Floats, kept_bits: int) -> Floats:
     return rounded.view(np.float32)
 
 
-def bitround_errors(values: Array, kept_bits: int) -> Rounded:
+def bitround_errors(values: Array, kept_bits: int) -> Transformed:
     """Return float32 `values` of any shape rounded to `kept_bits` mantissa bits, with their error.
 
     Raises:
@@ -72,22 +69,22 @@ def bitround_errors(values: Array, kept_bits: int) -> Rounded:
     rounded = np.empty_like(flat)
     squares = error_squares = 0.0
     for start in range(0, flat.size, _SLICE):
-        part = slice(start, start + _SLICE)
-        rounded[part] = bitround(flat[part], kept_bits)
-        squares, error_squares = _add_errors(flat[part], rounded[part], squares, error_squares)
-    return Rounded(rounded.reshape(values.shape), squares, error_squares)
+        piece = slice(start, start + _SLICE)
+        rounded[piece] = bitround(flat[piece], kept_bits)
+        squares, error_squares = _add_errors(flat[piece], rounded[piece], squares, error_squares)
+    return Transformed([rounded.reshape(values.shape)], squares, error_squares)
 
 
-def quantise_int8(values: Array, dtype: str) -> Quantised:
-    """Return codes and scales of `values`.
+def quantise_int8(values: Array, dtype: str) -> Transformed:
+    """Return codes and scales of `values`, with their error.
 
     Args:
         values: (rows, ..., width) in storage dtype.
         dtype: Data type name of the values: ``bfloat16``, ``float16`` or ``float32``.
 
     Returns:
-        int8 codes (rows, ..., width) and float32 scales (rows, ..., ceil(width / 32)); the last block of a
-        row may be short. Blocks that hold NaN or an infinity have a scale of NaN and codes of zero.
+        int8 codes (rows, ..., width) and float32 scales (rows, ..., ceil(width / 32)); the last block of a row may be
+        short. Blocks with NaN or an infinity have a scale of NaN and codes of zero.
     """
     *outer, width = values.shape
     flat = values.reshape(-1, width)
@@ -96,17 +93,16 @@ def quantise_int8(values: Array, dtype: str) -> Quantised:
     squares = error_squares = 0.0
     step = max(1, _SLICE // max(1, width))
     for start in range(0, len(flat), step):
-        part = slice(start, start + step)
-        wide = to_float32(flat[part], dtype)
-        codes[part], scales[part] = _quantise(wide)
-        squares, error_squares = _add_errors(wide, _dequantise(codes[part], scales[part]), squares, error_squares)
-    return Quantised(codes.reshape(values.shape), scales.reshape(*outer, scales.shape[-1]), squares, error_squares)
+        piece = slice(start, start + step)
+        wide = to_float32(flat[piece], dtype)
+        codes[piece], scales[piece] = _quantise(wide)
+        squares, error_squares = _add_errors(wide, _dequantise(codes[piece], scales[piece]), squares, error_squares)
+    arrays = [codes.reshape(values.shape), scales.reshape(*outer, scales.shape[-1])]
+    return Transformed(arrays, squares, error_squares)
 
 
 def dequantise_int8(codes: Array, scales: Array, dtype: str) -> npt.NDArray[Any]:
-    """Return the values that `codes` and `scales` stand for, in the storage dtype of `dtype`.
-
-    Blocks whose scale is NaN come back as NaN.
+    """Return the values of `codes` and `scales`, in the storage dtype of `dtype`; NaN where the scale is NaN.
 
     Raises:
         ValueError: The shapes do not belong together.
@@ -120,14 +116,14 @@ def dequantise_int8(codes: Array, scales: Array, dtype: str) -> npt.NDArray[Any]
     flat_scales = scales.reshape(len(flat_codes), scales.shape[-1]).view(np.float32)
     step = max(1, _SLICE // max(1, width))
     for start in range(0, len(flat_codes), step):
-        part = slice(start, start + step)
-        wide = _dequantise(flat_codes[part].view(np.int8), flat_scales[part])
-        flat_values[part] = _from_float32(wide, dtype)
+        piece = slice(start, start + step)
+        wide = _dequantise(flat_codes[piece].view(np.int8), flat_scales[piece])
+        flat_values[piece] = _from_float32(wide, dtype)
     return values
 
 
 def _quantise(values: Floats) -> tuple[npt.NDArray[np.int8], Floats]:
-    """Quantise (rows, width); the last block is filled up with zeros, which change no largest magnitude."""
+    """Quantise (rows, width); the last block is padded with zeros, which change no largest magnitude."""
     n_rows, width = values.shape
     n_blocks = -(-width // BLOCK)
     padded = np.zeros((n_rows, n_blocks * BLOCK), np.float32)
@@ -139,7 +135,7 @@ def _quantise(values: Floats) -> tuple[npt.NDArray[np.int8], Floats]:
     with np.errstate(over="ignore"):
         too_large = np.isinf(scales * np.float32(_LARGEST))
     scales[too_large] = np.nextafter(scales[too_large], np.float32(0))
-    # Dividing by the scale itself and not by a reciprocal: a tiny scale has an infinite one.
+    # Divide by the scale: the reciprocal of a tiny scale is infinite.
     divisors = np.where(finite & (scales > 0), scales, np.float32(np.inf))[..., None]
     with np.errstate(invalid="ignore", over="ignore"):
         codes = np.clip(np.rint(blocks / divisors), -_LARGEST, _LARGEST)
@@ -163,7 +159,7 @@ def _from_float32(values: Floats, dtype: str) -> Array:
 
 
 def _add_errors(before: Floats, after: Floats, squares: float, error_squares: float) -> tuple[float, float]:
-    """Add the sums over the values that are finite on both sides, in float64."""
+    """Add the sums over the values that are finite before and after, in float64."""
     with np.errstate(invalid="ignore", over="ignore"):
         error = after.astype(np.float64) - before
     wide = before.astype(np.float64)
@@ -174,7 +170,7 @@ def _add_errors(before: Floats, after: Floats, squares: float, error_squares: fl
 
 
 def count_nonfinite(rows: npt.NDArray[np.generic], dtype: str) -> int:
-    """Return how many values of `rows` are NaN or infinite; 0 for integer dtypes.
+    """Return the number of NaN and infinite values in `rows`; 0 for integer dtypes.
 
     Args:
         rows: C-contiguous values in storage dtype (bfloat16 as its bits in uint16).

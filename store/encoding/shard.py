@@ -1,11 +1,14 @@
-"""One shard file: Zarr v3 `sharding_indexed` with its index at the end, encoded and checked by hand.
+"""One shard file: Zarr v3 `sharding_indexed` with the index at the end, encoded and checked here.
 
-The file is the stored chunks, one directly behind the other, then the index (offset and size of every chunk as
-uint64, both 2**64 - 1 for a chunk past the end of the array), then the index's crc32c. Every byte of the file is
-under some crc32c. We write no gaps and accept none, so nothing can hide or overlap.
+The file has the stored chunks without gaps, then the index (offset and size of every chunk as uint64, both 2**64 - 1
+for a chunk past the end of the array), then the crc32c of the index. A crc32c covers every byte of the file. Readers
+accept no gaps, so no bytes can hide or overlap.
 
-A shard's digest is the SHA-256 of its index and of the crc32c stored behind each chunk. It pins every chunk
-without a second pass over the data.
+The digest of a shard is the SHA-256 of its index and of the crc32c stored after each chunk. It pins every chunk without
+a second pass over the data.
+
+`ShardEncoder` makes the bytes of a file, from rows in any memory. Rows in a `ShardMemory` are laid out as in the file
+of a raw array, so that they are written without a copy.
 """
 
 import hashlib
@@ -36,17 +39,17 @@ RESTORE = (
 _EMPTY = np.uint64(2**64 - 1)
 _ENTRY_BYTES = 16
 _MAX_LISTED = 8
+_PIECE_BYTES = 4 * 1024 * 1024  # what `ShardMemory.in_place` yields at a time
 
 Array = npt.NDArray[np.generic]
-_PIECE_BYTES = 4 * 1024 * 1024  # written at a time
 
 
 @dataclass(frozen=True, kw_only=True)
 class ShardIndex:
-    """Where the chunks of one shard file lie; every range is inside the file.
+    """The places of the chunks in one shard file; every range is inside the file.
 
     Attributes:
-        offsets: First byte of each chunk that is there, int64.
+        offsets: First byte of each chunk that is present, int64.
         sizes: Stored bytes of each of them, crc32c included, int64.
         stored: The index as it is in the file, crc32c included.
     """
@@ -57,7 +60,7 @@ class ShardIndex:
 
 
 def shard_path(root: Path, spec: ArraySpec, shard: int) -> Path:
-    """Return the file of shard number `shard` of an array, or of a part of one, in the archive `root`."""
+    """Return the file of shard number `shard` of an array or column shard in the archive `root`."""
     across = ["0"] * len(spec.row_shape)
     if spec.column_shard is not None:
         across[0] = str(spec.column_shard)
@@ -70,18 +73,23 @@ def shard_rows(spec: ArraySpec, n_rows: int, shard: int) -> int:
 
 
 class Checked(NamedTuple):
-    """What was found when a whole chunk was looked through: its crc32c as stored, and its NaN and infinite values."""
+    """The crc32c of a full chunk, as stored, and the number of its NaN and infinite values."""
 
     crc: bytes
     n_nonfinite: int
 
 
 class ShardMemory:
-    """Memory for the rows of one shard of an array that `suits`; its content is arbitrary at first.
+    """Memory for the rows of one shard, laid out as the file of a raw array; uninitialised at first.
+
+    In the file, four bytes of crc32c follow every chunk. Here they stay free after every chunk, and the memory starts
+    at a block boundary. A full shard then only needs its checksums and can be written from where it is
+    (`residua.store.storage.direct`). A writer that fills a full chunk at once can have it checked by `filled`, while
+    the chunk is still in the processor's cache.
 
     Args:
-        spec: The array.
-        n_rows: Rows that there is room for, at least 1.
+        spec: The array, one that `suits`.
+        n_rows: Capacity in rows, at least 1.
 
     Attributes:
         shape: (rows, *row shape).
@@ -98,26 +106,26 @@ class ShardMemory:
 
     @staticmethod
     def suits(spec: ArraySpec) -> bool:
-        """Say whether chunks of the array lie in its file as in memory, and values stay aligned behind a crc32c."""
+        """Say whether chunks are stored as they are in memory, and values stay aligned after a crc32c."""
         return PRESETS[spec.preset].is_raw and CRC_BYTES % spec.storage_dtype.itemsize == 0
 
     def first(self, n_rows: int) -> "ShardMemory":
         """Return the first `n_rows` rows, in the same memory."""
-        part = copy(self)
-        part.shape = (n_rows, *self.shape[1:])
-        return part
+        first = copy(self)
+        first.shape = (n_rows, *self.shape[1:])
+        return first
 
     @property
     def chunks(self) -> list[Array]:
-        """The rows of each chunk, (rows per chunk, *row shape), to be filled or read; the last one may be short."""
+        """The rows of each chunk, (rows per chunk, *row shape), to fill or to read; the last one may be short."""
         height, size = self._spec.rows_per_chunk, self._spec.chunk_bytes
         starts = range(0, self.shape[0], height)
-        whole = [self._bytes[i * (size + CRC_BYTES) :][:size].view(self.dtype) for i in range(len(starts))]
+        full = [self._bytes[i * (size + CRC_BYTES) :][:size].view(self.dtype) for i in range(len(starts))]
         shape = (height, *self.shape[1:])
-        return [chunk.reshape(shape)[: self.shape[0] - start] for start, chunk in zip(starts, whole, strict=True)]
+        return [chunk.reshape(shape)[: self.shape[0] - start] for start, chunk in zip(starts, full, strict=True)]
 
     def filled(self, chunk: int, n_rows: int) -> None:
-        """Take note that `n_rows` rows were just written to chunk number `chunk`; a whole one is looked through."""
+        """Note that `n_rows` rows were just written to chunk number `chunk`; check it at once if it is full."""
         if n_rows < self._spec.rows_per_chunk:
             self._checked.pop(chunk, None)
             return
@@ -126,16 +134,16 @@ class ShardMemory:
         self._checked[chunk] = Checked(crc_bytes(crc32c(values)), n_nonfinite)
 
     def checked(self, chunk: int) -> Checked | None:
-        """Return what was found in chunk number `chunk`, if it is whole and was looked through since it changed."""
-        is_whole = (chunk + 1) * self._spec.rows_per_chunk <= self.shape[0]
-        return self._checked.get(chunk) if is_whole else None
+        """Return what `filled` found in chunk number `chunk`; None if it is not full or changed since."""
+        is_full = (chunk + 1) * self._spec.rows_per_chunk <= self.shape[0]
+        return self._checked.get(chunk) if is_full else None
 
     def in_place(self, parts: Iterable[Buffer]) -> Iterator[Buffer]:
-        """Yield the bytes of `parts` as they lie in this memory, one after the other, in pieces of whole blocks.
+        """Yield the bytes of `parts` from this memory, one after the other, in pieces of full blocks.
 
         Args:
-            parts: Chunks as they are stored, from the first one on. Those that are not in their place, as a
-                checksum or a copy of the last chunk, are copied there.
+            parts: Chunks as they are stored, from the first one on. Parts that are not in this memory yet, such as a
+                checksum or a copy of the last chunk, are copied to their place.
         """
         done = end = 0
         for part in parts:
@@ -145,28 +153,27 @@ class ShardMemory:
                 place[:] = data
             end += data.size
             if end - done >= _PIECE_BYTES:
-                whole = end - end % BLOCK
-                yield self._bytes[done:whole]
-                done = whole
+                aligned = end - end % BLOCK
+                yield self._bytes[done:aligned]
+                done = aligned
         yield self._bytes[done:end]
 
 
 class ShardEncoder:
-    """The bytes of one shard file, encoded while they are taken: iterate once, and write each part before the next.
+    """The bytes of one shard file, encoded on demand: iterate once, and write each part before taking the next.
 
-    A chunk is looked through, checked, compressed and written while it is in the processor's cache, and no more
-    than one encoded chunk is in memory.
+    A chunk is checked, compressed and written while it is in the processor's cache, and at most one encoded chunk is in
+    memory.
 
     Args:
         rows: C-contiguous (rows, *row shape) in storage dtype, or such rows in a `ShardMemory`, from which they are
-            written without a copy. Only the last shard of an array may be short; its last chunk is filled up with
-            zeros.
+            written without a copy. Only the last shard of an array may be short; its last chunk is padded with zeros.
         spec: The array that the rows belong to.
 
     Attributes:
-        n_bytes: Size of the file, once all parts are taken.
-        digest: The shard's digest, in hex, then as well; see the module's head.
-        n_nonfinite: NaN and infinite values among the rows, then as well.
+        n_bytes: Size of the file; like the others, known once all parts are taken.
+        digest: The shard's digest, in hex; see the module's head.
+        n_nonfinite: Number of NaN and infinite values in the rows.
 
     Raises:
         ValueError: The rows do not fit the array.
@@ -195,7 +202,7 @@ class ShardEncoder:
         yield index
 
     def _encode(self, sizes: list[int], crcs: list[bytes]) -> Iterator[Buffer]:
-        """Yield the parts of every chunk; its stored size and its crc32c are appended to the lists."""
+        """Yield the parts of every chunk; append its stored size and its crc32c to the lists."""
         for number, chunk in enumerate(_chunks(self._rows, self._spec)):
             checked = self._rows.checked(number) if isinstance(self._rows, ShardMemory) else None
             if checked is None:
@@ -226,8 +233,8 @@ def parse_index(stored: bytes, spec: ArraySpec, *, n_rows: int, file_bytes: int,
 
     Raises:
         DamagedArchiveError: The index was altered or cut off.
-        UnsafeArchiveError: The index is intact and yet no honest writer's: chunks that overlap, leave gaps, lie
-            outside the file, or are larger than the array allows.
+        UnsafeArchiveError: The index is intact but forged: chunks overlap, leave gaps, are outside the file, or are
+            larger than the array allows.
     """
     body = stored[:-CRC_BYTES]
     if len(stored) != index_bytes(spec) or crc_bytes(crc32c(body)) != stored[-CRC_BYTES:]:
@@ -250,7 +257,7 @@ def check_shard(path: Path, spec: ArraySpec, n_rows: int) -> str:
 
     Raises:
         DamagedArchiveError: The file is missing, cut short or altered; the message names it and the chunks.
-        UnsafeArchiveError: The index is hostile.
+        UnsafeArchiveError: The index is forged.
     """
     crcs: list[bytes] = []
     damaged: list[str] = []
@@ -298,7 +305,7 @@ def read_index(descriptor: int, spec: ArraySpec, *, n_rows: int, path: Path) -> 
 
 
 def describe_chunk(spec: ArraySpec, chunk: int, n_rows: int, first_row: int = 0) -> str:
-    """Return the words by which messages name a chunk of a shard that holds `n_rows` rows from `first_row` on."""
+    """Name a chunk for a message; its shard holds `n_rows` rows from `first_row` on."""
     start = chunk * spec.rows_per_chunk
     stop = min(start + spec.rows_per_chunk, n_rows)
     return f"chunk {chunk} (rows {first_row + start:,} to {first_row + stop - 1:,})"

@@ -83,7 +83,7 @@ def reference_block(values: list[float]) -> list[float]:
     )
 )
 def test_int8_blocks_equal_a_plain_loop(values: npt.NDArray[np.float32]) -> None:
-    codes, scales, _, _ = quantise_int8(values, "float32")
+    (codes, scales), _, _ = quantise_int8(values, "float32")
     found = dequantise_int8(codes, scales, "float32")
     assert scales.shape == (*values.shape[:2], -(-values.shape[2] // BLOCK))
     for outer in np.ndindex(values.shape[:2]):
@@ -102,7 +102,7 @@ def test_int8_blocks_equal_a_plain_loop(values: npt.NDArray[np.float32]) -> None
 def test_block_with_a_nonfinite_value_reads_back_as_nan_and_says_so_in_its_scale(bad: float) -> None:
     values = np.ones((2, 70), np.float32)
     values[1, 40] = bad
-    codes, scales, squares, error_squares = quantise_int8(values, "float32")
+    (codes, scales), squares, error_squares = quantise_int8(values, "float32")
     found = dequantise_int8(codes, scales, "float32")
     assert np.argwhere(np.isnan(scales)).tolist() == [[1, 1]]
     assert np.array_equal(np.isnan(found), np.isin(np.arange(140).reshape(2, 70), 70 + np.arange(32, 64)))
@@ -114,19 +114,21 @@ def test_block_with_a_nonfinite_value_reads_back_as_nan_and_says_so_in_its_scale
 def test_int8_reports_its_error(dtype: str) -> None:
     ordinary = np.random.default_rng(0).standard_normal((900, 3, 100)).astype(np.float32)
     values = ordinary.astype(ml_dtypes.bfloat16).view(np.uint16) if dtype == "bfloat16" else ordinary.astype(dtype)
-    codes, scales, squares, error_squares = quantise_int8(values, dtype)
+    (codes, scales), squares, error_squares = quantise_int8(values, dtype)
     found = to_float32(dequantise_int8(codes, scales, dtype), dtype).astype(np.float64)
     wide = to_float32(values, dtype).astype(np.float64)
     assert squares == pytest.approx((wide**2).sum())
+    assert squares is not None
+    assert error_squares is not None
     assert 3e-3 < (error_squares / squares) ** 0.5 < 8e-3
-    # What a reader gets is rounded to the dtype once more.
+    # A reader gets values that are rounded to the dtype once more.
     assert ((found - wide) ** 2).sum() == pytest.approx(error_squares, rel=0.2)
 
 
 @pytest.mark.parametrize("largest", [np.finfo(np.float32).max, 1e-45, 1e-38, 0.0])
 def test_extreme_magnitudes_stay_finite(largest: float) -> None:
     values = np.full((1, BLOCK), largest, np.float32)
-    codes, scales, _, _ = quantise_int8(values, "float32")
+    (codes, scales), _, _ = quantise_int8(values, "float32")
     found = dequantise_int8(codes, scales, "float32")
     assert np.isfinite(found).all()
     assert np.abs(found - values).max() <= max(1e-2 * largest, 1e-43)
@@ -139,7 +141,7 @@ def test_codes_and_scales_of_different_arrays_are_refused() -> None:
 
 @pytest.mark.parametrize("row_shape", [(40,), (2, 8)])
 def test_no_rows_are_no_values(row_shape: tuple[int, ...]) -> None:
-    codes, scales, squares, error_squares = quantise_int8(np.zeros((0, *row_shape), np.float32), "float32")
+    (codes, scales), squares, error_squares = quantise_int8(np.zeros((0, *row_shape), np.float32), "float32")
     assert dequantise_int8(codes, scales, "float32").shape == (0, *row_shape)
     assert (squares, error_squares) == (0.0, 0.0)
 

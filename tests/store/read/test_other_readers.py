@@ -87,7 +87,7 @@ def test_constant_chunks_survive(tmp_path: Path, reader: Reader, values: Array) 
 @pytest.mark.parametrize("reader", READERS)
 def test_quantised_site_is_two_ordinary_arrays(tmp_path: Path, reader: Reader) -> None:
     values = np.random.default_rng(0).standard_normal((100, 3, 40)).astype(np.float32)
-    codes, scales, _, _ = quantise_int8(values, "float32")
+    (codes, scales), _, _ = quantise_int8(values, "float32")
     stored: dict[str, tuple[str, tuple[int, int], Array]] = {
         "sites/z/3": ("int8", (3, 40), codes),
         "scales/z/3": ("float32", (3, 2), scales),
