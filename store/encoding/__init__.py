@@ -1,1 +1,4 @@
-"""From values to the bytes of a shard and back: dtypes, codecs, lossy presets, shard files. Uses `storage`."""
+"""From values to the bytes of a shard and back: dtypes, codecs, lossy arithmetic, shard files.
+
+Uses `storage` and `base`.
+"""

@@ -1,4 +1,4 @@
-"""The archive's own records, and who writes them: plan, site names, array metadata, commits, sidecar files.
+"""The archive's own records and how they are written: plan, site names, metadata, shards, commits, sidecar files.
 
-Uses `encoding`.
+Uses `encoding`, `storage` and `base`.
 """

@@ -1,15 +1,15 @@
-"""The text form of sites: ``kind.layer`` on the command line, in Python and on disk.
+"""The names of sites: ``kind.layer`` on the command line, in Python and on disk.
 
-A site is written in one of four ways:
+There are four forms:
 
-* ``resid_post.7`` - a kind that every block has, and the number of the block;
-* ``embed``, ``final``, ``logits`` - a kind that a model has once;
-* ``logits_top8.values`` and ``logits_top8.indices`` - the two halves of the eight largest logits;
-* ``module:model.layers.3.mlp@output`` - what a module of the model takes (``@input``) or gives
-  (``@output``, the default), with ``.1`` behind it for the second item of a tuple.
+* ``resid_post.7``: a kind that every block has, and the number of the block;
+* ``embed``, ``final``, ``logits``: a kind that a model has once;
+* ``logits_top8.values`` and ``logits_top8.indices``: values and token ids of the eight largest logits;
+* ``module:model.layers.3.mlp@output``: the input (``@input``) or output (``@output``, the default) of a module of the
+  model, followed by ``.1`` for the second item of a tuple.
 
-A site that parses is safe as a folder name: its characters are letters, digits, ``_``, ``-``, ``.`` and
-``@``, no part is empty, and so ``..`` cannot occur. ``str(parse_site(text))`` is the canonical text.
+A name that parses is safe as a folder name: its characters are letters, digits, ``_``, ``-``, ``.`` and ``@``, and
+``..`` cannot occur. ``str(parse_site(text))`` is the canonical name.
 """
 
 import re
@@ -34,10 +34,10 @@ LAYER_KINDS = (
     "mlp_out",
     "resid_post",
 )
-"""Kinds with one site a block, in the order in which a block computes them."""
+"""Kinds with one site for each block, in the order in which a block computes them."""
 
 MODEL_KINDS = ("embed", "final", "logits")
-"""Kinds with one site a model."""
+"""Kinds with one site for each model."""
 
 _LONGEST = 200  # file systems allow 255 bytes a name
 _TOP = re.compile(r"logits_top([1-9][0-9]{0,5})")
@@ -55,11 +55,11 @@ class Site:
 
     Attributes:
         kind: One of ``LAYER_KINDS``, ``MODEL_KINDS``, ``logits_topK``, or ``module``.
-        layer: Number of the block, for a kind that every block has.
+        layer: Number of the block, for one of ``LAYER_KINDS``.
         field: ``values`` or ``indices``, for ``logits_topK``.
         module: Dotted path of the module, for ``module``.
-        side: What the module takes or what it gives, for ``module``.
-        index: Which item of a tuple, for ``module``; None means the tensor itself or the first item.
+        side: Whether the site is the module's input or its output, for ``module``.
+        index: Index into a tuple, for ``module``; None means the tensor itself or the first item.
     """
 
     kind: str
@@ -84,7 +84,7 @@ class Site:
 
     @property
     def top(self) -> int | None:
-        """How many logits ``logits_topK`` keeps; None for every other kind."""
+        """Number of logits that ``logits_topK`` keeps; None for every other kind."""
         match = _TOP.fullmatch(self.kind)
         return int(match[1]) if match else None
 
@@ -94,16 +94,16 @@ class Site:
 
 
 def parse_site(text: str) -> Site:
-    """Read the text form of one site.
+    """Parse the name of one site.
 
     Args:
         text: For example ``resid_post.7``, ``final`` or ``module:model.layers.3.mlp@output``.
 
     Returns:
-        The site; ``str`` of it is the canonical text.
+        The site; its ``str`` is the canonical name.
 
     Raises:
-        UnknownSiteError: The text names no site; the message says what was wrong with it.
+        UnknownSiteError: The text does not name a site; the message says why.
 
     Example:
         >>> parse_site("resid_post.7").path
@@ -123,7 +123,7 @@ def parse_site(text: str) -> Site:
     if kind in MODEL_KINDS and not dot:
         return Site(kind=kind)
     if kind in MODEL_KINDS:
-        raise UnknownSiteError(f"Site {text!r}: {kind!r} is there once a model; write just {kind!r}.")
+        raise UnknownSiteError(f"Site {text!r}: a model has {kind!r} only once; write just {kind!r}.")
     near = get_close_matches(kind, [*LAYER_KINDS, *MODEL_KINDS], n=3)
     raise UnknownSiteError(
         f"Site {text!r}: there is no kind {kind!r}. {_did_you_mean(near)}"
@@ -135,8 +135,8 @@ def parse_site(text: str) -> Site:
 def _parse_layer(text: str, kind: str, suffix: str) -> Site:
     if not _LAYER.fullmatch(suffix):
         raise UnknownSiteError(
-            f"Site {text!r}: {kind!r} needs the number of one block behind it, as in '{kind}.0'; "
-            f"'{kind}.*' stands for all of them where several sites can be given."
+            f"Site {text!r}: {kind!r} needs the number of one block after it, as in '{kind}.0'; "
+            f"'{kind}.*' selects all of them where several sites can be given."
         )
     return Site(kind=kind, layer=int(suffix))
 
@@ -155,9 +155,8 @@ def _parse_module(text: str) -> Site:
     match = _MODULE.fullmatch(text.removeprefix("module:"))
     if match is None:
         raise UnknownSiteError(
-            f"Site {text!r} is not of the form module:PATH@input or module:PATH@output, with .N behind it "
-            "for item N of a tuple. PATH is the dotted name from model.named_modules(); its parts may hold "
-            "letters, digits, '_' and '-'."
+            f"Site {text!r} does not have the form module:PATH@input or module:PATH@output, followed by .N for item N "
+            "of a tuple. PATH is the dotted name from model.named_modules(), made of letters, digits, '_', '-' and '.'."
         )
     index = match["index"]
     return Site(
@@ -169,22 +168,22 @@ def _parse_module(text: str) -> Site:
 
 
 def select(patterns: str | Iterable[str], available: Iterable[str], *, on_demand: bool = True) -> tuple[str, ...]:
-    """Turn the user's patterns into site names, in the model's order and each once.
+    """Return the names of the sites that patterns select, in the model's order and each once.
 
-    A pattern is a site name, a name with ``*`` or ``?`` (``resid_post.*``, ``resid_*.3``), a range of blocks
-    with both ends included (``attn_out.0-5``), or ``logits_topK`` for its two halves.
+    A pattern is a site name, a name with ``*`` or ``?`` (``resid_post.*``, ``resid_*.3``), a range of blocks that
+    includes both ends (``attn_out.0-5``), or ``logits_topK`` for its values and indices.
 
     Args:
         patterns: Patterns separated by commas, or several such texts.
-        available: Names of the sites that there are, in the model's order.
-        on_demand: Whether ``module:`` sites and ``logits_topK`` may be asked for without being in
-            ``available``: true for a model, where they are made when asked for; false for an archive.
+        available: Names of the existing sites, in the model's order.
+        on_demand: Whether ``module:`` sites and ``logits_topK`` need not be in ``available``: true for a model, which
+            makes them on demand; false for an archive.
 
     Returns:
-        The chosen names: those in ``available`` in its order, then those made on demand as they were given.
+        The selected names: those in ``available`` in its order, then those made on demand in the order of the patterns.
 
     Raises:
-        UnknownSiteError: A pattern fits nothing; the message lists near matches.
+        UnknownSiteError: A pattern matches nothing; the message lists similar names.
 
     Example:
         >>> select("final,resid_post.*", ["resid_post.0", "resid_post.1", "final"])
@@ -200,14 +199,14 @@ def select(patterns: str | Iterable[str], available: Iterable[str], *, on_demand
 
 
 def _expand(word: str, known: tuple[str, ...], on_demand: bool) -> list[str]:
-    """Names that one pattern stands for."""
+    """Return the names that one pattern selects."""
     if span := _RANGE.fullmatch(word):
         return _expand_range(word, span[1], int(span[2]), int(span[3]), known)
     if "*" in word or "?" in word:
         found = [name for name in known if fnmatchcase(name, word)]
         return found or _refuse(word, known)
     if _TOP.fullmatch(word):
-        return [n for half in ("values", "indices") for n in _expand(f"{word}.{half}", known, on_demand)]
+        return [n for field in ("values", "indices") for n in _expand(f"{word}.{field}", known, on_demand)]
     try:
         site = parse_site(word)
     except UnknownSiteError as error:
@@ -225,16 +224,16 @@ def _expand_range(word: str, kind: str, first: int, last: int, known: tuple[str,
 
 
 def _refuse(word: str, known: tuple[str, ...], reason: str | None = None) -> list[str]:
-    what = reason or f"Site {word!r} was asked for and there is none of that name."
+    what = reason or f"There is no site {word!r}."
     near = get_close_matches(word, known, n=3)
     raise UnknownSiteError(
-        f"{what} {_did_you_mean(near)}There are: {_summary(known) or 'none'}. Patterns are written like "
+        f"{what} {_did_you_mean(near)}The sites are: {_summary(known) or 'none'}. Patterns are written like "
         "'resid_post.*', 'attn_out.3' or 'resid_post.0-5', separated by commas."
     )
 
 
 def _summary(names: Iterable[str]) -> str:
-    """Name every kind once, with its blocks: ``embed, q.0-11``."""
+    """List every kind once, with its blocks: ``embed, q.0-11``."""
     layers: dict[str, list[int]] = {}
     for name in names:
         site = parse_site(name)

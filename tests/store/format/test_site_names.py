@@ -122,7 +122,7 @@ def test_a_star_takes_every_block() -> None:
         ("resid_post.4-2", "resid_post.0-11"),
         ("resid_post", "resid_post.*"),
         ("resid_pots.3", "resid_post"),
-        ("mlp_out.*", "There are: embed, resid_pre.0-11, q.0-11"),
+        ("mlp_out.*", ": embed, resid_pre.0-11, q.0-11"),
         ("", "resid_post.*"),
         ("zzz.*", "embed"),
     ],
