@@ -1,4 +1,4 @@
-"""Directions in the space of a site's rows: read from a file, or made of the number of a channel."""
+"""Directions in the space of a site's rows: read from a file, or given by the number of a channel."""
 
 from os import PathLike
 from pathlib import Path
@@ -39,30 +39,30 @@ def read_direction(path: str | PathLike[str]) -> Floats:
     return np.array(values, np.float64)
 
 
-def whole_row(
+def full_row(
     archive: Archive, site: str, *, direction: npt.ArrayLike | None, channel: int | None, head: int | None
 ) -> Floats:
-    """Return the direction that was asked for as a row of `site` sees it: zero outside `head`, heads in a line.
+    """Return a direction for the rows of `site`, flattened: zero outside `head` if one is given.
 
     Args:
         archive: The archive.
         site: A stored site.
         direction: One number for each value of a row, or of `head`.
         channel: Instead of a direction: the number of a value of a row, or of `head`.
-        head: The head that is meant; None means the whole row.
+        head: The head that the direction is for; None for the full row.
 
     Returns:
         (width,) float64.
 
     Raises:
-        AnalysisError: It does not fit the site; the message has what was given and what the site has.
+        AnalysisError: The direction does not fit the site; the message has both shapes.
     """
     shape = archive[site].shape[1:]
     if head is not None and (len(shape) < 2 or not 0 <= head < shape[0]):
         has = f"heads 0 to {shape[0] - 1}" if len(shape) > 1 else "no heads"
-        raise AnalysisError(f"head {head} of {site} was asked for: it has {has}")
+        raise AnalysisError(f"there is no head {head} of {site}: it has {has}")
     if (direction is None) == (channel is None):
-        raise AnalysisError(f"{site}: give either a direction or the number of a channel")
+        raise AnalysisError(f"{site}: give either a direction or the number of a channel, and not both")
     inner = shape if head is None else shape[1:]
     full = np.zeros(shape)
     full[... if head is None else head] = (
@@ -76,7 +76,7 @@ def whole_row(
 def _channel(site: str, shape: tuple[int, ...], channel: int) -> Floats:
     width = int(np.prod(shape))
     if not 0 <= channel < width:
-        raise AnalysisError(f"channel {channel} of {site} was asked for: there are channels 0 to {width - 1}")
+        raise AnalysisError(f"there is no channel {channel} of {site}: it has channels 0 to {width - 1}")
     return np.eye(1, width, channel).reshape(shape)
 
 
@@ -91,5 +91,5 @@ def _fitted(site: str, shape: tuple[int, ...], direction: Floats) -> Floats:
             f"the direction has shape {direction.shape}, but {site} has {has} values: give one number for each{heads}"
         )
     if not np.isfinite(direction).all():
-        raise AnalysisError("the direction has a NaN or an infinity, and so would every score: save a finite one")
+        raise AnalysisError("the direction has NaN or infinite values, and so would every score: give a finite one")
     return direction.reshape(shape)

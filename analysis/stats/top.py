@@ -10,7 +10,7 @@ import pyarrow as pa
 from residua.analysis.rows.blocks import Block, blocks
 from residua.analysis.rows.columns import examples_of
 from residua.analysis.rows.site_rows import pieces, runs
-from residua.analysis.stats.directions import whole_row
+from residua.analysis.stats.directions import full_row
 from residua.analysis.support.cluster import Cluster, or_inline
 from residua.analysis.support.open_archives import address, opened
 from residua.store.base.errors import AnalysisError
@@ -87,7 +87,7 @@ def top(
     name = _one_site(archive, site)
     if k < 1:
         raise AnalysisError(f"the best {k} rows were asked for: ask for at least 1")
-    wanted = whole_row(archive, name, direction=direction, channel=channel, head=head) * (-1 if bottom else 1)
+    wanted = full_row(archive, name, direction=direction, channel=channel, head=head) * (-1 if bottom else 1)
     jobs = [
         _Job(address(archive), name, run, wanted, k, per_example, where)
         for run in runs(blocks(archive), least_rows=task_rows)

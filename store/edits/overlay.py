@@ -99,12 +99,12 @@ class Overlay:
 
     def _check_chunks(self, array: zarr.Array[Any], rows: npt.NDArray[np.int64]) -> None:
         """Check the files of the given rows before anything is read from them."""
-        most_bytes = prod(array.chunks) * array.dtype.itemsize + CRC_BYTES
+        max_bytes = prod(array.chunks) * array.dtype.itemsize + CRC_BYTES
         for chunk in np.unique(rows // array.chunks[0]).tolist():
             key = array.metadata.encode_chunk_key((chunk, *[0] * (array.ndim - 1)))
             file = self.path / array.path / key
             if file.exists():
-                check_file(self.path, file, most_bytes)
+                check_file(self.path, file, max_bytes)
 
     def read(self, site: str, rows: npt.ArrayLike) -> tuple[Array, npt.NDArray[np.bool_]]:
         """Return rows, (rows, *row shape), and for each whether it was edited; values of the others are arbitrary.

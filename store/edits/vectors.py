@@ -1,6 +1,6 @@
 """Vectors: numbers in an edit itself, or in a ``.npy`` or ``.safetensors`` file. Nothing in a file is executed.
 
-``FILE#NAME`` names one tensor of a file that holds several. The file of an edit lies in the folder of the edits or
+``FILE#NAME`` names one tensor of a file that holds several. The file of an edit is in the folder of the edits or
 below, also after links are followed. Sizes are checked before memory is taken.
 """
 
@@ -56,7 +56,7 @@ def vector_of(value: object, folder: Path) -> Vector:
 
     Args:
         value: Numbers, lists of them, an array or a tensor; the name of a file; or what `Vector.to_json` makes.
-        folder: Where files lie.
+        folder: Folder of the files.
 
     Raises:
         PlanError: The value is no vector, is too large or not finite, or its file is missing or was altered.
@@ -136,7 +136,7 @@ def read_array(path: Path, tensor: str = "", *, default: str = "", floats_only: 
             for name, entry in deserialize(path.read_bytes())  # type: ignore[no-untyped-call]  # safetensors is bare
             if entry["dtype"] in _SAFETENSORS and not (floats_only and entry["dtype"][0] in "IU")
         }
-    except Exception as error:  # boundary to a stranger's bytes: numpy alone raises six kinds of errors
+    except Exception as error:  # boundary: of untrusted bytes numpy alone raises six kinds of errors
         raise PlanError(f"{path.name!r} cannot be read as a vector: {error}") from error
     name = tensor or (next(iter(tensors)) if len(tensors) == 1 else default)
     if name not in tensors:

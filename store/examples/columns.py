@@ -84,14 +84,14 @@ def _storable(kind: Any) -> bool:
     """Return whether Parquet can hold the type; it has no structs without fields."""
     if _TYPES.is_struct(kind):
         return kind.num_fields > 0 and all(_storable(kind.field(i).type) for i in range(kind.num_fields))
-    return _storable(kind.value_type) if _is_list(kind) else True
+    return _storable(kind.value_type) if _TYPES.is_list(kind) else True
 
 
 def _fits(found: Any, kind: Any) -> bool:
     """Return whether values of type `found` can be stored as `kind` without loss."""
     if found.equals(kind) or _TYPES.is_null(found):
         return True
-    if _is_list(found) and _is_list(kind):
+    if _TYPES.is_list(found) and _TYPES.is_list(kind):
         return _fits(found.value_type, kind.value_type)
     if _TYPES.is_struct(found) and _TYPES.is_struct(kind):
         fields = {field.name: field.type for field in kind}
@@ -99,23 +99,11 @@ def _fits(found: Any, kind: Any) -> bool:
     return _same_kind(found, kind)
 
 
-def _is_list(kind: Any) -> bool:
-    return bool(_TYPES.is_list(kind) or _TYPES.is_large_list(kind) or _TYPES.is_fixed_size_list(kind))
-
-
 def _same_kind(found: pa.DataType, kind: pa.DataType) -> bool:
     if _TYPES.is_integer(found):
         return bool(_TYPES.is_integer(kind) or _TYPES.is_floating(kind))
-    tests = (_TYPES.is_floating, _is_text, _is_bytes, _TYPES.is_temporal)
+    tests = (_TYPES.is_floating, _TYPES.is_string, _TYPES.is_binary, _TYPES.is_temporal)
     return any(test(found) and test(kind) for test in tests)
-
-
-def _is_text(kind: pa.DataType) -> bool:
-    return bool(_TYPES.is_string(kind) or _TYPES.is_large_string(kind))
-
-
-def _is_bytes(kind: pa.DataType) -> bool:
-    return bool(_TYPES.is_binary(kind) or _TYPES.is_large_binary(kind) or _TYPES.is_fixed_size_binary(kind))
 
 
 def value_bytes(value: object) -> int:

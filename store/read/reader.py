@@ -141,7 +141,7 @@ class ArrayReader:
         return out
 
     def close(self) -> None:
-        """Close the mapped files; reading again opens and verifies them anew."""
+        """Close the mapped files; reading again opens and verifies them again."""
         self._open_shards.drop(self._key)
         self._verified = {}
 
