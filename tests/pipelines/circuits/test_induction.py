@@ -1,4 +1,4 @@
-"""The whole way from a model to scored heads, a table and a picture."""
+"""From a model to scored heads, a table and a heat map."""
 
 import json
 from pathlib import Path
@@ -41,7 +41,7 @@ def test_the_command_finds_the_known_heads(tmp_path: Path, capsys: pytest.Captur
     assert "      3     2  " in capsys.readouterr().out
     assert pq.read_table(folder / "heads.parquet").equals(scores)
     assert induction(out, "--examples", "17", "--json") == 2
-    assert "begun with another plan" in json.loads(capsys.readouterr().out)["message"]
+    assert "another plan" in json.loads(capsys.readouterr().out)["message"]
 
 
 def test_patterns_and_no_bos(tmp_path: Path) -> None:
@@ -74,14 +74,14 @@ def test_sequences_are_seeded_and_hold_no_special_tokens() -> None:
         assert ids[:20] == ids[20:]
         assert len(set(ids)) == 20
         assert min(ids) >= 3
-    bare = repeated_tokens(model, None, RepeatSettings(period=20, n_examples=1, bos=False))[0]["input_ids"]
-    assert len(bare) == 40
+    without_bos = repeated_tokens(model, None, RepeatSettings(period=20, n_examples=1, bos=False))
+    assert len(without_bos[0]["input_ids"]) == 40
 
 
 def test_what_a_model_cannot_take_is_refused() -> None:
     model = TINY["llama"]()
     wrong: list[tuple[dict[str, Any], str]] = [
-        ({"period": 40}, "the model takes 64"),
+        ({"period": 40}, "takes 64"),
         ({"period": 1}, "--period is 1"),
         ({"copies": 1}, "--copies is 1"),
         ({"seed": -1}, "--seed is -1"),
@@ -91,8 +91,8 @@ def test_what_a_model_cannot_take_is_refused() -> None:
             repeated_tokens(model, None, RepeatSettings(**options))
     model.config.bos_token_id = None
     assert repeated_tokens(model, None, RepeatSettings(period=5, n_examples=1))[0]["input_ids"][:5]
-    with pytest.raises(PlanError, match="a BOS was asked for"):
+    with pytest.raises(PlanError, match="BOS"):
         repeated_tokens(model, None, RepeatSettings(period=5, bos=True))
     model.config.vocab_size, model.config.max_position_embeddings = 30, 500
-    with pytest.raises(PlanError, match="50 different tokens was asked for; the model has 28"):
+    with pytest.raises(PlanError, match=r"50 .*28"):
         repeated_tokens(model, None, RepeatSettings())

@@ -1,4 +1,4 @@
-"""Patching cell by cell against hooks by hand, and its estimate where the effect is linear."""
+"""Patching cell by cell against plain hooks, and its estimate where the effect is linear."""
 
 import json
 from pathlib import Path
@@ -28,7 +28,7 @@ def run(model: nn.Module, ids: tuple[int, ...]) -> Tensor:
 
 
 def by_hand(name: str, layer: int, position: int) -> Tensor:
-    """Logits of the corrupted example with the clean output of one block put in at one position."""
+    """Return the corrupted example's logits with the clean output of one block at one position."""
     model, kept = model_of(name), list[Tensor]()
     block = model.get_submodule(MODULES[name].format(layer))
     handle = block.register_forward_hook(lambda _m, _i, output: kept.append(output.clone()))
@@ -59,7 +59,7 @@ def measured(logits: Tensor, clean: Tensor, metric: str) -> float:
 
 @pytest.mark.parametrize("metric", ["logit_difference", "loss", "probability", "kl"])
 @pytest.mark.parametrize("name", MODULES)
-def test_every_cell_is_the_one_by_hand(name: str, metric: str) -> None:
+def test_every_cell_equals_the_one_of_plain_hooks(name: str, metric: str) -> None:
     model = model_of(name)
     calls: list[int] = []
     handle = model.register_forward_hook(lambda *_: calls.append(1))
@@ -77,12 +77,12 @@ def test_every_cell_is_the_one_by_hand(name: str, metric: str) -> None:
         assert line["effect"] == pytest.approx(expected - corrupted, rel=1e-3, abs=2e-5)
         assert line["recovered"] == pytest.approx((expected - corrupted) / (clean - corrupted), rel=1e-3, abs=2e-3)
         assert line["token"] == CORRUPTED[position]
-    assert found[-1]["recovered"] == pytest.approx(1, abs=1e-3), "the last position of the last block is all there is"
-    assert found[0]["effect"] == pytest.approx(0, abs=2e-5), "before the difference nothing is to be had"
+    assert found[-1]["recovered"] == pytest.approx(1, abs=1e-3), "the last position of the last block decides alone"
+    assert found[0]["effect"] == pytest.approx(0, abs=2e-5), "before the difference there is no effect"
 
 
 def heads_by_hand(layer: int, head: int, where: slice | int) -> Tensor:
-    """Logits of the corrupted example with the clean mix of one head put in."""
+    """Return the corrupted example's logits with the clean output of one head."""
     model, kept, width = model_of("llama"), list[Tensor](), 8
     projection = model.get_submodule(f"model.layers.{layer}.self_attn.o_proj")
     handle = projection.register_forward_pre_hook(lambda _m, inputs: kept.append(inputs[0].clone()))
@@ -101,7 +101,7 @@ def heads_by_hand(layer: int, head: int, where: slice | int) -> Tensor:
 
 
 @pytest.mark.parametrize("positions", ["together", [2, -1]])
-def test_every_head_is_the_one_by_hand(positions: Any, tmp_path: Path) -> None:
+def test_every_head_equals_the_one_of_plain_hooks(positions: Any, tmp_path: Path) -> None:
     model = model_of("llama")
     calls: list[int] = []
     handle = model.register_forward_hook(lambda *_: calls.append(1))
@@ -123,7 +123,7 @@ def test_every_head_is_the_one_by_hand(positions: Any, tmp_path: Path) -> None:
 
 
 def test_estimates_of_heads_and_of_all_positions_add_up() -> None:
-    """A row's estimate is the sum of those of its heads; that of all positions, the sum of theirs."""
+    """The estimate of a row is the sum over its heads, and that of all positions the sum over positions."""
     model = model_of("gpt2")
     whole = residua.attribute(model, [PAIR], sites="z.1").to_pandas()
     heads = residua.attribute(model, [PAIR], sites="z.1", heads=True).to_pandas()
@@ -143,8 +143,8 @@ def test_the_estimate_is_exact_where_the_metric_is_linear(name: str) -> None:
 
 
 def test_the_estimate_is_the_slope_of_true_patching() -> None:
-    """Every other site: by central differences along the way from corrupted to clean, in float64."""
-    model = model_of("gpt2", torch.float64)  # others take their norms in float32, whatever their type
+    """Compare other sites with central differences on the way from corrupted to clean, in float64."""
+    model = model_of("gpt2", torch.float64)  # others compute norms in float32
     found = residua.attribute(model, [PAIR], sites="resid_post.0,mlp_out.1,z.2", metric="loss", positions=[2, 4, -1])
     for line in found.to_pylist():
         site, position = line["site"], line["position"]
@@ -169,11 +169,11 @@ def test_the_estimate_is_the_slope_of_true_patching() -> None:
 
 
 CIRCUIT = [("attn_out.1", 8), ("attn_out.3", 19)]
-"""Where the previous token is written beside the answer's first copy, and where the induction heads read it."""
+"""The previous-token heads write at the answer's first copy; the induction heads read it at the last position."""
 
 
 def repeats(n_pairs: int) -> list[dict[str, Any]]:
-    """A random block twice, up to the last token of it; corrupted, the first copy had another token before it."""
+    """Return pairs of a repeated random block; in the corrupted example another token precedes the answer."""
     rng = np.random.default_rng(11)
     pairs = []
     for _ in range(n_pairs):
@@ -210,28 +210,28 @@ def test_the_induction_layer_of_the_shipped_model_stands_out(
     assert set(estimate.abs().nlargest(2).index) == set(CIRCUIT)
 
 
-def test_what_does_not_fit_is_said(tmp_path: Path) -> None:
+def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
     model = model_of("llama")
     archive = captured(model, tmp_path / "a", sites="resid_post.0")
     named = [{"clean": 0, "corrupted": 1, "answer": 7, "wrong": 8}]
-    spelt = [{**named[0], "clean": tokens()[0], "corrupted": tokens()[1]}]
+    with_ids = [{**named[0], "clean": tokens()[0], "corrupted": tokens()[1]}]
     options: dict[str, Any] = {"sites": "resid_post.1", "positions": [-1]}
-    assert residua.patch(model, named, archive=archive, **options) == residua.patch(model, spelt, **options)
+    assert residua.patch(model, named, archive=archive, **options) == residua.patch(model, with_ids, **options)
     for pairs, more, message in (
-        (named, {}, "pair 1: example 0 was named, and no archive"),
-        ([{**PAIR, "clean": [1, 2]}], {}, "pair 1: a pair has 2 clean and 7 corrupted tokens"),
-        ([PAIR, {**PAIR, "answer": 97}], {}, "pair 2: the model has no token 97"),
-        ([{**PAIR, "clean": "text"}], {}, "pair 1: the model comes without a tokenizer"),
-        ([{**PAIR, "wrong": None}], {}, "needs the wrong answer"),
-        ([PAIR], {"positions": [7]}, "pair 1 has 7 tokens: there is no position 7"),
-        ([PAIR], {"metric": "luck"}, "there is no metric 'luck'"),
-        ([PAIR], {"batch_cells": 0}, "at least one cell"),
-        ([PAIR], {"positions": "all"}, "positions is 'all': give numbers, or together"),
-        ([PAIR], {"sites": "resid_post.0", "heads": True}, "resid_post.0 has no heads"),
-        ([PAIR], {"sites": "pattern.0"}, "pattern.0 does not hold one entry a token"),
-        ([], {}, "there are no pairs"),
-        ([3], {}, "pair 1: a pair has clean, corrupted and answer"),
-        (tmp_path / "no.jsonl", {}, "there is no file of pairs"),
+        (named, {}, "pair 1: .*example 0.*--archive"),
+        ([{**PAIR, "clean": [1, 2]}], {}, "pair 1: .*2 clean.*7 corrupted"),
+        ([PAIR, {**PAIR, "answer": 97}], {}, "pair 2: .*token 97"),
+        ([{**PAIR, "clean": "text"}], {}, "pair 1: .*tokenizer"),
+        ([{**PAIR, "wrong": None}], {}, "wrong"),
+        ([PAIR], {"positions": [7]}, "pair 1 .*7 tokens.*position 7"),
+        ([PAIR], {"metric": "luck"}, "'luck'.*logit_difference"),
+        ([PAIR], {"batch_cells": 0}, "--batch-cells.*0"),
+        ([PAIR], {"positions": "all"}, "'all'.*together"),
+        ([PAIR], {"sites": "resid_post.0", "heads": True}, r"resid_post\.0.*heads"),
+        ([PAIR], {"sites": "pattern.0"}, r"pattern\.0"),
+        ([], {}, "pairs"),
+        ([3], {}, "pair 1: .*clean, corrupted and answer"),
+        (tmp_path / "no.jsonl", {}, r"no\.jsonl"),
     ):
         with pytest.raises(PlanError, match=message):
             residua.patch(model, pairs, **{**options, **more})  # type: ignore[arg-type]  # wrong on purpose

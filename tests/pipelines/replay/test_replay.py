@@ -1,6 +1,7 @@
-"""Replaying a whole archive: tables against hooks and sums by hand, and the same after kill -9 at many steps."""
+"""Replay of an archive: tables against plain hooks and sums, and the same tables after kill -9 at many steps."""
 
 import json
+import re
 import signal
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,7 @@ Floats = npt.NDArray[np.float64]
 
 
 def by_hand(archive: Archive, examples: list[int]) -> dict[int, tuple[Floats, Floats]]:
-    """Logits of each example with the edit and without, in float64, by a hook on the module of the MLP."""
+    """Return the logits of each example with the edit and without, in float64, by a hook on the MLP."""
     model = model_of("llama")
 
     def halve(_module: object, _inputs: object, output: Tensor) -> Tensor:
@@ -50,7 +51,7 @@ def log_softmax(logits: Floats) -> Floats:
 
 
 @pytest.mark.parametrize("at", ["resid_post.1", None])
-def test_every_number_is_the_one_by_hand(at: str | None, tmp_path: Path) -> None:
+def test_every_number_equals_the_one_of_plain_hooks(at: str | None, tmp_path: Path) -> None:
     archive = captured(model_of("llama"), tmp_path / "a", rows_per_shard=16)
     found = residua.replay_dataset(
         model_of("llama"), archive, out=tmp_path / "out", edits=[HALVE], at=at, tokens=CHOSEN
@@ -111,9 +112,9 @@ def test_examples_are_chosen_by_number_and_condition(tmp_path: Path) -> None:
     np.testing.assert_allclose(found.examples["kl"], whole[[1, 3]], rtol=1e-3)
     with pytest.raises(PlanError, match=r"another request:\n  examples: .*null.*\[1\]"):
         residua.replay_dataset(model, archive, out=tmp_path / "all", examples=[1], **options)
-    with pytest.raises(PlanError, match=r"examples \[9\]: the archive has 5"):
+    with pytest.raises(PlanError, match=r"examples \[9\].* 5\b"):
         residua.replay_dataset(model, archive, out=tmp_path / "c", examples=[9], **options)
-    with pytest.raises(PlanError, match="no example is left"):
+    with pytest.raises(PlanError, match="no example"):
         residua.replay_dataset(model, archive, out=tmp_path / "c", where='label == "z"', **options)
     by_row: dict[str, Any] = {"out": tmp_path / "r", "rows": [24, 12, 41], "examples": [1, 2, 3], **options}
     assert residua.replay_dataset(model, archive, **by_row).examples["example"].to_pylist() == [1, 2, 3]
@@ -121,43 +122,43 @@ def test_examples_are_chosen_by_number_and_condition(tmp_path: Path) -> None:
     assert residua.replay_dataset(model, archive, out=tmp_path / "s", rows=range(12), **options).n_examples == 1
     with pytest.raises(PlanError, match=r'rows: .*"0-11".*"0-3,7"'):
         residua.replay_dataset(model, archive, out=tmp_path / "s", rows=[0, 1, 2, 3, 7], **options)
-    with pytest.raises(PlanError, match=r"rows \[45\]: the archive has 45"):
+    with pytest.raises(PlanError, match=r"rows \[45\].* 45\b"):
         residua.replay_dataset(model, archive, out=tmp_path / "c", rows=[3, 45], **options)
-    with pytest.raises(PlanError, match=r"tokens \[97\] were asked for"):
+    with pytest.raises(PlanError, match=r"tokens \[97\].* 97\b"):
         residua.replay_dataset(model, archive, out=tmp_path / "c", tokens=[97], **options)
-    with pytest.raises(PlanError, match="is not empty and has no residua"):
+    with pytest.raises(PlanError, match=r"not empty.*residua\.json"):
         residua.replay_dataset(model, archive, out=tmp_path, **options)
     assert not (tmp_path / "c").exists()
 
 
-def test_of_an_archive_that_is_not_sealed_what_is_captured_is_replayed(tmp_path: Path) -> None:
+def test_the_captured_examples_of_an_unsealed_archive_are_replayed(tmp_path: Path) -> None:
     model = model_of("llama")
-    whole = captured(model, tmp_path / "a", rows_per_shard=16)
+    archive = captured(model, tmp_path / "a", rows_per_shard=16)
     options: dict[str, Any] = {"edits": [HALVE], "at": "resid_post.1"}
-    expected = residua.replay_dataset(model, whole, out=tmp_path / "whole", **options).tokens
-    (record,) = (whole.path / "commits").glob("00000002-*")
-    record.rename(tmp_path / "kept")  # of the last rows of example 3, and of example 4
-    found = residua.replay_dataset(model, whole.path, out=tmp_path / "part", **options)
-    assert found.examples["example"].to_pylist() == [0, 1]  # the group of the others is to be written whole
+    expected = residua.replay_dataset(model, archive, out=tmp_path / "sealed", **options).tokens
+    (record,) = (archive.path / "commits").glob("00000002-*")
+    record.rename(tmp_path / "kept")  # the last rows of example 3, and example 4
+    found = residua.replay_dataset(model, archive.path, out=tmp_path / "unsealed", **options)
+    assert found.examples["example"].to_pylist() == [0, 1]  # the group of the others is not complete
     assert any("is not sealed" in note for note in found.notes)
     (tmp_path / "kept").rename(record)
-    again = residua.replay_dataset(model, whole.path, out=tmp_path / "part", **options)
+    again = residua.replay_dataset(model, archive.path, out=tmp_path / "unsealed", **options)
     assert again.resumed
     assert again.tokens["example"].to_pylist() == expected["example"].to_pylist()
-    for path in (whole.path / "commits").glob("*"):
+    for path in (archive.path / "commits").glob("*"):
         path.unlink()
     with pytest.raises(NotCapturedError, match="run the capture first"):
-        residua.replay_dataset(model, whole.path, out=tmp_path / "none", **options)
+        residua.replay_dataset(model, archive.path, out=tmp_path / "none", **options)
 
 
-def test_one_table_is_never_of_two_models(tmp_path: Path) -> None:
+def test_one_table_never_mixes_two_models(tmp_path: Path) -> None:
     model, other = model_of("llama"), model_of("llama")
     archive = captured(model, tmp_path / "a")
     options: dict[str, Any] = {"out": tmp_path / "out", "edits": [HALVE], "at": "resid_post.1", "force": True}
     residua.replay_dataset(model, archive, **options)
     with torch.no_grad():
         other.get_parameter("model.layers.2.mlp.down_proj.weight").mul_(2)
-    with pytest.raises(PlanError, match=r"holds the results of another request:\n  model\.weights"):
+    with pytest.raises(PlanError, match=r"another request:\n  model\.weights"):
         residua.replay_dataset(other, archive, **options)
 
 
@@ -171,47 +172,47 @@ def test_killed_at_many_steps_it_ends_the_same(forks: Forks, tmp_path: Path) -> 
     ended = forks.run([*words, tmp_path / "reference"])
     assert ended.code == 0, ended.output
     assert "nats a token" in ended.output
-    n_parts = len(list((tmp_path / "reference/examples").iterdir()))
-    assert n_parts > 4
+    n_files = len(list((tmp_path / "reference/examples").iterdir()))
+    assert n_files > 4
     n_left: list[int] = []
     for die_at in (2, 7, 19, 17, 15):
         assert forks.run([*words, tmp_path / "killed"], die_at=die_at).code == -signal.SIGKILL
         n_left.append(len(list((tmp_path / "killed/examples").glob("part-*"))) if die_at > 2 else 0)
     assert n_left == sorted(n_left)
-    assert 0 < n_left[-1] < n_parts
+    assert 0 < n_left[-1] < n_files
     assert forks.run([*words, tmp_path / "killed"]).code == 0
     assert contents(tmp_path / "killed") == contents(tmp_path / "reference")
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    """The bytes of every file but those that hold the command line."""
+    """Return the bytes of every file except those that hold the command line."""
     without = (folder / "residua.json", folder / "acts.zarr/zarr.json")
     files = [path for path in folder.rglob("*") if path.is_file() and path not in without]
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
 
 
-def test_the_command_says_what_is_wrong(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_names_what_is_wrong(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     archive = captured(model_of("llama"), tmp_path / "a")
     words = ["replay", str(archive.path), "--model", str(MODEL), "--edit", str(tmp_path / "no.yaml"), "--out", "x"]
     assert main(words) == 2
-    assert "there is no file of edits" in capsys.readouterr().err
+    assert str(tmp_path / "no.yaml") in capsys.readouterr().err
     assert main([*words, "--examples", "3-x"]) == 2
-    assert "give numbers and ranges" in capsys.readouterr().err
+    assert "3-x" in capsys.readouterr().err
 
 
 def test_two_runs_at_once_are_refused(tmp_path: Path) -> None:
     archive = captured(model_of("llama"), tmp_path / "a")
-    with locked(tmp_path / "out"), pytest.raises(ArchiveInUseError, match="another run is at work"):
+    with locked(tmp_path / "out"), pytest.raises(ArchiveInUseError, match=re.escape(str(tmp_path / "out"))):
         residua.replay_dataset(model_of("llama"), archive, out=tmp_path / "out", edits=[HALVE])
 
 
-def test_parts_are_read_by_number(tmp_path: Path) -> None:
+def test_files_are_read_in_the_order_of_their_numbers(tmp_path: Path) -> None:
     for group in (100_000, 7, 99_999):
         write_table(table_file(tmp_path, EXAMPLES, group), pa.table({"example": [group]}))
     assert read_table(tmp_path, EXAMPLES)["example"].to_pylist() == [7, 99_999, 100_000]
 
 
-def test_a_run_does_not_go_on_with_an_overlay_that_was_written_to(tmp_path: Path) -> None:
+def test_a_run_is_not_resumed_with_an_overlay_that_changed(tmp_path: Path) -> None:
     archive = captured(model_of("llama"), tmp_path / "a", sites="resid_post.*")
     overlay = residua.overlay(archive, tmp_path / "o")
     ask: Any = {

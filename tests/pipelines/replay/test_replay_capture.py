@@ -1,4 +1,4 @@
-"""Capturing what follows a replay: against hooks by hand on the model, and bit for bit where nothing is edited."""
+"""Capture of what follows a replay: against plain hooks, and bit for bit if nothing is edited."""
 
 import hashlib
 import json
@@ -33,7 +33,7 @@ LATER = "mlp_out.1,resid_post.1,z.2,resid_post.2,final,logits"
 
 
 def replayed(model: PreTrainedModel, archive: Archive, out: Path, **options: Any) -> Archive:
-    """The archive of what follows."""
+    """Return the archive of what follows."""
     found = residua.replay_dataset(model, archive, out=out, **{"at": "resid_post.0", "capture": LATER, **options})
     assert found.archive is not None
     assert found.archive.path == out / "acts.zarr"
@@ -57,7 +57,7 @@ def test_without_edits_every_later_site_has_the_captured_bits(name: str, tmp_pat
     assert found.plan.rows_per_shard == 16
 
 
-def test_kept_positions_stay_those_that_were_kept(tmp_path: Path) -> None:
+def test_captured_positions_stay_the_same(tmp_path: Path) -> None:
     model = model_of("llama")
     archive = captured(model, tmp_path / "a", positions="every:3")
     found = replayed(model, archive, tmp_path / "out", capture="resid_post.2,final")
@@ -66,7 +66,7 @@ def test_kept_positions_stay_those_that_were_kept(tmp_path: Path) -> None:
 
 
 def by_hand(model: PreTrainedModel, archive: Archive, examples: list[int]) -> dict[str, Tensor]:
-    """Each site of a batch under the two edits, (tokens, *row), by hooks on the modules."""
+    """Return each site of a batch under the two edits, (tokens, *row), by hooks on the modules."""
     kept: dict[str, Tensor] = {}
     vector = torch.tensor([float(i % 3) for i in range(32)])
     pushed = torch.tensor([[[float(example in (1, 2, 3))]] for example in examples])
@@ -98,7 +98,7 @@ def by_hand(model: PreTrainedModel, archive: Archive, examples: list[int]) -> di
 
 
 @pytest.mark.parametrize("at", ["resid_post.0", None])
-def test_edited_rows_are_those_of_hooks_by_hand(at: str | None, tmp_path: Path) -> None:
+def test_edited_rows_are_those_of_plain_hooks(at: str | None, tmp_path: Path) -> None:
     model = model_of("llama")
     archive = captured(model, tmp_path / "a")
     found = replayed(model, archive, tmp_path / "out", at=at, edits=[HALVE, PUSH])
@@ -128,7 +128,7 @@ def test_chosen_examples_keep_their_columns_and_numbers(choice: dict[str, Any], 
         torch.testing.assert_close(found[site].torch(slice(0, 23)), expected[site], rtol=1e-5, atol=1e-5)
 
 
-def test_the_archive_says_what_it_is(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_archive_records_the_replay(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model = model_of("llama")
     archive = captured(model, tmp_path / "a")
     found = replayed(model, archive, tmp_path / "out", edits=[HALVE])
@@ -203,27 +203,27 @@ def test_edits_above_the_last_captured_site_do_not_matter(tmp_path: Path) -> Non
     assert float(whole["final"].torch(slice(0, 45)).abs().max()) == 0
 
 
-def test_what_cannot_be_captured_is_said_before_anything_runs(tmp_path: Path) -> None:
+def test_what_cannot_be_captured_is_refused_before_anything_runs(tmp_path: Path) -> None:
     model = model_of("llama")
     archive = captured(model, tmp_path / "a")
     calls: list[int] = []
     nn.Module.register_forward_hook(model, lambda *_: calls.append(1))
     for capture, error, message in (
-        ("resid_post.*", PlanError, "--capture resid_post.0: it lies below resid_post.1, where the stored rows go in"),
-        ("attn_out.1", PlanError, "--capture attn_out.1: it lies below resid_post.1"),
+        ("resid_post.*", PlanError, r"--capture resid_post\.0.*resid_post\.1"),
+        ("attn_out.1", PlanError, r"--capture attn_out\.1.*resid_post\.1"),
         ("resid_post.9", UnknownSiteError, "resid_post.9"),
-        ("", UnknownSiteError, "No site was named"),
+        ("", UnknownSiteError, "(?i)no site"),
     ):
         with pytest.raises(error, match=message):
             replayed(model, archive, tmp_path / "out", at="resid_post.1", capture=capture)
     assert not calls
     assert not (tmp_path / "out").exists()
     replayed(model, archive, tmp_path / "out", capture="final")
-    with pytest.raises(PlanError, match=r"was begun with another plan:\n  sites\.final: "):
+    with pytest.raises(PlanError, match=r"another plan:\n  sites\.final: "):
         replayed(model, archive, tmp_path / "out", capture="logits")
     named = [{"input_ids": [3, 4, 5], "replayed_example": "mine"}]
     theirs = residua.capture_dataset(model, named, out=tmp_path / "b", sites="resid_post.0").archive
-    with pytest.raises(PlanError, match="have a column 'replayed_example' of their own"):
+    with pytest.raises(PlanError, match="column 'replayed_example'"):
         replayed(model, theirs, tmp_path / "c", capture="final")
 
 
