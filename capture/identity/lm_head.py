@@ -69,7 +69,7 @@ def _full(parameters: FullParameters, name: str, tensor: Tensor) -> Tensor:
 
 
 def _unembedding(anatomy: Anatomy) -> nn.Module | None:
-    return None if anatomy.unembedding is None else anatomy.parts.get(anatomy.unembedding)
+    return None if anatomy.unembedding is None else anatomy.modules.get(anatomy.unembedding)
 
 
 def _described(anatomy: Anatomy, family: Family) -> tuple[LMHeadSpec, dict[str, nn.Module]]:

@@ -23,9 +23,8 @@ from residua.capture.layout.process_layout import describe_process_layout
 from residua.capture.runtime.compat import attention_implementation, model_revision
 from residua.capture.runtime.pipeline_schedule import runnable
 from residua.capture.runtime.sharded import plain_class
-from residua.capture.runtime.wrappers import core_of, running_uncompiled
+from residua.capture.runtime.wrappers import core_of, evaluating, running_uncompiled
 from residua.capture.sites.attention import eager_attention
-from residua.capture.sites.shape_probe import evaluating
 from residua.store.base.canonical import Json, digest_of, flatten
 from residua.store.base.errors import CaptureError, PlanError
 from residua.store.read.archive import Archive

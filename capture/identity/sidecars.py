@@ -22,11 +22,11 @@ from residua.capture.runtime.collectives import all_gather_objects
 from residua.capture.runtime.devices import input_device
 from residua.capture.runtime.pipeline_schedule import runnable
 from residua.capture.runtime.process_groups import pipeline_group, tensor_parallel_group
+from residua.capture.runtime.wrappers import evaluating
 from residua.capture.sites.anatomy import Anatomy
 from residua.capture.sites.attention import AttentionTap, eager_attention, intercepting
 from residua.capture.sites.pipeline_stages import target_of
 from residua.capture.sites.reference_model import unsharded_anatomy
-from residua.capture.sites.shape_probe import evaluating
 from residua.store.format.sidecars import ATTENTION_FILE, AttentionSpec, attention_to_json
 from residua.store.format.site_names import parse_site
 from residua.store.storage.crc import Buffer
@@ -83,7 +83,7 @@ def attention_files(model: nn.Module, sites: Iterable[str]) -> Sidecars:
     layers = [] if anatomy is None else [n for n in range(len(anatomy.blocks)) if {f"q.{n}", f"k.{n}"} <= stored]
     if anatomy is None or not layers:
         return {}
-    here = target_of(model).parts
+    here = target_of(model).modules
     facts = _attention_facts(anatomy, [layer for layer in layers if anatomy.blocks[layer] in here])
     ranks = all_gather_objects(tensor_parallel_group(model, None), facts)  # each has the facts of its own heads
     if len(ranks) > 1:
@@ -113,7 +113,7 @@ def _attention_facts(anatomy: Anatomy, layers: Iterable[int]) -> Facts:
     taps = {
         module: listener
         for layer, listener in listeners.items()
-        for module in anatomy.parts[anatomy.blocks[layer]].modules()
+        for module in anatomy.modules[anatomy.blocks[layer]].modules()
     }
     try:
         with eager_attention(anatomy.model), evaluating(anatomy.model), intercepting(taps), torch.no_grad():
@@ -134,25 +134,25 @@ def _run(anatomy: Anatomy) -> None:
 class _Listener(AttentionTap):
     """Keeps the inputs, the arguments and the weights of one layer's attention."""
 
-    parts = frozenset(("q", "k", "pattern"))
+    kinds = frozenset(("q", "k", "pattern"))
 
     def __init__(self) -> None:
         self.arguments: Mapping[str, Any] | None = None
         self._seen: dict[str, Tensor] = {}
 
-    def __call__(self, part: str, tensor: Tensor) -> None:
-        self._seen[part] = tensor
+    def __call__(self, kind: str, tensor: Tensor) -> None:
+        self._seen[kind] = tensor
 
-    def told(self, arguments: Mapping[str, Any]) -> None:
+    def note_arguments(self, arguments: Mapping[str, Any]) -> None:
         self.arguments = arguments
 
     def facts(self, window: int | str | None) -> AttentionSpec | str:
         """Return the facts of this layer, given its window or the reason why the window is not known."""
-        if self.arguments is None or len(self._seen) < len(self.parts):
+        if self.arguments is None or len(self._seen) < len(self.kinds):
             return "its attention did not come through transformers' attention interface under eager attention"
         if isinstance(window, str):
             return window
-        pattern_BHQK, query_BHQD, key_BHKD = (self._seen[part] for part in ("pattern", "q", "k"))
+        pattern_BHQK, query_BHQD, key_BHKD = (self._seen[kind] for kind in ("pattern", "q", "k"))
         causal = not pattern_BHQK.triu(1).any()
         if window is not None and not causal:
             return "its attention has a window and is not causal"

@@ -12,7 +12,7 @@ from residua.capture.runtime.collectives import all_gather_objects
 from residua.capture.runtime.devices import input_device
 from residua.capture.runtime.pipeline_schedule import runnable
 from residua.capture.runtime.process_groups import pipeline_group
-from residua.capture.sites.shape_probe import evaluating
+from residua.capture.runtime.wrappers import evaluating
 from residua.capture.taps.reading import reading
 from residua.store.base.errors import PlanError
 

@@ -23,11 +23,10 @@ from residua.capture.forward.inputs import forward_kwargs
 from residua.capture.forward.plan_batch import PlanBatch
 from residua.capture.runtime.devices import input_device
 from residua.capture.runtime.pipeline_schedule import stage_model_of
-from residua.capture.runtime.wrappers import core_of
+from residua.capture.runtime.wrappers import core_of, evaluating
 from residua.capture.sites.anatomy import Anatomy
 from residua.capture.sites.hooks import attached, values_of
 from residua.capture.sites.pipeline_stages import target_of
-from residua.capture.sites.shape_probe import evaluating
 from residua.capture.sites.site import SiteInfo
 from residua.store.base.errors import CaptureError, PlanError
 from residua.store.format.site_names import LAYER_KINDS, Site, parse_site
@@ -122,7 +121,7 @@ def skip_for(start: Start, anatomy: Anatomy, batch: PlanBatch) -> Skip:
     problem = _why_in_full(start, anatomy, batch)
     if problem or not block:
         return Skip((), problem=problem)
-    here = target_of(model).parts
+    here = target_of(model).modules
     skip = Skip(tuple(here[path] for path in anatomy.blocks[:block] if path in here))
     if anatomy.family is not None:
         return skip
@@ -145,7 +144,7 @@ def _why_in_full(start: Start, anatomy: Anatomy, batch: PlanBatch) -> str:
             f"example {short[0].example} has {len(short[0].positions)} of {len(short[0].input_ids)} tokens in the "
             "archive: the model ran in full, and the stored rows replaced what it computed for them"
         )
-    has_experts = any(path.endswith(".experts") for path in anatomy.parts)
+    has_experts = any(path.endswith(".experts") for path in anatomy.modules)
     if start.block and has_experts and any(len(example.input_ids) < batch.n_positions for example in batch.rows):
         return (
             f"{type(anatomy.model).__name__} ran in full: its experts take padding along with tokens, which changes "
@@ -185,7 +184,7 @@ def _probe(anatomy: Anatomy, skip: Skip) -> Skip:
     """Run the model on a few tokens with the blocks and without them, and compare the logits bit for bit."""
     returns_tuples: list[bool] = []
     path = anatomy.blocks[len(skip.blocks) - 1]
-    handle = anatomy.parts[path].register_forward_hook(
+    handle = anatomy.modules[path].register_forward_hook(
         lambda _m, _a, out: returns_tuples.append(isinstance(out, tuple))
     )
     last = SiteInfo(name=f"resid_post.{len(skip.blocks) - 1}", row_shape=None, dtype=None, module=path, via="output")
@@ -209,7 +208,7 @@ def _probe_logits(anatomy: Anatomy, site: SiteInfo, replace: Any) -> Tensor:
     ids = torch.arange(_PROBE_SHAPE[0] * _PROBE_SHAPE[1], device=input_device(anatomy.model)).view(_PROBE_SHAPE)
     kwargs = forward_kwargs(anatomy.model, ids, torch.ones_like(ids))
     emit = values_of(lambda _info, value: replace(value))
-    with attached(anatomy.parts, [site], emit), torch.no_grad(), evaluating(anatomy.model):
+    with attached(anatomy.modules, [site], emit), torch.no_grad(), evaluating(anatomy.model):
         logits: Tensor | None = getattr(anatomy.model(**kwargs), "logits", None)
     if logits is None:
         raise CaptureError(f"{type(anatomy.model).__name__} gives no logits")

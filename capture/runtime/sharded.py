@@ -7,11 +7,13 @@ FSDP: Zhao et al. 2023, arXiv:2304.11277. ZeRO: Rajbhandari et al. 2020, arXiv:1
 """
 
 import sys
-from typing import Any
+from typing import Any, TypeVar, cast
 
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
+
+ModelT = TypeVar("ModelT", bound=nn.Module)
 
 
 def is_sharded(model: nn.Module) -> bool:
@@ -51,11 +53,9 @@ def _is_of_zero3(tensor: Tensor) -> bool:
     return hasattr(tensor, "ds_id")  # DeepSpeed sets it on each parameter that it shards
 
 
-def plain_class(model: nn.Module) -> type[nn.Module]:
+def plain_class(model: ModelT) -> type[ModelT]:
     """Return the class of `model`; of a model that FSDP2 shards, the class that it had before `fully_shard`."""
-    kind = type(model)
+    kinds = type(model).__mro__
     if isinstance(model, FSDPModule):
-        return next(
-            base for base in kind.__mro__[1:] if issubclass(base, nn.Module) and not issubclass(base, FSDPModule)
-        )
-    return kind
+        kinds = tuple(kind for kind in kinds if issubclass(kind, nn.Module) and not issubclass(kind, FSDPModule))
+    return cast("type[ModelT]", kinds[0])

@@ -129,6 +129,18 @@ def running_uncompiled(model: nn.Module) -> Iterator[bool]:
         _uncompiled.leave()
 
 
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Put every module in evaluation mode, so that a forward pass uses no random numbers and updates no statistics."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
 def refuse_compiled(model: nn.Module) -> None:
     """Raise CaptureError if `model` is compiled: the user's own loop would run the compiled code."""
     if is_compiled(model):

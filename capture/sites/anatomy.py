@@ -1,4 +1,4 @@
-"""The parts of one language model that its canonical sites refer to: blocks, embedding, heads, widths."""
+"""The modules of one language model that its canonical sites refer to: blocks, embedding, LM head; and their widths."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -12,20 +12,20 @@ from residua.capture.runtime.wrappers import core_of, named_modules
 from residua.capture.sites.architectures import Family, family_of
 
 ATTENTION_KINDS = ("q", "k", "v", "z", "pattern")
-"""Kinds that are met on their way through transformers' attention interface."""
+"""Kinds that are read in transformers' attention interface."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Anatomy:
-    """Where the parts of one language model are.
+    """Where the modules of one language model are.
 
     Attributes:
         model: The model.
-        config: The config of its text part.
-        family: Where its family keeps its sites; None for an architecture that is not known.
-        base: Path of the base model, for example ``model``; empty where the model is its own base.
+        config: The config of its text model.
+        family: Where models of its family have their sites; None for an unknown architecture.
+        base: Path of the base model, for example ``model``; empty if the model is its own base.
         blocks: Paths of the blocks in order.
-        unembedding: Path of what makes logits; None where the model makes none.
+        unembedding: Path of the LM head; None if the model has none.
     """
 
     model: PreTrainedModel
@@ -37,7 +37,7 @@ class Anatomy:
 
     @cached_property
     def dtype(self) -> str:
-        """Name of the type that the model computes in."""
+        """Name of the dtype that the model computes in."""
         return str(self.model.dtype).removeprefix("torch.")
 
     @property
@@ -47,7 +47,7 @@ class Anatomy:
 
     @property
     def n_key_heads(self) -> int:
-        """Number of key and value heads: fewer than query heads where these share them in groups."""
+        """Number of key and value heads; fewer than query heads in grouped-query attention (Ainslie et al. 2023)."""
         return int(getattr(self.config, "num_key_value_heads", None) or self.n_heads)
 
     @property
@@ -57,61 +57,60 @@ class Anatomy:
 
     @property
     def uses_attention_interface(self) -> bool:
-        """Whether q, k, v, z and pattern can be met on their way through transformers' interface."""
+        """Whether q, k, v, z and pattern can be read in transformers' attention interface."""
         return self.family is not None or uses_attention_interface(self.model)
 
     @cached_property
-    def parts(self) -> Mapping[str, nn.Module]:
+    def modules(self) -> Mapping[str, nn.Module]:
         """The model's modules under the names that they have without wrappers."""
         return named_modules(self.model)
 
     def path(self, module: nn.Module | None) -> str | None:
         """Dotted path of one of the model's modules; None if it is not one."""
-        return next((name for name, found in self.parts.items() if found is module), None)
+        return next((name for name, found in self.modules.items() if found is module), None)
 
 
 def anatomy_of(model: nn.Module) -> Anatomy | None:
-    """Find the parts of a language model; None for a model in which there is no such thing.
+    """Find the modules of a language model; None for any other model.
 
-    Wrappers around the model and around modules in it are seen through (see `residua.capture.runtime.wrappers`).
-    A model of an unknown architecture has blocks if it holds a list of as many modules as its config says
-    there are layers; the outermost such list is taken.
+    Wrappers around the model and around modules in it are ignored (see `residua.capture.runtime.wrappers`). The blocks
+    of an unknown architecture are the outermost list of modules whose length is the config's number of layers.
     """
     model = core_of(model)
     if not isinstance(model, PreTrainedModel) or no_language_model(model):
         return None
     config = model.config.get_text_config()
-    parts = named_modules(model)
-    base = next((name for name, module in parts.items() if module is model.base_model), "")
+    modules = named_modules(model)
+    base = next((name for name, module in modules.items() if module is model.base_model), "")
     family = family_of(model.config)
     lists = (
-        [(path := f"{base}.{family.blocks}".lstrip("."), parts[path])]
+        [(path := f"{base}.{family.blocks}".lstrip("."), modules[path])]
         if family
-        else _lists_of(parts, int(getattr(config, "num_hidden_layers", 0)))
+        else _lists_of(modules, int(getattr(config, "num_hidden_layers", 0)))
     )
     if not lists:
         return None
     path, blocks = lists[0]
-    head: nn.Module | None = model.get_output_embeddings()  # type: ignore[no-untyped-call]  # transformers leaves it bare
+    lm_head: nn.Module | None = model.get_output_embeddings()  # type: ignore[no-untyped-call]  # transformers has no annotations here
     return Anatomy(
         model=model,
         config=config,
         family=family,
         base=base,
         blocks=tuple(f"{path}.{name}" for name, _ in blocks.named_children()),
-        unembedding=next((name for name, module in parts.items() if module is head), None),
+        unembedding=next((name for name, module in modules.items() if module is lm_head), None),
     )
 
 
 def no_language_model(model: PreTrainedModel) -> bool:
-    """Tell whether a transformers model is something else than one stack of blocks over token ids."""
+    """Return whether a transformers model is anything but one stack of blocks over token ids."""
     return model.main_input_name != "input_ids" or bool(getattr(model.config, "is_encoder_decoder", False))
 
 
-def _lists_of(parts: Mapping[str, nn.Module], n_layers: int) -> list[tuple[str, nn.Module]]:
+def _lists_of(modules: Mapping[str, nn.Module], n_layers: int) -> list[tuple[str, nn.Module]]:
     found = [
         (name, module)
-        for name, module in parts.items()
+        for name, module in modules.items()
         if isinstance(module, nn.ModuleList) and len(module) == n_layers > 0
     ]
     return sorted(found, key=lambda pair: pair[0].count("."))

@@ -1,13 +1,12 @@
-"""Where the canonical sites live in each model family, as transformers 5 builds it.
+"""Architectures: for each model family of transformers 5, the module where each kind of canonical site is read.
 
-One `Family` says, with paths relative to a block, from which module's input or output each kind is read.
-The kinds that are the same everywhere are not in the table: ``resid_pre`` is what a block takes,
-``resid_post`` what it gives, ``final`` what the last block gives, ``embed`` the token embedding's output,
-``logits`` the model's own, and ``q``, ``k``, ``v``, ``z`` and ``pattern`` come through transformers'
-attention interface.
+A `Family` names, with paths relative to a block, the module and whether its input or output is read. Kinds that are the
+same in every family are not in it: ``resid_pre`` is a block's input, ``resid_post`` its output, ``final`` the last
+block's output, ``embed`` the token embedding's output, ``logits`` the model's logits, and ``q``, ``k``, ``v``, ``z``
+and ``pattern`` are read in transformers' attention interface.
 
-``attn_out`` and ``mlp_out`` are what is added to the residual stream, so after Gemma's post norms. Dropout
-modules that stand between are read behind: in evaluation they do nothing.
+``attn_out`` and ``mlp_out`` are what the block adds to the residual stream: in Gemma they follow the post norms. If a
+dropout module lies between, its output is read; in evaluation mode dropout does nothing.
 """
 
 from collections.abc import Callable, Mapping
@@ -26,9 +25,9 @@ class Spot:
 
     Attributes:
         module: Path relative to the block; empty for the block itself.
-        side: ``output``; ``input``; or ``stream``, an input that is the residual stream itself, which the
-            block adds to again later: a replacement must then be written in place to reach both uses.
-        flat: Whether the tensor comes as (batch x positions, ...) and not (batch, positions, ...).
+        side: ``output``; ``input``; or ``stream``, an input that is the residual stream itself, to which the block
+            adds again later: a replacement is then written in place, to reach both uses.
+        flat: Whether the tensor is (batch x positions, ...) instead of (batch, positions, ...).
     """
 
     module: str
@@ -38,16 +37,16 @@ class Spot:
 
 @dataclass(frozen=True, kw_only=True)
 class Family:
-    """Where one model family keeps its sites.
+    """Where the models of one family have their sites.
 
     Attributes:
         blocks: Path of the blocks, relative to the base model (``model.base_model``).
-        final_norm: Path of the final norm, relative to the base model; None where there is none.
-        kinds: Where a kind is read, relative to a block.
-        lacks: Why a kind is not there and what to use instead.
+        final_norm: Path of the final norm, relative to the base model; None if there is none.
+        kinds: For each kind where it is read, relative to a block.
+        lacks: For each kind that the family lacks, the reason and what to use instead.
         norm_offset: What the final norm adds to its weight; 1 in Gemma.
         project_out: Path of a projection between final norm and unembedding, relative to the base model.
-        transform: Path of a dense layer with activation and norm before the unembedding, in the model.
+        transform: Path in the model of a dense layer with activation and norm before the unembedding.
     """
 
     blocks: str
@@ -177,10 +176,10 @@ _FAMILIES: Mapping[str, Family | Callable[[PreTrainedConfig], Family]] = {
 }
 
 KNOWN_MODEL_TYPES = tuple(sorted(_FAMILIES))
-"""The ``config.model_type`` of every architecture whose canonical sites are all known."""
+"""The ``config.model_type`` of every known architecture."""
 
 
 def family_of(config: PreTrainedConfig) -> Family | None:
-    """Return where a model with this config keeps its sites; None if its architecture is not known."""
+    """Return the family of a model with this config; None if its architecture is not known."""
     entry = _FAMILIES.get(config.model_type)
     return entry(config) if callable(entry) else entry

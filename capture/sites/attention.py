@@ -1,11 +1,12 @@
-"""Queries, keys, values, heads and patterns, through transformers' attention interface.
+"""Attention: queries, keys, values, head outputs and patterns, through transformers' attention interface.
 
-Every attention module of transformers 5 asks ``AttentionInterface.get_interface`` for the function that does
-its attention (sdpa, eager, flash, ...) and hands it post-rotary queries and keys. While `intercepting` is
-active we stand between: the function that the model gets is its own, wrapped. The implementation keeps its
-name, so everything that a model decides by that name stays as it was - masks above all, and GPT-2's choice of
-an upcast kernel - and the values are those of a run without us, bit for bit. For the same reason nothing is
-added to the registries of functions or masks: there is nothing to restore in them.
+Every attention module of transformers 5 asks ``AttentionInterface.get_interface`` for its attention function (sdpa,
+eager, flash, ...), and passes it queries and keys after the rotary embedding. `intercepting` wraps the function that
+the module gets. The implementation keeps its name, so everything that a model decides by that name stays the same
+(masks above all, and GPT-2's choice of an upcast kernel), and the values are bitwise those of an ordinary run. For the
+same reason nothing is added to transformers' registries of functions or masks.
+
+Only eager attention computes patterns; `eager_attention` switches a model to it for a time.
 
 Axes: `B` examples, `H` heads, `T` or `Q` query positions, `K` key positions, `D` width of a head.
 """
@@ -32,35 +33,38 @@ AttentionFunction = Callable[..., tuple[Tensor, Tensor | None]]
 
 
 class AttentionTap(Protocol):
-    """What is called with each tensor of one attention module.
+    """A callback for the tensors of one attention module.
 
-    ``parts`` names those that are wanted; ``part`` is one of ``q``, ``k``, ``v``, ``z``, ``pattern``. The
-    tensor is as the model has it: (batch, positions, heads, head width) for ``z``, heads in front of positions
-    for the others. What comes back replaces it unless it is None.
+    Attributes:
+        kinds: The kinds of tensors that it is called with: any of ``q``, ``k``, ``v``, ``z`` and ``pattern``.
     """
 
-    parts: frozenset[str]
+    kinds: frozenset[str]
 
-    def __call__(self, part: str, tensor: Tensor) -> Tensor | None:
-        """Take one tensor, and give one back to replace it."""
+    def __call__(self, kind: str, tensor: Tensor) -> Tensor | None:
+        """Take one tensor; return its replacement, or None to keep it.
 
-    def told(self, arguments: Mapping[str, Any]) -> None:
-        """Take the keywords that the attention function is called with: scaling, softcap, sliding_window, ..."""
-        del arguments  # few taps care
+        Args:
+            kind: One of `kinds`.
+            tensor: (batch, positions, heads, head width) for ``z``, (batch, heads, positions, ...) for other kinds.
+        """
+
+    def note_arguments(self, arguments: Mapping[str, Any]) -> None:
+        """Take the attention function's keyword arguments: scaling, softcap, sliding_window, and others."""
+        del arguments  # few taps need them
 
 
 _lock = threading.Lock()
 _taps: dict[int, list[AttentionTap]] = {}  # by id of the attention module, which the model keeps alive
-_original: list[Callable[..., AttentionFunction]] = []  # what we stand in front of, while we do so
+_original: list[Callable[..., AttentionFunction]] = []  # transformers' own method, while it is replaced
 
 
 @contextmanager
 def intercepting(taps: Mapping[nn.Module, AttentionTap]) -> Iterator[None]:
-    """Call ``taps[module]`` whenever one of these modules does attention through the interface.
+    """Call ``taps[module]`` whenever one of these modules computes attention through the interface.
 
     Args:
-        taps: What to call for each attention module; any module may be a key, those that never do attention
-            through the interface are never called.
+        taps: The tap for each module. Modules that do not use the interface may be among them, and call no tap.
     """
     if not taps:
         yield
@@ -100,26 +104,26 @@ def _attend(
     *args: Any,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    """Do one module's attention with its own function, past the taps."""
+    """Compute one module's attention with its own function, and call the taps."""
     taps = tuple(_taps.get(id(module), ()))
     for tap in taps:
-        tap.told(kwargs)
+        tap.note_arguments(kwargs)
         query, key, value = (
-            _pass_heads(tap, part, tensor) for part, tensor in (("q", query), ("k", key), ("v", value))
+            _pass_heads(tap, kind, tensor) for kind, tensor in (("q", query), ("k", key), ("v", value))
         )
     z_BTHD, pattern_BHQK = function(module, query, key, value, *args, **kwargs)
     for tap in taps:
-        if "pattern" in tap.parts:
+        if "pattern" in tap.kinds:
             z_BTHD, pattern_BHQK = _pass_pattern(tap, z_BTHD, pattern_BHQK, value)
-        if "z" in tap.parts and (new_BTHD := tap("z", z_BTHD)) is not None:
+        if "z" in tap.kinds and (new_BTHD := tap("z", z_BTHD)) is not None:
             z_BTHD = new_BTHD
     return z_BTHD, pattern_BHQK
 
 
-def _pass_heads(tap: AttentionTap, part: str, tensor_BHTD: Tensor) -> Tensor:
-    if part not in tap.parts:
+def _pass_heads(tap: AttentionTap, kind: str, tensor_BHTD: Tensor) -> Tensor:
+    if kind not in tap.kinds:
         return tensor_BHTD
-    new_BHTD = tap(part, tensor_BHTD)
+    new_BHTD = tap(kind, tensor_BHTD)
     return tensor_BHTD if new_BHTD is None else new_BHTD
 
 
@@ -128,8 +132,8 @@ def _pass_pattern(
 ) -> tuple[Tensor, Tensor | None]:
     if pattern_BHQK is None:
         raise CaptureError(
-            "A pattern was asked for and the attention implementation gave none; only 'eager' computes it. "
-            "Leave the implementation alone while patterns are read."
+            "a pattern was asked for, and the attention implementation gave none; only 'eager' computes it: do not "
+            "change the model's attention implementation while patterns are read"
         )
     new_BHQK = tap("pattern", pattern_BHQK)
     if new_BHQK is None:
@@ -141,7 +145,7 @@ def _pass_pattern(
 
 @contextmanager
 def eager_where_needed(model: nn.Module, sites: Iterable[SiteInfo]) -> Iterator[bool]:
-    """Let a model use eager attention if a pattern is among the sites; see `eager_attention`."""
+    """Switch a model to eager attention if a pattern is among the sites; see `eager_attention`."""
     core = core_of(model)
     if not isinstance(core, PreTrainedModel) or all(info.site.kind != "pattern" for info in sites):
         yield False
@@ -154,16 +158,16 @@ def eager_where_needed(model: nn.Module, sites: Iterable[SiteInfo]) -> Iterator[
 
 @contextmanager
 def eager_attention(model: PreTrainedModel) -> Iterator[bool]:
-    """Let the whole model use eager attention, the only implementation that computes patterns.
+    """Switch a model to eager attention, the only implementation that computes patterns; restore it at the end.
 
     Args:
-        model: Any transformers model; models of several parts (text and vision) are switched as a whole.
+        model: Any transformers model; all of its sub-models (text and vision) are switched.
 
     Yields:
-        Whether anything had to be switched. Leaving puts every part back to what it had.
+        Whether anything had to be switched.
 
     Raises:
-        CaptureError: The model does not let itself be switched.
+        CaptureError: The model does not support eager attention.
     """
     before = [(config, attention_implementation(config)) for config in _configs(model)]
     if all(name == "eager" for _, name in before):
@@ -174,7 +178,7 @@ def eager_attention(model: PreTrainedModel) -> Iterator[bool]:
         _LOG.info("%s was switched to eager attention, which alone computes patterns", type(model).__name__)
         yield True
     finally:
-        for config, name in before:  # the model's own comes first: setting it would set its parts too
+        for config, name in before:  # the model's own config is first: setting it also sets its sub-configs
             set_attention_implementation(config, name)
 
 
@@ -183,19 +187,19 @@ def _switch_to_eager(model: PreTrainedModel) -> None:
         model.set_attn_implementation("eager")
     except ValueError as error:
         raise CaptureError(
-            f"Patterns need eager attention, and {type(model).__name__} cannot be switched to it: {error} "
-            "Capture q and k instead; the pattern follows from them."
+            f"patterns need eager attention, and {type(model).__name__} cannot be switched to it: {error} "
+            "Capture q and k instead; the pattern can be computed from them."
         ) from error
 
 
 def _configs(model: PreTrainedModel) -> list[PreTrainedConfig]:
-    """Every config that names an attention implementation, outer ones first."""
+    """Return every config that names an attention implementation, outer ones first."""
     found: dict[int, PreTrainedConfig] = {}
     pending = [m.config for m in model.modules() if isinstance(m, PreTrainedModel)]
     while pending:
         config = pending.pop(0)
         if id(config) not in found:
             found[id(config)] = config
-            parts = (getattr(config, name, None) for name in config.sub_configs)
-            pending.extend(part for part in parts if part is not None)
+            inner = (getattr(config, name, None) for name in config.sub_configs)
+            pending.extend(each for each in inner if each is not None)
     return list(found.values())

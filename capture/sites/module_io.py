@@ -1,8 +1,7 @@
-"""One tensor out of what a module takes or gives, and back in again.
+"""One tensor of a module's input or output: how to take it out, and how to replace it.
 
-Modules give a tensor, a tuple, a list or a mapping (transformers' outputs), and take positional and keyword
-arguments. An item is counted from 0 in the order in which it stands there; arguments given by keyword come
-behind the positional ones.
+A module's output is a tensor, a tuple, a list or a mapping (as transformers' outputs); its input is positional and
+keyword arguments. Items are numbered from 0 in their order; keyword arguments follow the positional ones.
 """
 
 from collections.abc import Mapping, MutableMapping
@@ -19,12 +18,12 @@ def output_item(output: object, index: int | None, where: str) -> Tensor:
     """Return one tensor of a module's output.
 
     Args:
-        output: What the module gave.
+        output: The module's output.
         index: Which item of a tuple, list or mapping; None means the tensor itself or the first item.
         where: Site and module, for the message.
 
     Raises:
-        CaptureError: There is no such item, or it is no tensor.
+        CaptureError: There is no such item, or it is not a tensor.
     """
     if isinstance(output, Tensor) and index is None:
         return output
@@ -32,7 +31,7 @@ def output_item(output: object, index: int | None, where: str) -> Tensor:
 
 
 def replaced_output(output: Any, index: int | None, value: Tensor) -> Any:
-    """Return a module's output with one tensor replaced, in the container it came in."""
+    """Return a module's output with one tensor replaced, in the same kind of container."""
     if isinstance(output, Tensor):
         return value
     position = index or 0
@@ -40,7 +39,7 @@ def replaced_output(output: Any, index: int | None, value: Tensor) -> Any:
         output[list(output)[position]] = value
         return output
     items = [value if i == position else item for i, item in enumerate(output)]
-    make = getattr(type(output), "_make", type(output))  # named tuples take their items one by one
+    make = getattr(type(output), "_make", type(output))  # named tuples take their items as arguments
     return make(items)
 
 
@@ -61,10 +60,10 @@ def replaced_input(
 
 
 def checked_replacement(old: Tensor, new: object, name: str) -> Tensor:
-    """Return what a callback gave back for a site, once it is known to fit.
+    """Return a callback's replacement for a site's tensor, after checking that it fits.
 
     Raises:
-        CaptureError: It is no tensor, or has another shape, type or device than the site's value.
+        CaptureError: It is not a tensor, or its shape, dtype or device is not the site's.
     """
     if not isinstance(new, torch.Tensor):
         raise CaptureError(
@@ -74,7 +73,7 @@ def checked_replacement(old: Tensor, new: object, name: str) -> Tensor:
     if (new.shape, new.dtype, new.device) != (old.shape, old.dtype, old.device):
         raise CaptureError(
             f"Site {name!r}{on_rank()} holds {_describe(old)}, and the callback returned {_describe(new)} to replace "
-            "it; return a tensor of the same shape and type on the same device."
+            "it; return a tensor of the same shape and dtype on the same device."
         )
     return new
 
@@ -94,8 +93,8 @@ def _tensor(items: list[object], index: int | None, where: str) -> Tensor:
         return item
     found = ", ".join(_describe(i) if isinstance(i, Tensor) else type(i).__name__ for i in items)
     raise CaptureError(
-        f"{where}: item {position} is no tensor there; found: {found or 'nothing'}. "
-        "Name the item that you want with .N behind the site, counted from 0."
+        f"{where}: item {position} is not a tensor there; found: {found or 'nothing'}. "
+        "Add .N to the site's name to choose item N, counted from 0."
     )
 
 

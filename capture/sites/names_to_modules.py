@@ -1,7 +1,7 @@
-"""Which sites a model has, and what the user's patterns stand for in it.
+"""From a site's name to a module of the model: which sites a model has, and which sites the user's patterns name.
 
-`model_sites` lists the canonical sites of a model with their exact rows; `resolve_sites` turns patterns into
-sites, adds those that exist on demand (``module:`` sites and ``logits_topK``), and says why one is missing.
+`model_sites` lists the canonical sites of a model with their row shapes, and `resolve_sites` turns patterns into sites.
+It adds sites that exist on demand (``module:`` sites and ``logits_topK``), and says why a site is missing.
 """
 
 from collections.abc import Collection, Iterable
@@ -13,7 +13,7 @@ from torch import nn
 
 from residua.capture.runtime.wrappers import named_modules
 from residua.capture.sites.anatomy import ATTENTION_KINDS, Anatomy, anatomy_of
-from residua.capture.sites.shape_probe import measured
+from residua.capture.sites.shape_probe import measure_sites
 from residua.capture.sites.site import SiteInfo
 from residua.store.base.errors import UnknownSiteError
 from residua.store.format.site_names import LAYER_KINDS, MODEL_KINDS, Site, parse_site, select
@@ -22,17 +22,17 @@ from residua.store.format.site_names import LAYER_KINDS, MODEL_KINDS, Site, pars
 def model_sites(model: nn.Module) -> dict[str, SiteInfo]:
     """List the canonical sites of a model, in the order in which it computes them.
 
-    Shapes of known architectures follow from config and modules. Of others, what is found by structure is
-    measured by running the model on a few tokens.
+    Row shapes of a known architecture follow from its config and its modules. In an unknown architecture, sites are
+    found by its structure, and their rows are measured by running the model on a few tokens.
 
     Args:
-        model: Any torch module; one that is not a transformers model over token ids has no canonical sites.
+        model: Any torch module; only a transformers model over token ids has canonical sites.
 
     Returns:
         From name to site: ``embed``, then block by block, then ``final`` and ``logits``.
 
     Raises:
-        CaptureError: The architecture is not known and the model cannot be run on a few tokens.
+        CaptureError: The architecture is not known, and the model cannot run on a few tokens.
     """
     anatomy = anatomy_of(model)
     if anatomy is None:
@@ -42,7 +42,7 @@ def model_sites(model: nn.Module) -> dict[str, SiteInfo]:
         sites += [_in_block(anatomy, kind, layer) for kind in LAYER_KINDS]
     sites += [_final(anatomy), _logits(anatomy)]
     found = {info.name: info for info in sites if info is not None}
-    return found if anatomy.family else _measured_apart_from_patterns(model, found)
+    return found if anatomy.family else _measure_unknown_architecture(model, found)
 
 
 def resolve_sites(model: nn.Module, patterns: str | Iterable[str]) -> dict[str, SiteInfo]:
@@ -53,29 +53,29 @@ def resolve_sites(model: nn.Module, patterns: str | Iterable[str]) -> dict[str, 
         patterns: As for `residua.store.format.site_names.select`.
 
     Returns:
-        From name to site: canonical sites in the model's order, then the others as they were named. Of a model that
-        takes no token ids the ``row_shape`` and ``dtype`` of ``module:`` sites are None.
+        From name to site: canonical sites in the model's order, then the others in the order of their names in
+        `patterns`. If the model takes no token ids, the ``row_shape`` and ``dtype`` of ``module:`` sites are None.
 
     Raises:
-        UnknownSiteError: A pattern fits nothing that this model has; the message says why and what to use.
-        CaptureError: A site has to be measured and the model cannot be run.
+        UnknownSiteError: A pattern matches no site of this model; the message says why, and what to use instead.
+        CaptureError: A site has to be measured, and the model cannot run on a few tokens.
     """
     words = [patterns] if isinstance(patterns, str) else list(patterns)
     available = model_sites(model)
     try:
         names = select(words, available)
     except UnknownSiteError as error:
-        raise UnknownSiteError(f"{error}{reasons(model, words, available)}") from None
+        raise UnknownSiteError(f"{error}{_reasons(model, words, available)}") from None
     sites = {name: available.get(name) or _on_demand(model, name, available) for name in names}
     unmeasured = {name: info for name, info in sites.items() if info.row_shape is None}
     if unmeasured and available:
-        sites |= measured(model, unmeasured)
+        sites |= measure_sites(model, unmeasured)
     return sites
 
 
-def _measured_apart_from_patterns(model: nn.Module, sites: dict[str, SiteInfo]) -> dict[str, SiteInfo]:
-    """Measure sites of an architecture that is not known; patterns follow from queries without eager."""
-    seen = measured(model, {name: info for name, info in sites.items() if info.site.kind != "pattern"})
+def _measure_unknown_architecture(model: nn.Module, sites: dict[str, SiteInfo]) -> dict[str, SiteInfo]:
+    """Measure the sites of an unknown architecture; the shape of patterns follows from the queries' shape."""
+    seen = measure_sites(model, {name: info for name, info in sites.items() if info.site.kind != "pattern"})
     for name, info in sites.items():
         if info.site.kind == "pattern":
             query = seen[f"q.{info.site.layer}"]
@@ -87,7 +87,7 @@ def _embed(anatomy: Anatomy) -> SiteInfo | None:
     path = anatomy.path(anatomy.model.get_input_embeddings())
     if path is None:
         return None
-    return _info(anatomy, "embed", (_attribute(anatomy.parts[path], "embedding_dim"),), module=path)
+    return _info(anatomy, "embed", (_attribute(anatomy.modules[path], "embedding_dim"),), module=path)
 
 
 def _final(anatomy: Anatomy) -> SiteInfo:
@@ -95,10 +95,10 @@ def _final(anatomy: Anatomy) -> SiteInfo:
 
 
 def _logits(anatomy: Anatomy) -> SiteInfo | None:
-    head: nn.Module | None = anatomy.model.get_output_embeddings()  # type: ignore[no-untyped-call]  # transformers leaves it bare
-    if head is None:
+    lm_head: nn.Module | None = anatomy.model.get_output_embeddings()  # type: ignore[no-untyped-call]  # transformers has no annotations here
+    if lm_head is None:
         return None
-    return replace(_info(anatomy, "logits", (_attribute(head, "out_features"),), module=""), via="logits")
+    return replace(_info(anatomy, "logits", (_attribute(lm_head, "out_features"),), module=""), via="logits")
 
 
 def _in_block(anatomy: Anatomy, kind: str, layer: int) -> SiteInfo | None:
@@ -120,8 +120,8 @@ def _from_family(anatomy: Anatomy, kind: str, layer: int) -> SiteInfo | None:
     if spot is None:
         return None
     path = f"{anatomy.blocks[layer]}.{spot.module}"
-    module = anatomy.parts.get(path)
-    if module is None:  # a mixture of experts has no down projection as a module
+    module = anatomy.modules.get(path)
+    if module is None:  # a mixture of experts has no module for the down projection
         return None
     width = _input_width(module) if kind == "mlp_act" else int(anatomy.config.hidden_size)
     info = _info(anatomy, f"{kind}.{layer}", (width,), module=path)
@@ -129,14 +129,14 @@ def _from_family(anatomy: Anatomy, kind: str, layer: int) -> SiteInfo | None:
 
 
 def _input_width(projection: nn.Module) -> int:
-    """Width of what a projection takes; transformers' Conv1D calls it nx."""
+    """Return the input width of a projection; transformers' Conv1D calls it nx."""
     return _attribute(projection, "in_features" if hasattr(projection, "in_features") else "nx")
 
 
 def _attribute(module: nn.Module, name: str) -> int:
     width = getattr(module, name)
     if not isinstance(width, int):
-        raise TypeError(f"{type(module).__name__}.{name} is {width!r} and no width")
+        raise TypeError(f"{type(module).__name__}.{name} is {width!r}, not a width")
     return width
 
 
@@ -152,7 +152,7 @@ def _info(anatomy: Anatomy, name: str, row_shape: tuple[int | None, ...], *, mod
 
 
 def _on_demand(model: nn.Module, name: str, available: dict[str, SiteInfo]) -> SiteInfo:
-    """A site that is made when asked for: of a module, or of the largest logits."""
+    """Return a site that exists on demand: of any module, or of the largest logits."""
     site = parse_site(name)
     if site.top is not None:
         return _top_logits(site, available["logits"])
@@ -162,7 +162,7 @@ def _on_demand(model: nn.Module, name: str, available: dict[str, SiteInfo]) -> S
         raise UnknownSiteError(
             f"Site {name!r}: {type(model).__name__} has no module {site.module!r}. "
             + (f"Did you mean {' or '.join(near)}? " if near else "")
-            + "The names are those of model.named_modules()."
+            + "Use a name of model.named_modules()."
         )
     return SiteInfo(
         name=name,
@@ -179,22 +179,16 @@ def _top_logits(site: Site, logits: SiteInfo) -> SiteInfo:
     n_logits = (logits.row_shape or (0,))[0] or 0
     if site.top is None or site.top > n_logits:
         raise UnknownSiteError(
-            f"Site {str(site)!r} asks for more logits than the {n_logits} that the model has; ask for fewer."
+            f"Site {str(site)!r} asks for {site.top} logits, and the model has {n_logits}: ask for fewer."
         )
     dtype = "int32" if site.field == "indices" else logits.dtype
     return replace(logits, name=str(site), row_shape=(site.top,), dtype=dtype)
 
 
-def reasons(model: nn.Module, patterns: Iterable[str], available: Collection[str]) -> str:
-    """Say for each canonical kind that the user named and the model lacks why that is so.
+def _reasons(model: nn.Module, patterns: Iterable[str], available: Collection[str]) -> str:
+    """Return why the model lacks canonical kinds that the user named, and what to use instead.
 
-    Args:
-        model: Any torch module.
-        patterns: The user's words.
-        available: Names of the sites that the model has.
-
-    Returns:
-        One sentence a kind, each with a space in front; empty if every kind named is there in full.
+    The result is one sentence for each kind, with a leading space; empty if the model has every site of the kinds.
     """
     words = [word.strip().partition(".")[0] for text in patterns for word in text.split(",")]
     kinds = [kind for kind in (*LAYER_KINDS, *MODEL_KINDS) if any(fnmatchcase(kind, word) for word in words)]
@@ -211,14 +205,14 @@ def _names(kind: str, n_blocks: int) -> set[str]:
 def _reason(model: nn.Module, anatomy: Anatomy | None, kind: str) -> str:
     name = type(model).__name__
     if anatomy is None:
-        return f"{name} is no language model over token ids; use module:PATH@output for any of its modules"
+        return f"{name} is not a language model over token ids; use module:PATH@output for any of its modules"
     if kind == "logits":
         return f"{name} has no output embeddings; load it with its language modelling head"
     if anatomy.family is None:
         return _unknown_reason(anatomy, kind)
     if kind == "mlp_act":
         return (
-            "a mixture of experts has hidden vectors only inside its experts, for the tokens routed to each; "
+            "a mixture of experts has hidden activations only inside its experts, for the tokens routed to each; "
             f"use mlp_out, or module:{anatomy.blocks[0]}.mlp.gate@output for the router"
         )
     return f"{name} has none: {anatomy.family.lacks[kind]}"
@@ -227,10 +221,10 @@ def _reason(model: nn.Module, anatomy: Anatomy | None, kind: str) -> str:
 def _unknown_reason(anatomy: Anatomy, kind: str) -> str:
     block = anatomy.blocks[0]
     example = next((name for name, _ in anatomy.model.get_submodule(block).named_children()), "")
-    way_out = f"use module: sites, for example 'module:{block}.{example}@output'"
+    remedy = f"use module: sites, for example 'module:{block}.{example}@output'"
     if kind in ATTENTION_KINDS:
-        return f"{type(anatomy.model).__name__} does not use transformers' attention interface; {way_out}"
+        return f"{type(anatomy.model).__name__} does not use transformers' attention interface; {remedy}"
     return (
-        f"the architecture {anatomy.config.model_type!r} is not known; only what its blocks take and give, "
-        f"and what passes through the attention interface, was found; {way_out}"
+        f"the architecture {anatomy.config.model_type!r} is not known; only the inputs and outputs of its blocks, "
+        f"and what passes through the attention interface, were found; {remedy}"
     )

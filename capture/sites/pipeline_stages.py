@@ -1,9 +1,9 @@
-"""What is tapped: a model, or the part of one that is a stage of a pipeline, and which of its runs count.
+"""The modules of a model that are in this process, and which runs of a pipeline stage count.
 
-transformers' own pipelines leave stand-ins under the names of what other stages hold, which pass on what they take.
-torch's ``PipelineStage`` holds a module of the user's, with a part of a transformers model in it, and runs it once on
-meaningless values to learn shapes: only what happens inside ``forward_one_chunk`` is real. Users leave identities
-under the names of what other stages hold.
+transformers' own pipelines put placeholders, which return their input, under the names of modules that other stages
+hold. torch's ``PipelineStage`` holds a module of the user's with a transformers model in it, in which identities stand
+for the modules of other stages; it first runs the module on random values to find shapes, so only what runs inside
+``forward_one_chunk`` is the user's data.
 """
 
 from collections.abc import Iterator, Mapping
@@ -22,33 +22,34 @@ from residua.capture.sites.site import SiteInfo
 
 @dataclass(frozen=True, kw_only=True)
 class Target:
-    """A model, or as much of it as this process has.
+    """A model, or the modules of it that this process has.
 
     Attributes:
-        core: The model whose sites are meant.
-        parts: Its modules that are here, under the names of the whole model; under the empty name what is called.
-        gives_logits: Whether what is called gives logits.
+        core: The model whose sites are read.
+        modules: Its modules in this process, under their names in the full model; under the empty name the module
+            that is called.
+        gives_logits: Whether the module that is called returns logits.
     """
 
     core: nn.Module
-    parts: Mapping[str, nn.Module]
+    modules: Mapping[str, nn.Module]
     gives_logits: bool = True
 
     def here(self, sites: Mapping[str, SiteInfo]) -> dict[str, SiteInfo]:
-        """Return the sites that are met in this process; the others are in other stages of a pipeline."""
+        """Return the sites that this process has; other sites are in other stages of a pipeline."""
         return {
             name: info
             for name, info in sites.items()
-            if info.module in self.parts and (info.via != "logits" or self.gives_logits)
+            if info.module in self.modules and (info.via != "logits" or self.gives_logits)
         }
 
 
-class Chunk:
-    """The microbatch under way.
+class Microbatch:
+    """The microbatch that a stage runs.
 
     Attributes:
-        is_real: Whether what runs is the user's data.
-        index: Number of the microbatch, in a torch pipeline.
+        is_real: Whether it is the user's data.
+        index: Its number, in a torch pipeline; None elsewhere.
     """
 
     def __init__(self, *, is_real: bool) -> None:
@@ -56,8 +57,8 @@ class Chunk:
         self.index: int | None = None
 
     @contextmanager
-    def is_under_way(self, index: int | None) -> Iterator[None]:
-        """Let `index` be the number of the microbatch inside: its backward pass."""
+    def running(self, index: int | None) -> Iterator[None]:
+        """Let `index` be the number of the microbatch while the context lasts, which is its backward pass."""
         before, self.index = self.index, index
         try:
             yield
@@ -66,50 +67,49 @@ class Chunk:
 
 
 def target_of(model: nn.Module | PipelineStageBase) -> Target:
-    """Find the model inside wrappers or inside a stage of torch's pipelines."""
+    """Find the model inside wrappers, or inside a stage of a torch pipeline."""
     if isinstance(model, PipelineStageBase):
         inner = next((m for m in model.submod.modules() if isinstance(m, PreTrainedModel)), model.submod)
-        return Target(core=inner, parts=_of_stage(inner, model.submod), gives_logits=model.is_last)
+        return Target(core=inner, modules=_of_stage(inner, model.submod), gives_logits=model.is_last)
     core = core_of(model)
     stage_model = stage_model_of(core)
     if stage_model is not None:
-        return Target(core=core, parts=_of_stage(core, stage_model.module), gives_logits=stage_model.is_last)
-    return Target(
-        core=core, parts={path: part for path, part in named_modules(core).items() if not is_placeholder(part)}
-    )
+        return Target(core=core, modules=_of_stage(core, stage_model.module), gives_logits=stage_model.is_last)
+    here = {path: module for path, module in named_modules(core).items() if not is_placeholder(module)}
+    return Target(core=core, modules=here)
 
 
 def _of_stage(inner: nn.Module, called: nn.Module) -> dict[str, nn.Module]:
     return {
-        **{path: part for path, part in named_modules(inner).items() if not isinstance(part, nn.Identity)},
+        **{path: module for path, module in named_modules(inner).items() if not isinstance(module, nn.Identity)},
         "": called,
     }
 
 
-def is_placeholder(part: nn.Module) -> bool:
-    """Tell whether another stage of transformers' own pipeline holds what has this name."""
-    return type(part).__name__ == "PipelineIdentityLayer"
+def is_placeholder(module: nn.Module) -> bool:
+    """Return whether a module stands for one that another stage of transformers' own pipeline holds."""
+    return type(module).__name__ == "PipelineIdentityLayer"
 
 
 @contextmanager
-def chunks_of(model: nn.Module | PipelineStageBase) -> Iterator[Chunk]:
-    """Follow which microbatch a stage of torch's pipelines runs; a model that is no stage is always real."""
+def microbatches_of(model: nn.Module | PipelineStageBase) -> Iterator[Microbatch]:
+    """Follow which microbatch a stage of a torch pipeline runs; any other model always runs the user's data."""
     if not isinstance(model, PipelineStageBase):
-        yield Chunk(is_real=True)
+        yield Microbatch(is_real=True)
         return
-    chunk, before = Chunk(is_real=False), vars(model).get("forward_one_chunk")
+    microbatch, before = Microbatch(is_real=False), vars(model).get("forward_one_chunk")
     inner = model.forward_one_chunk
 
     def forward_one_chunk(fwd_chunk_id: int, *args: Any, **kwargs: Any) -> Any:
-        chunk.is_real, chunk.index = True, fwd_chunk_id
+        microbatch.is_real, microbatch.index = True, fwd_chunk_id
         try:
             return inner(fwd_chunk_id, *args, **kwargs)
         finally:
-            chunk.is_real, chunk.index = False, None
+            microbatch.is_real, microbatch.index = False, None
 
     vars(model)["forward_one_chunk"] = forward_one_chunk
     try:
-        yield chunk
+        yield microbatch
     finally:
         del vars(model)["forward_one_chunk"]
         if before is not None:

@@ -13,8 +13,8 @@ from residua.store.format.site_names import Site, parse_site
 FLOATS = ("bfloat16", "float16", "float32", "float64")
 
 Via = Literal["input", "output", "stream", "attention", "logits"]
-"""How a site is reached: what a module takes or gives; the residual stream that a module takes and its block
-adds to again later; the attention function that a block calls; the model's logits."""
+"""How a site is read: a module's input or output; the residual stream that is a module's input and to which its block
+adds again later; the attention function that a block calls; the model's logits."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,17 +23,17 @@ class SiteInfo:
 
     Attributes:
         name: Canonical text, for example ``resid_post.7``.
-        row_shape: Shape of one row, for example ``(width,)`` or ``(heads, head_width)``. None in it stands
-            for the length of the longest example (the key axis of ``pattern``). None instead of it: not
-            known before the model has run (a ``module:`` site of a model that takes no token ids).
-        dtype: Name of the model's own type there, for example ``bfloat16``; None: not known either.
-        module: Dotted path of the module where it is read; empty for the model itself. For ``attention``,
-            the block whose attention it is.
-        via: How it is reached there.
-        index: Which item of what the module takes or gives; None means the tensor or the first item.
-        per_token: Whether the axes in front of the row are (batch, positions); otherwise the tensor is
-            passed on as the module made it.
-        flat: Whether the module has those two axes as one, (batch x positions).
+        row_shape: Shape of one row, for example ``(width,)`` or ``(heads, head_width)``. An axis that is None has the
+            length of the longest example (the key axis of ``pattern``). None if the shape is not known before the
+            model has run (a ``module:`` site of a model that takes no token ids).
+        dtype: Name of the dtype that the model computes there, for example ``bfloat16``; None if not known.
+        module: Dotted path of the module where the site is read; empty for the model itself. For ``attention``, the
+            path of the block.
+        via: How the site is read there.
+        index: Which item of the module's input or output; None means the tensor itself or the first item.
+        per_token: Whether the axes before the row are (batch, positions). Otherwise the site's tensor keeps the axes
+            that the module gives it.
+        flat: Whether the module has these two axes as one, (batch x positions).
     """
 
     name: str
@@ -52,7 +52,7 @@ class SiteInfo:
 
     @property
     def where(self) -> str:
-        """Where the site is read, for people: ``model.layers.3.mlp output``."""
+        """Where the site is read, for messages: ``model.layers.3.mlp output``."""
         via = "input" if self.via == "stream" else self.via
         return f"{self.module or 'the model'} {via}"
 
@@ -68,21 +68,21 @@ def plan_sites(
     """Return how each of `sites` is stored.
 
     Args:
-        sites: What `resolve_sites` found.
-        dtype: Data type for floating-point sites; None keeps what the model computes.
+        sites: The sites that `resolve_sites` found.
+        dtype: Data type for floating-point sites; None keeps the dtype that the model computes.
         codec: Codec preset for floating-point sites.
         longest_example: Length of the key axis of `pattern` sites.
-        column_shards: Into how many parts the rows of sites are cut that are stored so.
+        column_shards: For each site whose rows are stored in column shards, their number.
 
     Raises:
-        CaptureError: A site does not hold one entry a token, so it has no rows.
+        CaptureError: A site does not hold one entry for each token, so it has no rows.
     """
     plans = []
     for name, info in sites.items():
         if info.row_shape is None or info.dtype is None or not info.per_token:
             raise CaptureError(
-                f"{name} ({info.where}) does not hold one entry a token, so it has no rows. Choose a site that does, "
-                "or record a model without tokens with residua.Recorder, where a row is a whole example."
+                f"{name} ({info.where}) does not hold one entry for each token, so it has no rows. Choose a site that "
+                "does, or record a model without tokens with residua.Recorder, where each row is an example."
             )
         shape = tuple(longest_example if size is None else size for size in info.row_shape)
         made = plan_site(name, shape, info.dtype, dtype=dtype, codec=codec)
@@ -121,7 +121,7 @@ def check_storage(
 
 
 def plan_site(name: str, row_shape: tuple[int, ...], computed: str, *, dtype: str | None, codec: str) -> SitePlan:
-    """Return how one site is stored; integer sites keep their data type and lose nothing."""
+    """Return how one site is stored; integer sites keep their data type and are stored without loss."""
     row_shape = row_shape or (1,)
     if computed not in FLOATS:
         exact = codec if codec == "raw" else DEFAULT_PRESET

@@ -23,7 +23,7 @@ from residua.capture.runtime.wrappers import running_uncompiled
 from residua.capture.sites.attention import eager_where_needed
 from residua.capture.sites.hooks import ForwardCall, SiteTensor, attached
 from residua.capture.sites.module_io import checked_replacement
-from residua.capture.sites.pipeline_stages import Chunk, chunks_of, target_of
+from residua.capture.sites.pipeline_stages import Microbatch, microbatches_of, target_of
 from residua.capture.sites.reference_model import may_be_distributed, unsharded_sites
 from residua.capture.sites.site import SiteInfo
 from residua.capture.taps.full_tensor import FullTensors, run_locally
@@ -75,7 +75,7 @@ class Tap:
         differentiable: bool,
         group: TapGroup,
         run_on: Callable[..., Tensor | None],
-        chunk: Chunk,
+        microbatch: Microbatch,
     ) -> None:
         self.sites = dict(sites)
         self.group = group
@@ -84,7 +84,7 @@ class Tap:
         self._backward = backward
         self._differentiable = differentiable
         self._run_on = run_on
-        self._chunk = chunk
+        self._microbatch = microbatch
         self._handles: list[RemovableHandle] = []
         self._n_met: Counter[str] = Counter()
         self._awaited: set[str] = set()
@@ -104,10 +104,10 @@ class Tap:
     @property
     def microbatch(self) -> int | None:
         """Number of the microbatch under way, in a stage of torch's pipelines; None elsewhere."""
-        return self._chunk.index
+        return self._microbatch.index
 
     def _on_site(self, site_tensor: SiteTensor) -> Tensor | None:
-        if not self._chunk.is_real:
+        if not self._microbatch.is_real:
             return None
         self._n_met[site_tensor.info.name] += 1
         if not self.enabled:
@@ -128,19 +128,19 @@ class Tap:
             self._awaited.add(site_tensor.info.name)
         # A closure over the tensor itself would keep it alive for ever, through its own hook.
         self._handles = [handle for handle in self._handles if handle.hooks_dict_ref() is not None]
-        hook = partial(self._on_gradient, site_tensor.without_values(), self._chunk.index)
+        hook = partial(self._on_gradient, site_tensor.without_values(), self._microbatch.index)
         self._handles.append(site_tensor.tensor.register_hook(hook))  # type: ignore[no-untyped-call]  # torch has no types here
 
     def _on_gradient(self, site_tensor: SiteTensor, microbatch: int | None, gradient: Tensor) -> Tensor | None:
         self._awaited.discard(site_tensor.info.name)
-        with self._chunk.is_under_way(microbatch):
+        with self._microbatch.running(microbatch):
             return self._apply(site_tensor, gradient) if self.enabled else None
 
     def _apply(self, site_tensor: SiteTensor, tensor: Tensor) -> Tensor | None:
         self.n_fired[site_tensor.info.name] += 1
-        shown = site_tensor.shown(tensor if self._differentiable else tensor.detach())
+        shown = site_tensor.to_site_axes(tensor if self._differentiable else tensor.detach())
         new = self._run_on(site_tensor, shown, partial(self._run, site_tensor.info.name), is_gradient=self._backward)
-        return None if new is None else site_tensor.restored(new)
+        return None if new is None else site_tensor.to_model_axes(new)
 
     def _run(self, name: str, tensor: Tensor) -> Tensor | None:
         new = self._function(name, tensor)
@@ -257,14 +257,14 @@ def tap(
             differentiable=differentiable,
             group=TapGroup() if group is None else group,
             run_on=_full_tensors(target.core, differentiable, tensor_parallel).run if gather else run_locally,
-            chunk=stack.enter_context(chunks_of(model)),
+            microbatch=stack.enter_context(microbatches_of(model)),
         )
         stack.callback(made._release)
         stack.enter_context(running_uncompiled(model.submod if isinstance(model, PipelineStage) else model))
         stack.enter_context(eager_where_needed(target.core, infos.values()))
         if backward or differentiable:
             stack.enter_context(carrying_gradients(target.core))
-        call = stack.enter_context(attached(target.parts, infos.values(), made._on_site))
+        call = stack.enter_context(attached(target.modules, infos.values(), made._on_site))
         yield made
     made._check(call)
 

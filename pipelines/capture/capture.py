@@ -38,11 +38,10 @@ from residua.capture.runtime.pipeline_schedule import PIPELINE_TYPES, as_model, 
 from residua.capture.runtime.process_groups import declared_group
 from residua.capture.runtime.sharded import is_sharded
 from residua.capture.runtime.streams import writer_threads
-from residua.capture.runtime.wrappers import replica_of, running_uncompiled
+from residua.capture.runtime.wrappers import evaluating, replica_of, running_uncompiled
 from residua.capture.sites.attention import eager_attention
 from residua.capture.sites.names_to_modules import resolve_sites
 from residua.capture.sites.reference_model import unsharded_sites
-from residua.capture.sites.shape_probe import evaluating
 from residua.capture.sites.site import SiteInfo, plan_sites
 from residua.pipelines.data.dataset import DatasetReport, dataset_identity, read_examples
 from residua.pipelines.jobs.workers import WorkerFigures, Workers, working_together

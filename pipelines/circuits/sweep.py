@@ -13,8 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from residua.analysis.support.plots import heat_map
 from residua.capture.patching.pair import Pair, PairMetric, pair_metric
 from residua.capture.patching.patcher import Cell, PatchedPair, Patcher
-from residua.capture.runtime.wrappers import running_uncompiled
-from residua.capture.sites.shape_probe import evaluating
+from residua.capture.runtime.wrappers import evaluating, running_uncompiled
 from residua.pipelines.circuits.read_pairs import PairSource, read_pairs
 from residua.pipelines.jobs.sharing import SharedWork
 from residua.pipelines.jobs.workers import working_together

@@ -119,7 +119,7 @@ def test_every_edit_does_what_a_plain_hook_does(name: str, tmp_path: Path) -> No
     assert anatomy is not None
     plain, is_token = run_in_full(model, archive, PADDED)
     for edit, change in edits_and_hooks(archive, doubled(archive, tmp_path / "b", model), tmp_path):
-        with hooked(anatomy.parts[anatomy.blocks[1]], by_hand(change)):
+        with hooked(anatomy.modules[anatomy.blocks[1]], by_hand(change)):
             expected, _ = run_in_full(model, archive, PADDED)
         assert not torch.equal(expected, plain), f"{edit} changes nothing, so this tests nothing"
         options = {**edit, "site": SITE, "positions": "2:5"}

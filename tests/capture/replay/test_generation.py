@@ -29,7 +29,7 @@ def greedy(model: nn.Module, prompt: list[int], changes: Callable[[int], slice])
             hidden[:, changes(len(prompt))] += VECTOR
             return hidden
 
-        with hooked(anatomy.parts[anatomy.blocks[1]], steer), torch.no_grad():
+        with hooked(anatomy.modules[anatomy.blocks[1]], steer), torch.no_grad():
             ids.append(int(model(torch.tensor([ids])).logits[0, -1].argmax()))
         if ids[-1] == 2:  # the end
             break

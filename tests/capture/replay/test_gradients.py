@@ -37,7 +37,7 @@ def by_hand(model: nn.Module, archive: residua.Archive) -> tuple[Nodes, list[Ten
         nodes[KEPT] = output * 2
         return nodes[KEPT]
 
-    blocks = [anatomy.parts[path] for path in anatomy.blocks]
+    blocks = [anatomy.modules[path] for path in anatomy.blocks]
     with hooked(blocks[0], begin), hooked(blocks[1], double):
         logits = model(**forward_kwargs(model, batch.input_ids, batch.attention_mask)).logits
     lengths = [len(tokens()[example]) for example in PADDED]

@@ -73,7 +73,7 @@ def test_lower_blocks_do_not_run_and_their_rows_are_not_read(name: str, tmp_path
     assert anatomy is not None
     ran: Counter[int] = Counter()
     for layer, path in enumerate(anatomy.blocks):
-        child = next(m for m in anatomy.parts[path].modules() if isinstance(m, nn.Linear))
+        child = next(m for m in anatomy.modules[path].modules() if isinstance(m, nn.Linear))
         child.register_forward_hook(lambda *_, layer=layer: ran.update([layer]))
     for layer in (0, 2):  # the replay does not need these sites
         (archive.path / f"sites/resid_post/{layer}/c/0/0").unlink()

@@ -6,7 +6,7 @@ import transformers as hf
 from torch import Tensor, nn
 
 from residua.capture.sites.names_to_modules import model_sites, resolve_sites
-from residua.capture.sites.shape_probe import measured
+from residua.capture.sites.shape_probe import measure_sites
 from residua.capture.taps.reading import reading
 from residua.store.base.errors import CaptureError, UnknownSiteError
 from tests.capture.readings import batch, read, run
@@ -17,7 +17,7 @@ from tests.models import LAYERS, ODD, TINY
 def test_announced_sites_are_what_a_run_measures(name: str) -> None:
     model = TINY[name]()
     sites = {site: info for site, info in model_sites(model).items() if "pattern" not in site}
-    assert measured(model, sites) == sites
+    assert measure_sites(model, sites) == sites
 
 
 def test_sites_come_in_the_order_of_computation() -> None:
@@ -119,7 +119,7 @@ def test_measuring_leaves_mode_and_random_numbers_alone() -> None:
 
 
 def test_an_item_that_is_no_tensor_is_named() -> None:
-    with pytest.raises(CaptureError, match=r"item 1 is no tensor.*NoneType"):
+    with pytest.raises(CaptureError, match=r"item 1 is not a tensor.*NoneType"):
         read(TINY["llama"](), "module:model.layers.0.self_attn@output.1")
 
 
