@@ -21,7 +21,13 @@ from torch import Tensor
 
 from residua.analysis.lens.rows import MOST_BLOCKS
 from residua.store.base.errors import AnalysisError, PlanError
-from residua.store.edits.lens_files import CONFIG_FILE, PARAMETERS_FILE, is_stored_tensor, read_parameters
+from residua.store.edits.lens_files import (
+    CONFIG_FILE,
+    PARAMETERS_FILE,
+    is_stored_tensor,
+    read_parameters,
+    read_trained_layers,
+)
 from residua.store.storage.files import make_folders, write_file
 
 LENS_TYPE = "linear_tuned_lens"
@@ -149,7 +155,8 @@ def read_checkpoint(folder: Path) -> tuple[LensConfig, dict[int, Translator]]:
     """Read a lens that `write_checkpoint` or the package wrote.
 
     Returns:
-        The config, and the translators by layer. Those whose stored map is zero share one identity.
+        The config, and the translators of the trained layers; of all layers if ``residua.json`` does not list them.
+        Translators whose stored map is zero share one identity.
 
     Raises:
         AnalysisError: A file is missing, or does not hold a lens.
@@ -157,6 +164,7 @@ def read_checkpoint(folder: Path) -> tuple[LensConfig, dict[int, Translator]]:
     config = _read_config(folder / CONFIG_FILE)
     width, n_layers, path = config.d_model, config.num_hidden_layers, folder / PARAMETERS_FILE
     try:
+        trained = read_trained_layers(folder)
         state = read_parameters(path, most_bytes=_MOST_PICKLE_BYTES + n_layers * (width + 1) * width * _WIDEST_ITEM)
     except PlanError as error:
         sizes = f"{CONFIG_FILE} describes a lens of {n_layers} blocks of width {width}"
@@ -173,7 +181,7 @@ def read_checkpoint(folder: Path) -> tuple[LensConfig, dict[int, Translator]]:
         translators[layer] = Translator(weight.float().T + identity.weight, bias.float().clone())
         if len(storages) < sum(known is not identity for known in translators.values()):
             raise AnalysisError(f"{path} holds one matrix under several names, {layer}.weight among them: {_ADVICE}")
-    return config, translators
+    return config, {layer: known for layer, known in translators.items() if trained is None or layer in trained}
 
 
 def _read_config(path: Path) -> LensConfig:

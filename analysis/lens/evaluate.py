@@ -7,6 +7,7 @@ Axes: `N` rows, `D` width, `V` vocabulary.
 """
 
 from collections.abc import Mapping
+from operator import add
 from typing import Any, NamedTuple
 
 import pyarrow as pa
@@ -58,13 +59,7 @@ class Score(NamedTuple):
 
     def plus(self, other: "Score") -> "Score":
         """Return the sums over the rows of both."""
-        return Score(
-            n_rows=self.n_rows + other.n_rows,
-            n_labelled=self.n_labelled + other.n_labelled,
-            kl=self.kl + other.kl,
-            cross_entropy=self.cross_entropy + other.cross_entropy,
-            n_agreeing=self.n_agreeing + other.n_agreeing,
-        )
+        return Score._make(map(add, self, other))
 
 
 class _Target:

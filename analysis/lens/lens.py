@@ -33,8 +33,8 @@ from residua.analysis.lens.train import LensTraining
 from residua.analysis.lens.unembedding import Decoder
 from residua.analysis.support.cluster import Cluster, or_inline
 from residua.analysis.support.plots import plot_lens
-from residua.store.base.errors import AnalysisError, PlanError
-from residua.store.edits.lens_files import LAYERS_FILE, read_trained_layers
+from residua.store.base.errors import AnalysisError
+from residua.store.edits.lens_files import LAYERS_FILE
 from residua.store.format.sidecars import LM_HEAD_FILE, PARAMETERS_FILE
 from residua.store.read.archive import Archive
 from residua.store.storage.files import write_file
@@ -135,12 +135,6 @@ class TunedLens:
             )
         if config.d_model != found.width:
             raise AnalysisError(f"{folder} is a lens of width {config.d_model}, but {source} has {found.width}")
-        try:
-            trained = read_trained_layers(folder)
-        except PlanError as error:
-            raise AnalysisError(str(error)) from error.__cause__
-        if trained is not None:
-            translators = {layer: translators[layer] for layer in translators if layer in trained}
         return cls(found, translators, config, _read_report(folder / REPORT_FILE))
 
     def save(self, folder: str | PathLike[str]) -> None:

@@ -160,7 +160,7 @@ class LensTraining:
         out: Path,
         *,
         sites: str | Iterable[str] | None = None,
-        settings: LensSettings | None = None,
+        settings: LensSettings,
         cluster: Cluster,
         rows_per_part: int = 100_000,
     ) -> None:
@@ -169,7 +169,6 @@ class LensTraining:
         self._out = out.absolute()
         self._work = self._out / _WORK
         self._points = lens_points(archive, sites)
-        settings = settings or LensSettings()
         self._reader = LensRows(self._archive, settings)
         n_parts = self._start(settings, settings.parts or self._default_parts(settings, rows_per_part))
         path, limit = str(self._archive.path), cluster.memory_limit
