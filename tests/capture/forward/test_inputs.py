@@ -1,4 +1,4 @@
-"""Padding: what a batch looks like, and that it reaches no row."""
+"""Padded batches, and that padding changes no row."""
 
 from collections.abc import Sequence
 
@@ -36,13 +36,13 @@ def test_a_batch_holds_each_sequence_once(examples: list[list[int]], side: str) 
 
 
 @pytest.mark.parametrize("examples", [[], [[1, 2], []]])
-def test_nothing_to_pad_is_refused(examples: Sequence[Sequence[int]]) -> None:
+def test_batches_without_a_token_are_refused(examples: Sequence[Sequence[int]]) -> None:
     with pytest.raises(ValueError, match="at least one"):
         padded_batch(examples)
 
 
 def rows(value: Tensor, example: int, side: str) -> Tensor:
-    """The rows of one example, and of a pattern only its own keys."""
+    """Return the rows of one example."""
     n_tokens, n_positions = LENGTHS[example], max(LENGTHS)
     kept = slice(n_positions - n_tokens, None) if side == "left" else slice(n_tokens)
     return value[example, kept]
@@ -91,7 +91,7 @@ def test_padding_on_the_left_without_position_ids_would_shift_rows(name: str) ->
     assert (shifted > 0.1) == (name != "opt")  # OPT counts positions by the mask itself
 
 
-def test_a_model_is_given_only_what_it_takes() -> None:
+def test_a_model_gets_only_arguments_that_it_takes() -> None:
     padded = batch()
     bert = forward_kwargs(TINY["bert"](), padded.input_ids, padded.attention_mask)
     assert set(bert) == {"input_ids", "attention_mask", "position_ids"}

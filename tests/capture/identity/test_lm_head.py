@@ -1,4 +1,4 @@
-"""What a capture leaves of the model's head, and for which models."""
+"""The files of the LM head, and the models that have them."""
 
 import json
 from pathlib import Path
@@ -46,7 +46,7 @@ def test_a_head_that_is_not_known_for_certain_is_not_written(name: str, tmp_path
     assert list(tmp_path.iterdir()) == []
 
 
-def test_parameters_of_every_type_are_written_from_where_they_lie(tmp_path: Path) -> None:
+def test_parameters_of_every_dtype_are_written_without_a_copy(tmp_path: Path) -> None:
     floats = (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn)
     tensors = {str(dtype): torch.randn(3, 5).to(dtype) for dtype in floats}
     tensors |= {
@@ -54,8 +54,8 @@ def test_parameters_of_every_type_are_written_from_where_they_lie(tmp_path: Path
         "none": torch.zeros(0, 4),
         "one": torch.tensor([2], dtype=torch.int64),
     }
-    _, _, *parts = safetensors_file(tensors)
-    assert [part.ctypes.data for part in parts if isinstance(part, np.ndarray) and part.size] == [
+    _, _, *buffers = safetensors_file(tensors)
+    assert [buffer.ctypes.data for buffer in buffers if isinstance(buffer, np.ndarray) and buffer.size] == [
         tensor.data_ptr() for tensor in tensors.values() if tensor.numel()
     ]
     write_file(tmp_path / "a.safetensors", safetensors_file(tensors))

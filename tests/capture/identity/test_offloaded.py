@@ -1,4 +1,4 @@
-"""Models whose weights accelerate keeps on the host or on a disk: captured as they are without, to the byte."""
+"""Models whose weights accelerate keeps on the host or on a disk give the same archives, byte for byte."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -34,11 +34,11 @@ def on_disk(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
 
 
 def on_both(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
-    """Blocks here and there; what comes before and behind them stays where it is."""
+    """Offload blocks to disk and host; the modules before and after them stay in place."""
     base = model.base_model_prefix
     where: dict[str, Any] = {"lm_head": "cpu"}
-    for path, part in model.base_model.named_children():
-        if isinstance(part, nn.ModuleList):
+    for path, module in model.base_model.named_children():
+        if isinstance(module, nn.ModuleList):
             where |= {f"{base}.{path}.{index}": place for index, place in enumerate(("disk", "cpu", "disk"))}
         else:
             where[f"{base}.{path}"] = "cpu"

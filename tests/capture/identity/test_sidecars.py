@@ -1,4 +1,4 @@
-"""What is written down of each layer's attention: the config's own facts, proved on the model or refused."""
+"""Attention facts: those of the config, proved on the model, or a reason why they are not known."""
 
 import json
 from pathlib import Path
@@ -51,7 +51,7 @@ def test_every_known_architecture_is_described_by_its_config(name: str, dtype: t
     assert len(facts(model)) == LAYERS
 
 
-def test_layers_that_differ_are_told_apart() -> None:
+def test_layers_may_differ() -> None:
     windows: dict[str, Any] = {"use_sliding_window": True, "sliding_window": 40, "max_window_layers": 2}
     qwen = facts(hf.Qwen2ForCausalLM(hf.Qwen2Config(**SIZES, **windows)))
     assert [spec.window for spec in qwen.values() if isinstance(spec, AttentionSpec)] == [None, None, 40]
@@ -73,7 +73,7 @@ def test_sinks_are_the_models_own() -> None:
         assert spec.sinks == tuple(float(head - layer_number) for head in range(4))
 
 
-def test_a_bias_by_position_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_position_bias_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     """ALiBi, on top of Llama's eager attention: q and k alone do not give these weights."""
     plain = modeling_llama.eager_attention_forward
 
@@ -89,7 +89,7 @@ def test_a_bias_by_position_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     )
 
 
-def test_a_window_that_is_not_understood_is_refused() -> None:
+def test_an_unknown_window_gives_a_reason() -> None:
     model = TINY["gemma2"]()
     model.config.layer_types = ["sliding_attention", "chunked_attention", "full_attention"]
     nothing = "could not be run"  # the model itself does not know the type
@@ -107,7 +107,7 @@ def test_nothing_is_written_for_other_sites_or_models() -> None:
     assert attention_files(nn.Linear(2, 2), ["module:0@output"]) == {}
 
 
-def test_it_lies_in_the_archive_and_changes_no_plan(tmp_path: Path) -> None:
+def test_the_file_is_in_the_archive_and_changes_no_plan(tmp_path: Path) -> None:
     model = TINY["mistral"]()
     data = [[5, 6, 7, 8], [9, 10, 11]]
     both = residua.capture_dataset(model, data, sites="q.1,k.1,k.2", out=tmp_path / "a.zarr").archive

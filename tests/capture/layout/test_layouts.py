@@ -24,7 +24,7 @@ def reported(*shapes: tuple[int, ...], checksums: list[int] | None = None) -> li
 
 
 @given(SIZES, st.integers(1, 3))
-def test_a_tensor_split_along_one_axis_has_that_layout_evenly_or_not(sizes: list[int], dim: int) -> None:
+def test_a_tensor_split_along_one_axis_evenly_or_not_has_that_layout(sizes: list[int], dim: int) -> None:
     full = [2, 7, 11, 13]
     full[dim] = sum(sizes)
     shapes = [(*full[:dim], size, *full[dim + 1 :]) for size in sizes]
@@ -37,7 +37,7 @@ def test_shards_that_do_not_add_up_are_refused(sizes: list[int]) -> None:
     assert isinstance(infer_layout(reported(*shapes), (2, 7, sum(sizes) + 1)), str)
 
 
-def test_equal_tensors_are_replicas_and_unequal_ones_are_nothing() -> None:
+def test_equal_tensors_are_replicas_and_unequal_ones_are_refused() -> None:
     same = reported((2, 7, 5), (2, 7, 5), checksums=[4, 4])
     assert infer_layout(same, (2, 7, 5)) == Layout()
     assert infer_layout(same, None) == Layout()
@@ -48,7 +48,7 @@ def test_equal_tensors_are_replicas_and_unequal_ones_are_nothing() -> None:
 
 
 def test_fewer_positions_than_the_call_has_are_accepted() -> None:
-    """Logits of the last position alone, and keys of a cache in front of the call's own."""
+    """Logits of the last position only, and keys of a cache before those of the call."""
     assert infer_layout(reported((2, 1, 5), (2, 1, 5), checksums=[4, 4]), (2, 7, 5)) == Layout()
     assert infer_layout(reported((2, 9, 2, 3), (2, 9, 2, 3)), (2, 1, 4, 3)) == Layout(2, (2, 2))
 
@@ -63,7 +63,7 @@ def test_fewer_positions_than_the_call_has_are_accepted() -> None:
         ([(2, 7, 2), (2, 7, 3)], None),
     ],
 )
-def test_what_proves_nothing_is_refused(shapes: list[tuple[int, ...]], full: tuple[int, ...] | None) -> None:
+def test_reports_that_prove_no_layout_are_refused(shapes: list[tuple[int, ...]], full: tuple[int, ...] | None) -> None:
     assert isinstance(infer_layout(reported(*shapes), full), str)
 
 
@@ -103,7 +103,7 @@ def test_parameters_have_no_free_axes(
     assert inferred == layout if layout else isinstance(inferred, str)
 
 
-def test_the_page_shows_the_table_that_was_measured() -> None:
+def test_the_docs_show_the_measured_table() -> None:
     spec = importlib.util.spec_from_file_location("layouts_table", ROOT / "scripts" / "layouts_table.py")
     assert spec is not None
     assert spec.loader is not None

@@ -1,4 +1,4 @@
-"""What one call of the user's model says about its rows, however the arguments are passed."""
+"""Reading a call of the user's model: tokens, mask, examples and columns."""
 
 import inspect
 from typing import Any
@@ -71,7 +71,7 @@ def test_the_mask_is_never_taken_for_tokens() -> None:
 
 @pytest.mark.parametrize("mask", [torch.ones(2, 5), torch.ones(2, 1, 4, 4), [[1, 1, 1, 1]] * 2])
 def test_a_mask_of_another_shape_is_refused(mask: Any) -> None:
-    with pytest.raises(CaptureError, match="attention_mask is"):
+    with pytest.raises(CaptureError, match="attention_mask"):
         read_call(NAMES, (IDS,), {"attention_mask": mask})
 
 
@@ -80,7 +80,7 @@ def test_examples_lose_their_padding_and_keep_their_columns() -> None:
     keep = np.array([[True, False, False, True], [True, True, False, True]])
     examples, padded = call.examples(keep, {"label": ["a", "b"], "score": torch.tensor([1.5, 2.5])})
     assert [example.input_ids.tolist() for example in examples] == [[5, 6, 7, 8], [9, 10]]
-    assert [example.positions.tolist() for example in examples] == [[0, 3], [1]], "padding is kept by nobody"
+    assert [example.positions.tolist() for example in examples] == [[0, 3], [1]], "padding never becomes a row"
     assert [at.tolist() for at in padded] == [[0, 1, 2, 3], [2, 3]]
     assert [example.columns for example in examples] == [{"label": "a", "score": 1.5}, {"label": "b", "score": 2.5}]
 
@@ -96,12 +96,12 @@ def test_columns_of_tensors_and_arrays_become_plain_values() -> None:
 @pytest.mark.parametrize("shape", [(2, 1), (1, 4), (4,), (2, 5), (2, 4, 1), ()])
 def test_keep_is_never_broadcast(shape: tuple[int, ...]) -> None:
     call = read_call(NAMES, (IDS, MASK), {})
-    with pytest.raises(CaptureError, match=r"keep has shape .* 2 examples of 4 positions"):
+    with pytest.raises(CaptureError, match=r"keep .* 2 examples of 4 positions"):
         call.examples(np.ones(shape, bool), {})
 
 
-def test_a_column_needs_one_value_an_example() -> None:
-    with pytest.raises(CaptureError, match="column 'label' has 3 values for 2 examples"):
+def test_a_column_needs_one_value_per_example() -> None:
+    with pytest.raises(CaptureError, match=r"'label'.* 3 .* 2 "):
         read_call(NAMES, (IDS, MASK), {}).examples(None, {"label": [1, 2, 3]})
 
 

@@ -1,4 +1,4 @@
-"""Reading and replacing: what arrives, what goes back in, and how the model is left."""
+"""Reading: which calls count, and that leaving restores the model."""
 
 from collections.abc import Callable
 
@@ -56,7 +56,7 @@ def test_an_exception_in_the_model_restores_everything_and_the_next_call_counts(
     assert state_of(model) == before
 
 
-def test_after_an_exception_a_part_of_the_model_is_still_not_read() -> None:
+def test_after_an_exception_a_submodule_called_by_itself_is_not_read() -> None:
     model = TINY["gpt2"]()
     seen: list[str] = []
     with reading(model, "resid_post.0", lambda name, _tensor: seen.append(name)):
@@ -114,7 +114,7 @@ def test_the_model_has_to_be_called_once_between_checks() -> None:
         taps.end_forward()
 
 
-def test_a_part_of_the_model_called_by_itself_is_not_read() -> None:
+def test_a_submodule_called_by_itself_is_not_read() -> None:
     model = TINY["llama"]()
     seen: list[str] = []
     with reading(model, "resid_post.0", lambda name, _tensor: seen.append(name)), torch.no_grad():
@@ -160,7 +160,7 @@ def test_checkpointed_blocks_are_read_once() -> None:
     assert len(seen) == 9
 
 
-def test_a_model_compiled_before_is_noticed() -> None:
+def test_a_model_that_is_already_compiled_is_noticed() -> None:
     model = TINY["llama"]()
     compiled = torch.compile(model, backend="eager")
     kwargs = {"input_ids": batch().input_ids, "use_cache": False}

@@ -1,4 +1,4 @@
-"""What a tap puts in place of a site's tensor does in the model what a hook by hand does."""
+"""Replacements have the effect of a hand-written hook."""
 
 from collections.abc import Callable
 from typing import Any
@@ -48,7 +48,7 @@ _MLPS = {
 
 
 @pytest.mark.parametrize("name", _MLPS)
-def test_zeroing_mlp_out_does_what_a_hook_by_hand_does(name: str) -> None:
+def test_zeroing_mlp_out_does_what_a_hand_written_hook_does(name: str) -> None:
     model = TINY[name]()
     module = model.get_submodule(_MLPS[name])
     with hooked(module, lambda _module, _args, output: torch.zeros_like(output)):
@@ -67,7 +67,7 @@ _PROJECTIONS = {
 
 
 @pytest.mark.parametrize("name", _PROJECTIONS)
-def test_ablating_a_head_does_what_a_hook_by_hand_does(name: str) -> None:
+def test_ablating_a_head_does_what_a_hand_written_hook_does(name: str) -> None:
     model = TINY[name]()
 
     def without_head_2(args: tuple[Tensor, ...]) -> Tensor:
@@ -114,7 +114,7 @@ def test_a_pattern_that_looks_only_at_itself_gives_the_values() -> None:
 
 
 @pytest.mark.parametrize("name", [name for name in TINY if name not in ("phi", "gpt_neox")])
-def test_a_replaced_stream_is_what_the_block_goes_on_with(name: str) -> None:
+def test_a_block_continues_with_the_replaced_stream(name: str) -> None:
     model = TINY[name]()
     changed: list[Tensor] = []
 
@@ -140,7 +140,7 @@ def test_a_replaced_stream_is_what_the_block_goes_on_with(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["bloom", "gptj"])
-def test_what_else_a_tuple_holds_is_kept(name: str) -> None:
+def test_the_other_items_of_a_tuple_are_kept(name: str) -> None:
     model = ODD[name]()
     module = model.get_submodule("transformer.h.1")
 
@@ -164,7 +164,7 @@ def test_gradients_flow_through_a_replacement_in_the_stream() -> None:
             logits: Tensor = model(batch().input_ids, use_cache=False).logits
         return logits.square().mean()
 
-    loss(shift).backward()  # type: ignore[no-untyped-call]  # torch leaves it bare
+    loss(shift).backward()  # type: ignore[no-untyped-call]  # torch has no types here
     assert shift.grad is not None
     step = torch.zeros(32, dtype=torch.float64)
     step[5] = 1e-5

@@ -1,4 +1,4 @@
-"""Who calls the model while it is tapped: the function itself, several threads, compiled code."""
+"""Calls of a tapped model: by the function itself, by several threads, by compiled code."""
 
 import threading
 from collections.abc import Callable
@@ -22,8 +22,8 @@ def doubled(_site: str, tensor: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
-def test_a_function_may_call_the_model_and_misses_nothing_of_the_call_that_it_is_in(name: str) -> None:
-    """As one does to compare with a run on other tokens, of another shape."""
+def test_a_function_may_call_the_model_and_still_sees_every_site(name: str) -> None:
+    """For example to compare with a run on other tokens, of another shape."""
     model = TINY[name]()
     expected = read(model, SITES)
     other = torch.arange(3, 9)[None]
@@ -46,8 +46,8 @@ def test_a_function_may_call_the_model_and_misses_nothing_of_the_call_that_it_is
     assert all(torch.equal(inner[site], outer[site]) for site in ("mlp_out.0", "final"))
 
 
-def test_a_thread_that_is_done_does_not_end_the_call_of_another() -> None:
-    """One call begins, then another thread makes a whole one, then the first goes on."""
+def test_a_thread_that_ends_its_call_does_not_end_the_call_of_another() -> None:
+    """One call begins, another thread makes a full call, then the first call continues."""
     model = TINY["llama"]()
     expected = read(model, SITES).sites
     seen: dict[int, dict[str, Tensor]] = {}
@@ -87,9 +87,9 @@ class Compiler:
 
 
 def wrapped(model: PreTrainedModel, compiler: Compiler) -> nn.Module:
-    whole = torch.compile(model, backend=compiler)
-    assert isinstance(whole, nn.Module)
-    return whole
+    compiled = torch.compile(model, backend=compiler)
+    assert isinstance(compiled, nn.Module)
+    return compiled
 
 
 def in_place(model: PreTrainedModel, compiler: Compiler) -> nn.Module:
@@ -110,17 +110,17 @@ def logits_of(model: nn.Module) -> Tensor:
 
 
 @pytest.mark.parametrize("compile_model", [wrapped, in_place, block_by_block])
-def test_a_model_that_ran_compiled_is_tapped_again_and_again_and_then_runs_compiled(
+def test_a_compiled_model_can_be_tapped_repeatedly_and_then_runs_compiled(
     compile_model: Callable[[PreTrainedModel, Compiler], nn.Module],
 ) -> None:
-    bare, compiler = TINY["llama"](), Compiler()
+    plain, compiler = TINY["llama"](), Compiler()
     model = compile_model(TINY["llama"](), compiler)
     before = logits_of(model)
     n_runs = compiler.n_runs
     assert n_runs > 0, "nothing is compiled: no test"
     for site in ("mlp_out.0", "z.1", "resid_post.1"):
-        with residua.tap(bare, site, doubled):
-            expected = logits_of(bare)
+        with residua.tap(plain, site, doubled):
+            expected = logits_of(plain)
         with residua.tap(model, site, doubled) as taps:
             assert torch.equal(logits_of(model), expected)
         assert taps.n_fired == {site: 1}
@@ -146,8 +146,8 @@ def test_taps_of_compiled_models_may_end_in_any_order() -> None:
     assert compiler.n_runs > 0
 
 
-def test_copies_that_run_on_parts_of_a_batch_are_refused() -> None:
-    """What torch does with two devices; here there is none, and nothing has to run."""
+def test_data_parallel_copies_are_refused() -> None:
+    """As torch makes them for two devices; nothing has to run, so none is needed."""
     model = nn.DataParallel(TINY["llama"]())
     model.device_ids = [0, 1]
     with (

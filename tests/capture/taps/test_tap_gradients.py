@@ -1,4 +1,4 @@
-"""Gradients at taps: against what is added there, slopes of the loss, hooks by hand; modules trained inside."""
+"""Gradients at taps equal those of an added tensor, slopes of the loss, hand-written hooks; training inside works."""
 
 from collections.abc import Callable
 from typing import Any
@@ -22,7 +22,7 @@ def moving(by: Tensor) -> Callable[[str, Tensor], Tensor]:
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "opt", "mixtral"])
-def test_gradients_are_those_of_something_added_at_the_site(name: str) -> None:
+def test_gradients_equal_those_of_a_tensor_added_at_the_site(name: str) -> None:
     model: PreTrainedModel = TINY[name]()
     sites = [site for site in model_sites(model) if site.endswith(".1") or site in ("embed", "final", "logits")]
     gradients = tapped(model, ",".join(sites), backward=True)
@@ -31,7 +31,7 @@ def test_gradients_are_those_of_something_added_at_the_site(name: str) -> None:
         for site in sites:
             added = torch.zeros_like(gradients[site]).requires_grad_()
             with reading(model, site, moving(added)):
-                loss_of(model).backward()  # type: ignore[no-untyped-call]  # torch leaves it bare
+                loss_of(model).backward()  # type: ignore[no-untyped-call]  # torch has no types here
             torch.testing.assert_close(gradients[site], added.grad, rtol=1e-4, atol=1e-6)
             assert gradients[site].any()
 
@@ -51,10 +51,10 @@ def test_gradients_are_the_slopes_of_the_loss() -> None:
             torch.testing.assert_close(gradients[site].norm(), (losses[0] - losses[1]) / 2e-6, rtol=1e-5, atol=0)
 
 
-def test_a_replaced_gradient_is_what_flows_on() -> None:
+def test_a_replaced_gradient_flows_on() -> None:
     model = TINY["llama"]()
     with residua.tap(model, "resid_post.1", lambda _site, tensor: tensor * 0, backward=True):
-        loss_of(model).backward()  # type: ignore[no-untyped-call]  # torch leaves it bare
+        loss_of(model).backward()  # type: ignore[no-untyped-call]  # torch has no types here
     below, above = (model.get_submodule(f"model.layers.{layer}.mlp.down_proj").weight for layer in (1, 2))
     assert isinstance(below, Tensor)
     assert isinstance(above, Tensor)
@@ -96,7 +96,7 @@ def test_a_module_can_be_trained_inside() -> None:
     assert losses[-1] < 0.8 * losses[0]
 
 
-def test_gradients_below_a_differentiable_replacement_are_those_of_a_hook_by_hand() -> None:
+def test_gradients_before_a_differentiable_replacement_equal_those_of_a_hand_written_hook() -> None:
     model = TINY["llama"]()
     gradients: list[list[Tensor]] = []
     contexts: list[Callable[[], Any]] = [
@@ -106,7 +106,7 @@ def test_gradients_below_a_differentiable_replacement_are_those_of_a_hook_by_han
     for context in contexts:
         model.zero_grad()
         with context():
-            loss_of(model).backward()  # type: ignore[no-untyped-call]  # torch leaves it bare
+            loss_of(model).backward()  # type: ignore[no-untyped-call]  # torch has no types here
         gradients.append([p.grad.clone() for p in model.parameters() if p.grad is not None])
     assert len(gradients[0]) == len(list(model.parameters()))
     assert all(torch.equal(mine, theirs) for mine, theirs in zip(*gradients, strict=True))
@@ -115,7 +115,7 @@ def test_gradients_below_a_differentiable_replacement_are_those_of_a_hook_by_han
 def test_a_gradient_that_arrives_while_the_tap_is_off_is_left_alone() -> None:
     model = TINY["gpt2"]()
     weight = model.get_input_embeddings().weight
-    loss_of(model).backward()  # type: ignore[no-untyped-call]  # torch leaves it bare
+    loss_of(model).backward()  # type: ignore[no-untyped-call]  # torch has no types here
     assert isinstance(weight, Tensor)
     assert weight.grad is not None
     expected = weight.grad.clone()
@@ -123,7 +123,7 @@ def test_a_gradient_that_arrives_while_the_tap_is_off_is_left_alone() -> None:
     with residua.tap(model, "resid_post.1", lambda _site, tensor: tensor * 0, backward=True) as taps:
         loss = loss_of(model)
         with taps.group.off():
-            loss.backward()  # type: ignore[no-untyped-call]  # torch leaves it bare
+            loss.backward()  # type: ignore[no-untyped-call]  # torch has no types here
     assert torch.equal(weight.grad, expected)
 
 
@@ -134,7 +134,7 @@ def test_a_backward_pass_after_the_context_is_not_tapped() -> None:
         residua.tap(model, "resid_post.1,final", lambda site, _tensor: seen.append(site), backward=True),
     ):
         loss = loss_of(model)
-    loss.backward()  # type: ignore[no-untyped-call]  # torch leaves it bare
+    loss.backward()  # type: ignore[no-untyped-call]  # torch has no types here
     assert seen == []
 
 
@@ -147,5 +147,5 @@ def test_a_tapped_gradient_keeps_no_activation_alive() -> None:
         hooked(model.get_submodule("transformer.h.1"), lambda _m, _a, output: alive.append(weakref.ref(output))),
         residua.tap(model, "resid_post.1", lambda *_: None, backward=True),
     ):
-        loss_of(model).backward()  # type: ignore[no-untyped-call]  # torch leaves it bare
+        loss_of(model).backward()  # type: ignore[no-untyped-call]  # torch has no types here
         assert [ref() for ref in alive] == [None]

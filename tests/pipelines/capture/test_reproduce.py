@@ -43,7 +43,7 @@ def test_the_same_model_gives_the_same_bits(dtype: str | None, tmp_path: Path) -
 
 
 def test_a_changed_value_is_seen(tmp_path: Path) -> None:
-    """Two shards swapped, commit and all: every checksum is right, only the model can tell."""
+    """Two shards are swapped, so every checksum still fits and only the model shows it."""
     out = captured(tmp_path / "a.zarr", sites="resid_post.1", codec="raw")
     spec = next(spec for spec in _specs(out) if spec.path == "sites/resid_post/1")
     one, two = (shard_path(out, spec, shard) for shard in (0, 1))
@@ -66,6 +66,14 @@ def test_another_model_is_refused(tmp_path: Path) -> None:
         next(other.parameters())[0, 0] += 1
     with pytest.raises(PlanError, match="weights"):
         reproduce(out, other)
+
+
+def test_another_attention_is_refused(tmp_path: Path) -> None:
+    """A replay would only note it, but then bits may differ."""
+    model = TINY["llama"]()
+    model.set_attn_implementation("eager")
+    with pytest.raises(PlanError, match=r"attention: sdpa .* eager"):
+        reproduce(captured(tmp_path / "a.zarr", sites="embed"), model)
 
 
 def test_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
