@@ -1,4 +1,4 @@
-"""Edits as data: what is written is what is read, and nothing that a stranger sends is more than data."""
+"""Edits as data: they are read as they were written, and untrusted input is never executed."""
 
 import json
 from pathlib import Path
@@ -33,12 +33,12 @@ def canonical(edits: tuple[Edit, ...]) -> bytes:
     return canonical_json([edit.to_json() for edit in edits])
 
 
-def test_every_kind_is_here() -> None:
+def test_every_kind_is_tested() -> None:
     assert {edit["edit"] for edit in ONE_OF_EACH} == KINDS.keys() - {"function"}
 
 
 @pytest.mark.parametrize("suffix", ["yaml", "json"])
-def test_a_file_and_python_say_the_same_and_come_back(suffix: str, tmp_path: Path) -> None:
+def test_a_file_and_python_give_the_same_edits_and_json_restores_them(suffix: str, tmp_path: Path) -> None:
     path = tmp_path / f"edits.{suffix}"
     path.write_text(json.dumps({"edits": ONE_OF_EACH} if suffix == "yaml" else ONE_OF_EACH))
     edits = parse_edits(path)
@@ -52,7 +52,7 @@ def test_a_file_and_python_say_the_same_and_come_back(suffix: str, tmp_path: Pat
         }
 
 
-def test_vectors_come_from_lists_arrays_tensors_and_files_beside_the_edits(tmp_path: Path) -> None:
+def test_vectors_come_from_lists_arrays_tensors_and_files_in_the_folder(tmp_path: Path) -> None:
     values = np.arange(4, dtype=np.float32) / 2
     np.save(tmp_path / "v.npy", values)
     save_file({"a": torch.from_numpy(values).bfloat16(), "b": torch.zeros(4)}, tmp_path / "v.safetensors")
@@ -180,7 +180,7 @@ def test_a_file_that_would_take_gigabytes_to_read_is_refused(tmp_path: Path) -> 
         parse_edits(path)
 
 
-def test_a_path_object_is_the_callers_own_word_and_text_is_not(tmp_path: Path) -> None:
+def test_a_path_object_may_lead_anywhere_and_text_may_not(tmp_path: Path) -> None:
     edit = {"edit": "overlay", "site": "final", "overlay": tmp_path / "o"}
     assert parse_edits([edit], folder=tmp_path / "else")
     with pytest.raises(PlanError, match="leads out of"):

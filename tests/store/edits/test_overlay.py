@@ -1,4 +1,4 @@
-"""Overlays: written by anybody, over the original, of the same plan."""
+"""Overlays: written by any library, for one plan."""
 
 import json
 import os
@@ -25,7 +25,7 @@ def archive(tmp_path_factory: pytest.TempPathFactory) -> Archive:
     return Archive(make_archive(tmp_path_factory.mktemp("archive") / "a.zarr"))
 
 
-def test_rows_that_were_written_are_there_zeros_too(archive: Archive, tmp_path: Path) -> None:
+def test_written_rows_are_there_even_if_zero(archive: Archive, tmp_path: Path) -> None:
     made = residua.overlay(archive, tmp_path / "o", sites=SITE)
     rows = [30, 2, 17]
     values = np.random.default_rng(0).standard_normal((3, 40)).astype(np.float32)
@@ -94,7 +94,7 @@ def test_a_damaged_or_hostile_overlay_is_an_error(archive: Archive, tmp_path: Pa
         Overlay(tmp_path / "o", archive)
 
 
-def test_files_that_no_overlay_has_are_not_read(archive: Archive, tmp_path: Path) -> None:
+def test_hostile_files_are_not_read(archive: Archive, tmp_path: Path) -> None:
     made = residua.overlay(archive, tmp_path / "o", sites=SITE)
     made.write(SITE, [0], np.ones((1, 40)))
     node = tmp_path / "o" / "sites" / "resid_post" / "0"

@@ -1,4 +1,4 @@
-"""The example table: what goes in comes out, parts are deterministic, and damaged parts are errors that name them."""
+"""The example table: it is read as it was written, and the same examples give the same bytes."""
 
 import errno
 import hashlib
@@ -74,7 +74,7 @@ class TestRoundTrip:
         with pytest.raises(DatasetError, match=r"no column 'txet'; they have .*text"):
             table.table(["txet"])
 
-    def test_no_example_is_a_table_too(self, tmp_path: Path) -> None:
+    def test_a_table_without_examples(self, tmp_path: Path) -> None:
         index = ExampleWriter(tmp_path).close()
         assert (index.n_examples, index.total_rows) == (0, 0)
         table = ExampleTable(tmp_path)

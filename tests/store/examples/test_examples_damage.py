@@ -1,4 +1,4 @@
-"""Example tables that are damaged or hostile are refused by name, or read as they were written."""
+"""Damaged or hostile example tables are refused by name, or read as they were written."""
 
 import hashlib
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""Sizes found without pyarrow equal those that pyarrow states; damaged files give a ValueError and nothing else."""
+"""Sizes of Parquet pages equal those that pyarrow reports; damaged files give a ValueError."""
 
 import io
 from typing import Any
@@ -68,7 +68,7 @@ def test_uncompressed_bytes_of_a_plain_column() -> None:
     assert 8000 <= chunk.n_bytes <= 8016
 
 
-def test_a_file_that_claims_more_values_than_it_is_large_is_measured_in_no_memory() -> None:
+def test_a_small_file_that_claims_many_values_is_measured_without_memory() -> None:
     zeros = pa.array(np.zeros(5_000_000, np.int32))
     sink = io.BytesIO()
     pq.write_table(pa.table({"number": zeros}), sink, compression="zstd")
@@ -99,7 +99,7 @@ def test_pages_with_more_values_than_the_footer_announces_are_refused_where_pyar
 
 
 @pytest.mark.parametrize("data", [b"", b"PAR1PAR1", b"PAR1" + b"\xff\xff\xff\x7fPAR1", b"PAR1\x00\x01\x00\x00\x00PAR1"])
-def test_no_parquet_at_all(data: bytes) -> None:
+def test_a_file_that_is_not_parquet(data: bytes) -> None:
     with pytest.raises(ValueError, match=r"footer|does not end"):
         read_footer(data)
 

@@ -31,7 +31,7 @@ def schedule(examples: list[tuple[int, int]], height: int, batch_tokens: int) ->
     return Schedule(index_of(examples), rows_per_shard=height, batch_tokens=batch_tokens)
 
 
-def spelled(work: Schedule, committed: set[int]) -> Batches:
+def batches_of(work: Schedule, committed: set[int]) -> Batches:
     return [(batch.group, tuple(batch.examples.tolist())) for batch in work.work(committed)]
 
 
@@ -50,7 +50,8 @@ def rows_by_shard(examples: list[tuple[int, int]], height: int) -> dict[int, set
 def test_one_run_computes_every_example_that_keeps_a_row_once(
     examples: list[tuple[int, int]], height: int, batch_tokens: int
 ) -> None:
-    seen = [example for _, batch in spelled(schedule(examples, height, batch_tokens), set()) for example in batch]
+    scheduled = batches_of(schedule(examples, height, batch_tokens), set())
+    seen = [example for _, batch in scheduled for example in batch]
     assert sorted(seen) == [number for number, (_, n_rows) in enumerate(examples) if n_rows]
 
 
@@ -69,18 +70,18 @@ def test_batches_follow_the_format_page(examples: list[tuple[int, int]], height:
             batches.append(tuple(batch))
         last = [batch for batch in batches if group[-1] in batch]
         expected += [(shard, batch) for batch in [*(b for b in batches if b not in last), *last]]
-    assert spelled(schedule(examples, height, batch_tokens), set()) == expected
+    assert batches_of(schedule(examples, height, batch_tokens), set()) == expected
 
 
 @given(EXAMPLES, HEIGHTS, st.integers(1, 30), st.sets(st.integers(0, 60)))
-def test_a_resumed_run_completes_every_missing_shard_and_runs_no_batch_in_vain(
+def test_a_resumed_run_completes_every_missing_shard_and_runs_no_batch_needlessly(
     examples: list[tuple[int, int]], height: int, batch_tokens: int, committed: set[int]
 ) -> None:
     work = schedule(examples, height, batch_tokens)
     shards = rows_by_shard(examples, height)
     assert work.n_shards == len(shards)
-    batches = spelled(work, committed)
-    uninterrupted = spelled(work, set())
+    batches = batches_of(work, committed)
+    uninterrupted = batches_of(work, set())
     assert [batch for batch in uninterrupted if batch in batches] == batches, "the same batches in the same order"
     filled: dict[int, set[tuple[int, int]]] = {shard: set() for shard in shards if shard not in committed}
     for _, batch in batches:
@@ -94,7 +95,7 @@ def test_a_resumed_run_completes_every_missing_shard_and_runs_no_batch_in_vain(
 
 
 @given(EXAMPLES, HEIGHTS, st.integers(1, 30), st.sets(st.integers(0, 60)))
-def test_only_the_last_batch_of_a_group_reaches_further(
+def test_only_the_last_batch_of_a_group_reaches_into_later_shards(
     examples: list[tuple[int, int]], height: int, batch_tokens: int, committed: set[int]
 ) -> None:
     work = schedule(examples, height, batch_tokens)
@@ -113,21 +114,21 @@ def test_an_example_over_many_shards_is_rerun_alone_with_its_batch_for_the_last_
     examples = [(2, 2), (20, 20), (3, 3)]
     work = schedule(examples, 4, 64)
     assert work.n_shards == 7
-    assert spelled(work, set()) == [(0, (1, 0)), (5, (2,))]
-    assert spelled(work, {0, 1, 2, 3, 4, 6}) == [(0, (1, 0)), (5, (2,))]
-    assert spelled(work, {0, 1, 2, 3, 4, 5}) == [(5, (2,))]
-    assert spelled(work, {1, 2, 3, 4, 5, 6}) == [(0, (1, 0))]
-    assert spelled(work, set(range(7))) == []
+    assert batches_of(work, set()) == [(0, (1, 0)), (5, (2,))]
+    assert batches_of(work, {0, 1, 2, 3, 4, 6}) == [(0, (1, 0)), (5, (2,))]
+    assert batches_of(work, {0, 1, 2, 3, 4, 5}) == [(5, (2,))]
+    assert batches_of(work, {1, 2, 3, 4, 5, 6}) == [(0, (1, 0))]
+    assert batches_of(work, set(range(7))) == []
 
 
 @pytest.mark.parametrize("examples", [[], [(3, 0)], [(3, 0), (1, 0)]])
-def test_nothing_kept_is_nothing_to_do(examples: list[tuple[int, int]]) -> None:
+def test_examples_without_rows_need_no_batch(examples: list[tuple[int, int]]) -> None:
     work = schedule(examples, 4, 8)
-    assert (work.n_rows, work.n_shards, spelled(work, set())) == (0, 0, [])
+    assert (work.n_rows, work.n_shards, batches_of(work, set())) == (0, 0, [])
 
 
 def test_an_example_longer_than_a_batch_runs_alone() -> None:
-    assert spelled(schedule([(9, 9), (1, 1), (1, 1)], 64, 4), set()) == [(0, (0,)), (0, (1, 2))]
+    assert batches_of(schedule([(9, 9), (1, 1), (1, 1)], 64, 4), set()) == [(0, (0,)), (0, (1, 2))]
 
 
 @given(EXAMPLES, HEIGHTS, st.integers(1, 30), st.sets(st.integers(0, 60)), st.integers(0, 60), st.integers(0, 20))
@@ -143,7 +144,7 @@ def test_a_run_of_shards_is_completed_by_the_batches_that_reach_into_it(
     def fills(batch: tuple[int, tuple[int, ...]]) -> bool:
         return any(example in batch[1] for shard in missing.values() for example, _ in shard)
 
-    assert found == [batch for batch in spelled(work, set()) if fills(batch)]
+    assert found == [batch for batch in batches_of(work, set()) if fills(batch)]
 
 
 @given(EXAMPLES, HEIGHTS, st.integers(1, 30), st.integers(1, 9))
@@ -164,7 +165,7 @@ def test_runs_get_shorter_and_repeat_little(n_workers: int) -> None:
     runs = work.runs(n_workers)
     left = work.n_shards
     for run in runs:
-        assert len(run) <= max(5, 1.25 * (left / (2 * n_workers) + 1)), "who takes it last keeps nobody waiting"
+        assert len(run) <= max(5, 1.25 * (left / (2 * n_workers) + 1)), "the last worker keeps the others waiting"
         left -= len(run)
     repeated = sum(len(list(work.work(set(), run))) for run in runs) - len(list(work.work(set())))
     assert repeated <= len(runs)

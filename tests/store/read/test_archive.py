@@ -1,4 +1,4 @@
-"""An archive as its reader sees it: every way to choose rows, equal to numpy on the same rows."""
+"""Reading an archive: every way to select rows gives what numpy gives on the same rows."""
 
 from pathlib import Path
 from typing import Any
@@ -84,7 +84,7 @@ def test_rows_that_do_not_exist_are_an_index_error(archive: Archive, rows: Any) 
         archive["resid_post.1"][rows]
 
 
-def test_unknown_sites_list_what_there_is(archive: Archive) -> None:
+def test_an_unknown_site_lists_the_stored_ones(archive: Archive) -> None:
     with pytest.raises(UnknownSiteError, match=r"resid_pots\.1"):
         archive["resid_pots.1"]
     assert "resid_pots.1" not in archive
@@ -116,7 +116,7 @@ def test_rows_that_are_not_captured_are_never_zeros(unfinished: Archive) -> None
             unfinished["embed"][rows]
 
 
-def test_an_example_of_an_open_archive_is_whole_or_not_captured(tmp_path: Path) -> None:
+def test_an_example_of_an_open_archive_is_complete_or_not_captured(tmp_path: Path) -> None:
     model, out = TINY["llama"](), tmp_path / "a.zarr"
 
     def record() -> None:

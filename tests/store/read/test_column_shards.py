@@ -1,4 +1,4 @@
-"""Arrays whose rows are cut into column shards: written in parts, read as one, by us and by other Zarr v3 readers."""
+"""Arrays in column shards: read as full rows by our reader and by other Zarr v3 readers."""
 
 import json
 from dataclasses import replace
@@ -18,12 +18,12 @@ from tests.store.read.test_other_readers import READERS, Reader
 from tests.store.samples import Array, make_rows, make_spec, same_bits
 
 N_ROWS = 2 * 256 + 70
-N_PARTS = 3
+N_COLUMN_SHARDS = 3
 
 
-def write_in_parts(root: Path, spec: ArraySpec, rows: Array) -> None:
+def write_column_shards(root: Path, spec: ArraySpec, rows: Array) -> None:
     create_array(root, spec, len(rows))
-    width = spec.row_shape[0] // N_PARTS
+    width = spec.row_shape[0] // N_COLUMN_SHARDS
     for shard, start in enumerate(range(0, len(rows), spec.rows_per_shard)):
         for i, part in enumerate(spec.file_specs):
             columns = rows[start : start + spec.rows_per_shard, i * width : (i + 1) * width]
@@ -35,19 +35,19 @@ def write_in_parts(root: Path, spec: ArraySpec, rows: Array) -> None:
 @pytest.fixture(params=["raw", "fast"])
 def spec(request: pytest.FixtureRequest) -> ArraySpec:
     made = make_spec(request.param, "bfloat16", (24, 5), rows_per_shard=256, rows_per_chunk=64)
-    return replace(made, column_shards=N_PARTS)
+    return replace(made, column_shards=N_COLUMN_SHARDS)
 
 
 @pytest.mark.parametrize("reader", READERS)
-def test_other_readers_see_whole_rows(tmp_path: Path, spec: ArraySpec, reader: Reader) -> None:
+def test_other_readers_see_full_rows(tmp_path: Path, spec: ArraySpec, reader: Reader) -> None:
     rows = make_rows(spec, N_ROWS)
-    write_in_parts(tmp_path, spec, rows)
+    write_column_shards(tmp_path, spec, rows)
     assert same_bits(reader(tmp_path, spec.path), rows)
 
 
-def test_so_do_we(tmp_path: Path, spec: ArraySpec) -> None:
+def test_our_reader_sees_full_rows(tmp_path: Path, spec: ArraySpec) -> None:
     rows = make_rows(spec, N_ROWS)
-    write_in_parts(tmp_path, spec, rows)
+    write_column_shards(tmp_path, spec, rows)
     assert open_array(tmp_path, spec.path)[:2] == (spec, N_ROWS)
     reader = reader_of(tmp_path, spec, N_ROWS, check="always", threads=1)
     picked = np.array([0, 581, 300, 300, 7])
@@ -67,34 +67,34 @@ def plan(*sites: SitePlan) -> Plan:
     return Plan(model={}, dataset={}, rules={}, sites=sites, rows_per_shard=8)
 
 
-def test_a_plan_says_it_where_it_is_so_and_only_there() -> None:
-    cut, whole = plan(site()), plan(site(column_shards=1))
+def test_only_plans_with_column_shards_name_them() -> None:
+    cut, full = plan(site()), plan(site(column_shards=1))
     assert Plan.from_json(cut.to_json()) == cut
-    assert "column_shards" not in str(whole.to_json())
-    assert cut.digest != whole.digest
-    assert "column_shards" in whole.differences(cut)[0]
+    assert "column_shards" not in str(full.to_json())
+    assert cut.digest != full.digest
+    assert "column_shards" in full.differences(cut)[0]
     assert [part.key for part in cut.arrays[0].file_specs] == [f"sites/mlp_act/1#{i}" for i in range(3)]
-    assert [part.key for part in whole.arrays[0].file_specs] == ["sites/mlp_act/1"]
+    assert [part.key for part in full.arrays[0].file_specs] == ["sites/mlp_act/1"]
 
 
 @pytest.mark.parametrize("changes", [{"column_shards": 5}, {"column_shards": 0}, {"codec": "int8-block32"}])
-def test_rows_that_cannot_be_cut_so_are_refused(changes: dict[str, object]) -> None:
+def test_rows_that_cannot_be_cut_equally_are_refused(changes: dict[str, object]) -> None:
     with pytest.raises(PlanError, match=r"site mlp_act\.1: "):
         plan(site(**changes))
 
 
 @pytest.mark.parametrize("value", [1, None, "3", 3.0, True, [3]])
-def test_a_plan_that_spells_it_otherwise_is_not_ours(value: object) -> None:
-    spelled = plan(site()).to_json()
-    assert isinstance(spelled["sites"], list)
-    assert isinstance(spelled["sites"][0], dict)
-    spelled["sites"][0]["column_shards"] = value  # type: ignore[assignment]  # as above
+def test_a_plan_with_another_value_of_column_shards_is_refused(value: object) -> None:
+    document = plan(site()).to_json()
+    assert isinstance(document["sites"], list)
+    assert isinstance(document["sites"][0], dict)
+    document["sites"][0]["column_shards"] = value  # type: ignore[assignment]  # as above
     with pytest.raises(UnsafeArchiveError):
-        Plan.from_json(spelled)
+        Plan.from_json(document)
 
 
 @pytest.mark.parametrize("width", [1, 3 * 2**10, 0, 2**21])
-def test_metadata_of_countless_or_unequal_parts_are_not_ours(tmp_path: Path, width: int) -> None:
+def test_metadata_of_too_many_or_unequal_column_shards_are_refused(tmp_path: Path, width: int) -> None:
     spec = make_spec("raw", "int8", (2**20,), rows_per_shard=2, rows_per_chunk=1)
     create_array(tmp_path, spec, 4)
     path = tmp_path / spec.path / "zarr.json"

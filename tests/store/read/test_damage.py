@@ -1,4 +1,4 @@
-"""Damage of every kind, to every file: it is named, and no reader ever gets a number that was not written."""
+"""Damage of every kind to every file is reported, and no reader gets a wrong number."""
 
 import json
 import random
@@ -161,7 +161,7 @@ def test_a_shard_that_grew_is_named(more: bytes, copy: Path, untouched: Path) ->
 
 
 @pytest.mark.parametrize("name", ["notes.txt", "sites/q/1/readme", "head/weights.pt", "commits/README", "examples/x"])
-def test_a_foreign_file_is_named_and_changes_nothing(name: str, copy: Path, untouched: Path) -> None:
+def test_an_unknown_file_is_named_and_changes_nothing(name: str, copy: Path, untouched: Path) -> None:
     (copy / name).write_text("mine")
     assert names(verify(copy), name)
     assert check_reading(copy, read_everything(untouched), name) == 0
@@ -228,7 +228,7 @@ def test_a_record_that_is_not_of_the_plan_is_refused_when_it_is_read(change: str
             read()
 
 
-def test_metadata_that_lie_about_the_rows_end_in_a_short_list(tmp_path: Path) -> None:
+def test_metadata_that_claim_too_many_rows_give_a_short_list(tmp_path: Path) -> None:
     copy = make_archive(tmp_path / "a.zarr", open_size=True)
     assert verify(copy).problems == []
     metadata = read_metadata(copy)
@@ -243,7 +243,7 @@ def test_metadata_that_lie_about_the_rows_end_in_a_short_list(tmp_path: Path) ->
     assert missing[-1].what.startswith(f"{2**48 // HEIGHT - 8:,} more records are missing")
 
 
-def test_records_of_shards_whose_files_are_gone_or_of_another_size_are_dropped(copy: Path) -> None:
+def test_records_whose_files_are_missing_or_of_another_size_are_dropped(copy: Path) -> None:
     archive = Archive(copy)
     assert drop_broken(copy, archive.plan, archive.commits) == []
     missing, short = copy / "sites/q/1/c/2/0/0", copy / "rows/token/c/0"
@@ -258,7 +258,7 @@ def test_records_of_shards_whose_files_are_gone_or_of_another_size_are_dropped(c
     assert drop_broken(copy, again.plan, again.commits) == []
 
 
-def test_a_damaged_shard_says_how_to_get_it_back(copy: Path) -> None:
+def test_a_damaged_shard_says_how_to_restore_it(copy: Path) -> None:
     path = copy / "sites/q/1/c/1/0/0"
     damaged = flipped(path.read_bytes(), 100)
     for change in (lambda: path.write_bytes(damaged), lambda: path.write_bytes(damaged[:50]), path.unlink):
@@ -277,7 +277,7 @@ def test_two_writers_records_of_one_shard_that_differ_are_named(copy: Path) -> N
     assert verify(copy).problems
 
 
-def test_a_dead_writers_temporary_is_a_note_and_is_swept(copy: Path, untouched: Path) -> None:
+def test_a_temporary_file_of_a_killed_writer_is_noted_and_removed(copy: Path, untouched: Path) -> None:
     name = "sites/q/1/c/1/0/.0.4194999-0123abcd.tmp"
     (copy / name).write_bytes(b"half a sh")
     report = verify(copy)

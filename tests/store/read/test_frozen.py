@@ -1,4 +1,4 @@
-"""Archives that released versions of the format wrote stay readable, and their values stay what they were."""
+"""Archives of released versions of the format stay readable, with the same values."""
 
 import hashlib
 import json

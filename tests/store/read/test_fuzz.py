@@ -1,4 +1,4 @@
-"""Any change to any file of an archive gives what was written, or one of our errors: signed changes included."""
+"""After any change to any file, a reader gets what was written or one of our errors, even if checksums fit."""
 
 import copy
 import json
@@ -55,8 +55,8 @@ def changed(data: st.DataObject, content: bytes, others: list[bytes]) -> bytes:
     at = data.draw(st.integers(0, len(content)))
     stop = data.draw(st.integers(at, min(len(content), at + 64)))
     new = data.draw(st.binary(max_size=8) | st.just(content[at:stop][::-1]) | st.just(b"0" * (stop - at)))
-    whole = st.sampled_from([content[:at], content[at:], content * 2, b"", *others])
-    return data.draw(st.just(content[:at] + new + content[stop:]) | whole)
+    other = st.sampled_from([content[:at], content[at:], content * 2, b"", *others])
+    return data.draw(st.just(content[:at] + new + content[stop:]) | other)
 
 
 @settings(max_examples=80)
@@ -68,7 +68,7 @@ def test_a_changed_file_gives_what_was_written_or_an_error(
     names = files_of(archive)
     name = data.draw(st.sampled_from(names))
     content = (archive / name).read_bytes()
-    # A whole shard in another's place is what `residua verify` is for: its checksums are right.
+    # A complete shard in another's place is what `residua verify` is for: its checksums are right.
     others = [(archive / other).read_bytes() for other in names if Path(other).suffix and Path(name).suffix]
     new = changed(data, content, others)
     try:

@@ -1,4 +1,4 @@
-"""Names, links and files made on purpose: an error in the user's words, at once, and no memory taken for it."""
+"""Hostile names, links and files: an error in the user's words, at once, before memory is taken."""
 
 import os
 import shutil
@@ -100,7 +100,7 @@ SMALL_FILES = [
 
 
 @pytest.mark.parametrize("name", SMALL_FILES)
-def test_a_file_of_a_terabyte_of_nothing_is_not_read(copy: Path, name: str) -> None:
+def test_a_sparse_file_of_a_terabyte_is_not_read(copy: Path, name: str) -> None:
     with (copy / name).open("wb") as file:
         file.truncate(2**40)
     with little_memory():
@@ -111,7 +111,7 @@ def test_a_file_of_a_terabyte_of_nothing_is_not_read(copy: Path, name: str) -> N
 
 
 @pytest.mark.parametrize("name", SMALL_FILES[1:])
-def test_a_pipe_is_not_waited_for(copy: Path, name: str) -> None:
+def test_a_pipe_does_not_block(copy: Path, name: str) -> None:
     (copy / name).unlink()
     os.mkfifo(copy / name)
     errors = [str(value) for value in read_everything(copy).values() if isinstance(value, Exception)]
@@ -120,14 +120,14 @@ def test_a_pipe_is_not_waited_for(copy: Path, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["part-00001.parquet", "part-00007.parquet"])
-def test_a_foreign_part_of_examples_is_refused(copy: Path, name: str) -> None:
+def test_an_unknown_part_of_examples_is_refused(copy: Path, name: str) -> None:
     shutil.copy(copy / "examples/part-00000.parquet", copy / "examples" / name)
     assert str(copy / "examples") in refused(lambda: Archive(copy).examples)
     assert "examples" in problems(copy)
 
 
 @pytest.mark.parametrize(("column", "value"), [("example", 4), ("example", -1), ("position", 20), ("position", -1)])
-def test_rows_that_name_no_token(copy: Path, column: str, value: int) -> None:
+def test_rows_without_a_token(copy: Path, column: str, value: int) -> None:
     spec, _, _ = open_array(copy, f"rows/{column}")
     values = Archive(copy).rows._asdict()[column][:HEIGHT]
     values[3] = value
@@ -140,6 +140,6 @@ def test_rows_that_name_no_token(copy: Path, column: str, value: int) -> None:
     "text",
     ["[]", "{}", "null", "[" * 10**5, '{"version": "1.0"}', '{"version": "1.0", "model": {"type": "BPE", "vocab": 3}}'],
 )
-def test_a_tokenizer_that_is_none(copy: Path, text: str) -> None:
+def test_a_file_that_is_no_tokenizer(copy: Path, text: str) -> None:
     sign_sidecar(copy, "tokenizer/tokenizer.json", text.encode())
     assert "tokenizer/tokenizer.json cannot be read as a tokenizer" in refused(Archive(copy).text, 0)

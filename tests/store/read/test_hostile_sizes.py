@@ -1,4 +1,4 @@
-"""Archives that somebody made to claim more than there is: an error at once, and no memory taken for it."""
+"""Archives that claim more than they have: an error at once, before memory is taken."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -59,7 +59,7 @@ def test_rows_that_are_not_there_take_no_memory(huge: Path, name: str, read: str
     assert f"are not captured yet (32 of {HUGE:,} are)" in words
 
 
-def test_all_else_that_it_claims_to_have_is_said_to_be_wrong(huge: Path) -> None:
+def test_its_other_claims_are_reported(huge: Path) -> None:
     with little_memory():
         archive = Archive(huge)
         assert archive.progress == (32, HUGE, 2, HUGE // HEIGHT)
@@ -70,7 +70,7 @@ def test_all_else_that_it_claims_to_have_is_said_to_be_wrong(huge: Path) -> None
     assert "more records are missing" in problems(huge)
 
 
-def test_a_shard_of_forty_gigabytes_with_a_record_is_opened_first(copy: Path) -> None:
+def test_a_committed_shard_that_claims_forty_gigabytes_is_opened_before_memory_is_taken(copy: Path) -> None:
     height = 2**28
     document = load(copy / "zarr.json")
     plan = document["attributes"]["residua"]["plan"]

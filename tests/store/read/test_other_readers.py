@@ -115,7 +115,7 @@ def test_rows_of_shards_that_are_not_there_yet_read_as_zero(tmp_path: Path, read
 @pytest.mark.parametrize("reader", READERS)
 def test_flipped_bit_is_noticed_by_every_reader(tmp_path: Path, reader: Reader) -> None:
     spec = large_spec("fast", "bfloat16", (24,))
-    # A whole shard: where zarrs needs only part of one it compares no checksum.
+    # A full shard: zarrs compares no checksum if it needs only some rows of one.
     (path,) = write_array(tmp_path, spec, make_rows(spec, 256))
     data = bytearray(path.read_bytes())
     data[100] ^= 4

@@ -67,7 +67,7 @@ def reader(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     return PageReader(make_archive(tmp_path_factory.mktemp("made") / "a.zarr", request.param))
 
 
-def test_who_knows_the_page_alone_finds_every_activation(reader: PageReader) -> None:
+def test_the_page_suffices_to_find_every_activation(reader: PageReader) -> None:
     archive = Archive(reader.root)
     for example, length in enumerate(LENGTHS):
         for position in range(length):
@@ -79,7 +79,7 @@ def test_who_knows_the_page_alone_finds_every_activation(reader: PageReader) -> 
             assert reader.read("rows/token", row) == reader.examples[example]["input_ids"][position]
 
 
-def test_who_knows_the_page_alone_can_check_every_digest(reader: PageReader) -> None:
+def test_the_page_suffices_to_check_every_digest(reader: PageReader) -> None:
     def sha256(value: Any) -> str:
         text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
         return hashlib.sha256(text.encode()).hexdigest()

@@ -1,4 +1,4 @@
-"""What a reader gives: any rows of sound files, bit for bit, and of damaged ones an error that names the file."""
+"""A reader returns any rows of sound files bit for bit, and an error that names the file for damaged ones."""
 
 import os
 from pathlib import Path

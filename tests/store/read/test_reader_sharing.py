@@ -1,4 +1,4 @@
-"""Readers among others: threads, child processes, and the files that all readers of a process keep open."""
+"""Readers in threads and child processes, and the files that all readers of a process keep open."""
 
 import multiprocessing
 import os
@@ -17,7 +17,7 @@ from tests.store.samples import Array, make_spec, same_bits
 from tests.store.stored_array import N_ROWS, Stored, store
 
 
-def test_chunks_stay_verified_when_their_files_are_let_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_chunks_stay_verified_when_their_files_are_closed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     kept = store(tmp_path, make_spec("raw"))
     compared: list[Array] = []
     monkeypatch.setattr("residua.store.read.mapped.check_chunk", compared.append)
@@ -94,7 +94,7 @@ def test_error_in_a_thread_reaches_the_caller(fresh: Stored) -> None:
         fresh.reader(threads=4).read(0, N_ROWS)
 
 
-def test_closed_reader_lets_its_files_go_and_opens_them_again(fresh: Stored) -> None:
+def test_a_closed_reader_opens_its_files_again(fresh: Stored) -> None:
     before = len(OPEN_SHARDS)
     reader = fresh.reader()
     reader.read(0, N_ROWS)
@@ -106,7 +106,7 @@ def test_closed_reader_lets_its_files_go_and_opens_them_again(fresh: Stored) -> 
     assert len(OPEN_SHARDS) == before
 
 
-def test_only_so_many_shards_stay_open_and_the_one_unused_for_longest_goes(stored: Stored) -> None:
+def test_the_shard_unused_for_longest_is_closed_first(stored: Stored) -> None:
     kept = OpenShards(2)
     first, second, third = stored.mapped(3)
     owner = object()

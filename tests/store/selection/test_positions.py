@@ -14,7 +14,7 @@ from residua.store.selection.positions import kept_positions, marks_of, parse_po
     tokens=st.lists(st.tuples(st.booleans(), st.booleans()), max_size=20),
     drop=st.booleans(),
 )
-def test_kept_positions_equal_the_rule_read_aloud(text: str, tokens: list[tuple[bool, bool]], drop: bool) -> None:
+def test_kept_positions_follow_the_rule(text: str, tokens: list[tuple[bool, bool]], drop: bool) -> None:
     rule = parse_positions(text)
     marked, special = ([pair[i] for pair in tokens] for i in (0, 1))
     kept = kept_positions(

@@ -92,7 +92,7 @@ CASES: dict[str, Callable[[Row], bool]] = {
 
 
 @pytest.mark.parametrize("text", CASES)
-def test_a_filter_chooses_what_python_would(archive: Archive, rows: list[Row], text: str) -> None:
+def test_a_filter_selects_what_python_would(archive: Archive, rows: list[Row], text: str) -> None:
     expected = [i for i, row in enumerate(rows) if CASES[text](row)]
     assert len(expected) < N_ROWS
     chosen = RowFilter.parse(text)
@@ -126,12 +126,12 @@ def test_a_filter_chooses_what_python_would(archive: Archive, rows: list[Row], t
         ("position > 0 or " * 1000 + "position > 0", "16,012 characters"),
     ],
 )
-def test_what_is_no_condition_is_an_error_that_says_where(text: str, message: str) -> None:
+def test_a_text_that_is_no_condition_is_an_error_that_says_where(text: str, message: str) -> None:
     with pytest.raises(AnalysisError, match=message):
         RowFilter.parse(text)
 
 
-def test_long_chains_are_no_depth(archive: Archive) -> None:
+def test_long_chains_are_not_nested(archive: Archive) -> None:
     assert len(RowFilter.parse("token == 900 or " * 600 + "position == 0").rows(archive)) == len(COLUMNS)
 
 
@@ -149,7 +149,7 @@ def test_long_chains_are_no_depth(archive: Archive) -> None:
         ("input_ids == 3", "that column holds list"),
     ],
 )
-def test_a_question_that_the_columns_cannot_answer_is_an_error(archive: Archive, text: str, message: str) -> None:
+def test_a_comparison_that_a_column_does_not_allow_is_an_error(archive: Archive, text: str, message: str) -> None:
     with pytest.raises(AnalysisError, match=message):
         RowFilter.parse(text).rows(archive)
 
@@ -168,7 +168,7 @@ def test_a_column_is_read_once_for_the_same_archive(archive: Archive, monkeypatc
     assert read == [["label"], ["score"]]
 
 
-def test_answers_are_of_the_archive_that_is_asked(archive: Archive, tmp_path: Path) -> None:
+def test_a_filter_can_be_used_on_several_archives(archive: Archive, tmp_path: Path) -> None:
     other = Archive(make_archive(tmp_path / "acts.zarr"))
     chosen = RowFilter.parse('label in ["code", "example 2"]')
     assert [len(chosen.rows(one)) for one in (archive, other, archive)] == [20, 12, 20]
