@@ -1,1 +1,1 @@
-"""Several workers."""
+"""Tests with several workers, and what they share."""

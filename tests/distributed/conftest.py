@@ -1,15 +1,15 @@
-"""One process that forks workers, for all tests here."""
+"""The process that forks workers, shared by all tests here."""
 
 from collections.abc import Iterator
 
 import pytest
 
-from tests.distributed.gang import Gang
+from tests.distributed.forked_workers import ForkedWorkers
 
 
 @pytest.fixture(scope="session")
-def gang(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Gang]:
-    process = Gang(tmp_path_factory.mktemp("logs"))
+def forked_workers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ForkedWorkers]:
+    process = ForkedWorkers(tmp_path_factory.mktemp("logs"))
     try:
         yield process
     finally:

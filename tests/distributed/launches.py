@@ -56,7 +56,7 @@ REFUSALS = (
         "names_in_stages",
     ),
 )
-"""Number of ranks, and the functions of `refusals`, `prehooks`, `stages` and `restoration` here that run on them."""
+"""Number of ranks, and the functions of the files `*_checks.py` that run on them."""
 
 LAUNCHES = {**LAYOUTS, "refusals": REFUSALS}
 
@@ -69,7 +69,7 @@ def launch(name: str, folder: Path) -> dict[str, Any]:
     """
     n_ranks = LAUNCHES[name][0]
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={n_ranks}"]
-    command += ["-m", "tests.distributed.worker", str(folder), name]
+    command += ["-m", "tests.distributed.layout_worker", str(folder), name]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
     log = folder / f"{name}.log"
     with log.open("wb") as output:

@@ -1,4 +1,4 @@
-"""The launchers that people use, and a script of their own: torchrun, accelerate, a process group, FSDP2."""
+"""Launchers and users' own scripts: torchrun, accelerate, a process group, FSDP2."""
 
 import json
 import os
@@ -13,8 +13,8 @@ import torch
 from residua.store.read.archive import Archive
 from residua.store.read.verify import verify
 from residua.store.storage.lock import read_owner
-from tests.distributed.own_script import capture
-from tests.distributed.recording import record
+from tests.distributed.recorder_loop import record
+from tests.distributed.user_script import capture
 from tests.models import TINY
 from tests.pipelines.forking import ENVIRONMENT, ROOT
 from tests.ragged import capture_words, write_dataset
@@ -90,7 +90,7 @@ def test_torchrun_starts_the_workers_again_when_one_is_killed(dataset: Path, ref
 def test_a_script_of_the_users_own_with_replicas_and_sharded(tmp_path: Path) -> None:
     torch.set_num_threads(1)
     capture(TINY["llama"](), tmp_path / "one.zarr")
-    finish(start(*TORCHRUN, "-m", "tests.distributed.own_script", tmp_path))
+    finish(start(*TORCHRUN, "-m", "tests.distributed.user_script", tmp_path))
     expected = content(tmp_path / "one.zarr")
     for name in ("replicas", "ddp", "fsdp", "zero3"):
         assert content(tmp_path / f"{name}.zarr") == expected

@@ -1,6 +1,6 @@
-"""Every layout, with real processes: sites, gradients, edits and training inside agree with one process.
+"""Every layout, with real processes: sites, gradients, edits and training agree with one process.
 
-One test a launch and not one a layout, since it is starting ranks that takes time.
+There is one test for each launch and not for each layout, because starting ranks takes time.
 """
 
 import json

@@ -1,4 +1,4 @@
-"""Replicas that share a capture: the archive is the one that a single process writes, byte for byte."""
+"""Replicas that share a capture write the same archive as one process, byte for byte."""
 
 import json
 import signal
@@ -9,7 +9,7 @@ import pytest
 
 from residua.store.read.archive import Archive
 from residua.store.read.verify import verify
-from tests.distributed.gang import Ended, Gang, Start, launched
+from tests.distributed.forked_workers import Ended, ForkedWorkers, Start, launched
 from tests.ragged import capture_words, write_dataset
 from tests.stopped import await_commits, check_end
 
@@ -24,10 +24,10 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def reference(gang: Gang, dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def reference(forked_workers: ForkedWorkers, dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The archive that one process wrote."""
     out = tmp_path_factory.mktemp("one") / "a.zarr"
-    [ended] = gang.run([Start(words=capture_words(dataset, out, *SITES), env={})])
+    [ended] = forked_workers.run([Start(words=capture_words(dataset, out, *SITES), env={})])
     assert ended.code == 0, ended.output
     return out
 
@@ -44,10 +44,10 @@ def summary(ended: Ended) -> dict[str, Any]:
 
 @pytest.mark.parametrize("n", [2, 4])
 def test_the_archive_is_the_one_that_one_process_writes(
-    gang: Gang, dataset: Path, reference: Path, tmp_path: Path, n: int
+    forked_workers: ForkedWorkers, dataset: Path, reference: Path, tmp_path: Path, n: int
 ) -> None:
     out = tmp_path / "a.zarr"
-    ended = gang.run(launched(capture_words(dataset, out, *SITES, "--json"), n, slow=0.02))
+    ended = forked_workers.run(launched(capture_words(dataset, out, *SITES, "--json"), n, slow=0.02))
     assert codes(ended) == [0] * n, ended
     check_end(out, reference)
     said = summary(ended[0])
@@ -60,45 +60,47 @@ def test_the_archive_is_the_one_that_one_process_writes(
     assert not any("{" in end.output for end in ended[1:]), "worker 0 alone reports"
 
 
-def test_measured_errors_of_lossy_sites_are_those_of_one_process(gang: Gang, dataset: Path, tmp_path: Path) -> None:
+def test_measured_errors_of_lossy_sites_are_those_of_one_process(
+    forked_workers: ForkedWorkers, dataset: Path, tmp_path: Path
+) -> None:
     for name, n in (("one", 1), ("three", 3)):
         (tmp_path / name).mkdir()
-        ended = gang.run(launched(capture_words(dataset, tmp_path / name / "a.zarr", *LOSSY), n))
+        ended = forked_workers.run(launched(capture_words(dataset, tmp_path / name / "a.zarr", *LOSSY), n))
         assert codes(ended) == [0] * n, ended
     check_end(tmp_path / "three" / "a.zarr", tmp_path / "one" / "a.zarr")
 
 
 def test_a_worker_that_is_told_to_stop_leaves_its_shards_to_the_others(
-    gang: Gang, dataset: Path, reference: Path, tmp_path: Path
+    forked_workers: ForkedWorkers, dataset: Path, reference: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "a.zarr"
     workers = launched(capture_words(dataset, out, *SITES), 3, slow=0.1)
-    gang.start(workers)
+    forked_workers.start(workers)
     await_commits(out, 2)
-    gang.kill(1, signal.SIGTERM)
-    ended = gang.wait(60)
+    forked_workers.kill(1, signal.SIGTERM)
+    ended = forked_workers.wait(60)
     assert codes(ended) == [0, 130, 0], ended
     check_end(out, reference)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_all_stop_in_time_when_they_are_told_to(
-    gang: Gang, dataset: Path, reference: Path, tmp_path: Path, number: int
+    forked_workers: ForkedWorkers, dataset: Path, reference: Path, tmp_path: Path, number: int
 ) -> None:
     out = tmp_path / "a.zarr"
-    gang.start(launched(capture_words(dataset, out, *SITES), 3, slow=0.1))
+    forked_workers.start(launched(capture_words(dataset, out, *SITES), 3, slow=0.1))
     await_commits(out, 2)
     for worker in range(3):
-        gang.kill(worker, number)
-    ended = gang.wait(30)
+        forked_workers.kill(worker, number)
+    ended = forked_workers.wait(30)
     assert codes(ended) == [130] * 3, ended
     assert "captured and safe" in ended[0].output
     assert verify(out).problems == []
-    assert codes(gang.run(launched(capture_words(dataset, out, *SITES), 2))) == [0, 0]
+    assert codes(forked_workers.run(launched(capture_words(dataset, out, *SITES), 2))) == [0, 0]
     check_end(out, reference)
 
 
-def test_a_second_run_is_refused(gang: Gang, dataset: Path, reference: Path, tmp_path: Path) -> None:
+def test_a_second_run_is_refused(forked_workers: ForkedWorkers, dataset: Path, reference: Path, tmp_path: Path) -> None:
     out = tmp_path / "a.zarr"
     words = capture_words(dataset, out, *SITES)
     first = Start(words=words, env={}, slow=0.1)
@@ -106,7 +108,7 @@ def test_a_second_run_is_refused(gang: Gang, dataset: Path, reference: Path, tmp
     second = Start(words=words, env={}, after=lock)
     joiner = Start(words=[*words, "--join"], env={}, after=lock)
     launch = [Start(words=words, env=start.env, after=lock) for start in launched(words, 2)]
-    ended = gang.run([first, second, joiner, *launch])
+    ended = forked_workers.run([first, second, joiner, *launch])
     assert codes(ended) == [0, 2, 2, 2, 1], ended
     for refused in ended[1:]:
         assert "another run is at work on" in refused.output
@@ -114,14 +116,14 @@ def test_a_second_run_is_refused(gang: Gang, dataset: Path, reference: Path, tmp
 
 
 def test_a_second_run_that_is_meant_to_joins_the_first(
-    gang: Gang, dataset: Path, reference: Path, tmp_path: Path
+    forked_workers: ForkedWorkers, dataset: Path, reference: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "a.zarr"
     words = capture_words(dataset, out, *SITES, "--json", "--join")
     first = Start(
         words=words, env={}, slow=0.5
     )  # so that shards are left for those who come later, on a busy machine too
-    ended = gang.run([first, *[Start(words=words, env={}, slow=0.1, after=str(out / "zarr.json"))] * 2])
+    ended = forked_workers.run([first, *[Start(words=words, env={}, slow=0.1, after=str(out / "zarr.json"))] * 2])
     assert codes(ended) == [0, 0, 0], ended
     check_end(out, reference)
     said = [summary(end) for end in ended]
@@ -130,31 +132,31 @@ def test_a_second_run_that_is_meant_to_joins_the_first(
     assert all(worker["stats"]["committed_rows"] for worker in said[0]["workers"])
 
 
-def test_a_launch_joins_a_launch(gang: Gang, dataset: Path, reference: Path, tmp_path: Path) -> None:
+def test_a_launch_joins_a_launch(forked_workers: ForkedWorkers, dataset: Path, reference: Path, tmp_path: Path) -> None:
     out = tmp_path / "a.zarr"
     words = capture_words(dataset, out, *SITES, "--json", "--join")
     late = [Start(words=words, env=start.env, slow=0.1, after=str(out / "zarr.json")) for start in launched(words, 2)]
-    ended = gang.run([*launched(words, 2, slow=0.1), *late])
+    ended = forked_workers.run([*launched(words, 2, slow=0.1), *late])
     assert codes(ended) == [0] * 4, ended
     check_end(out, reference)
     assert len(summary(ended[0])["workers"]) == 4
 
 
 def test_who_joins_with_other_settings_is_told_and_the_others_go_on(
-    gang: Gang, dataset: Path, reference: Path, tmp_path: Path
+    forked_workers: ForkedWorkers, dataset: Path, reference: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "a.zarr"
     words = capture_words(dataset, out, *SITES, "--join")
     other = Start(words=[*words, "--batch-tokens", "80"], env={}, after=str(out / "zarr.json"))
-    ended = gang.run([Start(words=words, env={}, slow=0.1), other])
+    ended = forked_workers.run([Start(words=words, env={}, slow=0.1), other])
     assert codes(ended) == [0, 2], ended
     assert "batch_tokens" in ended[1].output
     check_end(out, reference)
 
 
-def test_when_the_plan_cannot_be_made_nobody_waits(gang: Gang, tmp_path: Path) -> None:
+def test_when_the_plan_cannot_be_made_nobody_waits(forked_workers: ForkedWorkers, tmp_path: Path) -> None:
     words = capture_words(tmp_path / "no such file.jsonl", tmp_path / "a.zarr", *SITES)
-    ended = gang.run(launched(words, 3), 60)
+    ended = forked_workers.run(launched(words, 3), 60)
     assert [end.code for end in ended] == [2, 1, 1], ended
     for end in ended:
         assert "no such file" in end.output

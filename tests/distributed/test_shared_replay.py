@@ -1,4 +1,4 @@
-"""Replicas that share jobs which run an archive's examples again: what they write is what one process writes."""
+"""Replicas that share a job over an archive write the same results as one process."""
 
 import json
 import shutil
@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from residua.store.read.verify import verify
-from tests.distributed.gang import Ended, Gang, Start, launched
+from tests.distributed.forked_workers import Ended, ForkedWorkers, Start, launched
 from tests.pipelines.replay.test_replay import contents
 from tests.ragged import MODEL, capture_words, write_dataset
 
@@ -25,7 +25,7 @@ EDITS = [
 
 
 @pytest.fixture(scope="module")
-def archive(gang: Gang, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def archive(forked_workers: ForkedWorkers, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("data")
     dataset = write_dataset(folder / "ragged.jsonl", 40)
     (folder / "edits.yaml").write_text(yaml.safe_dump(EDITS))
@@ -38,7 +38,7 @@ def archive(gang: Gang, tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("acts.zarr", ["--sites", "resid_post.3,resid_post.5"]),
         ("lossy.zarr", ["--sites", "resid_post.3,resid_post.5", "--codec", "int8-block32"]),
     ):
-        [ended] = gang.run([Start(words=capture_words(dataset, folder / name, *options), env={})])
+        [ended] = forked_workers.run([Start(words=capture_words(dataset, folder / name, *options), env={})])
         assert ended.code == 0, ended.output
     return folder / "acts.zarr"
 
@@ -50,10 +50,12 @@ def replay_words(archive: Path, out: Path, *more: str) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def reference(gang: Gang, archive: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+def reference(
+    forked_workers: ForkedWorkers, archive: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, str]:
     """What one process wrote and printed."""
     out = tmp_path_factory.mktemp("one") / "replayed"
-    [ended] = gang.run([Start(words=replay_words(archive, out, "--json"), env={})])
+    [ended] = forked_workers.run([Start(words=replay_words(archive, out, "--json"), env={})])
     assert ended.code == 0, ended.output
     return out, ended.output
 
@@ -78,10 +80,10 @@ def await_parts(out: Path, n: int) -> None:
 
 
 def test_the_tables_are_those_that_one_process_writes(
-    gang: Gang, archive: Path, reference: tuple[Path, str], tmp_path: Path
+    forked_workers: ForkedWorkers, archive: Path, reference: tuple[Path, str], tmp_path: Path
 ) -> None:
     out = tmp_path / "replayed"
-    ended = gang.run(launched(replay_words(archive, out, "--json"), 3, slow=0.02))
+    ended = forked_workers.run(launched(replay_words(archive, out, "--json"), 3, slow=0.02))
     assert [end.code for end in ended] == [0] * 3, ended
     assert contents(out) == contents(reference[0])
     assert summary(ended[0]) == summary(reference[1]), "the notes too"
@@ -90,54 +92,54 @@ def test_the_tables_are_those_that_one_process_writes(
 
 
 def test_killed_at_once_it_goes_on_with_another_number_of_processes(
-    gang: Gang, archive: Path, reference: tuple[Path, str], tmp_path: Path
+    forked_workers: ForkedWorkers, archive: Path, reference: tuple[Path, str], tmp_path: Path
 ) -> None:
     out, whole = tmp_path / "replayed", reference[0]
-    gang.start(launched(replay_words(archive, out), 3, slow=0.1))
+    forked_workers.start(launched(replay_words(archive, out), 3, slow=0.1))
     await_parts(out, 4)
     for worker in range(3):
-        gang.kill(worker)
-    assert {end.code for end in gang.wait()} == {-signal.SIGKILL}
+        forked_workers.kill(worker)
+    assert {end.code for end in forked_workers.wait()} == {-signal.SIGKILL}
     assert 4 <= n_parts(out) < n_parts(whole)
     for n in (1, 2):
         again = tmp_path / f"by {n}"
         shutil.copytree(out, again)
         before = {path: path.stat().st_mtime_ns for path in again.glob("examples/part-*.parquet")}
-        ended = gang.run(launched(replay_words(archive, again), n))
+        ended = forked_workers.run(launched(replay_words(archive, again), n))
         assert [end.code for end in ended] == [0] * n, ended
         assert contents(again) == contents(whole)
         assert {path: path.stat().st_mtime_ns for path in before} == before, "finished parts are not made again"
-    ended = gang.run(launched(replay_words(archive, out, "--tokens", "8"), 2))
+    ended = forked_workers.run(launched(replay_words(archive, out, "--tokens", "8"), 2))
     assert [end.code for end in ended] == [2, 1], ended
     assert all("holds the results of another request" in end.output for end in ended)
 
 
 def test_shards_of_one_that_is_killed_are_taken_over(
-    gang: Gang, archive: Path, reference: tuple[Path, str], tmp_path: Path
+    forked_workers: ForkedWorkers, archive: Path, reference: tuple[Path, str], tmp_path: Path
 ) -> None:
     out = tmp_path / "replayed"
     shutil.copytree(reference[0], out)
     shutil.rmtree(out / "acts.zarr")
-    gang.start(launched(replay_words(archive, out), 3, slow=0.1))
+    forked_workers.start(launched(replay_words(archive, out), 3, slow=0.1))
     deadline = time.monotonic() + 60
     while len(list(out.glob("acts.zarr/commits/*.json"))) < 3:
         assert time.monotonic() < deadline
         time.sleep(0.01)
-    gang.kill(2)
-    ended = gang.wait(60)
+    forked_workers.kill(2)
+    ended = forked_workers.wait(60)
     assert [end.code for end in ended] == [0, 0, -signal.SIGKILL], ended
     assert contents(out) == contents(reference[0])
     assert verify(out / "acts.zarr").problems == []
 
 
 def test_parts_of_one_that_is_killed_are_taken_over(
-    gang: Gang, archive: Path, reference: tuple[Path, str], tmp_path: Path
+    forked_workers: ForkedWorkers, archive: Path, reference: tuple[Path, str], tmp_path: Path
 ) -> None:
     out = tmp_path / "replayed"
-    gang.start(launched(replay_words(archive, out), 3, slow=0.1))
+    forked_workers.start(launched(replay_words(archive, out), 3, slow=0.1))
     await_parts(out, 3)
-    gang.kill(2)
-    ended = gang.wait(60)
+    forked_workers.kill(2)
+    ended = forked_workers.wait(60)
     assert [end.code for end in ended] == [0, 0, -signal.SIGKILL], ended
     assert contents(out) == contents(reference[0])
 
@@ -155,12 +157,12 @@ def shared_jobs(archive: Path, out: Path) -> dict[str, list[str]]:
     }
 
 
-def test_sweeps_and_samples_are_shared_too(gang: Gang, archive: Path, tmp_path: Path) -> None:
+def test_sweeps_and_samples_are_shared_too(forked_workers: ForkedWorkers, archive: Path, tmp_path: Path) -> None:
     measured, told = archive.parent / "lossy.zarr/fidelity.json", {}
     for n in (1, 2):
         (tmp_path / f"{n}").mkdir()
         for job, words in shared_jobs(archive, tmp_path / f"{n}").items():
-            ended = gang.run(launched(words, n, slow=0.01))
+            ended = forked_workers.run(launched(words, n, slow=0.01))
             assert [end.code for end in ended] == [0] * n, ended
             assert not any("{" in end.output for end in ended[1:]), "the first process alone reports"
             said = json.loads(next(line for line in ended[0].output.splitlines() if line.startswith("{")))
@@ -174,11 +176,11 @@ def test_sweeps_and_samples_are_shared_too(gang: Gang, archive: Path, tmp_path: 
 
 
 def test_who_was_asked_for_something_else_is_told_and_the_others_go_on(
-    gang: Gang, archive: Path, tmp_path: Path
+    forked_workers: ForkedWorkers, archive: Path, tmp_path: Path
 ) -> None:
     words = shared_jobs(archive, tmp_path)["patch"]
     first, second = launched(words, 2, slow=0.02)
     other = Start(words=[*words, "--positions", "1"], env=second.env)
-    ended = gang.run([first, other])
+    ended = forked_workers.run([first, other])
     assert [end.code for end in ended] == [0, 2], ended
     assert "different requests" in ended[1].output

@@ -1,6 +1,6 @@
 """Captures of torch's pipelines: what is taken, and what is refused in words; on one rank, which has the only stage.
 
-Pipelines of several ranks are in `tests.distributed.test_split_capture`.
+Pipelines of several ranks are in `tests.distributed.test_model_parallel_capture`.
 """
 
 from collections.abc import Iterator
@@ -20,7 +20,7 @@ from residua.capture.recording.recorder import Recorder
 from residua.pipelines.capture.capture import capture_dataset
 from residua.store.base.errors import CaptureError, PlanError
 from residua.store.read.archive import Archive
-from tests.distributed.pipelines import Part
+from tests.distributed.torch_pipeline import Part
 from tests.models import TINY
 
 TOKENS = [[5, 6, 7, 8], [9, 10], [11, 12, 13], [14] * 9, [15]]

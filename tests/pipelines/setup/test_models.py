@@ -1,7 +1,7 @@
 """A pipeline of tensor-parallel stages is loaded by putting one step of transformers right; another step is noticed.
 
 That it is still needed, and works, is tested with real processes: `stages_in_parallel_of` in
-tests/distributed/capturing.py fails as soon as transformers loads such a model by itself.
+tests/distributed/capture_cases.py fails as soon as transformers loads such a model by itself.
 """
 
 from typing import Any

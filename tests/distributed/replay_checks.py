@@ -1,4 +1,4 @@
-"""Replay on a spread model against replay in one process: logits, later sites, and who reads the stored rows."""
+"""Replay on a distributed model against one process: logits, later sites, and who reads the stored rows."""
 
 import sys
 from collections import Counter
@@ -20,8 +20,8 @@ from residua.capture.buffers.row_index import Indices
 from residua.capture.edits.action import StoredRows
 from residua.capture.replay.replay import Replay
 from residua.store.base.errors import CaptureError
-from tests.distributed.checks import Case, Row, relative_error
-from tests.distributed.expected import batch, vector
+from tests.distributed.layout_case import Case, Row, relative_error
+from tests.distributed.single_process import batch, vector
 from tests.models import SPLIT
 
 BOUND = 2e-5  # that of the table of layouts, in float32
@@ -31,7 +31,7 @@ N_EXAMPLES = 4  # in a recorded batch
 
 
 class Load(Protocol):
-    """Loads a model over the ranks of this launch, as `tests.distributed.registry.loaded` does."""
+    """Loads a model over the ranks of this launch, as `tests.distributed.layout_registry.loaded` does."""
 
     def __call__(self, name: str = "llama", **config: int) -> PreTrainedModel: ...
 

@@ -1,4 +1,4 @@
-"""FSDP2: a rank that is killed ends the other at once, since they share each forward pass; then the run goes on."""
+"""FSDP2: if a rank is killed, the other ends at once, as they share each forward pass; then the run resumes."""
 
 import signal
 import subprocess
@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.distributed.gang import launched
-from tests.distributed.own_script import capture
+from tests.distributed.forked_workers import launched
+from tests.distributed.user_script import capture
 from tests.models import TINY
 from tests.pipelines.forking import ENVIRONMENT, ROOT
 from tests.stopped import check_stop, content
@@ -25,7 +25,7 @@ SOON = 60.0
 
 @contextmanager
 def started(out: Path, folder: Path, slow: float) -> Iterator[list[subprocess.Popen[bytes]]]:
-    words = [sys.executable, "-m", "tests.distributed.sharded_script", str(out), str(slow)]
+    words = [sys.executable, "-m", "tests.distributed.fsdp_script", str(out), str(slow)]
     with ExitStack() as stack:
         ranks = []
         for rank, worker in enumerate(launched([], 2)):

@@ -1,6 +1,6 @@
-"""Pre-hooks and backward pre-hooks on split models: inputs of modules and their gradients, looked at and replaced.
+"""Pre-hooks and backward pre-hooks on distributed models: read and replace module inputs and their gradients.
 
-Run on both ranks of a launch, as `refusals` is. FlexModel has these hooks and does not test them on several ranks.
+Both ranks of a launch run these checks. FlexModel has such hooks, and does not test them on several ranks.
 """
 
 from collections.abc import Callable
@@ -10,9 +10,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from residua.capture.taps.tap import TapGroup, tap
-from tests.distributed.checks import relative_error
-from tests.distributed.expected import batch, loss_of, vector
-from tests.distributed.refusals import Load, alone
+from tests.distributed.layout_case import relative_error
+from tests.distributed.refusal_checks import Load, alone
+from tests.distributed.single_process import batch, loss_of, vector
 from tests.models import SPLIT
 
 INPUTS = "module:model.layers.1.mlp@input,module:model.layers.1.mlp.down_proj@input,resid_pre.2,mlp_act.0,z.1"

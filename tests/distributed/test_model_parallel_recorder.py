@@ -1,6 +1,6 @@
-"""A rank dies in a loop of the user's own: the other does not hang, and what was committed is right.
+"""A rank dies in a user's own loop: the other does not hang, and what was committed is right.
 
-That a whole loop gives what one process gives is tested beside captures, in `test_split_capture.py`.
+`test_model_parallel_capture.py` compares full loops with one process.
 """
 
 import signal
@@ -14,8 +14,8 @@ import pytest
 
 from residua.store.read.archive import Archive
 from residua.store.read.verify import verify
-from tests.distributed.gang import launched
-from tests.distributed.recording import KILLED_SITES, SHARDS_OF_FIRST, record
+from tests.distributed.forked_workers import launched
+from tests.distributed.recorder_loop import KILLED_SITES, SHARDS_OF_FIRST, record
 from tests.models import SPLIT
 from tests.pipelines.forking import ENVIRONMENT, ROOT
 
@@ -29,7 +29,7 @@ def test_when_one_rank_is_killed_the_other_ends_with_what_is_committed(tmp_path:
     out = tmp_path / "a.zarr"
     ranks = [
         subprocess.Popen(
-            [sys.executable, "-m", "tests.distributed.recording", str(out)],
+            [sys.executable, "-m", "tests.distributed.recorder_loop", str(out)],
             cwd=ROOT,
             env={**ENVIRONMENT, **start.env, "PYTHONPATH": str(ROOT)},
             stderr=subprocess.PIPE,

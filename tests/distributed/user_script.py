@@ -1,9 +1,8 @@
 """A user's own distributed script: it makes the process group and the model, and calls the library.
 
-    torchrun --nproc-per-node 2 -m tests.distributed.own_script OUT
+    torchrun --nproc-per-node 2 -m tests.distributed.user_script OUT
 
-Writes `replicas.zarr`, `ddp.zarr`, `fsdp.zarr` and `zero3.zarr` into OUT, and on every rank a JSON file of what it was
-told.
+Writes `replicas.zarr`, `ddp.zarr`, `fsdp.zarr` and `zero3.zarr` into OUT, and on every rank a JSON file of the results.
 """
 
 import json
@@ -21,8 +20,8 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import residua
-from tests.distributed.others import zero3
-from tests.distributed.recording import record
+from tests.distributed.deepspeed_and_fairscale import zero3
+from tests.distributed.recorder_loop import record
 from tests.models import TINY, VOCABULARY
 
 LENGTHS = (5, 3, 21, 40, 2, 9, 7, 33, 1, 12, 30, 4) * 4

@@ -1,4 +1,4 @@
-"""Rows of one process, and of replicas of a model: every rank has a batch of its own."""
+"""Rows of one process, and of data-parallel replicas: every rank has its own batch."""
 
 from collections.abc import Iterator
 from dataclasses import replace
@@ -10,12 +10,12 @@ from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-from tests.distributed import others
-from tests.distributed.captures import captured
-from tests.distributed.checks import Case, Row
-from tests.distributed.expected import batch
-from tests.distributed.registry import FOLDER, all_of, layout, uncaptured, wanted
-from tests.distributed.replays import replay_row
+from tests.distributed import deepspeed_and_fairscale
+from tests.distributed.capture_checks import captured
+from tests.distributed.layout_case import Case, Row
+from tests.distributed.layout_registry import FOLDER, all_of, layout, uncaptured, wanted
+from tests.distributed.replay_checks import replay_row
+from tests.distributed.single_process import batch
 from tests.models import SPLIT
 
 
@@ -116,7 +116,7 @@ def accelerated() -> Iterator[Row]:
 @layout("DeepSpeed ZeRO-3")
 def zero3() -> Iterator[Row]:
     for name in ("llama", "gpt2"):
-        case = data_parallel("DeepSpeed ZeRO-3", name, others.zero3(SPLIT[name]()))
+        case = data_parallel("DeepSpeed ZeRO-3", name, deepspeed_and_fairscale.zero3(SPLIT[name]()))
         yield case.forward()
         yield case.edits()
         yield replay_row(case)
@@ -128,4 +128,4 @@ def zero3() -> Iterator[Row]:
 
 @layout("fairscale FSDP")
 def fairscale_fsdp() -> Iterator[Row]:
-    yield others.fairscale_fsdp("fairscale FSDP", "llama", batch(0))
+    yield deepspeed_and_fairscale.fairscale_fsdp("fairscale FSDP", "llama", batch(0))

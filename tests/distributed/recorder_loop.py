@@ -1,6 +1,6 @@
-"""A loop of the user's own inside `Recorder`: on every rank that holds a model together, and in one process.
+"""A user's own loop with `Recorder`: on every rank that holds a model together, and in one process.
 
-Run as a program, one of two ranks is killed in the middle of the loop: ``recording.py OUT`` records until then.
+As a program, ``recorder_loop.py OUT`` records until one of its two ranks is killed in the middle of the loop.
 """
 
 import os
@@ -24,7 +24,7 @@ from residua.capture.recording.recorder import Recorder
 from residua.capture.runtime.wrappers import core_of
 from residua.store.base.errors import CaptureError
 from residua.store.read.archive import Archive
-from tests.distributed.plans import parallel_llama
+from tests.distributed.tensor_parallel_llama import parallel_llama
 from tests.models import VOCABULARY
 
 LENGTHS = ((5, 3, 21, 40), (2, 9, 33), (12, 30, 1, 7))

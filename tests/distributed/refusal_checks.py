@@ -1,4 +1,4 @@
-"""What is refused, and by whom: each function is run on both ranks of a launch and asserts what this rank sees."""
+"""What is refused, and on which ranks: both ranks of a launch run each check and assert what they see."""
 
 from collections.abc import Callable
 from functools import partial
@@ -14,10 +14,10 @@ from transformers import PreTrainedModel
 from residua.capture.layout.parameters import full_parameter
 from residua.capture.taps.tap import TapGroup, tap
 from residua.store.base.errors import CaptureError
-from tests.distributed.checks import relative_error
-from tests.distributed.expected import batch, loss_of, site_names
-from tests.distributed.others import zero3
-from tests.distributed.replays import replays
+from tests.distributed.deepspeed_and_fairscale import zero3
+from tests.distributed.layout_case import relative_error
+from tests.distributed.replay_checks import replays
+from tests.distributed.single_process import batch, loss_of, site_names
 from tests.models import SPLIT
 
 

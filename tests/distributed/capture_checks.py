@@ -1,4 +1,4 @@
-"""The captures of the table of layouts: every site, by all ranks, beside what the bare model gives batch by batch."""
+"""Captures for the table of layouts: every site, by all ranks, against the plain model batch by batch."""
 
 import sys
 from functools import cache
@@ -11,9 +11,9 @@ from torch import Tensor
 
 from residua.capture.taps.reading import reading
 from residua.pipelines.capture.capture import capture_dataset
-from tests.distributed.checks import Case, Row
-from tests.distributed.expected import batch, site_names
-from tests.distributed.replays import bare
+from tests.distributed.layout_case import Case, Row
+from tests.distributed.replay_checks import bare
+from tests.distributed.single_process import batch, site_names
 
 PAIRS = (slice(0, 2), slice(2, 4))
 """The examples that begin in each shard of 16 rows, and so make up a batch."""

@@ -1,7 +1,7 @@
-"""Several workers in real processes that start at once: one process imports everything, then forks them.
+"""Workers in real processes that start fast: one process imports everything and forks them.
 
-The workers find each other as under torchrun, by `RANK`, `WORLD_SIZE` and an address. None is reaped before all have
-ended, so that a signal never goes to a number that is another process's by now.
+The workers find each other as under torchrun, by `RANK`, `WORLD_SIZE` and an address. No worker is reaped before all
+have ended, so a signal never goes to a process number that another process has by then.
 """
 
 import json
@@ -21,7 +21,7 @@ from tests.pipelines import forking
 
 SECONDS = 300
 LOST_SECONDS = 3.0
-"""After how long these workers count as lost; 30 in earnest, which tests cannot afford."""
+"""Time without a heartbeat after which these workers count as lost; by default it is 30."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,9 +30,9 @@ class Start:
 
     Attributes:
         words: Its command line.
-        env: Variables of its environment.
-        slow: Seconds that each call of a model takes longer.
-        after: A file that has to be there before it begins.
+        env: Its environment variables.
+        slow: Time by which each call of a model takes longer, in seconds.
+        after: A file that has to exist before it begins.
     """
 
     words: Sequence[str]
@@ -43,7 +43,7 @@ class Start:
 
 @dataclass(frozen=True)
 class Ended:
-    """How a worker ended: exit code (negative: the signal that ended it), and what it printed."""
+    """How a worker ended: its exit code (negative: the signal that ended it), and its output."""
 
     code: int
     output: str
@@ -58,7 +58,7 @@ def launched(words: Sequence[str], n: int, *, slow: float = 0) -> list[Start]:
     return [Start(words=words, env={**common, "RANK": str(rank)}, slow=slow) for rank in range(n)]
 
 
-class Gang:
+class ForkedWorkers:
     """The process that forks.
 
     Args:
@@ -71,7 +71,7 @@ class Gang:
         self._pids: list[int] = []
         self._logs: list[Path] = []
         self._server = subprocess.Popen(
-            [sys.executable, "-c", "from tests.distributed.gang import serve; serve()"],
+            [sys.executable, "-c", "from tests.distributed.forked_workers import serve; serve()"],
             cwd=forking.ROOT,
             env={**forking.ENVIRONMENT, "PYTHONPATH": str(forking.ROOT)},
             stdin=subprocess.PIPE,
@@ -80,7 +80,7 @@ class Gang:
         assert self._answer() == "ready"
 
     def start(self, workers: Sequence[Start]) -> None:
-        """Begin `workers`; those before them must have ended."""
+        """Start `workers`; earlier workers must have ended."""
         self._logs = [self._folder / f"{self._n + i}.log" for i in range(len(workers))]
         self._n += len(workers)
         self._send(
@@ -92,11 +92,11 @@ class Gang:
         self._pids = self._answer()
 
     def kill(self, worker: int, number: int = signal.SIGKILL) -> None:
-        """Send a signal to one worker; one that has ended already does not mind."""
+        """Send a signal to one worker, which may have ended."""
         os.kill(self._pids[worker], number)
 
     def wait(self, seconds: float = SECONDS) -> list[Ended]:
-        """Return how the workers ended; fails, and ends them, if that takes longer than `seconds`."""
+        """Return how the workers ended; after `seconds`, kill them and fail."""
         try:
             codes = self._answer(seconds)
         except AssertionError:
@@ -109,7 +109,7 @@ class Gang:
         return [Ended(code, log.read_text()) for code, log in zip(codes, self._logs, strict=True)]
 
     def run(self, workers: Sequence[Start], seconds: float = SECONDS) -> list[Ended]:
-        """Run `workers` to their end."""
+        """Run `workers` until they end."""
         self.start(workers)
         return self.wait(seconds)
 
@@ -169,7 +169,7 @@ def _fork(request: dict[str, Any]) -> int:
     code = 70
     try:
         code = main(request["words"])
-    except BaseException:  # noqa: BLE001  # a child must not go on as its parent
+    except BaseException:  # noqa: BLE001  # a child must not continue as its parent
         import traceback
 
         traceback.print_exc()

@@ -1,6 +1,6 @@
-"""What a tap leaves behind on models that are spread: nothing, also when its function fails half way.
+"""A tap leaves nothing behind on a distributed model, also if its function fails.
 
-Run on both ranks of a launch, as `refusals` is.
+Both ranks of a launch run these checks.
 """
 
 from contextlib import nullcontext
@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 
 from residua.capture.taps.tap import tap
-from tests.distributed.data_rows import sharded
-from tests.distributed.expected import batch, loss_of
-from tests.distributed.plans import parallel_llama
-from tests.distributed.refusals import Load, run
+from tests.distributed.data_parallel_rows import sharded
+from tests.distributed.refusal_checks import Load, run
+from tests.distributed.single_process import batch, loss_of
+from tests.distributed.tensor_parallel_llama import parallel_llama
 from tests.models import SPLIT
 
 SITES = "resid_pre.1,q.1,z.1,pattern.1,mlp_act.1,mlp_out.1,logits"

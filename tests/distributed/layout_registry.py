@@ -1,6 +1,7 @@
-"""Every layout that is tried, by name, and what the functions of its rows share.
+"""The registry of layouts that are tested, by name, and what the functions that make their rows share.
 
-`data_rows`, `tensor_rows` and `pipeline_rows` enter functions here; `worker` runs those that its launch names.
+`data_parallel_rows`, `tensor_parallel_rows` and `pipeline_parallel_rows` register functions here; `layout_worker` runs
+those of its launch.
 """
 
 import sys
@@ -16,10 +17,10 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.distributed.configuration_utils import DistributedConfig
 
 from residua.pipelines.setup.models import stages_in_parallel
-from tests.distributed.captures import captured
-from tests.distributed.checks import Case, Row
-from tests.distributed.expected import Expected, batch, expected
-from tests.distributed.replays import bare, multiplying, replay_row
+from tests.distributed.capture_checks import captured
+from tests.distributed.layout_case import Case, Row
+from tests.distributed.replay_checks import bare, multiplying, replay_row
+from tests.distributed.single_process import Expected, batch, expected
 from tests.models import SPLIT
 
 FOLDER = Path(sys.argv[1])

@@ -1,8 +1,8 @@
 """A user's own script that captures a model under FSDP2, slowly.
 
-    python -m tests.distributed.sharded_script OUT SECONDS
+    python -m tests.distributed.fsdp_script OUT SECONDS
 
-SECONDS is how much longer each forward pass takes. The ranks find each other by the environment, without a launcher.
+Each forward pass takes SECONDS longer. The ranks find each other by environment variables, without a launcher.
 """
 
 import sys
@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.fsdp import fully_shard
 
-from tests.distributed.own_script import capture
+from tests.distributed.user_script import capture
 from tests.models import TINY
 
 

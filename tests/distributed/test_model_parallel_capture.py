@@ -1,6 +1,6 @@
-"""Models that several ranks hold together, captured: the archive is the one that one process writes, but for rounding.
+"""Captures of models that several ranks hold together: the archive of one process, except for rounding.
 
-One test a launch, since it is starting ranks that takes time; what all cases have in common is checked for each.
+There is one test for each launch, because starting ranks takes time; the same facts are checked for each case.
 """
 
 import json
@@ -19,8 +19,8 @@ from transformers import PreTrainedModel
 from residua.store.format.plan import Plan
 from residua.store.read.archive import Archive
 from residua.store.read.verify import verify
-from tests.distributed.capturing import CASES, capture, is_recorded
-from tests.distributed.recording import record
+from tests.distributed.capture_cases import CASES, capture, is_recorded
+from tests.distributed.recorder_loop import record
 from tests.models import SPLIT
 from tests.pipelines.forking import ENVIRONMENT, ROOT
 from tests.plain_zarr import plain_array
@@ -37,7 +37,7 @@ EXACT = ("head/", "rows/", "examples/")
 def launch(folder: Path, n: int) -> dict[str, list[dict[str, Any]]]:
     """Capture all cases of `n` ranks; return what each worker of each says that it did."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={n}"]
-    command += ["-m", "tests.distributed.capturing", str(folder)]
+    command += ["-m", "tests.distributed.capture_cases", str(folder)]
     log = folder / "log"
     with log.open("wb") as output:
         started = subprocess.Popen(

@@ -1,4 +1,4 @@
-"""Jobs that run a model again, on models that are spread over processes: what they find, against whole replicas."""
+"""Jobs that run a distributed model again: their results against those of one process."""
 
 import sys
 from collections.abc import Callable
@@ -18,9 +18,9 @@ from residua.store.base.errors import PlanError
 from residua.store.read.archive import Archive
 from residua.store.read.verify import verify
 from tests.capture.replaying import captured
-from tests.distributed.others import zero3
-from tests.distributed.pipelines import Pipeline
-from tests.distributed.replays import counting_reads
+from tests.distributed.deepspeed_and_fairscale import zero3
+from tests.distributed.replay_checks import counting_reads
+from tests.distributed.torch_pipeline import Pipeline
 from tests.models import SPLIT
 
 BOUND = 2e-5  # that of the table of layouts, in float32
@@ -41,7 +41,7 @@ Make = Callable[[], Any]
 
 
 class Load(Protocol):
-    """Loads a model over the ranks of this launch, as `tests.distributed.registry.loaded` does."""
+    """Loads a model over the ranks of this launch, as `tests.distributed.layout_registry.loaded` does."""
 
     def __call__(self, name: str = "llama", **config: int) -> PreTrainedModel: ...
 

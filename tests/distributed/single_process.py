@@ -1,4 +1,4 @@
-"""What one process gives: values, gradients and edited logits of every site, as the spread models are held to it."""
+"""What one process computes: values, gradients and edited logits of every site, to compare with."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass

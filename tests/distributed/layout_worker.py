@@ -1,6 +1,7 @@
-"""What one rank does in a launch of several: build each layout, compare it with one process, write rows as JSON.
+"""One rank of a launch: build each layout, compare it with one process, and write rows as JSON.
 
-Run by `test_layouts.py` under torchrun: ``worker.py FOLDER LAUNCH [LAYOUT ...]``; rank 0 writes ``FOLDER/LAUNCH.json``.
+`test_layouts.py` runs it under torchrun: ``layout_worker.py FOLDER LAUNCH [LAYOUT ...]``. Rank 0 writes
+``FOLDER/LAUNCH.json``.
 """
 
 import gc
@@ -21,18 +22,18 @@ from transformers import PreTrainedModel
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from tests.distributed import (
-    data_rows,  # noqa: F401  # it enters its rows in the registry
-    jobs,
-    pipeline_rows,  # noqa: F401  # likewise
-    prehooks,
-    restoration,
-    stages,
-    tensor_rows,  # noqa: F401  # likewise
+    data_parallel_rows,  # noqa: F401  # it enters its rows in the registry
+    job_checks,
+    pipeline_parallel_rows,  # noqa: F401  # likewise
+    prehook_checks,
+    restoration_checks,
+    stage_checks,
+    tensor_parallel_rows,  # noqa: F401  # likewise
 )
-from tests.distributed.checks import Row
 from tests.distributed.launches import LAUNCHES
-from tests.distributed.refusals import CHECKS, Load
-from tests.distributed.registry import FOLDER, ROWS, loaded
+from tests.distributed.layout_case import Row
+from tests.distributed.layout_registry import FOLDER, ROWS, loaded
+from tests.distributed.refusal_checks import CHECKS, Load
 
 
 def refused(check: Callable[[Load], None]) -> Callable[[], Iterator[Row]]:
@@ -46,7 +47,7 @@ def refused(check: Callable[[Load], None]) -> Callable[[], Iterator[Row]]:
     return rows
 
 
-ASIDE = (*CHECKS, *prehooks.CHECKS, *jobs.CHECKS, *stages.CHECKS, *restoration.CHECKS)
+ASIDE = (*CHECKS, *prehook_checks.CHECKS, *job_checks.CHECKS, *stage_checks.CHECKS, *restoration_checks.CHECKS)
 ROWS |= {check.__name__: refused(check) for check in ASIDE}
 
 

@@ -1,4 +1,4 @@
-"""Compare a spread model with one process and note the largest difference, as a row of the table of layouts."""
+"""Compare a distributed model with one process; the largest difference is a row of the table of layouts."""
 
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
@@ -12,7 +12,7 @@ from torch.distributed.tensor import DTensor
 
 from residua.capture.taps.reading import TapFunction
 from residua.capture.taps.tap import Tap, tap
-from tests.distributed.expected import EDITED, EDITS, Expected, loss_of, site_names, trained
+from tests.distributed.single_process import EDITED, EDITS, Expected, loss_of, site_names, trained
 
 
 @dataclass(frozen=True, kw_only=True)

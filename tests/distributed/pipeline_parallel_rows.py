@@ -1,4 +1,4 @@
-"""Rows of models whose blocks lie on different ranks, alone and times tensor parallelism."""
+"""Rows of pipelines, alone and combined with tensor parallelism."""
 
 from collections.abc import Iterator
 
@@ -6,10 +6,10 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 
-from tests.distributed.checks import Case, Row
-from tests.distributed.expected import batch
-from tests.distributed.pipelines import PipelineCase
-from tests.distributed.registry import all_of, layout, loaded, wanted
+from tests.distributed.layout_case import Case, Row
+from tests.distributed.layout_registry import all_of, layout, loaded, wanted
+from tests.distributed.single_process import batch
+from tests.distributed.torch_pipeline import PipelineCase
 
 
 @layout("transformers PP 2")

@@ -1,4 +1,4 @@
-"""Across the stages of pipelines: where gradients begin and end, and under which names weights lie."""
+"""Across the stages of pipelines: where gradients begin and end, and the names of weights."""
 
 from copy import deepcopy
 from typing import Any
@@ -14,10 +14,10 @@ from residua.capture.identity.fingerprint import weights_fingerprint
 from residua.capture.runtime.pipeline_schedule import as_model
 from residua.capture.taps.tap import tap
 from residua.store.base.errors import CaptureError
-from tests.distributed.checks import relative_error
-from tests.distributed.expected import batch, inner_weight, loss_of
-from tests.distributed.pipelines import Part
-from tests.distributed.refusals import Load
+from tests.distributed.layout_case import relative_error
+from tests.distributed.refusal_checks import Load
+from tests.distributed.single_process import batch, inner_weight, loss_of
+from tests.distributed.torch_pipeline import Part
 from tests.models import SPLIT, TINY
 
 EMBEDDING = "model.embed_tokens"

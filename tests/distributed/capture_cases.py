@@ -1,8 +1,8 @@
-"""Captures models that are split in many ways, for a test to compare with one process.
+"""Captures of models that are distributed in many ways, for a test that compares them with one process.
 
-    torchrun --nproc-per-node N -m tests.distributed.capturing FOLDER
+    torchrun --nproc-per-node N -m tests.distributed.capture_cases FOLDER
 
-Writes an archive a case into FOLDER, and beside it a JSON file of what every worker did, or of why it failed.
+Writes one archive for each case into FOLDER, and a JSON file of what every worker did, or why it failed.
 """
 
 import gc
@@ -30,11 +30,11 @@ from transformers.distributed.configuration_utils import DistributedConfig
 from residua.pipelines.capture.capture import CaptureResult, capture_dataset
 from residua.pipelines.setup.models import stages_in_parallel
 from residua.store.base.errors import PlanError
-from tests.distributed.others import fairscale_parallel
-from tests.distributed.pipelines import Pipeline
-from tests.distributed.plans import parallel_llama
-from tests.distributed.recording import LENGTHS as CALLS
-from tests.distributed.recording import other_calls_are_refused, parts_are_refused, record
+from tests.distributed.deepspeed_and_fairscale import fairscale_parallel
+from tests.distributed.recorder_loop import LENGTHS as CALLS
+from tests.distributed.recorder_loop import other_calls_are_refused, parts_are_refused, record
+from tests.distributed.tensor_parallel_llama import parallel_llama
+from tests.distributed.torch_pipeline import Pipeline
 from tests.models import SPLIT, VOCABULARY
 
 UNGATHERED = ("llama-columns",)

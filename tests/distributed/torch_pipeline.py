@@ -1,4 +1,4 @@
-"""A stage of torch's pipelines, split by hand as its documentation has it, and the check of its sites."""
+"""A stage of a torch pipeline, split as its documentation says, and the check of its sites."""
 
 from collections.abc import Callable
 from typing import Any
@@ -14,11 +14,11 @@ from transformers import PreTrainedModel
 from transformers.masking_utils import create_causal_mask
 
 from residua.capture.taps.tap import tap
-from tests.distributed.captures import captured
-from tests.distributed.checks import Case, Row
-from tests.distributed.expected import EDITS, inner_weight, site_names
-from tests.distributed.plans import plan_of
-from tests.distributed.replays import replay_row
+from tests.distributed.capture_checks import captured
+from tests.distributed.layout_case import Case, Row
+from tests.distributed.replay_checks import replay_row
+from tests.distributed.single_process import EDITS, inner_weight, site_names
+from tests.distributed.tensor_parallel_llama import plan_of
 from tests.models import SPLIT
 
 Loss = Callable[[Tensor, Tensor], Tensor]

@@ -1,4 +1,4 @@
-"""Models spread by libraries other than torch and transformers: DeepSpeed and fairscale."""
+"""Models distributed by other libraries than torch and transformers: DeepSpeed and fairscale."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -8,7 +8,7 @@ import torch.distributed as dist
 from torch import nn
 from transformers import PreTrainedModel
 
-from tests.distributed.checks import Row
+from tests.distributed.layout_case import Row
 from tests.models import SPLIT
 
 

@@ -1,4 +1,4 @@
-"""Rows of models whose tensors or experts are split over ranks, alone and times data parallelism."""
+"""Rows of models whose tensors or experts are split over ranks, alone and combined with data parallelism."""
 
 from collections.abc import Iterator
 from dataclasses import replace
@@ -8,11 +8,11 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from transformers import PreTrainedModel
 
-from tests.distributed import others
-from tests.distributed.checks import Case, Row
-from tests.distributed.expected import batch
-from tests.distributed.plans import parallel_llama
-from tests.distributed.registry import ROWS, all_of, layout, loaded, wanted
+from tests.distributed import deepspeed_and_fairscale
+from tests.distributed.layout_case import Case, Row
+from tests.distributed.layout_registry import ROWS, all_of, layout, loaded, wanted
+from tests.distributed.single_process import batch
+from tests.distributed.tensor_parallel_llama import parallel_llama
 
 FP32, FP64 = 2e-5, 5e-7
 
@@ -34,7 +34,7 @@ def tensor_parallel(layout: str, name: str, model: PreTrainedModel) -> Case:
 
 @layout("fairscale model parallel 2")
 def fairscale_parallel() -> Iterator[Row]:
-    model, group = others.fairscale_parallel()
+    model, group = deepspeed_and_fairscale.fairscale_parallel()
     yield from all_of(replace(tensor_parallel("fairscale model parallel 2", "llama", model), group=group))
 
 
