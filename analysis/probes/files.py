@@ -1,4 +1,4 @@
-"""A linear probe on disk: ``probe.safetensors`` with its numbers, and ``probe.json`` with what they mean."""
+"""A linear probe on disk: ``probe.safetensors`` holds its numbers, ``probe.json`` says what they are."""
 
 import json
 from collections.abc import Mapping
@@ -14,18 +14,18 @@ from safetensors.numpy import load, save
 from residua.store.base.errors import AnalysisError
 from residua.store.storage.files import write_file
 
-TENSORS, MEANING = "probe.safetensors", "probe.json"
+TENSORS, DESCRIPTION = "probe.safetensors", "probe.json"
 
 
 class SavedProbe(NamedTuple):
-    """What is kept of a probe.
+    """The saved content of a probe.
 
     Attributes:
-        weight: (vectors, width) float64, for rows as they are stored, heads in a line.
+        weight: (vectors, width) float64, for rows as they are stored; the heads of a row one after the other.
         bias: (vectors,) float64.
-        penalty: Of the squared weights of standardised rows.
-        classes: What the vectors mean (of two classes, the vector is the second's); None for a number.
-        about: What it was fitted to, such as site and target; for people.
+        penalty: Penalty on the squared weights of standardised rows.
+        classes: The class of each vector (of two classes, the vector is that of the second); None for a regression.
+        about: What it was fitted to, such as site and target, as information for people.
     """
 
     weight: npt.NDArray[np.float64]
@@ -36,48 +36,46 @@ class SavedProbe(NamedTuple):
 
 
 def write_probe(folder: str | PathLike[str], probe: SavedProbe) -> None:
-    """Write the two files into `folder`, which is made where it is missing."""
-    meaning = {"classes": probe.classes, "penalty": probe.penalty, "about": dict(probe.about)}
+    """Write the two files into `folder`, which is created if it does not exist."""
+    description = {"classes": probe.classes, "penalty": probe.penalty, "about": dict(probe.about)}
     write_file(Path(folder) / TENSORS, [save({"weight": np.ascontiguousarray(probe.weight), "bias": probe.bias})])
-    write_file(Path(folder) / MEANING, [json.dumps(meaning, indent=1).encode()])
+    write_file(Path(folder) / DESCRIPTION, [json.dumps(description, indent=1).encode()])
 
 
 def read_probe(folder: str | PathLike[str]) -> SavedProbe:
-    """Read the two files in `folder`; nothing in them is believed.
+    """Read and check the two files in `folder`.
 
     Raises:
-        AnalysisError: A file is missing, or they do not describe a probe.
+        AnalysisError: A file is missing, or the files do not describe a probe.
     """
     place = Path(folder)
     try:
         tensors = load((place / TENSORS).read_bytes())
-        meaning = json.loads((place / MEANING).read_bytes())
+        description = json.loads((place / DESCRIPTION).read_bytes())
         probe = SavedProbe(
             weight=tensors["weight"],
             bias=tensors["bias"],
-            penalty=meaning["penalty"],
-            classes=meaning["classes"],
-            about=meaning["about"],
+            penalty=description["penalty"],
+            classes=description["classes"],
+            about=description["about"],
         )
         _check(probe)
     except (OSError, ValueError, KeyError, TypeError, RecursionError, SafetensorError) as error:
-        raise AnalysisError(
-            f"{place} holds no probe that can be read ({error}): give a folder that a probe was saved in"
-        ) from error
+        raise AnalysisError(f"no probe can be read from {place} ({error}): give the folder of a saved probe") from error
     return probe
 
 
 def _check(probe: SavedProbe) -> None:
     weight, bias = probe.weight, probe.bias
     if weight.ndim != 2 or bias.shape != weight.shape[:1] or {weight.dtype, bias.dtype} != {np.dtype(np.float64)}:
-        raise ValueError(f"a weight {weight.dtype} {weight.shape} and a bias {bias.dtype} {bias.shape} do not fit")
+        raise ValueError(f"weight {weight.dtype} {weight.shape} and bias {bias.dtype} {bias.shape} do not fit together")
     if not isinstance(probe.penalty, int | float) or not isinstance(probe.about, dict):
-        raise TypeError("penalty and about are not a number and a mapping")
+        raise TypeError("penalty is not a number, or about is not a mapping")
     n_vectors = 1
     if probe.classes is not None:
         is_plain = isinstance(probe.classes, list) and {*map(type, probe.classes)} in ({str}, {int}, {float}, {bool})
         if not is_plain or len(probe.classes) < 2:
-            raise TypeError("classes are neither a list of two or more of one plain type nor null")
+            raise TypeError("classes is neither null nor a list of two or more texts, numbers or truth values")
         n_vectors = 1 if len(probe.classes) == 2 else len(probe.classes)
     if n_vectors != len(weight):
-        raise ValueError(f"{n_vectors} vectors were expected, and {len(weight)} found")
+        raise ValueError(f"{n_vectors} vectors were expected, but there are {len(weight)}")

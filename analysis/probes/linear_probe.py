@@ -1,8 +1,8 @@
 """Linear probes with scikit-learn's interface, fitted from blocks of rows that need not fit into memory.
 
-`RidgeProbe` and `LogisticProbe` take numpy arrays, and Dask arrays such as `residua.analysis.array` gives, whose blocks
-are computed one at a time. Rows with heads are taken with their heads in a line. Both probes standardise the channels,
-and both are exact: they find what scikit-learn's `Ridge` and `LogisticRegression` find behind a `StandardScaler`.
+`RidgeProbe` and `LogisticProbe` take numpy arrays and Dask arrays, such as those of `residua.analysis.array`, whose
+blocks are computed one at a time. The heads of a row are joined to one vector. Both probes standardise the channels.
+Both are exact: they find what scikit-learn's `Ridge` and `LogisticRegression` find after a `StandardScaler`.
 """
 
 from abc import abstractmethod
@@ -29,7 +29,7 @@ class LinearProbe(BaseEstimator):  # type: ignore[misc]  # scikit-learn has no t
     """What both probes share: prediction from weights and biases, and files.
 
     Attributes:
-        penalty: Of the squared weights of standardised rows.
+        penalty: Penalty on the squared weights of standardised rows.
         n_features_in_: Width of a row.
     """
 
@@ -38,13 +38,15 @@ class LinearProbe(BaseEstimator):  # type: ignore[misc]  # scikit-learn has no t
 
     @abstractmethod
     def saved(self, about: Mapping[str, str]) -> SavedProbe:
-        """Return what is kept of the fitted probe."""
+        """Return the content to save of the fitted probe."""
 
     def save(self, folder: str | PathLike[str], **about: str) -> None:
-        """Write ``probe.safetensors`` and ``probe.json`` into `folder`, which is made; `about` is kept with them.
+        """Write ``probe.safetensors`` and ``probe.json``, which also holds `about`, into `folder`.
+
+        The folder is created if it does not exist.
 
         Raises:
-            OSError: They cannot be written.
+            OSError: The files cannot be written.
         """
         check_is_fitted(self, "n_features_in_")
         write_probe(folder, self.saved(about))
@@ -54,7 +56,7 @@ class LinearProbe(BaseEstimator):  # type: ignore[misc]  # scikit-learn has no t
         """Return the probe that was saved in `folder`.
 
         Raises:
-            AnalysisError: There is none, or the files do not describe one.
+            AnalysisError: There is no probe, or its files are damaged.
         """
         saved = read_probe(folder)
         return RidgeProbe.of(saved) if saved.classes is None else LogisticProbe.of(saved)
@@ -67,7 +69,7 @@ class LinearProbe(BaseEstimator):  # type: ignore[misc]  # scikit-learn has no t
         return np.concatenate(found)
 
     def _checked(self, block: Array) -> Array:
-        """Return a block as (rows, width) floating point; the first block that is fitted says the width."""
+        """Return a block as (rows, width) float32 or float64; the first block that is fitted sets the width."""
         dtype = np.float32 if block.dtype.itemsize < 4 or block.dtype == np.float32 else np.float64
         checked: Array = check_array(block.reshape(len(block), -1).astype(dtype, copy=False), input_name="X")
         if checked.shape[1] != getattr(self, "n_features_in_", checked.shape[1]):
@@ -79,10 +81,11 @@ class LinearProbe(BaseEstimator):  # type: ignore[misc]  # scikit-learn has no t
 
 
 class RidgeProbe(RegressorMixin, LinearProbe):  # type: ignore[misc]  # scikit-learn has no types
-    """Ridge regression, solved exactly from a covariance; rows may come in any number of `partial_fit`.
+    """Ridge regression, solved exactly from a covariance; `partial_fit` adds rows.
 
     Args:
-        penalty: Of the squared weights of standardised rows: scikit-learn's alpha divided by the number of rows.
+        penalty: Penalty on the squared weights of standardised rows; scikit-learn's alpha divided by the number of
+            rows.
 
     Attributes:
         n_features_in_: Width of a row.
@@ -99,26 +102,26 @@ class RidgeProbe(RegressorMixin, LinearProbe):  # type: ignore[misc]  # scikit-l
 
     @classmethod
     def of(cls, saved: SavedProbe) -> Self:
-        """Return the probe that was saved; it predicts, and `partial_fit` refuses."""
+        """Return the saved probe; it can predict, but `partial_fit` raises."""
         probe = cls(saved.penalty)
         probe.n_features_in_ = saved.weight.shape[1]
         probe._solution = saved.weight[0], float(saved.bias[0])
         return probe
 
     def fit(self, X: Rows, y: Rows) -> Self:
-        """Fit to rows `X`, (rows, *row shape), and numbers `y`, (rows,), and to nothing that came before."""
+        """Fit to rows `X`, (rows, *row shape), and numbers `y`, (rows,); forget earlier rows."""
         for name in ("n_features_in_", "_moments", "_solution"):
             self.__dict__.pop(name, None)
         return self.partial_fit(X, y)
 
     def partial_fit(self, X: Rows, y: Rows) -> Self:
-        """Take in more rows; what is found is the same as from all rows at once.
+        """Add rows; the result is the same as from all rows at once.
 
         Raises:
-            AnalysisError: The probe was loaded: its covariance is not kept in files.
+            AnalysisError: The probe was loaded; files do not hold its covariance.
         """
         if "_moments" not in self.__dict__ and "_solution" in self.__dict__:
-            raise AnalysisError("a probe that was loaded cannot take in more rows: fit a new one")
+            raise AnalysisError("a loaded probe cannot take in more rows: fit a new one")
         check_consistent_length(X, y)
         numbers = check_array(np.asarray(y), dtype="float64", ensure_2d=False, input_name="y")
         for rows, part in labelled_blocks(X, numbers):
@@ -131,7 +134,7 @@ class RidgeProbe(RegressorMixin, LinearProbe):  # type: ignore[misc]  # scikit-l
 
     @property
     def coef_(self) -> Floats:
-        """Weights for rows as they are, (width,)."""
+        """Weights for rows as they are stored, (width,)."""
         return self._solved()[0]
 
     @property
@@ -144,7 +147,7 @@ class RidgeProbe(RegressorMixin, LinearProbe):  # type: ignore[misc]  # scikit-l
         return self._scores(X)[:, 0]
 
     def saved(self, about: Mapping[str, str]) -> SavedProbe:
-        """Return what is kept of the fitted probe."""
+        """Return the content to save of the fitted probe."""
         weight, bias = self._solved()
         return SavedProbe(weight[None], np.array([bias]), self.penalty, None, about)
 
@@ -157,17 +160,17 @@ class RidgeProbe(RegressorMixin, LinearProbe):  # type: ignore[misc]  # scikit-l
 
 
 class LogisticProbe(ClassifierMixin, LinearProbe):  # type: ignore[misc]  # scikit-learn has no types
-    """Logistic regression, two classes or more, fitted in a few passes over the rows.
+    """Logistic regression with two classes or more, fitted in a few passes over the rows.
 
     Args:
-        penalty: Of the squared weights of standardised rows: 1 / (C rows) in scikit-learn's terms.
+        penalty: Penalty on the squared weights of standardised rows: 1 / (C rows), with scikit-learn's C.
         tolerance: How far the mean loss may be above its minimum, in nats.
         most_passes: Most passes over the rows.
 
     Attributes:
         n_features_in_: Width of a row.
         classes_: The classes, sorted.
-        coef_: Weights for rows as they are, (vectors, width) float64; one vector for two classes.
+        coef_: Weights for rows as they are stored, (vectors, width) float64; one vector for two classes.
         intercept_: (vectors,) float64.
         n_iter_: Steps taken.
 
@@ -185,7 +188,7 @@ class LogisticProbe(ClassifierMixin, LinearProbe):  # type: ignore[misc]  # scik
 
     @classmethod
     def of(cls, saved: SavedProbe) -> Self:
-        """Return the probe that was saved."""
+        """Return the saved probe."""
         probe = cls(saved.penalty)
         probe.classes_ = np.asarray(saved.classes)
         probe.coef_, probe.intercept_ = saved.weight, saved.bias
@@ -193,16 +196,16 @@ class LogisticProbe(ClassifierMixin, LinearProbe):  # type: ignore[misc]  # scik
         return probe
 
     def fit(self, X: Rows, y: Rows) -> Self:
-        """Fit to rows `X`, (rows, *row shape), and classes `y`, (rows,); goes over `X` several times.
+        """Fit to rows `X`, (rows, *row shape), and classes `y`, (rows,), in several passes over `X`.
 
         Raises:
-            ValueError: There is one class only.
+            ValueError: There is only one class.
         """
         self.__dict__.pop("n_features_in_", None)
         check_consistent_length(X, y)
         self.classes_, codes = np.unique(np.asarray(y), return_inverse=True)
         if len(self.classes_) < 2:
-            raise ValueError(f"a probe needs two classes or more, and all rows are {self.classes_[0]!r}")
+            raise ValueError(f"all rows are of class {self.classes_[0]!r}: a probe needs two classes or more")
 
         def batches() -> Iterator[tuple[Array, npt.NDArray[np.int64]]]:
             for rows, part in labelled_blocks(X, codes):
@@ -221,7 +224,7 @@ class LogisticProbe(ClassifierMixin, LinearProbe):  # type: ignore[misc]  # scik
         return self
 
     def decision_function(self, X: Rows) -> Floats:
-        """Return the logits, (rows,) of the second of two classes, else (rows, classes)."""
+        """Return the logits: (rows,) of the second of two classes, else (rows, classes)."""
         scores = self._scores(X)
         return scores[:, 0] if scores.shape[1] == 1 else scores
 
@@ -230,9 +233,9 @@ class LogisticProbe(ClassifierMixin, LinearProbe):  # type: ignore[misc]  # scik
         return probabilities(self._scores(X))
 
     def predict(self, X: Rows) -> Array:
-        """Return the likeliest class, (rows,)."""
+        """Return the most likely class, (rows,)."""
         return np.asarray(self.classes_[self.predict_proba(X).argmax(axis=1)])
 
     def saved(self, about: Mapping[str, str]) -> SavedProbe:
-        """Return what is kept of the fitted probe."""
+        """Return the content to save of the fitted probe."""
         return SavedProbe(self.coef_, self.intercept_, self.penalty, self.classes_.tolist(), about)

@@ -1,14 +1,17 @@
-"""Logistic regression from streamed rows: exact, and for several penalties and labellings in the same passes.
+"""Logistic regression in passes over the rows: exact, and for several penalties and labellings in the same passes.
 
 The problem is scikit-learn's: for rows z standardised to mean 0 and variance 1, minimise
 
     mean over rows of -log softmax(W z + b)[label]  +  penalty / 2 * |W|²
 
-(with two classes, W is one row and the other class has logit 0). A penalty is 1 / (C n_rows) of scikit-learn's.
+With two classes, W is one row and the first class has logit 0. A penalty is 1 / (C n_rows), with scikit-learn's C.
 
 L-BFGS runs in coordinates in which the Hessian at zero is the identity: `W = V diag(p) Qᵀ`, with the eigenvectors Q
-and eigenvalues L of the rows' covariance and `p = (h L + penalty)^(-1/2)`, `h = (1 - 1/K) / K` for K classes.
-That changes the path and not the solution: some ten to thirty passes do, where the plain coordinates take hundreds.
+and eigenvalues L of the rows' covariance and `p = (h L + penalty)^(-1/2)`, `h = (1 - 1/K) / K` for K classes. This
+changes the path and not the solution: ten to thirty passes are enough, where the plain coordinates take hundreds.
+
+`loss_sums` sums losses and gradients over one block of rows. It depends on its arguments alone, and the sums of several
+blocks merge, so the blocks of one site can be summed by several workers.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -17,6 +20,7 @@ from typing import Self, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
+from scipy.special import softmax
 
 from residua.analysis.probes.minimiser import minimise
 from residua.analysis.support.moments import Moments
@@ -24,18 +28,18 @@ from residua.analysis.support.moments import Moments
 Floats: TypeAlias = npt.NDArray[np.float64]
 Codes: TypeAlias = npt.NDArray[np.int64]
 Batches: TypeAlias = Callable[[], Iterable[tuple[npt.NDArray[np.floating], Codes]]]
-"""A new pass over the rows at each call: (rows, width) values and (rows, labellings) numbers of classes."""
+"""Each call starts a pass over the rows: (rows, width) values and (rows, labellings) numbers of classes."""
 
 
 @dataclass(frozen=True)
 class Basis:
-    """Coordinates of the rows.
+    """Coordinates of the rows, all float64.
 
     Attributes:
-        mean: Of each channel, (width,).
+        mean: Mean of each channel, (width,).
         scale: Standard deviation of each channel, 1 where it is 0, (width,).
         values: Eigenvalues of the covariance of standardised rows, (width,).
-        vectors: Its eigenvectors, (width, width); None takes the channels as they are.
+        vectors: Its eigenvectors, (width, width); None: the standardised channels are the coordinates.
     """
 
     mean: Floats
@@ -45,7 +49,7 @@ class Basis:
 
     @classmethod
     def of(cls, moments: Moments) -> "Basis":
-        """Return the coordinates that the rows behind `moments` suggest."""
+        """Return the coordinates that fit the rows behind `moments`."""
         scale = np.sqrt(moments.variance)
         scale[scale == 0] = 1.0
         if not moments.is_full:
@@ -54,23 +58,23 @@ class Basis:
         return cls(moments.mean, scale, np.maximum(values, 0.0), vectors)
 
     def standardised(self, values: npt.NDArray[np.floating]) -> npt.NDArray[np.floating]:
-        """Return float32 or float64 rows with mean 0 and variance 1, in their own type."""
+        """Return rows, float32 or float64, with mean 0 and variance 1, in the same dtype."""
         centred = values - self.mean.astype(values.dtype)
         centred *= (1 / self.scale).astype(values.dtype)
         return centred
 
     def rotated(self, weights: Floats) -> Floats:
-        """Return (width, n) weights in these coordinates as weights of standardised rows."""
+        """Return weights in these coordinates, (width, n), as weights of standardised rows."""
         return weights if self.vectors is None else self.vectors @ weights
 
     def rotated_back(self, gradients: Floats) -> Floats:
-        """Return (width, n) gradients of standardised rows in these coordinates."""
+        """Return gradients by weights of standardised rows, (width, n), in these coordinates."""
         return gradients if self.vectors is None else self.vectors.T @ gradients
 
 
 @dataclass(frozen=True)
 class Problem:
-    """One regression: which labelling, how many classes, and the penalty."""
+    """One regression: the number of its labelling, its number of classes, and its penalty."""
 
     labelling: int
     n_classes: int
@@ -78,19 +82,19 @@ class Problem:
 
     @property
     def n_vectors(self) -> int:
-        """Weight vectors: one for two classes."""
+        """Number of weight vectors: one for two classes, else one for each class."""
         return 1 if self.n_classes == 2 else self.n_classes
 
 
 @dataclass(frozen=True)
 class Fitted:
-    """A solution, in the coordinates of the rows as they are stored.
+    """A solution for rows as they are stored.
 
     Attributes:
         weight: (vectors, width) float64.
         bias: (vectors,) float64.
         n_steps: Steps of L-BFGS.
-        is_converged: Whether the loss came within the tolerance.
+        is_converged: Whether the loss is within the tolerance of its minimum.
     """
 
     weight: Floats
@@ -106,10 +110,13 @@ def fit_logistic(
 
     Args:
         batches: Starts a pass over the rows.
-        problems: What to solve.
-        basis: Of these rows or of more like them; it decides what the penalty means and how fast it goes.
-        tolerance: How far the mean loss may be above its minimum, in nats, by the estimate of L-BFGS.
+        problems: The problems.
+        basis: Coordinates of these rows, or of a superset of them. The penalty is that of rows standardised by it.
+        tolerance: How far the mean loss may be above its minimum, in nats, as L-BFGS estimates it.
         most_passes: Most passes over the rows.
+
+    Returns:
+        One solution for each problem.
     """
     width = len(basis.mean)
     scales = [_preconditioner(problem, basis) for problem in problems]
@@ -194,40 +201,38 @@ def _ends(problems: Sequence[Problem]) -> list[int]:
 
 def log_losses(logits: npt.NDArray[np.floating], codes: Codes) -> Floats:
     """Return -log probability of each row's class: (rows,) for `logits` (rows, vectors)."""
-    whole = _with_zero(logits).astype(np.float64)
-    most = whole.max(axis=1)
-    return np.asarray(most + np.log(np.exp(whole - most[:, None]).sum(axis=1)) - whole[np.arange(len(codes)), codes])
+    scores = _with_zero(logits).astype(np.float64)
+    most = scores.max(axis=1)
+    return np.asarray(most + np.log(np.exp(scores - most[:, None]).sum(axis=1)) - scores[np.arange(len(codes)), codes])
 
 
 def probabilities(logits: npt.NDArray[np.floating]) -> Floats:
     """Return the probability of each class, (rows, classes), for `logits` (rows, vectors)."""
-    whole = _with_zero(logits).astype(np.float64)
-    whole = np.exp(whole - whole.max(axis=1, keepdims=True))
-    return np.asarray(whole / whole.sum(axis=1, keepdims=True))
+    return np.asarray(softmax(_with_zero(logits).astype(np.float64), axis=1))
 
 
 def _preconditioner(problem: Problem, basis: Basis) -> Floats:
-    """Return what the entries of a point are multiplied with, (width + 1, 1); the bias stands last."""
+    """Return the factors of the entries of a point, (width + 1, 1); the bias stands last."""
     curvature = (1 - 1 / problem.n_classes) / problem.n_classes
     entries = np.append(curvature * basis.values + problem.penalty, curvature)
     return np.asarray(1 / np.sqrt(entries))[:, None]
 
 
 def _residual_(logits: npt.NDArray[np.floating], codes: Codes) -> float:
-    """Put probability minus truth in the place of `logits`; return the sum of the losses."""
-    whole = _with_zero(logits)
-    whole = whole - whole.max(axis=1, keepdims=True)
+    """Replace `logits` by probability minus truth, and return the sum of the losses."""
+    scores = _with_zero(logits)
+    scores = scores - scores.max(axis=1, keepdims=True)
     at = np.arange(len(codes))
-    truth = whole[at, codes].astype(np.float64)
-    np.exp(whole, out=whole)
-    sums = whole.sum(axis=1, keepdims=True)
+    truth = scores[at, codes].astype(np.float64)
+    np.exp(scores, out=scores)
+    sums = scores.sum(axis=1, keepdims=True)
     loss = float(np.log(sums, dtype=np.float64).sum() - truth.sum())
-    whole /= sums
-    whole[at, codes] -= 1
-    logits[:] = whole[:, -logits.shape[1] :]
+    scores /= sums
+    scores[at, codes] -= 1
+    logits[:] = scores[:, -logits.shape[1] :]
     return loss
 
 
 def _with_zero(logits: npt.NDArray[np.floating]) -> npt.NDArray[np.floating]:
-    """Return the logits of all classes: of two, the first one's is zero."""
+    """Return the logits of all classes; the first of two classes has logit zero."""
     return np.hstack([np.zeros_like(logits), logits]) if logits.shape[1] == 1 else logits

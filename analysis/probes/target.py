@@ -113,8 +113,6 @@ def _condition(archive: Archive, text: str) -> RowFilter:
 
 def _read_column(archive: Archive, name: str) -> _Column:
     column = archive.example_table.table([name])[name].combine_chunks()
-    if isinstance(column, pa.ChunkedArray):  # if there are no examples
-        column = pa.concat_arrays(column.chunks) if column.num_chunks else pa.array([], column.type)
     if not (pa.types.is_list(column.type) or pa.types.is_large_list(column.type)):
         return _Column(*_numbers(name, column), None)
     found = pc.call_function("list_value_length", [column]).fill_null(0)

@@ -1,1 +1,4 @@
-"""Rows of an archive as blocks, Dask arrays and tables; choosing them; held-out splits. Uses `support`."""
+"""Rows of an archive as blocks, matrices, Dask arrays and tables, their columns, and the held-out split.
+
+Uses `support`.
+"""

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
-from typing import TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -14,6 +14,7 @@ from residua.store.read.archive import Archive
 from residua.store.read.reader import Array
 
 Numbers: TypeAlias = npt.NDArray[np.int64]
+Integers = TypeVar("Integers", bound=npt.NDArray[Any])
 Lookup: TypeAlias = Callable[[Numbers], Array]
 
 
@@ -41,7 +42,7 @@ def examples_of(archive: Archive, rows: Numbers) -> Numbers:
     Raises:
         DamagedArchiveError: The archive has no example of that number.
     """
-    return _checked(archive, "example", rows, archive.example_table.index().n_examples)
+    return checked_examples(archive, rows, row_numbers(archive, "example", rows))
 
 
 def positions_of(archive: Archive, rows: Numbers) -> Numbers:
@@ -50,17 +51,26 @@ def positions_of(archive: Archive, rows: Numbers) -> Numbers:
     Raises:
         DamagedArchiveError: A position lies beyond the end of the longest example.
     """
-    return _checked(archive, "position", rows, int(archive.example_table.index().n_tokens.max(initial=0)))
+    end = int(archive.example_table.index().n_tokens.max(initial=0))
+    return _checked(archive, "position", rows, row_numbers(archive, "position", rows), end)
 
 
-def _checked(archive: Archive, name: str, rows: Numbers, end: int) -> Numbers:
-    found = row_numbers(archive, name, rows)
-    if len(found) and (found.min() < 0 or found.max() >= max(1, end)):
+def checked_examples(archive: Archive, rows: Numbers, examples: Integers) -> Integers:
+    """Return `examples`, the stored example numbers of `rows`, if all of them exist.
+
+    Raises:
+        DamagedArchiveError: The archive has no example of that number.
+    """
+    return _checked(archive, "example", rows, examples, archive.example_table.index().n_examples)
+
+
+def _checked(archive: Archive, name: str, rows: Numbers, values: Integers, end: int) -> Integers:
+    if len(values) and not 0 <= int(values.min()) <= int(values.max()) < max(1, end):
         raise DamagedArchiveError(
-            f"{archive.path}/rows/{name} holds a number outside 0 to {max(1, end) - 1:,} in rows {rows[0]:,} to "
-            f"{rows[-1]:,}: the array and the example table do not belong to the same archive"
+            f"{archive.path}/rows/{name} holds a number outside 0 to {max(1, end) - 1:,} in rows {rows.min():,} to "
+            f"{rows.max():,}: the array and the example table do not belong to the same archive"
         )
-    return found
+    return values
 
 
 def lookups(archive: Archive, names: Iterable[str]) -> Mapping[str, Lookup]:

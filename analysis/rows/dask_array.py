@@ -12,15 +12,13 @@ from residua.analysis.support.open_archives import address, opened
 from residua.store.read.archive import Archive
 from residua.store.read.reader import Array
 
-_WITHOUT_ARITHMETIC = np.dtype(ml_dtypes.bfloat16)
-
 
 def array(archive: Archive, site: str, *, dtype: npt.DTypeLike | None = None) -> da.Array:
-    """Return a site as a Dask array, (rows, *row shape), one block a shard.
+    """Return a site as a Dask array, (rows, *row shape), with one block for each shard.
 
-    Nothing is read before something is computed. The graph holds the archive's path and no data; workers open the
-    archive by that path, so it must be the same where they run. On a Dask cluster blocks are read inside the tasks
-    that use them, each with one thread.
+    Nothing is read until something is computed. The graph holds the archive's path and no data. Workers open the
+    archive by that path, so it must be the same on their machines. On a Dask cluster, each block is read by the task
+    that uses it, with one thread.
 
     >>> acts = array(archive, "resid_post.3")  # doctest: +SKIP
     >>> covariance = (acts.T @ acts).compute() / len(acts)  # doctest: +SKIP
@@ -28,16 +26,16 @@ def array(archive: Archive, site: str, *, dtype: npt.DTypeLike | None = None) ->
     Args:
         archive: The archive.
         site: One of its sites.
-        dtype: Type to cast the values to. By default they keep theirs, except that bfloat16 becomes float32, which is
-            exact: numpy and Dask can do little with bfloat16 itself.
+        dtype: Type to cast the values to. By default the stored type, except that bfloat16 becomes float32: the cast is
+            exact, and numpy and Dask can compute little with bfloat16.
 
     Raises:
         UnknownSiteError: The archive has no such site.
-        NotCapturedError: On computing: rows are not captured yet.
+        NotCapturedError: When something is computed: rows are not captured yet.
     """
     stored = archive[site]
     if dtype is None:
-        dtype = np.float32 if stored.dtype == _WITHOUT_ARITHMETIC else stored.dtype
+        dtype = np.float32 if stored.dtype == ml_dtypes.bfloat16 else stored.dtype
     kind = np.dtype(dtype)
     n_rows, *row_shape = stored.shape
     height = archive.plan.rows_per_shard
@@ -59,7 +57,7 @@ def array(archive: Archive, site: str, *, dtype: npt.DTypeLike | None = None) ->
 
 
 def _block(path: str, site: str, height: int, dtype: np.dtype[np.generic], *, block_id: tuple[int, ...]) -> Array:
-    """Read one shard's rows of a site; Dask gives `block_id`."""
+    """Read one shard's rows of a site; Dask passes `block_id`."""
     stored = opened(path)[site]
     start = block_id[0] * height
     return stored.numpy(slice(start, start + height), dtype=dtype)

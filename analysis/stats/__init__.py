@@ -1,4 +1,4 @@
-"""Statistics of sites: moments, outliers, and the rows that lie furthest along a direction.
+"""Statistics of sites: moments, outliers, principal components, and the rows that lie furthest along a direction.
 
 Uses `rows` and `support`.
 """

@@ -1,4 +1,4 @@
-"""The probes against scikit-learn's own Ridge and LogisticRegression behind a StandardScaler, on rows in memory."""
+"""The probes compared with scikit-learn's Ridge and LogisticRegression after a StandardScaler, on rows in memory."""
 
 import json
 from pathlib import Path
@@ -66,18 +66,18 @@ def test_blocks_of_any_kind_are_the_same_rows() -> None:
     make: Any = da.from_array
     lazy = make(heads, chunks=((100, 1300, 100), 2, 4))
     labels = CLASSES[4]
-    whole, by_block = LogisticProbe().fit(ROWS, labels), LogisticProbe().fit(lazy, make(labels, chunks=700))
-    np.testing.assert_allclose(by_block.predict_proba(lazy), whole.predict_proba(ROWS), atol=1e-5)
-    assert by_block.score(lazy, labels) == whole.score(heads, labels)
+    at_once, by_block = LogisticProbe().fit(ROWS, labels), LogisticProbe().fit(lazy, make(labels, chunks=700))
+    np.testing.assert_allclose(by_block.predict_proba(lazy), at_once.predict_proba(ROWS), atol=1e-5)
+    assert by_block.score(lazy, labels) == at_once.score(heads, labels)
     straight = RidgeProbe().fit(ROWS, NUMBER)
-    in_parts = RidgeProbe()
-    for part in np.array_split(np.arange(N_ROWS), 7):
-        in_parts.partial_fit(heads[part], NUMBER[part])
-    for other in (RidgeProbe().fit(lazy, NUMBER), in_parts):
+    in_batches = RidgeProbe()
+    for batch in np.array_split(np.arange(N_ROWS), 7):
+        in_batches.partial_fit(heads[batch], NUMBER[batch])
+    for other in (RidgeProbe().fit(lazy, NUMBER), in_batches):
         np.testing.assert_allclose(other.coef_, straight.coef_, rtol=1e-8, atol=1e-12)
 
 
-def test_scikit_learns_own_tools_take_them() -> None:
+def test_scikit_learns_tools_accept_them() -> None:
     copy: Any = clone(LogisticProbe(0.5))
     assert copy.get_params() == {"penalty": 0.5, "tolerance": 1e-8, "most_passes": 300}
     assert cross_val_score(LogisticProbe(), ROWS, CLASSES[2], cv=3).mean() > 0.6
@@ -112,14 +112,14 @@ def test_files_that_are_no_probe(change: dict[str, Any], tmp_path: Path) -> None
     tensors = {"weight": np.zeros((1, 3)), "bias": np.zeros(1)}
     save_file({name: change.get(name, tensor) for name, tensor in tensors.items()}, tmp_path / "probe.safetensors")
     (tmp_path / "probe.json").write_text(json.dumps({name: change.get(name, value) for name, value in meaning.items()}))
-    with pytest.raises(AnalysisError, match="holds no probe"):
+    with pytest.raises(AnalysisError, match=tmp_path.name):
         LinearProbe.load(tmp_path)
     with pytest.raises(AnalysisError, match="nowhere"):
         LinearProbe.load(tmp_path / "nowhere")
 
 
 def test_bad_rows_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="two classes or more"):
+    with pytest.raises(ValueError, match="two classes"):
         LogisticProbe().fit(ROWS, np.zeros(N_ROWS))
     with pytest.raises(ValueError, match="NaN"):
         RidgeProbe().fit(np.full((3, 2), np.nan), np.arange(3))
@@ -129,11 +129,11 @@ def test_bad_rows_are_refused(tmp_path: Path) -> None:
         RidgeProbe().fit(ROWS, NUMBER[1:])
     RidgeProbe().fit(ROWS, NUMBER).save(tmp_path)
     loaded: Any = LinearProbe.load(tmp_path)
-    with pytest.raises(AnalysisError, match="cannot take in more rows"):
+    with pytest.raises(AnalysisError, match=r"loaded.* new"):
         loaded.partial_fit(ROWS, NUMBER)
 
 
-def test_lists_are_taken_as_well() -> None:
+def test_lists_are_accepted() -> None:
     rows, labels = ROWS[:200].tolist(), CLASSES[2][:200]
     found = LogisticProbe().fit(rows, labels)
     np.testing.assert_allclose(found.coef_, LogisticProbe().fit(np.array(rows), labels).coef_)

@@ -42,7 +42,7 @@ def test_only_the_bytes_of_the_sites_that_are_read_count(archive: Archive) -> No
 
 
 def test_a_budget_below_one_row_is_an_error(archive: Archive) -> None:
-    with pytest.raises(AnalysisError, match="191 bytes were asked for, but one row has 192"):
+    with pytest.raises(AnalysisError, match=r"191 bytes.* 192"):
         blocks(archive, most_bytes=ROW_BYTES - 1)
 
 

@@ -1,4 +1,4 @@
-"""Statistics against numpy in float64 over all rows at once, on values that careless sums would spoil."""
+"""Statistics compared with numpy in float64 over all rows at once, on values that need careful sums."""
 
 from pathlib import Path
 from typing import Any
@@ -52,7 +52,7 @@ def found(archive: Archive) -> Stats:
 
 
 def rows_of(site: str) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.int64]]:
-    """Return the rows without broken ones, and their positions."""
+    """Return the rows without NaN and infinity, and their positions."""
     rows = VALUES[site].reshape(N_ROWS, -1).astype(np.float64)
     whole = np.isfinite(rows).all(axis=1)
     return rows[whole], POSITION[whole]
@@ -130,7 +130,7 @@ def test_norms_by_position_are_numpys(found: Stats) -> None:
             assert line["norm_std"] == pytest.approx(mine.std(), rel=1e-6, abs=1e-9 * mine.mean())
 
 
-def test_a_filter_chooses_rows(archive: Archive) -> None:
+def test_a_filter_selects_rows(archive: Archive) -> None:
     found = stats(archive, "resid_post.0", where="position > 100", components=0, task_rows=100)
     rows, positions = rows_of("resid_post.0")
     np.testing.assert_allclose(found.channels["mean"], rows[positions > 100].mean(axis=0), rtol=1e-10)
@@ -159,14 +159,14 @@ def test_it_is_saved(found: Stats, tmp_path: Path) -> None:
 
 
 def test_nothing_to_compute_with_is_an_error(archive: Archive) -> None:
-    with pytest.raises(AnalysisError, match=r"there is no row to compute statistics of"):
+    with pytest.raises(AnalysisError, match=r"no row.* filter"):
         stats(archive, "resid_post.0", where="position > 5000")
     with pytest.raises(AnalysisError, match="'postion'"):
         stats(archive, where="postion > 3")
 
 
 def test_careless_sums_would_not_do() -> None:
-    """What the test of the mean of 1e4 catches: squares summed before the mean is taken off."""
+    """Sums of squares before the mean is subtracted fail for a mean of 1e4; `Moments` does not."""
     rows = VALUES["resid_post.1"]
     careless = (rows**2).mean(axis=0) - rows.mean(axis=0) ** 2
     assert (np.abs(careless / rows.var(axis=0) - 1) > 1e-6).any()

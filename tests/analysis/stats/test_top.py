@@ -1,4 +1,4 @@
-"""The rows along a direction, against a full sort of scores taken in memory."""
+"""The rows along a direction, compared with a full sort of scores in memory."""
 
 from pathlib import Path
 from typing import Any
@@ -125,21 +125,21 @@ def test_files_that_are_no_direction(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("site", "asked", "quoted"),
     [
-        ("resid_post.0", {"direction": np.ones(7)}, r"shape \(7,\), but resid_post.0 has 6 values"),
-        ("z.1", {"direction": np.ones(4)}, "3 x 4 values.*one of its heads"),
-        ("z.1", {"direction": np.ones((4, 3))}, r"shape \(4, 3\), but z.1 has 3 x 4 values"),
+        ("resid_post.0", {"direction": np.ones(7)}, r"\(7,\).* resid_post.0 has 6 values"),
+        ("z.1", {"direction": np.ones(4)}, "z.1 has 3 x 4 values.* heads"),
+        ("z.1", {"direction": np.ones((4, 3))}, r"\(4, 3\).* z.1 has 3 x 4 values"),
         ("resid_post.0", {"direction": np.full(6, np.nan)}, "NaN"),
-        ("resid_post.0", {"channel": 6}, "channels 0 to 5"),
-        ("resid_post.0", {"channel": 0, "head": 0}, "no heads"),
-        ("z.1", {"channel": 0, "head": 3}, "heads 0 to 2"),
-        ("resid_post.0", {}, "either a direction or"),
-        ("resid_post.0", {"channel": 0, "direction": np.ones(6)}, "either a direction or"),
-        ("*", {"channel": 0}, "names 2 sites"),
-        ("resid_post.0", {"channel": 0, "k": 0}, "best 0 rows"),
-        ("resid_post.0", {"channel": 0, "where": "position > 1000"}, "no row with a score"),
+        ("resid_post.0", {"channel": 6}, "channel 6 of resid_post.0.* 0 to 5"),
+        ("resid_post.0", {"channel": 0, "head": 0}, "head 0 of resid_post.0.* no heads"),
+        ("z.1", {"channel": 0, "head": 3}, "head 3 of z.1.* 0 to 2"),
+        ("resid_post.0", {}, "resid_post.0.* direction or .*channel"),
+        ("resid_post.0", {"channel": 0, "direction": np.ones(6)}, "resid_post.0.* direction or .*channel"),
+        ("*", {"channel": 0}, "2 sites.* name one"),
+        ("resid_post.0", {"channel": 0, "k": 0}, " 0 rows.* at least 1"),
+        ("resid_post.0", {"channel": 0, "where": "position > 1000"}, "resid_post.0 .*no row"),
     ],
 )
-def test_bad_questions_are_answered_in_the_same_words(archive: Archive, site: str, asked: Any, quoted: str) -> None:
+def test_bad_arguments_are_named(archive: Archive, site: str, asked: Any, quoted: str) -> None:
     with pytest.raises(AnalysisError, match=quoted):
         top(archive, site, **asked)
 
