@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from residua.analysis.probes.linear_probe import LinearProbe, LogisticProbe, RidgeProbe
     from residua.analysis.rows.dask_array import array
     from residua.analysis.rows.tables import record_batches, table
+    from residua.analysis.support.cluster import connect
 
 __all__ = [
     "LinearProbe",
@@ -20,6 +21,7 @@ __all__ = [
     "LogisticProbe",
     "RidgeProbe",
     "array",
+    "connect",
     "head_detector",
     "record_batches",
     "table",
@@ -31,6 +33,7 @@ _HOMES = {
     "LogisticProbe": "analysis.probes.linear_probe",
     "RidgeProbe": "analysis.probes.linear_probe",
     "array": "analysis.rows.dask_array",
+    "connect": "analysis.support.cluster",
     "head_detector": "analysis.attention.head_detector",
     "record_batches": "analysis.rows.tables",
     "table": "analysis.rows.tables",
