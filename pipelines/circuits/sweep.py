@@ -171,23 +171,20 @@ def _draw(
     Rows are sites and columns positions. With heads, each head of a site is a row, or, if all positions are patched
     together, a column.
     """
-    lines = table.to_pylist()
-    together = all(line["position"] is None for line in lines)
-    by_head = "head" in table.column_names
+    by_head, together = "head" in table.column_names, table["position"].null_count == table.num_rows
     x, y = "head" if by_head and together else "position", ("site", "head") if by_head and not together else ("site",)
-    columns = list(dict.fromkeys(line[x] for line in lines))
+    means = table.group_by([*y, x], use_threads=False).aggregate([("recovered", "mean")]).to_pylist()
+    rows = list(dict.fromkeys(tuple(line[name] for name in y) for line in means))
+    columns = list(dict.fromkeys(line[x] for line in means))
     columns = columns if None in columns else sorted(columns)
-    rows = list(dict.fromkeys(tuple(line[name] for name in y) for line in lines))
-    sums, counts = np.zeros((2, len(rows), len(columns)))
-    for line in lines:
-        if line["recovered"] is not None:
-            cell = rows.index(tuple(line[name] for name in y)), columns.index(line[x])
-            sums[cell] += line["recovered"]
-            counts[cell] += 1
+    values = np.full((len(rows), len(columns)), np.nan)
+    for line in means:
+        if line["recovered_mean"] is not None:
+            values[rows.index(tuple(line[name] for name in y)), columns.index(line[x])] = line["recovered_mean"]
     names = [] if together else _token_names(pairs, tokenizer, columns)
     heat_map(
         path,
-        np.divide(sums, counts, out=np.full_like(sums, np.nan), where=counts > 0),
+        values,
         title=f"{title}, {'one pair' if len(pairs) == 1 else f'{len(pairs)} pairs'}",
         x_name="position (token of the corrupted example)" if names else x,
         y_name=" and ".join(y),
