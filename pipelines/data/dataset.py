@@ -109,7 +109,13 @@ def read_examples(
         tokenizer=tokenizer,
         vocab_size=vocab_size,
     )
-    reading = _Reading(settings, limit, start_tokens(tokenizer), special_ids, report or DatasetReport())
+    reading = _Reading(
+        settings=settings,
+        limit=limit,
+        start_ids=start_tokens(tokenizer),
+        special_ids=np.array(sorted(special_ids), np.int32),
+        report=report or DatasetReport(),
+    )
     return reading.examples(tokens)
 
 
@@ -186,27 +192,19 @@ def cut_windows(n_tokens: int, max_length: int, n_start: int) -> list[Window]:
     return [Window(0, max_length), *(Window(at, min(at + step, n_tokens), n_start) for at in later)]
 
 
+@dataclass(frozen=True, kw_only=True)
 class _Reading:
     """One pass over a dataset: windows, positions, and the count of what is left out."""
 
-    def __init__(
-        self,
-        settings: DatasetSettings,
-        limit: int | None,
-        start_ids: IntArray,
-        special_ids: frozenset[int],
-        report: DatasetReport,
-    ) -> None:
-        self._settings = settings
-        self._rule = settings.rule
-        self._limit = limit
-        self._start_ids = start_ids
-        self._special_ids = np.array(sorted(special_ids), np.int32)
-        self._report = report
+    settings: DatasetSettings
+    limit: int | None  # tokens of an example
+    start_ids: IntArray
+    special_ids: IntArray
+    report: DatasetReport
 
     def examples(self, tokens: Tokens) -> Iterator[Example]:
         """Yield the examples; raises DatasetError at the end if there are none."""
-        report, most = self._report, self._settings.max_tokens
+        report, most = self.report, self.settings.max_tokens
         for source, window in self._windows(tokens):
             if most is not None and report.n_tokens >= most:
                 report.cut_at_max_tokens = True
@@ -224,52 +222,52 @@ class _Reading:
 
     def _windows(self, tokens: Tokens) -> Iterator[tuple[Source, Window]]:
         for source in tokens:
-            self._report.n_sources += 1
-            self._report.n_padding += source.n_padding
+            self.report.n_sources += 1
+            self.report.n_padding += source.n_padding
             if not source.input_ids.size:
-                self._report.n_empty += 1
-            elif self._limit is None or source.input_ids.size <= self._limit:
+                self.report.n_empty += 1
+            elif self.limit is None or source.input_ids.size <= self.limit:
                 yield source, Window(0, source.input_ids.size)
             else:
-                for window in self._cut(source, self._limit):
+                for window in self._cut(source, self.limit):
                     yield source, window
 
     def _cut(self, source: Source, limit: int) -> list[Window]:
         n_tokens = source.input_ids.size
-        if self._settings.long_rule == "refuse":
-            whose = "the model takes" if self._settings.max_length is None else "--max-length is"
+        if self.settings.long_rule == "refuse":
+            whose = "the model takes" if self.settings.max_length is None else "--max-length is"
             raise DatasetError(
                 f"row {source.row} of the dataset has {n_tokens} tokens, and {whose} {limit}: give "
                 f"--max-length {limit}, with --long-examples split to cut longer rows into windows, or with "
                 "--long-examples truncate to drop their ends"
             )
-        if self._settings.long_rule == "truncate":
-            self._report.n_truncated += 1
-            self._report.n_truncated_tokens += n_tokens - limit
+        if self.settings.long_rule == "truncate":
+            self.report.n_truncated += 1
+            self.report.n_truncated_tokens += n_tokens - limit
             return [Window(0, limit)]
-        self._report.n_split += 1
-        n_start = self._start_ids.size
-        begins = np.array_equal(source.input_ids[:n_start], self._start_ids)
+        self.report.n_split += 1
+        n_start = self.start_ids.size
+        begins = np.array_equal(source.input_ids[:n_start], self.start_ids)
         return cut_windows(n_tokens, limit, n_start if begins else 0)
 
     def _example(self, source: Source, window: Window, room: int | None) -> Example | None:
         """Return the example of a window, cut to `room` tokens; None if it is left out."""
         n_tokens = window.n_tokens if room is None else min(room, window.n_tokens)
         if n_tokens < window.n_tokens:
-            self._report.cut_at_max_tokens = True
-            self._report.n_cut_tokens = window.n_tokens - n_tokens
-        if n_tokens < self._settings.min_length or n_tokens <= window.n_added:
-            self._report.n_short += 1
+            self.report.cut_at_max_tokens = True
+            self.report.n_cut_tokens = window.n_tokens - n_tokens
+        if n_tokens < self.settings.min_length or n_tokens <= window.n_added:
+            self.report.n_short += 1
             return None
         own = slice(window.start, window.start + n_tokens - window.n_added)
-        input_ids = np.concatenate([self._start_ids[: window.n_added], source.input_ids[own]])
+        input_ids = np.concatenate([self.start_ids[: window.n_added], source.input_ids[own]])
         marked = None
         if source.marked is not None:
             marked = np.concatenate([np.zeros(window.n_added, np.bool_), source.marked[own]])
-        dropped = np.isin(input_ids, self._special_ids) if self._settings.drop_special else None
-        positions = kept_positions(self._rule, n_tokens, marked=marked, dropped=dropped)
+        dropped = np.isin(input_ids, self.special_ids) if self.settings.drop_special else None
+        positions = kept_positions(self.settings.rule, n_tokens, marked=marked, dropped=dropped)
         if not positions.size:
-            self._report.n_without_rows += 1
+            self.report.n_without_rows += 1
             return None
         where = dict(zip(SOURCE_COLUMNS, (source.row, window.start), strict=True))
         return Example(input_ids=input_ids, positions=positions, columns={**source.columns, **where})

@@ -1,6 +1,7 @@
 """How a dataset becomes examples: the settings, which are also flags of ``residua capture``."""
 
 from dataclasses import dataclass, field, fields
+from functools import cached_property
 from typing import Any
 
 from residua.store.base.canonical import Json
@@ -57,7 +58,7 @@ class DatasetSettings:
             raise DatasetError(f"--min-length {self.min_length} is above --max-length {self.max_length}: lower it")
         parse_positions(self.positions)
 
-    @property
+    @cached_property
     def rule(self) -> PositionRule:
         """The parsed `positions`."""
         return parse_positions(self.positions)

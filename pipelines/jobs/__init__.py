@@ -1,1 +1,1 @@
-"""The processes of a launch: rendezvous, shared work, stopping. Uses `setup` and below."""
+"""The processes of a launch: how they find each other, share work and stop in time. Uses `setup` and below."""

@@ -96,11 +96,10 @@ def _alone_or_joining(out: Path, stack: ExitStack) -> Membership:
     """Host a store that other runs can join; if another run holds the lock, join that run instead."""
     store = TCPStore("localhost", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=LOST_SECONDS))
     prefix = "residua/alone"  # the store serves this job only
-    try:
-        stack.enter_context(locked(out, join=_address(socket.gethostname(), store.port, prefix, 1)))
-    except ArchiveInUseError as error:
-        return _join(_address_of_owner(error))
-    return Membership(PrefixStore(prefix, store), 0, 1)
+    owner, refusal = _lock(out, _address(socket.gethostname(), store.port, prefix, 1), join=True, stack=stack)
+    if refusal is not None:
+        raise refusal
+    return _join(owner) if owner else Membership(PrefixStore(prefix, store), 0, 1)
 
 
 def _launched_together(
@@ -109,32 +108,41 @@ def _launched_together(
     """Let worker 0 take the lock, or find the run that all of them join."""
     membership = Membership(launch.store, launch.rank, launch.n_launched, launch=launch)
     if launch.rank == 0:
-        owner, refusal = _lock_or_address(out, address, join, stack)
+        owner, refusal = (None, None) if out is None else _lock(out, address, join=join, stack=stack)
         membership.publish("lock", {"refused": None if refusal is None else str(refusal), "address": owner})
         if refusal is not None:
             _await_readers(launch)
             raise refusal
-        return _join(owner, launch) if owner else membership
-    found = membership.await_message("lock", patience=START_SECONDS)
-    if found["refused"]:
-        membership.publish(f"read/{launch.rank}", {})
-        raise CaptureError(found["refused"])
-    return _join(found["address"], launch) if found["address"] else membership
+    else:
+        found = membership.await_message("lock", patience=START_SECONDS)
+        if found["refused"]:
+            membership.publish(f"read/{launch.rank}", {})
+            raise CaptureError(found["refused"])
+        owner = found["address"]
+    return _join(owner, launch) if owner else membership
 
 
-def _lock_or_address(
-    out: Path | None, address: Mapping[str, Json] | None, join: bool, stack: ExitStack
+def _lock(
+    out: Path, address: Mapping[str, Json] | None, *, join: bool, stack: ExitStack
 ) -> tuple[Mapping[str, Any] | None, ArchiveInUseError | None]:
-    """Take the lock; else return the address of the run that holds it, or the reason why it cannot be joined."""
-    if out is None:
-        return None, None
+    """Take the lock; else return the address of the run that holds it, or why that run cannot be joined.
+
+    Args:
+        out: Folder of the results.
+        address: Where other runs can join this one.
+        join: Whether to join a run that holds the lock.
+        stack: Holds the lock.
+    """
     try:
         stack.enter_context(locked(out, join=address))
     except ArchiveInUseError as error:
-        try:
-            return (_address_of_owner(error), None) if join else (None, error)
-        except ArchiveInUseError:
+        owner = error.owner
+        if not join or owner is None or not owner.join:
             return None, error
+        host, is_here = owner.join["host"], owner.host == socket.gethostname()
+        if host in _LOCAL and not is_here:
+            return None, error
+        return {**owner.join, "host": "localhost" if is_here else host}, None
     return None, None
 
 
@@ -144,17 +152,6 @@ def _await_readers(launch: Launch) -> None:
     keys = [f"read/{rank}" for rank in range(1, launch.n_launched)]
     while not launch.store.check(keys) and time.monotonic() < deadline:
         time.sleep(0.05)
-
-
-def _address_of_owner(error: ArchiveInUseError) -> Mapping[str, Any]:
-    """Return the address of the run that holds the lock; raises `error` again if that run cannot be joined."""
-    owner = error.owner
-    if owner is None or not owner.join:
-        raise error
-    host, is_here = owner.join["host"], owner.host == socket.gethostname()
-    if host in _LOCAL and not is_here:
-        raise error
-    return {**owner.join, "host": "localhost" if is_here else host}
 
 
 def _join(address: Mapping[str, Any], launch: Launch | None = None) -> Membership:

@@ -1,8 +1,8 @@
-"""Stopping within a stated time: Ctrl-C and SIGTERM end the work in order, or else at once after a grace.
+"""Stop within a stated time: Ctrl-C and SIGTERM end the work in order, or by force after a grace period.
 
 The first signal raises KeyboardInterrupt in the main thread: full shards are written and committed, and the process
-exits. A main thread that hangs in a library, for example in a collective whose other side is dead, never gets so
-far; then the process ends without it.
+exits. A main thread that hangs in a library, for example in a collective whose other side is dead, never raises it.
+Then the process ends by force.
 """
 
 import os
@@ -13,26 +13,26 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 STOPPED = 130
-GRACE_SECONDS = 25.0  # below the 30 s that torchrun, SLURM and container runtimes leave before they kill
+GRACE_SECONDS = 25.0  # below the 30 s after which torchrun, SLURM and container runtimes kill
 
 
 def _interrupt(_signal: int, _frame: object) -> None:
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a launcher's second one must not break what the first began
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a launcher sends a second one, which must not interrupt the stop
     raise KeyboardInterrupt
 
 
 @contextmanager
 def stopping_in_time(grace_seconds: float = GRACE_SECONDS) -> Iterator[None]:
-    """Turn SIGINT and SIGTERM into KeyboardInterrupt, and end the process `grace_seconds` after the first of them.
+    """Turn SIGINT and SIGTERM into KeyboardInterrupt, and end the process `grace_seconds` after the first signal.
 
-    For the main thread; the handlers that were there come back afterwards.
+    Only the main thread may enter this. Leaving it restores the handlers of before.
     """
-    heard, told = socket.socketpair()
-    told.setblocking(False)
-    before = signal.set_wakeup_fd(told.fileno(), warn_on_full_buffer=False)
+    receiver, sender = socket.socketpair()
+    sender.setblocking(False)
+    before = signal.set_wakeup_fd(sender.fileno(), warn_on_full_buffer=False)
     handlers = {number: signal.signal(number, _interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
     over = threading.Event()
-    thread = threading.Thread(target=_watch, args=(heard, over, grace_seconds), name="residua-stopping", daemon=True)
+    thread = threading.Thread(target=_watch, args=(receiver, over, grace_seconds), name="residua-stopping", daemon=True)
     thread.start()
     try:
         yield
@@ -41,14 +41,14 @@ def stopping_in_time(grace_seconds: float = GRACE_SECONDS) -> Iterator[None]:
         for number, handler in handlers.items():
             signal.signal(number, handler)
         signal.set_wakeup_fd(before)
-        told.close()
+        sender.close()
         thread.join()
-        heard.close()
+        receiver.close()
 
 
-def _watch(heard: socket.socket, over: threading.Event, grace_seconds: float) -> None:
-    """Wait for the first signal, which the kernel's side of Python writes here whatever the main thread does."""
-    while number := heard.recv(1):
+def _watch(receiver: socket.socket, over: threading.Event, grace_seconds: float) -> None:
+    """Wait for the first signal: Python's C handler writes its number here, whatever the main thread does."""
+    while number := receiver.recv(1):
         if number[0] in (signal.SIGINT, signal.SIGTERM):
             if not over.wait(grace_seconds):
                 os._exit(STOPPED)
