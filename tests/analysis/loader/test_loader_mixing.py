@@ -1,8 +1,8 @@
-"""How well a loader mixes, against a full shuffle: what `docs/analysis.md` says about it.
+"""How well a loader mixes compared with a full shuffle, as `docs/analysis.md` claims.
 
-The worst that a dataset can be for a block shuffle: what matters changes so slowly along the archive that all rows of
-a block are alike. With K blocks in the buffer and batches of B rows, the mean of a batch then varies as the mean of B
-rows drawn from K blocks drawn from all: about 1 + B/K times the variance that a full shuffle has.
+The worst case for a block shuffle is a dataset that changes so slowly that all rows of a block are alike. With K blocks
+in the buffer and batches of B rows, the mean of a batch then varies as the mean of B rows drawn from K random blocks:
+about 1 + B/K times the variance of a full shuffle.
 """
 
 import numpy as np
@@ -18,7 +18,7 @@ WIDTH = 8
 BLOCK = 16
 SIZE = 128
 EPOCHS = 8
-REGIONS = 8  # stretches of the archive, as classes
+REGIONS = 8  # equal pieces of the archive, used as classes
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +28,7 @@ def archive(tmp_path_factory: pytest.TempPathFactory) -> Archive:
 
 
 def make(archive: Archive, *, share: float, shuffle: bool = True) -> Loader:
-    """Return a loader whose buffer holds that share of the archive, in blocks of 16 rows."""
+    """Return a loader whose buffer holds `share` of the archive, in blocks of 16 rows."""
     buffer_bytes = int(share * N_ROWS) * (4 * WIDTH + 16)
     return archive.loader(
         "resid_post.0",
@@ -64,7 +64,7 @@ def class_ratio(rows: npt.NDArray[np.int64]) -> float:
 
 
 def correlations(rows: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
-    """Return, for each epoch, the correlation of a row's number with its place in the epoch."""
+    """Return for each epoch the correlation of the row numbers with their places in the epoch."""
     places = np.arange(N_ROWS)
     return np.array([np.corrcoef(places, epoch.reshape(-1))[0, 1] for epoch in rows])
 

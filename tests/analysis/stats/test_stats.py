@@ -7,12 +7,10 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 from safetensors.numpy import load_file
 
 from residua.analysis.stats.stats import Stats, stats
-from residua.analysis.support.cluster import OrderedSum, connect
+from residua.analysis.support.cluster import connect
 from residua.analysis.support.moments import Moments
 from residua.store.base.errors import AnalysisError
 from residua.store.read.archive import Archive
@@ -174,13 +172,3 @@ def test_careless_sums_would_not_do() -> None:
     for start in range(0, N_ROWS, 7):
         moments.add(rows[start : start + 7])
     np.testing.assert_allclose(moments.scatter / N_ROWS, np.cov(rows.T, bias=True), rtol=1e-9, atol=1e-13)
-
-
-@given(st.permutations(range(11)), st.integers(1, 11))
-def test_the_order_of_arrival_does_not_matter(order: list[int], n_parts: int) -> None:
-    parts = OrderedSum[str](n_parts, lambda first, second: f"({first}{second})")
-    answers = [parts.add(index, f"{index:x}") for index in order if index < n_parts]
-    assert answers[:-1] == [None] * (n_parts - 1)
-    in_order = OrderedSum[str](n_parts, lambda first, second: f"({first}{second})")
-    assert answers[-1] == [in_order.add(index, f"{index:x}") for index in range(n_parts)][-1]
-    assert str(answers[-1]).replace("(", "").replace(")", "") == "0123456789a"[:n_parts]

@@ -1,4 +1,4 @@
-"""One open archive a process: the same object until the archive changes."""
+"""One open archive per process and path: the same object until the archive changes."""
 
 from pathlib import Path
 
@@ -19,7 +19,7 @@ def test_an_archive_is_opened_once(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert opened(path) is opened(path)
 
 
-def test_it_is_opened_anew_when_shards_were_added(tmp_path: Path) -> None:
+def test_it_is_opened_again_after_shards_were_added(tmp_path: Path) -> None:
     path = make_archive(tmp_path / "acts.zarr")
     record = path / FOLDER / "00000002-0000.json"
     text = record.read_bytes()
@@ -30,7 +30,7 @@ def test_it_is_opened_anew_when_shards_were_added(tmp_path: Path) -> None:
     assert len(opened(str(path))["q.1"][:]) == 38
 
 
-def test_it_is_opened_anew_when_another_archive_lies_there(tmp_path: Path) -> None:
+def test_it_is_opened_again_if_another_archive_replaces_it(tmp_path: Path) -> None:
     first, second = make_archive(tmp_path / "a", seed=1), make_archive(tmp_path / "b", seed=2)
     digests = [opened(str(first)).plan.digest]
     first.rename(tmp_path / "c")
@@ -40,7 +40,7 @@ def test_it_is_opened_anew_when_another_archive_lies_there(tmp_path: Path) -> No
     assert len(set(digests)) == 2
 
 
-def test_what_is_missing_is_said_every_time(tmp_path: Path) -> None:
+def test_a_missing_archive_is_an_error_every_time(tmp_path: Path) -> None:
     for _ in range(2):
         with pytest.raises(FileNotFoundError, match="is not an archive"):
             opened(str(tmp_path / "nothing"))

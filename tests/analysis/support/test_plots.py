@@ -1,4 +1,4 @@
-"""Pictures are written, carry their names, and show the values given."""
+"""Plots are written, show the names, and show the values."""
 
 import re
 from pathlib import Path
@@ -11,7 +11,7 @@ from residua.analysis.support.plots import heat_map, line_plot
 
 
 def words(path: Path) -> str:
-    """Return the texts of an SVG; matplotlib leaves each as a comment beside its outlines."""
+    """Return the texts of an SVG; matplotlib writes each as a comment before its outlines."""
     return "|".join(re.findall("<!--(.*?)-->", path.read_text()))
 
 
@@ -39,11 +39,11 @@ def test_a_map_has_its_first_row_on_top(tmp_path: Path, size: tuple[int, int]) -
         pixels = np.asarray(picture.convert("RGB"), int)
     yellow = np.argwhere(np.abs(pixels - [253, 231, 36]).sum(-1) < 12)
     purple = np.argwhere(np.abs(pixels - [68, 1, 84]).sum(-1) < 12)
-    left = yellow[:, 1] < pixels.shape[1] // 2  # the colour bar stands on the right
+    left = yellow[:, 1] < pixels.shape[1] // 2  # the colour bar is on the right
     assert yellow[left][:, 0].mean() < purple[purple[:, 1] < pixels.shape[1] // 2][:, 0].mean()
 
 
-def test_values_of_either_sign_share_their_middle(tmp_path: Path) -> None:
+def test_zero_is_the_middle_of_a_centred_map(tmp_path: Path) -> None:
     path = tmp_path / "patch.png"
     heat_map(
         path, [[-1.0, np.nan], [0.25, 1.0]], title="Patch", x_name="x", y_name="y", value_name="logits", centred=True
