@@ -7,7 +7,7 @@ Every message says what was asked, what was found and what to do. The tree:
     ├── PlanError (ValueError)            settings that contradict each other or an existing archive
     ├── DatasetError (ValueError)         a dataset, column or example that cannot be used
     ├── DamagedArchiveError (OSError)     a file of the archive is missing, cut short or altered
-    ├── UnsafeArchiveError (ValueError)   an archive whose metadata no honest writer would produce
+    ├── UnsafeArchiveError (ValueError)   an archive whose metadata Residua does not write
     ├── NotCapturedError (LookupError)    rows that the capture has not reached yet
     ├── MissingPackageError (ImportError) a package that an extra installs is not there; the message names the extra
     ├── TooLargeError (MemoryError)       more rows at once than there is memory for
@@ -43,7 +43,7 @@ class DamagedArchiveError(ResiduaError, OSError):
 
 
 class UnsafeArchiveError(ResiduaError, ValueError):
-    """The archive's metadata is malformed or hostile; nothing was allocated or read for it."""
+    """The archive's metadata is malformed or forged; nothing was allocated or read by it."""
 
 
 class NotCapturedError(ResiduaError, LookupError):
@@ -67,7 +67,7 @@ class AnalysisError(ResiduaError, RuntimeError):
 
 
 def few(items: Sequence[object], most: int = 5, between: str = ", ") -> str:
-    """Return the first `most` of `items` as text, and how many more there are.
+    """Return the first `most` of `items` as text, and the number of the others.
 
     Example:
         >>> few([1, 2, 3, 4], most=2)

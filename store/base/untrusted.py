@@ -1,4 +1,4 @@
-"""Checks of what strangers wrote: archives, edits and lenses are read as if somebody had forged them.
+"""Checks of untrusted input: archives, edits and lenses are read as if somebody had forged them.
 
 Three kinds of checks live here, and every reader calls them:
 
@@ -75,7 +75,7 @@ def is_finite(value: object) -> bool:
 
 
 def is_inside(root: Path, path: Path) -> bool:
-    """Say whether `path`, links followed, lies in the folder `root`; a name that no file can have does not."""
+    """Say whether `path`, with links followed, is in the folder `root`; a name that no file can have is not."""
     try:
         return Path(os.path.realpath(path)).is_relative_to(os.path.realpath(root))
     except (OSError, ValueError, RuntimeError):
@@ -103,7 +103,7 @@ def check_file(root: Path, path: Path, most_bytes: int) -> None:
 
     Raises:
         DamagedArchiveError: The file is missing, or is not a regular file.
-        UnsafeArchiveError: It lies outside the archive, or is larger.
+        UnsafeArchiveError: It is outside the archive, or is larger.
     """
     check_inside(root, path)
     if not path.exists():

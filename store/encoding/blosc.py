@@ -50,7 +50,7 @@ _local = threading.local()
 
 
 def encode_frame(values: Array, effort: str) -> list[Buffer]:
-    """Return the parts of a frame that keeps every bit of `values`.
+    """Return the buffers of a frame that keeps every bit of `values`, to be written one after the other.
 
     Args:
         values: C-contiguous, little endian, items of 1, 2, 4 or 8 bytes.
@@ -69,10 +69,10 @@ def encode_frame(values: Array, effort: str) -> list[Buffer]:
     if size > HEADER.size + values.nbytes:
         return _copy_frame(values)
     header = HEADER.pack(_VERSION, _ZSTD_VERSION, _SHUFFLED | _ZSTD, itemsize, values.nbytes, values.nbytes, size)
-    parts: list[Buffer] = [header + _LENGTH.pack(HEADER.size + _LENGTH.size)]
+    buffers: list[Buffer] = [header + _LENGTH.pack(HEADER.size + _LENGTH.size)]
     for plane in stored:
-        parts += [_LENGTH.pack(len(plane)), plane]
-    return parts
+        buffers += [_LENGTH.pack(len(plane)), plane]
+    return buffers
 
 
 def decode_frame(frame: Plane, out: Array) -> None:

@@ -48,7 +48,7 @@ class Codec(ABC):
         is_lossless: Whether every bit comes back.
         is_raw: Whether the bytes of a chunk are its values, so that they can be mapped into memory.
         dtypes: The data types of a site's values that it takes.
-        overhead_bytes: By how many bytes a chunk grows at most, crc32c aside.
+        overhead_bytes: Most bytes by which a chunk grows, without its crc32c.
     """
 
     name: str
@@ -76,9 +76,9 @@ class Codec(ABC):
 
     @abstractmethod
     def encode(self, values: Array) -> list[Buffer]:
-        """Return the bytes of one chunk, in parts that are written one after the other.
+        """Return the bytes of one chunk, in buffers that are written one after the other.
 
-        Parts may be views of `values`, which is C-contiguous and in storage dtype.
+        Buffers may be views of `values`, which is C-contiguous and in storage dtype.
         """
 
     @abstractmethod
@@ -115,12 +115,12 @@ class BloscFrame(Codec):
         return [{"name": "blosc", "configuration": settings}]
 
     def encode(self, values: Array) -> list[Buffer]:
-        """Return the parts of a frame; wide integers are counters, whose repeats are worth looking for."""
+        """Return a frame; wide integers are counters, whose repetitions compress well."""
         is_counter = values.dtype.kind in "iu" and values.dtype.itemsize > 2
         return encode_frame(values, "matches" if is_counter else self.effort)
 
     def decode(self, stored: npt.NDArray[np.uint8], out: Array) -> None:
-        """Decode a frame; ValueError if it is not one of ours or does not fill `out`."""
+        """Decode a frame; ValueError if `encode` does not make such a frame for `out`."""
         decode_frame(stored, out)
 
 
@@ -216,19 +216,19 @@ def codecs_metadata(preset: str, dtype: str) -> list[dict[str, Any]]:
 
 
 def encode_chunk(values: Array, preset: str) -> list[Buffer]:
-    """Return the bytes of one chunk as it is stored, in parts that are written one after the other.
+    """Return the bytes of one chunk as it is stored, in buffers that are written one after the other.
 
-    The last part is the crc32c of all others. Parts may be views of `values`: write them before it changes.
+    The last buffer is the crc32c of all others. Buffers may be views of `values`: write them before it changes.
 
     Args:
         values: C-contiguous values of the full chunk, in storage dtype; rounded already if the codec rounds.
         preset: Name of the codec.
     """
-    parts = PRESETS[preset].encode(values)
+    buffers = PRESETS[preset].encode(values)
     crc = 0
-    for part in parts:
-        crc = crc32c(part, crc)
-    return [*parts, crc_bytes(crc)]
+    for buffer in buffers:
+        crc = crc32c(buffer, crc)
+    return [*buffers, crc_bytes(crc)]
 
 
 def check_chunk(stored: npt.NDArray[np.uint8]) -> None:

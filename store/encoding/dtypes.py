@@ -1,4 +1,4 @@
-"""Data types of stored arrays: names as in Zarr v3, numpy types as they lie in memory.
+"""Data types of stored arrays: names as in Zarr v3, numpy types as in memory.
 
 Importing this module registers `bfloat16` in zarr-python: versions before 3.4 collect the `zarr.data_type` entry points
 of other packages but never load them, so an archive could not be opened otherwise.

@@ -68,7 +68,7 @@ def shard_path(root: Path, spec: ArraySpec, shard: int) -> Path:
 
 
 def shard_rows(spec: ArraySpec, n_rows: int, shard: int) -> int:
-    """Return how many rows of an array of `n_rows` lie in shard number `shard`."""
+    """Return the number of rows that shard number `shard` of an array of `n_rows` holds."""
     return max(0, min(spec.rows_per_shard, n_rows - shard * spec.rows_per_shard))
 
 
@@ -138,16 +138,16 @@ class ShardMemory:
         is_full = (chunk + 1) * self._spec.rows_per_chunk <= self.shape[0]
         return self._checked.get(chunk) if is_full else None
 
-    def in_place(self, parts: Iterable[Buffer]) -> Iterator[Buffer]:
-        """Yield the bytes of `parts` from this memory, one after the other, in pieces of full blocks.
+    def in_place(self, buffers: Iterable[Buffer]) -> Iterator[Buffer]:
+        """Yield the bytes of `buffers` from this memory, one after the other, in pieces of full blocks.
 
         Args:
-            parts: Chunks as they are stored, from the first one on. Parts that are not in this memory yet, such as a
-                checksum or a copy of the last chunk, are copied to their place.
+            buffers: Chunks as they are stored, from the first one on. Buffers that are not in this memory yet, such as
+                a checksum or a copy of the last chunk, are copied to their place.
         """
         done = end = 0
-        for part in parts:
-            data = np.frombuffer(part, np.uint8) if isinstance(part, bytes) else part.reshape(-1).view(np.uint8)
+        for buffer in buffers:
+            data = np.frombuffer(buffer, np.uint8) if isinstance(buffer, bytes) else buffer.reshape(-1).view(np.uint8)
             place = self._bytes[end : end + data.size]
             if place.ctypes.data != data.ctypes.data:
                 place[:] = data
@@ -160,7 +160,7 @@ class ShardMemory:
 
 
 class ShardEncoder:
-    """The bytes of one shard file, encoded on demand: iterate once, and write each part before taking the next.
+    """The bytes of one shard file, encoded on demand: iterate once, and write each buffer before taking the next.
 
     A chunk is checked, compressed and written while it is in the processor's cache, and at most one encoded chunk is in
     memory.
@@ -171,7 +171,7 @@ class ShardEncoder:
         spec: The array that the rows belong to.
 
     Attributes:
-        n_bytes: Size of the file; like the others, known once all parts are taken.
+        n_bytes: Size of the file; like the others, known once all buffers are taken.
         digest: The shard's digest, in hex; see the module's head.
         n_nonfinite: Number of NaN and infinite values in the rows.
 
@@ -194,15 +194,15 @@ class ShardEncoder:
     def __iter__(self) -> Iterator[Buffer]:
         sizes: list[int] = []
         crcs: list[bytes] = []
-        parts = self._encode(sizes, crcs)
-        yield from self._rows.in_place(parts) if isinstance(self._rows, ShardMemory) else parts
+        buffers = self._encode(sizes, crcs)
+        yield from self._rows.in_place(buffers) if isinstance(self._rows, ShardMemory) else buffers
         index = _make_index(sizes, self._spec.chunks_per_shard)
         self.n_bytes = sum(sizes) + len(index)
         self.digest = _digest(index, crcs)
         yield index
 
     def _encode(self, sizes: list[int], crcs: list[bytes]) -> Iterator[Buffer]:
-        """Yield the parts of every chunk; append its stored size and its crc32c to the lists."""
+        """Yield the buffers of every chunk; append its stored size and its crc32c to the lists."""
         for number, chunk in enumerate(_chunks(self._rows, self._spec)):
             checked = self._rows.checked(number) if isinstance(self._rows, ShardMemory) else None
             if checked is None:
@@ -211,7 +211,7 @@ class ShardEncoder:
             else:
                 self.n_nonfinite += checked.n_nonfinite
                 stored = [chunk, checked.crc]
-            sizes.append(sum(len(part) if isinstance(part, bytes) else part.nbytes for part in stored))
+            sizes.append(sum(len(buffer) if isinstance(buffer, bytes) else buffer.nbytes for buffer in stored))
             crcs.append(bytes(stored[-1]))
             yield from stored
 

@@ -20,7 +20,7 @@ from residua.store.storage.files import write_file
 
 FORMAT = "1.0"
 ROOT = "zarr.json"
-SIDECAR_FOLDERS = {"examples": 2**33, "head": 2**38, "tokenizer": 2**30}  # and how many bytes a file of each may have
+SIDECAR_FOLDERS = {"examples": 2**33, "head": 2**38, "tokenizer": 2**30}  # most bytes of a file in each
 _MAX_METADATA_BYTES = 256 * 1024 * 1024
 
 

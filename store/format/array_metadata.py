@@ -79,9 +79,8 @@ def resize_array(root: Path, spec: ArraySpec, n_rows: int) -> None:
         DamagedArchiveError: The array's metadata is missing or altered.
         UnsafeArchiveError: It is not metadata that Residua writes, or not that of `spec`.
     """
-    found, _, attributes = open_array(root, spec.path)
-    if found != spec:
-        raise UnsafeArchiveError(f"{root / spec.path / METADATA} describes {found}, expected {spec}")
+    _, _, attributes = open_array(root, spec.path)
+    check_arrays(root, [spec], None)
     create_array(root, spec, n_rows, attributes=attributes)
 
 
@@ -162,7 +161,7 @@ def _parse(document: dict[str, Any], node: str) -> tuple[ArraySpec, int, dict[st
         raise ValueError(f"rows have shape {row_shape}, but shards {shard} and chunks {chunk}")
     column_shards = row_shape[0] // shard[1] if row_shape and shard[1] else 1
     if column_shards > MAX_COLUMN_SHARDS or (row_shape and shard[1] * column_shards != row_shape[0]):
-        raise ValueError(f"rows have shape {row_shape}, which shards {shard} do not cut into a few equal parts")
+        raise ValueError(f"rows have shape {row_shape}, which shards {shard} do not cut into a few equal column shards")
     spec = ArraySpec(
         path=node,
         row_shape=tuple(row_shape),

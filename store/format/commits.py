@@ -24,7 +24,7 @@ from residua.store.storage.files import publish, sync_folder
 FOLDER = "commits"
 _NAME = re.compile(r"[0-9]{8,}-[0-9]{4}\.json")
 _DIGEST = re.compile(r"[0-9a-f]{64}")
-_PART = re.compile(r"part-[0-9]{5,}\.parquet")
+_EXAMPLES = re.compile(r"part-[0-9]{5,}\.parquet")
 _MAX_COUNT = 2**63 - 1
 _MAX_RECORD_BYTES = 64 * 1024 * 1024
 _TAIL_BYTES = 64 * 1024  # chunks end in their crc32c; a checkpoint's zip file ends in its directory of crc32 values
@@ -205,7 +205,7 @@ def _broken_file(archive: Path, plan: Plan, commit: Commit) -> str:
     return ""
 
 
-def named_parts(commits: Mapping[int, Commit]) -> dict[str, str]:
+def named_example_files(commits: Mapping[int, Commit]) -> dict[str, str]:
     """Return the SHA-256 of each file of examples that `commits` name, by its path inside the archive."""
     return {f"examples/{name}": digest for commit in commits.values() for name, digest in commit.examples.items()}
 
@@ -237,7 +237,7 @@ def commit_from_json(record: dict[str, Any]) -> Commit:
     if not _count(first) < _count(stop):
         raise ValueError(f"it holds the rows {first} to {stop}")
     for name, digest in record["examples"].items():
-        if not _PART.fullmatch(name) or not _DIGEST.fullmatch(digest):
+        if not _EXAMPLES.fullmatch(name) or not _DIGEST.fullmatch(digest):
             raise ValueError(f"it names the file of examples {name!r}")
     return Commit(
         plan=_digest(record["plan"]),

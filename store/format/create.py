@@ -15,7 +15,7 @@ from residua.store.base.canonical import Json
 from residua.store.encoding.codecs import INT8
 from residua.store.format.archive_metadata import Metadata, is_archive, sidecar_digests, sidecar_files, write_metadata
 from residua.store.format.array_metadata import create_array, resize_array
-from residua.store.format.commits import FOLDER, Commit, ShardFile, named_parts
+from residua.store.format.commits import FOLDER, Commit, ShardFile, named_example_files
 from residua.store.format.plan import Plan, SitePlan
 from residua.store.storage.files import sync_folder
 from residua.store.storage.lock import naming_archive, try_flock
@@ -128,7 +128,7 @@ def seal(
         for spec in plan.arrays:
             resize_array(archive, spec, n_rows)
         # Files with a known digest may be damaged by now, so only files that have none yet are read.
-        files = sidecar_digests(archive, {**metadata.files, **named_parts(commits)})
+        files = sidecar_digests(archive, {**metadata.files, **named_example_files(commits)})
         write_metadata(archive, Metadata(plan=plan, provenance=metadata.provenance, files=files, sealed=sealed))
     for site in plan.sites:
         if any(file.squares is not None for file in _files(site, commits)):

@@ -165,7 +165,7 @@ class Plan:
         return {site.name: site for site in self.sites}[name]
 
     def shards_of(self, rows: range | npt.NDArray[np.int64]) -> Iterable[int]:
-        """Return the shards that `rows` lie in, ascending; of a range, which may be huge, without listing it."""
+        """Return the shards of `rows`, ascending; a range, which may be huge, is not expanded."""
         height = self.rows_per_shard
         if not isinstance(rows, range):
             return map(int, np.unique(rows // height))
@@ -175,7 +175,7 @@ class Plan:
         return (row // height for row in rows)
 
     def n_shards(self, n_rows: int) -> int:
-        """Return how many shards `n_rows` rows fill."""
+        """Return the number of shards for `n_rows` rows."""
         return -(-n_rows // self.rows_per_shard)
 
     def to_json(self) -> dict[str, Json]:
@@ -299,7 +299,7 @@ def choose_rows_per_chunk(row_bytes: int, rows_per_shard: int) -> int:
 
 
 def n_open_shards(most_rows_per_example: int, rows_per_shard: int) -> int:
-    """Return how many shards are open at once: the one that fills and those that its last example reaches into."""
+    """Return the number of shards open at once: the one that fills and those that its last example reaches into."""
     return 1 + max(1, ceil(most_rows_per_example / rows_per_shard))
 
 

@@ -1,4 +1,4 @@
-"""Small JSON files beside an archive's arrays: the LM head, attention, and fidelity.
+"""Small JSON files next to an archive's arrays: the LM head, attention, and fidelity.
 
 `head/head.json` says how the final residual stream becomes logits. The parameters are in `head/head.safetensors`:
 ``norm.weight``, ``norm.bias``, ``project_out.weight``, ``transform.dense.weight``, ``transform.dense.bias``,
@@ -16,7 +16,7 @@ rotary embedding, head *h* reading key head *h // (heads // key heads)*:
 `fidelity.json` says how much a model notices that stored rows are rounded. `residua fidelity` measures it. The file is
 optional, no digest of the archive covers it, and nothing is read by it.
 
-All three are read from strangers: every field is checked, and a field that is missing or unknown is an error.
+None of the three is trusted: every field is checked, and a field that is missing or unknown is an error.
 """
 
 import json

@@ -76,7 +76,7 @@ class ShardWriter:
 
     Attributes:
         stored_bytes: Bytes written so far.
-        logical_bytes: Bytes of the values behind them.
+        logical_bytes: Bytes of the values in them.
         n_rows: Rows committed so far.
         n_nonfinite: NaN and infinite values written so far, by the array's `key`.
     """

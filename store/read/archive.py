@@ -22,7 +22,7 @@ from residua.store.examples.schedule import Schedule
 from residua.store.examples.table import ExampleTable
 from residua.store.format.archive_metadata import read_metadata, read_sidecar
 from residua.store.format.array_metadata import check_arrays
-from residua.store.format.commits import Commit, check_commits, named_parts, read_commits
+from residua.store.format.commits import Commit, check_commits, named_example_files, read_commits
 from residua.store.format.plan import ROW_COLUMNS, Plan
 from residua.store.format.site_names import select
 from residua.store.read.array import ArchiveArray
@@ -199,7 +199,7 @@ class Archive(Mapping[str, ArchiveArray]):
             DamagedArchiveError: A part is missing, or belongs to another archive.
         """
         parts = {name: digest for name, digest in self.metadata.files.items() if name.startswith("examples/")}
-        parts |= named_parts(self.commits)
+        parts |= named_example_files(self.commits)
         for name in sorted(parts):
             if not (self.path / name).is_file():
                 raise DamagedArchiveError(f"{self.path / name} is missing: restore the file from a copy")

@@ -18,7 +18,7 @@ from residua.store.encoding.shard import check_shard, shard_path
 from residua.store.encoding.spec import ArraySpec
 from residua.store.examples.index import ExampleIndex
 from residua.store.format.archive_metadata import ROOT, SIDECAR_FOLDERS, file_digest
-from residua.store.format.commits import FOLDER, Commit, named_parts
+from residua.store.format.commits import FOLDER, Commit, named_example_files
 from residua.store.format.sidecars import FIDELITY_FILE, read_fidelity
 from residua.store.read.archive import Archive
 
@@ -133,7 +133,7 @@ class _Check:
                     self._problem(name, "it is not the metadata of a Zarr group: restore it from a copy")
 
     def _side_files(self, commits: Mapping[int, Commit]) -> None:
-        expected = {**self._archive.metadata.files, **named_parts(commits)}
+        expected = {**self._archive.metadata.files, **named_example_files(commits)}
         for name, digest in expected.items():
             path = self._root / name
             self._known.add(name)

@@ -37,12 +37,12 @@ def set_direct(descriptor: int) -> bool:
     return True
 
 
-def write_all(descriptor: int, parts: Iterable[memoryview], *, is_direct: bool) -> int:
-    """Write `parts`, one after the other, to a new file; return the number of bytes.
+def write_all(descriptor: int, pieces: Iterable[memoryview], *, is_direct: bool) -> int:
+    """Write `pieces`, one after the other, to a new file; return the number of bytes.
 
     Args:
         descriptor: The file, at its start.
-        parts: The bytes. Small parts, and those that direct writing cannot take as they are, go through a buffer.
+        pieces: The bytes. Small pieces, and those that direct writing cannot take as they are, go through a buffer.
         is_direct: Whether `set_direct` made writes bypass the page cache.
 
     Raises:
@@ -51,8 +51,8 @@ def write_all(descriptor: int, parts: Iterable[memoryview], *, is_direct: bool) 
     drain = partial(_drain, descriptor, is_direct)
     buffer = _buffer()
     filled = total = 0
-    for part in parts:
-        rest = np.frombuffer(part, np.uint8)
+    for piece in pieces:
+        rest = np.frombuffer(piece, np.uint8)
         total += rest.size
         if not is_direct and rest.size >= _LARGE_BYTES:
             drain(buffer.data[:filled])

@@ -43,14 +43,14 @@ class _NoLinksError(OSError):
     """The file system has no hard links; its error number has other causes elsewhere."""
 
 
-def write_file(path: Path, parts: Iterable[Buffer], *, direct_bytes: int | None = LEAST_BYTES) -> int:
-    """Write `parts`, one after the other, as the file `path`: durable and complete, or not at all.
+def write_file(path: Path, buffers: Iterable[Buffer], *, direct_bytes: int | None = LEAST_BYTES) -> int:
+    """Write `buffers`, one after the other, as the file `path`: durable and complete, or not at all.
 
     Missing folders are created. An existing file is replaced in one step.
 
     Args:
         path: The file.
-        parts: Bytes or C-contiguous numpy arrays; they are not joined or copied.
+        buffers: Bytes or C-contiguous numpy arrays; large ones are not copied.
         direct_bytes: Files of this size or more bypass the page cache; None: no file does.
 
     Returns:
@@ -59,7 +59,7 @@ def write_file(path: Path, parts: Iterable[Buffer], *, direct_bytes: int | None 
     Raises:
         OSError: The file could not be written; `errno` is kept, and no temporary file stays.
     """
-    return _write(path, parts, os.replace, direct_bytes)
+    return _write(path, buffers, os.replace, direct_bytes)
 
 
 def publish(path: Path, data: bytes) -> None:
@@ -103,12 +103,12 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def _write(path: Path, parts: Iterable[Buffer], place: Callable[[Path, Path], None], direct_bytes: int | None) -> int:
+def _write(path: Path, buffers: Iterable[Buffer], place: Callable[[Path, Path], None], direct_bytes: int | None) -> int:
     temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
     try:
         make_folders(path.parent)
         try:
-            n_bytes = _write_durably(temporary, parts, direct_bytes)
+            n_bytes = _write_durably(temporary, buffers, direct_bytes)
             place(temporary, path)
         finally:
             with suppress(FileNotFoundError):
@@ -138,11 +138,11 @@ def make_folders(folder: Path) -> None:
         sync_folder(new.parent)
 
 
-def _write_durably(path: Path, parts: Iterable[Buffer], direct_bytes: int | None) -> int:
+def _write_durably(path: Path, buffers: Iterable[Buffer], direct_bytes: int | None) -> int:
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
     try:
         try_flock(descriptor)
-        views = map(_bytes_of, parts)
+        views = map(_bytes_of, buffers)
         head: list[memoryview] = []
         while direct_bytes and direct_bytes > 0 and (view := next(views, None)) is not None:
             head.append(view)
@@ -163,10 +163,10 @@ def _sync_data(descriptor: int) -> None:
         os.fdatasync(descriptor)
 
 
-def _bytes_of(part: Buffer) -> memoryview:
-    if isinstance(part, np.ndarray):
-        return part.reshape(-1).view(np.uint8).data
-    return memoryview(part)
+def _bytes_of(buffer: Buffer) -> memoryview:
+    if isinstance(buffer, np.ndarray):
+        return buffer.reshape(-1).view(np.uint8).data
+    return memoryview(buffer)
 
 
 def _link(temporary: Path, path: Path) -> None:

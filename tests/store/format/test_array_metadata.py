@@ -72,7 +72,7 @@ def test_resizing_keeps_the_attributes(tmp_path: Path) -> None:
     create_array(tmp_path, make_spec(), 0, attributes={"x": 1})
     resize_array(tmp_path, make_spec(), 77)
     assert open_array(tmp_path, NODE) == (make_spec(), 77, {"x": 1})
-    with pytest.raises(UnsafeArchiveError, match=r"describes ArraySpec.*expected"):
+    with pytest.raises(UnsafeArchiveError, match="describes ArraySpec"):
         resize_array(tmp_path, make_spec("raw"), 78)
 
 
