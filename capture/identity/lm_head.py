@@ -34,7 +34,7 @@ def lm_head_files(model: nn.Module) -> dict[str, list[Buffer]]:
         return _files(model)
     last = dist.get_world_size(stages) - 1
     found = [_files(model) if dist.get_rank(stages) == last else {}]
-    dist.broadcast_object_list(found, src=dist.get_global_rank(stages, last), group=stages)
+    dist.broadcast_object_list(found, group=stages, group_src=last)
     return found[0]
 
 

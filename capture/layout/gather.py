@@ -104,14 +104,14 @@ def _is_replaced(
 ) -> bool:
     """Return on every rank whether the owner's function gave a replacement; raise on every rank if it failed."""
     outcome = torch.tensor([_FAILED if error else _NOTHING if new is None else _REPLACED], device=device)
-    owner = dist.get_global_rank(group, OWNER)
-    dist.broadcast(outcome, src=owner, group=group)
+    dist.broadcast(outcome, group=group, group_src=OWNER)
     if outcome.item() != _FAILED:
         return bool(outcome.item() == _REPLACED)
     reason = [f"{type(error).__name__}: {error}"]
-    dist.broadcast_object_list(reason, src=owner, group=group)
+    dist.broadcast_object_list(reason, group=group, group_src=OWNER)
     if error is not None:
         raise error
+    owner = dist.get_global_rank(group, OWNER)
     raise CaptureError(f"Site {name!r} on rank {dist.get_rank()}: the function failed on rank {owner}: {reason[0]}")
 
 
@@ -122,20 +122,19 @@ def _to_owner(local: Tensor, layout: Layout, group: ProcessGroup) -> Tensor | No
         return local.clone() if is_owner else None
     padded = _padded(local, layout)
     shards = [torch.empty_like(padded) for _ in layout.sizes] if is_owner else None
-    dist.gather(padded, shards, dst=dist.get_global_rank(group, OWNER), group=group)
+    dist.gather(padded, shards, group=group, group_dst=OWNER)
     return None if shards is None else _joined(shards, layout)
 
 
 def _from_owner(new: Tensor | None, local: Tensor, layout: Layout, group: ProcessGroup) -> Tensor:
     """Return this rank's shard of what the owner has."""
-    owner = dist.get_global_rank(group, OWNER)
     if layout.dim is None:
         full = torch.empty(local.shape, dtype=local.dtype, device=local.device) if new is None else new.contiguous()
-        dist.broadcast(full, src=owner, group=group)
+        dist.broadcast(full, group=group, group_src=OWNER)
         return full
     shard = torch.empty_like(_padded(local, layout))
     shards = None if new is None else [_padded(cut, layout) for cut in torch.split(new, list(layout.sizes), layout.dim)]
-    dist.scatter(shard, shards, src=owner, group=group)
+    dist.scatter(shard, shards, group=group, group_src=OWNER)
     return shard.narrow(layout.dim, 0, local.shape[layout.dim]).contiguous()
 
 

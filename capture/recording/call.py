@@ -40,13 +40,20 @@ class Call:
         return (int(self.mask.shape[0]), int(self.mask.shape[1]))
 
     def examples(
-        self, keep: npt.NDArray[np.bool_] | None, columns: Mapping[str, Column]
-    ) -> tuple[list[Example], list[npt.NDArray[np.int64]]]:
-        """Return the call's examples, and for each the padded positions of its tokens.
+        self,
+        keep: npt.NDArray[np.bool_] | None,
+        columns: Mapping[str, Column],
+        *,
+        first_example: int = 0,
+        first_row: int = 0,
+    ) -> tuple[list[Example], list[ExampleRows]]:
+        """Return the call's examples, and their rows; examples without rows are numbered too.
 
         Args:
             keep: Which positions become rows, (examples, positions); None keeps every token.
             columns: One value per example, by name; the values of tensors and arrays lie along the first axis.
+            first_example: Number of the first example.
+            first_row: Number of its first row.
 
         Raises:
             CaptureError: `keep` or a column does not fit the call.
@@ -66,15 +73,20 @@ class Call:
                 raise CaptureError(
                     f"column {name!r} has {len(values)} values for {len(self.mask)} examples: give one per example"
                 )
-        examples, padded = [], []
+        examples, rows = list[Example](), list[ExampleRows]()
         for b, mask in enumerate(self.mask):
             at = np.flatnonzero(mask)
-            tokens = np.full(len(at), NO_TOKEN, np.int32) if self.input_ids is None else self.input_ids[b, at]
+            ids = np.full(len(at), NO_TOKEN, np.int32) if self.input_ids is None else self.input_ids[b, at]
             positions = np.flatnonzero(kept[b, at]).astype(np.int32)
-            row = {name: values[b] for name, values in plain.items()}
-            examples.append(Example(input_ids=tokens, positions=positions, columns=row))
-            padded.append(at.astype(np.int64))
-        return examples, padded
+            number, padded = first_example + b, at.astype(np.int64)
+            examples.append(
+                Example(input_ids=ids, positions=positions, columns={name: values[b] for name, values in plain.items()})
+            )
+            rows.append(
+                ExampleRows(example=number, first_row=first_row, input_ids=ids, positions=positions, padded=padded)
+            )
+            first_row += len(positions)
+        return examples, rows
 
 
 def read_call(names: Iterable[str], args: Sequence[object], kwargs: Mapping[str, object]) -> Call:
@@ -110,25 +122,6 @@ def read_call(names: Iterable[str], args: Sequence[object], kwargs: Mapping[str,
             "entry per token. To record generated text, generate first, then call the model on the full sequences."
         )
     return Call(input_ids=first.cpu().numpy().astype(np.int32), mask=mask.cpu().numpy() > 0)
-
-
-def example_rows(
-    examples: Sequence[Example], padded: Sequence[npt.NDArray[np.int64]], first_example: int, first_row: int
-) -> list[ExampleRows]:
-    """Number a call's examples and rows from `first_example` and `first_row` on; examples without rows are counted."""
-    rows = []
-    for number, (example, at) in enumerate(zip(examples, padded, strict=True), start=first_example):
-        rows.append(
-            ExampleRows(
-                example=number,
-                first_row=first_row,
-                input_ids=example.input_ids,
-                positions=example.positions,
-                padded=at,
-            )
-        )
-        first_row += len(example.positions)
-    return rows
 
 
 class SameCalls:

@@ -19,7 +19,7 @@ from residua.capture.identity.sidecars import Sidecars, save_tokenizer, write_si
 from residua.capture.layout.layouts import Layout
 from residua.capture.layout.local_shards import LocalShards, full_row_shape
 from residua.capture.layout.process_layout import ProcessLayout
-from residua.capture.recording.call import Call, Column, example_rows
+from residua.capture.recording.call import Call, Column
 from residua.capture.recording.row_writer import RowWriter
 from residua.capture.runtime.collectives import is_alone, on_rank
 from residua.capture.runtime.devices import runs_on_cuda
@@ -111,8 +111,7 @@ class GrowingArchive:
 
     def begin(self, call: Call, keep: npt.NDArray[np.bool_] | None, columns: Mapping[str, Column]) -> None:
         """Number the rows of a call, and prepare buffers for them."""
-        examples, padded = call.examples(keep, columns)
-        rows = example_rows(examples, padded, self._n_examples, self._n_rows)
+        examples, rows = call.examples(keep, columns, first_example=self._n_examples, first_row=self._n_rows)
         if self._examples is not None:
             for example in examples:
                 self._examples.add(example)

@@ -4,7 +4,7 @@ Recording is built on `reading`: a callback gets each site's tensor, with the sa
 return a replacement.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 
 import torch
@@ -20,6 +20,11 @@ from residua.store.base.errors import CaptureError
 
 TapFunction = Callable[[str, Tensor], Tensor | None]
 """Takes a site's name and its tensor; the result replaces the tensor unless it is None."""
+
+
+def and_more(sites: Sequence[object]) -> str:
+    """Return the end of a message about the first of some sites: how many others it is true of."""
+    return f" The same holds for {len(sites) - 1} more sites." if len(sites) > 1 else ""
 
 
 class Taps:
@@ -70,8 +75,7 @@ class Taps:
             )
         wrong = [not_once(self.sites[name], count) for name, count in fired.items() if count != 1]
         if wrong:
-            more = f" The same holds for {len(wrong) - 1} more sites." if len(wrong) > 1 else ""
-            raise CaptureError(wrong[0] + more)
+            raise CaptureError(wrong[0] + and_more(wrong))
 
     def _emit(self, info: SiteInfo, tensor: Tensor) -> Tensor | None:
         self._fired[info.name] += 1

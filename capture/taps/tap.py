@@ -28,7 +28,7 @@ from residua.capture.sites.reference_model import may_be_distributed, unsharded_
 from residua.capture.sites.site import SiteInfo
 from residua.capture.taps.full_tensor import FullTensors, run_locally
 from residua.capture.taps.pipeline_gradients import carrying_gradients
-from residua.capture.taps.reading import TapFunction
+from residua.capture.taps.reading import TapFunction, and_more
 from residua.store.base.errors import CaptureError, PlanError, few
 
 
@@ -169,18 +169,14 @@ class Tap:
             raise CaptureError(
                 f"Site {unmet[0].name!r}{on_rank()} ({unmet[0].where}) was never met while the model ran. Name a "
                 "module that the model calls (a call of its forward does not count); if torch.compile returned another "
-                f"model, tap that.{_and_more(unmet)}"
+                f"model, tap that.{and_more(unmet)}"
             )
         waiting = [info for name, info in self.sites.items() if name in self._awaited]
         if waiting:
             raise CaptureError(
                 f"Site {waiting[0].name!r}{on_rank()} ({waiting[0].where}) never had a gradient. Call backward() "
-                f"inside the context, on a loss that depends on the site.{_and_more(waiting)}"
+                f"inside the context, on a loss that depends on the site.{and_more(waiting)}"
             )
-
-
-def _and_more(sites: list[SiteInfo]) -> str:
-    return f" The same holds for {len(sites) - 1} more sites." if len(sites) > 1 else ""
 
 
 @contextmanager

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from residua.capture.recording.call import NO_TOKEN, Call, example_rows, read_call
+from residua.capture.recording.call import NO_TOKEN, Call, read_call
 from residua.store.base.errors import CaptureError
 
 IDS = torch.tensor([[5, 6, 7, 8], [0, 0, 9, 10]])
@@ -51,9 +51,9 @@ def test_without_tokens_an_example_is_a_row(image: torch.Tensor) -> None:
     call = read_call(("scale", "pixels"), (torch.tensor(0.5), image), {})
     assert call.input_ids is None
     assert call.mask.tolist() == [[True]] * 3
-    examples, padded = call.examples(None, {})
+    examples, rows = call.examples(None, {})
     assert [example.input_ids.tolist() for example in examples] == [[NO_TOKEN]] * 3
-    assert [at.tolist() for at in padded] == [[0]] * 3
+    assert [row.padded.tolist() for row in rows] == [[0]] * 3
 
 
 @pytest.mark.parametrize(
@@ -78,10 +78,10 @@ def test_a_mask_of_another_shape_is_refused(mask: Any) -> None:
 def test_examples_lose_their_padding_and_keep_their_columns() -> None:
     call = read_call(NAMES, (IDS, MASK), {})
     keep = np.array([[True, False, False, True], [True, True, False, True]])
-    examples, padded = call.examples(keep, {"label": ["a", "b"], "score": torch.tensor([1.5, 2.5])})
+    examples, rows = call.examples(keep, {"label": ["a", "b"], "score": torch.tensor([1.5, 2.5])})
     assert [example.input_ids.tolist() for example in examples] == [[5, 6, 7, 8], [9, 10]]
     assert [example.positions.tolist() for example in examples] == [[0, 3], [1]], "padding never becomes a row"
-    assert [at.tolist() for at in padded] == [[0, 1, 2, 3], [2, 3]]
+    assert [row.padded.tolist() for row in rows] == [[0, 1, 2, 3], [2, 3]]
     assert [example.columns for example in examples] == [{"label": "a", "score": 1.5}, {"label": "b", "score": 2.5}]
 
 
@@ -106,8 +106,8 @@ def test_a_column_needs_one_value_per_example() -> None:
 
 
 def test_examples_are_numbered_on_and_those_without_rows_count() -> None:
-    call = Call(input_ids=IDS.numpy().astype(np.int32), mask=np.array([[False] * 4, [True] * 4]))
-    examples, padded = call.examples(None, {})
-    rows = example_rows(examples, padded, 7, 100)
+    ids, mask = IDS.numpy().astype(np.int32), np.array([[False] * 4, [True] * 4])
+    _, rows = Call(input_ids=ids, mask=mask).examples(None, {}, first_example=7, first_row=100)
     assert [(row.example, row.first_row, len(row.positions)) for row in rows] == [(7, 100, 0), (8, 100, 4)]
-    assert [row.first_row for row in example_rows(examples[::-1], padded[::-1], 0, 5)] == [5, 9]
+    _, rows = Call(input_ids=ids, mask=mask[::-1]).examples(None, {}, first_row=5)
+    assert [row.first_row for row in rows] == [5, 9]
