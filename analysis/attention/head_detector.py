@@ -27,7 +27,6 @@ from residua.analysis.attention.jobs import (
 from residua.analysis.attention.token_matches import Match, duplicate_token, left_out, prefix, previous_token, without
 from residua.analysis.attention.weights import ExampleSums, Floats
 from residua.analysis.support.cluster import Cluster
-from residua.analysis.support.open_archives import opened
 from residua.store.base.errors import AnalysisError
 from residua.store.read.archive import Archive
 
@@ -93,15 +92,8 @@ def _detect(job: AttentionJob, *, name: HeadName, measure: ErrorMeasure, bos: bo
         }[name]
         return without(detection, excluded), excluded
 
-    table = opened(job.path).example_table
-    for example in range(job.first, job.last):
-        first, last = table.rows(example)
-        if last - first < len(table.tokens(example)):
-            raise AnalysisError(
-                f"example {example} of {job.path} keeps {last - first} of its {len(table.tokens(example))} positions, "
-                "but the head detector compares full patterns: capture all positions"
-            )
-    scores = [_mul(sums) if measure == "mul" else _abs(sums) for sums in example_sums(job, matches)]
+    measured = _mul if measure == "mul" else _abs
+    scores = [measured(sums) for sums in example_sums(job, matches, need_all=True)]
     summed: Floats = np.sum(scores, axis=0)
     return summed
 

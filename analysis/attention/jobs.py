@@ -141,12 +141,15 @@ def head_table(scores: Mapping[int, Mapping[str, Sequence[float | None]]]) -> pa
     return pa.concat_tables(layers).combine_chunks()
 
 
-def example_sums(job: AttentionJob, matches: Callable[[int, Tensor], Sequence[Match]]) -> Iterator[ExampleSums]:
+def example_sums(
+    job: AttentionJob, matches: Callable[[int, Tensor], Sequence[Match]], *, need_all: bool = False
+) -> Iterator[ExampleSums]:
     """Yield the sums of each example of a job.
 
     Args:
         job: The job.
         matches: Given the number of an example and its tokens (int64), returns which keys count.
+        need_all: Whether patterns need all positions too, as weights from queries and keys do.
 
     Raises:
         AnalysisError: The memory limit is too small, or an example lacks rows that its weights depend on.
@@ -157,10 +160,11 @@ def example_sums(job: AttentionJob, matches: Callable[[int, Tensor], Sequence[Ma
     for example in range(job.first, job.last):
         rows = range(*table.rows(example))
         tokens = torch.from_numpy(table.tokens(example).astype("int64"))
-        if job.source == "qk" and len(rows) < len(tokens):
+        if (need_all or job.source == "qk") and len(rows) < len(tokens):
+            why = "scores of full patterns need all" if need_all else "attention weights need every key"
             raise AnalysisError(
-                f"example {example} of {archive.path} keeps {len(rows)} of its {len(tokens)} positions, but attention "
-                "weights need every key: capture all positions, special tokens too, or capture pattern sites"
+                f"example {example} of {archive.path} keeps {len(rows)} of its {len(tokens)} positions, but {why}: "
+                f"capture all positions, special tokens too{'' if need_all else ', or capture pattern sites'}"
             )
         positions = torch.from_numpy(table.positions(example).astype("int64"))
         yield weights.sums(ExampleRows(rows, positions, len(tokens)), matches(example, tokens))

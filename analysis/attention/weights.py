@@ -8,7 +8,6 @@ Axes: `H` heads, `Q` queries, `K` keys, `D` width of a head.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import NamedTuple, TypeAlias
 
 import numpy as np
@@ -21,14 +20,14 @@ from residua.store.base.errors import AnalysisError
 from residua.store.format.sidecars import AttentionSpec
 from residua.store.read.array import ArchiveArray
 
-Floats = npt.NDArray[np.float64]
+Floats: TypeAlias = npt.NDArray[np.float64]
+Counts: TypeAlias = npt.NDArray[np.int64]
 
 _MOST_ROWS = 256
 _LONGEST_SIDE = 256  # of a tile: larger tiles do not fit into the processor's cache
 _SHORTEST_SIDE = 8
 
 
-@dataclass(frozen=True, kw_only=True)
 class ExampleSums:
     """What the heads of one layer attend to in one example.
 
@@ -40,11 +39,19 @@ class ExampleSums:
         n_tokens: Tokens of the example.
     """
 
-    matched: Floats
-    total: Floats
-    n_queries: npt.NDArray[np.int64]
-    n_pairs: npt.NDArray[np.int64]
-    n_tokens: int
+    def __init__(self, n_matches: int, n_heads: int, n_tokens: int) -> None:
+        self.matched: Floats = np.zeros((n_matches, n_heads))
+        self.total: Floats = np.zeros(n_heads)
+        self.n_queries: Counts = np.zeros(n_matches, np.int64)
+        self.n_pairs: Counts = np.zeros(n_matches, np.int64)
+        self.n_tokens = n_tokens
+
+    def count(self, number: int, hits_QK: Tensor, seen: Tensor) -> tuple[Tensor, Tensor]:
+        """Count the pairs of match `number` in a tile, mark their queries in `seen`, and return the pairs."""
+        query, key = hits_QK.nonzero(as_tuple=True)
+        seen[number, query] = True
+        self.n_pairs[number] += len(query)
+        return query, key
 
 
 class ExampleRows(NamedTuple):
@@ -76,19 +83,19 @@ class StoredPattern:
 
     def sums(self, example: ExampleRows, matches: Sequence[Match]) -> ExampleSums:
         """Sum the weights of one example over the pairs that count, for each match by itself."""
-        tally = _Tally(len(matches), self._pattern.shape[1])
+        sums = ExampleSums(len(matches), self._pattern.shape[1], example.n_tokens)
         keys = torch.arange(example.n_tokens)[None]
         for start in range(0, len(example.rows), self._height):
             rows = example.rows[start : start + self._height]
             queries = example.positions[start : start + self._height, None]
             weights_QHK = self._pattern.torch(slice(rows.start, rows.stop))[:, :, : example.n_tokens]
-            tally.total += weights_QHK.sum((0, 2), dtype=torch.float64)
+            sums.total += weights_QHK.sum((0, 2), dtype=torch.float64).numpy()
             seen = torch.zeros(len(matches), len(rows), dtype=torch.bool)
             for number, match in enumerate(matches):
-                query, key = tally.count(number, match(queries, keys), seen)
-                tally.matched[number] += weights_QHK[query, :, key].sum(0, dtype=torch.float64)
-            tally.n_queries += seen.sum(1)
-        return tally.sums(example.n_tokens)
+                query, key = sums.count(number, match(queries, keys), seen)
+                sums.matched[number] += weights_QHK[query, :, key].sum(0, dtype=torch.float64).numpy()
+            sums.n_queries += seen.sum(1).numpy()
+        return sums
 
 
 class QueriesAndKeys:
@@ -126,13 +133,13 @@ class QueriesAndKeys:
 
     def sums(self, example: ExampleRows, matches: Sequence[Match]) -> ExampleSums:
         """Sum the weights of one example over the pairs that count, for each match by itself."""
-        tally = _Tally(len(matches), self._n_heads)
+        sums = ExampleSums(len(matches), self._n_heads, example.n_tokens)
         for start in range(0, example.n_tokens, self._side):
             queries = range(start, min(start + self._side, example.n_tokens))
-            self._add_queries(example, queries, matches, tally)
-        return tally.sums(example.n_tokens)
+            self._add_queries(example, queries, matches, sums)
+        return sums
 
-    def _add_queries(self, example: ExampleRows, queries: range, matches: Sequence[Match], tally: "_Tally") -> None:
+    def _add_queries(self, example: ExampleRows, queries: range, matches: Sequence[Match], sums: ExampleSums) -> None:
         running = _Softmax(self._spec, self._n_heads, len(queries), len(matches), self._dtype)
         seen = torch.zeros(len(matches), len(queries), dtype=torch.bool)
         query_HQD = self._query.rows(example.rows, queries).transpose(0, 1) * self._spec.scale
@@ -140,16 +147,16 @@ class QueriesAndKeys:
         for start in range(0, example.n_tokens, self._side):
             keys = range(start, min(start + self._side, example.n_tokens))
             position_1K = torch.arange(keys.start, keys.stop)[None]
-            pairs = [tally.count(n, match(position_Q1, position_1K), seen) for n, match in enumerate(matches)]
+            pairs = [sums.count(n, match(position_Q1, position_1K), seen) for n, match in enumerate(matches)]
             if self._sees(queries, keys):
                 score_HQK = self._scores(query_HQD, self._key.rows(example.rows, keys))
                 if not self._sees_all(queries, keys):
                     score_HQK.masked_fill_(~self._visible(position_Q1, position_1K), -torch.inf)
                 running.add(score_HQK, pairs)
         matched, total = running.sums()
-        tally.matched += matched
-        tally.total += total
-        tally.n_queries += seen.sum(1)
+        sums.matched += matched.numpy()
+        sums.total += total.numpy()
+        sums.n_queries += seen.sum(1).numpy()
 
     def _scores(self, query_HQD: Tensor, key_KHD: Tensor) -> Tensor:
         """Return the scores of a tile, (heads, queries, keys); all heads of a group use the same keys."""
@@ -227,33 +234,6 @@ class _Softmax:
         if self._sinks_HQ is not None:
             total_HQ = total_HQ + (self._sinks_HQ - self._highest_HQ).exp()
         return (self._matched / total_HQ).double().sum(-1), (self._sum_HQ / total_HQ).double().sum(-1)
-
-
-class _Tally:
-    """The sums of one example while they are added up; see `ExampleSums`."""
-
-    def __init__(self, n_matches: int, n_heads: int) -> None:
-        self.matched = torch.zeros(n_matches, n_heads, dtype=torch.float64)
-        self.total = torch.zeros(n_heads, dtype=torch.float64)
-        self.n_queries = torch.zeros(n_matches, dtype=torch.int64)
-        self._n_pairs = [0] * n_matches
-
-    def count(self, number: int, hits_QK: Tensor, seen: Tensor) -> tuple[Tensor, Tensor]:
-        """Count the pairs of match `number` in a tile, mark their queries in `seen`, and return the pairs."""
-        query, key = hits_QK.nonzero(as_tuple=True)
-        seen[number, query] = True
-        self._n_pairs[number] += len(query)
-        return query, key
-
-    def sums(self, n_tokens: int) -> ExampleSums:
-        """Return the sums of an example of `n_tokens` tokens."""
-        return ExampleSums(
-            matched=self.matched.numpy(),
-            total=self.total.numpy(),
-            n_queries=self.n_queries.numpy(),
-            n_pairs=np.array(self._n_pairs, np.int64),
-            n_tokens=n_tokens,
-        )
 
 
 Weights: TypeAlias = StoredPattern | QueriesAndKeys

@@ -56,11 +56,6 @@ class Control:
         permuted[labelled] = by_example[np.random.default_rng(seed).permutation(labelled)]
         return cls(permuted, True, seed)
 
-    @classmethod
-    def drawn(cls, sample: Floats, seed: int) -> "Control":
-        """Return labels drawn from `sample`, with replacement."""
-        return cls(sample, False, seed)
-
     def labels(self, rows: Numbers, examples: Numbers) -> Floats:
         """Return the labels of a piece of rows and their examples; the same piece always gets the same labels."""
         if self.is_per_example:

@@ -7,7 +7,7 @@ import numpy as np
 import numpy.typing as npt
 
 from residua.analysis.probes.controls import Split
-from residua.analysis.probes.target import Target, TargetSummary
+from residua.analysis.probes.target import TargetSummary, read_target
 from residua.analysis.rows.blocks import Block
 from residua.analysis.rows.columns import examples_of
 from residua.analysis.rows.site_rows import pieces, width_of
@@ -54,7 +54,7 @@ class ProbeRows:
     def __init__(self, job: Job) -> None:
         self._job = job
         self._archive = opened(job.path)
-        self._target = Target(self._archive, job.target)
+        self._target = read_target(self._archive, job.target)
         self.width = width_of(self._archive, job.site)
         row_bytes = self.width * max(4, self._archive[job.site].dtype.itemsize) + 40
         self._keeps = sum(job.summary.n_rows) * row_bytes <= job.memory // 4

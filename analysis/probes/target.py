@@ -11,8 +11,10 @@ them. It reads only the rows' columns and the example table.
 """
 
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal, TypeAlias
+from functools import partial
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -37,64 +39,36 @@ _ROW_COLUMNS = ("token", "position", "example")
 _FEW = 16  # a target with at most this many different whole numbers is a classification
 
 
-class Target:
-    """The values of a target, by rows.
-
-    Args:
-        archive: The archive.
-        text: The target; see the module's head.
+class Target(NamedTuple):
+    """The values of a target.
 
     Attributes:
-        names: What the numbers returned by `values` stand for; None if they are the values themselves.
+        values: Given row numbers, ascending and close together, returns their values, (rows,): int64, or float64 with
+            NaN where there is no value.
+        names: What these numbers stand for; None if they are the values themselves.
+    """
+
+    values: Callable[[Numbers], Values]
+    names: Names
+
+
+def read_target(archive: Archive, text: str) -> Target:
+    """Return the target that `text` selects; see the module's head.
 
     Raises:
         AnalysisError: There is no such column, it has values that cannot be predicted, or the text cannot be read.
     """
+    if text in _ROW_COLUMNS:
+        return Target(partial(row_numbers, archive, text), None)
+    if text in archive.example_table.column_types() or text in ("n_tokens", "n_rows"):
+        return _column_target(archive, text)
+    condition = _condition(archive, text)
 
-    def __init__(self, archive: Archive, text: str) -> None:
-        self._archive = archive
-        self._text = text
-        self._condition: RowFilter | None = None
-        self._column: _Column | None = None
-        self.names: Names = None
-        if text in _ROW_COLUMNS:
-            return
-        if text in archive.example_table.column_types() or text in ("n_tokens", "n_rows"):
-            self._column = _read_column(archive, text)
-            self.names = self._column.names
-        else:
-            self._condition = _condition(archive, text)
-            self.names = (False, True)
+    def holds(rows: Numbers) -> Values:
+        first = int(rows[0])
+        return condition.mask(archive, first, int(rows[-1]) + 1)[rows - first].astype(np.int64)
 
-    def values(self, rows: Numbers) -> Values:
-        """Return the values of `rows`, (rows,): int64, or float64 with NaN where there is no value.
-
-        Args:
-            rows: Row numbers, ascending and close together.
-        """
-        archive, column = self._archive, self._column
-        if self._condition is not None:
-            first = int(rows[0])
-            mask = self._condition.mask(archive, first, int(rows[-1]) + 1)[rows - first]
-            return np.asarray(mask.astype(np.int64))
-        if column is None:
-            return row_numbers(archive, self._text, rows)
-        examples = examples_of(archive, rows)
-        if column.starts is None:
-            return np.asarray(column.values[examples])
-        positions = positions_of(archive, rows)
-        if (positions >= archive.example_table.index().n_tokens[examples]).any():
-            raise DamagedArchiveError(f"{archive.path}/rows/position has positions beyond the end of their example")
-        return np.asarray(column.values[column.starts[examples] + positions])
-
-
-@dataclass(frozen=True)
-class _Column:
-    """A column of the example table; if an example has one value a token, `starts` says where its values begin."""
-
-    values: Values
-    names: Names
-    starts: Numbers | None
+    return Target(holds, (False, True))
 
 
 def _condition(archive: Archive, text: str) -> RowFilter:
@@ -111,10 +85,11 @@ def _condition(archive: Archive, text: str) -> RowFilter:
     return condition
 
 
-def _read_column(archive: Archive, name: str) -> _Column:
+def _column_target(archive: Archive, name: str) -> Target:
     column = archive.example_table.table([name])[name].combine_chunks()
     if not (pa.types.is_list(column.type) or pa.types.is_large_list(column.type)):
-        return _Column(*_numbers(name, column), None)
+        of_examples, names = _numbers(name, column)
+        return Target(lambda rows: np.asarray(of_examples[examples_of(archive, rows)]), names)
     found = pc.call_function("list_value_length", [column]).fill_null(0)
     lengths = found.to_numpy(zero_copy_only=False).astype(np.int64)
     n_tokens = archive.example_table.index().n_tokens
@@ -124,7 +99,16 @@ def _read_column(archive: Archive, name: str) -> _Column:
             f"column {name!r} holds lists, which must have one value a token, but example {wrong[0]} has "
             f"{lengths[wrong[0]]:,} values and {n_tokens[wrong[0]]:,} tokens: choose another column"
         )
-    return _Column(*_numbers(name, column.flatten()), np.cumsum(lengths) - lengths)
+    of_tokens, names = _numbers(name, column.flatten())
+    starts = np.cumsum(lengths) - lengths
+
+    def by_token(rows: Numbers) -> Values:
+        examples, positions = examples_of(archive, rows), positions_of(archive, rows)
+        if (positions >= n_tokens[examples]).any():
+            raise DamagedArchiveError(f"{archive.path}/rows/position has positions beyond the end of their example")
+        return np.asarray(of_tokens[starts[examples] + positions])
+
+    return Target(by_token, names)
 
 
 def _numbers(name: str, column: Any) -> tuple[Values, Names]:
@@ -199,7 +183,7 @@ def summarise(
         AnalysisError: The target cannot be predicted because values are missing, all are equal, or there are too many
             classes; or no example is held out.
     """
-    target = Target(archive, text)
+    target = read_target(archive, text)
     selected = None if where is None else RowFilter.parse(where)
     labels = _Labels(archive, text, split, most_classes, sample_rows)
     for block in blocks(archive):
@@ -313,4 +297,4 @@ class _Labels:
     def control(self) -> Control:
         if self._is_per_example:
             return Control.permuted(self._by_example, self._split.seed)
-        return Control.drawn(self._sample[1], self._split.seed)
+        return Control(self._sample[1], is_per_example=False, seed=self._split.seed)

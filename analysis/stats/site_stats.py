@@ -1,15 +1,19 @@
-"""Statistics of one site: sums over its rows, which merge in any number of pieces, and what follows from them.
+"""Sums over the rows of a site, which merge in any number of pieces, and the statistics that follow from them.
 
 Sums are float64 and centred on the mean of each piece. They are merged by the formulas of Chan, Golub and LeVeque
 (1979) and, for third and fourth powers, of Pébay (2008, Sandia report SAND2008-6212).
 """
 
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, Self
+from os import PathLike
+from pathlib import Path
+from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.parquet as pq
+from safetensors.numpy import save_file
 
 from residua.analysis.support.moments import Moments
 
@@ -28,6 +32,41 @@ SITES = pa.schema(
 )
 
 Floats = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stats:
+    """Statistics of the sites of an archive. A row with a NaN or an infinity is counted, and left out of the rest.
+
+    Attributes:
+        sites: One line a site: site, width, n_rows, n_nonfinite (values), n_nonfinite_rows; mean, variance and kurtosis
+            of all its values; row_kurtosis (mean over rows of the kurtosis of a row's values: 3 if they are normally
+            distributed, more if a few channels are large; Elhage et al. 2023, "Privileged Bases in the Transformer
+            Residual Stream"); norm_mean, norm_std, norm_max (Euclidean norm of a row);
+            outlier_channels (root mean square over 6 times the median channel's, largest first);
+            component_shares (of the total variance, by principal component; null without components).
+        channels: One line a site and channel: site, channel, mean, variance, kurtosis, min, max, rms, rms_ratio (to
+            the median channel's).
+        positions: One line a site and position: site, position, n_rows, norm_mean, norm_std.
+        components: Principal directions by site, (components, width) float64, of length 1, most variance first; the
+            entry of largest magnitude is positive.
+    """
+
+    sites: pa.Table
+    channels: pa.Table
+    positions: pa.Table
+    components: dict[str, npt.NDArray[np.float64]]
+
+    def save(self, folder: str | PathLike[str]) -> None:
+        """Write sites.parquet, channels.parquet, positions.parquet and components.safetensors into `folder`.
+
+        The folder is created if it does not exist.
+        """
+        place = Path(folder)
+        place.mkdir(parents=True, exist_ok=True)
+        for name in ("sites", "channels", "positions"):
+            pq.write_table(getattr(self, name), place / f"{name}.parquet")
+        save_file(self.components, place / "components.safetensors")
 
 
 class SiteSums:
@@ -159,23 +198,7 @@ def _kurtosis_within(rows: Floats) -> Floats:
     return _ratio(fourth, second**2)
 
 
-class SiteStats(NamedTuple):
-    """Statistics of one site; `residua.analysis.stats.stats.Stats` describes the tables.
-
-    Attributes:
-        line: The site's line of the table of sites.
-        channels: One line a channel.
-        positions: One line a position.
-        components: Principal directions, (components, width) float64, or None.
-    """
-
-    line: dict[str, Any]
-    channels: pa.Table
-    positions: pa.Table
-    components: Floats | None
-
-
-def site_stats(site: str, sums: SiteSums, n_components: int) -> SiteStats:
+def site_stats(site: str, sums: SiteSums, n_components: int) -> Stats:
     """Return the statistics of `site`; at least one of its rows must be finite."""
     moments = sums.moments
     n_rows = moments.n
@@ -206,8 +229,12 @@ def site_stats(site: str, sums: SiteSums, n_components: int) -> SiteStats:
         "outlier_channels": outliers[np.argsort(-rms[outliers], kind="stable")].tolist(),
         "component_shares": shares,
     }
-    by_channel = _table(site, {"channel": np.arange(len(rms)), **channels})
-    return SiteStats(line, by_channel, _by_position(site, sums.positions), components)
+    return Stats(
+        sites=pa.Table.from_pylist([line], schema=SITES),
+        channels=_table(site, {"channel": np.arange(len(rms)), **channels}),
+        positions=_by_position(site, sums.positions),
+        components={} if components is None else {site: components},
+    )
 
 
 def _pooled(mean: Floats, second: Floats, third: Floats, fourth: Floats) -> dict[str, float]:

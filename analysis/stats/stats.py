@@ -6,21 +6,14 @@ for bit, in one process and on any cluster.
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from os import PathLike
-from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
-import pyarrow.parquet as pq
-from safetensors.numpy import save_file
 
 from residua.analysis.rows.blocks import Block, blocks
 from residua.analysis.rows.columns import positions_of
 from residua.analysis.rows.site_rows import pieces, runs, width_of
-from residua.analysis.stats.site_stats import SITES, SiteSums, site_stats
+from residua.analysis.stats.site_stats import SiteSums, Stats, site_stats
 from residua.analysis.support.cluster import Cluster, OrderedSum, or_inline
 from residua.analysis.support.open_archives import address, opened
 from residua.store.base.errors import AnalysisError
@@ -28,41 +21,6 @@ from residua.store.read.archive import Archive
 
 _ROWS_PER_CHANNEL = 32  # of a task, so that the covariance it returns is small compared with what it reads
 _COVARIANCES = 8  # that a worker holds at most: the sum, one piece, a product, and as much again for copies
-
-
-@dataclass(frozen=True, kw_only=True)
-class Stats:
-    """Statistics of the sites of an archive. A row with a NaN or an infinity is counted, and left out of the rest.
-
-    Attributes:
-        sites: One line a site: site, width, n_rows, n_nonfinite (values), n_nonfinite_rows; mean, variance and kurtosis
-            of all its values; row_kurtosis (mean over rows of the kurtosis of a row's values: 3 if they are normally
-            distributed, more if a few channels are large; Elhage et al. 2023, "Privileged Bases in the Transformer
-            Residual Stream"); norm_mean, norm_std, norm_max (Euclidean norm of a row);
-            outlier_channels (root mean square over 6 times the median channel's, largest first);
-            component_shares (of the total variance, by principal component; null without components).
-        channels: One line a site and channel: site, channel, mean, variance, kurtosis, min, max, rms, rms_ratio (to
-            the median channel's).
-        positions: One line a site and position: site, position, n_rows, norm_mean, norm_std.
-        components: Principal directions by site, (components, width) float64, of length 1, most variance first; the
-            entry of largest magnitude is positive.
-    """
-
-    sites: pa.Table
-    channels: pa.Table
-    positions: pa.Table
-    components: dict[str, npt.NDArray[np.float64]]
-
-    def save(self, folder: str | PathLike[str]) -> None:
-        """Write sites.parquet, channels.parquet, positions.parquet and components.safetensors into `folder`.
-
-        The folder is created if it does not exist.
-        """
-        place = Path(folder)
-        place.mkdir(parents=True, exist_ok=True)
-        for name in ("sites", "channels", "positions"):
-            pq.write_table(getattr(self, name), place / f"{name}.parquet")
-        save_file(self.components, place / "components.safetensors")
 
 
 class _Job(NamedTuple):
@@ -112,10 +70,10 @@ def stats(
     found = {name: site_stats(name, sums, components) for name, sums in _summed(jobs, cluster)}
     ordered = [found[name] for name in names]
     return Stats(
-        sites=pa.Table.from_pylist([site.line for site in ordered], schema=SITES),
+        sites=pa.concat_tables([site.sites for site in ordered]),
         channels=pa.concat_tables([site.channels for site in ordered]),
         positions=pa.concat_tables([site.positions for site in ordered]),
-        components={site.line["site"]: site.components for site in ordered if site.components is not None},
+        components={name: directions for site in ordered for name, directions in site.components.items()},
     )
 
 

@@ -117,7 +117,7 @@ def plot_norms(path: str | PathLike[str], positions: pa.Table) -> None:
 
     Args:
         path: File to write.
-        positions: The `positions` table of `residua.analysis.stats.stats.Stats`.
+        positions: The `positions` table of `residua.analysis.stats.site_stats.Stats`.
     """
     names = positions["site"].combine_chunks().dictionary_encode()
     sites, at = names.dictionary.to_pylist(), positions["position"].to_numpy()

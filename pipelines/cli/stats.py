@@ -18,7 +18,7 @@ from residua.pipelines.cli.report import print_json, table
 from residua.store.base.errors import few
 
 if TYPE_CHECKING:
-    from residua.analysis.stats.stats import Stats
+    from residua.analysis.stats.site_stats import Stats
 
 
 def add(commands: Any) -> None:

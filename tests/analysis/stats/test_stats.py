@@ -9,7 +9,8 @@ import pyarrow.parquet as pq
 import pytest
 from safetensors.numpy import load_file
 
-from residua.analysis.stats.stats import Stats, stats
+from residua.analysis.stats.site_stats import Stats
+from residua.analysis.stats.stats import stats
 from residua.analysis.support.cluster import connect
 from residua.analysis.support.moments import Moments
 from residua.store.base.errors import AnalysisError
