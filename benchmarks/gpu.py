@@ -28,7 +28,7 @@ from residua.capture.buffers.host_buffers import ShardFiller
 from residua.capture.buffers.row_index import ExampleRows, batch_rows
 from residua.capture.forward.inputs import forward_kwargs
 from residua.capture.recording.record import record
-from residua.capture.scheduling.work_queue import LocalQueue
+from residua.capture.scheduling.work_queue import WorkQueue
 from residua.store.examples.index import Example
 from residua.store.examples.schedule import Schedule
 from residua.store.examples.writer import ExampleWriter
@@ -132,9 +132,9 @@ def cost(sizes: Sizes, device: torch.device, folder: Path, rounds: int, threads:
     def captured(_: int) -> None:
         began = time.perf_counter()
 
-        def work(schedule: Schedule) -> LocalQueue:
+        def work(schedule: Schedule) -> WorkQueue:
             startups.append(time.perf_counter() - began)
-            return LocalQueue(schedule.n_shards)
+            return iter([range(schedule.n_shards)])
 
         record(model, out, sizes.plan(), work=work, threads=threads)
         idle(device)

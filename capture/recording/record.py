@@ -23,7 +23,7 @@ from residua.capture.recording.stats import RecordStats
 from residua.capture.replay.engine import CapturedReplay
 from residua.capture.runtime.collectives import in_step
 from residua.capture.runtime.devices import runs_on_cuda
-from residua.capture.scheduling.work_queue import LocalQueue, Run, WorkQueue, runs_of
+from residua.capture.scheduling.work_queue import Run, WorkQueue, runs_of
 from residua.capture.sites.names_to_modules import resolve_sites
 from residua.capture.taps.reading import Taps
 from residua.store.examples.schedule import Batch, Schedule
@@ -98,7 +98,7 @@ def record(
     stats = partial(_stats, runner, rows, time.perf_counter())
 
     with rows, torch.inference_mode(), taps.attached() if replaying is None else nullcontext():
-        queue = LocalQueue(schedule.n_shards) if work is None else work(schedule)
+        queue = iter([range(schedule.n_shards)]) if work is None else work(schedule)
         runs = runs_of(queue, partial(committed_shards, archive))
         if process_layout is not None:
             runs = process_layout.worker_group.in_lockstep(runs, waits=agree is None)

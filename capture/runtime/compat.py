@@ -38,11 +38,6 @@ WRAPPED_CHILDREN = ("_fsdp_wrapped_module", "_fpw_module", "_checkpoint_wrapped_
 them has a public name for it."""
 
 
-def uncompiled(compiled: CompiledModule) -> nn.Module:
-    """Return the module that `torch.compile` wrapped; torch has no public attribute for it."""
-    return compiled._orig_mod
-
-
 def is_compiled_in_place(module: nn.Module) -> bool:
     """Return whether `module.compile()` was called; torch has no public attribute for it."""
     return module._compiled_call_impl is not None

@@ -80,11 +80,6 @@ def _below(module: nn.Module, path: str, seen: set[int]) -> Iterator[tuple[str, 
             yield from _below(child, f"{path}{name}.", seen)
 
 
-def uncompiled(model: ModelT) -> ModelT:
-    """Return the module that `torch.compile` wrapped, or `model` itself."""
-    return cast("ModelT", compat.uncompiled(model)) if isinstance(model, compat.CompiledModule) else model
-
-
 def is_compiled(model: nn.Module) -> bool:
     """Return whether `model` or a module in it is compiled, by `torch.compile` or in place."""
     return any(
@@ -158,12 +153,13 @@ def replica_of(model: ModelT) -> ModelT:
     Raises:
         PlanError: Another wrapper shards the model over processes.
     """
-    inner: nn.Module = uncompiled(model)
-    while isinstance(inner, DistributedDataParallel) or type(inner).__name__ == "DeepSpeedEngine":
-        inner = uncompiled(inner.get_submodule("module"))
-    if inside(inner) is not None:
-        raise PlanError(
-            f"the model is wrapped in {type(inner).__name__}: capture with the model inside, or shard it with FSDP2 "
-            "(fully_shard), which wraps nothing"
-        )
+    inner: nn.Module = model
+    while (wrapped := inside(inner)) is not None:
+        is_transparent = isinstance(inner, compat.CompiledModule | DistributedDataParallel)
+        if not is_transparent and type(inner).__name__ != "DeepSpeedEngine":
+            raise PlanError(
+                f"the model is wrapped in {type(inner).__name__}: capture the model inside, or shard it with FSDP2 "
+                "(fully_shard), which wraps nothing"
+            )
+        inner = wrapped
     return cast("ModelT", inner)

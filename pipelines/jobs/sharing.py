@@ -17,7 +17,7 @@ from residua.capture.layout.process_layout import spans_processes, worker_group_
 from residua.capture.runtime.collectives import Agreement, failed_together, in_step
 from residua.capture.runtime.sharded import is_sharded, is_zero3
 from residua.capture.scheduling.membership import Membership
-from residua.capture.scheduling.work_queue import LocalQueue, SharedQueue, runs_of
+from residua.capture.scheduling.work_queue import WorkQueue, runs_of, shared_queue
 from residua.capture.scheduling.worker_group import WorkerGroup
 from residua.pipelines.jobs.workers import Progress, missing_work, plan_once
 from residua.store.base.canonical import differences, flatten
@@ -81,8 +81,9 @@ class SharedWork:
         """
         before = frozenset(done())
         everything = [range(unit, unit + 1) for unit in range(n)]
-        work = LocalQueue(n) if self._membership is None else SharedQueue(self._membership, everything, done)
-        runs = runs_of(work, lambda: before)
+        alone: WorkQueue = iter([range(n)])
+        queue = alone if self._membership is None else shared_queue(self._membership, everything, done)
+        runs = runs_of(queue, lambda: before)
         if self._worker_group is not None:
             runs = self._worker_group.in_lockstep(runs, waits=self._agree is None)
         for run in runs:

@@ -24,7 +24,7 @@ from residua.capture.layout.process_layout import ProcessLayout, process_layout_
 from residua.capture.recording.stats import RecordStats, total
 from residua.capture.runtime.compat import PrefixStore
 from residua.capture.scheduling.membership import START_SECONDS, Membership
-from residua.capture.scheduling.work_queue import LocalQueue, SharedQueue, WorkQueue
+from residua.capture.scheduling.work_queue import WorkQueue, shared_queue
 from residua.capture.sites.site import SiteInfo
 from residua.pipelines.jobs.rendezvous import rendezvous
 from residua.pipelines.setup.settings import CaptureSettings
@@ -191,9 +191,9 @@ class Workers:
     def work(self, archive: Path, schedule: Schedule) -> WorkQueue:
         """Return the shards that this worker is to do."""
         if self._membership is None:
-            return LocalQueue(schedule.n_shards)
+            return iter([range(schedule.n_shards)])
         runs = schedule.runs(max(_LEAST_WORKERS, self._n_replicas))
-        return SharedQueue(self._membership, runs, partial(committed_shards, archive))
+        return shared_queue(self._membership, runs, partial(committed_shards, archive))
 
     def so_far(self, stats: RecordStats) -> RecordStats:
         """Report this worker's figures; return on worker 0 the figures of all workers, elsewhere `stats`."""

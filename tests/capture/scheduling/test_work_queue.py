@@ -8,7 +8,7 @@ import pytest
 
 from residua.capture.runtime.compat import TCPStore
 from residua.capture.scheduling.membership import Membership
-from residua.capture.scheduling.work_queue import SharedQueue
+from residua.capture.scheduling.work_queue import WorkQueue, shared_queue
 from residua.store.base.errors import CaptureError
 from residua.store.format.commits import committed_shards
 
@@ -31,28 +31,20 @@ def commit(archive: Path, *shards: int) -> None:
         (archive / "commits" / f"{shard:08d}-0000.json").touch()
 
 
-def queue_of(membership: Membership, archive: Path) -> SharedQueue:
-    return SharedQueue(membership, RUNS, partial(committed_shards, archive))
-
-
-def look_again(queue: SharedQueue) -> range | None:
-    queue._next_look = 0.0
-    return queue.take()
+def queue_of(membership: Membership, archive: Path) -> WorkQueue:
+    return shared_queue(membership, RUNS, partial(committed_shards, archive), max_wait_seconds=0)
 
 
 def test_every_run_is_given_once_and_it_is_over_when_all_is_committed(store: TCPStore, archive: Path) -> None:
     with Membership(store, 0, 2) as one, Membership(store, 1, 2) as two:
         first, second = queue_of(one, archive), queue_of(two, archive)
-        assert [first.take(), second.take(), first.take()] == RUNS
-        assert first.take() is None
-        assert second.take() is None
-        assert not first.is_over()
+        assert [next(first), next(second), next(first)] == RUNS
+        assert next(first) is None
+        assert next(second) is None
         commit(archive, *range(5))
-        assert look_again(second) is None
-        assert not second.is_over()
+        assert next(second) is None
         commit(archive, 5)
-        assert look_again(second) is None
-        assert second.is_over()
+        assert next(second, "over") == "over"
 
 
 def test_what_is_not_committed_of_a_worker_that_left_is_taken_over_once(store: TCPStore, archive: Path) -> None:
@@ -60,53 +52,53 @@ def test_what_is_not_committed_of_a_worker_that_left_is_taken_over_once(store: T
         three = Membership(store, 2, 3)
         with three:
             leaving = queue_of(three, archive)
-            assert [leaving.take(), leaving.take(), leaving.take()] == RUNS
+            assert [next(leaving), next(leaving), next(leaving)] == RUNS
             first = queue_of(one, archive)
-            assert first.take() is None, "its owner lives"
+            assert next(first) is None, "its owner lives"
             three.report_now(state="left")
         commit(archive, 0, 1, 2, 3)
         second = queue_of(two, archive)
-        assert look_again(first) == RUNS[1], "half of it is missing"
-        assert second.take() == RUNS[2]
-        assert look_again(first) is None
-        assert look_again(second) is None
+        assert next(first) == RUNS[1], "half of it is missing"
+        assert next(second) == RUNS[2]
+        assert next(first) is None
+        assert next(second) is None
 
 
 def test_a_worker_without_heartbeats_is_lost(store: TCPStore, archive: Path) -> None:
     silent = Membership(store, 1, 2, lost_seconds=0.0)
     silent._heartbeat()
     with Membership(store, 0, 2, lost_seconds=0.0) as membership:
-        assert [queue_of(silent, archive).take() for _ in range(3)] == RUNS
+        assert [next(queue_of(silent, archive)) for _ in range(3)] == RUNS
         queue = queue_of(membership, archive)
-        taken = [queue.take()] + [look_again(queue) for _ in range(5)]
+        taken = [next(queue) for _ in range(6)]
         assert [run for run in taken if run is not None] == RUNS
 
 
 def test_runs_of_an_earlier_attempt_belong_to_nobody(store: TCPStore, archive: Path) -> None:
     """A launcher may keep its store when it starts the workers again under the same numbers."""
     with Membership(store, 0, 1) as before:
-        assert queue_of(before, archive).take() == RUNS[0]
+        assert next(queue_of(before, archive)) == RUNS[0]
         store.add("runs", 5)
     with Membership(store, 0, 1) as after:
         queue = queue_of(after, archive)
-        assert [queue.take(), look_again(queue), look_again(queue)] == RUNS
-        assert look_again(queue) is None
+        assert [next(queue), next(queue), next(queue)] == RUNS
+        assert next(queue) is None
 
 
 def test_a_worker_that_died_between_counting_a_run_and_claiming_it_loses_it(store: TCPStore, archive: Path) -> None:
     with Membership(store, 0, 2) as membership:
         membership.count("runs")
         queue = queue_of(membership, archive)
-        assert [queue.take() for _ in range(3)] == [RUNS[1], RUNS[2], RUNS[0]]
+        assert [next(queue) for _ in range(3)] == [RUNS[1], RUNS[2], RUNS[0]]
 
 
-def test_without_the_store_every_call_says_so(archive: Path) -> None:
+def test_without_the_store_the_queue_says_so(archive: Path) -> None:
     server = TCPStore("localhost", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=10))
     client = TCPStore("localhost", server.port, is_master=False, timeout=timedelta(seconds=10))
     with Membership(client, 0, 1) as membership:
         del server
         with pytest.raises(CaptureError, match=r"store .* does not answer.*finished before is safe"):
-            queue_of(membership, archive).take()
+            next(queue_of(membership, archive))
 
 
 def test_waiting_for_worker_0_reports_why_it_left_or_that_it_never_came(store: TCPStore) -> None:
