@@ -11,7 +11,7 @@ Legend: `B` examples in the batch, `T` padded positions, `H` heads, `K` keys, `V
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 import numpy as np
 import torch
@@ -185,7 +185,7 @@ class Replayer:
         self._infos |= infos
         return tuple(infos)
 
-    def batch(self, examples: Sequence[int], *, padding: str | None = None) -> PlanBatch:
+    def batch(self, examples: Sequence[int], *, padding: Literal["left", "right"] | None = None) -> PlanBatch:
         """Return the batch of some examples, in this order, padded as the plan says unless `padding` is given.
 
         Raises:
@@ -196,8 +196,8 @@ class Replayer:
         wrong = [number for number in examples if not 0 <= number < len(table)]
         if wrong or not examples:
             raise PlanError(f"examples {wrong[:3]}: the archive has {len(table):,}, counted from 0; name at least one")
-        side = self.archive.plan.padding if padding is None else padding
-        batch = plan_batch(table, examples, side="left" if side == "left" else "right", device=input_device(self.core))
+        side = padding or self.archive.plan.padding
+        batch = plan_batch(table, examples, side=side, device=input_device(self.core))
         for example in batch.rows:
             if example.first_row + len(example.positions) > self.archive.n_rows:
                 raise NotCapturedError(
