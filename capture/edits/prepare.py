@@ -44,7 +44,7 @@ def prepare_edits(
         with _naming(f"edit {number} ({edit.kind})"):
             other = edit.archive if isinstance(edit, Swap | Mean) else None
             source = stored.archive if other is None else open_archive(other)
-            check_edit(edit, selector, stored.archive, source.example_table)
+            check_edit(edit, selector, source.example_table)
             infos = unsharded_sites(model, list(edit.sites))
             actions = {name: _action(edit, info, stored) for name, info in infos.items()}
         prepared.append(

@@ -14,34 +14,33 @@ from residua.store.read.reader import Array
 from residua.store.selection.grammar import Value
 from residua.store.selection.tokens import TokenSelector, require_column, require_examples
 
-_PIECE_ROWS = 4096
+_ROWS_AT_ONCE = 4096
 _NAN = float("nan")  # one object, which a dictionary finds again
 
 
-def check_edit(edit: Edit, selector: TokenSelector, archive: Archive, source: ExampleTable) -> None:
+def check_edit(edit: Edit, selector: TokenSelector, source: ExampleTable) -> None:
     """Look for the examples, rows, positions and columns that an edit names.
 
     Args:
         edit: The edit.
         selector: The selector of the edited archive.
-        archive: The edited archive.
         source: The examples that a swap takes rows from.
 
     Raises:
-        PlanError: The archive has no such one.
+        PlanError: One of them does not exist.
     """
     selector.check(edit.chosen)
     if not isinstance(edit, Swap):
         return
     pairs = edit.source if isinstance(edit.source, Mapping) else {0: edit.source}
-    require_examples(pairs, archive.example_table, "the archive")
+    require_examples(pairs, selector.archive.example_table, "the archive")
     require_examples(pairs.values(), source, "the archive" if edit.archive is None else str(edit.archive))
     if not isinstance(edit.align, str):
         selector.check_positions(tuple(here for here, _ in edit.align), edit.chosen.examples)
 
 
 def column_classes(archive: Archive, name: str) -> list[Value]:
-    """Return the values of a column as classes, one an example: equal values are one class, NaN too.
+    """Return the class of each example by the values of a column: equal values are one class, NaN too.
 
     Raises:
         PlanError: The dataset has no such column, or its values are lists or mappings.
@@ -49,7 +48,7 @@ def column_classes(archive: Archive, name: str) -> list[Value]:
     require_column(name, archive.example_table)
     values = archive.example_table.table([name])[name].to_pylist()
     if not all(isinstance(value, Hashable) for value in values):
-        raise PlanError(f"column {name!r} holds lists or mappings, and a class is one text or number an example")
+        raise PlanError(f"column {name!r} holds lists or mappings: give one of texts or numbers")
     return [_NAN if value != value else value for value in values]  # NaN, of whatever type
 
 
@@ -76,8 +75,8 @@ def mean_row(archive: Archive, site: str, ranges: Iterable[tuple[int, int]] | No
     stored = archive[site]
     total, n_rows = np.zeros(stored.shape[1:]), 0
     for first, last in _captured(archive, ranges):
-        for start in range(first, last, _PIECE_ROWS):
-            rows = _wide(stored[start : min(start + _PIECE_ROWS, last)])
+        for start in range(first, last, _ROWS_AT_ONCE):
+            rows = _wide(stored[start : min(start + _ROWS_AT_ONCE, last)])
             with np.errstate(invalid="ignore"):  # the mean of infinite values of both signs is NaN
                 total += rows.sum(0, dtype=np.float64)
             n_rows += len(rows)

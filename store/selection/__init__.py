@@ -1,4 +1,4 @@
-"""Selecting rows, tokens and examples: one grammar for every text form, one evaluator for every condition.
+"""Selecting rows, tokens and examples: conditions, number lists, keys of edits and position rules, with one evaluator.
 
 Needs no torch and no dask. Uses `read`.
 """

@@ -111,10 +111,13 @@ class TokenSelector:
 
     Args:
         archive: The archive whose examples, rows and columns edits name.
+
+    Attributes:
+        archive: The archive.
     """
 
     def __init__(self, archive: Archive) -> None:
-        self._archive = archive
+        self.archive = archive
         self._table = archive.example_table
         self._answers = ColumnAnswers(self._table)
         self._known: dict[int, tuple[Selection, Mask, Condition]] = {}
@@ -123,11 +126,11 @@ class TokenSelector:
         """Look for the examples, rows, positions and columns that a selection names.
 
         Raises:
-            PlanError: The archive has no such one.
+            PlanError: One of them does not exist.
         """
         require_examples(selection.examples or (), self._table, "the archive")
-        if selection.rows is not None and max(selection.rows) >= self._archive.n_rows:
-            raise PlanError(f"there is no row {max(selection.rows):,}: the archive has {self._archive.n_rows:,} rows")
+        if selection.rows is not None and max(selection.rows) >= self.archive.n_rows:
+            raise PlanError(f"there is no row {max(selection.rows):,}: the archive has {self.archive.n_rows:,} rows")
         if isinstance(selection.positions, tuple):
             self.check_positions(selection.positions, selection.examples)
         for name in selection.where or {}:
