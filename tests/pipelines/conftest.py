@@ -1,4 +1,4 @@
-"""One process that forks captures, the tokens and the model of small ones, for all tests here."""
+"""Fixtures for all tests here: a process that forks captures, and tokens and a model for small captures."""
 
 from collections.abc import Iterator
 

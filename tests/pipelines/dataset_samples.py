@@ -1,4 +1,4 @@
-"""Small datasets of every kind, a tokenizer that splits at spaces, and what came of reading them."""
+"""Small datasets of every kind, a tokenizer that splits at spaces, and helpers to read them."""
 
 import gzip
 import json
@@ -83,7 +83,7 @@ def table_of(texts: list[str]) -> pa.Table:
 
 
 def write_source(folder: Path, kind: str) -> Path:
-    """Write TEXTS with a column label in one of the formats, and return the path to give."""
+    """Write TEXTS with a column label in one of the formats, and return the path."""
     path = folder / f"data.{kind}"
     lines = "".join(json.dumps(row) + "\n" for row in table_of(TEXTS).to_pylist())
     if kind in ("parquet", "PARQUET"):

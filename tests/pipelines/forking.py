@@ -1,7 +1,7 @@
 """Command lines in real processes that start at once: one process imports everything, then forks a child a request.
 
 Importing torch takes seconds, which twenty killed captures cannot afford. The process below has no threads when it
-forks. A child is not reaped before the test has heard of its end, so that its number cannot go to another process.
+forks. A child is reaped only after the test knows that it ended, so its process id cannot go to another process.
 """
 
 import json
@@ -24,7 +24,7 @@ ROOT = Path(__file__).parents[2]
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "COLUMNS": "200"}
 SECONDS = 300
 STEPS = ("replace", "link", "fsync", "fdatasync", "rename", "mkdir", "unlink")
-"""The calls of `os` by which files come to be, and may be cut short."""
+"""The calls of `os` that make files durable, each of which may be the last of a process."""
 
 
 class Forks:
@@ -47,12 +47,12 @@ class Forks:
         self.answer()
 
     def start(self, words: Sequence[str | Path], *, slow: float = 0, die_at: int = 0) -> "Child":
-        """Begin ``residua`` with `words`.
+        """Start ``residua`` with `words`.
 
         Args:
             words: The command line.
-            slow: Seconds that each call of a model takes longer.
-            die_at: Which of the process's calls of `STEPS` it does not survive, counted from 1.
+            slow: Seconds by which each call of a model is delayed.
+            die_at: Number of the call of `STEPS`, from 1, in which the process is killed; 0 for none.
         """
         self._n += 1
         log = self._folder / f"{self._n}.log"
@@ -71,7 +71,7 @@ class Forks:
         self._server.stdin.flush()
 
     def answer(self) -> Any:
-        """Return what the process says next; fails if it takes too long."""
+        """Return the process's next message; fails if it takes too long."""
         assert self._server.stdout is not None
         assert is_readable(self._server.stdout, SECONDS), f"no answer for {SECONDS} seconds"
         return json.loads(self._server.stdout.readline())
@@ -82,7 +82,7 @@ class Forks:
 
 
 def is_readable(stream: IO[bytes], seconds: float) -> bool:
-    """Wait until `stream` has something to read or has ended; say whether that came within `seconds`."""
+    """Return whether `stream` has something to read, or has ended, within `seconds`."""
     with selectors.DefaultSelector() as selector:  # select() has no room for a process that maps a thousand files
         selector.register(stream, selectors.EVENT_READ)
         return bool(selector.select(seconds))
@@ -106,11 +106,11 @@ class Child:
     log: Path
 
     def send_signal(self, number: int) -> None:
-        """Send a signal; one that has ended already does not mind."""
+        """Send a signal, which has no effect on a child that has ended."""
         os.kill(self.pid, number)
 
     def await_file(self, path: Path) -> None:
-        """Return once `path` is there."""
+        """Return as soon as `path` exists."""
         deadline = time.monotonic() + SECONDS
         while not path.exists():
             assert time.monotonic() < deadline, f"{path} never appeared:\n{self.log.read_text()}"
@@ -136,7 +136,7 @@ def forking(folder: Path) -> Iterator[Forks]:
 
 def serve() -> None:
     """Run the process that forks, until its standard input ends."""
-    import datasets  # noqa: F401  # so that no child has to import it
+    import datasets  # noqa: F401  # here, so that no child has to import it
 
     import residua.pipelines.capture.capture
     import residua.pipelines.cli.progress  # noqa: F401  # as above
@@ -166,7 +166,7 @@ def _say(message: object) -> None:
 
 
 def _become(request: dict[str, Any]) -> None:
-    """Make this child what was asked for: its output, its speed, its end."""
+    """Set up this child as requested: output, speed, and the step in which it is killed."""
     log = os.open(request["log"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     nothing = os.open(os.devnull, os.O_RDONLY)
     for target, source in ((0, nothing), (1, log), (2, log)):

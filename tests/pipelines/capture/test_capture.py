@@ -1,4 +1,4 @@
-"""The whole job, against transformers' own hidden states in batches that the format page alone defines."""
+"""The full job, against transformers' own hidden states in batches that the format page alone defines."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,7 +16,7 @@ from tests.plain_zarr import plain_array
 
 
 def batches_by_the_format_page(lengths: list[int]) -> Iterator[list[int]]:
-    """Yield the examples of each batch as store/FORMAT.md says, from lengths alone (all positions kept)."""
+    """Yield the examples of each batch as store/FORMAT.md defines them, from lengths alone (all positions kept)."""
     first_row = np.concatenate([[0], np.cumsum(lengths)])
     for shard in range(-(-int(first_row[-1]) // HEIGHT)):
         group = [i for i in range(len(lengths)) if first_row[i] // HEIGHT == shard]
@@ -87,13 +87,13 @@ def test_row_columns_say_what_each_row_is(llama: PreTrainedModel, tokens: list[l
 def test_position_rules_choose_rows(
     rule: str, kept: Any, llama: PreTrainedModel, tokens: list[list[int]], tmp_path: Path
 ) -> None:
-    whole = capture(llama, tokens, tmp_path / "all.zarr", sites="resid_post.1", rows_per_shard=1024).archive
+    full = capture(llama, tokens, tmp_path / "all.zarr", sites="resid_post.1", rows_per_shard=1024).archive
     some = capture(
         llama, tokens, tmp_path / "some.zarr", sites="resid_post.1", rows_per_shard=1024, positions=rule
     ).archive
     first = np.cumsum([0, *LENGTHS])
     rows = [int(first[i]) + p for i, n in enumerate(LENGTHS) for p in kept(n)]
-    assert np.array_equal(some["resid_post.1"][...], whole["resid_post.1"][rows])
+    assert np.array_equal(some["resid_post.1"][...], full["resid_post.1"][rows])
 
 
 def test_example_returns_the_rows_of_every_site(
@@ -107,7 +107,7 @@ def test_example_returns_the_rows_of_every_site(
     assert np.allclose(found["pattern.1"].sum(-1), 1, atol=1e-6)
     assert found["logits_top3.indices"].dtype == np.int32
     short = archive.example(4)["pattern.1"]
-    assert not short[..., 2:].any(), "what lies past an example's end is zero"
+    assert not short[..., 2:].any(), "entries past an example's end are zero"
 
 
 def test_nan_and_infinity_are_kept_and_counted(tokens: list[list[int]], tmp_path: Path) -> None:
@@ -141,13 +141,13 @@ def test_the_model_is_left_as_it_was(llama: PreTrainedModel, tokens: list[list[i
 
 def test_nothing_is_computed_that_no_site_needs(tokens: list[list[int]], tmp_path: Path) -> None:
     model = TINY["llama"]()
-    whole = capture(model, tokens, tmp_path / "whole.zarr", sites="resid_post.*,logits").archive
+    full = capture(model, tokens, tmp_path / "full.zarr", sites="resid_post.*,logits").archive
     ran: list[str] = []
     for name in ("model.layers.1", "model.layers.2", "lm_head"):
         model.get_submodule(name).register_forward_hook(lambda *_, name=name: ran.append(name))
     some = capture(model, tokens, tmp_path / "some.zarr", sites="resid_post.0-1").archive
     assert set(ran) == {"model.layers.1"}
-    assert torch.equal(some["resid_post.1"].torch(), whole["resid_post.1"].torch())
+    assert torch.equal(some["resid_post.1"].torch(), full["resid_post.1"].torch())
 
 
 def test_opening_is_lazy_and_public(llama: PreTrainedModel, tokens: list[list[int]], tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""What a capture makes of the model that it is given: its data types, its config, and what is no language model."""
+"""What a capture makes of the model that it is given: data types, config, and models that it refuses."""
 
 from pathlib import Path
 from typing import cast
@@ -22,7 +22,7 @@ ROUTER = "module:model.layers.0.mlp.router"
 
 
 class Routed(nn.Module):
-    """An MLP beside a router that computes in float32, as those of many mixtures of experts do."""
+    """An MLP with a router that computes in float32, as in many mixtures of experts."""
 
     def __init__(self, mlp: nn.Module, width: int) -> None:
         super().__init__()
@@ -60,7 +60,7 @@ def test_a_site_that_computes_wider_than_the_model_is_stored_as_it_computes(tmp_
     assert str(asked[f"{ROUTER}@output"].dtype) == "bfloat16"
 
 
-def test_of_another_config_only_the_keys_that_differ_are_named(tmp_path: Path) -> None:
+def test_only_the_keys_of_a_config_that_differ_are_named(tmp_path: Path) -> None:
     model = TINY["llama"]()
     capture_dataset(model, TOKENS, out=tmp_path / "a.zarr", sites="embed")
     assert isinstance(model.config, LlamaConfig)
@@ -76,7 +76,7 @@ def test_of_another_config_only_the_keys_that_differ_are_named(tmp_path: Path) -
     assert lines[0].endswith("this run has 0.001")
 
 
-def test_what_is_no_transformers_model_is_sent_to_the_recorder(tmp_path: Path) -> None:
+def test_any_other_model_is_sent_to_the_recorder(tmp_path: Path) -> None:
     with pytest.raises(PlanError, match=r"a Linear: .*residua\.Recorder"):
         capture_dataset(nn.Linear(2, 2), TOKENS, out=tmp_path / "a.zarr")  # type: ignore[arg-type]  # that is the point
     assert list(tmp_path.glob("*.zarr")) == []
@@ -94,7 +94,7 @@ def test_without_the_head_the_plan_and_the_rows_are_the_same(tmp_path: Path) -> 
     assert again.resumed
 
 
-def test_an_archive_is_opened_no_oftener_than_its_records_change(
+def test_an_archive_is_opened_again_only_after_its_commits_change(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     opened, plain = 0, Archive.__init__

@@ -46,7 +46,7 @@ def assert_same(got: Archive, wanted: Archive) -> None:
 
 def test_the_only_stage_of_a_pipeline_gives_the_archive_of_its_model(tmp_path: Path) -> None:
     schedule = ScheduleGPipe(stage(Part(TINY["llama"](), 0, 1)), 2)
-    got = capture_dataset(schedule, TOKENS, out=tmp_path / "staged", **OPTIONS).archive
+    got = capture_dataset(schedule, TOKENS, out=tmp_path / "stages", **OPTIONS).archive
     assert_same(got, capture_dataset(TINY["llama"](), TOKENS, out=tmp_path / "plain", **OPTIONS).archive)
     ids = torch.arange(3, 23).view(4, 5)
     with torch.no_grad():

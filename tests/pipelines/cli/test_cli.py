@@ -1,6 +1,7 @@
-"""The command line as a user types it: what it prints, what it answers, and that it quotes the user's own words."""
+"""The command line as a user types it: what it prints, its exit codes, and messages that quote the user's words."""
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -37,7 +38,7 @@ def archive(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True)
 def handler() -> Iterator[None]:
-    """Keep what this process does on SIGTERM, which a capture changes."""
+    """Restore this process's SIGTERM handler, which a capture changes."""
     before = signal.getsignal(signal.SIGTERM)
     yield
     signal.signal(signal.SIGTERM, before)
@@ -52,7 +53,7 @@ def answer(capsys: pytest.CaptureFixture[str], *words: str | Path, code: int = 0
 
 
 def complaint(capsys: pytest.CaptureFixture[str], *words: str | Path, code: int = 2) -> str:
-    """Run a command line that fails; return what it says, which is on standard error alone."""
+    """Run a command line that fails; return its message, which is on standard error alone."""
     capsys.readouterr()
     assert main([str(word) for word in words]) == code
     printed = capsys.readouterr()
@@ -100,13 +101,11 @@ def test_info(archive: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_info_of_an_unsealed_archive_shows_progress(
-    dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    archive: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    out = tmp_path / "a.zarr"
-    assert main(capture_words(dataset, out, *SITES)) == 0
+    out = shutil.copytree(archive, tmp_path / "a.zarr")
     n_rows = Archive(out).n_rows
     (out / "commits" / "00000001-0000.json").unlink()
-    capsys.readouterr()
     found = answer(capsys, "info", out)
     assert (found["sealed"], found["rows"], found["total_rows"]) == (False, n_rows - 32, n_rows)
     assert main(["info", str(out)]) == 0
@@ -124,15 +123,13 @@ def test_verify(archive: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out.startswith("sound: ")
 
 
-def test_verify_names_what_is_damaged(dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    out = tmp_path / "a.zarr"
-    assert main(capture_words(dataset, out, *SITES)) == 0
+def test_verify_names_what_is_damaged(archive: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = shutil.copytree(archive, tmp_path / "a.zarr")
     names = ["sites/q/3/c/1/0/0", "head/head.json"]
     for name in names:
         data = bytearray((out / name).read_bytes())
         data[len(data) // 2] ^= 4
         (out / name).write_bytes(data)
-    capsys.readouterr()
     found = answer(capsys, "verify", out, code=1)
     assert found["sound"] is False
     assert {problem["path"] for problem in found["problems"]} == set(names)
@@ -201,7 +198,7 @@ def test_another_plan_is_refused(
     assert Archive(archive).is_sealed
 
 
-def test_a_place_that_is_no_archive(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_folder_that_is_not_an_archive(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for job in ("info", "verify"):
         assert str(tmp_path / "none.zarr") in complaint(capsys, job, tmp_path / "none.zarr")
 

@@ -1,4 +1,4 @@
-"""`residua stats`, `probe` and `top` as a user types them: what they print, leave and refuse."""
+"""`residua stats`, `probe` and `top` as a user types them: what they print, write and refuse."""
 
 import json
 from pathlib import Path

@@ -229,14 +229,14 @@ class TestPositions:
         assert positions(examples) == [[1, 2]]
 
     def test_a_template_without_the_mark_is_refused(self) -> None:
-        # Its text has "generation" in it, as nearly every template does.
+        # The template has the word "generation", as nearly every template does.
         template = "{% for m in messages %}{{ m['content'] }}{% endfor %}{% if add_generation_prompt %}{% endif %}"
         with pytest.raises(DatasetError, match=r"--positions assistant: .* \{% generation %\}"):
             read(CHATS, tokenizer=make_tokenizer(template), positions="assistant")
 
 
 @given(n_tokens=st.integers(0, 200), n_start=st.integers(0, 3), room=st.integers(1, 40))
-def test_windows_follow_one_another_without_gap(n_tokens: int, n_start: int, room: int) -> None:
+def test_windows_follow_each_other_without_gap(n_tokens: int, n_start: int, room: int) -> None:
     max_length = n_start + room
     windows = cut_windows(n_tokens, max_length, n_start)
     assert [i for window in windows for i in range(window.start, window.stop)] == list(range(n_tokens))

@@ -1,4 +1,4 @@
-"""What names a dataset in the provenance, and which commit of the hub is read."""
+"""How the provenance names a dataset, and which commit of the hub is read."""
 
 import os
 import subprocess
@@ -51,7 +51,7 @@ class TestHub:
             ({"HF_HUB_OFFLINE": "1"}, "ConnectionError"),
         ],
     )
-    def test_no_network_is_said_at_once(self, tmp_path: Path, variables: dict[str, str], found: str) -> None:
+    def test_a_missing_network_is_reported_at_once(self, tmp_path: Path, variables: dict[str, str], found: str) -> None:
         program = (
             "from residua.pipelines.data.dataset import read_examples\n"
             "from residua.pipelines.data.settings import DatasetSettings\n"
@@ -68,7 +68,7 @@ class TestHub:
 
 
 class TestIdentity:
-    def test_of_many_files_the_first_are_named_and_all_are_counted(self, tmp_path: Path) -> None:
+    def test_the_first_of_many_files_are_named_and_all_are_counted(self, tmp_path: Path) -> None:
         for number in range(250):
             (tmp_path / f"{number:03d}.txt").write_text("x" * number)
         before = dataset_identity(tmp_path, DatasetSettings())

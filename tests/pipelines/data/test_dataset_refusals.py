@@ -1,4 +1,4 @@
-"""Datasets that cannot be used: an error that quotes what was asked, and says what to do."""
+"""Datasets that cannot be used: the error quotes the request and says what to do."""
 
 from collections.abc import Iterator
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Rows of a dataset are not ours: any of them becomes examples that can be stored, or an error that says which."""
+"""Rows of a dataset are untrusted: any row becomes examples that can be stored, or an error that names it."""
 
 import json
 from pathlib import Path
@@ -29,7 +29,7 @@ GOOD = st.sampled_from(
 
 
 def read_and_store(source: Any, folder: Path, positions: str = "all") -> int:
-    """Return how many examples were read and stored, and are there when they are read back."""
+    """Read and store examples, check that all can be read back, and return their number."""
     writer = ExampleWriter(folder)
     settings = DatasetSettings(positions=positions, max_length=16)
     examples = read_examples(

@@ -1,4 +1,4 @@
-"""Disks that are full or read-only, and places that cannot be: the error names the file and what to do."""
+"""Full and read-only disks, and paths that cannot be written: the error names the file and what to do."""
 
 import os
 import subprocess

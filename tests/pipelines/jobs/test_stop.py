@@ -1,4 +1,4 @@
-"""Runs that stop before their end: a signal, a failing writer, a failing model, an exception in the user's loop."""
+"""Runs that stop early: a signal, a failing writer, a failing model, an exception in the user's loop."""
 
 import signal
 import subprocess
@@ -120,7 +120,7 @@ def test_ctrl_c_while_torch_is_imported(dataset: Path, tmp_path: Path) -> None:
 
 
 def refuse_some_writes(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-    """Let the disk refuse every file of the second shard on."""
+    """Make the disk refuse every file from the second shard on."""
 
     def refuse(path: Path, parts: Any) -> int:
         if int(path.relative_to(path.parents[[p.name for p in path.parents].index("c")]).parts[0]) > 0:
@@ -130,7 +130,7 @@ def refuse_some_writes(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     monkeypatch.setattr("residua.store.format.writer.write_file", refuse)
 
 
-def test_a_failing_writer_reaches_the_caller_who_waits_for_a_stage(
+def test_a_failing_writer_reaches_the_caller_who_waits_for_a_host_buffer(
     llama: PreTrainedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     data = [[i % VOCABULARY] * 40 for i in range(20)]
@@ -166,7 +166,7 @@ def test_an_archive_that_vanishes_is_an_error(llama: PreTrainedModel, tmp_path: 
     assert verify(tmp_path / "moved.zarr").problems == []
 
 
-def test_a_model_that_raises_leaves_everything_fine(llama: PreTrainedModel, tmp_path: Path) -> None:
+def test_a_model_that_raises_leaves_model_and_archive_sound(llama: PreTrainedModel, tmp_path: Path) -> None:
     data = [[i % VOCABULARY] * 40 for i in range(20)]
     options: dict[str, Any] = {"sites": "resid_post.*,pattern.1", "rows_per_shard": 64, "batch_tokens": 80}
     before = hooks(llama), llama.config._attn_implementation

@@ -1,4 +1,4 @@
-"""Stopping in time: in order where the main thread can, by force where it hangs, and without a trace afterwards."""
+"""Stopping in time: in order if the main thread can, by force if it hangs; handlers are restored afterwards."""
 
 import signal
 import subprocess
@@ -35,12 +35,12 @@ def end(then: str, number: int) -> tuple[int, str, float]:
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_the_first_signal_interrupts_and_what_ends_in_time_is_not_cut_short(number: int) -> None:
+def test_the_first_signal_interrupts_and_work_may_end_in_time(number: int) -> None:
     assert end("time.sleep(0.1)", number)[:2] == (0, "interrupted\nafter\n")
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_what_hangs_is_ended_after_the_grace(number: int) -> None:
+def test_a_process_that_hangs_ends_after_the_grace_period(number: int) -> None:
     code, said, seconds = end("threading.Event().wait()", number)
     assert (code, said) == (STOPPED, "interrupted\n")
     assert seconds < 30
@@ -60,7 +60,7 @@ with stopping_in_time(grace_seconds=0.5):
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_main_thread_that_hangs_in_a_library_is_ended_too(number: int) -> None:
-    """Python's handler never runs there; the signal is heard all the same."""
+    """Python's handler never runs there; the watching thread still gets the signal."""
     with subprocess.Popen([sys.executable, "-c", DEADLOCK], stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         assert process.stdout.readline() == "ready\n"
@@ -68,7 +68,7 @@ def test_a_main_thread_that_hangs_in_a_library_is_ended_too(number: int) -> None
         assert process.wait(timeout=30) == STOPPED
 
 
-def test_handlers_come_back() -> None:
+def test_handlers_are_restored() -> None:
     before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
     with stopping_in_time():
         assert signal.getsignal(signal.SIGTERM) not in before

@@ -1,4 +1,4 @@
-"""A pipeline of tensor-parallel stages is loaded by putting one step of transformers right; another step is noticed.
+"""A pipeline of tensor-parallel stages loads through one corrected step of transformers; another step is refused.
 
 That it is still needed, and works, is tested with real processes: `stages_in_parallel_of` in
 tests/distributed/capture_cases.py fails as soon as transformers loads such a model by itself.
@@ -33,7 +33,7 @@ def test_what_other_stages_have_is_left_out_of_the_plan(monkeypatch: pytest.Monk
 def test_another_transformers_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     before = vars(mixin)[STEP]
     with pytest.raises(PlanError, match=WORDS), stages_in_parallel():
-        pass  # loading without that step: the plan was not put right
+        pass  # nothing called the step
     with pytest.raises(PlanError, match=WORDS), stages_in_parallel():
         raise KeyError("model.layers.2.self_attn")
     with pytest.raises(OSError, match="no such checkpoint"), stages_in_parallel():
