@@ -124,11 +124,11 @@ class RidgeProbe(RegressorMixin, LinearProbe):  # type: ignore[misc]  # scikit-l
             raise AnalysisError("a loaded probe cannot take in more rows: fit a new one")
         check_consistent_length(X, y)
         numbers = check_array(np.asarray(y), dtype="float64", ensure_2d=False, input_name="y")
-        for rows, part in labelled_blocks(X, numbers):
+        for rows, targets in labelled_blocks(X, numbers):
             checked = self._checked(rows)
             if "_moments" not in self.__dict__:
                 self._moments = Moments(self.n_features_in_ + 1)
-            self._moments.add(np.column_stack([checked, part]))
+            self._moments.add(np.column_stack([checked, targets]))
         self.__dict__.pop("_solution", None)
         return self
 
@@ -208,8 +208,8 @@ class LogisticProbe(ClassifierMixin, LinearProbe):  # type: ignore[misc]  # scik
             raise ValueError(f"all rows are of class {self.classes_[0]!r}: a probe needs two classes or more")
 
         def batches() -> Iterator[tuple[Array, npt.NDArray[np.int64]]]:
-            for rows, part in labelled_blocks(X, codes):
-                yield self._checked(rows), part[:, None]
+            for rows, labels in labelled_blocks(X, codes):
+                yield self._checked(rows), labels[:, None]
 
         moments: Moments | None = None
         for rows, _ in batches():

@@ -64,16 +64,16 @@ def array_blocks(values: Rows) -> Iterator[Array]:
     The blocks of a Dask array are computed one after the other. An array without rows gives one empty block.
     """
     lazy: Any = values  # Dask's methods have no types
-    parts: Iterable[Array]
+    pieces: Iterable[Array]
     if not hasattr(lazy, "numblocks"):
-        parts = [np.asarray(values)]
+        pieces = [np.asarray(values)]
     else:
         rows = lazy.rechunk(dict.fromkeys(range(1, lazy.ndim), -1))
         dask_blocks = (rows.blocks[index] for index in range(rows.numblocks[0]))
-        parts = (np.asarray(block.compute(scheduler="synchronous")) for block in dask_blocks)
-    for part in parts:
-        for start in range(0, max(1, len(part)), _BLOCK_ROWS):
-            yield part[start : start + _BLOCK_ROWS]
+        pieces = (np.asarray(block.compute(scheduler="synchronous")) for block in dask_blocks)
+    for piece in pieces:
+        for start in range(0, max(1, len(piece)), _BLOCK_ROWS):
+            yield piece[start : start + _BLOCK_ROWS]
 
 
 def labelled_blocks(values: Rows, labels: Array) -> Iterator[tuple[Array, Array]]:

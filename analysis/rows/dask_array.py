@@ -42,7 +42,7 @@ def array(archive: Archive, site: str, *, dtype: npt.DTypeLike | None = None) ->
     heights = tuple(min(height, n_rows - start) for start in range(0, n_rows, height)) or (0,)
     path = address(archive)
     make: Any = da.map_blocks  # which has no types
-    view: da.Array = make(
+    lazy: da.Array = make(
         _block,
         path,
         stored.name,
@@ -53,7 +53,7 @@ def array(archive: Archive, site: str, *, dtype: npt.DTypeLike | None = None) ->
         dtype=kind,
         meta=np.empty((0,) * len(stored.shape), kind),
     )
-    return view
+    return lazy
 
 
 def _block(path: str, site: str, height: int, dtype: np.dtype[np.generic], *, block_id: tuple[int, ...]) -> Array:

@@ -118,7 +118,7 @@ def test_archives_that_do_not_say_how_are_refused(tmp_path: Path) -> None:
     with pytest.raises(AnalysisError, match=r"empty.zarr.* no examples"):
         induction_scores(make_qk_archive(tmp_path / "empty.zarr", [], SPECS["causal"]), period=4)
     archive = make_qk_archive(tmp_path / "altered.zarr", [repeated(4, 12)], SPECS["causal"])
-    said = archive.path / "head" / "attention.json"
-    said.write_bytes(said.read_bytes().replace(b"0.7", b"0.6"))
+    stored = archive.path / "head" / "attention.json"
+    stored.write_bytes(stored.read_bytes().replace(b"0.7", b"0.6"))
     with pytest.raises(DamagedArchiveError, match=r"attention\.json"):
         induction_scores(archive, period=4)

@@ -162,8 +162,8 @@ def test_rows_that_do_not_fit_are_read_again(archive: Archive) -> None:
 
 def test_a_filter_and_the_task(archive: Archive) -> None:
     found = line(archive, "gaps", "resid_post.1", where="gaps != null and position > 3")
-    chosen = (POSITION > 3) & ~np.isin(EXAMPLE, (3, 5))
-    assert (found["n_train"], found["n_test"]) == ((chosen & ~TEST).sum(), (chosen & TEST).sum())
+    selected = (POSITION > 3) & ~np.isin(EXAMPLE, (3, 5))
+    assert (found["n_train"], found["n_test"]) == ((selected & ~TEST).sum(), (selected & TEST).sum())
     assert found["n_classes"] == 3
     assert "r2" in line(archive, "gaps", "resid_post.1", where="gaps != null", task="regression")
     assert line(archive, "many", "resid_post.1", task="classification")["n_classes"] == len(LENGTHS)

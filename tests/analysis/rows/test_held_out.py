@@ -5,7 +5,7 @@ import doctest
 import numpy as np
 import pytest
 
-from residua.analysis.rows import held_out as split
+from residua.analysis.rows import held_out as module
 from residua.analysis.rows.held_out import held_out
 from residua.store.base.errors import AnalysisError
 
@@ -27,8 +27,8 @@ def test_the_hash_is_splitmix_of_seed_and_number(seed: int) -> None:
 
 def test_an_example_is_held_out_wherever_it_stands() -> None:
     examples = np.random.default_rng(0).integers(0, 1000, (4, 500))
-    whole = held_out(np.arange(1000), seed=3)
-    np.testing.assert_array_equal(held_out(examples, seed=3), whole[examples])
+    by_number = held_out(np.arange(1000), seed=3)
+    np.testing.assert_array_equal(held_out(examples, seed=3), by_number[examples])
 
 
 @pytest.mark.parametrize("fraction", [0.02, 0.1, 0.5])
@@ -47,4 +47,4 @@ def test_a_fraction_must_leave_something_on_both_sides(fraction: float) -> None:
 
 
 def test_the_example_in_the_docstring() -> None:
-    assert doctest.testmod(split) == (0, 1)
+    assert doctest.testmod(module) == (0, 1)

@@ -53,8 +53,8 @@ def found(archive: Archive) -> Stats:
 def rows_of(site: str) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.int64]]:
     """Return the rows without NaN and infinity, and their positions."""
     rows = VALUES[site].reshape(N_ROWS, -1).astype(np.float64)
-    whole = np.isfinite(rows).all(axis=1)
-    return rows[whole], POSITION[whole]
+    finite = np.isfinite(rows).all(axis=1)
+    return rows[finite], POSITION[finite]
 
 
 def kurtosis(values: npt.NDArray[np.float64], axis: int | None = None) -> Any:

@@ -75,7 +75,7 @@ def test_channels_and_heads(archive: Archive) -> None:
     scores = {
         "channel 6": (top(archive, "z.1", channel=6), flat[:, 6]),
         "channel of a head": (top(archive, "z.1", channel=2, head=1), flat[:, 6]),
-        "whole row": (top(archive, "z.1", direction=wanted), flat @ wanted.ravel()),
+        "full row": (top(archive, "z.1", direction=wanted), flat @ wanted.ravel()),
         "flat": (top(archive, "z.1", direction=wanted.ravel().tolist()), flat @ wanted.ravel()),
         "head": (top(archive, "z.1", direction=wanted[2], head=2), flat[:, 8:] @ wanted[2]),
     }
@@ -94,8 +94,8 @@ def test_the_text_shows_the_token(archive: Archive, tmp_path: Path) -> None:
     for row, text in zip(found["row"].to_pylist(), found["text"].to_pylist(), strict=True):
         assert f"«w{row % 50}»" in text
         assert text == archive.text(row)
-    bare = write_rows(tmp_path / "bare.zarr", (5,), {"resid_post.0": np.ones((5, 2), np.float32)}, files={})
-    assert top(bare, "resid_post.0", channel=0)["text"].to_pylist() == [None] * 5
+    without = write_rows(tmp_path / "bare.zarr", (5,), {"resid_post.0": np.ones((5, 2), np.float32)}, files={})
+    assert top(without, "resid_post.0", channel=0)["text"].to_pylist() == [None] * 5
 
 
 def test_directions_from_files(tmp_path: Path) -> None:

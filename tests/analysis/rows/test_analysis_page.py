@@ -1,0 +1,51 @@
+"""The code of docs/analysis.md, run as it stands there."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import residua
+from tests.analysis.rows_archive import write_rows
+from tests.pages import blocks, run
+
+
+def test_rows_arrays_tables_and_batches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lengths = (20,) * 60
+    rows = np.random.default_rng(0).standard_normal((1200, 16)).astype(np.float32)
+    columns: dict[str, list[object]] = {"title": ["async", "class"] * 30, "source_index": [*range(60)]}
+    write_rows(tmp_path / "acts.zarr", lengths, {"resid_post.2": rows}, columns=columns)
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {"residua": residua, "torch": torch}
+    code = blocks("docs/analysis.md", "Choosing rows", "Dask arrays", "Tables", "Batches for training")
+    assert len(code) == 6
+    run(code, names)
+    np.testing.assert_allclose(names["covariance"], np.cov(rows.T, bias=True), atol=1e-5)
+    selected = [row for row in range(1200) if row % 20 and row // 20 % 2]
+    assert names["table"]["row"].to_pylist() == selected
+    assert names["two"]["row"].to_pylist() == [17, 4]
+    assert names["n_rows"] == len(selected)
+    assert len(names["loader"]) == -(-1140 // 128)
+    assert names["second"]["row"].tolist() != names["first"]["row"].tolist()
+
+
+def test_probes_statistics_and_top_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = np.random.default_rng(0)
+    lengths, label = (20,) * 60, np.arange(60) % 2
+    rows = rng.standard_normal((3, 1200, 16)).astype(np.float32)
+    rows[2, :, 3] += 4 * np.repeat(label, 20)
+    rows[2, :, 4] += np.tile(np.arange(20), 60)
+    sites = {f"resid_post.{layer}": rows[layer] for layer in range(3)}
+    write_rows(tmp_path / "acts.zarr", lengths, sites, columns={"title": [["class", "async"][i] for i in label]})
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {"residua": residua}
+    code = blocks("docs/analysis.md", "Probes", "Statistics", "Top rows")
+    assert len(code) == 4
+    run(code, names)
+    assert names["table"]["accuracy"].to_pylist()[2] > 0.9
+    assert names["same"].score(names["rows"], names["labels"]) > 0.9
+    assert names["ridge"].score(rows[2], np.tile(np.arange(20), 60)) > 0.9
+    assert names["found"].components["resid_post.2"].shape == (8, 16)
+    assert {int(label[example]) for example in names["best"]["example"].to_pylist()} == {0}
