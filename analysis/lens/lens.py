@@ -85,7 +85,7 @@ class TunedLens:
             sites: Patterns of the sites to train at; by default all of them.
             out: Folder for the lens, its report (Parquet) and plot. A stopped training continues from its finished
                 layers there. By default nothing is kept.
-            cluster: Where to work, from `residua.analysis.support.cluster.connect`; by default in this process. Its
+            cluster: Where to work, from `residua.analysis.connect`; by default in this process. Its
                 workers need the archive and `out` under the same paths.
             settings: The settings.
             **options: Single settings by name, as in `residua.analysis.lens.settings.LensSettings`, for example

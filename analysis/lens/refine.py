@@ -158,7 +158,7 @@ def _batches(
 ) -> Iterator[Iterator[Tensor]]:
     """Yield the batches; each is an iterator over the values of its rows at the sites, in the stored type."""
     for epoch in range(reader.settings.epochs):
-        for rows in reader.waves(sites[0], epoch, part, n_parts):
+        for rows in reader.epoch_rows(sites[0], epoch, part, n_parts):
             values = [reader.read(site, rows) for site in sites]
             order = torch.randperm(len(rows), generator=generator)
             for batch in order.tensor_split(max(1, round(len(rows) / reader.settings.batch_rows))):

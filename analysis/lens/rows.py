@@ -29,7 +29,7 @@ MOST_BLOCKS = 4096  # the deepest models have some hundreds
 _BLOCK_COUNTS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")  # keys of a model's config
 _MOST_CONFIG_BYTES = 2**24
 _CHUNK_ROWS = 128
-_WAVE_BYTES = 2**28  # rows of one site in memory at a time
+_MOST_SITE_BYTES = 2**28  # rows of one site in memory at a time
 
 Rows = npt.NDArray[np.int64]
 
@@ -151,7 +151,7 @@ class LensRows:
         rows = rows[rows < self._archive.n_rows]  # only the last shard may be short
         return rows[~self._is_held_out(self._archive.rows.example.numpy(rows)) & self._is_late(rows)]
 
-    def waves(self, site: str, epoch: int, part: int, n_parts: int) -> Iterator[Rows]:
+    def epoch_rows(self, site: str, epoch: int, part: int, n_parts: int) -> Iterator[Rows]:
         """Yield the training rows of one pass, with chunks in random order, at most 256 MiB per site at a time.
 
         Args:
@@ -162,7 +162,7 @@ class LensRows:
         """
         chunks = np.random.default_rng([self.settings.seed, 1]).permutation(self.chunks())[part::n_parts]
         order = np.random.default_rng([self.settings.seed, 2, epoch]).permutation(chunks)
-        n_chunks = max(1, _WAVE_BYTES // (self._archive.plan.site(site).row_bytes * self._height))
+        n_chunks = max(1, _MOST_SITE_BYTES // (self._archive.plan.site(site).row_bytes * self._height))
         for start in range(0, len(order), n_chunks):
             yield self.training_rows(np.sort(order[start : start + n_chunks]))
 

@@ -9,14 +9,12 @@ from collections.abc import Mapping, Sequence
 from math import prod
 
 import numpy as np
-import numpy.typing as npt
 
-from residua.analysis.loader.order import EpochOrder
+from residua.analysis.loader.order import EpochOrder, Numbers
 from residua.store.read.archive import Archive
 from residua.store.read.reader import Array
 
-Rows = npt.NDArray[np.int64]
-Taken = tuple[Rows, Mapping[str, Array]]
+Taken = tuple[Numbers, Mapping[str, Array]]
 
 
 class ShuffleBuffer:
@@ -84,7 +82,7 @@ class ShuffleBuffer:
             self._shuffled = np.random.default_rng([*self._seed, number]).permutation(len(places))
         self._number = number
 
-    def _read(self, at: slice, rows: Rows | range) -> None:
+    def _read(self, at: slice, rows: Numbers | range) -> None:
         self._rows[at] = np.arange(rows.start, rows.stop) if isinstance(rows, range) else rows
         for name, source in self._sources.items():
             out = self._values[name][at]
@@ -94,7 +92,7 @@ class ShuffleBuffer:
                 out[...] = source[rows]
 
 
-def _gather(values: Array, at: Rows) -> Array:
+def _gather(values: Array, at: Numbers) -> Array:
     """Return rows of `values`. Numpy gathers opaque items faster than rows of numbers."""
     row_shape = values.shape[1:]
     item = np.dtype((np.void, values.dtype.itemsize * prod(row_shape)))

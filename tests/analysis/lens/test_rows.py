@@ -14,13 +14,13 @@ from tests.analysis.lens_archive import held_out_rows, is_late, make_lens_archiv
 def test_rows_of_held_out_examples_never_train(lens_archive: Archive) -> None:
     settings = LensSettings()
     reader = LensRows(lens_archive, settings)
-    training = np.sort(np.concatenate(list(reader.waves("resid_post.0", 0, 0, 1))))
+    training = np.sort(np.concatenate(list(reader.epoch_rows("resid_post.0", 0, 0, 1))))
     assert training.tolist() == reader.training_rows(reader.chunks()).tolist()
     is_held = held_out(lens_archive.rows.example[:].astype(np.int64), fraction=0.1)
     late = is_late(lens_archive)
     assert training.tolist() == np.flatnonzero(~is_held & late).tolist()
     assert reader.held_out_rows().tolist() == np.flatnonzero(is_held & late).tolist()
-    parts = [np.concatenate(list(reader.waves("resid_post.0", 1, part, 3))) for part in range(3)]
+    parts = [np.concatenate(list(reader.epoch_rows("resid_post.0", 1, part, 3))) for part in range(3)]
     assert np.sort(np.concatenate(parts)).tolist() == training.tolist()
     everything = LensRows(lens_archive, LensSettings(skip_positions=0))
     assert len(everything.training_rows(everything.chunks())) + len(everything.held_out_rows()) == lens_archive.n_rows
