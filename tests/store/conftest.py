@@ -7,9 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.store.samples import make_spec
+from tests.store.samples import Stored, make_spec, store
 from tests.store.small_archive import make_archive
-from tests.store.stored_array import Stored, store
 
 FOLDER = Path(__file__).parent
 NEEDS_A_MODEL = re.compile(

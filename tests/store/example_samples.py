@@ -1,4 +1,4 @@
-"""A small example table, and what it should be by the format page."""
+"""A small example table, and its digest as the format page defines it."""
 
 import hashlib
 import struct
@@ -28,7 +28,7 @@ def written(folder: Path, content: Content = CONTENT, examples_per_part: int = 2
 
 
 def expected_digest(content: Content) -> str:
-    """The digest as the format page states it, with `struct` alone."""
+    """Return the digest that the format page defines, with `struct` alone."""
     sha256 = hashlib.sha256()
     for ids, positions in content:
         sha256.update(struct.pack("<qq", len(ids), len(positions)))

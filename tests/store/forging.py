@@ -1,4 +1,4 @@
-"""What somebody can do to an archive who knows the format well, every checksum of it included."""
+"""Forged archives: changed by somebody who knows the format and computes every checksum."""
 
 import json
 import resource
@@ -24,7 +24,7 @@ def load(path: Path) -> Any:
 
 
 def sign_root(archive: Path, document: Any) -> None:
-    """Write the root's `zarr.json` with right digests, and let every commit belong to the plan that it holds."""
+    """Write the root's `zarr.json` with right digests, and make every commit belong to its plan."""
     entry = document["attributes"]["residua"]
     entry["digest"] = digest_of(entry["plan"])
     entry["sha256"] = digest_of({key: value for key, value in entry.items() if key != "sha256"})
@@ -47,7 +47,7 @@ def sign_commit(path: Path, record: Any) -> None:
 
 
 def sign_sidecar(archive: Path, name: str, content: bytes) -> None:
-    """Replace a file of `examples`, `head` or `tokenizer`, and what the root says of it."""
+    """Replace a file of `examples`, `head` or `tokenizer`, and its digest in the root."""
     (archive / name).write_bytes(content)
     document = load(archive / ROOT)
     document["attributes"]["residua"]["files"][name] = file_digest(archive / name)
@@ -63,7 +63,7 @@ def sign_shard(path: Path, chunks: Sequence[bytes], entries: Sequence[tuple[int,
 
 
 def in_a_row(chunks: Sequence[bytes]) -> list[tuple[int, int]]:
-    """Return the entries of an honest index of `chunks`."""
+    """Return the entries of a right index of `chunks`."""
     sizes = [len(chunk) + 4 for chunk in chunks]
     return [(sum(sizes[:i]), size) for i, size in enumerate(sizes)]
 
@@ -78,7 +78,7 @@ def places(value: Any) -> Iterator[tuple[Any, Any]]:
 
 @contextmanager
 def little_memory() -> Iterator[None]:
-    """Fail if more than `LITTLE_MEMORY` bytes are taken inside, touched or not."""
+    """Fail if more than `LITTLE_MEMORY` bytes are allocated inside, touched or not."""
     tracemalloc.start()
     try:
         yield
@@ -90,7 +90,7 @@ def little_memory() -> Iterator[None]:
 
 @contextmanager
 def no_more_memory() -> Iterator[None]:
-    """Fail if the process becomes larger than it ever was by much: as `little_memory`, many times cheaper."""
+    """Fail if the peak memory of the process grows by `LITTLE_MEMORY` inside; much cheaper than `little_memory`."""
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     yield
     grown = 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
@@ -98,7 +98,7 @@ def no_more_memory() -> Iterator[None]:
 
 
 def refused(read: Callable[..., object], *arguments: object) -> str:
-    """Return the message with which `read` refuses; fails if it does not, or takes much memory for it."""
+    """Return the message with which `read` refuses; fail if it does not, or allocates much memory."""
     with little_memory():
         try:
             found = read(*arguments)
@@ -108,6 +108,6 @@ def refused(read: Callable[..., object], *arguments: object) -> str:
 
 
 def problems(archive: Path) -> str:
-    """Return what `verify` finds, a line a problem; fails if it takes much memory for it."""
+    """Return what `verify` finds, one line for each problem; fail if it allocates much memory."""
     with little_memory():
         return "\n".join(f"{problem.path}: {problem.what}" for problem in verify(archive).problems)

@@ -1,6 +1,7 @@
-"""Arrays on disk for the tests of the lower store: arbitrary bit patterns, NaN and infinities included."""
+"""Arrays on disk for the tests of the store: arbitrary bit patterns, with NaN and infinities."""
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -10,9 +11,12 @@ from residua.store.encoding.codecs import PRESETS
 from residua.store.encoding.shard import ShardEncoder, shard_path
 from residua.store.encoding.spec import ArraySpec
 from residua.store.format.array_metadata import create_array
+from residua.store.read.mapped import MappedShard
+from residua.store.read.reader import ArrayReader
 from residua.store.storage.files import write_file
 
 Array = npt.NDArray[np.generic]
+N_ROWS = 16 * 3 + 7  # of a stored array: the last shard is short, and so is its last chunk
 
 # Every pair of preset and dtype that one stored array may have.
 COMBINATIONS = [
@@ -39,7 +43,7 @@ def make_spec(
 
 
 def make_rows(spec: ArraySpec, n_rows: int, seed: int = 0) -> Array:
-    """Return rows of any bits at all; a third of the values look like activations, so that they compress."""
+    """Return rows of random bits; a third of the values look like activations, so that they compress."""
     rng = np.random.default_rng(seed)
     rows = rng.integers(0, 256, n_rows * spec.row_bytes, dtype=np.uint8).view(spec.storage_dtype)
     ordinary = rng.standard_normal(rows.size).astype(np.float32)
@@ -66,7 +70,7 @@ def same_bits(left: Array, right: Array) -> bool:
 
 
 def flip_every_bit(path: Path) -> Iterator[int]:
-    """Yield once for every bit of a file, which is flipped then and put right afterwards."""
+    """Flip every bit of a file in turn: yield while it is flipped, then restore it."""
     data = path.read_bytes()
     with path.open("r+b", buffering=0) as file:
         for bit in range(8 * len(data)):
@@ -76,3 +80,25 @@ def flip_every_bit(path: Path) -> Iterator[int]:
             yield bit
             file.seek(at)
             file.write(data[at : at + 1])
+
+
+@dataclass(frozen=True)
+class Stored:
+    """An array on disk, with the rows that it holds."""
+
+    root: Path
+    spec: ArraySpec
+    rows: Array
+    shards: list[Path]
+
+    def reader(self, **settings: object) -> ArrayReader:
+        return ArrayReader(self.root, self.spec, len(self.rows), **settings)  # type: ignore[arg-type]  # as given
+
+    def mapped(self, n_shards: int) -> Iterator[MappedShard]:
+        for shard in range(n_shards):
+            yield MappedShard(self.root, self.spec, shard, len(self.rows))
+
+
+def store(root: Path, spec: ArraySpec, n_rows: int = N_ROWS) -> Stored:
+    rows = make_rows(spec, n_rows)
+    return Stored(root, spec, rows, write_array(root, spec, rows))

@@ -1,4 +1,4 @@
-"""A small sealed archive with everything that one can have, and all that a reader can learn from it."""
+"""A small sealed archive with every kind of file, and everything that a reader can get from it."""
 
 import json
 from collections.abc import Callable
@@ -32,7 +32,7 @@ TEXT_ROWS = (0, 19, 20, 37)
 def make_archive(path: Path, codec: str = "fast", *, seed: int = 0, open_size: bool = False) -> Path:
     """Write an archive of three shards, the last one short, at `path`; `seed` changes its values.
 
-    With `open_size` it is one whose size nobody knew before it was sealed.
+    With `open_size`, its size is not known before it is sealed.
     """
     rng = np.random.default_rng(seed)
     sites = (
@@ -98,9 +98,9 @@ def _write_shards(path: Path, plan: Plan, values: dict[str, Any], columns: dict[
 
 
 def read_everything(path: Path) -> dict[str, object]:
-    """Return all that a reader can learn of the archive, by name; where our errors came up, the error.
+    """Return everything that a reader can get from the archive, by name; an error of ours in its place.
 
-    Anything but our errors is raised.
+    Other errors are raised.
     """
     archive = _try(Archive, path)
     if not isinstance(archive, Archive):
@@ -150,7 +150,7 @@ def files_of(archive: Path) -> list[str]:
 
 
 def is_same_json(first: bytes, second: bytes) -> bool:
-    """Say whether two texts are JSON of the same content (``1e-6`` and ``1E-6`` are)."""
+    """Say whether two texts are JSON with the same content, as ``1e-6`` and ``1E-6`` are."""
     try:
         return bool(json.loads(first) == json.loads(second))
     except (ValueError, RecursionError):

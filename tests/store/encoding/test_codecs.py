@@ -39,7 +39,7 @@ def test_crc32c_gives_the_values_of_rfc_3720(data: bytes, expected: int) -> None
 
 
 @pytest.mark.parametrize("n_bytes", [2**16 - 1, 2**16, 2**16 + 3, 2**20])
-def test_crc32c_of_large_pieces_is_that_of_their_parts(n_bytes: int) -> None:
+def test_crc32c_of_a_large_piece_can_be_computed_in_slices(n_bytes: int) -> None:
     data = np.random.default_rng(n_bytes).integers(0, 256, n_bytes, dtype=np.uint8)
     expected = 0
     for start in range(0, n_bytes, 1000):
@@ -49,8 +49,8 @@ def test_crc32c_of_large_pieces_is_that_of_their_parts(n_bytes: int) -> None:
         crc32c(np.repeat(data, 2)[::2])
 
 
-def test_crc32c_lets_other_threads_go_on() -> None:
-    """Python takes its lock from nobody here: the other thread runs while the lock is given away, or not at all."""
+def test_crc32c_lets_other_threads_run() -> None:
+    """With a switch interval of 1000 s, the other thread runs only if the call releases Python's lock."""
     data, go, went_on = np.zeros(2**24, np.uint8), threading.Event(), threading.Event()
 
     def other() -> None:

@@ -61,7 +61,7 @@ def test_digest_and_size_are_those_of_the_file(tmp_path: Path, preset: str, dtyp
     assert check_shard(path, spec, n_rows) == encoded.digest
 
 
-def test_last_chunk_is_filled_up_with_zeros() -> None:
+def test_the_last_chunk_is_padded_with_zeros() -> None:
     spec = make_spec("raw")
     rows = make_rows(spec, 5)
     data = b"".join(bytes(part) if isinstance(part, bytes) else part.tobytes() for part in ShardEncoder(rows, spec))
@@ -103,7 +103,7 @@ def test_shard_cut_short_anywhere_is_noticed(tmp_path: Path) -> None:
     data = path.read_bytes()
     for size in range(len(data)):
         path.write_bytes(data[:size])
-        # A chunk as long as the index may end the file: its crc32c is right, its numbers are not.
+        # The file may end in a chunk as long as the index: its crc32c is right, its numbers are not.
         with pytest.raises((DamagedArchiveError, UnsafeArchiveError), match=r"cut short|the index puts chunk 0"):
             check_shard(path, spec, 16)
 
@@ -145,7 +145,7 @@ def test_missing_shard_and_folder_in_its_place_are_named(tmp_path: Path) -> None
         [(0, 52), (52, 52), (104, 52), (104, 52)],  # two in one place
         [(52, 52), (0, 52), (104, 52), (156, 52)],  # out of order
         [(0, 52), (52, 52), (104, 52), (156, 53)],  # beyond the end
-        [(0, 52), (52, 51), (103, 52), (155, 52)],  # a byte that belongs to nobody
+        [(0, 52), (52, 51), (103, 52), (155, 52)],  # a byte between chunks
         [(0, 52), (52, 2**63), (104, 52), (156, 52)],  # huge
         [(0, 0), (0, 104), (104, 52), (156, 52)],  # empty
         [(2**64 - 52, 52), (0, 52), (52, 52), (104, 52)],  # negative
@@ -182,7 +182,7 @@ def test_parsed_index_lies_inside_the_file_without_overlap(
 
 @settings(max_examples=300)
 @given(st.lists(st.integers(5, 68), min_size=1, max_size=4))
-def test_honest_index_is_parsed_as_it_was_written(sizes: list[int]) -> None:
+def test_an_index_is_parsed_as_it_was_written(sizes: list[int]) -> None:
     spec = make_spec("fast")
     offsets = [sum(sizes[:i]) for i in range(len(sizes))]
     entries = [*zip(offsets, sizes, strict=True), *[(EMPTY, EMPTY)] * (4 - len(sizes))]
@@ -201,14 +201,14 @@ LARGE = make_spec("raw", "float16", (1024,), rows_per_shard=8192, rows_per_chunk
 
 
 def filled(spec: ArraySpec, rows: Array, room: int) -> ShardMemory:
-    """Return memory with room for `room` rows, `rows` in the first of them and ones behind."""
+    """Return memory with a capacity of `room` rows: `rows` first, then bytes of 0xFF."""
     memory = ShardMemory(spec, room)
     for chunk in memory.chunks:
         chunk.view(np.uint8)[:] = 0xFF
-    part = memory.first(len(rows))
-    for i, chunk in enumerate(part.chunks):
+    first = memory.first(len(rows))
+    for i, chunk in enumerate(first.chunks):
         chunk[:] = rows[i * spec.rows_per_chunk : (i + 1) * spec.rows_per_chunk]
-    return part
+    return first
 
 
 def file_of(encoded: ShardEncoder) -> bytes:
@@ -240,7 +240,7 @@ def test_a_file_from_shard_memory_is_the_one_from_plain_memory(
 
 @pytest.mark.parametrize("preset", PRESETS)
 @pytest.mark.parametrize("dtype", STORAGE_DTYPES)
-def test_only_arrays_that_lie_on_disk_as_in_memory_suit(preset: str, dtype: str) -> None:
+def test_only_raw_arrays_with_aligned_values_suit(preset: str, dtype: str) -> None:
     aligned_behind_four_bytes = STORAGE_DTYPES[dtype].itemsize <= 4
     assert ShardMemory.suits(make_spec(preset, dtype)) == (preset == "raw" and aligned_behind_four_bytes)
 
@@ -256,7 +256,7 @@ def test_memory_is_used_again_for_other_rows() -> None:
 
 
 @given(st.lists(st.tuples(st.integers(0, 15), st.integers(1, 16)), max_size=12), st.sampled_from([16, 13, 5]))
-def test_what_was_looked_through_early_is_looked_through_again_once_it_changes(
+def test_chunks_that_were_checked_early_are_checked_again_after_a_change(
     writes: list[tuple[int, int]], n_rows: int
 ) -> None:
     spec = make_spec("raw", "float16", (3,), rows_per_chunk=4)
@@ -282,9 +282,7 @@ def test_shard_memory_of_rows_that_do_not_fit_is_refused(n_rows: int) -> None:
 
 
 @pytest.mark.parametrize("n_rows", [8192, 8191, 5000])
-def test_a_large_shard_goes_to_the_disk_from_where_it_lies(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, n_rows: int
-) -> None:
+def test_a_large_shard_is_written_from_its_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, n_rows: int) -> None:
     rows = make_rows(LARGE, n_rows)
     memory = filled(LARGE, rows, 8192)
     inside = {"bytes": 0, "calls": 0}

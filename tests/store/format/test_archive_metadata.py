@@ -1,4 +1,4 @@
-"""The root group's entry: comes back as written, notices every change, and refuses what no honest writer makes."""
+"""The root group's entry: comes back as written, and changed or forged entries are refused."""
 
 import json
 import os
@@ -38,7 +38,7 @@ def entry_of(archive: Path) -> dict[str, Any]:
 
 
 def write_entry(archive: Path, entry: object, *, sign: bool = True) -> None:
-    """Write an entry as somebody would who knows the format, SHA-256 included."""
+    """Write a forged entry with a right SHA-256."""
     if sign and isinstance(entry, dict):
         body = {key: value for key, value in entry.items() if key != "sha256"}
         entry = {**body, "sha256": digest_of(body)}
@@ -61,7 +61,7 @@ def test_the_digest_in_the_entry_is_of_all_else(tmp_path: Path) -> None:
     assert entry["digest"] == METADATA.plan.digest == digest_of(entry["plan"])
 
 
-def test_no_archive_is_said_so(tmp_path: Path) -> None:
+def test_a_folder_without_an_archive_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("residua")
     for path in (tmp_path, tmp_path / "missing", tmp_path / "file"):
         assert not is_archive(path)
@@ -101,9 +101,7 @@ def test_a_changed_byte_never_changes_what_is_read(
 
 
 @given(st.data())
-def test_a_signed_entry_of_any_make_is_read_or_refused(
-    tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
-) -> None:
+def test_a_forged_entry_is_read_or_refused(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
     archive = tmp_path_factory.mktemp("archive")
     entry: Any = deepcopy(METADATA.to_json())
     path = data.draw(st.sampled_from([path for path in paths_into(entry)[1:] if path[0] != "sha256"]))
@@ -142,7 +140,7 @@ def test_names_cannot_leave_the_sidecar_folders(tmp_path: Path, name: str) -> No
         ({"sealed": {"n_rows": -1}}, "sealed rows: -1"),
     ],
 )
-def test_what_no_writer_of_ours_makes_is_refused(tmp_path: Path, changes: dict[str, Any], words: str) -> None:
+def test_an_entry_that_residua_does_not_write_is_refused(tmp_path: Path, changes: dict[str, Any], words: str) -> None:
     write_entry(tmp_path, {**METADATA.to_json(), **changes})
     with pytest.raises(UnsafeArchiveError) as caught:
         read_metadata(tmp_path)
@@ -164,7 +162,7 @@ def test_other_files_are_refused(tmp_path: Path, text: str) -> None:
 
 @pytest.mark.parametrize("value", ["NaN", "1e999", '"\\ud800"', "[" * 400 + "]" * 400, "[" * 900 + "]" * 900])
 @pytest.mark.parametrize("key", ["provenance", "plan"])
-def test_values_that_json_readers_take_and_we_never_write(tmp_path: Path, key: str, value: str) -> None:
+def test_values_beyond_strict_json_are_refused(tmp_path: Path, key: str, value: str) -> None:
     document = json.dumps({"attributes": {"residua": {"format": FORMAT, key: {"x": 0}}}})
     (tmp_path / ROOT).write_text(document.replace('{"x": 0}', f'{{"x": {value}}}'))
     with pytest.raises((DamagedArchiveError, UnsafeArchiveError), match=ROOT):

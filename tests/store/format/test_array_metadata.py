@@ -1,6 +1,6 @@
 import copy
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from residua.store.base.untrusted import MAX_CHUNK_BYTES
 from residua.store.encoding.dtypes import STORAGE_DTYPES
 from residua.store.encoding.spec import ArraySpec
 from residua.store.format.array_metadata import create_array, open_array, resize_array
+from tests.store.forging import places
 from tests.store.samples import COMBINATIONS, flip_every_bit, make_spec
 
 Document = dict[str, Any]
@@ -158,19 +159,11 @@ def test_hostile_metadata_is_refused(tmp_path: Path, change: Callable[[Document]
         (b" " * (4 * 1024 * 1024 + 1), UnsafeArchiveError),
     ],
 )
-def test_file_that_is_no_metadata_is_refused(tmp_path: Path, text: bytes, error: type[Exception]) -> None:
+def test_a_file_without_metadata_is_refused(tmp_path: Path, text: bytes, error: type[Exception]) -> None:
     create_array(tmp_path, make_spec(), 100)
     (tmp_path / NODE / "zarr.json").write_bytes(text)
     with pytest.raises(error, match=r"zarr\.json"):
         open_array(tmp_path, NODE)
-
-
-def places(value: object) -> Iterator[tuple[Any, Any]]:
-    """Yield every container inside a JSON value with each of its keys."""
-    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
-    for key, item in items:
-        yield value, key
-        yield from places(item)
 
 
 json_values = st.recursive(

@@ -1,4 +1,4 @@
-"""Making an archive: it appears whole or not at all, over nothing of the user's, and one capture at a time."""
+"""Creating an archive: complete or not at all, never over the user's files, and one capture at a time."""
 
 import hashlib
 import json
@@ -48,7 +48,7 @@ def names_in(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
 
-def test_the_archive_has_what_the_plan_says_and_nothing_is_left_beside_it(tmp_path: Path) -> None:
+def test_the_archive_has_what_the_plan_says_and_nothing_is_left_next_to_it(tmp_path: Path) -> None:
     make(tmp_path / "a.zarr")
     assert names_in(tmp_path) == ["a.zarr"]
     metadata = read_metadata(tmp_path / "a.zarr")
@@ -145,7 +145,7 @@ def test_a_second_capture_leaves_the_first_alone_and_clears_up_after_a_dead_one(
     assert first.pid is not None
     os.kill(first.pid, signal.SIGKILL)
     first.join(timeout=60)
-    assert half.is_file(), "a killed run clears nothing"
+    assert half.is_file(), "a killed run removes nothing"
     with workspace(destination) as folder:
         assert names_in(folder) == []
     assert names_in(tmp_path) == []

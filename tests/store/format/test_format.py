@@ -82,7 +82,7 @@ def test_every_table_of_the_page_is_compared_here() -> None:
     }
 
 
-def test_the_version_is_the_codes() -> None:
+def test_the_version_is_that_of_the_code() -> None:
     assert PAGE.startswith(f"# The archive format, version {FORMAT}\n")
     (row,) = (row for row in TABLES["key"] if codes(row[0]) == ["format"])
     assert codes(row[1]) == [json.dumps(FORMAT)]
@@ -131,7 +131,7 @@ def test_the_keys_of_a_commit() -> None:
     assert COMMIT.name == pattern.replace("SSSSSSSS", "00000003").replace("WWWW", "0000")
 
 
-def spelled_out(name: str) -> str:
+def with_numbers(name: str) -> str:
     """Return the page's name of a site with numbers for its capital letters."""
     return re.sub(r"\.N$", ".1", re.sub(r"\.L$", ".7", name)).replace("topK", "top8")
 
@@ -139,13 +139,13 @@ def spelled_out(name: str) -> str:
 def test_the_sites_and_their_paths() -> None:
     kinds = set()
     for names, path, _ in TABLES["name"]:
-        sites = [parse_site(spelled_out(name)) for name in codes(names)]
+        sites = [parse_site(with_numbers(name)) for name in codes(names)]
         assert codes(path)[0] in {site.path for site in sites}
         for site, name in zip(sites, codes(names), strict=True):
             kinds.add(site.kind)
             assert (site.layer is not None) == name.endswith(".L")
             if site.kind != "module":
-                assert site.path == "sites/" + spelled_out(name).replace(".", "/")
+                assert site.path == "sites/" + with_numbers(name).replace(".", "/")
     assert kinds == {*LAYER_KINDS, *MODEL_KINDS, "logits_top8", "module"}
 
 

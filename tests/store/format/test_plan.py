@@ -1,4 +1,4 @@
-"""The plan: the same through JSON, strict about what it is made of, and able to say how two of them differ."""
+"""The plan: unchanged by JSON, strict about its values, and able to say how two plans differ."""
 
 import json
 from copy import deepcopy
@@ -119,7 +119,7 @@ def test_other_json_is_no_plan(value: object) -> None:
         Plan.from_json(value)
 
 
-def test_nesting_without_a_bottom_is_refused() -> None:
+def test_endless_nesting_is_refused() -> None:
     document: Any = make_plan().to_json()
     for _ in range(100_000):
         document["rules"] = {"deeper": document["rules"]}
@@ -267,7 +267,7 @@ def test_a_chunk_is_about_half_a_mebibyte_and_divides_its_shard(row_bytes: int, 
 
 
 @given(st.integers(1, 500), HEIGHTS, st.integers(0, 2**20))
-def test_there_are_stages_for_every_shard_that_an_example_can_reach(most_rows: int, height: int, start: int) -> None:
+def test_every_shard_that_an_example_can_reach_may_be_open(most_rows: int, height: int, start: int) -> None:
     touched = {row // height for row in (start, start + most_rows - 1)}
     assert n_open_shards(most_rows, height) >= max(touched) - min(touched) + 1
     assert n_open_shards(most_rows, height) >= 2, "one fills while another is written"
@@ -311,6 +311,6 @@ def test_more_memory_never_makes_shards_shorter(widths: list[int], batch_rows: i
     assert all(small <= large for small, large in pairwise(heights))
 
 
-def test_a_shard_holds_a_whole_batch_where_memory_allows() -> None:
+def test_a_shard_holds_a_full_batch_where_memory_allows() -> None:
     assert choose_rows_per_shard([2**20], batch_rows=1, most_rows_per_example=10) == 32
     assert choose_rows_per_shard([2**20], batch_rows=33, most_rows_per_example=10) == 64

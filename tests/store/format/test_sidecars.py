@@ -1,4 +1,4 @@
-"""What says how attention follows from queries and keys goes out and comes back, and nothing else is taken for it."""
+"""Sidecar files: `attention.json` comes back as it was written, and other texts are refused."""
 
 import json
 from typing import Any
@@ -17,7 +17,7 @@ LAYERS: dict[int, AttentionSpec | str] = {
 }
 
 
-def test_it_comes_back_as_it_was() -> None:
+def test_attention_comes_back_as_it_was() -> None:
     assert attention_from_json(attention_to_json(LAYERS)) == LAYERS
 
 
@@ -45,7 +45,7 @@ def test_values_that_make_no_sense_are_refused(change: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("text", [b"", b"[]", b'{"x": "why"}', b'{"-1": "why"}', b'{"0": 3}', b"[" * 99999])
-def test_what_is_no_object_of_layers_is_refused(text: bytes) -> None:
+def test_other_json_than_an_object_of_layers_is_refused(text: bytes) -> None:
     with pytest.raises(UnsafeArchiveError):
         attention_from_json(text)
 

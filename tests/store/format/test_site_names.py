@@ -1,4 +1,4 @@
-"""The text form of sites: what parses, where it lies, and what a pattern stands for."""
+"""Names of sites: what parses, the path of a site, and what a pattern selects."""
 
 import pytest
 from hypothesis import given
@@ -38,13 +38,13 @@ AVAILABLE = (
         ),
     ],
 )
-def test_text_site_and_path_belong_together(text: str, site: Site, path: str) -> None:
+def test_name_site_and_path_belong_together(text: str, site: Site, path: str) -> None:
     assert parse_site(text) == site
     assert str(site) == text
     assert site.path == path
 
 
-def test_a_module_gives_its_output_unless_told() -> None:
+def test_a_module_means_its_output_unless_its_input_is_named() -> None:
     assert str(parse_site("module:model.norm")) == "module:model.norm@output"
 
 
@@ -82,7 +82,7 @@ def test_other_texts_are_refused_in_the_users_words(text: str) -> None:
 
 
 @given(st.text(max_size=60) | st.from_regex(r"module:[a-z./@0-9]{0,40}", fullmatch=True))
-def test_whatever_parses_is_canonical_and_safe_as_a_path(text: str) -> None:
+def test_every_name_that_parses_is_canonical_and_safe_as_a_path(text: str) -> None:
     try:
         site = parse_site(text)
     except UnknownSiteError:
@@ -106,7 +106,7 @@ def test_whatever_parses_is_canonical_and_safe_as_a_path(text: str) -> None:
         ("module:h.1.mlp,embed", ("embed", "module:h.1.mlp@output")),
     ],
 )
-def test_patterns_choose_in_the_models_order(patterns: str | list[str], chosen: tuple[str, ...]) -> None:
+def test_patterns_select_in_the_models_order(patterns: str | list[str], chosen: tuple[str, ...]) -> None:
     assert select(patterns, AVAILABLE) == chosen
 
 

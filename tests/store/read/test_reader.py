@@ -10,8 +10,7 @@ from hypothesis import strategies as st
 
 from residua.store.base.errors import DamagedArchiveError, UnsafeArchiveError
 from residua.store.read.reader import ArrayReader
-from tests.store.samples import COMBINATIONS, Array, flip_every_bit, make_spec, same_bits
-from tests.store.stored_array import N_ROWS, Stored, store
+from tests.store.samples import COMBINATIONS, N_ROWS, Array, Stored, flip_every_bit, make_spec, same_bits, store
 
 
 @pytest.mark.parametrize(("preset", "dtype"), COMBINATIONS)

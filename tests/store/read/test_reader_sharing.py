@@ -13,8 +13,7 @@ import pytest
 from residua.store.base.errors import DamagedArchiveError
 from residua.store.read.mapped import OPEN_SHARDS, OpenShards
 from residua.store.read.reader import ArrayReader
-from tests.store.samples import Array, make_spec, same_bits
-from tests.store.stored_array import N_ROWS, Stored, store
+from tests.store.samples import N_ROWS, Array, Stored, make_spec, same_bits, store
 
 
 def test_chunks_stay_verified_when_their_files_are_closed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

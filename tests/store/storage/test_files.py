@@ -32,7 +32,7 @@ def refuse(code: int) -> Callable[..., int]:
 
 @settings(deadline=None, max_examples=30)
 @given(st.lists(st.binary(max_size=30), max_size=30), st.integers(1, 60))
-def test_parts_are_written_in_order_however_few_bytes_the_kernel_takes(
+def test_buffers_are_written_in_order_however_few_bytes_the_kernel_takes(
     tmp_path_factory: pytest.TempPathFactory, parts: list[bytes], most: int
 ) -> None:
     path = tmp_path_factory.mktemp("files") / "a"
@@ -48,7 +48,7 @@ def test_parts_are_written_in_order_however_few_bytes_the_kernel_takes(
     assert written == path.stat().st_size
 
 
-def test_more_parts_than_one_call_takes(tmp_path: Path) -> None:
+def test_thousands_of_small_buffers(tmp_path: Path) -> None:
     parts = [bytes([i % 256]) * (i % 5) for i in range(5000)]
     write_file(tmp_path / "deep" / "down" / "a", parts)
     assert (tmp_path / "deep" / "down" / "a").read_bytes() == b"".join(parts)
@@ -64,7 +64,7 @@ def test_arrays_of_any_shape_and_type_are_written_as_their_bytes(tmp_path: Path)
     assert (tmp_path / "a").read_bytes() == b"".join(part.tobytes() for part in parts)
 
 
-def test_existing_file_is_replaced_whole(tmp_path: Path) -> None:
+def test_an_existing_file_is_replaced(tmp_path: Path) -> None:
     write_file(tmp_path / "a", [b"a long first text"])
     write_file(tmp_path / "a", [b"short"])
     assert (tmp_path / "a").read_bytes() == b"short"
@@ -126,7 +126,7 @@ def test_new_folders_are_durable_too(tmp_path: Path, monkeypatch: pytest.MonkeyP
     ],
 )
 @pytest.mark.parametrize("call", ["write", "fdatasync", "replace", "open"])
-def test_error_names_the_file_and_what_to_do_and_leaves_nothing_behind(
+def test_error_names_the_file_and_what_to_do_and_leaves_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int, advice: str, call: str
 ) -> None:
     monkeypatch.setattr(os, call, refuse(code))
@@ -136,7 +136,7 @@ def test_error_names_the_file_and_what_to_do_and_leaves_nothing_behind(
     assert contents(tmp_path) == set()
 
 
-def test_kernel_that_stops_in_mid_file_leaves_nothing_behind(tmp_path: Path) -> None:
+def test_a_kernel_that_stops_in_mid_file_leaves_nothing(tmp_path: Path) -> None:
     script = (
         "import resource, sys, numpy as np\n"
         "from pathlib import Path\n"
@@ -236,7 +236,7 @@ def test_sweep_removes_a_temporary_whose_number_now_belongs_to_this_process(tmp_
     st.lists(st.sampled_from([0, 1, 4, 511, 4096, 4 * 2**20 - 4, 4 * 2**20, 4 * 2**20 + 5]), min_size=1, max_size=5),
     st.sampled_from([None, 4096, 5000]),
 )
-def test_large_files_are_written_whole_past_the_page_cache(
+def test_large_files_are_written_completely_past_the_page_cache(
     tmp_path_factory: pytest.TempPathFactory, sizes: list[int], most: int | None
 ) -> None:
     path = tmp_path_factory.mktemp("files") / "a"
@@ -273,7 +273,7 @@ def test_file_system_that_refuses_to_bypass_the_page_cache_is_written_through_it
     assert (tmp_path / "late").read_bytes() == (tmp_path / "never").read_bytes() == data.tobytes()
 
 
-def test_full_disk_in_a_large_file_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_full_disk_in_a_large_file_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "write", refuse(errno.ENOSPC))
     with pytest.raises(OSError, match=r"cannot write .*/acts .*disk is full"):
         write_file(tmp_path / "acts", [np.zeros(2 * LEAST_BYTES, np.uint8)])

@@ -1,4 +1,4 @@
-"""One run at a time: refused while the other lives, free when it is dead, whatever it left behind."""
+"""One run at a time: a second run is refused while the first lives, and free to start when it is dead."""
 
 import fcntl
 import json
@@ -39,14 +39,14 @@ def test_a_second_run_is_refused_with_the_name_of_the_first_until_that_one_is_ki
         assert owner is not None
         assert (owner.host, owner.pid, owner.join) == (socket.gethostname(), process.pid, {"port": 7})
         process.send_signal(signal.SIGKILL)
-    assert read_owner(archive) == owner, "the dead run's file is still there"
+    assert read_owner(archive) == owner, "the file of the dead run is still there"
     with locked(archive):
         assert (found := read_owner(archive)) is not None
         assert (found.pid, found.join) == (os.getpid(), None)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_lock_goes_with_an_error_too(tmp_path: Path) -> None:
+def test_the_lock_is_removed_after_an_error_too(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt), locked(tmp_path / "a.zarr"):
         raise KeyboardInterrupt
     assert list(tmp_path.iterdir()) == []
@@ -55,7 +55,7 @@ def test_the_lock_goes_with_an_error_too(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"host": 1}', '{"host": "a", "pid": "x", "since": "", "join": 3}'])
-def test_a_lock_that_says_nonsense_locks_all_the_same(tmp_path: Path, text: str) -> None:
+def test_a_lock_with_an_unreadable_owner_still_locks(tmp_path: Path, text: str) -> None:
     path = tmp_path / ".a.zarr.lock"
     path.write_text(text)
     with path.open("rb") as file:
