@@ -103,11 +103,7 @@ def read_examples(
         if name in SOURCE_COLUMNS:
             raise DatasetError(f"the dataset has a column {name!r}, which the examples need for themselves: rename it")
     tokens = Tokens(
-        rows,
-        settings.rule,
-        text_column=settings.text_column,
-        tokenizer=tokenizer,
-        vocab_size=vocab_size,
+        rows=rows, rule=settings.rule, text_column=settings.text_column, tokenizer=tokenizer, vocab_size=vocab_size
     )
     reading = _Reading(
         settings=settings,

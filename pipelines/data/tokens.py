@@ -68,10 +68,11 @@ class _Content:
     column: str
 
 
+@dataclass(frozen=True, kw_only=True)
 class Tokens:
     """Turns rows into sources, in order; tokenizes some hundred texts at a time.
 
-    Args:
+    Attributes:
         rows: The dataset.
         rule: The position rule, which may need marks from a column or from the chat template.
         text_column: The column with the content; None finds it.
@@ -82,28 +83,21 @@ class Tokens:
         DatasetError: The position rule names a column that the dataset does not have.
     """
 
-    def __init__(
-        self,
-        rows: Rows,
-        rule: PositionRule,
-        *,
-        text_column: str | None,
-        tokenizer: Tokenizer | None,
-        vocab_size: int | None,
-    ) -> None:
-        self._rows = rows
-        self._rule = rule
-        self._text_column = text_column
-        self._tokenizer = tokenizer
-        self._vocab_size = vocab_size
-        if rule.column and rule.column not in rows.columns:
-            found = ", ".join(rows.columns)
-            raise DatasetError(f"positions column:{rule.column}: the dataset has no such column, it has {found}")
+    rows: Rows
+    rule: PositionRule
+    text_column: str | None
+    tokenizer: Tokenizer | None
+    vocab_size: int | None
+
+    def __post_init__(self) -> None:
+        if self.rule.column and self.rule.column not in self.rows.columns:
+            found = ", ".join(self.rows.columns)
+            raise DatasetError(f"positions column:{self.rule.column}: the dataset has no such column, it has {found}")
 
     def __iter__(self) -> Iterator[Source]:
         """Yield the sources; raises DatasetError that names a row which cannot be used."""
         content: _Content | None = None
-        for batch in _batches(enumerate(self._rows.rows)):
+        for batch in _batches(enumerate(self.rows.rows)):
             if content is None:
                 content = self._find_content(batch[0][1])
                 self._check(content)
@@ -112,7 +106,7 @@ class Tokens:
                 yield self._source(number, row, content, ids, marked)
 
     def _find_content(self, first: Row) -> _Content:
-        asked, columns, found = self._text_column, self._rows.columns, ", ".join(self._rows.columns)
+        asked, columns, found = self.text_column, self.rows.columns, ", ".join(self.rows.columns)
         if asked is not None and asked not in columns:
             raise DatasetError(f"there is no column {asked!r}: the dataset has {found}; name one with --text-column")
         if asked is not None:
@@ -120,7 +114,7 @@ class Tokens:
         for column, kind in _USUAL.items():
             if column in columns and (kind != "chat" or _kind_of(first.get(column)) == "chat"):
                 return _Content(kind, column)
-        texts = self._rows.text_columns
+        texts = self.rows.text_columns
         if len(texts) == 1:
             return _Content("text", texts[0])
         raise DatasetError(
@@ -130,8 +124,8 @@ class Tokens:
 
     def _check(self, content: _Content) -> None:
         """Refuse content that this tokenizer or this position rule cannot be used with."""
-        template = getattr(self._tokenizer, "chat_template", None)
-        if content.kind != "ids" and self._tokenizer is None:
+        template = getattr(self.tokenizer, "chat_template", None)
+        if content.kind != "ids" and self.tokenizer is None:
             raise DatasetError(
                 f"column {content.column!r} holds {content.kind}, and the model comes without a tokenizer: "
                 "pass one, or give token ids in a column input_ids"
@@ -140,13 +134,13 @@ class Tokens:
             raise DatasetError(
                 f"column {content.column!r} holds chats, and the tokenizer has no chat template: set one, or give texts"
             )
-        if self._rule.is_assistant and content.kind != "chat":
+        if self.rule.is_assistant and content.kind != "chat":
             raise DatasetError(
                 f"--positions assistant: column {content.column!r} holds {content.kind}, not chats; name a column "
                 "of chats with --text-column, or for token ids give the mask as a column and use column:NAME"
             )
         # Without this mark the library returns a mask of zeros and only logs a line.
-        if self._rule.is_assistant and not _GENERATION.search(str(template)):
+        if self.rule.is_assistant and not _GENERATION.search(str(template)):
             raise DatasetError(
                 "--positions assistant: the tokenizer's chat template does not mark the assistant's turns with "
                 "{% generation %}; use a template that does, or another position rule"
@@ -160,10 +154,10 @@ class Tokens:
         return [(self._ids(value, number), None) for number, value in values]
 
     def _source(self, number: int, row: Row, content: _Content, ids: IntArray, marked: Mask | None) -> Source:
-        used = {content.column, self._rule.column}
-        if self._rule.column:
-            value = _value(row, self._rule.column, number)
-            marked = marks_of(value, ids.size, column=self._rule.column, row=number)
+        used = {content.column, self.rule.column}
+        if self.rule.column:
+            value = _value(row, self.rule.column, number)
+            marked = marks_of(value, ids.size, column=self.rule.column, row=number)
         own = slice(0, ids.size)
         if content.kind == "ids" and row.get("attention_mask") is not None:
             used.add("attention_mask")
@@ -177,7 +171,7 @@ class Tokens:
         )
 
     def _texts(self, values: Sequence[tuple[int, object]], column: str) -> list[_Encoded]:
-        tokenizer = cast("Tokenizer", self._tokenizer)
+        tokenizer = cast("Tokenizer", self.tokenizer)
         for number, text in values:
             if not isinstance(text, str | None):
                 raise DatasetError(f"row {number}: column {column!r} should hold a text, found {text!r:.80}")
@@ -193,13 +187,13 @@ class Tokens:
             raise DatasetError(f"row {number}: column {column!r} should hold a chat, found {chat!r:.80}")
         messages = [_message(message, number) for message in cast("Sequence[object]", chat)]
         try:
-            encoded = cast("Tokenizer", self._tokenizer).apply_chat_template(
-                messages, return_dict=True, return_assistant_tokens_mask=self._rule.is_assistant
+            encoded = cast("Tokenizer", self.tokenizer).apply_chat_template(
+                messages, return_dict=True, return_assistant_tokens_mask=self.rule.is_assistant
             )
         except Exception as error:
             # The boundary to the chat template, a program that comes with the tokenizer and may raise anything.
             raise DatasetError(f"row {number}: the chat template refuses this chat: {error}") from error
-        marked = np.asarray(encoded["assistant_masks"], np.bool_) if self._rule.is_assistant else None
+        marked = np.asarray(encoded["assistant_masks"], np.bool_) if self.rule.is_assistant else None
         return self._ids(encoded["input_ids"], number), marked
 
     def _ids(self, value: object, number: int) -> IntArray:
@@ -209,7 +203,7 @@ class Tokens:
             raise DatasetError(f"row {number}: {value!r:.80} is not a list of token ids: {error}") from error
         if ids.ndim != 1 or not (ids.size == 0 or ids.dtype.kind in "iu"):
             raise DatasetError(f"row {number}: a flat list of whole numbers is needed, found {value!r:.80}")
-        n_known = _MAX_ID if self._vocab_size is None else self._vocab_size
+        n_known = _MAX_ID if self.vocab_size is None else self.vocab_size
         wrong = np.flatnonzero((ids < 0) | (ids >= n_known))
         if wrong.size:
             raise DatasetError(
