@@ -1,4 +1,4 @@
-"""What every test of this room begins with."""
+"""Fixtures of every test of `residua.capture`."""
 
 import pytest
 import torch
@@ -6,5 +6,5 @@ import torch
 
 @pytest.fixture(autouse=True)
 def nothing_compiled() -> None:
-    """Forget what other tests compiled: torch stops compiling a function that it compiled often enough."""
+    """Forget what other tests compiled: torch stops compiling a function after a number of times."""
     torch.compiler.reset()

@@ -1,8 +1,8 @@
-"""A device that is never in a hurry: streams that run when a random schedule says so, memory that is reused at once.
+"""A lazy device: streams that run when a random schedule says so, and memory that is reused at once.
 
-What `residua.capture.buffers.offload` needs of a device, on a CPU. Work is queued and done later, one operation at a
-time, of a random stream. Freed memory goes to the next tensor immediately, as a stream-ordered allocator does: rightly
-so for the stream that frees, wrongly for a copy on another stream that still reads.
+It simulates on a CPU what `residua.capture.buffers.offload` needs of a device. Work is queued and done later, one
+operation of a random stream at a time. Freed memory goes to the next tensor at once, as in a stream-ordered allocator:
+this is right for the stream that frees it, and wrong for a copy on another stream that still reads it.
 """
 
 import random
@@ -12,7 +12,7 @@ from contextlib import contextmanager
 
 
 class LazyEvent:
-    """A mark in a stream."""
+    """An event in a stream."""
 
     def __init__(self, device: "LazyDevice") -> None:
         self._device = device
@@ -27,10 +27,10 @@ class LazyEvent:
 
 
 class LazyDevice:
-    """Two streams, an allocator, and whoever else runs beside them, such as a writer.
+    """Two streams, an allocator, and other actors that run at the same time, such as a writer.
 
     Args:
-        seed: Of the schedule.
+        seed: Seed of the schedule.
     """
 
     def __init__(self, seed: int) -> None:
@@ -58,7 +58,7 @@ class LazyDevice:
         self.some_steps()
 
     def _step(self) -> bool:
-        """Let one stream or one other, chosen at random, go on by one; say whether anything could."""
+        """Run one step of a stream or of another actor, chosen at random; return whether there was one."""
         parties = [self._first_of(self._side), self._first_of(self._compute), *self.others]
         chances = list(zip(self._speeds, parties, strict=False))
         chances.sort(key=lambda chance: -chance[0] * self.rng.random())
@@ -75,7 +75,7 @@ class LazyDevice:
         return False
 
     def run_beside(self, other: "LazyDevice") -> None:
-        """Let `other` go on, too, whenever this one waits or goes on."""
+        """Let `other` run steps, too, whenever this device does."""
         self.others.append(other._step)
 
     def some_steps(self) -> None:
@@ -84,9 +84,9 @@ class LazyDevice:
 
     def run_until(self, reached: Callable[[], object]) -> None:
         while not reached():
-            assert self._step(), "a deadlock: nothing can go on"
+            assert self._step(), "a deadlock: there is no next step"
 
-    # What offload asks of streams.
+    # The methods of the `Streams` protocol.
 
     def mark_compute(self) -> LazyEvent:
         return self._mark(self._compute)
@@ -123,7 +123,7 @@ class LazyDevice:
 
 
 class LazyTensor:
-    """One cell of device memory, given back when Python lets go of the tensor, as torch does."""
+    """One cell of device memory, freed when Python frees the tensor, as in torch."""
 
     def __init__(self, device: LazyDevice) -> None:
         self._device = device
@@ -135,7 +135,7 @@ class LazyTensor:
         self._device.queue(lambda: memory.__setitem__(0, value))
 
     def copy_to(self, target: list[object], place: int = 0) -> None:
-        """Queue a copy into `target`, memory of a device or of a host. Queued work keeps no tensor alive."""
+        """Queue a copy to `target`, memory of a device or of the host. Queued work keeps no tensor alive."""
         memory = self.memory
         self._device.queue(lambda: target.__setitem__(place, memory[0]))
 
@@ -144,7 +144,7 @@ class LazyTensor:
 
 
 class LazyCondition:
-    """A condition variable whose waiting lets the device and the others go on."""
+    """A condition variable whose waiting runs steps of the device and of the other actors."""
 
     def __init__(self, device: LazyDevice) -> None:
         self._device = device

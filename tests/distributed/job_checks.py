@@ -17,7 +17,7 @@ import residua
 from residua.store.base.errors import PlanError
 from residua.store.read.archive import Archive
 from residua.store.read.verify import verify
-from tests.capture.replaying import captured
+from tests.capture.replay_samples import captured
 from tests.distributed.deepspeed_and_fairscale import zero3
 from tests.distributed.replay_checks import counting_reads
 from tests.distributed.torch_pipeline import Pipeline

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from residua.analysis.lens.lm_head import load_lm_head
 from residua.store.base.errors import DamagedArchiveError, UnsafeArchiveError
 from residua.store.format.sidecars import LMHeadSpec
-from tests.capture.readings import everything
+from tests.capture.site_readings import everything
 from tests.heads import save_head
 from tests.models import TINY
 

@@ -1,4 +1,4 @@
-"""The copies on a CUDA device: values, overlap, back-pressure, memory. The order itself is tested in `test_offload`."""
+"""Copies from a CUDA device: values, overlap, back-pressure, memory. `test_offload` tests their order."""
 
 import threading
 from contextlib import nullcontext
@@ -17,7 +17,7 @@ from residua.capture.buffers.row_index import BatchRows, ExampleRows, batch_rows
 from residua.store.format.plan import Plan, SitePlan
 from residua.store.format.writer import FilledShard, ShardWriter
 from tests.capture.buffer_samples import LateWriter, make_plan
-from tests.capture.hooks_by_hand import hooked
+from tests.capture.manual_hooks import hooked
 from tests.models import TINY
 
 pytestmark = [
@@ -34,7 +34,7 @@ SITES = (
 
 
 class StuckWriter:
-    """A disk that takes nothing until it is told to go on; then it reads what it was given."""
+    """A disk that takes nothing until `go_on` is set; then it reads the shards."""
 
     def __init__(self) -> None:
         self.go_on = threading.Event()
@@ -86,7 +86,7 @@ def fill(filler: ShardFiller, number: int, tensor: torch.Tensor, step: int = 1) 
 
 
 @pytest.mark.parametrize("step", [1, 2])
-def test_values_are_right_though_the_tensor_changes_afterwards(step: int) -> None:
+def test_values_are_right_if_the_tensor_changes_afterwards(step: int) -> None:
     n_batches = 24
     writer = LateWriter()
     filler = ShardFiller(plan_of(n_batches), cast("ShardWriter", writer), n_buffers=2, pinned=True)
@@ -130,7 +130,7 @@ def test_a_stuck_disk_blocks_the_producer_and_memory_does_not_grow() -> None:
     assert filler.stall_seconds > 0
 
 
-def test_copies_run_beside_the_model() -> None:
+def test_copies_overlap_with_the_model() -> None:
     """In a profile, some copy to the host overlaps a kernel of the compute stream."""
     writer = LateWriter()
     filler = ShardFiller(plan_of(24), cast("ShardWriter", writer), n_buffers=4, pinned=True)

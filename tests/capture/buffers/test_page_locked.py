@@ -49,7 +49,7 @@ def pages(address: int, n_bytes: int) -> range:
 @pytest.fixture
 def runtime(monkeypatch: pytest.MonkeyPatch) -> Runtime:
     found = Runtime()
-    monkeypatch.setattr("residua.capture.runtime.streams.torch.cuda.cudart", lambda: found)
+    monkeypatch.setattr("torch.cuda.cudart", lambda: found)
     return found
 
 
@@ -80,7 +80,7 @@ def test_memory_is_unlocked_with_the_last_view_of_its_rows(runtime: Runtime) -> 
 
 
 def test_memory_that_cannot_be_locked_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("residua.capture.runtime.streams.torch.cuda.cudart", lambda: Runtime(error=2))
+    monkeypatch.setattr("torch.cuda.cudart", lambda: Runtime(error=2))
     with pytest.raises(CaptureError, match=r"CUDA error 2\): lower --host-memory"):
         make_buffer()
 

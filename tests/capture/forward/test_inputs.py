@@ -10,7 +10,7 @@ from torch import Tensor
 
 from residua.capture.forward.inputs import forward_kwargs, padded_batch, positions_of
 from residua.capture.sites.names_to_modules import model_sites
-from tests.capture.readings import LENGTHS, batch, read, sequences
+from tests.capture.site_readings import LENGTHS, batch, read, sequences
 from tests.models import ODD, TINY
 
 TOLERANCE = 2e-5

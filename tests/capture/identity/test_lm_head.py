@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 from residua.capture.identity.lm_head import safetensors_file
 from residua.store.storage.files import write_file
-from tests.capture.readings import everything
+from tests.capture.site_readings import everything
 from tests.heads import save_head
 from tests.models import ODD, TINY
 

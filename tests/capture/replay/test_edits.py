@@ -17,8 +17,8 @@ from residua.capture.sites.anatomy import anatomy_of
 from residua.capture.sites.names_to_modules import model_sites
 from residua.store.base.errors import PlanError
 from residua.store.read.archive import Archive
-from tests.capture.hooks_by_hand import hooked
-from tests.capture.replaying import EVEN, LENGTHS, PADDED, captured, model_of, run_in_full, stored
+from tests.capture.manual_hooks import hooked
+from tests.capture.replay_samples import EVEN, LENGTHS, PADDED, captured, model_of, run_in_full, stored
 from tests.models import TINY
 
 SITE, WIDTH = "resid_post.1", 32

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 import residua
 from residua.capture.sites.anatomy import anatomy_of
 from residua.store.base.errors import PlanError
-from tests.capture.hooks_by_hand import hooked, state_of
-from tests.capture.replaying import EVEN, PADDED, captured, model_of, tokens
+from tests.capture.manual_hooks import hooked, state_of
+from tests.capture.replay_samples import EVEN, PADDED, captured, model_of, tokens
 
 N_NEW = 6
 VECTOR = torch.linspace(-3, 3, 32)

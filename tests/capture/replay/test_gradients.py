@@ -14,8 +14,8 @@ from residua.capture.forward.inputs import forward_kwargs
 from residua.capture.forward.plan_batch import plan_batch
 from residua.capture.sites.anatomy import anatomy_of
 from residua.store.base.errors import PlanError
-from tests.capture.hooks_by_hand import hooked
-from tests.capture.replaying import PADDED, captured, model_of, tokens
+from tests.capture.manual_hooks import hooked
+from tests.capture.replay_samples import PADDED, captured, model_of, tokens
 
 KEPT = "resid_post.1"
 METRICS: dict[str, Any] = {"loss": "loss", "difference": {"logit_difference": [7, 11], "position": -2}, "kl": "kl"}

@@ -12,8 +12,8 @@ from torch import Tensor
 from transformers import AttentionInterface
 
 import residua
-from tests.capture.hooks_by_hand import hooked
-from tests.capture.replaying import LENGTHS, PADDED, captured, model_of, run_in_full
+from tests.capture.manual_hooks import hooked
+from tests.capture.replay_samples import LENGTHS, PADDED, captured, model_of, run_in_full
 
 FIRST = 3  # positions that are edited
 HEAD, CHANNELS = 1, [0, 3]

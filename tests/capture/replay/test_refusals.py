@@ -11,7 +11,7 @@ import torch
 import residua
 from residua.store.base.errors import NotCapturedError, PlanError, UnknownSiteError
 from residua.store.read.archive import Archive
-from tests.capture.replaying import EVEN, captured, model_of
+from tests.capture.replay_samples import EVEN, captured, model_of
 
 Given = tuple[Any, Archive]
 WIDTH = 32

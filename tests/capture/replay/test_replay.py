@@ -13,8 +13,8 @@ import residua
 from residua.capture.sites.anatomy import anatomy_of
 from residua.store.base.errors import CaptureError, PlanError
 from residua.store.read.archive import Archive
-from tests.capture.hooks_by_hand import state_of
-from tests.capture.replaying import EVEN, LAST, LENGTHS, MODELS, PADDED, captured, model_of, stored
+from tests.capture.manual_hooks import state_of
+from tests.capture.replay_samples import EVEN, LAST, LENGTHS, MODELS, PADDED, captured, model_of, stored
 from tests.models import LAYERS, TINY
 
 MIXTURES = ("mixtral", "qwen3_moe")

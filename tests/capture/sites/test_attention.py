@@ -1,4 +1,4 @@
-"""Attention: switching to eager and back, models of several parts, and models that go their own way."""
+"""Attention: switching to eager and back, models with sub-models, and models that do not use the interface."""
 
 import logging
 from typing import Any
@@ -12,11 +12,11 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from residua.capture.sites.attention import eager_attention
 from residua.capture.taps.reading import reading
 from residua.store.base.errors import CaptureError
-from tests.capture.readings import read, run
+from tests.capture.site_readings import read, run
 from tests.models import LAYERS, TINY
 
 
-def test_a_pattern_switches_to_eager_and_says_so(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_pattern_switches_to_eager_and_logs_it(caplog: pytest.LogCaptureFixture) -> None:
     model = TINY["llama"]()
     assert model.config._attn_implementation == "sdpa"
     with (
@@ -44,7 +44,7 @@ def test_a_model_that_is_eager_already_is_not_switched() -> None:
     assert model.config._attn_implementation == "eager"
 
 
-def test_every_part_of_a_model_is_switched_and_put_back() -> None:
+def test_every_sub_model_is_switched_and_restored() -> None:
     vision = hf.CLIPVisionConfig(
         hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2, image_size=8, patch_size=4
     )
@@ -61,7 +61,7 @@ def test_every_part_of_a_model_is_switched_and_put_back() -> None:
     assert [getattr(config, "_attn_implementation", None) for config in configs] == before
 
 
-def test_a_model_that_goes_around_the_interface_is_refused_by_layer() -> None:
+def test_a_model_that_does_not_use_the_interface_is_refused_by_layer() -> None:
     model = TINY["gpt2"]()
     for layer in range(LAYERS):
         model.get_submodule(f"transformer.h.{layer}.attn").__dict__["reorder_and_upcast_attn"] = True
@@ -72,7 +72,7 @@ def test_a_model_that_goes_around_the_interface_is_refused_by_layer() -> None:
     assert "module:transformer.h.1" in str(caught.value)
 
 
-def test_a_switch_away_from_eager_while_patterns_are_read_is_noticed() -> None:
+def test_a_switch_away_from_eager_while_patterns_are_read_is_refused() -> None:
     model = TINY["llama"]()
     with reading(model, "pattern.0", lambda *_: None):
         model.set_attn_implementation("sdpa")
@@ -81,7 +81,7 @@ def test_a_switch_away_from_eager_while_patterns_are_read_is_noticed() -> None:
     assert model.config._attn_implementation == "sdpa"
 
 
-def test_an_implementation_of_the_users_own_is_read_too() -> None:
+def test_a_users_own_implementation_is_read_too() -> None:
     calls: list[int] = []
 
     def mine(module: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Which sites a model has, what it lacks and why, and ``module:`` sites of any torch module."""
+"""Which sites a model has, which it lacks and why, and ``module:`` sites of any torch module."""
 
 import pytest
 import torch
@@ -9,12 +9,12 @@ from residua.capture.sites.names_to_modules import model_sites, resolve_sites
 from residua.capture.sites.shape_probe import measure_sites
 from residua.capture.taps.reading import reading
 from residua.store.base.errors import CaptureError, UnknownSiteError
-from tests.capture.readings import batch, read, run
+from tests.capture.site_readings import batch, read, run
 from tests.models import LAYERS, ODD, TINY
 
 
 @pytest.mark.parametrize("name", TINY)
-def test_announced_sites_are_what_a_run_measures(name: str) -> None:
+def test_announced_sites_are_those_that_a_run_measures(name: str) -> None:
     model = TINY[name]()
     sites = {site: info for site, info in model_sites(model).items() if "pattern" not in site}
     assert measure_sites(model, sites) == sites
@@ -57,7 +57,7 @@ def test_grouped_heads_and_head_widths_are_exact() -> None:
         ("olmo2", "attn_out.*", ["'olmo2'", "module:model.layers.0."]),
     ],
 )
-def test_what_a_model_lacks_is_refused_with_a_way_out(name: str, pattern: str, words: list[str]) -> None:
+def test_what_a_model_lacks_is_refused_with_a_remedy(name: str, pattern: str, words: list[str]) -> None:
     model = {**TINY, **ODD}[name]()
     with pytest.raises(UnknownSiteError) as caught:
         resolve_sites(model, pattern)
@@ -65,14 +65,14 @@ def test_what_a_model_lacks_is_refused_with_a_way_out(name: str, pattern: str, w
         assert word in str(caught.value)
 
 
-def test_every_way_out_for_experts_works() -> None:
+def test_every_remedy_for_experts_works() -> None:
     got = read(TINY["mixtral"](), "module:model.layers.0.mlp.gate@output.2,module:model.layers.0.mlp")
     tokens = batch().input_ids.shape
     assert got["module:model.layers.0.mlp.gate@output.2"].shape == (*tokens, 2)
     assert got["module:model.layers.0.mlp@output"].shape == (*tokens, 32)
 
 
-def test_a_model_without_head_has_no_logits() -> None:
+def test_a_model_without_lm_head_has_no_logits() -> None:
     model = TINY["llama"]().base_model
     assert "final" in model_sites(model)
     with pytest.raises(UnknownSiteError, match="language modelling head"):
@@ -91,9 +91,9 @@ def test_module_sites_of_a_language_model_are_measured() -> None:
     sites = resolve_sites(
         TINY["opt"](), "module:model.decoder.layers.0.fc1,module:model.decoder.layers.0.self_attn@input"
     )
-    flat, whole = sites.values()
+    flat, separate = sites.values()
     assert (flat.row_shape, flat.dtype, flat.per_token, flat.flat) == ((48,), "float32", True, True)
-    assert (whole.row_shape, whole.per_token, whole.flat) == ((32,), True, False)
+    assert (separate.row_shape, separate.per_token, separate.flat) == ((32,), True, False)
 
 
 def test_module_sites_agree_with_the_canonical_ones() -> None:
@@ -107,7 +107,7 @@ def test_module_sites_agree_with_the_canonical_ones() -> None:
     assert all(torch.equal(got[name], got[canonical]) for name, canonical in same.items())
 
 
-def test_measuring_leaves_mode_and_random_numbers_alone() -> None:
+def test_measuring_changes_no_mode_and_no_random_state() -> None:
     model = TINY["gpt2"]()
     model.train(True)
     model.get_submodule("transformer.h.0.attn").eval()
@@ -118,7 +118,7 @@ def test_measuring_leaves_mode_and_random_numbers_alone() -> None:
     assert torch.equal(torch.random.get_rng_state(), before)
 
 
-def test_an_item_that_is_no_tensor_is_named() -> None:
+def test_an_item_that_is_not_a_tensor_is_named() -> None:
     with pytest.raises(CaptureError, match=r"item 1 is not a tensor.*NoneType"):
         read(TINY["llama"](), "module:model.layers.0.self_attn@output.1")
 
@@ -152,7 +152,7 @@ def test_any_torch_module_is_read_by_its_modules() -> None:
         assert torch.equal(model(image), torch.zeros(4, 2))
 
 
-def test_a_vision_transformer_is_read_by_its_modules() -> None:
+def test_a_vision_transformer_has_module_sites() -> None:
     config = hf.ViTConfig(
         hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2, image_size=8, patch_size=4
     )
@@ -173,7 +173,7 @@ def test_a_vision_transformer_is_read_by_its_modules() -> None:
 
 
 @pytest.mark.parametrize("name", ["olmo2", "roberta"])
-def test_an_unknown_architecture_shows_what_its_structure_shows(name: str) -> None:
+def test_an_unknown_architecture_has_the_sites_of_its_structure(name: str) -> None:
     kinds = {site.partition(".")[0] for site in model_sites(ODD[name]())}
     expected = {"embed", "resid_pre", "resid_post", "q", "k", "v", "z", "pattern", "final", "logits"}
     assert kinds == expected

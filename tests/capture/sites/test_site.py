@@ -1,4 +1,4 @@
-"""How sites are stored: floats as asked, integers exactly, patterns as wide as the longest example."""
+"""How sites are stored: floats in the chosen dtype, integers exactly, patterns as wide as the longest example."""
 
 from typing import Any
 
@@ -28,14 +28,14 @@ def test_sites_keep_their_order_and_patterns_get_their_width() -> None:
 
 @pytest.mark.parametrize("computed", FLOATS)
 @pytest.mark.parametrize("dtype", [None, *FLOATS])
-def test_floats_are_stored_as_asked_or_as_computed(computed: str, dtype: str | None) -> None:
+def test_floats_are_stored_in_the_chosen_dtype_or_as_computed(computed: str, dtype: str | None) -> None:
     site = plan_site("resid_post.0", (8,), computed, dtype=dtype, codec="small")
     assert (site.dtype, site.codec) == (dtype or computed, "small")
 
 
 @pytest.mark.parametrize("codec", PRESETS)
 @pytest.mark.parametrize("computed", sorted(STORAGE_DTYPES.keys() - set(FLOATS)))
-def test_integers_are_never_cast_and_lose_nothing(computed: str, codec: str) -> None:
+def test_integers_are_never_cast_and_stored_without_loss(computed: str, codec: str) -> None:
     site = plan_site("logits_top8.indices", (8,), computed, dtype="bfloat16", codec=codec)
     assert site.dtype == computed
     assert PRESETS[site.codec].is_lossless
@@ -43,7 +43,7 @@ def test_integers_are_never_cast_and_lose_nothing(computed: str, codec: str) -> 
     Plan(model={}, dataset={}, rules={}, sites=(site,), rows_per_shard=8)
 
 
-def test_a_scalar_a_token_is_a_row_of_width_one() -> None:
+def test_one_scalar_for_each_token_is_a_row_of_width_one() -> None:
     (site,) = plan_sites(
         {"module:gate@output": info("module:gate@output", (), "float32")}, dtype=None, codec="fast", longest_example=1
     )

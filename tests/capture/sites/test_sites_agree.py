@@ -1,4 +1,4 @@
-"""Every canonical site of every architecture, against something that does not come from our hooks."""
+"""Every canonical site of every architecture, against values that do not come from the hooks of the project."""
 
 import math
 from collections.abc import Callable
@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from residua.capture.forward.inputs import forward_kwargs
 from residua.capture.sites.architectures import KNOWN_MODEL_TYPES
 from residua.capture.sites.names_to_modules import model_sites
-from tests.capture.readings import LENGTHS, Reading, attention, batch, everything, read, run
+from tests.capture.site_readings import LENGTHS, Reading, attention, batch, everything, read, run
 from tests.models import LAYERS, ODD, TINY
 
 PARALLEL = ("gpt_neox", "phi")
@@ -31,7 +31,7 @@ def test_every_known_model_type_is_tested() -> None:
 
 
 @pytest.mark.parametrize("name", [*TINY, *SOME_ODD])
-def test_rows_have_the_shape_and_type_that_were_announced(name: str) -> None:
+def test_rows_have_the_announced_shape_and_dtype(name: str) -> None:
     got = everything(name)
     tokens = tuple(batch().input_ids.shape)
     sites = model_sites(got.model)
@@ -53,14 +53,14 @@ def test_block_inputs_and_outputs_are_the_hidden_states(name: str, dtype: torch.
     states = output.hidden_states
     for layer in range(LAYERS):
         assert torch.equal(got[f"resid_pre.{layer}"], states[layer])
-    for layer in range(LAYERS - 1):  # the last hidden state is behind the final norm
+    for layer in range(LAYERS - 1):  # the last hidden state follows the final norm
         assert torch.equal(got[f"resid_post.{layer}"], states[layer + 1])
     assert torch.equal(got["final"], got[f"resid_post.{LAYERS - 1}"])
     assert torch.equal(got["logits"], output.logits)
 
 
 @EVERY
-def test_final_is_what_the_final_norm_takes(name: str) -> None:
+def test_final_is_the_input_of_the_final_norm(name: str) -> None:
     got = everything(name)
     path = _FINAL_NORMS.get(name.split("-")[0], "model.norm")
     if name in POST_NORM:
@@ -86,7 +86,7 @@ _FINAL_NORMS = {
 
 @pytest.mark.parametrize("dtype", BOTH)
 @EVERY
-def test_the_stream_is_the_sum_of_what_is_added(name: str, dtype: torch.dtype) -> None:
+def test_the_stream_is_the_sum_of_attention_and_mlp_outputs(name: str, dtype: torch.dtype) -> None:
     got = everything(name, dtype)
     for layer in range(LAYERS):
         pre, post = got[f"resid_pre.{layer}"], got[f"resid_post.{layer}"]
@@ -103,7 +103,7 @@ def test_the_stream_is_the_sum_of_what_is_added(name: str, dtype: torch.dtype) -
 
 
 def _norms_behind(name: str, module: nn.Module) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]:
-    """What stands between the sums and the stream: norms in BERT and the old OPT, nothing elsewhere."""
+    """The norms between the sums and the stream: in BERT and the old OPT; identities elsewhere."""
     if name == "bert":
         return module.get_submodule("attention.output.LayerNorm"), module.get_submodule("output.LayerNorm")
     if name == "opt-post-norm":
@@ -112,7 +112,7 @@ def _norms_behind(name: str, module: nn.Module) -> tuple[Callable[[Tensor], Tens
 
 
 @EVERY
-def test_the_mlp_gives_what_its_down_projection_makes_of_mlp_act(name: str) -> None:
+def test_the_mlp_output_is_the_down_projection_of_mlp_act(name: str) -> None:
     got = everything(name)
     layers = {"mixtral": (), "qwen3_moe": (1,)}.get(name, tuple(range(LAYERS)))
     assert tuple(n for n in range(LAYERS) if f"mlp_act.{n}" in got.sites) == layers
@@ -133,7 +133,7 @@ def _down_projection(name: str, module: nn.Module) -> nn.Module:
 
 
 @pytest.mark.parametrize("name", [*TINY, *SOME_ODD])
-def test_patterns_are_the_attentions_that_eager_gives(name: str) -> None:
+def test_patterns_are_the_attentions_of_eager(name: str) -> None:
     got = everything(name)
     with attention(got.model, "eager"), torch.no_grad():
         kwargs = forward_kwargs(got.model, batch("left").input_ids, batch("left").attention_mask)
@@ -145,7 +145,7 @@ def test_patterns_are_the_attentions_that_eager_gives(name: str) -> None:
 @pytest.mark.parametrize("dtype", BOTH)
 @pytest.mark.parametrize("name", [*TINY, *SOME_ODD])
 def test_queries_and_keys_give_the_pattern_and_with_values_the_heads(name: str, dtype: torch.dtype) -> None:
-    """Computed anew in float64, masks from their definition: within 3e-6, and 6e-2 in bfloat16."""
+    """Recomputed in float64, with masks from their definition: within 3e-6, and 6e-2 in bfloat16."""
     bound = 3e-6 if dtype == torch.float32 else 6e-2
     got = everything(name, dtype)
     mask = batch("left").attention_mask.bool()
@@ -175,14 +175,14 @@ def _pattern(got: Reading, layer: int, mask_BT: Tensor) -> Tensor:
 
 
 def _scale(config: object, head_width: int) -> float:
-    if getattr(config, "model_type", "") == "opt":  # OPT scales its queries before
+    if getattr(config, "model_type", "") == "opt":  # OPT scales its queries earlier
         return 1.0
     scalar: float = getattr(config, "query_pre_attn_scalar", head_width)
     return 1 / math.sqrt(scalar)
 
 
 def _seen(config: object, layer: int, n_positions: int) -> Tensor:
-    """Which keys a query sees, (queries, keys): earlier ones, and in a window only the nearest."""
+    """Which keys a query sees, (queries, keys): earlier keys, and in a window only the nearest."""
     distance = torch.arange(n_positions)[:, None] - torch.arange(n_positions)[None]
     if getattr(config, "model_type", "") in ("bert", "roberta"):
         return torch.ones_like(distance, dtype=torch.bool)

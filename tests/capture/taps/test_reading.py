@@ -10,8 +10,8 @@ from transformers import AttentionInterface
 from residua.capture.sites.names_to_modules import model_sites
 from residua.capture.taps.reading import reading
 from residua.store.base.errors import CaptureError
-from tests.capture.hooks_by_hand import hooked, keep_nothing, state_of
-from tests.capture.readings import batch, read, run
+from tests.capture.manual_hooks import hooked, keep_nothing, state_of
+from tests.capture.site_readings import batch, read, run
 from tests.models import TINY
 
 

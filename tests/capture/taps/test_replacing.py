@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from residua.capture.sites.names_to_modules import model_sites
 from residua.capture.taps.reading import reading
 from residua.store.base.errors import CaptureError
-from tests.capture.hooks_by_hand import FAMILIES, hooked, replaced
-from tests.capture.readings import attention, batch, read, run
+from tests.capture.manual_hooks import FAMILIES, hooked, replaced
+from tests.capture.site_readings import attention, batch, read, run
 from tests.models import ODD, TINY
 
 

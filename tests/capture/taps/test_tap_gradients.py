@@ -12,8 +12,8 @@ import residua
 from residua.capture.sites.names_to_modules import model_sites
 from residua.capture.taps.reading import reading
 from residua.store.base.errors import CaptureError
-from tests.capture.hooks_by_hand import hooked
-from tests.capture.readings import attention, batch, loss_of, tapped
+from tests.capture.manual_hooks import hooked
+from tests.capture.site_readings import attention, batch, loss_of, tapped
 from tests.models import TINY
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import residua
 from residua.pipelines.cli.main import main
 from residua.store.base.errors import PlanError, UnknownSiteError
-from tests.capture.replaying import captured, model_of, tokens
+from tests.capture.replay_samples import captured, model_of, tokens
 from tests.ragged import MODEL
 
 CLEAN, CORRUPTED = (3, 9, 27, 81, 5, 15, 45), (3, 9, 30, 81, 5, 15, 45)

@@ -21,7 +21,7 @@ from residua.store.base.errors import NotCapturedError, PlanError
 from residua.store.read.archive import Archive
 from residua.store.storage.files import write_file
 from residua.store.storage.lock import ArchiveInUseError, locked
-from tests.capture.replaying import EVEN, LAST, LENGTHS, PADDED, captured, model_of, run_in_full, tokens
+from tests.capture.replay_samples import EVEN, LAST, LENGTHS, PADDED, captured, model_of, run_in_full, tokens
 from tests.pipelines.forking import Forks
 from tests.ragged import MODEL, capture_words, write_dataset
 

@@ -22,7 +22,7 @@ from residua.store.base.errors import PlanError, UnknownSiteError
 from residua.store.format.archive_metadata import is_archive
 from residua.store.read.archive import Archive
 from residua.store.read.verify import verify
-from tests.capture.replaying import EVEN, LAST, LENGTHS, MODELS, PADDED, captured, model_of, run_in_full, tokens
+from tests.capture.replay_samples import EVEN, LAST, LENGTHS, MODELS, PADDED, captured, model_of, run_in_full, tokens
 from tests.pipelines.forking import Forks
 from tests.ragged import MODEL, capture_words, write_dataset
 from tests.stopped import content

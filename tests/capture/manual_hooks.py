@@ -1,4 +1,4 @@
-"""What taps are compared with: hooks as one writes them by hand, and a model's own state."""
+"""Hooks written by hand and the state of a model, to compare taps with."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -10,7 +10,7 @@ from transformers import AttentionInterface, PreTrainedModel
 from transformers.masking_utils import AttentionMaskInterface
 
 from residua.capture.taps.reading import reading
-from tests.capture.readings import run
+from tests.capture.site_readings import run
 from tests.models import TINY
 
 FAMILIES = pytest.mark.parametrize("name", TINY)
@@ -21,7 +21,7 @@ def keep_nothing(_name: str, _tensor: Tensor) -> None:
 
 
 def replaced(model: PreTrainedModel, sites: str | list[str], change: Callable[[Tensor], Tensor]) -> Tensor:
-    """Logits with what stands at these sites changed."""
+    """Logits after a change at these sites."""
     with reading(model, sites, lambda _name, tensor: change(tensor)) as taps:
         logits = run(model)
         taps.end_forward()
@@ -30,7 +30,7 @@ def replaced(model: PreTrainedModel, sites: str | list[str], change: Callable[[T
 
 @contextmanager
 def hooked(module: nn.Module, hook: Callable[..., Any], *, before: bool = False) -> Iterator[None]:
-    """A hook as a user would write it by hand."""
+    """Add a hook as a user would write it by hand."""
     handle = module.register_forward_pre_hook(hook) if before else module.register_forward_hook(hook)
     try:
         yield
@@ -39,7 +39,7 @@ def hooked(module: nn.Module, hook: Callable[..., Any], *, before: bool = False)
 
 
 def state_of(model: PreTrainedModel) -> list[object]:
-    """Everything about a model and transformers that reading might leave changed."""
+    """Everything about a model and about transformers that reading could change."""
     kinds = [name for name in vars(nn.Module()) if "hooks" in name]
     hooks = [(name, kind, dict(vars(m)[kind])) for name, m in model.named_modules() for kind in kinds]
     forwards = [(name, m.__dict__.get("forward")) for name, m in model.named_modules()]

@@ -1,4 +1,4 @@
-"""What several tests of the taps share: a padded batch and every site of a tiny model, read once."""
+"""A padded batch, and every site of a tiny model, read once; for the tests of sites and taps."""
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -42,7 +42,7 @@ def run(model: PreTrainedModel, padded: PaddedBatch | None = None, **options: bo
 
 @contextmanager
 def attention(model: PreTrainedModel, implementation: str) -> Iterator[None]:
-    """Let a model use an attention implementation, set in the way its users do."""
+    """Set a model's attention implementation as its users do."""
     before = model.config._attn_implementation or "eager"
     model.set_attn_implementation(implementation)
     try:
@@ -53,7 +53,7 @@ def attention(model: PreTrainedModel, implementation: str) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Reading:
-    """A model, what it gave, and the value of every site that was read."""
+    """A model, its logits, and the value of every site that was read."""
 
     model: PreTrainedModel
     logits: Tensor
@@ -92,8 +92,8 @@ def loss_of(model: nn.Module) -> Tensor:
 
 
 def tapped(model: nn.Module, sites: str, **options: Any) -> dict[str, Tensor]:
-    """What a tap is given in one forward and backward pass."""
+    """What a tap gets in one forward and backward pass."""
     kept: dict[str, Tensor] = {}
     with residua.tap(model, sites, kept.__setitem__, **options):
-        loss_of(model).backward()  # type: ignore[no-untyped-call]  # torch leaves it bare
+        loss_of(model).backward()  # type: ignore[no-untyped-call]  # torch has no annotations here
     return kept
