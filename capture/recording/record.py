@@ -1,7 +1,7 @@
 """The story of a capture, top to bottom: run the batches that are missing, and store each row where the plan says.
 
 The plan, the example table and the archive exist, and the archive holds what earlier runs committed. `record` runs the
-model over the remaining batches of the schedule. Taps copy the rows of each site to host buffers, one buffer a shard.
+model over the remaining batches of the schedule. Taps copy the rows of each site to host buffers, one buffer per shard.
 A full buffer goes to the writer, which encodes, writes and commits the shard in the background.
 """
 
@@ -59,7 +59,7 @@ def record(
         agree: For models whose forward pass is a collective of all workers. Called before each batch with whether
             this worker has one; returns whether any worker has. A worker without a batch runs a few tokens instead.
         threads: Encoder threads.
-        on_batch: Called after every batch, and now and then while there is none.
+        on_batch: Called with the figures so far after every batch, and regularly while there is none.
 
     Returns:
         The figures of this run.
@@ -97,6 +97,7 @@ def record(
     taps = Taps(model, sites, runner.put)
     stats = partial(_stats, runner, rows, time.perf_counter())
 
+    # A replay attaches the taps itself, around each batch, so that they read what its edits have left.
     with rows, torch.inference_mode(), taps.attached() if replaying is None else nullcontext():
         queue = iter([range(schedule.n_shards)]) if work is None else work(schedule)
         runs = runs_of(queue, partial(committed_shards, archive))
@@ -105,7 +106,7 @@ def record(
         batches = _batches(runs, schedule, rows.filler, replaying)
         around = None if replaying is None else partial(replaying.reading, taps)
         for batch in batches if agree is None else in_step(batches, agree):
-            if batch is None and agree is None:
+            if batch is None and agree is None:  # another worker has the last shards, and may die
                 rows.writer.raise_failure()
                 time.sleep(_IDLE_SECONDS)
             else:

@@ -195,7 +195,9 @@ class Recorder:
     def _after(self, _module: nn.Module, _args: tuple[Any, ...], _output: object) -> None:
         self._taps.end_forward()
         if self._call is None:
-            raise CaptureError("the recorded model called itself: call it once for each batch")
+            raise CaptureError(
+                "a call of the recorded model ended without a beginning: call the model itself, once a batch"
+            )
         if self._archive is None:
             self._archive = self._first_archive(self._call)
         self._archive.finish()
