@@ -15,10 +15,12 @@ class LensSettings:
     """How a tuned lens is trained. Each field is a flag of `residua lens train`."""
 
     rows: int | None = _setting(None, "train on about this many rows, drawn from the full archive (default: all)")
-    skip_positions: int = _setting(1, "leave out this many first positions of each example; attention sinks sit there")
-    held_out: float = _setting(0.1, "share of the examples that only evaluate the lens")
-    held_out_rows: int = _setting(65_536, "evaluate on at most this many of their rows")
-    refine: bool = _setting(True, "refine the ridge solution by the KL divergence; cheaper and worse without")
+    skip_positions: int = _setting(1, "skip this many first positions of each example, where attention sinks are")
+    held_out: float = _setting(0.1, "share of the examples to hold out for the evaluation")
+    held_out_rows: int = _setting(65_536, "evaluate on at most this many held-out rows")
+    refine: bool = _setting(
+        True, "refine the ridge solution on the KL divergence; without it, training is cheaper but less accurate"
+    )
     epochs: int = _setting(1, "number of times that the refinement uses each row")
     batch_rows: int = _setting(128, "rows in one step of the refinement")
     learning_rate: float = _setting(6e-3, "learning rate of Adam, in whitened coordinates; decays to 0 along a cosine")
