@@ -74,29 +74,23 @@ def attention_jobs(
 
 def _sources(archive: Archive, layers: Sequence[int] | None, source: Source | None) -> dict[int, Source]:
     """Return where the weights of each layer come from."""
-    kinds: dict[int, set[str]] = {}
-    for site in map(parse_site, archive.sites):
-        kinds.setdefault(-1 if site.layer is None else site.layer, set()).add(site.kind)
+    stored = {(site.layer, site.kind) for site in map(parse_site, archive.sites)}
     found: dict[int, Source] = {}
-    for layer in sorted(kinds):
-        if (layer_source := _source(kinds[layer], source)) is not None:
-            found[layer] = layer_source
+    for layer in sorted({layer for layer, _ in stored if layer is not None}):
+        if (layer, "pattern") in stored and source != "qk":
+            found[layer] = "pattern"
+        elif {(layer, "q"), (layer, "k")} <= stored and source != "pattern":
+            found[layer] = "qk"
     missing = sorted(set(layers or ()) - set(found))
     if missing or not found:
         what = {"pattern": "pattern sites", "qk": "q and k sites", None: "pattern sites, nor q and k sites"}[source]
         where = f"layer {missing[0]} of {archive.path}" if missing else str(archive.path)
         raise AnalysisError(f"{where} has no {what}: capture with --sites 'q.*,k.*', which takes less space")
-    asked: dict[int, Source] = {layer: found[layer] for layer in found if layers is None or layer in layers}
+    asked = {layer: found[layer] for layer in found if layers is None or layer in layers}
     for layer, layer_source in asked.items():
         if layer_source == "qk":
             attention_spec(archive, layer)  # raises here, before any job starts
     return asked
-
-
-def _source(kinds: set[str], wanted: Source | None) -> Source | None:
-    if "pattern" in kinds and wanted != "qk":
-        return "pattern"
-    return "qk" if {"q", "k"} <= kinds and wanted != "pattern" else None
 
 
 def attention_spec(archive: Archive, layer: int) -> AttentionSpec:

@@ -1,4 +1,4 @@
-"""The head detector against TransformerLens's definition, with full matrices as it is published there."""
+"""The head detector, compared with TransformerLens's definition in full matrices, as it is published there."""
 
 from itertools import product
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Scores of heads, against the model's own eager attention and against definitions written out by hand."""
+"""Scores of heads, compared with the model's eager attention and with definitions written out query by query."""
 
 import pickle
 from collections.abc import Iterator, Sequence
@@ -25,7 +25,7 @@ STARTS = (1, 0) * 8
 
 
 def sequences() -> list[list[int]]:
-    """Blocks twice, three times or with the last copy cut short, half of them behind a BOS."""
+    """Return blocks repeated twice, three times or with an incomplete last copy, half of them after a BOS."""
     rng = np.random.default_rng(11)
     found = []
     for number, (period, start) in enumerate(zip(PERIODS, STARTS, strict=True)):
@@ -39,7 +39,7 @@ ROWS = [{"input_ids": ids, "period": period} for ids, period in zip(EXAMPLES, PE
 
 
 def eager_patterns(model: PreTrainedModel) -> list[list[Floats]]:
-    """The attention weights of each layer and example, each example run alone under eager attention."""
+    """Return the attention weights of each layer and example; each example runs alone under eager attention."""
     before = model.config._attn_implementation or "eager"
     model.set_attn_implementation("eager")
     found: list[list[Floats]] = [[] for _ in range(LAYERS)]
@@ -53,7 +53,7 @@ def eager_patterns(model: PreTrainedModel) -> list[list[Floats]]:
 
 
 def scores_of(patterns: list[list[Floats]]) -> Floats:
-    """(layers x heads, scores)"""
+    """Return scores, (layers x heads, scores)."""
     return np.concatenate([reference_scores(layer, EXAMPLES, PERIODS, STARTS) for layer in patterns])
 
 
@@ -84,7 +84,7 @@ def test_queries_and_keys_give_the_scores_of_eager_attention(name: str, tmp_path
 
 
 @pytest.mark.parametrize("name", TINY)
-def test_so_do_bfloat16_queries_and_keys(name: str, tmp_path: Path) -> None:
+def test_bfloat16_queries_and_keys_give_close_scores(name: str, tmp_path: Path) -> None:
     """The attention of `TINY` is far sharper than that of trained models, so its scores are made smaller here."""
     model = calm(TINY[name]())
     table = induction_scores(capture(model, tmp_path / "a.zarr", dtype="bfloat16"))
@@ -92,7 +92,7 @@ def test_so_do_bfloat16_queries_and_keys(name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["llama", "bert", "gemma2"])
-def test_stored_patterns_give_the_same(name: str, tmp_path: Path) -> None:
+def test_stored_patterns_give_the_same_scores(name: str, tmp_path: Path) -> None:
     model = TINY[name]()
     archive = capture(model, tmp_path / "a.zarr", sites="pattern.*,q.*,k.*")
     table = induction_scores(archive)
@@ -162,7 +162,7 @@ def test_the_known_heads_of_the_shipped_model_stand_out(tmp_path: Path) -> None:
 
 
 class Backwards:
-    """A cluster whose last job is ready first; all that goes there and comes back is pickled."""
+    """A cluster whose last job is done first; jobs and results are pickled."""
 
     n_workers = 2
     memory_limit = 2**30

@@ -1,4 +1,4 @@
-"""docs/induction.md, run as it stands there."""
+"""The code of docs/induction.md, run as it stands there."""
 
 import re
 from pathlib import Path

@@ -47,11 +47,11 @@ def test_tiles_give_what_full_patterns_give(name: str, most_bytes: int, tmp_path
     assert np.abs(found - expected).max() < 1e-6
 
 
-class Living(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch leaves it bare
-    """Counts the bytes of torch's tensors that live at a time; numpy's are tracemalloc's."""
+class Living(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch has no types here
+    """Counts the bytes of torch's tensors that exist at the same time; tracemalloc counts numpy's."""
 
     def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]  # torch leaves it bare
+        super().__init__()  # type: ignore[no-untyped-call]  # torch has no types here
         self.now = self.peak = 0
         self._seen: set[int] = set()
         self._users: Counter[int] = Counter()

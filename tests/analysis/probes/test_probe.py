@@ -1,4 +1,4 @@
-"""Probes of an archive's sites against scikit-learn on the same rows, and the messages about bad targets."""
+"""Probes of an archive's sites, compared with scikit-learn on the same rows, and messages about bad targets."""
 
 from pathlib import Path
 from typing import Any

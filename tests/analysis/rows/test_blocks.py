@@ -1,4 +1,4 @@
-"""Blocks: every committed row once, never over a shard's end, never over the bytes allowed."""
+"""Blocks hold every committed row once, and never cross the end of a shard or the bytes allowed."""
 
 from pathlib import Path
 

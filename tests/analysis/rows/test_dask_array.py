@@ -1,4 +1,4 @@
-"""Sites as Dask arrays, against numpy over the same rows."""
+"""Sites as Dask arrays, compared with numpy over the same rows."""
 
 import pickle
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Held-out examples: by number and seed alone."""
+"""Held-out examples depend on number and seed alone."""
 
 import doctest
 
@@ -11,7 +11,7 @@ from residua.store.base.errors import AnalysisError
 
 
 def splitmix(state: int) -> int:
-    """Return SplitMix64's output, from its published C, in Python's own integers."""
+    """Return SplitMix64's output, translated from its published C code to Python integers."""
     mask = 2**64 - 1
     z = (state + 0x9E3779B97F4A7C15) & mask
     z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & mask
@@ -25,7 +25,7 @@ def test_the_hash_is_splitmix_of_seed_and_number(seed: int) -> None:
     assert held_out(np.arange(200), fraction=0.25, seed=seed).tolist() == expected
 
 
-def test_an_example_is_held_out_wherever_it_stands() -> None:
+def test_the_answer_does_not_depend_on_the_block() -> None:
     examples = np.random.default_rng(0).integers(0, 1000, (4, 500))
     by_number = held_out(np.arange(1000), seed=3)
     np.testing.assert_array_equal(held_out(examples, seed=3), by_number[examples])
