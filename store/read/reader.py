@@ -140,11 +140,6 @@ class ArrayReader:
                 self._run(lambda job: self._gather(*job, items), jobs)
         return out
 
-    def close(self) -> None:
-        """Close the mapped files; reading again opens and verifies them again."""
-        self._open_shards.drop(self._key)
-        self._verified = {}
-
     def _check_range(self, start: int, stop: int) -> None:
         if not 0 <= start <= stop <= self._n_rows:
             raise IndexError(f"rows {start:,} to {stop:,} of {self._spec.path} do not exist: it has {self._n_rows:,}")

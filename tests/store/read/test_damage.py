@@ -130,6 +130,9 @@ def test_every_single_bit_of_the_metadata_counts(copy: Path, name: str) -> None:
 
 def test_every_single_bit_of_a_groups_metadata_counts(copy: Path) -> None:
     name = "sites/zarr.json"
+    shutil.rmtree(copy / "examples")  # what else is wrong does not matter here, and costs time
+    for record in (copy / "commits").iterdir():
+        record.unlink()
     for data, damaged in every_bit(copy / name):
         assert names(verify(copy), name) or is_same_json(data, damaged), damaged
 

@@ -36,7 +36,6 @@ def test_any_slice_equals_numpys(stored: Stored, data: st.DataObject) -> None:
     out = np.empty_like(stored.rows[start:stop])
     reader.read_into(out, start, stop)
     assert same_bits(out, stored.rows[start:stop])
-    reader.close()
 
 
 @settings(deadline=None)
@@ -45,7 +44,6 @@ def test_any_rows_in_any_order_equal_numpys(stored: Stored, rows: list[int], thr
     reader = stored.reader(threads=threads)
     assert same_bits(reader.take(rows), stored.rows[np.array(rows, np.int64)])
     assert same_bits(reader.take(np.array(rows, np.uint8)), stored.rows[np.array(rows, np.int64)])
-    reader.close()
 
 
 @settings(deadline=None, max_examples=40)

@@ -25,9 +25,6 @@ def test_chunks_stay_verified_when_their_files_are_closed(tmp_path: Path, monkey
         assert same_bits(reader.read(0, N_ROWS), kept.rows)
         assert same_bits(reader.take([50, 0]), kept.rows[[50, 0]])
     assert len(compared) == -(-N_ROWS // kept.spec.rows_per_chunk)
-    reader.close()
-    reader.read(0, 1)
-    assert len(compared) == -(-N_ROWS // kept.spec.rows_per_chunk) + 1
 
 
 def test_all_readers_share_their_threads(tmp_path: Path) -> None:
@@ -93,14 +90,11 @@ def test_error_in_a_thread_reaches_the_caller(fresh: Stored) -> None:
         fresh.reader(threads=4).read(0, N_ROWS)
 
 
-def test_a_closed_reader_opens_its_files_again(fresh: Stored) -> None:
+def test_the_files_of_a_reader_are_closed_with_it(fresh: Stored) -> None:
     before = len(OPEN_SHARDS)
     reader = fresh.reader()
     reader.read(0, N_ROWS)
     assert len(OPEN_SHARDS) == before + 4
-    reader.close()
-    assert len(OPEN_SHARDS) == before
-    assert same_bits(reader.read(0, N_ROWS), fresh.rows)
     del reader
     assert len(OPEN_SHARDS) == before
 
