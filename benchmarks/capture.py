@@ -1,12 +1,13 @@
 """What capturing costs: `python benchmarks/capture.py`.
 
-First the overhead alone: a model whose forward pass costs nothing hands out trained bfloat16 residuals at eight
-sites of width 1,024, and every case keeps them all, 8 GiB. Residua captures them as `residua capture` does, from the
+First the overhead alone: a model whose forward pass costs nothing hands out trained bfloat16 residuals at eight sites
+of width 1,024, and every case keeps them all, 8 GiB. Residua captures them as `residua capture` does, from the
 batches of an example table to the last commit; making the plan and the empty archive is not timed. It is compared
-with writing the same bytes from memory, without a model, hooks or stages, and with what people write by hand, which
-is neither checked nor made durable. Memory is new in every run: that the system hands it out costs a capture about
-half a second for its 256 MiB of stages, once, whatever its length. Then a real model (Llama, 59M parameters, random
-weights, float32): capturing every `resid_post` in bfloat16, over the plain forward pass of the same batches.
+with writing the same bytes from memory, without a model, hooks or host buffers, and with what people write by hand,
+which is neither checked nor made durable. Memory is new in every run: that the system hands it out costs a capture
+about half a second for its 256 MiB of host buffers, once, whatever its length. Then a real model (Llama, 59M
+parameters, random weights, float32): capturing every `resid_post` in bfloat16, over the plain forward pass of the
+same batches.
 
 Speed is processor time, kernel included, on one torch thread and one encoder thread.
 """
@@ -206,7 +207,7 @@ def forward(folder: Path, rounds: int) -> str:
 
         return case
 
-    captured("fast")(-1)  # staging memory and code pages are warm in all rounds alike
+    captured("fast")(-1)  # host buffers and code pages are warm in all rounds alike
     timings = in_turns(
         {"plain forward": plain, "capture, raw": captured("raw"), "capture, fast": captured("fast")}, rounds=rounds
     )

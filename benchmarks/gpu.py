@@ -4,8 +4,8 @@ A Llama of 1.3B parameters (random weights, bfloat16), every `resid_post` of 32 
 into memory-backed storage (`/dev/shm`, or `--folder`), so that no disk is in the way. The plain forward pass of
 the same batches, without logits, and the capture take turns; both end with the device idle, the capture also with the
 last commit. Making the plan and the empty archive is not timed; what a capture does before its first batch, above all
-page-locking its stages, is timed by itself. Then the rate of the copies to the host: rows of one
-tensor that stays on the device, staged as a capture stages them while no model runs, against a bare copy of as many
+page-locking its host buffers, is timed by itself. Then the rate of the copies to the host: rows of one
+tensor that stays on the device, copied as a capture copies them while no model runs, against a bare copy of as many
 bytes into page-locked memory of torch's own, in pieces of one batch and site.
 """
 
@@ -40,7 +40,7 @@ MOST_COST, LEAST_RATE = 1.05, 0.8
 EXAMPLES, POSITIONS = 8, 512
 ROWS = EXAMPLES * POSITIONS  # of a batch, and of a shard
 PLAIN, CAPTURE, STARTUP = "plain forward", "capture, from its first batch on", "before the first batch"
-STAGED, BARE = "staged as in a capture", "bare copy"
+BUFFERED, BARE = "copied as in a capture", "bare copy"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -180,7 +180,7 @@ def rate(sizes: Sizes, device: torch.device, rounds: int) -> list[list[str]]:
     filler = ShardFiller(plan, cast("ShardWriter", writer), n_buffers=4, pinned=pinned)
     n_bytes = sizes.n_batches * sizes.layers * hidden.nbytes
 
-    def staged(_: int) -> None:
+    def buffered(_: int) -> None:
         for batch in range(sizes.n_batches):
             filler.begin(batch_rows(rows_of(batch), POSITIONS))
             for site in plan.sites:
@@ -193,7 +193,7 @@ def rate(sizes: Sizes, device: torch.device, rounds: int) -> list[list[str]]:
             ring[copy % len(ring)].copy_(hidden, non_blocking=True)
         idle(device)
 
-    cases: dict[str, Callable[[int], None]] = {BARE: bare, STAGED: staged}
+    cases: dict[str, Callable[[int], None]] = {BARE: bare, BUFFERED: buffered}
     in_turns(cases, rounds=1)  # to warm up
     timings = in_turns(cases, rounds=rounds)
     writer.close()

@@ -1,8 +1,8 @@
 """Peak memory of a capture, for a dataset and for one eight times as large: `python benchmarks/memory.py`.
 
 Each capture runs in a process of its own: the shipped model over Python's own documentation, every `resid_post` in
-bfloat16, with 64 MiB allowed for staging (`host_memory`). What is shown is the greatest resident memory of the process,
-and how much of it came after model and libraries were loaded.
+bfloat16, with 64 MiB allowed for host buffers (`host_memory`). What is shown is the greatest resident memory of the
+process, and how much of it came after model and libraries were loaded.
 """
 
 import json
@@ -59,8 +59,8 @@ def capture(times: int, out: str) -> None:
         host_memory=HOST_MEMORY,
     )
     rows = result.archive.n_rows
-    staged = 2 * result.archive.plan.rows_per_shard * sum(site.row_bytes for site in result.archive.plan.sites)
-    print(json.dumps({"rows": rows, "before": before, "peak": peak_bytes(), "staged": staged}))
+    buffers = 2 * result.archive.plan.rows_per_shard * sum(site.row_bytes for site in result.archive.plan.sites)
+    print(json.dumps({"rows": rows, "before": before, "peak": peak_bytes(), "buffers": buffers}))
 
 
 def main() -> None:
@@ -83,14 +83,22 @@ def main() -> None:
             f"{times}x",
             f"{run['rows']:,}",
             f"{run['rows'] * 6 * 256 / mib:,.0f}",
-            f"{run['staged'] / mib:,.0f}",
+            f"{run['buffers'] / mib:,.0f}",
             f"{run['before'] / mib:,.0f}",
             f"{run['peak'] / mib:,.0f}",
             f"{(run['peak'] - run['before']) / mib:,.0f}",
         ]
         for times, run in zip(TIMES, found, strict=True)
     ]
-    head = ["dataset", "rows", "values, MiB", "stages, MiB", "peak before, MiB", "peak, MiB", "capture added, MiB"]
+    head = [
+        "dataset",
+        "rows",
+        "values, MiB",
+        "host buffers, MiB",
+        "peak before, MiB",
+        "peak, MiB",
+        "capture added, MiB",
+    ]
     growth = np.array([run["peak"] for run in found])
     text = "\n".join(
         [
@@ -99,7 +107,7 @@ def main() -> None:
             table(head, lines),
             "",
             f"- Eight times the dataset takes {growth[-1] / growth[0]:.2f} times the peak memory; "
-            f"the bound on stages was {HOST_MEMORY / mib:.0f} MiB.",
+            f"the bound on host buffers was {HOST_MEMORY / mib:.0f} MiB.",
         ]
     )
     publish(text, arguments.out)

@@ -2,9 +2,9 @@
 
 Every case stores the same rows: 128 MiB of bfloat16 residuals of a trained model, in shards of 32 MiB and chunks of
 512 KiB. Speed is megabytes of values a second of processor time, kernel included, so that neither a slow disk nor
-idle cores count. Ours makes every shard durable (flush, rename, flush of the folder), and looks for NaN on the way; of
-the others only the case named so is durable. A capture writes `raw` from its stages, which lie in memory as the file
-does; an array is copied once on the way.
+idle cores count. Ours makes every shard durable (flush, rename, flush of the folder), and looks for NaN on the way;
+of the others only the case named so is durable. A capture writes `raw` from its host buffers, which lie in memory as
+the file does; an array is copied once on the way.
 """
 
 import os
@@ -32,7 +32,7 @@ ROWS_PER_SHARD = 131_072
 ROWS_PER_CHUNK = 2_048
 ZARRS = {"codec_pipeline.path": "zarrs.ZarrsCodecPipeline"}
 EMPTY_CHUNKS = {"array.write_empty_chunks": True}
-RAW = "ours, raw, from a stage"
+RAW = "ours, raw, from a host buffer"
 FAST = "ours, fast"
 PLAIN = "plain write()"
 DURABLE = "plain write(), fdatasync"
@@ -63,14 +63,14 @@ def make_spec(rows: Rows, preset: str) -> ArraySpec:
     )
 
 
-class Staged:
-    """The rows of `raw` shards as a capture has staged them: laid out as their files, made before the clock runs."""
+class BufferedRows:
+    """The rows of `raw` shards as a capture has them in host buffers, laid out as their files."""
 
     def __init__(self) -> None:
         self._shards: list[ShardMemory] = []
 
     def fill(self, rows: Rows) -> None:
-        """Stage `rows`."""
+        """Copy `rows`."""
         spec = make_spec(rows, "raw")
         for start in range(0, len(rows), ROWS_PER_SHARD):
             memory = ShardMemory(spec, ROWS_PER_SHARD)
@@ -85,7 +85,7 @@ class Staged:
             write_file(shard_path(folder, spec, shard), ShardEncoder(memory, spec))
 
 
-STAGED = Staged()
+BUFFERED = BufferedRows()
 
 
 def ours(rows: Rows, folder: Path, *, preset: str) -> None:
@@ -126,7 +126,7 @@ RAW_ZARR: dict[str, Any] = {"compressors": ({"name": "crc32c"},)}
 CASES: dict[str, Callable[[Rows, Path], None]] = {
     PLAIN: partial(plain, durable=False),
     DURABLE: partial(plain, durable=True),
-    RAW: STAGED.write,
+    RAW: BUFFERED.write,
     "ours, raw, from an array": partial(ours, preset="raw"),
     FAST: partial(ours, preset="fast"),
     "ours, small": partial(ours, preset="small"),
@@ -173,7 +173,7 @@ def main() -> None:
     arguments = parser(__doc__ or "", rounds=7).parse_args()
     torch.set_num_threads(1)
     rows = trained_residuals()
-    STAGED.fill(rows)
+    BUFFERED.fill(rows)
     folder = Path(tempfile.mkdtemp(prefix="residua-write-", dir=arguments.folder))
     sizes: dict[str, int] = {}
 

@@ -1,1 +1,1 @@
-"""From a running model to rows: sites, hooks, staging and the recorder."""
+"""From a running model to rows: sites, hooks, host buffers and the recorder."""

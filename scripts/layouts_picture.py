@@ -41,7 +41,7 @@ class Layout:
     lanes: Sequence[Lane]
 
 
-COPY, WRITE = "wanted rows into\na pinned stage", "writer thread"
+COPY, WRITE = "wanted rows into a\npinned host buffer", "writer thread"
 ALL = [
     Layout(
         "Replicas: one process each; DDP, FSDP, ZeRO-3. Nothing is sent; each has shards of its own",
