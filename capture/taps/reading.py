@@ -52,8 +52,8 @@ class Taps:
         """Read sites inside. Changes made by hooks registered earlier are visible; later ones are not."""
         with ExitStack() as stack:
             stack.enter_context(eager_where_needed(self._model, self.sites.values()))
-            parts = target_of(self._model).modules
-            self._call = stack.enter_context(attached(parts, self.sites.values(), values_of(self._emit)))
+            modules = target_of(self._model).modules
+            self._call = stack.enter_context(attached(modules, self.sites.values(), values_of(self._emit)))
             yield
 
     def end_forward(self) -> None:
