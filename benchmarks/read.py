@@ -190,7 +190,7 @@ def report(measured: dict[int, dict[str, Timings]], n_bytes: int) -> str:
         [
             f"1x is {n_bytes / 2**20:.0f} MiB, all of it in the page cache; median (least to greatest) of the rounds "
             "after the first.",
-            machine("numpy", "zstandard", "google-crc32c"),
+            machine("numpy", "zstandard", "crc32c"),
             "",
             table(head, lines),
         ]

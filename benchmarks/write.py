@@ -157,7 +157,7 @@ def report(timings: Timings, sizes: dict[str, int], n_bytes: int) -> str:
     return "\n".join(
         [
             f"{n_bytes / 2**20:.0f} MiB of values; median (least to greatest) of {len(timings[PLAIN])} rounds.",
-            machine("numpy", "zarr", "tensorstore", "zarrs", "zstandard", "google-crc32c"),
+            machine("numpy", "zarr", "tensorstore", "zarrs", "zstandard", "crc32c"),
             "",
             table(["case", "MB a CPU second", "of plain write()", "ratio", "MB a second"], lines),
             "",

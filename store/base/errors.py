@@ -9,8 +9,8 @@ Every message says what was asked, what was found and what to do. The tree:
     ├── DamagedArchiveError (OSError)     a file of the archive is missing, cut short or altered
     ├── UnsafeArchiveError (ValueError)   an archive whose metadata Residua does not write
     ├── NotCapturedError (LookupError)    rows that the capture has not reached yet
-    ├── MissingPackageError (ImportError) a package that an extra installs is not there; the message names the extra
-    ├── TooLargeError (MemoryError)       more rows at once than there is memory for
+    ├── MissingPackageError (ImportError) a package is not installed; the message names the extra that installs it
+    ├── TooLargeError (MemoryError)       too little memory for the requested rows
     ├── CaptureError (RuntimeError)       the capture itself failed; the cause is chained
     └── AnalysisError (RuntimeError)      an analysis cannot be done as asked, or failed; the cause is chained
 """
@@ -23,7 +23,7 @@ class ResiduaError(Exception):
 
 
 class UnknownSiteError(ResiduaError, KeyError):
-    """A site was named that the model or the archive does not have."""
+    """The model or the archive does not have the named site."""
 
     def __str__(self) -> str:
         """Return the message itself; ``KeyError`` would put it in quotes."""
@@ -31,7 +31,7 @@ class UnknownSiteError(ResiduaError, KeyError):
 
 
 class PlanError(ResiduaError, ValueError):
-    """Settings contradict each other, the model, or the archive they should continue."""
+    """Settings contradict each other, the model, or the archive that they should continue."""
 
 
 class DatasetError(ResiduaError, ValueError):
@@ -47,15 +47,15 @@ class UnsafeArchiveError(ResiduaError, ValueError):
 
 
 class NotCapturedError(ResiduaError, LookupError):
-    """Rows were asked for that the capture has not reached yet."""
+    """The capture has not reached some of the requested rows yet."""
 
 
 class MissingPackageError(ResiduaError, ImportError):
-    """A package is not installed that an extra of the distribution brings; the message names the extra."""
+    """A package is not installed; the message names the extra of the distribution that installs it."""
 
 
 class TooLargeError(ResiduaError, MemoryError):
-    """More rows were asked for at once than there is memory for."""
+    """There is too little memory for the requested rows."""
 
 
 class CaptureError(ResiduaError, RuntimeError):

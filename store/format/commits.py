@@ -192,7 +192,7 @@ def drop_broken(archive: Path, plan: Plan, commits: Mapping[int, Commit]) -> lis
 
 
 def _broken_file(archive: Path, plan: Plan, commit: Commit) -> str:
-    """Return what is wrong with the first file of a shard that has not its recorded size; empty if all have."""
+    """Return what is wrong with the first file of a shard that is missing or has another size; empty if none is."""
     for spec in (files for array in plan.arrays for files in array.file_specs):
         path = shard_path(archive, spec, commit.shard)
         expected = commit.arrays[spec.key].n_bytes

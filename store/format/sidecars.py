@@ -27,7 +27,7 @@ from typing import Any, Literal, get_args
 
 from residua.store.base.canonical import digest_of
 from residua.store.base.errors import DamagedArchiveError, PlanError, UnsafeArchiveError
-from residua.store.base.untrusted import is_finite, read_file
+from residua.store.base.untrusted import is_finite, parse_json, read_file
 from residua.store.format.plan import Plan
 from residua.store.storage.files import write_file
 
@@ -160,8 +160,8 @@ def _attention(entry: object) -> AttentionSpec:
 
 def _parsed(file: str, text: bytes) -> object:
     try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:
+        return parse_json(text)
+    except ValueError as error:
         raise UnsafeArchiveError(f"{file} is not JSON: {error}. To repair it, {_ADVICE}.") from error
 
 
@@ -231,7 +231,7 @@ def read_fidelity(archive: Path, plan: Plan) -> Fidelity | None:
         return None
     text = read_file(archive, path, _MAX_FIDELITY_BYTES)
     try:
-        content = json.loads(text)
+        content: Any = parse_json(text)
         entry = content["fidelity"]
         if content["sha256"] != digest_of(entry):
             raise ValueError("its SHA-256 differs")
