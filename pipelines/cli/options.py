@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from residua.pipelines.cli.progress import StepProgress
+from residua.pipelines.data.settings import flag_of
 from residua.store.base.errors import PlanError
 from residua.store.selection.grammar import is_number_or_range, parse_numbers
 
@@ -75,7 +76,7 @@ def add_settings(parser: argparse._ActionsContainer, settings: Iterable[Field[An
     A flag that is not given is None, so that a settings file or the class's own default applies.
     """
     for setting in settings:
-        flag, text, default = "--" + setting.name.replace("_", "-"), setting.metadata["help"], setting.default
+        flag, text, default = flag_of(setting.name), setting.metadata["help"], setting.default
         if isinstance(default, bool):
             text += f" (default: {'on' if default else 'off'})"
             parser.add_argument(flag, action=argparse.BooleanOptionalAction, default=None, help=text)

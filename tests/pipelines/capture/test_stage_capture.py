@@ -1,6 +1,6 @@
-"""Captures of torch's pipelines: what is taken, and what is refused in words; on one rank, which has the only stage.
+"""Captures of torch's pipelines on one rank, which has the only stage: what is accepted, and what is refused.
 
-Pipelines of several ranks are in `tests.distributed.test_model_parallel_capture`.
+`tests/distributed` has pipelines of several ranks.
 """
 
 from collections.abc import Iterator
@@ -53,7 +53,7 @@ def test_the_only_stage_of_a_pipeline_gives_the_archive_of_its_model(tmp_path: P
         logits = schedule.step(ids, attention_mask=torch.ones_like(ids), position_ids=torch.arange(5).expand(4, 5))
         wanted = TINY["llama"]()(ids).logits
     assert isinstance(logits, Tensor)
-    assert torch.allclose(logits, wanted, atol=1e-4), "the schedule is the user's as before"
+    assert torch.allclose(logits, wanted, atol=1e-4), "the schedule works for the user as before"
 
 
 class WithoutMask(nn.Module):
@@ -75,7 +75,7 @@ def test_padding_is_refused_where_a_stage_takes_no_mask(tmp_path: Path) -> None:
     assert_same(got, capture_dataset(TINY["llama"](), TOKENS, out=tmp_path / "plain", **alone).archive)
 
 
-def test_a_loop_over_a_schedule_is_no_recording(tmp_path: Path) -> None:
+def test_a_recorder_refuses_a_schedule(tmp_path: Path) -> None:
     schedule: Any = ScheduleGPipe(stage(Part(TINY["llama"](), 0, 1)), 2)
     with pytest.raises(CaptureError, match=r"ScheduleGPipe.* schedule and dataset to residua\.capture_dataset"):
         Recorder(schedule, sites="resid_post.1", out=tmp_path / "out")
