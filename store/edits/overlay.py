@@ -47,7 +47,7 @@ class Overlay:
     Raises:
         FileNotFoundError: There is no overlay at that path.
         PlanError: The overlay belongs to another plan.
-        UnsafeArchiveError: The overlay is not such as Residua creates.
+        UnsafeArchiveError: Residua does not create such an overlay.
     """
 
     def __init__(self, path: Path, archive: Archive) -> None:
@@ -72,10 +72,10 @@ class Overlay:
             check_file(self.path, node, _MAX_NODE_BYTES)
         try:
             found = self._group[self.archive.plan.site(site).path]
+            if not isinstance(found, zarr.Array):
+                raise TypeError("it has a group there")
         except (KeyError, ValueError, TypeError) as error:
             raise UnsafeArchiveError(f"{self.path} has no array for {site}: {error}") from error
-        if not isinstance(found, zarr.Array):
-            raise UnsafeArchiveError(f"{self.path} has no array for {site}")
         return found
 
     def write(self, site: str, rows: npt.ArrayLike, values: npt.ArrayLike) -> None:

@@ -99,7 +99,7 @@ def _parse(item: object, parser: "_Fields") -> Edit:
     if missing or "site" not in item:
         raise PlanError(f"{name} needs {' and '.join([*missing, *([] if 'site' in item else ['site'])])}")
     chosen = parse_selection(item)
-    values = {key: parser.value(key, item[key]) for key in own if key in item and item[key] is not None}
+    values = {key: parser.readers[key](key, item[key]) for key in own if item.get(key) is not None}
     return kind(sites=_sites(item["site"]), chosen=chosen, **values)
 
 
@@ -121,16 +121,20 @@ def _sites(value: object) -> tuple[str, ...]:
 
 
 class _Fields:
-    """Reads the value of each field of an edit that selects no rows; a field is the same in every kind."""
+    """Reads the fields of an edit that select no rows; a field is the same in every kind.
+
+    Attributes:
+        readers: From the name of a field to the function of (name, value) that reads it.
+    """
 
     def __init__(self, folder: Path, *, trusted: bool) -> None:
         self._folder = folder
         self._trusted = trusted
-        self._readers: dict[str, Callable[[str, Any], Any]] = {
+        self.readers: dict[str, Callable[[str, Any], Any]] = {
             **dict.fromkeys(("scale", "by"), finite_number),
             "std": _spread,
             **dict.fromkeys(("archive", "lens", "overlay"), self._place),
-            **dict.fromkeys(("vector", "directions"), self._vector),
+            **dict.fromkeys(("vector", "directions"), lambda _name, value: vector_of(value, folder)),
             "column": text,
             "to": self._target,
             "seed": whole_number,
@@ -138,13 +142,6 @@ class _Fields:
             "align": _align,
             "function": self._function,
         }
-
-    def value(self, name: str, value: object) -> Any:
-        """Return the value of field `name`."""
-        return self._readers[name](name, value)
-
-    def _vector(self, _name: str, value: object) -> Vector:
-        return vector_of(value, self._folder)
 
     def _target(self, name: str, value: object) -> Vector | float | str:
         if isinstance(value, str) and value == "stored":  # comparing an array would give an array

@@ -69,7 +69,7 @@ class Archive(Mapping[str, ArchiveArray]):
     Raises:
         FileNotFoundError: There is no archive at that path.
         DamagedArchiveError: A file is missing or altered; the message names it.
-        UnsafeArchiveError: The metadata is not such as Residua writes.
+        UnsafeArchiveError: Residua does not write such metadata.
     """
 
     def __init__(self, path: str | PathLike[str], *, check: Check = "once", threads: int | None = None) -> None:
