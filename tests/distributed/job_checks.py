@@ -64,7 +64,7 @@ def results(model: Any, archive: Archive, lossy: Archive, out: Path, *, sweeps: 
         "fidelity": pa.table(measured),
     }
     if not sweeps:
-        with pytest.raises(PlanError, match="and not swept"):
+        with pytest.raises(PlanError, match="not swept"):
             residua.patch(model, PAIRS, **sweep)
         return found
     return {

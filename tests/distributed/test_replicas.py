@@ -136,7 +136,7 @@ def test_a_launch_joins_a_launch(forked_workers: ForkedWorkers, dataset: Path, r
     out = tmp_path / "a.zarr"
     words = capture_words(dataset, out, *SITES, "--json", "--join")
     late = [Start(words=words, env=start.env, slow=0.1, after=str(out / "zarr.json")) for start in launched(words, 2)]
-    ended = forked_workers.run([*launched(words, 2, slow=0.1), *late])
+    ended = forked_workers.run([*launched(words, 2, slow=0.5), *late])
     assert codes(ended) == [0] * 4, ended
     check_end(out, reference)
     assert len(summary(ended[0])["workers"]) == 4
