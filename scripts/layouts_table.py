@@ -16,7 +16,7 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
-from tests.distributed.launches import LAYOUTS, launch  # noqa: E402  # found on the line before
+from tests.distributed.layouts.launches import LAYOUTS, launch  # noqa: E402  # found on the line before
 
 FIGURES = ROOT / "docs" / "layouts.json"
 PAGE = ROOT / "docs" / "distributed.md"

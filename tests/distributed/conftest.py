@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.distributed.forked_workers import ForkedWorkers
+from tests.distributed.workers.forked_workers import ForkedWorkers
 
 
 @pytest.fixture(scope="session")

@@ -1,6 +1,6 @@
 """Captures of torch's pipelines on one rank, which has the only stage: what is accepted, and what is refused.
 
-`tests/distributed` has pipelines of several ranks.
+Pipelines of several ranks are in `tests.distributed.model_parallel.test_capture`.
 """
 
 from collections.abc import Iterator
@@ -20,7 +20,7 @@ from residua.capture.recording.recorder import Recorder
 from residua.pipelines.capture.capture import capture_dataset
 from residua.store.base.errors import CaptureError, PlanError
 from residua.store.read.archive import Archive
-from tests.distributed.torch_pipeline import Part
+from tests.distributed.layouts.torch_pipeline import Part
 from tests.models import TINY
 
 TOKENS = [[5, 6, 7, 8], [9, 10], [11, 12, 13], [14] * 9, [15]]

@@ -1,7 +1,7 @@
 """A pipeline of tensor-parallel stages loads through one corrected step of transformers; another step is refused.
 
 That it is still needed, and works, is tested with real processes: `stages_in_parallel_of` in
-tests/distributed/capture_cases.py fails as soon as transformers loads such a model by itself.
+tests/distributed/model_parallel/capture_cases.py fails as soon as transformers loads such a model by itself.
 """
 
 from typing import Any

@@ -1,0 +1,133 @@
+"""Jobs that run a distributed model again: their results against those of one process."""
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.fsdp import fully_shard
+from transformers import PreTrainedModel
+
+import residua
+from residua.store.base.errors import PlanError
+from residua.store.read.archive import Archive
+from residua.store.read.verify import verify
+from tests.capture.replay_samples import captured
+from tests.distributed.checks.replay import counting_reads
+from tests.distributed.layouts.deepspeed_and_fairscale import zero3
+from tests.distributed.layouts.torch_pipeline import Pipeline
+from tests.models import SPLIT
+
+BOUND = 2e-5  # that of the table of layouts, in float32
+EDITS = [
+    {"edit": "scale", "site": "mlp_out.1", "by": 0.5, "positions": "2:"},
+    {"edit": "swap", "site": "resid_post.0", "source": 0, "positions": [1]},
+]
+FOLLOWING = "mlp_out.1,resid_post.1,q.2,mlp_act.2,final,logits"
+"""What is captured of the edited run: replicated and split sites, of both stages."""
+PAIRS = [
+    {"clean": [3, 9, 27, 81, *range(5, 5 + n)], "corrupted": [3, 9, 30, 81, *range(5, 5 + n)], "answer": 7, "wrong": 11}
+    for n in range(3)
+]
+LATER = {"resid_post.1", "resid_pre.2", "resid_post.2", "final"}
+READ_BY_THE_SECOND = {"tp": set[str](), "pp": LATER, "torch pp": LATER}
+"""Sites whose rows the second process reads; every replica reads all that go in."""
+Make = Callable[[], Any]
+
+
+class Load(Protocol):
+    """Loads a model over the ranks of this launch, as `tests.distributed.layouts.registry.loaded` does."""
+
+    def __call__(self, name: str = "llama", **config: int) -> PreTrainedModel: ...
+
+
+def results(model: Any, archive: Archive, lossy: Archive, out: Path, *, sweeps: bool = True) -> dict[str, pa.Table]:
+    """What the jobs find, as every rank is told; without sweeps where these are refused."""
+    replayed = residua.replay_dataset(
+        model, archive, out=out / "replayed", at="resid_post.0", edits=EDITS, tokens=[7], capture=FOLLOWING
+    )
+    assert replayed.archive is not None
+    assert verify(replayed.archive.path).problems == []
+    following = {site: replayed.archive[site].torch(slice(0, archive.n_rows)) for site in replayed.archive.sites}
+    sites = residua.fidelity(lossy.path, model).sites
+    measured = {name: [site.kl_mean, site.kl_max, site.top1_agreement] for name, site in sites.items()}
+    sweep: dict[str, Any] = {"sites": "resid_post.*,z.1", "positions": [2, -1]}
+    found = {
+        "tokens": replayed.tokens,
+        "examples": replayed.examples,
+        **{f"captured {site}": pa.table({"value": rows.flatten().numpy()}) for site, rows in following.items()},
+        "fidelity": pa.table(measured),
+    }
+    if not sweeps:
+        with pytest.raises(PlanError, match="not swept"):
+            residua.patch(model, PAIRS, **sweep)
+        return found
+    return {
+        **found,
+        "patch": residua.patch(model, PAIRS, batch_cells=5, out=out / "patched", **sweep),
+        "attribute": residua.attribute(model, PAIRS, **sweep),
+    }
+
+
+def sharded(name: str) -> nn.Module:
+    model = SPLIT[name]()
+    for block in next(list(m) for m in model.modules() if isinstance(m, nn.ModuleList)):
+        fully_shard(block)
+    fully_shard(model)
+    return model
+
+
+def jobs_on_spread_models(load: Load) -> None:
+    """Tensor parallel, pipeline, FSDP2 and ZeRO-3, each over two ranks."""
+    folder, name = Path(sys.argv[1]) / "jobs", "llama"
+    archive = captured(SPLIT[name](), folder / "acts.zarr", rows_per_shard=16)
+    lossy = captured(SPLIT[name](), folder / "lossy.zarr", rows_per_shard=16, codec="int8-block32")
+    wanted = results(SPLIT[name](), archive, lossy, folder / "whole")
+    layouts: dict[str, tuple[Make, float]] = {
+        "tp": (lambda: load(name, tp_size=2), BOUND),
+        "pp": (lambda: load(name, pp_size=2), BOUND),
+        "torch pp": (lambda: Pipeline(name, 2, None).schedule, BOUND),
+        "fsdp": (lambda: sharded(name), 0.0),
+        "zero3": (lambda: zero3(SPLIT[name]()), 2e-6),  # it adds gradients up in an order of its own
+    }
+    for layout, (make, bound) in layouts.items():
+        model = make()
+        with counting_reads() as reads:
+            found = results(model, archive, lossy, folder / layout, sweeps=layout != "torch pp")
+        if layout == "zero3":
+            refuses_changed_inputs(model, archive, folder / "refused")
+        sites: list[set[str]] = [set()] * dist.get_world_size()
+        dist.all_gather_object(sites, set(reads))
+        assert sites[1] == READ_BY_THE_SECOND.get(layout, sites[0]), (layout, sites)
+        assert sites[0] | sites[1] == set(archive.sites) - {"z.1", "logits"}, (layout, sites)
+        assert found.keys() == wanted.keys() or layout == "torch pp"
+        for job, table in found.items():
+            check(f"{layout}: {job}", table, wanted[job], bound)
+
+
+def refuses_changed_inputs(model: Any, archive: Archive, out: Path) -> None:
+    """ZeRO-3 shows what a module takes before it is edited: better no archive than that one."""
+    edit = {"edit": "zero", "site": "mlp_act.1"}
+    with pytest.raises(PlanError, match="under ZeRO-3 what is put in or edited there cannot be read again"):
+        residua.replay_dataset(model, archive, out=out, edits=[edit], capture="mlp_act.*")
+
+
+def check(what: str, found: pa.Table, wanted: pa.Table, bound: float) -> None:
+    assert found.schema == wanted.schema, what
+    for column in wanted.column_names:
+        one, other = found[column], wanted[column]
+        if not pa.types.is_floating(other.type) or not bound:
+            assert one == other, (what, column)
+            continue
+        values = np.nan_to_num(other.to_numpy().astype(float))
+        error = np.abs(np.nan_to_num(one.to_numpy().astype(float)) - values).max()
+        scale = max(1.0, np.abs(values).max())
+        assert error <= bound * scale, (what, column, error, scale)
+
+
+CHECKS = [jobs_on_spread_models]

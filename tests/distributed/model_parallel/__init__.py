@@ -1,0 +1,1 @@
+"""Replicas that several ranks hold together: captures, recorders, killed ranks."""
