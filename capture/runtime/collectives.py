@@ -132,9 +132,10 @@ class Exchange:
         received = sent.new_empty(sum(coming))
         dist.all_to_all_single(received, sent, coming, sizes, group=self._group)
         self.sent_bytes += sum(sizes) - sizes[self.rank]
-        return {rank: _cut(part.view(dtype), incoming[rank]) for rank, part in enumerate(torch.split(received, coming))}
+        by_rank = enumerate(torch.split(received, coming))
+        return {rank: _split(of_rank.view(dtype), incoming[rank]) for rank, of_rank in by_rank}
 
 
-def _cut(flat: Tensor, shapes: Sequence[Shape]) -> list[Tensor]:
-    parts = torch.split(flat, [prod(shape) for shape in shapes])
-    return [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
+def _split(flat: Tensor, shapes: Sequence[Shape]) -> list[Tensor]:
+    pieces = torch.split(flat, [prod(shape) for shape in shapes])
+    return [piece.view(shape) for piece, shape in zip(pieces, shapes, strict=True)]

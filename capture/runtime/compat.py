@@ -1,11 +1,11 @@
 """Every private name of torch, transformers and accelerate that the project uses.
 
-A private name may change in any release, so it stands here once, behind a function or a constant whose
+A private name may change in any release, so it is used here once, in a function or a constant whose
 docstring says what it is and which public name is missing. `tests/capture/runtime/test_compat.py` has one test for each
 name, and `pyproject.toml` bounds the versions of the libraries to those that were tested.
 
 `Store`, `PrefixStore` and `TCPStore` are documented as names of `torch.distributed`, which does not export them to type
-checkers; the names of the module that defines them stand here.
+checkers; they are imported here from the private module that defines them.
 """
 
 from collections.abc import Iterator, Mapping

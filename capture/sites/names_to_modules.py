@@ -14,7 +14,7 @@ from torch import nn
 from residua.capture.runtime.wrappers import named_modules
 from residua.capture.sites.anatomy import ATTENTION_KINDS, Anatomy, anatomy_of
 from residua.capture.sites.shape_probe import measure_sites
-from residua.capture.sites.site import SiteInfo
+from residua.capture.sites.site import SiteInfo, Via
 from residua.store.base.errors import UnknownSiteError
 from residua.store.format.site_names import LAYER_KINDS, MODEL_KINDS, Site, parse_site, select
 
@@ -98,7 +98,7 @@ def _logits(anatomy: Anatomy) -> SiteInfo | None:
     lm_head: nn.Module | None = anatomy.model.get_output_embeddings()  # type: ignore[no-untyped-call]  # transformers has no annotations here
     if lm_head is None:
         return None
-    return replace(_info(anatomy, "logits", (_attribute(lm_head, "out_features"),), module=""), via="logits")
+    return _info(anatomy, "logits", (_attribute(lm_head, "out_features"),), module="", via="logits")
 
 
 def _in_block(anatomy: Anatomy, kind: str, layer: int) -> SiteInfo | None:
@@ -106,12 +106,10 @@ def _in_block(anatomy: Anatomy, kind: str, layer: int) -> SiteInfo | None:
     if kind in ATTENTION_KINDS:
         if not anatomy.uses_attention_interface:
             return None
-        return replace(_info(anatomy, name, _head_row(anatomy, kind), module=block), via="attention")
-    stream = (int(anatomy.config.hidden_size),)
-    if kind == "resid_pre":
-        return replace(_info(anatomy, name, stream, module=block), via="input")
-    if kind == "resid_post":
-        return _info(anatomy, name, stream, module=block)
+        return _info(anatomy, name, _head_row(anatomy, kind), module=block, via="attention")
+    if kind in ("resid_pre", "resid_post"):
+        stream = (int(anatomy.config.hidden_size),)
+        return _info(anatomy, name, stream, module=block, via="input" if kind == "resid_pre" else "output")
     return _from_family(anatomy, kind, layer)
 
 
@@ -124,8 +122,7 @@ def _from_family(anatomy: Anatomy, kind: str, layer: int) -> SiteInfo | None:
     if module is None:  # a mixture of experts has no module for the down projection
         return None
     width = _input_width(module) if kind == "mlp_act" else int(anatomy.config.hidden_size)
-    info = _info(anatomy, f"{kind}.{layer}", (width,), module=path)
-    return replace(info, via=spot.side, flat=spot.flat)
+    return _info(anatomy, f"{kind}.{layer}", (width,), module=path, via=spot.side, flat=spot.flat)
 
 
 def _input_width(projection: nn.Module) -> int:
@@ -147,8 +144,16 @@ def _head_row(anatomy: Anatomy, kind: str) -> tuple[int | None, ...]:
     return (n_heads, anatomy.head_width)
 
 
-def _info(anatomy: Anatomy, name: str, row_shape: tuple[int | None, ...], *, module: str) -> SiteInfo:
-    return SiteInfo(name=name, row_shape=row_shape, dtype=anatomy.dtype, module=module, via="output")
+def _info(
+    anatomy: Anatomy,
+    name: str,
+    row_shape: tuple[int | None, ...],
+    *,
+    module: str,
+    via: Via = "output",
+    flat: bool = False,
+) -> SiteInfo:
+    return SiteInfo(name=name, row_shape=row_shape, dtype=anatomy.dtype, module=module, via=via, flat=flat)
 
 
 def _on_demand(model: nn.Module, name: str, available: dict[str, SiteInfo]) -> SiteInfo:
