@@ -102,5 +102,5 @@ def test_metadata_of_too_many_or_unequal_column_shards_are_refused(tmp_path: Pat
     document["chunk_grid"]["configuration"]["chunk_shape"][1] = width
     document["codecs"][0]["configuration"]["chunk_shape"][1] = width
     path.write_text(json.dumps(document))
-    with pytest.raises(UnsafeArchiveError, match="equal parts"):
+    with pytest.raises(UnsafeArchiveError, match="equal column shards"):
         open_array(tmp_path, spec.path)
