@@ -163,7 +163,9 @@ def _fitting(value: Value, kind: pa.DataType, comparison: Comparison) -> Any:
         try:
             return pa.scalar(value).cast(kind)
         except pa.ArrowInvalid as error:
-            raise AnalysisError(f"column {comparison.name!r} holds {kind}, and {value!r} is none ({error})") from error
+            raise AnalysisError(
+                f"column {comparison.name!r} holds {kind}, and {value!r} is not one ({error})"
+            ) from error
     raise AnalysisError(
         f"a filter compares {comparison.name!r} with {value!r}, but that column holds {kind}: "
         "give a value of the column's own kind"

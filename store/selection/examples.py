@@ -51,7 +51,7 @@ class ExampleChoice:
             chosen &= np.isin(numbers, np.searchsorted(index.first_row, rows, side="right") - 1)
         if not chosen.any():
             raise PlanError(
-                "no example is left: the choice of examples and rows and the condition leave none with a row"
+                "no example is left: none with a row fits the examples, the rows and the condition: choose others"
             )
         return chosen
 

@@ -261,9 +261,9 @@ def parse_numbers(text: str, flag: str, *, signed: bool = False) -> list[int]:
         first = int(entry[1])
         last = first if entry[2] is None else int(entry[2])
         if last < first:
-            raise PlanError(f"{flag} {word[:60]!r}: a range goes up, and {last} is less than {first}")
+            raise PlanError(f"{flag} {word[:60]!r}: a range goes up, but {last} is less than {first}")
         if last - first >= _MAX_NUMBERS:
-            raise PlanError(f"{flag} {word[:60]!r} has over {_MAX_NUMBERS:,} numbers")
+            raise PlanError(f"{flag} {word[:60]!r} has over {_MAX_NUMBERS:,} numbers: give a shorter range")
         found += range(first, last + 1)
     return found
 
@@ -289,7 +289,7 @@ def parse_slice(text: str, name: str) -> slice:
     try:
         start, stop = (int(bound) if bound.strip() else None for bound in text.split(":"))
     except ValueError as error:
-        raise PlanError(f"{name} {text[:60]!r} is no slice such as '-3:' or '5:10'") from error
+        raise PlanError(f"{name} {text[:60]!r} is not a slice such as '-3:' or '5:10'") from error
     return slice(start, stop)
 
 

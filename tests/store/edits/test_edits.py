@@ -116,7 +116,7 @@ HOSTILE: list[tuple[object, str]] = [
     ({**ADD, "vector": "broken.safetensors"}, "cannot be read as a vector"),
     ({**ADD, "vector": "two.safetensors"}, "holds a, b: name one as FILE#NAME"),
     ({**ADD, "vector": {"file": "two.safetensors"}}, "a vector in a file is written as its name"),
-    ({**ADD, "positions": "a:b"}, "is no slice"),
+    ({**ADD, "positions": "a:b"}, "is not a slice"),
     ({**ADD, "positions": []}, "positions is a list of whole numbers"),
     ({**ADD, "positions": [0.5]}, "positions .*whole number"),
     ({**ADD, "examples": [-1]}, "examples is a whole number from 0 on"),

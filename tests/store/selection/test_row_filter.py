@@ -145,7 +145,7 @@ def test_long_chains_are_not_nested(archive: Archive) -> None:
         ("ok == 1", "compares 'ok' with 1, but that column holds bool"),
         ("count > 0.5", "column 'count' cannot be compared with 0.5"),
         ("count == false", "compares 'count' with False"),
-        ('day == "yesterday"', "'yesterday' is none"),
+        ('day == "yesterday"', "'yesterday' is not one"),
         ("input_ids == 3", "that column holds list"),
     ],
 )
