@@ -23,7 +23,6 @@ class Anatomy:
         model: The model.
         config: The config of its text model.
         family: Where models of its family have their sites; None for an unknown architecture.
-        base: Path of the base model, for example ``model``; empty if the model is its own base.
         blocks: Paths of the blocks in order.
         unembedding: Path of the LM head; None if the model has none.
     """
@@ -31,7 +30,6 @@ class Anatomy:
     model: PreTrainedModel
     config: PreTrainedConfig
     family: Family | None
-    base: str
     blocks: tuple[str, ...]
     unembedding: str | None
 
@@ -77,40 +75,33 @@ def anatomy_of(model: nn.Module) -> Anatomy | None:
     of an unknown architecture are the outermost list of modules whose length is the config's number of layers.
     """
     model = core_of(model)
-    if not isinstance(model, PreTrainedModel) or no_language_model(model):
+    if not isinstance(model, PreTrainedModel) or model.main_input_name != "input_ids":
+        return None
+    if getattr(model.config, "is_encoder_decoder", False):
         return None
     config = model.config.get_text_config()
     modules = named_modules(model)
-    base = next((name for name, module in modules.items() if module is model.base_model), "")
     family = family_of(model.config)
-    lists = (
-        [(path := f"{base}.{family.blocks}".lstrip("."), modules[path])]
-        if family
-        else _lists_of(modules, int(getattr(config, "num_hidden_layers", 0)))
-    )
-    if not lists:
+    if family is None:
+        path = _path_of_blocks(modules, int(getattr(config, "num_hidden_layers", 0)))
+    else:
+        base = next((name for name, module in modules.items() if module is model.base_model), "")
+        path = f"{base}.{family.blocks}".lstrip(".")
+    if path is None:
         return None
-    path, blocks = lists[0]
     lm_head: nn.Module | None = model.get_output_embeddings()  # type: ignore[no-untyped-call]  # transformers has no annotations here
     return Anatomy(
         model=model,
         config=config,
         family=family,
-        base=base,
-        blocks=tuple(f"{path}.{name}" for name, _ in blocks.named_children()),
+        blocks=tuple(f"{path}.{name}" for name, _ in modules[path].named_children()),
         unembedding=next((name for name, module in modules.items() if module is lm_head), None),
     )
 
 
-def no_language_model(model: PreTrainedModel) -> bool:
-    """Return whether a transformers model is anything but one stack of blocks over token ids."""
-    return model.main_input_name != "input_ids" or bool(getattr(model.config, "is_encoder_decoder", False))
-
-
-def _lists_of(modules: Mapping[str, nn.Module], n_layers: int) -> list[tuple[str, nn.Module]]:
-    found = [
-        (name, module)
-        for name, module in modules.items()
-        if isinstance(module, nn.ModuleList) and len(module) == n_layers > 0
+def _path_of_blocks(modules: Mapping[str, nn.Module], n_layers: int) -> str | None:
+    """Return the path of the outermost list of `n_layers` modules; None if there is none."""
+    paths = [
+        path for path, module in modules.items() if isinstance(module, nn.ModuleList) and len(module) == n_layers > 0
     ]
-    return sorted(found, key=lambda pair: pair[0].count("."))
+    return min(paths, key=lambda path: path.count("."), default=None)

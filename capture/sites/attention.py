@@ -144,16 +144,16 @@ def _pass_pattern(
 
 
 @contextmanager
-def eager_where_needed(model: nn.Module, sites: Iterable[SiteInfo]) -> Iterator[bool]:
+def eager_where_needed(model: nn.Module, sites: Iterable[SiteInfo]) -> Iterator[None]:
     """Switch a model to eager attention if a pattern is among the sites; see `eager_attention`."""
     core = core_of(model)
     if not isinstance(core, PreTrainedModel) or all(info.site.kind != "pattern" for info in sites):
-        yield False
+        yield
         return
     with eager_attention(core) as switched:
         if switched:
             _LOG.warning("patterns need eager attention: the model uses it while they are read")
-        yield switched
+        yield
 
 
 @contextmanager
