@@ -227,8 +227,7 @@ def test_an_overlay_that_is_written_to_has_another_hash(tmp_path: Path) -> None:
 
 
 def test_a_checkpoint_that_is_trained_again_has_another_hash(tmp_path: Path) -> None:
-    import torch  # here, so that the processes of the tests above need not import it
-
+    torch = pytest.importorskip("torch")  # not above: the other tests need none, and start processes
     hashes = set()
     for seed in range(2):
         torch.manual_seed(seed)
