@@ -418,9 +418,10 @@ class _DatasetCapture(CaptureJob):
         )
         check_host_memory(row_bytes, most_rows, min(height, index.total_rows), settings.host_memory)
         if height < min(settings.batch_tokens, index.total_rows):
+            limit = "--host-memory" if settings.rows_per_shard is None else "--rows-per-shard"
             self.notes.append(
                 f"a shard holds {height:,} rows, and a batch no more than that, although --batch-tokens allows "
-                f"{settings.batch_tokens:,}: larger shards need more --host-memory"
+                f"{settings.batch_tokens:,}: raise {limit} for larger batches"
             )
         return Plan(
             model=self.identity,
