@@ -1,14 +1,15 @@
 """What reading for analysis costs: `python benchmarks/analysis.py`.
 
-Trained bfloat16 residuals, four tokens made one row of 512 values, 512 MiB of them, lie in an archive (`raw` and
-`fast`), and behind `np.memmap` in a plain file, all in the page cache, with one thread everywhere.
+The data are 512 MiB of trained bfloat16 residuals, with four tokens joined to one row of 512 values. They lie in an
+archive (`raw` and `fast`) and in a plain file behind `np.memmap`. All of it is in the page cache, and everything runs
+on one thread.
 
 A Gram matrix X^T X in float32: numpy over the memory map, block by block, against `residua.analysis.array` on Dask's
-synchronous scheduler. CPU seconds count, of everything: reading, checking, widening, multiplying, and Dask itself.
+synchronous scheduler. CPU seconds include reading, checking, converting, multiplying, and Dask itself.
 
-Loading: batches of 4,096 rows in random order, as tensors. The memory map gives every batch its rows from anywhere,
-which is a full shuffle and the best that a memory map does; `archive.loader` shuffles blocks within its buffer of 64
-MiB. All of it happens in this process; workers of a `DataLoader` would add what torch takes to move tensors.
+Loading: batches of 4,096 rows in random order, as tensors. The memory map takes the rows of each batch from anywhere,
+which is a full shuffle and the best case for a memory map; `archive.loader` shuffles blocks within its buffer of 64
+MiB. All of it happens in this process; workers of a `DataLoader` would add the time that torch takes to move tensors.
 """
 
 import shutil
@@ -52,19 +53,19 @@ def write(folder: Path, rows: Rows, preset: str) -> Archive:
         create_archive(made, path, plan, {})
     with ShardWriter(path, plan) as writer:
         for shard, first in enumerate(range(0, len(rows), ROWS_PER_SHARD)):
-            part = rows[first : first + ROWS_PER_SHARD]
-            numbers = np.arange(len(part), dtype=np.int32)
+            block = rows[first : first + ROWS_PER_SHARD]
+            numbers = np.arange(len(block), dtype=np.int32)
             columns: dict[str, npt.NDArray[np.generic]] = {
                 "token": numbers,
                 "position": numbers,
-                "example": np.zeros(len(part), np.int64),
+                "example": np.zeros(len(block), np.int64),
             }
-            writer.submit(FilledShard(index=shard, first_row=first, sites={SITE: part}, columns=columns))
+            writer.submit(FilledShard(index=shard, first_row=first, sites={SITE: block}, columns=columns))
     return Archive(path, threads=1)
 
 
 def gram_of_memmap(mapped: Rows, _: int) -> None:
-    """Add up the Gram matrices of blocks of a memory map."""
+    """Add the Gram matrices of the blocks of a memory map."""
     total = np.zeros((WIDTH, WIDTH), np.float32)
     for start in range(0, len(mapped), ROWS_PER_SHARD):
         block = to_float32(mapped[start : start + ROWS_PER_SHARD], "bfloat16")
@@ -78,7 +79,7 @@ def gram_of_array(archive: Archive, _: int) -> None:
 
 
 def load_memmap(mapped: Rows, epoch: int) -> None:
-    """Take batches of rows from anywhere, as tensors."""
+    """Read batches of rows from anywhere, as tensors."""
     order = np.random.default_rng(epoch).permutation(len(mapped))
     for start in range(0, len(order), BATCH_ROWS):
         batch = np.asarray(mapped[order[start : start + BATCH_ROWS]])
@@ -86,7 +87,7 @@ def load_memmap(mapped: Rows, epoch: int) -> None:
 
 
 def load_archive(archive: Archive, epoch: int) -> None:
-    """Take the batches of one epoch."""
+    """Read the batches of one epoch."""
     loader = archive.loader(SITE, batch_size=BATCH_ROWS, buffer_bytes=BUFFER_BYTES)
     loader.set_epoch(epoch)
     for _ in loader:
@@ -119,7 +120,7 @@ TARGETS = {
 
 
 def line(job: str, case: str, timings: Timings, n_rows: int) -> list[str]:
-    """Return one line of the table; the first round, which also checks every crc32c, is left out."""
+    """Return one line of the table, without the first round, which also checks every crc32c."""
     runs, base = timings[case][1:], timings[MEMMAP][1:]
     costs = [1 / speed for speed in speedups(base, runs, clock="cpu")]
     return [

@@ -1,13 +1,14 @@
 """What capturing costs: `python benchmarks/capture.py`.
 
-First the overhead alone: a model whose forward pass costs nothing hands out trained bfloat16 residuals at eight sites
-of width 1,024, and every case keeps them all, 8 GiB. Residua captures them as `residua capture` does, from the
-batches of an example table to the last commit; making the plan and the empty archive is not timed. It is compared
-with writing the same bytes from memory, without a model, hooks or host buffers, and with what people write by hand,
-which is neither checked nor made durable. Memory is new in every run: that the system hands it out costs a capture
-about half a second for its 256 MiB of host buffers, once, whatever its length. Then a real model (Llama, 59M
-parameters, random weights, float32): capturing every `resid_post` in bfloat16, over the plain forward pass of the
-same batches.
+The first table shows the overhead alone. A model whose forward pass costs nothing returns trained bfloat16 residuals
+at eight sites of width 1,024, and every case keeps all of them, 8 GiB. Residua captures them as `residua capture`
+does, from the batches of an example table to the last commit; making the plan and the empty archive is not timed. The
+first comparison writes the same bytes from memory, without a model, hooks or host buffers. The others are what people
+write by hand, which neither checks values nor makes them durable. Every run allocates new memory: for the 256 MiB of
+host buffers this costs a capture about half a second, once, whatever its length.
+
+The second table shows a real model (Llama, 59M parameters, random weights, float32): a capture of every `resid_post`
+in bfloat16, compared with the plain forward pass of the same batches.
 
 Speed is processor time, kernel included, on one torch thread and one encoder thread.
 """
@@ -69,7 +70,7 @@ def plan_of(codec: str, n_rows: int) -> Plan:
 
 
 def make_archives(model: FreeModel, folder: Path) -> None:
-    """Make the empty archives that the captures fill, one a codec."""
+    """Make one empty archive for each codec; the captures fill them."""
     n_examples = PASSES * len(model.batches) * EXAMPLES
     example = Example(input_ids=np.zeros(POSITIONS, np.int32), positions=np.arange(POSITIONS, dtype=np.int32))
     for codec in ("raw", "fast"):
@@ -88,7 +89,7 @@ def with_residua(model: FreeModel, folder: Path, *, codec: str) -> None:
 
 
 def from_memory(model: FreeModel, folder: Path, *, preset: str, write: bool = True) -> None:
-    """Encode, and write, the same bytes as shards, straight from memory."""
+    """Encode the same bytes from memory as shards; write them unless `write` is false."""
     rows = model.batches.view(torch.int16).numpy().view(np.uint16).reshape(-1, WIDTH)
     for site in range(SITES):
         spec = ArraySpec(
@@ -130,7 +131,7 @@ def size_of(folder: Path) -> int:
 
 
 def overhead(folder: Path, rounds: int) -> str:
-    """Measure the free model."""
+    """Measure the free model, and return its report."""
     model = FreeModel(trained_residuals())
     n_bytes = SITES * PASSES * model.batches.nbytes
     sizes: dict[str, int] = {}
@@ -155,7 +156,7 @@ def overhead(folder: Path, rounds: int) -> str:
 
 
 def overhead_report(timings: Timings, sizes: dict[str, int], n_bytes: int) -> str:
-    """Return the table of the free model, and the figures that have a target."""
+    """Return the table of the free model and the figures with a target."""
     lines = []
     for name, runs in timings.items():
         cpu = spread([run.cpu * 2**30 / n_bytes for run in runs])
@@ -174,7 +175,7 @@ def overhead_report(timings: Timings, sizes: dict[str, int], n_bytes: int) -> st
 
 
 def forward(folder: Path, rounds: int) -> str:
-    """Measure a real model with and without capture."""
+    """Measure a real model with and without capture, and return the table."""
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=4096,
@@ -207,7 +208,7 @@ def forward(folder: Path, rounds: int) -> str:
 
         return case
 
-    captured("fast")(-1)  # host buffers and code pages are warm in all rounds alike
+    captured("fast")(-1)  # so that host buffers and code pages are warm in the first round, too
     timings = in_turns(
         {"plain forward": plain, "capture, raw": captured("raw"), "capture, fast": captured("fast")}, rounds=rounds
     )

@@ -1,4 +1,7 @@
-"""A model whose forward pass costs nothing, and what people write by hand to keep its activations."""
+"""A model whose forward pass costs nothing, and what people write by hand to keep its activations.
+
+The hand-written cases use plain forward hooks with torch.save, safetensors, `np.memmap` or zarr-python.
+"""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,14 +19,14 @@ SITES = 8
 WIDTH = 1024
 EXAMPLES, POSITIONS = 8, 512
 BATCH_ROWS = EXAMPLES * POSITIONS
-PASSES = 8  # over the residuals, so that a run is long against its start
+PASSES = 8  # passes over the residuals, so that the start of a run counts little
 
 Rows = npt.NDArray[np.uint16]
 Keep = Callable[[int, int, torch.Tensor], None]
 
 
 class FreeModel(nn.Module):
-    """Hands out stored residuals: every block gives the current batch."""
+    """Returns stored residuals: every block outputs the current batch."""
 
     def __init__(self, rows: Rows) -> None:
         super().__init__()
@@ -34,7 +37,7 @@ class FreeModel(nn.Module):
         self.step = 0
 
     def forward(self, input_ids: torch.Tensor, **_: object) -> torch.Tensor:  # noqa: ARG002  # as any model is called
-        """Give the next batch to every block, whatever the tokens."""
+        """Pass the next batch to every block, whatever the tokens are."""
         batch: torch.Tensor = self.batches[self.step % len(self.batches)]
         self.step += 1
         for block in self.blocks:
@@ -67,17 +70,17 @@ def by_hand(model: FreeModel, keep: Keep) -> None:
 
 
 def with_torch_save(model: FreeModel, folder: Path) -> None:
-    """One file a batch and site."""
+    """Write one file for each batch and site."""
     by_hand(model, lambda step, site, x: torch.save(x.clone(), folder / f"{step}-{site}.pt"))
 
 
 def with_safetensors(model: FreeModel, folder: Path) -> None:
-    """One file a batch and site."""
+    """Write one file for each batch and site."""
     by_hand(model, lambda step, site, x: save_file({"x": x.clone()}, folder / f"{step}-{site}.st"))
 
 
 def with_memmap(model: FreeModel, folder: Path) -> None:
-    """One memory-mapped file a site, flushed at the end."""
+    """Write one memory-mapped file for each site, and flush it at the end."""
     shape = (PASSES * len(model.batches) * BATCH_ROWS, WIDTH)
     maps = [np.memmap(folder / str(site), np.int16, "w+", shape=shape) for site in range(SITES)]
 
@@ -91,7 +94,7 @@ def with_memmap(model: FreeModel, folder: Path) -> None:
 
 
 def with_zarr(model: FreeModel, folder: Path) -> None:
-    """One zarr-python array a site, as its defaults are, with a chunk a batch."""
+    """Write one zarr-python array for each site, with default settings and one chunk for each batch."""
     shape, chunks = (PASSES * len(model.batches) * BATCH_ROWS, WIDTH), (BATCH_ROWS, WIDTH)
     arrays = [
         zarr.create_array(str(folder / str(site)), shape=shape, chunks=chunks, dtype="int16") for site in range(SITES)

@@ -1,12 +1,14 @@
-"""What capturing costs on a GPU: `python benchmarks/gpu.py`; it needs CUDA, and 10 GiB of memory-backed storage.
+"""What capturing costs on a GPU: `python benchmarks/gpu.py`. It needs CUDA and 10 GiB of memory-backed storage.
 
-A Llama of 1.3B parameters (random weights, bfloat16), every `resid_post` of 32 batches of 8 by 512 tokens, codec `raw`,
-into memory-backed storage (`/dev/shm`, or `--folder`), so that no disk is in the way. The plain forward pass of
-the same batches, without logits, and the capture take turns; both end with the device idle, the capture also with the
-last commit. Making the plan and the empty archive is not timed; what a capture does before its first batch, above all
-page-locking its host buffers, is timed by itself. Then the rate of the copies to the host: rows of one
-tensor that stays on the device, copied as a capture copies them while no model runs, against a bare copy of as many
-bytes into page-locked memory of torch's own, in pieces of one batch and site.
+The first table: a Llama of 1.3B parameters (random weights, bfloat16) runs 32 batches of 8 by 512 tokens. A capture
+of every `resid_post` with codec `raw` writes to memory-backed storage (`/dev/shm`, or `--folder`), so that no disk
+limits it. The plain forward pass of the same batches, without logits, and the capture take turns. Both end when the
+device is idle; the capture also ends with its last commit. Making the plan and the empty archive is not timed. A line
+of its own shows what a capture does before its first batch: mostly page-locking its host buffers.
+
+The second table: the rate of copies to the host. Rows of one tensor on the device are copied as a capture copies them,
+without a running model. A bare copy moves as many bytes into page-locked memory of torch, one batch and site at a
+time.
 """
 
 import shutil
@@ -38,14 +40,14 @@ from residua.store.format.writer import FilledShard, ShardWriter
 
 MOST_COST, LEAST_RATE = 1.05, 0.8
 EXAMPLES, POSITIONS = 8, 512
-ROWS = EXAMPLES * POSITIONS  # of a batch, and of a shard
+ROWS = EXAMPLES * POSITIONS  # rows of a batch, and of a shard
 PLAIN, CAPTURE, STARTUP = "plain forward", "capture, from its first batch on", "before the first batch"
 BUFFERED, BARE = "copied as in a capture", "bare copy"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Sizes:
-    """Of the model and of the run."""
+    """Sizes of the model and of the run."""
 
     layers: int = 18
     width: int = 2048
@@ -83,13 +85,13 @@ class Sizes:
 
 
 class Nowhere:
-    """A writer that waits for the copies of a shard and lets its memory go."""
+    """A writer that waits for the copies of a shard and releases its memory without writing."""
 
     def __init__(self) -> None:
         self._pool = ThreadPoolExecutor(1)
 
     def submit(self, shard: FilledShard) -> None:
-        """Take a shard."""
+        """Release a shard in the background, once its copies are done."""
         self._pool.submit(self._drop, shard)
 
     def _drop(self, shard: FilledShard) -> None:
@@ -105,7 +107,7 @@ class Nowhere:
 
 
 def make_archive(sizes: Sizes, out: Path) -> None:
-    """Make the empty archive that a capture fills."""
+    """Make the empty archive for a capture."""
     positions = np.arange(POSITIONS, dtype=np.int32)
     with workspace(out) as made:
         writer = ExampleWriter(made / "examples")
@@ -116,7 +118,7 @@ def make_archive(sizes: Sizes, out: Path) -> None:
 
 
 def cost(sizes: Sizes, device: torch.device, folder: Path, rounds: int, threads: int) -> list[list[str]]:
-    """Return the lines on the forward pass with and without capture."""
+    """Return the lines of the table for the forward pass with and without capture."""
     model, out = sizes.model(device), folder / "a.zarr"
     ids = torch.arange(POSITIONS, device=device).repeat(EXAMPLES, 1) % sizes.vocabulary
 
@@ -158,21 +160,24 @@ def cost(sizes: Sizes, device: torch.device, folder: Path, rounds: int, threads:
 
 
 def check_space(sizes: Sizes, folder: Path) -> None:
-    """Stop where the archive does not fit: memory-backed storage is often small."""
+    """Stop if the archive does not fit: memory-backed storage is often small."""
     needed = sizes.n_batches * sizes.layers * ROWS * sizes.width * 2
     free = shutil.disk_usage(folder).free
     if free < needed * 11 // 10:
-        raise SystemExit(f"{folder} has {free / 2**30:.1f} GiB, the archive takes {needed / 2**30:.1f}: give --folder")
+        raise SystemExit(
+            f"{folder} has {free / 2**30:.1f} GiB free, but the archive takes {needed / 2**30:.1f} GiB: "
+            "choose a larger place with --folder"
+        )
 
 
 def idle(device: torch.device) -> None:
-    """Wait until the device has nothing to do."""
+    """Wait until the device is idle."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
 def rate(sizes: Sizes, device: torch.device, rounds: int) -> list[list[str]]:
-    """Return the lines on the copies to the host, in GiB a second."""
+    """Return the lines of the table for copies to the host, in GiB a second."""
     pinned = device.type == "cuda"
     hidden = torch.randn(EXAMPLES, POSITIONS, sizes.width, device=device, dtype=torch.bfloat16)
     ring = [torch.empty(hidden.shape, dtype=hidden.dtype, pin_memory=pinned) for _ in range(2 * sizes.layers)]
@@ -208,7 +213,7 @@ def rate(sizes: Sizes, device: torch.device, rounds: int) -> list[list[str]]:
 
 
 def rows_of(batch: int) -> list[ExampleRows]:
-    """Return the rows of one batch, every token kept."""
+    """Return the rows of one batch, with every token kept."""
     at = np.arange(POSITIONS)
     return [
         ExampleRows(
@@ -223,7 +228,7 @@ def rows_of(batch: int) -> list[ExampleRows]:
 
 
 def report(sizes: Sizes, device: torch.device, folder: Path, rounds: int, threads: int) -> str:
-    """Measure, and return both tables."""
+    """Measure and return both tables."""
     started = time.perf_counter()
     costs, rates = cost(sizes, device, folder, rounds, threads), rate(sizes, device, rounds)
     what = torch.cuda.get_device_name(device) if device.type == "cuda" else "no GPU"
@@ -247,7 +252,9 @@ def main() -> None:
     options.add_argument("--threads", type=int, default=8, help="writer threads")
     chosen = options.parse_args()
     if not torch.cuda.is_available():
-        raise SystemExit("benchmarks/gpu.py measures copies from a GPU, and torch finds none here: run it where one is")
+        raise SystemExit(
+            "benchmarks/gpu.py measures copies from a GPU, but torch finds none: run it on a machine with CUDA"
+        )
     with tempfile.TemporaryDirectory(dir=chosen.folder or "/dev/shm") as folder:  # noqa: S108  # memory, on purpose
         check_space(Sizes(), Path(folder))
         text = report(Sizes(), torch.device("cuda", 0), Path(folder), chosen.rounds, chosen.threads)

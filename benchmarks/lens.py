@@ -1,18 +1,19 @@
-"""Training tuned lenses, against the loop of the `tuned-lens` package: `python benchmarks/lens.py`.
+"""Training tuned lenses, compared with the loop of the `tuned-lens` package: `python benchmarks/lens.py`.
 
-The shipped model over Python's own documentation, cut into 128 tokens: nine examples in ten may train, the others
-judge. The package's trainer does not import beside transformers 5, so its loop is rewritten here with its published
-settings: 250 steps, each with a forward pass of the model; KL divergence; SGD with Nesterov momentum 0.9 and rate 1,
-weight decay 1e-3, linear decay, gradients clipped to length 1. A step takes 1,536 tokens, not 262,144, of which a CPU
-would need an hour, and computes in float32, which on a CPU is faster than bfloat16. Beside it stand Adam as the package
-sets it up, at the best rate of 1e-3, 5e-3, 1e-2, 2e-2 and 3e-2, and Muon as its later versions do (torch's own, with
-AdamW for the biases): at their rate of 0.01, and at 5 times that, which was the best of 1, 2, 5 and 10 times.
+The shipped model runs over Python's own documentation, cut into examples of 128 tokens. Nine in ten examples may
+train, the others evaluate. The package's trainer does not run with transformers 5, so its loop is rewritten here with
+its published settings: 250 steps, each with a forward pass of the model; KL divergence; SGD with Nesterov momentum 0.9
+and rate 1, weight decay 1e-3, linear decay, gradients clipped to length 1. A step takes 1,536 tokens in place of
+262,144, for which a CPU would need an hour, and computes in float32, which on a CPU is faster than bfloat16. Two more
+optimizers run in the same loop: Adam as the package sets it up, at the best rate of 1e-3, 5e-3, 1e-2, 2e-2 and 3e-2;
+and Muon as its later versions do (torch's own, with AdamW for the biases), at their rate of 0.01, and at 5 times that
+rate, the best of 1, 2, 5 and 10 times.
 
-Residua captures as many examples as it needs for each comparison, drawn at random, in bfloat16, and trains with its
-defaults, first positions included. Its time is split into that of the capture, model forward included, and that of the
-training, from the archive to the choice of the best map of each layer. Time is that of the processor, on one thread;
-loading the model is nobody's. KL is in nats a token, the mean over the inputs of all six blocks, on the same held-out
-rows for all.
+For each comparison Residua captures as many examples as it needs, drawn at random, in bfloat16. It trains with its
+defaults, on first positions too. Two columns show its time: with the capture, which includes the model's forward
+passes, and without it, from the archive to the choice of the best map of each layer. Time is processor time on one
+thread; loading the model is not counted. KL is in nats a token, the mean over the inputs of all six blocks, on the
+same held-out rows for all.
 """
 
 import time
@@ -47,9 +48,9 @@ class Outcome:
     """One training.
 
     Attributes:
-        kl: Held-out KL divergence in nats, mean over depths.
-        seconds: CPU seconds of all of it.
-        without_capture: CPU seconds without the capture; for the package's loop, which needs the model, all.
+        kl: Held-out KL divergence in nats, mean over layers.
+        seconds: All CPU seconds.
+        without_capture: CPU seconds without the capture; for the package's loop, which needs the model, all of them.
     """
 
     kl: float
@@ -58,7 +59,7 @@ class Outcome:
 
 
 class Text:
-    """The examples, and the model's own states of those that judge."""
+    """The examples, and the model's own states on those that evaluate."""
 
     def __init__(self) -> None:
         self.tokenizer = AutoTokenizer.from_pretrained(MODEL)
@@ -72,7 +73,7 @@ class Text:
         self.states, self.labels = self.run(examples[order[: len(order) // 10]])
 
     def run(self, examples: Tensor) -> tuple[list[Tensor], Tensor]:
-        """Return what enters each block, (examples, positions, width), and the model's log-probabilities."""
+        """Return the input of each block, (examples, positions, width), and the model's log-probabilities."""
         with torch.no_grad():
             output = self.model(examples, output_hidden_states=True)
         return list(output.hidden_states[:-1]), output.logits.log_softmax(-1)
@@ -83,11 +84,11 @@ class Text:
         return logits
 
     def kl(self, logits: Logits) -> list[float]:
-        """Return the held-out KL divergence of each depth."""
+        """Return the held-out KL divergence of each layer."""
         with torch.no_grad():
             return [
-                (self.labels.exp() * (self.labels - logits(depth, hidden).log_softmax(-1))).sum(-1).mean().item()
-                for depth, hidden in enumerate(self.states)
+                (self.labels.exp() * (self.labels - logits(layer, hidden).log_softmax(-1))).sum(-1).mean().item()
+                for layer, hidden in enumerate(self.states)
             ]
 
 
@@ -107,7 +108,7 @@ def optimizers(kind: str, parameters: list[nn.Parameter], scale: float) -> list[
 
 
 def batches(examples: Tensor) -> Iterator[Tensor]:
-    """Yield batches of examples for ever, in a new order every time round."""
+    """Yield batches of examples without end, in a new order for each epoch."""
     generator = torch.Generator().manual_seed(1)
     while True:
         order = torch.randperm(len(examples), generator=generator)
@@ -134,12 +135,16 @@ def their_loop(text: Text, kind: str, scale: float) -> Outcome:
             one.zero_grad(set_to_none=False)
             decay.step()
     seconds = time.process_time() - started
-    kl = text.kl(lambda depth, hidden: text.decode(hidden + translators[depth](hidden)))
+    kl = text.kl(lambda layer, hidden: text.decode(hidden + translators[layer](hidden)))
     return Outcome(float(np.mean(kl)), seconds, seconds)
 
 
 def captured(text: Text, n_tokens: int, folder: Path) -> tuple[Archive, float]:
-    """Capture the first examples of a random order, and return the CPU seconds; NaN if that is done already."""
+    """Capture the first examples of a random order.
+
+    Returns:
+        The archive and the CPU seconds of the capture; NaN if the archive was there already.
+    """
     path = folder / f"{n_tokens}.zarr"
     if path.is_dir():
         return Archive(path), float("nan")
@@ -161,12 +166,12 @@ def ours(text: Text, n_tokens: int, folder: Path, **settings: Any) -> Outcome:
         training.train()
         lens = TunedLens(*training.evaluate())
     seconds = time.process_time() - started
-    kl = text.kl(lambda depth, hidden: lens.decode(f"resid_pre.{depth}", hidden))
+    kl = text.kl(lambda layer, hidden: lens.decode(f"resid_pre.{layer}", hidden))
     return Outcome(float(np.mean(kl)), capture + seconds, seconds)
 
 
 def options_table(exact: Outcome, cheaper: dict[str, Outcome]) -> str:
-    """Return what each option saves and costs."""
+    """Return the table of what each option saves and costs."""
     lines = [
         [name, f"{one.kl:.3f}", f"{100 * (one.kl / exact.kl - 1):+.1f} %", f"{one.without_capture:.1f}"]
         for name, one in {"all rows, once": exact, **cheaper}.items()
@@ -175,27 +180,27 @@ def options_table(exact: Outcome, cheaper: dict[str, Outcome]) -> str:
 
 
 def report(theirs: dict[str, Outcome], residua: dict[str, Outcome], plain: float) -> str:
-    """Return the table and what it says of the targets."""
+    """Return the table, and how the figures compare with their targets."""
     lines = [["logit lens", f"{plain:.3f}", "-", "-"]]
     for name, one in {**theirs, **residua}.items():
         lines.append([name, f"{one.kl:.3f}", f"{one.seconds:.1f}", f"{one.without_capture:.1f}"])
     head = ["lens", "KL", "CPU seconds", "without capture"]
-    parts = [machine("torch", "transformers", "numpy"), "", table(head, lines), ""]
+    lines_of_report = [machine("torch", "transformers", "numpy"), "", table(head, lines), ""]
     for name, other, shares in (("SGD, its default", SHORT, (20, 40)), ("Adam, best rate", MIDDLE, (5, 10))):
         base, mine = theirs[name], residua[other]
-        parts.append(
-            f"- {name}, in a part of its time: KL {mine.kl:.3f} against {base.kl:.3f} in 1/"
+        lines_of_report.append(
+            f"- {name}, in a fraction of its time: KL {mine.kl:.3f} against {base.kl:.3f} in 1/"
             f"{base.seconds / mine.seconds:.1f} of its time with the capture (target 1/{shares[0]}), 1/"
             f"{base.seconds / mine.without_capture:.1f} without (target 1/{shares[1]})."
         )
     mine = residua[LONG]
     for name, target in (("Muon, its rate", ", target 3 %"), ("Muon, best rate", "")):
         base = theirs[name]
-        parts.append(
+        lines_of_report.append(
             f"- {name}: KL {100 * (1 - mine.kl / base.kl):.1f} % lower{target}, in {mine.seconds / base.seconds:.2f} "
             "of its time with the capture."
         )
-    return "\n".join(parts)
+    return "\n".join(lines_of_report)
 
 
 SHORT, MIDDLE, LONG = "Residua, 11k tokens", "Residua, 45k tokens", "Residua, all, 3 epochs"
@@ -211,8 +216,8 @@ CHEAPER: dict[str, dict[str, Any]] = {
     "12,000 rows": {"rows": 12_000},
     "256 of the 1,024 tokens as candidates": {"candidates": 128},
     "128 of the 1,024 tokens as candidates": {"candidates": 64},
-    "rows split in 2, lenses averaged": {"parts": 2},
-    "rows split in 4, lenses averaged": {"parts": 4},
+    "rows divided in 2, lenses averaged": {"parts": 2},
+    "rows divided in 4, lenses averaged": {"parts": 4},
     "ridge only": {"refine": False},
 }
 OURS: dict[str, tuple[int, dict[str, Any]]] = {
@@ -228,7 +233,7 @@ def main() -> None:
     torch.set_num_threads(1)
     text = Text()
     with TemporaryDirectory(dir=options.folder) as folder:
-        ours(text, 1280, Path(folder))  # what is paid once, such as imports, is nobody's
+        ours(text, 1280, Path(folder))  # warms up imports and caches, which no case should pay for
         residua = {name: ours(text, n, Path(folder), **settings) for name, (n, settings) in OURS.items()}
         exact = ours(text, ALL, Path(folder))
         cheaper = {name: ours(text, ALL, Path(folder), **settings) for name, settings in CHEAPER.items()}

@@ -1,7 +1,7 @@
-"""Timing for the benchmarks: cases take turns, and what is reported is their ratio within one round.
+"""Timing for the benchmarks: cases take turns, and ratios are taken within a round.
 
-A shared or throttled machine changes its speed from minute to minute; two cases that ran in the same round were
-slowed alike. So every figure is given as least, median and greatest over the rounds.
+A shared or throttled machine changes its speed from minute to minute, but slows two cases of the same round alike. So
+every figure is a median over the rounds, with the least and the greatest.
 """
 
 import argparse
@@ -34,12 +34,12 @@ Timings = dict[str, list[Timing]]
 def in_turns(
     cases: Mapping[str, Callable[[int], object]], *, rounds: int, prepare: Callable[[], object] | None = None
 ) -> Timings:
-    """Run every case once a round; `prepare` runs before each, untimed.
+    """Run every case once in each round.
 
     Args:
-        cases: What to run, by name; each gets the number of the round.
-        rounds: How many times.
-        prepare: Called before each run.
+        cases: Functions to run, by name; each gets the number of the round.
+        rounds: Number of rounds.
+        prepare: Called before each run, and not timed.
     """
     timings: Timings = {name: [] for name in cases}
     for number in range(rounds):
@@ -59,7 +59,7 @@ def spread(values: Sequence[float], digits: int = 2) -> str:
 
 
 def speedups(base: Sequence[Timing], case: Sequence[Timing], *, clock: str) -> list[float]:
-    """Return, for every round, how many times as fast as `base` the case was, by the `clock` ``wall`` or ``cpu``."""
+    """Return the speed of `case` in every round as a multiple of `base`, by the `clock` ``wall`` or ``cpu``."""
     return [getattr(one, clock) / getattr(other, clock) for one, other in zip(base, case, strict=True)]
 
 
@@ -70,7 +70,7 @@ def table(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
 
 
 def machine(*packages: str) -> str:
-    """Return a line on the machine and the packages that were measured."""
+    """Return one line that describes the machine and the versions of `packages`."""
     processor = platform.processor() or platform.machine()
     info = Path("/proc/cpuinfo")
     if info.is_file():
@@ -84,11 +84,11 @@ def machine(*packages: str) -> str:
 
 
 def parser(description: str, *, rounds: int) -> argparse.ArgumentParser:
-    """Return the options that every benchmark has."""
+    """Return a parser with the options of every benchmark."""
     made = argparse.ArgumentParser(description=description)
     made.add_argument("--out", type=Path, help="also write the table to this file")
     made.add_argument("--folder", type=Path, default=None, help="where to write; by default a temporary folder")
-    made.add_argument("--rounds", type=int, default=rounds, help="how often every case runs")
+    made.add_argument("--rounds", type=int, default=rounds, help="rounds; every case runs once a round")
     return made
 
 

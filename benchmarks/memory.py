@@ -1,8 +1,8 @@
 """Peak memory of a capture, for a dataset and for one eight times as large: `python benchmarks/memory.py`.
 
-Each capture runs in a process of its own: the shipped model over Python's own documentation, every `resid_post` in
-bfloat16, with 64 MiB allowed for host buffers (`host_memory`). What is shown is the greatest resident memory of the
-process, and how much of it came after model and libraries were loaded.
+Each capture runs in its own process: the shipped model over Python's own documentation, every `resid_post` in
+bfloat16, with at most 64 MiB of host buffers (`host_memory`). The table shows the peak resident memory of the process,
+and how much the capture added after model and libraries were loaded.
 """
 
 import json
@@ -24,19 +24,19 @@ MODEL = Path(__file__).parent.parent / "models" / "pydoc-1m"
 
 
 def texts(times: int) -> Iterator[str]:
-    """Yield the topics, `times` over, each time a little different, one at a time."""
+    """Yield the topics `times` times, each time with another first word."""
     for turn in range(times):
         for title, text in sorted(topics.items()):
             yield f"{turn} {title}\n{text}"
 
 
 def peak_bytes() -> int:
-    """Return the greatest resident memory of this process so far."""
+    """Return the peak resident memory of this process so far."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def capture(times: int, out: str) -> None:
-    """Capture in this process, and print what it took as JSON."""
+    """Capture in this process, and print rows and memory as JSON."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     import residua

@@ -1,11 +1,11 @@
 """How fast rows are read back: `python benchmarks/read.py`.
 
 The same bfloat16 residuals lie in a plain file behind `np.memmap` and in our arrays, `raw` and `fast`, at 128 MiB
-(1x) and at 1 GiB (8x), all of it in the page cache. A scan reads blocks of 16,384 rows in order and adds up the
-columns in float32, the least that an analysis does; beside it stands a scan that only copies. A random batch is
-4,096 rows from anywhere. A block-shuffled batch is the 4,096 rows of 8 chunks drawn at random, in random order, as
-training from a shuffle buffer reads them; it is compared with memmap's random batch, which it stands in for, and
-with memmap reading the same rows.
+(1x) and at 1 GiB (8x). All of it is in the page cache. A scan reads blocks of 16,384 rows in order and adds the
+columns in float32, the least that an analysis does; a second scan only copies. A random batch is 4,096 rows from
+anywhere. A block-shuffled batch is the 4,096 rows of 8 chunks drawn at random, in random order, as training from a
+shuffle buffer reads them. It is compared with a random batch of the memory map, which it replaces, and with the memory
+map reading the same rows.
 """
 
 import shutil
@@ -43,7 +43,7 @@ Indices = npt.NDArray[np.int64]
 
 
 def make_specs() -> dict[str, ArraySpec]:
-    """Return the arrays that are measured, by preset."""
+    """Return the measured arrays by preset."""
     return {
         preset: ArraySpec(
             path=f"sites/{preset}/1",
@@ -58,7 +58,7 @@ def make_specs() -> dict[str, ArraySpec]:
 
 
 def write(folder: Path, rows: Rows, scale: int) -> int:
-    """Write `rows` over and over, `scale` times, as a plain file and as our arrays; return how many rows it makes."""
+    """Write `rows` `scale` times as a plain file and as our arrays, and return the number of rows written."""
     shards = range(0, len(rows), ROWS_PER_SHARD)
     with (folder / "plain").open("wb") as plain:
         for _ in range(scale):
@@ -74,7 +74,7 @@ def write(folder: Path, rows: Rows, scale: int) -> int:
 
 
 class Memmap:
-    """The plain file, read as users of `np.memmap` do."""
+    """The plain file, read as users of `np.memmap` read it."""
 
     def __init__(self, path: Path, n_rows: int) -> None:
         self._rows = np.memmap(path, np.uint16, "r").reshape(n_rows, WIDTH)
@@ -92,20 +92,20 @@ Store = Memmap | ArrayReader
 
 
 def open_stores(folder: Path, n_rows: int) -> dict[str, Store]:
-    """Return what is measured, by name."""
+    """Return the measured stores by name."""
     ours: dict[str, Store] = {name: ArrayReader(folder, spec, n_rows) for name, spec in make_specs().items()}
     return {MEMMAP: Memmap(folder / "plain", n_rows), **ours}
 
 
 def scan(n_rows: int, store: Store, _: int) -> None:
-    """Add up the columns in float32, block by block."""
+    """Add the columns in float32, block by block."""
     sums = np.zeros(WIDTH, np.float32)
     for start in range(0, n_rows, BLOCK_ROWS):
         sums += to_float32(store.read(start, min(start + BLOCK_ROWS, n_rows)), "bfloat16").sum(axis=0)
 
 
 def copy(n_rows: int, store: Store, _: int) -> None:
-    """Read all rows in order and do nothing with them."""
+    """Read all rows in order, without using them."""
     for start in range(0, n_rows, BLOCK_ROWS):
         store.read(start, min(start + BLOCK_ROWS, n_rows))
 
@@ -122,7 +122,7 @@ def random_batches(n_rows: int) -> list[Indices]:
 
 
 def block_batches(n_rows: int) -> list[Indices]:
-    """Return batches of whole chunks drawn at random, their rows in random order."""
+    """Return batches of full chunks drawn at random, with their rows in random order."""
     rng = np.random.default_rng(1)
     n_chunks = BATCH_ROWS // ROWS_PER_CHUNK
     batches = []
@@ -133,7 +133,7 @@ def block_batches(n_rows: int) -> list[Indices]:
 
 
 def measure(folder: Path, n_rows: int, rounds: int) -> dict[str, Timings]:
-    """Return the timings of every job in every store; each job opens the stores anew, so its first round checks."""
+    """Return the timings of every job; each job opens the stores again, so its first round checks every crc32c."""
     anywhere, blocks = random_batches(n_rows), block_batches(n_rows)
     jobs: dict[str, tuple[Callable[[Store, int], None], int]] = {
         RANDOM: (partial(take, anywhere), 4 * N_BATCHES),
@@ -144,7 +144,7 @@ def measure(folder: Path, n_rows: int, rounds: int) -> dict[str, Timings]:
     measured = {}
     for job, (work, n) in jobs.items():
         stores = open_stores(folder, n_rows)
-        if job == RANDOM:  # a chunk for every row: nobody reads compressed rows so
+        if job == RANDOM:  # each row would decode a full chunk: nobody reads compressed rows like this
             del stores["fast"]
         cases = {name: partial(work, store) for name, store in stores.items()}
         if job == BLOCKS:
@@ -162,7 +162,7 @@ TARGETS = {
 
 
 def line(scale: int, job: str, case: str, timings: Timings) -> list[str]:
-    """Return one line of the table; the first round, which also checks every crc32c, has a column of its own."""
+    """Return one line of the table; the first round, which also checks every crc32c, has its own column."""
     runs = timings[case][1:]
     base = timings[OTHER_ROWS if job == BLOCKS else MEMMAP][1:]
     return [
@@ -201,7 +201,7 @@ def main() -> None:
     """Measure and report."""
     arguments = parser(__doc__ or "", rounds=6).parse_args()
     torch.set_num_threads(1)
-    # Four tokens make one row here, so that rows are as wide as those of real models.
+    # Four tokens are joined to one row, so that rows are as wide as those of real models.
     rows = trained_residuals().reshape(-1, WIDTH)
     measured = {}
     for scale in SCALES:

@@ -1,12 +1,13 @@
 """What starting at a layer saves: `python benchmarks/replay.py`.
 
 A Llama of 12 blocks of width 768 (random weights, float32, one torch thread) runs the same batch of 4 examples of 128
-tokens in full, and from stored rows at the input of block 9, of block 6 and at the output of the last one. Rows are
-read from the archive (`fast`, in the page cache) within the time that is given. Of the whole forward pass, three blocks
-of twelve are 0.25; the head, which runs in every case, comes on top and weighs more the larger the vocabulary is.
+tokens in full, and from stored rows at the input of block 9, at the input of block 6, and at the output of the last
+block. The time includes reading the rows from the archive (`fast`, in the page cache). Three of twelve blocks are 0.25
+of the full forward pass. The LM head runs in every case and adds to this, more with a larger vocabulary.
 
-Then `residua.replay_dataset` over a whole archive of 8,192 tokens, with a vector added at the input of the middle
-block, from the fingerprint of the weights to the tables of what it changes, over the plain forward of the same batches.
+Then `residua.replay_dataset` replays a complete archive of 8,192 tokens, with a vector added at the input of the
+middle block. The time, from the fingerprint of the weights to the tables of changes, is compared with the plain forward
+pass of the same batches.
 """
 
 import shutil
@@ -32,12 +33,12 @@ EXAMPLES, POSITIONS = 4, 128
 STARTS = ("resid_pre.6", "resid_pre.9", "final")
 TARGET = 0.30
 VOCABULARIES = (4096, 32000)
-WHOLE_EXAMPLES, WHOLE_BATCH, WHOLE_TARGET = 64, 1024, 0.6
+ARCHIVE_EXAMPLES, ARCHIVE_BATCH, ARCHIVE_TARGET = 64, 1024, 0.6
 STEERING = {"edit": "add", "site": "resid_post.10", "vector": [1.0] * WIDTH}
 
 
 def make_model(vocabulary: int) -> LlamaForCausalLM:
-    """Return the model that is replayed."""
+    """Return the model to replay."""
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=vocabulary,
@@ -53,7 +54,7 @@ def make_model(vocabulary: int) -> LlamaForCausalLM:
 
 
 def capture(model: LlamaForCausalLM, folder: Path, n_examples: int, batch_tokens: int) -> Archive:
-    """Capture batches of `batch_tokens`, one a shard."""
+    """Capture random tokens in batches of `batch_tokens`, one batch a shard."""
     tokens = np.random.default_rng(0).integers(3, 4096, (n_examples, POSITIONS)).tolist()
     sites = ",".join(STARTS)
     options: dict[str, Any] = {"batch_tokens": batch_tokens, "rows_per_shard": batch_tokens}
@@ -61,7 +62,7 @@ def capture(model: LlamaForCausalLM, folder: Path, n_examples: int, batch_tokens
 
 
 def cases(model: LlamaForCausalLM, archive: Archive) -> dict[str, Callable[[int], object]]:
-    """Return what is timed; archive and model are compared once, before."""
+    """Return the cases to time; archive and model are compared before, once."""
     examples = list(range(EXAMPLES))
     batch = Replayer(model, archive).batch(examples).padded
     kwargs = forward_kwargs(model, batch.input_ids, batch.attention_mask)
@@ -73,7 +74,7 @@ def cases(model: LlamaForCausalLM, archive: Archive) -> dict[str, Callable[[int]
     def replay(replayer: Replayer, _: int) -> None:
         replayer.run(replayer.batch(examples))
 
-    made: dict[str, Callable[[int], object]] = {"the whole model": plain}
+    made: dict[str, Callable[[int], object]] = {"the full model": plain}
     for start in STARTS:
         made[f"from {start}"] = partial(replay, Replayer(model, archive, at=[start]))
     edits = parse_edits([STEERING])
@@ -83,12 +84,12 @@ def cases(model: LlamaForCausalLM, archive: Archive) -> dict[str, Callable[[int]
     return made
 
 
-def whole_archive(model: LlamaForCausalLM, folder: Path) -> dict[str, Callable[[int], object]]:
-    """Return the cases of a replay of a whole archive."""
-    archive = capture(model, folder, WHOLE_EXAMPLES, WHOLE_BATCH)
+def archive_cases(model: LlamaForCausalLM, folder: Path) -> dict[str, Callable[[int], object]]:
+    """Return the cases of a replay of a complete archive."""
+    archive = capture(model, folder, ARCHIVE_EXAMPLES, ARCHIVE_BATCH)
     replayer = Replayer(model, archive)
-    each = WHOLE_BATCH // POSITIONS
-    batches = [replayer.batch(list(range(i, i + each))).padded for i in range(0, WHOLE_EXAMPLES, each)]
+    each = ARCHIVE_BATCH // POSITIONS
+    batches = [replayer.batch(list(range(i, i + each))).padded for i in range(0, ARCHIVE_EXAMPLES, each)]
     middle = f"resid_pre.{BLOCKS // 2}"
     edit = {**STEERING, "site": middle}
 
@@ -103,8 +104,8 @@ def whole_archive(model: LlamaForCausalLM, folder: Path) -> dict[str, Callable[[
     return {"the plain forward pass": plain, "replay_dataset, edited at the middle": replay}
 
 
-def report_whole(timings: Timings) -> str:
-    """Return the table of the whole archive, and its figure."""
+def report_archive(timings: Timings) -> str:
+    """Return the table of the complete archive, and its figure."""
     plain, replayed = timings.values()
     lines = [
         [name, spread([one.cpu for one in found]), spread(speedups(found, plain, clock="cpu"))]
@@ -112,7 +113,7 @@ def report_whole(timings: Timings) -> str:
     ]
     ratio = spread(speedups(replayed, plain, clock="cpu"))
     head = [
-        f"{WHOLE_EXAMPLES * POSITIONS:,} tokens, vocabulary {VOCABULARIES[0]:,}",
+        f"{ARCHIVE_EXAMPLES * POSITIONS:,} tokens, vocabulary {VOCABULARIES[0]:,}",
         "CPU seconds",
         "of the plain pass",
     ]
@@ -121,24 +122,24 @@ def report_whole(timings: Timings) -> str:
             "",
             table(head, lines),
             "",
-            f"- A whole archive with an edit at the middle: {ratio}, target at most {WHOLE_TARGET}.",
+            f"- A complete archive with an edit at the middle: {ratio}, target at most {ARCHIVE_TARGET}.",
         ]
     )
 
 
 def report(measured: dict[int, Timings]) -> str:
-    """Return the tables and the figure that has a target."""
+    """Return the tables and the figure with a target."""
     text = [f"{BLOCKS} blocks of width {WIDTH}, {EXAMPLES * POSITIONS} tokens; " + machine("torch", "transformers")]
     for vocabulary, timings in measured.items():
-        whole = timings["the whole model"]
+        full = timings["the full model"]
         lines = [
-            [name, spread([one.cpu for one in found]), spread(speedups(found, whole, clock="cpu"))]
+            [name, spread([one.cpu for one in found]), spread(speedups(found, full, clock="cpu"))]
             for name, found in timings.items()
         ]
-        text += ["", table([f"vocabulary {vocabulary:,}", "CPU seconds", "of the whole forward pass"], lines)]
+        text += ["", table([f"vocabulary {vocabulary:,}", "CPU seconds", "of the full forward pass"], lines)]
     first = measured[VOCABULARIES[0]]
-    ratio = spread(speedups(first["from resid_pre.9"], first["the whole model"], clock="cpu"))
-    text += ["", f"- Starting at layer 9 of 12, of the whole forward pass: {ratio}, target at most {TARGET}."]
+    ratio = spread(speedups(first["from resid_pre.9"], first["the full model"], clock="cpu"))
+    text += ["", f"- Starting at layer 9 of 12, of the full forward pass: {ratio}, target at most {TARGET}."]
     return "\n".join(text)
 
 
@@ -157,10 +158,10 @@ def main() -> None:
             shutil.rmtree(folder)
     folder = Path(tempfile.mkdtemp(prefix="residua-replay-", dir=arguments.folder))
     try:
-        whole = in_turns(whole_archive(make_model(VOCABULARIES[0]), folder), rounds=max(2, arguments.rounds // 2))
+        of_archive = in_turns(archive_cases(make_model(VOCABULARIES[0]), folder), rounds=max(2, arguments.rounds // 2))
     finally:
         shutil.rmtree(folder)
-    publish(report(measured) + "\n" + report_whole(whole), arguments.out)
+    publish(report(measured) + "\n" + report_archive(of_archive), arguments.out)
 
 
 if __name__ == "__main__":

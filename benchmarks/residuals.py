@@ -1,7 +1,7 @@
-"""The data of the storage benchmarks: residuals of the trained model that ships, in bfloat16.
+"""The data of the storage benchmarks: bfloat16 residuals of the trained model that ships with Residua.
 
-Four blocks one after the other fill four shards of 32 MiB. Random numbers would compress differently from what
-training makes of them.
+The residuals of four blocks, one after the other, fill four shards of 32 MiB. Random numbers would compress
+differently from trained values.
 """
 
 from pathlib import Path
@@ -21,7 +21,10 @@ _BATCH = 64
 
 
 def trained_residuals(n_tokens: int = N_TOKENS) -> npt.NDArray[np.uint16]:
-    """Return bits of bfloat16, (4 x tokens, width): one block after the other, over Python's own manual."""
+    """Return residuals over Python's own documentation, (4 x tokens, width), one block after the other.
+
+    Values are the bits of bfloat16, in uint16.
+    """
     tokenizer = AutoTokenizer.from_pretrained(MODEL)
     model: Any = AutoModelForCausalLM.from_pretrained(MODEL)
     model.eval()
@@ -33,4 +36,4 @@ def trained_residuals(n_tokens: int = N_TOKENS) -> npt.NDArray[np.uint16]:
             states = model.model(examples[start : start + _BATCH], output_hidden_states=True).hidden_states
             for block, layer in zip(rows, LAYERS, strict=True):
                 block.append(states[layer].flatten(0, 1).to(torch.bfloat16).view(torch.int16).numpy())
-    return np.concatenate([part for block in rows for part in block]).view(np.uint16)
+    return np.concatenate([batch for block in rows for batch in block]).view(np.uint16)

@@ -1,7 +1,7 @@
 """Run every benchmark and write `benchmarks/README.md`: `python benchmarks/run.py`, or `make bench`.
 
-About twenty minutes on two cores, on a machine that does nothing else. One benchmark alone is `python
-benchmarks/NAME.py`; `python benchmarks/run.py NAME` runs it and renews its part of the page.
+It takes about twenty minutes on two cores, on a machine that does nothing else. `python benchmarks/NAME.py` runs one
+benchmark; `python benchmarks/run.py NAME` runs it and updates its section of the page.
 """
 
 import ast
@@ -23,19 +23,19 @@ TITLES = {
 }
 HEAD = """# Benchmarks
 
-Made by `make bench`. Each part is one script and one command. Cases take turns, round by round, and ratios are taken
-within a round, because a shared machine changes its speed; figures are medians with the least and the greatest.
-CPU time stands beside the clock's. No test asserts any of them.
+`make bench` writes this page. Each section is one script and one command. Cases take turns, round by round. Ratios are
+taken within a round, because a shared machine changes its speed. Figures are medians, with the least and the greatest
+in brackets. CPU seconds are processor time; other times are those of the clock. No test asserts any of these figures.
 """
 
 
 def purpose(script: Path) -> str:
-    """Return the head of a script: what it measures, and how."""
+    """Return the docstring of a script: what it measures, and how."""
     return ast.get_docstring(ast.parse(script.read_text())) or ""
 
 
 def measure(name: str) -> None:
-    """Run one benchmark and keep what it reports."""
+    """Run one benchmark and store its report in `results/`."""
     results = FOLDER / "results"
     results.mkdir(exist_ok=True)
     command = [sys.executable, str(FOLDER / f"{name}.py"), "--out", str(results / f"{name}.md")]
@@ -43,16 +43,18 @@ def measure(name: str) -> None:
 
 
 def page() -> str:
-    """Return the page that holds all reports."""
-    parts = [HEAD]
+    """Return the page with all reports."""
+    sections = [HEAD]
     for name, title in TITLES.items():
         report = FOLDER / "results" / f"{name}.md"
         if report.is_file():
-            parts.append(f"## {title}\n\n{purpose(FOLDER / f'{name}.py')}\n\n{report.read_text().strip()}\n")
-    return "\n".join(parts)
+            sections.append(f"## {title}\n\n{purpose(FOLDER / f'{name}.py')}\n\n{report.read_text().strip()}\n")
+    return "\n".join(sections)
 
 
 if __name__ == "__main__":
-    for name in sys.argv[1:] or [name for name in TITLES if name != "gpu"]:  # which is run by name, where one is
+    for name in sys.argv[1:] or [
+        name for name in TITLES if name != "gpu"
+    ]:  # gpu runs by name only, where there is a GPU
         measure(name)
         (FOLDER / "README.md").write_text(page())

@@ -1,13 +1,15 @@
-"""Two data-parallel workers against one: `python benchmarks/throughput.py`.
+"""Two data-parallel workers compared with one: `python benchmarks/throughput.py`.
 
-A Llama of 6M parameters (random weights) over ragged examples, every `resid_post` in bfloat16. Each worker is a
-process of its own, with one torch thread and one encoder thread that share the worker's core; both processes stay for
-all rounds. Within a round four cases take turns: one worker; two workers that share one capture; two captures of half
-of the examples each that have nothing to do with each other, which is what the machine gives to two processes at best;
-and one worker that has both cores, so that its encoder thread runs beside the forward pass. The clock runs from the
-first batch to the last commit, as seen by the worker that ends last: starting Python, importing torch, loading the
-model, planning and sealing are left out. Processor time is that of both processes, from the first batch to the sealed
-archive, waiting for each other included: what it has more than that of one worker is what sharing costs.
+A Llama of 6M parameters (random weights) runs over ragged examples, and every `resid_post` is captured in bfloat16.
+Each worker is a process with one torch thread and one encoder thread, which share the worker's core. Both processes
+stay for all rounds. Four cases take turns in a round: one worker; two workers that share one capture; two independent
+captures of half of the examples each, which is the best that the machine offers to two processes; and one worker with
+both cores, so that its encoder thread runs in parallel with the forward pass.
+
+Seconds run from the first batch to the last commit, for the worker that ends last; starting Python, importing torch,
+loading the model, planning and sealing are not counted. CPU seconds are those of both processes, from the first batch
+to the sealed archive, including the time in which they wait for each other. The difference to one worker is the cost of
+sharing.
 """
 
 import argparse
@@ -34,7 +36,7 @@ VOCABULARY = 2048
 TARGET = 1.7
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 ONE, TWO, APART = "one worker", "two workers, a core each", "two captures, nothing shared, a core each"
-SPREAD = "one worker that has both cores"
+BOTH_CORES = "one worker that has both cores"
 Figures = dict[str, float]
 
 
@@ -56,12 +58,12 @@ def prepare(folder: Path, n_examples: int) -> None:
         json.dumps({"input_ids": [chosen.randrange(3, VOCABULARY) for _ in range(chosen.randrange(16, 384))]}) + "\n"
         for _ in range(n_examples)
     ]
-    for name, part in {"all": lines, "even": lines[::2], "odd": lines[1::2]}.items():
-        (folder / f"{name}.jsonl").write_text("".join(part))
+    for name, chosen_lines in {"all": lines, "even": lines[::2], "odd": lines[1::2]}.items():
+        (folder / f"{name}.jsonl").write_text("".join(chosen_lines))
 
 
 class Worker:
-    """A process that captures whenever it is asked to; see `serve`."""
+    """A process that captures on request; it runs `serve`."""
 
     def __init__(self, folder: Path) -> None:
         self._process = subprocess.Popen(
@@ -73,28 +75,28 @@ class Worker:
         )
 
     def ask(self, dataset: str, out: str, cores: Sequence[int], **launch: str) -> None:
-        """Let it capture a dataset on some cores, with variables as a launcher sets them."""
+        """Ask for a capture of a dataset on some cores, with the environment variables of a launcher."""
         assert self._process.stdin is not None
         asked = {"dataset": dataset, "out": out, "cores": cores, "launch": launch}
         self._process.stdin.write(json.dumps(asked) + "\n")
         self._process.stdin.flush()
 
     def answer(self) -> Figures:
-        """Return its figures once it is done."""
+        """Wait for the capture, and return its figures."""
         assert self._process.stdout is not None
         line = self._process.stdout.readline()
         if not line:
-            raise SystemExit(f"a worker ended with code {self._process.wait()}; what it printed is above")
+            raise SystemExit(f"a worker ended with exit code {self._process.wait()}: see its output above")
         figures: Figures = json.loads(line)
         return figures
 
     def close(self) -> None:
-        """End it."""
+        """End the process."""
         self._process.communicate()
 
 
 def serve(folder: Path) -> None:
-    """Capture what standard input asks for, line by line, and print the figures."""
+    """Capture what each line of standard input asks for, and print the figures."""
     torch.set_num_threads(1)
     model = LlamaForCausalLM.from_pretrained(folder / "model")
     begun = [0.0]
@@ -102,7 +104,7 @@ def serve(folder: Path) -> None:
     for line in sys.stdin:
         asked = json.loads(line)
         os.environ.update({"WORLD_SIZE": "1", **asked["launch"]})
-        for thread in Path("/proc/self/task").iterdir():  # threads that are started later inherit it
+        for thread in Path("/proc/self/task").iterdir():  # threads that start later inherit the cores
             os.sched_setaffinity(int(thread.name), asked["cores"])
         result = capture_dataset(
             model,
@@ -118,8 +120,8 @@ def serve(folder: Path) -> None:
 
 
 def capture(workers: list[Worker], folder: Path, case: str) -> Figures:
-    """Run one case; return the seconds of the slowest, and tokens and processor seconds of all."""
-    asked = workers[: 1 if case in {ONE, SPREAD} else 2]
+    """Run one case, and return the seconds of the slowest worker, and tokens and CPU seconds of all."""
+    asked = workers[: 1 if case in {ONE, BOTH_CORES} else 2]
     cores = sorted(os.sched_getaffinity(0))[:2]
     if case == APART:
         for worker, half, core in zip(asked, ("even", "odd"), cores, strict=True):
@@ -133,7 +135,7 @@ def capture(workers: list[Worker], folder: Path, case: str) -> Figures:
                 "MASTER_PORT": str(free.getsockname()[1]),
             }
         for rank, worker in enumerate(asked):
-            worker.ask("all", "all.zarr", cores if case == SPREAD else [cores[rank]], **launch, RANK=str(rank))
+            worker.ask("all", "all.zarr", cores if case == BOTH_CORES else [cores[rank]], **launch, RANK=str(rank))
     found = [worker.answer() for worker in asked]
     for out in folder.glob("*.zarr"):
         shutil.rmtree(out)
@@ -141,7 +143,7 @@ def capture(workers: list[Worker], folder: Path, case: str) -> Figures:
     return {
         "wall": max(figures["wall"] for figures in found),
         "cpu": sum(figures["cpu"] for figures in found),
-        "tokens": tokens[0] if case == TWO else sum(tokens),  # two workers report for both
+        "tokens": tokens[0] if case == TWO else sum(tokens),  # each of two workers reports the tokens of both
     }
 
 
@@ -154,7 +156,7 @@ def main() -> None:
     if chosen.serve:
         serve(chosen.serve)
         return
-    cases: dict[str, list[Figures]] = {case: [] for case in (ONE, TWO, APART, SPREAD)}
+    cases: dict[str, list[Figures]] = {case: [] for case in (ONE, TWO, APART, BOTH_CORES)}
     with tempfile.TemporaryDirectory(dir=chosen.folder) as name:
         folder = Path(name)
         prepare(folder, chosen.examples)
@@ -169,9 +171,9 @@ def main() -> None:
 
 
 def report(cases: dict[str, list[Figures]], n_rounds: int) -> str:
-    """Return the table; every ratio is one of the same round."""
+    """Return the table; every ratio is taken within a round."""
     lines = [
-        [case, *(spread([f[key] for f in found]) for key in ("wall", "cpu")), *_beside(cases, found)]
+        [case, *(spread([f[key] for f in found]) for key in ("wall", "cpu")), *_ratios(cases, found)]
         for case, found in cases.items()
     ]
     head = [
@@ -189,8 +191,8 @@ def report(cases: dict[str, list[Figures]], n_rounds: int) -> str:
     )
 
 
-def _beside(cases: dict[str, list[Figures]], found: list[Figures]) -> list[str]:
-    one, both = cases[ONE], cases[SPREAD]
+def _ratios(cases: dict[str, list[Figures]], found: list[Figures]) -> list[str]:
+    one, both = cases[ONE], cases[BOTH_CORES]
     return [
         spread([a["wall"] / b["wall"] for a, b in zip(one, found, strict=True)]),
         spread([a["wall"] / b["wall"] for a, b in zip(both, found, strict=True)]),
