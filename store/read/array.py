@@ -10,8 +10,8 @@ import numpy as np
 import numpy.typing as npt
 
 from residua.store.base.errors import DamagedArchiveError, TooLargeError
+from residua.store.encoding.codecs import INT8, PRESETS
 from residua.store.encoding.dtypes import storage_dtype
-from residua.store.encoding.lossy import dequantise_int8
 from residua.store.encoding.spec import ArraySpec
 from residua.store.read.reader import Array, Check, RowNumbers, reader_of
 
@@ -163,9 +163,8 @@ class ArchiveArray:
     def _merge(self, stored: list[Array]) -> Array:
         if len(stored) == 1:
             return stored[0]
-        codes, scales = stored
-        values = dequantise_int8(codes, scales, self._dtype_name)
-        if values.shape != codes.shape:
+        values = PRESETS[INT8].restore(stored, self._dtype_name)
+        if values.shape != stored[0].shape:
             raise DamagedArchiveError(f"{self.name}: codes and scales differ in shape: restore the archive from a copy")
         return values
 
