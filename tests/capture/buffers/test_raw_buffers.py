@@ -76,7 +76,8 @@ def test_zarr_reads_the_rows_that_were_put(tmp_path: Path, n_rows: int, order: s
     ]
     for site, rows in zip(SITES, [*expected, patterns], strict=True):
         stored = zarr.open_array(str(tmp_path / "a.zarr" / site.path), mode="r")
-        assert np.array_equal(np.asarray(stored[:]), rows)
+        assert stored.shape == rows.shape
+        assert np.asarray(stored[:]).tobytes() == rows.tobytes()
     for commit in read_commits(tmp_path / "a.zarr", plan.digest).values():
         for spec in plan.arrays:
             digest = check_shard(
