@@ -47,7 +47,7 @@ class Load(Protocol):
 
 
 def results(model: Any, archive: Archive, lossy: Archive, out: Path, *, sweeps: bool = True) -> dict[str, pa.Table]:
-    """What the jobs find, as every rank is told; without sweeps where these are refused."""
+    """The results of the jobs, as every rank gets them; without sweeps where these are refused."""
     replayed = residua.replay_dataset(
         model, archive, out=out / "replayed", at="resid_post.0", edits=EDITS, tokens=[7], capture=FOLLOWING
     )

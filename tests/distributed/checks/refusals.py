@@ -82,8 +82,8 @@ def functions_that_fail(load: Load) -> None:
     ]
     for function, error, words in wrong:
         there = CaptureError if dist.get_rank() else error
-        told = rf"Site 'z\.1' on rank 1: .*failed on rank 0: .*{words}" if dist.get_rank() else words
-        with pytest.raises(there, match=told), tap(model, "z.1", partial(ignoring_site, function)):
+        expected = rf"Site 'z\.1' on rank 1: .*failed on rank 0: .*{words}" if dist.get_rank() else words
+        with pytest.raises(there, match=expected), tap(model, "z.1", partial(ignoring_site, function)):
             run(model)
         assert torch.equal(run(model), before)
 

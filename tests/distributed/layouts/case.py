@@ -40,7 +40,7 @@ class Case:
     """A spread model under test.
 
     ``owns`` tells whether this rank is the one of its replica on which functions run; ``staged`` that sites lie on
-    different ranks, as in a pipeline; ``group`` holds the parts of a replica, where `tap` has to be told; ``seed`` is
+    different ranks, as in a pipeline; ``group`` has the ranks of a replica, if `tap` has to be given them; ``seed`` is
     that of the batch.
     """
 

@@ -48,7 +48,7 @@ BALANCED = "resid_post.*,mlp_act.*,q.*"
 
 
 class Made(NamedTuple):
-    """What is captured: a model or a torch pipeline, its sites, and its ranks where these cannot be told from it."""
+    """What is captured: a model or a torch pipeline, its sites, and its ranks if they have to be given."""
 
     model: Any
     sites: str

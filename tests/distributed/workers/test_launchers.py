@@ -95,10 +95,10 @@ def test_a_script_of_the_users_own_with_replicas_and_sharded(tmp_path: Path) -> 
     for name in ("replicas", "ddp", "fsdp", "zero3"):
         assert content(tmp_path / f"{name}.zarr") == expected
         assert Archive(tmp_path / f"{name}.zarr").plan == Archive(tmp_path / "one.zarr").plan
-        told = [json.loads((tmp_path / f"{name}.{rank}.json").read_text()) for rank in range(2)]
-        assert told[0] == told[1]
-        assert told[0]["rows"] == Archive(tmp_path / "one.zarr").n_rows
-        assert len(told[0]["workers"]) == 2
+        reports = [json.loads((tmp_path / f"{name}.{rank}.json").read_text()) for rank in range(2)]
+        assert reports[0] == reports[1]
+        assert reports[0]["rows"] == Archive(tmp_path / "one.zarr").n_rows
+        assert len(reports[0]["workers"]) == 2
     record(TINY["llama"](), tmp_path / "recorded.zarr", "resid_post.*,q.1,final")
     for path in sorted(tmp_path.glob("*.recorded.*.zarr")):
         assert content(path) == content(tmp_path / "recorded.zarr"), "each replica its own, bit for bit"

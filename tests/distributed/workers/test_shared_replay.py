@@ -88,7 +88,7 @@ def test_the_tables_are_those_that_one_process_writes(
     assert contents(out) == contents(reference[0])
     assert summary(ended[0]) == summary(reference[1]), "the notes too"
     assert not any("{" in end.output for end in ended[1:]), "the first process alone reports"
-    assert [path.name for path in tmp_path.iterdir()] == ["replayed"], "nothing is left beside the tables"
+    assert [path.name for path in tmp_path.iterdir()] == ["replayed"], "nothing else is left next to the tables"
 
 
 def test_killed_at_once_it_goes_on_with_another_number_of_processes(
@@ -145,7 +145,7 @@ def test_parts_of_one_that_is_killed_are_taken_over(
 
 
 def shared_jobs(archive: Path, out: Path) -> dict[str, list[str]]:
-    """Jobs beside the replay of a whole archive, and what each writes into `out`."""
+    """Jobs other than the replay of a full archive, and the results that each writes to `out`."""
     model, pairs = ["--model", str(MODEL)], ["--pairs", str(archive.parent / "pairs.jsonl"), "--metric", "loss"]
     repeats = ["--examples", "6", "--period", "9", "--out", str(out / "repeats.zarr"), "--scheduler", "inline"]
     sweep = [*model, *pairs, "--sites", "attn_out.*", "--json"]
@@ -158,7 +158,7 @@ def shared_jobs(archive: Path, out: Path) -> dict[str, list[str]]:
 
 
 def test_sweeps_and_samples_are_shared_too(forked_workers: ForkedWorkers, archive: Path, tmp_path: Path) -> None:
-    measured, told = archive.parent / "lossy.zarr/fidelity.json", {}
+    measured, results = archive.parent / "lossy.zarr/fidelity.json", {}
     for n in (1, 2):
         (tmp_path / f"{n}").mkdir()
         for job, words in shared_jobs(archive, tmp_path / f"{n}").items():
@@ -166,8 +166,8 @@ def test_sweeps_and_samples_are_shared_too(forked_workers: ForkedWorkers, archiv
             assert [end.code for end in ended] == [0] * n, ended
             assert not any("{" in end.output for end in ended[1:]), "the first process alone reports"
             said = json.loads(next(line for line in ended[0].output.splitlines() if line.startswith("{")))
-            told[job, n] = {key: value for key, value in said.items() if key not in ("folder", "archive")}
-            assert told[job, n] == told[job, 1]
+            results[job, n] = {key: value for key, value in said.items() if key not in ("folder", "archive")}
+            assert results[job, n] == results[job, 1]
         measured.rename(tmp_path / f"{n}/fidelity.json")
     written = [contents(tmp_path / f"{n}") for n in (1, 2)]
     names = {"patched/cells.parquet", "patched/cells.png", "fidelity.json", "repeats-heads/heads.parquet"}
