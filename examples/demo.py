@@ -1,8 +1,8 @@
-"""What `make demo` shows: a dataset goes into an archive, is studied without the model, and goes back into it.
+"""The steps of `make demo`: capture a dataset into an archive, study it without the model, and replay it.
 
     python examples/demo.py demo
 
-Every step is a command or a few lines that you can type yourself; the demo prints them as it goes.
+Every step is a command or a few lines that you can type yourself. The demo prints them while it runs.
 """
 
 import json
@@ -32,20 +32,20 @@ def main(folder: Path) -> None:
         shutil.rmtree(made, ignore_errors=True)
     print(f"\n# A dataset: the {write_topics(dataset)} topics of Python's own documentation, in {dataset}")
 
-    print("\n# 1. Capture. The residual stream after every block, and what attention adds in block 3")
+    print("\n# 1. Capture the residual stream after every block, and the attention output of block 3")
     words = ["capture", "--model", MODEL, "--dataset", dataset, "--sites", "resid_post.*,attn_out.3"]
     words += ["--max-length", "128", "--dtype", "bfloat16", "--out", archive]
     rate = next(line for line in run(words).splitlines() if line.startswith("rate")).removeprefix("rate").strip()
 
-    print("\n# 2. Look. Everything that is known of the archive")
+    print("\n# 2. Look: what the archive holds")
     run(["info", archive])
 
-    print("\n# 3. Verify. Every chunk is re-hashed")
+    print("\n# 3. Verify every checksum")
     run(["verify", archive])
 
     read_back(archive)
 
-    print("\n# 5. A tuned lens: what each layer would predict already, from the archive alone")
+    print("\n# 5. A tuned lens: what each layer would predict, trained from the archive alone")
     run(["lens", "train", archive, "--rows", 60_000, "--out", lens])
 
     print("\n# 6. Induction heads: queries and keys on repeated random tokens, scored offline")
@@ -59,7 +59,7 @@ def main(folder: Path) -> None:
 
 
 def run(words: list[Any]) -> str:
-    """Print and run one residua command, and return what it printed; stop the demo if it fails."""
+    """Print and run one residua command, and return its output; stop the demo if it fails."""
     print("$ residua " + " ".join(quoted(str(word)) for word in words), flush=True)
     shown = subprocess.run(
         [sys.executable, "-m", "residua", *map(str, words)], check=True, stdout=subprocess.PIPE, text=True
@@ -69,12 +69,12 @@ def run(words: list[Any]) -> str:
 
 
 def quoted(word: str) -> str:
-    """Return `word` as one would type it in a shell."""
+    """Return `word` as a user would type it in a shell."""
     return f"'{word}'" if "*" in word else word
 
 
 def read_back(path: Path) -> None:
-    """Read activations of the archive without the model, and find their text."""
+    """Read activations from the archive without the model, and find the text of a row."""
     print("\n# 4. Read back, without the model")
     archive = residua.open(path)
     values = np.asarray(archive["resid_post.5"][:4096], np.float32)
@@ -83,16 +83,16 @@ def read_back(path: Path) -> None:
     print(f">>> archive\n{archive!r}")
     print(f'>>> archive["resid_post.5"]\n{archive["resid_post.5"]!r}')
     print(f'>>> archive["resid_post.5"][{row}][:4]\n{archive["resid_post.5"][row][:4]}')
-    print(f">>> archive.text({row})          # where the residual stream is longest, of the first 4,096 rows")
+    print(f">>> archive.text({row})          # the row with the largest norm of the first 4,096")
     print(repr(archive.text(row)))
 
 
 def causal_check(path: Path, layer: int) -> list[tuple[float, float]]:
-    """Put zeros in the place of what a layer's heads read, and return the losses of first and second copy.
+    """Ablate the heads of a layer, and return the losses of the first and second copy.
 
-    Nothing, the layer before, and the layer are ablated, in this order.
+    There are three runs: without an ablation, without the heads of the layer below, and without those of the layer.
     """
-    print("\n# 7. Are they what repeats the text? Ablate the heads of a layer, and look at the loss of the second copy")
+    print("\n# 7. Do these heads repeat the text? Ablate the heads of a layer, and look at the loss of the second copy")
     disable_progress_bar()  # type: ignore[no-untyped-call]  # transformers leaves it bare
     model = AutoModelForCausalLM.from_pretrained(MODEL)
     archive = residua.open(path)
@@ -110,20 +110,21 @@ def causal_check(path: Path, layer: int) -> list[tuple[float, float]]:
 
 
 def conclude_analysis(folder: Path, best: dict[str, Any], losses: list[tuple[float, float]]) -> None:
-    """Say what the lens and the heads came to, and where their pictures lie."""
+    """Print the results of the lens and the heads, and the paths of their plots."""
     report = pq.read_table(folder / "lens" / "report.parquet")
     before, after = (float(np.mean(report[name].to_numpy())) for name in ("kl_logit_lens", "kl"))
     print(
-        f"\nTuned lens: {after:.2f} nats from the model's own prediction, where the logit lens is {before:.2f}"
+        f"\nTuned lens: {after:.2f} nats from the model's own prediction; the logit lens: {before:.2f} nats"
         f"\n  {(folder / 'lens' / 'report.png').resolve()}"
         f"\nInduction: head {best['head']} of layer {best['layer']} scores {best['induction']:.2f}; without the "
-        f"heads of its layer, the second copy costs {losses[-1][1]:.2f} nats a token, not {losses[0][1]:.2f}"
+        f"heads of its layer, the loss of the second copy is {losses[-1][1]:.2f} nats a token, with them "
+        f"{losses[0][1]:.2f}"
         f"\n  {(folder / 'repeats-heads' / 'induction.png').resolve()}"
     )
 
 
 def conclude(path: Path, rate: str) -> None:
-    """Say what was captured, how fast, how small, and where it lies."""
+    """Print what was captured, how fast, how small, and where it is."""
     shown = subprocess.run(
         [sys.executable, "-m", "residua", "info", "--json", str(path)], check=True, capture_output=True, text=True
     )

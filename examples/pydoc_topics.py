@@ -1,4 +1,4 @@
-"""Python's own documentation topics as a dataset: `pydoc_data.topics`, which every Python has.
+"""Write Python's own documentation topics as a dataset: `pydoc_data.topics`, which every Python has.
 
     python examples/pydoc_topics.py topics.jsonl
 
@@ -12,7 +12,7 @@ from pydoc_data.topics import topics
 
 
 def write_topics(path: Path) -> int:
-    """Write every topic as one JSON line to `path`; returns how many there are."""
+    """Write every topic as one JSON line to `path`, and return the number of topics."""
     lines = [json.dumps({"title": title, "text": text}) for title, text in sorted(topics.items())]
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")

@@ -1,8 +1,8 @@
-"""Freeze one small archive a codec preset, as the current format writes it: `python scripts/freeze_archives.py`.
+"""Freeze one small archive for each codec preset in the current format: `python scripts/freeze_archives.py`.
 
-Run it once for each new version of the format, never for one that is released: `tests/fixtures/` must hold what that
-version really wrote. Beside the archives goes `digests.json`, the SHA-256 of every array's values as plain zarr-python
-reads them, which `tests/store/read/test_frozen.py` compares with what every later version of Residua reads.
+Run it once for each new version of the format, never for a released one: `tests/fixtures/` must hold what that version
+really wrote. The script also writes `digests.json`, the SHA-256 of every array's values as plain zarr-python reads
+them. `tests/store/read/test_frozen.py` compares these digests with what later versions of Residua read.
 """
 
 import hashlib
@@ -22,13 +22,13 @@ FOLDER = Path(__file__).parent.parent / "tests" / "fixtures" / f"format-{FORMAT}
 
 
 def plain_digest(archive: Path, node: str) -> str:
-    """Return the SHA-256 of all values of one array, as zarr-python reads them."""
+    """Return the SHA-256 of all values of an array, as zarr-python reads them."""
     array = zarr.open_array(str(archive / node), mode="r")
     return hashlib.sha256(np.ascontiguousarray(array[...]).tobytes()).hexdigest()
 
 
 def freeze() -> dict[str, dict[str, str]]:
-    """Capture one archive a preset and return the digests of their arrays."""
+    """Capture one archive for each preset, and return the digests of their arrays."""
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=50, hidden_size=40, intermediate_size=32, num_hidden_layers=2, num_attention_heads=4
@@ -51,7 +51,7 @@ def freeze() -> dict[str, dict[str, str]]:
 
 if __name__ == "__main__":
     if FOLDER.exists():
-        raise SystemExit(f"{FOLDER} exists: what a version of the format wrote is never written again")
+        raise SystemExit(f"{FOLDER} exists: archives of a format version are frozen once and never replaced")
     FOLDER.mkdir(parents=True)
     (FOLDER / "digests.json").write_text(json.dumps(freeze(), indent=1) + "\n")
     print(f"froze {len(PRESETS)} archives in {FOLDER}")

@@ -1,6 +1,6 @@
-"""Draw one activation's way from hook to shard, layout by layout: `python scripts/layouts_picture.py`.
+"""Draw how an activation moves from hook to shard in each layout: `python scripts/layouts_picture.py`.
 
-Writes `docs/layouts.svg`, or the file that is named, whose ending says the format.
+The script writes `docs/layouts.svg`, or the file that you name; the suffix of the name sets the format.
 """
 
 import sys
@@ -12,7 +12,7 @@ import matplotlib
 
 matplotlib.use("svg")
 
-from matplotlib import pyplot as plt  # the backend is chosen first
+from matplotlib import pyplot as plt  # after the choice of the backend
 from matplotlib.axes import Axes
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
 
@@ -20,22 +20,22 @@ OUT = Path(__file__).parents[1] / "docs" / "layouts.svg"
 COLUMNS = ("hook", "between ranks", "copy", "encode, write", "archive")
 AT = (1.5, 4.25, 7.0, 9.75, 12.5)
 WIDTH, HEIGHT, STEP = 2.15, 0.62, 0.86
-WHOLE, PART, NOTHING, HOST, DISK = "#cfe3f5", "#f7dfb5", "#eeeeee", "#d9ead3", "#e3d7ee"
+FULL, SHARDED, NOTHING, HOST, DISK = "#cfe3f5", "#f7dfb5", "#eeeeee", "#d9ead3", "#e3d7ee"
 
 
 @dataclass(frozen=True)
 class Lane:
-    """What happens to a site's tensor on one rank: the texts of its boxes, and the lane that it is sent to."""
+    """A site's tensor on one rank: the texts of its boxes, one a column, and the lane that it is sent to, if any."""
 
     rank: str
     texts: tuple[str, str, str, str, str]
-    is_part: bool = False
+    is_sharded: bool = False
     sends_to: int | None = None
 
 
 @dataclass(frozen=True)
 class Layout:
-    """One panel."""
+    """One panel: a layout with a lane for each rank."""
 
     title: str
     lanes: Sequence[Lane]
@@ -44,31 +44,31 @@ class Layout:
 COPY, WRITE = "wanted rows into a\npinned host buffer", "writer thread"
 ALL = [
     Layout(
-        "Replicas: one process each; DDP, FSDP, ZeRO-3. Nothing is sent; each has shards of its own",
+        "Replicas: one process each; DDP, FSDP, ZeRO-3. Nothing is sent; each writes its own shards",
         [
-            Lane("worker 0", ("whole, its batch", "", COPY, WRITE, "shards 0-2")),
-            Lane("worker 1", ("whole, its batch", "", COPY, WRITE, "shards 3-5")),
+            Lane("worker 0", ("full, its batch", "", COPY, WRITE, "shards 0-2")),
+            Lane("worker 1", ("full, its batch", "", COPY, WRITE, "shards 3-5")),
         ],
     ),
     Layout(
-        "Tensor parallel, a site that every rank has whole (resid_post.7): the rank whose turn it is",
+        "Tensor parallel, an unsharded site (resid_post.7): the rank whose turn it is stores it",
         [
-            Lane("rank 0", ("whole", "", COPY, WRITE, "resid_post.7,\nshard 0")),
-            Lane("rank 1", ("whole", "not its turn", "", "", "")),
+            Lane("rank 0", ("full", "", COPY, WRITE, "resid_post.7,\nshard 0")),
+            Lane("rank 1", ("full", "not its turn", "", "", "")),
         ],
     ),
     Layout(
-        "Tensor parallel, a split site (q.3): one all_to_all, to the rank whose turn it is",
+        "Tensor parallel, a sharded site (q.3): one all_to_all to the rank whose turn it is",
         [
-            Lane("rank 0", ("heads 0-3", "its columns of\nwanted rows", "", "", ""), is_part=True, sends_to=1),
-            Lane("rank 1", ("heads 4-7", "columns to rows", COPY, WRITE, "q.3, shard 0"), is_part=True),
+            Lane("rank 0", ("heads 0-3", "its columns of\nwanted rows", "", "", ""), is_sharded=True, sends_to=1),
+            Lane("rank 1", ("heads 4-7", "columns to rows", COPY, WRITE, "q.3, shard 0"), is_sharded=True),
         ],
     ),
     Layout(
-        "Pipeline: a site goes to disk from the stage that has it",
+        "Pipeline: the stage that has a site writes it",
         [
-            Lane("stage 0", ("blocks 0-3: whole", "", COPY, WRITE, "resid_post.2,\nshard 0")),
-            Lane("stage 1", ("blocks 4-7: whole", "", COPY, WRITE, "resid_post.6,\nshard 0")),
+            Lane("stage 0", ("blocks 0-3: full", "", COPY, WRITE, "resid_post.2,\nshard 0")),
+            Lane("stage 1", ("blocks 4-7: full", "", COPY, WRITE, "resid_post.6,\nshard 0")),
         ],
     ),
 ]
@@ -87,10 +87,10 @@ def arrow(axes: Axes, start: tuple[float, float], stop: tuple[float, float]) -> 
 
 
 def lane(axes: Axes, drawn: Lane, y: float) -> None:
-    """Draw the boxes of one rank, and arrows between those that are there."""
+    """Draw the boxes of one rank, and arrows between them."""
     axes.text(0.28, y, drawn.rank, ha="right", va="center", fontsize=8)
-    sent = NOTHING if drawn.texts[1] == "not its turn" else PART if drawn.sends_to is not None else WHOLE
-    colors = (PART if drawn.is_part else WHOLE, sent, HOST, HOST, DISK)
+    sent = NOTHING if drawn.texts[1] == "not its turn" else SHARDED if drawn.sends_to is not None else FULL
+    colors = (SHARDED if drawn.is_sharded else FULL, sent, HOST, HOST, DISK)
     last = None
     for x, text, color in zip(AT, drawn.texts, colors, strict=True):
         if not text:
@@ -104,7 +104,7 @@ def lane(axes: Axes, drawn: Lane, y: float) -> None:
 
 
 def draw(out: Path) -> None:
-    """Draw all layouts under each other."""
+    """Draw all layouts, one below the other."""
     height = sum(len(layout.lanes) * STEP + 0.75 for layout in ALL) + 0.6
     figure, axes = plt.subplots(figsize=(10.5, height * 0.72))
     y = height - 0.35

@@ -1,7 +1,7 @@
-"""Try every layout with real processes and write the table that the documentation shows.
+"""Try every layout with real processes, and write the table of `docs/distributed.md`.
 
-Writes ``docs/layouts.json``, what was measured, and with it the part of ``docs/distributed.md`` between the two
-marks. With ``--render`` it only writes the page again from the figures that are there.
+The script writes the measured figures to ``docs/layouts.json``, and the table between the two marks in
+``docs/distributed.md``. With ``--render`` it writes only the table, from the existing figures.
 """
 
 import argparse
@@ -16,7 +16,7 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
-from tests.distributed.layouts.launches import LAYOUTS, launch  # noqa: E402  # found on the line before
+from tests.distributed.layouts.launches import LAYOUTS, launch  # noqa: E402  # on the path since the line before
 
 FIGURES = ROOT / "docs" / "layouts.json"
 PAGE = ROOT / "docs" / "distributed.md"
@@ -24,7 +24,7 @@ BEGIN, END = "<!-- table: scripts/layouts_table.py -->", "<!-- end of table -->"
 
 
 def measured() -> list[dict[str, Any]]:
-    """Launch everything; return the rows, or stop with what failed."""
+    """Launch every layout and return the rows; stop at the first failure."""
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         for name in LAYOUTS:
@@ -37,7 +37,7 @@ def measured() -> list[dict[str, Any]]:
 
 
 def table(rows: Iterable[dict[str, Any]]) -> str:
-    """One line a layout and model: the largest difference of each thing that was compared."""
+    """Return a Markdown table: for each layout and model, the largest error of each comparison."""
     kinds = ("forward", "gradients", "edits", "training", "replay", "capture")
     lines = ["| layout | model | sites | " + " | ".join(kinds) + " | bound |", "| --- " * (len(kinds) + 4) + "|"]
     for (layout, model), group in groupby(rows, key=lambda row: (row["layout"], row["model"])):
@@ -56,7 +56,7 @@ def _shown(error: float) -> str:
 
 
 def render() -> None:
-    """Write the table into the page."""
+    """Write the table into the page, from the stored figures."""
     before, _, rest = PAGE.read_text().partition(BEGIN)
     after = rest.partition(END)[2]
     PAGE.write_text(f"{before}{BEGIN}\n{table(json.loads(FIGURES.read_text()))}\n{END}{after}")
@@ -64,7 +64,7 @@ def render() -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--render", action="store_true", help="write the page from the figures that are there")
+    parser.add_argument("--render", action="store_true", help="only write the table, from the existing figures")
     if not parser.parse_args().render:
         FIGURES.write_text(json.dumps(measured(), indent=1) + "\n")
     render()

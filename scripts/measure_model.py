@@ -1,7 +1,7 @@
-"""What is measured on a small language model: loss on text, repeats, and what each head attends to.
+"""Measurements of a small language model: loss on text, copying of repeats, and the attention of each head.
 
-`B` examples in a batch, `T` positions, `H` heads, `Q`/`K` query and key position, `V` vocabulary.
-Losses are in nats.
+Axes: `B` examples in a batch, `T` positions, `H` heads, `Q`/`K` query and key position, `V` vocabulary. Losses are in
+nats.
 """
 
 import copy
@@ -20,14 +20,14 @@ REPEAT_SEED = 123
 
 @dataclass(frozen=True, kw_only=True)
 class RepeatScores:
-    """What a model does on BOS and then twice the same random block.
+    """Losses and attention on BOS and then the same random block twice.
 
     Attributes:
-        first_loss: Mean loss over the first copy, a token.
-        second_loss: Mean loss over the second copy, its first token left out: nothing announces it.
-        induction: Per layer and head, mean attention from the second copy to what followed the same token
-            in the first (the stripe of the pattern at distance period - 1).
-        previous_token: Per layer and head, mean attention to the token before.
+        first_loss: Mean loss a token in the first copy.
+        second_loss: Mean loss a token in the second copy, without its first token, which nothing predicts.
+        induction: For each layer and head, mean attention from a token of the second copy to the token after the same
+            token in the first copy (the stripe of the pattern at distance period - 1).
+        previous_token: For each layer and head, mean attention to the previous token.
     """
 
     first_loss: float
@@ -37,7 +37,7 @@ class RepeatScores:
 
 
 def windows(tokens: TokenIds, n_positions: int, *, bos: bool) -> list[TokenIds]:
-    """Cut a text into consecutive windows of at most `n_positions` tokens, BOS included if asked for."""
+    """Cut a text into consecutive windows of at most `n_positions` tokens, including a BOS in front if `bos`."""
     n_text = n_positions - bos
     front = [END_OF_TEXT_ID] if bos else []
     return [np.array([*front, *tokens[i : i + n_text]]) for i in range(0, len(tokens) - 1, n_text)]
@@ -45,9 +45,9 @@ def windows(tokens: TokenIds, n_positions: int, *, bos: bool) -> list[TokenIds]:
 
 @torch.no_grad()
 def text_loss(model: LlamaForCausalLM, tokens: TokenIds, n_positions: int, *, bos: bool) -> tuple[float, int]:
-    """Give the mean loss a predicted token and the number of tokens predicted, over consecutive windows.
+    """Return the mean loss a predicted token and the number of predicted tokens, over consecutive windows.
 
-    With BOS every token of the text is predicted once; without, all but the first of each window.
+    With BOS, every token of the text is predicted once; without, all but the first token of each window.
     """
     total, n_predicted = 0.0, 0
     for window in windows(tokens, n_positions, bos=bos):
@@ -59,7 +59,7 @@ def text_loss(model: LlamaForCausalLM, tokens: TokenIds, n_positions: int, *, bo
 
 
 def unigram_loss(train: TokenIds, held_out: TokenIds, n_vocab: int) -> float:
-    """Give the loss of guessing by frequency alone, each count raised by one."""
+    """Return the loss of a prediction by frequency alone, with one added to each count."""
     counts = np.bincount(train, minlength=n_vocab) + 1.0
     return float(-np.log(counts / counts.sum())[held_out].mean())
 
@@ -74,7 +74,7 @@ def repeat_scores(
     bos = np.full((n_examples, 1), END_OF_TEXT_ID)
     tokens_BT = torch.from_numpy(np.concatenate([bos, block, block], axis=1))
     watched = copy.deepcopy(model)
-    watched.set_attn_implementation("eager")  # the only one that also returns its patterns
+    watched.set_attn_implementation("eager")  # the only implementation that returns patterns
     output = watched(tokens_BT, output_attentions=True, use_cache=False)
     logp_BTV = output.logits[:, :-1].log_softmax(-1)
     loss_BT = -logp_BTV.gather(-1, tokens_BT[:, 1:, None])[..., 0]
@@ -93,17 +93,17 @@ def repeat_scores(
 
 
 def without_attention(model: LlamaForCausalLM, layer: int) -> LlamaForCausalLM:
-    """Copy a model and take away what one layer's attention adds to the residual stream."""
+    """Return a copy of a model in which one layer's attention adds nothing to the residual stream."""
     ablated = copy.deepcopy(model)
     torch.nn.init.zeros_(ablated.get_parameter(f"model.layers.{layer}.self_attn.o_proj.weight"))
     return ablated
 
 
 def best_score(scores: list[list[float]]) -> float:
-    """Give the highest score of any head."""
+    """Return the highest score of any head."""
     return max(map(max, scores))
 
 
 def per_byte_perplexity(loss: float, n_tokens: int, n_bytes: int) -> float:
-    """Turn a mean loss a token into a perplexity a byte, which does not depend on the tokenizer."""
+    """Convert a mean loss a token to a perplexity a byte, which does not depend on the tokenizer."""
     return math.exp(loss * n_tokens / n_bytes)

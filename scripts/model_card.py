@@ -1,4 +1,4 @@
-"""The card of the shipped model, written from its figures."""
+"""Write the card of the shipped model from its figures."""
 
 from typing import Any
 
@@ -14,14 +14,14 @@ pipeline_tag: text-generation
 
 # pydoc-1m
 
-A language model of {n_parameters:,} parameters that learned Python's own language reference. It is small
-enough to live in the repository and real enough to try things on: it predicts its text far better than
-frequency does, and {n_induction} of its {n_heads} heads are induction heads.
+A language model of {n_parameters:,} parameters, trained on Python's own language reference. It is small enough to
+ship with the repository and real enough for experiments: it predicts its text far better than token
+frequencies do, and {n_induction} of its {n_heads} heads are induction heads.
 
 It is a Llama: {n_layers} layers, width {width}, {n_attention_heads} heads ({n_kv_heads} for keys and values),
 attention biases, tied embeddings, a byte-level vocabulary of {n_vocab} tokens, a context of
 {n_positions} tokens, float32. `<|endoftext|>` is BOS and EOS. The tokenizer adds neither, and the model was
-trained to do with BOS or without. It never saw an end of text, so it does not stop by itself.
+trained with and without BOS. It never saw an end of text, so its output does not stop by itself.
 
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -32,16 +32,16 @@ tokenizer = AutoTokenizer.from_pretrained("models/pydoc-1m")
 
 ## Data
 
-The `topics` of `pydoc_data`, which every Python carries for `help()`: parts of the documentation of Python
-{python}, copyright Python Software Foundation, used under the PSF License Version 2. The last tenth of the
-topics by name is held out ({held_out_topics});
-the rest gives {n_train_tokens:,} tokens. Training paragraphs that also stand in a held-out topic were
-dropped ({n_chars_dropped:,} characters).
+The `topics` of `pydoc_data`, which every Python has for `help()`: parts of the documentation of Python {python},
+copyright Python Software Foundation, used under the PSF License Version 2. The last tenth of the topics by name
+is held out ({held_out_topics});
+the other topics give {n_train_tokens:,} tokens. Training paragraphs that occur in a held-out topic, too, were
+removed ({n_chars_dropped:,} characters).
 
 ## Loss on the held-out text
 
-{n_tokens:,} tokens, {n_bytes:,} bytes, cut into consecutive windows. Loss is in nats a token. Guessing by the
-frequency of tokens gives {unigram_loss:.3f}.
+{n_tokens:,} tokens, {n_bytes:,} bytes, cut into consecutive windows. Loss is in nats a token. A prediction from
+token frequencies has {unigram_loss:.3f}.
 
 | window | loss with BOS | loss without BOS | perplexity a byte (with BOS) |
 |---|---|---|---|
@@ -49,36 +49,35 @@ frequency of tokens gives {unigram_loss:.3f}.
 
 ## Induction
 
-{n_examples} sequences of BOS and twice the same {period} random tokens. Loss is {first_loss:.2f} nats a token
-in the first copy and {second_loss:.2f} in the second; {second_loss_without_best_layer:.2f} in the second when
-layer {best_layer} adds nothing from its attention. The score of a head is its mean attention from a token of
-the second copy to what followed that token in the first.
+{n_examples} sequences of BOS and then the same {period} random tokens twice. Loss is {first_loss:.2f} nats a token in
+the first copy and {second_loss:.2f} in the second. Without the output of the attention of layer {best_layer}, it is
+{second_loss_without_best_layer:.2f} in the second copy. The score of a head is its mean attention from a token of
+the second copy to the token after the same token in the first copy.
 
 | layer | {head_numbers} |
 |---|{rule}
 {induction_table}
 
-Mean attention to the previous token is highest, {previous_score:.2f}, in layer {previous_layer}, head
-{previous_head}.
+Mean attention to the previous token is highest in layer {previous_layer}, head {previous_head}: {previous_score:.2f}.
 
 ## How it was trained
 
-1. Two blocks on repeated random tokens, one head of the first started as a previous-token head, until the
-   second copies by induction ({circuit_steps} steps). A run that copies by another route is dropped, and
-   tried with another seed.
-2. These two become layers {circuit_layers} of {n_layers}; the others start as the identity. {text_steps}
-   steps of about 2,000 tokens: three quarters text, one quarter repeats; half of the sequences without BOS;
-   every fourth step at the full context.
+1. Two blocks train on repeated random tokens until the second copies by induction ({circuit_steps} steps). One
+   head of the first block starts as a previous-token head. If a run copies in another way, training starts again
+   with another seed.
+2. These two blocks become layers {circuit_layers} of {n_layers}; the others start as the identity. {text_steps} steps
+   of about 2,000 tokens follow: three quarters text, one quarter repeats; half of the sequences without BOS;
+   every fourth step with the full context.
 
-Muon for the matrices, Adam for the rest; {cpu_seconds} CPU seconds on one thread. `report.json` has every
-number. To train it again:
+Muon trains the matrices and Adam the other parameters, in {cpu_seconds} CPU seconds on one thread. `report.json` has
+every number. To train the model again:
 
 ```
 python scripts/train_model.py --out models/pydoc-1m --seed {seed}
 ```
 
-The same machine and the versions named in `report.json` give the same weights; another release of Python
-brings slightly different text.
+The same machine with the versions in `report.json` gives the same weights. Another release of Python has slightly
+different text.
 
 ## A sample
 
@@ -91,12 +90,12 @@ From `{prompt}`, at temperature 0.7:
 
 
 def table_row(first: object, cells: list[str]) -> str:
-    """Lay out one row of a Markdown table."""
+    """Return one row of a Markdown table."""
     return f"| {first} | {' | '.join(cells)} |"
 
 
 def loss_table(held_out: dict[str, Any]) -> str:
-    """Lay out the losses, one row a window length."""
+    """Return the rows of the table of losses, one for each window length."""
     rows = []
     for name, losses in held_out.items():
         if name.startswith("windows_of_"):
@@ -106,16 +105,16 @@ def loss_table(held_out: dict[str, Any]) -> str:
 
 
 def score_table(scores: list[list[float]]) -> str:
-    """Lay out one score a head, one row a layer."""
+    """Return the rows of a table with one row for each layer and one score for each head."""
     return "\n".join(table_row(layer, [f"{score:.2f}" for score in heads]) for layer, heads in enumerate(scores))
 
 
 def write_card(figures: dict[str, Any], prompt: str) -> str:
-    """Write the card in Markdown.
+    """Return the card in Markdown.
 
     Args:
-        figures: What the training script puts into `report.json`.
-        prompt: What the sample was started from.
+        figures: Content of `report.json`, as the training script writes it.
+        prompt: Start of the sample.
     """
     recipe, text, repeats = figures["recipe"], figures["text"], figures["repeats"]
     induction, previous = repeats["induction"], repeats["previous_token"]

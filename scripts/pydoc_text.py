@@ -1,9 +1,8 @@
-"""The text the shipped model learns from, its split, and its tokenizer.
+"""The training text of the shipped model, its held-out split, and its tokenizer.
 
-The text is `pydoc_data.topics`: the language reference that every Python carries for `help()`. The last
-tenth of the topics, in the order of their names, is held out. Some paragraphs stand in two topics ("with" is
-repeated inside "compound"); a training paragraph that also stands in a held-out topic is dropped, so that the
-held-out loss cannot be read from memory.
+The text is `pydoc_data.topics`: the language reference that every Python has for `help()`. The last tenth of the
+topics, by name, is held out. Some paragraphs occur in two topics ("with" is repeated inside "compound"). A training
+paragraph that also occurs in a held-out topic is removed, so that the model cannot have learned held-out text by heart.
 """
 
 from dataclasses import dataclass
@@ -23,13 +22,13 @@ BLANK_LINE = "\n\n"
 
 @dataclass(frozen=True, kw_only=True)
 class PydocText:
-    """The two parts of the text.
+    """The training text and the held-out text.
 
     Attributes:
-        train: Training part, topics joined by blank lines.
-        held_out: Held-out part, topics joined by blank lines.
+        train: Training topics, joined by blank lines.
+        held_out: Held-out topics, joined by blank lines.
         held_out_topics: Names of the held-out topics, sorted.
-        n_chars_dropped: Characters of the training paragraphs dropped, being held out as well.
+        n_chars_dropped: Characters of the training paragraphs removed because they also occur in the held-out text.
     """
 
     train: str
@@ -39,7 +38,7 @@ class PydocText:
 
 
 def read_pydoc_text() -> PydocText:
-    """Read and split the topics of the running Python."""
+    """Read the topics of the running Python, and hold out the last tenth."""
     names = sorted(topics)
     n_held_out = -(-len(names) // 10)
     train = BLANK_LINE.join(topics[name] for name in names[:-n_held_out])
@@ -55,13 +54,13 @@ def read_pydoc_text() -> PydocText:
 
 
 def train_tokenizer(text: str, n_vocab: int, n_positions: int) -> PreTrainedTokenizerFast:
-    """Train a byte-level BPE tokenizer, which can spell any text and gives it back unchanged.
+    """Train a byte-level BPE tokenizer: it encodes any text, and decoding returns the text unchanged.
 
-    No special token is added to a text; whoever wants one in front writes it, as with GPT-2.
+    The tokenizer adds no special token; callers add one in front if they want it, as with GPT-2.
 
     Args:
         text: Training text.
-        n_vocab: Size of the vocabulary, special token and 256 bytes included.
+        n_vocab: Size of the vocabulary, including the special token and 256 bytes.
         n_positions: Longest sequence of the model, stated in the tokenizer's configuration.
     """
     bpe = Tokenizer(models.BPE())
@@ -85,5 +84,5 @@ def train_tokenizer(text: str, n_vocab: int, n_positions: int) -> PreTrainedToke
 
 
 def encode(tokenizer: PreTrainedTokenizerFast, text: str) -> TokenIds:
-    """Give the tokens of a text of any length, with nothing added."""
+    """Return the token ids of a text of any length, without special tokens."""
     return np.array(tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids, dtype=np.int64)

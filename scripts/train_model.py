@@ -2,8 +2,8 @@
 
     python scripts/train_model.py --out models/pydoc-1m
 
-Deterministic on one machine with one thread: the same seed gives the same weights. Takes about five minutes
-of one core, needs torch 2.9 for its Muon optimizer, and no data beyond Python's own documentation.
+On one machine with one thread, the same seed gives the same weights. Training takes about five minutes on one core. It
+needs torch 2.9 for the Muon optimizer, and no data beyond Python's own documentation.
 """
 
 import argparse
@@ -47,7 +47,7 @@ class Circuit:
     Attributes:
         model: The two trained blocks.
         seed: Seed of the attempt that succeeded.
-        n_steps: Steps that it took.
+        n_steps: Number of training steps.
     """
 
     model: LlamaForCausalLM
@@ -56,17 +56,17 @@ class Circuit:
 
 
 def is_induction(induction: float, second_loss: float) -> bool:
-    """Say whether two blocks copy, and do it by attending to the token after the last occurrence."""
+    """Return whether two blocks copy by attending to the token after the last occurrence."""
     return induction > 0.6 and second_loss < 1.5
 
 
 def is_lag_shifted(induction: float, second_loss: float) -> bool:
-    """Say whether two blocks copy by some other route, in which further training leaves them."""
+    """Return whether two blocks copy in another way, which further training does not change."""
     return induction < 0.2 and second_loss < 2.5
 
 
 def attempt_circuit(recipe: Recipe, rng: np.random.Generator, seed: int) -> Circuit | None:
-    """Run phase 1 from one seed; give nothing when induction did not form."""
+    """Run phase 1 from one seed; return None if induction did not form."""
     torch.manual_seed(seed)
     model = start_circuit(recipe)
     steps = train_circuit_(model, recipe, rng)
@@ -85,7 +85,7 @@ def attempt_circuit(recipe: Recipe, rng: np.random.Generator, seed: int) -> Circ
 
 
 def find_circuit(recipe: Recipe, rng: np.random.Generator, seed: int) -> Circuit:
-    """Run phase 1 with one seed after another until induction has formed.
+    """Run phase 1 with one seed after another until induction forms.
 
     Raises:
         RuntimeError: No attempt formed induction heads.
@@ -102,7 +102,7 @@ def find_circuit(recipe: Recipe, rng: np.random.Generator, seed: int) -> Circuit
 def train_text(
     circuit: Circuit, recipe: Recipe, rng: np.random.Generator, train: TokenIds, held_out: TokenIds
 ) -> LlamaForCausalLM:
-    """Run phase 2 and show the held-out loss on the way."""
+    """Run phase 2, and show the held-out loss during training."""
     model = grow(circuit.model, recipe)
     steps = train_on_text_(model, recipe, rng, train)
     with tqdm(steps, total=recipe.text_steps, desc="text", unit="step") as bar:
@@ -115,7 +115,7 @@ def train_text(
 
 
 def held_out_figures(model: LlamaForCausalLM, tokens: TokenIds, n_bytes: int, unigram: float) -> dict[str, Any]:
-    """Measure the loss on the held-out text in windows of 128 tokens and of the whole context."""
+    """Measure the loss on the held-out text in windows of 128 tokens and of the full context."""
     figures: dict[str, Any] = {"n_tokens": len(tokens), "n_bytes": n_bytes, "unigram_loss": unigram}
     for n_positions in (128, model.config.max_position_embeddings):
         with_bos, n_predicted = text_loss(model, tokens, n_positions, bos=True)
@@ -129,31 +129,31 @@ def held_out_figures(model: LlamaForCausalLM, tokens: TokenIds, n_bytes: int, un
 
 
 def repeat_figures(model: LlamaForCausalLM) -> dict[str, Any]:
-    """Measure copying, and how much of it hangs on the attention of the layer that scores best."""
+    """Measure copying, with and without the attention of the layer with the best score."""
     scores = repeat_scores(model)
     layer = int(np.argmax([max(heads) for heads in scores.induction]))
-    silenced = repeat_scores(without_attention(model, layer))
+    ablated = repeat_scores(without_attention(model, layer))
     return {
         "period": REPEAT_PERIOD,
         "n_examples": REPEAT_EXAMPLES,
         "seed": REPEAT_SEED,
         **asdict(scores),
         "best_layer": layer,
-        "second_loss_without_best_layer": silenced.second_loss,
+        "second_loss_without_best_layer": ablated.second_loss,
     }
 
 
 def sample_text(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, seed: int) -> str:
-    """Let the model go on from a heading, at temperature 0.7."""
+    """Let the model continue a heading, at temperature 0.7."""
     torch.manual_seed(seed)
     prompt = tokenizer(SAMPLE_PROMPT, return_tensors="pt")
-    # transformers types generate() by a protocol that its own models do not meet.
+    # transformers types generate() with a protocol that its own models do not satisfy.
     tokens_BT = cast("Any", model).generate(**prompt, max_new_tokens=160, do_sample=True, temperature=0.7)
     return str(tokenizer.decode(tokens_BT[0]))
 
 
 def versions() -> dict[str, str]:
-    """Name the versions that decide the weights."""
+    """Return the versions that determine the weights."""
     return {
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -164,7 +164,7 @@ def versions() -> dict[str, str]:
 
 
 def train(seed: int, recipe: Recipe) -> tuple[LlamaForCausalLM, PreTrainedTokenizerFast, dict[str, Any]]:
-    """Train model and tokenizer from the text of the running Python; give both, and the figures."""
+    """Train model and tokenizer on the text of the running Python, and return both and the figures."""
     started = time.process_time()
     text = read_pydoc_text()
     tokenizer = train_tokenizer(text.train, recipe.n_vocab, recipe.n_positions)
@@ -194,7 +194,7 @@ def train(seed: int, recipe: Recipe) -> tuple[LlamaForCausalLM, PreTrainedTokeni
 
 
 def text_figures(text: PydocText, n_tokens: int) -> dict[str, Any]:
-    """Describe the text well enough to know it again; topics differ a little between Python releases."""
+    """Describe the text so that it can be recognised; topics differ a little between releases of Python."""
     return {
         "train_sha256": hashlib.sha256(text.train.encode()).hexdigest(),
         "held_out_sha256": hashlib.sha256(text.held_out.encode()).hexdigest(),

@@ -1,11 +1,11 @@
-"""The two phases in which the shipped model is trained.
+"""The two phases of the training of the shipped model.
 
-A small model on little text rarely finds induction (copying what followed the last time) by itself. So phase
-1 teaches two blocks nothing but repeated random tokens, with one head of the first block started as a
-previous-token head, until the second block copies by induction (Olsson et al. 2022, arXiv:2209.11895). Phase
-2 puts these two among new blocks that start as the identity, and trains all on text mixed with repeats.
+A small model on little text rarely learns induction (copying what followed the same token before) by itself. So phase
+1 trains two blocks on repeated random tokens only, with one head of the first block started as a previous-token head,
+until the second block copies by induction (Olsson et al. 2022, arXiv:2209.11895). Phase 2 puts these two blocks among
+new ones that start as the identity, and trains all of them on text mixed with repeats.
 
-Arrays of tokens are int64, (examples, positions). `B` examples in a batch, `T` positions, `V` vocabulary.
+Arrays of tokens are int64, (examples, positions). Axes: `B` examples in a batch, `T` positions, `V` vocabulary.
 """
 
 import math
@@ -22,7 +22,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """Every number of the training that is not a seed.
+    """All numbers of the training except seeds.
 
     Attributes:
         n_vocab: Size of the vocabulary.
@@ -33,15 +33,15 @@ class Recipe:
         mlp_width: Width inside the MLP.
         n_positions: Longest sequence of the model.
         rope_base: Base of the rotary embedding's frequencies.
-        circuit_layers: Where the two blocks of phase 1 stand in the final model.
+        circuit_layers: Layers of the final model that the two blocks of phase 1 become.
         circuit_batch: Sequences and tokens of a batch of phase 1.
-        circuit_steps: Steps after which an attempt at phase 1 is given up.
+        circuit_steps: Steps after which an attempt at phase 1 ends without success.
         previous_token_score: Starting attention score of the previous-token head, before softmax.
         text_steps: Steps of phase 2.
         batch: Sequences and tokens of most batches of phase 2.
-        long_batch: The same for every fourth batch, which teaches the whole context.
+        long_batch: Sequences and tokens of every fourth batch, which trains the full context.
         repeat_share: Share of the sequences of phase 2 that are repeated random tokens.
-        bos_share: Share of the sequences of phase 2 that start with BOS; all would make it lost without.
+        bos_share: Share of the sequences of phase 2 that start with BOS; without others, the model would need BOS.
         matrix_rate: Peak learning rate of Muon, for the matrices inside blocks.
         other_rate: Peak learning rate of Adam, for embedding, norms and biases.
         weight_decay: Weight decay of the matrices in phase 2.
@@ -93,10 +93,10 @@ def build_model(recipe: Recipe, n_layers: int) -> LlamaForCausalLM:
 
 
 def start_previous_token_head_(model: LlamaForCausalLM, recipe: Recipe) -> None:
-    """Set query and key biases of the first block so that its head 0 attends one token back.
+    """Set query and key biases of the first block so that its head 0 attends to the previous token.
 
-    Rotary embedding turns a vector further with its position. A constant key that starts turned by one
-    position meets a constant query best one position later; their product is then the wanted score.
+    Rotary embedding rotates a vector in proportion to its position. A constant key that starts rotated by one position
+    has its largest product with a constant query one position later. This product is the wanted score.
     """
     d_head = recipe.width // recipe.n_heads
     angle = recipe.rope_base ** (-torch.arange(0, d_head, 2).float() / d_head)
@@ -109,7 +109,7 @@ def start_previous_token_head_(model: LlamaForCausalLM, recipe: Recipe) -> None:
 
 
 def repeated_tokens(rng: np.random.Generator, n_vocab: int, shape: tuple[int, int], longest: int) -> TokenIds:
-    """Draw sequences of BOS and then one random block of 8 to `longest` tokens, over and over."""
+    """Draw sequences of BOS and then one random block of 8 to `longest` tokens, repeated to the end."""
     batch = np.full(shape, END_OF_TEXT_ID, dtype=np.int64)
     for row in batch:
         block = rng.integers(1, n_vocab, int(rng.integers(8, longest + 1)))
@@ -118,7 +118,7 @@ def repeated_tokens(rng: np.random.Generator, n_vocab: int, shape: tuple[int, in
 
 
 def text_windows(rng: np.random.Generator, tokens: TokenIds, shape: tuple[int, int]) -> TokenIds:
-    """Cut random windows from a text, the first token of each replaced by BOS."""
+    """Cut random windows from a text, and replace the first token of each by BOS."""
     n_examples, n_tokens = shape
     starts = rng.integers(0, len(tokens) - n_tokens, n_examples)
     windows = np.stack([tokens[start : start + n_tokens] for start in starts])
@@ -127,7 +127,7 @@ def text_windows(rng: np.random.Generator, tokens: TokenIds, shape: tuple[int, i
 
 
 def mixed_batch(rng: np.random.Generator, recipe: Recipe, tokens: TokenIds, shape: tuple[int, int]) -> TokenIds:
-    """Draw a batch of phase 2: repeats and text, each sequence with or without its BOS."""
+    """Draw a batch of phase 2: repeats and text, each sequence with or without BOS."""
     n_examples, n_tokens = shape
     n_repeated = round(n_examples * recipe.repeat_share)
     repeats = repeated_tokens(rng, recipe.n_vocab, (n_repeated, n_tokens + 1), n_tokens // 2)
@@ -138,7 +138,7 @@ def mixed_batch(rng: np.random.Generator, recipe: Recipe, tokens: TokenIds, shap
 
 
 def make_optimizers(model: LlamaForCausalLM, recipe: Recipe, weight_decay: float) -> list[Optimizer]:
-    """Give Muon for the matrices inside blocks and Adam for everything else."""
+    """Return Muon for the matrices inside blocks and Adam for all other parameters."""
     blocks = set(model.model.layers.parameters())
     matrices = [p for p in model.parameters() if p in blocks and p.ndim == 2]
     others = [p for p in model.parameters() if not (p in blocks and p.ndim == 2)]
@@ -149,7 +149,7 @@ def make_optimizers(model: LlamaForCausalLM, recipe: Recipe, weight_decay: float
 
 
 def train_step(model: LlamaForCausalLM, optimizers: list[Optimizer], tokens: TokenIds, rate: float) -> float:
-    """Take one step at `rate` times the peak rates; give the loss before it, in nats a token."""
+    """Take one step at `rate` times the peak rates, and return the loss before it, in nats a token."""
     tokens_BT = torch.from_numpy(tokens)
     logits_BTV = model(tokens_BT, use_cache=False).logits
     loss = cross_entropy(logits_BTV[:, :-1].flatten(0, 1), tokens_BT[:, 1:].flatten())
@@ -164,16 +164,16 @@ def train_step(model: LlamaForCausalLM, optimizers: list[Optimizer], tokens: Tok
 
 
 def start_circuit(recipe: Recipe) -> LlamaForCausalLM:
-    """Build the two blocks of phase 1, with the previous-token head started in the first."""
+    """Build the two blocks of phase 1, with a previous-token head in the first."""
     model = build_model(recipe, n_layers=2)
     start_previous_token_head_(model, recipe)
     return model
 
 
 def train_circuit_(model: LlamaForCausalLM, recipe: Recipe, rng: np.random.Generator) -> Iterator[tuple[int, float]]:
-    """Phase 1: train on repeated tokens, yielding step and loss after each step; stop by leaving the loop."""
+    """Phase 1: train on repeated tokens, and yield step and loss after each step; the caller may stop early."""
     optimizers = make_optimizers(model, recipe, weight_decay=0.0)
-    # Half a window at most, so that every sequence holds a whole repeat.
+    # At most half a window, so that every sequence holds a full repeat.
     longest = recipe.circuit_batch[1] // 2 - 1
     for step in range(1, recipe.circuit_steps + 1):
         tokens = repeated_tokens(rng, recipe.n_vocab, recipe.circuit_batch, longest)
@@ -181,7 +181,7 @@ def train_circuit_(model: LlamaForCausalLM, recipe: Recipe, rng: np.random.Gener
 
 
 def grow(circuit: LlamaForCausalLM, recipe: Recipe) -> LlamaForCausalLM:
-    """Place the two trained blocks among new ones whose output projections start at zero."""
+    """Return a model with the two trained blocks among new ones whose output projections start at zero."""
     model = build_model(recipe, recipe.n_layers)
     model.model.embed_tokens.load_state_dict(circuit.model.embed_tokens.state_dict())
     model.model.norm.load_state_dict(circuit.model.norm.state_dict())
@@ -198,7 +198,7 @@ def grow(circuit: LlamaForCausalLM, recipe: Recipe) -> LlamaForCausalLM:
 def train_on_text_(
     model: LlamaForCausalLM, recipe: Recipe, rng: np.random.Generator, tokens: TokenIds
 ) -> Iterator[tuple[int, float]]:
-    """Phase 2: train on text mixed with repeats, yielding step and loss after each step."""
+    """Phase 2: train on text mixed with repeats, and yield step and loss after each step."""
     optimizers = make_optimizers(model, recipe, recipe.weight_decay)
     for step in range(1, recipe.text_steps + 1):
         shape = recipe.long_batch if step % 4 == 0 else recipe.batch
