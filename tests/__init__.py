@@ -1,1 +1,1 @@
-"""Tests, by room. Run from the repository root; packages, so that they can share what they build."""
+"""Tests, in the folders of the rooms. Run them from the repository root: they are packages and share code."""

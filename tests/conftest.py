@@ -2,6 +2,6 @@
 
 from hypothesis import settings
 
-# No deadlines, since machines are shared; the same examples on every run, since a flake is a broken test.
+# No deadlines, because machines are shared. The same examples on every run: a test must not fail at random.
 settings.register_profile("residua", deadline=None, derandomize=True)
 settings.load_profile("residua")

@@ -1,7 +1,7 @@
 """Tiny models with random weights, one of each architecture, built from configs without any download.
 
-Every model is in evaluation mode and float32, seeded, with weights large enough that attention is far from
-uniform. `TINY` maps a name to a function that builds it anew.
+Every model is in evaluation mode and float32, seeded, with weights large enough that attention is far from uniform.
+`TINY` maps a name to a function that builds the model.
 """
 
 import re
@@ -49,7 +49,7 @@ def _build(make: type[PreTrainedModel], config: PreTrainedConfig) -> PreTrainedM
         for name, parameter in model.named_parameters():
             if parameter.ndim >= 2:
                 parameter.mul_(30.0 if _QUERY_OR_KEY.search(name) else 8.0)
-            else:  # norms and biases away from 1 and 0, so that leaving one out is seen
+            else:  # norms and biases away from 1 and 0, so that tests notice a missing one
                 parameter.add_(0.2 * torch.randn(parameter.shape, generator=generator))
             if name.endswith("q_norm.weight"):
                 parameter.add_(2.0)
@@ -110,14 +110,14 @@ TINY: dict[str, Callable[[], PreTrainedModel]] = {
     "qwen3": lambda: _build(hf.Qwen3ForCausalLM, hf.Qwen3Config(**_GROUPED, head_dim=12)),
     "qwen3_moe": _qwen3_moe,
 }
-"""Architectures whose canonical sites are all known."""
+"""Architectures with all canonical sites."""
 
 _SPLIT: dict[str, Any] = {"num_attention_heads": 8, "num_key_value_heads": 4, "intermediate_size": 98}
 _EIGHT: dict[str, Any] = {**_GROUPED, **_SPLIT}
 
 
-def calm(model: PreTrainedModel) -> PreTrainedModel:
-    """Attention that is less sharp, so that rounding in another order stays rounding."""
+def with_mild_attention(model: PreTrainedModel) -> PreTrainedModel:
+    """Make the attention of a model less sharp, so that rounding in another order stays a small difference."""
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if _QUERY_OR_KEY.search(name) or name.endswith("q_norm.weight"):
@@ -127,18 +127,18 @@ def calm(model: PreTrainedModel) -> PreTrainedModel:
 
 SPLIT: dict[str, Callable[[], PreTrainedModel]] = {
     "gpt2": TINY["gpt2"],
-    "llama": lambda: calm(_build(hf.LlamaForCausalLM, hf.LlamaConfig(**_EIGHT))),
-    "mixtral": lambda: calm(
+    "llama": lambda: with_mild_attention(_build(hf.LlamaForCausalLM, hf.LlamaConfig(**_EIGHT))),
+    "mixtral": lambda: with_mild_attention(
         _build(
             hf.MixtralForCausalLM,
             hf.MixtralConfig(**{**_EIGHT, "intermediate_size": 96}, num_local_experts=4, sliding_window=None),
         )
     ),
-    "qwen3": lambda: calm(_build(hf.Qwen3ForCausalLM, hf.Qwen3Config(**_EIGHT, head_dim=12))),
+    "qwen3": lambda: with_mild_attention(_build(hf.Qwen3ForCausalLM, hf.Qwen3Config(**_EIGHT, head_dim=12))),
 }
-"""Architectures that can be split over four processes; 98 hidden units do not divide evenly by four.
+"""Architectures for process layouts of up to four processes; 98 hidden units are not a multiple of four.
 
-Grouped matrix products of experts want multiples of four, so Mixtral has 96."""
+Grouped matrix products of experts need multiples of four, so Mixtral has 96."""
 
 ODD: dict[str, Callable[[], PreTrainedModel]] = {
     "bloom": lambda: _build(
@@ -151,4 +151,4 @@ ODD: dict[str, Callable[[], PreTrainedModel]] = {
     "olmo2": lambda: _build(hf.Olmo2ForCausalLM, hf.Olmo2Config(**_GROUPED)),
     "roberta": lambda: _build(hf.RobertaForMaskedLM, hf.RobertaConfig(**_SIZES)),
 }
-"""Architectures that are not in the table: only what their structure shows is found."""
+"""Architectures that are not in the table of architectures: Residua finds only the sites that their structure shows."""

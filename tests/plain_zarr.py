@@ -1,4 +1,4 @@
-"""Arrays of an archive as plain zarr-python reads them, with nothing of ours but the bfloat16 data type."""
+"""Read arrays of an archive with plain zarr-python; only the data type bfloat16 is ours."""
 
 from pathlib import Path
 from typing import Any
@@ -9,6 +9,6 @@ import zarr
 
 
 def plain_array(archive: Path, node: str) -> npt.NDArray[Any]:
-    """Return all of one array; bfloat16 surfaces as its bits in uint16."""
+    """Return all values of one array; bfloat16 as `ml_dtypes.bfloat16`."""
     array = zarr.open_array(str(archive / node), mode="r")
     return np.asarray(array[...])

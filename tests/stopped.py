@@ -1,4 +1,7 @@
-"""What a capture that was stopped left behind, and what it has to be in the end: the same as one that was not."""
+"""Checks of an interrupted capture: what it leaves behind, and what the resumed capture has at the end.
+
+The resumed capture must equal one that was never interrupted.
+"""
 
 import hashlib
 import time
@@ -10,11 +13,11 @@ from residua.store.format.archive_metadata import is_archive
 from residua.store.read.archive import Archive
 from residua.store.read.verify import verify
 
-SECONDS = 300  # a limit for hangs, not for busy machines
+SECONDS = 300  # finds hangs, and is long enough for busy machines
 
 
 def await_commits(archive: Path, n: int = 1, *, is_running: Callable[[], bool] = lambda: True) -> None:
-    """Return once `n` shards are committed; fails if that takes long, or nothing runs any more."""
+    """Return once `n` shards are committed; fail after `SECONDS`, or if the capture does not run any more."""
     deadline = time.monotonic() + SECONDS
     while len(list(archive.glob("commits/*.json"))) < n:
         assert time.monotonic() < deadline, f"{n} shards were never committed"
@@ -23,7 +26,7 @@ def await_commits(archive: Path, n: int = 1, *, is_running: Callable[[], bool] =
 
 
 def content(archive: Path) -> dict[str, str]:
-    """Return the SHA-256 of every file but the root's metadata, which holds the command line and so the place."""
+    """Return the SHA-256 of every file except the root's metadata, where the command line holds the path."""
     return {
         path.relative_to(archive).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
         for path in archive.rglob("*")
@@ -32,7 +35,7 @@ def content(archive: Path) -> dict[str, str]:
 
 
 def committed(path: Path) -> dict[str, tuple[str, int]]:
-    """Return SHA-256 and time of every file of a committed shard, its record included."""
+    """Return SHA-256 and modification time of every file of the committed shards, and of their records."""
     archive = Archive(path)
     files = [path / "commits" / commit.name for commit in archive.commits.values()]
     files += [shard_path(path, spec, shard) for spec in archive.plan.arrays for shard in archive.commits]
@@ -40,9 +43,9 @@ def committed(path: Path) -> dict[str, tuple[str, int]]:
 
 
 def check_stop(path: Path, before: dict[str, tuple[str, int]]) -> dict[str, tuple[str, int]]:
-    """Check what a kill left behind against what was committed before it; return what is committed now."""
+    """Check that a killed capture kept what was committed before, and return what is committed now."""
     if not is_archive(path):
-        assert not path.exists(), "an archive appears whole or not at all"
+        assert not path.exists(), "an archive appears complete or not at all"
         return {}
     assert verify(path).problems == []
     now = committed(path)
@@ -51,8 +54,8 @@ def check_stop(path: Path, before: dict[str, tuple[str, int]]) -> dict[str, tupl
 
 
 def check_end(path: Path, reference: Path) -> None:
-    """Check that a capture ended as the one that wrote `reference` did, and left nothing else behind."""
-    assert [entry.name for entry in path.parent.iterdir()] == [path.name], "nothing is left beside the archive"
+    """Check that a capture equals `reference`, and that no other file is left."""
+    assert [entry.name for entry in path.parent.iterdir()] == [path.name], "there are other files next to the archive"
     assert content(path) == content(reference)
     assert Archive(path).plan.digest == Archive(reference).plan.digest
     report = verify(path)

@@ -1,23 +1,23 @@
-"""The front door: what is public is listed, sorted and importable; everything else may change on any day."""
+"""The public names of `residua` are listed, sorted and importable."""
 
 import pytest
 
 import residua
 
 
-def test_public_names_are_sorted_and_all_there() -> None:
+def test_public_names_are_sorted_and_exist() -> None:
     assert residua.__all__ == sorted(residua.__all__)
     for name in residua.__all__:
         assert getattr(residua, name).__doc__, f"residua.{name} has no docstring"
 
 
-def test_the_front_door_is_short() -> None:
+def test_the_list_of_public_names_is_short() -> None:
     assert len(residua.__all__) <= 24
 
 
-def test_an_unknown_name_is_an_error_that_lists_the_known_ones() -> None:
+def test_an_error_for_an_unknown_name_lists_the_known_ones() -> None:
     with pytest.raises(AttributeError, match=r"no attribute 'capture_data'.*capture_dataset"):
-        residua.capture_data  # noqa: B018  # looking the name up is the test
+        residua.capture_data  # noqa: B018  # the lookup is the test
 
 
 def test_dir_lists_the_public_names() -> None:

@@ -1,4 +1,4 @@
-"""Residua's side of docs/flexmodel.md, run as it stands there."""
+"""Run Residua's code of docs/flexmodel.md."""
 
 from typing import Any
 
@@ -10,8 +10,8 @@ from tests.models import TINY
 from tests.pages import blocks, run
 
 
-def ours() -> list[str]:
-    """The code of Residua: every block that uses it."""
+def residua_blocks() -> list[str]:
+    """Return every block that uses Residua."""
     return [block for block in blocks("docs/flexmodel.md") if "residua." in block]
 
 
@@ -21,8 +21,8 @@ def test_every_block_does_what_the_page_says() -> None:
     names: dict[str, Any] = {"model": model, "inputs": inputs, "residua": residua, "nn": nn}
     with torch.no_grad():
         before = model(inputs).logits
-    assert len(ours()) == 7
-    run(ours(), names)
+    assert len(residua_blocks()) == 7
+    run(residua_blocks(), names)
     up = model.get_submodule("model.layers.1.mlp.up_proj").weight
     assert isinstance(up, torch.Tensor)
     assert names["activations"]["mlp_out.1"].shape == (1, 10, 32)

@@ -1,4 +1,4 @@
-"""Links between pages lead somewhere, and the page on the architecture names every folder."""
+"""Links between pages point to existing files, and docs/architecture.md names every folder."""
 
 import re
 import tomllib
@@ -15,15 +15,15 @@ NAMED = re.compile(r"`((?:analysis|benchmarks|capture|docs|pipelines|scripts|sto
 
 
 @pytest.mark.parametrize("page", PAGES, ids=str)
-def test_every_file_that_a_page_names_is_there(page: Path) -> None:
+def test_every_file_that_a_page_names_exists(page: Path) -> None:
     text, folder = (ROOT / page).read_text(), (ROOT / page).parent
     prose = re.sub(r"```.*?```|`[^`\n]*`", "", text, flags=re.DOTALL)
     missing = {target for target in LINK.findall(prose) if not (folder / target).exists()}
     missing |= {name for name in NAMED.findall(text) if not (ROOT / name).exists()}
-    assert not missing, f"{page} names {sorted(missing)}"
+    assert not missing, f"{page} names files that do not exist: {sorted(missing)}"
 
 
-def test_the_architecture_has_every_folder_in_the_order_that_is_checked() -> None:
+def test_the_architecture_page_has_every_folder_in_the_order_of_the_contracts() -> None:
     contracts = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]["contracts"]
     page = (ROOT / "docs" / "architecture.md").read_text()
     for contract in contracts:

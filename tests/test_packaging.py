@@ -1,4 +1,4 @@
-"""What is installed is what lies here: every module, nothing at top level but `residua`, every dependency declared."""
+"""The wheel holds every module and only `residua` at top level, and every dependency is declared."""
 
 import ast
 import re
@@ -27,7 +27,7 @@ def run(*words: str, cwd: Path, **options: Any) -> subprocess.CompletedProcess[s
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Build a wheel from a copy, so that nothing is left among the sources."""
+    """Build a wheel from a copy of the sources, so that the build leaves nothing among them."""
     source, made = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("made")
     without_caches = shutil.ignore_patterns("__pycache__")
     for folder in ("residua", *ROOMS):
@@ -49,7 +49,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.slow
-def test_the_wheel_holds_every_module_of_every_room_and_nothing_beside(wheel: Path) -> None:
+def test_the_wheel_holds_every_module_of_every_room_and_nothing_else(wheel: Path) -> None:
     names = set(zipfile.ZipFile(wheel).namelist())
     modules = {f"residua/{path.name}" for path in (ROOT / "residua").glob("*.py")}
     modules |= {f"residua/{path.relative_to(ROOT)}" for room in ROOMS for path in (ROOT / room).rglob("*.py")}
@@ -91,7 +91,7 @@ def test_the_lists_of_rooms_agree_with_the_folders() -> None:
     assert set(tool["coverage"]["run"]["source"]) == {"residua", *ROOMS}
     assert sorted(tool["ruff"]["lint"]["flake8-tidy-imports"]["banned-api"]) == ROOMS
     for folder in tool["mypy"]["files"]:
-        assert (ROOT / folder).is_dir(), f"mypy is told to check {folder}, which is not there"
+        assert (ROOT / folder).is_dir(), f"pyproject.toml lists {folder} for mypy, but there is no such folder"
 
 
 @pytest.mark.parametrize("room", ROOMS)
@@ -111,7 +111,7 @@ def test_a_bare_room_is_banned(room: str, line: str) -> None:
 
 
 def third_party(folder: Path) -> Iterator[str]:
-    """Yield the distributions whose modules the files of a folder import, at any level."""
+    """Yield the distributions of the modules that the files of a folder import, at any level."""
     distributions = packages_distributions()
     for path in folder.glob("**/*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
@@ -133,7 +133,7 @@ def normal(name: str) -> str:
 
 
 def extra(name: str) -> set[str]:
-    """What an extra installs, with the extras that it names."""
+    """Return what an extra installs, including the extras that it names."""
     found = set()
     for requirement in PROJECT["project"]["optional-dependencies"][name]:
         nested = re.match(r"residua\[(.*)\]", requirement)
@@ -143,7 +143,7 @@ def extra(name: str) -> set[str]:
 
 BASE = declared(PROJECT["project"]["dependencies"])
 NEEDS = {"residua": [], "store": ["capture"], "capture": ["capture"], "analysis": ["analysis"], "pipelines": ["all"]}
-"""The extras that a room may import from. In the store only functions that give tensors import torch (test_rooms)."""
+"""The extras that a room may import from. In the store only functions that return tensors import torch (test_rooms)."""
 
 
 @pytest.mark.parametrize("folder", NEEDS)
@@ -152,7 +152,7 @@ def test_every_import_of_a_room_is_a_dependency_or_in_its_extra(folder: str) -> 
     assert not missing, f"{folder} imports {sorted(missing)}, which pyproject.toml does not declare"
 
 
-def test_the_extras_of_messages_are_those_of_the_project() -> None:
+def test_messages_name_the_extras_of_the_project() -> None:
     assert PACKAGES.keys() == {"capture", "analysis"}
     for name, modules in PACKAGES.items():
         distributions = {normal(packages_distributions()[module][0]) for module in modules}

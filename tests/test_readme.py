@@ -1,4 +1,4 @@
-"""README.md: its commands and its code, run as they stand there, over a part of the demo's text."""
+"""Run the commands and the code of README.md on a few topics of the demo's text."""
 
 import json
 import re
@@ -17,12 +17,12 @@ from tests.pages import ROOT, blocks, run
 
 PAGE = "README.md"
 ON_A_CLUSTER = ("lens", "induction", "probe", "stats", "top")
-"""Jobs that start processes, which takes seconds; here they run in this one."""
+"""Jobs that start processes, which takes seconds; here they run in this process."""
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder that a reader stands in, with the files that the page shows."""
+    """Return the working folder of a reader, with the files that the page shows."""
     folder = tmp_path_factory.mktemp("reader")
     (folder / "models").symlink_to(ROOT / "models")
     (folder / "demo").mkdir()
@@ -36,7 +36,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def commands() -> list[list[str]]:
-    """Every command of the page, without the comments behind them."""
+    """Return every command of the page, without comments."""
     text = "".join(blocks(PAGE, language="console")).replace("\\\n", " ")
     found = [shlex.split(line, comments=True) for line in text.splitlines() if line.startswith("$ residua ")]
     return [words[2:] for words in found]

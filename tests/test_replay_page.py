@@ -1,4 +1,4 @@
-"""The code of docs/replay.md, run as it stands there; and the figures that it quotes."""
+"""Run the code of docs/replay.md, and compare the figures that the page quotes."""
 
 import re
 from typing import Any
@@ -17,7 +17,7 @@ PAGE = ROOT / "docs" / "replay.md"
 
 @pytest.fixture(scope="module")
 def names(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """Everything that the page's code leaves behind."""
+    """Run the page's code, and return its variables."""
     torch.set_num_threads(1)
     found: dict[str, Any] = {"work": tmp_path_factory.mktemp("work")}
     with pytest.MonkeyPatch.context() as patch:
@@ -43,13 +43,13 @@ def test_edits_do_what_the_page_says(names: dict[str, Any]) -> None:
     assert names["moved"][:50].max() == 0 < names["moved"][50]
 
 
-def test_the_whole_archive_is_told_in_tables(names: dict[str, Any]) -> None:
+def test_the_tables_cover_the_full_archive(names: dict[str, Any]) -> None:
     assert len(names["by_example"]) == 16
     assert len(names["by_token"]) == 16 * 101
     listed = PAGE.read_text().partition("A line of a token")[2].partition("`examples`, `rows`")[0]
-    told = set(re.findall(r"`(\w+)`", listed)) - {"tokens"}
-    assert told == set(names["by_token"].columns) | {"top1_agreement", "n_tokens", "kl_max"}
-    assert set(names["by_example"].columns) <= told
+    documented = set(re.findall(r"`(\w+)`", listed)) - {"tokens"}
+    assert documented == set(names["by_token"].columns) | {"top1_agreement", "n_tokens", "kl_max"}
+    assert set(names["by_example"].columns) <= documented
     assert 0 < names["cost"].kl_mean < 1e-2
 
 
@@ -77,8 +77,8 @@ def test_sweeps_find_the_two_cells_that_the_page_names(names: dict[str, Any]) ->
     assert heads.stack().drop(("z.1", 1)).abs().max() < 0.5
 
 
-def test_the_induction_heads_are_what_copies(names: dict[str, Any]) -> None:
-    """To 0.02 nats: another processor rounds otherwise, and the table has two digits."""
+def test_the_induction_heads_copy(names: dict[str, Any]) -> None:
+    """Compare to 0.02 nats: other processors round differently, and the table has two digits."""
     table = dict(re.findall(r"^\| (none|block \d(?:, one head at a time)?) \| ([\d., ]+) \|$", PAGE.read_text(), re.M))
     quoted = {name: [float(number) for number in cell.split(",")] for name, cell in table.items()}
     assert len(quoted) == 6

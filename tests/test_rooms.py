@@ -1,4 +1,4 @@
-"""Each heavy library stays where it belongs. Arrows between rooms and folders: lint-imports, in pyproject.toml."""
+"""Each heavy library stays in its rooms. lint-imports checks imports between rooms and folders (pyproject.toml)."""
 
 import subprocess
 import sys
@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-# Libraries that no module of a room may load when it is imported; a function may load them when it is called.
+# Libraries that importing a module of a room must not load; calling a function may load them.
 BANNED = {
     "store": {"torch", "transformers", "accelerate", "dask", "datasets"},
     "capture": {"dask"},
@@ -16,7 +16,7 @@ BANNED = {
 
 
 def loaded_after(code: str) -> set[str]:
-    """Return the top-level modules that a fresh interpreter has loaded after running `code`."""
+    """Return the top-level modules that a new interpreter has loaded after it ran `code`."""
     script = f"import sys\n{code}\nprint(' '.join({{name.split('.')[0] for name in sys.modules}}))"
     shown = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, timeout=120)
     return set(shown.stdout.split())

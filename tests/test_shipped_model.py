@@ -1,7 +1,7 @@
 """The shipped model is what its card says: a language model of its text with induction heads.
 
-Nothing here uses the training scripts. Losses are taken from the logits by hand in float64, the unigram baseline from
-counts, and the scores from eager attention on random tokens of another seed than the card's.
+These tests use no training script. They compute losses from the logits in float64, the unigram baseline from counts,
+and head scores from eager attention on random tokens with another seed than the card's.
 """
 
 import hashlib
@@ -56,10 +56,10 @@ def train_text(report: dict[str, Any], held_out_text: str) -> str:
 
 @pytest.fixture(scope="module")
 def tolerance(report: dict[str, Any], train_text: str, held_out_text: str) -> float:
-    """Nats a token by which a loss may differ from the card's; the documentation differs between Pythons."""
+    """Return the allowed difference to the card's losses, in nats a token; the text differs between Pythons."""
     same = [
-        hashlib.sha256(text.encode()).hexdigest() == report["text"][f"{part}_sha256"]
-        for part, text in (("train", train_text), ("held_out", held_out_text))
+        hashlib.sha256(text.encode()).hexdigest() == report["text"][f"{name}_sha256"]
+        for name, text in (("train", train_text), ("held_out", held_out_text))
     ]
     return 1e-3 if all(same) else 0.3
 
@@ -71,7 +71,7 @@ def held_out(tokenizer: Any, held_out_text: str) -> TokenIds:
 
 @pytest.fixture(scope="module")
 def repeats(model: Any) -> tuple[Floats, list[Floats]]:
-    """Losses (examples, tokens) and patterns (examples, heads, query, key) on BOS and a random block twice."""
+    """Return losses (examples, tokens) and patterns (examples, heads, query, key) on the repeated tokens."""
     tokens_BT = repeated_tokens()
     with torch.no_grad():
         output = model(torch.from_numpy(tokens_BT), output_attentions=True)
@@ -80,13 +80,13 @@ def repeats(model: Any) -> tuple[Floats, list[Floats]]:
 
 
 def repeated_tokens() -> TokenIds:
-    """BOS and a random block twice, (24, 1 + 2 periods)."""
+    """Return BOS and then a random block twice, (24, 1 + 2 periods)."""
     block = np.random.default_rng(7).integers(1, 1024, (24, PERIOD))
     return np.concatenate([np.full((24, 1), BOS), block, block], axis=1)
 
 
 def losses(logits_BTV: torch.Tensor, tokens_BT: TokenIds) -> Floats:
-    """Cross-entropy by hand in float64, (examples, tokens - 1)."""
+    """Return the cross-entropy in float64, (examples, tokens - 1)."""
     scores: Floats = logits_BTV.double().numpy()[:, :-1]
     highest = scores.max(-1, keepdims=True)
     log_total = highest[..., 0] + np.log(np.exp(scores - highest).sum(-1))
@@ -96,7 +96,7 @@ def losses(logits_BTV: torch.Tensor, tokens_BT: TokenIds) -> Floats:
 
 
 def total_loss(model: Any, tokens: TokenIds, n_positions: int, *, bos: bool) -> tuple[float, int]:
-    """Total loss and number of tokens predicted, over consecutive windows of a text."""
+    """Return the total loss and the number of predicted tokens, over consecutive windows of a text."""
     total, n_predicted, start = 0.0, 0, 0
     while start < len(tokens) - 1:
         stop = start + n_positions - bos
@@ -108,12 +108,12 @@ def total_loss(model: Any, tokens: TokenIds, n_positions: int, *, bos: bool) -> 
 
 
 def stripe(patterns: list[Floats], distance: int) -> Floats:
-    """Mean attention, (layers, heads), from the second copy to the token `distance` before."""
+    """Return the mean attention, (layers, heads), from the second copy to the token `distance` before."""
     queries = np.arange(PERIOD + 1, 2 * PERIOD + 1)
     return np.array([p[:, :, queries, queries - distance].mean((0, 2)) for p in patterns])
 
 
-def test_the_folder_is_small_and_has_what_a_reader_needs() -> None:
+def test_the_folder_is_small_and_complete() -> None:
     sizes = {path.name: path.stat().st_size for path in FOLDER.iterdir()}
     assert sum(sizes.values()) < 5_000_000
     assert set(sizes) == {
@@ -127,7 +127,7 @@ def test_the_folder_is_small_and_has_what_a_reader_needs() -> None:
     }
 
 
-def test_it_is_the_architecture_that_the_card_names(model: Any, report: dict[str, Any]) -> None:
+def test_it_has_the_architecture_that_the_card_names(model: Any, report: dict[str, Any]) -> None:
     config = model.config
     assert (config.model_type, config.num_hidden_layers, config.hidden_size) == ("llama", 6, 128)
     assert (config.num_attention_heads, config.num_key_value_heads) == (4, 2)
@@ -138,7 +138,7 @@ def test_it_is_the_architecture_that_the_card_names(model: Any, report: dict[str
     assert sum(p.numel() for p in model.parameters()) == report["n_parameters"]
 
 
-def test_the_tokenizer_gives_every_text_back(tokenizer: Any, held_out_text: str) -> None:
+def test_decoding_returns_every_text_unchanged(tokenizer: Any, held_out_text: str) -> None:
     odd = " two  spaces , before ' punctuation .\n\n\ttab \r\n naïve 日本語 🙂 \x00"
     for text in (held_out_text, odd):
         assert tokenizer.decode(tokenizer(text).input_ids) == text
@@ -182,9 +182,9 @@ def test_it_beats_guessing_by_frequency(
     assert total / n_predicted < unigram - 2.0
 
 
-def test_it_copies_what_it_has_seen_before(repeats: tuple[Floats, list[Floats]], report: dict[str, Any]) -> None:
+def test_it_copies_repeated_text(repeats: tuple[Floats, list[Floats]], report: dict[str, Any]) -> None:
     losses_BT, _ = repeats
-    # The first token of the second copy is left out: nothing announces that a second copy begins.
+    # Without the first token of the second copy: nothing predicts that a second copy begins.
     first, second = losses_BT[:, :PERIOD].mean(), losses_BT[:, PERIOD + 1 :].mean()
     assert first > np.log(1024) - 0.5
     assert second < 0.1 * first
@@ -203,8 +203,8 @@ def test_a_few_heads_are_induction_heads_and_most_are_not(
     np.testing.assert_allclose(stripe(repeats[1], 1), report["repeats"]["previous_token"], atol=0.05)
 
 
-def test_the_copying_hangs_on_those_heads(model: Any, report: dict[str, Any]) -> None:
-    """With the layer of the induction heads adding nothing, the second copy is as hard as the first."""
+def test_copying_needs_those_heads(model: Any, report: dict[str, Any]) -> None:
+    """Without the attention of the induction heads' layer, the second copy has the loss of the first."""
     tokens_BT = repeated_tokens()
     attention = model.model.layers[report["repeats"]["best_layer"]].self_attn
     handle = attention.o_proj.register_forward_hook(lambda module, args, output: torch.zeros_like(output))
@@ -217,7 +217,7 @@ def test_the_copying_hangs_on_those_heads(model: Any, report: dict[str, Any]) ->
     assert second > np.log(1024) - 0.5
 
 
-def test_what_it_writes_is_made_of_its_own_text(model: Any, tokenizer: Any, train_text: str) -> None:
+def test_its_output_has_the_words_of_its_text(model: Any, tokenizer: Any, train_text: str) -> None:
     torch.manual_seed(0)
     prompt = tokenizer('The "for" statement', return_tensors="pt")
     tokens_BT = model.generate(**prompt, max_new_tokens=120, do_sample=True, temperature=0.7)

@@ -1,4 +1,4 @@
-"""What works without torch, transformers and dask, and what an installation without them says of the rest."""
+"""What works without torch, transformers and dask, and which extra an error names for everything else."""
 
 import json
 import subprocess

@@ -1,4 +1,4 @@
-"""Jobs for workers, in a module of their own, since workers import the functions that they run."""
+"""Functions for workers of a cluster, in their own module, because workers import the functions that they run."""
 
 import os
 import signal
@@ -23,35 +23,35 @@ def gram(path: str, block: Block) -> npt.NDArray[np.float64]:
     return values.T @ values
 
 
-def die_once(marks: str, number: int) -> int:
-    """Return the square of a number; number 2 kills its worker at the first attempt."""
-    mark = Path(marks) / "died"
-    if number == 2 and not mark.exists():
-        mark.touch()
+def kill_worker_once(folder: str, number: int) -> int:
+    """Return the square of a number; the first call with number 2 kills its worker."""
+    killed = Path(folder) / "killed"
+    if number == 2 and not killed.exists():
+        killed.touch()
         os.kill(os.getpid(), signal.SIGKILL)
     return number * number
 
 
 def threads_seen(_: int) -> int:
-    """Return the number of torch threads, and set another one."""
+    """Return the number of torch threads, and set another number."""
     found = torch.get_num_threads()
     torch.set_num_threads(3)
     return found
 
 
 def fail(number: int) -> int:
-    """Raise one of two errors."""
+    """Raise DamagedArchiveError for number 1, and KeyError for others."""
     if number == 1:
         raise DamagedArchiveError("shard 1 is damaged: restore it")
     raise KeyError("three")
 
 
 def take_memory(n_bytes: int) -> None:
-    """Allocate and use memory until the worker is ended."""
+    """Allocate and use memory until the nanny ends the worker."""
     kept = []
     while True:
         kept.append(np.ones(n_bytes, np.uint8))
-        time.sleep(0.01)  # the nanny looks ten times a second
+        time.sleep(0.01)  # the nanny measures memory ten times a second
 
 
 class State(NamedTuple):

@@ -1,4 +1,4 @@
-"""Archives of many shards at almost no cost: all shards are the same file, or there are none."""
+"""Archives of many shards at almost no cost: all shards are one file, or no shard is captured."""
 
 import os
 from pathlib import Path
@@ -26,7 +26,7 @@ def make_plan(n_shards: int, height: int, width: int, codec: str, dtype: str) ->
 def make_large(path: Path, values: Array, n_shards: int, *, codec: str = "raw", dtype: str = "float32") -> Archive:
     """Write an archive whose shards all hold `values`, (rows of a shard, width), as hard links to one file.
 
-    `values` are of the storage type of `dtype`.
+    `values` have the storage type of `dtype`.
     """
     height, width = values.shape
     plan = make_plan(n_shards, height, width, codec, dtype)
@@ -50,7 +50,7 @@ def make_large(path: Path, values: Array, n_shards: int, *, codec: str = "raw", 
 
 
 def make_empty(path: Path, n_shards: int) -> Archive:
-    """Write an archive of `n_shards` shards that are not captured yet."""
+    """Write an archive of `n_shards` shards, none of them captured."""
     plan = make_plan(n_shards, 4096, 512, "fast", "float32")
     with workspace(path) as folder:
         create_archive(folder, path, plan, {})

@@ -1,4 +1,4 @@
-"""A small archive with an LM head: random tokens through a tiny model, examples of several lengths."""
+"""A small archive with an LM head: random tokens through a tiny model, with examples of several lengths."""
 
 from pathlib import Path
 
@@ -29,7 +29,7 @@ def make_lens_archive(
 
 
 def is_late(archive: Archive) -> npt.NDArray[np.bool_]:
-    """Return for each row whether a lens uses it: it skips the first row of an example."""
+    """Return for each row whether a lens uses it: a lens skips the first row of an example."""
     return archive.rows.position[:].astype(np.int64) > 0
 
 

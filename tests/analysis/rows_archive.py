@@ -1,4 +1,4 @@
-"""Archives of rows that a test makes up: values, tokens and columns of its own, in small shards."""
+"""Archives with values, tokens and columns that a test chooses, in small shards."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -21,7 +21,7 @@ VOCABULARY = 50
 
 
 def tokenizer_files() -> dict[str, bytes]:
-    """Return the file of a tokenizer that reads token t as ``w<t>``."""
+    """Return the file of a tokenizer that decodes token t to ``w<t>``."""
     words = Tokenizer(WordLevel({f"w{i}": i for i in range(VOCABULARY)}, unk_token="w0"))  # noqa: S106
     return {"tokenizer/tokenizer.json": words.to_str().encode()}
 
@@ -41,13 +41,13 @@ def write_rows(
     """Write an archive of examples whose sites have `values`, (rows, *row shape), and open it.
 
     Args:
-        path: The archive.
-        lengths: Rows of each example, from its first position on.
-        values: By site.
+        path: Path of the archive.
+        lengths: Number of rows of each example, from its first position on.
+        values: Values of each site, by name.
         columns: Columns of the example table, one value per example.
         input_ids: Tokens of each example, at least as many as it has rows; by default row r has token r % 50.
-        files: Side files by name; by default those of a tokenizer.
-        rows_per_shard: Height of the shards.
+        files: Sidecar files by name; by default those of a tokenizer.
+        rows_per_shard: Rows of a shard.
         codec: Codec of all sites.
         sealed: Whether to seal the archive.
     """

@@ -17,7 +17,7 @@ from residua.analysis.attention.induction import induction_scores
 from residua.store.base.errors import AnalysisError, NotCapturedError
 from residua.store.read.archive import Archive
 from tests.analysis.reference_scores import NAMES, Floats, reference_scores
-from tests.models import LAYERS, TINY, VOCABULARY, calm
+from tests.models import LAYERS, TINY, VOCABULARY, with_mild_attention
 
 BOS = 1
 PERIODS = (4, 9, 5, 11, 4, 7, 3, 6) * 2  # some shorter than the windows of the tiny models, some longer
@@ -86,7 +86,7 @@ def test_queries_and_keys_give_the_scores_of_eager_attention(name: str, tmp_path
 @pytest.mark.parametrize("name", TINY)
 def test_bfloat16_queries_and_keys_give_close_scores(name: str, tmp_path: Path) -> None:
     """The attention of `TINY` is far sharper than that of trained models, so its scores are made smaller here."""
-    model = calm(TINY[name]())
+    model = with_mild_attention(TINY[name]())
     table = induction_scores(capture(model, tmp_path / "a.zarr", dtype="bfloat16"))
     assert np.abs(values(table) - expected(model)).max() < 1e-4
 

@@ -26,7 +26,7 @@ from residua.analysis.lens.checkpoint import (
 from residua.analysis.lens.evaluate import REPORT
 from residua.analysis.lens.lens import TunedLens
 from residua.store.base.errors import AnalysisError
-from tests.heads import save_head
+from tests.lm_heads import save_lm_head
 from tests.models import TINY
 
 LAYERS, WIDTH = 3, 32
@@ -68,7 +68,7 @@ def test_theirs_loads_ours(name: str, tmp_path: Path, capsys: pytest.CaptureFixt
     assert torch.equal(theirs.transform_hidden(hidden, 1), hidden)
     assert theirs.config.unembed_hash == json.loads((tmp_path / "config.json").read_text())["unembed_hash"]
     assert "hash" not in capsys.readouterr().err
-    save_head(model, tmp_path / "head")
+    save_lm_head(model, tmp_path / "head")
     ours = TunedLens.load(tmp_path)
     torch.testing.assert_close(ours.decode("resid_pre.2", hidden), theirs(hidden, 2), rtol=1e-4, atol=1e-4)
 
@@ -81,7 +81,7 @@ def test_ours_loads_theirs(name: str, tmp_path: Path) -> None:
         for parameter in theirs.layer_translators.parameters():
             parameter.normal_(generator=torch.Generator().manual_seed(2))
     theirs.save(tmp_path / "lens")
-    save_head(model, tmp_path / "head")
+    save_lm_head(model, tmp_path / "head")
     ours = TunedLens.load(tmp_path / "lens", head=tmp_path / "head")
     hidden = torch.randn(5, WIDTH, generator=torch.Generator().manual_seed(1))
     for layer in range(LAYERS):
@@ -97,10 +97,10 @@ def test_ours_loads_theirs(name: str, tmp_path: Path) -> None:
 def test_a_lens_of_another_model_is_refused(tmp_path: Path) -> None:
     model = model_of("llama")
     written(tmp_path, model, translators())
-    save_head(model_of("mistral"), tmp_path / "head")
+    save_lm_head(model_of("mistral"), tmp_path / "head")
     with torch.no_grad():
         model.get_output_embeddings().weight.neg_()  # type: ignore[no-untyped-call]  # theirs
-    save_head(model, tmp_path / "other")
+    save_lm_head(model, tmp_path / "other")
     with pytest.raises(AnalysisError, match=f"unembedding.*{tmp_path / 'other'}"):
         TunedLens.load(tmp_path, head=tmp_path / "other")
 
@@ -212,7 +212,7 @@ def test_tensors_that_are_no_lens_are_refused(change: dict[str, torch.Tensor], t
 def test_strange_files_next_to_the_checkpoint_are_refused(name: str, content: Any, tmp_path: Path) -> None:
     model = model_of("llama")
     written(tmp_path, model, translators())
-    save_head(model, tmp_path / "head")
+    save_lm_head(model, tmp_path / "head")
     if isinstance(content, bytes):
         (tmp_path / name).write_bytes(content)
     else:

@@ -12,7 +12,7 @@ from residua.analysis.lens.lm_head import load_lm_head
 from residua.store.base.errors import DamagedArchiveError, UnsafeArchiveError
 from residua.store.format.sidecars import LMHeadSpec
 from tests.capture.site_readings import everything
-from tests.heads import save_head
+from tests.lm_heads import save_lm_head
 from tests.models import TINY
 
 
@@ -20,18 +20,18 @@ from tests.models import TINY
 def test_the_stored_head_gives_the_models_logits(name: str, tmp_path: Path) -> None:
     """Within 1e-5 in float32, and bit for bit in bfloat16, where the order of rounding matters."""
     got = everything(name)
-    save_head(got.model, tmp_path)
+    save_lm_head(got.model, tmp_path)
     head = load_lm_head(tmp_path)
     torch.testing.assert_close(head.logits(got["final"]), got["logits"], atol=1e-5, rtol=1e-5)
     assert (head.width, head.vocabulary_size) == (32, 97)
     rough = everything(name, torch.bfloat16)
-    save_head(rough.model, tmp_path)
+    save_lm_head(rough.model, tmp_path)
     assert torch.equal(load_lm_head(tmp_path).logits(rough["final"]), rough["logits"])
 
 
 def test_a_head_is_loaded_in_the_requested_type(tmp_path: Path) -> None:
     got = everything("gemma2", torch.bfloat16)
-    save_head(got.model, tmp_path)
+    save_lm_head(got.model, tmp_path)
     head = load_lm_head(tmp_path, dtype=torch.float64)
     logits = head.logits(got["final"].double())
     assert logits.dtype == torch.float64
@@ -40,7 +40,7 @@ def test_a_head_is_loaded_in_the_requested_type(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["head.json", "head.safetensors"])
 def test_a_missing_or_cut_file_is_named_with_its_folder(name: str, tmp_path: Path) -> None:
-    save_head(TINY["llama"](), tmp_path)
+    save_lm_head(TINY["llama"](), tmp_path)
     data = (tmp_path / name).read_bytes()
     (tmp_path / name).write_bytes(data[: len(data) // 2])
     with pytest.raises((DamagedArchiveError, UnsafeArchiveError)):
@@ -52,7 +52,7 @@ def test_a_missing_or_cut_file_is_named_with_its_folder(name: str, tmp_path: Pat
 
 @pytest.mark.parametrize("name", ["norm.weight", "unembed.weight", "stranger"])
 def test_parameters_that_do_not_fit_are_refused(name: str, tmp_path: Path) -> None:
-    save_head(TINY["llama"](), tmp_path)
+    save_lm_head(TINY["llama"](), tmp_path)
     stored = load_file(tmp_path / "head.safetensors")
     stored[name] = torch.zeros(7)
     save_file(stored, tmp_path / "head.safetensors")

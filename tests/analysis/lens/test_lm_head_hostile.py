@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from residua.analysis.lens.lm_head import LMHead, load_lm_head
 from residua.store.base.errors import DamagedArchiveError, ResiduaError, UnsafeArchiveError
 from residua.store.format.sidecars import LMHeadSpec
-from tests.heads import save_head
+from tests.lm_heads import save_lm_head
 from tests.models import TINY
 from tests.store.forging import little_memory
 from tests.store.small_archive import make_archive
@@ -23,7 +23,7 @@ SPEC = json.loads(LMHeadSpec(norm="rms", eps=1e-6, dtype="float32").to_json())
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("archive") / "head"
-    save_head(TINY["llama"](), folder)
+    save_lm_head(TINY["llama"](), folder)
     return folder
 
 

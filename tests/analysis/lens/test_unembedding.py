@@ -10,7 +10,7 @@ from torch import Tensor
 from residua.analysis.lens.lm_head import LMHead, load_lm_head
 from residua.analysis.lens.refine import draw_candidates
 from residua.analysis.lens.unembedding import Decoder, Unembedding
-from tests.heads import save_head
+from tests.lm_heads import save_lm_head
 from tests.models import TINY
 
 DOUBLE = torch.float64
@@ -38,7 +38,7 @@ def check_gradient(head: LMHead) -> None:
 
 @pytest.mark.parametrize("name", TINY)
 def test_the_gradient_is_autograds_on_every_architecture(name: str, tmp_path: Path) -> None:
-    save_head(TINY[name](), tmp_path)
+    save_lm_head(TINY[name](), tmp_path)
     check_gradient(load_lm_head(tmp_path, dtype=DOUBLE))
 
 
@@ -47,18 +47,18 @@ def test_the_gradient_is_autograds_on_every_architecture(name: str, tmp_path: Pa
 def test_the_gradient_is_autograds_with_scale_softcap_and_norm(
     name: str, change: dict[str, object], tmp_path: Path
 ) -> None:
-    save_head(TINY[name](), tmp_path)
+    save_lm_head(TINY[name](), tmp_path)
     head = load_lm_head(tmp_path, dtype=DOUBLE)
     check_gradient(LMHead(replace(head.spec, **change), head.parameters))  # type: ignore[arg-type]  # any field
 
 
 def test_normalise_applies_the_final_norm_without_parameters(tmp_path: Path) -> None:
     final = normal(5, 32) * 7 + 2
-    save_head(TINY["llama"](), tmp_path)
+    save_lm_head(TINY["llama"](), tmp_path)
     normalised = Decoder(load_lm_head(tmp_path, dtype=DOUBLE), dtype=DOUBLE).normalise(final)
     torch.testing.assert_close(normalised.square().mean(-1), torch.ones(5, dtype=DOUBLE), rtol=1e-5, atol=0)
     torch.testing.assert_close(normalised / normalised[:, :1], final / final[:, :1])
-    save_head(TINY["gpt2"](), tmp_path)
+    save_lm_head(TINY["gpt2"](), tmp_path)
     normalised = Decoder(load_lm_head(tmp_path, dtype=DOUBLE), dtype=DOUBLE).normalise(final)
     torch.testing.assert_close(normalised.mean(-1), torch.zeros(5, dtype=DOUBLE))
     torch.testing.assert_close(normalised.var(-1, correction=0), torch.ones(5, dtype=DOUBLE), rtol=1e-5, atol=0)
@@ -81,7 +81,7 @@ def test_a_large_unembedding_is_converted_block_by_block() -> None:
 
 def test_candidates_give_the_gradient_on_average(tmp_path: Path) -> None:
     """Over many draws the mean is the exact gradient, but for a bias far below one draw's noise."""
-    save_head(TINY["llama"](), tmp_path)
+    save_lm_head(TINY["llama"](), tmp_path)
     head = load_lm_head(tmp_path, dtype=DOUBLE)
     decoder, final = Decoder(head, dtype=DOUBLE), normal(16, 32)
     target = head.logits(normal(16, 32, seed=1) / 3).softmax(-1)

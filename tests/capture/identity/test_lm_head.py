@@ -11,13 +11,13 @@ from safetensors.torch import load_file
 from residua.capture.identity.lm_head import safetensors_file
 from residua.store.storage.files import write_file
 from tests.capture.site_readings import everything
-from tests.heads import save_head
+from tests.lm_heads import save_lm_head
 from tests.models import ODD, TINY
 
 
 def test_the_parameters_are_the_models_own(tmp_path: Path) -> None:
     model = everything("phi", torch.bfloat16).model
-    assert save_head(model, tmp_path / "head")
+    assert save_lm_head(model, tmp_path / "head")
     stored, weights = load_file(tmp_path / "head" / "head.safetensors"), model.state_dict()
     origin = {
         "norm.weight": "model.final_layernorm.weight",
@@ -32,7 +32,7 @@ def test_the_parameters_are_the_models_own(tmp_path: Path) -> None:
 
 def test_the_config_is_one_that_transformers_reads(tmp_path: Path) -> None:
     model = TINY["gemma2"]()
-    save_head(model, tmp_path)
+    save_lm_head(model, tmp_path)
     assert type(model.config).from_pretrained(tmp_path).hidden_size == 32
     spec = json.loads((tmp_path / "head.json").read_text())
     assert (spec["norm"], spec["weight_offset"], spec["softcap"]) == ("rms", 1.0, 10.0)
@@ -40,9 +40,9 @@ def test_the_config_is_one_that_transformers_reads(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ODD)
 def test_a_head_that_is_not_known_for_certain_is_not_written(name: str, tmp_path: Path) -> None:
-    assert not save_head(ODD[name](), tmp_path)
-    assert not save_head(TINY["llama"]().base_model, tmp_path)
-    assert not save_head(torch.nn.Linear(2, 2), tmp_path)
+    assert not save_lm_head(ODD[name](), tmp_path)
+    assert not save_lm_head(TINY["llama"]().base_model, tmp_path)
+    assert not save_lm_head(torch.nn.Linear(2, 2), tmp_path)
     assert list(tmp_path.iterdir()) == []
 
 
