@@ -1,5 +1,6 @@
 """Each heavy library stays in its rooms. lint-imports checks imports between rooms and folders (pyproject.toml)."""
 
+import ast
 import subprocess
 import sys
 from pathlib import Path
@@ -41,3 +42,13 @@ def test_reading_archives_needs_no_torch() -> None:
 
 def test_the_command_line_starts_without_torch() -> None:
     assert not loaded_after("import residua.pipelines.cli.main") & {"torch", "transformers", "datasets"}
+
+
+@pytest.mark.parametrize("room", ["store", "capture", "analysis", "pipelines"])
+def test_a_folder_answers_one_question_and_says_which(room: str) -> None:
+    assert len(list((ROOT / room).glob("*.py"))) <= 3
+    for path in (ROOT / room).glob("*/__init__.py"):
+        n_files = len(list(path.parent.glob("*.py")))
+        assert 3 <= n_files <= 14, f"{path.parent} has {n_files} files"
+        (docstring,) = ast.parse(path.read_text()).body
+        assert isinstance(docstring, ast.Expr), f"{path} holds more than its docstring"
