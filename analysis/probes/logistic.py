@@ -22,7 +22,7 @@ import numpy as np
 import numpy.typing as npt
 from scipy.special import softmax
 
-from residua.analysis.probes.minimiser import minimise
+from residua.analysis.probes.lbfgs import minimise
 from residua.analysis.support.moments import Moments
 
 Floats: TypeAlias = npt.NDArray[np.float64]

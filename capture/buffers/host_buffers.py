@@ -19,7 +19,7 @@ import torch
 from residua.capture.buffers.offload import BufferPool, Offload, PendingCopies
 from residua.capture.buffers.row_index import BatchRows, RowIndex
 from residua.capture.runtime.streams import CudaStreams, page_locked
-from residua.capture.scheduling.ownership import Ownership
+from residua.capture.scheduling.sites_per_rank import Ownership
 from residua.store.base.errors import CaptureError
 from residua.store.encoding.shard import ShardMemory
 from residua.store.format.plan import ROW_COLUMNS, Plan, SitePlan

@@ -14,7 +14,7 @@ from residua.capture.runtime.compat import PrefixStore, default_store
 from residua.capture.runtime.process_groups import pipeline_group, tensor_parallel_group
 from residua.capture.runtime.sharded import is_sharded, is_zero3
 from residua.capture.scheduling.membership import Membership
-from residua.capture.scheduling.ownership import Ownership
+from residua.capture.scheduling.sites_per_rank import Ownership
 from residua.capture.scheduling.worker_group import WorkerGroup
 from residua.capture.sites.pipeline_stages import target_of
 from residua.capture.sites.site import SiteInfo

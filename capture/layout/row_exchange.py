@@ -16,7 +16,7 @@ from residua.capture.buffers.row_index import FIRST_ROW_AXIS, BatchRows, Indices
 from residua.capture.layout.layouts import Layout
 from residua.capture.layout.local_shards import LocalShards
 from residua.capture.runtime.collectives import Exchange, on_rank
-from residua.capture.scheduling.ownership import Ownership
+from residua.capture.scheduling.sites_per_rank import Ownership
 from residua.store.base.errors import CaptureError
 from residua.store.format.plan import Plan
 

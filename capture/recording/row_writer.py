@@ -12,7 +12,7 @@ from residua.capture.buffers.host_buffers import ShardFiller
 from residua.capture.layout.local_shards import LocalShards
 from residua.capture.layout.process_layout import ProcessLayout
 from residua.capture.layout.row_exchange import RowExchange
-from residua.capture.scheduling.ownership import Ownership
+from residua.capture.scheduling.sites_per_rank import Ownership
 from residua.capture.scheduling.worker_group import GroupCommits
 from residua.store.format.plan import Plan, n_open_shards
 from residua.store.format.writer import ShardWriter

@@ -7,7 +7,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from residua.analysis.probes.minimiser import minimise
+from residua.analysis.probes.lbfgs import minimise
 
 Floats = npt.NDArray[np.float64]
 CURVATURES = [np.linspace(0.1, 1, 30), np.ones(5), np.linspace(0.01, 1, 80)]

@@ -5,7 +5,7 @@ from collections import Counter
 from hypothesis import given
 from hypothesis import strategies as st
 
-from residua.capture.scheduling.ownership import Ownership
+from residua.capture.scheduling.sites_per_rank import Ownership
 from residua.store.format.plan import SitePlan
 
 
