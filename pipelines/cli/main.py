@@ -14,6 +14,7 @@ from pathlib import Path
 from residua.pipelines.cli import archive, capture, induction, lens, patch, probe, replay, stats, top
 from residua.pipelines.cli.options import Run, bind_negative_values
 from residua.store.base.errors import AnalysisError, CaptureError, DamagedArchiveError, NotCapturedError, ResiduaError
+from residua.store.base.extras import missing_package
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -29,6 +30,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _fail(options, error, 2 if error.__cause__ is None else 1)
     except (CaptureError, DamagedArchiveError, NotCapturedError) as error:
         return _fail(options, error, 1)
+    except ModuleNotFoundError as error:
+        explained = missing_package(error, f"residua {words[0]}")
+        if explained is None:
+            raise
+        return _fail(options, explained, 2)
     except (ResiduaError, OSError, IndexError) as error:
         return _fail(options, error, 2)
     except KeyboardInterrupt:
