@@ -28,7 +28,8 @@ class BFloat16(Float16):
 
     Values are numbers, of numpy type `ml_dtypes.bfloat16`: reading gives values, and writing converts values, as for
     every other float type. zarr-python 3.4 loads it by itself where Residua is installed (`zarr.data_type` in
-    `pyproject.toml`); earlier ones once Residua has opened an archive. Specification: zarr-extensions, ``data-types/bfloat16``.
+    `pyproject.toml`); earlier versions know it once Residua has opened an archive. Specification: zarr-extensions,
+    ``data-types/bfloat16``.
     """
 
     dtype_cls: ClassVar[type[np.dtype[Any]]] = type(_NUMPY_TYPE)  # type: ignore[assignment]  # the base has float16's
