@@ -22,7 +22,6 @@ LongArray: TypeAlias = npt.NDArray[np.int64]
 ROW_NAMES = ("position", "token", "example")
 """The numbers of a row that a written condition may name; other names are columns of the example table."""
 
-_NUMBERS = (*ROW_NAMES, "row")
 _ORDER: Mapping[str, Callable[[Any, Any], Any]] = {
     "<": operator.lt,
     "<=": operator.le,
@@ -37,11 +36,13 @@ class Items(NamedTuple):
 
     Attributes:
         n_items: How many there are.
-        numbers: Gives the ``position``, ``token``, ``example`` or ``row`` of each, (items,).
+        names: Names of the numbers that each has; other names are columns of the example table.
+        numbers: Gives the number of each, by one of `names`, (items,).
         column: Gives the answer of each to a condition on a column of the example table, (items,).
     """
 
     n_items: int
+    names: tuple[str, ...]
     numbers: Callable[[str], LongArray]
     column: "Callable[[Comparison | ColumnIn], Mask]"
 
@@ -67,7 +68,7 @@ def evaluate(condition: Condition, items: Items) -> Mask:
             return some
         case At(positions):
             return at_positions(positions, items.n_items)
-        case Comparison(name) if name in _NUMBERS:
+        case Comparison(name) if name in items.names:
             return _compare_numbers(items.numbers(name), condition)
     return items.column(condition)
 

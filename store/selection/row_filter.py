@@ -11,7 +11,7 @@ import numpy as np
 
 from residua.store.base.errors import DamagedArchiveError
 from residua.store.read.archive import Archive
-from residua.store.selection.evaluate import ColumnAnswers, Items, LongArray, Mask, evaluate
+from residua.store.selection.evaluate import ROW_NAMES, ColumnAnswers, Items, LongArray, Mask, evaluate
 from residua.store.selection.grammar import ColumnIn, Comparison, Condition, parse_condition
 
 
@@ -70,7 +70,7 @@ class RowFilter:
                 )
             return of_examples[examples]
 
-        return evaluate(self._condition, Items(stop - start, numbers, column))
+        return evaluate(self._condition, Items(stop - start, ROW_NAMES, numbers, column))
 
     def rows(self, archive: Archive) -> LongArray:
         """Return the numbers of the selected rows among the captured ones, ascending: 8 bytes for each.

@@ -12,6 +12,7 @@
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -150,9 +151,10 @@ class TokenSelector:
         n_tokens = int(self._table.index().n_tokens[example])
         if not examples[example]:
             return np.zeros(n_tokens, bool)
-        return evaluate(condition, Items(n_tokens, lambda name: self._numbers(name, example), self._answers))
+        numbers = partial(self._numbers, example)
+        return evaluate(condition, Items(n_tokens, ("token", "row"), numbers, self._answers))
 
-    def _numbers(self, name: str, example: int) -> LongArray:
+    def _numbers(self, example: int, name: str) -> LongArray:
         """Return the ``token`` or the ``row`` of each token of an example; -1 for one that has no row."""
         if name == "token":
             return self._table.tokens(example).astype(np.int64)
@@ -169,7 +171,9 @@ class TokenSelector:
         """Return a selection with the examples that it selects and its condition on tokens."""
         if id(selection) not in self._known:  # kept with it, so that the id stays its own
             numbers = np.arange(len(self._table))
-            examples = evaluate(selection.of_examples, Items(len(numbers), lambda _: numbers, self._answers))
+            examples = evaluate(
+                selection.of_examples, Items(len(numbers), ("example",), lambda _: numbers, self._answers)
+            )
             self._known[id(selection)] = selection, examples, selection.of_tokens
         return self._known[id(selection)]
 

@@ -23,10 +23,19 @@ Row = Mapping[str, Any]
 
 DAY = datetime.date(2024, 3, 1)
 COLUMNS: list[dict[str, Any]] = [
-    {"label": "code", "score": 0.5, "count": 3, "ok": True, "day": DAY, "two words": "x", "part": "train"},
-    {"label": "prose", "score": None, "count": None, "ok": False, "day": DAY, "two words": "y", "part": "test"},
-    {"label": None, "score": float("nan"), "count": 2**53 + 1, "ok": None, "day": None, "two words": None},
-    {"label": 'a "quoted" \\ text', "score": -1.5, "count": 0, "ok": True, "day": datetime.date(2025, 1, 1)},
+    {"label": "code", "score": 0.5, "count": 3, "ok": True, "day": DAY, "two words": "x", "part": "train", "row": 7},
+    {
+        "label": "prose",
+        "score": None,
+        "count": None,
+        "ok": False,
+        "day": DAY,
+        "two words": "y",
+        "part": "test",
+        "row": 8,
+    },
+    {"label": None, "score": float("nan"), "count": 2**53 + 1, "ok": None, "day": None, "two words": None, "row": 9},
+    {"label": 'a "quoted" \\ text', "score": -1.5, "count": 0, "ok": True, "day": datetime.date(2025, 1, 1), "row": 9},
 ]
 
 
@@ -87,6 +96,7 @@ CASES: dict[str, Callable[[Row], bool]] = {
     'day > "2024-06-01"': lambda row: row["day"] is not None and row["day"] > datetime.date(2024, 6, 1),
     '`two words` == "x"': lambda row: row["two words"] == "x",
     'part == "train" or part == "test"': lambda row: row["part"] in ("train", "test"),
+    "row > 8": lambda row: row["row"] > 8,
     "n_tokens == 12": lambda row: row["example"] == 2,
 }
 
