@@ -67,6 +67,9 @@ class FilledShard:
 class ShardWriter:
     """Encodes, writes and commits shards in the background.
 
+    A context: leaving it waits for all shards, then raises CaptureError if one could not be written. If another error
+    ends the block, that error is raised, and a note on it names the failure.
+
     Args:
         root: Folder of the archive; its metadata exists already.
         plan: The plan that the rows belong to.
@@ -146,11 +149,6 @@ class ShardWriter:
             self.n_rows += commit.rows[1] - commit.rows[0]
         return True
 
-    def close(self) -> None:
-        """Wait for all shards, then raise the first failure if there was one."""
-        self._pool.shutdown(wait=True)
-        self.raise_failure()
-
     def __enter__(self) -> "ShardWriter":
         return self
 
@@ -160,6 +158,8 @@ class ShardWriter:
         self._pool.shutdown(wait=True)
         if error is None:
             self.raise_failure()
+        elif self._failure is not None and error.__cause__ is not self._failure:
+            error.add_note(f"A shard could not be written either: {self._failure}. What was committed before is safe.")
 
 
 class _ShardJob:

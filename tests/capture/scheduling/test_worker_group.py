@@ -90,7 +90,6 @@ def test_a_shard_is_committed_when_all_its_parts_are_reported(members: list[Memb
     assert writer.n_rows == 16
     alone = replace(files_of(0, *sorted([*MINE, *THEIRS])), writer=0)
     assert commits[0] == alone, "the record does not show how many workers wrote the shard"
-    writer.close()
 
 
 def test_a_shard_whose_other_writer_is_gone_is_not_committed(members: list[Membership], archive: Path) -> None:
@@ -101,4 +100,3 @@ def test_a_shard_whose_other_writer_is_gone_is_not_committed(members: list[Membe
     with pytest.raises(CaptureError, match=r"worker 2 .* is gone: it was killed"):
         ours.finish(writer, after_error=False)
     assert committed_shards(archive) == set()
-    writer.close()

@@ -240,3 +240,21 @@ def test_a_call_that_failed_and_was_swallowed_ends_in_an_error_and_no_sealed_arc
     archive = residua.open(out)
     assert not archive.is_sealed
     assert archive.progress.rows == 8, "what the first call filled is safe"
+
+
+def test_an_error_of_the_loop_says_that_a_shard_could_not_be_written_either(tmp_path: Path) -> None:
+    model, out = Scorer(), tmp_path / "a.zarr"
+
+    def record() -> None:
+        with residua.Recorder(model, sites="module:inner@output", out=out, rows_per_shard=16), torch.no_grad():
+            model(IDS)
+            out.rename(tmp_path / "elsewhere.zarr")
+            model(IDS)  # fills the shard; its writer finds no archive
+            raise ValueError("stopped by the user's loop")
+
+    with pytest.raises(ValueError, match="stopped") as caught:
+        record()
+    (note,) = caught.value.__notes__
+    assert "could not be written" in note
+    assert str(out) in note
+    assert "moved or removed" in note
