@@ -113,7 +113,7 @@ def jobs_on_spread_models(load: Load) -> None:
 def refuses_changed_inputs(model: Any, archive: Archive, out: Path) -> None:
     """ZeRO-3 shows what a module takes before it is edited: better no archive than that one."""
     edit = {"edit": "zero", "site": "mlp_act.1"}
-    with pytest.raises(PlanError, match="under ZeRO-3 what is put in or edited there cannot be read again"):
+    with pytest.raises(PlanError, match=r"mlp_act\.1.*under ZeRO-3.*cannot be read back; capture a later site"):
         residua.replay_dataset(model, archive, out=out, edits=[edit], capture="mlp_act.*")
 
 

@@ -84,7 +84,7 @@ def names_in_stages(_load: Load) -> None:
         assert weights_fingerprint(model) == wanted
     part: Any = Part(tied, dist.get_rank(), 2)
     part.llm.base_model.layers = nn.ModuleList(part.llm.base_model.layers.values())
-    words = r"different weights of the name 'model\.layers\.0\..*under the names that they have in the whole model"
+    words = r"different weights under the name 'model\.layers\.0\..*the names that they have in the full model"
     with as_model(scheduled(part)) as model, pytest.raises(CaptureError, match=words):
         weights_fingerprint(model)
 
