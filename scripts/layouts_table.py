@@ -9,6 +9,7 @@ import json
 import sys
 import tempfile
 from collections.abc import Iterable
+from contextlib import closing
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
 from tests.distributed.layouts.launches import LAYOUTS, launch  # noqa: E402  # on the path since the line before
+from tests.distributed.workers.forked_workers import ForkedWorkers  # noqa: E402  # likewise
 
 FIGURES = ROOT / "docs" / "layouts.json"
 PAGE = ROOT / "docs" / "distributed.md"
@@ -26,9 +28,9 @@ BEGIN, END = "<!-- table: scripts/layouts_table.py -->", "<!-- end of table -->"
 def measured() -> list[dict[str, Any]]:
     """Launch every layout and return the rows; stop at the first failure."""
     rows = []
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, closing(ForkedWorkers(Path(folder))) as workers:
         for name in LAYOUTS:
-            for layout, found in launch(name, Path(folder)).items():
+            for layout, found in launch(workers, name, Path(folder)).items():
                 if "failure" in found:
                     raise SystemExit(f"{layout}: {found['failure']}")
                 rows += [{"launch": name, "tried": layout, **row} for row in found["rows"]]

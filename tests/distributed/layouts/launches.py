@@ -1,14 +1,13 @@
 """Start a worker on several ranks, never wait for it longer than a limit, and read what it found."""
 
 import json
-import os
-import signal
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
+from tests.distributed.workers.forked_workers import ForkedWorkers, launched
+
 ROOT = Path(__file__).parents[3]
+WORKER = "tests.distributed.layouts.worker"
 LIMIT_SECONDS = 480
 
 LAYOUTS = {
@@ -61,31 +60,15 @@ REFUSALS = (
 LAUNCHES = {**LAYOUTS, "refusals": REFUSALS}
 
 
-def launch(name: str, folder: Path) -> dict[str, Any]:
-    """Run one launch under torchrun; from layout to its rows, or to why it failed.
+def launch(workers: ForkedWorkers, name: str, folder: Path) -> dict[str, Any]:
+    """Run one launch; from layout to its rows, or to why it failed.
 
     Raises:
-        RuntimeError: The ranks did not come to an end in time, or left nothing behind; with what they printed.
+        RuntimeError: The ranks left nothing behind; with what they printed.
     """
-    n_ranks = LAUNCHES[name][0]
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={n_ranks}"]
-    command += ["-m", "tests.distributed.layouts.worker", str(folder), name]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
-    log = folder / f"{name}.log"
-    with log.open("wb") as output:
-        started = subprocess.Popen(
-            command, cwd=ROOT, env=environment, stdout=output, stderr=output, start_new_session=True
-        )
-        try:
-            started.wait(LIMIT_SECONDS)
-        except subprocess.TimeoutExpired:
-            pass
-        finally:
-            if started.poll() is None:
-                os.killpg(started.pid, signal.SIGKILL)  # the session is its own: nothing else is in it
-                started.wait()
+    ended = workers.run(launched([str(folder), name], LAUNCHES[name][0], module=WORKER), LIMIT_SECONDS)
     results = folder / f"{name}.json"
     if not results.exists():
-        raise RuntimeError(f"the ranks of {name!r} ended with {started.returncode}:\n{log.read_text()[-4000:]}")
+        raise RuntimeError(f"the ranks of {name!r} left nothing behind: {ended}")
     found: dict[str, Any] = json.loads(results.read_text())
     return found

@@ -9,14 +9,15 @@ from pathlib import Path
 import pytest
 
 from tests.distributed.layouts.launches import LAYOUTS, ROOT, launch
+from tests.distributed.workers.forked_workers import ForkedWorkers
 
 pytestmark = pytest.mark.slow
 COMPARED = ("tried", "layout", "model", "what", "n_sites", "bound", "reason")
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
-def test_spread_models_agree_with_one_process(name: str, tmp_path: Path) -> None:
-    found = launch(name, tmp_path)
+def test_spread_models_agree_with_one_process(forked_workers: ForkedWorkers, name: str, tmp_path: Path) -> None:
+    found = launch(forked_workers, name, tmp_path)
     failures = {layout: result["failure"] for layout, result in found.items() if "failure" in result}
     assert not failures, "\n".join(f"{layout}: {failure}" for layout, failure in failures.items())
     rows = [{"tried": layout, **row} for layout, result in found.items() for row in result["rows"]]
@@ -26,7 +27,7 @@ def test_spread_models_agree_with_one_process(name: str, tmp_path: Path) -> None
     assert shown == [[row[key] for key in COMPARED] for row in rows], "run scripts/layouts_table.py: the table is old"
 
 
-def test_what_cannot_be_done_right_is_refused(tmp_path: Path) -> None:
-    found = launch("refusals", tmp_path)
+def test_what_cannot_be_done_right_is_refused(forked_workers: ForkedWorkers, tmp_path: Path) -> None:
+    found = launch(forked_workers, "refusals", tmp_path)
     failures = {check: result["failure"] for check, result in found.items() if "failure" in result}
     assert not failures, "\n".join(f"{check}: {failure}" for check, failure in failures.items())

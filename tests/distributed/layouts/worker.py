@@ -1,7 +1,6 @@
 """One rank of a launch: build each layout, compare it with one process, and write rows as JSON.
 
-`test_layouts.py` runs it under torchrun: ``layout_worker.py FOLDER LAUNCH [LAYOUT ...]``. Rank 0 writes
-``FOLDER/LAUNCH.json``.
+`launches.py` runs it: ``worker.py FOLDER LAUNCH [LAYOUT ...]``. Rank 0 writes ``FOLDER/LAUNCH.json``.
 """
 
 import gc

@@ -4,10 +4,6 @@ There is one test for each launch, because starting ranks takes time; the same f
 """
 
 import json
-import os
-import signal
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,42 +17,27 @@ from residua.store.read.archive import Archive
 from residua.store.read.verify import verify
 from tests.distributed.model_parallel.capture_cases import CASES, capture, is_recorded
 from tests.distributed.model_parallel.recorder_loop import record
+from tests.distributed.workers.forked_workers import ForkedWorkers, launched
 from tests.models import SPLIT
-from tests.pipelines.forking import ENVIRONMENT, ROOT
 from tests.plain_zarr import plain_array
 from tests.stopped import content
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 SECONDS = 480
+CASES_MODULE = "tests.distributed.model_parallel.capture_cases"
 BOUNDS = {"float32": 2e-5, "float64": 5e-7}
 MOST_OF_ONE_RANK = 0.3
 EXACT = ("head/", "rows/", "examples/")
 """What depends on no rounding; the config says whether the model was loaded from a folder."""
 
 
-def launch(folder: Path, n: int) -> dict[str, list[dict[str, Any]]]:
+def launch(forked_workers: ForkedWorkers, folder: Path, n: int) -> dict[str, list[dict[str, Any]]]:
     """Capture all cases of `n` ranks; return what each worker of each says that it did."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={n}"]
-    command += ["-m", "tests.distributed.model_parallel.capture_cases", str(folder)]
-    log = folder / "log"
-    with log.open("wb") as output:
-        started = subprocess.Popen(
-            command,
-            cwd=ROOT,
-            env={**ENVIRONMENT, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""},
-            stdout=output,
-            stderr=output,
-            start_new_session=True,
-        )
-        try:
-            started.wait(SECONDS)
-        except subprocess.TimeoutExpired:
-            os.killpg(started.pid, signal.SIGKILL)  # the session is its own: nothing else is in it
-            started.wait()
+    ended = forked_workers.run(launched([str(folder)], n, module=CASES_MODULE), SECONDS)
     found = {path.stem: json.loads(path.read_text()) for path in folder.glob("*.json")}
     failures = [f"{name}: {said['failure']}" for name, said in found.items() if "failure" in said]
     assert not failures, "\n".join(failures)
-    assert found.keys() == CASES[n].keys(), log.read_text()[-4000:]
+    assert found.keys() == CASES[n].keys(), ended
     return {name: said["workers"] for name, said in found.items()}
 
 
@@ -80,8 +61,8 @@ def largest_error(got: Archive, wanted: Archive) -> float:
 
 
 @pytest.mark.parametrize("n", CASES)
-def test_split_models_write_the_archive_of_one_process(n: int, tmp_path: Path) -> None:
-    workers = launch(tmp_path, n)
+def test_split_models_write_the_archive_of_one_process(forked_workers: ForkedWorkers, n: int, tmp_path: Path) -> None:
+    workers = launch(forked_workers, tmp_path, n)
     alone: dict[tuple[object, ...], Archive] = {}
     for case, did in workers.items():
         archive, name = Archive(tmp_path / f"{case}.zarr"), case.partition("-")[0]

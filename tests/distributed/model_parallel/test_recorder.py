@@ -1,12 +1,9 @@
 """A rank dies in a user's own loop: the other does not hang, and what was committed is right.
 
-`test_model_parallel_capture.py` compares full loops with one process.
+`test_capture.py` compares full loops with one process.
 """
 
 import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -15,38 +12,23 @@ import pytest
 from residua.store.read.archive import Archive
 from residua.store.read.verify import verify
 from tests.distributed.model_parallel.recorder_loop import KILLED_SITES, SHARDS_OF_FIRST, record
-from tests.distributed.workers.forked_workers import launched
+from tests.distributed.workers.forked_workers import ForkedWorkers, launched
 from tests.models import SPLIT
-from tests.pipelines.forking import ENVIRONMENT, ROOT
+from tests.stopped import await_commits
 
 pytestmark = pytest.mark.timeout(300)
-SECONDS = 200
 SOON = 40.0
-"""Seconds within which a rank has ended after another one died, on a busy machine."""
+"""Seconds within which both ranks have ended after the shards that one waits for before it dies."""
 
 
-def test_when_one_rank_is_killed_the_other_ends_with_what_is_committed(tmp_path: Path) -> None:
+def test_when_one_rank_is_killed_the_other_ends_with_what_is_committed(
+    forked_workers: ForkedWorkers, tmp_path: Path
+) -> None:
     out = tmp_path / "a.zarr"
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, "-m", "tests.distributed.model_parallel.recorder_loop", str(out)],
-            cwd=ROOT,
-            env={**ENVIRONMENT, **start.env, "PYTHONPATH": str(ROOT)},
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for start in launched([], 2)
-    ]
-    try:
-        ranks[1].communicate(timeout=SECONDS)
-        died = time.monotonic()
-        _, errors = ranks[0].communicate(timeout=SOON)
-    finally:
-        for rank in ranks:
-            rank.kill()
-            rank.wait()
-    assert (ranks[0].returncode, ranks[1].returncode) == (1, -signal.SIGKILL), errors
-    assert time.monotonic() - died < SOON
+    forked_workers.start(launched([str(out)], 2, module="tests.distributed.model_parallel.recorder_loop"))
+    await_commits(out, SHARDS_OF_FIRST)
+    ended = forked_workers.wait(SOON)
+    assert [end.code for end in ended] == [1, -signal.SIGKILL], ended
     record(SPLIT["llama"](), tmp_path / "one.zarr", KILLED_SITES)
     archive, wanted = Archive(out), Archive(tmp_path / "one.zarr")
     assert (archive.is_sealed, verify(out).problems) == (False, [])

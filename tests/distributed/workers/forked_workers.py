@@ -6,6 +6,7 @@ have ended, so a signal never goes to a process number that another process has 
 
 import json
 import os
+import runpy
 import signal
 import socket
 import subprocess
@@ -13,13 +14,14 @@ import sys
 import threading
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from tests.pipelines import forking
 
 SECONDS = 300
+COMMAND = "residua"
 LOST_SECONDS = 3.0
 """Time without a heartbeat after which these workers count as lost; by default it is 30."""
 
@@ -31,12 +33,14 @@ class Start:
     Attributes:
         words: Its command line.
         env: Its environment variables.
+        module: What takes the command line: this command, or the module of a program that runs as with ``python -m``.
         slow: Time by which each call of a model takes longer, in seconds.
         after: A file that has to exist before it begins.
     """
 
     words: Sequence[str]
     env: dict[str, str]
+    module: str = COMMAND
     slow: float = 0
     after: str = ""
 
@@ -49,13 +53,13 @@ class Ended:
     output: str
 
 
-def launched(words: Sequence[str], n: int, *, slow: float = 0) -> list[Start]:
+def launched(words: Sequence[str], n: int, *, slow: float = 0, module: str = COMMAND) -> list[Start]:
     """Return `n` workers that are launched together."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
     common = {"WORLD_SIZE": str(n), "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
-    return [Start(words=words, env={**common, "RANK": str(rank)}, slow=slow) for rank in range(n)]
+    return [Start(words=words, env={**common, "RANK": str(rank)}, slow=slow, module=module) for rank in range(n)]
 
 
 class ForkedWorkers:
@@ -73,7 +77,7 @@ class ForkedWorkers:
         self._server = subprocess.Popen(
             [sys.executable, "-c", "from tests.distributed.workers.forked_workers import serve; serve()"],
             cwd=forking.ROOT,
-            env={**forking.ENVIRONMENT, "PYTHONPATH": str(forking.ROOT)},
+            env={**forking.ENVIRONMENT, "PYTHONPATH": str(forking.ROOT), "DS_ACCELERATOR": "cpu"},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
         )
@@ -84,10 +88,7 @@ class ForkedWorkers:
         self._logs = [self._folder / f"{self._n + i}.log" for i in range(len(workers))]
         self._n += len(workers)
         self._send(
-            [
-                {"words": w.words, "env": w.env, "slow": w.slow, "after": w.after, "log": str(log), "die_at": 0}
-                for w, log in zip(workers, self._logs, strict=True)
-            ]
+            [{**asdict(worker), "log": str(log), "die_at": 0} for worker, log in zip(workers, self._logs, strict=True)]
         )
         self._pids = self._answer()
 
@@ -133,12 +134,15 @@ class ForkedWorkers:
 def serve() -> None:
     """Run the process that forks, until its standard input ends."""
     import datasets  # noqa: F401  # so that no worker has to import it
+    import transformers.integrations.deepspeed  # noqa: F401  # likewise
 
     import residua.pipelines.capture.capture
     import residua.pipelines.circuits.induction
     import residua.pipelines.circuits.sweep
     import residua.pipelines.cli.progress
     import residua.pipelines.replay.replay  # noqa: F401  # as above
+    import tests.distributed.model_parallel.capture_cases
+    import tests.distributed.workers.user_script  # noqa: F401  # as above
     from residua.capture.scheduling.membership import Membership
 
     defaults = Membership.__init__.__kwdefaults__
@@ -166,6 +170,8 @@ def _fork(request: dict[str, Any]) -> int:
     os.environ.update(request["env"])
     while request["after"] and not Path(request["after"]).exists():
         time.sleep(0.01)
+    if request["module"] != COMMAND:
+        _run_program(request["module"], request["words"])
     code = 70
     try:
         code = main(request["words"])
@@ -177,6 +183,15 @@ def _fork(request: dict[str, Any]) -> int:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
+
+
+def _run_program(module: str, words: Sequence[str]) -> NoReturn:
+    """Run a user's own program, and end as Python does: an exception is printed, and threads are waited for."""
+    rank, n_ranks = os.environ["RANK"], os.environ["WORLD_SIZE"]
+    os.environ |= {"LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": n_ranks, "CUDA_VISIBLE_DEVICES": ""}
+    sys.argv[1:] = words
+    runpy.run_module(module, run_name="__main__", alter_sys=True)
+    sys.exit()
 
 
 def _say(message: object) -> None:
