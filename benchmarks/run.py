@@ -1,12 +1,14 @@
 """Run every benchmark and write `benchmarks/README.md`: `python benchmarks/run.py`, or `make bench`.
 
 It takes about twenty minutes on two cores, on a machine that does nothing else. `python benchmarks/NAME.py` runs one
-benchmark; `python benchmarks/run.py NAME` runs it and updates its section of the page.
+benchmark; `python benchmarks/run.py NAME` runs it and updates its section of the page. Options go to the benchmark:
+`python benchmarks/run.py versions --other FOLDER`.
 """
 
 import ast
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 FOLDER = Path(__file__).parent
@@ -20,7 +22,9 @@ TITLES = {
     "throughput": "Two workers against one",
     "replay": "Replay from a layer on",
     "gpu": "On a GPU",
+    "versions": "Another checkout against this one",
 }
+BY_NAME_ONLY = ("gpu", "versions")  # a GPU or another checkout has to be there
 HEAD = """# Benchmarks
 
 `make bench` writes this page. Each section is one script and one command. Cases take turns, round by round. Ratios are
@@ -34,11 +38,11 @@ def purpose(script: Path) -> str:
     return ast.get_docstring(ast.parse(script.read_text())) or ""
 
 
-def measure(name: str) -> None:
+def measure(name: str, options: Sequence[str]) -> None:
     """Run one benchmark and store its report in `results/`."""
     results = FOLDER / "results"
     results.mkdir(exist_ok=True)
-    command = [sys.executable, str(FOLDER / f"{name}.py"), "--out", str(results / f"{name}.md")]
+    command = [sys.executable, str(FOLDER / f"{name}.py"), "--out", str(results / f"{name}.md"), *options]
     subprocess.run(command, check=True)
 
 
@@ -53,8 +57,8 @@ def page() -> str:
 
 
 if __name__ == "__main__":
-    for name in sys.argv[1:] or [
-        name for name in TITLES if name != "gpu"
-    ]:  # gpu runs by name only, where there is a GPU
-        measure(name)
+    words = sys.argv[1:]
+    first_option = next((at for at, word in enumerate(words) if word.startswith("--")), len(words))
+    for name in words[:first_option] or [name for name in TITLES if name not in BY_NAME_ONLY]:
+        measure(name, words[first_option:])
         (FOLDER / "README.md").write_text(page())
