@@ -41,6 +41,7 @@ _NOT_THE_MODEL = (
 )
 _IDENTITY = ("class", "weights", "config")
 _CONDITIONS = ("dtype", "attention")  # under which the same model may run
+_DIGEST_DIGITS = 64
 
 
 def environment() -> dict[str, Json]:
@@ -194,7 +195,7 @@ def check_model(archive: Archive, model: nn.Module, *, force: bool = False, exac
         for key in _CONDITIONS
         if key in expected and key in found and found[key] != expected[key]
     ]
-    lines = [f"{key}: {str(expected[key])[:16]} in the archive, {str(found.get(key))[:16]} here" for key in wrong]
+    lines = [f"{key}: {_shown(expected[key])} in the archive, {_shown(found.get(key))} here" for key in wrong]
     if wrong and not force:
         values = config_differences(archive.provenance, core_of(model)) if "config" in wrong else []
         listed = "\n  ".join([*lines, *values, *([] if exact else conditions)])
@@ -206,6 +207,12 @@ def check_model(archive: Archive, model: nn.Module, *, force: bool = False, exac
     forced = [f"another model than the captured one, as force=True allowed: {line}" for line in lines]
     changed = changed_conditions(archive.provenance, model)
     return ModelCheck(identity=found, notes=(*forced, *notes, *conditions, *changed))
+
+
+def _shown(value: Json) -> str:
+    """Return a value of a model's identity for a message; only the first digits of a SHA-256."""
+    text = str(value)
+    return text[:16] if len(text) == _DIGEST_DIGITS else text
 
 
 @contextmanager

@@ -68,11 +68,12 @@ def test_another_model_is_refused(tmp_path: Path) -> None:
         reproduce(out, other)
 
 
-def test_another_attention_is_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize("attention", ["eager", "flash_attention_2"])
+def test_another_attention_is_refused(attention: str, tmp_path: Path) -> None:
     """A replay would only note it, but then bits may differ."""
     model = TINY["llama"]()
-    model.set_attn_implementation("eager")
-    with pytest.raises(PlanError, match=r"attention: sdpa .* eager"):
+    model.config._attn_implementation = attention  # is compared before the model runs
+    with pytest.raises(PlanError, match=rf"attention: sdpa .* {attention} here"):
         reproduce(captured(tmp_path / "a.zarr", sites="embed"), model)
 
 
