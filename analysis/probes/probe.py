@@ -59,7 +59,7 @@ def probe(
 
     Args:
         archive: The archive.
-        target: ``token`` or ``position`` of the row; a column of the example table, with one value an example or a
+        target: ``token`` or ``position`` of the row; a column of the example table, with one value per example or a
             list with one a token; or a condition such as ``position > 10``.
         sites: The sites, for example ``resid_post.*``.
         task: ``classification`` or ``regression``; None: classification of texts, of true and false, and of whole

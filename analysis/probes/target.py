@@ -3,7 +3,7 @@
 The text is one of
 
 * ``token``, ``position`` or ``example`` of the row;
-* a column of the example table: one value for all rows of an example, or a list with one value a token;
+* a column of the example table: one value for all rows of an example, or a list with one value per token;
 * a condition, such as ``position > 10 and label == "code"``: true or false.
 
 Before any probe is fitted, `summarise` reads the target of all rows: which values there are, and how many rows have
@@ -96,7 +96,7 @@ def _column_target(archive: Archive, name: str) -> Target:
     wrong = np.flatnonzero(lengths != n_tokens)
     if wrong.size:
         raise AnalysisError(
-            f"column {name!r} holds lists, which must have one value a token, but example {wrong[0]} has "
+            f"column {name!r} holds lists, which must have one value per token, but example {wrong[0]} has "
             f"{lengths[wrong[0]]:,} values and {n_tokens[wrong[0]]:,} tokens: choose another column"
         )
     of_tokens, names = _numbers(name, column.flatten())

@@ -39,15 +39,15 @@ class Stats:
     """Statistics of the sites of an archive. A row with a NaN or an infinity is counted, and left out of the rest.
 
     Attributes:
-        sites: One line a site: site, width, n_rows, n_nonfinite (values), n_nonfinite_rows; mean, variance and kurtosis
-            of all its values; row_kurtosis (mean over rows of the kurtosis of a row's values: 3 if they are normally
-            distributed, more if a few channels are large; Elhage et al. 2023, "Privileged Bases in the Transformer
-            Residual Stream"); norm_mean, norm_std, norm_max (Euclidean norm of a row);
+        sites: One line per site: site, width, n_rows, n_nonfinite (values), n_nonfinite_rows; mean, variance and
+            kurtosis of all its values; row_kurtosis (mean over rows of the kurtosis of a row's values: 3 if they are
+            normally distributed, more if a few channels are large; Elhage et al. 2023, "Privileged Bases in the
+            Transformer Residual Stream"); norm_mean, norm_std, norm_max (Euclidean norm of a row);
             outlier_channels (root mean square over 6 times the median channel's, largest first);
             component_shares (of the total variance, by principal component; null without components).
-        channels: One line a site and channel: site, channel, mean, variance, kurtosis, min, max, rms, rms_ratio (to
+        channels: One line per site and channel: site, channel, mean, variance, kurtosis, min, max, rms, rms_ratio (to
             the median channel's).
-        positions: One line a site and position: site, position, n_rows, norm_mean, norm_std.
+        positions: One line per site and position: site, position, n_rows, norm_mean, norm_std.
         components: Principal directions by site, (components, width) float64, of length 1, most variance first; the
             entry of largest magnitude is positive.
     """

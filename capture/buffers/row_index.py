@@ -218,7 +218,7 @@ def by_position(site: str, tensor: torch.Tensor, n_examples: int, n_positions: i
     mixture-of-experts layers, or no position axis where each row is an example (`T` is 1).
 
     Raises:
-        CaptureError: The tensor does not hold one entry a position.
+        CaptureError: The tensor does not hold one entry per position.
     """
     shape = tuple(tensor.shape)
     if shape == (n_examples, n_positions):
@@ -229,7 +229,7 @@ def by_position(site: str, tensor: torch.Tensor, n_examples: int, n_positions: i
         return tensor.view(n_examples, n_positions, *(shape[1:] or (1,)))
     raise CaptureError(
         f"{site} gave a tensor of shape {shape} for {n_examples} examples of {n_positions} positions: it does not "
-        "hold one entry a position, so it has no rows. Choose a site inside the model that does."
+        "hold one entry per position, so it has no rows. Choose a site inside the model that does."
     )
 
 

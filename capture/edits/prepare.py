@@ -56,7 +56,7 @@ def prepare_edits(
 def _action(edit: Edit, info: SiteInfo, stored: StoredRows) -> Action:
     """Return what an edit does at a site, limited to the heads and channels that it names."""
     if not info.per_token or info.row_shape is None or info.dtype is None or info.site.top is not None:
-        raise PlanError(f"{info.name} does not hold one entry a token that could be changed; choose another site")
+        raise PlanError(f"{info.name} does not hold one entry per token that could be changed; choose another site")
     dtype = torch_dtype(info.dtype)
     if not dtype.is_floating_point:
         raise PlanError(f"{info.name} holds {info.dtype}, and edits are for floating-point numbers")

@@ -3,8 +3,8 @@
 ``attention.json`` says how each layer's attention weights follow from stored queries and keys. A layer passes its
 scale, soft cap, window and sinks to the attention function; a tap reads these arguments while the model runs over a few
 tokens. Then they are proved: weights computed from them must equal those of the model's own eager attention on these
-tokens. Where they differ (because of a position bias, for example), the file gives the reason instead, and whoever
-needs the weights of that layer captures ``pattern``.
+tokens. Where they differ (because of a position bias, for example), the file gives the reason instead; to have the
+weights of that layer, capture ``pattern``.
 """
 
 from collections.abc import Iterable, Mapping, Sequence

@@ -83,7 +83,7 @@ class Patcher:
 
     Raises:
         UnknownSiteError: The model has no such site.
-        PlanError: A site does not hold one entry a token, or has no heads although `by_head` asks for them.
+        PlanError: A site does not hold one entry per token, or has no heads although `by_head` asks for them.
     """
 
     def __init__(self, model: nn.Module, sites: str | Iterable[str], *, by_head: bool = False) -> None:
@@ -91,7 +91,7 @@ class Patcher:
         infos = unsharded_sites(core_of(model), [sites] if isinstance(sites, str) else list(sites))
         for name, info in infos.items():
             if not info.per_token or info.site.top is not None or info.site.kind == "pattern":
-                raise PlanError(f"{name} does not hold one entry a token that could be put in; choose another site")
+                raise PlanError(f"{name} does not hold one entry per token that could be put in; choose another site")
             if by_head and info.site.kind not in ATTENTION_KINDS:
                 raise PlanError(f"{name} has no heads that could be patched one by one; z, q, k and v have")
         self.sites = tuple(infos)

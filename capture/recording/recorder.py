@@ -196,7 +196,7 @@ class Recorder:
         self._taps.end_forward()
         if self._call is None:
             raise CaptureError(
-                "a call of the recorded model ended without a beginning: call the model itself, once a batch"
+                "a call of the recorded model ended without a beginning: call the model itself, once per batch"
             )
         if self._archive is None:
             self._archive = self._first_archive(self._call)

@@ -181,7 +181,7 @@ class Replayer:
         for name, info in infos.items():
             self.refuse_below(name, f"{name} was asked for")
             if not info.per_token or info.site.top is not None:
-                raise PlanError(f"{name} does not hold one entry a token that could be read; choose another site")
+                raise PlanError(f"{name} does not hold one entry per token that could be read; choose another site")
         self._infos |= infos
         return tuple(infos)
 

@@ -44,7 +44,7 @@ def generate(
         )
     for name in ("num_beams", "num_return_sequences"):
         if (options.get(name) or getattr(core.generation_config, name, None) or 1) > 1:
-            raise PlanError(f"{name} is over 1: rows and edits are placed for one sequence an example, so set it to 1")
+            raise PlanError(f"{name} is over 1: rows and edits are placed for one sequence per example, so set it to 1")
     batch = replayer.batch(examples, padding="left")
     steps = _GenerationSteps(replayer, batch, edit_new_tokens=edit_new_tokens)
     padded = batch.padded

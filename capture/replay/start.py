@@ -71,7 +71,7 @@ def start_of(sites: Sequence[str], anatomy: Anatomy) -> Start:
     top = max(streams, key=lambda site: _order(site, n_blocks))
     below = [name for name in sites if name != str(top) and _order(parse_site(name), n_blocks) < _order(top, n_blocks)]
     if below:
-        raise PlanError(f"rows put in at {top} make those at {below[0]} superfluous: name one of the two")
+        raise PlanError(f"rows put in at {top} replace all that follows from those at {below[0]}: name one of the two")
     return Start(tuple(sites), _first_block(top, n_blocks) or 0, top)
 
 

@@ -33,7 +33,7 @@ class InductionResult:
     """The scores of the heads.
 
     Attributes:
-        scores: One line a head; see `residua.induction_scores`.
+        scores: One line per head; see `residua.induction_scores`.
         folder: Folder of ``heads.parquet`` and ``induction.png``.
     """
 

@@ -48,7 +48,7 @@ def patch(
             ``positions``, ``heads``, ``metric``, ``device``, ``tp``, ``pp``).
 
     Returns:
-        One line a cell: pair, site, position (null for all), head (if ``heads`` is set), token (of the corrupted
+        One line per cell: pair, site, position (null for all), head (if ``heads`` is set), token (of the corrupted
         example), clean and corrupted (the metric of both runs), value (with the cell patched), effect (value -
         corrupted), and recovered (the share of the way from corrupted to clean; null if these are equal).
 

@@ -93,7 +93,7 @@ def sweep(
     out: str | PathLike[str] | None,
     on_pair: Callable[[int, int], None],
 ) -> pa.Table:
-    """Return one line a cell of every pair.
+    """Return one line per cell of every pair.
 
     Args:
         model: A transformers model, or a hub id or folder of one.

@@ -51,7 +51,7 @@ class ReplayCapture(CaptureJob):
     Raises:
         UnknownSiteError: The model has no such site.
         PlanError: A site lies below the stored rows, or its rows do not fit into host memory.
-        CaptureError: A site does not have one entry a token.
+        CaptureError: A site does not have one entry per token.
     """
 
     def __init__(

@@ -1,7 +1,7 @@
 """What a replay changes: a batch runs with the edits and without, and every token of the two runs is compared.
 
 The run without edits starts as high as exact stored rows allow: where the last residual stream is stored, it costs the
-LM head alone. Results are tables, one line a token and one line an example; docs/replay.md lists their columns.
+LM head alone. Results are tables, one line per token and one line per example; docs/replay.md lists their columns.
 """
 
 from collections.abc import Iterator, Sequence

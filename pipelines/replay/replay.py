@@ -69,12 +69,12 @@ class ReplayResult:
 
     @property
     def examples(self) -> pa.Table:
-        """One line an example."""
+        """One line per example."""
         return read_table(self.folder, EXAMPLES)
 
     @property
     def tokens(self) -> pa.Table:
-        """One line a token."""
+        """One line per token."""
         return read_table(self.folder, TOKENS)
 
 

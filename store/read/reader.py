@@ -1,7 +1,7 @@
 """Reads rows of one array, by range or by list, from memory-mapped shard files.
 
 Arrays stored raw are read as strided views of the files, with one gather for each shard. Compressed chunks are decoded
-into place, each once a call, by a few threads. A chunk's crc32c is compared when the chunk is used first, so an
+into place, each once per call, by a few threads. A chunk's crc32c is compared when the chunk is used first, so an
 altered bit is an error that names file and chunk, and never a wrong number.
 
 Several threads may use a reader at once. It survives a fork, and pickles as its path and settings.

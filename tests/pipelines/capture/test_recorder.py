@@ -196,7 +196,7 @@ def test_a_mask_passed_by_position_counts(model: PreTrainedModel, tmp_path: Path
 
 
 class Scorer(nn.Module):
-    """Gives one number a token."""
+    """Gives one number per token."""
 
     def __init__(self) -> None:
         super().__init__()
