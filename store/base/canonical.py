@@ -9,6 +9,7 @@ from residua.store.base.errors import shortened
 
 Json: TypeAlias = "bool | int | float | str | list[Json] | dict[str, Json] | None"
 _MAX_LETTERS = 200  # of a value in a message
+_LETTERS_BEFORE = 40  # the difference in a longer value
 
 
 def canonical_json(value: object) -> bytes:
@@ -41,7 +42,8 @@ def flatten(value: Mapping[str, object], prefix: str = "") -> dict[str, object]:
 def differences(one: Mapping[str, object], other: Mapping[str, object], names: tuple[str, str]) -> list[str]:
     """Return one line, for a message, for each key in which two mappings of JSON values differ.
 
-    Values are compared as canonical JSON: 1, 1.0 and true differ.
+    Values are compared as canonical JSON: 1, 1.0 and true differ. Of long values the line has the place where they
+    begin to differ.
 
     Args:
         one: The first mapping.
@@ -53,12 +55,15 @@ def differences(one: Mapping[str, object], other: Mapping[str, object], names: t
         ['b: the archive has 2, this run has 3']
     """
     texts = [{key: canonical_json(value).decode() for key, value in mapping.items()} for mapping in (one, other)]
-    return [
-        f"{key}: "
-        + ", ".join(
-            f"{name} has {shortened(text.get(key, 'nothing'), _MAX_LETTERS)}"
-            for name, text in zip(names, texts, strict=True)
-        )
-        for key in sorted({*one, *other})
-        if texts[0].get(key) != texts[1].get(key)
-    ]
+    lines = []
+    for key in sorted({*one, *other}):
+        found = [text.get(key, "nothing") for text in texts]
+        if found[0] == found[1]:
+            continue
+        if max(map(len, found)) > _MAX_LETTERS:
+            n_equal = next((i for i, (a, b) in enumerate(zip(*found, strict=False)) if a != b), min(map(len, found)))
+            start = max(0, n_equal - _LETTERS_BEFORE)
+            found = ["..." * bool(start) + text[start:] for text in found]
+        named = (f"{name} has {shortened(text, _MAX_LETTERS)}" for name, text in zip(names, found, strict=True))
+        lines.append(f"{key}: {', '.join(named)}")
+    return lines

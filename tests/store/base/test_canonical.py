@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from residua.store.base.canonical import canonical_json, digest_of, flatten
+from residua.store.base.canonical import canonical_json, differences, digest_of, flatten
 
 TEXTS = st.text(st.characters(exclude_categories=["Cs"]), max_size=8)
 VALUES = st.recursive(
@@ -60,3 +60,15 @@ def test_what_json_cannot_express_is_refused(value: object) -> None:
 def test_flattening_keeps_every_leaf_under_its_dotted_name() -> None:
     nested = {"a": {"b": {"c": 1, "d": [{"e": 2}]}, "empty": {}}, "f": None}
     assert flatten(nested) == {"a.b.c": 1, "a.b.d": [{"e": 2}], "a.empty": {}, "f": None}
+
+
+def test_of_long_values_the_place_is_shown_where_they_differ() -> None:
+    long = "x" * 500
+    (line,) = differences({"template": long + "A", "a": 1}, {"template": long + "B", "a": 1}, ("one", "other"))
+    assert line.startswith("template: one has ...x")
+    assert 'xA"' in line
+    assert 'xB"' in line
+    assert len(line) < 300
+    (line,) = differences({"a": long}, {"a": None}, ("one", "other"))
+    assert line.startswith('a: one has "xxx')
+    assert line.endswith("other has null")
