@@ -8,12 +8,12 @@ layers that were trained; at all others the lens is the logit lens.
 Files are loaded with `weights_only`, so no code in them runs, and sizes are checked before memory is taken.
 """
 
-import json
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeGuard
+from typing import TYPE_CHECKING, Any, TypeGuard
 from zipfile import ZIP_STORED, BadZipFile, ZipFile
 
 from residua.store.base.errors import PlanError
+from residua.store.base.untrusted import parse_json
 from residua.store.format.site_names import Site
 
 if TYPE_CHECKING:
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 CONFIG_FILE, PARAMETERS_FILE, LAYERS_FILE = "config.json", "params.pt", "residua.json"
 BLOCKS_BEFORE = {"resid_pre": 0, "resid_post": 1}  # plus the layer of the site
-_MOST_JSON_BYTES = 2**20
+_MAX_JSON_BYTES = 2**20
 
 
 def lens_layer(site: Site) -> int:
@@ -74,8 +74,9 @@ def read_trained_layers(folder: Path) -> list[object] | None:
     if not path.is_file():
         return None
     try:
-        found = json.loads(path.read_bytes() if path.stat().st_size <= _MOST_JSON_BYTES else b"")["depths"]
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        content: Any = parse_json(path.read_bytes() if path.stat().st_size <= _MAX_JSON_BYTES else b"")
+        found = content["depths"]
+    except (ValueError, KeyError, TypeError) as error:
         raise PlanError(f"{path} does not list the layers of a lens ({error}): train the lens again") from error
     if not isinstance(found, list):
         raise PlanError(f"{path} does not list the layers of a lens: train the lens again")

@@ -157,7 +157,7 @@ def overlay(
             shape=(below.n_rows, *site.row_shape),
             dtype=_dtype_of(site),
             chunks=(below.plan.rows_per_shard, *site.row_shape),
-            compressors=[Crc32cCodec()],  # no compression, so that a hostile chunk cannot claim a huge size
+            compressors=[Crc32cCodec()],  # no compression, so that a forged chunk cannot claim a huge size
             fill_value=np.nan,
         )
     group.attrs[_KEY] = {"plan": below.plan.digest, "sites": names}

@@ -17,6 +17,7 @@ from safetensors import deserialize
 
 from residua.store.base.canonical import Json
 from residua.store.base.errors import PlanError
+from residua.store.base.untrusted import is_inside
 
 MAX_VECTOR_VALUES = 2**26
 MAX_VECTOR_BYTES = 2**29
@@ -89,10 +90,9 @@ def inside(name: str, folder: Path) -> Path:
     try:
         path = (folder / name).resolve()
         _ = path.exists()  # there are names that no file can have
-        is_inside = path.is_relative_to(folder.resolve())
     except (OSError, ValueError, RuntimeError) as error:
         raise PlanError(f"{name!r} is not the name of a file: {error}") from error
-    if not is_inside:
+    if not is_inside(folder, path):
         raise PlanError(f"{name!r} leads out of {folder}: copy what an edit names to the folder of the edits")
     return path
 

@@ -45,7 +45,7 @@ class MappedShard:
 
     Raises:
         DamagedArchiveError: The file is missing or cut short, or its index was altered.
-        UnsafeArchiveError: The index points outside the file.
+        UnsafeArchiveError: The index is forged.
     """
 
     def __init__(

@@ -87,7 +87,7 @@ class ArrayReader:
         Raises:
             IndexError: The array has no such rows.
             DamagedArchiveError: A shard file is missing or altered; the message names it.
-            UnsafeArchiveError: The index of a shard file points outside it.
+            UnsafeArchiveError: The index of a shard file is forged.
         """
         self._check_range(start, stop)
         if start < stop:
@@ -126,7 +126,7 @@ class ArrayReader:
         Raises:
             IndexError: The array has no such row.
             DamagedArchiveError: A shard file is missing or altered; the message names it.
-            UnsafeArchiveError: The index of a shard file points outside it.
+            UnsafeArchiveError: The index of a shard file is forged.
         """
         wanted = self._check_rows(rows)
         out = np.empty((len(wanted), *self._spec.row_shape), self._spec.storage_dtype)

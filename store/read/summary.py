@@ -120,7 +120,7 @@ def summarise(archive: Archive) -> Summary:
 
 def _site(archive: Archive, name: str, fidelity: SiteFidelity | None) -> SiteSummary:
     site = archive.plan.site(name)
-    keys = [part.key for spec in site.arrays(archive.plan.rows_per_shard) for part in spec.file_specs]
+    keys = [spec.key for array in site.arrays(archive.plan.rows_per_shard) for spec in array.file_specs]
     files = [commit.arrays[key] for commit in archive.commits.values() for key in keys]
     lossy = any(file.squares is not None for file in files)
     return SiteSummary(

@@ -4,16 +4,16 @@ It compares every chunk with its crc32c, every shard file with its commit, every
 metadata, and the row columns with the example table, so that rows and texts belong together.
 """
 
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 import numpy as np
 
 from residua.store.base.errors import DamagedArchiveError, PlanError, ResiduaError, UnsafeArchiveError
-from residua.store.base.untrusted import check_inside, read_file
+from residua.store.base.untrusted import check_file, check_inside, parse_json, read_file
 from residua.store.encoding.shard import check_shard, shard_path
 from residua.store.encoding.spec import ArraySpec
 from residua.store.examples.index import ExampleIndex
@@ -90,7 +90,7 @@ class _Check:
         self._archive = archive
         self._root = archive.path
         self._plan = archive.plan
-        self._parts = [part for spec in archive.plan.arrays for part in spec.file_specs]
+        self._file_specs = [spec for array in archive.plan.arrays for spec in array.file_specs]
         self._report = report
         self._known = {ROOT}
 
@@ -121,12 +121,12 @@ class _Check:
             name = f"{folder}/{ROOT}"
             self._known.add(name)
             try:
-                found = json.loads(read_file(self._root, self._root / name, _MAX_GROUP_BYTES))
+                found: Any = parse_json(read_file(self._root, self._root / name, _MAX_GROUP_BYTES))
                 sound = found["zarr_format"] == 3 and found["node_type"] == "group"
                 sound = sound and isinstance(found.get("attributes", {}), dict) and not found.keys() - _GROUP_FIELDS
             except (DamagedArchiveError, UnsafeArchiveError) as error:
                 self._problem(name, str(error))
-            except (ValueError, KeyError, TypeError, RecursionError) as error:
+            except (ValueError, KeyError, TypeError) as error:
                 self._problem(name, f"it cannot be read as the metadata of a group ({error}): restore it from a copy")
             else:
                 if not sound:
@@ -137,13 +137,12 @@ class _Check:
         for name, digest in expected.items():
             path = self._root / name
             self._known.add(name)
-            if not self._is_inside(path):
+            try:
+                check_file(self._root, path, SIDECAR_FOLDERS[PurePosixPath(name).parts[0]])
+            except (DamagedArchiveError, UnsafeArchiveError) as error:
+                self._problem(name, str(error))
                 continue
-            if not path.is_file():
-                self._problem(name, "the file is missing: restore it from a copy")
-            elif path.stat().st_size > (most := SIDECAR_FOLDERS[PurePosixPath(name).parts[0]]):
-                self._problem(name, f"the file is over {most >> 20:,} MiB: restore it from a copy")
-            elif file_digest(path) != digest:
+            if file_digest(path) != digest:
                 self._problem(name, "the file was altered (its SHA-256 differs): restore it from a copy")
             else:
                 self._count(path)
@@ -172,8 +171,8 @@ class _Check:
 
     def _shard(self, commit: Commit, index: ExampleIndex | None) -> None:
         before = len(self._report.problems)
-        for part in self._parts:
-            self._shard_file(part, commit)
+        for spec in self._file_specs:
+            self._shard_file(spec, commit)
         if index is not None and len(self._report.problems) == before:
             self._rows(*commit.rows, index, f"{FOLDER}/{commit.name}")
 
@@ -230,7 +229,7 @@ class _Check:
         known = self._known | {f"{FOLDER}/{commit.name}" for commit in commits.values()}
         for spec in self._plan.arrays:
             known.add(f"{spec.path}/{ROOT}")
-            known.update(shard_path(Path(), part, shard).as_posix() for part in spec.file_specs for shard in commits)
+        known.update(shard_path(Path(), spec, shard).as_posix() for spec in self._file_specs for shard in commits)
         for path in sorted(self._root.rglob("*")):
             name = path.relative_to(self._root).as_posix()
             if name in known or (path.is_dir() and (not path.is_symlink() or self._is_inside(path))):
