@@ -17,7 +17,7 @@ from torch import nn
 from residua.capture.runtime.devices import runs_on_cuda
 from residua.store.base.errors import CaptureError
 
-_MOST_WRITERS = 4
+_MAX_WRITERS = 4
 
 
 class CudaStreams:
@@ -82,4 +82,4 @@ def writer_threads(model: nn.Module) -> int:
     """Return the default number of threads that encode and write: more if a GPU leaves the processor's cores idle."""
     if not runs_on_cuda(model):
         return 1
-    return min(_MOST_WRITERS, os.cpu_count() or 1)
+    return min(_MAX_WRITERS, os.cpu_count() or 1)

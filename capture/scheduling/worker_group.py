@@ -129,7 +129,7 @@ class GroupCommits:
 
     def __init__(self, worker_group: WorkerGroup, plan: Plan) -> None:
         self._worker_group = worker_group
-        self._keys = {part.key for spec in plan.arrays for part in spec.file_specs}
+        self._keys = {spec.key for array in plan.arrays for spec in array.file_specs}
         self._mine: dict[int, Commit] = {}
         self._lock = threading.Lock()
 
