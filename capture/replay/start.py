@@ -196,10 +196,10 @@ def _probe(anatomy: Anatomy, skip: Skip) -> Skip:
     found = Skip(skip.blocks, returns_tuples[0])
     try:
         with skipping(found):
-            skipped = _probe_logits(anatomy, last, lambda _: kept[0].clone())
+            is_equal = torch.equal(in_full, _probe_logits(anatomy, last, lambda _: kept[0].clone()))
     except Exception as error:  # noqa: BLE001  # whatever a model raises without its lower blocks: it needs them
         return _cannot_skip(anatomy, f"it fails without them ({type(error).__name__}: {error})")
-    if torch.equal(in_full, skipped):
+    if is_equal:
         return found
     return _cannot_skip(anatomy, "later blocks use more of them than the residual stream")
 

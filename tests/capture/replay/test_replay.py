@@ -128,6 +128,20 @@ def test_results_are_computed_when_asked_for_and_once(llama: Given) -> None:
         run["attn_out.2"]
 
 
+def test_a_model_without_logits_runs_once_however_often_they_are_asked_for(tmp_path: Path) -> None:
+    """Where several processes hold the model, another pass would wait for the others for ever."""
+    model: Any = model_of("llama").base_model  # has no LM head
+    archive = captured(model, tmp_path / "a", sites="resid_post.*")
+    calls: list[int] = []
+    model.register_forward_hook(lambda *_: calls.append(1))
+    with residua.replay(model, archive, examples=EVEN, at="resid_post.1", keep="final") as run:
+        for _ in range(2):
+            with pytest.raises(CaptureError, match="no logits"):
+                _ = run.logits
+        assert run["final"][0].shape == (LENGTHS[0], 32)
+        assert len(calls) == 1
+
+
 def test_patterns_have_the_keys_of_their_example(tmp_path: Path) -> None:
     model = model_of("llama")
     archive = captured(model, tmp_path / "a", sites="resid_post.0,pattern.2,logits")
