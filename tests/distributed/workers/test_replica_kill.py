@@ -25,7 +25,10 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_dataset(tmp_path_factory.mktemp("data") / "ragged.jsonl", 60, seed=1)
 
 
-def one_process(forked_workers: ForkedWorkers, dataset: Path, out: Path) -> Path:
+@pytest.fixture(scope="module")
+def reference(forked_workers: ForkedWorkers, dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The archive that one process wrote."""
+    out = tmp_path_factory.mktemp("one") / "a.zarr"
     [ended] = forked_workers.run([Start(words=capture_words(dataset, out, *SITES), env={})])
     assert ended.code == 0, ended.output
     return out
@@ -34,10 +37,9 @@ def one_process(forked_workers: ForkedWorkers, dataset: Path, out: Path) -> Path
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
 def test_any_one_of_four_killed_at_ten_random_moments(
-    forked_workers: ForkedWorkers, dataset: Path, tmp_path: Path
+    forked_workers: ForkedWorkers, dataset: Path, reference: Path, tmp_path: Path
 ) -> None:
     """Survivors finish what the dead one left, or, if it kept the store, end with an error; then the run goes on."""
-    reference = one_process(forked_workers, dataset, tmp_path / "reference.zarr")
     started = time.monotonic()
     timed = forked_workers.run(launched(capture_words(dataset, tmp_path / "timed.zarr", *SITES), N_WORKERS, slow=SLOW))
     assert [end.code for end in timed] == [0] * N_WORKERS
@@ -86,9 +88,8 @@ def resume_with_each_number(forked_workers: ForkedWorkers, dataset: Path, half_d
 
 @pytest.mark.timeout(900)
 def test_all_four_killed_half_way_and_resumed_by_one_two_and_four(
-    forked_workers: ForkedWorkers, dataset: Path, tmp_path: Path
+    forked_workers: ForkedWorkers, dataset: Path, reference: Path, tmp_path: Path
 ) -> None:
-    reference = one_process(forked_workers, dataset, tmp_path / "reference.zarr")
     out = tmp_path / "a.zarr"
     forked_workers.start(launched(capture_words(dataset, out, *SITES), N_WORKERS, slow=0.1))
     await_commits(out, 12)
@@ -117,10 +118,9 @@ def test_without_the_worker_that_keeps_the_store_the_others_end_within_seconds(
 
 @pytest.mark.timeout(600)
 def test_a_stopped_worker_is_taken_for_dead_and_does_no_harm_when_it_wakes(
-    forked_workers: ForkedWorkers, dataset: Path, tmp_path: Path
+    forked_workers: ForkedWorkers, dataset: Path, reference: Path, tmp_path: Path
 ) -> None:
     """Its shards are done by others meanwhile; what it writes afterwards is the same."""
-    reference = one_process(forked_workers, dataset, tmp_path / "reference.zarr")
     out = tmp_path / "woken" / "a.zarr"
     out.parent.mkdir()
     forked_workers.start(launched(capture_words(dataset, out, *SITES), 3, slow=0.1))
