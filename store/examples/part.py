@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from residua.store.base.errors import DamagedArchiveError, UnsafeArchiveError
-from residua.store.base.untrusted import check_file
+from residua.store.base.untrusted import check_file, size_problem
 from residua.store.examples.index import (
     DIGEST_KEY,
     MAX_PART_BYTES,
@@ -115,11 +115,14 @@ def _check_pages(path: Path, groups: Sequence[RowGroup], names: tuple[str, ...])
     """Return the sizes of columns before they are decoded; refuse more than Residua puts into a part."""
     with _mapped(path) as data:
         chunks = [chunk for group in groups for chunk in group.chunks(data, names)]
-    if sum(chunk.n_bytes for chunk in chunks) > MAX_PART_BYTES:
-        raise UnsafeArchiveError(f"{path}: more than {MAX_PART_BYTES} bytes in one part")
-    if any(chunk.n_values > MAX_PART_VALUES for chunk in chunks):
-        raise UnsafeArchiveError(f"{path}: more than {MAX_PART_VALUES} values in one part")
+    _refuse(path, [size_problem(f"values of {chunk.column}", chunk.n_values, MAX_PART_VALUES) for chunk in chunks])
+    _refuse(path, [size_problem("bytes of columns", sum(chunk.n_bytes for chunk in chunks), MAX_PART_BYTES)])
     return chunks
+
+
+def _refuse(path: Path, problems: Sequence[str]) -> None:
+    if problem := next(filter(None, problems), ""):
+        raise UnsafeArchiveError(f"{path}: {problem}")
 
 
 def read_parts(folder: Path) -> list[Part]:
@@ -145,10 +148,12 @@ def _read_part(path: Path) -> Part:
         with _mapped(path) as data:
             groups = read_footer(data)
         n_examples = [group.n_rows for group in groups]
-        if min(n_examples, default=0) < 0 or sum(n_examples) > MAX_PART_EXAMPLES:
-            raise UnsafeArchiveError(f"{path}: more than {MAX_PART_EXAMPLES} examples in one part")
-        if any(chunk.n_values > MAX_PART_EXAMPLES for chunk in _check_pages(path, groups, _COUNTS)):
-            raise UnsafeArchiveError(f"{path}: a column of counts has more entries than examples")
+        _refuse(path, [size_problem("examples of a row group", n, MAX_PART_EXAMPLES) for n in n_examples])
+        _refuse(path, [size_problem("examples", sum(n_examples), MAX_PART_EXAMPLES)])
+        chunks = _check_pages(path, groups, _COUNTS)
+        _refuse(
+            path, [size_problem(f"values of {chunk.column}", chunk.n_values, MAX_PART_EXAMPLES) for chunk in chunks]
+        )
         with _opened(path) as file:
             schema = file.schema_arrow
             _check_schema(path, schema)
@@ -183,8 +188,7 @@ def _check_schema(path: Path, schema: pa.Schema) -> None:
 def _check_counts(path: Path, n_rows: IntArray, n_tokens: IntArray) -> None:
     if (n_rows < 0).any() or (n_tokens < n_rows).any():
         raise UnsafeArchiveError(f"{path}: an example has a negative count or more rows than tokens")
-    if n_tokens.sum(dtype=np.int64) > MAX_PART_VALUES:
-        raise UnsafeArchiveError(f"{path}: more than {MAX_PART_VALUES} tokens in one part")
+    _refuse(path, [size_problem("tokens", int(n_tokens.sum(dtype=np.int64)), MAX_PART_VALUES)])
 
 
 def _numbers(path: Path, column: Any, n: int) -> Any:
