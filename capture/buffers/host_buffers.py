@@ -220,20 +220,20 @@ class ShardFiller:
             if blocks is None:
                 continue
             self.n_bytes += len(row_index.source) * blocks[0][0].nbytes
-            for number, part in row_index.per_block(len(blocks[0])):
+            for number, in_block in row_index.per_block(len(blocks[0])):
                 block = blocks[number]
                 if tensor.is_cuda:
                     if is_pattern:
-                        gather = partial(part.gather_pattern, flat, block, self._batch)
+                        gather = partial(in_block.gather_pattern, flat, block, self._batch)
                     else:
-                        gather = partial(part.gather, flat, block.dtype)
-                    self._send(tensor.device, gather, part, block, buffer.pending)
+                        gather = partial(in_block.gather, flat, block.dtype)
+                    self._send(tensor.device, gather, in_block, block, buffer.pending)
                     continue
                 if is_pattern:
-                    part.copy_pattern(flat, block, self._batch)
+                    in_block.copy_pattern(flat, block, self._batch)
                 else:
-                    part.copy(flat, block)
-                buffer.filled(site, number, len(part.target))
+                    in_block.copy(flat, block)
+                buffer.filled(site, number, len(in_block.target))
 
     def row_indexes(self) -> Iterator[tuple[int, RowIndex]]:
         """Yield each shard that keeps rows of the current batch, with the index of these rows."""
@@ -252,20 +252,20 @@ class ShardFiller:
         blocks = buffer.blocks[site]
         self.n_bytes += rows.nbytes
         start = 0
-        for number, part in row_index.per_block(len(blocks[0])):
-            piece = rows[start : start + len(part.target)]
-            start += len(part.target)
+        for number, in_block in row_index.per_block(len(blocks[0])):
+            piece = rows[start : start + len(in_block.target)]
+            start += len(in_block.target)
             if rows.is_cuda:
-                self._send(rows.device, partial(_same, piece), part, blocks[number], buffer.pending)
+                self._send(rows.device, partial(_same, piece), in_block, blocks[number], buffer.pending)
             else:
-                part.scatter(piece, blocks[number])
-                buffer.filled(site, number, len(part.target))
+                in_block.scatter(piece, blocks[number])
+                buffer.filled(site, number, len(in_block.target))
 
     def _send(
         self,
         device: torch.device,
         gather: Callable[[], torch.Tensor],
-        part: RowIndex,
+        in_block: RowIndex,
         block: torch.Tensor,
         pending: PendingCopies,
     ) -> None:
@@ -275,8 +275,8 @@ class ShardFiller:
         self._offload.send(
             self._streams[device],
             gather,
-            partial(part.scatter, buffer=block),
-            n_bytes=len(part.source) * block[0].nbytes,
+            partial(in_block.scatter, buffer=block),
+            n_bytes=len(in_block.source) * block[0].nbytes,
             pending=pending,
         )
 

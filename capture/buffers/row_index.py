@@ -104,9 +104,9 @@ def batch_rows(examples: Sequence[ExampleRows], n_positions: int) -> BatchRows:
     )
 
 
-def _join(parts: Sequence[npt.NDArray[Any]], dtype: type[Integer]) -> npt.NDArray[Integer]:
-    """Concatenate `parts`; a batch may have none."""
-    return np.concatenate([np.zeros(0, dtype), *parts], dtype=dtype)
+def _join(arrays: Sequence[npt.NDArray[Any]], dtype: type[Integer]) -> npt.NDArray[Integer]:
+    """Concatenate `arrays`; a batch may have none."""
+    return np.concatenate([np.zeros(0, dtype), *arrays], dtype=dtype)
 
 
 class RowIndex:
@@ -147,8 +147,8 @@ class RowIndex:
             blocks = self.target // height
             starts = np.flatnonzero(np.diff(blocks, prepend=-1))
             self._by_block[height] = [
-                (int(blocks[part[0]]), RowIndex(self.source[part], self.target[part] % height))
-                for part in np.split(np.arange(len(blocks)), starts[1:])
+                (int(blocks[picked[0]]), RowIndex(self.source[picked], self.target[picked] % height))
+                for picked in np.split(np.arange(len(blocks)), starts[1:])
             ]
         return self._by_block[height]
 

@@ -1,9 +1,9 @@
 """Collectives: which rank this process is, and what the ranks of a group exchange.
 
-`Exchange` turns parts of all rows into all of some rows. A tensor that is distributed over ranks lies on each rank as a
-slice of every row or, if it is distributed by position, as all of some rows. One rank writes a shard. So each rank cuts
-its tensor by the rank that stores each piece, and one `all_to_all` brings every piece to that rank: nothing is sent
-twice, and nothing is sent that is not stored.
+`Exchange` turns slices of all rows into all of some rows. A tensor that is distributed over ranks lies on each rank as
+a slice of every row or, if it is distributed by position, as all of some rows. One rank writes a shard. So each rank
+cuts its tensor by the rank that stores each piece, and one `all_to_all` brings every piece to that rank: nothing is
+sent twice, and nothing is sent that is not stored.
 
 `Agreement` and `in_step` keep workers together whose forward passes are collectives.
 """

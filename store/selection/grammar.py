@@ -137,16 +137,16 @@ class _Parser:
         return condition
 
     def _condition(self) -> Condition:
-        parts = [self._every()]
+        conditions = [self._every()]
         while self._took("or"):
-            parts.append(self._every())
-        return Some(tuple(parts)) if len(parts) > 1 else parts[0]
+            conditions.append(self._every())
+        return Some(tuple(conditions)) if len(conditions) > 1 else conditions[0]
 
     def _every(self) -> Condition:
-        parts = [self._one()]
+        conditions = [self._one()]
         while self._took("and"):
-            parts.append(self._one())
-        return Every(tuple(parts)) if len(parts) > 1 else parts[0]
+            conditions.append(self._one())
+        return Every(tuple(conditions)) if len(conditions) > 1 else conditions[0]
 
     def _one(self) -> Condition:
         self._depth += 1
