@@ -25,7 +25,7 @@ from residua.capture.runtime.pipeline_schedule import runnable
 from residua.capture.runtime.sharded import plain_class
 from residua.capture.runtime.wrappers import core_of, evaluating, running_uncompiled
 from residua.capture.sites.attention import eager_attention
-from residua.store.base.canonical import Json, digest_of, flatten
+from residua.store.base.canonical import Json, differences, digest_of, flatten
 from residua.store.base.errors import CaptureError, PlanError
 from residua.store.read.archive import Archive
 
@@ -143,12 +143,8 @@ def config_differences(provenance: Mapping[str, object], model: nn.Module) -> li
     there = described.get("config_values") if isinstance(described, Mapping) else None
     if not isinstance(there, Mapping):
         return []
-    before, now = flatten(there), flatten(_config_values(model))
-    return [
-        f"model.config.{key}: the archive has {before.get(key, 'nothing')!r}, this run has {now.get(key, 'nothing')!r}"
-        for key in sorted(before.keys() | now.keys())
-        if before.get(key) != now.get(key)
-    ]
+    before, now = (flatten(values, "model.config.") for values in (there, _config_values(model)))
+    return differences(before, now, ("the archive", "this run"))
 
 
 @dataclass(frozen=True, kw_only=True)
