@@ -53,12 +53,11 @@ class Gram(NamedTuple):
         self.input_input.add_(shifted.T @ shifted)
         self.input_target.add_(shifted.T @ target_ND)
 
-    def merge_(self, other: Self) -> Self:
+    def merge_(self, other: Self) -> None:
         """Add the sums over other rows, with the same origin."""
         for mine, theirs in zip(self, other, strict=True):
             if mine is not self.origin:
                 mine.add_(theirs)
-        return self
 
 
 def add_rows(grams: dict[str, Gram], final: str, rows: Rows, reader: LensRows, decoder: Decoder) -> None:

@@ -39,7 +39,7 @@ from residua.analysis.lens.ridge import Gram, Ridge, add_rows, solve_ridge
 from residua.analysis.lens.rows import LensPoints, LensRows, lens_points
 from residua.analysis.lens.settings import LensSettings
 from residua.analysis.lens.unembedding import Decoder
-from residua.analysis.support.cluster import Cluster, OrderedSum
+from residua.analysis.support.cluster import Cluster, in_order
 from residua.analysis.support.open_archives import address, opened
 from residua.store.base.errors import AnalysisError
 from residua.store.read.archive import Archive
@@ -118,9 +118,10 @@ def _fit_layers(training: _Training, job: tuple[Sequence[int], int]) -> dict[int
     for layer in layers:
         site, gram = points.sites[layer], Gram(**read_tensors(training.sums_path(layer)))
         ridges[site] = solve_ridge(gram, reader.read(site, rows).float(), target)
+    n_rows = int(gram.n_rows.item())
+    del gram  # two matrices of float64, which the refinement does not need
     refined: dict[str, Translator] = {}
     if training.settings.refine:
-        n_rows = int(gram.n_rows.item())
         refined = refine(ridges, points.final, reader, decoder, n_rows=n_rows, part=part, n_parts=training.n_parts)
     return {
         layer: _Fitted(ridge.translator, refined.get(site), ridge.penalty)
@@ -258,13 +259,14 @@ class LensTraining:
         size = max(1, self._cluster.memory_limit // 16 // (2 * 8 * self._points.width**2))
         for start in range(0, len(left), size):
             origins = {layer: self._origin(self._points.sites[layer]) for layer in left[start : start + size]}
-            jobs = [(origins, first) for first in range(0, max(1, len(self._reader.chunks())), _SUM_CHUNKS)]
-            sums = {layer: OrderedSum[Gram](len(jobs), Gram.merge_) for layer in origins}
-            for number, grams in self._cluster.map(partial(_sum_rows, self._training), jobs, label="adding up rows"):
+            jobs = [(origins, first) for first in range(0, len(self._reader.chunks()), _SUM_CHUNKS)]
+            totals = {layer: Gram.zero(origin) for layer, origin in origins.items()}
+            found = self._cluster.map(partial(_sum_rows, self._training), jobs, label="adding up rows")
+            for grams in in_order(found):
                 for layer, gram in grams.items():
-                    total = sums[layer].add(number, gram)
-                    if total is not None:
-                        write_tensors(self._training.sums_path(layer), total._asdict())
+                    totals[layer].merge_(gram)
+            for layer, total in totals.items():
+                write_tensors(self._training.sums_path(layer), total._asdict())
 
     def _origin(self, site: str) -> Tensor:
         rows = self._reader.training_rows(self._reader.chunks()[:_ORIGIN_CHUNKS])
@@ -293,18 +295,14 @@ class LensTraining:
         """Return the score of each map, by layer and name."""
         layers, n_rows = list(self._points.sites), len(self._reader.held_out_rows())
         layer_bytes = 3 * 4 * self._points.width**2 + 2 * _EVALUATE_ROWS * 4 * self._points.width
-        firsts = range(0, n_rows, _EVALUATE_ROWS)
         groups = self._groups(layers, layer_bytes, len(layers))
-        jobs = [(group, first) for group in groups for first in firsts]
-        sums = {layer: OrderedSum(len(firsts), _merge_scores) for layer in layers}
-        totals: dict[int, dict[str, Score]] = {}
-        for number, found in self._cluster.map(
-            partial(_evaluate_layers, self._training), jobs, label="evaluating layers"
-        ):
-            for layer, scores in found.items():
-                total = sums[layer].add(number % len(firsts), scores)
-                if total is not None:
-                    totals[layer] = total
+        jobs = [(group, first) for group in groups for first in range(0, n_rows, _EVALUATE_ROWS)]
+        totals: dict[int, dict[str, Score]] = {layer: {} for layer in layers}
+        found = self._cluster.map(partial(_evaluate_layers, self._training), jobs, label="evaluating layers")
+        for by_layer in in_order(found):
+            for layer, scores in by_layer.items():
+                for name, score in scores.items():
+                    totals[layer][name] = totals[layer].get(name, Score()).plus(score)
         return totals
 
     def _config(self, head: LMHead) -> LensConfig:
@@ -317,7 +315,3 @@ class LensTraining:
             num_hidden_layers=self._points.n_blocks,
             unembed_hash=hash_unembedding(head.parameters["unembed.weight"]),
         )
-
-
-def _merge_scores(scores: dict[str, Score], others: dict[str, Score]) -> dict[str, Score]:
-    return {name: score.plus(others[name]) for name, score in scores.items()}

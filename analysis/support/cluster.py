@@ -4,7 +4,8 @@ Jobs run on worker processes of this machine, on an existing Dask cluster, or in
 numbers, opens the archive where it runs, and returns a small result, so no activations are sent or spilled. A job whose
 worker dies runs again on another worker.
 
-Floating-point sums depend on their order, and jobs finish in any order. `OrderedSum` adds results in a fixed order.
+Floating-point sums depend on their order, and jobs finish in any order. `in_order` yields results in the order of their
+jobs. `OrderedSum` adds results in a fixed order, so that few of them wait in memory.
 """
 
 import logging
@@ -255,6 +256,17 @@ def _remote(scheduler: str, timeout: float) -> Iterator[Client]:
 
 def _bar(label: str, n_jobs: int, *, shown: bool) -> tqdm:
     return tqdm(total=n_jobs, desc=label, unit="job", file=sys.stderr, leave=False, disable=not shown)
+
+
+def in_order(results: Iterator[tuple[int, Result]]) -> Iterator[Result]:
+    """Yield what `Cluster.map` yields in the order of the jobs. Results that come before their turn wait in memory."""
+    waiting: dict[int, Result] = {}
+    turn = 0
+    for number, result in results:
+        waiting[number] = result
+        while turn in waiting:
+            yield waiting.pop(turn)
+            turn += 1
 
 
 class OrderedSum(Generic[Term]):

@@ -55,15 +55,31 @@ def test_a_function_that_starts_at_its_minimum_takes_no_step() -> None:
     assert (found.n_steps, found.is_converged, found.point.tolist()) == (0, True, [0, 0, 0])
 
 
-def test_an_error_of_the_evaluation_comes_up_and_leaves_no_thread() -> None:
+@pytest.mark.parametrize("error", [OSError("the disk is gone"), KeyboardInterrupt()])
+def test_an_error_of_the_evaluation_comes_up_and_leaves_no_thread(error: BaseException) -> None:
     before = threading.active_count()
     evaluate = Parabolas()
 
     def failing(numbers: Sequence[int], points: Sequence[Floats]) -> list[tuple[float, Floats]]:
         if len(evaluate.calls) == 3:
-            raise OSError("the disk is gone")
+            raise error
         return evaluate(numbers, points)
 
-    with pytest.raises(OSError, match="the disk is gone"):
+    with pytest.raises(type(error)) as raised:
         minimise(failing, SIZES, tolerance=1e-20, most_passes=100)
+    assert raised.value is error
+    assert threading.active_count() == before
+
+
+def test_an_error_in_one_thread_comes_up_and_ends_the_others() -> None:
+    before = threading.active_count()
+    evaluate = Parabolas()
+
+    def with_a_wrong_gradient(numbers: Sequence[int], points: Sequence[Floats]) -> list[tuple[float, Floats]]:
+        answers = dict(zip(numbers, evaluate(numbers, points), strict=True))
+        loss, gradient = answers[2]
+        return [*(answers | {2: (loss, gradient[:2])}).values()]
+
+    with pytest.raises(ValueError, match="mismatch"):
+        minimise(with_a_wrong_gradient, SIZES, tolerance=1e-20, most_passes=100)
     assert threading.active_count() == before

@@ -16,7 +16,7 @@ from threadpoolctl import threadpool_info, threadpool_limits
 
 from residua.analysis.rows.blocks import blocks
 from residua.analysis.rows.dask_array import array
-from residua.analysis.support.cluster import Cluster, OrderedSum, connect
+from residua.analysis.support.cluster import Cluster, OrderedSum, connect, in_order
 from residua.analysis.support.open_archives import address
 from residua.store.base.errors import AnalysisError, DamagedArchiveError
 from residua.store.read.archive import Archive
@@ -198,3 +198,8 @@ def test_a_sum_does_not_depend_on_the_order_of_arrival(order: list[int], n_terms
     assert answers[:-1] == [None] * (n_terms - 1)
     assert answers[-1] == [expected.add(index, f"{index:x}") for index in range(n_terms)][-1]
     assert str(answers[-1]).replace("(", "").replace(")", "") == "0123456789a"[:n_terms]
+
+
+@given(st.permutations(range(11)))
+def test_results_come_in_the_order_of_their_jobs(order: list[int]) -> None:
+    assert list(in_order((number, f"{number:x}") for number in order)) == list("0123456789a")
