@@ -20,7 +20,7 @@ from matplotlib.ticker import LogLocator, MaxNLocator
 _DPI = 150
 _MOST_TICKS = 24  # more labels would overlap
 _MOST_INSIDE = 3  # a longer legend goes outside the axes
-_MOST_HORIZONTAL = 7  # more names on the x axis are turned by 90 degrees
+_MOST_HORIZONTAL = 7  # more names on the x axis are rotated by 90 degrees
 _MOST_CELLS_WITH_NUMBERS = 120
 _MOST_CONTROLS = 3  # with more kinds of site, `plot_probe` leaves the control lines out
 _COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")  # Okabe and Ito (2008)

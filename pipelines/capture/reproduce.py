@@ -59,7 +59,7 @@ def reproduce(
     Args:
         archive: Folder of the archive.
         model: The model that was captured: a transformers model, or a hub id or folder of one.
-        n_batches: How many batches to run; they are chosen at random from those that are wholly captured.
+        n_batches: How many batches to run; they are chosen at random from those that are captured in full.
         seed: Seed of the choice.
         device: Device of the model, if it is loaded here.
         on_batch: Called with the batches done and in all, after each.

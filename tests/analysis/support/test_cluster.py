@@ -130,7 +130,7 @@ def test_arrays_give_the_same_as_with_threads(scheduler: str, archive: Archive) 
 def test_a_job_whose_worker_was_killed_runs_again(cluster: Cluster, tmp_path: Path) -> None:
     found = dict(cluster.map(partial(jobs.kill_worker_once, str(tmp_path)), range(6), label="squares"))
     assert found == {number: number * number for number in range(6)}
-    assert (tmp_path / "died").exists()
+    assert (tmp_path / "killed").exists()
 
 
 def test_every_job_begins_with_one_torch_thread(cluster: Cluster) -> None:
