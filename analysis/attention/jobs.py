@@ -86,7 +86,7 @@ def _sources(archive: Archive, layers: Sequence[int] | None, source: Source | No
         what = {"pattern": "pattern sites", "qk": "q and k sites", None: "pattern sites, nor q and k sites"}[source]
         where = f"layer {missing[0]} of {archive.path}" if missing else str(archive.path)
         raise AnalysisError(f"{where} has no {what}: capture with --sites 'q.*,k.*', which takes less space")
-    asked = {layer: found[layer] for layer in found if layers is None or layer in layers}
+    asked: dict[int, Source] = {layer: found[layer] for layer in found if layers is None or layer in layers}
     for layer, layer_source in asked.items():
         if layer_source == "qk":
             attention_spec(archive, layer)  # raises here, before any job starts

@@ -115,11 +115,12 @@ def _fit_layers(training: _Training, job: tuple[Sequence[int], int]) -> dict[int
     rows = reader.held_out_rows(_PENALTY_ROWS)
     target = decoder.normalise(reader.read(points.final, rows).float())
     ridges: dict[str, Ridge] = {}
+    n_rows = 0
     for layer in layers:
         site, gram = points.sites[layer], Gram(**read_tensors(training.sums_path(layer)))
         ridges[site] = solve_ridge(gram, reader.read(site, rows).float(), target)
-    n_rows = int(gram.n_rows.item())
-    del gram  # two matrices of float64, which the refinement does not need
+        n_rows = int(gram.n_rows.item())
+        del gram  # two matrices of float64, which the refinement does not need
     refined: dict[str, Translator] = {}
     if training.settings.refine:
         refined = refine(ridges, points.final, reader, decoder, n_rows=n_rows, part=part, n_parts=training.n_parts)

@@ -6,7 +6,7 @@ one call evaluates them together.
 """
 
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from functools import partial
 from threading import Barrier, BrokenBarrierError
@@ -112,9 +112,10 @@ def minimise(
         finally:
             barrier.abort()
 
+    threads: list[Future[None]] = []
     with ThreadPoolExecutor(len(descents)) as pool:
         try:
-            threads = [pool.submit(descend, number) for number in range(len(descents))]
+            threads += [pool.submit(descend, number) for number in range(len(descents))]
             for _ in range(most_passes):
                 barrier.wait()
                 numbers = sorted(asked)

@@ -90,5 +90,5 @@ class ProbeRows:
             finite = np.isfinite(values).all(axis=1)
             if not finite.all():
                 self.n_left_out += int(len(rows) - np.count_nonzero(finite))
-                piece = LabelledRows(*(array[finite] for array in piece))
+                piece = LabelledRows(piece.values[finite], piece.labels[finite], piece.subsets[finite])
             yield piece

@@ -52,7 +52,7 @@ def signed_numbers(name: str, value: Any) -> tuple[int, ...]:
     return whole_numbers(name, value, least=-_LARGEST)
 
 
-def is_list(value: object, kinds: Any = list | tuple) -> bool:
+def is_list(value: Any, kinds: Any = list | tuple) -> bool:
     """Return whether `value` is a list of a size that an edit may have."""
     return isinstance(value, kinds) and 0 < len(value) <= MAX_LIST
 
