@@ -1,8 +1,8 @@
 """Another checkout against this one, the same jobs in turns: `python benchmarks/versions.py --other FOLDER`.
 
 Each run is a process of its own that imports Residua from one of the two checkouts, prepares the job, and measures only
-the job: processor time of all its threads, kernel included. The jobs use public names only. Ratios are taken within a
-round, this checkout over the other; 1.00 means that the two cost the same.
+the job: processor time of all its threads, kernel included. The jobs use public names only. The checkouts take turns in
+going first. Ratios are taken within a round, this checkout over the other; 1.00 means that the two cost the same.
 """
 
 import argparse
@@ -82,7 +82,11 @@ def report(other: Path, rounds: int) -> str:
     """Run every job from both checkouts in turns; return the table."""
     lines = []
     for name, (prepare, job) in JOBS.items():
-        pairs = [(seconds(other, prepare, job), seconds(HERE, prepare, job)) for _ in range(rounds)]
+        pairs = []
+        for number in range(rounds):
+            order = (other, HERE) if number % 2 else (HERE, other)
+            found = {checkout: seconds(checkout, prepare, job) for checkout in order}
+            pairs.append((found[other], found[HERE]))
         theirs, ours = zip(*pairs, strict=True)
         lines.append([name, spread(theirs), spread(ours), spread([new / old for old, new in pairs])])
         print(f"{name}: {lines[-1][-1]}", file=sys.stderr, flush=True)
