@@ -10,6 +10,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 from measure import machine, spread, table
@@ -78,10 +79,11 @@ def seconds(checkout: Path, prepare: str, job: str) -> float:
     return float(shown.stdout.split()[-1])
 
 
-def report(other: Path, rounds: int) -> str:
-    """Run every job from both checkouts in turns; return the table."""
+def report(other: Path, names: Sequence[str], rounds: int) -> str:
+    """Run the named jobs from both checkouts in turns; return the table."""
     lines = []
-    for name, (prepare, job) in JOBS.items():
+    for name in names:
+        prepare, job = JOBS[name]
         pairs = []
         for number in range(rounds):
             order = (other, HERE) if number % 2 else (HERE, other)
@@ -98,8 +100,11 @@ def report(other: Path, rounds: int) -> str:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--other", type=Path, required=True, help="folder of the other checkout")
+    parser.add_argument(
+        "--jobs", nargs="+", choices=JOBS, default=list(JOBS), metavar="JOB", help="jobs (default: all)"
+    )
     parser.add_argument("--rounds", type=int, default=5, help="runs of each job from each checkout (default: 5)")
     parser.add_argument("--out", type=Path, help="file for the table (default: print it)")
     options = parser.parse_args()
-    found = report(options.other.resolve(), options.rounds)
+    found = report(options.other.resolve(), options.jobs, options.rounds)
     options.out.write_text(found) if options.out else print(found)
