@@ -67,12 +67,15 @@ class ForkedWorkers:
 
     Args:
         folder: Where the workers' output goes.
+
+    Attributes:
+        pids: Process numbers of the workers that were started last.
     """
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._n = 0
-        self._pids: list[int] = []
+        self.pids: list[int] = []
         self._logs: list[Path] = []
         self._server = subprocess.Popen(
             [sys.executable, "-c", "from tests.distributed.workers.forked_workers import serve; serve()"],
@@ -90,18 +93,18 @@ class ForkedWorkers:
         self._send(
             [{**asdict(worker), "log": str(log), "die_at": 0} for worker, log in zip(workers, self._logs, strict=True)]
         )
-        self._pids = self._answer()
+        self.pids = self._answer()
 
     def kill(self, worker: int, number: int = signal.SIGKILL) -> None:
         """Send a signal to one worker, which may have ended."""
-        os.kill(self._pids[worker], number)
+        os.kill(self.pids[worker], number)
 
     def wait(self, seconds: float = SECONDS) -> list[Ended]:
         """Return how the workers ended; after `seconds`, kill them and fail."""
         try:
             codes = self._answer(seconds)
         except AssertionError:
-            for pid in self._pids:
+            for pid in self.pids:
                 os.kill(pid, signal.SIGKILL)
             self._answer()
             self._send("reap them")

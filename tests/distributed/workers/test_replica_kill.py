@@ -10,9 +10,10 @@ import pytest
 
 from residua.store.format.archive_metadata import is_archive
 from residua.store.read.archive import Archive
+from residua.store.storage.lock import read_owner
 from tests.distributed.workers.forked_workers import LOST_SECONDS, ForkedWorkers, Start, launched
 from tests.ragged import capture_words, write_dataset
-from tests.stopped import await_commits, check_end, check_stop, committed
+from tests.stopped import SECONDS, await_commits, check_end, check_stop, committed
 
 N_KILLS = 10
 N_WORKERS = 4
@@ -40,9 +41,11 @@ def test_any_one_of_four_killed_at_ten_random_moments(
     forked_workers: ForkedWorkers, dataset: Path, reference: Path, tmp_path: Path
 ) -> None:
     """Survivors finish what the dead one left, or, if it kept the store, end with an error; then the run goes on."""
+    timed = tmp_path / "timed.zarr"
+    forked_workers.start(launched(capture_words(dataset, timed, *SITES), N_WORKERS, slow=SLOW))
+    await_rendezvous(forked_workers, timed)
     started = time.monotonic()
-    timed = forked_workers.run(launched(capture_words(dataset, tmp_path / "timed.zarr", *SITES), N_WORKERS, slow=SLOW))
-    assert [end.code for end in timed] == [0] * N_WORKERS
+    assert [end.code for end in forked_workers.wait()] == [0] * N_WORKERS
     seconds = time.monotonic() - started
     moments = random.Random(7)
     n_kills = n_archives = 0
@@ -54,7 +57,8 @@ def test_any_one_of_four_killed_at_ten_random_moments(
         files: dict[str, tuple[str, int]] = {}
         while n_kills < N_KILLS and not (is_archive(out) and Archive(out).is_sealed):
             forked_workers.start(launched(capture_words(dataset, out, *SITES), N_WORKERS, slow=SLOW))
-            time.sleep(moments.uniform(0.2, 0.9) * seconds)
+            await_rendezvous(forked_workers, out)
+            time.sleep(moments.uniform(0, 0.9) * seconds)
             victim = moments.randrange(N_WORKERS)
             forked_workers.kill(victim)
             ended = forked_workers.wait(LOST_SECONDS + 30)
@@ -71,6 +75,17 @@ def test_any_one_of_four_killed_at_ten_random_moments(
         else:
             resume_with_each_number(forked_workers, dataset, out, reference)
     assert 0 in outcomes, "some survivors finished the archive"
+
+
+def await_rendezvous(forked_workers: ForkedWorkers, out: Path) -> None:
+    """Return once the workers have found each other: then worker 0 takes the lock.
+
+    Before that, a worker waits for a store host that was killed, since it could still be about to start.
+    """
+    deadline = time.monotonic() + SECONDS
+    while (owner := read_owner(out)) is None or owner.pid != forked_workers.pids[0]:
+        assert time.monotonic() < deadline, "the workers did not find each other"
+        time.sleep(0.01)
 
 
 def resume_with_each_number(forked_workers: ForkedWorkers, dataset: Path, half_done: Path, reference: Path) -> None:
