@@ -209,7 +209,8 @@ class CaptureJob(ABC):
         replaying: Puts stored rows into the model and edits, batch by batch; None captures the model as it is.
 
     Attributes:
-        notes: What the user should know, one sentence each; grows while the job runs.
+        notes: What the user should know, one sentence each; grows while the job runs. Those that are known before the
+            archive is made are kept in its provenance.
         identity: What identifies the model in a plan; known before `plan` is called.
         column_shards: What `cut_columns` returned; known before `plan` is called.
         shared: What worker 0 found out while it prepared, for the other workers, as JSON values.
@@ -252,6 +253,10 @@ class CaptureJob(ABC):
     @abstractmethod
     def provenance(self, plan: Plan) -> dict[str, Any]:
         """Return how the archive is made, as JSON values."""
+
+    def notes_of_archive(self) -> list[Json]:
+        """Return what a reader of the archive should know, as far as it is known before the model runs."""
+        return list(self.notes)
 
     def cut_columns(self, layout: ProcessLayout | None) -> Mapping[str, int]:  # noqa: ARG002  # this cuts none
         """Return into how many shards the columns of sites are cut, if each process stores its own columns."""
@@ -324,7 +329,7 @@ class CaptureJob(ABC):
             else:
                 write_sidecars(folder, sidecars or self._sidecars())
                 self.write_tokenizer(folder)
-                create_archive(folder, self.out, plan, self.provenance(plan))
+                create_archive(folder, self.out, plan, {**self.provenance(plan), "notes": self.notes_of_archive()})
         sweep(self.out)
         return {"resumed": resumed, **self.shared}
 
@@ -375,10 +380,11 @@ class _DatasetCapture(CaptureJob):
         self._settings = settings
         self._command = command
         self._on_example = on_example
+        self._report = DatasetReport()
 
     def write_examples(self, folder: Path) -> ExampleIndex:
         """Read the dataset once, and write its examples; raises DatasetError if it cannot be used as asked."""
-        tokenizer, report = self._tokenizer, DatasetReport()
+        tokenizer, report = self._tokenizer, self._report
         if self._settings.drop_special and tokenizer is None:
             raise DatasetError(
                 "--drop-special needs a tokenizer, and the model has none: nothing says which tokens are special"
@@ -446,6 +452,9 @@ class _DatasetCapture(CaptureJob):
             "seed": self._settings.seed,
             **environment(),
         }
+
+    def notes_of_archive(self) -> list[Json]:
+        return [*self.notes, *self._report.notes()]
 
     def cut_columns(self, layout: ProcessLayout | None) -> Mapping[str, int]:
         if self._settings.gather:

@@ -96,6 +96,8 @@ def _print_info(summary: "Summary") -> None:
     print_nonfinite({site.name: site.n_nonfinite for site in summary.sites})
     print()
     _print_provenance(summary.provenance)
+    for note in summary.notes:
+        print(f"note: {printable(note)}")
 
 
 def compression(summary: "Summary") -> str:
@@ -106,6 +108,8 @@ def compression(summary: "Summary") -> str:
 
 def _print_provenance(provenance: Mapping[str, Any]) -> None:
     for key, value in provenance.items():
+        if key == "notes":
+            continue
         if isinstance(value, Mapping) and key != "packages":
             print(f"  {printable(key)}")
             for name, item in value.items():

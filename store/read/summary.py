@@ -61,6 +61,7 @@ class Summary:
         stored_bytes: Bytes of all shard files, with the row columns.
         has_head: Whether the archive has the model's final norm and unembedding.
         provenance: Sources of model, data and numbers.
+        notes: What a reader of the numbers should know, one sentence each.
     """
 
     path: str
@@ -79,6 +80,7 @@ class Summary:
     stored_bytes: int
     has_head: bool
     provenance: dict[str, Any]
+    notes: tuple[str, ...]
 
     def to_json(self) -> dict[str, Any]:
         """Return the summary as JSON values, with each site's ratio."""
@@ -115,7 +117,12 @@ def summarise(archive: Archive) -> Summary:
         stored_bytes=sum(file.n_bytes for commit in archive.commits.values() for file in commit.arrays.values()),
         has_head=f"head/{PARAMETERS_FILE}" in archive.metadata.files,
         provenance=dict(archive.provenance),
+        notes=_notes(archive.provenance.get("notes")),
     )
+
+
+def _notes(found: object) -> tuple[str, ...]:
+    return tuple(note for note in found if isinstance(note, str)) if isinstance(found, list) else ()
 
 
 def _site(archive: Archive, name: str, fidelity: SiteFidelity | None) -> SiteSummary:

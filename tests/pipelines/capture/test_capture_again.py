@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 
 import residua
 from residua.pipelines.capture.capture import capture_dataset
+from residua.pipelines.cli.main import main
 from residua.store.base.errors import DatasetError, PlanError, UnknownSiteError
 from tests.models import TINY
 from tests.pipelines.small_capture import capture
@@ -128,3 +129,13 @@ def test_a_broken_tokenizer_is_an_error(tmp_path: Path) -> None:
         (folder / name).unlink()
     result = capture_dataset(folder, [[1, 2, 3]], out=tmp_path / "a.zarr", sites="embed")
     assert result.archive.tokenizer is None
+
+
+def test_what_the_numbers_depend_on_stays_with_the_archive(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    result = capture(TINY["llama"](), [[5, 6, 7], [], [8, 9]], tmp_path / "a.zarr", sites="pattern.0")
+    archive = residua.open(tmp_path / "a.zarr")
+    assert archive.provenance["notes"] == list(result.notes)
+    assert main(["info", str(tmp_path / "a.zarr")]) == 0
+    said = capsys.readouterr().out
+    assert any("eager" in note for note in result.notes)
+    assert all(f"note: {note}" in said for note in result.notes)
