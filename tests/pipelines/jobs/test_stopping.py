@@ -46,6 +46,40 @@ def test_a_process_that_hangs_ends_after_the_grace_period(number: int) -> None:
     assert seconds < 30
 
 
+SWALLOWED = """
+import time
+from residua.pipelines.jobs.stopping import stopping_in_time
+try:
+    with stopping_in_time(grace_seconds=60):
+        try:
+            print("ready", flush=True)
+            time.sleep(600)
+        except:
+            pass
+        try:
+            time.sleep(600)
+        except BaseException as error:
+            raise ValueError("in order") from error
+        finally:
+            time.sleep(1.5)
+            print("in order", flush=True)
+except ValueError:
+    print("after", flush=True)
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_an_interrupt_that_a_library_swallows_is_raised_again_and_the_stop_itself_is_not_interrupted(
+    number: int,
+) -> None:
+    with subprocess.Popen([sys.executable, "-c", SWALLOWED], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
+        process.send_signal(number)
+        said, _ = process.communicate(timeout=30)
+        assert (said, process.returncode) == ("in order\nafter\n", 0)
+
+
 DEADLOCK = """
 import ctypes, threading
 from residua.pipelines.jobs.stopping import stopping_in_time
