@@ -6,13 +6,15 @@ memory at a time.
 """
 
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain, islice
 from os import PathLike, fspath
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from residua.pipelines.data.settings import DatasetSettings
 from residua.store.base.errors import DatasetError
@@ -34,6 +36,7 @@ _KINDS = {
     ".arrow": "arrow",
 }
 _LONG_COLUMNS = ("input_ids", "attention_mask")
+_FRAMES = ("pandas", "polars")
 _COMPRESSED = (".gz", ".zst", ".xz", ".bz2")
 
 
@@ -50,9 +53,9 @@ def open_rows(source: object, settings: DatasetSettings) -> Rows:
     """Open `source` as a stream of rows.
 
     Args:
-        source: A path or hub id; a `datasets` object; or an iterable of texts, of lists of token ids, of chats
-            (lists of messages), or of rows (dictionaries). Texts become a column ``text``, token ids ``input_ids``,
-            chats ``messages``; rows stay as they are.
+        source: A path or hub id; a `datasets` object; a DataFrame of pandas or polars; or an iterable of texts, of
+            lists of token ids, of chats (lists of messages), or of rows (dictionaries). Texts become a column
+            ``text``, token ids ``input_ids``, chats ``messages``; rows stay as they are.
         settings: Split, subset and revision.
 
     Raises:
@@ -66,12 +69,13 @@ def open_rows(source: object, settings: DatasetSettings) -> Rows:
     elif isinstance(source, Iterable) and not isinstance(source, bytes | Mapping):
         if settings.split is not None:
             raise DatasetError(f"--split {settings.split!r}: {name} has no splits; leave it out")
-        return _peek_rows(name, _guarded(name, map(_row_of, source)))
+        return _peek_rows(name, _frame_rows(name, source) if is_frame(source) else source)
     else:
         raise DatasetError(
-            f"{name} is not a dataset: give a path, a hub id, or an iterable of texts, token ids, chats or rows"
+            f"{name} is not a dataset: give a path, a hub id, a DataFrame, or an iterable of texts, token ids, chats "
+            "or rows"
         )
-    return _arrow_rows(name, _one_split(name, dataset, settings.split))
+    return _peek_rows(name, _dataset_rows(_one_split(name, dataset, settings.split)))
 
 
 def local_path(source: str | PathLike[str]) -> Path | None:
@@ -194,54 +198,147 @@ def _one_split(name: str, dataset: Any, split: str | None) -> Any:
     return dataset[chosen]
 
 
-def _arrow_rows(name: str, dataset: Any) -> Rows:
-    import pyarrow as pa
+def _dataset_rows(dataset: Any) -> Iterator[object]:
+    """Yield the rows as ``iter(dataset)`` does, after any transform: plain values, and media as they are stored.
 
-    tables = _guarded(name, dataset.with_format("arrow").iter(batch_size=_ROWS_AT_ONCE))
-    first = next(tables, None)
-    if first is None:
-        raise DatasetError(f"dataset {name} is empty: it has no rows")
-    text = (pa.types.is_string, pa.types.is_large_string)
-    return Rows(
-        columns=first.schema.names,
-        text_columns=[field.name for field in first.schema if any(test(field.type) for test in text)],
-        rows=_guarded(name, (row for table in chain([first], tables) for row in _table_rows(table))),
-    )
+    A format such as torch or pandas chooses columns here; the numbers are the dataset's own.
+    """
+    form = getattr(dataset, "format", None)  # streams have none, and no transform
+    if form is not None and form["type"] == "custom":
+        return iter(dataset)
+    chosen = {} if form is None else {key: form[key] for key in ("columns", "output_all_columns")}
+    return iter(_with_stored_media(dataset.with_format(None, **chosen), chosen.get("columns")))
 
 
-def _table_rows(table: Any) -> Iterator[Row]:
-    """Yield the rows one by one: a table of long examples is many times larger as Python numbers."""
-    columns = {name: table.column(name) for name in table.schema.names}
-    for i in range(len(table)):
-        yield {name: _cell(name, column[i]) for name, column in columns.items()}
+def _with_stored_media(dataset: Any, columns: Sequence[str] | None) -> Any:
+    """Return a dataset that gives images, audio and video as bytes and paths: decoding them needs more libraries."""
+    if not any(_is_media(feature) for feature in _leaves(dataset.features or {})):
+        return dataset
+    if hasattr(dataset, "to_iterable_dataset"):
+        dataset = dataset.with_format(None).select_columns(list(columns or dataset.column_names)).to_iterable_dataset()
+    features = dataset.features.copy()
+    for feature in filter(_is_media, _leaves(features)):
+        feature.decode = False
+    features.update(dict(features))  # it remembers, from when a column was set, whether to decode it
+    # The library's own decode(False) stops the decoding of JSON too: the cast starts that again.
+    return dataset.decode(False).cast(features)
 
 
-def _cell(name: str, scalar: Any) -> Any:
-    values: Any = getattr(scalar, "values", None) if name in _LONG_COLUMNS else None
-    if not hasattr(values, "null_count") or values.null_count:  # a struct's `values` is a method
-        return scalar.as_py()
-    return values.to_numpy(zero_copy_only=False)
+def _leaves(feature: Any) -> Iterator[Any]:
+    """Yield the features at the ends of a tree of features."""
+    if isinstance(feature, Mapping):
+        inner = list(feature.values())
+    elif isinstance(feature, list):
+        inner = feature
+    else:
+        inner = [feature.feature] if hasattr(feature, "feature") else []
+    yield from chain.from_iterable(map(_leaves, inner)) if inner else [feature]
 
 
-def _peek_rows(name: str, rows: Iterator[Row]) -> Rows:
-    ahead = list(islice(rows, 1))
+def _is_media(feature: Any) -> bool:
+    return hasattr(feature, "decode") and type(feature).__name__ != "Json"
+
+
+def is_frame(source: object) -> bool:
+    """Return whether `source` is a DataFrame of pandas or polars, without importing these."""
+    return type(source).__name__ == "DataFrame" and type(source).__module__.partition(".")[0] in _FRAMES
+
+
+def _frame_rows(name: str, frame: Any) -> Iterator[Row]:
+    """Return the rows of a DataFrame as plain values; a missing value is None, and the index is left out."""
+    columns = list(frame.columns)
+    wrong = [column for column in columns if not isinstance(column, str) or columns.count(column) > 1]
+    if wrong:
+        raise DatasetError(f"{name} has a column {wrong[0]!r}: give each column a name of its own that is a text")
+    return frame.iter_rows(named=True) if hasattr(frame, "iter_rows") else _pandas_rows(frame, columns)
+
+
+def _pandas_rows(frame: Any, columns: list[str]) -> Iterator[Row]:
+    for start in range(0, len(frame), _ROWS_AT_ONCE):
+        part = frame.iloc[start : start + _ROWS_AT_ONCE]
+        values = [
+            [None if missing else value for value, missing in zip(part[c].tolist(), part[c].isna(), strict=True)]
+            for c in columns
+        ]
+        yield from (dict(zip(columns, row, strict=True)) for row in zip(*values, strict=True))
+
+
+def _peek_rows(name: str, items: Iterable[object]) -> Rows:
+    rows = _guarded(name, (_checked(number, _row_of(number, item)) for number, item in enumerate(items)))
+    ahead = list(islice(rows, _ROWS_AT_ONCE))
     if not ahead:
-        raise DatasetError(f"{name} is empty: it has no rows")
+        raise DatasetError(f"dataset {name} is empty: it has no rows")
+    columns = list(ahead[0])
+    first_values = {key: next((row[key] for row in ahead if row.get(key) is not None), None) for key in columns}
     return Rows(
-        columns=list(ahead[0]),
-        text_columns=[key for key, value in ahead[0].items() if isinstance(value, str)],
+        columns=columns,
+        text_columns=[key for key, value in first_values.items() if isinstance(value, str)],
         rows=chain(ahead, rows),
     )
 
 
-def _guarded(name: str, items: Iterable[Any]) -> Iterator[Any]:
-    """Yield `items`; an error names the dataset."""
-    with _naming_dataset(name):
-        yield from items
+def _checked(number: int, row: Row) -> Row:
+    """Return a row with its token ids as an array, which is much smaller than a list.
+
+    Raises:
+        DatasetError: A text of the row has a lone surrogate.
+    """
+    found = {}
+    for name, value in row.items():
+        compact = _compact(value) if name in _LONG_COLUMNS else value
+        for text in _texts([name, compact]):
+            if not text.isascii():
+                _check_text(text, f"row {number}: column {name!r}")
+        found[name] = compact
+    return found
+
+
+def _compact(value: object) -> object:
+    if not isinstance(value, list) or not value or not isinstance(value[0], int):
+        return value
+    try:
+        ids = np.asarray(value)
+    except (ValueError, OverflowError):
+        return value
+    return ids if ids.ndim == 1 and ids.dtype.kind in "iu" else value
+
+
+def _texts(value: object) -> Iterator[str]:
+    """Yield every text inside a value, names of fields included."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        for key, inner in value.items():
+            yield from _texts(key)
+            yield from _texts(inner)
+    elif isinstance(value, list | tuple):
+        for inner in value:
+            if isinstance(inner, str | Mapping | list | tuple):
+                yield from _texts(inner)
+
+
+def _check_text(text: str, where: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise DatasetError(
+            f"{where} has {text[error.start]!r} at character {error.start}, half of a surrogate pair, which stands for "
+            "no character: mend the text, for example with text.encode('utf-16', 'surrogatepass')"
+            ".decode('utf-16', 'replace')"
+        ) from error
+
+
+def _guarded(name: str, rows: Iterable[Row]) -> Iterator[Row]:
+    """Yield `rows`; an error names the dataset, and how far it was read."""
+    n_rows = 0
+    with _naming_dataset(name, lambda: f" after {n_rows} rows"):
+        for row in rows:
+            yield row
+            n_rows += 1
 
 
 @contextmanager
-def _naming_dataset(name: str) -> Iterator[None]:
+def _naming_dataset(name: str, how_far: Callable[[], str] = str) -> Iterator[None]:
     """Turn an error of reading into one that names the dataset."""
     try:
         yield
@@ -249,10 +346,10 @@ def _naming_dataset(name: str) -> Iterator[None]:
         raise
     except Exception as error:
         # The boundary to `datasets`, as above, and to the user's own iterable.
-        raise DatasetError(f"dataset {name} cannot be read: {type(error).__name__}: {error}") from error
+        raise DatasetError(f"dataset {name} cannot be read{how_far()}: {type(error).__name__}: {error}") from error
 
 
-def _row_of(item: object) -> Row:
+def _row_of(number: int, item: object) -> Row:
     if isinstance(item, Mapping):
         return item
     if isinstance(item, str):
@@ -262,5 +359,6 @@ def _row_of(item: object) -> Row:
     if isinstance(item, list | tuple) or hasattr(item, "__array__"):
         return {"input_ids": item}
     raise DatasetError(
-        f"the dataset yields {item!r:.80}, which is not a text, a list of token ids, a chat or a row (a dictionary)"
+        f"row {number}: the dataset yields {item!r:.80}, which is not a text, a list of token ids, a chat or a row (a "
+        "dictionary)"
     )
