@@ -94,7 +94,14 @@ def report(other: Path, names: Sequence[str], rounds: int) -> str:
         print(f"{name}: {lines[-1][-1]}", file=sys.stderr, flush=True)
     heads = ["job", "the other, CPU seconds", "this one, CPU seconds", "this one over the other"]
     packages = machine("torch", "transformers", "zarr", "numpy")
-    return f"Median (least to greatest) of {rounds} rounds.\n{packages}\n\n{table(heads, lines)}\n"
+    checkouts = f"The other is commit {commit(other)}, this one {commit(HERE)}."
+    return f"{checkouts} Median (least to greatest) of {rounds} rounds.\n{packages}\n\n{table(heads, lines)}\n"
+
+
+def commit(checkout: Path) -> str:
+    """Return the short name of the commit that a checkout is at."""
+    words = ["git", "-C", str(checkout), "describe", "--always", "--dirty"]
+    return subprocess.run(words, capture_output=True, text=True, check=True).stdout.strip()
 
 
 if __name__ == "__main__":
