@@ -6,10 +6,11 @@ The resumed capture must equal one that was never interrupted.
 import hashlib
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 from residua.store.encoding.shard import shard_path
-from residua.store.format.archive_metadata import is_archive
+from residua.store.format.archive_metadata import is_archive, read_metadata, write_metadata
 from residua.store.read.archive import Archive
 from residua.store.read.verify import verify
 
@@ -60,3 +61,11 @@ def check_end(path: Path, reference: Path) -> None:
     assert Archive(path).plan.digest == Archive(reference).plan.digest
     report = verify(path)
     assert (report.problems, report.notes) == ([], [])
+
+
+def take_back(path: Path, *shards: int) -> None:
+    """Turn a finished archive into one that was never finished, and whose capture has not reached `shards`."""
+    metadata = read_metadata(path)
+    write_metadata(path, replace(metadata, sealed=None))
+    for shard in shards:
+        (path / "commits" / f"{shard:08d}-0000.json").unlink()

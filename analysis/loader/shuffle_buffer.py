@@ -46,7 +46,9 @@ class ShuffleBuffer:
         self._seed = seed
         n_rows = min(height, len(places))
         self._rows = np.empty(n_rows, np.int64)
-        self._values = {name: np.empty((n_rows, *each.shape[1:]), each.dtype) for name, each in self._sources.items()}
+        self._values = {
+            name: np.empty((n_rows, *each.shape[1:]), each.stored_dtype) for name, each in self._sources.items()
+        }
         self._number = -1
         self._shuffled = np.empty(0, np.int64)
 
@@ -89,7 +91,7 @@ class ShuffleBuffer:
             if isinstance(rows, range):
                 source.read_into(out, rows.start, rows.stop)
             else:
-                out[...] = source[rows]
+                out[...] = source.numpy(rows, dtype=source.stored_dtype)
 
 
 def _gather(values: Array, at: Numbers) -> Array:

@@ -38,14 +38,18 @@ def blocks(archive: Archive, *, most_bytes: int | None = None, sites: str | Iter
 
     Raises:
         AnalysisError: Not even one row fits.
+        DamagedArchiveError: The archive was finished, and has lost shards since.
         UnknownSiteError: `sites` names no stored site.
     """
     height = archive.plan.rows_per_shard
     if most_bytes is not None:
         names = archive.select(sites) if sites else archive.sites
         height = min(height, _rows_within(most_bytes, sum(archive.plan.site(name).row_bytes for name in names)))
-    runs = sorted(commit.rows for commit in archive.commits.values())
-    return [Block(row, min(row + height, stop)) for start, stop in runs for row in range(start, stop, height)]
+    return [
+        Block(row, min(row + height, stop))
+        for start, stop in archive.captured_rows()
+        for row in range(start, stop, height)
+    ]
 
 
 def _rows_within(most_bytes: int, row_bytes: int) -> int:

@@ -2,7 +2,6 @@
 
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 from dask import array as da
@@ -26,17 +25,16 @@ def array(archive: Archive, site: str, *, dtype: npt.DTypeLike | None = None) ->
     Args:
         archive: The archive.
         site: One of its sites.
-        dtype: Type to cast the values to. By default the stored type, except that bfloat16 becomes float32: the cast is
-            exact, and numpy and Dask can compute little with bfloat16.
+        dtype: Type to cast the values to. By default the stored type, except that bfloat16 and float16 become float32:
+            the cast is exact, and numpy and Dask sum them in their own type, which gives wrong sums. Blocks of another
+            type are converted before anything is computed, so sums are as exact as that type.
 
     Raises:
         UnknownSiteError: The archive has no such site.
         NotCapturedError: When something is computed: rows are not captured yet.
     """
     stored = archive[site]
-    if dtype is None:
-        dtype = np.float32 if stored.dtype == ml_dtypes.bfloat16 else stored.dtype
-    kind = np.dtype(dtype)
+    kind = stored.dtype if dtype is None else np.dtype(dtype)
     n_rows, *row_shape = stored.shape
     height = archive.plan.rows_per_shard
     heights = tuple(min(height, n_rows - start) for start in range(0, n_rows, height)) or (0,)

@@ -3,7 +3,6 @@
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TypeAlias
 
-import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
@@ -26,8 +25,8 @@ def table(
     """Return selected rows as one Arrow table; `.to_pandas()` turns it into a data frame.
 
     The columns are `row` (the row's number), `example`, `position` and `token`; `token_text` if the archive has a
-    tokenizer; those of the example table; and one for each site. Activations are lists of fixed size, with bfloat16 as
-    float32. Rows with heads are lists of lists.
+    tokenizer; those of the example table; and one for each site. Activations are lists of fixed size, with
+    bfloat16 and float16 as float32. Rows with heads are lists of lists.
 
     >>> table(archive, "position > 0", sites="resid_post.3").to_pandas()  # doctest: +SKIP
 
@@ -134,8 +133,6 @@ def _texts(tokenizer: Tokenizer, tokens: Array) -> pa.Array:
 
 def _lists(values: Array) -> pa.Array:
     """Return rows as lists of fixed size, nested if a row has several axes."""
-    if values.dtype == ml_dtypes.bfloat16:
-        values = values.astype(np.float32)
     nested = pa.array(values.reshape(-1))
     for size in reversed(values.shape[1:]):
         nested = pa.FixedSizeListArray.from_arrays(nested, size)

@@ -26,6 +26,7 @@ def storage_notes(archive: Archive, infos: Mapping[str, SiteInfo], edits: Sequen
     if is_replay(archive):
         notes.append(f"{archive.path} holds the results of a replay: its rows, edited there, count as unedited here")
     for one in [archive, *(edit.source for edit in edits)]:
+        one.captured_rows()  # raises if shards are lost
         if not one.is_sealed:
             notes.append(f"{one.path} is not sealed: {one.progress.rows:,} rows are captured so far")
     for edit in edits:

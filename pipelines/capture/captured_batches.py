@@ -17,8 +17,9 @@ def schedule_of(archive: Archive) -> Schedule:
 
 
 def captured_groups(archive: Archive, schedule: Schedule) -> list[int]:
-    """Return the groups of examples whose rows are all captured."""
-    commits = archive.commits
+    """Return the groups of examples whose rows are all captured; DamagedArchiveError if shards are lost."""
+    height = archive.plan.rows_per_shard
+    commits = {first // height for first, _ in archive.captured_rows()}
     return [s for s in sorted(commits) if all(t in commits for t in range(s, schedule.reach(s) + 1))]
 
 

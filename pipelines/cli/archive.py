@@ -67,7 +67,12 @@ def _info(options: argparse.Namespace) -> int:
 
 def _print_info(summary: "Summary") -> None:
     total = summary.rows if summary.total_rows is None else summary.total_rows
-    state = "sealed" if summary.sealed else f"not sealed: {summary.rows:,} of {total:,} rows are captured"
+    if summary.sealed:
+        state = "sealed"
+    elif summary.finished:
+        state = f"damaged: {summary.rows:,} of {total:,} rows are left, see residua verify"
+    else:
+        state = f"not sealed: {summary.rows:,} of {total:,} rows are captured"
     print(f"{summary.path}  ({state})")
     print(f"  {total:,} rows, {summary.n_examples:,} examples, {summary.n_tokens:,} tokens")
     print(f"  columns of the examples: {', '.join(map(printable, summary.columns)) or 'none'}")

@@ -7,10 +7,8 @@ import numpy.typing as npt
 
 from residua.store.base.errors import NotCapturedError, PlanError
 from residua.store.edits.edit import Edit, Swap
-from residua.store.encoding.dtypes import to_float32
 from residua.store.examples.table import ExampleTable
 from residua.store.read.archive import Archive
-from residua.store.read.reader import Array
 from residua.store.selection.grammar import Value
 from residua.store.selection.tokens import TokenSelector, require_column, require_examples
 
@@ -76,7 +74,7 @@ def mean_row(archive: Archive, site: str, ranges: Iterable[tuple[int, int]] | No
     total, n_rows = np.zeros(stored.shape[1:]), 0
     for first, last in _captured(archive, ranges):
         for start in range(first, last, _ROWS_AT_ONCE):
-            rows = _wide(stored[start : min(start + _ROWS_AT_ONCE, last)])
+            rows = stored[start : min(start + _ROWS_AT_ONCE, last)]
             with np.errstate(invalid="ignore"):  # the mean of infinite values of both signs is NaN
                 total += rows.sum(0, dtype=np.float64)
             n_rows += len(rows)
@@ -87,7 +85,7 @@ def mean_row(archive: Archive, site: str, ranges: Iterable[tuple[int, int]] | No
 
 def _captured(archive: Archive, ranges: Iterable[tuple[int, int]] | None) -> Iterator[tuple[int, int]]:
     """Yield those rows of `ranges` that lie in captured shards, as ranges."""
-    captured = [commit.rows for _, commit in sorted(archive.commits.items())]
+    captured = archive.captured_rows()
     if ranges is None or archive.is_sealed:
         yield from captured if ranges is None else ranges
         return
@@ -95,7 +93,3 @@ def _captured(archive: Archive, ranges: Iterable[tuple[int, int]] | None) -> Ite
         for start, stop in captured:
             if max(first, start) < min(last, stop):
                 yield max(first, start), min(last, stop)
-
-
-def _wide(rows: Array) -> npt.NDArray[np.generic]:
-    return to_float32(rows, "bfloat16") if rows.dtype.name == "bfloat16" else rows

@@ -16,7 +16,7 @@ from zarr.dtype import Float16, data_type_registry
 
 from residua.store.base.errors import PlanError
 
-NAME = "bfloat16"
+BFLOAT16 = "bfloat16"
 _NUMPY_TYPE = np.dtype(ml_dtypes.bfloat16)
 _BITS = np.dtype("<u2")
 _NOT_FINITE = {0x7FC0: "NaN", 0x7F80: "Infinity", 0xFF80: "-Infinity"}
@@ -33,7 +33,7 @@ class BFloat16(Float16):
     """
 
     dtype_cls: ClassVar[type[np.dtype[Any]]] = type(_NUMPY_TYPE)  # type: ignore[assignment]  # the base has float16's
-    _zarr_v3_name: ClassVar[str] = NAME
+    _zarr_v3_name: ClassVar[str] = BFLOAT16
     _zarr_v2_names: ClassVar[tuple[str, ...]] = ()  # type: ignore[assignment]  # Zarr v2 has no such type
 
     def to_native_dtype(self) -> Any:
@@ -78,7 +78,7 @@ class BFloat16(Float16):
 
 STORAGE_DTYPES: Mapping[str, np.dtype[np.generic]] = MappingProxyType(
     {
-        NAME: _BITS,
+        BFLOAT16: _BITS,
         "float16": np.dtype("<f2"),
         "float32": np.dtype("<f4"),
         "float64": np.dtype("<f8"),
@@ -89,7 +89,7 @@ STORAGE_DTYPES: Mapping[str, np.dtype[np.generic]] = MappingProxyType(
     }
 )
 
-data_type_registry.register(NAME, BFloat16)
+data_type_registry.register(BFLOAT16, BFloat16)
 
 
 def storage_dtype(name: str) -> np.dtype[np.generic]:
@@ -113,7 +113,7 @@ def to_float32(values: npt.NDArray[np.generic], name: str) -> npt.NDArray[np.flo
         name: Data type name, one of `STORAGE_DTYPES`.
     """
     dtype = storage_dtype(name)
-    if name != NAME:
+    if name != BFLOAT16:
         return values.astype(np.float32, copy=False)
     if values.dtype == ml_dtypes.bfloat16:
         values = values.view(dtype)

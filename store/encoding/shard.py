@@ -250,10 +250,10 @@ def parse_index(stored: bytes, spec: ArraySpec, *, n_rows: int, file_bytes: int,
     return ShardIndex(offsets=offsets, sizes=sizes, stored=stored)
 
 
-def check_shard(path: Path, spec: ArraySpec, n_rows: int) -> str:
+def check_shard(path: Path, spec: ArraySpec, n_rows: int, *, first_row: int = 0) -> str:
     """Read a shard file once, compare the crc32c of its index and of every chunk, and return its digest.
 
-    Memory stays below the size of one stored chunk and the index.
+    Memory stays below the size of one stored chunk and the index. `first_row` is the shard's first row, for messages.
 
     Raises:
         DamagedArchiveError: The file is missing, cut short or altered; the message names it and the chunks.
@@ -270,7 +270,7 @@ def check_shard(path: Path, spec: ArraySpec, n_rows: int) -> str:
             try:
                 check_chunk(chunk[:n_read])
             except ValueError as error:
-                damaged.append(f"{describe_chunk(spec, i, n_rows)} ({error})")
+                damaged.append(f"{describe_chunk(spec, i, n_rows, first_row)} ({error})")
             crcs.append(chunk[-CRC_BYTES:].tobytes())
     if damaged:
         raise DamagedArchiveError(f"{path}: altered in {few(damaged, _MAX_LISTED, '; ')}: {RESTORE}")

@@ -9,6 +9,7 @@ import os
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 
 from residua.store.base.canonical import Json
@@ -112,16 +113,22 @@ def _attributes(site: SitePlan, path: str) -> dict[str, Json]:
 def seal(
     archive: Path, metadata: Metadata, commits: Mapping[int, Commit], sealed: Mapping[str, Json] | None = None
 ) -> None:
-    """Write what is known only at the end: the measured error of lossy sites, and sizes that were open.
+    """Write what is known only at the end: that all shards are captured, the error of lossy sites, and open sizes.
+
+    Shards that are missing afterwards are lost: no reader takes the archive for one that is still being captured.
 
     Args:
         archive: Folder of the archive.
         metadata: Its metadata.
         commits: The commit of every shard.
-        sealed: For an archive of open size, `n_rows`, `n_examples` and the examples' digest.
+        sealed: For an archive of open size, `n_rows`, `n_examples` and the examples' digest; they follow from the plan
+            of any other archive.
     """
     plan = metadata.plan
-    if sealed is not None:
+    if sealed is None:
+        if metadata.sealed is None:
+            write_metadata(archive, replace(metadata, sealed=_sealed_as_planned(plan)))
+    else:
         n_rows = sealed["n_rows"]
         if not isinstance(n_rows, int):
             raise TypeError(f"n_rows is {n_rows!r}")
@@ -133,6 +140,14 @@ def seal(
     for site in plan.sites:
         if any(file.squares is not None for file in _files(site, commits)):
             _write_error(archive, plan, site, commits)
+
+
+def _sealed_as_planned(plan: Plan) -> dict[str, Json]:
+    return {
+        "n_rows": plan.n_rows,
+        "n_examples": plan.dataset.get("n_examples"),
+        "examples": plan.dataset.get("digest"),
+    }
 
 
 def _files(site: SitePlan, commits: Mapping[int, Commit]) -> list[ShardFile]:

@@ -1,7 +1,7 @@
 """An archive opened for reading: sites, rows, examples, progress and provenance. Needs no torch and no model."""
 
-from collections.abc import Iterable, Iterator, Mapping
-from functools import cached_property
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import cached_property, partial
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -28,6 +28,7 @@ from residua.store.format.site_names import select
 from residua.store.read.array import ArchiveArray
 from residua.store.read.reader import Array, Check, RowNumbers
 from residua.store.read.text import read_tokenizer, text_around
+from residua.store.read.zarr_group import ArchiveStore, open_zarr_group
 
 REPLAY_RULE = "replay"
 """Entry of the plan's `rules` (digest of what was replayed) and of the provenance (its description)."""
@@ -127,8 +128,31 @@ class Archive(Mapping[str, ArchiveArray]):
 
     @property
     def is_sealed(self) -> bool:
-        """Whether every shard is captured."""
+        """Whether every shard is captured, and none is lost."""
         return self.progress.shards == self.progress.total_shards
+
+    @property
+    def was_finished(self) -> bool:
+        """Whether the capture or recording was finished once; shards that are missing since then are lost."""
+        return self.metadata.sealed is not None
+
+    def captured_rows(self) -> list[tuple[int, int]]:
+        """Return the captured rows, shard by shard: the first row of each, and the row after its last.
+
+        Raises:
+            DamagedArchiveError: The archive was finished, and has lost shards since: it is not used in part.
+        """
+        if self.was_finished and not self.is_sealed:
+            raise self._missing(self._first_missing() * self.plan.rows_per_shard)
+        return sorted(commit.rows for commit in self.commits.values())
+
+    def _first_missing(self) -> int:
+        return next(shard for shard in range(len(self.commits) + 1) if shard not in self.commits)
+
+    @property
+    def _missing(self) -> Callable[[int], ResiduaError]:
+        """Returns the error for rows from a given one on, whose shard is not captured."""
+        return partial(_missing_rows, self.path, self.progress, self.was_finished, self.plan.n_rows is not None)
 
     def __getitem__(self, site: str) -> ArchiveArray:
         return self._arrays[self.select(site)[0]]
@@ -140,7 +164,7 @@ class Archive(Mapping[str, ArchiveArray]):
         return len(self.sites)
 
     def __repr__(self) -> str:
-        state = "sealed" if self.is_sealed else f"{self.progress.rows:,} captured"
+        state = "sealed" if self.is_sealed else f"{self.progress.rows:,} {'left' if self.was_finished else 'captured'}"
         return f"<Archive {self.path} of {self.n_rows:,} rows ({state}), {len(self)} sites>"
 
     def select(self, patterns: str | Iterable[str]) -> tuple[str, ...]:
@@ -176,16 +200,12 @@ class Archive(Mapping[str, ArchiveArray]):
         )
 
     def require_captured(self, rows: range | RowNumbers) -> None:
-        """Raise NotCapturedError unless every one of `rows` lies in a committed shard."""
+        """Raise NotCapturedError, or DamagedArchiveError, unless every one of `rows` lies in a committed shard."""
         if self._is_complete:
             return
         missing = next((shard for shard in self.plan.shards_of(rows) if shard not in self.commits), None)
         if missing is not None:
-            first = missing * self.plan.rows_per_shard
-            raise NotCapturedError(
-                f"rows from {first:,} on are not captured yet ({self.progress.rows:,} of {self.n_rows:,} are): "
-                "run the same capture again to continue it, then open the archive again"
-            )
+            raise self._missing(missing * self.plan.rows_per_shard)
 
     @cached_property
     def _is_complete(self) -> bool:
@@ -309,8 +329,27 @@ class Archive(Mapping[str, ArchiveArray]):
 
     @property
     def group(self) -> zarr.Group:
-        """The archive as a plain Zarr group, read-only."""
-        return zarr.open_group(str(self.path), mode="r")
+        """The archive as a Zarr group, read-only, for zarr-python and Dask.
+
+        Values of bfloat16 and float16 come as float32, as everywhere. Reading rows that are not captured yet raises
+        NotCapturedError, and reading rows that are lost DamagedArchiveError, where a plain Zarr reader shows zeros.
+        """
+        return open_zarr_group(ArchiveStore(self.path, self.plan, self.commits, self._missing))
+
+
+def _missing_rows(path: Path, progress: Progress, was_finished: bool, is_repeatable: bool, first: int) -> ResiduaError:
+    """Return the error for rows from `first` on, whose shard is not captured."""
+    total = "" if progress.total_rows is None else f" of {progress.total_rows:,}"
+    if not was_finished:
+        return NotCapturedError(
+            f"rows from {first:,} on are not captured yet ({progress.rows:,}{total} are): "
+            "run the same capture again to continue it, then open the archive again"
+        )
+    again = ", or run the same capture again, which captures them again" if is_repeatable else ""
+    return DamagedArchiveError(
+        f"{path} was finished and has lost shards since: {progress.shards:,} of {progress.total_shards:,} have a "
+        f"record, and rows from {first:,} on have none: restore the files in commits/ from a copy{again}"
+    )
 
 
 def is_replay(archive: Archive) -> bool:

@@ -1,4 +1,8 @@
-"""One array of an archive, read lazily: shape and dtype at once, rows by slice, list or mask."""
+"""One array of an archive, read lazily: shape and dtype at once, rows by slice, list or mask.
+
+Values come in a type that numpy can compute in: numpy sums bfloat16 in bfloat16, and float16 in float16, which gives
+wrong sums of some hundred values without a warning. Both are therefore read as float32, which is exact.
+"""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -11,12 +15,14 @@ import numpy.typing as npt
 
 from residua.store.base.errors import TooLargeError
 from residua.store.encoding.codecs import INT8, PRESETS
-from residua.store.encoding.dtypes import storage_dtype
+from residua.store.encoding.dtypes import BFLOAT16, storage_dtype, to_float32
 from residua.store.encoding.spec import ArraySpec
 from residua.store.read.reader import Array, Check, RowNumbers, reader_of
 
 if TYPE_CHECKING:
     import torch
+
+_HALF = (BFLOAT16, "float16")
 
 RowSelection: TypeAlias = int | np.integer[Any] | slice | Sequence[int] | Sequence[bool] | Array | EllipsisType
 
@@ -25,14 +31,22 @@ class ArchiveArray:
     """Rows of one array of an archive, (rows, *row shape).
 
     Indexing with a slice, an integer, a list of rows or a boolean mask reads only those rows and returns numpy;
-    further indices apply to the result. bfloat16 becomes `ml_dtypes.bfloat16` in numpy and `torch.bfloat16` in torch,
-    bit for bit.
+    further indices apply to the result. In numpy, bfloat16 and float16 become float32, which is exact. For the values
+    as they are stored, call `numpy` with ``dtype=array.stored_dtype``; for their bits, `bits`. `torch` returns tensors
+    of the stored type, in which torch adds up in float32.
+
+    Attributes:
+        name: The site, or ``rows/token``.
+        shape: (rows, *row shape).
+        dtype: Type of the values that numpy gets.
+        stored_dtype: Type of the stored values; `ml_dtypes.bfloat16` for bfloat16.
+        specs: The array on disk, or the codes and scales of the int8 preset.
 
     Args:
         root: Folder of the archive.
         name: Name for messages: a site, or ``rows/token``.
         specs: The array on disk, or the codes and scales of the int8 preset.
-        dtype: Name of the data type that readers get.
+        dtype: Name of the data type of the stored values.
         n_rows: Rows of the array.
         require: Called with the requested rows; raises if some are not captured yet.
         check: When chunks are verified: ``once`` (when they are used first), ``always`` or ``never``.
@@ -53,7 +67,8 @@ class ArchiveArray:
     ) -> None:
         self.name = name
         self.shape = (n_rows, *specs[0].row_shape)
-        self.dtype = np.dtype(ml_dtypes.bfloat16) if dtype == "bfloat16" else storage_dtype(dtype)
+        self.stored_dtype = np.dtype(ml_dtypes.bfloat16) if dtype == BFLOAT16 else storage_dtype(dtype)
+        self.dtype = np.dtype(np.float32) if dtype in _HALF else self.stored_dtype
         self.specs = tuple(specs)
         self._dtype_name = dtype
         self._require = require
@@ -63,7 +78,7 @@ class ArchiveArray:
         return self.shape[0]
 
     def __repr__(self) -> str:
-        return f"<{self.name} {self.shape} {self.dtype}>"
+        return f"<{self.name} {self.shape} {self._dtype_name}>"
 
     def __getitem__(self, rows: RowSelection | tuple[Any, ...]) -> Array:
         """Return the selected rows as numpy; see the class."""
@@ -80,9 +95,10 @@ class ArchiveArray:
         return self.numpy(..., dtype=dtype)
 
     def numpy(self, rows: RowSelection = ..., *, dtype: npt.DTypeLike | None = None) -> Array:
-        """Return the selected rows as a numpy array, cast to `dtype` if one is given.
+        """Return the selected rows as a numpy array, of this array's `dtype` unless another is given.
 
         Raises:
+            TypeError: `dtype` is an integer type, and the values are floats.
             IndexError: A row lies outside the array.
             NotCapturedError: A row belongs to a shard that is not committed yet.
             TooLargeError: The rows do not fit into memory.
@@ -90,18 +106,33 @@ class ArchiveArray:
         """
         if isinstance(rows, int | np.integer):
             return cast("Array", self.numpy([int(rows)], dtype=dtype)[0])
+        wanted = self.dtype if dtype is None else np.dtype(dtype)
+        if wanted.kind in "iub" and self.dtype.kind == "f":
+            raise TypeError(
+                f"{self.name} holds {self._dtype_name} values, which {wanted} would cut off: read floats and convert "
+                "them as you need it, or call bits(rows) for the bits of the stored values"
+            )
         try:
-            found = self._read(rows)
+            return self._converted(self._read(rows), wanted)
         except MemoryError as error:
             raise TooLargeError(
                 f"{self.name} has {len(self):,} rows of {self.specs[0].row_bytes:,} bytes, and there is too little "
                 f"memory for the requested ones ({error}): read fewer at a time"
             ) from error
-        found = found.view(self.dtype) if found.dtype != self.dtype else found
-        return found if dtype is None else found.astype(dtype, copy=False)
+
+    def bits(self, rows: RowSelection = ...) -> Array:
+        """Return the bits of the selected rows' stored values, as unsigned integers of their size."""
+        stored = self.numpy(rows, dtype=self.stored_dtype)
+        return np.ascontiguousarray(stored).view(f"<u{self.stored_dtype.itemsize}")
+
+    def _converted(self, found: Array, wanted: np.dtype[Any]) -> Array:
+        """Return values as a reader has them, bfloat16 as its bits, in the type `wanted`."""
+        if self._dtype_name == BFLOAT16 and wanted == np.float32:
+            return to_float32(found, BFLOAT16)
+        return found.view(self.stored_dtype).astype(wanted, copy=False)
 
     def torch(self, rows: RowSelection = ..., *, dtype: "torch.dtype | str | None" = None) -> "torch.Tensor":
-        """Return the selected rows as a torch tensor on the CPU, cast to `dtype` (or its name) if one is given.
+        """Return the selected rows as a torch tensor on the CPU, of the stored type or of `dtype` (or its name).
 
         Raises:
             ValueError: torch has no such dtype. Other errors are those of `numpy`.
@@ -111,11 +142,11 @@ class ArchiveArray:
         wanted = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
         if dtype is not None and not isinstance(wanted, torch.dtype):
             raise ValueError(f"torch has no dtype {dtype!r}: give one such as float32 or bfloat16")
-        tensor = as_tensor(self.numpy(rows))
+        tensor = as_tensor(self.numpy(rows, dtype=self.stored_dtype))
         return tensor if wanted is None else tensor.to(wanted)
 
     def read_into(self, out: Array, start: int, stop: int) -> None:
-        """Read rows `start` to `stop` (not included) into `out`, C-contiguous and of this array's dtype.
+        """Read rows `start` to `stop` (not included) into `out`, C-contiguous and of the stored dtype.
 
         Raises:
             IndexError: The array has no such rows.
@@ -123,7 +154,7 @@ class ArchiveArray:
             DamagedArchiveError: A file is missing or altered; the message names it.
         """
         if len(self._readers) > 1:
-            out[...] = self.numpy(slice(start, stop))
+            out[...] = self.numpy(slice(start, stop), dtype=self.stored_dtype)
         elif stop > start:
             self._require(range(start, stop))
             self._readers[0].read_into(out.view(self.specs[0].storage_dtype), start, stop)

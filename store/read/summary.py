@@ -55,6 +55,7 @@ class Summary:
         n_tokens: Tokens of the examples.
         columns: Columns of the example table besides its own.
         sealed: Whether every shard is captured.
+        finished: Whether the capture was finished once; if it was and the archive is not sealed, shards are lost.
         rows_per_shard: Rows of a shard.
         sites: The sites.
         logical_bytes: Bytes of all captured rows, without the row columns.
@@ -74,6 +75,7 @@ class Summary:
     n_tokens: int
     columns: tuple[str, ...]
     sealed: bool
+    finished: bool
     rows_per_shard: int
     sites: tuple[SiteSummary, ...]
     logical_bytes: int
@@ -111,6 +113,7 @@ def summarise(archive: Archive) -> Summary:
         n_tokens=index.total_tokens,
         columns=tuple(archive.example_table.column_types()),
         sealed=archive.is_sealed,
+        finished=archive.was_finished,
         rows_per_shard=archive.plan.rows_per_shard,
         sites=sites,
         logical_bytes=sum(site.logical_bytes for site in sites),

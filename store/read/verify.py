@@ -106,7 +106,9 @@ class _Check:
         if self._archive.metadata.sealed is not None:
             self._missing(commits)
         elif not self._archive.is_sealed:
-            self._report.notes.append(f"the archive is not sealed: {self._archive.progress.rows:,} rows are captured")
+            rows, total, *_ = self._archive.progress
+            of = "" if total is None else f" of {total:,}"
+            self._report.notes.append(f"the archive is not sealed: {rows:,}{of} rows are captured")
         self._unknown_files(commits)
 
     def _problem(self, path: str | Path, what: str) -> None:
@@ -181,7 +183,7 @@ class _Check:
         n_rows = commit.rows[1] - commit.rows[0]
         try:
             check_inside(self._root, path)
-            digest = check_shard(path, spec, n_rows)
+            digest = check_shard(path, spec, n_rows, first_row=commit.rows[0])
         except (ResiduaError, OSError) as error:
             self._problem(path, str(error))
             return

@@ -79,7 +79,7 @@ class RowFilter:
             AnalysisError: The archive has no such column, or its values are of another kind.
         """
         self.mask(archive, 0, 0)  # finds wrong names even in an archive without rows
-        shards = sorted(commit.rows for commit in archive.commits.values())
+        shards = archive.captured_rows()
         found = [start + np.flatnonzero(self.mask(archive, start, stop)) for start, stop in shards]
         return np.concatenate([np.zeros(0, np.int64), *found])
 

@@ -18,9 +18,9 @@ from torch.utils.data import DataLoader
 from residua.analysis.loader.loader import Batch, Loader
 from residua.analysis.loader.order import n_batches, resumed_worker, worker_slice
 from residua.store.base.errors import AnalysisError, UnknownSiteError
-from residua.store.format.commits import FOLDER
 from residua.store.read.archive import Archive
 from tests.analysis.rows_archive import write_rows
+from tests.stopped import take_back
 from tests.store.small_archive import make_archive
 
 HEIGHT = 1024
@@ -251,7 +251,7 @@ def test_a_loader_pickles(fast: Archive) -> None:
 
 def test_only_captured_rows_are_loaded(tmp_path: Any) -> None:
     path = make_numbered(tmp_path / "acts.zarr", 3 * HEIGHT).path
-    (path / FOLDER / "00000001-0000.json").unlink()
+    take_back(path, 1)
     loader = Archive(path).loader(SITES[1], batch_size=100, columns=["token"])
     assert sorted(flat(rows_of(loader))) == [*range(HEIGHT), *range(2 * HEIGHT, 3 * HEIGHT)]
 

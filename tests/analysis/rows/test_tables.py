@@ -10,10 +10,10 @@ import pytest
 
 import residua
 from residua.store.base.errors import AnalysisError, DatasetError, NotCapturedError, UnknownSiteError
-from residua.store.format.commits import FOLDER
 from residua.store.read.archive import Archive
 from residua.store.selection.row_filter import RowFilter
 from tests.analysis.large_archive import make_large
+from tests.stopped import take_back
 from tests.store.small_archive import LENGTHS, N_ROWS, make_archive
 
 record_batches, table = residua.analysis.record_batches, residua.analysis.table
@@ -118,7 +118,7 @@ def test_bad_arguments_are_named(
 
 def test_a_filter_selects_among_captured_rows(tmp_path: Path) -> None:
     path = make_archive(tmp_path / "acts.zarr")
-    (path / FOLDER / "00000001-0000.json").unlink()
+    take_back(path, 1)
     incomplete = Archive(path)
     assert table(incomplete, "token >= 0", sites="q.1")["row"].to_pylist() == [*range(16), *range(32, N_ROWS)]
     with pytest.raises(NotCapturedError, match=r"16 "):

@@ -8,6 +8,7 @@ from residua.analysis.support.open_archives import address, opened
 from residua.store.base.errors import NotCapturedError
 from residua.store.format.commits import FOLDER
 from residua.store.read.archive import Archive
+from tests.stopped import take_back
 from tests.store.small_archive import make_archive
 
 
@@ -23,7 +24,7 @@ def test_it_is_opened_again_after_shards_were_added(tmp_path: Path) -> None:
     path = make_archive(tmp_path / "acts.zarr")
     record = path / FOLDER / "00000002-0000.json"
     text = record.read_bytes()
-    record.unlink()
+    take_back(path, 2)
     with pytest.raises(NotCapturedError):
         opened(str(path))["q.1"][:]
     record.write_bytes(text)

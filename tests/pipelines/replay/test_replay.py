@@ -24,6 +24,7 @@ from residua.store.storage.lock import ArchiveInUseError, locked
 from tests.capture.replay_samples import EVEN, LAST, LENGTHS, PADDED, captured, model_of, run_in_full, tokens
 from tests.pipelines.forking import Forks
 from tests.ragged import MODEL, capture_words, write_dataset
+from tests.stopped import take_back
 
 HALVE = {"edit": "scale", "site": "mlp_out.2", "by": 0.5, "positions": "2:"}
 CHOSEN = (5, 40)
@@ -136,6 +137,7 @@ def test_the_captured_examples_of_an_unsealed_archive_are_replayed(tmp_path: Pat
     archive = captured(model, tmp_path / "a", rows_per_shard=16)
     options: dict[str, Any] = {"edits": [HALVE], "at": "resid_post.1"}
     expected = residua.replay_dataset(model, archive, out=tmp_path / "sealed", **options).tokens
+    take_back(archive.path)
     (record,) = (archive.path / "commits").glob("00000002-*")
     record.rename(tmp_path / "kept")  # the last rows of example 3, and example 4
     found = residua.replay_dataset(model, archive.path, out=tmp_path / "unsealed", **options)

@@ -169,7 +169,7 @@ def test_sealing_writes_the_measured_error_of_lossy_sites_only(tmp_path: Path) -
     assert "quantised" in open_array(root, "sites/q/0")[2]
     for node in ("sites/resid_post/0", "scales/q/0", "rows/token"):
         assert "relative_rms_error" not in open_array(root, node)[2]
-    assert read_metadata(root).sealed is None
+    assert read_metadata(root).sealed == {"n_rows": 20, "n_examples": 3, "examples": "cd" * 32}
 
 
 def test_no_squares_are_no_error() -> None:

@@ -1,0 +1,152 @@
+"""The archive as a plain Zarr group that can be trusted: absent rows are errors, and half-precision values are numbers.
+
+zarr-python reads a shard that is not there as the fill value, zero, since Zarr lets writers leave out empty chunks. An
+archive leaves out none: a shard without a file is not captured yet, or lost. `ArchiveStore` raises for both.
+
+numpy sums bfloat16 in bfloat16 and float16 in float16. `ArchiveStore` therefore shows arrays of both as float32, with a
+codec in front that converts decoded chunks (`AsFloat32`). Nothing on disk changes.
+"""
+
+import json
+from collections.abc import Callable, Collection, Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+import zarr
+from zarr.abc.codec import ArrayArrayCodec
+from zarr.abc.store import ByteRequest
+from zarr.core.array_spec import ArraySpec
+from zarr.core.buffer import Buffer, BufferPrototype, NDBuffer, default_buffer_prototype
+from zarr.dtype import Float16
+from zarr.registry import register_codec
+from zarr.storage import LocalStore
+
+from residua.store.base.errors import DamagedArchiveError, ResiduaError
+from residua.store.base.untrusted import parse_json
+from residua.store.encoding.dtypes import BFLOAT16, BFloat16
+from residua.store.encoding.shard import RESTORE
+from residua.store.format.array_metadata import METADATA
+from residua.store.format.plan import Plan
+
+_HALF: dict[str, Any] = {BFLOAT16: BFloat16, "float16": Float16}
+
+
+@dataclass(frozen=True)
+class AsFloat32(ArrayArrayCodec):
+    """Shows stored values of half precision as float32; only `ArchiveStore` names it.
+
+    Attributes:
+        stored: The data type of the stored values, ``bfloat16`` or ``float16``.
+    """
+
+    stored: str
+    is_fixed_size = True
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> Self:
+        """Return the codec of a metadata entry."""
+        return cls(stored=str(data["configuration"]["stored"]))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the entry of the codec."""
+        return {"name": "residua.as_float32", "configuration": {"stored": self.stored}}
+
+    def resolve_metadata(self, chunk_spec: ArraySpec) -> ArraySpec:
+        """Return the description of the stored chunk."""
+        stored: Any = _HALF[self.stored]()
+        return replace(chunk_spec, dtype=stored, fill_value=stored.default_scalar())
+
+    async def _decode_single(self, chunk_data: NDBuffer, chunk_spec: ArraySpec) -> NDBuffer:  # noqa: ARG002  # zarr's
+        return chunk_data.astype(np.dtype(np.float32))
+
+    async def _encode_single(self, chunk_data: NDBuffer, chunk_spec: ArraySpec) -> NDBuffer:  # noqa: ARG002  # zarr's
+        raise TypeError("an archive is written by captures only")
+
+    def compute_encoded_size(self, input_byte_length: int, chunk_spec: ArraySpec) -> int:  # noqa: ARG002  # zarr's
+        """Return the bytes of the stored values."""
+        return input_byte_length // 2
+
+
+register_codec("residua.as_float32", AsFloat32)
+
+
+class ArchiveStore(LocalStore):
+    """The folder of an archive as a read-only Zarr store; see the module.
+
+    Args:
+        root: Folder of the archive.
+        plan: Its plan.
+        captured: Numbers of the captured shards.
+        missing: Returns the error for the rows from a given one on, whose shard is not captured.
+    """
+
+    def __init__(
+        self, root: Path, plan: Plan, captured: Collection[int], missing: Callable[[int], ResiduaError]
+    ) -> None:
+        super().__init__(root, read_only=True)
+        self._plan = plan
+        self._captured = frozenset(captured)
+        self._missing = missing
+        self._half = {f"{spec.path}/{METADATA}" for spec in plan.arrays if spec.dtype in _HALF}
+        self._shards = {f"{spec.path}/c" for spec in plan.arrays}
+
+    def with_read_only(self, read_only: bool = False) -> Self:
+        """Return this store; an archive cannot be written through it."""
+        if not read_only:
+            raise ValueError(f"{self.root} is opened for reading: an archive is written by captures only")
+        return self
+
+    async def get(
+        self, key: str, prototype: BufferPrototype | None = None, byte_range: ByteRequest | None = None
+    ) -> Buffer | None:
+        """Return the bytes of a file; see the class for what it raises."""
+        self._require(key)
+        found = await super().get(key, prototype, byte_range)
+        return self._shown(key, found, prototype)
+
+    def get_sync(
+        self, key: str, *, prototype: BufferPrototype | None = None, byte_range: ByteRequest | None = None
+    ) -> Buffer | None:
+        """Return the bytes of a file; see the class for what it raises."""
+        self._require(key)
+        return self._shown(key, super().get_sync(key, prototype=prototype, byte_range=byte_range), prototype)
+
+    async def get_partial_values(
+        self, prototype: BufferPrototype, key_ranges: Iterable[tuple[str, ByteRequest | None]]
+    ) -> list[Buffer | None]:
+        """Return ranges of files, as `get` does."""
+        return [await self.get(key, prototype, byte_range) for key, byte_range in key_ranges]
+
+    def _shard(self, key: str) -> int | None:
+        """Return the number of the shard that the file `key` holds; None for other files."""
+        array, separator, place = key.rpartition("/c/")
+        number = place.partition("/")[0]
+        return int(number) if separator and f"{array}/c" in self._shards and number.isdecimal() else None
+
+    def _require(self, key: str) -> None:
+        """Raise unless the file `key` belongs to a captured shard, or to none."""
+        shard = self._shard(key)
+        if shard is None or shard in self._captured:
+            return
+        raise self._missing(shard * self._plan.rows_per_shard)
+
+    def _shown(self, key: str, found: Buffer | None, prototype: BufferPrototype | None) -> Buffer | None:
+        if found is None:
+            if self._shard(key) is not None:
+                raise DamagedArchiveError(f"{self.root / key} is missing: {RESTORE}")
+            return None
+        if key not in self._half:
+            return found
+        document: Any = parse_json(found.to_bytes())
+        stored, document["data_type"] = document["data_type"], "float32"
+        codecs = document["codecs"][0]["configuration"]["codecs"]  # of one chunk, so that parts of a shard can be read
+        codecs.insert(0, AsFloat32(stored=stored).to_dict())
+        made = default_buffer_prototype() if prototype is None else prototype
+        return made.buffer.from_bytes(json.dumps(document).encode())
+
+
+def open_zarr_group(store: ArchiveStore) -> zarr.Group:
+    """Return the archive as a Zarr group, from its own metadata and no consolidated copy of it."""
+    return zarr.open_group(store, mode="r", use_consolidated=False)
