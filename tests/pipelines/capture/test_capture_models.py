@@ -54,10 +54,10 @@ def test_a_site_that_computes_wider_than_the_model_is_stored_as_it_computes(tmp_
         model(torch.tensor(TOKENS[:1]))
     hook.remove()
     archive = capture_dataset(model, TOKENS[:1], out=tmp_path / "own.zarr", sites=f"{ROUTER},resid_post.0").archive
-    assert [str(archive[site].dtype) for site in archive.sites] == ["bfloat16", "float32"]
+    assert [str(archive[site].stored_dtype) for site in archive.sites] == ["bfloat16", "float32"]
     assert np.array_equal(archive[f"{ROUTER}@output"][:], seen[0].numpy())
     asked = capture_dataset(model, TOKENS[:1], out=tmp_path / "b.zarr", sites=ROUTER, dtype="bfloat16").archive
-    assert str(asked[f"{ROUTER}@output"].dtype) == "bfloat16"
+    assert str(asked[f"{ROUTER}@output"].stored_dtype) == "bfloat16"
 
 
 def test_only_the_keys_of_a_config_that_differ_are_named(tmp_path: Path) -> None:
