@@ -9,7 +9,7 @@ Legend: `B` examples in the batch, `T` padded positions, `H` heads, `K` keys, `V
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Literal, TypeVar
 
@@ -297,7 +297,6 @@ class Replayer:
         kwargs = forward_kwargs(core, padded.input_ids, padded.attention_mask)
         with (
             torch.set_grad_enabled(grad),
-            eager_where_needed(self.core, self._edited_infos),  # without the edits too, so that both runs compare
             self.changing(batch, edited=edited, keep=keep, on_kept=on_kept, leaves=nodes if grad else None),
         ):
             output = runnable(self.model)(**kwargs)
@@ -340,8 +339,15 @@ class Replayer:
             return tensor if name in steps or has_grad else None
 
         tapped = tap(self.model, sites, change, differentiable=has_grad, tensor_parallel=self.group)
-        with tapped if sites else nullcontext(), skipping(skip):
+        with self.attention(), tapped if sites else nullcontext(), skipping(skip):
             yield
+
+    def attention(self) -> AbstractContextManager[None]:
+        """Return a context in which the model has eager attention if an edit needs it, whichever tokens it changes.
+
+        Runs with and without edits, batches that an edit leaves alone and captures of a replay then compare.
+        """
+        return eager_where_needed(self.core, self._edited_infos)
 
     def steps(
         self, batch: PlanBatch, *, edited: bool, leaves: dict[str, Tensor] | None = None
@@ -360,14 +366,21 @@ class Replayer:
         """Return the step that puts the stored rows of a batch in; only the process that has the site reads them."""
         rows = batch_rows(batch.rows, batch.n_positions)
         self.stored.require(name, rows.row, torch_dtype(self._infos[name].dtype or "float32"))
+        return lambda tensor: self.put_in(name, tensor, source=rows.source, row=rows.row)
 
-        def put_in(tensor: Tensor) -> Tensor:
-            stored = self.stored.read(name, rows.row)
-            converted = stored.to(tensor)
-            refuse_overflow(name, stored, converted)
-            return with_rows(rows.source, tensor, converted)
+    def put_in(self, name: str, tensor: Tensor, *, source: Indices, row: Indices) -> Tensor:
+        """Return the (B, T, *row) tensor of a site with stored rows in it.
 
-        return put_in
+        Args:
+            name: The site.
+            tensor: Its tensor.
+            source: Increasing indices into the first two axes of the tensor.
+            row: For each of them the row of the archive.
+        """
+        stored = self.stored.read(name, row)
+        converted = stored.to(tensor)
+        refuse_overflow(name, stored, converted)
+        return with_rows(source, tensor, converted)
 
 
 def _graph_start(name: str, leaves: dict[str, Tensor]) -> Step:

@@ -147,13 +147,17 @@ class Replay:
             max_new_tokens: Maximum number of new tokens of an example.
             edit_new_tokens: Whether edits that apply to every token, and need no stored row, change new tokens too.
             seed: Seed of the sampling; the state of torch's generator stays as it was.
-            **options: For transformers' ``generate``, such as ``do_sample=True, temperature=0.7``.
+            **options: For transformers' ``generate``, such as ``do_sample=True, temperature=0.7`` or a
+                ``generation_config``. Rows and edits are placed by position, also without a cache, in chunks, in beams
+                and with candidates of an assistant.
 
         Returns:
             The new tokens of each example, including the token that ended it, if any.
 
         Raises:
-            PlanError: The model does not generate, an edit is at the logits, or an example would get several sequences.
+            PlanError: The model does not generate, an edit is at the logits, an example would get several sequences, or
+                an option makes transformers run the model on other tokens. The model has not run.
+            CaptureError: The model was run on other tokens all the same, for example by a logits processor.
         """
         self._require_open()
         return generate(

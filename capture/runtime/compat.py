@@ -21,7 +21,7 @@ from torch.distributed.distributed_c10d import _get_default_store
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.pipelining.schedules import PipelineScheduleSingle, _PipelineSchedule
 from torch.distributed.pipelining.stage import _PipelineStageBase
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers.integrations import deepspeed
 
 CompiledModule: TypeAlias = OptimizedModule
@@ -101,6 +101,18 @@ def model_from_config(kind: type[PreTrainedModel], config: PreTrainedConfig, **o
     """Build a model from its config; the public `AutoModel.from_config` does not take the model's class."""
     model: PreTrainedModel = kind._from_config(config, **options)  # type: ignore[no-untyped-call]  # it has no annotations
     return model
+
+
+def merged_generation_config(
+    model: Any, config: GenerationConfig | None, options: Mapping[str, object]
+) -> tuple[GenerationConfig, dict[str, Any]]:
+    """Return the settings with which ``model.generate(generation_config=config, **options)`` runs.
+
+    They come from the options, the config, the model's own config and transformers' defaults. transformers has no
+    public function for it. The second value holds the options that are no settings.
+    """
+    merged, others = model._prepare_generation_config(config, **options)
+    return merged, others
 
 
 def deepspeed_config() -> Any:

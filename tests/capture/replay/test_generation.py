@@ -79,9 +79,9 @@ def test_models_and_edits_that_do_not_generate_are_refused(tmp_path: Path) -> No
     asked = pytest.raises(PlanError, match=r"logits.*'final'")
     with residua.replay(model, archive, examples=[0], edits=[edit]) as run, asked:
         run.generate(2)
-    one_each = pytest.raises(PlanError, match=r"num_beams.*1")
+    one_each = pytest.raises(PlanError, match=r"num_return_sequences.*1")
     with residua.replay(model, archive, examples=EVEN, at="resid_post.0") as run, one_each:
-        run.generate(2, num_beams=2)
+        run.generate(2, do_sample=True, num_return_sequences=2)
     bert = model_of("bert")
     archive = captured(bert, tmp_path / "b", sites="resid_post.0")
     with (

@@ -12,7 +12,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel, fully_shard
 from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe
 from torch.distributed.pipelining.schedules import PipelineScheduleMulti
-from transformers import GPT2Config, OPTConfig
+from transformers import GenerationConfig, GPT2Config, OPTConfig
 from transformers.integrations import deepspeed
 
 from residua.capture.runtime import compat
@@ -54,6 +54,17 @@ def test_the_stores_of_torch_distributed_are_these() -> None:
 def test_default_store(one_rank: Any) -> None:
     compat.PrefixStore("compat", compat.default_store()).set("key", "value")
     assert compat.PrefixStore("compat", compat.default_store()).get("key") == b"value"
+
+
+def test_merged_generation_config() -> None:
+    model = cast("Any", TINY["llama"]())
+    model.generation_config.use_cache = False
+    config = GenerationConfig(num_beams=3, top_k=5)  # type: ignore[no-untyped-call]  # transformers has no types here
+    merged, others = compat.merged_generation_config(model, config, {"top_k": 7, "eos_token_id": None, "streamer": 1})
+    found = (merged.num_beams, merged.top_k, merged.eos_token_id, merged.use_cache, merged.num_return_sequences)
+    assert found == (3, 7, None, False, 1)
+    assert others == {"streamer": 1}
+    assert config.top_k == 5
 
 
 def test_compiled_module() -> None:
