@@ -47,7 +47,7 @@ PairMetric = Callable[[Tensor, Pair, Tensor], Tensor]
 def _logit_difference(logits_CV: Tensor, pair: Pair, _clean_V: Tensor) -> Tensor:
     if pair.wrong is None:
         raise PlanError("logit_difference needs the wrong answer of every pair: give `wrong`, or choose loss")
-    return logit_difference(widen(logits_CV), pair.answer, pair.wrong)
+    return logit_difference(logits_CV, pair.answer, pair.wrong)
 
 
 def _loss(logits_CV: Tensor, pair: Pair, _clean_V: Tensor) -> Tensor:

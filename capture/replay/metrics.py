@@ -100,9 +100,9 @@ def mean_kl(outcome: Outcome) -> Tensor:
 def logit_difference(logits: Tensor, token: int, other: int) -> Tensor:
     """Return the logit of `token` minus that of `other`, from (..., V) to (...).
 
-    The difference is computed in the type of the logits and then widened to float32 at least.
+    Both logits are widened to float32 at least before they are subtracted.
     """
-    return widen(logits[..., token] - logits[..., other])
+    return widen(logits[..., token]) - widen(logits[..., other])
 
 
 def _mean_logit_difference(spec: Mapping[str, Any]) -> Metric:

@@ -139,3 +139,15 @@ def test_unknown_metrics_are_refused(tmp_path: Path) -> None:
             run.metric({"logit_difference": [1, 2], "position": 8})
         assert run.metric("kl") == 0
         torch.testing.assert_close(run.metric(lambda outcome: outcome.logits[1].sum()), run.logits[1].sum())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_logits_are_widened_before_they_are_subtracted(dtype: torch.dtype, tmp_path: Path) -> None:
+    model = model_of("gpt2", dtype)
+    archive = captured(model, tmp_path / "a", sites="resid_post.0")
+    with residua.replay(model, archive, examples=PADDED) as run:
+        found = [run.metric({"logit_difference": [first, 11], "position": -2}) for first in range(12, 40)]
+        logits = [rows.double() for rows in run.logits]
+    for first, value in zip(range(12, 40), found, strict=True):
+        expected = torch.stack([rows[-2, first] - rows[-2, 11] for rows in logits]).mean()
+        torch.testing.assert_close(value.double(), expected, rtol=1e-6, atol=1e-7)

@@ -193,6 +193,25 @@ def test_patterns_are_those_of_the_edited_run(tmp_path: Path) -> None:
     assert stored[..., 3:].abs().max() == 0
 
 
+@pytest.mark.parametrize("name", ["llama", "gpt2", "qwen3"])
+def test_an_edited_pattern_means_eager_attention_for_every_batch(name: str, tmp_path: Path) -> None:
+    """Also for the batches without an edited token, as in `replay`."""
+    model = model_of(name)
+    archive = captured(model, tmp_path / "a")
+    edit = {"edit": "zero", "site": "pattern.1", "heads": [0], "examples": LAST}
+    found = replayed(model, archive, tmp_path / "out", at=None, edits=[edit], capture="logits")
+    with residua.replay(model, archive, examples=PADDED, edits=[edit]) as run:
+        replayed_logits = run.logits
+    fast, is_token = run_in_full(model, archive, PADDED)
+    model.set_attn_implementation("eager")
+    eager, _ = run_in_full(model, archive, PADDED)
+    assert not torch.equal(fast[is_token], eager[is_token]), "the implementations do not differ here: no test"
+    for place, example in enumerate(PADDED):
+        expected = eager[place][is_token[place]]
+        assert torch.equal(found["logits"].torch(slice(*found.example_table.rows(example))), expected)
+        assert torch.equal(replayed_logits[place], expected)
+
+
 def test_edits_above_the_last_captured_site_do_not_matter(tmp_path: Path) -> None:
     model = model_of("llama")
     archive = captured(model, tmp_path / "a")
