@@ -3,8 +3,9 @@
 A lens numbers points by the block that reads them, as the `tuned-lens` package does: layer *l* is the input of block
 *l*, which is the output of block *l* - 1. The last layer, the number of blocks, is the input of the final norm.
 
-Training rows are chunks of 128 rows drawn at random from the full archive. An example is held out with all its rows, by
-a hash of its number. Everything follows from the archive and the settings alone, so every job finds the same rows.
+Training rows are chunks of 128 rows drawn at random from the full archive. A document is held out with all its rows,
+and with all documents of equal content, by a hash of its number. Everything follows from the archive and the settings
+alone, so every job finds the same rows.
 """
 
 import json
@@ -17,7 +18,9 @@ from torch import Tensor
 
 from residua.analysis.lens.settings import LensSettings
 from residua.analysis.rows.blocks import blocks
-from residua.analysis.rows.held_out import held_out
+from residua.analysis.rows.columns import checked_examples
+from residua.analysis.rows.groups import example_groups
+from residua.analysis.rows.held_out import held_out_groups
 from residua.store.base.errors import AnalysisError, PlanError
 from residua.store.base.untrusted import check_file
 from residua.store.edits.lens_files import BLOCKS_BEFORE, lens_layer
@@ -124,11 +127,24 @@ class LensRows:
     Args:
         archive: The archive; only committed rows are used.
         settings: How many rows to use, and which examples are held out.
+        held_out: `held_out` of another object for the same archive and settings: finding it reads all tokens.
+
+    Attributes:
+        settings: The settings.
+        held_out: Whether each example is held out, as packed bits.
     """
 
-    def __init__(self, archive: Archive, settings: LensSettings) -> None:
+    def __init__(
+        self, archive: Archive, settings: LensSettings, *, held_out: npt.NDArray[np.uint8] | None = None
+    ) -> None:
         self._archive = archive
         self.settings = settings
+        if held_out is None:
+            groups = example_groups(archive, settings.group)
+            held_out = np.packbits(held_out_groups(groups, fraction=settings.held_out, seed=settings.seed))
+        self.held_out = held_out
+        n_examples = archive.example_table.index().n_examples
+        self._is_held_out = np.unpackbits(held_out, count=n_examples).astype(np.bool_)
         self._height = min(_CHUNK_ROWS, archive.plan.rows_per_shard)
 
     def chunks(self) -> Rows:
@@ -149,7 +165,10 @@ class LensRows:
         """Return the rows of `chunks` that train: no held-out example, no first position."""
         rows = (chunks[:, None] + np.arange(self._height)).reshape(-1)
         rows = rows[rows < self._archive.n_rows]  # only the last shard may be short
-        return rows[~self._is_held_out(self._archive.rows.example.numpy(rows)) & self._is_late(rows)]
+        stored = self._archive.rows.example.numpy(rows).astype(np.int64)
+        examples = checked_examples(self._archive, rows, stored)
+        is_used = ~self._is_held_out[examples] & self._is_late(rows)
+        return np.asarray(rows[is_used])
 
     def epoch_rows(self, site: str, epoch: int, part: int, n_parts: int) -> Iterator[Rows]:
         """Yield the training rows of one pass, with chunks in random order, at most 256 MiB per site at a time.
@@ -177,7 +196,7 @@ class LensRows:
         """
         most = self.settings.held_out_rows if most is None else most
         index = self._archive.example_table.index()
-        examples = np.flatnonzero(self._is_held_out(np.arange(index.n_examples)))
+        examples = np.flatnonzero(self._is_held_out)
         examples = np.random.default_rng([self.settings.seed, 3]).permutation(examples)
         examples = examples[self._is_captured(index.first_row[examples])]
         enough = int(np.searchsorted(np.cumsum(index.n_rows[examples], dtype=np.int64), most)) + 1
@@ -189,8 +208,8 @@ class LensRows:
         if not len(rows):
             raise AnalysisError(
                 f"none of the {index.n_examples:,} examples of {self._archive.path} is both held out and captured, and "
-                "a lens is evaluated on such examples: capture more examples (--max-length splits long ones), or raise "
-                f"--held-out from {self.settings.held_out}"
+                "a lens is evaluated on such examples. The windows of a document, and documents of equal content, are "
+                f"held out together: capture more documents, or raise --held-out from {self.settings.held_out}"
             )
         return rows
 
@@ -211,9 +230,6 @@ class LensRows:
     def read(self, site: str, rows: Rows) -> Tensor:
         """Return the values of `rows` at `site`, (rows, width), in the stored type."""
         return self._archive[site].torch(rows)
-
-    def _is_held_out(self, examples: npt.NDArray[np.generic]) -> npt.NDArray[np.bool_]:
-        return held_out(examples.astype(np.int64), fraction=self.settings.held_out, seed=self.settings.seed)
 
     def _is_captured(self, rows: Rows) -> npt.NDArray[np.bool_]:
         return np.isin(rows // self._archive.plan.rows_per_shard, list(self._archive.commits))

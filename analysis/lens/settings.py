@@ -16,7 +16,12 @@ class LensSettings:
 
     rows: int | None = _setting(None, "train on about this many rows, drawn from the full archive (default: all)")
     skip_positions: int = _setting(1, "skip this many first positions of each example, where attention sinks are")
-    held_out: float = _setting(0.1, "share of the examples to hold out for the evaluation")
+    held_out: float = _setting(0.1, "share of the documents to hold out for the evaluation")
+    group: str | None = _setting(
+        None,
+        "column whose equal values are held out together, besides documents and equal contents (source_index: "
+        "documents alone; example: each example for itself)",
+    )
     held_out_rows: int = _setting(65_536, "evaluate on at most this many held-out rows")
     refine: bool = _setting(
         True, "refine the ridge solution on the KL divergence; without it, training is cheaper but less accurate"

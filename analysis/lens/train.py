@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import torch
 from torch import Tensor
@@ -61,6 +62,7 @@ class _Training:
         work: Path of the folder ``work``.
         points: The sites, by layer.
         settings: How the lens is trained.
+        held_out: Which examples are held out, as `LensRows` packs it.
         n_parts: Number of parts that the rows are divided into.
         memory_limit: Bytes that a worker may use.
     """
@@ -69,12 +71,13 @@ class _Training:
     work: Path
     points: LensPoints
     settings: LensSettings
+    held_out: npt.NDArray[np.uint8]
     n_parts: int
     memory_limit: int
 
     @property
     def reader(self) -> LensRows:
-        return LensRows(opened(self.archive), self.settings)
+        return LensRows(opened(self.archive), self.settings, held_out=self.held_out)
 
     @property
     def decoder(self) -> Decoder:
@@ -174,7 +177,8 @@ class LensTraining:
         self._reader = LensRows(self._archive, settings)
         n_parts = self._start(settings, settings.parts or self._default_parts(settings, rows_per_part))
         path, limit = str(self._archive.path), cluster.memory_limit
-        self._training = _Training(path, self._work, self._points, settings, n_parts, limit)
+        held_out = self._reader.held_out
+        self._training = _Training(path, self._work, self._points, settings, held_out, n_parts, limit)
 
     def train(self) -> None:
         """Find the maps of all unfinished layers."""

@@ -25,14 +25,16 @@ from residua.store.read.archive import Archive
 _COLUMNS = ("site", "layer", "target", "n_train", "n_test", "n_left_out", "penalty")
 _SCORES = {
     "classification": (
-        *("n_classes", "accuracy", "balanced_accuracy", "auc", "majority_accuracy"),
-        *("control_accuracy", "control_balanced_accuracy", "converged"),
+        *("n_classes", "accuracy", "balanced_accuracy", "auc", "majority_accuracy", "majority_balanced_accuracy"),
+        *("control_accuracy", "control_balanced_accuracy", "control_majority_accuracy"),
+        *("not_learned", "not_tested", "converged"),
     ),
-    "regression": ("r2", "rmse", "baseline_r2", "baseline_rmse", "control_r2"),
+    "regression": ("r2", "rmse", "baseline_r2", "baseline_rmse", "control_r2", "control_baseline_r2"),
 }
 _TYPES = {
     **dict.fromkeys(("site", "target"), pa.string()),
     **dict.fromkeys(("layer", "n_train", "n_test", "n_left_out", "n_classes"), pa.int64()),
+    **dict.fromkeys(("not_learned", "not_tested"), pa.list_(pa.string())),
     "converged": pa.bool_(),
 }
 
@@ -46,36 +48,47 @@ def probe(
     where: str | None = None,
     test_fraction: float = 0.2,
     seed: int = 0,
+    group: str | None = None,
+    as_numbers: bool = False,
     save: str | PathLike[str] | None = None,
     cluster: Cluster | None = None,
 ) -> pa.Table:
-    """Fit a linear probe for `target` to each of `sites`, and test it on held-out examples.
+    """Fit a linear probe for `target` to each of `sites`, and test it on held-out documents.
 
     Classes are fitted by logistic regression and numbers by ridge regression, both exactly, on standardised channels
-    (`residua.analysis.probes.linear_probe`). A fifth of the examples that are not held out chooses the penalty; the
-    probe is then fitted to all of them. The control is the same probe with the same penalty, for labels that say
-    nothing about the rows: if all rows of an example have the same label, labels permuted among the examples (Hewitt
-    and Liang 2019, "Designing and Interpreting Probes with Control Tasks").
+    (`residua.analysis.probes.linear_probe`). A fifth of the documents that are not held out chooses the penalty; the
+    probe is then fitted to all of them. The windows of a document, and documents or windows of equal content, are held
+    out together. The control is the same probe with the same penalty, for labels that say nothing about the rows: if
+    all rows of a document have the same label, labels permuted among the documents (Hewitt and Liang 2019, "Designing
+    and Interpreting Probes with Control Tasks").
 
     Args:
         archive: The archive.
         target: ``token`` or ``position`` of the row; a column of the example table, with one value per example or a
             list with one a token; or a condition such as ``position > 10``.
         sites: The sites, for example ``resid_post.*``.
-        task: ``classification`` or ``regression``; None: classification of texts, of true and false, and of whole
-            numbers if there are at most 16 different ones; else regression.
+        task: ``classification`` or ``regression``; None: classification of texts, of token ids, of true and false, and
+            of whole numbers if there are at most 16 different ones; else regression.
         where: Use only these rows, for example ``position > 0``.
-        test_fraction: Share of the examples that is held out.
+        test_fraction: Share of the documents that is held out; of those of each class, if rows of an example have one
+            class.
         seed: Random seed for the held-out split and the control.
+        group: What else belongs together and is held out together: a column such as ``author``. ``source_index``:
+            documents alone, even if they are equal. ``example``: each example for itself, even windows of one document;
+            the control then shows what leaks.
+        as_numbers: Regress token ids, and texts by their alphabetical rank, although such numbers have no size.
         save: Folder to write the probes to, one folder for each site; `LinearProbe.load` reads them.
         cluster: Where to compute; by default in this process.
 
     Returns:
         One line for each site: site, layer (null for a site outside the layers), target, n_train, n_test, n_left_out
         (rows with a NaN or an infinity), penalty. For a classification also n_classes, accuracy, balanced_accuracy
-        (mean over classes), auc (two classes), majority_accuracy (of always answering the most common training class),
-        control_accuracy, control_balanced_accuracy, converged. For a regression also r2, rmse, baseline_r2 and
-        baseline_rmse (of always answering the training mean), control_r2. All scores are on held-out examples.
+        (mean over classes that are tested), auc (two classes), majority_accuracy and majority_balanced_accuracy (of
+        always answering the most common training class), control_accuracy, control_balanced_accuracy,
+        control_majority_accuracy (of always answering the control's most common training class), not_learned and
+        not_tested (names of the classes without a row to learn from, or to test on), converged. For a regression also
+        r2, rmse, baseline_r2 and baseline_rmse (of always answering the training mean), control_r2 and
+        control_baseline_r2. All scores are on held-out documents.
 
     Raises:
         UnknownSiteError: `sites` names no stored site.
@@ -86,10 +99,10 @@ def probe(
     if seed < 0:
         raise AnalysisError(f"the seed is {seed}: give a number of at least 0")
     names, cluster = archive.select(sites), or_inline(cluster)
-    split = Split(test_fraction, seed)
-    found = summarise(archive, target, where=where, task=task, split=split)
+    split = Split(test_fraction, seed, group)
+    found = summarise(archive, target, where=where, task=task, split=split, as_numbers=as_numbers)
     rows = blocks(archive)
-    jobs = [Job(address(archive), name, rows, target, where, split, found, cluster.memory_limit) for name in names]
+    jobs = [Job(address(archive), name, rows, target, where, found, cluster.memory_limit) for name in names]
     probed: dict[int, SiteProbe] = {}
     for number, answer in cluster.map(probe_site, jobs, label=f"probes of {target}"):
         probed[number] = answer

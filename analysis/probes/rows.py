@@ -6,7 +6,6 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from residua.analysis.probes.controls import Split
 from residua.analysis.probes.target import TargetSummary, read_target
 from residua.analysis.rows.blocks import Block
 from residua.analysis.rows.columns import examples_of
@@ -24,7 +23,6 @@ class Job(NamedTuple):
     blocks: Sequence[Block]
     target: str
     where: str | None
-    split: Split
     summary: TargetSummary
     memory: int
 
@@ -86,7 +84,7 @@ class ProbeRows:
         for rows, values in pieces(self._archive, job.site, job.blocks, job.where):
             examples = examples_of(self._archive, rows)
             labels = np.column_stack([self._target.values(rows), job.summary.control.labels(rows, examples)])
-            piece = LabelledRows(values, labels.astype(np.float64), job.split.subsets(examples))
+            piece = LabelledRows(values, labels.astype(np.float64), job.summary.subsets[examples])
             finite = np.isfinite(values).all(axis=1)
             if not finite.all():
                 self.n_left_out += int(len(rows) - np.count_nonzero(finite))

@@ -58,10 +58,16 @@ def _classify(job: Job, rows: ProbeRows) -> SiteProbe:
 
     train = Moments(width, full=_COVARIANCES * 8 * width**2 <= job.memory)
     n_rows = np.zeros(3, np.int64)
-    for values, _, subsets in rows.each():
+    n_learned, n_tested = np.zeros((2, n_classes), np.int64), np.zeros((2, n_classes), np.int64)
+    for values, labels, subsets in rows.each():
         n_rows += np.bincount(subsets, minlength=3)
         train.add(values[subsets != TEST])
+        codes = np.searchsorted(summary.classes, labels)
+        for counts, chosen in ((n_learned, codes[subsets != TEST]), (n_tested, codes[subsets == TEST])):
+            for labelling in (0, 1):
+                counts[labelling] += np.bincount(chosen[:, labelling], minlength=n_classes)
     _check_rows(job, n_rows.tolist())
+    summary.check_classes(n_learned[0], n_tested[0], f" on {job.site}")
     basis = Basis.of(train)
     grid = [Problem(0, n_classes, penalty) for penalty in LOGISTIC_PENALTIES]
     tried = fit_logistic(partial(batches, FIT), grid, basis, tolerance=_ROUGH)
@@ -78,10 +84,14 @@ def _classify(job: Job, rows: ProbeRows) -> SiteProbe:
         "accuracy": float((truth == guess).mean()),
         "balanced_accuracy": _balanced(truth, guess),
         "auc": float(roc_auc_score(truth, score)) if n_classes == 2 and len(np.unique(truth)) == 2 else None,
-        "majority_accuracy": float((truth == summary.majority).mean()),
+        "majority_accuracy": float((truth == n_learned[0].argmax()).mean()),
+        "majority_balanced_accuracy": _balanced(truth, np.full_like(truth, n_learned[0].argmax())),
         "control_accuracy": float((control_truth == control_guess).mean()),
         "control_balanced_accuracy": _balanced(control_truth, control_guess),
+        "control_majority_accuracy": float((control_truth == n_learned[1].argmax()).mean()),
         "n_classes": n_classes,
+        "not_learned": summary.names_of(n_learned[0] == 0),
+        "not_tested": summary.names_of(n_tested[0] == 0),
         "converged": probe.is_converged and control.is_converged,
     }
     saved = SavedProbe(probe.weight, probe.bias, penalty, summary.names, {"site": job.site, "target": job.target})
@@ -143,13 +153,14 @@ def _regress(job: Job, rows: ProbeRows) -> SiteProbe:
     probe, control = (solve(train, width, column, [penalty])[0] for column in (0, 1))
     error = mean_squared_error(probe, test, 0)
     variance, control_variance = test.variance[width:]
-    baseline = variance + (test.mean[width] - train.mean[width]) ** 2
+    baseline, control_baseline = test.variance[width:] + (test.mean[width:] - train.mean[width:]) ** 2
     scores = {
         "r2": _explained(error, variance),
         "rmse": error**0.5,
         "baseline_r2": _explained(baseline, variance),
         "baseline_rmse": float(baseline) ** 0.5,
         "control_r2": _explained(mean_squared_error(control, test, 1), control_variance),
+        "control_baseline_r2": _explained(control_baseline, control_variance),
     }
     about = {"site": job.site, "target": job.target}
     saved = SavedProbe(probe.weight[None], np.array([probe.bias]), penalty, None, about)

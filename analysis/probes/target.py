@@ -11,7 +11,7 @@ them. It reads only the rows' columns and the example table.
 """
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal, NamedTuple, TypeAlias
@@ -21,21 +21,21 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from residua.analysis.probes.controls import TEST, Control, Split
+from residua.analysis.probes.controls import TEST, Control, Numbers, Split, Subsets, control_units
 from residua.analysis.rows.blocks import blocks
 from residua.analysis.rows.columns import examples_of, positions_of, row_numbers
 from residua.analysis.rows.held_out import held_out
-from residua.store.base.errors import AnalysisError, DamagedArchiveError
+from residua.store.base.errors import AnalysisError, DamagedArchiveError, few
 from residua.store.read.archive import Archive
 from residua.store.selection.row_filter import RowFilter
 
 Task: TypeAlias = Literal["classification", "regression"]
 Values: TypeAlias = npt.NDArray[Any]
-Numbers: TypeAlias = npt.NDArray[np.int64]
 Floats: TypeAlias = npt.NDArray[np.float64]
-Names: TypeAlias = tuple[str | bool, ...] | None
+Names: TypeAlias = tuple[str | bool | int, ...] | None
 
 _ROW_COLUMNS = ("token", "position", "example")
+_MOST_EXACT = 2**53  # of whole numbers that a float64 can hold
 _FEW = 16  # a target with at most this many different whole numbers is a classification
 
 
@@ -46,10 +46,14 @@ class Target(NamedTuple):
         values: Given row numbers, ascending and close together, returns their values, (rows,): int64, or float64 with
             NaN where there is no value.
         names: What these numbers stand for; None if they are the values themselves.
+        no_sizes: Why the size of a number means nothing, so that nobody regresses it unknowingly; empty if it does.
+        present: The condition under which there is a value.
     """
 
     values: Callable[[Numbers], Values]
     names: Names
+    no_sizes: str = ""
+    present: str = ""
 
 
 def read_target(archive: Archive, text: str) -> Target:
@@ -59,7 +63,7 @@ def read_target(archive: Archive, text: str) -> Target:
         AnalysisError: There is no such column, it has values that cannot be predicted, or the text cannot be read.
     """
     if text in _ROW_COLUMNS:
-        return Target(partial(row_numbers, archive, text), None)
+        return Target(partial(row_numbers, archive, text), None, "token ids" if text == "token" else "")
     if text in archive.example_table.column_types() or text in ("n_tokens", "n_rows"):
         return _column_target(archive, text)
     condition = _condition(archive, text)
@@ -88,8 +92,8 @@ def _condition(archive: Archive, text: str) -> RowFilter:
 def _column_target(archive: Archive, name: str) -> Target:
     column = archive.example_table.table([name])[name].combine_chunks()
     if not (pa.types.is_list(column.type) or pa.types.is_large_list(column.type)):
-        of_examples, names = _numbers(name, column)
-        return Target(lambda rows: np.asarray(of_examples[examples_of(archive, rows)]), names)
+        numbers = _numbers(name, column)
+        return Target(lambda rows: np.asarray(numbers.values[examples_of(archive, rows)]), *numbers[1:])
     found = pc.call_function("list_value_length", [column]).fill_null(0)
     lengths = found.to_numpy(zero_copy_only=False).astype(np.int64)
     n_tokens = archive.example_table.index().n_tokens
@@ -99,35 +103,55 @@ def _column_target(archive: Archive, name: str) -> Target:
             f"column {name!r} holds lists, which must have one value per token, but example {wrong[0]} has "
             f"{lengths[wrong[0]]:,} values and {n_tokens[wrong[0]]:,} tokens: choose another column"
         )
-    of_tokens, names = _numbers(name, column.flatten())
+    numbers = _numbers(name, column.flatten())
     starts = np.cumsum(lengths) - lengths
 
     def by_token(rows: Numbers) -> Values:
         examples, positions = examples_of(archive, rows), positions_of(archive, rows)
         if (positions >= n_tokens[examples]).any():
             raise DamagedArchiveError(f"{archive.path}/rows/position has positions beyond the end of their example")
-        return np.asarray(of_tokens[starts[examples] + positions])
+        return np.asarray(numbers.values[starts[examples] + positions])
 
-    return Target(by_token, names)
+    return Target(by_token, *numbers[1:])
 
 
-def _numbers(name: str, column: Any) -> tuple[Values, Names]:
+class _Numbers(NamedTuple):
+    """The values of a column as numbers, and the other fields of a `Target`."""
+
+    values: Values
+    names: Names
+    no_sizes: str
+    present: str
+
+
+def _numbers(name: str, column: Any) -> _Numbers:
     """Return the values as numbers, and what the numbers stand for if the values are not numbers."""
     types = pa.types
     if types.is_dictionary(column.type):
         column = column.cast(column.type.value_type)
+    word = name if name.isidentifier() else f"`{name}`"
+    present = f"{word} != null"
     if types.is_boolean(column.type):
-        return _with_gaps(column.cast(pa.int64())), (False, True)
-    if types.is_string(column.type) or types.is_large_string(column.type):
+        return _Numbers(_with_gaps(column.cast(pa.int64())), (False, True), "", present)
+    is_text = types.is_string(column.type) or types.is_large_string(column.type)
+    if is_text or (types.is_integer(column.type) and _is_huge(column)):
         encoded = column.dictionary_encode()
         names = encoded.dictionary.to_pylist()
-        ranks = pa.array(np.argsort(np.argsort(names)))  # classes are numbered by name, not by first occurrence
-        return _with_gaps(ranks.take(encoded.indices)), tuple(sorted(names))
+        ranks = pa.array(np.argsort(np.argsort(np.array(names, object))))  # numbered by name, not by first occurrence
+        why = "texts" if is_text else "whole numbers beyond 2**53, which float64 cannot tell apart"
+        return _Numbers(_with_gaps(ranks.take(encoded.indices)), tuple(sorted(names)), why, present)
+    if types.is_floating(column.type) and bool(pc.call_function("any", [pc.call_function("is_nan", [column])]).as_py()):
+        present = f"{word} > -1e308 and {word} < 1e308"  # neither NaN nor null is less or more than anything
     if types.is_integer(column.type) or types.is_floating(column.type):
-        return _with_gaps(column), None
+        return _Numbers(_with_gaps(column), None, "", present)
     raise AnalysisError(
         f"column {name!r} holds {column.type}, but a probe predicts numbers, texts, true or false: choose another"
     )
+
+
+def _is_huge(column: Any) -> bool:
+    bounds = pc.call_function("min_max", [column]).as_py()
+    return any(abs(bound) > _MOST_EXACT for bound in bounds.values() if bound is not None)
 
 
 def _with_gaps(column: Any) -> Values:
@@ -141,20 +165,45 @@ class TargetSummary:
     """What is known of a target before a probe is fitted.
 
     Attributes:
+        text: The target.
         task: What the probe does.
         classes: For a classification, the values of the target, ascending.
         names: The names of the classes.
         n_rows: Number of rows to fit, to choose the penalty by, and to test on.
-        majority: Number of the class that most rows of the first two kinds have.
+        subsets: Which of the three each example is for, (examples,).
         control: Labels that say nothing about the rows.
     """
 
+    text: str
     task: Task
     classes: Floats
     names: list[Any]
     n_rows: tuple[int, int, int]
-    majority: int
+    subsets: Subsets
     control: Control
+
+    def names_of(self, chosen: npt.NDArray[np.bool_]) -> list[str]:
+        """Return the names of the classes that are true in `chosen`, as texts."""
+        return [str(name) for name, is_chosen in zip(self.names, chosen.tolist(), strict=True) if is_chosen]
+
+    def check_classes(self, n_learned: Numbers, n_tested: Numbers, where: str = "") -> None:
+        """Raise AnalysisError if fewer than two classes have rows to learn from, or rows to test on.
+
+        Args:
+            n_learned: Rows of each class to learn from.
+            n_tested: Rows of each class to test on.
+            where: What the message adds to "the rows".
+        """
+        for counts, what in ((n_learned, "learn from"), (n_tested, "test on")):
+            present = self.names_of(counts > 0)
+            if len(present) < 2:
+                lacking = few([repr(name) for name in self.names_of(counts == 0)])
+                raise AnalysisError(
+                    f"the rows{where} to {what} hold no {self.text!r} but {', '.join(map(repr, present)) or 'none'}: "
+                    f"{lacking} have no row there, and a score of one class says nothing. Documents and equal contents "
+                    "are held out as a whole, so each class needs two of them or more: add some, leave the class out "
+                    "with a filter, or try another seed or test fraction"
+                )
 
 
 def summarise(
@@ -164,6 +213,7 @@ def summarise(
     where: str | None,
     task: Task | None,
     split: Split,
+    as_numbers: bool = False,
     most_classes: int = 2048,
     sample_rows: int = 16_384,
 ) -> TargetSummary:
@@ -173,57 +223,114 @@ def summarise(
         archive: The archive.
         text: The target; see the module's head.
         where: Use only these rows.
-        task: What the probe does. None: classification of texts, of true and false, and of up to 16 different whole
-            numbers; else regression.
+        task: What the probe does. None: classification of texts, of token ids, of true and false, and of up to 16
+            different whole numbers; else regression.
         split: Which examples are held out.
+        as_numbers: Regress token ids, and texts by their alphabetical rank.
         most_classes: Most classes of a classification.
         sample_rows: Labels, or up to twice as many, that a control draws from if labels differ within an example.
 
     Raises:
-        AnalysisError: The target cannot be predicted because values are missing, all are equal, or there are too many
-            classes; or no example is held out.
+        AnalysisError: The target cannot be predicted because values are missing, all are equal, there are too many
+            classes, or their numbers have no size; or no example is held out.
     """
     target = read_target(archive, text)
+    labels = _Labels(archive, text, target, most_classes, sample_rows)
+    for rows, values in _labelled(archive, target, where):
+        labels.add(rows, examples_of(archive, rows), values)
+    labels.check()
+    task = _task(labels, target, task, as_numbers=as_numbers)
+    classes = labels.classes() if task == "classification" else np.zeros(0)
+    values_of = [int(value) if labels.is_whole else value for value in classes.tolist()]
+    groups = split.groups(archive)
+    by_class = np.searchsorted(classes, labels.by_example) if len(classes) and labels.is_per_example else None
+    subsets = split.subsets(groups, np.flatnonzero(np.isfinite(labels.by_example)), by_class)
+    n_rows, n_by_class = np.zeros(3, np.int64), np.zeros((2, len(classes)), np.int64)
+    for rows, values in _labelled(archive, target, where):
+        of_rows = subsets[examples_of(archive, rows)]
+        n_rows += np.bincount(of_rows, minlength=3)
+        if len(classes):
+            codes = np.searchsorted(classes, values.astype(np.float64))
+            for subset, chosen in enumerate((codes[of_rows != TEST], codes[of_rows == TEST])):
+                n_by_class[subset] += np.bincount(chosen, minlength=len(classes))
+    _check_subsets(n_rows, labels.by_example, groups)
+    summary = TargetSummary(
+        text=text,
+        task=task,
+        classes=classes,
+        names=values_of if target.names is None else [target.names[int(value)] for value in values_of],
+        n_rows=(int(n_rows[0]), int(n_rows[1]), int(n_rows[2])),
+        subsets=subsets,
+        control=labels.control(split.seed, control_units(archive, split, groups), subsets),
+    )
+    if len(classes):
+        summary.check_classes(n_by_class[0], n_by_class[1])
+    return summary
+
+
+def _labelled(archive: Archive, target: Target, where: str | None) -> Iterator[tuple[Numbers, Values]]:
+    """Yield the chosen rows in order, and their values."""
     selected = None if where is None else RowFilter.parse(where)
-    labels = _Labels(archive, text, split, most_classes, sample_rows)
     for block in blocks(archive):
         rows = np.arange(*block)
         if selected is not None:
             rows = rows[selected.mask(archive, *block)]
         if len(rows):
-            labels.add(rows, examples_of(archive, rows), target.values(rows))
-    labels.check()
+            yield rows, target.values(rows)
+
+
+def _task(labels: "_Labels", target: Target, task: Task | None, *, as_numbers: bool) -> Task:
+    """Return what the probe does; see `summarise`."""
     if task is None:
-        is_few = labels.is_whole and not labels.are_too_many and len(labels.n_train + labels.n_test) <= _FEW
-        task = "classification" if target.names is not None or is_few else "regression"
-    classes = labels.classes() if task == "classification" else np.zeros(0)
-    fit, validation, test = labels.n_rows.tolist()
-    values = [int(value) if labels.is_whole else value for value in classes.tolist()]
-    return TargetSummary(
-        task=task,
-        classes=classes,
-        names=values if target.names is None else [target.names[int(value)] for value in values],
-        n_rows=(fit, validation, test),
-        majority=int(np.argmax([labels.n_train[value] for value in classes.tolist()] or [0])),
-        control=labels.control(),
-    )
+        is_few = labels.is_whole and not labels.are_too_many and len(labels.counts) <= _FEW
+        is_class = target.names is not None or bool(target.no_sizes) or is_few
+        task = "classification" if is_class and not as_numbers else "regression"
+    if task == "regression" and target.no_sizes:
+        is_inexact = target.names is not None and isinstance(target.names[0], int) and target.names != (False, True)
+        if is_inexact or not as_numbers:
+            way = "" if is_inexact else ", or say that their order has a meaning (--as-numbers)"
+            raise AnalysisError(
+                f"{labels.text!r} holds {target.no_sizes}, so a regression on their size says nothing: predict classes "
+                f"(--task classification), or a condition on it{way}"
+            )
+    return task
+
+
+def _check_subsets(n_rows: Numbers, by_example: Floats, groups: Numbers) -> None:
+    for count, what in zip(n_rows.tolist(), ("fit", "choose the penalty by", "test on"), strict=True):
+        if not count:
+            present = np.flatnonzero(np.isfinite(by_example))
+            n_groups = len(np.unique(groups[present]))
+            raise AnalysisError(
+                f"no rows are left to {what}: documents and equal contents are held out as a whole, and the selected "
+                f"rows belong to {len(present):,} examples of {n_groups:,} different documents; a class needs two of "
+                "them or more. Use more documents, another seed, or another test fraction; or say what belongs "
+                "together, such as --group source_index (documents, even if they are equal)"
+            )
 
 
 class _Labels:
-    """What one pass over the labels collects."""
+    """What one pass over the labels collects.
 
-    def __init__(self, archive: Archive, text: str, split: Split, most_classes: int, sample_rows: int) -> None:
-        self.n_rows = np.zeros(3, np.int64)
-        self.n_train: Counter[float] = Counter()
-        self.n_test: Counter[float] = Counter()
-        self.are_too_many = False  # to be counted
+    Attributes:
+        text: The target.
+        counts: Number of rows of each value, until there are too many values.
+        are_too_many: Whether there are too many values to be classes.
+        is_whole: Whether all values are whole numbers.
+        by_example: The value of the first row of each example, NaN if it has no row.
+        is_per_example: Whether all rows of each example have the same value.
+    """
+
+    def __init__(self, archive: Archive, text: str, target: Target, most_classes: int, sample_rows: int) -> None:
+        self.text = text
+        self.counts: Counter[float] = Counter()
+        self.are_too_many = False
         self.is_whole = True
-        self._text = text
-        self._split = split
+        self.by_example: Floats = np.full(archive.example_table.index().n_examples, np.nan)
+        self.is_per_example = True
+        self._target = target
         self._most_classes = most_classes
         self._sample_rows = sample_rows
-        self._by_example: Floats = np.full(archive.example_table.index().n_examples, np.nan)
-        self._is_per_example = True
         self._first_missing: int | None = None  # example
         self._n_missing = 0
         self._sample: tuple[Numbers, Floats] = np.zeros(0, np.int64), np.zeros(0)  # rows and their labels
@@ -237,15 +344,15 @@ class _Labels:
             self._n_missing += int(missing.sum())
             return
         self.is_whole &= bool((labels == np.floor(labels)).all())
-        subsets = self._split.subsets(examples)
-        self.n_rows += np.bincount(subsets, minlength=3)
-        self._count(self.n_train, labels[subsets != TEST])
-        self._count(self.n_test, labels[subsets == TEST])
+        if not self.are_too_many:
+            found, counts = np.unique(labels, return_counts=True)
+            self.counts.update(dict(zip(found.tolist(), counts.tolist(), strict=True)))
+            self.are_too_many = len(self.counts) > self._most_classes
         self._add_to_sample(rows, labels)
         present, first = np.unique(examples, return_index=True)
-        is_new = np.isnan(self._by_example[present])
-        self._by_example[present[is_new]] = labels[first[is_new]]
-        self._is_per_example &= bool((self._by_example[examples] == labels).all())
+        is_new = np.isnan(self.by_example[present])
+        self.by_example[present[is_new]] = labels[first[is_new]]
+        self.is_per_example &= bool((self.by_example[examples] == labels).all())
 
     def _add_to_sample(self, rows: Numbers, labels: Floats) -> None:
         """Keep the labels of rows that a hash selects, a smaller share of them the more rows there are."""
@@ -259,42 +366,33 @@ class _Labels:
             self._sampled_share /= 2
         self._sample = rows[is_kept], labels[is_kept]
 
-    def _count(self, counter: "Counter[float]", labels: Floats) -> None:
-        if not self.are_too_many:
-            values, counts = np.unique(labels, return_counts=True)
-            counter.update(dict(zip(values.tolist(), counts.tolist(), strict=True)))
-            self.are_too_many = len(counter) > self._most_classes
-
     def check(self) -> None:
         """Raise AnalysisError if nothing can be predicted."""
         if self._n_missing:
             raise AnalysisError(
-                f"{self._text!r} has no value in {self._n_missing:,} rows, first in example {self._first_missing}: "
-                f"leave them out with a filter, for example '{self._text} != null' if they are null"
+                f"{self.text!r} has no value, or NaN or an infinity, in {self._n_missing:,} rows, first in example "
+                f"{self._first_missing}: leave them out with the filter '{self._target.present}'"
             )
-        for count, what in zip(self.n_rows.tolist(), ("fit", "choose the penalty by", "test on"), strict=True):
-            if not count:
-                n_examples = int(np.isfinite(self._by_example).sum())
-                raise AnalysisError(
-                    f"no rows are left to {what}: examples are held out with all their rows, and the selected rows "
-                    f"belong to {n_examples:,} examples. Use more examples, another seed, or another test fraction."
-                )
-        if not self.are_too_many and len(self.n_train) < 2:
+        if not self.counts:
+            raise AnalysisError(f"no rows are selected, so {self.text!r} cannot be predicted: choose another filter")
+        if len(self.counts) < 2 and not self.are_too_many:
+            (value,) = self.counts
+            name = f"{value:g}" if self._target.names is None else repr(self._target.names[int(value)])
             raise AnalysisError(
-                f"{self._text!r} has one value only, {next(iter(self.n_train)):g}, in all rows to learn from, so there "
-                "is nothing to predict: choose another target, or another filter"
+                f"{self.text!r} has one value only, {name}, in all rows, so there is nothing to predict: choose "
+                "another target, or another filter"
             )
 
     def classes(self) -> Floats:
         """Return all values, ascending."""
         if self.are_too_many:
-            raise AnalysisError(
-                f"{self._text!r} has more than {self._most_classes:,} different values: predict it as a number "
-                f"(regression), or predict a condition on it, such as '{self._text} == 5'"
-            )
-        return np.array(sorted(self.n_train | self.n_test))
+            way = f"predict a condition on it, such as '{self.text} == 5'"
+            if not self._target.no_sizes:
+                way = f"predict it as a number (--task regression), or {way}"
+            raise AnalysisError(f"{self.text!r} has more than {self._most_classes:,} different values: {way}")
+        return np.array(sorted(self.counts))
 
-    def control(self) -> Control:
-        if self._is_per_example:
-            return Control.permuted(self._by_example, self._split.seed)
-        return Control(self._sample[1], is_per_example=False, seed=self._split.seed)
+    def control(self, seed: int, units: Numbers, subsets: Subsets) -> Control:
+        if self.is_per_example:
+            return Control.permuted(self.by_example, units, subsets, seed)
+        return Control(self._sample[1], is_per_example=False, seed=seed)

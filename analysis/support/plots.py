@@ -139,6 +139,8 @@ def plot_norms(path: str | PathLike[str], positions: pa.Table) -> None:
 def plot_probe(path: str | PathLike[str], scores: pa.Table) -> None:
     """Plot the scores of `residua.probe` over layers, with baseline and control, a line per kind of site.
 
+    The score of classes is balanced accuracy, of which a constant guess reaches one in as many as there are classes.
+
     If a site has no layer, because it lies outside the blocks, the x axis shows site names instead.
 
     Args:
@@ -146,7 +148,10 @@ def plot_probe(path: str | PathLike[str], scores: pa.Table) -> None:
         scores: The table that `residua.probe` returned.
     """
     score, control, baseline, score_name, baseline_name = (
-        ("accuracy", "control_accuracy", "majority_accuracy", "accuracy", "always the commonest class")
+        (
+            *("balanced_accuracy", "control_balanced_accuracy", "majority_balanced_accuracy"),
+            *("balanced accuracy", "always the commonest class"),
+        )
         if "accuracy" in scores.column_names
         else ("r2", "control_r2", "baseline_r2", "R²", "always the mean")
     )
@@ -167,7 +172,7 @@ def plot_probe(path: str | PathLike[str], scores: pa.Table) -> None:
     if len(kinds) <= _MOST_CONTROLS:
         series |= {f"{kind}, shuffled labels": over_x(control, chosen) for kind, chosen in kinds.items()}
     series[baseline_name] = over_x(baseline, lines)
-    title, y_name = f"Linear probes of {lines[0]['target']}", f"{score_name} on held-out examples"
+    title, y_name = f"Linear probes of {lines[0]['target']}", f"{score_name} on held-out documents"
     line_plot(path, x, series, title=title, x_name=x_name, y_name=y_name)
 
 

@@ -15,17 +15,22 @@ from residua.pipelines.cli.options import (
     default_folder,
 )
 from residua.pipelines.cli.report import print_json, table
+from residua.store.base.errors import few
 
 _SHOWN = {
+    "balanced_accuracy": "balanced accuracy",
+    "majority_balanced_accuracy": "commonest class",
+    "control_balanced_accuracy": "shuffled labels",
     "accuracy": "accuracy",
-    "balanced_accuracy": "balanced",
+    "majority_accuracy": "commonest class",
+    "control_accuracy": "shuffled labels",
+    "control_majority_accuracy": "commonest of these",
     "auc": "AUC",
     "r2": "R²",
-    "rmse": "error (RMS)",
-    "majority_accuracy": "commonest class",
     "baseline_r2": "R² of the mean",
-    "control_accuracy": "shuffled labels",
     "control_r2": "R², shuffled labels",
+    "control_baseline_r2": "of their mean",
+    "rmse": "error (RMS)",
     "penalty": "penalty",
 }
 
@@ -34,7 +39,7 @@ def add(commands: Any) -> None:
     """Add the command."""
     text = "fit linear probes of a target, site by site"
     description = (
-        "Fit a linear probe of a target at each site, test it on held-out examples, and compare it with a probe of "
+        "Fit a linear probe of a target at each site, test it on held-out documents, and compare it with a probe of "
         "shuffled labels (the control). Writes the probes, a table and a picture."
     )
     parser = add_command(commands, "probe", _probe, text, description)
@@ -45,7 +50,14 @@ def add(commands: Any) -> None:
     tasks = ("classification", "regression")
     add_flag(parser, "--task", "kind of probe (default: by the target's values)", choices=tasks, metavar=None)
     add_flag(parser, "--where", WHERE_HELP)
-    add_flag(parser, "--test-fraction", "share of the examples that are held out for the test", 0.2)
+    add_flag(parser, "--test-fraction", "share of the documents that are held out for the test", 0.2)
+    text = (
+        "column whose equal values are held out together, besides documents and equal contents (source_index: "
+        "documents alone; example: each example for itself)"
+    )
+    add_flag(parser, "--group", text, metavar="COLUMN")
+    text = "regress token ids, or texts by their alphabetical rank, although such numbers have no size"
+    parser.add_argument("--as-numbers", action="store_true", help=text)
     add_flag(parser, "--seed", "random seed for the held-out split and for the control", 0)
     add_flag(parser, "--out", "folder for the files (default: ARCHIVE-probe-TARGET)", dest="folder", metavar="FOLDER")
     add_cluster_flags(parser)
@@ -69,6 +81,8 @@ def _probe(options: argparse.Namespace) -> int:
             where=options.where,
             test_fraction=options.test_fraction,
             seed=options.seed,
+            group=options.group,
+            as_numbers=options.as_numbers,
             save=folder / "probes",
             cluster=cluster,
         )
@@ -83,13 +97,16 @@ def _probe(options: argparse.Namespace) -> int:
 
 def _print(lines: list[dict[str, Any]], folder: Path) -> None:
     first = lines[0]
-    print(f"{first['n_train']:,} rows to learn from, {first['n_test']:,} of held-out examples to test on")
+    print(f"{first['n_train']:,} rows to learn from, {first['n_test']:,} of held-out documents to test on")
     shown = [name for name in _SHOWN if any(line.get(name) is not None for line in lines)]
     cells = [(line["site"], *(_cell(line[name]) for name in shown)) for line in lines]
     print(table([("site", *(_SHOWN[name] for name in shown)), *cells], range(1, len(shown) + 1)))
     for line in lines:
         if line["n_left_out"]:
             print(f"warning: {line['site']}: {line['n_left_out']:,} rows with NaN or infinite values are left out")
+        for name, what in (("not_learned", "learn"), ("not_tested", "test")):
+            if line.get(name):
+                print(f"warning: {line['site']}: there are no rows to {what} {few(line[name])} with")
         if not line.get("converged", True):
             print(f"warning: {line['site']}: the fit stopped before the gradient vanished")
     print(f"files     {folder}: probe.parquet, probe.png, and the probes themselves in probes/")

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from residua.analysis.rows.held_out import held_out
+from residua.analysis.rows.held_out import held_out_groups
 from residua.pipelines.capture.capture import capture_dataset
 from residua.store.read.archive import Archive
 from tests.models import TINY, VOCABULARY
@@ -35,5 +35,5 @@ def is_late(archive: Archive) -> npt.NDArray[np.bool_]:
 
 def held_out_rows(archive: Archive) -> npt.NDArray[np.int64]:
     """Return the rows that evaluate a lens."""
-    is_held = held_out(archive.rows.example[:].astype(np.int64), fraction=0.1)
+    is_held = held_out_groups(np.arange(N_EXAMPLES), fraction=0.1)[archive.rows.example[:].astype(np.int64)]
     return np.flatnonzero(is_held & is_late(archive))

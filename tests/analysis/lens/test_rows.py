@@ -3,12 +3,15 @@
 from pathlib import Path
 
 import numpy as np
+import pytest
 
 from residua.analysis.lens.rows import LensRows
 from residua.analysis.lens.settings import LensSettings
-from residua.analysis.rows.held_out import held_out
+from residua.analysis.rows.held_out import held_out_groups
+from residua.pipelines.capture.capture import capture_dataset
 from residua.store.read.archive import Archive
-from tests.analysis.lens_archive import held_out_rows, is_late, make_lens_archive
+from tests.analysis.lens_archive import N_EXAMPLES, examples, held_out_rows, is_late, make_lens_archive
+from tests.models import TINY
 from tests.stopped import take_back
 
 
@@ -17,7 +20,7 @@ def test_rows_of_held_out_examples_never_train(lens_archive: Archive) -> None:
     reader = LensRows(lens_archive, settings)
     training = np.sort(np.concatenate(list(reader.epoch_rows("resid_post.0", 0, 0, 1))))
     assert training.tolist() == reader.training_rows(reader.chunks()).tolist()
-    is_held = held_out(lens_archive.rows.example[:].astype(np.int64), fraction=0.1)
+    is_held = held_out_groups(np.arange(N_EXAMPLES), fraction=0.1)[lens_archive.rows.example[:].astype(np.int64)]
     late = is_late(lens_archive)
     assert training.tolist() == np.flatnonzero(~is_held & late).tolist()
     assert reader.held_out_rows().tolist() == np.flatnonzero(is_held & late).tolist()
@@ -25,6 +28,25 @@ def test_rows_of_held_out_examples_never_train(lens_archive: Archive) -> None:
     assert np.sort(np.concatenate(parts)).tolist() == training.tolist()
     everything = LensRows(lens_archive, LensSettings(skip_positions=0))
     assert len(everything.training_rows(everything.chunks())) + len(everything.held_out_rows()) == lens_archive.n_rows
+
+
+@pytest.mark.parametrize("group", [None, "author", "example"])
+def test_documents_and_copies_are_held_out_as_a_whole(tmp_path: Path, group: str | None) -> None:
+    texts = examples(20) * 2
+    rows = [{"input_ids": ids, "author": number % 20 // 4} for number, ids in enumerate(texts)]
+    archive = capture_dataset(
+        TINY["llama"](), rows, out=tmp_path / "a.zarr", sites="resid_post.*", max_length=10, long_examples="split"
+    ).archive
+    reader = LensRows(archive, LensSettings(held_out=0.3, group=group))
+    documents = archive.example_table.table(["source_index"])["source_index"].to_numpy()
+    sides = [
+        {int(documents[example]) % 20 for example in archive.rows.example[rows]}
+        for rows in (reader.held_out_rows(), reader.training_rows(reader.chunks()))
+    ]
+    assert all(sides)
+    assert bool(sides[0] & sides[1]) == (group == "example")
+    if group == "author":
+        assert {one // 4 for one in sides[0]} & {one // 4 for one in sides[1]} == set()
 
 
 def test_few_rows_come_from_everywhere(lens_archive: Archive) -> None:

@@ -9,19 +9,14 @@ from sklearn.linear_model import LogisticRegression, Ridge
 from sklearn.metrics import balanced_accuracy_score, mean_squared_error, r2_score, roc_auc_score
 from sklearn.preprocessing import StandardScaler
 
-from residua.analysis.probes.controls import FIT, VALIDATION, Split
-from residua.analysis.probes.controls import TEST as TEST_SUBSET
+from residua.analysis.probes.controls import TEST, Split
 from residua.analysis.probes.linear_probe import LinearProbe
 from residua.analysis.probes.probe import probe
-from residua.analysis.probes.rows import Job
-from residua.analysis.probes.site import probe_site
 from residua.analysis.probes.target import summarise
-from residua.analysis.rows.blocks import blocks
-from residua.analysis.rows.held_out import held_out
 from residua.analysis.support.cluster import connect
 from residua.store.base.errors import AnalysisError, UnknownSiteError
 from residua.store.read.archive import Archive
-from tests.analysis.rows_archive import write_rows
+from tests.analysis.rows_archive import VOCABULARY, write_rows
 
 RNG = np.random.default_rng(0)
 LENGTHS = tuple(RNG.integers(1, 30, 90).tolist())
@@ -40,6 +35,12 @@ COLUMNS: dict[str, list[object]] = {
     "same": ["x"] * len(LENGTHS),
     "nested": [{"a": 1}] * len(LENGTHS),
     "many": [float(i) for i in range(len(LENGTHS))],
+    "hashes": [2**60 + int(label) for label in LABEL],
+    "holes": [float("nan") if i % 4 == 0 else i + 0.5 for i in range(len(LENGTHS))],
+    "both": [None if i % 8 == 1 else float("nan") if i % 4 == 0 else i + 0.5 for i in range(len(LENGTHS))],
+    "once": ["b" if i == len(LENGTHS) - 1 else "a" for i in range(len(LENGTHS))],
+    "twice": ["b" if i < 2 else "c" if i == 2 else "a" for i in range(len(LENGTHS))],
+    "a title": [None if i % 4 == 0 else name for i, name in enumerate(NAME.tolist())],
 }
 NOISE = RNG.standard_normal((N_ROWS, 20))
 KNOWN = NOISE + (LABEL[EXAMPLE][:, None] == np.arange(20) % 3) * 1.5  # the label follows from the row
@@ -50,7 +51,6 @@ SITES = {
     "z.1": (KNOWN * 100).reshape(N_ROWS, 4, 5).astype(np.float16),
     "final": MEMORY.astype(np.float32),
 }
-TEST = held_out(EXAMPLE, fraction=0.2, seed=0)
 
 
 @pytest.fixture(scope="module")
@@ -63,10 +63,16 @@ def line(archive: Archive, target: str, site: str, **asked: Any) -> dict[str, An
     return found
 
 
-def scaled(site: str) -> Any:
+def held_out_rows(archive: Archive, target: str, **asked: Any) -> Any:
+    """Return for each row whether it is held out; `test_groups.py` looks at which they are."""
+    found = summarise(archive, target, **{"where": None, "task": None, "split": Split(0.2, 0), **asked})
+    return (found.subsets == TEST)[EXAMPLE]
+
+
+def scaled(site: str, is_test: Any) -> Any:
     """Return all rows in the coordinates of a scaler that was fitted to the training rows."""
     rows = SITES[site].reshape(N_ROWS, -1).astype(np.float64)
-    return StandardScaler().fit(rows[~TEST]).transform(rows)
+    return StandardScaler().fit(rows[~is_test]).transform(rows)
 
 
 @pytest.mark.parametrize("site", ["resid_post.1", "z.1"])
@@ -80,20 +86,20 @@ def scaled(site: str) -> Any:
     ],
 )
 def test_classes_are_found_as_scikit_learn_finds_them(archive: Archive, target: str, labels: Any, site: str) -> None:
-    found = line(archive, target, site)
-    rows = scaled(site)
-    theirs = LogisticRegression(C=1 / (found["penalty"] * (~TEST).sum()), solver="newton-cholesky", tol=1e-8)
-    theirs.fit(rows[~TEST], labels[~TEST])
-    guess = theirs.predict(rows[TEST])
-    assert (found["n_train"], found["n_test"]) == ((~TEST).sum(), TEST.sum())
-    assert found["accuracy"] == pytest.approx((guess == labels[TEST]).mean(), abs=2.1 / TEST.sum())
-    assert found["balanced_accuracy"] == pytest.approx(balanced_accuracy_score(labels[TEST], guess), abs=0.02)
-    values, counts = np.unique(labels[~TEST], return_counts=True)
-    assert found["majority_accuracy"] == (labels[TEST] == values[counts.argmax()]).mean()
+    found, is_test = line(archive, target, site), held_out_rows(archive, target)
+    rows = scaled(site, is_test)
+    theirs = LogisticRegression(C=1 / (found["penalty"] * (~is_test).sum()), solver="newton-cholesky", tol=1e-8)
+    theirs.fit(rows[~is_test], labels[~is_test])
+    guess = theirs.predict(rows[is_test])
+    assert (found["n_train"], found["n_test"]) == ((~is_test).sum(), is_test.sum())
+    assert found["accuracy"] == pytest.approx((guess == labels[is_test]).mean(), abs=2.1 / is_test.sum())
+    assert found["balanced_accuracy"] == pytest.approx(balanced_accuracy_score(labels[is_test], guess), abs=0.02)
+    values, counts = np.unique(labels[~is_test], return_counts=True)
+    assert found["majority_accuracy"] == (labels[is_test] == values[counts.argmax()]).mean()
     assert found["n_classes"] == len(values)
     assert found["converged"]
     if len(values) == 2:
-        expected = roc_auc_score(labels[TEST], theirs.predict_proba(rows[TEST])[:, 1])
+        expected = roc_auc_score(labels[is_test], theirs.predict_proba(rows[is_test])[:, 1])
         assert found["auc"] == pytest.approx(expected, abs=2e-3)
 
 
@@ -103,15 +109,15 @@ def test_classes_are_found_as_scikit_learn_finds_them(archive: Archive, target: 
     [("score", np.array(COLUMNS["score"])[EXAMPLE]), ("position", POSITION), ("many", EXAMPLE)],
 )
 def test_numbers_are_found_as_scikit_learn_finds_them(archive: Archive, target: str, numbers: Any, site: str) -> None:
-    found = line(archive, target, site)
-    rows = scaled(site)
-    theirs = Ridge(alpha=found["penalty"] * (~TEST).sum()).fit(rows[~TEST], numbers[~TEST])
-    guess = theirs.predict(rows[TEST])
-    assert found["r2"] == pytest.approx(r2_score(numbers[TEST], guess), rel=1e-6, abs=1e-9)
-    assert found["rmse"] == pytest.approx(mean_squared_error(numbers[TEST], guess) ** 0.5, rel=1e-8)
-    mean = np.full(TEST.sum(), numbers[~TEST].mean())
-    assert found["baseline_r2"] == pytest.approx(r2_score(numbers[TEST], mean), rel=1e-6, abs=1e-9)
-    assert found["baseline_rmse"] == pytest.approx(mean_squared_error(numbers[TEST], mean) ** 0.5, rel=1e-8)
+    found, is_test = line(archive, target, site), held_out_rows(archive, target)
+    rows = scaled(site, is_test)
+    theirs = Ridge(alpha=found["penalty"] * (~is_test).sum()).fit(rows[~is_test], numbers[~is_test])
+    guess = theirs.predict(rows[is_test])
+    assert found["r2"] == pytest.approx(r2_score(numbers[is_test], guess), rel=1e-6, abs=1e-9)
+    assert found["rmse"] == pytest.approx(mean_squared_error(numbers[is_test], guess) ** 0.5, rel=1e-8)
+    mean = np.full(is_test.sum(), numbers[~is_test].mean())
+    assert found["baseline_r2"] == pytest.approx(r2_score(numbers[is_test], mean), rel=1e-6, abs=1e-9)
+    assert found["baseline_rmse"] == pytest.approx(mean_squared_error(numbers[is_test], mean) ** 0.5, rel=1e-8)
 
 
 def test_only_what_is_there_is_found(archive: Archive) -> None:
@@ -128,30 +134,45 @@ def test_only_what_is_there_is_found(archive: Archive) -> None:
     assert all(one["control_r2"] < 0.1 for one in numbers.values())
 
 
-def test_the_control_of_examples_shows_what_leaks(archive: Archive) -> None:
-    """Rows that identify their example say nothing about held-out labels; if examples are divided, the control does."""
-    honest, leaking = (control_accuracy(archive, split) for split in (Split(0.2, 0), DividedSplit(0.2, 0)))
-    assert honest < 0.65
-    assert leaking > honest + 0.1
-    assert honest == line(archive, "good", "final")["control_balanced_accuracy"]
+@pytest.mark.parametrize("target", ["holes", "both", "a title"])
+def test_the_filter_that_the_message_names_helps(archive: Archive, target: str) -> None:
+    with pytest.raises(AnalysisError) as refused:
+        probe(archive, target, "resid_post.1")
+    words = str(refused.value).split("'")
+    found = line(archive, target, "resid_post.1", where=words[-2])
+    is_there = np.array([value is not None and value == value for value in COLUMNS[target]])
+    assert found["n_train"] + found["n_test"] == is_there[EXAMPLE].sum()
 
 
-def control_accuracy(archive: Archive, split: Split) -> float:
-    found = summarise(archive, "good", where=None, task=None, split=split)
-    job = Job(str(archive.path), "final", blocks(archive), "good", None, split, found, 2**30)
-    accuracy: float = probe_site(job).line["control_balanced_accuracy"]
-    return accuracy
+def test_whole_numbers_that_float64_merges_are_told_apart(archive: Archive) -> None:
+    found, of_labels = (line(archive, target, "resid_post.1") for target in ("hashes", "label"))
+    assert found["n_classes"] == 3
+    assert found["accuracy"] > 0.75
+    assert found["accuracy"] == pytest.approx(of_labels["accuracy"], abs=0.1)
 
 
-class DividedSplit(Split):
-    """Holds out rows whatever their example: the mistake that `Split` prevents."""
+def test_ids_are_classes_unless_someone_asks(archive: Archive) -> None:
+    found = line(archive, "token", "resid_post.1")
+    assert found["n_classes"] == VOCABULARY
+    assert "r2" in line(archive, "token", "resid_post.1", as_numbers=True)
+    assert "r2" in line(archive, "label", "resid_post.1", task="regression", as_numbers=True)
+    assert "r2" in line(archive, "good", "resid_post.1", task="regression")
 
-    def subsets(self, examples: Any) -> Any:
-        subsets = np.full(len(examples), FIT, np.int8)
-        for seed, subset in ((1, VALIDATION), (0, TEST_SUBSET)):
-            drawn = np.random.default_rng([seed, len(examples), int(examples[0])]).random(len(examples))
-            subsets[drawn < 0.2] = subset
-        return subsets
+
+def test_classes_that_are_not_learned_or_not_tested_are_named(archive: Archive) -> None:
+    found = line(archive, "twice", "resid_post.1")
+    assert (found["not_learned"], found["not_tested"]) == ([], ["c"])
+    assert found["majority_balanced_accuracy"] == 0.5
+    assert line(archive, "label", "resid_post.1")["not_tested"] == []
+
+
+def test_a_control_has_a_baseline_of_its_own(archive: Archive) -> None:
+    """A rare condition on rows: the control is right as often as a constant guess is, and no more."""
+    found = line(archive, "position > 20", "resid_post.0")
+    assert found["majority_accuracy"] > 0.8
+    assert found["control_accuracy"] == pytest.approx(found["control_majority_accuracy"], abs=0.02)
+    numbers = line(archive, "score", "resid_post.0")
+    assert numbers["control_r2"] == pytest.approx(numbers["control_baseline_r2"], abs=0.1)
 
 
 def test_rows_that_do_not_fit_are_read_again(archive: Archive) -> None:
@@ -161,18 +182,20 @@ def test_rows_that_do_not_fit_are_read_again(archive: Archive) -> None:
 
 
 def test_a_filter_and_the_task(archive: Archive) -> None:
-    found = line(archive, "gaps", "resid_post.1", where="gaps != null and position > 3")
+    where = "gaps != null and position > 3"
+    found, is_test = line(archive, "gaps", "resid_post.1", where=where), held_out_rows(archive, "gaps", where=where)
     selected = (POSITION > 3) & ~np.isin(EXAMPLE, (3, 5))
-    assert (found["n_train"], found["n_test"]) == ((selected & ~TEST).sum(), (selected & TEST).sum())
+    assert (found["n_train"], found["n_test"]) == ((selected & ~is_test).sum(), (selected & is_test).sum())
     assert found["n_classes"] == 3
     assert "r2" in line(archive, "gaps", "resid_post.1", where="gaps != null", task="regression")
-    assert line(archive, "many", "resid_post.1", task="classification")["n_classes"] == len(LENGTHS)
+    with pytest.raises(AnalysisError, match=r"90 examples.*a class needs two"):
+        probe(archive, "many", "resid_post.1", task="classification")
 
 
 def test_the_probes_are_saved(archive: Archive, tmp_path: Path) -> None:
     found = line(archive, "label", "z.1", save=tmp_path)
-    loaded = LinearProbe.load(tmp_path / "z" / "1")
-    assert loaded.score(SITES["z.1"][TEST], NAME[EXAMPLE][TEST]) == pytest.approx(found["accuracy"])
+    loaded, is_test = LinearProbe.load(tmp_path / "z" / "1"), held_out_rows(archive, "label")
+    assert loaded.score(SITES["z.1"][is_test], NAME[EXAMPLE][is_test]) == pytest.approx(found["accuracy"])
 
 
 def test_broken_rows_are_left_out_and_counted(tmp_path: Path) -> None:
@@ -191,7 +214,7 @@ def test_broken_rows_are_left_out_and_counted(tmp_path: Path) -> None:
         ("labl", {}, "'labl'.*token, position, example, label, score"),
         ("label ==", {}, "'label =='.*column.*condition"),
         ("labl > 3", {}, "labl"),
-        ("same", {}, "'same'.* one value"),
+        ("same", {}, "'same'.* one value.*'x'"),
         ("position > 1000", {}, "'position > 1000'.* one value"),
         ("gaps", {}, "'gaps'.* example 3.*gaps != null"),
         ("nested", {}, "'nested'.*struct"),
@@ -200,6 +223,13 @@ def test_broken_rows_are_left_out_and_counted(tmp_path: Path) -> None:
         ("label", {"where": "position > 1000"}, "no rows"),
         ("label", {"test_fraction": 1.5}, "1.5"),
         ("label", {"task": "regresion"}, "regresion"),
+        ("label", {"task": "regression"}, "'label'.*texts.*--as-numbers"),
+        ("token", {"task": "regression"}, "'token'.*token ids.*--as-numbers"),
+        ("hashes", {"task": "regression"}, r"'hashes'.*2\*\*53"),
+        ("hashes", {"task": "regression", "as_numbers": True}, r"'hashes'.*2\*\*53"),
+        ("once", {}, "'once'.*'b'"),
+        ("position > 28 and example == 3", {}, "True|one value"),
+        ("label", {"group": "autor"}, "'autor'.*label"),
     ],
 )
 def test_bad_targets_are_named(archive: Archive, target: str, asked: Any, quoted: str) -> None:

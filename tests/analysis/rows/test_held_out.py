@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from residua.analysis.rows import held_out as module
-from residua.analysis.rows.held_out import held_out
+from residua.analysis.rows.held_out import held_out, held_out_groups
 from residua.store.base.errors import AnalysisError
 
 
@@ -44,7 +44,31 @@ def test_the_fraction_is_right_and_seeds_are_independent(fraction: float) -> Non
 def test_a_fraction_must_leave_something_on_both_sides(fraction: float) -> None:
     with pytest.raises(AnalysisError, match=r"between 0 and 1"):
         held_out(np.arange(3), fraction=fraction)
+    with pytest.raises(AnalysisError, match=r"between 0 and 1"):
+        held_out_groups(np.arange(3), fraction=fraction)
+
+
+@pytest.mark.parametrize("fraction", [0.05, 0.2, 0.5, 0.9])
+@pytest.mark.parametrize("n_groups", [2, 3, 10, 1000])
+def test_groups_are_held_out_as_a_whole_and_in_the_right_number(n_groups: int, fraction: float) -> None:
+    rng = np.random.default_rng(n_groups)
+    groups = np.concatenate([np.arange(n_groups), rng.integers(0, n_groups, 3 * n_groups)])
+    for seed in (0, 1):
+        held = held_out_groups(groups, fraction=fraction, seed=seed)
+        sides = {int(group): {*held[groups == group].tolist()} for group in np.unique(groups)}
+        assert all(len(side) == 1 for side in sides.values())
+        n_held = sum(True in side for side in sides.values())
+        assert n_held == min(n_groups - 1, max(1, round(fraction * n_groups)))
+    other = held_out_groups(groups, fraction=fraction, seed=7)
+    assert n_groups < 1000 or (other != held).any()
+
+
+def test_each_kind_has_groups_on_both_sides() -> None:
+    kinds = np.repeat([5, 7, 9, 11], [1, 2, 3, 94])
+    held = held_out_groups(np.arange(100), fraction=0.2, kinds=kinds)
+    assert np.bincount(kinds, held)[[5, 7, 9, 11]].tolist() == [0, 1, 1, 19]
+    assert held_out_groups(np.zeros(0, np.int64)).tolist() == []
 
 
 def test_the_example_in_the_docstring() -> None:
-    assert doctest.testmod(module) == (0, 1)
+    assert doctest.testmod(module) == (0, 2)

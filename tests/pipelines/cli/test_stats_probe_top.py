@@ -96,7 +96,8 @@ def test_probe(archive: Path, folder: Path, capsys: pytest.CaptureFixture[str]) 
         assert word in text
     (made,) = folder.glob("acts-probe-position-10-and-position-20-??????-position-0-??????/probe.png")
     assert made.is_file()
-    assert "R²" in printed(capsys, "probe", archive, "--target", "size")
+    assert "R²" in printed(capsys, "probe", archive, "--target", "size", "--group", "example")
+    assert "R²" in printed(capsys, "probe", archive, "--target", "label", "--task", "regression", "--as-numbers")
 
 
 def test_top(archive: Path, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
