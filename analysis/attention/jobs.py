@@ -12,6 +12,7 @@ from residua.analysis.attention.weights import ExampleRows, ExampleSums, Queries
 from residua.analysis.support.cluster import Cluster, or_inline
 from residua.analysis.support.open_archives import address, opened
 from residua.store.base.errors import AnalysisError
+from residua.store.examples.index import has_no_tokens
 from residua.store.format.sidecars import ATTENTION_FILE, AttentionSpec, attention_from_json
 from residua.store.format.site_names import parse_site
 from residua.store.read.archive import Archive
@@ -153,6 +154,11 @@ def example_sums(
     table = archive.example_table
     for example in range(job.first, job.last):
         rows = range(*table.rows(example))
+        if has_no_tokens(table.tokens(example)):
+            raise AnalysisError(
+                f"example {example} of {archive.path} has no tokens, by which the scores of heads choose keys: it was "
+                "recorded from embeddings or other inputs. Record calls with input_ids."
+            )
         tokens = torch.from_numpy(table.tokens(example).astype("int64"))
         if (need_all or job.source == "qk") and len(rows) < len(tokens):
             why = "scores of full patterns need all" if need_all else "attention weights need every key"

@@ -11,6 +11,7 @@ from tokenizers import Tokenizer
 from residua.analysis.rows.blocks import blocks
 from residua.analysis.rows.columns import checked_examples
 from residua.store.base.errors import AnalysisError
+from residua.store.examples.index import NO_TOKEN
 from residua.store.read.archive import Archive
 from residua.store.read.reader import Array
 from residua.store.selection.row_filter import RowFilter
@@ -125,9 +126,11 @@ class _Columns:
 
 
 def _texts(tokenizer: Tokenizer, tokens: Array) -> pa.Array:
-    """Return the text of each token, decoded by itself."""
+    """Return the text of each token, decoded by itself; null for a row without a token."""
     distinct, indices = np.unique(tokens, return_inverse=True)
-    texts = tokenizer.decode_batch([[int(token)] for token in distinct], skip_special_tokens=False)
+    known = [[int(token)] for token in distinct if token != NO_TOKEN]
+    decoded = iter(tokenizer.decode_batch(known, skip_special_tokens=False))
+    texts = [None if token == NO_TOKEN else next(decoded) for token in distinct]
     return pa.array(texts, pa.string()).take(pa.array(indices))
 
 

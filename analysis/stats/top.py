@@ -14,6 +14,7 @@ from residua.analysis.stats.directions import full_row
 from residua.analysis.support.cluster import Cluster, or_inline
 from residua.analysis.support.open_archives import address, opened
 from residua.store.base.errors import AnalysisError
+from residua.store.examples.index import NO_TOKEN
 from residua.store.read.archive import Archive
 
 _CONTEXT = 10  # tokens of text on either side
@@ -141,13 +142,18 @@ def _kept(first: Best, second: Best, k: int, *, per_example: bool) -> Best:
 def _described(archive: Archive, best: Best, *, sign: int) -> pa.Table:
     rows = best.rows.tolist()
     has_text = archive.tokenizer is not None
+    tokens = archive.rows.token.numpy(rows, dtype=np.int64)
+    texts = [
+        archive.text(row, _CONTEXT) if has_text and token != NO_TOKEN else None
+        for row, token in zip(rows, tokens.tolist(), strict=True)
+    ]
     return pa.table(
         {
             "score": pa.array(best.scores * sign + 0.0),
             "row": pa.array(best.rows),
             "example": pa.array(best.examples),
             "position": pa.array(archive.rows.position.numpy(rows, dtype=np.int64)),
-            "token": pa.array(archive.rows.token.numpy(rows, dtype=np.int64)),
-            "text": pa.array([archive.text(row, _CONTEXT) if has_text else None for row in rows], pa.string()),
+            "token": pa.array(tokens),
+            "text": pa.array(texts, pa.string()),
         }
     )

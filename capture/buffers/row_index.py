@@ -58,6 +58,8 @@ class BatchRows:
         tokens_of: For each example of the batch the padded positions of its tokens, in order; they select from the
             key axis of a pattern.
         n_positions: Padded length `T`.
+        sequence_of: For each example its entry along the batch axis `B`; None if each has its own, in order.
+        n_sequences: Length of the batch axis; None for the number of examples.
     """
 
     source: Indices
@@ -67,11 +69,24 @@ class BatchRows:
     example: Indices
     tokens_of: Sequence[Indices]
     n_positions: int
+    sequence_of: Sequence[int] | None = None
+    n_sequences: int | None = None
 
     @property
     def shape(self) -> tuple[int, int]:
-        """Number of examples and of padded positions."""
-        return (len(self.tokens_of), self.n_positions)
+        """Lengths of the batch axis and of the axis of padded positions."""
+        return (len(self.tokens_of) if self.n_sequences is None else self.n_sequences, self.n_positions)
+
+    @cached_property
+    def example_at(self) -> Indices:
+        """For each entry of the flattened (B, T) axes the place in the batch of the example whose token it is."""
+        at = np.full(int(np.prod(self.shape)), -1, np.int64)
+        for place, padded in enumerate(self.tokens_of):
+            at[self._sequence(place) * self.n_positions + padded] = place
+        return at
+
+    def _sequence(self, place: int) -> int:
+        return place if self.sequence_of is None else self.sequence_of[place]
 
     def per_shard(self, rows_per_shard: int) -> Iterator[tuple[int, Indices]]:
         """Yield each shard that has rows of the batch, with the indices of these rows in the batch."""
@@ -86,12 +101,27 @@ class BatchRows:
             yield int(shard), np.flatnonzero(shards == shard)
 
 
-def batch_rows(examples: Sequence[ExampleRows], n_positions: int) -> BatchRows:
-    """Return the rows of a batch whose tensors have `n_positions` padded positions."""
+def batch_rows(
+    examples: Sequence[ExampleRows],
+    n_positions: int,
+    *,
+    sequence_of: Sequence[int] | None = None,
+    n_sequences: int | None = None,
+) -> BatchRows:
+    """Return the rows of a batch whose tensors have `n_positions` padded positions.
+
+    Args:
+        examples: The examples.
+        n_positions: Padded length `T`.
+        sequence_of: For each example its entry along the batch axis; None if each has its own, in order.
+        n_sequences: Length of the batch axis; None for the number of examples.
+    """
     counts = [len(example.positions) for example in examples]
+    entries = range(len(examples)) if sequence_of is None else sequence_of
     return BatchRows(
         source=_join(
-            [b * n_positions + example.padded[example.positions] for b, example in enumerate(examples)], np.int64
+            [b * n_positions + example.padded[example.positions] for b, example in zip(entries, examples, strict=True)],
+            np.int64,
         ),
         row=_join(
             [np.arange(example.first_row, example.first_row + len(example.positions)) for example in examples], np.int64
@@ -101,6 +131,8 @@ def batch_rows(examples: Sequence[ExampleRows], n_positions: int) -> BatchRows:
         example=np.repeat(np.array([example.example for example in examples], np.int64), counts),
         tokens_of=[example.padded for example in examples],
         n_positions=n_positions,
+        sequence_of=sequence_of,
+        n_sequences=n_sequences,
     )
 
 
@@ -174,7 +206,7 @@ class RowIndex:
             CaptureError: An example has more tokens than a row has keys.
         """
         gathered = pattern_BTHK.new_zeros((len(self.source), *buffer.shape[1:]), dtype=buffer.dtype)
-        examples, positions = np.divmod(self.source, rows.n_positions)
+        positions, examples = self.source % rows.n_positions, rows.example_at[self.source]
         for example in np.unique(examples):
             keys = rows.tokens_of[example]
             if len(keys) > buffer.shape[-1]:
@@ -183,7 +215,7 @@ class RowIndex:
                     "raise max_length to the longest example's"
                 )
             picked = np.flatnonzero(examples == example)
-            of_example_THK = pattern_BTHK[int(example)]
+            of_example_THK = pattern_BTHK[int(self.source[picked[0]] // rows.n_positions)]
             queries = _slice(positions[picked])
             gathered[_slice(picked), :, : len(keys)] = of_example_THK[queries][..., _slice(keys)]
         return gathered

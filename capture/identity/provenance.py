@@ -11,6 +11,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import version
+from itertools import chain
 from typing import cast
 
 import torch
@@ -77,9 +78,15 @@ def identify_model(model: nn.Module) -> dict[str, Json]:
         # FSDP1 gathers weights from the outermost wrapper
         "weights": weights_fingerprint(model if isinstance(model, FullyShardedDataParallel) else core),
         "config": digest_of(_config_values(core) if isinstance(core, PreTrainedModel) else str(core)),
-        "dtype": str(next(core.parameters()).dtype).removeprefix("torch."),
+        "dtype": _dtype(core),
         "attention": attention_implementation(core.config) if isinstance(core, PreTrainedModel) else None,
     }
+
+
+def _dtype(core: nn.Module) -> str | None:
+    """Return the type of the first parameter, or buffer of a module without parameters; None if it has neither."""
+    first = next(chain(core.parameters(), core.buffers()), None)
+    return None if first is None else str(first.dtype).removeprefix("torch.")
 
 
 def describe_model(model: nn.Module, identity: Mapping[str, Json]) -> dict[str, Json]:

@@ -1,6 +1,6 @@
 """One call of the user's model: its tokens, mask and examples, and whether all processes make the same call."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -14,30 +14,46 @@ from residua.capture.buffers.row_index import ExampleRows
 from residua.capture.runtime.collectives import device_of, on_rank
 from residua.capture.runtime.process_groups import pipeline_group, tensor_parallel_group
 from residua.store.base.errors import CaptureError
-from residua.store.examples.index import Example
+from residua.store.examples.index import NO_TOKEN, OTHER_INPUTS, Example
 from residua.store.storage.crc import crc32c
 
 Column: TypeAlias = "Sequence[object] | torch.Tensor | npt.NDArray[np.generic]"
 """One value per example."""
-NO_TOKEN = 0  # token id of rows that are full examples, such as images
 
 
 @dataclass(frozen=True, kw_only=True)
 class Call:
     """One call of the model.
 
+    A sequence of the call is one example, or several packed documents, each of which is an example.
+
     Attributes:
-        input_ids: Token ids, (examples, positions); None for a model without tokens.
-        mask: Which positions are tokens and not padding, (examples, positions).
+        input_ids: Token ids, (sequences, positions); None for a call without tokens.
+        mask: Which positions are tokens and not padding, (sequences, positions).
+        starts: At which tokens a document begins, (sequences, positions); None if each sequence is one.
+        others: Names of what the call had beside tokens and mask.
+        notes: What a reader of the rows should know, one sentence each.
     """
 
     input_ids: npt.NDArray[np.int32] | None
     mask: npt.NDArray[np.bool_]
+    starts: npt.NDArray[np.bool_] | None = None
+    others: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
     @property
     def shape(self) -> tuple[int, int]:
-        """Number of examples and of padded positions; one position per example where there are no tokens."""
+        """Number of sequences and of padded positions; one position per example where there are neither."""
         return (int(self.mask.shape[0]), int(self.mask.shape[1]))
+
+    def documents(self) -> Iterator[tuple[int, npt.NDArray[np.int64]]]:
+        """Yield the sequence of each example, and the padded positions of its tokens."""
+        for sequence, mask in enumerate(self.mask):
+            at = np.flatnonzero(mask).astype(np.int64)
+            if self.starts is None:
+                yield sequence, at
+            else:
+                yield from ((sequence, part) for part in np.split(at, np.flatnonzero(self.starts[sequence, at])[1:]))
 
     def examples(
         self,
@@ -51,7 +67,7 @@ class Call:
 
         Args:
             keep: Which positions become rows, (examples, positions); None keeps every token.
-            columns: One value per example, by name; the values of tensors and arrays lie along the first axis.
+            columns: One value per example, or per sequence, by name; the first axis of tensors and arrays has them.
             first_example: Number of the first example.
             first_row: Number of its first row.
 
@@ -64,64 +80,42 @@ class Call:
                 "give one entry per position"
             )
         kept = self.mask if keep is None else keep & self.mask
-        plain = {
-            name: values.tolist() if isinstance(values, torch.Tensor | np.ndarray) else values
-            for name, values in columns.items()
-        }
-        for name, values in plain.items():
-            if len(values) != len(self.mask):
-                raise CaptureError(
-                    f"column {name!r} has {len(values)} values for {len(self.mask)} examples: give one per example"
-                )
+        documents = list(self.documents())
+        values = self._per_document(columns, [sequence for sequence, _ in documents])
         examples, rows = list[Example](), list[ExampleRows]()
-        for b, mask in enumerate(self.mask):
-            at = np.flatnonzero(mask)
-            ids = np.full(len(at), NO_TOKEN, np.int32) if self.input_ids is None else self.input_ids[b, at]
-            positions = np.flatnonzero(kept[b, at]).astype(np.int32)
-            number, padded = first_example + b, at.astype(np.int64)
-            examples.append(
-                Example(input_ids=ids, positions=positions, columns={name: values[b] for name, values in plain.items()})
-            )
+        for number, (sequence, padded) in enumerate(documents, start=first_example):
+            ids = np.full(len(padded), NO_TOKEN, np.int32)
+            if self.input_ids is not None:
+                ids = self.input_ids[sequence, padded]
+            positions = np.flatnonzero(kept[sequence, padded]).astype(np.int32)
+            own = {name: column[number - first_example] for name, column in values.items()}
+            if self.others:
+                own[OTHER_INPUTS] = list(self.others)
+            examples.append(Example(input_ids=ids, positions=positions, columns=own))
             rows.append(
                 ExampleRows(example=number, first_row=first_row, input_ids=ids, positions=positions, padded=padded)
             )
             first_row += len(positions)
         return examples, rows
 
-
-def read_call(names: Iterable[str], args: Sequence[object], kwargs: Mapping[str, object]) -> Call:
-    """Read tokens and mask from the arguments of a model's call.
-
-    Args:
-        names: Parameter names of the model's forward, in order; they identify a mask that is passed by position.
-        args: The positional arguments.
-        kwargs: The keyword arguments.
-
-    Raises:
-        CaptureError: There is no tensor among them, or the mask does not fit the tokens.
-    """
-    named = {**dict(zip(names, args, strict=False)), **kwargs}
-    mask = named.pop("attention_mask", None)
-    candidates = (named.get("input_ids"), *args, *named.values())
-    first = next((value for value in candidates if isinstance(value, torch.Tensor) and value.ndim), None)
-    if first is None:
-        raise CaptureError(
-            "the model was called without a tensor, so its examples cannot be counted: pass a tensor with one entry "
-            "per example"
-        )
-    if first.is_floating_point() or first.ndim != 2:
-        if isinstance(mask, torch.Tensor) and mask.ndim == 2 and mask.shape == first.shape[:2]:
-            return Call(input_ids=None, mask=mask.cpu().numpy() > 0)
-        return Call(input_ids=None, mask=np.ones((first.shape[0], 1), bool))
-    if mask is None:
-        mask = torch.ones_like(first)
-    if not isinstance(mask, torch.Tensor) or mask.shape != first.shape:
-        found = tuple(mask.shape) if isinstance(mask, torch.Tensor) else type(mask).__name__
-        raise CaptureError(
-            f"attention_mask is {found} for input_ids of shape {tuple(first.shape)}: a recorded call needs one mask "
-            "entry per token. To record generated text, generate first, then call the model on the full sequences."
-        )
-    return Call(input_ids=first.cpu().numpy().astype(np.int32), mask=mask.cpu().numpy() > 0)
+    def _per_document(self, columns: Mapping[str, Column], sequence_of: Sequence[int]) -> dict[str, Sequence[object]]:
+        """Return the columns with one plain value per example, given one per example or one per sequence."""
+        found = dict[str, Sequence[object]]()
+        for name, given in columns.items():
+            if name == OTHER_INPUTS:
+                raise CaptureError(f"column {name!r} is written by the recorder itself: choose another name")
+            values = given.tolist() if isinstance(given, torch.Tensor | np.ndarray) else given
+            if len(values) == len(sequence_of):
+                found[name] = values
+            elif len(values) == len(self.mask):
+                found[name] = [values[sequence] for sequence in sequence_of]
+            else:
+                packed = "" if len(sequence_of) == len(self.mask) else f" in {len(self.mask)} sequences"
+                raise CaptureError(
+                    f"column {name!r} has {len(values)} values for {len(sequence_of)} examples{packed}: give one per "
+                    "example"
+                )
+        return found
 
 
 class SameCalls:
@@ -144,7 +138,7 @@ class SameCalls:
         if not self._groups:
             return
         content_hash = 0
-        for array in (np.array(call.shape), call.input_ids, call.mask, keep):
+        for array in (np.array(call.shape), call.input_ids, call.mask, call.starts, keep):
             if array is not None:
                 content_hash = crc32c(np.ascontiguousarray(array).view(np.uint8).reshape(-1), content_hash)
         ends = torch.tensor([content_hash, -content_hash])

@@ -5,7 +5,8 @@ the example table and seals; all of them store rows, as in `residua.capture.reco
 """
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -107,6 +108,7 @@ class GrowingArchive:
         )
         self._n_rows = 0
         self._n_examples = 0
+        self._notes: dict[str, None] = {}
         self._shape = (0, 0)
 
     def begin(self, call: Call, keep: npt.NDArray[np.bool_] | None, columns: Mapping[str, Column]) -> None:
@@ -118,7 +120,10 @@ class GrowingArchive:
         self._n_examples += len(examples)
         self._n_rows += sum(len(example.positions) for example in examples)
         self._shape = call.shape
-        self._rows.exchange.begin(batch_rows(rows, call.shape[1]))
+        sequence_of = None if call.starts is None else [sequence for sequence, _ in call.documents()]
+        n_sequences, n_positions = call.shape
+        batch = batch_rows(rows, n_positions, sequence_of=sequence_of, n_sequences=n_sequences)
+        self._rows.exchange.begin(batch)
 
     def put(self, site: str, local: Tensor, layout: Layout) -> None:
         """Take this process's shard of one site's tensor.
@@ -138,6 +143,10 @@ class GrowingArchive:
         """End a call in which every site was put: full shards go to the writer."""
         self._rows.filler.finish(self._flush_examples)
         self._rows.publish()
+
+    def note(self, notes: Iterable[str]) -> None:
+        """Keep what a reader of the archive should know in its provenance; written when it is sealed."""
+        self._notes.update(dict.fromkeys(notes))
 
     def _flush_examples(self) -> dict[str, str]:
         file = None if self._examples is None else self._examples.flush()
@@ -172,7 +181,12 @@ class GrowingArchive:
         index = self._examples.close()
         archive = Archive(self._path)
         sealed: dict[str, Json] = {"n_rows": self._n_rows, "n_examples": self._n_examples, "examples": index.digest}
-        seal(self._path, archive.metadata, archive.commits, sealed)
+        metadata = archive.metadata
+        if self._notes:
+            known = metadata.provenance.get("notes")
+            notes = [*(known if isinstance(known, list) else []), *self._notes]
+            metadata = replace(metadata, provenance={**metadata.provenance, "notes": notes})
+        seal(self._path, metadata, archive.commits, sealed)
         return {}
 
 

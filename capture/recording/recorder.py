@@ -6,13 +6,16 @@
             model(**batch)
 
 Rows follow the calls: examples in batch order, tokens in their order, without the positions that `attention_mask`
-masks. The first call shows what a row is; then the archive is made. Leaving the context seals it. After an exception
-the archive stays unsealed; it has every shard that was committed, and these can be read.
+masks. `residua.capture.recording.arguments` says which arguments of a call are understood, and which are refused. The
+first call shows what a row is; then the archive is made. Leaving the context seals it. After an exception the archive
+stays unsealed; it has every shard that was committed, and these can be read.
+
+The recorder reads each site after every tap and hook there, whether these were attached before it or inside its
+context. So what is stored is what the model goes on with.
 """
 
 from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
-from inspect import signature
 from os import PathLike
 from pathlib import Path
 from types import TracebackType
@@ -26,21 +29,25 @@ from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 from transformers import PreTrainedTokenizerBase
 
+from residua.capture.forward.inputs import first_position
 from residua.capture.identity.lm_head import lm_head_files
 from residua.capture.identity.provenance import identify_model
 from residua.capture.identity.sidecars import attention_files
 from residua.capture.layout.layouts import Layout
 from residua.capture.layout.local_shards import LocalShards, full_row_shape
 from residua.capture.layout.process_layout import ProcessLayout, process_layout_in_loop, spans_processes
-from residua.capture.recording.call import Call, Column, SameCalls, read_call
+from residua.capture.recording.arguments import read_call
+from residua.capture.recording.call import Call, Column, SameCalls
 from residua.capture.recording.growing_archive import GrowingArchive, with_replica_hint
+from residua.capture.recording.stack import parameter_names, refuse_encoder_outputs, refusing_generation, stack_of
 from residua.capture.runtime.collectives import all_gather_objects, device_of
 from residua.capture.runtime.pipeline_schedule import PIPELINE_TYPES
 from residua.capture.runtime.process_groups import declared_group, pipeline_group
 from residua.capture.runtime.streams import writer_threads
-from residua.capture.runtime.wrappers import refuse_compiled
+from residua.capture.runtime.wrappers import core_of, refuse_compiled
 from residua.capture.scheduling.membership import Membership
 from residua.capture.sites.attention import eager_where_needed
+from residua.capture.sites.hooks import move_last
 from residua.capture.sites.names_to_modules import resolve_sites
 from residua.capture.sites.reference_model import unsharded_sites
 from residua.capture.sites.site import check_storage, plan_site
@@ -108,7 +115,12 @@ class Recorder:
             self._sites = (unsharded_sites if spans_processes(model) else resolve_sites)(
                 model, sites if isinstance(sites, str) else list(sites)
             )
+            self._stack_called = stack_of(model, self._sites)
             self._attention = attention_files(model, self._sites)
+        self._called = model if self._stack_called is None else self._stack_called
+        self._parameters = parameter_names(self._called)
+        self._first_position = first_position(core_of(self._called))
+        self._caches = bool(getattr(getattr(core_of(self._called), "config", None), "use_cache", True))
         self._dtype = dtype
         self._codec = codec
         self._rows_per_shard = rows_per_shard
@@ -133,8 +145,9 @@ class Recorder:
         """Describe the next call.
 
         Args:
-            columns: One value per example, by name, as a sequence, tensor or array; stored in the example table.
-            keep: Which positions become rows, bool, (examples, positions); masked positions never do.
+            columns: One value per example, by name, as a sequence, tensor or array; stored in the example table. Where
+                a call packs several documents into a sequence, one value per document or one per sequence.
+            keep: Which positions become rows, bool, (sequences, positions); masked positions never do.
         """
         self._columns = dict(columns or {})
         self._keep = None if keep is None else keep.cpu().numpy().astype(bool)
@@ -151,11 +164,14 @@ class Recorder:
             self._shards = LocalShards(here, self._group)
             self._same_calls = SameCalls(self._model)
             stack.push(self._close)
-            before = self._model.register_forward_pre_hook(self._before, with_kwargs=True)
+            stack.enter_context(refusing_generation(self._model))
+            begin = self._model.register_forward_pre_hook(self._begin, with_kwargs=True)
+            stack.callback(begin.remove)
+            before = self._called.register_forward_pre_hook(self._before, with_kwargs=True)
             stack.callback(before.remove)
             self._taps = stack.enter_context(reading(self._model, here, self._put))
-            after = self._model.register_forward_hook(self._after)
-            stack.callback(after.remove)
+            self._last = self._model.register_forward_hook(self._after)
+            stack.callback(self._last.remove)
             self._stack = stack.pop_all()
         return self
 
@@ -176,8 +192,17 @@ class Recorder:
     def _group(self) -> ProcessGroup | None:
         return None if self._process_layout is None else self._process_layout.group
 
-    def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self._call = read_call(signature(module.forward).parameters, args, kwargs)
+    def _begin(self, _module: nn.Module, _args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Let the recorder read last, so that what it stores is what flows on, whoever changed it."""
+        self._call = None
+        self._taps.begin_forward()
+        self._held = {}
+        move_last(self._last)
+        if self._stack_called is not None and kwargs.get("encoder_outputs") is not None:
+            refuse_encoder_outputs(self._model, self._called)
+
+    def _before(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._call = read_call(self._parameters, args, kwargs, first_position=self._first_position, caches=self._caches)
         self._same_calls.check(self._call, self._keep)
         if self._archive is not None:
             self._archive.begin(self._call, self._keep, self._columns)
@@ -196,11 +221,13 @@ class Recorder:
         self._taps.end_forward()
         if self._call is None:
             raise CaptureError(
-                "a call of the recorded model ended without a beginning: call the model itself, once per batch"
+                "a call of the recorded model ended without a beginning: call the model itself, once per batch, and "
+                "the part of it that has the sites with it"
             )
         if self._archive is None:
             self._archive = self._first_archive(self._call)
         self._archive.finish()
+        self._archive.note(self._call.notes)
         self._call, self._keep, self._columns = None, None, {}
 
     def _first_archive(self, call: Call) -> GrowingArchive:

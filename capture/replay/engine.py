@@ -30,6 +30,7 @@ from residua.capture.forward.inputs import forward_kwargs
 from residua.capture.forward.plan_batch import PlanBatch, microbatches, plan_batch
 from residua.capture.identity.provenance import ModelCheck, check_model
 from residua.capture.replay.notes import attention_notes, storage_notes
+from residua.capture.replay.recorded_inputs import RecordedInputs
 from residua.capture.replay.start import Skip, skip_for, skipping, start_of
 from residua.capture.runtime.collectives import on_rank
 from residua.capture.runtime.devices import input_device
@@ -51,6 +52,7 @@ from residua.store.read.archive import Archive
 from residua.store.selection.tokens import TokenSelector
 
 BatchT = TypeVar("BatchT")
+_LOGITS_AXES = 3
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,7 +81,11 @@ class Pass:
             CaptureError: The model gave none in this process.
         """
         if self.logits is None:
-            raise CaptureError(f"the model gave no logits{on_rank()}: it has no language modelling head here")
+            raise CaptureError(
+                f"the model gave no logits of tokens{on_rank()}: it has no language modelling head here, or is a "
+                "classifier, whose logits are those of an example. Its sites can be read; logits and metrics need a "
+                "model with an output for each token."
+            )
         return self.logits
 
 
@@ -91,7 +97,7 @@ class Replayer:
         archive: The archive.
         at: Sites whose stored rows go in; without any, the model runs in full.
         edits: The edits, in order.
-        force: Accept a model that is not the captured one.
+        force: Accept a model that is not the captured one, and examples whose further inputs are not stored.
         tensor_parallel: As for `tap`.
         checked: The result of comparing the model with the archive, if that was done already.
 
@@ -125,6 +131,7 @@ class Replayer:
         self.stored = StoredRows(archive)
         self.model = model
         self.group = tensor_parallel
+        self._recorded = RecordedInputs(archive, force=force)
         self._anatomy = _language_model(model)
         places = [] if at is None else [at] if isinstance(at, str) else list(at)
         self.start = start_of(archive.select(places) if places else (), self._anatomy)
@@ -142,7 +149,7 @@ class Replayer:
                 self.refuse_below(name, f"edit {edit.number} ({edit.edit.kind} at {name})")
         self.checked = check_model(archive, model, force=force) if checked is None else checked
         self._edited_infos = [info for edit in self.edits for info in edit.infos.values()]
-        notes = [*self.checked.notes, *storage_notes(archive, infos, self.edits)]
+        notes = [*self.checked.notes, *self._recorded.notes, *storage_notes(archive, infos, self.edits)]
         self.notes = tuple(dict.fromkeys([*notes, *attention_notes(self.core, self._edited_infos)]))
 
     @property
@@ -189,13 +196,14 @@ class Replayer:
         """Return the batch of some examples, in this order, padded as the plan says unless `padding` is given.
 
         Raises:
-            PlanError: No example is named, or one does not exist.
+            PlanError: No example is named, one does not exist, or one was recorded with inputs that are not stored.
             NotCapturedError: The archive is still being recorded, and an example is not complete yet.
         """
         table = self.archive.example_table
         wrong = [number for number in examples if not 0 <= number < len(table)]
         if wrong or not examples:
             raise PlanError(f"examples {wrong[:3]}: the archive has {len(table):,}, counted from 0; name at least one")
+        self._recorded.require(examples)
         side = padding or self.archive.plan.padding
         batch = plan_batch(table, examples, side=side, device=input_device(self.core))
         for example in batch.rows:
@@ -420,12 +428,14 @@ def kept_rows(batch: PlanBatch, tensor: Tensor, name: str) -> list[Tensor]:
 
 
 def _token_logits(batch: PlanBatch, output: object) -> list[Tensor] | None:
-    """Return the logits of every token of each example, (tokens, V)."""
+    """Return the logits of every token of each example, (tokens, V); None if the model has none, as a classifier."""
     logits_BTV = getattr(output, "logits", output)  # the last stage of a torch pipeline may return the tensor alone
     if not isinstance(logits_BTV, Tensor):
         return None
     if isinstance(logits_BTV, DTensor):
         logits_BTV = logits_BTV.full_tensor()
+    if logits_BTV.ndim != _LOGITS_AXES or tuple(logits_BTV.shape[:2]) != (len(batch.rows), batch.n_positions):
+        return None
     return [
         logits_TV[torch.from_numpy(example.padded).to(logits_TV.device)]
         for logits_TV, example in zip(logits_BTV, batch.rows, strict=True)

@@ -88,6 +88,16 @@ def intercepting(taps: Mapping[nn.Module, AttentionTap]) -> Iterator[None]:
                 setattr(AttentionInterface, "get_interface", _original.pop())  # noqa: B010 - see above
 
 
+def move_taps_last(taps: Mapping[nn.Module, AttentionTap]) -> None:
+    """Call these taps, which are attached, after all others of their modules."""
+    with _lock:
+        for module, tap in taps.items():
+            attached = _taps[id(module)]
+            if attached[-1] is not tap:
+                attached.remove(tap)
+                attached.append(tap)
+
+
 def _wrapped(original: Callable[..., AttentionFunction]) -> Callable[..., AttentionFunction]:
     def get_interface(self: AttentionInterface, *args: Any, **kwargs: Any) -> AttentionFunction:
         return partial(_attend, original(self, *args, **kwargs))

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from residua.capture.runtime.sharded import is_zero3
-from residua.capture.sites.attention import AttentionTap, intercepting
+from residua.capture.sites.attention import AttentionTap, intercepting, move_taps_last
 from residua.capture.sites.module_io import (
     checked_replacement,
     input_item,
@@ -88,10 +88,15 @@ class ForwardCall:
 
     Attributes:
         n_calls: Number of forward calls that have begun.
+        handles: The hooks that read the sites and the one that ends a call, in order, without those that have to
+            come first.
+        attention_taps: The taps of attention, by module.
     """
 
     def __init__(self) -> None:
         self.n_calls = 0
+        self.handles: list[torch.utils.hooks.RemovableHandle] = []
+        self.attention_taps: Mapping[nn.Module, AttentionTap] = {}
         self._local = threading.local()
 
     @property
@@ -110,16 +115,29 @@ class ForwardCall:
         """(batch, positions) of the running call; None if the model takes no token ids."""
         return self._running[-1]
 
+    def move_last(self) -> None:
+        """Let these hooks run after all others of their modules, also after those that were registered later."""
+        for handle in self.handles:
+            move_last(handle)
+        move_taps_last(self.attention_taps)
+
     def enter(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Note that a forward call begins; a forward pre-hook."""
         self.n_calls += 1
-        tokens = kwargs.get("input_ids", kwargs.get("inputs_embeds", next(iter(args), None)))
-        shape = tokens.shape if isinstance(tokens, Tensor) else ()
+        candidates = (kwargs.get("input_ids"), kwargs.get("inputs_embeds"), next(iter(args), None))
+        shape = next((tokens.shape for tokens in candidates if isinstance(tokens, Tensor)), ())
         self._running.append((shape[0], shape[1]) if len(shape) >= 2 else None)
 
     def leave(self, _module: nn.Module, _args: object, _output: object) -> None:
         """Note that a forward call ends, normally or by an exception; a forward hook."""
         del self._running[-1:]  # the list is empty if another pre-hook failed before `enter`
+
+
+def move_last(handle: torch.utils.hooks.RemovableHandle) -> None:
+    """Let a hook run after all others of its module, also after those that were registered later."""
+    hooks = handle.hooks_dict_ref()
+    if hooks is not None and handle.id in hooks:
+        hooks[handle.id] = hooks.pop(handle.id)
 
 
 @contextmanager
@@ -143,11 +161,15 @@ def attached(modules: Mapping[str, nn.Module], sites: Iterable[SiteInfo], on_ten
             if info.via != "attention":
                 handle = _register(modules[info.module], info, call, on_tensor, first=first)
                 stack.callback(handle.remove)
+                if not (first and info.via in ("input", "stream")):
+                    call.handles.append(handle)
         opened = modules[""].register_forward_pre_hook(call.enter, with_kwargs=True, prepend=True)
         stack.callback(opened.remove)
-        stack.enter_context(intercepting(_attention_taps(modules, chosen, call, on_tensor)))
+        call.attention_taps = _attention_taps(modules, chosen, call, on_tensor)
+        stack.enter_context(intercepting(call.attention_taps))
         closed = modules[""].register_forward_hook(call.leave, always_call=True)
         stack.callback(closed.remove)
+        call.handles.append(closed)
         yield call
 
 

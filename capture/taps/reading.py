@@ -56,6 +56,16 @@ class Taps:
             self._call = stack.enter_context(attached(modules, self.sites.values(), values_of(self._emit)))
             yield
 
+    def begin_forward(self) -> None:
+        """Forget calls that failed, and read after all other hooks and taps, also after those attached later.
+
+        Call this from a pre-hook of the model, if its loop may go on after a call that failed.
+        """
+        self._fired = dict.fromkeys(self.sites, 0)
+        self._call.n_calls = 1
+        self._top.clear()
+        self._call.move_last()
+
     def end_forward(self) -> None:
         """Check that there was one forward call since the last check, and that it met every site exactly once.
 

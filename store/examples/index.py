@@ -26,6 +26,12 @@ OWN_COLUMNS: Mapping[str, pa.DataType] = {
     "input_ids": pa.list_(pa.int32()),
     "positions": pa.list_(pa.int32()),
 }
+NO_TOKEN = -1
+"""Token id of a position without a token: an image, or an embedding that was passed itself. All of an example's are."""
+
+OTHER_INPUTS = "other_inputs"
+"""Column of the example table of a user's own loop: names of what the call had beside tokens and mask."""
+
 DIGEST_KEY = b"residua.digest"
 MAX_PART_EXAMPLES = 2**20  # readers take memory for these counts before they can check them
 MAX_PART_VALUES = 2**28
@@ -37,7 +43,7 @@ class Example:
     """One token sequence, its positions that become rows, and the dataset's other columns.
 
     Attributes:
-        input_ids: Token ids, int32, (positions of the example).
+        input_ids: Token ids, int32, (positions of the example); every one is `NO_TOKEN` for an example without tokens.
         positions: Kept positions, int32, strictly increasing, (rows of the example).
         columns: Values of the dataset's other columns: plain Python values that Arrow can store.
 
@@ -58,9 +64,14 @@ class Example:
             raise DatasetError(f"this example cannot be stored: {problem}")
 
 
+def has_no_tokens(input_ids: IntArray) -> bool:
+    """Return whether an example has positions but no tokens."""
+    return bool(input_ids.size and (input_ids == NO_TOKEN).all())
+
+
 def content_problem(input_ids: IntArray, positions: IntArray) -> str:
     """Return what is wrong with one example's numbers; an empty text if nothing is."""
-    if input_ids.size and input_ids.min() < 0:
+    if input_ids.size and input_ids.min() < 0 and not has_no_tokens(input_ids):
         return f"token id {input_ids.min()} is negative"
     if not positions.size:
         return ""

@@ -18,6 +18,7 @@ from residua.store.base.errors import (
     UnsafeArchiveError,
 )
 from residua.store.encoding.spec import ArraySpec
+from residua.store.examples.index import NO_TOKEN
 from residua.store.examples.schedule import Schedule
 from residua.store.examples.table import ExampleTable
 from residua.store.format.archive_metadata import read_metadata, read_sidecar
@@ -294,7 +295,7 @@ class Archive(Mapping[str, ArchiveArray]):
 
         Raises:
             IndexError: There is no such row.
-            ResiduaError: The archive has no tokenizer.
+            ResiduaError: The archive has no tokenizer, or the row has no token.
         """
         if not -self.n_rows <= row < self.n_rows:
             raise IndexError(f"there is no row {row:,} to show the text of: {self.path} has {self.n_rows:,} rows")
@@ -310,6 +311,10 @@ class Archive(Mapping[str, ArchiveArray]):
             raise UnsafeArchiveError(
                 f"{self.path}: row {row:,} should be position {at} of example {example}, which has no such token: run "
                 "residua verify on the archive"
+            )
+        if tokens[at] == NO_TOKEN:
+            raise ResiduaError(
+                f"row {row} of {self.path} has no token, because its example was recorded without tokens"
             )
         return text_around(tokenizer, tokens, at, context)
 

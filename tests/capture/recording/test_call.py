@@ -7,8 +7,10 @@ import numpy as np
 import pytest
 import torch
 
-from residua.capture.recording.call import NO_TOKEN, Call, read_call
+from residua.capture.recording.arguments import read_call
+from residua.capture.recording.call import Call
 from residua.store.base.errors import CaptureError
+from residua.store.examples.index import NO_TOKEN
 
 IDS = torch.tensor([[5, 6, 7, 8], [0, 0, 9, 10]])
 MASK = torch.tensor([[1, 1, 1, 1], [0, 0, 1, 1]])
