@@ -44,6 +44,7 @@ from residua.capture.sites.names_to_modules import resolve_sites
 from residua.capture.sites.reference_model import unsharded_sites
 from residua.capture.sites.site import SiteInfo, plan_sites
 from residua.pipelines.data.dataset import DatasetReport, dataset_identity, read_examples
+from residua.pipelines.data.tokenizer import special_ids
 from residua.pipelines.jobs.workers import WorkerFigures, Workers, working_together
 from residua.pipelines.setup.models import load_model, load_tokenizer, token_limit
 from residua.pipelines.setup.settings import CaptureSettings
@@ -396,7 +397,7 @@ class _DatasetCapture(CaptureJob):
             tokenizer=tokenizer,
             model_limit=token_limit(self.model),
             vocab_size=self.model.config.get_text_config().vocab_size,
-            special_ids=frozenset(tokenizer.all_special_ids) if tokenizer is not None else frozenset(),
+            special_ids=special_ids(tokenizer),
             report=report,
         )
         for example in examples:

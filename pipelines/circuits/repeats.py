@@ -8,6 +8,7 @@ import numpy as np
 import numpy.typing as npt
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from residua.pipelines.data.tokenizer import special_ids
 from residua.pipelines.setup.models import token_limit
 from residua.store.base.errors import PlanError
 
@@ -89,6 +90,4 @@ def _special_ids(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase | 
     for name in _SPECIAL_TOKENS:
         found = getattr(config, name, None)
         yield from [found] if isinstance(found, int) else found or []
-    if tokenizer is not None:
-        yield from tokenizer.all_special_ids
-        yield from (index for index, token in tokenizer.added_tokens_decoder.items() if token.special)
+    yield from special_ids(tokenizer)

@@ -77,8 +77,8 @@ def add_settings(parser: argparse._ActionsContainer, settings: Iterable[Field[An
     """
     for setting in settings:
         flag, text, default = flag_of(setting.name), setting.metadata["help"], setting.default
-        if isinstance(default, bool):
-            text += f" (default: {'on' if default else 'off'})"
+        if "bool" in str(setting.type):
+            text += "" if default is None else f" (default: {'on' if default else 'off'})"
             parser.add_argument(flag, action=argparse.BooleanOptionalAction, default=None, help=text)
         else:
             kind = next(kind for kind in (float, int, str) if kind.__name__ in str(setting.type))

@@ -5,7 +5,7 @@ position to keep. Every example carries, next to the dataset's own columns, ``so
 the dataset) and ``source_token`` (the position of its first token in that row).
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from os import PathLike, fspath
 from pathlib import Path
@@ -14,7 +14,8 @@ import numpy as np
 
 from residua.pipelines.data.settings import DatasetSettings
 from residua.pipelines.data.sources import dataset_commit, is_dataset, local_path, open_rows
-from residua.pipelines.data.tokens import Source, Tokenizer, Tokens, start_tokens
+from residua.pipelines.data.tokenizer import Tokenizer
+from residua.pipelines.data.tokens import Source, Tokens
 from residua.store.base.canonical import Json, digest_of
 from residua.store.base.errors import DatasetError
 from residua.store.examples.index import Example
@@ -37,6 +38,15 @@ class DatasetReport:
     # Sources that were split into windows, and sources that `truncate` shortened.
     n_split: int = 0
     n_truncated: int = 0
+    # Texts that begin with the tokenizer's start tokens themselves, to which none were added; rows with two of them.
+    n_own_start: int = 0
+    n_doubled_start: int = 0
+    # Chats with tools that the chat template does not use, and with content parts that it writes out as a list.
+    n_without_tools: int = 0
+    n_written_parts: int = 0
+    # Tokens that are the assistant's only in part, and assistant's turns without a token of their own.
+    n_shared_tokens: int = 0
+    n_lost_turns: int = 0
     # Tokens that `truncate` dropped, and padding that the dataset's attention_mask marked.
     n_truncated_tokens: int = 0
     n_padding: int = 0
@@ -48,10 +58,27 @@ class DatasetReport:
     cut_at_max_tokens: bool = False
     n_cut_tokens: int = 0
 
+    def add(self, counts: Mapping[str, int]) -> None:
+        """Add counts by the names of these."""
+        for name, count in counts.items():
+            setattr(self, name, getattr(self, name) + count)
+
     def notes(self) -> list[str]:
         """Return one sentence for everything that was cut or left out."""
         notes = {
             f"{self.n_empty} rows of the dataset have no tokens and were left out": self.n_empty,
+            f"{self.n_own_start} texts begin with the tokenizer's start token themselves, and got no special tokens "
+            "(--add-special-tokens adds them all the same)": self.n_own_start,
+            f"{self.n_doubled_start} rows of the dataset begin with the tokenizer's start token twice": (
+                self.n_doubled_start
+            ),
+            f"{self.n_without_tools} chats have tools, which the chat template does not use": self.n_without_tools,
+            f"{self.n_written_parts} chats have contents in parts, which the chat template writes as Python lists": (
+                self.n_written_parts
+            ),
+            f"{self.n_shared_tokens} tokens hold letters of an assistant's turn and of the text beside it, and are not "
+            "among the assistant's": self.n_shared_tokens,
+            f"{self.n_lost_turns} turns of the assistant have no token of their own": self.n_lost_turns,
             f"{self.n_split} rows of the dataset were split into windows": self.n_split,
             f"{self.n_truncated} rows lost {self.n_truncated_tokens} tokens at their end": self.n_truncated,
             f"{self.n_padding} tokens of padding were removed": self.n_padding,
@@ -102,13 +129,11 @@ def read_examples(
     for name in rows.columns:
         if name in SOURCE_COLUMNS:
             raise DatasetError(f"the dataset has a column {name!r}, which the examples need for themselves: rename it")
-    tokens = Tokens(
-        rows=rows, rule=settings.rule, text_column=settings.text_column, tokenizer=tokenizer, vocab_size=vocab_size
-    )
+    tokens = Tokens(rows=rows, settings=settings, tokenizer=tokenizer, vocab_size=vocab_size)
     reading = _Reading(
         settings=settings,
         limit=limit,
-        start_ids=start_tokens(tokenizer),
+        start_ids=tokens.start_ids,
         special_ids=np.array(sorted(special_ids), np.int32),
         report=report or DatasetReport(),
     )
@@ -219,7 +244,7 @@ class _Reading:
     def _windows(self, tokens: Tokens) -> Iterator[tuple[Source, Window]]:
         for source in tokens:
             self.report.n_sources += 1
-            self.report.n_padding += source.n_padding
+            self.report.add(source.counts)
             if not source.input_ids.size:
                 self.report.n_empty += 1
             elif self.limit is None or source.input_ids.size <= self.limit:
@@ -265,5 +290,6 @@ class _Reading:
         if not positions.size:
             self.report.n_without_rows += 1
             return None
+        columns = source.columns_of(own, window.n_added)
         where = dict(zip(SOURCE_COLUMNS, (source.row, window.start), strict=True))
-        return Example(input_ids=input_ids, positions=positions, columns={**source.columns, **where})
+        return Example(input_ids=input_ids, positions=positions, columns={**columns, **where})

@@ -1,14 +1,36 @@
 """How a dataset becomes examples: the settings, which are also flags of ``residua capture``."""
 
+import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 from residua.store.base.canonical import Json
 from residua.store.base.errors import DatasetError
+from residua.store.base.untrusted import parse_json
 from residua.store.selection.positions import PositionRule, parse_positions
 
 _LONG = ("refuse", "split", "truncate")
+_OF_CHATS = ("chat_template", "add_generation_prompt", "tools", "chat_template_kwargs")
+_MAX_TEMPLATE_BYTES = 2**20
+_NOT_OF_THE_TEMPLATE = frozenset(
+    (
+        "conversation",
+        "messages",
+        "max_length",
+        "padding",
+        "return_assistant_tokens_mask",
+        "return_dict",
+        "return_tensors",
+        "sanitize_control_tokens",
+        "tokenize",
+        "tokenizer_kwargs",
+        "truncation",
+    )
+)
+_OWN_SETTING = ("add_generation_prompt", "chat_template", "tools")
 
 
 def setting(default: Any, text: str) -> Any:
@@ -46,6 +68,26 @@ class DatasetSettings:
     min_length: int = setting(1, "shortest example, in tokens; shorter ones are left out and counted")
     positions: str = setting("all", "positions that become rows: all, last, every:N, column:NAME, assistant")
     drop_special: bool = setting(False, "leave out the rows of special tokens, such as BOS")
+    # By default a chat has one BOS, whether it comes as messages or as rendered text.
+    add_special_tokens: bool | None = setting(
+        None,
+        "put the tokenizer's special tokens, such as BOS, around each text (default: on, except for a text that begins "
+        "with the start tokens itself)",
+    )
+    chat_template: str | None = setting(
+        None,
+        "another chat template for chats: a file, the name of one of the tokenizer's, or the template itself (default: "
+        "the tokenizer's)",
+    )
+    add_generation_prompt: bool = setting(False, "end each chat with the start of an assistant's turn")
+    tools: str | Sequence[Any] | None = setting(
+        None,
+        "tools for the chat template: a column with those of each chat, or a JSON list (default: column tools, if "
+        "there is one)",
+    )
+    chat_template_kwargs: str | Mapping[str, Any] | None = setting(
+        None, "JSON object with more arguments of the chat template: '{\"enable_thinking\": false}'"
+    )
 
     def __post_init__(self) -> None:
         for name in ("max_tokens", "max_length", "min_length"):
@@ -57,11 +99,58 @@ class DatasetSettings:
         if self.max_length is not None and self.min_length > self.max_length:
             raise DatasetError(f"--min-length {self.min_length} is above --max-length {self.max_length}: lower it")
         parse_positions(self.positions)
+        _check_tools(self.given_tools)
+        _check_json(self.template_arguments, "--chat-template-kwargs")
+        for name in self.template_arguments:
+            if name in _OWN_SETTING:
+                raise DatasetError(f"--chat-template-kwargs: {name} has a setting of its own, {flag_of(name)}: use it")
+            if name in _NOT_OF_THE_TEMPLATE:
+                raise DatasetError(f"--chat-template-kwargs: {name} is no argument of a chat template: leave it out")
 
     @cached_property
     def rule(self) -> PositionRule:
         """The parsed `positions`."""
         return parse_positions(self.positions)
+
+    @property
+    def tools_column(self) -> str:
+        """The column that `tools` names; empty if it gives the tools themselves, or nothing."""
+        return self.tools if isinstance(self.tools, str) and not self.tools.lstrip().startswith("[") else ""
+
+    @cached_property
+    def given_tools(self) -> list[Any] | None:
+        """The tools that `tools` gives for every chat."""
+        if self.tools is None or self.tools_column:
+            return None
+        return _parsed(self.tools, "--tools", list) if isinstance(self.tools, str) else list(self.tools)
+
+    @cached_property
+    def template_arguments(self) -> Mapping[str, Any]:
+        """The value of `chat_template_kwargs` as a mapping."""
+        given = self.chat_template_kwargs
+        return _parsed(given, "--chat-template-kwargs", dict) if isinstance(given, str) else given or {}
+
+    @cached_property
+    def template(self) -> str | None:
+        """The chat template that `chat_template` gives, or a name among the tokenizer's; a file's content is read.
+
+        Raises:
+            DatasetError: The file cannot be read.
+        """
+        given = self.chat_template
+        if given is None or "{" in given or not Path(given).is_file():
+            return given
+        try:
+            if Path(given).stat().st_size > _MAX_TEMPLATE_BYTES:
+                raise DatasetError(f"--chat-template {given} is over 1 MiB: it should hold a chat template")
+            return Path(given).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise DatasetError(f"--chat-template {given} cannot be read: {error}") from error
+
+    @property
+    def chat_settings(self) -> list[str]:
+        """The flags that are given and concern chats only."""
+        return [flag_of(name) for name in _OF_CHATS if getattr(self, name)]
 
     @property
     def long_rule(self) -> str:
@@ -71,7 +160,16 @@ class DatasetSettings:
     def rules(self) -> dict[str, Json]:
         """Return the settings that shape the examples, as a plan records them."""
         values = {f.name.removeprefix("dataset_"): getattr(self, f.name) for f in fields(DatasetSettings)}
-        return {**values, "long_examples": self.long_rule}
+        # Left out where they are not given: plans made before these settings existed stay what they are.
+        optional: dict[str, Json] = {
+            "add_special_tokens": self.add_special_tokens,
+            "chat_template": self.template,
+            "add_generation_prompt": self.add_generation_prompt or None,
+            "tools": self.given_tools or self.tools_column or None,
+            "chat_template_kwargs": dict(self.template_arguments) or None,
+        }
+        values |= {"long_examples": self.long_rule, **optional}
+        return {name: value for name, value in values.items() if value is not None or name not in optional}
 
     def length_limit(self, model_limit: int | None) -> int | None:
         """Return the most tokens of an example; None if nothing limits it.
@@ -86,3 +184,30 @@ class DatasetSettings:
                 f"--max-length is {self.max_length}, the model takes {model_limit} tokens: give at most {model_limit}"
             )
         return self.max_length
+
+
+def _parsed(text: str, flag: str, kind: type) -> Any:
+    try:
+        value = parse_json(text)
+    except ValueError as error:
+        raise DatasetError(f"{flag} {text!r:.80} is not JSON: {error}") from error
+    if not isinstance(value, kind):
+        raise DatasetError(f"{flag} {text!r:.80}: give a JSON {'list' if kind is list else 'object'}")
+    return value
+
+
+def _check_json(value: object, flag: str) -> None:
+    try:
+        json.dumps(value, allow_nan=False)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise DatasetError(f"{flag} cannot be written as JSON: {error}") from error
+
+
+def _check_tools(tools: list[Any] | None) -> None:
+    for tool in tools or ():
+        if not isinstance(tool, Mapping):
+            raise DatasetError(
+                f"--tools: {tool!r:.80} is not the JSON schema of a tool; transformers.utils.get_json_schema makes one "
+                "of a Python function"
+            )
+    _check_json(tools, "--tools")

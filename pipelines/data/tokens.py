@@ -2,43 +2,31 @@
 
 Every row gives one source, in order; a row without tokens gives an empty one. Unused columns are kept. The content
 is in the column that the user names, else in ``input_ids``, ``text`` or ``messages``, else in the only text column.
-The first row shows what the column holds.
+The first row that has a value shows what the column holds.
 """
 
-import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol, TypeAlias, cast
+from functools import cached_property
+from typing import Literal, NamedTuple, TypeAlias, cast
 
 import numpy as np
 
+from residua.pipelines.data.chats import TOOLS, Chats
+from residua.pipelines.data.settings import DatasetSettings
 from residua.pipelines.data.sources import Row, Rows
+from residua.pipelines.data.token_columns import TokenColumns
+from residua.pipelines.data.tokenizer import Tokenizer, knows_text, start_tokens
 from residua.store.base.errors import DatasetError
 from residua.store.selection.evaluate import Mask
-from residua.store.selection.positions import IntArray, PositionRule, marks_of
+from residua.store.selection.positions import IntArray, marks_of
 
 _TEXTS_AT_ONCE = 256
 _LETTERS_AT_ONCE = 2**22  # or token ids: bounds memory where rows are long
 _MAX_ID = 2**31 - 1
-_GENERATION = re.compile(r"\{%[-+]?\s*generation\b")
 
 _Kind: TypeAlias = Literal["text", "chat", "ids"]
-_Encoded: TypeAlias = tuple[IntArray, Mask | None]
 _USUAL: Mapping[str, _Kind] = {"input_ids": "ids", "text": "text", "messages": "chat"}
-
-
-class Tokenizer(Protocol):
-    """The part of a transformers tokenizer that is used here."""
-
-    chat_template: Any
-
-    def __call__(self, text: Any, **options: Any) -> Mapping[str, Any]:
-        """Tokenize texts."""
-        ...
-
-    def apply_chat_template(self, conversation: Any, **options: Any) -> Any:
-        """Render chats as text and tokenize them."""
-        ...
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,14 +38,20 @@ class Source:
         input_ids: Token ids, int32, (tokens).
         marked: Which tokens the position rule's column or the assistant's turns mark, (tokens); None for other rules.
         columns: The row's other columns.
-        n_padding: Padding tokens that were removed, as the row's attention_mask marks them.
+        token_columns: Cuts those of them that have one value a token.
+        counts: What is to be reported of the row, by the names of a `DatasetReport`.
     """
 
     row: int
     input_ids: IntArray
     marked: Mask | None
     columns: Row
-    n_padding: int = 0
+    token_columns: TokenColumns
+    counts: Mapping[str, int]
+
+    def columns_of(self, kept: slice, n_added: int) -> Row:
+        """Return the columns of the tokens `kept`, after `n_added` start tokens."""
+        return self.token_columns.cut(self.row, self.columns, self.input_ids.size, kept, n_added)
 
 
 @dataclass(frozen=True)
@@ -68,51 +62,66 @@ class _Content:
     column: str
 
 
+class _Encoded(NamedTuple):
+    """The content of a row as tokens; what else there is, as a `Source` has it."""
+
+    ids: IntArray
+    marked: Mask | None = None
+    counts: Mapping[str, int] = {}
+
+
 @dataclass(frozen=True, kw_only=True)
 class Tokens:
     """Turns rows into sources, in order; tokenizes some hundred texts at a time.
 
     Attributes:
         rows: The dataset.
-        rule: The position rule, which may need marks from a column or from the chat template.
-        text_column: The column with the content; None finds it.
+        settings: The column with the content, how texts and chats become tokens, and the position rule, which may
+            need marks from a column or from the chat template.
         tokenizer: Needed for texts and chats.
         vocab_size: Token ids must lie below it; None skips this check.
 
     Raises:
-        DatasetError: The position rule names a column that the dataset does not have.
+        DatasetError: The settings name a column that the dataset does not have.
     """
 
     rows: Rows
-    rule: PositionRule
-    text_column: str | None
+    settings: DatasetSettings
     tokenizer: Tokenizer | None
     vocab_size: int | None
 
     def __post_init__(self) -> None:
-        if self.rule.column and self.rule.column not in self.rows.columns:
-            found = ", ".join(self.rows.columns)
-            raise DatasetError(f"positions column:{self.rule.column}: the dataset has no such column, it has {found}")
+        named = {f"positions column:{self.settings.rule.column}": self.settings.rule.column}
+        named[f"--tools {self.settings.tools_column}"] = self.settings.tools_column
+        for asked, column in named.items():
+            if column and column not in self.rows.columns:
+                found = ", ".join(self.rows.columns)
+                raise DatasetError(f"{asked}: the dataset has no such column, it has {found}")
+
+    @cached_property
+    def start_ids(self) -> IntArray:
+        """The tokens that the tokenizer puts before every text, such as a BOS: int32, often none or one."""
+        return start_tokens(self.tokenizer)
 
     def __iter__(self) -> Iterator[Source]:
         """Yield the sources; raises DatasetError that names a row which cannot be used."""
         content: _Content | None = None
+        token_columns = TokenColumns()
         for batch in _batches(enumerate(self.rows.rows)):
             if content is None:
-                content = self._find_content(batch[0][1])
+                content = self._find_content([row for _, row in batch])
                 self._check(content)
-            values = [(number, _value(row, content.column, number)) for number, row in batch]
-            for (number, row), (ids, marked) in zip(batch, self._encoded(content, values), strict=True):
-                yield self._source(number, row, content, ids, marked)
+            for (number, row), encoded in zip(batch, self._encoded(content, batch), strict=True):
+                yield self._source(number, row, content, encoded, token_columns)
 
-    def _find_content(self, first: Row) -> _Content:
-        asked, columns, found = self.text_column, self.rows.columns, ", ".join(self.rows.columns)
+    def _find_content(self, rows: Sequence[Row]) -> _Content:
+        asked, columns, found = self.settings.text_column, self.rows.columns, ", ".join(self.rows.columns)
         if asked is not None and asked not in columns:
             raise DatasetError(f"there is no column {asked!r}: the dataset has {found}; name one with --text-column")
         if asked is not None:
-            return _Content(_kind_of(first.get(asked)), asked)
+            return _Content(_kind_of(_first_value(rows, asked)), asked)
         for column, kind in _USUAL.items():
-            if column in columns and (kind != "chat" or _kind_of(first.get(column)) == "chat"):
+            if column in columns and (kind != "chat" or _kind_of(_first_value(rows, column)) == "chat"):
                 return _Content(kind, column)
         texts = self.rows.text_columns
         if len(texts) == 1:
@@ -123,78 +132,118 @@ class Tokens:
         )
 
     def _check(self, content: _Content) -> None:
-        """Refuse content that this tokenizer or this position rule cannot be used with."""
-        template = getattr(self.tokenizer, "chat_template", None)
+        """Refuse content that this tokenizer or these settings cannot be used with."""
+        template = getattr(self.tokenizer, "chat_template", None) or self.settings.chat_template
+        holds, settings = f"column {content.column!r} holds {content.kind}", self.settings
         if content.kind != "ids" and self.tokenizer is None:
             raise DatasetError(
-                f"column {content.column!r} holds {content.kind}, and the model comes without a tokenizer: "
-                "pass one, or give token ids in a column input_ids"
+                f"{holds}, and the model comes without a tokenizer: pass one, or give token ids in a column input_ids"
+            )
+        if content.kind != "ids" and self.tokenizer is not None and not knows_text(self.tokenizer):
+            raise DatasetError(
+                f"{holds}, and the tokenizer knows no text, only {len(self.tokenizer.get_vocab())} added tokens "
+                "(transformers makes such a tokenizer of a folder without tokenizer files): pass the model's own, or "
+                "give token ids in a column input_ids"
             )
         if content.kind == "chat" and not template:
             raise DatasetError(
-                f"column {content.column!r} holds chats, and the tokenizer has no chat template: set one, or give texts"
+                f"column {content.column!r} holds chats, and the tokenizer has no chat template: set one "
+                "(--chat-template), or give texts"
             )
-        if self.rule.is_assistant and content.kind != "chat":
+        if settings.rule.is_assistant and content.kind != "chat":
             raise DatasetError(
-                f"--positions assistant: column {content.column!r} holds {content.kind}, not chats; name a column "
-                "of chats with --text-column, or for token ids give the mask as a column and use column:NAME"
+                f"--positions assistant: {holds}, not chats; name a column of chats with --text-column, or for token "
+                "ids give the mask as a column and use column:NAME"
             )
-        # Without this mark the library returns a mask of zeros and only logs a line.
-        if self.rule.is_assistant and not _GENERATION.search(str(template)):
-            raise DatasetError(
-                "--positions assistant: the tokenizer's chat template does not mark the assistant's turns with "
-                "{% generation %}; use a template that does, or another position rule"
-            )
-
-    def _encoded(self, content: _Content, values: Sequence[tuple[int, object]]) -> list[_Encoded]:
-        if content.kind == "text":
-            return self._texts(values, content.column)
+        if settings.chat_settings and content.kind != "chat":
+            raise DatasetError(f"{settings.chat_settings[0]} is for chats, and {holds}: leave it out")
+        if settings.add_special_tokens and content.kind != "text":
+            raise DatasetError(f"--add-special-tokens is for texts, and {holds}: leave it out")
         if content.kind == "chat":
-            return [self._chat(value, number, content.column) for number, value in values]
-        return [(self._ids(value, number), None) for number, value in values]
+            self._chats  # noqa: B018  # refuses settings that the template cannot be used with
 
-    def _source(self, number: int, row: Row, content: _Content, ids: IntArray, marked: Mask | None) -> Source:
-        used = {content.column, self.rule.column}
-        if self.rule.column:
-            value = _value(row, self.rule.column, number)
-            marked = marks_of(value, ids.size, column=self.rule.column, row=number)
+    @cached_property
+    def _chats(self) -> Chats:
+        column = self.settings.tools_column or (TOOLS if TOOLS in self.rows.columns else "")
+        return Chats(tokenizer=cast("Tokenizer", self.tokenizer), settings=self.settings, tools_column=column)
+
+    def _encoded(self, content: _Content, rows: Sequence[tuple[int, Row]]) -> list[_Encoded]:
+        values = [(number, _value(row, content.column, number)) for number, row in rows]
+        if content.kind == "text":
+            found = self._texts(values, content.column)
+        elif content.kind == "chat":
+            found = [
+                self._chat(value, row, number, content.column)
+                for (_, row), (number, value) in zip(rows, values, strict=True)
+            ]
+        else:
+            found = [_Encoded(self._ids(value, number)) for number, value in values]
+        return [
+            encoded._replace(counts={**encoded.counts, "n_doubled_start": int(self._is_doubled(encoded.ids))})
+            for encoded in found
+        ]
+
+    def _source(
+        self, number: int, row: Row, content: _Content, encoded: _Encoded, token_columns: TokenColumns
+    ) -> Source:
+        ids, marked, counts = encoded
+        rule = self.settings.rule
+        used = {content.column, rule.column}
+        if content.kind == "chat":
+            used.add(self._chats.tools_column)
+        if rule.column:
+            marked = marks_of(_value(row, rule.column, number), ids.size, column=rule.column, row=number)
         own = slice(0, ids.size)
         if content.kind == "ids" and row.get("attention_mask") is not None:
             used.add("attention_mask")
             own = _unpadded(row["attention_mask"], ids.size, number)
+        columns = {name: value for name, value in row.items() if name not in used}
+        token_columns.see(number, columns, ids.size)
         return Source(
             row=number,
             input_ids=ids[own],
             marked=None if marked is None else marked[own],
-            columns={name: value for name, value in row.items() if name not in used},
-            n_padding=ids.size - (own.stop - own.start),
+            columns=token_columns.cut(number, columns, ids.size, own),
+            token_columns=token_columns,
+            counts={**counts, "n_padding": ids.size - (own.stop - own.start)},
         )
 
     def _texts(self, values: Sequence[tuple[int, object]], column: str) -> list[_Encoded]:
-        tokenizer = cast("Tokenizer", self.tokenizer)
         for number, text in values:
             if not isinstance(text, str | None):
                 raise DatasetError(f"row {number}: column {column!r} should hold a text, found {text!r:.80}")
         # An empty text stays empty, although the tokenizer may make a lone BOS of it.
-        full = [text for _, text in values if text]
-        ids = iter(tokenizer(full, verbose=False)["input_ids"] if full else ())
-        return [(self._ids(next(ids) if text else [], number), None) for number, text in values]
+        full = [(number, text) for number, text in values if isinstance(text, str) and text]
+        chosen = self.settings.add_special_tokens
+        encoded = self._tokenized(full, with_special=chosen is not False)
+        begun = [(number, text) for number, text in full if chosen is None and self._is_doubled(encoded[number])]
+        plain = self._tokenized(begun, with_special=False)
+        encoded |= plain
+        empty = np.zeros(0, np.int32)
+        return [
+            _Encoded(encoded.get(number, empty), counts={"n_own_start": int(number in plain)}) for number, _ in values
+        ]
 
-    def _chat(self, chat: object, number: int, column: str) -> _Encoded:
+    def _tokenized(self, texts: Sequence[tuple[int, str]], *, with_special: bool) -> dict[int, IntArray]:
+        """Return the token ids of texts by the numbers of their rows."""
+        tokenizer = cast("Tokenizer", self.tokenizer)
+        full = [text for _, text in texts]
+        found = tokenizer(full, add_special_tokens=with_special, verbose=False)["input_ids"] if full else []
+        return {number: self._ids(ids, number) for (number, _), ids in zip(texts, found, strict=True)}
+
+    def _is_doubled(self, ids: IntArray) -> bool:
+        """Return whether a row begins with the tokenizer's start tokens, and then with them once more."""
+        start = self.start_ids
+        return bool(start.size) and np.array_equal(ids[: 2 * start.size], np.tile(start, 2))
+
+    def _chat(self, chat: object, row: Row, number: int, column: str) -> _Encoded:
         if not chat:
-            return np.zeros(0, np.int32), np.zeros(0, np.bool_)
+            return _Encoded(np.zeros(0, np.int32), np.zeros(0, np.bool_) if self.settings.rule.is_assistant else None)
         if _kind_of(chat) != "chat":
             raise DatasetError(f"row {number}: column {column!r} should hold a chat, found {chat!r:.80}")
-        messages = [_message(message, number) for message in cast("Sequence[object]", chat)]
-        try:
-            encoded = cast("Tokenizer", self.tokenizer).apply_chat_template(
-                messages, return_dict=True, return_assistant_tokens_mask=self.rule.is_assistant
-            )
-        except Exception as error:
-            # The boundary to the chat template, a program that comes with the tokenizer and may raise anything.
-            raise DatasetError(f"row {number}: the chat template refuses this chat: {error}") from error
-        marked = np.asarray(encoded["assistant_masks"], np.bool_) if self.rule.is_assistant else None
-        return self._ids(encoded["input_ids"], number), marked
+        tools = row.get(self._chats.tools_column) if self._chats.tools_column else None
+        ids, marked, counts = self._chats.encoded(cast("Sequence[object]", chat), tools, number)
+        return _Encoded(self._ids(ids, number), marked, counts)
 
     def _ids(self, value: object, number: int) -> IntArray:
         try:
@@ -222,14 +271,10 @@ def _kind_of(value: object) -> _Kind:
     return "ids"
 
 
-def start_tokens(tokenizer: Tokenizer | None) -> IntArray:
-    """Return the tokens that `tokenizer` puts before every text, such as a BOS: int32, often none or one."""
-    if tokenizer is None:
-        return np.zeros(0, np.int32)
-    plain = list(tokenizer("a", add_special_tokens=False)["input_ids"])
-    full = list(tokenizer("a")["input_ids"])
-    n_start = next((i for i in range(len(full)) if plain and full[i : i + len(plain)] == plain), 0)
-    return np.array(full[:n_start], np.int32)
+def _first_value(rows: Sequence[Row], column: str) -> object:
+    """Return the first value of a column that is not missing or empty; a missing one if there is none."""
+    values = (row.get(column) for row in rows)
+    return next((value for value in values if value is not None and len(cast("Sequence[object]", value))), None)
 
 
 def _batches(rows: Iterable[tuple[int, Row]]) -> Iterator[list[tuple[int, Row]]]:
@@ -249,13 +294,6 @@ def _value(row: Row, column: str, number: int) -> object:
     if column not in row:
         raise DatasetError(f"row {number}: there is no column {column!r}; the row has {', '.join(row)}")
     return row[column]
-
-
-def _message(message: object, number: int) -> dict[str, object]:
-    if not isinstance(message, Mapping) or "role" not in message or "content" not in message:
-        raise DatasetError(f"row {number}: a message needs role and content, found {message!r:.80}")
-    # Arrow gives each message the fields of all others, with None; a template would take them as given.
-    return {key: value for key, value in message.items() if value is not None or key == "content"}
 
 
 def _unpadded(mask: object, n_tokens: int, number: int) -> slice:

@@ -24,6 +24,7 @@ from residua.capture.runtime.compat import model_from_config
 from residua.capture.runtime.pipeline_schedule import PIPELINE_TYPES, as_model
 from residua.capture.runtime.wrappers import replica_of
 from residua.capture.sites.pipeline_stages import is_placeholder
+from residua.pipelines.data.tokenizer import knows_text
 from residua.pipelines.setup.settings import CaptureSettings
 from residua.store.base.errors import PlanError
 from residua.store.read.archive import Archive
@@ -166,7 +167,7 @@ def load_tokenizer(name: str, settings: CaptureSettings) -> PreTrainedTokenizerB
     """Load the tokenizer of the model `name`; None if the model comes without one.
 
     Raises:
-        PlanError: The tokenizer cannot be loaded; the cause is chained.
+        PlanError: The tokenizer cannot be loaded, or its files have no vocabulary; the cause is chained.
     """
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, revision=settings.revision)
@@ -174,7 +175,18 @@ def load_tokenizer(name: str, settings: CaptureSettings) -> PreTrainedTokenizerB
         if not any(file in _TOKENIZER_FILES for file in _files_of(name, settings.revision)):
             return None
         raise PlanError(f"the tokenizer of --model {name} could not be loaded: {error}") from error
-    return tokenizer if isinstance(tokenizer, PreTrainedTokenizerBase) else None
+    if not isinstance(tokenizer, PreTrainedTokenizerBase):
+        return None
+    if knows_text(tokenizer):
+        return tokenizer
+    # transformers 5 makes an empty tokenizer of whatever class the config suggests.
+    found = sorted(_TOKENIZER_FILES.intersection(_files_of(name, settings.revision)))
+    if found:
+        raise PlanError(
+            f"the tokenizer of --model {name} has no vocabulary: of its files there is only {', '.join(found)}; add "
+            "the others, remove these, or pass a tokenizer"
+        )
+    return None
 
 
 def _files_of(name: str, revision: str | None) -> list[str]:

@@ -1,7 +1,7 @@
 """The settings of a capture: one frozen dataclass, whose fields are the flags of ``residua capture``."""
 
 import reprlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Self
@@ -15,6 +15,14 @@ from residua.store.format.plan import HOST_MEMORY_BYTES
 
 _MAX_CONFIG_BYTES = 64 * 1024
 _MOST_BITS = 63
+_KINDS: Mapping[str, type] = {
+    "str": str,
+    "int": int,
+    "bool": bool,
+    "collections.abc.Sequence": list,
+    "collections.abc.Mapping": dict,
+    "None": type(None),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,9 +102,10 @@ class CaptureSettings(DatasetSettings):
                 raise PlanError(
                     f"{reprlib.repr(name)} is not a setting of residua capture; the settings are {', '.join(known)}"
                 )
-            type_name = str(known[name].type).removeprefix("<class '").removesuffix("'>")
-            if not _fits(value, type_name):
-                raise PlanError(f"setting {name} is {_shown(value)}: it should be {type_name}")
+            kinds = [_KINDS[kind.partition("[")[0]] for kind in _type_name(known[name].type).split(" | ")]
+            if not _fits(value, kinds):
+                wanted = " | ".join("None" if kind is type(None) else kind.__name__ for kind in kinds)
+                raise PlanError(f"setting {name} is {_shown(value)}: it should be {wanted}")
             if isinstance(value, int) and value.bit_length() > _MOST_BITS:
                 raise PlanError(f"setting {name} is a number of {value.bit_length():,} bits: that is too large")
         if len(named) < len(values):
@@ -104,10 +113,12 @@ class CaptureSettings(DatasetSettings):
         return cls(**named)
 
 
-def _fits(value: object, annotation: str) -> bool:
-    types = {"str": str, "int": int, "bool": bool, "None": type(None)}
-    allowed = tuple(types[name] for name in annotation.split(" | "))
-    return isinstance(value, allowed) and (bool in allowed or not isinstance(value, bool))
+def _type_name(annotation: object) -> str:
+    return str(annotation).removeprefix("<class '").removesuffix("'>")
+
+
+def _fits(value: object, kinds: Sequence[type]) -> bool:
+    return isinstance(value, tuple(kinds)) and (bool in kinds or not isinstance(value, bool))
 
 
 def _shown(value: object) -> str:

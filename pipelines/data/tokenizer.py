@@ -1,0 +1,68 @@
+"""What a capture needs of a transformers tokenizer: its start tokens, its special tokens, whether it knows any text."""
+
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+import numpy as np
+
+from residua.store.selection.positions import IntArray
+
+_MARKS_OF_SPACE = "\u2581\u0120 "  # SentencePiece's and the byte-level alphabet's, which an empty tokenizer may have
+
+
+class Tokenizer(Protocol):
+    """The part of a transformers tokenizer that is used here."""
+
+    chat_template: Any
+
+    @property
+    def all_special_ids(self) -> list[int]:
+        """The ids of the special tokens that have a name."""
+        ...
+
+    def __call__(self, text: Any, **options: Any) -> Mapping[str, Any]:
+        """Tokenize texts."""
+        ...
+
+    def apply_chat_template(self, conversation: Any, **options: Any) -> Any:
+        """Render chats as text and tokenize them."""
+        ...
+
+    def get_chat_template(self, chat_template: str | None = None, tools: Any = None) -> str:
+        """Return the source of the chat template that these arguments choose."""
+        ...
+
+    def get_vocab(self) -> dict[str, int]:
+        """Return the ids of all tokens by their text."""
+        ...
+
+
+def start_tokens(tokenizer: Tokenizer | None) -> IntArray:
+    """Return the tokens that `tokenizer` puts before every text, such as a BOS: int32, often none or one."""
+    if tokenizer is None:
+        return np.zeros(0, np.int32)
+    plain = list(tokenizer("a", add_special_tokens=False)["input_ids"])
+    full = list(tokenizer("a")["input_ids"])
+    n_start = next((i for i in range(len(full)) if plain and full[i : i + len(plain)] == plain), 0)
+    return np.array(full[:n_start], np.int32)
+
+
+def special_ids(tokenizer: Tokenizer | None) -> frozenset[int]:
+    """Return the ids of all special tokens: the named ones (BOS, ...), and those that the tokenizer's file flags so.
+
+    Named ones alone are few: of the 256 special tokens of Llama 3, ``all_special_ids`` has two.
+    """
+    if tokenizer is None:
+        return frozenset()
+    added: Mapping[int, Any] = getattr(tokenizer, "added_tokens_decoder", {})
+    return frozenset(tokenizer.all_special_ids) | {i for i, token in added.items() if getattr(token, "special", False)}
+
+
+def knows_text(tokenizer: Tokenizer) -> bool:
+    """Return whether `tokenizer` has a token that is not an added one, such as BOS.
+
+    transformers 5 makes a tokenizer that has none of a folder without tokenizer files: it turns every text into
+    nothing, or into unknown tokens.
+    """
+    added: Mapping[int, Any] = getattr(tokenizer, "added_tokens_decoder", {})
+    return any(i not in added and text.strip(_MARKS_OF_SPACE) for text, i in tokenizer.get_vocab().items())
