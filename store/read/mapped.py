@@ -1,10 +1,12 @@
 """Shard files mapped into memory. Each is opened and checked once; a limited number stays open.
 
 A mapping costs a file descriptor and one read of the shard's index, but no memory. All readers of a process share the
-mappings used last, because the limit on descriptors is the process's. A shard file never changes once it has its
-name. Truncating a mapped one crashes readers (SIGBUS).
+mappings used last, because the limit on descriptors is the process's; a process that runs out of them gives these back
+first. A shard file never changes once it has its name. Reading a mapped file beyond an end that moved crashes the
+process (SIGBUS), so the size is compared before each use.
 """
 
+import errno
 import mmap
 import os
 import resource
@@ -59,6 +61,7 @@ class MappedShard:
         with open_shard(self.path) as descriptor:
             index = read_index(descriptor, spec, n_rows=self._n_rows, path=self.path)
             mapping = mmap.mmap(descriptor, 0, access=mmap.ACCESS_READ)
+        self._mapping = mapping
         # Never closed: views may outlive this object, and the last one frees the mapping.
         self._bytes: Bytes = np.frombuffer(mapping, np.uint8)
         self._starts = index.offsets.tolist()
@@ -78,6 +81,13 @@ class MappedShard:
     def n_bytes(self) -> int:
         """Bytes of the file."""
         return self._bytes.nbytes
+
+    def require_whole(self) -> None:
+        """Raise DamagedArchiveError if the file became shorter since it was mapped; costs a call to the kernel."""
+        if (size := self._mapping.size()) < self.n_bytes:
+            raise DamagedArchiveError(
+                f"{self.path} was cut short to {size:,} of {self.n_bytes:,} bytes while it was open: {RESTORE}"
+            )
 
     def stored(self, chunk: int) -> Bytes:
         """Return the bytes of a chunk as stored, crc32c included."""
@@ -146,7 +156,7 @@ class OpenShards:
         """Return the shard kept under `key`, or open and keep it; the shards unused for longest are dropped."""
         found = self._shards.get(key)
         if found is None:
-            found = open_()
+            found = self._opened(open_)
             self._shards[key] = found
             while self._is_over():
                 self._shards.popitem(last=False)
@@ -156,6 +166,25 @@ class OpenShards:
             except KeyError:  # another thread has just dropped it
                 self._shards[key] = found
         return found
+
+    def _opened(self, open_: Callable[[], MappedShard]) -> MappedShard:
+        """Open a shard; if the process has no descriptor left, give back all of ours first."""
+        try:
+            return open_()
+        except OSError as error:
+            if error.errno not in (errno.EMFILE, errno.ENFILE):
+                raise
+        self._shards.clear()
+        try:
+            return open_()
+        except OSError as error:
+            if error.errno not in (errno.EMFILE, errno.ENFILE):
+                raise
+            raise OSError(
+                error.errno,
+                f"{error.filename or 'a shard'} cannot be opened: too many other files are open. Raise the limit "
+                "(ulimit -n), or close files of your own",
+            ) from error
 
     def limit(self, max_bytes: int) -> None:
         """Keep shards of at most `max_bytes` together, but always the last one."""

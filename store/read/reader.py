@@ -158,7 +158,9 @@ class ArrayReader:
         return values.reshape(-1).view(np.dtype((np.void, self._spec.row_bytes)))
 
     def _open(self, shard: int) -> MappedShard:
-        return self._open_shards.get((self._key, shard), lambda: self._map(shard))
+        found = self._open_shards.get((self._key, shard), lambda: self._map(shard))
+        found.require_whole()
+        return found
 
     def _map(self, shard: int) -> MappedShard:
         mapped = MappedShard(self._root, self._spec, shard, self._n_rows, self._verified.get(shard))

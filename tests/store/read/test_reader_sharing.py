@@ -1,9 +1,13 @@
 """Readers in threads and child processes, and the files that all readers of a process keep open."""
 
+import gc
 import multiprocessing
 import os
 import pickle
+import resource
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +15,7 @@ import numpy as np
 import pytest
 
 from residua.store.base.errors import DamagedArchiveError
+from residua.store.encoding.shard import shard_path
 from residua.store.read.mapped import OPEN_SHARDS, OpenShards
 from residua.store.read.reader import ArrayReader
 from tests.store.samples import N_ROWS, Array, Stored, make_spec, same_bits, store
@@ -128,3 +133,52 @@ def test_mapped_bytes_can_be_limited(stored: Stored) -> None:
     kept.limit(0)
     kept.get((owner, 3), lambda: shards[0])
     assert len(kept) == 1
+
+
+@pytest.mark.parametrize("preset", ["raw", "fast"])
+def test_a_file_cut_short_while_it_is_mapped_is_an_error_and_no_crash(preset: str, tmp_path: Path) -> None:
+    kept = store(tmp_path, make_spec(preset))
+    reader = kept.reader()
+    assert same_bits(reader.read(0, N_ROWS), kept.rows)
+    path = shard_path(tmp_path, kept.spec, 1)
+    os.truncate(path, 10)
+    first = kept.spec.rows_per_shard
+    for rows in ([*range(N_ROWS)], [first + 1, 0], [first]):
+        with pytest.raises(DamagedArchiveError, match=f"{path} was cut short to 10 of .*restore"):
+            reader.take(rows)
+    with pytest.raises(DamagedArchiveError, match="cut short"):
+        reader.read(0, N_ROWS)
+    assert same_bits(reader.read(0, first), kept.rows[:first])
+
+
+@contextmanager
+def few_descriptors(n: int) -> Iterator[None]:
+    """Leave this process `n` descriptors that it may still open."""
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    taken = [os.dup(0)]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (taken[0] + 100, before[1]))
+    try:
+        with suppress(OSError):
+            while True:
+                taken.append(os.dup(0))
+        for _ in range(n):
+            os.close(taken.pop())
+        yield
+    finally:
+        for descriptor in taken:
+            os.close(descriptor)
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+
+
+@pytest.mark.parametrize("preset", ["raw", "fast"])
+def test_a_process_without_descriptors_closes_shards_first(preset: str, tmp_path: Path) -> None:
+    kept = store(tmp_path, make_spec(preset))
+    open_shards = OpenShards(1000)
+    reader = kept.reader(open_shards=open_shards, threads=1)
+    gc.collect()
+    with few_descriptors(3):
+        assert same_bits(reader.read(0, N_ROWS), kept.rows)
+        assert len(open_shards) < len(kept.shards), "all shards fit: the test shows nothing"
+        assert same_bits(reader.take([50, 0]), kept.rows[[50, 0]])
+    with few_descriptors(0), pytest.raises(OSError, match="ulimit -n"):
+        kept.reader(open_shards=OpenShards(1000)).read(0, N_ROWS)
