@@ -3,7 +3,6 @@
 An example is a text, a list of token ids, or the number of an example of an archive.
 """
 
-import json
 from collections.abc import Iterable, Mapping
 from os import PathLike
 from pathlib import Path
@@ -13,8 +12,9 @@ import numpy as np
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from residua.capture.patching.pair import Pair
+from residua.pipelines.data.text_files import check_text, json_lines
 from residua.pipelines.setup.models import token_limit
-from residua.store.base.errors import PlanError, ResiduaError
+from residua.store.base.errors import DatasetError, PlanError, ResiduaError, shortened
 from residua.store.read.archive import Archive
 from residua.store.read.text import single_token
 
@@ -58,13 +58,10 @@ def _lines(path: Path) -> list[Any]:
         raise PlanError(f"there is no file of pairs at {path}")
     if path.stat().st_size > _MAX_BYTES:
         raise PlanError(f"{path} is over 256 MiB, too large for a list of pairs")
-    found = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
-        try:
-            found += [json.loads(line)] if line.strip() else []
-        except (ValueError, RecursionError) as error:
-            raise PlanError(f"{path}, line {number} is not JSON: {error}") from error
-    return found
+    try:
+        return [value for _, value in json_lines(path)]
+    except DatasetError as error:
+        raise PlanError(str(error)) from error
 
 
 class _PairReader:
@@ -127,6 +124,7 @@ class _PairReader:
     def _tokens(self, text: str, *, special: bool) -> list[int]:
         if self._tokenizer is None:
             raise PlanError("the model comes without a tokenizer: give token ids")
+        check_text(text, f"the text {shortened(repr(text))}")
         return [int(token) for token in self._tokenizer(text, add_special_tokens=special)["input_ids"]]
 
 

@@ -1,14 +1,14 @@
 """Open what a user calls a dataset as a stream of rows: a path, a hub id, a `datasets` object or an iterable.
 
-`datasets` reads local files as streams or memory maps, without its cache and without the network. A dataset on the hub
-is read from one commit throughout. No code of a dataset is run, and nothing is unpickled. A few hundred rows are in
-memory at a time.
+Files of text are read here (`residua.pipelines.data.text_files`); all else by `datasets`, whose rows are taken as it
+yields them, as streams or memory maps, without its cache. A dataset on the hub is read from one commit throughout. No
+code of a dataset is run, and nothing is unpickled. A few hundred rows are in memory at a time.
 """
 
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from itertools import chain, islice
 from os import PathLike, fspath
 from pathlib import Path
@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from residua.pipelines.data.settings import DatasetSettings
+from residua.pipelines.data.text_files import TextFiles, check_text
 from residua.store.base.errors import DatasetError
 
 Row = Mapping[str, Any]
@@ -36,6 +37,7 @@ _KINDS = {
     ".arrow": "arrow",
 }
 _LONG_COLUMNS = ("input_ids", "attention_mask")
+_OF_EVERY_BUILDER = ("name", "version", "data_dir", "data_files", "description")
 _FRAMES = ("pandas", "polars")
 _COMPRESSED = (".gz", ".zst", ".xz", ".bz2")
 
@@ -75,7 +77,8 @@ def open_rows(source: object, settings: DatasetSettings) -> Rows:
             f"{name} is not a dataset: give a path, a hub id, a DataFrame, or an iterable of texts, token ids, chats "
             "or rows"
         )
-    return _peek_rows(name, _dataset_rows(_one_split(name, dataset, settings.split)))
+    chosen = _one_split(name, dataset, settings.split)
+    return _peek_rows(name, chosen if isinstance(chosen, TextFiles) else _dataset_rows(chosen))
 
 
 def local_path(source: str | PathLike[str]) -> Path | None:
@@ -124,9 +127,11 @@ def _open_hub(name: str, settings: DatasetSettings) -> Any:
     import datasets
 
     commit = dataset_commit(name, settings)
-    revision = commit or settings.dataset_revision
     try:
-        return datasets.load_dataset(name, settings.subset, revision=revision, streaming=commit is not None)
+        if commit is None:
+            return datasets.load_dataset(name, settings.subset, revision=settings.dataset_revision)
+        builder = datasets.load_dataset_builder(name, settings.subset, revision=commit)
+        return _text_splits(builder, settings) or builder.as_streaming_dataset()
     except Exception as error:
         # The boundary to `datasets`, which passes on whatever its parsers and transports raise.
         raise _not_found(name, error) from error
@@ -147,10 +152,10 @@ def _open_path(name: str, source: str | PathLike[str], settings: DatasetSettings
         if value is not None:
             raise DatasetError(f"{flag} is given, but {name} is a local path: leave it out")
     with _naming_dataset(name):
-        return _open_folder(path) if path.is_dir() else _open_file(path)
+        return _open_folder(path, settings) if path.is_dir() else _open_file(path, settings)
 
 
-def _open_file(path: Path) -> Any:
+def _open_file(path: Path, settings: DatasetSettings) -> Any:
     import datasets
 
     suffix = _data_suffix(path)
@@ -161,18 +166,43 @@ def _open_file(path: Path) -> Any:
     kind = _KINDS[suffix]
     if kind == "arrow":
         return datasets.Dataset.from_file(str(path))
-    read = getattr(datasets.Dataset, f"from_{kind}")
-    # Without a batch size, a table is as high as the first row group, and missing if that is empty.
-    options = {"sep": "\t"} if suffix == ".tsv" else {"batch_size": _ROWS_AT_ONCE} if kind == "parquet" else {}
-    return read(str(path), streaming=True, **options)
+    if kind == "parquet":
+        # Without a batch size, a table is as high as the first row group, and missing if that is empty.
+        return datasets.Dataset.from_parquet(str(path), streaming=True, batch_size=_ROWS_AT_ONCE)
+    return _text_files([str(path)], kind, "\t" if suffix == ".tsv" else ",", settings)
 
 
-def _open_folder(path: Path) -> Any:
+def _text_files(paths: Sequence[str], kind: str, separator: str, settings: DatasetSettings) -> TextFiles:
+    texts = ("text", settings.text_column or "text")
+    return TextFiles(paths=paths, kind=kind, separator=separator, texts=texts)
+
+
+def _open_folder(path: Path, settings: DatasetSettings) -> Any:
     import datasets
 
     if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
         return datasets.load_from_disk(str(path))
-    return datasets.load_dataset(str(path), streaming=True)
+    builder = datasets.load_dataset_builder(str(path))
+    return _text_splits(builder, settings) or builder.as_streaming_dataset()
+
+
+def _text_splits(builder: Any, settings: DatasetSettings) -> dict[str, TextFiles] | None:
+    """Return the splits of a dataset of text files; None if it has other files, or sets options or types for them."""
+    config = builder.config
+    kind = type(config).__module__.rpartition(".")[2]
+    if kind not in ("json", "csv", "text") or builder.info.features is not None:
+        return None
+    plain = type(config)()
+    options = {
+        field.name
+        for field in fields(config)
+        if field.name not in _OF_EVERY_BUILDER and getattr(config, field.name) != getattr(plain, field.name)
+    }
+    files = {str(split): list(map(str, paths)) for split, paths in config.data_files.items()}
+    if options - {"sep", "delimiter"} or not all(_data_suffix(Path(path)) for path in chain(*files.values())):
+        return None
+    separator = getattr(config, "sep", ",")
+    return {split: _text_files(paths, kind, separator, settings) for split, paths in files.items()}
 
 
 def is_dataset(source: object) -> bool:
@@ -288,7 +318,7 @@ def _checked(number: int, row: Row) -> Row:
         compact = _compact(value) if name in _LONG_COLUMNS else value
         for text in _texts([name, compact]):
             if not text.isascii():
-                _check_text(text, f"row {number}: column {name!r}")
+                check_text(text, f"row {number}: column {name!r}")
         found[name] = compact
     return found
 
@@ -315,17 +345,6 @@ def _texts(value: object) -> Iterator[str]:
         for inner in value:
             if isinstance(inner, str | Mapping | list | tuple):
                 yield from _texts(inner)
-
-
-def _check_text(text: str, where: str) -> None:
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise DatasetError(
-            f"{where} has {text[error.start]!r} at character {error.start}, half of a surrogate pair, which stands for "
-            "no character: mend the text, for example with text.encode('utf-16', 'surrogatepass')"
-            ".decode('utf-16', 'replace')"
-        ) from error
 
 
 def _guarded(name: str, rows: Iterable[Row]) -> Iterator[Row]:

@@ -5,13 +5,18 @@ import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import datasets
 import pytest
+from datasets.data_files import DataFilesDict
+from datasets.packaged_modules.csv.csv import CsvConfig
+from datasets.packaged_modules.parquet.parquet import ParquetConfig
 from huggingface_hub import HfApi
 
 from residua.pipelines.data.dataset import dataset_identity
 from residua.pipelines.data.settings import DatasetSettings
+from residua.pipelines.data.sources import open_rows
 from residua.store.base.canonical import canonical_json, digest_of
 from tests.pipelines.dataset_samples import ids, read, tokens, write_source
 
@@ -20,22 +25,22 @@ class TestHub:
     def test_one_commit_is_read_and_named(self, monkeypatch: pytest.MonkeyPatch) -> None:
         asked: list[object] = []
 
-        def load_dataset(*args: object, **options: object) -> object:
+        def load_builder(*args: object, **options: object) -> object:
             asked.append((args, options))
-            return datasets.IterableDatasetDict(
-                {"test": datasets.Dataset.from_dict({"text": ["a b"]}).to_iterable_dataset()}
-            )
+            stream = datasets.Dataset.from_dict({"text": ["a b"]}).to_iterable_dataset()
+            splits = datasets.IterableDatasetDict({"test": stream})
+            return SimpleNamespace(config=ParquetConfig(), as_streaming_dataset=lambda: splits)
 
         def dataset_info(_api: object, name: str, *, revision: str | None, timeout: float) -> object:
             assert timeout <= 10
             return SimpleNamespace(sha=f"commit of {name}@{revision}")
 
         monkeypatch.setattr(HfApi, "dataset_info", dataset_info)
-        monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+        monkeypatch.setattr(datasets, "load_dataset_builder", load_builder)
         examples, _ = read("someone/texts", subset="en", split="test")
         assert tokens(examples) == [ids("<s> a b")]
         commit = "commit of someone/texts@None"
-        assert asked == [(("someone/texts", "en"), {"revision": commit, "streaming": True})]
+        assert asked == [(("someone/texts", "en"), {"revision": commit})]
         assert dataset_identity("someone/texts", DatasetSettings(subset="en", split="test")) == {
             "kind": "hub",
             "id": "someone/texts",
@@ -43,6 +48,17 @@ class TestHub:
             "split": "test",
             "revision": commit,
         }
+
+    def test_files_of_text_are_read_as_they_are_spelled(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        (tmp_path / "x.csv").write_text("text,label\nnull,1\nNA,2\n")
+        files: Any = {"train": [(tmp_path / "x.csv").as_uri()]}
+        builder = SimpleNamespace(
+            config=CsvConfig(data_files=DataFilesDict(files)), info=SimpleNamespace(features=None)
+        )
+        monkeypatch.setattr(HfApi, "dataset_info", lambda *_, **__: SimpleNamespace(sha="c0"))
+        monkeypatch.setattr(datasets, "load_dataset_builder", lambda *_, **__: builder)
+        rows = open_rows("someone/texts", DatasetSettings()).rows
+        assert list(rows) == [{"text": "null", "label": 1}, {"text": "NA", "label": 2}]
 
     @pytest.mark.parametrize(
         ("variables", "found"),
