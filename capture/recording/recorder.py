@@ -47,10 +47,10 @@ from residua.capture.runtime.streams import writer_threads
 from residua.capture.runtime.wrappers import core_of, refuse_compiled
 from residua.capture.scheduling.membership import Membership
 from residua.capture.sites.attention import eager_where_needed
-from residua.capture.sites.hooks import move_last
+from residua.capture.sites.hooks import is_probing, move_last
 from residua.capture.sites.names_to_modules import resolve_sites
 from residua.capture.sites.reference_model import unsharded_sites
-from residua.capture.sites.site import check_storage, plan_site
+from residua.capture.sites.site import check_storage, plan_site, refuse_repeated
 from residua.capture.taps.reading import reading
 from residua.store.base.errors import CaptureError, PlanError, few
 from residua.store.encoding.codecs import DEFAULT_PRESET
@@ -115,6 +115,7 @@ class Recorder:
             self._sites = (unsharded_sites if spans_processes(model) else resolve_sites)(
                 model, sites if isinstance(sites, str) else list(sites)
             )
+            refuse_repeated(self._sites)
             self._stack_called = stack_of(model, self._sites)
             self._attention = attention_files(model, self._sites)
         self._called = model if self._stack_called is None else self._stack_called
@@ -194,6 +195,8 @@ class Recorder:
 
     def _begin(self, _module: nn.Module, _args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Let the recorder read last, so that what it stores is what flows on, whoever changed it."""
+        if is_probing():  # another part of the product runs the model, on tokens that are not the user's
+            return
         self._call = None
         self._taps.begin_forward()
         self._held = {}
@@ -202,6 +205,8 @@ class Recorder:
             refuse_encoder_outputs(self._model, self._called)
 
     def _before(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if is_probing():
+            return
         self._call = read_call(self._parameters, args, kwargs, first_position=self._first_position, caches=self._caches)
         self._same_calls.check(self._call, self._keep)
         if self._archive is not None:
@@ -218,6 +223,8 @@ class Recorder:
             self._archive.put(site, local, layout)
 
     def _after(self, _module: nn.Module, _args: tuple[Any, ...], _output: object) -> None:
+        if is_probing():
+            return
         self._taps.end_forward()
         if self._call is None:
             raise CaptureError(

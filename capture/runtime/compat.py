@@ -79,11 +79,6 @@ def set_attention_implementation(config: PreTrainedConfig, name: str | None) -> 
     config._attn_implementation = name
 
 
-def uses_attention_interface(model: PreTrainedModel) -> bool:
-    """Return whether a model's attention goes through `AttentionInterface`; transformers has no public attribute."""
-    return bool(getattr(model, "_supports_attention_backend", False))
-
-
 def lacks_final_norm(config: PreTrainedConfig) -> bool:
     """Return whether an OPT config removes the final norm; transformers has no public attribute for it."""
     return bool(config._remove_final_layer_norm)

@@ -80,6 +80,20 @@ def _below(module: nn.Module, path: str, seen: set[int]) -> Iterator[tuple[str, 
             yield from _below(child, f"{path}{name}.", seen)
 
 
+def first_name(model: nn.Module, name: str) -> str:
+    """Return the name that `named_modules` gives a module that is shared, for any of its names; empty if none has it.
+
+    Example:
+        >>> shared = nn.Linear(2, 2)
+        >>> first_name(nn.Sequential(shared, nn.ReLU(), shared), "2")
+        '0'
+    """
+    module: nn.Module | None = core_of(model)
+    for part in name.split("."):
+        module = None if module is None else compat.children_by_name(core_of(module)).get(part)
+    return next((path for path, found in named_modules(model).items() if found is module), "") if module else ""
+
+
 def is_compiled(model: nn.Module) -> bool:
     """Return whether `model` or a module in it is compiled, by `torch.compile` or in place."""
     return any(

@@ -1,13 +1,13 @@
 """The modules of one language model that its canonical sites refer to: blocks, embedding, LM head; and their widths."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
 
-from residua.capture.runtime.compat import uses_attention_interface
 from residua.capture.runtime.wrappers import core_of, named_modules
 from residua.capture.sites.architectures import Family, family_of
 
@@ -53,11 +53,6 @@ class Anatomy:
         """Width of a head."""
         return int(getattr(self.config, "head_dim", None) or self.config.hidden_size // self.n_heads)
 
-    @property
-    def uses_attention_interface(self) -> bool:
-        """Whether q, k, v, z and pattern can be read in transformers' attention interface."""
-        return self.family is not None or uses_attention_interface(self.model)
-
     @cached_property
     def modules(self) -> Mapping[str, nn.Module]:
         """The model's modules under the names that they have without wrappers."""
@@ -72,7 +67,8 @@ def anatomy_of(model: nn.Module) -> Anatomy | None:
     """Find the modules of a language model; None for any other model.
 
     Wrappers around the model and around modules in it are ignored (see `residua.capture.runtime.wrappers`). The blocks
-    of an unknown architecture are the outermost list of modules whose length is the config's number of layers.
+    of an unknown architecture are looked for by their structure; `residua.capture.sites.discovery` proves by a run
+    that a residual stream passes through them.
     """
     model = core_of(model)
     if not isinstance(model, PreTrainedModel) or model.main_input_name != "input_ids":
@@ -83,7 +79,7 @@ def anatomy_of(model: nn.Module) -> Anatomy | None:
     modules = named_modules(model)
     family = family_of(model.config)
     if family is None:
-        path = _path_of_blocks(modules, int(getattr(config, "num_hidden_layers", 0)))
+        path = _path_of_blocks(modules, config)
     else:
         base = next((name for name, module in modules.items() if module is model.base_model), "")
         path = f"{base}.{family.blocks}".lstrip(".")
@@ -99,9 +95,26 @@ def anatomy_of(model: nn.Module) -> Anatomy | None:
     )
 
 
-def _path_of_blocks(modules: Mapping[str, nn.Module], n_layers: int) -> str | None:
-    """Return the path of the outermost list of `n_layers` modules; None if there is none."""
-    paths = [
-        path for path, module in modules.items() if isinstance(module, nn.ModuleList) and len(module) == n_layers > 0
-    ]
-    return min(paths, key=lambda path: path.count("."), default=None)
+def _path_of_blocks(modules: Mapping[str, nn.Module], config: PreTrainedConfig) -> str | None:
+    """Return the path of the list of blocks of the text model; None if there is none.
+
+    It is the outermost list of modules as long as the text config says, in the text model if that is a part of the
+    whole: a vision tower may have the same depth. Some configs count their blocks under another name; then it is the
+    outermost list of modules that transformers can checkpoint, which are blocks.
+    """
+    lists = {path: module for path, module in modules.items() if isinstance(module, nn.ModuleList) and len(module)}
+    inside = [f"{path}." for path, module in modules.items() if path and getattr(module, "config", None) is config]
+    of_text = {path: module for path, module in lists.items() if path.startswith(tuple(inside))}
+    n_layers = getattr(config, "num_hidden_layers", None)
+    for found in (of_text, lists):
+        blocks = [path for path, module in found.items() if are_checkpointable(module)]
+        as_told = [path for path, module in found.items() if len(module) == n_layers]
+        for paths in ([path for path in as_told if path in blocks], as_told, blocks):
+            if paths:
+                return min(paths, key=lambda path: path.count("."))
+    return None
+
+
+def are_checkpointable(blocks: Iterable[nn.Module]) -> bool:
+    """Return whether transformers can checkpoint each of these modules, as it can each block of its models."""
+    return all(isinstance(core_of(block), GradientCheckpointingLayer) for block in blocks)

@@ -96,10 +96,13 @@ _GPT2 = Family(
         "mlp_out": Spot("mlp"),
     },
 )
-_PARALLEL = {
-    "resid_mid": "attention and MLP read the same residual stream side by side, so there is no stream "
-    "between them; use resid_pre, attn_out and mlp_out"
-}
+SIDE_BY_SIDE = (
+    "attention and MLP read the same residual stream side by side, so there is no stream between them; "
+    "use resid_pre, attn_out and mlp_out"
+)
+"""Why such a block has no ``resid_mid``."""
+
+_PARALLEL = {"resid_mid": SIDE_BY_SIDE}
 _PHI = Family(
     blocks="layers",
     final_norm="final_layernorm",

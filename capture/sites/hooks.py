@@ -27,6 +27,7 @@ from residua.capture.sites.module_io import (
     replaced_output,
 )
 from residua.capture.sites.site import SiteInfo
+from residua.store.base.errors import CaptureError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,6 +82,25 @@ def values_of(emit: Emit) -> OnTensor:
     return on_tensor
 
 
+_probes = threading.local()
+
+
+@contextmanager
+def probing() -> Iterator[None]:
+    """Let the model run on tokens that are not the user's: sites that were attached before do not see them."""
+    before = is_probing()
+    _probes.active = True
+    try:
+        yield
+    finally:
+        _probes.active = before
+
+
+def is_probing() -> bool:
+    """Return whether this thread runs a model on tokens that are not the user's."""
+    return bool(getattr(_probes, "active", False))
+
+
 class ForwardCall:
     """The forward calls of the model that are running, in each thread.
 
@@ -98,6 +118,7 @@ class ForwardCall:
         self.handles: list[torch.utils.hooks.RemovableHandle] = []
         self.attention_taps: Mapping[nn.Module, AttentionTap] = {}
         self._local = threading.local()
+        self._is_of_probe = is_probing()
 
     @property
     def _running(self) -> list[tuple[int, int] | None]:
@@ -108,7 +129,7 @@ class ForwardCall:
     @property
     def is_running(self) -> bool:
         """Whether a forward call of the model is running in this thread."""
-        return bool(self._running)
+        return bool(self._running) and self._is_of_probe == is_probing()
 
     @property
     def batch_shape(self) -> tuple[int, int] | None:
@@ -123,7 +144,7 @@ class ForwardCall:
 
     def enter(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Note that a forward call begins; a forward pre-hook."""
-        self.n_calls += 1
+        self.n_calls += self._is_of_probe == is_probing()
         candidates = (kwargs.get("input_ids"), kwargs.get("inputs_embeds"), next(iter(args), None))
         shape = next((tokens.shape for tokens in candidates if isinstance(tokens, Tensor)), ())
         self._running.append((shape[0], shape[1]) if len(shape) >= 2 else None)
@@ -140,14 +161,25 @@ def move_last(handle: torch.utils.hooks.RemovableHandle) -> None:
         hooks[handle.id] = hooks.pop(handle.id)
 
 
+OnProblem = Callable[[SiteInfo, CaptureError], None]
+"""Takes a site whose module has no such tensor, and the error that says so."""
+
+
 @contextmanager
-def attached(modules: Mapping[str, nn.Module], sites: Iterable[SiteInfo], on_tensor: OnTensor) -> Iterator[ForwardCall]:
+def attached(
+    modules: Mapping[str, nn.Module],
+    sites: Iterable[SiteInfo],
+    on_tensor: OnTensor,
+    *,
+    on_problem: OnProblem | None = None,
+) -> Iterator[ForwardCall]:
     """Call ``on_tensor`` with the tensor of each site whenever the model runs.
 
     Args:
         modules: The model's modules, as `named_modules` returns them.
         sites: The sites to read. Hooks of one module run in the order of its sites here.
         on_tensor: Called during the forward pass, with a tensor on the model's device.
+        on_problem: Called instead where a module has no tensor at the site; by default the error is raised.
 
     Yields:
         The forward calls that are running.
@@ -159,7 +191,7 @@ def attached(modules: Mapping[str, nn.Module], sites: Iterable[SiteInfo], on_ten
     with ExitStack() as stack:
         for info in chosen:
             if info.via != "attention":
-                handle = _register(modules[info.module], info, call, on_tensor, first=first)
+                handle = _register(modules[info.module], _Reader(info, call, on_tensor, on_problem), first=first)
                 stack.callback(handle.remove)
                 if not (first and info.via in ("input", "stream")):
                     call.handles.append(handle)
@@ -173,48 +205,58 @@ def attached(modules: Mapping[str, nn.Module], sites: Iterable[SiteInfo], on_ten
         yield call
 
 
-def _register(
-    module: nn.Module, info: SiteInfo, call: ForwardCall, on_tensor: OnTensor, *, first: bool
-) -> torch.utils.hooks.RemovableHandle:
-    if info.via in ("input", "stream"):
-        return module.register_forward_pre_hook(_input_hook(info, call, on_tensor), with_kwargs=True, prepend=first)
-    return module.register_forward_hook(_output_hook(info, call, on_tensor))
+def _register(module: nn.Module, reader: "_Reader", *, first: bool) -> torch.utils.hooks.RemovableHandle:
+    if reader.info.via in ("input", "stream"):
+        return module.register_forward_pre_hook(reader.on_input, with_kwargs=True, prepend=first)
+    return module.register_forward_hook(reader.on_output)
 
 
-def _output_hook(info: SiteInfo, call: ForwardCall, on_tensor: OnTensor) -> Callable[..., Any]:
-    where = f"Site {info.name!r}, {info.where}"
+class _Reader:
+    """The hooks of one site: each takes the site's tensor out of a module's input or output, and puts it back."""
 
-    def on_output(_module: nn.Module, _args: object, output: Any) -> Any:
-        if not call.is_running:
+    def __init__(self, info: SiteInfo, call: ForwardCall, on_tensor: OnTensor, on_problem: OnProblem | None) -> None:
+        self.info = info
+        self._call = call
+        self._on_tensor = on_tensor
+        self._on_problem = on_problem
+        self._where = f"Site {info.name!r}, {info.where}"
+
+    def on_output(self, _module: nn.Module, _args: object, output: Any) -> Any:
+        if not self._call.is_running:
             return None
-        index = _logits_index(output) if info.via == "logits" else info.index
-        tensor = output_item(output, index, where)
-        new = on_tensor(SiteTensor(info=info, tensor=tensor, batch_shape=call.batch_shape))
+        try:
+            index = _logits_index(output, self._where) if self.info.via == "logits" else self.info.index
+            tensor = output_item(output, index, self._where)
+        except CaptureError as error:
+            return self._complain(error)
+        new = self._on_tensor(SiteTensor(info=self.info, tensor=tensor, batch_shape=self._call.batch_shape))
         return None if new is None else replaced_output(output, index, new)
 
-    return on_output
-
-
-def _input_hook(info: SiteInfo, call: ForwardCall, on_tensor: OnTensor) -> Callable[..., Any]:
-    where = f"Site {info.name!r}, {info.where}"
-
-    def on_input(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if not call.is_running:
+    def on_input(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if not self._call.is_running:
             return None
-        tensor = input_item(args, kwargs, info.index, where)
-        new = on_tensor(SiteTensor(info=info, tensor=tensor, batch_shape=call.batch_shape))
-        if new is not None and info.via == "stream":
+        try:
+            tensor = input_item(args, kwargs, self.info.index, self._where)
+        except CaptureError as error:
+            return self._complain(error)
+        new = self._on_tensor(SiteTensor(info=self.info, tensor=tensor, batch_shape=self._call.batch_shape))
+        if new is not None and self.info.via == "stream":
             # The block also uses this tensor as its residual: only a change in place reaches both uses.
             tensor.copy_(new)
             return None
-        return None if new is None else replaced_input(args, kwargs, info.index, new)
+        return None if new is None else replaced_input(args, kwargs, self.info.index, new)
 
-    return on_input
+    def _complain(self, error: CaptureError) -> None:
+        if self._on_problem is None:
+            raise error
+        self._on_problem(self.info, error)
 
 
-def _logits_index(output: Any) -> int | None:
+def _logits_index(output: Any, where: str) -> int | None:
     """Return the position of the logits in a model's output: after the loss, if there is one."""
     if isinstance(output, Mapping):
+        if "logits" not in output:
+            raise CaptureError(f"{where}: the model's output has no logits; it has {', '.join(output)}.")
         return list(output).index("logits")
     has_loss = isinstance(output, tuple) and isinstance(output[0], Tensor) and output[0].ndim == 0
     return 1 if has_loss else None

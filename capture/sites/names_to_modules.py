@@ -4,18 +4,19 @@
 It adds sites that exist on demand (``module:`` sites and ``logits_topK``), and says why a site is missing.
 """
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import replace
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
 
 from torch import nn
 
-from residua.capture.runtime.wrappers import named_modules
+from residua.capture.runtime.wrappers import first_name, named_modules
 from residua.capture.sites.anatomy import ATTENTION_KINDS, Anatomy, anatomy_of
-from residua.capture.sites.shape_probe import measure_sites
+from residua.capture.sites.discovery import discover
+from residua.capture.sites.shape_probe import measure_sites, takes_tokens, without_rows
 from residua.capture.sites.site import SiteInfo, Via
-from residua.store.base.errors import UnknownSiteError
+from residua.store.base.errors import CaptureError, UnknownSiteError
 from residua.store.format.site_names import LAYER_KINDS, MODEL_KINDS, Site, parse_site, select
 
 
@@ -23,26 +24,15 @@ def model_sites(model: nn.Module) -> dict[str, SiteInfo]:
     """List the canonical sites of a model, in the order in which it computes them.
 
     Row shapes of a known architecture follow from its config and its modules. In an unknown architecture, sites are
-    found by its structure, and their rows are measured by running the model on a few tokens.
+    found by running the model on a few tokens, each for itself (see `residua.capture.sites.discovery`).
 
     Args:
         model: Any torch module; only a transformers model over token ids has canonical sites.
 
     Returns:
         From name to site: ``embed``, then block by block, then ``final`` and ``logits``.
-
-    Raises:
-        CaptureError: The architecture is not known, and the model cannot run on a few tokens.
     """
-    anatomy = anatomy_of(model)
-    if anatomy is None:
-        return {}
-    sites = [_embed(anatomy)]
-    for layer in range(len(anatomy.blocks)):
-        sites += [_in_block(anatomy, kind, layer) for kind in LAYER_KINDS]
-    sites += [_final(anatomy), _logits(anatomy)]
-    found = {info.name: info for info in sites if info is not None}
-    return found if anatomy.family else _measure_unknown_architecture(model, found)
+    return _with_rows(_looked_for(model, (*LAYER_KINDS, *MODEL_KINDS)))
 
 
 def resolve_sites(model: nn.Module, patterns: str | Iterable[str]) -> dict[str, SiteInfo]:
@@ -54,33 +44,64 @@ def resolve_sites(model: nn.Module, patterns: str | Iterable[str]) -> dict[str, 
 
     Returns:
         From name to site: canonical sites in the model's order, then the others in the order of their names in
-        `patterns`. If the model takes no token ids, the ``row_shape`` and ``dtype`` of ``module:`` sites are None.
+        `patterns`. A ``module:`` site that has no row for each token or example of a run on a few tokens says why in
+        its ``problem``; if the model takes no token ids, it is not measured.
 
     Raises:
         UnknownSiteError: A pattern matches no site of this model; the message says why, and what to use instead.
-        CaptureError: A site has to be measured, and the model cannot run on a few tokens.
+        CaptureError: A module has no tensor where a ``module:`` site is to be read.
     """
     words = [patterns] if isinstance(patterns, str) else list(patterns)
-    available = model_sites(model)
+    looked_for = _looked_for(model, _kinds_in(words))
+    available = _with_rows(looked_for)
     try:
         names = select(words, available)
-    except UnknownSiteError as error:
-        raise UnknownSiteError(f"{error}{_reasons(model, words, available)}") from None
+    except UnknownSiteError:
+        looked_for = _looked_for(model, (*LAYER_KINDS, *MODEL_KINDS))
+        available = _with_rows(looked_for)
+        try:
+            names = select(words, available)
+        except UnknownSiteError as error:
+            raise UnknownSiteError(f"{error}{_reasons(model, words, looked_for)}") from None
     sites = {name: available.get(name) or _on_demand(model, name, available) for name in names}
     unmeasured = {name: info for name, info in sites.items() if info.row_shape is None}
-    if unmeasured and available:
-        sites |= measure_sites(model, unmeasured)
+    if unmeasured and takes_tokens(model):
+        sites |= _measured_for_themselves(model, unmeasured)
     return sites
 
 
-def _measure_unknown_architecture(model: nn.Module, sites: dict[str, SiteInfo]) -> dict[str, SiteInfo]:
-    """Measure the sites of an unknown architecture; the shape of patterns follows from the queries' shape."""
-    seen = measure_sites(model, {name: info for name, info in sites.items() if info.site.kind != "pattern"})
-    for name, info in sites.items():
-        if info.site.kind == "pattern":
-            query = seen[f"q.{info.site.layer}"]
-            seen[name] = replace(info, row_shape=((query.row_shape or (0,))[0], None), dtype=query.dtype)
-    return {name: seen[name] for name in sites}
+def _looked_for(model: nn.Module, kinds: Collection[str]) -> dict[str, SiteInfo]:
+    """Return the canonical sites of these kinds; those that an unknown architecture lacks have a ``problem``."""
+    anatomy = anatomy_of(model) if kinds else None
+    if anatomy is None:
+        return {}
+    if anatomy.family is None:
+        return discover(model, anatomy, kinds)
+    sites = [_embed(anatomy)]
+    for layer in range(len(anatomy.blocks)):
+        sites += [_in_block(anatomy, kind, layer) for kind in LAYER_KINDS]
+    sites += [_final(anatomy), _logits(anatomy)]
+    return {info.name: info for info in sites if info is not None and info.site.kind in kinds}
+
+
+def _with_rows(sites: Mapping[str, SiteInfo]) -> dict[str, SiteInfo]:
+    return {name: info for name, info in sites.items() if not info.problem}
+
+
+def _kinds_in(patterns: Iterable[str]) -> list[str]:
+    """Return the kinds of canonical sites that patterns may select: none for ``module:`` sites."""
+    words = [word.strip() for text in patterns for word in text.split(",")]
+    heads = [word.partition(".")[0] for word in words if not word.startswith("module:")]
+    kinds = [kind for kind in (*LAYER_KINDS, *MODEL_KINDS) if any(fnmatchcase(kind, head) for head in heads)]
+    return [*kinds, "logits"] if any(head.startswith("logits_top") for head in heads) else kinds
+
+
+def _measured_for_themselves(model: nn.Module, sites: Mapping[str, SiteInfo]) -> dict[str, SiteInfo]:
+    """Measure ``module:`` sites; what a run on tokens alone cannot show is left to the calls of the user's loop."""
+    try:
+        return measure_sites(model, sites)
+    except CaptureError as error:
+        return {name: without_rows(info, str(error), n_met=0) for name, info in sites.items()}
 
 
 def _embed(anatomy: Anatomy) -> SiteInfo | None:
@@ -104,8 +125,6 @@ def _logits(anatomy: Anatomy) -> SiteInfo | None:
 def _in_block(anatomy: Anatomy, kind: str, layer: int) -> SiteInfo | None:
     name, block = f"{kind}.{layer}", anatomy.blocks[layer]
     if kind in ATTENTION_KINDS:
-        if not anatomy.uses_attention_interface:
-            return None
         return _info(anatomy, name, _head_row(anatomy, kind), module=block, via="attention")
     if kind in ("resid_pre", "resid_post"):
         stream = (int(anatomy.config.hidden_size),)
@@ -161,8 +180,9 @@ def _on_demand(model: nn.Module, name: str, available: dict[str, SiteInfo]) -> S
     site = parse_site(name)
     if site.top is not None:
         return _top_logits(site, available["logits"])
-    paths = [path for path in named_modules(model) if path]
-    if site.module not in paths:
+    module = first_name(model, str(site.module))
+    if not module:
+        paths = [path for path in named_modules(model) if path]
         near = get_close_matches(str(site.module), paths, n=3)
         raise UnknownSiteError(
             f"Site {name!r}: {type(model).__name__} has no module {site.module!r}. "
@@ -173,7 +193,7 @@ def _on_demand(model: nn.Module, name: str, available: dict[str, SiteInfo]) -> S
         name=name,
         row_shape=None,
         dtype=None,
-        module=str(site.module),
+        module=module,
         via=site.side or "output",
         index=site.index,
         per_token=False,
@@ -190,31 +210,34 @@ def _top_logits(site: Site, logits: SiteInfo) -> SiteInfo:
     return replace(logits, name=str(site), row_shape=(site.top,), dtype=dtype)
 
 
-def _reasons(model: nn.Module, patterns: Iterable[str], available: Collection[str]) -> str:
-    """Return why the model lacks canonical kinds that the user named, and what to use instead.
+def _reasons(model: nn.Module, patterns: Iterable[str], looked_for: Mapping[str, SiteInfo]) -> str:
+    """Return why the model lacks canonical sites that the user named, and what to use instead.
 
     The result is one sentence for each kind, with a leading space; empty if the model has every site of the kinds.
     """
-    words = [word.strip().partition(".")[0] for text in patterns for word in text.split(",")]
-    kinds = [kind for kind in (*LAYER_KINDS, *MODEL_KINDS) if any(fnmatchcase(kind, word) for word in words)]
     anatomy = anatomy_of(model)
     n_blocks = 0 if anatomy is None else len(anatomy.blocks)
-    missing = [kind for kind in kinds if not _names(kind, n_blocks) <= set(available) or anatomy is None]
-    return "".join(f" {kind}: {_reason(model, anatomy, kind)}." for kind in missing)
+    problems = {name: info.problem for name, info in looked_for.items() if info.problem}
+    missing = [
+        kind
+        for kind in _kinds_in(patterns)
+        if anatomy is None or not _names(kind, n_blocks) <= set(looked_for) - set(problems)
+    ]
+    return "".join(f" {kind}: {_reason(model, anatomy, kind, problems)}." for kind in missing)
 
 
 def _names(kind: str, n_blocks: int) -> set[str]:
     return {f"{kind}.{layer}" for layer in range(n_blocks)} if kind in LAYER_KINDS else {kind}
 
 
-def _reason(model: nn.Module, anatomy: Anatomy | None, kind: str) -> str:
+def _reason(model: nn.Module, anatomy: Anatomy | None, kind: str, problems: Mapping[str, str]) -> str:
     name = type(model).__name__
     if anatomy is None:
         return f"{name} is not a language model over token ids; use module:PATH@output for any of its modules"
-    if kind == "logits":
+    if kind == "logits" and kind not in problems:
         return f"{name} has no output embeddings; load it with its language modelling head"
     if anatomy.family is None:
-        return _unknown_reason(anatomy, kind)
+        return _unknown_reason(anatomy, {site: why for site, why in problems.items() if site.partition(".")[0] == kind})
     if kind == "mlp_act":
         return (
             "a mixture of experts has hidden activations only inside its experts, for the tokens routed to each; "
@@ -223,13 +246,13 @@ def _reason(model: nn.Module, anatomy: Anatomy | None, kind: str) -> str:
     return f"{name} has none: {anatomy.family.lacks[kind]}"
 
 
-def _unknown_reason(anatomy: Anatomy, kind: str) -> str:
+def _unknown_reason(anatomy: Anatomy, problems: Mapping[str, str]) -> str:
+    """Return what was found about a kind in an unknown architecture: each reason once, with the blocks it holds for."""
     block = anatomy.blocks[0]
-    example = next((name for name, _ in anatomy.model.get_submodule(block).named_children()), "")
+    example = next((name for name, _ in anatomy.modules[block].named_children()), "")
     remedy = f"use module: sites, for example 'module:{block}.{example}@output'"
-    if kind in ATTENTION_KINDS:
-        return f"{type(anatomy.model).__name__} does not use transformers' attention interface; {remedy}"
-    return (
-        f"the architecture {anatomy.config.model_type!r} is not known; only the inputs and outputs of its blocks, "
-        f"and what passes through the attention interface, were found; {remedy}"
-    )
+    if not problems:
+        return f"{type(anatomy.model).__name__} ({anatomy.config.model_type}) has none; {remedy}"
+    name, problem = next(iter(problems.items()))
+    others = f" (the same or similar for {len(problems) - 1} other blocks)" if len(problems) > 1 else ""
+    return f"{name} of {anatomy.config.model_type!r}: {problem.rstrip('.')}{others}; {remedy}"

@@ -1,97 +1,178 @@
 """Shape probing: measure the row shapes and dtypes of sites by running the model on a few tokens.
 
 The model runs twice, on batches that differ in the number of examples and of positions, so that each axis of a site's
-tensor shows what it counts.
+tensor shows what it counts. Each site is measured for itself: one that has no rows keeps the reason, and bars no other.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import replace
+from inspect import signature
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from residua.capture.runtime.devices import input_device
-from residua.capture.runtime.wrappers import evaluating, named_modules
-from residua.capture.sites.hooks import attached, values_of
+from residua.capture.runtime.wrappers import core_of, evaluating, named_modules
+from residua.capture.sites.attention import eager_attention
+from residua.capture.sites.hooks import attached, probing, values_of
 from residua.capture.sites.site import SiteInfo
 from residua.store.base.errors import CaptureError
 
-_PROBES = ((2, 3), (5, 7))  # (examples, positions): all numbers and products differ
+PROBES = ((2, 3), (5, 7))
+"""(examples, positions) of the two runs: all numbers and products differ."""
 
 
-def measure_sites(model: nn.Module, sites: Mapping[str, SiteInfo]) -> dict[str, SiteInfo]:
+def takes_tokens(model: nn.Module) -> bool:
+    """Return whether a model is one that reads token ids; it may need other inputs too, such as images."""
+    core = core_of(model)
+    if not isinstance(core, PreTrainedModel) or core.main_input_name != "input_ids":
+        return False
+    return not getattr(core.config, "is_encoder_decoder", False)
+
+
+def run_on_tokens(model: nn.Module, shape: tuple[int, int]) -> None:
+    """Run a model on a few tokens without padding, without gradients and in evaluation mode.
+
+    Raises:
+        CaptureError: The model cannot run on tokens alone.
+    """
+    core = _language_model(model)
+    ids = _ordinary_tokens(core.config, shape[0] * shape[1]).to(input_device(model)).view(shape)
+    kwargs: dict[str, Tensor | bool] = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    if "use_cache" in signature(core.forward).parameters:
+        kwargs["use_cache"] = False
+    with evaluating(model), torch.no_grad():
+        try:
+            model(**kwargs)
+        except Exception as error:  # the boundary to the user's model, which may raise anything
+            raise CaptureError(
+                f"{type(core).__name__} was run on {shape[0]} examples of {shape[1]} tokens to measure its sites, and "
+                f"raised {type(error).__name__}: {error}"
+            ) from error
+
+
+def _language_model(model: nn.Module) -> PreTrainedModel:
+    core = core_of(model)
+    if not isinstance(core, PreTrainedModel):
+        raise CaptureError(f"{type(core).__name__} is no transformers model, and cannot be run on tokens")
+    return core
+
+
+def _ordinary_tokens(config: PreTrainedConfig, n: int) -> Tensor:
+    """Return token ids that differ and that the config gives no meaning, as it does to the place of an image."""
+    configs = [config, config.get_text_config()]
+    special = {
+        number
+        for each in configs
+        for name, value in vars(each).items()
+        if name.endswith(("token_id", "token_index", "token_ids"))
+        for number in (value if isinstance(value, list) else [value])
+    }
+    vocabulary = int(getattr(configs[1], "vocab_size", 0) or n + 8)
+    ids = [number for number in range(min(vocabulary, n + len(special) + 8)) if number not in special][-n:] or [0]
+    return torch.tensor([ids[i % len(ids)] for i in range(n)])
+
+
+def measure_sites(
+    model: nn.Module, sites: Mapping[str, SiteInfo], watching: AbstractContextManager[object] | None = None
+) -> dict[str, SiteInfo]:
     """Run a model on a few tokens, and return its sites with the row shapes and dtypes that were measured.
 
     Args:
-        model: A transformers model that takes ``input_ids``. It runs without gradients, in evaluation mode.
+        model: A transformers model that takes ``input_ids``. If a pattern is among the sites, it runs with eager
+            attention.
         sites: The sites to measure.
+        watching: Entered around the second run, to see more of it.
 
     Returns:
-        The same sites with the measured ``row_shape``, ``dtype``, ``per_token`` and ``flat``.
+        The same sites with the measured ``row_shape``, ``dtype``, ``per_token``, ``flat`` and ``n_met``; a site that
+        has no rows says why in ``problem``.
 
     Raises:
-        CaptureError: The model cannot run on a few tokens; a site was not met exactly once; or its leading axes are
-            neither (batch, positions) nor (batch x positions) nor (batch).
+        CaptureError: The model cannot run on tokens alone.
     """
-    device = input_device(model)
-    runs = []
-    for shape in _PROBES:
-        ids = torch.ones(shape, dtype=torch.long, device=device)
-        kwargs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-        runs.append(_run_once(model, sites, kwargs))
-    return {name: _site_from_runs(info, runs[0][name], runs[1][name]) for name, info in sites.items()}
+    problems: dict[str, str] = {}
+    with probing(), _eager_for_patterns(model, sites, problems):
+        first = _run_once(model, sites, PROBES[0], problems)
+        with watching or nullcontext():
+            second = _run_once(model, sites, PROBES[1], problems)
+    return {
+        name: without_rows(info, problems[name]) if name in problems else _from_runs(info, first[name], second[name])
+        for name, info in sites.items()
+    }
 
 
-def _run_once(model: nn.Module, sites: Mapping[str, SiteInfo], kwargs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Run once; return a meta tensor for each site, with the axes that the module's tensor has."""
+@contextmanager
+def _eager_for_patterns(model: nn.Module, sites: Mapping[str, SiteInfo], problems: dict[str, str]) -> Iterator[None]:
+    """Switch to eager attention if a pattern is among the sites; where that cannot be, patterns have a problem."""
+    patterns = [name for name, info in sites.items() if info.site.kind == "pattern"]
+    with ExitStack() as stack:
+        if patterns:
+            try:
+                stack.enter_context(eager_attention(_language_model(model)))
+            except CaptureError as error:
+                problems.update(dict.fromkeys(patterns, str(error)))
+        yield
+
+
+def _run_once(
+    model: nn.Module, sites: Mapping[str, SiteInfo], shape: tuple[int, int], problems: dict[str, str]
+) -> dict[str, list[Tensor]]:
+    """Run once; return meta tensors for each site, with the axes that the module's tensor has."""
     seen: dict[str, list[Tensor]] = {name: [] for name in sites}
 
     def note(info: SiteInfo, tensor: Tensor) -> None:
         seen[info.name].append(tensor.to("meta"))
 
-    plain = [replace(info, flat=False) for info in sites.values()]
-    with attached(named_modules(model), plain, values_of(note)), evaluating(model), torch.no_grad():
-        try:
-            model(**kwargs)
-        except Exception as error:  # the boundary to the user's model, which may raise anything
-            raise CaptureError(
-                f"{type(model).__name__} was run on a small batch to measure the shapes of "
-                f"{', '.join(list(sites)[:3])}, and raised {type(error).__name__}: {error}"
-            ) from error
-    for name, tensors in seen.items():
-        if len(tensors) != 1:
-            raise CaptureError(not_once(sites[name], len(tensors)))
-    return {name: tensors[0] for name, tensors in seen.items()}
+    def note_problem(info: SiteInfo, error: CaptureError) -> None:
+        problems.setdefault(info.name, str(error))
+
+    plain = [replace(info, flat=False) for name, info in sites.items() if name not in problems]
+    with attached(named_modules(model), plain, values_of(note), on_problem=note_problem):
+        run_on_tokens(model, shape)
+    return seen
 
 
-def _site_from_runs(info: SiteInfo, first: Tensor, second: Tensor) -> SiteInfo:
-    shapes = (tuple(first.shape), tuple(second.shape))
-    flat = all(s[:1] == (b * t,) for s, (b, t) in zip(shapes, _PROBES, strict=True))
-    per_token = flat or all(s[:2] == probe for s, probe in zip(shapes, _PROBES, strict=True))
-    if not per_token and not all(s[:1] == (b,) for s, (b, _) in zip(shapes, _PROBES, strict=True)):
-        raise CaptureError(
-            f"Site {info.name!r} has shape {shapes[0]} for {_PROBES[0]} (examples, positions) and "
-            f"{shapes[1]} for {_PROBES[1]}: which axes are examples and positions is not clear. Choose a site of "
-            "shape (batch, positions, ...)."
+def _from_runs(info: SiteInfo, first: list[Tensor], second: list[Tensor]) -> SiteInfo:
+    n_met = max(len(first), len(second))
+    if (len(first), len(second)) != (1, 1):
+        return without_rows(info, not_once(info, n_met), n_met=n_met)
+    shapes = (tuple(first[0].shape), tuple(second[0].shape))
+    flat = all(s[:1] == (b * t,) for s, (b, t) in zip(shapes, PROBES, strict=True))
+    per_token = flat or all(s[:2] == probe for s, probe in zip(shapes, PROBES, strict=True))
+    if not per_token and not all(s[:1] == (b,) for s, (b, _) in zip(shapes, PROBES, strict=True)):
+        return without_rows(
+            info,
+            f"Site {info.name!r} has shape {shapes[0]} for {PROBES[0]} (examples, positions) and {shapes[1]} for "
+            f"{PROBES[1]}: which axes are examples and positions is not clear. Choose a site of shape (batch, "
+            "positions, ...).",
+            n_met=1,
         )
+    if info.site.kind == "pattern" and any(s[-1] != t for s, (_, t) in zip(shapes, PROBES, strict=True)):
+        keys = f"{shapes[0][-1]} keys for {PROBES[0][1]} tokens"
+        return without_rows(info, f"Site {info.name!r} has {keys}, so which key is which token is not clear.", n_met=1)
     start = 1 if flat or not per_token else 2
     row = tuple(a if a == b else None for a, b in zip(shapes[0][start:], shapes[1][start:], strict=True))
-    return replace(info, row_shape=row, dtype=_dtype(first), per_token=per_token, flat=flat)
+    dtype = str(first[0].dtype).removeprefix("torch.")
+    return replace(info, row_shape=row, dtype=dtype, per_token=per_token, flat=flat, n_met=1)
+
+
+def without_rows(info: SiteInfo, problem: str, *, n_met: int | None = None) -> SiteInfo:
+    """Return a site that has no rows, and the reason."""
+    return replace(info, row_shape=None, dtype=None, per_token=False, problem=problem, n_met=n_met)
 
 
 def not_once(info: SiteInfo, n_times: int) -> str:
     """Return the message for a site that a forward call did not compute exactly once."""
     if info.via == "attention" and n_times == 0:
         return (
-            f"Site {info.name!r} was not met: the attention of {info.module} does not use transformers' attention "
-            "interface, and models that compute attention themselves have no q, k, v, z or pattern. Use module: "
+            f"Site {info.name!r} was not met: {info.module} computes no attention through transformers' attention "
+            "interface; it has none, or computes it by itself, and then has no q, k, v, z or pattern. Use module: "
             f"sites, for example 'module:{info.module}@output' or the projections in it."
         )
     return (
         f"Site {info.name!r} ({info.where}) was met {n_times} times in one forward call instead of once. "
         "Name a module that each forward call runs exactly once, and call the full model."
     )
-
-
-def _dtype(tensor: Tensor) -> str:
-    return str(tensor.dtype).removeprefix("torch.")

@@ -1,7 +1,7 @@
 """One site of one model: its row shape, its dtype, where it is read, and how it is stored."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Literal
 
@@ -34,6 +34,8 @@ class SiteInfo:
         per_token: Whether the axes before the row are (batch, positions). Otherwise the site's tensor keeps the axes
             that the module gives it.
         flat: Whether the module has these two axes as one, (batch x positions).
+        problem: Why the site has no rows, as a sentence, where a run of the model has shown it; else empty.
+        n_met: How often a run of the model on a few tokens met the site; None if the model did not run.
     """
 
     name: str
@@ -44,6 +46,8 @@ class SiteInfo:
     index: int | None = None
     per_token: bool = True
     flat: bool = False
+    problem: str = ""
+    n_met: int | None = field(default=None, compare=False)
 
     @cached_property
     def site(self) -> Site:
@@ -81,8 +85,10 @@ def plan_sites(
     for name, info in sites.items():
         if info.row_shape is None or info.dtype is None or not info.per_token:
             raise CaptureError(
-                f"{name} ({info.where}) does not hold one entry for each token, so it has no rows. Choose a site that "
-                "does, or record a model without tokens with residua.Recorder, where each row is an example."
+                f"{name} ({info.where}) does not hold one entry for each token, so it has no rows. "
+                + (f"{info.problem} " if info.problem else "")
+                + "Choose a site that does, or record the calls of your own loop with residua.Recorder, where a row "
+                "can be a whole example."
             )
         shape = tuple(longest_example if size is None else size for size in info.row_shape)
         made = plan_site(name, shape, info.dtype, dtype=dtype, codec=codec)

@@ -125,10 +125,6 @@ def test_attention_implementation() -> None:
     assert compat.attention_implementation(model.config) == "sdpa"
 
 
-def test_uses_attention_interface() -> None:
-    assert compat.uses_attention_interface(TINY["llama"]())
-
-
 def test_lacks_final_norm() -> None:
     assert compat.lacks_final_norm(OPTConfig(_remove_final_layer_norm=True))
     assert not compat.lacks_final_norm(OPTConfig())

@@ -1,0 +1,218 @@
+"""What a run on a few tokens shows of each block: what enters and leaves the modules in it, and what follows on what.
+
+`BlockWatch` adds hooks for one run. Blocks are looked at one after another, so that only one block's values are kept.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, Generic, Self, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from residua.capture.sites.attention import AttentionTap, intercepting
+from residua.capture.sites.module_io import input_item, output_item
+from residua.store.base.errors import CaptureError
+
+FoundT = TypeVar("FoundT")
+
+_MANY = 8  # a longer list of modules in a block holds experts, which see a part of the tokens
+
+
+@dataclass(frozen=True, kw_only=True)
+class Event:
+    """A tensor that entered or left a module of a block.
+
+    Attributes:
+        time: Its number among the events of the block.
+        path: The module, relative to the block.
+        values: The tensor with the axes of the block's input, which has as many elements.
+        flat: Whether the module has the first two of these axes as one.
+    """
+
+    time: int
+    path: str
+    values: Tensor
+    flat: bool
+
+
+@dataclass(kw_only=True)
+class BlockRun:
+    """One run of one block.
+
+    Attributes:
+        path: The block.
+        module: The same.
+        entered: What the block took.
+        left: What it returned.
+        inputs: What entered modules in it, as far as it has as many elements as `entered`.
+        outputs: What left modules in it, likewise.
+        attention: When transformers' attention interface was called, and the module that called it.
+        shapes: Shape and dtype of what last entered each module in it.
+    """
+
+    path: str
+    module: nn.Module
+    entered: Tensor
+    left: Tensor | None = None
+    inputs: list[Event] = field(default_factory=list)
+    outputs: list[Event] = field(default_factory=list)
+    attention: list[tuple[int, str]] = field(default_factory=list)
+    shapes: dict[str, tuple[tuple[int, ...], torch.dtype]] = field(default_factory=dict)
+    _time: int = 0
+
+    def leave_out_repeated(self) -> None:
+        """Leave out modules that ran several times: neither tensor alone is what such a module gives."""
+        for events in (self.inputs, self.outputs):
+            n_times = Counter(event.path for event in events)
+            events[:] = [event for event in events if n_times[event.path] == 1]
+
+    def tick(self) -> int:
+        """Return the number of the next event."""
+        self._time += 1
+        return self._time
+
+    def note(self, events: list[Event], path: str, tensor: Tensor) -> None:
+        """Keep a copy of a tensor that may be of the residual stream: modules change tensors in place."""
+        time = self.tick()
+        if tensor.numel() == self.entered.numel() and tensor.is_floating_point():
+            flat = tensor.ndim < self.entered.ndim
+            values = tensor.detach().clone().reshape(self.entered.shape)
+            events.append(Event(time=time, path=path, values=values, flat=flat))
+
+
+class BlockWatch(Generic[FoundT]):
+    """Watches a model's blocks while it runs once inside.
+
+    Args:
+        modules: The model's modules by path.
+        blocks: Paths of the blocks in order.
+        look: Called with each block's run; None to see only what passes from block to block.
+
+    Attributes:
+        n_runs: How often each block ran.
+        follows: For each block, whether it took what the block before it returned; None if it cannot be compared.
+        found: What `look` made of each block's run.
+    """
+
+    def __init__(
+        self, modules: Mapping[str, nn.Module], blocks: Sequence[str], look: Callable[[BlockRun], FoundT] | None
+    ) -> None:
+        self.n_runs = dict.fromkeys(blocks, 0)
+        self.follows: dict[str, bool | None] = {}
+        self.found: dict[str, FoundT] = {}
+        self._modules = modules
+        self._look = look
+        self._last: Tensor | None = None
+        self._runs: dict[str, BlockRun] = {}
+        self._stack = ExitStack()
+
+    def __enter__(self) -> Self:
+        with ExitStack() as stack:
+            for path in self.n_runs:
+                block = self._modules[path]
+                stack.callback(block.register_forward_pre_hook(partial(self._begin, path), with_kwargs=True).remove)
+                if self._look is not None:
+                    _watch_inside(block, path, self._runs, stack)
+                stack.callback(block.register_forward_hook(partial(self._end, path)).remove)
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
+
+    def _begin(self, path: str, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self.n_runs[path] += 1
+        entered = _tensor(lambda: input_item(args, kwargs, None, path))
+        if entered is None:
+            self.follows[path] = False
+            return
+        if self._last is not None:
+            self.follows[path] = _is_same(self._last, entered)
+        self._runs[path] = BlockRun(path=path, module=block, entered=_copy(entered))
+
+    def _end(self, path: str, _block: nn.Module, _args: object, output: Any) -> None:
+        left = _tensor(lambda: output_item(output, None, path))
+        self._last = None if left is None else _copy(left)
+        run = self._runs.pop(path, None)
+        if run is None or self._last is None or self._look is None or self._last.is_meta:
+            return
+        if self._last.shape == run.entered.shape:
+            run.left = self._last
+            run.leave_out_repeated()
+            self.found[path] = self._look(run)
+
+
+def _watch_inside(block: nn.Module, block_path: str, runs: Mapping[str, BlockRun], stack: ExitStack) -> None:
+    taps: dict[nn.Module, AttentionTap] = {}
+    for path, module in block.named_modules():
+        taps[module] = _AttentionClock(block_path, path, runs)
+        if path and not _is_expert(block, path):
+            before, after = _around(block_path, path, runs)
+            stack.callback(module.register_forward_pre_hook(before, with_kwargs=True).remove)
+            stack.callback(module.register_forward_hook(after).remove)
+    stack.enter_context(intercepting(taps))
+
+
+def _around(block: str, path: str, runs: Mapping[str, BlockRun]) -> tuple[Callable[..., None], Callable[..., None]]:
+    def before(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        tensor = _tensor(lambda: input_item(args, kwargs, None, path))
+        if tensor is not None and block in runs:
+            runs[block].shapes[path] = (tuple(tensor.shape), tensor.dtype)
+            runs[block].note(runs[block].inputs, path, tensor)
+
+    def after(_module: nn.Module, _args: object, output: Any) -> None:
+        tensor = _tensor(lambda: output_item(output, None, path))
+        if tensor is not None and block in runs:
+            runs[block].note(runs[block].outputs, path, tensor)
+
+    return before, after
+
+
+def _is_expert(block: nn.Module, path: str) -> bool:
+    parents = [path.rpartition(".")[0]]
+    while parents[-1]:
+        parents.append(parents[-1].rpartition(".")[0])
+    found = [block.get_submodule(parent) for parent in parents if parent]
+    return any(isinstance(module, nn.ModuleList) and len(module) > _MANY for module in found)
+
+
+class _AttentionClock(AttentionTap):
+    """Notes when a module calls transformers' attention interface."""
+
+    kinds: frozenset[str] = frozenset()
+
+    def __init__(self, block: str, path: str, runs: Mapping[str, BlockRun]) -> None:
+        self._block = block
+        self._path = path
+        self._runs = runs
+
+    def __call__(self, kind: str, tensor: Tensor) -> None:
+        """Take no tensors."""
+
+    def note_arguments(self, arguments: Mapping[str, Any]) -> None:
+        """Note the time of the call."""
+        del arguments
+        if run := self._runs.get(self._block):
+            run.attention.append((run.tick(), self._path))
+
+
+def _tensor(take: Callable[[], Tensor]) -> Tensor | None:
+    try:
+        return take()
+    except CaptureError:  # the module has no tensor there
+        return None
+
+
+def _copy(tensor: Tensor) -> Tensor:
+    return tensor if tensor.is_meta else tensor.detach().clone()
+
+
+def _is_same(left: Tensor, entered: Tensor) -> bool | None:
+    """Compare by value; tensors without values can only be one and the same."""
+    if left.is_meta or entered.is_meta:
+        return True if left is entered else None
+    return left.shape == entered.shape and torch.equal(left, entered.to(left.device, left.dtype))
