@@ -61,6 +61,13 @@ class SiteInfo:
         return f"{self.module or 'the model'} {via}"
 
 
+def refuse_repeated(sites: Mapping[str, SiteInfo]) -> None:
+    """Raise CaptureError if a forward call meets a site several times: no row has several values."""
+    for info in sites.values():
+        if (info.n_met or 0) > 1:
+            raise CaptureError(info.problem)
+
+
 def plan_sites(
     sites: Mapping[str, SiteInfo],
     *,

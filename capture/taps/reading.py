@@ -15,7 +15,7 @@ from residua.capture.sites.hooks import ForwardCall, attached, values_of
 from residua.capture.sites.names_to_modules import resolve_sites
 from residua.capture.sites.pipeline_stages import target_of
 from residua.capture.sites.shape_probe import not_once
-from residua.capture.sites.site import SiteInfo
+from residua.capture.sites.site import SiteInfo, refuse_repeated
 from residua.store.base.errors import CaptureError
 
 TapFunction = Callable[[str, Tensor], Tensor | None]
@@ -35,11 +35,15 @@ class Taps:
         sites: The result of `resolve_sites`.
         function: As for `reading`.
 
+    Raises:
+        CaptureError: A forward call meets one of the sites several times.
+
     Attributes:
         sites: From name to what is known of each site.
     """
 
     def __init__(self, model: nn.Module, sites: Mapping[str, SiteInfo], function: TapFunction) -> None:
+        refuse_repeated(sites)
         self.sites = dict(sites)
         self._model = model
         self._function = function
@@ -131,7 +135,8 @@ def reading(
 
     Raises:
         UnknownSiteError: The model has no such site.
-        CaptureError: During the model's forward pass, if a replacement does not fit.
+        CaptureError: A forward call meets a site several times; or, during the model's forward pass, a replacement
+            does not fit.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(2, 3))
