@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from residua.analysis.rows.blocks import blocks
+from residua.analysis.rows.columns import examples_of
 from residua.store.base.errors import AnalysisError
 from residua.store.encoding.codecs import PRESETS
 from residua.store.read.archive import Archive
@@ -60,12 +61,19 @@ class ChosenRows:
         archive: The archive.
         height: Rows of a block, a power of two.
         where: Chooses rows; None chooses all.
+        examples: Whether to choose rows of each example, (examples,); None chooses those of all.
 
     Raises:
         AnalysisError: The filter does not fit the archive, or chooses no row.
     """
 
-    def __init__(self, archive: Archive, height: int, where: RowFilter | None) -> None:
+    def __init__(
+        self,
+        archive: Archive,
+        height: int,
+        where: RowFilter | None,
+        examples: npt.NDArray[np.bool_] | None = None,
+    ) -> None:
         shards = blocks(archive)
         by_shard = [np.arange(start, stop, height) for start, stop in shards]
         shard_stops = np.repeat([stop for _, stop in shards], [len(starts) for starts in by_shard])
@@ -74,10 +82,12 @@ class ChosenRows:
         self._rows_per_shard = archive.plan.rows_per_shard
         self.counts: Numbers = self._heights
         self._bits: dict[int, npt.NDArray[np.uint8]] = {}  # by shard; empty if all rows are chosen
-        if where is not None:
+        if where is not None or examples is not None:
             counts = [np.zeros(0, np.int64)]
             for (start, stop), starts in zip(shards, by_shard, strict=True):
-                mask = where.mask(archive, start, stop)
+                mask = np.ones(stop - start, np.bool_) if where is None else where.mask(archive, start, stop)
+                if examples is not None:
+                    mask = mask & examples[examples_of(archive, np.arange(start, stop))]
                 counts.append(np.add.reduceat(mask, starts - start, dtype=np.int64))
                 self._bits[start // self._rows_per_shard] = np.packbits(mask)
             self.counts = np.concatenate(counts)
