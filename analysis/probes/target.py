@@ -28,6 +28,7 @@ from residua.analysis.rows.held_out import held_out
 from residua.store.base.errors import AnalysisError, DamagedArchiveError, few
 from residua.store.read.archive import Archive
 from residua.store.selection.row_filter import RowFilter
+from residua.store.selection.token_values import is_list, token_values
 
 Task: TypeAlias = Literal["classification", "regression"]
 Values: TypeAlias = npt.NDArray[Any]
@@ -90,25 +91,17 @@ def _condition(archive: Archive, text: str) -> RowFilter:
 
 
 def _column_target(archive: Archive, name: str) -> Target:
-    column = archive.example_table.table([name])[name].combine_chunks()
-    if not (pa.types.is_list(column.type) or pa.types.is_large_list(column.type)):
-        numbers = _numbers(name, column)
+    table = archive.example_table
+    column = table.table([name])[name]
+    if not is_list(column.type):
+        numbers = _numbers(name, column.combine_chunks())
         return Target(lambda rows: np.asarray(numbers.values[examples_of(archive, rows)]), *numbers[1:])
-    found = pc.call_function("list_value_length", [column]).fill_null(0)
-    lengths = found.to_numpy(zero_copy_only=False).astype(np.int64)
-    n_tokens = archive.example_table.index().n_tokens
-    wrong = np.flatnonzero(lengths != n_tokens)
-    if wrong.size:
-        raise AnalysisError(
-            f"column {name!r} holds lists, which must have one value per token, but example {wrong[0]} has "
-            f"{lengths[wrong[0]]:,} values and {n_tokens[wrong[0]]:,} tokens: choose another column"
-        )
-    numbers = _numbers(name, column.flatten())
-    starts = np.cumsum(lengths) - lengths
+    values, starts = token_values(name, column, table.index().n_tokens)
+    numbers = _numbers(name, values.combine_chunks())
 
     def by_token(rows: Numbers) -> Values:
         examples, positions = examples_of(archive, rows), positions_of(archive, rows)
-        if (positions >= n_tokens[examples]).any():
+        if (positions >= starts[examples + 1] - starts[examples]).any():
             raise DamagedArchiveError(f"{archive.path}/rows/position has positions beyond the end of their example")
         return np.asarray(numbers.values[starts[examples] + positions])
 

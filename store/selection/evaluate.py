@@ -13,8 +13,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from residua.store.base.errors import AnalysisError, DatasetError
+from residua.store.examples.index import OWN_COLUMNS
 from residua.store.examples.table import ExampleTable
 from residua.store.selection.grammar import At, ColumnIn, Comparison, Condition, Every, Not, Some, Value
+from residua.store.selection.token_values import is_list, token_values
 
 Mask: TypeAlias = npt.NDArray[np.bool_]
 LongArray: TypeAlias = npt.NDArray[np.int64]
@@ -85,8 +87,20 @@ def at_positions(positions: Sequence[int] | LongArray | slice, n_tokens: int) ->
     return mask
 
 
+class Answers(NamedTuple):
+    """The answers to a condition on a column.
+
+    Attributes:
+        mask: One answer for each example, or for each token of all examples, one after the other.
+        starts: Where each example begins among the tokens, then their number; None for one answer an example.
+    """
+
+    mask: Mask
+    starts: LongArray | None
+
+
 class ColumnAnswers:
-    """Answers to conditions on columns of an example table, one an example; each is worked out once.
+    """Answers to conditions on columns of an example table; each is worked out once.
 
     Args:
         table: The example table.
@@ -94,13 +108,14 @@ class ColumnAnswers:
 
     def __init__(self, table: ExampleTable) -> None:
         self._table = table
-        self._known: dict[Comparison | ColumnIn, Mask] = {}
+        self._known: dict[Comparison | ColumnIn, Answers] = {}
 
-    def __call__(self, condition: Comparison | ColumnIn) -> Mask:
-        """Return the answer of each example.
+    def __call__(self, condition: Comparison | ColumnIn) -> "Answers":
+        """Return the answers of all examples, or of all tokens if the column holds lists.
 
         Raises:
-            AnalysisError: There is no such column, or a `Comparison` has a value of another kind.
+            AnalysisError: There is no such column, its lists have not one value a token, or a `Comparison` has a
+                value of another kind.
         """
         if condition not in self._known:
             name = condition.name
@@ -111,7 +126,12 @@ class ColumnAnswers:
                     f"a filter asks for {name!r}, but rows have {', '.join(ROW_NAMES)}, and {error}"
                 ) from error
             compare: Any = _compare_column if isinstance(condition, Comparison) else _equals_any
-            self._known[condition] = compare(column, condition)
+            # Of the table's own lists, `token` is in input_ids, and positions are those of the rows.
+            if is_list(column.type) and name not in OWN_COLUMNS:
+                values, starts = token_values(name, column, self._table.index().n_tokens)
+                self._known[condition] = Answers(compare(values, condition), starts)
+            else:
+                self._known[condition] = Answers(compare(column, condition), None)
         return self._known[condition]
 
 

@@ -1,6 +1,7 @@
 """Choosing rows by a line of text: `position > 0 and label == "code"`.
 
-Names are `position`, `token` and `example` of the row, and the columns of the example table.
+Names are `position`, `token` and `example` of the row, and the columns of the example table. A column of lists has one
+value for each token of its example; the value of a row is that of its token.
 `residua.store.selection.grammar` has the grammar.
 """
 
@@ -62,13 +63,22 @@ class RowFilter:
             return np.asarray(getattr(archive.rows, name).numpy(rows, dtype=np.int64))
 
         def column(condition: Comparison | ColumnIn) -> Mask:
-            of_examples, examples = answers(condition), numbers("example")
-            if examples.size and not 0 <= examples.min() <= examples.max() < len(of_examples):
+            (found, starts), examples = answers(condition), numbers("example")
+            n_examples = len(archive.example_table)
+            if examples.size and not 0 <= examples.min() <= examples.max() < n_examples:
                 raise DamagedArchiveError(
-                    f"{archive.path}/rows/example names example {examples.max()} of {len(of_examples)}: "
+                    f"{archive.path}/rows/example names example {examples.max()} of {n_examples}: "
                     "the archive is damaged"
                 )
-            return of_examples[examples]
+            if starts is None:
+                return found[examples]
+            tokens = starts[examples] + numbers("position")
+            if ((tokens < starts[examples]) | (tokens >= starts[examples + 1])).any():
+                raise DamagedArchiveError(
+                    f"{archive.path}/rows/position has positions beyond the end of their example: the archive is "
+                    "damaged"
+                )
+            return np.asarray(found[tokens])
 
         return evaluate(self._condition, Items(stop - start, ROW_NAMES, numbers, column))
 

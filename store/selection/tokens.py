@@ -22,6 +22,7 @@ from residua.store.examples.table import ExampleTable
 from residua.store.read.archive import Archive
 from residua.store.selection.evaluate import ColumnAnswers, Items, LongArray, Mask, evaluate
 from residua.store.selection.grammar import At, ColumnIn, Comparison, Condition, Every, Value, parse_slice
+from residua.store.selection.token_values import is_list
 from residua.store.selection.values import MAX_LIST, signed_numbers, text, whole_numbers
 
 _MAX_COLUMNS = 1000
@@ -136,6 +137,11 @@ class TokenSelector:
             self.check_positions(selection.positions, selection.examples)
         for name in selection.where or {}:
             require_column(name, self._table)
+            if is_list(self._table.column_types()[name]):
+                raise PlanError(
+                    f"where: the column {name!r} has a list for each example, and an edit compares one value for each: "
+                    "choose the tokens by positions, rows or tokens"
+                )
 
     def check_positions(self, positions: tuple[int, ...], examples: tuple[int, ...] | None) -> None:
         """Raise PlanError if no example among `examples` (all if None) has one of `positions`."""
@@ -152,7 +158,10 @@ class TokenSelector:
         if not examples[example]:
             return np.zeros(n_tokens, bool)
         numbers = partial(self._numbers, example)
-        return evaluate(condition, Items(n_tokens, ("token", "row"), numbers, self._answers))
+        return evaluate(condition, Items(n_tokens, ("token", "row"), numbers, self._of_examples))
+
+    def _of_examples(self, condition: Comparison | ColumnIn) -> Mask:
+        return self._answers(condition).mask
 
     def _numbers(self, example: int, name: str) -> LongArray:
         """Return the ``token`` or the ``row`` of each token of an example; -1 for one that has no row."""
@@ -172,7 +181,7 @@ class TokenSelector:
         if id(selection) not in self._known:  # kept with it, so that the id stays its own
             numbers = np.arange(len(self._table))
             examples = evaluate(
-                selection.of_examples, Items(len(numbers), ("example",), lambda _: numbers, self._answers)
+                selection.of_examples, Items(len(numbers), ("example",), lambda _: numbers, self._of_examples)
             )
             self._known[id(selection)] = selection, examples, selection.of_tokens
         return self._known[id(selection)]
