@@ -1,6 +1,7 @@
 """Texts and tokens, with the tokenizer in the archive."""
 
 from collections.abc import Callable, Sequence
+from itertools import pairwise, product
 from pathlib import Path
 
 from tokenizers import Tokenizer
@@ -8,6 +9,8 @@ from tokenizers import Tokenizer
 from residua.store.base.errors import DamagedArchiveError, PlanError, few
 
 _MAX_SHOWN = 8
+_BROKEN = "\ufffd"  # what a decoder gives for a part of a character
+_CHARACTER = 3  # tokens that may be missing from a character, which is four bytes at most
 
 
 def read_tokenizer(content: bytes, path: Path) -> Tokenizer:
@@ -27,10 +30,46 @@ def read_tokenizer(content: bytes, path: Path) -> Tokenizer:
 
 
 def text_around(tokenizer: Tokenizer, tokens: Sequence[int], at: int, context: int) -> str:
-    """Return the text of token `at`, between « and », with `context` tokens on either side."""
-    pieces = (tokens[max(0, at - context) : at], tokens[at : at + 1], tokens[at + 1 : at + 1 + context])
-    before, here, after = (tokenizer.decode(piece, skip_special_tokens=False) for piece in pieces)
-    return f"{before}«{here}»{after}"
+    """Return the text of token `at`, between « and », with `context` tokens on either side.
+
+    A token that is a part of a character is shown as that character.
+    """
+    first, last = max(0, at - context), min(len(tokens), at + 1 + context)
+    base, text = _decoded_around(tokenizer, tokens, first, last)
+
+    def length_before(stop: int, step: int) -> int | None:
+        """Return the length of the text before token `stop`, or before the next one at which a character begins."""
+        for until in range(stop, stop + step * (_CHARACTER + 1), step):
+            before = tokenizer.decode(tokens[base : max(base, until)], skip_special_tokens=False)
+            if text.startswith(before):
+                return len(before)
+        return None
+
+    cuts = [length_before(first, -1), length_before(at, -1), length_before(at + 1, 1), length_before(last, 1)]
+    bounds = [cut for cut in cuts if cut is not None]
+    if len(bounds) == len(cuts):
+        pieces = [text[start:stop] for start, stop in pairwise(bounds)]
+    else:  # the decoder joins texts in another way
+        parts = (tokens[first:at], tokens[at : at + 1], tokens[at + 1 : last])
+        pieces = [tokenizer.decode(part, skip_special_tokens=False) for part in parts]
+    return "{}«{}»{}".format(*pieces)
+
+
+def _decoded_around(tokenizer: Tokenizer, tokens: Sequence[int], first: int, last: int) -> tuple[int, str]:
+    """Decode tokens `first` to `last` in one piece, with as many around them as make whole characters.
+
+    One token more comes before them: a decoder drops the space in front of what it is given.
+
+    Returns:
+        The number of the first token that is decoded, and the text.
+    """
+    tried: list[tuple[int, str]] = []
+    for more in sorted(product(range(_CHARACTER + 1), repeat=2), key=sum):
+        base = max(0, first - 1 - more[0])
+        tried.append((base, tokenizer.decode(tokens[base : last + more[1]], skip_special_tokens=False)))
+        if _BROKEN not in tried[-1][1]:
+            break
+    return min(tried, key=lambda found: found[1].count(_BROKEN))
 
 
 def token_id(tokenizer: Tokenizer | None, text: str) -> int:
