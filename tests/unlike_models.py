@@ -31,6 +31,13 @@ _GEMMA: dict[str, Any] = {
     "hidden_size_per_layer_input": 8,
     "num_kv_shared_layers": 0,
 }
+_SHARED_KEYS: dict[str, Any] = {
+    **_GEMMA,
+    "global_head_dim": 16,
+    "num_hidden_layers": 4,
+    "layer_types": ["sliding_attention", "full_attention"] * 2,
+    "num_kv_shared_layers": 2,
+}
 _XLM: dict[str, Any] = {
     "vocab_size": 97,
     "emb_dim": 32,
@@ -94,6 +101,7 @@ UNLIKE: dict[str, Callable[[], PreTrainedModel]] = {
         hf.Gemma3nForCausalLM, hf.Gemma3nTextConfig(**_GEMMA, laurel_rank=4, activation_sparsity_pattern=[0.0] * LAYERS)
     ),
     "gemma4": lambda: made(Gemma4ForCausalLM, Gemma4TextConfig(**{**_GEMMA, "global_head_dim": 16})),
+    "gemma4-shared-keys": lambda: made(Gemma4ForCausalLM, Gemma4TextConfig(**_SHARED_KEYS)),
     "granite": lambda: made(hf.GraniteForCausalLM, hf.GraniteConfig(**_GROUPED, residual_multiplier=0.5)),
     "granite_swa": lambda: made(hf.GraniteSWAForCausalLM, hf.GraniteSWAConfig(**_GROUPED)),
     "ibert": lambda: made(hf.IBertForMaskedLM, hf.IBertConfig(**_SIZES)),
@@ -107,7 +115,9 @@ UNLIKE: dict[str, Callable[[], PreTrainedModel]] = {
         hf.MambaConfig(vocab_size=97, hidden_size=32, state_size=4, num_hidden_layers=LAYERS, **_IDS),
     ),
     "mra": lambda: made(hf.MraForMaskedLM, hf.MraConfig(**_SIZES)),
+    "nystromformer": lambda: made(hf.NystromformerForMaskedLM, hf.NystromformerConfig(**_SIZES)),
     "stablelm": lambda: made(hf.StableLmForCausalLM, hf.StableLmConfig(**_GROUPED)),
     "xlm": lambda: made(hf.XLMWithLMHeadModel, hf.XLMConfig(**_XLM)),
+    "yoso": lambda: made(hf.YosoForMaskedLM, hf.YosoConfig(**_SIZES)),
 }
 """Models that the table of architectures does not know, by name."""

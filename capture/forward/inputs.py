@@ -2,20 +2,28 @@
 
 Padding must not change a row: the same tokens give the same activations, whichever examples are in the batch. So the
 model gets the attention mask and, where it takes them, position ids that count tokens only. Without them, left padding
-shifts every learned position (an error of 0.29 in GPT-2's residuals).
+shifts every learned position (an error of 0.29 in GPT-2's residuals). Models number positions in their own ways: one
+whose architecture is not in the table runs once with position ids and once without, and gets none if they differ.
 """
 
 import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
-from residua.capture.runtime.devices import uploaded
+from residua.capture.layout.process_layout import spans_processes
+from residua.capture.runtime.devices import input_device, uploaded
+from residua.capture.runtime.sharded import is_sharded
+from residua.capture.sites.architectures import family_of
+from residua.capture.sites.shape_probe import run_on_tokens, takes_tokens
+from residua.store.base.errors import CaptureError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,8 +92,9 @@ def forward_arguments(
 ) -> Callable[[Tensor, Tensor], dict[str, Tensor | bool | int]]:
     """Inspect a language model once, and return the function that makes the arguments of its forward calls.
 
-    Position ids are passed where the model's forward takes them. The cache is switched off where possible, since it
-    only costs memory. Token types are left to the model, whose default is one segment.
+    Position ids are passed where the model's forward takes them, and numbers them as they are numbered here. The cache
+    is switched off where possible, since it only costs memory. Token types are left to the model, whose default is one
+    segment.
 
     Args:
         model: A transformers model; it is called as ``model(**arguments(input_ids, attention_mask))``.
@@ -97,15 +106,17 @@ def forward_arguments(
         and 0 for padding.
     """
     takes = inspect.signature(model.forward).parameters
-    first = first_position(model) if "position_ids" in takes else None
-    fixed: dict[str, bool | int] = {"use_cache": False} if "use_cache" in takes else {}
-    if not needs_logits and "logits_to_keep" in takes:
-        fixed["logits_to_keep"] = 1
+    first = first_position(model) if "position_ids" in takes and _takes_positions(model) else None
+    fixed: dict[str, bool] = {"use_cache": False} if "use_cache" in takes else {}
+    leaves_out_logits = not needs_logits and "logits_to_keep" in takes
 
     def arguments(input_ids: Tensor, attention_mask: Tensor) -> dict[str, Tensor | bool | int]:
         kwargs: dict[str, Tensor | bool | int] = {"input_ids": input_ids, "attention_mask": attention_mask, **fixed}
         if first is not None:
             kwargs["position_ids"] = positions_of(attention_mask) + first
+        if leaves_out_logits:
+            # A number would let Gemma 4 run its upper blocks on the last token alone; indices choose among the logits.
+            kwargs["logits_to_keep"] = torch.zeros(1, dtype=torch.long, device=input_ids.device)
         return kwargs
 
     return arguments
@@ -119,8 +130,46 @@ def forward_kwargs(
 
 
 def first_position(model: nn.Module) -> int:
-    """Return the model's number for the first position: 0, except in RoBERTa, which reserves one for padding."""
+    """Return the model's number for the first position: 0, except where some numbers are reserved (RoBERTa, MRA)."""
     for name, module in model.named_modules():
         if name.endswith("position_embeddings") and isinstance(module, nn.Embedding):
-            return 0 if module.padding_idx is None else module.padding_idx + 1
+            if module.padding_idx is not None:
+                return module.padding_idx + 1
+            numbers = getattr(model.get_submodule(name.rpartition(".")[0]), "position_ids", None)
+            if isinstance(numbers, Tensor) and numbers.numel() and not numbers.is_meta:
+                return int(numbers.flatten()[0])
+            return 0
     return 0
+
+
+_takes_ours: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
+"""Whether a model that was tried numbers positions from `first_position`."""
+
+
+def _takes_positions(model: nn.Module) -> bool:
+    """Return whether position ids from `first_position` are those that a model takes by itself.
+
+    A model that is spread over processes is not tried: its processes may not all come here.
+    """
+    is_known = isinstance(model, PreTrainedModel) and family_of(model.config) is not None
+    if is_known or not takes_tokens(model) or spans_processes(model) or is_sharded(model):
+        return True
+    if any(parameter.is_meta for parameter in model.parameters()):
+        return True
+    if model not in _takes_ours:
+        _takes_ours[model] = _try_positions(model)
+    return _takes_ours[model]
+
+
+def _try_positions(model: nn.Module) -> bool:
+    shape = (1, 5)
+    ours = torch.arange(shape[1], device=input_device(model)).view(shape) + first_position(model)
+    try:
+        without = run_on_tokens(model, shape)
+    except CaptureError:
+        return True  # it needs more than tokens, and the caller has that
+    try:
+        given = run_on_tokens(model, shape, position_ids=ours)
+    except CaptureError:
+        return False
+    return without is None or given is None or torch.allclose(without, given, rtol=1e-3, atol=1e-3)

@@ -150,7 +150,21 @@ def _pass_pattern(
         return z_BTHD, pattern_BHQK
     groups = new_BHQK.shape[1] // value_BHKD.shape[1]
     value_BHKD = value_BHKD.repeat_interleave(groups, dim=1) if groups > 1 else value_BHKD
+    if not _is_product(z_BTHD.detach(), pattern_BHQK.detach(), value_BHKD.detach()):
+        raise CaptureError(
+            "a pattern was to be replaced, and this attention does more with it than to weight the values (a sink or a "
+            "gate may scale the result), so what would follow from another pattern is not known: replace z instead"
+        )
     return torch.matmul(new_BHQK, value_BHKD).transpose(1, 2).contiguous(), new_BHQK
+
+
+def _is_product(z_BTHD: Tensor, pattern_BHQK: Tensor, value_BHKD: Tensor) -> bool:
+    """Return whether the head outputs are the values weighted by the pattern, to rounding."""
+    product_BHTD = torch.matmul(pattern_BHQK, value_BHKD)
+    size = product_BHTD.abs().amax().clamp_min(torch.finfo(z_BTHD.dtype).tiny)
+    slack = max(4 * torch.finfo(z_BTHD.dtype).eps, 1e-5) * size
+    is_same = product_BHTD.transpose(1, 2).shape == z_BTHD.shape
+    return is_same and bool(((product_BHTD.transpose(1, 2) - z_BTHD).abs() <= slack).all())
 
 
 @contextmanager

@@ -32,25 +32,35 @@ def takes_tokens(model: nn.Module) -> bool:
     return not getattr(core.config, "is_encoder_decoder", False)
 
 
-def run_on_tokens(model: nn.Module, shape: tuple[int, int]) -> None:
+def run_on_tokens(model: nn.Module, shape: tuple[int, int], **options: Tensor) -> Tensor | None:
     """Run a model on a few tokens without padding, without gradients and in evaluation mode.
+
+    Args:
+        model: The model.
+        shape: (examples, positions).
+        options: Other arguments of its forward.
+
+    Returns:
+        Its logits or last hidden state; None if it gives neither.
 
     Raises:
         CaptureError: The model cannot run on tokens alone.
     """
     core = _language_model(model)
     ids = _ordinary_tokens(core.config, shape[0] * shape[1]).to(input_device(model)).view(shape)
-    kwargs: dict[str, Tensor | bool] = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    kwargs: dict[str, Tensor | bool] = {"input_ids": ids, "attention_mask": torch.ones_like(ids), **options}
     if "use_cache" in signature(core.forward).parameters:
         kwargs["use_cache"] = False
-    with evaluating(model), torch.no_grad():
+    with probing(), evaluating(model), torch.no_grad():
         try:
-            model(**kwargs)
+            output = model(**kwargs)
         except Exception as error:  # the boundary to the user's model, which may raise anything
             raise CaptureError(
                 f"{type(core).__name__} was run on {shape[0]} examples of {shape[1]} tokens to measure its sites, and "
                 f"raised {type(error).__name__}: {error}"
             ) from error
+    found = getattr(output, "logits", getattr(output, "last_hidden_state", None))
+    return found if isinstance(found, Tensor) else None
 
 
 def _language_model(model: nn.Module) -> PreTrainedModel:

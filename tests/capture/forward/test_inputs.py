@@ -1,6 +1,7 @@
 """Padded batches, and that padding changes no row."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -10,8 +11,10 @@ from torch import Tensor
 
 from residua.capture.forward.inputs import forward_kwargs, padded_batch, positions_of
 from residua.capture.sites.names_to_modules import model_sites
+from residua.capture.taps.tap import tap
 from tests.capture.site_readings import LENGTHS, batch, read, sequences
 from tests.models import ODD, TINY
+from tests.unlike_models import UNLIKE
 
 TOLERANCE = 2e-5
 
@@ -98,3 +101,41 @@ def test_a_model_gets_only_arguments_that_it_takes() -> None:
     llama = forward_kwargs(TINY["llama"](), padded.input_ids, padded.attention_mask)
     assert set(llama) == {"input_ids", "attention_mask", "position_ids", "use_cache"}
     assert llama["use_cache"] is False
+
+
+@pytest.mark.parametrize("name", ["mra", "yoso", "nystromformer", "roberta", "stablelm", "gemma4", "ibert"])
+def test_positions_begin_where_the_models_do(name: str) -> None:
+    model = {**ODD, **UNLIKE}[name]()
+    ids = torch.arange(5, 37)[None]
+    with torch.no_grad():
+        alone = model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
+        ours = model(**forward_kwargs(model, ids, torch.ones_like(ids))).logits
+    torch.testing.assert_close(ours, alone)
+
+
+def test_positions_that_a_model_numbers_in_another_way_are_not_passed() -> None:
+    assert "position_ids" in forward_kwargs(TINY["llama"](), torch.ones(1, 3).long(), torch.ones(1, 3).long())
+    model = UNLIKE["stablelm"]()
+    inner, forward = model.base_model, model.base_model.forward
+
+    def counted_from_seven(*args: Any, position_ids: Tensor | None = None, **kwargs: Any) -> Any:
+        ids = torch.arange(7, 7 + kwargs["input_ids"].shape[1])[None] * 3 if position_ids is None else position_ids
+        return forward(*args, position_ids=ids, **kwargs)
+
+    vars(inner)["forward"] = counted_from_seven
+    ids = torch.arange(5, 14)[None]
+    assert "position_ids" not in forward_kwargs(model, ids, torch.ones_like(ids))
+
+
+@pytest.mark.parametrize("name", ["gemma4", "gemma4-shared-keys", "stablelm", "olmo2"])
+def test_a_model_that_leaves_out_logits_computes_all_rows(name: str) -> None:
+    model = {**ODD, **UNLIKE}[name]()
+    ids = torch.arange(5, 23).view(2, 9)
+    with torch.no_grad():
+        states = model(input_ids=ids, attention_mask=torch.ones_like(ids), output_hidden_states=True).hidden_states
+        kept: dict[str, Tensor] = {}
+        with tap(model, "resid_post.*", kept.__setitem__):
+            model(**forward_kwargs(model, ids, torch.ones_like(ids), needs_logits=False))
+    for layer, state in enumerate(states[1:-1]):
+        torch.testing.assert_close(kept[f"resid_post.{layer}"], state)
+    assert kept["resid_post.2"].shape == states[-1].shape

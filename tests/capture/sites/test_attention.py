@@ -11,9 +11,11 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from residua.capture.sites.attention import eager_attention
 from residua.capture.taps.reading import reading
+from residua.capture.taps.tap import tap
 from residua.store.base.errors import CaptureError
 from tests.capture.site_readings import read, run
-from tests.models import LAYERS, TINY
+from tests.models import LAYERS, ODD, TINY
+from tests.unlike_models import UNLIKE
 
 
 def test_a_pattern_switches_to_eager_and_logs_it(caplog: pytest.LogCaptureFixture) -> None:
@@ -98,3 +100,25 @@ def test_a_users_own_implementation_is_read_too() -> None:
         del AttentionInterface._global_mapping["mine"]
     assert calls == [0, 1, 2, 0, 1, 2]
     assert set(got.sites) == {"q.0", "q.1", "q.2", "z.2"}
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2", "gpt2", "olmo2", "stablelm", "lfm2", "gemma4"])
+def test_a_pattern_that_is_put_back_changes_nothing(name: str) -> None:
+    model = {**TINY, **ODD, **UNLIKE}[name]()
+    model.set_attn_implementation("eager")
+    ids = torch.arange(5, 21)[None]
+    with torch.no_grad():
+        plain = model(input_ids=ids).logits
+        with tap(model, "pattern.*", lambda _name, tensor: tensor.clone()):
+            torch.testing.assert_close(model(input_ids=ids).logits, plain)
+
+
+def test_a_pattern_that_does_not_make_z_alone_is_not_replaced() -> None:
+    model = UNLIKE["granite_swa"]()
+    model.set_attn_implementation("eager")
+    ids = torch.arange(5, 21)[None]
+    with torch.no_grad():
+        with tap(model, "pattern.*", lambda _name, tensor: None):
+            model(input_ids=ids)
+        with pytest.raises(CaptureError, match="replace z"), tap(model, "pattern.0", lambda _name, tensor: tensor):
+            model(input_ids=ids)
