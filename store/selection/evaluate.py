@@ -70,7 +70,7 @@ def evaluate(condition: Condition, items: Items) -> Mask:
             return some
         case At(positions):
             return at_positions(positions, items.n_items)
-        case Comparison(name) if name in items.names:
+        case Comparison(name, is_column=False) if name in items.names:
             return _compare_numbers(items.numbers(name), condition)
     return items.column(condition)
 
@@ -108,7 +108,7 @@ class ColumnAnswers:
 
     def __init__(self, table: ExampleTable) -> None:
         self._table = table
-        self._known: dict[Comparison | ColumnIn, Answers] = {}
+        self._known: dict[object, Answers] = {}
 
     def __call__(self, condition: Comparison | ColumnIn) -> "Answers":
         """Return the answers of all examples, or of all tokens if the column holds lists.
@@ -117,7 +117,9 @@ class ColumnAnswers:
             AnalysisError: There is no such column, its lists have not one value a token, or a `Comparison` has a
                 value of another kind.
         """
-        if condition not in self._known:
+        # 1 equals true in Python, but not in a column.
+        key = condition, tuple(map(type, condition.values))
+        if key not in self._known:
             name = condition.name
             try:
                 column = self._table.table([name])[name]
@@ -129,10 +131,10 @@ class ColumnAnswers:
             # Of the table's own lists, `token` is in input_ids, and positions are those of the rows.
             if is_list(column.type) and name not in OWN_COLUMNS:
                 values, starts = token_values(name, column, self._table.index().n_tokens)
-                self._known[condition] = Answers(compare(values, condition), starts)
+                self._known[key] = Answers(compare(values, condition), starts)
             else:
-                self._known[condition] = Answers(compare(column, condition), None)
-        return self._known[condition]
+                self._known[key] = Answers(compare(column, condition), None)
+        return self._known[key]
 
 
 def _compare_numbers(values: LongArray, comparison: Comparison) -> Mask:

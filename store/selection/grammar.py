@@ -8,7 +8,8 @@ A condition on rows, for ``where``:
     operator    := == | != | < | <= | > | >=
     value       := a number, a text in quotes, true, false, null
 
-A name that is not a plain word stands in backquotes. `a == 1` is read as `a in [1]`, `a != 1` as `not a in [1]`.
+A name that is not a plain word stands in backquotes. In backquotes, position, token and example are columns of the
+dataset that have these names. `a == 1` is read as `a in [1]`, `a != 1` as `not a in [1]`.
 
 A list of numbers, for ``--examples``, ``--rows`` and ``--positions``: ``3,7,10-19``. A slice of positions, for edits:
 ``-3:``. A rule for positions, for the capture's ``--positions``: `residua.store.selection.positions`.
@@ -16,6 +17,7 @@ A list of numbers, for ``--examples``, ``--rows`` and ``--positions``: ``3,7,10-
 
 import re
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import NamedTuple, NoReturn, TypeAlias
 
 import numpy as np
@@ -46,12 +48,13 @@ class Comparison(NamedTuple):
     """A name against values: with the operator ``in`` any number of them, with ``<``, ``<=``, ``>``, ``>=`` one.
 
     The name is one of the numbers of a row (`residua.store.selection.evaluate.ROW_NAMES`), else a column of the
-    example table. Values of the wrong kind are refused.
+    example table, as it is in any case with `is_column`. Values of the wrong kind are refused.
     """
 
     name: str
     operator: str
     values: "Sequence[Value] | npt.NDArray[np.int64]"
+    is_column: bool = False
 
 
 class ColumnIn(NamedTuple):
@@ -163,19 +166,20 @@ class _Parser:
         return one
 
     def _comparison(self) -> Condition:
-        name = self._take("name", "the name of a column").strip("`")
+        name = self._take("name", "the name of a column")
+        compare = partial(Comparison, name.strip("`"), is_column=name.startswith("`"))
         if self._took("not"):
             self._need("in")
-            return Not(Comparison(name, "in", self._values()))
+            return Not(compare("in", self._values()))
         if self._took("in"):
-            return Comparison(name, "in", self._values())
+            return compare("in", self._values())
         operator = self._take("operator", "==, !=, <, <=, >, >= or in")
         if operator in ("==", "!="):
-            equal = Comparison(name, "in", (self._value(),))
+            equal = compare("in", (self._value(),))
             return equal if operator == "==" else Not(equal)
         if self._next.kind == "constant":
             self._fail("a number or a text")
-        return Comparison(name, operator, (self._value(),))
+        return compare(operator, (self._value(),))
 
     def _values(self) -> tuple[Value, ...]:
         closing = "]" if self._took("[") else ")"

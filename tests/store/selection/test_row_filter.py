@@ -23,7 +23,8 @@ Row = Mapping[str, Any]
 
 DAY = datetime.date(2024, 3, 1)
 COLUMNS: list[dict[str, Any]] = [
-    {"label": "code", "score": 0.5, "count": 3, "ok": True, "day": DAY, "two words": "x", "part": "train", "row": 7},
+    {"label": "code", "score": 0.5, "count": 3, "ok": True, "day": DAY, "two words": "x", "part": "train", "row": 7}
+    | {"position": "front", "token": 1.5, "example": True},
     {
         "label": "prose",
         "score": None,
@@ -68,6 +69,13 @@ def less(value: Any, bound: Any) -> bool:
 
 
 CASES: dict[str, Callable[[Row], bool]] = {
+    '`position` == "front"': lambda row: row["example"] == 0,
+    '`position` not in ["front", "back"] and position > 0': lambda row: row["example"] != 0 and row["position"] > 0,
+    "`token` > 1 or token < 3 and `example` == null": lambda row: (
+        row["example"] == 0 or (row["token"] < 3 and row["example"] != 0)
+    ),
+    "`example` == true": lambda row: row["example"] == 0,
+    "`label` == null": lambda row: row["label"] is None,
     "position > 0": lambda row: row["position"] > 0,
     "position>=3 and position<=4": lambda row: 3 <= row["position"] <= 4,
     "token < 25 or example == 2": lambda row: row["token"] < 25 or row["example"] == 2,
@@ -193,3 +201,11 @@ def test_a_column_that_is_null_throughout_is_null(archive: Archive, monkeypatch:
 
 def test_the_example_in_the_docstring() -> None:
     assert doctest.testmod(row_filter) == (0, 1)
+
+
+@pytest.mark.parametrize(
+    "text", ["ok == true or ok == 1", "count == 0 or count == false", "count in [1] or count in [true]"]
+)
+def test_a_number_and_true_are_two_conditions(archive: Archive, text: str) -> None:
+    with pytest.raises(AnalysisError, match=r"'(ok|count)' with (1|False|True)"):
+        RowFilter.parse(text).rows(archive)
