@@ -174,6 +174,7 @@ class LensTraining:
         self._out = out.absolute()
         self._work = self._out / _WORK
         self._points = lens_points(archive, sites)
+        archive.refuse_losses({*self._points.sites.values(), self._points.final}, "a lens")
         self._reader = LensRows(self._archive, settings)
         n_parts = self._start(settings, settings.parts or self._default_parts(settings, rows_per_part))
         path, limit = str(self._archive.path), cluster.memory_limit

@@ -97,6 +97,7 @@ class Loader(IterableDataset[Batch]):
     Raises:
         UnknownSiteError: `sites` names no stored site.
         AnalysisError: The settings do not fit each other or the archive.
+        PlanError: Finite values of a site were lost when it was stored.
     """
 
     def __init__(
@@ -123,6 +124,7 @@ class Loader(IterableDataset[Batch]):
     ) -> None:
         self._archive = archive
         self.sites = archive.select(sites)
+        archive.refuse_losses(self.sites, "a loader")
         self.num_workers = num_workers
         self.epoch = 0
         self._dtype = dtype

@@ -84,8 +84,10 @@ def top(
     Raises:
         UnknownSiteError: `site` names no stored site.
         AnalysisError: Direction, channel or head does not fit the site, or no row has a score.
+        PlanError: Finite values of the site were lost when it was stored.
     """
     name = _one_site(archive, site)
+    archive.refuse_losses([name], "a search for the best rows")
     if k < 1:
         raise AnalysisError(f"the best {k} rows were asked for: ask for at least 1")
     wanted = full_row(archive, name, direction=direction, channel=channel, head=head) * (-1 if bottom else 1)

@@ -9,7 +9,7 @@ From a CPU the copy is made at once, because later in-place operations may chang
 queued; `offload` owns the order of the operations, and `HostBuffer.pending` says when the copies are done.
 """
 
-from collections.abc import Callable, Container, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from functools import partial
 
 import numpy as np
@@ -17,7 +17,7 @@ import numpy.typing as npt
 import torch
 
 from residua.capture.buffers.offload import BufferPool, Offload, PendingCopies
-from residua.capture.buffers.row_index import BatchRows, RowIndex
+from residua.capture.buffers.row_index import BatchRows, RowIndex, may_overflow, n_overflowed, overflows
 from residua.capture.runtime.streams import CudaStreams, page_locked
 from residua.capture.scheduling.sites_per_rank import Ownership
 from residua.store.base.errors import CaptureError
@@ -51,6 +51,8 @@ class HostBuffer:
         columns: For each column of the rows its values.
         n_filled: Number of rows that batches have announced.
         pending: The copies from devices that are under way.
+        overflowed: For each site the numbers of finite values that a cast made infinite: integers, or tensors of one
+            integer that are valid once the pending copies are done.
     """
 
     def __init__(
@@ -70,6 +72,7 @@ class HostBuffer:
         self.columns = {name: np.zeros(n_rows, dtype) for name, dtype in columns.items()}
         self.n_filled = 0
         self.pending = PendingCopies()
+        self.overflowed: dict[str, list[int | torch.Tensor]] = {}
 
     def _allocate(self, plan: Plan, site: SitePlan, n_rows: int, pinned: bool) -> list[torch.Tensor]:
         dtype = torch_dtype(site.dtype)
@@ -86,6 +89,13 @@ class HostBuffer:
         """Note that `n_rows` rows were copied to block number `block` of `site`."""
         if site in self._memory:
             self._memory[site].filled(block, n_rows)
+
+    def count_overflowed(
+        self, site: str, computed: torch.dtype, stored: torch.dtype, count: Callable[[], int | torch.Tensor]
+    ) -> None:
+        """Add what `count` returns to the overflowed values of `site`, if a cast between the types can overflow."""
+        if may_overflow(computed, stored):
+            self.overflowed.setdefault(site, []).append(count())
 
     def rows(self, site: str, n_rows: int) -> npt.NDArray[np.generic] | ShardMemory:
         """Return the first `n_rows` rows of `site` in the stored dtype (bfloat16 as uint16 bits), without a copy."""
@@ -226,13 +236,14 @@ class ShardFiller:
                     if is_pattern:
                         gather = partial(in_block.gather_pattern, flat, block, self._batch)
                     else:
-                        gather = partial(in_block.gather, flat, block.dtype)
-                    self._send(tensor.device, gather, in_block, block, buffer.pending)
+                        gather = partial(in_block.gather, flat, flat.dtype)
+                    self._send(site, tensor.device, gather, in_block, block, buffer)
                     continue
                 if is_pattern:
                     in_block.copy_pattern(flat, block, self._batch)
                 else:
                     in_block.copy(flat, block)
+                    buffer.count_overflowed(site, flat.dtype, block.dtype, partial(in_block.overflowed, flat, block))
                 buffer.filled(site, number, len(in_block.target))
 
     def row_indexes(self) -> Iterator[tuple[int, RowIndex]]:
@@ -246,39 +257,59 @@ class ShardFiller:
         Args:
             site: A site that this process stores of `shard`.
             shard: One of the shards of `row_indexes`.
-            rows: (rows, *row), in the order of the row index and in the stored dtype; nobody else changes it.
+            rows: (rows, *row), in the order of the row index and in any dtype; nobody else changes it.
         """
         buffer, row_index = next((buffer, index) for number, buffer, index in self._targets if number == shard)
         blocks = buffer.blocks[site]
-        self.n_bytes += rows.nbytes
+        self.n_bytes += len(rows) * blocks[0][0].nbytes
         start = 0
         for number, in_block in row_index.per_block(len(blocks[0])):
             piece = rows[start : start + len(in_block.target)]
             start += len(in_block.target)
             if rows.is_cuda:
-                self._send(rows.device, partial(_same, piece), in_block, blocks[number], buffer.pending)
+                self._send(site, rows.device, partial(_same, piece), in_block, blocks[number], buffer)
             else:
-                in_block.scatter(piece, blocks[number])
+                stored = piece.to(blocks[number].dtype)
+                buffer.count_overflowed(site, piece.dtype, stored.dtype, partial(n_overflowed, piece, stored))
+                in_block.scatter(stored, blocks[number])
                 buffer.filled(site, number, len(in_block.target))
 
     def _send(
         self,
+        site: str,
         device: torch.device,
         gather: Callable[[], torch.Tensor],
         in_block: RowIndex,
         block: torch.Tensor,
-        pending: PendingCopies,
+        buffer: HostBuffer,
     ) -> None:
-        """Queue a copy of gathered rows from a device to a block."""
+        """Queue a copy of gathered rows from a device to a block, and that of the number of overflowed values."""
         if device not in self._streams:
             self._streams[device] = CudaStreams(device)
+        found: torch.Tensor | None = None
+
+        def cast() -> tuple[torch.Tensor, torch.Tensor | None]:
+            rows = gather()
+            stored = rows.to(block.dtype)
+            return stored, overflows(rows, stored) if may_overflow(rows.dtype, block.dtype) else None
+
+        def copy(cast_rows: tuple[torch.Tensor, torch.Tensor | None]) -> None:
+            nonlocal found
+            rows, n = cast_rows
+            in_block.scatter(rows, block)
+            if n is not None:
+                found = torch.empty((), dtype=torch.int64, pin_memory=True)
+                found.copy_(n, non_blocking=True)
+
         self._offload.send(
             self._streams[device],
-            gather,
-            partial(in_block.scatter, buffer=block),
+            cast,
+            copy,
             n_bytes=len(in_block.source) * block[0].nbytes,
-            pending=pending,
+            pending=buffer.pending,
         )
+        if found is not None:
+            buffer.overflowed.setdefault(site, []).append(found)
 
     def finish(self, before: Callable[[], dict[str, str]] = dict) -> None:
         """End the batch, after `put` of every site; hand full shards to the writer.
@@ -313,6 +344,7 @@ class ShardFiller:
                 columns={name: column[:n_rows] for name, column in buffer.columns.items()},
                 column_shard=self._ownership.column_shard,
                 examples=examples,
+                overflowed=partial(_sums, buffer.overflowed),
                 ready=buffer.pending.wait,
                 release=release,
             )
@@ -336,8 +368,13 @@ class ShardFiller:
         buffer = self._pools[self._ownership.lot(shard)].acquire()
         self._writer.raise_failure()
         buffer.n_filled = 0
+        buffer.overflowed = {}
         self._open[shard] = buffer
         return buffer
+
+
+def _sums(numbers: Mapping[str, Sequence[int | torch.Tensor]]) -> dict[str, int]:
+    return {site: sum(int(number) for number in found) for site, found in numbers.items()}
 
 
 def _same(rows: torch.Tensor) -> torch.Tensor:

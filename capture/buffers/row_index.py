@@ -17,6 +17,7 @@ import torch
 
 from residua.capture.runtime.devices import uploaded
 from residua.store.base.errors import CaptureError
+from residua.store.encoding.lossy import count_nonfinite
 
 Indices: TypeAlias = "npt.NDArray[np.int64]"
 _RUNS_WORTH_LOOPING = 4  # with fewer rows in each run, one indexed copy is faster than a loop over slices
@@ -193,6 +194,19 @@ class RowIndex:
             rows = flat.index_select(0, self._source_indices(flat.device))
             buffer.index_copy_(0, self._target_indices, rows.to(buffer.device, buffer.dtype))
 
+    def overflowed(self, flat: torch.Tensor, buffer: torch.Tensor) -> int:
+        """Return how many finite values of the rows in `flat`, on the CPU, are infinite in `buffer` now.
+
+        The stored values are looked at first, at the speed of memory; those of `flat` only if some are not finite.
+        """
+        if len(self._runs) * _RUNS_WORTH_LOOPING > len(self.source):
+            stored = buffer.index_select(0, self._target_indices)
+            return n_overflowed(flat.index_select(0, self._source_indices(flat.device)), stored)
+        return sum(
+            n_overflowed(flat[source : source + length], buffer[target : target + length])
+            for source, target, length in self._runs
+        )
+
     def gather(self, flat: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """Return the rows of `flat` (B * T, *row) in memory of their own, on its device and in `dtype`, (n, *row)."""
         return flat.index_select(0, self._source_indices(flat.device)).to(dtype)
@@ -235,6 +249,26 @@ class RowIndex:
         starts = np.concatenate([[0], np.flatnonzero(np.diff(self.target) != 1) + 1])
         lengths = np.diff(np.concatenate([starts, [len(self.target)]]))
         return list(zip(starts.tolist(), self.target[starts].tolist(), lengths.tolist(), strict=True))
+
+
+def may_overflow(computed: torch.dtype, stored: torch.dtype) -> bool:
+    """Return whether a finite value of dtype `computed` may be infinite as `stored`."""
+    if not computed.is_floating_point or not stored.is_floating_point:
+        return False
+    return torch.finfo(stored).max < torch.finfo(computed).max
+
+
+def n_overflowed(rows: torch.Tensor, stored: torch.Tensor) -> int:
+    """Return how many values are finite in `rows` and infinite in `stored`, of the same shape, both on the CPU."""
+    bits = stored.view(torch.int16 if stored.element_size() == 2 else torch.int32).numpy()
+    if not count_nonfinite(bits, str(stored.dtype).removeprefix("torch.")):
+        return 0
+    return int(overflows(rows, stored))
+
+
+def overflows(rows: torch.Tensor, stored: torch.Tensor) -> torch.Tensor:
+    """Return how many values are finite in `rows` and infinite in `stored`, as an int64 scalar on their device."""
+    return (stored.isinf() & rows.isfinite()).sum()
 
 
 def _slice(indices: Indices) -> slice | list[int]:

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from residua.capture.buffers.host_buffers import ShardFiller, torch_dtype
-from residua.capture.buffers.row_index import FIRST_ROW_AXIS, BatchRows, Indices, RowIndex, by_position
+from residua.capture.buffers.row_index import FIRST_ROW_AXIS, BatchRows, Indices, RowIndex, by_position, may_overflow
 from residua.capture.layout.layouts import Layout
 from residua.capture.layout.local_shards import LocalShards
 from residua.capture.runtime.collectives import Exchange, on_rank
@@ -87,6 +87,8 @@ class RowExchange:
         if not places:
             return
         to = [self._ownership.owner(site, shard) for shard, _ in places]
+        if may_overflow(local.dtype, dtype):
+            dtype = local.dtype  # so that the rank that stores the rows casts them, and counts what overflows
         outgoing = [self._picked(site, local, layout, at, batch, rank).to(dtype) for _, at in places]
         row = tuple(outgoing[0].shape[1:])
         mine = [(shard, at) for (shard, at), owner in zip(places, to, strict=True) if owner == rank]

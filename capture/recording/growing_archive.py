@@ -30,6 +30,7 @@ from residua.store.base.errors import CaptureError
 from residua.store.examples.writer import ExampleWriter
 from residua.store.format.archive_metadata import file_digest
 from residua.store.format.create import create_archive, seal, workspace
+from residua.store.format.losses import COMPUTED, cast_sites, loss_notes, losses_of
 from residua.store.format.plan import Plan
 from residua.store.read.archive import Archive
 
@@ -43,6 +44,7 @@ class GrowingArchive:
         path: Folder of the new archive.
         model: The model, for the provenance.
         plan: What is stored, without a number of rows.
+        computed: The data type that the model computes at each site.
         sidecars: The files in the archive's ``head`` folder.
         tokenizer: Stored in the archive, if there is one.
         shards: Finds out how the sites lie over the processes that hold the model.
@@ -64,6 +66,7 @@ class GrowingArchive:
         model: nn.Module,
         plan: Plan,
         *,
+        computed: Mapping[str, str],
         sidecars: Sidecars,
         tokenizer: PreTrainedTokenizerBase | None,
         shards: LocalShards,
@@ -82,7 +85,9 @@ class GrowingArchive:
                 write_sidecars(folder, sidecars)
                 if tokenizer is not None:
                     save_tokenizer(tokenizer, folder / "tokenizer")
-                create_archive(folder, path, plan, {"model": describe_model(model, plan.model), **environment()})
+                of_rows: dict[str, Json] = {COMPUTED: cast_sites(plan.sites, computed)}
+                of_model: dict[str, Json] = {"model": describe_model(model, plan.model)}
+                create_archive(folder, path, plan, {**of_model, **of_rows, **environment()})
             return {"plan": plan.digest}
 
         try:
@@ -167,13 +172,22 @@ class GrowingArchive:
             raise
         finally:
             self._rows.__exit__(None, error, None)
-        found = {path: count for path, count in self._rows.writer.n_nonfinite.items() if count}
-        if found:
-            _LOG.warning("NaN or infinite values were recorded, and kept as they are: %s", found)
+        self._warn()
         if error is None and self._membership is None:
             self._seal()
         elif error is None and self._membership is not None:
             self._membership.finish(self._seal)
+
+    def _warn(self) -> None:
+        """Log what is not finite in the rows that are committed here so far."""
+        if not any(self._rows.writer.n_nonfinite.values()):
+            return
+        commits = Archive(self._path).commits
+        own = {site.name: losses_of(site, commits).n_nonfinite for site in self._plan.sites}
+        if found := {name: count for name, count in own.items() if count}:
+            _LOG.warning("NaN or infinite values were recorded, and kept as they are: %s", found)
+        for note in loss_notes(self._plan, commits):
+            _LOG.warning("%s", note)
 
     def _seal(self) -> Mapping[str, Json]:
         if self._examples is None:

@@ -134,6 +134,7 @@ class Recorder:
         self._membership: Membership | None = None
         self._process_layout: ProcessLayout | None = None
         self._archive: GrowingArchive | None = None
+        self._computed: Mapping[str, str] = {}
         self._held: dict[str, tuple[Tensor, Layout]] = {}
         self._call: Call | None = None
         self._keep: npt.NDArray[np.bool_] | None = None
@@ -243,6 +244,7 @@ class Recorder:
             self.path,
             self._model,
             self._plan(call),
+            computed=self._computed,
             sidecars={**(lm_head_files(self._model) if self._head else {}), **self._attention},
             tokenizer=self._tokenizer,
             shards=self._shards,
@@ -267,6 +269,7 @@ class Recorder:
             site: row for stage in all_gather_objects(pipeline_group(self._model), mine) for site, row in stage.items()
         }
         sites = tuple(self._site_plan(site, *found[site]) for site in self._sites)
+        self._computed = {site: dtype for site, (_, dtype) in found.items()}
         height = self._rows_per_shard or choose_rows_per_shard(
             [site.row_bytes for site in sites],
             batch_rows=int(call.mask.sum()),

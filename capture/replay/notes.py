@@ -22,6 +22,7 @@ def storage_notes(archive: Archive, infos: Mapping[str, SiteInfo], edits: Sequen
         infos: The sites whose stored rows go in.
         edits: The edits.
     """
+    archive.refuse_losses(infos, "a replay")
     notes = _rounding_notes(archive, infos)
     if is_replay(archive):
         notes.append(f"{archive.path} holds the results of a replay: its rows, edited there, count as unedited here")
@@ -31,6 +32,7 @@ def storage_notes(archive: Archive, infos: Mapping[str, SiteInfo], edits: Sequen
             notes.append(f"{one.path} is not sealed: {one.progress.rows:,} rows are captured so far")
     for edit in edits:
         if isinstance(edit.edit, Set | Swap) and edit.edit.needs_stored_rows:
+            edit.source.refuse_losses(edit.infos, f"a {edit.edit.kind}")
             notes += _rounding_notes(edit.source, edit.infos)
     if any(edit.edit.kind == "function" for edit in edits):
         notes.append("an edit is a Python function: its description is not enough to repeat this run")

@@ -56,6 +56,7 @@ from residua.store.examples.writer import ExampleWriter
 from residua.store.format.archive_metadata import is_archive
 from residua.store.format.commits import drop_broken
 from residua.store.format.create import create_archive, seal, workspace
+from residua.store.format.losses import COMPUTED, cast_sites, loss_notes
 from residua.store.format.plan import Plan, check_host_memory, choose_rows_per_shard
 from residua.store.read.archive import Archive
 from residua.store.storage.files import sweep
@@ -165,7 +166,7 @@ def capture_dataset(
             stats=total([worker.stats for worker in figures]),
             workers=tuple(figures),
             resumed=shared["resumed"],
-            notes=(*job.notes, *report.notes()),
+            notes=(*job.notes, *report.notes(), *loss_notes(job.archive.plan, job.archive.commits)),
         )
 
 
@@ -330,9 +331,14 @@ class CaptureJob(ABC):
             else:
                 write_sidecars(folder, sidecars or self._sidecars())
                 self.write_tokenizer(folder)
-                create_archive(folder, self.out, plan, {**self.provenance(plan), "notes": self.notes_of_archive()})
+                create_archive(folder, self.out, plan, {**self.provenance(plan), **self._of_rows(plan)})
         sweep(self.out)
         return {"resumed": resumed, **self.shared}
+
+    def _of_rows(self, plan: Plan) -> dict[str, Json]:
+        """Return what the provenance says about the rows: types that were cast, and notes."""
+        computed = {name: info.dtype for name, info in self.sites.items()}
+        return {COMPUTED: cast_sites(plan.sites, computed), "notes": self.notes_of_archive()}
 
     def _check(self) -> None:
         """Refuse an archive that worker 0 made with another model or other settings than this worker has."""

@@ -19,7 +19,7 @@ from residua.pipelines.cli.progress import StepProgress
 from residua.pipelines.cli.report import human_bytes, print_json, print_nonfinite, printable, table
 
 if TYPE_CHECKING:
-    from residua.store.read.summary import Summary
+    from residua.store.read.summary import SiteSummary, Summary
 
 _MOST_SHOWN = 400  # characters of one value: the vectors of edits are as long as rows
 
@@ -91,7 +91,7 @@ def _print_info(summary: "Summary") -> None:
             site.codec,
             human_bytes(site.stored_bytes),
             f"{site.ratio:.2f}",
-            "exact" if site.relative_rms_error is None else f"{site.relative_rms_error:.1e}",
+            rounding(site),
             "-" if site.fidelity is None else f"{site.fidelity.kl_mean:.1e}",
         )
         for site in summary.sites
@@ -103,6 +103,14 @@ def _print_info(summary: "Summary") -> None:
     _print_provenance(summary.provenance)
     for note in summary.notes:
         print(f"note: {printable(note)}")
+
+
+def rounding(site: "SiteSummary") -> str:
+    """Return how a site's stored values differ from those that the model computed, in a word or a number."""
+    if site.relative_rms_error is None:
+        return "exact" if site.cast_from is None else f"cast from {site.cast_from}"
+    error = f"{site.relative_rms_error:.1e}"
+    return error if site.cast_from is None else f"{error}, cast from {site.cast_from}"
 
 
 def compression(summary: "Summary") -> str:

@@ -69,6 +69,7 @@ def fidelity(
     opened = Archive(archive)
     refuse_replay(opened, "residua fidelity")
     names = _rounded_streams(opened)
+    opened.refuse_losses(names, "residua fidelity")
     batches = [batch.examples.tolist() for batch in sample_batches(opened, n_batches, seed)]
     settings = CaptureSettings(device=device, tp=tp, pp=pp)
     with (

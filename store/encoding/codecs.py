@@ -20,7 +20,15 @@ import numpy.typing as npt
 from residua.store.base.errors import PlanError
 from residua.store.encoding.blosc import HEADER, decode_frame, encode_frame
 from residua.store.encoding.dtypes import STORAGE_DTYPES, storage_dtype
-from residua.store.encoding.lossy import BLOCK, Transformed, bitround_errors, dequantise_int8, quantise_int8
+from residua.store.encoding.lossy import (
+    BLOCK,
+    Transformed,
+    bitround_errors,
+    count_in_lost_blocks,
+    count_nonfinite,
+    dequantise_int8,
+    quantise_int8,
+)
 from residua.store.storage.crc import CRC_BYTES, Buffer, crc32c, crc_bytes
 
 DEFAULT_PRESET = "fast"
@@ -69,6 +77,10 @@ class Codec(ABC):
     def restore(self, arrays: Sequence[Array], dtype: str) -> Array:
         """Return the rows that `transform` made `arrays` of, in the storage dtype of `dtype`."""
         return arrays[0]
+
+    def count_nonfinite(self, arrays: Sequence[Array], dtype: str) -> int:
+        """Return the number of NaN and infinite values in what `restore` makes of `arrays`."""
+        return count_nonfinite(arrays[0], dtype)
 
     def compressors(self, itemsize: int) -> list[dict[str, Any]]:
         """Return the entries of Zarr's `codecs` between `bytes` and `crc32c`."""
@@ -156,6 +168,11 @@ class Int8Blocks(BloscFrame):
         """Return the values of codes and scales; ValueError if their shapes do not belong together."""
         codes, scales = arrays
         return dequantise_int8(codes, scales, dtype)
+
+    def count_nonfinite(self, arrays: Sequence[Array], dtype: str) -> int:
+        """Return the number of values in the blocks that have no scale."""
+        codes, scales = arrays
+        return count_in_lost_blocks(codes, scales)
 
 
 def _rounded(bits: int, error: str) -> Codec:

@@ -89,6 +89,8 @@ STORAGE_DTYPES: Mapping[str, np.dtype[np.generic]] = MappingProxyType(
     }
 )
 
+_WIDER = {BFLOAT16: ("float32", "float64"), "float16": ("float32", "float64"), "float32": ("float64",)}
+
 data_type_registry.register(BFLOAT16, BFloat16)
 
 
@@ -103,6 +105,11 @@ def storage_dtype(name: str) -> np.dtype[np.generic]:
     except KeyError:
         known = ", ".join(STORAGE_DTYPES)
         raise PlanError(f"data type {name!r} cannot be stored; choose one of {known}") from None
+
+
+def holds(stored: str, computed: str) -> bool:
+    """Return whether every value of data type `computed` is one of data type `stored`."""
+    return stored == computed or stored in _WIDER.get(computed, ())
 
 
 def to_float32(values: npt.NDArray[np.generic], name: str) -> npt.NDArray[np.float32]:

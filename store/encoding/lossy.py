@@ -122,6 +122,13 @@ def dequantise_int8(codes: Array, scales: Array, dtype: str) -> npt.NDArray[Any]
     return values
 
 
+def count_in_lost_blocks(codes: Array, scales: Array) -> int:
+    """Return the number of values in blocks with a scale of NaN."""
+    *_, width = codes.shape
+    of_blocks = np.isnan(scales.reshape(-1, scales.shape[-1]).view(np.float32)).sum(axis=0)
+    return int(of_blocks @ np.minimum(BLOCK, width - BLOCK * np.arange(len(of_blocks))))
+
+
 def _quantise(values: Floats) -> tuple[npt.NDArray[np.int8], Floats]:
     """Quantise (rows, width); the last block is padded with zeros, which change no largest magnitude."""
     n_rows, width = values.shape

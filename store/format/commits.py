@@ -27,6 +27,7 @@ _DIGEST = re.compile(r"[0-9a-f]{64}")
 _EXAMPLES = re.compile(r"part-[0-9]{5,}\.parquet")
 _MAX_COUNT = 2**63 - 1
 _MAX_RECORD_BYTES = 64 * 1024 * 1024
+_OF_LOSSES = ("n_overflowed", "n_spoiled")
 _TAIL_BYTES = 64 * 1024  # chunks end in their crc32c; a checkpoint's zip file ends in its directory of crc32 values
 
 
@@ -37,9 +38,11 @@ class ShardFile:
     Attributes:
         n_bytes: Size of the file.
         digest: SHA-256 over the shard index and the chunks' crc32c, in hex (see FORMAT.md).
-        n_nonfinite: Number of NaN and infinite values in the rows.
+        n_nonfinite: Number of NaN and infinite values in the rows, as they were handed to the codec.
         squares: Sum of squares of the values, lossy codecs only.
         error_squares: Sum of squares of what the lossy codec changed.
+        n_overflowed: Number of finite values that the cast to the stored type made infinite; part of `n_nonfinite`.
+        n_spoiled: Number of finite values that the lossy codec made NaN or infinite.
     """
 
     n_bytes: int
@@ -47,10 +50,14 @@ class ShardFile:
     n_nonfinite: int = 0
     squares: float | None = None
     error_squares: float | None = None
+    n_overflowed: int = 0
+    n_spoiled: int = 0
 
     def to_json(self) -> dict[str, object]:
-        """Return the facts as JSON values; absent ones are left out."""
-        return {key: value for key, value in asdict(self).items() if value is not None}
+        """Return the facts as JSON values; absent ones, and numbers of lost values that are 0, are left out."""
+        return {
+            key: value for key, value in asdict(self).items() if value is not None and (value or key not in _OF_LOSSES)
+        }
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -252,7 +259,8 @@ def commit_from_json(record: dict[str, Any]) -> Commit:
 def _shard_file(value: dict[str, Any]) -> ShardFile:
     file = ShardFile(**value)
     _count(file.n_bytes)
-    _count(file.n_nonfinite)
+    for count in (file.n_nonfinite, file.n_overflowed, file.n_spoiled):
+        _count(count)
     _digest(file.digest)
     for squares in (file.squares, file.error_squares):
         if squares is not None and not (isinstance(squares, float) and squares >= 0):

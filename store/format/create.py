@@ -17,6 +17,7 @@ from residua.store.encoding.codecs import INT8
 from residua.store.format.archive_metadata import Metadata, is_archive, sidecar_digests, sidecar_files, write_metadata
 from residua.store.format.array_metadata import create_array, resize_array
 from residua.store.format.commits import FOLDER, Commit, ShardFile, named_example_files
+from residua.store.format.losses import loss_notes
 from residua.store.format.plan import Plan, SitePlan
 from residua.store.storage.files import sync_folder
 from residua.store.storage.lock import naming_archive, try_flock
@@ -125,6 +126,8 @@ def seal(
             of any other archive.
     """
     plan = metadata.plan
+    if metadata.sealed is None:
+        metadata = _with_notes(metadata, loss_notes(plan, commits))
     if sealed is None:
         if metadata.sealed is None:
             write_metadata(archive, replace(metadata, sealed=_sealed_as_planned(plan)))
@@ -140,6 +143,15 @@ def seal(
     for site in plan.sites:
         if any(file.squares is not None for file in _files(site, commits)):
             _write_error(archive, plan, site, commits)
+
+
+def _with_notes(metadata: Metadata, notes: list[str]) -> Metadata:
+    """Return the metadata with more notes in the provenance."""
+    if not notes:
+        return metadata
+    known = metadata.provenance.get("notes")
+    all_notes: list[Json] = [*(known if isinstance(known, list) else []), *notes]
+    return replace(metadata, provenance={**metadata.provenance, "notes": all_notes})
 
 
 def _sealed_as_planned(plan: Plan) -> dict[str, Json]:

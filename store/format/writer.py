@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -44,6 +45,7 @@ class FilledShard:
             that this process writes.
         columns: ``token``, ``position`` and ``example`` of the rows; empty where another process writes them.
         column_shard: Which column shard `sites` have, of sites whose rows are cut into several.
+        overflowed: Called after `ready`; returns by site how many finite values were infinite once they were cast.
         examples: SHA-256 of Parquet files of examples made durable with this shard, by file name.
         ready: Called in a writer thread before the rows are read; waits for copies in progress.
         release: Called once the rows are no longer needed.
@@ -55,6 +57,7 @@ class FilledShard:
     columns: Mapping[str, Rows]
     column_shard: int = 0
     examples: Mapping[str, str] = field(default_factory=dict)
+    overflowed: Callable[[], Mapping[str, int]] = dict
     ready: Callable[[], None] = _nothing
     release: Callable[[], None] = _nothing
 
@@ -234,21 +237,31 @@ class _ShardJob:
         spec, *others = site.arrays(self._plan.rows_per_shard)
         spec = spec.file_specs[self._shard.column_shard if site.column_shards > 1 else 0]
         codec = PRESETS[site.codec]
+        n_overflowed = self._shard.overflowed().get(site.name, 0)
         if isinstance(rows, ShardMemory) or codec.is_lossless:
-            self._write(spec, rows)
+            self._write(spec, rows, n_overflowed=n_overflowed)
             return
-        (values, *more), squares, error_squares = codec.transform(rows, site.dtype)
+        arrays, squares, error_squares = codec.transform(rows, site.dtype)
+        values, *more = arrays
         for other, array in zip(others, more, strict=True):
             self._write(other, array, 0)
-        self._write(spec, values, count_nonfinite(rows, site.dtype), squares, error_squares)
+        n_nonfinite = count_nonfinite(rows, site.dtype)
+        self._write(
+            spec,
+            values,
+            n_nonfinite,
+            squares=squares,
+            error_squares=error_squares,
+            n_overflowed=n_overflowed,
+            n_spoiled=codec.count_nonfinite(arrays, site.dtype) - n_nonfinite,
+        )
 
     def _write(
         self,
         spec: ArraySpec,
         rows: Rows | ShardMemory,
         n_nonfinite: int | None = None,
-        squares: float | None = None,
-        error_squares: float | None = None,
+        **losses: Any,
     ) -> None:
         encoded = ShardEncoder(rows, spec)
         write_file(shard_path(self._root, spec, self._shard.index), encoded)
@@ -256,8 +269,7 @@ class _ShardJob:
             n_bytes=encoded.n_bytes,
             digest=encoded.digest,
             n_nonfinite=encoded.n_nonfinite if n_nonfinite is None else n_nonfinite,
-            squares=squares,
-            error_squares=error_squares,
+            **losses,
         )
         with self._lock:
             self._files[spec.key] = file

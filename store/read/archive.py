@@ -24,6 +24,7 @@ from residua.store.examples.table import ExampleTable
 from residua.store.format.archive_metadata import read_metadata, read_sidecar
 from residua.store.format.array_metadata import check_arrays
 from residua.store.format.commits import Commit, check_commits, named_example_files, read_commits
+from residua.store.format.losses import describe_losses, losses_of
 from residua.store.format.plan import ROW_COLUMNS, Plan
 from residua.store.format.site_names import select
 from residua.store.read.array import ArchiveArray
@@ -146,6 +147,18 @@ class Archive(Mapping[str, ArchiveArray]):
         if self.was_finished and not self.is_sealed:
             raise self._missing(self._first_missing() * self.plan.rows_per_shard)
         return sorted(commit.rows for commit in self.commits.values())
+
+    def refuse_losses(self, sites: Iterable[str], job: str) -> None:
+        """Raise PlanError if the stored rows of one of `sites` lack finite values that the model had.
+
+        Args:
+            sites: Names of stored sites.
+            job: What the rows are wanted for, for the message.
+        """
+        for name in sites:
+            site = self.plan.site(name)
+            if said := describe_losses(site, losses_of(site, self.commits)):
+                raise PlanError(f"{self.path} has not all values of {name} that {job} needs: {said}. Capture it again")
 
     def _first_missing(self) -> int:
         return next(shard for shard in range(len(self.commits) + 1) if shard not in self.commits)

@@ -4,6 +4,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from residua.store.format.create import relative_error
+from residua.store.format.losses import cast_from, loss_notes, losses_of
 from residua.store.format.sidecars import PARAMETERS_FILE, SiteFidelity, read_fidelity
 from residua.store.read.archive import Archive
 
@@ -19,7 +20,10 @@ class SiteSummary:
         codec: Codec preset.
         logical_bytes: Bytes of the captured rows as readers get them.
         stored_bytes: Bytes of their shard files.
-        n_nonfinite: NaN and infinite values in them.
+        n_nonfinite: NaN and infinite values that the model itself had.
+        n_overflowed: Finite values that the cast to `dtype` made infinite.
+        n_spoiled: Finite values that a lossy codec made NaN or infinite.
+        cast_from: Data type that the model computed, if `dtype` cannot hold all of its values; None if it can.
         relative_rms_error: Measured error of a lossy preset; None for a lossless one.
         fidelity: Effect of that error on the model, if `residua fidelity` has measured it.
     """
@@ -31,6 +35,9 @@ class SiteSummary:
     logical_bytes: int
     stored_bytes: int
     n_nonfinite: int
+    n_overflowed: int
+    n_spoiled: int
+    cast_from: str | None
     relative_rms_error: float | None
     fidelity: SiteFidelity | None
 
@@ -120,18 +127,22 @@ def summarise(archive: Archive) -> Summary:
         stored_bytes=sum(file.n_bytes for commit in archive.commits.values() for file in commit.arrays.values()),
         has_head=f"head/{PARAMETERS_FILE}" in archive.metadata.files,
         provenance=dict(archive.provenance),
-        notes=_notes(archive.provenance.get("notes")),
+        notes=_notes(archive),
     )
 
 
-def _notes(found: object) -> tuple[str, ...]:
-    return tuple(note for note in found if isinstance(note, str)) if isinstance(found, list) else ()
+def _notes(archive: Archive) -> tuple[str, ...]:
+    """Return the notes of the provenance, and on lost values, which it has only once the archive is sealed."""
+    found = archive.provenance.get("notes")
+    notes = [note for note in found if isinstance(note, str)] if isinstance(found, list) else []
+    return tuple(dict.fromkeys([*notes, *loss_notes(archive.plan, archive.commits)]))
 
 
 def _site(archive: Archive, name: str, fidelity: SiteFidelity | None) -> SiteSummary:
     site = archive.plan.site(name)
     keys = [spec.key for array in site.arrays(archive.plan.rows_per_shard) for spec in array.file_specs]
     files = [commit.arrays[key] for commit in archive.commits.values() for key in keys]
+    losses = losses_of(site, archive.commits)
     lossy = any(file.squares is not None for file in files)
     return SiteSummary(
         name=name,
@@ -140,7 +151,10 @@ def _site(archive: Archive, name: str, fidelity: SiteFidelity | None) -> SiteSum
         codec=site.codec,
         logical_bytes=archive.progress.rows * site.row_bytes,
         stored_bytes=sum(file.n_bytes for file in files),
-        n_nonfinite=sum(file.n_nonfinite for file in files),
+        n_nonfinite=losses.n_nonfinite,
+        n_overflowed=losses.n_overflowed,
+        n_spoiled=losses.n_spoiled,
+        cast_from=cast_from(site, archive.plan, archive.provenance),
         relative_rms_error=relative_error(site, archive.commits) if lossy else None,
         fidelity=fidelity,
     )
