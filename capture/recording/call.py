@@ -1,7 +1,7 @@
 """One call of the user's model: its tokens, mask and examples, and whether all processes make the same call."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeAlias
 
 import numpy as np
@@ -13,7 +13,8 @@ from torch import nn
 from residua.capture.buffers.row_index import ExampleRows
 from residua.capture.runtime.collectives import device_of, on_rank
 from residua.capture.runtime.process_groups import pipeline_group, tensor_parallel_group
-from residua.store.base.errors import CaptureError
+from residua.capture.sites.site import SiteInfo
+from residua.store.base.errors import CaptureError, PlanError
 from residua.store.examples.index import NO_TOKEN, OTHER_INPUTS, Example
 from residua.store.storage.crc import crc32c
 
@@ -45,6 +46,12 @@ class Call:
     def shape(self) -> tuple[int, int]:
         """Number of sequences and of padded positions; one position per example where there are neither."""
         return (int(self.mask.shape[0]), int(self.mask.shape[1]))
+
+    def by_example(self) -> "Call":
+        """Return the call with one row for each sequence as a whole, whatever tokens it has."""
+        whole = np.ones((len(self.mask), 1), np.bool_)
+        note = "a row is a whole example: the sites are not computed from tokens alone, and say nothing of one token"
+        return replace(self, input_ids=None, mask=whole, starts=None, notes=(*self.notes, note))
 
     def documents(self) -> Iterator[tuple[int, npt.NDArray[np.int64]]]:
         """Yield the sequence of each example, and the padded positions of its tokens."""
@@ -116,6 +123,22 @@ class Call:
                     "example"
                 )
         return found
+
+
+def are_of_examples(sites: Mapping[str, SiteInfo]) -> bool:
+    """Return whether sites have rows for whole examples: a run on tokens alone did not meet them (a vision tower).
+
+    Raises:
+        PlanError: Some sites are of whole examples and some of tokens.
+    """
+    whole = [name for name, info in sites.items() if info.n_met == 0 and not info.per_token]
+    others = [name for name in sites if name not in whole]
+    if whole and others:
+        raise PlanError(
+            f"{whole[0]} is not computed from tokens alone, so a row of it is a whole example, and {others[0]} has a "
+            "row for each token: one archive cannot have both. Record them with two recorders, into two archives."
+        )
+    return bool(whole)
 
 
 class SameCalls:

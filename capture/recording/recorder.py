@@ -37,7 +37,7 @@ from residua.capture.layout.layouts import Layout
 from residua.capture.layout.local_shards import LocalShards, full_row_shape
 from residua.capture.layout.process_layout import ProcessLayout, process_layout_in_loop, spans_processes
 from residua.capture.recording.arguments import read_call
-from residua.capture.recording.call import Call, Column, SameCalls
+from residua.capture.recording.call import Call, Column, SameCalls, are_of_examples
 from residua.capture.recording.growing_archive import GrowingArchive, with_replica_hint
 from residua.capture.recording.stack import parameter_names, refuse_encoder_outputs, refusing_generation, stack_of
 from residua.capture.runtime.collectives import all_gather_objects, device_of
@@ -116,6 +116,7 @@ class Recorder:
                 model, sites if isinstance(sites, str) else list(sites)
             )
             refuse_repeated(self._sites)
+            self._has_whole_examples = are_of_examples(self._sites)
             self._stack_called = stack_of(model, self._sites)
             self._attention = attention_files(model, self._sites)
         self._called = model if self._stack_called is None else self._stack_called
@@ -208,7 +209,8 @@ class Recorder:
     def _before(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if is_probing():
             return
-        self._call = read_call(self._parameters, args, kwargs, first_position=self._first_position, caches=self._caches)
+        call = read_call(self._parameters, args, kwargs, first_position=self._first_position, caches=self._caches)
+        self._call = call.by_example() if self._has_whole_examples else call
         self._same_calls.check(self._call, self._keep)
         if self._archive is not None:
             self._archive.begin(self._call, self._keep, self._columns)
