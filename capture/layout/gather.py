@@ -24,14 +24,16 @@ def run_once(local: Tensor, layout: Layout, group: ProcessGroup, function: Funct
     """Run a function on the full tensor, on the owner alone; return this rank's shard of the replacement.
 
     Raises:
-        CaptureError: The function failed on the owner; the owner itself raises the function's own error.
+        CaptureError: The function failed on the owner, or was interrupted there; the owner itself raises the
+            function's own error.
     """
     full = _to_owner(local, layout, group)
-    new, error = None, None
+    new: Tensor | None = None
+    error: BaseException | None = None
     if full is not None:
         try:
             new = function(full)
-        except Exception as raised:  # noqa: BLE001  # the other ranks wait; it is raised once they know
+        except BaseException as raised:  # noqa: BLE001  # Ctrl-C too: the others wait; it is raised once they know
             error = raised
     if not _is_replaced(new, error, group, local.device, name):
         return None
@@ -100,7 +102,7 @@ def _apply(change: type[torch.autograd.Function], tensor: Tensor, layout: Layout
 
 
 def _is_replaced(
-    new: Tensor | None, error: Exception | None, group: ProcessGroup, device: torch.device, name: str
+    new: Tensor | None, error: BaseException | None, group: ProcessGroup, device: torch.device, name: str
 ) -> bool:
     """Return on every rank whether the owner's function gave a replacement; raise on every rank if it failed."""
     outcome = torch.tensor([_FAILED if error else _NOTHING if new is None else _REPLACED], device=device)

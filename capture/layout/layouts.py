@@ -24,6 +24,7 @@ from residua.store.base.errors import CaptureError
 from residua.store.storage.crc import crc32c
 
 Shape = tuple[int, ...]
+_PROVED_SHAPES = 4
 
 
 @dataclass(frozen=True)
@@ -107,36 +108,58 @@ def _cut_along(shapes: Sequence[Shape], full: Shape, n_free_axes: int) -> Layout
 
 
 class ProvedLayouts:
-    """The layouts of one model's sites, each proved when the site is met first."""
+    """The layouts of one model's sites, each proved when the site is met first, and again for batches of other shapes.
+
+    A layout may depend on the shape of the batch, for example where positions are split if their number allows it. So
+    it is proved for the first few shapes, and then each time their number has doubled: a proof reads the full tensor.
+    """
 
     def __init__(self) -> None:
-        self._layouts: dict[tuple[str, bool], Layout] = {}
+        self._layouts: dict[tuple[str, bool], dict[Shape | None, Layout]] = {}
 
     def of(
-        self, name: str, local: Tensor, full: Shape | None, group: ProcessGroup, *, is_gradient: bool = False
+        self,
+        name: str,
+        local: Tensor,
+        full: Shape | None,
+        group: ProcessGroup,
+        *,
+        batch_shape: tuple[int, int] | None,
+        is_gradient: bool = False,
     ) -> Layout:
-        """Return how a tensor lies; the first call for a site is a collective of the group.
+        """Return how a tensor lies; a call that proves it is a collective of the group.
 
         Args:
             name: The site.
             local: What this rank has.
             full: Shape of the full tensor, if it is known.
             group: The ranks that share the model's activations.
+            batch_shape: (examples, positions) of the call, the same on every rank; None if it is not known.
             is_gradient: Whether it is the gradient; its layout is proved by itself.
 
         Raises:
-            CaptureError: Nothing can be proved, or the tensor lies differently from the first one.
+            CaptureError: Nothing can be proved, or the tensor lies differently from the one that was proved.
         """
-        key = (name, is_gradient)
-        known = self._layouts.get(key)
-        if known is None or (known.dim is not None and full is not None and full[known.dim] != sum(known.sizes)):
-            known = self._layouts[key] = _prove(name, local, full, group)
+        of_shapes = self._layouts.setdefault((name, is_gradient), {})
+        n_shapes = len(of_shapes) + (batch_shape not in of_shapes)
+        # all ranks see the same shapes, so they agree on when to prove
+        is_due = n_shapes <= _PROVED_SHAPES or n_shapes & (n_shapes - 1) == 0
+        known = of_shapes.get(batch_shape)
+        if known is None and not is_due:
+            known = next(reversed(of_shapes.values()))
+        if known is None or _is_outgrown(known, full):
+            known = _prove(name, local, full, group)
+        of_shapes[batch_shape] = known
         if not known.fits(local, full, dist.get_rank(group)):
             raise CaptureError(
                 f"Site {name!r}{on_rank()} has shape {list(local.shape)} of a full {list(full or ())}, and its layout "
                 "differs from that of the first batch. Tap batches of different layouts in separate contexts."
             )
         return known
+
+
+def _is_outgrown(known: Layout, full: Shape | None) -> bool:
+    return known.dim is not None and full is not None and full[known.dim] != sum(known.sizes)
 
 
 def _prove(name: str, local: Tensor, full: Shape | None, group: ProcessGroup) -> Layout:

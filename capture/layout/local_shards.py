@@ -53,7 +53,7 @@ class LocalShards:
             return _shard_of(site, cast("DTensor", by_position(site, tensor, *batch_shape)), self._group)
         full = full_shape(self._sites[site], batch_shape, tuple(tensor.shape))
         if self._group is not None:
-            return tensor, self._layouts.of(site, tensor, full, self._group)
+            return tensor, self._layouts.of(site, tensor, full, self._group, batch_shape=batch_shape)
         if not is_alone():
             refuse_shard(site, tensor, full)
         return tensor, Layout()

@@ -64,11 +64,12 @@ class FullTensors:
 
         def run(tensor: Tensor, over: Sequence[tuple[ProcessGroup, ProvedLayouts]]) -> Tensor | None:
             (group, layouts), *rest = over
-            layout = layouts.of(site_tensor.info.name, tensor, full, group, is_gradient=is_gradient)
+            name, shape = site_tensor.info.name, site_tensor.batch_shape
+            layout = layouts.of(name, tensor, full, group, batch_shape=shape, is_gradient=is_gradient)
             inner = partial(run, over=rest) if rest else function
             if self._everywhere:
                 return run_everywhere(tensor.clone(), layout, group, inner)
-            return run_once(tensor, layout, group, inner, site_tensor.info.name)
+            return run_once(tensor, layout, group, inner, name)
 
         return run(local, over)
 

@@ -109,7 +109,7 @@ def sweep(
     folder = None if out is None else Path(out)
     opened = archive if isinstance(archive, Archive | None) else Archive(archive)
     settings = CaptureSettings(device=asked.device, tp=asked.tp, pp=asked.pp)
-    with working_together(folder, settings) as membership:
+    with working_together(folder, settings, job=title) as membership:
         model, tokenizer = named_model(model, tokenizer, settings)
         pairs = read_pairs(source, model, tokenizer=tokenizer, archive=opened)
         patcher = Patcher(model, asked.sites, by_head=asked.heads)

@@ -5,10 +5,11 @@ they join a run: the lock next to the archive names the store of the run that ho
 together, worker 0 holds the lock.
 """
 
-import itertools
+import hashlib
 import os
 import socket
 import time
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from datetime import timedelta
@@ -32,22 +33,23 @@ from residua.store.base.errors import CaptureError
 from residua.store.storage.lock import ArchiveInUseError, locked
 
 _LOCAL = ("localhost", "127.0.0.1", "::1")
-_jobs = itertools.count()
+_jobs: Counter[str] = Counter()
 
 
 @contextmanager
-def rendezvous(out: Path | None, *, join: bool) -> Iterator[Membership | None]:
+def rendezvous(out: Path | None, *, join: bool, job: str = "") -> Iterator[Membership | None]:
     """Yield this worker's place among those that make `out` together; None if it is alone and stays alone.
 
     Args:
         out: Folder of the results; None if no folder is written.
         join: Whether to join a run that is writing it, and to let others join this run.
+        job: What tells the job from others of the launch, beside the folder: the same on every rank.
 
     Raises:
         ArchiveInUseError: Another run is writing it, and `join` is False or that run cannot be joined.
         CaptureError: The other workers do not appear, or the run to join does not answer.
     """
-    launch, address = _launch()
+    launch, address = _launch(f"{job} {out or ''}")
     with ExitStack() as stack:
         membership = None
         if launch is not None:
@@ -59,12 +61,12 @@ def rendezvous(out: Path | None, *, join: bool) -> Iterator[Membership | None]:
         yield None if membership is None else stack.enter_context(membership)
 
 
-def _launch() -> tuple[Launch | None, Mapping[str, Json] | None]:
+def _launch(job: str) -> tuple[Launch | None, Mapping[str, Json] | None]:
     """Return the processes that were launched together, and where other runs can reach their store, if they can."""
     if dist.is_available() and dist.is_initialized():
         if dist.get_world_size() == 1:
             return None, None
-        store = PrefixStore(_prefix(), default_store())
+        store = PrefixStore(_prefix(job), default_store())
         return Launch(store, dist.get_rank(), dist.get_world_size()), None
     if int(os.environ.get("WORLD_SIZE", "1")) == 1 or not {"RANK", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
         return None, None
@@ -73,18 +75,22 @@ def _launch() -> tuple[Launch | None, Mapping[str, Json] | None]:
     except dist.DistError as error:
         raise CaptureError(f"the processes that were launched together did not find each other: {error}") from error
     store.set_timeout(timedelta(seconds=LOST_SECONDS))
-    prefix = _prefix()
+    prefix = _prefix(job)
     address = _address(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), prefix, n)
     return Launch(PrefixStore(prefix, store), rank, n), address
 
 
-def _prefix() -> str:
-    """Return the prefix of the next job's keys in the launcher's store; all ranks count the same jobs.
+def _prefix(job: str) -> str:
+    """Return the prefix of a job's keys in the launcher's store.
 
-    A job of one process alone does not count, since other processes may have none.
+    Ranks meet by what the job is and how often they have run it, so a job that only some of them run, such as a capture
+    by rank 0 alone, does not mix up the next one. A job of one process alone does not count, since other processes may
+    have none.
     """
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")  # torchrun keeps one store for all its attempts
-    return f"residua/{attempt}/{next(_jobs)}"
+    number = _jobs[job]
+    _jobs[job] += 1
+    return f"residua/{attempt}/{hashlib.sha256(job.encode()).hexdigest()[:16]}/{number}"
 
 
 def _address(host: str, port: int, prefix: str, n: int) -> dict[str, Json]:

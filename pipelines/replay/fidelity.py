@@ -73,7 +73,7 @@ def fidelity(
     batches = [batch.examples.tolist() for batch in sample_batches(opened, n_batches, seed)]
     settings = CaptureSettings(device=device, tp=tp, pp=pp)
     with (
-        working_together(None, settings) as membership,
+        working_together(None, settings, job=f"fidelity {archive}") as membership,
         replayed_model(opened, model, settings) as loaded,
         running_as_captured(opened, loaded),
     ):

@@ -155,7 +155,7 @@ def replay_dataset(
     folder, settings = Path(out), CaptureSettings(device=device, tp=tp, pp=pp)
     files = TableFiles(folder, schedule, chosen)
     with ExitStack() as stack:
-        membership = stack.enter_context(working_together(folder, settings))
+        membership = stack.enter_context(working_together(folder, settings, job="replay"))
         loaded = stack.enter_context(replayed_model(opened, model, settings))
         stack.enter_context(running_as_captured(opened, loaded))
         shared = SharedWork(membership, loaded, alike=True)

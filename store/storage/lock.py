@@ -20,6 +20,9 @@ from typing import Any
 from residua.store.base.canonical import Json
 
 _MAX_BYTES = 64 * 1024
+_NAME_SECONDS = 5.0  # time for a run that has the lock to write who it is
+_POLL_SECONDS = 0.05
+_ADVICE = "Wait for it, stop it, or start both so that they share the work (--join)."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -161,17 +164,25 @@ def _acquire(path: Path, archive: Path) -> int:
 
 
 def _lock(descriptor: int, archive: Path) -> None:
-    is_taken = try_flock(descriptor)
-    if is_taken:
+    """Take the lock, or raise ArchiveInUseError; a run that has just taken it gets a moment to write its name."""
+    deadline = time.monotonic() + _NAME_SECONDS
+    while not (is_taken := try_flock(descriptor)):
+        owner = read_owner(archive)
+        if is_taken is None:
+            _lock_by_file(archive, owner)
+            return
+        is_named = owner is not None and not (owner.host == socket.gethostname() and not is_alive(owner.pid))
+        if is_named or time.monotonic() > deadline:
+            raise ArchiveInUseError(archive, owner if is_named else None, _ADVICE)
+        time.sleep(_POLL_SECONDS)
+
+
+def _lock_by_file(archive: Path, owner: Owner | None) -> None:
+    """Raise ArchiveInUseError if the file names another run that may live; for file systems without locks."""
+    if owner is None:
         return
-    owner = read_owner(archive)
-    if is_taken is None:  # a file system without locks
-        if owner is None or owner.pid == os.getpid():
-            return
-        if owner.host != socket.gethostname():
-            advice = f"If that process is dead, remove {_path(archive)}: this file system has no locks."
-            raise ArchiveInUseError(archive, owner, advice)
-        if not is_alive(owner.pid):
-            return
-    advice = "Wait for it, stop it, or start both so that they share the work (--join)."
-    raise ArchiveInUseError(archive, owner, advice)
+    if owner.host != socket.gethostname():
+        advice = f"If that process is dead, remove {_path(archive)}: this file system has no locks."
+        raise ArchiveInUseError(archive, owner, advice)
+    if owner.pid != os.getpid() and is_alive(owner.pid):
+        raise ArchiveInUseError(archive, owner, _ADVICE)
