@@ -47,7 +47,7 @@ from residua.capture.runtime.streams import writer_threads
 from residua.capture.runtime.wrappers import core_of, refuse_compiled
 from residua.capture.scheduling.membership import Membership
 from residua.capture.sites.attention import eager_where_needed
-from residua.capture.sites.hooks import is_probing, move_last
+from residua.capture.sites.forward_call import is_probing, move_last
 from residua.capture.sites.names_to_modules import resolve_sites
 from residua.capture.sites.reference_model import unsharded_sites
 from residua.capture.sites.site import check_storage, plan_site, refuse_repeated

@@ -9,8 +9,10 @@ checkers; they are imported here from the private module that defines them.
 """
 
 from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager
 from typing import Any, TypeAlias, cast
 
+import torch
 from torch import nn
 from torch._C._distributed_c10d import PrefixStore as PrefixStore
 from torch._C._distributed_c10d import Store as Store
@@ -21,6 +23,7 @@ from torch.distributed.distributed_c10d import _get_default_store
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.pipelining.schedules import PipelineScheduleSingle, _PipelineSchedule
 from torch.distributed.pipelining.stage import _PipelineStageBase
+from torch.utils._python_dispatch import _disable_current_modes
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers.integrations import deepspeed
 
@@ -36,6 +39,24 @@ PipelineStageBase: TypeAlias = _PipelineStageBase
 WRAPPED_CHILDREN = ("_fsdp_wrapped_module", "_fpw_module", "_checkpoint_wrapped_module", "_orig_mod")
 """Names under which FSDP1, fairscale's FSDP, checkpointing and `torch.compile` keep the module that they wrap; none of
 them has a public name for it."""
+
+
+NOT_REENTRANT = "_checkpoint_without_reentrant_generator"
+"""The function of `torch.utils.checkpoint` that runs every checkpoint with ``use_reentrant=False``.
+
+It takes the function that runs again, and yields once, while the caller runs the part. torch has no public place to
+learn of it. (The reentrant kind is the public `CheckpointFunction`.)
+"""
+
+
+def in_backward() -> bool:
+    """Return whether this thread is in a backward pass; torch has no public function for it."""
+    return torch._C._current_graph_task_id() != -1
+
+
+def without_dispatch_modes() -> AbstractContextManager[Any]:
+    """Return a context that no dispatch mode sees, such as those of selective checkpointing; none is public."""
+    return _disable_current_modes()
 
 
 def is_compiled_in_place(module: nn.Module) -> bool:

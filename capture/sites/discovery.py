@@ -22,7 +22,8 @@ from residua.capture.sites.anatomy import ATTENTION_KINDS, Anatomy, are_checkpoi
 from residua.capture.sites.architectures import SIDE_BY_SIDE
 from residua.capture.sites.block_parts import Part, Parts, is_sum, parts_of
 from residua.capture.sites.block_run import BlockRun, BlockWatch
-from residua.capture.sites.hooks import attached, probing, values_of
+from residua.capture.sites.forward_call import probing
+from residua.capture.sites.hooks import attached, values_of
 from residua.capture.sites.shape_probe import PROBES, measure_sites, run_on_tokens, without_rows
 from residua.capture.sites.site import SiteInfo, Via
 from residua.store.base.errors import CaptureError

@@ -4,21 +4,22 @@
 without a copy: modules may change a tensor in place right after the hook, so a callback that keeps a value copies it
 before it returns.
 
-Hooks act only during a forward call of the model itself. Gradient checkpointing runs blocks again during the backward
-pass; these runs are ignored.
+Hooks act only during a forward call of the model itself, and when gradient checkpointing runs a part of it again during
+the backward pass (`residua.capture.sites.forward_call`).
 """
 
-import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from residua.capture.runtime.checkpointing import following
 from residua.capture.runtime.sharded import is_zero3
-from residua.capture.sites.attention import AttentionTap, intercepting, move_taps_last
+from residua.capture.sites.attention import AttentionTap, intercepting
+from residua.capture.sites.forward_call import ForwardCall, SiteTensor
 from residua.capture.sites.module_io import (
     checked_replacement,
     input_item,
@@ -29,40 +30,6 @@ from residua.capture.sites.module_io import (
 from residua.capture.sites.site import SiteInfo
 from residua.store.base.errors import CaptureError
 
-
-@dataclass(frozen=True, kw_only=True)
-class SiteTensor:
-    """The tensor of one site during one forward call.
-
-    Attributes:
-        info: The site.
-        tensor: The model's own tensor, with the axes that the model gives it, in autograd's graph.
-        batch_shape: (batch, positions) of the call; None if the model takes no token ids.
-        heads_first: Whether the tensor is (batch, heads, positions, ...).
-    """
-
-    info: SiteInfo
-    tensor: Tensor
-    batch_shape: tuple[int, int] | None
-    heads_first: bool = False
-
-    def to_site_axes(self, tensor: Tensor) -> Tensor:
-        """Return the site's tensor, or one of its shape such as its gradient, as (batch, positions, ...)."""
-        if self.heads_first:
-            return tensor.transpose(1, 2)
-        if self.info.flat and self.batch_shape is not None:
-            return tensor.reshape(*self.batch_shape, *tensor.shape[1:])
-        return tensor
-
-    def to_model_axes(self, tensor: Tensor) -> Tensor:
-        """Undo `to_site_axes`: return a tensor with the axes that the model gives the site."""
-        return tensor.transpose(1, 2) if self.heads_first else tensor.reshape(self.tensor.shape)
-
-    def without_values(self) -> "SiteTensor":
-        """Return the same with a meta tensor of the same shape, which keeps no memory and no graph alive."""
-        return replace(self, tensor=torch.empty(self.tensor.shape, device="meta"))
-
-
 OnTensor = Callable[[SiteTensor], Tensor | None]
 """Takes a site's tensor; returns its replacement, with the axes that the model gives the site, or None to keep it."""
 
@@ -70,99 +37,19 @@ Emit = Callable[[SiteInfo, Tensor], Tensor | None]
 """Takes a site and its tensor, (batch, positions, ...) unless the site is not per token; returns a replacement of the
 same axes, or None to keep it."""
 
+OnProblem = Callable[[SiteInfo, CaptureError], None]
+"""Takes a site whose module has no such tensor, and the error that says so."""
+
 
 def values_of(emit: Emit) -> OnTensor:
     """Return a callback for `attached` that calls ``emit`` with the detached tensor as (batch, positions, ...)."""
 
-    def on_tensor(found: SiteTensor) -> Tensor | None:
+    def run(found: SiteTensor) -> Tensor | None:
         value = found.to_site_axes(found.tensor.detach())
         new = emit(found.info, value)
         return None if new is None else found.to_model_axes(checked_replacement(value, new, found.info.name))
 
-    return on_tensor
-
-
-_probes = threading.local()
-
-
-@contextmanager
-def probing() -> Iterator[None]:
-    """Let the model run on tokens that are not the user's: sites that were attached before do not see them."""
-    before = is_probing()
-    _probes.active = True
-    try:
-        yield
-    finally:
-        _probes.active = before
-
-
-def is_probing() -> bool:
-    """Return whether this thread runs a model on tokens that are not the user's."""
-    return bool(getattr(_probes, "active", False))
-
-
-class ForwardCall:
-    """The forward calls of the model that are running, in each thread.
-
-    A callback may call the model itself, and several threads may share a model: calls are kept in a stack per thread.
-
-    Attributes:
-        n_calls: Number of forward calls that have begun.
-        handles: The hooks that read the sites and the one that ends a call, in order, without those that have to
-            come first.
-        attention_taps: The taps of attention, by module.
-    """
-
-    def __init__(self) -> None:
-        self.n_calls = 0
-        self.handles: list[torch.utils.hooks.RemovableHandle] = []
-        self.attention_taps: Mapping[nn.Module, AttentionTap] = {}
-        self._local = threading.local()
-        self._is_of_probe = is_probing()
-
-    @property
-    def _running(self) -> list[tuple[int, int] | None]:
-        """The batch shapes of this thread's calls, the innermost call last."""
-        shapes: list[tuple[int, int] | None] = vars(self._local).setdefault("shapes", [])
-        return shapes
-
-    @property
-    def is_running(self) -> bool:
-        """Whether a forward call of the model is running in this thread."""
-        return bool(self._running) and self._is_of_probe == is_probing()
-
-    @property
-    def batch_shape(self) -> tuple[int, int] | None:
-        """(batch, positions) of the running call; None if the model takes no token ids."""
-        return self._running[-1]
-
-    def move_last(self) -> None:
-        """Let these hooks run after all others of their modules, also after those that were registered later."""
-        for handle in self.handles:
-            move_last(handle)
-        move_taps_last(self.attention_taps)
-
-    def enter(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Note that a forward call begins; a forward pre-hook."""
-        self.n_calls += self._is_of_probe == is_probing()
-        candidates = (kwargs.get("input_ids"), kwargs.get("inputs_embeds"), next(iter(args), None))
-        shape = next((tokens.shape for tokens in candidates if isinstance(tokens, Tensor)), ())
-        self._running.append((shape[0], shape[1]) if len(shape) >= 2 else None)
-
-    def leave(self, _module: nn.Module, _args: object, _output: object) -> None:
-        """Note that a forward call ends, normally or by an exception; a forward hook."""
-        del self._running[-1:]  # the list is empty if another pre-hook failed before `enter`
-
-
-def move_last(handle: torch.utils.hooks.RemovableHandle) -> None:
-    """Let a hook run after all others of its module, also after those that were registered later."""
-    hooks = handle.hooks_dict_ref()
-    if hooks is not None and handle.id in hooks:
-        hooks[handle.id] = hooks.pop(handle.id)
-
-
-OnProblem = Callable[[SiteInfo, CaptureError], None]
-"""Takes a site whose module has no such tensor, and the error that says so."""
+    return lambda found: found.once(partial(run, found))
 
 
 @contextmanager
@@ -202,7 +89,11 @@ def attached(
         closed = modules[""].register_forward_hook(call.leave, always_call=True)
         stack.callback(closed.remove)
         call.handles.append(closed)
-        yield call
+        stack.enter_context(following(call.begin_part))
+        try:
+            yield call
+        finally:
+            call.is_attached = False
 
 
 def _register(module: nn.Module, reader: "_Reader", *, first: bool) -> torch.utils.hooks.RemovableHandle:
@@ -222,24 +113,24 @@ class _Reader:
         self._where = f"Site {info.name!r}, {info.where}"
 
     def on_output(self, _module: nn.Module, _args: object, output: Any) -> Any:
-        if not self._call.is_running:
+        if not self._call.is_running(self.info):
             return None
         try:
             index = _logits_index(output, self._where) if self.info.via == "logits" else self.info.index
             tensor = output_item(output, index, self._where)
         except CaptureError as error:
             return self._complain(error)
-        new = self._on_tensor(SiteTensor(info=self.info, tensor=tensor, batch_shape=self._call.batch_shape))
+        new = self._call.call(self._on_tensor, self.info, tensor, heads_first=False)
         return None if new is None else replaced_output(output, index, new)
 
     def on_input(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if not self._call.is_running:
+        if not self._call.is_running(self.info):
             return None
         try:
             tensor = input_item(args, kwargs, self.info.index, self._where)
         except CaptureError as error:
             return self._complain(error)
-        new = self._on_tensor(SiteTensor(info=self.info, tensor=tensor, batch_shape=self._call.batch_shape))
+        new = self._call.call(self._on_tensor, self.info, tensor, heads_first=False)
         if new is not None and self.info.via == "stream":
             # The block also uses this tensor as its residual: only a change in place reaches both uses.
             tensor.copy_(new)
@@ -272,12 +163,10 @@ class _BlockAttentionTap(AttentionTap):
         self._on_tensor = on_tensor
 
     def __call__(self, kind: str, tensor: Tensor) -> Tensor | None:
-        if not self._call.is_running:
+        info = self._sites[kind]
+        if not self._call.is_running(info):
             return None
-        found = SiteTensor(
-            info=self._sites[kind], tensor=tensor, batch_shape=self._call.batch_shape, heads_first=kind != "z"
-        )
-        return self._on_tensor(found)
+        return self._call.call(self._on_tensor, info, tensor, heads_first=kind != "z")
 
 
 def _attention_taps(

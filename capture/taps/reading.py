@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from residua.capture.sites.attention import eager_where_needed
-from residua.capture.sites.hooks import ForwardCall, attached, values_of
+from residua.capture.sites.forward_call import ForwardCall
+from residua.capture.sites.hooks import attached, values_of
 from residua.capture.sites.names_to_modules import resolve_sites
 from residua.capture.sites.pipeline_stages import target_of
 from residua.capture.sites.shape_probe import not_once

@@ -8,8 +8,10 @@ share one model.
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from functools import partial
 
+import torch
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
@@ -21,7 +23,8 @@ from residua.capture.runtime.collectives import on_rank
 from residua.capture.runtime.process_groups import pipeline_group, tensor_parallel_group
 from residua.capture.runtime.wrappers import running_uncompiled
 from residua.capture.sites.attention import eager_where_needed
-from residua.capture.sites.hooks import ForwardCall, SiteTensor, attached
+from residua.capture.sites.forward_call import ForwardCall, Note, SiteTensor
+from residua.capture.sites.hooks import attached
 from residua.capture.sites.module_io import checked_replacement
 from residua.capture.sites.pipeline_stages import Microbatch, microbatches_of, target_of
 from residua.capture.sites.reference_model import may_be_distributed, unsharded_sites
@@ -55,6 +58,19 @@ class TapGroup:
             yield
         finally:
             self.enabled = before
+
+
+@dataclass
+class _Due:
+    """What a tap notes at a site of a part that runs again.
+
+    Attributes:
+        microbatch: Number of the microbatch under way.
+        waits: Whether the tensor will be in autograd's graph only when the part runs again.
+    """
+
+    microbatch: int | None
+    waits: bool = False
 
 
 class Tap:
@@ -106,38 +122,73 @@ class Tap:
         """Number of the microbatch under way, in a stage of torch's pipelines; None elsewhere."""
         return self._microbatch.index
 
-    def _on_site(self, site_tensor: SiteTensor) -> Tensor | None:
+    def _on_site(self, found: SiteTensor) -> Tensor | None:
+        if found.is_again and found.note is not None:
+            return self._on_site_again(found, found.note)
         if not self._microbatch.is_real:
             return None
-        self._n_met[site_tensor.info.name] += 1
+        name = found.info.name
+        self._n_met[name] += 1
         if not self.enabled:
             return None
+        if found.note is not None:
+            found.note.of_callback = _Due(self._microbatch.index)
         if self._backward:
-            self._await_gradient(site_tensor)
+            self._await_gradient(found)
             return None
-        return self._apply(site_tensor, site_tensor.tensor)
+        self.n_fired[name] += 1
+        if not self._differentiable:
+            return found.once(partial(self._apply, found, found.tensor))
+        new = self._apply(found, found.tensor)
+        if found.note is not None:
+            found.note.is_replaced = new is not None
+        return new
 
-    def _await_gradient(self, site_tensor: SiteTensor) -> None:
-        if not site_tensor.tensor.requires_grad:
+    def _on_site_again(self, found: SiteTensor, note: Note) -> Tensor | None:
+        """Do in a part that runs again what was done in the forward call; nothing of it counts."""
+        if not self._backward and not self._differentiable:
+            return note.again(found.tensor)
+        due = note.of_callback
+        if not isinstance(due, _Due):
+            return None
+        if self._backward:
+            if due.waits and found.tensor.requires_grad:
+                self._listen(found, due.microbatch)
+            return None
+        with self._microbatch.running(due.microbatch):
+            return self._apply(found, found.tensor)
+
+    def _await_gradient(self, found: SiteTensor) -> None:
+        name = found.info.name
+        due = None if found.note is None else found.note.of_callback
+        if not found.tensor.requires_grad and (not isinstance(due, _Due) or torch.is_grad_enabled()):
             raise CaptureError(
-                f"Site {site_tensor.info.name!r}{on_rank()} has no gradient: nothing before it requires one, or the "
+                f"Site {name!r}{on_rank()} has no gradient: nothing before it requires one, or the "
                 "model was called without gradients. Call it with gradients enabled, and let the parameters or the "
                 "embeddings before the site require them."
             )
-        if not self.n_fired[site_tensor.info.name]:
-            self._awaited.add(site_tensor.info.name)
+        if not self.n_fired[name]:
+            self._awaited.add(name)
+        if found.tensor.requires_grad:
+            self._listen(found, self._microbatch.index)
+        elif isinstance(due, _Due):
+            due.waits = True  # reentrant checkpointing makes the graph when the part runs again
+
+    def _listen(self, found: SiteTensor, microbatch: int | None) -> None:
         # A closure over the tensor itself would keep it alive for ever, through its own hook.
         self._handles = [handle for handle in self._handles if handle.hooks_dict_ref() is not None]
-        hook = partial(self._on_gradient, site_tensor.without_values(), self._microbatch.index)
-        self._handles.append(site_tensor.tensor.register_hook(hook))  # type: ignore[no-untyped-call]  # torch has no types here
+        hook = partial(self._on_gradient, found.without_values(), microbatch)
+        self._handles.append(found.tensor.register_hook(hook))  # type: ignore[no-untyped-call]  # torch has no types here
 
     def _on_gradient(self, site_tensor: SiteTensor, microbatch: int | None, gradient: Tensor) -> Tensor | None:
         self._awaited.discard(site_tensor.info.name)
         with self._microbatch.running(microbatch):
-            return self._apply(site_tensor, gradient) if self.enabled else None
+            if not self.enabled:
+                return None
+            self.n_fired[site_tensor.info.name] += 1
+            return self._apply(site_tensor, gradient)
 
     def _apply(self, site_tensor: SiteTensor, tensor: Tensor) -> Tensor | None:
-        self.n_fired[site_tensor.info.name] += 1
         shown = site_tensor.to_site_axes(tensor if self._differentiable else tensor.detach())
         new = self._run_on(site_tensor, shown, partial(self._run, site_tensor.info.name), is_gradient=self._backward)
         return None if new is None else site_tensor.to_model_axes(new)
@@ -201,6 +252,11 @@ def tap(
     If several processes share the model, all of them have to use the same tap. The function runs once per model
     replica, on the first rank of its tensor-parallel group, and its result reaches every rank. Data-parallel replicas
     are independent, each with its own batch. A site of another pipeline stage fires in that stage only.
+
+    With gradient checkpointing (torch's, and all that calls it) a part of the model runs again in the backward pass.
+    There each site gets the same replacement again, and nothing is counted twice. A function with differentiable=True
+    runs again, and has to compute the same: draw random numbers from torch's own generator. Call ``backward()`` inside
+    the context. Checkpointing of other libraries is refused where it would lose a replacement.
 
     Leaving the context, also by an exception, restores the model: hooks, weights, outputs and attention.
 

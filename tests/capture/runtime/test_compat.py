@@ -56,6 +56,33 @@ def test_default_store(one_rank: Any) -> None:
     assert compat.PrefixStore("compat", compat.default_store()).get("key") == b"value"
 
 
+def test_checkpoints_that_are_not_reentrant() -> None:
+    from torch.utils import checkpoint as module
+
+    ran: list[str] = []
+    generator = getattr(module, compat.NOT_REENTRANT)(lambda _x: ran.append("again"), True, module.noop_context_fn)
+    next(generator)
+    with pytest.raises(StopIteration):
+        next(generator)
+    assert not ran
+
+
+def test_in_backward() -> None:
+    found = [compat.in_backward()]
+    weight = torch.ones(2, requires_grad=True)
+    weight.register_hook(lambda _grad: found.append(compat.in_backward()))  # type: ignore[no-untyped-call]  # no types
+    weight.sum().backward()  # type: ignore[no-untyped-call]  # torch has no types here
+    assert found == [False, True]
+
+
+def test_without_dispatch_modes() -> None:
+    from torch.utils.flop_counter import FlopCounterMode
+
+    with FlopCounterMode(display=False) as counter, compat.without_dispatch_modes():
+        torch.ones(2, 2) @ torch.ones(2, 2)
+    assert counter.get_total_flops() == 0
+
+
 def test_merged_generation_config() -> None:
     model = cast("Any", TINY["llama"]())
     model.generation_config.use_cache = False
