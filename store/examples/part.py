@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from residua.store.base.errors import DamagedArchiveError, UnsafeArchiveError
@@ -99,8 +100,9 @@ def naming(path: Path) -> Iterator[None]:
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator[pq.ParquetFile]:
-    with pq.ParquetFile(path, page_checksum_verification=True, pre_buffer=False) as file:
+def _opened(path: Path, coded: Sequence[str] = ()) -> Iterator[pq.ParquetFile]:
+    """Open a part; texts at the leaves `coded` are read as numbers of different texts."""
+    with pq.ParquetFile(path, page_checksum_verification=True, pre_buffer=False, read_dictionary=list(coded)) as file:
         yield file
 
 
@@ -239,6 +241,26 @@ def _flat(path: Path, column: Any, counts: IntArray) -> IntArray:
 def read_columns(part: Part, names: Sequence[str]) -> pa.Table:
     """Read the columns `names`, as far as the part has them; raises as `read_parts` does."""
     wanted = [name for name in names if name in part.schema.names]
-    with naming(part.path), _opened(part.path) as file:
+    with naming(part.path):
         _check_pages(part.path, part.groups, tuple(wanted))
-        return file.read(columns=wanted)
+        with _opened(part.path) as file:
+            leaves = [file.schema.column(i).path for i in range(len(file.schema))]
+        with _opened(
+            part.path, [leaf for leaf in leaves if any(f"{leaf}.".startswith(f"{name}.") for name in wanted)]
+        ) as file:
+            table = file.read(columns=wanted)
+        # Pages hold a text once, however many values repeat it.
+        n_bytes = sum(_text_bytes(chunk) for column in table.columns for chunk in column.chunks)
+        _refuse(part.path, [size_problem("bytes of texts", n_bytes, MAX_PART_BYTES)])
+        fields = [part.schema.field(name) for name in table.schema.names]
+        plain = pa.schema(fields, metadata=table.schema.metadata)
+        return table if table.schema.equals(plain) else table.cast(plain)
+
+
+def _text_bytes(array: Any) -> int:
+    """Return how many bytes the coded texts in an array have when each is written out."""
+    if isinstance(array, pa.DictionaryArray):
+        lengths = pc.call_function("binary_length", [array.dictionary]).take(array.indices)
+        return int(pc.call_function("sum", [lengths]).as_py() or 0)
+    inner = array.flatten() if hasattr(array, "flatten") else []
+    return sum(map(_text_bytes, inner if isinstance(inner, list) else [inner]))

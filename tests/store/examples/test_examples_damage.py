@@ -82,6 +82,36 @@ class TestDamage:
         with pytest.raises(UnsafeArchiveError, match=rf"part-00000.*column '{name}' should be .*, found {found}"):
             ExampleTable(tmp_path)
 
+    @pytest.mark.parametrize(
+        "wrap",
+        [
+            lambda text: text,
+            lambda text: text.encode(),
+            lambda text: [text],
+            lambda text: {"a": {"b": text}},
+            lambda text: [{"a": [text, None]}],
+        ],
+    )
+    def test_a_text_that_many_examples_repeat_is_counted_each_time(
+        self, wrap: Callable[[str], object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr("residua.store.examples.part.MAX_PART_BYTES", 10_000)
+        written(tmp_path)
+        path = tmp_path / "part-00000.parquet"
+        part = pq.read_table(path)
+        for name in ("label.of", "other"):
+            for length, is_read in ((10, True), (9_000, False)):
+                column = pa.array([wrap("x" * length)] * len(part))
+                pq.write_table(part.append_column(name, column), path)
+                table = ExampleTable(tmp_path)
+                assert path.stat().st_size < 10_000
+                if is_read:
+                    assert table.table([name])[name].to_pylist()[: len(part)] == column.to_pylist()
+                    assert table.table([name]).schema.field(name).type == column.type
+                else:
+                    with pytest.raises(UnsafeArchiveError, match=r"part-00000.parquet: .*bytes of texts"):
+                        table.table([name])
+
     def test_missing_column(self, tmp_path: Path) -> None:
         written(tmp_path)
         path = tmp_path / "part-00002.parquet"
