@@ -19,7 +19,9 @@ from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from residua.capture.identity.fingerprint import weights_fingerprint
+from residua.capture.identity.fingerprint import known_fingerprint, weights_fingerprint
+from residua.capture.identity.output import OutputSample, compare_outputs, output_sample
+from residua.capture.identity.settings import adapters_of, compare_settings, module_settings
 from residua.capture.layout.process_layout import describe_process_layout
 from residua.capture.runtime.compat import attention_implementation, model_revision
 from residua.capture.runtime.pipeline_schedule import runnable
@@ -43,6 +45,7 @@ _NOT_THE_MODEL = (
 _IDENTITY = ("class", "weights", "config")
 _CONDITIONS = ("dtype", "attention")  # under which the same model may run
 _DIGEST_DIGITS = 64
+_VERSIONS = ("packages.torch:", "packages.transformers:")
 
 
 def environment() -> dict[str, Json]:
@@ -64,23 +67,33 @@ def _version(name: str) -> str:
     return version(name)  # reads files of the package each time
 
 
-def identify_model(model: nn.Module) -> dict[str, Json]:
+def identify_model(model: nn.Module, output: OutputSample | str = "") -> dict[str, Json]:
     """Return the plan's `model` entry: the same on every device, under every wrapper, in every layout.
 
     A collective of all processes that hold the model.
+
+    Args:
+        model: The model.
+        output: What it computes now, as `output_sample` says; then weights that have not changed are not read again.
 
     Raises:
         CaptureError: A weight has no values, since it lies on the meta device.
     """
     core = core_of(model)
+    holder = model if isinstance(model, FullyShardedDataParallel) else core  # FSDP1 gathers weights itself
     return {
         "class": plain_class(core).__name__,
-        # FSDP1 gathers weights from the outermost wrapper
-        "weights": weights_fingerprint(model if isinstance(model, FullyShardedDataParallel) else core),
+        "weights": known_fingerprint(holder, output.sha256)
+        if isinstance(output, OutputSample)
+        else weights_fingerprint(holder),
         "config": digest_of(_config_values(core) if isinstance(core, PreTrainedModel) else str(core)),
         "dtype": _dtype(core),
-        "attention": attention_implementation(core.config) if isinstance(core, PreTrainedModel) else None,
+        "attention": _attention(core),
     }
+
+
+def _attention(core: nn.Module) -> str | None:
+    return attention_implementation(core.config) if isinstance(core, PreTrainedModel) else None
 
 
 def _dtype(core: nn.Module) -> str | None:
@@ -89,20 +102,35 @@ def _dtype(core: nn.Module) -> str | None:
     return None if first is None else str(first.dtype).removeprefix("torch.")
 
 
-def describe_model(model: nn.Module, identity: Mapping[str, Json]) -> dict[str, Json]:
-    """Return the provenance of a model: where it came from, what it ran on, and its `identity`."""
+def describe_model(
+    model: nn.Module, identity: Mapping[str, Json], output: OutputSample | str | None = None
+) -> dict[str, Json]:
+    """Return the provenance of a model: where it came from, what it ran on, and which one it is.
+
+    Args:
+        model: The model.
+        identity: As `identify_model` says.
+        output: What it computes, as `output_sample` says; None if that was not found out.
+    """
+    adapters = adapters_of(model)
     model = core_of(model)
-    devices = {parameter.device for parameter in model.parameters()}
-    names = sorted(torch.cuda.get_device_name(d) if d.type == "cuda" else d.type for d in devices)
     config = model.config if isinstance(model, PreTrainedModel) else None
     return {
         "id": getattr(config, "name_or_path", "") or "",
         "revision": model_revision(config),
-        "devices": cast("list[Json]", names),
+        "devices": _device_names(model),
         "layout": describe_process_layout(model),
         "config_values": _config_values(model),
+        "adapters": adapters or None,
+        "settings": module_settings(model),
+        "output": output.to_json() if isinstance(output, OutputSample) else output,
         **identity,
     }
+
+
+def _device_names(model: nn.Module) -> list[Json]:
+    devices = {parameter.device for parameter in model.parameters()}
+    return cast("list[Json]", sorted(torch.cuda.get_device_name(d) if d.type == "cuda" else d.type for d in devices))
 
 
 def identify_tokenizer(tokenizer: PreTrainedTokenizerBase) -> dict[str, Json]:
@@ -155,6 +183,55 @@ def config_differences(provenance: Mapping[str, object], model: nn.Module) -> li
 
 
 @dataclass(frozen=True, kw_only=True)
+class BehaviourComparison:
+    """How what a model computes with and gives differs from the captured one, one sentence each.
+
+    Attributes:
+        wrong: What only another model explains.
+        notes: What rounding explains, or what cannot be told from here.
+    """
+
+    wrong: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+
+
+def compare_behaviour(
+    provenance: Mapping[str, object], model: nn.Module, output: OutputSample | str
+) -> BehaviourComparison:
+    """Compare a model's settings and its output on a few tokens with those of the capture.
+
+    Args:
+        provenance: The provenance of the archive; those of former versions have neither.
+        model: The model here.
+        output: What it computes here, as `output_sample` says.
+    """
+    described = provenance.get("model")
+    if not isinstance(described, Mapping):
+        return BehaviourComparison()
+    core, changed = core_of(model), changed_conditions(provenance, model)
+    same_layout = described.get("layout") == describe_process_layout(core)
+    same_versions = not any(line.startswith(_VERSIONS) for line in changed)
+    wrong, notes = list[str](), list[str]()
+    then = OutputSample.from_json(described.get("output"))
+    found = None
+    if then is not None and isinstance(output, OutputSample):
+        same = not changed and described.get("devices") == _device_names(core)
+        same = same and described.get("attention") == _attention(core)
+        found = compare_outputs(then, output, same_conditions=same)
+        if found.text:
+            (wrong if found.is_other else notes).append(found.text)
+    elif then is not None:
+        notes.append(f"the model's output was not compared with that of the captured model: {output}")
+    before = described.get("settings")
+    if isinstance(before, Mapping) and same_layout:
+        settings = compare_settings(before, module_settings(core), both=not same_versions)
+        (wrong if same_versions else notes).extend(settings.attributes)
+        if found is None or not found.is_equal:  # a hook may only look: the output says whether it changes anything
+            (wrong if found is not None and found.is_other else notes).extend(settings.hooks)
+    return BehaviourComparison(wrong=tuple(wrong), notes=tuple(notes))
+
+
+@dataclass(frozen=True, kw_only=True)
 class ModelCheck:
     """The result of comparing a model with an archive.
 
@@ -181,8 +258,9 @@ def check_model(archive: Archive, model: nn.Module, *, force: bool = False, exac
         CaptureError: With `exact`: a weight has no values.
     """
     expected, notes = archive.plan.model, list[str]()
+    output = output_sample(model)
     try:
-        found = identify_model(model)
+        found = identify_model(model, output)
     except CaptureError as error:
         if exact:
             raise
@@ -199,7 +277,9 @@ def check_model(archive: Archive, model: nn.Module, *, force: bool = False, exac
         if key in expected and key in found and found[key] != expected[key]
     ]
     lines = [f"{key}: {_shown(expected[key])} in the archive, {_shown(found.get(key))} here" for key in wrong]
-    if wrong and not force:
+    behaviour = BehaviourComparison() if wrong else compare_behaviour(archive.provenance, model, output)
+    lines += behaviour.wrong
+    if lines and not force:
         values = config_differences(archive.provenance, core_of(model)) if "config" in wrong else []
         listed = "\n  ".join([*lines, *values, *([] if exact else conditions)])
         remedy = "" if exact else "; or go on with this model by force=True or --force, which is noted"
@@ -209,7 +289,7 @@ def check_model(archive: Archive, model: nn.Module, *, force: bool = False, exac
         )
     forced = [f"another model than the captured one, as force=True allowed: {line}" for line in lines]
     changed = changed_conditions(archive.provenance, model)
-    return ModelCheck(identity=found, notes=(*forced, *notes, *conditions, *changed))
+    return ModelCheck(identity=found, notes=(*forced, *notes, *conditions, *changed, *behaviour.notes))
 
 
 def _shown(value: Json) -> str:

@@ -13,7 +13,7 @@ from contextlib import AbstractContextManager
 from typing import Any, TypeAlias, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch._C._distributed_c10d import PrefixStore as PrefixStore
 from torch._C._distributed_c10d import Store as Store
 from torch._C._distributed_c10d import TCPStore as TCPStore
@@ -150,3 +150,13 @@ def device_meshes_of(model: nn.Module) -> Any:
 def accelerate_hook(module: nn.Module) -> Any:
     """Return the hook that accelerate put on a module, None if there is none; accelerate has no public attribute."""
     return getattr(module, "_hf_hook", None)
+
+
+def forward_hooks_of(module: nn.Module) -> list[Any]:
+    """Return the functions that run before and after a module's forward; torch has no public attribute for them."""
+    return [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]
+
+
+def version_of(tensor: Tensor) -> int:
+    """Return how often a tensor was changed in place; torch has no public name for its counter."""
+    return tensor._version

@@ -1,9 +1,9 @@
 """Wrappers around a model, compiled models, and the bare model inside them.
 
-A wrapper (DDP, FSDP, `torch.compile`, checkpointing) holds the wrapped module as a child of a fixed name, so the names
-of `named_modules` contain parts such as ``module`` or ``_fsdp_wrapped_module``. The names used here do not: a wrapped
-module has the name that it has in the bare model. `named_modules` returns the wrapper under that name, because the
-model around it sees what enters and leaves the wrapper. FSDP2 and transformers' own parallelism wrap nothing: they
+A wrapper (DDP, FSDP, `torch.compile`, checkpointing, PEFT) holds the wrapped module as a child of a fixed name, so the
+names of `named_modules` contain parts such as ``module`` or ``_fsdp_wrapped_module``. The names used here do not: a
+wrapped module has the name that it has in the bare model. `named_modules` returns the wrapper under that name, because
+the model around it sees what enters and leaves the wrapper. FSDP2 and transformers' own parallelism wrap nothing: they
 change the model's class or the forward method of its modules.
 
 Compiled code ignores hooks that are added after the first compiled call, and hooks that are added before it break the
@@ -13,7 +13,7 @@ graph. A capture or a tap therefore runs compiled modules uncompiled.
 import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from typing import TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import nn
@@ -25,6 +25,7 @@ from residua.store.base.errors import CaptureError, PlanError
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
 
+_ADAPTED, _TUNER = "PeftModel", "BaseTuner"  # by name, as below: PEFT's wrapper, and the adapters inside it
 _ENGINES = ("DeepSpeedEngine", "PipelineEngine", "InferenceEngine")  # compared by name: the library is optional
 
 
@@ -32,8 +33,14 @@ def inside(module: nn.Module) -> nn.Module | None:
     """Return the module that a wrapper wraps; None for a module that is no wrapper.
 
     Raises:
-        CaptureError: The wrapper runs copies of the model on slices of each batch.
+        CaptureError: The wrapper runs copies of the model on slices of each batch, or adds to what the model is given.
     """
+    kinds = {kind.__name__ for kind in type(module).__mro__}
+    if _ADAPTED in kinds:
+        _refuse_added_inputs(module)
+        return module.get_submodule("base_model")
+    if _TUNER in kinds:
+        return module.get_submodule("model")
     if isinstance(module, DataParallel) and len(module.device_ids) > 1:
         raise CaptureError(
             f"the model is wrapped in nn.DataParallel over {len(module.device_ids)} devices, which runs a copy of it "
@@ -44,6 +51,18 @@ def inside(module: nn.Module) -> nn.Module | None:
         return module.get_submodule("module")
     children = compat.children_by_name(module)
     return next((children[name] for name in compat.WRAPPED_CHILDREN if children.get(name) is not None), None)
+
+
+def _refuse_added_inputs(adapted: nn.Module) -> None:
+    """Raise CaptureError if PEFT does more than run the model with its adapters in it."""
+    config = cast("Any", adapted).active_peft_config
+    kind = str(getattr(config.peft_type, "value", config.peft_type))
+    if config.is_prompt_learning or kind == "XLORA" or getattr(config, "alora_invocation_tokens", None):
+        raise CaptureError(
+            f"the model is wrapped in {type(adapted).__name__} with {kind}, which acts on the inputs of the model and "
+            "not on its modules: its own tokens, or several passes, have no rows of the dataset. Use an adapter that "
+            "lies in the modules (LoRA, IA3, OFT and their like), or the model inside (model.get_base_model())"
+        )
 
 
 def core_of(model: nn.Module) -> nn.Module:
@@ -160,7 +179,7 @@ def refuse_compiled(model: nn.Module) -> None:
 
 
 def replica_of(model: ModelT) -> ModelT:
-    """Return the model inside the wrappers of DDP, DeepSpeed and `torch.compile`: the replica that is captured.
+    """Return the model inside the wrappers of DDP, DeepSpeed, PEFT and `torch.compile`: the replica that is captured.
 
     The forward pass of DDP communicates with the other workers, and would wait for a worker that has fewer batches.
 
@@ -170,7 +189,8 @@ def replica_of(model: ModelT) -> ModelT:
     inner: nn.Module = model
     while (wrapped := inside(inner)) is not None:
         is_transparent = isinstance(inner, compat.CompiledModule | DistributedDataParallel)
-        if not is_transparent and type(inner).__name__ != "DeepSpeedEngine":
+        names = {kind.__name__ for kind in type(inner).__mro__}
+        if not is_transparent and names.isdisjoint(("DeepSpeedEngine", _ADAPTED, _TUNER)):
             raise PlanError(
                 f"the model is wrapped in {type(inner).__name__}: capture the model inside, or shard it with FSDP2 "
                 "(fully_shard), which wraps nothing"

@@ -19,8 +19,10 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.pipelining.schedules import PipelineScheduleSingle
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from residua.capture.identity.output import OutputSample, output_sample
 from residua.capture.identity.provenance import (
     changed_conditions,
+    compare_behaviour,
     config_differences,
     describe_model,
     environment,
@@ -214,6 +216,7 @@ class CaptureJob(ABC):
         notes: What the user should know, one sentence each; grows while the job runs. Those that are known before the
             archive is made are kept in its provenance.
         identity: What identifies the model in a plan; known before `plan` is called.
+        output: What the model computes on a few tokens, or why that is not known; known before `plan` is called.
         column_shards: What `cut_columns` returned; known before `plan` is called.
         shared: What worker 0 found out while it prepared, for the other workers, as JSON values.
     """
@@ -233,6 +236,7 @@ class CaptureJob(ABC):
         self.out = out
         self.notes: list[str] = []
         self.identity: Mapping[str, Json] = {}
+        self.output: OutputSample | str = ""
         self.column_shards: Mapping[str, int] = {}
         self.shared: dict[str, Json] = {}
         self._head = head
@@ -289,7 +293,8 @@ class CaptureJob(ABC):
             if switched:
                 self.notes.append(f"pattern sites need eager attention: the model used it to capture {self.out.name}")
             # Collectives of the workers that hold a model together: every worker has to call them.
-            self.identity = identify_model(self.model)
+            self.output = output_sample(self.model)
+            self.identity = identify_model(self.model, self.output)
             is_shared = spans_processes(self.model) or is_sharded(self.model)
             sidecars = self._sidecars() if is_shared else None
             layout = workers.process_layout(self.model, self.sites)
@@ -349,6 +354,7 @@ class CaptureJob(ABC):
         archive = self.archive
         self.notes.extend(changed_conditions(archive.provenance, self.model))
         if archive.plan.digest == plan.digest:
+            self._compare_behaviour(archive)
             return
         lines = archive.plan.differences(plan)
         if of_config := config_differences(archive.provenance, self.model):  # more helpful than digests that differ
@@ -358,6 +364,17 @@ class CaptureJob(ABC):
             f"{archive.path} was begun with another plan:\n  {listed}\n"
             "Run it with the settings of the archive to go on, or choose another --out."
         )
+
+    def _compare_behaviour(self, archive: Archive) -> None:
+        """Refuse a model of the same weights that computes something else: the archive would be made of two models."""
+        found = compare_behaviour(archive.provenance, self.model, self.output)
+        self.notes.extend(found.notes)
+        if found.wrong:
+            listed = "\n  ".join(found.wrong)
+            raise PlanError(
+                f"{archive.path} was begun with another model, although its weights are the same:\n  {listed}\n"
+                "Switch adapters and hooks, and set attributes, as they were to go on, or choose another --out."
+            )
 
     def _sidecars(self) -> Sidecars:
         return sidecar_files(self.model, self.sites, head=self._head)
@@ -452,7 +469,7 @@ class _DatasetCapture(CaptureJob):
 
     def provenance(self, plan: Plan) -> dict[str, Any]:
         return {
-            "model": describe_model(self.model, plan.model),
+            "model": describe_model(self.model, plan.model, self.output),
             "tokenizer": None if self._tokenizer is None else identify_tokenizer(self._tokenizer),
             "dataset": dataset_identity(self._dataset, self._settings),
             "command": self._command,

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from residua.capture.forward.batches import BatchRunner
 from residua.capture.identity.compare import RowComparison, SiteComparison
-from residua.capture.identity.provenance import changed_conditions, check_model, running_as_captured
+from residua.capture.identity.provenance import check_model, running_as_captured
 from residua.capture.sites.names_to_modules import resolve_sites
 from residua.capture.taps.reading import reading
 from residua.pipelines.capture.captured_batches import sample_batches
@@ -85,13 +85,11 @@ def reproduce(
     runner = BatchRunner(model, plan, opened.example_table, comparison)
     with ExitStack() as stack:
         stack.enter_context(running_as_captured(opened, model))
-        check_model(opened, model, exact=True)
+        check = check_model(opened, model, exact=True)
         stack.enter_context(torch.inference_mode())
         taps = stack.enter_context(reading(model, infos, runner.put))
         for done, batch in enumerate(batches, start=1):
             for _ in runner.run(batch):
                 taps.end_forward()
             on_batch(done, len(batches))
-    return Reproduction(
-        sites=comparison.sites, n_batches=len(batches), differences=changed_conditions(opened.provenance)
-    )
+    return Reproduction(sites=comparison.sites, n_batches=len(batches), differences=check.notes)

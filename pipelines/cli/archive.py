@@ -21,6 +21,7 @@ from residua.pipelines.cli.report import human_bytes, print_json, print_nonfinit
 if TYPE_CHECKING:
     from residua.store.read.summary import SiteSummary, Summary
 
+_ONLY_COMPARED = ("config_values", "settings", "output")  # long, and only needed to show differences
 _MOST_SHOWN = 400  # characters of one value: the vectors of edits are as long as rows
 
 
@@ -126,7 +127,7 @@ def _print_provenance(provenance: Mapping[str, Any]) -> None:
         if isinstance(value, Mapping) and key != "packages":
             print(f"  {printable(key)}")
             for name, item in value.items():
-                if item is not None and name != "config_values":  # long, and only needed to show differences
+                if item is not None and name not in _ONLY_COMPARED:
                     print(f"    {printable(name)}: {_short(printable(item))}")
         elif value is not None:
             print(f"  {printable(key)}: {_short(printable(value))}")

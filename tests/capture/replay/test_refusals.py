@@ -11,6 +11,7 @@ import torch
 import residua
 from residua.store.base.errors import NotCapturedError, PlanError, UnknownSiteError
 from residua.store.read.archive import Archive
+from tests.calls import count_calls
 from tests.capture.replay_samples import EVEN, captured, model_of
 from tests.stopped import take_back
 
@@ -31,7 +32,7 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Given:
 def refused(given: Given, error: type[Exception], match: str, **options: Any) -> None:
     model, archive = given
     ran: list[int] = []
-    handle = model.register_forward_pre_hook(lambda *_: ran.append(1))
+    handle = count_calls(model, ran)
     try:
         with pytest.raises(error, match=match), residua.replay(model, archive, **{"examples": EVEN, **options}) as run:
             assert run.logits

@@ -218,3 +218,19 @@ def test_accelerate_hook() -> None:
     assert compat.accelerate_hook(module) is None
     add_hook_to_module(module, hook)
     assert compat.accelerate_hook(module) is hook
+
+
+def test_forward_hooks_of() -> None:
+    layer = nn.Linear(1, 1)
+    assert compat.forward_hooks_of(layer) == []
+    before, after = (lambda *_: None), (lambda *_: None)
+    layer.register_forward_pre_hook(before)
+    layer.register_forward_hook(after)
+    assert compat.forward_hooks_of(layer) == [before, after]
+
+
+def test_version_of() -> None:
+    tensor = torch.zeros(2)
+    first = compat.version_of(tensor)
+    tensor += 1
+    assert compat.version_of(tensor) > first

@@ -21,6 +21,7 @@ from residua.store.base.errors import NotCapturedError, PlanError
 from residua.store.read.archive import Archive
 from residua.store.storage.files import write_file
 from residua.store.storage.lock import ArchiveInUseError, locked
+from tests.calls import count_calls
 from tests.capture.replay_samples import EVEN, LAST, LENGTHS, PADDED, captured, model_of, run_in_full, tokens
 from tests.pipelines.forking import Forks
 from tests.ragged import MODEL, capture_words, write_dataset
@@ -93,7 +94,7 @@ def test_an_edit_that_changes_nothing_changes_no_bit(tmp_path: Path) -> None:
     same = [{"edit": "scale", "site": "resid_post.1", "by": 1.0}]
     calls: list[int] = []
     block = model.get_submodule("model.layers.2.mlp")
-    handle = block.register_forward_hook(lambda *_: calls.append(1))
+    handle = count_calls(block, calls)
     found = residua.replay_dataset(model, archive, out=tmp_path / "out", edits=same, at="resid_post.1")
     handle.remove()
     assert found.tokens["kl"].to_pylist() == [0.0] * sum(LENGTHS)

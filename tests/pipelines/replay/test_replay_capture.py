@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 import zarr
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 import residua
@@ -22,6 +22,7 @@ from residua.store.base.errors import PlanError, UnknownSiteError
 from residua.store.format.archive_metadata import is_archive
 from residua.store.read.archive import Archive
 from residua.store.read.verify import verify
+from tests.calls import count_calls
 from tests.capture.replay_samples import EVEN, LAST, LENGTHS, MODELS, PADDED, captured, model_of, run_in_full, tokens
 from tests.pipelines.forking import Forks
 from tests.ragged import MODEL, capture_words, write_dataset
@@ -226,7 +227,7 @@ def test_what_cannot_be_captured_is_refused_before_anything_runs(tmp_path: Path)
     model = model_of("llama")
     archive = captured(model, tmp_path / "a")
     calls: list[int] = []
-    nn.Module.register_forward_hook(model, lambda *_: calls.append(1))
+    count_calls(model, calls)
     for capture, error, message in (
         ("resid_post.*", PlanError, r"--capture resid_post\.0.*resid_post\.1"),
         ("attn_out.1", PlanError, r"--capture attn_out\.1.*resid_post\.1"),

@@ -1,0 +1,59 @@
+"""The model, run once over a fixed batch of a few tokens, to find out or to prove something about it."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from residua.capture.forward.inputs import forward_kwargs
+from residua.capture.runtime.collectives import on_rank
+from residua.capture.runtime.devices import input_device
+from residua.capture.runtime.pipeline_schedule import runnable
+from residua.store.base.errors import CaptureError
+
+N_EXAMPLES, N_POSITIONS = 2, 13
+_OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
+
+
+def run_few_tokens(model: PreTrainedModel) -> Any:
+    """Run `model` over a few tokens without padding, and return its output; a collective of all who hold it.
+
+    Args:
+        model: The model inside wrappers; in a torch pipeline its stage runs.
+    """
+    called, device = runnable(model), input_device(model)
+    vocabulary_size = int(model.config.get_text_config().vocab_size)
+    ids = torch.arange(N_EXAMPLES * N_POSITIONS, device=device).reshape(N_EXAMPLES, N_POSITIONS) * 7 % vocabulary_size
+    with torch.no_grad():
+        return called(**forward_kwargs(called, ids, torch.ones_like(ids)))
+
+
+def logits_of(output: Any) -> Tensor | None:
+    """Return the logits in a model's output, or else the first tensor of numbers in it; None if there is none."""
+    found = getattr(output, "logits", None)
+    if isinstance(found, Tensor):
+        return found
+    if isinstance(output, Tensor):
+        return output
+    values = output.values() if hasattr(output, "values") else output if isinstance(output, tuple | list) else ()
+    return next((value for value in values if isinstance(value, Tensor) and value.is_floating_point()), None)
+
+
+@contextmanager
+def memory_errors_raised() -> Iterator[None]:
+    """Raise CaptureError where the model has no memory to run in, which no later run would have either.
+
+    Wrap the model's run in this, inside the handler of other errors: they say that something is not known of the model.
+    """
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, MemoryError) or any(words in str(error).lower() for words in _OUT_OF_MEMORY):
+            raise CaptureError(
+                f"the model ran out of memory{on_rank()} on {N_EXAMPLES * N_POSITIONS} tokens: "
+                f"{(str(error).splitlines() or [''])[0]}. Free memory there, or spread the model over more devices"
+            ) from error
+        raise
