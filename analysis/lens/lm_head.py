@@ -10,10 +10,10 @@ import torch.nn.functional as F  # noqa: N812 - torch's own name for it
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from residua.store.base.errors import DamagedArchiveError, UnsafeArchiveError
+from residua.store.base.errors import AnalysisError, DamagedArchiveError, UnsafeArchiveError
 from residua.store.base.untrusted import check_file
 from residua.store.format.archive_metadata import SIDECAR_FOLDERS, file_digest, is_archive, read_metadata
-from residua.store.format.sidecars import LM_HEAD_FILE, PARAMETERS_FILE, Activation, LMHeadSpec
+from residua.store.format.sidecars import LM_HEAD_FILE, PARAMETERS_FILE, Activation, LMHeadSpec, why_no_lm_head
 
 _MAX_SPEC_BYTES = 2**20
 
@@ -105,21 +105,26 @@ def load_lm_head(folder: Path, *, dtype: torch.dtype | None = None) -> LMHead:
         dtype: Type to cast the parameters to; None keeps the model's.
 
     Raises:
+        AnalysisError: The archive has no LM head; the message says why.
         DamagedArchiveError: A file is missing, cut short, or differs from the one that the archive was made with.
         UnsafeArchiveError: The files do not describe an LM head.
     """
-    digests = read_metadata(folder.parent).files if is_archive(folder.parent) else {}
+    metadata = read_metadata(folder.parent) if is_archive(folder.parent) else None
+    digests = {} if metadata is None else metadata.files
+    if metadata is not None and f"{folder.name}/{LM_HEAD_FILE}" not in digests:
+        raise AnalysisError(f"{folder.parent}: {why_no_lm_head(metadata.provenance)}")
     try:
         spec = LMHeadSpec.from_json(_checked(folder, LM_HEAD_FILE, _MAX_SPEC_BYTES, digests).read_bytes())
         parameters = _checked(folder, PARAMETERS_FILE, SIDECAR_FOLDERS["head"], digests)
         with safe_open(parameters, "pt") as file:
-            shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118  # no dict
+            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118  # no dict
+            shapes = {name: tuple(one.get_shape()) for name, one in slices.items()}
             _check_shapes(spec, shapes, folder)
+            _check_types({name: one.get_dtype() for name, one in slices.items()}, folder)
             stored = {name: file.get_tensor(name).to(dtype=dtype) for name in shapes}
     except (OSError, SafetensorError) as error:
         raise DamagedArchiveError(
-            f"the LM head in {folder} cannot be read: {error}. An archive of a model with an unknown LM head has "
-            "none; otherwise copy the folder again, or capture again"
+            f"the LM head in {folder} cannot be read: {error}. Copy the folder again, or capture again"
         ) from error
     return LMHead(spec, stored)
 
@@ -132,6 +137,16 @@ def _checked(folder: Path, name: str, most_bytes: int, digests: Mapping[str, str
     if expected is not None and file_digest(path) != expected:
         raise DamagedArchiveError(f"{path} was altered (its SHA-256 differs): restore it from a copy")
     return path
+
+
+def _check_types(types: Mapping[str, str], folder: Path) -> None:
+    """Raise UnsafeArchiveError if a parameter is not of floating-point numbers, which no LM head of ours has."""
+    wrong = {name: kind for name, kind in types.items() if not kind.startswith(("F", "BF"))}
+    if wrong:
+        raise UnsafeArchiveError(
+            f"{folder / PARAMETERS_FILE} holds {wrong}, and the parameters of an LM head are floating-point numbers: "
+            "copy the archive again from its source"
+        )
 
 
 def _check_shapes(spec: LMHeadSpec, shapes: Mapping[str, tuple[int, ...]], folder: Path) -> None:

@@ -24,7 +24,7 @@ from residua.analysis.rows.held_out import held_out_groups
 from residua.store.base.errors import AnalysisError, PlanError
 from residua.store.base.untrusted import check_file
 from residua.store.edits.lens_files import BLOCKS_BEFORE, lens_layer
-from residua.store.format.sidecars import CONFIG_FILE
+from residua.store.format.sidecars import CONFIG_FILE, LM_HEAD_FILE, why_no_lm_head
 from residua.store.format.site_names import parse_site
 from residua.store.read.archive import Archive
 
@@ -104,6 +104,8 @@ def _count_blocks(archive: Archive) -> int:
     """Return the number of blocks from the model's config, which the archive stores."""
     name = f"head/{CONFIG_FILE}"
     path = archive.path / name
+    if f"head/{LM_HEAD_FILE}" not in archive.metadata.files:
+        raise AnalysisError(f"{archive.path}: {why_no_lm_head(archive.provenance)}")
     try:
         if name in archive.metadata.files:
             check_file(archive.path, path, _MOST_CONFIG_BYTES)

@@ -1,33 +1,40 @@
 """The LM head, which turns the final residual stream into logits: final norm and unembedding, as sidecar files.
 
-A lens decodes with these files alone, without the model; `residua.analysis.lens.lm_head` reads them.
+A lens decodes with these files alone, without the model; `residua.analysis.lens.lm_head` reads them. So they have to
+give the logits of the model: `lm_head_problem` runs the model over a few tokens and compares.
 """
 
 import json
 import struct
 from collections.abc import Mapping
+from typing import get_args
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F  # noqa: N812 - torch's own name for it
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from transformers.activations import ACT2FN
 
+from residua.capture.identity.few_tokens import memory_errors_raised, run_few_tokens
 from residua.capture.layout.parameters import FullParameters
-from residua.capture.runtime.collectives import on_rank
-from residua.capture.runtime.process_groups import pipeline_group
-from residua.capture.runtime.wrappers import named_modules
+from residua.capture.runtime.collectives import all_gather_objects, on_rank
+from residua.capture.runtime.process_groups import pipeline_group, tensor_parallel_group
+from residua.capture.runtime.wrappers import evaluating, named_modules
 from residua.capture.sites.anatomy import Anatomy
 from residua.capture.sites.architectures import Family
 from residua.capture.sites.reference_model import unsharded_anatomy
+from residua.capture.taps.tap import tap
 from residua.store.base.errors import CaptureError
-from residua.store.format.sidecars import CONFIG_FILE, LM_HEAD_FILE, PARAMETERS_FILE, LMHeadSpec
+from residua.store.format.sidecars import CONFIG_FILE, LM_HEAD_FILE, PARAMETERS_FILE, Activation, LMHeadSpec
 from residua.store.storage.crc import Buffer
 
 
 def lm_head_files(model: nn.Module) -> dict[str, list[Buffer]]:
     """Return the files of the LM head by name, each as a list of buffers; parameters on the CPU are not copied.
 
-    There are none for a model whose head is not known for certain: one without an LM head, or of an architecture that
-    is not in the table. A collective of all processes that hold the model.
+    There are none for a model whose head is not known: one without an LM head, or of an architecture that is not in the
+    table. Whether they give the model's logits, `lm_head_problem` says. A collective of all who hold the model.
     """
     stages = pipeline_group(model)
     if stages is None:
@@ -38,23 +45,125 @@ def lm_head_files(model: nn.Module) -> dict[str, list[Buffer]]:
     return found[0]
 
 
+def lm_head_problem(model: nn.Module) -> str:
+    """Return why `lm_head_files` would not give the model's logits; empty if they do, on a few tokens.
+
+    The model runs once. A collective of all processes that hold it; every one of them gets the same.
+
+    Raises:
+        CaptureError: There is no memory to run the model.
+    """
+    anatomy = unsharded_anatomy(model)
+    if anatomy is None:
+        return "the model is no language model of one stack of blocks"
+    stages, ranks = pipeline_group(model), tensor_parallel_group(model, None)
+    is_last = stages is None or dist.get_rank(stages) == dist.get_world_size(stages) - 1
+    problem = _unknown(anatomy) if is_last else ""
+    if not any(all_gather_objects(stages, problem)):
+        problem = _proved(model, anatomy, is_last=is_last)
+    of_ranks = [found for stage in all_gather_objects(stages, all_gather_objects(ranks, problem)) for found in stage]
+    return next(filter(None, of_ranks), "")
+
+
+def _unknown(anatomy: Anatomy) -> str:
+    """Return what is not known of the head from the model's modules; empty if it can be tried."""
+    name = type(anatomy.model).__name__
+    if _unembedding(anatomy) is None:
+        return f"{name} has none, or one that cannot be found"
+    if anatomy.family is None:
+        return f"the final norm of models of type {anatomy.model.config.model_type!r} is not known"
+    if anatomy.family.transform is not None and _activation(anatomy) is None:
+        return f"its activation {anatomy.config.hidden_act!r} is not one that the files can name"
+    _, modules = _described(anatomy, anatomy.family)
+    for part, module in modules.items():
+        weight = module._parameters.get("weight") if part != "norm" else None
+        if part != "norm" and (weight is None or not weight.is_floating_point() or _has_more(module)):
+            return f"its {part} is a {type(module).__name__}, whose weights are packed or adapted"
+    return ""
+
+
+def _has_more(module: nn.Module) -> bool:
+    return hasattr(module.weight, "__tensor_flatten__") and not isinstance(module.weight, DTensor)
+
+
+def _proved(model: nn.Module, anatomy: Anatomy, *, is_last: bool) -> str:
+    """Run the model over a few tokens; return how its logits differ from those of the files, empty if they do not."""
+    seen: dict[str, Tensor] = {}
+    try:
+        with evaluating(anatomy.model), memory_errors_raised(), tap(anatomy.model, "final, logits", seen.__setitem__):
+            run_few_tokens(anatomy.model)
+    except CaptureError:
+        raise
+    except Exception as error:  # noqa: BLE001 - the boundary to the user's model, and the capture itself needs none of this
+        return f"the model cannot be run over a few tokens to prove it: {(str(error).splitlines() or [''])[0]}"
+    if not is_last or anatomy.family is None:
+        return ""
+    spec, modules = _described(anatomy, anatomy.family)
+    tensors = _tensors(model, anatomy, modules)
+    if len(seen) < 2:  # another rank has them
+        return ""
+    wide = torch.float64 if seen["logits"].dtype == torch.float64 else torch.float32
+    n_logits = len(tensors["unembed.weight"])
+    if seen["logits"].shape[-1] != n_logits:
+        return f"the model gives {seen['logits'].shape[-1]} logits, and its unembedding {n_logits}"
+    columns = torch.linspace(0, n_logits - 1, min(_MOST_COLUMNS, n_logits), dtype=torch.float64).round().long()
+    chosen = {
+        name: (tensor[columns] if name.startswith("unembed") else tensor).to(wide) for name, tensor in tensors.items()
+    }
+    try:
+        found = _decoded(spec, chosen, seen["final"].cpu().to(wide))
+    except (RuntimeError, KeyError) as error:
+        return f"its parameters do not fit together: {error}"
+    logits = seen["logits"].cpu()[..., columns].to(wide)
+    error_of_largest = float((found - logits).abs().max() / logits.abs().max().clamp_min(1e-30))
+    if error_of_largest <= _TOLERANCE.get(anatomy.model.dtype, _LOW_PRECISION_TOLERANCE):
+        return ""
+    return (
+        f"final norm and unembedding do not give the model's logits: on a few tokens they differ by "
+        f"{error_of_largest:.1e} of the largest"
+    )
+
+
+def _decoded(spec: LMHeadSpec, parameters: Mapping[str, Tensor], final: Tensor) -> Tensor:
+    """Return the logits of the final residual stream, as `residua.store.format.sidecars` says."""
+    get = parameters.get
+    hidden, weight = final, get("norm.weight")
+    if spec.norm == "layer":
+        hidden = F.layer_norm(final, final.shape[-1:], weight, get("norm.bias"), spec.eps)
+    elif spec.norm == "rms":
+        hidden = F.rms_norm(final, final.shape[-1:], None if weight is None else spec.weight_offset + weight, spec.eps)
+    if "project_out.weight" in parameters:
+        hidden = F.linear(hidden, parameters["project_out.weight"])
+    if spec.activation is not None:
+        hidden = F.linear(hidden, parameters["transform.dense.weight"], get("transform.dense.bias"))
+        hidden = ACT2FN[spec.activation](hidden)
+        norm = get("transform.norm.weight"), get("transform.norm.bias")
+        hidden = F.layer_norm(hidden, hidden.shape[-1:], *norm, spec.transform_eps)
+    logits = F.linear(hidden, parameters["unembed.weight"], get("unembed.bias")) * spec.logit_scale
+    return logits if spec.softcap is None else torch.tanh(logits / spec.softcap) * spec.softcap
+
+
 def _files(model: nn.Module) -> dict[str, list[Buffer]]:
     anatomy = unsharded_anatomy(model)
-    if anatomy is None or anatomy.family is None or _unembedding(anatomy) is None:
+    if anatomy is None or anatomy.family is None or _unknown(anatomy):
         return {}
     spec, modules = _described(anatomy, anatomy.family)
+    return {
+        PARAMETERS_FILE: safetensors_file(_tensors(model, anatomy, modules)),
+        CONFIG_FILE: [anatomy.model.config.to_json_string().encode()],
+        LM_HEAD_FILE: [spec.to_json()],
+    }
+
+
+def _tensors(model: nn.Module, anatomy: Anatomy, modules: Mapping[str, nn.Module]) -> dict[str, Tensor]:
+    """Return the full parameters of the head by name; a collective of all who hold this stage of the model."""
     parameters = FullParameters(model)
     paths = {id(module): path for path, module in named_modules(anatomy.model).items()}
-    tensors = {
+    return {
         f"{name}.{kind}": _full(parameters, f"{paths.get(id(module), name)}.{kind}", tensor)
         for name, module in modules.items()
         for kind, tensor in module.named_parameters(recurse=False)
         if kind in ("weight", "bias")
-    }
-    return {
-        PARAMETERS_FILE: safetensors_file(tensors),
-        CONFIG_FILE: [anatomy.model.config.to_json_string().encode()],
-        LM_HEAD_FILE: [spec.to_json()],
     }
 
 
@@ -87,12 +196,27 @@ def _described(anatomy: Anatomy, family: Family) -> tuple[LMHeadSpec, dict[str, 
         norm="none" if norm is None else "layer" if isinstance(norm, nn.LayerNorm) else "rms",
         eps=_eps(norm),
         weight_offset=family.norm_offset,
-        activation=None if transform is None else anatomy.config.hidden_act,
+        activation=None if transform is None else _activation(anatomy),
         transform_eps=_eps(modules["transform.norm"]),
         softcap=getattr(anatomy.config, "final_logit_softcapping", None),
         dtype=anatomy.dtype,
     )
     return spec, {name: module for name, module in modules.items() if module is not None}
+
+
+_SAME_ACTIVATIONS: Mapping[str, Activation] = {
+    "gelu_python": "gelu",
+    "gelu_accurate": "gelu_new",
+    "gelu_fast": "gelu_new",
+    "swish": "silu",
+}
+
+
+def _activation(anatomy: Anatomy) -> Activation | None:
+    """Return the name that the files have for the model's activation; None if they have none."""
+    name = anatomy.config.hidden_act
+    known: dict[str, Activation] = {one: one for one in get_args(Activation)} | dict(_SAME_ACTIVATIONS)
+    return known.get(name) if isinstance(name, str) else None
 
 
 def _submodule(module: nn.Module | None, path: str | None) -> nn.Module | None:
@@ -111,6 +235,11 @@ def _eps(norm: nn.Module | None) -> float:
     eps = getattr(norm, "eps", None)
     return float(getattr(norm, "variance_epsilon") if eps is None else eps)  # noqa: B009 - typed as a module
 
+
+_MOST_COLUMNS = 4096  # logits that are compared, evenly spaced
+# The largest error of a logit, as a part of the largest logit: a model may round in another order than we do.
+_TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3}
+_LOW_PRECISION_TOLERANCE = 0.05
 
 _DTYPES = {
     torch.float64: "F64",

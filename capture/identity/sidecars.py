@@ -16,18 +16,23 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from residua.capture.forward.inputs import forward_kwargs
-from residua.capture.identity.lm_head import lm_head_files
+from residua.capture.identity.few_tokens import memory_errors_raised, run_few_tokens
+from residua.capture.identity.lm_head import lm_head_files, lm_head_problem
 from residua.capture.runtime.collectives import all_gather_objects
-from residua.capture.runtime.devices import input_device
-from residua.capture.runtime.pipeline_schedule import runnable
 from residua.capture.runtime.process_groups import pipeline_group, tensor_parallel_group
 from residua.capture.runtime.wrappers import evaluating
 from residua.capture.sites.anatomy import Anatomy
 from residua.capture.sites.attention import AttentionTap, eager_attention, intercepting
 from residua.capture.sites.pipeline_stages import target_of
 from residua.capture.sites.reference_model import unsharded_anatomy
-from residua.store.format.sidecars import ATTENTION_FILE, AttentionSpec, attention_to_json
+from residua.store.base.errors import CaptureError, few
+from residua.store.format.sidecars import (
+    ATTENTION_FILE,
+    NO_LM_HEAD,
+    AttentionSpec,
+    attention_from_json,
+    attention_to_json,
+)
 from residua.store.format.site_names import parse_site
 from residua.store.storage.crc import Buffer
 from residua.store.storage.files import write_file
@@ -36,20 +41,41 @@ Sidecars = dict[str, list[Buffer]]
 """Files by name; the content of each is a list of buffers."""
 Facts = dict[int, AttentionSpec | str]
 
-_EXAMPLES, _POSITIONS = 2, 12
 _TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3}
 _LOW_PRECISION_TOLERANCE = 0.1  # a model may round in another order than we do, and one rounding of bfloat16 shows
 
 
-def sidecar_files(model: nn.Module, sites: Iterable[str], *, head: bool) -> Sidecars:
+def sidecar_files(model: nn.Module, sites: Iterable[str], *, head: bool, notes: list[str]) -> Sidecars:
     """Return the files of the archive's ``head`` folder; a collective of all processes that hold the model.
 
     Args:
         model: The model.
         sites: Names of the sites that are stored.
         head: Add the LM head: final norm and unembedding.
+        notes: Gets a sentence for each thing that is not known of the model.
     """
-    return {**(lm_head_files(model) if head else {}), **attention_files(model, sites)}
+    problem = lm_head_problem(model) if head else ""
+    if problem:
+        notes.append(f"{NO_LM_HEAD}: {problem}")
+    files = {**(lm_head_files(model) if head and not problem else {}), **attention_files(model, sites)}
+    notes.extend(_attention_notes(files))
+    return files
+
+
+def _attention_notes(files: Sidecars) -> list[str]:
+    """Return a sentence for each reason why attention weights cannot be computed from stored queries and keys."""
+    if ATTENTION_FILE not in files:
+        return []
+    facts = attention_from_json(b"".join(bytes(piece) for piece in files[ATTENTION_FILE]))
+    layers: dict[str, list[int]] = {}
+    for layer, fact in facts.items():
+        if isinstance(fact, str):
+            layers.setdefault(fact, []).append(layer)
+    return [
+        f"attention weights of layers {few(found)} cannot be computed from stored queries and keys, since {reason}; "
+        "capture pattern for them"
+        for reason, found in layers.items()
+    ]
 
 
 def write_sidecars(archive: Path, files: Sidecars) -> None:
@@ -116,19 +142,13 @@ def _attention_facts(anatomy: Anatomy, layers: Iterable[int]) -> Facts:
         for module in anatomy.modules[anatomy.blocks[layer]].modules()
     }
     try:
-        with eager_attention(anatomy.model), evaluating(anatomy.model), intercepting(taps), torch.no_grad():
-            _run(anatomy)
+        with eager_attention(anatomy.model), evaluating(anatomy.model), intercepting(taps), memory_errors_raised():
+            run_few_tokens(anatomy.model)
+    except CaptureError:
+        raise
     except Exception as error:  # noqa: BLE001 - the boundary to the user's model, and the capture itself needs none of this
         return dict.fromkeys(listeners, f"the model could not be run over a few tokens to find out: {error}")
     return {layer: listener.facts(_window(anatomy, layer, listener)) for layer, listener in listeners.items()}
-
-
-def _run(anatomy: Anatomy) -> None:
-    device = input_device(anatomy.model)
-    n_tokens = int(anatomy.config.vocab_size)
-    ids = torch.arange(_EXAMPLES * _POSITIONS, device=device).reshape(_EXAMPLES, _POSITIONS) * 7 % n_tokens
-    model = runnable(anatomy.model)
-    model(**forward_kwargs(model, ids, torch.ones_like(ids)))
 
 
 class _Listener(AttentionTap):

@@ -377,7 +377,7 @@ class CaptureJob(ABC):
             )
 
     def _sidecars(self) -> Sidecars:
-        return sidecar_files(self.model, self.sites, head=self._head)
+        return sidecar_files(self.model, self.sites, head=self._head, notes=self.notes)
 
     def _seal(self) -> None:
         sweep(self.out)  # a worker may have died and left temporary files

@@ -38,6 +38,8 @@ LM_HEAD_FILE = "head.json"
 PARAMETERS_FILE = "head.safetensors"
 CONFIG_FILE = "config.json"
 ATTENTION_FILE = "attention.json"
+NO_LM_HEAD = "the archive has no LM head, so lenses cannot be trained from it"
+"""How the note of an archive without a head begins; the reason follows after a colon."""
 FIDELITY_FILE = "fidelity.json"
 _MAX_FIDELITY_BYTES = 2**24
 _MAX_LAYERS = 2**16
@@ -91,6 +93,17 @@ class LMHeadSpec:
             UnsafeArchiveError: It is not a JSON object of these fields, or a value makes no sense.
         """
         return cls(**_fields(LM_HEAD_FILE, cls, _parsed(LM_HEAD_FILE, text)))
+
+
+def why_no_lm_head(provenance: Mapping[str, object]) -> str:
+    """Return why an archive with this provenance has no LM head, as its notes say."""
+    notes = provenance.get("notes")
+    found = [note for note in notes if isinstance(note, str)] if isinstance(notes, list) else []
+    wanted = next((note for note in found if note.startswith(NO_LM_HEAD)), NO_LM_HEAD)
+    return (
+        f"{wanted}. Final norm and unembedding are kept of causal and masked language models whose logits they give, "
+        "unless --no-head or head=False left them out"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
