@@ -17,6 +17,7 @@ class LoraLinear(nn.Module, BaseTunerLayer):
     def __init__(self, base: nn.Linear) -> None:
         super().__init__()
         self.base_layer = base
+        self.in_features, self.out_features = base.in_features, base.out_features
         generator = torch.Generator().manual_seed(base.in_features)
         self.lora_A = nn.Parameter(torch.randn(2, base.in_features, generator=generator))
         self.lora_B = nn.Parameter(torch.randn(base.out_features, 2, generator=generator))

@@ -2,33 +2,36 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from residua.capture.forward.inputs import forward_kwargs
 from residua.capture.runtime.collectives import on_rank
 from residua.capture.runtime.devices import input_device
 from residua.capture.runtime.pipeline_schedule import runnable
+from residua.capture.runtime.wrappers import core_of
 from residua.store.base.errors import CaptureError
 
 N_EXAMPLES, N_POSITIONS = 2, 13
 _OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
 
 
-def run_few_tokens(model: PreTrainedModel) -> Any:
-    """Run `model` over a few tokens without padding, and return its output; a collective of all who hold it.
+def run_few_tokens(model: nn.Module) -> Any:
+    """Run a transformers model over a few tokens without padding, and return its output.
+
+    A collective of all processes that hold it.
 
     Args:
-        model: The model inside wrappers; in a torch pipeline its stage runs.
+        model: The model, with its wrappers, which may gather weights; in a torch pipeline its stage runs.
     """
-    called, device = runnable(model), input_device(model)
-    vocabulary_size = int(model.config.get_text_config().vocab_size)
+    core, device = cast("PreTrainedModel", core_of(model)), input_device(core_of(model))
+    vocabulary_size = int(core.config.get_text_config().vocab_size)
     ids = torch.arange(N_EXAMPLES * N_POSITIONS, device=device).reshape(N_EXAMPLES, N_POSITIONS) * 7 % vocabulary_size
     with torch.no_grad():
-        return called(**forward_kwargs(called, ids, torch.ones_like(ids)))
+        return runnable(model)(**forward_kwargs(runnable(core), ids, torch.ones_like(ids)))
 
 
 def logits_of(output: Any) -> Tensor | None:

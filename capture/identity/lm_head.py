@@ -90,8 +90,8 @@ def _proved(model: nn.Module, anatomy: Anatomy, *, is_last: bool) -> str:
     """Run the model over a few tokens; return how its logits differ from those of the files, empty if they do not."""
     seen: dict[str, Tensor] = {}
     try:
-        with evaluating(anatomy.model), memory_errors_raised(), tap(anatomy.model, "final, logits", seen.__setitem__):
-            run_few_tokens(anatomy.model)
+        with evaluating(anatomy.model), memory_errors_raised(), tap(model, "final, logits", seen.__setitem__):
+            run_few_tokens(model)
     except CaptureError:
         raise
     except Exception as error:  # noqa: BLE001 - the boundary to the user's model, and the capture itself needs none of this

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from residua.capture.identity.few_tokens import logits_of, memory_errors_raised, run_few_tokens
 from residua.capture.runtime.collectives import all_gather_objects
-from residua.capture.runtime.process_groups import pipeline_group
+from residua.capture.runtime.process_groups import pipeline_group, tensor_parallel_group
 from residua.capture.runtime.wrappers import core_of, evaluating
 from residua.store.base.canonical import Json
 from residua.store.base.errors import CaptureError
@@ -85,12 +85,13 @@ def output_sample(model: nn.Module) -> OutputSample | str:
         return "only a language model of transformers can be run over a few tokens"
     try:
         with evaluating(core), memory_errors_raised():
-            found = _sample(run_few_tokens(core))
+            found = _sample(run_few_tokens(model))
     except CaptureError:
         raise
     except Exception as error:  # noqa: BLE001 - the boundary to the user's model, which need not run on any tokens
         found = f"it cannot be run over a few tokens: {type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
-    return all_gather_objects(pipeline_group(core), found)[-1]
+    of_first_rank = all_gather_objects(tensor_parallel_group(core, None), found)[0]
+    return all_gather_objects(pipeline_group(core), of_first_rank)[-1]
 
 
 def _sample(output: object) -> OutputSample | str:

@@ -22,7 +22,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from residua.capture.identity.fingerprint import known_fingerprint, weights_fingerprint
 from residua.capture.identity.output import OutputSample, compare_outputs, output_sample
 from residua.capture.identity.settings import adapters_of, compare_settings, module_settings
-from residua.capture.layout.process_layout import describe_process_layout
+from residua.capture.layout.process_layout import describe_process_layout, spans_processes
 from residua.capture.runtime.compat import attention_implementation, model_revision
 from residua.capture.runtime.pipeline_schedule import runnable
 from residua.capture.runtime.sharded import plain_class
@@ -122,7 +122,7 @@ def describe_model(
         "layout": describe_process_layout(model),
         "config_values": _config_values(model),
         "adapters": adapters or None,
-        "settings": module_settings(model),
+        "settings": None if spans_processes(model) else module_settings(model),  # each process has its own
         "output": output.to_json() if isinstance(output, OutputSample) else output,
         **identity,
     }
@@ -223,7 +223,7 @@ def compare_behaviour(
     elif then is not None:
         notes.append(f"the model's output was not compared with that of the captured model: {output}")
     before = described.get("settings")
-    if isinstance(before, Mapping) and same_layout:
+    if isinstance(before, Mapping) and same_layout and not spans_processes(core):
         settings = compare_settings(before, module_settings(core), both=not same_versions)
         (wrong if same_versions else notes).extend(settings.attributes)
         if found is None or not found.is_equal:  # a hook may only look: the output says whether it changes anything

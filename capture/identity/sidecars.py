@@ -58,11 +58,11 @@ def sidecar_files(model: nn.Module, sites: Iterable[str], *, head: bool, notes: 
     if problem:
         notes.append(f"{NO_LM_HEAD}: {problem}")
     files = {**(lm_head_files(model) if head and not problem else {}), **attention_files(model, sites)}
-    notes.extend(_attention_notes(files))
+    notes.extend(attention_notes(files))
     return files
 
 
-def _attention_notes(files: Sidecars) -> list[str]:
+def attention_notes(files: Sidecars) -> list[str]:
     """Return a sentence for each reason why attention weights cannot be computed from stored queries and keys."""
     if ATTENTION_FILE not in files:
         return []

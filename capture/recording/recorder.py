@@ -30,9 +30,9 @@ from torch.distributed.device_mesh import DeviceMesh
 from transformers import PreTrainedTokenizerBase
 
 from residua.capture.forward.inputs import first_position
-from residua.capture.identity.lm_head import lm_head_files
+from residua.capture.identity.lm_head import lm_head_files, lm_head_problem
 from residua.capture.identity.provenance import identify_model
-from residua.capture.identity.sidecars import attention_files
+from residua.capture.identity.sidecars import attention_files, attention_notes
 from residua.capture.layout.layouts import Layout
 from residua.capture.layout.local_shards import LocalShards, full_row_shape
 from residua.capture.layout.process_layout import ProcessLayout, process_layout_in_loop, spans_processes
@@ -55,6 +55,7 @@ from residua.capture.taps.reading import reading
 from residua.store.base.errors import CaptureError, PlanError, few
 from residua.store.encoding.codecs import DEFAULT_PRESET
 from residua.store.format.plan import HOST_MEMORY_BYTES, Plan, SitePlan, choose_rows_per_shard
+from residua.store.format.sidecars import NO_LM_HEAD
 
 
 class Recorder:
@@ -119,6 +120,7 @@ class Recorder:
             self._has_whole_examples = are_of_examples(self._sites)
             self._stack_called = stack_of(model, self._sites)
             self._attention = attention_files(model, self._sites)
+            self._head_problem = lm_head_problem(model) if head else ""
         self._called = model if self._stack_called is None else self._stack_called
         self._parameters = parameter_names(self._called)
         self._first_position = first_position(core_of(self._called))
@@ -247,7 +249,10 @@ class Recorder:
             self._model,
             self._plan(call),
             computed=self._computed,
-            sidecars={**(lm_head_files(self._model) if self._head else {}), **self._attention},
+            sidecars={
+                **(lm_head_files(self._model) if self._head and not self._head_problem else {}),
+                **self._attention,
+            },
             tokenizer=self._tokenizer,
             shards=self._shards,
             membership=self._membership,
@@ -256,6 +261,9 @@ class Recorder:
             host_memory=self._host_memory,
             threads=self._threads,
         )
+        archive.note(attention_notes(self._attention))
+        if self._head_problem:
+            archive.note([f"{NO_LM_HEAD}: {self._head_problem}"])
         archive.begin(call, self._keep, self._columns)
         for site, (local, layout) in self._held.items():
             archive.put(site, local if self._group is None else local.to(device_of(self._group)), layout)
