@@ -104,6 +104,7 @@ def evaluate(
     scores = {site: dict.fromkeys([LOGIT_LENS, MODEL, *named], Score()) for site, named in maps.items()}
     values = {site: reader.read(site, rows) for site in (final, *maps)}
     labels = torch.from_numpy(reader.next_tokens(rows))
+    labels = labels.masked_fill(labels >= decoder.unembedding.n_tokens, -1)  # the head has no logit of these
     height = max(1, _LOGIT_BYTES // (4 * decoder.unembedding.n_tokens))
     for start in range(0, len(rows), height):
         here = slice(start, start + height)

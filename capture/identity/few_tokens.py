@@ -1,7 +1,5 @@
 """The model, run once over a fixed batch of a few tokens, to find out or to prove something about it."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
@@ -45,18 +43,13 @@ def logits_of(output: Any) -> Tensor | None:
     return next((value for value in values if isinstance(value, Tensor) and value.is_floating_point()), None)
 
 
-@contextmanager
-def memory_errors_raised() -> Iterator[None]:
-    """Raise CaptureError where the model has no memory to run in, which no later run would have either.
+def refuse_without_memory(error: Exception) -> None:
+    """Raise CaptureError if `error` says that there is no memory, which no later run would have either.
 
-    Wrap the model's run in this, inside the handler of other errors: they say that something is not known of the model.
+    Call this in the handler of errors that only say that something is not known of the model.
     """
-    try:
-        yield
-    except (MemoryError, RuntimeError) as error:
-        if isinstance(error, MemoryError) or any(words in str(error).lower() for words in _OUT_OF_MEMORY):
-            raise CaptureError(
-                f"the model ran out of memory{on_rank()} on {N_EXAMPLES * N_POSITIONS} tokens: "
-                f"{(str(error).splitlines() or [''])[0]}. Free memory there, or spread the model over more devices"
-            ) from error
-        raise
+    if isinstance(error, MemoryError) or any(words in str(error).lower() for words in _OUT_OF_MEMORY):
+        raise CaptureError(
+            f"the model ran out of memory{on_rank()} on {N_EXAMPLES * N_POSITIONS} tokens: "
+            f"{(str(error).splitlines() or [''])[0]}. Free memory there, or spread the model over more devices"
+        ) from error

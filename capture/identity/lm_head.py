@@ -7,7 +7,7 @@ give the logits of the model: `lm_head_problem` runs the model over a few tokens
 import json
 import struct
 from collections.abc import Mapping
-from typing import get_args
+from typing import Any, get_args
 
 import torch
 import torch.distributed as dist
@@ -16,13 +16,15 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers.activations import ACT2FN
 
-from residua.capture.identity.few_tokens import memory_errors_raised, run_few_tokens
+from residua.capture.identity.few_tokens import logits_of, refuse_without_memory, run_few_tokens
 from residua.capture.layout.parameters import FullParameters
 from residua.capture.runtime.collectives import all_gather_objects, on_rank
+from residua.capture.runtime.pipeline_schedule import stage_model_of
 from residua.capture.runtime.process_groups import pipeline_group, tensor_parallel_group
 from residua.capture.runtime.wrappers import evaluating, named_modules
 from residua.capture.sites.anatomy import Anatomy
 from residua.capture.sites.architectures import Family
+from residua.capture.sites.pipeline_stages import target_of
 from residua.capture.sites.reference_model import unsharded_anatomy
 from residua.capture.taps.tap import tap
 from residua.store.base.errors import CaptureError
@@ -90,11 +92,10 @@ def _proved(model: nn.Module, anatomy: Anatomy, *, is_last: bool) -> str:
     """Run the model over a few tokens; return how its logits differ from those of the files, empty if they do not."""
     seen: dict[str, Tensor] = {}
     try:
-        with evaluating(anatomy.model), memory_errors_raised(), tap(model, "final, logits", seen.__setitem__):
-            run_few_tokens(model)
-    except CaptureError:
-        raise
+        with evaluating(anatomy.model):
+            _see(model, anatomy, seen)
     except Exception as error:  # noqa: BLE001 - the boundary to the user's model, and the capture itself needs none of this
+        refuse_without_memory(error)
         return f"the model cannot be run over a few tokens to prove it: {(str(error).splitlines() or [''])[0]}"
     if not is_last or anatomy.family is None:
         return ""
@@ -122,6 +123,30 @@ def _proved(model: nn.Module, anatomy: Anatomy, *, is_last: bool) -> str:
         f"final norm and unembedding do not give the model's logits: on a few tokens they differ by "
         f"{error_of_largest:.1e} of the largest"
     )
+
+
+def _see(model: nn.Module, anatomy: Anatomy, seen: dict[str, Tensor]) -> None:
+    """Run the model over a few tokens, and put its final residual stream and its logits into `seen`."""
+    stage_model = stage_model_of(anatomy.model)
+    if stage_model is None:
+        with tap(model, "final, logits", seen.__setitem__):
+            run_few_tokens(model)
+        return
+    last = target_of(model).modules.get(anatomy.blocks[-1]) if stage_model.is_last else None
+    if last is None:
+        run_few_tokens(model)
+        return
+
+    def keep(_module: nn.Module, _args: object, output: Any) -> None:
+        seen["final"] = output if isinstance(output, Tensor) else output[0]
+
+    handle = last.register_forward_hook(keep)
+    try:
+        logits = logits_of(run_few_tokens(model))
+    finally:
+        handle.remove()
+    if logits is not None:
+        seen["logits"] = logits
 
 
 def _decoded(spec: LMHeadSpec, parameters: Mapping[str, Tensor], final: Tensor) -> Tensor:

@@ -16,12 +16,11 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
-from residua.capture.identity.few_tokens import logits_of, memory_errors_raised, run_few_tokens
+from residua.capture.identity.few_tokens import logits_of, refuse_without_memory, run_few_tokens
 from residua.capture.runtime.collectives import all_gather_objects
 from residua.capture.runtime.process_groups import pipeline_group, tensor_parallel_group
 from residua.capture.runtime.wrappers import core_of, evaluating
 from residua.store.base.canonical import Json
-from residua.store.base.errors import CaptureError
 from residua.store.base.untrusted import is_finite
 
 _COLUMNS = 8  # values that are kept of each position, beside their root mean square
@@ -84,11 +83,10 @@ def output_sample(model: nn.Module) -> OutputSample | str:
     if not isinstance(core, PreTrainedModel) or core.main_input_name != "input_ids":
         return "only a language model of transformers can be run over a few tokens"
     try:
-        with evaluating(core), memory_errors_raised():
+        with evaluating(core):
             found = _sample(run_few_tokens(model))
-    except CaptureError:
-        raise
     except Exception as error:  # noqa: BLE001 - the boundary to the user's model, which need not run on any tokens
+        refuse_without_memory(error)
         found = f"it cannot be run over a few tokens: {type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
     of_first_rank = all_gather_objects(tensor_parallel_group(core, None), found)[0]
     return all_gather_objects(pipeline_group(core), of_first_rank)[-1]

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from residua.capture.identity.few_tokens import memory_errors_raised, run_few_tokens
+from residua.capture.identity.few_tokens import refuse_without_memory, run_few_tokens
 from residua.capture.identity.lm_head import lm_head_files, lm_head_problem
 from residua.capture.runtime.collectives import all_gather_objects
 from residua.capture.runtime.process_groups import pipeline_group, tensor_parallel_group
@@ -25,7 +25,7 @@ from residua.capture.sites.anatomy import Anatomy
 from residua.capture.sites.attention import AttentionTap, eager_attention, intercepting
 from residua.capture.sites.pipeline_stages import target_of
 from residua.capture.sites.reference_model import unsharded_anatomy
-from residua.store.base.errors import CaptureError, few
+from residua.store.base.errors import few
 from residua.store.format.sidecars import (
     ATTENTION_FILE,
     NO_LM_HEAD,
@@ -142,11 +142,10 @@ def _attention_facts(anatomy: Anatomy, layers: Iterable[int]) -> Facts:
         for module in anatomy.modules[anatomy.blocks[layer]].modules()
     }
     try:
-        with eager_attention(anatomy.model), evaluating(anatomy.model), intercepting(taps), memory_errors_raised():
+        with eager_attention(anatomy.model), evaluating(anatomy.model), intercepting(taps):
             run_few_tokens(anatomy.model)
-    except CaptureError:
-        raise
     except Exception as error:  # noqa: BLE001 - the boundary to the user's model, and the capture itself needs none of this
+        refuse_without_memory(error)
         return dict.fromkeys(listeners, f"the model could not be run over a few tokens to find out: {error}")
     return {layer: listener.facts(_window(anatomy, layer, listener)) for layer, listener in listeners.items()}
 

@@ -37,7 +37,7 @@ from residua.capture.runtime.devices import input_device
 from residua.capture.runtime.pipeline_schedule import runnable, stage_model_of
 from residua.capture.runtime.process_groups import tensor_parallel_group
 from residua.capture.runtime.wrappers import core_of
-from residua.capture.sites.anatomy import Anatomy
+from residua.capture.sites.anatomy import Anatomy, n_logits_of
 from residua.capture.sites.attention import eager_where_needed
 from residua.capture.sites.pipeline_stages import target_of
 from residua.capture.sites.reference_model import unsharded_anatomy, unsharded_sites
@@ -217,25 +217,30 @@ class Replayer:
         """Check everything that `run` needs for some batches, so that it fails before the model runs or never.
 
         Returns:
-            One sentence for each edit that changes none of their tokens.
+            One sentence for each edit that changes none of their tokens; and one if next tokens have no logit.
 
         Raises:
             PlanError: An edit needs stored rows that do not exist, or the model's type cannot hold what goes in.
             NotCapturedError: Rows are not captured yet.
         """
         n_changed = {edit.number: 0 for edit in self.edits}
+        n_logits, n_lost = n_logits_of(self.core), 0
         for batch in batches:
+            if n_logits is not None:
+                n_lost += sum(int((example.input_ids[1:] >= n_logits).sum()) for example in batch.rows)
             self.steps(batch, edited=False)
             for edit in self.edits:
                 chosen = edit.choose(batch)
                 n_changed[edit.number] += len(chosen.source)
                 edit.steps(chosen)
-        return tuple(
+        idle = tuple(
             f"edit {edit.number} ({edit.edit.kind} at {', '.join(edit.edit.sites)}) changes nothing: it applies to "
             "none of the tokens that run"
             for edit in self.edits
             if not n_changed[edit.number]
         )
+        lost = f"{n_lost:,} next tokens have no loss: the LM head has {n_logits} logits, fewer than the vocabulary"
+        return (*idle, lost) if n_lost else idle
 
     def prefetch(self, batch: PlanBatch) -> None:
         """Start to read the rows that go in, if this is the process that puts them in."""

@@ -62,9 +62,17 @@ def metric_of(spec: MetricSpec) -> Metric:
 
 
 def token_losses(logits_TV: Tensor, example: ExampleRows) -> Tensor:
-    """Return the cross-entropy of each next token in nats, (T - 1)."""
+    """Return the cross-entropy of each next token in nats, (T - 1); NaN for a token without a logit."""
+    targets, is_known = _next_tokens(logits_TV, example)
+    losses = F.cross_entropy(widen(logits_TV[:-1]), targets, reduction="none")
+    return losses.masked_fill(~is_known, torch.nan)
+
+
+def _next_tokens(logits_TV: Tensor, example: ExampleRows) -> tuple[Tensor, Tensor]:
+    """Return each next token, or 0 where the LM head is smaller than the vocabulary, and whether it has a logit."""
     targets = torch.from_numpy(example.input_ids[1:].astype(np.int64)).to(logits_TV.device)
-    return F.cross_entropy(widen(logits_TV[:-1]), targets, reduction="none")
+    is_known = targets < logits_TV.shape[-1]
+    return targets * is_known, is_known
 
 
 def token_divergences(original_TV: Tensor, logits_TV: Tensor) -> Tensor:
@@ -75,8 +83,10 @@ def token_divergences(original_TV: Tensor, logits_TV: Tensor) -> Tensor:
 def token_changes(original_TV: Tensor, logits_TV: Tensor, example: ExampleRows) -> tuple[Tensor, Tensor, Tensor]:
     """Return `token_divergences`, and `token_losses` of the second and of the first run, from one softmax of each."""
     log_p, log_q = (widen(logits).log_softmax(-1) for logits in (original_TV, logits_TV))
-    targets = torch.from_numpy(example.input_ids[1:, None].astype(np.int64)).to(log_p.device)
-    before, after = (-logs[:-1].gather(1, targets)[:, 0] for logs in (log_p, log_q))
+    targets, is_known = _next_tokens(log_p, example)
+    before, after = (
+        -logs[:-1].gather(1, targets[:, None])[:, 0].masked_fill(~is_known, torch.nan) for logs in (log_p, log_q)
+    )
     return _divergences(log_p, log_q), after, before
 
 
@@ -86,9 +96,10 @@ def _divergences(log_p_TV: Tensor, log_q_TV: Tensor) -> Tensor:
 
 
 def mean_loss(outcome: Outcome) -> Tensor:
-    """Return the mean cross-entropy of next tokens in nats, over all predicted tokens."""
-    losses = [token_losses(*pair) for pair in zip(outcome.logits, outcome.examples, strict=True)]
-    return torch.cat(losses).mean()
+    """Return the mean cross-entropy of next tokens in nats, over all that the LM head has a logit of."""
+    pairs = list(zip(outcome.logits, outcome.examples, strict=True))
+    losses = torch.cat([token_losses(*pair) for pair in pairs])
+    return losses[torch.cat([_next_tokens(*pair)[1] for pair in pairs])].mean()
 
 
 def mean_kl(outcome: Outcome) -> Tensor:

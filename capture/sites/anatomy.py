@@ -95,6 +95,15 @@ def anatomy_of(model: nn.Module) -> Anatomy | None:
     )
 
 
+def n_logits_of(model: nn.Module) -> int | None:
+    """Return the number of logits of a language model, which may be less than its vocabulary; None if not known."""
+    anatomy = anatomy_of(model)
+    if anatomy is None or anatomy.unembedding is None:
+        return None
+    found = getattr(anatomy.modules[anatomy.unembedding], "out_features", None)
+    return found if isinstance(found, int) else None
+
+
 def _path_of_blocks(modules: Mapping[str, nn.Module], config: PreTrainedConfig) -> str | None:
     """Return the path of the list of blocks of the text model; None if there is none.
 

@@ -27,7 +27,7 @@ from residua.capture.sites.names_to_modules import resolve_sites
 from residua.capture.sites.site import SiteInfo
 from residua.store.base.errors import CaptureError, UnknownSiteError
 
-_reference_models: WeakKeyDictionary[nn.Module, PreTrainedModel] = WeakKeyDictionary()
+_reference_models: WeakKeyDictionary[nn.Module, tuple[object, PreTrainedModel]] = WeakKeyDictionary()
 
 
 def unsharded_sites(model: nn.Module, patterns: str | list[str]) -> dict[str, SiteInfo]:
@@ -80,8 +80,10 @@ def may_be_distributed(core: PreTrainedModel) -> bool:
 
 
 def reference_model(core: PreTrainedModel) -> PreTrainedModel:
-    """Return the reference model of a model, on the meta device; it is built once."""
-    if core not in _reference_models:
+    """Return the reference model of a model, on the meta device; it is built anew if its config or type changed."""
+    made_of = (core.config.to_json_string(use_diff=False), core.dtype)
+    known = _reference_models.get(core)
+    if known is None or known[0] != made_of:
         config = deepcopy(core.config)
         for name in ("distributed_config", "quantization_config"):
             if getattr(config, name, None) is not None:
@@ -93,8 +95,8 @@ def reference_model(core: PreTrainedModel) -> PreTrainedModel:
         with _without_zero3(), torch.device("meta"):
             made = model_from_config(plain_class(core), config, **options)
         nn.Module.train(made, False)
-        _reference_models[core] = made
-    return _reference_models[core]
+        known = _reference_models[core] = made_of, made
+    return known[1]
 
 
 @contextmanager

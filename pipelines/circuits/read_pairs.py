@@ -12,6 +12,7 @@ import numpy as np
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from residua.capture.patching.pair import Pair
+from residua.capture.sites.anatomy import n_logits_of
 from residua.pipelines.data.text_files import check_text, json_lines
 from residua.pipelines.setup.models import token_limit
 from residua.store.base.errors import DatasetError, PlanError, ResiduaError, shortened
@@ -71,6 +72,7 @@ class _PairReader:
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, archive: Archive | None
     ) -> None:
         self._vocabulary = int(model.config.get_text_config().vocab_size)
+        self._n_logits = n_logits_of(model) or self._vocabulary
         self._limit = token_limit(model)
         self._tokenizer = tokenizer
         self._archive = archive
@@ -91,6 +93,12 @@ class _PairReader:
         outside = [token for token in ids if not 0 <= token < self._vocabulary]
         if outside:
             raise PlanError(f"the model has no token {outside[0]}: its vocabulary has {self._vocabulary:,}")
+        answers = [pair.answer, *([] if pair.wrong is None else [pair.wrong])]
+        if (highest := max(answers)) >= self._n_logits:
+            raise PlanError(
+                f"the answer {highest} has no logit: the model's LM head has {self._n_logits:,}, fewer than its "
+                f"vocabulary of {self._vocabulary:,}; choose another answer"
+            )
         if self._limit is not None and len(pair.clean) > self._limit:
             raise PlanError(f"{len(pair.clean):,} tokens were given, and the model takes {self._limit:,}")
         return pair

@@ -103,15 +103,16 @@ def _token_table(example: ExampleRows, edited_TV: Tensor, unedited_TV: Tensor, t
     row = np.full(n_tokens, -1, np.int64)
     row[example.positions] = example.first_row + np.arange(len(example.positions))
     divergences, losses, unedited_losses = map(_numbers, token_changes(unedited_TV, edited_TV, example))
+    lacks = example.input_ids[1:] >= edited_TV.shape[-1]  # in an LM head that is smaller than the vocabulary
     columns = {
         "example": pa.array(np.full(n_tokens, example.example, np.int64)),
         "position": pa.array(np.arange(n_tokens, dtype=np.int32)),
         "row": pa.array(row, mask=row < 0),
         "token": pa.array(example.input_ids.astype(np.int32)),
         "kl": pa.array(divergences),
-        "loss": _of_next_token(losses),
-        "unedited_loss": _of_next_token(unedited_losses),
-        "loss_change": _of_next_token(losses - unedited_losses),
+        "loss": _of_next_token(losses, lacks),
+        "unedited_loss": _of_next_token(unedited_losses, lacks),
+        "loss_change": _of_next_token(losses - unedited_losses, lacks),
         "top1_agrees": pa.array(_top1(edited_TV) == _top1(unedited_TV)),
     }
     for token in tokens:
@@ -132,9 +133,9 @@ def _numbers(values: Tensor) -> Floats:
     return values.float().cpu().numpy()
 
 
-def _of_next_token(losses: Floats) -> pa.Array:
-    """Return losses as a column; the last token of an example has no next one, so its entry is null."""
-    return pa.array([*losses.tolist(), None], pa.float32())
+def _of_next_token(losses: Floats, lacks: npt.NDArray[np.bool_]) -> pa.Array:
+    """Return losses as a column; it is null where `lacks` says so, and at the last token, which has no next one."""
+    return pa.array([*np.where(lacks, None, losses).tolist(), None], pa.float32())
 
 
 def example_table(token_tables: Sequence[pa.Table]) -> pa.Table:

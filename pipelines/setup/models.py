@@ -54,10 +54,14 @@ def load_model(name: str, settings: CaptureSettings) -> PreTrainedModel:
     spread: str | dict[str, torch.device] | None = settings.device_map
     if spread is None and device.type != "cpu" and not is_split:
         spread = {"": device}  # load it there directly: a large model need not fit into host memory
-    torch.manual_seed(settings.seed)
     _, kind = _config_and_class(name, settings.revision)
     try:
-        with stages_in_parallel() if min(settings.tp, settings.pp) > 1 else nullcontext(), _bar_on_a_terminal():
+        # weights that the checkpoint lacks are drawn by the seed; the caller's generators stay as they are
+        with (
+            _seeded(settings.seed),
+            stages_in_parallel() if min(settings.tp, settings.pp) > 1 else nullcontext(),
+            _bar_on_a_terminal(),
+        ):
             model: PreTrainedModel = kind.from_pretrained(
                 name,
                 revision=settings.revision or "main",
@@ -70,6 +74,14 @@ def load_model(name: str, settings: CaptureSettings) -> PreTrainedModel:
         raise _not_loaded(name, error) from error
     model.requires_grad_(False).train(False)
     return model
+
+
+@contextmanager
+def _seeded(seed: int) -> Iterator[None]:
+    """Seed torch's generators inside, and give them back their state."""
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()):
+        torch.manual_seed(seed)
+        yield
 
 
 @contextmanager
