@@ -137,7 +137,7 @@ def _parts(
     }
     for block in proved.values():
         parts |= block.sites
-    return parts | _unproved(model, anatomy.blocks, proved)
+    return parts | _unproved(model, anatomy.blocks, proved) if proved else parts
 
 
 def _no_parts(anatomy: Anatomy, problem: str) -> dict[str, SiteInfo]:

@@ -1,5 +1,6 @@
 """Sites of architectures that are not in the table: found by a run, each for itself."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+import residua
 from residua.capture.sites.architectures import _FAMILIES
 from residua.capture.sites.names_to_modules import model_sites, resolve_sites
 from residua.capture.taps.tap import tap
@@ -175,3 +177,24 @@ def test_the_text_model_is_meant_where_a_tower_has_as_many_blocks() -> None:
     sites = model_sites(UNLIKE["llava"]())
     assert sites["resid_post.1"].module.startswith("model.language_model.")
     assert sites["attn_out.1"].module.startswith("model.language_model.")
+
+
+@pytest.mark.parametrize("name", ["olmo2", "roberta", "gptj", "lfm2"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_parts_are_found_in_half_precision(name: str, dtype: torch.dtype) -> None:
+    model = ALL[name]()
+    expected = {site: info.module for site, info in model_sites(model).items()}
+    assert {site: info.module for site, info in model_sites(model.to(dtype)).items()} == expected
+
+
+def test_looking_for_sites_shows_nothing_to_taps_and_recorders_around(tmp_path: Path) -> None:
+    model, seen = ALL["olmo2"](), list[tuple[int, ...]]()
+    with (
+        torch.no_grad(),
+        residua.Recorder(model, sites="resid_post.1", out=tmp_path / "a.zarr"),
+        tap(model, "resid_post.0", lambda _name, tensor: seen.append(tuple(tensor.shape[:2]))),
+    ):
+        resolve_sites(model, "attn_out.*,module:model.layers.0.mlp")
+        run(model)
+    assert seen == [tuple(IDS.shape)]
+    assert residua.open(tmp_path / "a.zarr").n_rows == IDS.numel()
