@@ -49,6 +49,8 @@ def text_around(tokenizer: Tokenizer, tokens: Sequence[int], at: int, context: i
     bounds = [cut for cut in cuts if cut is not None]
     if len(bounds) == len(cuts):
         pieces = [text[start:stop] for start, stop in pairwise(bounds)]
+        if pieces[1] == f" {tokenizer.id_to_token(tokens[at])}":  # the decoder's space, between tokens that have none
+            pieces[:2] = pieces[0] + " ", pieces[1][1:]
     else:  # the decoder joins texts in another way
         parts = (tokens[first:at], tokens[at : at + 1], tokens[at + 1 : last])
         pieces = [tokenizer.decode(part, skip_special_tokens=False) for part in parts]

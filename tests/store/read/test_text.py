@@ -81,3 +81,11 @@ def test_bytes_that_are_no_character_are_shown() -> None:
     ids = tokenizer.encode("a😂").ids[:3]
     assert text_around(tokenizer, ids, 0, 5).startswith("«a»")
     assert "\ufffd" in text_around(tokenizer, ids, 1, 5)
+
+
+def test_a_space_that_the_decoder_puts_between_words_is_not_the_tokens() -> None:
+    words = Tokenizer(models.WordLevel({"a": 0, "b": 1, "c": 2}, unk_token="a"))  # noqa: S106  # no password
+    assert [text_around(words, [0, 1, 2], at, 5) for at in range(3)] == ["«a» b c", "a «b» c", "a b «c»"]
+    pieces = Tokenizer(models.WordPiece({"un": 0, "##able": 1, "do": 2}, unk_token="un"))  # noqa: S106  # no password
+    pieces.decoder = decoders.WordPiece()
+    assert [text_around(pieces, [2, 0, 1], at, 5) for at in range(3)] == ["«do» unable", "do «un»able", "do un«able»"]
