@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from accelerate import Accelerator
-from accelerate.data_loader import IterableDatasetShard
+from accelerate import Accelerator  # type: ignore[import-untyped]  # it ships no types
+from accelerate.data_loader import IterableDatasetShard  # type: ignore[import-untyped]  # it ships no types
 from torch.utils.data import DataLoader
-from torchdata.stateful_dataloader import StatefulDataLoader
+from torchdata.stateful_dataloader import StatefulDataLoader  # type: ignore[import-untyped]  # it ships no types
 
 from residua.analysis.loader import loader as loader_module
 from residua.analysis.loader.loader import Loader
