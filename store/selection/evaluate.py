@@ -143,7 +143,10 @@ def _compare_numbers(values: LongArray, comparison: Comparison) -> Mask:
         wanted = [_fitting(value, pa.int64(), comparison) for value in wanted if value is not None]
     if comparison.operator != "in":
         return np.asarray(_ORDER[comparison.operator](values, wanted[0]))
-    return np.isin(values, wanted) if len(wanted) else np.zeros(len(values), bool)
+    if not isinstance(wanted, np.ndarray):
+        return np.isin(values, wanted) if len(wanted) else np.zeros(len(values), bool)
+    at = np.searchsorted(wanted, values)  # ascending: a selection of many rows is looked through for every example
+    return np.asarray(wanted[np.minimum(at, len(wanted) - 1)] == values) if len(wanted) else np.zeros(len(values), bool)
 
 
 def _equals_any(column: pa.ChunkedArray, condition: ColumnIn) -> Mask:

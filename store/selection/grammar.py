@@ -48,7 +48,8 @@ class Comparison(NamedTuple):
     """A name against values: with the operator ``in`` any number of them, with ``<``, ``<=``, ``>``, ``>=`` one.
 
     The name is one of the numbers of a row (`residua.store.selection.evaluate.ROW_NAMES`), else a column of the
-    example table, as it is in any case with `is_column`. Values of the wrong kind are refused.
+    example table, as it is in any case with `is_column`. Values of the wrong kind are refused. An array of values is
+    ascending.
     """
 
     name: str

@@ -177,7 +177,7 @@ def test_a_control_has_a_baseline_of_its_own(archive: Archive) -> None:
 
 def test_rows_that_do_not_fit_are_read_again(archive: Archive) -> None:
     kept = probe(archive, "label", "resid_post.1,final")
-    with connect("inline", memory_limit=200_000) as cluster:  # the rows may take a quarter, and take 150,000 bytes
+    with connect("inline", memory_limit=280_000) as cluster:  # the rows may take a quarter, and take 150,000 bytes
         assert probe(archive, "label", "resid_post.1,final", cluster=cluster).equals(kept)
 
 
