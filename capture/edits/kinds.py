@@ -8,8 +8,9 @@ Sources: mean ablation (Wang et al. 2022), activation addition (Turner et al. 20
 (Arditi et al. 2024), interchange of rows between examples (Geiger et al. 2021), the tuned lens (Belrose et al. 2023).
 """
 
-from collections.abc import Callable, Mapping
-from functools import cache, lru_cache
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from residua.capture.runtime.collectives import is_alone
 from residua.capture.sites.site import SiteInfo
 from residua.store.base.canonical import digest_of
 from residua.store.base.errors import NotCapturedError, PlanError
-from residua.store.edits.archive_values import class_members, column_classes, mean_row
+from residua.store.edits.archive_values import class_members, column_classes, mean_row, mean_rows
 from residua.store.edits.edit import (
     Add,
     Edit,
@@ -46,7 +47,9 @@ from residua.store.read.archive import Archive
 from residua.store.read.reader import Array
 from residua.store.selection.grammar import Value
 
-_MAX_CACHED_MEANS = 4096  # a column may have a class for each example
+Floats = npt.NDArray[np.float64]
+
+_MOST_MEAN_BYTES = 2**28  # of means in memory: a column may have a class for each example
 
 
 def _zero(_edit: Zero, _info: SiteInfo, _context: EditContext) -> Action:
@@ -143,6 +146,34 @@ def _function(edit: Function, info: SiteInfo, _context: EditContext) -> Action:
     return _always(change)
 
 
+class _ClassMeans:
+    """Mean rows of the classes of a column: of all classes in one pass, or, if they take too much, of a batch's."""
+
+    def __init__(self, archive: Archive, site: str, column: str) -> None:
+        self._archive, self._site, self._column = archive, site, column
+        self._members = class_members(archive, column)
+        self._most = max(1, _MOST_MEAN_BYTES // (8 * prod(archive[site].shape[1:])))
+        self._found: dict[Value, Floats | None] = {}
+
+    def __call__(self, keys: Sequence[Value]) -> dict[Value, Floats | None]:
+        """Return the mean row of each class; None if no row is captured yet.
+
+        Raises:
+            PlanError: The archive has no such class.
+        """
+        for key in keys:
+            if key not in self._members:
+                raise PlanError(
+                    f"the mean of rows with {self._column} == {key!r} was asked for, and {self._archive.path} has no "
+                    "such example"
+                )
+        if not all(key in self._found for key in keys):
+            wanted = list(self._members) if len(self._members) <= self._most else keys
+            examples = [self._members[key] for key in wanted]
+            self._found = dict(zip(wanted, mean_rows(self._archive, self._site, examples), strict=True))
+        return {key: self._found[key] for key in keys}
+
+
 def _mean(edit: Mean, info: SiteInfo, context: EditContext) -> Action:
     """Compute the mean in float64 and round it to the model's type."""
     other = None if edit.archive is None else open_archive(edit.archive)
@@ -150,24 +181,21 @@ def _mean(edit: Mean, info: SiteInfo, context: EditContext) -> Action:
     _require_site(archive, info)
     if edit.column is None:
         return _fill(_row_value(mean_row(archive, info.name), info, context.dtype, "the mean"))
-    classes = column_classes(context.stored.archive, edit.column)
-    members = class_members(archive, edit.column)
+    classes, means_of = (
+        column_classes(context.stored.archive, edit.column),
+        _ClassMeans(archive, info.name, edit.column),
+    )
 
-    @lru_cache(_MAX_CACHED_MEANS)
-    def mean(key: Value) -> Tensor:
+    def mean(key: Value, row: Floats | None) -> Tensor:
         what = f"the mean of rows with {edit.column} == {key!r}"
-        if key not in members:
-            raise PlanError(f"{what} was asked for, and {archive.path} has no such example")
-        ranges = [archive.example_table.rows(example) for example in members[key]]
-        try:
-            return _row_value(mean_row(archive, info.name, ranges), info, context.dtype, what)
-        except NotCapturedError as error:
-            raise NotCapturedError(f"{what}: {error}") from error
+        if row is None:
+            raise NotCapturedError(f"{what}: {archive.path} has no captured row of {info.name} to take the mean of")
+        return _row_value(row, info, context.dtype, what)
 
     def act(chosen: ChosenRows) -> Change:
         keys = [classes[example] for example in chosen.example.tolist()]
         class_index = {key: index for index, key in enumerate(dict.fromkeys(keys))}
-        means = torch.stack([mean(key) for key in class_index])
+        means = torch.stack([mean(key, row) for key, row in means_of(list(class_index)).items()])
         index = torch.tensor([class_index[key] for key in keys])
         return lambda rows: means[index].to(rows)
 

@@ -1,6 +1,7 @@
 """What an edit takes from an archive: the check that it is there, classes of a column, means of a site's rows."""
 
-from collections.abc import Hashable, Iterable, Iterator, Mapping
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from typing import TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -11,6 +12,9 @@ from residua.store.examples.table import ExampleTable
 from residua.store.read.archive import Archive
 from residua.store.selection.grammar import Value
 from residua.store.selection.tokens import TokenSelector, require_column, require_examples
+
+_Piece: TypeAlias = tuple[int, int, int]
+"""First row, row after the last, and the class that they belong to."""
 
 _ROWS_AT_ONCE = 4096
 _NAN = float("nan")  # one object, which a dictionary finds again
@@ -58,29 +62,64 @@ def class_members(archive: Archive, name: str) -> dict[Value, list[int]]:
     return found
 
 
-def mean_row(archive: Archive, site: str, ranges: Iterable[tuple[int, int]] | None = None) -> npt.NDArray[np.float64]:
-    """Return the mean of a site's rows, float64, (*row shape), in one pass; NaN or infinite where a row is.
+def mean_row(archive: Archive, site: str) -> npt.NDArray[np.float64]:
+    """Return the mean of a site's captured rows, float64, (*row shape), in one pass; NaN or infinite where a row is.
 
     Args:
         archive: The archive.
         site: Name of a stored site.
-        ranges: Ranges of rows, each its first row and the row after its last; all rows by default. Rows that are not
-            captured yet are left out.
 
     Raises:
-        NotCapturedError: None of the rows is captured yet.
+        NotCapturedError: No row is captured yet.
+    """
+    (mean,) = mean_rows(archive, site, [None])
+    if mean is None:
+        raise NotCapturedError(f"{archive.path} has no captured row of {site} to take the mean of")
+    return mean
+
+
+def mean_rows(
+    archive: Archive, site: str, classes: Sequence[Sequence[int] | None]
+) -> list[npt.NDArray[np.float64] | None]:
+    """Return the mean of the rows of each class of examples, (*row shape) float64, all in one pass.
+
+    Args:
+        archive: The archive.
+        site: Name of a stored site.
+        classes: The examples of each class; None for all rows. Rows that are not captured yet are left out.
+
+    Returns:
+        The mean of each class; NaN or infinite where a row is, and None if no row is captured yet.
     """
     stored = archive[site]
-    total, n_rows = np.zeros(stored.shape[1:]), 0
-    for first, last in _captured(archive, ranges):
-        for start in range(first, last, _ROWS_AT_ONCE):
-            rows = stored[start : min(start + _ROWS_AT_ONCE, last)]
-            with np.errstate(invalid="ignore"):  # the mean of infinite values of both signs is NaN
-                total += rows.sum(0, dtype=np.float64)
-            n_rows += len(rows)
-    if not n_rows:
-        raise NotCapturedError(f"{archive.path} has no captured row of {site} to take the mean of")
-    return total / n_rows
+    totals, n_rows = np.zeros((len(classes), *stored.shape[1:])), np.zeros(len(classes), np.int64)
+    pieces = sorted(
+        (first, last, index)
+        for index, examples in enumerate(classes)
+        for first, last in _captured(archive, None if examples is None else map(archive.example_table.rows, examples))
+    )
+    for here in _by_block(pieces):
+        rows = stored[np.concatenate([np.arange(first, last) for first, last, _ in here])]
+        at = 0
+        with np.errstate(invalid="ignore"):  # the mean of infinite values of both signs is NaN
+            for first, last, index in here:
+                totals[index] += rows[at : at + last - first].sum(0, dtype=np.float64)
+                n_rows[index] += last - first
+                at += last - first
+    return [total / n if n else None for total, n in zip(totals, n_rows.tolist(), strict=True)]
+
+
+def _by_block(pieces: Iterable[_Piece]) -> Iterator[list[_Piece]]:
+    """Yield pieces that lie in one block of 4,096 rows, to be read at once: each chunk is decoded once for all."""
+    here: list[_Piece] = []
+    for first, last, index in pieces:
+        for start in range(first - first % _ROWS_AT_ONCE, last, _ROWS_AT_ONCE):
+            if here and here[0][0] // _ROWS_AT_ONCE != start // _ROWS_AT_ONCE:
+                yield here
+                here = []
+            here.append((max(first, start), min(last, start + _ROWS_AT_ONCE), index))
+    if here:
+        yield here
 
 
 def _captured(archive: Archive, ranges: Iterable[tuple[int, int]] | None) -> Iterator[tuple[int, int]]:

@@ -1,6 +1,7 @@
 """Convex functions minimised side by side: the minima, the calls that they share, and how they end."""
 
 import threading
+import tracemalloc
 from collections.abc import Sequence
 
 import numpy as np
@@ -8,6 +9,7 @@ import numpy.typing as npt
 import pytest
 
 from residua.analysis.probes.lbfgs import minimise
+from residua.analysis.probes.site import _VECTORS as L_BFGS_VECTORS
 
 Floats = npt.NDArray[np.float64]
 CURVATURES = [np.linspace(0.1, 1, 30), np.ones(5), np.linspace(0.01, 1, 80)]
@@ -27,6 +29,23 @@ class Parabolas:
         self.threads.add(threading.get_ident())
         gradients = [CURVATURES[i] * (point - MINIMA[i]) for i, point in zip(numbers, points, strict=True)]
         return [(float(g @ (point - MINIMA[i])) / 2, g) for i, point, g in zip(numbers, points, gradients, strict=True)]
+
+
+def test_it_takes_no_more_memory_than_a_task_counts() -> None:
+    n = 50_000
+    curvature, minimum = np.exp(np.random.default_rng(0).standard_normal((2, n)))
+
+    def evaluate(numbers: Sequence[int], points: Sequence[Floats]) -> list[tuple[float, Floats]]:
+        gradients = [curvature * (point - minimum) / n for point in points]
+        return [(float(g @ (point - minimum)) / 2, g) for g, point in zip(gradients, points, strict=True)]
+
+    tracemalloc.start()
+    try:
+        minimise(evaluate, [n, n], tolerance=1e-14, most_passes=40)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < 2 * n * 8 * L_BFGS_VECTORS
 
 
 def test_every_function_comes_to_its_minimum_in_calls_that_are_shared() -> None:

@@ -15,7 +15,7 @@ from residua.analysis.rows.tables import table
 from residua.pipelines.capture.capture import capture_dataset
 from residua.pipelines.cli.main import main
 from residua.store.base.errors import DamagedArchiveError, NotCapturedError
-from residua.store.edits.archive_values import mean_row
+from residua.store.edits.archive_values import mean_row, mean_rows
 from residua.store.read.archive import Archive
 from residua.store.read.verify import verify
 from tests.models import TINY
@@ -69,7 +69,7 @@ def test_a_finished_archive_that_lost_shards_is_not_sound_and_not_used_in_part(
         "table": lambda: table(archive, "position > 0"),
         "dask": lambda: lazy.sum().compute(),
         "mean edit": lambda: mean_row(archive, SITE),
-        "mean edit of ranges": lambda: mean_row(archive, SITE, [(0, N_ROWS)]),
+        "mean edit of ranges": lambda: mean_rows(archive, SITE, [range(len(archive.example_table))]),
     }
     for name, read in doors.items():
         with pytest.raises(DamagedArchiveError, match=r"lost|missing|records"):
