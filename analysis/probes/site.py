@@ -24,7 +24,7 @@ LOGISTIC_PENALTIES = tuple(10.0**power for power in range(-5, 2))
 RIDGE_PENALTIES = tuple(10.0**power for power in range(-7, 3))
 _ROUGH, _FINE = 1e-5, 1e-7  # nats above the minimum: to choose the penalty by, and of the final probe
 _MOST_LOGITS = 2**23  # in memory at a time
-_VECTORS = 38  # float64 vectors of a problem's parameters that half of the memory must hold: what scipy's L-BFGS takes
+_VECTORS = 38  # float64 vectors of a problem that half of the memory must hold: what scipy's L-BFGS takes
 _COVARIANCES = 12  # width² float64 arrays that a task holds at most: of three subsets, and their eigenvectors
 
 
