@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 
 from residua.analysis.lens.lm_head import LMHead, load_lm_head
 from residua.store.base.errors import DamagedArchiveError, ResiduaError, UnsafeArchiveError
@@ -121,3 +122,13 @@ def test_a_flipped_bit_of_an_archives_head_is_noticed(name: str, tmp_path: Path)
     (archive / "head" / name).write_bytes(content)
     with pytest.raises(DamagedArchiveError, match=rf"{name} was altered"):
         load_lm_head(archive / "head")
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.uint8, torch.int8])
+def test_parameters_that_are_integers_are_refused(dtype: torch.dtype, tmp_path: Path) -> None:
+    save_lm_head(TINY["llama"](), tmp_path)
+    stored = load_file(tmp_path / "head.safetensors")
+    stored["unembed.weight"] = stored["unembed.weight"].to(dtype)
+    save_file(stored, tmp_path / "head.safetensors")
+    with pytest.raises(UnsafeArchiveError, match=r"unembed\.weight"):
+        load_lm_head(tmp_path)

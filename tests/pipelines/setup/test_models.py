@@ -4,15 +4,19 @@ That it is still needed, and works, is tested with real processes: `stages_in_pa
 tests/distributed/model_parallel/capture_cases.py fails as soon as transformers loads such a model by itself.
 """
 
+from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from torch import nn
 from transformers.distributed import mixin
 from transformers.distributed.pipeline_parallel import PipelineIdentityLayer
 
-from residua.pipelines.setup.models import stages_in_parallel
+from residua.pipelines.setup.models import load_model, stages_in_parallel
+from residua.pipelines.setup.settings import CaptureSettings
 from residua.store.base.errors import PlanError
+from tests.models import TINY
 
 STEP = "apply_tensor_parallelism"
 WORDS = r"--tp and --pp .* transformers 5\.23"
@@ -42,3 +46,11 @@ def test_another_transformers_is_refused(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.delattr(mixin, STEP)
     with pytest.raises(PlanError, match=WORDS), stages_in_parallel():
         raise AssertionError("nothing is loaded")
+
+
+def test_loading_leaves_the_random_state_of_the_caller(tmp_path: Path) -> None:
+    TINY["llama"]().save_pretrained(tmp_path)
+    torch.manual_seed(5)
+    before = torch.random.get_rng_state()
+    load_model(str(tmp_path), CaptureSettings(sites="resid_post.*", device="cpu"))
+    assert torch.equal(torch.random.get_rng_state(), before)
