@@ -44,7 +44,7 @@ from residua.capture.runtime.collectives import all_gather_objects, device_of
 from residua.capture.runtime.pipeline_schedule import PIPELINE_TYPES
 from residua.capture.runtime.process_groups import declared_group, pipeline_group
 from residua.capture.runtime.streams import writer_threads
-from residua.capture.runtime.wrappers import core_of, refuse_compiled
+from residua.capture.runtime.wrappers import core_of, refuse_compiled, uncompiled_loop
 from residua.capture.scheduling.membership import Membership
 from residua.capture.sites.attention import eager_where_needed
 from residua.capture.sites.forward_call import is_probing, move_last
@@ -160,6 +160,7 @@ class Recorder:
     def __enter__(self) -> Self:
         with ExitStack() as stack:
             stack.enter_context(declared_group(self._model, self._given))
+            stack.enter_context(uncompiled_loop())
             self._membership, self._process_layout = stack.enter_context(
                 process_layout_in_loop(self._model, self._sites)
             )

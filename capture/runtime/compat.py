@@ -64,6 +64,11 @@ def is_compiled_in_place(module: nn.Module) -> bool:
     return module._compiled_call_impl is not None
 
 
+def is_compiled_function(value: object) -> bool:
+    """Return whether `torch.compile` made a function or bound method; torch has no public test for it."""
+    return callable(value) and hasattr(value, "_torchdynamo_orig_callable")
+
+
 def children_by_name(module: nn.Module) -> Mapping[str, nn.Module | None]:
     """Return the children of a module; unlike the public `named_children`, this costs no time for each child."""
     return module._modules

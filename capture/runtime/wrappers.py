@@ -114,9 +114,13 @@ def first_name(model: nn.Module, name: str) -> str:
 
 
 def is_compiled(model: nn.Module) -> bool:
-    """Return whether `model` or a module in it is compiled, by `torch.compile` or in place."""
+    """Return whether `model` or a module in it is compiled: by `torch.compile`, in place, or a method of it alone."""
     return any(
-        isinstance(module, compat.CompiledModule) or compat.is_compiled_in_place(module) for module in model.modules()
+        isinstance(module, compat.CompiledModule)
+        or compat.is_compiled_in_place(module)
+        or compat.is_compiled_function(module.forward)
+        or any(compat.is_compiled_function(value) for value in vars(module).values())
+        for module in model.modules()
     )
 
 
@@ -145,16 +149,23 @@ _uncompiled = _Uncompiled()
 
 
 @contextmanager
+def uncompiled_loop() -> Iterator[None]:
+    """Let compiled functions run uncompiled: the loop around a model may be one, and compiled code ignores hooks."""
+    _uncompiled.enter()
+    try:
+        yield
+    finally:
+        _uncompiled.leave()
+
+
+@contextmanager
 def running_uncompiled(model: nn.Module) -> Iterator[bool]:
     """Let the compiled modules of a model run uncompiled; yield whether there are any."""
     if not is_compiled(model):
         yield False
         return
-    _uncompiled.enter()
-    try:
+    with uncompiled_loop():
         yield True
-    finally:
-        _uncompiled.leave()
 
 
 @contextmanager

@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 
 from residua.capture.runtime.collectives import on_rank
 from residua.capture.runtime.process_groups import pipeline_group, tensor_parallel_group
-from residua.capture.runtime.wrappers import running_uncompiled
+from residua.capture.runtime.wrappers import uncompiled_loop
 from residua.capture.sites.attention import eager_where_needed
 from residua.capture.sites.forward_call import ForwardCall, Note, SiteTensor
 from residua.capture.sites.hooks import attached
@@ -247,7 +247,7 @@ def tap(
     The tensor has shape (batch, positions, *row) as in `reading`, the model's dtype and its device. It is a copy: keep
     it or change it, the model does not notice. What the function returns replaces the site's value; None leaves it.
     The function may call the model itself: this tap is switched off meanwhile. (Over several processes it may do so
-    only where it runs on all of them.) A compiled model runs uncompiled inside the context.
+    only where it runs on all of them.) Compiled models, and compiled functions that call one, run uncompiled inside.
 
     If several processes share the model, all of them have to use the same tap. The function runs once per model
     replica, on the first rank of its tensor-parallel group, and its result reaches every rank. Data-parallel replicas
@@ -312,7 +312,7 @@ def tap(
             microbatch=stack.enter_context(microbatches_of(model)),
         )
         stack.callback(made._release)
-        stack.enter_context(running_uncompiled(model.submod if isinstance(model, PipelineStage) else model))
+        stack.enter_context(uncompiled_loop())
         stack.enter_context(eager_where_needed(target.core, infos.values()))
         if backward or differentiable:
             stack.enter_context(carrying_gradients(target.core))

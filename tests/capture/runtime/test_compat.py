@@ -67,6 +67,12 @@ def test_checkpoints_that_are_not_reentrant() -> None:
     assert not ran
 
 
+def test_compiled_function() -> None:
+    layer: Any = nn.Linear(2, 2)
+    assert not compat.is_compiled_function(layer.forward)
+    assert compat.is_compiled_function(torch.compile(layer.forward, backend="eager"))
+
+
 def test_in_backward() -> None:
     found = [compat.in_backward()]
     weight = torch.ones(2, requires_grad=True)

@@ -2,7 +2,9 @@
 
 import threading
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import pytest
 import torch
@@ -103,13 +105,27 @@ def block_by_block(model: PreTrainedModel, compiler: Compiler) -> nn.Module:
     return model
 
 
+def its_forward(model: PreTrainedModel, compiler: Compiler) -> nn.Module:
+    model.forward = torch.compile(model.forward, backend=compiler)
+    return model
+
+
+def its_step(model: PreTrainedModel, compiler: Compiler) -> nn.Module:
+    """Return a module whose calls are a compiled function around the model; the model itself is not compiled."""
+    steps[model] = torch.compile(lambda **batch: model(**batch), backend=compiler)
+    return model
+
+
+steps: WeakKeyDictionary[nn.Module, Callable[..., Any]] = WeakKeyDictionary()
+
+
 def logits_of(model: nn.Module) -> Tensor:
     with torch.no_grad():
-        logits: Tensor = model(batch().input_ids, use_cache=False).logits
+        logits: Tensor = steps.get(model, model)(input_ids=batch().input_ids, use_cache=False).logits
     return logits
 
 
-@pytest.mark.parametrize("compile_model", [wrapped, in_place, block_by_block])
+@pytest.mark.parametrize("compile_model", [wrapped, in_place, block_by_block, its_forward, its_step])
 def test_a_compiled_model_can_be_tapped_repeatedly_and_then_runs_compiled(
     compile_model: Callable[[PreTrainedModel, Compiler], nn.Module],
 ) -> None:
@@ -127,6 +143,28 @@ def test_a_compiled_model_can_be_tapped_repeatedly_and_then_runs_compiled(
     assert compiler.n_runs == n_runs
     assert torch.equal(logits_of(model), before)
     assert compiler.n_runs > n_runs
+
+
+def test_a_recorder_inside_a_compiled_step_and_a_capture_of_a_compiled_forward(tmp_path: Path) -> None:
+    plain, compiler = TINY["gpt2"](), Compiler()
+    ids = batch().input_ids[:1]
+    with torch.no_grad():
+        expected = plain(ids, output_hidden_states=True).hidden_states[2][0]
+    for warm in (False, True):
+        model = TINY["gpt2"]()
+        its_step(model, compiler)
+        if warm:
+            steps[model](input_ids=ids)
+        with residua.Recorder(model, sites="resid_post.1", out=tmp_path / str(warm)), torch.no_grad():
+            steps[model](input_ids=ids)
+        assert torch.equal(residua.Archive(tmp_path / str(warm))["resid_post.1"].torch(slice(None)), expected)
+    model = TINY["gpt2"]()
+    its_forward(model, compiler)
+    with pytest.raises(CaptureError, match="compile"):
+        residua.Recorder(model, sites="resid_post.1", out=tmp_path / "c")
+    result = residua.capture_dataset(model, [ids[0].tolist()], sites="resid_post.1", out=tmp_path / "d")
+    assert torch.equal(result.archive["resid_post.1"].torch(slice(None)), expected)
+    assert any("compiled" in note for note in result.notes)
 
 
 def test_taps_of_compiled_models_may_end_in_any_order() -> None:
