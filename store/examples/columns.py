@@ -40,12 +40,14 @@ def columns_of(examples: Sequence[Example], known: Mapping[str, pa.DataType], fi
     names = dict.fromkeys([*known, *(name for example in examples for name in example.columns)])
     check_names(list(names))
     return {
-        name: _column(name, [example.columns.get(name) for example in examples], known.get(name), first_index)
+        name: _column(name, [example.columns.get(name) for example in examples], known.get(name), first_index, examples)
         for name in names
     }
 
 
-def _column(name: str, values: list[object], known: pa.DataType | None, first_index: int) -> pa.Array:
+def _column(
+    name: str, values: list[object], known: pa.DataType | None, first_index: int, examples: Sequence[Example]
+) -> pa.Array:
     kind = None if known is None or _TYPES.is_null(known) else known
     found = _converted(values, None)
     if found is not None and kind is None and _storable(found.type):
@@ -54,7 +56,8 @@ def _column(name: str, values: list[object], known: pa.DataType | None, first_in
         column = _converted(values, kind)
         if column is not None:
             return column
-    raise DatasetError(_describe_misfit(name, values, kind, first_index))
+    rows = [example.columns.get("source_index") for example in examples]
+    raise DatasetError(_describe_misfit(name, values, kind, first_index, rows))
 
 
 def _converted(values: list[object], kind: Any) -> pa.Array | None:
@@ -64,13 +67,16 @@ def _converted(values: list[object], kind: Any) -> pa.Array | None:
         return None
 
 
-def _describe_misfit(name: str, values: list[object], kind: pa.DataType | None, first_index: int) -> str:
+def _describe_misfit(
+    name: str, values: list[object], kind: pa.DataType | None, first_index: int, rows: Sequence[object]
+) -> str:
     """Return a message that names the first value that does not fit the ones before it."""
     for i, value in enumerate(values):
         found = _converted([value], None)
         if found is None or not _storable(found.type) or (kind is not None and not _fits(found.type, kind)):
+            row = "" if rows[i] is None else f" (row {rows[i]} of the dataset)"
             return (
-                f"column {name!r}, example {first_index + i}: cannot store {shortened(repr(value))} as "
+                f"column {name!r}, example {first_index + i}: cannot store {shortened(repr(value))}{row} as "
                 f"{kind or 'an Arrow value'}; give the column one plain type throughout, or leave it out"
             )
         kind = found.type if kind is None and not _TYPES.is_null(found.type) else kind

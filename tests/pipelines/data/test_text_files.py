@@ -163,6 +163,18 @@ class TestJson:
         assert results[0] == results[1]
         assert results[0]["score"].to_pylist() == [0] * 120 + [late]
 
+    @pytest.mark.parametrize("late", ["x", {"a": 1}, "\u00e9", [1]])
+    def test_a_late_value_of_another_kind_names_row_and_column(self, tmp_path: Path, late: object) -> None:
+        rows = [{"text": "a b c", "n": i} for i in range(4)] + [{"text": "", "n": 4}, {"text": "a", "n": late}]
+        path = written(tmp_path / "x.jsonl", lines_of(rows))
+        for i, source in enumerate((path, iter(rows))):
+            writer = ExampleWriter(tmp_path / f"examples{i}", examples_per_part=9)
+            *first, last = read(source, max_length=3)[0]
+            for example in first:
+                writer.add(example)
+            with pytest.raises(DatasetError, match=r"column 'n', example 8: .* \(row 5 of the dataset\) as int64"):
+                writer.add(last)
+
     def test_lines_of_texts_and_of_token_ids(self, tmp_path: Path) -> None:
         assert rows_of(written(tmp_path / "x.jsonl", '"a b"\n\n"c"\n')) == [{"text": "a b"}, {"text": "c"}]
         assert rows_of(written(tmp_path / "x.jsonl", "[5, 6]\n[7]\n"))[1]["input_ids"] == [7]
