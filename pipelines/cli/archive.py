@@ -191,10 +191,12 @@ def _fidelity(options: argparse.Namespace) -> int:
 
 
 def _sites(options: argparse.Namespace) -> int:
+    from residua.capture.sites.architectures import family_of
     from residua.capture.sites.names_to_modules import model_sites
     from residua.pipelines.setup.models import load_empty_model
 
-    sites = model_sites(load_empty_model(options.model))
+    model = load_empty_model(options.model)
+    sites = model_sites(model)
     if options.json:
         print_json({name: {"row_shape": info.row_shape, "dtype": info.dtype} for name, info in sites.items()})
         return 0
@@ -209,4 +211,9 @@ def _sites(options: argparse.Namespace) -> int:
     ]
     print(f"{options.model}: {len(rows)} sites, and module:PATH@output or module:PATH@input for any other module")
     print(table([("site", "row", "dtype", "read from"), *rows]))
+    if family_of(model.config) is None:
+        print(
+            f"note: {model.config.model_type} is not in the table of architectures, and its weights were not loaded: "
+            "a capture looks for attn_out, resid_mid, mlp_act and mlp_out too, by running the model"
+        )
     return 0

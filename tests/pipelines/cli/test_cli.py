@@ -18,6 +18,7 @@ import residua
 from residua.pipelines.cli.main import main
 from residua.pipelines.setup.settings import CaptureSettings
 from residua.store.read.archive import Archive
+from tests.models import ODD
 from tests.pipelines.forking import ENVIRONMENT
 from tests.ragged import MODEL, capture_words, write_dataset
 from tests.stopped import take_back
@@ -147,6 +148,16 @@ def test_sites(capsys: pytest.CaptureFixture[str]) -> None:
     printed = capsys.readouterr().out
     assert "resid_post.5" in printed
     assert "2 x 32" in printed
+    assert "attn_out too" not in printed
+
+
+def test_sites_of_an_architecture_that_is_not_in_the_table(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    ODD["olmo2"]().save_pretrained(tmp_path)
+    assert main(["sites", "--model", str(tmp_path)]) == 0
+    printed = capsys.readouterr().out
+    assert "resid_post.2" in printed
+    assert "olmo2" in printed
+    assert "attn_out" in printed
 
 
 @pytest.mark.parametrize(
