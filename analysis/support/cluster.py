@@ -33,6 +33,7 @@ Term = TypeVar("Term")
 INLINE = "inline"
 _dask: Any = distributed  # its functions have no types
 _MEMORY_LIMIT = "4GiB"
+_LEAST_BYTES = 64 * 2**20  # of a worker process: Python with numpy and Dask takes about that
 _JOBS_PER_WORKER = 2  # submitted at a time, so that a worker never waits for its next job
 
 
@@ -216,6 +217,11 @@ def _failing(label: str, number: int) -> Iterator[None]:
 
 @contextmanager
 def _local(workers: int | None, memory_limit: int) -> Iterator[Client]:
+    if memory_limit < _LEAST_BYTES:  # Dask would start such workers again and again
+        raise AnalysisError(
+            f"the memory limit is {memory_limit:,} bytes, and a worker needs {_LEAST_BYTES >> 20} MiB to start: give "
+            "more, for example 4GiB (a number without a unit is bytes)"
+        )
     n_workers = workers or max(1, min(CPU_COUNT, MEMORY_LIMIT // memory_limit))
     # Jobs respect the limit by themselves. A worker that pauses near its limit could wait for ever.
     never = {f"distributed.worker.memory.{name}": False for name in ("target", "spill", "pause")}

@@ -56,6 +56,7 @@ from residua.store.base.errors import CaptureError, PlanError, few
 from residua.store.encoding.codecs import DEFAULT_PRESET
 from residua.store.format.plan import HOST_MEMORY_BYTES, Plan, SitePlan, choose_rows_per_shard
 from residua.store.format.sidecars import NO_LM_HEAD
+from residua.store.storage.place import try_place
 
 
 class Recorder:
@@ -103,6 +104,7 @@ class Recorder:
             raise FileExistsError(
                 with_replica_hint(f"{self.path} exists: a recorder makes a new archive; choose another place")
             )
+        try_place(self.path, links=True)
         if isinstance(model, PIPELINE_TYPES):
             raise CaptureError(
                 f"Recorder got a {type(model).__name__}, and in a loop over torch pipelines only the first stage sees "

@@ -62,6 +62,7 @@ from residua.store.format.losses import COMPUTED, cast_sites, loss_notes
 from residua.store.format.plan import Plan, check_host_memory, choose_rows_per_shard
 from residua.store.read.archive import Archive
 from residua.store.storage.files import sweep
+from residua.store.storage.place import try_place
 
 DatasetSource = str | PathLike[str] | Iterable[Any]
 
@@ -134,11 +135,13 @@ def capture_dataset(
         DatasetError: The dataset cannot be used as asked.
         CaptureError: The capture failed, here or in another process; committed rows are safe.
         ArchiveInUseError: Another run is writing the archive, and cannot be joined or is not to be joined.
+        OSError: The place `out` cannot be written, or has no hard links; this is tried before anything runs.
 
     Example:
         >>> result = residua.capture_dataset("models/pydoc-1m", ["Hello world"], out="acts.zarr")  # doctest: +SKIP
     """
     chosen = _settings(settings, options)
+    try_place(Path(out), links=True)
     with ExitStack() as stack:
         membership = stack.enter_context(working_together(Path(out), chosen))
         if isinstance(model, str | PathLike):

@@ -31,6 +31,7 @@ from residua.pipelines.setup.settings import CaptureSettings
 from residua.store.base.errors import CaptureError, PlanError
 from residua.store.examples.schedule import Schedule
 from residua.store.format.commits import committed_shards
+from residua.store.storage.place import try_place
 
 _LOOK_SECONDS = 1.0
 _LEAST_WORKERS = 2  # replicas that the shards are cut for: more may join
@@ -50,6 +51,8 @@ def working_together(out: Path | None, settings: CaptureSettings, *, job: str = 
         CaptureError: The other workers do not appear.
         PlanError: The launched processes cannot be divided into groups of that many.
     """
+    if out is not None:
+        try_place(out)
     with rendezvous(out, join=settings.join, job=job) as membership, replica_group(settings, membership):
         yield membership
 

@@ -18,9 +18,10 @@ from residua.pipelines.jobs.workers import working_together
 from residua.pipelines.setup.models import replayed_model
 from residua.pipelines.setup.settings import CaptureSettings
 from residua.store.base.errors import PlanError
-from residua.store.format.sidecars import Fidelity, SiteFidelity, write_fidelity
+from residua.store.format.sidecars import FIDELITY_FILE, Fidelity, SiteFidelity, write_fidelity
 from residua.store.format.site_names import parse_site
 from residua.store.read.archive import Archive, refuse_replay
+from residua.store.storage.place import try_place
 
 _STREAM = ("resid_pre", "resid_mid", "resid_post", "final")
 
@@ -68,6 +69,7 @@ def fidelity(
     """
     opened = Archive(archive)
     refuse_replay(opened, "residua fidelity")
+    try_place(opened.path / FIDELITY_FILE)
     names = _rounded_streams(opened)
     opened.refuse_losses(names, "residua fidelity")
     batches = [batch.examples.tolist() for batch in sample_batches(opened, n_batches, seed)]

@@ -36,6 +36,7 @@ _ADVICE = {
     errno.EISDIR: "a folder of that name is in the way: remove it",
     errno.EIO: "the disk reported a fault: check it, and choose another place",
 }
+_WITHOUT_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EXDEV, errno.EMLINK)
 _NO_LINKS = "this file system has no hard links, which commits need: choose another place"
 
 
@@ -175,7 +176,7 @@ def _link(temporary: Path, path: Path) -> None:
     except FileExistsError:
         raise FileExistsError(errno.EEXIST, f"{path} exists already and is not overwritten") from None
     except OSError as error:
-        if error.errno in (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP):
+        if error.errno in _WITHOUT_LINKS:
             raise _NoLinksError(error.errno, error.strerror) from error
         raise
 

@@ -203,3 +203,9 @@ def test_a_sum_does_not_depend_on_the_order_of_arrival(order: list[int], n_terms
 @given(st.permutations(range(11)))
 def test_results_come_in_the_order_of_their_jobs(order: list[int]) -> None:
     assert list(in_order((number, f"{number:x}") for number in order)) == list("0123456789a")
+
+
+@pytest.mark.parametrize("limit", [4, "1000", "4KiB"])
+def test_a_limit_that_no_worker_can_start_with_is_refused(limit: int | str) -> None:
+    with pytest.raises(AnalysisError, match=r"bytes.*64 MiB.*GiB"), connect(workers=1, memory_limit=limit):
+        pass

@@ -1,0 +1,72 @@
+"""Places that cannot take an archive are refused before anything runs, and leave nothing behind."""
+
+import errno
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from residua.store.base.errors import PlanError
+from residua.store.storage.place import try_place
+
+
+def failing(number: int) -> Callable[..., Any]:
+    def fail(*_: Any, **__: Any) -> Any:
+        raise OSError(number, os.strerror(number))
+
+    return fail
+
+
+@pytest.mark.parametrize("links", [False, True])
+def test_a_good_place_is_left_as_it_was(links: bool, tmp_path: Path) -> None:
+    try_place(tmp_path / "folder" / "a.zarr", links=links)
+    assert [path.name for path in tmp_path.rglob("*")] == ["folder"]
+    (tmp_path / "b.zarr").mkdir()
+    (tmp_path / "c.zarr").symlink_to("b.zarr")
+    try_place(tmp_path / "c.zarr", links=links)
+
+
+@pytest.mark.parametrize("number", [errno.EPERM, errno.ENOSYS, errno.EXDEV, errno.EMLINK, errno.ENOTSUP])
+def test_a_place_without_links_is_named(number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "link", failing(number))
+    try_place(tmp_path / "a.zarr")
+    with pytest.raises(OSError, match=r"a\.zarr.*no hard links.*another place") as caught:
+        try_place(tmp_path / "a.zarr", links=True)
+    assert caught.value.errno == number
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("step", ["replace", "fdatasync", "fsync", "write"])
+@pytest.mark.parametrize(("number", "advice"), [(errno.ENOSPC, "free some space"), (errno.EROFS, "read-only")])
+def test_a_place_that_cannot_be_written_is_named(
+    step: str, number: int, advice: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patched:
+        patched.setattr(os, step, failing(number))
+        with pytest.raises(OSError, match=rf"a\.zarr.*{advice}"):
+            try_place(tmp_path / "a.zarr")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "address", ["s3://bucket/a.zarr", "gs://bucket/a", "hf://datasets/me/a", "https://host/a.zarr"]
+)
+def test_an_address_makes_no_folder(address: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(PlanError, match="local folder"):
+        try_place(Path(address))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_link_that_leads_nowhere_is_named(tmp_path: Path) -> None:
+    (tmp_path / "a.zarr").symlink_to(tmp_path / "gone")
+    with pytest.raises(PlanError, match=f"link to {tmp_path / 'gone'}"):
+        try_place(tmp_path / "a.zarr")
+
+
+def test_a_parent_that_is_a_file_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match=r"file/a\.zarr"):
+        try_place(tmp_path / "file" / "a.zarr")
