@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 import residua
@@ -184,7 +184,7 @@ def test_the_text_model_is_meant_where_a_tower_has_as_many_blocks() -> None:
 def test_parts_are_found_in_half_precision(name: str, dtype: torch.dtype) -> None:
     model = ALL[name]()
     expected = {site: info.module for site, info in model_sites(model).items()}
-    model._apply(lambda tensor: tensor.to(dtype) if tensor.is_floating_point() else tensor)
+    nn.Module.to(model, dtype)
     assert {site: info.module for site, info in model_sites(model).items()} == expected
 
 
