@@ -20,9 +20,11 @@ class Part(Protocol):
 
     def first(self) -> AbstractContextManager[None]:
         """Return the context of the part's run in the forward pass."""
+        ...
 
     def again(self) -> AbstractContextManager[None]:
         """Return the context of a run in the backward pass; there may be several, in other threads."""
+        ...
 
 
 _lock = threading.Lock()

@@ -135,7 +135,7 @@ def _numbers(values: Tensor) -> Floats:
 
 def _of_next_token(losses: Floats, lacks: npt.NDArray[np.bool_]) -> pa.Array:
     """Return losses as a column; it is null where `lacks` says so, and at the last token, which has no next one."""
-    return pa.array([*np.where(lacks, None, losses).tolist(), None], pa.float32())
+    return pa.array(np.append(losses, np.float32(0)), pa.float32(), mask=np.append(lacks, True))
 
 
 def example_table(token_tables: Sequence[pa.Table]) -> pa.Table:

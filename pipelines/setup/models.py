@@ -79,7 +79,8 @@ def load_model(name: str, settings: CaptureSettings) -> PreTrainedModel:
 @contextmanager
 def _seeded(seed: int) -> Iterator[None]:
     """Seed torch's generators inside, and give them back their state."""
-    with torch.random.fork_rng(devices=range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()):
+    cuda_in_use: bool = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]  # torch has no types here
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count()) if cuda_in_use else ()):
         torch.manual_seed(seed)
         yield
 

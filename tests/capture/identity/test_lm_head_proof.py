@@ -31,14 +31,14 @@ SIZES: dict[str, Any] = {
 class Scaled(nn.Linear):
     """An LM head whose forward does more than its weights say."""
 
-    def forward(self, hidden: Tensor) -> Tensor:
-        return super().forward(hidden) * 0.25
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002  # torch's name
+        return super().forward(input) * 0.25
 
 
 def scaled(model: PreTrainedModel) -> None:
     head = Scaled(32, 97, bias=False)
     head.weight = model.get_submodule("lm_head").weight  # type: ignore[assignment]  # a parameter
-    model.set_output_embeddings(head)
+    model.set_submodule("lm_head", head)
 
 
 def hooked(model: PreTrainedModel) -> None:
@@ -89,7 +89,7 @@ def test_a_head_that_does_not_give_the_logits_is_not_kept(
 def test_an_activation_of_another_name_is_no_reason_to_refuse(activation: str, has_head: bool, tmp_path: Path) -> None:
     torch.manual_seed(0)
     model = hf.BertForMaskedLM(hf.BertConfig(**SIZES, hidden_act=activation))
-    model.eval()
+    nn.Module.train(model, False)
     found = residua.capture_dataset(model, [[3, 4, 5, 6]], out=tmp_path / "a.zarr", sites="final,logits")
     assert (found.archive.path / "head" / "head.json").exists() == has_head
     assert any(repr(activation) in note for note in found.notes) != has_head
@@ -100,7 +100,7 @@ def test_an_activation_of_another_name_is_no_reason_to_refuse(activation: str, h
 
 def test_an_unknown_architecture_and_a_model_without_a_head_say_so(tmp_path: Path) -> None:
     granite = hf.GraniteForCausalLM(hf.GraniteConfig(**SIZES, num_key_value_heads=2))
-    granite.eval()
+    nn.Module.train(granite, False)
     assert "granite" in lm_head_problem(granite)
     assert "LlamaModel" in lm_head_problem(TINY["llama"]().base_model)
     assert lm_head_problem(nn.Linear(2, 2))

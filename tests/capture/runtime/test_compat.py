@@ -85,7 +85,7 @@ def test_without_dispatch_modes() -> None:
     from torch.utils.flop_counter import FlopCounterMode
 
     with FlopCounterMode(display=False) as counter, compat.without_dispatch_modes():
-        torch.ones(2, 2) @ torch.ones(2, 2)
+        torch.mm(torch.ones(2, 2), torch.ones(2, 2))
     assert counter.get_total_flops() == 0
 
 

@@ -35,11 +35,16 @@ def switch_off(model: PreTrainedModel) -> None:
 
 
 def scale(model: PreTrainedModel) -> None:
-    layers(model)[1].scaling["default"] *= 1.5
+    scaling: Any = layers(model)[1].scaling
+    scaling["default"] *= 1.5
+
+
+def enlarge(_module: Any, _inputs: Any, output: Any) -> Any:
+    return output * 1.1
 
 
 def hook(model: PreTrainedModel) -> Any:
-    return model.get_submodule("model.layers.1").register_forward_hook(lambda _m, _a, output: output * 1.1)
+    return model.get_submodule("model.layers.1").register_forward_hook(enlarge)
 
 
 def set_scaling(model: PreTrainedModel) -> None:

@@ -18,8 +18,11 @@ N_LOGITS, N_TOKENS = 40, 64
 @pytest.fixture(scope="module")
 def model() -> PreTrainedModel:
     torch.manual_seed(0)
-    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
-    made = LlamaForCausalLM(LlamaConfig(vocab_size=N_TOKENS, **sizes))
+    made = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=N_TOKENS, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4
+        )
+    )
     made.lm_head = nn.Linear(32, N_LOGITS, bias=False)
     nn.Module.train(made, False)
     return made
