@@ -98,8 +98,8 @@ def forward_arguments(
 
     Args:
         model: A transformers model; it is called as ``model(**arguments(input_ids, attention_mask))``.
-        needs_logits: Compute the logits of all positions. Otherwise a model that can leaves them out, which saves
-            (batch x positions x vocabulary) numbers and changes nothing else.
+        needs_logits: Compute the logits of all positions. Otherwise a model that can computes those of the last
+            position only, which saves (batch x positions x vocabulary) numbers and changes nothing else.
 
     Returns:
         A function of token ids, int64 of shape (batch, positions), and attention mask of the same shape, 1 for a token
@@ -116,7 +116,7 @@ def forward_arguments(
             kwargs["position_ids"] = positions_of(attention_mask) + first
         if leaves_out_logits:
             # A number would let Gemma 4 run its upper blocks on the last token alone; indices choose among the logits.
-            kwargs["logits_to_keep"] = torch.zeros(1, dtype=torch.long, device=input_ids.device)
+            kwargs["logits_to_keep"] = torch.full((1,), input_ids.shape[1] - 1, device=input_ids.device)
         return kwargs
 
     return arguments

@@ -128,14 +128,16 @@ def test_positions_that_a_model_numbers_in_another_way_are_not_passed() -> None:
 
 
 @pytest.mark.parametrize("name", ["gemma4", "gemma4-shared-keys", "stablelm", "olmo2"])
-def test_a_model_that_leaves_out_logits_computes_all_rows(name: str) -> None:
+def test_a_model_that_leaves_out_logits_computes_all_rows_and_those_of_the_last_position(name: str) -> None:
     model = {**ODD, **UNLIKE}[name]()
     ids = torch.arange(5, 23).view(2, 9)
     with torch.no_grad():
-        states = model(input_ids=ids, attention_mask=torch.ones_like(ids), output_hidden_states=True).hidden_states
+        full = model(input_ids=ids, attention_mask=torch.ones_like(ids), output_hidden_states=True)
+        states = full.hidden_states
         kept: dict[str, Tensor] = {}
         with tap(model, "resid_post.*", kept.__setitem__):
-            model(**forward_kwargs(model, ids, torch.ones_like(ids), needs_logits=False))
+            last = model(**forward_kwargs(model, ids, torch.ones_like(ids), needs_logits=False)).logits
+    torch.testing.assert_close(last, full.logits[:, -1:])
     for layer, state in enumerate(states[1:-1]):
         torch.testing.assert_close(kept[f"resid_post.{layer}"], state)
     assert kept["resid_post.2"].shape == states[-1].shape
