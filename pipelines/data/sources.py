@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from pyarrow.types import is_integer
 
 from residua.pipelines.data.settings import DatasetSettings
 from residua.pipelines.data.text_files import TextFiles, check_text
@@ -71,14 +72,14 @@ def open_rows(source: object, settings: DatasetSettings) -> Rows:
     elif isinstance(source, Iterable) and not isinstance(source, bytes | Mapping):
         if settings.split is not None:
             raise DatasetError(f"--split {settings.split!r}: {name} has no splits; leave it out")
-        return _peek_rows(name, _frame_rows(name, source) if is_frame(source) else source)
+        return _peek_rows(name, _checked_rows(_frame_rows(name, source) if is_frame(source) else source))
     else:
         raise DatasetError(
             f"{name} is not a dataset: give a path, a hub id, a DataFrame, or an iterable of texts, token ids, chats "
             "or rows"
         )
     chosen = _one_split(name, dataset, settings.split)
-    return _peek_rows(name, chosen if isinstance(chosen, TextFiles) else _dataset_rows(chosen))
+    return _peek_rows(name, _checked_rows(chosen) if isinstance(chosen, TextFiles) else _dataset_rows(chosen))
 
 
 def local_path(source: str | PathLike[str]) -> Path | None:
@@ -228,16 +229,37 @@ def _one_split(name: str, dataset: Any, split: str | None) -> Any:
     return dataset[chosen]
 
 
-def _dataset_rows(dataset: Any) -> Iterator[object]:
+def _dataset_rows(dataset: Any) -> Iterator[Row]:
     """Yield the rows as ``iter(dataset)`` does, after any transform: plain values, and media as they are stored.
 
     A format such as torch or pandas chooses columns here; the numbers are the dataset's own.
     """
     form = getattr(dataset, "format", None)  # streams have none, and no transform
     if form is not None and form["type"] == "custom":
-        return iter(dataset)
+        return _checked_rows(dataset)
     chosen = {} if form is None else {key: form[key] for key in ("columns", "output_all_columns")}
-    return iter(_with_stored_media(dataset.with_format(None, **chosen), chosen.get("columns")))
+    if dataset.features and all(type(leaf).__name__ == "Value" for leaf in _leaves(dataset.features)):
+        tables = dataset.with_format("arrow", **chosen).iter(batch_size=_ROWS_AT_ONCE)
+        return chain.from_iterable(map(_table_rows, tables))
+    return _checked_rows(_with_stored_media(dataset.with_format(None, **chosen), chosen.get("columns")))
+
+
+def _table_rows(table: Any) -> Iterator[Row]:
+    """Yield the rows of a table that needs no decoding, about ten times as fast as `datasets` does.
+
+    One row at a time: a table of long examples is many times larger as Python numbers.
+    """
+    columns = {name: table.column(name) for name in table.schema.names}
+    for i in range(len(table)):
+        yield {name: _cell(name, column[i]) for name, column in columns.items()}
+
+
+def _cell(name: str, scalar: Any) -> Any:
+    """Return a value as Python has it; token ids as an array."""
+    values: Any = getattr(scalar, "values", None) if name in _LONG_COLUMNS else None
+    if not hasattr(values, "null_count") or values.null_count or not is_integer(values.type):  # a struct has a method
+        return scalar.as_py()
+    return values.to_numpy(zero_copy_only=False)
 
 
 def _with_stored_media(dataset: Any, columns: Sequence[str] | None) -> Any:
@@ -293,8 +315,12 @@ def _pandas_rows(frame: Any, columns: list[str]) -> Iterator[Row]:
         yield from (dict(zip(columns, row, strict=True)) for row in zip(*values, strict=True))
 
 
-def _peek_rows(name: str, items: Iterable[object]) -> Rows:
-    rows = _guarded(name, (_checked(number, _row_of(number, item)) for number, item in enumerate(items)))
+def _checked_rows(items: Iterable[object]) -> Iterator[Row]:
+    return (_checked(number, _row_of(number, item)) for number, item in enumerate(items))
+
+
+def _peek_rows(name: str, found: Iterable[Row]) -> Rows:
+    rows = _guarded(name, found)
     ahead = list(islice(rows, _ROWS_AT_ONCE))
     if not ahead:
         raise DatasetError(f"dataset {name} is empty: it has no rows")
