@@ -1,7 +1,7 @@
 """Examples of an archive as one padded batch, as its plan says: their tokens, the padding, and where rows lie."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -42,6 +42,19 @@ def microbatches(batch: PlanBatch, n: int) -> list[PlanBatch]:
         )
         for span in spans
     ]
+
+
+def one_by_one(batch: PlanBatch) -> list[PlanBatch]:
+    """Return each example of a batch as a batch of its own, without padding."""
+    found = []
+    for number, example in enumerate(batch.rows):
+        span = slice(int(example.padded[0]), int(example.padded[-1]) + 1)
+        padded = PaddedBatch(
+            input_ids=batch.padded.input_ids[number : number + 1, span],
+            attention_mask=batch.padded.attention_mask[number : number + 1, span],
+        )
+        found.append(PlanBatch(padded=padded, rows=[replace(example, padded=example.padded - span.start)]))
+    return found
 
 
 def plan_batch(

@@ -25,11 +25,24 @@ def run_few_tokens(model: nn.Module) -> Any:
     Args:
         model: The model, with its wrappers, which may gather weights; in a torch pipeline its stage runs.
     """
-    core, device = cast("PreTrainedModel", core_of(model)), input_device(core_of(model))
-    vocabulary_size = int(core.config.get_text_config().vocab_size)
-    ids = torch.arange(N_EXAMPLES * N_POSITIONS, device=device).reshape(N_EXAMPLES, N_POSITIONS) * 7 % vocabulary_size
+    ids = few_tokens(model, N_EXAMPLES * N_POSITIONS).reshape(N_EXAMPLES, N_POSITIONS)
+    return run_tokens(model, ids, torch.ones_like(ids))
+
+
+def few_tokens(model: nn.Module, n: int, *, first: int = 0) -> Tensor:
+    """Return `n` token ids of a transformers model, spread over its vocabulary from `first` on, on its device."""
+    core = cast("PreTrainedModel", core_of(model))
+    ids = torch.arange(n, device=input_device(core)) * 7 + first
+    return ids % int(core.config.get_text_config().vocab_size)
+
+
+def run_tokens(model: nn.Module, input_ids: Tensor, attention_mask: Tensor) -> Any:
+    """Run a transformers model over a batch as a capture does, without gradients, and return its output.
+
+    A collective of all processes that hold it; the arguments are those of `forward_kwargs`.
+    """
     with torch.no_grad():
-        return runnable(model)(**forward_kwargs(runnable(core), ids, torch.ones_like(ids)))
+        return runnable(model)(**forward_kwargs(runnable(core_of(model)), input_ids, attention_mask))
 
 
 def logits_of(output: Any) -> Tensor | None:

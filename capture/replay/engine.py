@@ -10,7 +10,7 @@ Legend: `B` examples in the batch, `T` padded positions, `H` heads, `K` keys, `V
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, TypeVar
 
 import numpy as np
@@ -27,9 +27,10 @@ from residua.capture.buffers.row_index import Indices, batch_rows
 from residua.capture.edits.action import Step, StoredRows, refuse_overflow
 from residua.capture.edits.prepare import prepare_edits, with_rows
 from residua.capture.forward.inputs import forward_kwargs
-from residua.capture.forward.plan_batch import PlanBatch, microbatches, plan_batch
+from residua.capture.forward.plan_batch import PlanBatch, microbatches, one_by_one, plan_batch
+from residua.capture.identity.padding import RAN_ALONE, padding_leaks
 from residua.capture.identity.provenance import ModelCheck, check_model
-from residua.capture.replay.notes import attention_notes, storage_notes
+from residua.capture.replay.notes import attention_notes, batch_note, storage_notes
 from residua.capture.replay.recorded_inputs import RecordedInputs
 from residua.capture.replay.start import Skip, skip_for, skipping, start_of
 from residua.capture.runtime.collectives import on_rank
@@ -243,7 +244,9 @@ class Replayer:
         return (*idle, lost) if n_lost else idle
 
     def prefetch(self, batch: PlanBatch) -> None:
-        """Start to read the rows that go in, if this is the process that puts them in."""
+        """Start to read the rows that go in, if this is the process that puts them in, and they go in at once."""
+        if len(self.passes(batch)) > 1:
+            return
         for site in self._read_here:
             self.stored.prefetch(site, batch_rows(batch.rows, batch.n_positions).row)
 
@@ -256,6 +259,33 @@ class Replayer:
                 yield waiting.pop()
             waiting.append(batch)
         yield from waiting
+
+    def passes(self, batch: PlanBatch, *, grad: bool = False) -> list[PlanBatch]:
+        """Return the batches in which the examples of `batch` run: one, unless padding would change their rows.
+
+        The model may run over a few tokens to find that out.
+
+        Raises:
+            PlanError: Gradients are asked for, which need one pass, and there would have to be several.
+        """
+        n_lengths = len({len(example.input_ids) for example in batch.rows})
+        ran_alone = self.archive.plan.batch_tokens == 1
+        if len(batch.rows) == 1 or (n_lengths == 1 and (grad or not ran_alone)) or not padding_leaks(self.model):
+            return [batch]
+        if grad:
+            raise PlanError(
+                f"gradients of {len(batch.rows)} examples of {n_lengths} lengths were asked for, and padding changes "
+                "the rows of this model, which does not keep to the attention mask: replay one example at a time, or "
+                "examples of equal length"
+            )
+        return one_by_one(batch)
+
+    def batch_notes(self, batch: PlanBatch) -> dict[str, str]:
+        """Return, by kind, how the passes of `batch` differ from the capture's, and whether its examples run alone."""
+        passes = self.passes(batch)
+        others = (batch_note(self.archive, [example.example for example in one.rows]) for one in passes)
+        notes = {"other batch": next(filter(None, others), ""), "alone": RAN_ALONE if len(passes) > 1 else ""}
+        return {kind: note for kind, note in notes.items() if note}
 
     def skip(self, batch: PlanBatch) -> Skip:
         """Return the blocks that `batch` skips, and why it has to run in full if it could skip some."""
@@ -279,11 +309,11 @@ class Replayer:
                 the embeddings if no rows go in.
 
         Raises:
-            PlanError: Gradients of a torch pipeline were asked for.
+            PlanError: Gradients of a torch pipeline were asked for, or of examples that have to run one by one.
         """
         stage_model = stage_model_of(self.core)
         if stage_model is None:
-            return self._pass(batch, keep, edited=edited, grad=grad)
+            return _joined([self._pass(one, keep, edited=edited, grad=grad) for one in self.passes(batch, grad=grad)])
         if grad:
             raise PlanError(
                 "gradients were asked for of a torch pipeline, whose schedule alone runs backward passes: tap its "
@@ -293,9 +323,8 @@ class Replayer:
             self._pass(microbatch, keep, edited=edited, grad=False)
             for microbatch in microbatches(batch, stage_model.n_microbatches)
         ]
-        sites = {name: [rows for one in passes for rows in one.sites[name]] for name in passes[0].sites}
-        logits = [rows for one in passes for rows in one.logits or ()]
-        return Pass(logits=stage_model.to_all(logits), sites=sites, nodes={}, end=())
+        found = _joined(passes)
+        return replace(found, logits=stage_model.to_all(found.logits))
 
     def _pass(self, batch: PlanBatch, keep: Sequence[str], *, edited: bool, grad: bool) -> Pass:
         """Run one forward pass."""
@@ -394,6 +423,15 @@ class Replayer:
         converted = stored.to(tensor)
         refuse_overflow(name, stored, converted)
         return with_rows(source, tensor, converted)
+
+
+def _joined(passes: Sequence[Pass]) -> Pass:
+    """Return the results of several passes without gradients as those of one."""
+    if len(passes) == 1:
+        return passes[0]
+    sites = {name: [rows for one in passes for rows in one.sites[name]] for name in passes[0].sites}
+    logits = None if passes[0].logits is None else [rows for one in passes for rows in one.logits or ()]
+    return Pass(logits=logits, sites=sites, nodes={}, end=())
 
 
 def _graph_start(name: str, leaves: dict[str, Tensor]) -> Step:

@@ -23,7 +23,8 @@ from transformers import GenerationConfig, GenerationMixin
 from residua.capture.buffers.row_index import Indices, batch_rows
 from residua.capture.edits.action import ChosenRows
 from residua.capture.edits.prepare import PreparedEdit
-from residua.capture.forward.plan_batch import PlanBatch
+from residua.capture.forward.plan_batch import PlanBatch, one_by_one
+from residua.capture.identity.padding import padding_leaks
 from residua.capture.replay.engine import Replayer
 from residua.capture.runtime.compat import merged_generation_config
 from residua.capture.runtime.pipeline_schedule import stage_model_of
@@ -68,8 +69,10 @@ def generate(
     given, own = _with_defaults(core, options, max_new_tokens)
     config, others = merged_generation_config(core, given, own)
     _refuse_options(config, others, is_changed=bool(replayer.changed_sites))
-    groups = [[example] for example in examples] if _runs_alone(config, others) else [list(examples)]
-    batches = [replayer.batch(group, padding="left") for group in groups]
+    batches = [replayer.batch(examples, padding="left")]
+    has_padding = not bool(batches[0].padded.attention_mask.all())
+    if _runs_alone(config, others) or (has_padding and padding_leaks(replayer.model, side="left")):
+        batches = one_by_one(batches[0])
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         found = []

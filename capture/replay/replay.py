@@ -24,7 +24,7 @@ from residua.capture.identity.provenance import running_as_captured
 from residua.capture.replay.engine import Pass, Replayer, kept_rows
 from residua.capture.replay.generation import generate
 from residua.capture.replay.metrics import MetricSpec, Outcome, metric_of, token_losses
-from residua.capture.replay.notes import attention_notes, batch_note
+from residua.capture.replay.notes import attention_notes
 from residua.capture.runtime.collectives import on_rank
 from residua.capture.runtime.pipeline_schedule import PIPELINE_TYPES, as_model
 from residua.capture.runtime.process_groups import declared_group
@@ -56,9 +56,10 @@ class Replay:
         self._is_open = True
         kept = attention_notes(replayer.core, replayer.infos(self._keep).values())
         idle = replayer.check([self._batch])  # before anything runs
+        replayer.passes(self._batch, grad=grad)  # raises if there would have to be several with gradients
         skip = replayer.skip(self._batch)
         self.skipped_blocks = len(skip.blocks)
-        notes = [*replayer.notes, *kept, *idle, skip.problem, batch_note(replayer.archive, self.examples)]
+        notes = [*replayer.notes, *kept, *idle, skip.problem, *replayer.batch_notes(self._batch).values()]
         self.notes = tuple(note for note in dict.fromkeys(notes) if note)
 
     @property
@@ -203,7 +204,8 @@ def replay(
 ) -> Iterator[Replay]:
     """Put stored rows of some examples back into the model, edit, and run only the layers above.
 
-    The examples run in one batch, padded and numbered as in the capture. Without edits, logits and later sites equal
+    The examples run in one batch, padded and numbered as in the capture; one by one if padding changes the model's
+    rows, which a note says. Without edits, logits and later sites equal
     the captured ones bit for bit if the examples are a batch of the plan, the rows are stored without loss, and dtype,
     attention implementation and threads are those of the capture; `notes` says what differs.
 

@@ -20,6 +20,7 @@ from torch.distributed.pipelining.schedules import PipelineScheduleSingle
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from residua.capture.identity.output import OutputSample, output_sample
+from residua.capture.identity.padding import RAN_ALONE, padding_leaks
 from residua.capture.identity.provenance import (
     changed_conditions,
     compare_behaviour,
@@ -221,6 +222,7 @@ class CaptureJob(ABC):
         identity: What identifies the model in a plan; known before `plan` is called.
         output: What the model computes on a few tokens, or why that is not known; known before `plan` is called.
         column_shards: What `cut_columns` returned; known before `plan` is called.
+        pads_leak: Whether padding changes the model's rows; known before `plan` is called.
         shared: What worker 0 found out while it prepared, for the other workers, as JSON values.
     """
 
@@ -241,6 +243,7 @@ class CaptureJob(ABC):
         self.identity: Mapping[str, Json] = {}
         self.output: OutputSample | str = ""
         self.column_shards: Mapping[str, int] = {}
+        self.pads_leak = False
         self.shared: dict[str, Json] = {}
         self._head = head
         self._threads = threads
@@ -271,6 +274,14 @@ class CaptureJob(ABC):
         """Return into how many shards the columns of sites are cut, if each process stores its own columns."""
         return {}
 
+    def batch_tokens(self, asked: int, index: ExampleIndex) -> int:
+        """Return the most token positions of a batch: `asked`, or 1 if the examples have to run one by one."""
+        if not self.pads_leak or bool((index.n_tokens == index.n_tokens[0]).all()):
+            return asked
+        if RAN_ALONE not in self.notes:
+            self.notes.append(RAN_ALONE)
+        return 1
+
     def run(
         self,
         workers: Workers,
@@ -298,6 +309,7 @@ class CaptureJob(ABC):
             # Collectives of the workers that hold a model together: every worker has to call them.
             self.output = output_sample(self.model)
             self.identity = identify_model(self.model, self.output)
+            self.pads_leak = padding_leaks(self.model)
             is_shared = spans_processes(self.model) or is_sharded(self.model)
             sidecars = self._sidecars() if is_shared else None
             layout = workers.process_layout(self.model, self.sites)
@@ -435,6 +447,7 @@ class _DatasetCapture(CaptureJob):
     def plan(self, index: ExampleIndex) -> Plan:
         """Return the plan; raises PlanError if not even the smallest shard fits into host memory."""
         settings, most_rows = self._settings, int(index.n_rows.max())
+        batch_tokens = self.batch_tokens(settings.batch_tokens, index)
         sites = plan_sites(
             self.sites,
             dtype=settings.dtype,
@@ -445,12 +458,12 @@ class _DatasetCapture(CaptureJob):
         row_bytes = [site.row_bytes for site in sites]
         height = settings.rows_per_shard or choose_rows_per_shard(
             row_bytes,
-            batch_rows=min(settings.batch_tokens, index.total_rows),
+            batch_rows=min(batch_tokens, index.total_rows),
             most_rows_per_example=most_rows,
             host_memory_bytes=settings.host_memory,
         )
         check_host_memory(row_bytes, most_rows, min(height, index.total_rows), settings.host_memory)
-        if height < min(settings.batch_tokens, index.total_rows):
+        if height < min(batch_tokens, index.total_rows):
             limit = "--host-memory" if settings.rows_per_shard is None else "--rows-per-shard"
             self.notes.append(
                 f"a shard holds {height:,} rows, and a batch no more than that, although --batch-tokens allows "
@@ -462,7 +475,7 @@ class _DatasetCapture(CaptureJob):
             rules=settings.rules(),
             sites=sites,
             rows_per_shard=height,
-            batch_tokens=settings.batch_tokens,
+            batch_tokens=batch_tokens,
             n_rows=index.total_rows,
         )
 

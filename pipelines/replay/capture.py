@@ -141,7 +141,7 @@ class ReplayCapture(CaptureJob):
             rules={**source.rules, REPLAY_RULE: self._rule},
             sites=self._site_plans,
             rows_per_shard=self._height,
-            batch_tokens=schedule_of(self._source).batch_tokens,
+            batch_tokens=self.batch_tokens(schedule_of(self._source).batch_tokens, index),
             padding=source.padding,
             n_rows=index.total_rows,
         )

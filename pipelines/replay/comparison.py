@@ -17,7 +17,6 @@ from residua.capture.buffers.row_index import ExampleRows
 from residua.capture.forward.plan_batch import PlanBatch
 from residua.capture.replay.engine import Replayer
 from residua.capture.replay.metrics import token_changes
-from residua.capture.replay.notes import batch_note
 from residua.store.base.errors import PlanError
 
 _MEANS = ("kl", "loss", "unedited_loss", "loss_change", "top1_agrees")
@@ -75,8 +74,8 @@ class Comparison:
         Raises:
             CaptureError: The model gave no logits.
         """
-        other_batch = batch_note(self._edited.archive, [example.example for example in batch.rows])
-        unedited = self._edited if other_batch else self._unedited
+        of_batch = self._edited.batch_notes(batch)
+        unedited = self._edited if "other batch" in of_batch else self._unedited
         if unedited is not self._edited:
             unedited.prefetch(batch)  # while the edited run is under way
         after, before = self._edited.run(batch), unedited.run(batch, edited=False)
@@ -84,7 +83,7 @@ class Comparison:
             return Compared([], {})
         pairs = zip(batch.rows, after.require_logits(), before.require_logits(), strict=True)
         tables = [_token_table(example, after_TV, before_TV, self._tokens) for example, after_TV, before_TV in pairs]
-        notes = {"in full": self._edited.skip(batch).problem, "other batch": other_batch}
+        notes = {"in full": self._edited.skip(batch).problem, **of_batch}
         return Compared(tables, {kind: note for kind, note in notes.items() if note})
 
     def close(self) -> None:
