@@ -17,16 +17,16 @@ import torch
 from torch import Tensor, nn
 
 from residua.capture.runtime.checkpointing import following
-from residua.capture.runtime.sharded import is_zero3
-from residua.capture.sites.attention import AttentionTap, intercepting
-from residua.capture.sites.forward_call import ForwardCall, SiteTensor
-from residua.capture.sites.module_io import (
+from residua.capture.runtime.module_io import (
     checked_replacement,
     input_item,
     output_item,
     replaced_input,
     replaced_output,
 )
+from residua.capture.runtime.sharded import is_zero3
+from residua.capture.sites.attention import AttentionTap, intercepting
+from residua.capture.sites.forward_call import ForwardCall, SiteTensor
 from residua.capture.sites.site import SiteInfo
 from residua.store.base.errors import CaptureError
 
