@@ -22,6 +22,7 @@ from residua.capture.runtime.collectives import all_gather_objects
 from residua.capture.runtime.devices import input_device
 from residua.capture.runtime.pipeline_schedule import stage_model_of
 from residua.capture.runtime.process_groups import pipeline_group, tensor_parallel_group
+from residua.capture.runtime.sharded import is_sharded
 from residua.capture.runtime.wrappers import core_of, evaluating
 from residua.capture.sites.forward_call import probing
 from residua.capture.sites.shape_probe import takes_tokens
@@ -63,6 +64,14 @@ def padding_leaks(model: nn.Module, *, side: Side = "right") -> bool:
     if case not in known:
         known[case] = all(_changes(model, side, first) for first in _FIRST_TOKENS)
     return known[case]
+
+
+def runs_alike(model: nn.Module) -> bool:
+    """Return whether every batch of a model takes one forward pass, if its weights are sharded; true for other models.
+
+    Forward passes of sharded weights are collectives of all workers, whatever their batches: all of them call this.
+    """
+    return not (is_sharded(model) and padding_leaks(model))
 
 
 def _dtype(core: nn.Module) -> torch.dtype:

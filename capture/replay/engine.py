@@ -37,6 +37,7 @@ from residua.capture.runtime.collectives import on_rank
 from residua.capture.runtime.devices import input_device
 from residua.capture.runtime.pipeline_schedule import runnable, stage_model_of
 from residua.capture.runtime.process_groups import tensor_parallel_group
+from residua.capture.runtime.sharded import is_sharded
 from residua.capture.runtime.wrappers import core_of
 from residua.capture.sites.anatomy import Anatomy, n_logits_of
 from residua.capture.sites.attention import eager_where_needed
@@ -149,6 +150,8 @@ class Replayer:
             for name in edit.actions:
                 self.refuse_below(name, f"edit {edit.number} ({edit.edit.kind} at {name})")
         self.checked = check_model(archive, model, force=force) if checked is None else checked
+        if is_sharded(model):
+            padding_leaks(model)  # now, when all workers are here: their batches may differ
         self._edited_infos = [info for edit in self.edits for info in edit.infos.values()]
         notes = [*self.checked.notes, *self._recorded.notes, *storage_notes(archive, infos, self.edits)]
         self.notes = tuple(dict.fromkeys([*notes, *attention_notes(self.core, self._edited_infos)]))

@@ -8,6 +8,7 @@ import torch
 from torch.distributed.pipelining.schedules import PipelineScheduleSingle
 from transformers import PreTrainedModel
 
+from residua.capture.identity.padding import runs_alike
 from residua.capture.identity.provenance import running_as_captured
 from residua.capture.replay.engine import Replayer
 from residua.capture.replay.metrics import token_divergences
@@ -81,7 +82,7 @@ def fidelity(
     ):
         plain = Replayer(loaded, opened)
         stored = {name: Replayer(loaded, opened, at=name, checked=plain.checked) for name in names}
-        shared = SharedWork(membership, loaded, alike=True)
+        shared = SharedWork(membership, loaded, alike=runs_alike(loaded))
         shared.agree_on({"archive": opened.plan.digest, "batches": batches})
         found = shared.found(
             len(batches),

@@ -17,6 +17,7 @@ import pyarrow as pa
 from torch.distributed.pipelining.schedules import PipelineScheduleSingle
 from transformers import PreTrainedModel
 
+from residua.capture.identity.padding import runs_alike
 from residua.capture.identity.provenance import running_as_captured
 from residua.capture.recording.stats import RecordStats
 from residua.capture.replay.engine import Replayer
@@ -158,7 +159,7 @@ def replay_dataset(
         membership = stack.enter_context(working_together(folder, settings, job="replay"))
         loaded = stack.enter_context(replayed_model(opened, model, settings))
         stack.enter_context(running_as_captured(opened, loaded))
-        shared = SharedWork(membership, loaded, alike=True)
+        shared = SharedWork(membership, loaded, alike=runs_alike(loaded))
         replayer = Replayer(loaded, opened, at=at, edits=parsed, force=force)
         comparison = Comparison(loaded, replayer, ids)
         stack.callback(comparison.close)

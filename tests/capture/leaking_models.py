@@ -25,7 +25,7 @@ def _mobilebert() -> PreTrainedModel:
     return model
 
 
-class Averaged(PreTrainedModel, GenerationMixin):
+class Averaged(PreTrainedModel, GenerationMixin):  # type: ignore[no-untyped-call]  # transformers has no types here
     """Adds the mean over all positions, padding included, in every block."""
 
     config_class = hf.LlamaConfig
@@ -33,10 +33,10 @@ class Averaged(PreTrainedModel, GenerationMixin):
     def __init__(self, config: PreTrainedConfig) -> None:
         super().__init__(config)
         sizes: Any = config
-        self.embed = nn.Embedding(sizes.vocab_size, sizes.hidden_size)
+        self.embed: nn.Module = nn.Embedding(sizes.vocab_size, sizes.hidden_size)
         self.layers = nn.ModuleList([nn.Linear(sizes.hidden_size, sizes.hidden_size) for _ in range(LAYERS)])
-        self.lm_head = nn.Linear(sizes.hidden_size, sizes.vocab_size, bias=False)
-        self.post_init()
+        self.lm_head: nn.Module = nn.Linear(sizes.hidden_size, sizes.vocab_size, bias=False)
+        self.post_init()  # type: ignore[no-untyped-call]  # transformers has no types here
 
     def get_input_embeddings(self) -> nn.Module:
         return self.embed

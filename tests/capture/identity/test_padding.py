@@ -1,11 +1,13 @@
 """Models that let padding into their rows are found, and no others."""
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 import transformers as hf
 from torch import nn
+from transformers import PreTrainedModel
 
 from residua.capture.forward.inputs import forward_arguments
 from residua.capture.identity.padding import padding_leaks
@@ -14,7 +16,7 @@ from tests.models import _SIZES, ODD, TINY, _build
 
 _CONVOLVED: dict[str, Any] = {"conv_kernel_size": 3}  # with a mask
 
-NOT_LEAKING = {
+NOT_LEAKING: dict[str, Callable[[], PreTrainedModel]] = {
     **TINY,
     **ODD,
     "mamba": lambda: _build(hf.MambaForCausalLM, hf.MambaConfig(vocab_size=97, hidden_size=32, num_hidden_layers=2)),
@@ -26,7 +28,8 @@ NOT_LEAKING = {
 
 @pytest.mark.parametrize("name", LEAKING)
 def test_a_model_that_leaks_is_found_once_and_for_all(name: str) -> None:
-    model = LEAKING[name]().train()
+    model = LEAKING[name]()
+    nn.Module.train(model)
     assert padding_leaks(model)
     assert padding_leaks(model, side="left")
     assert model.training
