@@ -3,11 +3,10 @@
 import os
 import re
 import secrets
-from contextlib import suppress
 from pathlib import Path
 
 from residua.store.base.errors import PlanError
-from residua.store.storage.files import make_folders, publish, write_file
+from residua.store.storage.files import make_folders, publish, sweep_next_to, write_file
 from residua.store.storage.lock import naming_archive
 
 _ADDRESS = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/")
@@ -34,18 +33,18 @@ def try_place(destination: Path, *, links: bool = False) -> None:
             f"{destination} is a link to {destination.readlink()}, which does not exist: make that folder, or choose "
             "another place"
         )
-    name = f".{destination.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp"  # which a later run sweeps, if this one dies
-    trial = destination.with_name(name)
+    # Another process may take the file for one that was left, since nobody holds it open: it does no harm to lose it.
+    trial = destination.with_name(f".{destination.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
     with naming_archive(destination):
         make_folders(destination.parent)
+        sweep_next_to(destination)
         trial.touch(exist_ok=False)
     try:
         write_file(trial, [b"a trial"])
         if links:
-            trial.unlink()
+            trial.unlink(missing_ok=True)
             publish(trial, b"a trial")
     except OSError as error:
         raise OSError(error.errno, (error.strerror or str(error)).replace(str(trial), str(destination))) from error
     finally:
-        with suppress(FileNotFoundError):
-            trial.unlink()
+        trial.unlink(missing_ok=True)

@@ -18,6 +18,7 @@ from residua.store.base.errors import AnalysisError, NotCapturedError
 from residua.store.read.archive import Archive
 from tests.analysis.reference_scores import NAMES, Floats, reference_scores
 from tests.models import LAYERS, TINY, VOCABULARY, with_mild_attention
+from tests.stopped import take_back
 
 BOS = 1
 PERIODS = (4, 9, 5, 11, 4, 7, 3, 6) * 2  # some shorter than the windows of the tiny models, some longer
@@ -197,7 +198,6 @@ def test_what_cannot_be_scored_is_refused(tmp_path: Path) -> None:
     with pytest.raises(AnalysisError, match=r"other.zarr.* pattern"):
         induction_scores(other, source="pattern")
     assert induction_scores(other).num_rows == 4
-    (other.path / "commits").rename(tmp_path / "elsewhere")
-    (other.path / "commits").mkdir()
+    take_back(other.path, *other.commits)
     with pytest.raises(NotCapturedError):
         induction_scores(other.path)

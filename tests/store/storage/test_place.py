@@ -70,3 +70,12 @@ def test_a_parent_that_is_a_file_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(OSError, match=r"file/a\.zarr"):
         try_place(tmp_path / "file" / "a.zarr")
+
+
+def test_what_a_killed_trial_left_is_removed_and_nothing_else(tmp_path: Path) -> None:
+    left = [tmp_path / ".a.zarr.4194305-0123abcd.tmp", tmp_path / "..a.zarr.4194305-0123abcd.tmp.4194305-89abcdef.tmp"]
+    others = [tmp_path / ".b.zarr.4194305-0123abcd.tmp", tmp_path / ".a.zarr.notes", tmp_path / "a.zarr.txt"]
+    for path in (*left, *others):
+        path.write_text("x")
+    try_place(tmp_path / "a.zarr", links=True)
+    assert sorted(tmp_path.iterdir()) == sorted(others)
