@@ -50,6 +50,7 @@ class Taps:
         self._function = function
         self._fired = dict.fromkeys(self.sites, 0)
         self._call = ForwardCall()
+        self._n_counted = 0
         self._top: dict[int, dict[str, Tensor]] = {}
 
     @contextmanager
@@ -58,6 +59,8 @@ class Taps:
         with ExitStack() as stack:
             stack.enter_context(eager_where_needed(self._model, self.sites.values()))
             modules = target_of(self._model).modules
+            # a pre-hook of a wrapper runs before the model inside is called, any other one after the call is counted
+            self._n_counted = int(modules[""] is self._model)
             self._call = stack.enter_context(attached(modules, self.sites.values(), values_of(self._emit)))
             yield
 
@@ -67,7 +70,7 @@ class Taps:
         Call this from a pre-hook of the model, if its loop may go on after a call that failed.
         """
         self._fired = dict.fromkeys(self.sites, 0)
-        self._call.n_calls = 1
+        self._call.n_calls = self._n_counted
         self._top.clear()
         self._call.move_last()
 

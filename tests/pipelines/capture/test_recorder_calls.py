@@ -1,6 +1,6 @@
 """What users do inside a recorder: caches, packing, embeddings, encoder-decoders, images, generation, taps."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -8,12 +8,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 import transformers as hf
 from torch import Tensor, nn
+from torch._C._distributed_c10d import HashStore
+from torch.nn.parallel import DistributedDataParallel
 
 import residua
 from residua.store.base.errors import CaptureError, PlanError, ResiduaError
 from residua.store.examples.index import NO_TOKEN, OTHER_INPUTS
+from tests.adapters import PeftModel, add_adapter
 from tests.models import LAYERS, LONGEST, TINY, VOCABULARY
 
 IDS = torch.randint(3, VOCABULARY, (2, 9), generator=torch.Generator().manual_seed(0))
@@ -303,6 +307,49 @@ def test_a_hook_of_the_users_own_is_seen_too(llama: Any, tmp_path: Path) -> None
         llama(IDS)
     handle.remove()
     assert not residua.open(tmp_path / "a.zarr")[f"resid_post.{LAYERS - 1}"][...].any()
+
+
+@pytest.fixture
+def one_rank() -> Iterator[None]:
+    dist.init_process_group("gloo", store=HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def adapted(model: Any) -> nn.Module:
+    add_adapter(model, "q_proj")
+    return PeftModel(model)
+
+
+WRAPPERS: dict[str, Callable[[Any], nn.Module]] = {
+    "none": lambda model: model,
+    "DDP": DistributedDataParallel,
+    "PEFT": adapted,
+    "both": lambda model: DistributedDataParallel(adapted(model)),
+}
+
+
+@pytest.mark.usefixtures("one_rank")
+@pytest.mark.parametrize("name", WRAPPERS)
+def test_calls_of_a_wrapped_model_are_counted_once_and_failed_ones_forgotten(name: str, tmp_path: Path) -> None:
+    model: Any = TINY["llama"]()
+    wrapped = WRAPPERS[name](model)
+
+    def fail(*_: object) -> None:
+        raise RuntimeError("out of memory")
+
+    def loop() -> None:
+        handle = model.model.layers[1].register_forward_hook(fail)
+        with pytest.raises(RuntimeError, match="out of memory"):
+            wrapped(input_ids=IDS)
+        handle.remove()
+        for batch in (IDS, IDS[:1, :4]):
+            wrapped(input_ids=batch)
+
+    archive = record(wrapped, tmp_path / "a.zarr", loop, "resid_post.0,q.1,logits", dtype="float32")
+    expected = torch.cat([states(model, 1, input_ids=batch).flatten(0, 1) for batch in (IDS, IDS[:1, :4])])
+    assert np.array_equal(archive["resid_post.0"][...], expected.numpy())
+    assert archive.rows.token[...].tolist() == [*IDS.flatten().tolist(), *IDS[0, :4].tolist()]
 
 
 class WithoutParameters(nn.Module):
