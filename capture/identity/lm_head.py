@@ -21,6 +21,7 @@ from residua.capture.layout.parameters import FullParameters
 from residua.capture.runtime.collectives import all_gather_objects, on_rank
 from residua.capture.runtime.pipeline_schedule import stage_model_of
 from residua.capture.runtime.process_groups import pipeline_group, tensor_parallel_group
+from residua.capture.runtime.sharded import frees_gathered
 from residua.capture.runtime.wrappers import evaluating, named_modules
 from residua.capture.sites.anatomy import Anatomy
 from residua.capture.sites.architectures import Family
@@ -33,10 +34,11 @@ from residua.store.storage.crc import Buffer
 
 
 def lm_head_files(model: nn.Module) -> dict[str, list[Buffer]]:
-    """Return the files of the LM head by name, each as a list of buffers; parameters on the CPU are not copied.
+    """Return the files of the LM head by name, each as a list of buffers.
 
-    There are none for a model whose head is not known: one without an LM head, or of an architecture that is not in the
-    table. Whether they give the model's logits, `lm_head_problem` says. A collective of all who hold the model.
+    Parameters on the CPU are not copied, except those of FSDP. There are no files for a model whose head is not known:
+    one without an LM head, or of an architecture that is not in the table. Whether they give the model's logits,
+    `lm_head_problem` says. A collective of all who hold the model.
     """
     stages = pipeline_group(model)
     if stages is None:
@@ -182,24 +184,24 @@ def _files(model: nn.Module) -> dict[str, list[Buffer]]:
 
 def _tensors(model: nn.Module, anatomy: Anatomy, modules: Mapping[str, nn.Module]) -> dict[str, Tensor]:
     """Return the full parameters of the head by name; a collective of all who hold this stage of the model."""
-    parameters = FullParameters(model)
+    parameters, copied = FullParameters(model), frees_gathered(model)
     paths = {id(module): path for path, module in named_modules(anatomy.model).items()}
     return {
-        f"{name}.{kind}": _full(parameters, f"{paths.get(id(module), name)}.{kind}", tensor)
+        f"{name}.{kind}": _full(parameters, f"{paths.get(id(module), name)}.{kind}", tensor, copied=copied)
         for name, module in modules.items()
         for kind, tensor in module.named_parameters(recurse=False)
         if kind in ("weight", "bias")
     }
 
 
-def _full(parameters: FullParameters, name: str, tensor: Tensor) -> Tensor:
+def _full(parameters: FullParameters, name: str, tensor: Tensor, *, copied: bool) -> Tensor:
     found = parameters.full(name, tensor)
     if found is None:
         raise CaptureError(
             f"{name}{on_rank()} is split over the ranks of tensor_parallel in an unknown way, and the archive keeps it "
             "for lenses: pass head=False to capture without it"
         )
-    return found.cpu().contiguous()
+    return found.to("cpu", copy=copied).contiguous()
 
 
 def _unembedding(anatomy: Anatomy) -> nn.Module | None:

@@ -10,7 +10,7 @@ import sys
 from typing import Any, TypeVar, cast
 
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
+from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
@@ -19,6 +19,15 @@ ModelT = TypeVar("ModelT", bound=nn.Module)
 def is_sharded(model: nn.Module) -> bool:
     """Return whether FSDP2 or DeepSpeed's ZeRO-3 shards the weights of `model`."""
     return is_zero3(model) or any(isinstance(module, FSDPModule) for module in model.modules())
+
+
+def frees_gathered(model: nn.Module) -> bool:
+    """Return whether FSDP puts full weights into memory that it frees later, from which they must be copied.
+
+    After a forward pass the weights of the outermost module stay full until they are sharded again, for example by
+    ``state_dict``; NumPy arrays of that memory would forbid torch to free it.
+    """
+    return any(isinstance(module, FSDPModule | FullyShardedDataParallel) for module in model.modules())
 
 
 def is_zero3(model: nn.Module) -> bool:

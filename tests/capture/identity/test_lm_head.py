@@ -1,18 +1,31 @@
 """The files of the LM head, and the models that have them."""
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from safetensors.torch import load_file
+from torch import nn
+from torch.distributed.fsdp import FSDPModule, fully_shard
 
-from residua.capture.identity.lm_head import safetensors_file
+from residua.capture.identity.few_tokens import run_few_tokens
+from residua.capture.identity.lm_head import lm_head_files, safetensors_file
 from residua.store.storage.files import write_file
 from tests.capture.site_readings import everything
 from tests.lm_heads import save_lm_head
 from tests.models import ODD, TINY
+
+
+@pytest.fixture
+def _one_process_group() -> Iterator[None]:
+    dist.init_process_group("gloo", store=cast("Any", dist).HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
 
 
 def test_the_parameters_are_the_models_own(tmp_path: Path) -> None:
@@ -28,6 +41,20 @@ def test_the_parameters_are_the_models_own(tmp_path: Path) -> None:
     assert set(stored) == set(origin)
     assert all(torch.equal(stored[name], weights[path]) for name, path in origin.items())
     assert stored["norm.weight"].dtype == torch.bfloat16
+
+
+@pytest.mark.usefixtures("_one_process_group")
+def test_weights_that_fsdp_frees_later_are_copied() -> None:
+    model = TINY["llama"]()
+    wanted = [buffer.copy() for buffer in lm_head_files(model)["head.safetensors"] if isinstance(buffer, np.ndarray)]
+    for block in cast("nn.ModuleList", model.base_model.layers):
+        fully_shard(block)
+    assert isinstance(fully_shard(model), FSDPModule)
+    run_few_tokens(model)  # norm and unembedding stay full
+    found = [buffer for buffer in lm_head_files(model)["head.safetensors"] if isinstance(buffer, np.ndarray)]
+    model.state_dict()  # frees them
+    assert len(found) == len(wanted) == 2
+    assert all(np.array_equal(one, other) for one, other in zip(found, wanted, strict=True))
 
 
 def test_the_config_is_one_that_transformers_reads(tmp_path: Path) -> None:
