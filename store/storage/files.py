@@ -84,23 +84,23 @@ def sweep(folder: Path) -> list[Path]:
     Raises:
         OSError: A temporary file could not be removed.
     """
-    found = (Path(root) / name for root, _, names in os.walk(folder) for name in names)
-    return [path for path in found if _remove_if_left(path)]
+    removed = []
+    for root, _, names in os.walk(folder):
+        for name in names:
+            match = _TEMPORARY.match(name)
+            path = Path(root) / name
+            if match and not _is_in_use(path, int(match["pid"])):
+                path.unlink(missing_ok=True)
+                removed.append(path)
+    return removed
 
 
 def sweep_next_to(destination: Path) -> None:
-    """Remove the temporary files for `destination` that dead writers left in its parent folder."""
+    """Remove the temporary files for `destination` that dead processes of this machine left in its parent folder."""
     for path in destination.parent.iterdir():
-        if path.name.lstrip(".").startswith(f"{destination.name}."):
-            _remove_if_left(path)
-
-
-def _remove_if_left(path: Path) -> bool:
-    match = _TEMPORARY.match(path.name)
-    if match is None or _is_in_use(path, int(match["pid"])):
-        return False
-    path.unlink(missing_ok=True)
-    return True
+        match = _TEMPORARY.match(path.name)
+        if match and path.name.lstrip(".").startswith(f"{destination.name}.") and not is_alive(int(match["pid"])):
+            path.unlink(missing_ok=True)
 
 
 def sync_folder(folder: Path) -> None:

@@ -33,7 +33,6 @@ def try_place(destination: Path, *, links: bool = False) -> None:
             f"{destination} is a link to {destination.readlink()}, which does not exist: make that folder, or choose "
             "another place"
         )
-    # Another process may take the file for one that was left, since nobody holds it open: it does no harm to lose it.
     trial = destination.with_name(f".{destination.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
     with naming_archive(destination):
         make_folders(destination.parent)
