@@ -12,14 +12,19 @@ from tests.store.small_archive import make_archive
 
 WITHOUT = f"""
 import sys
-from importlib.abc import MetaPathFinder
 
-class Absent(MetaPathFinder):
-    def find_spec(self, name, path, target=None):
-        if name.partition(".")[0] in {sorted({module for modules in PACKAGES.values() for module in modules})}:
-            raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
+class Without:
+    def __init__(self, finder):
+        self.finder = finder
 
-sys.meta_path.insert(0, Absent())
+    def find_spec(self, name, path=None, target=None):
+        is_absent = name.partition(".")[0] in {sorted({module for modules in PACKAGES.values() for module in modules})}
+        return None if is_absent else self.finder.find_spec(name, path, target)
+
+    def __getattr__(self, name):
+        return getattr(self.finder, name)
+
+sys.meta_path[:] = map(Without, sys.meta_path)
 """
 
 
