@@ -63,7 +63,6 @@ from residua.store.format.losses import COMPUTED, cast_sites, loss_notes
 from residua.store.format.plan import Plan, check_host_memory, choose_rows_per_shard
 from residua.store.read.archive import Archive
 from residua.store.storage.files import sweep
-from residua.store.storage.place import try_place
 
 DatasetSource = str | PathLike[str] | Iterable[Any]
 
@@ -142,9 +141,8 @@ def capture_dataset(
         >>> result = residua.capture_dataset("models/pydoc-1m", ["Hello world"], out="acts.zarr")  # doctest: +SKIP
     """
     chosen = _settings(settings, options)
-    try_place(Path(out), links=True)
     with ExitStack() as stack:
-        membership = stack.enter_context(working_together(Path(out), chosen))
+        membership = stack.enter_context(working_together(Path(out), chosen, links=True))
         if isinstance(model, str | PathLike):
             if tensor_parallel is not None:
                 raise PlanError(
