@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 import residua
-from tests.models import TINY
+from tests.models.tiny import TINY
 from tests.pages import blocks, run
 
 

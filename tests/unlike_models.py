@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models.gemma4 import Gemma4ForCausalLM, Gemma4TextConfig
 
-from tests.models import LAYERS
+from tests.models.tiny import LAYERS
 
 _IDS: dict[str, Any] = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 _SIZES: dict[str, Any] = {

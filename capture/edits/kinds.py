@@ -21,8 +21,8 @@ from torch import Tensor
 
 from residua.capture.buffers.row_index import Indices
 from residua.capture.edits.action import Action, Change, ChosenRows, EditContext, StoredRows, dtype_name, widen
+from residua.capture.hooks.site import SiteInfo
 from residua.capture.runtime.collectives import is_alone
-from residua.capture.sites.site import SiteInfo
 from residua.store.base.canonical import digest_of
 from residua.store.base.errors import NotCapturedError, PlanError
 from residua.store.edits.archive_values import class_members, column_classes, mean_row, mean_rows

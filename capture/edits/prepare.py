@@ -20,8 +20,8 @@ from residua.capture.buffers.row_index import ExampleRows, Indices
 from residua.capture.edits.action import Action, Change, ChosenRows, EditContext, Step, StoredRows, dtype_name
 from residua.capture.edits.kinds import ACTIONS, open_archive
 from residua.capture.forward.plan_batch import PlanBatch
+from residua.capture.hooks.site import SiteInfo
 from residua.capture.sites.reference_model import unsharded_sites
-from residua.capture.sites.site import SiteInfo
 from residua.store.base.errors import PlanError, ResiduaError
 from residua.store.edits.archive_values import check_edit
 from residua.store.edits.edit import Edit, Function, Mean, Scale, Swap, Zero

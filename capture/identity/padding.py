@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from residua.capture.forward.inputs import padded_batch
+from residua.capture.hooks.forward_call import probing
 from residua.capture.identity.few_tokens import few_tokens, logits_of, refuse_without_memory, run_tokens
 from residua.capture.runtime.collectives import all_gather_objects
 from residua.capture.runtime.devices import input_device
@@ -24,7 +25,6 @@ from residua.capture.runtime.pipeline_schedule import stage_model_of
 from residua.capture.runtime.process_groups import pipeline_group, tensor_parallel_group
 from residua.capture.runtime.sharded import is_sharded
 from residua.capture.runtime.wrappers import core_of, evaluating
-from residua.capture.sites.forward_call import probing
 from residua.capture.sites.shape_probe import takes_tokens
 
 Side = Literal["left", "right"]

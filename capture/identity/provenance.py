@@ -19,6 +19,7 @@ from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from residua.capture.hooks.attention import eager_attention
 from residua.capture.identity.fingerprint import known_fingerprint, weights_fingerprint
 from residua.capture.identity.output import OutputSample, compare_outputs, output_sample
 from residua.capture.identity.settings import adapters_of, compare_settings, module_settings
@@ -27,7 +28,6 @@ from residua.capture.runtime.compat import attention_implementation, model_revis
 from residua.capture.runtime.pipeline_schedule import runnable
 from residua.capture.runtime.sharded import plain_class
 from residua.capture.runtime.wrappers import core_of, evaluating, running_uncompiled
-from residua.capture.sites.attention import eager_attention
 from residua.store.base.canonical import Json, differences, digest_of, flatten
 from residua.store.base.errors import CaptureError, PlanError
 from residua.store.read.archive import Archive

@@ -16,13 +16,13 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
+from residua.capture.hooks.attention import AttentionTap, eager_attention, intercepting
 from residua.capture.identity.few_tokens import refuse_without_memory, run_few_tokens
 from residua.capture.identity.lm_head import lm_head_files, lm_head_problem
 from residua.capture.runtime.collectives import all_gather_objects
 from residua.capture.runtime.process_groups import pipeline_group, tensor_parallel_group
 from residua.capture.runtime.wrappers import evaluating
 from residua.capture.sites.anatomy import Anatomy
-from residua.capture.sites.attention import AttentionTap, eager_attention, intercepting
 from residua.capture.sites.pipeline_stages import target_of
 from residua.capture.sites.reference_model import unsharded_anatomy
 from residua.store.base.errors import few

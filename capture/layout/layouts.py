@@ -18,8 +18,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 from residua.capture.buffers.row_index import FIRST_ROW_AXIS
+from residua.capture.hooks.site import SiteInfo
 from residua.capture.runtime.collectives import all_gather_objects, on_rank
-from residua.capture.sites.site import SiteInfo
 from residua.store.base.errors import CaptureError
 from residua.store.storage.crc import crc32c
 

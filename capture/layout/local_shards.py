@@ -9,9 +9,9 @@ from torch.distributed import ProcessGroup
 from torch.distributed.tensor import DTensor, Shard
 
 from residua.capture.buffers.row_index import FIRST_ROW_AXIS, by_position, row_shape
+from residua.capture.hooks.site import SiteInfo
 from residua.capture.layout.layouts import Layout, ProvedLayouts, full_shape, mesh_of, refuse_shard
 from residua.capture.runtime.collectives import is_alone, on_rank
-from residua.capture.sites.site import SiteInfo
 from residua.store.base.errors import CaptureError
 
 

@@ -9,6 +9,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed import ProcessGroup
 
+from residua.capture.hooks.site import SiteInfo
 from residua.capture.runtime.collectives import all_gather_objects
 from residua.capture.runtime.compat import PrefixStore, default_store
 from residua.capture.runtime.process_groups import pipeline_group, tensor_parallel_group
@@ -17,7 +18,6 @@ from residua.capture.scheduling.membership import Membership
 from residua.capture.scheduling.sites_per_rank import Ownership
 from residua.capture.scheduling.worker_group import WorkerGroup
 from residua.capture.sites.pipeline_stages import target_of
-from residua.capture.sites.site import SiteInfo
 from residua.store.base.errors import CaptureError
 from residua.store.format.plan import Plan
 

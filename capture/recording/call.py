@@ -11,9 +11,9 @@ import torch.distributed as dist
 from torch import nn
 
 from residua.capture.buffers.row_index import ExampleRows
+from residua.capture.hooks.site import SiteInfo
 from residua.capture.runtime.collectives import device_of, on_rank
 from residua.capture.runtime.process_groups import pipeline_group, tensor_parallel_group
-from residua.capture.sites.site import SiteInfo
 from residua.store.base.errors import CaptureError, PlanError
 from residua.store.examples.index import NO_TOKEN, OTHER_INPUTS, Example
 from residua.store.storage.crc import crc32c

@@ -30,6 +30,9 @@ from torch.distributed.device_mesh import DeviceMesh
 from transformers import PreTrainedTokenizerBase
 
 from residua.capture.forward.inputs import first_position
+from residua.capture.hooks.attention import eager_where_needed
+from residua.capture.hooks.forward_call import is_probing, move_last
+from residua.capture.hooks.site import check_storage, plan_site, refuse_repeated
 from residua.capture.identity.lm_head import lm_head_files, lm_head_problem
 from residua.capture.identity.provenance import identify_model
 from residua.capture.identity.sidecars import attention_files, attention_notes
@@ -46,11 +49,8 @@ from residua.capture.runtime.process_groups import declared_group, pipeline_grou
 from residua.capture.runtime.streams import writer_threads
 from residua.capture.runtime.wrappers import core_of, refuse_compiled, uncompiled_loop
 from residua.capture.scheduling.membership import Membership
-from residua.capture.sites.attention import eager_where_needed
-from residua.capture.sites.forward_call import is_probing, move_last
 from residua.capture.sites.names_to_modules import resolve_sites
 from residua.capture.sites.reference_model import unsharded_sites
-from residua.capture.sites.site import check_storage, plan_site, refuse_repeated
 from residua.capture.taps.reading import reading
 from residua.store.base.errors import CaptureError, PlanError, few
 from residua.store.encoding.codecs import DEFAULT_PRESET

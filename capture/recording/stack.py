@@ -12,8 +12,8 @@ from typing import Any, NoReturn
 from torch import nn
 from transformers import PreTrainedModel
 
+from residua.capture.hooks.site import SiteInfo
 from residua.capture.runtime.wrappers import core_of, named_modules
-from residua.capture.sites.site import SiteInfo
 from residua.store.base.errors import CaptureError, PlanError
 
 

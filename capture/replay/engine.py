@@ -28,6 +28,8 @@ from residua.capture.edits.action import Step, StoredRows, refuse_overflow
 from residua.capture.edits.prepare import prepare_edits, with_rows
 from residua.capture.forward.inputs import forward_kwargs
 from residua.capture.forward.plan_batch import PlanBatch, microbatches, one_by_one, plan_batch
+from residua.capture.hooks.attention import eager_where_needed
+from residua.capture.hooks.site import SiteInfo
 from residua.capture.identity.padding import RAN_ALONE, padding_leaks
 from residua.capture.identity.provenance import ModelCheck, check_model
 from residua.capture.replay.notes import attention_notes, batch_note, storage_notes
@@ -40,10 +42,8 @@ from residua.capture.runtime.process_groups import tensor_parallel_group
 from residua.capture.runtime.sharded import is_sharded
 from residua.capture.runtime.wrappers import core_of
 from residua.capture.sites.anatomy import Anatomy, n_logits_of
-from residua.capture.sites.attention import eager_where_needed
 from residua.capture.sites.pipeline_stages import target_of
 from residua.capture.sites.reference_model import unsharded_anatomy, unsharded_sites
-from residua.capture.sites.site import SiteInfo
 from residua.capture.taps.pipeline_gradients import end_here
 from residua.capture.taps.reading import Taps
 from residua.capture.taps.tap import tap

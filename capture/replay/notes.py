@@ -5,8 +5,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from transformers import PreTrainedModel
 
 from residua.capture.edits.prepare import PreparedEdit
+from residua.capture.hooks.site import SiteInfo
 from residua.capture.runtime.compat import attention_implementation
-from residua.capture.sites.site import SiteInfo
 from residua.store.base.errors import few
 from residua.store.edits.edit import Set, Swap
 from residua.store.encoding.codecs import PRESETS

@@ -21,13 +21,13 @@ from torch import Tensor, nn
 
 from residua.capture.forward.inputs import forward_kwargs
 from residua.capture.forward.plan_batch import PlanBatch
+from residua.capture.hooks.hooks import attached, values_of
+from residua.capture.hooks.site import SiteInfo
 from residua.capture.runtime.devices import input_device
 from residua.capture.runtime.pipeline_schedule import stage_model_of
 from residua.capture.runtime.wrappers import core_of, evaluating
 from residua.capture.sites.anatomy import Anatomy
-from residua.capture.sites.hooks import attached, values_of
 from residua.capture.sites.pipeline_stages import target_of
-from residua.capture.sites.site import SiteInfo
 from residua.store.base.errors import CaptureError, PlanError
 from residua.store.format.site_names import LAYER_KINDS, Site, parse_site
 

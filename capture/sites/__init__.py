@@ -1,4 +1,4 @@
-"""From a site's name to a module of the model: architectures, hooks, attention, shape probing, the reference model.
+"""Which sites a model has, and which module each is: the table of architectures, discovery, the reference model.
 
-`names_to_modules` is where a site's name becomes a module. Uses `scheduling` and below.
+`names_to_modules` is where a site's name becomes a module. Uses `hooks` and below.
 """

@@ -13,8 +13,8 @@ from typing import Any, Generic, Self, TypeVar
 import torch
 from torch import Tensor, nn
 
+from residua.capture.hooks.attention import AttentionTap, intercepting
 from residua.capture.runtime.module_io import input_item, output_item
-from residua.capture.sites.attention import AttentionTap, intercepting
 from residua.store.base.errors import CaptureError
 
 FoundT = TypeVar("FoundT")

@@ -17,15 +17,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from residua.capture.hooks.forward_call import probing
+from residua.capture.hooks.hooks import attached, values_of
+from residua.capture.hooks.site import SiteInfo, Via
 from residua.capture.runtime.wrappers import named_modules
 from residua.capture.sites.anatomy import ATTENTION_KINDS, Anatomy, are_checkpointable
 from residua.capture.sites.architectures import SIDE_BY_SIDE
 from residua.capture.sites.block_parts import Part, Parts, is_sum, parts_of
 from residua.capture.sites.block_run import BlockRun, BlockWatch
-from residua.capture.sites.forward_call import probing
-from residua.capture.sites.hooks import attached, values_of
 from residua.capture.sites.shape_probe import PROBES, measure_sites, run_on_tokens, without_rows
-from residua.capture.sites.site import SiteInfo, Via
 from residua.store.base.errors import CaptureError
 from residua.store.format.site_names import LAYER_KINDS
 

@@ -11,11 +11,11 @@ from fnmatch import fnmatchcase
 
 from torch import nn
 
+from residua.capture.hooks.site import SiteInfo, Via
 from residua.capture.runtime.wrappers import first_name, named_modules
 from residua.capture.sites.anatomy import ATTENTION_KINDS, Anatomy, anatomy_of
 from residua.capture.sites.discovery import discover
 from residua.capture.sites.shape_probe import measure_sites, takes_tokens, without_rows
-from residua.capture.sites.site import SiteInfo, Via
 from residua.store.base.errors import CaptureError, UnknownSiteError
 from residua.store.format.site_names import LAYER_KINDS, MODEL_KINDS, Site, parse_site, select
 

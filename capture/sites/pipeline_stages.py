@@ -14,10 +14,10 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
+from residua.capture.hooks.site import SiteInfo
 from residua.capture.runtime.compat import PipelineStageBase
 from residua.capture.runtime.pipeline_schedule import stage_model_of
 from residua.capture.runtime.wrappers import core_of, named_modules
-from residua.capture.sites.site import SiteInfo
 
 
 @dataclass(frozen=True, kw_only=True)

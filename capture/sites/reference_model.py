@@ -17,6 +17,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.integrations import deepspeed as hf_deepspeed
 
+from residua.capture.hooks.site import SiteInfo
 from residua.capture.runtime.compat import deepspeed_config, model_from_config
 from residua.capture.runtime.pipeline_schedule import stage_model_of
 from residua.capture.runtime.process_groups import pipeline_group
@@ -24,7 +25,6 @@ from residua.capture.runtime.sharded import plain_class
 from residua.capture.runtime.wrappers import core_of
 from residua.capture.sites.anatomy import Anatomy, anatomy_of
 from residua.capture.sites.names_to_modules import resolve_sites
-from residua.capture.sites.site import SiteInfo
 from residua.store.base.errors import CaptureError, UnknownSiteError
 
 _reference_models: WeakKeyDictionary[nn.Module, tuple[object, PreTrainedModel]] = WeakKeyDictionary()

@@ -13,12 +13,12 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from residua.capture.hooks.attention import eager_attention
+from residua.capture.hooks.forward_call import probing
+from residua.capture.hooks.hooks import attached, values_of
+from residua.capture.hooks.site import SiteInfo
 from residua.capture.runtime.devices import input_device
 from residua.capture.runtime.wrappers import core_of, evaluating, named_modules
-from residua.capture.sites.attention import eager_attention
-from residua.capture.sites.forward_call import probing
-from residua.capture.sites.hooks import attached, values_of
-from residua.capture.sites.site import SiteInfo
 from residua.store.base.errors import CaptureError
 
 PROBES = ((2, 3), (5, 7))

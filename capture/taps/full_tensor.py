@@ -10,9 +10,9 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.distributed.tensor import DTensor, Replicate
 
+from residua.capture.hooks.forward_call import SiteTensor
 from residua.capture.layout.gather import run_everywhere, run_once
 from residua.capture.layout.layouts import Layout, ProvedLayouts, full_shape, mesh_of, refuse_shard
-from residua.capture.sites.forward_call import SiteTensor
 
 Function = Callable[[Tensor], Tensor | None]
 

@@ -10,13 +10,13 @@ from contextlib import ExitStack, contextmanager
 import torch
 from torch import Tensor, nn
 
-from residua.capture.sites.attention import eager_where_needed
-from residua.capture.sites.forward_call import ForwardCall
-from residua.capture.sites.hooks import attached, values_of
+from residua.capture.hooks.attention import eager_where_needed
+from residua.capture.hooks.forward_call import ForwardCall
+from residua.capture.hooks.hooks import attached, values_of
+from residua.capture.hooks.site import SiteInfo, refuse_repeated
 from residua.capture.sites.names_to_modules import resolve_sites
 from residua.capture.sites.pipeline_stages import target_of
 from residua.capture.sites.shape_probe import not_once
-from residua.capture.sites.site import SiteInfo, refuse_repeated
 from residua.store.base.errors import CaptureError
 
 TapFunction = Callable[[str, Tensor], Tensor | None]

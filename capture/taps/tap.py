@@ -19,16 +19,16 @@ from torch.distributed.pipelining import PipelineStage
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
+from residua.capture.hooks.attention import eager_where_needed
+from residua.capture.hooks.forward_call import ForwardCall, Note, SiteTensor
+from residua.capture.hooks.hooks import attached
+from residua.capture.hooks.site import SiteInfo
 from residua.capture.runtime.collectives import on_rank
 from residua.capture.runtime.module_io import checked_replacement
 from residua.capture.runtime.process_groups import pipeline_group, tensor_parallel_group
 from residua.capture.runtime.wrappers import uncompiled_loop
-from residua.capture.sites.attention import eager_where_needed
-from residua.capture.sites.forward_call import ForwardCall, Note, SiteTensor
-from residua.capture.sites.hooks import attached
 from residua.capture.sites.pipeline_stages import Microbatch, microbatches_of, target_of
 from residua.capture.sites.reference_model import may_be_distributed, unsharded_sites
-from residua.capture.sites.site import SiteInfo
 from residua.capture.taps.full_tensor import FullTensors, run_locally
 from residua.capture.taps.pipeline_gradients import carrying_gradients
 from residua.capture.taps.reading import TapFunction, and_more

@@ -19,6 +19,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.pipelining.schedules import PipelineScheduleSingle
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from residua.capture.hooks.attention import eager_attention
+from residua.capture.hooks.site import SiteInfo, plan_sites
 from residua.capture.identity.output import OutputSample, output_sample
 from residua.capture.identity.padding import RAN_ALONE, padding_leaks
 from residua.capture.identity.provenance import (
@@ -42,10 +44,8 @@ from residua.capture.runtime.process_groups import declared_group
 from residua.capture.runtime.sharded import is_sharded
 from residua.capture.runtime.streams import writer_threads
 from residua.capture.runtime.wrappers import evaluating, replica_of, running_uncompiled
-from residua.capture.sites.attention import eager_attention
 from residua.capture.sites.names_to_modules import resolve_sites
 from residua.capture.sites.reference_model import unsharded_sites
-from residua.capture.sites.site import SiteInfo, plan_sites
 from residua.pipelines.data.dataset import DatasetReport, dataset_identity, read_examples
 from residua.pipelines.data.tokenizer import special_ids
 from residua.pipelines.jobs.workers import WorkerFigures, Workers, working_together

@@ -20,12 +20,12 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from residua.capture.hooks.site import SiteInfo
 from residua.capture.layout.process_layout import ProcessLayout, process_layout_of, spans_processes
 from residua.capture.recording.stats import RecordStats, total
 from residua.capture.runtime.compat import PrefixStore
 from residua.capture.scheduling.membership import START_SECONDS, Membership
 from residua.capture.scheduling.work_queue import WorkQueue, shared_queue
-from residua.capture.sites.site import SiteInfo
 from residua.pipelines.jobs.rendezvous import rendezvous
 from residua.pipelines.setup.settings import CaptureSettings
 from residua.store.base.errors import CaptureError, PlanError

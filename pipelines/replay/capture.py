@@ -11,13 +11,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from residua.capture.hooks.site import plan_sites
 from residua.capture.identity.provenance import describe_model, environment
 from residua.capture.recording.stats import RecordStats
 from residua.capture.replay.engine import CapturedReplay, Replayer
 from residua.capture.runtime.sharded import is_zero3
 from residua.capture.scheduling.membership import Membership
 from residua.capture.sites.reference_model import unsharded_sites
-from residua.capture.sites.site import plan_sites
 from residua.pipelines.capture.capture import CaptureJob, dataset_entry
 from residua.pipelines.capture.captured_batches import schedule_of
 from residua.pipelines.jobs.workers import workers_of_step

@@ -6,7 +6,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Self
 
-from residua.capture.sites.site import FLOATS, check_storage
+from residua.capture.hooks.site import FLOATS, check_storage
 from residua.pipelines.data.settings import DatasetSettings, flag_of, setting
 from residua.store.base.errors import PlanError
 from residua.store.base.untrusted import parse_yaml

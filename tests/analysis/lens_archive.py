@@ -8,7 +8,7 @@ import numpy.typing as npt
 from residua.analysis.rows.held_out import held_out_groups
 from residua.pipelines.capture.capture import capture_dataset
 from residua.store.read.archive import Archive
-from tests.models import TINY, VOCABULARY
+from tests.models.tiny import TINY, VOCABULARY
 
 N_EXAMPLES = 80
 

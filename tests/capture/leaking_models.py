@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import GenerationMixin, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutput
 
-from tests.models import _SIZES, LAYERS, VOCABULARY, _build
+from tests.models.tiny import _SIZES, LAYERS, VOCABULARY, _build
 
 
 def _mobilebert() -> PreTrainedModel:

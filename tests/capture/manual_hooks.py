@@ -11,7 +11,7 @@ from transformers.masking_utils import AttentionMaskInterface
 
 from residua.capture.taps.reading import reading
 from tests.capture.site_readings import run
-from tests.models import TINY
+from tests.models.tiny import TINY
 
 FAMILIES = pytest.mark.parametrize("name", TINY)
 

@@ -13,7 +13,7 @@ import residua
 from residua.capture.forward.inputs import forward_kwargs
 from residua.capture.forward.plan_batch import plan_batch
 from residua.store.read.archive import Archive
-from tests.models import _GROUPED, ODD, TINY, VOCABULARY, _build
+from tests.models.tiny import _GROUPED, ODD, TINY, VOCABULARY, _build
 
 torch.set_num_threads(1)
 

@@ -15,7 +15,7 @@ import residua
 from residua.capture.forward.inputs import PaddedBatch, forward_kwargs, padded_batch
 from residua.capture.sites.names_to_modules import model_sites
 from residua.capture.taps.reading import reading
-from tests.models import ODD, TINY, VOCABULARY
+from tests.models.tiny import ODD, TINY, VOCABULARY
 
 torch.set_num_threads(1)
 

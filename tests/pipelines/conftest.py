@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import pytest
 from transformers import PreTrainedModel
 
-from tests.models import TINY
+from tests.models.tiny import TINY
 from tests.pipelines.forking import Forks, forking
 from tests.pipelines.small_capture import make_tokens
 

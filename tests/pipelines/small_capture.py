@@ -8,7 +8,7 @@ import torch
 from transformers import PreTrainedModel
 
 from residua.pipelines.capture.capture import CaptureResult, capture_dataset
-from tests.models import VOCABULARY
+from tests.models.tiny import VOCABULARY
 
 HEIGHT = 16
 BATCH_TOKENS = 48

@@ -12,7 +12,7 @@ import residua
 from residua.analysis.attention.head_detector import HeadName
 from residua.store.base.errors import AnalysisError
 from residua.store.read.archive import Archive
-from tests.models import LAYERS, TINY
+from tests.models.tiny import LAYERS, TINY
 
 EXAMPLES = [[1, 5, 9, 5, 6, 9, 5, 9, 9, 7, 5, 6], [1, 8, 8, 3, 1, 8, 3, 3]]
 NAMES: tuple[HeadName, ...] = ("previous_token_head", "duplicate_token_head", "induction_head")

@@ -17,7 +17,7 @@ from residua.analysis.attention.induction import induction_scores
 from residua.store.base.errors import AnalysisError, NotCapturedError
 from residua.store.read.archive import Archive
 from tests.analysis.reference_scores import NAMES, Floats, reference_scores
-from tests.models import LAYERS, TINY, VOCABULARY, with_mild_attention
+from tests.models.tiny import LAYERS, TINY, VOCABULARY, with_mild_attention
 from tests.stopped import take_back
 
 BOS = 1

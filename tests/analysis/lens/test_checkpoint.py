@@ -27,7 +27,7 @@ from residua.analysis.lens.evaluate import REPORT
 from residua.analysis.lens.lens import TunedLens
 from residua.store.base.errors import AnalysisError
 from tests.lm_heads import save_lm_head
-from tests.models import TINY
+from tests.models.tiny import TINY
 
 LAYERS, WIDTH = 3, 32
 

@@ -13,7 +13,7 @@ from residua.store.base.errors import DamagedArchiveError, UnsafeArchiveError
 from residua.store.format.sidecars import LMHeadSpec
 from tests.capture.site_readings import everything
 from tests.lm_heads import save_lm_head
-from tests.models import TINY
+from tests.models.tiny import TINY
 
 
 @pytest.mark.parametrize("name", TINY)

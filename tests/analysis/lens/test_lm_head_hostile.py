@@ -14,7 +14,7 @@ from residua.analysis.lens.lm_head import LMHead, load_lm_head
 from residua.store.base.errors import DamagedArchiveError, ResiduaError, UnsafeArchiveError
 from residua.store.format.sidecars import LMHeadSpec
 from tests.lm_heads import save_lm_head
-from tests.models import TINY
+from tests.models.tiny import TINY
 from tests.store.forging import little_memory
 from tests.store.small_archive import make_archive
 

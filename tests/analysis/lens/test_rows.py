@@ -11,7 +11,7 @@ from residua.analysis.rows.held_out import held_out_groups
 from residua.pipelines.capture.capture import capture_dataset
 from residua.store.read.archive import Archive
 from tests.analysis.lens_archive import N_EXAMPLES, examples, held_out_rows, is_late, make_lens_archive
-from tests.models import TINY
+from tests.models.tiny import TINY
 from tests.stopped import take_back
 
 

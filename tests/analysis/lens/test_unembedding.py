@@ -11,7 +11,7 @@ from residua.analysis.lens.lm_head import LMHead, load_lm_head
 from residua.analysis.lens.refine import draw_candidates
 from residua.analysis.lens.unembedding import Decoder, Unembedding
 from tests.lm_heads import save_lm_head
-from tests.models import TINY
+from tests.models.tiny import TINY
 
 DOUBLE = torch.float64
 

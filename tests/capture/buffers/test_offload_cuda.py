@@ -18,7 +18,7 @@ from residua.store.format.plan import Plan, SitePlan
 from residua.store.format.writer import FilledShard, ShardWriter
 from tests.capture.buffer_samples import LateWriter, make_plan
 from tests.capture.manual_hooks import hooked
-from tests.models import TINY
+from tests.models.tiny import TINY
 
 pytestmark = [
     pytest.mark.gpu,

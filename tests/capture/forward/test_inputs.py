@@ -13,7 +13,7 @@ from residua.capture.forward.inputs import forward_kwargs, padded_batch, positio
 from residua.capture.sites.names_to_modules import model_sites
 from residua.capture.taps.tap import tap
 from tests.capture.site_readings import LENGTHS, batch, read, sequences
-from tests.models import ODD, TINY
+from tests.models.tiny import ODD, TINY
 from tests.unlike_models import UNLIKE
 
 TOLERANCE = 2e-5

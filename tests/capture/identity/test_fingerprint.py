@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from residua.capture.identity import fingerprint
 from residua.capture.identity.fingerprint import weights_fingerprint
 from residua.store.base.errors import CaptureError
-from tests.models import TINY
+from tests.models.tiny import TINY
 
 
 class Weights(nn.Module):

@@ -18,7 +18,7 @@ from residua.capture.identity.lm_head import lm_head_files, safetensors_file
 from residua.store.storage.files import write_file
 from tests.capture.site_readings import everything
 from tests.lm_heads import save_lm_head
-from tests.models import ODD, TINY
+from tests.models.tiny import ODD, TINY
 
 
 @pytest.fixture

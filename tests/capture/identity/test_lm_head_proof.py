@@ -16,7 +16,7 @@ from residua.capture.identity.lm_head import lm_head_problem
 from residua.store.base.errors import AnalysisError
 from tests.adapters import add_adapter
 from tests.lm_heads import save_lm_head
-from tests.models import TINY
+from tests.models.tiny import TINY
 
 SIZES: dict[str, Any] = {
     "vocab_size": 97,

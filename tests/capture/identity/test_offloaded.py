@@ -15,7 +15,7 @@ import residua
 from residua.capture.identity.fingerprint import weights_fingerprint
 from residua.capture.runtime.devices import input_device, runs_on_cuda
 from residua.store.base.errors import CaptureError
-from tests.models import SPLIT
+from tests.models.tiny import SPLIT
 from tests.stopped import content
 
 CPU = torch.device("cpu")

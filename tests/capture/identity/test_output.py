@@ -9,7 +9,7 @@ from torch import nn
 
 from residua.capture.identity.output import OutputSample, compare_outputs, output_sample
 from residua.store.base.errors import CaptureError
-from tests.models import TINY
+from tests.models.tiny import TINY
 
 
 def sample(model: nn.Module) -> OutputSample:

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from residua.capture.forward.inputs import forward_arguments
 from residua.capture.identity.padding import padding_leaks
 from tests.capture.leaking_models import LEAKING
-from tests.models import _SIZES, ODD, TINY, _build
+from tests.models.tiny import _SIZES, ODD, TINY, _build
 
 _CONVOLVED: dict[str, Any] = {"conv_kernel_size": 3}  # with a mask
 

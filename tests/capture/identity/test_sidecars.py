@@ -15,7 +15,7 @@ import residua
 from residua.capture.identity.sidecars import attention_files
 from residua.capture.sites.names_to_modules import model_sites
 from residua.store.format.sidecars import AttentionSpec, attention_from_json
-from tests.models import LAYERS, ODD, TINY, VOCABULARY
+from tests.models.tiny import LAYERS, ODD, TINY, VOCABULARY
 
 SIZES: dict[str, Any] = {
     "vocab_size": VOCABULARY,

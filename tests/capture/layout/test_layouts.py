@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from residua.capture.hooks.site import SiteInfo
 from residua.capture.layout.layouts import Layout, Shape, ShardReport, full_shape, infer_layout
-from residua.capture.sites.site import SiteInfo
 
 ROOT = Path(__file__).parents[3]
 SIZES = st.lists(st.integers(1, 9), min_size=2, max_size=5)

@@ -10,7 +10,7 @@ from transformers import DynamicCache, EncoderDecoderCache, StaticCache
 from residua.capture.recording.arguments import read_call
 from residua.store.base.errors import CaptureError
 from residua.store.examples.index import NO_TOKEN, OTHER_INPUTS
-from tests.models import TINY
+from tests.models.tiny import TINY
 
 NAMES = ("input_ids", "attention_mask", "position_ids", "past_key_values", "inputs_embeds", "labels", "use_cache")
 IDS = torch.tensor([[5, 6, 7, 8, 9], [10, 11, 12, 13, 14]])

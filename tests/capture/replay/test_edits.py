@@ -19,7 +19,7 @@ from residua.store.base.errors import PlanError
 from residua.store.read.archive import Archive
 from tests.capture.manual_hooks import hooked
 from tests.capture.replay_samples import EVEN, LENGTHS, PADDED, captured, model_of, run_in_full, stored
-from tests.models import TINY
+from tests.models.tiny import TINY
 
 SITE, WIDTH = "resid_post.1", 32
 HERE = slice(2, 5)  # positions that are edited

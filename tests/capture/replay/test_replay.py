@@ -16,7 +16,7 @@ from residua.store.read.archive import Archive
 from tests.calls import count_calls
 from tests.capture.manual_hooks import state_of
 from tests.capture.replay_samples import EVEN, LAST, LENGTHS, MODELS, PADDED, captured, model_of, stored
-from tests.models import LAYERS, TINY
+from tests.models.tiny import LAYERS, TINY
 
 MIXTURES = ("mixtral", "qwen3_moe")
 SHARED_KEYS = "gemma4"

@@ -16,7 +16,7 @@ from transformers import GenerationConfig, GPT2Config, OPTConfig
 from transformers.integrations import deepspeed
 
 from residua.capture.runtime import compat
-from tests.models import TINY
+from tests.models.tiny import TINY
 
 
 @pytest.fixture

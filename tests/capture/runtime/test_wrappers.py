@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 import residua
 from residua.capture.runtime.wrappers import is_compiled, replica_of, running_uncompiled
 from residua.store.base.errors import CaptureError, PlanError
-from tests.models import TINY
+from tests.models.tiny import TINY
 
 TOKENS = [list(range(3, 3 + length)) for length in (5, 9, 20, 7)]
 

@@ -13,7 +13,7 @@ from residua.capture.sites.architectures import _FAMILIES
 from residua.capture.sites.names_to_modules import model_sites, resolve_sites
 from residua.capture.taps.tap import tap
 from residua.store.base.errors import UnknownSiteError
-from tests.models import LAYERS, ODD, TINY
+from tests.models.tiny import LAYERS, ODD, TINY
 from tests.unlike_models import UNLIKE, attention_weights
 
 ALL = {**ODD, **UNLIKE}

@@ -10,7 +10,7 @@ from residua.capture.sites.shape_probe import measure_sites
 from residua.capture.taps.reading import reading
 from residua.store.base.errors import CaptureError, UnknownSiteError
 from tests.capture.site_readings import batch, read, run
-from tests.models import ODD, TINY
+from tests.models.tiny import ODD, TINY
 
 
 @pytest.mark.parametrize("name", TINY)

@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 from residua.capture.sites.reference_model import reference_model, unsharded_shapes
-from tests.models import TINY
+from tests.models.tiny import TINY
 
 
 def test_it_is_built_once_and_anew_when_the_model_changes() -> None:

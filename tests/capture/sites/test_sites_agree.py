@@ -12,7 +12,7 @@ from residua.capture.forward.inputs import forward_kwargs
 from residua.capture.sites.architectures import KNOWN_MODEL_TYPES
 from residua.capture.sites.names_to_modules import model_sites
 from tests.capture.site_readings import LENGTHS, Reading, attention, batch, everything, read, run
-from tests.models import LAYERS, ODD, TINY
+from tests.models.tiny import LAYERS, ODD, TINY
 
 PARALLEL = ("gpt_neox", "phi")
 POST_NORM = ("bert", "opt-post-norm")

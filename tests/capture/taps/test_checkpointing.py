@@ -15,7 +15,7 @@ import residua
 from residua.store.base.errors import CaptureError
 from tests.capture.manual_hooks import hooked, state_of
 from tests.capture.site_readings import batch
-from tests.models import _GPT, LAYERS, TINY, _build
+from tests.models.tiny import _GPT, LAYERS, TINY, _build
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:None of the inputs have requires_grad", "ignore:.*gradient_checkpointing_enable"

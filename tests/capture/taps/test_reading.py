@@ -12,7 +12,7 @@ from residua.capture.taps.reading import reading
 from residua.store.base.errors import CaptureError
 from tests.capture.manual_hooks import hooked, keep_nothing, state_of
 from tests.capture.site_readings import batch, read, run
-from tests.models import TINY
+from tests.models.tiny import TINY
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "opt", "bert", "mixtral"])

@@ -12,7 +12,7 @@ from residua.capture.taps.reading import reading
 from residua.store.base.errors import CaptureError
 from tests.capture.manual_hooks import FAMILIES, hooked, replaced
 from tests.capture.site_readings import attention, batch, read, run
-from tests.models import ODD, TINY
+from tests.models.tiny import ODD, TINY
 
 
 @FAMILIES

@@ -15,7 +15,7 @@ from residua.capture.sites.names_to_modules import model_sites
 from residua.store.base.errors import CaptureError, PlanError, UnknownSiteError
 from tests.capture.manual_hooks import state_of
 from tests.capture.site_readings import loss_of, read, run, tapped
-from tests.models import TINY
+from tests.models.tiny import TINY
 
 SITES = "resid_pre.1,resid_mid.1,resid_post.1,attn_out.1,mlp_out.1,mlp_act.1,q.1,k.1,v.1,z.1,pattern.1,final,logits"
 

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 import residua
 from residua.store.base.errors import CaptureError
 from tests.capture.site_readings import batch, read, run
-from tests.models import TINY
+from tests.models.tiny import TINY
 
 SITES = "embed,resid_pre.0,q.0,mlp_out.0,resid_post.0,z.1,mlp_out.1,resid_post.2,final,logits"
 

@@ -14,7 +14,7 @@ from residua.capture.taps.reading import reading
 from residua.store.base.errors import CaptureError
 from tests.capture.manual_hooks import hooked
 from tests.capture.site_readings import attention, batch, loss_of, tapped
-from tests.models import TINY
+from tests.models.tiny import TINY
 
 
 def moving(by: Tensor) -> Callable[[str, Tensor], Tensor]:

@@ -21,7 +21,7 @@ from tests.capture.replay_samples import captured
 from tests.distributed.checks.replay import counting_reads
 from tests.distributed.layouts.deepspeed_and_fairscale import zero3
 from tests.distributed.layouts.torch_pipeline import Pipeline
-from tests.models import SPLIT
+from tests.models.tiny import SPLIT
 
 BOUND = 2e-5  # that of the table of layouts, in float32
 EDITS = [

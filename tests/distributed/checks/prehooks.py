@@ -13,7 +13,7 @@ from residua.capture.taps.tap import TapGroup, tap
 from tests.distributed.checks.refusals import Load, alone
 from tests.distributed.layouts.case import relative_error
 from tests.distributed.layouts.single_process import batch, loss_of, vector
-from tests.models import SPLIT
+from tests.models.tiny import SPLIT
 
 INPUTS = "module:model.layers.1.mlp@input,module:model.layers.1.mlp.down_proj@input,resid_pre.2,mlp_act.0,z.1"
 BOUND = 2e-5

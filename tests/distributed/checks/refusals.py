@@ -18,7 +18,7 @@ from tests.distributed.checks.replay import replays
 from tests.distributed.layouts.case import relative_error
 from tests.distributed.layouts.deepspeed_and_fairscale import zero3
 from tests.distributed.layouts.single_process import batch, loss_of, site_names
-from tests.models import SPLIT
+from tests.models.tiny import SPLIT
 
 
 class Load(Protocol):

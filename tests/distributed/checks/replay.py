@@ -22,7 +22,7 @@ from residua.capture.replay.replay import Replay
 from residua.store.base.errors import CaptureError
 from tests.distributed.layouts.case import Case, Row, relative_error
 from tests.distributed.layouts.single_process import batch, vector
-from tests.models import SPLIT
+from tests.models.tiny import SPLIT
 
 BOUND = 2e-5  # that of the table of layouts, in float32
 KEPT = ("z.2", "mlp_out.2", "final")

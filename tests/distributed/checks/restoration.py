@@ -16,7 +16,7 @@ from tests.distributed.checks.refusals import Load, run
 from tests.distributed.layouts.data_parallel_rows import sharded
 from tests.distributed.layouts.single_process import batch, loss_of
 from tests.distributed.layouts.tensor_parallel_llama import parallel_llama
-from tests.models import SPLIT
+from tests.models.tiny import SPLIT
 
 SITES = "resid_pre.1,q.1,z.1,pattern.1,mlp_act.1,mlp_out.1,logits"
 HOW: tuple[dict[str, bool], ...] = ({}, {"backward": True}, {"differentiable": True}, {"gather": False})

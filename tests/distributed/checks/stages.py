@@ -18,7 +18,7 @@ from tests.distributed.checks.refusals import Load
 from tests.distributed.layouts.case import relative_error
 from tests.distributed.layouts.single_process import batch, inner_weight, loss_of
 from tests.distributed.layouts.torch_pipeline import Part
-from tests.models import SPLIT, TINY
+from tests.models.tiny import SPLIT, TINY
 
 EMBEDDING = "model.embed_tokens"
 

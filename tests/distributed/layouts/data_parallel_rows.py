@@ -16,7 +16,7 @@ from tests.distributed.layouts import deepspeed_and_fairscale
 from tests.distributed.layouts.case import Case, Row
 from tests.distributed.layouts.registry import FOLDER, all_of, layout, uncaptured, wanted
 from tests.distributed.layouts.single_process import batch
-from tests.models import SPLIT
+from tests.models.tiny import SPLIT
 
 
 def data_parallel(layout: str, name: str, model: nn.Module, **options: Any) -> Case:

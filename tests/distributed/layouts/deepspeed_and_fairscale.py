@@ -9,7 +9,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from tests.distributed.layouts.case import Row
-from tests.models import SPLIT
+from tests.models.tiny import SPLIT
 
 
 def zero3(model: nn.Module) -> nn.Module:

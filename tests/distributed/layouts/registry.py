@@ -21,7 +21,7 @@ from tests.distributed.checks.capture import captured
 from tests.distributed.checks.replay import bare, multiplying, replay_row
 from tests.distributed.layouts.case import Case, Row
 from tests.distributed.layouts.single_process import Expected, batch, expected
-from tests.models import SPLIT
+from tests.models.tiny import SPLIT
 
 FOLDER = Path(sys.argv[1])
 ROWS: dict[str, Callable[[], Iterator[Row]]] = {}

@@ -12,7 +12,7 @@ from residua.capture.forward.inputs import positions_of
 from residua.capture.sites.reference_model import unsharded_sites
 from residua.capture.taps.reading import reading
 from residua.capture.taps.tap import tap
-from tests.models import VOCABULARY
+from tests.models.tiny import VOCABULARY
 
 MODULES = {
     "gpt2": ["module:transformer.h.1.mlp@output"],

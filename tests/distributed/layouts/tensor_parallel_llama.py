@@ -12,7 +12,7 @@ from torch.distributed.tensor.parallel import (
 )
 from transformers import PreTrainedModel
 
-from tests.models import SPLIT
+from tests.models.tiny import SPLIT
 
 
 def parallel_llama(mesh: DeviceMesh, *, sequence: bool = False) -> PreTrainedModel:

@@ -19,7 +19,7 @@ from tests.distributed.checks.replay import replay_row
 from tests.distributed.layouts.case import Case, Row
 from tests.distributed.layouts.single_process import EDITS, inner_weight, site_names
 from tests.distributed.layouts.tensor_parallel_llama import plan_of
-from tests.models import SPLIT
+from tests.models.tiny import SPLIT
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 

@@ -35,7 +35,7 @@ from tests.distributed.layouts.tensor_parallel_llama import parallel_llama
 from tests.distributed.layouts.torch_pipeline import Pipeline
 from tests.distributed.model_parallel.recorder_loop import LENGTHS as CALLS
 from tests.distributed.model_parallel.recorder_loop import other_calls_are_refused, parts_are_refused, record
-from tests.models import SPLIT, VOCABULARY
+from tests.models.tiny import SPLIT, VOCABULARY
 
 UNGATHERED = ("llama-columns",)
 LENGTHS = (5, 3, 21, 40, 2, 9, 33, 1, 12, 30)

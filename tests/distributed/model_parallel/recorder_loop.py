@@ -25,7 +25,7 @@ from residua.capture.runtime.wrappers import core_of
 from residua.store.base.errors import CaptureError
 from residua.store.read.archive import Archive
 from tests.distributed.layouts.tensor_parallel_llama import parallel_llama
-from tests.models import VOCABULARY
+from tests.models.tiny import VOCABULARY
 
 LENGTHS = ((5, 3, 21, 40), (2, 9, 33), (12, 30, 1, 7))
 """Of the examples of each call: the first reaches into four shards."""

@@ -13,7 +13,7 @@ from residua.store.read.archive import Archive
 from residua.store.read.verify import verify
 from tests.distributed.model_parallel.recorder_loop import KILLED_SITES, SHARDS_OF_FIRST, record
 from tests.distributed.workers.forked_workers import ForkedWorkers, launched
-from tests.models import SPLIT
+from tests.models.tiny import SPLIT
 from tests.stopped import await_commits
 
 pytestmark = pytest.mark.timeout(300)

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch.distributed.fsdp import fully_shard
 
 from tests.distributed.workers.user_script import capture
-from tests.models import TINY
+from tests.models.tiny import TINY
 
 
 def main() -> None:

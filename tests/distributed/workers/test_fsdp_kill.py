@@ -8,7 +8,7 @@ import torch
 
 from tests.distributed.workers.forked_workers import ForkedWorkers, Start, launched
 from tests.distributed.workers.user_script import capture
-from tests.models import TINY
+from tests.models.tiny import TINY
 from tests.stopped import await_commits, check_stop, content
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]

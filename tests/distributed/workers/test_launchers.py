@@ -15,7 +15,7 @@ from residua.store.read.verify import verify
 from residua.store.storage.lock import read_owner
 from tests.distributed.model_parallel.recorder_loop import record
 from tests.distributed.workers.user_script import capture
-from tests.models import TINY
+from tests.models.tiny import TINY
 from tests.pipelines.forking import ENVIRONMENT, ROOT
 from tests.ragged import capture_words, write_dataset
 from tests.stopped import await_commits, content

@@ -22,7 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 import residua
 from tests.distributed.layouts.deepspeed_and_fairscale import zero3
 from tests.distributed.model_parallel.recorder_loop import record
-from tests.models import TINY, VOCABULARY
+from tests.models.tiny import TINY, VOCABULARY
 
 LENGTHS = (5, 3, 21, 40, 2, 9, 7, 33, 1, 12, 30, 4) * 4
 

@@ -10,7 +10,7 @@ import torch
 from transformers import PreTrainedModel
 
 import residua
-from tests.models import LAYERS, TINY
+from tests.models.tiny import LAYERS, TINY
 from tests.pipelines.small_capture import BATCH_TOKENS, HEIGHT, LENGTHS, capture, embedding_of
 from tests.plain_zarr import plain_array
 

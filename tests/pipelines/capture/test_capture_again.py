@@ -12,7 +12,7 @@ import residua
 from residua.pipelines.capture.capture import capture_dataset
 from residua.pipelines.cli.main import main
 from residua.store.base.errors import DatasetError, PlanError, UnknownSiteError
-from tests.models import TINY
+from tests.models.tiny import TINY
 from tests.pipelines.small_capture import capture
 
 

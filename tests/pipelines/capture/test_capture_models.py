@@ -15,7 +15,7 @@ from residua.store.base.errors import PlanError
 from residua.store.read.archive import Archive
 from residua.store.read.summary import summarise
 from residua.store.read.verify import verify
-from tests.models import TINY
+from tests.models.tiny import TINY
 
 TOKENS = [[5, 6, 7, 8], [9, 10]]
 ROUTER = "module:model.layers.0.mlp.router"

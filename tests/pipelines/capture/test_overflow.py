@@ -19,7 +19,7 @@ from residua.store.format.losses import SiteLosses, losses_of
 from residua.store.read.archive import Archive
 from residua.store.read.summary import summarise
 from residua.store.read.verify import verify
-from tests.models import TINY
+from tests.models.tiny import TINY
 
 SITE = "resid_post.1"
 DATA = [[3 + (7 * i + j) % 90 for j in range(20)] for i in range(12)]

@@ -14,7 +14,7 @@ from residua.pipelines.capture.reproduce import reproduce
 from residua.store.base.errors import PlanError
 from residua.store.read.summary import summarise
 from tests.capture.leaking_models import LEAKING, module_values
-from tests.models import TINY, VOCABULARY
+from tests.models.tiny import TINY, VOCABULARY
 
 LENGTHS = (3, 17, 9, 9)
 SITE = {

@@ -11,7 +11,7 @@ import torch
 import residua
 from residua.pipelines.capture.capture import capture_dataset
 from residua.store.base.errors import PlanError
-from tests.models import TINY
+from tests.models.tiny import TINY
 
 
 def test_the_model_does_not_run_where_nothing_can_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

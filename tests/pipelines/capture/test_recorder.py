@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 import residua
 from residua.store.base.errors import CaptureError, PlanError, UnknownSiteError
-from tests.models import TINY, VOCABULARY
+from tests.models.tiny import TINY, VOCABULARY
 from tests.plain_zarr import plain_array
 
 IDS = torch.tensor([[5, 6, 7, 8], [9, 10, 3, 3]])

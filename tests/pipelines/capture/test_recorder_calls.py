@@ -18,7 +18,7 @@ import residua
 from residua.store.base.errors import CaptureError, PlanError, ResiduaError
 from residua.store.examples.index import NO_TOKEN, OTHER_INPUTS
 from tests.adapters import PeftModel, add_adapter
-from tests.models import LAYERS, LONGEST, TINY, VOCABULARY
+from tests.models.tiny import LAYERS, LONGEST, TINY, VOCABULARY
 
 IDS = torch.randint(3, VOCABULARY, (2, 9), generator=torch.Generator().manual_seed(0))
 

@@ -14,7 +14,7 @@ from residua.store.base.errors import PlanError
 from residua.store.encoding.shard import shard_path
 from residua.store.encoding.spec import ArraySpec
 from residua.store.read.archive import Archive
-from tests.models import TINY, VOCABULARY
+from tests.models.tiny import TINY, VOCABULARY
 
 MODEL = "models/pydoc-1m"
 

@@ -21,7 +21,7 @@ from residua.pipelines.capture.capture import capture_dataset
 from residua.store.base.errors import CaptureError, PlanError
 from residua.store.read.archive import Archive
 from tests.distributed.layouts.torch_pipeline import Part
-from tests.models import TINY
+from tests.models.tiny import TINY
 
 TOKENS = [[5, 6, 7, 8], [9, 10], [11, 12, 13], [14] * 9, [15]]
 OPTIONS: dict[str, Any] = {"sites": "resid_post.*,q.1,final,logits", "rows_per_shard": 8, "batch_tokens": 16}

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 import residua
 from residua.store.base.errors import CaptureError, PlanError
 from tests.adapters import PeftModel, add_adapter
-from tests.models import TINY
+from tests.models.tiny import TINY
 from tests.pipelines.small_capture import capture
 
 Change = Callable[[PreTrainedModel], Any]

@@ -14,7 +14,7 @@ from residua.pipelines.circuits.induction import capture_repeats, score_repeats
 from residua.pipelines.circuits.repeats import RepeatSettings, plain_ids, repeated_tokens
 from residua.pipelines.cli.main import main
 from residua.store.base.errors import PlanError
-from tests.models import LAYERS, TINY
+from tests.models.tiny import LAYERS, TINY
 
 MODEL = "models/pydoc-1m"
 

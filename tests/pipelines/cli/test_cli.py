@@ -18,7 +18,7 @@ import residua
 from residua.pipelines.cli.main import main
 from residua.pipelines.setup.settings import CaptureSettings
 from residua.store.read.archive import Archive
-from tests.models import ODD
+from tests.models.tiny import ODD
 from tests.pipelines.forking import ENVIRONMENT
 from tests.ragged import MODEL, capture_words, write_dataset
 from tests.stopped import take_back

@@ -14,7 +14,7 @@ from residua.pipelines.data.tokenizer import knows_text, special_ids, start_toke
 from residua.pipelines.setup.models import load_tokenizer
 from residua.pipelines.setup.settings import CaptureSettings
 from residua.store.base.errors import DatasetError, PlanError
-from tests.models import TINY
+from tests.models.tiny import TINY
 from tests.pipelines.dataset_samples import WORDS, make_tokenizer
 
 HEADER, NAMED, WORD = "<|header|>", "<|named|>", "added"

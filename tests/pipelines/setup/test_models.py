@@ -16,7 +16,7 @@ from transformers.distributed.pipeline_parallel import PipelineIdentityLayer
 from residua.pipelines.setup.models import load_model, stages_in_parallel
 from residua.pipelines.setup.settings import CaptureSettings
 from residua.store.base.errors import PlanError
-from tests.models import TINY
+from tests.models.tiny import TINY
 
 STEP = "apply_tensor_parallelism"
 WORDS = r"--tp and --pp .* transformers 5\.23"

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
-from residua.capture.sites.site import FLOATS
+from residua.capture.hooks.site import FLOATS
 from residua.pipelines.data.settings import DatasetSettings
 from residua.pipelines.setup.settings import CaptureSettings, read_config
 from residua.store.base.errors import DatasetError, PlanError

@@ -23,7 +23,7 @@ from residua.store.format.plan import ROW_COLUMNS, Plan, SitePlan
 from residua.store.format.sidecars import FIDELITY_FILE, Fidelity, SiteFidelity, read_fidelity, write_fidelity
 from residua.store.format.site_names import LAYER_KINDS, MODEL_KINDS, parse_site
 from residua.store.read.archive import Archive
-from tests.models import TINY
+from tests.models.tiny import TINY
 from tests.pages import ROOT, blocks
 from tests.store.small_archive import make_archive
 

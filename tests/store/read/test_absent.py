@@ -18,7 +18,7 @@ from residua.store.base.errors import DamagedArchiveError, NotCapturedError
 from residua.store.edits.archive_values import mean_row, mean_rows
 from residua.store.read.archive import Archive
 from residua.store.read.verify import verify
-from tests.models import TINY
+from tests.models.tiny import TINY
 from tests.stopped import take_back
 from tests.store.small_archive import HEIGHT, N_ROWS, make_archive
 

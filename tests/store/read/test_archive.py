@@ -15,7 +15,7 @@ from residua.pipelines.capture.capture import capture_dataset
 from residua.store.base.errors import NotCapturedError, UnknownSiteError
 from residua.store.read.archive import Archive
 from tests.analysis.large_archive import make_large
-from tests.models import TINY, VOCABULARY
+from tests.models.tiny import TINY, VOCABULARY
 from tests.plain_zarr import plain_array
 from tests.stopped import take_back
 from tests.store.small_archive import make_archive

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import get_device_states, set_device_states
 
+from residua.capture.hooks.attention import AttentionTap, move_taps_last
+from residua.capture.hooks.site import SiteInfo
 from residua.capture.runtime.compat import in_backward, without_dispatch_modes
-from residua.capture.sites.attention import AttentionTap, move_taps_last
-from residua.capture.sites.site import SiteInfo
 from residua.store.base.errors import CaptureError
 
 _REMEDY = "call backward() inside the context, or switch gradient checkpointing off"

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from residua.capture.sites.site import FLOATS, SiteInfo, plan_site, plan_sites
+from residua.capture.hooks.site import FLOATS, SiteInfo, plan_site, plan_sites
 from residua.store.base.errors import CaptureError
 from residua.store.encoding.codecs import PRESETS
 from residua.store.encoding.dtypes import STORAGE_DTYPES

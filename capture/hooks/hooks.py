@@ -5,7 +5,7 @@ without a copy: modules may change a tensor in place right after the hook, so a 
 before it returns.
 
 Hooks act only during a forward call of the model itself, and when gradient checkpointing runs a part of it again during
-the backward pass (`residua.capture.sites.forward_call`).
+the backward pass (`residua.capture.hooks.forward_call`).
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -16,6 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from residua.capture.hooks.attention import AttentionTap, intercepting
+from residua.capture.hooks.forward_call import ForwardCall, SiteTensor
+from residua.capture.hooks.site import SiteInfo
 from residua.capture.runtime.checkpointing import following
 from residua.capture.runtime.module_io import (
     checked_replacement,
@@ -25,9 +28,6 @@ from residua.capture.runtime.module_io import (
     replaced_output,
 )
 from residua.capture.runtime.sharded import is_zero3
-from residua.capture.sites.attention import AttentionTap, intercepting
-from residua.capture.sites.forward_call import ForwardCall, SiteTensor
-from residua.capture.sites.site import SiteInfo
 from residua.store.base.errors import CaptureError
 
 OnTensor = Callable[[SiteTensor], Tensor | None]

@@ -22,9 +22,9 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedConfig, PreTrainedModel
 
+from residua.capture.hooks.site import SiteInfo
 from residua.capture.runtime.compat import attention_implementation, set_attention_implementation
 from residua.capture.runtime.wrappers import core_of
-from residua.capture.sites.site import SiteInfo
 from residua.store.base.errors import CaptureError
 
 _LOG = logging.getLogger(__name__)

@@ -9,12 +9,12 @@ import transformers as hf
 from transformers import AttentionInterface, PreTrainedConfig
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from residua.capture.sites.attention import eager_attention
+from residua.capture.hooks.attention import eager_attention
 from residua.capture.taps.reading import reading
 from residua.capture.taps.tap import tap
 from residua.store.base.errors import CaptureError
 from tests.capture.site_readings import read, run
-from tests.models import LAYERS, ODD, TINY
+from tests.models.tiny import LAYERS, ODD, TINY
 from tests.unlike_models import UNLIKE
 
 
