@@ -38,6 +38,7 @@ from residua.store.edits.lens_files import LAYERS_FILE
 from residua.store.format.sidecars import LM_HEAD_FILE, PARAMETERS_FILE
 from residua.store.read.archive import Archive
 from residua.store.storage.files import write_file
+from residua.store.storage.place import try_place
 
 REPORT_FILE, PLOT_FILE = "report.parquet", "report.png"
 _UNEMBEDDING_BYTES = 2**29  # a larger unembedding is not converted to float32 at once
@@ -99,12 +100,16 @@ class TunedLens:
         Raises:
             AnalysisError: The archive lacks what is needed, or `out` holds a lens of other settings.
             UnknownSiteError: `sites` matches no stored site.
+            OSError: The place `out` cannot be written; this is tried before anything is computed.
         """
         settings = replace(settings or LensSettings(), **options)
         source = archive if isinstance(archive, Archive) else Archive(archive)
         with ExitStack() as stack:
-            folder = out or stack.enter_context(TemporaryDirectory(prefix="residua-lens-"))
-            training = LensTraining(source, Path(folder), sites=sites, settings=settings, cluster=or_inline(cluster))
+            if out is None:
+                folder = Path(stack.enter_context(TemporaryDirectory(prefix="residua-lens-")))
+            else:
+                folder = try_place(Path(out)).path
+            training = LensTraining(source, folder, sites=sites, settings=settings, cluster=or_inline(cluster))
             training.train()
             lens = cls(*training.evaluate())
             lens.save(folder)

@@ -21,6 +21,7 @@ from residua.analysis.support.open_archives import address
 from residua.store.base.errors import AnalysisError
 from residua.store.format.site_names import parse_site
 from residua.store.read.archive import Archive
+from residua.store.storage.place import try_place
 
 _COLUMNS = ("site", "layer", "target", "n_train", "n_test", "n_left_out", "penalty")
 _SCORES = {
@@ -93,12 +94,14 @@ def probe(
     Raises:
         UnknownSiteError: `sites` names no stored site.
         AnalysisError: The target cannot be predicted; the message says why.
+        OSError: The place `save` cannot be written; this is tried before anything is computed.
     """
     if task not in (None, "classification", "regression"):
         raise AnalysisError(f"the task {task!r} is unknown: choose classification or regression")
     if seed < 0:
         raise AnalysisError(f"the seed is {seed}: give a number of at least 0")
     names, cluster = archive.select(sites), or_inline(cluster)
+    folder = None if save is None else try_place(Path(save)).path
     split = Split(test_fraction, seed, group)
     found = summarise(archive, target, where=where, task=task, split=split, as_numbers=as_numbers)
     rows = blocks(archive)
@@ -106,7 +109,7 @@ def probe(
     probed: dict[int, SiteProbe] = {}
     for number, answer in cluster.map(probe_site, jobs, label=f"probes of {target}"):
         probed[number] = answer
-        if save is not None:
-            write_probe(Path(save) / parse_site(names[number]).path.removeprefix("sites/"), answer.probe)
+        if folder is not None:
+            write_probe(folder / parse_site(names[number]).path.removeprefix("sites/"), answer.probe)
     schema = pa.schema([(name, _TYPES.get(name, pa.float64())) for name in (*_COLUMNS, *_SCORES[found.task])])
     return pa.Table.from_pylist([probed[number].line for number in range(len(names))], schema=schema)

@@ -5,7 +5,7 @@ the same steps with examples and a plan of its own.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -60,9 +60,11 @@ from residua.store.format.archive_metadata import is_archive
 from residua.store.format.commits import drop_broken
 from residua.store.format.create import create_archive, seal, workspace
 from residua.store.format.losses import COMPUTED, cast_sites, loss_notes
-from residua.store.format.plan import Plan, check_host_memory, choose_rows_per_shard
+from residua.store.format.plan import Plan, SitePlan, check_host_memory, choose_rows_per_shard
+from residua.store.format.room import check_room
 from residua.store.read.archive import Archive
 from residua.store.storage.files import sweep
+from residua.store.storage.place import try_place
 
 DatasetSource = str | PathLike[str] | Iterable[Any]
 
@@ -135,14 +137,16 @@ def capture_dataset(
         DatasetError: The dataset cannot be used as asked.
         CaptureError: The capture failed, here or in another process; committed rows are safe.
         ArchiveInUseError: Another run is writing the archive, and cannot be joined or is not to be joined.
-        OSError: The place `out` cannot be written, or has no hard links; this is tried before anything runs.
+        OSError: The place `out` cannot be written, has no hard links, or too little free space; this is found out
+            before the capture runs.
 
     Example:
         >>> result = residua.capture_dataset("models/pydoc-1m", ["Hello world"], out="acts.zarr")  # doctest: +SKIP
     """
     chosen = _settings(settings, options)
+    place = try_place(Path(out), locks=True, links=True)
     with ExitStack() as stack:
-        membership = stack.enter_context(working_together(Path(out), chosen, links=True))
+        membership = stack.enter_context(working_together(place.path, chosen))
         if isinstance(model, str | PathLike):
             if tensor_parallel is not None:
                 raise PlanError(
@@ -157,7 +161,8 @@ def capture_dataset(
         else:
             model = _language_model(replica_of(model))
         stack.enter_context(declared_group(model, tensor_parallel))
-        job = _DatasetCapture(model, Path(out), tokenizer, dataset, chosen, command, on_example)
+        job = _DatasetCapture(model, place.path, tokenizer, dataset, chosen, command, on_example)
+        job.notes.extend(place.notes)
         called = runnable(model)
         if stack.enter_context(running_uncompiled(called)):
             job.notes.append("compiled code does not run hooks: the model ran uncompiled for this capture")
@@ -280,6 +285,16 @@ class CaptureJob(ABC):
             self.notes.append(RAN_ALONE)
         return 1
 
+    def check_room(self, sites: Sequence[SitePlan], n_rows: int) -> None:
+        """Raise OSError if the rows that are missing cannot fit on the disk; note if they may not.
+
+        Args:
+            sites: What is stored of every row.
+            n_rows: Rows of the archive, those that are written already included.
+        """
+        missing = n_rows - self.archive.progress.rows if is_archive(self.out) else n_rows
+        self.notes.extend(note for note in check_room(self.out, sites, missing) if note not in self.notes)
+
     def run(
         self,
         workers: Workers,
@@ -343,10 +358,12 @@ class CaptureJob(ABC):
             plan = self.plan(self.write_examples(folder / "examples"))
             if resumed:
                 self._compare(plan)
+                self.check_room(plan.sites, plan.n_rows or 0)
                 if dropped := drop_broken(self.out, plan, self.archive.commits):
                     self.notes.extend(dropped)
                     self._archive = None
             else:
+                self.check_room(plan.sites, plan.n_rows or 0)
                 write_sidecars(folder, sidecars or self._sidecars())
                 self.write_tokenizer(folder)
                 create_archive(folder, self.out, plan, {**self.provenance(plan), **self._of_rows(plan)})

@@ -22,6 +22,7 @@ from residua.pipelines.setup.models import named_model
 from residua.pipelines.setup.settings import CaptureSettings
 from residua.store.base.errors import PlanError
 from residua.store.read.archive import Archive
+from residua.store.storage.place import try_place
 
 CapturedFrom = Literal["qk", "pattern"]
 _SITES: dict[CapturedFrom, str] = {"qk": "q.*,k.*", "pattern": "pattern.*"}
@@ -80,6 +81,12 @@ def capture_repeats(
     return capture_dataset(loaded, rows, out=out, tokenizer=tokenizer, settings=asked, **capture)
 
 
+def heads_folder(archive: Path) -> Path:
+    """Return the folder of the scores of an archive, after a trial whether files can be written there."""
+    path = archive.resolve() if archive.exists() else archive
+    return try_place(path.with_name(path.name.removesuffix(".zarr") + "-heads")).path
+
+
 def score_repeats(archive: Archive, *, name: str, cluster: Cluster | None = None) -> InductionResult:
     """Score the heads of an archive of repeats, and write a table and a heat map.
 
@@ -92,11 +99,10 @@ def score_repeats(archive: Archive, *, name: str, cluster: Cluster | None = None
 
     Raises:
         AnalysisError: The scores cannot be computed; the message says why.
+        OSError: The folder cannot be written; this is tried before anything is computed.
     """
+    folder = heads_folder(archive.path)
     scores = induction_scores(archive, cluster=cluster)
-    path = archive.path.resolve()
-    folder = path.with_name(path.name.removesuffix(".zarr") + "-heads")
-    folder.mkdir(exist_ok=True)
     write_table(folder / TABLE, scores)
     _draw(folder / PICTURE, scores, name)
     return InductionResult(scores=scores, folder=folder)

@@ -52,12 +52,14 @@ def add(commands: Any) -> None:
 
 
 def _induction(options: argparse.Namespace) -> int:
-    from residua.pipelines.circuits.induction import capture_repeats, score_repeats
+    from residua.pipelines.circuits.induction import capture_repeats, heads_folder, score_repeats
     from residua.pipelines.circuits.repeats import RepeatSettings
     from residua.pipelines.setup.settings import CaptureSettings
 
     given = {name: value for name in _CAPTURE if (value := getattr(options, name)) is not None}
     is_first = is_first_process()
+    if is_first:
+        heads_folder(Path(options.out))
     with stopping_in_time(), CaptureProgress(shown=is_first and not options.json) as progress:
         archive = capture_repeats(
             options.model,

@@ -1,6 +1,7 @@
 """The command `top`: the rows furthest along a direction, with their text."""
 
 import argparse
+from pathlib import Path
 from typing import Any
 
 from residua.pipelines.cli.options import (
@@ -41,8 +42,10 @@ def _top(options: argparse.Namespace) -> int:
     from residua.analysis.stats.directions import read_direction
     from residua.analysis.stats.top import top
     from residua.store.read.archive import Archive
+    from residua.store.storage.place import try_place
 
     archive = Archive(options.archive)
+    file = None if options.file is None else try_place(Path(options.file), is_file=True).path
     direction = None if options.direction is None else read_direction(options.direction)
     with cluster_of(options) as cluster:
         found = top(
@@ -57,8 +60,8 @@ def _top(options: argparse.Namespace) -> int:
             where=options.where,
             cluster=cluster,
         )
-    if options.file:
-        write_table(found, options.file)
+    if file is not None:
+        write_table(found, file)
     if options.json:
         print_json({"site": options.site, "rows": found.to_pylist(), "file": options.file})
         return 0

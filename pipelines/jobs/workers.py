@@ -31,31 +31,25 @@ from residua.pipelines.setup.settings import CaptureSettings
 from residua.store.base.errors import CaptureError, PlanError
 from residua.store.examples.schedule import Schedule
 from residua.store.format.commits import committed_shards
-from residua.store.storage.place import try_place
 
 _LOOK_SECONDS = 1.0
 _LEAST_WORKERS = 2  # replicas that the shards are cut for: more may join
 
 
 @contextmanager
-def working_together(
-    out: Path | None, settings: CaptureSettings, *, job: str = "", links: bool = False
-) -> Iterator[Membership | None]:
+def working_together(out: Path | None, settings: CaptureSettings, *, job: str = "") -> Iterator[Membership | None]:
     """Yield this process's place among the workers of a job; None if it is alone.
 
     Args:
         out: Folder of the results, which no other run may write meanwhile; None if no folder is written.
         settings: Whether other runs may join, and over how many processes a model that is loaded here is split.
         job: What tells the job from others of the launch, beside the folder; the same for every worker.
-        links: Whether `out` needs hard links, as an archive does: its place is tried before anything runs.
 
     Raises:
         ArchiveInUseError: Another run is writing `out`.
         CaptureError: The other workers do not appear.
         PlanError: The launched processes cannot be divided into groups of that many.
     """
-    if out is not None:
-        try_place(out, links=links)
     with rendezvous(out, join=settings.join, job=job) as membership, replica_group(settings, membership):
         yield membership
 

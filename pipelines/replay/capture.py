@@ -51,6 +51,7 @@ class ReplayCapture(CaptureJob):
     Raises:
         UnknownSiteError: The model has no such site.
         PlanError: A site lies below the stored rows, or its rows do not fit into host memory.
+        OSError: The rows do not fit on the disk.
         CaptureError: A site does not have one entry per token.
     """
 
@@ -86,6 +87,7 @@ class ReplayCapture(CaptureJob):
         longest = int(index.n_tokens[examples].max())
         self._site_plans = plan_sites(sites, dtype=None, codec=DEFAULT_PRESET, longest_example=longest)
         self._height = self._rows_per_shard(index.n_rows[examples], host_memory)
+        self.check_room(self._site_plans, int(index.n_rows[examples].sum()))
 
     def capture(
         self,

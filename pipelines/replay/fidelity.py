@@ -70,7 +70,7 @@ def fidelity(
     """
     opened = Archive(archive)
     refuse_replay(opened, "residua fidelity")
-    try_place(opened.path / FIDELITY_FILE)
+    try_place(opened.path / FIDELITY_FILE, is_file=True)
     names = _rounded_streams(opened)
     opened.refuse_losses(names, "residua fidelity")
     batches = [batch.examples.tolist() for batch in sample_batches(opened, n_batches, seed)]

@@ -45,6 +45,7 @@ from residua.store.format.plan import Plan
 from residua.store.read.archive import Archive
 from residua.store.read.text import token_id
 from residua.store.selection.examples import ExampleChoice
+from residua.store.storage.place import try_place
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -138,6 +139,8 @@ def replay_dataset(
         NotCapturedError: None of the chosen examples is captured yet.
         ArchiveInUseError: Another run works on `out`.
         CaptureError: The model gave no logits, or another process that shares the work is gone.
+        OSError: The place `out` cannot be written; with `capture` also if it has no hard links, or too little free
+            space. This is found out before anything is computed.
 
     Example:
         >>> found = residua.replay_dataset(  # doctest: +SKIP
@@ -153,7 +156,8 @@ def replay_dataset(
     ids = [token if isinstance(token, int) else token_id(opened.tokenizer, token) for token in tokens]
     if not chosen.any():
         raise NotCapturedError(f"{opened.path} has none of these examples completely yet: run the capture first")
-    folder, settings = Path(out), CaptureSettings(device=device, tp=tp, pp=pp)
+    place = try_place(Path(out), locks=True, links=capture is not None)
+    folder, settings = place.path, CaptureSettings(device=device, tp=tp, pp=pp)
     files = TableFiles(folder, schedule, chosen)
     with ExitStack() as stack:
         membership = stack.enter_context(working_together(folder, settings, job="replay"))
@@ -194,7 +198,7 @@ def replay_dataset(
         folder=folder,
         n_examples=int(chosen.sum()),
         resumed=planned["resumed"],
-        notes=(*edit_notes, *notes, *(() if following is None else following.notes)),
+        notes=(*place.notes, *edit_notes, *notes, *(() if following is None else following.notes)),
         archive=found,
     )
 

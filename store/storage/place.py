@@ -1,49 +1,114 @@
 """A trial of the place where results will be written, on small files, before anything runs."""
 
+import errno
 import os
 import re
 import secrets
+from contextlib import suppress
 from pathlib import Path
+from typing import NamedTuple
 
 from residua.store.base.errors import PlanError
 from residua.store.storage.files import make_folders, publish, sweep_next_to, write_file
-from residua.store.storage.lock import naming_archive
+from residua.store.storage.lock import naming_archive, try_flock
 
 _ADDRESS = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/")
 
 
-def try_place(destination: Path, *, links: bool = False) -> None:
-    """Write and rename a small file next to `destination`, durably, and link it if `links` are needed; then remove it.
+class Place(NamedTuple):
+    """Where results go.
+
+    Attributes:
+        path: The file or folder; where a link was given, what it leads to.
+        notes: What the user should know about the place, one sentence each.
+    """
+
+    path: Path
+    notes: tuple[str, ...]
+
+
+def try_place(destination: Path, *, is_file: bool = False, locks: bool = False, links: bool = False) -> Place:
+    """Write and rename a small file where results will be written, durably; then remove it.
+
+    A folder that exists is tried inside. What is written next to it, such as a lock, is tried there.
 
     Args:
         destination: File or folder that will be written; its parent is made.
+        is_file: Whether it is a file; else a folder.
+        locks: Whether a lock next to it keeps other runs away.
         links: Whether hard links are needed, as for the commit records of an archive.
+
+    Returns:
+        The place. A link is followed, so that lock and results do not depend on the name that was given.
 
     Raises:
         PlanError: `destination` is the address of a bucket or server, or a link that leads nowhere.
-        OSError: The place cannot be written, is full, or has no links; the message says what to do.
+        OSError: The place cannot be written, is full, or has no links; or a file is where a folder should be, or the
+            reverse. The message says what to do.
     """
     if found := _ADDRESS.match(str(destination)):
         raise PlanError(
             f"{destination} is an address ({found[1]}), and results are written to folders only: write to a local "
             "folder, and copy it when it is finished"
         )
-    if destination.is_symlink() and not destination.exists():
-        raise PlanError(
-            f"{destination} is a link to {destination.readlink()}, which does not exist: make that folder, or choose "
-            "another place"
-        )
-    trial = destination.with_name(f".{destination.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
+    if destination.is_symlink():
+        if not destination.exists():
+            raise PlanError(
+                f"{destination} is a link to {destination.readlink()}, which does not exist: make that folder, or "
+                "choose another place"
+            )
+        destination = destination.resolve()
+    _refuse_other_kind(destination, is_file=is_file)
     with naming_archive(destination):
         make_folders(destination.parent)
-        sweep_next_to(destination)
+    is_inside = destination.is_dir()
+    has_locks = True
+    if locks or not is_inside:
+        with naming_archive(destination):
+            sweep_next_to(destination)
+        has_locks = _try_folder(destination.parent, destination, links=links)
+    if is_inside:
+        _try_folder(destination, destination, links=links)
+    if has_locks or not locks:
+        return Place(destination, ())
+    note = f"the file system of {destination} has no file locks: do not start another run there before this one ends"
+    return Place(destination, (note,))
+
+
+def _refuse_other_kind(destination: Path, *, is_file: bool) -> None:
+    if is_file and destination.is_dir():
+        raise IsADirectoryError(errno.EISDIR, f"{destination} is a folder, and a file is to be written: name a file")
+    if not is_file and destination.exists() and not destination.is_dir():
+        raise NotADirectoryError(
+            errno.ENOTDIR, f"{destination} is a file, and a folder is to be written: choose another place"
+        )
+
+
+def _try_folder(folder: Path, destination: Path, *, links: bool) -> bool:
+    """Write a small file in `folder`; return whether a lock on it keeps others away. Errors name `destination`."""
+    trial = folder / f".{destination.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp"
+    with naming_archive(destination):
         trial.touch(exist_ok=False)
     try:
         write_file(trial, [b"a trial"])
         if links:
             trial.unlink(missing_ok=True)
             publish(trial, b"a trial")
+        return _has_locks(trial)
+    except FileNotFoundError:  # another worker, which cleans up, took it for one that was left
+        return True
     except OSError as error:
         raise OSError(error.errno, (error.strerror or str(error)).replace(str(trial), str(destination))) from error
     finally:
-        trial.unlink(missing_ok=True)
+        with suppress(FileNotFoundError):
+            trial.unlink()
+
+
+def _has_locks(path: Path) -> bool:
+    """Say whether a file that is locked cannot be locked again."""
+    first, second = os.open(path, os.O_RDWR | os.O_CLOEXEC), os.open(path, os.O_RDWR | os.O_CLOEXEC)
+    try:
+        return bool(try_flock(first)) and try_flock(second) is False
+    finally:
+        os.close(first)
+        os.close(second)

@@ -60,6 +60,55 @@ def test_an_address_makes_no_folder(address: str, tmp_path: Path, monkeypatch: p
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("is_file", [False, True])
+def test_a_link_is_followed(is_file: bool, tmp_path: Path) -> None:
+    target = tmp_path / "disk" / "real"
+    target.parent.mkdir()
+    if is_file:
+        target.write_text("before")
+    else:
+        target.mkdir()
+    (tmp_path / "name").symlink_to(target)
+    place = try_place(tmp_path / "name", is_file=is_file, locks=not is_file, links=not is_file)
+    assert place == (target, ())
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["disk", "name", "real"]
+
+
+def test_a_folder_is_tried_inside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, tried, replace = tmp_path / "results", [], os.replace
+    folder.mkdir()
+
+    def spy(source: Path, target: Path) -> None:
+        tried.append(target.parent)
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", spy)
+    try_place(folder)  # what lies next to it is no concern of a job without a lock
+    try_place(folder, locks=True)
+    try_place(tmp_path / "new")
+    assert tried == [folder, tmp_path, folder, tmp_path]
+
+
+@pytest.mark.parametrize("is_file", [False, True])
+def test_a_file_for_a_folder_or_the_reverse_is_named(is_file: bool, tmp_path: Path) -> None:
+    path = tmp_path / "there"
+    path.mkdir() if is_file else path.write_text("")
+    with pytest.raises(IsADirectoryError if is_file else NotADirectoryError, match=str(path)):
+        try_place(path, is_file=is_file)
+
+
+def _always(*_: Any) -> None:
+    """Take any lock, as a file system does that leaves locks to the machine."""
+
+
+@pytest.mark.parametrize("flock", [failing(errno.ENOLCK), failing(errno.EOPNOTSUPP), _always])
+def test_locks_that_do_not_lock_are_noted(flock: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fcntl.flock", flock)
+    place = try_place(tmp_path / "a.zarr", locks=True)
+    assert [str(tmp_path / "a.zarr") in note and "lock" in note for note in place.notes] == [True]
+    assert try_place(tmp_path / "a.zarr").notes == ()
+
+
 def test_a_link_that_leads_nowhere_is_named(tmp_path: Path) -> None:
     (tmp_path / "a.zarr").symlink_to(tmp_path / "gone")
     with pytest.raises(PlanError, match=f"link to {tmp_path / 'gone'}"):
