@@ -1,4 +1,4 @@
-"""The model, run once over a fixed batch of a few tokens, to find out or to prove something about it."""
+"""The model, run once over a fixed batch of a few tokens or images, to find out or to prove something about it."""
 
 from typing import Any, cast
 
@@ -11,6 +11,8 @@ from residua.capture.runtime.collectives import on_rank
 from residua.capture.runtime.devices import input_device
 from residua.capture.runtime.pipeline_schedule import runnable
 from residua.capture.runtime.wrappers import core_of
+from residua.capture.sites.anatomy import takes_pixels
+from residua.capture.sites.pixels import few_pixels, pixel_arguments
 from residua.store.base.errors import CaptureError
 
 N_EXAMPLES, N_POSITIONS = 2, 13
@@ -18,13 +20,17 @@ _OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
 
 
 def run_few_tokens(model: nn.Module) -> Any:
-    """Run a transformers model over a few tokens without padding, and return its output.
+    """Run a transformers model over a few tokens without padding, or a few images, and return its output.
 
     A collective of all processes that hold it.
 
     Args:
         model: The model, with its wrappers, which may gather weights; in a torch pipeline its stage runs.
     """
+    if takes_pixels(model):
+        pixels_BCHW = few_pixels(model, N_EXAMPLES)
+        with torch.no_grad():
+            return model(**pixel_arguments(model, pixels_BCHW))
     ids = few_tokens(model, N_EXAMPLES * N_POSITIONS).reshape(N_EXAMPLES, N_POSITIONS)
     return run_tokens(model, ids, torch.ones_like(ids))
 

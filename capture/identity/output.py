@@ -20,6 +20,7 @@ from residua.capture.identity.few_tokens import logits_of, refuse_without_memory
 from residua.capture.runtime.collectives import all_gather_objects
 from residua.capture.runtime.process_groups import pipeline_group, tensor_parallel_group
 from residua.capture.runtime.wrappers import core_of, evaluating
+from residua.capture.sites.anatomy import takes_pixels
 from residua.store.base.canonical import Json
 from residua.store.base.untrusted import is_finite
 
@@ -72,7 +73,7 @@ class OutputSample:
 
 
 def output_sample(model: nn.Module) -> OutputSample | str:
-    """Run a language model over a few tokens, in evaluation mode, and return what it gave, or why that is not known.
+    """Run a model over a few tokens or images, in evaluation mode, and return what it gave, or why that is not known.
 
     A collective of all processes that hold the model; every one of them gets the same.
 
@@ -80,8 +81,8 @@ def output_sample(model: nn.Module) -> OutputSample | str:
         CaptureError: There is no memory to run the model.
     """
     core = core_of(model)
-    if not isinstance(core, PreTrainedModel) or core.main_input_name != "input_ids":
-        return "only a language model of transformers can be run over a few tokens"
+    if not isinstance(core, PreTrainedModel) or not (core.main_input_name == "input_ids" or takes_pixels(core)):
+        return "only a model of transformers over tokens or images can be run over a few of them"
     try:
         with evaluating(core):
             found = _sample(run_few_tokens(model))

@@ -32,7 +32,7 @@ from transformers import PreTrainedTokenizerBase
 from residua.capture.forward.inputs import first_position
 from residua.capture.hooks.attention import eager_where_needed
 from residua.capture.hooks.forward_call import is_probing, move_last
-from residua.capture.hooks.site import check_storage, plan_site, refuse_repeated
+from residua.capture.hooks.site import SiteInfo, check_storage, plan_site, refuse_repeated
 from residua.capture.identity.lm_head import lm_head_files, lm_head_problem
 from residua.capture.identity.provenance import identify_model
 from residua.capture.identity.sidecars import attention_files, attention_notes
@@ -49,6 +49,7 @@ from residua.capture.runtime.process_groups import declared_group, pipeline_grou
 from residua.capture.runtime.streams import writer_threads
 from residua.capture.runtime.wrappers import core_of, refuse_compiled, uncompiled_loop
 from residua.capture.scheduling.membership import Membership
+from residua.capture.sites.anatomy import takes_pixels
 from residua.capture.sites.names_to_modules import resolve_sites
 from residua.capture.sites.reference_model import unsharded_sites
 from residua.capture.taps.reading import reading
@@ -119,6 +120,7 @@ class Recorder:
                 model, sites if isinstance(sites, str) else list(sites)
             )
             refuse_repeated(self._sites)
+            _refuse_patches(model, self._sites)
             self._has_whole_examples = are_of_examples(self._sites)
             self._stack_called = stack_of(model, self._sites)
             self._attention = attention_files(model, self._sites)
@@ -299,3 +301,14 @@ class Recorder:
                 raise PlanError(f"{site} has rows as wide as the longest example: pass max_length to Recorder")
             row_shape = (*row_shape[:-1], self._max_length)
         return plan_site(site, row_shape, computed, dtype=self._dtype, codec=self._codec)
+
+
+def _refuse_patches(model: nn.Module, sites: Mapping[str, SiteInfo]) -> None:
+    """Raise PlanError for rows of patches: a call's pixels alone do not say where a patch lies."""
+    named = next((name for name, info in sites.items() if info.site.kind != "module"), None)
+    if named is not None and takes_pixels(model):
+        raise PlanError(
+            f"{named} of {type(core_of(model)).__name__} has a row for each patch of an image, and a recorder does not "
+            "know places in images: give a dataset with an image column to residua.capture_dataset, or record module: "
+            "sites, where a row is a whole image"
+        )

@@ -1,8 +1,9 @@
-"""The modules of one language model that its canonical sites refer to: blocks, embedding, LM head; and their widths."""
+"""The modules of one model that its canonical sites refer to: blocks, embedding, LM head; and their widths."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from inspect import signature
 
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
@@ -14,10 +15,13 @@ from residua.capture.sites.architectures import Family, family_of
 ATTENTION_KINDS = ("q", "k", "v", "z", "pattern")
 """Kinds that are read in transformers' attention interface."""
 
+PIXELS = "pixel_values"
+"""Name of the argument in which transformers' models take images."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Anatomy:
-    """Where the modules of one language model are.
+    """Where the modules of one model over tokens, or over the patches of images, are.
 
     Attributes:
         model: The model.
@@ -64,14 +68,14 @@ class Anatomy:
 
 
 def anatomy_of(model: nn.Module) -> Anatomy | None:
-    """Find the modules of a language model; None for any other model.
+    """Find the modules of a model over token ids, or over the patches of images; None for any other model.
 
     Wrappers around the model and around modules in it are ignored (see `residua.capture.runtime.wrappers`). The blocks
     of an unknown architecture are looked for by their structure; `residua.capture.sites.discovery` proves by a run
     that a residual stream passes through them.
     """
     model = core_of(model)
-    if not isinstance(model, PreTrainedModel) or model.main_input_name != "input_ids":
+    if not isinstance(model, PreTrainedModel) or (model.main_input_name != "input_ids" and not takes_pixels(model)):
         return None
     if getattr(model.config, "is_encoder_decoder", False):
         return None
@@ -93,6 +97,15 @@ def anatomy_of(model: nn.Module) -> Anatomy | None:
         blocks=tuple(f"{path}.{name}" for name, _ in modules[path].named_children()),
         unembedding=next((name for name, module in modules.items() if module is lm_head), None),
     )
+
+
+def takes_pixels(model: nn.Module) -> bool:
+    """Return whether a model is one of transformers that reads images and no tokens."""
+    core = core_of(model)
+    if not isinstance(core, PreTrainedModel) or core.main_input_name != PIXELS:
+        return False
+    is_encoder_decoder = getattr(core.config, "is_encoder_decoder", False)
+    return not is_encoder_decoder and "input_ids" not in signature(core.forward).parameters
 
 
 def n_logits_of(model: nn.Module) -> int | None:

@@ -25,7 +25,7 @@ from residua.capture.sites.anatomy import ATTENTION_KINDS, Anatomy, are_checkpoi
 from residua.capture.sites.architectures import SIDE_BY_SIDE
 from residua.capture.sites.block_parts import Part, Parts, is_sum, parts_of
 from residua.capture.sites.block_run import BlockRun, BlockWatch
-from residua.capture.sites.shape_probe import PROBES, measure_sites, run_on_tokens, without_rows
+from residua.capture.sites.shape_probe import measure_sites, probes_of, run_probe, without_rows
 from residua.store.base.errors import CaptureError
 from residua.store.format.site_names import LAYER_KINDS
 
@@ -47,7 +47,7 @@ class _BlockParts:
 
 
 def discover(model: nn.Module, anatomy: Anatomy, kinds: Collection[str]) -> dict[str, SiteInfo]:
-    """Find the sites of these kinds by running a model on a few tokens, two or three times.
+    """Find the sites of these kinds by running a model on a few tokens or images, two or three times.
 
     Args:
         model: The model, in its wrappers.
@@ -274,7 +274,7 @@ def _unproved(model: nn.Module, blocks: Sequence[str], found: Mapping[int, _Bloc
     trials = {layer: _Trial(blocks[layer], layer, block.parts) for layer, block in found.items() if block.parts}
     sites = [info for trial in trials.values() for info in trial.sites]
     with probing(), attached(named_modules(model), sites, values_of(exchange)):
-        run_on_tokens(model, PROBES[0])
+        run_probe(model, probes_of(model)[0])
     lost: dict[str, SiteInfo] = {}
     for layer, trial in trials.items():
         for kind in trial.failed(given, put):

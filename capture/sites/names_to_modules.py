@@ -27,7 +27,7 @@ def model_sites(model: nn.Module) -> dict[str, SiteInfo]:
     found by running the model on a few tokens, each for itself (see `residua.capture.sites.discovery`).
 
     Args:
-        model: Any torch module; only a transformers model over token ids has canonical sites.
+        model: Any torch module; only a transformers model over token ids or images has canonical sites.
 
     Returns:
         From name to site: ``embed``, then block by block, then ``final`` and ``logits``.
@@ -233,7 +233,10 @@ def _names(kind: str, n_blocks: int) -> set[str]:
 def _reason(model: nn.Module, anatomy: Anatomy | None, kind: str, problems: Mapping[str, str]) -> str:
     name = type(model).__name__
     if anatomy is None:
-        return f"{name} is not a language model over token ids; use module:PATH@output for any of its modules"
+        return (
+            f"{name} is not a model of one stack of blocks over token ids or over the patches of images; use "
+            "module:PATH@output for any of its modules"
+        )
     if kind == "logits" and kind not in problems:
         return f"{name} has no output embeddings; load it with its language modelling head"
     if anatomy.family is None:

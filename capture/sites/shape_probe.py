@@ -1,7 +1,8 @@
-"""Shape probing: measure the row shapes and dtypes of sites by running the model on a few tokens.
+"""Shape probing: measure the row shapes and dtypes of sites by running the model on a few tokens or images.
 
-The model runs twice, on batches that differ in the number of examples and of positions, so that each axis of a site's
-tensor shows what it counts. Each site is measured for itself: one that has no rows keeps the reason, and bars no other.
+The model runs twice, on batches that differ in the number of examples and, of tokens, in that of positions, so that
+each axis of a site's tensor shows what it counts. Each site is measured for itself: one that has no rows keeps the
+reason, and bars no other.
 """
 
 from collections.abc import Iterator, Mapping
@@ -19,10 +20,14 @@ from residua.capture.hooks.hooks import attached, values_of
 from residua.capture.hooks.site import SiteInfo
 from residua.capture.runtime.devices import input_device
 from residua.capture.runtime.wrappers import core_of, evaluating, named_modules
+from residua.capture.sites.anatomy import takes_pixels
+from residua.capture.sites.pixels import few_pixels, patch_grid, run_on_pixels
 from residua.store.base.errors import CaptureError
 
 PROBES = ((2, 3), (5, 7))
-"""(examples, positions) of the two runs: all numbers and products differ."""
+"""(examples, positions) of the two runs on tokens: all numbers and products differ."""
+
+_IMAGES = (2, 3)
 
 
 def takes_tokens(model: nn.Module) -> bool:
@@ -31,6 +36,23 @@ def takes_tokens(model: nn.Module) -> bool:
     if not isinstance(core, PreTrainedModel) or core.main_input_name != "input_ids":
         return False
     return not getattr(core.config, "is_encoder_decoder", False)
+
+
+def probes_of(model: nn.Module) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Return (examples, positions) of the two runs of a model on a few tokens or images.
+
+    Raises:
+        CaptureError: The model takes images, and has not one position for each patch.
+    """
+    if not takes_pixels(model):
+        return PROBES
+    n_positions = patch_grid(model, tuple(few_pixels(model, 1).shape[1:])).n_positions
+    return (_IMAGES[0], n_positions), (_IMAGES[1], n_positions)
+
+
+def run_probe(model: nn.Module, probe: tuple[int, int]) -> Tensor | None:
+    """Run a model on the tokens or images of one of `probes_of`; see `run_on_tokens`."""
+    return run_on_pixels(model, few_pixels(model, probe[0])) if takes_pixels(model) else run_on_tokens(model, probe)
 
 
 def run_on_tokens(model: nn.Module, shape: tuple[int, int], **options: Tensor) -> Tensor | None:
@@ -92,8 +114,8 @@ def measure_sites(
     """Run a model on a few tokens, and return its sites with the row shapes and dtypes that were measured.
 
     Args:
-        model: A transformers model that takes ``input_ids``. If a pattern is among the sites, it runs with eager
-            attention.
+        model: A transformers model that takes ``input_ids`` or images. If a pattern is among the sites, it runs with
+            eager attention.
         sites: The sites to measure.
         watching: Entered around the second run, to see more of it.
 
@@ -102,15 +124,18 @@ def measure_sites(
         has no rows says why in ``problem``.
 
     Raises:
-        CaptureError: The model cannot run on tokens alone.
+        CaptureError: The model cannot run on tokens, or on images, alone.
     """
     problems: dict[str, str] = {}
+    probes = probes_of(model)
     with probing(), _eager_for_patterns(model, sites, problems):
-        first = _run_once(model, sites, PROBES[0], problems)
+        first = _run_once(model, sites, probes[0], problems)
         with watching or nullcontext():
-            second = _run_once(model, sites, PROBES[1], problems)
+            second = _run_once(model, sites, probes[1], problems)
     return {
-        name: without_rows(info, problems[name]) if name in problems else _from_runs(info, first[name], second[name])
+        name: without_rows(info, problems[name])
+        if name in problems
+        else _from_runs(info, first[name], second[name], probes)
         for name, info in sites.items()
     }
 
@@ -142,30 +167,34 @@ def _run_once(
 
     plain = [replace(info, flat=False) for name, info in sites.items() if name not in problems]
     with attached(named_modules(model), plain, values_of(note), on_problem=note_problem):
-        run_on_tokens(model, shape)
+        run_probe(model, shape)
     return seen
 
 
-def _from_runs(info: SiteInfo, first: list[Tensor], second: list[Tensor]) -> SiteInfo:
+def _from_runs(
+    info: SiteInfo, first: list[Tensor], second: list[Tensor], probes: tuple[tuple[int, int], tuple[int, int]]
+) -> SiteInfo:
     n_met = max(len(first), len(second))
     if (len(first), len(second)) != (1, 1):
         return without_rows(info, not_once(info, n_met), n_met=n_met)
     shapes = (tuple(first[0].shape), tuple(second[0].shape))
-    flat = all(s[:1] == (b * t,) for s, (b, t) in zip(shapes, PROBES, strict=True))
-    per_token = flat or all(s[:2] == probe for s, probe in zip(shapes, PROBES, strict=True))
-    if not per_token and not all(s[:1] == (b,) for s, (b, _) in zip(shapes, PROBES, strict=True)):
+    flat = all(s[:1] == (b * t,) for s, (b, t) in zip(shapes, probes, strict=True))
+    per_token = flat or all(s[:2] == probe for s, probe in zip(shapes, probes, strict=True))
+    if not per_token and not all(s[:1] == (b,) for s, (b, _) in zip(shapes, probes, strict=True)):
         return without_rows(
             info,
-            f"Site {info.name!r} has shape {shapes[0]} for {PROBES[0]} (examples, positions) and {shapes[1]} for "
-            f"{PROBES[1]}: which axes are examples and positions is not clear. Choose a site of shape (batch, "
+            f"Site {info.name!r} has shape {shapes[0]} for {probes[0]} (examples, positions) and {shapes[1]} for "
+            f"{probes[1]}: which axes are examples and positions is not clear. Choose a site of shape (batch, "
             "positions, ...).",
             n_met=1,
         )
-    if info.site.kind == "pattern" and any(s[-1] != t for s, (_, t) in zip(shapes, PROBES, strict=True)):
-        keys = f"{shapes[0][-1]} keys for {PROBES[0][1]} tokens"
+    if info.site.kind == "pattern" and any(s[-1] != t for s, (_, t) in zip(shapes, probes, strict=True)):
+        keys = f"{shapes[0][-1]} keys for {probes[0][1]} tokens"
         return without_rows(info, f"Site {info.name!r} has {keys}, so which key is which token is not clear.", n_met=1)
     start = 1 if flat or not per_token else 2
     row = tuple(a if a == b else None for a, b in zip(shapes[0][start:], shapes[1][start:], strict=True))
+    if info.site.kind == "pattern":
+        row = (*row[:-1], None)
     dtype = str(first[0].dtype).removeprefix("torch.")
     return replace(info, row_shape=row, dtype=dtype, per_token=per_token, flat=flat, n_met=1)
 
