@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from residua.store.base.errors import ResiduaError
     from residua.store.edits.overlay import overlay
     from residua.store.read.archive import Archive
-    from residua.store.read.archive import Archive as open  # noqa: A004, N813  # read as residua.open(path)
+    from residua.store.read.stacks import open_archive as open  # noqa: A004  # read as residua.open(path)
     from residua.store.read.verify import verify
 
 __version__ = version("residua")
@@ -74,7 +74,7 @@ _HOMES = {
     "full_parameter": "capture.layout.parameters:full_parameter",
     "induction_scores": "analysis.attention.induction:induction_scores",
     "model_sites": "capture.sites.names_to_modules:model_sites",
-    "open": "store.read.archive:Archive",
+    "open": "store.read.stacks:open_archive",
     "overlay": "store.edits.overlay:overlay",
     "patch": "pipelines.circuits.patch:patch",
     "probe": "analysis.probes.probe:probe",

@@ -100,7 +100,8 @@ def probe(
         raise AnalysisError(f"the task {task!r} is unknown: choose classification or regression")
     if seed < 0:
         raise AnalysisError(f"the seed is {seed}: give a number of at least 0")
-    names, cluster = archive.select(sites), or_inline(cluster)
+    archive, cluster = archive.of_sites(sites), or_inline(cluster)
+    names = archive.select(sites)
     folder = None if save is None else try_place(Path(save)).path
     split = Split(test_fraction, seed, group)
     found = summarise(archive, target, where=where, task=task, split=split, as_numbers=as_numbers)

@@ -58,7 +58,8 @@ def stats(
         UnknownSiteError: `sites` names no stored site.
         AnalysisError: A site has no finite rows, or the filter does not fit the archive.
     """
-    names, cluster = archive.select(sites), or_inline(cluster)
+    archive, cluster = archive.of_sites(sites), or_inline(cluster)
+    names = archive.select(sites)
     widest = int((cluster.memory_limit / _COVARIANCES / 8) ** 0.5)
     jobs = [
         job

@@ -86,6 +86,7 @@ def top(
         AnalysisError: Direction, channel or head does not fit the site, or no row has a score.
         PlanError: Finite values of the site were lost when it was stored.
     """
+    archive = archive.of_sites(site)
     name = _one_site(archive, site)
     archive.refuse_losses([name], "a search for the best rows")
     if k < 1:

@@ -55,14 +55,18 @@ def add(commands: Any) -> None:
 
 
 def _info(options: argparse.Namespace) -> int:
-    from residua.store.read.archive import Archive
+    from residua.store.read.stacks import open_archive
     from residua.store.read.summary import summarise
 
-    summary = summarise(Archive(options.archive))
-    if options.json:
-        print_json(summary.to_json())
+    archive = open_archive(options.archive)
+    if archive.stacks and options.json:
+        print_json({"stacks": {name: summarise(one).to_json() for name, one in archive.stacks.items()}})
+    elif options.json:
+        print_json(summarise(archive).to_json())
     else:
-        _print_info(summary)
+        for number, one in enumerate(archive.stacks.values() or [archive]):
+            print("\n" * bool(number), end="")
+            _print_info(summarise(one))
     return 0
 
 

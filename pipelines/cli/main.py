@@ -66,12 +66,12 @@ def _fail(options: argparse.Namespace, error: Exception, code: int) -> int:
 def _stopped(options: argparse.Namespace) -> int:
     """Print what is safe of the archive that a job was writing."""
     from residua.store.format.archive_metadata import is_archive
-    from residua.store.read.archive import Archive
+    from residua.store.read.stacks import open_archive
 
     rows, total = 0, None
     out: str | None = getattr(options, "out", None)
     if out is not None and is_archive(Path(out)):
-        rows, total, *_ = Archive(out).progress
+        rows, total, *_ = open_archive(out).progress
     of = "" if total is None else f" of {total:,}"
     message = getattr(options, "when_stopped", "stopped")
     if out is not None and "when_stopped" not in options:

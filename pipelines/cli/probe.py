@@ -68,10 +68,10 @@ def _probe(options: argparse.Namespace) -> int:
 
     from residua.analysis.probes.probe import probe
     from residua.analysis.support.plots import plot_probe
-    from residua.store.read.archive import Archive
+    from residua.store.read.stacks import open_archive
     from residua.store.storage.place import try_place
 
-    archive = Archive(options.archive)
+    archive = open_archive(options.archive)
     asked = Path(options.folder or default_folder(archive.path, "probe", options.target, options.where))
     folder = try_place(asked).path
     with cluster_of(options) as cluster:

@@ -37,10 +37,10 @@ def add(commands: Any) -> None:
 def _stats(options: argparse.Namespace) -> int:
     from residua.analysis.stats.stats import stats
     from residua.analysis.support.plots import plot_norms
-    from residua.store.read.archive import Archive
+    from residua.store.read.stacks import open_archive
     from residua.store.storage.place import try_place
 
-    archive = Archive(options.archive)
+    archive = open_archive(options.archive)
     folder = try_place(Path(options.folder or default_folder(archive.path, "stats", options.where))).path
     with cluster_of(options) as cluster:
         found = stats(archive, options.sites, components=options.components, where=options.where, cluster=cluster)

@@ -41,10 +41,10 @@ def _top(options: argparse.Namespace) -> int:
 
     from residua.analysis.stats.directions import read_direction
     from residua.analysis.stats.top import top
-    from residua.store.read.archive import Archive
+    from residua.store.read.stacks import open_archive
     from residua.store.storage.place import try_place
 
-    archive = Archive(options.archive)
+    archive = open_archive(options.archive)
     file = None if options.file is None else try_place(Path(options.file), is_file=True).path
     direction = None if options.direction is None else read_direction(options.direction)
     with cluster_of(options) as cluster:

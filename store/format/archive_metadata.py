@@ -13,7 +13,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, cast
 
 from residua.store.base.canonical import Json, digest_of
-from residua.store.base.errors import DamagedArchiveError, UnsafeArchiveError
+from residua.store.base.errors import DamagedArchiveError, PlanError, UnsafeArchiveError
 from residua.store.base.untrusted import MAX_ROWS, name_problem, parse_json, read_file, size_problem
 from residua.store.format.plan import Plan
 from residua.store.storage.files import write_file
@@ -62,7 +62,12 @@ class Metadata:
 
 def write_metadata(archive: Path, metadata: Metadata) -> None:
     """Write the root group's `zarr.json`, durably and in one step."""
-    root = {"zarr_format": 3, "node_type": "group", "attributes": {"residua": metadata.to_json()}}
+    write_entry(archive, metadata.to_json())
+
+
+def write_entry(archive: Path, entry: Mapping[str, Json]) -> None:
+    """Write a group's `zarr.json` with `entry` as its `attributes.residua`, durably and in one step."""
+    root = {"zarr_format": 3, "node_type": "group", "attributes": {"residua": dict(entry)}}
     write_file(archive / ROOT, [json.dumps(root, indent=2, ensure_ascii=False).encode()])
 
 
@@ -79,25 +84,31 @@ def read_metadata(archive: Path) -> Metadata:
         FileNotFoundError: There is no archive at that path.
         DamagedArchiveError: The metadata does not match its own SHA-256.
         UnsafeArchiveError: It is not metadata that Residua writes, or of a newer format.
+        PlanError: The archives of several stacks lie there.
     """
-    path = archive / ROOT
-    if not path.is_file():
-        why = f"it has no {ROOT}" if archive.exists() else "there is no such folder"
-        raise FileNotFoundError(f"{archive} is not an archive: {why}. Check the path.")
-    text = read_file(archive, path, _MAX_METADATA_BYTES)
+    path, entry = archive / ROOT, read_entry(archive)
+    if "stacks" in entry:
+        raise PlanError(
+            f"{archive} holds the archives of several stacks, each with rows of its own: open it with residua.open, or "
+            f"name one of them, such as {archive / str(next(iter(entry['stacks'] or ()), 'encoder'))}"
+        )
     try:
-        root: Any = parse_json(text)
-        entry = root["attributes"]["residua"]
-    except ValueError as error:
-        raise DamagedArchiveError(f"{path} cannot be read as JSON ({error}): restore it from a copy") from error
-    except (KeyError, TypeError) as error:
-        raise UnsafeArchiveError(f"{path} is a Zarr group but not a Residua archive") from error
-    if root.get("zarr_format") != 3 or root.get("node_type") != "group":
-        raise DamagedArchiveError(f"{path} does not say that it is a group of Zarr format 3: restore it from a copy")
-    return _checked(path, entry)
+        plan = Plan.from_json(entry.get("plan"))
+    except UnsafeArchiveError as error:
+        raise UnsafeArchiveError(f"{path}: {error}") from error
+    provenance, sealed = entry.get("provenance"), entry.get("sealed")
+    if not isinstance(provenance, dict) or not isinstance(sealed, dict | None):
+        raise UnsafeArchiveError(f"{path}: provenance or sealed is not what Residua writes")
+    if plan.digest != entry.get("digest"):
+        raise UnsafeArchiveError(f"{path}: the digest is not that of the plan")
+    _check_sealed(path, sealed)
+    return Metadata(plan=plan, provenance=provenance, files=_checked_files(path, entry.get("files")), sealed=sealed)
 
 
-def _checked(path: Path, entry: object) -> Metadata:
+def read_entry(archive: Path) -> dict[str, Any]:
+    """Return `attributes.residua` of the group at `archive`, compared with its own SHA-256; see `read_metadata`."""
+    path = archive / ROOT
+    entry = _parsed_entry(archive, path)
     if not isinstance(entry, dict) or not isinstance(entry.get("format"), str):
         raise UnsafeArchiveError(f"{path}: attributes.residua is not an entry that Residua writes")
     if entry["format"].split(".")[0] != FORMAT.split(".", maxsplit=1)[0]:
@@ -111,17 +122,24 @@ def _checked(path: Path, entry: object) -> Metadata:
         raise UnsafeArchiveError(f"{path}: attributes.residua is not an entry that Residua writes ({error})") from error
     if found != entry.get("sha256"):
         raise DamagedArchiveError(f"{path}: attributes.residua was altered (its SHA-256 differs): restore the file")
+    return entry
+
+
+def _parsed_entry(archive: Path, path: Path) -> object:
+    if not path.is_file():
+        why = f"it has no {ROOT}" if archive.exists() else "there is no such folder"
+        raise FileNotFoundError(f"{archive} is not an archive: {why}. Check the path.")
+    text = read_file(archive, path, _MAX_METADATA_BYTES)
     try:
-        plan = Plan.from_json(entry.get("plan"))
-    except UnsafeArchiveError as error:
-        raise UnsafeArchiveError(f"{path}: {error}") from error
-    provenance, sealed = entry.get("provenance"), entry.get("sealed")
-    if not isinstance(provenance, dict) or not isinstance(sealed, dict | None):
-        raise UnsafeArchiveError(f"{path}: provenance or sealed is not what Residua writes")
-    if plan.digest != entry.get("digest"):
-        raise UnsafeArchiveError(f"{path}: the digest is not that of the plan")
-    _check_sealed(path, sealed)
-    return Metadata(plan=plan, provenance=provenance, files=_checked_files(path, entry.get("files")), sealed=sealed)
+        root: Any = parse_json(text)
+        entry = root["attributes"]["residua"]
+    except ValueError as error:
+        raise DamagedArchiveError(f"{path} cannot be read as JSON ({error}): restore it from a copy") from error
+    except (KeyError, TypeError) as error:
+        raise UnsafeArchiveError(f"{path} is a Zarr group but not a Residua archive") from error
+    if root.get("zarr_format") != 3 or root.get("node_type") != "group":
+        raise DamagedArchiveError(f"{path} does not say that it is a group of Zarr format 3: restore it from a copy")
+    return entry
 
 
 def _check_sealed(path: Path, sealed: Mapping[str, object] | None) -> None:

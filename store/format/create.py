@@ -35,7 +35,7 @@ def workspace(destination: Path) -> Iterator[Path]:
         OSError: The parent folder cannot be written.
     """
     if not is_archive(destination):
-        _refuse_occupied(destination)
+        refuse_occupied(destination)
     folder = destination.parent / f".{destination.name}.making"
     with naming_archive(destination):
         folder.mkdir(parents=True, exist_ok=True)
@@ -69,7 +69,8 @@ def _is_at(folder: Path, descriptor: int) -> bool:
     return False
 
 
-def _refuse_occupied(destination: Path) -> None:
+def refuse_occupied(destination: Path) -> None:
+    """Raise FileExistsError if `destination` exists and is not an empty folder."""
     if destination.exists() and (not destination.is_dir() or any(destination.iterdir())):
         raise FileExistsError(
             errno.EEXIST, f"{destination} exists and is not an empty folder: choose another place, or remove it"
@@ -91,7 +92,7 @@ def create_archive(folder: Path, destination: Path, plan: Plan, provenance: Mapp
     (folder / FOLDER).mkdir(exist_ok=True)
     _sync_sidecars(folder)
     write_metadata(folder, Metadata(plan=plan, provenance=provenance, files=sidecar_digests(folder)))
-    _refuse_occupied(destination)
+    refuse_occupied(destination)
     folder.rename(destination)
     sync_folder(destination.parent)
 

@@ -1,12 +1,13 @@
 """The names of sites: ``kind.layer`` on the command line, in Python and on disk.
 
-There are four forms:
+There are four forms, and a stack may come before each but the last:
 
 * ``resid_post.7``: a kind that every block has, and the number of the block;
 * ``embed``, ``final``, ``logits``: a kind that a model has once;
 * ``logits_top8.values`` and ``logits_top8.indices``: values and token ids of the eight largest logits;
 * ``module:model.layers.3.mlp@output``: the input (``@input``) or output (``@output``, the default) of a module of the
-  model, followed by ``.1`` for the second item of a tuple.
+  model, followed by ``.1`` for the second item of a tuple;
+* ``encoder.resid_post.7``: the same of one of several stacks of blocks, each with tokens, frames or patches of its own.
 
 A name that parses is safe as a folder name: its characters are letters, digits, ``_``, ``-``, ``.`` and ``@``, and
 ``..`` cannot occur. ``str(parse_site(text))`` is the canonical name.
@@ -14,12 +15,19 @@ A name that parses is safe as a folder name: its characters are letters, digits,
 
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from typing import Literal
 
 from residua.store.base.errors import UnknownSiteError
+
+STACKS = ("encoder", "decoder", "text", "vision")
+"""Stacks of blocks that a name may begin with, in models that have several."""
+
+CROSS_KINDS = ("cross_q", "cross_k", "cross_v", "cross_pattern", "cross_z", "cross_attn_out")
+"""Kinds of a decoder's attention to the encoder's last rows, one site for each block."""
 
 LAYER_KINDS = (
     "resid_pre",
@@ -30,6 +38,7 @@ LAYER_KINDS = (
     "z",
     "attn_out",
     "resid_mid",
+    *CROSS_KINDS,
     "mlp_act",
     "mlp_out",
     "resid_post",
@@ -46,7 +55,7 @@ _MODULE = re.compile(
     r"(?P<path>[A-Za-z0-9_-]+(?:\.[A-Za-z0-9_-]+)*)"
     r"(?:@(?P<side>input|output)(?:\.(?P<index>0|[1-9][0-9]{0,2}))?)?"
 )
-_RANGE = re.compile(r"([a-z_]+)\.([0-9]{1,6})-([0-9]{1,6})")
+_RANGE = re.compile(r"([a-z_]+(?:\.[a-z_]+)?)\.([0-9]{1,6})-([0-9]{1,6})")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,6 +69,7 @@ class Site:
         module: Dotted path of the module, for ``module``.
         side: Whether the site is the module's input or its output, for ``module``.
         index: Index into a tuple, for ``module``; None means the tensor itself or the first item.
+        stack: One of ``STACKS`` in a model that has several; never given for ``module``, whose path says it.
     """
 
     kind: str
@@ -68,12 +78,13 @@ class Site:
     module: str | None = None
     side: Literal["input", "output"] | None = None
     index: int | None = None
+    stack: str = ""
 
     def __str__(self) -> str:
         if self.kind == "module":
             return f"module:{self._module_text}"
         suffix = self.field if self.layer is None else self.layer
-        return self.kind if suffix is None else f"{self.kind}.{suffix}"
+        return ".".join(str(part) for part in (self.stack or None, self.kind, suffix) if part is not None)
 
     @property
     def path(self) -> str:
@@ -81,6 +92,16 @@ class Site:
         if self.kind == "module":
             return f"sites/module/{self._module_text}"
         return "sites/" + str(self).replace(".", "/")
+
+    @property
+    def row_stack(self) -> str:
+        """The stack whose positions are the rows: the encoder's for `cross_k` and `cross_v`, else its own."""
+        return "encoder" if self.kind in ("cross_k", "cross_v") else self.stack
+
+    @property
+    def in_stack(self) -> str:
+        """The name without the stack: ``resid_post.7`` of ``encoder.resid_post.7``."""
+        return str(replace(self, stack=""))
 
     @property
     def top(self) -> int | None:
@@ -115,7 +136,15 @@ def parse_site(text: str) -> Site:
         raise UnknownSiteError(f"Site {text[:40]!r}... has {len(text)} characters; at most {_LONGEST} are allowed.")
     if text.startswith("module:"):
         return _parse_module(text)
-    kind, dot, suffix = text.partition(".")
+    stack, dot, inside = text.partition(".")
+    if dot and stack in STACKS:
+        return replace(_parse_own(text, inside), stack=stack)
+    return _parse_own(text, text)
+
+
+def _parse_own(text: str, inside: str) -> Site:
+    """Parse what follows the stack in `text`."""
+    kind, dot, suffix = inside.partition(".")
     if kind in LAYER_KINDS:
         return _parse_layer(text, kind, suffix)
     if _TOP.fullmatch(kind):
@@ -128,7 +157,8 @@ def parse_site(text: str) -> Site:
     raise UnknownSiteError(
         f"Site {text!r}: there is no kind {kind!r}. {_did_you_mean(near)}"
         f"The kinds are {', '.join([*LAYER_KINDS, *MODEL_KINDS])}, logits_topK for any K; "
-        "any module can be named as module:PATH@output."
+        f"any module can be named as module:PATH@output. In a model of several stacks ({', '.join(STACKS)}) a name "
+        "begins with one of them, as in 'encoder.resid_post.3'."
     )
 
 
@@ -171,7 +201,8 @@ def select(patterns: str | Iterable[str], available: Iterable[str], *, on_demand
     """Return the names of the sites that patterns select, in the model's order and each once.
 
     A pattern is a site name, a name with ``*`` or ``?`` (``resid_post.*``, ``resid_*.3``), a range of blocks that
-    includes both ends (``attn_out.0-5``), or ``logits_topK`` for its values and indices.
+    includes both ends (``attn_out.0-5``), or ``logits_topK`` for its values and indices. One that names no stack
+    selects in each stack: ``resid_post.*`` is ``encoder.resid_post.*`` and ``decoder.resid_post.*``.
 
     Args:
         patterns: Patterns separated by commas, or several such texts.
@@ -200,18 +231,35 @@ def select(patterns: str | Iterable[str], available: Iterable[str], *, on_demand
 
 def _expand(word: str, known: tuple[str, ...], on_demand: bool) -> list[str]:
     """Return the names that one pattern selects."""
+    if word.startswith("module:") or word.partition(".")[0] in STACKS:
+        return _expand_in(word, known, on_demand)
+    stacks = dict.fromkeys(stack for name in known if (stack := parse_site(name).stack))
+    if not stacks or any(fnmatchcase(name, word) for name in known):
+        return _expand_in(word, known, on_demand)
+    found: list[str] = []
+    for stack in stacks:
+        own = tuple(name for name in known if name.startswith(f"{stack}."))
+        with suppress(UnknownSiteError):  # another stack may have it
+            found += _expand_in(f"{stack}.{word}", own, on_demand)
+    return found or _refuse(word, known)
+
+
+def _expand_in(word: str, known: tuple[str, ...], on_demand: bool) -> list[str]:
+    """Return the names that one pattern selects, which names its stack if there are several."""
     if span := _RANGE.fullmatch(word):
         return _expand_range(word, span[1], int(span[2]), int(span[3]), known)
     if "*" in word or "?" in word:
         found = [name for name in known if fnmatchcase(name, word)]
         return found or _refuse(word, known)
-    if _TOP.fullmatch(word):
-        return [n for field in ("values", "indices") for n in _expand(f"{word}.{field}", known, on_demand)]
+    stack, _, kind = word.rpartition(".")
+    if _TOP.fullmatch(kind) and stack in ("", *STACKS):
+        return [n for field in ("values", "indices") for n in _expand_in(f"{word}.{field}", known, on_demand)]
     try:
         site = parse_site(word)
     except UnknownSiteError as error:
         return _refuse(word, known, reason=str(error))
-    made = on_demand and (site.kind == "module" or (site.top is not None and "logits" in known))
+    has_logits = str(replace(site, kind="logits", field=None)) in known
+    made = on_demand and (site.kind == "module" or (site.top is not None and has_logits))
     return [str(site)] if made or str(site) in known else _refuse(word, known)
 
 
@@ -237,7 +285,7 @@ def _summary(names: Iterable[str]) -> str:
     layers: dict[str, list[int]] = {}
     for name in names:
         site = parse_site(name)
-        text = name if site.layer is None else site.kind
+        text = name if site.layer is None else name.rpartition(".")[0]
         layers.setdefault(text, []).extend([] if site.layer is None else [site.layer])
     return ", ".join(text + _range_text(sorted(found)) for text, found in layers.items())
 

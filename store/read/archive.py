@@ -189,6 +189,20 @@ class Archive(Mapping[str, ArchiveArray]):
         """
         return select(patterns, self.sites, on_demand=False)
 
+    @property
+    def stacks(self) -> "Mapping[str, Archive]":
+        """The archives of several stacks of a model, if this is not one archive but several; else empty."""
+        return {}
+
+    def of_sites(self, sites: str | Iterable[str]) -> "Archive":
+        """Return the archive whose rows have all of these sites: this one, unless it is several.
+
+        Raises:
+            UnknownSiteError: `sites` matches no stored site.
+        """
+        self.select(sites)
+        return self
+
     @cached_property
     def _arrays(self) -> dict[str, ArchiveArray]:
         height = self.plan.rows_per_shard

@@ -4,8 +4,8 @@ It compares every chunk with its crc32c, every shard file with its commit, every
 metadata, and the row columns with the example table, so that rows and texts belong together.
 """
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -20,6 +20,7 @@ from residua.store.examples.index import ExampleIndex
 from residua.store.format.archive_metadata import ROOT, SIDECAR_FOLDERS, file_digest
 from residua.store.format.commits import FOLDER, Commit, named_example_files
 from residua.store.format.sidecars import FIDELITY_FILE, read_fidelity
+from residua.store.format.stacks import stacks_in
 from residua.store.read.archive import Archive
 
 _MAX_LISTED = 8
@@ -72,7 +73,14 @@ def verify(path: str | Path, *, on_shard: Callable[[int, int], None] = lambda *_
     Raises:
         FileNotFoundError: There is no archive at `path`.
     """
-    report = Verification()
+    report, folder = Verification(), Path(path)
+    try:
+        stacks = stacks_in(folder)
+    except (ResiduaError, ValueError):
+        stacks = ()  # `Archive` says what is wrong
+    if stacks:
+        _verify_stacks(folder, stacks, report, on_shard)
+        return report
     try:
         archive = Archive(path)
         commits = archive.commits
@@ -81,6 +89,34 @@ def verify(path: str | Path, *, on_shard: Callable[[int, int], None] = lambda *_
         return report
     _Check(archive, report).run(commits, on_shard)
     return report
+
+
+def _verify_stacks(
+    folder: Path, stacks: Sequence[str], report: Verification, on_shard: Callable[[int, int], None]
+) -> None:
+    """Verify the archive of each stack, and compare their examples."""
+    numbers: dict[str, int] = {}
+    for name in stacks:
+        if not (folder / name).exists():
+            report.notes.append(f"the archive of {name} is not begun")
+            continue
+        try:
+            check_inside(folder, folder / name)
+            found = verify(folder / name, on_shard=on_shard)
+            numbers[name] = len(Archive(folder / name).example_table)
+        except (ResiduaError, OSError) as error:
+            report.problems.append(Problem(name, str(error)))
+            continue
+        report.problems += [replace(problem, path=f"{name}/{problem.path}") for problem in found.problems]
+        report.notes += [f"{name}: {note}" for note in found.notes]
+        report.n_files += found.n_files
+        report.n_chunks += found.n_chunks
+        report.n_bytes += found.n_bytes
+    if len(set(numbers.values())) > 1:
+        report.problems.append(Problem(".", f"the stacks have different numbers of examples: {numbers}"))
+    for path in sorted(folder.iterdir()):
+        if path.name not in (ROOT, *stacks) and not path.name.startswith("."):
+            report.problems.append(Problem(path.name, "the archive has no record of this file: remove it"))
 
 
 class _Check:

@@ -29,15 +29,15 @@ N_SHARDS = 3
 TEXT_ROWS = (0, 19, 20, 37)
 
 
-def make_archive(path: Path, codec: str = "fast", *, seed: int = 0, open_size: bool = False) -> Path:
+def make_archive(path: Path, codec: str = "fast", *, seed: int = 0, open_size: bool = False, stack: str = "") -> Path:
     """Write an archive of three shards, the last one short, at `path`; `seed` changes its values.
 
-    With `open_size`, its size is not known before it is sealed.
+    With `open_size`, its size is not known before it is sealed. With `stack`, its sites are of that stack.
     """
-    rng = np.random.default_rng(seed)
+    rng, dot = np.random.default_rng(seed), stack and f"{stack}."
     sites = (
-        SitePlan(name="resid_post.0", row_shape=(40,), dtype="float32", codec=codec),
-        SitePlan(name="q.1", row_shape=(2, 4), dtype="float32", codec=codec),
+        SitePlan(name=f"{dot}resid_post.0", row_shape=(40,), dtype="float32", codec=codec),
+        SitePlan(name=f"{dot}q.1", row_shape=(2, 4), dtype="float32", codec=codec),
     )
     with workspace(path) as folder:
         examples = [_example(i, length, rng) for i, length in enumerate(LENGTHS)]

@@ -36,6 +36,18 @@ AVAILABLE = (
             Site(kind="module", module="model.layers.3", side="input", index=1),
             "sites/module/model.layers.3@input.1",
         ),
+        (
+            "encoder.resid_post.7",
+            Site(kind="resid_post", layer=7, stack="encoder"),
+            "sites/encoder/resid_post/7",
+        ),
+        ("decoder.cross_k.0", Site(kind="cross_k", layer=0, stack="decoder"), "sites/decoder/cross_k/0"),
+        ("vision.embed", Site(kind="embed", stack="vision"), "sites/vision/embed"),
+        (
+            "text.logits_top8.values",
+            Site(kind="logits_top8", field="values", stack="text"),
+            "sites/text/logits_top8/values",
+        ),
     ],
 )
 def test_name_site_and_path_belong_together(text: str, site: Site, path: str) -> None:
@@ -70,6 +82,11 @@ def test_a_module_means_its_output_unless_its_input_is_named() -> None:
         "module:a@output.01",
         "module:a@side",
         "module:a\x00b",
+        "encoder.module:a",
+        "encoder.encoder.final",
+        "tower.final",
+        "encoder",
+        "encoder.",
         "module:" + "a" * 300,
         "resid_post.1\n",
         "resid_post.١",
@@ -145,3 +162,34 @@ def test_an_archive_has_only_what_it_lists(pattern: str) -> None:
 def test_no_top_logits_without_logits() -> None:
     with pytest.raises(UnknownSiteError, match="logits_top8"):
         select("logits_top8", ("embed", "final"))
+
+
+STACKED = (
+    *(f"encoder.{name}" for name in AVAILABLE[:9]),
+    *(f"decoder.{name}" for name in (*AVAILABLE[:5], "cross_q.0", "logits")),
+)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "names"),
+    [
+        ("resid_post.*", ("encoder.resid_post.0", "encoder.resid_post.1", "decoder.resid_post.0")),
+        ("resid_post.0-1", ("encoder.resid_post.0", "encoder.resid_post.1")),
+        ("encoder.q.0-1", ("encoder.q.0", "encoder.q.1")),
+        ("embed", ("encoder.embed", "decoder.embed")),
+        ("decoder.cross_*", ("decoder.cross_q.0",)),
+        ("*.embed", ("encoder.embed", "decoder.embed")),
+        ("decoder.logits_top2", ("decoder.logits_top2.values", "decoder.logits_top2.indices")),
+        ("logits_top2.values", ("decoder.logits_top2.values",)),
+        ("module:a.b", ("module:a.b@output",)),
+        ("*", STACKED),
+    ],
+)
+def test_a_pattern_without_a_stack_selects_in_each(pattern: str, names: tuple[str, ...]) -> None:
+    assert select(pattern, STACKED) == names
+
+
+@pytest.mark.parametrize("pattern", ["encoder.logits_top2", "vision.*", "encoder.cross_q.0", "resid_mid.0", "*.final"])
+def test_what_no_stack_has_is_refused_with_what_there_is(pattern: str) -> None:
+    with pytest.raises(UnknownSiteError, match=r"encoder\.resid_post\.0-1"):
+        select(pattern, STACKED)

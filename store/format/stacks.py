@@ -1,0 +1,56 @@
+"""A folder of several archives, one for each stack of a model: encoder and decoder, or vision tower and text model.
+
+The stacks of one model have positions of their own: tokens of the source and of the target, or patches and tokens. So
+each has an archive of its own, with its plan, commits and seal. All have the same examples in the same order. The
+folder around them is a Zarr group that names them; it is written before the first of them is begun, and stays.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from residua.store.base.canonical import Json, digest_of
+from residua.store.base.errors import PlanError, UnsafeArchiveError
+from residua.store.format.archive_metadata import FORMAT, is_archive, read_entry, write_entry
+from residua.store.format.create import refuse_occupied
+from residua.store.format.site_names import STACKS
+
+
+def create_stacks(folder: Path, stacks: Sequence[str]) -> None:
+    """Make `folder` one that holds the archives of `stacks`; it may be one of the same stacks already.
+
+    Raises:
+        FileExistsError: `folder` exists, with other contents.
+        PlanError: It holds an archive, or those of other stacks.
+    """
+    if is_archive(folder):
+        found = stacks_in(folder)
+        if found != tuple(stacks):
+            what = f"the stacks {' and '.join(found)}" if found else "one stack, or of a model that has no stacks"
+            raise PlanError(
+                f"{folder} was begun as an archive of {what}, and this run captures {' and '.join(stacks)}: run it "
+                "with the same sites to go on, or choose another --out"
+            )
+        return
+    refuse_occupied(folder)
+    entry: dict[str, Json] = {"format": FORMAT, "stacks": list(stacks)}
+    write_entry(folder, {**entry, "sha256": digest_of(entry)})
+
+
+def stacks_in(folder: Path) -> tuple[str, ...]:
+    """Return the stacks whose archives `folder` holds, in the model's order; empty if it is itself an archive.
+
+    Raises:
+        FileNotFoundError: There is neither.
+        DamagedArchiveError: The metadata does not match its own SHA-256.
+        UnsafeArchiveError: It is not metadata that Residua writes, or of a newer format.
+    """
+    entry = read_entry(folder)
+    if "stacks" not in entry:
+        return ()
+    stacks = entry["stacks"]
+    if not isinstance(stacks, list) or not stacks or not all(isinstance(name, str) for name in stacks):
+        raise UnsafeArchiveError(f"{folder}: stacks is not a list of names")
+    unknown = [name for name in stacks if name not in STACKS]
+    if unknown or len(set(stacks)) != len(stacks):
+        raise UnsafeArchiveError(f"{folder}: stacks names {stacks}; each of {', '.join(STACKS)} may be named once")
+    return tuple(stacks)

@@ -1,0 +1,143 @@
+"""The archives of several stacks of one model, opened together; and the door for both: `open_archive`."""
+
+from collections.abc import Iterable, Mapping
+from os import PathLike
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from residua.store.base.errors import PlanError, UnknownSiteError
+from residua.store.base.untrusted import check_inside
+from residua.store.format.archive_metadata import ROOT
+from residua.store.format.stacks import stacks_in
+from residua.store.read.archive import Archive, Progress
+from residua.store.read.array import ArchiveArray
+from residua.store.read.reader import Check
+
+if TYPE_CHECKING:
+    import residua
+
+
+def open_archive(path: str | PathLike[str], *, check: Check = "once", threads: int | None = None) -> Archive:
+    """Open an archive for reading, or the archives of several stacks as one; public as `residua.open`.
+
+    Args:
+        path: Folder of the archive.
+        check: When chunks are verified: ``once`` (when they are used first), ``always`` or ``never``.
+        threads: Threads that decode compressed chunks; by default the processor's, up to four.
+
+    Returns:
+        The archive; a `StackedArchive` if the folder holds several.
+
+    Raises:
+        FileNotFoundError: There is no archive at that path.
+        DamagedArchiveError: A file is missing or altered; the message names it.
+        UnsafeArchiveError: Residua does not write such metadata.
+    """
+    kind = StackedArchive if stacks_in(Path(path)) else Archive
+    return kind(path, check=check, threads=threads)
+
+
+class StackedArchive(Archive):
+    """The archives of several stacks of one model, with the same examples in the same order.
+
+    Sites of all stacks are read by their names: ``archive["encoder.resid_post.3"]``. Each stack has rows of its own, so
+    what is about rows (`rows`, `n_rows`, `example`, `text`) belongs to one stack: ``archive.stacks["encoder"]``.
+
+    Args:
+        path: Folder that holds the archives.
+        check: As for `Archive`.
+        threads: As for `Archive`.
+
+    Raises:
+        FileNotFoundError: There is no archive at that path.
+        DamagedArchiveError: A file is missing or altered; the message names it.
+        UnsafeArchiveError: Residua does not write such metadata.
+    """
+
+    def __init__(self, path: str | PathLike[str], *, check: Check = "once", threads: int | None = None) -> None:
+        self.path = Path(path)
+        self._names = stacks_in(self.path)
+        for name in self._names:
+            check_inside(self.path, self.path / name)
+        begun = [name for name in self._names if (self.path / name / ROOT).is_file()]
+        self._stacks = {name: Archive(self.path / name, check=check, threads=threads) for name in begun}
+
+    def __getattr__(self, name: str) -> NoReturn:
+        """Refuse what is of one stack: all of it needs the metadata of an archive, which this one does not have."""
+        if name != "metadata":
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        raise PlanError(
+            f"{self.path} holds {' and '.join(self._names)}, each with rows of its own, and one of them is needed: "
+            f"take archive.stacks[{self._names[0]!r}], or the folder {self.path / self._names[0]}"
+        )
+
+    @property
+    def stacks(self) -> Mapping[str, Archive]:
+        """The archive of each stack that was begun."""
+        return self._stacks
+
+    @property
+    def provenance(self) -> Mapping[str, object]:
+        """The sources of model, data and numbers, by stack."""
+        return {name: archive.provenance for name, archive in self._stacks.items()}
+
+    @property
+    def sites(self) -> tuple[str, ...]:
+        """Names of the stored sites, stack by stack."""
+        return tuple(site for archive in self._stacks.values() for site in archive.sites)
+
+    @property
+    def progress(self) -> Progress:
+        """Captured and total rows and shards of all stacks; the totals are None while a stack is not begun."""
+        found = [archive.progress for archive in self._stacks.values()]
+        totals = [(each.total_rows, each.total_shards) for each in found]
+        is_known = len(found) == len(self._names) and all(rows is not None for rows, _ in totals)
+        return Progress(
+            sum(each.rows for each in found),
+            sum(rows or 0 for rows, _ in totals) if is_known else None,
+            sum(each.shards for each in found),
+            sum(shards or 0 for _, shards in totals) if is_known else None,
+        )
+
+    @property
+    def is_sealed(self) -> bool:
+        """Whether every shard of every stack is captured, and none is lost."""
+        return len(self._stacks) == len(self._names) and all(archive.is_sealed for archive in self._stacks.values())
+
+    @property
+    def was_finished(self) -> bool:
+        """Whether the capture of every stack was finished once."""
+        return len(self._stacks) == len(self._names) and all(archive.was_finished for archive in self._stacks.values())
+
+    def of_sites(self, sites: str | Iterable[str]) -> Archive:
+        """Return the archive of the stack whose rows have all of these sites.
+
+        Raises:
+            UnknownSiteError: `sites` matches no stored site, or sites with rows of several stacks.
+        """
+        names = self.select(sites)
+        found = {name: archive for name, archive in self._stacks.items() if set(names) & set(archive.sites)}
+        if len(found) > 1:
+            first = [next(site for site in names if site in archive.sites) for archive in found.values()]
+            raise UnknownSiteError(
+                f"{first[0]} and {first[1]} have rows of different stacks, {' and '.join(found)}: name sites of one, "
+                f"for example {next(iter(found))}.resid_post.*"
+            )
+        return next(iter(found.values()))
+
+    def refuse_losses(self, sites: Iterable[str], job: str) -> None:
+        """Raise PlanError if the stored rows of one of `sites` lack finite values that the model had."""
+        for name in sites:
+            self.of_sites(name).refuse_losses([name], job)
+
+    def loader(self, sites: str | Iterable[str], *, batch_size: int, **settings: Any) -> "residua.analysis.Loader":
+        """Return batches of rows for training with torch; all sites are of one stack. See `Archive.loader`."""
+        names = self.select(sites)
+        return self.of_sites(names).loader(names, batch_size=batch_size, **settings)
+
+    def __getitem__(self, site: str) -> ArchiveArray:
+        return self.of_sites(site)[site]
+
+    def __repr__(self) -> str:
+        state = "sealed" if self.is_sealed else "not sealed"
+        return f"<StackedArchive {self.path} of {' and '.join(self._names)} ({state}), {len(self)} sites>"
