@@ -96,12 +96,29 @@ def _llava() -> PreTrainedModel:
 UNLIKE: dict[str, Callable[[], PreTrainedModel]] = {
     "albert": lambda: made(hf.AlbertModel, hf.AlbertConfig(**_SIZES, embedding_size=16)),
     "clip": _clip,
+    "falcon": lambda: made(hf.FalconForCausalLM, hf.FalconConfig(**_SIZES, multi_query=True, parallel_attn=True)),
+    "falcon-alibi": lambda: made(
+        hf.FalconForCausalLM, hf.FalconConfig(**_SIZES, multi_query=False, alibi=True, parallel_attn=False)
+    ),
     "flaubert": lambda: made(hf.FlaubertWithLMHeadModel, hf.FlaubertConfig(**_XLM)),
     "gemma3n": lambda: made(
         hf.Gemma3nForCausalLM, hf.Gemma3nTextConfig(**_GEMMA, laurel_rank=4, activation_sparsity_pattern=[0.0] * LAYERS)
     ),
     "gemma4": lambda: made(Gemma4ForCausalLM, Gemma4TextConfig(**{**_GEMMA, "global_head_dim": 16})),
     "gemma4-shared-keys": lambda: made(Gemma4ForCausalLM, Gemma4TextConfig(**_SHARED_KEYS)),
+    "gpt_neo": lambda: made(
+        hf.GPTNeoForCausalLM,
+        hf.GPTNeoConfig(
+            vocab_size=97,
+            hidden_size=32,
+            num_layers=LAYERS,
+            num_heads=4,
+            intermediate_size=48,
+            attention_types=[[["global", "local", "global"], 1]],
+            window_size=4,
+            **_IDS,
+        ),
+    ),
     "granite": lambda: made(hf.GraniteForCausalLM, hf.GraniteConfig(**_GROUPED, residual_multiplier=0.5)),
     "granite_swa": lambda: made(hf.GraniteSWAForCausalLM, hf.GraniteSWAConfig(**_GROUPED)),
     "ibert": lambda: made(hf.IBertForMaskedLM, hf.IBertConfig(**_SIZES)),
@@ -114,9 +131,26 @@ UNLIKE: dict[str, Callable[[], PreTrainedModel]] = {
         hf.MambaForCausalLM,
         hf.MambaConfig(vocab_size=97, hidden_size=32, state_size=4, num_hidden_layers=LAYERS, **_IDS),
     ),
+    "mpt": lambda: made(
+        hf.MptForCausalLM,
+        hf.MptConfig(vocab_size=97, d_model=32, n_heads=4, n_layers=LAYERS, max_seq_len=64, expansion_ratio=2, **_IDS),
+    ),
     "mra": lambda: made(hf.MraForMaskedLM, hf.MraConfig(**_SIZES)),
     "nystromformer": lambda: made(hf.NystromformerForMaskedLM, hf.NystromformerConfig(**_SIZES)),
+    "roformer": lambda: made(hf.RoFormerForMaskedLM, hf.RoFormerConfig(**_SIZES)),
     "stablelm": lambda: made(hf.StableLmForCausalLM, hf.StableLmConfig(**_GROUPED)),
+    "xglm": lambda: made(
+        hf.XGLMForCausalLM,
+        hf.XGLMConfig(
+            vocab_size=97,
+            d_model=32,
+            ffn_dim=48,
+            num_layers=LAYERS,
+            attention_heads=4,
+            max_position_embeddings=64,
+            **_IDS,
+        ),
+    ),
     "xlm": lambda: made(hf.XLMWithLMHeadModel, hf.XLMConfig(**_XLM)),
     "yoso": lambda: made(hf.YosoForMaskedLM, hf.YosoConfig(**_SIZES)),
 }

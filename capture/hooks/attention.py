@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedConfig, PreTrainedModel
 
+from residua.capture.hooks.own_attention import OwnAttention, PassOn, watching
 from residua.capture.hooks.site import SiteInfo
 from residua.capture.runtime.compat import attention_implementation, set_attention_implementation
 from residua.capture.runtime.wrappers import core_of
@@ -60,11 +61,14 @@ _original: list[Callable[..., AttentionFunction]] = []  # transformers' own meth
 
 
 @contextmanager
-def intercepting(taps: Mapping[nn.Module, AttentionTap]) -> Iterator[None]:
+def intercepting(
+    taps: Mapping[nn.Module, AttentionTap], own: Mapping[nn.Module, OwnAttention] | None = None
+) -> Iterator[None]:
     """Call ``taps[module]`` whenever one of these modules computes attention through the interface.
 
     Args:
         taps: The tap for each module. Modules that do not use the interface may be among them, and call no tap.
+        own: Those among them that compute attention in their own code, and how. Their taps get no arguments.
     """
     if not taps:
         yield
@@ -77,7 +81,8 @@ def intercepting(taps: Mapping[nn.Module, AttentionTap]) -> Iterator[None]:
         for module, tap in taps.items():
             _taps.setdefault(id(module), []).append(tap)
     try:
-        yield
+        with watching(own or {}, _readers_of):
+            yield
     finally:
         with _lock:
             for module, tap in taps.items():
@@ -86,6 +91,20 @@ def intercepting(taps: Mapping[nn.Module, AttentionTap]) -> Iterator[None]:
                     del _taps[id(module)]
             if not _taps:
                 setattr(AttentionInterface, "get_interface", _original.pop())  # noqa: B010 - see above
+
+
+def _readers_of(module: nn.Module) -> tuple[frozenset[str], PassOn]:
+    """Return the kinds that the taps of a module read, and a function that calls them."""
+    taps = tuple(_taps.get(id(module), ()))
+    for tap in taps:
+        tap.note_arguments({})
+
+    def pass_on(kind: str, tensor: Tensor) -> Tensor:
+        for tap in taps:
+            tensor = _pass_heads(tap, kind, tensor)
+        return tensor
+
+    return frozenset(kind for tap in taps for kind in tap.kinds), pass_on
 
 
 def move_taps_last(taps: Mapping[nn.Module, AttentionTap]) -> None:
@@ -130,11 +149,11 @@ def _attend(
     return z_BTHD, pattern_BHQK
 
 
-def _pass_heads(tap: AttentionTap, kind: str, tensor_BHTD: Tensor) -> Tensor:
+def _pass_heads(tap: AttentionTap, kind: str, tensor: Tensor) -> Tensor:
     if kind not in tap.kinds:
-        return tensor_BHTD
-    new_BHTD = tap(kind, tensor_BHTD)
-    return tensor_BHTD if new_BHTD is None else new_BHTD
+        return tensor
+    new = tap(kind, tensor)
+    return tensor if new is None else new
 
 
 def _pass_pattern(
@@ -214,6 +233,9 @@ def _switch_to_eager(model: PreTrainedModel) -> None:
             f"patterns need eager attention, and {type(model).__name__} cannot be switched to it: {error} "
             "Capture q and k instead; the pattern can be computed from them."
         ) from error
+    for config in _configs(model):  # Falcon reads the name in its own code, and transformers does not switch it
+        if attention_implementation(config) != "eager":
+            set_attention_implementation(config, "eager")
 
 
 def _configs(model: PreTrainedModel) -> list[PreTrainedConfig]:

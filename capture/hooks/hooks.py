@@ -85,7 +85,8 @@ def attached(
         opened = modules[""].register_forward_pre_hook(call.enter, with_kwargs=True, prepend=True)
         stack.callback(opened.remove)
         call.attention_taps = _attention_taps(modules, chosen, call, on_tensor)
-        stack.enter_context(intercepting(call.attention_taps))
+        own = {modules[info.own.module]: info.own for info in chosen if info.own is not None}
+        stack.enter_context(intercepting(call.attention_taps, own))
         closed = modules[""].register_forward_hook(call.leave, always_call=True)
         stack.callback(closed.remove)
         call.handles.append(closed)

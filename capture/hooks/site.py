@@ -5,6 +5,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Literal
 
+from residua.capture.hooks.own_attention import OwnAttention
 from residua.store.base.errors import CaptureError, PlanError
 from residua.store.encoding.codecs import DEFAULT_PRESET, PRESETS
 from residua.store.format.plan import SitePlan
@@ -34,6 +35,7 @@ class SiteInfo:
         per_token: Whether the axes before the row are (batch, positions). Otherwise the site's tensor keeps the axes
             that the module gives it.
         flat: Whether the module has these two axes as one, (batch x positions).
+        own: For ``attention`` that a model computes in its own code, where; None if it is read in the interface.
         problem: Why the site has no rows, as a sentence, where a run of the model has shown it; else empty.
         n_met: How often a run of the model on a few tokens met the site; None if the model did not run.
     """
@@ -46,6 +48,7 @@ class SiteInfo:
     index: int | None = None
     per_token: bool = True
     flat: bool = False
+    own: OwnAttention | None = None
     problem: str = ""
     n_met: int | None = field(default=None, compare=False)
 

@@ -7,16 +7,18 @@ tokens. Where they differ (because of a position bias, for example), the file gi
 weights of that layer, capture ``pattern``.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from residua.capture.hooks.attention import AttentionTap, eager_attention, intercepting
+from residua.capture.hooks.own_attention import OwnAttention
+from residua.capture.hooks.site import SiteInfo
 from residua.capture.identity.few_tokens import refuse_without_memory, run_few_tokens
 from residua.capture.identity.lm_head import lm_head_files, lm_head_problem
 from residua.capture.runtime.collectives import all_gather_objects
@@ -33,7 +35,6 @@ from residua.store.format.sidecars import (
     attention_from_json,
     attention_to_json,
 )
-from residua.store.format.site_names import parse_site
 from residua.store.storage.crc import Buffer
 from residua.store.storage.files import write_file
 
@@ -45,12 +46,12 @@ _TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3}
 _LOW_PRECISION_TOLERANCE = 0.1  # a model may round in another order than we do, and one rounding of bfloat16 shows
 
 
-def sidecar_files(model: nn.Module, sites: Iterable[str], *, head: bool, notes: list[str]) -> Sidecars:
+def sidecar_files(model: nn.Module, sites: Mapping[str, SiteInfo], *, head: bool, notes: list[str]) -> Sidecars:
     """Return the files of the archive's ``head`` folder; a collective of all processes that hold the model.
 
     Args:
         model: The model.
-        sites: Names of the sites that are stored.
+        sites: The sites that are stored.
         head: Add the LM head: final norm and unembedding.
         notes: Gets a sentence for each thing that is not known of the model.
     """
@@ -100,17 +101,18 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
         write_file(path, [path.read_bytes()])
 
 
-def attention_files(model: nn.Module, sites: Iterable[str]) -> Sidecars:
+def attention_files(model: nn.Module, sites: Mapping[str, SiteInfo]) -> Sidecars:
     """Return ``attention.json``, if a layer has both `q` and `k` among `sites`.
 
     The model runs once over a few tokens. A collective of all processes that hold it.
     """
-    anatomy, stored = unsharded_anatomy(model), {str(site) for site in map(parse_site, sites)}
-    layers = [] if anatomy is None else [n for n in range(len(anatomy.blocks)) if {f"q.{n}", f"k.{n}"} <= stored]
+    anatomy = unsharded_anatomy(model)
+    layers = [] if anatomy is None else [n for n in range(len(anatomy.blocks)) if {f"q.{n}", f"k.{n}"} <= set(sites)]
     if anatomy is None or not layers:
         return {}
     here = target_of(model).modules
-    facts = _attention_facts(anatomy, [layer for layer in layers if anatomy.blocks[layer] in here])
+    of_layers = {layer: sites[f"q.{layer}"].own for layer in layers if anatomy.blocks[layer] in here}
+    facts = _attention_facts(anatomy, of_layers)
     ranks = all_gather_objects(tensor_parallel_group(model, None), facts)  # each has the facts of its own heads
     if len(ranks) > 1:
         facts = {layer: _joined([found[layer] for found in ranks]) for layer in facts}
@@ -128,8 +130,12 @@ def _joined(found: Sequence[AttentionSpec | str]) -> AttentionSpec | str:
     return replace(specs[0], sinks=tuple(sink for spec in specs for sink in spec.sinks or ()))
 
 
-def _attention_facts(anatomy: Anatomy, layers: Iterable[int]) -> Facts:
+def _attention_facts(anatomy: Anatomy, layers: Mapping[int, OwnAttention | None]) -> Facts:
     """Run the model over a few tokens to find out how the weights of `layers` follow from queries and keys.
+
+    Args:
+        anatomy: The model's modules.
+        layers: The layers, each with the place of its attention if the model computes it in its own code.
 
     Returns:
         For each layer how they follow, proved on those tokens, or the reason why that is not known. Reasons are stored
@@ -141,13 +147,19 @@ def _attention_facts(anatomy: Anatomy, layers: Iterable[int]) -> Facts:
         for layer, listener in listeners.items()
         for module in anatomy.modules[anatomy.blocks[layer]].modules()
     }
+    own = {anatomy.modules[place.module]: place for place in layers.values() if place is not None}
     try:
-        with eager_attention(anatomy.model), evaluating(anatomy.model), intercepting(taps):
+        with eager_attention(anatomy.model), evaluating(anatomy.model), intercepting(taps, own):
             run_few_tokens(anatomy.model)
     except Exception as error:  # noqa: BLE001 - the boundary to the user's model, and the capture itself needs none of this
         refuse_without_memory(error)
         return dict.fromkeys(listeners, f"the model could not be run over a few tokens to find out: {error}")
-    return {layer: listener.facts(_window(anatomy, layer, listener)) for layer, listener in listeners.items()}
+    return {
+        layer: listener.facts(
+            _window(anatomy, layer, listener) if layers[layer] is None else _window_of_own_code(anatomy.config)
+        )
+        for layer, listener in listeners.items()
+    }
 
 
 class _Listener(AttentionTap):
@@ -176,14 +188,18 @@ class _Listener(AttentionTap):
         if window is not None and not causal:
             return "its attention has a window and is not causal"
         scaling, sinks = self.arguments.get("scaling"), self.arguments.get("s_aux")
-        spec = AttentionSpec(
-            scale=float(query_BHQD.shape[-1] ** -0.5 if scaling is None else scaling),
-            causal=causal,
-            softcap=self.arguments.get("softcap"),
-            window=window,
-            sinks=None if sinks is None else tuple(sinks.double().flatten().tolist()),
-        )
-        error = float((_weights(spec, query_BHQD, key_BHKD) - pattern_BHQK).abs().max())
+        specs = [
+            AttentionSpec(
+                scale=float(scale),
+                causal=causal,
+                softcap=self.arguments.get("softcap"),
+                window=window,
+                sinks=None if sinks is None else tuple(sinks.double().flatten().tolist()),
+            )
+            for scale in ((query_BHQD.shape[-1] ** -0.5, 1.0) if scaling is None else (scaling,))
+        ]
+        errors = [float((_weights(spec, query_BHQD, key_BHKD) - pattern_BHQK).abs().max()) for spec in specs]
+        error, spec = min(zip(errors, specs, strict=True), key=lambda pair: pair[0])
         if not error <= _TOLERANCE.get(pattern_BHQK.dtype, _LOW_PRECISION_TOLERANCE):
             return f"its attention weights do not follow from q and k alone: they differ by {error:.2g} on a few tokens"
         return spec
@@ -204,6 +220,13 @@ def _weights(spec: AttentionSpec, query_BHQD: Tensor, key_BHKD: Tensor) -> Tenso
         sinks_BHQ1 = score_BHQK.new_tensor(spec.sinks)[:, None, None].expand(*score_BHQK.shape[:3], 1)
         score_BHQK = torch.cat([score_BHQK, sinks_BHQ1], dim=-1)
     return score_BHQK.softmax(-1, torch.float32 if score_BHQK.dtype.itemsize < 4 else None)[..., :n_positions]
+
+
+def _window_of_own_code(config: PreTrainedConfig) -> str | None:
+    """Return why the window of a model's own attention is not known, if its config has one under any name."""
+    names = [name for name, value in vars(config).items() if "window" in name and isinstance(value, int) and value]
+    names += [name for name in ("block_size", "attention_layers") if getattr(config, name, None)]
+    return f"its config names {few(names)}, and which blocks look how far is not known" if names else None
 
 
 def _window(anatomy: Anatomy, layer: int, listener: _Listener) -> int | str | None:

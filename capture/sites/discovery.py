@@ -4,7 +4,8 @@ Each site is found for itself. It is available with its shape and where it is re
 not; blocks of one model may differ. What has to be proved:
 
 * ``resid_pre`` and ``resid_post``: a block takes what the block before it returned;
-* ``q``, ``k``, ``v``, ``z`` and ``pattern``: the block calls transformers' attention interface once;
+* ``q``, ``k``, ``v``, ``z`` and ``pattern``: the block calls transformers' attention interface once, or computes
+  attention once in its own code (see `residua.capture.sites.own_attention`);
 * ``attn_out``, ``resid_mid``, ``mlp_out``: they add up to what the block returns, in an ordinary run and in one where
   each of them is replaced;
 * ``mlp_act``: it is what the last linear map before ``mlp_out`` takes;
@@ -12,19 +13,22 @@ not; blocks of one model may differ. What has to be proved:
 """
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from residua.capture.hooks.forward_call import probing
 from residua.capture.hooks.hooks import attached, values_of
+from residua.capture.hooks.own_attention import OwnAttention
 from residua.capture.hooks.site import SiteInfo, Via
 from residua.capture.runtime.wrappers import named_modules
 from residua.capture.sites.anatomy import ATTENTION_KINDS, Anatomy, are_checkpointable
 from residua.capture.sites.architectures import SIDE_BY_SIDE
 from residua.capture.sites.block_parts import Part, Parts, is_sum, parts_of
 from residua.capture.sites.block_run import BlockRun, BlockWatch
+from residua.capture.sites.own_attention import find_own_attention
 from residua.capture.sites.shape_probe import measure_sites, probes_of, run_probe, without_rows
 from residua.store.base.errors import CaptureError
 from residua.store.format.site_names import LAYER_KINDS
@@ -63,12 +67,43 @@ def discover(model: nn.Module, anatomy: Anatomy, kinds: Collection[str]) -> dict
     chosen = {name: info for name, info in _candidates(anatomy).items() if info.site.kind in (*kinds, *streams)}
     try:
         measured = measure_sites(model, chosen, watch)
+        measured |= _of_own_attention(model, anatomy, measured)
         found = {name: _proved(anatomy, info, watch) for name, info in measured.items()}
         parts = _parts(model, anatomy, watch.found, found) if wants_parts else {}
     except CaptureError as error:
         found = {name: without_rows(info, str(error), n_met=0) for name, info in chosen.items()}
         parts = _no_parts(anatomy, str(error))
     return {name: info for name, info in _in_order(anatomy, found | parts).items() if info.site.kind in kinds}
+
+
+def _of_own_attention(model: nn.Module, anatomy: Anatomy, measured: Mapping[str, SiteInfo]) -> dict[str, SiteInfo]:
+    """Return the attention sites of the blocks that call no interface, measured where their own code computes them."""
+    unmet = {name: info for name, info in measured.items() if info.via == "attention" and info.n_met == 0}
+    blocks = {info.module: anatomy.modules[info.module] for info in unmet.values()}
+    if not blocks:
+        return {}
+    probe = probes_of(model)[1]
+    found = find_own_attention(anatomy.model, blocks, probe, partial(run_probe, model, probe))
+    sites = {
+        name: _in_own_code(info, found.get(info.module, f"{info.module} did not run")) for name, info in unmet.items()
+    }
+    own = {name: info for name, info in sites.items() if not info.problem}
+    return sites | (measure_sites(model, own) if own else {})
+
+
+def _in_own_code(info: SiteInfo, own: OwnAttention | str) -> SiteInfo:
+    if isinstance(own, str):
+        return without_rows(info, f"Site {info.name!r} was not met: {own}", n_met=0)
+    if own.values is not None and own.scores is None and info.site.kind in ("q", "k"):
+        return without_rows(info, f"the scores of {own.module} are no single product of queries and keys", n_met=0)
+    if own.values is None and info.site.kind == "pattern":
+        return without_rows(
+            info,
+            f"{own.module} computes its attention by one fused call, which gives no pattern; "
+            "load the model with attn_implementation='eager'",
+            n_met=0,
+        )
+    return replace(info, own=own, problem="", n_met=None)
 
 
 def _candidates(anatomy: Anatomy) -> dict[str, SiteInfo]:

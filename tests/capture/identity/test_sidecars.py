@@ -13,7 +13,7 @@ from transformers.models.llama import modeling_llama
 
 import residua
 from residua.capture.identity.sidecars import attention_files
-from residua.capture.sites.names_to_modules import model_sites
+from residua.capture.sites.names_to_modules import resolve_sites
 from residua.store.format.sidecars import AttentionSpec, attention_from_json
 from tests.models.tiny import LAYERS, ODD, TINY, VOCABULARY
 
@@ -29,7 +29,7 @@ SIZES: dict[str, Any] = {
 
 
 def facts(model: PreTrainedModel) -> dict[int, AttentionSpec | str]:
-    files = attention_files(model, [site for site in model_sites(model) if site[:2] in ("q.", "k.")])
+    files = attention_files(model, resolve_sites(model, "q.*,k.*"))
     return attention_from_json(b"".join(bytes(piece) for piece in files["attention.json"]))
 
 
@@ -102,9 +102,13 @@ def test_an_unknown_window_gives_a_reason() -> None:
 
 
 def test_nothing_is_written_for_other_sites_or_models() -> None:
-    assert attention_files(TINY["llama"](), ["q.0", "k.1", "resid_post.0"]) == {}
-    assert attention_files(ODD["bloom"](), ["resid_post.0"]) == {}
-    assert attention_files(nn.Linear(2, 2), ["module:0@output"]) == {}
+    cases: list[tuple[nn.Module, str]] = [
+        (TINY["llama"](), "q.0,k.1,resid_post.0"),
+        (ODD["bloom"](), "resid_post.0"),
+        (nn.Sequential(nn.Linear(2, 2)), "module:0@output"),
+    ]
+    for model, sites in cases:
+        assert attention_files(model, resolve_sites(model, sites)) == {}
 
 
 def test_the_file_is_in_the_archive_and_changes_no_plan(tmp_path: Path) -> None:

@@ -52,8 +52,6 @@ def test_grouped_heads_and_head_widths_are_exact() -> None:
         ("llama", "resid_post.3", ["resid_post.0-2"]),
         ("llama", "module:model.layer.0", ["model.layers.0", "named_modules"]),
         ("llama", "logits_top98", ["97"]),
-        ("bloom", "q.0", ["attention interface", "module:transformer.h.0."]),
-        ("gptj", "pattern.*", ["attention interface"]),
         ("bloom", "resid_post.3", ["resid_post.0-2"]),
     ],
 )
