@@ -20,6 +20,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
+from residua.capture.identity.four_bit import four_bit_content, is_four_bit, keeping_packed
 from residua.capture.layout.parameters import FullParameters
 from residua.capture.runtime.collectives import all_gather_objects
 from residua.capture.runtime.compat import WRAPPED_CHILDREN, version_of
@@ -144,7 +145,8 @@ def _lines(model: nn.Module, chunk_bytes: int) -> dict[str, bytes]:
             continue
         if _is_packed(tensor):
             pieces = [_content(piece, chunk_bytes) for piece in _pieces(tensor, _MAX_DEPTH)]
-            lines[name] = json.dumps([name, list(tensor.shape), *pieces]).encode() + b"\n"
+            shape = [] if is_four_bit(tensor) else list(tensor.shape)  # the first run changes it
+            lines[name] = json.dumps([name, shape, *pieces]).encode() + b"\n"
             continue
         full = parameters.full(name, tensor)
         found = parameters.shards(tensor) if full is None else [list(full.shape), _checksum(full, chunk_bytes)]
@@ -160,6 +162,8 @@ def _is_packed(tensor: Tensor) -> bool:
     """Return whether a tensor is not simply its numbers in memory."""
     if isinstance(tensor, DTensor):
         return False
+    if is_four_bit(tensor):
+        return True
     return tensor.is_quantized or tensor.layout != torch.strided or hasattr(tensor, "__tensor_flatten__")
 
 
@@ -188,6 +192,8 @@ def _pieces(value: object, depth: int) -> Iterator[object]:
 
 
 def _inside_tensor(tensor: Tensor) -> Sequence[object]:
+    if is_four_bit(tensor):
+        return four_bit_content(tensor)
     if tensor.is_quantized:
         return str(tensor.qscheme()), tensor.int_repr(), *_quantisation(tensor)
     if tensor.layout != torch.strided:
@@ -238,7 +244,11 @@ def _other_state(model: nn.Module) -> list[tuple[str, object]]:
 
 
 def _sorted_state(model: nn.Module) -> list[tuple[str, object]]:
-    state: dict[str, object] = model.state_dict(keep_vars=True)
+    with keeping_packed(model):
+        state: dict[str, object] = model.state_dict(keep_vars=True)
+    four_bit = [f"{name}." for name, value in state.items() if isinstance(value, Tensor) and is_four_bit(value)]
+    if four_bit:  # a state dict has their scales once more
+        state = {name: value for name, value in state.items() if not name.startswith(tuple(four_bit))}
     inner = {_WRAPPERS.sub("", name).lstrip("."): value for name, value in state.items()}
     unambiguous = inner if len(inner) == len(state) else state
     return sorted(unambiguous.items(), key=lambda pair: pair[0])

@@ -22,7 +22,7 @@ from residua.capture.runtime.collectives import all_gather_objects, on_rank
 from residua.capture.runtime.pipeline_schedule import stage_model_of
 from residua.capture.runtime.process_groups import pipeline_group, tensor_parallel_group
 from residua.capture.runtime.sharded import frees_gathered
-from residua.capture.runtime.wrappers import evaluating, named_modules
+from residua.capture.runtime.wrappers import evaluating, layer_inside, named_modules
 from residua.capture.sites.anatomy import Anatomy
 from residua.capture.sites.architectures import Family
 from residua.capture.sites.pipeline_stages import target_of
@@ -78,11 +78,12 @@ def _unknown(anatomy: Anatomy) -> str:
         return f"the final norm of models of type {anatomy.model.config.model_type!r} is not known"
     if anatomy.family.transform is not None and _activation(anatomy) is None:
         return f"its activation {anatomy.config.hidden_act!r} is not one that the files can name"
-    _, modules = _described(anatomy, anatomy.family)
-    for part, module in modules.items():
+    for part, module in _parts(anatomy, anatomy.family).items():
+        if layer_inside(module) is not module:
+            return f"its {part} has an adapter"
         weight = module._parameters.get("weight") if part != "norm" else None
         if part != "norm" and (weight is None or not weight.is_floating_point() or _has_more(module)):
-            return f"its {part} is a {type(module).__name__}, whose weights are packed or adapted"
+            return f"its {part} is a {type(module).__name__}, whose weights are packed"
     return ""
 
 
@@ -208,27 +209,33 @@ def _unembedding(anatomy: Anatomy) -> nn.Module | None:
     return None if anatomy.unembedding is None else anatomy.modules.get(anatomy.unembedding)
 
 
-def _described(anatomy: Anatomy, family: Family) -> tuple[LMHeadSpec, dict[str, nn.Module]]:
-    """Return the content of ``head.json``, and the modules whose parameters are stored."""
-    norm = _submodule(anatomy.model.base_model, family.final_norm)
+def _parts(anatomy: Anatomy, family: Family) -> dict[str, nn.Module]:
+    """Return the modules whose parameters are stored, by the name that they have in the files."""
     transform = _submodule(anatomy.model, family.transform)
     modules = {
-        "norm": norm,
+        "norm": _submodule(anatomy.model.base_model, family.final_norm),
         "project_out": _submodule(anatomy.model.base_model, family.project_out),
         "transform.dense": _submodule(transform, "dense"),
         "transform.norm": _submodule(transform, "LayerNorm"),
         "unembed": _unembedding(anatomy),
     }
+    return {name: module for name, module in modules.items() if module is not None}
+
+
+def _described(anatomy: Anatomy, family: Family) -> tuple[LMHeadSpec, dict[str, nn.Module]]:
+    """Return the content of ``head.json``, and the modules whose parameters are stored."""
+    modules = _parts(anatomy, family)
+    norm = modules.get("norm")
     spec = LMHeadSpec(
         norm="none" if norm is None else "layer" if isinstance(norm, nn.LayerNorm) else "rms",
         eps=_eps(norm),
         weight_offset=family.norm_offset,
-        activation=None if transform is None else _activation(anatomy),
-        transform_eps=_eps(modules["transform.norm"]),
+        activation=None if _submodule(anatomy.model, family.transform) is None else _activation(anatomy),
+        transform_eps=_eps(modules.get("transform.norm")),
         softcap=getattr(anatomy.config, "final_logit_softcapping", None),
         dtype=anatomy.dtype,
     )
-    return spec, {name: module for name, module in modules.items() if module is not None}
+    return spec, modules
 
 
 _SAME_ACTIVATIONS: Mapping[str, Activation] = {

@@ -6,7 +6,7 @@ numbers depend on: package versions, processor, threads, and how the model was s
 
 import json
 import platform
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cache
@@ -45,6 +45,7 @@ _NOT_THE_MODEL = (
 _IDENTITY = ("class", "weights", "config")
 _CONDITIONS = ("dtype", "attention")  # under which the same model may run
 _DIGEST_DIGITS = 64
+_MOST_LINES = 8
 _VERSIONS = ("packages.torch:", "packages.transformers:")
 
 
@@ -182,6 +183,28 @@ def config_differences(provenance: Mapping[str, object], model: nn.Module) -> li
     return differences(before, now, ("the archive", "this run"))
 
 
+def adapter_differences(provenance: Mapping[str, object], model: nn.Module) -> list[str]:
+    """Return one line for each thing in which adapters and settings differ, at most a few: weights say no more.
+
+    Call this for a model whose weights are others; `compare_behaviour` says everything of one whose weights are equal.
+    """
+    described = provenance.get("model")
+    if not isinstance(described, Mapping) or spans_processes(core_of(model)):
+        return []
+    then, now = described.get("adapters") or {}, adapters_of(model)
+    lines, same = list[str](), isinstance(then, Mapping) and set(then) == set(now)
+    if isinstance(then, Mapping) and not same:
+        lines.append(f"adapters: {_listed(then)} in the archive, {_listed(now)} here")
+    before = described.get("settings")
+    if isinstance(before, Mapping):
+        lines += compare_settings(before, module_settings(core_of(model)), both=not same).attributes
+    return lines if len(lines) <= _MOST_LINES else [*lines[:_MOST_LINES], f"and {len(lines) - _MOST_LINES} more"]
+
+
+def _listed(names: Iterable[str]) -> str:
+    return ", ".join(sorted(names)) or "none"
+
+
 @dataclass(frozen=True, kw_only=True)
 class BehaviourComparison:
     """How what a model computes with and gives differs from the captured one, one sentence each.
@@ -278,7 +301,7 @@ def check_model(archive: Archive, model: nn.Module, *, force: bool = False, exac
     ]
     lines = [f"{key}: {_shown(expected[key])} in the archive, {_shown(found.get(key))} here" for key in wrong]
     behaviour = BehaviourComparison() if wrong else compare_behaviour(archive.provenance, model, output)
-    lines += behaviour.wrong
+    lines += behaviour.wrong or (adapter_differences(archive.provenance, model) if "weights" in wrong else [])
     if lines and not force:
         values = config_differences(archive.provenance, core_of(model)) if "config" in wrong else []
         listed = "\n  ".join([*lines, *values, *([] if exact else conditions)])

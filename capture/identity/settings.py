@@ -24,6 +24,7 @@ HOOKS = "hooks"
 
 _NUMBER = re.compile(r"\.\d+(?=\.|$)")
 _LIBRARIES = ("torch", "transformers", "accelerate", "deepspeed", "fairscale", "peft", "residua", "bitsandbytes")
+_ADAPTED_LAYERS = ("BaseTunerLayer", "AuxiliaryTrainingWrapper")  # PEFT's: with adapters, or trained as a whole
 _ADAPTER = {
     "active adapters": "_active_adapter",
     "adapters disabled": "_disable_adapters",
@@ -32,7 +33,10 @@ _ADAPTER = {
 }
 # Attributes that a model changes by itself, or that number its modules.
 _NOT_SETTINGS = frozenset(
-    ("training", "layer_idx", "layer_id", "gradient_checkpointing", "max_seq_len_cached", "name_or_path", "use_cache")
+    (
+        *("training", "layer_idx", "layer_id", "gradient_checkpointing", "max_seq_len_cached", "name_or_path"),
+        *("use_cache", "compute_type_is_set", "support_avx512bf16_for_cpu"),
+    )
 )
 _MOST_ENTRIES = 2_000
 _MOST_RUNS = 8
@@ -53,7 +57,7 @@ def _settings(module: nn.Module) -> Iterator[tuple[str, str]]:
     kind = plain_class(module)
     yield "class", kind.__name__
     is_of_torch = kind.__module__.startswith("torch.")
-    is_adapter = any(base.__name__ == "BaseTunerLayer" for base in kind.__mro__)
+    is_adapter = not {base.__name__ for base in kind.__mro__}.isdisjoint(_ADAPTED_LAYERS)
     hooks = [name for name in map(_users, forward_hooks_of(module)) if name]
     for name, value in sorted(vars(module).items()):
         if name == "forward":
@@ -108,7 +112,7 @@ def adapters_of(model: nn.Module) -> dict[str, Json]:
 def _config(config: Any) -> dict[str, Json]:
     values = config.to_dict() if hasattr(config, "to_dict") else vars(config)
     return {
-        str(key): repr(sorted(value, key=str)) if isinstance(value, set) else str(value)
+        str(key): repr(sorted(value, key=str)) if isinstance(value, set) else str(getattr(value, "value", value))
         for key, value in values.items()
         if value not in (None, False, [], {}, set())
     }

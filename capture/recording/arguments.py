@@ -78,6 +78,11 @@ def read_call(
     every = {**dict(zip([*parameters, *unnamed], args, strict=False)), **kwargs}
     given = {name: value for name, value in every.items() if value is not None}
     _refuse_past(given)
+    if "adapter_names" in given:
+        raise CaptureError(
+            "the call has adapter_names, with which its examples run under different adapters, and an archive is of "
+            "one model: switch with set_adapter, and record each adapter into an archive of its own"
+        )
     for name in _OTHER_STACK:
         if name in given:
             raise CaptureError(

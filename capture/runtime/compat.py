@@ -1,4 +1,4 @@
-"""Every private name of torch, transformers and accelerate that the project uses.
+"""Every private name of torch, transformers, accelerate and bitsandbytes that the project uses.
 
 A private name may change in any release, so it is used here once, in a function or a constant whose
 docstring says what it is and which public name is missing. `tests/capture/runtime/test_compat.py` has one test for each
@@ -165,3 +165,14 @@ def forward_hooks_of(module: nn.Module) -> list[Any]:
 def version_of(tensor: Tensor) -> int:
     """Return how often a tensor was changed in place; torch has no public name for its counter."""
     return tensor._version
+
+
+def unpacked_codes(codes: Tensor, state: Any) -> Tensor:
+    """Return the codes of a 4-bit weight as they were before a run on a CPU packed them; `state` is changed.
+
+    bitsandbytes has no public function for it.
+    """
+    from bitsandbytes.functional import _convert_weight_packed_for_cpu_inverse
+
+    unpacked: Tensor = _convert_weight_packed_for_cpu_inverse(codes, state)[0]
+    return unpacked

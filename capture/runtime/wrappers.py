@@ -25,7 +25,9 @@ from residua.store.base.errors import CaptureError, PlanError
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
 
-_ADAPTED, _TUNER = "PeftModel", "BaseTuner"  # by name, as below: PEFT's wrapper, and the adapters inside it
+# By name, as below: PEFT's wrappers, and what lies between them and the model.
+_ADAPTED, _TUNERS = ("PeftModel", "PeftMixedModel"), ("BaseTuner", "AdaptionPromptModel")
+_OWN_FORWARD = ("XLORA", "POLY", "SHADOW")  # kinds whose wrapper does more than run the model
 _ENGINES = ("DeepSpeedEngine", "PipelineEngine", "InferenceEngine")  # compared by name: the library is optional
 
 
@@ -36,10 +38,10 @@ def inside(module: nn.Module) -> nn.Module | None:
         CaptureError: The wrapper runs copies of the model on slices of each batch, or adds to what the model is given.
     """
     kinds = {kind.__name__ for kind in type(module).__mro__}
-    if _ADAPTED in kinds:
+    if not kinds.isdisjoint(_ADAPTED):
         _refuse_added_inputs(module)
         return module.get_submodule("base_model")
-    if _TUNER in kinds:
+    if not kinds.isdisjoint(_TUNERS):
         return module.get_submodule("model")
     if isinstance(module, DataParallel) and len(module.device_ids) > 1:
         raise CaptureError(
@@ -55,14 +57,28 @@ def inside(module: nn.Module) -> nn.Module | None:
 
 def _refuse_added_inputs(adapted: nn.Module) -> None:
     """Raise CaptureError if PEFT does more than run the model with its adapters in it."""
-    config = cast("Any", adapted).active_peft_config
-    kind = str(getattr(config.peft_type, "value", config.peft_type))
-    if config.is_prompt_learning or kind == "XLORA" or getattr(config, "alora_invocation_tokens", None):
-        raise CaptureError(
-            f"the model is wrapped in {type(adapted).__name__} with {kind}, which acts on the inputs of the model and "
-            "not on its modules: its own tokens, or several passes, have no rows of the dataset. Use an adapter that "
-            "lies in the modules (LoRA, IA3, OFT and their like), or the model inside (model.get_base_model())"
-        )
+    for name in cast("Any", adapted).active_adapters:
+        config = cast("Any", adapted).peft_config[name]
+        kind = str(getattr(config.peft_type, "value", config.peft_type))
+        if config.is_prompt_learning or kind in _OWN_FORWARD or getattr(config, "alora_invocation_tokens", None):
+            raise CaptureError(
+                f"the model is wrapped in {type(adapted).__name__} with {kind} (adapter {name!r}), which acts on the "
+                "inputs of the model and not on its modules: its own tokens, or several passes, have no rows of the "
+                "dataset. Use adapters that lie in the modules (LoRA, IA3, OFT and their like), or the model inside "
+                "(model.get_base_model())"
+            )
+
+
+def layer_inside(module: nn.Module) -> nn.Module:
+    """Return the layer around which PEFT put an adapter; any other module itself.
+
+    Unlike a wrapper around a model, an adapter changes what the layer computes.
+    """
+    for name in ("base_layer", "original_module"):
+        inner = getattr(module, name, None)
+        if isinstance(inner, nn.Module):
+            return layer_inside(inner)
+    return module
 
 
 def core_of(model: nn.Module) -> nn.Module:
@@ -201,7 +217,7 @@ def replica_of(model: ModelT) -> ModelT:
     while (wrapped := inside(inner)) is not None:
         is_transparent = isinstance(inner, compat.CompiledModule | DistributedDataParallel)
         names = {kind.__name__ for kind in type(inner).__mro__}
-        if not is_transparent and names.isdisjoint(("DeepSpeedEngine", _ADAPTED, _TUNER)):
+        if not is_transparent and names.isdisjoint(("DeepSpeedEngine", *_ADAPTED, *_TUNERS)):
             raise PlanError(
                 f"the model is wrapped in {type(inner).__name__}: capture the model inside, or shard it with FSDP2 "
                 "(fully_shard), which wraps nothing"

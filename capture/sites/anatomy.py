@@ -9,7 +9,7 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from residua.capture.runtime.wrappers import core_of, named_modules
+from residua.capture.runtime.wrappers import core_of, layer_inside, named_modules
 from residua.capture.sites.architectures import Family, family_of
 
 ATTENTION_KINDS = ("q", "k", "v", "z", "pattern")
@@ -113,7 +113,7 @@ def n_logits_of(model: nn.Module) -> int | None:
     anatomy = anatomy_of(model)
     if anatomy is None or anatomy.unembedding is None:
         return None
-    found = getattr(anatomy.modules[anatomy.unembedding], "out_features", None)
+    found = getattr(layer_inside(anatomy.modules[anatomy.unembedding]), "out_features", None)
     return found if isinstance(found, int) else None
 
 

@@ -12,7 +12,7 @@ from fnmatch import fnmatchcase
 from torch import nn
 
 from residua.capture.hooks.site import SiteInfo, Via
-from residua.capture.runtime.wrappers import first_name, named_modules
+from residua.capture.runtime.wrappers import first_name, layer_inside, named_modules
 from residua.capture.sites.anatomy import ATTENTION_KINDS, Anatomy, anatomy_of
 from residua.capture.sites.discovery import discover
 from residua.capture.sites.shape_probe import measure_sites, takes_tokens, without_rows
@@ -146,11 +146,11 @@ def _from_family(anatomy: Anatomy, kind: str, layer: int) -> SiteInfo | None:
 
 def _input_width(projection: nn.Module) -> int:
     """Return the input width of a projection; transformers' Conv1D calls it nx."""
-    return _attribute(projection, "in_features" if hasattr(projection, "in_features") else "nx")
+    return _attribute(projection, "in_features" if hasattr(layer_inside(projection), "in_features") else "nx")
 
 
 def _attribute(module: nn.Module, name: str) -> int:
-    width = getattr(module, name)
+    width = getattr(layer_inside(module), name)
     if not isinstance(width, int):
         raise TypeError(f"{type(module).__name__}.{name} is {width!r}, not a width")
     return width

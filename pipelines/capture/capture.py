@@ -24,6 +24,7 @@ from residua.capture.hooks.site import SiteInfo, plan_sites
 from residua.capture.identity.output import OutputSample, output_sample
 from residua.capture.identity.padding import RAN_ALONE, padding_leaks
 from residua.capture.identity.provenance import (
+    adapter_differences,
     changed_conditions,
     compare_behaviour,
     config_differences,
@@ -389,6 +390,8 @@ class CaptureJob(ABC):
         lines = archive.plan.differences(plan)
         if of_config := config_differences(archive.provenance, self.model):  # more helpful than digests that differ
             lines = [line for line in lines if not line.startswith("model.config:")] + of_config
+        if any(line.startswith("model.weights:") for line in lines):
+            lines += adapter_differences(archive.provenance, self.model)
         listed = "\n  ".join(lines)
         raise PlanError(
             f"{archive.path} was begun with another plan:\n  {listed}\n"

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
 import transformers as hf
@@ -14,7 +15,7 @@ import residua
 from residua.analysis.lens.lm_head import load_lm_head
 from residua.capture.identity.lm_head import lm_head_problem
 from residua.store.base.errors import AnalysisError
-from tests.adapters import add_adapter
+from tests.adapters import adapted, lora
 from tests.lm_heads import save_lm_head
 from tests.models.tiny import TINY
 
@@ -45,8 +46,16 @@ def hooked(model: PreTrainedModel) -> None:
     model.get_submodule("lm_head").register_forward_hook(lambda _m, _a, output: output + output.abs().max())
 
 
-def adapted(model: PreTrainedModel) -> None:
-    add_adapter(model, "lm_head")
+def with_adapter(model: PreTrainedModel) -> None:
+    adapted(model, lora("lm_head"))
+
+
+def with_trained_norm(model: PreTrainedModel) -> None:
+    adapted(model, lora("q_proj", modules_to_save=["norm"]))
+
+
+def with_tuned_norm(model: PreTrainedModel) -> None:
+    adapted(model, peft.LNTuningConfig(target_modules=["norm"]))
 
 
 def other_epsilon(model: PreTrainedModel) -> None:
@@ -55,7 +64,14 @@ def other_epsilon(model: PreTrainedModel) -> None:
     norm.forward = lambda hidden: forward(hidden) + 0.5
 
 
-CHANGES: list[Callable[[PreTrainedModel], None]] = [scaled, hooked, adapted, other_epsilon]
+CHANGES: list[Callable[[PreTrainedModel], None]] = [
+    scaled,
+    hooked,
+    with_adapter,
+    with_trained_norm,
+    with_tuned_norm,
+    other_epsilon,
+]
 
 
 @pytest.mark.parametrize("name", TINY)

@@ -240,3 +240,11 @@ def test_version_of() -> None:
     first = compat.version_of(tensor)
     tensor += 1
     assert compat.version_of(tensor) > first
+
+
+def test_packed_codes_of_four_bits_come_back() -> None:
+    from bitsandbytes.functional import _convert_weight_packed_for_cpu, quantize_4bit
+
+    codes, state = quantize_4bit(torch.randn(64, 128), quant_type="nf4")
+    packed, state = _convert_weight_packed_for_cpu(codes.clone(), state)
+    assert torch.equal(compat.unpacked_codes(packed, state), codes)

@@ -17,7 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 import residua
 from residua.store.base.errors import CaptureError, PlanError, ResiduaError
 from residua.store.examples.index import NO_TOKEN, OTHER_INPUTS
-from tests.adapters import PeftModel, add_adapter
+from tests.adapters import adapted, lora
 from tests.models.tiny import LAYERS, LONGEST, TINY, VOCABULARY
 
 IDS = torch.randint(3, VOCABULARY, (2, 9), generator=torch.Generator().manual_seed(0))
@@ -316,16 +316,11 @@ def one_rank() -> Iterator[None]:
     dist.destroy_process_group()
 
 
-def adapted(model: Any) -> nn.Module:
-    add_adapter(model, "q_proj")
-    return PeftModel(model)
-
-
 WRAPPERS: dict[str, Callable[[Any], nn.Module]] = {
     "none": lambda model: model,
     "DDP": DistributedDataParallel,
-    "PEFT": adapted,
-    "both": lambda model: DistributedDataParallel(adapted(model)),
+    "PEFT": lambda model: adapted(model, lora("q_proj")),
+    "both": lambda model: DistributedDataParallel(adapted(model, lora("q_proj"))),
 }
 
 
