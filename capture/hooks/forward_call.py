@@ -98,17 +98,35 @@ class SiteTensor:
     note: Note | None = None
     is_again: bool = False
 
-    def to_site_axes(self, tensor: Tensor) -> Tensor:
-        """Return the site's tensor, or one of its shape such as its gradient, as (batch, positions, ...)."""
+    def to_site(self, tensor: Tensor, *, is_gradient: bool = False) -> Tensor:
+        """Return the site's value, or its gradient, as (batch, positions, ...), from the model's tensor."""
+        tensor = self._scaled(tensor, is_gradient)
         if self.heads_first:
             return tensor.transpose(1, 2)
         if self.info.flat and self.batch_shape is not None:
             return tensor.reshape(*self.batch_shape, *tensor.shape[1:])
         return tensor
 
-    def to_model_axes(self, tensor: Tensor) -> Tensor:
-        """Undo `to_site_axes`: return a tensor with the axes that the model gives the site."""
-        return tensor.transpose(1, 2) if self.heads_first else tensor.reshape(self.tensor.shape)
+    def to_model(self, new: Tensor, old: Tensor, *, is_gradient: bool = False) -> Tensor:
+        """Undo `to_site`: return what replaces the model's tensor.
+
+        Args:
+            new: The site's new value, or its new gradient.
+            old: The model's own tensor; where the new value equals the old one, the result does too, bit for bit.
+            is_gradient: Whether both are gradients.
+        """
+        new = new.transpose(1, 2) if self.heads_first else new.reshape(old.shape)
+        if self.info.factor == 1:
+            return new
+        factor = 1 / self.info.factor if is_gradient else self.info.factor
+        shown = self._scaled(old, is_gradient)
+        # both sides give autograd the same gradient: an adapter that begins with zeros learns too
+        return torch.where(new == shown, old + (new - shown) / factor, new / factor)
+
+    def _scaled(self, tensor: Tensor, is_gradient: bool) -> Tensor:
+        if self.info.factor == 1:
+            return tensor
+        return tensor / self.info.factor if is_gradient else tensor * self.info.factor
 
     def without_values(self) -> "SiteTensor":
         """Return the same with a meta tensor of the same shape, which keeps no memory and no graph alive."""

@@ -45,9 +45,10 @@ def values_of(emit: Emit) -> OnTensor:
     """Return a callback for `attached` that calls ``emit`` with the detached tensor as (batch, positions, ...)."""
 
     def run(found: SiteTensor) -> Tensor | None:
-        value = found.to_site_axes(found.tensor.detach())
+        tensor = found.tensor.detach()
+        value = found.to_site(tensor)
         new = emit(found.info, value)
-        return None if new is None else found.to_model_axes(checked_replacement(value, new, found.info.name))
+        return None if new is None else found.to_model(checked_replacement(value, new, found.info.name), tensor)
 
     return lambda found: found.once(partial(run, found))
 

@@ -36,6 +36,8 @@ class SiteInfo:
             that the module gives it.
         flat: Whether the module has these two axes as one, (batch x positions).
         own: For ``attention`` that a model computes in its own code, where; None if it is read in the interface.
+        factor: What the module's tensor is multiplied by to give the site: what a block adds to the residual stream may
+            be a multiple of a module's output.
         problem: Why the site has no rows, as a sentence, where a run of the model has shown it; else empty.
         n_met: How often a run of the model on a few tokens met the site; None if the model did not run.
     """
@@ -49,6 +51,7 @@ class SiteInfo:
     per_token: bool = True
     flat: bool = False
     own: OwnAttention | None = None
+    factor: float = 1.0
     problem: str = ""
     n_met: int | None = field(default=None, compare=False)
 
@@ -61,7 +64,7 @@ class SiteInfo:
     def where(self) -> str:
         """Where the site is read, for messages: ``model.layers.3.mlp output``."""
         via = "input" if self.via == "stream" else self.via
-        return f"{self.module or 'the model'} {via}"
+        return f"{self.module or 'the model'} {via}" + ("" if self.factor == 1 else f" times {self.factor:.6g}")
 
 
 def refuse_repeated(sites: Mapping[str, SiteInfo]) -> None:

@@ -1,28 +1,37 @@
 """The parts of a block: which modules give what it adds to the residual stream, found by the values of one run.
 
-A block takes a stream ``x`` and returns ``y``. Two outputs of modules in it, ``a`` and ``b``, are looked for, such that
+A block takes a stream ``x`` and returns ``y``. In between it adds, in one to three stages. In each stage one output of
+a module in it, or two, times factors, are added to the stream. The sum is seen where
 
-* in turn: a module takes ``mid = x + a``, and ``y = mid + b`` (norms before the parts);
-* after norms: a norm takes ``x + a`` and gives ``mid``, another takes ``mid + b`` and gives ``y``;
-* side by side: ``y = x + a + b``;
-* alone: ``y = x + a``.
+* a module takes it (a norm before the next stage: the stream is the sum itself), or
+* a module takes it whose output is the stream from there on (a norm after the sum), or
+* the block returns it.
 
-Sums are compared element by element, to the rounding of the model's own data type, and only where the part shows.
+Some blocks begin with a norm, whose output is the stream, or multiply the stream itself by a factor. Sums are compared
+element by element, to the rounding of the model's own data type, and only where the part shows.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
 
 import torch
 from torch import Tensor
 
 from residua.capture.sites.block_run import BlockRun, Event
+from residua.capture.sites.sums import factors_of, likely_sets, nearest
 
-Order = Literal["in turn", "after norms", "side by side", "alone"]
-
-_SHOWN = 0.05  # share of the elements in which a part has to be several times larger than rounding
-_SMALLEST_FACTOR = 1e-6
+_SEARCHES = (
+    # (summands of each stage, whether the stream may have a factor): what is common comes first
+    ((1, 1), False),
+    ((1, 1, 1), False),
+    ((2, 1), False),
+    ((1, 2), False),
+    ((2,), False),
+    ((1,), False),
+    ((1, 1), True),
+    ((1, 1, 1), True),
+    ((1,), True),
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +44,7 @@ class Part:
         factor: What the block multiplies the output by before it adds it.
         flat: Whether the output has examples and positions as one axis.
         also: Other modules with the same output.
+        attends: Whether attention is computed for it.
     """
 
     path: str
@@ -42,38 +52,53 @@ class Part:
     factor: float
     flat: bool
     also: tuple[str, ...] = ()
+    attends: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage:
+    """A sum in a block.
+
+    Attributes:
+        base: The module that takes the stream before the sum (``is_taken``) or gives it; empty for the block itself.
+        is_taken: Whether the base is what a module takes.
+        base_factor: What the stream is multiplied by.
+        parts: What is added.
+        total: The module that takes the sum; empty for what the block returns.
+        begin: When the stream before the sum was there.
+        flat: Whether the base has examples and positions as one axis.
+    """
+
+    base: str
+    is_taken: bool
+    parts: tuple[Part, ...]
+    total: str
+    begin: int
+    base_factor: float = 1.0
+    flat: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
 class Parts:
-    """The parts of one block.
+    """The parts of one block, stage by stage."""
 
-    Attributes:
-        order: How they are added.
-        first: The part that comes first.
-        second: The other one, if there are two.
-        middle: The module that takes the stream between them (in turn) or gives it (after norms).
-        norms: After norms: the modules that take the two sums.
-        activation: The module whose input is what the last linear map of `second` takes.
-        attention: The attention among the two, by a call of transformers' interface or else by its name.
-        mlp: The other, if it calls no attention.
-    """
+    stages: tuple[Stage, ...]
 
-    order: Order
-    first: Part
-    second: Part | None = None
-    middle: Event | None = None
-    norms: tuple[str, str] | None = None
-    activation: str | None = None
-    attention: Part | None = None
-    mlp: Part | None = None
+    @property
+    def all(self) -> tuple[Part, ...]:
+        """The parts of all stages."""
+        return tuple(part for stage in self.stages for part in stage.parts)
 
     @property
     def paths(self) -> set[str]:
         """The modules that matter."""
-        parts = [part for part in (self.first, self.second) if part is not None]
-        others = [self.middle.path if self.middle else None, *(self.norms or ()), self.activation]
-        return {path for path in (*(part.path for part in parts), *others) if path}
+        places = {path for stage in self.stages for path in (stage.base, stage.total)}
+        return {path for path in places | {part.path for part in self.all} if path}
+
+    @property
+    def shape(self) -> tuple[tuple[int, bool], ...]:
+        """How many parts each stage has, and whether a norm comes before it."""
+        return tuple((len(stage.parts), stage.is_taken) for stage in self.stages)
 
 
 def parts_of(run: BlockRun, guess: Parts | None = None) -> Parts | None:
@@ -87,81 +112,149 @@ def parts_of(run: BlockRun, guess: Parts | None = None) -> Parts | None:
             outputs=[event for event in run.outputs if event.path in guess.paths],
         )
         found = _find(few, run.left)
-        if found is not None and found.order == guess.order:
+        if found is not None and found.shape == guess.shape:
             return _described(run, found)
     found = _find(run, run.left)
     return None if found is None else _described(run, found)
 
 
+@dataclass(frozen=True)
+class _Stream:
+    """The residual stream at a time in a block; see `Stage`."""
+
+    values: Tensor
+    time: int
+    path: str
+    is_taken: bool
+    flat: bool = False
+
+
 def _find(run: BlockRun, left: Tensor) -> Parts | None:
-    found = next(_two_in_a_row(run, left), None) or next(_side_by_side(run, left), None)
-    if found is not None:
-        return found
-    for event in reversed(run.outputs):
-        factor = factor_of(left, run.entered, event.values)
-        if factor is not None:
-            return Parts(order="alone", first=_part(event, factor))
+    for counts, scaled in _SEARCHES:
+        for begin in _beginnings(run):
+            stages = next(_chains(run, left, begin, counts, scaled), None)
+            if stages is not None:
+                return Parts(stages=stages)
     return None
 
 
-def _two_in_a_row(run: BlockRun, left: Tensor) -> Iterator[Parts]:
+def _beginnings(run: BlockRun) -> Iterator[_Stream]:
+    """Yield what the stream may be at the beginning: what the block takes, or what a norm makes of it."""
+    yield _Stream(run.entered, 0, "", is_taken=True)
     for taken in run.inputs:
-        first, factor = _summand(run, taken.values, run.entered, before=taken.time)
-        if first is None:
-            continue
-        one = _part(first, factor)
-        second, factor = _summand(run, left, taken.values, after=taken.time)
-        if second is not None:
-            yield Parts(order="in turn", first=one, second=_part(second, factor), middle=taken)
-        yield from _after_norms(run, left, taken, one)
+        if torch.equal(taken.values, run.entered):
+            yield from _given(run, taken, before=None)
 
 
-def _after_norms(run: BlockRun, left: Tensor, taken: Event, one: Part) -> Iterator[Parts]:
-    normed = next((e for e in run.outputs if e.path == taken.path and e.time > taken.time), None)
-    if normed is None:
+def _given(run: BlockRun, taken: Event, before: int | None) -> Iterator[_Stream]:
+    """Yield the stream that a module gives, at the outermost module with the same output that is not the block."""
+    normed = next((event for event in run.outputs if event.path == taken.path and event.time > taken.time), None)
+    if normed is None or (before is not None and normed.time > before):
         return
     same = [event for event in run.outputs if event.time >= normed.time and torch.equal(event.values, normed.values)]
-    for last in run.inputs:
-        gives = (e for e in run.outputs if e.path == last.path and e.time > last.time)
-        if last.time < normed.time or not any(torch.equal(event.values, left) for event in gives):
+    last = max(same, key=lambda event: (event.path.count(".") == 0, event.time))
+    for event in dict.fromkeys((last.time, normed.time)):
+        found = next(each for each in same if each.time == event)
+        yield _Stream(found.values, found.time, found.path, is_taken=False, flat=found.flat)
+
+
+def _chains(
+    run: BlockRun, left: Tensor, stream: _Stream, counts: Sequence[int], scaled: bool
+) -> Iterator[tuple[Stage, ...]]:
+    """Yield the stages from a stream to what the block returns, with so many parts in each."""
+    if len(counts) == 1:
+        yield from ((stage,) for stage in _last_stages(run, left, stream, counts[0], scaled))
+        return
+    for taken in run.inputs:
+        if taken.time <= stream.time or torch.equal(taken.values, stream.values):
             continue
-        second, factor = _summand(run, last.values, normed.values, after=normed.time, before=last.time)
-        if second is not None:
-            middle = max((e for e in same if e.time < second.time), key=lambda e: (e.path.count(".") == 0, e.time))
-            yield Parts(
-                order="after norms",
-                first=one,
-                second=_part(second, factor),
-                middle=middle,
-                norms=(taken.path, last.path),
-            )
+        for stage in _stages(run, stream, taken.values, taken.path, counts[0], scaled, before=taken.time):
+            after = [_Stream(taken.values, taken.time, taken.path, is_taken=True, flat=taken.flat)]
+            for following in (*after, *_given(run, taken, None)):
+                for rest in _chains(run, left, following, counts[1:], scaled):
+                    yield (stage, *rest)
 
 
-def _summand(
-    run: BlockRun, total: Tensor, stream: Tensor, *, after: int = 0, before: int | None = None
-) -> tuple[Event | None, float]:
-    """Return the last output between two times that, times a factor, is ``total - stream``."""
-    for event in reversed(run.outputs):
-        if event.time > after and (before is None or event.time < before):
-            factor = factor_of(total, stream, event.values)
-            if factor is not None:
-                return event, factor
-    return None, 0.0
+def _last_stages(run: BlockRun, left: Tensor, stream: _Stream, count: int, scaled: bool) -> Iterator[Stage]:
+    yield from _stages(run, stream, left, "", count, scaled, before=None)
+    for taken in run.inputs:
+        gives = (event for event in run.outputs if event.path == taken.path and event.time > taken.time)
+        if taken.time > stream.time and any(torch.equal(event.values, left) for event in gives):
+            yield from _stages(run, stream, taken.values, taken.path, count, scaled, before=taken.time)
 
 
-def _side_by_side(run: BlockRun, left: Tensor) -> Iterator[Parts]:
-    for i, late in enumerate(reversed(run.outputs)):
-        for early in list(reversed(run.outputs))[i + 1 :]:
-            nested = f"{early.path}.".startswith(f"{late.path}.") or f"{late.path}.".startswith(f"{early.path}.")
-            if nested or torch.equal(early.values, late.values):
-                continue
-            one, other = early.values, late.values
-            if is_sum(left, run.entered, one, other) and _shows(run.entered, one) and _shows(run.entered, other):
-                yield Parts(order="side by side", first=_part(early, 1.0), second=_part(late, 1.0))
+def _stages(
+    run: BlockRun, stream: _Stream, total: Tensor, path: str, count: int, scaled: bool, *, before: int | None
+) -> Iterator[Stage]:
+    """Yield the stages that make `total` of a stream, with the latest outputs first."""
+    events = [e for e in run.outputs if e.time > stream.time and (before is None or e.time < before)]
+    events = [event for event in events if not torch.equal(event.values, total)]
+    if scaled:
+        sets: Iterator[tuple[int, ...]] = ((number,) for number in reversed(range(len(events))))
+    else:
+        sets = likely_sets(total, stream.values, [event.values for event in events], count)
+    for numbers in sets:
+        chosen = [events[number] for number in numbers]
+        if any(_is_within(a.path, b.path) for a in chosen for b in chosen if a is not b):
+            continue
+        factors = factors_of(total, stream.values, [event.values for event in chosen], scaled=scaled)
+        if factors is None:
+            continue
+        exact = _exact(run, factors, total, [stream.values, *(event.values for event in chosen)])
+        parts = (
+            Part(path=event.path, time=event.time, factor=factor, flat=event.flat)
+            for event, factor in zip(chosen, exact[1:], strict=True)
+        )
+        yield Stage(
+            base=stream.path,
+            is_taken=stream.is_taken,
+            base_factor=exact[0],
+            parts=tuple(parts),
+            total=path,
+            begin=stream.time,
+            flat=stream.flat,
+        )
 
 
-def _part(event: Event, factor: float) -> Part:
-    return Part(path=event.path, time=event.time, factor=factor, flat=event.flat)
+def _is_within(path: str, other: str) -> bool:
+    return f"{path}.".startswith(f"{other}.") or f"{other}.".startswith(f"{path}.")
+
+
+def _exact(run: BlockRun, factors: Sequence[float], total: Tensor, terms: Sequence[Tensor]) -> tuple[float, ...]:
+    """Return the factors as the block has them, in an attribute or a buffer of one number, where it has them."""
+    found = list(factors)
+    for number, factor in enumerate(factors):
+
+        def agrees(value: float, number: int = number) -> bool:
+            scales = [*found[:number], value, *found[number + 1 :]]
+            summed = [tensor * scale for tensor, scale in zip(terms, scales, strict=True)]
+            return len(terms) > _PAIR or torch.equal(summed[0] + summed[1], total)
+
+        found[number] = nearest(_numbers_in(run), factor, total.dtype, agrees)
+    return tuple(found)
+
+
+_PAIR = 2  # the order in which more terms are added is not known, and so neither are their last bits
+
+
+def _numbers_in(run: BlockRun) -> Iterator[float]:
+    for module in run.module.modules():
+        yield from (float(value) for value in vars(module).values() if type(value) in (int, float))
+        buffers = module.buffers(recurse=False)
+        yield from (float(buffer) for buffer in buffers if buffer.numel() == 1 and buffer.is_floating_point())
+
+
+def _described(run: BlockRun, parts: Parts) -> Parts:
+    """Say for which parts attention is computed."""
+    stages = list(parts.stages)
+    for number, stage in enumerate(stages):
+        end = stages[number + 1].begin if number + 1 < len(stages) else None
+        calls = [path for time, path in run.attention if time > stage.begin and (end is None or time < end)]
+        described = [_with_equals(run, part) for part in stage.parts]
+        is_alone = len(described) == 1 and len(stages) > 1
+        marked = (replace(p, attends=bool(calls) if is_alone else any(_is_in(c, p) for c in calls)) for p in described)
+        stages[number] = replace(stage, parts=tuple(marked))
+    return replace(parts, stages=tuple(stages))
 
 
 def _with_equals(run: BlockRun, part: Part) -> Part:
@@ -170,54 +263,17 @@ def _with_equals(run: BlockRun, part: Part) -> Part:
     return replace(part, also=tuple(also))
 
 
-def _described(run: BlockRun, parts: Parts) -> Parts:
-    """Say which part is attention, and find the activations."""
-    first = _with_equals(run, parts.first)
-    second = None if parts.second is None else _with_equals(run, parts.second)
-    if parts.order in ("in turn", "after norms") and parts.middle is not None:
-        between = parts.middle.time
-        calls_first = [path for time, path in run.attention if time < between]
-        calls_second = [path for time, path in run.attention if time > between]
-    else:
-        calls_first, calls_second = (
-            [] if part is None else [path for _, path in run.attention if _is_in(path, part)]
-            for part in (first, second)
-        )
-    attends_first = bool(calls_first) or (not run.attention and _is_named_attention(first))
-    attends_second = bool(calls_second) or (not run.attention and second is not None and _is_named_attention(second))
-    attention = mlp = None
-    if attends_first != attends_second:
-        attention = first if attends_first else second
-        mlp = second if attends_first else first
-    elif second is not None and not attends_first and parts.order != "side by side":
-        mlp = second
-    activation = None if mlp is None or parts.order == "alone" else _activation(run, parts, mlp)
-    return replace(
-        parts,
-        first=first,
-        second=second,
-        attention=attention,
-        mlp=mlp if second is not None else None,
-        activation=activation,
-    )
-
-
 def _is_in(path: str, part: Part) -> bool:
     return any(f"{path}.".startswith(f"{each}.") for each in (part.path, *part.also))
 
 
-def _is_named_attention(part: Part) -> bool:
-    return any("att" in path.lower() for path in (part.path, *part.also))
-
-
-def _activation(run: BlockRun, parts: Parts, mlp: Part) -> str | None:
-    """Return the last linear map of the MLP, whose output is the part or becomes it in one more module."""
+def activation_of(run: BlockRun, stage: Stage, mlp: Part) -> str | None:
+    """Return the last linear map of an MLP, whose output is the part or becomes it in one more module."""
     values = next(event.values for event in run.outputs if event.time == mlp.time)
-    begin = parts.middle.time if parts.middle is not None else 0
     linear = None
     for event in run.outputs:
         weight = getattr(run.module.get_submodule(event.path), "weight", None)
-        if not begin < event.time <= mlp.time or not isinstance(weight, Tensor) or weight.ndim != 2:
+        if not stage.begin < event.time <= mlp.time or not isinstance(weight, Tensor) or weight.ndim != 2:
             continue
         if torch.equal(event.values, values) or _becomes(run, event, values):
             linear = event.path
@@ -227,36 +283,3 @@ def _activation(run: BlockRun, parts: Parts, mlp: Part) -> str | None:
 def _becomes(run: BlockRun, event: Event, values: Tensor) -> bool:
     takers = {e.path for e in run.inputs if e.time > event.time and torch.equal(e.values, event.values)}
     return any(e.path in takers and e.time > event.time and torch.equal(e.values, values) for e in run.outputs)
-
-
-def factor_of(total: Tensor, stream: Tensor, part: Tensor) -> float | None:
-    """Return the factor c with ``total = stream + c * part``, to the rounding of the sum; None if there is none.
-
-    Args:
-        total: What a module takes or a block returns.
-        stream: What is added to.
-        part: What may be added.
-    """
-    added, unscaled = total.double() - stream.double(), part.double()
-    square = float((unscaled * unscaled).sum())
-    if square == 0 or not _shows(stream, added):
-        return None
-    factor = float((added * unscaled).sum()) / square
-    for each in (1.0, factor):
-        if abs(each) > _SMALLEST_FACTOR and is_sum(total, stream, each * unscaled):
-            return each
-    return None
-
-
-def is_sum(total: Tensor, stream: Tensor, *parts: Tensor) -> bool:
-    """Return whether ``total`` is the sum of the others, element by element, to the rounding of its data type."""
-    summands = torch.stack([tensor.double() for tensor in (stream, *parts)])
-    error = (total.double() - summands.sum(0)).abs()
-    size = summands.abs().sum(0) + total.double().abs()
-    return bool((error <= 2 * torch.finfo(total.dtype).eps * size).all())
-
-
-def _shows(stream: Tensor, part: Tensor) -> bool:
-    """Return whether a part is larger than rounding in enough elements, so that a wrong one would be noticed."""
-    rounding = torch.finfo(stream.dtype).eps
-    return float((part.float().abs() > 8 * rounding * stream.float().abs()).float().mean()) > _SHOWN

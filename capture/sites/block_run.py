@@ -12,8 +12,11 @@ from typing import Any, Generic, Self, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
 
 from residua.capture.hooks.attention import AttentionTap, intercepting
+from residua.capture.hooks.own_attention import FUSED, SOFTMAX
 from residua.capture.runtime.module_io import input_item, output_item
 from residua.store.base.errors import CaptureError
 
@@ -50,8 +53,10 @@ class BlockRun:
         left: What it returned.
         inputs: What entered modules in it, as far as it has as many elements as `entered`.
         outputs: What left modules in it, likewise.
-        attention: When transformers' attention interface was called, and the module that called it.
+        attention: When attention was computed, and in which module: by a call of transformers' attention interface, or
+            by a softmax of the module's own over keys.
         shapes: Shape and dtype of what last entered each module in it.
+        running: The modules in it that are running, the innermost last.
     """
 
     path: str
@@ -62,6 +67,7 @@ class BlockRun:
     outputs: list[Event] = field(default_factory=list)
     attention: list[tuple[int, str]] = field(default_factory=list)
     shapes: dict[str, tuple[tuple[int, ...], torch.dtype]] = field(default_factory=dict)
+    running: list[str] = field(default_factory=list)
     _time: int = 0
 
     def leave_out_repeated(self) -> None:
@@ -118,6 +124,8 @@ class BlockWatch(Generic[FoundT]):
                 if self._look is not None:
                     _watch_inside(block, path, self._runs, stack)
                 stack.callback(block.register_forward_hook(partial(self._end, path)).remove)
+            if self._look is not None:
+                stack.enter_context(_SoftmaxClock(self._runs))
             self._stack = stack.pop_all()
         return self
 
@@ -160,12 +168,16 @@ def _watch_inside(block: nn.Module, block_path: str, runs: Mapping[str, BlockRun
 def _around(block: str, path: str, runs: Mapping[str, BlockRun]) -> tuple[Callable[..., None], Callable[..., None]]:
     def before(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         tensor = _tensor(lambda: input_item(args, kwargs, None, path))
+        if block in runs:
+            runs[block].running.append(path)
         if tensor is not None and block in runs:
             runs[block].shapes[path] = (tuple(tensor.shape), tensor.dtype)
             runs[block].note(runs[block].inputs, path, tensor)
 
     def after(_module: nn.Module, _args: object, output: Any) -> None:
         tensor = _tensor(lambda: output_item(output, None, path))
+        if block in runs:
+            runs[block].running.remove(path)
         if tensor is not None and block in runs:
             runs[block].note(runs[block].outputs, path, tensor)
 
@@ -198,6 +210,41 @@ class _AttentionClock(AttentionTap):
         del arguments
         if run := self._runs.get(self._block):
             run.attention.append((run.tick(), self._path))
+
+
+class _SoftmaxClock(TorchFunctionMode):
+    """Notes when a block computes attention by itself.
+
+    Args:
+        runs: The blocks that are running.
+    """
+
+    def __init__(self, runs: Mapping[str, BlockRun]) -> None:
+        super().__init__()
+        self._runs = runs
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Compute as always, and note a softmax over keys."""
+        result = func(*args, **(kwargs or {}))
+        if func in _FUSED or (func in SOFTMAX and _is_over_keys(result)):
+            for run in self._runs.values():
+                run.attention.append((run.tick(), run.running[-1] if run.running else ""))
+        return result
+
+
+_FUSED = (FUSED, functional.multi_head_attention_forward)
+
+
+def _is_over_keys(weights: Tensor) -> bool:
+    """Return whether weights are of (batch, heads, queries, keys), or the same with two axes as one."""
+    if weights.ndim >= _HEADS_APART:
+        return True
+    return weights.ndim == _HEADS_APART - 1 and weights.shape[-1] == weights.shape[-2] > 1
+
+
+_HEADS_APART = 4
 
 
 def _tensor(take: Callable[[], Tensor]) -> Tensor | None:

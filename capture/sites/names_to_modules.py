@@ -246,6 +246,8 @@ def _reason(model: nn.Module, anatomy: Anatomy | None, kind: str, problems: Mapp
             "a mixture of experts has hidden activations only inside its experts, for the tokens routed to each; "
             f"use mlp_out, or module:{anatomy.blocks[0]}.mlp.gate@output for the router"
         )
+    if kind == "mixer_out":
+        return f"{name} has none: its blocks have no sequence mixer other than attention; use attn_out"
     return f"{name} has none: {anatomy.family.lacks[kind]}"
 
 

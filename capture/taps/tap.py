@@ -189,9 +189,10 @@ class Tap:
             return self._apply(site_tensor, gradient)
 
     def _apply(self, site_tensor: SiteTensor, tensor: Tensor) -> Tensor | None:
-        shown = site_tensor.to_site_axes(tensor if self._differentiable else tensor.detach())
+        old = tensor if self._differentiable else tensor.detach()
+        shown = site_tensor.to_site(old, is_gradient=self._backward)
         new = self._run_on(site_tensor, shown, partial(self._run, site_tensor.info.name), is_gradient=self._backward)
-        return None if new is None else site_tensor.to_model_axes(new)
+        return None if new is None else site_tensor.to_model(new, old, is_gradient=self._backward)
 
     def _run(self, name: str, tensor: Tensor) -> Tensor | None:
         new = self._function(name, tensor)

@@ -37,6 +37,7 @@ LAYER_KINDS = (
     "pattern",
     "z",
     "attn_out",
+    "mixer_out",
     "resid_mid",
     *CROSS_KINDS,
     "mlp_act",

@@ -136,13 +136,6 @@ def test_what_is_not_a_residual_stream_of_tokens_is_not_called_one(name: str, lo
     assert torch.equal(kept["logits"], plain.logits)
 
 
-def test_a_factor_is_no_attn_out() -> None:
-    model = UNLIKE["granite"]()
-    assert "attn_out.0" not in model_sites(model)
-    with pytest.raises(UnknownSiteError, match=r"0\.5 times what self_attn gives"):
-        resolve_sites(model, "attn_out.0")
-
-
 def test_an_embedding_without_attributes_is_measured() -> None:
     sites = model_sites(UNLIKE["ibert"]())
     assert sites["logits"].row_shape == (97,)

@@ -1,0 +1,179 @@
+"""Runs that show what the parts of blocks do: whether sums follow other values, and which parts mix positions.
+
+Each run is over a few tokens or images; all blocks are tried in the same run.
+"""
+
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from residua.capture.hooks.forward_call import probing
+from residua.capture.hooks.hooks import attached, values_of
+from residua.capture.hooks.site import SiteInfo
+from residua.capture.runtime.wrappers import named_modules
+from residua.capture.sites.block_parts import Part, Parts, Stage
+from residua.capture.sites.shape_probe import probes_of, run_probe
+from residua.capture.sites.sums import is_sum
+
+_NOISE = 4  # a value that follows from another one differs by more than so many units in the last place
+
+
+def stages_that_fail(model: nn.Module, blocks: Mapping[str, Parts]) -> dict[str, tuple[int, ...]]:
+    """Run a model with another value at each part and each stream between stages; see which sums do not follow.
+
+    Args:
+        model: The model.
+        blocks: From the path of a block to its parts.
+
+    Returns:
+        From the path of a block to the numbers of its stages whose sum is another one.
+
+    Raises:
+        CaptureError: The model does not run.
+    """
+    given: dict[str, Tensor] = {}
+    put: dict[str, Tensor] = {}
+    places = {path: _Places(path, parts) for path, parts in blocks.items()}
+    changed = {info.name for each in places.values() for info in (*each.parts, *each.bases[1:])}
+
+    def exchange(info: SiteInfo, tensor: Tensor) -> Tensor | None:
+        given[info.name] = put[info.name] = tensor.clone()
+        if info.name not in changed:
+            return None
+        put[info.name] = tensor + _disturbance(tensor)
+        return put[info.name].clone()  # the model may change it in place
+
+    _run(model, places, exchange)
+    return {
+        path: tuple(
+            number
+            for number, stage in enumerate(blocks[path].stages)
+            if not _follows(stage, each.names_of(number), given, put)
+        )
+        for path, each in places.items()
+    }
+
+
+def parts_that_mix(model: nn.Module, blocks: Mapping[str, Parts]) -> dict[str, frozenset[str]]:
+    """Find the parts that carry something from one position to another, as a sequence mixer does and an MLP does not.
+
+    The model runs twice. In the second run each stage takes the same stream as in the first, except at the first
+    position; a part that is another one at the last position mixes.
+
+    Args:
+        model: The model.
+        blocks: From the path of a block to its parts.
+
+    Returns:
+        From the path of a block to the paths of the parts that mix.
+
+    Raises:
+        CaptureError: The model does not run.
+    """
+    if not blocks:
+        return {}
+    shape = probes_of(model)[0]
+    places = {path: _Places(path, parts) for path, parts in blocks.items()}
+    bases = {info.name for each in places.values() for info in each.bases}
+    first: dict[str, Tensor] = {}
+    second: dict[str, Tensor] = {}
+
+    def keep(info: SiteInfo, tensor: Tensor) -> None:
+        first[info.name] = tensor.clone()
+
+    def disturb(info: SiteInfo, tensor: Tensor) -> Tensor | None:
+        if info.name not in bases or info.name not in first:
+            second[info.name] = tensor.clone()
+            return None
+        new = first[info.name].clone()
+        by_position = new.view(*shape, -1)  # whether the two axes are one or not
+        by_position[:, 0] += _NOISE * _disturbance(by_position[:, 0])
+        return new
+
+    _run(model, places, keep)
+    _run(model, places, disturb)
+    return {path: frozenset(each.mixing(first, second, shape)) for path, each in places.items()}
+
+
+def _run(model: nn.Module, places: Mapping[str, "_Places"], emit: Callable[[SiteInfo, Tensor], Tensor | None]) -> None:
+    sites = {info.name: info for each in places.values() for info in each.all}
+    with probing(), attached(named_modules(model), sites.values(), values_of(emit)):
+        run_probe(model, probes_of(model)[0])
+
+
+def _disturbance(tensor: Tensor) -> Tensor:
+    """Return numbers as large as the tensor's, which differ from place to place; no random numbers are used up."""
+    steps = torch.arange(tensor.numel(), device=tensor.device).view(tensor.shape)
+    return ((steps % 7 - 3) * (tensor.float().std() / 2)).to(tensor.dtype)
+
+
+class _Places:
+    """The places of one block at which its sums are read.
+
+    Args:
+        block: Path of the block.
+        parts: Its parts.
+    """
+
+    def __init__(self, block: str, parts: Parts) -> None:
+        self._block = block
+        self._stages = parts.stages
+        self.bases = [self._base(number, stage) for number, stage in enumerate(parts.stages)]
+        self.parts = [self._part(part) for part in parts.all]
+        self._totals = [self._total(stage) for stage in parts.stages]
+
+    @property
+    def all(self) -> list[SiteInfo]:
+        """All places, those that are written before those that are read at the same module."""
+        return [*self.parts, *self._totals, *self.bases]
+
+    def names_of(self, number: int) -> tuple[str, tuple[str, ...], str]:
+        """Return the names of a stage's base, parts and total."""
+        parts = tuple(self._part(part).name for part in self._stages[number].parts)
+        return self.bases[number].name, parts, self._totals[number].name
+
+    def mixing(self, first: Mapping[str, Tensor], second: Mapping[str, Tensor], shape: tuple[int, int]) -> list[str]:
+        """Return the paths of the parts that differ at the last position of two runs of (examples, positions)."""
+        found = []
+        for stage in self._stages:
+            for part in stage.parts:
+                name = self._part(part).name
+                if name not in first or name not in second:
+                    continue
+                before, after = (run[name].view(*shape, -1)[:, -1] for run in (first, second))
+                slack = _NOISE * torch.finfo(before.dtype).eps * before.abs().amax()
+                if bool(((after - before).abs() > slack).any()):
+                    found.append(part.path)
+        return found
+
+    def _base(self, number: int, stage: Stage) -> SiteInfo:
+        if not stage.base:
+            return _place(self._block, "input")
+        path = f"{self._block}.{stage.base}"
+        if not stage.is_taken:
+            return _place(path, "output")
+        return _place(path, "stream") if number else _place(path, "input")
+
+    def _part(self, part: Part) -> SiteInfo:
+        return _place(f"{self._block}.{part.path}", "output")
+
+    def _total(self, stage: Stage) -> SiteInfo:
+        return _place(f"{self._block}.{stage.total}", "input") if stage.total else _place(self._block, "output")
+
+
+def _place(module: str, via: str) -> SiteInfo:
+    name = f"module:{module}@{'output' if via == 'output' else 'input'}"
+    return SiteInfo(name=name, row_shape=None, dtype=None, module=module, via=via)  # type: ignore[arg-type]  # a Via
+
+
+def _follows(
+    stage: Stage, names: tuple[str, tuple[str, ...], str], given: Mapping[str, Tensor], put: Mapping[str, Tensor]
+) -> bool:
+    base, parts, total = names
+    if not all(name in put for name in (base, *parts, total)):
+        return False
+    like = put[base]
+    terms = [stage.base_factor * like.double()]
+    terms += [part.factor * put[name].double().view_as(like) for part, name in zip(stage.parts, parts, strict=True)]
+    return is_sum(given[total].view_as(like), *terms)
