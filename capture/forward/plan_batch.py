@@ -1,11 +1,12 @@
 """Examples of an archive as one padded batch, as its plan says: their tokens, the padding, and where rows lie."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from residua.capture.buffers.row_index import ExampleRows
 from residua.capture.forward.inputs import PaddedBatch, padded_batch
@@ -19,10 +20,13 @@ class PlanBatch:
     Attributes:
         padded: Their tokens, padded to one length.
         rows: Per example, in batch order, its tokens, its kept positions, and where these lie in the batch.
+        inputs: What goes into the model beside tokens and mask, by name: a tensor with an entry for each example, or
+            for each position of each.
     """
 
     padded: PaddedBatch
     rows: list[ExampleRows]
+    inputs: Mapping[str, Tensor] = field(default_factory=dict)
 
     @property
     def n_positions(self) -> int:
@@ -39,6 +43,7 @@ def microbatches(batch: PlanBatch, n: int) -> list[PlanBatch]:
         PlanBatch(
             padded=PaddedBatch(input_ids=padded.input_ids[span], attention_mask=padded.attention_mask[span]),
             rows=batch.rows[span],
+            inputs={name: tensor[span] for name, tensor in batch.inputs.items()},
         )
         for span in spans
     ]
@@ -53,7 +58,10 @@ def one_by_one(batch: PlanBatch) -> list[PlanBatch]:
             input_ids=batch.padded.input_ids[number : number + 1, span],
             attention_mask=batch.padded.attention_mask[number : number + 1, span],
         )
-        found.append(PlanBatch(padded=padded, rows=[replace(example, padded=example.padded - span.start)]))
+        inputs = {name: tensor[number : number + 1] for name, tensor in batch.inputs.items()}
+        cut = {name: tensor if tensor.ndim == 1 else tensor[:, span] for name, tensor in inputs.items()}
+        rows = [replace(example, padded=example.padded - span.start)]
+        found.append(PlanBatch(padded=padded, rows=rows, inputs=cut))
     return found
 
 

@@ -46,6 +46,7 @@ _WITHOUT_EFFECT = {  # on activations: targets of a loss, and what is read above
 }
 _TOKEN_TYPES = (torch.int64, torch.int32, torch.int16)
 _POSITION_AXES = 2
+_FEW_NUMBERS = 8  # of a token, such as the corners of its box
 _TEXT_PLANE_FIRST = 4  # position_ids of (4, examples, positions): those of the text, then those of three axes
 _GENERATED = "To record generated text, generate first, outside the recorder, then call the model on full sequences."
 
@@ -113,7 +114,8 @@ def read_call(
             "examples were padded on the left and the model got no position_ids, so it may have counted padding: the "
             "position of a row counts tokens only, from 0"
         )
-    return Call(input_ids=ids, mask=mask, starts=starts, others=others, notes=tuple(notes))
+    inputs = {name: found for name in others if (found := _small_numbers(given[name], shape)) is not None}
+    return Call(input_ids=ids, mask=mask, starts=starts, others=others, inputs=inputs, notes=tuple(notes))
 
 
 def _refuse_past(given: Mapping[str, object]) -> None:
@@ -355,6 +357,18 @@ def _other_inputs(given: Mapping[str, object], tokens: Tensor | None) -> tuple[s
     if isinstance(planes, Tensor) and planes.ndim > _POSITION_AXES:
         found.append("position_ids")
     return tuple(found)
+
+
+def _small_numbers(value: object, shape: tuple[int, ...]) -> npt.NDArray[np.int64] | None:
+    """Return an input that an archive can keep: whole numbers, one for each example, or few for each token."""
+    if not isinstance(value, Tensor) or value.dtype not in _TOKEN_TYPES or not value.numel():
+        return None
+    by_example = tuple(value.shape) == shape[:1]
+    by_token = tuple(value.shape[:2]) == shape and value[0, 0].numel() <= _FEW_NUMBERS
+    if not (by_example or (by_token and value.ndim <= _POSITION_AXES + 1)):
+        return None
+    found: npt.NDArray[np.int64] = value.detach().cpu().numpy().astype(np.int64)
+    return found
 
 
 def _has_tensor(value: object) -> bool:

@@ -1,7 +1,7 @@
 """One call of the user's model: its tokens, mask and examples, and whether all processes make the same call."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TypeAlias
 
 import numpy as np
@@ -15,7 +15,7 @@ from residua.capture.hooks.site import SiteInfo
 from residua.capture.runtime.collectives import device_of, on_rank
 from residua.capture.runtime.process_groups import pipeline_group, tensor_parallel_group
 from residua.store.base.errors import CaptureError, PlanError
-from residua.store.examples.index import NO_TOKEN, OTHER_INPUTS, Example
+from residua.store.examples.index import INPUT_PREFIX, NO_TOKEN, OTHER_INPUTS, Example
 from residua.store.storage.crc import crc32c
 
 Column: TypeAlias = "Sequence[object] | torch.Tensor | npt.NDArray[np.generic]"
@@ -33,6 +33,8 @@ class Call:
         mask: Which positions are tokens and not padding, (sequences, positions).
         starts: At which tokens a document begins, (sequences, positions); None if each sequence is one.
         others: Names of what the call had beside tokens and mask.
+        inputs: Those of them that are small, whole numbers: int64 of shape (sequences,), (sequences, positions) or
+            (sequences, positions, few).
         notes: What a reader of the rows should know, one sentence each.
     """
 
@@ -40,6 +42,7 @@ class Call:
     mask: npt.NDArray[np.bool_]
     starts: npt.NDArray[np.bool_] | None = None
     others: tuple[str, ...] = ()
+    inputs: Mapping[str, npt.NDArray[np.int64]] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
 
     @property
@@ -51,7 +54,7 @@ class Call:
         """Return the call with one row for each sequence as a whole, whatever tokens it has."""
         whole = np.ones((len(self.mask), 1), np.bool_)
         note = "a row is a whole example: the sites are not computed from tokens alone, and say nothing of one token"
-        return replace(self, input_ids=None, mask=whole, starts=None, notes=(*self.notes, note))
+        return replace(self, input_ids=None, mask=whole, starts=None, inputs={}, notes=(*self.notes, note))
 
     def documents(self) -> Iterator[tuple[int, npt.NDArray[np.int64]]]:
         """Yield the sequence of each example, and the padded positions of its tokens."""
@@ -98,6 +101,9 @@ class Call:
             own = {name: column[number - first_example] for name, column in values.items()}
             if self.others:
                 own[OTHER_INPUTS] = list(self.others)
+            for name, numbers in self.inputs.items():
+                of_sequence = numbers[sequence]
+                own[INPUT_PREFIX + name] = (of_sequence[padded] if of_sequence.ndim else of_sequence).tolist()
             examples.append(Example(input_ids=ids, positions=positions, columns=own))
             rows.append(
                 ExampleRows(example=number, first_row=first_row, input_ids=ids, positions=positions, padded=padded)
@@ -109,7 +115,7 @@ class Call:
         """Return the columns with one plain value per example, given one per example or one per sequence."""
         found = dict[str, Sequence[object]]()
         for name, given in columns.items():
-            if name == OTHER_INPUTS:
+            if name == OTHER_INPUTS or name.startswith(INPUT_PREFIX):
                 raise CaptureError(f"column {name!r} is written by the recorder itself: choose another name")
             values = given.tolist() if isinstance(given, torch.Tensor | np.ndarray) else given
             if len(values) == len(sequence_of):
@@ -161,7 +167,8 @@ class SameCalls:
         if not self._groups:
             return
         content_hash = 0
-        for array in (np.array(call.shape), call.input_ids, call.mask, call.starts, keep):
+        inputs = (call.inputs[name] for name in sorted(call.inputs))
+        for array in (np.array(call.shape), call.input_ids, call.mask, call.starts, keep, *inputs):
             if array is not None:
                 content_hash = crc32c(np.ascontiguousarray(array).view(np.uint8).reshape(-1), content_hash)
         ends = torch.tensor([content_hash, -content_hash])

@@ -8,7 +8,7 @@ for `record`, whose taps capture what follows.
 Legend: `B` examples in the batch, `T` padded positions, `H` heads, `K` keys, `V` vocabulary.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Literal, TypeVar
@@ -47,7 +47,7 @@ from residua.capture.sites.reference_model import unsharded_anatomy, unsharded_s
 from residua.capture.taps.pipeline_gradients import end_here
 from residua.capture.taps.reading import Taps
 from residua.capture.taps.tap import tap
-from residua.store.base.errors import CaptureError, NotCapturedError, PlanError
+from residua.store.base.errors import CaptureError, NotCapturedError, PlanError, few
 from residua.store.edits.edit import Edit
 from residua.store.examples.schedule import Batch
 from residua.store.read.archive import Archive
@@ -100,6 +100,7 @@ class Replayer:
         at: Sites whose stored rows go in; without any, the model runs in full.
         edits: The edits, in order.
         force: Accept a model that is not the captured one, and examples whose further inputs are not stored.
+        inputs: Further inputs of the model, by name, for the examples of a batch in their order.
         tensor_parallel: As for `tap`.
         checked: The result of comparing the model with the archive, if that was done already.
 
@@ -109,6 +110,7 @@ class Replayer:
         edits: The prepared edits.
         model: The model as it was given.
         group: `tensor_parallel`.
+        recorded: What examples were recorded with beside tokens and mask.
         start: Where the stored rows go in.
         checked: The result of comparing the model with the archive.
         notes: What a reader of the results has to know, one sentence each.
@@ -127,14 +129,15 @@ class Replayer:
         edits: Sequence[Edit] = (),
         force: bool = False,
         tensor_parallel: ProcessGroup | DeviceMesh | None = None,
+        inputs: Mapping[str, Tensor] | None = None,
         checked: ModelCheck | None = None,
     ) -> None:
         self.archive = archive
         self.stored = StoredRows(archive)
         self.model = model
         self.group = tensor_parallel
-        self._recorded = RecordedInputs(archive, force=force)
         self._anatomy = _language_model(model)
+        self.recorded = RecordedInputs(archive, self._anatomy.model, given=inputs, force=force)
         places = [] if at is None else [at] if isinstance(at, str) else list(at)
         self.start = start_of(archive.select(places) if places else (), self._anatomy)
         self._infos: dict[str, SiteInfo] = {}
@@ -153,7 +156,7 @@ class Replayer:
         if is_sharded(model):
             padding_leaks(model)  # now, when all workers are here: their batches may differ
         self._edited_infos = [info for edit in self.edits for info in edit.infos.values()]
-        notes = [*self.checked.notes, *self._recorded.notes, *storage_notes(archive, infos, self.edits)]
+        notes = [*self.checked.notes, *self.recorded.notes, *storage_notes(archive, infos, self.edits)]
         self.notes = tuple(dict.fromkeys([*notes, *attention_notes(self.core, self._edited_infos)]))
 
     @property
@@ -207,7 +210,7 @@ class Replayer:
         wrong = [number for number in examples if not 0 <= number < len(table)]
         if wrong or not examples:
             raise PlanError(f"examples {wrong[:3]}: the archive has {len(table):,}, counted from 0; name at least one")
-        self._recorded.require(examples)
+        self.recorded.require(examples)
         side = padding or self.archive.plan.padding
         batch = plan_batch(table, examples, side=side, device=input_device(self.core))
         for example in batch.rows:
@@ -215,7 +218,7 @@ class Replayer:
                 raise NotCapturedError(
                     f"example {example.example} is not captured completely yet: choose an earlier one"
                 )
-        return batch
+        return replace(batch, inputs=self.recorded.of(batch))
 
     def check(self, batches: Iterable[PlanBatch]) -> tuple[str, ...]:
         """Check everything that `run` needs for some batches, so that it fails before the model runs or never.
@@ -275,6 +278,11 @@ class Replayer:
         ran_alone = self.archive.plan.batch_tokens == 1
         if len(batch.rows) == 1 or (n_lengths == 1 and (grad or not ran_alone)) or not padding_leaks(self.model):
             return [batch]
+        if self.recorded.given:
+            raise PlanError(
+                f"inputs of {len(batch.rows)} examples were given, and padding changes the rows of this model, so they "
+                "have to run one by one: replay one example at a time"
+            )
         if grad:
             raise PlanError(
                 f"gradients of {len(batch.rows)} examples of {n_lengths} lengths were asked for, and padding changes "
@@ -317,6 +325,11 @@ class Replayer:
         stage_model = stage_model_of(self.core)
         if stage_model is None:
             return _joined([self._pass(one, keep, edited=edited, grad=grad) for one in self.passes(batch, grad=grad)])
+        if batch.inputs or self.recorded.given:
+            raise PlanError(
+                f"a torch pipeline takes tokens alone, and these examples ran with "
+                f"{few([*batch.inputs, *self.recorded.given])}: replay the model in one process"
+            )
         if grad:
             raise PlanError(
                 "gradients were asked for of a torch pipeline, whose schedule alone runs backward passes: tap its "
@@ -340,6 +353,9 @@ class Replayer:
 
         padded, core = batch.padded, runnable(self.core)
         kwargs = forward_kwargs(core, padded.input_ids, padded.attention_mask)
+        if self.recorded.given:
+            kwargs.pop("position_ids", None)  # images and the like have a say in positions
+        kwargs |= {**batch.inputs, **self.recorded.given}
         with (
             torch.set_grad_enabled(grad),
             self.changing(batch, edited=edited, keep=keep, on_kept=on_kept, leaves=nodes if grad else None),
@@ -503,6 +519,7 @@ class CapturedReplay:
         self.changed = replayer.changed_sites
         self._replayer = replayer
         self._examples = examples
+        replayer.recorded.refuse(examples.tolist(), "a capture of a replay")
 
     def prefetching(self, batches: Iterable[Batch]) -> Iterator[Batch]:
         """Yield batches of the new archive; the rows that go into the next one are read meanwhile."""

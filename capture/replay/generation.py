@@ -69,6 +69,7 @@ def generate(
     given, own = _with_defaults(core, options, max_new_tokens)
     config, others = merged_generation_config(core, given, own)
     _refuse_options(config, others, is_changed=bool(replayer.changed_sites))
+    replayer.recorded.refuse(examples, "generation")
     batches = [replayer.batch(examples, padding="left")]
     has_padding = not bool(batches[0].padded.attention_mask.all())
     if _runs_alone(config, others) or (has_padding and padding_leaks(replayer.model, side="left")):

@@ -1,16 +1,26 @@
-"""Examples of a user's own loop that ran with more than tokens and mask: images, token types, embeddings.
+"""Examples of a user's own loop that ran with more than tokens and mask: images, token types, boxes, embeddings.
 
-An archive keeps the names of these inputs and not their values, so a replay would run the model on something else.
+An archive keeps the names of these inputs, and the values of those that are small: whole numbers, one for an example or
+few for each token. A replay gives the model these again. It refuses the others, unless the caller gives them.
 """
 
-from collections.abc import Sequence
+import inspect
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 
+import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
+import torch
+from torch import Tensor, nn
 
-from residua.store.base.errors import PlanError, few
-from residua.store.examples.index import OTHER_INPUTS, has_no_tokens
+from residua.capture.forward.plan_batch import PlanBatch
+from residua.store.base.errors import PlanError, UnsafeArchiveError, few
+from residua.store.examples.index import INPUT_PREFIX, OTHER_INPUTS, has_no_tokens
 from residua.store.read.archive import Archive, is_replay
+
+_MOST_AXES = 2  # of an input of one example: its tokens, and few numbers of each
+_OWN = ("input_ids", "attention_mask", "inputs_embeds", "past_key_values", "labels", "use_cache", "return_dict")
 
 
 class RecordedInputs:
@@ -18,12 +28,27 @@ class RecordedInputs:
 
     Args:
         archive: The archive.
-        force: Let examples run without these inputs. Examples without tokens never run.
+        model: The model that will take them.
+        given: Inputs that the caller gives, by name.
+        force: Let examples run without inputs that are not there. Examples without tokens never run.
+
+    Raises:
+        PlanError: The model takes no input that is given.
     """
 
-    def __init__(self, archive: Archive, *, force: bool = False) -> None:
+    def __init__(
+        self, archive: Archive, model: nn.Module, *, given: Mapping[str, Tensor] | None = None, force: bool = False
+    ) -> None:
+        self.given = dict(given or {})
         self._archive = archive
         self._force = force
+        known = {*inspect.signature(model.forward).parameters, *(each for names in self._names for each in names or ())}
+        for name in self.given:
+            if name in _OWN or name not in known:
+                raise PlanError(
+                    f"inputs has {name}, which is no further input of {type(model).__name__}: leave it out, or correct "
+                    "its name. A replay gives the model tokens and mask itself"
+                )
 
     @cached_property
     def _names(self) -> list[list[str] | None]:
@@ -35,26 +60,105 @@ class RecordedInputs:
         names: list[list[str] | None] = table.table([OTHER_INPUTS])[OTHER_INPUTS].to_pylist()
         return names
 
+    @cached_property
+    def _values(self) -> dict[str, list[object]]:
+        """The values that the archive keeps, by name, one entry for each example."""
+        table = self._archive.example_table
+        named = {name for names in self._names for name in names or ()} - set(_OWN)
+        columns = {name: f"{INPUT_PREFIX}{name}" for name in named if f"{INPUT_PREFIX}{name}" in table.column_types()}
+        if not columns:
+            return {}
+        found = table.table(list(columns.values()))
+        return {name: found[column].to_pylist() for name, column in columns.items()}
+
+    def _missing(self, example: int) -> list[str]:
+        """Return the inputs of an example that neither the archive nor the caller has."""
+        names = self._names[example] if self._names else None
+        return [
+            name
+            for name in names or ()
+            if name not in self.given and (name not in self._values or self._values[name][example] is None)
+        ]
+
     @property
     def notes(self) -> list[str]:
         """One sentence for the inputs that are left out because `force` allows it."""
-        left_out = sorted({name for names in self._names for name in names or ()}) if self._force else []
+        if not self._force:
+            return []
+        left_out = sorted({name for example in range(len(self._names)) for name in self._missing(example)})
         if not left_out:
             return []
         return [f"examples were recorded with {few(left_out)}, and run without, as force=True allowed"]
 
     def require(self, examples: Sequence[int]) -> None:
-        """Raise PlanError if one of these examples cannot run again from its tokens alone."""
-        names = self._names
+        """Raise PlanError if one of these examples cannot run again from what the archive and the caller have."""
         for number in examples:
             if has_no_tokens(self._archive.example_table.tokens(number)):
                 raise PlanError(
                     f"example {number} of {self._archive.path} has no tokens, because it was recorded from embeddings "
                     "or other inputs, which are not stored: only examples with tokens can be replayed"
                 )
-            if not self._force and names and names[number]:
+            if not self._force and (missing := self._missing(number)):
                 raise PlanError(
-                    f"example {number} of {self._archive.path} was recorded with {few(names[number] or [])}, which an "
-                    "archive does not store, so a replay would run the model on other inputs: choose examples without, "
-                    "or run without these inputs by force=True or --force, which is noted"
+                    f"example {number} of {self._archive.path} was recorded with {few(missing)}, which an archive does "
+                    "not store, so a replay would run the model on other inputs: give them by inputs= of "
+                    "residua.replay, choose examples without, or run without them by force=True or --force, which is "
+                    "noted"
                 )
+
+    def refuse(self, examples: Sequence[int], what: str) -> None:
+        """Raise PlanError if the archive keeps inputs of one of these examples, for a job that does not give them."""
+        for number in examples:
+            kept = [name for name, values in self._values.items() if values[number] is not None]
+            if kept:
+                raise PlanError(
+                    f"example {number} of {self._archive.path} was recorded with {few(kept)}, and {what} gives the "
+                    "model tokens and mask alone: choose examples without, or use residua.replay, which gives it all"
+                )
+
+    def of(self, batch: PlanBatch) -> dict[str, Tensor]:
+        """Return what the archive keeps for a batch, padded as its tokens are, int64 on their device.
+
+        Raises:
+            PlanError: Some of the examples ran with an input and others without.
+            UnsafeArchiveError: Values do not fit the tokens.
+        """
+        found = {}
+        for name, values in self._values.items():
+            if name in self.given or all(values[example.example] is None for example in batch.rows):
+                continue
+            found[name] = self._padded(name, values, batch)
+        return found
+
+    def _padded(self, name: str, values: Sequence[object], batch: PlanBatch) -> Tensor:
+        arrays: dict[int, npt.NDArray[np.int64]] = {}
+        for number, row in enumerate(batch.rows):
+            if values[row.example] is not None:
+                arrays[number] = self._array(name, values[row.example])
+            elif not name.endswith("token_type_ids"):  # a model without them takes zeros
+                raise PlanError(
+                    f"example {row.example} of {self._archive.path} was recorded without {name}, and others that are "
+                    "to run with it had it: replay them one after another"
+                )
+        shapes = {(array.ndim, *array.shape[1:]) for array in arrays.values()}
+        fits = all(
+            array.ndim == 0 or len(array) == len(batch.rows[number].input_ids) for number, array in arrays.items()
+        )
+        if len(shapes) != 1 or not fits:
+            raise UnsafeArchiveError(
+                f"{self._archive.path}: column {INPUT_PREFIX}{name} has not one entry for each token or example"
+            )
+        ((n_axes, *of_token),) = shapes
+        padded = np.zeros((len(batch.rows), *((batch.n_positions, *of_token) if n_axes else ())), np.int64)
+        for number, array in arrays.items():
+            padded[(number, batch.rows[number].padded) if n_axes else number] = array
+        return torch.from_numpy(padded).to(batch.padded.input_ids.device)
+
+    def _array(self, name: str, value: object) -> npt.NDArray[np.int64]:
+        try:
+            found = np.asarray(value)
+        except ValueError:  # lists of different lengths
+            found = np.array(None)
+        if found.dtype.kind != "i" or found.ndim > _MOST_AXES:
+            raise UnsafeArchiveError(f"{self._archive.path}: column {INPUT_PREFIX}{name} holds no plain whole numbers")
+        return found.astype(np.int64)

@@ -9,7 +9,7 @@ asked for, and results are kept. Between and after the passes the model is as it
 holds the passes themselves.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from os import PathLike
 from typing import Any
@@ -200,6 +200,7 @@ def replay(
     keep: str | Iterable[str] = (),
     grad: bool = False,
     force: bool = False,
+    inputs: Mapping[str, Tensor] | None = None,
     tensor_parallel: ProcessGroup | DeviceMesh | None = None,
 ) -> Iterator[Replay]:
     """Put stored rows of some examples back into the model, edit, and run only the layers above.
@@ -224,6 +225,9 @@ def replay(
         grad: Run with gradients, for ``run.gradients``. Logits and kept rows are then part of autograd's graph; the
             gradients of the parameters stay untouched.
         force: Accept a model that is not the captured one, and note it.
+        inputs: What the examples ran with beside tokens and mask and the archive does not keep, such as
+            ``pixel_values``: tensors by name, for `examples` in their order. The model then numbers positions itself,
+            unless ``position_ids`` are among them.
         tensor_parallel: The ranks over which activations are split, if the model does not show them.
 
     Yields:
@@ -245,7 +249,9 @@ def replay(
             model = stack.enter_context(as_model(model))
         stack.enter_context(declared_group(model, tensor_parallel))
         stack.enter_context(running_as_captured(opened, model))
-        replayer = Replayer(model, opened, at=at, edits=parsed, force=force, tensor_parallel=tensor_parallel)
+        replayer = Replayer(
+            model, opened, at=at, edits=parsed, force=force, inputs=inputs, tensor_parallel=tensor_parallel
+        )
         run = Replay(replayer, examples, [keep] if isinstance(keep, str) else list(keep), grad=grad)
         stack.callback(run.close)
         yield run

@@ -31,6 +31,9 @@ NO_TOKEN = -1
 
 OTHER_INPUTS = "other_inputs"
 """Column of the example table of a user's own loop: names of what the call had beside tokens and mask."""
+INPUT_PREFIX = "input."
+"""With the name of such an input: a column of its values, where they are whole numbers, one or few for each token, or
+one for the example."""
 
 DIGEST_KEY = b"residua.digest"
 MAX_PART_EXAMPLES = 2**20  # readers take memory for these counts before they can check them

@@ -9,7 +9,7 @@ from transformers import DynamicCache, EncoderDecoderCache, StaticCache
 
 from residua.capture.recording.arguments import read_call
 from residua.store.base.errors import CaptureError
-from residua.store.examples.index import NO_TOKEN, OTHER_INPUTS
+from residua.store.examples.index import INPUT_PREFIX, NO_TOKEN, OTHER_INPUTS
 from tests.models.tiny import TINY
 
 NAMES = ("input_ids", "attention_mask", "position_ids", "past_key_values", "inputs_embeds", "labels", "use_cache")
@@ -178,8 +178,11 @@ def test_other_inputs_are_kept_by_name(extra: dict[str, Any], names: tuple[str, 
     call = read_call(NAMES, (), {"input_ids": IDS, **extra})
     assert call.others == (("position_ids",) if names is None else names)
     examples, _ = call.examples(None, {"label": [1, 2]})
-    expected = {OTHER_INPUTS: list(call.others)} if call.others else {}
-    assert [example.columns for example in examples] == [{"label": label, **expected} for label in (1, 2)]
+    expected: dict[str, Any] = {OTHER_INPUTS: list(call.others)} if call.others else {}
+    for number, example in enumerate(examples):
+        numbers = {INPUT_PREFIX + name: extra[name][number].tolist() for name in call.inputs}
+        assert example.columns == {"label": number + 1, **expected, **numbers}
+    assert list(call.inputs) == [name for name in call.others if name == "token_type_ids"]
     with pytest.raises(CaptureError, match=OTHER_INPUTS):
         call.examples(None, {OTHER_INPUTS: [1, 2]})
 
