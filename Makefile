@@ -1,4 +1,4 @@
-# Two commands: `make demo` shows the main job on real input, `make test` checks everything.
+# Two commands: `make demo` shows the main job on real input, `make test` checks everything. `make models` takes longer.
 # Both make the environment first, in .venv, from pyproject.toml and the pins in constraints.txt.
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
@@ -6,13 +6,17 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test test-reader bench clean
+.PHONY: demo test models test-reader bench clean
 
 demo: $(READY)
 	@DS_ACCELERATOR=cpu $(BIN)/python examples/demo.py demo  # else DeepSpeed, which tests need, warns where no GPU is
 
 test: $(READY)
 	@PATH="$(CURDIR)/$(BIN):$$PATH" scripts/check
+
+# Check every model type of transformers, and write docs/models-table.md; a sweep that was stopped goes on where it was
+models: $(READY)
+	@OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m tests.models.sweep --jobs 2
 
 # What an installation without torch can do, with the newest zarr and tensorstore: make test-reader PYTHON=python3.13
 test-reader:

@@ -243,7 +243,8 @@ def _reason(model: nn.Module, anatomy: Anatomy | None, kind: str, problems: Mapp
         return _unknown_reason(anatomy, {site: why for site, why in problems.items() if site.partition(".")[0] == kind})
     if kind == "mlp_act":
         return (
-            "a mixture of experts has hidden activations only inside its experts, for the tokens routed to each; "
+            f"{name} lacks it: a mixture of experts has hidden activations only inside its experts, for the tokens "
+            "routed to each; "
             f"use mlp_out, or module:{anatomy.blocks[0]}.mlp.gate@output for the router"
         )
     if kind == "mixer_out":

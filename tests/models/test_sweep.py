@@ -1,0 +1,110 @@
+"""Thirty types of transformers, of all kinds that differ, held against the model itself; and how the sweep ends."""
+
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.models import registries, sweep
+from tests.models.findings import ATTENTION, Record
+
+ALL = ("resid_post", *ATTENTION, "attn_out", "mlp_out")
+NO_PARTS = ("resid_post", *ATTENTION)
+STREAM = ("resid_post",)
+
+SUBSET: dict[str, tuple[str, ...]] = {
+    "causal/llama": (*ALL, "mlp_act"),  # in the table of architectures
+    "causal/gpt2": (*ALL, "mlp_act"),
+    "causal/gpt_neox": (*ALL, "mlp_act"),  # parts side by side
+    "causal/opt:postnorm": ALL,  # norms after the sums
+    "causal/olmo2": (*ALL, "mlp_act"),  # not in the table, norms inside the parts
+    "causal/cohere2": ALL,  # side by side, sliding windows
+    "causal/stablelm": ALL,
+    "causal/biogpt": ALL,
+    "causal/exaone4": ALL,
+    "causal/gpt_oss": ("resid_post", "q", "k", "v", "z", "attn_out", "mlp_out"),  # sinks
+    "causal/qwen3_moe": ALL,  # a mixture of experts
+    "causal/deepseek_v3": ("resid_post", "attn_out", "mlp_out"),  # latent attention
+    "causal/lfm2": NO_PARTS,  # convolutions and attention
+    "causal/qwen3_next": NO_PARTS,  # linear attention and attention
+    "causal/jamba": NO_PARTS,  # state spaces and attention
+    "causal/granitemoehybrid": STREAM,
+    "causal/recurrent_gemma": STREAM,
+    "causal/nemotron_h": STREAM,  # one part a block
+    "causal/mamba": STREAM,
+    "causal/rwkv": STREAM,
+    "causal/bloom": ("resid_post", "attn_out", "mlp_out"),  # attention in the model's own code
+    "causal/falcon:alibi": STREAM,
+    "causal/gemma4_text": NO_PARTS,  # heads of several widths
+    "causal/granite": NO_PARTS,  # parts times a factor
+    "causal/gemma3n_text": (),  # several streams
+    "causal/xlnet": (),  # no blocks of one stream
+    "causal/gemma3:equal": STREAM,  # a vision tower as deep as the text model
+    "masked/bert": (*ALL, "mlp_act"),
+    "masked/modernbert": ALL,
+    "masked/roberta": ALL,
+}
+"""Types, and the kinds that each must offer and prove, in the blocks that have them."""
+
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # transformers warns of much that a tiny config has
+
+
+@pytest.mark.parametrize("name", SUBSET)
+def test_rows_are_those_of_the_model(name: str) -> None:
+    registry, _, key = name.partition("/")
+    record = sweep.examine(registry, key)
+    assert (record.not_run, record.crashed, record.wrong) == ("", [], [])
+    assert [kind for kind in SUBSET[name] if not record.has(kind)] == []
+
+
+def test_a_crash_of_one_type_is_a_result(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    ends: dict[str, Callable[[], object]] = {
+        "gpt2": lambda: os._exit(7),
+        "bloom": lambda: time.sleep(60),
+        "llama": lambda: 1 / 0,
+    }
+    monkeypatch.setattr(sweep, "build", lambda _registry, key: ends[key]())
+    monkeypatch.setattr(sweep, "TIME_LIMIT", 3.0)
+    results = tmp_path / "found.jsonl"
+    sweep.sweep([("causal", key) for key in ends], results, n_jobs=1)
+    found = {key: record for (_, key), record in sweep.known(results).items()}
+    assert {key: record.state for key, record in found.items()} == {
+        "gpt2": "crashed",
+        "bloom": "crashed",
+        "llama": "not run",
+    }
+    assert "7" in found["gpt2"].crashed[0]
+    assert "3 s" in found["bloom"].crashed[0]
+    assert "ZeroDivisionError" in found["llama"].not_run
+
+
+def test_a_sweep_goes_on_where_it_was_and_compares_its_page(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    seen: list[str] = []
+
+    def examined(registry: str, key: str) -> Record:
+        seen.append(key)
+        return Record(registry=registry, key=key, runs=True, n_blocks=2, offered={"resid_post": [0, 1]})
+
+    monkeypatch.setattr(sweep, "examined_apart", examined)
+    monkeypatch.setattr(sweep, "keys_of", lambda _registry: ["llama", "gpt2"])
+    monkeypatch.setattr(sweep, "PAGE", tmp_path / "page.md")
+    words = ["--registry", "causal", "--results", str(tmp_path / "found.jsonl")]
+    assert sweep.main([*words, "--types", "llama"]) == 0
+    assert sweep.main(words) == 0
+    assert seen == ["llama", "gpt2"]
+    page = (tmp_path / "page.md").read_text()
+    assert "| `gpt2` | right | all, offered |" in page
+    assert sweep.main([*words, "--check"]) == 0
+    (tmp_path / "page.md").write_text(page.replace("`gpt2` | right", "`gpt2` | wrong"))
+    assert sweep.main([*words, "--check"]) == 1
+    assert "+ | `gpt2` | right" in capsys.readouterr().out
+
+
+def test_every_registry_has_types_and_the_page_those_of_a_sweep() -> None:
+    assert all(len(registries.keys_of(name)) > 15 for name in registries.REGISTRIES)
+    assert "causal" in sweep.PAGE.read_text().lower()
