@@ -29,10 +29,11 @@ from residua.store.base.canonical import Json
 from residua.store.base.errors import CaptureError
 from residua.store.examples.writer import ExampleWriter
 from residua.store.format.archive_metadata import file_digest
-from residua.store.format.create import create_archive, seal, workspace
+from residua.store.format.create import create_archive, workspace
 from residua.store.format.losses import COMPUTED, cast_sites, loss_notes, losses_of
 from residua.store.format.plan import Plan
 from residua.store.read.archive import Archive
+from residua.store.sealing.seal import seal
 
 _LOG = logging.getLogger(__name__)
 
@@ -200,7 +201,7 @@ class GrowingArchive:
             known = metadata.provenance.get("notes")
             notes = [*(known if isinstance(known, list) else []), *self._notes]
             metadata = replace(metadata, provenance={**metadata.provenance, "notes": notes})
-        seal(self._path, metadata, archive.commits, sealed)
+        seal(self._path, metadata, sealed)
         return {}
 
 

@@ -58,12 +58,14 @@ from residua.store.examples.index import ExampleIndex
 from residua.store.examples.table import ExampleTable
 from residua.store.examples.writer import ExampleWriter
 from residua.store.format.archive_metadata import is_archive
-from residua.store.format.commits import drop_broken
-from residua.store.format.create import create_archive, seal, workspace
+from residua.store.format.commits import committed_rows
+from residua.store.format.create import create_archive, workspace
 from residua.store.format.losses import COMPUTED, cast_sites, loss_notes
 from residua.store.format.plan import Plan, SitePlan, check_host_memory, choose_rows_per_shard
 from residua.store.format.room import check_room
 from residua.store.read.archive import Archive
+from residua.store.sealing.lost_shards import drop_lost
+from residua.store.sealing.seal import seal
 from residua.store.storage.files import sweep
 from residua.store.storage.place import try_place
 
@@ -293,7 +295,7 @@ class CaptureJob(ABC):
             sites: What is stored of every row.
             n_rows: Rows of the archive, those that are written already included.
         """
-        missing = n_rows - self.archive.progress.rows if is_archive(self.out) else n_rows
+        missing = n_rows - committed_rows(self.out, self.archive.plan) if is_archive(self.out) else n_rows
         self.notes.extend(note for note in check_room(self.out, sites, missing) if note not in self.notes)
 
     def run(
@@ -330,7 +332,7 @@ class CaptureJob(ABC):
             self.column_shards = self.cut_columns(layout)
             shared = workers.plan_once(partial(self._prepare, sidecars), self._check)
             plan, n_shards = self.archive.plan, self.archive.plan.n_shards(self.archive.n_rows)
-            on_plan(plan, self.archive.progress.rows)
+            on_plan(plan, committed_rows(self.out, plan))
             stats = record(
                 self.model,
                 self.out,
@@ -360,7 +362,7 @@ class CaptureJob(ABC):
             if resumed:
                 self._compare(plan)
                 self.check_room(plan.sites, plan.n_rows or 0)
-                if dropped := drop_broken(self.out, plan, self.archive.commits):
+                if dropped := drop_lost(self.out, self.archive.metadata):
                     self.notes.extend(dropped)
                     self._archive = None
             else:
@@ -414,7 +416,8 @@ class CaptureJob(ABC):
 
     def _seal(self) -> None:
         sweep(self.out)  # a worker may have died and left temporary files
-        seal(self.out, self.archive.metadata, self.archive.commits)
+        seal(self.out, self.archive.metadata)
+        self._archive = None
 
 
 class _DatasetCapture(CaptureJob):

@@ -26,6 +26,7 @@ MAX_COLUMN_SHARDS = 2**12
 MAX_ROW_BYTES = 2**31
 MAX_CHUNK_BYTES = 2**30
 MAX_SHARD_BYTES = 2**36
+MAX_INDEX_BYTES = 2**46
 _MAX_EXACT_INTEGER = 2**53
 # PyYAML raises these for scalars that do not fit their tag ("!!int ''", "2001-99-99"), besides its own errors.
 _YAML_ERRORS = (yaml.YAMLError, ArithmeticError, LookupError, TypeError, AttributeError, RecursionError)

@@ -5,7 +5,7 @@ for a chunk past the end of the array), then the crc32c of the index. A crc32c c
 accept no gaps, so no bytes can hide or overlap.
 
 The digest of a shard is the SHA-256 of its index and of the crc32c stored after each chunk. It pins every chunk without
-a second pass over the data.
+a second pass over the data. The size and the crc32c of every chunk, `ChunkTable`, are all that index and digest say.
 
 `ShardEncoder` makes the bytes of a file, from rows in any memory. Rows in a `ShardMemory` are laid out as in the file
 of a raw array, so that they are written without a copy.
@@ -42,6 +42,8 @@ _MAX_LISTED = 8
 _PIECE_BYTES = 4 * 1024 * 1024  # what `ShardMemory.in_place` yields at a time
 
 Array = npt.NDArray[np.generic]
+ChunkTable = npt.NDArray[np.uint32]
+"""Stored size, crc32c included, and crc32c of each chunk of a shard file, little endian, (chunks, 2)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -173,6 +175,7 @@ class ShardEncoder:
     Attributes:
         n_bytes: Size of the file; like the others, known once all buffers are taken.
         digest: The shard's digest, in hex; see the module's head.
+        chunks: Size and crc32c of every chunk.
         n_nonfinite: Number of NaN and infinite values in the rows.
 
     Raises:
@@ -189,6 +192,7 @@ class ShardEncoder:
         self._spec = spec
         self.n_bytes = 0
         self.digest = ""
+        self.chunks: ChunkTable = np.empty((0, 2), "<u4")
         self.n_nonfinite = 0
 
     def __iter__(self) -> Iterator[Buffer]:
@@ -199,6 +203,7 @@ class ShardEncoder:
         index = _make_index(sizes, self._spec.chunks_per_shard)
         self.n_bytes = sum(sizes) + len(index)
         self.digest = _digest(index, crcs)
+        self.chunks = _chunk_table(sizes, crcs)
         yield index
 
     def _encode(self, sizes: list[int], crcs: list[bytes]) -> Iterator[Buffer]:
@@ -277,6 +282,45 @@ def check_shard(path: Path, spec: ArraySpec, n_rows: int, *, first_row: int = 0)
     return _digest(index.stored, crcs)
 
 
+def read_chunk_table(path: Path, spec: ArraySpec, n_rows: int) -> ChunkTable:
+    """Return size and crc32c of every chunk of a shard file, from its index and the stored crc32c; no chunk is read.
+
+    Raises:
+        DamagedArchiveError: The file is missing or cut short, or its index was altered.
+        UnsafeArchiveError: The index is forged.
+    """
+    with open_shard(path) as descriptor:
+        index = read_index(descriptor, spec, n_rows=n_rows, path=path)
+        ends = (index.offsets + index.sizes).tolist()
+        crcs = [os.pread(descriptor, CRC_BYTES, end - CRC_BYTES) for end in ends]
+    if any(len(crc) < CRC_BYTES for crc in crcs):
+        raise DamagedArchiveError(f"{path} was cut short while it was read: {RESTORE}")
+    return _chunk_table(index.sizes.tolist(), crcs)
+
+
+def shard_bytes(chunks: ChunkTable, spec: ArraySpec) -> int:
+    """Return the size of the shard file of these chunks."""
+    return int(chunks[:, 0].sum(dtype=np.int64)) + index_bytes(spec)
+
+
+def shard_digest(chunks: ChunkTable, spec: ArraySpec) -> str:
+    """Return the digest of the shard file of these chunks, in hex."""
+    index = _make_index(chunks[:, 0].tolist(), spec.chunks_per_shard)
+    return _digest(index, [np.ascontiguousarray(chunks[:, 1]).tobytes()])
+
+
+def chunk_table_problem(chunks: ChunkTable, spec: ArraySpec, n_rows: int) -> str:
+    """Return why no shard file of `n_rows` rows can have these chunks; empty if one can."""
+    n_present = -(-n_rows // spec.rows_per_chunk)
+    if len(chunks) != n_present:
+        return f"{len(chunks)} chunks, expected {n_present}"
+    least, largest = _chunk_sizes(spec)
+    sizes = chunks[:, 0]
+    if sizes.size and not least <= int(sizes.min()) <= int(sizes.max()) <= largest:
+        return f"chunks of {sizes.min():,} to {sizes.max():,} bytes, which must have {least:,} to {largest:,}"
+    return ""
+
+
 @contextmanager
 def open_shard(path: Path) -> Iterator[int]:
     """Yield a descriptor of a shard file, open for reading.
@@ -336,9 +380,8 @@ def _make_index(sizes: list[int], n_chunks: int) -> bytes:
 
 def _check_entries(entries: npt.NDArray[np.uint64], spec: ArraySpec, data_bytes: int, path: Path) -> None:
     """Raise UnsafeArchiveError unless the chunks fill the first `data_bytes` of the file, one after the other."""
-    largest = max_chunk_bytes(spec.preset, spec.chunk_bytes)
+    least, largest = _chunk_sizes(spec)
     offsets, sizes = entries.T
-    least = largest if PRESETS[spec.preset].is_raw else CRC_BYTES + 1
     impossible = (sizes > largest) | (sizes < least)
     if not impossible.any():
         ends = np.cumsum(sizes)
@@ -350,6 +393,16 @@ def _check_entries(entries: npt.NDArray[np.uint64], spec: ArraySpec, data_bytes:
         f"{path}: the index puts chunk {chunk} at byte {offsets[chunk]} with {sizes[chunk]} bytes; chunks must "
         f"follow each other, have {least:,} to {largest:,} bytes, and fill {data_bytes:,} bytes"
     )
+
+
+def _chunk_sizes(spec: ArraySpec) -> tuple[int, int]:
+    """Return the least and the most bytes of a stored chunk."""
+    largest = max_chunk_bytes(spec.preset, spec.chunk_bytes)
+    return largest if PRESETS[spec.preset].is_raw else CRC_BYTES + 1, largest
+
+
+def _chunk_table(sizes: list[int], crcs: list[bytes]) -> ChunkTable:
+    return np.stack([np.array(sizes, "<u4"), np.frombuffer(b"".join(crcs), "<u4")], axis=1)
 
 
 def _digest(index: bytes, crcs: list[bytes]) -> str:

@@ -13,12 +13,13 @@ from pathlib import Path, PurePosixPath
 from typing import Any, cast
 
 from residua.store.base.canonical import Json, digest_of
-from residua.store.base.errors import DamagedArchiveError, PlanError, UnsafeArchiveError
-from residua.store.base.untrusted import MAX_ROWS, name_problem, parse_json, read_file, size_problem
+from residua.store.base.errors import DamagedArchiveError, PlanError, UnsafeArchiveError, shortened
+from residua.store.base.untrusted import MAX_INDEX_BYTES, MAX_ROWS, name_problem, parse_json, read_file, size_problem
+from residua.store.format.array_metadata import consolidated, foreign_attributes
 from residua.store.format.plan import Plan
 from residua.store.storage.files import write_file
 
-FORMAT = "1.0"
+FORMAT = "1.1"
 ROOT = "zarr.json"
 SIDECAR_FOLDERS = {"examples": 2**33, "head": 2**38, "tokenizer": 2**30}  # most bytes of a file in each
 _MAX_METADATA_BYTES = 256 * 1024 * 1024
@@ -32,13 +33,18 @@ class Metadata:
         plan: The frozen plan.
         provenance: Where model, data and numbers came from.
         files: SHA-256 of every file in `examples/`, `head/` and `tokenizer/`, by path inside the archive.
-        sealed: Rows, examples and their digest of an archive whose size was not known beforehand, once it is known.
+        sealed: Rows, examples and their digest, once every shard is captured.
+        index: Size and digest of the packed index of a sealed archive; None if it has none. See `packed_index.py`.
+        documents: Copies of the arrays' metadata, by path, as the root has them for readers that list no folders; not
+            covered by the entry's digest.
     """
 
     plan: Plan
     provenance: Mapping[str, Json]
     files: Mapping[str, str] = field(default_factory=dict)
     sealed: Mapping[str, Json] | None = None
+    index: Mapping[str, Json] | None = None
+    documents: Mapping[str, Any] = field(default_factory=dict, compare=False, repr=False)
 
     @property
     def n_rows(self) -> int | None:
@@ -56,18 +62,28 @@ class Metadata:
             "provenance": dict(self.provenance),
             "files": dict(self.files),
             "sealed": None if self.sealed is None else dict(self.sealed),
+            "index": None if self.sealed is None or self.index is None else dict(self.index),
         }
         return {**entry, "sha256": digest_of(entry)}
 
 
 def write_metadata(archive: Path, metadata: Metadata) -> None:
-    """Write the root group's `zarr.json`, durably and in one step."""
-    write_entry(archive, metadata.to_json())
+    """Write the root group's `zarr.json`, durably and in one step; attributes of other programs stay."""
+    write_entry(archive, metadata.to_json(), {} if metadata.sealed is None else metadata.documents)
 
 
-def write_entry(archive: Path, entry: Mapping[str, Json]) -> None:
-    """Write a group's `zarr.json` with `entry` as its `attributes.residua`, durably and in one step."""
-    root = {"zarr_format": 3, "node_type": "group", "attributes": {"residua": dict(entry)}}
+def write_entry(archive: Path, entry: Mapping[str, Json], documents: Mapping[str, Any] | None = None) -> None:
+    """Write a group's `zarr.json` with `entry` as its `attributes.residua`, durably and in one step.
+
+    Args:
+        archive: Folder of the group; attributes that other programs gave it stay.
+        entry: The entry.
+        documents: Copies of the metadata below the group, by path, if it is to have them.
+    """
+    attributes = {**foreign_attributes(archive / ROOT), "residua": dict(entry)}
+    root: dict[str, Any] = {"zarr_format": 3, "node_type": "group", "attributes": attributes}
+    if documents:
+        root["consolidated_metadata"] = consolidated(documents)
     write_file(archive / ROOT, [json.dumps(root, indent=2, ensure_ascii=False).encode()])
 
 
@@ -86,7 +102,9 @@ def read_metadata(archive: Path) -> Metadata:
         UnsafeArchiveError: It is not metadata that Residua writes, or of a newer format.
         PlanError: The archives of several stacks lie there.
     """
-    path, entry = archive / ROOT, read_entry(archive)
+    path = archive / ROOT
+    root = _read_root(archive)
+    entry = _checked_entry(path, root)
     if "stacks" in entry:
         raise PlanError(
             f"{archive} holds the archives of several stacks, each with rows of its own: open it with residua.open, or "
@@ -101,14 +119,28 @@ def read_metadata(archive: Path) -> Metadata:
         raise UnsafeArchiveError(f"{path}: provenance or sealed is not what Residua writes")
     if plan.digest != entry.get("digest"):
         raise UnsafeArchiveError(f"{path}: the digest is not that of the plan")
+    files = _checked_files(path, entry.get("files"))
     _check_sealed(path, sealed)
-    return Metadata(plan=plan, provenance=provenance, files=_checked_files(path, entry.get("files")), sealed=sealed)
+    index = None if sealed is None else _checked_index(path, entry.get("index"))
+    return Metadata(
+        plan=plan, provenance=provenance, files=files, sealed=sealed, index=index, documents=_documents(root)
+    )
+
+
+def _documents(root: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return the consolidated metadata of the root by path; they are checked one by one when they are used."""
+    found = root.get("consolidated_metadata")
+    documents = found.get("metadata") if isinstance(found, dict) else None
+    return documents if isinstance(documents, dict) else {}
 
 
 def read_entry(archive: Path) -> dict[str, Any]:
     """Return `attributes.residua` of the group at `archive`, compared with its own SHA-256; see `read_metadata`."""
-    path = archive / ROOT
-    entry = _parsed_entry(archive, path)
+    return _checked_entry(archive / ROOT, _read_root(archive))
+
+
+def _checked_entry(path: Path, root: Mapping[str, Any]) -> dict[str, Any]:
+    entry = root["attributes"]["residua"]
     if not isinstance(entry, dict) or not isinstance(entry.get("format"), str):
         raise UnsafeArchiveError(f"{path}: attributes.residua is not an entry that Residua writes")
     if entry["format"].split(".")[0] != FORMAT.split(".", maxsplit=1)[0]:
@@ -125,26 +157,43 @@ def read_entry(archive: Path) -> dict[str, Any]:
     return entry
 
 
-def _parsed_entry(archive: Path, path: Path) -> object:
+def _read_root(archive: Path) -> dict[str, Any]:
+    """Return the metadata of the root group, which has an entry of ours."""
+    path = archive / ROOT
     if not path.is_file():
         why = f"it has no {ROOT}" if archive.exists() else "there is no such folder"
         raise FileNotFoundError(f"{archive} is not an archive: {why}. Check the path.")
     text = read_file(archive, path, _MAX_METADATA_BYTES)
     try:
         root: Any = parse_json(text)
-        entry = root["attributes"]["residua"]
+        _ = root["attributes"]["residua"]
     except ValueError as error:
         raise DamagedArchiveError(f"{path} cannot be read as JSON ({error}): restore it from a copy") from error
     except (KeyError, TypeError) as error:
         raise UnsafeArchiveError(f"{path} is a Zarr group but not a Residua archive") from error
     if root.get("zarr_format") != 3 or root.get("node_type") != "group":
         raise DamagedArchiveError(f"{path} does not say that it is a group of Zarr format 3: restore it from a copy")
-    return entry
+    found: dict[str, Any] = root
+    return found
 
 
 def _check_sealed(path: Path, sealed: Mapping[str, object] | None) -> None:
     if sealed is not None and (problem := size_problem("sealed rows", sealed.get("n_rows"), MAX_ROWS)):
         raise UnsafeArchiveError(f"{path}: {problem}")
+
+
+def _checked_index(path: Path, index: object) -> Mapping[str, Json] | None:
+    """Return the entry of the packed index if it has the fields of one; absent in format 1.0."""
+    if index is None:
+        return None
+    if not isinstance(index, dict) or index.keys() != {"n_bytes", "head_bytes", "sha256"}:
+        raise UnsafeArchiveError(f"{path}: index is {shortened(repr(index))}, not the entry of a packed index")
+    for name in ("n_bytes", "head_bytes"):
+        if problem := size_problem(f"{name} of the index", index[name], MAX_INDEX_BYTES):
+            raise UnsafeArchiveError(f"{path}: {problem}")
+    if not isinstance(index["sha256"], str):
+        raise UnsafeArchiveError(f"{path}: index gives {shortened(repr(index['sha256']))} as its SHA-256")
+    return index
 
 
 def _checked_files(path: Path, files: object) -> dict[str, str]:

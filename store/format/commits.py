@@ -6,20 +6,25 @@ no record, no shard. The record holds the row range and, for each array, size an
 over the record protects the record itself.
 """
 
+import base64
+import binascii
 import hashlib
+import os
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from residua.store.base.canonical import canonical_json, digest_of
 from residua.store.base.errors import DamagedArchiveError, ResiduaError
 from residua.store.base.untrusted import check_inside, parse_json, read_file, size_problem
-from residua.store.encoding.shard import shard_path
+from residua.store.encoding.shard import ChunkTable
 from residua.store.format.archive_metadata import ROOT
 from residua.store.format.plan import Plan
-from residua.store.storage.files import publish, sync_folder
+from residua.store.storage.files import publish
 
 FOLDER = "commits"
 _NAME = re.compile(r"[0-9]{8,}-[0-9]{4}\.json")
@@ -27,7 +32,8 @@ _DIGEST = re.compile(r"[0-9a-f]{64}")
 _EXAMPLES = re.compile(r"part-[0-9]{5,}\.parquet")
 _MAX_COUNT = 2**63 - 1
 _MAX_RECORD_BYTES = 64 * 1024 * 1024
-_OF_LOSSES = ("n_overflowed", "n_spoiled")
+_CHUNK_BYTES = 8  # of a chunk in `ShardFile.chunks`
+_OF_LOSSES = ("n_nonfinite", "n_overflowed", "n_spoiled")
 _TAIL_BYTES = 64 * 1024  # chunks end in their crc32c; a checkpoint's zip file ends in its directory of crc32 values
 
 
@@ -43,6 +49,7 @@ class ShardFile:
         error_squares: Sum of squares of what the lossy codec changed.
         n_overflowed: Number of finite values that the cast to the stored type made infinite; part of `n_nonfinite`.
         n_spoiled: Number of finite values that the lossy codec made NaN or infinite.
+        chunks: Size and crc32c of every chunk, a `ChunkTable` as bytes; empty in records of format 1.0.
     """
 
     n_bytes: int
@@ -52,12 +59,17 @@ class ShardFile:
     error_squares: float | None = None
     n_overflowed: int = 0
     n_spoiled: int = 0
+    chunks: bytes = b""
 
     def to_json(self) -> dict[str, object]:
         """Return the facts as JSON values; absent ones, and numbers of lost values that are 0, are left out."""
-        return {
-            key: value for key, value in asdict(self).items() if value is not None and (value or key not in _OF_LOSSES)
-        }
+        values = {**asdict(self), "chunks": base64.b64encode(self.chunks).decode() or None}
+        return {key: value for key, value in values.items() if value is not None and (value or key not in _OF_LOSSES)}
+
+    @property
+    def chunk_table(self) -> ChunkTable:
+        """Size and crc32c of every chunk; empty if the record does not have them."""
+        return np.frombuffer(self.chunks, "<u4").reshape(-1, 2)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,11 +96,11 @@ class Commit:
     @property
     def name(self) -> str:
         """File name of the record."""
-        return f"{self.shard:08d}-{self.writer:04d}.json"
+        return record_name(self.shard, self.writer)
 
     def to_json(self) -> dict[str, object]:
-        """Return the record as JSON values."""
-        return {
+        """Return the record as JSON values; `writer` and `examples` are left out where there is nothing to say."""
+        values = {
             "plan": self.plan,
             "shard": self.shard,
             "writer": self.writer,
@@ -96,6 +108,12 @@ class Commit:
             "examples": dict(self.examples),
             "arrays": {path: file.to_json() for path, file in self.arrays.items()},
         }
+        return {key: value for key, value in values.items() if value or key not in ("writer", "examples")}
+
+
+def record_name(shard: int, writer: int = 0) -> str:
+    """Return the file name of a record."""
+    return f"{shard:08d}-{writer:04d}.json"
 
 
 def publish_commit(archive: Path, commit: Commit) -> None:
@@ -120,7 +138,8 @@ def _json(commit: Commit) -> bytes:
 
 def committed_shards(archive: Path) -> set[int]:
     """Return which shards have a record, from the file names alone: cheap enough to call often."""
-    names = (path.name for path in (archive / FOLDER).iterdir())
+    folder = archive / FOLDER
+    names = (entry.name for entry in os.scandir(folder)) if folder.is_dir() else ()
     return {int(name.split("-")[0]) for name in names if _NAME.fullmatch(name)}
 
 
@@ -133,18 +152,20 @@ def read_commits(archive: Path, plan_digest: str) -> dict[int, Commit]:
     """
     folder = archive / FOLDER
     check_inside(archive, folder)
-    commits: dict[int, Commit] = {}
-    for path in sorted(folder.iterdir()) if folder.is_dir() else []:
-        if _NAME.fullmatch(path.name) is None:
-            continue
-        commit = _read_commit(archive, path)
-        if commit.plan != plan_digest:
-            raise DamagedArchiveError(
-                f"{path}: this record belongs to plan {commit.plan[:12]}, the archive's plan is {plan_digest[:12]}: "
-                "the file was copied here from another archive. Remove it."
-            )
-        commits[commit.shard] = commit
-    return commits
+    paths = sorted(folder.iterdir()) if folder.is_dir() else []
+    commits = [_read_commit(archive, path, plan_digest) for path in paths if _NAME.fullmatch(path.name)]
+    return {commit.shard: commit for commit in commits}
+
+
+def read_commit(archive: Path, plan: Plan, shard: int, n_rows: int) -> Commit:
+    """Return the commit of one shard of an archive of `n_rows` rows.
+
+    Raises:
+        DamagedArchiveError: The record is missing or altered, or belongs to another plan; the message names the file.
+    """
+    commit = _read_commit(archive, archive / FOLDER / record_name(shard), plan.digest)
+    check_commits(archive, plan, {shard: commit}, n_rows)
+    return commit
 
 
 def check_commits(archive: Path, plan: Plan, commits: Mapping[int, Commit], n_rows: int | None) -> None:
@@ -159,7 +180,7 @@ def check_commits(archive: Path, plan: Plan, commits: Mapping[int, Commit], n_ro
     Raises:
         DamagedArchiveError: A record does not cover the rows and arrays of its shard; the message names it.
     """
-    keys = {spec.key for array in plan.arrays for spec in array.file_specs}
+    keys = plan.file_keys
     end = max((commit.rows[1] for commit in commits.values()), default=0) if n_rows is None else n_rows
     for shard, commit in commits.items():
         first = shard * plan.rows_per_shard
@@ -172,44 +193,16 @@ def check_commits(archive: Path, plan: Plan, commits: Mapping[int, Commit], n_ro
             )
 
 
-def drop_broken(archive: Path, plan: Plan, commits: Mapping[int, Commit]) -> list[str]:
-    """Delete the records of shards whose files are missing or of another size, so that they are captured again.
-
-    Args:
-        archive: Folder of the archive.
-        plan: Its plan.
-        commits: Its commits, by shard; read them again afterwards.
-
-    Returns:
-        One sentence for each shard that was dropped; it names the first broken file.
-
-    Raises:
-        OSError: A record could not be removed.
-    """
-    sentences = []
-    for shard, commit in sorted(commits.items()):
-        broken = _broken_file(archive, plan, commit)
-        if broken:
-            for record in (archive / FOLDER).glob(f"{shard:08d}-*.json"):
-                record.unlink(missing_ok=True)
-            sentences.append(f"shard {shard} will be captured again: {broken}.")
-    if sentences:
-        sync_folder(archive / FOLDER)
-    return sentences
+def committed_rows(archive: Path, plan: Plan) -> int:
+    """Return how many rows of a capture of known size are committed, from the names of the records alone."""
+    end, height = plan.n_rows or 0, plan.rows_per_shard
+    return sum(max(0, min(height, end - shard * height)) for shard in committed_shards(archive))
 
 
-def _broken_file(archive: Path, plan: Plan, commit: Commit) -> str:
-    """Return what is wrong with the first file of a shard that is missing or has another size; empty if none is."""
-    for spec in (files for array in plan.arrays for files in array.file_specs):
-        path = shard_path(archive, spec, commit.shard)
-        expected = commit.arrays[spec.key].n_bytes
-        try:
-            found = path.stat().st_size
-        except (FileNotFoundError, NotADirectoryError):
-            return f"{path} is missing"
-        if found != expected:
-            return f"{path} has {found:,} bytes, its record says {expected:,}"
-    return ""
+def same_files(one: Commit, other: Commit) -> bool:
+    """Say whether two commits name the same files of the same rows; one of format 1.0 knows less about them."""
+    files = [{key: replace(file, chunks=b"") for key, file in commit.arrays.items()} for commit in (one, other)]
+    return one.rows == other.rows and files[0] == files[1]
 
 
 def named_example_files(commits: Mapping[int, Commit]) -> dict[str, str]:
@@ -217,7 +210,7 @@ def named_example_files(commits: Mapping[int, Commit]) -> dict[str, str]:
     return {f"examples/{name}": digest for commit in commits.values() for name, digest in commit.examples.items()}
 
 
-def _read_commit(archive: Path, path: Path) -> Commit:
+def _read_commit(archive: Path, path: Path, plan_digest: str) -> Commit:
     try:
         value: Any = parse_json(read_file(archive, path, _MAX_RECORD_BYTES))
         record: dict[str, Any] = value["record"]
@@ -231,6 +224,11 @@ def _read_commit(archive: Path, path: Path) -> Commit:
             f"{path}: this commit record is damaged ({error}). Delete it and run the same capture again, which will "
             "write the shard again."
         ) from error
+    if commit.plan != plan_digest:
+        raise DamagedArchiveError(
+            f"{path}: this record belongs to plan {commit.plan[:12]}, the archive's plan is {plan_digest[:12]}: "
+            "the file was copied here from another archive. Remove it."
+        )
     return commit
 
 
@@ -243,21 +241,21 @@ def commit_from_json(record: dict[str, Any]) -> Commit:
     first, stop = record["rows"]
     if not _count(first) < _count(stop):
         raise ValueError(f"it holds the rows {first} to {stop}")
-    for name, digest in record["examples"].items():
+    for name, digest in record.get("examples", {}).items():
         if not _EXAMPLES.fullmatch(name) or not _DIGEST.fullmatch(digest):
             raise ValueError(f"it names the file of examples {name!r}")
     return Commit(
         plan=_digest(record["plan"]),
         shard=_count(record["shard"]),
-        writer=_count(record["writer"]),
+        writer=_count(record.get("writer", 0)),
         rows=(first, stop),
-        examples=record["examples"],
+        examples=record.get("examples", {}),
         arrays={path: _shard_file(file) for path, file in record["arrays"].items()},
     )
 
 
 def _shard_file(value: dict[str, Any]) -> ShardFile:
-    file = ShardFile(**value)
+    file = ShardFile(**{**value, "chunks": _chunks(value.get("chunks", ""))})
     _count(file.n_bytes)
     for count in (file.n_nonfinite, file.n_overflowed, file.n_spoiled):
         _count(count)
@@ -266,6 +264,16 @@ def _shard_file(value: dict[str, Any]) -> ShardFile:
         if squares is not None and not (isinstance(squares, float) and squares >= 0):
             raise ValueError(f"{squares!r} is not a sum of squares")
     return file
+
+
+def _chunks(text: str) -> bytes:
+    try:
+        chunks = base64.b64decode(text, validate=True)
+    except binascii.Error as error:
+        raise ValueError(f"its chunks are not base64 ({error})") from error
+    if len(chunks) % _CHUNK_BYTES:
+        raise ValueError(f"its chunks have {len(chunks):,} bytes, not {_CHUNK_BYTES} each")
+    return chunks
 
 
 def _count(value: Any) -> int:

@@ -13,6 +13,7 @@ from residua.store.encoding.codecs import INT8
 from residua.store.encoding.dtypes import STORAGE_DTYPES, holds
 from residua.store.encoding.lossy import BLOCK
 from residua.store.format.commits import Commit
+from residua.store.format.packed_index import PackedIndex, file_totals
 from residua.store.format.plan import Plan, SitePlan
 
 COMPUTED = "computed"
@@ -44,14 +45,27 @@ class SiteLosses:
 def losses_of(site: SitePlan, commits: Mapping[int, Commit]) -> SiteLosses:
     """Return what is not finite in the captured rows of a site."""
     keys = [spec.key for spec in site.arrays(1)[0].file_specs]  # the same at every height
-    files = [(commit.rows, commit.arrays[key]) for _, commit in sorted(commits.items()) for key in keys]
-    n_overflowed = sum(file.n_overflowed for _, file in files)
+    totals = [file_totals(commits, key) for key in keys]
+    n_overflowed = sum(file.n_overflowed for file in totals)
+    n_spoiled = sum(file.n_spoiled for file in totals)
     return SiteLosses(
-        n_nonfinite=sum(file.n_nonfinite for _, file in files) - n_overflowed,
+        n_nonfinite=sum(file.n_nonfinite for file in totals) - n_overflowed,
         n_overflowed=n_overflowed,
-        n_spoiled=sum(file.n_spoiled for _, file in files),
-        rows=tuple(dict.fromkeys(rows for rows, file in files if file.n_overflowed or file.n_spoiled)),
+        n_spoiled=n_spoiled,
+        rows=_where(commits, keys) if n_overflowed or n_spoiled else (),
     )
+
+
+def _where(commits: Mapping[int, Commit], keys: list[str]) -> tuple[tuple[int, int], ...]:
+    """Return the rows of the shards in which finite values were lost."""
+    if isinstance(commits, PackedIndex):
+        found = [commits.losses(key) for key in keys]
+        shards = {
+            int(loss["shard"]) for losses in found for loss in losses if loss["n_overflowed"] or loss["n_spoiled"]
+        }
+        return tuple(commits.rows(shard) for shard in sorted(shards))
+    files = [(commit.rows, commit.arrays[key]) for _, commit in sorted(commits.items()) for key in keys]
+    return tuple(dict.fromkeys(rows for rows, file in files if file.n_overflowed or file.n_spoiled))
 
 
 def loss_notes(plan: Plan, commits: Mapping[int, Commit]) -> list[str]:

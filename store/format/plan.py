@@ -160,6 +160,11 @@ class Plan:
         sites = (spec for site in self.sites for spec in site.arrays(self.rows_per_shard))
         return (*sites, *self.row_arrays)
 
+    @cached_property
+    def file_keys(self) -> frozenset[str]:
+        """The keys of the files of one shard."""
+        return frozenset(spec.key for array in self.arrays for spec in array.file_specs)
+
     def site(self, name: str) -> SitePlan:
         """Return the plan of site `name`; KeyError if the plan has none."""
         return {site.name: site for site in self.sites}[name]

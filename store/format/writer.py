@@ -269,6 +269,7 @@ class _ShardJob:
             n_bytes=encoded.n_bytes,
             digest=encoded.digest,
             n_nonfinite=encoded.n_nonfinite if n_nonfinite is None else n_nonfinite,
+            chunks=encoded.chunks.tobytes(),
             **losses,
         )
         with self._lock:

@@ -1,5 +1,6 @@
 """An archive opened for reading: sites, rows, examples, progress and provenance. Needs no torch and no model."""
 
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import cached_property, partial
 from os import PathLike
@@ -15,7 +16,9 @@ from residua.store.base.errors import (
     NotCapturedError,
     PlanError,
     ResiduaError,
+    UnknownSiteError,
     UnsafeArchiveError,
+    few,
 )
 from residua.store.encoding.spec import ArraySpec
 from residua.store.examples.index import NO_TOKEN
@@ -23,8 +26,9 @@ from residua.store.examples.schedule import Schedule
 from residua.store.examples.table import ExampleTable
 from residua.store.format.archive_metadata import read_metadata, read_sidecar
 from residua.store.format.array_metadata import check_arrays
-from residua.store.format.commits import Commit, check_commits, named_example_files, read_commits
+from residua.store.format.commits import Commit, check_commits, committed_shards, named_example_files, read_commits
 from residua.store.format.losses import describe_losses, losses_of
+from residua.store.format.packed_index import INDEX, PackedIndex
 from residua.store.format.plan import ROW_COLUMNS, Plan
 from residua.store.format.site_names import select
 from residua.store.read.array import ArchiveArray
@@ -80,7 +84,9 @@ class Archive(Mapping[str, ArchiveArray]):
         self._check: Check = check
         self._threads = threads
         self.metadata = read_metadata(self.path)
-        check_arrays(self.path, self.plan.arrays, self.metadata.n_rows)
+        # With an index the root has copies of the arrays' metadata, and no other file is read.
+        documents = None if self.metadata.index is None else self.metadata.documents
+        check_arrays(self.path, self.arrays, self.metadata.n_rows, documents)
 
     @property
     def plan(self) -> Plan:
@@ -94,19 +100,42 @@ class Archive(Mapping[str, ArchiveArray]):
 
     @property
     def sites(self) -> tuple[str, ...]:
-        """Names of the stored sites, in the model's order."""
-        return tuple(site.name for site in self.plan.sites)
+        """Names of the stored sites, in the model's order, without those in `absent_sites`."""
+        return tuple(site.name for site in self.plan.sites if site.name not in set(self.absent_sites))
+
+    @cached_property
+    def absent_sites(self) -> tuple[str, ...]:
+        """Names of captured sites that this copy of a finished archive lacks, as in a download of some sites."""
+        if not self.was_finished:
+            return ()
+        height, there = self.plan.rows_per_shard, {spec.path for spec in self.arrays}
+        return tuple(site.name for site in self.plan.sites if not {spec.path for spec in site.arrays(height)} <= there)
+
+    @cached_property
+    def arrays(self) -> tuple[ArraySpec, ...]:
+        """The stored arrays, as they are on disk: all of the plan, or those that this copy of the archive has."""
+        arrays = self.plan.arrays
+        return tuple(spec for spec in arrays if not self.was_finished or (self.path / spec.path).exists())
 
     @cached_property
     def commits(self) -> Mapping[int, Commit]:
         """The commit of each captured shard; read once.
 
         Raises:
-            DamagedArchiveError: A record is altered, or belongs to no shard of this archive; the message names it.
+            DamagedArchiveError: The index or a record is altered, or belongs to no shard of this archive; the message
+                names it.
         """
+        n_rows, index = self.metadata.n_rows, self.metadata.index
+        if index is not None and n_rows is not None and self._has_index:
+            return PackedIndex(self.path, self.plan, n_rows, index)
         commits = read_commits(self.path, self.plan.digest)
         check_commits(self.path, self.plan, commits, self.metadata.n_rows)
         return commits
+
+    @property
+    def _has_index(self) -> bool:
+        """Whether the packed index is there, or at least no record is that would do as well."""
+        return os.path.lexists(self.path / INDEX) or not committed_shards(self.path)
 
     @property
     def n_rows(self) -> int:
@@ -123,6 +152,8 @@ class Archive(Mapping[str, ArchiveArray]):
     @property
     def progress(self) -> Progress:
         """Captured and total rows and shards."""
+        if isinstance(self.commits, PackedIndex):
+            return Progress(self.n_rows, self.n_rows, len(self.commits), len(self.commits))
         rows = sum(commit.rows[1] - commit.rows[0] for commit in self.commits.values())
         if self.metadata.n_rows is None:
             return Progress(rows, None, len(self.commits), None)
@@ -144,6 +175,8 @@ class Archive(Mapping[str, ArchiveArray]):
         Raises:
             DamagedArchiveError: The archive was finished, and has lost shards since: it is not used in part.
         """
+        if isinstance(self.commits, PackedIndex):
+            return [self.commits.rows(shard) for shard in self.commits]
         if self.was_finished and not self.is_sealed:
             raise self._missing(self._first_missing() * self.plan.rows_per_shard)
         return sorted(commit.rows for commit in self.commits.values())
@@ -179,7 +212,8 @@ class Archive(Mapping[str, ArchiveArray]):
 
     def __repr__(self) -> str:
         state = "sealed" if self.is_sealed else f"{self.progress.rows:,} {'left' if self.was_finished else 'captured'}"
-        return f"<Archive {self.path} of {self.n_rows:,} rows ({state}), {len(self)} sites>"
+        absent = f" of {len(self.plan.sites)}" if self.absent_sites else ""
+        return f"<Archive {self.path} of {self.n_rows:,} rows ({state}), {len(self)}{absent} sites>"
 
     def select(self, patterns: str | Iterable[str]) -> tuple[str, ...]:
         """Return the stored sites that match `patterns`, for example ``resid_post.*``.
@@ -187,7 +221,14 @@ class Archive(Mapping[str, ArchiveArray]):
         Raises:
             UnknownSiteError: A pattern matches no stored site.
         """
-        return select(patterns, self.sites, on_demand=False)
+        try:
+            return select(patterns, self.sites, on_demand=False)
+        except UnknownSiteError as error:
+            if self.absent_sites:
+                raise UnknownSiteError(
+                    f"{error} This copy of the archive lacks {few(self.absent_sites)}: copy their folders, too"
+                ) from error
+            raise
 
     @property
     def stacks(self) -> "Mapping[str, Archive]":
@@ -206,12 +247,20 @@ class Archive(Mapping[str, ArchiveArray]):
     @cached_property
     def _arrays(self) -> dict[str, ArchiveArray]:
         height = self.plan.rows_per_shard
-        return {site.name: self._array(site.name, site.arrays(height), site.dtype) for site in self.plan.sites}
+        absent = set(self.absent_sites)
+        sites = [site for site in self.plan.sites if site.name not in absent]
+        return {site.name: self._array(site.name, site.arrays(height), site.dtype) for site in sites}
 
     @cached_property
     def rows(self) -> Rows:
-        """Token, position and example of every row, read lazily."""
+        """Token, position and example of every row, read lazily.
+
+        Raises:
+            DamagedArchiveError: They are not in this copy of the archive.
+        """
         specs = {spec.path.removeprefix("rows/"): spec for spec in self.plan.row_arrays}
+        if absent := [spec.path for spec in specs.values() if spec not in self.arrays]:
+            raise DamagedArchiveError(f"{self.path / absent[0]} is missing: copy the folder rows of the archive, too")
         columns = {name: self._array(f"rows/{name}", (specs[name],), dtype) for name, dtype in ROW_COLUMNS.items()}
         return Rows(**columns)
 
@@ -247,7 +296,8 @@ class Archive(Mapping[str, ArchiveArray]):
             DamagedArchiveError: A part is missing, or belongs to another archive.
         """
         parts = {name: digest for name, digest in self.metadata.files.items() if name.startswith("examples/")}
-        parts |= named_example_files(self.commits)
+        if not isinstance(self.commits, PackedIndex):  # whose files are all in the metadata
+            parts |= named_example_files(self.commits)
         for name in sorted(parts):
             if not (self.path / name).is_file():
                 raise DamagedArchiveError(f"{self.path / name} is missing: restore the file from a copy")
@@ -366,7 +416,8 @@ class Archive(Mapping[str, ArchiveArray]):
         Values of bfloat16 and float16 come as float32, as everywhere. Reading rows that are not captured yet raises
         NotCapturedError, and reading rows that are lost DamagedArchiveError, where a plain Zarr reader shows zeros.
         """
-        return open_zarr_group(ArchiveStore(self.path, self.plan, self.commits, self._missing))
+        captured = range(len(self.commits)) if isinstance(self.commits, PackedIndex) else frozenset(self.commits)
+        return open_zarr_group(ArchiveStore(self.path, self.plan, captured, self._missing))
 
 
 def _missing_rows(path: Path, progress: Progress, was_finished: bool, is_repeatable: bool, first: int) -> ResiduaError:

@@ -3,10 +3,12 @@
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from residua.store.format.create import relative_error
+from residua.store.encoding.codecs import PRESETS
 from residua.store.format.losses import cast_from, loss_notes, losses_of
+from residua.store.format.packed_index import file_totals
 from residua.store.format.sidecars import PARAMETERS_FILE, SiteFidelity, read_fidelity
 from residua.store.read.archive import Archive
+from residua.store.sealing.seal import relative_error
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,7 +109,7 @@ def summarise(archive: Archive) -> Summary:
     progress = archive.progress
     measured = read_fidelity(archive.path, archive.plan)
     fidelity = {} if measured is None else measured.sites
-    sites = tuple(_site(archive, site.name, fidelity.get(site.name)) for site in archive.plan.sites)
+    sites = tuple(_site(archive, name, fidelity.get(name)) for name in archive.sites)
     index = archive.example_table.index()
     return Summary(
         path=str(archive.path),
@@ -124,7 +126,7 @@ def summarise(archive: Archive) -> Summary:
         rows_per_shard=archive.plan.rows_per_shard,
         sites=sites,
         logical_bytes=sum(site.logical_bytes for site in sites),
-        stored_bytes=sum(file.n_bytes for commit in archive.commits.values() for file in commit.arrays.values()),
+        stored_bytes=sum(file_totals(archive.commits, key).n_bytes for key in archive.plan.file_keys),
         has_head=f"head/{PARAMETERS_FILE}" in archive.metadata.files,
         provenance=dict(archive.provenance),
         notes=_notes(archive),
@@ -141,16 +143,15 @@ def _notes(archive: Archive) -> tuple[str, ...]:
 def _site(archive: Archive, name: str, fidelity: SiteFidelity | None) -> SiteSummary:
     site = archive.plan.site(name)
     keys = [spec.key for array in site.arrays(archive.plan.rows_per_shard) for spec in array.file_specs]
-    files = [commit.arrays[key] for commit in archive.commits.values() for key in keys]
     losses = losses_of(site, archive.commits)
-    lossy = any(file.squares is not None for file in files)
+    lossy = not PRESETS[site.codec].is_lossless and len(archive.commits) > 0
     return SiteSummary(
         name=name,
         shape=(archive.n_rows, *site.row_shape),
         dtype=site.dtype,
         codec=site.codec,
         logical_bytes=archive.progress.rows * site.row_bytes,
-        stored_bytes=sum(file.n_bytes for file in files),
+        stored_bytes=sum(file_totals(archive.commits, key).n_bytes for key in keys),
         n_nonfinite=losses.n_nonfinite,
         n_overflowed=losses.n_overflowed,
         n_spoiled=losses.n_spoiled,

@@ -12,20 +12,31 @@ from typing import Any
 
 import numpy as np
 
-from residua.store.base.errors import DamagedArchiveError, PlanError, ResiduaError, UnsafeArchiveError
+from residua.store.base.errors import DamagedArchiveError, PlanError, ResiduaError, UnsafeArchiveError, few
 from residua.store.base.untrusted import check_file, check_inside, parse_json, read_file
 from residua.store.encoding.shard import check_shard, shard_path
 from residua.store.encoding.spec import ArraySpec
 from residua.store.examples.index import ExampleIndex
 from residua.store.format.archive_metadata import ROOT, SIDECAR_FOLDERS, file_digest
-from residua.store.format.commits import FOLDER, Commit, named_example_files
+from residua.store.format.array_metadata import Document, check_arrays, consolidated, load_document
+from residua.store.format.commits import (
+    FOLDER,
+    Commit,
+    committed_shards,
+    named_example_files,
+    read_commit,
+    record_name,
+    same_files,
+)
+from residua.store.format.packed_index import INDEX, REBUILD, PackedIndex
 from residua.store.format.sidecars import FIDELITY_FILE, read_fidelity
 from residua.store.format.stacks import stacks_in
 from residua.store.read.archive import Archive
 
 _MAX_LISTED = 8
 _MAX_GROUP_BYTES = 2**24
-_GROUP_FIELDS = {"zarr_format", "node_type", "attributes", "consolidated_metadata"}
+_COPIES = "consolidated_metadata"
+_GROUP_FIELDS = {"zarr_format", "node_type", "attributes", _COPIES}
 
 
 @dataclass(frozen=True)
@@ -91,6 +102,12 @@ def verify(path: str | Path, *, on_shard: Callable[[int, int], None] = lambda *_
     return report
 
 
+def _own(document: Document) -> Document:
+    """Return metadata without the attributes of other programs, which may change."""
+    ours = {name: value for name, value in document["attributes"].items() if name == "residua"}
+    return {**document, "attributes": ours}
+
+
 def _verify_stacks(
     folder: Path, stacks: Sequence[str], report: Verification, on_shard: Callable[[int, int], None]
 ) -> None:
@@ -116,7 +133,7 @@ def _verify_stacks(
         report.problems.append(Problem(".", f"the stacks have different numbers of examples: {numbers}"))
     for path in sorted(folder.iterdir()):
         if path.name not in (ROOT, *stacks) and not path.name.startswith("."):
-            report.problems.append(Problem(path.name, "the archive has no record of this file: remove it"))
+            report.notes.append(f"{path.name} is not part of the archive, and was not checked")
 
 
 class _Check:
@@ -126,21 +143,28 @@ class _Check:
         self._archive = archive
         self._root = archive.path
         self._plan = archive.plan
-        self._file_specs = [spec for array in archive.plan.arrays for spec in array.file_specs]
+        self._arrays = archive.arrays
+        self._file_specs = [spec for array in self._arrays for spec in array.file_specs]
         self._report = report
-        self._known = {ROOT}
+        self._known = {ROOT, INDEX}
 
     def run(self, commits: Mapping[int, Commit], on_shard: Callable[[int, int], None]) -> None:
         """Check everything; damage that explains other damage comes first."""
-        self._groups()
+        self._groups(self._metadata())
+        if isinstance(commits, PackedIndex):
+            self._index(commits)
+        elif self._archive.metadata.index is not None:
+            self._problem(INDEX, f"it is missing, so that the records were read: {REBUILD}")
         self._side_files(commits)
         self._fidelity()
         index = self._examples()
         for done, shard in enumerate(sorted(commits), start=1):
-            self._shard(commits[shard], index)
+            self._shard(commits, shard, index)
             on_shard(done, len(commits))
         if self._archive.metadata.sealed is not None:
             self._missing(commits)
+            if absent := self._archive.absent_sites:
+                self._report.notes.append(f"this copy has no rows of {few(absent)}: their folders are not there")
         elif not self._archive.is_sealed:
             rows, total, *_ = self._archive.progress
             of = "" if total is None else f" of {total:,}"
@@ -152,9 +176,49 @@ class _Check:
         inside = path.relative_to(self._root) if path.is_relative_to(self._root) else path
         self._report.problems.append(Problem(inside.as_posix(), what))
 
-    def _groups(self) -> None:
-        """Check the metadata of the groups around the arrays, which only other readers need."""
-        folders = {folder for spec in self._plan.arrays for folder in PurePosixPath(spec.path).parents}
+    def _metadata(self) -> dict[str, Document]:
+        """Check the metadata of the arrays, of which a packed archive has copies in the root; return them by path."""
+        found: dict[str, Document] = {}
+        for spec in self._arrays:
+            try:
+                check_arrays(self._root, [spec], self._archive.n_rows)
+                found[spec.path] = _own(load_document(self._root, self._root / spec.path / ROOT))
+            except (DamagedArchiveError, UnsafeArchiveError) as error:
+                self._problem(f"{spec.path}/{ROOT}", str(error))
+        return found
+
+    def _index(self, index: PackedIndex) -> None:
+        """Check the packed index, and compare the records that are there with it."""
+        try:
+            index.check()
+        except (DamagedArchiveError, UnsafeArchiveError) as error:
+            self._problem(INDEX, str(error))
+            return
+        self._count(index.path)
+        recorded = committed_shards(self._root)
+        for shard in sorted(recorded):
+            name = f"{FOLDER}/{record_name(shard)}"
+            try:
+                if shard not in index:
+                    raise DamagedArchiveError("the archive has no such shard: remove the record")
+                record = read_commit(self._root, self._plan, shard, self._archive.n_rows)
+                if not same_files(record, index[shard]):
+                    raise DamagedArchiveError(f"the record and {INDEX} differ: restore both from a copy")
+            except (DamagedArchiveError, UnsafeArchiveError) as error:
+                self._problem(name, str(error))
+        if missing := len(index) - len(recorded):
+            self._report.notes.append(
+                f"{missing:,} of {len(index):,} records are missing in {FOLDER}/; {INDEX} says what they did"
+            )
+
+    def _groups(self, documents: dict[str, Document]) -> None:
+        """Check the metadata of the groups around the arrays, which only other readers need.
+
+        Args:
+            documents: The metadata of the arrays, by path; that of the groups is added.
+        """
+        n_problems = len(self._report.problems)
+        folders = {folder for spec in self._arrays for folder in PurePosixPath(spec.path).parents}
         for folder in sorted(folders - {PurePosixPath()}):
             name = f"{folder}/{ROOT}"
             self._known.add(name)
@@ -162,6 +226,7 @@ class _Check:
                 found: Any = parse_json(read_file(self._root, self._root / name, _MAX_GROUP_BYTES))
                 sound = found["zarr_format"] == 3 and found["node_type"] == "group"
                 sound = sound and isinstance(found.get("attributes", {}), dict) and not found.keys() - _GROUP_FIELDS
+                documents[str(folder)] = found
             except (DamagedArchiveError, UnsafeArchiveError) as error:
                 self._problem(name, str(error))
             except (ValueError, KeyError, TypeError) as error:
@@ -169,9 +234,29 @@ class _Check:
             else:
                 if not sound:
                     self._problem(name, "it is not the metadata of a Zarr group: restore it from a copy")
+        if len(self._report.problems) == n_problems:
+            self._copies(documents)
+
+    def _copies(self, documents: dict[str, Document]) -> None:
+        """Compare the copies of metadata that groups have of what is below them."""
+        wanted = {node: _own({k: v for k, v in found.items() if k != _COPIES}) for node, found in documents.items()}
+        copies = {node: found[_COPIES] for node, found in documents.items() if _COPIES in found}
+        if self._archive.metadata.documents:
+            copies[""] = consolidated(self._archive.metadata.documents)
+        for group, found in copies.items():
+            prefix = f"{group}/" if group else ""
+            below = {node[len(prefix) :]: copy for node, copy in wanted.items() if node.startswith(prefix)}
+            try:
+                there = {node: _own(copy) for node, copy in found["metadata"].items() if node in below}
+                is_sound = {**found, "metadata": there} == consolidated(below)
+            except (KeyError, TypeError, AttributeError):
+                is_sound = False
+            if not is_sound:
+                self._problem(f"{prefix}{ROOT}", "its copies of metadata differ from those below: run residua pack")
 
     def _side_files(self, commits: Mapping[int, Commit]) -> None:
-        expected = {**self._archive.metadata.files, **named_example_files(commits)}
+        named = {} if isinstance(commits, PackedIndex) else named_example_files(commits)
+        expected = {**self._archive.metadata.files, **named}
         for name, digest in expected.items():
             path = self._root / name
             self._known.add(name)
@@ -207,8 +292,13 @@ class _Check:
             return None
         return table.index()
 
-    def _shard(self, commit: Commit, index: ExampleIndex | None) -> None:
+    def _shard(self, commits: Mapping[int, Commit], shard: int, index: ExampleIndex | None) -> None:
         before = len(self._report.problems)
+        try:
+            commit = commits[shard]
+        except (DamagedArchiveError, UnsafeArchiveError) as error:  # of an index, which is read in parts
+            self._problem(INDEX, str(error))
+            return
         for spec in self._file_specs:
             self._shard_file(spec, commit)
         if index is not None and len(self._report.problems) == before:
@@ -264,8 +354,8 @@ class _Check:
 
     def _unknown_files(self, commits: Mapping[int, Commit]) -> None:
         """Name files without a record; leftovers of a killed run are no damage."""
-        known = self._known | {f"{FOLDER}/{commit.name}" for commit in commits.values()}
-        for spec in self._plan.arrays:
+        known = self._known | {f"{FOLDER}/{record_name(shard)}" for shard in commits}
+        for spec in self._arrays:
             known.add(f"{spec.path}/{ROOT}")
         known.update(shard_path(Path(), spec, shard).as_posix() for spec in self._file_specs for shard in commits)
         for path in sorted(self._root.rglob("*")):
@@ -274,12 +364,12 @@ class _Check:
                 continue
             if path.name.endswith(".tmp"):
                 self._report.notes.append(f"{name} is a temporary file of a killed run; the next run removes it")
-            elif any(name.startswith(f"{spec.path}/c/") for spec in self._plan.arrays):
+            elif any(name.startswith(f"{spec.path}/c/") for spec in self._arrays):
                 self._report.notes.append(f"{name} belongs to a shard without a commit; it will be written again")
             elif self._is_growing and name.startswith("examples/part-"):
                 self._report.notes.append(f"{name} holds examples whose shard was not committed")
             elif path.name != ROOT:
-                self._problem(name, "the archive has no record of this file: remove it")
+                self._report.notes.append(f"{name} is not part of the archive, and was not checked")
 
     def _is_inside(self, path: Path) -> bool:
         """Return whether `path` lies inside the archive; note the problem if a link leads out."""

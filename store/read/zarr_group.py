@@ -8,7 +8,7 @@ codec in front that converts decoded chunks (`AsFloat32`). Nothing on disk chang
 """
 
 import json
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Container, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Self
@@ -83,11 +83,11 @@ class ArchiveStore(LocalStore):
     """
 
     def __init__(
-        self, root: Path, plan: Plan, captured: Collection[int], missing: Callable[[int], ResiduaError]
+        self, root: Path, plan: Plan, captured: Container[int], missing: Callable[[int], ResiduaError]
     ) -> None:
         super().__init__(root, read_only=True)
         self._plan = plan
-        self._captured = frozenset(captured)
+        self._captured = captured
         self._missing = missing
         self._half = {f"{spec.path}/{METADATA}" for spec in plan.arrays if spec.dtype in _HALF}
         self._shards = {f"{spec.path}/c" for spec in plan.arrays}

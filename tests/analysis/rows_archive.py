@@ -11,10 +11,11 @@ from tokenizers.models import WordLevel
 
 from residua.store.examples.index import Example
 from residua.store.examples.writer import ExampleWriter
-from residua.store.format.create import create_archive, seal, workspace
+from residua.store.format.create import create_archive, workspace
 from residua.store.format.plan import Plan, SitePlan
 from residua.store.format.writer import FilledShard, ShardWriter
 from residua.store.read.archive import Archive
+from residua.store.sealing.seal import seal
 from residua.store.storage.files import write_file
 
 VOCABULARY = 50
@@ -86,5 +87,5 @@ def write_rows(
             shards.submit(FilledShard(index=index, first_row=first, sites=of_sites, columns=of_columns))
     archive = Archive(path)
     if sealed:
-        seal(path, archive.metadata, archive.commits)
+        seal(path, archive.metadata)
     return Archive(path)

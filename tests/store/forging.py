@@ -1,18 +1,21 @@
 """Forged archives: changed by somebody who knows the format and computes every checksum."""
 
+import hashlib
 import json
 import resource
 import struct
 import tracemalloc
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from residua.store.base.canonical import canonical_json, digest_of
+from residua.store.base.canonical import Json, canonical_json, digest_of
 from residua.store.base.errors import ResiduaError
-from residua.store.format.archive_metadata import ROOT, file_digest
+from residua.store.format.archive_metadata import ROOT, file_digest, read_metadata, write_metadata
 from residua.store.format.commits import FOLDER
+from residua.store.format.packed_index import HEADER, INDEX, TOTALS
 from residua.store.read.verify import verify
 from residua.store.storage.crc import crc32c, crc_bytes
 
@@ -23,14 +26,39 @@ def load(path: Path) -> Any:
     return json.loads(path.read_bytes())
 
 
+def without_index(archive: Path) -> None:
+    """Take the packed index away, so that the records alone say what is committed, as in format 1.0."""
+    metadata = read_metadata(archive)
+    if metadata.index is not None:
+        write_metadata(archive, replace(metadata, index=None, documents={}))
+        (archive / INDEX).unlink(missing_ok=True)
+
+
 def sign_root(archive: Path, document: Any) -> None:
-    """Write the root's `zarr.json` with right digests, and make every commit belong to its plan."""
+    """Write the root's `zarr.json` with right digests and no index, and make every commit belong to its plan."""
     entry = document["attributes"]["residua"]
+    entry["index"] = None
     entry["digest"] = digest_of(entry["plan"])
     entry["sha256"] = digest_of({key: value for key, value in entry.items() if key != "sha256"})
     (archive / ROOT).write_text(json.dumps(document))
     for path in (archive / FOLDER).iterdir():
-        sign_commit(path, {**load(path)["record"], "plan": entry["digest"]})
+        path.write_bytes(signed_commit({**load(path)["record"], "plan": entry["digest"]}))
+
+
+def sign_index(archive: Path, head: bytes, body: bytes, *, pages: bool = True) -> None:
+    """Write a packed index with right digests: of its pages, unless the head is to stay as it is, and of its head."""
+    if pages:
+        page_bytes, n_files = HEADER.unpack_from(head)[1:3]
+        cut = [body[at : at + page_bytes] for at in range(0, len(body), page_bytes)]
+        digests = b"".join(hashlib.sha256(page).digest() for page in cut)
+        head = head[: HEADER.size + TOTALS.itemsize * n_files] + digests
+    (archive / INDEX).write_bytes(head + body)
+    entry: dict[str, Json] = {
+        "n_bytes": len(head + body),
+        "head_bytes": len(head),
+        "sha256": hashlib.sha256(head).hexdigest(),
+    }
+    write_metadata(archive, replace(read_metadata(archive), index=entry))
 
 
 def sign_array(path: Path, document: Any) -> None:
@@ -40,10 +68,21 @@ def sign_array(path: Path, document: Any) -> None:
         bare = {key: value for key, value in ours.items() if key != "sha256"}
         ours["sha256"] = digest_of({**document, "attributes": bare})
     path.write_text(json.dumps(document))
+    archive = next(folder for folder in path.parents if (folder / FOLDER).is_dir())
+    root = load(archive / ROOT)
+    root["consolidated_metadata"]["metadata"][path.parent.relative_to(archive).as_posix()] = document
+    (archive / ROOT).write_text(json.dumps(root))
 
 
 def sign_commit(path: Path, record: Any) -> None:
-    path.write_bytes(canonical_json({"record": record, "sha256": digest_of(record)}))
+    """Write a record with its right SHA-256, into an archive whose index does not contradict it."""
+    if (path.parents[1] / ROOT).exists():
+        without_index(path.parents[1])
+    path.write_bytes(signed_commit(record))
+
+
+def signed_commit(record: Any) -> bytes:
+    return canonical_json({"record": record, "sha256": digest_of(record)})
 
 
 def sign_sidecar(archive: Path, name: str, content: bytes) -> None:

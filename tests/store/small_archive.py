@@ -14,12 +14,13 @@ from residua.store.base.canonical import Json
 from residua.store.base.errors import ResiduaError
 from residua.store.examples.index import Example
 from residua.store.examples.writer import ExampleWriter
-from residua.store.format.create import create_archive, seal, workspace
+from residua.store.format.create import create_archive, workspace
 from residua.store.format.plan import Plan, SitePlan
 from residua.store.format.sidecars import LM_HEAD_FILE, PARAMETERS_FILE, LMHeadSpec
 from residua.store.format.writer import FilledShard, ShardWriter
 from residua.store.read.archive import Archive
 from residua.store.read.array import ArchiveArray
+from residua.store.sealing.seal import seal
 from residua.store.storage.files import write_file
 
 HEIGHT = 16
@@ -29,10 +30,19 @@ N_SHARDS = 3
 TEXT_ROWS = (0, 19, 20, 37)
 
 
-def make_archive(path: Path, codec: str = "fast", *, seed: int = 0, open_size: bool = False, stack: str = "") -> Path:
+def make_archive(
+    path: Path,
+    codec: str = "fast",
+    *,
+    seed: int = 0,
+    open_size: bool = False,
+    stack: str = "",
+    nonfinite: bool = False,
+) -> Path:
     """Write an archive of three shards, the last one short, at `path`; `seed` changes its values.
 
-    With `open_size`, its size is not known before it is sealed. With `stack`, its sites are of that stack.
+    With `open_size`, its size is not known before it is sealed. With `stack`, its sites are of that stack. With
+    `nonfinite`, every shard of every site has a NaN.
     """
     rng, dot = np.random.default_rng(seed), stack and f"{stack}."
     sites = (
@@ -57,6 +67,10 @@ def make_archive(path: Path, codec: str = "fast", *, seed: int = 0, open_size: b
         )
         create_archive(folder, path, plan, {"command": "none"})
     values = {site.name: rng.standard_normal((N_ROWS, *site.row_shape), np.float32) for site in sites}
+    for rows in values.values():
+        rows.reshape(N_ROWS, -1)[:: HEIGHT // 2, 0] = (
+            np.nan if nonfinite else rows.reshape(N_ROWS, -1)[:: HEIGHT // 2, 0]
+        )
     columns = {
         "token": np.concatenate([example.input_ids for example in examples]),
         "position": np.concatenate([example.positions for example in examples]),
@@ -65,7 +79,7 @@ def make_archive(path: Path, codec: str = "fast", *, seed: int = 0, open_size: b
     _write_shards(path, plan, values, columns)
     archive = Archive(path)
     sealed: dict[str, Json] = {"n_rows": N_ROWS, "n_examples": len(LENGTHS), "examples": index.digest}
-    seal(path, archive.metadata, archive.commits, sealed if open_size else None)
+    seal(path, archive.metadata, sealed if open_size else None)
     return path
 
 

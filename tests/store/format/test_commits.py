@@ -38,6 +38,7 @@ FILES = st.builds(
     n_nonfinite=st.integers(0, 2**40),
     squares=SQUARES,
     error_squares=SQUARES,
+    chunks=st.binary(max_size=4).map(lambda part: part * 8),
 )
 COMMITS = st.builds(
     Commit,
@@ -182,6 +183,9 @@ def test_a_record_under_another_name_is_refused(tmp_path: Path) -> None:
         ("arrays", {"sites/q/1": {"n_bytes": 1, "digest": "cd" * 32, "squares": -1.0}}),
         ("arrays", {"sites/q/1": {"n_bytes": 1, "digest": "cd" * 32, "squares": "1"}}),
         ("arrays", {"sites/q/1": {"n_bytes": 1, "digest": "cd" * 32, "other": 1}}),
+        ("arrays", {"sites/q/1": {"n_bytes": 1, "digest": "cd" * 32, "chunks": "AAAA"}}),
+        ("arrays", {"sites/q/1": {"n_bytes": 1, "digest": "cd" * 32, "chunks": "?"}}),
+        ("arrays", {"sites/q/1": {"n_bytes": 1, "digest": "cd" * 32, "chunks": 8}}),
         ("arrays", [[]]),
     ],
 )
@@ -211,6 +215,9 @@ def test_a_folder_or_a_pipe_is_refused_at_once(tmp_path: Path, make: Any) -> Non
 
 def test_absent_values_are_left_out() -> None:
     assert FILE.to_json() == {"n_bytes": 100, "digest": "cd" * 32, "n_nonfinite": 2}
+    assert ShardFile(n_bytes=1, digest="ab" * 32).to_json() == {"n_bytes": 1, "digest": "ab" * 32}
+    bare = Commit(plan=PLAN, shard=0, rows=(0, 1), arrays={})
+    assert bare.to_json() == {"plan": PLAN, "shard": 0, "rows": [0, 1], "arrays": {}}
     assert json.loads(canonical_json(LOSSY.to_json()))["error_squares"] == 0.0
 
 

@@ -1,23 +1,17 @@
 """Creating an archive: complete or not at all, never over the user's files, and one capture at a time."""
 
-import hashlib
-import json
 import multiprocessing
 import os
 import signal
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import zarr
 
-from residua.store.base.canonical import Json
 from residua.store.format.archive_metadata import is_archive, read_metadata
 from residua.store.format.array_metadata import open_array
-from residua.store.format.commits import Commit, ShardFile
-from residua.store.format.create import create_archive, relative_error, seal, workspace
+from residua.store.format.create import create_archive, workspace
 from residua.store.format.plan import SitePlan
 from tests.store.format.test_plan import make_plan
 
@@ -34,14 +28,6 @@ def make(destination: Path, **changes: Any) -> None:
         (folder / "head").mkdir()
         (folder / "head" / "head.json").write_text("{}")
         create_archive(folder, destination, plan, {"by": "test"})
-
-
-def commit(shard: int, rows: tuple[int, int], squares: float, error_squares: float) -> Commit:
-    plain = ShardFile(n_bytes=1, digest="00" * 32)
-    lossy = ShardFile(n_bytes=1, digest="00" * 32, squares=squares, error_squares=error_squares)
-    paths = {spec.path: plain for spec in make_plan(sites=SITES).arrays}
-    arrays = {**paths, "sites/q/0": lossy, "sites/k/0": lossy}
-    return Commit(plan="00" * 32, shard=shard, rows=rows, arrays=arrays)
 
 
 def names_in(folder: Path) -> list[str]:
@@ -149,63 +135,3 @@ def test_a_second_capture_leaves_the_first_alone_and_clears_up_after_a_dead_one(
     with workspace(destination) as folder:
         assert names_in(folder) == []
     assert names_in(tmp_path) == []
-
-
-def test_sealing_writes_the_measured_error_of_lossy_sites_only(tmp_path: Path) -> None:
-    root = tmp_path / "a.zarr"
-    make(root)
-    commits = {
-        0: commit(0, (0, 8), 3.0, 0.25),
-        1: commit(1, (8, 16), 1.0, 0.75),
-        2: commit(2, (16, 20), 0.0, 0.0),
-    }
-    for _ in range(2):
-        seal(root, read_metadata(root), commits)
-    for node in ("sites/q/0", "sites/k/0"):
-        _, n_rows, attributes = open_array(root, node)
-        assert (n_rows, attributes["relative_rms_error"]) == (20, 0.5)
-        document = json.loads((root / node / "zarr.json").read_bytes())
-        assert document["attributes"]["residua"]["relative_rms_error"] == 0.5
-    assert "quantised" in open_array(root, "sites/q/0")[2]
-    for node in ("sites/resid_post/0", "scales/q/0", "rows/token"):
-        assert "relative_rms_error" not in open_array(root, node)[2]
-    assert read_metadata(root).sealed == {"n_rows": 20, "n_examples": 3, "examples": "cd" * 32}
-
-
-def test_no_squares_are_no_error() -> None:
-    assert relative_error(SITES[2], {0: commit(0, (0, 8), 0.0, 0.0)}) == 0.0
-    assert np.isclose(relative_error(SITES[2], {0: commit(0, (0, 8), 4.0, 1.0)}), 0.5)
-
-
-def test_sealing_an_open_archive_fixes_its_size(tmp_path: Path) -> None:
-    root = tmp_path / "a.zarr"
-    make(root, n_rows=None)
-    assert open_array(root, "sites/q/0")[1] == 0
-    sealed: dict[str, Json] = {"n_rows": 11, "n_examples": 2, "examples": "ab" * 32}
-    (root / "examples").mkdir()
-    (root / "examples" / "part-00000.parquet").write_bytes(b"x")
-    seal(root, read_metadata(root), {0: commit(0, (0, 8), 4.0, 1.0), 1: commit(1, (8, 11), 0.0, 0.0)}, sealed)
-    metadata = read_metadata(root)
-    assert metadata.sealed == sealed
-    assert sorted(metadata.files) == ["examples/part-00000.parquet", "head/head.json"]
-    assert {open_array(root, spec.path)[1] for spec in metadata.plan.arrays} == {11}
-    with pytest.raises(TypeError, match="n_rows"):
-        seal(root, metadata, {}, {**sealed, "n_rows": "11"})
-
-
-def test_sealing_keeps_the_digests_that_are_known(tmp_path: Path) -> None:
-    root = tmp_path / "a.zarr"
-    make(root, n_rows=None)
-    named, left = "part-00000.parquet", "part-00001.parquet"
-    (root / "examples").mkdir()
-    (root / "examples" / named).write_bytes(b"damaged since")
-    (root / "examples" / left).write_bytes(b"abc")
-    (root / "head" / "head.json").write_text("damaged since")
-    before = read_metadata(root)
-    commits = {0: replace(commit(0, (0, 8), 4.0, 1.0), examples={named: "12" * 32})}
-    seal(root, before, commits, {"n_rows": 8, "n_examples": 2, "examples": "ab" * 32})
-    assert read_metadata(root).files == {
-        **before.files,
-        f"examples/{named}": "12" * 32,
-        f"examples/{left}": hashlib.sha256(b"abc").hexdigest(),
-    }

@@ -19,6 +19,7 @@ from residua.store.examples.index import OWN_COLUMNS
 from residua.store.format.archive_metadata import FORMAT, SIDECAR_FOLDERS, Metadata
 from residua.store.format.array_metadata import open_array
 from residua.store.format.commits import FOLDER, Commit, ShardFile
+from residua.store.format.packed_index import HEADER, INDEX, LOSS, TOTALS
 from residua.store.format.plan import ROW_COLUMNS, Plan, SitePlan
 from residua.store.format.sidecars import FIDELITY_FILE, Fidelity, SiteFidelity, read_fidelity, write_fidelity
 from residua.store.format.site_names import LAYER_KINDS, MODEL_KINDS, parse_site
@@ -67,7 +68,7 @@ PLAN = Plan(
     sites=(SitePlan(name="resid_post.7", row_shape=(40,), dtype="float32", codec=INT8),),
     rows_per_shard=8,
 )
-FILE = ShardFile(n_bytes=1, digest="ab" * 32)
+FILE = ShardFile(n_bytes=1, digest="ab" * 32, chunks=bytes(8))
 COMMIT = Commit(plan=PLAN.digest, shard=3, rows=(24, 32), arrays={"sites/resid_post/7": FILE})
 
 
@@ -129,6 +130,16 @@ def test_the_keys_of_a_commit() -> None:
     pattern = "SSSSSSSS-WWWW.json"
     assert f"`{FOLDER}/{pattern}`" in PAGE
     assert COMMIT.name == pattern.replace("SSSSSSSS", "00000003").replace("WWWW", "0000")
+
+
+def test_the_packed_index() -> None:
+    text = PAGE.split("## The packed index")[1].split("## Fidelity")[0]
+    assert "8 bytes `RESIDUA` and 1; uint32 bytes of a page; uint32 *F*" in text
+    assert HEADER.size == 8 + 4 + 4 + 3 * 8 + 32
+    assert f"{TOTALS.itemsize} bytes of sums over all shards" in text
+    assert f"*L* losses of {LOSS.itemsize} bytes" in text
+    for name in {*(TOTALS.names or ()), *(LOSS.names or ())} - {"n_losses", "shard"}:
+        assert f"`{name}`" in text
 
 
 def with_numbers(name: str) -> str:
@@ -220,6 +231,7 @@ def test_the_folders() -> None:
     first = blocks("store/FORMAT.md", language="")[0]
     top = {line.split("/")[0].strip() for line in first.splitlines()[1:] if "/" in line.split("  ")[1]}
     assert top == {"sites", "rows", "scales", FOLDER, *SIDECAR_FOLDERS}
+    assert f"\n  {INDEX} " in first
 
 
 def test_the_fidelity_file(tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ from residua.store.read.archive import Archive
 from residua.store.read.verify import verify
 from tests.models.tiny import TINY
 from tests.stopped import take_back
+from tests.store.forging import without_index
 from tests.store.small_archive import HEIGHT, N_ROWS, make_archive
 
 SITE, NODE = "resid_post.0", "sites/resid_post/0"
@@ -28,23 +29,58 @@ LOST = slice(HEIGHT, 2 * HEIGHT)
 
 
 def lose_record(path: Path) -> None:
+    without_index(path)
     (path / RECORD).unlink()
 
 
-def lose_all(path: Path) -> None:
-    """Lose a record and all files of its shard, as a copy that was cut off does."""
-    lose_record(path)
+def lose_files(path: Path) -> None:
     for file in [*path.glob("sites/*/*/c/1/*"), *path.glob("rows/*/c/1")]:
         if file.is_file():
             file.unlink()
 
 
+def lose_all(path: Path) -> None:
+    """Lose a record and all files of its shard, as a copy that was cut off does."""
+    lose_record(path)
+    lose_files(path)
+
+
+def lose_last_record(path: Path) -> None:
+    without_index(path)
+    (path / "commits/00000002-0000.json").unlink()
+
+
+def lose_every_record(path: Path) -> None:
+    without_index(path)
+    shutil.rmtree(path / "commits")
+
+
 LOSSES: dict[str, Callable[[Path], None]] = {
     "record": lose_record,
     "record and files": lose_all,
-    "the last record": lambda path: (path / "commits/00000002-0000.json").unlink(),
-    "every record": lambda path: shutil.rmtree(path / "commits"),
+    "the last record": lose_last_record,
+    "every record": lose_every_record,
 }
+
+
+@pytest.mark.parametrize("records", [True, False])
+def test_a_packed_archive_that_lost_files_says_so_at_every_door(records: bool, tmp_path: Path) -> None:
+    path = make_archive(tmp_path / "a.zarr")
+    lose_files(path)
+    if not records:
+        shutil.rmtree(path / "commits")
+    archive, lazy = Archive(path), cast("Any", residua.analysis.array(Archive(path), SITE))
+    assert {problem.path for problem in verify(path).problems} >= {f"{NODE}/c/1/0", "rows/token/c/1"}
+    doors: dict[str, Callable[[], object]] = {
+        "rows": lambda: archive[SITE][:],
+        "group": lambda: archive.group[NODE][:],  # type: ignore[index]  # zarr's union of groups and arrays
+        "loader": lambda: list(archive.loader(SITE, batch_size=4)),
+        "stats": lambda: residua.stats(archive, SITE),
+        "dask": lambda: lazy.sum().compute(),
+    }
+    for name, read in doors.items():
+        with pytest.raises(DamagedArchiveError, match="is missing"):
+            pytest.fail(f"{name} gave {read()!r}")
 
 
 @pytest.mark.parametrize("open_size", [False, True])
@@ -91,9 +127,9 @@ def test_the_same_capture_again_makes_it_whole(tmp_path: Path) -> None:
     options: dict[str, Any] = {"out": out, "sites": "embed", "rows_per_shard": 32}
     expected = capture_dataset(model, data, **options).archive["embed"][:]
     metadata = (out / "zarr.json").read_bytes()
-    for loss in (lose_record, lose_all):
+    for loss in (lose_record, lose_all, lose_files, lambda path: (path / RECORD).unlink()):
         loss(out)
-        assert not verify(out).is_sound
+        assert not verify(out).is_sound or verify(out).notes
         again = capture_dataset(model, data, **options)
         assert again.resumed
         assert verify(out).is_sound

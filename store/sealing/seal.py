@@ -1,0 +1,292 @@
+"""Sealing: what is known only at the end is written, so that an archive opens at once, whatever its length.
+
+The order makes a crash harmless. Arrays get their number of rows and their measured errors; `commits.index` is made
+from the records; groups get copies of the metadata below them; last, the root says that the archive is sealed, and
+names the index. Until then the records alone count, and sealing again does all of it again, with the same bytes. The
+records stay: they are what the index is made from.
+"""
+
+import hashlib
+import os
+import struct
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import IO, NamedTuple, cast
+
+import numpy as np
+import numpy.typing as npt
+
+from residua.store.base.canonical import Json
+from residua.store.base.errors import DamagedArchiveError, NotCapturedError
+from residua.store.encoding.codecs import PRESETS
+from residua.store.encoding.shard import RESTORE, chunk_table_problem, read_chunk_table, shard_digest, shard_path
+from residua.store.encoding.spec import ArraySpec
+from residua.store.format.archive_metadata import Metadata, read_metadata, sidecar_digests, write_metadata
+from residua.store.format.array_metadata import (
+    METADATA,
+    consolidate,
+    create_array,
+    load_document,
+    open_array,
+    resize_array,
+)
+from residua.store.format.commits import Commit, ShardFile, named_example_files, read_commit
+from residua.store.format.dimensions import dimension_names
+from residua.store.format.losses import loss_notes
+from residua.store.format.packed_index import (
+    HEADER,
+    INDEX,
+    MAGIC,
+    PAGE_BYTES,
+    TOTALS,
+    IndexLayout,
+    PackedIndex,
+    file_totals,
+)
+from residua.store.format.plan import Plan, SitePlan
+from residua.store.storage.files import write_file
+
+_IN_MEMORY_BYTES = 64 * 1024 * 1024  # of an index while it is made; a larger one is made in a file without a name
+_FLUSH_BYTES = 16 * 1024 * 1024  # of entries in memory, of all files together
+_Progress = Callable[[int, int], None]
+
+
+def seal(
+    archive: Path,
+    metadata: Metadata,
+    sealed: Mapping[str, Json] | None = None,
+    *,
+    on_shard: _Progress = lambda *_: None,
+) -> None:
+    """Say that every shard is captured, and write what opens the archive at once; nothing if both is done.
+
+    Shards that are missing afterwards are lost: no reader takes the archive for one that is still being captured.
+
+    Args:
+        archive: Folder of the archive; every shard has a record.
+        metadata: Its metadata.
+        sealed: For an archive of open size, `n_rows`, `n_examples` and the examples' digest; they follow from the plan
+            of any other archive.
+        on_shard: Called after each shard, with the number done and the total.
+
+    Raises:
+        DamagedArchiveError: A record is missing or damaged, or a file that it names is missing or has another size.
+        OSError: A file cannot be written.
+    """
+    if metadata.sealed is None or metadata.index is None:
+        _seal(archive, metadata, sealed or metadata.sealed or _sealed_as_planned(metadata.plan), on_shard)
+
+
+def pack(archive: Path, *, on_shard: _Progress = lambda *_: None) -> None:
+    """Make the packed index of a finished archive, for example of one of format 1.0; an existing one is made again.
+
+    The metadata of the arrays become those of format 1.1, too. No shard and no record is changed.
+
+    Args:
+        archive: Folder of the archive.
+        on_shard: Called after each shard, with the number done and the total.
+
+    Raises:
+        FileNotFoundError: There is no archive at that path.
+        NotCapturedError: The archive is not finished.
+        DamagedArchiveError: A record is missing or damaged, or a file that it names is missing or has another size.
+        OSError: A file cannot be written.
+
+    Example:
+        >>> residua.pack("acts.zarr")  # doctest: +SKIP
+    """
+    metadata = read_metadata(archive)
+    if metadata.n_rows is None:
+        raise NotCapturedError(f"{archive} is not finished: its loop is still open, or ended with an error")
+    _seal(archive, metadata, metadata.sealed or _sealed_as_planned(metadata.plan), on_shard)
+
+
+def _seal(archive: Path, metadata: Metadata, sealed: Mapping[str, Json], on_shard: _Progress) -> None:
+    plan, n_rows = metadata.plan, sealed["n_rows"]
+    if not isinstance(n_rows, int):
+        raise TypeError(f"n_rows is {n_rows!r}")
+    _update_arrays(archive, plan, n_rows)
+    made = _write_index(archive, plan, n_rows, on_shard)
+    index = PackedIndex(archive, plan, n_rows, made.entry)
+    for site in plan.sites:
+        if not PRESETS[site.codec].is_lossless:
+            _write_error(archive, plan, site, index)
+    if metadata.sealed is None:
+        metadata = _with_notes(metadata, loss_notes(plan, index))
+    # Files with a known digest may be damaged by now, so only files that have none yet are read.
+    files = sidecar_digests(archive, {**metadata.files, **made.examples}) if plan.n_rows is None else metadata.files
+    documents = consolidate(archive, [spec.path for spec in plan.arrays])
+    write_metadata(archive, replace(metadata, files=files, sealed=sealed, index=made.entry, documents=documents))
+
+
+def _update_arrays(archive: Path, plan: Plan, n_rows: int) -> None:
+    """Give arrays their rows, and those of format 1.0 the metadata of 1.1."""
+    names = dimension_names(plan)
+    for spec in plan.arrays:
+        found = load_document(archive, archive / spec.path / METADATA).get("dimension_names")
+        if open_array(archive, spec.path)[1] != n_rows or found != list(names[spec.path]):
+            resize_array(archive, spec, n_rows, names[spec.path])
+
+
+def _with_notes(metadata: Metadata, notes: list[str]) -> Metadata:
+    """Return the metadata with more notes in the provenance."""
+    if not notes:
+        return metadata
+    known = metadata.provenance.get("notes")
+    all_notes: list[Json] = [*(known if isinstance(known, list) else []), *notes]
+    return replace(metadata, provenance={**metadata.provenance, "notes": all_notes})
+
+
+def _sealed_as_planned(plan: Plan) -> dict[str, Json]:
+    return {
+        "n_rows": plan.n_rows,
+        "n_examples": plan.dataset.get("n_examples"),
+        "examples": plan.dataset.get("digest"),
+    }
+
+
+def relative_error(site: SitePlan, commits: Mapping[int, Commit]) -> float:
+    """Return the root of summed squared errors over summed squares of a site with a lossy codec."""
+    files = [file_totals(commits, spec.key) for spec in site.arrays(1)[0].file_specs]  # keys are those of any height
+    squares = sum(file.squares for file in files)
+    return float((sum(file.error_squares for file in files) / squares) ** 0.5) if squares else 0.0
+
+
+def _write_error(archive: Path, plan: Plan, site: SitePlan, index: PackedIndex) -> None:
+    spec = site.arrays(plan.rows_per_shard)[0]
+    _, n_rows, attributes = open_array(archive, spec.path)
+    error = {"relative_rms_error": relative_error(site, index)}
+    if not error.items() <= attributes.items():
+        names = dimension_names(plan)[spec.path]
+        create_array(archive, spec, n_rows, attributes={**attributes, **error}, dimensions=names)
+
+
+class _Made(NamedTuple):
+    """An index that was written: its entry in the root's metadata, and the files of examples that the records name."""
+
+    entry: Mapping[str, Json]
+    examples: Mapping[str, str]
+
+
+def _write_index(archive: Path, plan: Plan, n_rows: int, on_shard: _Progress) -> _Made:
+    """Write the packed index of all records; memory does not grow with their number."""
+    layout = IndexLayout(plan, n_rows)
+    with tempfile.SpooledTemporaryFile(max_size=_IN_MEMORY_BYTES, dir=str(archive)) as body:
+        entries = _Entries(cast("IO[bytes]", body), layout)
+        examples: dict[str, str] = {}
+        for shard in range(layout.n_shards):
+            commit = read_commit(archive, plan, shard, n_rows)
+            for number, spec in enumerate(layout.files):
+                file = commit.arrays[spec.key]
+                _check_file(archive, spec, shard, file)
+                entries.add(number, shard, _chunks(archive, spec, commit), file)
+            examples |= named_example_files({shard: commit})
+            on_shard(shard + 1, layout.n_shards)
+        n_bytes = entries.finish()
+        pages = list(_page_digests(cast("IO[bytes]", body)))
+        n_losses = int(entries.totals["n_losses"].sum())
+        numbers = (MAGIC, PAGE_BYTES, len(layout.files), layout.n_shards, n_rows, n_losses, bytes.fromhex(plan.digest))
+        head = b"".join([HEADER.pack(*numbers), entries.totals.tobytes(), *pages])
+        body.seek(0)
+        write_file(archive / INDEX, _joined(head, cast("IO[bytes]", body)))
+    entry: dict[str, Json] = {
+        "n_bytes": len(head) + n_bytes,
+        "head_bytes": len(head),
+        "sha256": hashlib.sha256(head).hexdigest(),
+    }
+    return _Made(entry, examples)
+
+
+def _joined(head: bytes, body: IO[bytes]) -> Iterator[bytes]:
+    yield head
+    while page := body.read(PAGE_BYTES):
+        yield page
+
+
+def _page_digests(body: IO[bytes]) -> Iterator[bytes]:
+    body.seek(0)
+    while page := body.read(PAGE_BYTES):
+        yield hashlib.sha256(page).digest()
+
+
+class _Entries:
+    """The body of an index while it is filled, shard by shard.
+
+    Attributes:
+        totals: Sums over all shards, an entry a file.
+    """
+
+    def __init__(self, body: IO[bytes], layout: IndexLayout) -> None:
+        self._body = body
+        self._layout = layout
+        self._tables = [bytearray() for _ in layout.files]  # not written yet, from the shards `_first` on
+        self._squares = [bytearray() for _ in layout.files]
+        self._losses = [bytearray() for _ in layout.files]
+        self._first = 0
+        self._n_waiting = 0
+        self.totals: npt.NDArray[np.void] = np.zeros(len(layout.files), TOTALS)
+
+    def add(self, number: int, shard: int, chunks: bytes, file: ShardFile) -> None:
+        """Take what a record says about one of its files; call this shard by shard, and file by file in each."""
+        if number == 0 and self._n_waiting > _FLUSH_BYTES:
+            self._flush(shard)
+        self._tables[number] += chunks
+        self._n_waiting += len(chunks)
+        losses = (file.n_nonfinite, file.n_overflowed, file.n_spoiled)
+        total = self.totals[number]
+        for name, value in zip(TOTALS.names or (), (file.n_bytes, *losses), strict=False):
+            total[name] += value
+        if self._layout.squares_at(number, shard) is not None:
+            squares = (file.squares or 0.0, file.error_squares or 0.0)
+            total["squares"] += squares[0]
+            total["error_squares"] += squares[1]
+            self._squares[number] += struct.pack("<dd", *squares)
+        if any(losses):
+            total["n_losses"] += 1
+            self._losses[number] += struct.pack("<QQQQ", shard, *losses)
+
+    def _flush(self, next_shard: int) -> None:
+        for number in range(len(self._layout.files)):
+            self._write(self._layout.table_at(number, self._first), self._tables[number])
+            self._write(self._layout.squares_at(number, self._first), self._squares[number])
+        self._first, self._n_waiting = next_shard, 0
+
+    def _write(self, at: int | None, waiting: bytearray) -> None:
+        if at is not None and waiting:
+            self._body.seek(at)
+            self._body.write(waiting)
+            waiting.clear()
+
+    def finish(self) -> int:
+        """Write what is left, and return the bytes of the body."""
+        self._flush(self._layout.n_shards)
+        self._body.seek(self._layout.tables_bytes)
+        for losses in self._losses:
+            self._body.write(losses)
+        return self._layout.tables_bytes + sum(map(len, self._losses))
+
+
+def _chunks(archive: Path, spec: ArraySpec, commit: Commit) -> bytes:
+    """Return the chunk table of a shard file: from the record, or from the file if the record is of format 1.0."""
+    file, n_rows = commit.arrays[spec.key], commit.rows[1] - commit.rows[0]
+    table = file.chunk_table if file.chunks else read_chunk_table(shard_path(archive, spec, commit.shard), spec, n_rows)
+    problem = chunk_table_problem(table, spec, n_rows)
+    if problem or shard_digest(table, spec) != file.digest:
+        raise DamagedArchiveError(
+            f"{shard_path(archive, spec, commit.shard)} or its record commits/{commit.name} was altered: "
+            f"{problem or 'the digests of the chunks differ'}: {RESTORE}"
+        )
+    return table.tobytes()
+
+
+def _check_file(archive: Path, spec: ArraySpec, shard: int, file: ShardFile) -> None:
+    path = shard_path(archive, spec, shard)
+    try:
+        found = os.stat(path).st_size  # noqa: PTH116  # pathlib takes twice the time, and there may be millions
+    except OSError:
+        found = -1
+    if found != file.n_bytes:
+        what = "is missing" if found < 0 else f"has {found:,} bytes, and its record says {file.n_bytes:,}"
+        raise DamagedArchiveError(f"{path} {what}: {RESTORE}")
