@@ -22,7 +22,7 @@ from residua.capture.runtime.streams import CudaStreams, page_locked
 from residua.capture.scheduling.sites_per_rank import Ownership
 from residua.store.base.errors import CaptureError
 from residua.store.encoding.shard import ShardMemory
-from residua.store.format.plan import ROW_COLUMNS, Plan, SitePlan
+from residua.store.format.plan import Plan, SitePlan
 from residua.store.format.writer import FilledShard, ShardWriter
 
 _DEVICE_BYTES = 256 * 1024 * 1024  # of gathered rows on a device that wait for their copy
@@ -44,7 +44,7 @@ class HostBuffer:
         n_rows: Number of rows that the buffer holds.
         pinned: Whether the memory is page-locked, for copies from a CUDA device.
         sites: The sites to make memory for; all of the plan's unless given.
-        has_columns: Whether the buffer also holds the columns of the rows (token, position, example).
+        has_columns: Whether the buffer also holds the columns of the rows (token, position, example, ...).
 
     Attributes:
         blocks: For each site its rows, in consecutive blocks of equal height, each (rows, *row shape).
@@ -68,7 +68,7 @@ class HostBuffer:
         with torch.inference_mode(mode=False):  # rows computed outside inference mode cannot be copied to its tensors
             stored = plan.sites if sites is None else sites
             self.blocks = {site.name: self._allocate(plan, site, n_rows, pinned) for site in stored}
-        columns = ROW_COLUMNS if has_columns else {}
+        columns = plan.row_columns if has_columns else {}
         self.columns = {name: np.zeros(n_rows, dtype) for name, dtype in columns.items()}
         self.n_filled = 0
         self.pending = PendingCopies()
@@ -188,7 +188,7 @@ class ShardFiller:
             buffer = self._open.get(shard) or self._acquire(shard)
             target = batch.row[picked] - shard * height
             for name, column in buffer.columns.items():
-                column[target] = getattr(batch, name)[picked]
+                column[target] = batch.column(name)[picked]
             buffer.n_filled += len(picked)
             self._targets.append((shard, buffer, RowIndex(batch.source[picked], target)))
 

@@ -6,10 +6,10 @@ a site's tensor the axes that both expect.
 Legend: `B` examples in the batch, `T` padded positions, `N` kept rows of the batch.
 """
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, TypeAlias, TypeVar
+from typing import Any, TypeAlias, TypeVar, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -37,6 +37,7 @@ class ExampleRows:
         input_ids: Its tokens, (tokens,).
         positions: The kept positions, (rows,), strictly increasing.
         padded: The padded position of each token, (tokens,).
+        columns: What else is known of each token, by name, each (tokens,).
     """
 
     example: int
@@ -44,6 +45,7 @@ class ExampleRows:
     input_ids: npt.NDArray[np.int32]
     positions: npt.NDArray[np.int32]
     padded: Indices
+    columns: Mapping[str, npt.NDArray[np.signedinteger[Any]]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,6 +63,7 @@ class BatchRows:
         n_positions: Padded length `T`.
         sequence_of: For each example its entry along the batch axis `B`; None if each has its own, in order.
         n_sequences: Length of the batch axis; None for the number of examples.
+        columns: Other columns of the rows, by name, each (N,).
     """
 
     source: Indices
@@ -72,6 +75,12 @@ class BatchRows:
     n_positions: int
     sequence_of: Sequence[int] | None = None
     n_sequences: int | None = None
+    columns: Mapping[str, npt.NDArray[np.signedinteger[Any]]] = field(default_factory=dict)
+
+    def column(self, name: str) -> npt.NDArray[np.signedinteger[Any]]:
+        """Return one column of the rows: token, position, example, or another, (N,)."""
+        found = self.columns[name] if name in self.columns else getattr(self, name)
+        return cast("npt.NDArray[np.signedinteger[Any]]", found)
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -134,6 +143,10 @@ def batch_rows(
         n_positions=n_positions,
         sequence_of=sequence_of,
         n_sequences=n_sequences,
+        columns={
+            name: np.concatenate([example.columns[name][example.positions] for example in examples])
+            for name in (examples[0].columns if examples else ())
+        },
     )
 
 

@@ -3,20 +3,23 @@
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import nn
 
 from residua.capture.buffers.row_index import BatchRows, batch_rows, by_position
+from residua.capture.forward.example_inputs import InputSource
 from residua.capture.forward.inputs import forward_arguments
-from residua.capture.forward.plan_batch import PlanBatch, microbatches, plan_batch
+from residua.capture.forward.plan_batch import PlanBatch, batches_with_inputs, microbatches, plan_batch
 from residua.capture.layout.process_layout import ProcessLayout
 from residua.capture.runtime.collectives import failed_together
 from residua.capture.runtime.compat import accelerate_hook
 from residua.capture.runtime.devices import input_device
 from residua.capture.runtime.pipeline_schedule import runnable, stage_model_of
 from residua.capture.runtime.sharded import is_sharded
+from residua.capture.sites.anatomy import PIXELS, takes_pixels
+from residua.capture.sites.pixels import pixel_arguments
 from residua.store.base.errors import CaptureError
 from residua.store.examples.schedule import Batch
 from residua.store.examples.table import ExampleTable
@@ -55,6 +58,7 @@ class BatchRunner:
         sites: The sites that are read here; all of the plan's unless given.
         process_layout: What this process holds of a model that several processes share.
         changed: Sites that are changed while a batch runs.
+        inputs: Makes what examples have beside tokens, such as pixels; None if they have tokens alone.
 
     Attributes:
         n_rows: Rows of the batches so far. Of the processes that share a model only the leader counts; others have 0.
@@ -72,7 +76,11 @@ class BatchRunner:
         sites: Collection[str] | None = None,
         process_layout: ProcessLayout | None = None,
         changed: Collection[str] = (),
+        inputs: InputSource | None = None,
     ) -> None:
+        self._inputs = inputs
+        self._takes_pixels = takes_pixels(model)
+        self._dtype = next((each.dtype for each in model.parameters() if each.is_floating_point()), torch.float32)
         self._model = runnable(model)
         stage_model = stage_model_of(model)
         self._n_microbatches = 1 if stage_model is None else stage_model.n_microbatches
@@ -98,7 +106,9 @@ class BatchRunner:
         self.forward_seconds = 0.0
 
     def run(self, batch: Batch | None, around: Around | None = None) -> Iterator[bool]:
-        """Run one batch; yields after every forward pass. A torch pipeline has one pass per microbatch.
+        """Run one batch; yields after every forward pass.
+
+        A torch pipeline has one pass per microbatch, and a batch of images one per size.
 
         Where forward passes are collectives of all workers, every batch has the same number of passes. A worker that
         has no batch left runs None. Missing passes are made with one token, whose rows are dropped.
@@ -121,6 +131,9 @@ class BatchRunner:
             yield False
 
     def _microbatches(self, batch: Batch) -> list[PlanBatch]:
+        if self._inputs is not None:
+            numbers = batch.examples.tolist()
+            return batches_with_inputs(self._table, numbers, self._inputs, device=self._device, dtype=self._dtype)
         made = plan_batch(self._table, batch.examples.tolist(), side=self._plan.padding, device=self._device)
         return microbatches(made, self._n_microbatches)
 
@@ -131,7 +144,7 @@ class BatchRunner:
         self._sink.begin(batch_rows(rows, n_positions))
         self._n_missing = self._n_sites
         started = time.perf_counter()
-        kwargs = self._arguments(padded.input_ids, padded.attention_mask)
+        kwargs = self._arguments_of(batch)
         try:
             with nullcontext() if around is None else around([example.example for example in rows]):
                 self._model(**kwargs)
@@ -152,6 +165,15 @@ class BatchRunner:
         if self._counts:
             self.n_rows += sum(len(example.positions) for example in rows)
             self.n_tokens += sum(len(example.input_ids) for example in rows)
+
+    def _arguments_of(self, batch: PlanBatch) -> dict[str, Any]:
+        """Return the arguments of a forward pass."""
+        if batch.inputs is not None and self._takes_pixels:
+            return pixel_arguments(self._model, batch.inputs[PIXELS])
+        arguments: dict[str, Any] = self._arguments(batch.padded.input_ids, batch.padded.attention_mask)
+        if batch.inputs:
+            arguments.pop("position_ids", None)  # images may have positions of their own, which the model works out
+        return {**arguments, **(batch.inputs or {})}
 
     def _forward_one_token(self) -> None:
         token = torch.zeros((1, 1), dtype=torch.long, device=self._device)

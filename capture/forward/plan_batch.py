@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 
 from residua.capture.buffers.row_index import ExampleRows
+from residua.capture.forward.example_inputs import ExampleInputs, InputSource, joined
 from residua.capture.forward.inputs import PaddedBatch, padded_batch
+from residua.store.base.errors import CaptureError
 from residua.store.examples.table import ExampleTable
 
 
@@ -20,8 +22,8 @@ class PlanBatch:
     Attributes:
         padded: Their tokens, padded to one length.
         rows: Per example, in batch order, its tokens, its kept positions, and where these lie in the batch.
-        inputs: What goes into the model beside tokens and mask, by name: a tensor with an entry for each example, or
-            for each position of each.
+        inputs: What goes into the model beside tokens and mask, by name: a tensor with an entry for each example, for
+            each position of each, or for each image or patch (those are not cut into microbatches).
     """
 
     padded: PaddedBatch
@@ -84,3 +86,36 @@ def plan_batch(
         for number, (input_ids, positions) in zip(examples, contents, strict=True)
     ]
     return PlanBatch(padded=padded, rows=rows)
+
+
+def batches_with_inputs(
+    table: ExampleTable, examples: Sequence[int], source: InputSource, *, device: torch.device, dtype: torch.dtype
+) -> list[PlanBatch]:
+    """Return the examples of a batch as one batch for each kind of inputs beside tokens, padded on the right.
+
+    Args:
+        table: The examples.
+        examples: Their numbers, in batch order.
+        source: Makes what they have beside tokens.
+        device: Device of the tensors.
+        dtype: The model's.
+
+    Raises:
+        CaptureError: An example has other tokens now than when the capture was planned.
+    """
+    kinds: dict[object, list[tuple[int, ExampleInputs]]] = {}
+    for number in examples:
+        found = source.of(number)
+        if not np.array_equal(found.input_ids, table.tokens(number)):
+            raise CaptureError(
+                f"example {number} has {len(found.input_ids)} positions or other tokens now, and "
+                f"{len(table.tokens(number))} when the capture was planned: was the processor changed meanwhile?"
+            )
+        kinds.setdefault(found.signature, []).append((number, found))
+    batches = []
+    for alike in kinds.values():
+        batch = plan_batch(table, [number for number, _ in alike], side="right", device=device)
+        inputs = joined([found for _, found in alike], batch.n_positions, device=device, dtype=dtype)
+        rows = [replace(row, columns=found.columns) for row, (_, found) in zip(batch.rows, alike, strict=True)]
+        batches.append(replace(batch, rows=rows, inputs=inputs))
+    return batches

@@ -16,6 +16,7 @@ from torch import nn
 
 from residua.capture.buffers.host_buffers import ShardFiller
 from residua.capture.forward.batches import BatchRunner
+from residua.capture.forward.example_inputs import InputSource
 from residua.capture.layout.local_shards import LocalShards
 from residua.capture.layout.process_layout import ProcessLayout
 from residua.capture.recording.row_writer import RowWriter
@@ -41,6 +42,7 @@ def record(
     *,
     process_layout: ProcessLayout | None = None,
     replaying: CapturedReplay | None = None,
+    inputs: InputSource | None = None,
     work: Callable[[Schedule], WorkQueue] | None = None,
     agree: Callable[[bool], bool] | None = None,
     threads: int = 1,
@@ -54,6 +56,7 @@ def record(
         plan: Its plan.
         process_layout: What this process holds of a model that several processes share; all of them call `record`.
         replaying: Puts stored rows and edits into the model; the capture stores what follows from them.
+        inputs: Makes what examples have beside tokens, such as pixels.
         work: Makes the work queue for the plan's schedule; every shard in one run unless given. In a worker group only
             the leader's queue counts.
         agree: For models whose forward pass is a collective of all workers. Called before each batch with whether
@@ -93,6 +96,7 @@ def record(
         sites=sites,
         process_layout=process_layout,
         changed=() if replaying is None else replaying.changed,
+        inputs=inputs,
     )
     taps = Taps(model, sites, runner.put)
     stats = partial(_stats, runner, rows, time.perf_counter())

@@ -19,6 +19,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.pipelining.schedules import PipelineScheduleSingle
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from residua.capture.forward.example_inputs import InputSource
 from residua.capture.hooks.attention import eager_attention
 from residua.capture.hooks.site import SiteInfo, plan_sites
 from residua.capture.identity.output import OutputSample, output_sample
@@ -45,9 +46,13 @@ from residua.capture.runtime.process_groups import declared_group
 from residua.capture.runtime.sharded import is_sharded
 from residua.capture.runtime.streams import writer_threads
 from residua.capture.runtime.wrappers import evaluating, replica_of, running_uncompiled
+from residua.capture.sites.anatomy import takes_pixels
 from residua.capture.sites.names_to_modules import resolve_sites
 from residua.capture.sites.reference_model import unsharded_sites
+from residua.capture.sites.shape_probe import measure_sites
+from residua.pipelines.capture.images import image_dataset, load_processor
 from residua.pipelines.data.dataset import DatasetReport, dataset_identity, read_examples
+from residua.pipelines.data.image_examples import ImageDataset
 from residua.pipelines.data.tokenizer import special_ids
 from residua.pipelines.jobs.workers import WorkerFigures, Workers, working_together
 from residua.pipelines.setup.models import load_model, load_tokenizer, token_limit
@@ -63,6 +68,7 @@ from residua.store.format.create import create_archive, workspace
 from residua.store.format.losses import COMPUTED, cast_sites, loss_notes
 from residua.store.format.plan import Plan, SitePlan, check_host_memory, choose_rows_per_shard
 from residua.store.format.room import check_room
+from residua.store.format.row_columns import HAS_IMAGES, IMAGE_ROW_BYTES
 from residua.store.read.archive import Archive
 from residua.store.sealing.lost_shards import drop_lost
 from residua.store.sealing.seal import seal
@@ -103,6 +109,7 @@ def capture_dataset(
     *,
     out: str | PathLike[str],
     tokenizer: PreTrainedTokenizerBase | None = None,
+    processor: object | None = None,
     settings: CaptureSettings | None = None,
     tensor_parallel: ProcessGroup | DeviceMesh | None = None,
     command: str | None = None,
@@ -119,9 +126,11 @@ def capture_dataset(
     Args:
         model: A transformers model, or a hub id or folder of one; or the schedule of a torch pipeline (GPipe or 1F1B)
             whose stages hold the model. Such stages run as many microbatches a batch as the schedule has.
-        dataset: A hub id or path, or an iterable of texts, token-id lists, mappings or chats.
+        dataset: A hub id or path, or an iterable of texts, token-id lists, mappings, chats or images.
         out: Folder of the archive. If the archive exists, its missing rows are captured.
         tokenizer: Tokenizer of a model that is passed as an object; by default it is loaded with the model.
+        processor: Processor or image processor of a model over images that is passed as an object; by default it is
+            loaded with the model. See docs/images.md.
         settings: All settings at once.
         tensor_parallel: The ranks that the model's activations are split over, or their mesh, for a model that was
             split by hand, which does not show it.
@@ -159,12 +168,17 @@ def capture_dataset(
             name = fspath(model)
             tokenizer = tokenizer or load_tokenizer(name, chosen)
             model = load_model(name, chosen)
+            if processor is None and (takes_pixels(model) or chosen.image_column is not None):
+                processor = load_processor(name, chosen.revision)
         elif isinstance(model, PIPELINE_TYPES):
             model = stack.enter_context(as_model(model))
         else:
             model = _language_model(replica_of(model))
         stack.enter_context(declared_group(model, tensor_parallel))
-        job = _DatasetCapture(model, place.path, tokenizer, dataset, chosen, command, on_example)
+        images = image_dataset(model, place.path, chosen, processor)
+        if images is not None:
+            stack.enter_context(images)
+        job = _DatasetCapture(model, place.path, tokenizer, dataset, chosen, command, on_example, images)
         job.notes.extend(place.notes)
         called = runnable(model)
         if stack.enter_context(running_uncompiled(called)):
@@ -272,6 +286,10 @@ class CaptureJob(ABC):
     def provenance(self, plan: Plan) -> dict[str, Any]:
         """Return how the archive is made, as JSON values."""
 
+    def inputs(self, shared: Mapping[str, Any]) -> InputSource | None:  # noqa: ARG002  # tokens are all
+        """Return what makes the inputs that examples have beside tokens, given what worker 0 shared."""
+        return None
+
     def notes_of_archive(self) -> list[Json]:
         """Return what a reader of the archive should know, as far as it is known before the model runs."""
         return list(self.notes)
@@ -339,6 +357,7 @@ class CaptureJob(ABC):
                 plan,
                 process_layout=layout,
                 replaying=self._replaying,
+                inputs=self.inputs(shared),
                 work=partial(workers.work, self.out),
                 agree=Agreement() if is_sharded(self.model) else None,
                 threads=self._threads or writer_threads(self.model),
@@ -432,37 +451,47 @@ class _DatasetCapture(CaptureJob):
         settings: CaptureSettings,
         command: str | None,
         on_example: Callable[[int, int], None],
+        images: ImageDataset | None,
     ) -> None:
         sites = (unsharded_sites if spans_processes(model) else resolve_sites)(model, [settings.sites])
+        if takes_pixels(model):
+            unmeasured = {name: info for name, info in sites.items() if info.row_shape is None}
+            sites = {**sites, **measure_sites(model, unmeasured)}
         super().__init__(model, sites, out, head=settings.head, threads=settings.threads)
         self._tokenizer = tokenizer
         self._dataset = dataset
         self._settings = settings
         self._command = command
         self._on_example = on_example
+        self._images = images
         self._report = DatasetReport()
 
     def write_examples(self, folder: Path) -> ExampleIndex:
         """Read the dataset once, and write its examples; raises DatasetError if it cannot be used as asked."""
         tokenizer, report = self._tokenizer, self._report
-        if self._settings.drop_special and tokenizer is None:
+        if self._settings.drop_special and tokenizer is None and self._images is None:
             raise DatasetError(
                 "--drop-special needs a tokenizer, and the model has none: nothing says which tokens are special"
             )
         writer = ExampleWriter(folder)
-        examples = read_examples(
-            self._dataset,
-            settings=self._settings,
-            tokenizer=tokenizer,
-            model_limit=token_limit(self.model),
-            vocab_size=self.model.config.get_text_config().vocab_size,
-            special_ids=special_ids(tokenizer),
-            report=report,
-        )
+        if self._images is not None:
+            examples = self._images.examples(self._dataset, model_limit=token_limit(self.model), report=report)
+        else:
+            examples = read_examples(
+                self._dataset,
+                settings=self._settings,
+                tokenizer=tokenizer,
+                model_limit=token_limit(self.model),
+                vocab_size=self.model.config.get_text_config().vocab_size,
+                special_ids=special_ids(tokenizer),
+                report=report,
+            )
         for example in examples:
             writer.add(example)
             self._on_example(report.n_examples, report.n_tokens)
         self.shared["dataset"] = asdict(report)
+        if self._images is not None:
+            self.shared["images"] = str(self._images.folder)
         return writer.close()
 
     def plan(self, index: ExampleIndex) -> Plan:
@@ -477,6 +506,7 @@ class _DatasetCapture(CaptureJob):
             column_shards=self.column_shards,
         )
         row_bytes = [site.row_bytes for site in sites]
+        row_bytes += [] if self._images is None else [IMAGE_ROW_BYTES]
         height = settings.rows_per_shard or choose_rows_per_shard(
             row_bytes,
             batch_rows=min(batch_tokens, index.total_rows),
@@ -492,13 +522,19 @@ class _DatasetCapture(CaptureJob):
             )
         return Plan(
             model=self.identity,
-            dataset=dataset_entry(index),
-            rules=settings.rules(),
+            dataset={**dataset_entry(index), **({} if self._images is None else {HAS_IMAGES: True})},
+            rules={
+                **settings.rules(),
+                **({} if self._images is None else {"processor": self._images.identity["digest"]}),
+            },
             sites=sites,
             rows_per_shard=height,
             batch_tokens=batch_tokens,
             n_rows=index.total_rows,
         )
+
+    def inputs(self, shared: Mapping[str, Any]) -> InputSource | None:
+        return None if self._images is None else self._images.inputs(Path(shared["images"]))
 
     def write_tokenizer(self, folder: Path) -> None:
         if self._tokenizer is not None:
@@ -508,6 +544,7 @@ class _DatasetCapture(CaptureJob):
         return {
             "model": describe_model(self.model, plan.model, self.output),
             "tokenizer": None if self._tokenizer is None else identify_tokenizer(self._tokenizer),
+            **({} if self._images is None else {"processor": dict(self._images.identity)}),
             "dataset": dataset_identity(self._dataset, self._settings),
             "command": self._command,
             "seed": self._settings.seed,

@@ -15,6 +15,7 @@ from residua.store.selection.positions import PositionRule, parse_positions
 _LONG = ("refuse", "split", "truncate")
 _OF_CHATS = ("chat_template", "add_generation_prompt", "tools", "chat_template_kwargs")
 _MAX_TEMPLATE_BYTES = 2**20
+_WITHOUT_EFFECT = ("image_folder", "max_image_pixels")  # on examples: they refuse some, and change none
 _NOT_OF_THE_TEMPLATE = frozenset(
     (
         "conversation",
@@ -54,6 +55,15 @@ class DatasetSettings:
     text_column: str | None = setting(
         None, "column with the texts, chats or token ids (default: input_ids, text, messages or the only text column)"
     )
+    image_column: str | None = setting(
+        None,
+        "column with images, which a vision-language model gets with the text (default for models that take images "
+        "alone: image, images or img)",
+    )
+    image_folder: str | None = setting(
+        None, "folder of the images that a column names by path, which no path may leave (default: the dataset's own)"
+    )
+    max_image_pixels: int = setting(2**26, "most pixels of an image; larger ones are refused before decoding")
     split: str | None = setting(None, "split of the dataset (default: train, or the only split)")
     subset: str | None = setting(None, "subset (configuration) of a dataset on the hub (default: the dataset's own)")
     dataset_revision: str | None = setting(None, "revision of a dataset on the hub (default: the newest)")
@@ -90,7 +100,7 @@ class DatasetSettings:
     )
 
     def __post_init__(self) -> None:
-        for name in ("max_tokens", "max_length", "min_length"):
+        for name in ("max_tokens", "max_length", "min_length", "max_image_pixels"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise DatasetError(f"{flag_of(name)} is {value}: it must be at least 1")
@@ -159,9 +169,14 @@ class DatasetSettings:
 
     def rules(self) -> dict[str, Json]:
         """Return the settings that shape the examples, as a plan records them."""
-        values = {f.name.removeprefix("dataset_"): getattr(self, f.name) for f in fields(DatasetSettings)}
+        values = {
+            f.name.removeprefix("dataset_"): getattr(self, f.name)
+            for f in fields(DatasetSettings)
+            if f.name not in _WITHOUT_EFFECT
+        }
         # Left out where they are not given: plans made before these settings existed stay what they are.
         optional: dict[str, Json] = {
+            "image_column": self.image_column,
             "add_special_tokens": self.add_special_tokens,
             "chat_template": self.template,
             "add_generation_prompt": self.add_generation_prompt or None,

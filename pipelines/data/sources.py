@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from itertools import chain, islice
 from os import PathLike, fspath
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 import numpy as np
@@ -399,11 +399,13 @@ def _row_of(number: int, item: object) -> Row:
         return item
     if isinstance(item, str):
         return {"text": item}
+    if isinstance(item, PurePath) or type(item).__module__.partition(".")[0] == "PIL":
+        return {"image": item}
     if isinstance(item, list | tuple) and item and isinstance(item[0], Mapping):
         return {"messages": item}
     if isinstance(item, list | tuple) or hasattr(item, "__array__"):
         return {"input_ids": item}
     raise DatasetError(
-        f"row {number}: the dataset yields {item!r:.80}, which is not a text, a list of token ids, a chat or a row (a "
-        "dictionary)"
+        f"row {number}: the dataset yields {item!r:.80}, which is not a text, a list of token ids, a chat, an image or "
+        "a row (a dictionary)"
     )

@@ -11,7 +11,7 @@ from typing import Any
 from residua.store.base.errors import MissingPackageError
 
 PACKAGES = {
-    "capture": ("accelerate", "datasets", "fsspec", "huggingface_hub", "torch", "transformers"),
+    "capture": ("PIL", "accelerate", "datasets", "fsspec", "huggingface_hub", "torch", "transformers"),
     "analysis": ("dask", "distributed", "matplotlib", "scipy", "sklearn", "threadpoolctl", "torch"),
 }
 """The modules that each extra installs, by the extra's name, which is also a room's."""

@@ -1,12 +1,12 @@
 """One example, the lengths of all examples, and the digest of their content.
 
 The digest is a SHA-256 over every example in order: n_tokens and n_rows as little-endian int64, then input_ids and
-positions as little-endian int32. The user's own columns are left out. It does not depend on Parquet: a table that is
-rewritten with another compression keeps its digest.
+positions as little-endian int32, then the SHA-256 of each of its images. The user's own columns are left out. It does
+not depend on Parquet: a table that is rewritten with another compression keeps its digest.
 """
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -35,7 +35,11 @@ INPUT_PREFIX = "input."
 """With the name of such an input: a column of its values, where they are whole numbers, one or few for each token, or
 one for the example."""
 
+IMAGES = "image_sha256"
+"""Column of the example table with the SHA-256 of each image of an example, in hex."""
+
 DIGEST_KEY = b"residua.digest"
+IMAGES_KEY = b"residua.digest_covers"  # in the metadata of a part whose digest covers the column `IMAGES`
 MAX_PART_EXAMPLES = 2**20  # readers take memory for these counts before they can check them
 MAX_PART_VALUES = 2**28
 MAX_PART_BYTES = 2**32
@@ -49,6 +53,7 @@ class Example:
         input_ids: Token ids, int32, (positions of the example); every one is `NO_TOKEN` for an example without tokens.
         positions: Kept positions, int32, strictly increasing, (rows of the example).
         columns: Values of the dataset's other columns: plain Python values that Arrow can store.
+        images: SHA-256 of each of its images, in hex; None for an example of a dataset without images.
 
     Raises:
         DatasetError: An array has another dtype or rank, an id is negative, or a position lies outside the example.
@@ -57,6 +62,7 @@ class Example:
     input_ids: IntArray
     positions: IntArray
     columns: Mapping[str, object] = field(default_factory=dict)
+    images: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
         for name, values in (("input_ids", self.input_ids), ("positions", self.positions)):
@@ -119,11 +125,15 @@ class ExampleIndex:
         return int(self.n_tokens.sum(dtype=np.int64))
 
 
-def add_to_digest(digest: "hashlib._Hash", input_ids: IntArray, positions: IntArray) -> None:
+def add_to_digest(
+    digest: "hashlib._Hash", input_ids: IntArray, positions: IntArray, images: Iterable[str] = ()
+) -> None:
     """Add one example to the running SHA-256 of a table."""
     digest.update(np.array([input_ids.size, positions.size], "<i8").tobytes())
     digest.update(input_ids.astype("<i4").tobytes())
     digest.update(positions.astype("<i4").tobytes())
+    for image in images:
+        digest.update(bytes.fromhex(image))
 
 
 def starts(counts: IntArray) -> LongArray:

@@ -5,6 +5,7 @@ types) is an UnsafeArchiveError. Both name the file. Counts are compared with li
 """
 
 import mmap
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,6 +21,8 @@ from residua.store.base.errors import DamagedArchiveError, UnsafeArchiveError
 from residua.store.base.untrusted import check_file, size_problem
 from residua.store.examples.index import (
     DIGEST_KEY,
+    IMAGES,
+    IMAGES_KEY,
     MAX_PART_BYTES,
     MAX_PART_EXAMPLES,
     MAX_PART_VALUES,
@@ -35,6 +38,8 @@ from residua.store.format.archive_metadata import SIDECAR_FOLDERS
 
 _COUNTS = ("first_row", "n_rows", "n_tokens")
 _LISTS = ("input_ids", "positions")
+_SHA256 = re.compile("[0-9a-f]{64}")
+_HASHES = (pa.list_(pa.string()), pa.list_(pa.null()))
 _READER_ERRORS = (
     pa.ArrowException,
     OSError,
@@ -255,6 +260,22 @@ def read_columns(part: Part, names: Sequence[str]) -> pa.Table:
         fields = [part.schema.field(name) for name in table.schema.names]
         plain = pa.schema(fields, metadata=table.schema.metadata)
         return table if table.schema.equals(plain) else table.cast(plain)
+
+
+def read_images(part: Part) -> list[list[str]]:
+    """Return the SHA-256 of each image of each example; empty for a part whose digest does not cover images.
+
+    Raises:
+        UnsafeArchiveError: The column is missing, or holds something else.
+    """
+    if (part.schema.metadata or {}).get(IMAGES_KEY) != IMAGES.encode():
+        return []
+    if IMAGES not in part.schema.names or part.schema.field(IMAGES).type not in _HASHES:
+        raise UnsafeArchiveError(f"{part.path}: column {IMAGES!r} should hold lists of texts")
+    found: list[list[str]] = read_columns(part, [IMAGES])[IMAGES].to_pylist()
+    if not all(isinstance(images, list) and all(map(_SHA256.fullmatch, map(str, images))) for images in found):
+        raise UnsafeArchiveError(f"{part.path}: column {IMAGES!r} holds something else than the SHA-256 of images")
+    return found
 
 
 def _text_bytes(array: Any) -> int:

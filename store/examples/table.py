@@ -14,7 +14,7 @@ import pyarrow as pa
 
 from residua.store.base.errors import DamagedArchiveError, DatasetError, UnsafeArchiveError
 from residua.store.examples.index import OWN_COLUMNS, ExampleIndex, IntArray, add_to_digest, starts
-from residua.store.examples.part import Group, Part, naming, read_columns, read_group, read_parts
+from residua.store.examples.part import Group, Part, naming, read_columns, read_group, read_images, read_parts
 from residua.store.format.archive_metadata import file_digest
 
 
@@ -144,8 +144,9 @@ class ExampleTable:
         digest = hashlib.sha256()
         bounds = self.index().first_example.tolist()
         for part, start, stop in zip(self._parts, bounds, bounds[1:], strict=False):
+            images = read_images(part)
             for example_index in range(start, stop):
-                add_to_digest(digest, *self._content(example_index))
+                add_to_digest(digest, *self._content(example_index), images[example_index - start] if images else ())
             if digest.hexdigest() != part.digest:
                 raise DamagedArchiveError(f"{part.path}: its tokens or positions were altered: restore it from a copy")
 

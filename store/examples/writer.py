@@ -8,6 +8,7 @@ after the same examples.
 import hashlib
 from array import array
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,8 @@ from residua.store.base.errors import DatasetError
 from residua.store.examples.columns import check_names, columns_of, value_bytes
 from residua.store.examples.index import (
     DIGEST_KEY,
+    IMAGES,
+    IMAGES_KEY,
     MAX_PART_EXAMPLES,
     OWN_COLUMNS,
     Example,
@@ -85,6 +88,8 @@ class ExampleWriter:
             DatasetError: A column has a reserved name, or a value that cannot be stored. Values are checked when their
                 part is written.
         """
+        if example.images is not None:
+            example = replace(example, columns={**example.columns, IMAGES: list(example.images)})
         unknown = example.columns.keys() - self._types.keys()
         if unknown:
             check_names(sorted(unknown))
@@ -106,9 +111,10 @@ class ExampleWriter:
         columns = columns_of(self._pending, self._types, first)
         digest = self._digest.copy()
         for example in self._pending:
-            add_to_digest(digest, example.input_ids, example.positions)
+            add_to_digest(digest, example.input_ids, example.positions, example.images or ())
         table = pa.table({**self._own_columns(first), **columns})
-        table = table.replace_schema_metadata({DIGEST_KEY: digest.hexdigest().encode()})
+        covers = {IMAGES_KEY: IMAGES.encode()} if self._pending[0].images is not None else {}
+        table = table.replace_schema_metadata({DIGEST_KEY: digest.hexdigest().encode(), **covers})
         name = part_name(len(self._first_example) - 1)
         write_file(self._folder / name, [self._encoded(table)])
         # Last, so that a part that the disk refused can be written again.

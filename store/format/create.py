@@ -18,6 +18,7 @@ from residua.store.format.array_metadata import create_array
 from residua.store.format.commits import FOLDER
 from residua.store.format.dimensions import dimension_names
 from residua.store.format.plan import Plan, SitePlan
+from residua.store.format.row_columns import MODALITIES
 from residua.store.storage.files import sync_folder
 from residua.store.storage.lock import naming_archive, try_flock
 
@@ -88,7 +89,7 @@ def create_archive(folder: Path, destination: Path, plan: Plan, provenance: Mapp
             attributes = _attributes(site, spec.path)
             create_array(folder, spec, n_rows, attributes=attributes, dimensions=names[spec.path])
     for spec in plan.row_arrays:
-        create_array(folder, spec, n_rows, dimensions=names[spec.path])
+        create_array(folder, spec, n_rows, attributes=_values(spec.path), dimensions=names[spec.path])
     (folder / FOLDER).mkdir(exist_ok=True)
     _sync_sidecars(folder)
     write_metadata(folder, Metadata(plan=plan, provenance=provenance, files=sidecar_digests(folder)))
@@ -103,6 +104,10 @@ def _sync_sidecars(folder: Path) -> None:
         with path.open("rb") as file:
             os.fsync(file.fileno())
         sync_folder(path.parent)
+
+
+def _values(path: str) -> dict[str, Json]:
+    return {"values": list(MODALITIES)} if path == "rows/modality" else {}
 
 
 def _attributes(site: SitePlan, path: str) -> dict[str, Json]:

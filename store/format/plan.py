@@ -36,13 +36,13 @@ from residua.store.base.untrusted import (
 from residua.store.encoding.codecs import PRESETS, check_codec
 from residua.store.encoding.dtypes import storage_dtype
 from residua.store.encoding.spec import ArraySpec
+from residua.store.format.row_columns import row_columns_of
 from residua.store.format.site_names import parse_site
 
 CHUNK_BYTES = 512 * 1024
 SHARD_BYTES = 32 * 1024 * 1024
 HOST_MEMORY_BYTES = 4 * 1024**3
 COLUMN_BYTES = 16  # of a row in a host buffer: its token, position and example
-ROW_COLUMNS = {"token": "int32", "position": "int32", "example": "int64"}
 _OPTIONAL = "column_shards"  # field of a site that the JSON leaves out where it is 1
 _MAPPINGS = ("model", "dataset", "rules")
 
@@ -148,10 +148,15 @@ class Plan:
         return digest_of(self.to_json())
 
     @property
+    def row_columns(self) -> dict[str, str]:
+        """The columns of the rows, from name to data type."""
+        return row_columns_of(self.dataset)
+
+    @property
     def row_arrays(self) -> tuple[ArraySpec, ...]:
-        """The three arrays that say what each row is: token, position and example."""
+        """The arrays that say what each row is: token, position and example, and its place in an image."""
         return tuple(
-            _array(f"rows/{name}", (), dtype, "fast", self.rows_per_shard) for name, dtype in ROW_COLUMNS.items()
+            _array(f"rows/{name}", (), dtype, "fast", self.rows_per_shard) for name, dtype in self.row_columns.items()
         )
 
     @cached_property
@@ -255,6 +260,7 @@ def _check_plan(plan: Plan) -> None:
     for name in _MAPPINGS:
         if not isinstance(getattr(plan, name), Mapping):
             raise PlanError(f"the plan's {name} is {getattr(plan, name)!r}, not a mapping")
+    _ = plan.row_columns  # raises if there are others
     height = plan.rows_per_shard
     _refuse(size_problem("rows per shard", height, MAX_ROWS_PER_SHARD, 1))
     if height & (height - 1):

@@ -29,7 +29,7 @@ from residua.store.format.array_metadata import check_arrays
 from residua.store.format.commits import Commit, check_commits, committed_shards, named_example_files, read_commits
 from residua.store.format.losses import describe_losses, losses_of
 from residua.store.format.packed_index import INDEX, PackedIndex
-from residua.store.format.plan import ROW_COLUMNS, Plan
+from residua.store.format.plan import Plan
 from residua.store.format.site_names import select
 from residua.store.read.array import ArchiveArray
 from residua.store.read.reader import Array, Check, RowNumbers
@@ -49,11 +49,20 @@ if TYPE_CHECKING:
 
 
 class Rows(NamedTuple):
-    """The columns of the rows: token id, position in its example, and number of its example."""
+    """The columns of the rows: token id, position in its example, and number of its example.
+
+    An archive of examples with images also has what a row is (``MODALITIES`` of `residua.store.format.row_columns` says
+    what the numbers mean), the image of its example, the view of that image, and row and column of its patch.
+    """
 
     token: ArchiveArray
     position: ArchiveArray
     example: ArchiveArray
+    modality: ArchiveArray | None = None
+    image: ArchiveArray | None = None
+    view: ArchiveArray | None = None
+    patch_row: ArchiveArray | None = None
+    patch_column: ArchiveArray | None = None
 
 
 class Progress(NamedTuple):
@@ -261,7 +270,9 @@ class Archive(Mapping[str, ArchiveArray]):
         specs = {spec.path.removeprefix("rows/"): spec for spec in self.plan.row_arrays}
         if absent := [spec.path for spec in specs.values() if spec not in self.arrays]:
             raise DamagedArchiveError(f"{self.path / absent[0]} is missing: copy the folder rows of the archive, too")
-        columns = {name: self._array(f"rows/{name}", (specs[name],), dtype) for name, dtype in ROW_COLUMNS.items()}
+        columns = {
+            name: self._array(f"rows/{name}", (specs[name],), dtype) for name, dtype in self.plan.row_columns.items()
+        }
         return Rows(**columns)
 
     def _array(self, name: str, specs: tuple[ArraySpec, ...], dtype: str) -> ArchiveArray:

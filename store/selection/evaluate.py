@@ -15,6 +15,7 @@ import pyarrow.compute as pc
 from residua.store.base.errors import AnalysisError, DatasetError
 from residua.store.examples.index import OWN_COLUMNS
 from residua.store.examples.table import ExampleTable
+from residua.store.format.row_columns import MODALITIES
 from residua.store.selection.grammar import At, ColumnIn, Comparison, Condition, Every, Not, Some, Value
 from residua.store.selection.token_values import is_list, token_values
 
@@ -71,7 +72,7 @@ def evaluate(condition: Condition, items: Items) -> Mask:
         case At(positions):
             return at_positions(positions, items.n_items)
         case Comparison(name, is_column=False) if name in items.names:
-            return _compare_numbers(items.numbers(name), condition)
+            return _compare_numbers(items.numbers(name), _coded(condition))
     return items.column(condition)
 
 
@@ -135,6 +136,18 @@ class ColumnAnswers:
             else:
                 self._known[key] = Answers(compare(column, condition), None)
         return self._known[key]
+
+
+def _coded(comparison: Comparison) -> Comparison:
+    """Return a comparison of the modality of rows with the numbers that are stored for its words."""
+    if comparison.name != "modality" or comparison.operator != "in":
+        return comparison
+    values: list[Value] = []
+    for value in comparison.values:
+        if isinstance(value, str) and value not in MODALITIES:
+            raise AnalysisError(f"a filter compares modality with {value!r}: it is one of {', '.join(MODALITIES)}")
+        values.append(MODALITIES.index(value) if isinstance(value, str) else value)
+    return comparison._replace(values=values)
 
 
 def _compare_numbers(values: LongArray, comparison: Comparison) -> Mask:

@@ -1,7 +1,8 @@
 """Choosing rows by a line of text: `position > 0 and label == "code"`.
 
-Names are `position`, `token` and `example` of the row, and the columns of the example table. A column of lists has one
-value for each token of its example; the value of a row is that of its token.
+Names are `position`, `token` and `example` of the row, and the columns of the example table; in an archive of examples
+with images also `modality` ("text", "image" or "special"), `image`, `view`, `patch_row` and `patch_column`. A column of
+lists has one value for each token of its example; the value of a row is that of its token.
 `residua.store.selection.grammar` has the grammar.
 """
 
@@ -12,7 +13,7 @@ import numpy as np
 
 from residua.store.base.errors import DamagedArchiveError
 from residua.store.read.archive import Archive
-from residua.store.selection.evaluate import ROW_NAMES, ColumnAnswers, Items, LongArray, Mask, evaluate
+from residua.store.selection.evaluate import ColumnAnswers, Items, LongArray, Mask, evaluate
 from residua.store.selection.grammar import ColumnIn, Comparison, Condition, parse_condition
 
 
@@ -80,7 +81,8 @@ class RowFilter:
                 )
             return np.asarray(found[tokens])
 
-        return evaluate(self._condition, Items(stop - start, ROW_NAMES, numbers, column))
+        names = tuple(archive.plan.row_columns)
+        return evaluate(self._condition, Items(stop - start, names, numbers, column))
 
     def rows(self, archive: Archive) -> LongArray:
         """Return the numbers of the selected rows among the captured ones, ascending: 8 bytes for each.

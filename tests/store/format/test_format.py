@@ -20,7 +20,8 @@ from residua.store.format.archive_metadata import FORMAT, SIDECAR_FOLDERS, Metad
 from residua.store.format.array_metadata import open_array
 from residua.store.format.commits import FOLDER, Commit, ShardFile
 from residua.store.format.packed_index import HEADER, INDEX, LOSS, TOTALS
-from residua.store.format.plan import ROW_COLUMNS, Plan, SitePlan
+from residua.store.format.plan import Plan, SitePlan
+from residua.store.format.row_columns import IMAGE_COLUMNS, MODALITIES, ROW_COLUMNS
 from residua.store.format.sidecars import FIDELITY_FILE, Fidelity, SiteFidelity, read_fidelity, write_fidelity
 from residua.store.format.site_names import LAYER_KINDS, MODEL_KINDS, parse_site
 from residua.store.read.archive import Archive
@@ -75,6 +76,7 @@ COMMIT = Commit(plan=PLAN.digest, shard=3, rows=(24, 32), arrays={"sites/resid_p
 def test_every_table_of_the_page_is_compared_here() -> None:
     assert set(TABLES) == {
         "name",
+        "column of the rows",
         "preset",
         "key",
         "field of the plan",
@@ -205,6 +207,8 @@ def test_the_arrays_of_int8_block32(tmp_path: Path) -> None:
 def test_the_row_columns() -> None:
     listed = re.findall(r"^  rows/(\w+) +(\w+), \[rows\]", blocks("store/FORMAT.md", language="")[0], re.MULTILINE)
     assert dict(listed) == ROW_COLUMNS
+    assert {row[0]: row[1] for row in TABLES["column of the rows"]} == IMAGE_COLUMNS
+    assert f"`{', '.join(MODALITIES)}`" in PAGE
 
 
 def test_the_data_types() -> None:

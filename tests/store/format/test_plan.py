@@ -15,7 +15,6 @@ from residua.store.base.untrusted import MAX_ROWS
 from residua.store.format.plan import (
     CHUNK_BYTES,
     COLUMN_BYTES,
-    ROW_COLUMNS,
     SHARD_BYTES,
     Plan,
     SitePlan,
@@ -25,6 +24,7 @@ from residua.store.format.plan import (
     n_open_shards,
     nearest_power_of_two,
 )
+from residua.store.format.row_columns import ROW_COLUMNS
 from tests.store.base.test_canonical import TEXTS, VALUES
 
 SITES = (

@@ -1,0 +1,278 @@
+"""Examples of a dataset with images: each row is one example, whole, whose tokens follow from its images and its text.
+
+An `Encoder` says what a model makes of a row. The same encoder makes the rows' inputs again when a batch runs
+(`ImageInputs`), from the images that the spool keeps.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from os import PathLike
+from pathlib import Path
+from typing import Protocol, Self
+
+import numpy as np
+from PIL import Image
+
+from residua.capture.forward.example_inputs import ExampleInputs
+from residua.pipelines.data.dataset import SOURCE_COLUMNS, DatasetReport
+from residua.pipelines.data.image_spool import Spool, SpoolWriter, spool_folder
+from residua.pipelines.data.images import GivenImage, given_image, open_image
+from residua.pipelines.data.settings import DatasetSettings
+from residua.pipelines.data.sources import Row, Rows, local_path, open_rows
+from residua.store.base.canonical import Json
+from residua.store.base.errors import DatasetError
+from residua.store.examples.index import IMAGES, OTHER_INPUTS, Example
+from residua.store.format.row_columns import MODALITIES
+from residua.store.selection.positions import kept_positions, marks_of
+
+_USUAL = ("image", "images", "img")
+_SPECIAL = MODALITIES.index("special")
+
+
+class Encoder(Protocol):
+    """What a model makes of images and text."""
+
+    @property
+    def identity(self) -> Mapping[str, Json]:
+        """Class, settings and digest of the processor."""
+        ...
+
+    @property
+    def needs_image(self) -> bool:
+        """Whether each example has exactly one image, and no text."""
+        ...
+
+    def text_of(self, row: Row, number: int) -> tuple[str, Sequence[str]]:
+        """Return the text of a row as the processor takes it, and the columns that it was made of."""
+        ...
+
+    def encode(self, images: Sequence[Image.Image], text: str, where: str) -> ExampleInputs:
+        """Return what the model is given; raises DatasetError that begins with `where`."""
+        ...
+
+
+class ImageDataset:
+    """The images of one capture: read once as examples, and again when their batches run.
+
+    Args:
+        archive: The archive; the spool lies next to it.
+        encoder: What the model makes of a row.
+        settings: What to read, and which positions to keep.
+    """
+
+    def __init__(self, archive: Path, encoder: Encoder, settings: DatasetSettings) -> None:
+        self._archive = archive
+        self._encoder = encoder
+        self._settings = settings
+        self._stack = ExitStack()
+        self.folder: Path | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
+
+    @property
+    def identity(self) -> Mapping[str, Json]:
+        """What the provenance says of the processor."""
+        return self._encoder.identity
+
+    def examples(self, source: object, *, model_limit: int | None, report: DatasetReport) -> Iterator[Example]:
+        """Read the dataset, as `read_image_examples` does, and keep its images in the spool until the end."""
+        self.folder = self._stack.enter_context(spool_folder(self._archive))
+        with SpoolWriter(self.folder) as spool:
+            yield from read_image_examples(
+                source,
+                settings=self._settings,
+                encoder=self._encoder,
+                spool=spool,
+                model_limit=model_limit,
+                report=report,
+            )
+
+    def inputs(self, folder: Path) -> "ImageInputs":
+        """Return what makes the inputs of a batch from the spool in `folder`, which another worker may have written."""
+        return ImageInputs(spool=Spool(folder), encoder=self._encoder, max_pixels=self._settings.max_image_pixels)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageInputs:
+    """Makes the inputs of an example from the spool, when its batch runs.
+
+    Attributes:
+        spool: The images.
+        encoder: What the model makes of them.
+        max_pixels: Most pixels of an image.
+    """
+
+    spool: Spool
+    encoder: Encoder
+    max_pixels: int
+
+    def of(self, example: int) -> ExampleInputs:
+        """Return the inputs of one example."""
+        images, text = self.spool.read(example)
+        where = f"example {example}"
+        return self.encoder.encode(
+            [open_image(it, max_pixels=self.max_pixels, where=where) for it in images], text, where
+        )
+
+
+def read_image_examples(
+    source: object,
+    *,
+    settings: DatasetSettings,
+    encoder: Encoder,
+    spool: SpoolWriter,
+    model_limit: int | None,
+    report: DatasetReport,
+) -> Iterator[Example]:
+    """Read a dataset with images as examples, one a row and in the order of the dataset.
+
+    Args:
+        source: As for `residua.pipelines.data.dataset.read_examples`; also an iterable of PIL images or paths.
+        settings: What to read, and which positions to keep.
+        encoder: What the model makes of a row.
+        spool: Gets the images of each example.
+        model_limit: Most tokens that the model takes; None if it has no limit.
+        report: Filled while the examples are read.
+
+    Raises:
+        DatasetError: The dataset cannot be opened, or (while iterating) a row cannot be used, or the dataset gives no
+            example at all.
+    """
+    if settings.long_examples in ("split", "truncate"):
+        raise DatasetError(
+            f"--long-examples {settings.long_examples}: an example with images is one whole, and cannot be cut: leave "
+            "it out, or choose what fits"
+        )
+    limit = settings.length_limit(model_limit)
+    rows = open_rows(source, settings)
+    reading = _Reading(
+        settings=settings,
+        column=_image_column(rows, settings, encoder),
+        folder=_folder(source, settings),
+        encoder=encoder,
+        limit=limit,
+        report=report,
+    )
+    return reading.examples(rows, spool)
+
+
+def _image_column(rows: Rows, settings: DatasetSettings, encoder: Encoder) -> str:
+    taken = [name for name in rows.columns if name in (*SOURCE_COLUMNS, IMAGES, OTHER_INPUTS)]
+    if taken:
+        raise DatasetError(f"the dataset has a column {taken[0]!r}, which the examples need for themselves: rename it")
+    asked, found = settings.image_column, ", ".join(rows.columns)
+    if asked is not None and asked not in rows.columns:
+        raise DatasetError(f"--image-column {asked!r}: there is no such column, the dataset has {found}")
+    usual = [name for name in _USUAL if name in rows.columns]
+    if asked is None and not usual:
+        raise DatasetError(
+            f"the model takes images, and the dataset has no column of the name {' or '.join(_USUAL)}, it has {found}: "
+            "name the column with --image-column"
+        )
+    rule = settings.rule
+    if rule.is_assistant:
+        raise DatasetError("--positions assistant is for chats without images: give the mask as a column, column:NAME")
+    if rule.column and rule.column not in rows.columns:
+        raise DatasetError(f"positions column:{rule.column}: the dataset has no such column, it has {found}")
+    if encoder.needs_image and settings.text_column is not None:
+        raise DatasetError(f"--text-column {settings.text_column!r}: the model takes images alone: leave it out")
+    return usual[0] if asked is None else asked
+
+
+def _folder(source: object, settings: DatasetSettings) -> Path | None:
+    """Return the folder that the images' paths are relative to, and which they may not leave."""
+    if settings.image_folder is not None:
+        folder = Path(settings.image_folder).expanduser()
+        if not folder.is_dir():
+            raise DatasetError(f"--image-folder {settings.image_folder!r}: there is no such folder")
+        return folder
+    path = local_path(source) if isinstance(source, str | PathLike) else None
+    return path if path is None or path.is_dir() else path.parent
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Reading:
+    """One pass over a dataset with images."""
+
+    settings: DatasetSettings
+    column: str
+    folder: Path | None
+    encoder: Encoder
+    limit: int | None
+    report: DatasetReport
+
+    def examples(self, rows: Rows, spool: SpoolWriter) -> Iterator[Example]:
+        """Yield the examples; raises DatasetError at the end if there are none."""
+        report, most = self.report, self.settings.max_tokens
+        for number, row in enumerate(rows.rows):
+            if most is not None and report.n_tokens >= most:
+                report.cut_at_max_tokens = True
+                break
+            report.n_sources += 1
+            images = self._images(row, number)
+            text, used = self.encoder.text_of(row, number)
+            if not images and (self.encoder.needs_image or not text):
+                report.n_empty += 1
+                continue
+            example = self._example(row, number, images, text, used)
+            if example is not None:
+                spool.add(images, text)
+                report.n_examples += 1
+                report.n_tokens += example.input_ids.size
+                report.n_rows += example.positions.size
+                yield example
+        if not report.n_examples:
+            raise DatasetError(f"the dataset gives no example: {'; '.join(report.notes())}")
+
+    def _images(self, row: Row, number: int) -> list[GivenImage]:
+        where = self._where(number)
+        if self.column not in row:
+            raise DatasetError(f"{where}: there is no such column; the row has {', '.join(row)}")
+        value = row[self.column]
+        values = value if isinstance(value, list | tuple) else [] if value is None else [value]
+        if self.encoder.needs_image and len(values) > 1:
+            raise DatasetError(f"{where}: there are {len(values)} images, and the model takes one: make a row of each")
+        return [given_image(each, folder=self.folder, where=where) for each in values]
+
+    def _where(self, number: int) -> str:
+        return f"row {number}, column {self.column!r}"
+
+    def _example(
+        self, row: Row, number: int, images: Sequence[GivenImage], text: str, used: Sequence[str]
+    ) -> Example | None:
+        """Return the example of a row; None if it is left out."""
+        where, rule = self._where(number), self.settings.rule
+        pixels = [open_image(each, max_pixels=self.settings.max_image_pixels, where=where) for each in images]
+        found = self.encoder.encode(pixels, text, where)
+        n_tokens = found.input_ids.size
+        if self.limit is not None and n_tokens > self.limit:
+            raise DatasetError(
+                f"{where}: text and images have {n_tokens} tokens, and the limit is {self.limit}: choose smaller "
+                "images, or leave the row out"
+            )
+        if n_tokens < self.settings.min_length:
+            self.report.n_short += 1
+            return None
+        marked = None
+        if rule.column:
+            marked = marks_of(row.get(rule.column), n_tokens, column=rule.column, row=number)
+        dropped = found.columns["modality"] == _SPECIAL if self.settings.drop_special else None
+        positions = kept_positions(rule, n_tokens, marked=marked, dropped=dropped)
+        if not positions.size:
+            self.report.n_without_rows += 1
+            return None
+        others: Mapping[str, object] = {
+            name: value for name, value in row.items() if name not in (self.column, rule.column, *used)
+        }
+        where_from = dict(zip(SOURCE_COLUMNS, (number, 0), strict=True))
+        return Example(
+            input_ids=found.input_ids.astype(np.int32),
+            positions=positions,
+            columns={**others, **where_from, OTHER_INPUTS: sorted(found.tensors)},
+            images=tuple(each.sha256 for each in images),
+        )
