@@ -1,4 +1,4 @@
-"""Examples of a user's own loop that ran with more than tokens and mask: images, token types, boxes, embeddings.
+"""Examples that ran with more than tokens and mask: images, token types, boxes, embeddings.
 
 An archive keeps the names of these inputs, and the values of those that are small: whole numbers, one for an example or
 few for each token. A replay gives the model these again. It refuses the others, unless the caller gives them.
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from residua.capture.forward.plan_batch import PlanBatch
 from residua.store.base.errors import PlanError, UnsafeArchiveError, few
 from residua.store.examples.index import INPUT_PREFIX, OTHER_INPUTS, has_no_tokens
+from residua.store.format.row_columns import HAS_IMAGES
 from residua.store.read.archive import Archive, is_replay
 
 _MOST_AXES = 2  # of an input of one example: its tokens, and few numbers of each
@@ -54,8 +55,9 @@ class RecordedInputs:
     def _names(self) -> list[list[str] | None]:
         """The names of each example's inputs; empty for an archive that has none."""
         table = self._archive.example_table
-        is_loop = self._archive.plan.rules.get("loop") == "user" or is_replay(self._archive)
-        if not is_loop or table.column_types().get(OTHER_INPUTS) != pa.list_(pa.string()):
+        plan = self._archive.plan
+        has_others = plan.rules.get("loop") == "user" or is_replay(self._archive) or HAS_IMAGES in plan.dataset
+        if not has_others or table.column_types().get(OTHER_INPUTS) != pa.list_(pa.string()):
             return []
         names: list[list[str] | None] = table.table([OTHER_INPUTS])[OTHER_INPUTS].to_pylist()
         return names
@@ -95,8 +97,8 @@ class RecordedInputs:
         for number in examples:
             if has_no_tokens(self._archive.example_table.tokens(number)):
                 raise PlanError(
-                    f"example {number} of {self._archive.path} has no tokens, because it was recorded from embeddings "
-                    "or other inputs, which are not stored: only examples with tokens can be replayed"
+                    f"example {number} of {self._archive.path} has no tokens, because it was recorded from images, "
+                    "embeddings or other inputs, which are not stored: only examples with tokens can be replayed"
                 )
             if not self._force and (missing := self._missing(number)):
                 raise PlanError(

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from residua.capture.forward.batches import BatchRunner
 from residua.capture.identity.compare import RowComparison, SiteComparison
 from residua.capture.identity.provenance import check_model, running_as_captured
+from residua.capture.replay.recorded_inputs import RecordedInputs
 from residua.capture.sites.names_to_modules import resolve_sites
 from residua.capture.taps.reading import reading
 from residua.pipelines.capture.captured_batches import sample_batches
@@ -69,8 +70,8 @@ def reproduce(
         (lossy presets aside).
 
     Raises:
-        PlanError: The model is not the one that was captured, the archive has no batches of its own, or is one of
-            a replay.
+        PlanError: The model is not the one that was captured, or the archive has no batches of its own, is one of a
+            replay, or has examples with images, which are not stored.
         NotCapturedError: Nothing is captured yet.
     """
     opened = Archive(archive)
@@ -78,10 +79,11 @@ def reproduce(
     plan = opened.plan
     if plan.n_rows is None:
         raise PlanError(f"{archive} was recorded in a loop of its user's: its batches are not known, nothing to repeat")
+    batches = sample_batches(opened, n_batches, seed)
     model = captured_model(opened, model, CaptureSettings(device=device))
+    RecordedInputs(opened, model).require([example for batch in batches for example in batch.examples.tolist()])
     infos = resolve_sites(model, list(opened.sites))
     comparison = RowComparison(opened)
-    batches = sample_batches(opened, n_batches, seed)
     runner = BatchRunner(model, plan, opened.example_table, comparison)
     with ExitStack() as stack:
         stack.enter_context(running_as_captured(opened, model))

@@ -4,7 +4,6 @@
 """
 
 from collections.abc import Mapping, Sequence
-from functools import cached_property
 from typing import Any, cast
 
 import numpy as np
@@ -41,11 +40,12 @@ class PatchEncoder:
     def __init__(self, model: PreTrainedModel, processor: object) -> None:
         self._model = model
         self._processor: Any = image_processor_of(processor)
+        self._identity = processor_identity(self._processor)
 
-    @cached_property
-    def identity(self) -> dict[str, Json]:
+    @property
+    def identity(self) -> Mapping[str, Json]:
         """What the provenance says of the processor: its class, its settings and their digest."""
-        return processor_identity(self._processor)
+        return self._identity
 
     def text_of(self, row: Row, number: int) -> tuple[str, Sequence[str]]:  # noqa: ARG002  # such a row has none
         """Return no text."""

@@ -38,10 +38,8 @@ class Encoder(Protocol):
         """Class, settings and digest of the processor."""
         ...
 
-    @property
-    def needs_image(self) -> bool:
-        """Whether each example has exactly one image, and no text."""
-        ...
+    needs_image: bool
+    """Whether each example has exactly one image, and no text."""
 
     def text_of(self, row: Row, number: int) -> tuple[str, Sequence[str]]:
         """Return the text of a row as the processor takes it, and the columns that it was made of."""
