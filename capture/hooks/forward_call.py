@@ -18,6 +18,7 @@ from torch.utils.checkpoint import get_device_states, set_device_states
 from residua.capture.hooks.attention import AttentionTap, move_taps_last
 from residua.capture.hooks.site import SiteInfo
 from residua.capture.runtime.compat import in_backward, without_dispatch_modes
+from residua.capture.runtime.wrappers import core_of, evaluating, uncompiled_loop
 from residua.store.base.errors import CaptureError
 
 _REMEDY = "call backward() inside the context, or switch gradient checkpointing off"
@@ -166,6 +167,13 @@ def probing() -> Iterator[None]:
         yield
     finally:
         _probes.active = before
+
+
+@contextmanager
+def trial(model: nn.Module) -> Iterator[None]:
+    """Let a model run on inputs that are not the user's: in evaluation mode, uncompiled and without gradients."""
+    with probing(), evaluating(core_of(model)), uncompiled_loop(), torch.no_grad():
+        yield
 
 
 def is_probing() -> bool:

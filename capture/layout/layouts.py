@@ -58,7 +58,9 @@ class ShardReport:
 
 def shard_reports(local: Tensor, group: ProcessGroup | None) -> list[ShardReport]:
     """Return what each rank of a group has of a tensor, in their order; a collective of the group."""
-    checksum = crc32c(local.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    # Copied, since torch could not free memory of FSDP's that NumPy has seen.
+    values = local.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
+    checksum = crc32c(values.reshape(-1).view(torch.uint8).numpy())
     return all_gather_objects(group, ShardReport(dist.get_rank(), tuple(local.shape), str(local.dtype), checksum))
 
 

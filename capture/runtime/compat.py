@@ -8,8 +8,9 @@ name, and `pyproject.toml` bounds the versions of the libraries to those that we
 checkers; they are imported here from the private module that defines them.
 """
 
-from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, TypeAlias, cast
 
 import torch
@@ -67,6 +68,37 @@ def is_compiled_in_place(module: nn.Module) -> bool:
 def is_compiled_function(value: object) -> bool:
     """Return whether `torch.compile` made a function or bound method; torch has no public test for it."""
     return callable(value) and hasattr(value, "_torchdynamo_orig_callable")
+
+
+_FLEX = (  # the names under which transformers calls what it compiles for flex attention
+    ("transformers.integrations.flex_attention", "compile_friendly_flex_attention"),
+    ("transformers.masking_utils", "create_block_mask"),
+)
+
+
+@contextmanager
+def compiled_flex_attention() -> Iterator[None]:
+    """Let transformers' flex attention run compiled where torch's stance forbids it to all other code.
+
+    Uncompiled it makes all scores, (examples, heads, queries, keys). transformers has no public place to exempt it.
+    """
+
+    def exempt(function: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*args: Any, **kwargs: Any) -> Any:
+            with torch.compiler.set_stance("default"):
+                return function(*args, **kwargs)
+
+        return run
+
+    found = [(sys.modules[home], name) for home, name in _FLEX if hasattr(sys.modules.get(home), name)]
+    before = [getattr(home, name) for home, name in found]
+    for (home, name), function in zip(found, before, strict=True):
+        setattr(home, name, exempt(function))
+    try:
+        yield
+    finally:
+        for (home, name), function in zip(found, before, strict=True):
+            setattr(home, name, function)
 
 
 def children_by_name(module: nn.Module) -> Mapping[str, nn.Module | None]:

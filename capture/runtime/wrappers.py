@@ -7,7 +7,8 @@ the model around it sees what enters and leaves the wrapper. FSDP2 and transform
 change the model's class or the forward method of its modules.
 
 Compiled code ignores hooks that are added after the first compiled call, and hooks that are added before it break the
-graph. A capture or a tap therefore runs compiled modules uncompiled.
+graph. A capture or a tap therefore runs everything uncompiled that torch.compile made: modules, their methods, and
+functions that a forward calls, wherever they are kept. transformers' flex attention stays compiled: no hook lies in it.
 """
 
 import threading
@@ -152,6 +153,7 @@ class _Uncompiled:
         with self._lock:
             if not self._n_contexts:
                 self._stance.enter_context(torch.compiler.set_stance("force_eager"))
+                self._stance.enter_context(compat.compiled_flex_attention())
             self._n_contexts += 1
 
     def leave(self) -> None:
@@ -166,7 +168,7 @@ _uncompiled = _Uncompiled()
 
 @contextmanager
 def uncompiled_loop() -> Iterator[None]:
-    """Let compiled functions run uncompiled: the loop around a model may be one, and compiled code ignores hooks."""
+    """Let everything that torch.compile made run uncompiled, wherever a model or the loop around it calls it."""
     _uncompiled.enter()
     try:
         yield
@@ -176,12 +178,9 @@ def uncompiled_loop() -> Iterator[None]:
 
 @contextmanager
 def running_uncompiled(model: nn.Module) -> Iterator[bool]:
-    """Let the compiled modules of a model run uncompiled; yield whether there are any."""
-    if not is_compiled(model):
-        yield False
-        return
+    """Let a model run uncompiled; yield whether it, or a module in it, is compiled."""
     with uncompiled_loop():
-        yield True
+        yield is_compiled(model)
 
 
 @contextmanager

@@ -13,10 +13,10 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from residua.capture.hooks.forward_call import probing
+from residua.capture.hooks.forward_call import trial
 from residua.capture.runtime.devices import input_device
 from residua.capture.runtime.module_io import input_item
-from residua.capture.runtime.wrappers import core_of, evaluating
+from residua.capture.runtime.wrappers import core_of
 from residua.capture.sites.anatomy import PIXELS, anatomy_of
 from residua.store.base.errors import CaptureError
 
@@ -80,7 +80,7 @@ def run_on_pixels(model: nn.Module, pixels_BCHW: Tensor) -> Tensor | None:
     Raises:
         CaptureError: The model cannot run on these pixels alone.
     """
-    with probing(), evaluating(model), torch.no_grad():
+    with trial(model):
         try:
             output = model(**pixel_arguments(model, pixels_BCHW))
         except Exception as error:  # the boundary to the user's model, which may raise anything

@@ -15,11 +15,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from residua.capture.hooks.attention import eager_attention
-from residua.capture.hooks.forward_call import probing
+from residua.capture.hooks.forward_call import probing, trial
 from residua.capture.hooks.hooks import attached, values_of
 from residua.capture.hooks.site import SiteInfo
 from residua.capture.runtime.devices import input_device
-from residua.capture.runtime.wrappers import core_of, evaluating, named_modules
+from residua.capture.runtime.wrappers import core_of, named_modules
 from residua.capture.sites.anatomy import takes_pixels
 from residua.capture.sites.pixels import few_pixels, patch_grid, run_on_pixels
 from residua.store.base.errors import CaptureError
@@ -74,7 +74,7 @@ def run_on_tokens(model: nn.Module, shape: tuple[int, int], **options: Tensor) -
     kwargs: dict[str, Tensor | bool] = {"input_ids": ids, "attention_mask": torch.ones_like(ids), **options}
     if "use_cache" in signature(core.forward).parameters:
         kwargs["use_cache"] = False
-    with probing(), evaluating(model), torch.no_grad():
+    with trial(model):
         try:
             output = model(**kwargs)
         except Exception as error:  # the boundary to the user's model, which may raise anything

@@ -1,7 +1,7 @@
 """The files of the LM head, and the models that have them."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, cast
 
@@ -11,10 +11,12 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
 from torch import nn
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel, fully_shard
+from transformers import PreTrainedModel
 
 from residua.capture.identity.few_tokens import run_few_tokens
 from residua.capture.identity.lm_head import lm_head_files, safetensors_file
+from residua.capture.layout.layouts import shard_reports
 from residua.store.storage.files import write_file
 from tests.capture.site_readings import everything
 from tests.lm_heads import save_lm_head
@@ -43,18 +45,41 @@ def test_the_parameters_are_the_models_own(tmp_path: Path) -> None:
     assert stored["norm.weight"].dtype == torch.bfloat16
 
 
-@pytest.mark.usefixtures("_one_process_group")
-def test_weights_that_fsdp_frees_later_are_copied() -> None:
-    model = TINY["llama"]()
-    wanted = [buffer.copy() for buffer in lm_head_files(model)["head.safetensors"] if isinstance(buffer, np.ndarray)]
+def in_fsdp2(model: PreTrainedModel) -> nn.Module:
     for block in cast("nn.ModuleList", model.base_model.layers):
         fully_shard(block)
     assert isinstance(fully_shard(model), FSDPModule)
-    run_few_tokens(model)  # norm and unembedding stay full
-    found = [buffer for buffer in lm_head_files(model)["head.safetensors"] if isinstance(buffer, np.ndarray)]
-    model.state_dict()  # frees them
+    return model
+
+
+def in_fsdp1(model: PreTrainedModel) -> nn.Module:
+    return FullyShardedDataParallel(model, use_orig_params=True, device_id=torch.device("cpu"))
+
+
+@pytest.mark.usefixtures("_one_process_group")
+@pytest.mark.filterwarnings("ignore:.*FSDP", "ignore:.*FullyShardedDataParallel", "ignore:.*NO_SHARD")
+@pytest.mark.parametrize("shard", [in_fsdp1, in_fsdp2])
+def test_weights_that_fsdp_frees_later_are_copied(shard: Callable[[PreTrainedModel], nn.Module]) -> None:
+    model = TINY["llama"]()
+    wanted = [buffer.copy() for buffer in lm_head_files(model)["head.safetensors"] if isinstance(buffer, np.ndarray)]
+    sharded = shard(model)
+    run_few_tokens(sharded)  # norm and unembedding stay full
+    found = [buffer for buffer in lm_head_files(sharded)["head.safetensors"] if isinstance(buffer, np.ndarray)]
+    with torch.no_grad():
+        for parameter in sharded.parameters():
+            parameter.zero_()
+    sharded.state_dict()  # frees them
     assert len(found) == len(wanted) == 2
     assert all(np.array_equal(one, other) for one, other in zip(found, wanted, strict=True))
+
+
+@pytest.mark.usefixtures("_one_process_group")
+def test_reports_of_shards_leave_their_memory_free() -> None:
+    for shard in (torch.ones(5), torch.ones(4, 6)[:, ::2], torch.ones(2, 3).to(torch.bfloat16)):
+        storage = shard.untyped_storage()
+        shard_reports(shard, dist.group.WORLD)
+        storage.resize_(0)  # as FSDP does; torch refuses it for memory that NumPy has seen
+        assert storage.size() == 0
 
 
 def test_the_config_is_one_that_transformers_reads(tmp_path: Path) -> None:
