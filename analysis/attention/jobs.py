@@ -12,6 +12,7 @@ from residua.analysis.attention.weights import ExampleRows, ExampleSums, Queries
 from residua.analysis.support.cluster import Cluster, or_inline
 from residua.analysis.support.open_archives import address, opened
 from residua.store.base.errors import AnalysisError
+from residua.store.base.naming import named
 from residua.store.examples.index import has_no_tokens
 from residua.store.format.sidecars import ATTENTION_FILE, AttentionSpec, attention_from_json
 from residua.store.format.site_names import parse_site
@@ -86,7 +87,7 @@ def _sources(archive: Archive, layers: Sequence[int] | None, source: Source | No
     if missing or not found:
         what = {"pattern": "pattern sites", "qk": "q and k sites", None: "pattern sites, nor q and k sites"}[source]
         where = f"layer {missing[0]} of {archive.path}" if missing else str(archive.path)
-        raise AnalysisError(f"{where} has no {what}: capture with --sites 'q.*,k.*', which takes less space")
+        raise AnalysisError(f"{where} has no {what}: capture with {named('sites', 'q.*,k.*')}, which takes less space")
     asked: dict[int, Source] = {layer: found[layer] for layer in found if layers is None or layer in layers}
     for layer, layer_source in asked.items():
         if layer_source == "qk":

@@ -22,6 +22,7 @@ from residua.analysis.rows.columns import checked_examples
 from residua.analysis.rows.groups import example_groups
 from residua.analysis.rows.held_out import held_out_groups
 from residua.store.base.errors import AnalysisError, PlanError
+from residua.store.base.naming import named
 from residua.store.base.untrusted import check_file
 from residua.store.edits.lens_files import BLOCKS_BEFORE, lens_layer
 from residua.store.format.sidecars import CONFIG_FILE, LM_HEAD_FILE, why_no_lm_head
@@ -88,7 +89,7 @@ def lens_points(archive: Archive, sites: str | Iterable[str] | None = None) -> L
     if final not in archive.sites:
         raise AnalysisError(
             f"{archive.path} holds neither final nor {last}, the residual stream that a lens maps to: capture again "
-            f"with --sites 'resid_post.*'; it holds {', '.join(archive.sites)}"
+            f"with {named('sites', 'resid_post.*')}; it holds {', '.join(archive.sites)}"
         )
     by_layer = {layer_of(site): site for site in chosen if site != "final" and layer_of(site) < n_blocks}
     if not by_layer:
@@ -211,7 +212,7 @@ class LensRows:
             raise AnalysisError(
                 f"none of the {index.n_examples:,} examples of {self._archive.path} is both held out and captured, and "
                 "a lens is evaluated on such examples. The windows of a document, and documents of equal content, are "
-                f"held out together: capture more documents, or raise --held-out from {self.settings.held_out}"
+                f"held out together: capture more documents, or raise {named('held_out')} from {self.settings.held_out}"
             )
         return rows
 

@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from residua.store.base.errors import AnalysisError
+from residua.store.base.naming import named
 
 
 def _setting(default: Any, text: str) -> Any:
@@ -45,8 +46,9 @@ class LensSettings:
         for name, least in {**dict.fromkeys(at_least_1, 1), "skip_positions": 0, "seed": 0}.items():
             value = getattr(self, name)
             if value is not None and value < least:
-                raise AnalysisError(f"--{name.replace('_', '-')} is {value}: it must be at least {least}")
+                raise AnalysisError(f"{named(name, value)}: it must be at least {least}")
         if not 0 < self.learning_rate < 1 or not 0 < self.held_out < 1:
             raise AnalysisError(
-                f"--learning-rate {self.learning_rate} and --held-out {self.held_out}: both must lie between 0 and 1"
+                f"{named('learning_rate', self.learning_rate)} and {named('held_out', self.held_out)}: both must lie "
+                "between 0 and 1"
             )

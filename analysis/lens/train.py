@@ -43,6 +43,7 @@ from residua.analysis.lens.unembedding import Decoder
 from residua.analysis.support.cluster import Cluster, in_order
 from residua.analysis.support.open_archives import address, opened
 from residua.store.base.errors import AnalysisError
+from residua.store.base.naming import named
 from residua.store.read.archive import Archive
 from residua.store.storage.files import sweep, write_file
 
@@ -223,8 +224,8 @@ class LensTraining:
         if not path.is_file():
             if not self._is_unused():
                 raise AnalysisError(
-                    f"{self._out} is not empty, and holds no unfinished lens: choose another --out, or look at a "
-                    f"finished one (residua lens show {self._out})"
+                    f"{self._out} is not empty, and holds no unfinished lens: choose another {named('out')}, or look "
+                    f"at a finished one (residua lens show {self._out})"
                 )
             write_file(path, [json.dumps({**wanted, "split_in": n_parts}, indent=2).encode()])
             return n_parts
@@ -234,7 +235,7 @@ class LensTraining:
         if different:
             raise AnalysisError(
                 f"{self._out} holds an unfinished lens with another {' and '.join(different)}: give the same settings "
-                "to continue it, or choose another --out"
+                f"to continue it, or choose another {named('out')}"
             )
         sweep(self._work)
         return n_parts

@@ -15,6 +15,7 @@ from residua.analysis.probes.ridge import mean_squared_error, solve
 from residua.analysis.probes.rows import Job, ProbeRows
 from residua.analysis.support.moments import Moments
 from residua.store.base.errors import AnalysisError
+from residua.store.base.naming import named
 from residua.store.format.site_names import parse_site
 
 Numbers = npt.NDArray[np.int64]
@@ -104,7 +105,8 @@ def _check_memory(job: Job, width: int) -> None:
     if needed > job.memory // 2:
         raise AnalysisError(
             f"{n_classes:,} classes on {job.site}, {width:,} wide, need {needed / 2**30:.1f} GiB, but a worker has "
-            f"only {job.memory / 2**31:.1f} GiB for them: allow more (--memory-limit), or probe a condition instead"
+            f"only {job.memory / 2**31:.1f} GiB for them: allow more ({named('memory_limit')}), or probe a condition "
+            "instead"
         )
 
 
@@ -139,7 +141,7 @@ def _regress(job: Job, rows: ProbeRows) -> SiteProbe:
     if needed > job.memory:
         raise AnalysisError(
             f"{job.site} is {width:,} wide: a regression on it needs {needed / 2**30:.1f} GiB, but a worker has "
-            f"{job.memory / 2**30:.1f} GiB: allow more (--memory-limit), or choose other sites"
+            f"{job.memory / 2**30:.1f} GiB: allow more ({named('memory_limit')}), or choose other sites"
         )
     moments = {subset: Moments(width + 2) for subset in (FIT, VALIDATION, TEST)}
     for values, labels, subsets in rows.each():

@@ -26,6 +26,7 @@ from residua.analysis.rows.blocks import blocks
 from residua.analysis.rows.columns import examples_of, positions_of, row_numbers
 from residua.analysis.rows.held_out import held_out
 from residua.store.base.errors import AnalysisError, DamagedArchiveError, few
+from residua.store.base.naming import named
 from residua.store.read.archive import Archive
 from residua.store.selection.row_filter import RowFilter
 from residua.store.selection.token_values import is_list, token_values
@@ -281,10 +282,10 @@ def _task(labels: "_Labels", target: Target, task: Task | None, *, as_numbers: b
     if task == "regression" and target.no_sizes:
         is_inexact = target.names is not None and isinstance(target.names[0], int) and target.names != (False, True)
         if is_inexact or not as_numbers:
-            way = "" if is_inexact else ", or say that their order has a meaning (--as-numbers)"
+            way = "" if is_inexact else f", or say that their order has a meaning ({named('as_numbers', True)})"
             raise AnalysisError(
                 f"{labels.text!r} holds {target.no_sizes}, so a regression on their size says nothing: predict classes "
-                f"(--task classification), or a condition on it{way}"
+                f"({named('task', 'classification')}), or a condition on it{way}"
             )
     return task
 
@@ -298,7 +299,7 @@ def _check_subsets(n_rows: Numbers, by_example: Floats, groups: Numbers) -> None
                 f"no rows are left to {what}: documents and equal contents are held out as a whole, and the selected "
                 f"rows belong to {len(present):,} examples of {n_groups:,} different documents; a class needs two of "
                 "them or more. Use more documents, another seed, or another test fraction; or say what belongs "
-                "together, such as --group source_index (documents, even if they are equal)"
+                f"together, such as {named('group', 'source_index')} (documents, even if they are equal)"
             )
 
 
@@ -381,7 +382,7 @@ class _Labels:
         if self.are_too_many:
             way = f"predict a condition on it, such as '{self.text} == 5'"
             if not self._target.no_sizes:
-                way = f"predict it as a number (--task regression), or {way}"
+                way = f"predict it as a number ({named('task', 'regression')}), or {way}"
             raise AnalysisError(f"{self.text!r} has more than {self._most_classes:,} different values: {way}")
         return np.array(sorted(self.counts))
 

@@ -16,15 +16,15 @@ from itertools import islice
 from typing import Any, Generic, Protocol, TypeVar
 
 import distributed
-import torch
 from dask.system import CPU_COUNT
 from dask.utils import parse_bytes
 from distributed import Client, KilledWorker
 from distributed.system import MEMORY_LIMIT
-from threadpoolctl import threadpool_limits
 from tqdm import tqdm
 
+from residua.analysis.support.threads import one_thread
 from residua.store.base.errors import AnalysisError, ResiduaError
+from residua.store.base.naming import names_flags, naming_flags
 
 Job = TypeVar("Job")
 Result = TypeVar("Result")
@@ -130,7 +130,7 @@ class _Inline:
     ) -> Iterator[tuple[int, Result]]:
         with _bar(label, len(jobs), shown=self._shown) as bar:
             for number, job in enumerate(jobs):
-                with _one_thread(), _failing(label, number):
+                with one_thread(), _failing(label, number):
                     result = function(job)
                 bar.update()
                 yield number, result
@@ -156,7 +156,7 @@ class _Distributed:
 
         def submit(n_jobs: int) -> None:
             for number, job in islice(waiting, n_jobs):
-                future = self._client.submit(_run_with_one_thread, function, job, pure=False)
+                future = self._client.submit(_run_on_worker, function, job, flags=names_flags(), pure=False)
                 numbers[future] = number
                 completed.add(future)
 
@@ -177,26 +177,10 @@ class _Distributed:
             self._client.cancel(list(numbers))
 
 
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """Limit torch and numpy's BLAS to one thread inside the ``with`` block, as on a worker."""
-    n_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        with threadpool_limits(1):
-            yield
-    finally:
-        torch.set_num_threads(n_threads)
-
-
-def _run_with_one_thread(function: Callable[[Job], Result], job: Job) -> Result:
-    """Run one job on a worker with one thread of torch and of numpy's BLAS, since every core has a worker.
-
-    The limits are not reset: another job of this process may still run when this one ends.
-    """
-    torch.set_num_threads(1)
-    threadpool_limits(1)
-    return function(job)
+def _run_on_worker(function: Callable[[Job], Result], job: Job, *, flags: bool) -> Result:
+    """Run one job with one thread, since every core has a worker; `flags`: how its messages name settings."""
+    with one_thread(), naming_flags(flags):
+        return function(job)
 
 
 @contextmanager

@@ -21,6 +21,7 @@ from residua.capture.runtime.sharded import is_sharded
 from residua.capture.sites.anatomy import PIXELS, takes_pixels
 from residua.capture.sites.pixels import pixel_arguments
 from residua.store.base.errors import CaptureError
+from residua.store.base.naming import named
 from residua.store.examples.schedule import Batch
 from residua.store.examples.table import ExampleTable
 from residua.store.format.plan import Plan
@@ -155,7 +156,7 @@ class BatchRunner:
         except torch.OutOfMemoryError as error:
             raise CaptureError(
                 f"{self._device} has too little memory for a batch of {n_examples} examples of {n_positions} tokens: "
-                "lower --batch-tokens, or shorten the examples with --max-length"
+                f"lower {named('batch_tokens')}, or shorten the examples with {named('max_length')}"
             ) from error
         except RuntimeError as error:
             if not (self._spans_processes or self._in_step):

@@ -1,12 +1,13 @@
 """One site of one model: its row shape, its dtype, where it is read, and how it is stored."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Literal
 
 from residua.capture.hooks.own_attention import OwnAttention
 from residua.store.base.errors import CaptureError, PlanError
+from residua.store.base.naming import named
 from residua.store.encoding.codecs import DEFAULT_PRESET, PRESETS
 from residua.store.format.plan import SitePlan
 from residua.store.format.site_names import Site, parse_site
@@ -115,7 +116,6 @@ def check_storage(
     dtype: str | None,
     rows_per_shard: int | None,
     threads: int | None,
-    named: Callable[[str], str] = str,
 ) -> None:
     """Check the settings that every capture has for its storage.
 
@@ -124,19 +124,18 @@ def check_storage(
         dtype: Data type to store floating-point sites in; None keeps what the model computes.
         rows_per_shard: Rows of a shard; None leaves the choice to the plan.
         threads: Threads that encode and write; None leaves the choice to the capture.
-        named: Turns the name of a setting into what the user calls it, for messages.
 
     Raises:
         PlanError: A setting has a value that nothing can be stored with.
     """
     if codec not in PRESETS:
-        raise PlanError(f"{named('codec')} {codec} is not known: choose one of {', '.join(PRESETS)}")
+        raise PlanError(f"{named('codec', codec)} is not known: choose one of {', '.join(PRESETS)}")
     if dtype is not None and dtype not in FLOATS:
-        raise PlanError(f"{named('dtype')} {dtype} is not known: choose one of {', '.join(FLOATS)}")
+        raise PlanError(f"{named('dtype', dtype)} is not known: choose one of {', '.join(FLOATS)}")
     if rows_per_shard is not None and (rows_per_shard < 1 or rows_per_shard & (rows_per_shard - 1)):
-        raise PlanError(f"{named('rows_per_shard')} is {rows_per_shard}: it must be a power of two")
+        raise PlanError(f"{named('rows_per_shard', rows_per_shard)}: it must be a power of two")
     if threads is not None and threads < 1:
-        raise PlanError(f"{named('threads')} is {threads}: it must be at least 1")
+        raise PlanError(f"{named('threads', threads)}: it must be at least 1")
 
 
 def plan_site(name: str, row_shape: tuple[int, ...], computed: str, *, dtype: str | None, codec: str) -> SitePlan:

@@ -30,6 +30,7 @@ from residua.capture.runtime.sharded import plain_class
 from residua.capture.runtime.wrappers import core_of, evaluating, running_uncompiled
 from residua.store.base.canonical import Json, differences, digest_of, flatten
 from residua.store.base.errors import CaptureError, PlanError
+from residua.store.base.naming import named
 from residua.store.read.archive import Archive
 
 PACKAGES = ("residua", "torch", "transformers", "accelerate", "tokenizers", "zarr", "numcodecs", "numpy", "pyarrow")
@@ -305,7 +306,7 @@ def check_model(archive: Archive, model: nn.Module, *, force: bool = False, exac
     if lines and not force:
         values = config_differences(archive.provenance, core_of(model)) if "config" in wrong else []
         listed = "\n  ".join([*lines, *values, *([] if exact else conditions)])
-        remedy = "" if exact else "; or go on with this model by force=True or --force, which is noted"
+        remedy = "" if exact else f"; or go on with this model by {named('force', True)}, which is noted"
         raise PlanError(
             f"this is not the model that {archive.path} was captured from:\n  {listed}\n"
             f"Load that model, in the same dtype{remedy}."

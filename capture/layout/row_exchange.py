@@ -18,6 +18,7 @@ from residua.capture.layout.local_shards import LocalShards
 from residua.capture.runtime.collectives import Exchange, on_rank
 from residua.capture.scheduling.sites_per_rank import Ownership
 from residua.store.base.errors import CaptureError
+from residua.store.base.naming import named
 from residua.store.format.plan import Plan
 
 
@@ -68,7 +69,7 @@ class RowExchange:
         ):
             raise CaptureError(
                 f"Site {site!r}{on_rank()} is stored in {stored.column_shards} column shards, and its layout here is "
-                f"another: {layout}. Capture it without --no-gather."
+                f"another: {layout}. Capture it without {named('gather', False)}."
             )
         if stored.column_shards > 1 or layout.dim is None:
             self._filler.put(site, by_position(site, local, *batch.shape))

@@ -15,6 +15,7 @@ from residua.capture.runtime.process_groups import pipeline_group
 from residua.capture.runtime.wrappers import evaluating
 from residua.capture.taps.reading import reading
 from residua.store.base.errors import PlanError
+from residua.store.base.naming import named
 
 _EXAMPLES, _POSITIONS = 2, 8
 
@@ -42,8 +43,9 @@ def column_shards(model: nn.Module, process_layout: ProcessLayout) -> dict[str, 
     for site, sizes in split.items():
         if len(set(sizes)) > 1:
             raise PlanError(
-                f"--no-gather: the ranks have {', '.join(map(str, sizes))} columns of {site}, and a Zarr array is cut "
-                "into equal ones only: capture it without --no-gather, or over a number of ranks that divides its width"
+                f"{named('gather', False)}: the ranks have {', '.join(map(str, sizes))} columns of {site}, and a Zarr "
+                f"array is cut into equal ones only: capture it without {named('gather', False)}, or over a number of "
+                "ranks that divides its width"
             )
     counts = {site: len(sizes) for site, sizes in split.items()}
     return {site: n for stage in all_gather_objects(pipeline_group(model), counts) for site, n in stage.items()}

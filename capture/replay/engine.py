@@ -48,6 +48,7 @@ from residua.capture.taps.pipeline_gradients import end_here
 from residua.capture.taps.reading import Taps
 from residua.capture.taps.tap import tap
 from residua.store.base.errors import CaptureError, NotCapturedError, PlanError, few
+from residua.store.base.naming import named
 from residua.store.edits.edit import Edit
 from residua.store.examples.schedule import Batch
 from residua.store.read.archive import Archive
@@ -181,7 +182,7 @@ class Replayer:
         if self.start.is_below(name, self._anatomy):
             raise PlanError(
                 f"{what}: it lies below {self.start.site}, where the stored rows go in, so it has no effect on what "
-                "follows. Put rows in at a lower site with at= or --at, or leave it out and put in none."
+                f"follows. Put rows in at a lower site with {named('at')}, or leave it out and put in none."
             )
 
     def readable_sites(self, patterns: Sequence[str]) -> tuple[str, ...]:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from residua.capture.forward.plan_batch import PlanBatch
 from residua.store.base.errors import PlanError, UnsafeArchiveError, few
+from residua.store.base.naming import named
 from residua.store.examples.index import INPUT_PREFIX, OTHER_INPUTS, has_no_tokens
 from residua.store.format.row_columns import HAS_IMAGES
 from residua.store.read.archive import Archive, is_replay
@@ -104,7 +105,7 @@ class RecordedInputs:
                 raise PlanError(
                     f"example {number} of {self._archive.path} was recorded with {few(missing)}, which an archive does "
                     "not store, so a replay would run the model on other inputs: give them by inputs= of "
-                    "residua.replay, choose examples without, or run without them by force=True or --force, which is "
+                    f"residua.replay, choose examples without, or run without them by {named('force', True)}, which is "
                     "noted"
                 )
 

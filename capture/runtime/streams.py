@@ -16,6 +16,7 @@ from torch import nn
 
 from residua.capture.runtime.devices import runs_on_cuda
 from residua.store.base.errors import CaptureError
+from residua.store.base.naming import named
 
 _MAX_WRITERS = 4
 
@@ -71,7 +72,7 @@ def page_locked(n_bytes: int) -> npt.NDArray[np.uint8]:
     if failure:
         raise CaptureError(
             f"{n_bytes:,} bytes of host memory cannot be page-locked for copies from the GPU (CUDA error {failure}): "
-            "lower --host-memory, or raise the limit on locked memory (ulimit -l)"
+            f"lower {named('host_memory')}, or raise the limit on locked memory (ulimit -l)"
         )
     # Not at the end of the interpreter, when the driver may be gone: the system unlocks the pages then.
     weakref.finalize(memory, runtime.cudaHostUnregister, memory.ctypes.data).atexit = False

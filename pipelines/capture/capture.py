@@ -59,6 +59,7 @@ from residua.pipelines.setup.models import load_model, load_tokenizer, token_lim
 from residua.pipelines.setup.settings import CaptureSettings
 from residua.store.base.canonical import Json
 from residua.store.base.errors import DatasetError, PlanError
+from residua.store.base.naming import named
 from residua.store.examples.index import ExampleIndex
 from residua.store.examples.table import ExampleTable
 from residua.store.examples.writer import ExampleWriter
@@ -163,7 +164,7 @@ def capture_dataset(
             if tensor_parallel is not None:
                 raise PlanError(
                     "tensor_parallel is for a model that you pass and split by hand; a model that is loaded from a hub "
-                    "id or a folder is split with tp=2 (--tp 2)"
+                    f"id or a folder is split with {named('tp', 2)}"
                 )
             name = fspath(model)
             tokenizer = tokenizer or load_tokenizer(name, chosen)
@@ -416,7 +417,7 @@ class CaptureJob(ABC):
         listed = "\n  ".join(lines)
         raise PlanError(
             f"{archive.path} was begun with another plan:\n  {listed}\n"
-            "Run it with the settings of the archive to go on, or choose another --out."
+            f"Run it with the settings of the archive to go on, or choose another {named('out')}."
         )
 
     def _compare_behaviour(self, archive: Archive) -> None:
@@ -427,7 +428,8 @@ class CaptureJob(ABC):
             listed = "\n  ".join(found.wrong)
             raise PlanError(
                 f"{archive.path} was begun with another model, although its weights are the same:\n  {listed}\n"
-                "Switch adapters and hooks, and set attributes, as they were to go on, or choose another --out."
+                "Switch adapters and hooks, and set attributes, as they were to go on, or choose another "
+                f"{named('out')}."
             )
 
     def _sidecars(self) -> Sidecars:
@@ -471,7 +473,8 @@ class _DatasetCapture(CaptureJob):
         tokenizer, report = self._tokenizer, self._report
         if self._settings.drop_special and tokenizer is None and self._images is None:
             raise DatasetError(
-                "--drop-special needs a tokenizer, and the model has none: nothing says which tokens are special"
+                f"{named('drop_special', True)} needs a tokenizer, and the model has none: nothing says which tokens "
+                "are special"
             )
         writer = ExampleWriter(folder)
         if self._images is not None:
@@ -515,10 +518,10 @@ class _DatasetCapture(CaptureJob):
         )
         check_host_memory(row_bytes, most_rows, min(height, index.total_rows), settings.host_memory)
         if height < min(batch_tokens, index.total_rows):
-            limit = "--host-memory" if settings.rows_per_shard is None else "--rows-per-shard"
+            limit = named("host_memory") if settings.rows_per_shard is None else f"{named('rows_per_shard')}"
             self.notes.append(
-                f"a shard holds {height:,} rows, and a batch no more than that, although --batch-tokens allows "
-                f"{settings.batch_tokens:,}: raise {limit} for larger batches"
+                f"a shard holds {height:,} rows, and a batch no more than that, although "
+                f"{named('batch_tokens', settings.batch_tokens)} allows more: raise {limit} for larger batches"
             )
         return Plan(
             model=self.identity,
@@ -558,5 +561,7 @@ class _DatasetCapture(CaptureJob):
         if self._settings.gather:
             return {}
         if layout is None or layout.group is None:
-            raise PlanError("--no-gather is for models under tensor parallelism, and this model is not: leave it out")
+            raise PlanError(
+                f"{named('gather', False)} is for models under tensor parallelism, and this model is not: leave it out"
+            )
         return column_shards(self.model, layout)

@@ -3,6 +3,7 @@
 import numpy as np
 
 from residua.store.base.errors import NotCapturedError, PlanError
+from residua.store.base.naming import named
 from residua.store.examples.schedule import Batch, Schedule
 from residua.store.read.archive import Archive
 
@@ -31,7 +32,7 @@ def sample_batches(archive: Archive, n_batches: int, seed: int) -> list[Batch]:
         NotCapturedError: No batch is captured yet.
     """
     if n_batches < 1:
-        raise PlanError(f"--batches {n_batches}: at least one has to run")
+        raise PlanError(f"{named('n_batches', n_batches)}: at least one has to run")
     schedule = schedule_of(archive)
     batches = [batch for group in captured_groups(archive, schedule) for batch in schedule.batches(group)]
     if not batches:

@@ -21,6 +21,7 @@ from residua.pipelines.replay.result_folder import write_table
 from residua.pipelines.setup.models import named_model
 from residua.pipelines.setup.settings import CaptureSettings
 from residua.store.base.errors import PlanError
+from residua.store.base.naming import named
 from residua.store.read.archive import Archive
 from residua.store.storage.place import try_place
 
@@ -73,7 +74,7 @@ def capture_repeats(
         CaptureError: The capture failed; committed rows are safe.
     """
     if captured_from not in _SITES:
-        raise PlanError(f"--from {captured_from} is not known: choose qk or pattern")
+        raise PlanError(f"{named('captured_from', captured_from)} is not known: choose qk or pattern")
     chosen = settings or CaptureSettings()
     loaded, tokenizer = named_model(model, tokenizer, chosen)
     rows = repeated_tokens(loaded, tokenizer, repeats or RepeatSettings())

@@ -15,6 +15,7 @@ from residua.capture.patching.patcher import Patcher
 from residua.pipelines.circuits.read_pairs import PairSource
 from residua.pipelines.circuits.sweep import SweepSettings, sweep
 from residua.store.base.errors import PlanError
+from residua.store.base.naming import named
 from residua.store.read.archive import Archive
 
 
@@ -63,7 +64,7 @@ def patch(
         >>> residua.patch("models/pydoc-1m", pairs, sites="attn_out.*", out="patched")  # doctest: +SKIP
     """
     if batch_cells < 1:
-        raise PlanError(f"--batch-cells is {batch_cells}: at least one cell has to run at a time")
+        raise PlanError(f"{named('batch_cells', batch_cells)}: at least one cell has to run at a time")
     return sweep(
         model,
         pairs,

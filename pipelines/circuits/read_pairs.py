@@ -16,6 +16,7 @@ from residua.capture.sites.anatomy import n_logits_of
 from residua.pipelines.data.text_files import check_text, json_lines
 from residua.pipelines.setup.models import token_limit
 from residua.store.base.errors import DatasetError, PlanError, ResiduaError, shortened
+from residua.store.base.naming import named
 from residua.store.read.archive import Archive
 from residua.store.read.text import single_token
 
@@ -114,7 +115,7 @@ class _PairReader:
 
     def _archived(self, number: int) -> tuple[int, ...]:
         if self._archive is None:
-            raise PlanError(f"example {number} was named, and no archive: name the archive with --archive")
+            raise PlanError(f"example {number} was named, and no archive: name the archive with {named('archive')}")
         if not 0 <= number < len(self._archive.example_table):
             raise PlanError(f"there is no example {number}: the archive has {len(self._archive.example_table):,}")
         return tuple(np.asarray(self._archive.example_table.tokens(number)).tolist())

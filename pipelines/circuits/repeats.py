@@ -11,6 +11,7 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from residua.pipelines.data.tokenizer import special_ids
 from residua.pipelines.setup.models import token_limit
 from residua.store.base.errors import PlanError
+from residua.store.base.naming import named
 
 _SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id", "sep_token_id", "cls_token_id", "unk_token_id")
 
@@ -39,7 +40,7 @@ class RepeatSettings:
     def __post_init__(self) -> None:
         for name, least in (("period", 2), ("copies", 2), ("n_examples", 1), ("seed", 0)):
             if getattr(self, name) < least:
-                raise PlanError(f"--{name.removeprefix('n_')} is {getattr(self, name)}: it must be at least {least}")
+                raise PlanError(f"{named(name, getattr(self, name))}: it must be at least {least}")
 
 
 def repeated_tokens(

@@ -15,6 +15,7 @@ from residua.pipelines.cli import archive, capture, induction, lens, patch, prob
 from residua.pipelines.cli.options import Run, bind_negative_values
 from residua.store.base.errors import AnalysisError, CaptureError, DamagedArchiveError, NotCapturedError, ResiduaError
 from residua.store.base.extras import missing_package
+from residua.store.base.naming import naming_flags
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -23,6 +24,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if arguments is None else arguments)
     options = parser.parse_args(bind_negative_values(words))
     options.command_line = " ".join(["residua", *words])
+    with naming_flags():
+        return _run(options, words[0])
+
+
+def _run(options: argparse.Namespace, command: str) -> int:
     run: Run = options.run
     try:
         return run(options)
@@ -31,7 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (CaptureError, DamagedArchiveError, NotCapturedError) as error:
         return _fail(options, error, 1)
     except ModuleNotFoundError as error:
-        explained = missing_package(error, f"residua {words[0]}")
+        explained = missing_package(error, f"residua {command}")
         if explained is None:
             raise
         return _fail(options, explained, 2)

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from residua.pipelines.cli.progress import StepProgress
-from residua.pipelines.data.settings import flag_of
 from residua.store.base.errors import PlanError
+from residua.store.base.naming import flag_of
 from residua.store.selection.grammar import is_number_or_range, parse_numbers
 
 if TYPE_CHECKING:

@@ -20,6 +20,7 @@ import numpy.typing as npt
 from residua.pipelines.data.settings import DatasetSettings
 from residua.pipelines.data.tokenizer import Tokenizer
 from residua.store.base.errors import DatasetError
+from residua.store.base.naming import named
 from residua.store.selection.evaluate import Mask
 
 TOOLS = "tools"
@@ -67,14 +68,17 @@ class Chats:
         template = self._template(self.settings.given_tools)
         for name in self.settings.template_arguments:
             if name != "continue_final_message" and not _names(template, name):
-                raise DatasetError(f"--chat-template-kwargs: the chat template does not use {name!r}: leave it out")
+                raise DatasetError(
+                    f"{named('chat_template_kwargs')}: the chat template does not use {name!r}: leave it out"
+                )
         if self.settings.add_generation_prompt and not _names(template, "add_generation_prompt"):
             raise DatasetError(
-                "--add-generation-prompt: the chat template cannot add one, it does not use add_generation_prompt"
+                f"{named('add_generation_prompt')}: the chat template cannot add one, it does not use "
+                "add_generation_prompt"
             )
         if self.settings.given_tools and not _names(template, "tools"):
             raise DatasetError(
-                "--tools: the chat template does not use tools: leave them out, or give another template"
+                f"{named('tools')}: the chat template does not use tools: leave them out, or give another template"
             )
         if self.settings.rule.is_assistant:
             self._marking(template)
@@ -106,8 +110,8 @@ class Chats:
             found = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
         if list(found["input_ids"]) != list(ids):
             raise DatasetError(
-                f"row {number}: --positions assistant: the chat template does not render the same text once the "
-                "assistant's turns are marked; give the mask as a column and use column:NAME"
+                f"row {number}: {named('positions', 'assistant')}: the chat template does not render the same text "
+                "once the assistant's turns are marked; give the mask as a column and use column:NAME"
             )
         offsets = np.asarray(found["offset_mapping"], np.int64).reshape(-1, 2)
         return Chat(ids, *_marks(text, spans, offsets, counts))
@@ -131,13 +135,13 @@ class Chats:
         names = sorted(own) if isinstance(own, Mapping) else []
         if given is not None and "{" not in given and given not in names:
             raise DatasetError(
-                f"--chat-template {given!r:.80} is neither a file nor a template, nor one of the tokenizer's "
+                f"{named('chat_template', given)} is neither a file nor a template, nor one of the tokenizer's "
                 f"({', '.join(names) or 'which has no templates by name'})"
             )
         try:
             return str(self.tokenizer.get_chat_template(given, tools=tools or None))
         except ValueError as error:  # several templates, and none of the name 'default'
-            raise DatasetError(f"--chat-template: name one of {', '.join(names)}") from error
+            raise DatasetError(f"{named('chat_template')}: name one of {', '.join(names)}") from error
 
     def _marking(self, template: str) -> str:
         """Return the template with a sign before and after each generation block.
@@ -149,13 +153,14 @@ class Chats:
             marked, n = _GENERATION.subn(_sign, template)
             if not n:
                 raise DatasetError(
-                    "--positions assistant: the tokenizer's chat template does not mark the assistant's turns with "
-                    "{% generation %}; use a template that does (--chat-template), or another position rule"
+                    f"{named('positions', 'assistant')}: the tokenizer's chat template does not mark the assistant's "
+                    f"turns with {{% generation %}}; use a template that does ({named('chat_template')}), or another "
+                    "position rule"
                 )
             if not getattr(self.tokenizer, "is_fast", False):
                 raise DatasetError(
-                    f"--positions assistant needs a fast tokenizer: {type(self.tokenizer).__name__} does not say which "
-                    "letters a token stands for; give the mask as a column and use column:NAME"
+                    f"{named('positions', 'assistant')} needs a fast tokenizer: {type(self.tokenizer).__name__} does "
+                    "not say which letters a token stands for; give the mask as a column and use column:NAME"
                 )
             self._marked[template] = marked
         return self._marked[template]
@@ -187,8 +192,8 @@ def _without_signs(text: str, number: int) -> tuple[str, list[tuple[int, int]]]:
     pieces = re.split(f"([{_OPEN}{_CLOSE}])", text)
     if "".join(pieces[1::2]) != (_OPEN + _CLOSE) * (len(pieces) // 4):
         raise DatasetError(
-            f"row {number}: --positions assistant: the chat template does not write the assistant's turns one after "
-            "the other; give the mask as a column and use column:NAME"
+            f"row {number}: {named('positions', 'assistant')}: the chat template does not write the assistant's turns "
+            "one after the other; give the mask as a column and use column:NAME"
         )
     ends = np.cumsum([len(piece) for piece in pieces[::2]]).tolist()
     return "".join(pieces[::2]), list(zip(ends[::2], ends[1::2], strict=False))

@@ -18,6 +18,7 @@ from residua.pipelines.data.tokenizer import Tokenizer
 from residua.pipelines.data.tokens import Source, Tokens
 from residua.store.base.canonical import Json, digest_of
 from residua.store.base.errors import DatasetError
+from residua.store.base.naming import named
 from residua.store.examples.index import Example
 from residua.store.selection.positions import IntArray, kept_positions
 
@@ -68,7 +69,7 @@ class DatasetReport:
         notes = {
             f"{self.n_empty} rows of the dataset have no tokens and were left out": self.n_empty,
             f"{self.n_own_start} texts begin with the tokenizer's start token themselves, and got no special tokens "
-            "(--add-special-tokens adds them all the same)": self.n_own_start,
+            f"({named('add_special_tokens', True)} adds them all the same)": self.n_own_start,
             f"{self.n_doubled_start} rows of the dataset begin with the tokenizer's start token twice": (
                 self.n_doubled_start
             ),
@@ -84,7 +85,7 @@ class DatasetReport:
             f"{self.n_padding} tokens of padding were removed": self.n_padding,
             f"{self.n_short} examples were shorter than asked and were left out": self.n_short,
             f"{self.n_without_rows} examples have no position to keep and were left out": self.n_without_rows,
-            f"--max-tokens ended the reading; the last example lost {self.n_cut_tokens} tokens": self.cut_at_max_tokens,
+            f"{named('max_tokens')} ended it; the last example lost {self.n_cut_tokens} tokens": self.cut_at_max_tokens,
         }
         return [sentence for sentence, count in notes.items() if count]
 
@@ -206,7 +207,7 @@ def cut_windows(n_tokens: int, max_length: int, n_start: int) -> list[Window]:
     step = max_length - n_start
     if step < 1:
         raise DatasetError(
-            f"--max-length {max_length} leaves no room next to the {n_start} start tokens of each window; "
+            f"{named('max_length', max_length)} leaves no room next to the {n_start} start tokens of each window; "
             f"give at least {n_start + 1}"
         )
     later = range(max_length, n_tokens, step)
@@ -256,11 +257,12 @@ class _Reading:
     def _cut(self, source: Source, limit: int) -> list[Window]:
         n_tokens = source.input_ids.size
         if self.settings.long_rule == "refuse":
-            whose = "the model takes" if self.settings.max_length is None else "--max-length is"
+            given = self.settings.max_length
+            whose = f"the model takes {limit}" if given is None else f"{named('max_length', given)} was given"
             raise DatasetError(
-                f"row {source.row} of the dataset has {n_tokens} tokens, and {whose} {limit}: give "
-                f"--max-length {limit}, with --long-examples split to cut longer rows into windows, or with "
-                "--long-examples truncate to drop their ends"
+                f"row {source.row} of the dataset has {n_tokens} tokens, and {whose}: give "
+                f"{named('max_length', limit)}, with {named('long_examples', 'split')} to cut longer rows into "
+                f"windows, or with {named('long_examples', 'truncate')} to drop their ends"
             )
         if self.settings.long_rule == "truncate":
             self.report.n_truncated += 1

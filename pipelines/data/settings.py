@@ -9,6 +9,7 @@ from typing import Any
 
 from residua.store.base.canonical import Json
 from residua.store.base.errors import DatasetError
+from residua.store.base.naming import named
 from residua.store.base.untrusted import parse_json
 from residua.store.selection.positions import PositionRule, parse_positions
 
@@ -37,11 +38,6 @@ _OWN_SETTING = ("add_generation_prompt", "chat_template", "tools")
 def setting(default: Any, text: str) -> Any:
     """Return a dataclass field with `text` as its help on the command line, which adds a default other than None."""
     return field(default=default, metadata={"help": text})
-
-
-def flag_of(name: str) -> str:
-    """Return the flag of a setting: ``--max-length`` for ``max_length``."""
-    return "--" + name.replace("_", "-")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,19 +99,25 @@ class DatasetSettings:
         for name in ("max_tokens", "max_length", "min_length", "max_image_pixels"):
             value = getattr(self, name)
             if value is not None and value < 1:
-                raise DatasetError(f"{flag_of(name)} is {value}: it must be at least 1")
+                raise DatasetError(f"{named(name, value)}: it must be at least 1")
         if self.long_examples is not None and self.long_examples not in _LONG:
-            raise DatasetError(f"--long-examples {self.long_examples!r}: choose one of {', '.join(_LONG)}")
+            raise DatasetError(f"{named('long_examples', self.long_examples)}: choose one of {', '.join(_LONG)}")
         if self.max_length is not None and self.min_length > self.max_length:
-            raise DatasetError(f"--min-length {self.min_length} is above --max-length {self.max_length}: lower it")
+            raise DatasetError(
+                f"{named('min_length', self.min_length)} is above {named('max_length', self.max_length)}: lower it"
+            )
         parse_positions(self.positions)
         _check_tools(self.given_tools)
-        _check_json(self.template_arguments, "--chat-template-kwargs")
+        _check_json(self.template_arguments, named("chat_template_kwargs"))
         for name in self.template_arguments:
             if name in _OWN_SETTING:
-                raise DatasetError(f"--chat-template-kwargs: {name} has a setting of its own, {flag_of(name)}: use it")
+                raise DatasetError(
+                    f"{named('chat_template_kwargs')}: {name} has a setting of its own, {named(name)}: use it"
+                )
             if name in _NOT_OF_THE_TEMPLATE:
-                raise DatasetError(f"--chat-template-kwargs: {name} is no argument of a chat template: leave it out")
+                raise DatasetError(
+                    f"{named('chat_template_kwargs')}: {name} is no argument of a chat template: leave it out"
+                )
 
     @cached_property
     def rule(self) -> PositionRule:
@@ -132,13 +134,13 @@ class DatasetSettings:
         """The tools that `tools` gives for every chat."""
         if self.tools is None or self.tools_column:
             return None
-        return _parsed(self.tools, "--tools", list) if isinstance(self.tools, str) else list(self.tools)
+        return _parsed(self.tools, "tools", list) if isinstance(self.tools, str) else list(self.tools)
 
     @cached_property
     def template_arguments(self) -> Mapping[str, Any]:
         """The value of `chat_template_kwargs` as a mapping."""
         given = self.chat_template_kwargs
-        return _parsed(given, "--chat-template-kwargs", dict) if isinstance(given, str) else given or {}
+        return _parsed(given, "chat_template_kwargs", dict) if isinstance(given, str) else given or {}
 
     @cached_property
     def template(self) -> str | None:
@@ -152,15 +154,15 @@ class DatasetSettings:
             return given
         try:
             if Path(given).stat().st_size > _MAX_TEMPLATE_BYTES:
-                raise DatasetError(f"--chat-template {given} is over 1 MiB: it should hold a chat template")
+                raise DatasetError(f"{named('chat_template', given)} is over 1 MiB: it should hold a chat template")
             return Path(given).read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
-            raise DatasetError(f"--chat-template {given} cannot be read: {error}") from error
+            raise DatasetError(f"{named('chat_template', given)} cannot be read: {error}") from error
 
     @property
     def chat_settings(self) -> list[str]:
-        """The flags that are given and concern chats only."""
-        return [flag_of(name) for name in _OF_CHATS if getattr(self, name)]
+        """The settings that are given and concern chats only, as the caller names them."""
+        return [named(name) for name in _OF_CHATS if getattr(self, name)]
 
     @property
     def long_rule(self) -> str:
@@ -196,18 +198,19 @@ class DatasetSettings:
             return model_limit
         if model_limit is not None and self.max_length > model_limit:
             raise DatasetError(
-                f"--max-length is {self.max_length}, the model takes {model_limit} tokens: give at most {model_limit}"
+                f"{named('max_length', self.max_length)}: the model takes {model_limit} tokens: give at most "
+                f"{model_limit}"
             )
         return self.max_length
 
 
-def _parsed(text: str, flag: str, kind: type) -> Any:
+def _parsed(text: str, name: str, kind: type) -> Any:
     try:
         value = parse_json(text)
     except ValueError as error:
-        raise DatasetError(f"{flag} {text!r:.80} is not JSON: {error}") from error
+        raise DatasetError(f"{named(name, text)} is not JSON: {error}") from error
     if not isinstance(value, kind):
-        raise DatasetError(f"{flag} {text!r:.80}: give a JSON {'list' if kind is list else 'object'}")
+        raise DatasetError(f"{named(name, text)}: give a JSON {'list' if kind is list else 'object'}")
     return value
 
 
@@ -222,7 +225,7 @@ def _check_tools(tools: list[Any] | None) -> None:
     for tool in tools or ():
         if not isinstance(tool, Mapping):
             raise DatasetError(
-                f"--tools: {tool!r:.80} is not the JSON schema of a tool; transformers.utils.get_json_schema makes one "
-                "of a Python function"
+                f"{named('tools')}: {tool!r:.80} is not the JSON schema of a tool; transformers.utils.get_json_schema "
+                "makes one of a Python function"
             )
-    _check_json(tools, "--tools")
+    _check_json(tools, named("tools"))

@@ -20,6 +20,7 @@ from pyarrow.types import is_integer
 from residua.pipelines.data.settings import DatasetSettings
 from residua.pipelines.data.text_files import TextFiles, check_text
 from residua.store.base.errors import DatasetError
+from residua.store.base.naming import named
 
 Row = Mapping[str, Any]
 
@@ -71,7 +72,7 @@ def open_rows(source: object, settings: DatasetSettings) -> Rows:
         dataset = source
     elif isinstance(source, Iterable) and not isinstance(source, bytes | Mapping):
         if settings.split is not None:
-            raise DatasetError(f"--split {settings.split!r}: {name} has no splits; leave it out")
+            raise DatasetError(f"{named('split', settings.split)}: {name} has no splits; leave it out")
         return _peek_rows(name, _checked_rows(_frame_rows(name, source) if is_frame(source) else source))
     else:
         raise DatasetError(
@@ -149,7 +150,7 @@ def _open_path(name: str, source: str | PathLike[str], settings: DatasetSettings
     path = local_path(source)
     if path is None:
         return _open_hub(fspath(source), settings)
-    for flag, value in (("--subset", settings.subset), ("--dataset-revision", settings.dataset_revision)):
+    for flag, value in ((named("subset"), settings.subset), (named("dataset_revision"), settings.dataset_revision)):
         if value is not None:
             raise DatasetError(f"{flag} is given, but {name} is a local path: leave it out")
     with _naming_dataset(name):
@@ -215,16 +216,16 @@ def _one_split(name: str, dataset: Any, split: str | None) -> Any:
     if not isinstance(dataset, dict):
         own = getattr(dataset, "split", None)
         if split is not None and split != str(own or "train"):
-            raise DatasetError(f"--split {split!r}: {name} has only {str(own or 'train')!r}: leave it out")
+            raise DatasetError(f"{named('split', split)}: {name} has only {str(own or 'train')!r}: leave it out")
         return dataset
     names = list(dataset)
     if split is None and "train" not in names and len(names) != 1:
-        raise DatasetError(f"{name} has the splits {', '.join(names)}: choose one with --split")
+        raise DatasetError(f"{name} has the splits {', '.join(names)}: choose one with {named('split')}")
     chosen = split or ("train" if "train" in names else names[0])
     if chosen not in names:
         raise DatasetError(
-            f"--split {chosen!r}: {name} has {', '.join(names)}; slices such as train[:10%] are not supported, "
-            "use --max-tokens"
+            f"{named('split', chosen)}: {name} has {', '.join(names)}; slices such as train[:10%] are not supported, "
+            f"use {named('max_tokens')}"
         )
     return dataset[chosen]
 

@@ -18,6 +18,7 @@ from residua.pipelines.data.sources import Row, Rows
 from residua.pipelines.data.token_columns import TokenColumns
 from residua.pipelines.data.tokenizer import Tokenizer, knows_text, start_tokens
 from residua.store.base.errors import DatasetError
+from residua.store.base.naming import named
 from residua.store.selection.evaluate import Mask
 from residua.store.selection.positions import IntArray, marks_of
 
@@ -91,9 +92,8 @@ class Tokens:
     vocab_size: int | None
 
     def __post_init__(self) -> None:
-        named = {f"positions column:{self.settings.rule.column}": self.settings.rule.column}
-        named[f"--tools {self.settings.tools_column}"] = self.settings.tools_column
-        for asked, column in named.items():
+        rule, tools = self.settings.rule.column, self.settings.tools_column
+        for asked, column in ((named("positions", f"column:{rule}"), rule), (named("tools", tools), tools)):
             if column and column not in self.rows.columns:
                 found = ", ".join(self.rows.columns)
                 raise DatasetError(f"{asked}: the dataset has no such column, it has {found}")
@@ -117,7 +117,9 @@ class Tokens:
     def _find_content(self, rows: Sequence[Row]) -> _Content:
         asked, columns, found = self.settings.text_column, self.rows.columns, ", ".join(self.rows.columns)
         if asked is not None and asked not in columns:
-            raise DatasetError(f"there is no column {asked!r}: the dataset has {found}; name one with --text-column")
+            raise DatasetError(
+                f"there is no column {asked!r}: the dataset has {found}; name one with {named('text_column')}"
+            )
         if asked is not None:
             return _Content(_kind_of(_first_value(rows, asked)), asked)
         for column, kind in _USUAL.items():
@@ -128,7 +130,7 @@ class Tokens:
             return _Content("text", texts[0])
         raise DatasetError(
             f"there is no column 'text', and {len(texts)} columns hold text: the dataset has {found}; "
-            "name one with --text-column"
+            f"name one with {named('text_column')}"
         )
 
     def _check(self, content: _Content) -> None:
@@ -148,17 +150,20 @@ class Tokens:
         if content.kind == "chat" and not template:
             raise DatasetError(
                 f"column {content.column!r} holds chats, and the tokenizer has no chat template: set one "
-                "(--chat-template), or give texts"
+                f"({named('chat_template')}), or give texts"
             )
         if settings.rule.is_assistant and content.kind != "chat":
             raise DatasetError(
-                f"--positions assistant: {holds}, not chats; name a column of chats with --text-column, or for token "
-                "ids give the mask as a column and use column:NAME"
+                f"{named('positions', 'assistant')}: {holds}, not chats; name a column of chats with "
+                f"{named('text_column')}, or for token ids give the mask as a column and use column:NAME"
             )
         if settings.chat_settings and content.kind != "chat":
             raise DatasetError(f"{settings.chat_settings[0]} is for chats, and {holds}: leave it out")
         if settings.add_special_tokens and content.kind != "text":
-            raise DatasetError(f"--add-special-tokens is for texts, and {holds}: leave it out")
+            raise DatasetError(
+                f"{named('add_special_tokens', self.settings.add_special_tokens)} is for texts, and {holds}: leave it "
+                "out"
+            )
         if content.kind == "chat":
             self._chats  # noqa: B018  # refuses settings that the template cannot be used with
 

@@ -29,6 +29,7 @@ from residua.capture.scheduling.work_queue import WorkQueue, shared_queue
 from residua.pipelines.jobs.rendezvous import rendezvous
 from residua.pipelines.setup.settings import CaptureSettings
 from residua.store.base.errors import CaptureError, PlanError
+from residua.store.base.naming import named
 from residua.store.examples.schedule import Schedule
 from residua.store.format.commits import committed_shards
 
@@ -73,7 +74,7 @@ def replica_group(settings: CaptureSettings, membership: Membership | None) -> I
     if size == 1:
         yield
         return
-    asked = f"--tp {settings.tp}" if settings.pp == 1 else f"--tp {settings.tp} --pp {settings.pp}"
+    asked = named("tp", settings.tp) if settings.pp == 1 else f"{named('tp', settings.tp)} {named('pp', settings.pp)}"
     if dist.is_initialized():
         if dist.get_world_size() != size:
             raise PlanError(

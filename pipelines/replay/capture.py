@@ -23,6 +23,7 @@ from residua.pipelines.capture.captured_batches import schedule_of
 from residua.pipelines.jobs.workers import workers_of_step
 from residua.store.base.canonical import Json, digest_of
 from residua.store.base.errors import PlanError
+from residua.store.base.naming import named
 from residua.store.encoding.codecs import DEFAULT_PRESET
 from residua.store.examples.index import Example, ExampleIndex
 from residua.store.examples.table import ExampleTable
@@ -73,7 +74,7 @@ class ReplayCapture(CaptureJob):
         self._rule = digest_of(dict(replay))
         sites = unsharded_sites(replayer.core, [patterns] if isinstance(patterns, str) else list(patterns))
         for name in sites:
-            replayer.refuse_below(name, f"--capture {name}")
+            replayer.refuse_below(name, named("capture", name))
         super().__init__(
             replayer.core,
             sites,
@@ -166,8 +167,8 @@ class ReplayCapture(CaptureJob):
         for name, info in self.sites.items():
             if info.via in ("input", "stream") and info.module in modules:
                 raise PlanError(
-                    f"--capture {name}: under ZeRO-3, rows that are put in or edited at this site cannot be read back; "
-                    "capture a later site, or replay on a model without ZeRO-3"
+                    f"{named('capture', name)}: under ZeRO-3, rows that are put in or edited at this site cannot be "
+                    "read back; capture a later site, or replay on a model without ZeRO-3"
                 )
 
     def _rows_per_shard(self, n_rows: npt.NDArray[np.int32], host_memory: int) -> int:
@@ -181,8 +182,9 @@ class ReplayCapture(CaptureJob):
             height //= 2
             if not height:
                 raise PlanError(
-                    f"--capture: the longest example has {most_rows:,} rows of {row_bytes:,} bytes, and host memory "
-                    f"for rows is limited to {host_memory:,} bytes: capture fewer sites, or replay shorter examples"
+                    f"{named('capture')}: the longest example has {most_rows:,} rows of {row_bytes:,} bytes, and host "
+                    f"memory for rows is limited to {host_memory:,} bytes: capture fewer sites, or replay shorter "
+                    "examples"
                 )
         if height < asked:
             self.notes.append(

@@ -22,6 +22,7 @@ from residua.pipelines.jobs.sharing import SharedWork
 from residua.pipelines.replay.comparison import Compared, Comparison, example_table
 from residua.store.base.canonical import differences, flatten
 from residua.store.base.errors import PlanError
+from residua.store.base.naming import named
 from residua.store.examples.schedule import Schedule
 from residua.store.storage.files import sweep, write_file
 
@@ -70,7 +71,7 @@ def check_request(folder: Path, request: Mapping[str, Any]) -> None:
         raise PlanError(f"{path} is no record of a replay: choose another folder for the results") from error
     if before != request:
         listed = "\n  ".join(lines)
-        raise PlanError(f"{folder} holds the results of another request:\n  {listed}\nChoose another --out.")
+        raise PlanError(f"{folder} holds the results of another request:\n  {listed}\nChoose another {named('out')}.")
 
 
 def table_file(folder: Path, table: str, group: int) -> Path:

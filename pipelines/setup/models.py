@@ -27,6 +27,7 @@ from residua.capture.sites.pipeline_stages import is_placeholder
 from residua.pipelines.data.tokenizer import knows_text
 from residua.pipelines.setup.settings import CaptureSettings
 from residua.store.base.errors import PlanError
+from residua.store.base.naming import named
 from residua.store.read.archive import Archive
 
 _TOKENIZER_FILES = frozenset(
@@ -48,8 +49,8 @@ def load_model(name: str, settings: CaptureSettings) -> PreTrainedModel:
     accelerator = torch.accelerator.current_accelerator(check_available=False) or torch.device("cpu")
     if is_split and settings.device not in ("auto", accelerator.type):
         raise PlanError(
-            f"--device {settings.device} cannot be combined with --tp or --pp, which choose the device of each "
-            "process: leave --device out"
+            f"{named('device', settings.device)} cannot be combined with {named('tp')} or {named('pp')}, which choose "
+            f"the device of each process: leave {named('device')} out"
         )
     spread: str | dict[str, torch.device] | None = settings.device_map
     if spread is None and device.type != "cpu" and not is_split:
@@ -165,15 +166,15 @@ def _config_and_class(name: str, revision: str | None) -> tuple[PreTrainedConfig
     kind = getattr(transformers, wanted, None)
     if not (isinstance(kind, type) and issubclass(kind, PreTrainedModel)):
         raise PlanError(
-            f"--model {name} is of class {wanted!r}, which transformers {transformers.__version__} does not have: "
-            "load the model yourself and pass it to residua.capture_dataset"
+            f"{named('model', name)} is of class {wanted!r}, which transformers {transformers.__version__} does not "
+            "have: load the model yourself and pass it to residua.capture_dataset"
         )
     return config, kind
 
 
 def _not_loaded(name: str, error: Exception) -> PlanError:
     where = "that folder" if Path(name).exists() else "the hub (and there is no such folder here)"
-    return PlanError(f"--model {name} could not be loaded from {where}: {error}")
+    return PlanError(f"{named('model', name)} could not be loaded from {where}: {error}")
 
 
 def load_tokenizer(name: str, settings: CaptureSettings) -> PreTrainedTokenizerBase | None:
@@ -187,7 +188,7 @@ def load_tokenizer(name: str, settings: CaptureSettings) -> PreTrainedTokenizerB
     except Exception as error:  # whatever transformers, or tokenizers below it, raises for a broken file
         if not any(file in _TOKENIZER_FILES for file in _files_of(name, settings.revision)):
             return None
-        raise PlanError(f"the tokenizer of --model {name} could not be loaded: {error}") from error
+        raise PlanError(f"the tokenizer of {named('model', name)} could not be loaded: {error}") from error
     if not isinstance(tokenizer, PreTrainedTokenizerBase):
         return None
     if knows_text(tokenizer):
@@ -196,8 +197,8 @@ def load_tokenizer(name: str, settings: CaptureSettings) -> PreTrainedTokenizerB
     found = sorted(_TOKENIZER_FILES.intersection(_files_of(name, settings.revision)))
     if found:
         raise PlanError(
-            f"the tokenizer of --model {name} has no vocabulary: of its files there is only {', '.join(found)}; add "
-            "the others, remove these, or pass a tokenizer"
+            f"the tokenizer of {named('model', name)} has no vocabulary: of its files there is only "
+            f"{', '.join(found)}; add the others, remove these, or pass a tokenizer"
         )
     return None
 
@@ -209,7 +210,8 @@ def _files_of(name: str, revision: str | None) -> list[str]:
         return list_repo_files(name, revision=revision)
     except Exception as error:  # offline, gated, gone: the library has a class for each
         raise PlanError(
-            f"there is no folder {name}, and the tokenizer of --model {name} could not be loaded from the hub: {error}"
+            f"there is no folder {name}, and the tokenizer of {named('model', name)} could not be loaded from the "
+            f"hub: {error}"
         ) from error
 
 
@@ -228,9 +230,11 @@ def choose_device(name: str) -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError as error:
-        raise PlanError(f"--device {name} is not a device: use cpu, cuda or cuda:N") from error
+        raise PlanError(f"{named('device', name)} is not a device: use cpu, cuda or cuda:N") from error
     if device.type == "cuda" and not torch.cuda.is_available():
-        raise PlanError(f"--device {name} was asked for, but torch {torch.__version__} sees no CUDA device here")
+        raise PlanError(
+            f"{named('device', name)} was asked for, but torch {torch.__version__} sees no CUDA device here"
+        )
     return device
 
 
@@ -294,6 +298,7 @@ def stages_in_parallel() -> Iterator[None]:
 
 def _other_transformers() -> PlanError:
     return PlanError(
-        f"--tp and --pp together work with transformers 5.23 only, and transformers {transformers.__version__} is "
-        "installed, which splits models in another way: use one of the two flags, or install transformers 5.23"
+        f"{named('tp')} and {named('pp')} together work with transformers 5.23 only, and transformers "
+        f"{transformers.__version__} is installed, which splits models in another way: use one of the two flags, or "
+        "install transformers 5.23"
     )

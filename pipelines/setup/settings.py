@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any, Self
 
 from residua.capture.hooks.site import FLOATS, check_storage
-from residua.pipelines.data.settings import DatasetSettings, flag_of, setting
+from residua.pipelines.data.settings import DatasetSettings, setting
 from residua.store.base.errors import PlanError
+from residua.store.base.naming import named
 from residua.store.base.untrusted import parse_yaml
 from residua.store.encoding.codecs import DEFAULT_PRESET, PRESETS
 from residua.store.format.plan import HOST_MEMORY_BYTES
@@ -73,17 +74,16 @@ class CaptureSettings(DatasetSettings):
             dtype=self.dtype,
             rows_per_shard=self.rows_per_shard,
             threads=self.threads,
-            named=flag_of,
         )
         if self.model_dtype not in (known := ("auto", *FLOATS)):
-            raise PlanError(f"--model-dtype {self.model_dtype} is not known: choose one of {', '.join(known)}")
+            raise PlanError(f"{named('model_dtype', self.model_dtype)} is not known: choose one of {', '.join(known)}")
         for name in ("batch_tokens", "host_memory", "tp", "pp"):
             if (value := getattr(self, name)) < 1:
-                raise PlanError(f"{flag_of(name)} is {value}: it must be at least 1")
+                raise PlanError(f"{named(name, value)}: it must be at least 1")
         if self.tp * self.pp > 1 and self.device_map is not None:
             raise PlanError(
-                "--device-map cannot be combined with --tp or --pp, under which each process has one device: leave "
-                "one of them out"
+                f"{named('device_map')} cannot be combined with {named('tp')} or {named('pp')}, under which each "
+                "process has one device: leave one of them out"
             )
         super().__post_init__()
 

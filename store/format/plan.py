@@ -25,6 +25,7 @@ import numpy.typing as npt
 
 from residua.store.base.canonical import Json, differences, digest_of, flatten
 from residua.store.base.errors import PlanError, UnsafeArchiveError
+from residua.store.base.naming import named
 from residua.store.base.untrusted import (
     MAX_COLUMN_SHARDS,
     MAX_ROWS,
@@ -355,8 +356,8 @@ def check_host_memory(
     needed = host_buffer_bytes(sum(sizes), most_rows_per_example, height)
     if needed > host_memory_bytes:
         raise PlanError(
-            f"--host-memory allows {host_memory_bytes:,} bytes, but {len(sizes)} sites in shards of {height:,} rows "
-            f"need {needed:,} to buffer the longest example ({most_rows_per_example:,} rows of {sum(sizes):,} bytes): "
-            "raise --host-memory, lower --rows-per-shard, keep fewer positions, shorten the examples with --max-length "
-            "or capture fewer sites."
+            f"{named('host_memory')} allows {host_memory_bytes:,} bytes, but {len(sizes)} sites in shards of "
+            f"{height:,} rows need {needed:,} to buffer the longest example ({most_rows_per_example:,} rows of "
+            f"{sum(sizes):,} bytes): raise {named('host_memory')}, lower {named('rows_per_shard')}, keep fewer "
+            f"positions, shorten the examples with {named('max_length')} or capture fewer sites."
         )

@@ -19,7 +19,7 @@ def check_room(destination: Path, sites: Iterable[SitePlan], n_rows: int) -> lis
     """Compare the free space of a place with the rows that will be written there.
 
     Args:
-        destination: Folder of the archive; its parent exists.
+        destination: Folder of the archive.
         sites: What is stored of every row.
         n_rows: Rows that are not written yet.
 
@@ -29,7 +29,8 @@ def check_room(destination: Path, sites: Iterable[SitePlan], n_rows: int) -> lis
     Raises:
         OSError: The rows do not fit, even if they compress better than activations do.
     """
-    free, sizes = shutil.disk_usage(destination.parent).free, list(map(_row_bytes, sites))
+    there = next(folder for folder in destination.absolute().parents if folder.is_dir())
+    free, sizes = shutil.disk_usage(there).free, list(map(_row_bytes, sites))
     least, raw = n_rows * sum(least for least, _ in sizes), n_rows * (COLUMN_BYTES + sum(raw for _, raw in sizes))
     if least > free:
         raise OSError(

@@ -27,6 +27,7 @@ from typing import Any, Literal, get_args
 
 from residua.store.base.canonical import digest_of
 from residua.store.base.errors import DamagedArchiveError, PlanError, UnsafeArchiveError
+from residua.store.base.naming import named
 from residua.store.base.untrusted import is_finite, parse_json, read_file
 from residua.store.format.plan import Plan
 from residua.store.storage.files import write_file
@@ -102,7 +103,7 @@ def why_no_lm_head(provenance: Mapping[str, object]) -> str:
     wanted = next((note for note in found if note.startswith(NO_LM_HEAD)), NO_LM_HEAD)
     return (
         f"{wanted}. Final norm and unembedding are kept of causal and masked language models whose logits they give, "
-        "unless --no-head or head=False left them out"
+        f"unless {named('head', False)} left them out"
     )
 
 

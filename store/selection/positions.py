@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from residua.store.base.errors import DatasetError
+from residua.store.base.naming import named
 from residua.store.selection.evaluate import Mask, at_positions
 
 IntArray = NDArray[np.int32]
@@ -57,7 +58,7 @@ def parse_positions(text: str) -> PositionRule:
         return PositionRule(kind="marked", column=value)
     if name == "every" and value.isascii() and value.isdigit() and int(value) > 0:
         return PositionRule(kind="every", stride=int(value))
-    raise DatasetError(f"--positions {text!r}: give one of all, last, every:N (N from 1), column:NAME, assistant")
+    raise DatasetError(f"{named('positions', text)}: give one of all, last, every:N (N from 1), column:NAME, assistant")
 
 
 def kept_positions(

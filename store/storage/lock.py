@@ -18,11 +18,11 @@ from pathlib import Path
 from typing import Any
 
 from residua.store.base.canonical import Json
+from residua.store.base.naming import named
 
 _MAX_BYTES = 64 * 1024
 _NAME_SECONDS = 5.0  # time for a run that has the lock to write who it is
 _POLL_SECONDS = 0.05
-_ADVICE = "Wait for it, stop it, or start both so that they share the work (--join)."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,6 +144,10 @@ def is_alive(pid: int) -> bool:
     return True
 
 
+def _advice() -> str:
+    return f"Wait for it, stop it, or start both so that they share the work ({named('join', True)})."
+
+
 def _path(archive: Path) -> Path:
     return archive.with_name(f".{archive.name}.lock")
 
@@ -173,7 +177,7 @@ def _lock(descriptor: int, archive: Path) -> None:
             return
         is_named = owner is not None and not (owner.host == socket.gethostname() and not is_alive(owner.pid))
         if is_named or time.monotonic() > deadline:
-            raise ArchiveInUseError(archive, owner if is_named else None, _ADVICE)
+            raise ArchiveInUseError(archive, owner if is_named else None, _advice())
         time.sleep(_POLL_SECONDS)
 
 
@@ -185,4 +189,4 @@ def _lock_by_file(archive: Path, owner: Owner | None) -> None:
         advice = f"If that process is dead, remove {_path(archive)}: this file system has no locks."
         raise ArchiveInUseError(archive, owner, advice)
     if owner.pid != os.getpid() and is_alive(owner.pid):
-        raise ArchiveInUseError(archive, owner, _ADVICE)
+        raise ArchiveInUseError(archive, owner, _advice())

@@ -33,7 +33,7 @@ def try_place(destination: Path, *, is_file: bool = False, locks: bool = False, 
     A folder that exists is tried inside. What is written next to it, such as a lock, is tried there.
 
     Args:
-        destination: File or folder that will be written; its parent is made.
+        destination: File or folder that will be written; where there are locks, its parent is made and stays.
         is_file: Whether it is a file; else a folder.
         locks: Whether a lock next to it keeps other runs away.
         links: Whether hard links are needed, as for the commit records of an archive.
@@ -46,6 +46,31 @@ def try_place(destination: Path, *, is_file: bool = False, locks: bool = False, 
         OSError: The place cannot be written, is full, or has no links; or a file is where a folder should be, or the
             reverse. The message says what to do.
     """
+    destination = _followed(destination)
+    _refuse_other_kind(destination, is_file=is_file)
+    missing = [folder for folder in destination.parents if not folder.exists()]
+    with naming_archive(destination):
+        make_folders(destination.parent)
+    is_inside = destination.is_dir()
+    has_locks = True
+    if locks or not is_inside:
+        with naming_archive(destination):
+            sweep_next_to(destination)
+        has_locks = _try_folder(destination.parent, destination, links=links)
+    if is_inside:
+        _try_folder(destination, destination, links=links)
+    if not locks:  # with locks other processes may be at work there
+        with suppress(OSError):
+            for folder in missing:
+                folder.rmdir()
+    if has_locks or not locks:
+        return Place(destination, ())
+    note = f"the file system of {destination} has no file locks: do not start another run there before this one ends"
+    return Place(destination, (note,))
+
+
+def _followed(destination: Path) -> Path:
+    """Return the place, or what it is a link to; raises PlanError for an address, and a link that leads nowhere."""
     if found := _ADDRESS.match(str(destination)):
         raise PlanError(
             f"{destination} is an address ({found[1]}), and results are written to folders only: write to a local "
@@ -57,22 +82,8 @@ def try_place(destination: Path, *, is_file: bool = False, locks: bool = False, 
                 f"{destination} is a link to {destination.readlink()}, which does not exist: make that folder, or "
                 "choose another place"
             )
-        destination = destination.resolve()
-    _refuse_other_kind(destination, is_file=is_file)
-    with naming_archive(destination):
-        make_folders(destination.parent)
-    is_inside = destination.is_dir()
-    has_locks = True
-    if locks or not is_inside:
-        with naming_archive(destination):
-            sweep_next_to(destination)
-        has_locks = _try_folder(destination.parent, destination, links=links)
-    if is_inside:
-        _try_folder(destination, destination, links=links)
-    if has_locks or not locks:
-        return Place(destination, ())
-    note = f"the file system of {destination} has no file locks: do not start another run there before this one ends"
-    return Place(destination, (note,))
+        return destination.resolve()
+    return destination
 
 
 def _refuse_other_kind(destination: Path, *, is_file: bool) -> None:

@@ -45,7 +45,7 @@ def test_a_killed_training_continues_from_its_finished_layers(tmp_path: Path) ->
     process.wait()
     assert not (work / "layer-2.safetensors").exists()
     finished = (work / "layer-1.safetensors").stat()
-    with pytest.raises(AnalysisError, match=f"{tmp_path / 'lens'} .*epochs.*--out"):
+    with pytest.raises(AnalysisError, match=f"{tmp_path / 'lens'} .*epochs.*out="):
         TunedLens.fit(archive, out=tmp_path / "lens", epochs=EPOCHS + 1, together=1)
     with connect("inline") as cluster:
         settings = LensSettings(epochs=EPOCHS, together=1)

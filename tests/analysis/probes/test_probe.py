@@ -223,8 +223,8 @@ def test_broken_rows_are_left_out_and_counted(tmp_path: Path) -> None:
         ("label", {"where": "position > 1000"}, "no rows"),
         ("label", {"test_fraction": 1.5}, "1.5"),
         ("label", {"task": "regresion"}, "regresion"),
-        ("label", {"task": "regression"}, "'label'.*texts.*--as-numbers"),
-        ("token", {"task": "regression"}, "'token'.*token ids.*--as-numbers"),
+        ("label", {"task": "regression"}, "'label'.*texts.*as_numbers="),
+        ("token", {"task": "regression"}, "'token'.*token ids.*as_numbers="),
         ("hashes", {"task": "regression"}, r"'hashes'.*2\*\*53"),
         ("hashes", {"task": "regression", "as_numbers": True}, r"'hashes'.*2\*\*53"),
         ("once", {}, "'once'.*'b'"),
@@ -242,12 +242,12 @@ def test_too_wide_too_many_and_not_there(archive: Archive) -> None:
         summarise(archive, "many", where=None, task="classification", split=Split(0.2, 0), most_classes=20)
     with (
         connect("inline", memory_limit=12 * 8 * 20**2 - 1) as cluster,
-        pytest.raises(AnalysisError, match=r"resid_post.1 is 20 wide.*regression.*--memory-limit"),
+        pytest.raises(AnalysisError, match=r"resid_post.1 is 20 wide.*regression.*memory_limit="),
     ):
         probe(archive, "position", "resid_post.1", cluster=cluster)
     with (
         connect("inline", memory_limit=30_000) as cluster,
-        pytest.raises(AnalysisError, match=r"3 classes on resid_post.1, 20 wide.*--memory-limit"),
+        pytest.raises(AnalysisError, match=r"3 classes on resid_post.1, 20 wide.*memory_limit="),
     ):
         probe(archive, "label", "resid_post.1", cluster=cluster)
     with pytest.raises(UnknownSiteError, match=r"resid_post\.7"):

@@ -19,6 +19,7 @@ from residua.analysis.rows.dask_array import array
 from residua.analysis.support.cluster import Cluster, OrderedSum, connect, in_order
 from residua.analysis.support.open_archives import address
 from residua.store.base.errors import AnalysisError, DamagedArchiveError
+from residua.store.base.naming import naming_flags
 from residua.store.read.archive import Archive
 from tests.analysis import cluster_jobs as jobs
 from tests.analysis.large_archive import make_large
@@ -104,6 +105,13 @@ def archive(tmp_path_factory: pytest.TempPathFactory) -> Archive:
 
 def test_a_cluster_has_its_workers_and_memory(cluster: Cluster) -> None:
     assert (cluster.n_workers, cluster.memory_limit) == (2, 2048 * MIB)
+
+
+def test_jobs_name_settings_as_who_sent_them_does(cluster: Cluster) -> None:
+    assert list(cluster.map(jobs.say, [0], label="said")) == [(0, "memory_limit=")]
+    with naming_flags():
+        assert list(cluster.map(jobs.say, [0], label="said")) == [(0, "--memory-limit")]
+    assert list(cluster.map(jobs.say, [0], label="said")) == [(0, "memory_limit=")]
 
 
 def test_jobs_give_the_same_as_in_this_process(cluster: Cluster, archive: Archive) -> None:

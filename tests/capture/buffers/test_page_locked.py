@@ -81,7 +81,7 @@ def test_memory_is_unlocked_with_the_last_view_of_its_rows(runtime: Runtime) -> 
 
 def test_memory_that_cannot_be_locked_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.cuda.cudart", lambda: Runtime(error=2))
-    with pytest.raises(CaptureError, match=r"CUDA error 2\): lower --host-memory"):
+    with pytest.raises(CaptureError, match=r"CUDA error 2\): lower host_memory="):
         make_buffer()
 
 

@@ -108,14 +108,14 @@ def test_bad_requests_quote_the_users_words(llama: PreTrainedModel, tmp_path: Pa
 def test_drop_special_without_a_tokenizer_is_refused(
     llama: PreTrainedModel, tokens: list[list[int]], tmp_path: Path
 ) -> None:
-    with pytest.raises(DatasetError, match="--drop-special needs a tokenizer"):
+    with pytest.raises(DatasetError, match="drop_special=True needs a tokenizer"):
         capture(llama, tokens, tmp_path / "a.zarr", drop_special=True)
 
 
 def test_the_memory_bound_holds_for_tall_shards(
     llama: PreTrainedModel, tokens: list[list[int]], tmp_path: Path
 ) -> None:
-    with pytest.raises(PlanError, match=r"--host-memory.* 1,000 bytes"):
+    with pytest.raises(PlanError, match=r"host_memory=.* 1,000 bytes"):
         capture(llama, tokens, tmp_path / "a.zarr", sites="resid_post.*", rows_per_shard=1024, host_memory=1000)
 
 
@@ -123,7 +123,7 @@ def test_a_broken_tokenizer_is_an_error(tmp_path: Path) -> None:
     folder = tmp_path / "model"
     shutil.copytree("models/pydoc-1m", folder)
     (folder / "tokenizer.json").write_text("{")
-    with pytest.raises(PlanError, match="tokenizer of --model"):
+    with pytest.raises(PlanError, match="tokenizer of model='"):
         capture_dataset(str(folder), [[1, 2, 3]], out=tmp_path / "a.zarr", sites="embed")
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (folder / name).unlink()

@@ -82,9 +82,9 @@ def test_what_a_model_cannot_take_is_refused() -> None:
     model = TINY["llama"]()
     wrong: list[tuple[dict[str, Any], str]] = [
         ({"period": 40}, "takes 64"),
-        ({"period": 1}, "--period is 1"),
-        ({"copies": 1}, "--copies is 1"),
-        ({"seed": -1}, "--seed is -1"),
+        ({"period": 1}, "period=1"),
+        ({"copies": 1}, "copies=1"),
+        ({"seed": -1}, "seed=-1"),
     ]
     for options, message in wrong:
         with pytest.raises(PlanError, match=message):

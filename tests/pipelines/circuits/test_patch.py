@@ -218,14 +218,14 @@ def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
     options: dict[str, Any] = {"sites": "resid_post.1", "positions": [-1]}
     assert residua.patch(model, named, archive=archive, **options) == residua.patch(model, with_ids, **options)
     for pairs, more, message in (
-        (named, {}, "pair 1: .*example 0.*--archive"),
+        (named, {}, "pair 1: .*example 0.*archive="),
         ([{**PAIR, "clean": [1, 2]}], {}, "pair 1: .*2 clean.*7 corrupted"),
         ([PAIR, {**PAIR, "answer": 97}], {}, "pair 2: .*token 97"),
         ([{**PAIR, "clean": "text"}], {}, "pair 1: .*tokenizer"),
         ([{**PAIR, "wrong": None}], {}, "wrong"),
         ([PAIR], {"positions": [7]}, "pair 1 .*7 tokens.*position 7"),
         ([PAIR], {"metric": "luck"}, "'luck'.*logit_difference"),
-        ([PAIR], {"batch_cells": 0}, "--batch-cells.*0"),
+        ([PAIR], {"batch_cells": 0}, "batch_cells=.*0"),
         ([PAIR], {"positions": "all"}, "'all'.*together"),
         ([PAIR], {"sites": "resid_post.0", "heads": True}, r"resid_post\.0.*heads"),
         ([PAIR], {"sites": "pattern.0"}, r"pattern\.0"),

@@ -193,19 +193,19 @@ class TestTools:
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"tools": "functions"}, "--tools functions: .*no such column"),
-        ({"tools": TOOLS, "chat_template": "{{ messages }}"}, "--tools: .* does not use tools"),
-        ({"tools": ["f"]}, "--tools: 'f' is not the JSON schema"),
-        ({"tools": "[1"}, "--tools .* is not JSON"),
-        ({"chat_template_kwargs": "{"}, "--chat-template-kwargs .* is not JSON"),
-        ({"chat_template_kwargs": "[]"}, "--chat-template-kwargs .* JSON object"),
+        ({"tools": "functions"}, "tools='functions': .*no such column"),
+        ({"tools": TOOLS, "chat_template": "{{ messages }}"}, "tools=: .* does not use tools"),
+        ({"tools": ["f"]}, "tools=: 'f' is not the JSON schema"),
+        ({"tools": "[1"}, "tools='\\[1' is not JSON"),
+        ({"chat_template_kwargs": "{"}, "chat_template_kwargs='{' is not JSON"),
+        ({"chat_template_kwargs": "[]"}, "chat_template_kwargs=.* JSON object"),
         ({"chat_template_kwargs": {"enable_thoughts": 1}}, "does not use 'enable_thoughts'"),
-        ({"chat_template_kwargs": {"tools": []}}, "--tools: use it"),
+        ({"chat_template_kwargs": {"tools": []}}, "tools=: use it"),
         ({"chat_template_kwargs": {"padding": True}}, "padding is no argument"),
         ({"chat_template_kwargs": {"documents": [float("nan")]}}, "cannot be written as JSON"),
-        ({"add_generation_prompt": True, "chat_template": "{{ messages }}"}, "--add-generation-prompt: "),
-        ({"chat_template": "tool_use"}, "--chat-template 'tool_use' is neither a file"),
-        ({"add_special_tokens": True}, "--add-special-tokens is for texts"),
+        ({"add_generation_prompt": True, "chat_template": "{{ messages }}"}, "add_generation_prompt=: "),
+        ({"chat_template": "tool_use"}, "chat_template='tool_use' is neither a file"),
+        ({"add_special_tokens": True}, "add_special_tokens=True is for texts"),
     ],
 )
 def test_settings_that_could_have_no_effect_are_refused(options: dict[str, Any], words: str) -> None:
@@ -234,7 +234,7 @@ def test_a_template_from_a_file_is_kept_in_the_plan(tmp_path: Path) -> None:
     assert byte_tokenizer().decode(ids(example)) == "aé"
     assert DatasetSettings(chat_template=str(path)).rules()["chat_template"] == "{{ messages[0].content }}é"
     path.write_bytes(b"\xff{{")
-    with pytest.raises(DatasetError, match=r"--chat-template .*own\.jinja cannot be read"):
+    with pytest.raises(DatasetError, match=r"chat_template=.*own\.jinja' cannot be read"):
         read([chat("a")], byte_tokenizer(None), chat_template=str(path))
 
 
@@ -331,7 +331,7 @@ class TestMarks:
         template = (
             "{% set text %}{% generation %}{{ messages[0].content }}{% endgeneration %}{% endset %}{{ text | length }}"
         )
-        with pytest.raises(DatasetError, match=r"row 0: --positions assistant: .*column:NAME"):
+        with pytest.raises(DatasetError, match=r"row 0: positions='assistant': .*column:NAME"):
             kept_texts([chat("abc")], byte_tokenizer(template))
 
 

@@ -132,7 +132,7 @@ class TestSources:
 
 class TestLength:
     def test_longer_than_the_model_is_refused_with_what_to_pass(self) -> None:
-        with pytest.raises(DatasetError, match=r"row 1 .* 5 tokens.* model takes 4: .*--max-length 4"):
+        with pytest.raises(DatasetError, match=r"row 1 .* 5 tokens.* model takes 4: .*max_length=4"):
             read(["a", "a b c d"], model_limit=4)
 
     def test_max_length_splits_and_repeats_the_bos(self) -> None:
@@ -155,7 +155,7 @@ class TestLength:
         examples, report = read(["a b c d", "a"], max_length=3, long_examples="truncate")
         assert tokens(examples) == [ids("<s> a b"), ids("<s> a")]
         assert (report.n_truncated, report.n_truncated_tokens) == (1, 2)
-        with pytest.raises(DatasetError, match=r"row 0 .* 5 tokens.* --max-length is 3"):
+        with pytest.raises(DatasetError, match=r"row 0 .* 5 tokens.* max_length=3"):
             read(["a b c d"], max_length=3, long_examples="refuse")
         examples, _ = read(["a b c d"], model_limit=4, long_examples="split")
         assert tokens(examples) == [ids("<s> a b c"), ids("<s> d")]
@@ -231,7 +231,7 @@ class TestPositions:
     def test_a_template_without_the_mark_is_refused(self) -> None:
         # The template has the word "generation", as nearly every template does.
         template = "{% for m in messages %}{{ m['content'] }}{% endfor %}{% if add_generation_prompt %}{% endif %}"
-        with pytest.raises(DatasetError, match=r"--positions assistant: .* \{% generation %\}"):
+        with pytest.raises(DatasetError, match=r"positions='assistant': .* \{% generation %\}"):
             read(CHATS, tokenizer=make_tokenizer(template), positions="assistant")
 
 
@@ -252,7 +252,7 @@ def test_a_source_that_fits_is_one_window() -> None:
 
 
 def test_no_room_next_to_the_start_tokens() -> None:
-    with pytest.raises(DatasetError, match=r"--max-length 2 .* 2 start tokens .* at least 3"):
+    with pytest.raises(DatasetError, match=r"max_length=2 .* 2 start tokens .* at least 3"):
         cut_windows(10, 2, 2)
 
 
@@ -272,7 +272,7 @@ def test_a_dataset_that_was_read_in_full_needs_no_note() -> None:
         ({"n_empty": 6}, "6 rows of the dataset have no tokens"),
         ({"n_short": 7}, "7 examples were shorter"),
         ({"n_without_rows": 8}, "8 examples have no position"),
-        ({"cut_at_max_tokens": True, "n_cut_tokens": 9}, "--max-tokens ended the reading; the last example lost 9"),
+        ({"cut_at_max_tokens": True, "n_cut_tokens": 9}, "max_tokens= ended it; the last example lost 9"),
     ],
 )
 def test_each_loss_is_one_sentence(changes: dict[str, Any], words: str) -> None:

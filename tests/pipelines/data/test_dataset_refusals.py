@@ -21,9 +21,9 @@ class TestBadInput:
             (5, {}, "a int is .*: give a path"),
             ([5], {}, "the dataset yields 5, .* text"),
             (b"text", {}, "a bytes is .*: give a path"),
-            (["a"], {"split": "train"}, "--split 'train': a list"),
-            (["a"], {"text_column": "body"}, "column 'body': the dataset has text; .*--text-column"),
-            ([{"x": "a", "y": "b"}], {}, "no column 'text'.* x, y; .*--text-column"),
+            (["a"], {"split": "train"}, "split='train': a list"),
+            (["a"], {"text_column": "body"}, "column 'body': the dataset has text; .*text_column="),
+            ([{"x": "a", "y": "b"}], {}, "no column 'text'.* x, y; .*text_column="),
             ([{"text": "a"}, {"body": "b"}], {}, "row 1: .* 'text'; the row has body"),
             ([{"text": "a"}, {"text": 5}], {}, "row 1: column 'text' .* found 5"),
             ([[5], [12]], {}, "row 1: token id 12 at position 0 .* 0 to 11"),
@@ -35,9 +35,9 @@ class TestBadInput:
             ([[5, None]], {}, "row 0: a flat list of whole numbers is needed"),
             ([[True]], {}, "row 0: a flat list of whole numbers is needed"),
             ([{"text": "a", "source_token": 1}], {}, "column 'source_token'.* rename"),
-            ([[5]], {"positions": "column:keep"}, "positions column:keep: .* no such column"),
+            ([[5]], {"positions": "column:keep"}, "positions='column:keep': .* no such column"),
             ([{"text": "a", "keep": [2]}], {"positions": "column:keep"}, "row 0: position 2 "),
-            (["a"], {"positions": "assistant"}, "--positions assistant: column 'text' .* --text-column"),
+            (["a"], {"positions": "assistant"}, "positions='assistant': column 'text' .* text_column="),
             ([CHATS[0], "a"], {}, "row 1: .* 'messages'; the row has text"),
             ([[{"role": "user"}]], {}, "row 0: .* role and content"),
             ([{"input_ids": [5], "attention_mask": [1, 1]}], {}, "row 0: .*attention_mask has shape"),
@@ -62,11 +62,11 @@ class TestBadInput:
     @pytest.mark.parametrize(
         ("options", "message"),
         [
-            ({"max_length": 0}, "--max-length is 0: .* at least 1"),
-            ({"max_tokens": -1}, "--max-tokens is -1"),
-            ({"long_examples": "cut"}, "--long-examples 'cut': choose one of refuse, split, truncate"),
-            ({"positions": "every:x"}, "--positions 'every:x'"),
-            ({"max_length": 2, "min_length": 3}, "--min-length 3 is above --max-length 2"),
+            ({"max_length": 0}, "max_length=0: .* at least 1"),
+            ({"max_tokens": -1}, "max_tokens=-1"),
+            ({"long_examples": "cut"}, "long_examples='cut': choose one of refuse, split, truncate"),
+            ({"positions": "every:x"}, "positions='every:x'"),
+            ({"max_length": 2, "min_length": 3}, "min_length=3 is above max_length=2"),
         ],
     )
     def test_settings_check_themselves(self, options: dict[str, Any], message: str) -> None:
@@ -74,7 +74,7 @@ class TestBadInput:
             DatasetSettings(**options)
 
     def test_max_length_above_the_model(self) -> None:
-        with pytest.raises(DatasetError, match=r"--max-length is 9, .* 8 tokens: give at most 8"):
+        with pytest.raises(DatasetError, match=r"max_length=9: .* 8 tokens: give at most 8"):
             read(["a"], model_limit=8, max_length=9)
 
     @pytest.mark.parametrize("name", ["nowhere.parquet", "./nowhere", "/no/where", "a/b/c", "~/nowhere"])
@@ -100,7 +100,7 @@ class TestBadInput:
             read(tmp_path / "a.parquet")
 
     def test_hub_options_on_a_local_path(self, tmp_path: Path) -> None:
-        with pytest.raises(DatasetError, match=r"--subset .* local path: leave it out"):
+        with pytest.raises(DatasetError, match=r"subset= .* local path: leave it out"):
             read(write_source(tmp_path, "jsonl"), subset="en")
 
     def test_an_iterable_that_raises_keeps_its_cause(self) -> None:

@@ -229,8 +229,8 @@ def test_what_cannot_be_captured_is_refused_before_anything_runs(tmp_path: Path)
     calls: list[int] = []
     count_calls(model, calls)
     for capture, error, message in (
-        ("resid_post.*", PlanError, r"--capture resid_post\.0.*resid_post\.1"),
-        ("attn_out.1", PlanError, r"--capture attn_out\.1.*resid_post\.1"),
+        ("resid_post.*", PlanError, r"capture='resid_post\.0'.*resid_post\.1"),
+        ("attn_out.1", PlanError, r"capture='attn_out\.1'.*resid_post\.1"),
         ("resid_post.9", UnknownSiteError, "resid_post.9"),
         ("", UnknownSiteError, "(?i)no site"),
     ):

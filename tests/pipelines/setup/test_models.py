@@ -19,7 +19,7 @@ from residua.store.base.errors import PlanError
 from tests.models.tiny import TINY
 
 STEP = "apply_tensor_parallelism"
-WORDS = r"--tp and --pp .* transformers 5\.23"
+WORDS = r"tp= and pp= .* transformers 5\.23"
 
 
 def test_what_other_stages_have_is_left_out_of_the_plan(monkeypatch: pytest.MonkeyPatch) -> None:

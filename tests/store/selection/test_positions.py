@@ -40,7 +40,7 @@ def test_kept_positions_follow_the_rule(text: str, tokens: list[tuple[bool, bool
     "text", ["", "first", "every", "every:", "every:0", "every:-2", "every:²", "column:", "last:2"]
 )
 def test_other_rules_are_refused_in_the_users_words(text: str) -> None:
-    with pytest.raises(DatasetError, match=f"--positions '{text}': give one of all, last, every:N"):
+    with pytest.raises(DatasetError, match=f"positions='{text}': give one of all, last, every:N"):
         parse_positions(text)
 
 

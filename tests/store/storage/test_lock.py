@@ -37,7 +37,7 @@ def test_a_second_run_is_refused_with_the_name_of_the_first_until_that_one_is_ki
     with subprocess.Popen([sys.executable, "-c", HOLD, str(archive)], stdout=subprocess.PIPE) as process:
         assert process.stdout is not None
         assert process.stdout.readline() == b"held\n"
-        owner = refusal(archive, rf"a\.zarr: process {process.pid} on .*--join").owner
+        owner = refusal(archive, rf"a\.zarr: process {process.pid} on .*join=").owner
         assert owner is not None
         assert (owner.host, owner.pid, owner.join) == (socket.gethostname(), process.pid, {"port": 7})
         process.send_signal(signal.SIGKILL)

@@ -21,7 +21,9 @@ def failing(number: int) -> Callable[..., Any]:
 
 @pytest.mark.parametrize("links", [False, True])
 def test_a_good_place_is_left_as_it_was(links: bool, tmp_path: Path) -> None:
-    try_place(tmp_path / "folder" / "a.zarr", links=links)
+    try_place(tmp_path / "folder" / "inner" / "a.zarr", links=links)
+    assert list(tmp_path.rglob("*")) == []
+    try_place(tmp_path / "folder" / "a.zarr", locks=True, links=links)
     assert [path.name for path in tmp_path.rglob("*")] == ["folder"]
     (tmp_path / "b.zarr").mkdir()
     (tmp_path / "c.zarr").symlink_to("b.zarr")
