@@ -10,6 +10,7 @@ from pathlib import Path
 
 from residua.store.base.canonical import Json, digest_of
 from residua.store.base.errors import PlanError, UnsafeArchiveError
+from residua.store.base.naming import named
 from residua.store.format.archive_metadata import FORMAT, is_archive, read_entry, write_entry
 from residua.store.format.create import refuse_occupied
 from residua.store.format.site_names import STACKS
@@ -28,7 +29,7 @@ def create_stacks(folder: Path, stacks: Sequence[str]) -> None:
             what = f"the stacks {' and '.join(found)}" if found else "one stack, or of a model that has no stacks"
             raise PlanError(
                 f"{folder} was begun as an archive of {what}, and this run captures {' and '.join(stacks)}: run it "
-                "with the same sites to go on, or choose another --out"
+                f"with the same sites to go on, or choose another {named('out')}"
             )
         return
     refuse_occupied(folder)
