@@ -214,3 +214,45 @@ FACTORS: dict[str, tuple[Callable[[], PreTrainedModel], dict[str, tuple[str, flo
     ),
 }
 """By name: a function that builds the model; and for sites of block 0 the module and the factor of its output."""
+
+
+_MLA: dict[str, Any] = {
+    "qk_nope_head_dim": 8,
+    "qk_rope_head_dim": 4,
+    "v_head_dim": 12,
+    "kv_lora_rank": 10,
+    "q_lora_rank": 14,
+    "num_key_value_heads": 4,
+}
+
+EXPERTS: dict[str, Callable[[], PreTrainedModel]] = {
+    "deepseek_v3": lambda: lively(
+        hf.DeepseekV3ForCausalLM,
+        hf.DeepseekV3Config(
+            **_TWO_PLAIN,
+            **_MLA,
+            **_EXPERTS,
+            n_routed_experts=8,
+            n_shared_experts=1,
+            n_group=2,
+            topk_group=1,
+            first_k_dense_replace=1,
+        ),
+        e_score_correction_bias=0.3,
+    ),
+    "gpt_oss": lambda: lively(
+        hf.GptOssForCausalLM,
+        hf.GptOssConfig(**_TWO, head_dim=8, num_local_experts=4, num_experts_per_tok=2, sliding_window=5),
+    ),
+    "granitemoehybrid": MIXERS["granitemoehybrid"][0],
+    "jamba": MIXERS["jamba"][0],
+    "mixtral": lambda: lively(
+        hf.MixtralForCausalLM, hf.MixtralConfig(**_TWO, num_local_experts=4, num_experts_per_tok=2)
+    ),
+    "olmoe": lambda: lively(hf.OlmoeForCausalLM, hf.OlmoeConfig(**_TWO, num_experts=4, num_experts_per_tok=2)),
+    "qwen2_moe": lambda: lively(
+        hf.Qwen2MoeForCausalLM, hf.Qwen2MoeConfig(**_TWO, **_EXPERTS, num_experts=4, shared_expert_intermediate_size=24)
+    ),
+    "qwen3_moe": lambda: lively(hf.Qwen3MoeForCausalLM, hf.Qwen3MoeConfig(**_TWO, **_EXPERTS, num_experts=4)),
+}
+"""Mixtures of experts in block 1."""

@@ -78,11 +78,16 @@ class StoredRows:
 
         Raises:
             NotCapturedError: Some rows are not captured yet.
-            PlanError: Values overflow in `dtype`.
+            PlanError: Values overflow in `dtype`, or are whole numbers of another type.
         """
         self.archive.require_captured(rows)
         stored = getattr(torch, self.archive.plan.site(site).dtype)
-        if is_alone() and torch.finfo(stored).max > torch.finfo(dtype).max:
+        if not stored.is_floating_point:
+            if stored != dtype:
+                raise PlanError(
+                    f"stored rows of {site} are {dtype_name(stored)}, and the model has {dtype_name(dtype)}"
+                )
+        elif is_alone() and torch.finfo(stored).max > torch.finfo(dtype).max:
             values = self.read(site, rows)
             refuse_overflow(site, values, values.to(dtype))
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from residua.capture.hooks.attention import AttentionTap, intercepting
 from residua.capture.hooks.forward_call import ForwardCall, SiteTensor
+from residua.capture.hooks.linear_maps import watching_linear
 from residua.capture.hooks.site import SiteInfo
 from residua.capture.runtime.checkpointing import following
 from residua.capture.runtime.module_io import (
@@ -78,7 +79,10 @@ def attached(
     first = is_zero3(modules[""])
     with ExitStack() as stack:
         for info in chosen:
-            if info.via != "attention":
+            if info.via == "linear":
+                reader = _Reader(info, call, on_tensor, on_problem)
+                stack.enter_context(watching_linear(modules[info.module], info.index or 0, reader.on_result))
+            elif info.via != "attention":
                 handle = _register(modules[info.module], _Reader(info, call, on_tensor, on_problem), first=first)
                 stack.callback(handle.remove)
                 if not (first and info.via in ("input", "stream")):
@@ -138,6 +142,13 @@ class _Reader:
             tensor.copy_(new)
             return None
         return None if new is None else replaced_input(args, kwargs, self.info.index, new)
+
+    def on_result(self, tensor: Tensor) -> Tensor:
+        """Take the result of a linear map; return what the module goes on with."""
+        if not self._call.is_running(self.info):
+            return tensor
+        new = self._call.call(self._on_tensor, self.info, tensor, heads_first=False)
+        return tensor if new is None else new
 
     def _complain(self, error: CaptureError) -> None:
         if self._on_problem is None:

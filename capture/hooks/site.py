@@ -14,9 +14,10 @@ from residua.store.format.site_names import Site, parse_site
 
 FLOATS = ("bfloat16", "float16", "float32", "float64")
 
-Via = Literal["input", "output", "stream", "attention", "logits"]
+Via = Literal["input", "output", "stream", "attention", "logits", "linear"]
 """How a site is read: a module's input or output; the residual stream that is a module's input and to which its block
-adds again later; the attention function that a block calls; the model's logits."""
+adds again later; the attention function that a block calls; the model's logits; the result of a linear map in a
+module."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,7 +33,8 @@ class SiteInfo:
         module: Dotted path of the module where the site is read; empty for the model itself. For ``attention``, the
             path of the block.
         via: How the site is read there.
-        index: Which item of the module's input or output; None means the tensor itself or the first item.
+        index: Which item of the module's input or output; None means the tensor itself or the first item. For
+            ``linear``, which linear map in one forward of the module, from 0.
         per_token: Whether the axes before the row are (batch, positions). Otherwise the site's tensor keeps the axes
             that the module gives it.
         flat: Whether the module has these two axes as one, (batch x positions).
@@ -64,7 +66,7 @@ class SiteInfo:
     @property
     def where(self) -> str:
         """Where the site is read, for messages: ``model.layers.3.mlp output``."""
-        via = "input" if self.via == "stream" else self.via
+        via = {"stream": "input", "linear": "linear map"}.get(self.via, self.via)
         return f"{self.module or 'the model'} {via}" + ("" if self.factor == 1 else f" times {self.factor:.6g}")
 
 

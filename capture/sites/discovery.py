@@ -18,13 +18,14 @@ from functools import partial
 
 from torch import nn
 
+from residua.capture.blocks.block_run import BlockWatch
+from residua.capture.blocks.experts import EXPERT_KINDS
 from residua.capture.hooks.own_attention import OwnAttention
 from residua.capture.hooks.site import SiteInfo, Via
 from residua.capture.sites.anatomy import ATTENTION_KINDS, Anatomy, are_checkpointable
-from residua.capture.sites.block_run import BlockWatch
 from residua.capture.sites.own_attention import find_own_attention
-from residua.capture.sites.part_sites import PART_KINDS, BlockParts, PartFinder, no_parts, sites_of
-from residua.capture.sites.part_trials import parts_that_mix, stages_that_fail
+from residua.capture.sites.part_sites import PART_KINDS, BlockParts, PartFinder, expert_sites, lacking, sites_of
+from residua.capture.sites.part_trials import parts_that_mix, routers_that_decide, stages_that_fail
 from residua.capture.sites.shape_probe import measure_sites, probes_of, run_probe, without_rows
 from residua.store.base.errors import CaptureError
 from residua.store.format.site_names import LAYER_KINDS
@@ -41,7 +42,7 @@ def discover(model: nn.Module, anatomy: Anatomy, kinds: Collection[str]) -> dict
     Returns:
         From name to site, in the order in which the model computes them. One that the model lacks has a ``problem``.
     """
-    wants_parts = any(kind in kinds for kind in PART_KINDS)
+    wants_parts = any(kind in kinds for kind in (*PART_KINDS, *EXPERT_KINDS))
     watch = BlockWatch(anatomy.modules, anatomy.blocks, PartFinder() if wants_parts else None)
     streams = ("resid_pre", "resid_post", "final") if wants_parts else ()
     chosen = {name: info for name, info in _candidates(anatomy).items() if info.site.kind in (*kinds, *streams)}
@@ -154,15 +155,21 @@ def _parts(
     proved = {path: parts for path, parts in blocks.items() if parts is not None}
     failed = stages_that_fail(model, proved) if proved else {}
     mixing = parts_that_mix(model, {path: proved[path] for path in proved if not seen[path].is_told_apart})
-    for path, layer in streams.items():
-        made = sites_of(layer, seen[path], mixing.get(path, ()), failed.get(path, ()), anatomy.modules)
+    decide = routers_that_decide(model, {path: seen[path].experts for path in seen})
+    for layer, path in enumerate(anatomy.blocks):
+        made = [] if path not in seen else expert_sites(layer, path, seen[path].experts, decides=path in decide)
+        if path in streams:
+            made += sites_of(layer, seen[path], mixing.get(path, ()), failed.get(path, ()), anatomy.modules)
         sites |= {info.name: info for info in made}
     return sites
 
 
 def _no_parts(anatomy: Anatomy, problem: str) -> dict[str, SiteInfo]:
-    sites = (info for layer, block in enumerate(anatomy.blocks) for info in no_parts(layer, block, problem))
-    return {info.name: info for info in sites}
+    return {
+        f"{kind}.{layer}": lacking(f"{kind}.{layer}", block, problem)
+        for layer, block in enumerate(anatomy.blocks)
+        for kind in (*PART_KINDS, *EXPERT_KINDS)
+    }
 
 
 def _in_order(anatomy: Anatomy, sites: Mapping[str, SiteInfo]) -> dict[str, SiteInfo]:

@@ -11,6 +11,7 @@ from fnmatch import fnmatchcase
 
 from torch import nn
 
+from residua.capture.blocks.experts import EXPERT_KINDS, is_of_experts
 from residua.capture.hooks.site import SiteInfo, Via
 from residua.capture.runtime.wrappers import first_name, layer_inside, named_modules
 from residua.capture.sites.anatomy import ATTENTION_KINDS, Anatomy, anatomy_of
@@ -67,7 +68,30 @@ def resolve_sites(model: nn.Module, patterns: str | Iterable[str]) -> dict[str, 
     unmeasured = {name: info for name, info in sites.items() if info.row_shape is None}
     if unmeasured and takes_tokens(model):
         sites |= _measured_for_themselves(model, unmeasured)
-    return sites
+    return {name: _refused_in_experts(model, info) for name, info in sites.items()}
+
+
+def _refused_in_experts(model: nn.Module, info: SiteInfo) -> SiteInfo:
+    """Return a site, without rows if it is inside a module of experts: what row is which token is not known there."""
+    experts = _experts_around(model, info.module) if info.site.kind == "module" else None
+    return info if experts is None else without_rows(info, _in_experts(experts), n_met=info.n_met)
+
+
+def _experts_around(model: nn.Module, path: str) -> str | None:
+    """Return the path of the module of experts around another module; None if there is none."""
+    modules = named_modules(model)
+    while path := path.rpartition(".")[0]:
+        if path in modules and is_of_experts(modules[path]):
+            return path
+    return None
+
+
+def _in_experts(experts: str) -> str:
+    return (
+        f"{experts} holds the weights of all its experts, and tensors inside it have a row for each token of each "
+        "expert, in an order of their own: choose expert_index, expert_weight and the input of that module, from which "
+        "the activations of an expert can be computed."
+    )
 
 
 def _looked_for(model: nn.Module, kinds: Collection[str]) -> dict[str, SiteInfo]:
@@ -77,11 +101,17 @@ def _looked_for(model: nn.Module, kinds: Collection[str]) -> dict[str, SiteInfo]
         return {}
     if anatomy.family is None:
         return discover(model, anatomy, kinds)
+    of_experts = [kind for kind in EXPERT_KINDS if kind in kinds]
+    mixtures = discover(model, anatomy, of_experts) if of_experts and _has_experts(anatomy) else {}
     sites = [_embed(anatomy)]
     for layer in range(len(anatomy.blocks)):
-        sites += [_in_block(anatomy, kind, layer) for kind in LAYER_KINDS]
+        sites += [mixtures.get(f"{kind}.{layer}") or _in_block(anatomy, kind, layer) for kind in LAYER_KINDS]
     sites += [_final(anatomy), _logits(anatomy)]
     return {info.name: info for info in sites if info is not None and info.site.kind in kinds}
+
+
+def _has_experts(anatomy: Anatomy) -> bool:
+    return any(is_of_experts(module) for path in anatomy.blocks for module in anatomy.modules[path].modules())
 
 
 def _with_rows(sites: Mapping[str, SiteInfo]) -> dict[str, SiteInfo]:
@@ -184,8 +214,10 @@ def _on_demand(model: nn.Module, name: str, available: dict[str, SiteInfo]) -> S
     if not module:
         paths = [path for path in named_modules(model) if path]
         near = get_close_matches(str(site.module), paths, n=3)
+        experts = _experts_around(model, str(site.module))
         raise UnknownSiteError(
             f"Site {name!r}: {type(model).__name__} has no module {site.module!r}. "
+            + (f"{_in_experts(experts)} " if experts else "")
             + (f"Did you mean {' or '.join(near)}? " if near else "")
             + "Use a name of model.named_modules()."
         )
@@ -217,10 +249,13 @@ def _reasons(model: nn.Module, patterns: Iterable[str], looked_for: Mapping[str,
     """
     anatomy = anatomy_of(model)
     n_blocks = 0 if anatomy is None else len(anatomy.blocks)
-    problems = {name: info.problem for name, info in looked_for.items() if info.problem}
+    words = [word.strip() for text in patterns for word in text.split(",")]
+    lost = [name for name, info in looked_for.items() if info.problem]
+    lost.sort(key=lambda name: not any(fnmatchcase(name, word) for word in words))  # what was asked for first
+    problems = {name: looked_for[name].problem for name in lost}
     missing = [
         kind
-        for kind in _kinds_in(patterns)
+        for kind in _kinds_in(words)
         if anatomy is None or not _names(kind, n_blocks) <= set(looked_for) - set(problems)
     ]
     return "".join(f" {kind}: {_reason(model, anatomy, kind, problems)}." for kind in missing)
@@ -241,11 +276,13 @@ def _reason(model: nn.Module, anatomy: Anatomy | None, kind: str, problems: Mapp
         return f"{name} has no output embeddings; load it with its language modelling head"
     if anatomy.family is None:
         return _unknown_reason(anatomy, {site: why for site, why in problems.items() if site.partition(".")[0] == kind})
+    if kind in EXPERT_KINDS:
+        of_kind = {site: why for site, why in problems.items() if site.partition(".")[0] == kind}
+        return _unknown_reason(anatomy, of_kind) if of_kind else f"{name} has no mixture of experts; use mlp_out"
     if kind == "mlp_act":
         return (
             f"{name} lacks it: a mixture of experts has hidden activations only inside its experts, for the tokens "
-            "routed to each; "
-            f"use mlp_out, or module:{anatomy.blocks[0]}.mlp.gate@output for the router"
+            "routed to each; use mlp_out, or router_logits, expert_index and expert_weight for the routing"
         )
     if kind == "mixer_out":
         return f"{name} has none: its blocks have no sequence mixer other than attention; use attn_out"

@@ -11,10 +11,11 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from residua.capture.blocks.block_parts import Part, Parts, Stage, activation_of, parts_of
+from residua.capture.blocks.block_run import BlockRun
+from residua.capture.blocks.experts import EXPERT_KINDS, Experts, experts_in
 from residua.capture.hooks.site import SiteInfo, Via
 from residua.capture.sites.architectures import SIDE_BY_SIDE
-from residua.capture.sites.block_parts import Part, Parts, Stage, activation_of, parts_of
-from residua.capture.sites.block_run import BlockRun
 
 PART_KINDS = ("attn_out", "mixer_out", "resid_mid", "mlp_act", "mlp_out")
 """Kinds that are found by what adds up to a block's output."""
@@ -37,6 +38,7 @@ class BlockParts:
         parts: The parts; None if none add up to what the block returns.
         activations: From the path of a part that may be an MLP to the module whose input are its hidden activations,
             and the shape and data type of these.
+        experts: Its mixture of experts.
         stray_attention: Whether attention is computed in the block, and not in a module of any part.
     """
 
@@ -45,6 +47,7 @@ class BlockParts:
     dtype: torch.dtype
     parts: Parts | None
     activations: Mapping[str, tuple[str, tuple[int, ...], torch.dtype]]
+    experts: Experts
     stray_attention: bool
 
     @property
@@ -75,6 +78,7 @@ class PartFinder:
             dtype=run.entered.dtype,
             parts=parts,
             activations={part: (path, *run.shapes[path]) for part, path in found.items() if path is not None},
+            experts=experts_in(run, stages),
             stray_attention=bool(run.attention) and not attends,
         )
 
@@ -100,10 +104,11 @@ def sites_of(
     """
     if block.parts is None:
         problem = f"no outputs of modules in {block.path} were found that add up to what it adds to its input"
-        return no_parts(layer, block.path, problem)
+        return [lacking(f"{kind}.{layer}", block.path, problem) for kind in PART_KINDS]
     if len(block.parts.stages) > 1 and not mixing and not any(part.attends for part in block.parts.all):
         added = ", ".join(_text(block, part) for part in block.parts.all)
-        return no_parts(layer, block.path, f"{block.path} adds {added}, and which of these is its MLP is not known")
+        problem = f"{block.path} adds {added}, and which of these is its MLP is not known"
+        return [lacking(f"{kind}.{layer}", block.path, problem) for kind in PART_KINDS]
     by_kind: dict[str, list[tuple[Stage, Part]]] = {}
     for stage in block.parts.stages:
         for part in stage.parts:
@@ -120,9 +125,25 @@ def _unproved(info: SiteInfo, block: BlockParts) -> SiteInfo:
     return lacking(info.name, block.path, f"another value at {info.where} does not change the sums of {block.path}")
 
 
-def no_parts(layer: int, block: str, problem: str) -> list[SiteInfo]:
-    """Return the sites of a block whose parts are not known, each with this problem."""
-    return [lacking(f"{kind}.{layer}", block, problem) for kind in PART_KINDS]
+def expert_sites(layer: int, block: str, experts: Experts, *, decides: bool) -> list[SiteInfo]:
+    """Return the sites of a block's mixture of experts, one of each of `EXPERT_KINDS`.
+
+    Args:
+        layer: Number of the block.
+        block: Its path.
+        experts: Its mixture of experts.
+        decides: Whether other logits of its router lead to other experts.
+    """
+    problems = dict(experts.problems)
+    if "router_logits" in experts.spots and not decides:
+        path = f"{block}.{experts.spots['router_logits'].path}"
+        problems["router_logits"] = f"other values of the linear map in {path} choose no other expert"
+    return [
+        lacking(f"{kind}.{layer}", block, problems[kind])
+        if kind in problems
+        else experts.spots[kind].site(f"{kind}.{layer}", block)
+        for kind in EXPERT_KINDS
+    ]
 
 
 def lacking(name: str, block: str, problem: str) -> SiteInfo:
@@ -193,7 +214,7 @@ def _activations(layer: int, block: BlockParts, by_kind: Mapping[str, Sequence[t
             name,
             block.path,
             f"no linear map in {block.path} gives mlp_out of all tokens (a mixture of experts has hidden activations "
-            "only inside its experts); use mlp_out, or module: sites of the experts",
+            "only inside its experts, for the tokens that go there); use mlp_out, or routed_out and expert_index",
         )
     path, shape, dtype = found
     flat = len(shape) < 2 + len(block.row_shape)

@@ -3,18 +3,19 @@
 Each run is over a few tokens or images; all blocks are tried in the same run.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
 
+from residua.capture.blocks.block_parts import Part, Parts, Stage
+from residua.capture.blocks.experts import Experts
+from residua.capture.blocks.sums import is_sum
 from residua.capture.hooks.forward_call import probing
 from residua.capture.hooks.hooks import attached, values_of
 from residua.capture.hooks.site import SiteInfo
 from residua.capture.runtime.wrappers import named_modules
-from residua.capture.sites.block_parts import Part, Parts, Stage
 from residua.capture.sites.shape_probe import probes_of, run_probe
-from residua.capture.sites.sums import is_sum
 
 _NOISE = 4  # a value that follows from another one differs by more than so many units in the last place
 
@@ -44,7 +45,7 @@ def stages_that_fail(model: nn.Module, blocks: Mapping[str, Parts]) -> dict[str,
         put[info.name] = tensor + _disturbance(tensor)
         return put[info.name].clone()  # the model may change it in place
 
-    _run(model, places, exchange)
+    _run(model, _sites_of(places), exchange)
     return {
         path: tuple(
             number
@@ -91,15 +92,54 @@ def parts_that_mix(model: nn.Module, blocks: Mapping[str, Parts]) -> dict[str, f
         by_position[:, 0] += _NOISE * _disturbance(by_position[:, 0])
         return new
 
-    _run(model, places, keep)
-    _run(model, places, disturb)
+    _run(model, _sites_of(places), keep)
+    _run(model, _sites_of(places), disturb)
     return {path: frozenset(each.mixing(first, second, shape)) for path, each in places.items()}
 
 
-def _run(model: nn.Module, places: Mapping[str, "_Places"], emit: Callable[[SiteInfo, Tensor], Tensor | None]) -> None:
-    sites = {info.name: info for each in places.values() for info in each.all}
-    with probing(), attached(named_modules(model), sites.values(), values_of(emit)):
+def routers_that_decide(model: nn.Module, blocks: Mapping[str, Experts]) -> set[str]:
+    """Run a model twice, the second time with other logits of its routers; return the blocks that then choose others.
+
+    Args:
+        model: The model.
+        blocks: From the path of a block to its mixture of experts.
+
+    Raises:
+        CaptureError: The model does not run.
+    """
+    both = {path: experts for path, experts in blocks.items() if "router_logits" in experts.spots}
+    if not both:
+        return set()
+    sites = [
+        experts.spots[kind].site(f"{kind}.{number}", path)
+        for number, (path, experts) in enumerate(both.items())
+        for kind in ("router_logits", "expert_index")
+    ]
+    plain: dict[str, Tensor] = {}
+    changed: dict[str, Tensor] = {}
+
+    def keep(info: SiteInfo, tensor: Tensor) -> None:
+        plain[info.name] = tensor.clone()
+
+    def reverse(info: SiteInfo, tensor: Tensor) -> Tensor | None:
+        if info.name.startswith("router_logits"):
+            return -plain[info.name]
+        changed[info.name] = tensor.clone()
+        return None
+
+    _run(model, sites, keep)
+    _run(model, sites, reverse)
+    names = {f"expert_index.{number}": path for number, path in enumerate(both)}
+    return {path for name, path in names.items() if name in changed and not torch.equal(plain[name], changed[name])}
+
+
+def _run(model: nn.Module, sites: Iterable[SiteInfo], emit: Callable[[SiteInfo, Tensor], Tensor | None]) -> None:
+    with probing(), attached(named_modules(model), sites, values_of(emit)):
         run_probe(model, probes_of(model)[0])
+
+
+def _sites_of(places: Mapping[str, "_Places"]) -> Iterable[SiteInfo]:
+    return {info.name: info for each in places.values() for info in each.all}.values()
 
 
 def _disturbance(tensor: Tensor) -> Tensor:

@@ -40,7 +40,12 @@ LAYER_KINDS = (
     "mixer_out",
     "resid_mid",
     *CROSS_KINDS,
+    "router_logits",
+    "expert_index",
+    "expert_weight",
     "mlp_act",
+    "routed_out",
+    "shared_out",
     "mlp_out",
     "resid_post",
 )

@@ -47,7 +47,7 @@ def test_grouped_heads_and_head_widths_are_exact() -> None:
     [
         ("phi", "resid_mid.*", ["side by side", "resid_pre, attn_out and mlp_out"]),
         ("gpt_neox", "resid_mid.1", ["side by side"]),
-        ("mixtral", "mlp_act.*", ["mixture of experts", "mlp_out", "module:model.layers.0.mlp.gate@output"]),
+        ("mixtral", "mlp_act.*", ["mixture of experts", "mlp_out", "router_logits"]),
         ("qwen3_moe", "mlp_act.0", ["mixture of experts"]),
         ("llama", "resid_post.3", ["resid_post.0-2"]),
         ("llama", "module:model.layer.0", ["model.layers.0", "named_modules"]),

@@ -17,8 +17,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from residua.capture.sites.block_run import BlockRun, Event
-from residua.capture.sites.sums import factors_of, likely_sets, nearest
+from residua.capture.blocks.block_run import BlockRun, Event
+from residua.capture.blocks.sums import factors_of, likely_sets, nearest
 
 _SEARCHES = (
     # (summands of each stage, whether the stream may have a factor): what is common comes first
@@ -53,6 +53,10 @@ class Part:
     flat: bool
     also: tuple[str, ...] = ()
     attends: bool = False
+
+    def holds(self, path: str) -> bool:
+        """Return whether a module is this part, has the same output, or is in one that is or has."""
+        return any(f"{path}.".startswith(f"{each}.") for each in (self.path, *self.also))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -252,7 +256,9 @@ def _described(run: BlockRun, parts: Parts) -> Parts:
         calls = [path for time, path in run.attention if time > stage.begin and (end is None or time < end)]
         described = [_with_equals(run, part) for part in stage.parts]
         is_alone = len(described) == 1 and len(stages) > 1
-        marked = (replace(p, attends=bool(calls) if is_alone else any(_is_in(c, p) for c in calls)) for p in described)
+        marked = (
+            replace(p, attends=bool(calls) if is_alone else any(p.holds(call) for call in calls)) for p in described
+        )
         stages[number] = replace(stage, parts=tuple(marked))
     return replace(parts, stages=tuple(stages))
 
@@ -261,10 +267,6 @@ def _with_equals(run: BlockRun, part: Part) -> Part:
     values = next(event.values for event in run.outputs if event.time == part.time)
     also = (event.path for event in run.outputs if event.time != part.time and torch.equal(event.values, values))
     return replace(part, also=tuple(also))
-
-
-def _is_in(path: str, part: Part) -> bool:
-    return any(f"{path}.".startswith(f"{each}.") for each in (part.path, *part.also))
 
 
 def activation_of(run: BlockRun, stage: Stage, mlp: Part) -> str | None:

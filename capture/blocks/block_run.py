@@ -16,12 +16,14 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 from residua.capture.hooks.attention import AttentionTap, intercepting
+from residua.capture.hooks.linear_maps import LINEAR
 from residua.capture.hooks.own_attention import FUSED, SOFTMAX
 from residua.capture.runtime.module_io import input_item, output_item
 from residua.store.base.errors import CaptureError
 
 FoundT = TypeVar("FoundT")
 
+_A_ROW_EACH = 2  # axes of a tensor with a row for each token
 _MANY = 8  # a longer list of modules in a block holds experts, which see a part of the tokens
 
 
@@ -42,6 +44,44 @@ class Event:
     flat: bool
 
 
+@dataclass(frozen=True, kw_only=True)
+class LinearMap:
+    """A linear map that ran in a block.
+
+    Attributes:
+        time: Its number among the events of the block.
+        path: The innermost module that was running, relative to the block.
+        number: Its number among the linear maps of that module's forward.
+        values: The result.
+    """
+
+    time: int
+    path: str
+    number: int
+    values: Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExpertsCall:
+    """A call of a module that takes tokens, the experts that each of them goes to, and the weights of these.
+
+    Attributes:
+        time: Its number among the events of the block.
+        path: The module, relative to the block.
+        index_place: Which item of its input are the experts.
+        weight_place: Which item are the weights.
+        index: The experts, whole numbers, (tokens, experts of a token).
+        weight: The weights, of the same shape.
+    """
+
+    time: int
+    path: str
+    index_place: int
+    weight_place: int
+    index: Tensor
+    weight: Tensor
+
+
 @dataclass(kw_only=True)
 class BlockRun:
     """One run of one block.
@@ -56,7 +96,9 @@ class BlockRun:
         attention: When attention was computed, and in which module: by a call of transformers' attention interface, or
             by a softmax of the module's own over keys.
         shapes: Shape and dtype of what last entered each module in it.
-        running: The modules in it that are running, the innermost last.
+        linear: The linear maps in it.
+        experts: The calls of modules of experts in it.
+        running: The modules in it that are running, the innermost last, with the number of linear maps in each so far.
     """
 
     path: str
@@ -67,7 +109,9 @@ class BlockRun:
     outputs: list[Event] = field(default_factory=list)
     attention: list[tuple[int, str]] = field(default_factory=list)
     shapes: dict[str, tuple[tuple[int, ...], torch.dtype]] = field(default_factory=dict)
-    running: list[str] = field(default_factory=list)
+    linear: list[LinearMap] = field(default_factory=list)
+    experts: list[ExpertsCall] = field(default_factory=list)
+    running: dict[str, int] = field(default_factory=lambda: {"": 0})
     _time: int = 0
 
     def leave_out_repeated(self) -> None:
@@ -80,6 +124,34 @@ class BlockRun:
         """Return the number of the next event."""
         self._time += 1
         return self._time
+
+    def note_linear(self, result: Tensor) -> None:
+        """Note a linear map with one entry for each token or more."""
+        path, number = next(reversed(self.running.items()))
+        for module in self.running:
+            self.running[module] += 1
+        self.linear.append(LinearMap(time=self.tick(), path=path, number=number, values=result.detach()))
+
+    def note_input(self, path: str, items: Sequence[object]) -> None:
+        """Note what a module takes, if it is a module of experts."""
+        tensors = {place: item for place, item in enumerate(items) if isinstance(item, Tensor)}
+        if 0 not in tensors or not tensors[0].is_floating_point() or tensors[0].ndim < _A_ROW_EACH:
+            return
+        for index_place, index in tensors.items():
+            if index.dtype not in (torch.int32, torch.int64) or index.ndim < _A_ROW_EACH:
+                continue
+            for weight_place, weight in tensors.items():
+                if weight_place and weight.is_floating_point() and weight.shape == index.shape:
+                    call = ExpertsCall(
+                        time=self.tick(),
+                        path=path,
+                        index_place=index_place,
+                        weight_place=weight_place,
+                        index=index,
+                        weight=weight,
+                    )
+                    self.experts.append(call)
+                    return
 
     def note(self, events: list[Event], path: str, tensor: Tensor) -> None:
         """Keep a copy of a tensor that may be of the residual stream: modules change tensors in place."""
@@ -125,7 +197,7 @@ class BlockWatch(Generic[FoundT]):
                     _watch_inside(block, path, self._runs, stack)
                 stack.callback(block.register_forward_hook(partial(self._end, path)).remove)
             if self._look is not None:
-                stack.enter_context(_SoftmaxClock(self._runs))
+                stack.enter_context(_CallClock(self._runs))
             self._stack = stack.pop_all()
         return self
 
@@ -169,7 +241,8 @@ def _around(block: str, path: str, runs: Mapping[str, BlockRun]) -> tuple[Callab
     def before(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         tensor = _tensor(lambda: input_item(args, kwargs, None, path))
         if block in runs:
-            runs[block].running.append(path)
+            runs[block].running[path] = 0
+            runs[block].note_input(path, [*args, *kwargs.values()])
         if tensor is not None and block in runs:
             runs[block].shapes[path] = (tuple(tensor.shape), tensor.dtype)
             runs[block].note(runs[block].inputs, path, tensor)
@@ -177,7 +250,7 @@ def _around(block: str, path: str, runs: Mapping[str, BlockRun]) -> tuple[Callab
     def after(_module: nn.Module, _args: object, output: Any) -> None:
         tensor = _tensor(lambda: output_item(output, None, path))
         if block in runs:
-            runs[block].running.remove(path)
+            runs[block].running.pop(path, None)
         if tensor is not None and block in runs:
             runs[block].note(runs[block].outputs, path, tensor)
 
@@ -212,8 +285,8 @@ class _AttentionClock(AttentionTap):
             run.attention.append((run.tick(), self._path))
 
 
-class _SoftmaxClock(TorchFunctionMode):
-    """Notes when a block computes attention by itself.
+class _CallClock(TorchFunctionMode):
+    """Notes when a block computes attention by itself, and its linear maps.
 
     Args:
         runs: The blocks that are running.
@@ -226,11 +299,14 @@ class _SoftmaxClock(TorchFunctionMode):
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        """Compute as always, and note a softmax over keys."""
+        """Compute as always, and note a softmax over keys or a linear map."""
         result = func(*args, **(kwargs or {}))
         if func in _FUSED or (func in SOFTMAX and _is_over_keys(result)):
             for run in self._runs.values():
-                run.attention.append((run.tick(), run.running[-1] if run.running else ""))
+                run.attention.append((run.tick(), next(reversed(run.running))))
+        if func in LINEAR:
+            for run in self._runs.values():
+                run.note_linear(result)
         return result
 
 
