@@ -32,6 +32,7 @@ _SEARCHES = (
     ((1, 1, 1), True),
     ((1,), True),
 )
+_OF_A_DECODER = (1, 1, 1)  # attention to its own positions, attention to the source, MLP
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,6 +46,7 @@ class Part:
         flat: Whether the output has examples and positions as one axis.
         also: Other modules with the same output.
         attends: Whether attention is computed for it.
+        calls: The modules that compute it.
     """
 
     path: str
@@ -53,6 +55,7 @@ class Part:
     flat: bool
     also: tuple[str, ...] = ()
     attends: bool = False
+    calls: tuple[str, ...] = ()
 
     def holds(self, path: str) -> bool:
         """Return whether a module is this part, has the same output, or is in one that is or has."""
@@ -134,7 +137,9 @@ class _Stream:
 
 
 def _find(run: BlockRun, left: Tensor) -> Parts | None:
-    for counts, scaled in _SEARCHES:
+    # a decoder's MLP, which takes the stream and returns it, looks like a norm after the sum of two attentions
+    of_three = sorted(_SEARCHES, key=lambda search: search[0] != _OF_A_DECODER)
+    for counts, scaled in of_three if len(run.attention) > 1 else _SEARCHES:
         for begin in _beginnings(run):
             stages = next(_chains(run, left, begin, counts, scaled), None)
             if stages is not None:
@@ -256,9 +261,8 @@ def _described(run: BlockRun, parts: Parts) -> Parts:
         calls = [path for time, path in run.attention if time > stage.begin and (end is None or time < end)]
         described = [_with_equals(run, part) for part in stage.parts]
         is_alone = len(described) == 1 and len(stages) > 1
-        marked = (
-            replace(p, attends=bool(calls) if is_alone else any(p.holds(call) for call in calls)) for p in described
-        )
+        own = ([call for call in calls if is_alone or part.holds(call)] for part in described)
+        marked = (replace(p, attends=bool(of), calls=tuple(of)) for p, of in zip(described, own, strict=True))
         stages[number] = replace(stage, parts=tuple(marked))
     return replace(parts, stages=tuple(stages))
 

@@ -23,6 +23,7 @@ from residua.capture.scheduling.sites_per_rank import Ownership
 from residua.store.base.errors import CaptureError
 from residua.store.encoding.shard import ShardMemory
 from residua.store.format.plan import Plan, SitePlan
+from residua.store.format.site_names import is_pattern
 from residua.store.format.writer import FilledShard, ShardWriter
 
 _DEVICE_BYTES = 256 * 1024 * 1024  # of gathered rows on a device that wait for their copy
@@ -223,8 +224,9 @@ class ShardFiller:
         """
         if self._batch is None:
             raise RuntimeError(f"rows of {site} came before their batch was announced")
-        is_pattern = site.startswith("pattern.")
-        flat = tensor if is_pattern else tensor.flatten(0, 1)
+        has_keys = is_pattern(site)
+        keys = self._batch.keys_of(site) if has_keys else None
+        flat = tensor if has_keys else tensor.flatten(0, 1)
         for _, buffer, row_index in self._targets:
             blocks = buffer.blocks.get(site)
             if blocks is None:
@@ -233,14 +235,14 @@ class ShardFiller:
             for number, in_block in row_index.per_block(len(blocks[0])):
                 block = blocks[number]
                 if tensor.is_cuda:
-                    if is_pattern:
-                        gather = partial(in_block.gather_pattern, flat, block, self._batch)
+                    if has_keys:
+                        gather = partial(in_block.gather_pattern, flat, block, self._batch, keys)
                     else:
                         gather = partial(in_block.gather, flat, flat.dtype)
                     self._send(site, tensor.device, gather, in_block, block, buffer)
                     continue
-                if is_pattern:
-                    in_block.copy_pattern(flat, block, self._batch)
+                if has_keys:
+                    in_block.copy_pattern(flat, block, self._batch, keys)
                 else:
                     in_block.copy(flat, block)
                     buffer.count_overflowed(site, flat.dtype, block.dtype, partial(in_block.overflowed, flat, block))

@@ -18,6 +18,7 @@ import torch
 from residua.capture.runtime.devices import uploaded
 from residua.store.base.errors import CaptureError
 from residua.store.encoding.lossy import count_nonfinite
+from residua.store.format.site_names import parse_site
 
 Indices: TypeAlias = "npt.NDArray[np.int64]"
 _RUNS_WORTH_LOOPING = 4  # with fewer rows in each run, one indexed copy is faster than a loop over slices
@@ -38,6 +39,7 @@ class ExampleRows:
         positions: The kept positions, (rows,), strictly increasing.
         padded: The padded position of each token, (tokens,).
         columns: What else is known of each token, by name, each (tokens,).
+        source: In a decoder, the padded position of each token of the source, (source tokens,).
     """
 
     example: int
@@ -46,6 +48,7 @@ class ExampleRows:
     positions: npt.NDArray[np.int32]
     padded: Indices
     columns: Mapping[str, npt.NDArray[np.signedinteger[Any]]] = field(default_factory=dict)
+    source: "Indices | None" = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,6 +67,8 @@ class BatchRows:
         sequence_of: For each example its entry along the batch axis `B`; None if each has its own, in order.
         n_sequences: Length of the batch axis; None for the number of examples.
         columns: Other columns of the rows, by name, each (N,).
+        sources_of: In a decoder, for each example the padded positions of its source's tokens; they select from the
+            key axis of a pattern of cross-attention.
     """
 
     source: Indices
@@ -81,6 +86,23 @@ class BatchRows:
         """Return one column of the rows: token, position, example, or another, (N,)."""
         found = self.columns[name] if name in self.columns else getattr(self, name)
         return cast("npt.NDArray[np.signedinteger[Any]]", found)
+
+    sources_of: Sequence[Indices] | None = None
+
+    def keys_of(self, site: str) -> Sequence[Indices]:
+        """Return for each example the padded positions of the keys that a pattern's row has.
+
+        Raises:
+            CaptureError: The keys are of a source that is not known.
+        """
+        if parse_site(site).kind == "pattern":
+            return self.tokens_of
+        if self.sources_of is None:
+            raise CaptureError(
+                f"{site} has one entry for each position of the source, which a loop of your own does not show: "
+                "capture it with residua.capture_dataset"
+            )
+        return self.sources_of
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -127,6 +149,7 @@ def batch_rows(
         n_sequences: Length of the batch axis; None for the number of examples.
     """
     counts = [len(example.positions) for example in examples]
+    sources = [example.source for example in examples if example.source is not None]
     entries = range(len(examples)) if sequence_of is None else sequence_of
     return BatchRows(
         source=_join(
@@ -147,6 +170,7 @@ def batch_rows(
             name: np.concatenate([example.columns[name][example.positions] for example in examples])
             for name in (examples[0].columns if examples else ())
         },
+        sources_of=sources if len(sources) == len(examples) else None,
     )
 
 
@@ -224,8 +248,16 @@ class RowIndex:
         """Return the rows of `flat` (B * T, *row) in memory of their own, on its device and in `dtype`, (n, *row)."""
         return flat.index_select(0, self._source_indices(flat.device)).to(dtype)
 
-    def gather_pattern(self, pattern_BTHK: torch.Tensor, buffer: torch.Tensor, rows: BatchRows) -> torch.Tensor:
+    def gather_pattern(
+        self,
+        pattern_BTHK: torch.Tensor,
+        buffer: torch.Tensor,
+        rows: BatchRows,
+        keys_of: Sequence[Indices] | None = None,
+    ) -> torch.Tensor:
         """Return attention patterns so that key k is the example's k-th token, zero past its end, (n, *row).
+
+        `keys_of` has the padded positions of each example's keys, if they are not its own tokens.
 
         The result has the buffer's dtype, and the pattern's device.
 
@@ -235,7 +267,7 @@ class RowIndex:
         gathered = pattern_BTHK.new_zeros((len(self.source), *buffer.shape[1:]), dtype=buffer.dtype)
         positions, examples = self.source % rows.n_positions, rows.example_at[self.source]
         for example in np.unique(examples):
-            keys = rows.tokens_of[example]
+            keys = (rows.tokens_of if keys_of is None else keys_of)[example]
             if len(keys) > buffer.shape[-1]:
                 raise CaptureError(
                     f"an example has {len(keys)} tokens, but rows of the pattern hold {buffer.shape[-1]}: "
@@ -247,9 +279,15 @@ class RowIndex:
             gathered[_slice(picked), :, : len(keys)] = of_example_THK[queries][..., _slice(keys)]
         return gathered
 
-    def copy_pattern(self, pattern_BTHK: torch.Tensor, buffer: torch.Tensor, rows: BatchRows) -> None:
+    def copy_pattern(
+        self,
+        pattern_BTHK: torch.Tensor,
+        buffer: torch.Tensor,
+        rows: BatchRows,
+        keys_of: Sequence[Indices] | None = None,
+    ) -> None:
         """Copy attention patterns to `buffer` (rows of the shard, *row), as `gather_pattern` lays them out."""
-        self.scatter(self.gather_pattern(pattern_BTHK, buffer, rows), buffer)
+        self.scatter(self.gather_pattern(pattern_BTHK, buffer, rows, keys_of), buffer)
 
     def scatter(self, gathered: torch.Tensor, buffer: torch.Tensor) -> None:
         """Copy gathered rows to their places in `buffer` (rows of the shard, *row), without waiting for a device."""

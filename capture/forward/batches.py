@@ -10,7 +10,7 @@ from torch import nn
 
 from residua.capture.buffers.row_index import BatchRows, batch_rows, by_position
 from residua.capture.forward.example_inputs import InputSource
-from residua.capture.forward.inputs import forward_arguments
+from residua.capture.forward.inputs import forward_arguments, padded_batch, pair_arguments
 from residua.capture.forward.plan_batch import PlanBatch, batches_with_inputs, microbatches, plan_batch
 from residua.capture.layout.process_layout import ProcessLayout
 from residua.capture.runtime.collectives import failed_together
@@ -24,7 +24,7 @@ from residua.store.base.errors import CaptureError
 from residua.store.base.naming import named
 from residua.store.examples.schedule import Batch
 from residua.store.examples.table import ExampleTable
-from residua.store.format.plan import Plan
+from residua.store.format.plan import STACK_RULE, Plan
 from residua.store.format.site_names import parse_site
 
 Around = Callable[[Sequence[int]], AbstractContextManager[None]]
@@ -43,6 +43,17 @@ class RowSink(Protocol):
 
 class _EnoughError(Exception):
     """Every site has fired, so nobody needs the rest of the forward pass."""
+
+
+def _arguments(
+    model: nn.Module, stack: str, *, needs_logits: bool
+) -> Callable[[PlanBatch], dict[str, torch.Tensor | bool | int]]:
+    """Return the function that makes the arguments of a forward call, for rows of `stack` if it has several."""
+    if stack:
+        both = pair_arguments(model)
+        return lambda batch: both(batch.padded, batch.source, stack)
+    plain = forward_arguments(model, needs_logits=needs_logits)
+    return lambda batch: plain(batch.padded.input_ids, batch.padded.attention_mask)
 
 
 class BatchRunner:
@@ -101,7 +112,7 @@ class BatchRunner:
         self._ends_early = not (hooked or self._in_step or (process_layout is not None and process_layout.is_stage))
         kinds = {parse_site(name).kind for name in (*(site.name for site in plan.sites), *changed)}
         needs_logits = any(kind == "module" or kind.startswith("logits") for kind in kinds)
-        self._arguments = forward_arguments(self._model, needs_logits=needs_logits)
+        self._arguments = _arguments(self._model, str(plan.rules.get(STACK_RULE, "")), needs_logits=needs_logits)
         self.n_rows = 0
         self.n_tokens = 0
         self.forward_seconds = 0.0
@@ -171,16 +182,16 @@ class BatchRunner:
         """Return the arguments of a forward pass."""
         if batch.inputs is not None and self._takes_pixels:
             return pixel_arguments(self._model, batch.inputs[PIXELS])
-        arguments: dict[str, Any] = self._arguments(batch.padded.input_ids, batch.padded.attention_mask)
+        arguments: dict[str, Any] = self._arguments(batch)
         if batch.inputs:
             arguments.pop("position_ids", None)  # images may have positions of their own, which the model works out
         return {**arguments, **(batch.inputs or {})}
 
     def _forward_one_token(self) -> None:
-        token = torch.zeros((1, 1), dtype=torch.long, device=self._device)
+        one = padded_batch([[0]], device=self._device)
         self._is_wanted = False
         try:
-            self._model(**self._arguments(token, torch.ones_like(token)))
+            self._model(**self._arguments(PlanBatch(padded=one, rows=[])))
         except RuntimeError as error:
             raise failed_together(error) from error
         self._is_wanted = True

@@ -9,7 +9,7 @@ whose architecture is not in the table runs once with position ids and once with
 import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, cast
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -21,8 +21,10 @@ from transformers import PreTrainedModel
 from residua.capture.layout.process_layout import spans_processes
 from residua.capture.runtime.devices import input_device, uploaded
 from residua.capture.runtime.sharded import is_sharded
+from residua.capture.runtime.wrappers import core_of
 from residua.capture.sites.architectures import family_of
 from residua.capture.sites.shape_probe import run_on_tokens, takes_tokens
+from residua.capture.sites.stacks import is_encoder_decoder
 from residua.store.base.errors import CaptureError
 
 
@@ -106,6 +108,9 @@ def forward_arguments(
         and 0 for padding.
     """
     takes = inspect.signature(model.forward).parameters
+    if is_encoder_decoder(model):
+        both = pair_arguments(model)
+        return lambda ids, mask: both(PaddedBatch(input_ids=ids, attention_mask=mask), None, "decoder")
     first = first_position(model) if "position_ids" in takes and _takes_positions(model) else None
     fixed: dict[str, bool] = {"use_cache": False} if "use_cache" in takes else {}
     leaves_out_logits = not needs_logits and "logits_to_keep" in takes
@@ -118,6 +123,36 @@ def forward_arguments(
             # A number would let Gemma 4 run its upper blocks on the last token alone; indices choose among the logits.
             kwargs["logits_to_keep"] = torch.full((1,), input_ids.shape[1] - 1, device=input_ids.device)
         return kwargs
+
+    return arguments
+
+
+def pair_arguments(
+    model: nn.Module,
+) -> Callable[[PaddedBatch, PaddedBatch | None, str], dict[str, Tensor | bool | int]]:
+    """Inspect an encoder-decoder once, and return the function that makes the arguments of its forward calls.
+
+    Returns:
+        A function of the batch whose positions are rows, the batch of sources, and the stack that has the rows. The
+        encoder's rows need no sources beside them, and the decoder gets one token. A decoder without sources gets its
+        own tokens as such.
+    """
+    takes = inspect.signature(model.forward).parameters
+    config = cast("PreTrainedModel", core_of(model)).config
+    start = getattr(config, "decoder_start_token_id", None) or getattr(config, "pad_token_id", None) or 0
+
+    def arguments(batch: PaddedBatch, source: PaddedBatch | None, stack: str) -> dict[str, Tensor | bool | int]:
+        encoded = source or batch
+        one = torch.full((len(batch.input_ids), 1), start, device=batch.input_ids.device)
+        decoded = PaddedBatch(input_ids=one, attention_mask=torch.ones_like(one)) if stack == "encoder" else batch
+        every: dict[str, Tensor | bool | int] = {
+            "input_ids": encoded.input_ids,
+            "attention_mask": encoded.attention_mask,
+            "decoder_input_ids": decoded.input_ids,
+            "decoder_attention_mask": decoded.attention_mask,
+            "use_cache": False,
+        }
+        return {name: value for name, value in every.items() if name in takes}
 
     return arguments
 

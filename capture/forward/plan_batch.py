@@ -12,6 +12,7 @@ from residua.capture.buffers.row_index import ExampleRows
 from residua.capture.forward.example_inputs import ExampleInputs, InputSource, joined
 from residua.capture.forward.inputs import PaddedBatch, padded_batch
 from residua.store.base.errors import CaptureError
+from residua.store.examples.index import SOURCE_IDS
 from residua.store.examples.table import ExampleTable
 
 
@@ -24,11 +25,13 @@ class PlanBatch:
         rows: Per example, in batch order, its tokens, its kept positions, and where these lie in the batch.
         inputs: What goes into the model beside tokens and mask, by name: a tensor with an entry for each example, for
             each position of each, or for each image or patch (those are not cut into microbatches).
+        source: In a decoder, the tokens of each example's source, padded to one length.
     """
 
     padded: PaddedBatch
     rows: list[ExampleRows]
     inputs: Mapping[str, Tensor] = field(default_factory=dict)
+    source: PaddedBatch | None = None
 
     @property
     def n_positions(self) -> int:
@@ -40,15 +43,19 @@ def microbatches(batch: PlanBatch, n: int) -> list[PlanBatch]:
     """Cut a batch into at most `n` microbatches of full examples, as torch's schedules do."""
     cuts = np.array_split(np.arange(len(batch.rows)), min(n, len(batch.rows)))
     spans = [slice(int(examples[0]), int(examples[-1]) + 1) for examples in cuts]
-    padded = batch.padded
     return [
         PlanBatch(
-            padded=PaddedBatch(input_ids=padded.input_ids[span], attention_mask=padded.attention_mask[span]),
+            padded=_cut(batch.padded, span),
             rows=batch.rows[span],
             inputs={name: tensor[span] for name, tensor in batch.inputs.items()},
+            source=None if batch.source is None else _cut(batch.source, span),
         )
         for span in spans
     ]
+
+
+def _cut(padded: PaddedBatch, examples: slice) -> PaddedBatch:
+    return PaddedBatch(input_ids=padded.input_ids[examples], attention_mask=padded.attention_mask[examples])
 
 
 def one_by_one(batch: PlanBatch) -> list[PlanBatch]:
@@ -73,6 +80,7 @@ def plan_batch(
     """Return the batch of `examples` in the order given, padded on `side`, as tensors on `device`."""
     contents = table.batch(examples)
     padded = padded_batch([input_ids for input_ids, _ in contents], side=side, device=device)
+    sources = table.lists(SOURCE_IDS, examples) if SOURCE_IDS in table.column_types() else None
     n_positions = padded.input_ids.shape[1]
     first_row = table.index().first_row
     rows = [
@@ -82,10 +90,11 @@ def plan_batch(
             input_ids=input_ids,
             positions=positions,
             padded=np.arange(len(input_ids), dtype=np.int64) + (n_positions - len(input_ids) if side == "left" else 0),
+            source=None if sources is None else np.arange(len(sources[place]), dtype=np.int64),
         )
-        for number, (input_ids, positions) in zip(examples, contents, strict=True)
+        for place, (number, (input_ids, positions)) in enumerate(zip(examples, contents, strict=True))
     ]
-    return PlanBatch(padded=padded, rows=rows)
+    return PlanBatch(padded=padded, rows=rows, source=None if sources is None else padded_batch(sources, device=device))
 
 
 def batches_with_inputs(

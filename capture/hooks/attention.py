@@ -190,7 +190,7 @@ def _is_product(z_BTHD: Tensor, pattern_BHQK: Tensor, value_BHKD: Tensor) -> boo
 def eager_where_needed(model: nn.Module, sites: Iterable[SiteInfo]) -> Iterator[None]:
     """Switch a model to eager attention if a pattern is among the sites; see `eager_attention`."""
     core = core_of(model)
-    if not isinstance(core, PreTrainedModel) or all(info.site.kind != "pattern" for info in sites):
+    if not isinstance(core, PreTrainedModel) or not any(info.site.is_pattern for info in sites):
         yield
         return
     with eager_attention(core) as switched:

@@ -189,7 +189,7 @@ def _attention_taps(
     by_block: dict[str, dict[str, SiteInfo]] = {}
     for info in sites:
         if info.via == "attention":
-            by_block.setdefault(info.module, {})[info.site.kind] = info
+            by_block.setdefault(info.module, {})[info.site.kind.removeprefix("cross_")] = info
     taps: dict[nn.Module, _BlockAttentionTap] = {}
     for path, found in by_block.items():
         tap = _BlockAttentionTap(found, call, on_tensor)

@@ -83,6 +83,7 @@ def plan_sites(
     dtype: str | None,
     codec: str,
     longest_example: int,
+    longest_source: int | None = None,
     column_shards: Mapping[str, int] | None = None,
 ) -> tuple[SitePlan, ...]:
     """Return how each of `sites` is stored.
@@ -92,6 +93,7 @@ def plan_sites(
         dtype: Data type for floating-point sites; None keeps the dtype that the model computes.
         codec: Codec preset for floating-point sites.
         longest_example: Length of the key axis of `pattern` sites.
+        longest_source: In a decoder, that of `cross_pattern` sites.
         column_shards: For each site whose rows are stored in column shards, their number.
 
     Raises:
@@ -106,7 +108,8 @@ def plan_sites(
                 + "Choose a site that does, or record the calls of your own loop with residua.Recorder, where a row "
                 "can be a whole example."
             )
-        shape = tuple(longest_example if size is None else size for size in info.row_shape)
+        longest = longest_source if info.site.kind == "cross_pattern" and longest_source else longest_example
+        shape = tuple(longest if size is None else size for size in info.row_shape)
         made = plan_site(name, shape, info.dtype, dtype=dtype, codec=codec)
         plans.append(replace(made, column_shards=(column_shards or {}).get(name, 1)))
     return tuple(plans)

@@ -7,6 +7,7 @@ import torch
 
 from residua.capture.buffers.host_buffers import torch_dtype
 from residua.capture.buffers.row_index import BatchRows, RowIndex
+from residua.store.format.site_names import is_pattern
 from residua.store.read.archive import Archive
 
 
@@ -68,8 +69,8 @@ class RowComparison:
         plan = self._archive.plan.site(site)
         computed = torch.empty((len(batch.row), *plan.row_shape), dtype=torch_dtype(plan.dtype))
         row_index = RowIndex(batch.source, np.arange(len(batch.row)))
-        if site.startswith("pattern."):
-            row_index.copy_pattern(tensor.cpu(), computed, batch)
+        if is_pattern(site):
+            row_index.copy_pattern(tensor.cpu(), computed, batch, batch.keys_of(site))
         else:
             row_index.copy(tensor.flatten(0, 1).cpu(), computed)
         self.sites[site].add(computed.flatten(1), self._archive[site].torch(batch.row).flatten(1))

@@ -26,6 +26,7 @@ from residua.capture.runtime.process_groups import pipeline_group, tensor_parall
 from residua.capture.runtime.sharded import is_sharded
 from residua.capture.runtime.wrappers import core_of, evaluating
 from residua.capture.sites.shape_probe import takes_tokens
+from residua.capture.sites.stacks import takes_pairs
 
 Side = Literal["left", "right"]
 
@@ -57,7 +58,7 @@ def padding_leaks(model: nn.Module, *, side: Side = "right") -> bool:
         CaptureError: There is no memory to run the model.
     """
     core = core_of(model)
-    if stage_model_of(core) is not None or not takes_tokens(model):
+    if stage_model_of(core) is not None or not (takes_tokens(model) or takes_pairs(model)):
         return False
     known = _known.setdefault(core, {})
     case = (side, _dtype(core))

@@ -31,6 +31,7 @@ from residua.capture.runtime.wrappers import core_of, evaluating, running_uncomp
 from residua.store.base.canonical import Json, differences, digest_of, flatten
 from residua.store.base.errors import CaptureError, PlanError
 from residua.store.base.naming import named
+from residua.store.format.site_names import is_pattern
 from residua.store.read.archive import Archive
 
 PACKAGES = ("residua", "torch", "transformers", "accelerate", "tokenizers", "zarr", "numcodecs", "numpy", "pyarrow")
@@ -326,7 +327,7 @@ def _shown(value: Json) -> str:
 def running_as_captured(archive: Archive, model: nn.Module) -> Iterator[None]:
     """Let a model run as in the capture: uncompiled, in evaluation mode, with eager attention if it has patterns."""
     core, called = core_of(model), runnable(model)
-    has_patterns = any(site.startswith("pattern.") for site in archive.sites)
+    has_patterns = any(is_pattern(site) for site in archive.sites)
     eager = eager_attention(core) if has_patterns and isinstance(core, PreTrainedModel) else nullcontext()
     with running_uncompiled(called), evaluating(called), eager:
         yield

@@ -20,6 +20,7 @@ from residua.capture.scheduling.sites_per_rank import Ownership
 from residua.store.base.errors import CaptureError
 from residua.store.base.naming import named
 from residua.store.format.plan import Plan
+from residua.store.format.site_names import is_pattern
 
 
 class RowExchange:
@@ -106,7 +107,7 @@ class RowExchange:
     def _picked(self, site: str, local: Tensor, layout: Layout, at: RowIndex, batch: BatchRows, rank: int) -> Tensor:
         """Return what this rank has of the rows of one shard, (rows, *row)."""
         dim = layout.dim or 0
-        if site.startswith("pattern."):
+        if is_pattern(site):
             if dim < FIRST_ROW_AXIS:
                 raise CaptureError(
                     f"Site {site!r}{on_rank()} is split by query or example, so its keys cannot be placed: choose "
@@ -114,7 +115,7 @@ class RowExchange:
                 )
             n_keys = min(local.shape[-1], self._plan.site(site).row_shape[-1])  # padding may add keys; no row has more
             template = local.new_empty((0, *local.shape[FIRST_ROW_AXIS:-1], n_keys), device="cpu")
-            return at.gather_pattern(local, template, batch)
+            return at.gather_pattern(local, template, batch, batch.keys_of(site))
         if dim >= FIRST_ROW_AXIS:
             return at.gather(local.flatten(0, 1), local.dtype)
         examples, positions = np.divmod(at.source[_rows_held_by(rank, layout, at, batch)], batch.n_positions)
@@ -155,7 +156,7 @@ def _joined(shards: list[Tensor], layout: Layout, at: RowIndex, batch: BatchRows
 
 def _widened(site: str, rows: Tensor, row_shape: tuple[int, ...]) -> Tensor:
     """Pad the keys of patterns with zeros, up to the longest example."""
-    if not site.startswith("pattern.") or tuple(rows.shape[1:]) == row_shape:
+    if not is_pattern(site) or tuple(rows.shape[1:]) == row_shape:
         return rows.view(len(rows), *row_shape)  # a scalar per position is a row of width 1
     wide = rows.new_zeros((len(rows), *row_shape))
     wide[..., : rows.shape[-1]] = rows

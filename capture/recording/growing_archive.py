@@ -32,6 +32,7 @@ from residua.store.format.archive_metadata import file_digest
 from residua.store.format.create import create_archive, workspace
 from residua.store.format.losses import COMPUTED, cast_sites, loss_notes, losses_of
 from residua.store.format.plan import Plan
+from residua.store.format.site_names import is_pattern
 from residua.store.read.archive import Archive
 from residua.store.sealing.seal import seal
 
@@ -138,7 +139,7 @@ class GrowingArchive:
             CaptureError: Its rows have another shape than those of the first call.
         """
         expected, found = self._plan.site(site).row_shape, full_row_shape(site, local, layout, self._shape)
-        if found != expected and not site.startswith("pattern."):
+        if found != expected and not is_pattern(site):
             raise CaptureError(
                 f"{site} gave rows of shape {found} in this call, and {expected} in the first; all rows of a site have "
                 "one shape. Record calls of one shape, or choose another site."

@@ -57,6 +57,7 @@ from residua.store.base.errors import CaptureError, PlanError, few
 from residua.store.encoding.codecs import DEFAULT_PRESET
 from residua.store.format.plan import HOST_MEMORY_BYTES, Plan, SitePlan, choose_rows_per_shard
 from residua.store.format.sidecars import NO_LM_HEAD
+from residua.store.format.site_names import is_pattern
 from residua.store.storage.place import try_place
 
 
@@ -296,7 +297,7 @@ class Recorder:
         )
 
     def _site_plan(self, site: str, row_shape: tuple[int, ...], computed: str) -> SitePlan:
-        if site.startswith("pattern."):
+        if is_pattern(site):
             if self._max_length is None:
                 raise PlanError(f"{site} has rows as wide as the longest example: pass max_length to Recorder")
             row_shape = (*row_shape[:-1], self._max_length)

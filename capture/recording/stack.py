@@ -1,7 +1,8 @@
 """Whose call says what the rows are: the model's own, or in an encoder-decoder that of the stack which has the sites.
 
-Encoder and decoder have tokens and masks of their own. Sites in the encoder have a row for each token of the source,
-all other sites one for each token that the decoder gets, and one archive has rows of one kind.
+Encoder and decoder have tokens and masks of their own. Sites in the encoder, and keys and values of cross-attention,
+have a row for each token of the source, all other sites one for each token that the decoder gets. One recorder makes
+one archive, which has rows of one kind.
 """
 
 from collections.abc import Iterator, Mapping
@@ -10,53 +11,41 @@ from inspect import Parameter, signature
 from typing import Any, NoReturn
 
 from torch import nn
-from transformers import PreTrainedModel
 
 from residua.capture.hooks.site import SiteInfo
-from residua.capture.runtime.wrappers import core_of, named_modules
+from residua.capture.runtime.wrappers import core_of
+from residua.capture.sites.stacks import is_encoder_decoder, row_stack, stacks_of
 from residua.store.base.errors import CaptureError, PlanError
 
 
 def stack_of(model: nn.Module, sites: Mapping[str, SiteInfo]) -> nn.Module | None:
-    """Return the encoder or the decoder if `model` has both, whichever has the sites; None for any other model.
+    """Return the encoder or the decoder if `model` has both, whichever has the rows; None for any other model.
 
     Raises:
-        PlanError: Some sites lie in the encoder and some do not.
+        PlanError: Some sites have rows of the encoder's positions and some of the decoder's.
     """
-    core = core_of(model)
-    if not isinstance(core, PreTrainedModel) or not getattr(core.config, "is_encoder_decoder", False):
+    if not is_encoder_decoder(model):
         return None
-    encoder, decoder = (_part(get) for get in (core.get_encoder, core.get_decoder))
-    if encoder is core or decoder is core or encoder is None or decoder is None:
+    stacks, name = {stack.name: stack for stack in stacks_of(model)}, type(core_of(model)).__name__
+    if not stacks:
         raise PlanError(
-            f"{type(core).__name__} is an encoder-decoder whose encoder and decoder are not found, so it is not clear "
-            "which tokens rows belong to: record one of the two as a model of its own"
+            f"{name} is an encoder-decoder whose encoder and decoder are not found, so it is not clear which tokens "
+            "rows belong to: record one of the two as a model of its own"
         )
-    modules = named_modules(model)
-    path = next((path for path, module in modules.items() if core_of(module) is core_of(encoder)), None)
-    inside = [name for name, info in sites.items() if path is not None and f"{info.module}.".startswith(f"{path}.")]
-    outside = [name for name in sites if name not in inside]
-    if inside and outside:
+    of_encoder = [site for site, info in sites.items() if row_stack(info, stacks["encoder"]) == "encoder"]
+    others = [site for site in sites if site not in of_encoder]
+    if of_encoder and others:
         raise PlanError(
-            f"{inside[0]} lies in the encoder of {type(core).__name__} and {outside[0]} does not: their rows belong to "
-            "other tokens, so one archive cannot have both. Record them with two recorders, into two archives."
+            f"{of_encoder[0]} of {name} has a row for each position of the encoder, and {others[0]} one for each of "
+            "the decoder: one recorder cannot have both. Record them with two recorders, into two archives, or give a "
+            "dataset of pairs to residua.capture_dataset."
         )
-    stack: nn.Module = encoder if inside else decoder
-    return stack
-
-
-def _part(get: Any) -> nn.Module | None:
-    try:
-        found = get()
-    except (AttributeError, NotImplementedError):
-        return None
-    return found if isinstance(found, nn.Module) else None
+    return stacks["encoder" if of_encoder else "decoder"].module
 
 
 def refuse_encoder_outputs(model: nn.Module, stack: nn.Module) -> None:
     """Raise CaptureError if `stack` is the encoder: a call that is given its outputs does not run it."""
-    core = core_of(model)
-    if isinstance(core, PreTrainedModel) and core.get_encoder() is stack:
+    if any(one.name == "encoder" and one.module is stack for one in stacks_of(model)):
         raise CaptureError(
             "the call has encoder_outputs, so the encoder does not run, and the recorded sites lie in it: leave "
             "encoder_outputs out"

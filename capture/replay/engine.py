@@ -51,7 +51,7 @@ from residua.store.base.errors import CaptureError, NotCapturedError, PlanError,
 from residua.store.base.naming import named
 from residua.store.edits.edit import Edit
 from residua.store.examples.schedule import Batch
-from residua.store.read.archive import Archive
+from residua.store.read.archive import Archive, refuse_stack
 from residua.store.selection.tokens import TokenSelector
 
 BatchT = TypeVar("BatchT")
@@ -133,6 +133,7 @@ class Replayer:
         inputs: Mapping[str, Tensor] | None = None,
         checked: ModelCheck | None = None,
     ) -> None:
+        refuse_stack(archive, "a replay")
         self.archive = archive
         self.stored = StoredRows(archive)
         self.model = model

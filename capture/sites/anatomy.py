@@ -29,6 +29,10 @@ class Anatomy:
         family: Where models of its family have their sites; None for an unknown architecture.
         blocks: Paths of the blocks in order.
         unembedding: Path of the LM head; None if the model has none.
+        attention: Path of the module in each block whose attention `q`, `k`, `v`, `z` and `pattern` are, where a
+            block computes another attention besides; empty where none does.
+        cross: Path of the module in each block that attends to an encoder's rows, empty for a block without one; empty
+            for a model that is no decoder of an encoder.
     """
 
     model: PreTrainedModel
@@ -36,6 +40,8 @@ class Anatomy:
     family: Family | None
     blocks: tuple[str, ...]
     unembedding: str | None
+    attention: tuple[str, ...] = ()
+    cross: tuple[str, ...] = ()
 
     @cached_property
     def dtype(self) -> str:
@@ -83,7 +89,7 @@ def anatomy_of(model: nn.Module) -> Anatomy | None:
     modules = named_modules(model)
     family = family_of(model.config)
     if family is None:
-        path = _path_of_blocks(modules, config)
+        path = path_of_blocks(modules, config)
     else:
         base = next((name for name, module in modules.items() if module is model.base_model), "")
         path = f"{base}.{family.blocks}".lstrip(".")
@@ -117,7 +123,7 @@ def n_logits_of(model: nn.Module) -> int | None:
     return found if isinstance(found, int) else None
 
 
-def _path_of_blocks(modules: Mapping[str, nn.Module], config: PreTrainedConfig) -> str | None:
+def path_of_blocks(modules: Mapping[str, nn.Module], config: PreTrainedConfig) -> str | None:
     """Return the path of the list of blocks of the text model; None if there is none.
 
     It is the outermost list of modules as long as the text config says, in the text model if that is a part of the

@@ -28,7 +28,7 @@ from residua.capture.sites.part_sites import PART_KINDS, BlockParts, PartFinder,
 from residua.capture.sites.part_trials import parts_that_mix, routers_that_decide, stages_that_fail
 from residua.capture.sites.shape_probe import measure_sites, probes_of, run_probe, without_rows
 from residua.store.base.errors import CaptureError
-from residua.store.format.site_names import LAYER_KINDS
+from residua.store.format.site_names import CROSS_KINDS, LAYER_KINDS
 
 
 def discover(model: nn.Module, anatomy: Anatomy, kinds: Collection[str]) -> dict[str, SiteInfo]:
@@ -42,8 +42,10 @@ def discover(model: nn.Module, anatomy: Anatomy, kinds: Collection[str]) -> dict
     Returns:
         From name to site, in the order in which the model computes them. One that the model lacks has a ``problem``.
     """
+    kinds = [kind for kind in kinds if kind not in CROSS_KINDS or (kind == "cross_attn_out" and anatomy.cross)]
+    cross = dict(zip(anatomy.blocks, anatomy.cross, strict=False))
     wants_parts = any(kind in kinds for kind in (*PART_KINDS, *EXPERT_KINDS))
-    watch = BlockWatch(anatomy.modules, anatomy.blocks, PartFinder() if wants_parts else None)
+    watch = BlockWatch(anatomy.modules, anatomy.blocks, PartFinder(cross) if wants_parts else None)
     streams = ("resid_pre", "resid_post", "final") if wants_parts else ()
     chosen = {name: info for name, info in _candidates(anatomy).items() if info.site.kind in (*kinds, *streams)}
     try:
@@ -93,7 +95,8 @@ def _candidates(anatomy: Anatomy) -> dict[str, SiteInfo]:
     sites = [] if path is None else [_site("embed", path)]
     for layer, block in enumerate(anatomy.blocks):
         sites += [_site(f"resid_pre.{layer}", block, "input"), _site(f"resid_post.{layer}", block)]
-        sites += [_site(f"{kind}.{layer}", block, "attention") for kind in ATTENTION_KINDS]
+        attention = anatomy.attention[layer] if anatomy.attention else block
+        sites += [_site(f"{kind}.{layer}", attention, "attention") for kind in ATTENTION_KINDS]
     sites.append(_site("final", anatomy.blocks[-1]))
     if model.get_output_embeddings() is not None:  # type: ignore[no-untyped-call]  # transformers has no annotations here
         sites.append(_site("logits", "", "logits"))

@@ -17,8 +17,9 @@ from residua.capture.runtime.wrappers import first_name, layer_inside, named_mod
 from residua.capture.sites.anatomy import ATTENTION_KINDS, Anatomy, anatomy_of
 from residua.capture.sites.discovery import discover
 from residua.capture.sites.shape_probe import measure_sites, takes_tokens, without_rows
+from residua.capture.sites.stacks import find_in_stacks, measure_in_stacks, stacks_of
 from residua.store.base.errors import CaptureError, UnknownSiteError
-from residua.store.format.site_names import LAYER_KINDS, MODEL_KINDS, Site, parse_site, select
+from residua.store.format.site_names import CROSS_KINDS, LAYER_KINDS, MODEL_KINDS, STACKS, Site, parse_site, select
 
 
 def model_sites(model: nn.Module) -> dict[str, SiteInfo]:
@@ -68,6 +69,8 @@ def resolve_sites(model: nn.Module, patterns: str | Iterable[str]) -> dict[str, 
     unmeasured = {name: info for name, info in sites.items() if info.row_shape is None}
     if unmeasured and takes_tokens(model):
         sites |= _measured_for_themselves(model, unmeasured)
+    elif unmeasured:
+        sites |= measure_in_stacks(stacks_of(model), unmeasured)
     return {name: _refused_in_experts(model, info) for name, info in sites.items()}
 
 
@@ -98,7 +101,7 @@ def _looked_for(model: nn.Module, kinds: Collection[str]) -> dict[str, SiteInfo]
     """Return the canonical sites of these kinds; those that an unknown architecture lacks have a ``problem``."""
     anatomy = anatomy_of(model) if kinds else None
     if anatomy is None:
-        return {}
+        return find_in_stacks(model, stacks_of(model), kinds) if kinds else {}
     if anatomy.family is None:
         return discover(model, anatomy, kinds)
     of_experts = [kind for kind in EXPERT_KINDS if kind in kinds]
@@ -121,7 +124,9 @@ def _with_rows(sites: Mapping[str, SiteInfo]) -> dict[str, SiteInfo]:
 def _kinds_in(patterns: Iterable[str]) -> list[str]:
     """Return the kinds of canonical sites that patterns may select: none for ``module:`` sites."""
     words = [word.strip() for text in patterns for word in text.split(",")]
-    heads = [word.partition(".")[0] for word in words if not word.startswith("module:")]
+    own = [word.removeprefix(f"{stack}.") for word in words for stack in [word.partition(".")[0]] if stack in STACKS]
+    own += [word for word in words if word.partition(".")[0] not in STACKS]
+    heads = [word.partition(".")[0] for word in own if not word.startswith("module:")]
     kinds = [kind for kind in (*LAYER_KINDS, *MODEL_KINDS) if any(fnmatchcase(kind, head) for head in heads)]
     return [*kinds, "logits"] if any(head.startswith("logits_top") for head in heads) else kinds
 
@@ -209,7 +214,7 @@ def _on_demand(model: nn.Module, name: str, available: dict[str, SiteInfo]) -> S
     """Return a site that exists on demand: of any module, or of the largest logits."""
     site = parse_site(name)
     if site.top is not None:
-        return _top_logits(site, available["logits"])
+        return _top_logits(site, available[str(replace(site, kind="logits", field=None))])
     module = first_name(model, str(site.module))
     if not module:
         paths = [path for path in named_modules(model) if path]
@@ -248,6 +253,8 @@ def _reasons(model: nn.Module, patterns: Iterable[str], looked_for: Mapping[str,
     The result is one sentence for each kind, with a leading space; empty if the model has every site of the kinds.
     """
     anatomy = anatomy_of(model)
+    if anatomy is None and stacks_of(model):
+        return _reasons_in_stacks(_kinds_in(patterns), looked_for)
     n_blocks = 0 if anatomy is None else len(anatomy.blocks)
     words = [word.strip() for text in patterns for word in text.split(",")]
     lost = [name for name, info in looked_for.items() if info.problem]
@@ -259,6 +266,15 @@ def _reasons(model: nn.Module, patterns: Iterable[str], looked_for: Mapping[str,
         if anatomy is None or not _names(kind, n_blocks) <= set(looked_for) - set(problems)
     ]
     return "".join(f" {kind}: {_reason(model, anatomy, kind, problems)}." for kind in missing)
+
+
+def _reasons_in_stacks(kinds: Collection[str], looked_for: Mapping[str, SiteInfo]) -> str:
+    """Return for each of these kinds what was found of it in each stack of blocks."""
+    found: dict[tuple[str, str], str] = {}
+    for name, info in looked_for.items():
+        if info.problem and info.site.kind in kinds:
+            found.setdefault((info.site.stack, info.site.kind), f" {name}: {info.problem.rstrip('.')}.")
+    return "".join(found.values())
 
 
 def _names(kind: str, n_blocks: int) -> set[str]:
@@ -286,6 +302,8 @@ def _reason(model: nn.Module, anatomy: Anatomy | None, kind: str, problems: Mapp
         )
     if kind == "mixer_out":
         return f"{name} has none: its blocks have no sequence mixer other than attention; use attn_out"
+    if kind in CROSS_KINDS:
+        return f"{name} has none: it has no encoder beside its blocks"
     return f"{name} has none: {anatomy.family.lacks[kind]}"
 
 

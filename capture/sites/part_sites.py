@@ -1,8 +1,8 @@
 """From the parts of a block to its sites: what each part is, where it is read, and why a site is not there.
 
-A part for which attention is computed is ``attn_out``. Another part that carries something from one position to
-another (a state space, a convolution, a recurrence, a Fourier transform) is ``mixer_out``; one that does not is
-``mlp_out``.
+A part for which attention is computed is ``attn_out``, or ``cross_attn_out`` if it is to an encoder's rows. Another
+part that carries something from one position to another (a state space, a convolution, a recurrence, a Fourier
+transform) is ``mixer_out``; one that does not is ``mlp_out``.
 """
 
 from collections.abc import Collection, Mapping, Sequence
@@ -17,11 +17,12 @@ from residua.capture.blocks.experts import EXPERT_KINDS, Experts, experts_in
 from residua.capture.hooks.site import SiteInfo, Via
 from residua.capture.sites.architectures import SIDE_BY_SIDE
 
-PART_KINDS = ("attn_out", "mixer_out", "resid_mid", "mlp_act", "mlp_out")
+PART_KINDS = ("attn_out", "cross_attn_out", "mixer_out", "resid_mid", "mlp_act", "mlp_out")
 """Kinds that are found by what adds up to a block's output."""
 
 _WHAT = {
     "attn_out": "computes no attention",
+    "cross_attn_out": "attends to no encoder's rows",
     "mixer_out": "has no sequence mixer but attention",
     "mlp_out": "has no MLP",
 }
@@ -39,6 +40,7 @@ class BlockParts:
         activations: From the path of a part that may be an MLP to the module whose input are its hidden activations,
             and the shape and data type of these.
         experts: Its mixture of experts.
+        cross: The module in it that attends to an encoder's rows; empty if there is none.
         stray_attention: Whether attention is computed in the block, and not in a module of any part.
     """
 
@@ -49,6 +51,7 @@ class BlockParts:
     activations: Mapping[str, tuple[str, tuple[int, ...], torch.dtype]]
     experts: Experts
     stray_attention: bool
+    cross: str = ""
 
     @property
     def is_told_apart(self) -> bool:
@@ -58,9 +61,14 @@ class BlockParts:
 
 
 class PartFinder:
-    """Finds the parts of each block; blocks of one class are expected to be alike, and looked at anew if not."""
+    """Finds the parts of each block; blocks of one class are expected to be alike, and looked at anew if not.
 
-    def __init__(self) -> None:
+    Args:
+        cross: From the path of a block to that of the module in it that attends to an encoder's rows.
+    """
+
+    def __init__(self, cross: Mapping[str, str]) -> None:
+        self._cross = cross
         self._known: dict[type[nn.Module], Parts] = {}
 
     def __call__(self, run: BlockRun) -> BlockParts:
@@ -80,6 +88,7 @@ class PartFinder:
             activations={part: (path, *run.shapes[path]) for part, path in found.items() if path is not None},
             experts=experts_in(run, stages),
             stray_attention=bool(run.attention) and not attends,
+            cross=self._cross.get(run.path, "").removeprefix(f"{run.path}."),
         )
 
 
@@ -113,7 +122,7 @@ def sites_of(
     for stage in block.parts.stages:
         for part in stage.parts:
             by_kind.setdefault(_kind_of(block, part, mixing, modules), []).append((stage, part))
-    sites = [_part_site(layer, block, kind, by_kind) for kind in ("attn_out", "mixer_out", "mlp_out")]
+    sites = [_part_site(layer, block, kind, by_kind) for kind in _WHAT]
     sites += [_middle(layer, block), _activations(layer, block, by_kind)]
     unproved = {kind for kind, ((stage, _), *_) in by_kind.items() if block.parts.stages.index(stage) in failed}
     unproved |= {"mlp_act"} if "mlp_out" in unproved else set()
@@ -153,7 +162,7 @@ def lacking(name: str, block: str, problem: str) -> SiteInfo:
 
 def _kind_of(block: BlockParts, part: Part, mixing: Collection[str], modules: Mapping[str, nn.Module]) -> str:
     if part.attends:
-        return "attn_out"
+        return "cross_attn_out" if block.cross in part.calls else "attn_out"
     if part.path not in mixing:
         return "mlp_out"
     # a norm or a linear map behind attention does not mix by itself

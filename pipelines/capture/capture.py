@@ -55,7 +55,7 @@ from residua.pipelines.data.dataset import DatasetReport, dataset_identity, read
 from residua.pipelines.data.image_examples import ImageDataset
 from residua.pipelines.data.tokenizer import special_ids
 from residua.pipelines.jobs.workers import WorkerFigures, Workers, working_together
-from residua.pipelines.setup.models import load_model, load_tokenizer, token_limit
+from residua.pipelines.setup.models import is_pair_model, load_model, load_tokenizer, token_limit
 from residua.pipelines.setup.settings import CaptureSettings
 from residua.store.base.canonical import Json
 from residua.store.base.errors import DatasetError, PlanError
@@ -70,6 +70,7 @@ from residua.store.format.losses import COMPUTED, cast_sites, loss_notes
 from residua.store.format.plan import Plan, SitePlan, check_host_memory, choose_rows_per_shard
 from residua.store.format.room import check_room
 from residua.store.format.row_columns import HAS_IMAGES, IMAGE_ROW_BYTES
+from residua.store.format.site_names import is_pattern
 from residua.store.read.archive import Archive
 from residua.store.sealing.lost_shards import drop_lost
 from residua.store.sealing.seal import seal
@@ -157,16 +158,35 @@ def capture_dataset(
         >>> result = residua.capture_dataset("models/pydoc-1m", ["Hello world"], out="acts.zarr")  # doctest: +SKIP
     """
     chosen = _settings(settings, options)
+    if is_pair_model(model, chosen):
+        from residua.pipelines.capture.encoder_decoder import capture_pairs  # which is built on this module
+
+        found = capture_pairs(
+            model,
+            dataset,
+            Path(out),
+            tokenizer,
+            chosen,
+            processor=processor,
+            tensor_parallel=tensor_parallel,
+            command=command,
+            on_example=on_example,
+            on_plan=on_plan,
+            on_batch=on_batch,
+        )
+        return CaptureResult(
+            archive=found.archive,
+            dataset=found.dataset,
+            stats=total([worker.stats for worker in found.workers]),
+            workers=found.workers,
+            resumed=found.resumed,
+            notes=found.notes,
+        )
     place = try_place(Path(out), locks=True, links=True)
     with ExitStack() as stack:
         membership = stack.enter_context(working_together(place.path, chosen))
         if isinstance(model, str | PathLike):
-            if tensor_parallel is not None:
-                raise PlanError(
-                    "tensor_parallel is for a model that you pass and split by hand; a model that is loaded from a hub "
-                    f"id or a folder is split with {named('tp', 2)}"
-                )
-            name = fspath(model)
+            name = _name(model, tensor_parallel)
             tokenizer = tokenizer or load_tokenizer(name, chosen)
             model = load_model(name, chosen)
             if processor is None and (takes_pixels(model) or chosen.image_column is not None):
@@ -179,7 +199,7 @@ def capture_dataset(
         images = image_dataset(model, place.path, chosen, processor)
         if images is not None:
             stack.enter_context(images)
-        job = _DatasetCapture(model, place.path, tokenizer, dataset, chosen, command, on_example, images)
+        job = DatasetCapture(model, place.path, tokenizer, dataset, chosen, command, on_example, images)
         job.notes.extend(place.notes)
         called = runnable(model)
         if stack.enter_context(running_uncompiled(called)):
@@ -195,6 +215,15 @@ def capture_dataset(
             resumed=shared["resumed"],
             notes=(*job.notes, *report.notes(), *loss_notes(job.archive.plan, job.archive.commits)),
         )
+
+
+def _name(model: str | PathLike[str], tensor_parallel: object) -> str:
+    if tensor_parallel is not None:
+        raise PlanError(
+            "tensor_parallel is for a model that you pass and split by hand; a model that is loaded from a hub id or a "
+            f"folder is split with {named('tp', 2)}"
+        )
+    return fspath(model)
 
 
 def _settings(settings: CaptureSettings | None, options: dict[str, Any]) -> CaptureSettings:
@@ -337,7 +366,7 @@ class CaptureJob(ABC):
             PlanError: The archive was begun with another plan.
             CaptureError: The capture failed, here or in another process; committed rows are safe.
         """
-        needs_pattern = any(site.startswith("pattern.") for site in self.sites)
+        needs_pattern = any(is_pattern(site) for site in self.sites)
         with eager_attention(self.model) if needs_pattern else nullcontext(False) as switched:
             if switched:
                 self.notes.append(f"pattern sites need eager attention: the model used it to capture {self.out.name}")
@@ -400,7 +429,11 @@ class CaptureJob(ABC):
 
     def _check(self) -> None:
         """Refuse an archive that worker 0 made with another model or other settings than this worker has."""
-        self._compare(self.plan(ExampleTable(self.out / "examples").index()))
+        self._compare(self.plan(self.written_examples()))
+
+    def written_examples(self) -> ExampleIndex:
+        """Return the examples that worker 0 wrote."""
+        return ExampleTable(self.out / "examples").index()
 
     def _compare(self, plan: Plan) -> None:
         """Compare the archive with the plan that this worker would make; note conditions that differ."""
@@ -441,7 +474,7 @@ class CaptureJob(ABC):
         self._archive = None
 
 
-class _DatasetCapture(CaptureJob):
+class DatasetCapture(CaptureJob):
     """The capture of a dataset's examples."""
 
     def __init__(
@@ -453,9 +486,11 @@ class _DatasetCapture(CaptureJob):
         settings: CaptureSettings,
         command: str | None,
         on_example: Callable[[int, int], None],
-        images: ImageDataset | None,
+        images: ImageDataset | None = None,
+        sites: Mapping[str, SiteInfo] | None = None,
     ) -> None:
-        sites = (unsharded_sites if spans_processes(model) else resolve_sites)(model, [settings.sites])
+        if sites is None:
+            sites = (unsharded_sites if spans_processes(model) else resolve_sites)(model, [settings.sites])
         if takes_pixels(model):
             unmeasured = {name: info for name, info in sites.items() if info.row_shape is None}
             sites = {**sites, **measure_sites(model, unmeasured)}
@@ -467,6 +502,7 @@ class _DatasetCapture(CaptureJob):
         self._on_example = on_example
         self._images = images
         self._report = DatasetReport()
+        self.longest_source: int | None = None
 
     def write_examples(self, folder: Path) -> ExampleIndex:
         """Read the dataset once, and write its examples; raises DatasetError if it cannot be used as asked."""
@@ -506,6 +542,7 @@ class _DatasetCapture(CaptureJob):
             dtype=settings.dtype,
             codec=settings.codec,
             longest_example=int(index.n_tokens.max()),
+            longest_source=self.longest_source,
             column_shards=self.column_shards,
         )
         row_bytes = [site.row_bytes for site in sites]
@@ -525,11 +562,8 @@ class _DatasetCapture(CaptureJob):
             )
         return Plan(
             model=self.identity,
-            dataset={**dataset_entry(index), **({} if self._images is None else {HAS_IMAGES: True})},
-            rules={
-                **settings.rules(),
-                **({} if self._images is None else {"processor": self._images.identity["digest"]}),
-            },
+            dataset=self.dataset_of_plan(index),
+            rules=self.rules(),
             sites=sites,
             rows_per_shard=height,
             batch_tokens=batch_tokens,
@@ -537,13 +571,25 @@ class _DatasetCapture(CaptureJob):
         )
 
     def inputs(self, shared: Mapping[str, Any]) -> InputSource | None:
+        """Return what makes the images of examples; None without images."""
         return None if self._images is None else self._images.inputs(Path(shared["images"]))
 
+    def dataset_of_plan(self, index: ExampleIndex) -> dict[str, Json]:
+        """Return what the plan records of the examples."""
+        return {**dataset_entry(index), **({} if self._images is None else {HAS_IMAGES: True})}
+
+    def rules(self) -> dict[str, Json]:
+        """Return the settings that shape the examples, as the plan records them."""
+        processor = {} if self._images is None else {"processor": self._images.identity["digest"]}
+        return {**self._settings.rules(), **processor}
+
     def write_tokenizer(self, folder: Path) -> None:
+        """Write the tokenizer's files, if there is a tokenizer, to a subfolder of `folder`."""
         if self._tokenizer is not None:
             save_tokenizer(self._tokenizer, folder / "tokenizer")
 
     def provenance(self, plan: Plan) -> dict[str, Any]:
+        """Return how the archive is made, as JSON values."""
         return {
             "model": describe_model(self.model, plan.model, self.output),
             "tokenizer": None if self._tokenizer is None else identify_tokenizer(self._tokenizer),
@@ -555,9 +601,11 @@ class _DatasetCapture(CaptureJob):
         }
 
     def notes_of_archive(self) -> list[Json]:
+        """Return what a reader of the archive should know, as far as it is known before the model runs."""
         return [*self.notes, *self._report.notes()]
 
     def cut_columns(self, layout: ProcessLayout | None) -> Mapping[str, int]:
+        """Return into how many shards the columns of sites are cut; raises PlanError if there is nothing to cut."""
         if self._settings.gather:
             return {}
         if layout is None or layout.group is None:

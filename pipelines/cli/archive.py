@@ -197,6 +197,7 @@ def _fidelity(options: argparse.Namespace) -> int:
 def _sites(options: argparse.Namespace) -> int:
     from residua.capture.sites.architectures import family_of
     from residua.capture.sites.names_to_modules import model_sites
+    from residua.capture.sites.stacks import is_encoder_decoder
     from residua.pipelines.setup.models import load_empty_model
 
     model = load_empty_model(options.model)
@@ -215,7 +216,12 @@ def _sites(options: argparse.Namespace) -> int:
     ]
     print(f"{options.model}: {len(rows)} sites, and module:PATH@output or module:PATH@input for any other module")
     print(table([("site", "row", "dtype", "read from"), *rows]))
-    if family_of(model.config) is None:
+    if is_encoder_decoder(model):
+        print(
+            f"note: {model.config.model_type} has an encoder and a decoder, whose sites are found by running it with "
+            "its weights: residua.model_sites(model) of the loaded model lists them"
+        )
+    elif family_of(model.config) is None:
         print(
             f"note: {model.config.model_type} is not in the table of architectures, and its weights were not loaded: "
             "a capture looks for attn_out, resid_mid, mlp_act and mlp_out too, by running the model"

@@ -71,17 +71,27 @@ def _capture(options: argparse.Namespace) -> int:
 
 
 def _print(result: "CaptureResult", *, as_json: bool) -> None:
-    summary, stats = summarise(result.archive), result.stats
+    archives, stats = list(result.archive.stacks.values()) or [result.archive], result.stats
+    summaries = [summarise(archive) for archive in archives]
     if as_json:
         run = {**asdict(stats), "resumed": result.resumed, "notes": list(result.notes)}
         workers = [asdict(worker) for worker in result.workers]
-        print_json({"archive": summary.to_json(), "run": run, "workers": workers, "dataset": asdict(result.dataset)})
+        stacks = {name: one.to_json() for name, one in zip(result.archive.stacks, summaries, strict=False)}
+        print_json(
+            {
+                "archive": {"stacks": stacks} if stacks else summaries[0].to_json(),
+                "run": run,
+                "workers": workers,
+                "dataset": asdict(result.dataset),
+            }
+        )
         return
     for note in result.notes:
         print(f"note: {note}")
     if result.resumed and not stats.rows:
         print("nothing was missing: the archive is complete")
-    print(f"captured  {len(summary.sites)} sites of {summary.rows:,} rows ({summary.n_examples:,} examples)")
+    for summary in summaries:
+        print(f"captured  {len(summary.sites)} sites of {summary.rows:,} rows ({summary.n_examples:,} examples)")
     if stats.rows and stats.seconds:
         rate = human_bytes(stats.logical_bytes / stats.seconds)
         print(
@@ -89,9 +99,10 @@ def _print(result: "CaptureResult", *, as_json: bool) -> None:
             f"({stats.seconds:.1f} s, of which {stats.stall_seconds:.1f} s waiting for the writer)"
         )
     _print_workers(result)
-    print(f"size      {human_bytes(summary.stored_bytes)}: {compression(summary)}")
-    print(f"place     {summary.path}")
-    print_nonfinite({site.name: site.n_nonfinite for site in summary.sites})
+    for summary in summaries:
+        print(f"size      {human_bytes(summary.stored_bytes)}: {compression(summary)}")
+    print(f"place     {result.archive.path}")
+    print_nonfinite({site.name: site.n_nonfinite for summary in summaries for site in summary.sites})
 
 
 def _print_workers(result: "CaptureResult") -> None:

@@ -51,6 +51,7 @@ class CaptureProgress(_Progress):
 
     def plan(self, plan: Plan, committed_rows: int) -> None:
         """Begin the bar over the plan's rows, of which `committed_rows` are on the disk."""
+        self._done = 0
         if self._bar is not None:
             self._bar.close()
         if self._shown:

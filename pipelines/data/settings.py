@@ -60,11 +60,19 @@ class DatasetSettings:
         None, "folder of the images that a column names by path, which no path may leave (default: the dataset's own)"
     )
     max_image_pixels: int = setting(2**26, "most pixels of an image; larger ones are refused before decoding")
+    target_column: str | None = setting(
+        None,
+        "encoder-decoders: column with the texts or token ids of the target (default: decoder_input_ids, labels or "
+        "target)",
+    )
     split: str | None = setting(None, "split of the dataset (default: train, or the only split)")
     subset: str | None = setting(None, "subset (configuration) of a dataset on the hub (default: the dataset's own)")
     dataset_revision: str | None = setting(None, "revision of a dataset on the hub (default: the newest)")
     max_tokens: int | None = setting(None, "stop reading after this many tokens (default: read the full dataset)")
     max_length: int | None = setting(None, "longest example, in tokens (default: what the model takes)")
+    max_target_length: int | None = setting(
+        None, "encoder-decoders: longest target, in tokens (default: what the model takes)"
+    )
     # Longer examples are refused by default: a document in pieces should surprise nobody.
     long_examples: str | None = setting(
         None,
@@ -96,7 +104,7 @@ class DatasetSettings:
     )
 
     def __post_init__(self) -> None:
-        for name in ("max_tokens", "max_length", "min_length", "max_image_pixels"):
+        for name in ("max_tokens", "max_length", "max_target_length", "min_length", "max_image_pixels"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise DatasetError(f"{named(name, value)}: it must be at least 1")
@@ -179,6 +187,8 @@ class DatasetSettings:
         # Left out where they are not given: plans made before these settings existed stay what they are.
         optional: dict[str, Json] = {
             "image_column": self.image_column,
+            "target_column": self.target_column,
+            "max_target_length": self.max_target_length,
             "add_special_tokens": self.add_special_tokens,
             "chat_template": self.template,
             "add_generation_prompt": self.add_generation_prompt or None,

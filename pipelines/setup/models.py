@@ -24,6 +24,7 @@ from residua.capture.runtime.compat import model_from_config
 from residua.capture.runtime.pipeline_schedule import PIPELINE_TYPES, as_model
 from residua.capture.runtime.wrappers import replica_of
 from residua.capture.sites.pipeline_stages import is_placeholder
+from residua.capture.sites.stacks import is_encoder_decoder
 from residua.pipelines.data.tokenizer import knows_text
 from residua.pipelines.setup.settings import CaptureSettings
 from residua.store.base.errors import PlanError
@@ -170,6 +171,21 @@ def _config_and_class(name: str, revision: str | None) -> tuple[PreTrainedConfig
             "have: load the model yourself and pass it to residua.capture_dataset"
         )
     return config, kind
+
+
+def is_pair_model(model: object, settings: CaptureSettings) -> bool:
+    """Return whether a model, or the one of a name, is an encoder-decoder; of a name only its config is read.
+
+    Raises:
+        PlanError: There is no such model.
+    """
+    if isinstance(model, str | PathLike):
+        try:
+            config = AutoConfig.from_pretrained(fspath(model), revision=settings.revision)
+        except (OSError, ValueError):
+            return False  # loading the model says what is wrong
+        return bool(getattr(config, "is_encoder_decoder", False))
+    return isinstance(model, nn.Module) and is_encoder_decoder(model)
 
 
 def _not_loaded(name: str, error: Exception) -> PlanError:

@@ -37,6 +37,8 @@ one for the example."""
 
 IMAGES = "image_sha256"
 """Column of the example table with the SHA-256 of each image of an example, in hex."""
+SOURCE_IDS = "source_ids"
+"""Column of the example table of a decoder: the tokens of each source."""
 
 DIGEST_KEY = b"residua.digest"
 IMAGES_KEY = b"residua.digest_covers"  # in the metadata of a part whose digest covers the column `IMAGES`

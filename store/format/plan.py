@@ -44,6 +44,8 @@ CHUNK_BYTES = 512 * 1024
 SHARD_BYTES = 32 * 1024 * 1024
 HOST_MEMORY_BYTES = 4 * 1024**3
 COLUMN_BYTES = 16  # of a row in a host buffer: its token, position and example
+STACK_RULE = "stack"
+"""Entry of a plan's `rules`: the stack whose positions are the rows, in a model that has several."""
 _OPTIONAL = "column_shards"  # field of a site that the JSON leaves out where it is 1
 _MAPPINGS = ("model", "dataset", "rules")
 

@@ -105,6 +105,11 @@ class Site:
         return "encoder" if self.kind in ("cross_k", "cross_v") else self.stack
 
     @property
+    def is_pattern(self) -> bool:
+        """Whether a row has one entry for each key: positions of its own example, or of the source."""
+        return self.kind in ("pattern", "cross_pattern")
+
+    @property
     def in_stack(self) -> str:
         """The name without the stack: ``resid_post.7`` of ``encoder.resid_post.7``."""
         return str(replace(self, stack=""))
@@ -201,6 +206,11 @@ def _parse_module(text: str) -> Site:
         side="input" if match["side"] == "input" else "output",
         index=None if index is None else int(index),
     )
+
+
+def is_pattern(name: str) -> bool:
+    """Return whether the site of this name is a pattern; see `Site.is_pattern`."""
+    return "pattern." in name and parse_site(name).is_pattern
 
 
 def select(patterns: str | Iterable[str], available: Iterable[str], *, on_demand: bool = True) -> tuple[str, ...]:

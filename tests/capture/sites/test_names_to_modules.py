@@ -77,14 +77,6 @@ def test_a_model_without_lm_head_has_no_logits() -> None:
         resolve_sites(model, "logits")
 
 
-def test_encoder_decoders_have_no_canonical_sites() -> None:
-    config = hf.T5Config(vocab_size=50, d_model=16, d_ff=16, num_layers=2, num_heads=2, d_kv=8)
-    model = hf.T5ForConditionalGeneration(config)
-    assert model_sites(model) == {}
-    with pytest.raises(UnknownSiteError, match="module:PATH@output"):
-        resolve_sites(model, "resid_post.0")
-
-
 def test_module_sites_of_a_language_model_are_measured() -> None:
     sites = resolve_sites(
         TINY["opt"](), "module:model.decoder.layers.0.fc1,module:model.decoder.layers.0.self_attn@input"
