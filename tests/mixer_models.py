@@ -256,3 +256,17 @@ EXPERTS: dict[str, Callable[[], PreTrainedModel]] = {
     "qwen3_moe": lambda: lively(hf.Qwen3MoeForCausalLM, hf.Qwen3MoeConfig(**_TWO, **_EXPERTS, num_experts=4)),
 }
 """Mixtures of experts in block 1."""
+
+LATENT: dict[str, Callable[[], PreTrainedModel]] = {
+    "deepseek_v2": lambda: lively(
+        hf.DeepseekV2ForCausalLM,
+        hf.DeepseekV2Config(**_TWO_PLAIN, **_MLA, first_k_dense_replace=2, n_routed_experts=4),
+    ),
+    "deepseek_v3": EXPERTS["deepseek_v3"],
+    "minicpm3": FACTORS["minicpm3"][0],
+    "mla-without-query-latent": lambda: lively(
+        hf.DeepseekV3ForCausalLM,
+        hf.DeepseekV3Config(**{**_TWO_PLAIN, **_MLA, "q_lora_rank": None}, first_k_dense_replace=2, n_routed_experts=4),
+    ),
+}
+"""Multi-head latent attention."""

@@ -52,12 +52,14 @@ class LinearMap:
         time: Its number among the events of the block.
         path: The innermost module that was running, relative to the block.
         number: Its number among the linear maps of that module's forward.
+        taken: What it was applied to.
         values: The result.
     """
 
     time: int
     path: str
     number: int
+    taken: Tensor
     values: Tensor
 
 
@@ -95,6 +97,8 @@ class BlockRun:
         outputs: What left modules in it, likewise.
         attention: When attention was computed, and in which module: by a call of transformers' attention interface, or
             by a softmax of the module's own over keys.
+        values: The values that calls of the interface took, each (examples, heads, positions, width).
+        given: What each module gave, of any size.
         shapes: Shape and dtype of what last entered each module in it.
         linear: The linear maps in it.
         experts: The calls of modules of experts in it.
@@ -108,6 +112,8 @@ class BlockRun:
     inputs: list[Event] = field(default_factory=list)
     outputs: list[Event] = field(default_factory=list)
     attention: list[tuple[int, str]] = field(default_factory=list)
+    values: list[Tensor] = field(default_factory=list)
+    given: dict[str, Tensor] = field(default_factory=dict)
     shapes: dict[str, tuple[tuple[int, ...], torch.dtype]] = field(default_factory=dict)
     linear: list[LinearMap] = field(default_factory=list)
     experts: list[ExpertsCall] = field(default_factory=list)
@@ -125,12 +131,13 @@ class BlockRun:
         self._time += 1
         return self._time
 
-    def note_linear(self, result: Tensor) -> None:
+    def note_linear(self, taken: Tensor, result: Tensor) -> None:
         """Note a linear map with one entry for each token or more."""
         path, number = next(reversed(self.running.items()))
         for module in self.running:
             self.running[module] += 1
-        self.linear.append(LinearMap(time=self.tick(), path=path, number=number, values=result.detach()))
+        both = taken.detach(), result.detach()
+        self.linear.append(LinearMap(time=self.tick(), path=path, number=number, taken=both[0], values=both[1]))
 
     def note_input(self, path: str, items: Sequence[object]) -> None:
         """Note what a module takes, if it is a module of experts."""
@@ -253,6 +260,7 @@ def _around(block: str, path: str, runs: Mapping[str, BlockRun]) -> tuple[Callab
             runs[block].running.pop(path, None)
         if tensor is not None and block in runs:
             runs[block].note(runs[block].outputs, path, tensor)
+            runs[block].given[path] = tensor.detach()
 
     return before, after
 
@@ -268,7 +276,7 @@ def _is_expert(block: nn.Module, path: str) -> bool:
 class _AttentionClock(AttentionTap):
     """Notes when a module calls transformers' attention interface."""
 
-    kinds: frozenset[str] = frozenset()
+    kinds: frozenset[str] = frozenset(("v",))
 
     def __init__(self, block: str, path: str, runs: Mapping[str, BlockRun]) -> None:
         self._block = block
@@ -276,7 +284,10 @@ class _AttentionClock(AttentionTap):
         self._runs = runs
 
     def __call__(self, kind: str, tensor: Tensor) -> None:
-        """Take no tensors."""
+        """Keep the values."""
+        del kind
+        if run := self._runs.get(self._block):
+            run.values.append(tensor.detach())
 
     def note_arguments(self, arguments: Mapping[str, Any]) -> None:
         """Note the time of the call."""
@@ -306,7 +317,7 @@ class _CallClock(TorchFunctionMode):
                 run.attention.append((run.tick(), next(reversed(run.running))))
         if func in LINEAR:
             for run in self._runs.values():
-                run.note_linear(result)
+                run.note_linear(args[0] if args else (kwargs or {})["input"], result)
         return result
 
 

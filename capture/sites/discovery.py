@@ -24,11 +24,22 @@ from residua.capture.hooks.own_attention import OwnAttention
 from residua.capture.hooks.site import SiteInfo, Via
 from residua.capture.sites.anatomy import ATTENTION_KINDS, Anatomy, are_checkpointable
 from residua.capture.sites.own_attention import find_own_attention
-from residua.capture.sites.part_sites import PART_KINDS, BlockParts, PartFinder, expert_sites, lacking, sites_of
+from residua.capture.sites.part_sites import (
+    PART_KINDS,
+    BlockParts,
+    PartFinder,
+    expert_sites,
+    lacking,
+    latent_site,
+    sites_of,
+)
 from residua.capture.sites.part_trials import parts_that_mix, routers_that_decide, stages_that_fail
 from residua.capture.sites.shape_probe import measure_sites, probes_of, run_probe, without_rows
 from residua.store.base.errors import CaptureError
 from residua.store.format.site_names import CROSS_KINDS, LAYER_KINDS
+
+_OF_RUNS = (*PART_KINDS, *EXPERT_KINDS, "kv_latent")
+"""Kinds that are found by what one run of each block shows."""
 
 
 def discover(model: nn.Module, anatomy: Anatomy, kinds: Collection[str]) -> dict[str, SiteInfo]:
@@ -44,7 +55,7 @@ def discover(model: nn.Module, anatomy: Anatomy, kinds: Collection[str]) -> dict
     """
     kinds = [kind for kind in kinds if kind not in CROSS_KINDS or (kind == "cross_attn_out" and anatomy.cross)]
     cross = dict(zip(anatomy.blocks, anatomy.cross, strict=False))
-    wants_parts = any(kind in kinds for kind in (*PART_KINDS, *EXPERT_KINDS))
+    wants_parts = any(kind in kinds for kind in _OF_RUNS)
     watch = BlockWatch(anatomy.modules, anatomy.blocks, PartFinder(cross) if wants_parts else None)
     streams = ("resid_pre", "resid_post", "final") if wants_parts else ()
     chosen = {name: info for name, info in _candidates(anatomy).items() if info.site.kind in (*kinds, *streams)}
@@ -161,6 +172,7 @@ def _parts(
     decide = routers_that_decide(model, {path: seen[path].experts for path in seen})
     for layer, path in enumerate(anatomy.blocks):
         made = [] if path not in seen else expert_sites(layer, path, seen[path].experts, decides=path in decide)
+        made += [latent_site(layer, path, seen[path].latent)] if path in seen else []
         if path in streams:
             made += sites_of(layer, seen[path], mixing.get(path, ()), failed.get(path, ()), anatomy.modules)
         sites |= {info.name: info for info in made}
@@ -171,7 +183,7 @@ def _no_parts(anatomy: Anatomy, problem: str) -> dict[str, SiteInfo]:
     return {
         f"{kind}.{layer}": lacking(f"{kind}.{layer}", block, problem)
         for layer, block in enumerate(anatomy.blocks)
-        for kind in (*PART_KINDS, *EXPERT_KINDS)
+        for kind in _OF_RUNS
     }
 
 

@@ -300,11 +300,19 @@ def _reason(model: nn.Module, anatomy: Anatomy | None, kind: str, problems: Mapp
             f"{name} lacks it: a mixture of experts has hidden activations only inside its experts, for the tokens "
             "routed to each; use mlp_out, or router_logits, expert_index and expert_weight for the routing"
         )
+    if kind == "kv_latent":
+        return f"{name} has none: its keys and values are made of the residual stream itself; use k and v"
     if kind == "mixer_out":
         return f"{name} has none: its blocks have no sequence mixer other than attention; use attn_out"
-    if kind in CROSS_KINDS:
-        return f"{name} has none: it has no encoder beside its blocks"
-    return f"{name} has none: {anatomy.family.lacks[kind]}"
+    return f"{name} has none: {_IN_NO_FAMILY.get(kind) or anatomy.family.lacks[kind]}"
+
+
+_IN_NO_FAMILY = {
+    "kv_latent": "its keys and values are made of the residual stream itself; use k and v",
+    "mixer_out": "its blocks have no sequence mixer other than attention; use attn_out",
+    **dict.fromkeys(CROSS_KINDS, "it has no encoder beside its blocks"),
+}
+"""Why the models of the table lack kinds of sites that none of them has."""
 
 
 def _unknown_reason(anatomy: Anatomy, problems: Mapping[str, str]) -> str:

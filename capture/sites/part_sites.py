@@ -13,7 +13,8 @@ from torch import nn
 
 from residua.capture.blocks.block_parts import Part, Parts, Stage, activation_of, parts_of
 from residua.capture.blocks.block_run import BlockRun
-from residua.capture.blocks.experts import EXPERT_KINDS, Experts, experts_in
+from residua.capture.blocks.experts import EXPERT_KINDS, Experts, Spot, experts_in
+from residua.capture.blocks.latents import latent_in
 from residua.capture.hooks.site import SiteInfo, Via
 from residua.capture.sites.architectures import SIDE_BY_SIDE
 
@@ -40,6 +41,7 @@ class BlockParts:
         activations: From the path of a part that may be an MLP to the module whose input are its hidden activations,
             and the shape and data type of these.
         experts: Its mixture of experts.
+        latent: Where the latent of its keys and values is, or why there is none.
         cross: The module in it that attends to an encoder's rows; empty if there is none.
         stray_attention: Whether attention is computed in the block, and not in a module of any part.
     """
@@ -50,6 +52,7 @@ class BlockParts:
     parts: Parts | None
     activations: Mapping[str, tuple[str, tuple[int, ...], torch.dtype]]
     experts: Experts
+    latent: Spot | str
     stray_attention: bool
     cross: str = ""
 
@@ -87,6 +90,7 @@ class PartFinder:
             parts=parts,
             activations={part: (path, *run.shapes[path]) for part, path in found.items() if path is not None},
             experts=experts_in(run, stages),
+            latent=latent_in(run),
             stray_attention=bool(run.attention) and not attends,
             cross=self._cross.get(run.path, "").removeprefix(f"{run.path}."),
         )
@@ -155,6 +159,12 @@ def expert_sites(layer: int, block: str, experts: Experts, *, decides: bool) -> 
     ]
 
 
+def latent_site(layer: int, block: str, latent: Spot | str) -> SiteInfo:
+    """Return the site of the latent of a block's keys and values; it has a ``problem`` if there is none."""
+    name = f"kv_latent.{layer}"
+    return lacking(name, block, latent) if isinstance(latent, str) else latent.site(name, block)
+
+
 def lacking(name: str, block: str, problem: str) -> SiteInfo:
     """Return a site that a block lacks, and the reason."""
     return SiteInfo(name=name, row_shape=None, dtype=None, module=block, via="output", per_token=False, problem=problem)
@@ -178,7 +188,10 @@ def _part_site(
     name, found = f"{kind}.{layer}", by_kind.get(kind, ())
     if not found:
         added = (f"{other}.{layer} ({_text(block, part)})" for other, parts in by_kind.items() for _, part in parts)
-        return lacking(name, block.path, f"{block.path} {_WHAT[kind]}; what it adds is {', '.join(added)}")
+        what = _WHAT[kind]
+        if kind == "attn_out" and block.stray_attention:
+            what = "adds no output of a module that computes attention"
+        return lacking(name, block.path, f"{block.path} {what}; what it adds is {', '.join(added)}")
     same_stage = [part for stage, part in found if stage is found[0][0]]
     if len(same_stage) > 1:
         both = " and ".join(_text(block, part) for part in same_stage)

@@ -31,6 +31,7 @@ CROSS_KINDS = ("cross_q", "cross_k", "cross_v", "cross_pattern", "cross_z", "cro
 
 LAYER_KINDS = (
     "resid_pre",
+    "kv_latent",
     "q",
     "k",
     "v",
