@@ -56,6 +56,10 @@ class Call:
         note = "a row is a whole example: the sites are not computed from tokens alone, and say nothing of one token"
         return replace(self, input_ids=None, mask=whole, starts=None, inputs={}, notes=(*self.notes, note))
 
+    def by_position(self, n_positions: int) -> "Call":
+        """Return the call with `n_positions` rows for each example, which have no tokens."""
+        return replace(self, input_ids=None, mask=np.ones((len(self.mask), n_positions), np.bool_), starts=None)
+
     def documents(self) -> Iterator[tuple[int, npt.NDArray[np.int64]]]:
         """Yield the sequence of each example, and the padded positions of its tokens."""
         for sequence, mask in enumerate(self.mask):

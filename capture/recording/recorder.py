@@ -50,6 +50,7 @@ from residua.capture.runtime.streams import writer_threads
 from residua.capture.runtime.wrappers import core_of, refuse_compiled, uncompiled_loop
 from residua.capture.scheduling.membership import Membership
 from residua.capture.sites.anatomy import takes_pixels
+from residua.capture.sites.frames import n_frame_positions, takes_frames
 from residua.capture.sites.names_to_modules import resolve_sites
 from residua.capture.sites.reference_model import unsharded_sites
 from residua.capture.taps.reading import reading
@@ -218,6 +219,8 @@ class Recorder:
         if is_probing():
             return
         call = read_call(self._parameters, args, kwargs, first_position=self._first_position, caches=self._caches)
+        if takes_frames(self._called):
+            call = call.by_position(n_frame_positions(self._called))
         self._call = call.by_example() if self._has_whole_examples else call
         self._same_calls.check(self._call, self._keep)
         if self._archive is not None:

@@ -21,13 +21,14 @@ from residua.capture.hooks.site import SiteInfo
 from residua.capture.runtime.devices import input_device
 from residua.capture.runtime.wrappers import core_of, named_modules
 from residua.capture.sites.anatomy import takes_pixels
+from residua.capture.sites.frames import n_frame_positions, run_on_frames, takes_frames
 from residua.capture.sites.pixels import few_pixels, patch_grid, run_on_pixels
 from residua.store.base.errors import CaptureError
 
 PROBES = ((2, 3), (5, 7))
 """(examples, positions) of the two runs on tokens: all numbers and products differ."""
 
-_IMAGES = (2, 3)
+_IMAGES = (2, 3)  # or examples of frames
 
 
 def takes_tokens(model: nn.Module) -> bool:
@@ -39,11 +40,13 @@ def takes_tokens(model: nn.Module) -> bool:
 
 
 def probes_of(model: nn.Module) -> tuple[tuple[int, int], tuple[int, int]]:
-    """Return (examples, positions) of the two runs of a model on a few tokens or images.
+    """Return (examples, positions) of the two runs of a model on a few tokens, images or examples of frames.
 
     Raises:
         CaptureError: The model takes images, and has not one position for each patch.
     """
+    if takes_frames(model):
+        return (_IMAGES[0], n_frame_positions(model)), (_IMAGES[1], n_frame_positions(model))
     if not takes_pixels(model):
         return PROBES
     n_positions = patch_grid(model, tuple(few_pixels(model, 1).shape[1:])).n_positions
@@ -51,7 +54,9 @@ def probes_of(model: nn.Module) -> tuple[tuple[int, int], tuple[int, int]]:
 
 
 def run_probe(model: nn.Module, probe: tuple[int, int]) -> Tensor | None:
-    """Run a model on the tokens or images of one of `probes_of`; see `run_on_tokens`."""
+    """Run a model on the tokens, images or frames of one of `probes_of`; see `run_on_tokens`."""
+    if takes_frames(model):
+        return run_on_frames(model, probe[0])
     return run_on_pixels(model, few_pixels(model, probe[0])) if takes_pixels(model) else run_on_tokens(model, probe)
 
 

@@ -130,3 +130,21 @@ def test_a_decoder_that_is_as_deep_as_its_encoder_is_not_mistaken() -> None:
     sites = model_sites(hf.T5ForConditionalGeneration(config).train(False))
     assert sites["encoder.resid_post.1"].module == "encoder.block.1"
     assert sites["decoder.resid_post.1"].module == "decoder.block.1"
+
+
+def test_frames_are_rows_without_tokens(tmp_path: Any) -> None:
+    model = tiny_whisper()
+    features = torch.randn(2, 8, 24, generator=torch.Generator().manual_seed(0))
+    assert {"encoder.q.1", "encoder.resid_post.1", "encoder.attn_out.0", "encoder.pattern.0"} <= set(model_sites(model))
+    with torch.no_grad():
+        plain = model(input_features=features, decoder_input_ids=TARGETS, output_hidden_states=True)
+    for sites, length in (("encoder.resid_post.0,decoder.cross_v.1", 12), ("decoder.resid_post.0", 3)):
+        with residua.Recorder(model, sites=sites, out=tmp_path / sites[:7], head=False), torch.no_grad():
+            model(input_features=features, decoder_input_ids=TARGETS)
+        archive = residua.open(tmp_path / sites[:7])
+        assert archive.examples["n_rows"].to_pylist() == [length] * 2
+        has_tokens = length == 3
+        assert (archive.rows.token[:] == -1).all() != has_tokens
+        hidden = plain.decoder_hidden_states[1] if has_tokens else plain.encoder_hidden_states[1]
+        found = torch.from_numpy(archive.example(1, archive.sites[0])[archive.sites[0]])
+        torch.testing.assert_close(found, hidden[1], atol=1e-4, rtol=1e-4)

@@ -1,0 +1,64 @@
+"""Encoders over the frames of audio, such as Whisper's: how many positions they have, and a run on a few examples.
+
+Such an encoder takes features of a fixed length, (examples, features of a frame, frames), and its convolutions make one
+position of a number of frames that its config fixes. A row of it is such a position, and has no token.
+"""
+
+from inspect import signature
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from residua.capture.hooks.forward_call import trial
+from residua.capture.runtime.devices import input_device
+from residua.capture.runtime.wrappers import core_of
+from residua.store.base.errors import CaptureError
+
+FRAMES = "input_features"
+"""Name of the argument in which transformers' encoders take frames."""
+
+
+def takes_frames(model: nn.Module) -> bool:
+    """Return whether a model is an encoder of transformers that reads a fixed number of frames, and no tokens."""
+    core = core_of(model)
+    if not isinstance(core, PreTrainedModel) or core.main_input_name != FRAMES:
+        return False
+    known = all(isinstance(getattr(core.config, name, None), int) for name in ("num_mel_bins", "max_source_positions"))
+    return known and "decoder_input_ids" not in signature(core.forward).parameters
+
+
+def n_frame_positions(model: nn.Module) -> int:
+    """Return the number of positions of an encoder over frames, which every example has."""
+    core = core_of(model)
+    if not isinstance(core, PreTrainedModel) or not takes_frames(core):
+        raise TypeError(f"{type(core).__name__} is no encoder over frames")
+    return int(core.config.max_source_positions)
+
+
+def run_on_frames(model: nn.Module, n_examples: int) -> Tensor | None:
+    """Run an encoder over frames on a few examples; see `residua.capture.sites.shape_probe.run_on_tokens`."""
+    core = core_of(model)
+    if not isinstance(core, PreTrainedModel):
+        raise TypeError(f"{type(core).__name__} is no model of transformers")
+    shape = (n_examples, int(core.config.num_mel_bins), _n_frames(core))
+    features = torch.sin(torch.arange(shape[0] * shape[1] * shape[2]).float()).view(shape)
+    with trial(model):
+        try:
+            output = model(**{FRAMES: features.to(input_device(core), core.dtype)})
+        except Exception as error:  # the boundary to the user's model, which may raise anything
+            raise CaptureError(
+                f"{type(core).__name__} was run on features of shape {shape} to measure its sites, and raised "
+                f"{type(error).__name__}: {error}"
+            ) from error
+    found = getattr(output, "last_hidden_state", None)
+    return found if isinstance(found, Tensor) else None
+
+
+def _n_frames(core: PreTrainedModel) -> int:
+    """Return how many frames the encoder takes: its positions, times the strides of its convolutions."""
+    n_frames = int(core.config.max_source_positions)
+    for module in core.children():
+        if isinstance(module, nn.Conv1d):
+            n_frames *= module.stride[0]
+    return n_frames
