@@ -16,7 +16,7 @@ from torch import Tensor
 
 from residua.capture.runtime.devices import uploaded
 
-_OF_TOKENS = ("token_type_ids", "mm_token_type_ids")
+OF_TOKENS = ("token_type_ids", "mm_token_type_ids")
 """Inputs with one number a token, (1, tokens)."""
 
 
@@ -38,7 +38,7 @@ class ExampleInputs:
     def signature(self) -> tuple[tuple[str, tuple[int, ...], torch.dtype], ...]:
         """What examples of one pass have in common: names, types, and all axes but the first."""
         return tuple(
-            (name, () if name in _OF_TOKENS else tuple(tensor.shape[1:]), tensor.dtype)
+            (name, () if name in OF_TOKENS else tuple(tensor.shape[1:]), tensor.dtype)
             for name, tensor in sorted(self.tensors.items())
         )
 
@@ -65,7 +65,7 @@ def joined(
     found = {}
     for name in examples[0].tensors:
         tensors = [example.tensors[name] for example in examples]
-        if name in _OF_TOKENS:
+        if name in OF_TOKENS:
             tensors = [torch.nn.functional.pad(tensor, (0, n_positions - tensor.shape[1])) for tensor in tensors]
         whole = torch.cat(tensors)
         found[name] = uploaded(whole.to(dtype) if whole.is_floating_point() else whole, device)

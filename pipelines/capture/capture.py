@@ -199,6 +199,7 @@ def capture_dataset(
         images = image_dataset(model, place.path, chosen, processor)
         if images is not None:
             stack.enter_context(images)
+            tokenizer = tokenizer or getattr(processor, "tokenizer", None)
         job = DatasetCapture(model, place.path, tokenizer, dataset, chosen, command, on_example, images)
         job.notes.extend(place.notes)
         called = runnable(model)

@@ -1,5 +1,6 @@
 """Whether a capture takes images, and what its model makes of them."""
 
+from inspect import signature
 from os import PathLike
 from pathlib import Path
 
@@ -8,8 +9,8 @@ from transformers import AutoProcessor, PreTrainedModel
 from residua.capture.layout.process_layout import spans_processes
 from residua.capture.runtime.pipeline_schedule import stage_model_of
 from residua.capture.runtime.sharded import is_sharded
-from residua.capture.sites.anatomy import takes_pixels
-from residua.pipelines.data.image_encoders import PatchEncoder
+from residua.capture.sites.anatomy import PIXELS, takes_pixels
+from residua.pipelines.data.image_encoders import PatchEncoder, TokenEncoder
 from residua.pipelines.data.image_examples import ImageDataset
 from residua.pipelines.setup.settings import CaptureSettings
 from residua.store.base.errors import PlanError
@@ -29,11 +30,15 @@ def image_dataset(
     Raises:
         PlanError: The model takes images and comes without a processor, takes none, or is held by several processes.
     """
-    if not takes_pixels(model):
-        for flag, value in (("--image-column", settings.image_column), ("processor", processor)):
-            if value is not None:
-                raise PlanError(f"{flag} is given, and {type(model).__name__} takes no images: leave it out")
+    if not takes_pixels(model) and settings.image_column is None:
+        if processor is not None:
+            raise PlanError("processor is for images: name their column by image_column (--image-column) too")
         return None
+    if PIXELS not in signature(model.forward).parameters:
+        raise PlanError(
+            f"--image-column {settings.image_column!r} is given, and {type(model).__name__} takes no images: leave it "
+            "out"
+        )
     if stage_model_of(model) is not None or spans_processes(model) or is_sharded(model):
         raise PlanError(
             f"{type(model).__name__} is held by several processes, and images are captured by models that one process "
@@ -42,9 +47,11 @@ def image_dataset(
     if processor is None:
         raise PlanError(
             f"{type(model).__name__} takes images, and comes without an image processor: pass "
-            "processor=transformers.AutoImageProcessor.from_pretrained(...)"
+            "processor=transformers.AutoImageProcessor.from_pretrained(...), or AutoProcessor if it takes text, too"
         )
-    return ImageDataset(out, PatchEncoder(model, processor), settings)
+    if takes_pixels(model):
+        return ImageDataset(out, PatchEncoder(model, processor), settings)
+    return ImageDataset(out, TokenEncoder(model, processor, settings), settings)
 
 
 def load_processor(name: str | PathLike[str], revision: str | None) -> object:

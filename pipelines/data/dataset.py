@@ -55,6 +55,8 @@ class DatasetReport:
     n_empty: int = 0
     n_short: int = 0
     n_without_rows: int = 0
+    # Examples with an image whose patches have no known place in it.
+    n_unplaced: int = 0
     # Whether max_tokens ended the reading, and how many tokens the last example lost to it.
     cut_at_max_tokens: bool = False
     n_cut_tokens: int = 0
@@ -85,6 +87,8 @@ class DatasetReport:
             f"{self.n_padding} tokens of padding were removed": self.n_padding,
             f"{self.n_short} examples were shorter than asked and were left out": self.n_short,
             f"{self.n_without_rows} examples have no position to keep and were left out": self.n_without_rows,
+            f"in {self.n_unplaced} examples the place of a patch in its image is not known: patch_row and patch_column "
+            "are -1": self.n_unplaced,
             f"{named('max_tokens')} ended it; the last example lost {self.n_cut_tokens} tokens": self.cut_at_max_tokens,
         }
         return [sentence for sentence, count in notes.items() if count]

@@ -14,7 +14,7 @@ from typing import Protocol, Self
 import numpy as np
 from PIL import Image
 
-from residua.capture.forward.example_inputs import ExampleInputs
+from residua.capture.forward.example_inputs import OF_TOKENS, ExampleInputs
 from residua.pipelines.data.dataset import SOURCE_COLUMNS, DatasetReport
 from residua.pipelines.data.image_spool import Spool, SpoolWriter, spool_folder
 from residua.pipelines.data.images import GivenImage, given_image, open_image
@@ -22,12 +22,12 @@ from residua.pipelines.data.settings import DatasetSettings
 from residua.pipelines.data.sources import Row, Rows, local_path, open_rows
 from residua.store.base.canonical import Json
 from residua.store.base.errors import DatasetError
-from residua.store.examples.index import IMAGES, OTHER_INPUTS, Example
+from residua.store.examples.index import IMAGES, INPUT_PREFIX, OTHER_INPUTS, Example
 from residua.store.format.row_columns import MODALITIES
 from residua.store.selection.positions import kept_positions, marks_of
 
 _USUAL = ("image", "images", "img")
-_SPECIAL = MODALITIES.index("special")
+_IMAGE, _SPECIAL = MODALITIES.index("image"), MODALITIES.index("special")
 
 
 class Encoder(Protocol):
@@ -256,10 +256,12 @@ class _Reading:
         if n_tokens < self.settings.min_length:
             self.report.n_short += 1
             return None
+        modality, row_of = found.columns["modality"], found.columns["patch_row"]
+        self.report.n_unplaced += bool(((modality == _IMAGE) & (row_of < 0)).any())
         marked = None
         if rule.column:
             marked = marks_of(row.get(rule.column), n_tokens, column=rule.column, row=number)
-        dropped = found.columns["modality"] == _SPECIAL if self.settings.drop_special else None
+        dropped = modality == _SPECIAL if self.settings.drop_special else None
         positions = kept_positions(rule, n_tokens, marked=marked, dropped=dropped)
         if not positions.size:
             self.report.n_without_rows += 1
@@ -271,6 +273,12 @@ class _Reading:
         return Example(
             input_ids=found.input_ids.astype(np.int32),
             positions=positions,
-            columns={**others, **where_from, OTHER_INPUTS: sorted(found.tensors)},
+            columns={**others, **where_from, **_recorded(found)},
             images=tuple(each.sha256 for each in images),
         )
+
+
+def _recorded(found: ExampleInputs) -> dict[str, object]:
+    """Return the names of the inputs of an example beside tokens, and the values of those with one number a token."""
+    kept = {f"{INPUT_PREFIX}{name}": found.tensors[name][0].tolist() for name in OF_TOKENS if name in found.tensors}
+    return {OTHER_INPUTS: sorted(found.tensors), **kept}
