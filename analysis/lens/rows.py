@@ -217,10 +217,12 @@ class LensRows:
         return rows
 
     def next_tokens(self, rows: Rows) -> Rows:
-        """Return the token after each row; -1 at the end of its example, and for masked models, which predict none."""
+        """Return the token after each row; -1 at the end of its example, and for models that predict none."""
         found = np.full(len(rows), -1, np.int64)
         model = self._archive.provenance.get("model")
-        if isinstance(model, Mapping) and "MaskedLM" in str(model.get("class")):
+        if isinstance(model, Mapping) and (
+            model.get("predicts") in ("tokens", "examples") or "MaskedLM" in str(model.get("class"))
+        ):
             return found
         examples, following = self._archive.rows.example.numpy(rows), self._positions(rows) + 1
         for example in np.unique(examples).tolist():

@@ -22,6 +22,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from residua.capture.hooks.attention import eager_attention
 from residua.capture.identity.fingerprint import known_fingerprint, weights_fingerprint
 from residua.capture.identity.output import OutputSample, compare_outputs, output_sample
+from residua.capture.identity.prediction import Prediction
 from residua.capture.identity.settings import adapters_of, compare_settings, module_settings
 from residua.capture.layout.process_layout import describe_process_layout, spans_processes
 from residua.capture.runtime.compat import attention_implementation, model_revision
@@ -106,7 +107,11 @@ def _dtype(core: nn.Module) -> str | None:
 
 
 def describe_model(
-    model: nn.Module, identity: Mapping[str, Json], output: OutputSample | str | None = None
+    model: nn.Module,
+    identity: Mapping[str, Json],
+    output: OutputSample | str | None = None,
+    *,
+    predicts: Prediction | None = None,
 ) -> dict[str, Json]:
     """Return the provenance of a model: where it came from, what it ran on, and which one it is.
 
@@ -114,6 +119,7 @@ def describe_model(
         model: The model.
         identity: As `identify_model` says.
         output: What it computes, as `output_sample` says; None if that was not found out.
+        predicts: What its logits are of, as `prediction_of` says.
     """
     adapters = adapters_of(model)
     model = core_of(model)
@@ -127,6 +133,7 @@ def describe_model(
         "adapters": adapters or None,
         "settings": None if spans_processes(model) else module_settings(model),  # each process has its own
         "output": output.to_json() if isinstance(output, OutputSample) else output,
+        "predicts": predicts,
         **identity,
     }
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from residua.capture.buffers.row_index import batch_rows
+from residua.capture.identity.prediction import Prediction
 from residua.capture.identity.provenance import describe_model, environment
 from residua.capture.identity.sidecars import Sidecars, save_tokenizer, write_sidecars
 from residua.capture.layout.layouts import Layout
@@ -55,6 +56,7 @@ class GrowingArchive:
         first_rows: Rows of the first call.
         host_memory: Memory that host buffers may take together, in bytes.
         threads: Encoder threads.
+        predicts: What the model's logits are of, for the provenance.
 
     Raises:
         FileExistsError: `path` exists.
@@ -77,6 +79,7 @@ class GrowingArchive:
         first_rows: int,
         host_memory: int,
         threads: int,
+        predicts: Prediction | None = None,
     ) -> None:
         self._path = path
         self._plan = plan
@@ -88,7 +91,7 @@ class GrowingArchive:
                 if tokenizer is not None:
                     save_tokenizer(tokenizer, folder / "tokenizer")
                 of_rows: dict[str, Json] = {COMPUTED: cast_sites(plan.sites, computed)}
-                of_model: dict[str, Json] = {"model": describe_model(model, plan.model)}
+                of_model: dict[str, Json] = {"model": describe_model(model, plan.model, predicts=predicts)}
                 create_archive(folder, path, plan, {**of_model, **of_rows, **environment()})
             return {"plan": plan.digest}
 

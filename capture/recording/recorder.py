@@ -34,6 +34,7 @@ from residua.capture.hooks.attention import eager_where_needed
 from residua.capture.hooks.forward_call import is_probing, move_last
 from residua.capture.hooks.site import SiteInfo, check_storage, plan_site, refuse_repeated
 from residua.capture.identity.lm_head import lm_head_files, lm_head_problem
+from residua.capture.identity.prediction import Prediction, no_loss, prediction_of
 from residua.capture.identity.provenance import identify_model
 from residua.capture.identity.sidecars import attention_files, attention_notes
 from residua.capture.layout.layouts import Layout
@@ -127,6 +128,7 @@ class Recorder:
             self._stack_called = stack_of(model, self._sites)
             self._attention = attention_files(model, self._sites)
             self._head_problem = lm_head_problem(model) if head else ""
+            self._predicts: Prediction | None = None if self._has_whole_examples else prediction_of(model)
         self._called = model if self._stack_called is None else self._stack_called
         self._parameters = parameter_names(self._called)
         self._first_position = first_position(core_of(self._called))
@@ -269,8 +271,10 @@ class Recorder:
             first_rows=int(call.mask.sum()),
             host_memory=self._host_memory,
             threads=self._threads,
+            predicts=self._predicts,
         )
         archive.note(attention_notes(self._attention))
+        archive.note(filter(None, [no_loss(self._model, self._predicts)]))
         if self._head_problem:
             archive.note([f"{NO_LM_HEAD}: {self._head_problem}"])
         archive.begin(call, self._keep, self._columns)

@@ -11,6 +11,7 @@ Legend: `B` examples in the batch, `T` padded positions, `H` heads, `K` keys, `V
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Literal, TypeVar
 
 import numpy as np
@@ -31,6 +32,7 @@ from residua.capture.forward.plan_batch import PlanBatch, microbatches, one_by_o
 from residua.capture.hooks.attention import eager_where_needed
 from residua.capture.hooks.site import SiteInfo
 from residua.capture.identity.padding import RAN_ALONE, padding_leaks
+from residua.capture.identity.prediction import no_loss, prediction_of, token_logits
 from residua.capture.identity.provenance import ModelCheck, check_model
 from residua.capture.replay.notes import attention_notes, batch_note, storage_notes
 from residua.capture.replay.recorded_inputs import RecordedInputs
@@ -63,7 +65,8 @@ class Pass:
     """The results of one replay pass, by example and without padding.
 
     Attributes:
-        logits: Per example, (tokens, vocabulary); None if the model's last stage is in another process.
+        logits: Per example, (tokens, vocabulary), or (1, classes) of a classifier of whole examples; None if the
+            model's last stage is in another process.
         sites: From name to the rows of each example, (rows, *row), as the model continued with them. Sites of another
             process are missing.
         nodes: With gradients only: from name to the tensor that gradients can be taken with respect to, (B, T, *row):
@@ -85,9 +88,8 @@ class Pass:
         """
         if self.logits is None:
             raise CaptureError(
-                f"the model gave no logits of tokens{on_rank()}: it has no language modelling head here, or is a "
-                "classifier, whose logits are those of an example. Its sites can be read; logits and metrics need a "
-                "model with an output for each token."
+                f"the model gave no logits of its tokens or examples{on_rank()}: it has no head here. Its sites can be "
+                "read; logits and metrics need a model with logits."
             )
         return self.logits
 
@@ -171,6 +173,16 @@ class Replayer:
         """The sites that take stored rows, and those that are edited."""
         return (*self.start.sites, *(name for edit in self.edits for name in edit.actions))
 
+    @cached_property
+    def gives_example_logits(self) -> bool:
+        """Whether the model is a classifier of whole examples; some models without an LM head run once to find out."""
+        return n_logits_of(self.core) is None and prediction_of(self.model) == "examples"
+
+    def require_loss(self) -> None:
+        """Raise PlanError if the model's logits do not predict the next token."""
+        if lacks := no_loss(self.model, prediction_of(self.model)):
+            raise PlanError(f"a loss was asked for, and {lacks}. Use kl, logit_difference or the logits")
+
     def infos(self, names: Iterable[str]) -> dict[str, SiteInfo]:
         """Return what is known of sites; each is looked up once, because for some models this runs them."""
         wanted = list(names)
@@ -215,6 +227,8 @@ class Replayer:
         self.recorded.require(examples)
         side = padding or self.archive.plan.padding
         batch = plan_batch(table, examples, side=side, device=input_device(self.core))
+        if self.gives_example_logits:
+            batch = _padded_with(batch, getattr(self.core.config, "pad_token_id", None))
         for example in batch.rows:
             if example.first_row + len(example.positions) > self.archive.n_rows:
                 raise NotCapturedError(
@@ -278,7 +292,9 @@ class Replayer:
         """
         n_lengths = len({len(example.input_ids) for example in batch.rows})
         ran_alone = self.archive.plan.batch_tokens == 1
-        if len(batch.rows) == 1 or (n_lengths == 1 and (grad or not ran_alone)) or not padding_leaks(self.model):
+        if len(batch.rows) == 1 or (n_lengths == 1 and (grad or not ran_alone)):
+            return [batch]
+        if not padding_leaks(self.model) and not (self.gives_example_logits and not _marks_padding(self.core, batch)):
             return [batch]
         if self.recorded.given:
             raise PlanError(
@@ -363,7 +379,8 @@ class Replayer:
             self.changing(batch, edited=edited, keep=keep, on_kept=on_kept, leaves=nodes if grad else None),
         ):
             output = runnable(self.model)(**kwargs)
-        logits = _token_logits(batch, output) if target_of(self.model).gives_logits else None
+        gives = target_of(self.model).gives_logits
+        logits = _logits(batch, output, of_examples=self.gives_example_logits) if gives else None
         return Pass(logits=logits, sites=kept, nodes=nodes if grad else {}, end=end_here(self.model) if grad else ())
 
     @contextmanager
@@ -491,19 +508,35 @@ def kept_rows(batch: PlanBatch, tensor: Tensor, name: str) -> list[Tensor]:
     return found
 
 
-def _token_logits(batch: PlanBatch, output: object) -> list[Tensor] | None:
-    """Return the logits of every token of each example, (tokens, V); None if the model has none, as a classifier."""
-    logits_BTV = getattr(output, "logits", output)  # the last stage of a torch pipeline may return the tensor alone
-    if not isinstance(logits_BTV, Tensor):
+def _logits(batch: PlanBatch, output: object, *, of_examples: bool) -> list[Tensor] | None:
+    """Return the logits of every token of each example, (tokens, V), or of each example, (1, V); None without any."""
+    logits = token_logits(output)
+    if logits is None:
         return None
-    if isinstance(logits_BTV, DTensor):
-        logits_BTV = logits_BTV.full_tensor()
-    if logits_BTV.ndim != _LOGITS_AXES or tuple(logits_BTV.shape[:2]) != (len(batch.rows), batch.n_positions):
+    if isinstance(logits, DTensor):
+        logits = logits.full_tensor()
+    if of_examples:
+        return [row[None] for row in logits] if logits.ndim < _LOGITS_AXES and len(logits) == len(batch.rows) else None
+    if tuple(logits.shape[:2]) != (len(batch.rows), batch.n_positions):
         return None
+    logits_BTV = logits if logits.ndim == _LOGITS_AXES else logits[..., None]
     return [
         logits_TV[torch.from_numpy(example.padded).to(logits_TV.device)]
         for logits_TV, example in zip(logits_BTV, batch.rows, strict=True)
     ]
+
+
+def _padded_with(batch: PlanBatch, token: object) -> PlanBatch:
+    """Return the batch with the model's own padding token, by which classifiers find the last token of an example."""
+    if not isinstance(token, int) or token < 0:
+        return batch
+    ids = batch.padded.input_ids.masked_fill(batch.padded.attention_mask == 0, token)
+    return replace(batch, padded=replace(batch.padded, input_ids=ids))
+
+
+def _marks_padding(core: PreTrainedModel, batch: PlanBatch) -> bool:
+    """Return whether a classifier of whole examples can tell their tokens from padding in a batch."""
+    return getattr(core.config, "pad_token_id", None) is not None and bool(batch.padded.attention_mask[:, 0].all())
 
 
 class CapturedReplay:

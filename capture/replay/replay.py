@@ -66,6 +66,8 @@ class Replay:
     def logits(self) -> list[Tensor]:
         """Logits of every token of each example, (tokens, vocabulary), in the model's type and on its device.
 
+        A classifier of whole examples gives (1, classes); question answering gives start and end, (tokens, 2).
+
         Raises:
             CaptureError: The replay ended before they were computed, or another process has them.
         """
@@ -91,7 +93,12 @@ class Replay:
 
     @property
     def losses(self) -> list[Tensor]:
-        """Cross-entropy of every next token of each example in nats, (tokens - 1)."""
+        """Cross-entropy of every next token of each example in nats, (tokens - 1).
+
+        Raises:
+            PlanError: The model's logits do not predict the next token.
+        """
+        self._replayer.require_loss()
         pairs = zip(self.logits, self._batch.rows, strict=True)
         return [token_losses(logits, example) for logits, example in pairs]
 
@@ -107,8 +114,10 @@ class Replay:
         """Return a metric of the logits, one number; `residua.capture.replay.metrics` lists the metrics.
 
         Raises:
-            PlanError: There is no such metric.
+            PlanError: There is no such metric, or it is a loss and the model's logits do not predict the next token.
         """
+        if metric == "loss":
+            self._replayer.require_loss()
         outcome = Outcome(logits=self.logits, examples=self._batch.rows, original=lambda: self.original_logits)
         return metric_of(metric)(outcome)
 

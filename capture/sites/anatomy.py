@@ -8,6 +8,7 @@ from inspect import signature
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.models.auto.modeling_auto import MODEL_FOR_MULTIPLE_CHOICE_MAPPING_NAMES
 
 from residua.capture.runtime.wrappers import core_of, layer_inside, named_modules
 from residua.capture.sites.architectures import Family, family_of
@@ -73,6 +74,11 @@ class Anatomy:
         return next((name for name, found in self.modules.items() if found is module), None)
 
 
+def takes_choices(model: nn.Module) -> bool:
+    """Return whether a model takes (examples, choices, tokens), as transformers' models for multiple choice do."""
+    return type(core_of(model)).__name__ in MODEL_FOR_MULTIPLE_CHOICE_MAPPING_NAMES.values()
+
+
 def anatomy_of(model: nn.Module) -> Anatomy | None:
     """Find the modules of a model over token ids, or over the patches of images; None for any other model.
 
@@ -83,7 +89,7 @@ def anatomy_of(model: nn.Module) -> Anatomy | None:
     model = core_of(model)
     if not isinstance(model, PreTrainedModel) or (model.main_input_name != "input_ids" and not takes_pixels(model)):
         return None
-    if getattr(model.config, "is_encoder_decoder", False):
+    if getattr(model.config, "is_encoder_decoder", False) or takes_choices(model):
         return None
     config = model.config.get_text_config()
     modules = named_modules(model)

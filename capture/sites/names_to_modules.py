@@ -14,7 +14,7 @@ from torch import nn
 from residua.capture.blocks.experts import EXPERT_KINDS, is_of_experts
 from residua.capture.hooks.site import SiteInfo, Via
 from residua.capture.runtime.wrappers import first_name, layer_inside, named_modules
-from residua.capture.sites.anatomy import ATTENTION_KINDS, Anatomy, anatomy_of
+from residua.capture.sites.anatomy import ATTENTION_KINDS, Anatomy, anatomy_of, takes_choices
 from residua.capture.sites.discovery import discover
 from residua.capture.sites.shape_probe import measure_sites, takes_tokens, without_rows
 from residua.capture.sites.stacks import find_in_stacks, measure_in_stacks, stacks_of
@@ -281,13 +281,23 @@ def _names(kind: str, n_blocks: int) -> set[str]:
     return {f"{kind}.{layer}" for layer in range(n_blocks)} if kind in LAYER_KINDS else {kind}
 
 
+def _without_blocks(model: nn.Module) -> str:
+    name = type(model).__name__
+    if takes_choices(model):
+        return (
+            f"{name} takes (examples, choices, tokens), so a token is of no one example; load the same weights with "
+            "AutoModel, or as a classifier of sequences"
+        )
+    return (
+        f"{name} is not a model of one stack of blocks over token ids or over the patches of images; use "
+        "module:PATH@output for any of its modules"
+    )
+
+
 def _reason(model: nn.Module, anatomy: Anatomy | None, kind: str, problems: Mapping[str, str]) -> str:
     name = type(model).__name__
     if anatomy is None:
-        return (
-            f"{name} is not a model of one stack of blocks over token ids or over the patches of images; use "
-            "module:PATH@output for any of its modules"
-        )
+        return _without_blocks(model)
     if kind == "logits" and kind not in problems:
         return f"{name} has no output embeddings; load it with its language modelling head"
     if anatomy.family is None:

@@ -24,6 +24,7 @@ from residua.capture.hooks.attention import eager_attention
 from residua.capture.hooks.site import SiteInfo, plan_sites
 from residua.capture.identity.output import OutputSample, output_sample
 from residua.capture.identity.padding import RAN_ALONE, padding_leaks
+from residua.capture.identity.prediction import Prediction, no_loss, prediction_of
 from residua.capture.identity.provenance import (
     adapter_differences,
     changed_conditions,
@@ -274,6 +275,7 @@ class CaptureJob(ABC):
         output: What the model computes on a few tokens, or why that is not known; known before `plan` is called.
         column_shards: What `cut_columns` returned; known before `plan` is called.
         pads_leak: Whether padding changes the model's rows; known before `plan` is called.
+        predicts: What the model's logits are of; known before `plan` is called.
         shared: What worker 0 found out while it prepared, for the other workers, as JSON values.
     """
 
@@ -295,6 +297,7 @@ class CaptureJob(ABC):
         self.output: OutputSample | str = ""
         self.column_shards: Mapping[str, int] = {}
         self.pads_leak = False
+        self.predicts: Prediction | None = None
         self.shared: dict[str, Json] = {}
         self._head = head
         self._threads = threads
@@ -375,6 +378,9 @@ class CaptureJob(ABC):
             self.output = output_sample(self.model)
             self.identity = identify_model(self.model, self.output)
             self.pads_leak = padding_leaks(self.model)
+            self.predicts = prediction_of(self.model)
+            if lacks := no_loss(self.model, self.predicts):
+                self.notes.append(lacks)
             is_shared = spans_processes(self.model) or is_sharded(self.model)
             sidecars = self._sidecars() if is_shared else None
             layout = workers.process_layout(self.model, self.sites)
@@ -592,7 +598,7 @@ class DatasetCapture(CaptureJob):
     def provenance(self, plan: Plan) -> dict[str, Any]:
         """Return how the archive is made, as JSON values."""
         return {
-            "model": describe_model(self.model, plan.model, self.output),
+            "model": describe_model(self.model, plan.model, self.output, predicts=self.predicts),
             "tokenizer": None if self._tokenizer is None else identify_tokenizer(self._tokenizer),
             **({} if self._images is None else {"processor": dict(self._images.identity)}),
             "dataset": dataset_identity(self._dataset, self._settings),

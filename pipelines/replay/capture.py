@@ -153,7 +153,7 @@ class ReplayCapture(CaptureJob):
         """Return the provenance of the archive that is replayed, with this model and what is replayed."""
         source = self._source.provenance
         return {
-            "model": describe_model(self.model, plan.model, self.output),
+            "model": describe_model(self.model, plan.model, self.output, predicts=self.predicts),
             **{name: source.get(name) for name in ("tokenizer", "dataset", "seed")},
             "command": self._facts["command"],
             REPLAY_RULE: {name: value for name, value in self._facts.items() if name != "command"},

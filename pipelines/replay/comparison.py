@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 from residua.capture.buffers.row_index import ExampleRows
 from residua.capture.forward.plan_batch import PlanBatch
+from residua.capture.identity.prediction import no_loss, prediction_of
 from residua.capture.replay.engine import Replayer
 from residua.capture.replay.metrics import token_changes
 from residua.store.base.errors import PlanError
@@ -39,12 +40,18 @@ class Comparison:
         tokens: Token ids whose logits are reported.
 
     Raises:
-        PlanError: The model has no such token.
+        PlanError: The model has no such token, or has no logits of tokens.
     """
 
     def __init__(self, model: PreTrainedModel, edited: Replayer, tokens: Sequence[int]) -> None:
         self._edited = edited
         self._tokens = tokens
+        if edited.gives_example_logits:
+            raise PlanError(
+                f"{type(model).__name__} gives logits of an example as a whole, and these results have one line for "
+                "each token: replay its examples with residua.replay, which gives their logits"
+            )
+        self._has_loss = not no_loss(edited.model, prediction_of(edited.model))
         self._unedited = self._highest_start(model) or edited
         vocabulary = model.config.get_text_config().vocab_size
         if wrong := [token for token in tokens if not 0 <= token < vocabulary]:
@@ -82,7 +89,10 @@ class Comparison:
         if not is_leader:
             return Compared([], {})
         pairs = zip(batch.rows, after.require_logits(), before.require_logits(), strict=True)
-        tables = [_token_table(example, after_TV, before_TV, self._tokens) for example, after_TV, before_TV in pairs]
+        tables = [
+            _token_table(example, after_TV, before_TV, self._tokens, has_loss=self._has_loss)
+            for example, after_TV, before_TV in pairs
+        ]
         notes = {"in full": self._edited.skip(batch).problem, **of_batch}
         return Compared(tables, {kind: note for kind, note in notes.items() if note})
 
@@ -96,13 +106,17 @@ def _height(site: str) -> float:
     return float("inf") if site == "final" else int(site.rpartition(".")[2])
 
 
-def _token_table(example: ExampleRows, edited_TV: Tensor, unedited_TV: Tensor, tokens: Sequence[int]) -> pa.Table:
+def _token_table(
+    example: ExampleRows, edited_TV: Tensor, unedited_TV: Tensor, tokens: Sequence[int], *, has_loss: bool
+) -> pa.Table:
     """Return one line for each token of an example."""
     n_tokens = len(example.input_ids)
     row = np.full(n_tokens, -1, np.int64)
     row[example.positions] = example.first_row + np.arange(len(example.positions))
     divergences, losses, unedited_losses = map(_numbers, token_changes(unedited_TV, edited_TV, example))
-    lacks = example.input_ids[1:] >= edited_TV.shape[-1]  # in an LM head that is smaller than the vocabulary
+    lacks = (example.input_ids[1:] >= edited_TV.shape[-1]) | (
+        not has_loss
+    )  # in an LM head that is smaller than the vocabulary
     columns = {
         "example": pa.array(np.full(n_tokens, example.example, np.int64)),
         "position": pa.array(np.arange(n_tokens, dtype=np.int32)),

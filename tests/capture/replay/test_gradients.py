@@ -79,6 +79,8 @@ def test_gradients_are_those_of_hooks_by_hand(name: str, tmp_path: Path) -> None
     given: dict[str, Any] = {"examples": PADDED, "at": "resid_post.0", "keep": KEPT, "edits": [doubling], "grad": True}
     with residua.replay(model, archive, **given) as run:
         for metric, spec in METRICS.items():
+            if metric == "loss" and name == "bert":  # which predicts no next token
+                continue
             nodes, logits = by_hand(model, archive)
             value = BY_HAND[metric](logits, original)
             wanted = dict(zip(nodes, torch.autograd.grad(value, list(nodes.values())), strict=True))

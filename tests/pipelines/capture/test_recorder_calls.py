@@ -259,9 +259,7 @@ def labelled(n: int) -> Any:
 
 
 @pytest.mark.parametrize("name", CLASSIFIERS)
-def test_the_sites_of_a_classifier_are_replayed_and_its_logits_are_not_taken_for_tokens(
-    name: str, tmp_path: Path
-) -> None:
+def test_the_sites_and_logits_of_a_classifier_are_replayed(name: str, tmp_path: Path) -> None:
     torch.manual_seed(0)
     model = evaluated(CLASSIFIERS[name]())
     out = tmp_path / "a.zarr"
@@ -269,8 +267,10 @@ def test_the_sites_of_a_classifier_are_replayed_and_its_logits_are_not_taken_for
     with residua.replay(model, archive, examples=[0, 1], at="resid_post.0", keep="resid_post.1") as run:
         expected = states(model, 2, input_ids=IDS[:, :3])
         assert all(torch.allclose(*pair, atol=1e-5) for pair in zip(run["resid_post.1"], expected, strict=True))
-        with pytest.raises(CaptureError, match="classifier"):
-            run.logits  # noqa: B018
+        with torch.no_grad():
+            logits = model(input_ids=IDS[:, :3]).logits
+        assert [tuple(each.shape) for each in run.logits] == [(1, logits.shape[1])] * 2
+        torch.testing.assert_close(torch.cat(run.logits), logits)
 
 
 @pytest.mark.parametrize("inside", [True, False])
