@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from residua.store.read.archive import Archive
     from residua.store.read.stacks import open_archive as open  # noqa: A004  # read as residua.open(path)
     from residua.store.read.verify import verify
+    from residua.store.sealing.seal import pack
 
 __version__ = version("residua")
 __all__ = [
@@ -49,6 +50,7 @@ __all__ = [
     "model_sites",
     "open",
     "overlay",
+    "pack",
     "patch",
     "probe",
     "replay",
@@ -76,6 +78,7 @@ _HOMES = {
     "model_sites": "capture.sites.names_to_modules:model_sites",
     "open": "store.read.stacks:open_archive",
     "overlay": "store.edits.overlay:overlay",
+    "pack": "store.sealing.seal:pack",
     "patch": "pipelines.circuits.patch:patch",
     "probe": "analysis.probes.probe:probe",
     "replay": "capture.replay.replay:replay",

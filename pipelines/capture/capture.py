@@ -64,7 +64,7 @@ from residua.store.base.naming import named
 from residua.store.examples.index import ExampleIndex
 from residua.store.examples.table import ExampleTable
 from residua.store.examples.writer import ExampleWriter
-from residua.store.format.archive_metadata import is_archive
+from residua.store.format.archive_metadata import is_archive, read_metadata
 from residua.store.format.commits import committed_rows
 from residua.store.format.create import create_archive, workspace
 from residua.store.format.losses import COMPUTED, cast_sites, loss_notes
@@ -477,8 +477,7 @@ class CaptureJob(ABC):
 
     def _seal(self) -> None:
         sweep(self.out)  # a worker may have died and left temporary files
-        seal(self.out, self.archive.metadata)
-        self._archive = None
+        seal(self.out, read_metadata(self.out))
 
 
 class DatasetCapture(CaptureJob):

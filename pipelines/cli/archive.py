@@ -1,8 +1,10 @@
-"""The commands about one archive or model: info, verify, reproduce, fidelity and sites."""
+"""The commands about one archive or model: info, verify, pack, reproduce, fidelity and sites."""
 
 import argparse
+import os
 from collections.abc import Mapping
 from dataclasses import asdict
+from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,8 +33,21 @@ def add(commands: Any) -> None:
     description = "Show the sites of an archive, with shapes, sizes and errors, and how the archive was made."
     add_archive(add_command(commands, "info", _info, text, description))
     text = "check that no byte of an archive is damaged"
-    description = "Hash every chunk of an archive again and compare. The exit code is 1 if anything is damaged."
-    add_archive(add_command(commands, "verify", _verify, text, description))
+    description = (
+        "Hash every chunk of an archive again and compare. The exit code is 1 if anything is damaged. If it is "
+        "stopped, the same command goes on from there."
+    )
+    verify = add_command(commands, "verify", _verify, text, description)
+    add_archive(verify)
+    verify.add_argument("--sample", type=int, metavar="N", help="check only N shards, chosen at random")
+    verify.add_argument("--threads", type=int, metavar="N", help="threads (default: the processor's, up to four)")
+    verify.add_argument("--restart", action="store_true", help="begin from the first shard, also after a stop")
+    text = "make the index that opens a finished archive at once"
+    description = (
+        "Make the packed index of a finished archive, for example of one of format 1.0. With it, opening costs two "
+        "reads whatever the archive's length. No shard is changed. New archives get it when they are finished."
+    )
+    add_archive(add_command(commands, "pack", _pack, text, description))
     text = "run a sample of an archive again and compare every row"
     description = (
         "Run a random sample of an archive's batches through the model again, and compare every row with the stored "
@@ -145,8 +160,14 @@ def _short(text: str) -> str:
 def _verify(options: argparse.Namespace) -> int:
     from residua.store.read.verify import verify
 
+    archive = Path(options.archive)
+    checkpoint = _checkpoint_of(archive)
+    if options.restart:
+        checkpoint.unlink(missing_ok=True)
     with StepProgress("shard", shown=not options.json) as progress:
-        report = verify(Path(options.archive), on_shard=progress.step)
+        report = verify(
+            archive, sample=options.sample, threads=options.threads, checkpoint=checkpoint, on_shard=progress.step
+        )
     if options.json:
         print_json({**asdict(report), "sound": report.is_sound})
     else:
@@ -157,6 +178,27 @@ def _verify(options: argparse.Namespace) -> int:
         checked = f"{report.n_files:,} files, {report.n_chunks:,} chunks, {human_bytes(report.n_bytes)} hashed again"
         print(f"{'sound' if report.is_sound else f'{len(report.problems)} problems'}: {checked}")
     return 0 if report.is_sound else 1
+
+
+def _checkpoint_of(archive: Path) -> Path:
+    """Return the user's file that says where the verification of an archive was stopped."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return cache / "residua" / f"verify-{sha256(str(archive.resolve()).encode()).hexdigest()[:16]}.json"
+
+
+def _pack(options: argparse.Namespace) -> int:
+    from residua.store.format.packed_index import INDEX
+    from residua.store.sealing.seal import pack
+
+    archive = Path(options.archive)
+    with StepProgress("shard", shown=not options.json) as progress:
+        pack(archive, on_shard=progress.step)
+    n_bytes = (archive / INDEX).stat().st_size
+    if options.json:
+        print_json({"index": str(archive / INDEX), "n_bytes": n_bytes})
+    else:
+        print(f"packed: {archive / INDEX} ({human_bytes(n_bytes)})")
+    return 0
 
 
 def _reproduce(options: argparse.Namespace) -> int:

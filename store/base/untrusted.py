@@ -13,6 +13,7 @@ of the format are the constants below. `parse_json` and `parse_yaml` read plain 
 import json
 import math
 import os
+from functools import lru_cache
 from pathlib import Path, PurePosixPath
 
 import yaml
@@ -76,11 +77,25 @@ def is_finite(value: object) -> bool:
 
 
 def is_inside(root: Path, path: Path) -> bool:
-    """Say whether `path`, with links followed, is in the folder `root`; a name that no file can have is not."""
+    """Say whether `path`, with links followed, is in the folder `root`; a name that no file can have is not.
+
+    In a cache of the Hugging Face Hub, files are links to `blobs`, next to the folder of snapshots that `root` is in.
+    These count as inside.
+    """
     try:
-        return Path(os.path.realpath(path)).is_relative_to(os.path.realpath(root))
+        real, folder = Path(os.path.realpath(path)), Path(os.path.realpath(root))
+        return real.is_relative_to(folder) or real.parent == _hub_blobs(folder)
     except (OSError, ValueError, RuntimeError):
         return False
+
+
+@lru_cache(maxsize=64)
+def _hub_blobs(folder: Path) -> Path | None:
+    """Return the folder of files of the Hub's cache that `folder` is in: `REPOSITORY/snapshots/REVISION/...`."""
+    for snapshot in (folder, *folder.parents):
+        if snapshot.parent.name == "snapshots" and (blobs := snapshot.parent.parent / "blobs").is_dir():
+            return Path(os.path.realpath(blobs))
+    return None
 
 
 def check_inside(root: Path, path: Path) -> None:
@@ -89,6 +104,14 @@ def check_inside(root: Path, path: Path) -> None:
         raise UnsafeArchiveError(
             f"{path} is a link that leads out of the archive, to {os.path.realpath(path)}: if you trust whoever made "
             "it, copy the archive with links followed (cp -rL), and open the copy"
+        )
+
+
+def require_there(root: Path) -> None:
+    """Raise DamagedArchiveError if the archive `root`, which was there, is not there any more."""
+    if not root.exists():
+        raise DamagedArchiveError(
+            f"{root} was moved, renamed or removed while it was open: open the archive again under its new path"
         )
 
 
@@ -108,6 +131,7 @@ def check_file(root: Path, path: Path, most_bytes: int) -> None:
     """
     check_inside(root, path)
     if not path.exists():
+        require_there(root)
         raise DamagedArchiveError(f"{path} is missing: restore it from a copy")
     if not path.is_file():
         raise DamagedArchiveError(f"{path} cannot be read, since it is not a file: restore it from a copy")

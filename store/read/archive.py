@@ -45,6 +45,8 @@ REPLAYED_EXAMPLE = "replayed_example"
 _TOKENIZER = "tokenizer/tokenizer.json"
 
 if TYPE_CHECKING:
+    import xarray
+
     import residua
 
 
@@ -429,6 +431,28 @@ class Archive(Mapping[str, ArchiveArray]):
         """
         captured = range(len(self.commits)) if isinstance(self.commits, PackedIndex) else frozenset(self.commits)
         return open_zarr_group(ArchiveStore(self.path, self.plan, captured, self._missing))
+
+    def to_xarray(self, sites: str | Iterable[str] | None = None) -> "xarray.Dataset":
+        """Return the archive as an xarray Dataset: a variable for each site, and the row columns as coordinates.
+
+        Nothing is read before it is used. Values of bfloat16 and float16 come as float32. Call ``.chunk({"row": n})``
+        with a multiple of the archive's `plan.rows_per_shard` for Dask arrays.
+
+        Args:
+            sites: Sites to include; all by default.
+
+        Raises:
+            MissingPackageError: xarray is not installed.
+            UnknownSiteError: `sites` matches no stored site.
+            NotCapturedError: (when values are used) Rows are not captured yet.
+
+        Example:
+            >>> archive.to_xarray("resid_post.*").sel(row=slice(0, 9))  # doctest: +SKIP
+        """
+        from residua.store.read.xarray_dataset import as_dataset
+
+        names = self.sites if sites is None else self.select(sites)
+        return as_dataset(self.path, self.plan, [self.plan.site(name) for name in names], self.arrays, self.group.store)
 
 
 def _missing_rows(path: Path, progress: Progress, was_finished: bool, is_repeatable: bool, first: int) -> ResiduaError:

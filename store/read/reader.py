@@ -18,6 +18,8 @@ from typing import Literal, NamedTuple, TypeAlias, TypeVar
 import numpy as np
 import numpy.typing as npt
 
+from residua.store.base.errors import DamagedArchiveError
+from residua.store.base.untrusted import require_there
 from residua.store.encoding.codecs import PRESETS, decode_chunk
 from residua.store.encoding.spec import ArraySpec
 from residua.store.read.mapped import OPEN_SHARDS, MappedShard, OpenShards, cpu_threads
@@ -163,7 +165,11 @@ class ArrayReader:
         return found
 
     def _map(self, shard: int) -> MappedShard:
-        mapped = MappedShard(self._root, self._spec, shard, self._n_rows, self._verified.get(shard))
+        try:
+            mapped = MappedShard(self._root, self._spec, shard, self._n_rows, self._verified.get(shard))
+        except DamagedArchiveError:
+            require_there(self._root)
+            raise
         self._verified.setdefault(shard, mapped.verified)
         return mapped
 

@@ -4,14 +4,20 @@ It compares every chunk with its crc32c, every shard file with its commit, every
 metadata, and the row columns with the example table, so that rows and texts belong together.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+import os
+import random
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from itertools import islice
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
 
+from residua.store.base.canonical import Json
 from residua.store.base.errors import DamagedArchiveError, PlanError, ResiduaError, UnsafeArchiveError, few
 from residua.store.base.untrusted import check_file, check_inside, parse_json, read_file
 from residua.store.encoding.shard import check_shard, shard_path
@@ -32,6 +38,8 @@ from residua.store.format.packed_index import INDEX, REBUILD, PackedIndex
 from residua.store.format.sidecars import FIDELITY_FILE, read_fidelity
 from residua.store.format.stacks import stacks_in
 from residua.store.read.archive import Archive
+from residua.store.read.checkpoint import Checkpoint
+from residua.store.read.mapped import cpu_threads
 
 _MAX_LISTED = 8
 _MAX_GROUP_BYTES = 2**24
@@ -71,11 +79,22 @@ class Verification:
         return not self.problems
 
 
-def verify(path: str | Path, *, on_shard: Callable[[int, int], None] = lambda *_: None) -> Verification:
+def verify(
+    path: str | Path,
+    *,
+    sample: int | None = None,
+    threads: int | None = None,
+    checkpoint: str | Path | None = None,
+    on_shard: Callable[[int, int], None] = lambda *_: None,
+) -> Verification:
     """Re-hash everything in the archive at `path`.
 
     Args:
         path: Folder of the archive.
+        sample: Check only that many shards, chosen at random; everything beside the shards is checked.
+        threads: Threads that share the shards; by default the processor's, up to four.
+        checkpoint: A file, outside the archive, that is written every few seconds and removed at the end. A
+            verification that finds it goes on after the shards that were checked already.
         on_shard: Called after each shard, with the number done and the total.
 
     Returns:
@@ -83,6 +102,7 @@ def verify(path: str | Path, *, on_shard: Callable[[int, int], None] = lambda *_
 
     Raises:
         FileNotFoundError: There is no archive at `path`.
+        OSError: The checkpoint cannot be written.
     """
     report, folder = Verification(), Path(path)
     try:
@@ -90,7 +110,7 @@ def verify(path: str | Path, *, on_shard: Callable[[int, int], None] = lambda *_
     except (ResiduaError, ValueError):
         stacks = ()  # `Archive` says what is wrong
     if stacks:
-        _verify_stacks(folder, stacks, report, on_shard)
+        _verify_stacks(folder, stacks, report, partial(verify, sample=sample, threads=threads, on_shard=on_shard))
         return report
     try:
         archive = Archive(path)
@@ -98,7 +118,13 @@ def verify(path: str | Path, *, on_shard: Callable[[int, int], None] = lambda *_
     except (ResiduaError, ValueError) as error:
         report.problems.append(Problem(str(path), str(error)))
         return report
-    _Check(archive, report).run(commits, on_shard)
+    shards = sorted(commits)
+    if sample is not None and sample < len(shards):
+        report.notes.append(f"{max(0, sample):,} of {len(shards):,} shards were checked, chosen at random")
+        shards = sorted(random.SystemRandom().sample(shards, max(0, sample)))
+        checkpoint = None
+    saved = None if checkpoint is None else Checkpoint(path=Path(checkpoint), archive=folder)
+    _Check(archive, report).run(commits, shards, threads or cpu_threads(), saved, on_shard)
     return report
 
 
@@ -109,7 +135,7 @@ def _own(document: Document) -> Document:
 
 
 def _verify_stacks(
-    folder: Path, stacks: Sequence[str], report: Verification, on_shard: Callable[[int, int], None]
+    folder: Path, stacks: Sequence[str], report: Verification, verify_one: Callable[[Path], Verification]
 ) -> None:
     """Verify the archive of each stack, and compare their examples."""
     numbers: dict[str, int] = {}
@@ -119,7 +145,7 @@ def _verify_stacks(
             continue
         try:
             check_inside(folder, folder / name)
-            found = verify(folder / name, on_shard=on_shard)
+            found = verify_one(folder / name)
             numbers[name] = len(Archive(folder / name).example_table)
         except (ResiduaError, OSError) as error:
             report.problems.append(Problem(name, str(error)))
@@ -136,6 +162,47 @@ def _verify_stacks(
             report.notes.append(f"{path.name} is not part of the archive, and was not checked")
 
 
+@dataclass
+class _Shard:
+    """What was found in one shard: problems as path and text, its rows if its record can be read, and counts."""
+
+    problems: list[tuple[str, str]] = field(default_factory=list)
+    rows: tuple[int, int] | None = None
+    n_files: int = 0
+    n_chunks: int = 0
+    n_bytes: int = 0
+
+
+@dataclass
+class _Results:
+    """What was found in the first `n_shards` shards."""
+
+    problems: list[tuple[str, str]] = field(default_factory=list)
+    n_shards: int = 0
+    n_files: int = 0
+    n_chunks: int = 0
+    n_bytes: int = 0
+
+    def add(self, found: _Shard) -> None:
+        self.problems += found.problems
+        self.n_shards += 1
+        self.n_files += found.n_files
+        self.n_chunks += found.n_chunks
+        self.n_bytes += found.n_bytes
+
+    def to_json(self) -> dict[str, Json]:
+        return {**asdict(self), "problems": [list(problem) for problem in self.problems]}
+
+    @classmethod
+    def from_json(cls, state: dict[str, Any]) -> "_Results":
+        """Return the results that a checkpoint holds; none if it holds none."""
+        try:
+            problems = [(str(path), str(what)) for path, what in state["problems"]]
+            return cls(problems, *(max(0, int(state[key])) for key in ("n_shards", "n_files", "n_chunks", "n_bytes")))
+        except (LookupError, TypeError, ValueError):
+            return cls()
+
+
 class _Check:
     """One verification."""
 
@@ -146,10 +213,18 @@ class _Check:
         self._arrays = archive.arrays
         self._file_specs = [spec for array in self._arrays for spec in array.file_specs]
         self._report = report
-        self._known = {ROOT, INDEX}
+        self._known = {ROOT, INDEX, *(f"{spec.path}/{ROOT}" for spec in self._arrays)}
+        self._places = {shard_path(Path(), spec, 0).as_posix() for spec in self._file_specs}
 
-    def run(self, commits: Mapping[int, Commit], on_shard: Callable[[int, int], None]) -> None:
-        """Check everything; damage that explains other damage comes first."""
+    def run(
+        self,
+        commits: Mapping[int, Commit],
+        shards: Sequence[int],
+        threads: int,
+        checkpoint: Checkpoint | None,
+        on_shard: Callable[[int, int], None],
+    ) -> None:
+        """Check everything, of the shards those in `shards`; damage that explains other damage comes first."""
         self._groups(self._metadata())
         if isinstance(commits, PackedIndex):
             self._index(commits)
@@ -158,9 +233,7 @@ class _Check:
         self._side_files(commits)
         self._fidelity()
         index = self._examples()
-        for done, shard in enumerate(sorted(commits), start=1):
-            self._shard(commits, shard, index)
-            on_shard(done, len(commits))
+        self._shards(commits, shards, index, threads, checkpoint, on_shard)
         if self._archive.metadata.sealed is not None:
             self._missing(commits)
             if absent := self._archive.absent_sites:
@@ -292,39 +365,77 @@ class _Check:
             return None
         return table.index()
 
-    def _shard(self, commits: Mapping[int, Commit], shard: int, index: ExampleIndex | None) -> None:
-        before = len(self._report.problems)
+    def _shards(
+        self,
+        commits: Mapping[int, Commit],
+        shards: Sequence[int],
+        index: ExampleIndex | None,
+        threads: int,
+        checkpoint: Checkpoint | None,
+        on_shard: Callable[[int, int], None],
+    ) -> None:
+        """Check shards in several threads, and take their results in order."""
+        results = _Results() if checkpoint is None else _Results.from_json(checkpoint.state)
+        rest = shards[results.n_shards :]
+        with ThreadPoolExecutor(threads, thread_name_prefix="residua-verify") as pool:
+            waiting: deque[Future[_Shard]] = deque()
+            ahead = iter(rest)
+            try:
+                for shard in rest:
+                    for following in islice(ahead, 2 * threads - len(waiting)):
+                        waiting.append(pool.submit(self._shard, commits, following))
+                    found = waiting.popleft().result()
+                    if index is not None and found.rows is not None and not found.problems:
+                        found.problems.extend(self._rows(*found.rows, index, f"{FOLDER}/{record_name(shard)}"))
+                    results.add(found)
+                    on_shard(results.n_shards, len(shards))
+                    if checkpoint is not None:
+                        checkpoint.save(results.to_json())
+            finally:
+                pool.shutdown(cancel_futures=True)
+        if checkpoint is not None:
+            checkpoint.remove()
+        for path, what in results.problems:
+            self._problem(path, what)
+        self._report.n_files += results.n_files
+        self._report.n_chunks += results.n_chunks
+        self._report.n_bytes += results.n_bytes
+
+    def _shard(self, commits: Mapping[int, Commit], shard: int) -> "_Shard":
+        """Check the files of one shard; several threads call this."""
         try:
             commit = commits[shard]
         except (DamagedArchiveError, UnsafeArchiveError) as error:  # of an index, which is read in parts
-            self._problem(INDEX, str(error))
-            return
+            return _Shard([(INDEX, str(error))])
+        found = _Shard(rows=commit.rows)
         for spec in self._file_specs:
-            self._shard_file(spec, commit)
-        if index is not None and len(self._report.problems) == before:
-            self._rows(*commit.rows, index, f"{FOLDER}/{commit.name}")
+            self._shard_file(spec, commit, found)
+        return found
 
-    def _shard_file(self, spec: ArraySpec, commit: Commit) -> None:
+    def _shard_file(self, spec: ArraySpec, commit: Commit, found: "_Shard") -> None:
         path = shard_path(self._root, spec, commit.shard)
         n_rows = commit.rows[1] - commit.rows[0]
         try:
             check_inside(self._root, path)
             digest = check_shard(path, spec, n_rows, first_row=commit.rows[0])
+            n_bytes = path.stat().st_size
         except (ResiduaError, OSError) as error:
-            self._problem(path, str(error))
+            found.problems.append((str(path), str(error)))
             return
         if digest != commit.arrays[spec.key].digest:
-            self._problem(path, "the shard is sound, but not the one that was committed: restore it from a copy")
+            what = "the shard is sound, but not the one that was committed: restore it from a copy"
+            found.problems.append((str(path), what))
             return
-        self._count(path)
-        self._report.n_chunks += -(-n_rows // spec.rows_per_chunk)
+        found.n_files += 1
+        found.n_bytes += n_bytes
+        found.n_chunks += -(-n_rows // spec.rows_per_chunk)
 
-    def _rows(self, first: int, stop: int, index: ExampleIndex, name: str) -> None:
-        """Compare the row columns with the example table."""
+    def _rows(self, first: int, stop: int, index: ExampleIndex, name: str) -> Iterator[tuple[str, str]]:
+        """Compare the row columns with the example table; yield the record, and what is wrong."""
+        if any(spec not in self._arrays for spec in self._plan.row_arrays):
+            return
         if stop > index.total_rows:
-            self._problem(
-                name, f"it covers rows {first:,} to {stop:,}, but the examples have {index.total_rows:,} rows"
-            )
+            yield name, f"it covers rows {first:,} to {stop:,}, but the examples have {index.total_rows:,} rows"
             return
         rows = np.arange(first, stop)
         columns = self._archive.rows
@@ -341,7 +452,7 @@ class _Check:
             (columns.token, np.concatenate(tokens)),
         ):
             if not np.array_equal(column[first:stop], values):
-                self._problem(name, f"{column.name} of rows {first:,} to {stop:,} contradicts the example table")
+                yield name, f"{column.name} of rows {first:,} to {stop:,} contradicts the example table"
 
     def _missing(self, commits: Mapping[int, Commit]) -> None:
         """Name the first missing records. Their number comes from the metadata, which may claim anything."""
@@ -353,23 +464,45 @@ class _Check:
             self._problem(FOLDER, f"{n_more:,} more records are missing: restore them from a copy")
 
     def _unknown_files(self, commits: Mapping[int, Commit]) -> None:
-        """Name files without a record; leftovers of a killed run are no damage."""
-        known = self._known | {f"{FOLDER}/{record_name(shard)}" for shard in commits}
-        for spec in self._arrays:
-            known.add(f"{spec.path}/{ROOT}")
-        known.update(shard_path(Path(), spec, shard).as_posix() for spec in self._file_specs for shard in commits)
-        for path in sorted(self._root.rglob("*")):
-            name = path.relative_to(self._root).as_posix()
-            if name in known or (path.is_dir() and (not path.is_symlink() or self._is_inside(path))):
-                continue
-            if path.name.endswith(".tmp"):
-                self._report.notes.append(f"{name} is a temporary file of a killed run; the next run removes it")
-            elif any(name.startswith(f"{spec.path}/c/") for spec in self._arrays):
-                self._report.notes.append(f"{name} belongs to a shard without a commit; it will be written again")
-            elif self._is_growing and name.startswith("examples/part-"):
-                self._report.notes.append(f"{name} holds examples whose shard was not committed")
-            elif path.name != ROOT:
-                self._report.notes.append(f"{name} is not part of the archive, and was not checked")
+        """Name files without a record; leftovers of a killed run, and what others put there, are no damage."""
+        others: list[str] = []
+        for folder, names, files in os.walk(self._root):
+            names.sort()
+            linked = [name for name in names if Path(folder, name).is_symlink()]
+            for path in (Path(folder, name) for name in [*linked, *sorted(files)]):
+                name = path.relative_to(self._root).as_posix()
+                if path.name in linked and self._is_inside(path) and path.is_dir():
+                    continue
+                if not self._is_known(name, commits):
+                    self._unknown_file(name, others)
+        self._report.notes += [
+            f"{name} is not part of the archive, and was not checked" for name in others[:_MAX_LISTED]
+        ]
+        if len(others) > _MAX_LISTED:
+            self._report.notes.append(f"{len(others) - _MAX_LISTED:,} more files are not part of the archive")
+
+    def _is_known(self, name: str, commits: Mapping[int, Commit]) -> bool:
+        """Say whether the archive has a file of this name, without a list of all of them, which may be millions."""
+        if name in self._known or name in self._places:
+            return True
+        folder, _, file = name.partition("/")
+        if folder == FOLDER:
+            number = file.partition("-")[0]
+            return number.isdecimal() and int(number) in commits and file == record_name(int(number))
+        array, _, place = name.partition("/c/")
+        number, *across = place.split("/")
+        is_shard = number.isdecimal() and number == str(int(number)) and int(number) in commits
+        return is_shard and f"{array}/c/0{''.join(f'/{part}' for part in across)}" in self._places
+
+    def _unknown_file(self, name: str, others: list[str]) -> None:
+        if name.endswith(".tmp"):
+            self._report.notes.append(f"{name} is a temporary file of a killed run; the next run removes it")
+        elif any(name.startswith(f"{spec.path}/c/") for spec in self._arrays):
+            self._report.notes.append(f"{name} belongs to a shard without a commit; it will be written again")
+        elif self._is_growing and name.startswith("examples/part-"):
+            self._report.notes.append(f"{name} holds examples whose shard was not committed")
+        elif PurePosixPath(name).name != ROOT:
+            others.append(name)
 
     def _is_inside(self, path: Path) -> bool:
         """Return whether `path` lies inside the archive; note the problem if a link leads out."""

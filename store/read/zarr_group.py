@@ -28,6 +28,7 @@ from residua.store.base.untrusted import parse_json
 from residua.store.encoding.dtypes import BFLOAT16, BFloat16
 from residua.store.encoding.shard import RESTORE
 from residua.store.format.array_metadata import METADATA
+from residua.store.format.dimensions import dimension_names
 from residua.store.format.plan import Plan
 
 _HALF: dict[str, Any] = {BFLOAT16: BFloat16, "float16": Float16}
@@ -89,7 +90,7 @@ class ArchiveStore(LocalStore):
         self._plan = plan
         self._captured = captured
         self._missing = missing
-        self._half = {f"{spec.path}/{METADATA}" for spec in plan.arrays if spec.dtype in _HALF}
+        self._names = {f"{path}/{METADATA}": names for path, names in dimension_names(plan).items()}
         self._shards = {f"{spec.path}/c" for spec in plan.arrays}
 
     def with_read_only(self, read_only: bool = False) -> Self:
@@ -137,12 +138,16 @@ class ArchiveStore(LocalStore):
             if self._shard(key) is not None:
                 raise DamagedArchiveError(f"{self.root / key} is missing: {RESTORE}")
             return None
-        if key not in self._half:
+        if key not in self._names:
             return found
         document: Any = parse_json(found.to_bytes())
-        stored, document["data_type"] = document["data_type"], "float32"
-        codecs = document["codecs"][0]["configuration"]["codecs"]  # of one chunk, so that parts of a shard can be read
-        codecs.insert(0, AsFloat32(stored=stored).to_dict())
+        document.setdefault("dimension_names", list(self._names[key]))  # arrays of format 1.0 have none
+        if (stored := document["data_type"]) in _HALF:
+            document["data_type"] = "float32"
+            codecs = document["codecs"][0]["configuration"][
+                "codecs"
+            ]  # of a chunk, so that parts of a shard can be read
+            codecs.insert(0, AsFloat32(stored=stored).to_dict())
         made = default_buffer_prototype() if prototype is None else prototype
         return made.buffer.from_bytes(json.dumps(document).encode())
 

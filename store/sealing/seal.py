@@ -12,6 +12,7 @@ import struct
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
+from os import PathLike
 from pathlib import Path
 from typing import IO, NamedTuple, cast
 
@@ -79,7 +80,7 @@ def seal(
         _seal(archive, metadata, sealed or metadata.sealed or _sealed_as_planned(metadata.plan), on_shard)
 
 
-def pack(archive: Path, *, on_shard: _Progress = lambda *_: None) -> None:
+def pack(archive: str | PathLike[str], *, on_shard: _Progress = lambda *_: None) -> None:
     """Make the packed index of a finished archive, for example of one of format 1.0; an existing one is made again.
 
     The metadata of the arrays become those of format 1.1, too. No shard and no record is changed.
@@ -97,6 +98,7 @@ def pack(archive: Path, *, on_shard: _Progress = lambda *_: None) -> None:
     Example:
         >>> residua.pack("acts.zarr")  # doctest: +SKIP
     """
+    archive = Path(archive)
     metadata = read_metadata(archive)
     if metadata.n_rows is None:
         raise NotCapturedError(f"{archive} is not finished: its loop is still open, or ended with an error")
