@@ -42,6 +42,7 @@ from residua.store.read.checkpoint import Checkpoint
 from residua.store.read.mapped import cpu_threads
 
 _MAX_LISTED = 8
+_MANY_SHARDS = 8  # from here on, threads are worth their start
 _MAX_GROUP_BYTES = 2**24
 _COPIES = "consolidated_metadata"
 _GROUP_FIELDS = {"zarr_format", "node_type", "attributes", _COPIES}
@@ -377,22 +378,13 @@ class _Check:
         """Check shards in several threads, and take their results in order."""
         results = _Results() if checkpoint is None else _Results.from_json(checkpoint.state)
         rest = shards[results.n_shards :]
-        with ThreadPoolExecutor(threads, thread_name_prefix="residua-verify") as pool:
-            waiting: deque[Future[_Shard]] = deque()
-            ahead = iter(rest)
-            try:
-                for shard in rest:
-                    for following in islice(ahead, 2 * threads - len(waiting)):
-                        waiting.append(pool.submit(self._shard, commits, following))
-                    found = waiting.popleft().result()
-                    if index is not None and found.rows is not None and not found.problems:
-                        found.problems.extend(self._rows(*found.rows, index, f"{FOLDER}/{record_name(shard)}"))
-                    results.add(found)
-                    on_shard(results.n_shards, len(shards))
-                    if checkpoint is not None:
-                        checkpoint.save(results.to_json())
-            finally:
-                pool.shutdown(cancel_futures=True)
+        for shard, found in zip(rest, self._found(commits, rest, threads), strict=True):
+            if index is not None and found.rows is not None and not found.problems:
+                found.problems.extend(self._rows(*found.rows, index, f"{FOLDER}/{record_name(shard)}"))
+            results.add(found)
+            on_shard(results.n_shards, len(shards))
+            if checkpoint is not None:
+                checkpoint.save(results.to_json())
         if checkpoint is not None:
             checkpoint.remove()
         for path, what in results.problems:
@@ -400,6 +392,22 @@ class _Check:
         self._report.n_files += results.n_files
         self._report.n_chunks += results.n_chunks
         self._report.n_bytes += results.n_bytes
+
+    def _found(self, commits: Mapping[int, Commit], shards: Sequence[int], threads: int) -> "Iterator[_Shard]":
+        """Yield what is found in each shard, in order."""
+        if threads == 1 or len(shards) < _MANY_SHARDS:
+            yield from (self._shard(commits, shard) for shard in shards)
+            return
+        with ThreadPoolExecutor(threads, thread_name_prefix="residua-verify") as pool:
+            waiting: deque[Future[_Shard]] = deque()
+            ahead = iter(shards)
+            try:
+                for _ in shards:
+                    for shard in islice(ahead, 2 * threads - len(waiting)):
+                        waiting.append(pool.submit(self._shard, commits, shard))
+                    yield waiting.popleft().result()
+            finally:
+                pool.shutdown(cancel_futures=True)
 
     def _shard(self, commits: Mapping[int, Commit], shard: int) -> "_Shard":
         """Check the files of one shard; several threads call this."""
