@@ -31,10 +31,10 @@ from residua.store.base.errors import CaptureError
 from residua.store.examples.writer import ExampleWriter
 from residua.store.format.archive_metadata import file_digest
 from residua.store.format.create import create_archive, workspace
-from residua.store.format.losses import COMPUTED, cast_sites, loss_notes, losses_of
 from residua.store.format.plan import Plan
 from residua.store.format.site_names import is_pattern
 from residua.store.read.archive import Archive
+from residua.store.sealing.losses import COMPUTED, cast_sites, loss_notes, losses_of
 from residua.store.sealing.seal import seal
 
 _LOG = logging.getLogger(__name__)

@@ -67,12 +67,12 @@ from residua.store.examples.writer import ExampleWriter
 from residua.store.format.archive_metadata import is_archive, read_metadata
 from residua.store.format.commits import committed_rows
 from residua.store.format.create import create_archive, workspace
-from residua.store.format.losses import COMPUTED, cast_sites, loss_notes
 from residua.store.format.plan import Plan, SitePlan, check_host_memory, choose_rows_per_shard
 from residua.store.format.room import check_room
 from residua.store.format.row_columns import HAS_IMAGES, IMAGE_ROW_BYTES
 from residua.store.format.site_names import is_pattern
 from residua.store.read.archive import Archive
+from residua.store.sealing.losses import COMPUTED, cast_sites, loss_notes
 from residua.store.sealing.lost_shards import drop_lost
 from residua.store.sealing.seal import seal
 from residua.store.storage.files import sweep

@@ -38,11 +38,11 @@ from residua.store.base.naming import named
 from residua.store.examples.index import SOURCE_IDS, ExampleIndex, IntArray
 from residua.store.examples.table import ExampleTable
 from residua.store.examples.writer import ExampleWriter
-from residua.store.format.losses import loss_notes
 from residua.store.format.plan import STACK_RULE, Plan
 from residua.store.format.stacks import create_stacks
 from residua.store.read.archive import Archive
 from residua.store.read.stacks import open_archive
+from residua.store.sealing.losses import loss_notes
 from residua.store.storage.place import try_place
 
 _STACKS = ("encoder", "decoder")

@@ -187,7 +187,7 @@ def _checkpoint_of(archive: Path) -> Path:
 
 
 def _pack(options: argparse.Namespace) -> int:
-    from residua.store.format.packed_index import INDEX
+    from residua.store.sealing.packed_index import INDEX
     from residua.store.sealing.seal import pack
 
     archive = Path(options.archive)

@@ -27,14 +27,14 @@ from residua.store.examples.table import ExampleTable
 from residua.store.format.archive_metadata import read_metadata, read_sidecar
 from residua.store.format.array_metadata import check_arrays
 from residua.store.format.commits import Commit, check_commits, committed_shards, named_example_files, read_commits
-from residua.store.format.losses import describe_losses, losses_of
-from residua.store.format.packed_index import INDEX, PackedIndex
 from residua.store.format.plan import STACK_RULE, Plan
 from residua.store.format.site_names import select
 from residua.store.read.array import ArchiveArray
 from residua.store.read.reader import Array, Check, RowNumbers
 from residua.store.read.text import read_tokenizer, text_around
 from residua.store.read.zarr_group import ArchiveStore, open_zarr_group
+from residua.store.sealing.losses import describe_losses, losses_of
+from residua.store.sealing.packed_index import INDEX, PackedIndex
 
 REPLAY_RULE = "replay"
 """Entry of the plan's `rules` (digest of what was replayed) and of the provenance (its description)."""

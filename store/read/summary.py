@@ -4,10 +4,10 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from residua.store.encoding.codecs import PRESETS
-from residua.store.format.losses import cast_from, loss_notes, losses_of
-from residua.store.format.packed_index import file_totals
 from residua.store.format.sidecars import PARAMETERS_FILE, SiteFidelity, read_fidelity
 from residua.store.read.archive import Archive
+from residua.store.sealing.losses import cast_from, loss_notes, losses_of
+from residua.store.sealing.packed_index import file_totals
 from residua.store.sealing.seal import relative_error
 
 

@@ -34,12 +34,12 @@ from residua.store.format.commits import (
     record_name,
     same_files,
 )
-from residua.store.format.packed_index import INDEX, REBUILD, PackedIndex
 from residua.store.format.sidecars import FIDELITY_FILE, read_fidelity
 from residua.store.format.stacks import stacks_in
 from residua.store.read.archive import Archive
 from residua.store.read.checkpoint import Checkpoint
 from residua.store.read.mapped import cpu_threads
+from residua.store.sealing.packed_index import INDEX, REBUILD, PackedIndex
 
 _MAX_LISTED = 8
 _MANY_SHARDS = 8  # from here on, threads are worth their start

@@ -1,4 +1,4 @@
-"""What happens to complete shards: sealing an archive with its packed index, and finding shards that lost files since.
+"""What follows from complete shards: sealing an archive with its packed index, what was lost, and files lost since.
 
 Uses `format` and what is below it.
 """

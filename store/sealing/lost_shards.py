@@ -14,7 +14,7 @@ from residua.store.encoding.shard import index_bytes, shard_path, shard_rows
 from residua.store.encoding.spec import ArraySpec
 from residua.store.format.archive_metadata import Metadata, write_metadata
 from residua.store.format.commits import FOLDER, committed_shards, publish_commit, record_name
-from residua.store.format.packed_index import PackedIndex
+from residua.store.sealing.packed_index import PackedIndex
 from residua.store.storage.files import sync_folder
 
 

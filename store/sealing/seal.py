@@ -35,8 +35,9 @@ from residua.store.format.array_metadata import (
 )
 from residua.store.format.commits import Commit, ShardFile, named_example_files, read_commit
 from residua.store.format.dimensions import dimension_names
-from residua.store.format.losses import loss_notes
-from residua.store.format.packed_index import (
+from residua.store.format.plan import Plan, SitePlan
+from residua.store.sealing.losses import loss_notes
+from residua.store.sealing.packed_index import (
     HEADER,
     INDEX,
     MAGIC,
@@ -46,7 +47,6 @@ from residua.store.format.packed_index import (
     PackedIndex,
     file_totals,
 )
-from residua.store.format.plan import Plan, SitePlan
 from residua.store.storage.files import write_file
 
 _IN_MEMORY_BYTES = 64 * 1024 * 1024  # of an index while it is made; a larger one is made in a file without a name

@@ -130,7 +130,8 @@ def read_everything(path: Path) -> dict[str, object]:
         found[name] = _try(_bits, archive[name], slice(None))
         found[f"{name} backwards"] = _try(_bits, archive[name], slice(None, None, -1))
     for column, array in archive.rows._asdict().items():
-        found[column] = _try(_bits, array, slice(None))
+        if array is not None:
+            found[column] = _try(_bits, array, slice(None))
     for example in range(len(LENGTHS)):
         found[f"example {example}"] = _try(_example_bits, archive, example)
     for row in TEXT_ROWS:

@@ -15,10 +15,10 @@ import residua
 from residua.pipelines.capture.capture import capture_dataset
 from residua.pipelines.cli.main import main
 from residua.store.base.errors import PlanError
-from residua.store.format.losses import SiteLosses, losses_of
 from residua.store.read.archive import Archive
 from residua.store.read.summary import summarise
 from residua.store.read.verify import verify
+from residua.store.sealing.losses import SiteLosses, losses_of
 from tests.models.tiny import TINY
 
 SITE = "resid_post.1"

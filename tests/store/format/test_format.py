@@ -19,12 +19,12 @@ from residua.store.examples.index import OWN_COLUMNS
 from residua.store.format.archive_metadata import FORMAT, SIDECAR_FOLDERS, Metadata
 from residua.store.format.array_metadata import open_array
 from residua.store.format.commits import FOLDER, Commit, ShardFile
-from residua.store.format.packed_index import HEADER, INDEX, LOSS, TOTALS
 from residua.store.format.plan import Plan, SitePlan
 from residua.store.format.row_columns import IMAGE_COLUMNS, MODALITIES, ROW_COLUMNS
 from residua.store.format.sidecars import FIDELITY_FILE, Fidelity, SiteFidelity, read_fidelity, write_fidelity
 from residua.store.format.site_names import LAYER_KINDS, MODEL_KINDS, parse_site
 from residua.store.read.archive import Archive
+from residua.store.sealing.packed_index import HEADER, INDEX, LOSS, TOTALS
 from tests.models.tiny import TINY
 from tests.pages import ROOT, blocks
 from tests.store.small_archive import make_archive

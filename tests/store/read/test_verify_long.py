@@ -7,10 +7,10 @@ import pytest
 
 import residua
 from residua.pipelines.cli.main import main
-from residua.store.format.packed_index import INDEX, PackedIndex
 from residua.store.read.archive import Archive
 from residua.store.read.checkpoint import Checkpoint
 from residua.store.read.verify import verify
+from residua.store.sealing.packed_index import INDEX, PackedIndex
 from tests.store.forging import without_index
 from tests.store.small_archive import N_SHARDS, make_archive
 

@@ -30,7 +30,8 @@ def test_the_dataset_has_every_site_and_the_row_columns(codec: str, tmp_path: Pa
     assert {name: found[name].dims for name in found} == SITES
     for name in SITES:
         assert np.array_equal(found[name].values, archive[name][:])
-    for name, column in archive.rows._asdict().items():
+    for name in ("token", "position", "example"):
+        column = getattr(archive.rows, name)
         assert np.array_equal(found[name].values, column[:])
     chosen = found.where(found.position == 0, drop=True)
     assert chosen.sizes["row"] == 4

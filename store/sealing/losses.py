@@ -13,8 +13,8 @@ from residua.store.encoding.codecs import INT8
 from residua.store.encoding.dtypes import STORAGE_DTYPES, holds
 from residua.store.encoding.lossy import BLOCK
 from residua.store.format.commits import Commit
-from residua.store.format.packed_index import PackedIndex, file_totals
 from residua.store.format.plan import Plan, SitePlan
+from residua.store.sealing.packed_index import PackedIndex, file_totals
 
 COMPUTED = "computed"
 """Entry of the provenance: the type that the model computed, for each site whose values were cast to a narrower one."""

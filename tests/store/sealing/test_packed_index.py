@@ -21,11 +21,11 @@ from residua.store.encoding.shard import shard_digest, shard_path
 from residua.store.format.archive_metadata import read_metadata, write_metadata
 from residua.store.format.array_metadata import open_array
 from residua.store.format.commits import read_commits, same_files
-from residua.store.format.losses import losses_of
-from residua.store.format.packed_index import HEADER, INDEX, LOSS, TOTALS, PackedIndex, file_totals
 from residua.store.read.archive import Archive
 from residua.store.read.summary import summarise
 from residua.store.read.verify import verify
+from residua.store.sealing.losses import losses_of
+from residua.store.sealing.packed_index import HEADER, INDEX, LOSS, TOTALS, PackedIndex, file_totals
 from residua.store.sealing.seal import pack, relative_error, seal
 from tests.store.forging import refused, sign_index, without_index
 from tests.store.small_archive import N_ROWS, N_SHARDS, make_archive, read_everything
