@@ -104,6 +104,14 @@ UNLIKE: dict[str, Callable[[], PreTrainedModel]] = {
     "gemma3n": lambda: made(
         hf.Gemma3nForCausalLM, hf.Gemma3nTextConfig(**_GEMMA, laurel_rank=4, activation_sparsity_pattern=[0.0] * LAYERS)
     ),
+    "gemma3n-shared-keys": lambda: made(
+        hf.Gemma3nForCausalLM,
+        hf.Gemma3nTextConfig(
+            **{name: value for name, value in _SHARED_KEYS.items() if name != "global_head_dim"},
+            laurel_rank=4,
+            activation_sparsity_pattern=[0.0] * 4,
+        ),
+    ),
     "gemma4": lambda: made(Gemma4ForCausalLM, Gemma4TextConfig(**{**_GEMMA, "global_head_dim": 16})),
     "gemma4-shared-keys": lambda: made(Gemma4ForCausalLM, Gemma4TextConfig(**_SHARED_KEYS)),
     "gpt_neo": lambda: made(

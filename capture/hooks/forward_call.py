@@ -104,6 +104,8 @@ class SiteTensor:
         tensor = self._scaled(tensor, is_gradient)
         if self.heads_first:
             return tensor.transpose(1, 2)
+        if self.info.streams:
+            return tensor.movedim(0, 2)
         if self.info.flat and self.batch_shape is not None:
             return tensor.reshape(*self.batch_shape, *tensor.shape[1:])
         return tensor
@@ -116,7 +118,10 @@ class SiteTensor:
             old: The model's own tensor; where the new value equals the old one, the result does too, bit for bit.
             is_gradient: Whether both are gradients.
         """
-        new = new.transpose(1, 2) if self.heads_first else new.reshape(old.shape)
+        if self.heads_first:
+            new = new.transpose(1, 2)
+        else:
+            new = new.movedim(2, 0) if self.info.streams else new.reshape(old.shape)
         if self.info.factor == 1:
             return new
         factor = 1 / self.info.factor if is_gradient else self.info.factor

@@ -38,6 +38,8 @@ class SiteInfo:
         per_token: Whether the axes before the row are (batch, positions). Otherwise the site's tensor keeps the axes
             that the module gives it.
         flat: Whether the module has these two axes as one, (batch x positions).
+        streams: Whether the module's tensor has an axis of parallel residual streams before these two; it is the first
+            axis of the row.
         own: For ``attention`` that a model computes in its own code, where; None if it is read in the interface.
         factor: What the module's tensor is multiplied by to give the site: what a block adds to the residual stream may
             be a multiple of a module's output.
@@ -53,6 +55,7 @@ class SiteInfo:
     index: int | None = None
     per_token: bool = True
     flat: bool = False
+    streams: bool = False
     own: OwnAttention | None = None
     factor: float = 1.0
     problem: str = ""

@@ -134,6 +134,9 @@ def _proved(anatomy: Anatomy, info: SiteInfo, watch: BlockWatch[BlockParts]) -> 
     kind, last = info.site.kind, len(anatomy.blocks) - 1
     if kind not in ("resid_pre", "resid_post", "final"):
         return info
+    if kind == "final" and info.streams:
+        problem = f"the streams of the last block become one after it; use resid_post.{last}, which holds them all"
+        return without_rows(info, problem, n_met=info.n_met)
     layer = last if info.site.layer is None else info.site.layer
     if last == 0:
         problem = "" if are_checkpointable([anatomy.modules[anatomy.blocks[0]]]) else "it is not known to be a block"

@@ -170,7 +170,7 @@ def _run_once(
     def note_problem(info: SiteInfo, error: CaptureError) -> None:
         problems.setdefault(info.name, str(error))
 
-    plain = [replace(info, flat=False) for name, info in sites.items() if name not in problems]
+    plain = [replace(info, flat=False, streams=False) for name, info in sites.items() if name not in problems]
     with attached(named_modules(model), plain, values_of(note), on_problem=note_problem):
         run_probe(model, shape)
     return seen
@@ -185,7 +185,11 @@ def _from_runs(
     shapes = (tuple(first[0].shape), tuple(second[0].shape))
     flat = all(s[:1] == (b * t,) for s, (b, t) in zip(shapes, probes, strict=True))
     per_token = flat or all(s[:2] == probe for s, probe in zip(shapes, probes, strict=True))
-    if not per_token and not all(s[:1] == (b,) for s, (b, _) in zip(shapes, probes, strict=True)):
+    streams = not per_token and all(s[1:3] == probe for s, probe in zip(shapes, probes, strict=True))
+    if streams and shapes[0][0] == shapes[1][0]:  # Gemma 3n carries several residual streams
+        shapes = (_streams_last(shapes[0]), _streams_last(shapes[1]))
+        per_token = True
+    elif not per_token and not all(s[:1] == (b,) for s, (b, _) in zip(shapes, probes, strict=True)):
         return without_rows(
             info,
             f"Site {info.name!r} has shape {shapes[0]} for {probes[0]} (examples, positions) and {shapes[1]} for "
@@ -201,7 +205,13 @@ def _from_runs(
     if info.site.kind == "pattern":
         row = (*row[:-1], None)
     dtype = str(first[0].dtype).removeprefix("torch.")
-    return replace(info, row_shape=row, dtype=dtype, per_token=per_token, flat=flat, n_met=1)
+    return replace(
+        info, row_shape=row, dtype=dtype, per_token=per_token, flat=flat, streams=streams and per_token, n_met=1
+    )
+
+
+def _streams_last(shape: tuple[int, ...]) -> tuple[int, ...]:
+    return (*shape[1:3], shape[0], *shape[3:])
 
 
 def without_rows(info: SiteInfo, problem: str, *, n_met: int | None = None) -> SiteInfo:
