@@ -4,7 +4,7 @@ It is found out by running the model twice over a few tokens, of which the last 
 changes, the model sees later tokens: its logits say nothing of a next token that it has not seen, so there is no loss.
 """
 
-from typing import Any, Literal, cast
+from typing import Any, Literal
 from weakref import WeakKeyDictionary
 
 import torch
@@ -83,8 +83,9 @@ def _found(model: nn.Module, core: PreTrainedModel) -> Prediction | None:
             prediction = _tried(model, core)
     except Exception as error:  # noqa: BLE001 - the boundary to the user's model, which need not run on any tokens
         refuse_without_memory(error)
-    of_first_rank = all_gather_objects(tensor_parallel_group(core, None), prediction)[0]
-    return cast("Prediction | None", all_gather_objects(pipeline_group(core), of_first_rank)[-1])
+    ranks: list[Prediction | None] = all_gather_objects(tensor_parallel_group(core, None), prediction)
+    stages: list[Prediction | None] = all_gather_objects(pipeline_group(core), ranks[0])
+    return stages[-1]
 
 
 def _tried(model: nn.Module, core: PreTrainedModel) -> Prediction | None:
