@@ -54,6 +54,9 @@ class AttentionTap(Protocol):
         """Take the attention function's keyword arguments: scaling, softcap, sliding_window, and others."""
         del arguments  # few taps need them
 
+    def end_call(self) -> None:
+        """Forget what was seen: a forward call of the model ends."""
+
 
 _lock = threading.Lock()
 _taps: dict[int, list[AttentionTap]] = {}  # by id of the attention module, which the model keeps alive

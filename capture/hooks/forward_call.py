@@ -286,6 +286,9 @@ class ForwardCall:
     def leave(self, _module: nn.Module, _args: object, _output: object) -> None:
         """Note that a forward call ends, normally or by an exception; a forward hook."""
         del self._running.shapes[-1:]  # the list is empty if another pre-hook failed before `enter`
+        if not self._running.shapes:
+            for tap in {id(each): each for each in self.attention_taps.values()}.values():
+                tap.end_call()
 
     def begin_part(self) -> "_Part":
         """Return a part of the running call that gradient checkpointing may run again."""

@@ -8,10 +8,12 @@ Hooks act only during a forward call of the model itself, and when gradient chec
 the backward pass (`residua.capture.hooks.forward_call`).
 """
 
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
+from weakref import ReferenceType, ref
 
 import torch
 from torch import Tensor, nn
@@ -167,19 +169,40 @@ def _logits_index(output: Any, where: str) -> int | None:
 
 
 class _BlockAttentionTap(AttentionTap):
-    """Reads the attention sites of one block."""
+    """Reads the attention sites of one block.
+
+    Differential attention computes attention twice from the same queries and keys, with other values. The queries, the
+    keys and the pattern are then met once, and the second call gets the replacements of the first.
+    """
 
     def __init__(self, sites: dict[str, SiteInfo], call: ForwardCall, on_tensor: OnTensor) -> None:
-        self.kinds = frozenset(sites)
+        self.kinds = frozenset(sites) | (frozenset("qk") if "pattern" in sites else frozenset())
         self._sites = sites
         self._call = call
         self._on_tensor = on_tensor
+        self._local = threading.local()
 
     def __call__(self, kind: str, tensor: Tensor) -> Tensor | None:
-        info = self._sites[kind]
-        if not self._call.is_running(info):
+        info = self._sites.get(kind)
+        if not self._call.is_running(info or next(iter(self._sites.values()))):
             return None
-        return self._call.call(self._on_tensor, info, tensor, heads_first=kind != "z")
+        last = vars(self._local)
+        before: tuple[ReferenceType[Tensor], Tensor | None] | None = last.get(kind)
+        if kind in ("q", "k"):
+            is_same = before is not None and before[0]() is tensor
+        else:
+            is_same = kind == "pattern" and before is not None and bool(last["q same"] and last["k same"])
+        if before is None or not is_same:
+            new = None
+            if info is not None:
+                new = self._call.call(self._on_tensor, info, tensor, heads_first=kind != "z")
+            before = ref(tensor), new
+        if kind in ("q", "k", "pattern"):
+            last |= {kind: before, f"{kind} same": is_same}
+        return before[1]
+
+    def end_call(self) -> None:
+        vars(self._local).clear()
 
 
 def _attention_taps(

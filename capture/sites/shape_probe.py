@@ -227,6 +227,12 @@ def not_once(info: SiteInfo, n_times: int) -> str:
             "interface; it has none, or computes it by itself, and then has no q, k, v, z or pattern. Use module: "
             f"sites, for example 'module:{info.module}@output' or the projections in it."
         )
+    if info.via == "attention":
+        return (
+            f"Site {info.name!r} was met {n_times} times in one forward call instead of once: {info.module} computes "
+            "attention several times, each time from other values. Use q, k and pattern where they are offered, or "
+            f"module: sites, for example 'module:{info.module}@output' or the projections in it."
+        )
     return (
         f"Site {info.name!r} ({info.where}) was met {n_times} times in one forward call instead of once. "
         "Name a module that each forward call runs exactly once, and call the full model."

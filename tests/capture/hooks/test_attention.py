@@ -6,13 +6,15 @@ from typing import Any
 import pytest
 import torch
 import transformers as hf
+from torch import Tensor
 from transformers import AttentionInterface, PreTrainedConfig
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from residua.capture.hooks.attention import eager_attention
+from residua.capture.sites.names_to_modules import resolve_sites
 from residua.capture.taps.reading import reading
 from residua.capture.taps.tap import tap
-from residua.store.base.errors import CaptureError
+from residua.store.base.errors import CaptureError, UnknownSiteError
 from tests.capture.site_readings import read, run
 from tests.models.tiny import LAYERS, ODD, TINY
 from tests.unlike_models import UNLIKE
@@ -102,7 +104,7 @@ def test_a_users_own_implementation_is_read_too() -> None:
     assert set(got.sites) == {"q.0", "q.1", "q.2", "z.2"}
 
 
-@pytest.mark.parametrize("name", ["llama", "gemma2", "gpt2", "olmo2", "stablelm", "lfm2", "gemma4"])
+@pytest.mark.parametrize("name", ["llama", "gemma2", "gpt2", "olmo2", "stablelm", "lfm2", "gemma4", "diffllama"])
 def test_a_pattern_that_is_put_back_changes_nothing(name: str) -> None:
     model = {**TINY, **ODD, **UNLIKE}[name]()
     model.set_attn_implementation("eager")
@@ -122,3 +124,49 @@ def test_a_pattern_that_does_not_make_z_alone_is_not_replaced() -> None:
             model(input_ids=ids)
         with pytest.raises(CaptureError, match="replace z"), tap(model, "pattern.0", lambda _name, tensor: tensor):
             model(input_ids=ids)
+
+
+def test_differential_attention_has_one_pattern_and_gets_one_replacement() -> None:
+    model = UNLIKE["diffllama"]()
+    ids = torch.arange(5, 21)[None]
+    sites = resolve_sites(model, "q.1,k.1,pattern.1")
+    seen: dict[str, list[Tensor]] = {site: [] for site in sites}
+
+    def zero(site: str, tensor: Tensor) -> Tensor | None:
+        seen[site].append(tensor.clone())
+        return torch.zeros_like(tensor) if site == "q.1" else None
+
+    model.set_attn_implementation("eager")
+    with torch.no_grad():
+        (plain,) = (model(input_ids=ids, output_attentions=True).attentions[1],)
+        with tap(model, {site: sites[site] for site in ("k.1", "pattern.1")}, zero):
+            model(input_ids=ids)
+        with tap(model, sites, zero):
+            moved = model(input_ids=ids, output_attentions=True)
+    assert [len(found) for found in seen.values()] == [1, 2, 2]
+    assert torch.equal(seen["pattern.1"][0].transpose(1, 2), plain)
+    uniform = torch.ones(16, 16).tril() / torch.arange(1, 17)[:, None]
+    torch.testing.assert_close(seen["pattern.1"][1][0, :, 0], uniform)
+    assert torch.equal(moved.attentions[1].transpose(1, 2), seen["pattern.1"][1])
+    values = model.get_submodule("model.layers.1.self_attn.v_proj")
+    taken: list[Tensor] = []
+    hooks = [
+        values.register_forward_hook(lambda _m, _a, output: taken.append(output)),
+        model.get_submodule("model.layers.1.self_attn.groupnorm").register_forward_pre_hook(
+            lambda _m, args: taken.append(args[0])
+        ),
+    ]
+    with torch.no_grad(), tap(model, sites, zero):
+        model(input_ids=ids)
+    for hook in hooks:
+        hook.remove()
+    # with uniform weights in both calls, every head gives the running mean of its values, both halves alike
+    mean = taken[0][0].cumsum(0) / torch.arange(1, 17)[:, None]
+    attention: Any = model.get_submodule("model.layers.1.self_attn")
+    factor = (attention.lambda_q1 * attention.lambda_k1).sum().exp() - (
+        attention.lambda_q2 * attention.lambda_k2
+    ).sum().exp()
+    expected = (1 - factor - attention.lambda_init) * mean
+    torch.testing.assert_close(taken[1][0, :, 0], expected, rtol=1e-4, atol=1e-5)
+    with pytest.raises(UnknownSiteError, match="several times"):
+        resolve_sites(model, "z.1")
