@@ -143,11 +143,12 @@ def pair_arguments(
 
     def arguments(batch: PaddedBatch, source: PaddedBatch | None, stack: str) -> dict[str, Tensor | bool | int]:
         encoded = source or batch
+        takes_ids = "input_ids" in takes  # else the encoder takes features of a fixed length, without padding
         one = torch.full((len(batch.input_ids), 1), start, device=batch.input_ids.device)
         decoded = PaddedBatch(input_ids=one, attention_mask=torch.ones_like(one)) if stack == "encoder" else batch
         every: dict[str, Tensor | bool | int] = {
             "input_ids": encoded.input_ids,
-            "attention_mask": encoded.attention_mask,
+            **({"attention_mask": encoded.attention_mask} if takes_ids else {}),
             "decoder_input_ids": decoded.input_ids,
             "decoder_attention_mask": decoded.attention_mask,
             "use_cache": False,

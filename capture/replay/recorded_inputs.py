@@ -15,9 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from residua.capture.forward.plan_batch import PlanBatch
+from residua.capture.sites.frames import FRAMES
 from residua.store.base.errors import PlanError, UnsafeArchiveError, few
 from residua.store.base.naming import named
-from residua.store.examples.index import INPUT_PREFIX, OTHER_INPUTS, has_no_tokens
+from residua.store.examples.index import INPUT_PREFIX, OTHER_INPUTS, SOURCE_SHA256, has_no_tokens
+from residua.store.format.plan import STACK_RULE
 from residua.store.format.row_columns import HAS_IMAGES
 from residua.store.read.archive import Archive, is_replay
 
@@ -57,6 +59,8 @@ class RecordedInputs:
         """The names of each example's inputs; empty for an archive that has none."""
         table = self._archive.example_table
         plan = self._archive.plan
+        if STACK_RULE in plan.rules and SOURCE_SHA256 in table.column_types():
+            return [[FRAMES] for _ in range(len(table))]
         has_others = plan.rules.get("loop") == "user" or is_replay(self._archive) or HAS_IMAGES in plan.dataset
         if not has_others or table.column_types().get(OTHER_INPUTS) != pa.list_(pa.string()):
             return []

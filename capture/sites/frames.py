@@ -41,7 +41,7 @@ def run_on_frames(model: nn.Module, n_examples: int) -> Tensor | None:
     core = core_of(model)
     if not isinstance(core, PreTrainedModel):
         raise TypeError(f"{type(core).__name__} is no model of transformers")
-    shape = (n_examples, int(core.config.num_mel_bins), _n_frames(core))
+    shape = (n_examples, *frame_shape(core))
     features = torch.sin(torch.arange(shape[0] * shape[1] * shape[2]).float()).view(shape)
     with trial(model):
         try:
@@ -55,10 +55,13 @@ def run_on_frames(model: nn.Module, n_examples: int) -> Tensor | None:
     return found if isinstance(found, Tensor) else None
 
 
-def _n_frames(core: PreTrainedModel) -> int:
-    """Return how many frames the encoder takes: its positions, times the strides of its convolutions."""
-    n_frames = int(core.config.max_source_positions)
-    for module in core.children():
+def frame_shape(encoder: PreTrainedModel) -> tuple[int, int]:
+    """Return what an encoder takes of an example: features of a frame, and frames.
+
+    The frames are its positions, times the strides of its convolutions.
+    """
+    n_frames = int(encoder.config.max_source_positions)
+    for module in encoder.children():
         if isinstance(module, nn.Conv1d):
             n_frames *= module.stride[0]
-    return n_frames
+    return int(encoder.config.num_mel_bins), n_frames

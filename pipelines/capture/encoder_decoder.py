@@ -7,27 +7,33 @@ runs, unless keys or values of cross-attention are asked for; the pass of the de
 
 import hashlib
 import shutil
+import sys
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from os import PathLike, fspath
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from residua.capture.forward.example_inputs import ExampleInputs, InputSource
 from residua.capture.hooks.site import SiteInfo
 from residua.capture.recording.stats import RecordStats
 from residua.capture.runtime.wrappers import evaluating, replica_of, running_uncompiled
+from residua.capture.sites.frames import frame_shape, n_frame_positions, takes_frames
 from residua.capture.sites.names_to_modules import resolve_sites
 from residua.capture.sites.stacks import row_stack, stacks_of, takes_pairs
 from residua.pipelines.capture.capture import DatasetCapture, DatasetSource
-from residua.pipelines.data.dataset import DatasetReport
+from residua.pipelines.capture.images import load_processor
+from residua.pipelines.data.audio import FEATURES, Features, FrameShape, HeardSources, read_features
+from residua.pipelines.data.dataset import SOURCE_COLUMNS, DatasetReport
+from residua.pipelines.data.image_spool import spool_folder
 from residua.pipelines.data.pairs import PairTokens, read_pairs
+from residua.pipelines.data.sources import Rows
 from residua.pipelines.data.tokenizer import special_ids
 from residua.pipelines.jobs.workers import WorkerFigures, Workers, working_together
 from residua.pipelines.setup.models import load_model, load_tokenizer, token_limit
@@ -35,7 +41,7 @@ from residua.pipelines.setup.settings import CaptureSettings
 from residua.store.base.canonical import Json
 from residua.store.base.errors import DatasetError, PlanError
 from residua.store.base.naming import named
-from residua.store.examples.index import SOURCE_IDS, ExampleIndex, IntArray
+from residua.store.examples.index import SOURCE_IDS, SOURCE_SHA256, ExampleIndex, IntArray
 from residua.store.examples.table import ExampleTable
 from residua.store.examples.writer import ExampleWriter
 from residua.store.format.plan import STACK_RULE, Plan
@@ -82,15 +88,16 @@ def capture_pairs(
             f"an encoder-decoder is captured by processes that each hold all of it: leave {named('tp')}, "
             f"{named('pp')}, {named('gather', False)} and tensor_parallel out; several processes still share the shards"
         )
-    if processor is not None or settings.image_column is not None:
+    if settings.image_column is not None:
         raise PlanError(
-            f"processor and {named('image_column')} are for models over images, and an encoder-decoder is captured "
-            "over pairs of tokens: leave them out"
+            f"{named('image_column')} is for models over images, which an encoder-decoder is not: leave it out"
         )
     place = try_place(out, locks=True, links=True)
     if isinstance(model, str | PathLike):
         tokenizer = tokenizer or load_tokenizer(fspath(model), settings)
-        model = load_model(fspath(model), settings)
+        name, model = fspath(model), load_model(fspath(model), settings)
+        if processor is None and model.main_input_name == FEATURES:
+            processor = load_processor(name, settings.revision)
     model = cast("PreTrainedModel", replica_of(model))
     sites = _sites_by_rows(model, settings)
     create_stacks(place.path, list(sites))
@@ -99,7 +106,8 @@ def capture_pairs(
         if stack.enter_context(running_uncompiled(model)):
             notes.append("compiled code does not run hooks: the model ran uncompiled for this capture")
         stack.enter_context(evaluating(model))
-        pairs = _Pairs(model, dataset, tokenizer, settings, on_example, stack.enter_context(TemporaryDirectory()))
+        folder = stack.enter_context(spool_folder(place.path))
+        pairs = _Pairs(model, dataset, tokenizer, processor, settings, on_example, folder)
         figures, resumed, report = list[WorkerFigures](), list[bool](), DatasetReport()
         for name, infos in sites.items():
             job = _StackCapture(name, infos, pairs, place.path / name, command)
@@ -121,10 +129,10 @@ def capture_pairs(
 def _sites_by_rows(model: PreTrainedModel, settings: CaptureSettings) -> dict[str, dict[str, SiteInfo]]:
     """Return the sites by the stack whose positions their rows are, in the order in which stacks run."""
     stacks, name = {stack.name: stack for stack in stacks_of(model)}, type(model).__name__
-    if not stacks or not takes_pairs(model):
+    if not stacks or not (takes_pairs(model) or takes_frames(stacks["encoder"].module)):
         raise PlanError(
-            f"{name} is an encoder-decoder that does not take token ids on both sides ({model.main_input_name} of the "
-            "encoder), and datasets of its inputs are not read here: call it in your own loop inside residua.Recorder"
+            f"{name} is an encoder-decoder whose encoder takes {model.main_input_name}, and datasets of token ids and "
+            "of audio of a fixed length are read here: call it in your own loop inside residua.Recorder"
         )
     found: dict[str, dict[str, SiteInfo]] = {stack: {} for stack in _STACKS}
     for site, info in resolve_sites(model, [settings.sites]).items():
@@ -139,17 +147,31 @@ class _Pairs:
     model: PreTrainedModel
     dataset: DatasetSource
     tokenizer: PreTrainedTokenizerBase | None
+    processor: object | None
     settings: CaptureSettings
     on_example: Callable[[int, int], None]
-    folder: str
+    folder: Path
     report: DatasetReport | None = field(default=None, init=False)
 
     def write(self, stack: str, folder: Path) -> DatasetReport:
         """Write the examples of one stack to `folder`; raises DatasetError if the dataset cannot be used as asked."""
         if self.report is None:
             self.report = self._read()
-        shutil.copytree(Path(self.folder) / stack, folder)
+        shutil.copytree(self.folder / stack, folder)
         return self.report
+
+    @property
+    def frames(self) -> FrameShape | None:
+        """What the encoder takes of audio; None for one that takes tokens."""
+        encoder = stacks_of(self.model)[0].module
+        if not takes_frames(encoder):
+            return None
+        n_features, n_frames = frame_shape(encoder)
+        return FrameShape(n_features=n_features, n_frames=n_frames, n_positions=n_frame_positions(encoder))
+
+    def _heard(self, rows: Rows) -> HeardSources:
+        frames = cast("FrameShape", self.frames)
+        return HeardSources(rows=rows, frames=frames, extractor=self.processor, folder=self.folder)
 
     def _read(self) -> DatasetReport:
         if self.settings.drop_special and self.tokenizer is None:
@@ -157,18 +179,20 @@ class _Pairs:
                 f"{named('drop_special', True)} needs a tokenizer, and the model has none: nothing says which tokens "
                 "are special"
             )
-        limit, vocabulary = token_limit(self.model), int(self.model.config.get_text_config().vocab_size)
+        vocabulary = int(self.model.config.get_text_config().vocab_size)
+        limit = getattr(self.model.config, "max_target_positions", None) or token_limit(self.model)
         tokens = PairTokens(
             tokenizer=self.tokenizer,
             shifted=partial(_shifted, self.model),
-            source_limit=limit,
+            source_limit=None if self.frames else limit,
             target_limit=limit,
             special_ids=special_ids(self.tokenizer),
             source_vocab=vocabulary,
             target_vocab=int(getattr(self.model.config, "decoder_vocab_size", None) or vocabulary),
+            heard=self._heard if self.frames else None,
         )
         report = DatasetReport()
-        writers = {stack: ExampleWriter(Path(self.folder) / stack) for stack in _STACKS}
+        writers = {stack: ExampleWriter(self.folder / stack) for stack in _STACKS}
         for pair in read_pairs(self.dataset, settings=self.settings, tokens=tokens, report=report):
             writers["encoder"].add(pair.encoder)
             writers["decoder"].add(pair.decoder)
@@ -178,15 +202,35 @@ class _Pairs:
         return report
 
 
+class _Features:
+    """Gives each example the features of its audio."""
+
+    def __init__(self, features: Features, table: ExampleTable) -> None:
+        self._features = features
+        self._table = table
+        self._row_of = table.table([SOURCE_COLUMNS[0]])[SOURCE_COLUMNS[0]].to_numpy()
+
+    def of(self, example: int) -> ExampleInputs:
+        """Return the features of one example, by its number in the archive."""
+        features = torch.from_numpy(np.array(self._features[self._row_of[example]]))
+        return ExampleInputs(input_ids=self._table.tokens(example), tensors={FEATURES: features[None]})
+
+
 def _shifted(model: PreTrainedModel, labels: IntArray) -> IntArray:
     """Return the decoder's token ids for labels, by the rule of the model."""
-    shift = getattr(model, "prepare_decoder_input_ids_from_labels", None)
-    if shift is None:
+    shift: Any = getattr(model, "prepare_decoder_input_ids_from_labels", None)
+    rule: Any = vars(sys.modules[type(model).__module__]).get("shift_tokens_right")
+    labels_1T = torch.from_numpy(labels.astype(np.int64))[None]
+    if shift is not None:
+        shifted_1T = shift(labels=labels_1T)
+    elif rule is not None:  # Whisper has the rule, and no method for it
+        shifted_1T = rule(labels_1T, model.config.pad_token_id, model.config.decoder_start_token_id)
+    else:
         raise DatasetError(
             f"{type(model).__name__} does not say how labels become the tokens of its decoder: load it with its "
             "language modelling head, or give these tokens themselves in a column decoder_input_ids"
         )
-    found: IntArray = shift(labels=torch.from_numpy(labels.astype(np.int64))[None])[0].numpy().astype(np.int32)
+    found: IntArray = shifted_1T[0].numpy().astype(np.int32)
     return found
 
 
@@ -208,6 +252,7 @@ class _StackCapture(DatasetCapture):
         """Write the stack's examples; the dataset is read by the first stack that needs them."""
         self._report = self._pairs.write(self._stack, folder)
         self.shared["dataset"] = asdict(self._report)
+        self.shared["features"] = str(self._pairs.folder)
         return self._known(folder)
 
     def written_examples(self) -> ExampleIndex:
@@ -217,9 +262,12 @@ class _StackCapture(DatasetCapture):
     def _known(self, folder: Path) -> ExampleIndex:
         """Note what the plan needs of the sources beside a decoder's examples."""
         table = ExampleTable(folder)
-        index = table.index()
+        index, digest, lengths = table.index(), hashlib.sha256(), list[int]()
+        if SOURCE_SHA256 in table.column_types():
+            for text in table.table([SOURCE_SHA256])[SOURCE_SHA256].to_pylist():
+                digest.update(str(text).encode())
+            self._sources = {"source": digest.hexdigest()}
         if self._stack == "decoder":
-            digest, lengths = hashlib.sha256(), []
             for start in range(0, index.n_examples, 1024):
                 for ids in table.lists(SOURCE_IDS, range(start, min(start + 1024, index.n_examples))):
                     digest.update(np.array([ids.size], "<i8").tobytes() + ids.astype("<i4").tobytes())
@@ -227,6 +275,13 @@ class _StackCapture(DatasetCapture):
             self._sources = {"source": digest.hexdigest(), "longest_source": max(lengths)}
             self.longest_source, self._n_source_tokens = max(lengths), sum(lengths)
         return index
+
+    def inputs(self, shared: Mapping[str, Any]) -> InputSource | None:
+        """Return what reads the features of examples; None for an encoder that takes tokens."""
+        frames = self._pairs.frames
+        if frames is None:
+            return None
+        return _Features(read_features(Path(shared["features"]), frames), ExampleTable(self.out / "examples"))
 
     def dataset_of_plan(self, index: ExampleIndex) -> dict[str, Json]:
         """Return what the plan records of the examples, and of a decoder's sources."""

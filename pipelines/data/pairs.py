@@ -6,7 +6,7 @@ and leaves the last one out; tokens of a column ``decoder_input_ids`` are taken 
 source or target is cut at its end or refused, and a pair without tokens on one side is left out and counted.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import tee
 from typing import Any, NamedTuple, cast
@@ -20,7 +20,7 @@ from residua.pipelines.data.tokenizer import Tokenizer
 from residua.pipelines.data.tokens import Source, Tokens
 from residua.store.base.errors import DatasetError
 from residua.store.base.naming import named
-from residua.store.examples.index import SOURCE_IDS, Example
+from residua.store.examples.index import SOURCE_IDS, SOURCE_SHA256, Example
 from residua.store.selection.positions import IntArray, kept_positions
 
 DECODER_IDS = "decoder_input_ids"
@@ -46,6 +46,7 @@ class PairTokens:
         target_limit: The same of a target.
         special_ids: Ids of special tokens, for `drop_special`.
         source_vocab: Token ids of the source must lie below it.
+        heard: Makes sources of rows of audio; None for an encoder that takes tokens.
         target_vocab: The same of the target.
     """
 
@@ -56,6 +57,7 @@ class PairTokens:
     special_ids: frozenset[int]
     source_vocab: int
     target_vocab: int
+    heard: Callable[[Rows], Iterable[Source]] | None = None
 
 
 class _OfTarget:
@@ -94,7 +96,7 @@ def read_pairs(
     """
     _check(settings)
     rows = open_rows(source, settings)
-    for name in (*SOURCE_COLUMNS, SOURCE_IDS):
+    for name in (*SOURCE_COLUMNS, SOURCE_IDS, SOURCE_SHA256):
         if name in rows.columns:
             raise DatasetError(f"the dataset has a column {name!r}, which the examples need for themselves: rename it")
     target = _target_column(rows.columns, settings)
@@ -102,12 +104,16 @@ def read_pairs(
     content = settings.text_column
     if content is None and "source" in rows.columns and not {"input_ids", "text"} & set(rows.columns):
         content = "source"
-    sources = Tokens(
-        rows=_without(rows, of_sources, {target, *_TARGETS, "decoder_attention_mask"}),
-        settings=replace(settings, text_column=content),
-        tokenizer=tokens.tokenizer,
-        vocab_size=tokens.source_vocab,
-    )
+    others = _without(rows, of_sources, {target, *_TARGETS, "decoder_attention_mask"})
+    if tokens.heard is None:
+        sources: Iterable[Source] = Tokens(
+            rows=others,
+            settings=replace(settings, text_column=content),
+            tokenizer=tokens.tokenizer,
+            vocab_size=tokens.source_vocab,
+        )
+    else:
+        sources = tokens.heard(others)
     targets = Tokens(
         rows=Rows(columns=[target], text_columns=[target], rows=(_target_of(row, target) for row in of_targets)),
         settings=replace(settings, text_column=target),
@@ -172,7 +178,7 @@ def _target_of(row: Row, column: str) -> Row:
 
 
 def _pairs(
-    sources: Tokens, targets: Tokens, settings: DatasetSettings, tokens: PairTokens, report: DatasetReport
+    sources: Iterable[Source], targets: Tokens, settings: DatasetSettings, tokens: PairTokens, report: DatasetReport
 ) -> Iterator[Pair]:
     special = np.array(sorted(tokens.special_ids), np.int32)
     source_limit = settings.length_limit(tokens.source_limit)

@@ -37,8 +37,11 @@ one for the example."""
 
 IMAGES = "image_sha256"
 """Column of the example table with the SHA-256 of each image of an example, in hex."""
+SOURCE_SHA256 = "source_sha256"
+"""Column of the example table of an encoder-decoder over audio: the SHA-256 of each source's features, in hex."""
+
 SOURCE_IDS = "source_ids"
-"""Column of the example table of a decoder: the tokens of each source."""
+"""Column of the example table of a decoder: the tokens of each source; -1 for each position of one without tokens."""
 
 DIGEST_KEY = b"residua.digest"
 IMAGES_KEY = b"residua.digest_covers"  # in the metadata of a part whose digest covers the column `IMAGES`

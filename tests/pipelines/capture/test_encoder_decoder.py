@@ -3,7 +3,7 @@
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -13,6 +13,10 @@ import zarr
 import residua
 from residua.pipelines.capture.capture import CaptureResult, capture_dataset
 from residua.pipelines.cli.main import main
+from residua.pipelines.data.dataset import DatasetReport
+from residua.pipelines.data.pairs import PairTokens, read_pairs
+from residua.pipelines.data.settings import DatasetSettings
+from residua.pipelines.data.tokenizer import Tokenizer
 from residua.pipelines.replay.replay import replay_dataset
 from residua.store.base.errors import DatasetError, PlanError, ResiduaError, UnknownSiteError
 from residua.store.read.archive import Archive
@@ -235,6 +239,114 @@ def test_replay_of_a_stack_is_refused_by_name(tmp_path: Path) -> None:
             replay_dataset(model, one, at="resid_post.1", out=tmp_path / "b")
 
 
-def test_inputs_that_are_not_tokens_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(PlanError, match=r"input_features.*Recorder"):
-        capture_dataset(tiny_whisper(), ROWS, out=tmp_path / "a.zarr", sites="decoder.final")
+HEARD = [
+    {"input_features": _RNG.standard_normal((8, 24)).astype(np.float32), "labels": row["labels"], "topic": row["topic"]}
+    for row in ROWS
+]
+
+
+def test_rows_of_audio_are_positions_of_the_encoder(tmp_path: Path) -> None:
+    model, settings = tiny_whisper(), {"sites": "resid_pre.*,cross_pattern.*,cross_v.0,logits", **SETTINGS}
+    archive = capture_dataset(model, HEARD, out=tmp_path / "a.zarr", **settings).archive
+    encoder, decoder = archive.stacks["encoder"], archive.stacks["decoder"]
+    assert (encoder.rows.token[:] == -1).all()
+    assert encoder.examples["n_rows"].to_pylist() == [12] * len(HEARD)
+    model.set_attn_implementation("eager")
+    for number, row in enumerate(HEARD):
+        features, labels = torch.from_numpy(row["input_features"])[None], torch.tensor([row["labels"]])
+        with torch.no_grad():
+            plain = model(input_features=features, labels=labels, output_hidden_states=True, output_attentions=True)
+        found: dict[str, Any] = {**encoder.example(number), **decoder.example(number)}
+        wanted = {
+            "encoder.resid_pre.1": plain.encoder_hidden_states[1][0],
+            "decoder.resid_pre.2": plain.decoder_hidden_states[2][0],
+            "decoder.cross_pattern.1": plain.cross_attentions[1][0].transpose(0, 1),
+            "decoder.logits": plain.logits[0],
+        }
+        for site, tensor in wanted.items():
+            np.testing.assert_allclose(found[site], tensor, atol=1e-4, err_msg=site)
+    model.set_attn_implementation("sdpa")
+    assert not capture_dataset(model, HEARD, out=tmp_path / "a.zarr", **settings).stats.rows
+    with pytest.raises(PlanError, match=r"dataset\.source"):
+        capture_dataset(model, HEARD[::-1], out=tmp_path / "a.zarr", **settings)
+    for stack in archive.stacks.values():
+        with pytest.raises(PlanError, match=r"input_features|token"):
+            residua.reproduce(stack.path, model)
+
+
+class Extractor:
+    """Stands for a feature extractor of transformers: makes frames of a waveform, at one sampling rate."""
+
+    def __call__(self, audio: Any, *, sampling_rate: int, return_tensors: str) -> dict[str, Any]:
+        """Return features of fixed length."""
+        if sampling_rate != 16000:
+            raise ValueError(f"the sampling rate is {sampling_rate}, and has to be 16000")
+        assert return_tensors == "np"
+        return {"input_features": np.resize(audio, (1, 8, 24))}
+
+
+def test_waveforms_go_through_the_feature_extractor(tmp_path: Path) -> None:
+    rows: list[Any] = [
+        {"audio": {"array": [0.1 * n, 0.2, 0.3], "sampling_rate": 16000}, "labels": [5, n + 3]} for n in range(3)
+    ]
+    kwargs: dict[str, Any] = {"sites": "final", "processor": Extractor()}
+    heard = capture_dataset(tiny_whisper(), rows, out=tmp_path / "a.zarr", **kwargs).archive
+    frames: Any = np.resize
+    made = [{**row, "input_features": frames(row["audio"]["array"], (8, 24))} for row in rows]
+    given = capture_dataset(tiny_whisper(), made, out=tmp_path / "b.zarr", sites="final").archive
+    for site in given.sites:
+        np.testing.assert_array_equal(heard[site][:], given[site][:])
+    rows[1]["audio"] = {"array": [0.1], "sampling_rate": 8000}
+    with pytest.raises(DatasetError, match=r"row 1.*8000"):
+        capture_dataset(tiny_whisper(), rows, out=tmp_path / "c.zarr", **kwargs)
+
+
+@pytest.mark.parametrize(
+    ("rows", "said"),
+    [
+        ([{"text": "a", "labels": [3]}], r"audio.*input_features.*text"),
+        ([{"audio": {"array": [0.1], "sampling_rate": 16000}, "labels": [3]}], r"processor="),
+        ([{"input_features": np.zeros((8, 20)), "labels": [3]}], r"row 0.*\(8, 20\).*\(8, 24\)"),
+        ([{"input_features": "loud", "labels": [3]}], r"row 0.*numbers"),
+    ],
+)
+def test_audio_that_does_not_fit_is_refused(rows: list[Any], said: str, tmp_path: Path) -> None:
+    with pytest.raises(DatasetError, match=said):
+        capture_dataset(tiny_whisper(), rows, out=tmp_path / "a.zarr", sites="decoder.final")
+
+
+class Words:
+    """Stands for a tokenizer with a vocabulary for sources and another for targets, as Marian's."""
+
+    chat_template = None
+    all_special_ids = (2,)
+
+    def __call__(self, text: Any = None, *, text_target: Any = None, add_special_tokens: bool = True, **_: Any) -> Any:
+        """Return one id a letter, shifted for targets, with an end token."""
+        texts = text if text_target is None else text_target
+        shift, end = (0 if text_target is None else 20), [2] * add_special_tokens
+        encoded = [[ord(letter) - 90 + shift for letter in one] + end for one in ([texts] if texts == "a" else texts)]
+        return {"input_ids": encoded[0] if texts == "a" else encoded}
+
+    def get_vocab(self) -> dict[str, int]:
+        """Return some vocabulary."""
+        return {"a": 7}
+
+
+def test_texts_of_targets_are_tokenized_as_targets() -> None:
+    tokens = PairTokens(
+        tokenizer=cast("Tokenizer", Words()),
+        shifted=lambda labels: np.roll(labels, 1),
+        source_limit=None,
+        target_limit=None,
+        special_ids=frozenset(),
+        source_vocab=VOCABULARY,
+        target_vocab=VOCABULARY,
+    )
+    rows = [{"source": "ab", "target": "dcb", "n": 1}, {"source": "", "target": "d", "n": 2}]
+    report = DatasetReport()
+    (pair,) = read_pairs(rows, settings=DatasetSettings(), tokens=tokens, report=report)
+    assert pair.encoder.input_ids.tolist() == [7, 8, 2]
+    assert pair.decoder.input_ids.tolist() == [2, 30, 29, 28]
+    assert pair.decoder.columns["source_ids"].tolist() == [7, 8, 2]  # type: ignore[attr-defined]  # an array
+    assert report.n_empty == 1
