@@ -253,6 +253,7 @@ EXPERTS: dict[str, Callable[[], PreTrainedModel]] = {
     "qwen2_moe": lambda: lively(
         hf.Qwen2MoeForCausalLM, hf.Qwen2MoeConfig(**_TWO, **_EXPERTS, num_experts=4, shared_expert_intermediate_size=24)
     ),
+    "qwen3_next": MIXERS["qwen3_next"][0],
     "qwen3_moe": lambda: lively(hf.Qwen3MoeForCausalLM, hf.Qwen3MoeConfig(**_TWO, **_EXPERTS, num_experts=4)),
 }
 """Mixtures of experts in block 1."""

@@ -16,8 +16,8 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 from residua.capture.hooks.attention import AttentionTap, intercepting
-from residua.capture.hooks.linear_maps import LINEAR
 from residua.capture.hooks.own_attention import FUSED, SOFTMAX
+from residua.capture.hooks.torch_calls import LINEAR, MULTIPLICATIONS
 from residua.capture.runtime.module_io import input_item, output_item
 from residua.store.base.errors import CaptureError
 
@@ -45,13 +45,13 @@ class Event:
 
 
 @dataclass(frozen=True, kw_only=True)
-class LinearMap:
-    """A linear map that ran in a block.
+class TorchCall:
+    """A linear map, or a multiplication element by element, that ran in a block.
 
     Attributes:
         time: Its number among the events of the block.
         path: The innermost module that was running, relative to the block.
-        number: Its number among the linear maps of that module's forward.
+        number: Its number among those of its kind in that module's forward, without those of modules in it.
         taken: What it was applied to.
         values: The result.
     """
@@ -101,8 +101,10 @@ class BlockRun:
         given: What each module gave, of any size.
         shapes: Shape and dtype of what last entered each module in it.
         linear: The linear maps in it.
+        products: The multiplications in it whose result has as many elements as `entered`.
         experts: The calls of modules of experts in it.
-        running: The modules in it that are running, the innermost last, with the number of linear maps in each so far.
+        running: The modules in it that are running, the innermost last, with the numbers of linear maps and of
+            multiplications in each so far, without those of modules in it.
     """
 
     path: str
@@ -115,9 +117,10 @@ class BlockRun:
     values: list[Tensor] = field(default_factory=list)
     given: dict[str, Tensor] = field(default_factory=dict)
     shapes: dict[str, tuple[tuple[int, ...], torch.dtype]] = field(default_factory=dict)
-    linear: list[LinearMap] = field(default_factory=list)
+    linear: list[TorchCall] = field(default_factory=list)
     experts: list[ExpertsCall] = field(default_factory=list)
-    running: dict[str, int] = field(default_factory=lambda: {"": 0})
+    products: list[TorchCall] = field(default_factory=list)
+    running: dict[str, list[int]] = field(default_factory=lambda: {"": [0, 0]})
     _time: int = 0
 
     def leave_out_repeated(self) -> None:
@@ -131,13 +134,15 @@ class BlockRun:
         self._time += 1
         return self._time
 
-    def note_linear(self, taken: Tensor, result: Tensor) -> None:
-        """Note a linear map with one entry for each token or more."""
-        path, number = next(reversed(self.running.items()))
-        for module in self.running:
-            self.running[module] += 1
-        both = taken.detach(), result.detach()
-        self.linear.append(LinearMap(time=self.tick(), path=path, number=number, taken=both[0], values=both[1]))
+    def note_call(self, taken: object, result: Tensor, *, is_linear: bool) -> None:
+        """Note a linear map or a multiplication."""
+        path, numbers = next(reversed(self.running.items()))
+        number = numbers[not is_linear]
+        numbers[not is_linear] += 1
+        if isinstance(taken, Tensor) and (is_linear or result.numel() == self.entered.numel()):
+            both = taken.detach(), result.detach()
+            call = TorchCall(time=self.tick(), path=path, number=number, taken=both[0], values=both[1])
+            (self.linear if is_linear else self.products).append(call)
 
     def note_input(self, path: str, items: Sequence[object]) -> None:
         """Note what a module takes, if it is a module of experts."""
@@ -237,20 +242,22 @@ def _watch_inside(block: nn.Module, block_path: str, runs: Mapping[str, BlockRun
     taps: dict[nn.Module, AttentionTap] = {}
     for path, module in block.named_modules():
         taps[module] = _AttentionClock(block_path, path, runs)
-        if path and not _is_expert(block, path):
-            before, after = _around(block_path, path, runs)
+        if path:
+            before, after = _around(block_path, path, runs, keeps=not _is_expert(block, path))
             stack.callback(module.register_forward_pre_hook(before, with_kwargs=True).remove)
             stack.callback(module.register_forward_hook(after).remove)
     stack.enter_context(intercepting(taps))
 
 
-def _around(block: str, path: str, runs: Mapping[str, BlockRun]) -> tuple[Callable[..., None], Callable[..., None]]:
+def _around(
+    block: str, path: str, runs: Mapping[str, BlockRun], *, keeps: bool
+) -> tuple[Callable[..., None], Callable[..., None]]:
     def before(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         tensor = _tensor(lambda: input_item(args, kwargs, None, path))
         if block in runs:
-            runs[block].running[path] = 0
+            runs[block].running[path] = [0, 0]
             runs[block].note_input(path, [*args, *kwargs.values()])
-        if tensor is not None and block in runs:
+        if keeps and tensor is not None and block in runs:
             runs[block].shapes[path] = (tuple(tensor.shape), tensor.dtype)
             runs[block].note(runs[block].inputs, path, tensor)
 
@@ -258,7 +265,7 @@ def _around(block: str, path: str, runs: Mapping[str, BlockRun]) -> tuple[Callab
         tensor = _tensor(lambda: output_item(output, None, path))
         if block in runs:
             runs[block].running.pop(path, None)
-        if tensor is not None and block in runs:
+        if keeps and tensor is not None and block in runs:
             runs[block].note(runs[block].outputs, path, tensor)
             runs[block].given[path] = tensor.detach()
 
@@ -310,14 +317,15 @@ class _CallClock(TorchFunctionMode):
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        """Compute as always, and note a softmax over keys or a linear map."""
+        """Compute as always, and note a softmax over keys, a linear map or a product."""
         result = func(*args, **(kwargs or {}))
         if func in _FUSED or (func in SOFTMAX and _is_over_keys(result)):
             for run in self._runs.values():
                 run.attention.append((run.tick(), next(reversed(run.running))))
-        if func in LINEAR:
+        if func in LINEAR or func in MULTIPLICATIONS:
+            taken = args[0] if args else (kwargs or {}).get("input")
             for run in self._runs.values():
-                run.note_linear(args[0] if args else (kwargs or {})["input"], result)
+                run.note_call(taken, result, is_linear=func in LINEAR)
         return result
 
 

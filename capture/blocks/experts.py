@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from residua.capture.blocks.block_parts import Stage
-from residua.capture.blocks.block_run import BlockRun, Event
-from residua.capture.blocks.sums import factors_of
+from residua.capture.blocks.block_run import BlockRun, Event, ExpertsCall
+from residua.capture.blocks.sums import factors_of, is_sum, nearest, shows
 from residua.capture.hooks.site import SiteInfo, Via
 
 EXPERT_KINDS = ("router_logits", "expert_index", "expert_weight", "routed_out", "shared_out")
@@ -93,15 +93,20 @@ def experts_in(run: BlockRun, stages: Sequence[Stage]) -> Experts:
     }
     problems: dict[str, str] = {}
     n_experts = _number_of_experts(run.module.get_submodule(call.path))
-    logits = [each for each in run.linear if each.time < call.time and each.values.shape[-1] == n_experts]
-    logits = [each for each in logits if each.values.numel() == call.index.numel() // call.index.shape[-1] * n_experts]
+    logits = [each for each in run.linear if each.time < call.time and _may_be_logits(each.values, call, n_experts)]
     if logits:
         last = logits[-1]
         shape, dtype = tuple(last.values.shape), last.values.dtype
         spots["router_logits"] = Spot(path=last.path, via="linear", index=last.number, shape=shape, dtype=dtype)
     else:
-        problems["router_logits"] = f"no linear map in {run.path} gives an entry for each of the {n_experts} experts"
+        problems["router_logits"] = f"no linear map in {run.path} gives an entry for each expert"
     return _with_outputs(run, call.path, stages, Experts(spots=spots, problems=problems))
+
+
+def _may_be_logits(values: Tensor, call: ExpertsCall, n_experts: int | None) -> bool:
+    width = values.shape[-1]
+    is_wide_enough = width == n_experts if n_experts else width > int(call.index.max())
+    return is_wide_enough and values.numel() // width == call.index.numel() // call.index.shape[-1]
 
 
 def is_of_experts(module: nn.Module) -> bool:
@@ -115,10 +120,10 @@ _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _OF_A_MATRIX = 2  # axes
 
 
-def _number_of_experts(module: nn.Module) -> int:
-    """Return the first axis of the experts' weights."""
+def _number_of_experts(module: nn.Module) -> int | None:
+    """Return the first axis of the experts' weights; None if they are in no stacks."""
     stacks = [parameter for parameter in module.parameters() if parameter.ndim > _OF_A_MATRIX]
-    return int(stacks[0].shape[0]) if stacks else -1
+    return int(stacks[0].shape[0]) if stacks else None
 
 
 def _with_outputs(run: BlockRun, path: str, stages: Sequence[Stage], experts: Experts) -> Experts:
@@ -143,6 +148,8 @@ def _with_outputs(run: BlockRun, path: str, stages: Sequence[Stage], experts: Ex
         spots["shared_out"] = _output(event, beside[0].factor)
     elif shared is not None and len(factors) > 1:
         spots["shared_out"] = _output(shared, factors[1] * whole.factor)
+    elif (product := _gated(run, routed, total)) is not None:
+        spots["shared_out"] = replace(product, factor=whole.factor)
     else:
         problems["shared_out"] = _why_not_shared(run, shared)
     return Experts(spots={**experts.spots, **spots}, problems={**experts.problems, **problems})
@@ -163,6 +170,16 @@ def _output(event: Event, factor: float) -> Spot:
     return Spot(path=event.path, via="output", index=None, shape=shape, dtype=values.dtype, factor=factor)
 
 
+def _gated(run: BlockRun, routed: Event, total: Event) -> Spot | None:
+    """Return the product of a gate and a shared expert that, with the routed ones, makes the total."""
+    for call in reversed(run.products):
+        values = call.values.reshape(total.values.shape)
+        if call.time < total.time and is_sum(total.values, routed.values, values) and shows(routed.values, values):
+            shape, dtype = tuple(call.values.shape), call.values.dtype
+            return Spot(path=call.path, via="product", index=call.number, shape=shape, dtype=dtype)
+    return None
+
+
 def _shared_in(run: BlockRun, routed: Event, total: Event) -> tuple[Event | None, tuple[float, ...]]:
     """Return the shared expert if there is one, and the factors of the routed ones and of it.
 
@@ -175,7 +192,8 @@ def _shared_in(run: BlockRun, routed: Event, total: Event) -> tuple[Event | None
     for event in reversed(events):
         factors = factors_of(total.values, routed.values, [event.values], scaled=True)
         if factors is not None:
-            return event, factors
+            dtype = total.values.dtype
+            return event, tuple(nearest(iter((1.0,)), factor, dtype, lambda _: True) for factor in factors)
     rest = total.values.double() - routed.values.double()
     for event in reversed(events):
         if _is_multiple(rest, event.values.double(), torch.finfo(total.values.dtype).eps):

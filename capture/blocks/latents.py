@@ -10,7 +10,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from residua.capture.blocks.block_run import BlockRun, LinearMap
+from residua.capture.blocks.block_run import BlockRun, TorchCall
 from residua.capture.blocks.experts import Spot
 from residua.capture.blocks.sums import factors_of, nearest
 
@@ -28,7 +28,7 @@ def latent_in(run: BlockRun) -> Spot | str:
     return f"{run.path} makes its keys and values of what it takes, and of no narrower vector"
 
 
-def _makes_values(linear: LinearMap, values_BHTD: Tensor) -> bool:
+def _makes_values(linear: TorchCall, values_BHTD: Tensor) -> bool:
     n_examples, n_heads, n_positions, width = values_BHTD.shape
     rest = linear.values.numel() - values_BHTD.numel()
     if rest <= 0 or linear.values.numel() % (n_examples * n_positions * n_heads):
@@ -37,7 +37,7 @@ def _makes_values(linear: LinearMap, values_BHTD: Tensor) -> bool:
     return torch.equal(by_head_BTHD[..., -width:].transpose(1, 2), values_BHTD)
 
 
-def _where(run: BlockRun, linear: LinearMap) -> Spot | str:
+def _where(run: BlockRun, linear: TorchCall) -> Spot | str:
     """Return the last module whose output, times a factor, is what the linear map takes."""
     n_examples, n_positions = run.entered.shape[:2]
     taken = linear.taken.reshape(n_examples, n_positions, -1)

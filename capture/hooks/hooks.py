@@ -20,8 +20,8 @@ from torch import Tensor, nn
 
 from residua.capture.hooks.attention import AttentionTap, intercepting
 from residua.capture.hooks.forward_call import ForwardCall, SiteTensor
-from residua.capture.hooks.linear_maps import watching_linear
 from residua.capture.hooks.site import SiteInfo
+from residua.capture.hooks.torch_calls import LINEAR, MULTIPLICATIONS, watching_call
 from residua.capture.runtime.checkpointing import following
 from residua.capture.runtime.module_io import (
     checked_replacement,
@@ -81,9 +81,10 @@ def attached(
     first = is_zero3(modules[""])
     with ExitStack() as stack:
         for info in chosen:
-            if info.via == "linear":
+            if info.via in _CALLS:
                 reader = _Reader(info, call, on_tensor, on_problem)
-                stack.enter_context(watching_linear(modules[info.module], info.index or 0, reader.on_result))
+                watched = watching_call(modules[info.module], _CALLS[info.via], info.index or 0, reader.on_result)
+                stack.enter_context(watched)
             elif info.via != "attention":
                 handle = _register(modules[info.module], _Reader(info, call, on_tensor, on_problem), first=first)
                 stack.callback(handle.remove)
@@ -102,6 +103,9 @@ def attached(
             yield call
         finally:
             call.is_attached = False
+
+
+_CALLS: Mapping[str, frozenset[Callable[..., Any]]] = {"linear": LINEAR, "product": MULTIPLICATIONS}
 
 
 def _register(module: nn.Module, reader: "_Reader", *, first: bool) -> torch.utils.hooks.RemovableHandle:
@@ -146,7 +150,7 @@ class _Reader:
         return None if new is None else replaced_input(args, kwargs, self.info.index, new)
 
     def on_result(self, tensor: Tensor) -> Tensor:
-        """Take the result of a linear map; return what the module goes on with."""
+        """Take the result of a call of torch; return what the module goes on with."""
         if not self._call.is_running(self.info):
             return tensor
         new = self._call.call(self._on_tensor, self.info, tensor, heads_first=False)

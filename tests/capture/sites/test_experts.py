@@ -113,10 +113,27 @@ def test_routed_and_shared_experts_add_up() -> None:
     torch.testing.assert_close(kept["resid_mid"] + kept["routed_out"] + kept["shared_out"], kept["resid_post"])
     kept = tapped("mixtral", "routed_out", "mlp_out")
     assert torch.equal(kept["routed_out"], kept["mlp_out"])
-    with pytest.raises(UnknownSiteError) as caught:
-        resolve_sites(model_of("qwen2_moe"), f"shared_out.{LAYER}")
-    for word in (f"shared_out.{LAYER}", "module:model.layers.1.mlp.shared_expert@output", "each token"):
-        assert word in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["qwen2_moe", "qwen3_next"])
+def test_a_shared_expert_behind_a_gate_is_what_is_added(name: str) -> None:
+    model, mlp = model_of(name), f"model.layers.{LAYER}.mlp"
+    parts = [f"module:{mlp}@input", f"module:{mlp}.shared_expert@output", f"module:{mlp}.shared_expert_gate@output"]
+    taken: dict[str, Tensor] = {}
+    with tap(model, parts, taken.__setitem__):
+        run(model)
+    kept = tapped(name, "routed_out", "shared_out", "mlp_out")
+    product = taken[parts[1]] * taken[parts[2]].sigmoid()
+    assert torch.equal(kept["shared_out"].flatten(), product.flatten())
+    torch.testing.assert_close(kept["routed_out"] + kept["shared_out"], kept["mlp_out"])
+    one_token = torch.tensor([[5]])  # goes to fewer experts than the tokens with which the site was found
+    for ids in (IDS, one_token):
+        with torch.no_grad():
+            with tap(model, {f"shared_out.{LAYER}": sites_of(name)[f"shared_out.{LAYER}"]}, lambda _n, t: t * 0):
+                got = model(input_ids=ids).logits
+            handle = model.get_submodule(f"{mlp}.shared_expert").register_forward_hook(lambda _m, _a, out: out * 0)
+            assert torch.equal(model(input_ids=ids).logits, got)
+            handle.remove()
 
 
 @pytest.mark.parametrize("name", ["mixtral", "qwen2_moe", "deepseek_v3", "gpt_oss"])
