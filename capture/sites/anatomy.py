@@ -114,10 +114,10 @@ def anatomy_of(model: nn.Module) -> Anatomy | None:
 def takes_pixels(model: nn.Module) -> bool:
     """Return whether a model is one of transformers that reads images and no tokens."""
     core = core_of(model)
-    if not isinstance(core, PreTrainedModel) or core.main_input_name != PIXELS:
+    if not isinstance(core, PreTrainedModel) or getattr(core.config, "is_encoder_decoder", False):
         return False
-    is_encoder_decoder = getattr(core.config, "is_encoder_decoder", False)
-    return not is_encoder_decoder and "input_ids" not in signature(core.forward).parameters
+    takes = signature(core.forward).parameters
+    return PIXELS in takes and "input_ids" not in takes
 
 
 def n_logits_of(model: nn.Module) -> int | None:

@@ -4,7 +4,7 @@
 It adds sites that exist on demand (``module:`` sites and ``logits_topK``), and says why a site is missing.
 """
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
@@ -13,11 +13,12 @@ from torch import nn
 
 from residua.capture.blocks.experts import EXPERT_KINDS, is_of_experts
 from residua.capture.hooks.site import SiteInfo, Via
-from residua.capture.runtime.wrappers import first_name, layer_inside, named_modules
+from residua.capture.runtime.wrappers import core_of, first_name, layer_inside, named_modules
 from residua.capture.sites.anatomy import ATTENTION_KINDS, Anatomy, anatomy_of, takes_choices
 from residua.capture.sites.discovery import discover
 from residua.capture.sites.shape_probe import measure_sites, takes_tokens, without_rows
 from residua.capture.sites.stacks import find_in_stacks, measure_in_stacks, stacks_of
+from residua.capture.sites.towers import NAMES, Tower, has_towers_only, towers_of
 from residua.store.base.errors import CaptureError, UnknownSiteError
 from residua.store.format.site_names import CROSS_KINDS, LAYER_KINDS, MODEL_KINDS, STACKS, Site, parse_site, select
 
@@ -54,6 +55,9 @@ def resolve_sites(model: nn.Module, patterns: str | Iterable[str]) -> dict[str, 
         CaptureError: A module has no tensor where a ``module:`` site is to be read.
     """
     words = [patterns] if isinstance(patterns, str) else list(patterns)
+    towers = _named_towers(model, words)
+    if towers:
+        return _in_towers(words, towers)
     looked_for = _looked_for(model, _kinds_in(words))
     available = _with_rows(looked_for)
     try:
@@ -72,6 +76,48 @@ def resolve_sites(model: nn.Module, patterns: str | Iterable[str]) -> dict[str, 
     elif unmeasured:
         sites |= measure_in_stacks(stacks_of(model), unmeasured)
     return {name: _refused_in_experts(model, info) for name, info in sites.items()}
+
+
+def _named_towers(model: nn.Module, words: Sequence[str]) -> list[Tower]:
+    """Return the towers that patterns name; nothing if they name none, and mean the model itself.
+
+    Raises:
+        UnknownSiteError: The model lacks such a tower, or some patterns name one and others do not.
+    """
+    every = [word.strip() for text in words for word in text.split(",") if word.strip()]
+    heads = [word.partition(".")[0] for word in every]
+    asked = [name for name in NAMES if name in heads]
+    is_of_modules = all(word.startswith("module:") for word in every)
+    known = towers_of(model) if asked or (has_towers_only(model) and not is_of_modules) else {}
+    if not asked and not known:
+        return []
+    name = type(core_of(model)).__name__
+    first = f"{next(iter(known), NAMES[0])}.{next((word for word in every if word.partition('.')[0] not in NAMES), '')}"
+    if any(head not in NAMES for head in heads):
+        raise UnknownSiteError(
+            f"{', '.join(every)}: {name} has {' and '.join(known)}, which have rows of their own: begin each site with "
+            f"one of these, as in {first!r}"
+        )
+    missing = [each for each in asked if each not in known]
+    if missing:
+        raise UnknownSiteError(
+            f"{', '.join(every)}: {name} has no part of transformers that is its {missing[0]} model and runs alone; "
+            "use module: sites"
+        )
+    return [known[each] for each in asked]
+
+
+def _in_towers(words: Sequence[str], towers: Sequence[Tower]) -> dict[str, SiteInfo]:
+    """Return the sites of towers, under their names and by their places in the full model."""
+    every = [word.strip() for text in words for word in text.split(",") if word.strip()]
+    found: dict[str, SiteInfo] = {}
+    for tower in towers:
+        own = [word.partition(".")[2] for word in every if word.startswith(f"{tower.name}.")]
+        for info in resolve_sites(tower.module, own).values():
+            path = ".".join(part for part in (tower.path, info.module) if part)
+            name = f"{tower.name}.{info.name}"
+            found[name] = replace(info, name=name, module=path)
+    return found
 
 
 def _refused_in_experts(model: nn.Module, info: SiteInfo) -> SiteInfo:

@@ -34,7 +34,7 @@ _IMAGES = (2, 3)  # or examples of frames
 def takes_tokens(model: nn.Module) -> bool:
     """Return whether a model is one that reads token ids; it may need other inputs too, such as images."""
     core = core_of(model)
-    if not isinstance(core, PreTrainedModel) or core.main_input_name != "input_ids":
+    if not isinstance(core, PreTrainedModel) or core.main_input_name != "input_ids" or takes_pixels(core):
         return False
     return not getattr(core.config, "is_encoder_decoder", False)
 

@@ -51,7 +51,7 @@ from residua.capture.sites.anatomy import takes_pixels
 from residua.capture.sites.names_to_modules import resolve_sites
 from residua.capture.sites.reference_model import unsharded_sites
 from residua.capture.sites.shape_probe import measure_sites
-from residua.pipelines.capture.images import image_dataset, load_processor
+from residua.pipelines.capture.images import image_dataset, load_processor, part_to_capture
 from residua.pipelines.data.dataset import DatasetReport, dataset_identity, read_examples
 from residua.pipelines.data.image_examples import ImageDataset
 from residua.pipelines.data.tokenizer import special_ids
@@ -186,23 +186,25 @@ def capture_dataset(
     place = try_place(Path(out), locks=True, links=True)
     with ExitStack() as stack:
         membership = stack.enter_context(working_together(place.path, chosen))
+        name = ""
         if isinstance(model, str | PathLike):
             name = _name(model, tensor_parallel)
             tokenizer = tokenizer or load_tokenizer(name, chosen)
             model = load_model(name, chosen)
-            if processor is None and (takes_pixels(model) or chosen.image_column is not None):
-                processor = load_processor(name, chosen.revision)
         elif isinstance(model, PIPELINE_TYPES):
             model = stack.enter_context(as_model(model))
         else:
             model = _language_model(replica_of(model))
+        model, of_part = part_to_capture(model, chosen.sites)
+        if processor is None and name and (takes_pixels(model) or chosen.image_column is not None):
+            processor = load_processor(name, chosen.revision)
         stack.enter_context(declared_group(model, tensor_parallel))
         images = image_dataset(model, place.path, chosen, processor)
         if images is not None:
             stack.enter_context(images)
-            tokenizer = tokenizer or getattr(processor, "tokenizer", None)
+            tokenizer = None if takes_pixels(model) else tokenizer or getattr(processor, "tokenizer", None)
         job = DatasetCapture(model, place.path, tokenizer, dataset, chosen, command, on_example, images)
-        job.notes.extend(place.notes)
+        job.notes.extend(filter(None, [*place.notes, of_part]))
         called = runnable(model)
         if stack.enter_context(running_uncompiled(called)):
             job.notes.append("compiled code does not run hooks: the model ran uncompiled for this capture")

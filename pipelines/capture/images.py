@@ -10,10 +10,12 @@ from residua.capture.layout.process_layout import spans_processes
 from residua.capture.runtime.pipeline_schedule import stage_model_of
 from residua.capture.runtime.sharded import is_sharded
 from residua.capture.sites.anatomy import PIXELS, takes_pixels
+from residua.capture.sites.towers import NAMES, towers_of
 from residua.pipelines.data.image_encoders import PatchEncoder, TokenEncoder
 from residua.pipelines.data.image_examples import ImageDataset
 from residua.pipelines.setup.settings import CaptureSettings
 from residua.store.base.errors import PlanError
+from residua.store.base.naming import named
 
 
 def image_dataset(
@@ -32,12 +34,12 @@ def image_dataset(
     """
     if not takes_pixels(model) and settings.image_column is None:
         if processor is not None:
-            raise PlanError("processor is for images: name their column by image_column (--image-column) too")
+            raise PlanError(f"processor is for images: name their column by {named('image_column')} too")
         return None
     if PIXELS not in signature(model.forward).parameters:
         raise PlanError(
-            f"--image-column {settings.image_column!r} is given, and {type(model).__name__} takes no images: leave it "
-            "out"
+            f"{named('image_column', settings.image_column)} is given, and {type(model).__name__} takes no images: "
+            "leave it out"
         )
     if stage_model_of(model) is not None or spans_processes(model) or is_sharded(model):
         raise PlanError(
@@ -52,6 +54,29 @@ def image_dataset(
     if takes_pixels(model):
         return ImageDataset(out, PatchEncoder(model, processor), settings)
     return ImageDataset(out, TokenEncoder(model, processor, settings), settings)
+
+
+def part_to_capture(model: PreTrainedModel, sites: str) -> tuple[PreTrainedModel, str]:
+    """Return the part of a model that runs for a capture, and what a reader of the archive should know of it.
+
+    Sites of a vision tower have rows of patches, and those of CLIP's text model rows of its own tokens: the part runs
+    alone. All others run the model itself.
+
+    Raises:
+        PlanError: The sites are of two parts.
+    """
+    words = [word.strip() for word in sites.split(",")]
+    asked = [name for name in NAMES if any(word.startswith(f"{name}.") for word in words)]
+    if len(asked) > 1:
+        raise PlanError(
+            f"{named('sites', sites)}: {' and '.join(asked)} have rows of their own, patches and tokens: capture the "
+            "sites of each in a run of its own, into an archive of its own"
+        )
+    tower = towers_of(model).get(asked[0]) if asked else None
+    if tower is None or not tower.path:
+        return model, ""
+    name, part = type(model).__name__, type(tower.module).__name__
+    return tower.module, f"the model is {tower.path} ({part}) of {name}, which ran alone"
 
 
 def load_processor(name: str | PathLike[str], revision: str | None) -> object:

@@ -17,11 +17,13 @@ from transformers import PreTrainedModel
 from residua.capture.forward.example_inputs import ExampleInputs
 from residua.capture.sites.anatomy import PIXELS
 from residua.capture.sites.pixels import patch_grid
+from residua.capture.sites.towers import image_token_of
 from residua.pipelines.data.settings import DatasetSettings
 from residua.pipelines.data.sources import Row
 from residua.pipelines.data.tokenizer import special_ids
 from residua.store.base.canonical import Json, digest_of
 from residua.store.base.errors import CaptureError, DatasetError, PlanError
+from residua.store.base.naming import named
 from residua.store.examples.index import NO_TOKEN
 from residua.store.format.row_columns import IMAGE_COLUMNS, MODALITIES
 
@@ -102,12 +104,11 @@ class TokenEncoder:
                 f"{type(model).__name__} takes images with text, and a {type(processor).__name__} was given: pass its "
                 "processor (transformers.AutoProcessor) as processor"
             )
-        found = (getattr(model.config, name, None) for name in ("image_token_id", "image_token_index"))
-        token = next((number for number in found if isinstance(number, int)), None)
+        token = image_token_of(model)
         if token is None:
             raise PlanError(
                 f"the config of {type(model).__name__} does not say which token stands for a patch (image_token_id), "
-                "so rows of images cannot be told from those of text: leave --image-column out"
+                f"so rows of images cannot be told from those of text: leave {named('image_column')} out"
             )
         self._image_token = token
         self._special = np.array(sorted(special_ids(self._tokenizer)), np.int64)
@@ -130,7 +131,7 @@ class TokenEncoder:
         if column is None or column not in row:
             raise DatasetError(
                 f"row {number}: there is no column {asked or 'text or messages'}; the row has {', '.join(row)}; name "
-                "one with --text-column"
+                f"one with {named('text_column')}"
             )
         value = row[column]
         if isinstance(value, list | tuple) and value:
@@ -143,11 +144,13 @@ class TokenEncoder:
 
     def _rendered(self, chat: Sequence[object], where: str) -> str:
         if self._settings.tools_column:
-            raise DatasetError(f"--tools {self._settings.tools_column}: with images, give the tools themselves")
+            raise DatasetError(f"{named('tools', self._settings.tools_column)}: with images, give the tools themselves")
         template = self._settings.template or getattr(self._processor, "chat_template", None)
         template = template or getattr(self._tokenizer, "chat_template", None)
         if not template:
-            raise DatasetError(f"{where}: there is a chat, and the processor has no chat template (--chat-template)")
+            raise DatasetError(
+                f"{where}: there is a chat, and the processor has no chat template ({named('chat_template')})"
+            )
         messages = [_message(message, where) for message in chat]
         try:
             return str(

@@ -22,6 +22,7 @@ from residua.pipelines.data.settings import DatasetSettings
 from residua.pipelines.data.sources import Row, Rows, local_path, open_rows
 from residua.store.base.canonical import Json
 from residua.store.base.errors import DatasetError
+from residua.store.base.naming import named
 from residua.store.examples.index import IMAGES, INPUT_PREFIX, OTHER_INPUTS, Example
 from residua.store.format.row_columns import MODALITIES
 from residua.store.selection.positions import kept_positions, marks_of
@@ -143,8 +144,8 @@ def read_image_examples(
     """
     if settings.long_examples in ("split", "truncate"):
         raise DatasetError(
-            f"--long-examples {settings.long_examples}: an example with images is one whole, and cannot be cut: leave "
-            "it out, or choose what fits"
+            f"{named('long_examples', settings.long_examples)}: an example with images is one whole, and cannot be "
+            "cut: leave it out, or choose what fits"
         )
     limit = settings.length_limit(model_limit)
     rows = open_rows(source, settings)
@@ -165,20 +166,22 @@ def _image_column(rows: Rows, settings: DatasetSettings, encoder: Encoder) -> st
         raise DatasetError(f"the dataset has a column {taken[0]!r}, which the examples need for themselves: rename it")
     asked, found = settings.image_column, ", ".join(rows.columns)
     if asked is not None and asked not in rows.columns:
-        raise DatasetError(f"--image-column {asked!r}: there is no such column, the dataset has {found}")
+        raise DatasetError(f"{named('image_column', asked)}: there is no such column, the dataset has {found}")
     usual = [name for name in _USUAL if name in rows.columns]
     if asked is None and not usual:
         raise DatasetError(
             f"the model takes images, and the dataset has no column of the name {' or '.join(_USUAL)}, it has {found}: "
-            "name the column with --image-column"
+            f"name the column with {named('image_column')}"
         )
     rule = settings.rule
     if rule.is_assistant:
-        raise DatasetError("--positions assistant is for chats without images: give the mask as a column, column:NAME")
+        raise DatasetError(
+            f"{named('positions', 'assistant')} is for chats without images: give the mask as a column, column:NAME"
+        )
     if rule.column and rule.column not in rows.columns:
         raise DatasetError(f"positions column:{rule.column}: the dataset has no such column, it has {found}")
     if encoder.needs_image and settings.text_column is not None:
-        raise DatasetError(f"--text-column {settings.text_column!r}: the model takes images alone: leave it out")
+        raise DatasetError(f"{named('text_column', settings.text_column)}: the model takes images alone: leave it out")
     return usual[0] if asked is None else asked
 
 
@@ -187,7 +190,7 @@ def _folder(source: object, settings: DatasetSettings) -> Path | None:
     if settings.image_folder is not None:
         folder = Path(settings.image_folder).expanduser()
         if not folder.is_dir():
-            raise DatasetError(f"--image-folder {settings.image_folder!r}: there is no such folder")
+            raise DatasetError(f"{named('image_folder', settings.image_folder)}: there is no such folder")
         return folder
     path = local_path(source) if isinstance(source, str | PathLike) else None
     return path if path is None or path.is_dir() else path.parent

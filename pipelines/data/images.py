@@ -22,6 +22,7 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from residua.store.base.errors import DatasetError
+from residua.store.base.naming import named
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
 _MAX_FILE_BYTES = 2**28
@@ -136,7 +137,7 @@ def _check_pixels(size: tuple[int, int], max_pixels: int, where: str) -> None:
     if size[0] * size[1] > max_pixels or min(size) < 1:
         raise DatasetError(
             f"{where}: the image has {size[0]:,} x {size[1]:,} pixels, and at most {max_pixels:,} are decoded: make it "
-            "smaller, leave it out, or raise --max-image-pixels if you trust the dataset"
+            f"smaller, leave it out, or raise {named('max_image_pixels')} if you trust the dataset"
         )
 
 
@@ -153,7 +154,8 @@ def _file(text: str, folder: Path | None, where: str) -> Path:
         )
     if folder is None:
         raise DatasetError(
-            f"{where}: {text[:80]!r} is a path, and it is not known in which folder: name it with --image-folder"
+            f"{where}: {text[:80]!r} is a path, and it is not known in which folder: name it with "
+            f"{named('image_folder')}"
         )
     root = folder.resolve()
     try:
@@ -165,4 +167,4 @@ def _file(text: str, folder: Path | None, where: str) -> Path:
     except (OSError, ValueError) as error:  # a NUL byte, a name that is too long, a loop of links
         raise DatasetError(f"{where}: {text[:80]!r} cannot be a path: {error}") from error
     problem = "there is no such file" if inside else "it leads out of that folder"
-    raise DatasetError(f"{where}: {text[:80]!r} in {root}: {problem}; name another folder with --image-folder")
+    raise DatasetError(f"{where}: {text[:80]!r} in {root}: {problem}; name another folder with {named('image_folder')}")

@@ -195,17 +195,17 @@ def test_a_changed_digest_of_an_image_is_damage(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("dataset", "options", "match"),
     [
-        ([{"text": "a"}], {}, "image-column"),
+        ([{"text": "a"}], {}, "image_column"),
         ([{"image": PICTURES[0]}], {"image_column": "picture"}, "picture"),
         ([{"image": [PICTURES[0], PICTURES[1]]}], {}, "2 images"),
         ([{"image": 5}], {}, r"row 0.*int"),
         ([{"image": b"no image"}], {}, r"row 0.*format"),
         ([{"image": encoded(PICTURES[0])[:-40]}], {}, r"row 0.*decoded"),
         ([{"image": picture(300, 300, 0)}], {"max_image_pixels": 80_000}, r"90|300"),
-        ([{"image": encoded(picture(300, 300, 0))}], {"max_image_pixels": 80_000}, "max-image-pixels"),
+        ([{"image": encoded(picture(300, 300, 0))}], {"max_image_pixels": 80_000}, "max_image_pixels"),
         ([{"image": Image.new("I;16", (40, 40))}], {}, "I;16"),
         ([{"image": np.zeros((4, 4, 4), np.float32)}], {}, "float32"),
-        ([{"image": "a.png"}], {}, "image-folder"),
+        ([{"image": "a.png"}], {}, "image_folder"),
         ([{"image": "https://example.com/a.png"}], {"image_folder": "."}, "address"),
         ([{"image": PICTURES[0]}], {"long_examples": "truncate"}, "truncate"),
         ([{"image": PICTURES[0]}], {"max_length": 5}, r"row 0.*18 tokens.*5"),
@@ -230,7 +230,7 @@ def test_no_path_leaves_the_folder(name: str, tmp_path: Path) -> None:
     (folder / "inner").mkdir(parents=True)
     (tmp_path / "secret.png").write_bytes(encoded(PICTURES[0]))
     (folder / "link.png").symlink_to(tmp_path / "secret.png")
-    with pytest.raises(DatasetError, match=r"image-folder|cannot be a path"):
+    with pytest.raises(DatasetError, match=r"image_folder|cannot be a path"):
         residua.capture_dataset(
             MODEL, [{"image": name}], out=tmp_path / "a.zarr", processor=processor(), image_folder=str(folder)
         )
