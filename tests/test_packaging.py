@@ -142,7 +142,13 @@ def extra(name: str) -> set[str]:
 
 
 BASE = declared(PROJECT["project"]["dependencies"])
-NEEDS = {"residua": [], "store": ["capture", "reader-tests"], "capture": ["capture"], "analysis": ["analysis"], "pipelines": ["all"]}
+NEEDS = {
+    "residua": [],
+    "store": ["capture", "reader-tests"],
+    "capture": ["capture"],
+    "analysis": ["analysis"],
+    "pipelines": ["all"],
+}
 """The extras that a room may import from. In the store only functions that return tensors import torch
 (test_rooms), and only `to_xarray` xarray."""
 

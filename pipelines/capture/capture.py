@@ -61,7 +61,7 @@ from residua.pipelines.setup.settings import CaptureSettings
 from residua.store.base.canonical import Json
 from residua.store.base.errors import DatasetError, PlanError
 from residua.store.base.naming import named
-from residua.store.examples.index import ExampleIndex
+from residua.store.examples.index import ExampleIndex, dataset_entry
 from residua.store.examples.table import ExampleTable
 from residua.store.examples.writer import ExampleWriter
 from residua.store.format.archive_metadata import is_archive, read_metadata
@@ -247,16 +247,6 @@ def _language_model(model: nn.Module) -> PreTrainedModel:
             "that it contains"
         )
     return cast("PreTrainedModel", model)
-
-
-def dataset_entry(index: ExampleIndex) -> dict[str, Json]:
-    """Return what a plan records of its examples."""
-    return {
-        "digest": index.digest,
-        "n_examples": index.n_examples,
-        "n_tokens": index.total_tokens,
-        "longest_example": int(index.n_tokens.max()),
-    }
 
 
 class CaptureJob(ABC):

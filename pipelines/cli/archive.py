@@ -1,4 +1,4 @@
-"""The commands about one archive or model: info, verify, pack, reproduce, fidelity and sites."""
+"""The commands about one archive or model: info, verify, pack, extract, export, reproduce, fidelity and sites."""
 
 import argparse
 import os
@@ -10,8 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 from residua.pipelines.cli.options import (
     MODEL_HELP,
+    WHERE_HELP,
     add_archive,
     add_command,
+    add_flag,
     add_parallel_flags,
     add_sample_flags,
     is_first_process,
@@ -48,6 +50,7 @@ def add(commands: Any) -> None:
         "reads whatever the archive's length. No shard is changed. New archives get it when they are finished."
     )
     add_archive(add_command(commands, "pack", _pack, text, description))
+    _add_copies(commands)
     text = "run a sample of an archive again and compare every row"
     description = (
         "Run a random sample of an archive's batches through the model again, and compare every row with the stored "
@@ -67,6 +70,59 @@ def add(commands: Any) -> None:
     description = "List the sites that a model has, with shape and data type of a row. No weights are loaded."
     sites = add_command(commands, "sites", _sites, text, description)
     sites.add_argument("--model", required=True, help=MODEL_HELP)
+
+
+def _add_copies(commands: Any) -> None:
+    """Add the commands that write a part of an archive elsewhere."""
+    text = "take examples, rows or sites of an archive into a new one"
+    description = "Write a subset of an archive as a new archive. Rows keep their values, tokens and texts."
+    extract = add_command(commands, "extract", _extract, text, description)
+    add_archive(extract)
+    add_flag(extract, "--out", "folder of the new archive", required=True)
+    add_flag(extract, "--examples", "numbers of examples, such as 3,7,10-19 (default: all)", metavar="NUMBERS")
+    add_flag(extract, "--rows", WHERE_HELP, metavar="CONDITION")
+    add_flag(extract, "--sites", "sites to take, such as resid_post.* (default: all)")
+    text = "write rows of an archive as Parquet, safetensors, npy or a dataset"
+    description = "Write rows of some sites, with their tokens, into files that other programs read."
+    export = add_command(commands, "export", _export, text, description)
+    add_archive(export)
+    add_flag(export, "--out", "file or folder to write", required=True)
+    export.add_argument("--to", required=True, choices=("parquet", "safetensors", "npy", "hf"), help="the format")
+    add_flag(export, "--rows", WHERE_HELP, metavar="CONDITION")
+    add_flag(export, "--sites", "sites to write, such as resid_post.7 (default: all)")
+
+
+def _extract(options: argparse.Namespace) -> int:
+    from residua.pipelines.copies.extract import extract
+    from residua.store.selection.grammar import parse_numbers
+
+    examples = None if options.examples is None else parse_numbers(options.examples, "--examples")
+    with StepProgress("row", shown=not options.json) as progress:
+        made = extract(
+            options.archive,
+            options.out,
+            examples=examples,
+            rows=options.rows,
+            sites=options.sites,
+            on_row=progress.step,
+        )
+    found = {"archive": str(made.path), "rows": made.n_rows, "examples": len(made.example_table), "sites": made.sites}
+    if options.json:
+        print_json(found)
+    else:
+        print(f"{made.path}: {made.n_rows:,} rows of {found['examples']:,} examples, {len(made)} sites")
+    return 0
+
+
+def _export(options: argparse.Namespace) -> int:
+    from residua.pipelines.copies.export import export
+
+    with StepProgress("row", shown=not options.json) as progress:
+        made = export(
+            options.archive, options.out, to=options.to, sites=options.sites, rows=options.rows, on_row=progress.step
+        )
+    print_json({"out": str(made)}) if options.json else print(f"written: {made}")
+    return 0
 
 
 def _info(options: argparse.Namespace) -> int:

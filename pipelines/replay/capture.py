@@ -18,14 +18,14 @@ from residua.capture.replay.engine import CapturedReplay, Replayer
 from residua.capture.runtime.sharded import is_zero3
 from residua.capture.scheduling.membership import Membership
 from residua.capture.sites.reference_model import unsharded_sites
-from residua.pipelines.capture.capture import CaptureJob, dataset_entry
+from residua.pipelines.capture.capture import CaptureJob
 from residua.pipelines.capture.captured_batches import schedule_of
 from residua.pipelines.jobs.workers import workers_of_step
 from residua.store.base.canonical import Json, digest_of
 from residua.store.base.errors import PlanError
 from residua.store.base.naming import named
 from residua.store.encoding.codecs import DEFAULT_PRESET
-from residua.store.examples.index import Example, ExampleIndex
+from residua.store.examples.index import Example, ExampleIndex, dataset_entry
 from residua.store.examples.table import ExampleTable
 from residua.store.examples.writer import ExampleWriter
 from residua.store.format.plan import HOST_MEMORY_BYTES, Plan, host_buffer_bytes

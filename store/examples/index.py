@@ -13,6 +13,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from residua.store.base.canonical import Json
 from residua.store.base.errors import DatasetError
 
 IntArray = NDArray[np.int32]
@@ -128,6 +129,16 @@ class ExampleIndex:
     def total_tokens(self) -> int:
         """Number of tokens of all examples, kept or not."""
         return int(self.n_tokens.sum(dtype=np.int64))
+
+
+def dataset_entry(index: ExampleIndex) -> dict[str, Json]:
+    """Return what a plan records of its examples."""
+    return {
+        "digest": index.digest,
+        "n_examples": index.n_examples,
+        "n_tokens": index.total_tokens,
+        "longest_example": int(index.n_tokens.max()),
+    }
 
 
 def add_to_digest(

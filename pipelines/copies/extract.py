@@ -1,0 +1,195 @@
+"""A subset of an archive as a new archive: some examples, some of their rows, some sites.
+
+Rows keep their values bit for bit, their tokens and their positions; examples keep all their tokens and columns, and
+`source_example` is their number in the archive that they come from. The plan says what was taken from which archive. It
+forms no batches, since the examples that ran together may have been taken apart.
+"""
+
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from residua.store.base.canonical import Json, digest_of
+from residua.store.base.errors import PlanError
+from residua.store.encoding.codecs import INT8, PRESETS
+from residua.store.examples.index import Example, dataset_entry
+from residua.store.examples.writer import ExampleWriter
+from residua.store.format.archive_metadata import SIDECAR_FOLDERS, read_metadata
+from residua.store.format.create import create_archive, workspace
+from residua.store.format.plan import Plan, SitePlan
+from residua.store.format.row_columns import ROW_COLUMNS
+from residua.store.format.writer import FilledShard, ShardWriter
+from residua.store.read.archive import Archive
+from residua.store.sealing.seal import seal
+from residua.store.selection.examples import ExampleChoice
+from residua.store.selection.row_filter import RowFilter
+from residua.store.storage.place import try_place
+
+SOURCE_EXAMPLE = "source_example"
+"""Column of the example table: the number of each example in the archive that it was taken from."""
+
+EXTRACTED = "extracted"
+"""Entry of the plan's `rules` (digest of what was taken) and of the provenance (its description)."""
+
+_EXAMPLES = 1024  # read at a time
+Numbers = npt.NDArray[np.int64]
+
+
+def extract(
+    archive: Archive | str | PathLike[str],
+    out: str | PathLike[str],
+    *,
+    examples: Sequence[int] | None = None,
+    rows: str | None = None,
+    sites: str | Iterable[str] | None = None,
+    on_row: Callable[[int, int], None] = lambda *_: None,
+) -> Archive:
+    """Write some examples, rows and sites of an archive into a new one.
+
+    Args:
+        archive: The archive, or its folder.
+        out: Folder of the new archive.
+        examples: Numbers of the examples; all by default.
+        rows: A condition on rows, for example ``position > 0``; only rows that meet it are kept, and only examples
+            with such a row. All rows by default.
+        sites: Sites; all by default.
+        on_row: Called as rows are written, with the number done and the total.
+
+    Returns:
+        The new archive.
+
+    Raises:
+        PlanError: A site cannot be copied exactly, the archive has images, or nothing is left.
+        UnknownSiteError: `sites` matches no stored site.
+        NotCapturedError: The archive is not finished.
+        FileExistsError: `out` exists.
+        OSError: `out` cannot be written.
+    """
+    source = archive if isinstance(archive, Archive) else Archive(archive)
+    out = Path(out)
+    names = source.sites if sites is None else source.select(sites)
+    _refuse(source, names)
+    try_place(out, links=True)
+    kept = _kept_rows(source, examples, rows)
+    with workspace(out) as folder:
+        index = _write_examples(source, kept, folder / "examples")
+        _copy_sidecars(source, folder)
+        taken: dict[str, Json] = {
+            "archive": source.plan.digest,
+            "examples": None if examples is None else len(set(examples)),
+            "rows": rows,
+            "sites": list(names),
+        }
+        plan = replace(
+            source.plan,
+            dataset={**index, "longest_example": source.plan.dataset.get("longest_example", index["longest_example"])},
+            rules={**source.plan.rules, EXTRACTED: digest_of({**taken, "kept": digest_of(kept.tolist())})},
+            sites=tuple(source.plan.site(name) for name in names),
+            batch_tokens=0,
+            n_rows=len(kept),
+        )
+        provenance: dict[str, Any] = {**source.provenance, EXTRACTED: {**taken, "path": str(source.path)}}
+        create_archive(folder, out, plan, {**provenance, "notes": [*_notes(source, names)]})
+    _write_rows(source, out, plan, kept, on_row)
+    seal(out, read_metadata(out))
+    return Archive(out)
+
+
+def _refuse(source: Archive, names: Sequence[str]) -> None:
+    source.require_captured(range(source.n_rows))
+    if int8 := [name for name in names if source.plan.site(name).codec == INT8]:
+        raise PlanError(
+            f"{int8[0]} is stored as {INT8}, whose values would be rounded again: choose other sites, or copy the "
+            "archive as it is"
+        )
+    if dict(source.plan.row_columns) != ROW_COLUMNS:
+        raise PlanError(f"{source.path} has examples with images, which cannot be extracted yet: copy it as it is")
+
+
+def _kept_rows(source: Archive, examples: Sequence[int] | None, rows: str | None) -> Numbers:
+    """Return the rows to keep, ascending."""
+    first_row = source.example_table.index().first_row
+    kept = np.arange(source.n_rows) if rows is None else RowFilter.parse(rows).rows(source)
+    if examples is not None:
+        chosen = ExampleChoice(examples=examples).of(source)
+        kept = kept[chosen[np.searchsorted(first_row, kept, side="right") - 1]]
+    if not len(kept):
+        raise PlanError("no row is left: choose other examples, or another condition")
+    return kept
+
+
+def _write_examples(source: Archive, kept: Numbers, folder: Path) -> dict[str, Json]:
+    table, index = source.example_table, source.example_table.index()
+    owner = np.searchsorted(index.first_row, kept, side="right") - 1
+    numbers, starts = np.unique(owner, return_index=True)
+    rows_of = np.split(kept - index.first_row[owner], starts[1:])
+    writer = ExampleWriter(folder)
+    for number, columns, local in zip(numbers.tolist(), _columns(source, numbers), rows_of, strict=True):
+        tokens, positions = table.tokens(number), table.positions(number)
+        columns = {**columns, SOURCE_EXAMPLE: columns.get(SOURCE_EXAMPLE, number)}
+        writer.add(Example(input_ids=tokens, positions=positions[local], columns=columns))
+    return dataset_entry(writer.close())
+
+
+def _columns(source: Archive, numbers: Numbers) -> Iterator[Mapping[str, object]]:
+    """Yield the user's own columns of examples."""
+    names = list(source.example_table.column_types())
+    found = source.example_table.table(names) if names else None
+    for start in range(0, len(numbers), _EXAMPLES):
+        chosen = numbers[start : start + _EXAMPLES]
+        if found is None:
+            yield from ({} for _ in chosen)
+        else:
+            yield from found.take(chosen).to_pylist()
+
+
+def _copy_sidecars(source: Archive, folder: Path) -> None:
+    """Copy head and tokenizer, compared with their digests."""
+    for name in source.metadata.files:
+        if name.split("/")[0] in SIDECAR_FOLDERS and not name.startswith("examples/"):
+            source.side_file(name)
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(source.path / name, folder / name)
+
+
+def _notes(source: Archive, names: Sequence[str]) -> Iterator[Json]:
+    found = source.provenance.get("notes")
+    yield from found if isinstance(found, list) else ()
+    yield f"these rows were taken from another archive, of plan {source.plan.digest[:12]}"
+    if lossy := [name for name in names if not PRESETS[source.plan.site(name).codec].is_lossless]:
+        yield f"{', '.join(lossy)}: relative_rms_error compares with the rounded rows of that archive, and so is 0"
+
+
+def _write_rows(source: Archive, out: Path, plan: Plan, kept: Numbers, on_row: Callable[[int, int], None]) -> None:
+    """Write shard by shard; a shard of every site is in memory at a time, and those that are being written."""
+    examples = np.searchsorted(source.example_table.index().first_row, kept, side="right") - 1
+    _, number = np.unique(examples, return_inverse=True)
+    with ShardWriter(out, plan) as writer:
+        for shard in range(plan.n_shards(len(kept))):
+            rows = slice(shard * plan.rows_per_shard, min((shard + 1) * plan.rows_per_shard, len(kept)))
+            writer.submit(
+                FilledShard(
+                    index=shard,
+                    first_row=rows.start,
+                    sites={site.name: _stored(source, site, kept[rows]) for site in plan.sites},
+                    columns={
+                        "token": source.rows.token[kept[rows]],
+                        "position": source.rows.position[kept[rows]],
+                        "example": number[rows].astype(np.int64),
+                    },
+                )
+            )
+            on_row(rows.stop, len(kept))
+
+
+def _stored(source: Archive, site: SitePlan, rows: Numbers) -> npt.NDArray[np.generic]:
+    """Return rows as they are stored: bfloat16 as its bits."""
+    array, storage = source[site.name], site.arrays(1)[0].storage_dtype
+    found = array.numpy(rows, dtype=array.stored_dtype)
+    return np.ascontiguousarray(found).view(storage)
