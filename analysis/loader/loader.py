@@ -81,7 +81,8 @@ class Loader(IterableDataset[Batch]):
         buffer_bytes: Most bytes of rows in memory at a time, in each worker.
         drop_last: Leave out the rows that do not fill a batch.
         num_workers: Processes that read; 0 reads in this process. Your own `DataLoader` works as well
-            (``DataLoader(loader, batch_size=None, num_workers=2)``), but then `state_dict` needs its numbers.
+            (``DataLoader(loader, batch_size=None, num_workers=2)``), but then it has to be told what you took:
+            ``loader.state_dict(taken=batches, num_workers=2)``.
         rank: Number of this rank; by default that of `torch.distributed`, if it is initialised when an iteration
             starts.
         world_size: Number of ranks; likewise. 0 and 1 give every process all rows.
@@ -187,8 +188,8 @@ class Loader(IterableDataset[Batch]):
         """Return the batches of the epoch, or, after `load_state_dict`, the remaining ones.
 
         Raises:
-            AnalysisError: The epoch was begun with another number of workers, or the batches would be divided over
-                processes twice.
+            AnalysisError: The epoch was begun with another number of workers, the batches would be divided over
+                processes twice, or a process group appeared after the first batch.
         """
         self._refuse_dividers()
         info, resume = get_worker_info(), self._resume
@@ -215,7 +216,14 @@ class Loader(IterableDataset[Batch]):
         return self._counted(batches)
 
     def _counted(self, batches: Iterator[Batch]) -> Iterator[Batch]:
+        begun = self._place()
         for batch in batches:
+            if (now := self._place()) != begun and now[1] > 1:
+                raise AnalysisError(
+                    f"the iteration began as rank {begun[0]} of {begun[1]}, and torch.distributed now says rank "
+                    f"{now[0]} of {now[1]}, whose rows are others: begin it after init_process_group, or create the "
+                    "loader with rank= and world_size="
+                )
             self._taken += 1
             yield batch
 

@@ -14,6 +14,7 @@ from residua.store.base.errors import AnalysisError
 from residua.store.examples.index import NO_TOKEN
 from residua.store.read.archive import Archive
 from residua.store.read.reader import Array
+from residua.store.read.text import token_texts
 from residua.store.selection.row_filter import RowFilter
 
 Selection: TypeAlias = "str | RowFilter | slice | Sequence[int] | npt.NDArray[np.integer]"
@@ -26,8 +27,9 @@ def table(
     """Return selected rows as one Arrow table; `.to_pandas()` turns it into a data frame.
 
     The columns are `row` (the row's number), `example`, `position` and `token`; `token_text` if the archive has a
-    tokenizer; those of the example table; and one for each site. Activations are lists of fixed size, with
-    bfloat16 and float16 as float32. Rows with heads are lists of lists.
+    tokenizer (with its space; for a part of a character, the full character); those of the example table; and one for
+    each site. Activations are lists of fixed size, with bfloat16 and float16 as float32. Rows with heads are lists of
+    lists.
 
     >>> table(archive, "position > 0", sites="resid_post.3").to_pandas()  # doctest: +SKIP
 
@@ -117,7 +119,7 @@ class _Columns:
         found = {"row": pa.array(rows), "example": pa.array(example)}
         found |= {"position": pa.array(archive.rows.position[rows]), "token": pa.array(token)}
         if archive.tokenizer is not None:
-            found["token_text"] = _texts(archive.tokenizer, token)
+            found["token_text"] = _texts(archive, archive.tokenizer, rows, token)
         if self._examples is not None:
             taken = self._examples.take(pa.array(checked_examples(archive, rows, example)))
             found |= {name: taken[name].combine_chunks() for name in taken.column_names}
@@ -125,13 +127,19 @@ class _Columns:
         return pa.RecordBatch.from_pydict(found)
 
 
-def _texts(tokenizer: Tokenizer, tokens: Array) -> pa.Array:
-    """Return the text of each token, decoded by itself; null for a row without a token."""
+def _texts(archive: Archive, tokenizer: Tokenizer, rows: Numbers, tokens: Array) -> pa.Array:
+    """Return the text of each token; null for a row without a token.
+
+    A part of a character is shown as the character, which its neighbours in the example complete.
+    """
     distinct, indices = np.unique(tokens, return_inverse=True)
-    known = [[int(token)] for token in distinct if token != NO_TOKEN]
-    decoded = iter(tokenizer.decode_batch(known, skip_special_tokens=False))
-    texts = [None if token == NO_TOKEN else next(decoded) for token in distinct]
-    return pa.array(texts, pa.string()).take(pa.array(indices))
+    known = [int(token) for token in distinct if token != NO_TOKEN]
+    of_token = [*([None] * (len(distinct) - len(known))), *token_texts(tokenizer, known)]
+    texts = [of_token[index] for index in indices.tolist()]
+    for at in np.flatnonzero(tokens != NO_TOKEN).tolist():
+        if texts[at] is None:
+            texts[at] = archive.text(int(rows[at]), 0)[1:-1]  # without « and »
+    return pa.array(texts, pa.string())
 
 
 def _lists(values: Array) -> pa.Array:

@@ -8,9 +8,11 @@ name, and `pyproject.toml` bounds the versions of the libraries to those that we
 checkers; they are imported here from the private module that defines them.
 """
 
+import re
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
 from typing import Any, TypeAlias, cast
 
 import torch
@@ -70,6 +72,7 @@ def is_compiled_function(value: object) -> bool:
     return callable(value) and hasattr(value, "_torchdynamo_orig_callable")
 
 
+_SNAPSHOT = re.compile(r"/snapshots/([0-9a-f]{40})/")
 _FLEX = (  # the names under which transformers calls what it compiles for flex attention
     ("transformers.integrations.flex_attention", "compile_friendly_flex_attention"),
     ("transformers.masking_utils", "create_block_mask"),
@@ -143,11 +146,24 @@ def lacks_final_norm(config: PreTrainedConfig) -> bool:
 
 
 def model_revision(config: PreTrainedConfig | None) -> str | None:
-    """Return the commit of the hub that a config came from, None if the config does not say.
+    """Return the commit of the hub that a config came from, None if neither it nor its folder says.
 
-    transformers has no public attribute for it, and since 5.23 sets none: it resolves the revision before loading.
+    transformers has no public attribute for it, and since 5.23 sets none: it resolves the revision before loading. The
+    hub's cache has a folder for each commit, ``snapshots/COMMIT``.
     """
-    return cast("str | None", getattr(config, "_commit_hash", None))
+    known = getattr(config, "_commit_hash", None)
+    return known or commit_of_folder(getattr(config, "name_or_path", None) or "")
+
+
+def set_model_revision(config: PreTrainedConfig, commit: str | None) -> None:
+    """Keep the commit of the hub that a config came from, where `model_revision` finds it."""
+    config._commit_hash = commit
+
+
+def commit_of_folder(path: str) -> str | None:
+    """Return the commit that a path inside the hub's cache names, None of any other path."""
+    found = _SNAPSHOT.search(Path(path).as_posix() + "/")
+    return found[1] if found else None
 
 
 def model_from_config(kind: type[PreTrainedModel], config: PreTrainedConfig, **options: object) -> PreTrainedModel:

@@ -6,7 +6,7 @@ the dataset) and ``source_token`` (the position of its first token in that row).
 """
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from os import PathLike, fspath
 from pathlib import Path
 
@@ -60,6 +60,8 @@ class DatasetReport:
     # Whether max_tokens ended the reading, and how many tokens the last example lost to it.
     cut_at_max_tokens: bool = False
     n_cut_tokens: int = 0
+    # A sentence for each column that looks as if it should have one value a token, and has not.
+    odd_lists: list[str] = field(default_factory=list)
 
     def add(self, counts: Mapping[str, int]) -> None:
         """Add counts by the names of these."""
@@ -89,9 +91,11 @@ class DatasetReport:
             f"{self.n_without_rows} examples have no position to keep and were left out": self.n_without_rows,
             f"in {self.n_unplaced} examples the place of a patch in its image is not known: patch_row and patch_column "
             "are -1": self.n_unplaced,
-            f"{named('max_tokens')} ended it; the last example lost {self.n_cut_tokens} tokens": self.cut_at_max_tokens,
+            f"{named('max_tokens')} ended the reading; the last example lost {self.n_cut_tokens} tokens": (
+                self.cut_at_max_tokens
+            ),
         }
-        return [sentence for sentence, count in notes.items() if count]
+        return [*(sentence for sentence, count in notes.items() if count), *self.odd_lists]
 
 
 def read_examples(
@@ -250,6 +254,7 @@ class _Reading:
         for source in tokens:
             self.report.n_sources += 1
             self.report.add(source.counts)
+            self.report.odd_lists = source.token_columns.notes()
             if not source.input_ids.size:
                 self.report.n_empty += 1
             elif self.limit is None or source.input_ids.size <= self.limit:

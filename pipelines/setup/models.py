@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 import transformers
-from huggingface_hub import list_repo_files
+from huggingface_hub import list_repo_files, try_to_load_from_cache
 from safetensors import SafetensorError
 from torch import nn
 from torch.distributed.pipelining.schedules import PipelineScheduleSingle
@@ -20,7 +20,7 @@ from transformers.distributed.configuration_utils import DistributedConfig
 from transformers.utils import logging as progress_bars
 
 from residua.capture.forward.inputs import first_position
-from residua.capture.runtime.compat import model_from_config
+from residua.capture.runtime.compat import commit_of_folder, model_from_config, model_revision, set_model_revision
 from residua.capture.runtime.pipeline_schedule import PIPELINE_TYPES, as_model
 from residua.capture.runtime.wrappers import replica_of
 from residua.capture.sites.pipeline_stages import is_placeholder
@@ -74,8 +74,18 @@ def load_model(name: str, settings: CaptureSettings) -> PreTrainedModel:
             )
     except (OSError, ValueError, SafetensorError) as error:
         raise _not_loaded(name, error) from error
+    if model_revision(model.config) is None:
+        set_model_revision(model.config, _commit_of(name, settings.revision))
     model.requires_grad_(False).train(False)
     return model
+
+
+def _commit_of(name: str, revision: str | None) -> str | None:
+    """Return the commit of a model on the hub that was just loaded; None if it came from a folder of the user's."""
+    if Path(name).exists():
+        return None
+    found = try_to_load_from_cache(name, "config.json", revision=revision or "main")
+    return commit_of_folder(found) if isinstance(found, str) else None
 
 
 @contextmanager

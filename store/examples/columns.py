@@ -77,13 +77,17 @@ def _describe_misfit(
             row = "" if rows[i] is None else f" (row {rows[i]} of the dataset)"
             return (
                 f"column {name!r}, example {first_index + i}: cannot store {shortened(repr(value))}{row} as "
-                f"{kind or 'an Arrow value'}; give the column one plain type throughout, or leave it out"
+                f"{kind or 'an Arrow value'}; {_advice(name)}"
             )
         kind = found.type if kind is None and not _TYPES.is_null(found.type) else kind
     return (
         f"column {name!r}, examples {first_index} to {first_index + len(values) - 1}: the values do not fit "
-        f"one type ({kind}); give the column one plain type throughout, or leave it out"
+        f"one type ({kind}); {_advice(name)}"
     )
+
+
+def _advice(name: str) -> str:
+    return f"give the column one plain type throughout, or leave it out, as dataset.remove_columns({name!r}) does"
 
 
 def _storable(kind: Any) -> bool:

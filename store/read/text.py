@@ -74,6 +74,22 @@ def _decoded_around(tokenizer: Tokenizer, tokens: Sequence[int], first: int, las
     return min(tried, key=lambda found: found[1].count(_BROKEN))
 
 
+def token_texts(tokenizer: Tokenizer, tokens: Sequence[int]) -> list[str | None]:
+    """Return the text of each token as it stands inside a text; None for a part of a character.
+
+    Each is decoded after itself, since a decoder drops the space in front of what it is given.
+    """
+    alone = tokenizer.decode_batch([[token] for token in tokens], skip_special_tokens=False)
+    twice = tokenizer.decode_batch([[token, token] for token in tokens], skip_special_tokens=False)
+    found: list[str | None] = []
+    for token, one, two in zip(tokens, alone, twice, strict=True):
+        text = two[len(one) :] if two.startswith(one) else one
+        if text == f" {tokenizer.id_to_token(token)}":  # the decoder's space, between tokens that have none
+            text = text[1:]
+        found.append(None if _BROKEN in one + two else text)
+    return found
+
+
 def token_id(tokenizer: Tokenizer | None, text: str) -> int:
     """Return the id of a token by its text.
 

@@ -183,3 +183,22 @@ def test_splits_divide_no_document(archive: Archive) -> None:
     with pytest.raises(AnalysisError, match=r"split was .*test"):
         make(archive, split="train").load_state_dict(json.loads(json.dumps(state)))
     make(archive, split="test").load_state_dict(json.loads(json.dumps(state)))
+
+
+@pytest.mark.parametrize("n_workers", [0, 1])
+def test_a_process_group_that_appears_in_mid_iteration_is_refused(
+    archive: Archive, monkeypatch: pytest.MonkeyPatch, n_workers: int
+) -> None:
+    loader = make(archive, num_workers=n_workers)
+    running, given = iter(loader), iter(make(archive, rank=0, world_size=1))
+    next(running), next(given)
+    place(monkeypatch, 0, 1)
+    next(running)
+    place(monkeypatch, 1, 2)
+    with pytest.raises(AnalysisError, match=r"rank 0 of 1.*rank 1 of 2.*init_process_group"):
+        next(running)
+    next(given)
+    of_rank = flat(rows_of(make(archive)))
+    assert len(of_rank) == N_ROWS // 2
+    again = iter(loader)  # begun anew, it has the rows of its rank
+    assert flat(rows_of(again)) == of_rank or n_workers

@@ -20,7 +20,7 @@ def test_rows_arrays_tables_and_batches(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.chdir(tmp_path)
     names: dict[str, Any] = {"residua": residua, "torch": torch}
     code = blocks("docs/analysis.md", "Choosing rows", "Dask arrays", "Tables", "Batches for training")
-    assert len(code) == 6
+    assert len(code) == 7
     run(code, names)
     np.testing.assert_allclose(names["covariance"], np.cov(rows.T, bias=True), atol=1e-5)
     selected = [row for row in range(1200) if row % 20 and row // 20 % 2]

@@ -7,6 +7,7 @@ import ml_dtypes
 import numpy as np
 import pyarrow as pa
 import pytest
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import residua
 from residua.store.base.errors import AnalysisError, DatasetError, NotCapturedError, UnknownSiteError
@@ -14,6 +15,7 @@ from residua.store.read.archive import Archive
 from residua.store.selection.row_filter import RowFilter
 from tests.analysis.large_archive import make_large
 from tests.stopped import take_back
+from tests.store.read.test_text import byte_level
 from tests.store.small_archive import LENGTHS, N_ROWS, make_archive
 
 record_batches, table = residua.analysis.record_batches, residua.analysis.table
@@ -49,6 +51,24 @@ def test_a_table_has_tokens_columns_and_activations(archive: Archive) -> None:
     assert found.to_pylist() == [by_hand(archive, row) for row in rows]
     assert found.schema.field("resid_post.0").type == pa.list_(pa.float32(), 40)
     assert found.schema.field("q.1").type == pa.list_(pa.list_(pa.float32(), 4), 2)
+
+
+def test_texts_are_whole_characters(tmp_path: Path) -> None:
+    text = "a 漢 b😂"
+    config = LlamaConfig(
+        vocab_size=256, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1, head_dim=8
+    )
+    archive = residua.capture_dataset(
+        LlamaForCausalLM(config),
+        [text],
+        out=tmp_path / "a.zarr",
+        tokenizer=PreTrainedTokenizerFast(tokenizer_object=byte_level()),  # type: ignore[no-untyped-call]  # theirs
+        sites="embed",
+    ).archive
+    expected = [letter for letter in text for _ in letter.encode()]
+    assert table(archive, slice(None))["token_text"].to_pylist() == expected
+    assert table(archive, [9, 3, 0])["token_text"].to_pylist() == [expected[row] for row in (9, 3, 0)]
+    assert [archive.text(row, 0)[1:-1] for row in range(len(expected))] == expected
 
 
 def test_rows_are_selected_by_filter_slice_or_numbers(archive: Archive) -> None:

@@ -169,6 +169,20 @@ def test_model_revision() -> None:
     config._commit_hash = "c0ffee"
     assert compat.model_revision(config) == "c0ffee"
     assert compat.model_revision(None) is None
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    for folder, found in {
+        f"/hub/models--org--m/snapshots/{commit}": commit,
+        f"/hub/models--org--m/snapshots/{commit}/": commit,
+        "/home/me/snapshots/best": None,
+        "org/m": None,
+        "": None,
+    }.items():
+        assert compat.commit_of_folder(folder) == found
+        config = GPT2Config()
+        config.name_or_path = folder
+        assert compat.model_revision(config) == found
+    compat.set_model_revision(config, commit)
+    assert compat.model_revision(config) == commit
 
 
 def test_model_from_config() -> None:

@@ -272,7 +272,7 @@ def test_a_dataset_that_was_read_in_full_needs_no_note() -> None:
         ({"n_empty": 6}, "6 rows of the dataset have no tokens"),
         ({"n_short": 7}, "7 examples were shorter"),
         ({"n_without_rows": 8}, "8 examples have no position"),
-        ({"cut_at_max_tokens": True, "n_cut_tokens": 9}, "max_tokens= ended it; the last example lost 9"),
+        ({"cut_at_max_tokens": True, "n_cut_tokens": 9}, "max_tokens= ended the reading; the last example lost 9"),
     ],
 )
 def test_each_loss_is_one_sentence(changes: dict[str, Any], words: str) -> None:
@@ -282,6 +282,8 @@ def test_each_loss_is_one_sentence(changes: dict[str, Any], words: str) -> None:
 
 def test_no_count_of_the_report_is_forgotten() -> None:
     counted = {field.name for field in fields(DatasetReport)} - {"n_sources", "n_examples", "n_tokens", "n_rows"}
-    values: dict[str, Any] = {name: 7_000_000 + i for i, name in enumerate(sorted(counted - {"cut_at_max_tokens"}))}
-    text = "\n".join(DatasetReport(**values, cut_at_max_tokens=True).notes())
+    others: dict[str, Any] = {"cut_at_max_tokens": True, "odd_lists": ["a sentence"]}
+    values: dict[str, Any] = {name: 7_000_000 + i for i, name in enumerate(sorted(counted - set(others)))}
+    text = "\n".join(DatasetReport(**values, **others).notes())
+    assert "a sentence" in text
     assert [name for name, value in values.items() if str(value) not in text] == []

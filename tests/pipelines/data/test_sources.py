@@ -9,6 +9,7 @@ from typing import Any
 import datasets
 import numpy as np
 import pandas as pd
+import polars as pl
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -185,13 +186,37 @@ class TestFrames:
         many = pd.DataFrame({"input_ids": [[i % 12] for i in range(300)]})
         assert tokens(read(many, tokenizer=None)[0]) == many["input_ids"].tolist()
 
-    def test_rows_of_polars(self) -> None:
-        columns = {"text": ["a", "b"], "n": [1, None]}
-        rows = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
-        members: dict[str, Any] = {"columns": list(columns), "__iter__": lambda self: iter(self.columns)}
-        members["iter_rows"] = lambda _self, named: iter(rows) if named else None
-        stand_in = type("DataFrame", (), {**members, "__module__": "polars.dataframe.frame"})()
-        assert list(opened(stand_in).rows) == rows
+    @pytest.mark.parametrize("lazy_slice", [False, True])
+    def test_rows_of_polars(self, lazy_slice: bool) -> None:
+        day = datetime.datetime(2024, 2, 29, 12, 30)
+        frame = pl.DataFrame(
+            {
+                "text": ["a b", None, "c"],
+                "n": [2**53 + 1, None, 3],
+                "score": [0.5, None, 1.0],
+                "kind": pl.Series(["x", "y", "x"], dtype=pl.Categorical),
+                "tags": [["p"], [], None],
+                "of": [{"id": 1}, {"id": None}, None],
+                "day": [day, None, day],
+            }
+        )
+        rows = [
+            {"text": "a b", "n": 2**53 + 1, "score": 0.5, "kind": "x", "tags": ["p"], "of": {"id": 1}, "day": day},
+            {"text": None, "n": None, "score": None, "kind": "y", "tags": [], "of": {"id": None}, "day": None},
+            {"text": "c", "n": 3, "score": 1.0, "kind": "x", "tags": None, "of": None, "day": day},
+        ]
+        if lazy_slice:
+            frame, rows = frame.lazy().filter(pl.col("n").is_not_null()).collect(), [rows[0], rows[2]]
+        assert list(opened(frame).rows) == rows
+        examples, report = read(frame)
+        assert tokens(examples) == [ids("<s> a b"), ids("<s> c")]
+        assert report.n_empty == len(rows) - 2
+        many = pl.DataFrame({"input_ids": [[i % 12] for i in range(300)]})
+        assert tokens(read(many, tokenizer=None)[0]) == many["input_ids"].to_list()
+
+    def test_an_empty_frame_of_polars(self) -> None:
+        with pytest.raises(DatasetError, match="is empty"):
+            opened(pl.DataFrame({"text": []}))
 
     @pytest.mark.parametrize("columns", [["text", "text"], ["text", 0], [("a", "b"), "text"]])
     def test_columns_without_a_name_of_their_own_are_refused(self, columns: list[Any]) -> None:

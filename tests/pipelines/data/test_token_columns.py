@@ -107,3 +107,29 @@ def test_a_column_that_was_cut_keeps_to_it() -> None:
     gap = [*rows_of([5]), {"input_ids": [5, 5], "labels": None}, *rows_of([2])]
     examples, _ = read(gap, tokenizer=None, max_length=4)
     assert [example.columns["labels"] for example in examples] == [[0, 1, 2, 3], [4], None, [0, 1]]
+
+
+@pytest.mark.parametrize(
+    ("lengths", "off", "is_noted"),
+    [
+        ([6, 4, 7, 5], {0: -1}, True),  # the first row lacks one
+        ([6, 4, 7, 5], {0: 1}, True),
+        ([6, 4, 7, 5], {0: 5}, True),  # the others are as long as their rows
+        ([6, 4, 7, 5], {0: -1, 1: -1, 2: -1, 3: -1}, True),  # all lack the BOS
+        ([6, 4, 7, 5], {0: 3, 1: 9, 2: -4, 3: 0}, False),  # an ordinary list, as long as one row by chance
+        ([6, 4, 7, 5], {}, False),
+    ],
+)
+def test_lists_that_should_have_one_value_a_token_are_noted(
+    lengths: list[int], off: dict[int, int], is_noted: bool
+) -> None:
+    rows = rows_of(lengths)
+    for row, by in off.items():
+        rows[row]["labels"] = list(range(lengths[row] + by))
+    rows[0]["scores"] = [1]  # and nowhere else: says nothing
+    examples, report = read(rows, tokenizer=None, max_length=100)
+    found = [note for note in report.notes() if "'labels'" in note]
+    assert len(found) == is_noted
+    if is_noted:
+        assert f"row 0 has {len(rows[0]['labels'])} values and {lengths[0]} tokens" in found[0]
+    assert labels(examples) == [row["labels"] for row in rows]

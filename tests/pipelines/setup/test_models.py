@@ -9,10 +9,12 @@ from typing import Any
 
 import pytest
 import torch
+from huggingface_hub import constants
 from torch import nn
 from transformers.distributed import mixin
 from transformers.distributed.pipeline_parallel import PipelineIdentityLayer
 
+from residua.capture.identity.provenance import describe_model
 from residua.pipelines.setup.models import load_model, stages_in_parallel
 from residua.pipelines.setup.settings import CaptureSettings
 from residua.store.base.errors import PlanError
@@ -54,3 +56,21 @@ def test_loading_leaves_the_random_state_of_the_caller(tmp_path: Path) -> None:
     before = torch.random.get_rng_state()
     load_model(str(tmp_path), CaptureSettings(sites="resid_post.*", device="cpu"))
     assert torch.equal(torch.random.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("revision", [None, "main", "0123456789abcdef0123456789abcdef01234567"])
+def test_a_model_of_the_hub_knows_its_commit(
+    revision: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    repository = tmp_path / "models--org--tiny"
+    TINY["gpt2"]().save_pretrained(repository / "snapshots" / commit)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(commit)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    for name in ("org/tiny", str(repository / "snapshots" / commit)):
+        model = load_model(name, CaptureSettings(device="cpu", revision=revision))
+        assert describe_model(model, {})["revision"] == commit
+    model.save_pretrained(tmp_path / "mine")
+    assert describe_model(load_model(str(tmp_path / "mine"), CaptureSettings(device="cpu")), {})["revision"] is None

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from residua.store.read.text import text_around
+from residua.store.read.text import text_around, token_texts
 
 TEXTS = ["end of it 😂 x", "äö 漢字 and more", " a  b", "😂😂", "x"]
 
@@ -36,6 +36,18 @@ def sentence_piece() -> Tokenizer:
         [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
     )
     return tokenizer
+
+
+@pytest.mark.parametrize("make", [byte_level, sentence_piece])
+@pytest.mark.parametrize("text", [f"x{text}" for text in TEXTS])
+def test_a_tokens_own_text_is_that_inside_a_text(make: Callable[[], Tokenizer], text: str) -> None:
+    tokenizer = make()
+    ids = tokenizer.encode(text).ids
+    for at, found in list(enumerate(token_texts(tokenizer, ids)))[1:]:
+        shown = text_around(tokenizer, ids, at, 0)[1:-1]
+        is_part = "\ufffd" in tokenizer.decode([ids[at]])
+        assert (found is None) == is_part
+        assert is_part or found == shown
 
 
 @pytest.mark.parametrize("make", [byte_level, sentence_piece])
