@@ -96,6 +96,7 @@ def _llava() -> PreTrainedModel:
 UNLIKE: dict[str, Callable[[], PreTrainedModel]] = {
     "albert": lambda: made(hf.AlbertModel, hf.AlbertConfig(**_SIZES, embedding_size=16)),
     "clip": _clip,
+    "bitnet": lambda: made(hf.BitNetForCausalLM, hf.BitNetConfig(**_GROUPED)),
     "diffllama": lambda: made(hf.DiffLlamaForCausalLM, hf.DiffLlamaConfig(**_GROUPED)),
     "falcon": lambda: made(hf.FalconForCausalLM, hf.FalconConfig(**_SIZES, multi_query=True, parallel_attn=True)),
     "falcon-alibi": lambda: made(

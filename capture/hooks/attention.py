@@ -56,6 +56,7 @@ class AttentionTap(Protocol):
 
     def end_call(self) -> None:
         """Forget what was seen: a forward call of the model ends."""
+        del self  # few taps keep anything
 
 
 _lock = threading.Lock()

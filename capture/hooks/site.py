@@ -6,7 +6,7 @@ from functools import cached_property
 from typing import Literal
 
 from residua.capture.hooks.own_attention import OwnAttention
-from residua.store.base.errors import CaptureError, PlanError
+from residua.store.base.errors import CaptureError, PlanError, few
 from residua.store.base.naming import named
 from residua.store.encoding.codecs import DEFAULT_PRESET, PRESETS
 from residua.store.format.plan import SitePlan
@@ -45,6 +45,7 @@ class SiteInfo:
             be a multiple of a module's output.
         problem: Why the site has no rows, as a sentence, where a run of the model has shown it; else empty.
         n_met: How often a run of the model on a few tokens met the site; None if the model did not run.
+        note: What a reader of its rows should know, as a sentence without its end; empty for most sites.
     """
 
     name: str
@@ -60,6 +61,7 @@ class SiteInfo:
     factor: float = 1.0
     problem: str = ""
     n_met: int | None = field(default=None, compare=False)
+    note: str = field(default="", compare=False)
 
     @cached_property
     def site(self) -> Site:
@@ -71,6 +73,15 @@ class SiteInfo:
         """Where the site is read, for messages: ``model.layers.3.mlp output``."""
         via = {"stream": "input", "linear": "linear map"}.get(self.via, self.via)
         return f"{self.module or 'the model'} {via}" + ("" if self.factor == 1 else f" times {self.factor:.6g}")
+
+
+def site_notes(sites: Mapping[str, SiteInfo]) -> list[str]:
+    """Return what a reader of the rows of some sites should know, one sentence for all sites that it is true of."""
+    noted: dict[str, list[str]] = {}
+    for name, info in sites.items():
+        if info.note:
+            noted.setdefault(info.note, []).append(name)
+    return [f"{few(names)}: {note}" for note, names in noted.items()]
 
 
 def refuse_repeated(sites: Mapping[str, SiteInfo]) -> None:

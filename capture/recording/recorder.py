@@ -32,7 +32,7 @@ from transformers import PreTrainedTokenizerBase
 from residua.capture.forward.inputs import first_position
 from residua.capture.hooks.attention import eager_where_needed
 from residua.capture.hooks.forward_call import is_probing, move_last
-from residua.capture.hooks.site import SiteInfo, check_storage, plan_site, refuse_repeated
+from residua.capture.hooks.site import SiteInfo, check_storage, plan_site, refuse_repeated, site_notes
 from residua.capture.identity.lm_head import lm_head_files, lm_head_problem
 from residua.capture.identity.prediction import Prediction, no_loss, prediction_of
 from residua.capture.identity.provenance import identify_model
@@ -274,6 +274,7 @@ class Recorder:
             predicts=self._predicts,
         )
         archive.note(attention_notes(self._attention))
+        archive.note(site_notes(self._sites))
         archive.note(filter(None, [no_loss(self._model, self._predicts)]))
         if self._head_problem:
             archive.note([f"{NO_LM_HEAD}: {self._head_problem}"])

@@ -12,7 +12,8 @@ not; blocks of one model may differ. What has to be proved:
 * every site holds one entry for each token.
 """
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
 
@@ -20,6 +21,7 @@ from torch import nn
 
 from residua.capture.blocks.block_run import BlockWatch
 from residua.capture.blocks.experts import EXPERT_KINDS
+from residua.capture.blocks.head_outputs import HeadOutputsWatch
 from residua.capture.hooks.own_attention import OwnAttention
 from residua.capture.hooks.site import SiteInfo, Via
 from residua.capture.sites.anatomy import ATTENTION_KINDS, Anatomy, are_checkpointable
@@ -60,7 +62,13 @@ def discover(model: nn.Module, anatomy: Anatomy, kinds: Collection[str]) -> dict
     streams = ("resid_pre", "resid_post", "final") if wants_parts else ()
     chosen = {name: info for name, info in _candidates(anatomy).items() if info.site.kind in (*kinds, *streams)}
     try:
-        measured = measure_sites(model, chosen, watch)
+        blocks = [info.module for info in chosen.values() if info.site.kind == "z"]
+        heads = HeadOutputsWatch(anatomy.modules, blocks)
+        measured = measure_sites(model, chosen, _together(watch, heads))
+        measured = {
+            name: replace(info, note=heads.note(info.module)) if info.site.kind == "z" else info
+            for name, info in measured.items()
+        }
         measured |= _of_own_attention(model, anatomy, measured)
         found = {name: _proved(anatomy, info, watch) for name, info in measured.items()}
         parts = _parts(model, anatomy, watch.found, found) if wants_parts else {}
@@ -68,6 +76,14 @@ def discover(model: nn.Module, anatomy: Anatomy, kinds: Collection[str]) -> dict
         found = {name: without_rows(info, str(error), n_met=0) for name, info in chosen.items()}
         parts = _no_parts(anatomy, str(error))
     return {name: info for name, info in _in_order(anatomy, found | parts).items() if info.site.kind in kinds}
+
+
+@contextmanager
+def _together(*contexts: AbstractContextManager[object]) -> Iterator[None]:
+    with ExitStack() as stack:
+        for each in contexts:
+            stack.enter_context(each)
+        yield
 
 
 def _of_own_attention(model: nn.Module, anatomy: Anatomy, measured: Mapping[str, SiteInfo]) -> dict[str, SiteInfo]:

@@ -21,7 +21,7 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from residua.capture.forward.example_inputs import InputSource
 from residua.capture.hooks.attention import eager_attention
-from residua.capture.hooks.site import SiteInfo, plan_sites
+from residua.capture.hooks.site import SiteInfo, plan_sites, site_notes
 from residua.capture.identity.output import OutputSample, output_sample
 from residua.capture.identity.padding import RAN_ALONE, padding_leaks
 from residua.capture.identity.prediction import Prediction, no_loss, prediction_of
@@ -371,6 +371,7 @@ class CaptureJob(ABC):
             self.identity = identify_model(self.model, self.output)
             self.pads_leak = padding_leaks(self.model)
             self.predicts = prediction_of(self.model)
+            self.notes.extend(site_notes(self.sites))
             if lacks := no_loss(self.model, self.predicts):
                 self.notes.append(lacks)
             is_shared = spans_processes(self.model) or is_sharded(self.model)

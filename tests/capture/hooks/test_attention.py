@@ -149,7 +149,7 @@ def test_differential_attention_has_one_pattern_and_gets_one_replacement() -> No
     torch.testing.assert_close(seen["pattern.1"][1][0, :, 0], uniform)
     assert torch.equal(moved.attentions[1].transpose(1, 2), seen["pattern.1"][1])
     values = model.get_submodule("model.layers.1.self_attn.v_proj")
-    taken: list[Tensor] = []
+    taken: list[Any] = []
     hooks = [
         values.register_forward_hook(lambda _m, _a, output: taken.append(output)),
         model.get_submodule("model.layers.1.self_attn.groupnorm").register_forward_pre_hook(
