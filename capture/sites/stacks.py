@@ -8,7 +8,7 @@ the two apart, and which positions a row belongs to.
 Axes: `B` examples, `H` heads, `T` positions of the decoder, `S` positions of the source, `D` width of a head.
 """
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from inspect import signature
@@ -24,6 +24,7 @@ from residua.capture.runtime.devices import input_device
 from residua.capture.runtime.wrappers import core_of, named_modules
 from residua.capture.sites.anatomy import Anatomy, path_of_blocks
 from residua.capture.sites.discovery import discover
+from residua.capture.sites.part_sites import PART_KINDS
 from residua.capture.sites.shape_probe import measure_sites, probes_of, run_probe, without_rows
 from residua.store.base.errors import CaptureError
 from residua.store.format.site_names import CROSS_KINDS, LAYER_KINDS, MODEL_KINDS, parse_site
@@ -130,7 +131,8 @@ def measure_in_stacks(stacks: Collection[Stack], sites: Mapping[str, SiteInfo]) 
 def _in_model(stack: Stack, info: SiteInfo) -> SiteInfo:
     """Return a site of a stack by its place in the full model."""
     path = ".".join(part for part in (stack.path, info.module) if part)
-    named = replace(info, name=f"{stack.name}.{info.name}", module=path)
+    own = None if info.own is None else replace(info.own, module=f"{stack.path}.{info.own.module}")
+    named = replace(info, name=f"{stack.name}.{info.name}", module=path, own=own)
     if info.flat and not info.problem and stack.name == "decoder":
         reason = f"{info.where} has examples and positions as one axis, which is not understood in a decoder"
         return without_rows(named, reason, n_met=info.n_met)
@@ -165,10 +167,26 @@ def _in_decoder(stack: Stack, blocks: tuple[str, ...], kinds: Collection[str]) -
         attention = tuple(block if isinstance(run, str) else run.own for block, run in runs.items())
         others = tuple("" if isinstance(run, str) else run.cross for run in runs.values())
         found = discover(stack.module, _anatomy(stack, blocks, attention, others), kinds)
+        found |= _not_told_apart(blocks, others, found)
         cross = _cross_sites(stack.module, runs, [kind for kind in CROSS_KINDS if kind in kinds])
     layers = [f"{kind}.{layer}" for layer in range(len(blocks)) for kind in LAYER_KINDS]
     every = found | cross
     return {name: every[name] for name in (MODEL_KINDS[0], *layers, *MODEL_KINDS[1:]) if name in every}
+
+
+def _not_told_apart(blocks: Sequence[str], cross: Sequence[str], found: Mapping[str, SiteInfo]) -> dict[str, SiteInfo]:
+    """Return the parts of the blocks whose attention to the source is not known: it would be taken for another part."""
+    unknown = [layer for layer, path in enumerate(cross) if not path]
+    names = [f"{kind}.{layer}" for layer in unknown for kind in PART_KINDS]
+    return {
+        name: without_rows(
+            found[name],
+            f"{blocks[found[name].site.layer or 0]} attends to the source in its own code, and which of the "
+            "parts that it adds is which is not told apart",
+        )
+        for name in names
+        if name in found
+    }
 
 
 @contextmanager

@@ -129,7 +129,12 @@ def capture_pairs(
 def _sites_by_rows(model: PreTrainedModel, settings: CaptureSettings) -> dict[str, dict[str, SiteInfo]]:
     """Return the sites by the stack whose positions their rows are, in the order in which stacks run."""
     stacks, name = {stack.name: stack for stack in stacks_of(model)}, type(model).__name__
-    if not stacks or not (takes_pairs(model) or takes_frames(stacks["encoder"].module)):
+    if not stacks:
+        raise PlanError(
+            f"{name} is an encoder-decoder whose encoder and decoder are not found as models of their own: call it in "
+            "your own loop inside residua.Recorder, with module: sites"
+        )
+    if not (takes_pairs(model) or takes_frames(stacks["encoder"].module)):
         raise PlanError(
             f"{name} is an encoder-decoder whose encoder takes {model.main_input_name}, and datasets of token ids and "
             "of audio of a fixed length are read here: call it in your own loop inside residua.Recorder"

@@ -148,3 +148,18 @@ def test_frames_are_rows_without_tokens(tmp_path: Any) -> None:
         hidden = plain.decoder_hidden_states[1] if has_tokens else plain.encoder_hidden_states[1]
         found = torch.from_numpy(archive.example(1, archive.sites[0])[archive.sites[0]])
         torch.testing.assert_close(found, hidden[1], atol=1e-4, rtol=1e-4)
+
+
+def test_a_decoder_that_attends_in_its_own_code_has_no_parts_and_its_own_patterns() -> None:
+    sizes = {"encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 2, "decoder_attention_heads": 2}
+    config = hf.MvpConfig(vocab_size=97, d_model=16, encoder_ffn_dim=24, decoder_ffn_dim=24, **sizes)  # type: ignore[arg-type]  # theirs
+    model = hf.MvpForConditionalGeneration(config)
+    model.train(False)
+    with pytest.raises(UnknownSiteError, match=r"decoder\.mlp_out\.0.*source in its own code"):
+        resolve_sites(model, "decoder.mlp_out.0")
+    seen: dict[str, torch.Tensor] = {}
+    model.set_attn_implementation("eager")
+    with residua.tap(model, "decoder.pattern.*", seen.__setitem__), torch.no_grad():
+        plain = model(input_ids=IDS, decoder_input_ids=TARGETS, output_attentions=True, use_cache=False)
+    for layer in range(2):
+        torch.testing.assert_close(seen[f"decoder.pattern.{layer}"], plain.decoder_attentions[layer].transpose(1, 2))
