@@ -4,9 +4,10 @@
 the same steps with examples and a plan of its own.
 """
 
+import shutil
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import ExitStack, nullcontext
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
 from os import PathLike, fspath
@@ -380,21 +381,35 @@ class CaptureJob(ABC):
             self.column_shards = self.cut_columns(layout)
             shared = workers.plan_once(partial(self._prepare, sidecars), self._check)
             plan, n_shards = self.archive.plan, self.archive.plan.n_shards(self.archive.n_rows)
-            on_plan(plan, committed_rows(self.out, plan))
-            stats = record(
-                self.model,
-                self.out,
-                plan,
-                process_layout=layout,
-                replaying=self._replaying,
-                inputs=self.inputs(shared),
-                work=partial(workers.work, self.out),
-                agree=Agreement() if is_sharded(self.model) else None,
-                threads=self._threads or writer_threads(self.model),
-                on_batch=lambda own: on_batch(workers.so_far(own)),
-            )
+            with self._removing_what_was_not_begun(plan, is_ours=workers.is_alone and not shared["resumed"]):
+                on_plan(plan, committed_rows(self.out, plan))
+                stats = record(
+                    self.model,
+                    self.out,
+                    plan,
+                    process_layout=layout,
+                    replaying=self._replaying,
+                    inputs=self.inputs(shared),
+                    work=partial(workers.work, self.out),
+                    agree=Agreement() if is_sharded(self.model) else None,
+                    threads=self._threads or writer_threads(self.model),
+                    on_batch=lambda own: on_batch(workers.so_far(own)),
+                )
         self._archive = None  # it knows the commits from before
         return workers.finish(stats, self.out, n_shards, self._seal), shared
+
+    @contextmanager
+    def _removing_what_was_not_begun(self, plan: Plan, *, is_ours: bool) -> Iterator[None]:
+        """Remove an archive that this process alone made, if recording fails before any of its shards is safe.
+
+        A run with other settings would otherwise be refused for the sake of an archive without rows.
+        """
+        try:
+            yield
+        except Exception:  # whatever the model or the caller's function raises
+            if is_ours and not committed_rows(self.out, plan):
+                shutil.rmtree(self.out, ignore_errors=True)
+            raise
 
     @property
     def archive(self) -> Archive:

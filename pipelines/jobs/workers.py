@@ -176,6 +176,11 @@ class Workers:
         self._progress = Progress(membership)
         self._n_replicas = 1 if membership is None else membership.n_launched
 
+    @property
+    def is_alone(self) -> bool:
+        """Whether there are no other workers, and none may join."""
+        return self._membership is None
+
     def plan_once(self, make: Callable[[], Mapping[str, Any]], check: Callable[[], None]) -> Mapping[str, Any]:
         """Let worker 0 call `make`, and every other worker `check` after that; return what `make` returned."""
         message = plan_once(self._membership, lambda: {**make(), "n_replicas": self._n_replicas}, check)

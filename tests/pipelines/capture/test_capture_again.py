@@ -139,3 +139,55 @@ def test_what_the_numbers_depend_on_stays_with_the_archive(tmp_path: Path, capsy
     said = capsys.readouterr().out
     assert any("eager" in note for note in result.notes)
     assert all(f"note: {note}" in said for note in result.notes)
+
+
+class _FailingError(Exception):
+    """What a model raises in these tests."""
+
+
+def _failing_from(model: PreTrainedModel, call: int) -> Any:
+    """Let the calls of the model that have more than a few tokens fail, from number `call` on."""
+    n_calls = 0
+
+    def count(_module: object, _args: object, kwargs: dict[str, Any]) -> None:
+        nonlocal n_calls
+        n_calls += 1
+        if n_calls >= call:
+            raise _FailingError
+
+    return model.register_forward_pre_hook(count, with_kwargs=True)
+
+
+def test_a_start_that_fails_leaves_nothing_behind(
+    llama: PreTrainedModel, tokens: list[list[int]], tmp_path: Path
+) -> None:
+    out = tmp_path / "a.zarr"
+
+    def start(*_: object) -> None:
+        handles.append(_failing_from(llama, 1))
+
+    handles: list[Any] = []
+    with pytest.raises(_FailingError):
+        capture(llama, tokens, out, sites="embed", on_plan=start)
+    handles.pop().remove()
+    assert not list(tmp_path.iterdir())
+    made = capture(llama, tokens, out, sites="resid_post.*")  # other settings
+    assert not made.resumed
+
+    shutil.rmtree(out)
+
+    def later(*_: object) -> None:
+        handles.append(_failing_from(llama, 5))
+
+    with pytest.raises(_FailingError):
+        capture(llama, tokens, out, sites="resid_post.*", on_plan=later)
+    handles.pop().remove()
+    rows = residua.open(out).progress.rows
+    assert 0 < rows < sum(map(len, tokens))
+    with pytest.raises(_FailingError):  # nothing new is safe, and what was there stays
+        capture(llama, tokens, out, sites="resid_post.*", on_plan=start)
+    handles.pop().remove()
+    assert residua.open(out).progress.rows == rows
+    again = capture(llama, tokens, out, sites="resid_post.*")
+    assert again.resumed
+    assert again.archive.is_sealed
