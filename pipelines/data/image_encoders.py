@@ -10,6 +10,7 @@ from math import isqrt, prod
 from typing import Any, cast
 
 import numpy as np
+import PIL
 from PIL import Image
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -281,14 +282,14 @@ def image_processor_of(processor: object) -> object:
 
 
 def processor_identity(processor: Any) -> dict[str, Json]:
-    """Return class and settings of a processor or image processor, and a digest of both."""
+    """Return class and settings of a processor or image processor, a digest of both, and the version of Pillow."""
     settings = cast("dict[str, Json]", _plain(processor.to_dict()))
     entry: dict[str, Json] = {
         "class": type(processor).__name__,
         "image_processor": type(image_processor_of(processor)).__name__,  # it differs with and without torchvision
         "settings": settings,
     }
-    return {**entry, "digest": digest_of(entry)}
+    return {**entry, "digest": digest_of(entry), "pillow": PIL.__version__}
 
 
 def _plain(value: Any) -> Json:
