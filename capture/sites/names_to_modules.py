@@ -75,7 +75,10 @@ def resolve_sites(model: nn.Module, patterns: str | Iterable[str]) -> dict[str, 
         sites |= _measured_for_themselves(model, unmeasured)
     elif unmeasured:
         sites |= measure_in_stacks(stacks_of(model), unmeasured)
-    return {name: _refused_in_experts(model, info) for name, info in sites.items()}
+    if not any(info.site.kind == "module" for info in sites.values()):
+        return sites
+    modules = named_modules(model)
+    return {name: _refused_in_experts(modules, info) for name, info in sites.items()}
 
 
 def _named_towers(model: nn.Module, words: Sequence[str]) -> list[Tower]:
@@ -120,15 +123,14 @@ def _in_towers(words: Sequence[str], towers: Sequence[Tower]) -> dict[str, SiteI
     return found
 
 
-def _refused_in_experts(model: nn.Module, info: SiteInfo) -> SiteInfo:
+def _refused_in_experts(modules: Mapping[str, nn.Module], info: SiteInfo) -> SiteInfo:
     """Return a site, without rows if it is inside a module of experts: what row is which token is not known there."""
-    experts = _experts_around(model, info.module) if info.site.kind == "module" else None
+    experts = _experts_around(modules, info.module) if info.site.kind == "module" else None
     return info if experts is None else without_rows(info, _in_experts(experts), n_met=info.n_met)
 
 
-def _experts_around(model: nn.Module, path: str) -> str | None:
+def _experts_around(modules: Mapping[str, nn.Module], path: str) -> str | None:
     """Return the path of the module of experts around another module; None if there is none."""
-    modules = named_modules(model)
     while path := path.rpartition(".")[0]:
         if path in modules and is_of_experts(modules[path]):
             return path
@@ -265,7 +267,7 @@ def _on_demand(model: nn.Module, name: str, available: dict[str, SiteInfo]) -> S
     if not module:
         paths = [path for path in named_modules(model) if path]
         near = get_close_matches(str(site.module), paths, n=3)
-        experts = _experts_around(model, str(site.module))
+        experts = _experts_around(named_modules(model), str(site.module))
         raise UnknownSiteError(
             f"Site {name!r}: {type(model).__name__} has no module {site.module!r}. "
             + (f"{_in_experts(experts)} " if experts else "")

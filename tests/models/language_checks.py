@@ -4,6 +4,7 @@ Each check notes in the `Record` which blocks it proved, and what is wrong. None
 find: hidden states, eager attention weights, the modules' own inputs and outputs, and identities decide.
 """
 
+import re
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -22,6 +23,7 @@ from tests.models.truth import LOGITS, ROWS, Truth, difference, examples_of, is_
 
 STREAM = ("resid_pre", "resid_mid", "resid_post")
 SUMMANDS = ("attn_out", "mixer_out", "mlp_out")
+_NORM = re.compile(r"norm|ln_?[0-9]|pre_ln")
 LAYER_KINDS = (*STREAM, *ATTENTION, *SUMMANDS, "mlp_act")
 
 
@@ -266,7 +268,8 @@ class Checks:
         pre, post = get("resid_pre"), get("resid_post")
         parts = {kind: get(kind) for kind in kinds}
         middle = get("resid_mid") if layer in self.layers("resid_mid") else None
-        how = self._way_of(layer, pre, post, parts, middle)
+        bases = (pre, *self._norms_of(layer, pre))  # RWKV's first block and MiniMax begin with a norm
+        how = next(filter(None, (self._way_of(layer, base, post, parts, middle) for base in bases)), "")
         text = f"resid_pre + {' + '.join(kinds)} is not what block {layer} makes of its input"
         for kind in (*kinds, *(("resid_mid",) if middle is not None else ())):
             self.record.judge(kind, layer, bool(how), text, how)
@@ -283,15 +286,20 @@ class Checks:
         if halfway is None and whole is not None and is_same(whole, post):
             return "sum from resid_mid"
         if middle is not None and halfway is not None and whole is not None:
-            normed = self._is_normed(layer, halfway, middle) and self._is_normed(layer, whole, post)
+            sums = ((halfway, middle), (whole, post))
+            normed = all(is_same(total, goal) or self._is_normed(layer, total, goal) for total, goal in sums)
             return "norms of the sums" if normed else self._with_rest(layer, pre, post, parts)
         return self._with_rest(layer, pre, post, parts)
 
     def _is_normed(self, layer: int, total: Tensor, goal: Tensor) -> bool:
         """Return whether a norm of the block makes one of the other."""
+        return any(is_same(given, goal) for given in self._norms_of(layer, total))
+
+    def _norms_of(self, layer: int, tensor: Tensor) -> Iterator[Tensor]:
+        """Yield what each norm of the block makes of a tensor."""
         block = self.model.get_submodule(self.sites[f"resid_post.{layer}"].module)
-        norms = (each for name, each in block.named_modules() if "norm" in f"{name}{type(each).__name__}".lower())
-        return any(is_same(_given_by(norm, total), goal) for norm in norms)
+        norms = (each for name, each in block.named_modules() if _NORM.search(f"{name}{type(each).__name__}".lower()))
+        yield from (given for norm in norms if (given := _given_by(norm, tensor)).shape == tensor.shape)
 
     def _with_rest(self, layer: int, pre: Tensor, post: Tensor, parts: dict[str, Tensor]) -> str:
         """What is missing in the sum is what another module of the block gives."""
@@ -307,6 +315,8 @@ class Checks:
         for layer in self.layers("mlp_act"):
             act = self.rows(self.last, f"mlp_act.{layer}")
             out = self.rows(self.last, f"mlp_out.{layer}") if layer in self.layers("mlp_out") else None
+            if out is not None:  # some blocks multiply what their MLP gives before they add it
+                out = out / self.sites[f"mlp_out.{layer}"].factor
             takers = self._taken_in_block(layer, act)
             good = [path for path in takers if out is None or self._becomes(layer, path, out)]
             text = f"no linear map of block {layer} takes it and gives mlp_out"

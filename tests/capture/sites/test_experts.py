@@ -15,6 +15,7 @@ from residua.capture.hooks.site import SiteInfo
 from residua.capture.sites.names_to_modules import model_sites, resolve_sites
 from residua.capture.taps.tap import tap
 from residua.store.base.errors import CaptureError, PlanError, UnknownSiteError
+from tests.capture.manual_hooks import hooked
 from tests.mixer_models import EXPERTS
 from tests.models.tiny import TINY
 
@@ -131,9 +132,8 @@ def test_a_shared_expert_behind_a_gate_is_what_is_added(name: str) -> None:
         with torch.no_grad():
             with tap(model, {f"shared_out.{LAYER}": sites_of(name)[f"shared_out.{LAYER}"]}, lambda _n, t: t * 0):
                 got = model(input_ids=ids).logits
-            handle = model.get_submodule(f"{mlp}.shared_expert").register_forward_hook(lambda _m, _a, out: out * 0)
-            assert torch.equal(model(input_ids=ids).logits, got)
-            handle.remove()
+            with hooked(model.get_submodule(f"{mlp}.shared_expert"), lambda _m, _a, out: out * 0):
+                assert torch.equal(model(input_ids=ids).logits, got)
 
 
 @pytest.mark.parametrize("name", ["mixtral", "qwen2_moe", "deepseek_v3", "gpt_oss"])
