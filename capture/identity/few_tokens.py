@@ -1,5 +1,9 @@
-"""The model, run once over a fixed batch of a few tokens or images, to find out or to prove something about it."""
+"""The model, run over a fixed batch of a few tokens or images, to find out or to prove something about it.
 
+A run of a large model is dear, so one run serves all who want to know what the model computes: `FewTokens`.
+"""
+
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, cast
 
 import torch
@@ -7,16 +11,60 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from residua.capture.forward.inputs import forward_kwargs
+from residua.capture.hooks.forward_call import trial
+from residua.capture.layout.process_layout import spans_processes
 from residua.capture.runtime.collectives import on_rank
 from residua.capture.runtime.devices import input_device
 from residua.capture.runtime.pipeline_schedule import runnable
 from residua.capture.runtime.wrappers import core_of
-from residua.capture.sites.anatomy import takes_pixels
+from residua.capture.sites.anatomy import anatomy_of, takes_pixels
 from residua.capture.sites.pixels import few_pixels, pixel_arguments
+from residua.capture.taps.tap import tap
 from residua.store.base.errors import CaptureError
 
 N_EXAMPLES, N_POSITIONS = 2, 13
 _OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
+
+
+class FewTokens:
+    """What a model computes on a few tokens or images without padding, found out once for all who ask.
+
+    Making one is a collective of all processes that hold the model.
+
+    Args:
+        model: The model, with its wrappers, which may gather weights; in a torch pipeline its stage runs.
+        head: Also keep what enters the final norm, if the model is in the table and this process holds all of it.
+
+    Attributes:
+        output: What the model returned; None if it cannot be run.
+        problem: Why it cannot be run; empty if it can.
+        seen: The model's tensors at ``final`` and ``logits``, if they were kept.
+
+    Raises:
+        CaptureError: There is no memory to run the model.
+    """
+
+    def __init__(self, model: nn.Module, *, head: bool = False) -> None:
+        self.output: Any = None
+        self.problem = ""
+        self.seen: dict[str, Tensor] = {}
+        core = core_of(model)
+        if not isinstance(core, PreTrainedModel) or not (core.main_input_name == "input_ids" or takes_pixels(core)):
+            self.problem = "only a model of transformers over tokens or images can be run over a few of them"
+            return
+        try:
+            with trial(model), self._reading(model) if head else nullcontext():
+                self.output = run_few_tokens(model)
+        except Exception as error:  # noqa: BLE001 - the boundary to the user's model, which need not run on any tokens
+            refuse_without_memory(error)
+            shown = (str(error).splitlines() or [""])[0]
+            self.problem = f"it cannot be run over a few tokens: {type(error).__name__}: {shown}"
+
+    def _reading(self, model: nn.Module) -> AbstractContextManager[object]:
+        anatomy = None if spans_processes(core_of(model)) else anatomy_of(model)
+        if anatomy is None or anatomy.family is None or anatomy.unembedding is None:
+            return nullcontext()
+        return tap(model, "final, logits", self.seen.__setitem__)
 
 
 def run_few_tokens(model: nn.Module) -> Any:
@@ -29,7 +77,7 @@ def run_few_tokens(model: nn.Module) -> Any:
     """
     if takes_pixels(model):
         pixels_BCHW = few_pixels(model, N_EXAMPLES)
-        with torch.no_grad():
+        with trial(model):
             return model(**pixel_arguments(model, pixels_BCHW))
     ids = few_tokens(model, N_EXAMPLES * N_POSITIONS).reshape(N_EXAMPLES, N_POSITIONS)
     return run_tokens(model, ids, torch.ones_like(ids))
@@ -43,11 +91,11 @@ def few_tokens(model: nn.Module, n: int, *, first: int = 0) -> Tensor:
 
 
 def run_tokens(model: nn.Module, input_ids: Tensor, attention_mask: Tensor) -> Any:
-    """Run a transformers model over a batch as a capture does, without gradients, and return its output.
+    """Run a transformers model over a batch as a capture does, in a `trial`, and return its output.
 
     A collective of all processes that hold it; the arguments are those of `forward_kwargs`.
     """
-    with torch.no_grad():
+    with trial(model):
         return runnable(model)(**forward_kwargs(runnable(core_of(model)), input_ids, attention_mask))
 
 

@@ -16,13 +16,14 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers.activations import ACT2FN
 
-from residua.capture.identity.few_tokens import logits_of, refuse_without_memory, run_few_tokens
+from residua.capture.hooks.forward_call import trial
+from residua.capture.identity.few_tokens import FewTokens, logits_of, refuse_without_memory, run_few_tokens
 from residua.capture.layout.parameters import FullParameters
 from residua.capture.runtime.collectives import all_gather_objects, on_rank
 from residua.capture.runtime.pipeline_schedule import stage_model_of
 from residua.capture.runtime.process_groups import pipeline_group, tensor_parallel_group
 from residua.capture.runtime.sharded import frees_gathered
-from residua.capture.runtime.wrappers import evaluating, layer_inside, named_modules
+from residua.capture.runtime.wrappers import layer_inside, named_modules
 from residua.capture.sites.anatomy import Anatomy
 from residua.capture.sites.architectures import Family
 from residua.capture.sites.pipeline_stages import target_of
@@ -49,10 +50,14 @@ def lm_head_files(model: nn.Module) -> dict[str, list[Buffer]]:
     return found[0]
 
 
-def lm_head_problem(model: nn.Module) -> str:
+def lm_head_problem(model: nn.Module, few: FewTokens | None = None) -> str:
     """Return why `lm_head_files` would not give the model's logits; empty if they do, on a few tokens.
 
-    The model runs once. A collective of all processes that hold it; every one of them gets the same.
+    The model runs once, unless it did. A collective of all processes that hold it; every one of them gets the same.
+
+    Args:
+        model: The model.
+        few: Its run over a few tokens, if there was one.
 
     Raises:
         CaptureError: There is no memory to run the model.
@@ -64,7 +69,7 @@ def lm_head_problem(model: nn.Module) -> str:
     is_last = stages is None or dist.get_rank(stages) == dist.get_world_size(stages) - 1
     problem = _unknown(anatomy) if is_last else ""
     if not any(all_gather_objects(stages, problem)):
-        problem = _proved(model, anatomy, is_last=is_last)
+        problem = _proved(model, anatomy, few, is_last=is_last)
     of_ranks = [found for stage in all_gather_objects(stages, all_gather_objects(ranks, problem)) for found in stage]
     return next(filter(None, of_ranks), "")
 
@@ -91,12 +96,13 @@ def _has_more(module: nn.Module) -> bool:
     return hasattr(module.weight, "__tensor_flatten__") and not isinstance(module.weight, DTensor)
 
 
-def _proved(model: nn.Module, anatomy: Anatomy, *, is_last: bool) -> str:
+def _proved(model: nn.Module, anatomy: Anatomy, few: FewTokens | None, *, is_last: bool) -> str:
     """Run the model over a few tokens; return how its logits differ from those of the files, empty if they do not."""
-    seen: dict[str, Tensor] = {}
+    seen: dict[str, Tensor] = {} if few is None else few.seen
     try:
-        with evaluating(anatomy.model):
-            _see(model, anatomy, seen)
+        if len(seen) < _N_SEEN:
+            with trial(model):
+                _see(model, anatomy, seen)
     except Exception as error:  # noqa: BLE001 - the boundary to the user's model, and the capture itself needs none of this
         refuse_without_memory(error)
         return f"the model cannot be run over a few tokens to prove it: {(str(error).splitlines() or [''])[0]}"
@@ -104,7 +110,7 @@ def _proved(model: nn.Module, anatomy: Anatomy, *, is_last: bool) -> str:
         return ""
     spec, modules = _described(anatomy, anatomy.family)
     tensors = _tensors(model, anatomy, modules)
-    if len(seen) < 2:  # another rank has them
+    if len(seen) < _N_SEEN:  # another rank has them
         return ""
     wide = torch.float64 if seen["logits"].dtype == torch.float64 else torch.float32
     n_logits = len(tensors["unembed.weight"])
@@ -270,6 +276,7 @@ def _eps(norm: nn.Module | None) -> float:
     return float(getattr(norm, "variance_epsilon") if eps is None else eps)  # noqa: B009 - typed as a module
 
 
+_N_SEEN = 2  # final residual stream and logits
 _MOST_COLUMNS = 4096  # logits that are compared, evenly spaced
 # The largest error of a logit, as a part of the largest logit: a model may round in another order than we do.
 _TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3}

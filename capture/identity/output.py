@@ -14,13 +14,11 @@ from statistics import median
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from transformers import PreTrainedModel
 
-from residua.capture.identity.few_tokens import logits_of, refuse_without_memory, run_few_tokens
+from residua.capture.identity.few_tokens import FewTokens, logits_of
 from residua.capture.runtime.collectives import all_gather_objects
 from residua.capture.runtime.process_groups import pipeline_group, tensor_parallel_group
-from residua.capture.runtime.wrappers import core_of, evaluating
-from residua.capture.sites.anatomy import takes_pixels
+from residua.capture.runtime.wrappers import core_of
 from residua.store.base.canonical import Json
 from residua.store.base.untrusted import is_finite
 
@@ -72,23 +70,20 @@ class OutputSample:
         )
 
 
-def output_sample(model: nn.Module) -> OutputSample | str:
+def output_sample(model: nn.Module, few: FewTokens | None = None) -> OutputSample | str:
     """Run a model over a few tokens or images, in evaluation mode, and return what it gave, or why that is not known.
 
     A collective of all processes that hold the model; every one of them gets the same.
 
+    Args:
+        model: The model.
+        few: Its run over a few tokens, if there was one.
+
     Raises:
         CaptureError: There is no memory to run the model.
     """
-    core = core_of(model)
-    if not isinstance(core, PreTrainedModel) or not (core.main_input_name == "input_ids" or takes_pixels(core)):
-        return "only a model of transformers over tokens or images can be run over a few of them"
-    try:
-        with evaluating(core):
-            found = _sample(run_few_tokens(model))
-    except Exception as error:  # noqa: BLE001 - the boundary to the user's model, which need not run on any tokens
-        refuse_without_memory(error)
-        found = f"it cannot be run over a few tokens: {type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+    core, few = core_of(model), few or FewTokens(model)
+    found = few.problem or _sample(few.output)
     of_first_rank = all_gather_objects(tensor_parallel_group(core, None), found)[0]
     return all_gather_objects(pipeline_group(core), of_first_rank)[-1]
 

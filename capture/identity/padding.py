@@ -17,14 +17,21 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from residua.capture.forward.inputs import padded_batch
-from residua.capture.hooks.forward_call import probing
-from residua.capture.identity.few_tokens import few_tokens, logits_of, refuse_without_memory, run_tokens
+from residua.capture.identity.few_tokens import (
+    N_EXAMPLES,
+    N_POSITIONS,
+    FewTokens,
+    few_tokens,
+    logits_of,
+    refuse_without_memory,
+    run_tokens,
+)
 from residua.capture.runtime.collectives import all_gather_objects
 from residua.capture.runtime.devices import input_device
 from residua.capture.runtime.pipeline_schedule import stage_model_of
 from residua.capture.runtime.process_groups import pipeline_group, tensor_parallel_group
 from residua.capture.runtime.sharded import is_sharded
-from residua.capture.runtime.wrappers import core_of, evaluating
+from residua.capture.runtime.wrappers import core_of
 from residua.capture.sites.shape_probe import takes_tokens
 from residua.capture.sites.stacks import takes_pairs
 
@@ -35,7 +42,7 @@ RAN_ALONE = (
     "without padding"
 )
 
-_SHORT, _LONG = 5, 13
+_SHORT, _LONG = N_POSITIONS, N_POSITIONS + 8
 _FIRST_TOKENS = (0, 3)  # of the first try, and of the second, which has to confirm what the first one found
 # Root mean square of the change at a position, as a part of that of its values.
 _TOLERANCE, _LOW_PRECISION_TOLERANCE = 3e-4, 0.1
@@ -44,15 +51,17 @@ _known: WeakKeyDictionary[nn.Module, dict[tuple[Side, torch.dtype], bool]] = Wea
 """What was found out about each model, by the side of the padding and the dtype of its weights."""
 
 
-def padding_leaks(model: nn.Module, *, side: Side = "right") -> bool:
+def padding_leaks(model: nn.Module, *, side: Side = "right", few: FewTokens | None = None) -> bool:
     """Return whether padding on `side`, or longer companions, change the rows of a language model.
 
-    The model runs twice over a few tokens, once for each model object. A collective of all processes that hold it;
-    every one of them gets the same. A model that cannot run on tokens alone, and a torch pipeline, are not tried.
+    The model runs twice over a few tokens, once for each model object, and twice more to confirm what it found. A
+    collective of all processes that hold it; every one of them gets the same. A model that cannot run on tokens alone,
+    and a torch pipeline, are not tried.
 
     Args:
         model: The model, with its wrappers.
         side: Side of the padding.
+        few: Its run over a few tokens, if there was one: then one more is enough.
 
     Raises:
         CaptureError: There is no memory to run the model.
@@ -63,7 +72,7 @@ def padding_leaks(model: nn.Module, *, side: Side = "right") -> bool:
     known = _known.setdefault(core, {})
     case = (side, _dtype(core))
     if case not in known:
-        known[case] = all(_changes(model, side, first) for first in _FIRST_TOKENS)
+        known[case] = all(_changes(model, side, first, few) for first in _FIRST_TOKENS)
     return known[case]
 
 
@@ -79,11 +88,10 @@ def _dtype(core: nn.Module) -> torch.dtype:
     return next((each.dtype for each in core.parameters() if each.is_floating_point()), torch.float32)
 
 
-def _changes(model: nn.Module, side: Side, first: int) -> bool:
+def _changes(model: nn.Module, side: Side, first: int, few: FewTokens | None) -> bool:
     core = core_of(model)
     try:
-        with evaluating(core), probing():
-            found = _change(model, side, first)
+        found = _change(model, side, first, few)
     except Exception as error:  # noqa: BLE001 - the boundary to the user's model, which need not run on any tokens
         refuse_without_memory(error)
         found = False
@@ -91,11 +99,15 @@ def _changes(model: nn.Module, side: Side, first: int) -> bool:
     return all_gather_objects(pipeline_group(core), of_first_rank)[-1]
 
 
-def _change(model: nn.Module, side: Side, first: int) -> bool:
+def _change(model: nn.Module, side: Side, first: int, few: FewTokens | None) -> bool:
     """Return whether the output for a short example changes beside a longer one by more than rounding."""
     ids = few_tokens(model, _SHORT + _LONG, first=first).tolist()
     short, long = ids[:_SHORT], ids[_SHORT:]
-    alone_TV, beside_TV = (_output_of_first(model, examples, side) for examples in ([short], [short, long]))
+    if few is not None and not few.problem and not first:  # it had the short one, beside one of the same length
+        alone_TV = _first_of(few.output, N_EXAMPLES)
+    else:
+        alone_TV = _output_of_first(model, [short], side)
+    beside_TV = _output_of_first(model, [short, long], side)
     if alone_TV is None or beside_TV is None:
         return False
     if len(beside_TV) == _LONG:
@@ -110,13 +122,17 @@ def _change(model: nn.Module, side: Side, first: int) -> bool:
 
 
 def _output_of_first(model: nn.Module, examples: list[list[int]], side: Side) -> Tensor | None:
-    """Return logits or hidden states of the first example on the CPU, float64; its positions come first, if any."""
     batch = padded_batch(examples, side=side, device=input_device(core_of(model)))
-    output = logits_of(run_tokens(model, batch.input_ids, batch.attention_mask))
-    if output is None:
+    return _first_of(run_tokens(model, batch.input_ids, batch.attention_mask), len(examples))
+
+
+def _first_of(output: object, n_examples: int) -> Tensor | None:
+    """Return logits or hidden states of the first example on the CPU, float64; its positions come first, if any."""
+    found = logits_of(output)
+    if found is None:
         return None
-    full = output.full_tensor() if isinstance(output, DTensor) else output
-    if full.ndim < 2 or len(full) != len(examples):
+    full = found.full_tensor() if isinstance(found, DTensor) else found
+    if full.ndim < 2 or len(full) != n_examples:
         return None
     # Some models give minus infinity to tokens that are never predicted.
     return full[0].detach().cpu().to(torch.float64).nan_to_num(0.0, 0.0, 0.0)

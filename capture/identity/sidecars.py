@@ -17,13 +17,13 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from residua.capture.hooks.attention import AttentionTap, eager_attention, intercepting
+from residua.capture.hooks.forward_call import trial
 from residua.capture.hooks.own_attention import OwnAttention
 from residua.capture.hooks.site import SiteInfo
-from residua.capture.identity.few_tokens import refuse_without_memory, run_few_tokens
+from residua.capture.identity.few_tokens import FewTokens, refuse_without_memory, run_few_tokens
 from residua.capture.identity.lm_head import lm_head_files, lm_head_problem
 from residua.capture.runtime.collectives import all_gather_objects
 from residua.capture.runtime.process_groups import pipeline_group, tensor_parallel_group
-from residua.capture.runtime.wrappers import evaluating
 from residua.capture.sites.anatomy import Anatomy
 from residua.capture.sites.pipeline_stages import target_of
 from residua.capture.sites.reference_model import unsharded_anatomy
@@ -46,7 +46,9 @@ _TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3}
 _LOW_PRECISION_TOLERANCE = 0.1  # a model may round in another order than we do, and one rounding of bfloat16 shows
 
 
-def sidecar_files(model: nn.Module, sites: Mapping[str, SiteInfo], *, head: bool, notes: list[str]) -> Sidecars:
+def sidecar_files(
+    model: nn.Module, sites: Mapping[str, SiteInfo], *, head: bool, notes: list[str], few: FewTokens | None = None
+) -> Sidecars:
     """Return the files of the archive's ``head`` folder; a collective of all processes that hold the model.
 
     Args:
@@ -54,8 +56,9 @@ def sidecar_files(model: nn.Module, sites: Mapping[str, SiteInfo], *, head: bool
         sites: The sites that are stored.
         head: Add the LM head: final norm and unembedding.
         notes: Gets a sentence for each thing that is not known of the model.
+        few: Its run over a few tokens, if there was one.
     """
-    problem = lm_head_problem(model) if head else ""
+    problem = lm_head_problem(model, few) if head else ""
     if problem:
         notes.append(f"{NO_LM_HEAD}: {problem}")
     files = {**(lm_head_files(model) if head and not problem else {}), **attention_files(model, sites)}
@@ -149,7 +152,7 @@ def _attention_facts(anatomy: Anatomy, layers: Mapping[int, OwnAttention | None]
     }
     own = {anatomy.modules[place.module]: place for place in layers.values() if place is not None}
     try:
-        with eager_attention(anatomy.model), evaluating(anatomy.model), intercepting(taps, own):
+        with eager_attention(anatomy.model), trial(anatomy.model), intercepting(taps, own):
             run_few_tokens(anatomy.model)
     except Exception as error:  # noqa: BLE001 - the boundary to the user's model, and the capture itself needs none of this
         refuse_without_memory(error)

@@ -23,6 +23,7 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from residua.capture.forward.example_inputs import InputSource
 from residua.capture.hooks.attention import eager_attention
 from residua.capture.hooks.site import SiteInfo, plan_sites, site_notes
+from residua.capture.identity.few_tokens import FewTokens
 from residua.capture.identity.output import OutputSample, output_sample
 from residua.capture.identity.padding import RAN_ALONE, padding_leaks
 from residua.capture.identity.prediction import Prediction, no_loss, prediction_of
@@ -296,6 +297,7 @@ class CaptureJob(ABC):
         self._threads = threads
         self._replaying = replaying
         self._archive: Archive | None = None
+        self._few: FewTokens | None = None
 
     @abstractmethod
     def write_examples(self, folder: Path) -> ExampleIndex:
@@ -368,9 +370,10 @@ class CaptureJob(ABC):
             if switched:
                 self.notes.append(f"pattern sites need eager attention: the model used it to capture {self.out.name}")
             # Collectives of the workers that hold a model together: every worker has to call them.
-            self.output = output_sample(self.model)
+            self._few = FewTokens(self.model, head=self._head)
+            self.output = output_sample(self.model, self._few)
             self.identity = identify_model(self.model, self.output)
-            self.pads_leak = padding_leaks(self.model)
+            self.pads_leak = padding_leaks(self.model, few=self._few)
             self.predicts = prediction_of(self.model)
             self.notes.extend(site_notes(self.sites))
             if lacks := no_loss(self.model, self.predicts):
@@ -380,6 +383,7 @@ class CaptureJob(ABC):
             layout = workers.process_layout(self.model, self.sites)
             self.column_shards = self.cut_columns(layout)
             shared = workers.plan_once(partial(self._prepare, sidecars), self._check)
+            self._few = None  # its logits may be large
             plan, n_shards = self.archive.plan, self.archive.plan.n_shards(self.archive.n_rows)
             with self._removing_what_was_not_begun(plan, is_ours=workers.is_alone and not shared["resumed"]):
                 on_plan(plan, committed_rows(self.out, plan))
@@ -481,7 +485,7 @@ class CaptureJob(ABC):
             )
 
     def _sidecars(self) -> Sidecars:
-        return sidecar_files(self.model, self.sites, head=self._head, notes=self.notes)
+        return sidecar_files(self.model, self.sites, head=self._head, notes=self.notes, few=self._few)
 
     def _seal(self) -> None:
         sweep(self.out)  # a worker may have died and left temporary files
