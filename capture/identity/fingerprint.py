@@ -22,10 +22,11 @@ from transformers import PreTrainedModel
 
 from residua.capture.identity.four_bit import four_bit_content, is_four_bit, keeping_packed
 from residua.capture.layout.parameters import FullParameters
+from residua.capture.layout.process_layout import spans_processes
 from residua.capture.runtime.collectives import all_gather_objects
 from residua.capture.runtime.compat import WRAPPED_CHILDREN, version_of
 from residua.capture.runtime.process_groups import pipeline_group
-from residua.capture.runtime.sharded import is_sharded
+from residua.capture.runtime.sharded import frees_gathered, is_sharded
 from residua.capture.runtime.wrappers import core_of
 from residua.capture.sites.reference_model import reference_model
 from residua.store.base.errors import CaptureError
@@ -87,6 +88,23 @@ def known_fingerprint(model: nn.Module, output: str) -> str:
     found = weights_fingerprint(model)
     _known[model] = seen, output, found
     return found
+
+
+class WeightsSeen:
+    """The weights of a model at one time, to notice cheaply that they changed since, except through ``data``.
+
+    Weights that are sharded, split, packed or not here are not watched.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self._is_watched = not (frees_gathered(model) or spans_processes(model))
+        self._before = _seen(model) if self._is_watched else None
+
+    def have_changed(self) -> bool:
+        """Return whether a weight was changed or replaced since this was made."""
+        now = None if self._before is None else _seen(self._model)
+        return self._before is not None and (now is None or not _is_same(self._before, now))
 
 
 def _seen(model: nn.Module) -> list[_Seen] | None:

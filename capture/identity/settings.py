@@ -14,6 +14,7 @@ from typing import Any
 
 from torch import nn
 
+from residua.capture.identity.fingerprint import WeightsSeen
 from residua.capture.runtime.compat import forward_hooks_of
 from residua.capture.runtime.sharded import plain_class
 from residua.capture.runtime.wrappers import core_of, named_modules
@@ -40,6 +41,7 @@ _NOT_SETTINGS = frozenset(
 )
 _MOST_ENTRIES = 2_000
 _MOST_RUNS = 8
+_MOST_CHANGES = 4
 
 
 def module_settings(model: nn.Module) -> dict[str, Json]:
@@ -131,13 +133,20 @@ class SettingsComparison:
     hooks: tuple[str, ...]
 
 
-def compare_settings(then: Mapping[str, object], now: Mapping[str, object], *, both: bool) -> SettingsComparison:
+def compare_settings(
+    then: Mapping[str, object],
+    now: Mapping[str, object],
+    *,
+    both: bool,
+    times: tuple[str, str] = ("in the archive", "here"),
+) -> SettingsComparison:
     """Compare the settings of a model's modules with those of the captured one.
 
     Args:
         then: Those of the captured model.
         now: Those of this model.
         both: Compare only what both have, as other versions of a library may have other attributes.
+        times: What to call the two.
     """
     lines: list[tuple[str, str]] = []
     for key in sorted({*then, *now}):
@@ -145,8 +154,25 @@ def compare_settings(then: Mapping[str, object], now: Mapping[str, object], *, b
         is_hook = key.rpartition(".")[2] == HOOKS
         if before == after or (both and not is_hook and (before is None or after is None)):
             continue
-        lines.append((key, f"{key}: {before or 'nothing'} in the archive, {after or 'nothing'} here"))
+        lines.append((key, f"{key}: {before or 'nothing'} {times[0]}, {after or 'nothing'} {times[1]}"))
     return SettingsComparison(
         attributes=tuple(line for key, line in lines if key.rpartition(".")[2] != HOOKS),
         hooks=tuple(line for key, line in lines if key.rpartition(".")[2] == HOOKS),
     )
+
+
+class ModelState:
+    """What a model was at one time, to notice that it changed since: weights, settings of modules, adapters, hooks."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self._weights = WeightsSeen(core_of(model))
+        self._settings = module_settings(model)
+
+    def changes(self) -> list[str]:
+        """Return one line for each thing that changed since, at most a few."""
+        settings = compare_settings(
+            self._settings, module_settings(self._model), both=False, times=("before", "afterwards")
+        )
+        lines = [*(["weights"] if self._weights.have_changed() else []), *settings.attributes, *settings.hooks]
+        return lines if len(lines) <= _MOST_CHANGES else [*lines[:_MOST_CHANGES], f"{len(lines) - _MOST_CHANGES} more"]

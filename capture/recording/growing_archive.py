@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from residua.capture.buffers.row_index import batch_rows
+from residua.capture.identity.output import OutputSample
 from residua.capture.identity.prediction import Prediction
 from residua.capture.identity.provenance import describe_model, environment
 from residua.capture.identity.sidecars import Sidecars, save_tokenizer, write_sidecars
@@ -70,6 +71,7 @@ class GrowingArchive:
         model: nn.Module,
         plan: Plan,
         *,
+        output: OutputSample | str,
         computed: Mapping[str, str],
         sidecars: Sidecars,
         tokenizer: PreTrainedTokenizerBase | None,
@@ -91,7 +93,8 @@ class GrowingArchive:
                 if tokenizer is not None:
                     save_tokenizer(tokenizer, folder / "tokenizer")
                 of_rows: dict[str, Json] = {COMPUTED: cast_sites(plan.sites, computed)}
-                of_model: dict[str, Json] = {"model": describe_model(model, plan.model, predicts=predicts)}
+                described = describe_model(model, plan.model, output, predicts=predicts)
+                of_model: dict[str, Json] = {"model": described}
                 create_archive(folder, path, plan, {**of_model, **of_rows, **environment()})
             return {"plan": plan.digest}
 

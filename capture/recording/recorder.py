@@ -33,9 +33,12 @@ from residua.capture.forward.inputs import first_position
 from residua.capture.hooks.attention import eager_where_needed
 from residua.capture.hooks.forward_call import is_probing, move_last
 from residua.capture.hooks.site import SiteInfo, check_storage, plan_site, refuse_repeated, site_notes
+from residua.capture.identity.few_tokens import FewTokens
 from residua.capture.identity.lm_head import lm_head_files, lm_head_problem
+from residua.capture.identity.output import output_sample
 from residua.capture.identity.prediction import Prediction, no_loss, prediction_of
 from residua.capture.identity.provenance import identify_model
+from residua.capture.identity.settings import ModelState
 from residua.capture.identity.sidecars import attention_files, attention_notes
 from residua.capture.layout.layouts import Layout
 from residua.capture.layout.local_shards import LocalShards, full_row_shape
@@ -61,6 +64,8 @@ from residua.store.format.plan import HOST_MEMORY_BYTES, Plan, SitePlan, choose_
 from residua.store.format.sidecars import NO_LM_HEAD
 from residua.store.format.site_names import is_pattern
 from residua.store.storage.place import try_place
+
+_EACH_CALL = 4  # calls that each look whether the model has changed; later ones do when their number has doubled
 
 
 class Recorder:
@@ -127,8 +132,13 @@ class Recorder:
             self._has_whole_examples = are_of_examples(self._sites)
             self._stack_called = stack_of(model, self._sites)
             self._attention = attention_files(model, self._sites)
-            self._head_problem = lm_head_problem(model) if head else ""
+            with eager_where_needed(model, self._sites.values()):
+                few_run = FewTokens(model, head=head)
+                self._output = output_sample(model, few_run)
+            self._head_problem = lm_head_problem(model, few_run) if head else ""
             self._predicts: Prediction | None = None if self._has_whole_examples else prediction_of(model)
+        self._state: ModelState | None = ModelState(model)
+        self._n_calls = 0
         self._called = model if self._stack_called is None else self._stack_called
         self._parameters = parameter_names(self._called)
         self._first_position = first_position(core_of(self._called))
@@ -224,9 +234,29 @@ class Recorder:
         if takes_frames(self._called):
             call = call.by_position(n_frame_positions(self._called))
         self._call = call.by_example() if self._has_whole_examples else call
+        self._note_changes()
         self._same_calls.check(self._call, self._keep)
         if self._archive is not None:
             self._archive.begin(self._call, self._keep, self._columns)
+
+    def _note_changes(self) -> None:
+        """Note whether the model is still the one of the first call; not each call looks, since this takes time."""
+        self._n_calls += 1
+        is_due = self._n_calls <= _EACH_CALL or self._n_calls & (self._n_calls - 1) == 0
+        if self._state is None or not is_due:
+            return
+        if self._archive is None:
+            if changes := self._state.changes():
+                self._output = f"the model was changed after the recorder was made: {'; '.join(changes)}"
+                self._state = ModelState(self._model)
+        elif changes := self._state.changes():
+            self._archive.note(
+                [
+                    f"the model was changed while it was recorded ({'; '.join(changes)}), found in call {self._n_calls}"
+                    ": rows are of several states of it, and the archive describes that of the first call"
+                ]
+            )
+            self._state = None
 
     def _put(self, site: str, tensor: Tensor) -> None:
         if self._call is None:
@@ -259,6 +289,7 @@ class Recorder:
             self.path,
             self._model,
             self._plan(call),
+            output=self._output,
             computed=self._computed,
             sidecars={
                 **(lm_head_files(self._model) if self._head and not self._head_problem else {}),

@@ -1,5 +1,6 @@
 """What users do inside a recorder: caches, packing, embeddings, encoder-decoders, images, generation, taps."""
 
+import re
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -373,3 +374,69 @@ def test_a_module_without_parameters_can_be_recorded(make: Callable[[], nn.Modul
     archive = record(model, tmp_path / "a.zarr", lambda: model(signal), "module:pool@output,module:flat@output")
     assert np.allclose(archive["module:pool@output"][...], signal.view(3, 2, 4, 2).mean(-1).numpy())
     assert archive.rows.token[...].tolist() == [NO_TOKEN] * 3
+
+
+def test_a_recorded_model_is_known_again_by_its_output(tmp_path: Path) -> None:
+    model: Any = TINY["llama"]()
+    record(model, tmp_path / "a.zarr", lambda: model(IDS), "resid_post.*")
+    with residua.replay(model, tmp_path / "a.zarr", examples=[0], at="resid_post.0") as run:
+        assert not any("output" in note for note in run.notes)
+    model.model.layers[1].mlp.act_fn = nn.ReLU()
+    with (
+        pytest.raises(PlanError, match=r"(?s)output on a few tokens.*act_fn"),
+        residua.replay(model, tmp_path / "a.zarr", examples=[0], at="resid_post.0"),
+    ):
+        pass
+
+
+def train(model: Any) -> None:
+    with torch.no_grad():
+        model.model.norm.weight.mul_(1.5)
+
+
+def switch_off(model: Any) -> None:
+    model.base_model.disable_adapter_layers()
+
+
+def hook(model: Any) -> None:
+    model.model.layers[0].register_forward_hook(lambda *call: call[2] * 2)
+
+
+CHANGES: dict[str, tuple[Callable[[Any], None], str]] = {
+    "trained": (train, r"\(weights\)"),
+    "switched": (switch_off, "adapters disabled: False before, True afterwards"),
+    "hooked": (hook, "hooks"),
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+@pytest.mark.parametrize("n_before", [0, 1, 2])
+def test_a_model_that_changes_while_it_is_recorded_is_noted(name: str, n_before: int, tmp_path: Path) -> None:
+    model: Any = TINY["llama"]()
+    model = adapted(model, lora("q_proj")) if name == "switched" else model
+    change, named = CHANGES[name]
+
+    def loop() -> None:
+        for number in range(4):
+            if number == n_before:
+                change(model)
+            model(input_ids=IDS[:, :5])
+
+    archive = record(model, tmp_path / "a.zarr", loop)
+    found: Any = archive.provenance
+    if n_before:
+        (note,) = [note for note in found["notes"] if "changed while" in note]
+        assert re.search(named, note)
+        assert f"call {n_before + 1}:" in note
+        assert isinstance(found["model"]["output"], dict)
+    else:
+        assert "changed after the recorder was made" in found["model"]["output"]
+        assert not any("changed while" in note for note in found.get("notes", []))
+
+
+def test_a_module_that_is_no_transformers_model_runs_in_the_loop_only(tmp_path: Path) -> None:
+    calls: list[int] = []
+    module = nn.Sequential(nn.Linear(3, 2), nn.Tanh())
+    module.register_forward_hook(lambda *_: calls.append(1))
+    record(module, tmp_path / "a.zarr", lambda: module(torch.ones(4, 3)), "module:0@output")
+    assert len(calls) == 1
