@@ -32,6 +32,8 @@ if TYPE_CHECKING:
     from residua.store.read.stacks import open_archive as open  # noqa: A004  # read as residua.open(path)
     from residua.store.read.verify import verify
     from residua.store.sealing.seal import pack
+    from residua.store.sharing.pull import pull
+    from residua.store.sharing.push import push
 
 __version__ = version("residua")
 __all__ = [
@@ -53,6 +55,8 @@ __all__ = [
     "pack",
     "patch",
     "probe",
+    "pull",
+    "push",
     "replay",
     "replay_dataset",
     "reproduce",
@@ -81,6 +85,8 @@ _HOMES = {
     "pack": "store.sealing.seal:pack",
     "patch": "pipelines.circuits.patch:patch",
     "probe": "analysis.probes.probe:probe",
+    "pull": "store.sharing.pull:pull",
+    "push": "store.sharing.push:push",
     "replay": "capture.replay.replay:replay",
     "replay_dataset": "pipelines.replay.replay:replay_dataset",
     "reproduce": "pipelines.capture.reproduce:reproduce",

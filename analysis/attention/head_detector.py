@@ -29,6 +29,7 @@ from residua.analysis.attention.weights import ExampleSums, Floats
 from residua.analysis.support.cluster import Cluster
 from residua.store.base.errors import AnalysisError
 from residua.store.read.archive import Archive
+from residua.store.read.stacks import open_archive
 
 HeadName = Literal["previous_token_head", "duplicate_token_head", "induction_head"]
 ErrorMeasure = Literal["mul", "abs"]
@@ -70,7 +71,7 @@ def head_detector(
     for name, known in ((detection_pattern, get_args(HeadName)), (error_measure, get_args(ErrorMeasure))):
         if name not in known:
             raise AnalysisError(f"the head detector does not know {name!r}: choose one of {', '.join(known)}")
-    archive = archive if isinstance(archive, Archive) else Archive(archive)
+    archive = open_archive(archive)
     jobs = attention_jobs(archive, layers=layers, source=source, most_bytes=most_bytes)
     detect = partial(
         _detect, name=detection_pattern, measure=error_measure, bos=exclude_bos, current=exclude_current_token

@@ -40,6 +40,7 @@ from residua.analysis.support.cluster import Cluster
 from residua.analysis.support.open_archives import opened
 from residua.store.base.errors import AnalysisError
 from residua.store.read.archive import Archive
+from residua.store.read.stacks import open_archive
 
 SCORES = ("induction", "previous_token", "duplicate_token", "prefix_matching")
 PERIOD_COLUMN = "period"
@@ -87,12 +88,12 @@ def induction_scores(
     Example:
         >>> residua.induction_scores("ind.zarr", period=50).sort_by([("induction", "descending")])  # doctest: +SKIP
     """
-    archive = archive if isinstance(archive, Archive) else Archive(archive)
+    archive = open_archive(archive)
     if period is not None and period < 2:
         raise AnalysisError(f"the period is {period}: a repeated block has at least two tokens")
     if period is None and PERIOD_COLUMN not in archive.example_table.column_types():
         raise AnalysisError(
-            f"{archive.path} has no column {PERIOD_COLUMN!r} in its example table: give the period, which is the "
+            f"{archive.place} has no column {PERIOD_COLUMN!r} in its example table: give the period, which is the "
             "number of tokens after which an example repeats itself"
         )
     jobs = attention_jobs(archive, layers=layers, source=source, most_bytes=most_bytes, job_pairs=job_pairs)
@@ -122,8 +123,8 @@ def _score(job: AttentionJob, *, period: int | None, bos: bool | None) -> _Sums:
         if start is None:
             with_bos = {None: "with or without a BOS", True: "after a BOS", False: "from its first token on"}[bos]
             raise AnalysisError(
-                f"example {example} of {job.path}, {len(tokens)} tokens, does not repeat itself after {length} tokens, "
-                f"{with_bos}: give another period, or capture sequences that repeat"
+                f"example {example} of {job.location}, {len(tokens)} tokens, does not repeat itself after {length} "
+                f"tokens, {with_bos}: give another period, or capture sequences that repeat"
             )
         return (
             stripe(length, start=start),
@@ -150,12 +151,12 @@ def _means(sums: _Sums) -> dict[str, list[float | None]]:
 
 
 def _periods(job: AttentionJob) -> list[int]:
-    column = opened(job.path).example_table.table([PERIOD_COLUMN]).column(PERIOD_COLUMN)
+    column = opened(job.location).example_table.table([PERIOD_COLUMN]).column(PERIOD_COLUMN)
     found: list[int] = column.slice(job.first, job.last - job.first).to_pylist()
     wrong = next((n for n, value in enumerate(found) if type(value) is not int or value < 2), None)
     if wrong is not None:
         raise AnalysisError(
-            f"example {job.first + wrong} of {job.path} has {found[wrong]!r} in the column {PERIOD_COLUMN!r}: give the "
-            "period yourself"
+            f"example {job.first + wrong} of {job.location} has {found[wrong]!r} in the column {PERIOD_COLUMN!r}: give "
+            "the period yourself"
         )
     return found

@@ -10,7 +10,7 @@ from torch import Tensor
 from residua.analysis.attention.token_matches import Match
 from residua.analysis.attention.weights import ExampleRows, ExampleSums, QueriesAndKeys, StoredPattern, Weights
 from residua.analysis.support.cluster import Cluster, or_inline
-from residua.analysis.support.open_archives import address, opened
+from residua.analysis.support.open_archives import Location, location, opened
 from residua.store.base.errors import AnalysisError
 from residua.store.base.naming import named
 from residua.store.examples.index import has_no_tokens
@@ -25,9 +25,9 @@ JOB_PAIRS = 2**27
 
 
 class AttentionJob(NamedTuple):
-    """One layer of the examples `first` to `last` (not included) of the archive at `path`."""
+    """One layer of the examples `first` to `last` (not included) of the archive at `location`."""
 
-    path: str
+    location: Location
     layer: int
     source: Source
     first: int
@@ -58,7 +58,7 @@ def attention_jobs(
     """
     index = archive.example_table.index()
     if not index.n_examples:
-        raise AnalysisError(f"{archive.path} has no examples, so there is nothing to score")
+        raise AnalysisError(f"{archive.place} has no examples, so there is nothing to score")
     examples: list[tuple[int, int]] = []
     first, pairs = 0, 0
     for example, n_tokens in enumerate(index.n_tokens.tolist()):
@@ -68,7 +68,7 @@ def attention_jobs(
         pairs += n_tokens**2
     examples.append((first, index.n_examples))
     return [
-        AttentionJob(address(archive), layer, layer_source, first, last, most_bytes)
+        AttentionJob(location(archive), layer, layer_source, first, last, most_bytes)
         for layer, layer_source in _sources(archive, layers, source).items()
         for first, last in examples
     ]
@@ -86,7 +86,7 @@ def _sources(archive: Archive, layers: Sequence[int] | None, source: Source | No
     missing = sorted(set(layers or ()) - set(found))
     if missing or not found:
         what = {"pattern": "pattern sites", "qk": "q and k sites", None: "pattern sites, nor q and k sites"}[source]
-        where = f"layer {missing[0]} of {archive.path}" if missing else str(archive.path)
+        where = f"layer {missing[0]} of {archive.place}" if missing else archive.place
         raise AnalysisError(f"{where} has no {what}: capture with {named('sites', 'q.*,k.*')}, which takes less space")
     asked: dict[int, Source] = {layer: found[layer] for layer in found if layers is None or layer in layers}
     for layer, layer_source in asked.items():
@@ -107,7 +107,7 @@ def attention_spec(archive: Archive, layer: int) -> AttentionSpec:
         return spec
     reason = spec or "the archive does not say how; it comes from a version that did not record this"
     raise AnalysisError(
-        f"the attention weights of layer {layer} of {archive.path} cannot be computed from q and k: {reason}. Capture "
+        f"the attention weights of layer {layer} of {archive.place} cannot be computed from q and k: {reason}. Capture "
         "pattern sites, or choose other layers."
     )
 
@@ -150,21 +150,21 @@ def example_sums(
     Raises:
         AnalysisError: The memory limit is too small, or an example lacks rows that its weights depend on.
     """
-    archive = opened(job.path)
+    archive = opened(job.location)
     weights = _weights(archive, job)
     table = archive.example_table
     for example in range(job.first, job.last):
         rows = range(*table.rows(example))
         if has_no_tokens(table.tokens(example)):
             raise AnalysisError(
-                f"example {example} of {archive.path} has no tokens, by which the scores of heads choose keys: it was "
+                f"example {example} of {archive.place} has no tokens, by which the scores of heads choose keys: it was "
                 "recorded from embeddings or other inputs. Record calls with input_ids."
             )
         tokens = torch.from_numpy(table.tokens(example).astype("int64"))
         if (need_all or job.source == "qk") and len(rows) < len(tokens):
             why = "scores of full patterns need all" if need_all else "attention weights need every key"
             raise AnalysisError(
-                f"example {example} of {archive.path} keeps {len(rows)} of its {len(tokens)} positions, but {why}: "
+                f"example {example} of {archive.place} keeps {len(rows)} of its {len(tokens)} positions, but {why}: "
                 f"capture all positions, special tokens too{'' if need_all else ', or capture pattern sites'}"
             )
         positions = torch.from_numpy(table.positions(example).astype("int64"))
@@ -178,7 +178,7 @@ def _weights(archive: Archive, job: AttentionJob) -> Weights:
     spec = attention_spec(archive, job.layer)
     if query.shape[1] % key.shape[1] or (spec.sinks is not None and len(spec.sinks) != query.shape[1]):
         raise AnalysisError(
-            f"{archive.path}: {query.name} has {query.shape[1]} heads, which fits neither {key.name} with "
+            f"{archive.place}: {query.name} has {query.shape[1]} heads, which fits neither {key.name} with "
             f"{key.shape[1]} nor the sinks of layer {job.layer}: Residua did not write this archive"
         )
     end = archive.example_table.rows(job.last - 1)[1]

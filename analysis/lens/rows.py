@@ -88,14 +88,14 @@ def lens_points(archive: Archive, sites: str | Iterable[str] | None = None) -> L
     final = "final" if "final" in archive.sites else last
     if final not in archive.sites:
         raise AnalysisError(
-            f"{archive.path} holds neither final nor {last}, the residual stream that a lens maps to: capture again "
+            f"{archive.place} holds neither final nor {last}, the residual stream that a lens maps to: capture again "
             f"with {named('sites', 'resid_post.*')}; it holds {', '.join(archive.sites)}"
         )
     by_layer = {layer_of(site): site for site in chosen if site != "final" and layer_of(site) < n_blocks}
     if not by_layer:
         raise AnalysisError(
             f"a lens needs resid_pre or resid_post sites before the final residual stream, but the chosen sites are "
-            f"{', '.join(chosen) or 'none'}; {archive.path} holds {', '.join(archive.sites)}"
+            f"{', '.join(chosen) or 'none'}; {archive.place} holds {', '.join(archive.sites)}"
         )
     (width,) = archive.plan.site(final).row_shape
     return LensPoints(dict(sorted(by_layer.items())), final, n_blocks, width)
@@ -104,16 +104,16 @@ def lens_points(archive: Archive, sites: str | Iterable[str] | None = None) -> L
 def _count_blocks(archive: Archive) -> int:
     """Return the number of blocks from the model's config, which the archive stores."""
     name = f"head/{CONFIG_FILE}"
-    path = archive.path / name
+    where = f"{archive.place}/{name}"
     if f"head/{LM_HEAD_FILE}" not in archive.metadata.files:
-        raise AnalysisError(f"{archive.path}: {why_no_lm_head(archive.provenance)}")
+        raise AnalysisError(f"{archive.place}: {why_no_lm_head(archive.provenance)}")
     try:
         if name in archive.metadata.files:
-            check_file(archive.path, path, _MOST_CONFIG_BYTES)
+            check_file(archive.path, archive.file(name, _MOST_CONFIG_BYTES), _MOST_CONFIG_BYTES)
         config = json.loads(archive.side_file(name) or b"")
     except (ValueError, RecursionError) as error:
         raise AnalysisError(
-            f"{path} cannot be read ({error}): a lens decodes with the model's final norm and unembedding, which an "
+            f"{where} cannot be read ({error}): a lens decodes with the model's final norm and unembedding, which an "
             "archive of a causal or masked language model has in its folder head; capture such a model again"
         ) from error
     for mapping in (config, config.get("text_config")) if isinstance(config, dict) else ():
@@ -121,7 +121,7 @@ def _count_blocks(archive: Archive) -> int:
             found = mapping.get(key) if isinstance(mapping, dict) else None
             if isinstance(found, int) and 0 < found <= MOST_BLOCKS:
                 return found
-    raise AnalysisError(f"{path} does not give the number of blocks of the model, as {' or '.join(_BLOCK_COUNTS)}")
+    raise AnalysisError(f"{where} does not give the number of blocks of the model, as {' or '.join(_BLOCK_COUNTS)}")
 
 
 class LensRows:
@@ -210,9 +210,10 @@ class LensRows:
         rows = np.sort(rows[self._is_late(rows)])
         if not len(rows):
             raise AnalysisError(
-                f"none of the {index.n_examples:,} examples of {self._archive.path} is both held out and captured, and "
-                "a lens is evaluated on such examples. The windows of a document, and documents of equal content, are "
-                f"held out together: capture more documents, or raise {named('held_out')} from {self.settings.held_out}"
+                f"none of the {index.n_examples:,} examples of {self._archive.place} is both held out and captured, "
+                "and a lens is evaluated on such examples. The windows of a document, and documents of equal content, "
+                f"are held out together: capture more documents, or raise {named('held_out')} from "
+                f"{self.settings.held_out}"
             )
         return rows
 

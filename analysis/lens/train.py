@@ -41,7 +41,7 @@ from residua.analysis.lens.rows import LensPoints, LensRows, lens_points
 from residua.analysis.lens.settings import LensSettings
 from residua.analysis.lens.unembedding import Decoder
 from residua.analysis.support.cluster import Cluster, in_order
-from residua.analysis.support.open_archives import address, opened
+from residua.analysis.support.open_archives import Location, location, opened
 from residua.store.base.errors import AnalysisError
 from residua.store.base.naming import named
 from residua.store.read.archive import Archive
@@ -59,7 +59,7 @@ class _Training:
     """What all jobs of a training share.
 
     Attributes:
-        archive: Path of the archive.
+        archive: Where the archive is.
         work: Path of the folder ``work``.
         points: The sites, by layer.
         settings: How the lens is trained.
@@ -68,7 +68,7 @@ class _Training:
         memory_limit: Bytes that a worker may use.
     """
 
-    archive: str
+    archive: Location
     work: Path
     points: LensPoints
     settings: LensSettings
@@ -83,7 +83,7 @@ class _Training:
     @property
     def decoder(self) -> Decoder:
         """The LM head, loaded once per process."""
-        return _decoder(Path(self.archive) / "head", self.memory_limit // 8)
+        return _decoder(opened(self.archive).head, self.memory_limit // 8)
 
     def sums_path(self, layer: int) -> Path:
         return self.work / f"sums-{layer}.safetensors"
@@ -170,7 +170,7 @@ class LensTraining:
         cluster: Cluster,
         rows_per_part: int = 100_000,
     ) -> None:
-        self._archive = opened(address(archive))
+        self._archive = opened(location(archive))
         self._cluster = cluster
         self._out = out.absolute()
         self._work = self._out / _WORK
@@ -178,9 +178,9 @@ class LensTraining:
         archive.refuse_losses({*self._points.sites.values(), self._points.final}, "a lens")
         self._reader = LensRows(self._archive, settings)
         n_parts = self._start(settings, settings.parts or self._default_parts(settings, rows_per_part))
-        path, limit = str(self._archive.path), cluster.memory_limit
+        where, limit = location(archive), cluster.memory_limit
         held_out = self._reader.held_out
-        self._training = _Training(path, self._work, self._points, settings, held_out, n_parts, limit)
+        self._training = _Training(where, self._work, self._points, settings, held_out, n_parts, limit)
 
     def train(self) -> None:
         """Find the maps of all unfinished layers."""
@@ -201,7 +201,7 @@ class LensTraining:
         kept = {layer: maps.get(best_map(scores[layer]), identity) for layer, (maps, _) in files.items()}
         copies = {layer: Translator(weight.clone(), bias.clone()) for layer, (weight, bias) in kept.items()}
         penalties = {layer: penalty for layer, (_, penalty) in files.items()}
-        head = load_lm_head(self._archive.path / "head")
+        head = load_lm_head(self._archive.head)
         return head, copies, self._config(head), report_table(self._points.sites, scores, penalties)
 
     def clear(self) -> None:

@@ -168,7 +168,7 @@ class Loader(IterableDataset[Batch]):
         self._resume: _Resume | None = None
 
     def __repr__(self) -> str:
-        return f"<Loader of {few(self.sites)} from {self._archive.path} in batches of {self._batch_size:,} rows>"
+        return f"<Loader of {few(self.sites)} from {self._archive.place} in batches of {self._batch_size:,} rows>"
 
     def __len__(self) -> int:
         """Return the number of batches of one epoch on this rank."""

@@ -93,7 +93,7 @@ class ChosenRows:
             self.counts = np.concatenate(counts)
         if not self.n_rows:
             found = f"{int(self._heights.sum()):,} captured rows" + (f", none with {where.text}" if where else "")
-            raise AnalysisError(f"there is nothing to load: {archive.path} has {found}: capture, or choose, some")
+            raise AnalysisError(f"there is nothing to load: {archive.place} has {found}: capture, or choose, some")
 
     @property
     def n_rows(self) -> int:

@@ -17,10 +17,11 @@ from residua.analysis.probes.site import SiteProbe, probe_site
 from residua.analysis.probes.target import Task, summarise
 from residua.analysis.rows.blocks import blocks
 from residua.analysis.support.cluster import Cluster, or_inline
-from residua.analysis.support.open_archives import address
+from residua.analysis.support.open_archives import location
 from residua.store.base.errors import AnalysisError
 from residua.store.format.site_names import parse_site
 from residua.store.read.archive import Archive
+from residua.store.read.stacks import open_archive
 from residua.store.storage.place import try_place
 
 _COLUMNS = ("site", "layer", "target", "n_train", "n_test", "n_left_out", "penalty")
@@ -41,7 +42,7 @@ _TYPES = {
 
 
 def probe(
-    archive: Archive,
+    archive: Archive | str | PathLike[str],
     target: str,
     sites: str | Iterable[str] = "*",
     *,
@@ -64,7 +65,7 @@ def probe(
     and Interpreting Probes with Control Tasks").
 
     Args:
-        archive: The archive.
+        archive: The archive, or its path or address.
         target: ``token`` or ``position`` of the row; a column of the example table, with one value per example or a
             list with one a token; or a condition such as ``position > 10``.
         sites: The sites, for example ``resid_post.*``.
@@ -100,13 +101,13 @@ def probe(
         raise AnalysisError(f"the task {task!r} is unknown: choose classification or regression")
     if seed < 0:
         raise AnalysisError(f"the seed is {seed}: give a number of at least 0")
-    archive, cluster = archive.of_sites(sites), or_inline(cluster)
+    archive, cluster = open_archive(archive).of_sites(sites), or_inline(cluster)
     names = archive.select(sites)
     folder = None if save is None else try_place(Path(save)).path
     split = Split(test_fraction, seed, group)
     found = summarise(archive, target, where=where, task=task, split=split, as_numbers=as_numbers)
     rows = blocks(archive)
-    jobs = [Job(address(archive), name, rows, target, where, found, cluster.memory_limit) for name in names]
+    jobs = [Job(location(archive), name, rows, target, where, found, cluster.memory_limit) for name in names]
     probed: dict[int, SiteProbe] = {}
     for number, answer in cluster.map(probe_site, jobs, label=f"probes of {target}"):
         probed[number] = answer

@@ -10,7 +10,7 @@ from residua.analysis.probes.target import TargetSummary, read_target
 from residua.analysis.rows.blocks import Block
 from residua.analysis.rows.columns import examples_of
 from residua.analysis.rows.site_rows import pieces, width_of
-from residua.analysis.support.open_archives import opened
+from residua.analysis.support.open_archives import Location, opened
 
 Floats = npt.NDArray[np.float64]
 
@@ -18,7 +18,7 @@ Floats = npt.NDArray[np.float64]
 class Job(NamedTuple):
     """One site to probe; its rows are read where the job runs. `memory` is in bytes."""
 
-    path: str
+    location: Location
     site: str
     blocks: Sequence[Block]
     target: str
@@ -51,7 +51,7 @@ class ProbeRows:
 
     def __init__(self, job: Job) -> None:
         self._job = job
-        self._archive = opened(job.path)
+        self._archive = opened(job.location)
         self._target = read_target(self._archive, job.target)
         self.width = width_of(self._archive, job.site)
         row_bytes = self.width * max(4, self._archive[job.site].dtype.itemsize) + 40

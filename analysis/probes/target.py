@@ -103,7 +103,7 @@ def _column_target(archive: Archive, name: str) -> Target:
     def by_token(rows: Numbers) -> Values:
         examples, positions = examples_of(archive, rows), positions_of(archive, rows)
         if (positions >= starts[examples + 1] - starts[examples]).any():
-            raise DamagedArchiveError(f"{archive.path}/rows/position has positions beyond the end of their example")
+            raise DamagedArchiveError(f"{archive.place}/rows/position has positions beyond the end of their example")
         return np.asarray(numbers.values[starts[examples] + positions])
 
     return Target(by_token, *numbers[1:])

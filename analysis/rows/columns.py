@@ -67,7 +67,7 @@ def checked_examples(archive: Archive, rows: Numbers, examples: Integers) -> Int
 def _checked(archive: Archive, name: str, rows: Numbers, values: Integers, end: int) -> Integers:
     if len(values) and not 0 <= int(values.min()) <= int(values.max()) < max(1, end):
         raise DamagedArchiveError(
-            f"{archive.path}/rows/{name} holds a number outside 0 to {max(1, end) - 1:,} in rows {rows.min():,} to "
+            f"{archive.place}/rows/{name} holds a number outside 0 to {max(1, end) - 1:,} in rows {rows.min():,} to "
             f"{rows.max():,}: the array and the example table do not belong to the same archive"
         )
     return values

@@ -7,7 +7,7 @@ import numpy.typing as npt
 from dask import array as da
 from dask.base import tokenize
 
-from residua.analysis.support.open_archives import address, opened
+from residua.analysis.support.open_archives import Location, location, opened
 from residua.store.read.archive import Archive
 from residua.store.read.reader import Array
 
@@ -38,15 +38,15 @@ def array(archive: Archive, site: str, *, dtype: npt.DTypeLike | None = None) ->
     n_rows, *row_shape = stored.shape
     height = archive.plan.rows_per_shard
     heights = tuple(min(height, n_rows - start) for start in range(0, n_rows, height)) or (0,)
-    path = address(archive)
+    where = location(archive)
     make: Any = da.map_blocks  # which has no types
     lazy: da.Array = make(
         _block,
-        path,
+        where,
         stored.name,
         height,
         kind,
-        name=f"{stored.name}-{tokenize(path, archive.plan.digest, n_rows, stored.name, kind.name)}",
+        name=f"{stored.name}-{tokenize(where.place, archive.plan.digest, n_rows, stored.name, kind.name)}",
         chunks=(heights, *((size,) for size in row_shape)),
         dtype=kind,
         meta=np.empty((0,) * len(stored.shape), kind),
@@ -54,8 +54,8 @@ def array(archive: Archive, site: str, *, dtype: npt.DTypeLike | None = None) ->
     return lazy
 
 
-def _block(path: str, site: str, height: int, dtype: np.dtype[np.generic], *, block_id: tuple[int, ...]) -> Array:
+def _block(where: Location, site: str, height: int, dtype: np.dtype[np.generic], *, block_id: tuple[int, ...]) -> Array:
     """Read one shard's rows of a site; Dask passes `block_id`."""
-    stored = opened(path)[site]
+    stored = opened(where)[site]
     start = block_id[0] * height
     return stored.numpy(slice(start, start + height), dtype=dtype)

@@ -90,7 +90,7 @@ def _listed(archive: Archive, rows: Sequence[int] | npt.NDArray[np.integer]) -> 
         raise AnalysisError(f"rows cannot be selected by {rows!r}: give a filter, a slice or row numbers")
     outside = (numbers < 0) | (numbers >= archive.n_rows)
     if outside.any():
-        raise IndexError(f"{archive.path} has {archive.n_rows:,} rows: there is no row {numbers[outside][0]:,}")
+        raise IndexError(f"{archive.place} has {archive.n_rows:,} rows: there is no row {numbers[outside][0]:,}")
     return numbers.astype(np.int64)
 
 

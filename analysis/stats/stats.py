@@ -6,6 +6,7 @@ for bit, in one process and on any cluster.
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
+from os import PathLike
 from typing import NamedTuple
 
 import pyarrow as pa
@@ -15,16 +16,17 @@ from residua.analysis.rows.columns import positions_of
 from residua.analysis.rows.site_rows import pieces, runs, width_of
 from residua.analysis.stats.site_stats import SiteSums, Stats, site_stats
 from residua.analysis.support.cluster import Cluster, OrderedSum, or_inline
-from residua.analysis.support.open_archives import address, opened
+from residua.analysis.support.open_archives import Location, location, opened
 from residua.store.base.errors import AnalysisError
 from residua.store.read.archive import Archive
+from residua.store.read.stacks import open_archive
 
 _ROWS_PER_CHANNEL = 32  # of a task, so that the covariance it returns is small compared with what it reads
 _COVARIANCES = 8  # that a worker holds at most: the sum, one piece, a product, and as much again for copies
 
 
 class _Job(NamedTuple):
-    path: str
+    location: Location
     site: str
     blocks: Sequence[Block]
     where: str | None
@@ -32,7 +34,7 @@ class _Job(NamedTuple):
 
 
 def stats(
-    archive: Archive,
+    archive: Archive | str | PathLike[str],
     sites: str | Iterable[str] = "*",
     *,
     components: int = 8,
@@ -47,7 +49,7 @@ def stats(
     memory.
 
     Args:
-        archive: The archive.
+        archive: The archive, or its path or address.
         sites: The sites, for example ``resid_post.*``.
         components: Number of principal components for each site; with 0 no covariance is computed.
         where: Use only these rows, for example ``position > 0``.
@@ -58,7 +60,7 @@ def stats(
         UnknownSiteError: `sites` names no stored site.
         AnalysisError: A site has no finite rows, or the filter does not fit the archive.
     """
-    archive, cluster = archive.of_sites(sites), or_inline(cluster)
+    archive, cluster = open_archive(archive).of_sites(sites), or_inline(cluster)
     names = archive.select(sites)
     widest = int((cluster.memory_limit / _COVARIANCES / 8) ** 0.5)
     jobs = [
@@ -67,7 +69,7 @@ def stats(
         for job in _jobs(archive, name, where, task_rows, full=components > 0 and width_of(archive, name) <= widest)
     ]
     if not jobs:
-        raise AnalysisError(f"{archive.path} has no captured rows: resume its capture first")
+        raise AnalysisError(f"{archive.place} has no captured rows: resume its capture first")
     found = {name: site_stats(name, sums, components) for name, sums in _summed(jobs, cluster)}
     ordered = [found[name] for name in names]
     return Stats(
@@ -80,12 +82,12 @@ def stats(
 
 def _jobs(archive: Archive, site: str, where: str | None, task_rows: int | None, *, full: bool) -> list[_Job]:
     least_rows = _ROWS_PER_CHANNEL * width_of(archive, site) if task_rows is None else task_rows
-    return [_Job(address(archive), site, run, where, full) for run in runs(blocks(archive), least_rows=least_rows)]
+    return [_Job(location(archive), site, run, where, full) for run in runs(blocks(archive), least_rows=least_rows)]
 
 
 def _sums(job: _Job) -> SiteSums:
     """Sum the rows of one job; runs where the job runs."""
-    archive = opened(job.path)
+    archive = opened(job.location)
     sums = SiteSums(width_of(archive, job.site), full=job.full)
     for piece in pieces(archive, job.site, job.blocks, job.where):
         sums.add(piece.values, positions_of(archive, piece.rows))

@@ -1,6 +1,7 @@
 """The rows with the largest dot product with a direction, and their text; memory does not grow with the rows."""
 
 from collections.abc import Sequence
+from os import PathLike
 from typing import NamedTuple
 
 import numpy as np
@@ -12,10 +13,11 @@ from residua.analysis.rows.columns import examples_of
 from residua.analysis.rows.site_rows import pieces, runs
 from residua.analysis.stats.directions import full_row
 from residua.analysis.support.cluster import Cluster, or_inline
-from residua.analysis.support.open_archives import address, opened
+from residua.analysis.support.open_archives import Location, location, opened
 from residua.store.base.errors import AnalysisError
 from residua.store.examples.index import NO_TOKEN
 from residua.store.read.archive import Archive
+from residua.store.read.stacks import open_archive
 
 _CONTEXT = 10  # tokens of text on either side
 
@@ -35,7 +37,7 @@ class Best(NamedTuple):
 
 
 class _Job(NamedTuple):
-    path: str
+    location: Location
     site: str
     blocks: Sequence[Block]
     direction: npt.NDArray[np.float64]
@@ -45,7 +47,7 @@ class _Job(NamedTuple):
 
 
 def top(
-    archive: Archive,
+    archive: Archive | str | PathLike[str],
     site: str,
     *,
     direction: npt.ArrayLike | None = None,
@@ -64,7 +66,7 @@ def top(
     score.
 
     Args:
-        archive: The archive.
+        archive: The archive, or its path or address.
         site: One stored site.
         direction: One number for each value of a row; of a site with heads (heads, head width), or with `head` one
             for each value of that head.
@@ -86,14 +88,14 @@ def top(
         AnalysisError: Direction, channel or head does not fit the site, or no row has a score.
         PlanError: Finite values of the site were lost when it was stored.
     """
-    archive = archive.of_sites(site)
+    archive = open_archive(archive).of_sites(site)
     name = _one_site(archive, site)
     archive.refuse_losses([name], "a search for the best rows")
     if k < 1:
         raise AnalysisError(f"the best {k} rows were asked for: ask for at least 1")
     wanted = full_row(archive, name, direction=direction, channel=channel, head=head) * (-1 if bottom else 1)
     jobs = [
-        _Job(address(archive), name, run, wanted, k, per_example, where)
+        _Job(location(archive), name, run, wanted, k, per_example, where)
         for run in runs(blocks(archive), least_rows=task_rows)
     ]
     best = Best(np.zeros(0), np.zeros(0, np.int64), np.zeros(0, np.int64))
@@ -115,7 +117,7 @@ def _one_site(archive: Archive, site: str) -> str:
 
 def _search(job: _Job) -> Best:
     """Return the best rows of one job; runs where the job runs."""
-    archive = opened(job.path)
+    archive = opened(job.location)
     best = Best(np.zeros(0), np.zeros(0, np.int64), np.zeros(0, np.int64))
     channels = np.flatnonzero(job.direction)  # a NaN in another channel does not count
     for rows, values in pieces(archive, job.site, job.blocks, job.where):

@@ -1,9 +1,11 @@
-"""One open archive per process and path, so that jobs only need a path.
+"""One open archive per process and place, so that jobs only need the place.
 
 A job opens the archive where it runs, so nothing is sent. Later jobs of the process use what the reader has cached:
-indexes of shards, and which chunks were verified. An archive that has grown or was sealed is opened again.
+indexes of shards, and which chunks were verified. An archive in a folder that has grown or was sealed is opened again.
 """
 
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,21 +15,43 @@ from residua.store.format.archive_metadata import ROOT
 from residua.store.format.commits import FOLDER
 from residua.store.read.archive import Archive
 from residua.store.read.mapped import OPEN_SHARDS
+from residua.store.read.remote_archive import RemoteArchive
+from residua.store.read.stacks import open_archive
+from residua.store.storage.address import is_remote
 
 _State = tuple[int, ...]
 _MAPPED_DIVISOR = 8
 
+
+@dataclass(frozen=True)
+class Location:
+    """Where an archive is, for a job in another process.
+
+    Attributes:
+        place: Its absolute path, or its address.
+        options: What opening an address takes besides, credentials for example; shown nowhere.
+    """
+
+    place: str
+    options: Mapping[str, Any] = field(default_factory=dict, repr=False, compare=False)
+
+    def __str__(self) -> str:
+        return self.place
+
+
 # No lock: a fork could leave it locked. If two threads open the same archive at once, one of the objects is kept.
-_OPEN: dict[str, tuple[_State, Archive]] = {}
+_OPEN: dict[Location, tuple[_State, Archive]] = {}
 
 
-def address(archive: Archive) -> str:
-    """Return the absolute path of an archive, which `opened` takes in another process."""
-    return str(archive.path.absolute())
+def location(archive: Archive) -> Location:
+    """Return where an archive is, for `opened` in another process."""
+    if isinstance(archive, RemoteArchive):
+        return Location(archive.place, archive.options)
+    return Location(str(archive.path.absolute()))
 
 
-def opened(path: str) -> Archive:
-    """Return the archive at `path`, opened once per process.
+def opened(where: Location) -> Archive:
+    """Return the archive at a location, opened once per process.
 
     In a Dask worker the job's own thread decodes chunks, since every core has a worker. At most an eighth of the
     worker's memory limit stays mapped, since Dask counts mapped files as memory.
@@ -35,27 +59,28 @@ def opened(path: str) -> Archive:
     Several threads may read its sites and rows at once, but only one thread its example table.
 
     Raises:
-        FileNotFoundError: There is no archive at that path.
+        FileNotFoundError: There is no archive at that place.
         DamagedArchiveError: A file is missing or altered; the message names it.
         UnsafeArchiveError: The metadata is malformed or hostile.
+        StorageError: An address cannot be read.
     """
-    state = _state(path)
-    known = _OPEN.get(path)
+    state = () if is_remote(where.place) else _state(where.place)
+    known = _OPEN.get(where)
     if known is None or known[0] != state:
-        known = state, _open(path)
-        _OPEN[path] = known
+        known = state, _open(where)
+        _OPEN[where] = known
     return known[1]
 
 
-def _open(path: str) -> Archive:
+def _open(where: Location) -> Archive:
     dask: Any = distributed  # its functions have no types
     try:
         worker = dask.get_worker()
     except ValueError:
-        return Archive(path)
+        return open_archive(where.place, **where.options)
     if worker.memory_manager.memory_limit is not None:
         OPEN_SHARDS.limit(worker.memory_manager.memory_limit // _MAPPED_DIVISOR)
-    return Archive(path, threads=1)
+    return open_archive(where.place, threads=1, **where.options)
 
 
 def _state(path: str) -> _State:

@@ -164,7 +164,7 @@ class _ClassMeans:
         for key in keys:
             if key not in self._members:
                 raise PlanError(
-                    f"the mean of rows with {self._column} == {key!r} was asked for, and {self._archive.path} has no "
+                    f"the mean of rows with {self._column} == {key!r} was asked for, and {self._archive.place} has no "
                     "such example"
                 )
         if not all(key in self._found for key in keys):
@@ -189,7 +189,7 @@ def _mean(edit: Mean, info: SiteInfo, context: EditContext) -> Action:
     def mean(key: Value, row: Floats | None) -> Tensor:
         what = f"the mean of rows with {edit.column} == {key!r}"
         if row is None:
-            raise NotCapturedError(f"{what}: {archive.path} has no captured row of {info.name} to take the mean of")
+            raise NotCapturedError(f"{what}: {archive.place} has no captured row of {info.name} to take the mean of")
         return _row_value(row, info, context.dtype, what)
 
     def act(chosen: ChosenRows) -> Change:
@@ -296,10 +296,10 @@ def open_archive(path: Path) -> Archive:
 
 def _require_site(archive: Archive, info: SiteInfo) -> None:
     if info.name not in archive.sites:
-        raise PlanError(f"{archive.path} does not store {info.name}; it stores {', '.join(archive.sites)}")
+        raise PlanError(f"{archive.place} does not store {info.name}; it stores {', '.join(archive.sites)}")
     shape = archive[info.name].shape[1:]
     if shape != info.row_shape:
-        raise PlanError(f"{archive.path} has rows of shape {shape} at {info.name}, the model {info.row_shape}")
+        raise PlanError(f"{archive.place} has rows of shape {shape} at {info.name}, the model {info.row_shape}")
 
 
 def _always(change: Change) -> Action:

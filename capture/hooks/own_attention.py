@@ -2,7 +2,7 @@
 
 Some models call no attention function of transformers, but multiply queries and keys, take the softmax, and multiply
 by the values themselves. Each of these is a call of torch, which a `TorchFunctionMode` sees while the module runs.
-Which call is which is found out once (`residua.capture.sites.own_attention`); `OwnAttention` keeps their numbers. Only
+Which call is which is found out once (`residua.capture.blocks.own_attention`); `OwnAttention` keeps their numbers. Only
 modules with sites that were asked for are watched, and only while they run.
 
 Axes: `B` examples, `H` heads, `T` or `Q` query positions, `K` key positions, `D` width of a head. Some models have

@@ -316,7 +316,7 @@ def check_model(archive: Archive, model: nn.Module, *, force: bool = False, exac
         listed = "\n  ".join([*lines, *values, *([] if exact else conditions)])
         remedy = "" if exact else f"; or go on with this model by {named('force', True)}, which is noted"
         raise PlanError(
-            f"this is not the model that {archive.path} was captured from:\n  {listed}\n"
+            f"this is not the model that {archive.place} was captured from:\n  {listed}\n"
             f"Load that model, in the same dtype{remedy}."
         )
     forced = [f"another model than the captured one, as force=True allowed: {line}" for line in lines]

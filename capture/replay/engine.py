@@ -495,7 +495,7 @@ def _check_injection(archive: Archive, name: str, info: SiteInfo) -> None:
         raise PlanError(f"stored rows of {name} cannot be put in; put in those of the residual stream, q, k, v or z")
     shape = archive.plan.site(name).row_shape
     if shape != (info.row_shape or (1,)):
-        raise PlanError(f"{name} has rows of shape {shape} in {archive.path}, and of {info.row_shape} in the model")
+        raise PlanError(f"{name} has rows of shape {shape} in {archive.place}, and of {info.row_shape} in the model")
 
 
 def kept_rows(batch: PlanBatch, tensor: Tensor, name: str) -> list[Tensor]:

@@ -25,7 +25,7 @@ def storage_notes(archive: Archive, infos: Mapping[str, SiteInfo], edits: Sequen
     archive.refuse_losses(infos, "a replay")
     notes = _rounding_notes(archive, infos)
     if is_replay(archive):
-        notes.append(f"{archive.path} holds the results of a replay: its rows, edited there, count as unedited here")
+        notes.append(f"{archive.place} holds the results of a replay: its rows, edited there, count as unedited here")
     for one in [archive, *(edit.source for edit in edits)]:
         one.captured_rows()  # raises if shards are lost
         if not one.is_sealed:

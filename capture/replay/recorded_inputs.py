@@ -102,13 +102,13 @@ class RecordedInputs:
         for number in examples:
             if has_no_tokens(self._archive.example_table.tokens(number)):
                 raise PlanError(
-                    f"example {number} of {self._archive.path} has no tokens, because it was recorded from images, "
+                    f"example {number} of {self._archive.place} has no tokens, because it was recorded from images, "
                     "embeddings or other inputs, which are not stored: only examples with tokens can be replayed"
                 )
             if not self._force and (missing := self._missing(number)):
                 raise PlanError(
-                    f"example {number} of {self._archive.path} was recorded with {few(missing)}, which an archive does "
-                    "not store, so a replay would run the model on other inputs: give them by inputs= of "
+                    f"example {number} of {self._archive.place} was recorded with {few(missing)}, which an archive "
+                    "does not store, so a replay would run the model on other inputs: give them by inputs= of "
                     f"residua.replay, choose examples without, or run without them by {named('force', True)}, which is "
                     "noted"
                 )
@@ -119,7 +119,7 @@ class RecordedInputs:
             kept = [name for name, values in self._values.items() if values[number] is not None]
             if kept:
                 raise PlanError(
-                    f"example {number} of {self._archive.path} was recorded with {few(kept)}, and {what} gives the "
+                    f"example {number} of {self._archive.place} was recorded with {few(kept)}, and {what} gives the "
                     "model tokens and mask alone: choose examples without, or use residua.replay, which gives it all"
                 )
 
@@ -144,7 +144,7 @@ class RecordedInputs:
                 arrays[number] = self._array(name, values[row.example])
             elif not name.endswith("token_type_ids"):  # a model without them takes zeros
                 raise PlanError(
-                    f"example {row.example} of {self._archive.path} was recorded without {name}, and others that are "
+                    f"example {row.example} of {self._archive.place} was recorded without {name}, and others that are "
                     "to run with it had it: replay them one after another"
                 )
         shapes = {(array.ndim, *array.shape[1:]) for array in arrays.values()}
@@ -153,7 +153,7 @@ class RecordedInputs:
         )
         if len(shapes) != 1 or not fits:
             raise UnsafeArchiveError(
-                f"{self._archive.path}: column {INPUT_PREFIX}{name} has not one entry for each token or example"
+                f"{self._archive.place}: column {INPUT_PREFIX}{name} has not one entry for each token or example"
             )
         ((n_axes, *of_token),) = shapes
         padded = np.zeros((len(batch.rows), *((batch.n_positions, *of_token) if n_axes else ())), np.int64)
@@ -167,5 +167,5 @@ class RecordedInputs:
         except ValueError:  # lists of different lengths
             found = np.array(None)
         if found.dtype.kind != "i" or found.ndim > _MOST_AXES:
-            raise UnsafeArchiveError(f"{self._archive.path}: column {INPUT_PREFIX}{name} holds no plain whole numbers")
+            raise UnsafeArchiveError(f"{self._archive.place}: column {INPUT_PREFIX}{name} holds no plain whole numbers")
         return found.astype(np.int64)

@@ -31,6 +31,7 @@ from residua.capture.runtime.process_groups import declared_group
 from residua.store.base.errors import CaptureError, PlanError, few
 from residua.store.edits.parser import EditSource, parse_edits
 from residua.store.read.archive import Archive
+from residua.store.read.stacks import open_archive
 
 
 class Replay:
@@ -89,7 +90,7 @@ class Replay:
         return self._sites[name]
 
     def __repr__(self) -> str:
-        return f"<Replay of examples {few(self.examples)} of {self._replayer.archive.path}>"
+        return f"<Replay of examples {few(self.examples)} of {self._replayer.archive.place}>"
 
     @property
     def losses(self) -> list[Tensor]:
@@ -251,7 +252,7 @@ def replay(
         >>> with residua.replay(model, "acts.zarr", examples=[0], at="resid_post.3") as run:  # doctest: +SKIP
         ...     run.logits[0].shape
     """
-    opened = archive if isinstance(archive, Archive) else Archive(archive)
+    opened = open_archive(archive)
     parsed = parse_edits(edits)
     with ExitStack() as stack:
         if isinstance(model, PIPELINE_TYPES):

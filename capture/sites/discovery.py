@@ -5,7 +5,7 @@ not; blocks of one model may differ. What has to be proved:
 
 * ``resid_pre`` and ``resid_post``: a block takes what the block before it returned;
 * ``q``, ``k``, ``v``, ``z`` and ``pattern``: the block calls transformers' attention interface once, or computes
-  attention once in its own code (see `residua.capture.sites.own_attention`);
+  attention once in its own code (see `residua.capture.blocks.own_attention`);
 * ``attn_out``, ``mixer_out``, ``resid_mid``, ``mlp_out``: they add up to what the block returns, in an ordinary run and
   in one where each of them is replaced; a mixer carries something from one position to another, an MLP does not;
 * ``mlp_act``: it is what the last linear map before ``mlp_out`` takes;
@@ -22,10 +22,10 @@ from torch import nn
 from residua.capture.blocks.block_run import BlockWatch
 from residua.capture.blocks.experts import EXPERT_KINDS
 from residua.capture.blocks.head_outputs import HeadOutputsWatch
+from residua.capture.blocks.own_attention import find_own_attention
 from residua.capture.hooks.own_attention import OwnAttention
 from residua.capture.hooks.site import SiteInfo, Via
 from residua.capture.sites.anatomy import ATTENTION_KINDS, Anatomy, are_checkpointable
-from residua.capture.sites.own_attention import find_own_attention
 from residua.capture.sites.part_sites import (
     PART_KINDS,
     BlockParts,

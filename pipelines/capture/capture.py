@@ -55,8 +55,8 @@ from residua.capture.sites.reference_model import unsharded_sites
 from residua.capture.sites.shape_probe import measure_sites
 from residua.pipelines.capture.images import image_dataset, load_processor, part_to_capture
 from residua.pipelines.data.dataset import DatasetReport, dataset_identity, read_examples
-from residua.pipelines.data.image_examples import ImageDataset
 from residua.pipelines.data.tokenizer import special_ids
+from residua.pipelines.images.examples import ImageDataset
 from residua.pipelines.jobs.workers import WorkerFigures, Workers, working_together
 from residua.pipelines.setup.models import is_pair_model, load_model, load_tokenizer, token_limit
 from residua.pipelines.setup.settings import CaptureSettings
@@ -105,7 +105,7 @@ class CaptureResult:
 
     def __repr__(self) -> str:
         captured = f"{self.stats.rows:,} rows captured in {self.stats.seconds:.1f} s"
-        return f"<CaptureResult {self.archive.path}: {captured}, {len(self.notes)} notes>"
+        return f"<CaptureResult {self.archive.place}: {captured}, {len(self.notes)} notes>"
 
 
 def capture_dataset(
@@ -468,7 +468,7 @@ class CaptureJob(ABC):
             lines += adapter_differences(archive.provenance, self.model)
         listed = "\n  ".join(lines)
         raise PlanError(
-            f"{archive.path} was begun with another plan:\n  {listed}\n"
+            f"{archive.place} was begun with another plan:\n  {listed}\n"
             f"Run it with the settings of the archive to go on, or choose another {named('out')}."
         )
 
@@ -479,7 +479,7 @@ class CaptureJob(ABC):
         if found.wrong:
             listed = "\n  ".join(found.wrong)
             raise PlanError(
-                f"{archive.path} was begun with another model, although its weights are the same:\n  {listed}\n"
+                f"{archive.place} was begun with another model, although its weights are the same:\n  {listed}\n"
                 "Switch adapters and hooks, and set attributes, as they were to go on, or choose another "
                 f"{named('out')}."
             )

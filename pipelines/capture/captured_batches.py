@@ -36,6 +36,6 @@ def sample_batches(archive: Archive, n_batches: int, seed: int) -> list[Batch]:
     schedule = schedule_of(archive)
     batches = [batch for group in captured_groups(archive, schedule) for batch in schedule.batches(group)]
     if not batches:
-        raise NotCapturedError(f"{archive.path} has no captured batch yet: run the capture first")
+        raise NotCapturedError(f"{archive.place} has no captured batch yet: run the capture first")
     chosen = np.random.default_rng(seed).permutation(len(batches))[:n_batches]
     return [batches[index] for index in sorted(chosen.tolist())]

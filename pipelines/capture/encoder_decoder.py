@@ -31,10 +31,10 @@ from residua.pipelines.capture.capture import DatasetCapture, DatasetSource
 from residua.pipelines.capture.images import load_processor
 from residua.pipelines.data.audio import FEATURES, Features, FrameShape, HeardSources, read_features
 from residua.pipelines.data.dataset import SOURCE_COLUMNS, DatasetReport
-from residua.pipelines.data.image_spool import spool_folder
 from residua.pipelines.data.pairs import PairTokens, read_pairs
 from residua.pipelines.data.sources import Rows
 from residua.pipelines.data.tokenizer import special_ids
+from residua.pipelines.images.spool import spool_folder
 from residua.pipelines.jobs.workers import WorkerFigures, Workers, working_together
 from residua.pipelines.setup.models import load_model, load_tokenizer, token_limit
 from residua.pipelines.setup.settings import CaptureSettings

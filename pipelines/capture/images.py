@@ -11,8 +11,8 @@ from residua.capture.runtime.pipeline_schedule import stage_model_of
 from residua.capture.runtime.sharded import is_sharded
 from residua.capture.sites.anatomy import PIXELS, takes_pixels
 from residua.capture.sites.towers import NAMES, towers_of
-from residua.pipelines.data.image_encoders import PatchEncoder, TokenEncoder
-from residua.pipelines.data.image_examples import ImageDataset
+from residua.pipelines.images.encoders import PatchEncoder, TokenEncoder
+from residua.pipelines.images.examples import ImageDataset
 from residua.pipelines.setup.settings import CaptureSettings
 from residua.store.base.errors import PlanError
 from residua.store.base.naming import named

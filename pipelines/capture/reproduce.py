@@ -19,6 +19,7 @@ from residua.pipelines.setup.models import captured_model
 from residua.pipelines.setup.settings import CaptureSettings
 from residua.store.base.errors import PlanError, few
 from residua.store.read.archive import Archive, refuse_replay
+from residua.store.read.stacks import open_archive
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -47,7 +48,7 @@ class Reproduction:
 
 
 def reproduce(
-    archive: str | PathLike[str],
+    archive: Archive | str | PathLike[str],
     model: str | PathLike[str] | PreTrainedModel,
     *,
     n_batches: int = 4,
@@ -58,7 +59,7 @@ def reproduce(
     """Run a sample of an archive's batches through `model` again and compare every site with what is stored.
 
     Args:
-        archive: Folder of the archive.
+        archive: The archive, or its path or address.
         model: The model that was captured: a transformers model, or a hub id or folder of one.
         n_batches: How many batches to run; they are chosen at random from those that are captured in full.
         seed: Seed of the choice.
@@ -74,7 +75,7 @@ def reproduce(
             replay, or has examples with images, which are not stored.
         NotCapturedError: Nothing is captured yet.
     """
-    opened = Archive(archive)
+    opened = open_archive(archive)
     refuse_replay(opened, "residua reproduce")
     plan = opened.plan
     if plan.n_rows is None:

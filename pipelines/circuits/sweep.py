@@ -23,6 +23,7 @@ from residua.pipelines.setup.settings import CaptureSettings
 from residua.store.base.canonical import digest_of
 from residua.store.base.errors import PlanError
 from residua.store.read.archive import Archive
+from residua.store.read.stacks import open_archive
 from residua.store.storage.place import try_place
 
 TABLE, PICTURE = "cells.parquet", "cells.png"
@@ -108,7 +109,7 @@ def sweep(
         on_pair: Called with the numbers of finished pairs and of all pairs.
     """
     folder = None if out is None else try_place(Path(out), locks=True).path
-    opened = archive if isinstance(archive, Archive | None) else Archive(archive)
+    opened = None if archive is None else open_archive(archive)
     settings = CaptureSettings(device=asked.device, tp=asked.tp, pp=asked.pp)
     with working_together(folder, settings, job=title) as membership:
         model, tokenizer = named_model(model, tokenizer, settings)

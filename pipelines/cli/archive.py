@@ -1,4 +1,4 @@
-"""The commands about one archive or model: info, verify, pack, extract, export, reproduce, fidelity and sites."""
+"""The commands about one archive or model: look at it, check it, pack it, copy it, run a sample of it again."""
 
 import argparse
 import os
@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from residua.pipelines.cli.options import (
     MODEL_HELP,
+    SITES_HELP,
     WHERE_HELP,
     add_archive,
     add_command,
@@ -21,11 +22,17 @@ from residua.pipelines.cli.options import (
 )
 from residua.pipelines.cli.progress import StepProgress
 from residua.pipelines.cli.report import human_bytes, print_json, print_nonfinite, printable, table
+from residua.store.storage.address import is_remote
 
 if TYPE_CHECKING:
     from residua.store.read.summary import SiteSummary, Summary
+    from residua.store.sharing.copied import Copied
 
 _ONLY_COMPARED = ("config_values", "settings", "output")  # long, and only needed to show differences
+_ADDRESS_HELP = (
+    "address: s3://, gs://, az://, http(s):// or hf://datasets/ORG/NAME; credentials come from where each service's "
+    "own tools find them"
+)
 _MOST_SHOWN = 400  # characters of one value: the vectors of edits are as long as rows
 
 
@@ -51,6 +58,7 @@ def add(commands: Any) -> None:
     )
     add_archive(add_command(commands, "pack", _pack, text, description))
     _add_copies(commands)
+    _add_addresses(commands)
     text = "run a sample of an archive again and compare every row"
     description = (
         "Run a random sample of an archive's batches through the model again, and compare every row with the stored "
@@ -70,6 +78,26 @@ def add(commands: Any) -> None:
     description = "List the sites that a model has, with shape and data type of a row. No weights are loaded."
     sites = add_command(commands, "sites", _sites, text, description)
     sites.add_argument("--model", required=True, help=MODEL_HELP)
+
+
+def _add_addresses(commands: Any) -> None:
+    text = "copy a finished archive to a bucket"
+    description = (
+        "Copy a finished archive to an address. Every shard is compared with its record before it is sent. A copy that "
+        "was stopped goes on when the same command is run again; residua verify ADDRESS reads all of it back."
+    )
+    push = add_command(commands, "push", _push, text, description)
+    add_archive(push)
+    push.add_argument("address", help=_ADDRESS_HELP)
+    text = "copy an archive from an address, whole or some sites of it"
+    description = (
+        "Copy an archive from an address into a folder. Every chunk is compared with the archive's index when it "
+        "arrives. A copy that was stopped goes on when the same command is run again."
+    )
+    pull = add_command(commands, "pull", _pull, text, description)
+    pull.add_argument("address", help=_ADDRESS_HELP)
+    pull.add_argument("out", help="folder that it becomes")
+    add_flag(pull, "--sites", f"{SITES_HELP} (default: all)")
 
 
 def _add_copies(commands: Any) -> None:
@@ -216,9 +244,9 @@ def _short(text: str) -> str:
 def _verify(options: argparse.Namespace) -> int:
     from residua.store.read.verify import verify
 
-    archive = Path(options.archive)
-    checkpoint = _checkpoint_of(archive)
-    if options.restart:
+    archive = options.archive
+    checkpoint = None if is_remote(archive) else _checkpoint_of(Path(archive))
+    if options.restart and checkpoint is not None:
         checkpoint.unlink(missing_ok=True)
     with StepProgress("shard", shown=not options.json) as progress:
         report = verify(
@@ -254,6 +282,32 @@ def _pack(options: argparse.Namespace) -> int:
         print_json({"index": str(archive / INDEX), "n_bytes": n_bytes})
     else:
         print(f"packed: {archive / INDEX} ({human_bytes(n_bytes)})")
+    return 0
+
+
+def _push(options: argparse.Namespace) -> int:
+    from residua.store.sharing.push import push
+
+    with StepProgress("B", shown=not options.json) as progress:
+        copied = push(options.archive, options.address, on_bytes=progress.step)
+    return _print_copied(options, copied, "sent")
+
+
+def _pull(options: argparse.Namespace) -> int:
+    from residua.store.sharing.pull import pull
+
+    with StepProgress("B", shown=not options.json) as progress:
+        copied = pull(options.address, options.out, sites=options.sites, on_bytes=progress.step)
+    return _print_copied(options, copied, "fetched")
+
+
+def _print_copied(options: argparse.Namespace, copied: "Copied", verb: str) -> int:
+    if options.json:
+        print_json(asdict(copied))
+    else:
+        there = copied.n_bytes - copied.sent_bytes
+        also = f", {human_bytes(there)} were there already" if there else ""
+        print(f"{copied.n_files:,} files, {human_bytes(copied.n_bytes)}: {human_bytes(copied.sent_bytes)} {verb}{also}")
     return 0
 
 

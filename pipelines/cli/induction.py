@@ -89,7 +89,7 @@ def _induction(options: argparse.Namespace) -> int:
 def _print(found: "InductionResult", archive: "Archive", *, as_json: bool) -> None:
     strongest = found.strongest(_SHOWN)
     if as_json:
-        print_json({"strongest": strongest, "archive": str(archive.path), "folder": str(found.folder)})
+        print_json({"strongest": strongest, "archive": archive.place, "folder": str(found.folder)})
         return
     heading = ("layer", "head", "induction", "prefix matching", "previous token", "duplicate token")
     names = [name.replace(" ", "_") for name in heading]
@@ -98,5 +98,5 @@ def _print(found: "InductionResult", archive: "Archive", *, as_json: bool) -> No
     ]
     print(f"the {len(lines)} strongest of {found.scores.num_rows} heads:")
     print(table([heading, *lines], tuple(range(len(heading)))))
-    print(f"archive   {archive.path}")
+    print(f"archive   {archive.place}")
     print(f"files     {found.folder}: heads.parquet, induction.png")

@@ -13,7 +13,14 @@ from pathlib import Path
 
 from residua.pipelines.cli import archive, capture, induction, lens, patch, probe, replay, stats, top
 from residua.pipelines.cli.options import Run, bind_negative_values
-from residua.store.base.errors import AnalysisError, CaptureError, DamagedArchiveError, NotCapturedError, ResiduaError
+from residua.store.base.errors import (
+    AnalysisError,
+    CaptureError,
+    DamagedArchiveError,
+    NotCapturedError,
+    ResiduaError,
+    StorageError,
+)
 from residua.store.base.extras import missing_package
 from residua.store.base.naming import naming_flags
 
@@ -34,7 +41,7 @@ def _run(options: argparse.Namespace, command: str) -> int:
         return run(options)
     except AnalysisError as error:  # without a cause nothing failed: the request cannot be met
         return _fail(options, error, 2 if error.__cause__ is None else 1)
-    except (CaptureError, DamagedArchiveError, NotCapturedError) as error:
+    except (CaptureError, DamagedArchiveError, NotCapturedError, StorageError) as error:
         return _fail(options, error, 1)
     except ModuleNotFoundError as error:
         explained = missing_package(error, f"residua {command}")

@@ -14,6 +14,7 @@ from residua.pipelines.cli.progress import StepProgress
 from residua.store.base.errors import PlanError
 from residua.store.base.naming import flag_of
 from residua.store.selection.grammar import is_number_or_range, parse_numbers
+from residua.store.storage.address import is_remote
 
 if TYPE_CHECKING:
     from contextlib import AbstractContextManager
@@ -87,7 +88,7 @@ def add_settings(parser: argparse._ActionsContainer, settings: Iterable[Field[An
 
 def add_archive(parser: argparse.ArgumentParser) -> None:
     """Add the argument that names an archive."""
-    parser.add_argument("archive", help="folder of the archive")
+    parser.add_argument("archive", help="folder of the archive, or its address (s3://, gs://, az://, https://, hf://)")
 
 
 def add_device(parser: argparse.ArgumentParser) -> None:
@@ -134,15 +135,16 @@ def is_first_process() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
-def default_folder(archive: Path, command: str, *asked: str | None) -> Path:
+def default_folder(place: str | Path, command: str, *asked: str | None) -> Path:
     """Return the default folder for a command's files, ARCHIVE-COMMAND-WHAT in the working directory.
 
     Args:
-        archive: The archive; its name is used without ``.zarr``.
+        place: Folder or address of the archive; its name is used without ``.zarr``.
         command: The command's word.
         asked: Values of flags that tell one run from another. A value that is not a plain word also gets a digest.
     """
-    name = archive.resolve().name.removesuffix(".zarr")
+    path = Path(place)
+    name = (path if is_remote(place) else path.resolve()).name.removesuffix(".zarr")
     return Path("-".join([name, command, *(_word(text) for text in asked if text)]))
 
 

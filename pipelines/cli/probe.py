@@ -72,7 +72,7 @@ def _probe(options: argparse.Namespace) -> int:
     from residua.store.storage.place import try_place
 
     archive = open_archive(options.archive)
-    asked = Path(options.folder or default_folder(archive.path, "probe", options.target, options.where))
+    asked = Path(options.folder or default_folder(archive.place, "probe", options.target, options.where))
     folder = try_place(asked).path
     with cluster_of(options) as cluster:
         found = probe(

@@ -90,7 +90,7 @@ def _replay(options: argparse.Namespace) -> int:
 def _print(found: "ReplayResult", *, as_json: bool) -> None:
     means = _means(found.examples.to_pydict())
     if as_json:
-        archive = None if found.archive is None else str(found.archive.path)
+        archive = None if found.archive is None else found.archive.place
         result = {"folder": str(found.folder), "archive": archive, "examples": found.n_examples}
         print_json({**result, "notes": list(found.notes), **means})
         return
@@ -102,7 +102,7 @@ def _print(found: "ReplayResult", *, as_json: bool) -> None:
         print(f"loss      {means['loss']:.4f}, without edits {means['unedited_loss']:.4f}: {means['loss_change']:+.4f}")
     print(f"top 1     the same for {100 * (means['top1_agreement'] or 0):.1f} % of tokens")
     if found.archive is not None:
-        print(f"captured  {len(found.archive)} sites of {found.archive.n_rows:,} rows: {found.archive.path}")
+        print(f"captured  {len(found.archive)} sites of {found.archive.n_rows:,} rows: {found.archive.place}")
     print(f"files     {found.folder}: examples/, tokens/, residua.json")
 
 

@@ -41,7 +41,7 @@ def _stats(options: argparse.Namespace) -> int:
     from residua.store.storage.place import try_place
 
     archive = open_archive(options.archive)
-    folder = try_place(Path(options.folder or default_folder(archive.path, "stats", options.where))).path
+    folder = try_place(Path(options.folder or default_folder(archive.place, "stats", options.where))).path
     with cluster_of(options) as cluster:
         found = stats(archive, options.sites, components=options.components, where=options.where, cluster=cluster)
     found.save(folder)

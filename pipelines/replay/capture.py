@@ -120,8 +120,8 @@ class ReplayCapture(CaptureJob):
         table = self._source.example_table
         if REPLAYED_EXAMPLE in table.column_types() and not is_replay(self._source):
             raise PlanError(
-                f"the examples of {self._source.path} have a column {REPLAYED_EXAMPLE!r} of their own, and the archive "
-                "of a replay keeps the number of each replayed example there: replay without capturing"
+                f"the examples of {self._source.place} have a column {REPLAYED_EXAMPLE!r} of their own, and the "
+                "archive of a replay keeps the number of each replayed example there: replay without capturing"
             )
         writer = ExampleWriter(folder)
         for number, columns in _dataset_columns(table, self._examples):

@@ -22,13 +22,15 @@ from residua.store.base.errors import PlanError
 from residua.store.format.sidecars import FIDELITY_FILE, Fidelity, SiteFidelity, write_fidelity
 from residua.store.format.site_names import parse_site
 from residua.store.read.archive import Archive, refuse_replay
+from residua.store.read.stacks import open_archive
+from residua.store.storage.address import is_remote
 from residua.store.storage.place import try_place
 
 _STREAM = ("resid_pre", "resid_mid", "resid_post", "final")
 
 
 def fidelity(
-    archive: str | PathLike[str],
+    archive: Archive | str | PathLike[str],
     model: str | PathLike[str] | PreTrainedModel | PipelineScheduleSingle,
     *,
     n_batches: int = 16,
@@ -45,7 +47,7 @@ def fidelity(
     archive; `residua info` shows them. The processes of a launch share the batches; see docs/distributed.md.
 
     Args:
-        archive: Folder of the archive.
+        archive: The archive, or its path or address.
         model: The model that was captured: a transformers model, or a hub id or folder of one; or the schedule of a
             torch pipeline, as `residua.replay` takes it.
         n_batches: How many batches of the plan run; they are chosen at random from the captured ones.
@@ -68,8 +70,13 @@ def fidelity(
         >>> found = residua.fidelity("acts.zarr", "models/pydoc-1m")  # doctest: +SKIP
         >>> found.sites["resid_post.3"].kl_mean  # doctest: +SKIP
     """
-    opened = Archive(archive)
+    opened = open_archive(archive)
     refuse_replay(opened, "residua fidelity")
+    if is_remote(opened.place):
+        raise PlanError(
+            f"residua fidelity keeps its figures in the archive, and {opened.place} is at an address: run it where the "
+            "archive is a folder (residua pull makes one)"
+        )
     try_place(opened.path / FIDELITY_FILE, is_file=True)
     names = _rounded_streams(opened)
     opened.refuse_losses(names, "residua fidelity")
@@ -132,7 +139,7 @@ def _rounded_streams(archive: Archive) -> list[str]:
     found = [plan.name for plan in plans if is_rounded(plan, dtype)]
     if not found:
         raise PlanError(
-            f"{archive.path} has no residual stream that is rounded ({', '.join(stream) or 'none is stored'}), so "
+            f"{archive.place} has no residual stream that is rounded ({', '.join(stream) or 'none is stored'}), so "
             "there is nothing to measure"
         )
     return found

@@ -43,6 +43,7 @@ from residua.store.examples.schedule import Schedule
 from residua.store.format.commits import content_hash
 from residua.store.format.plan import Plan
 from residua.store.read.archive import Archive
+from residua.store.read.stacks import open_archive
 from residua.store.read.text import token_id
 from residua.store.selection.examples import ExampleChoice
 from residua.store.storage.place import try_place
@@ -148,14 +149,14 @@ def replay_dataset(
         ... )
         >>> found.examples["loss_change"]  # doctest: +SKIP
     """
-    opened = archive if isinstance(archive, Archive) else Archive(archive)
+    opened = open_archive(archive)
     parsed = parse_edits(edits)
     schedule = schedule_of(opened)
     choice = ExampleChoice(examples=examples, rows=rows, where=where)
     chosen = choice.of(opened) & _captured(opened, schedule)
     ids = [token if isinstance(token, int) else token_id(opened.tokenizer, token) for token in tokens]
     if not chosen.any():
-        raise NotCapturedError(f"{opened.path} has none of these examples completely yet: run the capture first")
+        raise NotCapturedError(f"{opened.place} has none of these examples completely yet: run the capture first")
     place = try_place(Path(out), locks=True, links=capture is not None)
     folder, settings = place.path, CaptureSettings(device=device, tp=tp, pp=pp)
     files = TableFiles(folder, schedule, chosen)

@@ -9,6 +9,7 @@ Every message says what was asked, what was found and what to do. The tree:
     ├── DamagedArchiveError (OSError)     a file of the archive is missing, cut short or altered
     ├── UnsafeArchiveError (ValueError)   an archive whose metadata Residua does not write
     ├── NotCapturedError (LookupError)    rows that the capture has not reached yet
+    ├── StorageError (OSError)            a bucket, server or repository that cannot be read or written as asked
     ├── MissingPackageError (ImportError) a package is not installed; the message names the extra that installs it
     ├── TooLargeError (MemoryError)       too little memory for the requested rows
     ├── CaptureError (RuntimeError)       the capture itself failed; the cause is chained
@@ -48,6 +49,10 @@ class UnsafeArchiveError(ResiduaError, ValueError):
 
 class NotCapturedError(ResiduaError, LookupError):
     """The capture has not reached some of the requested rows yet."""
+
+
+class StorageError(ResiduaError, OSError):
+    """A bucket, a server or a repository cannot be read or written as asked; the message names the object."""
 
 
 class MissingPackageError(ResiduaError, ImportError):

@@ -74,7 +74,7 @@ def mean_row(archive: Archive, site: str) -> npt.NDArray[np.float64]:
     """
     (mean,) = mean_rows(archive, site, [None])
     if mean is None:
-        raise NotCapturedError(f"{archive.path} has no captured row of {site} to take the mean of")
+        raise NotCapturedError(f"{archive.place} has no captured row of {site} to take the mean of")
     return mean
 
 

@@ -22,6 +22,7 @@ from residua.store.base.untrusted import MAX_ROWS_PER_SHARD, check_file
 from residua.store.format.plan import SitePlan
 from residua.store.read.archive import Archive
 from residua.store.read.reader import Array
+from residua.store.read.stacks import open_archive
 from residua.store.storage.crc import CRC_BYTES
 
 _KEY = "residua_overlay"
@@ -64,7 +65,7 @@ class Overlay:
         return self._array(site)
 
     def __repr__(self) -> str:
-        return f"<Overlay {self.path} of {self.archive.path}: {', '.join(self.sites)}>"
+        return f"<Overlay {self.path} of {self.archive.place}: {', '.join(self.sites)}>"
 
     def _array(self, site: str) -> zarr.Array[Any]:
         node = self.path / self.archive.plan.site(site).path / _NODE
@@ -142,13 +143,13 @@ def overlay(
         >>> edited = residua.overlay("acts.zarr", "edited.zarr", sites="resid_post.5")  # doctest: +SKIP
         >>> edited.write("resid_post.5", [3, 4], archive["resid_post.5"][3:5] * 2)  # doctest: +SKIP
     """
-    below = archive if isinstance(archive, Archive) else Archive(archive)
+    below = open_archive(archive)
     path = Path(out)
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         return _reopened(path, below)
     names = [name for name in below.select(sites) if below.plan.site(name).dtype in _FLOATS]
     if below.progress.total_rows is None:
-        raise PlanError(f"{below.path} is still being recorded, so its number of rows is open: finish the recording")
+        raise PlanError(f"{below.place} is still being recorded, so its number of rows is open: finish the recording")
     group = zarr.create_group(str(path), zarr_format=3)
     for name in names:
         site = below.plan.site(name)
@@ -191,7 +192,7 @@ def _sites_of(group: zarr.Group, path: Path, archive: Archive) -> tuple[str, ...
         raise FileNotFoundError(f"{path} is no overlay")
     if entry.get("plan") != archive.plan.digest:
         raise PlanError(
-            f"{path} is an overlay of another plan than that of {archive.path}: use it with its own archive"
+            f"{path} is an overlay of another plan than that of {archive.place}: use it with its own archive"
         )
     names = entry.get("sites")
     found = [name for name in names if isinstance(name, str)] if isinstance(names, list) else []

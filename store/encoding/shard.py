@@ -303,9 +303,14 @@ def shard_bytes(chunks: ChunkTable, spec: ArraySpec) -> int:
     return int(chunks[:, 0].sum(dtype=np.int64)) + index_bytes(spec)
 
 
+def shard_index(chunks: ChunkTable, spec: ArraySpec) -> bytes:
+    """Return the end of the shard file of these chunks, which says where each chunk is."""
+    return _make_index(chunks[:, 0].tolist(), spec.chunks_per_shard)
+
+
 def shard_digest(chunks: ChunkTable, spec: ArraySpec) -> str:
     """Return the digest of the shard file of these chunks, in hex."""
-    index = _make_index(chunks[:, 0].tolist(), spec.chunks_per_shard)
+    index = shard_index(chunks, spec)
     return _digest(index, [np.ascontiguousarray(chunks[:, 1]).tobytes()])
 
 

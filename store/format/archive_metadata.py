@@ -22,7 +22,7 @@ from residua.store.storage.files import write_file
 FORMAT = "1.1"
 ROOT = "zarr.json"
 SIDECAR_FOLDERS = {"examples": 2**33, "head": 2**38, "tokenizer": 2**30}  # most bytes of a file in each
-_MAX_METADATA_BYTES = 256 * 1024 * 1024
+MAX_METADATA_BYTES = 256 * 1024 * 1024
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,7 +90,7 @@ def write_entry(archive: Path, entry: Mapping[str, Json], documents: Mapping[str
 def is_archive(path: Path) -> bool:
     """Say whether `path` holds an archive that Residua made, damaged or not."""
     root = path / ROOT
-    return root.is_file() and (root.stat().st_size > _MAX_METADATA_BYTES or b'"residua"' in root.read_bytes())
+    return root.is_file() and (root.stat().st_size > MAX_METADATA_BYTES or b'"residua"' in root.read_bytes())
 
 
 def read_metadata(archive: Path) -> Metadata:
@@ -163,7 +163,7 @@ def _read_root(archive: Path) -> dict[str, Any]:
     if not path.is_file():
         why = f"it has no {ROOT}" if archive.exists() else "there is no such folder"
         raise FileNotFoundError(f"{archive} is not an archive: {why}. Check the path.")
-    text = read_file(archive, path, _MAX_METADATA_BYTES)
+    text = read_file(archive, path, MAX_METADATA_BYTES)
     try:
         root: Any = parse_json(text)
         _ = root["attributes"]["residua"]

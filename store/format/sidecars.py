@@ -42,7 +42,7 @@ ATTENTION_FILE = "attention.json"
 NO_LM_HEAD = "the archive has no LM head, so lenses cannot be trained from it"
 """How the note of an archive without a head begins; the reason follows after a colon."""
 FIDELITY_FILE = "fidelity.json"
-_MAX_FIDELITY_BYTES = 2**24
+MAX_FIDELITY_BYTES = 2**24
 _MAX_LAYERS = 2**16
 _ADVICE = "copy the archive again from where it came from"
 
@@ -243,7 +243,7 @@ def read_fidelity(archive: Path, plan: Plan) -> Fidelity | None:
     path = archive / FIDELITY_FILE
     if not path.exists():
         return None
-    text = read_file(archive, path, _MAX_FIDELITY_BYTES)
+    text = read_file(archive, path, MAX_FIDELITY_BYTES)
     try:
         content: Any = parse_json(text)
         entry = content["fidelity"]

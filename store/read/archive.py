@@ -4,7 +4,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import cached_property, partial
 from os import PathLike
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pyarrow as pa
@@ -24,13 +24,13 @@ from residua.store.encoding.spec import ArraySpec
 from residua.store.examples.index import NO_TOKEN
 from residua.store.examples.schedule import Schedule
 from residua.store.examples.table import ExampleTable
-from residua.store.format.archive_metadata import read_metadata, read_sidecar
+from residua.store.format.archive_metadata import SIDECAR_FOLDERS, read_metadata, read_sidecar
 from residua.store.format.array_metadata import check_arrays
 from residua.store.format.commits import Commit, check_commits, committed_shards, named_example_files, read_commits
 from residua.store.format.plan import STACK_RULE, Plan
 from residua.store.format.site_names import select
 from residua.store.read.array import ArchiveArray
-from residua.store.read.reader import Array, Check, RowNumbers
+from residua.store.read.reader import Array, ArrayReader, Check, RowNumbers
 from residua.store.read.text import read_tokenizer, text_around
 from residua.store.read.zarr_group import ArchiveStore, open_zarr_group
 from residua.store.sealing.losses import describe_losses, losses_of
@@ -98,6 +98,11 @@ class Archive(Mapping[str, ArchiveArray]):
         # With an index the root has copies of the arrays' metadata, and no other file is read.
         documents = None if self.metadata.index is None else self.metadata.documents
         check_arrays(self.path, self.arrays, self.metadata.n_rows, documents)
+
+    @property
+    def place(self) -> str:
+        """Where the archive is: its folder, or its address."""
+        return str(self.path)
 
     @property
     def plan(self) -> Plan:
@@ -202,7 +207,7 @@ class Archive(Mapping[str, ArchiveArray]):
         for name in sites:
             site = self.plan.site(name)
             if said := describe_losses(site, losses_of(site, self.commits)):
-                raise PlanError(f"{self.path} has not all values of {name} that {job} needs: {said}. Capture it again")
+                raise PlanError(f"{self.place} has not all values of {name} that {job} needs: {said}. Capture it again")
 
     def _first_missing(self) -> int:
         return next(shard for shard in range(len(self.commits) + 1) if shard not in self.commits)
@@ -224,7 +229,7 @@ class Archive(Mapping[str, ArchiveArray]):
     def __repr__(self) -> str:
         state = "sealed" if self.is_sealed else f"{self.progress.rows:,} {'left' if self.was_finished else 'captured'}"
         absent = f" of {len(self.plan.sites)}" if self.absent_sites else ""
-        return f"<Archive {self.path} of {self.n_rows:,} rows ({state}), {len(self)}{absent} sites>"
+        return f"<Archive {self.place} of {self.n_rows:,} rows ({state}), {len(self)}{absent} sites>"
 
     def select(self, patterns: str | Iterable[str]) -> tuple[str, ...]:
         """Return the stored sites that match `patterns`, for example ``resid_post.*``.
@@ -279,15 +284,11 @@ class Archive(Mapping[str, ArchiveArray]):
 
     def _array(self, name: str, specs: tuple[ArraySpec, ...], dtype: str) -> ArchiveArray:
         return ArchiveArray(
-            self.path,
-            name,
-            specs,
-            dtype=dtype,
-            n_rows=self.n_rows,
-            require=self.require_captured,
-            check=self._check,
-            threads=self._threads,
+            name, specs, dtype=dtype, n_rows=self.n_rows, require=self.require_captured, reader=self._reader
         )
+
+    def _reader(self, spec: ArraySpec) -> ArrayReader:
+        return ArrayReader(self.path, spec, self.n_rows, check=self._check, threads=self._threads)
 
     def require_captured(self, rows: range | RowNumbers) -> None:
         """Raise NotCapturedError, or DamagedArchiveError, unless every one of `rows` lies in a committed shard."""
@@ -311,9 +312,9 @@ class Archive(Mapping[str, ArchiveArray]):
         parts = {name: digest for name, digest in self.metadata.files.items() if name.startswith("examples/")}
         if not isinstance(self.commits, PackedIndex):  # whose files are all in the metadata
             parts |= named_example_files(self.commits)
-        for name in sorted(parts):
-            if not (self.path / name).is_file():
-                raise DamagedArchiveError(f"{self.path / name} is missing: restore the file from a copy")
+        for name, digest in sorted(parts.items()):
+            if not self.file(name, SIDECAR_FOLDERS["examples"], digest).is_file():
+                raise DamagedArchiveError(f"{self.place}/{name} is missing: restore the file from a copy")
         # Parquet has no checksum of its footer and page headers, where a flipped bit changes numbers.
         digests = {} if self._check == "never" else {Path(name).name: digest for name, digest in parts.items()}
         source = self.metadata.sealed or self.plan.dataset  # neither has it while a user's own loop is open
@@ -388,23 +389,23 @@ class Archive(Mapping[str, ArchiveArray]):
             ResiduaError: The archive has no tokenizer, or the row has no token.
         """
         if not -self.n_rows <= row < self.n_rows:
-            raise IndexError(f"there is no row {row:,} to show the text of: {self.path} has {self.n_rows:,} rows")
+            raise IndexError(f"there is no row {row:,} to show the text of: {self.place} has {self.n_rows:,} rows")
         tokenizer = self.tokenizer
         if tokenizer is None:
             raise ResiduaError(
-                f"{self.path} has no tokenizer for the text of row {row}; its token id is {self.rows.token[row]}"
+                f"{self.place} has no tokenizer for the text of row {row}; its token id is {self.rows.token[row]}"
             )
         example, at = int(self.rows.example[row]), int(self.rows.position[row])
         table = self.example_table
         tokens = table.tokens(example).tolist() if 0 <= example < len(table) else []
         if not 0 <= at < len(tokens):
             raise UnsafeArchiveError(
-                f"{self.path}: row {row:,} should be position {at} of example {example}, which has no such token: run "
+                f"{self.place}: row {row:,} should be position {at} of example {example}, which has no such token: run "
                 "residua verify on the archive"
             )
         if tokens[at] == NO_TOKEN:
             raise ResiduaError(
-                f"row {row} of {self.path} has no token, because its example was recorded without tokens"
+                f"row {row} of {self.place} has no token, because its example was recorded without tokens"
             )
         return text_around(tokenizer, tokens, at, context)
 
@@ -420,7 +421,24 @@ class Archive(Mapping[str, ArchiveArray]):
         Raises:
             DamagedArchiveError: The file is missing or was altered.
         """
+        if digest := self.metadata.files.get(name):
+            self.file(name, SIDECAR_FOLDERS[PurePosixPath(name).parts[0]], digest)
         return read_sidecar(self.path, self.metadata, name)
+
+    def file(self, name: str, most_bytes: int, sha256: str | None = None) -> Path:  # noqa: ARG002  # for addresses
+        """Return where a file of the archive is on this machine; there may be none.
+
+        Args:
+            name: Its path inside the archive.
+            most_bytes: Largest size, if it has to come over the network first.
+            sha256: What it should be, in hex, if that is known.
+        """
+        return self.path / name
+
+    @property
+    def head(self) -> Path:
+        """The folder of the LM head, on this machine; there may be none."""
+        return self.path / "head"
 
     @property
     def group(self) -> zarr.Group:
@@ -489,6 +507,6 @@ def refuse_replay(archive: Archive, job: str) -> None:
     """Raise PlanError if the archive was captured during a replay, which `job` would compare with the plain model."""
     if is_replay(archive):
         raise PlanError(
-            f"{archive.path} was captured during a replay: its rows are not what the model computes by itself, so "
+            f"{archive.place} was captured during a replay: its rows are not what the model computes by itself, so "
             f"{job} has nothing to compare them with. Its provenance says what to replay: residua info"
         )

@@ -5,7 +5,6 @@ wrong sums of some hundred values without a warning. Both are therefore read as 
 """
 
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from types import EllipsisType
 from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
@@ -17,7 +16,7 @@ from residua.store.base.errors import TooLargeError
 from residua.store.encoding.codecs import INT8, PRESETS
 from residua.store.encoding.dtypes import BFLOAT16, storage_dtype, to_float32
 from residua.store.encoding.spec import ArraySpec
-from residua.store.read.reader import Array, Check, RowNumbers, reader_of
+from residua.store.read.reader import Array, ArrayReader, RowNumbers, reader_of
 
 if TYPE_CHECKING:
     import torch
@@ -43,27 +42,23 @@ class ArchiveArray:
         specs: The array on disk, or the codes and scales of the int8 preset.
 
     Args:
-        root: Folder of the archive.
         name: Name for messages: a site, or ``rows/token``.
         specs: The array on disk, or the codes and scales of the int8 preset.
         dtype: Name of the data type of the stored values.
         n_rows: Rows of the array.
         require: Called with the requested rows; raises if some are not captured yet.
-        check: When chunks are verified: ``once`` (when they are used first), ``always`` or ``never``.
-        threads: Threads that decode compressed chunks; by default the processor's, up to four.
+        reader: Returns the reader of an array whose files hold full rows.
     """
 
     def __init__(
         self,
-        root: Path,
         name: str,
         specs: Sequence[ArraySpec],
         *,
         dtype: str,
         n_rows: int,
         require: Callable[[range | RowNumbers], None],
-        check: Check = "once",
-        threads: int | None = None,
+        reader: Callable[[ArraySpec], ArrayReader],
     ) -> None:
         self.name = name
         self.shape = (n_rows, *specs[0].row_shape)
@@ -72,7 +67,7 @@ class ArchiveArray:
         self.specs = tuple(specs)
         self._dtype_name = dtype
         self._require = require
-        self._readers = [reader_of(root, spec, n_rows, check=check, threads=threads) for spec in specs]
+        self._readers = [reader_of(spec, reader) for spec in specs]
 
     def __len__(self) -> int:
         return self.shape[0]

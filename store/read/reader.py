@@ -93,7 +93,7 @@ class ArrayReader:
         """
         self._check_range(start, stop)
         if start < stop:
-            self._open(start // self._spec.rows_per_shard)  # a missing shard is an error before memory is taken
+            self._require(start // self._spec.rows_per_shard)  # a missing shard is an error before memory is taken
         out = np.empty((stop - start, *self._spec.row_shape), self._spec.storage_dtype)
         self.read_into(out, start, stop)
         return out
@@ -158,6 +158,10 @@ class ArrayReader:
     def _as_items(self, values: Array) -> npt.NDArray[np.void]:
         """Return a view with each row as one opaque item, which numpy gathers much faster."""
         return values.reshape(-1).view(np.dtype((np.void, self._spec.row_bytes)))
+
+    def _require(self, shard: int) -> None:
+        """Raise if the file of a shard is not there."""
+        self._open(shard)
 
     def _open(self, shard: int) -> MappedShard:
         found = self._open_shards.get((self._key, shard), lambda: self._map(shard))
@@ -244,11 +248,14 @@ class ArrayReader:
             future.result()
 
 
-def reader_of(
-    root: Path, spec: ArraySpec, n_rows: int, *, check: Check, threads: int | None
-) -> "ArrayReader | ColumnShardsReader":
-    """Return the reader of an array, stored in full rows or in column shards; arguments as for `ArrayReader`."""
-    readers = [ArrayReader(root, columns, n_rows, check=check, threads=threads) for columns in spec.file_specs]
+def reader_of(spec: ArraySpec, of_files: "Callable[[ArraySpec], ArrayReader]") -> "ArrayReader | ColumnShardsReader":
+    """Return the reader of an array, stored in full rows or in column shards.
+
+    Args:
+        spec: The array.
+        of_files: Returns the reader of an array whose files hold full rows.
+    """
+    readers = [of_files(columns) for columns in spec.file_specs]
     return readers[0] if len(readers) == 1 else ColumnShardsReader(spec, readers)
 
 

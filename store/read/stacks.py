@@ -1,4 +1,4 @@
-"""The archives of several stacks of one model, opened together; and the door for both: `open_archive`."""
+"""The archives of several stacks of one model, opened together; and the door to every archive: `open_archive`."""
 
 from collections.abc import Iterable, Mapping
 from os import PathLike
@@ -12,29 +12,50 @@ from residua.store.format.stacks import stacks_in
 from residua.store.read.archive import Archive, Progress
 from residua.store.read.array import ArchiveArray
 from residua.store.read.reader import Check
+from residua.store.read.remote_archive import Cache, RemoteArchive
+from residua.store.storage.address import is_remote
 
 if TYPE_CHECKING:
     import residua
 
 
-def open_archive(path: str | PathLike[str], *, check: Check = "once", threads: int | None = None) -> Archive:
+def open_archive(
+    archive: Archive | str | PathLike[str],
+    *,
+    check: Check = "once",
+    threads: int | None = None,
+    storage_options: Mapping[str, Any] | None = None,
+    cache: Cache = None,
+) -> Archive:
     """Open an archive for reading, or the archives of several stacks as one; public as `residua.open`.
 
     Args:
-        path: Folder of the archive.
-        check: When chunks are verified: ``once`` (when they are used first), ``always`` or ``never``.
+        archive: Its folder, or its address: ``s3://``, ``gs://``, ``az://``, ``http(s)://`` or
+            ``hf://datasets/ORG/NAME[@REVISION][/FOLDER]``. An archive that is open already is returned as it is.
+        check: When chunks are verified: ``once`` (when they are used first), ``always`` or ``never``. What arrives over
+            the network is always compared.
         threads: Threads that decode compressed chunks; by default the processor's, up to four.
+        storage_options: For an address: arguments of obstore's store, such as ``endpoint``, ``region`` or credentials.
+            What is not given comes from where each service's own tools find it. None of it is kept in any result.
+        cache: For an address: where what was fetched is kept on the local disk: a folder, True for the user's folder of
+            caches, or False for nowhere. By default web servers and the Hub have a cache of 10 GiB.
 
     Returns:
         The archive; a `StackedArchive` if the folder holds several.
 
     Raises:
-        FileNotFoundError: There is no archive at that path.
+        FileNotFoundError: There is no archive at that path or address.
         DamagedArchiveError: A file is missing or altered; the message names it.
         UnsafeArchiveError: Residua does not write such metadata.
+        NotCapturedError: An archive at an address has no packed index.
+        StorageError: An address cannot be read.
     """
-    kind = StackedArchive if stacks_in(Path(path)) else Archive
-    return kind(path, check=check, threads=threads)
+    if isinstance(archive, Archive):
+        return archive
+    if is_remote(archive):
+        return RemoteArchive(str(archive), check=check, threads=threads, storage_options=storage_options, cache=cache)
+    kind = StackedArchive if stacks_in(Path(archive)) else Archive
+    return kind(archive, check=check, threads=threads)
 
 
 class StackedArchive(Archive):

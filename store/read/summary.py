@@ -4,7 +4,13 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from residua.store.encoding.codecs import PRESETS
-from residua.store.format.sidecars import PARAMETERS_FILE, SiteFidelity, read_fidelity
+from residua.store.format.sidecars import (
+    FIDELITY_FILE,
+    MAX_FIDELITY_BYTES,
+    PARAMETERS_FILE,
+    SiteFidelity,
+    read_fidelity,
+)
 from residua.store.read.archive import Archive
 from residua.store.sealing.losses import cast_from, loss_notes, losses_of
 from residua.store.sealing.packed_index import file_totals
@@ -54,7 +60,7 @@ class Summary:
     """One archive; see `SiteSummary` for its sites.
 
     Attributes:
-        path: Folder of the archive.
+        path: Folder or address of the archive.
         digest: Digest of the plan.
         rows: Captured rows.
         total_rows: Rows of the sealed archive; None while a user's own loop is still open.
@@ -107,12 +113,13 @@ class Summary:
 def summarise(archive: Archive) -> Summary:
     """Summarise an archive from its metadata and commits; no activation is read."""
     progress = archive.progress
+    archive.file(FIDELITY_FILE, MAX_FIDELITY_BYTES)
     measured = read_fidelity(archive.path, archive.plan)
     fidelity = {} if measured is None else measured.sites
     sites = tuple(_site(archive, name, fidelity.get(name)) for name in archive.sites)
     index = archive.example_table.index()
     return Summary(
-        path=str(archive.path),
+        path=archive.place,
         digest=archive.plan.digest,
         rows=progress.rows,
         total_rows=progress.total_rows,

@@ -18,7 +18,14 @@ from typing import Any
 import numpy as np
 
 from residua.store.base.canonical import Json
-from residua.store.base.errors import DamagedArchiveError, PlanError, ResiduaError, UnsafeArchiveError, few
+from residua.store.base.errors import (
+    DamagedArchiveError,
+    PlanError,
+    ResiduaError,
+    StorageError,
+    UnsafeArchiveError,
+    few,
+)
 from residua.store.base.untrusted import check_file, check_inside, parse_json, read_file
 from residua.store.encoding.shard import check_shard, shard_path
 from residua.store.encoding.spec import ArraySpec
@@ -39,9 +46,12 @@ from residua.store.format.stacks import stacks_in
 from residua.store.read.archive import Archive
 from residua.store.read.checkpoint import Checkpoint
 from residua.store.read.mapped import cpu_threads
+from residua.store.read.remote_archive import RemoteArchive
 from residua.store.sealing.packed_index import INDEX, REBUILD, PackedIndex
+from residua.store.storage.address import is_remote
 
 _MAX_LISTED = 8
+_STEP_BYTES = 16 * 2**20  # of chunks that a thread fetches together
 _MANY_SHARDS = 8  # from here on, threads are worth their start
 _MAX_GROUP_BYTES = 2**24
 _COPIES = "consolidated_metadata"
@@ -86,16 +96,18 @@ def verify(
     sample: int | None = None,
     threads: int | None = None,
     checkpoint: str | Path | None = None,
+    storage_options: Mapping[str, Any] | None = None,
     on_shard: Callable[[int, int], None] = lambda *_: None,
 ) -> Verification:
     """Re-hash everything in the archive at `path`.
 
     Args:
-        path: Folder of the archive.
+        path: Folder or address of the archive.
         sample: Check only that many shards, chosen at random; everything beside the shards is checked.
         threads: Threads that share the shards; by default the processor's, up to four.
         checkpoint: A file, outside the archive, that is written every few seconds and removed at the end. A
-            verification that finds it goes on after the shards that were checked already.
+            verification that finds it goes on after the shards that were checked already. Not for addresses.
+        storage_options: For an address, as for `residua.open`.
         on_shard: Called after each shard, with the number done and the total.
 
     Returns:
@@ -103,19 +115,27 @@ def verify(
 
     Raises:
         FileNotFoundError: There is no archive at `path`.
+        StorageError: An address cannot be read.
         OSError: The checkpoint cannot be written.
     """
     report, folder = Verification(), Path(path)
     try:
-        stacks = stacks_in(folder)
+        stacks = () if is_remote(path) else stacks_in(folder)
     except (ResiduaError, ValueError):
         stacks = ()  # `Archive` says what is wrong
     if stacks:
         _verify_stacks(folder, stacks, report, partial(verify, sample=sample, threads=threads, on_shard=on_shard))
         return report
+    check: _Check
     try:
-        archive = Archive(path)
-        commits = archive.commits
+        if is_remote(path):
+            checkpoint = None
+            check = _RemoteCheck(RemoteArchive(str(path), storage_options=storage_options, cache=False), report)
+        else:
+            check = _Check(Archive(path), report)
+        commits = check.archive.commits
+    except StorageError:
+        raise
     except (ResiduaError, ValueError) as error:
         report.problems.append(Problem(str(path), str(error)))
         return report
@@ -125,7 +145,7 @@ def verify(
         shards = sorted(random.SystemRandom().sample(shards, max(0, sample)))
         checkpoint = None
     saved = None if checkpoint is None else Checkpoint(path=Path(checkpoint), archive=folder)
-    _Check(archive, report).run(commits, shards, threads or cpu_threads(), saved, on_shard)
+    check.run(commits, shards, threads or cpu_threads(), saved, on_shard)
     return report
 
 
@@ -205,10 +225,14 @@ class _Results:
 
 
 class _Check:
-    """One verification."""
+    """One verification.
+
+    Attributes:
+        archive: What is verified.
+    """
 
     def __init__(self, archive: Archive, report: Verification) -> None:
-        self._archive = archive
+        self.archive = archive
         self._root = archive.path
         self._plan = archive.plan
         self._arrays = archive.arrays
@@ -229,18 +253,18 @@ class _Check:
         self._groups(self._metadata())
         if isinstance(commits, PackedIndex):
             self._index(commits)
-        elif self._archive.metadata.index is not None:
+        elif self.archive.metadata.index is not None:
             self._problem(INDEX, f"it is missing, so that the records were read: {REBUILD}")
         self._side_files(commits)
         self._fidelity()
         index = self._examples()
         self._shards(commits, shards, index, threads, checkpoint, on_shard)
-        if self._archive.metadata.sealed is not None:
+        if self.archive.metadata.sealed is not None:
             self._missing(commits)
-            if absent := self._archive.absent_sites:
+            if absent := self.archive.absent_sites:
                 self._report.notes.append(f"this copy has no rows of {few(absent)}: their folders are not there")
-        elif not self._archive.is_sealed:
-            rows, total, *_ = self._archive.progress
+        elif not self.archive.is_sealed:
+            rows, total, *_ = self.archive.progress
             of = "" if total is None else f" of {total:,}"
             self._report.notes.append(f"the archive is not sealed: {rows:,}{of} rows are captured")
         self._unknown_files(commits)
@@ -255,7 +279,7 @@ class _Check:
         found: dict[str, Document] = {}
         for spec in self._arrays:
             try:
-                check_arrays(self._root, [spec], self._archive.n_rows)
+                check_arrays(self._root, [spec], self.archive.n_rows)
                 found[spec.path] = _own(load_document(self._root, self._root / spec.path / ROOT))
             except (DamagedArchiveError, UnsafeArchiveError) as error:
                 self._problem(f"{spec.path}/{ROOT}", str(error))
@@ -268,14 +292,14 @@ class _Check:
         except (DamagedArchiveError, UnsafeArchiveError) as error:
             self._problem(INDEX, str(error))
             return
-        self._count(index.path)
+        self._count(index.n_bytes)
         recorded = committed_shards(self._root)
         for shard in sorted(recorded):
             name = f"{FOLDER}/{record_name(shard)}"
             try:
                 if shard not in index:
                     raise DamagedArchiveError("the archive has no such shard: remove the record")
-                record = read_commit(self._root, self._plan, shard, self._archive.n_rows)
+                record = read_commit(self._root, self._plan, shard, self.archive.n_rows)
                 if not same_files(record, index[shard]):
                     raise DamagedArchiveError(f"the record and {INDEX} differ: restore both from a copy")
             except (DamagedArchiveError, UnsafeArchiveError) as error:
@@ -315,8 +339,8 @@ class _Check:
         """Compare the copies of metadata that groups have of what is below them."""
         wanted = {node: _own({k: v for k, v in found.items() if k != _COPIES}) for node, found in documents.items()}
         copies = {node: found[_COPIES] for node, found in documents.items() if _COPIES in found}
-        if self._archive.metadata.documents:
-            copies[""] = consolidated(self._archive.metadata.documents)
+        if self.archive.metadata.documents:
+            copies[""] = consolidated(self.archive.metadata.documents)
         for group, found in copies.items():
             prefix = f"{group}/" if group else ""
             below = {node[len(prefix) :]: copy for node, copy in wanted.items() if node.startswith(prefix)}
@@ -330,7 +354,7 @@ class _Check:
 
     def _side_files(self, commits: Mapping[int, Commit]) -> None:
         named = {} if isinstance(commits, PackedIndex) else named_example_files(commits)
-        expected = {**self._archive.metadata.files, **named}
+        expected = {**self.archive.metadata.files, **named}
         for name, digest in expected.items():
             path = self._root / name
             self._known.add(name)
@@ -342,7 +366,7 @@ class _Check:
             if file_digest(path) != digest:
                 self._problem(name, "the file was altered (its SHA-256 differs): restore it from a copy")
             else:
-                self._count(path)
+                self._count(path.stat().st_size)
 
     def _fidelity(self) -> None:
         path = self._root / FIDELITY_FILE
@@ -354,12 +378,12 @@ class _Check:
         except (DamagedArchiveError, UnsafeArchiveError, PlanError) as error:
             self._problem(path, str(error))
         else:
-            self._count(path)
+            self._count(path.stat().st_size)
 
     def _examples(self) -> ExampleIndex | None:
         """Return the index of the example table if its content is sound."""
         try:
-            table = self._archive.example_table
+            table = self.archive.example_table
             table.verify()
         except (ResiduaError, OSError) as error:
             self._problem("examples", str(error))
@@ -446,14 +470,14 @@ class _Check:
             yield name, f"it covers rows {first:,} to {stop:,}, but the examples have {index.total_rows:,} rows"
             return
         rows = np.arange(first, stop)
-        columns = self._archive.rows
+        columns = self.archive.rows
         example = np.searchsorted(index.first_row, rows, side="right") - 1
         tokens, positions = [], []
         for number in np.unique(example).tolist():
             start, end = (int(row) for row in index.first_row[number : number + 2])
-            at = self._archive.example_table.positions(number)[max(first, start) - start : min(stop, end) - start]
+            at = self.archive.example_table.positions(number)[max(first, start) - start : min(stop, end) - start]
             positions.append(at)
-            tokens.append(self._archive.example_table.tokens(number)[at])
+            tokens.append(self.archive.example_table.tokens(number)[at])
         for column, values in (
             (columns.example, example),
             (columns.position, np.concatenate(positions)),
@@ -464,7 +488,7 @@ class _Check:
 
     def _missing(self, commits: Mapping[int, Commit]) -> None:
         """Name the first missing records. Their number comes from the metadata, which may claim anything."""
-        n_shards = self._plan.n_shards(self._archive.n_rows)
+        n_shards = self._plan.n_shards(self.archive.n_rows)
         for shard in islice((shard for shard in range(n_shards) if shard not in commits), _MAX_LISTED):
             self._problem(f"{FOLDER}/{shard:08d}-0000.json", "the record is missing: restore it from a copy")
         n_more = n_shards - len(commits) - _MAX_LISTED
@@ -524,8 +548,71 @@ class _Check:
     @property
     def _is_growing(self) -> bool:
         """Whether the archive comes from a user's own loop that is still open or failed."""
-        return self._plan.n_rows is None and self._archive.metadata.sealed is None
+        return self._plan.n_rows is None and self.archive.metadata.sealed is None
 
-    def _count(self, path: Path) -> None:
+    def _count(self, n_bytes: int) -> None:
         self._report.n_files += 1
-        self._report.n_bytes += path.stat().st_size
+        self._report.n_bytes += n_bytes
+
+
+class _RemoteCheck(_Check):
+    """One verification of an archive at an address: all of it comes over the network, and nothing from a cache.
+
+    The copies of the arrays' metadata in the root were compared when the archive was opened. What else is at the
+    address is not looked for.
+    """
+
+    def __init__(self, archive: RemoteArchive, report: Verification) -> None:
+        super().__init__(archive, report)
+        self._chunks = archive.chunks
+
+    def _groups(self, documents: dict[str, Document]) -> None:
+        pass
+
+    def _metadata(self) -> dict[str, Document]:
+        return {}
+
+    def _fidelity(self) -> None:
+        pass
+
+    def _unknown_files(self, commits: Mapping[int, Commit]) -> None:
+        pass
+
+    def _index(self, index: PackedIndex) -> None:
+        try:
+            index.check()
+        except (ResiduaError, OSError) as error:
+            self._problem(INDEX, str(error))
+        else:
+            self._count(index.n_bytes)
+
+    def _side_files(self, commits: Mapping[int, Commit]) -> None:  # noqa: ARG002  # the metadata names all of them
+        for name, digest in self.archive.metadata.files.items():
+            try:
+                path = self.archive.file(name, SIDECAR_FOLDERS[PurePosixPath(name).parts[0]])
+                is_same = file_digest(path) == digest
+            except FileNotFoundError:
+                self._problem(name, "it is missing: copy the archive there again")
+            except (ResiduaError, OSError) as error:
+                self._problem(name, str(error))
+            else:
+                if is_same:
+                    self._count(path.stat().st_size)
+                else:
+                    self._problem(name, "the file was altered (its SHA-256 differs): copy the archive there again")
+
+    def _shard_file(self, spec: ArraySpec, commit: Commit, found: _Shard) -> None:
+        """Fetch the chunks of a shard, each of which is compared with the index when it arrives."""
+        n_rows = commit.rows[1] - commit.rows[0]
+        first, n_chunks = commit.shard * spec.chunks_per_shard, -(-n_rows // spec.rows_per_chunk)
+        step = max(1, _STEP_BYTES // (spec.chunk_bytes + 1))
+        for start in range(first, first + n_chunks, step):
+            numbers = range(start, min(start + step, first + n_chunks))
+            try:
+                self._chunks.fetch(spec, self.archive.n_rows, numbers)
+            except (ResiduaError, OSError) as error:
+                found.problems.append((str(shard_path(Path(), spec, commit.shard)), str(error)))
+                return
+        found.n_files += 1
+        found.n_bytes += commit.arrays[spec.key].n_bytes
+        found.n_chunks += n_chunks

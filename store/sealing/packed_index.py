@@ -33,6 +33,7 @@ from residua.store.encoding.shard import (
 )
 from residua.store.format.commits import Commit, ShardFile
 from residua.store.format.plan import Plan
+from residua.store.storage.objects import ObjectFolder
 
 INDEX = "commits.index"
 MAGIC = b"RESIDUA\x01"
@@ -131,21 +132,29 @@ class PackedIndex(Mapping[int, Commit]):
         n_rows: Its rows.
         entry: What the root's metadata say about the index.
 
+    Attributes:
+        path: The file, or its address.
+        digest: SHA-256 of its head, in hex, which protects everything that the index says.
+        n_bytes: Bytes of the file.
+
     Raises:
         DamagedArchiveError: The index is missing or was altered.
         UnsafeArchiveError: It is not an index that Residua writes, or of another archive.
+        StorageError: It is at an address, and cannot be read.
     """
 
-    def __init__(self, archive: Path, plan: Plan, n_rows: int, entry: Mapping[str, Json]) -> None:
-        self.path = archive / INDEX
+    def __init__(self, archive: Path | ObjectFolder, plan: Plan, n_rows: int, entry: Mapping[str, Json]) -> None:
+        self._file: _File = _RemoteFile(archive) if isinstance(archive, ObjectFolder) else _LocalFile(archive)
+        self.path = self._file.path
+        self.digest = str(entry["sha256"])
         self._args = (archive, plan, n_rows, dict(entry))
         self._plan = plan
         self._n_rows = n_rows
-        self._n_bytes, self._head_bytes = int(str(entry["n_bytes"])), int(str(entry["head_bytes"]))
-        check_file(archive, self.path, self._n_bytes)
-        if self._head_bytes > min(MAX_HEAD_BYTES, self._n_bytes):
-            raise UnsafeArchiveError(f"{self.path}: a head of {self._head_bytes:,} of {self._n_bytes:,} bytes")
-        head = self._pread(0, self._head_bytes)
+        self.n_bytes, self._head_bytes = int(str(entry["n_bytes"])), int(str(entry["head_bytes"]))
+        self._file.check(self.n_bytes)
+        if self._head_bytes > min(MAX_HEAD_BYTES, self.n_bytes):
+            raise UnsafeArchiveError(f"{self.path}: a head of {self._head_bytes:,} of {self.n_bytes:,} bytes")
+        head = self._file.read(0, self._head_bytes, self.n_bytes)
         if hashlib.sha256(head).hexdigest() != entry["sha256"]:
             raise DamagedArchiveError(f"{self.path} was altered (the SHA-256 of its head differs): {REBUILD}")
         self._parse_head(head)
@@ -168,10 +177,10 @@ class PackedIndex(Mapping[int, Commit]):
         body_bytes = layout.tables_bytes + LOSS.itemsize * n_losses
         n_pages = -(-body_bytes // page_bytes) if page_bytes else -1
         sizes = (head_bytes(n_files, n_pages), self._head_bytes + body_bytes)
-        if page_bytes > 2**24 or sizes != (self._head_bytes, self._n_bytes):
+        if page_bytes > 2**24 or sizes != (self._head_bytes, self.n_bytes):
             raise UnsafeArchiveError(
                 f"{self.path} should have {sizes[0]:,} bytes of head and {sizes[1]:,} in all, and the archive's "
-                f"metadata say {self._head_bytes:,} and {self._n_bytes:,}"
+                f"metadata say {self._head_bytes:,} and {self.n_bytes:,}"
             )
         totals = np.frombuffer(head, TOTALS, n_files, HEADER.size)
         squares = np.stack([totals["squares"], totals["error_squares"]])
@@ -196,7 +205,7 @@ class PackedIndex(Mapping[int, Commit]):
     def __getitem__(self, shard: int) -> Commit:
         if shard not in self:
             raise KeyError(shard)
-        arrays = {spec.key: self._file(number, shard) for number, spec in enumerate(self._layout.files)}
+        arrays = {spec.key: self._shard_file(number, shard) for number, spec in enumerate(self._layout.files)}
         return Commit(plan=self._plan.digest, shard=shard, rows=self.rows(shard), arrays=dict(sorted(arrays.items())))
 
     def rows(self, shard: int) -> tuple[int, int]:
@@ -212,7 +221,7 @@ class PackedIndex(Mapping[int, Commit]):
             DamagedArchiveError: The index was altered.
             UnsafeArchiveError: The index says something that no shard file can have.
         """
-        return self._file(self._layout.number[key], shard)
+        return self._shard_file(self._layout.number[key], shard)
 
     def chunk_table(self, key: str, shard: int) -> ChunkTable:
         """Return size and crc32c of every chunk of one shard file; raises as `file` does."""
@@ -245,7 +254,7 @@ class PackedIndex(Mapping[int, Commit]):
             raise UnsafeArchiveError(f"{self.path}: the losses of {key} are not in the order of shards")
         return found
 
-    def _file(self, number: int, shard: int) -> ShardFile:
+    def _shard_file(self, number: int, shard: int) -> ShardFile:
         spec = self._layout.files[number]
         table = self._table(number, shard)
         at = self._layout.squares_at(number, shard)
@@ -296,24 +305,59 @@ class PackedIndex(Mapping[int, Commit]):
         kept, content = self._slots[slot]
         if kept != number:
             start = number * self._page_bytes
-            content = self._pread(self._head_bytes + start, min(self._page_bytes, self._body_bytes - start))
+            n_bytes = min(self._page_bytes, self._body_bytes - start)
+            content = self._file.read(self._head_bytes + start, n_bytes, self.n_bytes)
             if hashlib.sha256(content).digest() != self._digests[DIGEST_BYTES * number :][:DIGEST_BYTES]:
                 raise DamagedArchiveError(f"{self.path} was altered (page {number:,}): {REBUILD}")
             self._slots[slot] = number, content
         return content
 
-    def _pread(self, start: int, n_bytes: int) -> bytes:
-        """Return bytes of the file. It is opened each time, so that a fork or a thread shares nothing."""
+
+class _LocalFile:
+    """An index in a folder. It is opened for each read, so that a fork or a thread shares nothing."""
+
+    def __init__(self, archive: Path) -> None:
+        self.path = archive / INDEX
+        self._archive = archive
+
+    def check(self, n_bytes: int) -> None:
+        """Raise unless there is such a file of at most `n_bytes` in the archive."""
+        check_file(self._archive, self.path, n_bytes)
+
+    def read(self, start: int, n_bytes: int, file_bytes: int) -> bytes:
+        """Return bytes of the file, which has to have `file_bytes`."""
         try:
             descriptor = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
         except OSError as error:
             raise DamagedArchiveError(f"{self.path} cannot be read ({error.strerror}): {REBUILD}") from error
         try:
-            if (size := os.fstat(descriptor).st_size) != self._n_bytes:
-                raise DamagedArchiveError(f"{self.path} has {size:,} of {self._n_bytes:,} bytes: {REBUILD}")
+            if (size := os.fstat(descriptor).st_size) != file_bytes:
+                raise DamagedArchiveError(f"{self.path} has {size:,} of {file_bytes:,} bytes: {REBUILD}")
             return os.pread(descriptor, n_bytes, start)
         finally:
             os.close(descriptor)
+
+
+class _RemoteFile:
+    """An index at an address."""
+
+    def __init__(self, folder: ObjectFolder) -> None:
+        self.path = f"{folder}/{INDEX}"
+        self._folder = folder
+
+    def check(self, n_bytes: int) -> None:
+        """Ask for nothing: the first read tells."""
+
+    def read(self, start: int, n_bytes: int, file_bytes: int) -> bytes:  # noqa: ARG002  # ranges say if they are short
+        """Return bytes of the file."""
+        try:
+            [found] = self._folder.read_ranges(INDEX, [start], [start + n_bytes]) if n_bytes else [b""]
+        except FileNotFoundError:
+            raise DamagedArchiveError(f"{self.path} is missing: copy the archive there again") from None
+        return bytes(found)
+
+
+_File = _LocalFile | _RemoteFile
 
 
 def file_totals(commits: Mapping[int, Commit], key: str) -> FileTotals:

@@ -68,7 +68,7 @@ class RowFilter:
             n_examples = len(archive.example_table)
             if examples.size and not 0 <= examples.min() <= examples.max() < n_examples:
                 raise DamagedArchiveError(
-                    f"{archive.path}/rows/example names example {examples.max()} of {n_examples}: "
+                    f"{archive.place}/rows/example names example {examples.max()} of {n_examples}: "
                     "the archive is damaged"
                 )
             if starts is None:
@@ -76,7 +76,7 @@ class RowFilter:
             tokens = starts[examples] + numbers("position")
             if ((tokens < starts[examples]) | (tokens >= starts[examples + 1])).any():
                 raise DamagedArchiveError(
-                    f"{archive.path}/rows/position has positions beyond the end of their example: the archive is "
+                    f"{archive.place}/rows/position has positions beyond the end of their example: the archive is "
                     "damaged"
                 )
             return np.asarray(found[tokens])

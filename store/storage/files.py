@@ -19,6 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
+from residua.store.base.errors import ResiduaError
 from residua.store.storage.crc import Buffer
 from residua.store.storage.direct import LEAST_BYTES, set_direct, write_all
 from residua.store.storage.lock import is_alive, try_flock
@@ -123,7 +124,7 @@ def _write(path: Path, buffers: Iterable[Buffer], place: Callable[[Path, Path], 
             with suppress(FileNotFoundError):
                 temporary.unlink()
         sync_folder(path.parent)
-    except FileExistsError:
+    except (FileExistsError, ResiduaError):  # the buffers may come from somewhere that fails
         raise
     except OSError as error:
         advice = _ADVICE.get(error.errno or 0, "see the cause, and try again")

@@ -12,15 +12,15 @@ import numpy.typing as npt
 import torch
 
 from residua.analysis.rows.blocks import Block
-from residua.analysis.support.open_archives import opened
+from residua.analysis.support.open_archives import Location, opened
 from residua.store.base.errors import DamagedArchiveError
 from residua.store.base.naming import named
 from residua.store.read.mapped import OPEN_SHARDS
 
 
-def gram(path: str, block: Block) -> npt.NDArray[np.float64]:
+def gram(where: Location, block: Block) -> npt.NDArray[np.float64]:
     """Return the Gram matrix of the rows of a block."""
-    values = opened(path)["resid_post.0"][slice(*block)].astype(np.float64)
+    values = opened(where)["resid_post.0"][slice(*block)].astype(np.float64)
     return values.T @ values
 
 

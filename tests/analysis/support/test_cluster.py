@@ -17,7 +17,7 @@ from threadpoolctl import threadpool_info, threadpool_limits
 from residua.analysis.rows.blocks import blocks
 from residua.analysis.rows.dask_array import array
 from residua.analysis.support.cluster import Cluster, OrderedSum, connect, in_order
-from residua.analysis.support.open_archives import address
+from residua.analysis.support.open_archives import location
 from residua.store.base.errors import AnalysisError, DamagedArchiveError
 from residua.store.base.naming import naming_flags
 from residua.store.read.archive import Archive
@@ -115,7 +115,7 @@ def test_jobs_name_settings_as_who_sent_them_does(cluster: Cluster) -> None:
 
 
 def test_jobs_give_the_same_as_in_this_process(cluster: Cluster, archive: Archive) -> None:
-    job = partial(jobs.gram, address(archive))
+    job = partial(jobs.gram, location(archive))
     with connect("inline") as inline:
         expected = dict(inline.map(job, blocks(archive), label="Gram"))
     found = dict(cluster.map(job, blocks(archive), label="Gram"))
@@ -157,7 +157,7 @@ def test_the_bar_of_a_cluster_has_its_label(
     scheduler: str, archive: Archive, capfd: pytest.CaptureFixture[str]
 ) -> None:
     with connect(scheduler, shown=True) as cluster:
-        list(cluster.map(partial(jobs.gram, address(archive)), blocks(archive), label="adding up Gram matrices"))
+        list(cluster.map(partial(jobs.gram, location(archive)), blocks(archive), label="adding up Gram matrices"))
     assert "adding up Gram matrices:   0%" in capfd.readouterr().err
 
 
@@ -184,7 +184,7 @@ def test_a_worker_needs_less_memory_than_the_archive_has(tmp_path: Path) -> None
     with config.set({"distributed.scheduler.allowed-failures": 0}), connect(workers=1, memory_limit=limit) as one:
         before = dict(one.map(jobs.state_of_worker, [0], label="looking"))
         total = sum(
-            result for _, result in one.map(partial(jobs.gram, address(archive)), blocks(archive), label="Gram")
+            result for _, result in one.map(partial(jobs.gram, location(archive)), blocks(archive), label="Gram")
         )
         np.testing.assert_allclose(total, expected, rtol=1e-12)
         np.testing.assert_allclose((acts.T @ acts).compute(), expected, rtol=1e-4, atol=300)

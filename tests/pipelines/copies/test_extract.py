@@ -89,12 +89,13 @@ def test_a_subset_of_a_subset_names_the_first_archives_examples(source: Archive,
 
 def test_what_cannot_be_taken_is_refused_before_anything_is_written(source: Archive, tmp_path: Path) -> None:
     out = tmp_path / "b.zarr"
-    for error, choice in (
+    choices: list[tuple[type[Exception], dict[str, Any]]] = [
         (PlanError, {"examples": [4]}),
         (PlanError, {"rows": "position > 99"}),
         (PlanError, {"examples": [1], "rows": "position > 3"}),
         (UnknownSiteError, {"sites": "z.*"}),
-    ):
+    ]
+    for error, choice in choices:
         with pytest.raises(error):
             extract(source, out, **choice)
     with pytest.raises(PlanError, match="int8-block32"):

@@ -12,7 +12,7 @@ from residua.store.encoding.shard import ShardEncoder, check_shard, shard_path
 from residua.store.encoding.spec import ArraySpec
 from residua.store.format.array_metadata import create_array, open_array
 from residua.store.format.plan import Plan, SitePlan
-from residua.store.read.reader import reader_of
+from residua.store.read.reader import ArrayReader, reader_of
 from residua.store.storage.files import write_file
 from tests.store.read.test_other_readers import READERS, Reader
 from tests.store.samples import Array, make_rows, make_spec, same_bits
@@ -49,7 +49,7 @@ def test_our_reader_sees_full_rows(tmp_path: Path, spec: ArraySpec) -> None:
     rows = make_rows(spec, N_ROWS)
     write_column_shards(tmp_path, spec, rows)
     assert open_array(tmp_path, spec.path)[:2] == (spec, N_ROWS)
-    reader = reader_of(tmp_path, spec, N_ROWS, check="always", threads=1)
+    reader = reader_of(spec, lambda columns: ArrayReader(tmp_path, columns, N_ROWS, check="always", threads=1))
     picked = np.array([0, 581, 300, 300, 7])
     assert same_bits(reader.take(picked), rows[picked])
     assert same_bits(reader.read(250, 520), rows[250:520])

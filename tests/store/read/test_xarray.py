@@ -10,6 +10,7 @@ import pytest
 import tensorstore
 import xarray
 import zarr
+from zarr.storage import LocalStore
 
 from residua.store.base.errors import NotCapturedError, PlanError, UnknownSiteError
 from residua.store.format.dimensions import dimension_names
@@ -69,7 +70,7 @@ def test_xarray_opens_groups_and_the_tree_without_us_and_without_a_listing(
 
     archive = Archive(untouched)
     for method in ("list", "list_dir", "list_prefix"):
-        monkeypatch.setattr(zarr.storage.LocalStore, method, refuse)
+        monkeypatch.setattr(LocalStore, method, refuse)
     rows = xarray.open_zarr(untouched, group="rows")
     assert np.array_equal(rows.position.values, archive.rows.position[:])
     site = xarray.open_zarr(untouched, group="sites/resid_post", chunks=None)

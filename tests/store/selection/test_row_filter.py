@@ -57,7 +57,7 @@ def archive(tmp_path_factory: pytest.TempPathFactory) -> Archive:
 
 @pytest.fixture(scope="module")
 def rows(archive: Archive) -> list[Row]:
-    token, position, example = (column[:].tolist() for column in archive.rows)
+    token, position, example = (column[:].tolist() for column in archive.rows if column is not None)
     numbers = zip(token, position, example, strict=True)
     return [
         {"part": None, "two words": None, **COLUMNS[e], "token": t, "position": p, "example": e} for t, p, e in numbers

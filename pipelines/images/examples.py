@@ -16,10 +16,10 @@ from PIL import Image
 
 from residua.capture.forward.example_inputs import OF_TOKENS, ExampleInputs
 from residua.pipelines.data.dataset import SOURCE_COLUMNS, DatasetReport
-from residua.pipelines.data.image_spool import Spool, SpoolWriter, spool_folder
-from residua.pipelines.data.images import GivenImage, given_image, open_image
 from residua.pipelines.data.settings import DatasetSettings
 from residua.pipelines.data.sources import Row, Rows, local_path, open_rows
+from residua.pipelines.images.images import GivenImage, given_image, open_image
+from residua.pipelines.images.spool import Spool, SpoolWriter, spool_folder
 from residua.store.base.canonical import Json
 from residua.store.base.errors import DatasetError
 from residua.store.base.naming import named

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from residua.pipelines.data.images import GivenImage
+from residua.pipelines.images.images import GivenImage
 from residua.store.storage.lock import try_flock
 
 _CONTENT, _INDEX = "content", "index.npy"

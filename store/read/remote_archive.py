@@ -1,0 +1,145 @@
+"""An archive at an address: the same as in a folder, with the files behind it fetched when they are needed.
+
+Opening takes two requests, whatever the archive's size: the root's metadata, which have copies of the arrays', and the
+head of the packed index. Rows come as `residua.store.read.remote` says. Examples, tokenizer and LM head come whole when
+they are used first.
+"""
+
+from collections.abc import Mapping
+from functools import cached_property
+from os import PathLike
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import zarr
+
+from residua.store.base.errors import NotCapturedError, PlanError
+from residua.store.encoding.spec import ArraySpec
+from residua.store.format.archive_metadata import MAX_METADATA_BYTES, ROOT, SIDECAR_FOLDERS, read_metadata
+from residua.store.format.commits import Commit
+from residua.store.read.archive import Archive
+from residua.store.read.reader import ArrayReader, Check
+from residua.store.read.remote import RemoteChunks, RemoteReader
+from residua.store.sealing.packed_index import PackedIndex
+from residua.store.storage.address import scheme_of
+from residua.store.storage.disk_cache import DiskCache
+from residua.store.storage.mirror import Mirror
+from residua.store.storage.objects import ObjectFolder
+
+Cache: TypeAlias = str | PathLike[str] | DiskCache | bool | None
+
+_CACHED_SCHEMES = ("hf", "http", "https")
+
+
+class RemoteArchive(Archive):
+    """A finished archive at an address.
+
+    Args:
+        address: Where it is.
+        check: As for `Archive`; what arrives over the network is always compared.
+        threads: As for `Archive`.
+        storage_options: Arguments of obstore's store, credentials for example; they are not kept in any result.
+        cache: Keeps what was fetched on the local disk: its folder, a `DiskCache`, True for the user's folder of
+            caches, or False for none. By default there is one for web servers and the Hub.
+
+    Attributes:
+        index: The packed index.
+        chunks: The stored chunks.
+
+    Raises:
+        FileNotFoundError: There is no archive at that address.
+        NotCapturedError: It has no packed index, because it is not finished or of format 1.0.
+        StorageError: The address cannot be read.
+    """
+
+    def __init__(
+        self,
+        address: str,
+        *,
+        check: Check = "once",
+        threads: int | None = None,
+        storage_options: Mapping[str, Any] | None = None,
+        cache: Cache = None,
+    ) -> None:
+        folder = ObjectFolder(address, storage_options)
+        self._cache = _cache_of(address, cache)
+        self._mirror = Mirror(folder, self._cache)
+        try:
+            self._mirror.need(ROOT, MAX_METADATA_BYTES)
+        except FileNotFoundError:
+            raise FileNotFoundError(f"{folder} is not an archive: it has no {ROOT}. Check the address.") from None
+        with self._mirror.naming():
+            found = read_metadata(self._mirror.path)
+        if found.index is None or found.n_rows is None:
+            raise NotCapturedError(
+                f"{folder} has no packed index, with which an archive is read over the network: finish its capture, or "
+                "run residua pack on it where it is a folder, and copy it there again"
+            )
+        with self._mirror.naming():
+            super().__init__(self._mirror.path, check=check, threads=threads)
+        self.index = PackedIndex(folder, self.plan, found.n_rows, found.index)
+        self.chunks = RemoteChunks(folder, self.index, self._cache)
+
+    @property
+    def place(self) -> str:
+        """The address of the archive."""
+        return str(self._mirror.folder)
+
+    @property
+    def folder(self) -> ObjectFolder:
+        """The objects of the archive."""
+        return self._mirror.folder
+
+    @property
+    def options(self) -> Mapping[str, Any]:
+        """What `residua.open` needs beside the address to open the archive elsewhere."""
+        return {"storage_options": self._mirror.folder.options, "cache": self._cache or False}
+
+    @cached_property
+    def arrays(self) -> tuple[ArraySpec, ...]:
+        """The arrays of the plan; of a copy that lacks sites, reading one says that its shards are missing."""
+        return self.plan.arrays
+
+    @cached_property
+    def commits(self) -> Mapping[int, Commit]:
+        """The commit of each shard, from the packed index."""
+        return self.index
+
+    def _reader(self, spec: ArraySpec) -> ArrayReader:
+        return RemoteReader(self.chunks, spec, self.n_rows, check=self._check, threads=self._threads)
+
+    def file(self, name: str, most_bytes: int, sha256: str | None = None) -> Path:
+        """Return the local copy of a file of the archive, fetched unless it is there; there may be none."""
+        try:
+            return self._mirror.need(name, most_bytes, sha256)
+        except FileNotFoundError:
+            return self.path / name
+
+    @property
+    def head(self) -> Path:
+        """The folder of the LM head, fetched unless it is there; there may be none."""
+        for name in self.metadata.files:
+            if name.startswith("head/"):
+                self.file(name, SIDECAR_FOLDERS["head"], self.metadata.files[name])
+        return self.path / "head"
+
+    def side_file(self, name: str) -> bytes | None:
+        """Return the content of a sidecar file; None if there is none."""
+        with self._mirror.naming():
+            return super().side_file(name)
+
+    @property
+    def group(self) -> zarr.Group:
+        """Refused: zarr-python opens the address by itself."""
+        raise PlanError(
+            f"{self.place} is at an address, where archive.group is not to be had: read archive[SITE], or open the "
+            "address with zarr.storage.ObjectStore, in which rows of half precision are as they are stored"
+        )
+
+
+def _cache_of(address: str, cache: Cache) -> DiskCache | None:
+    if cache is None:
+        cache = scheme_of(address) in _CACHED_SCHEMES
+    if isinstance(cache, bool):
+        return DiskCache() if cache else None
+    return cache if isinstance(cache, DiskCache) else DiskCache(Path(cache))

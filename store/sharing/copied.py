@@ -1,0 +1,59 @@
+"""What the two directions of a copy share: the result, the count of bytes, and work that is done several at once."""
+
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from dataclasses import dataclass
+from typing import TypeVar
+
+N_AT_ONCE = 8
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+
+@dataclass(frozen=True)
+class Copied:
+    """What a copy did.
+
+    Attributes:
+        n_files: Files of the archive, or of the part of it that was asked for.
+        n_bytes: Their bytes.
+        sent_bytes: Bytes that crossed the network; the others were there already.
+    """
+
+    n_files: int
+    n_bytes: int
+    sent_bytes: int
+
+
+class BytesDone:
+    """Counts bytes from several threads.
+
+    Args:
+        total: Bytes in all.
+        on_bytes: Called after each step with the bytes done and the total.
+    """
+
+    def __init__(self, total: int, on_bytes: Callable[[int, int], None]) -> None:
+        self._done, self._total, self._on_bytes = 0, total, on_bytes
+        self._lock = threading.Lock()
+
+    def add(self, n_bytes: int) -> None:
+        """Count bytes that are done."""
+        with self._lock:
+            self._done += n_bytes
+            self._on_bytes(self._done, self._total)
+
+
+def in_parallel(work: Callable[[T], R], items: Sequence[T]) -> list[R]:
+    """Return the results of `work` for all items, several at once; after a failure no other item is begun."""
+    with ThreadPoolExecutor(N_AT_ONCE, thread_name_prefix="residua-copy") as pool:
+        jobs = [pool.submit(work, item) for item in items]
+        wait(jobs, return_when=FIRST_EXCEPTION)
+        failed = next((job for job in jobs if job.done() and job.exception()), None)
+        if failed is not None:
+            for job in jobs:
+                job.cancel()
+            failed.result()
+    return [job.result() for job in jobs]

@@ -1,0 +1,141 @@
+"""Copy an archive from an address into a folder: parallel, whole or some sites, taken up again after a kill.
+
+Each chunk is compared with the packed index when it arrives, and a shard gets its name when it is complete. The root's
+metadata come last, so a folder with them is complete. A copy of some sites is an archive: it says which sites it lacks.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from os import PathLike
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from residua.store.base.errors import DamagedArchiveError, PlanError
+from residua.store.encoding.shard import check_shard, shard_index, shard_path, shard_rows
+from residua.store.encoding.spec import ArraySpec
+from residua.store.format.archive_metadata import MAX_METADATA_BYTES, ROOT, SIDECAR_FOLDERS, is_archive, read_metadata
+from residua.store.format.array_metadata import METADATA
+from residua.store.read.remote import Bytes
+from residua.store.read.remote_archive import RemoteArchive
+from residua.store.sealing.packed_index import INDEX
+from residua.store.sharing.copied import BytesDone, Copied, in_parallel
+from residua.store.storage.files import sweep, write_file
+
+_HERE = Path()
+_STEP_BYTES = 16 * 2**20  # of the index or of a shard, held in memory by each thread
+
+
+def pull(
+    address: str,
+    out: str | PathLike[str],
+    *,
+    sites: str | Iterable[str] | None = None,
+    storage_options: Mapping[str, Any] | None = None,
+    on_bytes: Callable[[int, int], None] = lambda *_: None,
+) -> Copied:
+    """Copy an archive from an address into a folder.
+
+    Args:
+        address: Where the archive is.
+        out: Folder that it becomes. What an earlier copy of the same archive left there is used.
+        sites: Sites to copy, as patterns; by default all.
+        storage_options: As for `residua.open`.
+        on_bytes: Called with the bytes done and the total, from several threads.
+
+    Raises:
+        FileNotFoundError: There is no archive at that address.
+        UnknownSiteError: `sites` matches no stored site.
+        PlanError: `out` holds another archive, or something else.
+        DamagedArchiveError: A file at the address is missing, or is not what the archive's index says.
+        StorageError: The address cannot be read.
+        OSError: A file cannot be written.
+
+    Example:
+        >>> residua.pull("hf://datasets/org/acts", "acts.zarr", sites="resid_post.*")  # doctest: +SKIP
+    """
+    archive = RemoteArchive(address, storage_options=storage_options, cache=False)
+    return _Pull(archive, Path(out), archive.sites if sites is None else archive.select(sites)).run(on_bytes)
+
+
+class _Pull:
+    """One copy of the sites `sites` into the folder `out`."""
+
+    def __init__(self, archive: RemoteArchive, out: Path, sites: tuple[str, ...]) -> None:
+        self._archive = archive
+        self._out = out
+        height, plan = archive.plan.rows_per_shard, archive.plan
+        arrays = [*plan.row_arrays, *(spec for name in sites for spec in plan.site(name).arrays(height))]
+        self._specs = [files for spec in arrays for files in spec.file_specs]
+        nodes = {str(node) for spec in arrays for node in (PurePosixPath(spec.path), *PurePosixPath(spec.path).parents)}
+        self._small = {f"{node}/{METADATA}": MAX_METADATA_BYTES for node in sorted(nodes - {"."})}
+        self._small |= {name: SIDECAR_FOLDERS[PurePosixPath(name).parts[0]] for name in archive.metadata.files}
+
+    def run(self, on_bytes: Callable[[int, int], None]) -> Copied:
+        """Copy what is not there yet."""
+        self._check_target()
+        shards = [(spec, shard) for spec in self._specs for shard in self._archive.commits]
+        sizes = [self._archive.commits[shard].arrays[spec.key].n_bytes for spec, shard in shards]
+        done = BytesDone(sum(sizes), on_bytes)
+
+        def copy_shard(i: int) -> int:
+            sent = 0 if self._has(*shards[i]) else self._copy_shard(*shards[i])
+            done.add(sizes[i])
+            return sent
+
+        sent = sum(in_parallel(copy_shard, range(len(shards))))
+        sent += sum(in_parallel(self._copy_small, list(self._small)))
+        sent += write_file(self._out / INDEX, self._steps(INDEX, self._archive.index.n_bytes))
+        sent += write_file(self._out / ROOT, [self._archive.folder.read(ROOT, MAX_METADATA_BYTES)])
+        n_bytes = sum((self._out / name).stat().st_size for name in (*self._small, INDEX, ROOT))
+        return Copied(len(shards) + len(self._small) + 2, sum(sizes) + n_bytes, sent)
+
+    def _check_target(self) -> None:
+        if is_archive(self._out):
+            found = read_metadata(self._out).plan.digest
+            if found != self._archive.plan.digest:
+                raise PlanError(
+                    f"{self._out} holds another archive (plan {found[:12]}) than {self._archive.place} "
+                    f"({self._archive.plan.digest[:12]}): choose another folder"
+                )
+        elif self._out.exists() and not self._out.is_dir():
+            raise PlanError(f"{self._out} is a file, and a folder is to be written: choose another place")
+        sweep(self._out)
+
+    def _has(self, spec: ArraySpec, shard: int) -> bool:
+        """Say whether an earlier copy left this shard, whole and unaltered."""
+        record = self._archive.commits[shard].arrays[spec.key]
+        path = shard_path(self._out, spec, shard)
+        if not path.is_file() or path.stat().st_size != record.n_bytes:
+            return False
+        try:
+            return check_shard(path, spec, shard_rows(spec, self._archive.n_rows, shard)) == record.digest
+        except DamagedArchiveError:
+            return False
+
+    def _copy_shard(self, spec: ArraySpec, shard: int) -> int:
+        return write_file(shard_path(self._out, spec, shard), self._chunks(spec, shard))
+
+    def _chunks(self, spec: ArraySpec, shard: int) -> Iterator[Bytes | bytes]:
+        """Yield the chunks of a shard, compared with the index, and the end of its file, which follows from them."""
+        table = self._archive.index.chunk_table(spec.key, shard)
+        first = shard * spec.chunks_per_shard
+        step = max(1, _STEP_BYTES // (spec.chunk_bytes + 1))
+        for start in range(0, len(table), step):
+            numbers = range(first + start, first + min(start + step, len(table)))
+            found = self._archive.chunks.fetch(spec, self._archive.n_rows, numbers)
+            yield from (found[number] for number in numbers)
+        yield shard_index(table, spec)
+
+    def _copy_small(self, name: str) -> int:
+        path = self._out / name
+        if path.exists():
+            return 0
+        try:
+            return write_file(path, [self._archive.folder.read(name, self._small[name])])
+        except FileNotFoundError:
+            raise DamagedArchiveError(
+                f"{self._archive.place}/{name} is missing: copy the archive there again from where it came from"
+            ) from None
+
+    def _steps(self, name: str, n_bytes: int) -> Iterator[Bytes]:
+        for start in range(0, n_bytes, _STEP_BYTES):
+            yield from self._archive.folder.read_ranges(name, [start], [min(start + _STEP_BYTES, n_bytes)])

@@ -1,0 +1,128 @@
+"""Copy a finished archive to an address: parallel, taken up again after a kill, compared at the far end.
+
+The root's metadata go last, so nobody meets half an archive. Until then a small object, `.residua-push.json`, says
+which archive is on its way there: a copy that was killed goes on, and another archive is not mixed into it. A shard
+never changes, so one that is there with its size is not sent again. Commit records stay behind: the packed index has
+all that they say.
+"""
+
+import json
+from collections.abc import Callable, Mapping
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+from residua.store.base.errors import DamagedArchiveError, NotCapturedError, PlanError, StorageError, few
+from residua.store.encoding.shard import check_shard, shard_path, shard_rows
+from residua.store.encoding.spec import ArraySpec
+from residua.store.format.archive_metadata import ROOT
+from residua.store.read.archive import Archive
+from residua.store.read.remote_archive import RemoteArchive
+from residua.store.sharing.copied import BytesDone, Copied, in_parallel
+from residua.store.storage.objects import ObjectFolder
+
+_JOURNAL = ".residua-push.json"
+
+
+def push(
+    source: str | PathLike[str],
+    address: str,
+    *,
+    storage_options: Mapping[str, Any] | None = None,
+    on_bytes: Callable[[int, int], None] = lambda *_: None,
+) -> Copied:
+    """Copy a finished archive to an address.
+
+    Every shard is compared with its record before it is sent. Afterwards the far end is listed, and every object has
+    to be there with its size; ``residua verify ADDRESS`` reads all of it.
+
+    Args:
+        source: Folder of the archive.
+        address: Where it goes, for example ``s3://bucket/acts.zarr``.
+        storage_options: As for `residua.open`.
+        on_bytes: Called with the bytes done and the total, from several threads.
+
+    Raises:
+        NotCapturedError: The archive is not finished.
+        DamagedArchiveError: A file of the archive was altered.
+        PlanError: Another archive is at that address, or on its way there.
+        StorageError: The address cannot be written.
+
+    Example:
+        >>> residua.push("acts.zarr", "s3://bucket/acts.zarr")  # doctest: +SKIP
+    """
+    archive = Archive(source)
+    if archive.metadata.index is None:
+        raise NotCapturedError(
+            f"{archive.path} has no packed index: finish its capture, or run residua pack on it if it is of format 1.0"
+        )
+    folder = ObjectFolder(address, storage_options)
+    _begin(archive, folder)
+    files = _files(archive)
+    there = _listed(folder)
+    shards = {
+        shard_path(Path(), spec, shard).as_posix(): (spec, shard)
+        for array in archive.arrays
+        for spec in array.file_specs
+        for shard in archive.commits
+    }
+    to_send = [name for name in files if name != ROOT and not (name in shards and there.get(name) == files[name])]
+    done = BytesDone(sum(files.values()), on_bytes)
+    done.add(sum(files.values()) - sum(files[name] for name in (*to_send, ROOT)))
+
+    def send(name: str) -> None:
+        if name in shards:
+            _check(archive, *shards[name])
+        folder.write(name, archive.path / name)
+        done.add(files[name])
+
+    in_parallel(send, to_send)
+    there = _listed(folder)
+    if lost := [name for name in files if name != ROOT and there.get(name) != files[name]]:
+        raise StorageError(f"{folder}: {few(lost)} did not arrive whole: run the same command again")
+    send(ROOT)
+    folder.delete([_JOURNAL])
+    return Copied(len(files), sum(files.values()), sum(files[name] for name in (*to_send, ROOT)))
+
+
+def _begin(archive: Archive, folder: ObjectFolder) -> None:
+    """Say at the address which archive comes; refuse if another one is there or on its way."""
+    mine = archive.plan.digest
+    try:
+        found = RemoteArchive(folder.address, storage_options=folder.options, cache=False).plan.digest
+    except FileNotFoundError:
+        found = mine
+    if found != mine:
+        raise PlanError(
+            f"{folder} holds another archive (plan {found[:12]}, this one is {mine[:12]}): choose another address, or "
+            "delete it first"
+        )
+    try:
+        folder.create(_JOURNAL, json.dumps({"plan": mine}).encode())
+    except FileExistsError:
+        raise PlanError(
+            f"a copy of another archive to {folder} was begun: choose another address, or, if that copy was given up, "
+            f"delete what is there, {_JOURNAL} included"
+        ) from None
+
+
+def _files(archive: Archive) -> dict[str, int]:
+    """Return the files that are copied, with their sizes."""
+    paths = [path for path in sorted(archive.path.rglob("*")) if path.is_file()]
+    names = {path.relative_to(archive.path).as_posix(): path.stat().st_size for path in paths}
+    return {name: size for name, size in names.items() if not name.startswith((".", "commits/")) and "/." not in name}
+
+
+def _listed(folder: ObjectFolder) -> dict[str, int]:
+    return {entry.name: entry.n_bytes for entry in folder.list()}
+
+
+def _check(archive: Archive, spec: ArraySpec, shard: int) -> None:
+    """Raise DamagedArchiveError unless a shard is the one that its record describes."""
+    path = shard_path(archive.path, spec, shard)
+    n_rows = shard_rows(spec, archive.n_rows, shard)
+    if (
+        check_shard(path, spec, n_rows, first_row=shard * spec.rows_per_shard)
+        != archive.commits[shard].arrays[spec.key].digest
+    ):
+        raise DamagedArchiveError(f"{path} is not the file that its record describes: restore it from a copy")

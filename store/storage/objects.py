@@ -1,0 +1,298 @@
+"""A folder of objects at an address, read and written through obstore.
+
+Whole objects come with a bound on their size, and ranges of one object come joined: ranges that lie near each other
+take one request. A request that fails for a passing reason (a connection that broke, 500, 503, too many requests) is
+made again by obstore, for three minutes at most. Every error names the object and says what to do; none repeats a
+password, a signature or a token.
+
+`create` writes an object only if there is none. Two things can go wrong there that no server tells: the answer to a
+first try got lost, so that the second finds one's own bytes; or a conflict is reported as "exists" although nothing is
+there. So what is there is read back and compared: the same bytes are done, nothing is tried again, and other bytes are
+an error.
+"""
+
+import os
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from datetime import timedelta
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+import obstore
+from obstore import exceptions as failures
+from obstore.store import HTTPStore, ObjectStore, from_url
+
+from residua.store.base.errors import StorageError
+from residua.store.storage.address import check_address, hub_place, scheme_of, shown
+
+JOIN_GAP_BYTES = 256 * 1024
+"""Ranges of one object that are this near are read as one: a request costs as much as so many bytes."""
+
+_CREATE_TRIES = 5
+_READ_TRIES = 4
+_ENDPOINTS = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT")
+_CREDENTIALS = ("AWS_", "GOOGLE_", "AZURE_")
+_BROKE_OFF = "body error"
+_NOT_SUPPORTED = {
+    "read": "the server does not answer requests for ranges of bytes: download the whole folder, and open that",
+    "list": "the server does not list its files: give the address of the archive itself",
+}
+_RETRY = {"max_retries": 10, "retry_timeout": timedelta(minutes=3)}
+_CLIENT = {"connect_timeout": timedelta(seconds=10), "timeout": timedelta(minutes=2), "user_agent": "residua"}
+_STATUS = re.compile(r"status code: (\d{3}[^:\n]*)")
+_DENIED = (failures.PermissionDeniedError, failures.UnauthenticatedError)
+_FAILURES = (failures.BaseError, OSError, ValueError)
+
+Bytes = npt.NDArray[np.uint8]
+T = TypeVar("T")
+
+
+class Listed(NamedTuple):
+    """An object below a folder: its path there, and its size in bytes."""
+
+    name: str
+    n_bytes: int
+
+
+class ObjectFolder:
+    """The objects below one address. It pickles as the address and its options, and survives a fork.
+
+    Args:
+        address: Where the folder is; see `residua.store.storage.address`.
+        options: Arguments of obstore's store, for example ``endpoint``, ``access_key_id`` or ``client_options``. What
+            is not given comes from where each service's own clients find it (environment, files, instance).
+
+    Attributes:
+        address: As given, without a slash at its end.
+        options: As given.
+
+    Raises:
+        StorageError: The address or an option is not understood.
+    """
+
+    def __init__(self, address: str, options: Mapping[str, Any] | None = None) -> None:
+        check_address(address)
+        self.address = address.rstrip("/")
+        self.options = dict(options or {})
+        self._store  # noqa: B018  # an option that is not understood is an error here
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return type(self), (self.address, self.options)
+
+    def __str__(self) -> str:
+        return shown(self.address)
+
+    @property
+    def _store(self) -> ObjectStore:
+        url, settings = _connection(self.address, self.options)
+        try:
+            return _store_at(url, _frozen(settings), _credentials(), os.getpid())
+        except _FAILURES as error:
+            raise StorageError(
+                f"{self} cannot be opened: {_said(error)}. Check the address and storage_options"
+            ) from None
+
+    def read(self, name: str, most_bytes: int) -> bytes:
+        """Return a whole object.
+
+        Args:
+            name: Path of the object in the folder.
+            most_bytes: Largest size; a larger object is refused before its bytes are read.
+
+        Raises:
+            FileNotFoundError: There is no such object.
+            StorageError: It cannot be read, or is larger.
+        """
+
+        def whole() -> bytes:
+            result = obstore.get(self._store, name)
+            if (size := result.meta["size"]) > most_bytes:
+                raise StorageError(f"{self}/{name} has {size:,} bytes, and at most {most_bytes:,} are read there")
+            return result.bytes().to_bytes()
+
+        return self._ask(name, "read", whole, tries=_READ_TRIES)
+
+    def read_ranges(self, name: str, starts: Sequence[int], stops: Sequence[int]) -> list[Bytes]:
+        """Return the bytes of ranges of an object, in the given order; near ones share a request.
+
+        Raises:
+            FileNotFoundError: There is no such object.
+            StorageError: It cannot be read, or has other bytes there than were asked for.
+        """
+
+        def ranges() -> list[obstore.Bytes]:
+            return obstore.get_ranges(self._store, name, starts=starts, ends=stops, coalesce=JOIN_GAP_BYTES)
+
+        found = self._ask(name, "read", ranges, tries=_READ_TRIES)
+        parts = [np.frombuffer(memoryview(part), np.uint8) for part in found]
+        for start, stop, part in zip(starts, stops, parts, strict=True):
+            if len(part) != stop - start:
+                raise StorageError(
+                    f"{self}/{name} was asked for bytes {start:,} to {stop:,}, and {len(part):,} came: the object is "
+                    "cut short, or the server does not answer requests for ranges"
+                )
+        return parts
+
+    def size(self, name: str) -> int | None:
+        """Return the bytes of an object, None if there is none.
+
+        Raises:
+            StorageError: The server does not say.
+        """
+        try:
+            n_bytes: int = self._ask(name, "look at", lambda: obstore.head(self._store, name))["size"]
+        except FileNotFoundError:
+            return None
+        return n_bytes
+
+    def list(self, prefix: str = "") -> Iterator[Listed]:
+        """Yield all objects below the folder `prefix`, in the order of their names.
+
+        Raises:
+            StorageError: The folder cannot be listed; web servers and the Hub's files cannot.
+        """
+        pages = iter(self._ask(prefix, "list", lambda: obstore.list(self._store, prefix or None, chunk_size=1000)))
+        while (page := self._ask(prefix, "list", lambda: next(pages, None))) is not None:
+            for entry in page:
+                yield Listed(entry["path"], entry["size"])
+
+    def write(self, name: str, data: Path | Iterable[Any]) -> None:
+        """Write an object, over what is there: completely, or not at all.
+
+        Args:
+            name: Path of the object in the folder.
+            data: A local file, or buffers one after the other.
+
+        Raises:
+            StorageError: It cannot be written.
+        """
+        content = data if isinstance(data, Path) else b"".join(bytes(each) for each in data)
+        self._ask(name, "write", lambda: obstore.put(self._store, name, content))
+
+    def create(self, name: str, data: bytes) -> None:
+        """Write an object unless there is one; the same bytes there are as good as written.
+
+        Raises:
+            FileExistsError: There is an object of that name with other bytes; it stays as it is.
+            StorageError: It cannot be written.
+        """
+        for _ in range(_CREATE_TRIES):
+            with suppress(FileExistsError):
+                self._ask(name, "write", lambda: obstore.put(self._store, name, data, mode="create"))
+            try:
+                there = self.read(name, len(data))
+            except FileNotFoundError:
+                continue  # a conflict was reported, and nothing is there
+            except StorageError:
+                there = None
+            if there == data:
+                return
+            raise FileExistsError(f"{self}/{name} exists already with other content, and is not overwritten")
+        raise StorageError(f"{self}/{name} was not written: the server says that it exists, and that it does not")
+
+    def delete(self, names: Sequence[str]) -> None:
+        """Delete objects; those that are not there are no error.
+
+        Raises:
+            StorageError: One cannot be deleted.
+        """
+        self._ask("", "delete from", lambda: obstore.delete(self._store, list(names)))
+
+    def _ask(self, name: str, doing: str, request: Callable[[], T], tries: int = 1) -> T:
+        """Make a request, and say what went wrong in the user's words.
+
+        obstore tries again what failed before the answer began. `tries` are for answers that broke off.
+        """
+        where = f"{self}/{name}" if name else str(self)
+        try:
+            return request()
+        except StorageError:
+            raise
+        except FileNotFoundError:
+            raise FileNotFoundError(f"there is no {where}") from None
+        except (failures.AlreadyExistsError, failures.PreconditionError, FileExistsError):
+            raise FileExistsError(f"{where} exists already") from None
+        except (*_DENIED, PermissionError) as error:
+            raise StorageError(
+                f"cannot {doing} {where}: it is not allowed ({_said(error)}). {self._remedy()}"
+            ) from None
+        except failures.NotSupportedError:
+            raise StorageError(f"cannot {doing} {where}: {_NOT_SUPPORTED.get(doing, 'it cannot do that')}") from None
+        except _FAILURES as error:
+            if tries > 1 and _BROKE_OFF in str(error):
+                return self._ask(name, doing, request, tries - 1)
+            raise StorageError(f"cannot {doing} {where}: {_said(error)}") from None
+
+    def _remedy(self) -> str:
+        if scheme_of(self.address) == "hf":
+            return "If the repository is private or gated, ask for access on its page, and log in with hf auth login"
+        return "Give credentials in the environment, as the service's own tools take them, or in storage_options"
+
+
+def _frozen(options: Mapping[str, Any]) -> tuple[tuple[str, Any], ...]:
+    return tuple(
+        sorted((key, _frozen(value) if isinstance(value, Mapping) else value) for key, value in options.items())
+    )
+
+
+def _thawed(options: tuple[tuple[str, Any], ...]) -> dict[str, Any]:
+    return {key: _thawed(value) if isinstance(value, tuple) else value for key, value in options}
+
+
+def _connection(address: str, options: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+    """Return the URL that obstore takes for an address, and the arguments of its store."""
+    url, headers = address, dict[str, str]()
+    if scheme_of(address) == "hf":
+        url, headers = _hub_url(address), _hub_headers()
+    client = {**_CLIENT, **options.get("client_options", {})}
+    if headers:
+        client["default_headers"] = {**headers, **client.get("default_headers", {})}
+    from_environment = next((os.environ[name] for name in _ENDPOINTS if name in os.environ), "")
+    if str(options.get("endpoint", from_environment if scheme_of(url) == "s3" else url)).startswith("http://"):
+        client.setdefault("allow_http", True)
+    return url, {**options, "client_options": client, "retry_config": {**_RETRY, **options.get("retry_config", {})}}
+
+
+def _credentials() -> tuple[tuple[str, str], ...]:
+    """Return what stores read from the environment, so that a store is made again when it changes."""
+    return tuple(sorted(item for item in os.environ.items() if item[0].startswith(_CREDENTIALS)))
+
+
+@lru_cache(maxsize=64)
+def _store_at(
+    url: str, settings: tuple[tuple[str, Any], ...], _credentials: tuple[tuple[str, str], ...], _pid: int
+) -> ObjectStore:
+    """Return the store of a URL; one for each process, for a store opens its own connections."""
+    open_ = HTTPStore.from_url if scheme_of(url) in ("http", "https") else from_url
+    return open_(url, **_thawed(settings))
+
+
+def _hub_url(address: str) -> str:
+    place = hub_place(address)
+    endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
+    return f"{endpoint}/datasets/{place.repository}/resolve/{place.revision}/{place.folder}".rstrip("/")
+
+
+def _hub_headers() -> dict[str, str]:
+    """Return the login that the Hub's own tools keep, as a header."""
+    home = Path(os.environ.get("HF_HOME", "~/.cache/huggingface")).expanduser()
+    path = Path(os.environ.get("HF_TOKEN_PATH", home / "token")).expanduser()
+    token = os.environ.get("HF_TOKEN") or (path.read_text().strip() if path.is_file() else "")
+    return {"Authorization": f"Bearer {token}"} if token else {}
+
+
+def _said(error: BaseException) -> str:
+    """Return what a server said, without what obstore adds for debugging and without anything secret."""
+    text = str(error)
+    if status := _STATUS.search(text):
+        return f"the server answered {status[1].strip()}"
+    return shown_in(text.splitlines()[0].strip() if text else type(error).__name__)
+
+
+def shown_in(text: str) -> str:
+    """Return a message without the queries and passwords of the addresses in it."""
+    return re.sub(r"[a-z]+://\S+", lambda found: shown(found[0]), text)

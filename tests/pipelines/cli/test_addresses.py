@@ -1,0 +1,125 @@
+"""An archive at an address in every job: the results are those of the same archive in its folder."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+import torch
+from dask import config as dask_config
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+import residua
+from residua.analysis.support.cluster import connect
+from residua.pipelines.cli.main import main
+from tests.ragged import MODEL, write_dataset
+from tests.servers.s3 import S3Server, serving_s3
+
+pytestmark = pytest.mark.timeout(300)
+
+
+class Both(NamedTuple):
+    """One archive in a folder, and the same at an address of a server."""
+
+    here: residua.Archive
+    there: residua.Archive
+    server: S3Server
+
+
+@pytest.fixture(scope="module")
+def both(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Both]:
+    folder = tmp_path_factory.mktemp("data")
+    dataset = write_dataset(folder / "ragged.jsonl", 30, seed=3)
+    sites = "resid_post.2-5,q.1"
+    residua.capture_dataset(str(MODEL), str(dataset), out=folder / "a.zarr", sites=sites, rows_per_shard=128)
+    with serving_s3(tmp_path_factory.mktemp("s3")) as server:
+        address = server.address("a.zarr")
+        residua.push(folder / "a.zarr", address, storage_options=server.options)
+        there = residua.open(address, storage_options=server.options)
+        yield Both(residua.open(folder / "a.zarr"), there, server)
+
+
+def loaded() -> PreTrainedModel:
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(MODEL)
+    torch.nn.Module.train(model, False)
+    return model
+
+
+def test_jobs_on_workers_need_the_address_and_no_more(both: Both) -> None:
+    with connect(workers=2) as cluster:
+        figures = [residua.stats(archive, "resid_post.3,q.1", cluster=cluster) for archive in both[:2]]
+        assert figures[0].sites.equals(figures[1].sites)
+        assert figures[0].channels.equals(figures[1].channels)
+        probes = [residua.probe(archive, "position > 5", sites="resid_post.3", cluster=cluster) for archive in both[:2]]
+        assert probes[0].equals(probes[1])
+        tops = [residua.top(archive, "resid_post.3", channel=5, k=9, cluster=cluster) for archive in both[:2]]
+        assert tops[0].equals(tops[1])
+        with dask_config.set(scheduler="threads"):
+            blocks: Any = [residua.analysis.array(archive, "resid_post.2") for archive in both[:2]]
+            assert np.array_equal(*(array.mean(0).compute() for array in blocks))
+
+
+def test_batches_for_training_are_the_same(both: Both) -> None:
+    loaders = [
+        archive.loader(["resid_post.3"], batch_size=64, where="position > 0", seed=1, shuffle=True)
+        for archive in both[:2]
+    ]
+    for one, other in zip(*loaders, strict=True):
+        assert torch.equal(one["resid_post.3"], other["resid_post.3"])
+
+
+def test_a_replay_from_stored_rows(both: Both) -> None:
+    model = loaded()
+    logits = []
+    for archive in both[:2]:
+        with residua.replay(model, archive, examples=[1], at="resid_post.3") as run:
+            logits.append(run.logits[0])
+    assert torch.equal(logits[0], logits[1])
+
+
+def test_a_lens_is_trained_from_an_address(both: Both, tmp_path: Path) -> None:
+    lenses = [
+        residua.TunedLens.fit(archive, sites="resid_post.2", out=tmp_path / str(i), held_out=0.3)
+        for i, archive in enumerate(both[:2])
+    ]
+    reports: Any = [lens.report for lens in lenses]
+    assert reports[0].equals(reports[1])
+
+
+def environment(server: S3Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Give the command line what the tools of S3 take from the environment."""
+    monkeypatch.setenv("AWS_ENDPOINT_URL", server.options["endpoint"])
+    monkeypatch.setenv("AWS_ALLOW_HTTP", "true")
+    monkeypatch.setenv("AWS_REGION", "us-east-1")
+    monkeypatch.setenv("AWS_SKIP_SIGNATURE", "true")
+
+
+def test_the_command_line(
+    both: Both, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    environment(both.server, monkeypatch)
+    address = both.server.address("a.zarr")
+
+    def shown(*words: str | Path) -> Any:
+        assert main([*map(str, words), "--json"]) == 0
+        return json.loads(capsys.readouterr().out)
+
+    info = shown("info", address)
+    assert info["path"] == address
+    assert {**info, "path": ""} == {**shown("info", both.here.path), "path": ""}
+    assert shown("verify", address)["sound"]
+    pulled = shown("pull", address, tmp_path / "some.zarr", "--sites", "q.1")
+    assert pulled["n_bytes"] == pulled["sent_bytes"]
+    assert residua.open(tmp_path / "some.zarr").sites == ("q.1",)
+    pushed = shown("push", both.here.path, both.server.address("again.zarr"))
+    assert pushed["sent_bytes"] == pushed["n_bytes"]
+    assert main(["info", both.server.address("nothing.zarr")]) == 2
+    assert "nothing.zarr is not an archive" in capsys.readouterr().err
+
+
+def test_what_keeps_its_figures_in_the_archive_needs_a_folder(both: Both) -> None:
+    model = loaded()
+    with pytest.raises(residua.ResiduaError, match=r"s3://acts/a\.zarr"):
+        residua.fidelity(both.there, model)

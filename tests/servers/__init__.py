@@ -1,0 +1,1 @@
+"""Real servers on loopback: files over HTTP with faults on demand, and S3."""

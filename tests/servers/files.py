@@ -1,0 +1,122 @@
+"""A web server for the files of a folder: it answers requests for ranges, counts them, and fails as it is told."""
+
+import http.server
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from email.utils import formatdate
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+
+@dataclass
+class FileServer:
+    """What the server does, and what it was asked.
+
+    Attributes:
+        folder: Whose files it has.
+        url: Where it answers.
+        prefix: Path before the names of files, as the Hub has it.
+        latency: Seconds before each answer.
+        ranges: Whether it answers requests for ranges; otherwise it sends whole files.
+        token: If given, requests without it are refused.
+        faults: Status codes to answer next, one a request, before it answers well again; ``cut`` breaks off the body.
+        altered: Names of files of which the first byte of each answer is changed.
+        altered_once: Likewise, for one answer each.
+        requests: How often each path was asked for.
+        n_bytes: Bytes of bodies sent.
+    """
+
+    folder: Path
+    url: str = ""
+    prefix: str = "/"
+    latency: float = 0.0
+    ranges: bool = True
+    token: str = ""
+    faults: list[int | str] = field(default_factory=list)
+    altered: set[str] = field(default_factory=set)
+    altered_once: set[str] = field(default_factory=set)
+    requests: Counter[str] = field(default_factory=Counter)
+    n_bytes: int = 0
+
+    def forget(self) -> None:
+        """Count from zero."""
+        self.requests.clear()
+        self.n_bytes = 0
+
+    def answer(self, handler: http.server.BaseHTTPRequestHandler) -> None:
+        """Answer one request."""
+        time.sleep(self.latency)
+        path = unquote(urlsplit(handler.path).path)
+        self.requests[path] += 1
+        fault = self.faults.pop(0) if self.faults else None
+        if isinstance(fault, int):
+            handler.send_error(fault)
+        elif self.token and handler.headers.get("Authorization") != f"Bearer {self.token}":
+            handler.send_error(401)
+        elif not path.startswith(self.prefix) or not (file := self.folder / path.removeprefix(self.prefix)).is_file():
+            handler.send_error(404)
+        else:
+            self._send(handler, file, is_cut=fault == "cut")
+
+    def _send(self, handler: http.server.BaseHTTPRequestHandler, file: Path, *, is_cut: bool) -> None:
+        data = file.read_bytes()
+        asked = handler.headers.get("Range") if self.ranges else None
+        first, last = _range(asked, len(data))
+        body = data[first : last + 1]
+        if file.name in self.altered | self.altered_once and body:
+            self.altered_once.discard(file.name)
+            body = bytes([body[0] ^ 1]) + body[1:]
+        handler.send_response(206 if asked else 200)
+        if asked:
+            handler.send_header("Content-Range", f"bytes {first}-{last}/{len(data)}")
+        handler.send_header("Content-Length", str(len(body)))
+        handler.send_header("Last-Modified", formatdate(file.stat().st_mtime, usegmt=True))
+        handler.end_headers()
+        sent = body[: len(body) // 2] if is_cut else body
+        self.n_bytes += len(sent)
+        if handler.command == "GET":
+            handler.wfile.write(sent)
+        handler.close_connection = is_cut
+
+
+def _range(asked: str | None, size: int) -> tuple[int, int]:
+    """Return the first and the last byte of a Range header; of the whole file if there is none."""
+    if asked is None:
+        return 0, size - 1
+    first, _, last = asked.removeprefix("bytes=").partition("-")
+    if not first:
+        return max(0, size - int(last)), size - 1
+    return int(first), min(int(last), size - 1) if last else size - 1
+
+
+@contextmanager
+def serving_files(folder: Path, **settings: object) -> Iterator[FileServer]:
+    """Serve the files of `folder` on loopback while the context lasts."""
+    server = FileServer(folder, **settings)  # type: ignore[arg-type]
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+        disable_nagle_algorithm = True  # or each answer waits 40 ms for an acknowledgement
+
+        def do_GET(self) -> None:
+            server.answer(self)
+
+        do_HEAD = do_GET  # noqa: N815  # the name that the base class calls
+
+        def log_message(self, format: str, *args: object) -> None:  # noqa: A002
+            """Print nothing."""
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as listening:
+        listening.daemon_threads = True
+        thread = threading.Thread(target=listening.serve_forever, kwargs={"poll_interval": 0.05})
+        thread.start()
+        server.url = f"http://127.0.0.1:{listening.server_port}"
+        try:
+            yield server
+        finally:
+            listening.shutdown()
+            thread.join()

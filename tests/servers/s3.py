@@ -1,0 +1,83 @@
+"""SeaweedFS, a real S3 server, on loopback."""
+
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.error import URLError
+from urllib.request import Request, urlopen
+
+SECONDS = 90
+
+
+@dataclass(frozen=True)
+class S3Server:
+    """A running server with one bucket.
+
+    Attributes:
+        options: `storage_options` for it.
+        bucket: Name of the bucket.
+    """
+
+    options: Mapping[str, Any]
+    bucket: str = "acts"
+
+    def address(self, name: str) -> str:
+        """Return the address of a folder in the bucket."""
+        return f"s3://{self.bucket}/{name}"
+
+
+def free_ports(n: int) -> list[int]:
+    """Return ports that nothing listens on."""
+    sockets = [socket.socket() for _ in range(n)]
+    try:
+        for each in sockets:
+            each.bind(("127.0.0.1", 0))
+        return [each.getsockname()[1] for each in sockets]
+    finally:
+        for each in sockets:
+            each.close()
+
+
+@contextmanager
+def serving_s3(folder: Path) -> Iterator[S3Server]:
+    """Run a server that keeps its data in `folder` while the context lasts."""
+    parts = ("master", "volume", "filer", "s3")
+    names = [f"{part}.port{kind}" for part in parts for kind in ("", ".grpc")] + ["s3.port.iceberg", "s3.port.lance"]
+    ports = dict(zip(names, free_ports(len(names)), strict=True))
+    words = [str(Path(sys.executable).parent / "weed"), "server", f"-dir={folder}", "-s3", "-master.telemetry=false"]
+    words += ["-ip=127.0.0.1", "-ip.bind=127.0.0.1", "-master.volumeSizeLimitMB=64", "-volume.max=8"]
+    words += [f"-{name}={port}" for name, port in ports.items()]
+    endpoint = f"http://127.0.0.1:{ports['s3.port']}"
+    with (folder / "log").open("wb") as log, subprocess.Popen(words, stdout=log, stderr=log) as process:
+        try:
+            _await(endpoint, process)
+            options = {
+                "endpoint": endpoint,
+                "region": "us-east-1",
+                "skip_signature": True,
+                "virtual_hosted_style_request": False,
+            }
+            yield S3Server(options)
+        finally:
+            process.kill()  # asked politely, it takes twenty seconds
+            process.wait(timeout=SECONDS)
+
+
+def _await(endpoint: str, process: subprocess.Popen[bytes]) -> None:
+    """Wait until the server has made the bucket and takes objects, which comes some seconds after it listens."""
+    until = time.monotonic() + SECONDS
+    while time.monotonic() < until and process.poll() is None:
+        try:
+            for place in ("/acts", "/acts/ready"):
+                urlopen(Request(endpoint + place, data=b"", method="PUT"), timeout=10).close()  # noqa: S310
+        except (URLError, OSError):
+            time.sleep(0.2)
+        else:
+            return
+    raise AssertionError("the S3 server did not start; its log is in its folder")

@@ -1,0 +1,214 @@
+"""Archives at an address read as in their folder, and what a server does wrong is an error or asked for again."""
+
+import pickle
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from residua.store.base.errors import (
+    DamagedArchiveError,
+    NotCapturedError,
+    ResiduaError,
+    StorageError,
+    UnsafeArchiveError,
+)
+from residua.store.encoding.codecs import PRESETS
+from residua.store.format.archive_metadata import ROOT, read_metadata, write_metadata
+from residua.store.read.archive import Archive
+from residua.store.read.remote import RemoteReader
+from residua.store.read.remote_archive import RemoteArchive
+from residua.store.read.verify import verify
+from residua.store.sealing.packed_index import INDEX
+from residua.store.storage.disk_cache import DiskCache
+from tests.servers.files import FileServer, serving_files
+from tests.store.small_archive import HEIGHT, LENGTHS, N_ROWS, make_archive
+
+pytestmark = pytest.mark.timeout(120)
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[FileServer]:
+    make_archive(tmp_path / "a.zarr")
+    with serving_files(tmp_path) as server:
+        yield server
+
+
+def opened(server: FileServer, cache: DiskCache | bool = False) -> RemoteArchive:
+    return RemoteArchive(f"{server.url}/a.zarr", cache=cache)
+
+
+@pytest.mark.parametrize("codec", PRESETS)
+def test_everything_reads_as_in_the_folder(codec: str, tmp_path: Path) -> None:
+    here = Archive(make_archive(tmp_path / "a.zarr", codec, nonfinite=codec != "int8-block32"))
+    rows = np.random.default_rng(1).integers(0, N_ROWS, 50)
+    with serving_files(tmp_path) as server:
+        there = opened(server)
+        assert there.sites == here.sites
+        assert (there.plan, there.provenance, there.progress) == (here.plan, here.provenance, here.progress)
+        for site in here.sites:
+            assert np.array_equal(there[site].bits(slice(None)), here[site].bits(slice(None)))
+            assert np.array_equal(there[site].bits(rows), here[site].bits(rows))
+            assert np.array_equal(there[site].bits([5]), here[site].bits([5]))
+        for mine, theirs in zip(here.rows, there.rows, strict=True):
+            assert (theirs is None) == (mine is None)
+            assert mine is None or theirs is None or np.array_equal(theirs[:], mine[:])
+        assert there.examples.equals(here.examples)
+        assert there.text(3) == here.text(3)
+        assert there.side_file("head/lm_head.json") == here.side_file("head/lm_head.json")
+        for example in range(len(LENGTHS)):
+            assert [values.tobytes() for values in there.example(example).values()] == [
+                values.tobytes() for values in here.example(example).values()
+            ]
+
+
+def test_opening_takes_two_requests_and_nothing_of_the_rows(server: FileServer) -> None:
+    there = opened(server)
+    assert server.requests == {f"/a.zarr/{ROOT}": 1, f"/a.zarr/{INDEX}": 1}
+    assert there.n_rows == N_ROWS
+    assert there.is_sealed
+    assert server.requests.total() == 2
+
+
+def test_rows_take_at_most_a_request_a_shard_here(server: FileServer) -> None:
+    there = opened(server)
+    there["resid_post.0"][:1]  # with the page of the index that all arrays share
+    server.forget()
+    there["resid_post.0"][[0, 3, HEIGHT, N_ROWS - 1]]
+    assert server.requests.total() == 3
+    server.forget()
+    there["q.1"][2:5]
+    assert server.requests.total() == 1
+
+
+def test_windows_that_are_read_ahead_give_the_same_rows(server: FileServer) -> None:
+    here, there = Archive(server.folder / "a.zarr"), opened(server)
+    spec = next(spec for spec in there.arrays if spec.path == "sites/resid_post/0")
+    rows = here["resid_post.0"][:]
+    for window_bytes in (1, 3000, 10_000):
+        reader = RemoteReader(there.chunks, spec, N_ROWS, window_bytes=window_bytes)
+        assert np.array_equal(reader.read(3, N_ROWS - 2), rows[3:-2])
+        with ThreadPoolExecutor(4) as pool:
+            for found in pool.map(reader.take, [range(N_ROWS)] * 4):
+                assert np.array_equal(found, rows)
+
+
+def test_an_archive_pickles_as_its_readers_do(server: FileServer) -> None:
+    there = opened(server)
+    spec = next(spec for spec in there.arrays if spec.path == "sites/q/1")
+    again = pickle.loads(pickle.dumps(RemoteReader(there.chunks, spec, N_ROWS)))  # noqa: S301
+    assert np.array_equal(again.read(0, 9), there["q.1"][:9])
+
+
+def test_an_altered_answer_is_asked_for_again(server: FileServer) -> None:
+    there = opened(server)
+    good = there["resid_post.0"][:]
+    server.forget()
+    server.altered_once = {"0"}
+    assert np.array_equal(there["resid_post.0"][:], good)
+    assert server.requests.total() > 3
+
+
+def test_what_stays_altered_is_an_error_that_names_it(server: FileServer) -> None:
+    there = opened(server)
+    server.altered = {"0"}  # the name of every shard file
+    with pytest.raises(DamagedArchiveError, match=r"a\.zarr/sites/resid_post/0/c/0/0.*rows 0 to"):
+        there["resid_post.0"][:3]
+
+
+@pytest.mark.parametrize("name", [ROOT, INDEX])
+def test_altered_metadata_are_errors_or_change_nothing(name: str, server: FileServer) -> None:
+    """A byte may be one that nobody reads, such as a space."""
+    path = server.folder / "a.zarr" / name
+    rows, messages = opened(server)["resid_post.0"][:], []
+    size = path.stat().st_size
+    for at in range(0, size, max(1, size // 60)):
+        data = bytearray(path.read_bytes())
+        data[at] ^= 4
+        path.write_bytes(data)
+        try:
+            found = opened(server)["resid_post.0"][:]
+        except (ResiduaError, FileNotFoundError) as error:
+            messages.append(str(error))
+        else:
+            assert np.array_equal(found, rows)
+        data[at] ^= 4
+        path.write_bytes(data)
+    assert len(messages) > 10
+    assert all(server.url in message for message in messages)
+
+
+def test_missing_files_are_named(server: FileServer) -> None:
+    there = opened(server)
+    (server.folder / "a.zarr" / "sites" / "q" / "1" / "c" / "1" / "0" / "0").unlink()
+    (server.folder / "a.zarr" / "tokenizer" / "tokenizer.json").unlink()
+    (server.folder / "a.zarr" / "examples" / "part-00000.parquet").unlink()
+    with pytest.raises(DamagedArchiveError, match="sites/q/1/c/1/0/0"):
+        there["q.1"][:]
+    assert there["q.1"][:HEIGHT].shape == (HEIGHT, 2, 4)
+    with pytest.raises(DamagedArchiveError, match=r"http://.*tokenizer\.json"):
+        _ = there.tokenizer
+    with pytest.raises(DamagedArchiveError, match=r"http://.*part-00000"):
+        _ = there.examples
+
+
+def test_an_address_without_an_archive(server: FileServer, tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"nothing\.zarr is not an archive"):
+        RemoteArchive(f"{server.url}/nothing.zarr")
+    (tmp_path / "b.zarr").mkdir()
+    (tmp_path / "b.zarr" / ROOT).write_text('{"zarr_format": 3, "node_type": "group", "attributes": {}}')
+    with pytest.raises(UnsafeArchiveError, match=r"http://.*b\.zarr"):
+        RemoteArchive(f"{server.url}/b.zarr")
+    with pytest.raises(StorageError, match="cannot read"):
+        RemoteArchive("http://127.0.0.1:9/a.zarr", storage_options={"retry_config": {"max_retries": 0}})
+
+
+def test_an_archive_without_an_index_cannot_be_read_yet(server: FileServer) -> None:
+    path = server.folder / "a.zarr"
+    write_metadata(path, replace(read_metadata(path), index=None))
+    with pytest.raises(NotCapturedError, match="residua pack"):
+        opened(server)
+
+
+def test_what_is_in_the_cache_is_not_asked_for(server: FileServer, tmp_path: Path) -> None:
+    cache = DiskCache(tmp_path / "cache")
+    first = opened(server, cache)
+    rows, table = first["resid_post.0"][:], first.examples
+    server.forget()
+    again = opened(server, cache)
+    assert np.array_equal(again["resid_post.0"][:], rows)
+    assert again.examples.equals(table)
+    assert not [path for path in server.requests if "/c/" in path or "examples" in path]
+
+
+def test_a_cache_that_was_altered_is_not_believed(server: FileServer, tmp_path: Path) -> None:
+    cache = DiskCache(tmp_path / "cache")
+    first = opened(server, cache)
+    rows, table = first["resid_post.0"][:], first.examples
+    for path in (tmp_path / "cache").glob("??/*"):
+        data = bytearray(path.read_bytes())
+        data[len(data) // 2] ^= 1
+        path.write_bytes(data)
+    again = opened(server, cache)
+    assert np.array_equal(again["resid_post.0"][:], rows)
+    assert again.examples.equals(table)
+
+
+def test_verification_over_the_network_names_what_is_damaged(server: FileServer) -> None:
+    address, root = f"{server.url}/a.zarr", server.folder / "a.zarr"
+    sound = verify(address)
+    assert (sound.problems, sound.notes) == ([], [])
+    assert (sound.n_chunks, sound.n_bytes > 0) == (verify(root).n_chunks, True)
+    for name in ("sites/q/1/c/2/0/0", "rows/token/c/0", "tokenizer/tokenizer.json", "examples/part-00000.parquet"):
+        path = root / name
+        data = bytearray(path.read_bytes())
+        data[len(data) // 3] ^= 1
+        path.write_bytes(data)
+        assert name.split("/")[0] in {problem.path.split("/")[0] for problem in verify(address).problems}
+        data[len(data) // 3] ^= 1
+        path.write_bytes(data)
+    (root / "sites" / "q" / "1" / "c" / "0" / "0" / "0").unlink()
+    assert [problem.path for problem in verify(address).problems] == ["sites/q/1/c/0/0/0"]
