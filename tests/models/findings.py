@@ -108,7 +108,7 @@ class Record:
             return "wrong"
         if not any(kind in self.offered for kind in ("resid_post", *ATTENTION, *PARTS)):
             return "refused" if "logits" not in self.offered or self.refused else "logits only"
-        return "refused" if self.refused else "right"
+        return "refused" if any(not what.startswith("replacement") for what in self.refused) else "right"
 
     def has(self, kind: str) -> bool:
         """Return whether every offered site of a kind is proved, and there is one."""

@@ -6,8 +6,8 @@ find: hidden states, eager attention weights, the modules' own inputs and output
 
 import re
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ import residua
 from residua.capture.sites.names_to_modules import resolve_sites
 from residua.store.base.errors import UnknownSiteError
 from tests.models.findings import ATTENTION, Record
-from tests.models.truth import LOGITS, ROWS, Truth, difference, examples_of, is_same, run
+from tests.models.truth import LOGITS, ROWS, Truth, difference, eager, examples_of, is_same, run
 
 STREAM = ("resid_pre", "resid_mid", "resid_post")
 SUMMANDS = ("attn_out", "mixer_out", "mlp_out")
@@ -59,8 +59,7 @@ def _n_blocks(model: PreTrainedModel, sites: dict[str, Any], truth: Truth) -> in
         (getattr(config, n) for n in ("num_hidden_layers", "n_layer", "num_layers") if hasattr(config, n)), 0
     )
     numbers = [int(name.rpartition(".")[2]) for name in sites if name.rpartition(".")[2].isdigit()]
-    hidden = truth.hidden[0]
-    return max([int(counted or 0), *(number + 1 for number in numbers), 0 if hidden is None else len(hidden) - 1])
+    return max([0, *(number + 1 for number in numbers)]) or int(counted or len(truth.hidden[0] or (0,)) - 1)
 
 
 class Rows:
@@ -146,8 +145,8 @@ class Checks:
 
     def _state_error(self, site: str, layer: int, shift: int) -> tuple[float, str]:
         hidden = self.truth.hidden[0]
-        n = self.record.n_blocks
-        if hidden is not None and 0 <= layer + shift < len(hidden) - 1 and len(hidden) in (n, n + 1, n + 2):
+        n = len(self.layers("resid_post"))
+        if hidden is not None and 0 <= layer + shift < len(hidden) - 1 and len(hidden) in (n, n + 1):
             errors = [
                 _state_difference(self.rows(i, site), states[layer + shift])
                 for i, states in enumerate(self.truth.hidden)
@@ -157,23 +156,25 @@ class Checks:
         row = self.rows(self.last, site)
         if hidden is not None and _state_difference(row, self.truth.hidden[self.last][-1]) <= ROWS:  # type: ignore[index]
             return 0.0, "hidden state"
-        given = self._block_output(layer)
-        return (float("inf"), "block's output") if given is None else (_state_difference(row, given), "block's output")
+        errors = [_state_difference(row, given) for given in self._block_outputs(layer)]
+        return min(errors, default=float("inf")), "block's output"
 
-    def _block_output(self, layer: int) -> Tensor | None:
-        """Return what a member of a list of modules gives whose other members give the hidden states."""
-        log, states = self.truth.log, self.truth.hidden[self.last]
+    def _block_outputs(self, layer: int) -> list[Tensor]:
+        """Return what members with this number give, in lists of modules that run once each, one after another."""
+        log, states = self.truth.log, self.truth.hidden[self.last] or ()
+        found = []
         for path, module in self.model.named_modules():
-            if not isinstance(module, nn.ModuleList) or not -1 <= layer < len(module) or len(module) < 1:
+            if not isinstance(module, nn.ModuleList) or not layer < len(module):
                 continue
-            outputs = [log.given.get(f"{path}.{k}", []) for k in range(len(module))]
-            if any(len(each) != 1 for each in outputs):
+            given = [log.given.get(f"{path}.{k}", []) for k in range(len(module))]
+            taken = [log.taken.get(f"{path}.{k}", []) for k in range(len(module))]
+            if any(len(each) != 1 for each in (*given, *taken)):
                 continue
-            inner = range(len(module) - 1)
-            if states is None or all(any(is_same(outputs[k][0], state) for state in states) for k in inner):
-                taken = log.taken.get(f"{path}.0", [])
-                return outputs[layer][0] if layer >= 0 else taken[0] if taken else None
-        return None
+            are_states = all(any(is_same(each[0], state) for state in states) for each in given[:-1])
+            follow = all(is_same(given[k][0], taken[k + 1][0]) for k in range(len(module) - 1))
+            if follow or (states and are_states):
+                found.append(given[layer][0] if layer >= 0 else taken[0][0])
+        return found
 
     def patterns(self) -> None:
         """`pattern` is what the model returns as attention weights under eager attention."""
@@ -275,31 +276,64 @@ class Checks:
             self.record.judge(kind, layer, bool(how), text, how)
 
     def _way_of(self, layer: int, pre: Tensor, post: Tensor, parts: dict[str, Tensor], middle: Tensor | None) -> str:
-        first = [parts[kind] for kind in ("attn_out", "mixer_out") if kind in parts]
+        first = [part for kind, part in parts.items() if kind != "mlp_out"]
         second = [parts["mlp_out"]] if "mlp_out" in parts else []
-        halfway = pre + sum(first) if first else None
-        whole = middle + second[0] if second and middle is not None else None
-        if is_same(pre + sum(parts.values()), post) and (middle is None or halfway is None or is_same(halfway, middle)):
-            return "sum"
-        if middle is not None and halfway is not None and whole is None and is_same(halfway, middle):
-            return "sum up to resid_mid"
-        if halfway is None and whole is not None and is_same(whole, post):
-            return "sum from resid_mid"
-        if middle is not None and halfway is not None and whole is not None:
-            sums = ((halfway, middle), (whole, post))
-            normed = all(is_same(total, goal) or self._is_normed(layer, total, goal) for total, goal in sums)
-            return "norms of the sums" if normed else self._with_rest(layer, pre, post, parts)
+        if middle is None:
+            how = self._is_stream(layer, post - sum(parts.values()), pre)
+            return how or self._with_rest(layer, pre, post, parts)
+        halves = []
+        if first:
+            halves.append(
+                self._is_stream(layer, middle - sum(first), pre)
+                or self._is_normed(layer, pre + sum(first), middle)
+                or self._is_normed_multiple(layer, torch.stack(first).sum(0), pre, middle)
+            )
+        if second:
+            halves.append(
+                self._is_stream(layer, post - second[0], middle) or self._is_normed(layer, middle + second[0], post)
+            )
+        if halves and all(halves):
+            return " and ".join(dict.fromkeys(halves))
         return self._with_rest(layer, pre, post, parts)
 
-    def _is_normed(self, layer: int, total: Tensor, goal: Tensor) -> bool:
-        """Return whether a norm of the block makes one of the other."""
-        return any(is_same(given, goal) for given in self._norms_of(layer, total))
+    def _is_stream(self, layer: int, left: Tensor, stream: Tensor) -> str:
+        """Say whether what is left without the parts is the stream, a multiple of it, or a norm of it."""
+        if is_same(left, stream):
+            return "sum"
+        bases = [("sum with a multiple of the stream", stream)]
+        bases += [("sum with a norm of the stream", _given_by(norm, stream)) for norm in self._norms(layer)]
+        for how, base in bases:
+            if base.shape == left.shape:
+                factor = float((left * base).sum() / base.square().sum())
+                if abs(factor) > ROWS and is_same(left, factor * base):
+                    return how
+        return ""
 
-    def _norms_of(self, layer: int, tensor: Tensor) -> Iterator[Tensor]:
-        """Yield what each norm of the block makes of a tensor."""
+    def _is_normed(self, layer: int, total: Tensor, goal: Tensor) -> str:
+        """Say whether a norm of the block makes one of the other."""
+        return "norms of the sums" if any(is_same(_given_by(n, total), goal) for n in self._norms(layer)) else ""
+
+    def _is_normed_multiple(self, layer: int, parts: Tensor, stream: Tensor, goal: Tensor) -> str:
+        """Say whether a norm of the block took the parts with a multiple of the stream, and gave the other."""
+        log, block = self.truth.log, self.sites[f"resid_post.{layer}"].module
+        for path, given in log.given.items():
+            if path.startswith(f"{block}.") and any(is_same(each.double(), goal) for each in given):
+                taken = [
+                    each.double().reshape(goal.shape)
+                    for each in log.taken.get(path, [])
+                    if each.numel() == goal.numel()
+                ]
+                if any(self._is_stream(layer, each - parts, stream) for each in taken):
+                    return "norms of the sums"
+        return ""
+
+    def _norms(self, layer: int) -> list[nn.Module]:
         block = self.model.get_submodule(self.sites[f"resid_post.{layer}"].module)
-        norms = (each for name, each in block.named_modules() if _NORM.search(f"{name}{type(each).__name__}".lower()))
-        yield from (given for norm in norms if (given := _given_by(norm, tensor)).shape == tensor.shape)
+        return [
+            each
+            for name, each in block.named_modules()
+            if "norm" in f"{name}{type(each).__name__}".lower() or "ln" in name
+        ]
 
     def _with_rest(self, layer: int, pre: Tensor, post: Tensor, parts: dict[str, Tensor]) -> str:
         """What is missing in the sum is what another module of the block gives."""
@@ -325,12 +359,18 @@ class Checks:
     def _becomes(self, layer: int, path: str, out: Tensor) -> bool:
         log = self.truth.log
         given = log.given[path][0].float()
-        if is_same(given, out):
-            return True
+        if given.numel() == out.numel() and is_same(given * _factor(given.reshape(out.shape), out), out):
+            return True  # the block multiplies it, or does not
         if layer in self.layers("resid_mid") and is_same(given, self.rows(self.last, f"resid_mid.{layer}") + out):
             return True  # Bloom's linear map adds the stream itself
         followed = [p for p, taken in log.taken.items() if any(is_same(each.float(), given) for each in taken)]
-        return any(is_same(each.float(), out) for p in followed for each in log.given.get(p, []))
+        then = [
+            each.float().reshape(out.shape)
+            for p in followed
+            for each in log.given.get(p, [])
+            if each.numel() == out.numel()
+        ]
+        return any(is_same(each * _factor(each, out), out) for each in then)
 
     def replayed(self, kind: str) -> None:
         """A replay from a middle block gives the logits of each example alone, and an edit there moves them."""
@@ -362,7 +402,7 @@ class Checks:
 
     def _replace(self, kind: str, sites: dict[str, Any], ids: list[int]) -> None:
         one = dict([list(sites.items())[len(sites) // 2]])
-        with _eager(self.model, kind == "pattern"):
+        with eager(self.model) if kind == "pattern" else nullcontext():
             plain = run(self.model, ids).logits
             with residua.tap(self.model, sites, lambda _n, t: t.clone()):
                 same = difference(run(self.model, ids).logits, plain)
@@ -411,6 +451,10 @@ def _usable(weights: tuple[Tensor | None, ...] | None) -> list[Tensor | None]:
     return [each if isinstance(each, Tensor) and each.ndim == 4 else None for each in found]
 
 
+def _factor(given: Tensor, wanted: Tensor) -> float:
+    return float((given * wanted).sum() / given.square().sum().clamp_min(1e-12))
+
+
 def _is_linear(module: nn.Module) -> bool:
     weight = getattr(module, "weight", None)
     return isinstance(weight, Tensor) and weight.ndim == 2 and not isinstance(module, nn.Embedding)
@@ -450,19 +494,6 @@ def _is_softmax_of(scores: Tensor, pattern: Tensor, cap: float | None, scale: fl
         if float((fitted - goal).abs().max()) > 2e-3 * float(goal.abs().max().clamp_min(1e-3)):
             return False
     return True
-
-
-@contextmanager
-def _eager(model: PreTrainedModel, wanted: bool) -> Iterator[None]:
-    configs = {id(m.config): m.config for m in model.modules() if isinstance(m, PreTrainedModel)} if wanted else {}
-    before = [(config, config._attn_implementation) for config in configs.values()]
-    try:
-        if wanted:
-            model.set_attn_implementation("eager")
-        yield
-    finally:
-        for config, name in before:
-            config._attn_implementation = name
 
 
 def _middle_paths(model: PreTrainedModel, given: dict[str, list[Tensor]], block: str | None) -> list[str]:

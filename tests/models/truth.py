@@ -4,7 +4,8 @@ Nothing here uses Residua. Tensors are those of one example each, without the ba
 """
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -129,14 +130,32 @@ def _states(output: Any, name: str) -> tuple[Tensor, ...] | None:
 
 
 def _eager_weights(model: PreTrainedModel, ids: Sequence[Sequence[int]]) -> list[tuple[Tensor | None, ...] | None]:
-    """Return attention weights under eager attention, which is switched on for these runs only."""
+    """Return attention weights under eager attention, which is switched on for these runs only.
+
+    A run with ``output_attentions`` that gives other logits than one without has other weights too (Falcon loses its
+    mask), so its weights are left out.
+    """
+    with eager(model):
+        try:
+            return [_weights_of(model, each) for each in ids]
+        except Exception:  # noqa: BLE001 - a model without eager attention or attentions has no such truth
+            return [None for _ in ids]
+
+
+def _weights_of(model: PreTrainedModel, ids: Sequence[int]) -> tuple[Tensor | None, ...] | None:
+    plain, output = run(model, ids), run(model, ids, output_attentions=True)
+    return _states(output, "attentions") if difference(output.logits, plain.logits) <= LOGITS else None
+
+
+@contextmanager
+def eager(model: PreTrainedModel) -> Iterator[None]:
+    """Switch a model to eager attention inside, as far as it can be switched."""
     configs = {id(m.config): m.config for m in model.modules() if isinstance(m, PreTrainedModel)}
     before = [(config, config._attn_implementation) for config in configs.values()]
     try:
-        model.set_attn_implementation("eager")
-        return [_states(run(model, each, output_attentions=True), "attentions") for each in ids]
-    except Exception:  # noqa: BLE001 - a model without eager attention or attentions has no such truth
-        return [None for _ in ids]
+        with suppress(ValueError):
+            model.set_attn_implementation("eager")
+        yield
     finally:
         for config, name in before:
             config._attn_implementation = name
