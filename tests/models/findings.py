@@ -106,14 +106,20 @@ class Record:
             return "crashed"
         if self.wrong:
             return "wrong"
-        if not any(kind in self.offered for kind in ("resid_post", *ATTENTION, *PARTS)):
+        if not any(kind.rpartition(".")[2] in ("resid_post", *ATTENTION, *PARTS) for kind in self.offered):
             return "refused" if "logits" not in self.offered or self.refused else "logits only"
         return "refused" if any(not what.startswith("replacement") for what in self.refused) else "right"
 
     def has(self, kind: str) -> bool:
-        """Return whether every offered site of a kind is proved, and there is one."""
-        offered = self.offered.get(kind, [])
-        return bool(offered) and set(offered) <= set(self.proved.get(kind, []))
+        """Return whether every offered site of a kind is proved, in every stack, and there is one."""
+        offered = {name: layers for name, layers in self.offered.items() if name.rpartition(".")[2] == kind}
+        return bool(offered) and all(set(layers) <= set(self.proved.get(name, [])) for name, layers in offered.items())
+
+    @property
+    def stacks(self) -> list[str]:
+        """The stacks of blocks that sites name: empty text if there is one only."""
+        found = [name.rpartition(".")[0] for name in self.offered if name.rpartition(".")[2] == "resid_post"]
+        return found or [""]
 
     def as_json(self) -> dict[str, Any]:
         """Return the fields, and the state."""

@@ -285,12 +285,11 @@ class Checks:
         if first:
             halves.append(
                 self._is_stream(layer, middle - sum(first), pre)
-                or self._is_normed(layer, pre + sum(first), middle)
-                or self._is_normed_multiple(layer, torch.stack(first).sum(0), pre, middle)
+                or self._is_normed(layer, torch.stack(first).sum(0), pre, middle)
             )
         if second:
             halves.append(
-                self._is_stream(layer, post - second[0], middle) or self._is_normed(layer, middle + second[0], post)
+                self._is_stream(layer, post - second[0], middle) or self._is_normed(layer, second[0], middle, post)
             )
         if halves and all(halves):
             return " and ".join(dict.fromkeys(halves))
@@ -309,11 +308,7 @@ class Checks:
                     return how
         return ""
 
-    def _is_normed(self, layer: int, total: Tensor, goal: Tensor) -> str:
-        """Say whether a norm of the block makes one of the other."""
-        return "norms of the sums" if any(is_same(_given_by(n, total), goal) for n in self._norms(layer)) else ""
-
-    def _is_normed_multiple(self, layer: int, parts: Tensor, stream: Tensor, goal: Tensor) -> str:
+    def _is_normed(self, layer: int, parts: Tensor, stream: Tensor, goal: Tensor) -> str:
         """Say whether a norm of the block took the parts with a multiple of the stream, and gave the other."""
         log, block = self.truth.log, self.sites[f"resid_post.{layer}"].module
         for path, given in log.given.items():
@@ -406,7 +401,7 @@ class Checks:
             plain = run(self.model, ids).logits
             with residua.tap(self.model, sites, lambda _n, t: t.clone()):
                 same = difference(run(self.model, ids).logits, plain)
-            with residua.tap(self.model, one, lambda _n, t: t * 0.25):
+            with residua.tap(self.model, one, lambda _n, t: t * 0.25 + t.flip(-1) * 0.5):
                 moved = difference(run(self.model, ids).logits, plain)
         if same > LOGITS:
             self.record.note_wrong(kind, f"{kind} put back unchanged changes the logits by {same:.1e}")

@@ -192,6 +192,7 @@ _SETTINGS: dict[str, dict[str, Any]] = {
     "masked/reformer": _REFORMER,
     "masked/esm": {"vocab_size": 97, "pad_token_id": 0, "mask_token_id": 3},
     "masked/esmc": _LATENT,
+    "masked/perceiver": {"d_latents": 64, "num_latents": 16, "num_self_attends_per_block": 2},
     "masked/luke": {"entity_vocab_size": 50, "entity_emb_size": 16},
     **{f"vision/{name}": {"image_size": [32, 32]} for name in ("yolos",)},
     "vision/timesformer": {"num_frames": 4},

@@ -26,6 +26,7 @@ from pathlib import Path
 import torch
 
 from tests.models import table
+from tests.models.call_checks import check_calls
 from tests.models.findings import Record, described, from_json
 from tests.models.language_checks import check_language_model
 from tests.models.registries import REGISTRIES, build, keys_of
@@ -33,7 +34,7 @@ from tests.models.registries import REGISTRIES, build, keys_of
 TIME_LIMIT = 180.0  # seconds of the wall; the slowest type takes some ten on an idle core
 PAGE = Path(__file__).parent.parent.parent / "docs" / "models-table.md"
 RESULTS = Path("build") / "models.jsonl"
-LANGUAGE = ("causal", "masked")
+_OVER_TOKENS = ("causal", "masked", "vision-language")
 
 
 def examine(registry: str, key: str) -> Record:
@@ -43,7 +44,8 @@ def examine(registry: str, key: str) -> Record:
     try:
         model = build(registry, key)
         record.class_name = type(model).__name__
-        check_language_model(model, record)
+        by_tokens = registry in _OVER_TOKENS and not model.config.is_encoder_decoder
+        (check_language_model if by_tokens else check_calls)(model, record)
     except Exception as error:  # noqa: BLE001 - a type that cannot be built or run is a result of the sweep
         if record.runs:
             record.crashed.append(described(error))
@@ -106,7 +108,7 @@ def sweep(chosen: Sequence[tuple[str, str]], results: Path, n_jobs: int) -> None
 
 def summary(record: Record) -> str:
     """Return one line about a type."""
-    shown = [kind for kind in table.SHOWN if kind in record.offered]
+    shown = [kind for kind in table.SHOWN if any(name.rpartition(".")[2] == kind for name in record.offered)]
     proved = " ".join(kind if record.has(kind) else f"({kind})" for kind in shown)
     trouble = "; ".join([*record.crashed, *record.wrong, *(f"{k}: {v}" for k, v in record.refused.items())])
     what = record.not_run or trouble

@@ -61,20 +61,30 @@ def _line(record: Record) -> str:
 def _cells(record: Record) -> list[str]:
     if not record.runs:
         return [""] * 7
-    attention = {_extent(record, kind) for kind in ATTENTION}
+    attention = {_extents(record, kind) for kind in ATTENTION}
     return [
-        _extent(record, "resid_post"),
-        attention.pop() if len(attention) == 1 else ", ".join(f"{k} {_extent(record, k)}" for k in ATTENTION),
-        *(_extent(record, kind) for kind in ("attn_out", "mixer_out", "mlp_out", "mlp_act")),
-        "yes" if "replay" in record.proved else "no",
+        _extents(record, "resid_post"),
+        attention.pop() if len(attention) == 1 else ", ".join(f"{k} {_extents(record, k)}" for k in ATTENTION),
+        *(_extents(record, kind) for kind in ("attn_out", "mixer_out", "mlp_out", "mlp_act")),
+        "yes" if "replay" in record.proved else "",
     ]
+
+
+def _extents(record: Record, kind: str) -> str:
+    """Say in how many blocks of each stack a kind is there and proved."""
+    found = {stack: _extent(record, f"{stack}.{kind}".lstrip(".")) for stack in record.stacks}
+    if len(set(found.values())) == 1:
+        return next(iter(found.values()))
+    return ", ".join(f"{stack} {extent}" for stack, extent in found.items())
 
 
 def _extent(record: Record, kind: str) -> str:
     offered, proved = record.offered.get(kind, []), record.proved.get(kind, [])
     if not offered:
-        return "" if kind == "mixer_out" else "none"
-    n = "all" if len(offered) == record.n_blocks else f"{len(offered)} of {record.n_blocks}"
+        return "" if kind.endswith("mixer_out") else "none"
+    stack = kind.rpartition(".")[0]
+    n_blocks = len(record.offered.get(f"{stack}.resid_post", [])) if stack else record.n_blocks
+    n = "all" if len(offered) == n_blocks else f"{len(offered)} of {n_blocks}"
     if set(offered) <= set(proved):
         return n
     return f"{n}, offered" if not proved else f"{n}, {len(set(offered) & set(proved))} proved"

@@ -57,21 +57,25 @@ class ModuleLog:
     def __init__(self, model: PreTrainedModel) -> None:
         self.taken: dict[str, list[Tensor]] = {}
         self.given: dict[str, list[Tensor]] = {}
-        self.output: Any = None
         self._model = model
 
     def run(self, ids: Sequence[int], **options: Any) -> Any:
         """Run one example alone, and note every module."""
+        with self.watching():
+            return run(self._model, ids, **options)
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """Note what every module takes and gives in the call inside."""
         handles = []
         for name, module in self._model.named_modules():
             handles.append(module.register_forward_pre_hook(self._before(name), with_kwargs=True))
             handles.append(module.register_forward_hook(self._after(name)))
         try:
-            self.output = run(self._model, ids, **options)
+            yield
         finally:
             for handle in handles:
                 handle.remove()
-        return self.output
 
     def _before(self, name: str) -> Any:
         def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
