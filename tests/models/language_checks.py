@@ -269,8 +269,7 @@ class Checks:
         pre, post = get("resid_pre"), get("resid_post")
         parts = {kind: get(kind) for kind in kinds}
         middle = get("resid_mid") if layer in self.layers("resid_mid") else None
-        bases = (pre, *self._norms_of(layer, pre))  # RWKV's first block and MiniMax begin with a norm
-        how = next(filter(None, (self._way_of(layer, base, post, parts, middle) for base in bases)), "")
+        how = self._way_of(layer, pre, post, parts, middle)
         text = f"resid_pre + {' + '.join(kinds)} is not what block {layer} makes of its input"
         for kind in (*kinds, *(("resid_mid",) if middle is not None else ())):
             self.record.judge(kind, layer, bool(how), text, how)
@@ -324,11 +323,7 @@ class Checks:
 
     def _norms(self, layer: int) -> list[nn.Module]:
         block = self.model.get_submodule(self.sites[f"resid_post.{layer}"].module)
-        return [
-            each
-            for name, each in block.named_modules()
-            if "norm" in f"{name}{type(each).__name__}".lower() or "ln" in name
-        ]
+        return [each for name, each in block.named_modules() if _NORM.search(f"{name}{type(each).__name__}".lower())]
 
     def _with_rest(self, layer: int, pre: Tensor, post: Tensor, parts: dict[str, Tensor]) -> str:
         """What is missing in the sum is what another module of the block gives."""
@@ -344,8 +339,6 @@ class Checks:
         for layer in self.layers("mlp_act"):
             act = self.rows(self.last, f"mlp_act.{layer}")
             out = self.rows(self.last, f"mlp_out.{layer}") if layer in self.layers("mlp_out") else None
-            if out is not None:  # some blocks multiply what their MLP gives before they add it
-                out = out / self.sites[f"mlp_out.{layer}"].factor
             takers = self._taken_in_block(layer, act)
             good = [path for path in takers if out is None or self._becomes(layer, path, out)]
             text = f"no linear map of block {layer} takes it and gives mlp_out"
