@@ -3,14 +3,16 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-from residua.capture.hooks.own_attention import OwnAttention
 from residua.store.base.errors import CaptureError, PlanError, few
 from residua.store.base.naming import named
 from residua.store.encoding.codecs import DEFAULT_PRESET, PRESETS
 from residua.store.format.plan import SitePlan
 from residua.store.format.site_names import Site, parse_site
+
+if TYPE_CHECKING:  # the command line reads `SiteInfo` without torch
+    from residua.capture.hooks.own_attention import OwnAttention
 
 FLOATS = ("bfloat16", "float16", "float32", "float64")
 
@@ -57,7 +59,7 @@ class SiteInfo:
     per_token: bool = True
     flat: bool = False
     streams: bool = False
-    own: OwnAttention | None = None
+    own: "OwnAttention | None" = None
     factor: float = 1.0
     problem: str = ""
     n_met: int | None = field(default=None, compare=False)
