@@ -92,7 +92,7 @@ def _named_towers(model: nn.Module, words: Sequence[str]) -> list[Tower]:
     asked = [name for name in NAMES if name in heads]
     is_of_modules = all(word.startswith("module:") for word in every)
     known = towers_of(model) if asked or (has_towers_only(model) and not is_of_modules) else {}
-    if not asked and not known:
+    if not known and (not asked or stacks_of(model)):  # then the stacks say what there is
         return []
     name = type(core_of(model)).__name__
     first = f"{next(iter(known), NAMES[0])}.{next((word for word in every if word.partition('.')[0] not in NAMES), '')}"

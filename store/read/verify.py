@@ -279,7 +279,7 @@ class _Check:
         found: dict[str, Document] = {}
         for spec in self._arrays:
             try:
-                check_arrays(self._root, [spec], self.archive.n_rows)
+                check_arrays(self._root, [spec], self.archive.metadata.n_rows)
                 found[spec.path] = _own(load_document(self._root, self._root / spec.path / ROOT))
             except (DamagedArchiveError, UnsafeArchiveError) as error:
                 self._problem(f"{spec.path}/{ROOT}", str(error))

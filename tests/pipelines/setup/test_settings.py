@@ -25,6 +25,11 @@ GOOD: dict[str, Any] = {
     "codec": "raw",
     "split": "train",
     "text_column": "text",
+    "target_column": "summary",
+    "max_target_length": 32,
+    "image_column": "picture",
+    "image_folder": "pictures",
+    "max_image_pixels": 10**6,
     "subset": "en",
     "dataset_revision": "main",
     "min_length": 2,
@@ -78,7 +83,9 @@ def test_a_key_may_be_written_as_a_flag() -> None:
 
 def test_the_rules_of_a_plan_have_every_setting_of_the_dataset() -> None:
     rules = CaptureSettings(**GOOD).rules()
-    assert set(rules) == {"revision", *(field.name for field in fields(DatasetSettings))} - {"dataset_revision"}
+    not_of_rows = {"image_folder", "max_image_pixels"}  # where images are, and what is refused
+    names = {field.name for field in fields(DatasetSettings)} - {"dataset_revision"} - not_of_rows
+    assert set(rules) == {"revision", *names}
     for name, value in rules.items():
         assert value == GOOD["dataset_revision" if name == "revision" else name]
 
