@@ -32,9 +32,13 @@ def batch(seed: int, *, n_examples: int = 4, length: int = 10) -> dict[str, Any]
     return {"input_ids": ids, "attention_mask": mask, "position_ids": positions_of(mask), "use_cache": False}
 
 
+OF_EXPERTS = ("router_logits", "expert_index", "expert_weight", "routed_out", "shared_out")
+
+
 def site_names(model: nn.Module, name: str) -> list[str]:
-    """Every canonical site that the architecture has, and modules of it."""
-    return [*unsharded_sites(model, ["*"]), *MODULES.get(name, ["module:model.layers.1.mlp@output"])]
+    """Every canonical site that the architecture has, and modules of it; those of experts only whole models have."""
+    sites = [site for site in unsharded_sites(model, ["*"]) if site.partition(".")[0] not in OF_EXPERTS]
+    return [*sites, *MODULES.get(name, ["module:model.layers.1.mlp@output"])]
 
 
 def loss_of(model: nn.Module, inputs: Mapping[str, Any]) -> Tensor:

@@ -55,7 +55,7 @@ def test_any_one_of_four_killed_at_ten_random_moments(
         out = tmp_path / f"{n_archives}" / "a.zarr"
         out.parent.mkdir()
         files: dict[str, tuple[str, int]] = {}
-        while n_kills < N_KILLS and not (is_archive(out) and Archive(out).is_sealed):
+        while n_kills < N_KILLS and not (is_archive(out) and Archive(out).was_finished):
             forked_workers.start(launched(capture_words(dataset, out, *SITES), N_WORKERS, slow=SLOW))
             await_rendezvous(forked_workers, out)
             time.sleep(moments.uniform(0, 0.9) * seconds)
@@ -67,7 +67,7 @@ def test_any_one_of_four_killed_at_ten_random_moments(
             others = {end.code for worker, end in enumerate(ended) if worker != victim}
             assert others <= {0, 1}, ended
             outcomes |= others
-        if is_archive(out) and Archive(out).is_sealed:
+        if is_archive(out) and Archive(out).was_finished:
             for left in out.parent.glob(".*"):
                 assert left.name == ".a.zarr.lock", "worker 0 was killed at the very end"
                 left.unlink()
