@@ -89,17 +89,21 @@ def _found(model: nn.Module, core: PreTrainedModel) -> Prediction | None:
 
 
 def _tried(model: nn.Module, core: PreTrainedModel) -> Prediction | None:
+    """Run the model twice, on every stage of a pipeline alike, and compare."""
     ids = few_tokens(model, _LENGTHS[0], first=5)[None]
-    logits = _logits(model, ids)
+    here: bool = core.get_output_embeddings() is not None  # type: ignore[no-untyped-call]  # transformers has no types
+    has_head = any(all_gather_objects(pipeline_group(core), here))
+    if has_head:
+        changed = ids.clone()
+        changed[0, -1] = few_tokens(model, 1, first=23)[0]
+    else:
+        changed = few_tokens(model, _LENGTHS[1], first=5)[None]
+    logits, other = _logits(model, ids), _logits(model, changed)
     if logits is None:
         return None
-    if core.get_output_embeddings() is None:  # type: ignore[no-untyped-call]  # transformers has no annotations here
-        longer = _logits(model, few_tokens(model, _LENGTHS[1], first=5)[None])
-        is_of_examples = longer is not None and logits.ndim < _TOKENS_AXES and longer.shape == logits.shape
+    if not has_head:
+        is_of_examples = other is not None and logits.ndim < _TOKENS_AXES and other.shape == logits.shape
         return "examples" if is_of_examples else "tokens"
-    changed = ids.clone()
-    changed[0, -1] = few_tokens(model, 1, first=23)[0]
-    other = _logits(model, changed)
     if other is None or logits.ndim != _TOKENS_AXES:
         return "tokens"
     change = (other - logits)[0, :-1].square().mean(-1).sqrt()

@@ -37,10 +37,10 @@ from residua.capture.identity.provenance import ModelCheck, check_model
 from residua.capture.replay.notes import attention_notes, batch_note, storage_notes
 from residua.capture.replay.recorded_inputs import RecordedInputs
 from residua.capture.replay.start import Skip, skip_for, skipping, start_of
-from residua.capture.runtime.collectives import on_rank
+from residua.capture.runtime.collectives import all_gather_objects, on_rank
 from residua.capture.runtime.devices import input_device
 from residua.capture.runtime.pipeline_schedule import runnable, stage_model_of
-from residua.capture.runtime.process_groups import tensor_parallel_group
+from residua.capture.runtime.process_groups import pipeline_group, tensor_parallel_group
 from residua.capture.runtime.sharded import is_sharded
 from residua.capture.runtime.wrappers import core_of
 from residua.capture.sites.anatomy import Anatomy, n_logits_of
@@ -176,7 +176,10 @@ class Replayer:
     @cached_property
     def gives_example_logits(self) -> bool:
         """Whether the model is a classifier of whole examples; some models without an LM head run once to find out."""
-        return n_logits_of(self.core) is None and prediction_of(self.model) == "examples"
+        has_size = n_logits_of(self.core) is not None  # on the stage of a pipeline that has the head
+        return not any(all_gather_objects(pipeline_group(self.core), has_size)) and (
+            prediction_of(self.model) == "examples"
+        )
 
     def require_loss(self) -> None:
         """Raise PlanError if the model's logits do not predict the next token."""
