@@ -11,7 +11,6 @@ Legend: `B` examples in the batch, `T` padded positions, `H` heads, `K` keys, `V
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
-from functools import cached_property
 from typing import Literal, TypeVar
 
 import numpy as np
@@ -116,6 +115,7 @@ class Replayer:
         recorded: What examples were recorded with beside tokens and mask.
         start: Where the stored rows go in.
         checked: The result of comparing the model with the archive.
+        gives_example_logits: Whether the model is a classifier of whole examples.
         notes: What a reader of the results has to know, one sentence each.
 
     Raises:
@@ -159,6 +159,7 @@ class Replayer:
         self.checked = check_model(archive, model, force=force) if checked is None else checked
         if is_sharded(model):
             padding_leaks(model)  # now, when all workers are here: their batches may differ
+        self.gives_example_logits = _gives_example_logits(model, self.core)
         self._edited_infos = [info for edit in self.edits for info in edit.infos.values()]
         notes = [*self.checked.notes, *self.recorded.notes, *storage_notes(archive, infos, self.edits)]
         self.notes = tuple(dict.fromkeys([*notes, *attention_notes(self.core, self._edited_infos)]))
@@ -172,14 +173,6 @@ class Replayer:
     def changed_sites(self) -> tuple[str, ...]:
         """The sites that take stored rows, and those that are edited."""
         return (*self.start.sites, *(name for edit in self.edits for name in edit.actions))
-
-    @cached_property
-    def gives_example_logits(self) -> bool:
-        """Whether the model is a classifier of whole examples; some models without an LM head run once to find out."""
-        has_size = n_logits_of(self.core) is not None  # on the stage of a pipeline that has the head
-        return not any(all_gather_objects(pipeline_group(self.core), has_size)) and (
-            prediction_of(self.model) == "examples"
-        )
 
     def require_loss(self) -> None:
         """Raise PlanError if the model's logits do not predict the next token."""
@@ -483,6 +476,12 @@ def _graph_start(name: str, leaves: dict[str, Tensor]) -> Step:
         return leaves[name]
 
     return start
+
+
+def _gives_example_logits(model: nn.Module, core: PreTrainedModel) -> bool:
+    """Return whether a model classifies whole examples; some without an LM head run to find out, on all processes."""
+    has_size = n_logits_of(core) is not None  # on the stage of a pipeline that has the head
+    return not any(all_gather_objects(pipeline_group(core), has_size)) and prediction_of(model) == "examples"
 
 
 def _language_model(model: nn.Module) -> Anatomy:
