@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, field
 from functools import partial
 from os import PathLike, fspath
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -22,13 +22,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from residua.capture.forward.example_inputs import ExampleInputs, InputSource
 from residua.capture.hooks.site import SiteInfo
-from residua.capture.recording.stats import RecordStats
+from residua.capture.recording.stats import RecordStats, total
 from residua.capture.runtime.wrappers import evaluating, replica_of, running_uncompiled
 from residua.capture.sites.frames import frame_shape, n_frame_positions, takes_frames
 from residua.capture.sites.names_to_modules import resolve_sites
 from residua.capture.sites.stacks import row_stack, stacks_of, takes_pairs
-from residua.pipelines.capture.capture import DatasetCapture, DatasetSource
+from residua.pipelines.capture.dataset_job import DatasetCapture, DatasetSource
 from residua.pipelines.capture.images import load_processor
+from residua.pipelines.capture.result import CaptureResult
 from residua.pipelines.data.audio import FEATURES, Features, FrameShape, HeardSources, read_features
 from residua.pipelines.data.dataset import SOURCE_COLUMNS, DatasetReport
 from residua.pipelines.data.pairs import PairTokens, read_pairs
@@ -46,22 +47,11 @@ from residua.store.examples.table import ExampleTable
 from residua.store.examples.writer import ExampleWriter
 from residua.store.format.plan import STACK_RULE, Plan
 from residua.store.format.stacks import create_stacks
-from residua.store.read.archive import Archive
 from residua.store.read.stacks import open_archive
 from residua.store.sealing.losses import loss_notes
 from residua.store.storage.place import try_place
 
 _STACKS = ("encoder", "decoder")
-
-
-class PairCapture(NamedTuple):
-    """What was done; the fields are those of a `CaptureResult`."""
-
-    archive: Archive
-    dataset: DatasetReport
-    workers: tuple[WorkerFigures, ...]
-    resumed: bool
-    notes: tuple[str, ...]
 
 
 def capture_pairs(
@@ -77,7 +67,7 @@ def capture_pairs(
     on_example: Callable[[int, int], None],
     on_plan: Callable[[Plan, int], None],
     on_batch: Callable[[RecordStats], None],
-) -> PairCapture:
+) -> CaptureResult:
     """Capture an encoder-decoder; the arguments are those of `capture_dataset`.
 
     Raises:
@@ -117,9 +107,10 @@ def capture_pairs(
             resumed.append(shared["resumed"])
             report = DatasetReport(**shared["dataset"])
             notes += [*job.notes, *loss_notes(job.archive.plan, job.archive.commits)]
-    return PairCapture(
+    return CaptureResult(
         archive=open_archive(place.path),
         dataset=report,
+        stats=total([worker.stats for worker in figures]),
         workers=tuple(figures),
         resumed=any(resumed),
         notes=tuple(dict.fromkeys([*notes, *report.notes()])),

@@ -15,7 +15,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from residua.analysis.attention.induction import induction_scores
 from residua.analysis.support.cluster import Cluster
 from residua.analysis.support.plots import heat_map
-from residua.pipelines.capture.capture import CaptureResult, capture_dataset
+from residua.pipelines.capture.capture import capture_dataset
+from residua.pipelines.capture.result import CaptureResult
 from residua.pipelines.circuits.repeats import RepeatSettings, repeated_tokens
 from residua.pipelines.replay.result_folder import write_table
 from residua.pipelines.setup.models import named_model

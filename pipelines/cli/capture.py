@@ -14,7 +14,7 @@ from residua.store.base.errors import PlanError
 from residua.store.read.summary import summarise
 
 if TYPE_CHECKING:
-    from residua.pipelines.capture.capture import CaptureResult
+    from residua.pipelines.capture.result import CaptureResult
 
 
 def add(commands: Any) -> None:

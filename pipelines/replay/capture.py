@@ -18,8 +18,8 @@ from residua.capture.replay.engine import CapturedReplay, Replayer
 from residua.capture.runtime.sharded import is_zero3
 from residua.capture.scheduling.membership import Membership
 from residua.capture.sites.reference_model import unsharded_sites
-from residua.pipelines.capture.capture import CaptureJob
 from residua.pipelines.capture.captured_batches import schedule_of
+from residua.pipelines.capture.job import CaptureJob
 from residua.pipelines.jobs.workers import workers_of_step
 from residua.store.base.canonical import Json, digest_of
 from residua.store.base.errors import PlanError

@@ -7,7 +7,8 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from residua.pipelines.capture.capture import CaptureResult, capture_dataset
+from residua.pipelines.capture.capture import capture_dataset
+from residua.pipelines.capture.result import CaptureResult
 from tests.models.tiny import VOCABULARY
 
 HEIGHT = 16

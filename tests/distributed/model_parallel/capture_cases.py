@@ -27,7 +27,8 @@ from torch.distributed.pipelining import Schedule1F1B, ScheduleGPipe
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.distributed.configuration_utils import DistributedConfig
 
-from residua.pipelines.capture.capture import CaptureResult, capture_dataset
+from residua.pipelines.capture.capture import capture_dataset
+from residua.pipelines.capture.result import CaptureResult
 from residua.pipelines.setup.models import stages_in_parallel
 from residua.store.base.errors import PlanError
 from tests.distributed.layouts.deepspeed_and_fairscale import fairscale_parallel

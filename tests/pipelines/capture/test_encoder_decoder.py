@@ -11,7 +11,8 @@ import torch
 import zarr
 
 import residua
-from residua.pipelines.capture.capture import CaptureResult, capture_dataset
+from residua.pipelines.capture.capture import capture_dataset
+from residua.pipelines.capture.result import CaptureResult
 from residua.pipelines.cli.main import main
 from residua.pipelines.data.dataset import DatasetReport
 from residua.pipelines.data.pairs import PairTokens, read_pairs

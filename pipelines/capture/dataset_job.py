@@ -1,0 +1,180 @@
+"""The capture job whose examples are those of a dataset."""
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from residua.capture.forward.example_inputs import InputSource
+from residua.capture.hooks.site import SiteInfo, plan_sites
+from residua.capture.identity.provenance import (
+    describe_model,
+    environment,
+    identify_tokenizer,
+)
+from residua.capture.identity.sidecars import save_tokenizer
+from residua.capture.layout.process_layout import ProcessLayout, spans_processes
+from residua.capture.recording.column_shards import column_shards
+from residua.capture.sites.anatomy import takes_pixels
+from residua.capture.sites.names_to_modules import resolve_sites
+from residua.capture.sites.reference_model import unsharded_sites
+from residua.capture.sites.shape_probe import measure_sites
+from residua.pipelines.capture.job import CaptureJob
+from residua.pipelines.data.dataset import DatasetReport, dataset_identity, read_examples
+from residua.pipelines.data.tokenizer import special_ids
+from residua.pipelines.images.examples import ImageDataset
+from residua.pipelines.setup.models import token_limit
+from residua.pipelines.setup.settings import CaptureSettings
+from residua.store.base.canonical import Json
+from residua.store.base.errors import DatasetError, PlanError
+from residua.store.base.naming import named
+from residua.store.examples.index import ExampleIndex, dataset_entry
+from residua.store.examples.writer import ExampleWriter
+from residua.store.format.plan import Plan, check_host_memory, choose_rows_per_shard
+from residua.store.format.row_columns import HAS_IMAGES, IMAGE_ROW_BYTES
+
+DatasetSource = str | PathLike[str] | Iterable[Any]
+
+
+class DatasetCapture(CaptureJob):
+    """The capture of a dataset's examples."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        out: Path,
+        tokenizer: PreTrainedTokenizerBase | None,
+        dataset: DatasetSource,
+        settings: CaptureSettings,
+        command: str | None,
+        on_example: Callable[[int, int], None],
+        images: ImageDataset | None = None,
+        sites: Mapping[str, SiteInfo] | None = None,
+    ) -> None:
+        if sites is None:
+            sites = (unsharded_sites if spans_processes(model) else resolve_sites)(model, [settings.sites])
+        if takes_pixels(model):
+            unmeasured = {name: info for name, info in sites.items() if info.row_shape is None}
+            sites = {**sites, **measure_sites(model, unmeasured)}
+        super().__init__(model, sites, out, head=settings.head, threads=settings.threads)
+        self._tokenizer = tokenizer
+        self._dataset = dataset
+        self._settings = settings
+        self._command = command
+        self._on_example = on_example
+        self._images = images
+        self._report = DatasetReport()
+        self.longest_source: int | None = None
+
+    def write_examples(self, folder: Path) -> ExampleIndex:
+        """Read the dataset once, and write its examples; raises DatasetError if it cannot be used as asked."""
+        tokenizer, report = self._tokenizer, self._report
+        if self._settings.drop_special and tokenizer is None and self._images is None:
+            raise DatasetError(
+                f"{named('drop_special', True)} needs a tokenizer, and the model has none: nothing says which tokens "
+                "are special"
+            )
+        writer = ExampleWriter(folder)
+        if self._images is not None:
+            examples = self._images.examples(self._dataset, model_limit=token_limit(self.model), report=report)
+        else:
+            examples = read_examples(
+                self._dataset,
+                settings=self._settings,
+                tokenizer=tokenizer,
+                model_limit=token_limit(self.model),
+                vocab_size=self.model.config.get_text_config().vocab_size,
+                special_ids=special_ids(tokenizer),
+                report=report,
+            )
+        for example in examples:
+            writer.add(example)
+            self._on_example(report.n_examples, report.n_tokens)
+        self.shared["dataset"] = asdict(report)
+        if self._images is not None:
+            self.shared["images"] = str(self._images.folder)
+        return writer.close()
+
+    def plan(self, index: ExampleIndex) -> Plan:
+        """Return the plan; raises PlanError if not even the smallest shard fits into host memory."""
+        settings, most_rows = self._settings, int(index.n_rows.max())
+        batch_tokens = self.batch_tokens(settings.batch_tokens, index)
+        sites = plan_sites(
+            self.sites,
+            dtype=settings.dtype,
+            codec=settings.codec,
+            longest_example=int(index.n_tokens.max()),
+            longest_source=self.longest_source,
+            column_shards=self.column_shards,
+        )
+        row_bytes = [site.row_bytes for site in sites]
+        row_bytes += [] if self._images is None else [IMAGE_ROW_BYTES]
+        height = settings.rows_per_shard or choose_rows_per_shard(
+            row_bytes,
+            batch_rows=min(batch_tokens, index.total_rows),
+            most_rows_per_example=most_rows,
+            host_memory_bytes=settings.host_memory,
+        )
+        check_host_memory(row_bytes, most_rows, min(height, index.total_rows), settings.host_memory)
+        if height < min(batch_tokens, index.total_rows):
+            limit = named("host_memory") if settings.rows_per_shard is None else f"{named('rows_per_shard')}"
+            self.notes.append(
+                f"a shard holds {height:,} rows, and a batch no more than that, although "
+                f"{named('batch_tokens', settings.batch_tokens)} allows more: raise {limit} for larger batches"
+            )
+        return Plan(
+            model=self.identity,
+            dataset=self.dataset_of_plan(index),
+            rules=self.rules(),
+            sites=sites,
+            rows_per_shard=height,
+            batch_tokens=batch_tokens,
+            n_rows=index.total_rows,
+        )
+
+    def inputs(self, shared: Mapping[str, Any]) -> InputSource | None:
+        """Return what makes the images of examples; None without images."""
+        return None if self._images is None else self._images.inputs(Path(shared["images"]))
+
+    def dataset_of_plan(self, index: ExampleIndex) -> dict[str, Json]:
+        """Return what the plan records of the examples."""
+        return {**dataset_entry(index), **({} if self._images is None else {HAS_IMAGES: True})}
+
+    def rules(self) -> dict[str, Json]:
+        """Return the settings that shape the examples, as the plan records them."""
+        processor = {} if self._images is None else {"processor": self._images.identity["digest"]}
+        return {**self._settings.rules(), **processor}
+
+    def write_tokenizer(self, folder: Path) -> None:
+        """Write the tokenizer's files, if there is a tokenizer, to a subfolder of `folder`."""
+        if self._tokenizer is not None:
+            save_tokenizer(self._tokenizer, folder / "tokenizer")
+
+    def provenance(self, plan: Plan) -> dict[str, Any]:
+        """Return how the archive is made, as JSON values."""
+        return {
+            "model": describe_model(self.model, plan.model, self.output, predicts=self.predicts),
+            "tokenizer": None if self._tokenizer is None else identify_tokenizer(self._tokenizer),
+            **({} if self._images is None else {"processor": dict(self._images.identity)}),
+            "dataset": dataset_identity(self._dataset, self._settings),
+            "command": self._command,
+            "seed": self._settings.seed,
+            **environment(),
+        }
+
+    def notes_of_archive(self) -> list[Json]:
+        """Return what a reader of the archive should know, as far as it is known before the model runs."""
+        return [*self.notes, *self._report.notes()]
+
+    def cut_columns(self, layout: ProcessLayout | None) -> Mapping[str, int]:
+        """Return into how many shards the columns of sites are cut; raises PlanError if there is nothing to cut."""
+        if self._settings.gather:
+            return {}
+        if layout is None or layout.group is None:
+            raise PlanError(
+                f"{named('gather', False)} is for models under tensor parallelism, and this model is not: leave it out"
+            )
+        return column_shards(self.model, layout)
