@@ -15,7 +15,7 @@ from residua.capture.layout.gather import run_once
 from residua.capture.layout.layouts import Layout, ProvedLayouts
 from residua.store.base.errors import CaptureError
 
-SECONDS = 60
+SECONDS = 200
 Group = Any
 
 

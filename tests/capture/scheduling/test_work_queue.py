@@ -17,7 +17,7 @@ RUNS = [range(3), range(3, 5), range(5, 6)]
 
 @pytest.fixture
 def store() -> TCPStore:
-    return TCPStore("localhost", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=10))
+    return TCPStore("localhost", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=60))
 
 
 @pytest.fixture
@@ -93,8 +93,8 @@ def test_a_worker_that_died_between_counting_a_run_and_claiming_it_loses_it(stor
 
 
 def test_without_the_store_the_queue_says_so(archive: Path) -> None:
-    server = TCPStore("localhost", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=10))
-    client = TCPStore("localhost", server.port, is_master=False, timeout=timedelta(seconds=10))
+    server = TCPStore("localhost", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=60))
+    client = TCPStore("localhost", server.port, is_master=False, timeout=timedelta(seconds=60))
     with Membership(client, 0, 1) as membership:
         del server
         with pytest.raises(CaptureError, match=r"store .* does not answer.*finished before is safe"):

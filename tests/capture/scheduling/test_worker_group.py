@@ -31,9 +31,9 @@ RUNS = [Run(range(3), frozenset({1})), None, Run(range(3, 5), frozenset())]
 @pytest.fixture
 def members() -> Iterator[list[Membership]]:
     """Three workers, of which the second leads the third."""
-    store = TCPStore("localhost", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=10))
+    store = TCPStore("localhost", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=60))
     with ExitStack() as stack:
-        yield [stack.enter_context(Membership(store, number, 3, lost_seconds=0.5)) for number in range(3)]
+        yield [stack.enter_context(Membership(store, number, 3)) for number in range(3)]
 
 
 @pytest.fixture

@@ -82,7 +82,7 @@ def _record_two(model: nn.Module, out: Path, kwargs: dict[str, Any], keep: Tenso
 
 def main() -> None:
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", timeout=timedelta(seconds=60))
+    dist.init_process_group("gloo", timeout=timedelta(seconds=600))
     model = parallel_llama(init_device_mesh("cpu", (2,)))
     with Recorder(model, sites=KILLED_SITES, out=sys.argv[1], rows_per_shard=16) as recorder, torch.no_grad():
         for number in range(len(LENGTHS) + 1):

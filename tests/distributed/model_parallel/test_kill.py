@@ -9,7 +9,7 @@ import pytest
 
 from residua.store.read.archive import Archive
 from residua.store.read.verify import verify
-from tests.distributed.workers.forked_workers import ForkedWorkers, Start, launched
+from tests.distributed.workers.forked_workers import SOON, ForkedWorkers, Start, launched
 from tests.distributed.workers.test_replicas import summary
 from tests.ragged import capture_words, write_dataset
 from tests.stopped import await_commits, check_end, check_stop
@@ -18,8 +18,6 @@ pytestmark = pytest.mark.timeout(600)
 SITES = ("--sites", "resid_post.3,q.2,mlp_act.1,pattern.0", "--dtype", "bfloat16", "--tp", "2")
 BOUND = 1e-5
 STAGES = ("--sites", "embed,resid_post.*,q.2,mlp_act.1,z.4,pattern.3,logits_top3", "--tp", "2", "--pp", "2")
-SOON = 20.0
-"""Seconds within which the others of a replica have ended after one of it died."""
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +38,7 @@ def reference(forked_workers: ForkedWorkers, dataset: Path, tmp_path_factory: py
 
 def start_slowly(forked_workers: ForkedWorkers, dataset: Path, out: Path, n: int, sites: Sequence[str] = SITES) -> None:
     """Begin `n` ranks, and return once some shards are committed."""
-    forked_workers.start(launched(capture_words(dataset, out, *sites), n, slow=0.1))
+    forked_workers.start(launched(capture_words(dataset, out, *sites), n, slow=0.2))
     await_commits(out, 3)
 
 
@@ -86,7 +84,7 @@ def test_another_replica_finishes_what_one_with_a_dead_rank_left(
     out = tmp_path / "a.zarr"
     start_slowly(forked_workers, dataset, out, 4)
     forked_workers.kill(3)
-    codes = [end.code for end in forked_workers.wait(60)]
+    codes = [end.code for end in forked_workers.wait(SOON)]
     assert codes == [0, 0, 1, -signal.SIGKILL]
     check_end(out, reference)
 
@@ -120,7 +118,7 @@ def test_all_stop_in_time_when_they_are_told_to(
     start_slowly(forked_workers, dataset, out, 2)
     for worker in range(2):
         forked_workers.kill(worker, signal.SIGTERM)
-    ended = forked_workers.wait(30)
+    ended = forked_workers.wait(SOON)
     assert 130 in [end.code for end in ended], ended
     assert {end.code for end in ended} <= {130, 1}, "who waits for a stopped one in a collective sees it go"
     resume(forked_workers, dataset, out, reference, 2)

@@ -12,13 +12,11 @@ import pytest
 from residua.store.read.archive import Archive
 from residua.store.read.verify import verify
 from tests.distributed.model_parallel.recorder_loop import KILLED_SITES, SHARDS_OF_FIRST, record
-from tests.distributed.workers.forked_workers import ForkedWorkers, launched
+from tests.distributed.workers.forked_workers import SOON, ForkedWorkers, launched
 from tests.models.tiny import SPLIT
 from tests.stopped import await_commits
 
 pytestmark = pytest.mark.timeout(300)
-SOON = 40.0
-"""Seconds within which both ranks have ended after the shards that one waits for before it dies."""
 
 
 def test_when_one_rank_is_killed_the_other_ends_with_what_is_committed(

@@ -22,8 +22,13 @@ from tests.pipelines import forking
 
 SECONDS = 300
 COMMAND = "residua"
-LOST_SECONDS = 3.0
+LOST_SECONDS = 5.0
 """Time without a heartbeat after which these workers count as lost; by default it is 30."""
+SOON = 150.0
+"""Time within which the others have ended after one is killed or all are told to stop.
+
+It is long enough for a busy machine, and far below the ten minutes after which a collective gives up.
+"""
 
 
 @dataclass(frozen=True, kw_only=True)

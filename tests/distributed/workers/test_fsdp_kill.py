@@ -6,15 +6,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.distributed.workers.forked_workers import ForkedWorkers, Start, launched
+from tests.distributed.workers.forked_workers import SOON, ForkedWorkers, Start, launched
 from tests.distributed.workers.user_script import capture
 from tests.models.tiny import TINY
 from tests.stopped import await_commits, check_stop, content
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 SECONDS = 200
-SOON = 60.0
-"""Seconds within which the other has ended; it takes one forward pass, and the end of a Python on a busy machine."""
 
 
 def ranks(out: Path, slow: float) -> list[Start]:

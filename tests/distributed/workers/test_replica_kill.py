@@ -11,7 +11,7 @@ import pytest
 from residua.store.format.archive_metadata import is_archive
 from residua.store.read.archive import Archive
 from residua.store.storage.lock import read_owner
-from tests.distributed.workers.forked_workers import LOST_SECONDS, ForkedWorkers, Start, launched
+from tests.distributed.workers.forked_workers import LOST_SECONDS, SOON, ForkedWorkers, Start, launched
 from tests.ragged import capture_words, write_dataset
 from tests.stopped import SECONDS, await_commits, check_end, check_stop, committed
 
@@ -61,7 +61,7 @@ def test_any_one_of_four_killed_at_ten_random_moments(
             time.sleep(moments.uniform(0, 0.9) * seconds)
             victim = moments.randrange(N_WORKERS)
             forked_workers.kill(victim)
-            ended = forked_workers.wait(LOST_SECONDS + 30)
+            ended = forked_workers.wait(LOST_SECONDS + SOON)
             files = check_stop(out, files)
             n_kills += ended[victim].code == -signal.SIGKILL
             others = {end.code for worker, end in enumerate(ended) if worker != victim}
@@ -124,7 +124,7 @@ def test_without_the_worker_that_keeps_the_store_the_others_end_within_seconds(
     forked_workers.start(launched(capture_words(dataset, out, *SITES), 3, slow=0.2))
     await_commits(out)
     forked_workers.kill(0)
-    ended = forked_workers.wait(20)
+    ended = forked_workers.wait(SOON)
     assert [end.code for end in ended] == [-signal.SIGKILL, 1, 1], ended
     for end in ended[1:]:
         assert "run the same command again" in end.output
@@ -140,13 +140,13 @@ def test_a_stopped_worker_is_taken_for_dead_and_does_no_harm_when_it_wakes(
     out.parent.mkdir()
     forked_workers.start(launched(capture_words(dataset, out, *SITES), 3, slow=0.1))
     await_commits(out)
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + SECONDS
     forked_workers.kill(1, signal.SIGSTOP)
     while not Archive(out).is_sealed:
         assert time.monotonic() < deadline
         time.sleep(0.1)
     forked_workers.kill(1, signal.SIGCONT)
-    codes = [end.code for end in forked_workers.wait(60)]
+    codes = [end.code for end in forked_workers.wait(SOON)]
     assert codes[0] == codes[2] == 0
     assert codes[1] in (0, 1)
     check_end(out, reference)

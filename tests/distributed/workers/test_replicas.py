@@ -9,7 +9,7 @@ import pytest
 
 from residua.store.read.archive import Archive
 from residua.store.read.verify import verify
-from tests.distributed.workers.forked_workers import Ended, ForkedWorkers, Start, launched
+from tests.distributed.workers.forked_workers import SOON, Ended, ForkedWorkers, Start, launched
 from tests.ragged import capture_words, write_dataset
 from tests.stopped import await_commits, check_end
 
@@ -78,7 +78,7 @@ def test_a_worker_that_is_told_to_stop_leaves_its_shards_to_the_others(
     forked_workers.start(workers)
     await_commits(out, 2)
     forked_workers.kill(1, signal.SIGTERM)
-    ended = forked_workers.wait(60)
+    ended = forked_workers.wait(SOON)
     assert codes(ended) == [0, 130, 0], ended
     check_end(out, reference)
 
@@ -92,7 +92,7 @@ def test_all_stop_in_time_when_they_are_told_to(
     await_commits(out, 2)
     for worker in range(3):
         forked_workers.kill(worker, number)
-    ended = forked_workers.wait(30)
+    ended = forked_workers.wait(SOON)
     assert codes(ended) == [130] * 3, ended
     assert "captured and safe" in ended[0].output
     assert verify(out).problems == []

@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from residua.store.read.verify import verify
-from tests.distributed.workers.forked_workers import Ended, ForkedWorkers, Start, launched
+from tests.distributed.workers.forked_workers import SECONDS, SOON, Ended, ForkedWorkers, Start, launched
 from tests.pipelines.replay.test_replay import contents
 from tests.ragged import MODEL, capture_words, write_dataset
 
@@ -73,7 +73,7 @@ def n_parts(out: Path) -> int:
 
 
 def await_parts(out: Path, n: int) -> None:
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + SECONDS
     while n_parts(out) < n:
         assert time.monotonic() < deadline
         time.sleep(0.01)
@@ -121,12 +121,12 @@ def test_shards_of_one_that_is_killed_are_taken_over(
     shutil.copytree(reference[0], out)
     shutil.rmtree(out / "acts.zarr")
     forked_workers.start(launched(replay_words(archive, out), 3, slow=0.1))
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + SECONDS
     while len(list(out.glob("acts.zarr/commits/*.json"))) < 3:
         assert time.monotonic() < deadline
         time.sleep(0.01)
     forked_workers.kill(2)
-    ended = forked_workers.wait(60)
+    ended = forked_workers.wait(SOON)
     assert [end.code for end in ended] == [0, 0, -signal.SIGKILL], ended
     assert contents(out) == contents(reference[0])
     assert verify(out / "acts.zarr").problems == []
@@ -139,7 +139,7 @@ def test_parts_of_one_that_is_killed_are_taken_over(
     forked_workers.start(launched(replay_words(archive, out), 3, slow=0.1))
     await_parts(out, 3)
     forked_workers.kill(2)
-    ended = forked_workers.wait(60)
+    ended = forked_workers.wait(SOON)
     assert [end.code for end in ended] == [0, 0, -signal.SIGKILL], ended
     assert contents(out) == contents(reference[0])
 

@@ -76,7 +76,7 @@ def test_an_interrupt_that_a_library_swallows_is_raised_again_and_the_stop_itsel
         assert process.stdout is not None
         assert process.stdout.readline() == "ready\n"
         process.send_signal(number)
-        said, _ = process.communicate(timeout=30)
+        said, _ = process.communicate(timeout=120)
         assert (said, process.returncode) == ("in order\nafter\n", 0)
 
 
@@ -99,7 +99,7 @@ def test_a_main_thread_that_hangs_in_a_library_is_ended_too(number: int) -> None
         assert process.stdout is not None
         assert process.stdout.readline() == "ready\n"
         process.send_signal(number)
-        assert process.wait(timeout=30) == STOPPED
+        assert process.wait(timeout=120) == STOPPED
 
 
 def test_handlers_are_restored() -> None:
