@@ -1,5 +1,6 @@
 """Statistics compared with numpy in float64 over all rows at once, on values that need careful sums."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -136,6 +137,12 @@ def test_a_filter_selects_rows(archive: Archive) -> None:
     assert found.sites["n_rows"].to_pylist() == [(positions > 100).sum()]
     assert found.components == {}
     assert found.sites["component_shares"].to_pylist() == [None]
+
+
+def test_a_pattern_means_the_sites_that_a_download_has(archive: Archive, tmp_path: Path) -> None:
+    shutil.copytree(archive.path, tmp_path / "a.zarr")
+    shutil.rmtree(tmp_path / "a.zarr/sites/resid_post")
+    assert stats(tmp_path / "a.zarr", "*").sites["site"].to_pylist() == ["z.0"]
 
 
 def test_a_site_too_wide_for_the_memory_has_no_components(archive: Archive) -> None:

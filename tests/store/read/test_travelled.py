@@ -11,7 +11,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import residua
 from residua.store.base.errors import DamagedArchiveError, UnknownSiteError, UnsafeArchiveError
 from residua.store.read.archive import Archive
 from residua.store.read.summary import summarise
@@ -125,7 +124,6 @@ def test_a_download_of_one_site_is_an_archive_of_one_site(packed: bool, copy: Pa
     assert list(archive.example(0)) == ["q.1"]
     assert "1 of 2 sites" in repr(archive)
     assert [site.name for site in summarise(archive).sites] == ["q.1"]
-    assert residua.stats(archive, "*").sites.num_rows == 1
     assert archive.text(3)
     with pytest.raises(
         UnknownSiteError, match=r"this copy.*resid_post\.0|resid_post\.0.*this copy|lacks resid_post\.0"
