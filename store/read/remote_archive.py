@@ -23,6 +23,7 @@ from residua.store.read.remote import RemoteChunks, RemoteReader
 from residua.store.sealing.packed_index import PackedIndex
 from residua.store.storage.address import scheme_of
 from residua.store.storage.disk_cache import DiskCache
+from residua.store.storage.hub import folder_at
 from residua.store.storage.mirror import Mirror
 from residua.store.storage.objects import ObjectFolder
 
@@ -61,7 +62,7 @@ class RemoteArchive(Archive):
         storage_options: Mapping[str, Any] | None = None,
         cache: Cache = None,
     ) -> None:
-        folder = ObjectFolder(address, storage_options)
+        folder = folder_at(address, storage_options)
         self._cache = _cache_of(address, cache)
         self._mirror = Mirror(folder, self._cache)
         try:

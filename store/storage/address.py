@@ -6,34 +6,61 @@ gs://BUCKET/acts.zarr                        Google Cloud Storage
 az://ACCOUNT/CONTAINER/acts.zarr             Azure Blob Storage
 https://example.org/acts.zarr                any web server that answers requests for ranges of bytes
 hf://datasets/ORG/NAME[@REVISION][/acts.zarr]    a dataset repository of the Hub
+hf://buckets/ORG/NAME[/acts.zarr]            a bucket of the Hub
 """
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from os import PathLike, fspath
 from pathlib import Path, PurePosixPath
-from urllib.parse import urlsplit
+from urllib.parse import quote, unquote, urlsplit
 
 from residua.store.base.errors import StorageError
 
 SCHEMES = ("s3", "gs", "az", "http", "https", "hf")
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/")
-_HUB = re.compile(r"datasets/(?P<repository>[\w.-]+/[\w.-]+)(?:@(?P<revision>[\w.%-]+))?(?:/(?P<folder>.+))?")
+_HUB = re.compile(
+    r"(?P<kind>datasets|buckets)/(?P<repository>[\w.-]+/[\w.-]+)(?:@(?P<revision>[\w.%-]+))?(?:/(?P<folder>.+))?"
+)
 
 
 @dataclass(frozen=True)
 class HubPlace:
-    """A folder in a dataset repository of the Hub.
+    """A folder in a dataset repository or a bucket of the Hub.
 
     Attributes:
         repository: ``ORG/NAME``.
-        revision: A branch, a tag or a commit.
+        revision: A branch, a tag or a commit; empty in a bucket.
         folder: Path inside the repository; empty for its root.
+        kind: ``datasets`` or ``buckets``.
     """
 
     repository: str
     revision: str
     folder: str
+    kind: str = "datasets"
+
+    @property
+    def page(self) -> str:
+        """Path of its page on the Hub."""
+        return f"/{self.kind}/{self.repository}"
+
+    @property
+    def files(self) -> str:
+        """Path on the Hub below which its files are asked for."""
+        revision = f"/{quote(unquote(self.revision), safe='')}" if self.revision else ""
+        folder = f"/{quote(self.folder)}" if self.folder else ""
+        return f"{self.page}/resolve{revision}{folder}"
+
+    @property
+    def address(self) -> str:
+        """The address of the folder."""
+        revision = f"@{self.revision}" if self.revision not in ("", "main") else ""
+        return f"hf://{self.kind}/{self.repository}{revision}" + (f"/{self.folder}" if self.folder else "")
+
+    def at(self, revision: str) -> "HubPlace":
+        """Return the same folder in another revision."""
+        return replace(self, revision=revision)
 
 
 def scheme_of(place: str | PathLike[str]) -> str:
@@ -70,15 +97,16 @@ def hub_place(address: str) -> HubPlace:
     """Return what an ``hf://`` address names.
 
     Raises:
-        StorageError: It does not name a dataset repository.
+        StorageError: It names neither a dataset repository nor a bucket.
     """
     found = _HUB.fullmatch(address.partition("://")[2].strip("/"))
-    if found is None:
+    if found is None or (found["kind"] == "buckets" and found["revision"]):
         raise StorageError(
-            f"{shown(address)} names no dataset repository: write hf://datasets/ORG/NAME, with @REVISION and /FOLDER "
-            "if needed"
+            f"{shown(address)} names no dataset repository and no bucket: write hf://datasets/ORG/NAME, with @REVISION "
+            "and /FOLDER if needed, or hf://buckets/ORG/NAME"
         )
-    return HubPlace(found["repository"], found["revision"] or "main", found["folder"] or "")
+    revision = "" if found["kind"] == "buckets" else found["revision"] or "main"
+    return HubPlace(found["repository"], revision, found["folder"] or "", found["kind"])
 
 
 def shown(address: str | PathLike[str]) -> str:

@@ -27,7 +27,7 @@ from obstore import exceptions as failures
 from obstore.store import HTTPStore, ObjectStore, from_url
 
 from residua.store.base.errors import StorageError
-from residua.store.storage.address import check_address, hub_place, scheme_of, shown
+from residua.store.storage.address import check_address, scheme_of, shown
 
 JOIN_GAP_BYTES = 256 * 1024
 """Ranges of one object that are this near are read as one: a request costs as much as so many bytes."""
@@ -43,6 +43,7 @@ _NOT_SUPPORTED = {
 }
 _RETRY = {"max_retries": 10, "retry_timeout": timedelta(minutes=3)}
 _CLIENT = {"connect_timeout": timedelta(seconds=10), "timeout": timedelta(minutes=2), "user_agent": "residua"}
+_REMEDY = "Give credentials in the environment, as the service's own tools take them, or in storage_options"
 _STATUS = re.compile(r"status code: (\d{3}[^:\n]*)")
 _DENIED = (failures.PermissionDeniedError, failures.UnauthenticatedError)
 _FAILURES = (failures.BaseError, OSError, ValueError)
@@ -88,9 +89,9 @@ class ObjectFolder:
 
     @property
     def _store(self) -> ObjectStore:
-        url, settings = _connection(self.address, self.options)
+        settings = _connection(self.address, self.options)
         try:
-            return _store_at(url, _frozen(settings), _credentials(), os.getpid())
+            return _store_at(self.address, _frozen(settings), _credentials(), os.getpid())
         except _FAILURES as error:
             raise StorageError(
                 f"{self} cannot be opened: {_said(error)}. Check the address and storage_options"
@@ -217,20 +218,13 @@ class ObjectFolder:
         except (failures.AlreadyExistsError, failures.PreconditionError, FileExistsError):
             raise FileExistsError(f"{where} exists already") from None
         except (*_DENIED, PermissionError) as error:
-            raise StorageError(
-                f"cannot {doing} {where}: it is not allowed ({_said(error)}). {self._remedy()}"
-            ) from None
+            raise StorageError(f"cannot {doing} {where}: it is not allowed ({_said(error)}). {_REMEDY}") from None
         except failures.NotSupportedError:
             raise StorageError(f"cannot {doing} {where}: {_NOT_SUPPORTED.get(doing, 'it cannot do that')}") from None
         except _FAILURES as error:
             if tries > 1 and _BROKE_OFF in str(error):
                 return self._ask(name, doing, request, tries - 1)
             raise StorageError(f"cannot {doing} {where}: {_said(error)}") from None
-
-    def _remedy(self) -> str:
-        if scheme_of(self.address) == "hf":
-            return "If the repository is private or gated, ask for access on its page, and log in with hf auth login"
-        return "Give credentials in the environment, as the service's own tools take them, or in storage_options"
 
 
 def _frozen(options: Mapping[str, Any]) -> tuple[tuple[str, Any], ...]:
@@ -243,18 +237,13 @@ def _thawed(options: tuple[tuple[str, Any], ...]) -> dict[str, Any]:
     return {key: _thawed(value) if isinstance(value, tuple) else value for key, value in options}
 
 
-def _connection(address: str, options: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
-    """Return the URL that obstore takes for an address, and the arguments of its store."""
-    url, headers = address, dict[str, str]()
-    if scheme_of(address) == "hf":
-        url, headers = _hub_url(address), _hub_headers()
+def _connection(address: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the arguments of the store of an address."""
     client = {**_CLIENT, **options.get("client_options", {})}
-    if headers:
-        client["default_headers"] = {**headers, **client.get("default_headers", {})}
     from_environment = next((os.environ[name] for name in _ENDPOINTS if name in os.environ), "")
-    if str(options.get("endpoint", from_environment if scheme_of(url) == "s3" else url)).startswith("http://"):
+    if str(options.get("endpoint", from_environment if scheme_of(address) == "s3" else address)).startswith("http://"):
         client.setdefault("allow_http", True)
-    return url, {**options, "client_options": client, "retry_config": {**_RETRY, **options.get("retry_config", {})}}
+    return {**options, "client_options": client, "retry_config": {**_RETRY, **options.get("retry_config", {})}}
 
 
 def _credentials() -> tuple[tuple[str, str], ...]:
@@ -269,20 +258,6 @@ def _store_at(
     """Return the store of a URL; one for each process, for a store opens its own connections."""
     open_ = HTTPStore.from_url if scheme_of(url) in ("http", "https") else from_url
     return open_(url, **_thawed(settings))
-
-
-def _hub_url(address: str) -> str:
-    place = hub_place(address)
-    endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
-    return f"{endpoint}/datasets/{place.repository}/resolve/{place.revision}/{place.folder}".rstrip("/")
-
-
-def _hub_headers() -> dict[str, str]:
-    """Return the login that the Hub's own tools keep, as a header."""
-    home = Path(os.environ.get("HF_HOME", "~/.cache/huggingface")).expanduser()
-    path = Path(os.environ.get("HF_TOKEN_PATH", home / "token")).expanduser()
-    token = os.environ.get("HF_TOKEN") or (path.read_text().strip() if path.is_file() else "")
-    return {"Authorization": f"Bearer {token}"} if token else {}
 
 
 def _said(error: BaseException) -> str:

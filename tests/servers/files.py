@@ -65,7 +65,7 @@ class FileServer:
     def _send(self, handler: http.server.BaseHTTPRequestHandler, file: Path, *, is_cut: bool) -> None:
         data = file.read_bytes()
         asked = handler.headers.get("Range") if self.ranges else None
-        first, last = _range(asked, len(data))
+        first, last = byte_range(asked, len(data))
         body = data[first : last + 1]
         if file.name in self.altered | self.altered_once and body:
             self.altered_once.discard(file.name)
@@ -83,7 +83,7 @@ class FileServer:
         handler.close_connection = is_cut
 
 
-def _range(asked: str | None, size: int) -> tuple[int, int]:
+def byte_range(asked: str | None, size: int) -> tuple[int, int]:
     """Return the first and the last byte of a Range header; of the whole file if there is none."""
     if asked is None:
         return 0, size - 1

@@ -42,6 +42,7 @@ def test_other_addresses_are_refused(address: str, says: str) -> None:
 def test_the_parts_of_a_hub_address() -> None:
     assert hub_place("hf://datasets/org/name") == HubPlace("org/name", "main", "")
     assert hub_place("hf://datasets/org/name@v1.0/a/b.zarr") == HubPlace("org/name", "v1.0", "a/b.zarr")
+    assert hub_place("hf://buckets/org/name/b.zarr") == HubPlace("org/name", "", "b.zarr", "buckets")
     with pytest.raises(StorageError, match="hf://datasets/ORG/NAME"):
         hub_place("hf://org/name")
 

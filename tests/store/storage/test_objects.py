@@ -118,14 +118,3 @@ def test_what_is_not_allowed_says_so_and_holds_no_secret(server: FileServer) -> 
         with pytest.raises(StorageError, match=r"not allowed.*storage_options") as refused:
             folder.read("numbers", 256)
         assert "secret" not in str(refused.value)
-
-
-def test_a_repository_of_the_hub(server: FileServer, monkeypatch: pytest.MonkeyPatch) -> None:
-    server.prefix, server.token = "/datasets/org/name/resolve/v1/", "right"
-    monkeypatch.setenv("HF_ENDPOINT", server.url)
-    monkeypatch.setenv("HF_TOKEN", "right")
-    folder = ObjectFolder("hf://datasets/org/name@v1/a")
-    assert folder.read("numbers", 256) == bytes(range(256))
-    monkeypatch.setenv("HF_TOKEN", "wrong")
-    with pytest.raises(StorageError, match="hf auth login"):
-        ObjectFolder("hf://datasets/org/name@v1/a/").read("numbers", 256)

@@ -1,0 +1,241 @@
+"""A folder of a dataset repository or a bucket of the Hugging Face Hub, read within what the Hub allows.
+
+The Hub answers a request for a large file with a redirect to a signed address of its storage, and counts such requests
+(3,000 in five minutes without a login). So each file is asked for once: its signed address is used for all later
+ranges, until the storage refuses it. A repository's branch or tag becomes a commit with the first answer, and every
+later request is for that commit, so that an open archive does not change when somebody pushes. When requests are used
+up, the next one waits as long as the Hub says.
+
+`folder_at` opens any address; only this module knows what is particular to the Hub.
+"""
+
+import os
+import re
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+from urllib.parse import quote, urljoin, urlsplit
+
+import numpy as np
+
+from residua.store.base.errors import StorageError
+from residua.store.storage.address import check_address, hub_place, scheme_of, shown
+from residua.store.storage.objects import JOIN_GAP_BYTES, Bytes, ObjectFolder
+from residua.store.storage.web import Answer, Failure, ask
+
+_OPTIONS = ("token", "endpoint")
+_SIGNED = 10_000  # signed addresses that are kept; each has one or two thousand characters
+_TRIES = 6  # after a failure that may pass
+_WAIT_SECONDS = 330.0  # the Hub counts requests in windows of 300 seconds
+_REDIRECTS = 4
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+_RESET = re.compile(r";\s*t\s*=\s*(\d+)")  # of the header "ratelimit", in seconds
+_OK, _PARTIAL = 200, 206
+_MOVED = (301, 302, 303, 307, 308)
+_REFUSED = (400, 401, 403, 410)  # what a storage answers when a signature is not valid any more
+_MISSING, _TOO_SLOW, _BAD_RANGE, _TOO_MANY, _FAULT = 404, 408, 416, 429, 500
+_LOGIN = "if it is private or gated, ask for access on its page, and log in with hf auth login"
+
+
+def folder_at(address: str, options: Mapping[str, Any] | None = None) -> ObjectFolder:
+    """Return the folder of objects at an address.
+
+    Args:
+        address: Where it is; see `residua.store.storage.address`.
+        options: Arguments of obstore's store; of the Hub, ``token`` and ``endpoint``, which otherwise come from
+            ``HF_TOKEN``, `hf auth login` and ``HF_ENDPOINT``.
+
+    Raises:
+        StorageError: The address or an option is not understood.
+    """
+    return (HubFolder if scheme_of(address) == "hf" else ObjectFolder)(address, options)
+
+
+def hub_endpoint(options: Mapping[str, Any]) -> str:
+    """Return where the Hub answers: of the options, or of the environment, as its own tools have it."""
+    return str(options.get("endpoint") or os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
+
+
+def hub_token(options: Mapping[str, Any]) -> str:
+    """Return the login: of the options, or the one that the Hub's own tools keep; empty if there is none."""
+    if given := options.get("token") or os.environ.get("HF_TOKEN"):
+        return str(given)
+    home = Path(os.environ.get("HF_HOME", "~/.cache/huggingface")).expanduser()
+    path = Path(os.environ.get("HF_TOKEN_PATH", home / "token")).expanduser()
+    return path.read_text().strip() if path.is_file() else ""
+
+
+class HubFolder(ObjectFolder):
+    """The objects below one ``hf://`` address, read-only. See the module's head, and `ObjectFolder`.
+
+    Args:
+        address: ``hf://datasets/ORG/NAME[@REVISION][/FOLDER]`` or ``hf://buckets/ORG/NAME[/FOLDER]``.
+        options: ``token`` and ``endpoint``.
+
+    Attributes:
+        place: What the address names.
+        address: The address, with the commit that is read as soon as one is known.
+
+    Raises:
+        StorageError: The address or an option is not understood.
+    """
+
+    def __init__(self, address: str, options: Mapping[str, Any] | None = None) -> None:
+        check_address(address)
+        self.options = dict(options or {})
+        if unknown := sorted(set(self.options) - set(_OPTIONS)):
+            raise StorageError(
+                f"{shown(address)} does not take {', '.join(unknown)}: storage_options of the Hub are "
+                f"{' and '.join(_OPTIONS)}"
+            )
+        self.place = hub_place(address)
+        self.address = self.place.address
+        self._signed: OrderedDict[str, str] = OrderedDict()
+        self._lock = threading.Lock()
+
+    @property
+    def commit(self) -> str | None:
+        """The commit that is read; None before the first answer, and of buckets, which have none."""
+        return self.place.revision if _COMMIT.fullmatch(self.place.revision) else None
+
+    def read(self, name: str, most_bytes: int) -> bytes:
+        """Return a whole object; see `ObjectFolder.read`."""
+        answer = self._get(name, {}, most_bytes)
+        if answer.n_bytes > most_bytes:
+            raise StorageError(f"{self}/{name} has {answer.n_bytes:,} bytes, and at most {most_bytes:,} are read there")
+        return answer.body
+
+    def read_ranges(self, name: str, starts: Sequence[int], stops: Sequence[int]) -> list[Bytes]:
+        """Return the bytes of ranges of an object, in the given order; see `ObjectFolder.read_ranges`."""
+        order = sorted(range(len(starts)), key=lambda i: starts[i])
+        found: dict[int, Bytes] = {}
+        while order:
+            stop, n = stops[order[0]], 1
+            while n < len(order) and starts[order[n]] - stop <= JOIN_GAP_BYTES:
+                stop, n = max(stop, stops[order[n]]), n + 1
+            start = starts[order[0]]
+            data = self._range(name, start, stop)
+            found |= {i: data[starts[i] - start : stops[i] - start] for i in order[:n]}
+            order = order[n:]
+        return [found[i] for i in range(len(starts))]
+
+    def size(self, name: str) -> int | None:
+        """Return the bytes of an object, None if there is none."""
+        try:
+            answer = self._get(name, {"Range": "bytes=0-0"}, 1)
+        except FileNotFoundError:
+            return None
+        total = answer.headers.get("content-range", "").rpartition("/")[2]
+        return int(total) if total.isdecimal() else answer.n_bytes
+
+    @property
+    def _store(self) -> NoReturn:
+        """Refused: what other methods would do there is committed together, and nothing is listed."""
+        raise StorageError(
+            f"{self} is not written or listed file by file: write to a folder, and send it with residua push"
+        )
+
+    def _range(self, name: str, start: int, stop: int) -> Bytes:
+        answer = self._get(name, {"Range": f"bytes={start}-{stop - 1}"}, stop - start)
+        if answer.status != _PARTIAL or len(answer.body) != stop - start:
+            what = f"{len(answer.body):,} came" if answer.status == _PARTIAL else "the whole object was offered"
+            raise StorageError(
+                f"{self}/{name} was asked for bytes {start:,} to {stop:,}, and {what}: the object is cut short, or the "
+                "server does not answer requests for ranges"
+            )
+        return np.frombuffer(answer.body, np.uint8)
+
+    def _get(self, name: str, headers: Mapping[str, str], most_bytes: int) -> Answer:
+        """Return the answer that brings an object or a range of it; failures that may pass are tried again."""
+        tries, waited = 0, 0.0
+        while True:
+            try:
+                answer = self._once(name, headers, most_bytes)
+            except Failure as error:
+                problem, wait = f"{type(error).__name__}: {error}".removesuffix(": "), 0.0
+            else:
+                if answer.status in (_OK, _PARTIAL):
+                    return answer
+                problem, wait = self._problem(name, answer)
+            tries += not wait
+            wait = wait or 0.1 * 4.0 ** (tries - 1)
+            waited += wait
+            if tries > _TRIES or waited > _WAIT_SECONDS:
+                raise StorageError(f"cannot read {self}/{name}: {problem}, {tries + 1} times. Try again later")
+            time.sleep(wait)
+
+    def _once(self, name: str, headers: Mapping[str, str], most_bytes: int) -> Answer:
+        """Ask once: the signed address if one is known, else the Hub."""
+        with self._lock:
+            signed = self._signed.get(name)
+        if signed is not None:
+            answer = ask(signed, headers, most_bytes)
+            if answer.status not in _REFUSED:
+                return answer
+            with self._lock:
+                self._signed.pop(name, None)  # its time is over
+        hub = hub_endpoint(self.options)
+        url, host = f"{hub}{self.place.files}/{quote(name)}", urlsplit(hub)[:2]
+        for _ in range(_REDIRECTS):
+            is_hub = urlsplit(url)[:2] == host
+            answer = ask(url, {**headers, **(self._login() if is_hub else {})}, most_bytes)
+            self._pin(answer if is_hub else None)
+            if answer.status not in _MOVED:
+                return answer
+            url = self._moved(name, url, answer)
+            if urlsplit(url)[:2] != host:
+                with self._lock:
+                    self._signed[name] = url
+                    if len(self._signed) > _SIGNED:
+                        self._signed.popitem(last=False)
+        raise StorageError(f"cannot read {self}/{name}: the server sends from one address to the next")
+
+    def _login(self) -> dict[str, str]:
+        token = hub_token(self.options)
+        return {"Authorization": f"Bearer {token}"} if token else {}
+
+    def _pin(self, answer: Answer | None) -> None:
+        """Keep to the commit that an answer of the Hub names."""
+        commit = answer.headers.get("x-repo-commit", "") if answer else ""
+        with self._lock:
+            if self.place.kind == "datasets" and self.commit is None and _COMMIT.fullmatch(commit):
+                self.place = self.place.at(commit)
+                self.address = self.place.address
+
+    def _moved(self, name: str, url: str, answer: Answer) -> str:
+        target = urljoin(url, answer.headers.get("location", ""))
+        old, new = urlsplit(url), urlsplit(target)
+        if new.scheme not in ("http", "https") or (old.scheme == "https" and new.scheme != "https") or new.username:
+            raise StorageError(
+                f"cannot read {self}/{name}: {old.netloc} sends to {new.scheme}://{new.hostname}, which is not safe: "
+                "check HF_ENDPOINT"
+            )
+        return target
+
+    def _problem(self, name: str, answer: Answer) -> tuple[str, float]:
+        """Return what an answer says, and the seconds to wait if it says so; raise the error if it will not pass."""
+        code, status = answer.headers.get("x-error-code", ""), answer.status
+        said = answer.headers.get("x-error-message", "")
+        problem = f"the server answered {status}" + (f" ({said[:200]})" if said else "")
+        if status == _TOO_MANY:
+            reset = _RESET.search(answer.headers.get("ratelimit", ""))
+            seconds = answer.headers.get("retry-after") or (reset[1] if reset else "")
+            more = "" if hub_token(self.options) else "; with a login (hf auth login) the Hub allows more of them"
+            return f"{problem}, too many requests{more}", max(0.1, float(seconds)) if seconds.isdecimal() else 0.0
+        if status >= _FAULT or status == _TOO_SLOW or (status in _REFUSED and not code and name in self._signed):
+            return problem, 0.0
+        if status == _BAD_RANGE:
+            raise StorageError(f"{self}/{name} is shorter than its archive says: it was cut short or replaced")
+        if status == _MISSING and code in ("", "EntryNotFound"):
+            raise FileNotFoundError(f"there is no {self}/{name}")
+        if code == "RevisionNotFound":
+            raise StorageError(f"cannot read {self}: there is no revision {self.place.revision}: check it on its page")
+        where = f"{hub_endpoint(self.options)}{self.place.page}"
+        if code == "RepoNotFound" or status == _MISSING:
+            raise StorageError(f"cannot read {self}: there is no {where}, or it is private: check the name; {_LOGIN}")
+        if status in _REFUSED:
+            raise StorageError(f"cannot read {self}/{name}: it is not allowed: {problem}. See {where}: {_LOGIN}")
+        raise StorageError(f"cannot read {self}/{name}: {problem}")
