@@ -33,7 +33,7 @@ from residua.capture.hooks.site import SiteInfo
 from residua.capture.identity.padding import RAN_ALONE, padding_leaks
 from residua.capture.identity.prediction import no_loss, prediction_of, token_logits
 from residua.capture.identity.provenance import ModelCheck, check_model
-from residua.capture.replay.notes import attention_notes, batch_note, storage_notes
+from residua.capture.replay.notes import Reach, attention_notes, batch_note, reach_notes, storage_notes
 from residua.capture.replay.recorded_inputs import RecordedInputs
 from residua.capture.replay.start import Skip, skip_for, skipping, start_of
 from residua.capture.runtime.collectives import all_gather_objects, on_rank
@@ -232,34 +232,24 @@ class Replayer:
                 )
         return replace(batch, inputs=self.recorded.of(batch))
 
-    def check(self, batches: Iterable[PlanBatch]) -> tuple[str, ...]:
-        """Check everything that `run` needs for some batches, so that it fails before the model runs or never.
-
-        Returns:
-            One sentence for each edit that changes none of their tokens; and one if next tokens have no logit.
+    def check(self, batch: PlanBatch) -> None:
+        """Check everything that `run` needs for a batch, so that it fails before the model runs or never.
 
         Raises:
             PlanError: An edit needs stored rows that do not exist, or the model's type cannot hold what goes in.
             NotCapturedError: Rows are not captured yet.
         """
-        n_changed = {edit.number: 0 for edit in self.edits}
-        n_logits, n_lost = n_logits_of(self.core), 0
-        for batch in batches:
-            if n_logits is not None:
-                n_lost += sum(int((example.input_ids[1:] >= n_logits).sum()) for example in batch.rows)
-            self.steps(batch, edited=False)
-            for edit in self.edits:
-                chosen = edit.choose(batch)
-                n_changed[edit.number] += len(chosen.source)
-                edit.steps(chosen)
-        idle = tuple(
-            f"edit {edit.number} ({edit.edit.kind} at {', '.join(edit.edit.sites)}) changes nothing: it applies to "
-            "none of the tokens that run"
-            for edit in self.edits
-            if not n_changed[edit.number]
-        )
-        lost = f"{n_lost:,} next tokens have no loss: the LM head has {n_logits} logits, fewer than the vocabulary"
-        return (*idle, lost) if n_lost else idle
+        self.steps(batch, edited=True)
+
+    def reach(self, batch: PlanBatch) -> Reach:
+        """Return how many tokens of a batch each edit changes, and how many of its next tokens have no logit."""
+        n_logits = n_logits_of(self.core)
+        lost = [0 if n_logits is None else int((one.input_ids[1:] >= n_logits).sum()) for one in batch.rows]
+        return Reach(n_changed=[len(edit.choose(batch).source) for edit in self.edits], n_lost=sum(lost))
+
+    def reach_notes(self, reach: Reach) -> list[str]:
+        """Return one sentence for each edit that changes none of the tokens, and one if next tokens have no logit."""
+        return reach_notes(reach, self.edits, n_logits_of(self.core))
 
     def prefetch(self, batch: PlanBatch) -> None:
         """Start to read the rows that go in, if this is the process that puts them in, and they go in at once."""

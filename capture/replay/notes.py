@@ -1,6 +1,7 @@
 """What a reader of a replay's results has to know: every way in which the run differs from the captured one."""
 
 from collections.abc import Iterable, Mapping, Sequence
+from typing import NamedTuple
 
 from transformers import PreTrainedModel
 
@@ -12,6 +13,28 @@ from residua.store.edits.edit import Set, Swap
 from residua.store.encoding.codecs import PRESETS
 from residua.store.format.plan import SitePlan
 from residua.store.read.archive import Archive, is_replay
+
+
+class Reach(NamedTuple):
+    """What a run reaches: how many tokens each edit changes, and how many next tokens have no logit."""
+
+    n_changed: Sequence[int]
+    n_lost: int
+
+
+def reach_notes(reach: Reach, edits: Sequence[PreparedEdit], n_logits: int | None) -> list[str]:
+    """Return one sentence for each edit that changes none of the tokens, and one if next tokens have no logit."""
+    notes = [
+        f"edit {edit.number} ({edit.edit.kind} at {', '.join(edit.edit.sites)}) changes nothing: it applies to none of "
+        "the tokens that run"
+        for edit, n_changed in zip(edits, reach.n_changed, strict=True)
+        if not n_changed
+    ]
+    if reach.n_lost:
+        notes.append(
+            f"{reach.n_lost:,} next tokens have no loss: the LM head has {n_logits} logits, fewer than the vocabulary"
+        )
+    return notes
 
 
 def storage_notes(archive: Archive, infos: Mapping[str, SiteInfo], edits: Sequence[PreparedEdit]) -> list[str]:

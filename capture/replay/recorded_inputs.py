@@ -97,6 +97,11 @@ class RecordedInputs:
             return []
         return [f"examples were recorded with {few(left_out)}, and run without, as force=True allowed"]
 
+    @property
+    def has_others(self) -> bool:
+        """Whether examples were recorded with more than tokens and mask."""
+        return bool(self._names)
+
     def require(self, examples: Sequence[int]) -> None:
         """Raise PlanError if one of these examples cannot run again from what the archive and the caller have."""
         for number in examples:

@@ -56,11 +56,12 @@ class Replay:
         self._original: Pass | None = None
         self._is_open = True
         kept = attention_notes(replayer.core, replayer.infos(self._keep).values())
-        idle = replayer.check([self._batch])  # before anything runs
+        replayer.check(self._batch)  # before anything runs
+        reached = replayer.reach_notes(replayer.reach(self._batch))
         replayer.passes(self._batch, grad=grad)  # raises if there would have to be several with gradients
         skip = replayer.skip(self._batch)
         self.skipped_blocks = len(skip.blocks)
-        notes = [*replayer.notes, *kept, *idle, skip.problem, *replayer.batch_notes(self._batch).values()]
+        notes = [*replayer.notes, *kept, *reached, skip.problem, *replayer.batch_notes(self._batch).values()]
         self.notes = tuple(note for note in dict.fromkeys(notes) if note)
 
     @property

@@ -4,7 +4,7 @@ The plan is that of the archive which is replayed, for the chosen examples and t
 resuming are those of any capture. If all examples are chosen, the batches are those of the archive.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +46,7 @@ class ReplayCapture(CaptureJob):
         examples: Numbers of the chosen examples, ascending.
         out: Folder of the archive; an unfinished one is resumed. No other run may write it meanwhile.
         replay: What is replayed, as JSON values: archive, `at`, edits.
-        facts: More about it for the provenance: whether it can be repeated, notes, command line.
+        facts: More about it for the provenance: whether it can be repeated, command line.
         host_memory: Bytes of host memory for buffered rows.
 
     Raises:
@@ -70,7 +70,7 @@ class ReplayCapture(CaptureJob):
         self._replayer = replayer
         self._source = replayer.archive
         self._examples = examples
-        self._facts = {**replay, **facts}
+        self._facts: dict[str, Json] = {**replay, **facts}
         self._rule = digest_of(dict(replay))
         sites = unsharded_sites(replayer.core, [patterns] if isinstance(patterns, str) else list(patterns))
         for name in sites:
@@ -93,6 +93,7 @@ class ReplayCapture(CaptureJob):
     def capture(
         self,
         membership: Membership | None,
+        notes: Sequence[str] = (),
         on_plan: Callable[[Plan, int], None] = lambda *_: None,
         on_batch: Callable[[RecordStats], None] = lambda _: None,
     ) -> Archive:
@@ -100,6 +101,7 @@ class ReplayCapture(CaptureJob):
 
         Args:
             membership: The workers that were launched together; None if this process is alone.
+            notes: What a reader of the results has to know of the edits, for the provenance.
             on_plan: As for `residua.capture_dataset`.
             on_batch: As for `residua.capture_dataset`.
 
@@ -107,6 +109,7 @@ class ReplayCapture(CaptureJob):
             PlanError: The archive in that folder is one of another replay.
             CaptureError: The capture failed, here or in another process; committed rows are safe.
         """
+        self._facts["notes"] = list(notes)
         with workers_of_step(membership, self.out.name) as workers:
             self.run(workers, on_plan, on_batch)
         return self.archive

@@ -18,6 +18,7 @@ from residua.capture.forward.plan_batch import PlanBatch
 from residua.capture.identity.prediction import no_loss, prediction_of
 from residua.capture.replay.engine import Replayer
 from residua.capture.replay.metrics import token_changes
+from residua.capture.replay.notes import Reach
 from residua.store.base.errors import PlanError
 
 _MEANS = ("kl", "loss", "unedited_loss", "loss_change", "top1_agrees")
@@ -25,10 +26,11 @@ Floats = np.ndarray[tuple[int, ...], np.dtype[np.float32]]
 
 
 class Compared(NamedTuple):
-    """The results of a batch: a table of the tokens of each example, and notes for the reader, by their kind."""
+    """The results of a batch: tables of its examples' tokens, notes for the reader by their kind, what edits reach."""
 
     tables: list[pa.Table]
     notes: dict[str, str]
+    reach: Reach
 
 
 class Comparison:
@@ -87,14 +89,18 @@ class Comparison:
             unedited.prefetch(batch)  # while the edited run is under way
         after, before = self._edited.run(batch), unedited.run(batch, edited=False)
         if not is_leader:
-            return Compared([], {})
+            return Compared([], {}, Reach([], 0))
         pairs = zip(batch.rows, after.require_logits(), before.require_logits(), strict=True)
         tables = [
             _token_table(example, after_TV, before_TV, self._tokens, has_loss=self._has_loss)
             for example, after_TV, before_TV in pairs
         ]
         notes = {"in full": self._edited.skip(batch).problem, **of_batch}
-        return Compared(tables, {kind: note for kind, note in notes.items() if note})
+        return Compared(tables, {kind: note for kind, note in notes.items() if note}, self._edited.reach(batch))
+
+    def reach_notes(self, reach: Reach) -> list[str]:
+        """Return one sentence for each edit that changes none of the tokens, and one if next tokens have no logit."""
+        return self._edited.reach_notes(reach)
 
     def close(self) -> None:
         """End the threads that read ahead."""

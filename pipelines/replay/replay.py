@@ -32,6 +32,7 @@ from residua.pipelines.replay.result_folder import (
     TableFiles,
     begin_or_resume,
     check_request,
+    note,
     read_table,
     write_files,
 )
@@ -168,7 +169,10 @@ def replay_dataset(
         replayer = Replayer(loaded, opened, at=at, edits=parsed, force=force)
         comparison = Comparison(loaded, replayer, ids)
         stack.callback(comparison.close)
-        idle = replayer.check(replayer.batch(examples) for batches in files.batches for examples in batches)
+        taken = np.flatnonzero(chosen)
+        if replayer.recorded.has_others:
+            replayer.recorded.require(taken.tolist())
+        replayer.check(replayer.batch(files.batches(0)[0]))  # before anything runs; later batches when it is their turn
         replayed: dict[str, Any] = {
             "archive": opened.plan.digest,
             "at": list(replayer.start.sites),
@@ -182,24 +186,26 @@ def replay_dataset(
             "tokens": ids,
             "force": force,
         }
-        edit_notes = [*replayer.notes, *idle]
-        facts: dict[str, Any] = {"reproducible": is_reproducible(parsed), "notes": edit_notes, "command": command}
-        taken = np.flatnonzero(chosen)
+        facts: dict[str, Any] = {"reproducible": is_reproducible(parsed), "command": command}
         following = (
             None
             if capture is None
             else ReplayCapture(replayer, capture, taken, folder / ARCHIVE, replay=replayed, facts=facts)
         )
         planned = shared.plan_once(
-            lambda: {"resumed": begin_or_resume(folder, request, facts)}, lambda: check_request(folder, request)
+            lambda: {"resumed": begin_or_resume(folder, request, {**facts, "notes": [*replayer.notes]})},
+            lambda: check_request(folder, request),
         )
         notes = write_files(files, comparison, shared, on_example)
-        found = None if following is None else following.capture(membership, on_plan, on_batch)
+        edit_notes = [*replayer.notes, *notes.edits]
+        if membership is None or not membership.number:
+            note(folder, [*edit_notes, *notes.batches])
+        found = None if following is None else following.capture(membership, edit_notes, on_plan, on_batch)
     return ReplayResult(
         folder=folder,
         n_examples=int(chosen.sum()),
         resumed=planned["resumed"],
-        notes=(*place.notes, *edit_notes, *notes, *(() if following is None else following.notes)),
+        notes=(*place.notes, *edit_notes, *notes.batches, *(() if following is None else following.notes)),
         archive=found,
     )
 

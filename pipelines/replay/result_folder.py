@@ -3,11 +3,12 @@
 ``residua.json`` holds the request and the conditions of the run. ``tokens/part-00003.parquet`` and
 ``examples/part-00003.parquet`` hold the examples whose first row lies in shard 3 of the archive: one group of the
 schedule, which one model replica runs batch by batch. The file of examples is written last; when it exists, the group
-is finished. The files of one table, in the order of their names, are one table.
+is finished. The files of one table, in the order of their names, are one table. The file of examples also says, in its
+Parquet metadata, what its batches are like: what the edits reached, and in what the run differs from the captured one.
 """
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,6 +19,7 @@ import pyarrow.parquet as pq
 
 from residua.capture.forward.plan_batch import PlanBatch
 from residua.capture.identity.provenance import environment
+from residua.capture.replay.notes import Reach
 from residua.pipelines.jobs.sharing import SharedWork
 from residua.pipelines.replay.comparison import Compared, Comparison, example_table
 from residua.store.base.canonical import differences, flatten
@@ -28,6 +30,7 @@ from residua.store.storage.files import sweep, write_file
 
 RECORD = "residua.json"
 TOKENS, EXAMPLES = "tokens", "examples"
+_FACTS = b"residua"  # a key of the Parquet metadata of the files of examples
 
 
 def begin_or_resume(folder: Path, request: Mapping[str, Any], facts: Mapping[str, Any]) -> bool:
@@ -52,8 +55,20 @@ def begin_or_resume(folder: Path, request: Mapping[str, Any], facts: Mapping[str
     if folder.exists() and any(folder.iterdir()):
         raise PlanError(f"{folder} is not empty and has no {RECORD}: choose another folder for the results")
     record = {"request": request, **facts, "conditions": environment()}
-    write_file(path, [json.dumps(record, indent=2, ensure_ascii=False).encode()])
+    write_file(path, [_encoded(record)])
     return False
+
+
+def note(folder: Path, notes: Sequence[str]) -> None:
+    """Put the notes on a finished run into the record."""
+    path = folder / RECORD
+    record = json.loads(path.read_text())
+    if record["notes"] != list(notes):
+        write_file(path, [_encoded({**record, "notes": list(notes)})])
+
+
+def _encoded(record: Mapping[str, Any]) -> bytes:
+    return json.dumps(record, indent=2, ensure_ascii=False).encode()
 
 
 def check_request(folder: Path, request: Mapping[str, Any]) -> None:
@@ -90,7 +105,8 @@ def read_table(folder: Path, table: str) -> pa.Table:
     """Return a table of the finished groups."""
     names = (path.name for path in (folder / EXAMPLES).glob("part-*.parquet"))
     finished = sorted(names, key=lambda name: (len(name), name))  # in the order of groups, however many there are
-    return pa.concat_tables([pq.read_table(folder / table / name) for name in finished])
+    files = [pq.read_table(folder / table / name) for name in finished]
+    return pa.concat_tables(files).replace_schema_metadata(None)
 
 
 class TableFiles:
@@ -104,21 +120,24 @@ class TableFiles:
 
     def __init__(self, folder: Path, schedule: Schedule, chosen: npt.NDArray[np.bool_]) -> None:
         self._folder = folder
-        self._groups: list[int] = []
-        self.batches: list[list[list[int]]] = []
-        """The examples of each batch of each file."""
-        for group in range(schedule.n_shards):
-            members = [batch.examples[chosen[batch.examples]].tolist() for batch in schedule.batches(group)]
-            if any(members):
-                self._groups.append(group)
-                self.batches.append([examples for examples in members if examples])
+        self._schedule = schedule
+        self._chosen = chosen
+        sizes = schedule.sizes(chosen)
+        self._groups: list[int] = np.flatnonzero(sizes).tolist()
+        self._sizes: list[int] = sizes[self._groups].tolist()
 
     def __len__(self) -> int:
         return len(self._groups)
 
-    def n_examples(self, files: Iterator[int] | set[int] | range) -> int:
+    def batches(self, file: int) -> list[list[int]]:
+        """Return the examples of each batch of a file."""
+        members = (batch.examples for batch in self._schedule.batches(self._groups[file]))
+        chosen = (examples[self._chosen[examples]].tolist() for examples in members)
+        return [examples for examples in chosen if examples]
+
+    def n_examples(self, files: Iterable[int]) -> int:
         """Return how many examples some files hold."""
-        return sum(len(examples) for file in files for examples in self.batches[file])
+        return sum(self._sizes[file] for file in files)
 
     def finished(self) -> set[int]:
         """Return the files that are written."""
@@ -127,11 +146,43 @@ class TableFiles:
             file for file, group in enumerate(self._groups) if table_file(self._folder, EXAMPLES, group).name in written
         }
 
-    def write(self, file: int, tables: Sequence[pa.Table]) -> None:
-        """Write the tables of the tokens of a file's examples, sorted by example, and their examples; durably."""
+    def write(self, file: int, found: Sequence[Compared]) -> None:
+        """Write the tables of the tokens of a file's batches, sorted by example, and their examples; durably."""
+        tables = [table for batch in found for table in batch.tables]
         ordered, group = sorted(tables, key=lambda table: table["example"][0].as_py()), self._groups[file]
+        notes = {kind: note for batch in reversed(found) for kind, note in batch.notes.items()}
+        facts = {"notes": notes, **_sum([batch.reach for batch in found])._asdict()}
         write_table(table_file(self._folder, TOKENS, group), pa.concat_tables(ordered))
-        write_table(table_file(self._folder, EXAMPLES, group), example_table(ordered))
+        examples = example_table(ordered).replace_schema_metadata({_FACTS: json.dumps(facts)})
+        write_table(table_file(self._folder, EXAMPLES, group), examples)
+
+    def facts(self) -> tuple[dict[str, str], Reach | None]:
+        """Return the first note of each kind of the finished files, and what edits reach in all of them.
+
+        The second is None if a file does not say it, as those of earlier versions.
+        """
+        notes: dict[str, str] = {}
+        reached: list[Reach] = []
+        for group in self._groups:
+            found = pq.read_schema(table_file(self._folder, EXAMPLES, group)).metadata or {}
+            facts = json.loads(found.get(_FACTS, b"{}"))
+            notes = {**facts.get("notes", {}), **notes}
+            if "n_changed" in facts:
+                reached.append(Reach(facts["n_changed"], facts["n_lost"]))
+        return notes, _sum(reached) if len(reached) == len(self) else None
+
+
+def _sum(reached: Sequence[Reach]) -> Reach:
+    return Reach(
+        [sum(edit) for edit in zip(*(one.n_changed for one in reached), strict=True)], sum(r.n_lost for r in reached)
+    )
+
+
+class Notes(NamedTuple):
+    """What a reader of the tables has to know, one sentence each: of the edits, and of the batches."""
+
+    edits: tuple[str, ...]
+    batches: tuple[str, ...]
 
 
 class _Step(NamedTuple):
@@ -144,40 +195,37 @@ class _Step(NamedTuple):
 
 def write_files(
     files: TableFiles, comparison: Comparison, shared: SharedWork, on_example: Callable[[int, int], None]
-) -> tuple[str, ...]:
+) -> Notes:
     """Write this process's share of the missing files; return when all are written.
 
     Returns:
-        Notes on the batches of all processes, one of each kind.
+        Notes on all files; on the batches one of each kind.
 
     Raises:
         CaptureError: Files are missing because a process is gone.
     """
     n_before, n_total = files.n_examples(files.finished()), files.n_examples(range(len(files)))
     n_done = 0
-    tables: list[pa.Table] = []  # and not the logits, which would not fit
-    notes: dict[str, tuple[int, str]] = {}
+    of_file: list[Compared] = []  # and not the logits, which would not fit
 
     def compare(batch: PlanBatch) -> Compared:
         with shared.forward():
             return comparison.compare(batch, is_leader=shared.is_leader)
 
     def run_along() -> None:
-        compare(next(comparison.batches([files.batches[0][0][:1]])))
+        compare(next(comparison.batches([files.batches(0)[0][:1]])))
 
     for step in shared.steps(_steps(files, comparison, shared), along=run_along):
-        found = compare(step.batch)
-        tables += found.tables
+        of_file.append(compare(step.batch))
         n_done += len(step.batch.rows)
-        for kind, note in found.notes.items():
-            notes.setdefault(kind, (step.file, note))
-        if step.is_last and shared.is_leader:
-            files.write(step.file, tables)
-            tables = []
+        if step.is_last:
+            if shared.is_leader:
+                files.write(step.file, of_file)
+            of_file = []
         on_example(min(n_total, n_before + shared.so_far(n_done)), n_total)
-    of_all: Mapping[str, Any] = shared.finish({"notes": notes}, lambda reports: _joined_notes(files, shared, reports))
+    said = shared.finish({}, lambda _: _notes(files, comparison, shared)._asdict())
     on_example(n_total, n_total)
-    return tuple(of_all["notes"])
+    return Notes(tuple(said["edits"]), tuple(said["batches"]))
 
 
 def _steps(files: TableFiles, comparison: Comparison, shared: SharedWork) -> Iterator[_Step | None]:
@@ -185,18 +233,17 @@ def _steps(files: TableFiles, comparison: Comparison, shared: SharedWork) -> Ite
         if file is None:
             yield None
             continue
-        batches = files.batches[file]
+        batches = files.batches(file)
         for number, batch in enumerate(comparison.batches(batches), start=1):
             yield _Step(file, batch, number == len(batches))
 
 
-def _joined_notes(
-    files: TableFiles, shared: SharedWork, reports: Sequence[Mapping[str, Any]]
-) -> Mapping[str, list[str]]:
-    """Return the notes of all processes: of each kind, that of the first file."""
+def _notes(files: TableFiles, comparison: Comparison, shared: SharedWork) -> Notes:
+    """Return the notes on all files, whichever process and run wrote them."""
     if n_missing := len(files) - len(files.finished()):
         raise shared.missing(f"{n_missing} of {len(files)} table files")
-    found: dict[str, tuple[int, str]] = {}
-    for kind, (file, note) in (item for report in reports for item in report["notes"].items()):
-        found[kind] = min(found.get(kind, (file, note)), (file, note))
-    return {"notes": [found[kind][1] for kind in sorted(found)]}
+    notes, reach = files.facts()
+    return Notes(
+        edits=() if reach is None else tuple(comparison.reach_notes(reach)),
+        batches=tuple(notes[kind] for kind in sorted(notes)),
+    )

@@ -49,6 +49,11 @@ class Schedule:
         examples = np.arange(start, stop, dtype=np.int64)
         return examples[self._index.n_rows[start:stop] > 0]
 
+    def sizes(self, chosen: npt.NDArray[np.bool_]) -> npt.NDArray[np.int64]:
+        """Return how many of the chosen examples, (examples,), each group has, (shards,)."""
+        first = self._index.first_row[:-1][chosen & (self._index.n_rows > 0)]
+        return np.bincount(first // self._height, minlength=self.n_shards)
+
     def batches(self, shard: int) -> list[Batch]:
         """Return the batches of the group of `shard`; the last one can reach into later shards."""
         examples = self.group(shard)

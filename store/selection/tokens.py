@@ -69,7 +69,7 @@ class Selection:
 
 
 def _among(name: str, numbers: tuple[int, ...] | None) -> list[Condition]:
-    return [] if numbers is None else [Comparison(name, "in", np.unique(np.asarray(numbers, np.int64)))]
+    return [] if numbers is None else [Comparison(name, "in", np.sort(np.asarray(numbers, np.int64)))]
 
 
 def parse_selection(item: Mapping[str, Any]) -> Selection:
