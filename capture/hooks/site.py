@@ -76,6 +76,17 @@ class SiteInfo:
         via = {"stream": "input", "linear": "linear map"}.get(self.via, self.via)
         return f"{self.module or 'the model'} {via}" + ("" if self.factor == 1 else f" times {self.factor:.6g}")
 
+    def inside(self, path: str, name: str) -> "SiteInfo":
+        """Return the same site of a model that is a part of another one, by its place there.
+
+        Args:
+            path: The part's path in the other model; empty if it is the whole.
+            name: The site's name there.
+        """
+        module = ".".join(part for part in (path, self.module) if part)
+        own = self.own and replace(self.own, module=".".join(part for part in (path, self.own.module) if part))
+        return replace(self, name=name, module=module, own=own)
+
 
 def site_notes(sites: Mapping[str, SiteInfo]) -> list[str]:
     """Return what a reader of the rows of some sites should know, one sentence for all sites that it is true of."""

@@ -124,7 +124,7 @@ def _candidates(anatomy: Anatomy) -> dict[str, SiteInfo]:
         sites += [_site(f"resid_pre.{layer}", block, "input"), _site(f"resid_post.{layer}", block)]
         attention = anatomy.attention[layer] if anatomy.attention else block
         sites += [_site(f"{kind}.{layer}", attention, "attention") for kind in ATTENTION_KINDS]
-    sites.append(_site("final", anatomy.blocks[-1]))
+    sites += [_site("final", block) for block in anatomy.blocks[-1:]]
     if model.get_output_embeddings() is not None:  # type: ignore[no-untyped-call]  # transformers has no annotations here
         sites.append(_site("logits", "", "logits"))
     return {info.name: info for info in sites}

@@ -10,14 +10,22 @@ from difflib import get_close_matches
 from fnmatch import fnmatchcase
 
 from torch import nn
+from transformers import PreTrainedModel
 
 from residua.capture.blocks.experts import EXPERT_KINDS, is_of_experts
 from residua.capture.hooks.site import SiteInfo, Via
 from residua.capture.runtime.wrappers import core_of, first_name, layer_inside, named_modules
-from residua.capture.sites.anatomy import ATTENTION_KINDS, Anatomy, anatomy_of, takes_choices
+from residua.capture.sites.anatomy import (
+    ATTENTION_KINDS,
+    Anatomy,
+    anatomy_of,
+    path_of_blocks,
+    takes_choices,
+    takes_pixels,
+)
 from residua.capture.sites.discovery import discover
 from residua.capture.sites.shape_probe import measure_sites, takes_tokens, without_rows
-from residua.capture.sites.stacks import find_in_stacks, measure_in_stacks, stacks_of
+from residua.capture.sites.stacks import Stack, find_in_stacks, is_encoder_decoder, measure_in_stacks, stacks_of
 from residua.capture.sites.towers import NAMES, Tower, has_towers_only, towers_of
 from residua.store.base.errors import CaptureError, UnknownSiteError
 from residua.store.format.site_names import CROSS_KINDS, LAYER_KINDS, MODEL_KINDS, STACKS, Site, parse_site, select
@@ -117,9 +125,8 @@ def _in_towers(words: Sequence[str], towers: Sequence[Tower]) -> dict[str, SiteI
     for tower in towers:
         own = [word.partition(".")[2] for word in every if word.startswith(f"{tower.name}.")]
         for info in resolve_sites(tower.module, own).values():
-            path = ".".join(part for part in (tower.path, info.module) if part)
             name = f"{tower.name}.{info.name}"
-            found[name] = replace(info, name=name, module=path)
+            found[name] = info.inside(tower.path, name)
     return found
 
 
@@ -149,7 +156,7 @@ def _looked_for(model: nn.Module, kinds: Collection[str]) -> dict[str, SiteInfo]
     """Return the canonical sites of these kinds; those that an unknown architecture lacks have a ``problem``."""
     anatomy = anatomy_of(model) if kinds else None
     if anatomy is None:
-        return find_in_stacks(model, stacks_of(model), kinds) if kinds else {}
+        return _without_anatomy(model, kinds) if kinds else {}
     if anatomy.family is None:
         return discover(model, anatomy, kinds)
     of_experts = [kind for kind in EXPERT_KINDS if kind in kinds]
@@ -159,6 +166,14 @@ def _looked_for(model: nn.Module, kinds: Collection[str]) -> dict[str, SiteInfo]
         sites += [mixtures.get(f"{kind}.{layer}") or _in_block(anatomy, kind, layer) for kind in LAYER_KINDS]
     sites += [_final(anatomy), _logits(anatomy)]
     return {info.name: info for info in sites if info is not None and info.site.kind in kinds}
+
+
+def _without_anatomy(model: nn.Module, kinds: Collection[str]) -> dict[str, SiteInfo]:
+    """Return the sites of encoder and decoder, or what a model over tokens has beside blocks: embedding and logits."""
+    core = core_of(model)
+    if isinstance(core, PreTrainedModel) and takes_tokens(core) and not takes_choices(core):
+        return discover(model, Anatomy(model=core, config=core.config, family=None, blocks=(), unembedding=None), kinds)
+    return find_in_stacks(model, stacks_of(model), kinds)
 
 
 def _has_experts(anatomy: Anatomy) -> bool:
@@ -302,7 +317,7 @@ def _reasons(model: nn.Module, patterns: Iterable[str], looked_for: Mapping[str,
     """
     anatomy = anatomy_of(model)
     if anatomy is None and stacks_of(model):
-        return _reasons_in_stacks(_kinds_in(patterns), looked_for)
+        return _reasons_in_stacks(model, patterns, looked_for)
     n_blocks = 0 if anatomy is None else len(anatomy.blocks)
     words = [word.strip() for text in patterns for word in text.split(",")]
     lost = [name for name, info in looked_for.items() if info.problem]
@@ -313,16 +328,52 @@ def _reasons(model: nn.Module, patterns: Iterable[str], looked_for: Mapping[str,
         for kind in _kinds_in(words)
         if anatomy is None or not _names(kind, n_blocks) <= set(looked_for) - set(problems)
     ]
-    return "".join(f" {kind}: {_reason(model, anatomy, kind, problems)}." for kind in missing)
+    return _each_once({kind: _reason(model, anatomy, kind, problems) for kind in missing})
 
 
-def _reasons_in_stacks(kinds: Collection[str], looked_for: Mapping[str, SiteInfo]) -> str:
-    """Return for each of these kinds what was found of it in each stack of blocks."""
-    found: dict[tuple[str, str], str] = {}
-    for name, info in looked_for.items():
-        if info.problem and info.site.kind in kinds:
-            found.setdefault((info.site.stack, info.site.kind), f" {name}: {info.problem.rstrip('.')}.")
-    return "".join(found.values())
+def _each_once(reasons: Mapping[str, str]) -> str:
+    """Return one sentence for each reason, with a leading space: that of the first of the kinds it holds for."""
+    alike: dict[str, list[str]] = {}
+    for kind, reason in reasons.items():
+        alike.setdefault(reason.replace(f"{kind.rpartition('.')[2]}.", "KIND."), []).append(kind)
+    return "".join(f" {', '.join(kinds)}: {reasons[kinds[0]]}." for kinds in alike.values())
+
+
+def _reasons_in_stacks(model: nn.Module, patterns: Iterable[str], looked_for: Mapping[str, SiteInfo]) -> str:
+    """Return for each kind that was asked for what was found of it in the stacks of blocks that were named."""
+    words = [word.strip() for text in patterns for word in text.split(",")]
+    kinds = _kinds_in(words)
+    heads = {word.partition(".")[0] for word in words}
+    stacks = [stack for stack in stacks_of(model) if stack.name in heads or not heads & set(STACKS)]
+    core = core_of(model)
+    name = getattr(getattr(core, "config", None), "model_type", type(core).__name__)
+    told = []
+    for stack in stacks:
+        infos = [info for info in looked_for.values() if info.site.stack == stack.name and info.site.kind in kinds]
+        remedy = f"use module: sites, for example 'module:{_first_block(stack)}@output'"
+        if not infos:
+            told.append(f" {stack.name}: the {stack.name} of {name!r} has none of these; {remedy}.")
+        lacking: dict[str, SiteInfo] = {}
+        for info in sorted(infos, key=lambda info: info.name not in words):  # what was asked for first
+            if info.problem:
+                lacking.setdefault(info.site.kind, info)
+        told.append(
+            _each_once(
+                {
+                    f"{stack.name}.{kind}": f"{info.name} of {name!r}: {info.problem.rstrip('.')}; {remedy}"
+                    for kind, info in lacking.items()
+                }
+            )
+        )
+    return "".join(told)
+
+
+def _first_block(stack: Stack) -> str:
+    """Return the path of a stack's first block in the model; its own path if no list of blocks is found in it."""
+    modules = named_modules(stack.module)
+    blocks = path_of_blocks(modules, stack.module.config)
+    children = [] if blocks is None else [f"{blocks}.{name}" for name, _ in modules[blocks].named_children()]
+    return ".".join((stack.path, *children[:1]))
 
 
 def _names(kind: str, n_blocks: int) -> set[str]:
@@ -336,10 +387,28 @@ def _without_blocks(model: nn.Module) -> str:
             f"{name} takes (examples, choices, tokens), so a token is of no one example; load the same weights with "
             "AutoModel, or as a classifier of sequences"
         )
+    core = core_of(model)
+    remedy = f"use module: sites, for example 'module:{_some_module(core)}@output'"
+    if is_encoder_decoder(model):
+        return f"the encoder and the decoder of {name} are no models of transformers that run alone; {remedy}"
+    if isinstance(core, PreTrainedModel) and core.main_input_name != "input_ids" and not takes_pixels(core):
+        return (
+            f"{name} takes {core.main_input_name}, and only models over token ids, over the patches of images or over "
+            f"pairs have sites by name; {remedy}"
+        )
     return (
-        f"{name} is not a model of one stack of blocks over token ids or over the patches of images; use "
-        "module:PATH@output for any of its modules"
+        f"{name} has no list of blocks that run one after another, each once, so no residual stream is known in it; "
+        f"{remedy}"
     )
+
+
+def _some_module(model: nn.Module) -> str:
+    """Return the path of the first member of the outermost list of modules, or else of any module."""
+    modules = named_modules(model)
+    lists = [path for path, module in modules.items() if isinstance(module, nn.ModuleList) and len(module)]
+    if not lists:
+        return next((path for path in modules if path), "PATH")
+    return f"{min(lists, key=lambda path: path.count('.'))}.0"
 
 
 def _reason(model: nn.Module, anatomy: Anatomy | None, kind: str, problems: Mapping[str, str]) -> str:

@@ -122,6 +122,10 @@ def sites_of(
         added = ", ".join(_text(block, part) for part in block.parts.all)
         problem = f"{block.path} adds {added}, and which of these is its MLP is not known"
         return [lacking(f"{kind}.{layer}", block.path, problem) for kind in PART_KINDS]
+    if block.stray_attention and len(block.parts.all) == 1 and _is_behind(block, block.parts.all[0], modules):
+        added = _text(block, block.parts.all[0])
+        problem = f"{block.path} adds {added} alone, which it makes of its attention and of all that follows on it"
+        return [lacking(f"{kind}.{layer}", block.path, problem) for kind in PART_KINDS]
     by_kind: dict[str, list[tuple[Stage, Part]]] = {}
     for stage in block.parts.stages:
         for part in stage.parts:
@@ -175,11 +179,12 @@ def _kind_of(block: BlockParts, part: Part, mixing: Collection[str], modules: Ma
         return "cross_attn_out" if block.cross in part.calls else "attn_out"
     if part.path not in mixing:
         return "mlp_out"
-    # a norm or a linear map behind attention does not mix by itself
-    behind = block.stray_attention and all(
-        not any(modules[f"{block.path}.{path}"].children()) for path in (part.path, *part.also)
-    )
-    return "attn_out" if behind else "mixer_out"
+    return "attn_out" if block.stray_attention and _is_behind(block, part, modules) else "mixer_out"
+
+
+def _is_behind(block: BlockParts, part: Part, modules: Mapping[str, nn.Module]) -> bool:
+    """Return whether a part is a norm or a linear map: it does not mix positions by itself, but what it takes may."""
+    return all(not any(modules[f"{block.path}.{path}"].children()) for path in (part.path, *part.also))
 
 
 def _part_site(

@@ -105,7 +105,7 @@ def find_in_stacks(model: nn.Module, stacks: Collection[Stack], kinds: Collectio
         blocks = tuple(f"{path}.{name}" for name, _ in named_modules(stack.module)[path].named_children())
         own = _in_decoder(stack, blocks, kinds) if stack.name == "decoder" else _in_encoder(stack, blocks, kinds)
         found |= {f"{stack.name}.{name}": _in_model(stack, info) for name, info in own.items()}
-    if "logits" in kinds and (logits := _logits(model)) is not None:
+    if stacks and "logits" in kinds and (logits := _logits(model)) is not None:
         found[logits.name] = logits
     return found
 
@@ -130,9 +130,7 @@ def measure_in_stacks(stacks: Collection[Stack], sites: Mapping[str, SiteInfo]) 
 
 def _in_model(stack: Stack, info: SiteInfo) -> SiteInfo:
     """Return a site of a stack by its place in the full model."""
-    path = ".".join(part for part in (stack.path, info.module) if part)
-    own = None if info.own is None else replace(info.own, module=f"{stack.path}.{info.own.module}")
-    named = replace(info, name=f"{stack.name}.{info.name}", module=path, own=own)
+    named = info.inside(stack.path, f"{stack.name}.{info.name}")
     if info.flat and not info.problem and stack.name == "decoder":
         reason = f"{info.where} has examples and positions as one axis, which is not understood in a decoder"
         return without_rows(named, reason, n_met=info.n_met)
@@ -192,7 +190,11 @@ def _not_told_apart(blocks: Sequence[str], cross: Sequence[str], found: Mapping[
 @contextmanager
 def _given_source(decoder: PreTrainedModel) -> Iterator[None]:
     """Give a decoder that runs by itself numbers for the encoder's last rows: more positions than it has itself."""
-    width = int(getattr(decoder.config, "cross_attention_hidden_size", None) or decoder.config.hidden_size)
+    if _ROWS not in signature(decoder.forward).parameters:
+        yield
+        return
+    config = decoder.config.get_text_config()
+    width = int(getattr(config, "cross_attention_hidden_size", None) or config.hidden_size)
 
     def give(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         tokens = kwargs.get("input_ids")
@@ -203,9 +205,6 @@ def _given_source(decoder: PreTrainedModel) -> Iterator[None]:
         rows = torch.sin(torch.arange(shape[0] * shape[1] * shape[2]).float()).view(shape)
         return args, {**kwargs, _ROWS: rows.to(input_device(decoder), decoder.dtype)}
 
-    if _ROWS not in signature(decoder.forward).parameters:
-        yield
-        return
     handle = decoder.register_forward_pre_hook(give, with_kwargs=True, prepend=True)
     try:
         yield

@@ -87,6 +87,14 @@ class Record:
         """Note what is worth knowing and not wrong."""
         self.remarks.append(text)
 
+    def note_replay(self, notes: Iterable[str]) -> None:
+        """Keep the notes of a replay."""
+        self.replay_notes = list(notes)
+
+    def count_modules(self, n: int) -> None:
+        """Note that so many more ``module:`` sites were compared."""
+        self.n_modules += n
+
     def attempt(self, what: str, function: Callable[_P, _R], *args: _P.args, **kwargs: _P.kwargs) -> _R | None:
         """Run a check; Residua's own errors are refusals, all others are crashes."""
         try:
@@ -99,7 +107,7 @@ class Record:
 
     @property
     def state(self) -> str:
-        """Return one word: not run, crashed, wrong, refused or right."""
+        """Return: not run, crashed, wrong, refused, modules only, logits only or right."""
         if not self.runs:
             return "not run"
         if self.crashed:
@@ -107,6 +115,8 @@ class Record:
         if self.wrong:
             return "wrong"
         if not any(kind.rpartition(".")[2] in ("resid_post", *ATTENTION, *PARTS) for kind in self.offered):
+            if "module" in self.proved and not self.refused:
+                return "modules only"
             return "refused" if "logits" not in self.offered or self.refused else "logits only"
         return "refused" if any(not what.startswith("replacement") for what in self.refused) else "right"
 
@@ -117,13 +127,47 @@ class Record:
 
     @property
     def stacks(self) -> list[str]:
-        """The stacks of blocks that sites name: empty text if there is one only."""
+        """The stacks of blocks that the model has, as sites name them: empty text if there is one only."""
         found = [name.rpartition(".")[0] for name in self.offered if name.rpartition(".")[2] == "resid_post"]
-        return found or [""]
+        pair = ["encoder", "decoder"]
+        return pair if set(found) & set(pair) else found or [""]
 
     def as_json(self) -> dict[str, Any]:
         """Return the fields, and the state."""
         return {**asdict(self), "state": self.state}
+
+
+class StackRecord:
+    """Notes the findings about one stack of a model under its name."""
+
+    def __init__(self, record: Record, stack: str, n_blocks: int) -> None:
+        self.n_blocks = n_blocks
+        self._record = record
+        self._stack = stack
+
+    def judge(self, kind: str, layer: int | None, good: bool, text: str, how: str) -> None:
+        """As `Record.judge`."""
+        self._record.judge(f"{self._stack}.{kind}", layer, good, text, how)
+
+    def note_wrong(self, kind: str, text: str) -> None:
+        """As `Record.note_wrong`."""
+        self._record.note_wrong(f"{self._stack}.{kind}", text)
+
+    def remark(self, text: str) -> None:
+        """As `Record.remark`."""
+        self._record.remark(text)
+
+    def note_replay(self, notes: Iterable[str]) -> None:
+        """As `Record.note_replay`."""
+        self._record.note_replay(notes)
+
+    def count_modules(self, n: int) -> None:
+        """As `Record.count_modules`."""
+        self._record.count_modules(n)
+
+    def attempt(self, what: str, function: Callable[_P, _R], *args: _P.args, **kwargs: _P.kwargs) -> _R | None:
+        """As `Record.attempt`."""
+        return self._record.attempt(f"{what} in {self._stack}", function, *args, **kwargs)
 
 
 def from_json(fields: dict[str, Any]) -> Record:

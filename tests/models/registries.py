@@ -28,6 +28,7 @@ _AUDIO_LANGUAGE = [
     "voxtral",
     "voxtral_realtime",
 ]
+_WITH_TEXT = {**auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES}
 _CONDITIONAL = "ForConditionalGeneration"
 
 _Names = dict[str, str | tuple[str, ...]]
@@ -41,7 +42,8 @@ REGISTRIES: dict[str, _Names] = {
         if name not in _AUDIO_LANGUAGE
     },
     "vision": {
-        **auto.MODEL_FOR_IMAGE_MAPPING_NAMES,
+        **{n: made for n, made in auto.MODEL_FOR_IMAGE_MAPPING_NAMES.items() if n not in _WITH_TEXT},
+        "imagegpt": "ImageGPTForCausalImageModeling",
         "clip": "CLIPModel",
         "siglip": "SiglipModel",
         "siglip2": "Siglip2Model",
@@ -189,6 +191,7 @@ _SETTINGS: dict[str, dict[str, Any]] = {
     **dict.fromkeys(("granitemoe", "granitemoeshared", "granite_swa", "granitemoe_swa"), _HALF),
     "phi3:longrope": {},
     **{f"masked/{name}": {} for name in ("bert", "electra", "roberta")},
+    "encoder-decoder": {"decoder": {"is_decoder": True, "add_cross_attention": True}},
     "masked/reformer": _REFORMER,
     "masked/esm": {"vocab_size": 97, "pad_token_id": 0, "mask_token_id": 3},
     "masked/esmc": _LATENT,
@@ -199,6 +202,8 @@ _SETTINGS: dict[str, dict[str, Any]] = {
     "vision/videomae": {"num_frames": 4, "tubelet_size": 2},
     "vision/vivit": {"num_frames": 4, "tubelet_size": [2, 8, 8]},
     "vision/vit_mae": {"mask_ratio": 0.0},
+    "vision/videoprism_vision_model": {"num_frames": 4, "tubelet_size": [1, 8, 8]},
+    "audio/granite_speech5_ctc": {"encoder_config": {"context_size": 16}},
     "audio/wav2vec2-bert": {"feature_projection_input_dim": 160},
     "audio/whisper": {"max_source_positions": 1500},
 }

@@ -17,23 +17,28 @@ import sys
 import time
 import warnings
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from importlib import import_module
 from multiprocessing.connection import Connection
 from pathlib import Path
 
 import torch
+from transformers import PreTrainedModel
 
 from tests.models import table
-from tests.models.call_checks import check_calls
+from tests.models.checks.calls import check_calls
+from tests.models.checks.images import check_images, check_tower, needs_images, takes_only_images
+from tests.models.checks.language import check_language_model
+from tests.models.checks.pairs import check_pairs
 from tests.models.findings import Record, described, from_json
-from tests.models.language_checks import check_language_model
 from tests.models.registries import REGISTRIES, build, keys_of
 
 TIME_LIMIT = 180.0  # seconds of the wall; the slowest type takes some ten on an idle core
 PAGE = Path(__file__).parent.parent.parent / "docs" / "models-table.md"
 RESULTS = Path("build") / "models.jsonl"
+_INHERITED = ("pandas", "datasets", "residua.pipelines.capture.encoder_decoder", "residua.pipelines.capture.images")
+"""Modules that captures import late; processes that are forked from this one have them then."""
 _OVER_TOKENS = ("causal", "masked", "vision-language")
 
 
@@ -44,8 +49,9 @@ def examine(registry: str, key: str) -> Record:
     try:
         model = build(registry, key)
         record.class_name = type(model).__name__
-        by_tokens = registry in _OVER_TOKENS and not model.config.is_encoder_decoder
-        (check_language_model if by_tokens else check_calls)(model, record)
+        check_of(registry, model)(model, record)
+        if registry == "vision-language" and model.main_input_name == "input_ids":
+            record.attempt("vision tower", check_tower, model, record)
     except Exception as error:  # noqa: BLE001 - a type that cannot be built or run is a result of the sweep
         if record.runs:
             record.crashed.append(described(error))
@@ -53,6 +59,15 @@ def examine(registry: str, key: str) -> Record:
             record.not_run = described(error)
     record.seconds = round(time.process_time() - begin, 1)
     return record
+
+
+def check_of(registry: str, model: PreTrainedModel) -> Callable[[PreTrainedModel, Record], None]:
+    """Return what checks a model: by what it takes."""
+    if model.config.is_encoder_decoder:
+        return check_pairs if model.main_input_name == "input_ids" else check_calls
+    if (registry in _OVER_TOKENS or model.main_input_name == "input_ids") and not needs_images(model):
+        return check_language_model
+    return check_images if takes_only_images(model) else check_calls
 
 
 def _examine_apart(registry: str, key: str, end: Connection) -> None:
@@ -97,7 +112,8 @@ def known(results: Path) -> dict[tuple[str, str], Record]:
 
 def sweep(chosen: Sequence[tuple[str, str]], results: Path, n_jobs: int) -> None:
     """Check types, and append each record to the results as it comes."""
-    import_module("pandas")  # captures import it, and processes that are forked from this one inherit it
+    for name in _INHERITED:
+        import_module(name)
     results.parent.mkdir(parents=True, exist_ok=True)
     with results.open("a") as file, ThreadPoolExecutor(n_jobs) as pool:
         for record in pool.map(lambda pair: examined_apart(*pair), chosen):

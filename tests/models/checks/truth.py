@@ -6,7 +6,7 @@ Nothing here uses Residua. Tensors are those of one example each, without the ba
 import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -117,10 +117,16 @@ class Truth:
         self.ids = [list(each) for each in ids]
         outputs = [run(model, each, output_hidden_states=True) for each in ids]
         self.logits = [output.logits[0] for output in outputs]
-        self.hidden = [_states(output, "hidden_states") for output in outputs]
+        self.hidden = [states_of(output, "hidden_states") for output in outputs]
         self.log = ModuleLog(model)
         self.log.run(ids[-1])
         self.weights = _eager_weights(model, ids)
+        self._model = model
+
+    def again(self) -> Tensor:
+        """Run the last example once more, and return its logits."""
+        logits: Tensor = run(self._model, self.ids[-1]).logits
+        return logits
 
     @property
     def is_finite(self) -> bool:
@@ -128,7 +134,22 @@ class Truth:
         return all(bool(torch.isfinite(each).all()) for each in self.logits)
 
 
-def _states(output: Any, name: str) -> tuple[Tensor, ...] | None:
+class StackTruth(Protocol):
+    """What the same is of one stack of a model; see `Truth`."""
+
+    ids: list[list[int]]
+    logits: list[Tensor]
+    hidden: list[tuple[Tensor, ...] | None]
+    weights: list[tuple[Tensor, ...] | None]
+    log: ModuleLog
+
+    def again(self) -> Tensor:
+        """Run the last example once more, and return its logits, or else its last hidden state."""
+        ...
+
+
+def states_of(output: Any, name: str) -> tuple[Tensor, ...] | None:
+    """Return the tensors of all layers that an output has under a name; None if there are none."""
     found = getattr(output, name, None)
     return tuple(found) if found else None
 
@@ -148,7 +169,7 @@ def _eager_weights(model: PreTrainedModel, ids: Sequence[Sequence[int]]) -> list
 
 def _weights_of(model: PreTrainedModel, ids: Sequence[int]) -> tuple[Tensor | None, ...] | None:
     plain, output = run(model, ids), run(model, ids, output_attentions=True)
-    return _states(output, "attentions") if difference(output.logits, plain.logits) <= LOGITS else None
+    return states_of(output, "attentions") if difference(output.logits, plain.logits) <= LOGITS else None
 
 
 @contextmanager

@@ -6,8 +6,7 @@ find: hidden states, eager attention weights, the modules' own inputs and output
 
 import re
 import tempfile
-from collections.abc import Callable, Iterable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +17,12 @@ from transformers import PreTrainedModel
 import residua
 from residua.capture.sites.names_to_modules import resolve_sites
 from residua.store.base.errors import UnknownSiteError
-from tests.models.findings import ATTENTION, Record
-from tests.models.truth import LOGITS, ROWS, Truth, difference, eager, examples_of, is_same, run
+from tests.models.checks.truth import LOGITS, ROWS, StackTruth, Truth, difference, eager, examples_of, is_same
+from tests.models.findings import ATTENTION, Record, StackRecord
 
 STREAM = ("resid_pre", "resid_mid", "resid_post")
-SUMMANDS = ("attn_out", "mixer_out", "mlp_out")
+SUMMANDS = ("attn_out", "mixer_out", "cross_attn_out", "mlp_out")
+_SMALLEST_WEIGHT = 1e-20  # whose logarithm is still known in float32
 _NORM = re.compile(r"norm|ln_?[0-9]|pre_ln")
 LAYER_KINDS = (*STREAM, *ATTENTION, *SUMMANDS, "mlp_act")
 
@@ -45,10 +45,8 @@ def check_language_model(model: PreTrainedModel, record: Record) -> None:
         if rows is None:
             return
         check = Checks(model, record, sites, truth, rows)
-        for part in (check.logits, check.residual, check.patterns, check.values, check.queries, check.sums, check.acts):
-            record.attempt(part.__name__, part)
+        check.all()
         record.attempt("replay", check.replayed, "resid_post")
-        record.attempt("replacement", check.replacements)
         record.attempt("modules", check.modules, Path(folder))
     record.attempt("reasons", note_reasons, model, record, sites)
 
@@ -100,15 +98,43 @@ def _capture(model: PreTrainedModel, record: Record, sites: Iterable[str], truth
 
 
 class Checks:
-    """The checks of one model's rows."""
+    """The checks of the rows of one model, or of one stack of it, whose sites are named here without its prefix.
 
-    def __init__(self, model: PreTrainedModel, record: Record, sites: dict[str, Any], truth: Truth, rows: Rows) -> None:
+    Args:
+        model: The model, with the modules that the sites name.
+        record: Where findings are noted.
+        sites: The sites.
+        truth: What the model itself gives.
+        rows: What was captured.
+        prefix: What the names of the sites begin with in `tapped`.
+        tapped: The model that the truth runs, if that is a part of `model`.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        record: Record | StackRecord,
+        sites: Mapping[str, Any],
+        truth: Truth | StackTruth,
+        rows: Rows,
+        prefix: str = "",
+        tapped: PreTrainedModel | None = None,
+    ) -> None:
         self.model = model
+        self.prefix = prefix
+        self.tapped = tapped or model
         self.record = record
         self.sites = {name: info for name, info in sites.items() if any(name in each.sites for each in rows.archives)}
         self.truth = truth
         self.rows = rows
         self.last = len(truth.ids) - 1
+
+    def all(self) -> None:
+        """Make the checks that need no more than rows and what the model itself gave, and put rows back."""
+        parts = (self.logits, self.residual, self.patterns, self.values, self.queries, self.sums, self.acts)
+        for part in parts:
+            self.record.attempt(part.__name__, part)
+        self.record.attempt("replacement", self.replacements)
 
     def layers(self, kind: str) -> list[int]:
         """Return the blocks whose rows of a kind were captured."""
@@ -253,7 +279,7 @@ class Checks:
                 continue
             k = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
             scores = torch.einsum("qhd,khd->hqk", q.double(), k.double())
-            if _is_softmax_of(scores, pattern.double(), None if cap is None else float(cap), _scale(config)):
+            if is_softmax_of(scores, pattern.double(), None if cap is None else float(cap), _scale(config)):
                 for kind in ("q", "k"):
                     self.record.judge(kind, layer, True, "", "softmax of q @ k")
 
@@ -261,7 +287,9 @@ class Checks:
         """What a block's parts give adds up to what it adds to the stream, in the way of that block."""
         for layer in self.layers("resid_post"):
             kinds = [kind for kind in SUMMANDS if layer in self.layers(kind)]
-            if kinds and layer in self.layers("resid_pre"):
+            block = self.sites[f"resid_post.{layer}"].module
+            adds_more = any(path.startswith(f"{block}.crossattention.") for path in self.truth.log.given)
+            if kinds and layer in self.layers("resid_pre") and not (adds_more and "cross_attn_out" not in kinds):
                 self._sum_of(layer, kinds)
 
     def _sum_of(self, layer: int, kinds: list[str]) -> None:
@@ -275,24 +303,39 @@ class Checks:
             self.record.judge(kind, layer, bool(how), text, how)
 
     def _way_of(self, layer: int, pre: Tensor, post: Tensor, parts: dict[str, Tensor], middle: Tensor | None) -> str:
-        first = [part for kind, part in parts.items() if kind != "mlp_out"]
-        second = [parts["mlp_out"]] if "mlp_out" in parts else []
         if middle is None:
             how = self._is_stream(layer, post - sum(parts.values()), pre)
             return how or self._with_rest(layer, pre, post, parts)
+        before = [part for kind, part in parts.items() if kind in ("attn_out", "mixer_out")]
+        first = torch.stack(before).sum(0) if before else None
         halves = []
-        if first:
-            halves.append(
-                self._is_stream(layer, middle - sum(first), pre)
-                or self._is_normed(layer, torch.stack(first).sum(0), pre, middle)
+        if first is not None:
+            halves.append(self._is_stream(layer, middle - first, pre) or self._is_normed(layer, first, pre, middle))
+        if "mlp_out" in parts:
+            streams = (
+                self._after_cross(layer, middle, parts["cross_attn_out"]) if "cross_attn_out" in parts else [middle]
             )
-        if second:
-            halves.append(
-                self._is_stream(layer, post - second[0], middle) or self._is_normed(layer, second[0], middle, post)
+            last = parts["mlp_out"]
+            ways = (
+                self._is_stream(layer, post - last, each) or self._is_normed(layer, last, each, post)
+                for each in streams
             )
+            halves.append(next((way for way in ways if way), ""))
         if halves and all(halves):
             return " and ".join(dict.fromkeys(halves))
         return self._with_rest(layer, pre, post, parts)
+
+    def _after_cross(self, layer: int, middle: Tensor, cross: Tensor) -> list[Tensor]:
+        """Return what the stream may be behind attention to the source: the sum, or what a norm makes of it."""
+        log, block = self.truth.log, self.sites[f"resid_post.{layer}"].module
+        normed = [
+            given.double().reshape(middle.shape)
+            for path, found in log.given.items()
+            if path.startswith(f"{block}.")
+            for taken, given in zip(log.taken.get(path, []), found, strict=False)
+            if taken.numel() == middle.numel() == given.numel() and is_same(taken.double(), middle + cross)
+        ]
+        return [middle + cross, *normed]
 
     def _is_stream(self, layer: int, left: Tensor, stream: Tensor) -> str:
         """Say whether what is left without the parts is the stream, a multiple of it, or a norm of it."""
@@ -370,7 +413,7 @@ class Checks:
         batch = list(archive.batch_of(self.last))
         with residua.replay(self.model, archive, examples=batch, at=site) as again:
             worst = max(difference(again.logits[j], self.truth.logits[e]) for j, e in enumerate(batch))
-            self.record.replay_notes = list(again.notes)
+            self.record.note_replay(again.notes)
         self.record.judge(
             "replay", None, worst <= LOGITS, f"a replay from {site} gives other logits ({worst:.1e})", site
         )
@@ -381,25 +424,34 @@ class Checks:
 
     def replacements(self) -> None:
         """What is put back unchanged changes nothing, and what is changed acts, at one site of each kind."""
-        ids = self.truth.ids[self.last]
-        for kind in LAYER_KINDS:
-            layers = self.layers(kind)
-            if layers:
-                chosen = {name: self.sites[name] for name in (f"{kind}.{layer}" for layer in layers)}
-                self.record.attempt(f"replacement of {kind}", self._replace, kind, chosen, ids)
+        kinds = [kind for kind in LAYER_KINDS if self.layers(kind)]
+        patterns = [kind for kind in kinds if kind.endswith("pattern")]
+        with eager(self.tapped):
+            self._replace(patterns)
+        self._replace([kind for kind in kinds if kind not in patterns])
 
-    def _replace(self, kind: str, sites: dict[str, Any], ids: list[int]) -> None:
-        one = dict([list(sites.items())[len(sites) // 2]])
-        with eager(self.model) if kind == "pattern" else nullcontext():
-            plain = run(self.model, ids).logits
-            with residua.tap(self.model, sites, lambda _n, t: t.clone()):
-                same = difference(run(self.model, ids).logits, plain)
-            with residua.tap(self.model, one, lambda _n, t: t * 0.25 + t.flip(-1) * 0.5):
-                moved = difference(run(self.model, ids).logits, plain)
-        if same > LOGITS:
-            self.record.note_wrong(kind, f"{kind} put back unchanged changes the logits by {same:.1e}")
-        if moved == 0.0:
-            self.record.note_wrong(kind, f"another value at {next(iter(one))} changes nothing")
+    def _replace(self, kinds: list[str]) -> None:
+        if not kinds:
+            return
+        names = {kind: [f"{self.prefix}{kind}.{layer}" for layer in self.layers(kind)] for kind in kinds}
+        unchanged: list[str] = []
+        changed = ""
+
+        def exchange(name: str, tensor: Tensor) -> Tensor | None:
+            if name == changed:
+                return tensor * 0.25 + tensor.flip(-1) * 0.5
+            return tensor.clone() if name in unchanged else None
+
+        plain = self.truth.again()
+        with residua.tap(self.tapped, [name for of_kind in names.values() for name in of_kind], exchange):
+            for kind, of_kind in names.items():
+                unchanged, changed = of_kind, ""
+                same = difference(self.truth.again(), plain)
+                if same > LOGITS:
+                    self.record.note_wrong(kind, f"{kind} put back unchanged changes the logits by {same:.1e}")
+                unchanged, changed = [], of_kind[len(of_kind) // 2]
+                if difference(self.truth.again(), plain) == 0.0:
+                    self.record.note_wrong(kind, f"another value at {changed} changes nothing")
 
     def modules(self, folder: Path) -> None:
         """`module:` sites of a middle block and its parts are what the modules give."""
@@ -411,7 +463,7 @@ class Checks:
             by_token = given[0].shape[:2] == (1, tokens) or (given[0].ndim == 2 and given[0].shape[0] == tokens)
             if len(given) == 1 and by_token:
                 shown[f"module:{path}@output"] = given[0]
-        self.record.n_modules = len(shown)
+        self.record.count_modules(len(shown))
         if not shown:
             return
         result = residua.capture_dataset(
@@ -462,23 +514,25 @@ def _scale(config: Any) -> float | None:
     return None if scalar is None else float(scalar) ** -0.5
 
 
-def _is_softmax_of(scores: Tensor, pattern: Tensor, cap: float | None, scale: float | None) -> bool:
-    """Fit the logarithm of each head's pattern by its scores, its key's number and a constant for each query."""
+def is_softmax_of(scores: Tensor, pattern: Tensor, cap: float | None = None, scale: float | None = None) -> bool:
+    """Fit the logarithm of each head's pattern by its scores, a number for each query and one for each distance."""
     if cap is not None and scale is not None:
         scores = cap * torch.tanh(scores * scale / cap)
+    n_queries, n_keys = pattern.shape[1:]
+    distances = torch.arange(n_keys)[None] - torch.arange(n_queries)[:, None] + n_queries - 1
+    biases = torch.nn.functional.one_hot(distances, n_queries + n_keys - 1).double()  # of T5, ALiBi and the like
     for head_scores, head in zip(scores, pattern, strict=True):
-        seen = head > 1e-6
+        seen = head > _SMALLEST_WEIGHT
         seen &= seen.sum(1, keepdim=True) > 2
-        if int(seen.sum()) < 40:
+        if int(seen.sum()) < 2 * (n_queries + n_keys):
             return False
-        weight = seen.double()
+        weight = seen.double()[..., None]
         n = weight.sum(1, keepdim=True).clamp_min(1)
-        centred = [
-            (each - (each * weight).sum(1, keepdim=True) / n)[seen]
-            for each in (head_scores, torch.arange(head.shape[1]).double().expand_as(head), head.clamp_min(1e-30).log())
-        ]
-        columns, goal = torch.stack(centred[:2], 1), centred[2]
-        fitted = columns @ torch.linalg.lstsq(columns, goal[:, None]).solution[:, 0]
+        goal_QK1 = head.clamp_min(_SMALLEST_WEIGHT).log()[..., None]
+        each = torch.cat([head_scores[..., None], biases, goal_QK1], -1)
+        centred = (each - (each * weight).sum(1, keepdim=True) / n)[seen]
+        columns, goal = centred[:, :-1], centred[:, -1]
+        fitted = columns @ torch.linalg.lstsq(columns, goal[:, None], driver="gelsd").solution[:, 0]
         if float((fitted - goal).abs().max()) > 2e-3 * float(goal.abs().max().clamp_min(1e-3)):
             return False
     return True
@@ -494,24 +548,30 @@ def _middle_paths(model: PreTrainedModel, given: dict[str, list[Tensor]], block:
     return [path for path in (block, *inside) if path in given]
 
 
-def note_reasons(model: PreTrainedModel, record: Record, sites: dict[str, Any]) -> None:
+def note_reasons(
+    model: PreTrainedModel, record: Record, sites: Mapping[str, Any], stacks: Sequence[str] = ("",)
+) -> None:
     """Ask for every kind that is lacking, in whole or in a block; the message names type, site, cause and a way out."""
+    record.refusal = " ".join(_refusal(model, record, sites, f"{stack}." if stack else "") for stack in stacks)
+
+
+def _refusal(model: PreTrainedModel, record: Record, sites: Mapping[str, Any], prefix: str) -> str:
     lacking = []
     for kind in (*STREAM, *ATTENTION, "attn_out", "mlp_out", "mlp_act"):
-        missing = [layer for layer in range(record.n_blocks) if f"{kind}.{layer}" not in sites]
+        missing = [layer for layer in range(max(record.n_blocks, 1)) if f"{prefix}{kind}.{layer}" not in sites]
         if missing:
-            lacking.append(f"{kind}.{missing[0]}")
+            lacking.append(f"{prefix}{kind}.{missing[0]}")
     if not lacking:
-        return
+        return ""
     try:
         resolve_sites(model, lacking)
     except UnknownSiteError as error:
         text = str(error)
-        record.refusal = text
         names = (type(model).__name__, str(model.config.get_text_config().model_type), str(model.config.model_type))
         if not any(name in text for name in names):
             record.note_wrong("refusal", f"the message names no type: {text[:200]}")
         if "module:" not in text and "use " not in text.lower():
             record.note_wrong("refusal", f"the message says nothing that works: {text[:200]}")
-        return
+        return text
     record.note_wrong("refusal", f"{lacking[0]} is not offered, and not refused")
+    return ""

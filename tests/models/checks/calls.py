@@ -4,7 +4,9 @@ The call has one example. The sites of each stack of blocks (encoder and decoder
 read by `residua.tap`, and held against hidden states, attention weights, identities and the modules' own values.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
+from inspect import signature
 from typing import Any
 
 import torch
@@ -12,10 +14,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 import residua
+from residua.capture.sites.names_to_modules import resolve_sites
+from residua.capture.sites.towers import has_towers_only
 from residua.store.format.site_names import STACKS
-from tests.models.findings import Record
-from tests.models.language_checks import Checks
-from tests.models.truth import ModuleLog, eager, is_same
+from tests.models.checks.language import Checks, note_reasons
+from tests.models.checks.truth import ModuleLog, eager, is_same
+from tests.models.findings import Record, StackRecord
 
 _LARGE = frozenset(
     {"swin", "swinv2", "segformer", "pvt", "glpn", "levit", "hiera", "efficientnet", "convnext", "convnextv2", "bit"}
@@ -35,15 +39,23 @@ def call_of(model: PreTrainedModel, key: str) -> dict[str, Tensor]:
     name = named.get(key, model.main_input_name)
     shapes: dict[str, tuple[int, ...]] = {
         "input_values": (1, 1024, 128) if key == "audio-spectrogram-transformer" else (1, 3200),
-        "input_features": {"whisper": (1, 80, 3000), "wav2vec2-bert": (1, 64, 160)}.get(key, (1, 64, 80)),
+        "input_features": {
+            "whisper": (1, 80, 3000),
+            "wav2vec2-bert": (1, 64, 160),
+            "lasr_ctc": (1, 64, 128),
+        }.get(key, (1, 64, 80)),
     }
     side = 256 if key == "mobilevitv2" else 64 if key == "swin2sr" else 224 if key in _LARGE else 32
     shapes["pixel_values"] = (1, 4, 3, 32, 32) if key in _VIDEO else (1, 3, side, side)
+    shapes["pixel_values_videos"] = (1, 4, 3, 32, 32)
     if name not in shapes:
         raise ValueError(f"the sweep has no inputs for {name}")
     call = {name: torch.randn(shapes[name], generator=generator)}
-    if key in ("clip", "siglip"):
+    if "input_ids" in signature(model.forward).parameters and not model.config.is_encoder_decoder:
         call["input_ids"] = tokens[:, :7]
+    if key == "siglip2":  # its images are cut into patches before
+        call["pixel_values"] = torch.randn(1, 16, 192, generator=generator)
+        call |= {"pixel_attention_mask": torch.ones(1, 16), "spatial_shapes": torch.tensor([[4, 4]])}
     if key in ("whisper", "speech_to_text", "moonshine"):
         call["decoder_input_ids"] = tokens[:, 3:10]
     if key == "vit_mae":
@@ -58,36 +70,29 @@ def check_calls(model: PreTrainedModel, record: Record) -> None:
     with log.watching(), torch.no_grad():
         output = model(**call, output_hidden_states=True)
     record.runs = True
-    sites = record.attempt("sites", residua.model_sites, model) or {}
+    if has_towers_only(model):
+        sites = {}
+        for stack in ("text", "vision"):
+            sites |= record.attempt(f"{stack} sites", resolve_sites, model, f"{stack}.*") or {}
+    else:
+        sites = record.attempt("sites", residua.model_sites, model) or {}
     record.offer(sites)
     record.n_blocks = len(record.offered.get("resid_post", []))
     for stack in dict.fromkeys(info.site.stack for info in sites.values()):
         of_it = {name: info for name, info in sites.items() if info.site.stack == stack}
         record.attempt(f"sites of {stack or 'the stack'}", _check_stack, model, record, stack, of_it, call, output, log)
-    record.attempt("modules", _check_modules, model, record, call, log)
-
-
-class _StackRecord:
-    """Notes the findings about one stack under its name."""
-
-    def __init__(self, record: Record, stack: str, n_blocks: int) -> None:
-        self.n_blocks = n_blocks
-        self._record = record
-        self._prefix = f"{stack}." if stack else ""
-
-    def judge(self, kind: str, layer: int | None, good: bool, text: str, how: str) -> None:
-        """As `Record.judge`."""
-        self._record.judge(f"{self._prefix}{kind}", layer, good, text, how)
-
-    def remark(self, text: str) -> None:
-        """As `Record.remark`."""
-        self._record.remark(text)
+    record.attempt("modules", check_modules, model, record, call, log)
+    own = list(dict.fromkeys(info.site.stack for info in sites.values())) or [""]
+    if not has_towers_only(model):
+        record.attempt("reasons", note_reasons, model, record, sites, own)
 
 
 class _Values:
     """The rows of one stack, and what the model gives for them: what `Checks` asks rows and truth for."""
 
-    def __init__(self, values: Mapping[str, Tensor], hidden: Any, weights: Any, log: ModuleLog) -> None:
+    def __init__(
+        self, values: Mapping[str, Tensor], hidden: Any, weights: Any, log: ModuleLog, again: Callable[[], Tensor]
+    ) -> None:
         self.archives = [self]
         self.sites = tuple(values)
         self.hidden = [hidden]
@@ -96,6 +101,7 @@ class _Values:
         n = next((value.shape[1] for name, value in values.items() if name.startswith("resid_p")), 0)
         self.ids = [list(range(n))]
         self.logits: list[Tensor] = []
+        self.again = again
         self._values = values
 
     def __call__(self, _example: int, site: str) -> Tensor:
@@ -107,7 +113,7 @@ def _check_stack(
     record: Record,
     stack: str,
     sites: Mapping[str, Any],
-    call: Mapping[str, Tensor],
+    call: Mapping[str, Any],
     output: Any,
     log: ModuleLog,
 ) -> None:
@@ -125,15 +131,19 @@ def _check_stack(
     values = {name.removeprefix(f"{stack}."): value for name, value in kept.items()}
     infos = {name.removeprefix(f"{stack}."): info for name, info in sites.items()}
     n_blocks = len([name for name in infos if name.startswith("resid_post.")])
-    truth: Any = _Values(values, _of_stack(output, stack, "hidden_states"), weights, log)
-    noted: Any = _StackRecord(record, stack, n_blocks)
-    check = Checks(model, noted, infos, truth, truth)
-    check.residual()
-    check.patterns()
-    check.values()
-    check.acts()
-    if not any("cross_attn_out" in name for name in infos):  # a third part stands between the two
-        check.sums()
+    again = partial(_logits_of, model, call)
+    truth: Any = _Values(values, _of_stack(output, stack, "hidden_states"), weights, log, again)
+    noted = StackRecord(record, stack, n_blocks) if stack else record
+    check = Checks(model, noted, infos, truth, truth, prefix=f"{stack}." if stack else "")
+    check.all()
+
+
+def _logits_of(model: PreTrainedModel, call: Mapping[str, Any]) -> Tensor:
+    """Run a call once more, and return the first floating-point tensor of its output."""
+    with torch.no_grad():
+        output = model(**call)
+    named = ("logits", "logits_per_image", "last_hidden_state")
+    return next(found for name in named if isinstance(found := getattr(output, name, None), Tensor))
 
 
 def _of_stack(output: Any, stack: str, what: str) -> tuple[Tensor, ...] | None:
@@ -145,7 +155,7 @@ def _of_stack(output: Any, stack: str, what: str) -> tuple[Tensor, ...] | None:
     return None if found is None else tuple(found)
 
 
-def _check_modules(model: PreTrainedModel, record: Record, call: Mapping[str, Tensor], log: ModuleLog) -> None:
+def check_modules(model: PreTrainedModel, record: Record, call: Mapping[str, Any], log: ModuleLog) -> None:
     """The second member of each outermost list of modules gives what `residua.tap` reads there, and a change acts."""
     lists = [name for name, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m) > 1]
     outer = [name for name in lists if not any(name.startswith(f"{other}.") for other in lists)]
@@ -159,4 +169,4 @@ def _check_modules(model: PreTrainedModel, record: Record, call: Mapping[str, Te
             model(**call)
         good = name in kept and is_same(kept[name].float(), given[0].float())
         record.judge("module", None, good, f"{name} is not what the module gives", "module outputs")
-        record.n_modules += 1
+        record.count_modules(1)

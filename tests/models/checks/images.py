@@ -1,0 +1,159 @@
+"""What is checked of a model over images, and of the vision tower of a model over images and text: rows of patches.
+
+Each image also runs alone; the model's own hidden states and attention weights decide. A tower is asked for by the
+sites of the full model, and compared with what it gives by itself.
+"""
+
+import tempfile
+from collections.abc import Mapping
+from inspect import Parameter, signature
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import transformers as hf
+from PIL import Image
+from torch import Tensor
+from transformers import PreTrainedModel
+
+import residua
+from residua.capture.sites.names_to_modules import resolve_sites
+from tests.models.checks.calls import call_of, check_modules
+from tests.models.checks.language import Checks, Rows, note_reasons
+from tests.models.checks.truth import LOGITS, ModuleLog, difference, eager, states_of
+from tests.models.findings import Record, StackRecord
+
+_N_IMAGES = 3
+
+
+def takes_only_images(model: PreTrainedModel) -> bool:
+    """Return whether a model reads images, and nothing else is needed."""
+    takes = signature(model.forward).parameters
+    return "pixel_values" in takes and "input_ids" not in takes
+
+
+def needs_images(model: PreTrainedModel) -> bool:
+    """Return whether a model cannot be called without images."""
+    takes = signature(model.forward).parameters
+    compares = {"pixel_values", "return_loss"} <= set(takes)  # as CLIP does
+    return compares or ("pixel_values" in takes and takes["pixel_values"].default is Parameter.empty)
+
+
+def check_images(model: PreTrainedModel, record: Record) -> None:
+    """Check all that a model over images offers; what it lacks is noted with the reason that Residua gives."""
+    call = call_of(model, record.key)
+    log = ModuleLog(model)
+    with log.watching(), torch.no_grad():
+        model(**call)
+    record.runs = True
+    sites = record.attempt("sites", residua.model_sites, model) or {}
+    record.offer(sites)
+    record.n_blocks = len(record.offered.get("resid_post", []))
+    if sites:
+        record.attempt("images", _check_rows, model, model, record, record, sites, "")
+    record.attempt("modules", check_modules, model, record, call, log)
+    record.attempt("reasons", note_reasons, model, record, sites)
+
+
+def check_tower(model: PreTrainedModel, record: Record) -> None:
+    """Check the sites of the vision tower of a model over tokens and images, which are named ``vision.``."""
+    towers = [
+        module
+        for path, module in model.named_modules()
+        if path and isinstance(module, PreTrainedModel) and takes_only_images(module)
+    ]
+    if not towers:
+        return
+    tower = towers[0]
+    sites = resolve_sites(model, "vision.*")
+    record.offer(sites)
+    own = {name.removeprefix("vision."): info for name, info in sites.items()}
+    noted = StackRecord(record, "vision", sum(name.startswith("resid_post.") for name in own))
+    _check_rows(model, tower, record, noted, own, "vision.")
+
+
+class _ImageTruth:
+    """What a model gives for each image alone, as `tests.models.checks.truth.Truth` has it of tokens."""
+
+    def __init__(self, full: PreTrainedModel, model: PreTrainedModel, pixels: list[Tensor]) -> None:
+        self._model = model
+        self._pixels = pixels
+        outputs = [self._run(each, output_hidden_states=True) for each in pixels]
+        self.hidden = [states_of(output, "hidden_states") for output in outputs]
+        self.logits: list[Tensor] = []
+        self.log = ModuleLog(full)
+        with self.log.watching():
+            self._run(pixels[-1])
+        self.weights: list[Any] = [None] * len(pixels)
+        with eager(model):
+            found = [self._run(each, output_attentions=True) for each in pixels]
+            if all(difference(_result(f), _result(o)) <= LOGITS for f, o in zip(found, outputs, strict=True)):
+                self.weights = [states_of(output, "attentions") for output in found]
+        self.ids: list[list[int]] = []
+
+    def _run(self, pixels: Tensor, **options: Any) -> Any:
+        with torch.no_grad():
+            return self._model(pixel_values=pixels, **options)
+
+    def again(self) -> Tensor:
+        """Run the last image once more, and return the model's logits, or its last hidden state."""
+        return _result(self._run(self._pixels[-1]))
+
+
+def _result(output: Any) -> Tensor:
+    found = (getattr(output, name, None) for name in ("logits", "last_hidden_state", "predicted_depth"))
+    return next(each for each in found if isinstance(each, Tensor))
+
+
+class _TowerRows(Rows):
+    """Rows whose sites are named without their prefix."""
+
+    def __init__(self, archives: list[Any], prefix: str) -> None:
+        super().__init__(archives)
+        self._of = {name.removeprefix(prefix): archive for archive in archives for name in archive.sites}
+        self._prefix = prefix
+        self.archives = [self]
+        self.sites = tuple(self._of)
+
+    def example(self, number: int, site: str) -> dict[str, Any]:
+        """As an archive's own."""
+        name = f"{self._prefix}{site}"
+        return {site: self._of[site].example(number, name)[name]}
+
+
+def _check_rows(
+    full: PreTrainedModel,
+    model: PreTrainedModel,
+    record: Record,
+    noted: Record | StackRecord,
+    sites: Mapping[str, Any],
+    prefix: str,
+) -> None:
+    size = model.config.image_size
+    height, width = (size, size) if isinstance(size, int) else tuple(size)
+    processor: Any = hf.ViTImageProcessorPil(size={"height": height, "width": width})
+    random = np.random.default_rng(3)
+    images = [Image.fromarray(random.integers(0, 256, (height, width, 3), dtype=np.uint8)) for _ in range(_N_IMAGES)]
+    truth = _ImageTruth(full, model, [processor(image, return_tensors="pt")["pixel_values"] for image in images])
+    with tempfile.TemporaryDirectory() as folder:
+        archives = []
+        for kind, chosen in (
+            ("rows", [name for name in sites if not name.startswith("pattern.")]),
+            ("patterns", [name for name in sites if name.startswith("pattern.")]),
+        ):
+            if not chosen:
+                continue
+            result = residua.capture_dataset(
+                full,
+                [{"image": image} for image in images],
+                sites=",".join(f"{prefix}{name}" for name in chosen),
+                out=Path(folder) / kind,
+                processor=processor,
+            )
+            record.notes = list(dict.fromkeys([*record.notes, *result.notes]))
+            archives.append(result.archive)
+        rows = _TowerRows(archives, prefix)
+        n_positions = len(rows(0, next(iter(sites))))
+        truth.ids = [list(range(n_positions))] * _N_IMAGES
+        Checks(full, noted, sites, truth, rows, tapped=model).all()
