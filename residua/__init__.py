@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     from residua.analysis.stats.top import top
     from residua.capture.layout.parameters import full_parameter
     from residua.capture.recording.recorder import Recorder
-    from residua.capture.replay.replay import replay
     from residua.capture.sites.names_to_modules import model_sites
     from residua.capture.taps.tap import TapGroup, tap
     from residua.pipelines.capture.capture import capture_dataset
@@ -25,6 +24,8 @@ if TYPE_CHECKING:
     from residua.pipelines.circuits.patch import attribute, patch
     from residua.pipelines.replay.fidelity import fidelity
     from residua.pipelines.replay.replay import replay_dataset
+    from residua.pipelines.runs.replay import replay
+    from residua.pipelines.runs.run import run
     from residua.pipelines.setup.settings import CaptureSettings
     from residua.store.base.errors import ResiduaError
     from residua.store.edits.overlay import overlay
@@ -60,6 +61,7 @@ __all__ = [
     "replay",
     "replay_dataset",
     "reproduce",
+    "run",
     "stats",
     "tap",
     "top",
@@ -87,9 +89,10 @@ _HOMES = {
     "probe": "analysis.probes.probe:probe",
     "pull": "store.sharing.pull:pull",
     "push": "store.sharing.push:push",
-    "replay": "capture.replay.replay:replay",
+    "replay": "pipelines.runs.replay:replay",
     "replay_dataset": "pipelines.replay.replay:replay_dataset",
     "reproduce": "pipelines.capture.reproduce:reproduce",
+    "run": "pipelines.runs.run:run",
     "stats": "analysis.stats.stats:stats",
     "tap": "capture.taps.tap:tap",
     "top": "analysis.stats.top:top",

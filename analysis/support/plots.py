@@ -98,18 +98,59 @@ def heat_map(
     cells = np.asarray(values, np.float64)
     n_rows, n_columns = cells.shape
     figure, axes = _figure(min(14.0, 3.0 + 0.45 * n_columns), min(12.0, 1.8 + 0.38 * n_rows))
+    draw_cells(axes, cells, value_name=value_name, x_ticks=x_ticks, y_ticks=y_ticks, centred=centred)
+    _finish(figure, axes, path, title, x_name, y_name)
+
+
+def draw_cells(
+    axes: Axes,
+    values: npt.ArrayLike,
+    *,
+    value_name: str,
+    x_ticks: Sequence[str] | None = None,
+    y_ticks: Sequence[str] | None = None,
+    centred: bool = False,
+    texts: Sequence[Sequence[str]] | None = None,
+    every_tick: bool = False,
+) -> None:
+    """Draw a matrix as coloured cells into axes, the first row at the top.
+
+    Args:
+        axes: Axes to draw into.
+        values: (rows, columns); NaN stays white.
+        value_name: Name of the values, with their unit.
+        x_ticks: Names of the columns; their numbers if None.
+        y_ticks: Names of the rows; their numbers if None.
+        centred: Put zero in the middle of two colours, for values of both signs.
+        texts: What to write into each cell; by default its value, where the cells are few.
+        every_tick: Name each row and column, however many there are.
+    """
+    cells = np.asarray(values, np.float64)
+    n_rows, n_columns = cells.shape
     finite = np.abs(cells[np.isfinite(cells)])
     most = float(finite.max()) if finite.size else 1.0
     colours = "RdBu_r" if centred else "viridis"
     image = axes.imshow(
         cells, cmap=colours, aspect="auto", vmin=-most if centred else None, vmax=most if centred else None
     )
-    figure.colorbar(image, ax=axes, label=value_name)
-    axes.set_xticks(*_ticks(n_columns, x_ticks), rotation=90 if x_ticks and max(map(len, x_ticks)) > 3 else 0)
-    axes.set_yticks(*_ticks(n_rows, y_ticks))
-    if cells.size <= _MOST_CELLS_WITH_NUMBERS:
-        _write_numbers(axes, cells, image, centred=centred)
-    _finish(figure, axes, path, title, x_name, y_name)
+    axes.figure.colorbar(image, ax=axes, label=value_name)
+    x_most, y_most = (n_columns, n_rows) if every_tick else (_MOST_TICKS, _MOST_TICKS)
+    axes.set_xticks(*_ticks(n_columns, x_ticks, x_most), rotation=90 if x_ticks and max(map(len, x_ticks)) > 3 else 0)
+    axes.set_yticks(*_ticks(n_rows, y_ticks, y_most))
+    if texts is not None or cells.size <= _MOST_CELLS_WITH_NUMBERS:
+        form = ".2f" if 0.1 <= np.nanmax(np.abs(cells), initial=0.0) < 100 else ".2g"
+        numbers = [[f"{value:{form}}" for value in row] for row in cells]
+        _write_texts(axes, cells, image, numbers if texts is None else texts, centred=centred)
+
+
+def notebook_axes(ax: Axes | None, width: float, height: float) -> Axes:
+    """Return `ax`, or the axes of a new figure of pyplot, in inches, which a notebook shows."""
+    if ax is not None:
+        return ax
+    from matplotlib import pyplot as plt  # which chooses a backend when it is imported
+
+    _, axes = plt.subplots(figsize=(width, height), layout="constrained")
+    return axes
 
 
 def plot_norms(path: str | PathLike[str], positions: pa.Table) -> None:
@@ -207,20 +248,25 @@ def _finish(figure: Figure, axes: Axes, path: str | PathLike[str], title: str, x
     figure.savefig(path)
 
 
-def _ticks(count: int, names: Sequence[str] | None) -> tuple[list[int], list[str]]:
-    """Return evenly spaced indices below `count`, at most `_MOST_TICKS`, and their labels."""
-    places = list(range(0, count, -(-count // _MOST_TICKS)))
+def _ticks(count: int, names: Sequence[str] | None, most: int = _MOST_TICKS) -> tuple[list[int], list[str]]:
+    """Return evenly spaced indices below `count`, at most `most`, and their labels."""
+    places = list(range(0, count, -(-count // most)))
     return places, [str(place) if names is None else names[place] for place in places]
 
 
-def _write_numbers(axes: Axes, cells: npt.NDArray[np.float64], image: AxesImage, *, centred: bool) -> None:
-    """Write each value into its cell, in black on light colours and in white on dark ones."""
+def _write_texts(
+    axes: Axes,
+    cells: npt.NDArray[np.float64],
+    image: AxesImage,
+    texts: Sequence[Sequence[str]],
+    *,
+    centred: bool,
+) -> None:
+    """Write a text into each cell, in black on light colours and in white on dark ones."""
     shades = np.ma.filled(image.norm(cells), 0.0)
-    form = ".2f" if 0.1 <= np.nanmax(np.abs(cells), initial=0.0) < 100 else ".2g"
     for (row, column), value in np.ndenumerate(cells):
         if np.isfinite(value):
             shade = shades[row, column]
             dark = abs(shade - 0.5) > 0.35 if centred else shade < 0.6
-            axes.text(
-                column, row, f"{value:{form}}", ha="center", va="center", fontsize=7, color="white" if dark else "black"
-            )
+            colour = "white" if dark else "black"
+            axes.text(column, row, texts[row][column], ha="center", va="center", fontsize=7, color=colour)

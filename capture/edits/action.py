@@ -6,16 +6,22 @@ of an archive that edits and replays bring into the model.
 Legend: `N` chosen rows, `B` examples in the batch, `T` padded positions.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Protocol
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from residua.capture.buffers.row_index import Indices
+from residua.capture.hooks.site import SiteInfo
 from residua.capture.runtime.collectives import is_alone
 from residua.store.base.errors import PlanError
+from residua.store.edits.archive_values import mean_rows
+from residua.store.examples.memory import ExampleSource
 from residua.store.read.archive import Archive
 
 _MAX_PREFETCHED = 8  # batches times sites
@@ -49,6 +55,32 @@ Action = Callable[[ChosenRows], Change]
 """From the rows to change to the change; reads or refuses what the change needs for these rows."""
 
 
+class SiteRows(Protocol):
+    """Rows that edits bring into the model: those of an archive, or of a run without its edits."""
+
+    @property
+    def source(self) -> ExampleSource:
+        """The archive or run whose examples they belong to."""
+
+    def require_site(self, info: SiteInfo, /) -> None:
+        """Raise PlanError unless there are rows of a site, of the shape that the model has there."""
+
+    def require(self, site: str, rows: Indices, dtype: torch.dtype, /) -> None:
+        """Check, before the model runs, that these rows can go into a model of this type."""
+
+    def read(self, site: str, rows: Indices, /) -> Tensor:
+        """Return rows of a site, (rows, *row)."""
+
+    def means(self, site: str, classes: Sequence[Sequence[int] | None], /) -> "list[npt.NDArray[np.float64] | None]":
+        """Return the mean of the rows of each class of examples, as `mean_rows` does."""
+
+    def prefetch(self, site: str, rows: Indices, /) -> None:
+        """Start to read rows that `read` will be asked for."""
+
+    def close(self) -> None:
+        """Let go of what was read ahead."""
+
+
 class StoredRows:
     """Reads rows of an archive as CPU tensors of the stored type, on request or ahead of time in a thread.
 
@@ -64,6 +96,27 @@ class StoredRows:
         self.archive = archive
         self._pool: ThreadPoolExecutor | None = None
         self._prefetched: dict[tuple[str, bytes], Future[Tensor]] = {}
+
+    @property
+    def source(self) -> Archive:
+        """The archive."""
+        return self.archive
+
+    def require_site(self, info: SiteInfo) -> None:
+        """Raise PlanError unless the archive stores a site, in rows of the shape that the model has there."""
+        if info.name not in self.archive.sites:
+            raise PlanError(
+                f"{self.archive.place} does not store {info.name}; it stores {', '.join(self.archive.sites)}"
+            )
+        shape = self.archive[info.name].shape[1:]
+        if shape != info.row_shape:
+            raise PlanError(
+                f"{self.archive.place} has rows of shape {shape} at {info.name}, the model {info.row_shape}"
+            )
+
+    def means(self, site: str, classes: Sequence[Sequence[int] | None]) -> list[npt.NDArray[np.float64] | None]:
+        """Return the mean of the captured rows of each class of examples, as `mean_rows` does."""
+        return mean_rows(self.archive, site, classes)
 
     def read(self, site: str, rows: Indices) -> Tensor:
         """Return rows of a site, (rows, *row); a prefetched result is used once."""
@@ -122,11 +175,11 @@ class EditContext:
     """What an action needs besides the edit and the site.
 
     Attributes:
-        stored: Rows of the archive.
+        stored: Rows of the archive, or of the run without edits.
         dtype: The type of the site's tensor in the model.
     """
 
-    stored: StoredRows
+    stored: SiteRows
     dtype: torch.dtype
 
 

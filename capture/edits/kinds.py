@@ -20,12 +20,21 @@ import torch
 from torch import Tensor
 
 from residua.capture.buffers.row_index import Indices
-from residua.capture.edits.action import Action, Change, ChosenRows, EditContext, StoredRows, dtype_name, widen
+from residua.capture.edits.action import (
+    Action,
+    Change,
+    ChosenRows,
+    EditContext,
+    SiteRows,
+    StoredRows,
+    dtype_name,
+    widen,
+)
 from residua.capture.hooks.site import SiteInfo
 from residua.capture.runtime.collectives import is_alone
 from residua.store.base.canonical import digest_of
 from residua.store.base.errors import NotCapturedError, PlanError
-from residua.store.edits.archive_values import class_members, column_classes, mean_row, mean_rows
+from residua.store.edits.archive_values import class_members, column_classes
 from residua.store.edits.edit import (
     Add,
     Edit,
@@ -149,10 +158,10 @@ def _function(edit: Function, info: SiteInfo, _context: EditContext) -> Action:
 class _ClassMeans:
     """Mean rows of the classes of a column: of all classes in one pass, or, if they take too much, of a batch's."""
 
-    def __init__(self, archive: Archive, site: str, column: str) -> None:
-        self._archive, self._site, self._column = archive, site, column
-        self._members = class_members(archive, column)
-        self._most = max(1, _MOST_MEAN_BYTES // (8 * prod(archive[site].shape[1:])))
+    def __init__(self, rows: SiteRows, info: SiteInfo, column: str) -> None:
+        self._rows, self._site, self._column = rows, info.name, column
+        self._members = class_members(rows.source.example_table, column)
+        self._most = max(1, _MOST_MEAN_BYTES // (8 * prod(_row_shape(info))))
         self._found: dict[Value, Floats | None] = {}
 
     def __call__(self, keys: Sequence[Value]) -> dict[Value, Floats | None]:
@@ -164,32 +173,33 @@ class _ClassMeans:
         for key in keys:
             if key not in self._members:
                 raise PlanError(
-                    f"the mean of rows with {self._column} == {key!r} was asked for, and {self._archive.place} has no "
-                    "such example"
+                    f"the mean of rows with {self._column} == {key!r} was asked for, and {self._rows.source.place} "
+                    "has no such example"
                 )
         if not all(key in self._found for key in keys):
             wanted = list(self._members) if len(self._members) <= self._most else keys
             examples = [self._members[key] for key in wanted]
-            self._found = dict(zip(wanted, mean_rows(self._archive, self._site, examples), strict=True))
+            self._found = dict(zip(wanted, self._rows.means(self._site, examples), strict=True))
         return {key: self._found[key] for key in keys}
 
 
 def _mean(edit: Mean, info: SiteInfo, context: EditContext) -> Action:
     """Compute the mean in float64 and round it to the model's type."""
-    other = None if edit.archive is None else open_archive(edit.archive)
-    archive = context.stored.archive if other is None else other
-    _require_site(archive, info)
+    rows = context.stored if edit.archive is None else StoredRows(open_archive(edit.archive))
+    rows.require_site(info)
     if edit.column is None:
-        return _fill(_row_value(mean_row(archive, info.name), info, context.dtype, "the mean"))
-    classes, means_of = (
-        column_classes(context.stored.archive, edit.column),
-        _ClassMeans(archive, info.name, edit.column),
-    )
+        (found,) = rows.means(info.name, [None])
+        if found is None:
+            raise NotCapturedError(f"{rows.source.place} has no captured row of {info.name} to take the mean of")
+        return _fill(_row_value(found, info, context.dtype, "the mean"))
+    classes = column_classes(context.stored.source.example_table, edit.column)
+    means_of = _ClassMeans(rows, info, edit.column)
 
     def mean(key: Value, row: Floats | None) -> Tensor:
         what = f"the mean of rows with {edit.column} == {key!r}"
         if row is None:
-            raise NotCapturedError(f"{what}: {archive.place} has no captured row of {info.name} to take the mean of")
+            place = rows.source.place
+            raise NotCapturedError(f"{what}: {place} has no captured row of {info.name} to take the mean of")
         return _row_value(row, info, context.dtype, what)
 
     def act(chosen: ChosenRows) -> Change:
@@ -197,7 +207,7 @@ def _mean(edit: Mean, info: SiteInfo, context: EditContext) -> Action:
         class_index = {key: index for index, key in enumerate(dict.fromkeys(keys))}
         means = torch.stack([mean(key, row) for key, row in means_of(list(class_index)).items()])
         index = torch.tensor([class_index[key] for key in keys])
-        return lambda rows: means[index].to(rows)
+        return lambda old: means[index].to(old)
 
     return act
 
@@ -208,10 +218,10 @@ def _swap(edit: Swap, info: SiteInfo, context: EditContext) -> Action:
 
 
 def _stored_rows(
-    source: StoredRows, info: SiteInfo, dtype: torch.dtype, rows_of: Callable[[ChosenRows], Indices]
+    source: SiteRows, info: SiteInfo, dtype: torch.dtype, rows_of: Callable[[ChosenRows], Indices]
 ) -> Action:
     """Replace rows by stored ones; only the process that has the site reads them."""
-    _require_site(source.archive, info)
+    source.require_site(info)
 
     def act(chosen: ChosenRows) -> Change:
         numbers = rows_of(chosen)
@@ -223,8 +233,11 @@ def _stored_rows(
 
 def _from_overlay(edit: FromOverlay, info: SiteInfo, context: EditContext) -> Action:
     """Put in the rows that the overlay has; other rows stay."""
+    source = context.stored.source
+    if not isinstance(source, Archive):
+        raise PlanError(f"an overlay holds rows of an archive, and {source.place} has none: replay the archive")
     try:
-        overlay = Overlay(edit.overlay, context.stored.archive)
+        overlay = Overlay(edit.overlay, source)
     except FileNotFoundError as error:
         raise PlanError(str(error)) from error
     _ = overlay[info.name]  # raises if the overlay lacks the site
@@ -292,14 +305,6 @@ def open_archive(path: Path) -> Archive:
         return Archive(path)
     except FileNotFoundError as error:
         raise PlanError(f"there is no archive at {path}") from error
-
-
-def _require_site(archive: Archive, info: SiteInfo) -> None:
-    if info.name not in archive.sites:
-        raise PlanError(f"{archive.place} does not store {info.name}; it stores {', '.join(archive.sites)}")
-    shape = archive[info.name].shape[1:]
-    if shape != info.row_shape:
-        raise PlanError(f"{archive.place} has rows of shape {shape} at {info.name}, the model {info.row_shape}")
 
 
 def _always(change: Change) -> Action:

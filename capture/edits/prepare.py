@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from residua.capture.buffers.host_buffers import torch_dtype
 from residua.capture.buffers.row_index import ExampleRows, Indices
-from residua.capture.edits.action import Action, Change, ChosenRows, EditContext, Step, StoredRows, dtype_name
+from residua.capture.edits.action import Action, Change, ChosenRows, EditContext, SiteRows, Step, dtype_name
 from residua.capture.edits.kinds import ACTIONS, open_archive
 from residua.capture.forward.plan_batch import PlanBatch
 from residua.capture.hooks.site import SiteInfo
@@ -25,14 +25,14 @@ from residua.capture.sites.reference_model import unsharded_sites
 from residua.store.base.errors import PlanError, ResiduaError
 from residua.store.edits.archive_values import check_edit
 from residua.store.edits.edit import Edit, Function, Mean, Scale, Swap, Zero
-from residua.store.read.archive import Archive
+from residua.store.examples.memory import ExampleSource
 from residua.store.selection.tokens import TokenSelector
 
 
 def prepare_edits(
-    edits: Sequence[Edit], model: nn.Module, stored: StoredRows, selector: TokenSelector
+    edits: Sequence[Edit], model: nn.Module, stored: SiteRows, selector: TokenSelector
 ) -> list["PreparedEdit"]:
-    """Check edits against a model and an archive, and prepare what they do.
+    """Check edits against a model and an archive or run, and prepare what they do.
 
     Raises:
         PlanError: An edit does not fit; the message says which.
@@ -41,9 +41,9 @@ def prepare_edits(
     """
     prepared = []
     for number, edit in enumerate(edits, start=1):
-        with _naming(f"edit {number} ({edit.kind})"):
+        with naming_edit(number, edit):
             other = edit.archive if isinstance(edit, Swap | Mean) else None
-            source = stored.archive if other is None else open_archive(other)
+            source: ExampleSource = stored.source if other is None else open_archive(other)
             check_edit(edit, selector, source.example_table)
             infos = unsharded_sites(model, list(edit.sites))
             actions = {name: _action(edit, info, stored) for name, info in infos.items()}
@@ -53,7 +53,7 @@ def prepare_edits(
     return prepared
 
 
-def _action(edit: Edit, info: SiteInfo, stored: StoredRows) -> Action:
+def _action(edit: Edit, info: SiteInfo, stored: SiteRows) -> Action:
     """Return what an edit does at a site, limited to the heads and channels that it names."""
     if not info.per_token or info.row_shape is None or info.dtype is None or info.site.top is not None:
         raise PlanError(f"{info.name} does not hold one entry per token that could be changed; choose another site")
@@ -106,7 +106,7 @@ class PreparedEdit:
         actions: From site to action.
         infos: From site to what is known of it.
         selector: The examples that the edit refers to.
-        source: The archive that its rows come from, if it brings any.
+        source: The archive or run that its rows come from, if it brings any.
     """
 
     edit: Edit
@@ -114,7 +114,7 @@ class PreparedEdit:
     actions: Mapping[str, Action]
     infos: Mapping[str, SiteInfo]
     selector: TokenSelector
-    source: Archive
+    source: ExampleSource
 
     def choose(self, batch: PlanBatch) -> ChosenRows:
         """Return the rows of a batch that the edit changes.
@@ -178,7 +178,7 @@ class PreparedEdit:
 
     def step(self, name: str, chosen: ChosenRows) -> Step:
         """Return the change at one site; `chosen` holds at least one row."""
-        with _naming(f"edit {self.number} ({self.edit.kind} at {name})"):
+        with naming_edit(self.number, self.edit, f" at {name}"):
             change = self.actions[name](chosen)
 
         def step(tensor: Tensor) -> Tensor:
@@ -202,12 +202,12 @@ class PreparedEdit:
 
 
 @contextmanager
-def _naming(edit: str) -> Iterator[None]:
-    """Put the name of an edit in front of the message of an error."""
+def naming_edit(number: int, edit: Edit, at: str = "") -> Iterator[None]:
+    """Put the number and kind of an edit in front of the message of an error."""
     try:
         yield
     except ResiduaError as error:
-        raise type(error)(f"{edit}: {error}") from error
+        raise type(error)(f"edit {number} ({edit.kind}{at}): {error}") from error
 
 
 def _with_partner(edit: Swap, example: int, tokens: Indices) -> Indices:

@@ -13,7 +13,7 @@ from residua.capture.forward.example_inputs import ExampleInputs, InputSource, j
 from residua.capture.forward.inputs import PaddedBatch, padded_batch
 from residua.store.base.errors import CaptureError
 from residua.store.examples.index import SOURCE_IDS
-from residua.store.examples.table import ExampleTable
+from residua.store.examples.memory import Examples
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,22 +60,29 @@ def _cut(padded: PaddedBatch, examples: slice) -> PaddedBatch:
 
 def one_by_one(batch: PlanBatch) -> list[PlanBatch]:
     """Return each example of a batch as a batch of its own, without padding."""
-    found = []
-    for number, example in enumerate(batch.rows):
-        span = slice(int(example.padded[0]), int(example.padded[-1]) + 1)
-        padded = PaddedBatch(
-            input_ids=batch.padded.input_ids[number : number + 1, span],
-            attention_mask=batch.padded.attention_mask[number : number + 1, span],
-        )
-        inputs = {name: tensor[number : number + 1] for name, tensor in batch.inputs.items()}
-        cut = {name: tensor if tensor.ndim == 1 else tensor[:, span] for name, tensor in inputs.items()}
-        rows = [replace(example, padded=example.padded - span.start)]
-        found.append(PlanBatch(padded=padded, rows=rows, inputs=cut))
-    return found
+    return [some_of(batch, [number]) for number in range(len(batch.rows))]
+
+
+def some_of(batch: PlanBatch, places: Sequence[int]) -> PlanBatch:
+    """Return some examples of a batch, by their places in it, as a batch that is padded to the longest of them."""
+    chosen = [batch.rows[place] for place in places]
+    span = slice(
+        min(int(example.padded[0]) for example in chosen), max(int(example.padded[-1]) for example in chosen) + 1
+    )
+    index = torch.tensor(list(places), device=batch.padded.input_ids.device)
+    padded = PaddedBatch(
+        input_ids=batch.padded.input_ids[index, span], attention_mask=batch.padded.attention_mask[index, span]
+    )
+    inputs = {name: tensor[index] for name, tensor in batch.inputs.items()}
+    return PlanBatch(
+        padded=padded,
+        rows=[replace(example, padded=example.padded - span.start) for example in chosen],
+        inputs={name: tensor if tensor.ndim == 1 else tensor[:, span] for name, tensor in inputs.items()},
+    )
 
 
 def plan_batch(
-    table: ExampleTable, examples: Sequence[int], *, side: Literal["left", "right"], device: torch.device
+    table: Examples, examples: Sequence[int], *, side: Literal["left", "right"], device: torch.device
 ) -> PlanBatch:
     """Return the batch of `examples` in the order given, padded on `side`, as tensors on `device`."""
     contents = table.batch(examples)
@@ -98,7 +105,7 @@ def plan_batch(
 
 
 def batches_with_inputs(
-    table: ExampleTable, examples: Sequence[int], source: InputSource, *, device: torch.device, dtype: torch.dtype
+    table: Examples, examples: Sequence[int], source: InputSource, *, device: torch.device, dtype: torch.dtype
 ) -> list[PlanBatch]:
     """Return the examples of a batch as one batch for each kind of inputs beside tokens, padded on the right.
 

@@ -23,13 +23,13 @@ from residua.capture.runtime.collectives import all_gather_objects, on_rank
 from residua.capture.runtime.pipeline_schedule import stage_model_of
 from residua.capture.runtime.process_groups import pipeline_group, tensor_parallel_group
 from residua.capture.runtime.sharded import frees_gathered
-from residua.capture.runtime.wrappers import layer_inside, named_modules
+from residua.capture.runtime.wrappers import core_of, layer_inside, named_modules
 from residua.capture.sites.anatomy import Anatomy
 from residua.capture.sites.architectures import Family
 from residua.capture.sites.pipeline_stages import target_of
 from residua.capture.sites.reference_model import unsharded_anatomy
 from residua.capture.taps.tap import tap
-from residua.store.base.errors import CaptureError
+from residua.store.base.errors import CaptureError, PlanError
 from residua.store.format.sidecars import CONFIG_FILE, LM_HEAD_FILE, PARAMETERS_FILE, Activation, LMHeadSpec
 from residua.store.storage.crc import Buffer
 
@@ -48,6 +48,24 @@ def lm_head_files(model: nn.Module) -> dict[str, list[Buffer]]:
     found = [_files(model) if dist.get_rank(stages) == last else {}]
     dist.broadcast_object_list(found, group=stages, group_src=last)
     return found[0]
+
+
+def lm_head_of(model: nn.Module) -> tuple[LMHeadSpec, dict[str, Tensor]]:
+    """Return what the files of the LM head say: how it is applied, and its parameters by name, on the CPU.
+
+    The model runs over a few tokens, to prove it. A collective of all processes that hold the model.
+
+    Raises:
+        PlanError: The head is not known, or not in this process.
+        CaptureError: There is no memory to run the model.
+    """
+    anatomy, problem = unsharded_anatomy(model), lm_head_problem(model)
+    if problem or anatomy is None or anatomy.family is None:
+        raise PlanError(f"the LM head of {type(core_of(model)).__name__} is not known: {problem}")
+    if pipeline_group(model) is not None:
+        raise PlanError("the model is a pipeline of several processes, and the LM head is in the last of them only")
+    spec, modules = _described(anatomy, anatomy.family)
+    return spec, _tensors(model, anatomy, modules)
 
 
 def lm_head_problem(model: nn.Module, few: FewTokens | None = None) -> str:

@@ -21,7 +21,7 @@ from residua.capture.layout.local_shards import LocalShards
 from residua.capture.layout.process_layout import ProcessLayout
 from residua.capture.recording.row_writer import RowWriter
 from residua.capture.recording.stats import RecordStats
-from residua.capture.replay.engine import CapturedReplay
+from residua.capture.replay.captured import CapturedReplay
 from residua.capture.runtime.collectives import in_step
 from residua.capture.runtime.devices import runs_on_cuda
 from residua.capture.scheduling.work_queue import Run, WorkQueue, runs_of

@@ -1,9 +1,8 @@
-"""How a replay runs: batches of an archive's examples through the model, from stored rows and with edits.
+"""How runs and replays run: batches of examples through the model, from stored rows if there are any, with edits.
 
 `Replayer` checks and resolves everything that does not depend on the batch, once. `Replayer.changing` is one replay
 pass: while the model runs inside, stored rows go in, edits apply and skipped blocks do nothing; leaving takes away
-exactly what was attached. `Replayer.run` makes a pass and returns logits and rows. `CapturedReplay` is the same pass
-for `record`, whose taps capture what follows.
+exactly what was attached. `Replayer.run` makes a pass and returns logits and rows.
 
 Legend: `B` examples in the batch, `T` padded positions, `H` heads, `K` keys, `V` vocabulary.
 """
@@ -13,7 +12,6 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Literal, TypeVar
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -24,16 +22,17 @@ from transformers import PreTrainedModel
 
 from residua.capture.buffers.host_buffers import torch_dtype
 from residua.capture.buffers.row_index import Indices, batch_rows
-from residua.capture.edits.action import Step, StoredRows, refuse_overflow
+from residua.capture.edits.action import SiteRows, Step, StoredRows, refuse_overflow
 from residua.capture.edits.prepare import prepare_edits, with_rows
 from residua.capture.forward.inputs import forward_kwargs
-from residua.capture.forward.plan_batch import PlanBatch, microbatches, one_by_one, plan_batch
+from residua.capture.forward.plan_batch import PlanBatch, microbatches, one_by_one, plan_batch, some_of
 from residua.capture.hooks.attention import eager_where_needed
 from residua.capture.hooks.site import SiteInfo
 from residua.capture.identity.padding import RAN_ALONE, padding_leaks
 from residua.capture.identity.prediction import no_loss, prediction_of, token_logits
 from residua.capture.identity.provenance import ModelCheck, check_model
 from residua.capture.replay.notes import Reach, attention_notes, batch_note, reach_notes, storage_notes
+from residua.capture.replay.prompts import Prompts
 from residua.capture.replay.recorded_inputs import RecordedInputs
 from residua.capture.replay.start import Skip, skip_for, skipping, start_of
 from residua.capture.runtime.collectives import all_gather_objects, on_rank
@@ -46,12 +45,10 @@ from residua.capture.sites.anatomy import Anatomy, n_logits_of
 from residua.capture.sites.pipeline_stages import target_of
 from residua.capture.sites.reference_model import unsharded_anatomy, unsharded_sites
 from residua.capture.taps.pipeline_gradients import end_here
-from residua.capture.taps.reading import Taps
 from residua.capture.taps.tap import tap
 from residua.store.base.errors import CaptureError, NotCapturedError, PlanError, few
 from residua.store.base.naming import named
 from residua.store.edits.edit import Edit
-from residua.store.examples.schedule import Batch
 from residua.store.read.archive import Archive, refuse_stack
 from residua.store.selection.tokens import TokenSelector
 
@@ -94,27 +91,29 @@ class Pass:
 
 
 class Replayer:
-    """Replays batches of one archive with one model, start and list of edits.
+    """Runs batches of one archive, or of prompts, with one model, start and list of edits.
 
     Args:
-        model: The model that was captured, in evaluation mode; it may be wrapped and spread over processes.
-        archive: The archive.
+        model: The model, in evaluation mode; it may be wrapped and spread over processes. With an archive, the model
+            that was captured.
+        source: The archive, or the prompts of a run.
         at: Sites whose stored rows go in; without any, the model runs in full.
         edits: The edits, in order.
         force: Accept a model that is not the captured one, and examples whose further inputs are not stored.
         inputs: Further inputs of the model, by name, for the examples of a batch in their order.
         tensor_parallel: As for `tap`.
         checked: The result of comparing the model with the archive, if that was done already.
+        stored: Rows for edits that bring some in: those of the archive unless given; prompts need them.
 
     Attributes:
-        archive: The archive.
-        stored: Its rows.
+        source: The archive or the prompts.
+        stored: The rows that go in, and those that edits bring in.
         edits: The prepared edits.
         model: The model as it was given.
         group: `tensor_parallel`.
         recorded: What examples were recorded with beside tokens and mask.
         start: Where the stored rows go in.
-        checked: The result of comparing the model with the archive.
+        checked: The result of comparing the model with the archive; None for prompts.
         gives_example_logits: Whether the model is a classifier of whole examples.
         notes: What a reader of the results has to know, one sentence each.
 
@@ -126,7 +125,7 @@ class Replayer:
     def __init__(
         self,
         model: nn.Module,
-        archive: Archive,
+        source: Archive | Prompts,
         *,
         at: str | Iterable[str] | None = None,
         edits: Sequence[Edit] = (),
@@ -134,35 +133,50 @@ class Replayer:
         tensor_parallel: ProcessGroup | DeviceMesh | None = None,
         inputs: Mapping[str, Tensor] | None = None,
         checked: ModelCheck | None = None,
+        stored: SiteRows | None = None,
     ) -> None:
-        refuse_stack(archive, "a replay")
-        self.archive = archive
-        self.stored = StoredRows(archive)
+        archive = source if isinstance(source, Archive) else None
+        if archive is not None:
+            refuse_stack(archive, "a replay")
+        self.source = source
+        self.stored: SiteRows = stored or StoredRows(self.archive)
         self.model = model
         self.group = tensor_parallel
         self._anatomy = _language_model(model)
         self.recorded = RecordedInputs(archive, self._anatomy.model, given=inputs, force=force)
         places = [] if at is None else [at] if isinstance(at, str) else list(at)
-        self.start = start_of(archive.select(places) if places else (), self._anatomy)
+        self.start = start_of(self.archive.select(places) if places else (), self._anatomy)
         self._infos: dict[str, SiteInfo] = {}
         infos = self.infos(self.start.sites)
         split_over = tensor_parallel_group(self.core, tensor_parallel)
         is_owner = split_over is None or dist.get_rank(split_over) == 0
         self._read_here = frozenset(target_of(model).here(infos)) if is_owner else frozenset()
         for name, info in infos.items():
-            _check_injection(archive, name, info)
-        self.edits = prepare_edits(edits, self.core, self.stored, TokenSelector(archive))
+            _check_injection(self.archive, name, info)
+        self.edits = prepare_edits(edits, self.core, self.stored, TokenSelector(source))
         for edit in self.edits:
             self._infos |= edit.infos
             for name in edit.actions:
                 self.refuse_below(name, f"edit {edit.number} ({edit.edit.kind} at {name})")
-        self.checked = check_model(archive, model, force=force) if checked is None else checked
+        self.checked = check_model(archive, model, force=force) if archive is not None and checked is None else checked
         if is_sharded(model):
             padding_leaks(model)  # now, when all workers are here: their batches may differ
         self.gives_example_logits = _gives_example_logits(model, self.core)
         self._edited_infos = [info for edit in self.edits for info in edit.infos.values()]
-        notes = [*self.checked.notes, *self.recorded.notes, *storage_notes(archive, infos, self.edits)]
+        checked_notes = () if self.checked is None else self.checked.notes
+        notes = [*checked_notes, *self.recorded.notes, *storage_notes(source, infos, self.edits)]
         self.notes = tuple(dict.fromkeys([*notes, *attention_notes(self.core, self._edited_infos)]))
+
+    @property
+    def archive(self) -> Archive:
+        """The archive.
+
+        Raises:
+            PlanError: The examples are those of a run.
+        """
+        if not isinstance(self.source, Archive):
+            raise PlanError("rows of an archive were asked for, and a run has none: capture, and replay the archive")
+        return self.source
 
     @property
     def core(self) -> PreTrainedModel:
@@ -173,6 +187,11 @@ class Replayer:
     def changed_sites(self) -> tuple[str, ...]:
         """The sites that take stored rows, and those that are edited."""
         return (*self.start.sites, *(name for edit in self.edits for name in edit.actions))
+
+    @property
+    def predicts_next(self) -> bool:
+        """Whether the model's logits predict the next token; some models run to find out, on all processes."""
+        return not no_loss(self.model, prediction_of(self.model))
 
     def require_loss(self) -> None:
         """Raise PlanError if the model's logits do not predict the next token."""
@@ -216,17 +235,19 @@ class Replayer:
             PlanError: No example is named, one does not exist, or one was recorded with inputs that are not stored.
             NotCapturedError: The archive is still being recorded, and an example is not complete yet.
         """
-        table = self.archive.example_table
+        table = self.source.example_table
         wrong = [number for number in examples if not 0 <= number < len(table)]
         if wrong or not examples:
-            raise PlanError(f"examples {wrong[:3]}: the archive has {len(table):,}, counted from 0; name at least one")
+            raise PlanError(
+                f"examples {wrong[:3]}: {self.source.place} has {len(table):,}, counted from 0; name at least one"
+            )
         self.recorded.require(examples)
-        side = padding or self.archive.plan.padding
+        side = padding or (self.source.plan.padding if isinstance(self.source, Archive) else "right")
         batch = plan_batch(table, examples, side=side, device=input_device(self.core))
         if self.gives_example_logits:
             batch = _padded_with(batch, getattr(self.core.config, "pad_token_id", None))
         for example in batch.rows:
-            if example.first_row + len(example.positions) > self.archive.n_rows:
+            if example.first_row + len(example.positions) > self.source.n_rows:
                 raise NotCapturedError(
                     f"example {example.example} is not captured completely yet: choose an earlier one"
                 )
@@ -277,8 +298,14 @@ class Replayer:
             PlanError: Gradients are asked for, which need one pass, and there would have to be several.
         """
         n_lengths = len({len(example.input_ids) for example in batch.rows})
-        ran_alone = self.archive.plan.batch_tokens == 1
-        if len(batch.rows) == 1 or (n_lengths == 1 and (grad or not ran_alone)):
+        ran_alone = isinstance(self.source, Archive) and self.source.plan.batch_tokens == 1
+        if len(batch.rows) == 1:
+            return [batch]
+        groups = self.groups(batch)
+        if len(groups) > 1:
+            self._refuse_groups(groups, grad=grad)
+            return [one for group in groups for one in self.passes(group)]
+        if n_lengths == 1 and (grad or not ran_alone):
             return [batch]
         if not padding_leaks(self.model) and not (self.gives_example_logits and not _marks_padding(self.core, batch)):
             return [batch]
@@ -295,11 +322,36 @@ class Replayer:
             )
         return one_by_one(batch)
 
+    def groups(self, batch: PlanBatch) -> list[PlanBatch]:
+        """Return the batches that prompts run in, each padded to its longest; those of an archive run in one."""
+        if not isinstance(self.source, Prompts):
+            return [batch]
+        place_of = {example.example: place for place, example in enumerate(batch.rows)}
+        groups = ([place_of[number] for number in numbers if number in place_of] for numbers in self.source.batches)
+        found = [places for places in groups if places]
+        return [batch] if len(found) == 1 else [some_of(batch, places) for places in found]
+
+    def _refuse_groups(self, groups: Sequence[PlanBatch], *, grad: bool) -> None:
+        if grad:
+            raise PlanError(
+                f"gradients need one forward pass, and the examples run in {len(groups)}: raise {named('batch_tokens')}"
+                ", or give fewer examples"
+            )
+        if self.recorded.given:
+            raise PlanError(
+                f"{few(list(self.recorded.given))} was given for all examples, and they run in {len(groups)} batches: "
+                f"raise {named('batch_tokens')}, or give fewer examples"
+            )
+
     def batch_notes(self, batch: PlanBatch) -> dict[str, str]:
         """Return, by kind, how the passes of `batch` differ from the capture's, and whether its examples run alone."""
         passes = self.passes(batch)
-        others = (batch_note(self.archive, [example.example for example in one.rows]) for one in passes)
-        notes = {"other batch": next(filter(None, others), ""), "alone": RAN_ALONE if len(passes) > 1 else ""}
+        if isinstance(self.source, Prompts):
+            other = ""
+        else:
+            others = [batch_note(self.source, [example.example for example in one.rows]) for one in passes]
+            other = next(filter(None, others), "")
+        notes = {"other batch": other, "alone": RAN_ALONE if len(passes) > len(self.groups(batch)) else ""}
         return {kind: note for kind, note in notes.items() if note}
 
     def skip(self, batch: PlanBatch) -> Skip:
@@ -328,7 +380,9 @@ class Replayer:
         """
         stage_model = stage_model_of(self.core)
         if stage_model is None:
-            return _joined([self._pass(one, keep, edited=edited, grad=grad) for one in self.passes(batch, grad=grad)])
+            passes = self.passes(batch, grad=grad)
+            found = _joined([self._pass(one, keep, edited=edited, grad=grad) for one in passes])
+            return _in_order(found, passes, batch)
         if batch.inputs or self.recorded.given:
             raise PlanError(
                 f"a torch pipeline takes tokens alone, and these examples ran with "
@@ -339,11 +393,12 @@ class Replayer:
                 "gradients were asked for of a torch pipeline, whose schedule alone runs backward passes: tap its "
                 "stage with backward=True, or replay the model in one process or in transformers' own pipeline"
             )
-        passes = [
-            self._pass(microbatch, keep, edited=edited, grad=False)
-            for microbatch in microbatches(batch, stage_model.n_microbatches)
-        ]
-        found = _joined(passes)
+        found = _joined(
+            [
+                self._pass(microbatch, keep, edited=edited, grad=False)
+                for microbatch in microbatches(batch, stage_model.n_microbatches)
+            ]
+        )
         return replace(found, logits=stage_model.to_all(found.logits))
 
     def _pass(self, batch: PlanBatch, keep: Sequence[str], *, edited: bool, grad: bool) -> Pass:
@@ -351,8 +406,12 @@ class Replayer:
         kept: dict[str, list[Tensor]] = {}
         nodes: dict[str, Tensor] = {}
 
+        def to_host(rows: Tensor) -> Tensor:
+            """Keep the results of a run in host memory, whose limit the run was checked against."""
+            return rows.cpu() if isinstance(self.source, Prompts) and not grad else rows
+
         def on_kept(name: str, tensor: Tensor) -> None:
-            kept[name] = kept_rows(batch, tensor, name)
+            kept[name] = [to_host(rows) for rows in kept_rows(batch, tensor, name)]
             nodes.setdefault(name, tensor)
 
         padded, core = batch.padded, runnable(self.core)
@@ -367,6 +426,7 @@ class Replayer:
             output = runnable(self.model)(**kwargs)
         gives = target_of(self.model).gives_logits
         logits = _logits(batch, output, of_examples=self.gives_example_logits) if gives else None
+        logits = None if logits is None else [to_host(rows) for rows in logits]
         return Pass(logits=logits, sites=kept, nodes=nodes if grad else {}, end=end_here(self.model) if grad else ())
 
     @contextmanager
@@ -458,6 +518,18 @@ def _joined(passes: Sequence[Pass]) -> Pass:
     return Pass(logits=logits, sites=sites, nodes={}, end=())
 
 
+def _in_order(found: Pass, passes: Sequence[PlanBatch], batch: PlanBatch) -> Pass:
+    """Return the results of passes in the order of the examples of the batch that they were cut from."""
+    ran = [example.example for one in passes for example in one.rows]
+    order = [ran.index(example.example) for example in batch.rows]
+    if order == list(range(len(ran))):
+        return found
+    sites = {name: [rows[place] for place in order] for name, rows in found.sites.items()}
+    return replace(
+        found, sites=sites, logits=None if found.logits is None else [found.logits[place] for place in order]
+    )
+
+
 def _graph_start(name: str, leaves: dict[str, Tensor]) -> Step:
     """Return the step that starts autograd's graph at a site, and puts the tensor there into `leaves`."""
 
@@ -529,42 +601,3 @@ def _padded_with(batch: PlanBatch, token: object) -> PlanBatch:
 def _marks_padding(core: PreTrainedModel, batch: PlanBatch) -> bool:
     """Return whether a classifier of whole examples can tell their tokens from padding in a batch."""
     return getattr(core.config, "pad_token_id", None) is not None and bool(batch.padded.attention_mask[:, 0].all())
-
-
-class CapturedReplay:
-    """The replay passes of a capture: `record` runs the model, its taps read what follows.
-
-    Args:
-        replayer: The replayer.
-        examples: From the number of an example in the new archive to its number in the replayed one.
-
-    Attributes:
-        changed: The sites that take stored rows, and those that are edited.
-    """
-
-    def __init__(self, replayer: Replayer, examples: Indices) -> None:
-        self.changed = replayer.changed_sites
-        self._replayer = replayer
-        self._examples = examples
-        replayer.recorded.refuse(examples.tolist(), "a capture of a replay")
-
-    def prefetching(self, batches: Iterable[Batch]) -> Iterator[Batch]:
-        """Yield batches of the new archive; the rows that go into the next one are read meanwhile."""
-        return self._replayer.prefetching(batches, lambda batch: self._replayed(batch.examples))
-
-    def _replayed(self, examples: Indices) -> PlanBatch:
-        return self._replayer.batch(self._examples[examples].tolist())
-
-    @contextmanager
-    def reading(self, taps: Taps, examples: Sequence[int]) -> Iterator[None]:
-        """Replay while the model runs on a batch inside; `taps` read every site after it was changed.
-
-        Args:
-            taps: The taps, not attached yet.
-            examples: Numbers of the examples that run together, in the new archive.
-
-        Raises:
-            PlanError: An edit needs stored rows that do not exist.
-        """
-        with self._replayer.changing(self._replayed(np.asarray(examples))), taps.attached():
-            yield

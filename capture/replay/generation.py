@@ -70,13 +70,14 @@ def generate(
     config, others = merged_generation_config(core, given, own)
     _refuse_options(config, others, is_changed=bool(replayer.changed_sites))
     replayer.recorded.refuse(examples, "generation")
-    batches = [replayer.batch(examples, padding="left")]
-    has_padding = not bool(batches[0].padded.attention_mask.all())
-    if _runs_alone(config, others) or (has_padding and padding_leaks(replayer.model, side="left")):
-        batches = one_by_one(batches[0])
+    batches = []
+    for group in replayer.groups(replayer.batch(examples, padding="left")):
+        has_padding = not bool(group.padded.attention_mask.all())
+        alone = _runs_alone(config, others) or (has_padding and padding_leaks(replayer.model, side="left"))
+        batches += one_by_one(group) if alone else [group]
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        found = []
+        found: dict[int, list[int]] = {}
         for batch in batches:
             steps = _GenerationSteps(replayer, batch, edit_new_tokens=edit_new_tokens)
             with ExitStack() as stack:
@@ -90,8 +91,9 @@ def generate(
                 generated: Tensor = core.generate(
                     input_ids=padded.input_ids, attention_mask=padded.attention_mask, generation_config=given, **own
                 )
-            found += [_until_end(row, config) for row in generated[:, batch.n_positions :].tolist()]
-    return found
+            for example, row in zip(batch.rows, generated[:, batch.n_positions :].tolist(), strict=True):
+                found[example.example] = _until_end(row, config)
+    return [found[example] for example in examples]
 
 
 def _with_defaults(

@@ -11,6 +11,7 @@ from residua.capture.runtime.compat import attention_implementation
 from residua.store.base.errors import few
 from residua.store.edits.edit import Set, Swap
 from residua.store.encoding.codecs import PRESETS
+from residua.store.examples.memory import ExampleSource
 from residua.store.format.plan import SitePlan
 from residua.store.read.archive import Archive, is_replay
 
@@ -37,28 +38,35 @@ def reach_notes(reach: Reach, edits: Sequence[PreparedEdit], n_logits: int | Non
     return notes
 
 
-def storage_notes(archive: Archive, infos: Mapping[str, SiteInfo], edits: Sequence[PreparedEdit]) -> list[str]:
+def storage_notes(source: ExampleSource, infos: Mapping[str, SiteInfo], edits: Sequence[PreparedEdit]) -> list[str]:
     """Return what is rounded, incomplete or not reproducible, whichever examples run.
 
     Args:
-        archive: The archive.
+        source: The archive or the run.
         infos: The sites whose stored rows go in.
         edits: The edits.
     """
-    archive.refuse_losses(infos, "a replay")
-    notes = _rounding_notes(archive, infos)
-    if is_replay(archive):
-        notes.append(f"{archive.place} holds the results of a replay: its rows, edited there, count as unedited here")
-    for one in [archive, *(edit.source for edit in edits)]:
-        one.captured_rows()  # raises if shards are lost
-        if not one.is_sealed:
-            notes.append(f"{one.path} is not sealed: {one.progress.rows:,} rows are captured so far")
+    notes = _archive_notes(source, infos) if isinstance(source, Archive) else []
+    for one in [source, *(edit.source for edit in edits)]:
+        if isinstance(one, Archive):
+            one.captured_rows()  # raises if shards are lost
+            if not one.is_sealed:
+                notes.append(f"{one.path} is not sealed: {one.progress.rows:,} rows are captured so far")
     for edit in edits:
-        if isinstance(edit.edit, Set | Swap) and edit.edit.needs_stored_rows:
+        brings_rows = isinstance(edit.edit, Set | Swap) and edit.edit.needs_stored_rows
+        if brings_rows and isinstance(edit.source, Archive):
             edit.source.refuse_losses(edit.infos, f"a {edit.edit.kind}")
             notes += _rounding_notes(edit.source, edit.infos)
     if any(edit.edit.kind == "function" for edit in edits):
         notes.append("an edit is a Python function: its description is not enough to repeat this run")
+    return notes
+
+
+def _archive_notes(archive: Archive, infos: Mapping[str, SiteInfo]) -> list[str]:
+    archive.refuse_losses(infos, "a replay")
+    notes = _rounding_notes(archive, infos)
+    if is_replay(archive):
+        notes.append(f"{archive.place} holds the results of a replay: its rows, edited there, count as unedited here")
     return notes
 
 

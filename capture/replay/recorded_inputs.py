@@ -31,7 +31,7 @@ class RecordedInputs:
     """What the examples of an archive were recorded with beside tokens and mask.
 
     Args:
-        archive: The archive.
+        archive: The archive; None for a run, which has no inputs but those that the caller gives.
         model: The model that will take them.
         given: Inputs that the caller gives, by name.
         force: Let examples run without inputs that are not there. Examples without tokens never run.
@@ -41,7 +41,12 @@ class RecordedInputs:
     """
 
     def __init__(
-        self, archive: Archive, model: nn.Module, *, given: Mapping[str, Tensor] | None = None, force: bool = False
+        self,
+        archive: Archive | None,
+        model: nn.Module,
+        *,
+        given: Mapping[str, Tensor] | None = None,
+        force: bool = False,
     ) -> None:
         self.given = dict(given or {})
         self._archive = archive
@@ -51,12 +56,14 @@ class RecordedInputs:
             if name in _OWN or name not in known:
                 raise PlanError(
                     f"inputs has {name}, which is no further input of {type(model).__name__}: leave it out, or correct "
-                    "its name. A replay gives the model tokens and mask itself"
+                    "its name. Tokens and mask are given to the model anyway"
                 )
 
     @cached_property
     def _names(self) -> list[list[str] | None]:
         """The names of each example's inputs; empty for an archive that has none."""
+        if self._archive is None:
+            return []
         table = self._archive.example_table
         plan = self._archive.plan
         if STACK_RULE in plan.rules and SOURCE_SHA256 in table.column_types():
@@ -70,6 +77,8 @@ class RecordedInputs:
     @cached_property
     def _values(self) -> dict[str, list[object]]:
         """The values that the archive keeps, by name, one entry for each example."""
+        if self._archive is None:
+            return {}
         table = self._archive.example_table
         named = {name for names in self._names for name in names or ()} - set(_OWN)
         columns = {name: f"{INPUT_PREFIX}{name}" for name in named if f"{INPUT_PREFIX}{name}" in table.column_types()}
@@ -77,6 +86,10 @@ class RecordedInputs:
             return {}
         found = table.table(list(columns.values()))
         return {name: found[column].to_pylist() for name, column in columns.items()}
+
+    @property
+    def _place(self) -> str:
+        return "this run" if self._archive is None else self._archive.place
 
     def _missing(self, example: int) -> list[str]:
         """Return the inputs of an example that neither the archive nor the caller has."""
@@ -104,15 +117,17 @@ class RecordedInputs:
 
     def require(self, examples: Sequence[int]) -> None:
         """Raise PlanError if one of these examples cannot run again from what the archive and the caller have."""
+        if self._archive is None:
+            return
         for number in examples:
             if has_no_tokens(self._archive.example_table.tokens(number)):
                 raise PlanError(
-                    f"example {number} of {self._archive.place} has no tokens, because it was recorded from images, "
+                    f"example {number} of {self._place} has no tokens, because it was recorded from images, "
                     "embeddings or other inputs, which are not stored: only examples with tokens can be replayed"
                 )
             if not self._force and (missing := self._missing(number)):
                 raise PlanError(
-                    f"example {number} of {self._archive.place} was recorded with {few(missing)}, which an archive "
+                    f"example {number} of {self._place} was recorded with {few(missing)}, which an archive "
                     "does not store, so a replay would run the model on other inputs: give them by inputs= of "
                     f"residua.replay, choose examples without, or run without them by {named('force', True)}, which is "
                     "noted"
@@ -120,11 +135,13 @@ class RecordedInputs:
 
     def refuse(self, examples: Sequence[int], what: str) -> None:
         """Raise PlanError if the archive keeps inputs of one of these examples, for a job that does not give them."""
+        if self.given:
+            raise PlanError(f"{few(list(self.given))} was given by inputs=, and {what} gives the model tokens alone")
         for number in examples:
             kept = [name for name, values in self._values.items() if values[number] is not None]
             if kept:
                 raise PlanError(
-                    f"example {number} of {self._archive.place} was recorded with {few(kept)}, and {what} gives the "
+                    f"example {number} of {self._place} was recorded with {few(kept)}, and {what} gives the "
                     "model tokens and mask alone: choose examples without, or use residua.replay, which gives it all"
                 )
 
@@ -149,7 +166,7 @@ class RecordedInputs:
                 arrays[number] = self._array(name, values[row.example])
             elif not name.endswith("token_type_ids"):  # a model without them takes zeros
                 raise PlanError(
-                    f"example {row.example} of {self._archive.place} was recorded without {name}, and others that are "
+                    f"example {row.example} of {self._place} was recorded without {name}, and others that are "
                     "to run with it had it: replay them one after another"
                 )
         shapes = {(array.ndim, *array.shape[1:]) for array in arrays.values()}
@@ -158,7 +175,7 @@ class RecordedInputs:
         )
         if len(shapes) != 1 or not fits:
             raise UnsafeArchiveError(
-                f"{self._archive.place}: column {INPUT_PREFIX}{name} has not one entry for each token or example"
+                f"{self._place}: column {INPUT_PREFIX}{name} has not one entry for each token or example"
             )
         ((n_axes, *of_token),) = shapes
         padded = np.zeros((len(batch.rows), *((batch.n_positions, *of_token) if n_axes else ())), np.int64)
@@ -172,5 +189,5 @@ class RecordedInputs:
         except ValueError:  # lists of different lengths
             found = np.array(None)
         if found.dtype.kind != "i" or found.ndim > _MOST_AXES:
-            raise UnsafeArchiveError(f"{self._archive.place}: column {INPUT_PREFIX}{name} holds no plain whole numbers")
+            raise UnsafeArchiveError(f"{self._place}: column {INPUT_PREFIX}{name} holds no plain whole numbers")
         return found.astype(np.int64)

@@ -1,17 +1,12 @@
-"""`residua.replay`: stored or edited activations back into the model, for some examples of an archive.
+"""The results of a run or of a replay: logits and sites of some examples, with edits, computed when first asked for.
 
-    with residua.replay(model, "acts.zarr", examples=[3], at="resid_post.5", edits=[...]) as run:
-        run.logits          # per example, (tokens, vocabulary)
-        run["resid_post.7"] # per example, (rows, width)
-
-The stored rows go in at ``at``, the edits apply, and only the blocks above run. The model runs when a result is first
-asked for, and results are kept. Between and after the passes the model is as it was. `residua.capture.replay.engine`
-holds the passes themselves.
+The model runs when a result is first asked for, and results are kept. Between and after the passes the model is as it
+was. `residua.capture.replay.engine` holds the passes themselves.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
-from os import PathLike
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from math import prod
 from typing import Any
 
 import torch
@@ -20,22 +15,32 @@ from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.pipelining.schedules import PipelineScheduleSingle
 
-from residua.capture.identity.provenance import running_as_captured
+from residua.capture.buffers.host_buffers import torch_dtype
+from residua.capture.hooks.site import SiteInfo
 from residua.capture.replay.engine import Pass, Replayer, kept_rows
 from residua.capture.replay.generation import generate
 from residua.capture.replay.metrics import MetricSpec, Outcome, metric_of, token_losses
 from residua.capture.replay.notes import attention_notes
+from residua.capture.replay.prompts import Prompts
 from residua.capture.runtime.collectives import on_rank
-from residua.capture.runtime.pipeline_schedule import PIPELINE_TYPES, as_model
+from residua.capture.runtime.pipeline_schedule import PIPELINE_TYPES, as_model, runnable
 from residua.capture.runtime.process_groups import declared_group
-from residua.store.base.errors import CaptureError, PlanError, few
-from residua.store.edits.parser import EditSource, parse_edits
-from residua.store.read.archive import Archive
-from residua.store.read.stacks import open_archive
+from residua.capture.runtime.wrappers import evaluating, running_uncompiled
+from residua.capture.sites.anatomy import n_logits_of
+from residua.store.base.errors import CaptureError, PlanError, UnknownSiteError, few
+from residua.store.base.naming import named
 
 
 class Replay:
-    """What `replay` yields: logits and sites of some examples, computed when they are first asked for.
+    """Logits and sites of some examples, computed when they are first asked for.
+
+    Args:
+        replayer: Runs the model.
+        examples: Numbers of the examples.
+        keep: Sites that the first pass keeps.
+        grad: Whether logits and kept rows are part of autograd's graph.
+        ready: Puts the model into the state in which it runs, and back; the caller has done that unless given.
+        host_memory: Bytes that the results may take; None for no limit.
 
     Attributes:
         examples: Numbers of the examples, in the order of every list here.
@@ -44,9 +49,20 @@ class Replay:
         skipped_blocks: How many blocks do not run.
     """
 
-    def __init__(self, replayer: Replayer, examples: Sequence[int], keep: Sequence[str], *, grad: bool) -> None:
+    def __init__(
+        self,
+        replayer: Replayer,
+        examples: Sequence[int],
+        keep: Sequence[str],
+        *,
+        grad: bool,
+        ready: Callable[[], AbstractContextManager[object]] = nullcontext,
+        host_memory: int | None = None,
+    ) -> None:
         self.examples = tuple(examples)
         self._replayer = replayer
+        self._ready = ready
+        self._host_memory = host_memory
         self._batch = replayer.batch(self.examples)
         self._keep = replayer.readable_sites(keep)
         self._grad = grad
@@ -57,23 +73,38 @@ class Replay:
         self._is_open = True
         kept = attention_notes(replayer.core, replayer.infos(self._keep).values())
         replayer.check(self._batch)  # before anything runs
-        reached = replayer.reach_notes(replayer.reach(self._batch))
+        reach = replayer.reach(self._batch)
+        reached = replayer.reach_notes(reach)
         replayer.passes(self._batch, grad=grad)  # raises if there would have to be several with gradients
+        if isinstance(replayer.source, Prompts) and 0 in reach.n_changed:
+            raise PlanError(f"{reached[0]}: name tokens, positions or examples that are there, or leave the edit out")
+        self._refuse_too_much(self._keep)
         skip = replayer.skip(self._batch)
         self.skipped_blocks = len(skip.blocks)
         notes = [*replayer.notes, *kept, *reached, skip.problem, *replayer.batch_notes(self._batch).values()]
         self.notes = tuple(note for note in dict.fromkeys(notes) if note)
 
     @property
-    def logits(self) -> list[Tensor]:
-        """Logits of every token of each example, (tokens, vocabulary), in the model's type and on its device.
+    def sites(self) -> tuple[str, ...]:
+        """The sites whose rows are kept from the first pass on, in the model's order."""
+        return self._keep
 
+    @property
+    def tokens(self) -> list[list[int]]:
+        """Token ids of each example."""
+        return [example.input_ids.tolist() for example in self._batch.rows]
+
+    @property
+    def logits(self) -> list[Tensor]:
+        """Logits of every token of each example, (tokens, vocabulary), in the model's type.
+
+        They are on the model's device in a replay and in a run with gradients, and in host memory in any other run.
         A classifier of whole examples gives (1, classes); question answering gives start and end, (tokens, 2).
 
         Raises:
             CaptureError: The replay ended before they were computed, or another process has them.
         """
-        return (self._first or self._run(self._keep)).require_logits()
+        return self._computed().require_logits()
 
     def __getitem__(self, site: str) -> list[Tensor]:
         """Return the rows of a site at or above the start, with the edits, (rows, *row) for each example.
@@ -90,8 +121,30 @@ class Replay:
             raise CaptureError(f"another process than this one{on_rank()} has {name} and its rows")
         return self._sites[name]
 
+    def has_sites(self, kind: str) -> bool:
+        """Return whether the model has sites of a kind, such as ``attn_out``, in any block."""
+        try:
+            return bool(self._replayer.readable_sites([f"{kind}.*"]))
+        except UnknownSiteError:
+            return False
+
+    def rows(self, sites: str | Iterable[str]) -> dict[str, list[Tensor]]:
+        """Return the rows of several sites, by name, from one pass for all that were not kept.
+
+        Args:
+            sites: Names or patterns.
+
+        Raises:
+            UnknownSiteError: The model has no such site.
+            CaptureError: The replay ended before they were computed, or another process has them.
+        """
+        names = self._replayer.readable_sites([sites] if isinstance(sites, str) else list(sites))
+        if missing := [name for name in names if name not in self._asked]:
+            self._run([*self._keep, *missing])
+        return {name: self[name] for name in names}
+
     def __repr__(self) -> str:
-        return f"<Replay of examples {few(self.examples)} of {self._replayer.archive.place}>"
+        return f"<{type(self).__name__} of examples {few(self.examples)} of {self._replayer.source.place}>"
 
     @property
     def losses(self) -> list[Tensor]:
@@ -108,8 +161,8 @@ class Replay:
     def original_logits(self) -> list[Tensor]:
         """Logits of the same examples, from the same stored rows, without the edits and without a graph."""
         if self._original is None:
-            self._require_open()
-            self._original = self._replayer.run(self._batch, edited=False)
+            with self._running():
+                self._original = self._replayer.run(self._batch, edited=False)
         return self._original.require_logits()
 
     def metric(self, metric: MetricSpec) -> Tensor:
@@ -139,7 +192,7 @@ class Replay:
         """
         if not self._grad:
             raise PlanError("gradients were asked for: open the replay with grad=True")
-        first = self._first or self._run(self._keep)
+        first = self._computed()
         wanted = [*first.nodes.values(), *first.end]
         found = torch.autograd.grad(self.metric(metric), wanted, retain_graph=True, allow_unused=True)
         gradients = {}
@@ -171,28 +224,63 @@ class Replay:
                 an option makes transformers run the model on other tokens. The model has not run.
             CaptureError: The model was run on other tokens all the same, for example by a logits processor.
         """
-        self._require_open()
-        return generate(
-            self._replayer,
-            self.examples,
-            max_new_tokens=max_new_tokens,
-            edit_new_tokens=edit_new_tokens,
-            seed=seed,
-            options=options,
-        )
+        with self._running():
+            return generate(
+                self._replayer,
+                self.examples,
+                max_new_tokens=max_new_tokens,
+                edit_new_tokens=edit_new_tokens,
+                seed=seed,
+                options=options,
+            )
 
     def _run(self, keep: Sequence[str]) -> Pass:
         """Make a pass. Logits and gradients belong to the first one; later ones are for one more site each."""
-        self._require_open()
-        found = self._replayer.run(self._batch, list(dict.fromkeys(keep)), grad=self._grad)
+        with self._running():
+            self._refuse_too_much([name for name in keep if name not in self._asked])
+            found = self._replayer.run(self._batch, list(dict.fromkeys(keep)), grad=self._grad)
         self._first = self._first or found
         self._sites.update(found.sites)
         self._asked.update(keep)
         return found
 
-    def _require_open(self) -> None:
+    def compute(self) -> None:
+        """Run the model for the first pass, unless it did."""
+        self._computed()
+
+    def _computed(self) -> Pass:
+        """Return the first pass, which is made now unless it was."""
+        return self._first or self._run(self._keep)
+
+    @contextmanager
+    def _running(self) -> Iterator[None]:
+        """Put the model into the state in which it runs, inside.
+
+        Raises:
+            CaptureError: The replay is over.
+        """
         if not self._is_open:
             raise CaptureError("this replay is over: ask for logits and sites inside the with block")
+        with self._ready():
+            yield
+
+    def _refuse_too_much(self, names: Iterable[str]) -> None:
+        """Raise PlanError if the results so far, these sites and the logits do not fit into host memory."""
+        if self._host_memory is None:
+            return
+        infos, lengths = self._replayer.infos(dict.fromkeys([*self._sites, *names])), self._lengths()
+        held = sum(_result_bytes(info, lengths) for info in infos.values())
+        n_logits = n_logits_of(self._replayer.core) or 0
+        held += sum(lengths) * n_logits * self._replayer.core.dtype.itemsize
+        if held > self._host_memory:
+            raise PlanError(
+                f"{len(infos)} sites and the logits of {sum(lengths):,} tokens take {held:,} bytes of host memory, and "
+                f"{named('host_memory')} is {self._host_memory:,} bytes: raise it, give fewer sites or texts, or use "
+                "residua.capture_dataset, which keeps rows on disk"
+            )
+
+    def _lengths(self) -> list[int]:
+        return [len(example.input_ids) for example in self._batch.rows]
 
     def close(self) -> None:
         """Refuse further passes; computed results stay."""
@@ -200,69 +288,28 @@ class Replay:
         self._replayer.stored.close()
 
 
+def _result_bytes(info: SiteInfo, lengths: Sequence[int]) -> int:
+    """Return the bytes that the rows of a site take; a row of a pattern has an entry for each token of its example."""
+    shape = info.row_shape or ()
+    fixed = prod(size for size in shape if size is not None) * torch_dtype(info.dtype or "float32").itemsize
+    return fixed * sum(n_tokens ** (2 if None in shape else 1) for n_tokens in lengths)
+
+
 @contextmanager
-def replay(
-    model: nn.Module | PipelineScheduleSingle,
-    archive: Archive | str | PathLike[str],
-    *,
-    examples: Sequence[int],
-    at: str | Iterable[str] | None = None,
-    edits: EditSource = (),
-    keep: str | Iterable[str] = (),
-    grad: bool = False,
-    force: bool = False,
-    inputs: Mapping[str, Tensor] | None = None,
-    tensor_parallel: ProcessGroup | DeviceMesh | None = None,
-) -> Iterator[Replay]:
-    """Put stored rows of some examples back into the model, edit, and run only the layers above.
-
-    The examples run in one batch, padded and numbered as in the capture; one by one if padding changes the model's
-    rows, which a note says. Without edits, logits and later sites equal
-    the captured ones bit for bit if the examples are a batch of the plan, the rows are stored without loss, and dtype,
-    attention implementation and threads are those of the capture; `notes` says what differs.
-
-    If several processes hold the model, all of them make the same replay; see `residua.tap`.
+def ready_to_run(
+    model: nn.Module | PipelineScheduleSingle, tensor_parallel: ProcessGroup | DeviceMesh | None
+) -> Iterator[nn.Module]:
+    """Let a model run uncompiled and in evaluation mode inside; yield it, or the model of this stage of a pipeline.
 
     Args:
-        model: The model that was captured; it may be wrapped and spread over processes. Or the schedule of a torch
-            pipeline, GPipe or 1F1B, whose stages hold the model: they run its forward passes, and every stage returns
-            the logits.
-        archive: The archive, or its folder.
-        examples: Numbers of examples.
-        at: Where stored rows go in: one or more sites. Below a site of the residual stream nothing is computed. None
-            puts no rows in and runs the model in full.
-        edits: Edits in order, as `residua.store.edits.edit` lists them: dictionaries, or a YAML or JSON file.
-        keep: Sites that the first pass keeps; each other one costs a pass when it is asked for.
-        grad: Run with gradients, for ``run.gradients``. Logits and kept rows are then part of autograd's graph; the
-            gradients of the parameters stay untouched.
-        force: Accept a model that is not the captured one, and note it.
-        inputs: What the examples ran with beside tokens and mask and the archive does not keep, such as
-            ``pixel_values``: tensors by name, for `examples` in their order. The model then numbers positions itself,
-            unless ``position_ids`` are among them.
+        model: The model, or the schedule of a torch pipeline.
         tensor_parallel: The ranks over which activations are split, if the model does not show them.
-
-    Yields:
-        The replay.
-
-    Raises:
-        PlanError: An edit does not fit, rows do not exist, or the model is another one. The model has not run.
-        UnknownSiteError: The model or the archive does not have a site.
-        NotCapturedError: Rows are not captured yet.
-
-    Example:
-        >>> with residua.replay(model, "acts.zarr", examples=[0], at="resid_post.3") as run:  # doctest: +SKIP
-        ...     run.logits[0].shape
     """
-    opened = open_archive(archive)
-    parsed = parse_edits(edits)
     with ExitStack() as stack:
         if isinstance(model, PIPELINE_TYPES):
             model = stack.enter_context(as_model(model))
         stack.enter_context(declared_group(model, tensor_parallel))
-        stack.enter_context(running_as_captured(opened, model))
-        replayer = Replayer(
-            model, opened, at=at, edits=parsed, force=force, inputs=inputs, tensor_parallel=tensor_parallel
-        )
-        run = Replay(replayer, examples, [keep] if isinstance(keep, str) else list(keep), grad=grad)
-        stack.callback(run.close)
-        yield run
+        called = runnable(model)
+        stack.enter_context(running_uncompiled(called))
+        stack.enter_context(evaluating(called))
+        yield model

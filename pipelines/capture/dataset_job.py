@@ -18,6 +18,7 @@ from residua.capture.identity.provenance import (
 from residua.capture.identity.sidecars import save_tokenizer
 from residua.capture.layout.process_layout import ProcessLayout, spans_processes
 from residua.capture.recording.column_shards import column_shards
+from residua.capture.replay.captured import CapturedReplay
 from residua.capture.sites.anatomy import takes_pixels
 from residua.capture.sites.names_to_modules import resolve_sites
 from residua.capture.sites.reference_model import unsharded_sites
@@ -53,13 +54,14 @@ class DatasetCapture(CaptureJob):
         on_example: Callable[[int, int], None],
         images: ImageDataset | None = None,
         sites: Mapping[str, SiteInfo] | None = None,
+        replaying: CapturedReplay | None = None,
     ) -> None:
         if sites is None:
             sites = (unsharded_sites if spans_processes(model) else resolve_sites)(model, [settings.sites])
         if takes_pixels(model):
             unmeasured = {name: info for name, info in sites.items() if info.row_shape is None}
             sites = {**sites, **measure_sites(model, unmeasured)}
-        super().__init__(model, sites, out, head=settings.head, threads=settings.threads)
+        super().__init__(model, sites, out, head=settings.head, threads=settings.threads, replaying=replaying)
         self._tokenizer = tokenizer
         self._dataset = dataset
         self._settings = settings

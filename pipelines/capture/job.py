@@ -32,7 +32,7 @@ from residua.capture.identity.sidecars import Sidecars, sidecar_files, write_sid
 from residua.capture.layout.process_layout import ProcessLayout, spans_processes
 from residua.capture.recording.record import record
 from residua.capture.recording.stats import RecordStats
-from residua.capture.replay.engine import CapturedReplay
+from residua.capture.replay.captured import CapturedReplay
 from residua.capture.runtime.collectives import Agreement
 from residua.capture.runtime.sharded import is_sharded
 from residua.capture.runtime.streams import writer_threads

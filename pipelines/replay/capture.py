@@ -14,7 +14,8 @@ import numpy.typing as npt
 from residua.capture.hooks.site import plan_sites
 from residua.capture.identity.provenance import describe_model, environment
 from residua.capture.recording.stats import RecordStats
-from residua.capture.replay.engine import CapturedReplay, Replayer
+from residua.capture.replay.captured import CapturedReplay
+from residua.capture.replay.engine import Replayer
 from residua.capture.runtime.sharded import is_zero3
 from residua.capture.scheduling.membership import Membership
 from residua.capture.sites.reference_model import unsharded_sites

@@ -6,9 +6,9 @@ from typing import TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from residua.store.base.errors import NotCapturedError, PlanError
+from residua.store.base.errors import PlanError
 from residua.store.edits.edit import Edit, Swap
-from residua.store.examples.table import ExampleTable
+from residua.store.examples.memory import Examples
 from residua.store.read.archive import Archive
 from residua.store.selection.grammar import Value
 from residua.store.selection.tokens import TokenSelector, require_column, require_examples
@@ -20,7 +20,7 @@ _ROWS_AT_ONCE = 4096
 _NAN = float("nan")  # one object, which a dictionary finds again
 
 
-def check_edit(edit: Edit, selector: TokenSelector, source: ExampleTable) -> None:
+def check_edit(edit: Edit, selector: TokenSelector, source: Examples) -> None:
     """Look for the examples, rows, positions and columns that an edit names.
 
     Args:
@@ -35,47 +35,32 @@ def check_edit(edit: Edit, selector: TokenSelector, source: ExampleTable) -> Non
     if not isinstance(edit, Swap):
         return
     pairs = edit.source if isinstance(edit.source, Mapping) else {0: edit.source}
-    require_examples(pairs, selector.archive.example_table, "the archive")
-    require_examples(pairs.values(), source, "the archive" if edit.archive is None else str(edit.archive))
+    here = selector.source.place
+    require_examples(pairs, selector.source.example_table, here)
+    require_examples(pairs.values(), source, here if edit.archive is None else str(edit.archive))
     if not isinstance(edit.align, str):
         selector.check_positions(tuple(here for here, _ in edit.align), edit.chosen.examples)
 
 
-def column_classes(archive: Archive, name: str) -> list[Value]:
+def column_classes(table: Examples, name: str) -> list[Value]:
     """Return the class of each example by the values of a column: equal values are one class, NaN too.
 
     Raises:
         PlanError: The dataset has no such column, or its values are lists or mappings.
     """
-    require_column(name, archive.example_table)
-    values = archive.example_table.table([name])[name].to_pylist()
+    require_column(name, table)
+    values = table.table([name])[name].to_pylist()
     if not all(isinstance(value, Hashable) for value in values):
         raise PlanError(f"column {name!r} holds lists or mappings: give one of texts or numbers")
     return [_NAN if value != value else value for value in values]  # NaN, of whatever type
 
 
-def class_members(archive: Archive, name: str) -> dict[Value, list[int]]:
+def class_members(table: Examples, name: str) -> dict[Value, list[int]]:
     """Return the examples of each class of a column; raises as `column_classes`."""
     found: dict[Value, list[int]] = {}
-    for example, key in enumerate(column_classes(archive, name)):
+    for example, key in enumerate(column_classes(table, name)):
         found.setdefault(key, []).append(example)
     return found
-
-
-def mean_row(archive: Archive, site: str) -> npt.NDArray[np.float64]:
-    """Return the mean of a site's captured rows, float64, (*row shape), in one pass; NaN or infinite where a row is.
-
-    Args:
-        archive: The archive.
-        site: Name of a stored site.
-
-    Raises:
-        NotCapturedError: No row is captured yet.
-    """
-    (mean,) = mean_rows(archive, site, [None])
-    if mean is None:
-        raise NotCapturedError(f"{archive.place} has no captured row of {site} to take the mean of")
-    return mean
 
 
 def mean_rows(

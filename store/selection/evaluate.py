@@ -14,7 +14,7 @@ import pyarrow.compute as pc
 
 from residua.store.base.errors import AnalysisError, DatasetError
 from residua.store.examples.index import OWN_COLUMNS
-from residua.store.examples.table import ExampleTable
+from residua.store.examples.memory import Examples
 from residua.store.format.row_columns import MODALITIES
 from residua.store.selection.grammar import At, ColumnIn, Comparison, Condition, Every, Not, Some, Value
 from residua.store.selection.token_values import is_list, token_values
@@ -107,7 +107,7 @@ class ColumnAnswers:
         table: The example table.
     """
 
-    def __init__(self, table: ExampleTable) -> None:
+    def __init__(self, table: Examples) -> None:
         self._table = table
         self._known: dict[object, Answers] = {}
 

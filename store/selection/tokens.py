@@ -18,8 +18,7 @@ from typing import Any
 import numpy as np
 
 from residua.store.base.errors import PlanError
-from residua.store.examples.table import ExampleTable
-from residua.store.read.archive import Archive
+from residua.store.examples.memory import Examples, ExampleSource
 from residua.store.selection.evaluate import ColumnAnswers, Items, LongArray, Mask, evaluate
 from residua.store.selection.grammar import At, ColumnIn, Comparison, Condition, Every, Value, parse_slice
 from residua.store.selection.token_values import is_list
@@ -109,18 +108,18 @@ _READERS: Mapping[str, Callable[[str, Any], Any]] = {
 
 
 class TokenSelector:
-    """Answers for one archive which tokens an edit selects.
+    """Answers for one archive, or one run, which tokens an edit selects.
 
     Args:
-        archive: The archive whose examples, rows and columns edits name.
+        source: The archive or run whose examples, rows and columns edits name.
 
     Attributes:
-        archive: The archive.
+        source: The archive or run.
     """
 
-    def __init__(self, archive: Archive) -> None:
-        self.archive = archive
-        self._table = archive.example_table
+    def __init__(self, source: ExampleSource) -> None:
+        self.source = source
+        self._table = source.example_table
         self._answers = ColumnAnswers(self._table)
         self._known: dict[int, tuple[Selection, Mask, Condition]] = {}
 
@@ -130,9 +129,11 @@ class TokenSelector:
         Raises:
             PlanError: One of them does not exist.
         """
-        require_examples(selection.examples or (), self._table, "the archive")
-        if selection.rows is not None and max(selection.rows) >= self.archive.n_rows:
-            raise PlanError(f"there is no row {max(selection.rows):,}: the archive has {self.archive.n_rows:,} rows")
+        require_examples(selection.examples or (), self._table, self.source.place)
+        if selection.rows is not None and max(selection.rows) >= self.source.n_rows:
+            raise PlanError(
+                f"there is no row {max(selection.rows):,}: {self.source.place} has {self.source.n_rows:,} rows"
+            )
         if isinstance(selection.positions, tuple):
             self.check_positions(selection.positions, selection.examples)
         for name in selection.where or {}:
@@ -187,14 +188,14 @@ class TokenSelector:
         return self._known[id(selection)]
 
 
-def require_examples(named: Iterable[int], table: ExampleTable, where: str) -> None:
+def require_examples(named: Iterable[int], table: Examples, where: str) -> None:
     """Raise PlanError unless `table` has the examples `named`; `where` says whose it is."""
     largest = max(named, default=-1)
     if largest >= len(table):
         raise PlanError(f"there is no example {largest:,}: {where} has {len(table):,}, counted from 0")
 
 
-def require_column(name: str, table: ExampleTable) -> None:
+def require_column(name: str, table: Examples) -> None:
     """Raise PlanError unless `table` has the column `name`, besides its own."""
     known = table.column_types()
     if name not in known:

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from residua.store.edits.archive_values import class_members, mean_row, mean_rows
+from residua.store.edits.archive_values import class_members, mean_rows
 from residua.store.encoding.codecs import decode_chunk
 from residua.store.read import reader
 from residua.store.read.archive import Archive
@@ -28,7 +28,7 @@ def archive(tmp_path: Path) -> Archive:
 
 
 def test_means_of_all_classes_are_those_of_numpy(archive: Archive, monkeypatch: pytest.MonkeyPatch) -> None:
-    members = class_members(archive, "label")
+    members = class_members(archive.example_table, "label")
     n_decoded = 0
 
     def counting(*given: Any, **named: Any) -> None:
@@ -42,7 +42,9 @@ def test_means_of_all_classes_are_those_of_numpy(archive: Archive, monkeypatch: 
         assert mean is not None
         np.testing.assert_allclose(mean, VALUES[LABEL[EXAMPLE] == label].astype(np.float64).mean(0), rtol=1e-12)
     assert 0 < n_decoded <= -(-N_ROWS // 256)  # a chunk once, and not for every example
-    np.testing.assert_allclose(mean_row(archive, SITE), VALUES.astype(np.float64).mean(0), rtol=1e-12, atol=1e-15)
+    (mean,) = mean_rows(archive, SITE, [None])
+    assert mean is not None
+    np.testing.assert_allclose(mean, VALUES.astype(np.float64).mean(0), rtol=1e-12, atol=1e-15)
 
 
 def test_rows_that_are_not_captured_are_left_out(archive: Archive) -> None:
@@ -50,7 +52,7 @@ def test_rows_that_are_not_captured_are_left_out(archive: Archive) -> None:
         next((archive.path / "commits").glob(f"{shard:08d}*")).unlink()
     begun = Archive(archive.path)
     is_there = ~np.isin(np.arange(N_ROWS) // 256, (1, 3))
-    members = class_members(begun, "label")
+    members = class_members(begun.example_table, "label")
     for label, mean in zip(members, mean_rows(begun, SITE, list(members.values())), strict=True):
         assert mean is not None
         chosen = is_there & (LABEL[EXAMPLE] == label)

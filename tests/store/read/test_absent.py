@@ -15,7 +15,7 @@ from residua.analysis.rows.tables import table
 from residua.pipelines.capture.capture import capture_dataset
 from residua.pipelines.cli.main import main
 from residua.store.base.errors import DamagedArchiveError, NotCapturedError
-from residua.store.edits.archive_values import mean_row, mean_rows
+from residua.store.edits.archive_values import mean_rows
 from residua.store.read.archive import Archive
 from residua.store.read.verify import verify
 from tests.models.tiny import TINY
@@ -104,7 +104,7 @@ def test_a_finished_archive_that_lost_shards_is_not_sound_and_not_used_in_part(
         "top": lambda: residua.top(archive, SITE, channel=1, k=2),
         "table": lambda: table(archive, "position > 0"),
         "dask": lambda: lazy.sum().compute(),
-        "mean edit": lambda: mean_row(archive, SITE),
+        "mean edit": lambda: mean_rows(archive, SITE, [None]),
         "mean edit of ranges": lambda: mean_rows(archive, SITE, [range(len(archive.example_table))]),
     }
     for name, read in doors.items():

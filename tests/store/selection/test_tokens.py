@@ -28,7 +28,9 @@ def selector(tmp_path_factory: pytest.TempPathFactory) -> TokenSelector:
     """Return the selector of examples of which some tokens, or all, have no row."""
     folder = tmp_path_factory.mktemp("tokens")
     n_rows = written(folder).total_rows
-    return TokenSelector(cast("Archive", SimpleNamespace(example_table=ExampleTable(folder), n_rows=n_rows)))
+    return TokenSelector(
+        cast("Archive", SimpleNamespace(example_table=ExampleTable(folder), n_rows=n_rows, place="it"))
+    )
 
 
 def tokens() -> list[Token]:
