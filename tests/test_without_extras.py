@@ -70,6 +70,12 @@ def test_a_job_says_which_extra_it_needs(tmp_path: Path, words: list[str], extra
     assert f"pip install 'residua[{extra}]'" in found.stderr
 
 
+def test_sending_to_the_hub_names_the_smallest_extra(tmp_path: Path) -> None:
+    found = command("push", str(make_archive(tmp_path / "a.zarr")), "hf://datasets/org/acts")
+    assert found.returncode == 2, found.stderr
+    assert "pip install 'residua[hub]'" in found.stderr
+
+
 @pytest.mark.parametrize(
     ("name", "extra"), [("tap", "capture"), ("stats", "analysis"), ("analysis.Loader", "analysis")]
 )

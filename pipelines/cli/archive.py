@@ -30,8 +30,8 @@ if TYPE_CHECKING:
 
 _ONLY_COMPARED = ("config_values", "settings", "output")  # long, and only needed to show differences
 _ADDRESS_HELP = (
-    "address: s3://, gs://, az://, http(s):// or hf://datasets/ORG/NAME; credentials come from where each service's "
-    "own tools find them"
+    "address: s3://, gs://, az://, http(s)://, hf://datasets/ORG/NAME or hf://buckets/ORG/NAME; credentials come from "
+    "where each service's own tools find them"
 )
 _MOST_SHOWN = 400  # characters of one value: the vectors of edits are as long as rows
 
@@ -81,14 +81,31 @@ def add(commands: Any) -> None:
 
 
 def _add_addresses(commands: Any) -> None:
-    text = "copy a finished archive to a bucket"
+    text = "copy a finished archive to a bucket or the Hub"
     description = (
         "Copy a finished archive to an address. Every shard is compared with its record before it is sent. A copy that "
-        "was stopped goes on when the same command is run again; residua verify ADDRESS reads all of it back."
+        "was stopped goes on when the same command is run again; residua verify ADDRESS reads all of it back. On the "
+        "Hub, a repository is made unless it is there, and gets a card."
     )
     push = add_command(commands, "push", _push, text, description)
     add_archive(push)
     push.add_argument("address", help=_ADDRESS_HELP)
+    public = "on the Hub: let everybody see a repository that is made now (default: only you)"
+    push.add_argument("--public", action="store_true", help=public)
+    _add_licences(push)
+    text = "write the card of an archive: its README.md and croissant.json"
+    description = (
+        "Write what describes an archive to people, to the viewer of the Hub and to search engines into its folder: "
+        "README.md and croissant.json. A README.md that somebody wrote or edited stays. residua push does this on the "
+        "Hub by itself."
+    )
+    card = add_command(commands, "card", _card, text, description)
+    add_archive(card)
+    address = "hf://datasets/ORG/NAME[/FOLDER] for which it is (default: ORG/NAME to fill in)"
+    card.add_argument("--address", metavar="ADDRESS", help=address)
+    card.add_argument("--print", action="store_true", help="print the README.md, and write nothing")
+    card.add_argument("--force", action="store_true", help="write over a README.md that somebody edited")
+    _add_licences(card)
     text = "copy an archive from an address, whole or some sites of it"
     description = (
         "Copy an archive from an address into a folder. Every chunk is compared with the archive's index when it "
@@ -98,6 +115,13 @@ def _add_addresses(commands: Any) -> None:
     pull.add_argument("address", help=_ADDRESS_HELP)
     pull.add_argument("out", help="folder that it becomes")
     add_flag(pull, "--sites", f"{SITES_HELP} (default: all)")
+
+
+def _add_licences(parser: argparse.ArgumentParser) -> None:
+    licence = "for the card, an identifier such as cc-by-4.0 (default: the card says that it is not known)"
+    add_flag(parser, "--license", f"licence of the activations, {licence}")
+    add_flag(parser, "--model-license", "licence of the model, likewise")
+    add_flag(parser, "--text-license", "licence of the text, likewise")
 
 
 def _add_copies(commands: Any) -> None:
@@ -289,8 +313,29 @@ def _push(options: argparse.Namespace) -> int:
     from residua.store.sharing.push import push
 
     with StepProgress("B", shown=not options.json) as progress:
-        copied = push(options.archive, options.address, on_bytes=progress.step)
+        copied = push(
+            options.archive,
+            options.address,
+            public=options.public,
+            license=options.license,
+            model_license=options.model_license,
+            text_license=options.text_license,
+            on_bytes=progress.step,
+        )
     return _print_copied(options, copied, "sent")
+
+
+def _card(options: argparse.Namespace) -> int:
+    from residua.store.sharing.card import Licences, card_of, write_card
+
+    licences = Licences(data=options.license, model=options.model_license, text=options.text_license)
+    if options.print:
+        text = card_of(options.archive, address=options.address, licences=licences).text
+        print_json({"text": text}) if options.json else print(text, end="")
+        return 0
+    path = write_card(options.archive, address=options.address, licences=licences, force=options.force)
+    print_json({"out": str(path)}) if options.json else print(f"written: {path}")
+    return 0
 
 
 def _pull(options: argparse.Namespace) -> int:
@@ -308,6 +353,8 @@ def _print_copied(options: argparse.Namespace, copied: "Copied", verb: str) -> i
         there = copied.n_bytes - copied.sent_bytes
         also = f", {human_bytes(there)} were there already" if there else ""
         print(f"{copied.n_files:,} files, {human_bytes(copied.n_bytes)}: {human_bytes(copied.sent_bytes)} {verb}{also}")
+        for note in copied.notes:
+            print(f"note: {note}")
     return 0
 
 

@@ -72,7 +72,7 @@ class StepProgress(_Progress):
     """A bar over a known number of steps, such as shards.
 
     Args:
-        unit: What a step is.
+        unit: What a step is; ``B`` for bytes.
         shown: Whether to draw it.
     """
 
@@ -84,5 +84,6 @@ class StepProgress(_Progress):
         """Move the bar to `done` of `total` steps."""
         if self._shown:
             if self._bar is None:
-                self._bar = tqdm(total=total, unit=self._unit, file=sys.stderr, leave=False)
+                scale = {"unit_scale": True, "unit_divisor": 1024} if self._unit == "B" else {}
+                self._bar = tqdm(total=total, unit=self._unit, file=sys.stderr, leave=False, **scale)
             self._bar.update(done - self._bar.n)

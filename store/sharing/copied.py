@@ -6,6 +6,8 @@ from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from typing import TypeVar
 
+from residua.store.format.plan import Plan
+
 N_AT_ONCE = 8
 
 T = TypeVar("T")
@@ -20,11 +22,13 @@ class Copied:
         n_files: Files of the archive, or of the part of it that was asked for.
         n_bytes: Their bytes.
         sent_bytes: Bytes that crossed the network; the others were there already.
+        notes: What the user should know, one sentence each.
     """
 
     n_files: int
     n_bytes: int
     sent_bytes: int
+    notes: tuple[str, ...] = ()
 
 
 class BytesDone:
@@ -33,17 +37,27 @@ class BytesDone:
     Args:
         total: Bytes in all.
         on_bytes: Called after each step with the bytes done and the total.
+
+    Attributes:
+        total: As given.
     """
 
     def __init__(self, total: int, on_bytes: Callable[[int, int], None]) -> None:
-        self._done, self._total, self._on_bytes = 0, total, on_bytes
+        self.total = total
+        self._done, self._on_bytes = 0, on_bytes
         self._lock = threading.Lock()
 
     def add(self, n_bytes: int) -> None:
         """Count bytes that are done."""
         with self._lock:
             self._done += n_bytes
-            self._on_bytes(self._done, self._total)
+            self._on_bytes(self._done, self.total)
+
+
+def is_part_of(part: Plan, whole: Plan) -> bool:
+    """Say whether `part` is the plan `whole` with some of its sites, or all."""
+    others = [{**plan.to_json(), "sites": None} for plan in (part, whole)]
+    return others[0] == others[1] and all(site in whole.sites for site in part.sites)
 
 
 def in_parallel(work: Callable[[T], R], items: Sequence[T]) -> list[R]:

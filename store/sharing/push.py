@@ -18,7 +18,11 @@ from residua.store.encoding.spec import ArraySpec
 from residua.store.format.archive_metadata import ROOT
 from residua.store.read.archive import Archive
 from residua.store.read.remote_archive import RemoteArchive
-from residua.store.sharing.copied import BytesDone, Copied, in_parallel
+from residua.store.sealing.packed_index import INDEX
+from residua.store.sharing.card import Licences
+from residua.store.sharing.copied import BytesDone, Copied, in_parallel, is_part_of
+from residua.store.sharing.hub import HubPush
+from residua.store.storage.address import scheme_of
 from residua.store.storage.objects import ObjectFolder
 
 _JOURNAL = ".residua-push.json"
@@ -28,25 +32,37 @@ def push(
     source: str | PathLike[str],
     address: str,
     *,
+    public: bool = False,
+    license: str | None = None,  # noqa: A002  # as the card names it
+    model_license: str | None = None,
+    text_license: str | None = None,
     storage_options: Mapping[str, Any] | None = None,
     on_bytes: Callable[[int, int], None] = lambda *_: None,
 ) -> Copied:
     """Copy a finished archive to an address.
 
     Every shard is compared with its record before it is sent. Afterwards the far end is listed, and every object has
-    to be there with its size; ``residua verify ADDRESS`` reads all of it.
+    to be there with its size (on the Hub, with its digest); ``residua verify ADDRESS`` reads all of it. What is there
+    already is not sent again, also if the archive there has only some of the sites.
+
+    A dataset repository of the Hub is made unless it is there, and gets a card: see ``residua card``.
 
     Args:
         source: Folder of the archive.
-        address: Where it goes, for example ``s3://bucket/acts.zarr``.
+        address: Where it goes, for example ``s3://bucket/acts.zarr`` or ``hf://datasets/ORG/NAME[@BRANCH][/FOLDER]``.
+        public: On the Hub: whether a repository that is made now can be seen by everybody.
+        license: On the Hub: licence of the activations for the card, such as ``cc-by-4.0``.
+        model_license: On the Hub: licence of the model for the card.
+        text_license: On the Hub: licence of the text for the card.
         storage_options: As for `residua.open`.
         on_bytes: Called with the bytes done and the total, from several threads.
 
     Raises:
         NotCapturedError: The archive is not finished.
         DamagedArchiveError: A file of the archive was altered.
-        PlanError: Another archive is at that address, or on its way there.
+        PlanError: Another archive is at that address, or on its way there; or the Hub does not take so many files.
         StorageError: The address cannot be written.
+        MissingPackageError: The Hub needs huggingface_hub.
 
     Example:
         >>> residua.push("acts.zarr", "s3://bucket/acts.zarr")  # doctest: +SKIP
@@ -56,30 +72,38 @@ def push(
         raise NotCapturedError(
             f"{archive.path} has no packed index: finish its capture, or run residua pack on it if it is of format 1.0"
         )
-    folder = ObjectFolder(address, storage_options)
-    _begin(archive, folder)
+    licences = Licences(data=license, model=model_license, text=text_license)
     files = _files(archive)
-    there = _listed(folder)
     shards = {
         shard_path(Path(), spec, shard).as_posix(): (spec, shard)
         for array in archive.arrays
         for spec in array.file_specs
         for shard in archive.commits
     }
+
+    def check(name: str) -> None:
+        if name in shards:
+            _check(archive, *shards[name])
+
+    if scheme_of(address) == "hf":
+        return HubPush(archive, address, files, check, storage_options or {}).run(licences, on_bytes, public=public)
+    folder = ObjectFolder(address, storage_options)
+    _begin(archive, folder)
+    there = _listed(folder)
     to_send = [name for name in files if name != ROOT and not (name in shards and there.get(name) == files[name])]
     done = BytesDone(sum(files.values()), on_bytes)
     done.add(sum(files.values()) - sum(files[name] for name in (*to_send, ROOT)))
 
     def send(name: str) -> None:
-        if name in shards:
-            _check(archive, *shards[name])
+        check(name)
         folder.write(name, archive.path / name)
         done.add(files[name])
 
-    in_parallel(send, to_send)
+    in_parallel(send, [name for name in to_send if name != INDEX])
     there = _listed(folder)
-    if lost := [name for name in files if name != ROOT and there.get(name) != files[name]]:
+    if lost := [name for name in files if name not in (INDEX, ROOT) and there.get(name) != files[name]]:
         raise StorageError(f"{folder}: {few(lost)} did not arrive whole: run the same command again")
+    send(INDEX)  # an archive with some of the sites may be there, which is read by its own index until now
     send(ROOT)
     folder.delete([_JOURNAL])
     return Copied(len(files), sum(files.values()), sum(files[name] for name in (*to_send, ROOT)))
@@ -87,18 +111,18 @@ def push(
 
 def _begin(archive: Archive, folder: ObjectFolder) -> None:
     """Say at the address which archive comes; refuse if another one is there or on its way."""
-    mine = archive.plan.digest
+    mine = archive.plan
     try:
-        found = RemoteArchive(folder.address, storage_options=folder.options, cache=False).plan.digest
+        found = RemoteArchive(folder.address, storage_options=folder.options, cache=False).plan
     except FileNotFoundError:
         found = mine
-    if found != mine:
+    if not is_part_of(found, mine):
         raise PlanError(
-            f"{folder} holds another archive (plan {found[:12]}, this one is {mine[:12]}): choose another address, or "
-            "delete it first"
+            f"{folder} holds another archive (plan {found.digest[:12]}, this one is {mine.digest[:12]}): choose "
+            "another address, or delete it first"
         )
     try:
-        folder.create(_JOURNAL, json.dumps({"plan": mine}).encode())
+        folder.create(_JOURNAL, json.dumps({"plan": mine.digest}).encode())
     except FileExistsError:
         raise PlanError(
             f"a copy of another archive to {folder} was begun: choose another address, or, if that copy was given up, "

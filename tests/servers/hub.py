@@ -18,7 +18,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar
-from urllib.parse import parse_qs, quote, unquote, urlsplit
+from urllib.parse import parse_qs, unquote, urlsplit
 
 from tests.servers.files import byte_range
 
@@ -148,13 +148,23 @@ class _Handler(http.server.BaseHTTPRequestHandler):
 
     def handle_request(self) -> None:
         self.parts = urlsplit(self.path)
-        self.body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        self.body = b"".join(self.chunks())
         try:
             self.answer()
         except _RefusedError as refused:
             self.send(refused.status, {"error": str(refused)}, **refused.headers)
 
     do_GET = do_HEAD = do_POST = do_PUT = handle_request  # noqa: N815  # the names that the base class calls
+
+    def chunks(self) -> Iterator[bytes]:
+        """Yield the body of the request."""
+        if self.headers.get("Transfer-Encoding") != "chunked":
+            yield self.rfile.read(int(self.headers.get("Content-Length") or 0))
+            return
+        while size := int(self.rfile.readline(), 16):
+            yield self.rfile.read(size)
+            self.rfile.readline()
+        self.rfile.readline()
 
     def answer(self) -> None:
         raise NotImplementedError
@@ -328,7 +338,7 @@ class _Api(_Handler):
         elif key == "deletedFile":
             del files[value["path"]]
 
-    def tree(self, kind: str, id: str, revision: str, path: str = "") -> None:  # noqa: A002
+    def tree(self, kind: str, id: str, path: str = "", revision: str = "main") -> None:  # noqa: A002
         found = self.repository(kind, id)
         fault, files = self.fail("api"), self.files(found, revision)
         inside = {name: file for name, file in files.items() if not path or name.startswith(f"{path}/")}
@@ -339,7 +349,7 @@ class _Api(_Handler):
         first = int(query.get("cursor", ["0"])[0])
         more = {}
         if first + self.hub.page < len(entries):
-            address = f"{self.hub.url}{quote(self.parts.path)}?recursive=true&cursor={first + self.hub.page}"
+            address = f"{self.hub.url}{self.parts.path}?recursive=true&cursor={first + self.hub.page}"
             more = {"Link": f'<{address}>; rel="next"'}
         self.send(200, entries[first : first + self.hub.page], fault=fault, **more)
 
@@ -395,6 +405,7 @@ class _Api(_Handler):
         r"/api/datasets/(?P<id>[^/]+/[^/]+)/commit/(?P<revision>.+)": commit,
         r"/api/datasets/(?P<id>[^/]+/[^/]+)/branch/(?P<branch>.+)": branch,
         r"/api/(?P<kind>datasets)/(?P<id>[^/]+/[^/]+)/tree/(?P<revision>[^/]+)(/(?P<path>.+))?": tree,
+        r"/api/(?P<kind>buckets)/(?P<id>[^/]+/[^/]+)/tree(/(?P<path>.+))?": tree,
         r"/api/datasets/(?P<id>[^/]+/[^/]+)(/revision/(?P<revision>.+))?": info,
         r"/datasets/(?P<id>[^/]+/[^/]+)\.git/info/lfs/objects/batch": batch,
         r"/(?P<kind>datasets)/(?P<id>[^/]+/[^/]+)/resolve/(?P<revision>[^/]+)/(?P<path>.+)": resolve,
@@ -410,7 +421,7 @@ def serving_hub(folder: Path) -> Iterator[HubServer]:
     hub = HubServer(folder)
     servers = []
     for kind in (_Api, _Storage):
-        handler = type(kind.__name__, (kind,), {"hub": hub})
+        handler: Any = type(kind.__name__, (kind,), {"hub": hub})
         server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
         server.daemon_threads = True
         thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05})

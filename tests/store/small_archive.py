@@ -38,14 +38,15 @@ def make_archive(
     open_size: bool = False,
     stack: str = "",
     nonfinite: bool = False,
+    sites: tuple[str, ...] = (),
 ) -> Path:
     """Write an archive of three shards, the last one short, at `path`; `seed` changes its values.
 
-    With `open_size`, its size is not known before it is sealed. With `stack`, its sites are of that stack. With
-    `nonfinite`, every shard of every site has a NaN.
+    With `sites`, it has only these, with the same values. With `open_size`, its size is not known before it is
+    sealed. With `stack`, its sites are of that stack. With `nonfinite`, every shard of every site has a NaN.
     """
     rng, dot = np.random.default_rng(seed), stack and f"{stack}."
-    sites = (
+    all_sites = (
         SitePlan(name=f"{dot}resid_post.0", row_shape=(40,), dtype="float32", codec=codec),
         SitePlan(name=f"{dot}q.1", row_shape=(2, 4), dtype="float32", codec=codec),
     )
@@ -60,13 +61,13 @@ def make_archive(
             model={"weights": f"{seed}"},
             dataset={"digest": index.digest, "n_examples": len(LENGTHS)},
             rules={"positions": "all"},
-            sites=sites,
+            sites=tuple(site for site in all_sites if not sites or site.name in sites),
             rows_per_shard=HEIGHT,
             batch_tokens=64,
             n_rows=None if open_size else N_ROWS,
         )
         create_archive(folder, path, plan, {"command": "none"})
-    values = {site.name: rng.standard_normal((N_ROWS, *site.row_shape), np.float32) for site in sites}
+    values = {site.name: rng.standard_normal((N_ROWS, *site.row_shape), np.float32) for site in all_sites}
     for rows in values.values():
         rows.reshape(N_ROWS, -1)[:: HEIGHT // 2, 0] = (
             np.nan if nonfinite else rows.reshape(N_ROWS, -1)[:: HEIGHT // 2, 0]
@@ -76,7 +77,7 @@ def make_archive(
         "position": np.concatenate([example.positions for example in examples]),
         "example": np.repeat(np.arange(len(LENGTHS)), LENGTHS),
     }
-    _write_shards(path, plan, values, columns)
+    _write_shards(path, plan, {site.name: values[site.name] for site in plan.sites}, columns)
     archive = Archive(path)
     sealed: dict[str, Json] = {"n_rows": N_ROWS, "n_examples": len(LENGTHS), "examples": index.digest}
     seal(path, archive.metadata, sealed if open_size else None)
