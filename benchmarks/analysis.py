@@ -23,18 +23,13 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from measure import Timings, in_turns, machine, parser, publish, speedups, spread, table
-from residuals import trained_residuals
+from residuals import ROWS_PER_SHARD, SITE, residual_archive, trained_residuals
 
 from residua.analysis.rows.dask_array import array
 from residua.store.encoding.dtypes import to_float32
-from residua.store.format.create import create_archive, workspace
-from residua.store.format.plan import Plan, SitePlan
-from residua.store.format.writer import FilledShard, ShardWriter
 from residua.store.read.archive import Archive
 
-ROWS_PER_SHARD = 32_768
 WIDTH = 512
-SITE = "resid_post.0"
 BATCH_ROWS = 4_096
 BUFFER_BYTES = 64 * 2**20
 SCALE = 4
@@ -42,26 +37,6 @@ MEMMAP = "np.memmap"
 GRAM, LOAD = "Gram matrix", "shuffled batches"
 
 Rows = npt.NDArray[np.uint16]
-
-
-def write(folder: Path, rows: Rows, preset: str) -> Archive:
-    """Write `rows` as an archive with one site."""
-    site = SitePlan(name=SITE, row_shape=(WIDTH,), dtype="bfloat16", codec=preset)
-    plan = Plan(model={}, dataset={}, rules={}, sites=(site,), rows_per_shard=ROWS_PER_SHARD, n_rows=len(rows))
-    path = folder / preset
-    with workspace(path) as made:
-        create_archive(made, path, plan, {})
-    with ShardWriter(path, plan) as writer:
-        for shard, first in enumerate(range(0, len(rows), ROWS_PER_SHARD)):
-            block = rows[first : first + ROWS_PER_SHARD]
-            numbers = np.arange(len(block), dtype=np.int32)
-            columns: dict[str, npt.NDArray[np.generic]] = {
-                "token": numbers,
-                "position": numbers,
-                "example": np.zeros(len(block), np.int64),
-            }
-            writer.submit(FilledShard(index=shard, first_row=first, sites={SITE: block}, columns=columns))
-    return Archive(path, threads=1)
 
 
 def gram_of_memmap(mapped: Rows, _: int) -> None:
@@ -99,7 +74,7 @@ def measure(folder: Path, rows: Rows, rounds: int) -> dict[str, Timings]:
     plain = folder / "plain"
     plain.write_bytes(rows.tobytes())
     mapped = np.memmap(plain, np.uint16, "r").reshape(rows.shape)
-    archives = {preset: write(folder, rows, preset) for preset in ("raw", "fast")}
+    archives = {preset: residual_archive(folder, rows, preset) for preset in ("raw", "fast")}
     jobs: dict[str, tuple[Callable[..., None], Callable[..., None]]] = {
         GRAM: (gram_of_memmap, gram_of_array),
         LOAD: (load_memmap, load_archive),

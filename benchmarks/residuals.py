@@ -13,9 +13,16 @@ import numpy.typing as npt
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from residua.store.format.create import create_archive, workspace
+from residua.store.format.plan import Plan, SitePlan
+from residua.store.format.writer import FilledShard, ShardWriter
+from residua.store.read.archive import Archive
+
 MODEL = Path(__file__).parent.parent / "models" / "pydoc-1m"
 LAYERS = (1, 2, 3, 4)
 N_TOKENS = 131_072
+ROWS_PER_SHARD = 32_768
+SITE = "resid_post.0"
 _LENGTH = 256
 _BATCH = 64
 
@@ -37,3 +44,23 @@ def trained_residuals(n_tokens: int = N_TOKENS) -> npt.NDArray[np.uint16]:
             for block, layer in zip(rows, LAYERS, strict=True):
                 block.append(states[layer].flatten(0, 1).to(torch.bfloat16).view(torch.int16).numpy())
     return np.concatenate([batch for block in rows for batch in block]).view(np.uint16)
+
+
+def residual_archive(folder: Path, rows: npt.NDArray[np.uint16], preset: str) -> Archive:
+    """Write `rows` as an archive with one site, in the folder `preset`."""
+    site = SitePlan(name=SITE, row_shape=rows.shape[1:], dtype="bfloat16", codec=preset)
+    plan = Plan(model={}, dataset={}, rules={}, sites=(site,), rows_per_shard=ROWS_PER_SHARD, n_rows=len(rows))
+    path = folder / preset
+    with workspace(path) as made:
+        create_archive(made, path, plan, {})
+    with ShardWriter(path, plan) as writer:
+        for shard, first in enumerate(range(0, len(rows), ROWS_PER_SHARD)):
+            block = rows[first : first + ROWS_PER_SHARD]
+            numbers = np.arange(len(block), dtype=np.int32)
+            columns: dict[str, npt.NDArray[np.generic]] = {
+                "token": numbers,
+                "position": numbers,
+                "example": np.zeros(len(block), np.int64),
+            }
+            writer.submit(FilledShard(index=shard, first_row=first, sites={SITE: block}, columns=columns))
+    return Archive(path, threads=1)

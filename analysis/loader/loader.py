@@ -32,6 +32,7 @@ from residua.analysis.rows.held_out import held_out_groups
 from residua.store.base.errors import AnalysisError, few
 from residua.store.read.archive import Archive
 from residua.store.read.array import as_tensor
+from residua.store.read.remote_archive import RemoteArchive
 from residua.store.selection.row_filter import RowFilter
 
 Batch: TypeAlias = dict[str, Tensor]
@@ -201,11 +202,7 @@ class Loader(IterableDataset[Batch]):
             )
         taken = 0 if resume is None else resume.taken
         if info is None:
-            batches = (
-                iter(DataLoader(self, batch_size=None, num_workers=n_workers))  # workers find `_resume` in their copies
-                if n_workers
-                else self._batches(0, 1, taken)
-            )
+            batches = self._in_workers(n_workers) if n_workers else self._batches(0, 1, taken)
         else:
             if resume is None or resume.stream is None:
                 self._stream, taken = resumed_worker(info.id, n_workers, taken)
@@ -214,6 +211,11 @@ class Loader(IterableDataset[Batch]):
             batches = self._batches(self._stream, n_workers, taken)
         self._taken, self._resume = taken, None
         return self._counted(batches)
+
+    def _in_workers(self, n_workers: int) -> Iterator[Batch]:
+        """Return the batches of worker processes, which find `_resume` in their copies of this object."""
+        context = "forkserver" if isinstance(self._archive, RemoteArchive) else None  # forked, none could read there
+        return iter(DataLoader(self, batch_size=None, num_workers=n_workers, multiprocessing_context=context))
 
     def _counted(self, batches: Iterator[Batch]) -> Iterator[Batch]:
         begun = self._place()

@@ -5,7 +5,8 @@ is filled again. (``tf.data.Dataset.shuffle``, Abadi et al. 2016, replaces one r
 once reads neighbouring rows together, and the order after a stop can be computed.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import chain
 from math import prod
 
 import numpy as np
@@ -13,6 +14,8 @@ import numpy as np
 from residua.analysis.loader.order import EpochOrder, Numbers
 from residua.store.read.archive import Archive
 from residua.store.read.reader import Array
+
+_AHEAD_BYTES = 64 * 2**20  # stored bytes of all sites together
 
 Taken = tuple[Numbers, Mapping[str, Array]]
 
@@ -51,6 +54,7 @@ class ShuffleBuffer:
         }
         self._number = -1
         self._shuffled = np.empty(0, np.int64)
+        self._pieces: Iterator[Numbers | range] = iter(())
 
     def take(self, start: int, stop: int) -> Taken:
         """Return the worker's rows from `start` to before `stop`: their numbers, and by site (rows, *row shape).
@@ -74,8 +78,11 @@ class ShuffleBuffer:
         if number == self._number:
             return
         places = self._places[number * self._height : (number + 1) * self._height]
+        if number != self._number + 1 or number == 0:
+            self._pieces = self._pieces_from(number)
         at = 0
-        for rows in self._order.rows(places.start, places.stop):
+        while at < len(places):
+            rows = next(self._pieces)
             self._read(slice(at, at + len(rows)), rows)
             at += len(rows)
         if self._seed is None:
@@ -83,6 +90,15 @@ class ShuffleBuffer:
         else:
             self._shuffled = np.random.default_rng([*self._seed, number]).permutation(len(places))
         self._number = number
+
+    def _pieces_from(self, number: int) -> Iterator[Numbers | range]:
+        """Yield the rows of full buffers from `number` on; at an address, those that follow are fetched meanwhile."""
+        firsts = range(number * self._height, len(self._places), self._height)
+        buffers = (self._places[first : first + self._height] for first in firsts)
+        pieces = chain.from_iterable(self._order.rows(places.start, places.stop) for places in buffers)
+        for source in self._sources.values():
+            pieces = source.ahead(pieces, _AHEAD_BYTES // len(self._sources))
+        return pieces
 
     def _read(self, at: slice, rows: Numbers | range) -> None:
         self._rows[at] = np.arange(rows.start, rows.stop) if isinstance(rows, range) else rows

@@ -4,7 +4,7 @@ Values come in a type that numpy can compute in: numpy sums bfloat16 in bfloat16
 wrong sums of some hundred values without a warning. Both are therefore read as float32, which is exact.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from types import EllipsisType
 from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
@@ -153,6 +153,17 @@ class ArchiveArray:
         elif stop > start:
             self._require(range(start, stop))
             self._readers[0].read_into(out.view(self.specs[0].storage_dtype), start, stop)
+
+    def ahead(self, pieces: Iterable[RowNumbers | range], most_bytes: int) -> Iterator[RowNumbers | range]:
+        """Yield `pieces` of rows that will be read one after the other; at an address, the next are fetched meanwhile.
+
+        Args:
+            pieces: Numbers of rows.
+            most_bytes: Most stored bytes that are fetched ahead.
+        """
+        for reader in self._readers:
+            pieces = reader.ahead(pieces, most_bytes // len(self._readers))
+        yield from pieces
 
     def _read(self, rows: RowSelection) -> Array:
         if isinstance(rows, EllipsisType):

@@ -142,6 +142,19 @@ class ArrayReader:
                 self._run(lambda job: self._gather(*job, items), jobs)
         return out
 
+    def ahead(
+        self,
+        pieces: Iterable[RowNumbers | range],
+        most_bytes: int,  # noqa: ARG002  # for addresses
+    ) -> Iterator[RowNumbers | range]:
+        """Yield `pieces` of rows that will be read one after the other; at an address, the next are fetched meanwhile.
+
+        Args:
+            pieces: Numbers of rows.
+            most_bytes: Most stored bytes that are fetched ahead.
+        """
+        yield from pieces
+
     def _check_range(self, start: int, stop: int) -> None:
         if not 0 <= start <= stop <= self._n_rows:
             raise IndexError(f"rows {start:,} to {stop:,} of {self._spec.path} do not exist: it has {self._n_rows:,}")
@@ -285,6 +298,12 @@ class ColumnShardsReader:
     def take(self, rows: Sequence[int] | npt.NDArray[np.integer]) -> Array:
         """Return the given rows, in the given order, (rows, *row shape), in storage dtype."""
         return np.concatenate([reader.take(rows) for reader in self._readers], axis=1)
+
+    def ahead(self, pieces: Iterable[RowNumbers | range], most_bytes: int) -> Iterator[RowNumbers | range]:
+        """Yield `pieces` of rows that will be read one after the other; see `ArrayReader.ahead`."""
+        for reader in self._readers:
+            pieces = reader.ahead(pieces, most_bytes // len(self._readers))
+        yield from pieces
 
 
 @lru_cache(maxsize=1)

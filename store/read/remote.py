@@ -1,17 +1,20 @@
 """Reads rows of one array at an address: chunks come by ranges of bytes, ahead of where they are decoded.
 
 The packed index says where each chunk stands, how long it is, and its crc32c. Chunks that lie near each other in one
-shard share a request. Many requests are under way at once, and those of the next rows start before the last ones are
-decoded, so that the link is busy. Each chunk is compared with the index when it arrives. One that differs is asked for
-once more; if it differs again, that is an error that names object, chunk and rows.
+shard share a request. Many requests are under way at once, and chunks are decoded as they arrive. What is probably read
+next is fetched ahead: the rows after those of a read that goes on where the last one stopped, and what a caller says
+(`RemoteReader.ahead`).
+
+Each chunk is compared with the index when it arrives. One that differs is asked for once more; if it differs again,
+that is an error that names object, chunk and rows.
 """
 
-import os
-from collections.abc import Callable, Iterator, Sequence
+from collections import OrderedDict, defaultdict, deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple, TypeAlias, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -20,18 +23,20 @@ from residua.store.base.errors import DamagedArchiveError
 from residua.store.encoding.codecs import check_chunk, decode_chunk
 from residua.store.encoding.shard import describe_chunk, shard_path, shard_rows
 from residua.store.encoding.spec import ArraySpec
-from residua.store.read.reader import Array, ArrayReader, Check
+from residua.store.read.reader import Array, ArrayReader, Check, RowNumbers
 from residua.store.sealing.packed_index import PackedIndex
 from residua.store.storage.crc import CRC_BYTES
 from residua.store.storage.disk_cache import DiskCache
 from residua.store.storage.objects import JOIN_GAP_BYTES, ObjectFolder
 
-_REQUEST_BYTES = 8 * 2**20  # a longer run of chunks takes several requests, which are under way at once
-_WINDOW_BYTES = 64 * 2**20  # chunks that are fetched together; as much again is fetched ahead
+_REQUEST_BYTES = 4 * 2**20  # a longer run of chunks takes several requests, which are under way at once
+_WINDOW_BYTES = 64 * 2**20  # of one call that are under way; as much again is fetched ahead
+_HELD_BYTES = 256 * 2**20  # fetched ahead for all readers of an archive; what is not used for longest goes first
 _N_REQUESTS = 16
 _HERE = Path()
 
 Bytes = npt.NDArray[np.uint8]
+_Arriving: TypeAlias = Future[dict[int, Bytes]]
 T = TypeVar("T")
 
 
@@ -57,6 +62,7 @@ class RemoteChunks:
         self.folder = folder
         self.index = index
         self._cache = cache
+        self._held: OrderedDict[tuple[str, int], tuple[_Arriving, int]] = OrderedDict()
 
     def __reduce__(self) -> tuple[object, ...]:
         return type(self), (self.folder, self.index, self._cache)
@@ -73,17 +79,73 @@ class RemoteChunks:
             DamagedArchiveError: A chunk is not what the index says; the message names it.
             StorageError: The server does not give it.
         """
-        found = self._cached(spec, numbers)
-        requests = list(self._requests(spec, [number for number in numbers if number not in found]))
-        jobs = [_requests_of(os.getpid()).submit(self._get, spec, n_rows, request) for request in requests[1:]]
-        try:
-            arrived = [self._get(spec, n_rows, request) for request in requests[:1]]
-        finally:
-            for job in jobs:
-                job.exception()
-        for chunks in [*arrived, *(job.result() for job in jobs)]:
+        found: dict[int, Bytes] = {}
+        for chunks in self.stream(spec, n_rows, numbers):
             found |= chunks
         return found
+
+    def stream(
+        self,
+        spec: ArraySpec,
+        n_rows: int,
+        numbers: Sequence[int],
+        *,
+        then: Sequence[int] = (),
+        window_bytes: int = _WINDOW_BYTES,
+    ) -> Iterator[dict[int, Bytes]]:
+        """Yield the stored bytes of chunks as they arrive, those that were fetched ahead first; raises as `fetch`.
+
+        Args:
+            spec: The array.
+            n_rows: Rows of the array.
+            numbers: Numbers of chunks across all shards, ascending.
+            then: Chunks to fetch ahead when all of `numbers` are under way.
+            window_bytes: Bytes of `numbers` that are under way at once, and held until they are taken.
+        """
+        ahead: dict[_Arriving, list[int]] = defaultdict(list)
+        missing = []
+        for number in numbers:
+            job = self._take(spec, number)
+            ahead[job].append(number) if job else missing.append(number)
+        requests = deque(self._requests(spec, missing))
+        if len(requests) == 1 and not ahead and not then:
+            yield self._get(spec, n_rows, requests.pop())
+            return
+        jobs: deque[tuple[_Arriving, int]] = deque()
+        try:
+            while requests or jobs or ahead:
+                while requests and (not jobs or sum(size for _, size in jobs) < window_bytes):
+                    request = requests.popleft()
+                    jobs.append((self._begin(spec, n_rows, request), request.stops[-1] - request.starts[0]))
+                if not requests and then:
+                    self.expect(spec, n_rows, then)
+                    then = ()
+                if ahead:
+                    job = next(iter(ahead))
+                    chunks = job.result()
+                    yield {number: chunks[number] for number in ahead.pop(job)}
+                else:
+                    yield jobs.popleft()[0].result()
+        finally:
+            for job, _ in jobs:
+                job.cancel()
+
+    def expect(self, spec: ArraySpec, n_rows: int, numbers: Sequence[int]) -> None:
+        """Begin to fetch chunks that will be asked for; those that have waited for longest are given up for them."""
+        held = self._held
+        for request in self._requests(spec, [number for number in numbers if (spec.key, number) not in held]):
+            job = self._begin(spec, n_rows, request)
+            for number, start, stop in zip(request.chunks, request.starts, request.stops, strict=True):
+                held[spec.key, number] = job, stop - start
+        while sum(size for _, size in list(held.values())) > _HELD_BYTES:
+            held.popitem(last=False)
+
+    def _take(self, spec: ArraySpec, number: int) -> _Arriving | None:
+        job, _ = self._held.pop((spec.key, number), (None, 0))
+        return job
+
+    def _begin(self, spec: ArraySpec, n_rows: int, request: _Request) -> _Arriving:
+        return _requests().submit(self._get, spec, n_rows, request)
 
     def stored_bytes(self, spec: ArraySpec, number: int) -> int:
         """Return the stored size of a chunk, numbered across all shards."""
@@ -128,6 +190,16 @@ class RemoteChunks:
             yield open_
 
     def _get(self, spec: ArraySpec, n_rows: int, request: _Request) -> dict[int, Bytes]:
+        """Return the chunks of one request: from the cache if they are there, and else over the network."""
+        found = self._cached(spec, request.chunks)
+        requests = [request]
+        if found:
+            requests = list(self._requests(spec, [number for number in request.chunks if number not in found]))
+        for each in requests:
+            found |= self._arrived(spec, n_rows, each)
+        return found
+
+    def _arrived(self, spec: ArraySpec, n_rows: int, request: _Request) -> dict[int, Bytes]:
         name = shard_path(_HERE, spec, request.shard).as_posix()
         chunks = self._ask(name, request)
         for number in [number for number in chunks if self._problem(spec, number, chunks[number])]:
@@ -181,7 +253,7 @@ class RemoteReader(ArrayReader):
         n_rows: Rows of the array.
         check: As for `ArrayReader`; what arrives over the network is always compared.
         threads: Threads that decode chunks.
-        window_bytes: Stored bytes that are fetched together; as many again are fetched ahead.
+        window_bytes: Stored bytes of one call that are under way at once; as many again are fetched ahead.
     """
 
     def __init__(
@@ -199,6 +271,7 @@ class RemoteReader(ArrayReader):
         self._source = source
         self._window_bytes = window_bytes
         self._held: dict[int, Bytes] = {}
+        self._last = -2  # chunk of the last call
 
     def __reduce__(self) -> tuple[object, ...]:
         return _reopen, (self._source, self._spec, self._n_rows, self._check, self._threads, self._window_bytes)
@@ -221,52 +294,66 @@ class RemoteReader(ArrayReader):
         return self._source.fetch(self._spec, self._n_rows, numbers)
 
     def _run(self, work: Callable[[T], None], jobs: Sequence[T]) -> None:
-        """Do all jobs, window by window; the next window's chunks are on their way while one is decoded."""
-        windows = list(self._windows(jobs))
-        ahead: list[Future[dict[int, Bytes]]] = []
-        try:
-            for i, (numbers, these) in enumerate(windows):
-                fetched = ahead.pop(0).result() if ahead else self._fetch(numbers)
-                if i + 1 < len(windows):
-                    ahead.append(_windows_of(os.getpid()).submit(self._fetch, windows[i + 1][0]))
-                self._held.update(fetched)
-                try:
-                    super()._run(work, these)
-                finally:
-                    for number in fetched:
-                        self._held.pop(number, None)
-        finally:
-            for future in ahead:
-                future.exception()
-
-    def _windows(self, jobs: Sequence[T]) -> Iterator[tuple[list[int], list[T]]]:
-        """Yield jobs whose chunks are fetched together, and the numbers of these chunks."""
-        numbers: list[int] = []
-        these: list[T] = []
-        n_bytes = 0
+        """Do all jobs, as their chunks arrive."""
+        jobs_of: dict[int, list[T]] = defaultdict(list)
         for job in jobs:
-            number = int(job[0])  # type: ignore[index]  # every job begins with the number of its chunk
-            size = self._source.stored_bytes(self._spec, number)
-            if these and n_bytes + size > self._window_bytes:
-                yield numbers, these
-                numbers, these, n_bytes = [], [], 0
-            numbers.append(number)
-            these.append(job)
-            n_bytes += size
-        if these:
-            yield numbers, these
+            jobs_of[int(job[0])].append(job)  # type: ignore[index]  # every job begins with the number of its chunk
+        numbers = sorted(jobs_of)
+        then = self._next_chunks(numbers)
+        for arrived in self._source.stream(
+            self._spec, self._n_rows, numbers, then=then, window_bytes=self._window_bytes
+        ):
+            self._held.update(arrived)
+            try:
+                super()._run(work, [job for number in arrived for job in jobs_of[number]])
+            finally:
+                for number in arrived:
+                    self._held.pop(number, None)
+
+    def _next_chunks(self, numbers: list[int]) -> list[int]:
+        """Return the chunks to fetch ahead: as many as are read now, if all are read in order."""
+        first, last = numbers[0], numbers[-1]
+        goes_on = first in (self._last, self._last + 1)
+        self._last = last
+        sizes = [self._source.stored_bytes(self._spec, number) for number in numbers]
+        if last - first + 1 != len(numbers) or not (goes_on or (first == 0 and sum(sizes) > _REQUEST_BYTES)):
+            return []
+        n_chunks = -(-self._n_rows // self._spec.rows_per_chunk)
+        n_ahead = min(len(numbers), max(1, self._window_bytes // max(sizes)))
+        return list(range(last + 1, min(last + 1 + n_ahead, n_chunks)))
+
+    def ahead(self, pieces: Iterable[RowNumbers | range], most_bytes: int) -> Iterator[RowNumbers | range]:
+        """Yield `pieces`, and fetch the chunks of those that follow meanwhile, `most_bytes` of them at most."""
+        left, waiting, n_bytes = iter(pieces), deque[tuple[RowNumbers | range, int]](), 0
+        while True:
+            if 2 * n_bytes <= most_bytes:
+                numbers: set[int] = set()
+                for rows in left:
+                    of_rows = self._chunks_of(rows)
+                    size = sum(self._source.stored_bytes(self._spec, number) for number in of_rows)
+                    waiting.append((rows, size))
+                    numbers |= of_rows
+                    n_bytes += size
+                    if n_bytes >= most_bytes:
+                        break
+                self._source.expect(self._spec, self._n_rows, sorted(numbers))
+            if not waiting:
+                return
+            rows, size = waiting.popleft()
+            n_bytes -= size
+            yield rows
+
+    def _chunks_of(self, rows: RowNumbers | range) -> set[int]:
+        height = self._spec.rows_per_chunk
+        if isinstance(rows, range):
+            return set(range(rows.start // height, -(-rows.stop // height)))
+        return set(np.unique(rows // height).tolist())
 
 
 @lru_cache(maxsize=1)
-def _requests_of(pid: int) -> ThreadPoolExecutor:
-    """Return the threads in which requests of process `pid` wait for their answers."""
-    return ThreadPoolExecutor(_N_REQUESTS, thread_name_prefix=f"residua-requests-{pid}")
-
-
-@lru_cache(maxsize=1)
-def _windows_of(pid: int) -> ThreadPoolExecutor:
-    """Return the threads of process `pid` in which windows are fetched ahead."""
-    return ThreadPoolExecutor(4, thread_name_prefix=f"residua-ahead-{pid}")
+def _requests() -> ThreadPoolExecutor:
+    """Return the threads in which requests wait for their answers."""
+    return ThreadPoolExecutor(_N_REQUESTS, thread_name_prefix="residua-requests")
 
 
 def _reopen(

@@ -63,6 +63,7 @@ class RemoteArchive(Archive):
         cache: Cache = None,
     ) -> None:
         folder = folder_at(address, storage_options)
+        self._settings = {"check": check, "threads": threads, "storage_options": storage_options, "cache": cache}
         self._cache = _cache_of(address, cache)
         self._mirror = Mirror(folder, self._cache)
         try:
@@ -80,6 +81,9 @@ class RemoteArchive(Archive):
             super().__init__(self._mirror.path, check=check, threads=threads)
         self.index = PackedIndex(folder, self.plan, found.n_rows, found.index)
         self.chunks = RemoteChunks(folder, self.index, self._cache)
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return _reopen, (self._mirror.folder.address, self._settings)
 
     @property
     def place(self) -> str:
@@ -136,6 +140,10 @@ class RemoteArchive(Archive):
             f"{self.place} is at an address, where archive.group is not to be had: read archive[SITE], or open the "
             "address with zarr.storage.ObjectStore, in which rows of half precision are as they are stored"
         )
+
+
+def _reopen(address: str, settings: Mapping[str, Any]) -> RemoteArchive:
+    return RemoteArchive(address, **settings)
 
 
 def _cache_of(address: str, cache: Cache) -> DiskCache | None:

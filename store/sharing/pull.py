@@ -5,6 +5,7 @@ metadata come last, so a folder with them is complete. A copy of some sites is a
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
 from os import PathLike
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -73,7 +74,7 @@ class _Pull:
         """Copy what is not there yet."""
         self._check_target()
         shards = [(spec, shard) for spec in self._specs for shard in self._archive.commits]
-        sizes = [self._archive.commits[shard].arrays[spec.key].n_bytes for spec, shard in shards]
+        sizes = [self._archive.index.file(spec.key, shard).n_bytes for spec, shard in shards]
         done = BytesDone(sum(sizes), on_bytes)
 
         def copy_shard(i: int) -> int:
@@ -81,10 +82,10 @@ class _Pull:
             done.add(sizes[i])
             return sent
 
-        sent = sum(in_parallel(copy_shard, range(len(shards))))
-        sent += sum(in_parallel(self._copy_small, list(self._small)))
-        sent += write_file(self._out / INDEX, self._steps(INDEX, self._archive.index.n_bytes))
-        sent += write_file(self._out / ROOT, [self._archive.folder.read(ROOT, MAX_METADATA_BYTES)])
+        works: list[Callable[[], int]] = [partial(copy_shard, i) for i in range(len(shards))]
+        works += [self._copy_index, *(partial(self._copy_small, name) for name in self._small)]
+        sent = sum(in_parallel(lambda work: work(), works))
+        sent += write_file(self._out / ROOT, [(self._archive.path / ROOT).read_bytes()])
         n_bytes = sum((self._out / name).stat().st_size for name in (*self._small, INDEX, ROOT))
         return Copied(len(shards) + len(self._small) + 2, sum(sizes) + n_bytes, sent)
 
@@ -118,11 +119,9 @@ class _Pull:
         """Yield the chunks of a shard, compared with the index, and the end of its file, which follows from them."""
         table = self._archive.index.chunk_table(spec.key, shard)
         first = shard * spec.chunks_per_shard
-        step = max(1, _STEP_BYTES // (spec.chunk_bytes + 1))
-        for start in range(0, len(table), step):
-            numbers = range(first + start, first + min(start + step, len(table)))
-            found = self._archive.chunks.fetch(spec, self._archive.n_rows, numbers)
-            yield from (found[number] for number in numbers)
+        numbers = range(first, first + len(table))
+        for found in self._archive.chunks.stream(spec, self._archive.n_rows, numbers, window_bytes=_STEP_BYTES):
+            yield from found.values()
         yield shard_index(table, spec)
 
     def _copy_small(self, name: str) -> int:
@@ -136,6 +135,8 @@ class _Pull:
                 f"{self._archive.place}/{name} is missing: copy the archive there again from where it came from"
             ) from None
 
-    def _steps(self, name: str, n_bytes: int) -> Iterator[Bytes]:
-        for start in range(0, n_bytes, _STEP_BYTES):
-            yield from self._archive.folder.read_ranges(name, [start], [min(start + _STEP_BYTES, n_bytes)])
+    def _copy_index(self) -> int:
+        n_bytes = self._archive.index.n_bytes
+        steps = ((start, min(start + _STEP_BYTES, n_bytes)) for start in range(0, n_bytes, _STEP_BYTES))
+        ranges = (self._archive.folder.read_ranges(INDEX, [start], [stop])[0] for start, stop in steps)
+        return write_file(self._out / INDEX, ranges)

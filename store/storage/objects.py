@@ -47,6 +47,7 @@ _REMEDY = "Give credentials in the environment, as the service's own tools take 
 _STATUS = re.compile(r"status code: (\d{3}[^:\n]*)")
 _DENIED = (failures.PermissionDeniedError, failures.UnauthenticatedError)
 _FAILURES = (failures.BaseError, OSError, ValueError)
+_PROCESS: dict[str, int] = {}  # the process in which obstore's threads are
 
 Bytes = npt.NDArray[np.uint8]
 T = TypeVar("T")
@@ -60,7 +61,10 @@ class Listed(NamedTuple):
 
 
 class ObjectFolder:
-    """The objects below one address. It pickles as the address and its options, and survives a fork.
+    """The objects below one address. It pickles as the address and its options.
+
+    obstore answers no request in a forked child of a process that has used it (its threads are not copied), so that is
+    an error: child processes have to be started with ``forkserver`` or ``spawn``.
 
     Args:
         address: Where the folder is; see `residua.store.storage.address`.
@@ -90,8 +94,14 @@ class ObjectFolder:
     @property
     def _store(self) -> ObjectStore:
         settings = _connection(self.address, self.options)
+        if _PROCESS.setdefault("pid", os.getpid()) != os.getpid():
+            raise StorageError(
+                f"{self} cannot be read in a forked process, because the process that it was forked from has used "
+                "addresses: start processes with forkserver or spawn, in torch's DataLoader with "
+                "multiprocessing_context='forkserver'"
+            )
         try:
-            return _store_at(self.address, _frozen(settings), _credentials(), os.getpid())
+            return _store_at(self.address, _frozen(settings), _credentials())
         except _FAILURES as error:
             raise StorageError(
                 f"{self} cannot be opened: {_said(error)}. Check the address and storage_options"
@@ -253,9 +263,9 @@ def _credentials() -> tuple[tuple[str, str], ...]:
 
 @lru_cache(maxsize=64)
 def _store_at(
-    url: str, settings: tuple[tuple[str, Any], ...], _credentials: tuple[tuple[str, str], ...], _pid: int
+    url: str, settings: tuple[tuple[str, Any], ...], _credentials: tuple[tuple[str, str], ...]
 ) -> ObjectStore:
-    """Return the store of a URL; one for each process, for a store opens its own connections."""
+    """Return the store of a URL; it is kept, for each opens its own connections."""
     open_ = HTTPStore.from_url if scheme_of(url) in ("http", "https") else from_url
     return open_(url, **_thawed(settings))
 

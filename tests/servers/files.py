@@ -63,16 +63,18 @@ class FileServer:
             self._send(handler, file, is_cut=fault == "cut")
 
     def _send(self, handler: http.server.BaseHTTPRequestHandler, file: Path, *, is_cut: bool) -> None:
-        data = file.read_bytes()
+        size = file.stat().st_size
         asked = handler.headers.get("Range") if self.ranges else None
-        first, last = byte_range(asked, len(data))
-        body = data[first : last + 1]
+        first, last = byte_range(asked, size)
+        with file.open("rb") as opened:
+            opened.seek(first)
+            body = opened.read(last + 1 - first)
         if file.name in self.altered | self.altered_once and body:
             self.altered_once.discard(file.name)
             body = bytes([body[0] ^ 1]) + body[1:]
         handler.send_response(206 if asked else 200)
         if asked:
-            handler.send_header("Content-Range", f"bytes {first}-{last}/{len(data)}")
+            handler.send_header("Content-Range", f"bytes {first}-{last}/{size}")
         handler.send_header("Content-Length", str(len(body)))
         handler.send_header("Last-Modified", formatdate(file.stat().st_mtime, usegmt=True))
         handler.end_headers()

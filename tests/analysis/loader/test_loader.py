@@ -18,8 +18,12 @@ from torch.utils.data import DataLoader
 from residua.analysis.loader.loader import Batch, Loader
 from residua.analysis.loader.order import n_batches, resumed_worker, worker_slice
 from residua.store.base.errors import AnalysisError, UnknownSiteError
+from residua.store.format.archive_metadata import read_metadata
 from residua.store.read.archive import Archive
+from residua.store.read.stacks import open_archive
+from residua.store.sealing.seal import seal
 from tests.analysis.rows_archive import write_rows
+from tests.servers.files import serving_files
 from tests.stopped import take_back
 from tests.store.small_archive import make_archive
 
@@ -58,6 +62,11 @@ def archive(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
 @pytest.fixture(scope="module")
 def fast(tmp_path_factory: pytest.TempPathFactory) -> Archive:
     return make_numbered(tmp_path_factory.mktemp("loader") / "acts.zarr", N_ROWS, "fast")
+
+
+def seal_once(path: Path) -> None:
+    if (found := read_metadata(path)).index is None:
+        seal(path, found)
 
 
 def make(archive: Archive, **settings: Any) -> Loader:
@@ -206,6 +215,21 @@ def test_a_state_of_other_settings_is_refused(fast: Archive, tmp_path: Any) -> N
     other = make_numbered(tmp_path / "other.zarr", 1024)
     with pytest.raises(AnalysisError, match="plan was"):
         make(other).load_state_dict(state)
+
+
+@pytest.mark.parametrize("settings", [{"seed": 1}, {"shuffle": False}, {"where": "position > 5"}])
+def test_from_an_address_batches_are_the_same_and_requests_few(settings: Any, fast: Archive) -> None:
+    settings = {"batch_size": SIZE, "buffer_bytes": SMALL, **settings}
+    with serving_files(fast.path.parent) as server:
+        seal_once(fast.path)
+        there = open_archive(f"{server.url}/acts.zarr", cache=False)
+        batches = list(pickle.loads(pickle.dumps(Loader(there, SITES, **settings))))  # noqa: S301  # as workers get it
+        expected = list(Loader(fast, SITES, **settings))
+        assert rows_of(iter(batches)) == rows_of(iter(expected))
+        for mine, theirs in zip(batches, expected, strict=True):
+            assert all(torch.equal(mine[site], theirs[site]) for site in SITES)
+        n_blocks = -(-N_ROWS // 256)
+        assert sum(n for path, n in server.requests.items() if "/sites/" in path) <= 3 * n_blocks
 
 
 def test_a_filter_chooses_rows_and_columns_are_added(archive: Archive) -> None:

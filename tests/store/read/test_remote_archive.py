@@ -1,5 +1,6 @@
 """Archives at an address read as in their folder, and what a server does wrong is an error or asked for again."""
 
+import multiprocessing
 import pickle
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -96,11 +97,68 @@ def test_windows_that_are_read_ahead_give_the_same_rows(server: FileServer) -> N
                 assert np.array_equal(found, rows)
 
 
+def test_a_scan_fetches_the_next_rows_ahead_and_nothing_twice(server: FileServer) -> None:
+    here, there = Archive(server.folder / "a.zarr"), opened(server)
+    for site in here.sites:
+        there[site][:1]  # with the index's page
+        server.forget()
+        found = [there[site][start : start + HEIGHT] for start in range(0, N_ROWS, HEIGHT)]
+        assert np.array_equal(np.concatenate(found), here[site][:])
+        shards = [
+            path.stat().st_size for path in (server.folder / "a.zarr/sites").glob(f"{site.replace('.', '/')}/c/*/*")
+        ]
+        assert server.n_bytes <= sum(shards)
+        assert set(server.requests.values()) <= {1}
+
+
+def test_rows_that_a_caller_announces_come_once_and_are_the_same(server: FileServer) -> None:
+    here, there = Archive(server.folder / "a.zarr"), opened(server)
+    pieces = [range(20, 30), np.array([3, 37]), range(5)]
+    for most_bytes in (0, 3000, 10**6):
+        server.forget()
+        for site in here.sites:
+            found = [(rows, there[site][list(rows)]) for rows in there[site].ahead(pieces, most_bytes)]
+            assert [list(rows) for rows, _ in found] == [list(rows) for rows in pieces]
+            assert all(np.array_equal(values, here[site][list(rows)]) for rows, values in found)
+        assert not [path for path, n in server.requests.items() if n > 2]
+
+
+def test_what_was_fetched_ahead_and_is_not_used_goes(server: FileServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    here, there = Archive(server.folder / "a.zarr"), opened(server)
+    monkeypatch.setattr("residua.store.read.remote._HELD_BYTES", 4000)
+    for site in here.sites:
+        for _ in there[site].ahead([range(N_ROWS)], 10**6):
+            pass
+        assert np.array_equal(there[site][:], here[site][:])
+    assert len(there.chunks._held) <= 2  # chunks that fit into it
+
+
+def test_a_forked_child_is_told_to_be_started_otherwise(server: FileServer) -> None:
+    """Its parent's threads, which wait for answers, are not there: a request would wait for ever."""
+    there = opened(server)
+    with multiprocessing.get_context("fork").Pool(1, initializer=_SHARED.update, initargs=({"a": there},)) as pool:
+        message = pool.apply_async(_why_not).get(60)
+    assert f"{there.place} " in message
+    assert "forkserver" in message
+
+
+_SHARED: dict[str, RemoteArchive] = {}
+
+
+def _why_not() -> str:
+    with pytest.raises(StorageError) as caught:
+        _SHARED["a"]["q.1"][[0, 37]]
+    return str(caught.value)
+
+
 def test_an_archive_pickles_as_its_readers_do(server: FileServer) -> None:
     there = opened(server)
     spec = next(spec for spec in there.arrays if spec.path == "sites/q/1")
     again = pickle.loads(pickle.dumps(RemoteReader(there.chunks, spec, N_ROWS)))  # noqa: S301
     assert np.array_equal(again.read(0, 9), there["q.1"][:9])
+    whole = pickle.loads(pickle.dumps(there))  # noqa: S301
+    assert (whole.place, whole.options) == (there.place, there.options)
+    assert np.array_equal(whole["q.1"][:9], there["q.1"][:9])
 
 
 def test_an_altered_answer_is_asked_for_again(server: FileServer) -> None:

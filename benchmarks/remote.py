@@ -1,0 +1,386 @@
+"""What archives cost at an address: `python benchmarks/remote.py`.
+
+An archive of 128 MiB of trained bfloat16 residuals, stored with `fast` in shards of 32 MiB, lies on two servers on
+this machine: SeaweedFS (S3) and the web server of the tests. Both are asked through a link in a process of its own,
+which counts requests and bytes. It delays requests by 0 or 20 ms, or by 20 ms on a line of 1 Gbit/s. Nothing is kept in
+a cache on the disk.
+
+- open: `residua.open`; requests only.
+- random rows: 4,096 rows from anywhere, in the open archive.
+- scan: all rows, in blocks of a shard, as analyses read them.
+- loader: one epoch of shuffled batches of 4,096 rows, with a buffer of 64 MiB.
+- push and pull: the archive to the bucket and back to the disk.
+
+`obstore` is obstore alone moving the same bytes, without looking at them: ranges of 8 MiB, 16 at once; for push and
+pull files, eight at once, written to the disk durably as a pull writes them. zarr-python reads the same archive
+through its own `ObjectStore`, and through `FsspecStore` over obstore's file system.
+
+Client, link and server share two cores. Where the line has no limit, these are what limits all cases, and decoding,
+which obstore alone does not do, counts in full.
+"""
+
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from multiprocessing import get_context
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import numpy as np
+import obstore
+import zarr
+from measure import Timing, in_turns, machine, parser, publish, speedups, spread, table
+from obstore.fsspec import FsspecStore as ObstoreFiles
+from obstore.store import HTTPStore, S3Store
+from residuals import SITE, residual_archive, trained_residuals
+from slow_link import Counts, Link, slow_link
+from zarr.storage import FsspecStore, ObjectStore
+
+import residua
+from residua.store.format.archive_metadata import read_metadata
+from residua.store.sealing.seal import seal
+
+sys.path.append(str(Path(__file__).parent.parent))  # of the tests' servers
+from tests.servers.files import serving_files
+from tests.servers.s3 import S3Server, serving_s3
+
+WIDTH = 512
+BATCH_ROWS = 4_096
+BUFFER_BYTES = 64 * 2**20
+RANGE_BYTES = 8 * 2**20
+AT_ONCE, FILES_AT_ONCE = 16, 8
+GBIT = 125e6
+LINES = {"0 ms": (0.0, 0.0), "20 ms": (0.02, 0.0), "20 ms, 1 Gbit/s": (0.02, GBIT)}
+ALONE, OURS, OBJECT_STORE, FSSPEC = "obstore", "Residua", "zarr-python, ObjectStore", "zarr-python, fsspec"
+OPEN, RANDOM, SCAN, LOAD, PUSH, PULL = "open", "4,096 random rows", "scan", "loader", "push", "pull"
+TARGETS = {
+    (RANDOM, OURS): "at most a request a chunk",
+    (SCAN, OURS): "rate at least 0.8",
+    (LOAD, OURS): "rate at least 0.8",
+    (PUSH, OURS): "time at most 1.15",
+    (PULL, OURS): "time at most 1.15",
+}
+Work = Callable[[int], object]
+
+
+@dataclass
+class Run:
+    """The runs of one case.
+
+    Attributes:
+        timings: By round.
+        counts: What passed the link in the last round.
+    """
+
+    timings: list[Timing] = field(default_factory=list)
+    counts: Counts = field(default_factory=lambda: Counts(0, 0, 0))
+
+
+Measured = dict[tuple[str, str, str], dict[str, Run]]
+
+
+@dataclass(frozen=True)
+class Place:
+    """A server behind a link.
+
+    Attributes:
+        name: Of the server.
+        link: The link.
+        options: `storage_options` of the archive there, through the link.
+        base: Address of the folder that has the archive.
+        store: obstore's store of that folder.
+        folder: Where the archive is on the disk.
+        objects: The archive's files below `folder`, with their sizes; objects of these names are at the server.
+    """
+
+    name: str
+    link: Link
+    options: Mapping[str, Any]
+    base: str
+    store: Any
+    folder: Path
+    objects: Mapping[str, int]
+
+    @property
+    def archive(self) -> str:
+        """Address of the archive."""
+        return f"{self.base}/acts.zarr"
+
+    @property
+    def shards(self) -> Mapping[str, int]:
+        """Objects of the site that is read, with their sizes."""
+        return {name: size for name, size in self.objects.items() if "/resid_post/0/c/" in name}
+
+    def open(self) -> residua.Archive:
+        """Open the archive."""
+        return residua.open(self.archive, storage_options=self.options, cache=False)
+
+
+def make(folder: Path) -> Path:
+    """Write the archive."""
+    path = residual_archive(folder, trained_residuals().reshape(-1, WIDTH), "fast").path
+    seal(path, read_metadata(path))
+    return path.rename(folder / "acts.zarr")
+
+
+def _serve_files(folder: Path, ready: Connection) -> None:
+    with serving_files(folder) as server:
+        ready.send(urlsplit(server.url).port)
+        ready.recv()
+
+
+@contextmanager
+def file_server(folder: Path) -> Iterator[int]:
+    """Run the web server of the tests in a process of its own, and yield its port."""
+    here, there = get_context("spawn").Pipe()
+    process = get_context("spawn").Process(target=_serve_files, args=(folder, there))
+    process.start()
+    try:
+        yield here.recv()
+    finally:
+        here.send(None)
+        process.join()
+
+
+def files_place(link: Link, folder: Path) -> Place:
+    """Return the archive on the web server."""
+    base = f"http://127.0.0.1:{link.port}"
+    store = HTTPStore.from_url(base, client_options={"allow_http": True})
+    return Place("files over HTTP", link, {}, base, store, folder, _objects(folder))
+
+
+def s3_place(link: Link, server: S3Server, folder: Path) -> Place:
+    """Return the archive in the bucket, where it is put first."""
+    options: dict[str, Any] = {**server.options, "endpoint": f"http://127.0.0.1:{link.port}"}
+    store = S3Store(server.bucket, prefix="there", client_options={"allow_http": True}, **options)
+    place = Place("SeaweedFS", link, options, server.address("there"), store, folder, _objects(folder))
+    residua.push(folder / "acts.zarr", place.archive, storage_options=options)
+    return place
+
+
+def _objects(folder: Path) -> dict[str, int]:
+    files = [path for path in folder.rglob("*") if path.is_file() and path.parent.name != "commits"]
+    return {path.relative_to(folder).as_posix(): path.stat().st_size for path in files}
+
+
+def fetch(place: Place, _: int) -> None:
+    """Fetch the site's bytes with obstore alone."""
+    ranges = [
+        (name, start, min(start + RANGE_BYTES, size))
+        for name, size in place.shards.items()
+        for start in range(0, size, RANGE_BYTES)
+    ]
+    with ThreadPoolExecutor(AT_ONCE) as pool:
+        for _found in pool.map(lambda x: obstore.get_range(place.store, x[0], start=x[1], end=x[2]), ranges):
+            pass
+
+
+def put_files(place: Place, number: int) -> None:
+    """Put the archive's files with obstore alone."""
+    with ThreadPoolExecutor(FILES_AT_ONCE) as pool:
+        list(pool.map(lambda x: obstore.put(place.store, f"put-{number}/{x}", place.folder / x), place.objects))
+
+
+def get_files(place: Place, folder: Path, number: int) -> None:
+    """Get the archive's files with obstore alone, and write them durably."""
+
+    def get(name: str) -> None:
+        path = folder / f"got-{number}" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("wb") as file:
+            for piece in obstore.get(place.store, name).stream(min_chunk_size=RANGE_BYTES):
+                file.write(piece)
+            file.flush()
+            os.fsync(file.fileno())
+
+    with ThreadPoolExecutor(FILES_AT_ONCE) as pool:
+        list(pool.map(get, place.objects))
+
+
+def scan(array: Any, height: int, _: int) -> None:
+    """Read all rows, block by block."""
+    for start in range(0, array.shape[0], height):
+        array[start : start + height]
+
+
+def load(archive: residua.Archive, epoch: int) -> None:
+    """Read the batches of one epoch."""
+    loader = archive.loader(SITE, batch_size=BATCH_ROWS, buffer_bytes=BUFFER_BYTES)
+    loader.set_epoch(epoch)
+    for _ in loader:
+        pass
+
+
+class Stored:
+    """A site whose rows come as they are stored, without a conversion."""
+
+    def __init__(self, archive: residua.Archive) -> None:
+        self._array = archive[SITE]
+        self.shape = self._array.shape
+
+    def __getitem__(self, rows: Any) -> Any:
+        return self._array.numpy(rows, dtype=self._array.stored_dtype)
+
+
+def zarr_arrays(place: Place) -> dict[str, Any]:
+    """Return the site as zarr-python opens it."""
+    path = f"sites/{SITE.replace('.', '/')}"
+    make: Any = ObstoreFiles
+    files = make(urlsplit(place.base).scheme, asynchronous=True, **_fsspec_options(place))
+    stores: dict[str, Any] = {
+        OBJECT_STORE: ObjectStore(_below(place, "acts.zarr"), read_only=True),
+        FSSPEC: FsspecStore(files, read_only=True, path=_fsspec_path(place)),
+    }
+    return {name: zarr.open_array(store, path=path, mode="r", zarr_format=3) for name, store in stores.items()}
+
+
+def _below(place: Place, name: str) -> Any:
+    client: Any = {"allow_http": True}
+    if isinstance(place.store, HTTPStore):
+        return HTTPStore.from_url(f"{place.base}/{name}", client_options=client)
+    return S3Store("acts", prefix=f"there/{name}", client_options=client, **place.options)
+
+
+def _fsspec_options(place: Place) -> dict[str, Any]:
+    return {**({} if isinstance(place.store, HTTPStore) else place.options), "client_options": {"allow_http": True}}
+
+
+def _fsspec_path(place: Place) -> str:
+    return place.archive if isinstance(place.store, HTTPStore) else place.archive.removeprefix("s3://")
+
+
+def reading(place: Place, height: int) -> dict[str, dict[str, Work]]:
+    """Return the cases of the jobs that read."""
+    archive, others = place.open(), zarr_arrays(place)
+    rng = np.random.default_rng(0)
+    batches = [np.sort(rng.choice(archive.n_rows, BATCH_ROWS, replace=False)) for _ in range(8)]
+    alone = partial(fetch, place)
+    return {
+        OPEN: {OURS: lambda _: place.open()},
+        RANDOM: {
+            OURS: lambda n: archive[SITE].bits(batches[n]),
+            **{name: partial(lambda array, n: array.oindex[batches[n]], each) for name, each in others.items()},
+        },
+        SCAN: {
+            ALONE: alone,
+            OURS: partial(scan, Stored(archive), height),
+            **{name: partial(scan, each, height) for name, each in others.items()},
+        },
+        LOAD: {ALONE: alone, OURS: partial(load, archive)},
+    }
+
+
+def moving(place: Place, folder: Path) -> dict[str, dict[str, Work]]:
+    """Return the cases of the jobs that copy."""
+
+    def push(number: int) -> None:
+        target = f"{place.base}/pushed-{number}.zarr"
+        residua.push(place.folder / "acts.zarr", target, storage_options=place.options)
+
+    def pull(number: int) -> None:
+        residua.pull(place.archive, folder / f"pulled-{number}.zarr", storage_options=place.options)
+
+    jobs: dict[str, dict[str, Work]] = {PULL: {ALONE: partial(get_files, place, folder), OURS: pull}}
+    if isinstance(place.store, S3Store):
+        jobs[PUSH] = {ALONE: partial(put_files, place), OURS: push}
+    return jobs
+
+
+def counted(place: Place, work: Work, run: Run, number: int) -> None:
+    """Do one run, and note what passed the link."""
+    before = place.link.counts()
+    work(number)
+    run.counts = Counts(*(now - then for now, then in zip(place.link.counts(), before, strict=True)))
+
+
+def measure(place: Place, folder: Path, rounds: int) -> Measured:
+    """Return the runs of every job at one server."""
+    found: Measured = {}
+    height = place.open().plan.rows_per_shard
+    for name_of_line, line in LINES.items():
+        place.link.set_line(0)
+        jobs = reading(place, height) | moving(place, folder)
+        place.link.set_line(*line)
+        for job, cases in jobs.items():
+            runs = {name: Run() for name in cases}
+            works = {name: partial(counted, place, work, runs[name]) for name, work in cases.items()}
+            for name, timings in in_turns(works, rounds=rounds + 1).items():
+                runs[name].timings = timings[1:]  # the first one opens connections
+            found[place.name, name_of_line, job] = runs
+        for left in [*folder.glob("got-*"), *folder.glob("pulled-*")]:
+            shutil.rmtree(left)
+    return found
+
+
+def table_line(place: str, line: str, job: str, case: str, runs: Mapping[str, Run]) -> list[str]:
+    """Return one line of the table."""
+    run = runs[case]
+    base = runs.get(ALONE, runs[OURS]).timings
+    rates = speedups(base, run.timings, clock="wall")
+    ratios = [1 / rate for rate in rates] if job in (PUSH, PULL) else rates
+    return [
+        f"{job}, {case}",
+        place,
+        line,
+        f"{run.counts.requests:,}",
+        f"{(run.counts.sent + run.counts.received) / 2**20:,.1f}",
+        spread([1000 * each.wall for each in run.timings], 0),
+        spread([1000 * each.cpu for each in run.timings], 0),
+        "" if job == OPEN else spread(ratios),
+        TARGETS.get((job, case), "at most 3 requests" if job == OPEN else ""),
+    ]
+
+
+def report(measured: Measured, rounds: int) -> str:
+    """Return the table."""
+    lines = [
+        table_line(place, line, job, case, runs)
+        for job in (OPEN, RANDOM, SCAN, LOAD, PUSH, PULL)
+        for (place, line, its_job), runs in measured.items()
+        if its_job == job
+        for case in runs
+    ]
+    head = ["job", "server", "line", "requests", "MiB", "ms", "CPU ms", "ratio", "target"]
+    return "\n".join(
+        [
+            f"Median (least to greatest) of {rounds} rounds. Requests and bytes are those of one run. The ratio is the "
+            "rate over that of obstore, or of Residua where obstore has no case; for push and pull the time over "
+            "obstore's.",
+            machine("obstore", "zarr", "numpy"),
+            "",
+            table(head, lines),
+        ]
+    )
+
+
+def main() -> None:
+    """Measure and report."""
+    arguments = parser(__doc__ or "", rounds=3).parse_args()
+    folder = Path(tempfile.mkdtemp(prefix="residua-remote-", dir=arguments.folder))
+    measured: Measured = {}
+    try:
+        data, copies, bucket = (folder / name for name in ("data", "copies", "bucket"))
+        for each in (data, copies, bucket):
+            each.mkdir()
+        make(data)
+        with ExitStack() as open_:
+            server = open_.enter_context(serving_s3(bucket, volume_mib=1024))
+            port = urlsplit(server.options["endpoint"]).port
+            links = [open_.enter_context(slow_link(each)) for each in (open_.enter_context(file_server(data)), port)]
+            measured |= measure(files_place(links[0], data), copies, arguments.rounds)
+            measured |= measure(s3_place(links[1], server, data), copies, arguments.rounds)
+    finally:
+        shutil.rmtree(folder)
+    publish(report(measured, arguments.rounds), arguments.out)
+
+
+if __name__ == "__main__":
+    main()
