@@ -6,13 +6,18 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test models test-reader bench clean
+.PHONY: demo test docs models test-reader bench clean
 
 demo: $(READY)
 	@DS_ACCELERATOR=cpu $(BIN)/python examples/demo.py demo  # else DeepSpeed, which tests need, warns where no GPU is
 
 test: $(READY)
 	@PATH="$(CURDIR)/$(BIN):$$PATH" scripts/check
+
+# Make the documentation site, build/site/index.html, from the pages and docstrings; a link that leads nowhere is an error
+docs: $(READY)
+	@PYTHONPATH=. $(BIN)/python -m sphinx -c docs -W --keep-going -q -b html . build/site
+	@echo "open build/site/index.html"
 
 # Check every model type of transformers, and write docs/models-table.md; a sweep that was stopped goes on where it was
 models: $(READY)

@@ -55,7 +55,7 @@ def head_detector(
             occurrence of the same token; ``induction_head``: every token that followed an earlier occurrence.
         exclude_bos: Leave out attention to the first token.
         exclude_current_token: Leave out the attention of a token to itself.
-        error_measure: ``mul``: sum(A * D) / sum(A); ``abs``: 1 - round(sum(|A - D|) / L, 3).
+        error_measure: ``mul``: sum(A * D) / sum(A); ``abs``: 1 - round(sum(abs(A - D)) / L, 3).
         layers: Layers to score; None: all layers whose weights are known.
         source: ``pattern`` or ``qk``; None: patterns if they are stored.
         cluster: Where the jobs run; None: in this process.
@@ -106,7 +106,7 @@ def _mul(sums: ExampleSums) -> Floats:
 
 
 def _abs(sums: ExampleSums) -> Floats:
-    """Where D is 1, |A - D| is 1 - A, elsewhere it is A."""
+    """Where D is 1, abs(A - D) is 1 - A, elsewhere it is A."""
     matched, excluded = sums.matched
     distance = sums.total - excluded - 2 * matched + sums.n_pairs[0]
     scores: Floats = 1 - np.round(distance / sums.n_tokens, 3)

@@ -109,7 +109,7 @@ class RidgeProbe(RegressorMixin, LinearProbe):  # type: ignore[misc]  # scikit-l
         return probe
 
     def fit(self, X: Rows, y: Rows) -> Self:
-        """Fit to rows `X`, (rows, *row shape), and numbers `y`, (rows,); forget earlier rows."""
+        """Fit to rows `X`, ``(rows, *row shape)``, and numbers `y`, (rows,); forget earlier rows."""
         for name in ("n_features_in_", "_moments", "_solution"):
             self.__dict__.pop(name, None)
         return self.partial_fit(X, y)
@@ -196,7 +196,7 @@ class LogisticProbe(ClassifierMixin, LinearProbe):  # type: ignore[misc]  # scik
         return probe
 
     def fit(self, X: Rows, y: Rows) -> Self:
-        """Fit to rows `X`, (rows, *row shape), and classes `y`, (rows,), in several passes over `X`.
+        """Fit to rows `X`, ``(rows, *row shape)``, and classes `y`, (rows,), in several passes over `X`.
 
         Raises:
             ValueError: There is only one class.

@@ -13,7 +13,7 @@ from residua.store.read.reader import Array
 
 
 def array(archive: Archive, site: str, *, dtype: npt.DTypeLike | None = None) -> da.Array:
-    """Return a site as a Dask array, (rows, *row shape), with one block for each shard.
+    """Return a site as a Dask array, ``(rows, *row shape)``, with one block for each shard.
 
     Nothing is read until something is computed. The graph holds the archive's path and no data. Workers open the
     archive by that path, so it must be the same on their machines. On a Dask cluster, each block is read by the task

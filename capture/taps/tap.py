@@ -245,9 +245,9 @@ def tap(
 ) -> Iterator[Tap]:
     """Give ``function`` the full tensor of each site while the model runs; take back a replacement.
 
-    The tensor has shape (batch, positions, *row) as in `reading`, the model's dtype and its device. It is a copy: keep
-    it or change it, the model does not notice. What the function returns replaces the site's value; None leaves it.
-    The function may call the model itself: this tap is switched off meanwhile. (Over several processes it may do so
+    The tensor has shape ``(batch, positions, *row)`` as in `reading`, the model's dtype and its device. It is a copy:
+    keep it or change it, the model does not notice. What the function returns replaces the site's value; None leaves
+    it. The function may call the model itself: this tap is switched off meanwhile. (Over several processes it may do so
     only where it runs on all of them.) Compiled models, and compiled functions that call one, run uncompiled inside.
 
     If several processes share the model, all of them have to use the same tap. The function runs once per model

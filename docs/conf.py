@@ -1,0 +1,37 @@
+"""Settings of the documentation site, which `make docs` builds with Sphinx from the pages as they lie here."""
+
+from pathlib import Path
+
+import residua
+
+project = "Residua"
+copyright = "the Residua authors"  # noqa: A001  # Sphinx reads it by this name
+release = residua.__version__
+root_doc = "docs/index"
+include_patterns = ["*.md", "docs/**", "store/FORMAT.md", "benchmarks/*.md"]
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.viewcode", "sphinx_copybutton"]
+
+myst_heading_anchors = 4
+autodoc_typehints = "description"
+autodoc_typehints_description_target = "documented"
+autodoc_member_order = "bysource"
+autodoc_preserve_defaults = True
+napoleon_numpy_docstring = False
+default_role = "code"  # single backticks are names in our docstrings
+
+html_theme = "furo"
+html_title = "Residua"
+copybutton_prompt_text = r">>> |\.\.\. |\$ "
+copybutton_prompt_is_regexp = True
+
+
+def _lead_to_the_first_page(app: object, _error: Exception | None) -> None:
+    first = Path(app.outdir) / "index.html"  # type: ignore[attr-defined]
+    first.write_text(
+        f'<!doctype html><meta http-equiv="refresh" content="0; url={root_doc}.html"><title>Residua</title>\n'
+    )
+
+
+def setup(app: object) -> None:
+    """Have the folder open at the first page."""
+    app.connect("build-finished", _lead_to_the_first_page)  # type: ignore[attr-defined]
