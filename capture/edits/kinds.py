@@ -52,6 +52,9 @@ from residua.store.edits.edit import (
 from residua.store.edits.lens_files import read_linear_map
 from residua.store.edits.overlay import Overlay
 from residua.store.edits.vectors import Vector
+from residua.store.examples.memory import ExampleSource
+from residua.store.format.plan import STACK_RULE
+from residua.store.read import stacks as stores
 from residua.store.read.archive import Archive
 from residua.store.read.reader import Array
 from residua.store.selection.grammar import Value
@@ -185,7 +188,7 @@ class _ClassMeans:
 
 def _mean(edit: Mean, info: SiteInfo, context: EditContext) -> Action:
     """Compute the mean in float64 and round it to the model's type."""
-    rows = context.stored if edit.archive is None else StoredRows(open_archive(edit.archive))
+    rows = context.stored if edit.archive is None else StoredRows(open_archive(edit.archive, context.stored.source))
     rows.require_site(info)
     if edit.column is None:
         (found,) = rows.means(info.name, [None])
@@ -213,7 +216,7 @@ def _mean(edit: Mean, info: SiteInfo, context: EditContext) -> Action:
 
 
 def _swap(edit: Swap, info: SiteInfo, context: EditContext) -> Action:
-    source = context.stored if edit.archive is None else StoredRows(open_archive(edit.archive))
+    source = context.stored if edit.archive is None else StoredRows(open_archive(edit.archive, context.stored.source))
     return _stored_rows(source, info, context.dtype, lambda chosen: chosen.from_row)
 
 
@@ -295,16 +298,26 @@ Each raises PlanError where the edit does not fit the site, and NotCapturedError
 """
 
 
-def open_archive(path: Path) -> Archive:
-    """Open an archive that an edit names.
+def open_archive(path: Path, edited: ExampleSource) -> Archive:
+    """Open an archive that an edit names; of several stacks, the one of the stack that is edited.
+
+    Args:
+        path: Its folder.
+        edited: The archive or run whose rows the edit changes.
 
     Raises:
-        PlanError: There is none.
+        PlanError: There is none, or it has no rows of that stack.
     """
     try:
-        return Archive(path)
+        found = stores.open_archive(path)
     except FileNotFoundError as error:
         raise PlanError(f"there is no archive at {path}") from error
+    if not found.stacks:
+        return found
+    stack = str(edited.plan.rules.get(STACK_RULE, "")) if isinstance(edited, Archive) else ""
+    if stack not in found.stacks:
+        raise PlanError(f"{path} holds {' and '.join(found.stacks)}, and rows of {stack or 'one stack'} are needed")
+    return found.stacks[stack]
 
 
 def _always(change: Change) -> Action:

@@ -6,7 +6,7 @@ to make at a site (`steps`).
 Legend: `B` examples in the batch, `T` padded positions.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -19,6 +19,7 @@ from residua.capture.buffers.host_buffers import torch_dtype
 from residua.capture.buffers.row_index import ExampleRows, Indices
 from residua.capture.edits.action import Action, Change, ChosenRows, EditContext, SiteRows, Step, dtype_name
 from residua.capture.edits.kinds import ACTIONS, open_archive
+from residua.capture.edits.stack_rows import StackRows
 from residua.capture.forward.plan_batch import PlanBatch
 from residua.capture.hooks.site import SiteInfo
 from residua.capture.sites.reference_model import unsharded_sites
@@ -26,13 +27,17 @@ from residua.store.base.errors import PlanError, ResiduaError
 from residua.store.edits.archive_values import check_edit
 from residua.store.edits.edit import Edit, Function, Mean, Scale, Swap, Zero
 from residua.store.examples.memory import ExampleSource
-from residua.store.selection.tokens import TokenSelector
 
 
 def prepare_edits(
-    edits: Sequence[Edit], model: nn.Module, stored: SiteRows, selector: TokenSelector
+    edits: Sequence[Edit], model: nn.Module, rows_of: Callable[[Iterable[SiteInfo]], StackRows]
 ) -> list["PreparedEdit"]:
     """Check edits against a model and an archive or run, and prepare what they do.
+
+    Args:
+        edits: The edits.
+        model: The model.
+        rows_of: Returns the rows of the stack that has those of some sites.
 
     Raises:
         PlanError: An edit does not fit; the message says which.
@@ -42,14 +47,13 @@ def prepare_edits(
     prepared = []
     for number, edit in enumerate(edits, start=1):
         with naming_edit(number, edit):
-            other = edit.archive if isinstance(edit, Swap | Mean) else None
-            source: ExampleSource = stored.source if other is None else open_archive(other)
-            check_edit(edit, selector, source.example_table)
             infos = unsharded_sites(model, list(edit.sites))
-            actions = {name: _action(edit, info, stored) for name, info in infos.items()}
-        prepared.append(
-            PreparedEdit(edit=edit, number=number, actions=actions, infos=infos, selector=selector, source=source)
-        )
+            rows = rows_of(infos.values())
+            other = edit.archive if isinstance(edit, Swap | Mean) else None
+            source: ExampleSource = rows.stored.source if other is None else open_archive(other, rows.source)
+            check_edit(edit, rows.selector, source.example_table)
+            actions = {name: _action(edit, info, rows.stored) for name, info in infos.items()}
+        prepared.append(PreparedEdit(edit=edit, number=number, actions=actions, infos=infos, rows=rows, source=source))
     return prepared
 
 
@@ -60,7 +64,7 @@ def _action(edit: Edit, info: SiteInfo, stored: SiteRows) -> Action:
     dtype = torch_dtype(info.dtype)
     if not dtype.is_floating_point:
         raise PlanError(f"{info.name} holds {info.dtype}, and edits are for floating-point numbers")
-    if info.site.kind == "pattern" and not isinstance(edit, Zero | Scale | Function):
+    if info.site.is_pattern and not isinstance(edit, Zero | Scale | Function):
         raise PlanError(f"{edit.kind} does not fit {info.name}, whose rows are as long as their example; use z")
     action = ACTIONS[type(edit)](edit, info, EditContext(stored=stored, dtype=dtype))
     mask = _entry_mask(edit, info)
@@ -82,7 +86,7 @@ def _entry_mask(edit: Edit, info: SiteInfo) -> Tensor | None:
     shape = tuple(1 if size is None else size for size in info.row_shape or ())
     if heads is not None and (len(shape) != 2 or info.site.kind == "module"):
         raise PlanError(f"{info.name} has no heads; z, q, k, v and pattern have")
-    if channels is not None and info.site.kind == "pattern":
+    if channels is not None and info.site.is_pattern:
         raise PlanError(f"{info.name} has no channels: its last axis is the keys of each example")
     mask = torch.ones(shape, dtype=torch.bool)
     for name, chosen, axis in (("head", heads, 0), ("channel", channels, -1)):
@@ -105,7 +109,7 @@ class PreparedEdit:
         number: Its place in the list, from 1.
         actions: From site to action.
         infos: From site to what is known of it.
-        selector: The examples that the edit refers to.
+        rows: The rows of the stack that its sites are of, by which it names tokens.
         source: The archive or run that its rows come from, if it brings any.
     """
 
@@ -113,20 +117,21 @@ class PreparedEdit:
     number: int
     actions: Mapping[str, Action]
     infos: Mapping[str, SiteInfo]
-    selector: TokenSelector
+    rows: StackRows
     source: ExampleSource
 
     def choose(self, batch: PlanBatch) -> ChosenRows:
-        """Return the rows of a batch that the edit changes.
+        """Return the rows of a batch that the edit changes: positions of its own stack.
 
         Raises:
             PlanError: The edit names tokens and needs their stored rows, and a row is not stored.
         """
+        batch = batch.of_stack(self.rows.stack)
         examples = [self._choose_in(batch, place, example) for place, example in enumerate(batch.rows)]
         return ChosenRows(**{name: np.concatenate([found[name] for found in examples]) for name in examples[0]})
 
     def _choose_in(self, batch: PlanBatch, place: int, example: ExampleRows) -> dict[str, Indices]:
-        tokens = np.flatnonzero(self.selector.tokens(self.edit.chosen, example.example))
+        tokens = np.flatnonzero(self.rows.selector.tokens(self.edit.chosen, example.example))
         if isinstance(self.edit, Swap):
             tokens = _with_partner(self.edit, example.example, tokens)
         rows = _rows_of_tokens(example.positions, example.first_row, tokens)

@@ -51,7 +51,7 @@ def _arguments(
     """Return the function that makes the arguments of a forward call, for rows of `stack` if it has several."""
     if stack:
         both = pair_arguments(model)
-        return lambda batch: both(batch.padded, batch.source, stack)
+        return lambda batch: both(batch.padded, None if batch.source is None else batch.source.padded, stack)
     plain = forward_arguments(model, needs_logits=needs_logits)
     return lambda batch: plain(batch.padded.input_ids, batch.padded.attention_mask)
 

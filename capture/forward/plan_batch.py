@@ -2,9 +2,10 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -25,37 +26,38 @@ class PlanBatch:
         rows: Per example, in batch order, its tokens, its kept positions, and where these lie in the batch.
         inputs: What goes into the model beside tokens and mask, by name: a tensor with an entry for each example, for
             each position of each, or for each image or patch (those are not cut into microbatches).
-        source: In a decoder, the tokens of each example's source, padded to one length.
+        source: In a decoder, the batch of each example's source, with the positions of the encoder.
     """
 
     padded: PaddedBatch
     rows: list[ExampleRows]
     inputs: Mapping[str, Tensor] = field(default_factory=dict)
-    source: PaddedBatch | None = None
+    source: "PlanBatch | None" = None
 
     @property
     def n_positions(self) -> int:
         """Length of the batch, padding included."""
         return int(self.padded.input_ids.shape[1])
 
+    def of_stack(self, stack: str) -> "PlanBatch":
+        """Return the batch that has the positions of a stack: of a decoder's, the sources for the encoder."""
+        return self.source if stack == "encoder" and self.source is not None else self
+
 
 def microbatches(batch: PlanBatch, n: int) -> list[PlanBatch]:
     """Cut a batch into at most `n` microbatches of full examples, as torch's schedules do."""
     cuts = np.array_split(np.arange(len(batch.rows)), min(n, len(batch.rows)))
-    spans = [slice(int(examples[0]), int(examples[-1]) + 1) for examples in cuts]
-    return [
-        PlanBatch(
-            padded=_cut(batch.padded, span),
-            rows=batch.rows[span],
-            inputs={name: tensor[span] for name, tensor in batch.inputs.items()},
-            source=None if batch.source is None else _cut(batch.source, span),
-        )
-        for span in spans
-    ]
+    return [_cut(batch, slice(int(examples[0]), int(examples[-1]) + 1)) for examples in cuts]
 
 
-def _cut(padded: PaddedBatch, examples: slice) -> PaddedBatch:
-    return PaddedBatch(input_ids=padded.input_ids[examples], attention_mask=padded.attention_mask[examples])
+def _cut(batch: PlanBatch, examples: slice) -> PlanBatch:
+    padded = batch.padded
+    return PlanBatch(
+        padded=PaddedBatch(input_ids=padded.input_ids[examples], attention_mask=padded.attention_mask[examples]),
+        rows=batch.rows[examples],
+        inputs={name: tensor[examples] for name, tensor in batch.inputs.items()},
+        source=None if batch.source is None else _cut(batch.source, examples),
+    )
 
 
 def one_by_one(batch: PlanBatch) -> list[PlanBatch]:
@@ -78,13 +80,17 @@ def some_of(batch: PlanBatch, places: Sequence[int]) -> PlanBatch:
         padded=padded,
         rows=[replace(example, padded=example.padded - span.start) for example in chosen],
         inputs={name: tensor if tensor.ndim == 1 else tensor[:, span] for name, tensor in inputs.items()},
+        source=None if batch.source is None else some_of(batch.source, places),
     )
 
 
 def plan_batch(
     table: Examples, examples: Sequence[int], *, side: Literal["left", "right"], device: torch.device
 ) -> PlanBatch:
-    """Return the batch of `examples` in the order given, padded on `side`, as tensors on `device`."""
+    """Return the batch of `examples` in the order given, padded on `side`, as tensors on `device`.
+
+    Sources are padded on the right, and have no rows: these are in an archive of their own.
+    """
     contents = table.batch(examples)
     padded = padded_batch([input_ids for input_ids, _ in contents], side=side, device=device)
     sources = table.lists(SOURCE_IDS, examples) if SOURCE_IDS in table.column_types() else None
@@ -101,7 +107,24 @@ def plan_batch(
         )
         for place, (number, (input_ids, positions)) in enumerate(zip(examples, contents, strict=True))
     ]
-    return PlanBatch(padded=padded, rows=rows, source=None if sources is None else padded_batch(sources, device=device))
+    source = None if sources is None else _of_sources(examples, sources, device)
+    return PlanBatch(padded=padded, rows=rows, source=source)
+
+
+def _of_sources(
+    examples: Sequence[int], sources: Sequence[npt.NDArray[np.signedinteger[Any]]], device: torch.device
+) -> PlanBatch:
+    rows = [
+        ExampleRows(
+            example=number,
+            first_row=0,
+            input_ids=ids.astype(np.int32),
+            positions=np.zeros(0, np.int32),
+            padded=np.arange(len(ids), dtype=np.int64),
+        )
+        for number, ids in zip(examples, sources, strict=True)
+    ]
+    return PlanBatch(padded=padded_batch(sources, device=device), rows=rows)
 
 
 def batches_with_inputs(

@@ -9,7 +9,7 @@ Legend: `B` examples in the batch, `T` padded positions, `H` heads, `K` keys, `V
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Literal, TypeVar
 
 import torch
@@ -17,25 +17,27 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from residua.capture.buffers.host_buffers import torch_dtype
 from residua.capture.buffers.row_index import Indices, batch_rows
-from residua.capture.edits.action import SiteRows, Step, StoredRows, refuse_overflow
+from residua.capture.edits.action import SiteRows, Step, refuse_overflow
 from residua.capture.edits.prepare import prepare_edits, with_rows
-from residua.capture.forward.inputs import forward_kwargs
+from residua.capture.edits.stack_rows import ModelRows, StackRows
+from residua.capture.forward.inputs import forward_kwargs, pair_arguments
 from residua.capture.forward.plan_batch import PlanBatch, microbatches, one_by_one, plan_batch, some_of
 from residua.capture.hooks.attention import eager_where_needed
 from residua.capture.hooks.site import SiteInfo
 from residua.capture.identity.padding import RAN_ALONE, padding_leaks
-from residua.capture.identity.prediction import no_loss, prediction_of, token_logits
+from residua.capture.identity.prediction import no_loss, prediction_of
 from residua.capture.identity.provenance import ModelCheck, check_model
+from residua.capture.layout.process_layout import spans_processes
 from residua.capture.replay.notes import Reach, attention_notes, batch_note, reach_notes, storage_notes
+from residua.capture.replay.passes import Pass, in_order, joined, kept_rows, logits_of_batch
 from residua.capture.replay.prompts import Prompts
 from residua.capture.replay.recorded_inputs import RecordedInputs
 from residua.capture.replay.start import Skip, skip_for, skipping, start_of
-from residua.capture.runtime.collectives import all_gather_objects, on_rank
+from residua.capture.runtime.collectives import all_gather_objects
 from residua.capture.runtime.devices import input_device
 from residua.capture.runtime.pipeline_schedule import runnable, stage_model_of
 from residua.capture.runtime.process_groups import pipeline_group, tensor_parallel_group
@@ -44,50 +46,16 @@ from residua.capture.runtime.wrappers import core_of
 from residua.capture.sites.anatomy import Anatomy, n_logits_of
 from residua.capture.sites.pipeline_stages import target_of
 from residua.capture.sites.reference_model import unsharded_anatomy, unsharded_sites
+from residua.capture.sites.stacks import PAIR_STACKS, anatomies_in_stacks
 from residua.capture.taps.pipeline_gradients import end_here
 from residua.capture.taps.tap import tap
-from residua.store.base.errors import CaptureError, NotCapturedError, PlanError, few
+from residua.store.base.errors import NotCapturedError, PlanError, few
 from residua.store.base.naming import named
 from residua.store.edits.edit import Edit
-from residua.store.read.archive import Archive, refuse_stack
-from residua.store.selection.tokens import TokenSelector
+from residua.store.read.archive import Archive
+from residua.store.read.stacks import main_archive
 
 BatchT = TypeVar("BatchT")
-_LOGITS_AXES = 3
-
-
-@dataclass(frozen=True, kw_only=True)
-class Pass:
-    """The results of one replay pass, by example and without padding.
-
-    Attributes:
-        logits: Per example, (tokens, vocabulary), or (1, classes) of a classifier of whole examples; None if the
-            model's last stage is in another process.
-        sites: From name to the rows of each example, (rows, *row), as the model continued with them. Sites of another
-            process are missing.
-        nodes: With gradients only: from name to the tensor that gradients can be taken with respect to, (B, T, *row):
-            the injected rows before any edit, and the kept sites.
-        end: In a pipeline: further tensors that gradients have to be taken with respect to
-            (`residua.capture.taps.pipeline_gradients.end_here`).
-    """
-
-    logits: list[Tensor] | None
-    sites: dict[str, list[Tensor]]
-    nodes: dict[str, Tensor]
-    end: tuple[Tensor, ...]
-
-    def require_logits(self) -> list[Tensor]:
-        """Return the logits.
-
-        Raises:
-            CaptureError: The model gave none in this process.
-        """
-        if self.logits is None:
-            raise CaptureError(
-                f"the model gave no logits of its tokens or examples{on_rank()}: it has no head here. Its sites can be "
-                "read; logits and metrics need a model with logits."
-            )
-        return self.logits
 
 
 class Replayer:
@@ -96,7 +64,8 @@ class Replayer:
     Args:
         model: The model, in evaluation mode; it may be wrapped and spread over processes. With an archive, the model
             that was captured.
-        source: The archive, or the prompts of a run.
+        source: The archive, or the prompts of a run; of an encoder-decoder the folder of both stacks, or the archive of
+            one.
         at: Sites whose stored rows go in; without any, the model runs in full.
         edits: The edits, in order.
         force: Accept a model that is not the captured one, and examples whose further inputs are not stored.
@@ -106,10 +75,11 @@ class Replayer:
         stored: Rows for edits that bring some in: those of the archive unless given; prompts need them.
 
     Attributes:
-        source: The archive or the prompts.
-        stored: The rows that go in, and those that edits bring in.
+        source: The archive or the prompts whose positions the logits are of: in an encoder-decoder the decoder's.
+        rows: The rows that go in, and those that edits bring in, of all stacks.
         edits: The prepared edits.
         model: The model as it was given.
+        core: The model inside wrappers.
         group: `tensor_parallel`.
         recorded: What examples were recorded with beside tokens and mask.
         start: Where the stored rows go in.
@@ -135,25 +105,25 @@ class Replayer:
         checked: ModelCheck | None = None,
         stored: SiteRows | None = None,
     ) -> None:
-        archive = source if isinstance(source, Archive) else None
-        if archive is not None:
-            refuse_stack(archive, "a replay")
-        self.source = source
-        self.stored: SiteRows = stored or StoredRows(self.archive)
         self.model = model
         self.group = tensor_parallel
-        self._anatomy = _language_model(model)
-        self.recorded = RecordedInputs(archive, self._anatomy.model, given=inputs, force=force)
+        anatomies = _stacks_of_blocks(model)
+        self.core: PreTrainedModel = next(iter(anatomies.values())).model
+        self.rows = ModelRows(source, self.core, stored)
+        self.source = main_archive(source) if isinstance(source, Archive) else source
+        archive = self.source if isinstance(self.source, Archive) else None
+        self.recorded = RecordedInputs(archive, self.core, given=inputs, force=force)
         places = [] if at is None else [at] if isinstance(at, str) else list(at)
-        self.start = start_of(self.archive.select(places) if places else (), self._anatomy)
+        all_rows = source if isinstance(source, Archive) else self.rows.main.archive if places else None
+        self.start = start_of(all_rows.select(places) if all_rows is not None and places else (), anatomies)
         self._infos: dict[str, SiteInfo] = {}
         infos = self.infos(self.start.sites)
         split_over = tensor_parallel_group(self.core, tensor_parallel)
         is_owner = split_over is None or dist.get_rank(split_over) == 0
         self._read_here = frozenset(target_of(model).here(infos)) if is_owner else frozenset()
         for name, info in infos.items():
-            _check_injection(self.archive, name, info)
-        self.edits = prepare_edits(edits, self.core, self.stored, TokenSelector(source))
+            _check_injection(self.rows.of([info]).archive, name, info)
+        self.edits = prepare_edits(edits, self.core, self.rows.of)
         for edit in self.edits:
             self._infos |= edit.infos
             for name in edit.actions:
@@ -164,7 +134,10 @@ class Replayer:
         self.gives_example_logits = _gives_example_logits(model, self.core)
         self._edited_infos = [info for edit in self.edits for info in edit.infos.values()]
         checked_notes = () if self.checked is None else self.checked.notes
-        notes = [*checked_notes, *self.recorded.notes, *storage_notes(source, infos, self.edits)]
+        notes = [*checked_notes, *self.recorded.notes]
+        for one in self.rows.sources:
+            of_one = {name: info for name, info in infos.items() if self.rows.of([info]).source is one}
+            notes += storage_notes(one, of_one, self.edits)
         self.notes = tuple(dict.fromkeys([*notes, *attention_notes(self.core, self._edited_infos)]))
 
     @property
@@ -174,14 +147,7 @@ class Replayer:
         Raises:
             PlanError: The examples are those of a run.
         """
-        if not isinstance(self.source, Archive):
-            raise PlanError("rows of an archive were asked for, and a run has none: capture, and replay the archive")
-        return self.source
-
-    @property
-    def core(self) -> PreTrainedModel:
-        """The model inside wrappers."""
-        return self._anatomy.model
+        return self.rows.main.archive
 
     @property
     def changed_sites(self) -> tuple[str, ...]:
@@ -207,9 +173,10 @@ class Replayer:
 
     def refuse_below(self, name: str, what: str) -> None:
         """Raise PlanError if a site lies below the rows that go in, so that nothing of it reaches the logits."""
-        if self.start.is_below(name, self._anatomy):
+        above = self.start.above(name)
+        if above is not None:
             raise PlanError(
-                f"{what}: it lies below {self.start.site}, where the stored rows go in, so it has no effect on what "
+                f"{what}: it lies below {above}, where the stored rows go in, so it has no effect on what "
                 f"follows. Put rows in at a lower site with {named('at')}, or leave it out and put in none."
             )
 
@@ -225,6 +192,7 @@ class Replayer:
             self.refuse_below(name, f"{name} was asked for")
             if not info.per_token or info.site.top is not None:
                 raise PlanError(f"{name} does not hold one entry per token that could be read; choose another site")
+            self.rows.of([info])
         self._infos |= infos
         return tuple(infos)
 
@@ -251,7 +219,21 @@ class Replayer:
                 raise NotCapturedError(
                     f"example {example.example} is not captured completely yet: choose an earlier one"
                 )
-        return replace(batch, inputs=self.recorded.of(batch))
+        return replace(batch, inputs=self.recorded.of(batch), source=self._sources(batch))
+
+    def _sources(self, batch: PlanBatch) -> PlanBatch | None:
+        """Return the batch of the sources; with the places of their rows if these are stored."""
+        encoder = self.rows.get("encoder")
+        if batch.source is None or encoder is None:
+            return batch.source
+        table, examples = encoder.source.example_table, [example.example for example in batch.rows]
+        found = plan_batch(table, examples, side="right", device=batch.padded.input_ids.device)
+        if not torch.equal(found.padded.input_ids, batch.source.padded.input_ids):
+            raise PlanError(
+                f"examples {few(examples)} have other sources in {encoder.source.place} than in {self.source.place}: "
+                "the two archives are not of one capture"
+            )
+        return found
 
     def check(self, batch: PlanBatch) -> None:
         """Check everything that `run` needs for a batch, so that it fails before the model runs or never.
@@ -277,7 +259,8 @@ class Replayer:
         if len(self.passes(batch)) > 1:
             return
         for site in self._read_here:
-            self.stored.prefetch(site, batch_rows(batch.rows, batch.n_positions).row)
+            here = self.batch_of(site, batch)
+            self._rows_of(site).stored.prefetch(site, batch_rows(here.rows, here.n_positions).row)
 
     def prefetching(self, batches: Iterable[BatchT], batch_of: Callable[[BatchT], PlanBatch]) -> Iterator[BatchT]:
         """Yield batches, of which `batch_of` gives the examples; the rows of the next one are read meanwhile."""
@@ -297,7 +280,7 @@ class Replayer:
         Raises:
             PlanError: Gradients are asked for, which need one pass, and there would have to be several.
         """
-        n_lengths = len({len(example.input_ids) for example in batch.rows})
+        n_lengths = max(len({len(example.input_ids) for example in one.rows}) for one in (batch, batch.source or batch))
         ran_alone = isinstance(self.source, Archive) and self.source.plan.batch_tokens == 1
         if len(batch.rows) == 1:
             return [batch]
@@ -349,14 +332,17 @@ class Replayer:
         if isinstance(self.source, Prompts):
             other = ""
         else:
-            others = [batch_note(self.source, [example.example for example in one.rows]) for one in passes]
+            stacks = [self.rows.main, *(self._rows_of(name) for name in self.start.sites)]
+            archives = {one.stack: one.archive for one in stacks}.values()
+            numbers = [[example.example for example in one.rows] for one in passes]
+            others = (batch_note(archive, examples) for archive in archives for examples in numbers)
             other = next(filter(None, others), "")
         notes = {"other batch": other, "alone": RAN_ALONE if len(passes) > len(self.groups(batch)) else ""}
         return {kind: note for kind, note in notes.items() if note}
 
     def skip(self, batch: PlanBatch) -> Skip:
         """Return the blocks that `batch` skips, and why it has to run in full if it could skip some."""
-        return skip_for(self.start, self._anatomy, batch)
+        return skip_for(self.start, batch)
 
     def run(
         self,
@@ -381,8 +367,8 @@ class Replayer:
         stage_model = stage_model_of(self.core)
         if stage_model is None:
             passes = self.passes(batch, grad=grad)
-            found = _joined([self._pass(one, keep, edited=edited, grad=grad) for one in passes])
-            return _in_order(found, passes, batch)
+            found = joined([self._pass(one, keep, edited=edited, grad=grad) for one in passes])
+            return in_order(found, passes, batch)
         if batch.inputs or self.recorded.given:
             raise PlanError(
                 f"a torch pipeline takes tokens alone, and these examples ran with "
@@ -393,7 +379,7 @@ class Replayer:
                 "gradients were asked for of a torch pipeline, whose schedule alone runs backward passes: tap its "
                 "stage with backward=True, or replay the model in one process or in transformers' own pipeline"
             )
-        found = _joined(
+        found = joined(
             [
                 self._pass(microbatch, keep, edited=edited, grad=False)
                 for microbatch in microbatches(batch, stage_model.n_microbatches)
@@ -411,11 +397,10 @@ class Replayer:
             return rows.cpu() if isinstance(self.source, Prompts) and not grad else rows
 
         def on_kept(name: str, tensor: Tensor) -> None:
-            kept[name] = [to_host(rows) for rows in kept_rows(batch, tensor, name)]
+            kept[name] = [to_host(rows) for rows in kept_rows(self.batch_of(name, batch), tensor, name)]
             nodes.setdefault(name, tensor)
 
-        padded, core = batch.padded, runnable(self.core)
-        kwargs = forward_kwargs(core, padded.input_ids, padded.attention_mask)
+        kwargs = self._arguments(batch)
         if self.recorded.given:
             kwargs.pop("position_ids", None)  # images and the like have a say in positions
         kwargs |= {**batch.inputs, **self.recorded.given}
@@ -424,10 +409,36 @@ class Replayer:
             self.changing(batch, edited=edited, keep=keep, on_kept=on_kept, leaves=nodes if grad else None),
         ):
             output = runnable(self.model)(**kwargs)
-        gives = target_of(self.model).gives_logits
-        logits = _logits(batch, output, of_examples=self.gives_example_logits) if gives else None
+        gives = target_of(self.model).gives_logits and not self.lacks_logits
+        logits = logits_of_batch(batch, output, of_examples=self.gives_example_logits) if gives else None
         logits = None if logits is None else [to_host(rows) for rows in logits]
-        return Pass(logits=logits, sites=kept, nodes=nodes if grad else {}, end=end_here(self.model) if grad else ())
+        end = end_here(self.model) if grad else ()
+        return Pass(logits=logits, sites=kept, nodes=nodes if grad else {}, end=end, lacks=self.lacks_logits)
+
+    def _arguments(self, batch: PlanBatch) -> dict[str, Tensor | bool | int]:
+        """Return the arguments of a forward call, without what the examples ran with beside tokens."""
+        core, stack = runnable(self.core), self.rows.main.stack
+        if not stack:
+            return forward_kwargs(core, batch.padded.input_ids, batch.padded.attention_mask)
+        return pair_arguments(core)(batch.padded, None if batch.source is None else batch.source.padded, stack)
+
+    @property
+    def lacks_logits(self) -> str:
+        """Why a replay has no logits of the examples' tokens, as a sentence; empty if nothing speaks against it."""
+        if self.rows.main.stack != "encoder":
+            return ""
+        return (
+            f"{self.source.place} has rows of the encoder alone, and logits are of the decoder's tokens, which it "
+            "does not have: capture sites of both stacks, and give the folder of both archives"
+        )
+
+    def batch_of(self, name: str, batch: PlanBatch) -> PlanBatch:
+        """Return the batch that has the positions of a site's rows."""
+        return batch.of_stack(self._rows_of(name).stack)
+
+    def _rows_of(self, name: str) -> StackRows:
+        """Return the rows of the stack of a site."""
+        return self.rows.of(self.infos([name]).values())
 
     @contextmanager
     def changing(
@@ -481,7 +492,7 @@ class Replayer:
         """Return the steps at each site, in order; arguments and errors are those of `changing`."""
         steps: dict[str, list[Step]] = {name: [self._injection(name, batch)] for name in self.start.sites}
         if leaves is not None:
-            for name in steps or ["embed"]:
+            for name in steps or [".".join(filter(None, (self.rows.main.stack, "embed")))]:
                 steps[name] = [*steps.get(name, []), _graph_start(name, leaves)]
         for edit in self.edits if edited else ():
             for name, step in edit.steps(edit.choose(batch)).items():
@@ -490,8 +501,9 @@ class Replayer:
 
     def _injection(self, name: str, batch: PlanBatch) -> Step:
         """Return the step that puts the stored rows of a batch in; only the process that has the site reads them."""
-        rows = batch_rows(batch.rows, batch.n_positions)
-        self.stored.require(name, rows.row, torch_dtype(self._infos[name].dtype or "float32"))
+        here = self.batch_of(name, batch)
+        rows = batch_rows(here.rows, here.n_positions)
+        self._rows_of(name).stored.require(name, rows.row, torch_dtype(self._infos[name].dtype or "float32"))
         return lambda tensor: self.put_in(name, tensor, source=rows.source, row=rows.row)
 
     def put_in(self, name: str, tensor: Tensor, *, source: Indices, row: Indices) -> Tensor:
@@ -503,31 +515,10 @@ class Replayer:
             source: Increasing indices into the first two axes of the tensor.
             row: For each of them the row of the archive.
         """
-        stored = self.stored.read(name, row)
+        stored = self._rows_of(name).stored.read(name, row)
         converted = stored.to(tensor)
         refuse_overflow(name, stored, converted)
         return with_rows(source, tensor, converted)
-
-
-def _joined(passes: Sequence[Pass]) -> Pass:
-    """Return the results of several passes without gradients as those of one."""
-    if len(passes) == 1:
-        return passes[0]
-    sites = {name: [rows for one in passes for rows in one.sites[name]] for name in passes[0].sites}
-    logits = None if passes[0].logits is None else [rows for one in passes for rows in one.logits or ()]
-    return Pass(logits=logits, sites=sites, nodes={}, end=())
-
-
-def _in_order(found: Pass, passes: Sequence[PlanBatch], batch: PlanBatch) -> Pass:
-    """Return the results of passes in the order of the examples of the batch that they were cut from."""
-    ran = [example.example for one in passes for example in one.rows]
-    order = [ran.index(example.example) for example in batch.rows]
-    if order == list(range(len(ran))):
-        return found
-    sites = {name: [rows[place] for place in order] for name, rows in found.sites.items()}
-    return replace(
-        found, sites=sites, logits=None if found.logits is None else [found.logits[place] for place in order]
-    )
 
 
 def _graph_start(name: str, leaves: dict[str, Tensor]) -> Step:
@@ -546,48 +537,28 @@ def _gives_example_logits(model: nn.Module, core: PreTrainedModel) -> bool:
     return not any(all_gather_objects(pipeline_group(core), has_size)) and prediction_of(model) == "examples"
 
 
-def _language_model(model: nn.Module) -> Anatomy:
-    anatomy = unsharded_anatomy(model)
-    if anatomy is None:
-        raise PlanError(f"{type(core_of(model)).__name__} is no language model over token ids, which replay needs")
-    return anatomy
+def _stacks_of_blocks(model: nn.Module) -> dict[str, Anatomy]:
+    """Return the blocks of each stack of a model over tokens; one that has a single stack gives it without a name."""
+    anatomy, name = unsharded_anatomy(model), type(core_of(model)).__name__
+    if anatomy is not None:
+        return {"": anatomy}
+    found = anatomies_in_stacks(model)
+    if len(found) != len(PAIR_STACKS):
+        raise PlanError(f"{name} is no language model over token ids, which replay needs")
+    if spans_processes(model) or is_sharded(model):
+        raise PlanError(
+            f"{name} is an encoder-decoder that several processes hold, and its replay needs all of it in one process"
+        )
+    return found
 
 
 def _check_injection(archive: Archive, name: str, info: SiteInfo) -> None:
     """Raise PlanError if the stored rows of a site cannot be put in."""
-    if info.site.kind == "pattern" or info.site.top is not None or not info.per_token:
+    if info.site.is_pattern or info.site.top is not None or not info.per_token:
         raise PlanError(f"stored rows of {name} cannot be put in; put in those of the residual stream, q, k, v or z")
     shape = archive.plan.site(name).row_shape
     if shape != (info.row_shape or (1,)):
         raise PlanError(f"{name} has rows of shape {shape} in {archive.place}, and of {info.row_shape} in the model")
-
-
-def kept_rows(batch: PlanBatch, tensor: Tensor, name: str) -> list[Tensor]:
-    """Return the rows of each example at its kept positions; of a pattern, with the example's own keys."""
-    is_pattern = name.startswith("pattern.")
-    found = []
-    for tensor_THK, example in zip(tensor, batch.rows, strict=True):
-        rows = tensor_THK[torch.from_numpy(example.padded[example.positions]).to(tensor.device)]
-        found.append(rows[..., torch.from_numpy(example.padded).to(tensor.device)] if is_pattern else rows)
-    return found
-
-
-def _logits(batch: PlanBatch, output: object, *, of_examples: bool) -> list[Tensor] | None:
-    """Return the logits of every token of each example, (tokens, V), or of each example, (1, V); None without any."""
-    logits = token_logits(output)
-    if logits is None:
-        return None
-    if isinstance(logits, DTensor):
-        logits = logits.full_tensor()
-    if of_examples:
-        return [row[None] for row in logits] if logits.ndim < _LOGITS_AXES and len(logits) == len(batch.rows) else None
-    if tuple(logits.shape[:2]) != (len(batch.rows), batch.n_positions):
-        return None
-    logits_BTV = logits if logits.ndim == _LOGITS_AXES else logits[..., None]
-    return [
-        logits_TV[torch.from_numpy(example.padded).to(logits_TV.device)]
-        for logits_TV, example in zip(logits_BTV, batch.rows, strict=True)
-    ]
 
 
 def _padded_with(batch: PlanBatch, token: object) -> PlanBatch:

@@ -58,14 +58,7 @@ def generate(
 ) -> list[list[int]]:
     """Continue replayed prompts; see `residua.capture.replay.replay.Replay.generate`."""
     core: Any = replayer.core  # transformers' own annotation of generate fits no model
-    if not issubclass(type(core), GenerationMixin):
-        raise PlanError(f"{type(core).__name__} generates no text")
-    if stage_model_of(core) is not None:
-        raise PlanError("a torch pipeline generates no text: its stages keep no keys and values from token to token")
-    if any("logits" in edit.actions for edit in replayer.edits):
-        raise PlanError(
-            "an edit changes the logits, and generation computes them for the last token only: edit 'final'"
-        )
+    _refuse_models(replayer)
     given, own = _with_defaults(core, options, max_new_tokens)
     config, others = merged_generation_config(core, given, own)
     _refuse_options(config, others, is_changed=bool(replayer.changed_sites))
@@ -94,6 +87,24 @@ def generate(
             for example, row in zip(batch.rows, generated[:, batch.n_positions :].tolist(), strict=True):
                 found[example.example] = _until_end(row, config)
     return [found[example] for example in examples]
+
+
+def _refuse_models(replayer: Replayer) -> None:
+    """Raise PlanError for a model that does not continue its examples, or an edit that does not fit."""
+    core = replayer.core
+    if replayer.rows.main.stack:
+        raise PlanError(
+            f"{type(core).__name__} is an encoder-decoder, and a replay does not continue its targets: replay the "
+            "tokens that it gave, or call model.generate inside residua.tap"
+        )
+    if not issubclass(type(core), GenerationMixin):
+        raise PlanError(f"{type(core).__name__} generates no text")
+    if stage_model_of(core) is not None:
+        raise PlanError("a torch pipeline generates no text: its stages keep no keys and values from token to token")
+    if any("logits" in edit.actions for edit in replayer.edits):
+        raise PlanError(
+            "an edit changes the logits, and generation computes them for the last token only: edit 'final'"
+        )
 
 
 def _with_defaults(
@@ -291,7 +302,7 @@ class _GenerationSteps:
                 len(example.input_ids) + position - self._n_prompt,
             )
             for place, example in enumerate(self._batch.rows)
-            if number in self._on_new and edit.selector.includes(edit.edit.chosen, example.example)
+            if number in self._on_new and edit.rows.selector.includes(edit.edit.chosen, example.example)
             for one in range(window.n_copies)
             for position in range(first, window.start + window.length)
         ]

@@ -12,7 +12,7 @@ from residua.store.base.errors import few
 from residua.store.edits.edit import Set, Swap
 from residua.store.encoding.codecs import PRESETS
 from residua.store.examples.memory import ExampleSource
-from residua.store.format.plan import SitePlan
+from residua.store.format.plan import STACK_RULE, SitePlan
 from residua.store.read.archive import Archive, is_replay
 
 
@@ -85,7 +85,7 @@ def is_rounded(site: SitePlan, dtype: object) -> bool:
 
 def attention_notes(model: PreTrainedModel, infos: Iterable[SiteInfo]) -> list[str]:
     """Return a note if the sites hold patterns and the model had to change to eager attention for them."""
-    patterns = [info.name for info in infos if info.site.kind == "pattern"]
+    patterns = [info.name for info in infos if info.site.is_pattern]
     own = attention_implementation(model.config)
     if not patterns or own == "eager":
         return []
@@ -103,7 +103,9 @@ def batch_note(archive: Archive, examples: Sequence[int]) -> str:
         return ""
     if not captured:
         return f"example {first} has no row in the archive, and ran in no batch of the capture"
+    stack = archive.plan.rules.get(STACK_RULE)
+    when = f"the {stack}'s rows were captured" if stack else "it was captured"
     return (
-        f"example {first} ran in another batch when it was captured (examples {few(captured)}), so the last bits "
+        f"example {first} ran in another batch when {when} (examples {few(captured)}), so the last bits "
         f"may differ: examples=archive.batch_of({first}) is that batch"
     )

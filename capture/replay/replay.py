@@ -17,10 +17,11 @@ from torch.distributed.pipelining.schedules import PipelineScheduleSingle
 
 from residua.capture.buffers.host_buffers import torch_dtype
 from residua.capture.hooks.site import SiteInfo
-from residua.capture.replay.engine import Pass, Replayer, kept_rows
+from residua.capture.replay.engine import Replayer
 from residua.capture.replay.generation import generate
 from residua.capture.replay.metrics import MetricSpec, Outcome, metric_of, token_losses
 from residua.capture.replay.notes import attention_notes
+from residua.capture.replay.passes import Pass, kept_rows
 from residua.capture.replay.prompts import Prompts
 from residua.capture.runtime.collectives import on_rank
 from residua.capture.runtime.pipeline_schedule import PIPELINE_TYPES, as_model, runnable
@@ -198,7 +199,7 @@ class Replay:
         gradients = {}
         for (name, node), gradient in zip(first.nodes.items(), found, strict=False):
             full = torch.zeros_like(node) if gradient is None else gradient
-            gradients[name] = kept_rows(self._batch, full, name)
+            gradients[name] = kept_rows(self._replayer.batch_of(name, self._batch), full, name)
         return gradients
 
     def generate(
@@ -285,7 +286,7 @@ class Replay:
     def close(self) -> None:
         """Refuse further passes; computed results stay."""
         self._is_open = False
-        self._replayer.stored.close()
+        self._replayer.rows.close()
 
 
 def _result_bytes(info: SiteInfo, lengths: Sequence[int]) -> int:

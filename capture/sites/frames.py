@@ -41,18 +41,24 @@ def run_on_frames(model: nn.Module, n_examples: int) -> Tensor | None:
     core = core_of(model)
     if not isinstance(core, PreTrainedModel):
         raise TypeError(f"{type(core).__name__} is no model of transformers")
-    shape = (n_examples, *frame_shape(core))
-    features = torch.sin(torch.arange(shape[0] * shape[1] * shape[2]).float()).view(shape)
+    features = few_frames(core, n_examples)
     with trial(model):
         try:
-            output = model(**{FRAMES: features.to(input_device(core), core.dtype)})
+            output = model(**{FRAMES: features})
         except Exception as error:  # the boundary to the user's model, which may raise anything
             raise CaptureError(
-                f"{type(core).__name__} was run on features of shape {shape} to measure its sites, and raised "
-                f"{type(error).__name__}: {error}"
+                f"{type(core).__name__} was run on features of shape {tuple(features.shape)} to measure its sites, and "
+                f"raised {type(error).__name__}: {error}"
             ) from error
     found = getattr(output, "last_hidden_state", None)
     return found if isinstance(found, Tensor) else None
+
+
+def few_frames(encoder: PreTrainedModel, n_examples: int) -> Tensor:
+    """Return features of a few examples, in the type and on the device of an encoder over frames."""
+    shape = (n_examples, *frame_shape(encoder))
+    features = torch.sin(torch.arange(shape[0] * shape[1] * shape[2]).float()).view(shape)
+    return features.to(input_device(encoder), encoder.dtype)
 
 
 def frame_shape(encoder: PreTrainedModel) -> tuple[int, int]:

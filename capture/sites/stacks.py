@@ -30,6 +30,9 @@ from residua.store.base.errors import CaptureError
 from residua.store.format.site_names import CROSS_KINDS, LAYER_KINDS, MODEL_KINDS, parse_site
 
 _MORE_POSITIONS = 4  # of the source than of the decoder, in a run on a few tokens
+PAIR_STACKS = ("encoder", "decoder")
+"""The stacks of an encoder-decoder, in the order in which they run."""
+
 _ROWS = "encoder_hidden_states"
 _READ = ("q", "k", "v", "z")
 
@@ -68,7 +71,7 @@ def stacks_of(model: nn.Module) -> tuple[Stack, ...]:
         return ()
     paths = {id(core_of(module)): path for path, module in named_modules(core).items()}
     found = []
-    for name, get in (("encoder", core.get_encoder), ("decoder", core.get_decoder)):
+    for name, get in zip(PAIR_STACKS, (core.get_encoder, core.get_decoder), strict=True):
         try:
             module: Any = core_of(get())  # type: ignore[no-untyped-call]  # transformers has no annotations here
         except (AttributeError, NotImplementedError):
@@ -99,10 +102,9 @@ def find_in_stacks(model: nn.Module, stacks: Collection[Stack], kinds: Collectio
     """
     found: dict[str, SiteInfo] = {}
     for stack in stacks:
-        path = path_of_blocks(named_modules(stack.module), stack.module.config)
-        if path is None:
+        blocks = _blocks_of(stack)
+        if not blocks:
             continue
-        blocks = tuple(f"{path}.{name}" for name, _ in named_modules(stack.module)[path].named_children())
         own = _in_decoder(stack, blocks, kinds) if stack.name == "decoder" else _in_encoder(stack, blocks, kinds)
         found |= {f"{stack.name}.{name}": _in_model(stack, info) for name, info in own.items()}
     if stacks and "logits" in kinds and (logits := _logits(model)) is not None:
@@ -139,6 +141,27 @@ def _in_model(stack: Stack, info: SiteInfo) -> SiteInfo:
 
 def _in_encoder(stack: Stack, blocks: tuple[str, ...], kinds: Collection[str]) -> dict[str, SiteInfo]:
     return discover(stack.module, _anatomy(stack, blocks), kinds)
+
+
+def _blocks_of(stack: Stack) -> tuple[str, ...]:
+    """Return the paths of a stack's blocks in the stack; none if they are not found."""
+    modules = named_modules(stack.module)
+    path = path_of_blocks(modules, stack.module.config)
+    return () if path is None else tuple(f"{path}.{name}" for name, _ in modules[path].named_children())
+
+
+def anatomies_in_stacks(model: nn.Module) -> dict[str, Anatomy]:
+    """Return, by stack, the anatomy of an encoder-decoder whose blocks are those of the stack; empty for other models.
+
+    Paths are those of the full model.
+    """
+    core = core_of(model)
+    found = {}
+    for stack in stacks_of(model):
+        blocks = tuple(f"{stack.path}.{block}" for block in _blocks_of(stack))
+        if blocks and isinstance(core, PreTrainedModel):
+            found[stack.name] = replace(_anatomy(stack, blocks), model=core)
+    return found
 
 
 def _anatomy(

@@ -26,7 +26,7 @@ from residua.capture.recording.stats import RecordStats, total
 from residua.capture.runtime.wrappers import evaluating, replica_of, running_uncompiled
 from residua.capture.sites.frames import frame_shape, n_frame_positions, takes_frames
 from residua.capture.sites.names_to_modules import resolve_sites
-from residua.capture.sites.stacks import row_stack, stacks_of, takes_pairs
+from residua.capture.sites.stacks import PAIR_STACKS, row_stack, stacks_of, takes_pairs
 from residua.pipelines.capture.dataset_job import DatasetCapture, DatasetSource
 from residua.pipelines.capture.images import load_processor
 from residua.pipelines.capture.result import CaptureResult
@@ -50,8 +50,6 @@ from residua.store.format.stacks import create_stacks
 from residua.store.read.stacks import open_archive
 from residua.store.sealing.losses import loss_notes
 from residua.store.storage.place import try_place
-
-_STACKS = ("encoder", "decoder")
 
 
 def capture_pairs(
@@ -130,7 +128,7 @@ def _sites_by_rows(model: PreTrainedModel, settings: CaptureSettings) -> dict[st
             f"{name} is an encoder-decoder whose encoder takes {model.main_input_name}, and datasets of token ids and "
             "of audio of a fixed length are read here: call it in your own loop inside residua.Recorder"
         )
-    found: dict[str, dict[str, SiteInfo]] = {stack: {} for stack in _STACKS}
+    found: dict[str, dict[str, SiteInfo]] = {stack: {} for stack in PAIR_STACKS}
     for site, info in resolve_sites(model, [settings.sites]).items():
         found[row_stack(info, stacks["encoder"])][site] = info
     return {stack: infos for stack, infos in found.items() if infos}
@@ -188,7 +186,7 @@ class _Pairs:
             heard=self._heard if self.frames else None,
         )
         report = DatasetReport()
-        writers = {stack: ExampleWriter(self.folder / stack) for stack in _STACKS}
+        writers = {stack: ExampleWriter(self.folder / stack) for stack in PAIR_STACKS}
         for pair in read_pairs(self.dataset, settings=self.settings, tokens=tokens, report=report):
             writers["encoder"].add(pair.encoder)
             writers["decoder"].add(pair.decoder)

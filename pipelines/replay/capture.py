@@ -68,6 +68,11 @@ class ReplayCapture(CaptureJob):
         facts: Mapping[str, Json],
         host_memory: int = HOST_MEMORY_BYTES,
     ) -> None:
+        if replayer.rows.main.stack:
+            raise PlanError(
+                f"{named('capture')}: {type(replayer.core).__name__} is an encoder-decoder, and what follows a replay "
+                "is captured of models of one stack: read its sites with residua.replay(..., keep=...)"
+            )
         self._replayer = replayer
         self._source = replayer.archive
         self._examples = examples

@@ -20,6 +20,7 @@ from residua.capture.replay.engine import Replayer
 from residua.capture.replay.metrics import token_changes
 from residua.capture.replay.notes import Reach
 from residua.store.base.errors import PlanError
+from residua.store.format.site_names import parse_site
 
 _MEANS = ("kl", "loss", "unedited_loss", "loss_change", "top1_agrees")
 Floats = np.ndarray[tuple[int, ...], np.dtype[np.float32]]
@@ -53,6 +54,8 @@ class Comparison:
                 f"{type(model).__name__} gives logits of an example as a whole, and these results have one line for "
                 "each token: replay its examples with residua.replay, which gives their logits"
             )
+        if edited.lacks_logits:
+            raise PlanError(edited.lacks_logits)
         self._has_loss = not no_loss(edited.model, prediction_of(edited.model))
         self._unedited = self._highest_start(model) or edited
         vocabulary = model.config.get_text_config().vocab_size
@@ -62,11 +65,11 @@ class Comparison:
     def _highest_start(self, model: PreTrainedModel) -> Replayer | None:
         """Return the replayer that starts at the highest stored residual stream; None if it would gain nothing."""
         archive = self._edited.archive
-        stored = [name for name in archive.sites if name.startswith(("resid_post.", "final"))]
+        stored = [name for name in archive.sites if parse_site(name).kind in ("resid_post", "final")]
         if not stored or self._edited.notes:
             return None
         highest = Replayer(model, archive, at=max(stored, key=_height), checked=self._edited.checked)
-        is_exact_and_higher = not highest.notes and highest.start.block > self._edited.start.block
+        is_exact_and_higher = not highest.notes and highest.start.n_blocks_below > self._edited.start.n_blocks_below
         return highest if is_exact_and_higher else None
 
     def batches(self, examples: Sequence[list[int]]) -> Iterator[PlanBatch]:
@@ -104,12 +107,13 @@ class Comparison:
 
     def close(self) -> None:
         """End the threads that read ahead."""
-        self._edited.stored.close()
-        self._unedited.stored.close()
+        self._edited.rows.close()
+        self._unedited.rows.close()
 
 
 def _height(site: str) -> float:
-    return float("inf") if site == "final" else int(site.rpartition(".")[2])
+    layer = parse_site(site).layer
+    return float("inf") if layer is None else layer
 
 
 def _token_table(

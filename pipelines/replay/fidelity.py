@@ -1,6 +1,8 @@
 """`residua.fidelity`: what the rounding of stored rows does to the output of the model, measured by replay."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import replace
 from os import PathLike
 from typing import Any
 
@@ -22,7 +24,7 @@ from residua.store.base.errors import PlanError
 from residua.store.format.sidecars import FIDELITY_FILE, Fidelity, SiteFidelity, write_fidelity
 from residua.store.format.site_names import parse_site
 from residua.store.read.archive import Archive, refuse_replay
-from residua.store.read.stacks import open_archive
+from residua.store.read.stacks import archives_of, main_archive, open_archive
 from residua.store.storage.address import is_remote
 from residua.store.storage.place import try_place
 
@@ -70,31 +72,38 @@ def fidelity(
         >>> found = residua.fidelity("acts.zarr", "models/pydoc-1m")  # doctest: +SKIP
         >>> found.sites["resid_post.3"].kl_mean  # doctest: +SKIP
     """
-    opened = open_archive(archive)
+    place = open_archive(archive)
+    opened = main_archive(place)
     refuse_replay(opened, "residua fidelity")
     if is_remote(opened.place):
         raise PlanError(
             f"residua fidelity keeps its figures in the archive, and {opened.place} is at an address: run it where the "
             "archive is a folder (residua pull makes one)"
         )
-    try_place(opened.path / FIDELITY_FILE, is_file=True)
-    names = _rounded_streams(opened)
-    opened.refuse_losses(names, "residua fidelity")
+    names = _rounded_streams(place)
+    place.refuse_losses(names, "residua fidelity")
+    of_stacks = [(one, [name for name in names if name in one.sites]) for one in archives_of(place)]
+    for one, _ in of_stacks:
+        try_place(one.path / FIDELITY_FILE, is_file=True)
     batches = [batch.examples.tolist() for batch in sample_batches(opened, n_batches, seed)]
     settings = CaptureSettings(device=device, tp=tp, pp=pp)
     with (
         working_together(None, settings, job=f"fidelity {archive}") as membership,
         replayed_model(opened, model, settings) as loaded,
-        running_as_captured(opened, loaded),
+        ExitStack() as stack,
     ):
-        plain = Replayer(loaded, opened)
-        stored = {name: Replayer(loaded, opened, at=name, checked=plain.checked) for name in names}
+        for one, _ in of_stacks:
+            stack.enter_context(running_as_captured(one, loaded))
+        plain = Replayer(loaded, place)
+        if plain.lacks_logits:
+            raise PlanError(plain.lacks_logits)
+        stored = {name: Replayer(loaded, place, at=name, checked=plain.checked) for name in names}
         shared = SharedWork(membership, loaded, alike=runs_alike(loaded))
         shared.agree_on({"archive": opened.plan.digest, "batches": batches})
         found = shared.found(
             len(batches),
             lambda number: _compare(batches[number], plain, stored),
-            close=lambda everything: write_fidelity(opened.path, opened.plan, _total(everything)),
+            close=lambda everything: _write(of_stacks, _total(everything)),
             on_unit=on_batch,
         )
     return _total(found)
@@ -117,6 +126,14 @@ def _compared(original: torch.Tensor, logits: torch.Tensor) -> dict[str, float]:
     return {"kl": float(kl.double().sum()), "kl_max": float(kl.max()), "same": same}
 
 
+def _write(of_stacks: Iterable[tuple[Archive, Sequence[str]]], found: Fidelity) -> None:
+    """Write to each archive the figures of its own sites."""
+    for archive, names in of_stacks:
+        if names:
+            own = replace(found, sites={name: found.sites[name] for name in names})
+            write_fidelity(archive.path, archive.plan, own)
+
+
 def _total(found: Sequence[Mapping[str, Any]]) -> Fidelity:
     """Sum over the batches in their order, so that the sums do not depend on the number of processes."""
     n_tokens = sum(batch["n_tokens"] for batch in found)
@@ -134,9 +151,8 @@ def _total(found: Sequence[Mapping[str, Any]]) -> Fidelity:
 def _rounded_streams(archive: Archive) -> list[str]:
     """Return the stored sites of the residual stream whose rows are rounded."""
     stream = [name for name in archive.sites if parse_site(name).kind in _STREAM]
-    plans = [archive.plan.site(name) for name in stream]
-    dtype = archive.plan.model["dtype"]
-    found = [plan.name for plan in plans if is_rounded(plan, dtype)]
+    plans = {name: archive.of_sites(name).plan for name in stream}
+    found = [name for name, plan in plans.items() if is_rounded(plan.site(name), plan.model["dtype"])]
     if not found:
         raise PlanError(
             f"{archive.place} has no residual stream that is rounded ({', '.join(stream) or 'none is stored'}), so "

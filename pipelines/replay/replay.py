@@ -44,7 +44,7 @@ from residua.store.examples.schedule import Schedule
 from residua.store.format.commits import content_hash
 from residua.store.format.plan import Plan
 from residua.store.read.archive import Archive
-from residua.store.read.stacks import open_archive
+from residua.store.read.stacks import archives_of, main_archive, open_archive
 from residua.store.read.text import token_id
 from residua.store.selection.examples import ExampleChoice
 from residua.store.storage.place import try_place
@@ -150,7 +150,8 @@ def replay_dataset(
         ... )
         >>> found.examples["loss_change"]  # doctest: +SKIP
     """
-    opened = open_archive(archive)
+    stored = open_archive(archive)
+    opened = main_archive(stored)
     parsed = parse_edits(edits)
     schedule = schedule_of(opened)
     choice = ExampleChoice(examples=examples, rows=rows, where=where)
@@ -164,9 +165,10 @@ def replay_dataset(
     with ExitStack() as stack:
         membership = stack.enter_context(working_together(folder, settings, job="replay"))
         loaded = stack.enter_context(replayed_model(opened, model, settings))
-        stack.enter_context(running_as_captured(opened, loaded))
+        for one in archives_of(stored):
+            stack.enter_context(running_as_captured(one, loaded))
         shared = SharedWork(membership, loaded, alike=runs_alike(loaded))
-        replayer = Replayer(loaded, opened, at=at, edits=parsed, force=force)
+        replayer = Replayer(loaded, stored, at=at, edits=parsed, force=force)
         comparison = Comparison(loaded, replayer, ids)
         stack.callback(comparison.close)
         taken = np.flatnonzero(chosen)
@@ -175,6 +177,7 @@ def replay_dataset(
         replayer.check(replayer.batch(files.batches(0)[0]))  # before anything runs; later batches when it is their turn
         replayed: dict[str, Any] = {
             "archive": opened.plan.digest,
+            **_other_stacks(stored, opened),
             "at": list(replayer.start.sites),
             "edits": [edit.to_json() for edit in parsed],
             "contents": {str(path): content_hash(path) for edit in parsed for path in edit.folders},
@@ -208,6 +211,12 @@ def replay_dataset(
         notes=(*place.notes, *edit_notes, *notes.batches, *(() if following is None else following.notes)),
         archive=found,
     )
+
+
+def _other_stacks(archive: Archive, main: Archive) -> dict[str, dict[str, str]]:
+    """Return the plans of the stacks beside the main one, whose rows a replay may put in."""
+    others = {name: one.plan.digest for name, one in archive.stacks.items() if one is not main}
+    return {"stacks": others} if others else {}
 
 
 def _captured(archive: Archive, schedule: Schedule) -> npt.NDArray[np.bool_]:

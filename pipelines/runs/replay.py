@@ -24,7 +24,7 @@ from residua.pipelines.runs.result import Run
 from residua.pipelines.runs.texts import Texts
 from residua.store.edits.parser import EditSource, parse_edits
 from residua.store.read.archive import Archive
-from residua.store.read.stacks import open_archive
+from residua.store.read.stacks import archives_of, main_archive, open_archive
 
 
 @contextmanager
@@ -54,7 +54,8 @@ def replay(
         model: The model that was captured; it may be wrapped and spread over processes. Or the schedule of a torch
             pipeline, GPipe or 1F1B, whose stages hold the model: they run its forward passes, and every stage returns
             the logits.
-        archive: The archive, or its folder.
+        archive: The archive, or its folder. Of an encoder-decoder the folder of both stacks, or of one of them; see
+            docs/encoder-decoder.md.
         examples: Numbers of examples.
         at: Where stored rows go in: one or more sites. Below a site of the residual stream nothing is computed. None
             puts no rows in and runs the model in full.
@@ -86,7 +87,8 @@ def replay(
         if isinstance(model, PIPELINE_TYPES):
             model = stack.enter_context(as_model(model))
         stack.enter_context(declared_group(model, tensor_parallel))
-        stack.enter_context(running_as_captured(opened, model))
+        for one in archives_of(opened):
+            stack.enter_context(running_as_captured(one, model))
         replayer = Replayer(
             model, opened, at=at, edits=parsed, force=force, inputs=inputs, tensor_parallel=tensor_parallel
         )
@@ -95,7 +97,7 @@ def replay(
             examples,
             [keep] if isinstance(keep, str) else list(keep),
             grad=grad,
-            texts=Texts(opened.tokenizer, opened.place),
+            texts=Texts(main_archive(opened).tokenizer, opened.place),
         )
         stack.callback(run.close)
         yield run

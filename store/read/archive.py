@@ -27,7 +27,7 @@ from residua.store.examples.table import ExampleTable
 from residua.store.format.archive_metadata import SIDECAR_FOLDERS, read_metadata, read_sidecar
 from residua.store.format.array_metadata import check_arrays
 from residua.store.format.commits import Commit, check_commits, committed_shards, named_example_files, read_commits
-from residua.store.format.plan import STACK_RULE, Plan
+from residua.store.format.plan import Plan
 from residua.store.format.site_names import select
 from residua.store.read.array import ArchiveArray
 from residua.store.read.reader import Array, ArrayReader, Check, RowNumbers
@@ -491,16 +491,6 @@ def _missing_rows(path: Path, progress: Progress, was_finished: bool, is_repeata
 def is_replay(archive: Archive) -> bool:
     """Return whether the archive was captured during a replay: its rows follow from stored rows and edits."""
     return REPLAY_RULE in archive.plan.rules
-
-
-def refuse_stack(archive: Archive, job: str) -> None:
-    """Raise PlanError if the archive has the rows of one stack of several, which `job` does not put into the model."""
-    stack = archive.plan.rules.get(STACK_RULE)
-    if stack:
-        raise PlanError(
-            f"{archive.path} has rows of one stack of its model, the {stack}, and {job} starts models of one stack: "
-            "read and replace sites of an encoder-decoder with residua.tap in a call of your own"
-        )
 
 
 def refuse_replay(archive: Archive, job: str) -> None:

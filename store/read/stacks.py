@@ -5,7 +5,7 @@ from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from residua.store.base.errors import PlanError, UnknownSiteError
+from residua.store.base.errors import NotCapturedError, PlanError, UnknownSiteError
 from residua.store.base.untrusted import check_inside
 from residua.store.format.archive_metadata import ROOT
 from residua.store.format.stacks import stacks_in
@@ -56,6 +56,22 @@ def open_archive(
         return RemoteArchive(str(archive), check=check, threads=threads, storage_options=storage_options, cache=cache)
     kind = StackedArchive if stacks_in(Path(archive)) else Archive
     return kind(archive, check=check, threads=threads)
+
+
+def archives_of(archive: Archive) -> list[Archive]:
+    """Return the archives of all stacks that were begun; of one archive, itself."""
+    return list(archive.stacks.values()) if isinstance(archive, StackedArchive) else [archive]
+
+
+def main_archive(archive: Archive) -> Archive:
+    """Return the archive whose positions a model's logits are of: of several stacks the decoder's, if it is there.
+
+    Raises:
+        NotCapturedError: No stack was begun.
+    """
+    if not (found := archives_of(archive)):
+        raise NotCapturedError(f"{archive.place} has no rows yet: run the capture first")
+    return found[-1]
 
 
 class StackedArchive(Archive):

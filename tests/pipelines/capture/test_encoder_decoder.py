@@ -18,9 +18,7 @@ from residua.pipelines.data.dataset import DatasetReport
 from residua.pipelines.data.pairs import PairTokens, read_pairs
 from residua.pipelines.data.settings import DatasetSettings
 from residua.pipelines.data.tokenizer import Tokenizer
-from residua.pipelines.replay.replay import replay_dataset
-from residua.store.base.errors import DatasetError, PlanError, ResiduaError, UnknownSiteError
-from residua.store.read.archive import Archive
+from residua.store.base.errors import DatasetError, PlanError, UnknownSiteError
 from tests.models.tiny_pairs import N_DECODER, N_ENCODER, TINY_PAIRS, VOCABULARY, tiny_whisper
 
 LENGTHS = ((5, 3), (17, 2), (9, 12), (1, 1), (30, 8), (12, 20))
@@ -230,14 +228,6 @@ def test_pairs_are_cut_and_left_out_as_asked(tmp_path: Path) -> None:
     given = [{"input_ids": [5, 6], "decoder_input_ids": [9, 8, 7]}]
     archive = capture_dataset(TINY_PAIRS["bart"](), given, out=tmp_path / "b.zarr", sites="final").archive
     assert archive.stacks["decoder"].example_table.tokens(0).tolist() == [9, 8, 7]
-
-
-def test_replay_of_a_stack_is_refused_by_name(tmp_path: Path) -> None:
-    model = TINY_PAIRS["t5"]()
-    archive = capture_dataset(model, ROWS, out=tmp_path / "a.zarr", sites="resid_post.*").archive
-    for one in (archive, archive.stacks["decoder"], Archive(tmp_path / "a.zarr" / "encoder")):
-        with pytest.raises(ResiduaError, match=r"stack|encoder and decoder"):
-            replay_dataset(model, one, at="resid_post.1", out=tmp_path / "b")
 
 
 HEARD = [
