@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.pipelining.schedules import PipelineScheduleSingle
+from transformers import PreTrainedModel
 
 from residua.capture.buffers.host_buffers import torch_dtype
 from residua.capture.hooks.site import SiteInfo
@@ -84,6 +85,11 @@ class Replay:
         self.skipped_blocks = len(skip.blocks)
         notes = [*replayer.notes, *kept, *reached, skip.problem, *replayer.batch_notes(self._batch).values()]
         self.notes = tuple(note for note in dict.fromkeys(notes) if note)
+
+    @property
+    def model(self) -> PreTrainedModel:
+        """The model, without its wrappers."""
+        return self._replayer.core
 
     @property
     def sites(self) -> tuple[str, ...]:

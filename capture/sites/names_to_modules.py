@@ -28,6 +28,7 @@ from residua.capture.sites.shape_probe import measure_sites, takes_tokens, witho
 from residua.capture.sites.stacks import Stack, find_in_stacks, is_encoder_decoder, measure_in_stacks, stacks_of
 from residua.capture.sites.towers import NAMES, Tower, has_towers_only, towers_of
 from residua.store.base.errors import CaptureError, UnknownSiteError
+from residua.store.format.site_aliases import canonical
 from residua.store.format.site_names import CROSS_KINDS, LAYER_KINDS, MODEL_KINDS, STACKS, Site, parse_site, select
 
 
@@ -62,7 +63,8 @@ def resolve_sites(model: nn.Module, patterns: str | Iterable[str]) -> dict[str, 
         UnknownSiteError: A pattern matches no site of this model; the message says why, and what to use instead.
         CaptureError: A module has no tensor where a ``module:`` site is to be read.
     """
-    words = [patterns] if isinstance(patterns, str) else list(patterns)
+    texts = [patterns] if isinstance(patterns, str) else list(patterns)
+    words = [canonical(word.strip()) for text in texts for word in text.split(",")]
     towers = _named_towers(model, words)
     if towers:
         return _in_towers(words, towers)
@@ -278,7 +280,8 @@ def _on_demand(model: nn.Module, name: str, available: dict[str, SiteInfo]) -> S
     site = parse_site(name)
     if site.top is not None:
         return _top_logits(site, available[str(replace(site, kind="logits", field=None))])
-    module = first_name(model, str(site.module))
+    path = str(site.module)
+    module = first_name(model, path) or first_name(model, path.removeprefix("model."))  # nnsight's name of the model
     if not module:
         paths = [path for path in named_modules(model) if path]
         near = get_close_matches(str(site.module), paths, n=3)

@@ -10,7 +10,8 @@ There are four forms, and a stack may come before each but the last:
 * ``encoder.resid_post.7``: the same of one of several stacks of blocks, each with tokens, frames or patches of its own.
 
 A name that parses is safe as a folder name: its characters are letters, digits, ``_``, ``-``, ``.`` and ``@``, and
-``..`` cannot occur. ``str(parse_site(text))`` is the canonical name.
+``..`` cannot occur. ``str(parse_site(text))`` is the canonical name. What TransformerLens and nnsight call sites is
+understood too (`residua.store.format.site_aliases`).
 """
 
 import re
@@ -22,6 +23,7 @@ from fnmatch import fnmatchcase
 from typing import Literal
 
 from residua.store.base.errors import UnknownSiteError
+from residua.store.format.site_aliases import canonical
 
 STACKS = ("encoder", "decoder", "text", "vision")
 """Stacks of blocks that a name may begin with, in models that have several."""
@@ -146,6 +148,7 @@ def parse_site(text: str) -> Site:
     """
     if len(text) > _LONGEST:
         raise UnknownSiteError(f"Site {text[:40]!r}... has {len(text)} characters; at most {_LONGEST} are allowed.")
+    text = canonical(text)
     if text.startswith("module:"):
         return _parse_module(text)
     stack, dot, inside = text.partition(".")
@@ -242,8 +245,17 @@ def select(patterns: str | Iterable[str], available: Iterable[str], *, on_demand
     words = [word.strip() for text in texts for word in text.split(",") if word.strip()]
     if not words:
         raise UnknownSiteError("No site was named; name at least one, for example 'resid_post.*'.")
-    wanted = {name: None for word in words for name in _expand(word, known, on_demand)}
+    wanted = {name: None for word in words for name in _expand_alias(word, known, on_demand)}
     return (*(name for name in known if name in wanted), *(name for name in wanted if name not in set(known)))
+
+
+def _expand_alias(word: str, known: tuple[str, ...], on_demand: bool) -> list[str]:
+    """Return the names that one pattern selects, which may be another library's name."""
+    own = canonical(word)
+    try:
+        return _expand(own, known, on_demand)
+    except UnknownSiteError as error:
+        raise UnknownSiteError(str(error) if own == word else f"{word!r} is {own!r} here. {error}") from None
 
 
 def _expand(word: str, known: tuple[str, ...], on_demand: bool) -> list[str]:

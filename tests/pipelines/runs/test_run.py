@@ -235,3 +235,23 @@ def test_the_table_has_a_line_for_each_token(pydoc: tuple[Any, Any]) -> None:
         assert mine[-1]["loss"] is None
         np.testing.assert_allclose([line["loss"] for line in mine[:-1]], losses, rtol=1e-4)
     assert {line["text"] for line in residua.run(TINY["llama"](), PROMPTS).table().to_pylist()} == {None}
+
+
+@pytest.mark.parametrize(
+    ("name", "paths"),
+    [
+        ("llama", ("blocks.1.hook_resid_post", "model.layers.1", "model.model.layers[1].output[0]")),
+        ("gpt2", ("blocks.1.hook_resid_post", "transformer.h[1].output", "model.transformer.h.1.output[0]")),
+    ],
+)
+def test_names_of_other_libraries_name_the_same_rows(name: str, paths: tuple[str, ...]) -> None:
+    model = TINY[name]()
+    run = residua.run(model, PROMPTS[:2], sites=paths[0])
+    assert run.sites == ("resid_post.1",)
+    expected = plain(model, PROMPTS[1]).hidden_states[2][0]
+    for path in paths:
+        assert close(run[path][1], expected)
+    edited = residua.run(model, PROMPTS[:2], edits=[{"edit": "zero", "site": paths[1]}], sites="resid_post.1")
+    assert not edited["resid_post.1"][1].any()
+    mlp = "model.layers[1].mlp.output" if name == "llama" else "model.transformer.h[1].mlp.output"
+    assert close(run[mlp][1], run["mlp_out.1"][1])
