@@ -22,6 +22,9 @@ if TYPE_CHECKING:
     from residua.pipelines.capture.capture import capture_dataset
     from residua.pipelines.capture.reproduce import reproduce
     from residua.pipelines.circuits.patch import attribute, patch
+    from residua.pipelines.copies.concat import concat
+    from residua.pipelines.copies.export import export
+    from residua.pipelines.copies.extract import extract
     from residua.pipelines.replay.fidelity import fidelity
     from residua.pipelines.replay.replay import replay_dataset
     from residua.pipelines.runs.replay import replay
@@ -47,6 +50,9 @@ __all__ = [
     "analysis",
     "attribute",
     "capture_dataset",
+    "concat",
+    "export",
+    "extract",
     "fidelity",
     "full_parameter",
     "induction_scores",
@@ -78,6 +84,9 @@ _HOMES = {
     "analysis": "analysis",
     "attribute": "pipelines.circuits.patch:attribute",
     "capture_dataset": "pipelines.capture.capture:capture_dataset",
+    "concat": "pipelines.copies.concat:concat",
+    "export": "pipelines.copies.export:export",
+    "extract": "pipelines.copies.extract:extract",
     "fidelity": "pipelines.replay.fidelity:fidelity",
     "full_parameter": "capture.layout.parameters:full_parameter",
     "induction_scores": "analysis.attention.induction:induction_scores",

@@ -25,6 +25,7 @@ from residua.pipelines.cli.report import human_bytes, print_json, print_nonfinit
 from residua.store.storage.address import is_remote
 
 if TYPE_CHECKING:
+    from residua.store.read.archive import Archive
     from residua.store.read.summary import SiteSummary, Summary
     from residua.store.sharing.copied import Copied
 
@@ -134,6 +135,15 @@ def _add_copies(commands: Any) -> None:
     add_flag(extract, "--examples", "numbers of examples, such as 3,7,10-19 (default: all)", metavar="NUMBERS")
     add_flag(extract, "--rows", WHERE_HELP, metavar="CONDITION")
     add_flag(extract, "--sites", "sites to take, such as resid_post.* (default: all)")
+    text = "join archives of the same model and sites over several datasets"
+    description = (
+        "Write the rows of several archives, one after the other, as a new archive. Rows keep their values, tokens and "
+        "texts; the columns source_archive and source_example say where each example is from."
+    )
+    concat = add_command(commands, "concat", _concat, text, description)
+    concat.add_argument("archives", nargs="+", help="folders or addresses of the archives, in the order of their rows")
+    add_flag(concat, "--out", "folder of the new archive", required=True)
+    add_flag(concat, "--sites", "sites to keep, such as resid_post.* (default: all)")
     text = "write rows of an archive as Parquet, safetensors, npy or a dataset"
     description = "Write rows of some sites, with their tokens, into files that other programs read."
     export = add_command(commands, "export", _export, text, description)
@@ -158,11 +168,24 @@ def _extract(options: argparse.Namespace) -> int:
             sites=options.sites,
             on_row=progress.step,
         )
-    found = {"archive": str(made.path), "rows": made.n_rows, "examples": len(made.example_table), "sites": made.sites}
+    return _print_made(options, made)
+
+
+def _concat(options: argparse.Namespace) -> int:
+    from residua.pipelines.copies.concat import concat
+
+    with StepProgress("row", shown=not options.json) as progress:
+        made = concat(options.archives, options.out, sites=options.sites, on_row=progress.step)
+    return _print_made(options, made)
+
+
+def _print_made(options: argparse.Namespace, made: "Archive") -> int:
+    n_examples = len(made.example_table)
+    found = {"archive": str(made.path), "rows": made.n_rows, "examples": n_examples, "sites": made.sites}
     if options.json:
         print_json(found)
     else:
-        print(f"{made.path}: {made.n_rows:,} rows of {found['examples']:,} examples, {len(made)} sites")
+        print(f"{made.path}: {made.n_rows:,} rows of {n_examples:,} examples, {len(made)} sites")
     return 0
 
 

@@ -1,4 +1,4 @@
-"""Parts of an archive elsewhere: a subset as an archive of its own, and rows in the files of other programs.
+"""Rows of archives written again: a subset, several joined, and rows in the files of other programs.
 
 Uses `analysis.rows` and `store`; needs no model.
 """

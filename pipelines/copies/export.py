@@ -22,6 +22,7 @@ from residua.analysis.rows.tables import record_batches
 from residua.store.base.errors import PlanError
 from residua.store.encoding.dtypes import BFLOAT16
 from residua.store.read.archive import Archive
+from residua.store.read.stacks import open_archive
 from residua.store.selection.row_filter import RowFilter
 from residua.store.storage.files import write_file
 from residua.store.storage.place import try_place
@@ -62,7 +63,7 @@ def export(
     ============= ====================================================================================================
 
     Args:
-        archive: The archive, or its folder.
+        archive: The archive, or its folder or address.
         out: File or folder to write.
         to: The format.
         sites: Sites; all by default.
@@ -77,8 +78,13 @@ def export(
         FileExistsError: `out` exists.
         UnknownSiteError: `sites` matches no stored site.
         NotCapturedError: The archive is not finished.
+
+    Example:
+        >>> residua.export("acts.zarr", "rows.parquet", to="parquet", sites="resid_post.7")  # doctest: +SKIP
     """
-    source, out = archive if isinstance(archive, Archive) else Archive(archive), Path(out)
+    source, out = open_archive(archive), Path(out)
+    if sites is not None:
+        source = source.of_sites(sites)
     if to not in EXPORT_FORMATS:
         raise PlanError(f"there is no format {to!r}: choose one of {', '.join(EXPORT_FORMATS)}")
     if out.exists():

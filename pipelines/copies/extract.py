@@ -5,7 +5,6 @@ Rows keep their values bit for bit, their tokens and their positions; examples k
 forms no batches, since the examples that ran together may have been taken apart.
 """
 
-import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from os import PathLike
@@ -13,32 +12,35 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
+from residua.pipelines.copies.rewritten import (
+    SOURCE_EXAMPLE,
+    Numbers,
+    copy_sidecars,
+    lossy_note,
+    notes_of,
+    refuse_inexact,
+    stored_rows,
+)
 from residua.store.base.canonical import Json, digest_of
 from residua.store.base.errors import PlanError
-from residua.store.encoding.codecs import INT8, PRESETS
 from residua.store.examples.index import Example, dataset_entry
 from residua.store.examples.writer import ExampleWriter
-from residua.store.format.archive_metadata import SIDECAR_FOLDERS, read_metadata
+from residua.store.format.archive_metadata import read_metadata
 from residua.store.format.create import create_archive, workspace
-from residua.store.format.plan import Plan, SitePlan
-from residua.store.format.row_columns import ROW_COLUMNS
+from residua.store.format.plan import Plan
 from residua.store.format.writer import FilledShard, ShardWriter
 from residua.store.read.archive import Archive
+from residua.store.read.stacks import open_archive
 from residua.store.sealing.seal import seal
 from residua.store.selection.examples import ExampleChoice
 from residua.store.selection.row_filter import RowFilter
 from residua.store.storage.place import try_place
 
-SOURCE_EXAMPLE = "source_example"
-"""Column of the example table: the number of each example in the archive that it was taken from."""
-
 EXTRACTED = "extracted"
 """Entry of the plan's `rules` (digest of what was taken) and of the provenance (its description)."""
 
 _EXAMPLES = 1024  # read at a time
-Numbers = npt.NDArray[np.int64]
 
 
 def extract(
@@ -53,7 +55,7 @@ def extract(
     """Write some examples, rows and sites of an archive into a new one.
 
     Args:
-        archive: The archive, or its folder.
+        archive: The archive, or its folder or address.
         out: Folder of the new archive.
         examples: Numbers of the examples; all by default.
         rows: A condition on rows, for example ``position > 0``; only rows that meet it are kept, and only examples
@@ -64,6 +66,9 @@ def extract(
     Returns:
         The new archive.
 
+    Example:
+        >>> residua.extract("acts.zarr", "part.zarr", rows="position == 0")  # doctest: +SKIP
+
     Raises:
         PlanError: A site cannot be copied exactly, the archive has images, or nothing is left.
         UnknownSiteError: `sites` matches no stored site.
@@ -71,15 +76,17 @@ def extract(
         FileExistsError: `out` exists.
         OSError: `out` cannot be written.
     """
-    source = archive if isinstance(archive, Archive) else Archive(archive)
+    source = open_archive(archive)
+    if sites is not None:
+        source = source.of_sites(sites)
     out = Path(out)
     names = source.sites if sites is None else source.select(sites)
-    _refuse(source, names)
+    refuse_inexact(source, names)
     try_place(out, links=True)
     kept = _kept_rows(source, examples, rows)
     with workspace(out) as folder:
         index = _write_examples(source, kept, folder / "examples")
-        _copy_sidecars(source, folder)
+        copy_sidecars(source, folder)
         taken: dict[str, Json] = {
             "archive": source.plan.digest,
             "examples": None if examples is None else len(set(examples)),
@@ -94,22 +101,13 @@ def extract(
             batch_tokens=0,
             n_rows=len(kept),
         )
-        provenance: dict[str, Any] = {**source.provenance, EXTRACTED: {**taken, "path": str(source.path)}}
-        create_archive(folder, out, plan, {**provenance, "notes": [*_notes(source, names)]})
+        provenance: dict[str, Any] = {**source.provenance, EXTRACTED: {**taken, "path": source.place}}
+        taken_from = f"these rows were taken from another archive, of plan {source.plan.digest[:12]}"
+        notes = [*notes_of(source), taken_from, *filter(None, [lossy_note(source, names)])]
+        create_archive(folder, out, plan, {**provenance, "notes": notes})
     _write_rows(source, out, plan, kept, on_row)
     seal(out, read_metadata(out))
     return Archive(out)
-
-
-def _refuse(source: Archive, names: Sequence[str]) -> None:
-    source.require_captured(range(source.n_rows))
-    if int8 := [name for name in names if source.plan.site(name).codec == INT8]:
-        raise PlanError(
-            f"{int8[0]} is stored as {INT8}, whose values would be rounded again: choose other sites, or copy the "
-            "archive as it is"
-        )
-    if dict(source.plan.row_columns) != ROW_COLUMNS:
-        raise PlanError(f"{source.path} has examples with images, which cannot be extracted yet: copy it as it is")
 
 
 def _kept_rows(source: Archive, examples: Sequence[int] | None, rows: str | None) -> Numbers:
@@ -149,23 +147,6 @@ def _columns(source: Archive, numbers: Numbers) -> Iterator[Mapping[str, object]
             yield from found.take(chosen).to_pylist()
 
 
-def _copy_sidecars(source: Archive, folder: Path) -> None:
-    """Copy head and tokenizer, compared with their digests."""
-    for name in source.metadata.files:
-        if name.split("/")[0] in SIDECAR_FOLDERS and not name.startswith("examples/"):
-            source.side_file(name)
-            (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(source.path / name, folder / name)
-
-
-def _notes(source: Archive, names: Sequence[str]) -> Iterator[Json]:
-    found = source.provenance.get("notes")
-    yield from found if isinstance(found, list) else ()
-    yield f"these rows were taken from another archive, of plan {source.plan.digest[:12]}"
-    if lossy := [name for name in names if not PRESETS[source.plan.site(name).codec].is_lossless]:
-        yield f"{', '.join(lossy)}: relative_rms_error compares with the rounded rows of that archive, and so is 0"
-
-
 def _write_rows(source: Archive, out: Path, plan: Plan, kept: Numbers, on_row: Callable[[int, int], None]) -> None:
     """Write shard by shard; a shard of every site is in memory at a time, and those that are being written."""
     examples = np.searchsorted(source.example_table.index().first_row, kept, side="right") - 1
@@ -177,7 +158,7 @@ def _write_rows(source: Archive, out: Path, plan: Plan, kept: Numbers, on_row: C
                 FilledShard(
                     index=shard,
                     first_row=rows.start,
-                    sites={site.name: _stored(source, site, kept[rows]) for site in plan.sites},
+                    sites={site.name: stored_rows(source, site, kept[rows]) for site in plan.sites},
                     columns={
                         "token": source.rows.token[kept[rows]],
                         "position": source.rows.position[kept[rows]],
@@ -186,10 +167,3 @@ def _write_rows(source: Archive, out: Path, plan: Plan, kept: Numbers, on_row: C
                 )
             )
             on_row(rows.stop, len(kept))
-
-
-def _stored(source: Archive, site: SitePlan, rows: Numbers) -> npt.NDArray[np.generic]:
-    """Return rows as they are stored: bfloat16 as its bits."""
-    array, storage = source[site.name], site.arrays(1)[0].storage_dtype
-    found = array.numpy(rows, dtype=array.stored_dtype)
-    return np.ascontiguousarray(found).view(storage)

@@ -8,7 +8,8 @@ import pytest
 
 import residua
 from residua.pipelines.cli.main import main
-from residua.pipelines.copies.extract import SOURCE_EXAMPLE, extract
+from residua.pipelines.copies.extract import extract
+from residua.pipelines.copies.rewritten import SOURCE_EXAMPLE
 from residua.store.base.errors import NotCapturedError, PlanError, UnknownSiteError
 from residua.store.read.archive import Archive
 from tests.plain_zarr import plain_array

@@ -1,0 +1,83 @@
+"""What copies that write rows of archives into a new one share: what they can keep, examples, sidecars and values."""
+
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from residua.store.base.canonical import Json
+from residua.store.base.errors import PlanError
+from residua.store.encoding.codecs import INT8, PRESETS
+from residua.store.format.archive_metadata import SIDECAR_FOLDERS
+from residua.store.format.plan import SitePlan
+from residua.store.format.row_columns import ROW_COLUMNS
+from residua.store.read.archive import Archive
+
+SOURCE_EXAMPLE = "source_example"
+"""Column of the example table: the number of each example in the archive that it was taken from."""
+
+_EXAMPLES = 1024  # whose columns are Python objects at a time
+Numbers = npt.NDArray[np.int64]
+
+
+def refuse_inexact(source: Archive, sites: Sequence[str]) -> None:
+    """Raise unless all rows of `sites` are there and can be written again as they are.
+
+    Raises:
+        PlanError: A site's values would be rounded again, or the archive has images.
+        NotCapturedError: The archive is not finished.
+    """
+    source.require_captured(range(source.n_rows))
+    if int8 := [name for name in sites if source.plan.site(name).codec == INT8]:
+        raise PlanError(
+            f"{int8[0]} is stored as {INT8}, whose values would be rounded again: choose other sites, or copy the "
+            "archive as it is"
+        )
+    if dict(source.plan.row_columns) != ROW_COLUMNS:
+        raise PlanError(
+            f"{source.place} has examples with images, which cannot be written into another archive yet: copy it as it "
+            "is"
+        )
+
+
+def copy_sidecars(source: Archive, folder: Path) -> None:
+    """Copy LM head and tokenizer, compared with their digests."""
+    for name in source.metadata.files:
+        if name.split("/")[0] in SIDECAR_FOLDERS and not name.startswith("examples/"):
+            source.side_file(name)
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(source.path / name, folder / name)
+
+
+def example_columns(source: Archive) -> Iterator[Mapping[str, object]]:
+    """Yield the user's own columns of all examples, in order; a few are in memory at a time."""
+    names = list(source.example_table.column_types())
+    if not names:
+        yield from ({} for _ in range(len(source.example_table)))
+        return
+    for part in source.example_table.parts(names):
+        for batch in part.to_batches(max_chunksize=_EXAMPLES):
+            yield from batch.to_pylist()
+
+
+def notes_of(source: Archive) -> list[Json]:
+    """Return the notes in an archive's provenance."""
+    found = source.provenance.get("notes")
+    return list(found) if isinstance(found, list) else []
+
+
+def lossy_note(source: Archive, sites: Sequence[str]) -> str:
+    """Return what the measured error of lossy sites means after they were written again; empty if none is lossy."""
+    lossy = [name for name in sites if not PRESETS[source.plan.site(name).codec].is_lossless]
+    if not lossy:
+        return ""
+    return f"{', '.join(lossy)}: relative_rms_error compares with the rounded rows of that archive, and so is 0"
+
+
+def stored_rows(source: Archive, site: SitePlan, rows: Numbers) -> npt.NDArray[np.generic]:
+    """Return rows as they are stored: bfloat16 as its bits."""
+    array, storage = source[site.name], site.arrays(1)[0].storage_dtype
+    found = array.numpy(rows, dtype=array.stored_dtype)
+    return np.ascontiguousarray(found).view(storage)
