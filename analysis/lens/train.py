@@ -40,8 +40,9 @@ from residua.analysis.lens.ridge import Gram, Ridge, add_rows, solve_ridge
 from residua.analysis.lens.rows import LensPoints, LensRows, lens_points
 from residua.analysis.lens.settings import LensSettings
 from residua.analysis.lens.unembedding import Decoder
-from residua.analysis.support.cluster import Cluster, in_order
+from residua.analysis.support.cluster import Cluster
 from residua.analysis.support.open_archives import Location, location, opened
+from residua.analysis.support.sums import in_order
 from residua.store.base.errors import AnalysisError
 from residua.store.base.naming import named
 from residua.store.read.archive import Archive

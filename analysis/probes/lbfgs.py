@@ -23,13 +23,20 @@ Answer: TypeAlias = tuple[float, Floats]
 _NOISE = 1e-7  # of the loss at zero: losses may be sums of float32 products, and a smaller rise is no rise
 _PAIRS = 8  # of steps and gradients that are kept: more save no pass and take memory
 
+_STEPS_OF_A_START = 4  # before a start other than zero may be the minimum: where losses are low, so is the curvature,
+# and what a first step promises is too little
+
 
 class _Converged(Exception):  # noqa: N818  # no error, but the only way out of scipy's loop before it evaluates
     pass
 
 
 class Descent:
-    """The minimisation of one function, from zero.
+    """The minimisation of one function.
+
+    Args:
+        start: Where it begins, (parameters,).
+        size: Size of the terms that the loss is a sum of, which its noise follows; by default the loss at the start.
 
     Attributes:
         point: The best point so far, (parameters,).
@@ -37,10 +44,11 @@ class Descent:
         is_converged: Whether the loss is as low as was asked for.
     """
 
-    def __init__(self, n_parameters: int) -> None:
-        self.point: Floats = np.zeros(n_parameters)
+    def __init__(self, start: Floats, size: float | None = None) -> None:
+        self.point = start
         self.n_steps = 0
         self.is_converged = False
+        self._size = size
 
     def run(self, evaluate: Callable[[Floats], Answer], *, tolerance: float) -> None:
         """Minimise until the next step is expected to lower the loss by no more than `tolerance`.
@@ -48,21 +56,25 @@ class Descent:
         The first point that scipy tries in a step is the minimum of its quadratic model of the loss, which is half the
         gradient times the way there below the current loss.
         """
-        first_loss, gradient = evaluate(self.point)
+        start = self.point
+        first_loss, gradient = evaluate(start)
+        noise = _NOISE * abs(first_loss if self._size is None else self._size)
         scale = float(np.linalg.norm(gradient))  # scipy's first step has length 1; in these units it is the gradient
-        trial, is_first_trial = self.point, True
+        trial, is_first_trial = start, True
 
         def loss_at(scaled: Floats) -> Answer:
             nonlocal gradient, trial, is_first_trial
             if not scaled.any():
                 return first_loss, gradient * scale
             if is_first_trial:
-                self.is_converged = float((self.point - scaled * scale) @ gradient) / 2 <= tolerance
+                expected = float((self.point - (start + scaled * scale)) @ gradient) / 2
+                knows_curvature = not start.any() or self.n_steps >= _STEPS_OF_A_START or not expected
+                self.is_converged = knows_curvature and expected <= tolerance
                 if self.is_converged:
                     raise _Converged
-            trial, is_first_trial = scaled * scale, False
+            trial, is_first_trial = start + scaled * scale, False
             loss, gradient = evaluate(trial)
-            return loss - _NOISE * abs(first_loss) * (self.n_steps + 1), gradient * scale
+            return loss - noise * (self.n_steps + 1), gradient * scale
 
         def take_step(_: Floats) -> None:
             nonlocal is_first_trial
@@ -70,30 +82,34 @@ class Descent:
 
         options = {"ftol": 0, "gtol": 0, "maxcor": _PAIRS}  # it stops for our reason, not for scipy's
         with suppress(_Converged):
-            found = minimize(loss_at, trial, jac=True, method="L-BFGS-B", callback=take_step, options=options)
+            found = minimize(
+                loss_at, np.zeros_like(start), jac=True, method="L-BFGS-B", callback=take_step, options=options
+            )
             self.is_converged = bool(found.success)
 
 
 def minimise(
     evaluate: Callable[[Sequence[int], Sequence[Floats]], Sequence[Answer]],
-    n_parameters: Sequence[int],
+    starts: Sequence[Floats],
     *,
     tolerance: float,
     most_passes: int,
+    size: float | None = None,
 ) -> list[Descent]:
-    """Minimise several convex functions, all from zero.
+    """Minimise several convex functions.
 
     Args:
         evaluate: Given the numbers of some functions and a point for each, returns loss and gradient of each. It is
             called in the calling thread.
-        n_parameters: Number of parameters of each function.
+        starts: Where to begin with each function.
         tolerance: A function is done when its next step is expected to lower its loss by no more than this.
         most_passes: Most calls of `evaluate`.
+        size: See `Descent`.
 
     Returns:
         One descent for each function.
     """
-    descents = [Descent(n) for n in n_parameters]
+    descents = [Descent(start, size) for start in starts]
     barrier = Barrier(len(descents) + 1)  # the threads, and this one
     asked: dict[int, Floats] = {}
     answers: dict[int, Answer] = {}

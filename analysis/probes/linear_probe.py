@@ -6,7 +6,7 @@ Both are exact: they find what scikit-learn's `Ridge` and `LogisticRegression` f
 """
 
 from abc import abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from os import PathLike
 from typing import Self, TypeAlias
 
@@ -16,7 +16,18 @@ from sklearn.base import BaseEstimator, ClassifierMixin, RegressorMixin
 from sklearn.utils.validation import check_array, check_consistent_length, check_is_fitted
 
 from residua.analysis.probes.files import SavedProbe, read_probe, write_probe
-from residua.analysis.probes.logistic import Basis, Problem, fit_logistic, probabilities
+from residua.analysis.probes.logistic import (
+    SAMPLE_ROWS,
+    Basis,
+    Covariance,
+    LossSums,
+    Problem,
+    fit_logistic,
+    loss_sums,
+    probabilities,
+    scale_of,
+    standardised,
+)
 from residua.analysis.probes.ridge import solve
 from residua.analysis.rows.blocks import Array, Rows, array_blocks, labelled_blocks
 from residua.analysis.support.moments import Moments
@@ -213,13 +224,24 @@ class LogisticProbe(ClassifierMixin, LinearProbe):  # type: ignore[misc]  # scik
 
         moments: Moments | None = None
         for rows, _ in batches():
-            moments = moments or Moments(rows.shape[1])
+            moments = moments or Moments(rows.shape[1], full=False)
             moments.add(rows)
         assert moments is not None  # noqa: S101  # two classes have rows
-        problem = Problem(0, len(self.classes_), self.penalty)
-        found = fit_logistic(
-            batches, [problem], Basis.of(moments), tolerance=self.tolerance, most_passes=self.most_passes
-        )[0]
+        mean, scale = moments.mean, scale_of(moments)
+        sample = Covariance.zero(len(mean))
+        step, first = max(1, moments.n // (SAMPLE_ROWS * len(mean))), 0
+        for rows, _ in batches():
+            sample.add(standardised(rows[-first % step :: step], mean, scale))  # the same rows, however they are cut
+            first += len(rows)
+
+        def summed(problems: Sequence[Problem], weights: Floats) -> LossSums:
+            total = LossSums.zero(len(problems), weights.shape)
+            for rows, labels in batches():
+                total.merge(loss_sums(standardised(rows, mean, scale), labels, problems, weights))
+            return total
+
+        problem, basis = Problem(0, len(self.classes_), self.penalty), Basis.of(moments, sample)
+        (found,) = fit_logistic(summed, [problem], basis, tolerance=self.tolerance, most_passes=self.most_passes)
         self.coef_, self.intercept_, self.n_iter_ = found.weight, found.bias, found.n_steps
         return self
 

@@ -10,16 +10,20 @@ L-BFGS runs in coordinates in which the Hessian at zero is the identity: `W = V 
 and eigenvalues L of the rows' covariance and `p = (h L + penalty)^(-1/2)`, `h = (1 - 1/K) / K` for K classes. This
 changes the path and not the solution: ten to thirty passes are enough, where the plain coordinates take hundreds.
 
-`loss_sums` sums losses and gradients over one block of rows. It depends on its arguments alone, and the sums of several
-blocks merge, so the blocks of one site can be summed by several workers.
+The covariance of a sample of the rows is enough for that (`SAMPLE_ROWS`): it costs width² for each row, far more than a
+pass. `loss_sums` sums losses and gradients over one block of rows. It depends on its arguments alone, and the sums of
+several blocks merge, so the blocks of one site can be summed by several workers.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Self, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
+from scipy.linalg import eigh
 from scipy.special import softmax
 
 from residua.analysis.probes.lbfgs import minimise
@@ -27,8 +31,49 @@ from residua.analysis.support.moments import Moments
 
 Floats: TypeAlias = npt.NDArray[np.float64]
 Codes: TypeAlias = npt.NDArray[np.int64]
-Batches: TypeAlias = Callable[[], Iterable[tuple[npt.NDArray[np.floating], Codes]]]
-"""Each call starts a pass over the rows: (rows, width) values and (rows, labellings) numbers of classes."""
+
+
+SAMPLE_ROWS = 4
+"""Rows for each channel of the sample that gives the coordinates: its covariance is then right within a factor of 2."""
+_WIDE = 1024
+
+
+def standardised(values: npt.NDArray[np.floating], mean: Floats, scale: Floats) -> npt.NDArray[np.floating]:
+    """Return `values` minus `mean`, divided by `scale`, in their own dtype."""
+    centred = values - mean.astype(values.dtype)
+    centred *= (1 / scale).astype(values.dtype)
+    return centred
+
+
+@dataclass
+class Covariance:
+    """Sums over some standardised rows of the products of all pairs of channels, (width, width) float64."""
+
+    n_rows: int
+    products: Floats
+
+    @classmethod
+    def zero(cls, width: int) -> "Covariance":
+        """Return the sums over no rows."""
+        return cls(0, np.zeros((width, width)))
+
+    def add(self, rows: npt.NDArray[np.floating]) -> None:
+        """Add standardised rows, (rows, width), whose products are computed in their own dtype."""
+        self.n_rows += len(rows)
+        self.products += rows.T @ rows
+
+    def merge(self, other: "Covariance") -> Self:
+        """Add the sums over other rows."""
+        self.n_rows += other.n_rows
+        self.products += other.products
+        return self
+
+
+def scale_of(moments: Moments) -> Floats:
+    """Return the standard deviation of each channel, 1 where it is 0, (width,)."""
+    scale = np.sqrt(moments.variance)
+    scale[scale == 0] = 1.0
+    return np.asarray(scale)
 
 
 @dataclass(frozen=True)
@@ -48,20 +93,20 @@ class Basis:
     vectors: Floats | None
 
     @classmethod
-    def of(cls, moments: Moments) -> "Basis":
-        """Return the coordinates that fit the rows behind `moments`."""
-        scale = np.sqrt(moments.variance)
-        scale[scale == 0] = 1.0
-        if not moments.is_full:
-            return cls(moments.mean, scale, np.ones(len(scale)), None)
-        values, vectors = np.linalg.eigh(moments.scatter / (moments.n * np.outer(scale, scale)))
-        return cls(moments.mean, scale, np.maximum(values, 0.0), vectors)
+    def of(cls, moments: Moments, sample: "Covariance | None") -> "Basis":
+        """Return coordinates for the rows behind `moments`.
 
-    def standardised(self, values: npt.NDArray[np.floating]) -> npt.NDArray[np.floating]:
-        """Return rows, float32 or float64, with mean 0 and variance 1, in the same dtype."""
-        centred = values - self.mean.astype(values.dtype)
-        centred *= (1 / self.scale).astype(values.dtype)
-        return centred
+        Args:
+            moments: The rows' mean and variance.
+            sample: Products of the channels of some standardised rows; None: the standardised channels are enough.
+        """
+        scale = scale_of(moments)
+        if sample is None:
+            return cls(moments.mean, scale, np.ones(len(scale)), None)
+        matrix = sample.products / max(1, sample.n_rows)
+        # In float32, half the time: the coordinates need not be exact, and they are used as they are, in float64.
+        values, vectors = eigh(matrix.astype(np.float32 if len(scale) > _WIDE else np.float64), overwrite_a=True)
+        return cls(moments.mean, scale, np.maximum(values, 0.0).astype(np.float64), vectors.astype(np.float64))
 
     def rotated(self, weights: Floats) -> Floats:
         """Return weights in these coordinates, (width, n), as weights of standardised rows."""
@@ -103,17 +148,30 @@ class Fitted:
     is_converged: bool
 
 
+Summed: TypeAlias = "Callable[[Sequence[Problem], Floats], LossSums]"
+"""Returns the sums over all rows for some problems at weights (width + 1, vectors of all of them): one pass."""
+
+
 def fit_logistic(
-    batches: Batches, problems: Sequence[Problem], basis: Basis, *, tolerance: float = 1e-8, most_passes: int = 300
+    summed: Summed,
+    problems: Sequence[Problem],
+    basis: Basis,
+    *,
+    tolerance: float = 1e-8,
+    most_passes: int = 300,
+    starts: Mapping[int, Fitted] = MappingProxyType({}),
+    on_pass: Callable[[float], object] = lambda _: None,
 ) -> list[Fitted]:
     """Solve several problems over the same rows, all in the same passes.
 
     Args:
-        batches: Starts a pass over the rows.
+        summed: Makes a pass over the rows.
         problems: The problems.
         basis: Coordinates of these rows, or of a superset of them. The penalty is that of rows standardised by it.
         tolerance: How far the mean loss may be above its minimum, in nats, as L-BFGS estimates it.
         most_passes: Most passes over the rows.
+        starts: Solutions of similar problems to begin with, by the number of the problem; others begin with zero.
+        on_pass: Called after each pass with the least loss of its problems, in nats.
 
     Returns:
         One solution for each problem.
@@ -125,13 +183,18 @@ def fit_logistic(
         vectors = point.reshape(width + 1, -1) * scales[number]
         return np.vstack([basis.rotated(vectors[:-1]), vectors[-1:]])
 
+    def start_of(number: int) -> Floats:
+        found = starts.get(number)
+        if found is None:
+            return np.zeros((width + 1) * problems[number].n_vectors)
+        weight = (found.weight * basis.scale).T  # of standardised rows
+        bias = found.bias + found.weight @ basis.mean
+        return np.asarray((np.vstack([basis.rotated_back(weight), bias]) / scales[number]).reshape(-1))
+
     def evaluate(numbers: Sequence[int], points: Sequence[Floats]) -> list[tuple[float, Floats]]:
         asked = [problems[number] for number in numbers]
         weights = [weights_at(number, point) for number, point in zip(numbers, points, strict=True)]
-        joined = np.hstack(weights)
-        sums = LossSums(0, np.zeros(len(asked)), np.zeros_like(joined))
-        for values, codes in batches():
-            sums.merge(loss_sums(values, codes, asked, basis, joined))
+        sums = summed(asked, np.hstack(weights))
         gradients = np.split(sums.gradients / sums.n_rows, _ends(asked)[:-1], axis=1)
         answers = []
         for number, loss, weight, gradient in zip(numbers, sums.losses / sums.n_rows, weights, gradients, strict=True):
@@ -139,11 +202,14 @@ def fit_logistic(
             down = np.vstack([basis.rotated_back(gradient[:-1] + penalty * weight[:-1]), gradient[-1:]])
             loss += penalty / 2 * float(np.vdot(weight[:-1], weight[:-1]))
             answers.append((float(loss), (down * scales[number]).reshape(-1)))
+        on_pass(min(loss for loss, _ in answers))
         return answers
 
-    n_parameters = [(width + 1) * problem.n_vectors for problem in problems]
     found = []
-    for number, descent in enumerate(minimise(evaluate, n_parameters, tolerance=tolerance, most_passes=most_passes)):
+    points = [start_of(number) for number in range(len(problems))]
+    size = math.log(max(problem.n_classes for problem in problems))  # the loss at zero
+    descents = minimise(evaluate, points, tolerance=tolerance, most_passes=most_passes, size=size)
+    for number, descent in enumerate(descents):
         weights = weights_at(number, descent.point)
         weight = np.ascontiguousarray((weights[:-1] / basis.scale[:, None]).T)
         found.append(Fitted(weight, weights[-1] - weight @ basis.mean, descent.n_steps, descent.is_converged))
@@ -164,6 +230,11 @@ class LossSums:
     losses: Floats
     gradients: Floats
 
+    @classmethod
+    def zero(cls, n_problems: int, shape: tuple[int, ...]) -> "LossSums":
+        """Return the sums over no rows for weights of this shape."""
+        return cls(0, np.zeros(n_problems), np.zeros(shape))
+
     def merge(self, other: "LossSums") -> Self:
         """Add the sums over other rows."""
         self.n_rows += other.n_rows
@@ -172,19 +243,15 @@ class LossSums:
         return self
 
 
-def loss_sums(
-    values: npt.NDArray[np.floating], codes: Codes, problems: Sequence[Problem], basis: Basis, weights: Floats
-) -> LossSums:
+def loss_sums(rows: npt.NDArray[np.floating], codes: Codes, problems: Sequence[Problem], weights: Floats) -> LossSums:
     """Sum losses and gradients over one block of rows; a function of its arguments alone.
 
     Args:
-        values: (rows, width) float32 or float64, in which the products are computed.
+        rows: Standardised, (rows, width) float32 or float64, in which the products are computed.
         codes: Numbers of classes, (rows, labellings).
         problems: The problems, without their penalties.
-        basis: Standardises the rows.
         weights: Of standardised rows, (width + 1, vectors of all problems); the bias stands last.
     """
-    rows = basis.standardised(values)
     logits = rows @ weights[:-1].astype(rows.dtype) + weights[-1].astype(rows.dtype)
     losses = np.zeros(len(problems))
     for number, (problem, end) in enumerate(zip(problems, _ends(problems), strict=True)):

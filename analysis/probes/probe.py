@@ -1,28 +1,36 @@
 """Linear probes on many sites: how well a linear function of the rows predicts a column, compared with a control.
 
-Each site is one task. A task keeps its rows in memory if they take at most a quarter of it; else it reads them again in
-every pass.
+A probe is fitted by passes over the rows, each a sum that all workers share (`residua.analysis.probes.passes`). Several
+sites are fitted side by side, as many as workers can keep the rows of, so that workers have something to do between the
+passes over one of them.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import CancelledError, ThreadPoolExecutor, as_completed
 from os import PathLike
 from pathlib import Path
+from threading import Event
+from uuid import uuid4
 
 import pyarrow as pa
 
 from residua.analysis.probes.controls import Split
 from residua.analysis.probes.files import write_probe
-from residua.analysis.probes.rows import Job
-from residua.analysis.probes.site import SiteProbe, probe_site
+from residua.analysis.probes.passes import Passes
+from residua.analysis.probes.progress import PassBar
+from residua.analysis.probes.rows import SiteRows, site_rows
+from residua.analysis.probes.site import SiteProbe, check_memory, probe_site
 from residua.analysis.probes.target import Task, summarise
-from residua.analysis.rows.blocks import blocks
+from residua.analysis.rows.site_rows import width_of
 from residua.analysis.support.cluster import Cluster, or_inline
-from residua.analysis.support.open_archives import location
+from residua.analysis.support.threads import one_thread
 from residua.store.base.errors import AnalysisError
 from residua.store.format.site_names import parse_site
 from residua.store.read.archive import Archive
 from residua.store.read.stacks import open_archive
 from residua.store.storage.place import try_place
+
+_ROWS_PER_CHANNEL = 4  # of a leaf of a regression, so that the covariance it returns is no larger than what it reads
 
 _COLUMNS = ("site", "layer", "target", "n_train", "n_test", "n_left_out", "penalty")
 _SCORES = {
@@ -106,12 +114,65 @@ def probe(
     folder = None if save is None else try_place(Path(save)).path
     split = Split(test_fraction, seed, group)
     found = summarise(archive, target, where=where, task=task, split=split, as_numbers=as_numbers)
-    rows = blocks(archive)
-    jobs = [Job(location(archive), name, rows, target, where, found, cluster.memory_limit) for name in names]
+    analysis = uuid4().hex
+    per_channel = _ROWS_PER_CHANNEL if found.task == "regression" else 0
+    jobs = [
+        site_rows(
+            archive,
+            name,
+            target,
+            where,
+            found,
+            analysis=analysis,
+            memory=cluster.memory_limit,
+            least_rows=per_channel * width_of(archive, name),
+        )
+        for name in names
+    ]
+    for job in jobs:
+        check_memory(job)
     probed: dict[int, SiteProbe] = {}
-    for number, answer in cluster.map(probe_site, jobs, label=f"probes of {target}"):
-        probed[number] = answer
-        if folder is not None:
-            write_probe(folder / parse_site(names[number]).path.removeprefix("sites/"), answer.probe)
+    try:
+        for number, answer in _probed(jobs, cluster, f"probes of {target}"):
+            probed[number] = answer
+            if folder is not None:
+                write_probe(folder / parse_site(names[number]).path.removeprefix("sites/"), answer.probe)
+    finally:
+        cluster.let_go(analysis)
     schema = pa.schema([(name, _TYPES.get(name, pa.float64())) for name in (*_COLUMNS, *_SCORES[found.task])])
     return pa.Table.from_pylist([probed[number].line for number in range(len(names))], schema=schema)
+
+
+def _probed(jobs: Sequence[SiteRows], cluster: Cluster, label: str) -> Iterator[tuple[int, SiteProbe]]:
+    """Yield number and probe of each site as it is done."""
+    bar, is_stopped = PassBar(cluster, label, len(jobs), jobs[0].summary.task), Event()
+
+    def fit(number: int) -> SiteProbe:
+        site = bar.site()
+
+        def advance(share: float) -> None:
+            if is_stopped.is_set():
+                raise CancelledError
+            site.moved(share)
+
+        with one_thread():  # the same bits on any machine that sends the jobs
+            found = probe_site(Passes(cluster, jobs[number], number=number, advance=advance), bar)
+        site.done()
+        return found
+
+    room = cluster.n_workers * jobs[0].most_kept
+    n_together = min(len(jobs), 2 * cluster.n_workers, max(1, room // max(job.bytes_to_keep for job in jobs)))
+    try:
+        if cluster.n_workers == 1:  # in this thread: an interrupt ends it at once
+            yield from ((number, fit(number)) for number in range(len(jobs)))
+            return
+        with ThreadPoolExecutor(n_together) as pool:
+            futures = {pool.submit(fit, number): number for number in range(len(jobs))}
+            try:
+                for future in as_completed(futures):
+                    yield futures[future], future.result()
+            finally:
+                is_stopped.set()
+                pool.shutdown(cancel_futures=True)
+    finally:
+        bar.close()

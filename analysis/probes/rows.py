@@ -1,92 +1,150 @@
-"""The labelled rows of one site, in any number of passes: from memory if they fit, else from the archive."""
+"""The labelled rows of one site, leaf by leaf, where a job of a pass over them runs.
 
-from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+A worker keeps the rows that it has read from one pass to the next, decoded, as long as they take no more than half of
+its memory (`residua.analysis.support.kept`); the others it reads again in every pass.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 import numpy.typing as npt
 
-from residua.analysis.probes.target import TargetSummary, read_target
-from residua.analysis.rows.blocks import Block
+from residua.analysis.probes.target import Target, TargetSummary, read_target
+from residua.analysis.rows.blocks import Leaves
 from residua.analysis.rows.columns import examples_of
-from residua.analysis.rows.site_rows import pieces, width_of
-from residua.analysis.support.open_archives import Location, opened
+from residua.analysis.rows.site_rows import piece_rows, pieces, width_of
+from residua.analysis.support.kept import kept
+from residua.analysis.support.open_archives import Location, location, opened
+from residua.store.read.archive import Archive
 
 Floats = npt.NDArray[np.float64]
+Rows = npt.NDArray[np.floating]
+
+_LEAF_BYTES = 32 * 2**20  # of a leaf as float32: its sums are small beside it, and take long beside the work of Dask
+_KEPT_SHARE = 2  # of a worker's memory, for rows that it keeps
 
 
-class Job(NamedTuple):
-    """One site to probe; its rows are read where the job runs. `memory` is in bytes."""
+@dataclass(frozen=True)
+class SiteRows:
+    """The rows of one site that a probe needs; they are read where a job runs.
+
+    Attributes:
+        location: Where the archive is.
+        site: The site.
+        width: Values of a row.
+        leaves: The rows.
+        target: What is predicted.
+        where: Filter on the rows, or None.
+        summary: What is known of the target.
+        analysis: A text that no other analysis has.
+        memory: Bytes that a worker may use.
+    """
 
     location: Location
     site: str
-    blocks: Sequence[Block]
+    width: int
+    leaves: Leaves
     target: str
     where: str | None
     summary: TargetSummary
+    analysis: str
     memory: int
 
+    @property
+    def bytes_to_keep(self) -> int:
+        """Bytes that all rows take where they are kept."""
+        return sum(self.summary.n_rows) * (4 * self.width + 40)
 
-class LabelledRows(NamedTuple):
-    """Some rows of a site.
+    @property
+    def most_kept(self) -> int:
+        """Bytes of rows that one worker may keep."""
+        return self.memory // _KEPT_SHARE
+
+
+def leaves_of(archive: Archive, site: str, *, least_rows: int = 0) -> Leaves:
+    """Return the leaves of the sums over the rows of a site, each of about 32 MiB or of at least `least_rows`."""
+    width = width_of(archive, site)
+    return Leaves.of(archive, max(least_rows, _LEAF_BYTES // (4 * width)), multiple=piece_rows(width))
+
+
+def site_rows(
+    archive: Archive,
+    site: str,
+    target: str,
+    where: str | None,
+    summary: TargetSummary,
+    *,
+    analysis: str,
+    memory: int,
+    least_rows: int = 0,
+) -> SiteRows:
+    """Return the rows of one site; see `SiteRows` and `leaves_of`."""
+    leaves, width = leaves_of(archive, site, least_rows=least_rows), width_of(archive, site)
+    return SiteRows(location(archive), site, width, leaves, target, where, summary, analysis, memory)
+
+
+@dataclass
+class LabelledRows:
+    """Some rows of a site, those of a subset after those of another, so that passes over a subset copy nothing.
 
     Attributes:
-        values: (rows, width), finite.
+        values: (rows, width), finite, float32 or float64.
         labels: True labels and those of the control, (rows, 2) float64.
-        subsets: `FIT`, `VALIDATION` or `TEST`, (rows,).
+        subsets: `FIT`, `VALIDATION` or `TEST`, ascending, (rows,).
+        n_left_out: Rows that are not here because a value is NaN or infinite.
+        is_standardised: Whether `values` have mean 0 and variance 1.
     """
 
-    values: npt.NDArray[np.floating]
+    values: Rows
     labels: Floats
     subsets: npt.NDArray[np.int8]
+    n_left_out: int
+    is_standardised: bool = False
+
+    @property
+    def n_bytes(self) -> int:
+        """Bytes that the arrays take."""
+        return self.values.nbytes + self.labels.nbytes + self.subsets.nbytes
+
+    def standardise_(self, mean: Floats, scale: Floats) -> None:
+        """Give the values mean 0 and variance 1, in place, unless they have them."""
+        if not self.is_standardised:
+            self.values -= mean.astype(self.values.dtype)
+            self.values *= (1 / scale).astype(self.values.dtype)
+            self.is_standardised = True
+
+    def of(self, *subsets: int) -> tuple[Rows, Floats]:
+        """Return values and labels of the rows of `subsets`, which follow each other."""
+        chosen = slice(*np.searchsorted(self.subsets, [min(subsets), max(subsets) + 1]).tolist())
+        return self.values[chosen], self.labels[chosen]
 
 
-class ProbeRows:
-    """The rows of a job; they are read once and kept if they take at most a quarter of its memory.
+def labelled_rows(rows: SiteRows, leaf: int) -> list[LabelledRows]:
+    """Return the rows of a leaf in order: those that this worker kept, or read from the archive."""
+    return kept(
+        rows.analysis,
+        (rows.site, leaf),
+        lambda: list(_read(rows, leaf)),
+        lambda pieces: sum(piece.n_bytes for piece in pieces),
+        most_bytes=rows.most_kept,
+    )
 
-    Attributes:
-        width: Values of a row.
-        n_left_out: Rows that the latest pass left out because a value is NaN or infinite.
-    """
 
-    def __init__(self, job: Job) -> None:
-        self._job = job
-        self._archive = opened(job.location)
-        self._target = read_target(self._archive, job.target)
-        self.width = width_of(self._archive, job.site)
-        row_bytes = self.width * max(4, self._archive[job.site].dtype.itemsize) + 40
-        self._keeps = sum(job.summary.n_rows) * row_bytes <= job.memory // 4
-        self._kept: list[LabelledRows] | None = None
-        self.n_left_out = 0
+def _read(rows: SiteRows, leaf: int) -> Iterator[LabelledRows]:
+    archive = opened(rows.location)
+    target = _target(rows.location, rows.target, rows.analysis)
+    for numbers, values in pieces(archive, rows.site, rows.leaves.blocks(leaf), rows.where):
+        examples = examples_of(archive, numbers)
+        labels = np.column_stack([target.values(numbers), rows.summary.control.labels(numbers, examples)])
+        labels, subsets = labels.astype(np.float64), rows.summary.subsets[examples]
+        finite = np.flatnonzero(np.isfinite(values).all(axis=1))
+        order = finite[np.argsort(subsets[finite], kind="stable")]
+        yield LabelledRows(values[order], labels[order], subsets[order], len(values) - len(order))
 
-    def of(self, *subsets: int) -> Iterator[tuple[npt.NDArray[np.floating], Floats]]:
-        """Yield the rows of `subsets` in order: values (rows, width), true and control labels (rows, 2)."""
-        for values, labels, found in self.each():
-            mask = np.isin(found, subsets)
-            if mask.any():
-                yield values[mask], labels[mask]
 
-    def each(self) -> Iterator[LabelledRows]:
-        """Yield all rows in order."""
-        if self._kept is not None:
-            yield from self._kept
-            return
-        kept = []
-        self.n_left_out = 0
-        for piece in self._read():
-            if self._keeps:
-                kept.append(piece)
-            yield piece
-        self._kept = kept if self._keeps else None
-
-    def _read(self) -> Iterator[LabelledRows]:
-        job = self._job
-        for rows, values in pieces(self._archive, job.site, job.blocks, job.where):
-            examples = examples_of(self._archive, rows)
-            labels = np.column_stack([self._target.values(rows), job.summary.control.labels(rows, examples)])
-            piece = LabelledRows(values, labels.astype(np.float64), job.summary.subsets[examples])
-            finite = np.isfinite(values).all(axis=1)
-            if not finite.all():
-                self.n_left_out += int(len(rows) - np.count_nonzero(finite))
-                piece = LabelledRows(piece.values[finite], piece.labels[finite], piece.subsets[finite])
-            yield piece
+@lru_cache(maxsize=1)
+def _target(where: Location, text: str, _analysis: str) -> Target:
+    """Return the target, read once in an analysis: a column of the example table may be long."""
+    return read_target(opened(where), text)

@@ -1,6 +1,9 @@
 """Rows in blocks that fit into memory: those of an archive, shard by shard, and those of numpy and Dask arrays."""
 
+from bisect import bisect_right
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from itertools import accumulate
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import numpy as np
@@ -50,6 +53,71 @@ def blocks(archive: Archive, *, most_bytes: int | None = None, sites: str | Iter
         for start, stop in archive.captured_rows()
         for row in range(start, stop, height)
     ]
+
+
+@dataclass(frozen=True)
+class Leaves:
+    """The captured rows of an archive in numbered runs of blocks: a few numbers, however many shards there are.
+
+    The runs depend on the archive and on the sizes asked for, not on the cluster, so sums over them are the same
+    wherever they are computed. A job is told the number of a run.
+
+    Attributes:
+        stretches: First row of each run of neighbouring shards, and the row after its last; ascending.
+        shard_rows: Rows of a shard.
+        rows: Most rows of a run: a multiple of `shard_rows`, or less than that.
+    """
+
+    stretches: tuple[tuple[int, int], ...]
+    shard_rows: int
+    rows: int
+
+    @classmethod
+    def of(cls, archive: Archive, rows: int, *, multiple: int = 1) -> "Leaves":
+        """Divide the captured rows into runs of about `rows`.
+
+        Args:
+            archive: The archive.
+            rows: Most rows of a run, if that is at least a shard or `multiple`.
+            multiple: Where a shard is divided, it is at multiples of so many of its rows.
+        """
+        stretches: list[tuple[int, int]] = []
+        for start, stop in archive.captured_rows():
+            if stretches and stretches[-1][1] == start:
+                start = stretches.pop()[0]
+            stretches.append((start, stop))
+        height = archive.plan.rows_per_shard
+        rows = rows // height * height if rows >= height else max(1, rows // multiple) * multiple
+        return cls(tuple(stretches), height, min(rows, height) if rows < height else rows)
+
+    def __len__(self) -> int:
+        """Return the number of runs."""
+        return sum(self._counts())
+
+    def blocks(self, number: int) -> list[Block]:
+        """Return the blocks of run `number`, in order."""
+        counts = self._counts()
+        at = bisect_right(list(accumulate(counts)), number)
+        number -= sum(counts[:at])
+        first, last = self.stretches[at]
+        if self.rows < self.shard_rows:
+            shard, part = divmod(number, self._per_shard)
+            start = first + shard * self.shard_rows + part * self.rows
+            stop = min(start + self.rows, first + (shard + 1) * self.shard_rows, last)
+            return [Block(start, stop)] if start < stop else []
+        starts = range(first + number * self.rows, min(first + (number + 1) * self.rows, last), self.shard_rows)
+        return [Block(start, min(start + self.shard_rows, last)) for start in starts]
+
+    @property
+    def _per_shard(self) -> int:
+        return -(-self.shard_rows // self.rows)
+
+    def _counts(self) -> list[int]:
+        """Return the number of runs of each stretch; of a short last shard, the last ones may be empty."""
+        shards = [-(-(stop - start) // self.shard_rows) for start, stop in self.stretches]
+        if self.rows < self.shard_rows:
+            return [count * self._per_shard for count in shards]
+        return [-(-count // (self.rows // self.shard_rows)) for count in shards]
 
 
 def _rows_within(most_bytes: int, row_bytes: int) -> int:

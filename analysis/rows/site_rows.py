@@ -32,6 +32,11 @@ def width_of(archive: Archive, site: str) -> int:
     return prod(archive[site].shape[1:])
 
 
+def piece_rows(width: int, piece_bytes: int = _PIECE_BYTES) -> int:
+    """Return the most rows of a piece."""
+    return max(1, piece_bytes // (8 * width))
+
+
 def pieces(
     archive: Archive,
     site: str,
@@ -54,7 +59,7 @@ def pieces(
     array = archive[site]
     width = width_of(archive, site)
     dtype = np.float64 if array.dtype.itemsize > 4 or array.dtype == np.int32 else np.float32
-    height = max(1, piece_bytes // (8 * width))
+    height = piece_rows(width, piece_bytes)
     selected = None if where is None else RowFilter.parse(where)
     for block in blocks:
         for start in range(block.start, block.stop, height):

@@ -15,8 +15,9 @@ from residua.analysis.rows.blocks import Block, blocks
 from residua.analysis.rows.columns import positions_of
 from residua.analysis.rows.site_rows import pieces, runs, width_of
 from residua.analysis.stats.site_stats import SiteSums, Stats, site_stats
-from residua.analysis.support.cluster import Cluster, OrderedSum, or_inline
+from residua.analysis.support.cluster import Cluster, or_inline
 from residua.analysis.support.open_archives import Location, location, opened
+from residua.analysis.support.sums import OrderedSum
 from residua.store.base.errors import AnalysisError
 from residua.store.read.archive import Archive
 from residua.store.read.stacks import open_archive

@@ -1,19 +1,19 @@
-"""Where analyses run, and how the results of their jobs are added up.
+"""Where analyses run: on worker processes of this machine, on an existing Dask cluster, or in this process.
 
-Jobs run on worker processes of this machine, on an existing Dask cluster, or in this process. A job takes paths and
-numbers, opens the archive where it runs, and returns a small result, so no activations are sent or spilled. A job whose
-worker dies runs again on another worker.
+A job takes paths and numbers, opens the archive where it runs, and returns a small result, so no activations are sent
+or spilled. A job whose worker dies runs again on another worker.
 
-Floating-point sums depend on their order, and jobs finish in any order. `in_order` yields results in the order of their
-jobs. `OrderedSum` adds results in a fixed order, so that few of them wait in memory.
+`Cluster.map` returns the result of every job. `Cluster.sum` returns the sum of the results: it is added up where the
+jobs run, in a fixed order (`residua.analysis.support.sums`), and only the total comes back.
 """
 
 import logging
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from itertools import islice
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import distributed
 from dask.system import CPU_COUNT
@@ -22,19 +22,26 @@ from distributed import Client, KilledWorker
 from distributed.system import MEMORY_LIMIT
 from tqdm import tqdm
 
+from residua.analysis.support.kept import let_go
+from residua.analysis.support.sums import Nodes, Share, joined, shares, sum_share, total_of
 from residua.analysis.support.threads import one_thread
 from residua.store.base.errors import AnalysisError, ResiduaError
 from residua.store.base.naming import names_flags, naming_flags
 
 Job = TypeVar("Job")
-Result = TypeVar("Result")
 Term = TypeVar("Term")
+Advance = Callable[[float], object]
+"""Takes the share of a piece of work that was done since the last call."""
+Result = TypeVar("Result")
 
 INLINE = "inline"
 _dask: Any = distributed  # its functions have no types
 _MEMORY_LIMIT = "4GiB"
 _LEAST_BYTES = 64 * 2**20  # of a worker process: Python with numpy and Dask takes about that
 _JOBS_PER_WORKER = 2  # submitted at a time, so that a worker never waits for its next job
+_SHARES_PER_WORKER = 2  # of the leaves of a sum: an idle worker may take the second from a slow one
+_JOINED = 8  # partial sums of as many jobs that are added in one job, or of two if they are large
+_TERMS_SHARE = 8  # of a worker's memory, in which the partial sums of a job must have room
 
 
 class Cluster(Protocol):
@@ -65,6 +72,56 @@ class Cluster(Protocol):
             AnalysisError: A job failed (the cause is chained), or every worker that tried it died. The other jobs are
                 cancelled. Residua's own errors are raised unchanged.
         """
+        ...
+
+    def send(self, value: Any) -> Any:
+        """Return what stands for `value` in the arguments of `sum`, so that it reaches each worker once.
+
+        It is not changed by the jobs. A worker that joins or replaces another gets it when it needs it.
+        """
+        ...
+
+    def sum(
+        self,
+        term: Callable[..., Term],
+        arguments: Sequence[Any],
+        n_leaves: int,
+        *,
+        merge: Callable[[Term, Term], Term],
+        label: str,
+        term_bytes: int = 0,
+        first_worker: int = 0,
+        bar: Advance | None = None,
+    ) -> Term:
+        """Return the sum of `term(*arguments, leaf)` over the leaves 0 to `n_leaves` - 1.
+
+        The tree of the sum is fixed, so every cluster gives the same bits. Workers add up shares of neighbouring leaves
+        and then the sums of these; there are a few jobs for each worker, however many leaves there are. In repeated
+        calls, a leaf goes to the worker that it went to before, as long as the workers are the same, so that it may
+        keep what it has read (`residua.analysis.support.kept`). Several threads may call this at once.
+
+        Args:
+            term: A module-level function, or a `functools.partial` of one.
+            arguments: Its first arguments, or what `send` returned for them.
+            n_leaves: Number of leaves, at least one.
+            merge: Adds its second argument to its first, which it may change, and returns the sum.
+            label: Names the sum in messages, and in its bar unless there is a `bar`.
+            term_bytes: Bytes of a term. If the partial sums of many leaves do not fit into an eighth of a worker's
+                memory, a job is one leaf.
+            first_worker: Where the first leaf goes; sums of few leaves side by side need different numbers.
+            bar: Called with shares of the leaves that are done, which add up to one.
+
+        Raises:
+            AnalysisError: As `map`.
+        """
+        ...
+
+    def bar(self, label: str, total: float, unit: str) -> tqdm:
+        """Return a progress bar, which is drawn if the bars of jobs are."""
+        ...
+
+    def let_go(self, analysis: str) -> None:
+        """Make all workers keep no value of `analysis` any longer (`residua.analysis.support.kept`)."""
         ...
 
 
@@ -135,6 +192,38 @@ class _Inline:
                 bar.update()
                 yield number, result
 
+    def send(self, value: Any) -> Any:
+        return value
+
+    def sum(
+        self,
+        term: Callable[..., Term],
+        arguments: Sequence[Any],
+        n_leaves: int,
+        *,
+        merge: Callable[[Term, Term], Term],
+        label: str,
+        term_bytes: int = 0,  # noqa: ARG002  # only log2 of them are in memory
+        first_worker: int = 0,  # noqa: ARG002  # there is one
+        bar: Advance | None = None,
+    ) -> Term:
+        with _steps(self, label, n_leaves, bar) as step:
+
+            def counted(leaf: int) -> Term:
+                with _failing(label, leaf):
+                    found = term(*arguments, leaf)
+                step()
+                return found
+
+            with one_thread():
+                return total_of(sum_share(counted, Share(0, n_leaves), n_leaves, merge))
+
+    def bar(self, label: str, total: float, unit: str) -> tqdm:
+        return _bar(label, total, unit=unit, shown=self._shown)
+
+    def let_go(self, analysis: str) -> None:
+        let_go(analysis)
+
 
 class _Distributed:
     """Runs jobs on the workers of a Dask cluster. Each worker has a few submitted jobs at a time."""
@@ -175,6 +264,91 @@ class _Distributed:
                     yield number, result
         finally:
             self._client.cancel(list(numbers))
+
+    def send(self, value: Any) -> Any:
+        # As the result of a task, it is there again when the workers that had it are gone; scattered data are not.
+        return self._client.submit(_same, value, pure=False)
+
+    def sum(
+        self,
+        term: Callable[..., Term],
+        arguments: Sequence[Any],
+        n_leaves: int,
+        *,
+        merge: Callable[[Term, Term], Term],
+        label: str,
+        term_bytes: int = 0,
+        first_worker: int = 0,
+        bar: Advance | None = None,
+    ) -> Term:
+        threads = self._client.nthreads()
+        workers = sorted(threads) or [None]
+        n_shares = _SHARES_PER_WORKER * max(1, sum(threads.values()))
+        n_joined = _JOINED
+        if term_bytes * 2 * n_leaves.bit_length() > self.memory_limit // _TERMS_SHARE:
+            n_shares, n_joined = n_leaves, 2
+        divided = shares(n_leaves, n_shares)
+        numbers: dict[Any, int] = {}
+        level: list[Any] = []
+        for number, share in enumerate(divided):
+            worker = workers[(first_worker + number * len(workers) // len(divided)) % len(workers)]
+            where = {} if worker is None else {"workers": [worker], "allow_other_workers": True}
+            task = self._client.submit(
+                _sum_on_worker, term, merge, share, n_leaves, *arguments, flags=names_flags(), pure=False, **where
+            )
+            numbers[task] = number
+            level.append(task)
+        completed = _dask.as_completed(level, loop=self._client.loop)
+        while len(level) > 1:
+            groups = [level[i : i + n_joined] for i in range(0, len(level), n_joined)]
+            level = [  # before others begin, so that few partial sums wait
+                self._client.submit(_join_on_worker, merge, n_leaves, *group, pure=False, priority=1)
+                for group in groups
+            ]
+            del groups
+        (total,) = level
+        try:
+            with _steps(self, label, len(divided), bar) as step:
+                for future in completed:
+                    with _failing(label, numbers.pop(future)):
+                        if future.status != "finished":
+                            future.result()  # raises
+                    del future  # or the worker keeps the term, although it was added to another
+                    step()
+            with _failing(label, len(divided) - 1):
+                found: Term = total_of(total.result())
+        finally:
+            self._client.cancel([*numbers, total])
+        return found
+
+    def bar(self, label: str, total: float, unit: str) -> tqdm:
+        return _bar(label, total, unit=unit, shown=self._shown)
+
+    def let_go(self, analysis: str) -> None:
+        self._client.run(let_go, analysis, on_error="ignore")  # a worker that is gone keeps nothing
+
+
+def _same(value: Result) -> Result:
+    return value
+
+
+def _sum_on_worker(
+    term: Callable[..., Term],
+    merge: Callable[[Term, Term], Term],
+    share: Share,
+    n_leaves: int,
+    *arguments: Any,
+    flags: bool,
+) -> Nodes[Term]:
+    """Add up the terms of one share; `flags` as in `_run_on_worker`."""
+    with one_thread(), naming_flags(flags):
+        return sum_share(lambda leaf: term(*arguments, leaf), share, n_leaves, merge)
+
+
+def _join_on_worker(merge: Callable[[Term, Term], Term], n_leaves: int, *parts: Nodes[Term]) -> Nodes[Term]:
+    """Add up partial sums; Dask may need them again if the worker of the result dies."""
+    with one_thread():
+        return joined(parts, n_leaves, merge)
 
 
 def _run_on_worker(function: Callable[[Job], Result], job: Job, *, flags: bool) -> Result:
@@ -244,48 +418,15 @@ def _remote(scheduler: str, timeout: float) -> Iterator[Client]:
         yield client
 
 
-def _bar(label: str, n_jobs: int, *, shown: bool) -> tqdm:
-    return tqdm(total=n_jobs, desc=label, unit="job", file=sys.stderr, leave=False, disable=not shown)
+@contextmanager
+def _steps(cluster: Cluster, label: str, n_steps: int, bar: Advance | None) -> Iterator[Callable[[], object]]:
+    """Give a function to call after each of `n_steps` steps: it moves `bar`, or a bar of its own."""
+    if bar is not None:
+        yield partial(bar, 1 / n_steps)
+        return
+    with cluster.bar(label, n_steps, "job") as own:
+        yield own.update
 
 
-def in_order(results: Iterator[tuple[int, Result]]) -> Iterator[Result]:
-    """Yield what `Cluster.map` yields in the order of the jobs. Results that come before their turn wait in memory."""
-    waiting: dict[int, Result] = {}
-    turn = 0
-    for number, result in results:
-        waiting[number] = result
-        while turn in waiting:
-            yield waiting.pop(turn)
-            turn += 1
-
-
-class OrderedSum(Generic[Term]):
-    """The sum of `n_terms` terms that arrive in any order.
-
-    The terms are the leaves of a fixed binary tree, so the sum is the same, bit for bit, whatever order they arrive in.
-    While one term is late, only about log2(`n_terms`) partial sums wait in memory.
-
-    Args:
-        n_terms: Number of terms, at least one.
-        merge: Adds its second argument to its first and returns the sum; may change the first in place.
-    """
-
-    def __init__(self, n_terms: int, merge: Callable[[Term, Term], Term]) -> None:
-        self._widths = [n_terms]  # nodes of each level of the tree, leaves first
-        while self._widths[-1] > 1:
-            self._widths.append(-(-self._widths[-1] // 2))
-        self._merge = merge
-        self._waiting: dict[tuple[int, int], Term] = {}
-
-    def add(self, index: int, term: Term) -> Term | None:
-        """Add the term numbered `index`. Return the sum after the last one, None before."""
-        for level, width in enumerate(self._widths[:-1]):
-            sibling = index ^ 1
-            if sibling < width:
-                if (level, sibling) not in self._waiting:
-                    self._waiting[level, index] = term
-                    return None
-                other = self._waiting.pop((level, sibling))
-                term = self._merge(term, other) if index < sibling else self._merge(other, term)
-            index //= 2
-        return term
+def _bar(label: str, total: float, *, shown: bool, unit: str = "job") -> tqdm:
+    return tqdm(total=total, desc=label, unit=unit, file=sys.stderr, leave=False, disable=not shown)

@@ -12,6 +12,7 @@ import numpy.typing as npt
 import torch
 
 from residua.analysis.rows.blocks import Block
+from residua.analysis.support.kept import kept_bytes
 from residua.analysis.support.open_archives import Location, opened
 from residua.store.base.errors import DamagedArchiveError
 from residua.store.base.naming import named
@@ -31,6 +32,27 @@ def kill_worker_once(folder: str, number: int) -> int:
         killed.touch()
         os.kill(os.getpid(), signal.SIGKILL)
     return number * number
+
+
+def leaf_or_kill(folder: str, leaf: int) -> list[int]:
+    """Return the number of a leaf; the first call with leaf 5 kills its worker."""
+    return [leaf] if kill_worker_once(folder, 2 if leaf == 5 else 0) is not None else []
+
+
+def joined(first: list[int], second: list[int]) -> list[int]:
+    """Append the second list to the first, which changes."""
+    first += second
+    return first
+
+
+def leaf_that_fails(_: str, leaf: int) -> list[int]:
+    """Raise DamagedArchiveError for leaf 6."""
+    return [fail(1)] if leaf == 6 else [leaf]
+
+
+def kept_here(_: int) -> int:
+    """Return the bytes that this worker keeps."""
+    return kept_bytes()
 
 
 def say(_: int) -> str:

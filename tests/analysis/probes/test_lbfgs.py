@@ -14,7 +14,7 @@ from residua.analysis.probes.site import _VECTORS as L_BFGS_VECTORS
 Floats = npt.NDArray[np.float64]
 CURVATURES = [np.linspace(0.1, 1, 30), np.ones(5), np.linspace(0.01, 1, 80)]
 MINIMA = [np.sin(np.arange(len(curvature)) + 1.0) for curvature in CURVATURES]
-SIZES = [len(curvature) for curvature in CURVATURES]
+STARTS = [np.zeros(len(curvature)) for curvature in CURVATURES]
 
 
 class Parabolas:
@@ -41,7 +41,7 @@ def test_it_takes_no_more_memory_than_a_task_counts() -> None:
 
     tracemalloc.start()
     try:
-        minimise(evaluate, [n, n], tolerance=1e-14, most_passes=40)
+        minimise(evaluate, [np.zeros(n), np.zeros(n)], tolerance=1e-14, most_passes=40)
         peak = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
@@ -50,7 +50,7 @@ def test_it_takes_no_more_memory_than_a_task_counts() -> None:
 
 def test_every_function_comes_to_its_minimum_in_calls_that_are_shared() -> None:
     evaluate = Parabolas()
-    found = minimise(evaluate, SIZES, tolerance=1e-20, most_passes=300)
+    found = minimise(evaluate, STARTS, tolerance=1e-20, most_passes=300)
     for descent, minimum in zip(found, MINIMA, strict=True):
         np.testing.assert_allclose(descent.point, minimum, atol=1e-8)
         assert descent.is_converged
@@ -62,15 +62,26 @@ def test_every_function_comes_to_its_minimum_in_calls_that_are_shared() -> None:
 
 def test_calls_are_limited_and_what_was_found_by_then_is_kept() -> None:
     evaluate = Parabolas()
-    found = minimise(evaluate, SIZES, tolerance=1e-20, most_passes=5)
+    found = minimise(evaluate, STARTS, tolerance=1e-20, most_passes=5)
     assert len(evaluate.calls) == 5
     assert [descent.is_converged for descent in found] == [False, True, False]
     start, end = (Parabolas()([2], [point])[0][0] for point in (np.zeros(80), found[2].point))
     assert end < start / 2
 
 
+def test_a_start_near_the_minimum_saves_calls() -> None:
+    near = [minimum + 1e-3 * np.cos(np.arange(len(minimum))) for minimum in MINIMA]
+    from_zero, evaluate = Parabolas(), Parabolas()
+    minimise(from_zero, STARTS, tolerance=1e-9, most_passes=300)
+    found = minimise(evaluate, near, tolerance=1e-9, most_passes=300)
+    for descent, minimum in zip(found, MINIMA, strict=True):
+        np.testing.assert_allclose(descent.point, minimum, atol=1e-3)
+        assert descent.is_converged
+    assert len(evaluate.calls) < len(from_zero.calls) / 2
+
+
 def test_a_function_that_starts_at_its_minimum_takes_no_step() -> None:
-    (found,) = minimise(lambda _, points: [(1.0, np.zeros(3))], [3], tolerance=1e-8, most_passes=10)
+    (found,) = minimise(lambda _, points: [(1.0, np.zeros(3))], [np.zeros(3)], tolerance=1e-8, most_passes=10)
     assert (found.n_steps, found.is_converged, found.point.tolist()) == (0, True, [0, 0, 0])
 
 
@@ -85,7 +96,7 @@ def test_an_error_of_the_evaluation_comes_up_and_leaves_no_thread(error: BaseExc
         return evaluate(numbers, points)
 
     with pytest.raises(type(error)) as raised:
-        minimise(failing, SIZES, tolerance=1e-20, most_passes=100)
+        minimise(failing, STARTS, tolerance=1e-20, most_passes=100)
     assert raised.value is error
     assert set(threading.enumerate()) <= before
 
@@ -100,5 +111,5 @@ def test_an_error_in_one_thread_comes_up_and_ends_the_others() -> None:
         return [*(answers | {2: (loss, gradient[:2])}).values()]
 
     with pytest.raises(ValueError, match="mismatch"):
-        minimise(with_a_wrong_gradient, SIZES, tolerance=1e-20, most_passes=100)
+        minimise(with_a_wrong_gradient, STARTS, tolerance=1e-20, most_passes=100)
     assert set(threading.enumerate()) <= before
