@@ -14,14 +14,16 @@ def schedule_of(archive: Archive) -> Schedule:
     """Return the schedule of an archive's plan; for an archive from a user's own loop, one made here."""
     plan = archive.plan
     index = archive.example_table.index()
-    return Schedule(index, rows_per_shard=plan.rows_per_shard, batch_tokens=plan.batch_tokens or _BATCH_TOKENS)
+    return Schedule(index, rows_per_shard=plan.group_rows, batch_tokens=plan.batch_tokens or _BATCH_TOKENS)
 
 
 def captured_groups(archive: Archive, schedule: Schedule) -> list[int]:
     """Return the groups of examples whose rows are all captured; DamagedArchiveError if shards are lost."""
-    height = archive.plan.rows_per_shard
-    commits = {first // height for first, _ in archive.captured_rows()}
-    return [s for s in sorted(commits) if all(t in commits for t in range(s, schedule.reach(s) + 1))]
+    height = archive.plan.group_rows
+    captured = {
+        group for first, stop in archive.captured_rows() for group in range(first // height, -(-stop // height))
+    }
+    return [s for s in sorted(captured) if all(t in captured for t in range(s, schedule.reach(s) + 1))]
 
 
 def sample_batches(archive: Archive, n_batches: int, seed: int) -> list[Batch]:

@@ -22,6 +22,7 @@ from residua.pipelines.cli.options import (
 )
 from residua.pipelines.cli.progress import StepProgress
 from residua.pipelines.cli.report import human_bytes, print_json, print_nonfinite, printable, table
+from residua.store.base.errors import PlanError
 from residua.store.storage.address import is_remote
 
 if TYPE_CHECKING:
@@ -55,9 +56,14 @@ def add(commands: Any) -> None:
     text = "make the index that opens a finished archive at once"
     description = (
         "Make the packed index of a finished archive, for example of one of format 1.0. With it, opening costs two "
-        "reads whatever the archive's length. No shard is changed. New archives get it when they are finished."
+        "reads whatever the archive's length. No shard is changed. New archives get it when they are finished. With "
+        "--for hub, write the same rows into shards of up to 1 GiB instead, which suit the Hub's limits on files and "
+        "requests."
     )
-    add_archive(add_command(commands, "pack", _pack, text, description))
+    pack = add_command(commands, "pack", _pack, text, description)
+    add_archive(pack)
+    pack.add_argument("--for", dest="purpose", choices=("hub",), help="write an archive with large shards")
+    pack.add_argument("--out", metavar="FOLDER", help="with --for: folder of the new archive")
     _add_copies(commands)
     _add_addresses(commands)
     text = "run a sample of an archive again and compare every row"
@@ -321,6 +327,10 @@ def _pack(options: argparse.Namespace) -> int:
     from residua.store.sealing.packed_index import INDEX
     from residua.store.sealing.seal import pack
 
+    if (options.purpose is None) != (options.out is None):
+        raise PlanError("--for hub and --out FOLDER go together: the archive itself stays as it is")
+    if options.purpose is not None:
+        return _repack(options)
     archive = Path(options.archive)
     with StepProgress("shard", shown=not options.json) as progress:
         pack(archive, on_shard=progress.step)
@@ -329,6 +339,19 @@ def _pack(options: argparse.Namespace) -> int:
         print_json({"index": str(archive / INDEX), "n_bytes": n_bytes})
     else:
         print(f"packed: {archive / INDEX} ({human_bytes(n_bytes)})")
+    return 0
+
+
+def _repack(options: argparse.Namespace) -> int:
+    from residua.pipelines.copies.repack import repack
+
+    with StepProgress("row", shown=not options.json) as progress:
+        made = repack(options.archive, options.out, on_row=progress.step)
+    shards, height = len(made.commits), made.plan.rows_per_shard
+    if options.json:
+        print_json({"archive": str(made.path), "shards": shards, "rows_per_shard": height})
+    else:
+        print(f"{made.path}: {made.n_rows:,} rows in {shards:,} shards of {height:,} rows")
     return 0
 
 

@@ -185,7 +185,7 @@ class ReplayCapture(CaptureJob):
 
         Batches depend on the height.
         """
-        row_bytes, asked = sum(site.row_bytes for site in self._site_plans), self._source.plan.rows_per_shard
+        row_bytes, asked = sum(site.row_bytes for site in self._site_plans), self._source.plan.group_rows
         most_rows, total_rows, height = int(n_rows.max()), int(n_rows.sum()), asked
         while host_buffer_bytes(row_bytes, most_rows, min(height, total_rows)) > host_memory:
             height //= 2

@@ -46,6 +46,9 @@ HOST_MEMORY_BYTES = 4 * 1024**3
 COLUMN_BYTES = 16  # of a row in a host buffer: its token, position and example
 STACK_RULE = "stack"
 """Entry of a plan's `rules`: the stack whose positions are the rows, in a model that has several."""
+REPACKED_RULE = "repacked"
+"""Entry of a plan's `rules` of rows that were copied into larger shards: the `archive` that they are from, by its
+digest, and the `rows_per_shard` of the capture, which formed batches in its shards."""
 _OPTIONAL = "column_shards"  # field of a site that the JSON leaves out where it is 1
 _MAPPINGS = ("model", "dataset", "rules")
 
@@ -149,6 +152,15 @@ class Plan:
     def digest(self) -> str:
         """SHA-256 of the plan's canonical JSON, in hex: the name of the run."""
         return digest_of(self.to_json())
+
+    @property
+    def group_rows(self) -> int:
+        """Rows of a group: the examples whose first rows are in it ran in batches of their own.
+
+        It is the height of a shard, where the capture's shards were not copied into larger ones.
+        """
+        found = self.rules.get(REPACKED_RULE)
+        return self.rows_per_shard if found is None else cast("dict[str, int]", found)["rows_per_shard"]
 
     @property
     def row_columns(self) -> dict[str, str]:
@@ -268,6 +280,7 @@ def _check_plan(plan: Plan) -> None:
     _refuse(size_problem("rows per shard", height, MAX_ROWS_PER_SHARD, 1))
     if height & (height - 1):
         raise PlanError(f"rows per shard: {height:,} is not a power of two")
+    _refuse(_repacked_problem(plan.rules.get(REPACKED_RULE), height))
     if plan.n_rows is not None:
         _refuse(size_problem("the plan's number of rows", plan.n_rows, MAX_ROWS))
     _refuse(size_problem("the plan's batch_tokens", plan.batch_tokens, MAX_ROWS))
@@ -278,6 +291,14 @@ def _check_plan(plan: Plan) -> None:
         raise PlanError(f"a plan needs at least one site, and each site once; found {names!r}")
     for site in plan.sites:
         _check_site(site, height)
+
+
+def _repacked_problem(found: Json, height: int) -> str:
+    if found is None:
+        return ""
+    return size_problem(
+        "rows per shard of the capture", found.get("rows_per_shard") if isinstance(found, dict) else None, height, 1
+    )
 
 
 def _check_site(site: SitePlan, height: int) -> None:

@@ -357,7 +357,7 @@ class Archive(Mapping[str, ArchiveArray]):
         plan, index = self.plan, self.example_table.index()
         if not plan.batch_tokens or plan.n_rows is None:
             return ()
-        schedule = Schedule(index, rows_per_shard=plan.rows_per_shard, batch_tokens=plan.batch_tokens)
+        schedule = Schedule(index, rows_per_shard=plan.group_rows, batch_tokens=plan.batch_tokens)
         batch = schedule.batch_of(example)
         return () if batch is None else tuple(batch.examples.tolist())
 
