@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from residua.store.base.canonical import Json
 from residua.store.base.errors import DamagedArchiveError, PlanError
 from residua.store.encoding.codecs import check_chunk, encode_chunk
 from residua.store.encoding.shard import (
@@ -105,8 +106,8 @@ def _plan(source: Archive, shard_bytes: int) -> Plan:
             f"{source.place} has shards of {old:,} rows, as large as they can be with {shard_bytes:,} bytes: it needs "
             "no repacking"
         )
-    groups = source.plan.group_rows
-    rules = {**source.plan.rules, REPACKED_RULE: {"archive": source.plan.digest, "rows_per_shard": groups}}
+    repacked: dict[str, Json] = {"archive": source.plan.digest, "rows_per_shard": source.plan.group_rows}
+    rules: dict[str, Json] = {**source.plan.rules, REPACKED_RULE: repacked}
     return replace(source.plan, rules=rules, sites=sites, rows_per_shard=height)
 
 
@@ -120,7 +121,8 @@ def _create(source: Archive, out: Path, plan: Plan) -> None:
         found = source.provenance.get("notes")
         notes: list[Any] = found if isinstance(found, list) else []
         of = f"these rows were copied into larger shards from the archive of plan {source.plan.digest[:12]}"
-        create_archive(folder, out, plan, {**source.provenance, "notes": [*notes, of]})
+        provenance: dict[str, Any] = {**source.provenance, "notes": [*notes, of]}
+        create_archive(folder, out, plan, provenance)
 
 
 def _write_shard(source: Archive, out: Path, plan: Plan, shard: int) -> Commit:
