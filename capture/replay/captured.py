@@ -8,6 +8,7 @@ import numpy as np
 from residua.capture.buffers.row_index import Indices
 from residua.capture.forward.plan_batch import PlanBatch
 from residua.capture.replay.engine import Replayer
+from residua.capture.runtime.sharded import is_zero3
 from residua.capture.taps.reading import Taps
 from residua.store.examples.schedule import Batch
 
@@ -47,5 +48,7 @@ class CapturedReplay:
         Raises:
             PlanError: An edit needs stored rows that do not exist.
         """
-        with self._replayer.changing(self._replayed(np.asarray(examples))), taps.attached():
+        # ZeRO-3 gathers weights module by module, and a process without a batch runs all modules along.
+        skips = not is_zero3(self._replayer.core)
+        with self._replayer.changing(self._replayed(np.asarray(examples)), skips=skips), taps.attached():
             yield

@@ -449,6 +449,7 @@ class Replayer:
         keep: Sequence[str] = (),
         on_kept: Callable[[str, Tensor], None] = lambda *_: None,
         leaves: dict[str, Tensor] | None = None,
+        skips: bool = True,
     ) -> Iterator[None]:
         """Put the stored rows in, edit and skip blocks while the model runs on `batch` inside.
 
@@ -458,13 +459,14 @@ class Replayer:
             keep: Sites that are read.
             on_kept: Called with the name and the (B, T, *row) tensor of each of them, after the changes there.
             leaves: With gradients: receives the tensors at which autograd's graph starts.
+            skips: Whether blocks that need not run are skipped.
 
         Raises:
             PlanError: An edit needs stored rows that do not exist, or the model's type cannot hold what goes in.
             NotCapturedError: Rows that go in are not captured yet.
         """
         steps = self.steps(batch, edited=edited, leaves=leaves)
-        skip = self.skip(batch)  # before anything is attached: it may have to run the model
+        skip = self.skip(batch) if skips else Skip(())  # before anything is attached: it may have to run the model
         sites = self.infos(dict.fromkeys([*steps, *keep]))
         has_grad = leaves is not None
 

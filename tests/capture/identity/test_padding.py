@@ -1,19 +1,21 @@
 """Models that let padding into their rows are found, and no others."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 import transformers as hf
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from residua.capture.forward.inputs import forward_arguments
-from residua.capture.identity.padding import padding_leaks
+from residua.capture.identity.padding import Side, padding_leaks
 from tests.capture.leaking_models import LEAKING
 from tests.models.tiny import _SIZES, ODD, TINY, _build
 
+SIDES: tuple[Side, ...] = ("right", "left")
 _CONVOLVED: dict[str, Any] = {"conv_kernel_size": 3}  # with a mask
 
 NOT_LEAKING: dict[str, Callable[[], PreTrainedModel]] = {
@@ -50,7 +52,7 @@ def test_rounding_is_no_leak(name: str, dtype: torch.dtype) -> None:
     handle = model.register_forward_pre_hook(lambda *_: ran.append(1))
     assert not padding_leaks(model)
     handle.remove()
-    assert len(ran) == 2
+    assert len(ran) == (2 if dtype == torch.float32 else 4)
     assert not padding_leaks(model, side="left")
 
 
@@ -64,9 +66,46 @@ def test_tokens_that_rounding_sends_to_other_experts_are_no_leak(dtype: torch.dt
     assert not padding_leaks(model, side="left")
 
 
-def test_half_precision_hides_only_small_leaks() -> None:
+def slight(size: float, layer: int = 0) -> PreTrainedModel:
+    """Return a model in which one block adds a small part of the mean over all positions, padding included."""
+    model = TINY["llama"]()
+
+    def leak(_module: nn.Module, _args: object, output: Tensor) -> Tensor:
+        return output + size * output.mean(1, keepdim=True)
+
+    model.get_submodule(f"model.layers.{layer}").register_forward_hook(leak)
+    return model
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("make", [*LEAKING.values(), partial(slight, 0.01), partial(slight, 0.003, 1)])
+def test_half_precision_hides_no_leak(make: Callable[[], PreTrainedModel], dtype: torch.dtype) -> None:
+    model = make()
+    nn.Module.to(model, dtype)
+    weights = {name: (id(tensor), tensor.clone()) for name, tensor in model.state_dict(keep_vars=True).items()}
+    n_hooks = sum(len(module._forward_hooks) for module in model.modules())
+    for side in SIDES:
+        assert padding_leaks(model, side=side)
+    assert sum(len(module._forward_hooks) for module in model.modules()) == n_hooks
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        assert id(tensor) == weights[name][0]
+        assert torch.equal(tensor, weights[name][1])
+
+
+def test_a_model_that_does_not_run_in_float32_is_compared_as_it_is() -> None:
+    """Its upper blocks only show in half precision, and so does all of one that insists on its type."""
+    model = slight(0.01)
+    nn.Module.to(model, torch.bfloat16)
+
+    def insist(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        if args[0].dtype != torch.bfloat16:
+            raise TypeError("bfloat16 only")
+
+    model.get_submodule("model.layers.0.mlp").register_forward_pre_hook(insist)
+    assert not padding_leaks(model)
     model = LEAKING["averaged"]()
     nn.Module.to(model, torch.bfloat16)
+    model.get_submodule("layers.0").register_forward_pre_hook(insist)
     assert padding_leaks(model)
 
 

@@ -8,16 +8,19 @@ from typing import Any, Protocol
 import numpy as np
 import pyarrow as pa
 import pytest
+import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 from transformers import PreTrainedModel
 
 import residua
+from residua.capture.identity.padding import RAN_ALONE, padding_leaks
 from residua.store.base.errors import PlanError
 from residua.store.read.archive import Archive
 from residua.store.read.verify import verify
-from tests.capture.replay_samples import captured
+from tests.capture.leaking_models import LEAKING, module_values
+from tests.capture.replay_samples import captured, tokens
 from tests.distributed.checks.replay import counting_reads
 from tests.distributed.layouts.deepspeed_and_fairscale import zero3
 from tests.distributed.layouts.torch_pipeline import Pipeline
@@ -74,8 +77,7 @@ def results(model: Any, archive: Archive, lossy: Archive, out: Path, *, sweeps: 
     }
 
 
-def sharded(name: str) -> nn.Module:
-    model = SPLIT[name]()
+def sharded(model: nn.Module) -> nn.Module:
     for block in next(list(m) for m in model.modules() if isinstance(m, nn.ModuleList)):
         fully_shard(block)
     fully_shard(model)
@@ -92,7 +94,7 @@ def jobs_on_spread_models(load: Load) -> None:
         "tp": (lambda: load(name, tp_size=2), BOUND),
         "pp": (lambda: load(name, pp_size=2), BOUND),
         "torch pp": (lambda: Pipeline(name, 2, None).schedule, BOUND),
-        "fsdp": (lambda: sharded(name), 0.0),
+        "fsdp": (lambda: sharded(SPLIT[name]()), 0.0),
         "zero3": (lambda: zero3(SPLIT[name]()), 2e-6),  # it adds gradients up in an order of its own
     }
     for layout, (make, bound) in layouts.items():
@@ -108,6 +110,33 @@ def jobs_on_spread_models(load: Load) -> None:
         assert found.keys() == wanted.keys() or layout == "torch pp"
         for job, table in found.items():
             check(f"{layout}: {job}", table, wanted[job], bound)
+
+
+def padding_that_leaks(_load: Load) -> None:
+    """FSDP2 and ZeRO-3, over two ranks: examples run one by one on both, in step, with the rows of each alone."""
+    folder, make = Path(sys.argv[1]) / "leaking", LEAKING["fnet"]
+    sites: dict[str, Any] = {"sites": "resid_post.*,logits", "rows_per_shard": 8}
+    archive = captured(make(), folder / "acts.zarr", **sites)
+    asked: dict[str, Any] = {"edits": EDITS[1:], "at": "resid_post.0", "capture": "resid_post.2"}
+    wanted = residua.replay_dataset(make(), archive, out=folder / "whole", **asked)
+    spread: list[tuple[str, Any]] = [("fsdp", sharded(make())), ("zero3", zero3(make()))]
+    for layout, model in spread:
+        assert padding_leaks(model), layout
+        found = captured(model, folder / f"{layout}.zarr", **sites)
+        assert RAN_ALONE in str(found.provenance["notes"]), layout
+        assert found.plan.batch_tokens == 1, layout
+        replayed = residua.replay_dataset(model, archive, out=folder / layout, **asked)
+        assert RAN_ALONE in replayed.notes, layout
+        check(f"{layout}: replay", replayed.tokens, wanted.tokens, BOUND)
+        assert replayed.archive is not None
+        assert wanted.archive is not None
+        pairs = [(replayed.archive, wanted.archive, "resid_post.2")]
+        for one, other, site in [*pairs, *((found, archive, site) for site in archive.sites)]:
+            rows = [each[site].torch(slice(0, archive.n_rows)) for each in (one, other)]
+            torch.testing.assert_close(*rows, rtol=BOUND, atol=BOUND)
+    for number, ids in enumerate(tokens()):
+        alone = torch.from_numpy(archive.example(number)["resid_post.1"])
+        torch.testing.assert_close(alone, module_values(make(), "fnet.encoder.layer.1", ids), rtol=BOUND, atol=BOUND)
 
 
 def refuses_changed_inputs(model: Any, archive: Archive, out: Path) -> None:
@@ -130,4 +159,4 @@ def check(what: str, found: pa.Table, wanted: pa.Table, bound: float) -> None:
         assert error <= bound * scale, (what, column, error, scale)
 
 
-CHECKS = [jobs_on_spread_models]
+CHECKS = [jobs_on_spread_models, padding_that_leaks]

@@ -48,6 +48,7 @@ REFUSALS = (
         "parameters",
         "replays",
         "jobs_on_spread_models",
+        "padding_that_leaks",
         "inputs_of_modules",
         "gradients_of_inputs",
         "gradients_through_a_pipeline",
