@@ -191,6 +191,7 @@ _SETTINGS: dict[str, dict[str, Any]] = {
     **dict.fromkeys(("granitemoe", "granitemoeshared", "granite_swa", "granitemoe_swa"), _HALF),
     "phi3:longrope": {},
     **{f"masked/{name}": {} for name in ("bert", "electra", "roberta")},
+    "marian": {"decoder_start_token_id": 0},
     "encoder-decoder": {"decoder": {"is_decoder": True, "add_cross_attention": True}},
     "masked/reformer": _REFORMER,
     "masked/esm": {"vocab_size": 97, "pad_token_id": 0, "mask_token_id": 3},

@@ -10,7 +10,8 @@ from residua.capture.sites.shape_probe import measure_sites
 from residua.capture.taps.reading import reading
 from residua.store.base.errors import CaptureError, UnknownSiteError
 from tests.capture.site_readings import batch, read, run
-from tests.models.tiny import ODD, TINY
+from tests.models.registries import build
+from tests.models.tiny import ODD, TINY, VOCABULARY
 
 
 @pytest.mark.parametrize("name", TINY)
@@ -159,3 +160,47 @@ def test_a_vision_transformer_has_module_sites() -> None:
             taps.end_forward()
     assert values[site].shape == (3, 5, 16)
     assert torch.equal(values[site], states[-1])
+
+
+def test_a_model_whose_block_runs_several_times_has_embedding_and_logits() -> None:
+    config = hf.AlbertConfig(
+        vocab_size=VOCABULARY, embedding_size=16, hidden_size=32, num_attention_heads=4, intermediate_size=48
+    )
+    model = hf.AlbertForMaskedLM(config).eval()
+    assert list(model_sites(model)) == ["embed", "logits"]
+    with pytest.raises(UnknownSiteError) as refused:
+        resolve_sites(model, "resid_post.0,q.0")
+    text = str(refused.value)
+    assert text.count("AlbertForMaskedLM has no list of blocks") == 1
+    assert "resid_post" in text.partition("AlbertForMaskedLM")[0]
+    assert "module:albert.encoder.albert_layer_groups.0@output" in text
+
+
+@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
+@pytest.mark.parametrize(
+    ("registry", "key", "site", "words"),
+    [
+        ("audio", "wav2vec2", "resid_post.0", ["Wav2Vec2", "input_values", "module:wav2vec2."]),
+        ("seq2seq", "fsmt", "encoder.q.0", ["FSMT", "encoder and the decoder", "module:model.encoder.layers.0@output"]),
+        ("seq2seq", "mvp", "decoder.attn_out.1", ["'mvp'", "own code", "module:model.decoder.layers.0@output"]),
+        (
+            "seq2seq",
+            "prophetnet",
+            "encoder.z.0",
+            ["'prophetnet'", "no attention", "prophetnet.encoder.layers.0@output"],
+        ),
+        (
+            "masked",
+            "mobilebert",
+            "attn_out.0",
+            ["'mobilebert'", "all that follows", "bottleneck.dropout@output"],
+        ),
+    ],
+)
+def test_a_refusal_names_the_model_the_cause_and_what_works(
+    registry: str, key: str, site: str, words: list[str]
+) -> None:
+    with pytest.raises(UnknownSiteError) as refused:
+        resolve_sites(build(registry, key), site)
+    missing = [word for word in (site, *words) if word not in str(refused.value)]
+    assert not missing, str(refused.value)

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 import residua
 from residua.capture.taps.tap import tap
 from residua.store.base.errors import PlanError, UnknownSiteError
+from tests.models.registries import build as built
 from tests.models.tiny_multimodal import MULTIMODAL
 from tests.models.tiny_vision import PATCH, SIZE, build
 
@@ -92,3 +93,24 @@ def test_sites_of_two_parts_are_refused(tmp_path: Path) -> None:
             qwen, PICTURES, out=tmp_path / "a.zarr", processor=processor, image_column="image", sites="vision.final"
         )
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", ["text", "vision"])
+def test_attention_in_the_own_code_of_a_tower_is_read_in_the_full_model(name: str) -> None:
+    model = built("vision-language", "blip")  # computes attention without transformers' interface on both sides
+    projection = {"text": ".attention.output.dense", "vision": ".self_attn.projection"}[name]
+    taken: dict[str, Tensor] = {}
+    handles = [
+        module.register_forward_pre_hook(lambda _m, args, path=path: taken.update({path: args[0].clone()}))
+        for path, module in model.named_modules()
+        if path.endswith(projection)
+    ]
+    kept: dict[str, Tensor] = {}
+    pixels = torch.randn(1, 3, 32, 32, generator=torch.Generator().manual_seed(2))
+    with torch.no_grad(), tap(model, f"{name}.z.*", lambda site, tensor: kept.update({site: tensor.clone()})):
+        model(pixel_values=pixels, input_ids=torch.tensor([[1, 30, 7, 8]]))
+    for handle in handles:
+        handle.remove()
+    assert len(kept) == len(taken) > 1
+    for site, tensor in zip(kept.values(), taken.values(), strict=True):
+        assert torch.equal(site.flatten(2), tensor)
