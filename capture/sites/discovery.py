@@ -43,6 +43,8 @@ from residua.store.format.site_names import CROSS_KINDS, LAYER_KINDS
 _OF_RUNS = (*PART_KINDS, *EXPERT_KINDS, "kv_latent")
 """Kinds that are found by what one run of each block shows."""
 
+_UNSEEN = "does not run, or the model calls its forward directly, where nothing reads it"
+
 
 def discover(model: nn.Module, anatomy: Anatomy, kinds: Collection[str]) -> dict[str, SiteInfo]:
     """Find the sites of these kinds by running a model on a few tokens or images, two or three times.
@@ -95,7 +97,7 @@ def _of_own_attention(model: nn.Module, anatomy: Anatomy, measured: Mapping[str,
     probe = probes_of(model)[1]
     found = find_own_attention(anatomy.model, blocks, probe, partial(run_probe, model, probe))
     sites = {
-        name: _in_own_code(info, found.get(info.module, f"{info.module} did not run")) for name, info in unmet.items()
+        name: _in_own_code(info, found.get(info.module, f"{info.module} {_UNSEEN}")) for name, info in unmet.items()
     }
     own = {name: info for name, info in sites.items() if not info.problem}
     return sites | (measure_sites(model, own) if own else {})

@@ -396,8 +396,8 @@ def _without_blocks(model: nn.Module) -> str:
         return f"the encoder and the decoder of {name} are no models of transformers that run alone; {remedy}"
     if isinstance(core, PreTrainedModel) and core.main_input_name != "input_ids" and not takes_pixels(core):
         return (
-            f"{name} takes {core.main_input_name}, and only models over token ids, over the patches of images or over "
-            f"pairs have sites by name; {remedy}"
+            f"{name} takes {core.main_input_name!r}, and only models over token ids, over the patches of images or "
+            f"over pairs have sites by name; {remedy}"
         )
     return (
         f"{name} has no list of blocks that run one after another, each once, so no residual stream is known in it; "
@@ -411,7 +411,14 @@ def _some_module(model: nn.Module) -> str:
     lists = [path for path, module in modules.items() if isinstance(module, nn.ModuleList) and len(module)]
     if not lists:
         return next((path for path in modules if path), "PATH")
-    return f"{min(lists, key=lambda path: path.count('.'))}.0"
+    return _first_that_runs(modules, min(lists, key=lambda path: path.count(".")))
+
+
+def _first_that_runs(modules: Mapping[str, nn.Module], path: str) -> str:
+    """Return a module, or the first in it if it is a list of modules, which does not run itself."""
+    while isinstance(modules[path], nn.ModuleList) and len(modules[path]):
+        path = f"{path}.0"
+    return path
 
 
 def _reason(model: nn.Module, anatomy: Anatomy | None, kind: str, problems: Mapping[str, str]) -> str:
@@ -448,8 +455,9 @@ _IN_NO_FAMILY = {
 def _unknown_reason(anatomy: Anatomy, problems: Mapping[str, str]) -> str:
     """Return what was found about a kind in an unknown architecture: each reason once, with the blocks it holds for."""
     block = anatomy.blocks[0]
-    example = next((name for name, _ in anatomy.modules[block].named_children()), "")
-    remedy = f"use module: sites, for example 'module:{block}.{example}@output'"
+    inside = [f"{block}.{name}" for name, _ in anatomy.modules[block].named_children()]
+    example = _first_that_runs(anatomy.modules, next(iter(inside), block))
+    remedy = f"use module: sites, for example 'module:{example}@output'"
     if not problems:
         return f"{type(anatomy.model).__name__} ({anatomy.config.model_type}) has none; {remedy}"
     name, problem = next(iter(problems.items()))

@@ -233,6 +233,12 @@ def not_once(info: SiteInfo, n_times: int) -> str:
             "attention several times, each time from other values. Use q, k and pattern where they are offered, or "
             f"module: sites, for example 'module:{info.module}@output' or the projections in it."
         )
+    if n_times == 0:
+        return (
+            f"Site {info.name!r} ({info.where}) was met 0 times in one forward call instead of once: the module does "
+            "not run, or the model calls its forward directly, where nothing reads it. Name a module that each forward "
+            "call runs exactly once, and call the full model."
+        )
     return (
         f"Site {info.name!r} ({info.where}) was met {n_times} times in one forward call instead of once. "
         "Name a module that each forward call runs exactly once, and call the full model."

@@ -176,31 +176,25 @@ def test_a_model_whose_block_runs_several_times_has_embedding_and_logits() -> No
     assert "module:albert.encoder.albert_layer_groups.0@output" in text
 
 
+REFUSED = {
+    "audio/wav2vec2": ("resid_post.0", "Wav2Vec2", "'input_values'", "module:wav2vec2."),
+    "seq2seq/fsmt": ("encoder.q.0", "FSMT", "the encoder and the decoder", "module:model.encoder.layers.0@output"),
+    "seq2seq/mvp": ("decoder.attn_out.1", "'mvp'", "own code", "module:model.decoder.layers.0@output"),
+    "seq2seq/prophetnet": ("encoder.z.0", "'prophetnet'", "no attention", "prophetnet.encoder.layers.0@output"),
+    "masked/mobilebert": ("attn_out.0", "'mobilebert'", "all that follows", "bottleneck.dropout@output"),
+    "masked/squeezebert": ("q.0", "'squeezebert'", "calls its forward directly", "layers.0.attention@output"),
+    "masked/perceiver": ("resid_post.0", "Perceiver", "'inputs'", "module:perceiver.encoder.self_attends.0@output"),
+    "masked/funnel": ("resid_post.0", "Funnel", "no list of blocks", "module:funnel.encoder.blocks.0.0@output"),
+    "vision/swin": ("resid_post.0", "'swin'", "one entry for each token", "module:encoder.layers.0.blocks.0@output"),
+}
+"""A site that a type lacks, and what the message about it holds."""
+
+
 @pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
-@pytest.mark.parametrize(
-    ("registry", "key", "site", "words"),
-    [
-        ("audio", "wav2vec2", "resid_post.0", ["Wav2Vec2", "input_values", "module:wav2vec2."]),
-        ("seq2seq", "fsmt", "encoder.q.0", ["FSMT", "encoder and the decoder", "module:model.encoder.layers.0@output"]),
-        ("seq2seq", "mvp", "decoder.attn_out.1", ["'mvp'", "own code", "module:model.decoder.layers.0@output"]),
-        (
-            "seq2seq",
-            "prophetnet",
-            "encoder.z.0",
-            ["'prophetnet'", "no attention", "prophetnet.encoder.layers.0@output"],
-        ),
-        (
-            "masked",
-            "mobilebert",
-            "attn_out.0",
-            ["'mobilebert'", "all that follows", "bottleneck.dropout@output"],
-        ),
-    ],
-)
-def test_a_refusal_names_the_model_the_cause_and_what_works(
-    registry: str, key: str, site: str, words: list[str]
-) -> None:
+@pytest.mark.parametrize("name", REFUSED)
+def test_a_refusal_names_the_model_the_cause_and_what_works(name: str) -> None:
+    site, *words = REFUSED[name]
     with pytest.raises(UnknownSiteError) as refused:
-        resolve_sites(build(registry, key), site)
+        resolve_sites(build(*name.split("/")), site)
     missing = [word for word in (site, *words) if word not in str(refused.value)]
     assert not missing, str(refused.value)

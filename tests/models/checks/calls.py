@@ -71,7 +71,7 @@ def check_calls(model: PreTrainedModel, record: Record) -> None:
         output = model(**call, output_hidden_states=True)
     record.runs = True
     if has_towers_only(model):
-        sites = {}
+        sites: dict[str, Any] = {}
         for stack in ("text", "vision"):
             sites |= record.attempt(f"{stack} sites", resolve_sites, model, f"{stack}.*") or {}
     else:

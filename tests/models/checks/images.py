@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 
 import residua
 from residua.capture.sites.names_to_modules import resolve_sites
+from residua.store.base.errors import UnknownSiteError
 from tests.models.checks.calls import call_of, check_modules
 from tests.models.checks.language import Checks, Rows, note_reasons
 from tests.models.checks.truth import LOGITS, ModuleLog, difference, eager, states_of
@@ -66,7 +67,11 @@ def check_tower(model: PreTrainedModel, record: Record) -> None:
     if not towers:
         return
     tower = towers[0]
-    sites = resolve_sites(model, "vision.*")
+    try:
+        sites = resolve_sites(model, "vision.*")
+    except UnknownSiteError as error:
+        record.refusal += f" vision.resid_post: {str(error).partition('separated by commas. ')[2].partition(': ')[2]}"
+        return
     record.offer(sites)
     own = {name.removeprefix("vision."): info for name, info in sites.items()}
     noted = StackRecord(record, "vision", sum(name.startswith("resid_post.") for name in own))
