@@ -160,7 +160,9 @@ def files_place(link: Link, folder: Path) -> Place:
 def s3_place(link: Link, server: S3Server, folder: Path) -> Place:
     """Return the archive in the bucket, where it is put first."""
     options: dict[str, Any] = {**server.options, "endpoint": f"http://127.0.0.1:{link.port}"}
-    store = S3Store(server.bucket, prefix="there", client_options={"allow_http": True}, **options)
+    store = S3Store(
+        server.bucket, prefix="there", client_options={"allow_http": True}, retry_config={"max_retries": 30}, **options
+    )
     place = Place("SeaweedFS", link, options, server.address("there"), store, folder, _objects(folder))
     residua.push(folder / "acts.zarr", place.archive, storage_options=options)
     return place

@@ -35,6 +35,8 @@ def add(commands: Any) -> None:
         ("config", "YAML or JSON file with any of these settings; flags on the command line take precedence"),
     ):
         parser.add_argument(f"--{name}", help=meaning)
+    add = "sites to capture into a finished archive that lacks them; all other flags as for its capture (default: none)"
+    parser.add_argument("--add-sites", metavar="SITES", help=add)
     of_dataset = fields(DatasetSettings)
     add_settings(parser.add_argument_group("what is captured, and how"), fields(CaptureSettings)[len(of_dataset) :])
     add_settings(parser.add_argument_group("what is read of the dataset"), of_dataset)
@@ -42,6 +44,7 @@ def add(commands: Any) -> None:
 
 def _capture(options: argparse.Namespace) -> int:
     with stopping_in_time():
+        from residua.pipelines.capture.add_sites import add_sites
         from residua.pipelines.capture.capture import capture_dataset
         from residua.pipelines.setup.settings import CaptureSettings, read_config
 
@@ -53,9 +56,12 @@ def _capture(options: argparse.Namespace) -> int:
         if missing:
             raise PlanError(f"capture needs --{' and --'.join(missing)}")
         model, dataset, options.out = (values.pop(name) for name in ("model", "dataset", "out"))
+        if options.add_sites is not None:
+            values["sites"] = options.add_sites
+        capture = capture_dataset if options.add_sites is None else add_sites
         is_first = is_first_process()
         with CaptureProgress(shown=is_first and not options.json) as progress:
-            result = capture_dataset(
+            result = capture(
                 model,
                 dataset,
                 out=options.out,
