@@ -23,7 +23,7 @@ def write_dataset(path: Path, n_examples: int, *, seed: int = 0) -> Path:
     return path
 
 
-def capture_words(dataset: Path, out: Path, *more: str) -> list[str]:
+def capture_words(dataset: Path, out: Path | str, *more: str) -> list[str]:
     """Return the command line that captures `dataset` into `out`, in small shards and small batches."""
     job = ["capture", "--model", str(MODEL), "--dataset", str(dataset), "--out", str(out)]
     return [*job, "--rows-per-shard", str(ROWS_PER_SHARD), "--batch-tokens", "160", *more]

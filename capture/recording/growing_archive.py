@@ -7,7 +7,6 @@ the example table and seals; all of them store rows, as in `residua.capture.reco
 import logging
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
@@ -31,12 +30,13 @@ from residua.store.base.canonical import Json
 from residua.store.base.errors import CaptureError
 from residua.store.examples.writer import ExampleWriter
 from residua.store.format.archive_metadata import file_digest
-from residua.store.format.create import create_archive, workspace
-from residua.store.format.plan import Plan
+from residua.store.format.create import bring_archive, create_archive, workspace
+from residua.store.format.plan import Plan, host_buffer_bytes
 from residua.store.format.site_names import is_pattern
 from residua.store.read.archive import Archive
 from residua.store.sealing.losses import COMPUTED, cast_sites, loss_notes, losses_of
 from residua.store.sealing.seal import seal
+from residua.store.storage.destination import BucketFolder, Destination
 
 _LOG = logging.getLogger(__name__)
 
@@ -45,7 +45,7 @@ class GrowingArchive:
     """Takes the rows of call after call, until `close`.
 
     Args:
-        path: Folder of the new archive.
+        out: Where the new archive is written.
         model: The model, for the provenance.
         plan: What is stored, without a number of rows.
         computed: The data type that the model computes at each site.
@@ -60,14 +60,14 @@ class GrowingArchive:
         predicts: What the model's logits are of, for the provenance.
 
     Raises:
-        FileExistsError: `path` exists.
+        FileExistsError: There is something at `out`.
         CaptureError: The first process could not make the archive, or made one with another plan than this process
             would.
     """
 
     def __init__(
         self,
-        path: Path,
+        out: Destination,
         model: nn.Module,
         plan: Plan,
         *,
@@ -83,19 +83,19 @@ class GrowingArchive:
         threads: int,
         predicts: Prediction | None = None,
     ) -> None:
-        self._path = path
+        self._out = out
         self._plan = plan
         self._membership = membership
 
         def make() -> Mapping[str, Json]:
-            with workspace(path) as folder:
+            with workspace(out) as folder:
                 write_sidecars(folder, sidecars)
                 if tokenizer is not None:
                     save_tokenizer(tokenizer, folder / "tokenizer")
                 of_rows: dict[str, Json] = {COMPUTED: cast_sites(plan.sites, computed)}
                 described = describe_model(model, plan.model, output, predicts=predicts)
                 of_model: dict[str, Json] = {"model": described}
-                create_archive(folder, path, plan, {**of_model, **of_rows, **environment()})
+                create_archive(folder, out, plan, {**of_model, **of_rows, **environment()})
             return {"plan": plan.digest}
 
         try:
@@ -103,19 +103,21 @@ class GrowingArchive:
         except (FileExistsError, BlockingIOError) as error:
             raise type(error)(error.errno, with_replica_hint(error.strerror or str(error))) from error
         if made["plan"] != plan.digest:
-            differences = "; ".join(Archive(path).plan.differences(plan))
+            bring_archive(out)
+            differences = "; ".join(Archive(out.path).plan.differences(plan))
             raise CaptureError(
                 f"the recorder{on_rank()} differs from that of the first rank that holds the model: {differences}. "
                 "Make the same recorder on all of these ranks."
             )
-        self._examples = ExampleWriter(path / "examples") if membership is None or not membership.number else None
+        is_first = membership is None or not membership.number
+        self._examples = ExampleWriter(out.path / "examples") if is_first else None
         self._rows = RowWriter(
-            path,
+            out,
             plan,
             process_layout=process_layout,
             shards=shards,
             most_rows=first_rows,
-            host_memory=host_memory,
+            host_memory=host_memory - _upload_bytes(out, plan, first_rows, host_memory),
             pinned=runs_on_cuda(model),
             threads=threads,
         )
@@ -163,7 +165,10 @@ class GrowingArchive:
 
     def _flush_examples(self) -> dict[str, str]:
         file = None if self._examples is None else self._examples.flush()
-        return {} if file is None else {file: file_digest(self._path / "examples" / file)}
+        if file is None:
+            return {}
+        self._out.upload([f"examples/{file}"])
+        return {file: file_digest(self._out.path / "examples" / file)}
 
     def close(self, error: BaseException | None) -> None:
         """Write what is full. Without an error also write the last shard and seal; then all processes call this.
@@ -190,7 +195,8 @@ class GrowingArchive:
         """Log what is not finite in the rows that are committed here so far."""
         if not any(self._rows.writer.n_nonfinite.values()):
             return
-        commits = Archive(self._path).commits
+        bring_archive(self._out)
+        commits = Archive(self._out.path).commits
         own = {site.name: losses_of(site, commits).n_nonfinite for site in self._plan.sites}
         if found := {name: count for name, count in own.items() if count}:
             _LOG.warning("NaN or infinite values were recorded, and kept as they are: %s", found)
@@ -200,16 +206,27 @@ class GrowingArchive:
     def _seal(self) -> Mapping[str, Json]:
         if self._examples is None:
             raise RuntimeError("only the process that keeps the example table can seal the archive")
+        self._flush_examples()
         index = self._examples.close()
-        archive = Archive(self._path)
+        archive = Archive(self._out.path)
         sealed: dict[str, Json] = {"n_rows": self._n_rows, "n_examples": self._n_examples, "examples": index.digest}
         metadata = archive.metadata
         if self._notes:
             known = metadata.provenance.get("notes")
             notes = [*(known if isinstance(known, list) else []), *self._notes]
             metadata = replace(metadata, provenance={**metadata.provenance, "notes": notes})
-        seal(self._path, metadata, sealed)
+        seal(self._out, metadata, sealed)
         return {}
+
+
+def _upload_bytes(out: Destination, plan: Plan, first_rows: int, host_memory: int) -> int:
+    """Return the host memory that uploads take; raises PlanError if buffers leave too little for them."""
+    if not isinstance(out, BucketFolder):
+        return 0
+    row_bytes = [site.row_bytes for site in plan.sites]
+    buffers = host_buffer_bytes(sum(row_bytes), first_rows, plan.rows_per_shard)
+    out.use_memory(host_memory - buffers, max(row_bytes) * plan.rows_per_shard)
+    return out.memory_bytes
 
 
 def with_replica_hint(found: str) -> str:

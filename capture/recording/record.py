@@ -31,13 +31,14 @@ from residua.store.examples.schedule import Batch, Schedule
 from residua.store.examples.table import ExampleTable
 from residua.store.format.commits import committed_shards
 from residua.store.format.plan import Plan
+from residua.store.storage.destination import Destination, destination_of
 
 _IDLE_SECONDS = 0.02
 
 
 def record(
     model: nn.Module,
-    archive: Path,
+    archive: Path | Destination,
     plan: Plan,
     *,
     process_layout: ProcessLayout | None = None,
@@ -52,7 +53,7 @@ def record(
 
     Args:
         model: The model that the plan was made for, on its device, in evaluation mode.
-        archive: Folder of the archive.
+        archive: Folder of the archive, or where else it is written.
         plan: Its plan.
         process_layout: What this process holds of a model that several processes share; all of them call `record`.
         replaying: Puts stored rows and edits into the model; the capture stores what follows from them.
@@ -72,7 +73,7 @@ def record(
             gone; the cause is chained.
     """
     # What is to be captured here: the batches of the plan, and the sites that this process holds.
-    table = ExampleTable(archive / "examples")
+    table = ExampleTable(destination_of(archive).path / "examples")
     index = table.index()
     schedule = Schedule(index, rows_per_shard=plan.rows_per_shard, batch_tokens=plan.batch_tokens)
     sites = resolve_sites(model, [site.name for site in plan.sites]) if process_layout is None else process_layout.sites

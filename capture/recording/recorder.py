@@ -60,11 +60,15 @@ from residua.capture.sites.reference_model import unsharded_sites
 from residua.capture.taps.reading import reading
 from residua.store.base.errors import CaptureError, PlanError, few
 from residua.store.encoding.codecs import DEFAULT_PRESET
+from residua.store.format.archive_metadata import ROOT
 from residua.store.format.plan import HOST_MEMORY_BYTES, Plan, SitePlan, choose_rows_per_shard
 from residua.store.format.sidecars import NO_LM_HEAD
 from residua.store.format.site_names import is_pattern
-from residua.store.storage.place import try_place
+from residua.store.storage.address import is_remote
+from residua.store.storage.destination import BucketFolder
+from residua.store.storage.place import try_archive_place
 
+_EXISTS = "exists: a recorder makes a new archive; choose another place"
 _EACH_CALL = 4  # calls that each look whether the model has changed; later ones do when their number has doubled
 
 
@@ -74,7 +78,8 @@ class Recorder:
     Args:
         model: Any torch module; canonical sites need a transformers model.
         sites: Site names or patterns, for example ``"resid_post.*, attn_out.3"``.
-        out: Folder of the new archive.
+        out: Folder of the new archive, or its address in a bucket (``s3://``, ``gs://``, ``az://``).
+        storage_options: For an address, as for `residua.open`.
         dtype: Data type in which floating-point sites are stored; None keeps the model's.
         codec: Codec preset.
         rows_per_shard: Height of a shard, a power of two; None chooses it by the widest site.
@@ -86,8 +91,12 @@ class Recorder:
         tensor_parallel: The ranks over which the model's activations are split, or their mesh, where the model does
             not show it because it was split by hand.
 
+    Attributes:
+        out: Where the archive is written.
+
     Raises:
         FileExistsError: `out` exists already.
+        StorageError: A bucket is not there, or may not be written.
         UnknownSiteError: The model lacks a site.
         CaptureError: The model is compiled, or a pipeline of torch's.
     """
@@ -98,6 +107,7 @@ class Recorder:
         *,
         sites: str | Iterable[str],
         out: str | PathLike[str],
+        storage_options: Mapping[str, Any] | None = None,
         dtype: str | None = None,
         codec: str = DEFAULT_PRESET,
         rows_per_shard: int | None = None,
@@ -108,12 +118,11 @@ class Recorder:
         head: bool = True,
         tensor_parallel: ProcessGroup | DeviceMesh | None = None,
     ) -> None:
-        self.path = Path(out)
-        if self.path.exists():
-            raise FileExistsError(
-                with_replica_hint(f"{self.path} exists: a recorder makes a new archive; choose another place")
-            )
-        try_place(self.path, links=True)
+        if not is_remote(out) and Path(out).exists():
+            raise FileExistsError(with_replica_hint(f"{out} {_EXISTS}"))
+        self.out = try_archive_place(out, storage_options, locks=False).out
+        if isinstance(self.out, BucketFolder) and self.out.n_bytes(ROOT) is not None:
+            raise FileExistsError(with_replica_hint(f"{self.out} {_EXISTS}"))
         if isinstance(model, PIPELINE_TYPES):
             raise CaptureError(
                 f"Recorder got a {type(model).__name__}, and in a loop over torch pipelines only the first stage sees "
@@ -134,7 +143,7 @@ class Recorder:
             self._attention = attention_files(model, self._sites)
             with eager_where_needed(model, self._sites.values()):
                 few_run = FewTokens(model, head=head)
-                self._output = output_sample(model, few_run)
+                self.output = output_sample(model, few_run)
             self._head_problem = lm_head_problem(model, few_run) if head else ""
             self._predicts: Prediction | None = None if self._has_whole_examples else prediction_of(model)
         self._state: ModelState | None = ModelState(model)
@@ -162,7 +171,7 @@ class Recorder:
         self._columns: Mapping[str, Column] = {}
 
     def __repr__(self) -> str:
-        return f"<Recorder of {few(list(self._sites))} into {self.path}>"
+        return f"<Recorder of {few(list(self._sites))} into {self.out}>"
 
     def annotate(self, *, columns: Mapping[str, Column] | None = None, keep: torch.Tensor | None = None) -> None:
         """Describe the next call.
@@ -187,6 +196,8 @@ class Recorder:
             here = self._sites if self._process_layout is None else self._process_layout.sites
             self._shards = LocalShards(here, self._group)
             self._same_calls = SameCalls(self._model)
+            if isinstance(self.out, BucketFolder) and (self._membership is None or not self._membership.number):
+                stack.enter_context(self.out.locked())
             stack.push(self._close)
             stack.enter_context(refusing_generation(self._model))
             begin = self._model.register_forward_pre_hook(self._begin, with_kwargs=True)
@@ -247,7 +258,7 @@ class Recorder:
             return
         if self._archive is None:
             if changes := self._state.changes():
-                self._output = f"the model was changed after the recorder was made: {'; '.join(changes)}"
+                self.output = f"the model was changed after the recorder was made: {'; '.join(changes)}"
                 self._state = ModelState(self._model)
         elif changes := self._state.changes():
             self._archive.note(
@@ -286,10 +297,10 @@ class Recorder:
     def _first_archive(self, call: Call) -> GrowingArchive:
         """Make the archive, now that the first call has shown what a row is, and put the rows of that call into it."""
         archive = GrowingArchive(
-            self.path,
+            self.out,
             self._model,
             self._plan(call),
-            output=self._output,
+            output=self.output,
             computed=self._computed,
             sidecars={
                 **(lm_head_files(self._model) if self._head and not self._head_problem else {}),

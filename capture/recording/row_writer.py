@@ -16,6 +16,7 @@ from residua.capture.scheduling.sites_per_rank import Ownership
 from residua.capture.scheduling.worker_group import GroupCommits
 from residua.store.format.plan import Plan, n_open_shards
 from residua.store.format.writer import ShardWriter
+from residua.store.storage.destination import Destination
 
 
 class RowWriter:
@@ -24,7 +25,7 @@ class RowWriter:
     A context: leaving it waits for every shard that was handed to the writer.
 
     Args:
-        archive: Folder of the archive.
+        archive: Folder of the archive, or where else it is written.
         plan: What is stored.
         process_layout: What this process holds of a model that several processes share; None if it has all of it.
         shards: Finds out how the sites lie over those processes.
@@ -41,7 +42,7 @@ class RowWriter:
 
     def __init__(
         self,
-        archive: Path,
+        archive: Path | Destination,
         plan: Plan,
         *,
         process_layout: ProcessLayout | None,

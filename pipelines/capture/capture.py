@@ -1,6 +1,6 @@
 """The story of ``residua capture``: load the model, read the dataset, run the job that captures it."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from os import PathLike, fspath
 from pathlib import Path
@@ -29,7 +29,7 @@ from residua.store.base.errors import PlanError
 from residua.store.base.naming import named
 from residua.store.format.plan import Plan
 from residua.store.sealing.losses import loss_notes
-from residua.store.storage.place import try_place
+from residua.store.storage.place import refuse_address, try_archive_place
 
 
 def capture_dataset(
@@ -37,6 +37,7 @@ def capture_dataset(
     dataset: DatasetSource,
     *,
     out: str | PathLike[str],
+    storage_options: Mapping[str, Any] | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
     processor: object | None = None,
     settings: CaptureSettings | None = None,
@@ -56,7 +57,9 @@ def capture_dataset(
         model: A transformers model, or a hub id or folder of one; or the schedule of a torch pipeline (GPipe or 1F1B)
             whose stages hold the model. Such stages run as many microbatches a batch as the schedule has.
         dataset: A hub id or path, or an iterable of texts, token-id lists, mappings, chats or images.
-        out: Folder of the archive. If the archive exists, its missing rows are captured.
+        out: Folder of the archive, or its address in a bucket (``s3://``, ``gs://``, ``az://``). If the archive exists,
+            its missing rows are captured.
+        storage_options: For an address, as for `residua.open`.
         tokenizer: Tokenizer of a model that is passed as an object; by default it is loaded with the model.
         processor: Processor or image processor of a model over images that is passed as an object; by default it is
             loaded with the model. See docs/images.md.
@@ -79,13 +82,14 @@ def capture_dataset(
         CaptureError: The capture failed, here or in another process; committed rows are safe.
         ArchiveInUseError: Another run is writing the archive, and cannot be joined or is not to be joined.
         OSError: The place `out` cannot be written, has no hard links, or too little free space; this is found out
-            before the capture runs.
+            before the capture runs. A `StorageError` if it is a bucket that may not be written, or is not there.
 
     Example:
         >>> result = residua.capture_dataset("models/pydoc-1m", ["Hello world"], out="acts.zarr")  # doctest: +SKIP
     """
     chosen = _settings(settings, options)
     if is_pair_model(model, chosen):
+        refuse_address(out, "the archives of several stacks")
         return capture_pairs(
             model,
             dataset,
@@ -99,9 +103,9 @@ def capture_dataset(
             on_plan=on_plan,
             on_batch=on_batch,
         )
-    place = try_place(Path(out), locks=True, links=True)
+    place = try_archive_place(out, storage_options)
     with ExitStack() as stack:
-        membership = stack.enter_context(working_together(place.path, chosen))
+        membership = stack.enter_context(working_together(place.out, chosen))
         name = ""
         if isinstance(model, str | PathLike):
             name = _name(model, tensor_parallel)
@@ -115,11 +119,11 @@ def capture_dataset(
         if processor is None and name and (takes_pixels(model) or chosen.image_column is not None):
             processor = load_processor(name, chosen.revision)
         stack.enter_context(declared_group(model, tensor_parallel))
-        images = image_dataset(model, place.path, chosen, processor)
+        images = image_dataset(model, place.out.path, chosen, processor)
         if images is not None:
             stack.enter_context(images)
             tokenizer = None if takes_pixels(model) else tokenizer or getattr(processor, "tokenizer", None)
-        job = DatasetCapture(model, place.path, tokenizer, dataset, chosen, command, on_example, images)
+        job = DatasetCapture(model, place.out, tokenizer, dataset, chosen, command, on_example, images)
         job.notes.extend(filter(None, [*place.notes, of_part]))
         called = runnable(model)
         if stack.enter_context(running_uncompiled(called)):

@@ -34,8 +34,9 @@ from residua.store.base.errors import DatasetError, PlanError
 from residua.store.base.naming import named
 from residua.store.examples.index import ExampleIndex, dataset_entry
 from residua.store.examples.writer import ExampleWriter
-from residua.store.format.plan import Plan, check_host_memory, choose_rows_per_shard
+from residua.store.format.plan import Plan, check_host_memory, choose_rows_per_shard, host_buffer_bytes
 from residua.store.format.row_columns import HAS_IMAGES, IMAGE_ROW_BYTES
+from residua.store.storage.destination import BucketFolder, Destination
 
 DatasetSource = str | PathLike[str] | Iterable[Any]
 
@@ -46,7 +47,7 @@ class DatasetCapture(CaptureJob):
     def __init__(
         self,
         model: PreTrainedModel,
-        out: Path,
+        out: Path | Destination,
         tokenizer: PreTrainedTokenizerBase | None,
         dataset: DatasetSource,
         settings: CaptureSettings,
@@ -120,7 +121,11 @@ class DatasetCapture(CaptureJob):
             most_rows_per_example=most_rows,
             host_memory_bytes=settings.host_memory,
         )
-        check_host_memory(row_bytes, most_rows, min(height, index.total_rows), settings.host_memory)
+        buffered = min(height, index.total_rows)
+        check_host_memory(row_bytes, most_rows, buffered, settings.host_memory)
+        if isinstance(self.out, BucketFolder):
+            buffers = host_buffer_bytes(sum(row_bytes), most_rows, buffered)
+            self.out.use_memory(settings.host_memory - buffers, max(row_bytes) * buffered)
         if height < min(batch_tokens, index.total_rows):
             limit = named("host_memory") if settings.rows_per_shard is None else f"{named('rows_per_shard')}"
             self.notes.append(

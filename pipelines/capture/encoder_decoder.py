@@ -251,7 +251,7 @@ class _StackCapture(DatasetCapture):
 
     def written_examples(self) -> ExampleIndex:
         """Return the examples that worker 0 wrote."""
-        return self._known(self.out / "examples")
+        return self._known(self.out.path / "examples")
 
     def _known(self, folder: Path) -> ExampleIndex:
         """Note what the plan needs of the sources beside a decoder's examples."""
@@ -275,7 +275,7 @@ class _StackCapture(DatasetCapture):
         frames = self._pairs.frames
         if frames is None:
             return None
-        return _Features(read_features(Path(shared["features"]), frames), ExampleTable(self.out / "examples"))
+        return _Features(read_features(Path(shared["features"]), frames), ExampleTable(self.out.path / "examples"))
 
     def dataset_of_plan(self, index: ExampleIndex) -> dict[str, Json]:
         """Return what the plan records of the examples, and of a decoder's sources."""

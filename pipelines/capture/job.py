@@ -4,7 +4,6 @@ A subclass says which examples there are and what is stored of them: `dataset_jo
 captures those of the archive that it replays.
 """
 
-import shutil
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -44,15 +43,16 @@ from residua.store.examples.index import ExampleIndex
 from residua.store.examples.table import ExampleTable
 from residua.store.format.archive_metadata import is_archive, read_metadata
 from residua.store.format.commits import committed_rows
-from residua.store.format.create import create_archive, workspace
+from residua.store.format.create import bring_archive, create_archive, workspace
 from residua.store.format.plan import Plan, SitePlan
 from residua.store.format.room import check_room
 from residua.store.format.site_names import is_pattern
 from residua.store.read.archive import Archive
+from residua.store.read.remote_archive import RemoteArchive
 from residua.store.sealing.losses import COMPUTED, cast_sites
 from residua.store.sealing.lost_shards import drop_lost
 from residua.store.sealing.seal import seal
-from residua.store.storage.files import sweep
+from residua.store.storage.destination import BucketFolder, Destination, destination_of
 
 
 class CaptureJob(ABC):
@@ -61,7 +61,7 @@ class CaptureJob(ABC):
     Args:
         model: The model, on its device; every worker has it, or its share of it.
         sites: The sites to capture, as the unsharded model has them.
-        out: Folder of the archive.
+        out: Where the archive is written: a folder, here or in a bucket.
         head: Whether to store the final norm and the unembedding.
         threads: Threads that encode and write; None chooses by the model's device.
         replaying: Puts stored rows into the model and edits, batch by batch; None captures the model as it is.
@@ -81,7 +81,7 @@ class CaptureJob(ABC):
         self,
         model: PreTrainedModel,
         sites: Mapping[str, SiteInfo],
-        out: Path,
+        out: Path | Destination,
         *,
         head: bool,
         threads: int | None = None,
@@ -89,7 +89,7 @@ class CaptureJob(ABC):
     ) -> None:
         self.model = model
         self.sites = sites
-        self.out = out
+        self.out = destination_of(out)
         self.notes: list[str] = []
         self.identity: Mapping[str, Json] = {}
         self.output: OutputSample | str = ""
@@ -140,14 +140,17 @@ class CaptureJob(ABC):
         return 1
 
     def check_room(self, sites: Sequence[SitePlan], n_rows: int) -> None:
-        """Raise OSError if the rows that are missing cannot fit on the disk; note if they may not.
+        """Raise OSError if the rows that are missing cannot fit on the disk; note if they may not. Buckets have room.
 
         Args:
             sites: What is stored of every row.
             n_rows: Rows of the archive, those that are written already included.
         """
-        missing = n_rows - committed_rows(self.out, self.archive.plan) if is_archive(self.out) else n_rows
-        self.notes.extend(note for note in check_room(self.out, sites, missing) if note not in self.notes)
+        if isinstance(self.out, BucketFolder):
+            return
+        path = self.out.path
+        missing = n_rows - committed_rows(self.out, self.archive.plan) if is_archive(path) else n_rows
+        self.notes.extend(note for note in check_room(path, sites, missing) if note not in self.notes)
 
     def run(
         self,
@@ -203,8 +206,14 @@ class CaptureJob(ABC):
                     threads=self._threads or writer_threads(self.model),
                     on_batch=lambda own: on_batch(workers.so_far(own)),
                 )
-        self._archive = None  # it knows the commits from before
-        return workers.finish(stats, self.out, n_shards, self._seal), shared
+        figures = workers.finish(stats, self.out, n_shards, self._seal)
+        self._archive = self._finished()
+        return figures, shared
+
+    def _finished(self) -> Archive:
+        if isinstance(self.out, BucketFolder):
+            return RemoteArchive(self.out.objects.address, storage_options=self.out.objects.options)
+        return Archive(self.out.path)
 
     @contextmanager
     def _removing_what_was_not_begun(self, plan: Plan, *, is_ours: bool) -> Iterator[None]:
@@ -216,19 +225,24 @@ class CaptureJob(ABC):
             yield
         except Exception:  # whatever the model or the caller's function raises
             if is_ours and not committed_rows(self.out, plan):
-                shutil.rmtree(self.out, ignore_errors=True)
+                self.out.remove_all()
             raise
 
     @property
     def archive(self) -> Archive:
-        """The archive; opened again only after its commits may have changed."""
+        """The archive; opened again only after its commits may have changed.
+
+        Until an archive in a bucket is finished, this is its local copy, which has no rows.
+        """
         if self._archive is None:
-            self._archive = Archive(self.out)
+            bring_archive(self.out)
+            self._archive = Archive(self.out.path)
         return self._archive
 
     def _prepare(self, sidecars: Sidecars | None) -> Mapping[str, Any]:
         """Make the plan, and the archive unless it exists; refuse an archive of another plan."""
-        resumed = is_archive(self.out)
+        bring_archive(self.out)
+        resumed = is_archive(self.out.path)
         with workspace(self.out) as folder:
             plan = self.plan(self.write_examples(folder / "examples"))
             if resumed:
@@ -242,7 +256,7 @@ class CaptureJob(ABC):
                 write_sidecars(folder, sidecars or self._sidecars())
                 self.write_tokenizer(folder)
                 create_archive(folder, self.out, plan, {**self.provenance(plan), **self._of_rows(plan)})
-        sweep(self.out)
+        self.out.sweep()
         return {"resumed": resumed, **self.shared}
 
     def _of_rows(self, plan: Plan) -> dict[str, Json]:
@@ -256,7 +270,8 @@ class CaptureJob(ABC):
 
     def written_examples(self) -> ExampleIndex:
         """Return the examples that worker 0 wrote."""
-        return ExampleTable(self.out / "examples").index()
+        bring_archive(self.out)
+        return ExampleTable(self.out.path / "examples").index()
 
     def _compare(self, plan: Plan) -> None:
         """Compare the archive with the plan that this worker would make; note conditions that differ."""
@@ -272,7 +287,7 @@ class CaptureJob(ABC):
             lines += adapter_differences(archive.provenance, self.model)
         listed = "\n  ".join(lines)
         raise PlanError(
-            f"{archive.place} was begun with another plan:\n  {listed}\n"
+            f"{self.out} was begun with another plan:\n  {listed}\n"
             f"Run it with the settings of the archive to go on, or choose another {named('out')}."
         )
 
@@ -283,7 +298,7 @@ class CaptureJob(ABC):
         if found.wrong:
             listed = "\n  ".join(found.wrong)
             raise PlanError(
-                f"{archive.place} was begun with another model, although its weights are the same:\n  {listed}\n"
+                f"{self.out} was begun with another model, although its weights are the same:\n  {listed}\n"
                 "Switch adapters and hooks, and set attributes, as they were to go on, or choose another "
                 f"{named('out')}."
             )
@@ -292,5 +307,5 @@ class CaptureJob(ABC):
         return sidecar_files(self.model, self.sites, head=self._head, notes=self.notes, few=self._few)
 
     def _seal(self) -> None:
-        sweep(self.out)  # a worker may have died and left temporary files
-        seal(self.out, read_metadata(self.out))
+        self.out.sweep()  # a worker may have died and left temporary files
+        seal(self.out, read_metadata(self.out.path))

@@ -31,7 +31,7 @@ def add(commands: Any) -> None:
     for name, meaning in (
         ("model", MODEL_HELP),
         ("dataset", "hub id of a dataset, or path of a file or folder: parquet, jsonl, csv, text, arrow"),
-        ("out", "folder of the archive; an unfinished one is resumed"),
+        ("out", "folder of the archive, or its address (s3://, gs://, az://); an unfinished one is resumed"),
         ("config", "YAML or JSON file with any of these settings; flags on the command line take precedence"),
     ):
         parser.add_argument(f"--{name}", help=meaning)

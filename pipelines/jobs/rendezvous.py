@@ -1,8 +1,8 @@
 """How the workers of a job find each other, and which run may write an archive or a folder of results.
 
 Workers are launched together (by torchrun, accelerate or SLURM, or in the user's own script with a process group), or
-they join a run: the lock next to the archive names the store of the run that holds it. Among workers that are launched
-together, worker 0 holds the lock.
+they join a run: the lock next to the archive, or the lease in its bucket, names the store of the run that holds it.
+Among workers that are launched together, worker 0 holds the lock.
 """
 
 import hashlib
@@ -30,18 +30,19 @@ from residua.capture.scheduling.membership import (
 )
 from residua.store.base.canonical import Json
 from residua.store.base.errors import CaptureError
-from residua.store.storage.lock import ArchiveInUseError, locked
+from residua.store.storage.destination import Destination, destination_of
+from residua.store.storage.lock import ArchiveInUseError
 
 _LOCAL = ("localhost", "127.0.0.1", "::1")
 _jobs: Counter[str] = Counter()
 
 
 @contextmanager
-def rendezvous(out: Path | None, *, join: bool, job: str = "") -> Iterator[Membership | None]:
+def rendezvous(out: Path | Destination | None, *, join: bool, job: str = "") -> Iterator[Membership | None]:
     """Yield this worker's place among those that make `out` together; None if it is alone and stays alone.
 
     Args:
-        out: Folder of the results; None if no folder is written.
+        out: Where the results go; None if nothing is written.
         join: Whether to join a run that is writing it, and to let others join this run.
         job: What tells the job from others of the launch, beside the folder: the same on every rank.
 
@@ -57,7 +58,7 @@ def rendezvous(out: Path | None, *, join: bool, job: str = "") -> Iterator[Membe
         elif out is not None and join:
             membership = _alone_or_joining(out, stack)
         elif out is not None:
-            stack.enter_context(locked(out))
+            stack.enter_context(destination_of(out).locked())
         yield None if membership is None else stack.enter_context(membership)
 
 
@@ -98,7 +99,7 @@ def _address(host: str, port: int, prefix: str, n: int) -> dict[str, Json]:
     return {"host": host, "port": port, "prefix": prefix, "n": n}
 
 
-def _alone_or_joining(out: Path, stack: ExitStack) -> Membership:
+def _alone_or_joining(out: Path | Destination, stack: ExitStack) -> Membership:
     """Host a store that other runs can join; if another run holds the lock, join that run instead."""
     store = TCPStore("localhost", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=LOST_SECONDS))
     prefix = "residua/alone"  # the store serves this job only
@@ -109,7 +110,11 @@ def _alone_or_joining(out: Path, stack: ExitStack) -> Membership:
 
 
 def _launched_together(
-    out: Path | None, launch: Launch, address: Mapping[str, Json] | None, join: bool, stack: ExitStack
+    out: Path | Destination | None,
+    launch: Launch,
+    address: Mapping[str, Json] | None,
+    join: bool,
+    stack: ExitStack,
 ) -> Membership:
     """Let worker 0 take the lock, or find the run that all of them join."""
     membership = Membership(launch.store, launch.rank, launch.n_launched, launch=launch)
@@ -129,18 +134,18 @@ def _launched_together(
 
 
 def _lock(
-    out: Path, address: Mapping[str, Json] | None, *, join: bool, stack: ExitStack
+    out: Path | Destination, address: Mapping[str, Json] | None, *, join: bool, stack: ExitStack
 ) -> tuple[Mapping[str, Any] | None, ArchiveInUseError | None]:
     """Take the lock; else return the address of the run that holds it, or why that run cannot be joined.
 
     Args:
-        out: Folder of the results.
+        out: Where the results go.
         address: Where other runs can join this one.
         join: Whether to join a run that holds the lock.
         stack: Holds the lock.
     """
     try:
-        stack.enter_context(locked(out, join=address))
+        stack.enter_context(destination_of(out).locked(join=address))
     except ArchiveInUseError as error:
         owner = error.owner
         if not join or owner is None or not owner.join:

@@ -31,18 +31,21 @@ from residua.pipelines.setup.settings import CaptureSettings
 from residua.store.base.errors import CaptureError, PlanError
 from residua.store.base.naming import named
 from residua.store.examples.schedule import Schedule
-from residua.store.format.commits import committed_shards
+from residua.store.format.commits import committed_shards, missing_shards
+from residua.store.storage.destination import Destination
 
 _LOOK_SECONDS = 1.0
 _LEAST_WORKERS = 2  # replicas that the shards are cut for: more may join
 
 
 @contextmanager
-def working_together(out: Path | None, settings: CaptureSettings, *, job: str = "") -> Iterator[Membership | None]:
+def working_together(
+    out: Path | Destination | None, settings: CaptureSettings, *, job: str = ""
+) -> Iterator[Membership | None]:
     """Yield this process's place among the workers of a job; None if it is alone.
 
     Args:
-        out: Folder of the results, which no other run may write meanwhile; None if no folder is written.
+        out: Where the results go, which no other run may write meanwhile; None if nothing is written.
         settings: Whether other runs may join, and over how many processes a model that is loaded here is split.
         job: What tells the job from others of the launch, beside the folder; the same for every worker.
 
@@ -195,7 +198,7 @@ class Workers:
         self._n_replicas = max(1, self._membership.n_launched // len(layout.worker_group.numbers))
         return layout
 
-    def work(self, archive: Path, schedule: Schedule) -> WorkQueue:
+    def work(self, archive: Path | Destination, schedule: Schedule) -> WorkQueue:
         """Return the shards that this worker is to do."""
         if self._membership is None:
             return iter([range(schedule.n_shards)])
@@ -207,7 +210,9 @@ class Workers:
         others = [] if self._membership is None else self._progress.others(asdict(stats))
         return total([stats, *(RecordStats(**figures) for figures in others)]) if others else stats
 
-    def finish(self, stats: RecordStats, archive: Path, n_shards: int, seal: Callable[[], None]) -> list[WorkerFigures]:
+    def finish(
+        self, stats: RecordStats, archive: Path | Destination, n_shards: int, seal: Callable[[], None]
+    ) -> list[WorkerFigures]:
         """Wait until every shard is committed, let worker 0 call `seal`, and return what each worker did.
 
         Raises:
@@ -219,8 +224,8 @@ class Workers:
         membership = self._membership
 
         def close() -> Mapping[str, Any]:
-            if missing := n_shards - len(committed_shards(archive)):
-                raise missing_work(membership, f"{missing} shards")
+            if missing := missing_shards(archive, n_shards):
+                raise missing_work(membership, f"{len(missing)} shards")
             seal()
             return {"workers": membership.all_statuses()}
 

@@ -162,7 +162,7 @@ class ShardMemory:
 
 
 class ShardEncoder:
-    """The bytes of one shard file, encoded on demand: iterate once, and write each buffer before taking the next.
+    """The bytes of one shard file, encoded on demand: write each buffer before taking the next.
 
     A chunk is checked, compressed and written while it is in the processor's cache, and at most one encoded chunk is in
     memory.
@@ -198,6 +198,7 @@ class ShardEncoder:
     def __iter__(self) -> Iterator[Buffer]:
         sizes: list[int] = []
         crcs: list[bytes] = []
+        self.n_nonfinite = 0
         buffers = self._encode(sizes, crcs)
         yield from self._rows.in_place(buffers) if isinstance(self._rows, ShardMemory) else buffers
         index = _make_index(sizes, self._spec.chunks_per_shard)

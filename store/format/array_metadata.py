@@ -156,8 +156,11 @@ def _zarr_documents(spec: ArraySpec, n_rows: int, dimensions: Sequence[str] | No
 
 
 def consolidated(documents: Mapping[str, Document]) -> Document:
-    """Return the entry of a group that has copies of the metadata of all nodes below it, by path."""
-    return {"kind": "inline", "must_understand": False, "metadata": dict(documents)}
+    """Return the entry of a group that has copies of the metadata of all nodes below it, by path.
+
+    They are sorted, since zarr-python loses nodes of one group that do not follow each other.
+    """
+    return {"kind": "inline", "must_understand": False, "metadata": dict(sorted(documents.items()))}
 
 
 def consolidate(root: Path, paths: Iterable[str]) -> dict[str, Document]:

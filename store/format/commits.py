@@ -9,7 +9,6 @@ over the record protects the record itself.
 import base64
 import binascii
 import hashlib
-import os
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
@@ -24,14 +23,14 @@ from residua.store.base.untrusted import check_inside, parse_json, read_file, si
 from residua.store.encoding.shard import ChunkTable
 from residua.store.format.archive_metadata import ROOT
 from residua.store.format.plan import Plan
-from residua.store.storage.files import publish
+from residua.store.storage.destination import Destination, destination_of
 
 FOLDER = "commits"
 _NAME = re.compile(r"[0-9]{8,}-[0-9]{4}\.json")
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 _EXAMPLES = re.compile(r"part-[0-9]{5,}\.parquet")
 _MAX_COUNT = 2**63 - 1
-_MAX_RECORD_BYTES = 64 * 1024 * 1024
+MAX_RECORD_BYTES = 64 * 1024 * 1024
 _CHUNK_BYTES = 8  # of a chunk in `ShardFile.chunks`
 _OF_LOSSES = ("n_nonfinite", "n_overflowed", "n_spoiled")
 _TAIL_BYTES = 64 * 1024  # chunks end in their crc32c; a checkpoint's zip file ends in its directory of crc32 values
@@ -116,19 +115,25 @@ def record_name(shard: int, writer: int = 0) -> str:
     return f"{shard:08d}-{writer:04d}.json"
 
 
-def publish_commit(archive: Path, commit: Commit) -> None:
-    """Make `commit` durable. Every file that it names must be on the disk already.
+def shard_of(name: str) -> int | None:
+    """Return the shard of a record, from its file name; None if it is not the name of a record."""
+    return int(name.split("-")[0]) if _NAME.fullmatch(name) else None
+
+
+def is_record(name: str) -> bool:
+    """Say whether a path inside an archive is that of a record."""
+    return name.startswith(f"{FOLDER}/") and shard_of(name.removeprefix(f"{FOLDER}/")) is not None
+
+
+def publish_commit(archive: Path | Destination, commit: Commit) -> bool:
+    """Make `commit` durable; return False if this record is there already.
+
+    Every file that it names must be durable already.
 
     Raises:
-        FileExistsError: The shard has a record by this writer.
+        FileExistsError: The shard has another record.
     """
-    publish(archive / FOLDER / commit.name, _json(commit))
-
-
-def is_published(archive: Path, commit: Commit) -> bool:
-    """Say whether `archive` holds exactly this record."""
-    path = archive / FOLDER / commit.name
-    return path.is_file() and path.read_bytes() == _json(commit)
+    return destination_of(archive).create(f"{FOLDER}/{commit.name}", _json(commit))
 
 
 def _json(commit: Commit) -> bytes:
@@ -136,11 +141,17 @@ def _json(commit: Commit) -> bytes:
     return canonical_json({"record": record, "sha256": digest_of(record)}) + b"\n"
 
 
-def committed_shards(archive: Path) -> set[int]:
+def committed_shards(archive: Path | Destination) -> set[int]:
     """Return which shards have a record, from the file names alone: cheap enough to call often."""
-    folder = archive / FOLDER
-    names = (entry.name for entry in os.scandir(folder)) if folder.is_dir() else ()
-    return {int(name.split("-")[0]) for name in names if _NAME.fullmatch(name)}
+    found = map(shard_of, destination_of(archive).names(FOLDER))
+    return {shard for shard in found if shard is not None}
+
+
+def missing_shards(archive: Path | Destination, n_shards: int) -> list[int]:
+    """Return which of the first `n_shards` shards have no record; a list of names that lags behind does not count."""
+    out = destination_of(archive)
+    missing = sorted(set(range(n_shards)) - committed_shards(out))
+    return [shard for shard in missing if out.n_bytes(f"{FOLDER}/{record_name(shard)}") is None]
 
 
 def read_commits(archive: Path, plan_digest: str) -> dict[int, Commit]:
@@ -193,7 +204,7 @@ def check_commits(archive: Path, plan: Plan, commits: Mapping[int, Commit], n_ro
             )
 
 
-def committed_rows(archive: Path, plan: Plan) -> int:
+def committed_rows(archive: Path | Destination, plan: Plan) -> int:
     """Return how many rows of a capture of known size are committed, from the names of the records alone."""
     end, height = plan.n_rows or 0, plan.rows_per_shard
     return sum(max(0, min(height, end - shard * height)) for shard in committed_shards(archive))
@@ -212,7 +223,7 @@ def named_example_files(commits: Mapping[int, Commit]) -> dict[str, str]:
 
 def _read_commit(archive: Path, path: Path, plan_digest: str) -> Commit:
     try:
-        value: Any = parse_json(read_file(archive, path, _MAX_RECORD_BYTES))
+        value: Any = parse_json(read_file(archive, path, MAX_RECORD_BYTES))
         record: dict[str, Any] = value["record"]
         if digest_of(record) != value["sha256"]:
             raise ValueError("its SHA-256 does not match its content")

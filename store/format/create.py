@@ -9,31 +9,42 @@ import os
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from residua.store.base.canonical import Json
 from residua.store.encoding.codecs import INT8
-from residua.store.format.archive_metadata import Metadata, is_archive, sidecar_digests, sidecar_files, write_metadata
+from residua.store.format.archive_metadata import (
+    ROOT,
+    Metadata,
+    is_archive,
+    read_metadata,
+    sidecar_digests,
+    sidecar_files,
+    write_metadata,
+)
 from residua.store.format.array_metadata import create_array
 from residua.store.format.commits import FOLDER
 from residua.store.format.dimensions import dimension_names
 from residua.store.format.plan import Plan, SitePlan
 from residua.store.format.row_columns import MODALITIES
+from residua.store.storage.destination import BucketFolder, Destination, destination_of
 from residua.store.storage.files import sync_folder
 from residua.store.storage.lock import naming_archive, try_flock
 
 
 @contextmanager
-def workspace(destination: Path) -> Iterator[Path]:
+def workspace(destination: Path | Destination) -> Iterator[Path]:
     """Yield an empty hidden folder next to `destination`; what is left in it is removed at the end.
 
-    The folder is locked meanwhile, so that a second capture of the same archive does not remove it.
+    The folder is locked meanwhile, so that a second capture of the same archive does not remove it. For an archive in a
+    bucket it lies where that has its local copies.
 
     Raises:
         FileExistsError: `destination` exists and is not an archive; the user's files are not overwritten.
         BlockingIOError: Another capture is making the same archive.
         OSError: The parent folder cannot be written.
     """
+    destination = destination_of(destination).path
     if not is_archive(destination):
         refuse_occupied(destination)
     folder = destination.parent / f".{destination.name}.making"
@@ -77,12 +88,16 @@ def refuse_occupied(destination: Path) -> None:
         )
 
 
-def create_archive(folder: Path, destination: Path, plan: Plan, provenance: Mapping[str, Json]) -> None:
+def create_archive(folder: Path, destination: Path | Destination, plan: Plan, provenance: Mapping[str, Json]) -> None:
     """Complete the archive in `folder`, which holds its sidecar files already, and move it to `destination`.
+
+    In a bucket the root's metadata go last, and only if there are none, so that the archive appears complete.
 
     Raises:
         FileExistsError: `destination` exists.
+        StorageError: A bucket could not be written.
     """
+    out = destination_of(destination)
     n_rows, names = plan.n_rows or 0, dimension_names(plan)
     for site in plan.sites:
         for spec in site.arrays(plan.rows_per_shard):
@@ -93,9 +108,41 @@ def create_archive(folder: Path, destination: Path, plan: Plan, provenance: Mapp
     (folder / FOLDER).mkdir(exist_ok=True)
     _sync_sidecars(folder)
     write_metadata(folder, Metadata(plan=plan, provenance=provenance, files=sidecar_digests(folder)))
-    refuse_occupied(destination)
-    folder.rename(destination)
-    sync_folder(destination.parent)
+    refuse_occupied(out.path)
+    folder.rename(out.path)
+    sync_folder(out.path.parent)
+    if isinstance(out, BucketFolder):
+        _send(out)
+
+
+def _send(out: BucketFolder) -> None:
+    """Send a new archive from the local folder to its bucket; remove what a start that was killed left there."""
+    files = [path.relative_to(out.path).as_posix() for path in sorted(out.path.rglob("*")) if path.is_file()]
+    parts = {FOLDER, *(name.partition("/")[0] for name in files)}
+    left = [entry.name for part in sorted(parts - {ROOT}) for entry in out.objects.list(part)]
+    out.remove(name for name in left if name not in files)
+    out.upload([name for name in files if name != ROOT])
+    out.create(ROOT, (out.path / ROOT).read_bytes())
+
+
+def bring_archive(out: Destination) -> None:
+    """Bring the metadata and the examples of an archive in a bucket to the local folder, where they are read.
+
+    Does nothing if there is no archive yet, or if it is in a folder.
+    """
+    if not isinstance(out, BucketFolder) or (out.path / ROOT).exists() or out.n_bytes(ROOT) is None:
+        return
+    out.fetch([ROOT])
+    if not is_archive(out.path):
+        return
+    metadata = read_metadata(out.path)
+    nodes = {
+        str(node)
+        for spec in metadata.plan.arrays
+        for node in (PurePosixPath(spec.path), *PurePosixPath(spec.path).parents)
+    }
+    out.fetch(f"{node}/{ROOT}" for node in sorted(nodes - {"."}))
+    out.fetch(name for name in metadata.files if name.startswith("examples/"))
 
 
 def _sync_sidecars(folder: Path) -> None:

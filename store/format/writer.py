@@ -23,10 +23,11 @@ from residua.store.encoding.lossy import count_nonfinite
 from residua.store.encoding.shard import ShardEncoder, ShardMemory, shard_path
 from residua.store.encoding.spec import ArraySpec
 from residua.store.format.archive_metadata import ROOT
-from residua.store.format.commits import Commit, ShardFile, is_published, publish_commit
+from residua.store.format.commits import Commit, ShardFile, publish_commit
 from residua.store.format.plan import Plan, SitePlan
-from residua.store.storage.files import write_file
+from residua.store.storage.destination import Destination, destination_of
 
+_HERE = Path()
 Rows = npt.NDArray[np.generic]
 
 
@@ -74,7 +75,7 @@ class ShardWriter:
     ends the block, that error is raised, and a note on it names the failure.
 
     Args:
-        root: Folder of the archive; its metadata exists already.
+        root: Folder of the archive, or where else it is written; its metadata exists already.
         plan: The plan that the rows belong to.
         threads: Encoder threads.
         report: For shards that several writers share: called in a writer thread with the record of this writer's
@@ -88,12 +89,17 @@ class ShardWriter:
     """
 
     def __init__(
-        self, root: Path, plan: Plan, *, threads: int = 1, report: Callable[[Commit], None] | None = None
+        self,
+        root: Path | Destination,
+        plan: Plan,
+        *,
+        threads: int = 1,
+        report: Callable[[Commit], None] | None = None,
     ) -> None:
-        self._root = root
+        self._out = destination_of(root)
         self._plan = plan
         self._report = report
-        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="residua-writer")
+        self._pool = ThreadPoolExecutor(self._out.writer_threads(threads), thread_name_prefix="residua-writer")
         self._lock = threading.Lock()
         self._failure: BaseException | None = None
         self.stored_bytes = 0
@@ -108,7 +114,7 @@ class ShardWriter:
             CaptureError: An earlier shard could not be written; the cause is chained.
         """
         self.raise_failure()
-        _ShardJob(self, shard, self._root, self._plan).start(self._pool)
+        _ShardJob(self, shard, self._out, self._plan).start(self._pool)
 
     def raise_failure(self) -> None:
         """Raise CaptureError if a shard could not be written."""
@@ -142,11 +148,7 @@ class ShardWriter:
         Raises:
             FileExistsError: The shard has another record.
         """
-        try:
-            publish_commit(self._root, commit)
-        except FileExistsError:  # another worker took this one for dead and wrote the same shard
-            if not is_published(self._root, commit):
-                raise
+        if not publish_commit(self._out, commit):  # another worker took this one for dead and wrote the same shard
             return False
         with self._lock:
             self.n_rows += commit.rows[1] - commit.rows[0]
@@ -168,10 +170,10 @@ class ShardWriter:
 class _ShardJob:
     """The work on one shard: it commits after the last array, and always releases the rows."""
 
-    def __init__(self, writer: ShardWriter, shard: FilledShard, root: Path, plan: Plan) -> None:
+    def __init__(self, writer: ShardWriter, shard: FilledShard, out: Destination, plan: Plan) -> None:
         self._writer = writer
         self._shard = shard
-        self._root = root
+        self._out = out
         self._plan = plan
         self._lock = threading.Lock()
         self._files: dict[str, ShardFile] = {}
@@ -201,8 +203,8 @@ class _ShardJob:
 
     def _check_place(self) -> None:
         """Raise if the archive was moved or removed: writing would start another, broken one in its place."""
-        if not (self._root / ROOT).exists():
-            raise FileNotFoundError(f"{self._root} was moved or removed while it was being written")
+        if not (self._out.path / ROOT).exists():
+            raise FileNotFoundError(f"{self._out} was moved or removed while it was being written")
 
     def _one_done(self) -> None:
         with self._lock:
@@ -264,7 +266,7 @@ class _ShardJob:
         **losses: Any,
     ) -> None:
         encoded = ShardEncoder(rows, spec)
-        write_file(shard_path(self._root, spec, self._shard.index), encoded)
+        self._out.write(shard_path(_HERE, spec, self._shard.index).as_posix(), encoded)
         file = ShardFile(
             n_bytes=encoded.n_bytes,
             digest=encoded.digest,

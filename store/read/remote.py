@@ -10,21 +10,22 @@ that is an error that names object, chunk and rows.
 """
 
 from collections import OrderedDict, defaultdict, deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
-from typing import NamedTuple, TypeAlias, TypeVar
+from typing import NamedTuple, Protocol, TypeAlias, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
-from residua.store.base.errors import DamagedArchiveError
+from residua.store.base.errors import DamagedArchiveError, NotCapturedError
 from residua.store.encoding.codecs import check_chunk, decode_chunk
-from residua.store.encoding.shard import describe_chunk, shard_path, shard_rows
+from residua.store.encoding.shard import ChunkTable, chunk_table_problem, describe_chunk, shard_path, shard_rows
 from residua.store.encoding.spec import ArraySpec
+from residua.store.format.commits import Commit
+from residua.store.format.plan import Plan
 from residua.store.read.reader import Array, ArrayReader, Check, RowNumbers
-from residua.store.sealing.packed_index import PackedIndex
 from residua.store.storage.crc import CRC_BYTES
 from residua.store.storage.disk_cache import DiskCache
 from residua.store.storage.objects import JOIN_GAP_BYTES, ObjectFolder
@@ -34,6 +35,8 @@ _WINDOW_BYTES = 64 * 2**20  # of one call that are under way; as much again is f
 _HELD_BYTES = 256 * 2**20  # fetched ahead for all readers of an archive; what is not used for longest goes first
 _N_REQUESTS = 16
 _HERE = Path()
+
+PACK = "finish its capture, or run residua pack on it where it is a folder, and copy it there again"
 
 Bytes = npt.NDArray[np.uint8]
 _Arriving: TypeAlias = Future[dict[int, Bytes]]
@@ -49,16 +52,66 @@ class _Request(NamedTuple):
     stops: list[int]
 
 
+class ChunkTables(Protocol):
+    """What says where chunks stand: a packed index, or the records of an archive that is not finished."""
+
+    @property
+    def digest(self) -> str:
+        """What tells these tables from others, in hex."""
+
+    def chunk_table(self, key: str, shard: int) -> ChunkTable:
+        """Return size and crc32c of every chunk of a shard file."""
+
+    def __contains__(self, shard: object, /) -> bool:
+        """Say whether there is such a shard."""
+
+
+class RecordTables:
+    """The chunk tables in the records of an archive that is not finished.
+
+    Args:
+        plan: The plan of the archive.
+        commits: Its records.
+
+    Attributes:
+        digest: That of the plan.
+    """
+
+    def __init__(self, plan: Plan, commits: Mapping[int, Commit]) -> None:
+        self.digest = plan.digest
+        self._specs = {spec.key: spec for array in plan.arrays for spec in array.file_specs}
+        self._commits = commits
+
+    def __contains__(self, shard: object, /) -> bool:
+        """Say whether a shard is captured."""
+        return shard in self._commits
+
+    def chunk_table(self, key: str, shard: int) -> ChunkTable:
+        """Return size and crc32c of every chunk of a shard file.
+
+        Raises:
+            NotCapturedError: The record has none, as in archives of format 1.0.
+            DamagedArchiveError: No shard file can have these chunks.
+        """
+        commit, spec = self._commits[shard], self._specs[key]
+        table = commit.arrays[key].chunk_table
+        if not len(table):
+            raise NotCapturedError(f"the record of shard {shard} has no chunks: {PACK}")
+        if problem := chunk_table_problem(table, spec, commit.rows[1] - commit.rows[0]):
+            raise DamagedArchiveError(f"the record of shard {shard} says of {key}: {problem}")
+        return table
+
+
 class RemoteChunks:
     """The chunks of one archive at an address.
 
     Args:
         folder: The archive.
-        index: Its packed index.
+        index: Its packed index, or what takes its place while the archive is not finished.
         cache: Keeps chunks on the local disk; None: nothing is kept.
     """
 
-    def __init__(self, folder: ObjectFolder, index: PackedIndex, cache: DiskCache | None = None) -> None:
+    def __init__(self, folder: ObjectFolder, index: ChunkTables, cache: DiskCache | None = None) -> None:
         self.folder = folder
         self.index = index
         self._cache = cache
@@ -132,8 +185,9 @@ class RemoteChunks:
 
     def expect(self, spec: ArraySpec, n_rows: int, numbers: Sequence[int]) -> None:
         """Begin to fetch chunks that will be asked for; those that have waited for longest are given up for them."""
-        held = self._held
-        for request in self._requests(spec, [number for number in numbers if (spec.key, number) not in held]):
+        held, height = self._held, spec.chunks_per_shard
+        there = [number for number in numbers if number // height in self.index and (spec.key, number) not in held]
+        for request in self._requests(spec, there):
             job = self._begin(spec, n_rows, request)
             for number, start, stop in zip(request.chunks, request.starts, request.stops, strict=True):
                 held[spec.key, number] = job, stop - start

@@ -6,6 +6,7 @@ they are used first.
 """
 
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from os import PathLike
 from pathlib import Path
@@ -13,13 +14,15 @@ from typing import Any, TypeAlias
 
 import zarr
 
-from residua.store.base.errors import NotCapturedError, PlanError
+from residua.store.base.errors import NotCapturedError, PlanError, StorageError
 from residua.store.encoding.spec import ArraySpec
 from residua.store.format.archive_metadata import MAX_METADATA_BYTES, ROOT, SIDECAR_FOLDERS, read_metadata
-from residua.store.format.commits import Commit
+from residua.store.format.array_metadata import METADATA
+from residua.store.format.commits import FOLDER, MAX_RECORD_BYTES, Commit, check_commits, is_record, read_commits
+from residua.store.format.plan import Plan
 from residua.store.read.archive import Archive
 from residua.store.read.reader import ArrayReader, Check
-from residua.store.read.remote import RemoteChunks, RemoteReader
+from residua.store.read.remote import PACK, RecordTables, RemoteChunks, RemoteReader
 from residua.store.sealing.packed_index import PackedIndex
 from residua.store.storage.address import scheme_of
 from residua.store.storage.disk_cache import DiskCache
@@ -29,11 +32,12 @@ from residua.store.storage.objects import ObjectFolder
 
 Cache: TypeAlias = str | PathLike[str] | DiskCache | bool | None
 
+_N_AT_ONCE = 16
 _CACHED_SCHEMES = ("hf", "http", "https")
 
 
 class RemoteArchive(Archive):
-    """A finished archive at an address.
+    """An archive at an address. Of one that is not finished, the rows are there that were committed when it was opened.
 
     Args:
         address: Where it is.
@@ -44,12 +48,12 @@ class RemoteArchive(Archive):
             caches, or False for none. By default there is one for web servers and the Hub.
 
     Attributes:
-        index: The packed index.
         chunks: The stored chunks.
 
     Raises:
         FileNotFoundError: There is no archive at that address.
-        NotCapturedError: It has no packed index, because it is not finished or of format 1.0.
+        NotCapturedError: It has no packed index, because it is not finished or of format 1.0, and its server does not
+            list its records.
         StorageError: The address cannot be read.
     """
 
@@ -72,15 +76,36 @@ class RemoteArchive(Archive):
             raise FileNotFoundError(f"{folder} is not an archive: it has no {ROOT}. Check the address.") from None
         with self._mirror.naming():
             found = read_metadata(self._mirror.path)
+        self._index: PackedIndex | None = None
         if found.index is None or found.n_rows is None:
-            raise NotCapturedError(
-                f"{folder} has no packed index, with which an archive is read over the network: finish its capture, or "
-                "run residua pack on it where it is a folder, and copy it there again"
-            )
+            self._bring_records(found.plan)
+        else:
+            self._index = PackedIndex(folder, found.plan, found.n_rows, found.index)
         with self._mirror.naming():
             super().__init__(self._mirror.path, check=check, threads=threads)
-        self.index = PackedIndex(folder, self.plan, found.n_rows, found.index)
-        self.chunks = RemoteChunks(folder, self.index, self._cache)
+        if self._index is None:
+            self.chunks = RemoteChunks(folder, RecordTables(self.plan, self.commits))
+        else:
+            self.chunks = RemoteChunks(folder, self._index, self._cache)
+
+    def _bring_records(self, plan: Plan) -> None:
+        """Bring what opens an archive without a packed index: the metadata of its arrays, and its records.
+
+        Raises:
+            NotCapturedError: The server does not list its files.
+        """
+        folder = self._mirror.folder
+        try:
+            records = [entry.name for entry in folder.list(FOLDER) if is_record(entry.name)]
+        except StorageError as error:
+            raise NotCapturedError(
+                f"{folder} has no packed index, with which an archive is read over the network, and its records cannot "
+                f"be listed: {PACK}"
+            ) from error
+        need = [(name, MAX_RECORD_BYTES) for name in records]
+        need += [(f"{spec.path}/{METADATA}", MAX_METADATA_BYTES) for spec in plan.arrays]
+        with ThreadPoolExecutor(_N_AT_ONCE, thread_name_prefix="residua-records") as pool:
+            list(pool.map(lambda each: self._mirror.need(*each), need))
 
     def __reduce__(self) -> tuple[object, ...]:
         return _reopen, (self._mirror.folder.address, self._settings)
@@ -105,10 +130,26 @@ class RemoteArchive(Archive):
         """The arrays of the plan; of a copy that lacks sites, reading one says that its shards are missing."""
         return self.plan.arrays
 
+    @property
+    def index(self) -> PackedIndex:
+        """The packed index.
+
+        Raises:
+            NotCapturedError: There is none, because the archive is not finished or of format 1.0.
+        """
+        if self._index is None:
+            raise NotCapturedError(f"{self.place} is not finished, or has no packed index: {PACK}")
+        return self._index
+
     @cached_property
     def commits(self) -> Mapping[int, Commit]:
-        """The commit of each shard, from the packed index."""
-        return self.index
+        """The commit of each shard, from the packed index; of an archive that is not finished, from its records."""
+        if self._index is not None:
+            return self._index
+        with self._mirror.naming():
+            commits = read_commits(self.path, self.plan.digest)
+            check_commits(self.path, self.plan, commits, self.metadata.n_rows)
+        return commits
 
     def _reader(self, spec: ArraySpec) -> ArrayReader:
         return RemoteReader(self.chunks, spec, self.n_rows, check=self._check, threads=self._threads)

@@ -4,21 +4,22 @@ A capture that is run again calls `drop_lost` before it begins. Of an archive wi
 Of one that is not finished it is known for arrays stored raw; sealing compares the others with their records.
 """
 
-import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from residua.store.base.errors import DamagedArchiveError, UnsafeArchiveError
 from residua.store.encoding.codecs import PRESETS, max_chunk_bytes
 from residua.store.encoding.shard import index_bytes, shard_path, shard_rows
 from residua.store.encoding.spec import ArraySpec
-from residua.store.format.archive_metadata import Metadata, write_metadata
-from residua.store.format.commits import FOLDER, committed_shards, publish_commit, record_name
+from residua.store.format.archive_metadata import ROOT, Metadata, write_metadata
+from residua.store.format.commits import FOLDER, committed_shards, publish_commit, record_name, shard_of
 from residua.store.sealing.packed_index import PackedIndex
-from residua.store.storage.files import sync_folder
+from residua.store.storage.destination import BucketFolder, Destination, destination_of
+
+_HERE = Path()
 
 
-def drop_lost(archive: Path, metadata: Metadata) -> list[str]:
+def drop_lost(archive: Path | Destination, metadata: Metadata) -> list[str]:
     """Delete the records of shards whose files are missing or of another size, so that they are captured again.
 
     A shard of a finished archive whose record was deleted counts as lost, too. If there is any, the packed index is
@@ -26,7 +27,7 @@ def drop_lost(archive: Path, metadata: Metadata) -> list[str]:
     any record gets its records back.
 
     Args:
-        archive: Folder of the archive.
+        archive: Folder of the archive, or where else it is written.
         metadata: Its metadata; read them again afterwards.
 
     Returns:
@@ -35,38 +36,40 @@ def drop_lost(archive: Path, metadata: Metadata) -> list[str]:
     Raises:
         OSError: A file could not be removed or written.
     """
-    index = _index(archive, metadata)
-    committed = committed_shards(archive) or _restored(archive, index)
+    out = destination_of(archive)
+    index = _index(out, metadata)
+    committed = committed_shards(out) or _restored(out, index)
     lost = {shard: f"{FOLDER}/{record_name(shard)} is missing" for shard in index or () if shard not in committed}
+    size_of = out.sizes()
     for spec in (files for array in metadata.plan.arrays for files in array.file_specs):
-        for shard, found in _broken(archive, spec, metadata, index, committed):
+        for shard, found in _broken(out, size_of, spec, metadata, index, committed):
             lost.setdefault(shard, found)
     if lost and metadata.index is not None:
-        write_metadata(archive, _without_index(metadata))
-    for shard in lost.keys() & committed:
-        for record in (archive / FOLDER).glob(f"{shard:08d}-*.json"):
-            record.unlink(missing_ok=True)
-    if lost:
-        sync_folder(archive / FOLDER)
+        write_metadata(out.path, _without_index(metadata))
+        out.upload([ROOT])
+    dropped = lost.keys() & committed
+    if dropped:
+        out.remove(f"{FOLDER}/{name}" for name in out.names(FOLDER) if shard_of(name) in dropped)
     return [f"shard {shard} will be captured again: {found}." for shard, found in sorted(lost.items())]
 
 
-def _index(archive: Path, metadata: Metadata) -> PackedIndex | None:
+def _index(out: Destination, metadata: Metadata) -> PackedIndex | None:
     """Return the packed index if there is a sound one."""
     if metadata.index is None or metadata.n_rows is None:
         return None
+    place = out.objects if isinstance(out, BucketFolder) else out.path
     try:
-        return PackedIndex(archive, metadata.plan, metadata.n_rows, metadata.index)
+        return PackedIndex(place, metadata.plan, metadata.n_rows, metadata.index)
     except (DamagedArchiveError, UnsafeArchiveError):
         return None
 
 
-def _restored(archive: Path, index: PackedIndex | None) -> set[int]:
+def _restored(out: Destination, index: PackedIndex | None) -> set[int]:
     """Write a record for each shard of an index, and return the shards."""
     if index is None:
         return set()
     for shard in index:
-        publish_commit(archive, index[shard])
+        publish_commit(out, index[shard])
     return set(index)
 
 
@@ -81,21 +84,27 @@ def _without_index(metadata: Metadata) -> Metadata:
 
 
 def _broken(
-    archive: Path, spec: ArraySpec, metadata: Metadata, index: PackedIndex | None, shards: Iterable[int]
+    out: Destination,
+    size_of: Callable[[str], int | None],
+    spec: ArraySpec,
+    metadata: Metadata,
+    index: PackedIndex | None,
+    shards: Iterable[int],
 ) -> Iterator[tuple[int, str]]:
     """Yield the shards whose file of `spec` is missing or of another size, and what is wrong."""
     sizes = None if index is None else index.file_bytes(spec.key)
-    first = str(shard_path(archive, spec, 0))
-    before, after = first[: len(str(archive / spec.path)) + 3], first[len(str(archive / spec.path)) + 4 :]
+    first = shard_path(_HERE, spec, 0).as_posix()
+    before, after = first[: len(spec.path) + 3], first[len(spec.path) + 4 :]
     for shard in sorted(shards):
-        try:
-            found = os.stat(f"{before}{shard}{after}").st_size  # noqa: PTH116  # there may be millions
-        except (FileNotFoundError, NotADirectoryError):
-            yield shard, f"{before}{shard}{after} is missing"
-            continue
+        name = f"{before}{shard}{after}"
+        found = size_of(name)
         expected = _raw_bytes(spec, metadata, shard) if sizes is None or shard >= len(sizes) else int(sizes[shard])
-        if expected is not None and found != expected:
-            yield shard, f"{before}{shard}{after} has {found:,} bytes, and should have {expected:,}"
+        if found is None or (expected is not None and found != expected):
+            found = out.n_bytes(name)  # what was listed may be out of date
+        if found is None:
+            yield shard, f"{out}/{name} is missing"
+        elif expected is not None and found != expected:
+            yield shard, f"{out}/{name} has {found:,} bytes, and should have {expected:,}"
 
 
 def _raw_bytes(spec: ArraySpec, metadata: Metadata, shard: int) -> int | None:

@@ -7,7 +7,6 @@ records stay: they are what the index is made from.
 """
 
 import hashlib
-import os
 import struct
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
@@ -24,7 +23,7 @@ from residua.store.base.errors import DamagedArchiveError, NotCapturedError
 from residua.store.encoding.codecs import PRESETS
 from residua.store.encoding.shard import RESTORE, chunk_table_problem, read_chunk_table, shard_digest, shard_path
 from residua.store.encoding.spec import ArraySpec
-from residua.store.format.archive_metadata import Metadata, read_metadata, sidecar_digests, write_metadata
+from residua.store.format.archive_metadata import ROOT, Metadata, read_metadata, sidecar_digests, write_metadata
 from residua.store.format.array_metadata import (
     METADATA,
     consolidate,
@@ -33,7 +32,7 @@ from residua.store.format.array_metadata import (
     open_array,
     resize_array,
 )
-from residua.store.format.commits import Commit, ShardFile, named_example_files, read_commit
+from residua.store.format.commits import FOLDER, Commit, ShardFile, named_example_files, read_commit, record_name
 from residua.store.format.dimensions import dimension_names
 from residua.store.format.plan import Plan, SitePlan
 from residua.store.sealing.losses import loss_notes
@@ -47,15 +46,17 @@ from residua.store.sealing.packed_index import (
     PackedIndex,
     file_totals,
 )
+from residua.store.storage.destination import Destination, DiskFolder, destination_of
 from residua.store.storage.files import write_file
 
 _IN_MEMORY_BYTES = 64 * 1024 * 1024  # of an index while it is made; a larger one is made in a file without a name
 _FLUSH_BYTES = 16 * 1024 * 1024  # of entries in memory, of all files together
+_HERE = Path()
 _Progress = Callable[[int, int], None]
 
 
 def seal(
-    archive: Path,
+    archive: Path | Destination,
     metadata: Metadata,
     sealed: Mapping[str, Json] | None = None,
     *,
@@ -66,7 +67,7 @@ def seal(
     Shards that are missing afterwards are lost: no reader takes the archive for one that is still being captured.
 
     Args:
-        archive: Folder of the archive; every shard has a record.
+        archive: Folder of the archive, or where else it was written; every shard has a record.
         metadata: Its metadata.
         sealed: For an archive of open size, `n_rows`, `n_examples` and the examples' digest; they follow from the plan
             of any other archive.
@@ -77,7 +78,8 @@ def seal(
         OSError: A file cannot be written.
     """
     if metadata.sealed is None or metadata.index is None:
-        _seal(archive, metadata, sealed or metadata.sealed or _sealed_as_planned(metadata.plan), on_shard)
+        given = sealed or metadata.sealed or _sealed_as_planned(metadata.plan)
+        _seal(destination_of(archive), metadata, given, on_shard)
 
 
 def pack(archive: str | PathLike[str], *, on_shard: _Progress = lambda *_: None) -> None:
@@ -102,15 +104,17 @@ def pack(archive: str | PathLike[str], *, on_shard: _Progress = lambda *_: None)
     metadata = read_metadata(archive)
     if metadata.n_rows is None:
         raise NotCapturedError(f"{archive} is not finished: its loop is still open, or ended with an error")
-    _seal(archive, metadata, metadata.sealed or _sealed_as_planned(metadata.plan), on_shard)
+    _seal(DiskFolder(archive), metadata, metadata.sealed or _sealed_as_planned(metadata.plan), on_shard)
 
 
-def _seal(archive: Path, metadata: Metadata, sealed: Mapping[str, Json], on_shard: _Progress) -> None:
+def _seal(out: Destination, metadata: Metadata, sealed: Mapping[str, Json], on_shard: _Progress) -> None:
     plan, n_rows = metadata.plan, sealed["n_rows"]
     if not isinstance(n_rows, int):
         raise TypeError(f"n_rows is {n_rows!r}")
+    archive = out.path
+    out.fetch(f"{FOLDER}/{record_name(shard)}" for shard in range(plan.n_shards(n_rows)))
     _update_arrays(archive, plan, n_rows)
-    made = _write_index(archive, plan, n_rows, on_shard)
+    made = _write_index(out, plan, n_rows, on_shard)
     index = PackedIndex(archive, plan, n_rows, made.entry)
     for site in plan.sites:
         if not PRESETS[site.codec].is_lossless:
@@ -120,7 +124,9 @@ def _seal(archive: Path, metadata: Metadata, sealed: Mapping[str, Json], on_shar
     # Files with a known digest may be damaged by now, so only files that have none yet are read.
     files = sidecar_digests(archive, {**metadata.files, **made.examples}) if plan.n_rows is None else metadata.files
     documents = consolidate(archive, [spec.path for spec in plan.arrays])
+    out.upload([*(f"{node}/{METADATA}" for node in documents), INDEX])
     write_metadata(archive, replace(metadata, files=files, sealed=sealed, index=made.entry, documents=documents))
+    out.upload([ROOT])
 
 
 def _update_arrays(archive: Path, plan: Plan, n_rows: int) -> None:
@@ -172,9 +178,9 @@ class _Made(NamedTuple):
     examples: Mapping[str, str]
 
 
-def _write_index(archive: Path, plan: Plan, n_rows: int, on_shard: _Progress) -> _Made:
+def _write_index(out: Destination, plan: Plan, n_rows: int, on_shard: _Progress) -> _Made:
     """Write the packed index of all records; memory does not grow with their number."""
-    layout = IndexLayout(plan, n_rows)
+    archive, layout, size_of = out.path, IndexLayout(plan, n_rows), out.sizes()
     with tempfile.SpooledTemporaryFile(max_size=_IN_MEMORY_BYTES, dir=str(archive)) as body:
         entries = _Entries(cast("IO[bytes]", body), layout)
         examples: dict[str, str] = {}
@@ -182,7 +188,7 @@ def _write_index(archive: Path, plan: Plan, n_rows: int, on_shard: _Progress) ->
             commit = read_commit(archive, plan, shard, n_rows)
             for number, spec in enumerate(layout.files):
                 file = commit.arrays[spec.key]
-                _check_file(archive, spec, shard, file)
+                _check_file(out, size_of, spec, shard, file)
                 entries.add(number, shard, _chunks(archive, spec, commit), file)
             examples |= named_example_files({shard: commit})
             on_shard(shard + 1, layout.n_shards)
@@ -283,12 +289,10 @@ def _chunks(archive: Path, spec: ArraySpec, commit: Commit) -> bytes:
     return table.tobytes()
 
 
-def _check_file(archive: Path, spec: ArraySpec, shard: int, file: ShardFile) -> None:
-    path = shard_path(archive, spec, shard)
-    try:
-        found = os.stat(path).st_size  # noqa: PTH116  # pathlib takes twice the time, and there may be millions
-    except OSError:
-        found = -1
-    if found != file.n_bytes:
-        what = "is missing" if found < 0 else f"has {found:,} bytes, and its record says {file.n_bytes:,}"
-        raise DamagedArchiveError(f"{path} {what}: {RESTORE}")
+def _check_file(
+    out: Destination, size_of: Callable[[str], int | None], spec: ArraySpec, shard: int, file: ShardFile
+) -> None:
+    name = shard_path(_HERE, spec, shard).as_posix()
+    if size_of(name) != file.n_bytes and (found := out.n_bytes(name)) != file.n_bytes:  # a list may be out of date
+        what = "is missing" if found is None else f"has {found:,} bytes, and its record says {file.n_bytes:,}"
+        raise DamagedArchiveError(f"{out}/{name} {what}: {RESTORE}")

@@ -44,6 +44,7 @@ def pull(
 
     Raises:
         FileNotFoundError: There is no archive at that address.
+        NotCapturedError: The archive there is not finished.
         UnknownSiteError: `sites` matches no stored site.
         PlanError: `out` holds another archive, or something else.
         DamagedArchiveError: A file at the address is missing, or is not what the archive's index says.
@@ -54,6 +55,7 @@ def pull(
         >>> residua.pull("hf://datasets/org/acts", "acts.zarr", sites="resid_post.*")  # doctest: +SKIP
     """
     archive = RemoteArchive(address, storage_options=storage_options, cache=False)
+    archive.index  # noqa: B018  # an archive that is not finished is an error here
     return _Pull(archive, Path(out), archive.sites if sites is None else archive.select(sites)).run(on_bytes)
 
 

@@ -23,6 +23,7 @@ from residua.store.sharing.card import Licences
 from residua.store.sharing.copied import BytesDone, Copied, in_parallel, is_part_of
 from residua.store.sharing.hub import HubPush
 from residua.store.storage.address import scheme_of
+from residua.store.storage.lease import LEASE
 from residua.store.storage.objects import ObjectFolder
 
 _JOURNAL = ".residua-push.json"
@@ -113,9 +114,18 @@ def _begin(archive: Archive, folder: ObjectFolder) -> None:
     """Say at the address which archive comes; refuse if another one is there or on its way."""
     mine = archive.plan
     try:
-        found = RemoteArchive(folder.address, storage_options=folder.options, cache=False).plan
+        there = RemoteArchive(folder.address, storage_options=folder.options, cache=False)
     except FileNotFoundError:
         found = mine
+        if folder.size(LEASE) is not None:
+            raise PlanError(f"a capture into {folder} has begun: choose another address") from None
+    else:
+        found = there.plan
+        if not there.was_finished:
+            raise PlanError(
+                f"{folder} holds an unfinished archive: finish its capture there, choose another address, or delete it "
+                "first"
+            )
     if not is_part_of(found, mine):
         raise PlanError(
             f"{folder} holds another archive (plan {found.digest[:12]}, this one is {mine.digest[:12]}): choose "

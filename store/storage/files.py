@@ -152,7 +152,7 @@ def _write_durably(path: Path, buffers: Iterable[Buffer], direct_bytes: int | No
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
     try:
         try_flock(descriptor)
-        views = map(_bytes_of, buffers)
+        views = map(bytes_of, buffers)
         head: list[memoryview] = []
         while direct_bytes and direct_bytes > 0 and (view := next(views, None)) is not None:
             head.append(view)
@@ -173,7 +173,8 @@ def _sync_data(descriptor: int) -> None:
         os.fdatasync(descriptor)
 
 
-def _bytes_of(buffer: Buffer) -> memoryview:
+def bytes_of(buffer: Buffer) -> memoryview:
+    """Return the bytes of a buffer, without a copy."""
     if isinstance(buffer, np.ndarray):
         return buffer.reshape(-1).view(np.uint8).data
     return memoryview(buffer)

@@ -52,7 +52,7 @@ class ArchiveInUseError(BlockingIOError):
         owner: That run, if the lock names it.
     """
 
-    def __init__(self, archive: Path, owner: Owner | None, advice: str) -> None:
+    def __init__(self, archive: Path | str, owner: Owner | None, advice: str) -> None:
         who = f": {owner}" if owner else ""
         super().__init__(errno.EWOULDBLOCK, f"another run is at work on {archive}{who}. {advice}")
         self.owner = owner
@@ -106,7 +106,20 @@ def read_owner(archive: Path) -> Owner | None:
     """Return the owner that the lock of `archive` names, alive or not; None if it names none."""
     try:
         with _path(archive).open("rb") as file:
-            values = json.loads(file.read(_MAX_BYTES))
+            return owner_of(file.read(_MAX_BYTES))
+    except FileNotFoundError:
+        return None
+
+
+def in_use_advice() -> str:
+    """Return what to do while another run is at work."""
+    return f"Wait for it, stop it, or start both so that they share the work ({named('join', True)})."
+
+
+def owner_of(data: bytes) -> Owner | None:
+    """Return the owner that a lock or a lease names; None if it names none."""
+    try:
+        values = json.loads(data)
         join = values["join"]
         return Owner(
             host=str(values["host"]),
@@ -114,7 +127,7 @@ def read_owner(archive: Path) -> Owner | None:
             since=str(values["since"]),
             join=dict(join) if join else None,
         )
-    except (FileNotFoundError, ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError):
         return None
 
 
@@ -142,10 +155,6 @@ def is_alive(pid: int) -> bool:
     except PermissionError:
         return True
     return True
-
-
-def _advice() -> str:
-    return f"Wait for it, stop it, or start both so that they share the work ({named('join', True)})."
 
 
 def _path(archive: Path) -> Path:
@@ -177,7 +186,7 @@ def _lock(descriptor: int, archive: Path) -> None:
             return
         is_named = owner is not None and not (owner.host == socket.gethostname() and not is_alive(owner.pid))
         if is_named or time.monotonic() > deadline:
-            raise ArchiveInUseError(archive, owner if is_named else None, _advice())
+            raise ArchiveInUseError(archive, owner if is_named else None, in_use_advice())
         time.sleep(_POLL_SECONDS)
 
 
@@ -189,4 +198,4 @@ def _lock_by_file(archive: Path, owner: Owner | None) -> None:
         advice = f"If that process is dead, remove {_path(archive)}: this file system has no locks."
         raise ArchiveInUseError(archive, owner, advice)
     if owner.pid != os.getpid() and is_alive(owner.pid):
-        raise ArchiveInUseError(archive, owner, _advice())
+        raise ArchiveInUseError(archive, owner, in_use_advice())

@@ -13,12 +13,12 @@ an error.
 
 import os
 import re
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
 from datetime import timedelta
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -29,10 +29,14 @@ from obstore.store import HTTPStore, ObjectStore, from_url
 from residua.store.base.errors import StorageError
 from residua.store.storage.address import check_address, scheme_of, shown
 
+if TYPE_CHECKING:
+    from obstore import PutMode, UpdateVersion
+
 JOIN_GAP_BYTES = 256 * 1024
 """Ranges of one object that are this near are read as one: a request costs as much as so many bytes."""
 
 _CREATE_TRIES = 5
+_PAUSE_SECONDS = 0.1  # after the first of them; each pause is twice as long
 _READ_TRIES = 4
 _ENDPOINTS = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT")
 _CREDENTIALS = ("AWS_", "GOOGLE_", "AZURE_")
@@ -51,6 +55,14 @@ _PROCESS: dict[str, int] = {}  # the process in which obstore's threads are
 
 Bytes = npt.NDArray[np.uint8]
 T = TypeVar("T")
+
+
+class _DeniedError(StorageError):
+    """The server does not allow it, now or later."""
+
+
+class _UnsupportedError(StorageError):
+    """The service has nothing of the kind."""
 
 
 class Listed(NamedTuple):
@@ -176,34 +188,110 @@ class ObjectFolder:
 
         Args:
             name: Path of the object in the folder.
-            data: A local file, or buffers one after the other.
+            data: A local file, or buffers one after the other; one buffer is not copied.
 
         Raises:
             StorageError: It cannot be written.
         """
-        content = data if isinstance(data, Path) else b"".join(bytes(each) for each in data)
-        self._ask(name, "write", lambda: obstore.put(self._store, name, content))
+        content: Any = data
+        if not isinstance(data, Path):
+            buffers = list(data)
+            content = buffers[0] if len(buffers) == 1 else b"".join(bytes(each) for each in buffers)
+        in_parts = None if isinstance(data, Path) else False  # a large file in parts
+        for number in range(_CREATE_TRIES):
+            try:
+                self._ask(name, "write", lambda: obstore.put(self._store, name, content, use_multipart=in_parts))
+            except FileExistsError as error:  # 409: two requests met, of which one may be a try of this one
+                conflict = error
+                time.sleep(_PAUSE_SECONDS * 2**number)
+            else:
+                return
+        raise StorageError(f"cannot write {self}/{name}: the server reports a conflict each time") from conflict
 
-    def create(self, name: str, data: bytes) -> None:
-        """Write an object unless there is one; the same bytes there are as good as written.
+    def write_parts(self, name: str, buffers: Iterable[Any], *, part_bytes: int, n_parts: int) -> None:
+        """Write an object in parts while its buffers are made: completely, or not at all.
+
+        Args:
+            name: Path of the object in the folder.
+            buffers: Buffers one after the other; none may change before the object is written.
+            part_bytes: Bytes of a part; S3 takes 5 MiB and more.
+            n_parts: Parts that are under way at once.
+
+        Raises:
+            StorageError: It cannot be written.
+        """
+
+        def put() -> object:
+            return obstore.put(
+                self._store,
+                name,
+                iter(buffers),
+                use_multipart=True,
+                chunk_size=part_bytes,
+                max_concurrency=n_parts,
+            )
+
+        self._ask(name, "write", put)
+
+    def create(self, name: str, data: bytes) -> bool:
+        """Write an object unless there is one; return False if the same is there already.
 
         Raises:
             FileExistsError: There is an object of that name with other bytes; it stays as it is.
             StorageError: It cannot be written.
         """
-        for _ in range(_CREATE_TRIES):
-            with suppress(FileExistsError):
-                self._ask(name, "write", lambda: obstore.put(self._store, name, data, mode="create"))
+        return self._put_once(name, data, "create")
+
+    def read_tagged(self, name: str, most_bytes: int) -> "tuple[bytes, UpdateVersion]":
+        """Return a whole object, as `read` does, and what tells its version from others, for `replace`."""
+
+        def whole() -> "tuple[bytes, UpdateVersion]":
+            result = obstore.get(self._store, name)
+            meta = result.meta
+            if meta["size"] > most_bytes:
+                raise StorageError(f"{self}/{name} has {meta['size']:,} bytes, and at most {most_bytes:,} are read")
+            found: UpdateVersion = {}
+            if meta["e_tag"] is not None:
+                found["e_tag"] = meta["e_tag"]
+            if meta["version"] is not None:
+                found["version"] = meta["version"]
+            return result.bytes().to_bytes(), found
+
+        return self._ask(name, "read", whole, tries=_READ_TRIES)
+
+    def replace(self, name: str, data: bytes, version: "UpdateVersion") -> None:
+        """Write an object over the version of it that `read_tagged` returned, and over no other.
+
+        Where the service has no such condition, what is there is replaced.
+
+        Raises:
+            FileExistsError: It was changed or removed since.
+            StorageError: It cannot be written.
+        """
+        try:
+            self._put_once(name, data, version)
+        except _UnsupportedError:
+            self.write(name, [data])
+
+    def _put_once(self, name: str, data: bytes, mode: "PutMode") -> bool:
+        """Write an object on a condition; return False if it had these bytes when the condition failed."""
+        failure: OSError
+        for number in range(_CREATE_TRIES):
             try:
-                there = self.read(name, len(data))
-            except FileNotFoundError:
-                continue  # a conflict was reported, and nothing is there
-            except StorageError:
-                there = None
-            if there == data:
-                return
-            raise FileExistsError(f"{self}/{name} exists already with other content, and is not overwritten")
-        raise StorageError(f"{self}/{name} was not written: the server says that it exists, and that it does not")
+                self._ask(name, "write", lambda: obstore.put(self._store, name, data, mode=mode))
+            except (_DeniedError, _UnsupportedError):
+                raise
+            except (FileExistsError, StorageError) as error:  # the answer may be lost, and not what was sent
+                failure = error
+            else:
+                return True
+            size = self.size(name)
+            if size == len(data) and self.read(name, size) == data:
+                return False
+            if isinstance(failure, FileExistsError) and (size is not None or mode != "create"):
+                raise FileExistsError(f"{self}/{name} exists already with other content, and is not overwritten")
+            time.sleep(_PAUSE_SECONDS * 2**number)
+        raise StorageError(f"cannot write {self}/{name}, in {_CREATE_TRIES} tries: {failure}") from failure
 
     def delete(self, names: Sequence[str]) -> None:
         """Delete objects; those that are not there are no error.
@@ -228,9 +316,10 @@ class ObjectFolder:
         except (failures.AlreadyExistsError, failures.PreconditionError, FileExistsError):
             raise FileExistsError(f"{where} exists already") from None
         except (*_DENIED, PermissionError) as error:
-            raise StorageError(f"cannot {doing} {where}: it is not allowed ({_said(error)}). {_REMEDY}") from None
+            raise _DeniedError(f"cannot {doing} {where}: it is not allowed ({_said(error)}). {_REMEDY}") from None
         except failures.NotSupportedError:
-            raise StorageError(f"cannot {doing} {where}: {_NOT_SUPPORTED.get(doing, 'it cannot do that')}") from None
+            reason = _NOT_SUPPORTED.get(doing, "it cannot do that")
+            raise _UnsupportedError(f"cannot {doing} {where}: {reason}") from None
         except _FAILURES as error:
             if tries > 1 and _BROKE_OFF in str(error):
                 return self._ask(name, doing, request, tries - 1)

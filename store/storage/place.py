@@ -2,17 +2,26 @@
 
 import errno
 import os
-import re
 import secrets
+from collections.abc import Mapping
 from contextlib import suppress
+from itertools import islice
+from os import PathLike, fspath
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from residua.store.base.errors import PlanError
+from residua.store.storage.address import is_remote, scheme_of, shown
+from residua.store.storage.destination import BucketFolder, Destination, DiskFolder
 from residua.store.storage.files import make_folders, publish, sweep_next_to, write_file
+from residua.store.storage.lease import LEASE
 from residua.store.storage.lock import naming_archive, try_flock
+from residua.store.storage.objects import ObjectFolder
 
-_ADDRESS = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/")
+TRIAL = ".residua-trial-"
+_ROOT = "zarr.json"
+_WRITABLE = ("s3", "gs", "az")
+_MOST_LISTED = 16
 
 
 class Place(NamedTuple):
@@ -69,13 +78,88 @@ def try_place(destination: Path, *, is_file: bool = False, locks: bool = False, 
     return Place(destination, (note,))
 
 
+class ArchivePlace(NamedTuple):
+    """Where an archive is written.
+
+    Attributes:
+        out: The folder, here or in a bucket.
+        notes: What the user should know about the place, one sentence each.
+    """
+
+    out: Destination
+    notes: tuple[str, ...]
+
+
+def try_archive_place(
+    out: str | PathLike[str], storage_options: Mapping[str, Any] | None = None, *, locks: bool = True
+) -> ArchivePlace:
+    """Try the place where an archive will be written: a folder as `try_place` does, a bucket with a small object.
+
+    Args:
+        out: Path or address of the archive.
+        storage_options: For an address, as for `residua.open`.
+        locks: Whether a lock next to a folder keeps other runs away.
+
+    Raises:
+        PlanError: Nothing can be written at such an address.
+        FileExistsError: Something that is no archive lies at that address.
+        StorageError: The bucket is not there, or may not be written, read or listed.
+        OSError: As for `try_place`.
+    """
+    if not is_remote(out):
+        place = try_place(Path(out), locks=locks, links=True)
+        return ArchivePlace(DiskFolder(place.path), place.notes)
+    if scheme_of(out) not in _WRITABLE:
+        raise PlanError(
+            f"{shown(out)} is an address ({scheme_of(out)}) that archives are read from, and not captured to: capture "
+            "into a bucket (s3://, gs://, az://) or a folder, and copy it there when it is finished"
+        )
+    folder = BucketFolder(fspath(out), storage_options)
+    return ArchivePlace(folder, _try_bucket(folder.objects))
+
+
+def _try_bucket(folder: ObjectFolder) -> tuple[str, ...]:
+    """Write, read and remove a small object; return notes."""
+    names = [entry.name for entry in islice(folder.list(), _MOST_LISTED)]
+    others = [name for name in names if not name.startswith(TRIAL)]
+    if others and folder.size(LEASE) is None and folder.size(_ROOT) is None:
+        raise FileExistsError(
+            errno.EEXIST,
+            f"{folder} has objects already, {others[0]} for example, and no archive: choose another place, or remove "
+            "them",
+        )
+    trial, content = f"{TRIAL}{secrets.token_hex(4)}", secrets.token_bytes(16)
+    try:
+        folder.create(trial, content)
+        keeps_apart = not _is_replaced(folder, trial)
+    finally:
+        folder.delete([trial])
+    if keeps_apart:
+        return ()
+    return (f"{folder} has no objects that are written only once: do not start another run there before this one ends",)
+
+
+def _is_replaced(folder: ObjectFolder, name: str) -> bool:
+    """Return whether the service writes over an object although it was asked not to."""
+    try:
+        folder.create(name, secrets.token_bytes(16))
+    except FileExistsError:
+        return False
+    return True
+
+
+def refuse_address(place: str | PathLike[str], what: str) -> None:
+    """Raise PlanError if `place` is an address: `what` is written to folders only."""
+    if is_remote(place):
+        raise PlanError(
+            f"{shown(place)} is an address ({scheme_of(place)}), and {what} are written to folders only: write to a "
+            "local folder, and copy it when it is finished"
+        )
+
+
 def _followed(destination: Path) -> Path:
     """Return the place, or what it is a link to; raises PlanError for an address, and a link that leads nowhere."""
-    if found := _ADDRESS.match(str(destination)):
-        raise PlanError(
-            f"{destination} is an address ({found[1]}), and results are written to folders only: write to a local "
-            "folder, and copy it when it is finished"
-        )
+    refuse_address(destination, "these results")
     if destination.is_symlink():
         if not destination.exists():
             raise PlanError(

@@ -21,7 +21,7 @@ def make_tokens() -> list[list[int]]:
     return [rng.integers(3, VOCABULARY, length).tolist() for length in LENGTHS]
 
 
-def capture(model: PreTrainedModel, dataset: Any, out: Path, **options: Any) -> CaptureResult:
+def capture(model: PreTrainedModel, dataset: Any, out: Path | str, **options: Any) -> CaptureResult:
     settings = {"rows_per_shard": HEIGHT, "batch_tokens": BATCH_TOKENS, **options}
     return capture_dataset(model, dataset, out=out, **settings)
 

@@ -110,7 +110,7 @@ def test_a_loop_of_its_own_records_each_stack(tmp_path: Any) -> None:
     for sites, lengths in (("encoder.resid_post.*,decoder.cross_k.0", [7, 4]), ("decoder.resid_post.*", [3, 3])):
         with residua.Recorder(model, sites=sites, out=tmp_path / sites[:7], head=False) as recorder, torch.no_grad():
             model(input_ids=IDS, attention_mask=mask, decoder_input_ids=TARGETS)
-        archive = residua.open(recorder.path)
+        archive = residua.open(recorder.out.path)
         assert archive.examples["n_tokens"].to_pylist() == lengths
         assert archive.n_rows == sum(lengths)
     with torch.no_grad():

@@ -1,0 +1,92 @@
+"""A proxy in front of a server on loopback: it passes requests on, counts them, and fails as it is told."""
+
+import http.client
+import http.server
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from urllib.parse import urlsplit
+
+Fault = int | str
+
+
+@dataclass
+class Proxy:
+    """What the proxy does, and what it was asked.
+
+    Attributes:
+        target: Address of the server behind it.
+        url: Where it answers.
+        fault: Called with method and path of each request; returns what goes wrong with it. A number is the status of
+            an answer in the server's place. ``drop`` breaks the connection before anything is passed on, ``lost``
+            after the server has done what it was asked, ``cut`` in the middle of the answer, ``slow`` waits first.
+        requests: How often each method was asked for.
+        n_bytes: Bytes of bodies that were sent through.
+    """
+
+    target: str
+    url: str = ""
+    fault: Callable[[str, str], Fault | None] = lambda _method, _path: None
+    requests: Counter[str] = field(default_factory=Counter)
+    n_bytes: int = 0
+
+    def answer(self, handler: http.server.BaseHTTPRequestHandler) -> None:
+        """Answer one request."""
+        self.requests[handler.command] += 1
+        fault = self.fault(handler.command, handler.path)
+        body = handler.rfile.read(int(handler.headers.get("Content-Length") or 0))
+        handler.close_connection = fault in ("drop", "lost", "cut")
+        if isinstance(fault, int):
+            handler.send_error(fault)
+        if isinstance(fault, int) or fault == "drop":
+            return
+        if fault == "slow":
+            time.sleep(0.3)
+        connection = http.client.HTTPConnection(urlsplit(self.target).netloc, timeout=60)
+        connection.request(handler.command, handler.path, body or None, dict(handler.headers))
+        answer = connection.getresponse()
+        content = answer.read()
+        connection.close()
+        self.n_bytes += len(body)
+        if fault == "lost":
+            return
+        handler.send_response(answer.status)
+        for name, value in answer.getheaders():
+            if name.lower() not in ("connection", "date", "server", "transfer-encoding", "content-length"):
+                handler.send_header(name, value)
+        length = answer.getheader("Content-Length") if handler.command == "HEAD" else None
+        handler.send_header("Content-Length", length or str(len(content)))
+        handler.end_headers()
+        handler.wfile.write(content[: len(content) // 2] if fault == "cut" else content)
+
+
+@contextmanager
+def proxied(target: str) -> Iterator[Proxy]:
+    """Run a proxy in front of the server at `target` while the context lasts."""
+    proxy = Proxy(target)
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+        disable_nagle_algorithm = True
+
+        def do_GET(self) -> None:
+            proxy.answer(self)
+
+        do_HEAD = do_PUT = do_POST = do_DELETE = do_GET  # noqa: N815  # the names that the base class calls
+
+        def log_message(self, format: str, *args: object) -> None:  # noqa: A002
+            """Print nothing."""
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as listening:
+        listening.daemon_threads = True
+        thread = threading.Thread(target=listening.serve_forever, kwargs={"poll_interval": 0.05})
+        thread.start()
+        proxy.url = f"http://127.0.0.1:{listening.server_port}"
+        try:
+            yield proxy
+        finally:
+            listening.shutdown()
+            thread.join()

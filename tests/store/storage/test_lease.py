@@ -1,0 +1,131 @@
+"""The lease on a folder in a bucket: one holder at a time, whatever becomes of it."""
+
+import json
+import threading
+import time
+from typing import Any
+
+import pytest
+
+from residua.store.base.errors import StorageError
+from residua.store.storage import lease as module
+from residua.store.storage.destination import BucketFolder
+from residua.store.storage.lease import LEASE, leased
+from residua.store.storage.lock import ArchiveInUseError
+from residua.store.storage.objects import ObjectFolder
+from tests.servers.s3 import S3Server
+
+pytestmark = pytest.mark.timeout(120)
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "LEASE_SECONDS", 1.0)
+    monkeypatch.setattr(module, "RENEW_SECONDS", 0.2)
+    monkeypatch.setattr(module, "_POLL_SECONDS", 0.05)
+
+
+def written(folder: ObjectFolder, **changes: Any) -> dict[str, Any]:
+    """Return the lease that is there; with changes, as if another process had written it."""
+    values: dict[str, Any] = json.loads(folder.read(LEASE, 2**16))
+    if changes:
+        folder.write(LEASE, [json.dumps({**values, "token": "another", **changes}).encode()])
+    return values
+
+
+def test_a_second_run_is_told_who_holds_it_and_the_next_finds_nothing(s3: S3Server) -> None:
+    folder = ObjectFolder(s3.address("lease-one"), s3.options)
+    with leased(folder, join={"port": 7}):
+        with pytest.raises(ArchiveInUseError, match="lease-one") as caught, leased(folder):
+            pass
+        assert caught.value.owner is not None
+        assert caught.value.owner.join == {"port": 7}
+    assert list(folder.list()) == []
+
+
+@pytest.mark.usefixtures("quick")
+@pytest.mark.parametrize(
+    ("changes", "waits"),
+    [({"pid": 2**22 + 1}, False), ({"started": "1"}, False), ({"machine": "another"}, True)],
+    ids=["its process is gone", "its number is another process's", "another machine's"],
+)
+def test_a_lease_whose_holder_is_gone_is_taken_over(s3: S3Server, changes: dict[str, Any], waits: bool) -> None:
+    folder = ObjectFolder(s3.address(f"lease-gone-{next(iter(changes))}"), s3.options)
+    with leased(folder):
+        values = written(folder)
+    folder.write(LEASE, [json.dumps({**values, **changes, "token": "old"}).encode()])
+    began = time.monotonic()
+    with leased(folder):
+        assert (time.monotonic() - began > module.LEASE_SECONDS) is waits
+        assert written(folder)["token"] not in ("old", values["token"])
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_lease_that_is_renewed_elsewhere_is_not_taken(s3: S3Server) -> None:
+    folder = ObjectFolder(s3.address("lease-elsewhere"), s3.options)
+    with leased(folder):
+        values = written(folder)
+    stop = threading.Event()
+
+    def renew() -> None:
+        n = 0
+        while not stop.wait(0.2):
+            n += 1
+            folder.write(LEASE, [json.dumps({**values, "machine": "another", "host": "far", "renewed": n}).encode()])
+
+    folder.write(LEASE, [json.dumps({**values, "machine": "another"}).encode()])
+    thread = threading.Thread(target=renew)
+    thread.start()
+    try:
+        with pytest.raises(ArchiveInUseError, match="far"), leased(folder):
+            pass
+    finally:
+        stop.set()
+        thread.join()
+
+
+@pytest.mark.usefixtures("quick")
+def test_who_lost_the_lease_writes_no_more_and_leaves_it_alone(s3: S3Server) -> None:
+    out = BucketFolder(s3.address("lease-lost"), s3.options)
+    with out.locked():
+        out.write("first", [b"1"])
+        written(out.objects, host="the-other")
+        time.sleep(3 * module.RENEW_SECONDS)
+        for refused in (
+            lambda: out.write("second", [b"2"]),
+            lambda: out.create("commits/1", b"2"),
+            lambda: out.remove(["first"]),
+        ):
+            with pytest.raises(StorageError, match="the-other"):
+                refused()
+    assert written(out.objects)["host"] == "the-other"
+    assert sorted(out.names("")) == []
+    assert out.n_bytes("second") is None
+
+
+@pytest.mark.usefixtures("quick")
+def test_of_many_that_take_over_at_once_one_wins(s3: S3Server) -> None:
+    folder = ObjectFolder(s3.address("lease-race"), s3.options)
+    with leased(folder):
+        values = written(folder)
+    folder.write(LEASE, [json.dumps({**values, "pid": 2**22 + 1, "token": "old"}).encode()])
+    outcomes: list[str] = []
+    done = threading.Event()
+
+    def take() -> None:
+        try:
+            with leased(folder):
+                outcomes.append("held")
+                done.wait(60)
+        except ArchiveInUseError:
+            outcomes.append("refused")
+
+    threads = [threading.Thread(target=take) for _ in range(6)]
+    for thread in threads:
+        thread.start()
+    while outcomes.count("refused") < 5 and len(outcomes) < 6:
+        time.sleep(0.05)
+    done.set()
+    for thread in threads:
+        thread.join()
+    assert sorted(outcomes) == ["held"] + ["refused"] * 5
