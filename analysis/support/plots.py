@@ -269,4 +269,4 @@ def _write_texts(
             shade = shades[row, column]
             dark = abs(shade - 0.5) > 0.35 if centred else shade < 0.6
             colour = "white" if dark else "black"
-            axes.text(column, row, texts[row][column], ha="center", va="center", fontsize=7, color=colour)
+            axes.text(column, row, str(texts[row][column]), ha="center", va="center", fontsize=7, color=colour)

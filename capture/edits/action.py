@@ -61,24 +61,31 @@ class SiteRows(Protocol):
     @property
     def source(self) -> ExampleSource:
         """The archive or run whose examples they belong to."""
+        ...
 
     def require_site(self, info: SiteInfo, /) -> None:
         """Raise PlanError unless there are rows of a site, of the shape that the model has there."""
+        ...
 
     def require(self, site: str, rows: Indices, dtype: torch.dtype, /) -> None:
         """Check, before the model runs, that these rows can go into a model of this type."""
+        ...
 
     def read(self, site: str, rows: Indices, /) -> Tensor:
         """Return rows of a site, (rows, *row)."""
+        ...
 
     def means(self, site: str, classes: Sequence[Sequence[int] | None], /) -> "list[npt.NDArray[np.float64] | None]":
         """Return the mean of the rows of each class of examples, as `mean_rows` does."""
+        ...
 
     def prefetch(self, site: str, rows: Indices, /) -> None:
         """Start to read rows that `read` will be asked for."""
+        ...
 
     def close(self) -> None:
         """Let go of what was read ahead."""
+        ...
 
 
 class StoredRows:

@@ -167,10 +167,11 @@ class Replay:
     @property
     def original_logits(self) -> list[Tensor]:
         """Logits of the same examples, from the same stored rows, without the edits and without a graph."""
-        if self._original is None:
+        found = self._original
+        if found is None:
             with self._running():
-                self._original = self._replayer.run(self._batch, edited=False)
-        return self._original.require_logits()
+                found = self._original = self._replayer.run(self._batch, edited=False)
+        return found.require_logits()
 
     def metric(self, metric: MetricSpec) -> Tensor:
         """Return a metric of the logits, one number; `residua.capture.replay.metrics` lists the metrics.

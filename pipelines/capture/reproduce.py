@@ -15,7 +15,7 @@ from residua.capture.replay.recorded_inputs import RecordedInputs
 from residua.capture.sites.names_to_modules import resolve_sites
 from residua.capture.taps.reading import reading
 from residua.pipelines.capture.captured_batches import sample_batches
-from residua.pipelines.setup.models import captured_model
+from residua.pipelines.setup.models import captured_model, model_first
 from residua.pipelines.setup.settings import CaptureSettings
 from residua.store.base.errors import PlanError, few
 from residua.store.read.archive import Archive, refuse_replay
@@ -48,8 +48,8 @@ class Reproduction:
 
 
 def reproduce(
-    archive: Archive | str | PathLike[str],
     model: str | PathLike[str] | PreTrainedModel,
+    archive: Archive | str | PathLike[str],
     *,
     n_batches: int = 4,
     seed: int = 0,
@@ -59,8 +59,8 @@ def reproduce(
     """Run a sample of an archive's batches through `model` again and compare every site with what is stored.
 
     Args:
-        archive: The archive, or its path or address.
         model: The model that was captured: a transformers model, or a hub id or folder of one.
+        archive: The archive, or its path or address.
         n_batches: How many batches to run; they are chosen at random from those that are captured in full.
         seed: Seed of the choice.
         device: Device of the model, if it is loaded here.
@@ -75,6 +75,7 @@ def reproduce(
             replay, or has examples with images, which are not stored.
         NotCapturedError: Nothing is captured yet.
     """
+    model, archive = model_first(model, archive, "residua.reproduce")
     opened = open_archive(archive)
     refuse_replay(opened, "residua reproduce")
     plan = opened.plan

@@ -114,8 +114,8 @@ def run_sample(options: argparse.Namespace, job: Callable[..., Found], *, shown:
     """Call a job with the flags of `add_sample_flags` and with `more`; show its progress if `shown`."""
     with StepProgress("batch", shown=shown and not options.json) as progress:
         return job(
-            options.archive,
             options.model,
+            options.archive,
             n_batches=options.batches,
             seed=options.seed,
             device=options.device,

@@ -18,7 +18,7 @@ from residua.capture.replay.notes import is_rounded
 from residua.pipelines.capture.captured_batches import sample_batches
 from residua.pipelines.jobs.sharing import SharedWork
 from residua.pipelines.jobs.workers import working_together
-from residua.pipelines.setup.models import replayed_model
+from residua.pipelines.setup.models import model_first, replayed_model
 from residua.pipelines.setup.settings import CaptureSettings
 from residua.store.base.errors import PlanError
 from residua.store.format.sidecars import FIDELITY_FILE, Fidelity, SiteFidelity, write_fidelity
@@ -32,8 +32,8 @@ _STREAM = ("resid_pre", "resid_mid", "resid_post", "final")
 
 
 def fidelity(
-    archive: Archive | str | PathLike[str],
     model: str | PathLike[str] | PreTrainedModel | PipelineScheduleSingle,
+    archive: Archive | str | PathLike[str],
     *,
     n_batches: int = 16,
     seed: int = 0,
@@ -49,9 +49,9 @@ def fidelity(
     archive; `residua info` shows them. The processes of a launch share the batches; see docs/distributed.md.
 
     Args:
-        archive: The archive, or its path or address.
         model: The model that was captured: a transformers model, or a hub id or folder of one; or the schedule of a
             torch pipeline, as `residua.replay` takes it.
+        archive: The archive, or its path or address.
         n_batches: How many batches of the plan run; they are chosen at random from the captured ones.
         seed: Seed of the choice.
         device: Device of the model, if it is loaded here.
@@ -69,9 +69,10 @@ def fidelity(
         CaptureError: The model gave no logits, or another process that shares the work is gone.
 
     Example:
-        >>> found = residua.fidelity("acts.zarr", "models/pydoc-1m")  # doctest: +SKIP
+        >>> found = residua.fidelity("models/pydoc-1m", "acts.zarr")  # doctest: +SKIP
         >>> found.sites["resid_post.3"].kl_mean  # doctest: +SKIP
     """
+    model, archive = model_first(model, archive, "residua.fidelity")
     place = open_archive(archive)
     opened = main_archive(place)
     refuse_replay(opened, "residua fidelity")

@@ -2,6 +2,7 @@
 
 import os
 import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
@@ -29,7 +30,9 @@ from residua.pipelines.data.tokenizer import knows_text
 from residua.pipelines.setup.settings import CaptureSettings
 from residua.store.base.errors import PlanError
 from residua.store.base.naming import named
+from residua.store.format.archive_metadata import ROOT
 from residua.store.read.archive import Archive
+from residua.store.storage.address import is_remote
 
 _TOKENIZER_FILES = frozenset(
     ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
@@ -146,6 +149,33 @@ def replayed_model(
         return
     with as_model(model) as stage:
         yield stage
+
+
+def model_first(model: Any, archive: Any, call: str) -> tuple[Any, Any]:
+    """Return a model and an archive in this order, as they were given or, with a warning, in the order of version 0.1.
+
+    Args:
+        model: The first argument.
+        archive: The second argument.
+        call: The public name that was called.
+    """
+    is_archive_first = isinstance(model, Archive) or (
+        isinstance(model, str | PathLike)
+        and (not isinstance(archive, str | PathLike) or not _may_be_archive(archive))
+        and _may_be_archive(model)
+    )
+    if not is_archive_first:
+        return model, archive
+    warnings.warn(
+        f"{call} takes the model first, then the archive: the other order will be refused in the next version",
+        DeprecationWarning,
+        stacklevel=3,
+    )
+    return archive, model
+
+
+def _may_be_archive(place: str | PathLike[str]) -> bool:
+    return is_remote(place) or (Path(place) / ROOT).is_file()
 
 
 def captured_model(

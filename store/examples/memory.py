@@ -29,30 +29,39 @@ class Examples(Protocol):
 
     def __len__(self) -> int:
         """Return the number of examples."""
+        ...
 
     def index(self) -> ExampleIndex:
         """Return the lengths of all examples."""
+        ...
 
     def rows(self, example_index: int, /) -> tuple[int, int]:
         """Return the first row of one example, and the row after its last."""
+        ...
 
     def tokens(self, example_index: int, /) -> IntArray:
         """Return the token ids of one example, int32, (tokens)."""
+        ...
 
     def positions(self, example_index: int, /) -> IntArray:
         """Return the kept positions of one example, int32, (rows of the example)."""
+        ...
 
     def batch(self, example_indices: Sequence[int], /) -> list[tuple[IntArray, IntArray]]:
         """Return (token ids, positions) of examples."""
+        ...
 
     def lists(self, column: str, example_indices: Sequence[int], /) -> list[IntArray]:
         """Return one of the columns of lists of whole numbers for examples, int32."""
+        ...
 
     def table(self, columns: Sequence[str] | None = None, /) -> pa.Table:
         """Return all examples as one table, or only `columns`."""
+        ...
 
     def column_types(self) -> dict[str, pa.DataType]:
         """Return the Arrow types of the user's own columns; null for one without any value."""
+        ...
 
 
 class ExampleSource(Protocol):
@@ -61,14 +70,17 @@ class ExampleSource(Protocol):
     @property
     def place(self) -> str:
         """What messages call it."""
+        ...
 
     @property
     def example_table(self) -> Examples:
         """Its examples."""
+        ...
 
     @property
     def n_rows(self) -> int:
         """How many rows it has."""
+        ...
 
 
 class ExamplesInMemory:

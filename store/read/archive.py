@@ -99,6 +99,10 @@ class Archive(Mapping[str, ArchiveArray]):
         documents = None if self.metadata.index is None else self.metadata.documents
         check_arrays(self.path, self.arrays, self.metadata.n_rows, documents)
 
+    def __fspath__(self) -> str:
+        """Return `place`: an open archive may be given wherever a path or an address may."""
+        return self.place
+
     @property
     def place(self) -> str:
         """Where the archive is: its folder, or its address."""
@@ -302,13 +306,17 @@ class Archive(Mapping[str, ArchiveArray]):
     def _is_complete(self) -> bool:
         return self.is_sealed
 
-    @cached_property
+    @property
     def example_table(self) -> ExampleTable:
         """The example table, read part by part. A part's SHA-256 is compared before its content is used.
 
         Raises:
             DamagedArchiveError: A part is missing, or belongs to another archive.
         """
+        return self._example_table
+
+    @cached_property
+    def _example_table(self) -> ExampleTable:
         parts = {name: digest for name, digest in self.metadata.files.items() if name.startswith("examples/")}
         if not isinstance(self.commits, PackedIndex):  # whose files are all in the metadata
             parts |= named_example_files(self.commits)

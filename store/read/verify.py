@@ -12,6 +12,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from itertools import islice
+from os import PathLike, fspath
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -91,7 +92,7 @@ class Verification:
 
 
 def verify(
-    path: str | Path,
+    path: str | PathLike[str],
     *,
     sample: int | None = None,
     threads: int | None = None,
@@ -102,7 +103,7 @@ def verify(
     """Re-hash everything in the archive at `path`.
 
     Args:
-        path: Folder or address of the archive.
+        path: The archive, or its path or address.
         sample: Check only that many shards, chosen at random; everything beside the shards is checked.
         threads: Threads that share the shards; by default the processor's, up to four.
         checkpoint: A file, outside the archive, that is written every few seconds and removed at the end. A
@@ -118,6 +119,7 @@ def verify(
         StorageError: An address cannot be read.
         OSError: The checkpoint cannot be written.
     """
+    path = fspath(path)
     report, folder = Verification(), Path(path)
     try:
         stacks = () if is_remote(path) else stacks_in(folder)

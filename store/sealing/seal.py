@@ -88,7 +88,7 @@ def pack(archive: str | PathLike[str], *, on_shard: _Progress = lambda *_: None)
     The metadata of the arrays become those of format 1.1, too. No shard and no record is changed.
 
     Args:
-        archive: Folder of the archive.
+        archive: The archive, or its folder.
         on_shard: Called after each shard, with the number done and the total.
 
     Raises:

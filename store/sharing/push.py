@@ -49,7 +49,7 @@ def push(
     A dataset repository of the Hub is made unless it is there, and gets a card: see ``residua card``.
 
     Args:
-        source: Folder of the archive.
+        source: The archive, or its folder.
         address: Where it goes, for example ``s3://bucket/acts.zarr`` or ``hf://datasets/ORG/NAME[@BRANCH][/FOLDER]``.
         public: On the Hub: whether a repository that is made now can be seen by everybody.
         license: On the Hub: licence of the activations for the card, such as ``cc-by-4.0``.

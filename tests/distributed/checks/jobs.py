@@ -57,7 +57,7 @@ def results(model: Any, archive: Archive, lossy: Archive, out: Path, *, sweeps: 
     assert replayed.archive is not None
     assert verify(replayed.archive.path).problems == []
     following = {site: replayed.archive[site].torch(slice(0, archive.n_rows)) for site in replayed.archive.sites}
-    sites = residua.fidelity(lossy.path, model).sites
+    sites = residua.fidelity(model, lossy.path).sites
     measured = {name: [site.kl_mean, site.kl_max, site.top1_agreement] for name, site in sites.items()}
     sweep: dict[str, Any] = {"sites": "resid_post.*,z.1", "positions": [2, -1]}
     found = {

@@ -185,7 +185,7 @@ def test_what_prints_of_a_capture_is_one_short_line(
     with residua.tap(llama, "resid_post.*", lambda *_: None) as taps:
         taps.enabled = False
         assert repr(taps) == "<Tap of resid_post.0, resid_post.1, resid_post.2, switched off>"
-    found = residua.reproduce(archive.path, llama)
+    found = residua.reproduce(llama, archive.path)
     assert repr(found).endswith("every row is equal bit for bit>")
     with residua.replay(llama, archive, examples=range(len(LENGTHS)), at="resid_post.0") as run:
         assert repr(run) == f"<Replay of examples 0, 1, 2, 3, 4 and 9 more of {archive.path}>"

@@ -152,7 +152,7 @@ def test_a_capture_is_resumed_and_reproduced(tmp_path: Path) -> None:
     for site in again.sites:
         np.testing.assert_array_equal(again[site][:], result.archive[site][:])
     for stack in ("encoder", "decoder"):
-        assert residua.reproduce(out / stack, model).is_exact
+        assert residua.reproduce(model, out / stack).is_exact
     with pytest.raises(PlanError, match=r"encoder and decoder"):
         capture_dataset(model, ROWS, out=out, sites="encoder.resid_post.*", **SETTINGS)
     changed = [{**row, "input_ids": row["input_ids"][::-1]} for row in ROWS]  # the decoder's tokens stay the same
@@ -262,7 +262,7 @@ def test_rows_of_audio_are_positions_of_the_encoder(tmp_path: Path) -> None:
         capture_dataset(model, HEARD[::-1], out=tmp_path / "a.zarr", **settings)
     for stack in archive.stacks.values():
         with pytest.raises(PlanError, match=r"input_features|token"):
-            residua.reproduce(stack.path, model)
+            residua.reproduce(model, stack.path)
 
 
 class Extractor:

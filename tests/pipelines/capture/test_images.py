@@ -177,7 +177,7 @@ def test_what_an_archive_without_pixels_cannot_do_is_refused(tmp_path: Path) -> 
     with pytest.raises(PlanError, match="images"), residua.replay(model, archive, at="resid_post.1", examples=[0]):
         pass
     with pytest.raises(PlanError, match="images"):
-        reproduce(out, model)
+        reproduce(model, out)
 
 
 def test_a_changed_digest_of_an_image_is_damage(tmp_path: Path) -> None:

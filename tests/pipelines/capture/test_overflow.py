@@ -125,7 +125,7 @@ def test_consumers_refuse_rows_that_lack_values(codec: str, tmp_path: Path) -> N
         residua.replay_dataset(model, archive, out=tmp_path / "replay", edits=swap)
     assert not (tmp_path / "replay").exists()
     with pytest.raises(PlanError, match=said):
-        residua.fidelity(archive.path, model, n_batches=1)
+        residua.fidelity(model, archive.path, n_batches=1)
 
 
 @pytest.mark.parametrize(

@@ -116,6 +116,6 @@ def test_a_capture_is_resumed_and_reproduced(tmp_path: Path) -> None:
     again = captured(model, tmp_path / "a.zarr")
     assert again.resumed
     assert RAN_ALONE in again.notes
-    found = reproduce(tmp_path / "a.zarr", model, n_batches=4)
+    found = reproduce(model, tmp_path / "a.zarr", n_batches=4)
     assert found.is_exact
     assert found.n_batches == len(LENGTHS)

@@ -75,7 +75,7 @@ def test_the_model_does_not_run_where_nothing_can_be_written(
     with monkeypatch.context() as patched:
         patched.setattr(os, "replace", fail)
         with pytest.raises(OSError, match=r"fidelity\.json"):
-            residua.fidelity(archive.path, model, n_batches=1)
+            residua.fidelity(model, archive.path, n_batches=1)
         with pytest.raises(OSError, match="swept"):
             residua.patch(model, [{"clean": [5], "corrupted": [6], "answer": 1}], metric="loss", out="swept")
     assert not n_calls

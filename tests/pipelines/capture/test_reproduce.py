@@ -36,7 +36,7 @@ def captured(out: Path, **options: Any) -> Path:
 def test_the_same_model_gives_the_same_bits(dtype: str | None, tmp_path: Path) -> None:
     model = TINY["llama"]()
     model.set_attn_implementation("eager")
-    found = reproduce(captured(tmp_path / "a.zarr", dtype=dtype), model, n_batches=99)
+    found = reproduce(model, captured(tmp_path / "a.zarr", dtype=dtype), n_batches=99)
     assert found.is_exact
     assert {site.rows for site in found.sites.values()} == {93}
     assert found.differences == ()
@@ -50,7 +50,7 @@ def test_a_changed_value_is_seen(tmp_path: Path) -> None:
     first, second = one.read_bytes(), two.read_bytes()
     one.write_bytes(second)
     two.write_bytes(first)
-    found = reproduce(out, TINY["llama"](), n_batches=99)
+    found = reproduce(TINY["llama"](), out, n_batches=99)
     assert not found.is_exact
     assert found.sites["resid_post.1"].largest_error > 0
 
@@ -65,7 +65,7 @@ def test_another_model_is_refused(tmp_path: Path) -> None:
     with torch.no_grad():
         next(other.parameters())[0, 0] += 1
     with pytest.raises(PlanError, match="weights"):
-        reproduce(out, other)
+        reproduce(other, out)
 
 
 @pytest.mark.parametrize("attention", ["eager", "flash_attention_2"])
@@ -74,7 +74,7 @@ def test_another_attention_is_refused(attention: str, tmp_path: Path) -> None:
     model = TINY["llama"]()
     model.config._attn_implementation = attention  # is compared before the model runs
     with pytest.raises(PlanError, match=rf"attention: sdpa .* {attention} here"):
-        reproduce(captured(tmp_path / "a.zarr", sites="embed"), model)
+        reproduce(model, captured(tmp_path / "a.zarr", sites="embed"))
 
 
 def test_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

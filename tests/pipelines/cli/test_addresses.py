@@ -122,4 +122,4 @@ def test_the_command_line(
 def test_what_keeps_its_figures_in_the_archive_needs_a_folder(both: Both) -> None:
     model = loaded()
     with pytest.raises(residua.ResiduaError, match=r"s3://acts/a\.zarr"):
-        residua.fidelity(both.there, model)
+        residua.fidelity(model, both.there)

@@ -232,7 +232,7 @@ def test_fidelity_of_both_stacks(captured: Captured, tmp_path: Path) -> None:
     """Rows of bfloat16, put in by a plain hook one pair at a time, cost what the figures say."""
     sites = "encoder.final,decoder.resid_post.1"
     archive = capture_dataset(captured.model, ROWS, out=tmp_path / "a.zarr", sites=sites, dtype="bfloat16").archive
-    found = fidelity(archive, captured.model)
+    found = fidelity(captured.model, archive)
     encoder, decoder = blocks_of(captured)
     for site, path in (("encoder.final", f"{encoder}.{N_ENCODER - 1}"), ("decoder.resid_post.1", f"{decoder}.1")):
 
@@ -250,7 +250,7 @@ def test_fidelity_of_both_stacks(captured: Captured, tmp_path: Path) -> None:
         assert (stack.path / "fidelity.json").exists()
         assert not verify(stack.path).problems
     with pytest.raises(PlanError, match="encoder alone"):
-        fidelity(archive.path / "encoder", captured.model)
+        fidelity(captured.model, archive.path / "encoder")
 
 
 def test_audio_is_given_by_the_caller(tmp_path: Path) -> None:

@@ -47,7 +47,7 @@ def divergences(archive: Archive, layer: int) -> tuple[list[float], int]:
 def test_figures_are_those_of_plain_hooks(options: dict[str, str], tmp_path: Path) -> None:
     archive = captured(model_of("llama"), tmp_path / "a", sites="resid_post.0,resid_post.1,z.1", **options)
     digest = archive.plan.digest
-    found = residua.fidelity(archive.path, model_of("llama"), n_batches=99)
+    found = residua.fidelity(model_of("llama"), archive.path, n_batches=99)
     assert (found.n_examples, found.n_tokens) == (5, N_TOKENS)
     assert list(found.sites) == ["resid_post.0", "resid_post.1"]
     for layer in (0, 1):
@@ -67,11 +67,11 @@ def test_what_cannot_be_measured_or_trusted_is_refused(tmp_path: Path) -> None:
     model = model_of("llama")
     exact = captured(model, tmp_path / "exact", sites="resid_post.1,z.1")
     with pytest.raises(PlanError, match=r"rounded.*resid_post\.1"):
-        residua.fidelity(exact.path, model)
+        residua.fidelity(model, exact.path)
     lossy = captured(model, tmp_path / "lossy", sites="resid_post.1", codec="bitround7")
     with pytest.raises(PlanError, match=re.escape(str(lossy.path))):
-        residua.fidelity(lossy.path, model_of("gpt2"))
-    residua.fidelity(lossy.path, model, n_batches=1)
+        residua.fidelity(model_of("gpt2"), lossy.path)
+    residua.fidelity(model, lossy.path, n_batches=1)
     file = lossy.path / "fidelity.json"
     (exact.path / "fidelity.json").write_bytes(file.read_bytes())
     with pytest.raises(PlanError, match=r"fidelity\.json.* another archive"):

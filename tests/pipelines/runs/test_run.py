@@ -150,7 +150,7 @@ def test_a_saved_run_is_an_archive(name: str, edits: list[dict[str, Any]], tmp_p
     with residua.replay(model, archive, examples=[0, 1], at=f"resid_post.{LAYERS - 1}") as again:
         assert close(again.logits[1], run.logits[1])
     if not edits:
-        assert residua.reproduce(archive.path, model).is_exact
+        assert residua.reproduce(model, archive.path).is_exact
 
 
 def test_no_weights_are_hashed(monkeypatch: pytest.MonkeyPatch) -> None:
