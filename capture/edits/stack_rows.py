@@ -72,7 +72,7 @@ class ModelRows:
         PlanError: The archive and the model do not have the same stacks, or its stacks are not of one capture.
     """
 
-    def __init__(self, source: ExampleSource, model: PreTrainedModel, stored: SiteRows | None = None) -> None:
+    def __init__(self, source: Archive | ExampleSource, model: PreTrainedModel, stored: SiteRows | None = None) -> None:
         if isinstance(source, Archive):
             first = main_archive(source)
             self.main = StackRows(first, stored)

@@ -401,7 +401,7 @@ class Replayer:
             nodes.setdefault(name, tensor)
 
         kwargs = self._arguments(batch)
-        if self.recorded.given:
+        if self.recorded.given or self.recorded.has_images:
             kwargs.pop("position_ids", None)  # images and the like have a say in positions
         kwargs |= {**batch.inputs, **self.recorded.given}
         with (

@@ -68,7 +68,7 @@ class RecordedInputs:
         plan = self._archive.plan
         if STACK_RULE in plan.rules and SOURCE_SHA256 in table.column_types():
             return [[FRAMES] for _ in range(len(table))]
-        has_others = plan.rules.get("loop") == "user" or is_replay(self._archive) or HAS_IMAGES in plan.dataset
+        has_others = plan.rules.get("loop") == "user" or is_replay(self._archive) or self.has_images
         if not has_others or table.column_types().get(OTHER_INPUTS) != pa.list_(pa.string()):
             return []
         names: list[list[str] | None] = table.table([OTHER_INPUTS])[OTHER_INPUTS].to_pylist()
@@ -115,6 +115,15 @@ class RecordedInputs:
         """Whether examples were recorded with more than tokens and mask."""
         return bool(self._names)
 
+    @property
+    def has_images(self) -> bool:
+        """Whether the examples are those of a dataset with images: their model numbered positions itself."""
+        return self._archive is not None and HAS_IMAGES in self._archive.plan.dataset
+
+    @property
+    def _remedy(self) -> str:
+        return "images= and processor= (or inputs=)" if self.has_images else "inputs="
+
     def require(self, examples: Sequence[int]) -> None:
         """Raise PlanError if one of these examples cannot run again from what the archive and the caller have."""
         if self._archive is None:
@@ -128,7 +137,7 @@ class RecordedInputs:
             if not self._force and (missing := self._missing(number)):
                 raise PlanError(
                     f"example {number} of {self._place} was recorded with {few(missing)}, which an archive "
-                    "does not store, so a replay would run the model on other inputs: give them by inputs= of "
+                    f"does not store, so a replay would run the model on other inputs: give them by {self._remedy} of "
                     f"residua.replay, choose examples without, or run without them by {named('force', True)}, which is "
                     "noted"
                 )

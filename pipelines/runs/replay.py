@@ -20,6 +20,7 @@ from residua.capture.identity.provenance import running_as_captured
 from residua.capture.replay.engine import Replayer
 from residua.capture.runtime.pipeline_schedule import PIPELINE_TYPES, as_model
 from residua.capture.runtime.process_groups import declared_group
+from residua.pipelines.images.replayed import replayed_images
 from residua.pipelines.runs.result import Run
 from residua.pipelines.runs.texts import Texts
 from residua.store.edits.parser import EditSource, parse_edits
@@ -39,6 +40,8 @@ def replay(
     grad: bool = False,
     force: bool = False,
     inputs: Mapping[str, Tensor] | None = None,
+    images: Sequence[object] | None = None,
+    processor: object | None = None,
     tensor_parallel: ProcessGroup | DeviceMesh | None = None,
 ) -> Iterator[Run]:
     """Put stored rows of some examples back into the model, edit, and run only the layers above.
@@ -67,13 +70,18 @@ def replay(
         inputs: What the examples ran with beside tokens and mask and the archive does not keep, such as
             ``pixel_values``: tensors by name, for `examples` in their order. The model then numbers positions itself,
             unless ``position_ids`` are among them.
+        images: Of a vision-language model the images that the examples were captured with: for each example a list (PIL
+            images, arrays of pixels, bytes or paths of files), or one image, or None. They are compared with those of
+            the capture.
+        processor: The model's processor, for `images`.
         tensor_parallel: The ranks over which activations are split, if the model does not show them.
 
     Yields:
         The replay.
 
     Raises:
-        PlanError: An edit does not fit, rows do not exist, or the model is another one. The model has not run.
+        PlanError: An edit does not fit, rows do not exist, or the model, an image or the processor is another one. The
+            model has not run.
         UnknownSiteError: The model or the archive does not have a site.
         NotCapturedError: Rows are not captured yet.
 
@@ -89,6 +97,8 @@ def replay(
         stack.enter_context(declared_group(model, tensor_parallel))
         for one in archives_of(opened):
             stack.enter_context(running_as_captured(one, model))
+        if images is not None:
+            inputs = {**replayed_images(main_archive(opened), model, examples, images, processor), **(inputs or {})}
         replayer = Replayer(
             model, opened, at=at, edits=parsed, force=force, inputs=inputs, tensor_parallel=tensor_parallel
         )
