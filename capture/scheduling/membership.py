@@ -38,11 +38,15 @@ def number_of_late_worker(store: Store, n_launched: int) -> int:
 
 
 class Launch(NamedTuple):
-    """Processes that were launched together, as one of them sees them; late workers may join the job."""
+    """Processes that were launched together, as one of them sees them; late workers may join the job.
+
+    `store` is that of the job, and `calls` one for all jobs of the launch.
+    """
 
     store: Store
     rank: int
     n_launched: int
+    calls: Store
 
 
 class Membership:
@@ -133,13 +137,14 @@ class Membership:
         """Delete what was published under `name`."""
         self._call(self._store.delete_key, name)
 
-    def await_message(self, name: str, *, patience: float) -> dict[str, Any]:
+    def await_message(self, name: str, *, patience: float, check: Callable[[], None] = lambda: None) -> dict[str, Any]:
         """Wait for the message that worker 0 publishes under `name`, and return it.
 
         Args:
             name: Name of the message.
             patience: Time that worker 0 may take to appear, in seconds. Once it has appeared, the wait ends only with
                 the message or with worker 0.
+            check: Called meanwhile; what it raises ends the wait.
 
         Raises:
             CaptureError: Worker 0 is lost, has left, or did not appear.
@@ -151,6 +156,7 @@ class Membership:
                 raise CaptureError(f"worker 0 did not appear within {patience:.0f} s: see its own messages")
             if status is not None and self.is_gone(0) and (message := self.message(name)) is None:
                 raise CaptureError(self.failure_reason(0))
+            check()
             time.sleep(_POLL_SECONDS)
         return message
 

@@ -8,18 +8,20 @@ Among workers that are launched together, worker 0 holds the lock.
 import hashlib
 import os
 import socket
+import sys
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from datetime import timedelta
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous as torch_rendezvous
 
-from residua.capture.runtime.compat import PrefixStore, TCPStore, default_store
+from residua.capture.runtime.compat import PrefixStore, Store, TCPStore, default_store
 from residua.capture.scheduling.membership import (
     EXIT_GRACE_SECONDS,
     LOST_SECONDS,
@@ -30,11 +32,13 @@ from residua.capture.scheduling.membership import (
 )
 from residua.store.base.canonical import Json
 from residua.store.base.errors import CaptureError
+from residua.store.base.naming import named
 from residua.store.storage.destination import Destination, destination_of
 from residua.store.storage.lock import ArchiveInUseError
 
 _LOCAL = ("localhost", "127.0.0.1", "::1")
 _jobs: Counter[str] = Counter()
+_calls: Counter[str] = Counter()
 
 
 @contextmanager
@@ -48,13 +52,16 @@ def rendezvous(out: Path | Destination | None, *, join: bool, job: str = "") -> 
 
     Raises:
         ArchiveInUseError: Another run is writing it, and `join` is False or that run cannot be joined.
-        CaptureError: The other workers do not appear, or the run to join does not answer.
+        CaptureError: The other workers do not appear, or name another folder in the same call of a program, or the run
+            to join does not answer.
     """
     launch, address = _launch(f"{job} {out or ''}")
     with ExitStack() as stack:
         membership = None
         if launch is not None:
-            membership = _launched_together(out, launch, address, join, stack)
+            call = _Call(launch, f"{out or job}")
+            call.require_same()
+            membership = _launched_together(out, launch, address, join, stack, call)
         elif out is not None and join:
             membership = _alone_or_joining(out, stack)
         elif out is not None:
@@ -62,13 +69,56 @@ def rendezvous(out: Path | Destination | None, *, join: bool, job: str = "") -> 
         yield None if membership is None else stack.enter_context(membership)
 
 
+class _Call:
+    """One call of the program that asks for a job, as the processes of a launch see it.
+
+    The same lines of a program, reached for the same time, are the same call on every rank. A job of rank 0 alone is
+    another call than the next one, for which the others wait already.
+
+    Args:
+        launch: The processes; the store under its own prefix may differ between them, so calls are kept above it.
+        what: The folder, or else the job.
+    """
+
+    def __init__(self, launch: Launch, what: str) -> None:
+        place = _lines_of_callers()
+        self._launch = launch
+        self._name = f"{place}/{_calls[place]}"
+        self._what = what
+        _calls[place] += 1
+        launch.calls.set(f"{self._name}/{launch.rank}", what)
+
+    def require_same(self) -> None:
+        """Raise CaptureError if another process of the launch makes the same call for something else."""
+        for rank in range(self._launch.n_launched):
+            name = f"{self._name}/{rank}"
+            if not self._launch.calls.check([name]):
+                continue
+            other = self._launch.calls.get(name).decode()
+            if other != self._what:
+                raise CaptureError(
+                    f"processes that were launched together make one result, and in one call rank {rank} names "
+                    f"{other}, and rank {self._launch.rank} {self._what}: give the same {named('out')} on all of them"
+                )
+
+
+def _lines_of_callers() -> str:
+    """Return a digest of the lines that are being called, of all modules up to the program."""
+    lines: list[str] = []
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        lines.append(f"{frame.f_code.co_filename}:{frame.f_lineno}")
+        frame = frame.f_back
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
+
+
 def _launch(job: str) -> tuple[Launch | None, Mapping[str, Json] | None]:
     """Return the processes that were launched together, and where other runs can reach their store, if they can."""
     if dist.is_available() and dist.is_initialized():
         if dist.get_world_size() == 1:
             return None, None
-        store = PrefixStore(_prefix(job), default_store())
-        return Launch(store, dist.get_rank(), dist.get_world_size()), None
+        store = default_store()
+        return _launch_of(store, _prefix(job), dist.get_rank(), dist.get_world_size()), None
     if int(os.environ.get("WORLD_SIZE", "1")) == 1 or not {"RANK", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
         return None, None
     try:
@@ -78,7 +128,15 @@ def _launch(job: str) -> tuple[Launch | None, Mapping[str, Json] | None]:
     store.set_timeout(timedelta(seconds=LOST_SECONDS))
     prefix = _prefix(job)
     address = _address(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), prefix, n)
-    return Launch(PrefixStore(prefix, store), rank, n), address
+    return _launch_of(store, prefix, rank, n), address
+
+
+def _launch_of(store: Store, prefix: str, rank: int, n: int) -> Launch:
+    return Launch(PrefixStore(prefix, store), rank, n, PrefixStore(f"residua/{_attempt()}/calls", store))
+
+
+def _attempt() -> str:
+    return os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")  # torchrun keeps one store for all its attempts
 
 
 def _prefix(job: str) -> str:
@@ -88,10 +146,9 @@ def _prefix(job: str) -> str:
     by rank 0 alone, does not mix up the next one. A job of one process alone does not count, since other processes may
     have none.
     """
-    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")  # torchrun keeps one store for all its attempts
     number = _jobs[job]
     _jobs[job] += 1
-    return f"residua/{attempt}/{hashlib.sha256(job.encode()).hexdigest()[:16]}/{number}"
+    return f"residua/{_attempt()}/{hashlib.sha256(job.encode()).hexdigest()[:16]}/{number}"
 
 
 def _address(host: str, port: int, prefix: str, n: int) -> dict[str, Json]:
@@ -115,6 +172,7 @@ def _launched_together(
     address: Mapping[str, Json] | None,
     join: bool,
     stack: ExitStack,
+    call: _Call,
 ) -> Membership:
     """Let worker 0 take the lock, or find the run that all of them join."""
     membership = Membership(launch.store, launch.rank, launch.n_launched, launch=launch)
@@ -125,7 +183,7 @@ def _launched_together(
             _await_readers(launch)
             raise refusal
     else:
-        found = membership.await_message("lock", patience=START_SECONDS)
+        found = membership.await_message("lock", patience=START_SECONDS, check=call.require_same)
         if found["refused"]:
             membership.publish(f"read/{launch.rank}", {})
             raise CaptureError(found["refused"])

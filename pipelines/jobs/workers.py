@@ -248,6 +248,6 @@ def workers_of_step(membership: Membership | None, step: str) -> Iterator[Worker
     if membership is None or membership.launch is None:
         yield Workers(None)
         return
-    store, rank, n_launched = membership.launch
-    with Membership(PrefixStore(step, store), rank, n_launched, launch=membership.launch) as own:
+    launch = membership.launch
+    with Membership(PrefixStore(step, launch.store), launch.rank, launch.n_launched, launch=launch) as own:
         yield Workers(own)
