@@ -1,21 +1,23 @@
 """Copy a finished archive to an address: parallel, taken up again after a kill, compared at the far end.
 
-The root's metadata go last, so nobody meets half an archive. Until then a small object, `.residua-push.json`, says
-which archive is on its way there: a copy that was killed goes on, and another archive is not mixed into it. A shard
-never changes, so one that is there with its size is not sent again. Commit records stay behind: the packed index has
-all that they say.
+The root's metadata go last, so nobody meets half an archive. Until then a small object, `.residua-push.json`, has the
+plan of the archive that is on its way there: a copy that was killed goes on, and another archive is not mixed into it.
+A shard never changes, so one that is there with its size is not sent again. Commit records stay behind: the packed
+index has all that they say.
 """
 
-import json
 from collections.abc import Callable, Mapping
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
+from residua.store.base.canonical import canonical_json
 from residua.store.base.errors import DamagedArchiveError, NotCapturedError, PlanError, StorageError, few
+from residua.store.base.untrusted import parse_json
 from residua.store.encoding.shard import check_shard, shard_path, shard_rows
 from residua.store.encoding.spec import ArraySpec
-from residua.store.format.archive_metadata import ROOT
+from residua.store.format.archive_metadata import MAX_METADATA_BYTES, ROOT
+from residua.store.format.plan import Plan
 from residua.store.read.archive import Archive
 from residua.store.read.remote_archive import RemoteArchive
 from residua.store.sealing.packed_index import INDEX
@@ -131,13 +133,24 @@ def _begin(archive: Archive, folder: ObjectFolder) -> None:
             f"{folder} holds another archive (plan {found.digest[:12]}, this one is {mine.digest[:12]}): choose "
             "another address, or delete it first"
         )
+    journal = canonical_json(mine.to_json())
     try:
-        folder.create(_JOURNAL, json.dumps({"plan": mine.digest}).encode())
+        folder.create(_JOURNAL, journal)
     except FileExistsError:
-        raise PlanError(
-            f"a copy of another archive to {folder} was begun: choose another address, or, if that copy was given up, "
-            f"delete what is there, {_JOURNAL} included"
-        ) from None
+        if not _is_begun_part(folder, mine):
+            raise PlanError(
+                f"a copy of another archive to {folder} was begun: choose another address, or, if that copy was given "
+                f"up, delete what is there, {_JOURNAL} included"
+            ) from None
+        folder.write(_JOURNAL, [journal])
+
+
+def _is_begun_part(folder: ObjectFolder, mine: Plan) -> bool:
+    """Say whether the copy that was begun there is of the same archive, with these sites or some of them."""
+    try:
+        return is_part_of(Plan.from_json(parse_json(folder.read(_JOURNAL, MAX_METADATA_BYTES))), mine)
+    except (FileNotFoundError, ValueError):
+        return False
 
 
 def _files(archive: Archive) -> dict[str, int]:

@@ -15,6 +15,7 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NoReturn
 from urllib.parse import quote, urljoin, urlsplit
@@ -28,12 +29,15 @@ from residua.store.storage.web import Answer, Failure, ask
 
 _OPTIONS = ("token", "endpoint")
 _SIGNED = 10_000  # signed addresses that are kept; each has one or two thousand characters
+_TURNS = 64
 _TRIES = 6  # after a failure that may pass
 _WAIT_SECONDS = 330.0  # the Hub counts requests in windows of 300 seconds
 _REDIRECTS = 4
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _RESET = re.compile(r";\s*t\s*=\s*(\d+)")  # of the header "ratelimit", in seconds
 _OK, _PARTIAL = 200, 206
+_CODE = "x-error-code"
+_OF_STORAGE = "storage"  # what we put there if a new address of the storage is refused
 _MOVED = (301, 302, 303, 307, 308)
 _REFUSED = (400, 401, 403, 410)  # what a storage answers when a signature is not valid any more
 _MISSING, _TOO_SLOW, _BAD_RANGE, _TOO_MANY, _FAULT = 404, 408, 416, 429, 500
@@ -63,7 +67,8 @@ def hub_token(options: Mapping[str, Any]) -> str:
     """Return the login: of the options, or the one that the Hub's own tools keep; empty if there is none."""
     if given := options.get("token") or os.environ.get("HF_TOKEN"):
         return str(given)
-    home = Path(os.environ.get("HF_HOME", "~/.cache/huggingface")).expanduser()
+    caches = os.environ.get("XDG_CACHE_HOME", "~/.cache")
+    home = Path(os.environ.get("HF_HOME", f"{caches}/huggingface")).expanduser()
     path = Path(os.environ.get("HF_TOKEN_PATH", home / "token")).expanduser()
     return path.read_text().strip() if path.is_file() else ""
 
@@ -95,6 +100,7 @@ class HubFolder(ObjectFolder):
         self.address = self.place.address
         self._signed: OrderedDict[str, str] = OrderedDict()
         self._lock = threading.Lock()
+        self._turns = [threading.Lock() for _ in range(_TURNS)]
 
     @property
     def commit(self) -> str | None:
@@ -168,38 +174,72 @@ class HubFolder(ObjectFolder):
             time.sleep(wait)
 
     def _once(self, name: str, headers: Mapping[str, str], most_bytes: int) -> Answer:
-        """Ask once: the signed address if one is known, else the Hub."""
-        with self._lock:
-            signed = self._signed.get(name)
-        if signed is not None:
-            answer = ask(signed, headers, most_bytes)
+        """Ask once: the signed address if one is known, else the Hub, and the address that it names."""
+        answer = None
+        for _ in range(2):
+            # Threads that want the same file wait until one of them has its address.
+            with self._turns[hash(name) % len(self._turns)] if name not in self._signed else nullcontext():
+                signed = self._signed.get(name)
+                if signed is None:
+                    answer = self._ask_hub(name, headers, most_bytes)
+                    signed = self._signed.get(name) if answer is None else None
+            if signed is None:
+                break
+            answer = self._follow(name, signed, headers, most_bytes)
             if answer.status not in _REFUSED:
-                return answer
-            with self._lock:
-                self._signed.pop(name, None)  # its time is over
+                break
+            self._forget(name, signed)  # its time is over
+            answer = answer._replace(headers={**answer.headers, _CODE: _OF_STORAGE})
+        if answer is None:
+            raise StorageError(f"cannot read {self}/{name}: the server names no address of it")
+        return answer
+
+    def _ask_hub(self, name: str, headers: Mapping[str, str], most_bytes: int) -> Answer | None:
+        """Return the Hub's answer; None if it names an address elsewhere, which is kept."""
         hub = hub_endpoint(self.options)
         url, host = f"{hub}{self.place.files}/{quote(name)}", urlsplit(hub)[:2]
         for _ in range(_REDIRECTS):
-            is_hub = urlsplit(url)[:2] == host
-            answer = ask(url, {**headers, **(self._login() if is_hub else {})}, most_bytes)
-            self._pin(answer if is_hub else None)
+            answer = ask(url, {**headers, **self._login()}, most_bytes)
+            self._pin(answer)
             if answer.status not in _MOVED:
                 return answer
             url = self._moved(name, url, answer)
             if urlsplit(url)[:2] != host:
-                with self._lock:
-                    self._signed[name] = url
-                    if len(self._signed) > _SIGNED:
-                        self._signed.popitem(last=False)
-        raise StorageError(f"cannot read {self}/{name}: the server sends from one address to the next")
+                self._keep(name, url)
+                return None
+        raise self._endless(name)
+
+    def _follow(self, name: str, url: str, headers: Mapping[str, str], most_bytes: int) -> Answer:
+        """Return the answer of the storage; the address that gives it is kept."""
+        for _ in range(_REDIRECTS):
+            answer = ask(url, headers, most_bytes)
+            if answer.status not in _MOVED:
+                return answer
+            url = self._moved(name, url, answer)
+            self._keep(name, url)
+        raise self._endless(name)
+
+    def _endless(self, name: str) -> StorageError:
+        return StorageError(f"cannot read {self}/{name}: the server sends from one address to the next")
+
+    def _keep(self, name: str, url: str) -> None:
+        with self._lock:
+            self._signed[name] = url
+            if len(self._signed) > _SIGNED:
+                self._signed.popitem(last=False)
+
+    def _forget(self, name: str, url: str) -> None:
+        with self._lock:
+            if self._signed.get(name) == url:
+                del self._signed[name]
 
     def _login(self) -> dict[str, str]:
         token = hub_token(self.options)
         return {"Authorization": f"Bearer {token}"} if token else {}
 
-    def _pin(self, answer: Answer | None) -> None:
+    def _pin(self, answer: Answer) -> None:
         """Keep to the commit that an answer of the Hub names."""
-        commit = answer.headers.get("x-repo-commit", "") if answer else ""
+        commit = answer.headers.get("x-repo-commit", "")
         with self._lock:
             if self.place.kind == "datasets" and self.commit is None and _COMMIT.fullmatch(commit):
                 self.place = self.place.at(commit)
@@ -217,7 +257,7 @@ class HubFolder(ObjectFolder):
 
     def _problem(self, name: str, answer: Answer) -> tuple[str, float]:
         """Return what an answer says, and the seconds to wait if it says so; raise the error if it will not pass."""
-        code, status = answer.headers.get("x-error-code", ""), answer.status
+        code, status = answer.headers.get(_CODE, ""), answer.status
         said = answer.headers.get("x-error-message", "")
         problem = f"the server answered {status}" + (f" ({said[:200]})" if said else "")
         if status == _TOO_MANY:
@@ -225,7 +265,7 @@ class HubFolder(ObjectFolder):
             seconds = answer.headers.get("retry-after") or (reset[1] if reset else "")
             more = "" if hub_token(self.options) else "; with a login (hf auth login) the Hub allows more of them"
             return f"{problem}, too many requests{more}", max(0.1, float(seconds)) if seconds.isdecimal() else 0.0
-        if status >= _FAULT or status == _TOO_SLOW or (status in _REFUSED and not code and name in self._signed):
+        if status >= _FAULT or status == _TOO_SLOW or code == _OF_STORAGE:
             return problem, 0.0
         if status == _BAD_RANGE:
             raise StorageError(f"{self}/{name} is shorter than its archive says: it was cut short or replaced")

@@ -76,7 +76,8 @@ class HubServer:
         signed_seconds: How long a signed address is good for.
         page: Entries of a page of a listing.
         faults: What goes wrong next, by kind of request (``api``, ``commit``, ``resolve``, ``upload``, ``storage``):
-            status codes, ``429`` with seconds to wait after a colon, ``cut`` for half a body, ``lost`` for an answer
+            status codes, ``429`` with seconds to wait after a colon (or a semicolon, for the other header that says
+            so), ``cut`` for half a body, ``lost`` for an answer
             that never comes although all was done, ``elsewhere`` for a redirect to another host.
         requests: Requests by kind.
         uploaded: Bytes that came to the storage.
@@ -176,6 +177,8 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             raise _RefusedError(302, Location="http://elsewhere.invalid/data")
         if isinstance(fault, str) and ":" in fault:
             raise _RefusedError(int(fault[:3]), **{"Retry-After": fault[4:]})
+        if isinstance(fault, str) and ";" in fault:
+            raise _RefusedError(int(fault[:3]), RateLimit=f'"resolvers";r=0;t={fault[4:]}')
         if isinstance(fault, int):
             raise _RefusedError(fault)
         return fault or ""

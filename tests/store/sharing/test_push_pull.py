@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from residua.store.base.canonical import canonical_json
 from residua.store.base.errors import DamagedArchiveError, NotCapturedError, PlanError, UnknownSiteError
 from residua.store.format.archive_metadata import is_archive, read_metadata, write_metadata
 from residua.store.read.archive import Archive
@@ -86,6 +87,24 @@ def test_archives_are_not_mixed(s3: S3Server, tmp_path: Path) -> None:
     begun.create(".residua-push.json", b'{"plan": "of another archive"}')
     with pytest.raises(PlanError, match="begun"):
         push(one, begun.address, storage_options=s3.options)
+
+
+def test_a_site_that_was_added_goes_alone(s3: S3Server, tmp_path: Path) -> None:
+    whole = make_archive(tmp_path / "a.zarr")
+    part = make_archive(tmp_path / "part.zarr", sites=("resid_post.0",))
+    address = s3.address("grows.zarr")
+    journal = canonical_json(Archive(part).plan.to_json())
+    ObjectFolder(address, s3.options).create(".residua-push.json", journal)  # a copy of the part was begun
+    push(whole, address, storage_options=s3.options)
+    with pytest.raises(PlanError, match="another archive"):
+        push(part, address, storage_options=s3.options)
+    address = s3.address("grows-again.zarr")
+    push(part, address, storage_options=s3.options)
+    shards = {name: len(data) for name, data in content(whole).items() if "/c/" in name and "q/1" not in name}
+    sent = push(whole, address, storage_options=s3.options)
+    assert sent.sent_bytes == sent.n_bytes - sum(shards.values())
+    assert {entry.name for entry in ObjectFolder(address, s3.options).list()} == content(whole).keys()
+    assert verify(address, storage_options=s3.options).problems == []
 
 
 def test_damage_is_not_copied(s3: S3Server, tmp_path: Path) -> None:

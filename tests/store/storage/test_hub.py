@@ -2,6 +2,7 @@
 
 import pickle
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -51,6 +52,14 @@ def test_a_file_is_asked_for_once(hub: HubServer) -> None:
     assert hub.requests["resolve"] == 4, "large once, small twice, gone once"
 
 
+def test_many_threads_ask_for_it_once(hub: HubServer) -> None:
+    folder = opened(hub)
+    with ThreadPoolExecutor(12) as pool:
+        parts = list(pool.map(lambda start: folder.read_ranges("large", [start], [start + 5])[0].tobytes(), range(60)))
+    assert parts == [LARGE[start : start + 5] for start in range(60)]
+    assert hub.requests["resolve"] == 1
+
+
 def test_an_open_folder_stays_at_its_commit(hub: HubServer) -> None:
     folder, repository = opened(hub), hub.repositories["datasets/org/acts"]
     before = folder.commit
@@ -77,7 +86,7 @@ def test_a_signed_address_whose_time_is_over_is_replaced(hub: HubServer) -> None
 
 @pytest.mark.parametrize("kind", ["resolve", "storage"])
 def test_what_passes_is_asked_for_again(kind: str, hub: HubServer) -> None:
-    hub.faults[kind] = [503, "429:0", 500, "cut"] if kind == "storage" else [503, "429:1", 500]
+    hub.faults[kind] = [503, "429:0", 500, "cut"] if kind == "storage" else [503, "429;1", 500]
     assert opened(hub).read("large", len(LARGE)) == LARGE
     assert not hub.faults[kind]
 
