@@ -193,7 +193,7 @@ class Replay:
             metric: As for `metric`.
 
         Returns:
-            From site to the gradient of the rows of each example, (rows, *row).
+            From site to the gradient of the rows of each example, ``(rows, *row)``.
 
         Raises:
             PlanError: The replay was opened without ``grad=True``, or the metric does not depend on a site.
