@@ -18,7 +18,7 @@ from residua.store.format.archive_metadata import ROOT
 from residua.store.read.archive import Archive
 from residua.store.read.remote_archive import RemoteArchive
 from residua.store.sharing.card import CARD, MAX_CARD_BYTES, Licences, is_own, make_card
-from residua.store.sharing.copied import BytesDone, Copied, is_part_of
+from residua.store.sharing.copied import BytesDone, Copied, in_parallel, is_part_of
 from residua.store.sharing.croissant import CROISSANT
 from residua.store.sharing.hub_client import Source, There, grouped, target_at
 from residua.store.storage.address import HubPlace, hub_place
@@ -86,7 +86,9 @@ class HubPush:
         self._refuse_others(there)
         card, notes = self._card(licences)
         files = {name: source for name, source in self._files.items() if name not in card and name not in self._left}
-        to_send = {name: files[name] for name in sorted(files) if not self._is_there(name, there)}
+        names = sorted(files)
+        are_there = in_parallel(lambda name: self._is_there(name, there), names)
+        to_send = {name: files[name] for name, is_there in zip(names, are_there, strict=True) if not is_there}
         # What replaces a file of an archive that is complete goes with the last commit, as the root does.
         late = {name for name in to_send if name == ROOT or (ROOT in there and name in there)}
         last = {**{name: to_send[name] for name in sorted(late)}, **card}

@@ -19,7 +19,7 @@ from residua.store.base.errors import MissingPackageError, ResiduaError, Storage
 from residua.store.storage.address import HubPlace
 from residua.store.storage.hub import hub_endpoint, hub_token
 
-_GROUP_FILES, _GROUP_BYTES = 50, 64 * 2**20  # sent together, between two steps of the progress
+_GROUP_FILES, _GROUP_BYTES = 50, 2**30  # sent together, between two steps of the progress
 _TRIES = 5
 _PASSING = (408, 412, 429, 500, 502, 503, 504)  # 412: somebody else's commit came first
 _DENIED = (401, 403)
@@ -47,6 +47,15 @@ class Source:
     def blob(self) -> str:
         """The SHA-1 that git has of it, in hex."""
         return self._digest(hashlib.sha1(b"blob %d\0" % self.n_bytes, usedforsecurity=False))
+
+    @property
+    def is_hashed(self) -> bool:
+        """Whether `sha256` is known."""
+        return "sha256" in self.__dict__
+
+    def learn(self, sha256: str) -> None:
+        """Take the `sha256` that somebody else has computed while reading the file."""
+        self.__dict__["sha256"] = sha256
 
     def _digest(self, digest: Any) -> str:
         if isinstance(self.data, bytes):
@@ -219,10 +228,12 @@ class HubRepository(HubTarget):
         for name, source in files.items():
             data = source.data if isinstance(source.data, bytes) else os.fspath(source.data)
             operations[name] = self._client.CommitOperationAdd(self._path(name), data)
-            operations[name].upload_info.sha256 = bytes.fromhex(source.sha256)  # or the client reads the file for it
+            if source.is_hashed:
+                operations[name].upload_info.sha256 = bytes.fromhex(source.sha256)
         for group in grouped(files, _GROUP_FILES, _GROUP_BYTES):
             self._upload([operations[name] for name in group])
-            for name in group:
+            for name, source in group.items():
+                source.learn(operations[name].upload_info.sha256.hex())  # the client hashes what it reads
                 on_file(name)
         where = {**self._id, "revision": self.place.revision, "num_threads": 8}
         _again(lambda: self._api.create_commit(operations=[*operations.values()], commit_message=message, **where))
