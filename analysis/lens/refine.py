@@ -28,6 +28,7 @@ from residua.analysis.lens.rows import LensRows
 from residua.analysis.lens.unembedding import Decoder
 
 _BETA_1, _BETA_2, _EPSILON = 0.8, 0.99, 1e-12
+_BLOCK_COLUMNS = 1024
 _UNIFORM_SHARE = 0.5  # of the drawn candidates: the lens may believe in tokens that the model does not
 
 
@@ -77,7 +78,7 @@ class _LayerMap:
     def __init__(self, ridge: Ridge) -> None:
         self._whitening = ridge.whitening
         self._centre = -(ridge.mean @ ridge.whitening)
-        self._map = torch.cat([ridge.whitened, ridge.offset[None]])
+        self._map = ridge.whitened
         self._gradient = torch.zeros_like(self._map)
         self._first_moment = torch.zeros_like(self._map)
         self._second_moment = torch.zeros_like(self._map)
@@ -93,13 +94,22 @@ class _LayerMap:
         self._first_moment.lerp_(self._gradient, 1 - _BETA_1)
         self._second_moment.mul_(_BETA_2).addcmul_(self._gradient, self._gradient, value=1 - _BETA_2)
         scale = math.sqrt(1 - _BETA_2**self._n_steps) / (1 - _BETA_1**self._n_steps)
-        self._map.addcdiv_(self._first_moment, self._second_moment.sqrt().add_(_EPSILON), value=-rate * scale)
+        deviation = torch.sqrt(self._second_moment, out=self._gradient).add_(_EPSILON)  # its room is free again
+        self._map.addcdiv_(self._first_moment, deviation, value=-rate * scale)
 
     def translator(self) -> Translator:
-        """Return the map for rows that are not whitened."""
-        weight = self._whitening.double() @ self._map[:-1].double()
-        bias = self._map[-1].double() + self._centre.double() @ self._map[:-1].double()
-        return Translator(weight.float(), bias.float())
+        """Return the map for rows that are not whitened. No step can follow."""
+        del self._gradient, self._first_moment, self._second_moment  # four matrices of float32 are enough at a time
+        weight = torch.empty_like(self._whitening)
+        bias = self._map[-1].double()
+        for start in range(0, len(weight), _BLOCK_COLUMNS):
+            columns = slice(start, start + _BLOCK_COLUMNS)
+            block = self._map[:-1, columns].double()
+            bias[columns] += self._centre.double() @ block
+            for rows in range(0, len(weight), _BLOCK_COLUMNS):
+                part = slice(rows, rows + _BLOCK_COLUMNS)
+                weight[part, columns] = (self._whitening[part].double() @ block).float()
+        return Translator(weight, bias.float())
 
 
 def _kl_gradient(decoder: Decoder, target_NV: Tensor, candidates: Candidates | None) -> Callable[[Tensor], Tensor]:
@@ -127,7 +137,7 @@ def refine(
     """Refine the maps of several sites in lockstep.
 
     Args:
-        ridges: Where each site starts.
+        ridges: Where each site starts; their `whitened` changes.
         final: Site of the final residual stream.
         reader: The rows.
         decoder: The LM head.

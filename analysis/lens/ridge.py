@@ -7,10 +7,12 @@ the solution needs, in float64 and for all layers together. Their eigenvectors a
 Axes: `N` rows, `D` width.
 """
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Self
 
 import torch
+from scipy.linalg import eigh
 from torch import Tensor
 
 from residua.analysis.lens.checkpoint import Translator
@@ -20,6 +22,8 @@ from residua.store.base.errors import AnalysisError
 
 _BATCH_ROWS = 8192  # rows that are multiplied at a time in float32
 _PENALTIES = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1)  # in units of the mean variance
+_BLOCK_COLUMNS = 1024
+FIT_BYTES = 28  # times width²: eigenvectors and cross products in float64, and three maps in float32
 _DAMPING = 1e-3  # in units of the mean variance; without it, whitening enlarges directions that hardly vary
 
 
@@ -27,7 +31,7 @@ class Gram(NamedTuple):
     """Sums over rows of the values at a point, minus `origin`, and of their targets, all float64.
 
     The origin is close to the mean, so that products keep their digits in float32 although some channels are large and
-    nearly constant.
+    nearly constant. The matrices may be a block of their columns, so that those of a wide model fit into memory.
     """
 
     n_rows: Tensor
@@ -38,35 +42,51 @@ class Gram(NamedTuple):
     input_target: Tensor
 
     @classmethod
-    def zero(cls, origin: Tensor) -> Self:
-        """Return the sums over no rows."""
+    def zero(cls, origin: Tensor, n_columns: int | None = None) -> Self:
+        """Return the sums over no rows, with all columns of the matrices or `n_columns` of them."""
         width = len(origin)
-        n_rows, *sums = (torch.zeros((width,) * rank, dtype=torch.float64) for rank in (0, 1, 1, 2, 2))
-        return cls(n_rows, origin.double(), *sums)
+        shapes = ((), (width,), (width,), *2 * ((width, width if n_columns is None else n_columns),))
+        n_rows, *sums = (torch.zeros(shape, dtype=torch.float64) for shape in shapes)
+        return cls(n_rows, origin.float().double(), *sums)  # as it is subtracted from rows in float32
 
-    def add_(self, input_ND: Tensor, target_ND: Tensor) -> None:
-        """Add rows and their targets, (rows, width), float32."""
+    def add_(self, input_ND: Tensor, target_ND: Tensor, columns: slice = slice(None)) -> None:
+        """Add rows and their targets, (rows, width), float32, to the matrices' `columns`."""
         shifted = input_ND - self.origin.float()
         self.n_rows.add_(len(shifted))
         self.input_sum.add_(shifted.sum(0, dtype=torch.float64))
         self.target_sum.add_(target_ND.sum(0, dtype=torch.float64))
-        self.input_input.add_(shifted.T @ shifted)
-        self.input_target.add_(shifted.T @ target_ND)
+        self.input_input.add_(shifted.T @ shifted[:, columns])
+        self.input_target.add_(shifted.T @ target_ND[:, columns])
 
-    def merge_(self, other: Self) -> None:
-        """Add the sums over other rows, with the same origin."""
+    def merge_(self, other: Self) -> Self:
+        """Add the sums over other rows, with the same origin and columns."""
         for mine, theirs in zip(self, other, strict=True):
             if mine is not self.origin:
                 mine.add_(theirs)
+        return self
+
+    @classmethod
+    def joined(cls, blocks: Sequence[Self]) -> Self:
+        """Return all columns, of which `blocks` hold neighbouring ones in order."""
+        matrices = (torch.cat([block[at] for block in blocks], 1) for at in (4, 5))
+        return cls(*blocks[0][:4], *matrices)
 
 
-def add_rows(grams: dict[str, Gram], final: str, rows: Rows, reader: LensRows, decoder: Decoder) -> None:
+def add_rows(
+    grams: Mapping[str, Gram],
+    final: str,
+    rows: Rows,
+    reader: LensRows,
+    decoder: Decoder,
+    *,
+    columns: slice = slice(None),
+) -> None:
     """Add `rows` to the sums of all sites; `final` is the site of the final residual stream."""
     for start in range(0, len(rows), _BATCH_ROWS):
         batch = rows[start : start + _BATCH_ROWS]
         target = decoder.normalise(reader.read(final, batch).float())
         for site, gram in grams.items():
-            gram.add_(reader.read(site, batch).float(), target)
+            gram.add_(reader.read(site, batch).float(), target, columns)
 
 
 @dataclass(frozen=True)
@@ -79,8 +99,8 @@ class Ridge:
         mean: Mean input, (width,), float32.
         whitening: (width, width), float32: centred rows times this matrix have nearly uncorrelated channels of
             variance 1.
-        whitened: Weight of the map for whitened rows, (width, width), float32.
-        offset: Bias of the map for whitened rows, (width,), float32.
+        whitened: The map for whitened rows, (width + 1, width), float32; the bias stands last. The refinement begins
+            with it, and changes it.
     """
 
     translator: Translator
@@ -88,14 +108,15 @@ class Ridge:
     mean: Tensor
     whitening: Tensor
     whitened: Tensor
-    offset: Tensor
 
 
 def solve_ridge(gram: Gram, held_input_ND: Tensor, held_target_ND: Tensor) -> Ridge:
     """Solve for the map with the least squared error plus a penalty on its weight; the bias has no penalty.
 
+    At most 28 width² bytes are in memory at a time besides the held-out rows (`FIT_BYTES`).
+
     Args:
-        gram: Sums over the training rows.
+        gram: Sums over the training rows; its matrices are overwritten.
         held_input_ND: Held-out rows; the penalty with the least squared error on them is chosen. float32.
         held_target_ND: Their targets.
 
@@ -103,31 +124,48 @@ def solve_ridge(gram: Gram, held_input_ND: Tensor, held_target_ND: Tensor) -> Ri
         AnalysisError: There are no training rows, or they hold NaN or infinite values.
     """
     n_rows = gram.n_rows.item()
-    if not n_rows or not all(bool(tensor.isfinite().all()) for tensor in gram):
+    if not n_rows or not all(bool(tensor.isfinite().all()) for tensor in gram[:4]):
         raise AnalysisError(
             f"a lens cannot be trained on {n_rows:,.0f} rows that hold NaN or infinite values, or on none: capture in "
             "bfloat16 or float32, which do not overflow, or choose other rows"
         )
     shift, offset = gram.input_sum / n_rows, gram.target_sum / n_rows
     mean = gram.origin + shift
-    variances, axes = torch.linalg.eigh(gram.input_input / n_rows - torch.outer(shift, shift))
+    covariance = gram.input_input.div_(n_rows).addr_(shift, shift, alpha=-1)
+    # In place: LAPACK takes columns, and the matrix is symmetric. MRRR needs no second matrix to work in.
+    found = eigh(covariance.numpy().T, overwrite_a=True, driver="evr", check_finite=False)
+    variances, axes = (torch.from_numpy(array) for array in found)
+    covariance.set_(torch.zeros(0, dtype=torch.float64))  # the memory goes, whoever else has the sums
     variances = variances.clamp_min(0)
     scale = max(variances.mean().item(), 1e-30)
-    along_axes = axes.T @ (gram.input_target / n_rows - torch.outer(shift, offset))
+    cross = gram.input_target.div_(n_rows).addr_(shift, offset, alpha=-1)
+    along_axes = axes.T @ cross
+    cross.set_(torch.zeros(0, dtype=torch.float64))
+    blocks = [slice(start, start + _BLOCK_COLUMNS) for start in range(0, len(mean), _BLOCK_COLUMNS)]
 
-    def weight(penalty: float) -> Tensor:
-        return torch.div(along_axes, (variances + penalty * scale)[:, None])
+    def weight(penalty: float, columns: slice) -> Tensor:
+        return torch.div(along_axes[:, columns], (variances + penalty * scale)[:, None])
 
-    rotated, residual = (held_input_ND - mean.float()) @ axes.float(), held_target_ND - offset.float()
-    errors = [(rotated @ weight(penalty).float() - residual).square().mean().item() for penalty in _PENALTIES]
+    centred, residual = held_input_ND - mean.float(), held_target_ND - offset.float()
+    rotated = torch.cat([centred @ axes[:, columns].float() for columns in blocks], 1)
+    errors = [
+        sum(
+            (rotated @ weight(penalty, columns).float() - residual[:, columns]).square().sum(dtype=torch.float64).item()
+            for columns in blocks
+        )
+        for penalty in _PENALTIES
+    ]
     penalty = _PENALTIES[errors.index(min(errors))]
-    solution = axes @ weight(penalty)
     deviations = (variances + _DAMPING * scale).sqrt()
-    return Ridge(
-        translator=Translator(solution.float(), (offset - mean @ solution).float()),
-        penalty=penalty,
-        mean=mean.float(),
-        whitening=(axes / deviations).float(),
-        whitened=(deviations[:, None] * weight(penalty)).float(),
-        offset=offset.float(),
-    )
+    width = len(mean)
+    solution, whitening = torch.empty(width, width), torch.empty(width, width)
+    whitened, bias = torch.empty(width + 1, width), torch.empty(width)
+    whitened[-1] = offset.float()
+    for columns in blocks:
+        along = weight(penalty, columns)
+        whitened[:-1, columns] = (deviations[:, None] * along).float()
+        exact = axes @ along
+        solution[:, columns] = exact.float()
+        bias[columns] = (offset[columns] - mean @ exact).float()
+        whitening[:, columns] = (axes[:, columns] / deviations[columns]).float()
+    return Ridge(Translator(solution, bias), penalty, mean.float(), whitening, whitened)

@@ -36,7 +36,7 @@ from residua.analysis.lens.checkpoint import (
 from residua.analysis.lens.evaluate import REFINED, RIDGE, Score, best_map, evaluate, report_table
 from residua.analysis.lens.lm_head import LMHead, load_lm_head
 from residua.analysis.lens.refine import refine
-from residua.analysis.lens.ridge import Gram, Ridge, add_rows, solve_ridge
+from residua.analysis.lens.ridge import FIT_BYTES, Gram, Ridge, add_rows, solve_ridge
 from residua.analysis.lens.rows import LensPoints, LensRows, lens_points
 from residua.analysis.lens.settings import LensSettings
 from residua.analysis.lens.unembedding import Decoder
@@ -45,10 +45,14 @@ from residua.analysis.support.open_archives import Location, location, opened
 from residua.analysis.support.sums import in_order
 from residua.store.base.errors import AnalysisError
 from residua.store.base.naming import named
+from residua.store.format.sidecars import LM_HEAD_FILE
 from residua.store.read.archive import Archive
 from residua.store.storage.files import sweep, write_file
 
-_SUM_CHUNKS = 512  # chunks of 128 rows in one job of sums
+_SUM_CHUNKS = 512  # fewest chunks of 128 rows in one leaf of the sums
+_MOST_LEAVES = 256  # of the sums: what a leaf returns is large
+_SUMS_SHARE = 16  # of a worker's memory, for the sums of one leaf
+_LEAST_ROOM = 4 / 3  # times what the maps and the LM head of one layer take: rows, logits, and torch itself
 _EVALUATE_ROWS = 8192  # rows in one job of the evaluation
 _ORIGIN_CHUNKS = 8
 _PENALTY_ROWS = 4096  # held-out rows that choose the penalty of the ridge regression
@@ -98,24 +102,36 @@ def _decoder(folder: Path, most_bytes: int) -> Decoder:
     return Decoder(load_lm_head(folder), most_bytes=most_bytes)
 
 
-def _sum_rows(training: _Training, job: tuple[Mapping[int, Tensor], int]) -> dict[int, Gram]:
-    """Add up rows for the layers of `job`, by their origins, from the chunk with the number in `job` on."""
-    (origins, first), reader, points = job, training.reader, training.points
-    grams = {layer: Gram.zero(origin) for layer, origin in origins.items()}
-    rows = reader.training_rows(reader.chunks()[first : first + _SUM_CHUNKS])
+def _sum_rows(
+    training: _Training, origins: Mapping[int, Tensor], columns: slice, leaf_chunks: int, leaf: int
+) -> dict[int, Gram]:
+    """Add up the rows of one leaf for some layers, by their origins: the columns of their matrices."""
+    reader, points = training.reader, training.points
+    n_columns = len(range(points.width)[columns])
+    grams = {layer: Gram.zero(origin, n_columns) for layer, origin in origins.items()}
+    rows = reader.training_rows(reader.chunks()[leaf * leaf_chunks : (leaf + 1) * leaf_chunks])
     by_site = {points.sites[layer]: gram for layer, gram in grams.items()}
-    add_rows(by_site, points.final, rows, reader, training.decoder)
+    add_rows(by_site, points.final, rows, reader, training.decoder, columns=columns)
     return grams
 
 
+def _merge_grams(first: dict[int, Gram], second: dict[int, Gram]) -> dict[int, Gram]:
+    return {layer: gram.merge_(second[layer]) for layer, gram in first.items()}
+
+
 class _Fitted(NamedTuple):
+    """What was found at one layer, on one part of the rows."""
+
     ridge: Translator
     refined: Translator | None
     penalty: float
 
 
 def _fit_layers(training: _Training, job: tuple[Sequence[int], int]) -> dict[int, _Fitted]:
-    """Solve the ridge regression of the layers of `job`, and refine it on the part of the rows with its number."""
+    """Solve the ridge regression of the layers of `job`, and refine it on the part of the rows with its number.
+
+    If the rows are not divided, the maps are written here, and nothing is returned.
+    """
     (layers, part), reader, decoder, points = job, training.reader, training.decoder, training.points
     rows = reader.held_out_rows(_PENALTY_ROWS)
     target = decoder.normalise(reader.read(points.final, rows).float())
@@ -129,10 +145,21 @@ def _fit_layers(training: _Training, job: tuple[Sequence[int], int]) -> dict[int
     refined: dict[str, Translator] = {}
     if training.settings.refine:
         refined = refine(ridges, points.final, reader, decoder, n_rows=n_rows, part=part, n_parts=training.n_parts)
-    return {
+    fitted = {
         layer: _Fitted(ridge.translator, refined.get(site), ridge.penalty)
         for layer, (site, ridge) in zip(layers, ridges.items(), strict=True)
     }
+    if training.n_parts > 1:
+        return fitted
+    for layer, one in fitted.items():
+        _write_layer(training, layer, [one])
+    return {}
+
+
+def _write_layer(training: _Training, layer: int, by_part: Sequence[_Fitted]) -> None:
+    refined = [each.refined for each in by_part if each.refined is not None]
+    maps = {RIDGE: by_part[0].ridge} | ({REFINED: Translator.mean(refined)} if refined else {})
+    write_translators(training.layer_path(layer), maps, penalty=by_part[0].penalty)
 
 
 def _evaluate_layers(training: _Training, job: tuple[Sequence[int], int]) -> dict[int, dict[str, Score]]:
@@ -178,6 +205,7 @@ class LensTraining:
         self._points = lens_points(archive, sites)
         archive.refuse_losses({*self._points.sites.values(), self._points.final}, "a lens")
         self._reader = LensRows(self._archive, settings)
+        self._check_size()
         n_parts = self._start(settings, settings.parts or self._default_parts(settings, rows_per_part))
         where, limit = location(archive), cluster.memory_limit
         held_out = self._reader.held_out
@@ -241,6 +269,24 @@ class LensTraining:
         sweep(self._work)
         return n_parts
 
+    def _check_size(self) -> None:
+        """Raise AnalysisError if there are too few rows for the width, or too little memory for one layer."""
+        width, n_rows = self._points.width, self._reader.estimated_training_rows()
+        if n_rows < width:
+            raise AnalysisError(
+                f"about {n_rows:,} rows are there to train a lens on, too few for width {width:,}: a map has as many "
+                f"numbers for each output as there are channels, and some times as many rows tell it from the logit "
+                f"lens. Use more rows ({named('rows')}), or capture more"
+            )
+        head = (self._archive.head / LM_HEAD_FILE).stat().st_size
+        needed = int((FIT_BYTES * width**2 + head) * _LEAST_ROOM)
+        if needed > self._cluster.memory_limit:
+            raise AnalysisError(
+                f"a lens of width {width:,} with an LM head of {head / 2**30:.1f} GiB needs {needed / 2**30:.1f} GiB "
+                f"for each worker, but a worker has {self._cluster.memory_limit / 2**30:.1f} GiB: allow more "
+                f"({named('memory_limit', f'{-(-needed // 2**30)}GiB')})"
+            )
+
     def _default_parts(self, settings: LensSettings, rows_per_part: int) -> int:
         """Return the number of workers per layer, or less if the parts would have too few rows."""
         if not settings.refine:
@@ -262,18 +308,29 @@ class LensTraining:
         return [group.tolist() for group in np.array_split(np.array(layers), -(-len(layers) // size))]
 
     def _sum(self, layers: list[int]) -> None:
-        """Write the sums of `layers`, for as many at a time as fit into memory."""
+        """Write the sums of `layers`, for as many layers or columns at a time as fit into memory."""
         left = [layer for layer in layers if not self._training.sums_path(layer).is_file()]
-        size = max(1, self._cluster.memory_limit // 16 // (2 * 8 * self._points.width**2))
-        for start in range(0, len(left), size):
-            origins = {layer: self._origin(self._points.sites[layer]) for layer in left[start : start + size]}
-            jobs = [(origins, first) for first in range(0, len(self._reader.chunks()), _SUM_CHUNKS)]
-            totals = {layer: Gram.zero(origin) for layer, origin in origins.items()}
-            found = self._cluster.map(partial(_sum_rows, self._training), jobs, label="adding up rows")
-            for grams in in_order(found):
-                for layer, gram in grams.items():
-                    totals[layer].merge_(gram)
-            for layer, total in totals.items():
+        width, room = self._points.width, max(1, self._cluster.memory_limit // _SUMS_SHARE)
+        n_layers = max(1, room // (2 * 8 * width**2))
+        n_columns = width if n_layers > 1 else max(1, min(width, room // (2 * 8 * width)))
+        n_chunks = len(self._reader.chunks())
+        leaf_chunks = max(_SUM_CHUNKS, -(-n_chunks // _MOST_LEAVES))
+        training = self._cluster.send(self._training)
+        for start in range(0, len(left), n_layers):
+            origins = {layer: self._origin(self._points.sites[layer]) for layer in left[start : start + n_layers]}
+            found = [
+                self._cluster.sum(
+                    _sum_rows,
+                    [training, origins, slice(column, min(column + n_columns, width)), leaf_chunks],
+                    -(-n_chunks // leaf_chunks),
+                    merge=_merge_grams,
+                    label="adding up rows",
+                    term_bytes=2 * 8 * width * n_columns * len(origins),
+                )
+                for column in range(0, width, n_columns)
+            ]
+            for layer in origins:
+                total = Gram.joined([grams.pop(layer) for grams in found])
                 write_tensors(self._training.sums_path(layer), total._asdict())
 
     def _origin(self, site: str) -> Tensor:
@@ -291,13 +348,8 @@ class LensTraining:
             for layer, of_part in found.items():
                 fitted[layer][number % n_parts] = of_part
                 if len(fitted[layer]) == n_parts:
-                    self._write_layer(layer, fitted.pop(layer))
-
-    def _write_layer(self, layer: int, by_part: Mapping[int, _Fitted]) -> None:
-        fitted = [by_part[part] for part in sorted(by_part)]
-        refined = [each.refined for each in fitted if each.refined is not None]
-        maps = {RIDGE: fitted[0].ridge} | ({REFINED: Translator.mean(refined)} if refined else {})
-        write_translators(self._training.layer_path(layer), maps, penalty=fitted[0].penalty)
+                    by_part = fitted.pop(layer)
+                    _write_layer(self._training, layer, [by_part[part] for part in sorted(by_part)])
 
     def _scores(self) -> dict[int, dict[str, Score]]:
         """Return the score of each map, by layer and name."""

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 
+from residua.analysis.lens import train
 from residua.analysis.lens.lens import TunedLens
 from residua.analysis.lens.settings import LensSettings
 from residua.analysis.lens.train import LensTraining
@@ -116,7 +117,9 @@ class Resized:
     """This process, presented as a cluster of another size."""
 
     def __init__(self, inline: Cluster, n_workers: int, memory_limit: int) -> None:
-        self.n_workers, self.memory_limit, self.map = n_workers, memory_limit, inline.map
+        self.n_workers, self.memory_limit = n_workers, memory_limit
+        self.map, self.sum, self.send = inline.map, inline.sum, inline.send
+        self.bar, self.let_go = inline.bar, inline.let_go
 
 
 def test_little_memory_divides_layers_and_spare_workers_divide_rows(lens_archive: Archive, tmp_path: Path) -> None:
@@ -196,3 +199,29 @@ def test_a_large_vocabulary_takes_bounded_memory() -> None:
     found = json.loads(shown.stdout)
     assert found["rows"] == 256
     assert found["added"] < 400 * 2**20
+
+
+def test_blocks_of_columns_of_the_sums_give_the_same_lens(
+    lens_archive: Archive, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with connect("inline") as inline:
+        alone = fit_on(inline, lens_archive, tmp_path / "alone", refine=False)
+        (width,) = lens_archive.plan.site("resid_post.0").row_shape
+        monkeypatch.setattr(train, "_SUMS_SHARE", inline.memory_limit // (2 * 8 * width * (width // 3)))
+        divided = fit_on(inline, lens_archive, tmp_path / "divided", refine=False)
+    assert len(divided) == len(alone)
+    found, expected = (TunedLens.load(tmp_path / name) for name in ("divided", "alone"))
+    rows = lens_archive["resid_post.0"].torch(range(40)).float()
+    torch.testing.assert_close(found.apply("resid_post.0", rows), expected.apply("resid_post.0", rows))
+
+
+def test_too_few_rows_and_too_little_memory_are_refused_before_anything_runs(
+    lens_archive: Archive, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with connect("inline") as inline:
+        with pytest.raises(AnalysisError, match=r"width \d+ .*GiB.*memory_limit="):
+            fit_on(Resized(inline, 1, 4096), lens_archive, tmp_path / "memory")
+        monkeypatch.setattr("residua.analysis.lens.rows._CHUNK_ROWS", 16)
+        with pytest.raises(AnalysisError, match=r"14 rows.*too few for width \d+.*rows="):
+            fit_on(inline, lens_archive, tmp_path / "rows", rows=10)
+    assert not list(tmp_path.iterdir())

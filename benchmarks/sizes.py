@@ -1,0 +1,214 @@
+"""How costs grow, against what people write by hand: `python benchmarks/sizes.py [probes] [passes]`.
+
+Each section is a function of `SECTIONS` and returns a table; `docs/scale.md` draws the conclusions. Cases of a row are
+run in turn in the same minutes, and ratios are taken within the row; the last column is the growth from the smallest to
+the largest size, eight times as many rows.
+
+`probes`: 20 classes from rows of width 256 in memory and in an archive (float32, `fast`). By hand: scikit-learn's
+`StandardScaler` and `LogisticRegression` (L-BFGS, tol 1e-4, at most 300 iterations) on float32 rows in memory, one fit
+for each of seven penalties on four fifths of the training rows, a fit of the best and one of the control on all of
+them, and its scores. `residua.probe` does the same from the archive, read included, with one worker in this process.
+Both use one thread; seconds are processor time. Then the same probe on one worker process and on two: processor time
+of the busiest worker, which is what the clock shows on a machine with nothing else to do, and the most memory of one.
+
+`passes`: a sum over 10^3 and over 10^5 leaves on two workers: jobs, bytes of what a job is told, seconds.
+"""
+
+import argparse
+import os
+import pickle
+import resource
+import shutil
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from measure import machine, publish, table
+from sklearn.linear_model import LogisticRegression
+from sklearn.preprocessing import StandardScaler
+from threadpoolctl import threadpool_limits
+
+from residua.analysis.probes.probe import probe
+from residua.analysis.probes.rows import leaves_of
+from residua.analysis.probes.site import LOGISTIC_PENALTIES
+from residua.analysis.support.cluster import connect
+from residua.analysis.support.sums import shares
+from residua.store.examples.index import Example
+from residua.store.examples.writer import ExampleWriter
+from residua.store.format.create import create_archive, workspace
+from residua.store.format.plan import Plan, SitePlan
+from residua.store.format.writer import FilledShard, ShardWriter
+from residua.store.read.archive import Archive
+
+SITE = "resid_post.0"
+WIDTH, N_CLASSES, N_TOKENS = 256, 20, 64
+SIZES = (4_096, 32_768)  # rows
+SHARD_ROWS = 2_048
+MEMORY = "1GiB"
+
+Rows = npt.NDArray[np.float32]
+
+
+def make(folder: Path, n_rows: int) -> tuple[Archive, Rows, npt.NDArray[np.int64]]:
+    """Write an archive of `n_rows` rows; return it with its rows and their classes."""
+    rng = np.random.default_rng(0)
+    by_example = rng.integers(0, N_CLASSES, n_rows // N_TOKENS)
+    labels = np.repeat(by_example, N_TOKENS)
+    mixing = rng.standard_normal((WIDTH, WIDTH), np.float32) / WIDTH**0.5
+    means = rng.standard_normal((N_CLASSES, WIDTH), np.float32) * 0.15
+    rows = (means[labels] + rng.standard_normal((n_rows, WIDTH), np.float32)) @ mixing
+    path = folder / str(n_rows)
+    site = SitePlan(name=SITE, row_shape=(WIDTH,), dtype="float32", codec="fast")
+    with workspace(path) as made:
+        writer = ExampleWriter(made / "examples")
+        for label in by_example.tolist():
+            ids = rng.integers(0, 50_000, N_TOKENS).astype(np.int32)
+            writer.add(
+                Example(input_ids=ids, positions=np.arange(N_TOKENS, dtype=np.int32), columns={"label": str(label)})
+            )
+        dataset = {"digest": writer.close().digest}
+        plan = Plan(model={}, dataset=dataset, rules={}, sites=(site,), rows_per_shard=SHARD_ROWS, n_rows=n_rows)
+        create_archive(made, path, plan, {})
+    with ShardWriter(path, plan) as shards_:
+        for index, first in enumerate(range(0, n_rows, SHARD_ROWS)):
+            here = np.arange(first, min(first + SHARD_ROWS, n_rows))
+            columns: dict[str, npt.NDArray[np.generic]] = {
+                "token": here.astype(np.int32),
+                "position": (here % N_TOKENS).astype(np.int32),
+                "example": here // N_TOKENS,
+            }
+            shards_.submit(FilledShard(index=index, first_row=first, sites={SITE: rows[here]}, columns=columns))
+    return Archive(path, threads=1), rows, labels
+
+
+def by_hand(rows: Rows, labels: npt.NDArray[np.int64]) -> float:
+    """Choose the penalty, fit the labels and a control, and score; return the accuracy."""
+    rng = np.random.default_rng(1)
+    groups = rng.permutation(len(rows) // N_TOKENS)
+    order = (groups[:, None] * N_TOKENS + np.arange(N_TOKENS)).reshape(-1)
+    n_test = len(order) // 5
+    n_fit = n_test + (len(order) - n_test) // 5
+    test, validation, fit = np.split(order, [n_test, n_fit])
+    scaler = StandardScaler().fit(rows[order[n_test:]])
+    scaled = scaler.transform(rows)
+
+    def fitted(chosen: npt.NDArray[np.int64], truth: npt.NDArray[np.int64], penalty: float) -> LogisticRegression:
+        model = LogisticRegression(C=1 / (penalty * len(chosen)), max_iter=300)
+        return model.fit(scaled[chosen], truth[chosen])
+
+    tried = [fitted(fit, labels, penalty) for penalty in LOGISTIC_PENALTIES]
+    best = int(np.argmax([one.score(scaled[validation], labels[validation]) for one in tried]))
+    train = order[n_test:]
+    control = np.repeat(rng.permutation(labels[::N_TOKENS]), N_TOKENS)
+    fitted(train, control, LOGISTIC_PENALTIES[best]).score(scaled[test], control[test])
+    return float(fitted(train, labels, LOGISTIC_PENALTIES[best]).score(scaled[test], labels[test]))
+
+
+def cpu_seconds(job: Callable[[], Any]) -> tuple[float, Any]:
+    """Return the processor time of a job in this process, and its result."""
+    start = time.process_time()
+    found = job()
+    return time.process_time() - start, found
+
+
+def use_of_worker(_: int) -> tuple[int, float, float]:
+    """Return the process of this worker, its processor time so far, and its greatest memory in MiB."""
+    return os.getpid(), time.process_time(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def on_workers(archive: Archive, n_workers: int) -> tuple[float, float, Any]:
+    """Return processor seconds and MiB of the busiest of some workers, and the table of the probe."""
+    with connect(workers=n_workers, memory_limit=MEMORY) as cluster:
+
+        def used() -> dict[int, tuple[float, float]]:
+            answers = [answer for _, answer in cluster.map(use_of_worker, range(8 * n_workers), label="use")]
+            return {process: (seconds, memory) for process, seconds, memory in answers}
+
+        probe(archive, "position", SITE, where="example < 4", task="regression", cluster=cluster)  # imports
+        before = used()
+        found = probe(archive, "label", SITE, cluster=cluster)
+        after = used()
+    seconds = max(after[process][0] - before.get(process, (0.0, 0.0))[0] for process in after)
+    return seconds, max(memory for _, memory in after.values()), found
+
+
+def probes(folder: Path) -> str:
+    """Compare probes of 20 classes."""
+    lines, first = [], None
+    for n_rows in SIZES:
+        archive, rows, labels = make(folder, n_rows)
+        with threadpool_limits(1):
+            theirs, accuracy = cpu_seconds(lambda rows=rows, labels=labels: by_hand(rows, labels))
+            ours, found = cpu_seconds(lambda archive=archive: probe(archive, "label", SITE))
+        one, one_mib, _ = on_workers(archive, 1)
+        two, two_mib, _ = on_workers(archive, 2)
+        figures = (theirs, ours, one, two)
+        first = first or figures
+        lines.append(
+            [
+                f"{n_rows:,} rows",
+                f"{theirs:.1f}",
+                f"{ours:.1f}",
+                f"{ours / theirs:.2f}",
+                f"{one / two:.2f}",
+                f"{one_mib:,.0f} / {two_mib:,.0f}",
+                f"{accuracy:.3f} / {found['accuracy'][0].as_py():.3f}",
+                f"{theirs / first[0]:.1f} / {ours / first[1]:.1f}",
+            ]
+        )
+    head = ["", "by hand, s", "Residua, s", "ratio", "1 to 2 workers", "MiB of a worker, 1 / 2", "accuracy", "growth"]
+    return table(head, lines)
+
+
+def one_more(_: str, leaf: int) -> int:
+    """Return a term that costs nothing."""
+    return leaf & 1
+
+
+def added(first: int, second: int) -> int:
+    """Return the sum of two terms."""
+    return first + second
+
+
+def passes(folder: Path) -> str:
+    """Measure what a pass costs the scheduler."""
+    archive, _, _ = make(folder, SIZES[0])
+    lines = []
+    with connect(workers=2, memory_limit=MEMORY) as cluster:
+        cluster.sum(one_more, ["x"], 2, merge=added, label="warm")
+        for n_leaves in (1_000, 100_000):
+            start = time.perf_counter()
+            assert cluster.sum(one_more, ["x"], n_leaves, merge=added, label="leaves") == n_leaves // 2
+            seconds = time.perf_counter() - start
+            n_jobs = len(shares(n_leaves, 4))
+            told = len(pickle.dumps((leaves_of(archive, SITE), one_more, n_leaves)))
+            lines.append([f"{n_leaves:,} leaves", str(n_jobs), str(told), f"{seconds:.2f}"])
+    return table(["", "jobs", "bytes of a job", "seconds"], lines)
+
+
+SECTIONS: dict[str, Callable[[Path], str]] = {"probes": probes, "passes": passes}
+
+
+def main() -> None:
+    """Measure and report."""
+    made = argparse.ArgumentParser(description=__doc__ or "")
+    made.add_argument("sections", nargs="*", default=[*SECTIONS], choices=[*SECTIONS])
+    made.add_argument("--out", type=Path, help="also write the tables to this file")
+    made.add_argument("--folder", type=Path, default=None, help="where to write; by default a temporary folder")
+    options = made.parse_args()
+    parts = [machine("numpy", "scikit-learn", "scipy", "dask", "distributed")]
+    for name in options.sections:
+        folder = Path(tempfile.mkdtemp(prefix="residua-sizes-", dir=options.folder))
+        try:
+            parts.append(f"### {name}\n\n{SECTIONS[name](folder)}")
+        finally:
+            shutil.rmtree(folder)
+    publish("\n\n".join(parts), options.out)
+
+
+if __name__ == "__main__":
+    main()
