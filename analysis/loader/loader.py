@@ -76,8 +76,9 @@ class Loader(IterableDataset[Batch]):
         shuffle: Return rows in random order, different in each epoch; see `set_epoch`.
         seed: Random seed of the order; not negative.
         where: Which rows, for example ``position > 0 and label == "code"``; see `residua.store.selection`.
-        columns: Further values of a batch: ``token``, ``position``, ``example``, and numeric columns of the example
-            table. Tokens and positions are kept in memory, 4 bytes a row.
+        columns: Further values of a batch: ``token``, ``position``, ``example``, those of images (``modality``,
+            ``image``, ``view``, ``patch_row``, ``patch_column``), and numeric columns of the example table. Those of
+            rows are kept in memory, 4 bytes a row.
         dtype: Type to cast the values to; by default the stored type.
         buffer_bytes: Most bytes of rows in memory at a time, in each worker.
         drop_last: Leave out the rows that do not fill a batch.

@@ -2,7 +2,8 @@
 
 The text is one of
 
-* ``token``, ``position`` or ``example`` of the row;
+* ``token``, ``position`` or ``example`` of the row; in an archive with images also its ``modality`` (a class), or
+  ``image``, ``view``, ``patch_row`` or ``patch_column``, which only patches have;
 * a column of the example table: one value for all rows of an example, or a list with one value per token;
 * a condition, such as ``position > 10 and label == "code"``: true or false.
 
@@ -27,6 +28,7 @@ from residua.analysis.rows.columns import examples_of, positions_of, row_numbers
 from residua.analysis.rows.held_out import held_out
 from residua.store.base.errors import AnalysisError, DamagedArchiveError, few
 from residua.store.base.naming import named
+from residua.store.format.row_columns import IMAGE_COLUMNS, MODALITIES
 from residua.store.read.archive import Archive
 from residua.store.selection.row_filter import RowFilter
 from residua.store.selection.token_values import is_list, token_values
@@ -36,7 +38,6 @@ Values: TypeAlias = npt.NDArray[Any]
 Floats: TypeAlias = npt.NDArray[np.float64]
 Names: TypeAlias = tuple[str | bool | int, ...] | None
 
-_ROW_COLUMNS = ("token", "position", "example")
 _MOST_EXACT = 2**53  # of whole numbers that a float64 can hold
 _FEW = 16  # a target with at most this many different whole numbers is a classification
 
@@ -64,8 +65,8 @@ def read_target(archive: Archive, text: str) -> Target:
     Raises:
         AnalysisError: There is no such column, it has values that cannot be predicted, or the text cannot be read.
     """
-    if text in _ROW_COLUMNS:
-        return Target(partial(row_numbers, archive, text), None, "token ids" if text == "token" else "")
+    if text in archive.plan.row_columns:
+        return _row_target(archive, text)
     if text in archive.example_table.column_types() or text in ("n_tokens", "n_rows"):
         return _column_target(archive, text)
     condition = _condition(archive, text)
@@ -77,12 +78,27 @@ def read_target(archive: Archive, text: str) -> Target:
     return Target(holds, (False, True))
 
 
+def _row_target(archive: Archive, name: str) -> Target:
+    if name not in IMAGE_COLUMNS:
+        return Target(partial(row_numbers, archive, name), None, "token ids" if name == "token" else "")
+
+    def values(rows: Numbers) -> Values:
+        found = row_numbers(archive, name, rows)
+        if name == "modality":
+            if len(found) and not 0 <= int(found.min()) <= int(found.max()) < len(MODALITIES):
+                raise DamagedArchiveError(f"{archive.place}/rows/modality holds numbers that are no modality")
+            return found
+        return np.where(found < 0, np.nan, found)  # only patches have it
+
+    return Target(values, MODALITIES) if name == "modality" else Target(values, None, present=f"{name} >= 0")
+
+
 def _condition(archive: Archive, text: str) -> RowFilter:
     try:
         condition = RowFilter.parse(text)
     except AnalysisError as error:
         if text.replace("_", "a").isalnum():
-            known = ", ".join([*_ROW_COLUMNS, *archive.example_table.column_types()])
+            known = ", ".join([*archive.plan.row_columns, *archive.example_table.column_types()])
             raise AnalysisError(
                 f"there is no column {text!r} to predict: choose one of {known}, or a condition such as 'position > 10'"
             ) from None

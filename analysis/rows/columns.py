@@ -1,4 +1,4 @@
-"""Numbers that belong to a row: its token, position and example, and numeric columns of the example table."""
+"""Numbers that belong to a row: token, position, example, its place in an image, and numeric columns of examples."""
 
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
@@ -19,11 +19,11 @@ Lookup: TypeAlias = Callable[[Numbers], Array]
 
 
 def row_numbers(archive: Archive, name: str, rows: Numbers) -> Numbers:
-    """Return the `token`, `position` or `example` of each of `rows`, (rows,) int64, as it is stored.
+    """Return the `token`, `position`, `example`, or a column of images, of each of `rows`, (rows,) int64, as stored.
 
     Args:
         archive: The archive.
-        name: Which of the three.
+        name: One of the plan's ``row_columns``.
         rows: Row numbers, ascending and close together: every row between the first and the last is read.
 
     Raises:
@@ -76,7 +76,8 @@ def _checked(archive: Archive, name: str, rows: Numbers, values: Integers, end: 
 def lookups(archive: Archive, names: Iterable[str]) -> Mapping[str, Lookup]:
     """Return, for each of the columns `names`, a function from row numbers, in any order, to values, (rows,).
 
-    `token` and `position` are held in memory, 4 bytes a row; the other columns take memory for each example.
+    Columns of rows (`token`, `position`, and those of images) are held in memory, 1 or 4 bytes a row; the others take
+    memory for each example.
 
     Raises:
         AnalysisError: There is no such column, or it does not hold numbers.
@@ -85,7 +86,7 @@ def lookups(archive: Archive, names: Iterable[str]) -> Mapping[str, Lookup]:
 
 
 def _lookup(archive: Archive, name: str) -> Lookup:
-    if name in ("token", "position"):
+    if name in archive.plan.row_columns and name != "example":
         stored = getattr(archive.rows, name)
         values = np.zeros(stored.shape, stored.dtype)
         for start, stop in blocks(archive):
@@ -110,7 +111,7 @@ def _column(archive: Archive, name: str) -> Array:
         column = archive.example_table.table([name])[name]
     except DatasetError as error:
         raise AnalysisError(
-            f"batches cannot have a column {name!r}: rows have token, position, example, and {error}"
+            f"batches cannot have a column {name!r}: rows have {', '.join(archive.plan.row_columns)}, and {error}"
         ) from error
     types = pa.types
     if not (types.is_integer(column.type) or types.is_floating(column.type) or types.is_boolean(column.type)):
