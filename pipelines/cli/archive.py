@@ -19,6 +19,7 @@ from residua.pipelines.cli.options import (
     add_sample_flags,
     is_first_process,
     run_sample,
+    shows_progress,
 )
 from residua.pipelines.cli.progress import StepProgress
 from residua.pipelines.cli.report import human_bytes, print_json, print_nonfinite, printable, table
@@ -165,7 +166,7 @@ def _extract(options: argparse.Namespace) -> int:
     from residua.store.selection.grammar import parse_numbers
 
     examples = None if options.examples is None else parse_numbers(options.examples, "--examples")
-    with StepProgress("row", shown=not options.json) as progress:
+    with StepProgress("row", shown=shows_progress(options)) as progress:
         made = extract(
             options.archive,
             options.out,
@@ -180,7 +181,7 @@ def _extract(options: argparse.Namespace) -> int:
 def _concat(options: argparse.Namespace) -> int:
     from residua.pipelines.copies.concat import concat
 
-    with StepProgress("row", shown=not options.json) as progress:
+    with StepProgress("row", shown=shows_progress(options)) as progress:
         made = concat(options.archives, options.out, sites=options.sites, on_row=progress.step)
     return _print_made(options, made)
 
@@ -198,7 +199,7 @@ def _print_made(options: argparse.Namespace, made: "Archive") -> int:
 def _export(options: argparse.Namespace) -> int:
     from residua.pipelines.copies.export import export
 
-    with StepProgress("row", shown=not options.json) as progress:
+    with StepProgress("row", shown=shows_progress(options)) as progress:
         made = export(
             options.archive, options.out, to=options.to, sites=options.sites, rows=options.rows, on_row=progress.step
         )
@@ -301,7 +302,7 @@ def _verify(options: argparse.Namespace) -> int:
     checkpoint = None if is_remote(archive) else _checkpoint_of(Path(archive))
     if options.restart and checkpoint is not None:
         checkpoint.unlink(missing_ok=True)
-    with StepProgress("shard", shown=not options.json) as progress:
+    with StepProgress("shard", shown=shows_progress(options)) as progress:
         report = verify(
             archive, sample=options.sample, threads=options.threads, checkpoint=checkpoint, on_shard=progress.step
         )
@@ -332,7 +333,7 @@ def _pack(options: argparse.Namespace) -> int:
     if options.purpose is not None:
         return _repack(options)
     archive = Path(options.archive)
-    with StepProgress("shard", shown=not options.json) as progress:
+    with StepProgress("shard", shown=shows_progress(options)) as progress:
         pack(archive, on_shard=progress.step)
     n_bytes = (archive / INDEX).stat().st_size
     if options.json:
@@ -345,7 +346,7 @@ def _pack(options: argparse.Namespace) -> int:
 def _repack(options: argparse.Namespace) -> int:
     from residua.pipelines.copies.repack import repack
 
-    with StepProgress("row", shown=not options.json) as progress:
+    with StepProgress("row", shown=shows_progress(options)) as progress:
         made = repack(options.archive, options.out, on_row=progress.step)
     shards, height = len(made.commits), made.plan.rows_per_shard
     if options.json:
@@ -358,7 +359,7 @@ def _repack(options: argparse.Namespace) -> int:
 def _push(options: argparse.Namespace) -> int:
     from residua.store.sharing.push import push
 
-    with StepProgress("B", shown=not options.json) as progress:
+    with StepProgress("B", shown=shows_progress(options)) as progress:
         copied = push(
             options.archive,
             options.address,
@@ -387,7 +388,7 @@ def _card(options: argparse.Namespace) -> int:
 def _pull(options: argparse.Namespace) -> int:
     from residua.store.sharing.pull import pull
 
-    with StepProgress("B", shown=not options.json) as progress:
+    with StepProgress("B", shown=shows_progress(options)) as progress:
         copied = pull(options.address, options.out, sites=options.sites, on_bytes=progress.step)
     return _print_copied(options, copied, "fetched")
 

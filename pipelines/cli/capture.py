@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from residua.pipelines.cli.archive import compression
-from residua.pipelines.cli.options import MODEL_HELP, add_command, add_settings, is_first_process
+from residua.pipelines.cli.options import MODEL_HELP, add_command, add_settings, is_first_process, shows_progress
 from residua.pipelines.cli.progress import CaptureProgress
 from residua.pipelines.cli.report import human_bytes, print_json, print_nonfinite, table
 from residua.pipelines.jobs.stopping import stopping_in_time
@@ -60,7 +60,7 @@ def _capture(options: argparse.Namespace) -> int:
             values["sites"] = options.add_sites
         capture = capture_dataset if options.add_sites is None else add_sites
         is_first = is_first_process()
-        with CaptureProgress(shown=is_first and not options.json) as progress:
+        with CaptureProgress(shown=is_first and shows_progress(options)) as progress:
             result = capture(
                 model,
                 dataset,

@@ -13,6 +13,7 @@ from residua.pipelines.cli.options import (
     add_settings,
     cluster_of,
     is_first_process,
+    shows_progress,
 )
 from residua.pipelines.cli.progress import CaptureProgress
 from residua.pipelines.cli.report import print_json, table
@@ -60,7 +61,7 @@ def _induction(options: argparse.Namespace) -> int:
     is_first = is_first_process()
     if is_first:
         heads_folder(Path(options.out))
-    with stopping_in_time(), CaptureProgress(shown=is_first and not options.json) as progress:
+    with stopping_in_time(), CaptureProgress(shown=is_first and shows_progress(options)) as progress:
         archive = capture_repeats(
             options.model,
             out=options.out,

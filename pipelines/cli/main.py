@@ -6,8 +6,10 @@ wrong; 130 the user stopped the job.
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
 
@@ -38,7 +40,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _run(options: argparse.Namespace, command: str) -> int:
     run: Run = options.run
     try:
-        return run(options)
+        code = run(options)
+        sys.stdout.flush()  # now, while an end of the pipe can be noticed
+    except BrokenPipeError:  # whoever reads has seen enough, as in `residua top ... | head`
+        with suppress(OSError):  # or the interpreter tries again at its end
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except AnalysisError as error:  # without a cause nothing failed: the request cannot be met
         return _fail(options, error, 2 if error.__cause__ is None else 1)
     except (CaptureError, DamagedArchiveError, NotCapturedError, StorageError) as error:
@@ -52,6 +59,7 @@ def _run(options: argparse.Namespace, command: str) -> int:
         return _fail(options, error, 2)
     except KeyboardInterrupt:
         return _stopped(options)
+    return code
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import re
+import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import Field
 from pathlib import Path
@@ -28,6 +29,7 @@ WHERE_HELP = "use only rows that meet this condition, for example 'position > 0'
 MODEL_HELP = "hub id or folder of the model"
 CAPTURED_MODEL_HELP = "hub id or folder of the model that was captured"
 
+_SMALL_BYTES = 64 * 2**20  # that an analysis reads in a few seconds; starting workers takes about ten
 _TOKEN = re.compile(r'\s*("(?:[^"\\]|\\.)*")\s*,|([^,]*),')  # a JSON string, or anything without a comma
 _FLAG, _NEGATIVE = re.compile(r"--[^=]+"), re.compile(r"-\d")
 
@@ -44,6 +46,7 @@ def add_command(commands: Any, name: str, run: Run, text: str, description: str)
     """
     parser: argparse.ArgumentParser = commands.add_parser(name, help=text, description=description, allow_abbrev=False)
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
+    parser.add_argument("--quiet", action="store_true", help="show no progress")
     parser.set_defaults(run=run)
     return parser
 
@@ -110,9 +113,14 @@ def add_sample_flags(parser: argparse.ArgumentParser, *, batches: int) -> None:
     add_device(parser)
 
 
+def shows_progress(options: argparse.Namespace) -> bool:
+    """Return whether a command draws its progress: for a person who looks, not into a file or a pipe."""
+    return not options.json and not options.quiet and sys.stderr.isatty()
+
+
 def run_sample(options: argparse.Namespace, job: Callable[..., Found], *, shown: bool, **more: Any) -> Found:
     """Call a job with the flags of `add_sample_flags` and with `more`; show its progress if `shown`."""
-    with StepProgress("batch", shown=shown and not options.json) as progress:
+    with StepProgress("batch", shown=shown and shows_progress(options)) as progress:
         return job(
             options.model,
             options.archive,
@@ -155,7 +163,10 @@ def _word(text: str) -> str:
 
 def add_cluster_flags(parser: argparse.ArgumentParser) -> None:
     """Add the flags that say where an analysis runs."""
-    text = "address of a Dask scheduler, tcp://host:port, or 'inline' for this process alone (default: a local cluster)"
+    text = (
+        "address of a Dask scheduler, tcp://host:port, or 'inline' for this process alone (default: a local cluster, "
+        "and this process for archives of up to 64 MiB unless --workers is given)"
+    )
     add_flag(parser, "--scheduler", text, metavar="ADDRESS")
     add_flag(parser, "--workers", "workers of the local cluster (default: one a core, as memory allows)", kind=int)
     add_flag(parser, "--memory-limit", "memory of each worker of the local cluster", "4GiB", metavar="SIZE")
@@ -163,11 +174,20 @@ def add_cluster_flags(parser: argparse.ArgumentParser) -> None:
 
 def cluster_of(options: argparse.Namespace) -> "AbstractContextManager[Cluster]":
     """Return the cluster that the flags ask for, as a context manager."""
-    from residua.analysis.support.cluster import connect
+    from residua.analysis.support.cluster import INLINE, connect
 
-    return connect(
-        options.scheduler, workers=options.workers, memory_limit=options.memory_limit, shown=not options.json
-    )
+    scheduler = options.scheduler
+    if scheduler is None and options.workers is None and _is_small(options.archive):
+        scheduler = INLINE
+    return connect(scheduler, workers=options.workers, memory_limit=options.memory_limit, shown=shows_progress(options))
+
+
+def _is_small(place: str) -> bool:
+    """Return whether all rows of an archive take so little that starting workers would last longer than the work."""
+    from residua.store.read.stacks import archives_of, open_archive
+
+    archives = archives_of(open_archive(place))
+    return sum(one.n_rows * sum(site.row_bytes for site in one.plan.sites) for one in archives) <= _SMALL_BYTES
 
 
 def parse_tokens(text: str, flag: str) -> list[int | str]:

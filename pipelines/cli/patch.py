@@ -13,6 +13,7 @@ from residua.pipelines.cli.options import (
     add_parallel_flags,
     add_switch,
     is_first_process,
+    shows_progress,
 )
 from residua.pipelines.cli.progress import StepProgress
 from residua.pipelines.cli.report import print_json, table
@@ -75,7 +76,7 @@ def _run(options: argparse.Namespace, way: Any, word: str, **more: int) -> int:
 
     folder = Path(options.folder or f"{Path(options.pairs).stem}-{word}")
     is_first = is_first_process()
-    with stopping_in_time(), StepProgress("pair", shown=is_first and not options.json) as progress:
+    with stopping_in_time(), StepProgress("pair", shown=is_first and shows_progress(options)) as progress:
         found = way(
             options.model,
             options.pairs,

@@ -13,6 +13,7 @@ from residua.pipelines.cli.options import (
     add_switch,
     is_first_process,
     parse_tokens,
+    shows_progress,
 )
 from residua.pipelines.cli.progress import CaptureProgress, StepProgress
 from residua.pipelines.cli.report import print_json
@@ -40,6 +41,8 @@ def add(commands: Any) -> None:
     add_flag(parser, "--at", text)
     text = "sites of the edited run to store in OUT/acts.zarr, comma separated, with patterns (default: none)"
     add_flag(parser, "--capture", text)
+    add_flag(parser, "--dtype", "data type to store them in, such as float16 (default: that of the archive)")
+    add_flag(parser, "--codec", "codec preset for them, such as fast (default: that of the archive)")
     add_flag(parser, "--examples", "numbers of the examples, such as 3,7,10-19 (default: all)")
     add_flag(parser, "--rows", "only examples that own these rows, such as 0-99,512 (default: all)")
     text = "only examples with a row that meets this condition, such as 'label == \"code\"' (default: all)"
@@ -56,7 +59,7 @@ def _replay(options: argparse.Namespace) -> int:
     from residua.pipelines.replay.replay import replay_dataset
 
     is_first = is_first_process()
-    shown = is_first and not options.json
+    shown = is_first and shows_progress(options)
     with (
         stopping_in_time(),
         StepProgress("example", shown=shown) as progress,
@@ -69,6 +72,8 @@ def _replay(options: argparse.Namespace) -> int:
             edits=() if options.edit is None else options.edit,
             at=None if options.at is None else options.at.split(","),
             capture=options.capture,
+            dtype=options.dtype,
+            codec=options.codec,
             examples=None if options.examples is None else parse_numbers(options.examples, "--examples"),
             rows=None if options.rows is None else parse_numbers(options.rows, "--rows"),
             where=options.where,

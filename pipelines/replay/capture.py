@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from residua.capture.hooks.site import plan_sites
+from residua.capture.hooks.site import FLOATS, check_storage, plan_sites
 from residua.capture.identity.provenance import describe_model, environment
 from residua.capture.recording.stats import RecordStats
 from residua.capture.replay.captured import CapturedReplay
@@ -48,6 +48,8 @@ class ReplayCapture(CaptureJob):
         out: Folder of the archive; an unfinished one is resumed. No other run may write it meanwhile.
         replay: What is replayed, as JSON values: archive, `at`, edits.
         facts: More about it for the provenance: whether it can be repeated, command line.
+        dtype: Data type to store; that of the replayed archive unless given.
+        codec: Codec preset; that of the replayed archive unless given.
         host_memory: Bytes of host memory for buffered rows.
 
     Raises:
@@ -66,6 +68,8 @@ class ReplayCapture(CaptureJob):
         *,
         replay: Mapping[str, Json],
         facts: Mapping[str, Json],
+        dtype: str | None = None,
+        codec: str | None = None,
         host_memory: int = HOST_MEMORY_BYTES,
     ) -> None:
         if replayer.rows.main.stack:
@@ -92,7 +96,10 @@ class ReplayCapture(CaptureJob):
             self._refuse_changed_inputs()
         index = self._source.example_table.index()
         longest = int(index.n_tokens[examples].max())
-        self._site_plans = plan_sites(sites, dtype=None, codec=DEFAULT_PRESET, longest_example=longest)
+        own_dtype, own_codec = _storage_of(self._source.plan)
+        dtype, codec = dtype or own_dtype, codec or own_codec
+        check_storage(codec=codec, dtype=dtype, rows_per_shard=None, threads=None)
+        self._site_plans = plan_sites(sites, dtype=dtype, codec=codec, longest_example=longest)
         self._height = self._rows_per_shard(index.n_rows[examples], host_memory)
         self.check_room(self._site_plans, int(index.n_rows[examples].sum()))
 
@@ -201,6 +208,13 @@ class ReplayCapture(CaptureJob):
                 "ran in other batches than when they were captured, so the last bits may differ"
             )
         return height
+
+
+def _storage_of(plan: Plan) -> tuple[str | None, str]:
+    """Return the data type and the codec of an archive's floating-point sites; where they differ, the defaults."""
+    dtypes = {site.dtype for site in plan.sites if site.dtype in FLOATS}
+    codecs = {site.codec for site in plan.sites if site.dtype in FLOATS}
+    return dtypes.pop() if len(dtypes) == 1 else None, codecs.pop() if len(codecs) == 1 else DEFAULT_PRESET
 
 
 def _dataset_columns(table: ExampleTable, examples: npt.NDArray[np.int64]) -> Iterator[tuple[int, dict[str, Any]]]:

@@ -38,7 +38,8 @@ from residua.pipelines.replay.result_folder import (
 )
 from residua.pipelines.setup.models import replayed_model
 from residua.pipelines.setup.settings import CaptureSettings
-from residua.store.base.errors import NotCapturedError
+from residua.store.base.errors import NotCapturedError, PlanError
+from residua.store.base.naming import named
 from residua.store.edits.parser import EditSource, is_reproducible, parse_edits
 from residua.store.examples.schedule import Schedule
 from residua.store.format.commits import content_hash
@@ -90,6 +91,8 @@ def replay_dataset(
     edits: EditSource = (),
     at: str | Iterable[str] | None = None,
     capture: str | Iterable[str] | None = None,
+    dtype: str | None = None,
+    codec: str | None = None,
     examples: Sequence[int] | None = None,
     rows: Sequence[int] | None = None,
     where: str | None = None,
@@ -118,6 +121,8 @@ def replay_dataset(
         at: Where stored rows go in; None runs the model in full.
         capture: Sites whose activations in the edited run are captured, for the chosen examples, into the archive
             ``acts.zarr`` in `out`.
+        dtype: Data type in which they are stored; that of the replayed archive unless given.
+        codec: Their codec preset; that of the replayed archive unless given.
         examples: Numbers of the examples to replay; all unless given.
         rows: Rows of the archive; the examples that own them are replayed.
         where: A condition such as ``label == "code"``; the examples with a row that meets it are replayed.
@@ -159,6 +164,11 @@ def replay_dataset(
     ids = [token if isinstance(token, int) else token_id(opened.tokenizer, token) for token in tokens]
     if not chosen.any():
         raise NotCapturedError(f"{opened.place} has none of these examples completely yet: run the capture first")
+    if capture is None and (dtype or codec):
+        raise PlanError(
+            f"{named('dtype' if dtype else 'codec')} says how captured sites are stored, and none are: give "
+            f"{named('capture')}, or leave it out"
+        )
     place = try_place(Path(out), locks=True, links=capture is not None)
     folder, settings = place.path, CaptureSettings(device=device, tp=tp, pp=pp)
     files = TableFiles(folder, schedule, chosen)
@@ -193,7 +203,9 @@ def replay_dataset(
         following = (
             None
             if capture is None
-            else ReplayCapture(replayer, capture, taken, folder / ARCHIVE, replay=replayed, facts=facts)
+            else ReplayCapture(
+                replayer, capture, taken, folder / ARCHIVE, replay=replayed, facts=facts, dtype=dtype, codec=codec
+            )
         )
         planned = shared.plan_once(
             lambda: {"resumed": begin_or_resume(folder, request, {**facts, "notes": [*replayer.notes]})},

@@ -157,7 +157,7 @@ def test_the_archive_records_the_replay(tmp_path: Path, capsys: pytest.CaptureFi
     assert said["reproducible"] is False
     for job in (residua.reproduce, residua.fidelity):
         with pytest.raises(PlanError, match=rf"{re.escape(str(found.path))}.* replay"):
-            job(found.path, model)
+            job(model, found.path)
 
 
 def _same(_site: str, rows: Tensor) -> Tensor:
@@ -292,3 +292,23 @@ def test_killed_at_many_steps_it_ends_the_same(forks: Forks, tmp_path: Path) -> 
     ours, theirs = (dict(Archive(folder / "acts.zarr").provenance) for folder in (killed, reference))
     assert {**ours, "command": ""} == {**theirs, "command": ""}
     assert sorted(path.name for path in killed.iterdir()) == ["acts.zarr", "examples", "residua.json", "tokens"]
+
+
+def test_sites_are_stored_as_those_of_the_archive_unless_told(tmp_path: Path) -> None:
+    model = model_of("llama")
+    archive = captured(model, tmp_path / "a", dtype="float16", codec="fast")
+    edits = [{"edit": "scale", "site": "attn_out.1", "by": 0.5}]
+    for name, options, expected in (
+        ("own", {}, ("float16", "fast")),
+        ("other", {"dtype": "float32", "codec": "raw"}, ("float32", "raw")),
+    ):
+        out = tmp_path / name
+        following = residua.replay_dataset(
+            model, archive, out=out, edits=edits, capture="resid_post.2", examples=[0, 1], **options
+        ).archive
+        assert following is not None
+        assert {(site.dtype, site.codec) for site in following.plan.sites} == {expected}
+    with pytest.raises(PlanError, match="capture"):
+        residua.replay_dataset(model, archive, out=tmp_path / "x", edits=edits, codec="raw")
+    with pytest.raises(PlanError, match="float7"):
+        residua.replay_dataset(model, archive, out=tmp_path / "x", edits=edits, capture="final", dtype="float7")
