@@ -83,7 +83,7 @@ class Replayer:
         group: `tensor_parallel`.
         recorded: What examples were recorded with beside tokens and mask.
         start: Where the stored rows go in.
-        checked: The result of comparing the model with the archive; None for prompts.
+        checked: The result of comparing the model with the archive; it says nothing for prompts.
         gives_example_logits: Whether the model is a classifier of whole examples.
         notes: What a reader of the results has to know, one sentence each.
 
@@ -128,13 +128,14 @@ class Replayer:
             self._infos |= edit.infos
             for name in edit.actions:
                 self.refuse_below(name, f"edit {edit.number} ({edit.edit.kind} at {name})")
-        self.checked = check_model(archive, model, force=force) if archive is not None and checked is None else checked
+        if checked is None and archive is not None:
+            checked = check_model(archive, model, force=force)
+        self.checked = checked or ModelCheck(identity={}, notes=())
         if is_sharded(model):
             padding_leaks(model)  # now, when all workers are here: their batches may differ
         self.gives_example_logits = _gives_example_logits(model, self.core)
         self._edited_infos = [info for edit in self.edits for info in edit.infos.values()]
-        checked_notes = () if self.checked is None else self.checked.notes
-        notes = [*checked_notes, *self.recorded.notes]
+        notes = [*self.checked.notes, *self.recorded.notes]
         for one in self.rows.sources:
             of_one = {name: info for name, info in infos.items() if self.rows.of([info]).source is one}
             notes += storage_notes(one, of_one, self.edits)
