@@ -22,7 +22,7 @@ import tempfile
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from itertools import chain
 from pathlib import Path, PurePosixPath
 from typing import Any, TypeAlias
@@ -374,23 +374,21 @@ def _temporary_folder(owner: object) -> Path:
     """
     parent = Path(tempfile.gettempdir())
     for left in parent.glob(f"{_PREFIX}*"):
-        if left.stat().st_uid == os.getuid():
-            _remove_unless_locked(left)
+        with suppress(FileNotFoundError):
+            if left.stat().st_uid == os.getuid():
+                _remove_unless_locked(left)
     while True:
         folder = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=parent))
-        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        try_flock(descriptor)
-        if folder.exists():  # another process may have taken it for one that was left
-            weakref.finalize(owner, _remove, folder, descriptor, os.getpid())
-            return folder
-        os.close(descriptor)
+        with suppress(FileNotFoundError):  # another process may take it for one that was left, until it is locked
+            descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            if try_flock(descriptor) is not False and folder.exists():
+                weakref.finalize(owner, _remove, folder, descriptor, os.getpid())
+                return folder
+            os.close(descriptor)
 
 
 def _remove_unless_locked(folder: Path) -> None:
-    try:
-        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    except FileNotFoundError:
-        return
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         if try_flock(descriptor):
             shutil.rmtree(folder, ignore_errors=True)

@@ -1,6 +1,7 @@
 """Where an archive is written: what a disk and a bucket have in common, and what a bucket survives."""
 
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -135,7 +136,10 @@ def test_temporary_folders_of_killed_processes_go(
     (tmp_path / "residua-writing-killed" / "files").mkdir(parents=True)
     second = bucket(s3, "temporary")
     assert {folder.path.parent for folder in (first, second)} == set(tmp_path.iterdir())
-    del first, second
+    with ThreadPoolExecutor(8) as pool:  # several that begin at once leave each other's alone
+        many = list(pool.map(lambda _: bucket(s3, "temporary"), range(40)))
+    assert all(each.path.is_dir() for each in many)
+    del first, second, many
     assert list(tmp_path.iterdir()) == []
 
 
