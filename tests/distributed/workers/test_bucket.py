@@ -92,6 +92,7 @@ def test_two_workers_share_the_work(
     assert [worker["stats"]["committed_rows"] > 0 for worker in workers] == [True, True]
 
 
+@pytest.mark.slow
 def test_killed_at_random_moments_and_resumed_by_other_numbers_of_workers(
     forked_workers: ForkedWorkers, s3: S3Server, dataset: Path, reference: Path
 ) -> None:
