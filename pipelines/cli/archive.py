@@ -435,9 +435,29 @@ def _fidelity(options: argparse.Namespace) -> int:
             (name, f"{site.kl_mean:.2e}", f"{site.kl_max:.2e}", f"{100 * site.top1_agreement:.2f} %")
             for name, site in found.sites.items()
         ]
-        print(f"{found.n_examples:,} examples, {found.n_tokens:,} tokens; KL divergence in nats a token")
+        of_tokens, note = _what_diverges(options.archive)
+        n_tokens = f", {found.n_tokens:,} tokens" if of_tokens else ""
+        each = "a token" if of_tokens else "an example"
+        print(f"{found.n_examples:,} examples{n_tokens}; KL divergence in nats {each}")
         print(table([("site", "mean KL", "largest KL", "same top 1"), *rows], (1, 2, 3)))
+        if note:
+            print(f"note: {note}")
     return 0
+
+
+def _what_diverges(archive: str) -> tuple[bool, str]:
+    """Return whether a model's logits are of tokens, and what they are of if not of the next one, as a sentence."""
+    from residua.store.read.stacks import main_archive, open_archive
+
+    predicts = main_archive(open_archive(archive)).provenance.get("model", {}).get("predicts")
+    if predicts == "tokens":
+        return True, (
+            "the model's logits are not those of the next token: the divergence is of what it gives for each token of "
+            "the text as it was captured"
+        )
+    if predicts == "examples":
+        return False, "the model's logits are of an example as a whole: the divergence is of these"
+    return True, ""
 
 
 def _sites(options: argparse.Namespace) -> int:

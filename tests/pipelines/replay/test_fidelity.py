@@ -3,10 +3,12 @@
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import transformers
 
 import residua
 from residua.pipelines.cli.main import main
@@ -98,3 +100,28 @@ def test_info_shows_the_figures(tmp_path: Path, capsys: pytest.CaptureFixture[st
     shown = capsys.readouterr().out
     assert "mean KL" in shown
     assert f"{float(line[1]):.1e}" in shown
+
+
+@pytest.mark.parametrize(
+    ("kind", "counted", "said"),
+    [
+        ("BertForMaskedLM", "tokens", "not those of the next token"),
+        ("BertForSequenceClassification", "nats an example", "an example as a whole"),
+    ],
+)
+def test_what_diverges_is_said_of_models_that_predict_no_next_token(
+    kind: str, counted: str, said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = transformers.BertConfig(
+        vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4
+    )
+    model = getattr(transformers, kind)(config).eval()
+    model.save_pretrained(tmp_path / "model")
+    ids = [[1, 5, 9, 2], [1, 30, 2], [1, 7, 8, 11, 40, 2]]
+    options: dict[str, Any] = {"sites": "resid_post.0", "codec": "int8-block32", "out": tmp_path / "a.zarr"}
+    residua.capture_dataset(str(tmp_path / "model"), ids, **options)
+    capsys.readouterr()
+    assert main(["fidelity", str(tmp_path / "a.zarr"), "--model", str(tmp_path / "model")]) == 0
+    shown = capsys.readouterr().out
+    assert counted in shown.splitlines()[0]
+    assert said in shown
