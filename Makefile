@@ -19,7 +19,8 @@ docs: $(READY)
 	@PYTHONPATH=. $(BIN)/python -m sphinx -c docs -W --keep-going -q -b html . build/site
 	@echo "open build/site/index.html"
 
-# Check every model type of transformers, and write docs/models-table.md; a sweep that was stopped goes on where it was
+# Check every model type of transformers, and write docs/models-table.md: half an hour on two idle cores; a sweep that was
+# stopped goes on where it was
 models: $(READY)
 	@OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m tests.models.sweep --jobs 2
 

@@ -134,7 +134,7 @@ def summary(record: Record) -> str:
 def main(words: Sequence[str] | None = None) -> int:
     """Run the command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--registry", default="causal,masked", help=f"registries, of {', '.join(REGISTRIES)}")
+    parser.add_argument("--registry", default=",".join(REGISTRIES), help=f"registries, of {', '.join(REGISTRIES)}")
     parser.add_argument("--types", default="", help="types, separated by commas; all if empty")
     parser.add_argument("--jobs", type=int, default=2, help="processes at a time")
     parser.add_argument("--results", type=Path, default=RESULTS, help="JSON lines, one a type")
