@@ -416,7 +416,7 @@ def _some_module(model: nn.Module) -> str:
 
 def _first_that_runs(modules: Mapping[str, nn.Module], path: str) -> str:
     """Return a module, or the first in it if it is a list of modules, which does not run itself."""
-    while isinstance(modules[path], nn.ModuleList) and len(modules[path]):
+    while isinstance(found := modules[path], nn.ModuleList) and len(found):
         path = f"{path}.0"
     return path
 

@@ -21,7 +21,6 @@ from tests.models.findings import Record, StackRecord
 
 _SOURCES, _TARGETS = (5, 9, 17, 30), (3, 14, 8, 21)
 _STACKS = ("encoder", "decoder")
-_CROSS = "cross_"
 
 
 class PairTruth:
@@ -140,39 +139,51 @@ def _check_stack(
 
 def _check_cross(record: Record, sites: dict[str, Any], truth: PairTruth, archives: dict[str, Any]) -> None:
     """What a decoder reads of the source: eager weights, ``z = pattern @ v`` and the softmax of ``q @ k``."""
-    rows = {stack: StackRows(archive, stack) for stack, archive in archives.items()}
     noted = StackRecord(record, "decoder", record.n_blocks)
     layers = [int(name.rpartition(".")[2]) for name in sites if name.startswith("decoder.cross_pattern.")]
     for layer in layers:
-        known = all(f"decoder.cross_{kind}.{layer}" in sites for kind in ("q", "k", "v", "z"))
-        if not known:
-            continue
-        for number, pair in enumerate(truth.pairs):
-            n_source = pair["input_ids"].shape[1]
-            pattern = rows["decoder"](number, f"cross_pattern.{layer}").permute(1, 0, 2)[..., :n_source]
-            q, z = (rows["decoder"](number, f"cross_{kind}.{layer}") for kind in ("q", "z"))
-            k, v = (
-                torch.as_tensor(archives[stack].example(number, name)[name][:].astype("float32"))
-                for kind in ("k", "v")
-                for name in [f"decoder.cross_{kind}.{layer}"]
-                for stack in [_stack_with(archives, name)]
-            )
-            weights = states_of(truth.eager[number], "cross_attentions") if truth.eager else None
-            if weights is not None and len(weights) == len(layers):
-                error = difference(pattern, weights[layer][0].float())
-                text = f"differs from the eager weights by {error:.1e}"
-                noted.judge("cross_pattern", layer, error <= ROWS, text, "eager weights")
-            each = v.repeat_interleave(pattern.shape[0] // v.shape[1], dim=1).transpose(0, 1)
-            error = difference((pattern @ each).transpose(0, 1), z)
-            for kind in ("cross_v", "cross_z"):
-                noted.judge(
-                    kind, layer, error <= LOGITS, f"pattern @ v differs from z by {error:.1e}", "z = pattern @ v"
-                )
-        k = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
-        scores = torch.einsum("qhd,khd->hqk", q.double(), k.double())
-        if is_softmax_of(scores, pattern.double(), None, None):
+        if all(f"decoder.cross_{kind}.{layer}" in sites for kind in ("q", "k", "v", "z")):
+            for number in range(len(truth.pairs)):
+                cross = _Cross(truth, archives, number, layer)
+                cross.check(noted, len(layers))
+                if number == len(truth.pairs) - 1:
+                    cross.check_product(noted)
+
+
+class _Cross:
+    """A decoder's attention to the source of one pair in one block, as it was captured."""
+
+    def __init__(self, truth: PairTruth, archives: dict[str, Any], number: int, layer: int) -> None:
+        def rows(kind: str) -> Tensor:
+            name = f"decoder.cross_{kind}.{layer}"
+            found = archives[_stack_with(archives, name)].example(number, name)[name][:]
+            return torch.as_tensor(found.astype("float32"))
+
+        self._truth, self._number, self._layer = truth, number, layer
+        self._q, self._z = rows("q"), rows("z")
+        self._pattern = rows("pattern").permute(1, 0, 2)[..., : truth.pairs[number]["input_ids"].shape[1]]
+        n_times = self._q.shape[1] // rows("k").shape[1]
+        self._k, self._v = (rows(kind).repeat_interleave(n_times, dim=1) for kind in ("k", "v"))
+
+    def check(self, noted: StackRecord, n_layers: int) -> None:
+        """Compare the pattern with eager weights, and the heads' outputs with the values weighted by it."""
+        eager_of = self._truth.eager
+        weights = states_of(eager_of[self._number], "cross_attentions") if eager_of else None
+        if weights is not None and len(weights) == n_layers:
+            error = difference(self._pattern, weights[self._layer][0].float())
+            text = f"differs from the eager weights by {error:.1e}"
+            noted.judge("cross_pattern", self._layer, error <= ROWS, text, "eager weights")
+        error = difference((self._pattern @ self._v.transpose(0, 1)).transpose(0, 1), self._z)
+        for kind in ("cross_v", "cross_z"):
+            text = f"pattern @ v differs from z by {error:.1e}"
+            noted.judge(kind, self._layer, error <= LOGITS, text, "z = pattern @ v")
+
+    def check_product(self, noted: StackRecord) -> None:
+        """Compare the pattern with the softmax of queries and keys."""
+        scores = torch.einsum("qhd,khd->hqk", self._q.double(), self._k.double())
+        if is_softmax_of(scores, self._pattern.double()):
             for kind in ("cross_q", "cross_k"):
-                noted.judge(kind, layer, True, "", "softmax of q @ k")
+                noted.judge(kind, self._layer, True, "", "softmax of q @ k")
 
 
 def _stack_with(archives: dict[str, Any], site: str) -> str:
