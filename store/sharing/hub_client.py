@@ -14,6 +14,7 @@ from functools import cached_property
 from importlib import import_module
 from pathlib import Path, PurePosixPath
 from typing import Any, ClassVar
+from urllib.parse import unquote
 
 from residua.store.base.errors import MissingPackageError, ResiduaError, StorageError
 from residua.store.storage.address import HubPlace
@@ -209,14 +210,18 @@ class HubRepository(HubTarget):
     def _id(self) -> dict[str, str]:
         return {"repo_id": self.place.repository, "repo_type": "dataset"}
 
+    @property
+    def _branch(self) -> str:
+        return unquote(self.place.revision)  # the client quotes it itself
+
     def _create(self, *, private: bool) -> None:
         self._api.create_repo(**self._id, private=private, exist_ok=True)
-        if self.place.revision != "main":
-            self._api.create_branch(**self._id, branch=self.place.revision, exist_ok=True)
+        if self._branch != "main":
+            self._api.create_branch(**self._id, branch=self._branch, exist_ok=True)
 
     def _list(self) -> Iterator[tuple[str, There]]:
         tree = self._api.list_repo_tree(
-            **self._id, path_in_repo=self.place.folder or None, recursive=True, revision=self.place.revision
+            **self._id, path_in_repo=self.place.folder or None, recursive=True, revision=self._branch
         )
         for entry in self._entries(tree):
             if hasattr(entry, "blob_id"):  # or it is a folder
@@ -235,11 +240,11 @@ class HubRepository(HubTarget):
             for name, source in group.items():
                 source.learn(operations[name].upload_info.sha256.hex())  # the client hashes what it reads
                 on_file(name)
-        where = {**self._id, "revision": self.place.revision, "num_threads": 8}
+        where = {**self._id, "revision": self._branch, "num_threads": 8}
         _again(lambda: self._api.create_commit(operations=[*operations.values()], commit_message=message, **where))
 
     def _upload(self, additions: Sequence[Any]) -> None:
-        where = {**self._id, "revision": self.place.revision, "num_threads": 8}
+        where = {**self._id, "revision": self._branch, "num_threads": 8}
         _again(lambda: self._api.preupload_lfs_files(additions=additions, **where))
 
 

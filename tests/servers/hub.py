@@ -238,10 +238,9 @@ class _Api(_Handler):
     """The API, and the resolver of files."""
 
     def answer(self) -> None:
-        path = unquote(self.parts.path)
         for pattern, work in self.routes.items():
-            if found := re.fullmatch(pattern, path):
-                work(self, **{name: text or "" for name, text in found.groupdict().items()})
+            if found := re.fullmatch(pattern, self.parts.path):
+                work(self, **{name: unquote(text or "") for name, text in found.groupdict().items()})
                 return
         raise _RefusedError(404)
 

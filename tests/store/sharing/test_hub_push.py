@@ -80,8 +80,9 @@ def test_what_is_there_is_not_sent_again(hub: HubServer, tmp_path: Path) -> None
     again = push(source, "hf://datasets/org/acts/b/acts.zarr")
     assert (again.sent_bytes, hub.uploaded) == (0, uploaded)
     assert len(hub.repositories["datasets/org/acts"].commits) == n_commits
-    push(source, "hf://datasets/org/acts@v2/b/acts.zarr")
-    assert {name.partition("/")[0] for name in published(hub, revision="v2")} == {"b", "README.md"}
+    push(source, "hf://datasets/org/acts@try%2F2/b/acts.zarr")
+    assert {name.partition("/")[0] for name in published(hub, revision="try/2")} == {"b", "README.md"}
+    assert RemoteArchive("hf://datasets/org/acts@try%2F2/b/acts.zarr", cache=False).sites == Archive(source).sites
     assert hub.uploaded == uploaded
 
 

@@ -10,6 +10,7 @@ import pytest
 from residua.store.base.errors import StorageError
 from residua.store.storage.hub import HubFolder, folder_at
 from residua.store.storage.objects import ObjectFolder
+from residua.store.storage.web import Answer
 from tests.servers.hub import HubServer, serving_hub
 
 pytestmark = pytest.mark.timeout(120)
@@ -103,6 +104,15 @@ def test_what_does_not_pass_is_said(hub: HubServer, monkeypatch: pytest.MonkeyPa
     hub.faults["resolve"] = ["elsewhere"] * 9
     with pytest.raises(StorageError, match=r"a\.zarr/large"):
         opened(hub).read("large", len(LARGE))
+
+
+@pytest.mark.parametrize("target", ["http://cdn.example/x", "file:///etc/passwd", "https://me:secret@cdn.example/x"])
+def test_an_answer_that_sends_somewhere_unsafe(target: str) -> None:
+    folder = HubFolder("hf://datasets/org/acts")
+    answer = Answer(302, {"location": target}, b"", 0)
+    with pytest.raises(StorageError, match=r"org/acts/large.*hub\.example.*not safe") as refused:
+        folder._moved("large", "https://hub.example/large", answer)
+    assert "secret" not in str(refused.value)
 
 
 def test_the_login_goes_to_the_hub_alone(hub: HubServer) -> None:
