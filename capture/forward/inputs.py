@@ -111,7 +111,7 @@ def forward_arguments(
     if is_encoder_decoder(model):
         both = pair_arguments(model)
         return lambda ids, mask: both(PaddedBatch(input_ids=ids, attention_mask=mask), None, "decoder")
-    first = first_position(model) if "position_ids" in takes and _takes_positions(model) else None
+    first = first_position_given(model)
     fixed: dict[str, bool] = {"use_cache": False} if "use_cache" in takes else {}
     leaves_out_logits = not needs_logits and "logits_to_keep" in takes
 
@@ -163,6 +163,12 @@ def forward_kwargs(
 ) -> dict[str, Tensor | bool | int]:
     """Return the arguments for a single forward call of `model`; see `forward_arguments`."""
     return forward_arguments(model, needs_logits=needs_logits)(input_ids, attention_mask)
+
+
+def first_position_given(model: nn.Module) -> int | None:
+    """Return the first of the position ids that are passed to a model; None if it takes none, or numbers otherwise."""
+    takes = inspect.signature(model.forward).parameters
+    return first_position(model) if "position_ids" in takes and _takes_positions(model) else None
 
 
 def first_position(model: nn.Module) -> int:

@@ -109,13 +109,17 @@ def read_call(
             "example: its rows are those of the document alone if the model keeps documents apart, as transformers "
             "does for causal attention"
         )
-    if positions is None and "position_ids" in parameters and (mask.any(-1) & ~mask[:, 0]).any():
-        notes.append(
-            "examples were padded on the left and the model got no position_ids, so it may have counted padding: the "
-            "position of a row counts tokens only, from 0"
-        )
+    pads_left = positions is None and bool((mask.any(-1) & ~mask[:, 0]).any())
     inputs = {name: found for name in others if (found := _small_numbers(given[name], shape)) is not None}
-    return Call(input_ids=ids, mask=mask, starts=starts, others=others, inputs=inputs, notes=tuple(notes))
+    return Call(
+        input_ids=ids,
+        mask=mask,
+        starts=starts,
+        others=others,
+        inputs=inputs,
+        pads_left=pads_left,
+        notes=tuple(notes),
+    )
 
 
 def _refuse_past(given: Mapping[str, object]) -> None:

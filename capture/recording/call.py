@@ -35,6 +35,7 @@ class Call:
         others: Names of what the call had beside tokens and mask.
         inputs: Those of them that are small, whole numbers: int64 of shape (sequences,), (sequences, positions) or
             (sequences, positions, few).
+        pads_left: Whether sequences are padded on the left, and the model is given no positions.
         notes: What a reader of the rows should know, one sentence each.
     """
 
@@ -43,6 +44,7 @@ class Call:
     starts: npt.NDArray[np.bool_] | None = None
     others: tuple[str, ...] = ()
     inputs: Mapping[str, npt.NDArray[np.int64]] = field(default_factory=dict)
+    pads_left: bool = False
     notes: tuple[str, ...] = ()
 
     @property

@@ -16,6 +16,7 @@ context. So what is stored is what the model goes on with.
 
 from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
+from dataclasses import replace
 from os import PathLike
 from pathlib import Path
 from types import TracebackType
@@ -46,6 +47,7 @@ from residua.capture.layout.process_layout import ProcessLayout, process_layout_
 from residua.capture.recording.arguments import read_call
 from residua.capture.recording.call import Call, Column, SameCalls, are_of_examples
 from residua.capture.recording.growing_archive import GrowingArchive, with_replica_hint
+from residua.capture.recording.left_padding import counting_tokens
 from residua.capture.recording.stack import parameter_names, refuse_encoder_outputs, refusing_generation, stack_of
 from residua.capture.runtime.collectives import all_gather_objects, device_of
 from residua.capture.runtime.pipeline_schedule import PIPELINE_TYPES
@@ -238,17 +240,23 @@ class Recorder:
         if self._stack_called is not None and kwargs.get("encoder_outputs") is not None:
             refuse_encoder_outputs(self._model, self._called)
 
-    def _before(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _before(
+        self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         if is_probing():
-            return
+            return None
         call = read_call(self._parameters, args, kwargs, first_position=self._first_position, caches=self._caches)
         if takes_frames(self._called):
             call = call.by_position(n_frame_positions(self._called))
+        if call.pads_left and self._stack_called is None:
+            args, kwargs, note = counting_tokens(self._called, self._parameters, call, args, kwargs)
+            call = replace(call, notes=(*call.notes, *([note] if note else [])))
         self._call = call.by_example() if self._has_whole_examples else call
         self._note_changes()
         self._same_calls.check(self._call, self._keep)
         if self._archive is not None:
             self._archive.begin(self._call, self._keep, self._columns)
+        return args, kwargs
 
     def _note_changes(self) -> None:
         """Note whether the model is still the one of the first call; not each call looks, since this takes time."""

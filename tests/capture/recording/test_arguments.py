@@ -204,12 +204,10 @@ def test_what_is_no_token_id_is_not_taken_for_one(names: tuple[str, ...], args: 
     assert call.shape == (2, 1)
 
 
-def test_left_padding_without_positions_is_noted() -> None:
+def test_left_padding_without_positions_is_seen() -> None:
     left, right = torch.tensor([[0, 0, 1, 1, 1], [1] * 5]), torch.tensor([[1, 1, 1, 0, 0], [1] * 5])
     counted = (left.cumsum(-1) - 1).clamp(min=0)
-    call = read_call(NAMES, (IDS, left), {})
-    assert len(call.notes) == 1
-    assert "padded on the left" in call.notes[0]
-    assert not read_call(NAMES, (IDS, right), {}).notes
-    assert not read_call(NAMES, (IDS, left, counted), {}).notes
-    assert not read_call(("input_ids", "attention_mask"), (IDS, left), {}).notes
+    assert read_call(NAMES, (IDS, left), {}).pads_left
+    assert not read_call(NAMES, (IDS, right), {}).pads_left
+    assert not read_call(NAMES, (IDS, left, counted), {}).pads_left
+    assert read_call(("input_ids", "attention_mask"), (IDS, left), {}).pads_left
