@@ -400,7 +400,7 @@ def main() -> None:
             each.mkdir()
         make(data)
         with ExitStack() as open_:
-            server = open_.enter_context(serving_s3(bucket, volume_mib=1024))
+            server = open_.enter_context(serving_s3(bucket, n_volumes=100))
             port = urlsplit(server.options["endpoint"]).port
             links = [open_.enter_context(slow_link(each)) for each in (open_.enter_context(file_server(data)), port)]
             measured |= measure(files_place(links[0], data), copies, arguments.rounds)

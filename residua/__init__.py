@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from residua.store.read.stacks import open_archive as open  # noqa: A004  # read as residua.open(path)
     from residua.store.read.verify import verify
     from residua.store.sealing.seal import pack
+    from residua.store.sharing.copy import copy
     from residua.store.sharing.pull import pull
     from residua.store.sharing.push import push
 
@@ -51,6 +52,7 @@ __all__ = [
     "attribute",
     "capture_dataset",
     "concat",
+    "copy",
     "export",
     "extract",
     "fidelity",
@@ -85,6 +87,7 @@ _HOMES = {
     "attribute": "pipelines.circuits.patch:attribute",
     "capture_dataset": "pipelines.capture.capture:capture_dataset",
     "concat": "pipelines.copies.concat:concat",
+    "copy": "store.sharing.copy:copy",
     "export": "pipelines.copies.export:export",
     "extract": "pipelines.copies.extract:extract",
     "fidelity": "pipelines.replay.fidelity:fidelity",

@@ -21,7 +21,7 @@ from residua.store.base.canonical import canonical_json, digest_of
 from residua.store.base.errors import DamagedArchiveError, ResiduaError
 from residua.store.base.untrusted import check_inside, parse_json, read_file, size_problem
 from residua.store.encoding.shard import ChunkTable
-from residua.store.format.archive_metadata import ROOT
+from residua.store.format.archive_metadata import ROOT, is_archive, read_metadata
 from residua.store.format.plan import Plan
 from residua.store.storage.destination import Destination, destination_of
 
@@ -302,13 +302,17 @@ def _digest(value: str) -> str:
 def content_hash(folder: Path) -> str:
     """Return a digest, in hex, that changes when the content of `folder` does, without reading all of it.
 
-    For an archive it covers metadata and commits, which hold the digests of everything else. For any other folder it
+    Of a sealed archive it is the digest of its metadata, which name the packed index and so everything else; of another
+    archive it covers metadata and commits, which hold the digests of everything else. For any other folder it
     covers the names, the sizes and the last 64 KiB of all files: every file of an overlay or a lens ends in checksums
     of its content.
 
     Raises:
         OSError: A file cannot be read.
+        DamagedArchiveError: The metadata of an archive were altered.
     """
+    if is_archive(folder) and (found := read_metadata(folder)).index is not None:
+        return str(found.to_json()["sha256"])
     if (folder / FOLDER).is_dir():
         files = [folder / ROOT, *(folder / FOLDER).iterdir()]
     else:

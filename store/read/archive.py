@@ -478,7 +478,9 @@ class Archive(Mapping[str, ArchiveArray]):
         from residua.store.read.xarray_dataset import as_dataset
 
         names = self.sites if sites is None else self.select(sites)
-        return as_dataset(self.path, self.plan, [self.plan.site(name) for name in names], self.arrays, self.group.store)
+        return as_dataset(
+            self.place, self.plan, [self.plan.site(name) for name in names], self.arrays, self.group.store
+        )
 
 
 def _missing_rows(path: Path, progress: Progress, was_finished: bool, is_repeatable: bool, first: int) -> ResiduaError:

@@ -14,7 +14,7 @@ from typing import Any, TypeAlias
 
 import zarr
 
-from residua.store.base.errors import NotCapturedError, PlanError, StorageError
+from residua.store.base.errors import NotCapturedError, StorageError
 from residua.store.encoding.spec import ArraySpec
 from residua.store.format.archive_metadata import MAX_METADATA_BYTES, ROOT, SIDECAR_FOLDERS, read_metadata
 from residua.store.format.array_metadata import METADATA
@@ -23,6 +23,7 @@ from residua.store.format.plan import Plan
 from residua.store.read.archive import Archive
 from residua.store.read.reader import ArrayReader, Check
 from residua.store.read.remote import PACK, RecordTables, RemoteChunks, RemoteReader
+from residua.store.read.zarr_group import RemoteArchiveStore, open_zarr_group
 from residua.store.sealing.packed_index import PackedIndex
 from residua.store.storage.address import scheme_of
 from residua.store.storage.disk_cache import DiskCache
@@ -176,11 +177,14 @@ class RemoteArchive(Archive):
 
     @property
     def group(self) -> zarr.Group:
-        """Refused: zarr-python opens the address by itself."""
-        raise PlanError(
-            f"{self.place} is at an address, where archive.group is not to be had: read archive[SITE], or open the "
-            "address with zarr.storage.ObjectStore, in which rows of half precision are as they are stored"
-        )
+        """The archive as a Zarr group, read-only, for zarr-python and Dask; see `Archive.group`."""
+        documents = {"": _group_document(), **self.metadata.documents}
+        captured = frozenset(self.commits) if self._index is None else self._index
+        return open_zarr_group(RemoteArchiveStore(self.folder, self.plan, documents, captured, self._missing))
+
+
+def _group_document() -> dict[str, Any]:
+    return {"zarr_format": 3, "node_type": "group", "attributes": {}}
 
 
 def _reopen(address: str, settings: Mapping[str, Any]) -> RemoteArchive:

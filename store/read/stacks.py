@@ -7,13 +7,15 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from residua.store.base.errors import NotCapturedError, PlanError, UnknownSiteError
 from residua.store.base.untrusted import check_inside
-from residua.store.format.archive_metadata import ROOT
+from residua.store.format.archive_metadata import MAX_METADATA_BYTES, ROOT
 from residua.store.format.stacks import stacks_in
 from residua.store.read.archive import Archive, Progress
 from residua.store.read.array import ArchiveArray
 from residua.store.read.reader import Check
 from residua.store.read.remote_archive import Cache, RemoteArchive
-from residua.store.storage.address import is_remote
+from residua.store.storage.address import is_remote, shown
+from residua.store.storage.hub import folder_at
+from residua.store.storage.mirror import Mirror
 
 if TYPE_CHECKING:
     import residua
@@ -53,9 +55,22 @@ def open_archive(
     if isinstance(archive, Archive):
         return archive
     if is_remote(archive):
-        return RemoteArchive(str(archive), check=check, threads=threads, storage_options=storage_options, cache=cache)
+        return _open_remote(str(archive), check=check, threads=threads, storage_options=storage_options, cache=cache)
     kind = StackedArchive if stacks_in(Path(archive)) else Archive
     return kind(archive, check=check, threads=threads)
+
+
+def _open_remote(address: str, **settings: Any) -> Archive:
+    try:
+        return RemoteArchive(address, **settings)
+    except PlanError:
+        mirror = Mirror(folder_at(address, settings["storage_options"]))
+        mirror.need(ROOT, MAX_METADATA_BYTES)
+        with mirror.naming():
+            names = stacks_in(mirror.path)
+        if not names:
+            raise
+    return StackedArchive(mirror.path, at=(address, settings))
 
 
 def archives_of(archive: Archive) -> list[Archive]:
@@ -84,6 +99,7 @@ class StackedArchive(Archive):
         path: Folder that holds the archives.
         check: As for `Archive`.
         threads: As for `Archive`.
+        at: Address of the archives, if `path` only has the metadata that name them, and what opening each takes.
 
     Raises:
         FileNotFoundError: There is no archive at that path.
@@ -91,21 +107,39 @@ class StackedArchive(Archive):
         UnsafeArchiveError: Residua does not write such metadata.
     """
 
-    def __init__(self, path: str | PathLike[str], *, check: Check = "once", threads: int | None = None) -> None:
+    def __init__(
+        self,
+        path: str | PathLike[str],
+        *,
+        check: Check = "once",
+        threads: int | None = None,
+        at: tuple[str, Mapping[str, Any]] | None = None,
+    ) -> None:
         self.path = Path(path)
+        self._place = str(path) if at is None else shown(at[0].rstrip("/"))
         self._names = stacks_in(self.path)
+        if at is not None:
+            address, settings = at
+            there = {name: f"{address.rstrip('/')}/{name}" for name in self._names}
+            self._stacks: dict[str, Archive] = {name: RemoteArchive(each, **settings) for name, each in there.items()}
+            return
         for name in self._names:
             check_inside(self.path, self.path / name)
         begun = [name for name in self._names if (self.path / name / ROOT).is_file()]
         self._stacks = {name: Archive(self.path / name, check=check, threads=threads) for name in begun}
+
+    @property
+    def place(self) -> str:
+        """Where the archives are: their folder, or its address."""
+        return self._place
 
     def __getattr__(self, name: str) -> NoReturn:
         """Refuse what is of one stack: all of it needs the metadata of an archive, which this one does not have."""
         if name != "metadata":
             raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
         raise PlanError(
-            f"{self.path} holds {' and '.join(self._names)}, each with rows of its own, and one of them is needed: "
-            f"take archive.stacks[{self._names[0]!r}], or the folder {self.path / self._names[0]}"
+            f"{self.place} holds {' and '.join(self._names)}, each with rows of its own, and one of them is needed: "
+            f"take archive.stacks[{self._names[0]!r}], or open {self.place}/{self._names[0]}"
         )
 
     @property
@@ -177,4 +211,4 @@ class StackedArchive(Archive):
 
     def __repr__(self) -> str:
         state = "sealed" if self.is_sealed else "not sealed"
-        return f"<StackedArchive {self.path} of {' and '.join(self._names)} ({state}), {len(self)} sites>"
+        return f"<StackedArchive {self.place} of {' and '.join(self._names)} ({state}), {len(self)} sites>"

@@ -5,7 +5,6 @@ xarray itself opens a group of an archive (`xr.open_zarr(path, group="sites/resi
 """
 
 from collections.abc import Container, Iterable
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from residua.store.base.errors import MissingPackageError, PlanError
@@ -18,12 +17,12 @@ if TYPE_CHECKING:
 
 
 def as_dataset(
-    path: Path, plan: Plan, sites: Iterable[SitePlan], arrays: Container[ArraySpec], store: Any
+    place: str, plan: Plan, sites: Iterable[SitePlan], arrays: Container[ArraySpec], store: Any
 ) -> "xarray.Dataset":
     """Return sites and the row columns of an archive; see `Archive.to_xarray`.
 
     Args:
-        path: Folder of the archive.
+        place: Folder or address of the archive.
         plan: Its plan.
         sites: The sites to include.
         arrays: The arrays that are there.
@@ -47,7 +46,7 @@ def as_dataset(
         variables[site.name] = _variable(store, site.path)
     rows = [spec.path for spec in plan.row_arrays if spec in arrays]
     coordinates = {node.removeprefix("rows/"): _variable(store, node) for node in rows}
-    return xarray.Dataset(variables, coords=coordinates, attrs={"plan": plan.digest, "archive": str(path)})
+    return xarray.Dataset(variables, coords=coordinates, attrs={"plan": plan.digest, "archive": place})
 
 
 def _variable(store: Any, path: str) -> "xarray.Variable":

@@ -7,8 +7,9 @@ numpy sums bfloat16 in bfloat16 and float16 in float16. `ArchiveStore` therefore
 codec in front that converts decoded chunks (`AsFloat32`). Nothing on disk changes.
 """
 
+import asyncio
 import json
-from collections.abc import Callable, Container, Iterable
+from collections.abc import AsyncIterator, Callable, Container, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Self
@@ -16,7 +17,7 @@ from typing import Any, Self
 import numpy as np
 import zarr
 from zarr.abc.codec import ArrayArrayCodec
-from zarr.abc.store import ByteRequest
+from zarr.abc.store import ByteRequest, RangeByteRequest, Store, SuffixByteRequest
 from zarr.core.array_spec import ArraySpec
 from zarr.core.buffer import Buffer, BufferPrototype, NDBuffer, default_buffer_prototype
 from zarr.dtype import Float16
@@ -24,12 +25,13 @@ from zarr.registry import register_codec
 from zarr.storage import LocalStore
 
 from residua.store.base.errors import DamagedArchiveError, ResiduaError
-from residua.store.base.untrusted import parse_json
+from residua.store.base.untrusted import MAX_SHARD_BYTES, parse_json
 from residua.store.encoding.dtypes import BFLOAT16, BFloat16
 from residua.store.encoding.shard import RESTORE
 from residua.store.format.array_metadata import METADATA
 from residua.store.format.dimensions import dimension_names
 from residua.store.format.plan import Plan
+from residua.store.storage.objects import ObjectFolder
 
 _HALF: dict[str, Any] = {BFLOAT16: BFloat16, "float16": Float16}
 
@@ -73,52 +75,35 @@ class AsFloat32(ArrayArrayCodec):
 register_codec("residua.as_float32", AsFloat32)
 
 
-class ArchiveStore(LocalStore):
-    """The folder of an archive as a read-only Zarr store; see the module.
+class _Shown(Store):
+    """What a store of an archive shows of the bytes that its other base class reads; see the module.
 
     Args:
-        root: Folder of the archive.
-        plan: Its plan.
+        plan: Plan of the archive.
         captured: Numbers of the captured shards.
         missing: Returns the error for the rows from a given one on, whose shard is not captured.
+        place: Where the archive is, for messages.
     """
 
-    def __init__(
-        self, root: Path, plan: Plan, captured: Container[int], missing: Callable[[int], ResiduaError]
-    ) -> None:
-        super().__init__(root, read_only=True)
+    def _show(self, plan: Plan, captured: Container[int], missing: Callable[[int], ResiduaError], place: str) -> None:
         self._plan = plan
         self._captured = captured
         self._missing = missing
+        self._place = place
         self._names = {f"{path}/{METADATA}": names for path, names in dimension_names(plan).items()}
         self._shards = {f"{spec.path}/c" for spec in plan.arrays}
 
     def with_read_only(self, read_only: bool = False) -> Self:
         """Return this store; an archive cannot be written through it."""
         if not read_only:
-            raise ValueError(f"{self.root} is opened for reading: an archive is written by captures only")
+            raise ValueError(f"{self._place} is opened for reading: an archive is written by captures only")
         return self
-
-    async def get(
-        self, key: str, prototype: BufferPrototype | None = None, byte_range: ByteRequest | None = None
-    ) -> Buffer | None:
-        """Return the bytes of a file; see the class for what it raises."""
-        self._require(key)
-        found = await super().get(key, prototype, byte_range)
-        return self._shown(key, found, prototype)
-
-    def get_sync(
-        self, key: str, *, prototype: BufferPrototype | None = None, byte_range: ByteRequest | None = None
-    ) -> Buffer | None:
-        """Return the bytes of a file; see the class for what it raises."""
-        self._require(key)
-        return self._shown(key, super().get_sync(key, prototype=prototype, byte_range=byte_range), prototype)
 
     async def get_partial_values(
         self, prototype: BufferPrototype, key_ranges: Iterable[tuple[str, ByteRequest | None]]
     ) -> list[Buffer | None]:
         """Return ranges of files, as `get` does."""
-        return [await self.get(key, prototype, byte_range) for key, byte_range in key_ranges]
+        return await asyncio.gather(*(self.get(key, prototype, byte_range) for key, byte_range in key_ranges))
 
     def _shard(self, key: str) -> int | None:
         """Return the number of the shard that the file `key` holds; None for other files."""
@@ -136,7 +121,7 @@ class ArchiveStore(LocalStore):
     def _shown(self, key: str, found: Buffer | None, prototype: BufferPrototype | None) -> Buffer | None:
         if found is None:
             if self._shard(key) is not None:
-                raise DamagedArchiveError(f"{self.root / key} is missing: {RESTORE}")
+                raise DamagedArchiveError(f"{self._place}/{key} is missing: {RESTORE}")
             return None
         if key not in self._names:
             return found
@@ -152,6 +137,136 @@ class ArchiveStore(LocalStore):
         return made.buffer.from_bytes(json.dumps(document).encode())
 
 
-def open_zarr_group(store: ArchiveStore) -> zarr.Group:
+class ArchiveStore(_Shown, LocalStore):
+    """The folder of an archive as a read-only Zarr store; see the module.
+
+    Args:
+        root: Folder of the archive.
+        plan: Its plan.
+        captured: Numbers of the captured shards.
+        missing: Returns the error for the rows from a given one on, whose shard is not captured.
+    """
+
+    def __init__(
+        self, root: Path, plan: Plan, captured: Container[int], missing: Callable[[int], ResiduaError]
+    ) -> None:
+        LocalStore.__init__(self, root, read_only=True)
+        self._show(plan, captured, missing, str(root))
+
+    async def get(
+        self, key: str, prototype: BufferPrototype | None = None, byte_range: ByteRequest | None = None
+    ) -> Buffer | None:
+        """Return the bytes of a file; see the class for what it raises."""
+        self._require(key)
+        found = await LocalStore.get(self, key, prototype, byte_range)
+        return self._shown(key, found, prototype)
+
+    def get_sync(
+        self, key: str, *, prototype: BufferPrototype | None = None, byte_range: ByteRequest | None = None
+    ) -> Buffer | None:
+        """Return the bytes of a file; see the class for what it raises."""
+        self._require(key)
+        found = LocalStore.get_sync(self, key, prototype=prototype, byte_range=byte_range)
+        return self._shown(key, found, prototype)
+
+
+class RemoteArchiveStore(_Shown):
+    """An archive at an address as a read-only Zarr store; see the module. Its chunks end in their crc32c.
+
+    Args:
+        folder: The objects of the archive.
+        plan: Its plan.
+        documents: Metadata of arrays and groups that are known already, by path.
+        captured: Numbers of the captured shards.
+        missing: Returns the error for the rows from a given one on, whose shard is not captured.
+    """
+
+    supports_writes = supports_deletes = False
+    supports_listing = True
+
+    def __init__(
+        self,
+        folder: ObjectFolder,
+        plan: Plan,
+        documents: Mapping[str, Any],
+        captured: Container[int],
+        missing: Callable[[int], ResiduaError],
+    ) -> None:
+        super().__init__(read_only=True)
+        self._folder = folder
+        self._documents = documents
+        self._show(plan, captured, missing, str(folder))
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, RemoteArchiveStore) and other._place == self._place
+
+    __hash__ = None  # type: ignore[assignment]  # as of all stores of zarr-python
+
+    def __str__(self) -> str:
+        return self._place
+
+    async def get(
+        self, key: str, prototype: BufferPrototype | None = None, byte_range: ByteRequest | None = None
+    ) -> Buffer | None:
+        """Return the bytes of an object; see the class for what it raises."""
+        self._require(key)
+        found = await asyncio.to_thread(self._read, key, byte_range)
+        made = default_buffer_prototype() if prototype is None else prototype
+        return self._shown(key, None if found is None else made.buffer.from_bytes(found), prototype)
+
+    def _read(self, key: str, byte_range: ByteRequest | None) -> bytes | None:
+        node = key.removesuffix(METADATA).rstrip("/")
+        if key.endswith(METADATA) and node in self._documents:
+            return json.dumps(self._documents[node]).encode()
+        try:
+            if byte_range is None:
+                return self._folder.read(key, MAX_SHARD_BYTES)
+            if isinstance(byte_range, RangeByteRequest):
+                start, stop = byte_range.start, byte_range.end
+            else:
+                size = self._folder.size(key)
+                if size is None:
+                    return None
+                start = (
+                    max(0, size - byte_range.suffix) if isinstance(byte_range, SuffixByteRequest) else byte_range.offset
+                )
+                stop = size
+            return self._folder.read_ranges(key, [start], [stop])[0].tobytes()
+        except FileNotFoundError:
+            return None
+
+    async def exists(self, key: str) -> bool:
+        """Say whether there is such an object."""
+        node = key.removesuffix(METADATA).rstrip("/")
+        return node in self._documents or await asyncio.to_thread(self._folder.size, key) is not None
+
+    async def set(self, key: str, value: Buffer) -> None:  # noqa: ARG002  # zarr's
+        """Refused: an archive is written by captures only."""
+        raise ValueError(f"{self._place} is opened for reading: an archive is written by captures only")
+
+    async def delete(self, key: str) -> None:  # noqa: ARG002  # zarr's
+        """Refused: an archive is written by captures only."""
+        raise ValueError(f"{self._place} is opened for reading: an archive is written by captures only")
+
+    async def list(self) -> AsyncIterator[str]:
+        """Yield the metadata of all nodes."""
+        for node in self._documents:
+            yield f"{node}/{METADATA}".lstrip("/")
+
+    async def list_prefix(self, prefix: str) -> AsyncIterator[str]:
+        """Yield the metadata of all nodes below a folder."""
+        async for key in self.list():
+            if key.startswith(prefix):
+                yield key
+
+    async def list_dir(self, prefix: str) -> AsyncIterator[str]:
+        """Yield the names of nodes in a folder."""
+        folder = f"{prefix.rstrip('/')}/" if prefix.rstrip("/") else ""
+        names = {key.removeprefix(folder).split("/")[0] async for key in self.list_prefix(folder)}
+        for name in sorted(names):
+            yield name
+
+
+def open_zarr_group(store: ArchiveStore | RemoteArchiveStore) -> zarr.Group:
     """Return the archive as a Zarr group, from its own metadata and no consolidated copy of it."""
     return zarr.open_group(store, mode="r", use_consolidated=False)

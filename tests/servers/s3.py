@@ -45,13 +45,13 @@ def free_ports(n: int) -> list[int]:
 
 
 @contextmanager
-def serving_s3(folder: Path, *, volume_mib: int = 64) -> Iterator[S3Server]:
-    """Run a server that keeps its data in `folder`, eight times `volume_mib` at most, while the context lasts."""
+def serving_s3(folder: Path, *, n_volumes: int = 8) -> Iterator[S3Server]:
+    """Run a server that keeps its data in `folder`, at most `n_volumes` of 64 MiB, while the context lasts."""
     parts = ("master", "volume", "filer", "s3")
     names = [f"{part}.port{kind}" for part in parts for kind in ("", ".grpc")] + ["s3.port.iceberg", "s3.port.lance"]
     ports = dict(zip(names, free_ports(len(names)), strict=True))
     words = [str(Path(sys.executable).parent / "weed"), "server", f"-dir={folder}", "-s3", "-master.telemetry=false"]
-    words += ["-ip=127.0.0.1", "-ip.bind=127.0.0.1", f"-master.volumeSizeLimitMB={volume_mib}", "-volume.max=8"]
+    words += ["-ip=127.0.0.1", "-ip.bind=127.0.0.1", "-master.volumeSizeLimitMB=64", f"-volume.max={n_volumes}"]
     words += [f"-{name}={port}" for name, port in ports.items()]
     endpoint = f"http://127.0.0.1:{ports['s3.port']}"
     with (folder / "log").open("wb") as log, subprocess.Popen(words, stdout=log, stderr=log) as process:

@@ -6,22 +6,27 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import dask.array
 import numpy as np
 import pytest
 
 from residua.store.base.errors import (
     DamagedArchiveError,
     NotCapturedError,
+    PlanError,
     ResiduaError,
     StorageError,
     UnsafeArchiveError,
 )
 from residua.store.encoding.codecs import PRESETS
 from residua.store.format.archive_metadata import ROOT, read_metadata, write_metadata
+from residua.store.format.stacks import create_stacks
 from residua.store.read.archive import Archive
 from residua.store.read.remote import RemoteReader
 from residua.store.read.remote_archive import RemoteArchive
+from residua.store.read.stacks import open_archive
 from residua.store.read.verify import verify
 from residua.store.sealing.packed_index import INDEX
 from residua.store.storage.disk_cache import DiskCache
@@ -113,7 +118,7 @@ def test_a_scan_fetches_the_next_rows_ahead_and_nothing_twice(server: FileServer
 
 def test_rows_that_a_caller_announces_come_once_and_are_the_same(server: FileServer) -> None:
     here, there = Archive(server.folder / "a.zarr"), opened(server)
-    pieces = [range(20, 30), np.array([3, 37]), range(5)]
+    pieces: list[Any] = [range(20, 30), np.array([3, 37]), range(5)]
     for most_bytes in (0, 3000, 10**6):
         server.forget()
         for site in here.sites:
@@ -149,6 +154,50 @@ def _why_not() -> str:
     with pytest.raises(StorageError) as caught:
         _SHARED["a"]["q.1"][[0, 37]]
     return str(caught.value)
+
+
+def test_the_group_and_the_dataset_are_those_of_the_folder(server: FileServer) -> None:
+    here, there = Archive(server.folder / "a.zarr"), opened(server)
+    for path in ("sites/resid_post/0", "sites/q/1", "rows/token"):
+        mine: Any = here.group[path]
+        theirs: Any = there.group[path]
+        assert (theirs.shape, theirs.dtype, theirs.metadata.dimension_names) == (
+            mine.shape,
+            mine.dtype,
+            mine.metadata.dimension_names,
+        )
+        assert np.array_equal(theirs[3:30], mine[3:30])
+        assert np.array_equal(theirs.oindex[[0, 37]], mine.oindex[[0, 37]])
+        again: Any = pickle.loads(pickle.dumps(theirs))  # noqa: S301  # as Dask sends it
+        assert np.array_equal(again[:], mine[:])
+        from_zarr: Any = dask.array.from_zarr  # its functions have no types
+        lazy = from_zarr(theirs)
+        assert np.array_equal(lazy.compute(scheduler="synchronous"), mine[:])
+    assert sorted(there.group["sites"]) == sorted(here.group["sites"])  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="opened for reading"):
+        there.group["rows/token"][0] = 1  # type: ignore[index]
+    assert there.to_xarray().attrs["archive"] == there.place
+    assert there.to_xarray().drop_attrs().equals(here.to_xarray().drop_attrs())
+    (server.folder / "a.zarr/sites/q/1/c/1/0/0").unlink()
+    with pytest.raises(DamagedArchiveError, match=r"sites/q/1/c/1/0/0 is missing"):
+        opened(server).group["sites/q/1"][:]  # type: ignore[index]
+
+
+def test_archives_of_several_stacks_open_by_the_address_around_them(tmp_path: Path) -> None:
+    create_stacks(tmp_path / "m.zarr", ("encoder", "decoder"))
+    make_archive(tmp_path / "m.zarr" / "encoder", stack="encoder")
+    make_archive(tmp_path / "m.zarr" / "decoder", stack="decoder", seed=1)
+    here = open_archive(tmp_path / "m.zarr")
+    with serving_files(tmp_path) as server:
+        there = open_archive(f"{server.url}/m.zarr/", cache=False)
+        assert (there.place, there.sites, there.progress) == (f"{server.url}/m.zarr", here.sites, here.progress)
+        for site in here.sites:
+            assert np.array_equal(there[site][:], here[site][:])
+        with pytest.raises(PlanError, match=f"{server.url}/m.zarr holds encoder and decoder"):
+            there.n_rows  # noqa: B018  # the look-up is the test
+        (tmp_path / "m.zarr" / "decoder" / ROOT).unlink()
+        with pytest.raises(FileNotFoundError, match=r"m\.zarr/decoder is not an archive"):
+            open_archive(f"{server.url}/m.zarr", cache=False)
 
 
 def test_an_archive_pickles_as_its_readers_do(server: FileServer) -> None:

@@ -17,6 +17,7 @@ from residua.store.format.archive_metadata import is_archive, read_metadata, wri
 from residua.store.read.archive import Archive
 from residua.store.read.remote_archive import RemoteArchive
 from residua.store.read.verify import verify
+from residua.store.sharing.copy import copy
 from residua.store.sharing.pull import pull
 from residua.store.sharing.push import push
 from residua.store.storage.objects import ObjectFolder
@@ -73,6 +74,21 @@ def test_some_sites_are_an_archive_that_says_what_it_lacks(s3: S3Server, tmp_pat
     assert content(out) == content(source)
     with pytest.raises(UnknownSiteError, match="attn_out"):
         pull(address, tmp_path / "b.zarr", sites="attn_out.*", storage_options=s3.options)
+
+
+def test_one_call_copies_in_both_directions(s3: S3Server, tmp_path: Path) -> None:
+    source, address = make_archive(tmp_path / "a.zarr"), s3.address("copied.zarr")
+    copy(source, address, storage_options=s3.options)
+    copy(address, tmp_path / "b.zarr", sites="q.*", storage_options=s3.options)
+    assert Archive(tmp_path / "b.zarr").sites == ("q.1",)
+    for one, other, said in (
+        (source, tmp_path / "c.zarr", "are folders"),
+        (address, s3.address("again.zarr"), "are addresses"),
+    ):
+        with pytest.raises(PlanError, match=said):
+            copy(one, other)
+    with pytest.raises(PlanError, match="extract them first"):
+        copy(source, address, sites="q.*", storage_options=s3.options)
 
 
 def test_archives_are_not_mixed(s3: S3Server, tmp_path: Path) -> None:
