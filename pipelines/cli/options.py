@@ -164,20 +164,25 @@ def _word(text: str) -> str:
 def add_cluster_flags(parser: argparse.ArgumentParser) -> None:
     """Add the flags that say where an analysis runs."""
     text = (
-        "address of a Dask scheduler, tcp://host:port, or 'inline' for this process alone (default: a local cluster, "
-        "and this process for archives of up to 64 MiB unless --workers is given)"
+        "address of a Dask scheduler, tcp://host:port, or 'inline' for this process alone (default: a local cluster; "
+        "for stats and top of archives of up to 64 MiB this process, unless --workers is given)"
     )
     add_flag(parser, "--scheduler", text, metavar="ADDRESS")
     add_flag(parser, "--workers", "workers of the local cluster (default: one a core, as memory allows)", kind=int)
     add_flag(parser, "--memory-limit", "memory of each worker of the local cluster", "4GiB", metavar="SIZE")
 
 
-def cluster_of(options: argparse.Namespace) -> "AbstractContextManager[Cluster]":
-    """Return the cluster that the flags ask for, as a context manager."""
+def cluster_of(options: argparse.Namespace, *, reads_once: bool = False) -> "AbstractContextManager[Cluster]":
+    """Return the cluster that the flags ask for, as a context manager.
+
+    Args:
+        options: The flags.
+        reads_once: Whether the work is little more than reading the archive, so that a small one needs no workers.
+    """
     from residua.analysis.support.cluster import INLINE, connect
 
     scheduler = options.scheduler
-    if scheduler is None and options.workers is None and _is_small(options.archive):
+    if reads_once and scheduler is None and options.workers is None and _is_small(options.archive):
         scheduler = INLINE
     return connect(scheduler, workers=options.workers, memory_limit=options.memory_limit, shown=shows_progress(options))
 

@@ -42,7 +42,7 @@ def _stats(options: argparse.Namespace) -> int:
 
     archive = open_archive(options.archive)
     folder = try_place(Path(options.folder or default_folder(archive.place, "stats", options.where))).path
-    with cluster_of(options) as cluster:
+    with cluster_of(options, reads_once=True) as cluster:
         found = stats(archive, options.sites, components=options.components, where=options.where, cluster=cluster)
     found.save(folder)
     plot_norms(folder / "norms.png", found.positions)

@@ -47,7 +47,7 @@ def _top(options: argparse.Namespace) -> int:
     archive = open_archive(options.archive)
     file = None if options.file is None else try_place(Path(options.file), is_file=True).path
     direction = None if options.direction is None else read_direction(options.direction)
-    with cluster_of(options) as cluster:
+    with cluster_of(options, reads_once=True) as cluster:
         found = top(
             archive,
             options.site,

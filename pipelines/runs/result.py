@@ -14,6 +14,7 @@ from residua.capture.replay.engine import Replayer
 from residua.capture.replay.replay import Replay
 from residua.pipelines.runs.texts import Texts
 from residua.store.base.errors import CaptureError, PlanError
+from residua.store.base.extras import load
 from residua.store.encoding.codecs import DEFAULT_PRESET
 from residua.store.read.archive import Archive
 
@@ -128,12 +129,13 @@ class Run(Replay):
         Raises:
             PlanError: The model's LM head is not known.
         """
+        lens_view = load("pipelines.runs.lens:lens_view", "run.logit_lens")
         from residua.analysis.lens.unembedding import Decoder
-        from residua.pipelines.runs.lens import lens_view
 
         decoder = Decoder(self._lm_head())
         rows = self.rows(["resid_pre.0", "resid_post.*"])
-        return lens_view(self, rows, lambda _, hidden: decoder.logits(hidden), self._texts, "logit lens")
+        view: LensView = lens_view(self, rows, lambda _, hidden: decoder.logits(hidden), self._texts, "logit lens")
+        return view
 
     def tuned_lens(self, lens: "TunedLens | str | PathLike[str]") -> "LensView":
         """Decode the residual stream of every layer that a tuned lens was trained at.
@@ -145,9 +147,9 @@ class Run(Replay):
             AnalysisError: There is no such lens.
             PlanError: It is one of a model with another LM head.
         """
+        lens_view = load("pipelines.runs.lens:lens_view", "run.tuned_lens")
         from residua.analysis.lens.lens import TunedLens
         from residua.analysis.lens.rows import layer_of
-        from residua.pipelines.runs.lens import lens_view
 
         found = lens if isinstance(lens, TunedLens) else TunedLens.load(lens)
         ours, theirs = (head.parameters["unembed.weight"] for head in (self._lm_head(), found.head))
@@ -159,7 +161,8 @@ class Run(Replay):
         layers = {*found.translators, found.config.num_hidden_layers}
         known = ["resid_pre.0", *(f"resid_post.{layer}" for layer in range(found.config.num_hidden_layers))]
         rows = self.rows([site for site in known if layer_of(site) in layers])
-        return lens_view(self, rows, found.decode, self._texts, "tuned lens")
+        view: LensView = lens_view(self, rows, found.decode, self._texts, "tuned lens")
+        return view
 
     def attribution(
         self,
@@ -185,8 +188,7 @@ class Run(Replay):
             PlanError: The LM head is not known or is not linear, a position or token does not exist, or a text is not
                 one token.
         """
-        from residua.pipelines.runs.attribution import attribute_logit
-
+        attribute_logit = load("pipelines.runs.attribution:attribute_logit", "run.attribution")
         tokens = [token] if isinstance(token, int | str) else list(token)
         wanted = {"logit": 1, "logit_difference": 2}.get(metric)
         if wanted != len(tokens):
@@ -195,7 +197,8 @@ class Run(Replay):
                 "'logit_difference' and two"
             )
         ids = [self._texts.token(one) for one in tokens]
-        return attribute_logit(self, self._lm_head(), ids, position, self._texts.labels(ids))
+        view: Attribution = attribute_logit(self, self._lm_head(), ids, position, self._texts.labels(ids))
+        return view
 
     def pattern_plot(self, layer: int, head: int, *, example: int = 0, ax: "Axes | None" = None) -> "Axes":
         """Draw the attention pattern of one head: rows are query tokens, columns key tokens.
@@ -210,8 +213,8 @@ class Run(Replay):
             UnknownSiteError: The model has no patterns there.
             PlanError: There is no such head or example.
         """
-        from residua.analysis.support.plots import draw_cells, notebook_axes
-
+        draw_cells = load("analysis.support.plots:draw_cells", "run.pattern_plot")
+        notebook_axes = load("analysis.support.plots:notebook_axes", "run.pattern_plot")
         patterns = self[f"pattern.{layer}"]
         if not 0 <= example < len(patterns):
             raise PlanError(f"there is no example {example}: the run has {len(patterns)}, counted from 0")
@@ -220,7 +223,7 @@ class Run(Replay):
         pattern = patterns[example][:, head].detach().float().cpu().numpy()
         labels = self._texts.labels(self.tokens[example])
         size = min(14.0, 2.5 + 0.25 * len(labels))
-        axes = notebook_axes(ax, size + 1.2, size)
+        axes: Axes = notebook_axes(ax, size + 1.2, size)
         draw_cells(axes, pattern, value_name="attention", x_ticks=labels, y_ticks=labels)
         axes.set_title(f"attention of head {head} in block {layer}")
         axes.set_xlabel("key")
