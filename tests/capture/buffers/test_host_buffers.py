@@ -240,6 +240,24 @@ def test_a_checksum_never_covers_rows_of_an_earlier_shard(tmp_path: Path) -> Non
     check_shard(tmp_path / "shard", spec, 4)
 
 
+@pytest.mark.parametrize("computed", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("stored", ["float16", "float32"])
+def test_overflow_is_counted_in_rows_that_come_from_other_ranks(computed: torch.dtype, stored: str) -> None:
+    """Rows of a shard come in several pieces; the model's own infinities are no overflow."""
+    site = SitePlan(name="resid_post.0", row_shape=(2,), dtype=stored, codec="raw")
+    writer = HoldingWriter()
+    filler = filler_of(make_plan(8, 8, (site,)), writer, n_buffers=1)
+    values = torch.tensor([1e6, -1e6, torch.inf, torch.nan, 65504.0, 1.0, -7e4, 0.0], dtype=computed)
+    for first in (0, 4):
+        filler.begin(rows_of([4], first_row=first, first_example=first // 4))
+        filler.put_rows(site.name, 0, values.view(4, 2).clone())
+        filler.finish()
+    cast = values.to(torch_dtype(stored))
+    expected = 2 * int((values.isfinite() & ~cast.isfinite()).sum())
+    assert writer.held[0].overflowed().get(site.name, 0) == expected
+    assert (expected > 0) == (stored == "float16")
+
+
 def test_buffers_are_no_taller_than_the_archive() -> None:
     assert len(HostBuffer(make_plan(4, 3), 3, pinned=False).columns["token"]) == 3
     writer = HoldingWriter()
