@@ -114,3 +114,37 @@ def test_attention_in_the_own_code_of_a_tower_is_read_in_the_full_model(name: st
     assert len(kept) == len(taken) > 1
     for site, tensor in zip(kept.values(), taken.values(), strict=True):
         assert torch.equal(site.flatten(2), tensor)
+
+
+@pytest.mark.parametrize(
+    ("name", "sites"),
+    [
+        ("llava", "vision.resid_post.*"),
+        ("gemma3", "vision.resid_post.1,resid_post.1"),
+        ("llava", "module:"),  # of the tower's first block
+        ("qwen2_vl", "module:"),
+    ],
+)
+def test_a_recorder_refuses_rows_of_patches(name: str, sites: str, tmp_path: Path) -> None:
+    """A text of as many tokens as there are patches would otherwise give patches these tokens."""
+    model, _ = MULTIMODAL[name]()
+    if sites == "module:":
+        firsts = (path for path, _ in model.named_modules() if path.endswith((".layers.0", ".blocks.0")))
+        path = next(path for path in firsts if "vis" in path)
+        sites = f"module:{path}@output"
+    with pytest.raises((PlanError, UnknownSiteError), match=r"patches|begin each site"):
+        residua.Recorder(model, out=tmp_path / "a.zarr", sites=sites)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", ["llava", "qwen2_vl"])
+def test_a_recorder_keeps_rows_of_tokens_of_a_call_with_images(name: str, tmp_path: Path) -> None:
+    model, processor = MULTIMODAL[name]()
+    chat = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "what is in"}]}]
+    made = processor(text=[processor.apply_chat_template(chat)], images=[[PICTURES[0]]], return_tensors="pt")
+    made.pop("labels", None)
+    with residua.Recorder(model, out=tmp_path / "a.zarr", sites="resid_post.*"), torch.no_grad():
+        states = model(**made, output_hidden_states=True).hidden_states
+    archive = residua.open(tmp_path / "a.zarr")
+    assert archive.rows.token[:].tolist() == made["input_ids"][0].tolist()
+    torch.testing.assert_close(torch.as_tensor(archive["resid_post.1"][:]), states[2][0])
