@@ -4,6 +4,7 @@ It is for servers whose answers have to be seen (redirects, limits on requests),
 certificates come from the environment, as for Python's own `urllib`. Connections belong to one process.
 """
 
+import atexit
 import http.client
 import os
 import ssl
@@ -98,6 +99,7 @@ def _exchange(
     if response.isclosed() and not response.will_close:
         with _lock:
             if len(_idle[host]) < _IDLE:
+                _at_exit()
                 _idle[host].append(connection)
                 return answer
     connection.close()
@@ -119,6 +121,12 @@ def _connected(host: _Host, proxy: str) -> http.client.HTTPConnection:
     if proxy:
         connection.set_tunnel(host.name)
     return connection
+
+
+@lru_cache(maxsize=1)
+def _at_exit() -> None:
+    """Close kept connections when the process ends."""
+    atexit.register(lambda: [connection.close() for kept in _idle.values() for connection in kept])
 
 
 @lru_cache(maxsize=1)
