@@ -287,11 +287,12 @@ def reading(place: Place, height: int) -> dict[str, dict[str, Work]]:
     }
 
 
-def moving(place: Place, folder: Path) -> dict[str, dict[str, Work]]:
-    """Return the cases of the jobs that copy."""
+def moving(place: Place, folder: Path, line: str) -> dict[str, dict[str, Work]]:
+    """Return the cases of the jobs that copy, to places of their own for each line: what is there is not sent again."""
+    own = line.replace(" ", "").replace("/", "").replace(",", "-")
 
     def push(number: int) -> None:
-        target = f"{place.base}/pushed-{number}.zarr"
+        target = f"{place.base}/pushed-{own}-{number}.zarr"
         residua.push(place.folder / "acts.zarr", target, storage_options=place.options)
 
     def pull(number: int) -> None:
@@ -335,7 +336,7 @@ def measure(place: Place, folder: Path, rounds: int) -> Measured:
     height = place.open().plan.rows_per_shard
     for name_of_line, line in LINES.items():
         place.link.set_line(0)
-        jobs = reading(place, height) | moving(place, folder) | capturing(place, folder)
+        jobs = reading(place, height) | moving(place, folder, name_of_line) | capturing(place, folder)
         place.link.set_line(*line)
         for job, cases in jobs.items():
             runs = {name: Run() for name in cases}
