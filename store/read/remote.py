@@ -58,12 +58,15 @@ class ChunkTables(Protocol):
     @property
     def digest(self) -> str:
         """What tells these tables from others, in hex."""
+        ...
 
     def chunk_table(self, key: str, shard: int) -> ChunkTable:
         """Return size and crc32c of every chunk of a shard file."""
+        ...
 
     def __contains__(self, shard: object, /) -> bool:
         """Say whether there is such a shard."""
+        ...
 
 
 class RecordTables:

@@ -198,6 +198,7 @@ class ObjectFolder:
             buffers = list(data)
             content = buffers[0] if len(buffers) == 1 else b"".join(bytes(each) for each in buffers)
         in_parts = None if isinstance(data, Path) else False  # a large file in parts
+        conflict: OSError | None = None
         for number in range(_CREATE_TRIES):
             try:
                 self._ask(name, "write", lambda: obstore.put(self._store, name, content, use_multipart=in_parts))
@@ -275,7 +276,7 @@ class ObjectFolder:
 
     def _put_once(self, name: str, data: bytes, mode: "PutMode") -> bool:
         """Write an object on a condition; return False if it had these bytes when the condition failed."""
-        failure: OSError
+        failure: OSError | None = None
         for number in range(_CREATE_TRIES):
             try:
                 self._ask(name, "write", lambda: obstore.put(self._store, name, data, mode=mode))
@@ -286,7 +287,7 @@ class ObjectFolder:
             else:
                 return True
             size = self.size(name)
-            if size == len(data) and self.read(name, size) == data:
+            if size == len(data) and self.read(name, len(data)) == data:
                 return False
             if isinstance(failure, FileExistsError) and (size is not None or mode != "create"):
                 raise FileExistsError(f"{self}/{name} exists already with other content, and is not overwritten")
