@@ -206,7 +206,7 @@ _SETTINGS: dict[str, dict[str, Any]] = {
     "vision/videoprism_vision_model": {"num_frames": 4, "tubelet_size": [1, 8, 8]},
     "audio/granite_speech5_ctc": {"encoder_config": {"context_size": 16}},
     "audio/wav2vec2-bert": {"feature_projection_input_dim": 160},
-    "audio/whisper": {"max_source_positions": 1500},
+    "audio/whisper": {"max_source_positions": 24},
 }
 
 _TEXT_SETTINGS: dict[str, dict[str, Any]] = {

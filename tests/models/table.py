@@ -5,6 +5,7 @@ from collections.abc import Iterable, Sequence
 
 from residua.store.format.site_names import LAYER_KINDS, STACKS
 from tests.models.findings import ATTENTION, Record
+from tests.models.registries import keys_of
 
 SHOWN = ("resid_post", "resid_mid", *ATTENTION, "attn_out", "mixer_out", "mlp_out", "mlp_act", "logits")
 TITLES = {"seq2seq": "Sequence to sequence", "vision-language": "Images or audio with text"}
@@ -38,7 +39,9 @@ def page(records: Iterable[Record]) -> str:
         of_it = sorted((record for record in found if record.registry == registry), key=lambda record: record.key)
         text.append(f"## {TITLES.get(registry, registry.capitalize())}\n")
         numbers = "; ".join(f"{name} {n}" for name, n in totals(of_it).items())
-        text.append(f"{len(of_it)} types and variants. {numbers}.\n")
+        n_types = len(keys_of(registry))
+        swept = f"{n_types}" if len(of_it) == n_types else f"{len(of_it)} of {n_types}"
+        text.append(f"{swept} types and variants. {numbers}.\n")
         text.append("| type | state | resid | attention | attn_out | mixer_out | mlp_out | mlp_act | replay | why |")
         text.append("| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |")
         text += [_line(record) for record in of_it]

@@ -40,7 +40,7 @@ def call_of(model: PreTrainedModel, key: str) -> dict[str, Tensor]:
     shapes: dict[str, tuple[int, ...]] = {
         "input_values": (1, 1024, 128) if key == "audio-spectrogram-transformer" else (1, 3200),
         "input_features": {
-            "whisper": (1, 80, 3000),
+            "whisper": (1, 80, 48),
             "wav2vec2-bert": (1, 64, 160),
             "lasr_ctc": (1, 64, 128),
         }.get(key, (1, 64, 80)),
