@@ -23,6 +23,7 @@ TITLES = {
     "throughput": "Two workers against one",
     "replay": "Replay from a layer on",
     "gpu": "On a GPU",
+    "sizes": "Real sizes",
     "versions": "Another checkout against this one",
 }
 BY_NAME_ONLY = ("gpu", "versions")  # a GPU or another checkout has to be there

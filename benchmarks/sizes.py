@@ -8,20 +8,20 @@ the largest size, eight times as many rows.
 `StandardScaler` and `LogisticRegression` (L-BFGS, tol 1e-4, at most 300 iterations) on float32 rows in memory, one fit
 for each of seven penalties on four fifths of the training rows, a fit of the best and one of the control on all of
 them, and its scores. `residua.probe` does the same from the archive, read included, with one worker in this process.
-Both use one thread; seconds are processor time. Then the same probe on one worker process and on two: processor time
-of the busiest worker, which is what the clock shows on a machine with nothing else to do, and the most memory of one.
+Both use one thread; seconds are processor time. The step from one worker to two compares the longest way through the
+probe: what is done once, and in each pass the share of the slower worker, as processor time, without Dask's messages.
 
-`passes`: a sum over 10^3 and over 10^5 leaves on two workers: jobs, bytes of what a job is told, seconds.
+`passes`: a sum over 10^3 and over 10^5 shards on two workers, of terms that cost nothing: jobs, what each is told, the
+partial sums that it returns, and processor seconds for adding up, in this process and without Dask's messages.
 """
 
 import argparse
-import os
 import pickle
-import resource
 import shutil
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,14 +29,15 @@ import numpy as np
 import numpy.typing as npt
 from measure import machine, publish, table
 from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import balanced_accuracy_score
 from sklearn.preprocessing import StandardScaler
 from threadpoolctl import threadpool_limits
 
 from residua.analysis.probes.probe import probe
-from residua.analysis.probes.rows import leaves_of
 from residua.analysis.probes.site import LOGISTIC_PENALTIES
+from residua.analysis.rows.blocks import Leaves
 from residua.analysis.support.cluster import connect
-from residua.analysis.support.sums import shares
+from residua.analysis.support.sums import joined, shares, sum_share, total_of
 from residua.store.examples.index import Example
 from residua.store.examples.writer import ExampleWriter
 from residua.store.format.create import create_archive, workspace
@@ -105,7 +106,9 @@ def by_hand(rows: Rows, labels: npt.NDArray[np.int64]) -> float:
     train = order[n_test:]
     control = np.repeat(rng.permutation(labels[::N_TOKENS]), N_TOKENS)
     fitted(train, control, LOGISTIC_PENALTIES[best]).score(scaled[test], control[test])
-    return float(fitted(train, labels, LOGISTIC_PENALTIES[best]).score(scaled[test], labels[test]))
+    return float(
+        balanced_accuracy_score(labels[test], fitted(train, labels, LOGISTIC_PENALTIES[best]).predict(scaled[test]))
+    )
 
 
 def cpu_seconds(job: Callable[[], Any]) -> tuple[float, Any]:
@@ -115,25 +118,38 @@ def cpu_seconds(job: Callable[[], Any]) -> tuple[float, Any]:
     return time.process_time() - start, found
 
 
-def use_of_worker(_: int) -> tuple[int, float, float]:
-    """Return the process of this worker, its processor time so far, and its greatest memory in MiB."""
-    return os.getpid(), time.process_time(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+class Divided:
+    """This process as a cluster of `n_workers`: it makes their shares one after the other, and counts each one's time.
+
+    Attributes:
+        seconds: Processor time of the shares, by worker.
+        waited: Of the slowest worker of each pass, added up: what the others and the fit wait for.
+    """
+
+    def __init__(self, inline: Any, n_workers: int) -> None:
+        self.n_workers, self.memory_limit = 1, inline.memory_limit  # one site after the other
+        self.bar, self.let_go, self.send = inline.bar, inline.let_go, inline.send
+        self.seconds, self.waited = [0.0] * n_workers, 0.0
+
+    def sum(self, term: Any, arguments: Any, n_leaves: int, *, merge: Any, **_: object) -> Any:
+        """Return the sum, from the shares that a cluster would make and in its order."""
+        divided = shares(n_leaves, 2 * len(self.seconds))
+        here, parts = [0.0] * len(self.seconds), []
+        for number, share in enumerate(divided):
+            start = time.process_time()
+            parts.append(sum_share(partial(term, *arguments), share, n_leaves, merge))
+            here[number * len(here) // len(divided)] += time.process_time() - start
+        self.seconds = [before + more for before, more in zip(self.seconds, here, strict=True)]
+        self.waited += max(here)
+        return total_of(joined(parts, n_leaves, merge))
 
 
-def on_workers(archive: Archive, n_workers: int) -> tuple[float, float, Any]:
-    """Return processor seconds and MiB of the busiest of some workers, and the table of the probe."""
-    with connect(workers=n_workers, memory_limit=MEMORY) as cluster:
-
-        def used() -> dict[int, tuple[float, float]]:
-            answers = [answer for _, answer in cluster.map(use_of_worker, range(8 * n_workers), label="use")]
-            return {process: (seconds, memory) for process, seconds, memory in answers}
-
-        probe(archive, "position", SITE, where="example < 4", task="regression", cluster=cluster)  # imports
-        before = used()
-        found = probe(archive, "label", SITE, cluster=cluster)
-        after = used()
-    seconds = max(after[process][0] - before.get(process, (0.0, 0.0))[0] for process in after)
-    return seconds, max(memory for _, memory in after.values()), found
+def critical_seconds(archive: Archive, n_workers: int) -> float:
+    """Return the processor time of the longest way through a probe on some workers, without Dask's messages."""
+    with connect("inline", memory_limit=MEMORY) as inline:
+        cluster: Any = Divided(inline, n_workers)
+        seconds, _ = cpu_seconds(partial(probe, archive, "label", SITE, cluster=cluster))
+    return float(seconds - sum(cluster.seconds) + cluster.waited)
 
 
 def probes(folder: Path) -> str:
@@ -142,11 +158,10 @@ def probes(folder: Path) -> str:
     for n_rows in SIZES:
         archive, rows, labels = make(folder, n_rows)
         with threadpool_limits(1):
-            theirs, accuracy = cpu_seconds(lambda rows=rows, labels=labels: by_hand(rows, labels))
-            ours, found = cpu_seconds(lambda archive=archive: probe(archive, "label", SITE))
-        one, one_mib, _ = on_workers(archive, 1)
-        two, two_mib, _ = on_workers(archive, 2)
-        figures = (theirs, ours, one, two)
+            theirs, accuracy = cpu_seconds(partial(by_hand, rows, labels))
+            ours, found = cpu_seconds(partial(probe, archive, "label", SITE))
+            one, two = critical_seconds(archive, 1), critical_seconds(archive, 2)
+        figures = (theirs, ours)
         first = first or figures
         lines.append(
             [
@@ -155,39 +170,28 @@ def probes(folder: Path) -> str:
                 f"{ours:.1f}",
                 f"{ours / theirs:.2f}",
                 f"{one / two:.2f}",
-                f"{one_mib:,.0f} / {two_mib:,.0f}",
-                f"{accuracy:.3f} / {found['accuracy'][0].as_py():.3f}",
+                f"{accuracy:.3f} / {found['balanced_accuracy'][0].as_py():.3f}",
                 f"{theirs / first[0]:.1f} / {ours / first[1]:.1f}",
             ]
         )
-    head = ["", "by hand, s", "Residua, s", "ratio", "1 to 2 workers", "MiB of a worker, 1 / 2", "accuracy", "growth"]
+    head = ["", "by hand, s", "Residua, s", "ratio", "1 to 2 workers", "accuracy", "growth"]
     return table(head, lines)
 
 
-def one_more(_: str, leaf: int) -> int:
-    """Return a term that costs nothing."""
-    return leaf & 1
-
-
-def added(first: int, second: int) -> int:
-    """Return the sum of two terms."""
-    return first + second
-
-
-def passes(folder: Path) -> str:
-    """Measure what a pass costs the scheduler."""
-    archive, _, _ = make(folder, SIZES[0])
+def passes(_: Path) -> str:
+    """Measure what a sum over 10^3 and over 10^5 shards costs besides its terms, on two workers."""
     lines = []
-    with connect(workers=2, memory_limit=MEMORY) as cluster:
-        cluster.sum(one_more, ["x"], 2, merge=added, label="warm")
-        for n_leaves in (1_000, 100_000):
-            start = time.perf_counter()
-            assert cluster.sum(one_more, ["x"], n_leaves, merge=added, label="leaves") == n_leaves // 2
-            seconds = time.perf_counter() - start
-            n_jobs = len(shares(n_leaves, 4))
-            told = len(pickle.dumps((leaves_of(archive, SITE), one_more, n_leaves)))
-            lines.append([f"{n_leaves:,} leaves", str(n_jobs), str(told), f"{seconds:.2f}"])
-    return table(["", "jobs", "bytes of a job", "seconds"], lines)
+    for n_shards in (1_000, 100_000):
+        leaves = Leaves(((0, n_shards * SHARD_ROWS),), SHARD_ROWS, SHARD_ROWS)
+        divided = shares(len(leaves), 4)
+        start = time.process_time()
+        parts = [sum_share(lambda leaf: leaf, share, len(leaves), int.__add__) for share in divided]
+        assert total_of(joined(parts, len(leaves), int.__add__)) == n_shards * (n_shards - 1) // 2
+        seconds = time.process_time() - start
+        n_partial = max(len(part) for part in parts)
+        told = len(pickle.dumps((leaves, divided[0])))
+        lines.append([f"{n_shards:,}", str(len(divided) + 1), str(told), str(n_partial), f"{seconds:.3f}"])
+    return table(["shards", "jobs", "bytes that a job is told", "partial sums of a job", "s in all"], lines)
 
 
 SECTIONS: dict[str, Callable[[Path], str]] = {"probes": probes, "passes": passes}

@@ -135,12 +135,12 @@ def solve_ridge(gram: Gram, held_input_ND: Tensor, held_target_ND: Tensor) -> Ri
     # In place: LAPACK takes columns, and the matrix is symmetric. MRRR needs no second matrix to work in.
     found = eigh(covariance.numpy().T, overwrite_a=True, driver="evr", check_finite=False)
     variances, axes = (torch.from_numpy(array) for array in found)
-    covariance.set_(torch.zeros(0, dtype=torch.float64))  # the memory goes, whoever else has the sums
+    covariance.data = covariance.new_empty(0)  # the memory goes, whoever else has the sums
     variances = variances.clamp_min(0)
     scale = max(variances.mean().item(), 1e-30)
     cross = gram.input_target.div_(n_rows).addr_(shift, offset, alpha=-1)
     along_axes = axes.T @ cross
-    cross.set_(torch.zeros(0, dtype=torch.float64))
+    cross.data = cross.new_empty(0)
     blocks = [slice(start, start + _BLOCK_COLUMNS) for start in range(0, len(mean), _BLOCK_COLUMNS)]
 
     def weight(penalty: float, columns: slice) -> Tensor:

@@ -22,7 +22,7 @@ from residua.store.read.archive import Archive
 Floats = npt.NDArray[np.float64]
 Rows = npt.NDArray[np.floating]
 
-_LEAF_BYTES = 32 * 2**20  # of a leaf as float32: its sums are small beside it, and take long beside the work of Dask
+_LEAF_BYTES, _LEAF_ROWS = 4 * 2**20, 1024  # least of a leaf, as float32: adding its sums is little work beside it
 _KEPT_SHARE = 2  # of a worker's memory, for rows that it keeps
 
 
@@ -64,9 +64,9 @@ class SiteRows:
 
 
 def leaves_of(archive: Archive, site: str, *, least_rows: int = 0) -> Leaves:
-    """Return the leaves of the sums over the rows of a site, each of about 32 MiB or of at least `least_rows`."""
+    """Return the leaves of the sums over the rows of a site, each of 4 MiB, 1,024 or `least_rows` at least."""
     width = width_of(archive, site)
-    return Leaves.of(archive, max(least_rows, _LEAF_BYTES // (4 * width)), multiple=piece_rows(width))
+    return Leaves.of(archive, max(least_rows, _LEAF_ROWS, _LEAF_BYTES // (4 * width)), multiple=piece_rows(width))
 
 
 def site_rows(

@@ -44,7 +44,7 @@ def archive(tmp_path_factory: pytest.TempPathFactory) -> Archive:
 @pytest.fixture(autouse=True)
 def small_leaves(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(probe_rows, "_LEAF_BYTES", HEIGHT * WIDTH * 4)
-    monkeypatch.setattr("residua.analysis.probes.probe._ROWS_PER_CHANNEL", 4)
+    monkeypatch.setattr(probe_rows, "_LEAF_ROWS", HEIGHT)
 
 
 def saved(folder: Path, site: str = "resid_post/0") -> Any:
