@@ -63,9 +63,13 @@ def from_prompts(pictures: Path) -> None:
     run = residua.run(
         MODEL, "The list is sorted in place, and the list is", sites="resid_post.*, pattern.3", device="cpu"
     )
-    run.logit_lens().plot(0).figure.savefig(pictures / "logit-lens.png")
-    run.attribution("logit", " a").plot(0).figure.savefig(pictures / "attribution.png")
-    run.pattern_plot(3, 0).figure.savefig(pictures / "pattern.png")
+    views: dict[str, Any] = {
+        "logit-lens": run.logit_lens().plot(0),
+        "attribution": run.attribution("logit", " a").plot(0),
+        "pattern": run.pattern_plot(3, 0),
+    }
+    for name, axes in views.items():
+        axes.figure.savefig(pictures / f"{name}.png")
 
 
 def residua_command(*words: Any) -> None:

@@ -95,7 +95,9 @@ class ShuffleBuffer:
         """Yield the rows of full buffers from `number` on; at an address, those that follow are fetched meanwhile."""
         firsts = range(number * self._height, len(self._places), self._height)
         buffers = (self._places[first : first + self._height] for first in firsts)
-        pieces = chain.from_iterable(self._order.rows(places.start, places.stop) for places in buffers)
+        pieces: Iterator[Numbers | range] = chain.from_iterable(
+            self._order.rows(places.start, places.stop) for places in buffers
+        )
         for source in self._sources.values():
             pieces = source.ahead(pieces, _AHEAD_BYTES // len(self._sources))
         return pieces

@@ -126,7 +126,13 @@ def _connected(host: _Host, proxy: str) -> http.client.HTTPConnection:
 @lru_cache(maxsize=1)
 def _at_exit() -> None:
     """Close kept connections when the process ends."""
-    atexit.register(lambda: [connection.close() for kept in _idle.values() for connection in kept])
+    atexit.register(_close)
+
+
+def _close() -> None:
+    for kept in _idle.values():
+        for connection in kept:
+            connection.close()
 
 
 @lru_cache(maxsize=1)

@@ -180,7 +180,7 @@ class Backwards:
 
 def test_a_cluster_gives_the_same_to_the_bit(tmp_path: Path) -> None:
     archive = capture(TINY["gemma2"](), tmp_path / "a.zarr")
-    cluster = Backwards()
+    cluster: Any = Backwards()
     here = induction_scores(archive, job_pairs=500)
     assert here.equals(induction_scores(archive, job_pairs=500, cluster=cluster))
     assert cluster.n_jobs > 4 * LAYERS

@@ -166,7 +166,8 @@ def test_a_model_whose_block_runs_several_times_has_embedding_and_logits() -> No
     config = hf.AlbertConfig(
         vocab_size=VOCABULARY, embedding_size=16, hidden_size=32, num_attention_heads=4, intermediate_size=48
     )
-    model = hf.AlbertForMaskedLM(config).eval()
+    model = hf.AlbertForMaskedLM(config)
+    model.train(False)
     assert list(model_sites(model)) == ["embed", "logits"]
     with pytest.raises(UnknownSiteError) as refused:
         resolve_sites(model, "resid_post.0,q.0")

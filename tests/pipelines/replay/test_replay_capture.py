@@ -255,7 +255,7 @@ def test_wider_rows_have_lower_shards(tmp_path: Path) -> None:
     facts: dict[str, Any] = {"replay": {}, "facts": {"command": None}}
     job = ReplayCapture(replayer, "logits", examples, tmp_path / "acts.zarr", host_memory=32_000, **facts)
     found = job.capture(None)
-    replayer.stored.close()
+    replayer.rows.close()
     assert found.plan.rows_per_shard == 32
     assert "holds 32 rows and not 64" in job.notes[-1]
     rows = slice(0, archive.n_rows)
@@ -298,10 +298,11 @@ def test_sites_are_stored_as_those_of_the_archive_unless_told(tmp_path: Path) ->
     model = model_of("llama")
     archive = captured(model, tmp_path / "a", dtype="float16", codec="fast")
     edits = [{"edit": "scale", "site": "attn_out.1", "by": 0.5}]
-    for name, options, expected in (
-        ("own", {}, ("float16", "fast")),
-        ("other", {"dtype": "float32", "codec": "raw"}, ("float32", "raw")),
-    ):
+    asked: dict[str, tuple[dict[str, Any], tuple[str, str]]] = {
+        "own": ({}, ("float16", "fast")),
+        "other": ({"dtype": "float32", "codec": "raw"}, ("float32", "raw")),
+    }
+    for name, (options, expected) in asked.items():
         out = tmp_path / name
         following = residua.replay_dataset(
             model, archive, out=out, edits=edits, capture="resid_post.2", examples=[0, 1], **options

@@ -61,9 +61,10 @@ def with_hook(model: PreTrainedModel, module: nn.Module, change: Callable[[Tenso
 
     handle = module.register_forward_hook(hook)
     try:
-        return plain(model, ids).logits[0]
+        logits: Tensor = plain(model, ids).logits[0]
     finally:
         handle.remove()
+    return logits
 
 
 @pytest.mark.parametrize("batch_tokens", [8192, 18])
@@ -108,7 +109,7 @@ def test_columns_of_rows_select_edits() -> None:
 
 @pytest.mark.parametrize("batch_tokens", [8192, 18])
 def test_generation_is_that_of_transformers(batch_tokens: int) -> None:
-    model = TINY["llama"]()
+    model: Any = TINY["llama"]()
     run = residua.run(model, PROMPTS, batch_tokens=batch_tokens)
     for ids, new in zip(PROMPTS, run.generate(max_new_tokens=4), strict=True):
         given = torch.tensor([ids])
@@ -160,7 +161,7 @@ def test_no_weights_are_hashed(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_results_of_another_model_are_refused() -> None:
-    model = TINY["llama"]()
+    model: Any = TINY["llama"]()
     run = residua.run(model, PROMPTS[:1])
     with torch.no_grad():
         model.get_output_embeddings().weight.mul_(2)
@@ -211,7 +212,7 @@ def test_texts_are_tokenized_and_given_back(pydoc: tuple[Any, Any]) -> None:
     model, tokenizer = pydoc
     run = residua.run(model, TEXTS)  # finds the tokenizer where the model came from
     by_name = residua.run(PYDOC, TEXTS[0], device="cpu")
-    assert torch.equal(by_name.tokens[0:1] and torch.tensor(by_name.tokens[0]), torch.tensor(run.tokens[0]))
+    assert by_name.tokens[:1] == run.tokens[:1]
     assert run.tokens == tokenizer(TEXTS)["input_ids"]
     assert [run.text(place) for place in range(2)] == TEXTS
     encoded = tokenizer(TEXTS, return_tensors="pt", padding=True, padding_side="right") if tokenizer.pad_token else None

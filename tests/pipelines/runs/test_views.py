@@ -50,9 +50,9 @@ def stream_of(model: PreTrainedModel, ids: list[int]) -> list[Tensor]:
 
 
 def decoded(model: PreTrainedModel, name: str, hidden: Tensor) -> Tensor:
-    head: Any = model.get_output_embeddings()
+    whole: Any = model
     with torch.no_grad():
-        logits = head(model.get_submodule(NORMS[name])(hidden))
+        logits: Tensor = whole.get_output_embeddings()(model.get_submodule(NORMS[name])(hidden))
     cap = getattr(model.config, "final_logit_softcapping", None)
     return logits if cap is None else cap * torch.tanh(logits / cap)
 
@@ -125,12 +125,13 @@ def test_components_add_up_to_the_logit(name: str) -> None:
     difference = run.attribution("logit_difference", [7, 8], position=2).logits[1]
     separate = [run.attribution("logit", token, position=2).logits[1] for token in (7, 8)]
     assert difference == pytest.approx(separate[0] - separate[1], abs=1e-6)
-    bars = [bar.get_width() for bar in found.plot(1, ax=axes()).patches]
+    patches: Any = found.plot(1, ax=axes()).patches
+    bars = [bar.get_width() for bar in patches]
     assert bars == [line["contribution"] for line in found.table.to_pylist() if line["example"] == 1]
 
 
 def test_each_component_is_what_its_module_adds() -> None:
-    model = TINY["llama"]()
+    model: Any = TINY["llama"]()
     ids = PROMPTS[1]
     added: dict[str, Tensor] = {}
 
