@@ -221,7 +221,9 @@ def _write_rows(sources: Sequence[Archive], out: Path, plan: Plan, on_row: Calla
                 name: np.concatenate([getattr(source.rows, name)[rows] for source, rows, _ in pieces])
                 for name in ("token", "position")
             }
-            columns["example"] = np.concatenate([source.rows.example[rows] + first for source, rows, first in pieces])
+            columns["example"] = np.concatenate(
+                [np.add(source.rows.example[rows], first) for source, rows, first in pieces]
+            )
             sites = {
                 site.name: np.concatenate([stored_rows(source, site, rows) for source, rows, _ in pieces])
                 for site in plan.sites

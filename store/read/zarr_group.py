@@ -181,9 +181,6 @@ class RemoteArchiveStore(_Shown):
         missing: Returns the error for the rows from a given one on, whose shard is not captured.
     """
 
-    supports_writes = supports_deletes = False
-    supports_listing = True
-
     def __init__(
         self,
         folder: ObjectFolder,
@@ -196,6 +193,21 @@ class RemoteArchiveStore(_Shown):
         self._folder = folder
         self._documents = documents
         self._show(plan, captured, missing, str(folder))
+
+    @property
+    def supports_writes(self) -> bool:
+        """Whether it can be written: no."""
+        return False
+
+    @property
+    def supports_deletes(self) -> bool:
+        """Whether objects can be deleted: no."""
+        return False
+
+    @property
+    def supports_listing(self) -> bool:
+        """Whether its arrays and groups can be listed: yes, from the metadata that the root holds."""
+        return True
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, RemoteArchiveStore) and other._place == self._place

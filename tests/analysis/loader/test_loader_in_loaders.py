@@ -191,7 +191,7 @@ def test_a_process_group_that_appears_in_mid_iteration_is_refused(
 ) -> None:
     loader = make(archive, num_workers=n_workers)
     running, given = iter(loader), iter(make(archive, rank=0, world_size=1))
-    next(running), next(given)
+    _ = next(running), next(given)
     place(monkeypatch, 0, 1)
     next(running)
     place(monkeypatch, 1, 2)

@@ -17,7 +17,7 @@ N = 2
 @pytest.fixture(autouse=True)
 def two_threads() -> Iterator[None]:
     """Two threads of everything, as on a machine with two cores, whatever the environment says."""
-    np.ones((2, 2)) @ np.ones((2, 2))
+    _ = np.ones((2, 2)) @ np.ones((2, 2))
     before = torch.get_num_threads()
     with threadpool_limits(N):
         torch.set_num_threads(N)
@@ -92,7 +92,7 @@ def test_jobs_side_by_side(first_ends_first: bool) -> None:
 def test_torchs_own_first_use_in_a_thread_does_not_lift_the_limit() -> None:
     def job() -> None:
         with one_thread():
-            torch.ones(300, 300) @ torch.ones(300, 300)
+            _ = torch.ones(300, 300) @ torch.ones(300, 300)
             assert numbers() == {1}
             assert "mkl_get_max_threads() : 2" not in torch.__config__.parallel_info()
 

@@ -127,7 +127,7 @@ def refuse_some_writes(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
             raise OSError(28, f"cannot write {path}: {name}")
         return write_file(path, parts)
 
-    monkeypatch.setattr("residua.store.format.writer.write_file", refuse)
+    monkeypatch.setattr("residua.store.storage.destination.write_file", refuse)
 
 
 def test_a_failing_writer_reaches_the_caller_who_waits_for_a_host_buffer(
