@@ -53,10 +53,10 @@ def test_every_block_does_what_the_page_says(folder: Path, monkeypatch: pytest.M
     batch = tokenizer(["def f(x):"], return_tensors="pt")
     names: dict[str, Any] = {"model": model, "torch": torch, "loader": [{**batch, "label": ["a"]}]}
     code = blocks(PAGE)
-    assert len(code) == 6
-    run(code[:5], names)
+    assert len(code) == 7
+    run(code[:6], names)
     names |= {"gradients": {}, "lens": nn.Linear(128, 128), "batch": {**batch, "labels": batch["input_ids"]}}
-    run(code[5:], names)
+    run(code[6:], names)
     assert names["archive"].is_sealed
     assert names["scores"].num_rows == 24
     assert names["gradients"].keys() == {f"resid_post.{layer}" for layer in range(6)}
