@@ -59,7 +59,6 @@ from residua.capture.sites.anatomy import takes_pixels
 from residua.capture.sites.frames import n_frame_positions, takes_frames
 from residua.capture.sites.names_to_modules import resolve_sites
 from residua.capture.sites.reference_model import unsharded_sites
-from residua.capture.sites.towers import tower_inside
 from residua.capture.taps.reading import reading
 from residua.store.base.errors import CaptureError, PlanError, few
 from residua.store.encoding.codecs import DEFAULT_PRESET
@@ -365,14 +364,12 @@ class Recorder:
 
 def _refuse_patches(model: nn.Module, sites: Mapping[str, SiteInfo]) -> None:
     """Raise PlanError for rows of patches: a call's pixels alone do not say where a patch lies."""
-    inside = tower_inside(model)
     for name, info in sites.items():
-        is_inside = inside is not None and f"{info.module}.".startswith(f"{inside}.")
-        if info.site.stack == "vision" or is_inside:
+        if info.site.stack == "vision":
             raise PlanError(
                 f"{name} has rows of patches of images, and calls of {type(core_of(model)).__name__} say which token a "
-                "row is: give a dataset with an image column to residua.capture_dataset, or read the site with "
-                "residua.tap"
+                "row is: give a dataset with an image column to residua.capture_dataset, or record module: sites, "
+                "where a row is a whole image"
             )
     named = next((name for name, info in sites.items() if info.site.kind != "module"), None)
     if named is not None and takes_pixels(model):

@@ -356,7 +356,7 @@ class RemoteReader(ArrayReader):
         for job in jobs:
             jobs_of[int(job[0])].append(job)  # type: ignore[index]  # every job begins with the number of its chunk
         numbers = sorted(jobs_of)
-        then = self._next_chunks(numbers)
+        then = self._next_chunks(numbers) if numbers else []
         for arrived in self._source.stream(
             self._spec, self._n_rows, numbers, then=then, window_bytes=self._window_bytes
         ):

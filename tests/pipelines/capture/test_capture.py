@@ -188,4 +188,4 @@ def test_what_prints_of_a_capture_is_one_short_line(
     found = residua.reproduce(llama, archive.path)
     assert repr(found).endswith("every row is equal bit for bit>")
     with residua.replay(llama, archive, examples=range(len(LENGTHS)), at="resid_post.0") as run:
-        assert repr(run) == f"<Replay of examples 0, 1, 2, 3, 4 and 9 more of {archive.path}>"
+        assert repr(run) == f"<Run of examples 0, 1, 2, 3, 4 and 9 more of {archive.path}>"

@@ -56,10 +56,10 @@ def test_the_model_does_not_run_where_nothing_can_be_written(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(PlanError, match="s3"):
-        capture_dataset(model, [[5, 6, 7]], out="s3://bucket/a.zarr", sites="embed")
-    with pytest.raises(PlanError, match="s3"):
-        residua.Recorder(model, sites="embed", out="s3://bucket/a.zarr")
+    with pytest.raises(PlanError, match="https"):
+        capture_dataset(model, [[5, 6, 7]], out="https://host/a.zarr", sites="embed")
+    with pytest.raises(PlanError, match="hf://"):
+        residua.Recorder(model, sites="embed", out="hf://datasets/me/a")
     with pytest.raises(PlanError, match="s3"):
         residua.replay_dataset(model, archive, out="s3://bucket/a", at="resid_post.1")
     with pytest.raises(PlanError, match="s3"):

@@ -105,7 +105,7 @@ def test_a_capture_is_run_again_as_before(tmp_path: Path, capsys: pytest.Capture
     made, before = Archive(tmp_path / "b.zarr"), Archive(source)
     assert captured_groups(made, schedule_of(made)) == captured_groups(before, schedule_of(before))
     assert all(made.batch_of(i) == before.batch_of(i) for i in range(20))
-    assert residua.reproduce(made, str(MODEL), n_batches=9).is_exact
+    assert residua.reproduce(str(MODEL), made, n_batches=9).is_exact
     assert any(before.plan.digest[:12] in str(note) for note in made.provenance["notes"])  # type: ignore[attr-defined]
     with pytest.raises(PlanError, match="no repacking"):
         repack(made, tmp_path / "c.zarr")

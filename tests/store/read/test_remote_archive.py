@@ -88,6 +88,8 @@ def test_rows_take_at_most_a_request_a_shard_here(server: FileServer) -> None:
     server.forget()
     there["q.1"][2:5]
     assert server.requests.total() == 1
+    assert there["q.1"][5:5].shape == (0, *there["q.1"].shape[1:])
+    assert server.requests.total() == 1
 
 
 def test_windows_that_are_read_ahead_give_the_same_rows(server: FileServer) -> None:
