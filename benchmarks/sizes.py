@@ -200,12 +200,14 @@ SECTIONS: dict[str, Callable[[Path], str]] = {"probes": probes, "passes": passes
 def main() -> None:
     """Measure and report."""
     made = argparse.ArgumentParser(description=__doc__ or "")
-    made.add_argument("sections", nargs="*", default=[*SECTIONS], choices=[*SECTIONS])
+    made.add_argument("sections", nargs="*", metavar="SECTION", help=f"of {', '.join(SECTIONS)} (default: all)")
     made.add_argument("--out", type=Path, help="also write the tables to this file")
     made.add_argument("--folder", type=Path, default=None, help="where to write; by default a temporary folder")
     options = made.parse_args()
     parts = [machine("numpy", "scikit-learn", "scipy", "dask", "distributed")]
-    for name in options.sections:
+    if unknown := set(options.sections) - set(SECTIONS):
+        made.error(f"there is no section {min(unknown)}: choose from {', '.join(SECTIONS)}")
+    for name in options.sections or SECTIONS:
         folder = Path(tempfile.mkdtemp(prefix="residua-sizes-", dir=options.folder))
         try:
             parts.append(f"### {name}\n\n{SECTIONS[name](folder)}")
