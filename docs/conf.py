@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+from sphinx.application import Sphinx
+
 import residua
 
 project = "Residua"
@@ -25,13 +27,13 @@ copybutton_prompt_text = r">>> |\.\.\. |\$ "
 copybutton_prompt_is_regexp = True
 
 
-def _lead_to_the_first_page(app: object, _error: Exception | None) -> None:
-    first = Path(app.outdir) / "index.html"  # type: ignore[attr-defined]
+def _lead_to_the_first_page(app: Sphinx, _error: Exception | None) -> None:
+    first = Path(app.outdir) / "index.html"
     first.write_text(
         f'<!doctype html><meta http-equiv="refresh" content="0; url={root_doc}.html"><title>Residua</title>\n'
     )
 
 
-def setup(app: object) -> None:
+def setup(app: Sphinx) -> None:
     """Have the folder open at the first page."""
-    app.connect("build-finished", _lead_to_the_first_page)  # type: ignore[attr-defined]
+    app.connect("build-finished", _lead_to_the_first_page)

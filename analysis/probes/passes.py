@@ -97,7 +97,7 @@ class Tested:
 
 
 @dataclass
-class Moments2:
+class SplitMoments:
     """Moments of rows to fit and of rows to choose the penalty by, to which their labels were appended.
 
     Attributes:
@@ -112,7 +112,7 @@ class Moments2:
     n_left_out: int
     n_test: int
 
-    def merge(self, other: "Moments2") -> Self:
+    def merge(self, other: "SplitMoments") -> Self:
         """Add the sums over other rows."""
         self.fit.merge(other.fit)
         self.validation.merge(other.validation)
@@ -181,9 +181,9 @@ class Passes:
         """Test a probe and its control on the held-out rows."""
         return self._sum(_tested, [self._scale, self._cluster.send((probe, control))], Tested.merge)
 
-    def moments(self) -> Moments2:
+    def moments(self) -> SplitMoments:
         """Return the moments of the training rows and their labels."""
-        return self._sum(_moments, [], Moments2.merge, term_bytes=16 * (self.rows.width + 2) ** 2)
+        return self._sum(_moments, [], SplitMoments.merge, term_bytes=16 * (self.rows.width + 2) ** 2)
 
     def errors(self, probe: Line, control: Line) -> Errors:
         """Return the errors of a probe and its control on the held-out rows."""
@@ -297,8 +297,8 @@ def _logits(probe: Fitted, values: npt.NDArray[np.floating], scale: Scale) -> np
     return np.asarray(values @ weight.T.astype(values.dtype) + bias.astype(values.dtype))
 
 
-def _moments(rows: SiteRows, leaf: int) -> Moments2:
-    found = Moments2(Moments(rows.width + 2), Moments(rows.width + 2), 0, 0)
+def _moments(rows: SiteRows, leaf: int) -> SplitMoments:
+    found = SplitMoments(Moments(rows.width + 2), Moments(rows.width + 2), 0, 0)
     for piece in labelled_rows(rows, leaf):
         found.n_left_out += piece.n_left_out
         found.n_test += int(np.count_nonzero(piece.subsets == TEST))

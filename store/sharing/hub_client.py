@@ -7,6 +7,7 @@ them one by one and says their sizes. Failures that may pass are tried again; ot
 import hashlib
 import os
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -92,7 +93,7 @@ class There:
         return self.blob in (None, source.blob)
 
 
-class HubTarget:
+class HubTarget(ABC):
     """A folder on the Hub to which files are sent; `target_at` gives the one of an address.
 
     Args:
@@ -150,14 +151,14 @@ class HubTarget:
         with self._saying("send files to"):
             self._send(files, message, on_file)
 
-    def _create(self, *, private: bool) -> None:
-        raise NotImplementedError
+    @abstractmethod
+    def _create(self, *, private: bool) -> None: ...
 
-    def _list(self) -> Iterator[tuple[str, There]]:
-        raise NotImplementedError
+    @abstractmethod
+    def _list(self) -> Iterator[tuple[str, There]]: ...
 
-    def _send(self, files: Mapping[str, Source], message: str, on_file: Callable[[str], None]) -> None:
-        raise NotImplementedError
+    @abstractmethod
+    def _send(self, files: Mapping[str, Source], message: str, on_file: Callable[[str], None]) -> None: ...
 
     def _entries(self, tree: Iterator[Any]) -> Iterator[Any]:
         """Yield the entries of a listing; none if there is no such folder."""

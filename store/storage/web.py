@@ -99,7 +99,6 @@ def _exchange(
     if response.isclosed() and not response.will_close:
         with _lock:
             if len(_idle[host]) < _IDLE:
-                _at_exit()
                 _idle[host].append(connection)
                 return answer
     connection.close()
@@ -123,13 +122,9 @@ def _connected(host: _Host, proxy: str) -> http.client.HTTPConnection:
     return connection
 
 
-@lru_cache(maxsize=1)
-def _at_exit() -> None:
-    """Close kept connections when the process ends."""
-    atexit.register(_close)
-
-
+@atexit.register
 def _close() -> None:
+    """Close kept connections when the process ends."""
     for kept in _idle.values():
         for connection in kept:
             connection.close()
