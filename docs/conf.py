@@ -1,5 +1,7 @@
 """Settings of the documentation site, which `make docs` builds with Sphinx from the pages as they lie here."""
 
+import re
+from dataclasses import fields, is_dataclass
 from pathlib import Path
 
 from sphinx.application import Sphinx
@@ -34,6 +36,15 @@ def _lead_to_the_first_page(app: Sphinx, _error: Exception | None) -> None:
     )
 
 
+def _list_settings(_app: Sphinx, _what: str, _name: str, found: object, _options: object, lines: list[str]) -> None:
+    """Add what the command line says of each field of a dataclass of settings, for napoleon to lay out."""
+    helps = {field.name: field.metadata.get("help", "") for field in fields(found)} if is_dataclass(found) else {}
+    helps = {name: re.sub(r"--[a-z][\w-]*", r"``\g<0>``", text) for name, text in helps.items()}  # no dashes
+    if any(helps.values()):
+        lines[:0] = [lines.pop(0), "", "Args:", *(f"    {name}: {text}" for name, text in helps.items()), ""]
+
+
 def setup(app: Sphinx) -> None:
-    """Have the folder open at the first page."""
+    """Have the folder open at the first page, and settings described where they are listed."""
     app.connect("build-finished", _lead_to_the_first_page)
+    app.connect("autodoc-process-docstring", _list_settings, priority=400)  # before napoleon's

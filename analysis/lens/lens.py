@@ -11,7 +11,7 @@ from dataclasses import replace
 from os import PathLike
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, Self
+from typing import Self, Unpack
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -28,7 +28,7 @@ from residua.analysis.lens.checkpoint import (
 from residua.analysis.lens.evaluate import REPORT
 from residua.analysis.lens.lm_head import LMHead, load_lm_head
 from residua.analysis.lens.rows import layer_of
-from residua.analysis.lens.settings import LensSettings
+from residua.analysis.lens.settings import LensOptions, LensSettings
 from residua.analysis.lens.train import LensTraining
 from residua.analysis.lens.unembedding import Decoder
 from residua.analysis.support.cluster import Cluster, or_inline
@@ -77,7 +77,7 @@ class TunedLens:
         out: str | PathLike[str] | None = None,
         cluster: Cluster | None = None,
         settings: LensSettings | None = None,
-        **options: Any,
+        **options: Unpack[LensOptions],
     ) -> Self:
         """Train a lens on an archive.
 

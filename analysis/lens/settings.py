@@ -1,7 +1,7 @@
 """The settings of training a lens, apart from the training, so that the command line can list them without torch."""
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypedDict
 
 from residua.store.base.errors import AnalysisError
 from residua.store.base.naming import named
@@ -52,3 +52,21 @@ class LensSettings:
                 f"{named('learning_rate', self.learning_rate)} and {named('held_out', self.held_out)}: both must lie "
                 "between 0 and 1"
             )
+
+
+class LensOptions(TypedDict, total=False):
+    """The fields of `LensSettings`, as named arguments of `TunedLens.fit`."""
+
+    rows: int | None
+    skip_positions: int
+    held_out: float
+    group: str | None
+    held_out_rows: int
+    refine: bool
+    epochs: int
+    batch_rows: int
+    learning_rate: float
+    candidates: int | None
+    together: int
+    parts: int | None
+    seed: int

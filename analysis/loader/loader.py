@@ -7,7 +7,7 @@ worker's own batches, which is what torchdata's `StatefulDataLoader` keeps.
 
 import sys
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any, Literal, NamedTuple, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias, TypedDict
 
 import numpy as np
 import numpy.typing as npt
@@ -54,6 +54,26 @@ class _Resume(NamedTuple):
     taken: int
     n_workers: int
     stream: int | None
+
+
+class LoaderOptions(TypedDict, total=False):
+    """The settings of a `Loader`, as named arguments of `Archive.loader`."""
+
+    shuffle: bool
+    seed: int
+    where: str | RowFilter | None
+    columns: Iterable[str]
+    dtype: torch.dtype | None
+    buffer_bytes: int
+    drop_last: bool
+    num_workers: int
+    rank: int | None
+    world_size: int | None
+    split: Literal["train", "test"] | None
+    test_fraction: float
+    split_seed: int
+    group: str | None
+    raw_block_bytes: int
 
 
 class Loader(IterableDataset[Batch]):

@@ -13,12 +13,19 @@ from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import GenerationConfig, GenerationMixin
+from transformers import (
+    GenerationConfig,
+    GenerationMixin,
+    LogitsProcessorList,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    StoppingCriteriaList,
+)
 
 from residua.capture.buffers.row_index import Indices, batch_rows
 from residua.capture.edits.action import ChosenRows
@@ -45,6 +52,37 @@ _PROMPT_OPTIONS = (
 """Arguments of transformers' ``generate`` that say what is continued."""
 _MODES = ("greedy_search", "sample", "beam_search", "beam_sample", "assisted_generation")
 """Values of transformers' `GenerationMode` whose forward passes all continue the prompts."""
+
+
+class GenerationOptions(TypedDict, total=False):
+    """Options of transformers' ``generate``, as named arguments; ``generation_config`` takes all others."""
+
+    generation_config: GenerationConfig
+    do_sample: bool
+    temperature: float
+    top_k: int
+    top_p: float
+    min_p: float
+    typical_p: float
+    repetition_penalty: float
+    no_repeat_ngram_size: int
+    num_beams: int
+    length_penalty: float
+    early_stopping: bool | str
+    min_new_tokens: int
+    bad_words_ids: list[list[int]]
+    suppress_tokens: list[int]
+    eos_token_id: int | list[int]
+    pad_token_id: int
+    stop_strings: str | list[str]
+    tokenizer: PreTrainedTokenizerBase
+    use_cache: bool
+    cache_implementation: str
+    prefill_chunk_size: int
+    logits_processor: LogitsProcessorList
+    stopping_criteria: StoppingCriteriaList
+    assistant_model: PreTrainedModel
+    prompt_lookup_num_tokens: int
 
 
 def generate(

@@ -7,7 +7,7 @@ was. `residua.capture.replay.engine` holds the passes themselves.
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from math import prod
-from typing import Any
+from typing import Unpack
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 from residua.capture.buffers.host_buffers import torch_dtype
 from residua.capture.hooks.site import SiteInfo
 from residua.capture.replay.engine import Replayer
-from residua.capture.replay.generation import generate
+from residua.capture.replay.generation import GenerationOptions, generate
 from residua.capture.replay.metrics import MetricSpec, Outcome, metric_of, token_losses
 from residua.capture.replay.notes import attention_notes
 from residua.capture.replay.passes import Pass, kept_rows
@@ -210,7 +210,7 @@ class Replay:
         return gradients
 
     def generate(
-        self, max_new_tokens: int, *, edit_new_tokens: bool = False, seed: int = 0, **options: Any
+        self, max_new_tokens: int, *, edit_new_tokens: bool = False, seed: int = 0, **options: Unpack[GenerationOptions]
     ) -> list[list[int]]:
         """Continue the examples as prompts, with their stored rows and edits, by tokens that the model chooses.
 

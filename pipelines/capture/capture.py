@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from os import PathLike, fspath
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Unpack, cast
 
 from torch import nn
 from torch.distributed import ProcessGroup
@@ -24,7 +24,7 @@ from residua.pipelines.capture.result import CaptureResult
 from residua.pipelines.data.dataset import DatasetReport
 from residua.pipelines.jobs.workers import Workers, working_together
 from residua.pipelines.setup.models import is_pair_model, load_model, load_tokenizer
-from residua.pipelines.setup.settings import CaptureSettings
+from residua.pipelines.setup.settings import CaptureOptions, CaptureSettings
 from residua.store.base.errors import PlanError
 from residua.store.base.naming import named
 from residua.store.format.plan import Plan
@@ -46,7 +46,7 @@ def capture_dataset(
     on_example: Callable[[int, int], None] = lambda *_: None,
     on_plan: Callable[[Plan, int], None] = lambda *_: None,
     on_batch: Callable[[RecordStats], None] = lambda _: None,
-    **options: Any,
+    **options: Unpack[CaptureOptions],
 ) -> CaptureResult:
     """Capture the activations of `model` over `dataset` into the archive `out`; resume where an earlier run stopped.
 
@@ -150,7 +150,7 @@ def _name(model: str | PathLike[str], tensor_parallel: object) -> str:
     return fspath(model)
 
 
-def _settings(settings: CaptureSettings | None, options: dict[str, Any]) -> CaptureSettings:
+def _settings(settings: CaptureSettings | None, options: CaptureOptions) -> CaptureSettings:
     if settings is None:
         return CaptureSettings.from_mapping(options)
     if options:

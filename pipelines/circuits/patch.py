@@ -6,14 +6,14 @@ Both return a table and write it with a heat map; `residua.capture.patching.patc
 from collections.abc import Callable
 from functools import partial
 from os import PathLike
-from typing import Any
+from typing import Unpack
 
 import pyarrow as pa
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from residua.capture.patching.patcher import Patcher
 from residua.pipelines.circuits.read_pairs import PairSource
-from residua.pipelines.circuits.sweep import SweepSettings, sweep
+from residua.pipelines.circuits.sweep import SweepOptions, SweepSettings, sweep
 from residua.store.base.errors import PlanError
 from residua.store.base.naming import named
 from residua.store.read.archive import Archive
@@ -28,7 +28,7 @@ def patch(
     archive: Archive | str | PathLike[str] | None = None,
     out: str | PathLike[str] | None = None,
     on_pair: Callable[[int, int], None] = lambda *_: None,
-    **options: Any,
+    **options: Unpack[SweepOptions],
 ) -> pa.Table:
     """Put the clean run's value into the corrupted run, one cell of a grid at a time, and measure the answer.
 
@@ -86,7 +86,7 @@ def attribute(
     archive: Archive | str | PathLike[str] | None = None,
     out: str | PathLike[str] | None = None,
     on_pair: Callable[[int, int], None] = lambda *_: None,
-    **options: Any,
+    **options: Unpack[SweepOptions],
 ) -> pa.Table:
     """Estimate what `patch` measures, for all cells of a pair from two forward passes and one backward pass.
 

@@ -4,7 +4,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from os import PathLike
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypedDict
 
 import numpy as np
 import pyarrow as pa
@@ -81,6 +81,18 @@ class SweepSettings:
                 f"pair {number} has {length} tokens: there is no position {wrong[0] if wrong else 'chosen'}"
             )
         return sorted({position % length for position in self.positions})
+
+
+class SweepOptions(TypedDict, total=False):
+    """The fields of `SweepSettings`, as named arguments of `residua.patch` and `residua.attribute`."""
+
+    sites: str | Collection[str]
+    positions: Sequence[int] | Literal["together"] | None
+    heads: bool
+    metric: str
+    device: str
+    tp: int
+    pp: int
 
 
 def sweep(

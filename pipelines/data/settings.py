@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 from residua.store.base.canonical import Json
 from residua.store.base.errors import DatasetError
@@ -212,6 +212,31 @@ class DatasetSettings:
                 f"{model_limit}"
             )
         return self.max_length
+
+
+class DatasetOptions(TypedDict, total=False):
+    """The fields of `DatasetSettings`, as named arguments."""
+
+    text_column: str | None
+    image_column: str | None
+    image_folder: str | None
+    max_image_pixels: int
+    target_column: str | None
+    split: str | None
+    subset: str | None
+    dataset_revision: str | None
+    max_tokens: int | None
+    max_length: int | None
+    max_target_length: int | None
+    long_examples: str | None
+    min_length: int
+    positions: str
+    drop_special: bool
+    add_special_tokens: bool | None
+    chat_template: str | None
+    add_generation_prompt: bool
+    tools: str | Sequence[Any] | None
+    chat_template_kwargs: str | Mapping[str, Any] | None
 
 
 def _parsed(text: str, name: str, kind: type) -> Any:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from residua.capture.hooks.site import FLOATS, check_storage
-from residua.pipelines.data.settings import DatasetSettings, setting
+from residua.pipelines.data.settings import DatasetOptions, DatasetSettings, setting
 from residua.store.base.errors import PlanError
 from residua.store.base.naming import named
 from residua.store.base.untrusted import parse_yaml
@@ -111,6 +111,29 @@ class CaptureSettings(DatasetSettings):
         if len(named) < len(values):
             raise PlanError(f"a setting is given twice, as a field and as a flag: {', '.join(map(str, values))}")
         return cls(**named)
+
+
+class CaptureOptions(DatasetOptions, total=False):
+    """The fields of `CaptureSettings`, as named arguments of a call: what they mean is said there."""
+
+    sites: str
+    dtype: str | None
+    codec: str
+    rows_per_shard: int | None
+    head: bool
+    gather: bool
+    batch_tokens: int
+    model_dtype: str
+    attn_implementation: str | None
+    revision: str | None
+    seed: int
+    device: str
+    device_map: str | None
+    tp: int
+    pp: int
+    host_memory: int
+    threads: int | None
+    join: bool
 
 
 def _type_name(annotation: object) -> str:

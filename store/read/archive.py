@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import cached_property, partial
 from os import PathLike
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, Unpack
 
 import pyarrow as pa
 import zarr
@@ -48,6 +48,7 @@ if TYPE_CHECKING:
     import xarray
 
     import residua
+    from residua.analysis.loader.loader import LoaderOptions
 
 
 class Rows(NamedTuple):
@@ -369,20 +370,27 @@ class Archive(Mapping[str, ArchiveArray]):
         batch = schedule.batch_of(example)
         return () if batch is None else tuple(batch.examples.tolist())
 
-    def loader(self, sites: str | Iterable[str], *, batch_size: int, **settings: Any) -> "residua.analysis.Loader":
-        """Return batches of rows for training with torch; see `residua.analysis.Loader` for the settings.
+    def loader(
+        self, sites: str | Iterable[str], *, batch_size: int, **options: "Unpack[LoaderOptions]"
+    ) -> "residua.analysis.Loader":
+        """Return batches of rows for training with torch.
 
         >>> for batch in archive.loader("resid_post.3", batch_size=4096, seed=0):  # doctest: +SKIP
         ...     step(batch["resid_post.3"])
 
+        Args:
+            sites: Sites of a batch, by names or patterns.
+            batch_size: Rows of a batch.
+            **options: Further arguments of `residua.analysis.Loader` by name, for example ``where="position > 0"``.
+
         Raises:
             UnknownSiteError: `sites` matches no stored site.
-            AnalysisError: The settings contradict each other or the archive.
+            AnalysisError: The options contradict each other or the archive.
         """
         import residua
 
-        make: Any = residua.analysis.Loader
-        loader: residua.analysis.Loader = make(self, sites, batch_size=batch_size, **settings)
+        make: Any = residua.analysis.Loader  # its archive is of this class under another path, for pyright
+        loader: residua.analysis.Loader = make(self, sites, batch_size=batch_size, **options)
         return loader
 
     def text(self, row: int, context: int = 10) -> str:

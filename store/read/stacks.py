@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Mapping
 from os import PathLike
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn, Unpack
 
 from residua.store.base.errors import NotCapturedError, PlanError, UnknownSiteError
 from residua.store.base.untrusted import check_inside
@@ -19,6 +19,7 @@ from residua.store.storage.mirror import Mirror
 
 if TYPE_CHECKING:
     import residua
+    from residua.analysis.loader.loader import LoaderOptions
 
 
 def open_archive(
@@ -201,10 +202,12 @@ class StackedArchive(Archive):
         for name in sites:
             self.of_sites(name).refuse_losses([name], job)
 
-    def loader(self, sites: str | Iterable[str], *, batch_size: int, **settings: Any) -> "residua.analysis.Loader":
+    def loader(
+        self, sites: str | Iterable[str], *, batch_size: int, **options: "Unpack[LoaderOptions]"
+    ) -> "residua.analysis.Loader":
         """Return batches of rows for training with torch; all sites are of one stack. See `Archive.loader`."""
         names = self.select(sites)
-        return self.of_sites(names).loader(names, batch_size=batch_size, **settings)
+        return self.of_sites(names).loader(names, batch_size=batch_size, **options)
 
     def __getitem__(self, site: str) -> ArchiveArray:
         return self.of_sites(site)[site]

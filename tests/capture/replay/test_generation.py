@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers import GenerationConfig
 
 import residua
 from residua.capture.sites.anatomy import anatomy_of
@@ -81,7 +82,7 @@ def test_models_and_edits_that_do_not_generate_are_refused(tmp_path: Path) -> No
         run.generate(2)
     one_each = pytest.raises(PlanError, match=r"num_return_sequences.*1")
     with residua.replay(model, archive, examples=EVEN, at="resid_post.0") as run, one_each:
-        run.generate(2, do_sample=True, num_return_sequences=2)
+        run.generate(2, generation_config=GenerationConfig(do_sample=True, num_return_sequences=2))  # type: ignore[no-untyped-call]
     bert = model_of("bert")
     archive = captured(bert, tmp_path / "b", sites="resid_post.0")
     with (

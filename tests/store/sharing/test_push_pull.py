@@ -89,6 +89,8 @@ def test_one_call_copies_in_both_directions(s3: S3Server, tmp_path: Path) -> Non
             copy(one, other)
     with pytest.raises(PlanError, match="extract them first"):
         copy(source, address, sites="q.*", storage_options=s3.options)
+    with pytest.raises(PlanError, match="license"):
+        copy(address, tmp_path / "d.zarr", license="mit", storage_options=s3.options)
 
 
 def test_archives_are_not_mixed(s3: S3Server, tmp_path: Path) -> None:
