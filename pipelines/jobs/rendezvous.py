@@ -66,7 +66,22 @@ def rendezvous(out: Path | Destination | None, *, join: bool, job: str = "") -> 
             membership = _alone_or_joining(out, stack)
         elif out is not None:
             stack.enter_context(destination_of(out).locked())
-        yield None if membership is None else stack.enter_context(membership)
+        if membership is not None:
+            stack.enter_context(membership)
+            _tell_lease(out, membership, stack)
+        yield membership
+
+
+def _tell_lease(out: Path | Destination | None, membership: Membership, stack: ExitStack) -> None:
+    """Let all workers write only as long as worker 0 holds its lease, if it has one."""
+    if out is None:
+        return
+    place = destination_of(out)
+    if membership.number == 0:
+        membership.publish("lease", {"lease": place.lease})
+    else:
+        found = membership.await_message("lease", patience=START_SECONDS)
+        stack.enter_context(place.following(found["lease"]))
 
 
 class _Call:

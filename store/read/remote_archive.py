@@ -73,6 +73,8 @@ class RemoteArchive(Archive):
         self._mirror = Mirror(folder, self._cache)
         try:
             self._mirror.need(ROOT, MAX_METADATA_BYTES)
+        except StorageError:  # no bucket, for example
+            raise
         except FileNotFoundError:
             raise FileNotFoundError(f"{folder} is not an archive: it has no {ROOT}. Check the address.") from None
         with self._mirror.naming():

@@ -3,7 +3,7 @@
 acts.zarr                                    a folder
 s3://BUCKET/acts.zarr                        Amazon S3 and what speaks its protocol (`endpoint` in storage_options)
 gs://BUCKET/acts.zarr                        Google Cloud Storage
-az://ACCOUNT/CONTAINER/acts.zarr             Azure Blob Storage
+az://CONTAINER/acts.zarr                     Azure Blob Storage (`account_name` in storage_options)
 https://example.org/acts.zarr                any web server that answers requests for ranges of bytes
 hf://datasets/ORG/NAME[@REVISION][/acts.zarr]    a dataset repository of the Hub
 hf://buckets/ORG/NAME[/acts.zarr]            a bucket of the Hub

@@ -22,7 +22,7 @@ import tempfile
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from itertools import chain
 from pathlib import Path, PurePosixPath
 from typing import Any, TypeAlias
@@ -34,7 +34,7 @@ from residua.store.base.errors import PlanError, StorageError
 from residua.store.base.naming import named
 from residua.store.storage.crc import Buffer
 from residua.store.storage.files import bytes_of, publish, sweep, sync_folder, write_file
-from residua.store.storage.lease import LEASE, Lease, leased
+from residua.store.storage.lease import LEASE, Lease, LeaseWatch, leased
 from residua.store.storage.lock import locked, try_flock
 from residua.store.storage.objects import ObjectFolder
 
@@ -141,6 +141,15 @@ class DiskFolder:
         """Keep other runs away; see `residua.store.storage.lock.locked`."""
         return locked(self.path, join=join)
 
+    @property
+    def lease(self) -> str:
+        """What the lease of the run that holds a bucket is known by; folders have locks, and no leases."""
+        return ""
+
+    def following(self, _lease: str) -> AbstractContextManager[None]:
+        """Do nothing: the lock of the run that this process works for ends with it."""
+        return nullcontext()
+
 
 class BucketFolder:
     """A folder in a bucket that an archive is written to.
@@ -164,7 +173,7 @@ class BucketFolder:
         self._n_threads = 1
         self.path = _temporary_folder(self) / "files"
         self.path.mkdir()
-        self._lease: Lease | None = None
+        self._lease: Lease | LeaseWatch | None = None
 
     def __str__(self) -> str:
         return str(self.objects)
@@ -319,6 +328,24 @@ class BucketFolder:
                 yield
             finally:
                 self._lease = None
+
+    @property
+    def lease(self) -> str:
+        """What the lease that this process holds is known by; empty if it holds none."""
+        return self._lease.token if isinstance(self._lease, Lease) else ""
+
+    @contextmanager
+    def following(self, lease: str) -> Iterator[None]:
+        """Write only as long as another process, for whose run this one works, holds its lease.
+
+        Args:
+            lease: The other's `lease`.
+        """
+        self._lease = LeaseWatch(self.objects, lease)
+        try:
+            yield
+        finally:
+            self._lease = None
 
     def _check_lease(self) -> None:
         if self._lease is not None:

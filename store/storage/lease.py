@@ -4,7 +4,8 @@ The lease is a small object, `.residua-lease.json`, created only if it is absent
 seconds. Another run watches it: a lease that does not change for `LEASE_SECONDS` has expired, whatever the clocks of
 the two machines say, and one whose process is gone from this machine has ended at once. Who takes over, or renews,
 writes over the version that it has read, and over no other, where the service has that condition; of two that do so
-at once, one wins. A holder that finds another's name stops: `check` is asked before each write.
+at once, one wins. A holder that finds another's name stops: `check` is asked before each write. So do the workers that
+share its work, which look at the lease now and then (`LeaseWatch`).
 """
 
 import json
@@ -15,6 +16,7 @@ import threading
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
+from math import inf
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -39,11 +41,14 @@ class Lease:
     Args:
         folder: The folder.
         join: What another run needs to join this one.
+
+    Attributes:
+        token: What tells this lease from others.
     """
 
     def __init__(self, folder: ObjectFolder, join: Mapping[str, Json] | None) -> None:
         self._folder = folder
-        self._values = {
+        self._values: dict[str, Any] = {
             "host": socket.gethostname(),
             "pid": os.getpid(),
             "since": time.strftime("%Y-%m-%d %H:%M:%S %z"),
@@ -52,6 +57,7 @@ class Lease:
             "started": _started(os.getpid()),
             "token": secrets.token_hex(8),
         }
+        self.token: str = self._values["token"]
         self._n_renewed = 0
         self._version: UpdateVersion = {}
         self._renewed_at = 0.0
@@ -130,14 +136,7 @@ class Lease:
             found, self._version = self._folder.read_tagged(LEASE, _MAX_BYTES)
             if self._is_mine(found):
                 return
-        owner = None
-        with suppress(FileNotFoundError, StorageError):
-            owner = owner_of(self._folder.read(LEASE, _MAX_BYTES))
-        who = f" ({owner})" if owner else ""
-        self._lost = (
-            f"another run{who} has taken over {self._folder}, or {LEASE} was removed there; a lease that is not "
-            f"renewed for {LEASE_SECONDS:.0f} s ends. So this run stops. What was committed before is safe"
-        )
+        self._lost = _lost(self._folder)
         raise StorageError(self._lost)
 
     def _adopt(self) -> None:
@@ -146,10 +145,41 @@ class Lease:
             self._renewed_at = time.monotonic()
 
     def _is_mine(self, found: bytes) -> bool:
-        return _values(found).get("token") == self._values["token"]
+        return bool(_values(found).get("token") == self.token)
 
     def _data(self) -> bytes:
         return json.dumps({**self._values, "renewed": self._n_renewed}).encode()
+
+
+class LeaseWatch:
+    """The lease of the run that this process works for, and that another process holds.
+
+    Args:
+        folder: The folder.
+        token: The lease's.
+    """
+
+    def __init__(self, folder: ObjectFolder, token: str) -> None:
+        self._folder = folder
+        self._token = token
+        self._seen_at = -inf
+        self._lock = threading.Lock()
+
+    def check(self) -> None:
+        """Return if the lease is held, as far as is known for `RENEW_SECONDS`.
+
+        Raises:
+            StorageError: Another run has taken over, or the bucket does not answer.
+        """
+        with self._lock:
+            if time.monotonic() - self._seen_at <= RENEW_SECONDS:
+                return
+            found = b""
+            with suppress(FileNotFoundError):
+                found = self._folder.read(LEASE, _MAX_BYTES)
+            if _values(found).get("token") != self._token:
+                raise StorageError(_lost(self._folder))
+            self._seen_at = time.monotonic()
 
 
 @contextmanager
@@ -170,6 +200,18 @@ def leased(folder: ObjectFolder, *, join: Mapping[str, Json] | None = None) -> I
         yield lease
     finally:
         lease.release()
+
+
+def _lost(folder: ObjectFolder) -> str:
+    """Return the message for a run whose lease is another's, or gone."""
+    owner = None
+    with suppress(FileNotFoundError, StorageError):
+        owner = owner_of(folder.read(LEASE, _MAX_BYTES))
+    who = f" ({owner})" if owner else ""
+    return (
+        f"another run{who} has taken over {folder}, or {LEASE} was removed there; a lease that is not renewed for "
+        f"{LEASE_SECONDS:.0f} s ends. So this run stops. What was committed before is safe"
+    )
 
 
 def _values(data: bytes) -> dict[str, Any]:

@@ -15,10 +15,12 @@ import os
 import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from datetime import timedelta
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from urllib.parse import urlsplit
 
 import numpy as np
 import numpy.typing as npt
@@ -38,7 +40,11 @@ JOIN_GAP_BYTES = 256 * 1024
 _CREATE_TRIES = 5
 _PAUSE_SECONDS = 0.1  # after the first of them; each pause is twice as long
 _READ_TRIES = 4
-_ENDPOINTS = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT")
+_ENDPOINTS = {  # where services of each scheme may be said to be, in options and in the environment
+    "s3": ("endpoint", "AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT"),
+    "gs": ("base_url", "GOOGLE_BASE_URL"),
+    "az": ("endpoint", "AZURE_STORAGE_ENDPOINT", "AZURE_ENDPOINT"),
+}
 _CREDENTIALS = ("AWS_", "GOOGLE_", "AZURE_")
 _BROKE_OFF = "body error"
 _NOT_SUPPORTED = {
@@ -49,7 +55,13 @@ _RETRY = {"max_retries": 10, "retry_timeout": timedelta(minutes=3)}
 _CLIENT = {"connect_timeout": timedelta(seconds=10), "timeout": timedelta(minutes=2), "user_agent": "residua"}
 _REMEDY = "Give credentials in the environment, as the service's own tools take them, or in storage_options"
 _STATUS = re.compile(r"status code: (\d{3}[^:\n]*)")
-_DENIED = (failures.PermissionDeniedError, failures.UnauthenticatedError)
+_CODE = re.compile(r"<Code>(\w{1,60})</Code>")  # in the answers of S3, Google and Azure
+_REFUSED_STATUS = ("401", "403")
+_REFUSED_CODES = ("ExpiredToken", "InvalidToken", "InvalidAccessKeyId", "SignatureDoesNotMatch", "RequestTimeTooSkewed")
+_NO_BUCKET_CODES = ("NoSuchBucket", "ContainerNotFound")
+_LOGIN_SOURCES = ("/latest/api/token", "/latest/meta-data/", "token request", "/metadata/identity/")
+_DENIED = (failures.PermissionDeniedError, failures.UnauthenticatedError, PermissionError)
+_EXISTS = (failures.AlreadyExistsError, failures.PreconditionError, FileExistsError)
 _FAILURES = (failures.BaseError, OSError, ValueError)
 _PROCESS: dict[str, int] = {}  # the process in which obstore's threads are
 
@@ -63,6 +75,10 @@ class _DeniedError(StorageError):
 
 class _UnsupportedError(StorageError):
     """The service has nothing of the kind."""
+
+
+class _NoBucketError(StorageError, FileNotFoundError):
+    """The bucket is not there."""
 
 
 class Listed(NamedTuple):
@@ -115,8 +131,10 @@ class ObjectFolder:
         try:
             return _store_at(self.address, _frozen(settings), _credentials())
         except _FAILURES as error:
+            account = "; Azure's account is account_name there, or AZURE_STORAGE_ACCOUNT_NAME"
             raise StorageError(
                 f"{self} cannot be opened: {_said(error)}. Check the address and storage_options"
+                f"{account * (scheme_of(self.address) == 'az')}"
             ) from None
 
     def read(self, name: str, most_bytes: int) -> bytes:
@@ -280,7 +298,7 @@ class ObjectFolder:
         for number in range(_CREATE_TRIES):
             try:
                 self._ask(name, "write", lambda: obstore.put(self._store, name, data, mode=mode))
-            except (_DeniedError, _UnsupportedError):
+            except (_DeniedError, _UnsupportedError, _NoBucketError):
                 raise
             except (FileExistsError, StorageError) as error:  # the answer may be lost, and not what was sent
                 failure = error
@@ -300,31 +318,50 @@ class ObjectFolder:
         Raises:
             StorageError: One cannot be deleted.
         """
-        self._ask("", "delete from", lambda: obstore.delete(self._store, list(names)))
+        try:
+            self._ask("", "delete from", lambda: obstore.delete(self._store, list(names)))
+        except _NoBucketError:
+            raise
+        except FileNotFoundError:  # of one of them, in services that say so; others may be left
+            for name in names:
+                with suppress(FileNotFoundError):
+                    self._ask(name, "delete", partial(obstore.delete, self._store, name))
 
     def _ask(self, name: str, doing: str, request: Callable[[], T], tries: int = 1) -> T:
         """Make a request, and say what went wrong in the user's words.
 
         obstore tries again what failed before the answer began. `tries` are for answers that broke off.
         """
-        where = f"{self}/{name}" if name else str(self)
         try:
             return request()
         except StorageError:
             raise
-        except FileNotFoundError:
-            raise FileNotFoundError(f"there is no {where}") from None
-        except (failures.AlreadyExistsError, failures.PreconditionError, FileExistsError):
-            raise FileExistsError(f"{where} exists already") from None
-        except (*_DENIED, PermissionError) as error:
-            raise _DeniedError(f"cannot {doing} {where}: it is not allowed ({_said(error)}). {_REMEDY}") from None
-        except failures.NotSupportedError:
-            reason = _NOT_SUPPORTED.get(doing, "it cannot do that")
-            raise _UnsupportedError(f"cannot {doing} {where}: {reason}") from None
         except _FAILURES as error:
             if tries > 1 and _BROKE_OFF in str(error):
                 return self._ask(name, doing, request, tries - 1)
-            raise StorageError(f"cannot {doing} {where}: {_said(error)}") from None
+            raise self._explained(error, doing, f"{self}/{name}" if name else str(self)) from None
+
+    def _explained(self, error: BaseException, doing: str, where: str) -> OSError:
+        """Return the error to raise for one of obstore's."""
+        if _code_of(error) in _NO_BUCKET_CODES:
+            return _NoBucketError(
+                f"cannot {doing} {where}: there is no bucket {urlsplit(self.address).netloc}. Check its name, and the "
+                "endpoint, region or account in storage_options; Residua makes no buckets"
+            )
+        if isinstance(error, FileNotFoundError):
+            return FileNotFoundError(f"there is no {where}")
+        if isinstance(error, _EXISTS):
+            return FileExistsError(f"{where} exists already")
+        if _wants_login(error):
+            return _DeniedError(
+                f"cannot {doing} {where}: no credentials were found. {_REMEDY}; for a bucket that everybody may read, "
+                "give skip_signature=True there"
+            )
+        if _is_refused(error):
+            return _DeniedError(f"cannot {doing} {where}: it is not allowed ({_said(error)}). {_REMEDY}")
+        if isinstance(error, failures.NotSupportedError):
+            return _UnsupportedError(f"cannot {doing} {where}: {_NOT_SUPPORTED.get(doing, 'it cannot do that')}")
+        return StorageError(f"cannot {doing} {where}: {_said(error)}")
 
 
 def _frozen(options: Mapping[str, Any]) -> tuple[tuple[str, Any], ...]:
@@ -340,8 +377,9 @@ def _thawed(options: tuple[tuple[str, Any], ...]) -> dict[str, Any]:
 def _connection(address: str, options: Mapping[str, Any]) -> dict[str, Any]:
     """Return the arguments of the store of an address."""
     client = {**_CLIENT, **options.get("client_options", {})}
-    from_environment = next((os.environ[name] for name in _ENDPOINTS if name in os.environ), "")
-    if str(options.get("endpoint", from_environment if scheme_of(address) == "s3" else address)).startswith("http://"):
+    said = {**os.environ, **options}
+    place = next((said[name] for name in _ENDPOINTS.get(scheme_of(address), ()) if name in said), address)
+    if str(place).startswith("http://"):
         client.setdefault("allow_http", True)
     return {**options, "client_options": client, "retry_config": {**_RETRY, **options.get("retry_config", {})}}
 
@@ -360,11 +398,33 @@ def _store_at(
     return open_(url, **_thawed(settings))
 
 
+def _is_refused(error: BaseException) -> bool:
+    """Say whether a service does not allow it, also with an answer that obstore has no class for."""
+    if isinstance(error, _DENIED) or _code_of(error) in _REFUSED_CODES:
+        return True
+    return _status_of(error)[:3] in _REFUSED_STATUS
+
+
+def _wants_login(error: BaseException) -> bool:
+    """Say whether a request failed because the machine that it was made on has no credentials to offer."""
+    return any(source in str(error).partition("\n")[0] for source in _LOGIN_SOURCES)
+
+
+def _status_of(error: BaseException) -> str:
+    found = _STATUS.search(str(error))
+    return found[1].strip() if found else ""
+
+
+def _code_of(error: BaseException) -> str:
+    found = _CODE.search(str(error))
+    return found[1] if found else ""
+
+
 def _said(error: BaseException) -> str:
     """Return what a server said, without what obstore adds for debugging and without anything secret."""
     text = str(error)
-    if status := _STATUS.search(text):
-        return f"the server answered {status[1].strip()}"
+    if status := _status_of(error):
+        return ", ".join(["the server answered " + status, *filter(None, [_code_of(error)])])
     return shown_in(text.splitlines()[0].strip() if text else type(error).__name__)
 
 

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from urllib.parse import urlsplit
 
-Fault = int | str
+Fault = int | str | tuple[int, str]
 
 
 @dataclass
@@ -21,8 +21,9 @@ class Proxy:
         target: Address of the server behind it.
         url: Where it answers.
         fault: Called with method and path of each request; returns what goes wrong with it. A number is the status of
-            an answer in the server's place. ``drop`` breaks the connection before anything is passed on, ``lost``
-            after the server has done what it was asked, ``cut`` in the middle of the answer, ``slow`` waits first.
+            an answer in the server's place, and a name with it is S3's for the error. ``drop`` breaks the connection
+            before anything is passed on, ``lost`` after the server has done what it was asked, ``cut`` in the middle
+            of the answer, ``slow`` waits first.
         requests: How often each method was asked for.
         n_bytes: Bytes of bodies that were sent through.
     """
@@ -41,7 +42,9 @@ class Proxy:
         handler.close_connection = fault in ("drop", "lost", "cut")
         if isinstance(fault, int):
             handler.send_error(fault)
-        if isinstance(fault, int) or fault == "drop":
+        if isinstance(fault, tuple):
+            _refuse(handler, *fault)
+        if isinstance(fault, int | tuple) or fault == "drop":
             return
         if fault == "slow":
             time.sleep(0.3)
@@ -61,6 +64,16 @@ class Proxy:
         handler.send_header("Content-Length", length or str(len(content)))
         handler.end_headers()
         handler.wfile.write(content[: len(content) // 2] if fault == "cut" else content)
+
+
+def _refuse(handler: http.server.BaseHTTPRequestHandler, status: int, code: str) -> None:
+    """Answer as S3 does."""
+    body = f"<Error><Code>{code}</Code><Message>no</Message><RequestId>1</RequestId></Error>".encode()
+    handler.send_response(status)
+    handler.send_header("Content-Length", str(len(body)))
+    handler.end_headers()
+    if handler.command != "HEAD":
+        handler.wfile.write(body)
 
 
 @contextmanager

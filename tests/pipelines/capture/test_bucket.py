@@ -21,6 +21,7 @@ from residua.store.storage.lock import ArchiveInUseError
 from residua.store.storage.objects import ObjectFolder
 from tests.models.tiny import TINY
 from tests.pipelines.small_capture import capture
+from tests.servers.clouds import serving_cloud
 from tests.servers.proxy import Fault, proxied
 from tests.servers.s3 import S3Server
 
@@ -78,6 +79,18 @@ def test_a_bucket_gets_what_a_disk_gets(
     stored = {path for path, node in group.members(max_depth=None) if isinstance(node, zarr.Array)}
     assert stored == {spec.path for spec in disk.archive.plan.arrays}
     assert np.array_equal(np.asarray(group["rows/token"]), np.concatenate(tokens))
+
+
+@pytest.mark.parametrize("scheme", ["gs", "az"])
+def test_other_clouds_get_the_same(scheme: str, on_disk: Path, llama: PreTrainedModel, tokens: list[list[int]]) -> None:
+    with serving_cloud(scheme) as cloud:
+        address = cloud.address("a.zarr")
+        with pytest.raises(StoppedError):
+            capture(llama, tokens, address, storage_options=cloud.options, sites=SITES, on_batch=stop_after(6))
+        capture(llama, tokens, address, storage_options=cloud.options, sites=SITES)
+        assert {name: found.data for name, found in cloud.objects.items()} == {
+            f"a.zarr/{name}": data for name, data in files(on_disk).items()
+        }
 
 
 def test_an_unfinished_archive_says_how_far_it_is_and_is_finished(

@@ -104,6 +104,30 @@ def test_who_lost_the_lease_writes_no_more_and_leaves_it_alone(s3: S3Server) -> 
 
 
 @pytest.mark.usefixtures("quick")
+def test_workers_of_a_run_that_lost_the_lease_write_no_more(s3: S3Server) -> None:
+    out, worker = (BucketFolder(s3.address("lease-followed"), s3.options) for _ in range(2))
+    with out.locked():
+        with worker.following(out.lease):
+            assert worker.write("first", [b"1"]) == 1
+            time.sleep(2 * module.RENEW_SECONDS)
+            assert worker.create("commits/0", b"1")
+            written(out.objects, host="the-other")
+            time.sleep(2 * module.RENEW_SECONDS)
+            for refused in (
+                lambda: worker.write("second", [b"2"]),
+                lambda: worker.create("commits/1", b"2"),
+                lambda: worker.upload([]),
+            ):
+                with pytest.raises(StorageError, match="the-other"):
+                    refused()
+        assert out.n_bytes("second") is None
+        out.objects.delete([LEASE])
+        with worker.following(out.lease), pytest.raises(StorageError, match="removed"):
+            worker.write("third", [b"3"])
+    assert worker.write("third", [b"3"]) == 1
+
+
+@pytest.mark.usefixtures("quick")
 def test_of_many_that_take_over_at_once_one_wins(s3: S3Server) -> None:
     folder = ObjectFolder(s3.address("lease-race"), s3.options)
     with leased(folder):

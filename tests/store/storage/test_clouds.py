@@ -1,0 +1,137 @@
+"""Google Cloud Storage and Azure Blob Storage, as obstore speaks with them; and what all services refuse."""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import residua
+from residua.store.base.errors import StorageError
+from residua.store.read.verify import verify
+from residua.store.storage.destination import BucketFolder
+from residua.store.storage.lease import LEASE, leased
+from residua.store.storage.lock import ArchiveInUseError
+from residua.store.storage.objects import ObjectFolder
+from residua.store.storage.place import try_archive_place
+from tests.servers.clouds import CloudServer, serving_cloud
+from tests.servers.proxy import Proxy, proxied
+from tests.servers.s3 import S3Server
+from tests.store.small_archive import make_archive
+
+pytestmark = pytest.mark.timeout(120)
+
+
+@pytest.fixture(scope="module", params=["gs", "az"])
+def cloud(request: pytest.FixtureRequest) -> Iterator[CloudServer]:
+    with serving_cloud(request.param) as server:
+        yield server
+
+
+def test_objects_are_written_once_replaced_by_version_listed_and_removed(cloud: CloudServer) -> None:
+    folder = ObjectFolder(cloud.address("objects"), cloud.options)
+    assert folder.create("a b/x", b"mine")
+    assert not folder.create("a b/x", b"mine")
+    with pytest.raises(FileExistsError, match="a b/x"):
+        folder.create("a b/x", b"other")
+    data, version = folder.read_tagged("a b/x", 10)
+    folder.replace("a b/x", data + b"2", version)
+    with pytest.raises(FileExistsError):
+        folder.replace("a b/x", b"late", version)
+    names = [f"many/{i:03}" for i in range(120)]  # of several pages
+    for name in names:
+        folder.write(name, [name.encode()])
+    assert [entry.name for entry in folder.list("many")] == names
+    assert folder.read_ranges("many/017", [5, 0], [8, 4])[0].tobytes() == b"017"
+    assert (folder.size("a b/x"), folder.size("gone")) == (5, None)
+    folder.delete(["gone", *names, "gone as well"])
+    assert [entry.name for entry in folder.list()] == ["a b/x"]
+
+
+def test_a_large_file_goes_in_parts(cloud: CloudServer) -> None:
+    folder, content = BucketFolder(cloud.address("parts"), cloud.options), np.arange(3_000_000, dtype="<u4")
+    assert folder.write("sites/x", [content[:7], content[7:]]) == content.nbytes
+    assert cloud.objects["parts/sites/x"].data == content.tobytes()
+    assert not cloud.parts
+
+
+def test_one_run_at_a_time(cloud: CloudServer) -> None:
+    place = try_archive_place(cloud.address("run"), cloud.options)
+    assert place.notes == ()
+    folder = ObjectFolder(cloud.address("run"), cloud.options)
+    with leased(folder) as lease:
+        lease._renew()
+        lease.check()
+        with pytest.raises(ArchiveInUseError), leased(folder):
+            pass
+    assert folder.size(LEASE) is None
+
+
+def test_an_archive_is_pushed_read_and_pulled(cloud: CloudServer, untouched: Path, tmp_path: Path) -> None:
+    address = cloud.address("a.zarr")
+    residua.push(untouched, address, storage_options=cloud.options)
+    assert residua.push(untouched, address, storage_options=cloud.options).sent_bytes < 200_000
+    here, there = residua.open(untouched), residua.open(address, storage_options=cloud.options)
+    assert np.array_equal(there["q.1"][3:30], here["q.1"][3:30])
+    assert verify(address, storage_options=cloud.options).is_sound
+    residua.pull(address, tmp_path / "back.zarr", storage_options=cloud.options)
+    assert verify(tmp_path / "back.zarr").is_sound
+    with pytest.raises(residua.ResiduaError, match="another archive"):
+        residua.push(make_archive(tmp_path / "other.zarr", seed=3), address, storage_options=cloud.options)
+
+
+WAYS: dict[str, Callable[[str, Any], object]] = {
+    "open": lambda address, options: residua.open(address, storage_options=options),
+    "list": lambda address, options: list(ObjectFolder(address, options).list()),
+    "write": lambda address, options: ObjectFolder(address, options).create("x", b"1"),
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_bucket_that_is_not_there_and_one_that_is_closed(cloud: CloudServer, way: str) -> None:
+    with pytest.raises(StorageError, match=r"no bucket elsewhere.*name"):
+        WAYS[way](f"{cloud.scheme}://elsewhere/a.zarr", cloud.options)
+    login = "bearer_token" if cloud.scheme == "gs" else "account_name"
+    with pytest.raises(StorageError, match=rf"{cloud.scheme}://acts/a.*not allowed.*403.*storage_options") as refused:
+        WAYS[way](cloud.address("a.zarr"), {**cloud.options, login: "secret"})
+    assert "secret" not in str(refused.value)
+
+
+@pytest.fixture(scope="module")
+def proxy(s3: S3Server) -> Iterator[Proxy]:
+    with proxied(s3.options["endpoint"]) as proxy:
+        yield proxy
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize(
+    ("fault", "says"),
+    [
+        ((403, "AccessDenied"), r"not allowed.*AccessDenied.*storage_options"),
+        ((400, "ExpiredToken"), r"not allowed.*ExpiredToken.*credentials"),
+        ((403, "InvalidAccessKeyId"), r"not allowed.*InvalidAccessKeyId.*credentials"),
+        ((403, "RequestTimeTooSkewed"), r"not allowed.*RequestTimeTooSkewed"),
+        ((404, "NoSuchBucket"), r"no bucket acts.*name"),
+    ],
+    ids=lambda value: value[1] if isinstance(value, tuple) else "",
+)
+def test_what_s3_refuses_says_why_and_what_to_do(
+    proxy: Proxy, s3: S3Server, way: str, fault: tuple[int, str], says: str
+) -> None:
+    proxy.fault = lambda _method, _path: fault
+    options = {**s3.options, "endpoint": proxy.url, "access_key_id": "AKID", "secret_access_key": "hush"}
+    proxy.requests.clear()
+    with pytest.raises(StorageError, match=rf"s3://acts/refused.*{says}") as refused:
+        WAYS[way](s3.address("refused"), {**options, "skip_signature": False})
+    assert "hush" not in str(refused.value)
+    assert "AKID" not in str(refused.value)
+    assert proxy.requests.total() == 1  # and no time is lost with more of them
+
+
+def test_where_there_are_no_credentials_it_says_so() -> None:
+    options = {"metadata_endpoint": "http://127.0.0.1:9", "retry_config": {"max_retries": 0}, "region": "us-east-1"}
+    with pytest.raises(StorageError, match=r"s3://acts/a.*no credentials.*skip_signature"):
+        residua.open("s3://acts/a", storage_options=options)
+    with pytest.raises(StorageError, match=r"az://acts/a.*account_name"):
+        residua.open("az://acts/a")
