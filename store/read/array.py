@@ -37,6 +37,7 @@ class ArchiveArray:
     Attributes:
         name: The site, or ``rows/token``.
         shape: (rows, *row shape).
+        ndim: Number of axes, the rows included.
         dtype: Type of the values that numpy gets.
         stored_dtype: Type of the stored values; `ml_dtypes.bfloat16` for bfloat16.
         specs: The array on disk, or the codes and scales of the int8 preset.
@@ -62,6 +63,7 @@ class ArchiveArray:
     ) -> None:
         self.name = name
         self.shape = (n_rows, *specs[0].row_shape)
+        self.ndim = len(self.shape)
         self.stored_dtype = np.dtype(ml_dtypes.bfloat16) if dtype == BFLOAT16 else storage_dtype(dtype)
         self.dtype = np.dtype(np.float32) if dtype in _HALF else self.stored_dtype
         self.specs = tuple(specs)

@@ -19,6 +19,7 @@ from residua.capture.identity.padding import RAN_ALONE, padding_leaks
 from residua.store.base.errors import PlanError
 from residua.store.read.archive import Archive
 from residua.store.read.verify import verify
+from residua.store.sealing.losses import losses_of
 from tests.capture.leaking_models import LEAKING, module_values
 from tests.capture.replay_samples import captured, tokens
 from tests.distributed.checks.replay import counting_reads
@@ -159,4 +160,52 @@ def check(what: str, found: pa.Table, wanted: pa.Table, bound: float) -> None:
         assert error <= bound * scale, (what, column, error, scale)
 
 
-CHECKS = [jobs_on_spread_models, padding_that_leaks]
+def casts_that_overflow(load: Load) -> None:
+    """A finite value that the stored type makes infinite is counted once, whoever computed or stored it."""
+    folder = Path(sys.argv[1]) / "overflow"
+    exact = {site: torch.cat(rows) for site, rows in rows_by_plain_hooks().items()}
+    spread: list[tuple[str, Any]] = [
+        ("tp", load("llama", tp_size=2)),
+        ("pp", load("llama", pp_size=2)),
+        ("fsdp", sharded(SPLIT["llama"]())),
+    ]
+    for layout, model in spread:
+        with_a_massive_block(model)
+        archive = captured(model, folder / f"{layout}.zarr", sites=",".join(exact), dtype="float16", rows_per_shard=16)
+        for site, rows in exact.items():
+            wanted = int((rows.to(torch.float16).isinf() & rows.isfinite()).sum())
+            found = losses_of(archive.plan.site(site), archive.commits)
+            assert wanted, site
+            assert found.n_overflowed == wanted, (layout, site, found, wanted)
+        notes = archive.provenance["notes"]
+        assert isinstance(notes, list)
+        assert all(any(site in str(note) and "infinite" in str(note) for note in notes) for site in exact), layout
+
+
+def rows_by_plain_hooks() -> dict[str, list[torch.Tensor]]:
+    """What one process computes of each example alone: (tokens, width) for each site."""
+    model, found = with_a_massive_block(SPLIT["llama"]()), dict[str, list[torch.Tensor]]()
+    block = model.model.layers[1]
+
+    def keep(site: str, value: Any) -> None:
+        found.setdefault(site, []).append((value if isinstance(value, torch.Tensor) else value[0])[0])
+
+    block.mlp.down_proj.register_forward_pre_hook(lambda _, args: keep("mlp_act.1", args[0]))
+    block.mlp.register_forward_hook(lambda _, __, output: keep("mlp_out.1", output))
+    block.register_forward_hook(lambda _, __, output: keep("resid_post.1", output))
+    with torch.no_grad():
+        for ids in tokens():
+            model(torch.tensor([ids]))
+    return found
+
+
+def with_a_massive_block(model: Any) -> Any:
+    """Let the values of the block's MLP pass the largest of float16, 65,504."""
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "layers.1.mlp.up_proj" in name:
+                parameter.mul_(1e7)
+    return model
+
+
+CHECKS = [jobs_on_spread_models, padding_that_leaks, casts_that_overflow]

@@ -48,6 +48,8 @@ REFUSALS = (
         "parameters",
         "replays",
         "jobs_on_spread_models",
+        "prompts_on_spread_models",
+        "casts_that_overflow",
         "padding_that_leaks",
         "inputs_of_modules",
         "gradients_of_inputs",

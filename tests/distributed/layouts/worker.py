@@ -20,7 +20,7 @@ import torch.distributed as dist
 from transformers import PreTrainedModel
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
-from tests.distributed.checks import jobs, prehooks, restoration, stages
+from tests.distributed.checks import jobs, prehooks, restoration, runs, stages
 from tests.distributed.checks.refusals import CHECKS, Load
 from tests.distributed.layouts import (
     data_parallel_rows,  # noqa: F401  # it enters its rows in the registry
@@ -43,7 +43,7 @@ def refused(check: Callable[[Load], None]) -> Callable[[], Iterator[Row]]:
     return rows
 
 
-ASIDE = (*CHECKS, *prehooks.CHECKS, *jobs.CHECKS, *stages.CHECKS, *restoration.CHECKS)
+ASIDE = (*CHECKS, *prehooks.CHECKS, *jobs.CHECKS, *stages.CHECKS, *restoration.CHECKS, *runs.CHECKS)
 ROWS |= {check.__name__: refused(check) for check in ASIDE}
 
 
