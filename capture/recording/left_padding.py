@@ -4,11 +4,11 @@ A row's position counts tokens only. A model that is given no ``position_ids`` m
 positions (GPT-2, BERT) its rows are then those of other positions than the archive says.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from residua.capture.forward.inputs import first_position_given, positions_of
 from residua.capture.identity.padding import padding_leaks
@@ -26,6 +26,12 @@ NOT_KNOWN = (
     "examples were padded on the left and the model got no position_ids, so it may have counted padding: the position "
     "of a row counts tokens only, from 0"
 )
+
+
+def pads_source_left(kwargs: Mapping[str, object]) -> bool:
+    """Return whether the source that a call of a decoder attends to is padded on the left."""
+    mask = kwargs.get("encoder_attention_mask")
+    return isinstance(mask, Tensor) and mask.ndim == 2 and bool((mask.bool().any(-1) & ~mask[:, 0].bool()).any())
 
 
 def counting_tokens(
@@ -47,7 +53,7 @@ def counting_tokens(
     core = core_of(model)
     first = first_position_given(core)
     if first is None:
-        _refuse_if_counted(model)
+        refuse_if_counted(model)
         return args, kwargs, ""
     mask = torch.from_numpy(call.mask).to(input_device(core))
     at, positions = list(parameters).index("position_ids"), positions_of(mask) + first
@@ -56,7 +62,12 @@ def counting_tokens(
     return args, {**kwargs, "position_ids": positions}, COUNTED
 
 
-def _refuse_if_counted(model: nn.Module) -> None:
+def refuse_if_counted(model: nn.Module) -> None:
+    """Raise CaptureError if a model that is given no positions counts padding on the left.
+
+    The model may run over a few tokens to find out; that is a collective of all processes that hold it, and is left out
+    where its weights are sharded over other workers too.
+    """
     if is_sharded(model) or not padding_leaks(model, side="left") or padding_leaks(model):
         return
     raise CaptureError(

@@ -47,7 +47,7 @@ from residua.capture.layout.process_layout import ProcessLayout, process_layout_
 from residua.capture.recording.arguments import read_call
 from residua.capture.recording.call import Call, Column, SameCalls, are_of_examples
 from residua.capture.recording.growing_archive import GrowingArchive, with_replica_hint
-from residua.capture.recording.left_padding import counting_tokens
+from residua.capture.recording.left_padding import counting_tokens, pads_source_left, refuse_if_counted
 from residua.capture.recording.stack import parameter_names, refuse_encoder_outputs, refusing_generation, stack_of
 from residua.capture.runtime.collectives import all_gather_objects, device_of
 from residua.capture.runtime.pipeline_schedule import PIPELINE_TYPES
@@ -248,7 +248,10 @@ class Recorder:
         call = read_call(self._parameters, args, kwargs, first_position=self._first_position, caches=self._caches)
         if takes_frames(self._called):
             call = call.by_position(n_frame_positions(self._called))
-        if call.pads_left and self._stack_called is None:
+        if self._stack_called is not None:
+            if call.pads_left or pads_source_left(kwargs):
+                refuse_if_counted(self._model)
+        elif call.pads_left:
             args, kwargs, note = counting_tokens(self._called, self._parameters, call, args, kwargs)
             call = replace(call, notes=(*call.notes, *([note] if note else [])))
         self._call = call.by_example() if self._has_whole_examples else call

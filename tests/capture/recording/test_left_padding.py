@@ -15,6 +15,7 @@ import residua
 from residua.store.base.errors import CaptureError
 from tests.capture.leaking_models import Averaged
 from tests.models.tiny import _SIZES, ODD, TINY, VOCABULARY, _build
+from tests.models.tiny_pairs import TINY_PAIRS
 
 LENGTHS = (4, 9, 6)
 WIDTH = max(LENGTHS)
@@ -88,3 +89,38 @@ def test_a_model_that_counts_padding_and_takes_no_positions_is_refused(tmp_path:
         model(input_ids=ids.flip(1), attention_mask=mask.flip(1))
         model(input_ids=ids[:1, -4:])
     assert residua.open(out).n_rows == sum(LENGTHS) + 4
+
+
+def pair(*, source: bool, target: bool) -> dict[str, Any]:
+    """The arguments of a call of an encoder-decoder whose source and target are padded on the left, or on the right."""
+    ids, mask = padded()
+    sides = [(ids, mask) if left else (ids.flip(1), mask.flip(1)) for left in (source, target)]
+    names = ("input_ids", "attention_mask", "decoder_input_ids", "decoder_attention_mask")
+    return {**dict(zip(names, [each for side in sides for each in side], strict=True)), "use_cache": False}
+
+
+@pytest.mark.parametrize("left", [{"source": True, "target": False}, {"source": False, "target": True}])
+@pytest.mark.parametrize(("name", "counts"), [("t5", False), ("bart", True), ("mbart", True), ("marian", True)])
+def test_encoder_decoders_give_the_rows_of_each_pair_alone_or_refuse(
+    name: str, counts: bool, left: dict[str, bool], tmp_path: Path
+) -> None:
+    model, out = TINY_PAIRS[name](), tmp_path / "a.zarr"
+    call = pair(**left)
+    with residua.Recorder(model, sites="decoder.resid_post.0", out=out) as recorder, torch.no_grad():
+        assert recorder is not None
+        if counts:
+            with pytest.raises(CaptureError, match=rf"left.*{type(model).__name__}.*right"):
+                model(**call)
+            call = pair(source=False, target=False)
+        model(**call)
+    archive = residua.open(out)
+    for number in range(len(LENGTHS)):
+        kept = {name: call[name][number].bool() for name in ("attention_mask", "decoder_attention_mask")}
+        alone = {
+            "input_ids": call["input_ids"][number : number + 1, kept["attention_mask"]],
+            "decoder_input_ids": call["decoder_input_ids"][number : number + 1, kept["decoder_attention_mask"]],
+        }
+        with torch.no_grad():
+            wanted = model(**alone, output_hidden_states=True).decoder_hidden_states[1][0]
+        found = torch.from_numpy(archive.example(number)["decoder.resid_post.0"])
+        torch.testing.assert_close(found, wanted, rtol=2e-5, atol=2e-5)
