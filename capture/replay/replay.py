@@ -6,7 +6,6 @@ was. `residua.capture.replay.engine` holds the passes themselves.
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from math import prod
 from typing import Unpack
 
 import torch
@@ -16,21 +15,19 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.pipelining.schedules import PipelineScheduleSingle
 from transformers import PreTrainedModel
 
-from residua.capture.buffers.host_buffers import torch_dtype
-from residua.capture.hooks.site import SiteInfo
 from residua.capture.replay.engine import Replayer
 from residua.capture.replay.generation import GenerationOptions, generate
 from residua.capture.replay.metrics import MetricSpec, Outcome, metric_of, token_losses
 from residua.capture.replay.notes import attention_notes
 from residua.capture.replay.passes import Pass, kept_rows
 from residua.capture.replay.prompts import Prompts
+from residua.capture.replay.result_memory import ResultMemory
 from residua.capture.runtime.collectives import on_rank
 from residua.capture.runtime.pipeline_schedule import PIPELINE_TYPES, as_model, runnable
 from residua.capture.runtime.process_groups import declared_group
 from residua.capture.runtime.wrappers import evaluating, running_uncompiled
 from residua.capture.sites.anatomy import n_logits_of
 from residua.store.base.errors import CaptureError, PlanError, UnknownSiteError, few
-from residua.store.base.naming import named
 
 
 class Replay:
@@ -42,7 +39,7 @@ class Replay:
         keep: Sites that the first pass keeps.
         grad: Whether logits and kept rows are part of autograd's graph.
         ready: Puts the model into the state in which it runs, and back; the caller has done that unless given.
-        host_memory: Bytes that the results may take; None for no limit.
+        memory: What the results may take of host memory; no limit unless given.
 
     Attributes:
         examples: Numbers of the examples, in the order of every list here.
@@ -59,12 +56,12 @@ class Replay:
         *,
         grad: bool,
         ready: Callable[[], AbstractContextManager[object]] = nullcontext,
-        host_memory: int | None = None,
+        memory: ResultMemory | None = None,
     ) -> None:
         self.examples = tuple(examples)
         self._replayer = replayer
         self._ready = ready
-        self._host_memory = host_memory
+        self._memory = memory or ResultMemory()
         self._batch = replayer.batch(self.examples)
         self._keep = replayer.readable_sites(keep)
         self._grad = grad
@@ -169,6 +166,7 @@ class Replay:
         """Logits of the same examples, from the same stored rows, without the edits and without a graph."""
         found = self._original
         if found is None:
+            self._refuse_too_much([], n_logits=2)
             with self._running():
                 found = self._original = self._replayer.run(self._batch, edited=False)
         return found.require_logits()
@@ -272,20 +270,12 @@ class Replay:
         with self._ready():
             yield
 
-    def _refuse_too_much(self, names: Iterable[str]) -> None:
+    def _refuse_too_much(self, names: Iterable[str], *, n_logits: int = 1) -> None:
         """Raise PlanError if the results so far, these sites and the logits do not fit into host memory."""
-        if self._host_memory is None:
-            return
         infos, lengths = self._replayer.infos(dict.fromkeys([*self._sites, *names])), self._lengths()
-        held = sum(_result_bytes(info, lengths) for info in infos.values())
-        n_logits = n_logits_of(self._replayer.core) or 0
-        held += sum(lengths) * n_logits * self._replayer.core.dtype.itemsize
-        if held > self._host_memory:
-            raise PlanError(
-                f"{len(infos)} sites and the logits of {sum(lengths):,} tokens take {held:,} bytes of host memory, and "
-                f"{named('host_memory')} is {self._host_memory:,} bytes: raise it, give fewer sites or texts, or use "
-                "residua.capture_dataset, which keeps rows on disk"
-            )
+        core = self._replayer.core
+        logits_bytes = n_logits * sum(lengths) * (n_logits_of(core) or 0) * core.dtype.itemsize
+        self._memory.require(list(infos.values()), lengths, logits_bytes=logits_bytes)
 
     def _lengths(self) -> list[int]:
         return [len(example.input_ids) for example in self._batch.rows]
@@ -294,13 +284,6 @@ class Replay:
         """Refuse further passes; computed results stay."""
         self._is_open = False
         self._replayer.rows.close()
-
-
-def _result_bytes(info: SiteInfo, lengths: Sequence[int]) -> int:
-    """Return the bytes that the rows of a site take; a row of a pattern has an entry for each token of its example."""
-    shape = info.row_shape or ()
-    fixed = prod(size for size in shape if size is not None) * torch_dtype(info.dtype or "float32").itemsize
-    return fixed * sum(n_tokens ** (2 if None in shape else 1) for n_tokens in lengths)
 
 
 @contextmanager

@@ -15,13 +15,16 @@ from residua.capture.hooks.site import SiteInfo
 from residua.capture.layout.process_layout import spans_processes
 from residua.capture.replay.engine import Replayer
 from residua.capture.replay.prompts import Prompts
+from residua.capture.replay.result_memory import ResultMemory
 from residua.store.base.errors import PlanError
 from residua.store.edits.archive_values import check_edit
 from residua.store.edits.edit import Edit, Mean, Set, Swap
 from residua.store.selection.tokens import TokenSelector
 
 
-def unedited_rows(model: nn.Module, prompts: Prompts, edits: Sequence[Edit], **options: Any) -> SiteRows:
+def unedited_rows(
+    model: nn.Module, prompts: Prompts, edits: Sequence[Edit], memory: ResultMemory, **options: Any
+) -> SiteRows:
     """Return the rows that edits take from the run without edits, for which the model runs here if there are any.
 
     A collective of all processes that hold the model.
@@ -30,11 +33,12 @@ def unedited_rows(model: nn.Module, prompts: Prompts, edits: Sequence[Edit], **o
         model: The model.
         prompts: The examples of the run.
         edits: Its edits.
+        memory: What the results of the run may take, in which the rows are counted.
         **options: For `Replayer`: `inputs` and `tensor_parallel`.
 
     Raises:
         PlanError: An edit does not fit; or a mean is asked for, and several processes hold the model, each of which has
-            rows of its own sites.
+            rows of its own sites; or the rows do not fit into memory.
         UnknownSiteError: The model has no such site.
     """
     bringing = [edit for edit in edits if brings_unedited_rows(edit)]
@@ -51,6 +55,8 @@ def unedited_rows(model: nn.Module, prompts: Prompts, edits: Sequence[Edit], **o
             "its own sites: capture the examples, and replay the archive"
         )
     sites = plain.readable_sites([site for edit in bringing for site in edit.sites])
+    lengths = prompts.example_table.index().n_tokens.tolist()
+    memory.take_for_edits(plain.infos(sites).values(), lengths)
     found = plain.run(plain.batch(range(len(prompts.example_table))), sites).sites
     return UneditedRows(prompts, {name: torch.cat(rows) for name, rows in found.items()})
 

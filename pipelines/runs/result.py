@@ -12,6 +12,7 @@ from residua.capture.identity.fingerprint import WeightsSeen
 from residua.capture.identity.lm_head import lm_head_of
 from residua.capture.replay.engine import Replayer
 from residua.capture.replay.replay import Replay
+from residua.capture.replay.result_memory import ResultMemory
 from residua.pipelines.runs.texts import Texts
 from residua.store.base.errors import CaptureError, PlanError
 from residua.store.base.extras import load
@@ -40,7 +41,7 @@ class Run(Replay):
         grad: Whether logits and kept rows are part of autograd's graph.
         texts: The tokenizer.
         ready: As for `Replay`.
-        host_memory: As for `Replay`.
+        memory: As for `Replay`.
         weights: The weights of the model as they were for the first pass; later passes need the same.
     """
 
@@ -53,10 +54,10 @@ class Run(Replay):
         grad: bool,
         texts: Texts,
         ready: Callable[[], AbstractContextManager[object]] = nullcontext,
-        host_memory: int | None = None,
+        memory: ResultMemory | None = None,
         weights: WeightsSeen | None = None,
     ) -> None:
-        super().__init__(replayer, examples, keep, grad=grad, ready=ready, host_memory=host_memory)
+        super().__init__(replayer, examples, keep, grad=grad, ready=ready, memory=memory)
         self._texts = texts
         self._weights = weights
         self._head: LMHead | None = None

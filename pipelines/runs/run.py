@@ -23,6 +23,7 @@ from residua.capture.identity.fingerprint import WeightsSeen
 from residua.capture.replay.engine import Replayer
 from residua.capture.replay.prompts import Prompts
 from residua.capture.replay.replay import ready_to_run
+from residua.capture.replay.result_memory import ResultMemory
 from residua.capture.replay.unedited import unedited_rows
 from residua.capture.runtime.wrappers import core_of
 from residua.capture.sites.reference_model import unsharded_sites
@@ -83,7 +84,7 @@ def run(
             in their order.
         tensor_parallel: The ranks over which activations are split, if the model does not show them.
         batch_tokens: Most token positions of one batch, padding included.
-        host_memory: Bytes that logits and sites may take; more is refused before the model runs.
+        host_memory: Bytes that logits, sites and rows for edits may take; more is refused before the model runs.
         device: Device of a model that is loaded here.
 
     Returns:
@@ -114,7 +115,8 @@ def run(
         examples, notes = read_prompts(prompts, core, texts, dataset)
         kept = unsharded_sites(core, [sites] if isinstance(sites, str) else list(sites)) if sites else {}
         source = _prompts(examples, kept, batch_tokens=batch_tokens, host_memory=host_memory)
-        rows = unedited_rows(ready_model, source, parsed, inputs=inputs, tensor_parallel=tensor_parallel)
+        memory = ResultMemory(host_memory)
+        rows = unedited_rows(ready_model, source, parsed, memory, inputs=inputs, tensor_parallel=tensor_parallel)
         replayer = Replayer(
             ready_model, source, edits=parsed, inputs=inputs, tensor_parallel=tensor_parallel, stored=rows
         )
@@ -125,7 +127,7 @@ def run(
             grad=grad,
             texts=texts,
             ready=ready,
-            host_memory=host_memory,
+            memory=memory,
             weights=WeightsSeen(core),
         )
         found.notes = (*found.notes, *notes)

@@ -170,6 +170,21 @@ def test_results_of_another_model_are_refused() -> None:
         run["resid_post.0"]
 
 
+SWAP = {"edit": "swap", "site": "resid_post.0", "source": 1, "examples": [0], "positions": [0]}
+
+
+def test_original_logits_and_rows_of_edits_count_as_host_memory() -> None:
+    model, width = TINY["llama"](), TINY["llama"]().config.hidden_size
+    n_tokens, size = sum(LENGTHS), model.dtype.itemsize
+    needed = n_tokens * size * (VOCABULARY + width)
+    edits: list[dict[str, Any]] = [SWAP]
+    with pytest.raises(PlanError, match=f"{needed:,} bytes"):
+        residua.run(model, PROMPTS, edits=edits, host_memory=needed - 1)
+    run = residua.run(model, PROMPTS, edits=edits, host_memory=needed)
+    with pytest.raises(PlanError, match=f"{needed + n_tokens * size * VOCABULARY:,} bytes"):
+        run.metric("kl")
+
+
 @pytest.mark.parametrize(
     ("prompts", "options", "words"),
     [
@@ -179,6 +194,7 @@ def test_results_of_another_model_are_refused() -> None:
         ([], {}, r"no prompt"),
         ([[5] * 65], {}, r"65 tokens.*takes 64"),
         (PROMPTS, {"sites": "resid_post.*", "host_memory": 10_000}, r"host_memory.*10,000"),
+        (PROMPTS, {"edits": [SWAP], "host_memory": 1_000}, r"edits take.*host_memory.*1,000"),
         (PROMPTS, {"edits": [{"edit": "zero", "site": "final", "positions": [9]}]}, r"edit 1.*position 9.*9 tokens"),
         (PROMPTS, {"edits": [{"edit": "zero", "site": "final", "examples": [5]}]}, r"edit 1.*example 5.*run has 5"),
         (PROMPTS, {"edits": [{"edit": "zero", "site": "final", "tokens": [1]}]}, r"edit 1.*changes nothing"),
