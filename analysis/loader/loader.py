@@ -2,12 +2,14 @@
 
 The rows of a batch follow from the archive, the settings and the epoch alone (`residua.analysis.loader.order`), so the
 number of batches so far is all that a stopped training has to keep. In a worker process it is the number of that
-worker's own batches, which is what torchdata's `StatefulDataLoader` keeps.
+worker's own batches, which is what torchdata's `StatefulDataLoader` keeps. With other ranks or workers, the rest of the
+epoch is divided anew (`residua.analysis.loader.division`).
 """
 
 import sys
-from collections.abc import Iterable, Iterator, Mapping
-from typing import Any, Literal, NamedTuple, TypeAlias, TypedDict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import count
+from typing import Any, Literal, TypedDict
 
 import numpy as np
 import numpy.typing as npt
@@ -16,11 +18,24 @@ import torch.distributed
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
+from residua.analysis.loader.device import Batch, checked_device, on_device
+from residua.analysis.loader.division import (
+    Batching,
+    Division,
+    Point,
+    RestOfEpoch,
+    Resume,
+    State,
+    past_to_json,
+    resume_of,
+)
+from residua.analysis.loader.normalisation import Kind, Normalisation, checked_kind, normalisation
 from residua.analysis.loader.order import (
     ChosenRows,
     EpochOrder,
+    Order,
+    Source,
     block_height,
-    n_batches,
     resumed_worker,
     row_bytes,
     worker_slice,
@@ -35,25 +50,9 @@ from residua.store.read.array import as_tensor
 from residua.store.read.remote_archive import RemoteArchive
 from residua.store.selection.row_filter import RowFilter
 
-Batch: TypeAlias = dict[str, Tensor]
-
 _OVERHEAD_BYTES = 16  # per row: its number and its place in the buffer
 _UNSHUFFLED_BLOCKS = 16  # of the buffer without shuffling; enough to make reading cheap
 _DIVIDERS = ("accelerate.data_loader", "transformers.trainer_pt_utils")  # modules that divide batches over processes
-
-
-class _Resume(NamedTuple):
-    """Where to continue.
-
-    Attributes:
-        taken: Batches taken, of the rank or of the stream.
-        n_workers: Workers that made them.
-        stream: The worker whose batches `taken` counts; None if it counts those of the rank.
-    """
-
-    taken: int
-    n_workers: int
-    stream: int | None
 
 
 class LoaderOptions(TypedDict, total=False):
@@ -63,7 +62,10 @@ class LoaderOptions(TypedDict, total=False):
     seed: int
     where: str | RowFilter | None
     columns: Iterable[str]
+    epochs: int | None
+    normalise: Kind | Mapping[str, Normalisation] | None
     dtype: torch.dtype | None
+    device: torch.device | str | None
     buffer_bytes: int
     drop_last: bool
     num_workers: int
@@ -99,7 +101,13 @@ class Loader(IterableDataset[Batch]):
         columns: Further values of a batch: ``token``, ``position``, ``example``, those of images (``modality``,
             ``image``, ``view``, ``patch_row``, ``patch_column``), and numeric columns of the example table. Those of
             rows are kept in memory, 4 bytes a row.
-        dtype: Type to cast the values to; by default the stored type.
+        epochs: Epochs of one iteration, each in an order of its own; None for batches without end.
+        normalise: ``mean_norm``: scale a site so that the mean norm of its rows is the square root of their width, as
+            Anthropic and SAELens do; ``standardise``: every channel to mean 0 and variance 1; ``whiten``: rows to mean
+            0 and the identity as covariance. Or the `normalisation` of another loader, as for evaluation.
+        dtype: Type to cast the values to; by default the stored type, or float32 if they are normalised.
+        device: Where batches lie. On CUDA, the next one is copied from pinned memory meanwhile. In your own
+            `DataLoader` with workers it has no effect: use its ``pin_memory``.
         buffer_bytes: Most bytes of rows in memory at a time, in each worker.
         drop_last: Leave out the rows that do not fill a batch.
         num_workers: Processes that read; 0 reads in this process. Your own `DataLoader` works as well
@@ -117,6 +125,11 @@ class Loader(IterableDataset[Batch]):
         raw_block_bytes: Most bytes of a block if all sites are stored raw. Smaller blocks mix better, larger ones are
             read faster.
 
+    Attributes:
+        sites: Sites of a batch.
+        epoch: The first epoch of an iteration.
+        normalisation: The constants of each site; empty if values are not normalised.
+
     Raises:
         UnknownSiteError: `sites` names no stored site.
         AnalysisError: The settings do not fit each other or the archive.
@@ -133,7 +146,10 @@ class Loader(IterableDataset[Batch]):
         seed: int = 0,
         where: str | RowFilter | None = None,
         columns: Iterable[str] = (),
+        epochs: int | None = 1,
+        normalise: Kind | Mapping[str, Normalisation] | None = None,
         dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
         buffer_bytes: int = 256 * 2**20,
         drop_last: bool = False,
         num_workers: int = 0,
@@ -150,21 +166,23 @@ class Loader(IterableDataset[Batch]):
         archive.refuse_losses(self.sites, "a loader")
         self.num_workers = num_workers
         self.epoch = 0
-        self._dtype = dtype
+        self._dtype, self._device = dtype, checked_device(device)
         self._given_place = _checked_place(rank, world_size)
         self._sent_place = 0, 1  # of the process that sent this object to a worker
-        self._shuffle, self._seed, self._drop_last = shuffle, seed, drop_last
-        self._batch_size = batch_size
-        height = block_height(archive, self.sites, buffer_bytes=buffer_bytes, raw_block_bytes=raw_block_bytes)
-        self._buffer_rows = buffer_bytes // (row_bytes(archive, self.sites) + _OVERHEAD_BYTES)
-        if not 0 < batch_size <= self._buffer_rows or seed < 0 or num_workers < 0:
+        self._epochs = epochs
+        sources = self._sources()
+        height = block_height(archive, [*sources.values()], buffer_bytes=buffer_bytes, raw_block_bytes=raw_block_bytes)
+        buffer_rows = buffer_bytes // (row_bytes([*sources.values()]) + _OVERHEAD_BYTES)
+        if not 0 < batch_size <= buffer_rows or seed < 0 or num_workers < 0 or (epochs is not None and epochs < 1):
             raise AnalysisError(
-                f"batches of {batch_size:,} rows were requested, with seed {seed} and {num_workers} workers, and a "
-                f"buffer of {buffer_bytes:,} bytes, which holds {self._buffer_rows:,} rows: a batch needs at least one "
-                "row and must fit into the buffer, and no number may be negative"
+                f"batches of {batch_size:,} rows were requested, with seed {seed}, {epochs} epochs and {num_workers} "
+                f"workers, and a buffer of {buffer_bytes:,} bytes, which holds {buffer_rows:,} rows: a batch needs at "
+                "least one row and must fit into the buffer, an iteration has at least one epoch, and no number may be "
+                "negative"
             )
         if not shuffle:
-            self._buffer_rows = min(self._buffer_rows, max(batch_size, _UNSHUFFLED_BLOCKS * height))
+            buffer_rows = min(buffer_rows, max(batch_size, _UNSHUFFLED_BLOCKS * height))
+        self._batching = Batching(batch_size, buffer_rows, drop_last, seed if shuffle else None)
         where = RowFilter.parse(where) if isinstance(where, str) else where
         self._chosen = ChosenRows(
             archive, height, where, _examples_of(archive, split, test_fraction, split_seed, group)
@@ -173,28 +191,69 @@ class Loader(IterableDataset[Batch]):
         if set(names) & set(self.sites):
             raise AnalysisError(f"{sorted(set(names) & set(self.sites))} cannot be both site and column of a batch")
         self._columns = lookups(archive, names[1:])
+        self.normalisation = self.constants(normalise) if isinstance(normalise, str) else dict(normalise or {})
+        if self.normalisation and (lacking := set(self.sites) - set(self.normalisation)):
+            raise AnalysisError(f"normalise= has no constants for {few(sorted(lacking))}: give those of all sites")
         self._settings: Mapping[str, object] = {
             "plan": archive.plan.digest,
             "n_rows": self._chosen.n_rows,
             "where": where.text if where else None,
             "split": None if split is None else [split, test_fraction, split_seed, group],
             "batch_size": batch_size,
-            "buffer_rows": self._buffer_rows,
+            "buffer_rows": buffer_rows,
             "block_rows": height,
             "shuffle": shuffle,
             "seed": seed,
             "drop_last": drop_last,
+            "normalise": sorted({each.kind for each in self.normalisation.values()}) or None,
         }
-        self._taken = 0
-        self._stream: int | None = None  # in a worker process, whose batches `_taken` counts
-        self._resume: _Resume | None = None
+        self._point = Point()
+        self._resume: Resume | None = None
 
     def __repr__(self) -> str:
-        return f"<Loader of {few(self.sites)} from {self._archive.place} in batches of {self._batch_size:,} rows>"
+        return (
+            f"<Loader of {few(self.sites)} from {self._archive.place} in batches of {self._batching.batch_size:,} rows>"
+        )
 
     def __len__(self) -> int:
-        """Return the number of batches of one epoch on this rank."""
-        return n_batches(self._chosen.n_rows, self._batch_size, *self._place(), drop_last=self._drop_last)
+        """Return the number of batches of one iteration on this rank.
+
+        Raises:
+            TypeError: It has no end.
+        """
+        if self._epochs is None:
+            raise TypeError(f"this loader has no end: an epoch has {self.batches_per_epoch:,} batches")
+        return self.batches_per_epoch * self._epochs
+
+    @property
+    def batches_per_epoch(self) -> int:
+        """Number of batches of one full epoch on this rank."""
+        return self._batching.n_batches(self._chosen.n_rows, *self._place())
+
+    @property
+    def is_endless(self) -> bool:
+        """Whether batches come without end."""
+        return self._epochs is None
+
+    def constants(self, kind: Kind) -> dict[str, Normalisation]:
+        """Return the constants that normalise each site, from up to 65,536 of this loader's rows.
+
+        Args:
+            kind: ``mean_norm``, ``standardise`` or ``whiten``.
+
+        Raises:
+            AnalysisError: The kind is unknown, or a site has no finite rows.
+        """
+        kind = checked_kind(kind)
+        return {site: normalisation(site, source, self._chosen, kind) for site, source in self._sources().items()}
+
+    def shares_rows(self, other: "Loader") -> bool:
+        """Return whether a row can come from this loader and from `other`, both of one archive."""
+        return self._settings["plan"] == other._settings["plan"] and self._chosen.shares_rows(other._chosen)
+
+    def _sources(self) -> Mapping[str, Source]:
+        """Return where the values of each site are read."""
+        return {site: self._archive[site] for site in self.sites}
 
     def __getstate__(self) -> dict[str, Any]:
         """Return the state for a worker process, which has no `torch.distributed` of its own to ask."""
@@ -202,43 +261,49 @@ class Loader(IterableDataset[Batch]):
         return {**self.__dict__, "_sent_place": self._place()}
 
     def set_epoch(self, epoch: int) -> None:
-        """Set the epoch, which decides the order of rows. Setting the current epoch again changes nothing."""
-        if epoch != self.epoch:
-            self.epoch, self._taken, self._resume = epoch, 0, None
+        """Set the first epoch of an iteration; an epoch decides the order of rows. The one it is in changes nothing."""
+        if epoch not in (self.epoch, self.epoch + self._current().passed):
+            self.epoch, self._point, self._resume = epoch, Point(), None
 
     def __iter__(self) -> Iterator[Batch]:
-        """Return the batches of the epoch, or, after `load_state_dict`, the remaining ones.
+        """Return the batches of the epoch or epochs, or, after `load_state_dict`, the remaining ones.
 
         Raises:
-            AnalysisError: The epoch was begun with another number of workers, the batches would be divided over
-                processes twice, or a process group appeared after the first batch.
+            AnalysisError: The states that were loaded do not say what is left for this rank or worker, no batch is
+                full, the batches would be divided over processes twice, or a process group appeared after the first
+                batch.
         """
         self._refuse_dividers()
         info, resume = get_worker_info(), self._resume
-        n_workers = self.num_workers if info is None else info.num_workers
-        if resume is not None and resume.taken and resume.n_workers != max(1, n_workers):
+        n_workers = max(1, self.num_workers if info is None else info.num_workers)
+        if self._epochs != 1 and not self.batches_per_epoch:
             raise AnalysisError(
-                f"the epoch was begun with {resume.n_workers} workers and cannot continue with {max(1, n_workers)}, "
-                f"which changes the order of rows: use {resume.n_workers} workers, or start the epoch again"
+                f"the {self._chosen.n_rows:,} rows fill no batch of {self._batching.batch_size:,} rows on each rank: "
+                "choose smaller batches, or drop_last=False"
             )
-        taken = 0 if resume is None else resume.taken
-        if info is None:
-            batches = self._in_workers(n_workers) if n_workers else self._batches(0, 1, taken)
-        else:
-            if resume is None or resume.stream is None:
-                self._stream, taken = resumed_worker(info.id, n_workers, taken)
-            else:
-                self._stream = resume.stream
-            batches = self._batches(self._stream, n_workers, taken)
-        self._taken, self._resume = taken, None
-        return self._counted(batches)
+        point = Point() if resume is None else resume.at(*self._place(), n_workers)
+        if info is not None and point.stream is None:
+            stream, taken = resumed_worker(info.id, n_workers, point.taken)
+            point = point._replace(stream=stream, taken=taken)
+        batches = self._in_workers() if info is None and self.num_workers else self._batches(point, n_workers)
+        self._point, self._resume = point, None
+        return self._counted(batches if info is not None else on_device(batches, self._device), n_workers)
 
-    def _in_workers(self, n_workers: int) -> Iterator[Batch]:
+    def _in_workers(self) -> Iterator[Batch]:
         """Return the batches of worker processes, which find `_resume` in their copies of this object."""
         context = "forkserver" if isinstance(self._archive, RemoteArchive) else None  # forked, none could read there
-        return iter(DataLoader(self, batch_size=None, num_workers=n_workers, multiprocessing_context=context))
+        is_pinned = self._device is not None and self._device.type == "cuda"
+        return iter(
+            DataLoader(
+                self,
+                batch_size=None,
+                num_workers=self.num_workers,
+                multiprocessing_context=context,
+                pin_memory=is_pinned,
+            )
+        )
 
-    def _counted(self, batches: Iterator[Batch]) -> Iterator[Batch]:
+    def _counted(self, batches: Iterator[Batch], n_workers: int) -> Iterator[Batch]:
         begun = self._place()
         for batch in batches:
             if (now := self._place()) != begun and now[1] > 1:
@@ -247,54 +312,84 @@ class Loader(IterableDataset[Batch]):
                     f"{now[0]} of {now[1]}, whose rows are others: begin it after init_process_group, or create the "
                     "loader with rank= and world_size="
                 )
-            self._taken += 1
+            self._point = self._after(self._point, 1, n_workers)
             yield batch
+
+    def _after(self, point: Point, taken: int, n_workers: int) -> Point:
+        """Return the point that is `taken` batches after `point`; the end of an epoch belongs to that epoch."""
+        taken += point.taken
+        while True:
+            total = self._batching.n_batches(self._batching.rows_left(self._chosen.n_rows, point.past), *self._place())
+            own = total if point.stream is None else len(range(point.stream, total, n_workers))
+            if taken <= own or point.passed + 1 == self._epochs:
+                return point._replace(taken=taken)
+            stream = None if point.stream is None else (point.stream - total) % n_workers
+            point, taken = Point(point.passed + 1, (), 0, stream), taken - own
+
+    def _current(self) -> Point:
+        """Return where this rank stands, or will continue with as many workers as before."""
+        if self._resume is None:
+            return self._point
+        return self._resume.at(*self._place(), max(1, self._resume.num_workers))
 
     def state_dict(self, *, taken: int | None = None, num_workers: int | None = None) -> dict[str, Any]:
         """Return the position of this rank, after the batch that was returned last, as plain numbers and texts.
 
         Args:
-            taken: Batches of this epoch that were taken from your own `DataLoader`, which this object cannot see.
+            taken: Batches that were taken from your own `DataLoader`, which this object cannot see, since this epoch
+                began or, with other ranks or workers, since it was resumed.
             num_workers: Workers of that `DataLoader`.
         """
-        info = get_worker_info()
+        info, point, place = get_worker_info(), self._current(), self._place()
         own = self.num_workers if info is None else info.num_workers
+        if self._resume is not None and num_workers is None:
+            own = self._resume.num_workers
+        n_workers = own if num_workers is None else num_workers
+        if taken is not None:
+            point = self._after(point._replace(taken=0), taken, max(1, n_workers))
         return {
-            **self._all_settings(),
-            "epoch": self.epoch,
-            "taken": self._taken if taken is None else taken,
-            "num_workers": own if num_workers is None else num_workers,
-            **({} if info is None else {"worker": info.id if self._stream is None else self._stream}),
+            **self._settings,
+            "rank": place[0],
+            "world_size": place[1],
+            "epoch": self.epoch + point.passed,
+            "passed": point.passed,
+            "divided": past_to_json(point.past),
+            "taken": point.taken,
+            "num_workers": n_workers,
+            **({} if info is None else {"worker": info.id if point.stream is None else point.stream}),
         }
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue after the batch at which `state` was made, with the same batches as without the stop.
+    def load_state_dict(self, state: State | Sequence[State]) -> None:
+        """Continue after the batch at which `state` was made: the batches that remain have the rows that nobody took.
+
+        With as many ranks and workers they are exactly those that would have followed. With other numbers, give the
+        states of all ranks, saved after the same step: the rows that nobody has taken are divided anew.
+
+        Args:
+            state: The state of this rank, or a list of the states of all ranks.
 
         Raises:
-            AnalysisError: The state is from a loader with other settings, or of another archive, or of one worker and
-                this is none.
+            AnalysisError: A state is from a loader with other settings, or of another archive, or of one worker and
+                this is none; or those of other ranks are needed.
         """
+        states: Sequence[State] = [state] if isinstance(state, Mapping) else state
         other = [
-            f"{name} was {state.get(name)!r} and is {value!r}"
-            for name, value in self._all_settings().items()
-            if state.get(name) != value
+            f"{name} was {one.get(name)!r} and is {value!r}"
+            for one in states[:1]
+            for name, value in self._settings.items()
+            if any(each.get(name) != value for each in states)
         ]
-        worker: Any = state.get("worker")
+        worker = states[0].get("worker") if states else None
         if worker is not None and get_worker_info() is None:
             other.append(f"it is the state of worker {worker!r}, to be loaded by a worker of StatefulDataLoader")
-        counts: list[Any] = [state.get(name) for name in ("epoch", "taken", "num_workers")]
-        if other or not all(isinstance(count, int) and count >= 0 for count in [*counts, worker or 0]):
+        if other:
             raise AnalysisError(
-                f"this loader cannot continue from that state: {'; '.join(other) or 'it counts no batches'}: create "
-                "the loader with the earlier settings, or start the epoch again"
+                f"this loader cannot continue from that state: {'; '.join(other)}: create the loader with the earlier "
+                "settings, or start the epoch again"
             )
-        self.epoch, self._taken, n_workers = counts
-        self._stream = worker
-        self._resume = _Resume(self._taken, max(1, n_workers), worker)
-
-    def _all_settings(self) -> dict[str, object]:
-        rank, world_size = self._place()
-        return {**self._settings, "rank": rank, "world_size": world_size}
+        epoch, resume = resume_of(states)
+        resume.at(*self._place(), max(1, resume.num_workers))  # refuses what says too little
+        self.epoch, self._resume = epoch - resume.passed, resume
 
     def _place(self) -> tuple[int, int]:
         """Return rank and number of ranks, as given, or as `torch.distributed` says now."""
@@ -324,29 +419,50 @@ class Loader(IterableDataset[Batch]):
                     "yourself; or create it with rank=0, world_size=1, so that only accelerate divides them"
                 )
 
-    def _batches(self, worker: int, n_workers: int, first: int) -> Iterator[Batch]:
-        """Yield the batches of one of `n_workers` workers after its `first` ones."""
-        n_rows, size = self._chosen.n_rows, self._batch_size
-        rank, world_size = self._place()
-        places = worker_slice(n_rows, size, rank, world_size, worker, n_workers, drop_last=self._drop_last)
-        seed = [self._seed, self.epoch]
+    def _batches(self, point: Point, n_workers: int) -> Iterator[Batch]:
+        """Yield the batches of one of `n_workers` workers after `point`, over the epochs that are left."""
+        worker = point.stream or 0
+        for passed in count(point.passed) if self._epochs is None else range(point.passed, self._epochs):
+            past = point.past if passed == point.passed else ()
+            order = self._order(self.epoch + passed, past)
+            first = point.taken if passed == point.passed else 0
+            yield from self._of_epoch(self.epoch + passed, order, len(past), (worker, n_workers), first)
+            worker = (worker - self._batching.n_batches(order.n_rows, *self._place())) % n_workers
+
+    def _order(self, epoch: int, past: Sequence[Division]) -> Order:
+        """Return the order of the rows of an epoch that nobody took in the divisions `past`."""
+        seed = self._batching.seed
+        order: Order = EpochOrder(self._chosen, None if seed is None else np.random.default_rng([seed, epoch]))
+        for generation, division in enumerate(past):
+            order = RestOfEpoch(order, division, self._batching, epoch=epoch, generation=generation)
+        return order
+
+    def _of_epoch(
+        self, epoch: int, order: Order, generation: int, stream: tuple[int, int], first: int
+    ) -> Iterator[Batch]:
+        """Yield the batches of one worker in one epoch after its `first` ones; `stream` is worker and workers."""
+        size, (rank, world_size) = self._batching.batch_size, self._place()
+        places = worker_slice(order.n_rows, size, rank, world_size, *stream, drop_last=self._batching.drop_last)
         buffer = ShuffleBuffer(
-            self._archive,
-            self.sites,
-            EpochOrder(self._chosen, np.random.default_rng(seed) if self._shuffle else None),
+            self._sources(),
+            order,
             places,
-            height=self._buffer_rows,
-            seed=[*seed, rank, worker] if self._shuffle else None,
+            height=self._batching.buffer_rows,
+            seed=self._batching.buffer_seed(epoch, generation, rank, stream[0]),
         )
         for start in range(first * size, len(places), size):
             rows, values = buffer.take(start, min(start + size, len(places)))
-            batch = {site: as_tensor(array) for site, array in values.items()}
-            if self._dtype is not None:
-                batch = {site: tensor.to(self._dtype) for site, tensor in batch.items()}
+            batch = {site: self._prepared(site, as_tensor(array)) for site, array in values.items()}
             batch["row"] = torch.from_numpy(rows)
             for name, lookup in self._columns.items():
                 batch[name] = as_tensor(lookup(rows))
             yield batch
+
+    def _prepared(self, site: str, values: Tensor) -> Tensor:
+        """Return the values of a batch, normalised and cast."""
+        if self.normalisation:
+            values = self.normalisation[site].apply(values)
+        return values if self._dtype is None else values.to(self._dtype)
 
 
 def _examples_of(

@@ -9,6 +9,8 @@ Each worker shuffles its rows again in a buffer (`residua.analysis.loader.shuffl
 """
 
 from collections.abc import Iterator, Sequence
+from math import prod
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -17,7 +19,9 @@ from residua.analysis.rows.blocks import blocks
 from residua.analysis.rows.columns import examples_of
 from residua.store.base.errors import AnalysisError
 from residua.store.encoding.codecs import PRESETS
+from residua.store.encoding.spec import ArraySpec
 from residua.store.read.archive import Archive
+from residua.store.read.reader import Array
 from residua.store.selection.row_filter import RowFilter
 
 Numbers = npt.NDArray[np.int64]
@@ -26,19 +30,63 @@ _BLOCKS_PER_BUFFER = 64  # at least, if blocks may be smaller than the highest c
 _MOST_BLOCKS = 2**19
 
 
-def row_bytes(archive: Archive, sites: Sequence[str]) -> int:
-    """Return the bytes of one row of all `sites` together."""
-    return sum(archive.plan.site(site).row_bytes for site in sites)
+class Source(Protocol):
+    """Rows of one site, as `residua.store.read.array.ArchiveArray` has them, perhaps of several archives together."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(rows, *row shape)."""
+        ...
+
+    @property
+    def stored_dtype(self) -> np.dtype[np.generic]:
+        """Type of the stored values."""
+        ...
+
+    @property
+    def specs(self) -> tuple[ArraySpec, ...]:
+        """The arrays on disk."""
+        ...
+
+    def numpy(self, rows: Numbers, *, dtype: npt.DTypeLike | None = None) -> Array:
+        """Return the values of rows, (rows, *row shape)."""
+        ...
+
+    def read_into(self, out: Array, start: int, stop: int) -> None:
+        """Read rows `start` to `stop` (not included) into `out`, C-contiguous and of the stored dtype."""
+        ...
+
+    def ahead(self, pieces: Iterator[Numbers | range], most_bytes: int) -> Iterator[Numbers | range]:
+        """Yield `pieces` of rows that will be read one after the other."""
+        ...
 
 
-def block_height(archive: Archive, sites: Sequence[str], *, buffer_bytes: int, raw_block_bytes: int) -> int:
+class Order(Protocol):
+    """Rows in the order in which ranks and workers divide them."""
+
+    @property
+    def n_rows(self) -> int:
+        """Number of rows."""
+        ...
+
+    def rows(self, start: int, stop: int) -> Iterator[Numbers | range]:
+        """Yield the numbers of the rows from place `start` to before `stop`."""
+        ...
+
+
+def row_bytes(sources: Sequence[Source]) -> int:
+    """Return the stored bytes of one row of all `sources` together."""
+    return sum(prod(source.shape[1:]) * source.stored_dtype.itemsize for source in sources)
+
+
+def block_height(archive: Archive, sources: Sequence[Source], *, buffer_bytes: int, raw_block_bytes: int) -> int:
     """Return the number of rows of a block, a power of two. Small blocks mix better, but chunks are decoded in full.
 
     A block has the rows of a chunk. It has fewer if the sites have chunks of different heights and a buffer would hold
     few blocks, and `raw_block_bytes` at most if nothing has to be decoded.
     """
-    size = row_bytes(archive, sites)
-    specs = [spec for site in sites for spec in archive[site].specs]
+    size = row_bytes(sources)
+    specs = [spec for source in sources for spec in source.specs]
     heights = [spec.rows_per_chunk for spec in specs]
     if all(PRESETS[spec.preset].is_raw for spec in specs):
         rows = min(*heights, 1 << max(0, (raw_block_bytes // size).bit_length() - 1))
@@ -100,6 +148,12 @@ class ChosenRows:
         """Number of chosen rows."""
         return int(self.counts.sum())
 
+    def shares_rows(self, other: "ChosenRows") -> bool:
+        """Return whether a row is among these and among `other`, which are of the same archive."""
+        if not (self._bits and other._bits):
+            return bool(self.n_rows and other.n_rows)
+        return any((bits & other._bits[shard]).any() for shard, bits in self._bits.items())
+
     def of_slices(self, block: Numbers, first: Numbers, last: Numbers) -> Iterator[Numbers | range]:
         """Yield the row numbers of slices of blocks: in each `block` the chosen rows from `first` to before `last`.
 
@@ -138,6 +192,11 @@ class EpochOrder:
         self._blocks = np.arange(n_blocks) if generator is None else generator.permutation(n_blocks)
         self._starts = np.concatenate([np.zeros(1, np.int64), np.cumsum(chosen.counts[self._blocks])])
 
+    @property
+    def n_rows(self) -> int:
+        """Number of rows of the epoch."""
+        return int(self._starts[-1])
+
     def rows(self, start: int, stop: int) -> Iterator[Numbers | range]:
         """Yield the numbers of the rows from place `start` to before `stop`, sorted, as arrays and ranges."""
         first = int(np.searchsorted(self._starts, start, side="right")) - 1
@@ -152,8 +211,7 @@ def n_batches(n_rows: int, batch_size: int, rank: int, world_size: int, *, drop_
     """Return the number of batches of a rank; with `drop_last` it is the same for all ranks."""
     if drop_last:
         return n_rows // world_size // batch_size
-    start, stop = _of_rank(n_rows, rank, world_size)
-    return -(-(stop - start) // batch_size)
+    return -(-len(rank_slice(n_rows, rank, world_size)) // batch_size)
 
 
 def worker_slice(
@@ -164,19 +222,20 @@ def worker_slice(
     All workers of all ranks together have every row once, except for the rows that `drop_last` leaves out. All batches
     are full, except for the last one of a rank.
     """
-    start, stop = _of_rank(n_rows, rank, world_size)
+    own = rank_slice(n_rows, rank, world_size)
     total = n_batches(n_rows, batch_size, rank, world_size, drop_last=drop_last)
-    missing = max(0, total * batch_size - (stop - start))  # rows of the last batch
+    missing = max(0, total * batch_size - len(own))  # rows of the last batch
 
     def begin(worker: int) -> int:
         before = total // n_workers * worker + min(worker, total % n_workers)
-        return start + before * batch_size - (missing if worker > (total - 1) % n_workers else 0)
+        return own.start + before * batch_size - (missing if worker > (total - 1) % n_workers else 0)
 
     return range(begin(worker), begin(worker + 1))
 
 
-def _of_rank(n_rows: int, rank: int, world_size: int) -> tuple[int, int]:
-    return n_rows * rank // world_size, n_rows * (rank + 1) // world_size
+def rank_slice(n_rows: int, rank: int, world_size: int) -> range:
+    """Return the places of an order of `n_rows` rows that belong to a rank."""
+    return range(n_rows * rank // world_size, n_rows * (rank + 1) // world_size)
 
 
 def resumed_worker(worker: int, n_workers: int, taken: int) -> tuple[int, int]:

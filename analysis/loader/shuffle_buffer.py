@@ -11,8 +11,7 @@ from math import prod
 
 import numpy as np
 
-from residua.analysis.loader.order import EpochOrder, Numbers
-from residua.store.read.archive import Archive
+from residua.analysis.loader.order import Numbers, Order, Source
 from residua.store.read.reader import Array
 
 _AHEAD_BYTES = 64 * 2**20  # stored bytes of all sites together
@@ -24,9 +23,8 @@ class ShuffleBuffer:
     """The rows of one worker in one epoch, one full buffer at a time.
 
     Args:
-        archive: The archive.
-        sites: Sites to read.
-        order: The order of the epoch.
+        sources: What to read, by site.
+        order: The order of the epoch, or of what is left of it.
         places: The worker's slice of that order.
         height: Rows of the buffer.
         seed: Shuffles each full buffer, together with its number; None keeps the order.
@@ -34,15 +32,14 @@ class ShuffleBuffer:
 
     def __init__(
         self,
-        archive: Archive,
-        sites: Sequence[str],
-        order: EpochOrder,
+        sources: Mapping[str, Source],
+        order: Order,
         places: range,
         *,
         height: int,
         seed: Sequence[int] | None,
     ) -> None:
-        self._sources = {site: archive[site] for site in sites}
+        self._sources = sources
         self._order = order
         self._places = places
         self._height = height
@@ -85,10 +82,7 @@ class ShuffleBuffer:
             rows = next(self._pieces)
             self._read(slice(at, at + len(rows)), rows)
             at += len(rows)
-        if self._seed is None:
-            self._shuffled = np.arange(len(places))
-        else:
-            self._shuffled = np.random.default_rng([*self._seed, number]).permutation(len(places))
+        self._shuffled = shuffled_slots(self._seed, number, len(places))
         self._number = number
 
     def _pieces_from(self, number: int) -> Iterator[Numbers | range]:
@@ -110,6 +104,11 @@ class ShuffleBuffer:
                 source.read_into(out, rows.start, rows.stop)
             else:
                 out[...] = source.numpy(rows, dtype=source.stored_dtype)
+
+
+def shuffled_slots(seed: Sequence[int] | None, number: int, n_rows: int) -> Numbers:
+    """Return in which order the rows of the full buffer `number` are returned; None as seed keeps their order."""
+    return np.arange(n_rows) if seed is None else np.random.default_rng([*seed, number]).permutation(n_rows)
 
 
 def _gather(values: Array, at: Numbers) -> Array:

@@ -15,7 +15,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
-from residua.analysis.loader.loader import Batch, Loader
+from residua.analysis.loader.device import Batch
+from residua.analysis.loader.division import Point
+from residua.analysis.loader.loader import Loader
 from residua.analysis.loader.order import n_batches, resumed_worker, worker_slice
 from residua.store.base.errors import AnalysisError, UnknownSiteError
 from residua.store.format.archive_metadata import read_metadata
@@ -70,7 +72,8 @@ def seal_once(path: Path) -> None:
 
 
 def make(archive: Archive, **settings: Any) -> Loader:
-    return archive.loader(**{"sites": SITES, "batch_size": SIZE, "seed": 3, "buffer_bytes": SMALL, **settings})
+    given: dict[str, Any] = {"sites": SITES, "batch_size": SIZE, "seed": 3, "buffer_bytes": SMALL, **settings}
+    return archive.loader(**given)
 
 
 def rows_of(batches: Iterator[Batch] | Loader) -> list[list[int]]:
@@ -151,7 +154,7 @@ def test_ranks_and_workers_together_have_every_row_once(fast: Archive, drop_last
     for rank in range(3):
         for worker in range(2):  # as a DataLoader would ask them, without its processes
             loader = make(fast, rank=rank, world_size=3, drop_last=drop_last)
-            seen += flat(rows_of(loader._batches(worker, 2, 0)))
+            seen += flat(rows_of(loader._batches(Point(stream=worker), 2)))
     assert len(seen) == len(set(seen))
     assert len(seen) == (3 * (N_ROWS // 3 // SIZE) * SIZE if drop_last else N_ROWS)
 
@@ -188,8 +191,7 @@ def test_workers_give_every_row_once_and_resume(fast: Archive) -> None:
     assert rows_of(own) == expected
     alone = make(fast)
     alone.load_state_dict(make(fast).state_dict(taken=5, num_workers=2))
-    with pytest.raises(AnalysisError, match=r"2 workers .* 1"):
-        next(iter(alone))
+    assert sorted(flat([*expected[:5], *rows_of(alone)])) == list(range(N_ROWS))  # the rest is divided anew
 
 
 def test_workers_may_be_forked_while_readers_have_threads(fast: Archive) -> None:
@@ -208,7 +210,7 @@ def test_ranks_are_those_of_torch_distributed(fast: Archive, monkeypatch: pytest
 
 def test_a_state_of_other_settings_is_refused(fast: Archive, tmp_path: Any) -> None:
     state = make(fast, seed=3).state_dict()
-    with pytest.raises(AnalysisError, match=r"seed was 3 and is 4; rank was 0 and is 1; world_size was 1 and is 2"):
+    with pytest.raises(AnalysisError, match=r"seed was 3 and is 4"):
         make(fast, seed=4, rank=1, world_size=2).load_state_dict(state)
     with pytest.raises(AnalysisError, match="batches"):
         make(fast).load_state_dict({**state, "taken": None})
