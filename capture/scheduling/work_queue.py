@@ -41,6 +41,7 @@ def shared_queue(
     runs: Sequence[range],
     done: Callable[[], Collection[int]],
     *,
+    name: str = "run",
     max_wait_seconds: float = 0.5,
 ) -> WorkQueue:
     """Yield the runs that this worker processes, of those that several workers share, until every shard is done.
@@ -49,10 +50,11 @@ def shared_queue(
         membership: This worker's membership in the job.
         runs: All runs; the same for every worker.
         done: Returns the shards that are done, by any worker.
+        name: Tells this work from other work of the same job.
         max_wait_seconds: Longest time between two looks at `done`, once no run is left to claim.
     """
-    while (number := membership.count("runs") - 1) < len(runs):
-        if membership.claim(f"run/{number}"):
+    while (number := membership.count(f"{name}s") - 1) < len(runs):
+        if membership.claim(f"{name}/{number}"):
             yield runs[number]
     exhausted_at = time.monotonic()
     next_look = 0.0
@@ -66,7 +68,7 @@ def shared_queue(
         left = [number for number, shards in enumerate(runs) if not finished.issuperset(shards)]
         if not left:
             return
-        yield next((runs[number] for number in left if _claim_lost(membership, f"run/{number}")), None)
+        yield next((runs[number] for number in left if _claim_lost(membership, f"{name}/{number}")), None)
 
 
 def _claim_lost(membership: Membership, name: str) -> bool:

@@ -19,6 +19,7 @@ from residua.capture.runtime.wrappers import evaluating, replica_of, running_unc
 from residua.capture.sites.anatomy import takes_pixels
 from residua.pipelines.capture.dataset_job import DatasetCapture, DatasetSource
 from residua.pipelines.capture.encoder_decoder import capture_pairs
+from residua.pipelines.capture.generated import GeneratedCapture
 from residua.pipelines.capture.images import image_dataset, load_processor, part_to_capture
 from residua.pipelines.capture.result import CaptureResult
 from residua.pipelines.data.dataset import DatasetReport
@@ -44,6 +45,7 @@ def capture_dataset(
     tensor_parallel: ProcessGroup | DeviceMesh | None = None,
     command: str | None = None,
     on_example: Callable[[int, int], None] = lambda *_: None,
+    on_generated: Callable[[int, int], None] = lambda *_: None,
     on_plan: Callable[[Plan, int], None] = lambda *_: None,
     on_batch: Callable[[RecordStats], None] = lambda _: None,
     **options: Unpack[CaptureOptions],
@@ -68,6 +70,8 @@ def capture_dataset(
             split by hand, which does not show it.
         command: The command line, for the provenance.
         on_example: Called with the examples and tokens read so far, after each example.
+        on_generated: With `generate`: called with the batches of prompts that are continued, and their number, after
+            each.
         on_plan: Called before the model runs, with the plan and the rows that are committed already.
         on_batch: Called after every batch with the figures so far; on worker 0 with those of all workers.
         **options: Single settings by name, as in `CaptureSettings`, for example ``sites="resid_post.*"``.
@@ -90,6 +94,7 @@ def capture_dataset(
     chosen = _settings(settings, options)
     if is_pair_model(model, chosen):
         refuse_address(out, "the archives of several stacks")
+        _refuse_generation(chosen)
         return capture_pairs(
             model,
             dataset,
@@ -123,7 +128,9 @@ def capture_dataset(
         if images is not None:
             stack.enter_context(images)
             tokenizer = None if takes_pixels(model) else tokenizer or getattr(processor, "tokenizer", None)
-        job = DatasetCapture(model, place.out, tokenizer, dataset, chosen, command, on_example, images)
+        given = (model, place.out, tokenizer, dataset, chosen, command, on_example)
+        generates = chosen.generate is not None
+        job = GeneratedCapture(*given, on_generated) if generates else DatasetCapture(*given, images)
         job.notes.extend(filter(None, [*place.notes, of_part]))
         called = runnable(model)
         if stack.enter_context(running_uncompiled(called)):
@@ -148,6 +155,14 @@ def _name(model: str | PathLike[str], tensor_parallel: object) -> str:
             f"folder is split with {named('tp', 2)}"
         )
     return fspath(model)
+
+
+def _refuse_generation(settings: CaptureSettings) -> None:
+    if settings.generate is not None:
+        raise PlanError(
+            f"{named('generate', settings.generate)} continues prompts, and an encoder-decoder makes a target of a "
+            "source: generate the targets first, and give a dataset of pairs"
+        )
 
 
 def _settings(settings: CaptureSettings | None, options: CaptureOptions) -> CaptureSettings:

@@ -119,6 +119,9 @@ class CaptureJob(ABC):
     def provenance(self, plan: Plan) -> dict[str, Any]:
         """Return how the archive is made, as JSON values."""
 
+    def prepare(self, workers: Workers) -> None:  # noqa: B027  # most jobs have nothing to make
+        """Make what the examples are made of, together with the other workers; nothing, unless overridden."""
+
     def inputs(self, shared: Mapping[str, Any]) -> InputSource | None:  # noqa: ARG002  # tokens are all
         """Return what makes the inputs that examples have beside tokens, given what worker 0 shared."""
         return None
@@ -189,6 +192,7 @@ class CaptureJob(ABC):
             sidecars = self._sidecars() if is_shared else None
             layout = workers.process_layout(self.model, self.sites)
             self.column_shards = self.cut_columns(layout)
+            self.prepare(workers)
             shared = workers.plan_once(partial(self._prepare, sidecars), self._check)
             self._few = None  # its logits may be large
             plan, n_shards = self.archive.plan, self.archive.plan.n_shards(self.archive.n_rows)
@@ -209,6 +213,9 @@ class CaptureJob(ABC):
         figures = workers.finish(stats, self.out, n_shards, self._seal)
         self._archive = self._finished()
         return figures, shared
+
+    def finish(self) -> None:  # noqa: B027  # most jobs leave nothing
+        """Remove what is not needed once the archive is complete; nothing, unless overridden. Worker 0 calls it."""
 
     def _finished(self) -> Archive:
         if isinstance(self.out, BucketFolder):
@@ -309,3 +316,4 @@ class CaptureJob(ABC):
     def _seal(self) -> None:
         self.out.sweep()  # a worker may have died and left temporary files
         seal(self.out, read_metadata(self.out.path))
+        self.finish()

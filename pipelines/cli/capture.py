@@ -68,6 +68,7 @@ def _capture(options: argparse.Namespace) -> int:
                 settings=CaptureSettings.from_mapping(values),
                 command=options.command_line,
                 on_example=progress.example,
+                on_generated=progress.generated,
                 on_plan=progress.plan,
                 on_batch=progress.batch,
             )

@@ -49,6 +49,16 @@ class CaptureProgress(_Progress):
             self._bar.set_description_str(f"reading examples ({n_examples:,})", refresh=False)
             self._bar.update(n_tokens - self._bar.n)
 
+    def generated(self, n_done: int, n_all: int) -> None:
+        """Show how many batches of prompts are continued, of how many."""
+        if self._shown:
+            if self._bar is None or self._bar.unit != "batch":
+                if self._bar is not None:
+                    self._bar.close()
+                self._bar = tqdm(total=n_all, unit="batch", file=sys.stderr, leave=False)
+                self._bar.set_description_str("generating", refresh=False)
+            self._bar.update(n_done - self._bar.n)
+
     def plan(self, plan: Plan, committed_rows: int) -> None:
         """Begin the bar over the plan's rows, of which `committed_rows` are on the disk."""
         self._done = 0

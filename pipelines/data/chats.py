@@ -71,11 +71,9 @@ class Chats:
                 raise DatasetError(
                     f"{named('chat_template_kwargs')}: the chat template does not use {name!r}: leave it out"
                 )
-        if self.settings.add_generation_prompt and not _names(template, "add_generation_prompt"):
-            raise DatasetError(
-                f"{named('add_generation_prompt')}: the chat template cannot add one, it does not use "
-                "add_generation_prompt"
-            )
+        if self.settings.adds_generation_prompt and not _names(template, "add_generation_prompt"):
+            asked = named("add_generation_prompt" if self.settings.add_generation_prompt else "generate")
+            raise DatasetError(f"{asked}: the chat template cannot add one, it does not use add_generation_prompt")
         if self.settings.given_tools and not _names(template, "tools"):
             raise DatasetError(
                 f"{named('tools')}: the chat template does not use tools: leave them out, or give another template"
@@ -98,6 +96,8 @@ class Chats:
         template = self._template(listed)
         counts = {"n_without_tools": int(bool(listed) and not _names(template, "tools"))}
         messages = [_message(message, number) for message in chat]
+        if self.settings.generate is not None and not self.settings.continues_last_message:
+            _refuse_answered(messages, number)
         render = partial(self._rendered, messages, listed or None)
         with _naming_row(number):
             ids = render(template, tokenize=True)["input_ids"]
@@ -123,7 +123,7 @@ class Chats:
             messages,
             tools=tools,
             chat_template=template,
-            add_generation_prompt=self.settings.add_generation_prompt,
+            add_generation_prompt=self.settings.adds_generation_prompt,
             tokenize=tokenize,
             return_dict=tokenize,
             **self.settings.template_arguments,
@@ -164,6 +164,15 @@ class Chats:
                 )
             self._marked[template] = marked
         return self._marked[template]
+
+
+def _refuse_answered(messages: Sequence[Mapping[str, object]], number: int) -> None:
+    """Raise DatasetError for a chat that is to be continued, and has its answer already."""
+    if messages[-1].get("role") == "assistant":
+        raise DatasetError(
+            f"row {number}: the chat ends with a message of the assistant, so there is nothing to answer: leave that "
+            f"message out, or let it go on with {named('chat_template_kwargs')} '{{\"continue_final_message\": true}}'"
+        )
 
 
 @contextmanager

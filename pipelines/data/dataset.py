@@ -133,7 +133,7 @@ def read_examples(
         >>> [example.input_ids.tolist() for example in examples]
         [[5, 6], [7]]
     """
-    limit = settings.length_limit(model_limit)
+    limit = _limit(settings, model_limit)
     rows = open_rows(source, settings)
     for name in rows.columns:
         if name in SOURCE_COLUMNS:
@@ -147,6 +147,17 @@ def read_examples(
         report=report or DatasetReport(),
     )
     return reading.examples(tokens)
+
+
+def _limit(settings: DatasetSettings, model_limit: int | None) -> int | None:
+    """Return the most tokens of an example, or of a prompt, which leaves room for what is generated."""
+    limit = settings.length_limit(model_limit)
+    if limit is None or settings.generate is None:
+        return limit
+    if settings.generate >= limit:
+        whose = f"the model takes {limit} tokens" if settings.max_length is None else named("max_length", limit)
+        raise DatasetError(f"{named('generate', settings.generate)} leaves no room for a prompt: {whose}; lower it")
+    return limit - settings.generate
 
 
 def dataset_identity(source: object, settings: DatasetSettings) -> dict[str, Json]:
@@ -239,7 +250,9 @@ class _Reading:
             if most is not None and report.n_tokens >= most:
                 report.cut_at_max_tokens = True
                 return
-            example = self._example(source, window, None if most is None else most - report.n_tokens)
+            # A prompt is continued whole, or not at all.
+            room = None if most is None or self.settings.generate is not None else most - report.n_tokens
+            example = self._example(source, window, room)
             if example is not None:
                 report.n_examples += 1
                 report.n_tokens += example.input_ids.size
@@ -265,6 +278,12 @@ class _Reading:
 
     def _cut(self, source: Source, limit: int) -> list[Window]:
         n_tokens = source.input_ids.size
+        if self.settings.generate is not None:
+            raise DatasetError(
+                f"row {source.row} of the dataset has {n_tokens} tokens, and with "
+                f"{named('generate', self.settings.generate)} a prompt may have {limit}: shorten it, leave it out, or "
+                "generate fewer tokens"
+            )
         if self.settings.long_rule == "refuse":
             given = self.settings.max_length
             whose = f"the model takes {limit}" if given is None else f"{named('max_length', given)} was given"

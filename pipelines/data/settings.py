@@ -17,6 +17,8 @@ _LONG = ("refuse", "split", "truncate")
 _OF_CHATS = ("chat_template", "add_generation_prompt", "tools", "chat_template_kwargs")
 _MAX_TEMPLATE_BYTES = 2**20
 _WITHOUT_EFFECT = ("image_folder", "max_image_pixels")  # on examples: they refuse some, and change none
+_OF_GENERATION = ("prompt_column", "temperature", "top_p", "top_k", "generation_kwargs")
+_NOT_OF_PROMPTS = ("image_column", "target_column", "max_target_length", "long_examples")
 _NOT_OF_THE_TEMPLATE = frozenset(
     (
         "conversation",
@@ -80,7 +82,9 @@ class DatasetSettings:
         "else refuse)",
     )
     min_length: int = setting(1, "shortest example, in tokens; shorter ones are left out and counted")
-    positions: str = setting("all", "positions that become rows: all, last, every:N, column:NAME, assistant")
+    positions: str = setting(
+        "all", "positions that become rows: all, last, every:N, column:NAME, assistant, generated, prompt"
+    )
     drop_special: bool = setting(False, "leave out the rows of special tokens, such as BOS")
     # By default a chat has one BOS, whether it comes as messages or as rendered text.
     add_special_tokens: bool | None = setting(
@@ -103,8 +107,29 @@ class DatasetSettings:
         None, "JSON object with more arguments of the chat template: '{\"enable_thinking\": false}'"
     )
 
+    generate: int | None = setting(
+        None,
+        "continue each row of the dataset, a prompt, by up to this many tokens of the model's own, and capture both "
+        "(default: capture the dataset as it is)",
+    )
+    prompt_column: str | None = setting(
+        None,
+        "with --generate: column with the prompts, which are texts, chats or token ids (default: prompt, or as for "
+        "--text-column)",
+    )
+    temperature: float | None = setting(
+        None, "with --generate: sample at this temperature (default: take the most probable token)"
+    )
+    top_p: float | None = setting(
+        None, "with --generate: sample among the most probable tokens that have this probability together"
+    )
+    top_k: int | None = setting(None, "with --generate: sample among this many most probable tokens")
+    generation_kwargs: str | Mapping[str, Any] | None = setting(
+        None, "with --generate: JSON object with more settings of generation: '{\"repetition_penalty\": 1.1}'"
+    )
+
     def __post_init__(self) -> None:
-        for name in ("max_tokens", "max_length", "max_target_length", "min_length", "max_image_pixels"):
+        for name in ("max_tokens", "max_length", "max_target_length", "min_length", "max_image_pixels", "generate"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise DatasetError(f"{named(name, value)}: it must be at least 1")
@@ -115,6 +140,7 @@ class DatasetSettings:
                 f"{named('min_length', self.min_length)} is above {named('max_length', self.max_length)}: lower it"
             )
         parse_positions(self.positions)
+        self._check_generation()
         _check_tools(self.given_tools)
         _check_json(self.template_arguments, named("chat_template_kwargs"))
         for name in self.template_arguments:
@@ -126,6 +152,60 @@ class DatasetSettings:
                 raise DatasetError(
                     f"{named('chat_template_kwargs')}: {name} is no argument of a chat template: leave it out"
                 )
+
+    def _check_generation(self) -> None:
+        """Refuse settings that belong to generation without it, and with it those that prompts cannot have."""
+        given = [name for name in _OF_GENERATION if getattr(self, name) is not None]
+        if self.generate is None and given:
+            raise DatasetError(
+                f"{named(given[0], getattr(self, given[0]))} is for generated text: add {named('generate')}, the most "
+                "tokens to generate for each prompt, or leave it out"
+            )
+        if self.generate is None and self.rule.of_generation:
+            raise DatasetError(
+                f"{named('positions', self.positions)} is for text that this capture generates ({named('generate')}): "
+                "where the dataset says which tokens are generated, use column:NAME"
+            )
+        _check_json(self.generation_arguments, named("generation_kwargs"))
+        if self.generate is None:
+            return
+        for name in _NOT_OF_PROMPTS:
+            if getattr(self, name) is not None:
+                raise DatasetError(
+                    f"{named(name, getattr(self, name))} cannot be combined with {named('generate', self.generate)}: "
+                    "prompts are texts, chats or token ids, and are continued whole; leave one of the two out"
+                )
+        if self.rule.kind == "marked":
+            raise DatasetError(
+                f"{named('positions', self.positions)} says nothing of tokens that are not generated yet: with "
+                f"{named('generate', self.generate)} use generated, prompt, all, last or every:N"
+            )
+        if None not in (self.prompt_column, self.text_column) and self.prompt_column != self.text_column:
+            raise DatasetError(
+                f"{named('prompt_column', self.prompt_column)} and {named('text_column', self.text_column)} both name "
+                "the column with the prompts: give one of them"
+            )
+
+    @property
+    def content_column(self) -> str | None:
+        """The column with the texts, chats or token ids that the settings name; None if they name none."""
+        return self.prompt_column or self.text_column
+
+    @cached_property
+    def generation_arguments(self) -> Mapping[str, Any]:
+        """The value of `generation_kwargs` as a mapping."""
+        given = self.generation_kwargs
+        return _parsed(given, "generation_kwargs", dict) if isinstance(given, str) else given or {}
+
+    @property
+    def continues_last_message(self) -> bool:
+        """Whether the last message of a chat is to go on, instead of another turn."""
+        return bool(self.template_arguments.get("continue_final_message"))
+
+    @property
+    def adds_generation_prompt(self) -> bool:
+        """Whether chats end with the start of an assistant's turn: if asked, and where the model continues them."""
+        return self.add_generation_prompt or (self.generate is not None and not self.continues_last_message)
 
     @cached_property
     def rule(self) -> PositionRule:
@@ -182,7 +262,7 @@ class DatasetSettings:
         values = {
             f.name.removeprefix("dataset_"): getattr(self, f.name)
             for f in fields(DatasetSettings)
-            if f.name not in _WITHOUT_EFFECT
+            if f.name not in (*_WITHOUT_EFFECT, *_OF_GENERATION)
         }
         # Left out where they are not given: plans made before these settings existed stay what they are.
         optional: dict[str, Json] = {
@@ -192,6 +272,7 @@ class DatasetSettings:
             "add_special_tokens": self.add_special_tokens,
             "chat_template": self.template,
             "add_generation_prompt": self.add_generation_prompt or None,
+            "generate": self.generate,
             "tools": self.given_tools or self.tools_column or None,
             "chat_template_kwargs": dict(self.template_arguments) or None,
         }
@@ -237,6 +318,12 @@ class DatasetOptions(TypedDict, total=False):
     add_generation_prompt: bool
     tools: str | Sequence[Any] | None
     chat_template_kwargs: str | Mapping[str, Any] | None
+    generate: int | None
+    prompt_column: str | None
+    temperature: float | None
+    top_p: float | None
+    top_k: int | None
+    generation_kwargs: str | Mapping[str, Any] | None
 
 
 def _parsed(text: str, name: str, kind: type) -> Any:

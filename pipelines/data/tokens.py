@@ -28,6 +28,8 @@ _MAX_ID = 2**31 - 1
 
 _Kind: TypeAlias = Literal["text", "chat", "ids"]
 _USUAL: Mapping[str, _Kind] = {"input_ids": "ids", "text": "text", "messages": "chat"}
+_PROMPT = "prompt"
+"""The column that is continued, unless the user names another."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -115,11 +117,12 @@ class Tokens:
                 yield self._source(number, row, content, encoded, token_columns)
 
     def _find_content(self, rows: Sequence[Row]) -> _Content:
-        asked, columns, found = self.settings.text_column, self.rows.columns, ", ".join(self.rows.columns)
+        asked, columns, found = self.settings.content_column, self.rows.columns, ", ".join(self.rows.columns)
+        if asked is None and self.settings.generate is not None and _PROMPT in columns:
+            asked = _PROMPT
+        flag = named("prompt_column" if self.settings.prompt_column else "text_column")
         if asked is not None and asked not in columns:
-            raise DatasetError(
-                f"there is no column {asked!r}: the dataset has {found}; name one with {named('text_column')}"
-            )
+            raise DatasetError(f"there is no column {asked!r}: the dataset has {found}; name one with {flag}")
         if asked is not None:
             return _Content(_kind_of(_first_value(rows, asked)), asked)
         for column, kind in _USUAL.items():

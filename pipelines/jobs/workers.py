@@ -190,6 +190,26 @@ class Workers:
         self._n_replicas = message["n_replicas"]
         return message
 
+    def once(self, name: str, make: Callable[[], Mapping[str, Any]]) -> Mapping[str, Any]:
+        """Let worker 0 call `make`, and return its message on every worker."""
+        return make() if self._membership is None else self._membership.once(name, make)
+
+    def units(self, name: str, n: int, done: Callable[[], frozenset[int]]) -> Iterator[int | None]:
+        """Yield the units of work that this worker is to do, until all are done; None while it has to wait.
+
+        Args:
+            name: Tells this work from other work of the same job.
+            n: Number of units.
+            done: Returns the units that are done, by any worker.
+        """
+        before = done()
+        if self._membership is None:
+            yield from (unit for unit in range(n) if unit not in before)
+            return
+        everything = [range(unit, unit + 1) for unit in range(n) if unit not in before]
+        for run in shared_queue(self._membership, everything, done, name=name):
+            yield None if run is None else run.start
+
     def process_layout(self, model: nn.Module, sites: Mapping[str, SiteInfo]) -> ProcessLayout | None:
         """Return what this worker holds of a model that several hold together; None if it holds the full model."""
         if self._membership is None or not spans_processes(model):

@@ -19,6 +19,7 @@ _MOST_BITS = 63
 _KINDS: Mapping[str, type] = {
     "str": str,
     "int": int,
+    "float": float,
     "bool": bool,
     "collections.abc.Sequence": list,
     "collections.abc.Mapping": dict,
@@ -55,7 +56,7 @@ class CaptureSettings(DatasetSettings):
         None, "attention implementation of transformers: eager, sdpa, ... (default: the model's own)"
     )
     revision: str | None = setting(None, "revision of the model on the hub (default: main)")
-    seed: int = setting(0, "seed for everything random in the model")
+    seed: int = setting(0, "seed for everything random in the model, and for sampling with --generate")
     device: str = setting("auto", "device of the model: auto (CUDA if there is one), cpu, cuda, cuda:1, ...")
     device_map: str | None = setting(
         None, "spread one model over the devices of this process: auto, balanced, sequential (default: one device)"
@@ -141,7 +142,8 @@ def _type_name(annotation: object) -> str:
 
 
 def _fits(value: object, kinds: Sequence[type]) -> bool:
-    return isinstance(value, tuple(kinds)) and (bool in kinds or not isinstance(value, bool))
+    fitting = (*kinds, int) if float in kinds else tuple(kinds)
+    return isinstance(value, fitting) and (bool in kinds or not isinstance(value, bool))
 
 
 def _shown(value: object) -> str:

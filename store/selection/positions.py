@@ -1,9 +1,10 @@
 """Position rules: which positions of an example become rows, decided while a capture is planned.
 
 A rule looks at one example, which is one window of a long source. ``all`` and ``every:N`` are conditions as
-everywhere else. Two rules are not: ``last`` is the last position that is left once special tokens are taken out, and
-``column:NAME`` and ``assistant`` are marks that the dataset or the chat template gives, token by token. No condition
-on the token alone could say either.
+everywhere else. The others are not: ``last`` is the last position that is left once special tokens are taken out;
+``column:NAME`` and ``assistant`` are marks that the dataset or the chat template gives, token by token; ``prompt`` and
+``generated`` lie before and after the place where the model began to generate. No condition on the token alone could
+say these.
 """
 
 from dataclasses import dataclass
@@ -24,13 +25,14 @@ class PositionRule:
     """A parsed rule.
 
     Attributes:
-        kind: ``all``; ``last``; ``every`` N-th, from position 0; or ``marked``: those that a column of the dataset or
-            the assistant's turns of a chat mark.
+        kind: ``all``; ``last``; ``every`` N-th, from position 0; ``marked``: those that a column of the dataset or
+            the assistant's turns of a chat mark; ``generated``: those that the model generated; or ``prompt``: those
+            before them.
         stride: N of ``every``, in positions.
         column: Name of the column that marks positions; empty for the assistant's turns.
     """
 
-    kind: Literal["all", "last", "every", "marked"]
+    kind: Literal["all", "last", "every", "marked", "generated", "prompt"]
     stride: int = 1
     column: str = ""
 
@@ -39,9 +41,14 @@ class PositionRule:
         """Whether the marks come from the chat template."""
         return self.kind == "marked" and not self.column
 
+    @property
+    def of_generation(self) -> bool:
+        """Whether the rule needs to know which tokens the model generated."""
+        return self.kind in ("generated", "prompt")
+
 
 def parse_positions(text: str) -> PositionRule:
-    """Parse ``all``, ``last``, ``every:N``, ``column:NAME`` or ``assistant``.
+    """Parse ``all``, ``last``, ``every:N``, ``column:NAME``, ``assistant``, ``generated`` or ``prompt``.
 
     >>> parse_positions("every:4").stride
     4
@@ -49,8 +56,8 @@ def parse_positions(text: str) -> PositionRule:
     Raises:
         DatasetError: The text is none of these.
     """
-    if text in ("all", "last"):
-        return PositionRule(kind=cast("Literal['all', 'last']", text))
+    if text in ("all", "last", "generated", "prompt"):
+        return PositionRule(kind=cast("Literal['all', 'last', 'generated', 'prompt']", text))
     if text == "assistant":
         return PositionRule(kind="marked")
     name, _, value = text.partition(":")
@@ -58,11 +65,19 @@ def parse_positions(text: str) -> PositionRule:
         return PositionRule(kind="marked", column=value)
     if name == "every" and value.isascii() and value.isdigit() and int(value) > 0:
         return PositionRule(kind="every", stride=int(value))
-    raise DatasetError(f"{named('positions', text)}: give one of all, last, every:N (N from 1), column:NAME, assistant")
+    raise DatasetError(
+        f"{named('positions', text)}: give one of all, last, every:N (N from 1), column:NAME, assistant, generated, "
+        "prompt"
+    )
 
 
 def kept_positions(
-    rule: PositionRule, n_tokens: int, *, marked: Mask | None = None, dropped: Mask | None = None
+    rule: PositionRule,
+    n_tokens: int,
+    *,
+    marked: Mask | None = None,
+    dropped: Mask | None = None,
+    n_prompt: int | None = None,
 ) -> IntArray:
     """Return the positions that `rule` keeps, int32, increasing.
 
@@ -71,8 +86,11 @@ def kept_positions(
         n_tokens: Tokens of the example.
         marked: For the rule ``marked``: which positions are, (tokens).
         dropped: Positions that are never kept, such as those of special tokens, (tokens).
+        n_prompt: For the rules ``generated`` and ``prompt``: tokens before the first one that the model generated.
     """
     kept = at_positions(slice(None, None, rule.stride), n_tokens)
+    if rule.of_generation:
+        kept &= at_positions(slice(n_prompt, None) if rule.kind == "generated" else slice(n_prompt), n_tokens)
     if marked is not None:
         kept &= marked
     if dropped is not None:
