@@ -34,11 +34,11 @@ if TYPE_CHECKING:
     from residua.store.edits.overlay import overlay
     from residua.store.read.archive import Archive
     from residua.store.read.stacks import open_archive as open  # noqa: A004  # read as residua.open(path)
-    from residua.store.read.verify import verify
     from residua.store.sealing.seal import pack
     from residua.store.sharing.copy import copy
     from residua.store.sharing.pull import pull
     from residua.store.sharing.push import push
+    from residua.store.verification.verify import verify
 
 __version__ = version("residua")
 __all__ = [
@@ -108,7 +108,7 @@ _HOMES = {
     "stats": "analysis.stats.stats:stats",
     "tap": "capture.taps.tap:tap",
     "top": "analysis.stats.top:top",
-    "verify": "store.read.verify:verify",
+    "verify": "store.verification.verify:verify",
 }
 _RENAMED = {"whole_parameter": "full_parameter"}
 """Former public names; each works for one version more and warns."""

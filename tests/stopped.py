@@ -12,7 +12,7 @@ from pathlib import Path
 from residua.store.encoding.shard import shard_path
 from residua.store.format.archive_metadata import is_archive, read_metadata, write_metadata
 from residua.store.read.archive import Archive
-from residua.store.read.verify import verify
+from residua.store.verification.verify import verify
 
 SECONDS = 300  # finds hangs, and is long enough for busy machines
 

@@ -3,6 +3,7 @@
 import argparse
 import os
 from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import asdict
 from hashlib import sha256
 from pathlib import Path
@@ -13,10 +14,12 @@ from residua.pipelines.cli.options import (
     SITES_HELP,
     WHERE_HELP,
     add_archive,
+    add_cluster_flags,
     add_command,
     add_flag,
     add_parallel_flags,
     add_sample_flags,
+    cluster_of,
     is_first_process,
     run_sample,
     shows_progress,
@@ -54,6 +57,7 @@ def add(commands: Any) -> None:
     verify.add_argument("--sample", type=int, metavar="N", help="check only N shards, chosen at random")
     verify.add_argument("--threads", type=int, metavar="N", help="threads (default: the processor's, up to four)")
     verify.add_argument("--restart", action="store_true", help="begin from the first shard, also after a stop")
+    add_cluster_flags(verify, "threads of this process, unless --workers is given")
     text = "make the index that opens a finished archive at once"
     description = (
         "Make the packed index of a finished archive, for example of one of format 1.0. With it, opening costs two "
@@ -296,15 +300,22 @@ def _short(text: str) -> str:
 
 
 def _verify(options: argparse.Namespace) -> int:
-    from residua.store.read.verify import verify
+    from residua.store.verification.verify import verify
 
-    archive = options.archive
-    checkpoint = None if is_remote(archive) else _checkpoint_of(Path(archive))
-    if options.restart and checkpoint is not None:
+    checkpoint = _checkpoint_of(options.archive)
+    if options.restart:
         checkpoint.unlink(missing_ok=True)
-    with StepProgress("shard", shown=shows_progress(options)) as progress:
+    with ExitStack() as stack:
+        is_shared = options.workers is not None or options.scheduler not in (None, "inline")
+        cluster = stack.enter_context(cluster_of(options, shows=False)) if is_shared else None
+        progress = stack.enter_context(StepProgress("shard", shown=shows_progress(options)))
         report = verify(
-            archive, sample=options.sample, threads=options.threads, checkpoint=checkpoint, on_shard=progress.step
+            options.archive,
+            sample=options.sample,
+            threads=options.threads,
+            cluster=cluster,
+            checkpoint=checkpoint,
+            on_shard=progress.step,
         )
     if options.json:
         print_json({**asdict(report), "sound": report.is_sound})
@@ -318,10 +329,11 @@ def _verify(options: argparse.Namespace) -> int:
     return 0 if report.is_sound else 1
 
 
-def _checkpoint_of(archive: Path) -> Path:
+def _checkpoint_of(archive: str) -> Path:
     """Return the user's file that says where the verification of an archive was stopped."""
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return cache / "residua" / f"verify-{sha256(str(archive.resolve()).encode()).hexdigest()[:16]}.json"
+    place = archive if is_remote(archive) else str(Path(archive).resolve())
+    return cache / "residua" / f"verify-{sha256(place.encode()).hexdigest()[:16]}.json"
 
 
 def _pack(options: argparse.Namespace) -> int:

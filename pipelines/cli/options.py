@@ -161,30 +161,39 @@ def _word(text: str) -> str:
     return text if plain == text else f"{plain}-{hashlib.sha256(text.encode()).hexdigest()[:6]}"
 
 
-def add_cluster_flags(parser: argparse.ArgumentParser) -> None:
-    """Add the flags that say where an analysis runs."""
-    text = (
-        "address of a Dask scheduler, tcp://host:port, or 'inline' for this process alone (default: a local cluster; "
-        "for stats and top of archives of up to 64 MiB this process, unless --workers is given)"
-    )
+def add_cluster_flags(
+    parser: argparse.ArgumentParser,
+    default: str = "a local cluster; for stats and top of small archives this process, unless --workers is given",
+) -> None:
+    """Add the flags that say where an analysis runs.
+
+    Args:
+        parser: The parser of the command.
+        default: Where it runs without them.
+    """
+    text = f"address of a Dask scheduler, tcp://host:port, or 'inline' for this process alone (default: {default})"
     add_flag(parser, "--scheduler", text, metavar="ADDRESS")
     add_flag(parser, "--workers", "workers of the local cluster (default: one a core, as memory allows)", kind=int)
     add_flag(parser, "--memory-limit", "memory of each worker of the local cluster", "4GiB", metavar="SIZE")
 
 
-def cluster_of(options: argparse.Namespace, *, reads_once: bool = False) -> "AbstractContextManager[Cluster]":
+def cluster_of(
+    options: argparse.Namespace, *, reads_once: bool = False, shows: bool = True
+) -> "AbstractContextManager[Cluster]":
     """Return the cluster that the flags ask for, as a context manager.
 
     Args:
         options: The flags.
         reads_once: Whether the work is little more than reading the archive, so that a small one needs no workers.
+        shows: Whether the cluster draws bars of its own.
     """
     from residua.analysis.support.cluster import INLINE, connect
 
     scheduler = options.scheduler
     if reads_once and scheduler is None and options.workers is None and _is_small(options.archive):
         scheduler = INLINE
-    return connect(scheduler, workers=options.workers, memory_limit=options.memory_limit, shown=shows_progress(options))
+    shown = shows and shows_progress(options)
+    return connect(scheduler, workers=options.workers, memory_limit=options.memory_limit, shown=shown)
 
 
 def _is_small(place: str) -> bool:

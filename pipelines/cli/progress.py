@@ -79,7 +79,7 @@ class CaptureProgress(_Progress):
 
 
 class StepProgress(_Progress):
-    """A bar over a known number of steps, such as shards.
+    """A bar over a known number of steps, such as shards: rate and time left are those of this process.
 
     Args:
         unit: What a step is; ``B`` for bytes.
@@ -95,5 +95,5 @@ class StepProgress(_Progress):
         if self._shown:
             if self._bar is None:
                 scale = {"unit_scale": True, "unit_divisor": 1024} if self._unit == "B" else {}
-                self._bar = tqdm(total=total, unit=self._unit, file=sys.stderr, leave=False, **scale)
+                self._bar = tqdm(total=total, initial=done, unit=self._unit, file=sys.stderr, leave=False, **scale)
             self._bar.update(done - self._bar.n)

@@ -1,4 +1,4 @@
-"""Reading an archive: its arrays, rows, examples and texts, a summary in numbers, and verification.
+"""Reading an archive: its arrays, rows, examples and texts, and a summary in numbers.
 
 Needs no torch and no model. Uses `examples`.
 """

@@ -15,9 +15,9 @@ from residua.store.base.canonical import Json, canonical_json, digest_of
 from residua.store.base.errors import ResiduaError
 from residua.store.format.archive_metadata import ROOT, file_digest, read_metadata, write_metadata
 from residua.store.format.commits import FOLDER
-from residua.store.read.verify import verify
 from residua.store.sealing.packed_index import HEADER, INDEX, TOTALS
 from residua.store.storage.crc import crc32c, crc_bytes
+from residua.store.verification.verify import verify
 
 LITTLE_MEMORY = 48 * 2**20
 

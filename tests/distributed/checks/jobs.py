@@ -18,8 +18,8 @@ import residua
 from residua.capture.identity.padding import RAN_ALONE, padding_leaks
 from residua.store.base.errors import PlanError
 from residua.store.read.archive import Archive
-from residua.store.read.verify import verify
 from residua.store.sealing.losses import losses_of
+from residua.store.verification.verify import verify
 from tests.capture.leaking_models import LEAKING, module_values
 from tests.capture.replay_samples import captured, tokens
 from tests.distributed.checks.replay import counting_reads

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from residua.store.format.plan import Plan
 from residua.store.read.archive import Archive
-from residua.store.read.verify import verify
+from residua.store.verification.verify import verify
 from tests.distributed.model_parallel.capture_cases import CASES, capture, is_recorded
 from tests.distributed.model_parallel.recorder_loop import record
 from tests.distributed.workers.forked_workers import ForkedWorkers, launched

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from residua.store.read.archive import Archive
-from residua.store.read.verify import verify
+from residua.store.verification.verify import verify
 from tests.distributed.workers.forked_workers import SOON, ForkedWorkers, Start, launched
 from tests.distributed.workers.test_replicas import summary
 from tests.ragged import capture_words, write_dataset

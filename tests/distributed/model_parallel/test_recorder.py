@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from residua.store.read.archive import Archive
-from residua.store.read.verify import verify
+from residua.store.verification.verify import verify
 from tests.distributed.model_parallel.recorder_loop import KILLED_SITES, SHARDS_OF_FIRST, record
 from tests.distributed.workers.forked_workers import SOON, ForkedWorkers, launched
 from tests.models.tiny import SPLIT

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from residua.store.read.archive import Archive
-from residua.store.read.verify import verify
 from residua.store.storage.lock import read_owner
+from residua.store.verification.verify import verify
 from tests.distributed.model_parallel.recorder_loop import record
 from tests.distributed.workers.user_script import capture
 from tests.models.tiny import TINY

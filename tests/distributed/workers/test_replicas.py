@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from residua.store.read.archive import Archive
-from residua.store.read.verify import verify
+from residua.store.verification.verify import verify
 from tests.distributed.workers.forked_workers import SOON, Ended, ForkedWorkers, Start, launched
 from tests.ragged import capture_words, write_dataset
 from tests.stopped import await_commits, check_end

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import yaml
 
-from residua.store.read.verify import verify
+from residua.store.verification.verify import verify
 from tests.distributed.workers.forked_workers import SECONDS, SOON, Ended, ForkedWorkers, Start, launched
 from tests.pipelines.replay.test_replay import contents
 from tests.ragged import MODEL, capture_words, write_dataset

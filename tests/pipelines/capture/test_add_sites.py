@@ -14,8 +14,8 @@ from residua.pipelines.copies.join_sites import ADDED
 from residua.pipelines.setup.settings import CaptureSettings
 from residua.store.base.errors import NotCapturedError, PlanError
 from residua.store.read.archive import Archive
-from residua.store.read.verify import verify
 from residua.store.sharing.push import push
+from residua.store.verification.verify import verify
 from tests.models.tiny import TINY
 from tests.pipelines.small_capture import capture
 from tests.plain_zarr import plain_array

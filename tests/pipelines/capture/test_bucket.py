@@ -15,10 +15,10 @@ from zarr.storage import ObjectStore
 
 import residua
 from residua.store.base.errors import CaptureError, NotCapturedError, PlanError, StorageError
-from residua.store.read.verify import verify
 from residua.store.storage.lease import LEASE, leased
 from residua.store.storage.lock import ArchiveInUseError
 from residua.store.storage.objects import ObjectFolder
+from residua.store.verification.verify import verify
 from tests.models.tiny import TINY
 from tests.pipelines.small_capture import capture
 from tests.servers.clouds import serving_cloud

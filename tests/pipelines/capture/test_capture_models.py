@@ -14,7 +14,7 @@ from residua.pipelines.capture.capture import capture_dataset
 from residua.store.base.errors import PlanError
 from residua.store.read.archive import Archive
 from residua.store.read.summary import summarise
-from residua.store.read.verify import verify
+from residua.store.verification.verify import verify
 from tests.models.tiny import TINY
 
 TOKENS = [[5, 6, 7, 8], [9, 10]]

@@ -17,8 +17,8 @@ from residua.pipelines.cli.main import main
 from residua.store.base.errors import PlanError
 from residua.store.read.archive import Archive
 from residua.store.read.summary import summarise
-from residua.store.read.verify import verify
 from residua.store.sealing.losses import SiteLosses, losses_of
+from residua.store.verification.verify import verify
 from tests.models.tiny import TINY
 
 SITE = "resid_post.1"

@@ -56,6 +56,9 @@ def test_jobs_on_workers_need_the_address_and_no_more(both: Both) -> None:
         assert probes[0].equals(probes[1])
         tops = [residua.top(archive, "resid_post.3", channel=5, k=9, cluster=cluster) for archive in both[:2]]
         assert tops[0].equals(tops[1])
+        checked = [residua.verify(archive, cluster=cluster) for archive in both[:2]]
+        assert checked[0].is_sound
+        assert checked[0].n_chunks == checked[1].n_chunks > 0
         with dask_config.set(scheduler="threads"):
             blocks: Any = [residua.analysis.array(archive, "resid_post.2") for archive in both[:2]]
             assert np.array_equal(*(array.mean(0).compute() for array in blocks))

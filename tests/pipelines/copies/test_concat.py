@@ -13,7 +13,7 @@ from residua.pipelines.copies.extract import extract
 from residua.pipelines.copies.rewritten import SOURCE_EXAMPLE
 from residua.store.base.errors import NotCapturedError, PlanError
 from residua.store.read.archive import Archive
-from residua.store.read.verify import verify
+from residua.store.verification.verify import verify
 from tests.analysis.rows_archive import write_rows
 from tests.plain_zarr import plain_array
 from tests.servers.files import serving_files

@@ -13,7 +13,7 @@ from residua.pipelines.cli.main import main
 from residua.pipelines.copies.repack import repack
 from residua.store.base.errors import DamagedArchiveError, PlanError
 from residua.store.read.archive import Archive
-from residua.store.read.verify import verify
+from residua.store.verification.verify import verify
 from tests.plain_zarr import plain_array
 from tests.ragged import MODEL, write_dataset
 from tests.store.small_archive import N_ROWS, make_archive

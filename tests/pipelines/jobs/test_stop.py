@@ -16,8 +16,8 @@ import residua
 from residua.pipelines.capture.capture import capture_dataset
 from residua.store.base.errors import CaptureError
 from residua.store.read.archive import Archive
-from residua.store.read.verify import verify
 from residua.store.storage.files import write_file
+from residua.store.verification.verify import verify
 from tests.models.tiny import VOCABULARY
 from tests.pipelines.forking import ENVIRONMENT, ROOT, Forks
 from tests.ragged import capture_words, write_dataset

@@ -15,7 +15,7 @@ from residua.pipelines.capture.capture import capture_dataset
 from residua.pipelines.replay.fidelity import fidelity
 from residua.pipelines.replay.replay import replay_dataset
 from residua.store.base.errors import CaptureError, PlanError, ResiduaError
-from residua.store.read.verify import verify
+from residua.store.verification.verify import verify
 from tests.models.tiny_pairs import N_DECODER, N_ENCODER, TINY_PAIRS, VOCABULARY, tiny_whisper
 
 _RNG = np.random.default_rng(3)

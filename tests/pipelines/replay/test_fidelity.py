@@ -15,7 +15,7 @@ from residua.pipelines.cli.main import main
 from residua.store.base.errors import DamagedArchiveError, PlanError
 from residua.store.read.archive import Archive
 from residua.store.read.summary import summarise
-from residua.store.read.verify import verify
+from residua.store.verification.verify import verify
 from tests.capture.replay_samples import EVEN, LAST, LENGTHS, PADDED, captured, model_of, run_in_full, stored
 from tests.ragged import MODEL, capture_words, write_dataset
 

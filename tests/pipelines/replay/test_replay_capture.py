@@ -21,7 +21,7 @@ from residua.pipelines.replay.capture import ReplayCapture
 from residua.store.base.errors import PlanError, UnknownSiteError
 from residua.store.format.archive_metadata import is_archive
 from residua.store.read.archive import Archive
-from residua.store.read.verify import verify
+from residua.store.verification.verify import verify
 from tests.calls import count_calls
 from tests.capture.replay_samples import EVEN, LAST, LENGTHS, MODELS, PADDED, captured, model_of, run_in_full, tokens
 from tests.pipelines.forking import Forks

@@ -17,7 +17,7 @@ from residua.pipelines.cli.main import main
 from residua.store.base.errors import DamagedArchiveError, NotCapturedError
 from residua.store.edits.archive_values import mean_rows
 from residua.store.read.archive import Archive
-from residua.store.read.verify import verify
+from residua.store.verification.verify import verify
 from tests.models.tiny import TINY
 from tests.stopped import take_back
 from tests.store.forging import without_index

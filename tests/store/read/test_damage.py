@@ -18,9 +18,9 @@ from residua.store.format.array_metadata import open_array, resize_array
 from residua.store.format.commits import read_commits
 from residua.store.read.archive import Archive
 from residua.store.read.summary import summarise
-from residua.store.read.verify import Verification, verify
 from residua.store.sealing.lost_shards import drop_lost
 from residua.store.storage.files import sweep
+from residua.store.verification.verify import Verification, verify
 from tests.store.forging import without_index
 from tests.store.small_archive import HEIGHT, N_ROWS, N_SHARDS, files_of, is_same_json, make_archive, read_everything
 

@@ -19,7 +19,7 @@ from residua.store.encoding.shard import shard_path
 from residua.store.format.archive_metadata import read_metadata
 from residua.store.read.archive import Archive
 from residua.store.read.summary import summarise
-from residua.store.read.verify import verify
+from residua.store.verification.verify import verify
 from tests.store.base.test_canonical import VALUES
 from tests.store.forging import (
     in_a_row,

@@ -10,7 +10,7 @@ import pytest
 from residua.store.read.archive import Archive
 from residua.store.read.remote_archive import RemoteArchive
 from residua.store.read.summary import summarise
-from residua.store.read.verify import verify
+from residua.store.verification.verify import verify
 from tests.servers.hub import HubServer, serving_hub
 from tests.store.small_archive import N_ROWS, N_SHARDS, make_archive
 

@@ -27,9 +27,9 @@ from residua.store.read.archive import Archive
 from residua.store.read.remote import RemoteReader
 from residua.store.read.remote_archive import RemoteArchive
 from residua.store.read.stacks import open_archive
-from residua.store.read.verify import verify
 from residua.store.sealing.packed_index import INDEX
 from residua.store.storage.disk_cache import DiskCache
+from residua.store.verification.verify import verify
 from tests.servers.files import FileServer, serving_files
 from tests.store.small_archive import HEIGHT, LENGTHS, N_ROWS, make_archive
 

@@ -14,7 +14,7 @@ import pytest
 from residua.store.base.errors import DamagedArchiveError, UnknownSiteError, UnsafeArchiveError
 from residua.store.read.archive import Archive
 from residua.store.read.summary import summarise
-from residua.store.read.verify import verify
+from residua.store.verification.verify import verify
 from tests.store.forging import without_index
 from tests.store.small_archive import files_of, make_archive, read_everything
 

@@ -23,10 +23,10 @@ from residua.store.format.array_metadata import open_array
 from residua.store.format.commits import read_commits, same_files
 from residua.store.read.archive import Archive
 from residua.store.read.summary import summarise
-from residua.store.read.verify import verify
 from residua.store.sealing.losses import losses_of
 from residua.store.sealing.packed_index import HEADER, INDEX, LOSS, TOTALS, PackedIndex, file_totals
 from residua.store.sealing.seal import pack, relative_error, seal
+from residua.store.verification.verify import verify
 from tests.store.forging import refused, sign_index, without_index
 from tests.store.small_archive import N_ROWS, N_SHARDS, make_archive, read_everything
 

@@ -11,8 +11,8 @@ import yaml
 from residua.store.base.errors import PlanError, StorageError
 from residua.store.format.archive_metadata import read_metadata, write_metadata
 from residua.store.read.archive import Archive
-from residua.store.read.verify import verify
 from residua.store.sharing.card import Licences, card_of, is_own, write_card
+from residua.store.verification.verify import verify
 from tests.store.small_archive import LENGTHS, make_archive
 
 FROZEN = Path(__file__).parents[2] / "fixtures/format-1.0/bitround10.archive"

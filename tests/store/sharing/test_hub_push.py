@@ -14,9 +14,9 @@ pytest.importorskip("huggingface_hub")
 from residua.store.base.errors import DamagedArchiveError, PlanError, StorageError
 from residua.store.read.archive import Archive
 from residua.store.read.remote_archive import RemoteArchive
-from residua.store.read.verify import verify
 from residua.store.sharing.card import is_own
 from residua.store.sharing.push import push
+from residua.store.verification.verify import verify
 from tests.servers.hub import HubServer, serving_hub
 from tests.servers.hub_client import StandInXet, online, use_hub
 from tests.store.small_archive import make_archive

@@ -16,11 +16,11 @@ from residua.store.base.errors import DamagedArchiveError, NotCapturedError, Pla
 from residua.store.format.archive_metadata import is_archive, read_metadata, write_metadata
 from residua.store.read.archive import Archive
 from residua.store.read.remote_archive import RemoteArchive
-from residua.store.read.verify import verify
 from residua.store.sharing.copy import copy
 from residua.store.sharing.pull import pull
 from residua.store.sharing.push import push
 from residua.store.storage.objects import ObjectFolder
+from residua.store.verification.verify import verify
 from tests.servers.files import serving_files
 from tests.servers.s3 import S3Server
 from tests.store.small_archive import make_archive

@@ -9,12 +9,12 @@ import pytest
 
 import residua
 from residua.store.base.errors import StorageError
-from residua.store.read.verify import verify
 from residua.store.storage.destination import BucketFolder
 from residua.store.storage.lease import LEASE, leased
 from residua.store.storage.lock import ArchiveInUseError
 from residua.store.storage.objects import ObjectFolder
 from residua.store.storage.place import try_archive_place
+from residua.store.verification.verify import verify
 from tests.servers.clouds import CloudServer, serving_cloud
 from tests.servers.proxy import Proxy, proxied
 from tests.servers.s3 import S3Server

@@ -1,4 +1,4 @@
-"""Where a verification stopped: a small file that lets the next one go on from there.
+"""Where a verification stopped, and what it had found: a small file that lets the next one go on from there.
 
 The file belongs to the user's own machine, and lies outside the archive, which may be read-only. It names the archive's
 metadata by their SHA-256; what another archive, or the same one before it was written to again, left is ignored.
@@ -6,7 +6,7 @@ metadata by their SHA-256; what another archive, or the same one before it was w
 
 import hashlib
 import time
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +14,41 @@ from residua.store.base.canonical import Json, canonical_json
 from residua.store.base.untrusted import parse_json
 from residua.store.format.archive_metadata import ROOT
 from residua.store.storage.files import write_file
+from residua.store.verification.shards import ShardFindings
 
 _SECONDS = 5.0  # between two writes
+
+
+@dataclass
+class Results:
+    """What was found in the first `n_shards` shards."""
+
+    problems: list[tuple[str, str]] = field(default_factory=list)
+    n_shards: int = 0
+    n_files: int = 0
+    n_chunks: int = 0
+    n_bytes: int = 0
+
+    def add(self, found: ShardFindings) -> None:
+        """Add what was found in the next shard."""
+        self.problems += found.problems
+        self.n_shards += 1
+        self.n_files += found.n_files
+        self.n_chunks += found.n_chunks
+        self.n_bytes += found.n_bytes
+
+    def to_json(self) -> dict[str, Json]:
+        """Return the results as a checkpoint holds them."""
+        return {**asdict(self), "problems": [list(problem) for problem in self.problems]}
+
+    @classmethod
+    def from_json(cls, state: dict[str, Any]) -> "Results":
+        """Return the results that a checkpoint holds; none if it holds none."""
+        try:
+            problems = [(str(path), str(what)) for path, what in state["problems"]]
+            return cls(problems, *(max(0, int(state[key])) for key in ("n_shards", "n_files", "n_chunks", "n_bytes")))
+        except (LookupError, TypeError, ValueError):
+            return cls()
 
 
 @dataclass(kw_only=True)
@@ -24,7 +57,7 @@ class Checkpoint:
 
     Attributes:
         path: The file.
-        archive: Folder of the archive.
+        archive: Folder of the archive; of one at an address, the folder of the copies of its small files.
         state: What `save` was given last; empty at the start, and if the file is of something else.
     """
 

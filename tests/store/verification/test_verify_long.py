@@ -1,16 +1,20 @@
 """The verification of a long archive: shared by threads, of a sample, and going on where it was stopped."""
 
 import json
+import pickle
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 import residua
 from residua.pipelines.cli.main import main
 from residua.store.read.archive import Archive
-from residua.store.read.checkpoint import Checkpoint
-from residua.store.read.verify import verify
 from residua.store.sealing.packed_index import INDEX, PackedIndex
+from residua.store.verification.checkpoint import Checkpoint
+from residua.store.verification.verify import verify
+from tests.servers.files import serving_files
 from tests.store.forging import without_index
 from tests.store.small_archive import N_SHARDS, make_archive
 
@@ -27,7 +31,7 @@ def damage(path: Path, *shards: int) -> None:
 def test_any_number_of_threads_finds_the_same_in_the_same_order(
     threads: int, copy: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("residua.store.read.verify._MANY_SHARDS", 0)
+    monkeypatch.setattr("residua.store.verification.shards._MANY_SHARDS", 0)
     damage(copy, 0, 2)
     (copy / "rows/token/c/1").unlink()
     steps: list[tuple[int, int]] = []
@@ -39,6 +43,50 @@ def test_any_number_of_threads_finds_the_same_in_the_same_order(
         "sites/q/1/c/2/0/0",
     ]
     assert steps == [(done, N_SHARDS) for done in (1, 2, 3)]
+
+
+class LateFirst:
+    """Runs jobs as a cluster does: pickled, and the last one first."""
+
+    n_workers = 2
+
+    def __init__(self) -> None:
+        self.n_jobs = 0
+
+    def map(self, function: Any, jobs: Any, *, label: str) -> Iterator[tuple[int, Any]]:
+        self.n_jobs = len(jobs)
+        for number, job in reversed(list(enumerate(jobs))):
+            work, argument = pickle.loads(pickle.dumps((function, job)))  # noqa: S301
+            yield number, pickle.loads(pickle.dumps(work(argument)))  # noqa: S301
+
+
+def test_the_workers_of_a_cluster_find_the_same_in_the_same_order(copy: Path) -> None:
+    cluster, steps = LateFirst(), list[tuple[int, int]]()
+    assert verify(copy, cluster=cluster).is_sound
+    assert cluster.n_jobs == N_SHARDS
+    damage(copy, 0, 2)
+    (copy / "rows/token/c/1").unlink()
+    assert verify(copy, cluster=cluster, on_shard=lambda *step: steps.append(step)) == verify(copy, threads=1)
+    assert steps == [(done, N_SHARDS) for done in (1, 2, 3)]
+
+
+def test_an_address_is_verified_by_a_cluster_and_goes_on_after_a_stop(
+    copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("residua.store.verification.checkpoint._SECONDS", -1.0)
+    damage(copy, 0)
+    file, steps = tmp_path / "stopped.json", list[int]()
+    with serving_files(copy) as server:
+        expected = verify(server.url, cluster=LateFirst())
+        assert [problem.path for problem in expected.problems] == ["sites/q/1/c/0/0/0"]
+        assert expected == verify(residua.open(server.url, cache=False))
+        with pytest.raises(StopError):
+            verify(server.url, checkpoint=file, on_shard=stop_after)
+        server.forget()
+        assert verify(server.url, checkpoint=file, on_shard=lambda done, _: steps.append(done)) == expected
+        assert server.requests["/sites/q/1/c/0/0/0"] == 0
+    assert steps == [1, 2, 3]
+    assert not file.exists()
 
 
 def test_a_sample_says_what_it_is(copy: Path) -> None:
@@ -60,7 +108,7 @@ def stop_after(done: int, _: int) -> None:
 
 
 def test_a_verification_that_was_stopped_goes_on(copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("residua.store.read.checkpoint._SECONDS", -1.0)
+    monkeypatch.setattr("residua.store.verification.checkpoint._SECONDS", -1.0)
     damage(copy, 0)
     expected, file = verify(copy), tmp_path / "cache/stopped.json"
     with pytest.raises(StopError):
@@ -69,7 +117,7 @@ def test_a_verification_that_was_stopped_goes_on(copy: Path, tmp_path: Path, mon
     damage(copy, 0)  # as it was, and not looked at again
     steps: list[int] = []
     assert verify(copy, checkpoint=file, on_shard=lambda done, _: steps.append(done)) == expected
-    assert steps == [2, 3]
+    assert steps == [1, 2, 3], "with what was done before"
     assert not file.exists()
 
 
@@ -81,7 +129,7 @@ def test_what_something_else_left_is_ignored(
     file.write_text(content)
     damage(copy, 0)
     assert len(verify(copy, checkpoint=file).problems) == 1
-    monkeypatch.setattr("residua.store.read.checkpoint._SECONDS", -1.0)
+    monkeypatch.setattr("residua.store.verification.checkpoint._SECONDS", -1.0)
     with pytest.raises(StopError):
         verify(copy, checkpoint=file, on_shard=stop_after)
     other = make_archive(tmp_path / "other.zarr", seed=3)
@@ -95,7 +143,7 @@ def test_the_command_goes_on_and_begins_again(
     copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr("residua.store.read.checkpoint._SECONDS", -1.0)
+    monkeypatch.setattr("residua.store.verification.checkpoint._SECONDS", -1.0)
     monkeypatch.setattr("residua.pipelines.cli.progress.StepProgress.step", lambda _, *step: stop_after(*step))
     with pytest.raises(StopError):
         main(["verify", str(copy)])
