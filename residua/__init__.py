@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from residua import analysis
+    from residua.analysis.attention.headvis import heads
     from residua.analysis.attention.induction import induction_scores
     from residua.analysis.lens.lens import TunedLens
     from residua.analysis.probes.probe import probe
@@ -57,6 +58,7 @@ __all__ = [
     "extract",
     "fidelity",
     "full_parameter",
+    "heads",
     "induction_scores",
     "model_sites",
     "open",
@@ -92,6 +94,7 @@ _HOMES = {
     "extract": "pipelines.copies.extract:extract",
     "fidelity": "pipelines.replay.fidelity:fidelity",
     "full_parameter": "capture.layout.parameters:full_parameter",
+    "heads": "analysis.attention.headvis:heads",
     "induction_scores": "analysis.attention.induction:induction_scores",
     "model_sites": "capture.sites.names_to_modules:model_sites",
     "open": "store.read.stacks:open_archive",

@@ -138,7 +138,11 @@ def head_table(scores: Mapping[int, Mapping[str, Sequence[float | None]]]) -> pa
 
 
 def example_sums(
-    job: AttentionJob, matches: Callable[[int, Tensor], Sequence[Match]], *, need_all: bool = False
+    job: AttentionJob,
+    matches: Callable[[int, Tensor], Sequence[Match]],
+    *,
+    need_all: bool = False,
+    shape: bool = False,
 ) -> Iterator[ExampleSums]:
     """Yield the sums of each example of a job.
 
@@ -146,12 +150,13 @@ def example_sums(
         job: The job.
         matches: Given the number of an example and its tokens (int64), returns which keys count.
         need_all: Whether patterns need all positions too, as weights from queries and keys do.
+        shape: Whether to sum entropies and distances, too.
 
     Raises:
         AnalysisError: The memory limit is too small, or an example lacks rows that its weights depend on.
     """
     archive = opened(job.location)
-    weights = _weights(archive, job)
+    weights = weights_of(archive, job)
     table = archive.example_table
     for example in range(job.first, job.last):
         rows = range(*table.rows(example))
@@ -168,10 +173,11 @@ def example_sums(
                 f"capture all positions, special tokens too{'' if need_all else ', or capture pattern sites'}"
             )
         positions = torch.from_numpy(table.positions(example).astype("int64"))
-        yield weights.sums(ExampleRows(rows, positions, len(tokens)), matches(example, tokens))
+        yield weights.sums(ExampleRows(rows, positions, len(tokens)), matches(example, tokens), shape=shape)
 
 
-def _weights(archive: Archive, job: AttentionJob) -> Weights:
+def weights_of(archive: Archive, job: AttentionJob) -> Weights:
+    """Return what computes or reads the attention weights of a job's layer."""
     if job.source == "pattern":
         return StoredPattern(archive[f"pattern.{job.layer}"], most_bytes=job.most_bytes)
     query, key = (archive[f"{kind}.{job.layer}"] for kind in ("q", "k"))

@@ -23,6 +23,11 @@ def stripe(period: int, *, start: int = 0) -> Match:
     return lambda query, key: (key == query - period + 1) & (query >= start + period)
 
 
+def self_attention() -> Match:
+    """Match the token itself: the diagonal of the pattern."""
+    return lambda query, key: key == query
+
+
 def previous_token(*, start: int = 0) -> Match:
     """Match the token before: the diagonal -1 of the pattern.
 

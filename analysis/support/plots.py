@@ -22,7 +22,9 @@ _MOST_TICKS = 24  # more labels would overlap
 _MOST_INSIDE = 3  # a longer legend goes outside the axes
 _MOST_HORIZONTAL = 7  # more names on the x axis are rotated by 90 degrees
 _MOST_CELLS_WITH_NUMBERS = 120
+_PANELS_ACROSS = 3
 _MOST_CONTROLS = 3  # with more kinds of site, `plot_probe` leaves the control lines out
+_FORMS = ((100_000, ".2g"), (100, ".0f"), (0.1, ".2f"))  # of numbers in cells, by the greatest of them
 _COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")  # Okabe and Ito (2008)
 
 
@@ -102,6 +104,42 @@ def heat_map(
     _finish(figure, axes, path, title, x_name, y_name)
 
 
+def heat_maps(
+    path: str | PathLike[str],
+    panels: Mapping[str, npt.ArrayLike],
+    *,
+    title: str,
+    x_name: str,
+    y_name: str,
+    y_ticks: Sequence[str] | None = None,
+) -> None:
+    """Draw matrices of one shape as heat maps side by side, three in a row, each with its own colours.
+
+    Args:
+        path: File to write.
+        panels: Matrices, (rows, columns), by name; NaN stays white.
+        title: Title of the plot.
+        x_name: Name of the columns.
+        y_name: Name of the rows.
+        y_ticks: Names of the rows; their numbers if None.
+    """
+    values = {name: np.asarray(panel, np.float64) for name, panel in panels.items()}
+    n_rows, n_columns = next(iter(values.values())).shape
+    n_across = min(_PANELS_ACROSS, len(values))
+    n_down = -(-len(values) // n_across)
+    width, height = min(8.0, 3.0 + 0.35 * n_columns), min(8.0, 1.8 + 0.3 * n_rows)
+    figure = Figure(figsize=(n_across * width, n_down * height), dpi=_DPI, layout="constrained")
+    FigureCanvasAgg(figure)
+    for number, (name, cells) in enumerate(values.items(), start=1):
+        axes = figure.add_subplot(n_down, n_across, number)
+        draw_cells(axes, cells, value_name="", y_ticks=y_ticks)
+        axes.set_title(name)
+        axes.set_xlabel(x_name)
+        axes.set_ylabel(y_name)
+    figure.suptitle(title)
+    figure.savefig(path)
+
+
 def draw_cells(
     axes: Axes,
     values: npt.ArrayLike,
@@ -138,7 +176,7 @@ def draw_cells(
     axes.set_xticks(*_ticks(n_columns, x_ticks, x_most), rotation=90 if x_ticks and max(map(len, x_ticks)) > 3 else 0)
     axes.set_yticks(*_ticks(n_rows, y_ticks, y_most))
     if texts is not None or cells.size <= _MOST_CELLS_WITH_NUMBERS:
-        form = ".2f" if 0.1 <= np.nanmax(np.abs(cells), initial=0.0) < 100 else ".2g"
+        form = next((form for least, form in _FORMS if np.nanmax(np.abs(cells), initial=0.0) >= least), ".2g")
         numbers = [[f"{value:{form}}" for value in row] for row in cells]
         _write_texts(axes, cells, image, numbers if texts is None else texts, centred=centred)
 

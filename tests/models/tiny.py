@@ -152,3 +152,17 @@ ODD: dict[str, Callable[[], PreTrainedModel]] = {
     "roberta": lambda: _build(hf.RobertaForMaskedLM, hf.RobertaConfig(**_SIZES)),
 }
 """Architectures that are not in the table of architectures: Residua finds only the sites that their structure shows."""
+
+
+def gpt_oss() -> PreTrainedModel:
+    """Return a model with attention sinks, a sliding window in every other layer, and grouped heads."""
+    sizes: dict[str, Any] = {"vocab_size": VOCABULARY, "hidden_size": 32, "num_hidden_layers": LAYERS}
+    heads: dict[str, Any] = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 12, "sliding_window": 5}
+    experts: dict[str, Any] = {"num_local_experts": 4, "num_experts_per_tok": 2, "intermediate_size": 48}
+    torch.manual_seed(3)
+    model = hf.GptOssForCausalLM(hf.GptOssConfig(**sizes, **heads, **experts))
+    model.train(False)
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.get_submodule("self_attn").get_parameter("sinks").normal_().add_(2.0)
+    return model

@@ -1,7 +1,5 @@
 """Scores of heads, compared with the model's eager attention and with definitions written out query by query."""
 
-import pickle
-from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,15 +7,15 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import torch
-import transformers as hf
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import residua
 from residua.analysis.attention.induction import induction_scores
 from residua.store.base.errors import AnalysisError, NotCapturedError
 from residua.store.read.archive import Archive
+from tests.analysis.backwards import Backwards
 from tests.analysis.reference_scores import NAMES, Floats, reference_scores
-from tests.models.tiny import LAYERS, TINY, VOCABULARY, with_mild_attention
+from tests.models.tiny import LAYERS, TINY, VOCABULARY, gpt_oss, with_mild_attention
 from tests.stopped import take_back
 
 BOS = 1
@@ -105,15 +103,7 @@ def test_stored_patterns_give_the_same_scores(name: str, tmp_path: Path) -> None
 
 
 def test_attention_sinks_take_their_share(tmp_path: Path) -> None:
-    sizes: dict[str, Any] = {"vocab_size": VOCABULARY, "hidden_size": 32, "num_hidden_layers": LAYERS}
-    heads: dict[str, Any] = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 12, "sliding_window": 5}
-    experts: dict[str, Any] = {"num_local_experts": 4, "num_experts_per_tok": 2, "intermediate_size": 48}
-    torch.manual_seed(3)
-    model = hf.GptOssForCausalLM(hf.GptOssConfig(**sizes, **heads, **experts))
-    model.train(False)
-    with torch.no_grad():
-        for layer in model.model.layers:
-            layer.get_submodule("self_attn").get_parameter("sinks").normal_().add_(2.0)
+    model = gpt_oss()
     found = values(induction_scores(capture(model, tmp_path / "a.zarr")))
     assert np.abs(found - expected(model)).max() < 1e-6
 
@@ -160,22 +150,6 @@ def test_the_known_heads_of_the_shipped_model_stand_out(tmp_path: Path) -> None:
             assert found[known, NAMES.index(score)].min() > 0.5
             assert found[~known, NAMES.index(score)].max() < 0.05
         assert found[..., NAMES.index("previous_token")].max() > 0.5
-
-
-class Backwards:
-    """A cluster whose last job is done first; jobs and results are pickled."""
-
-    n_workers = 2
-    memory_limit = 2**30
-
-    def __init__(self) -> None:
-        self.n_jobs = 0
-
-    def map(self, function: Any, jobs: Sequence[Any], *, label: str) -> Iterator[tuple[int, Any]]:
-        self.n_jobs += len(jobs)
-        for number in reversed(range(len(jobs))):
-            called, job = pickle.loads(pickle.dumps((function, jobs[number])))  # noqa: S301 - our own
-            yield number, pickle.loads(pickle.dumps(called(job)))  # noqa: S301 - our own
 
 
 def test_a_cluster_gives_the_same_to_the_bit(tmp_path: Path) -> None:
