@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 import residua
 from residua.store.base.errors import CaptureError
-from residua.store.read.verify import verify
+from residua.store.verification.verify import verify
 from tests.distributed.checks.jobs import BOUND, Load, sharded
 from tests.distributed.layouts.case import relative_error
 from tests.distributed.layouts.single_process import vector

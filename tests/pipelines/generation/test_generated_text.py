@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 import residua
 from residua.pipelines.generation.prompts import seed_of, units_of
 from residua.store.base.errors import DatasetError, PlanError
-from residua.store.read.verify import verify
+from residua.store.verification.verify import verify
 from tests.capture.leaking_models import LEAKING
 from tests.models.tiny import LONGEST, TINY, VOCABULARY
 from tests.pipelines.dataset_samples import TEMPLATE, make_tokenizer
