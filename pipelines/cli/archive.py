@@ -87,9 +87,14 @@ def add(commands: Any) -> None:
     add_sample_flags(fidelity, batches=16)
     add_parallel_flags(fidelity)
     text = "list the sites of a model"
-    description = "List the sites that a model has, with shape and data type of a row. No weights are loaded."
+    description = (
+        "List the sites that a model has, with shape and data type of a row. No weights are loaded, unless --weights "
+        "is given: then the model runs on a few tokens, which finds the sites that a capture finds."
+    )
     sites = add_command(commands, "sites", _sites, text, description)
     sites.add_argument("--model", required=True, help=MODEL_HELP)
+    text = "load the weights, and find sites by running the model (default: read the configuration only)"
+    sites.add_argument("--weights", action="store_true", help=text)
 
 
 def _add_addresses(commands: Any) -> None:
@@ -477,9 +482,10 @@ def _sites(options: argparse.Namespace) -> int:
     from residua.capture.sites.architectures import family_of
     from residua.capture.sites.names_to_modules import model_sites
     from residua.capture.sites.stacks import is_encoder_decoder
-    from residua.pipelines.setup.models import load_empty_model
+    from residua.pipelines.setup.models import load_empty_model, load_model
+    from residua.pipelines.setup.settings import CaptureSettings
 
-    model = load_empty_model(options.model)
+    model = load_model(options.model, CaptureSettings()) if options.weights else load_empty_model(options.model)
     sites = model_sites(model)
     if options.json:
         print_json({name: {"row_shape": info.row_shape, "dtype": info.dtype} for name, info in sites.items()})
@@ -495,14 +501,9 @@ def _sites(options: argparse.Namespace) -> int:
     ]
     print(f"{options.model}: {len(rows)} sites, and module:PATH@output or module:PATH@input for any other module")
     print(table([("site", "row", "dtype", "read from"), *rows]))
-    if is_encoder_decoder(model):
+    if not options.weights and (is_encoder_decoder(model) or family_of(model.config) is None):
         print(
-            f"note: {model.config.model_type} has an encoder and a decoder, whose sites are found by running it with "
-            "its weights: residua.model_sites(model) of the loaded model lists them"
-        )
-    elif family_of(model.config) is None:
-        print(
-            f"note: {model.config.model_type} is not in the table of architectures, and its weights were not loaded: "
-            "a capture looks for attn_out, resid_mid, mlp_act and mlp_out too, by running the model"
+            f"note: {model.config.model_type} is not in the table of architectures, and its weights were not loaded: a "
+            "capture finds more sites by running the model. --weights lists them"
         )
     return 0

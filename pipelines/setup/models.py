@@ -203,7 +203,13 @@ def _config_and_class(name: str, revision: str | None) -> tuple[PreTrainedConfig
         config = AutoConfig.from_pretrained(name, revision=revision)
     except (OSError, ValueError) as error:
         raise _not_loaded(name, error) from error
-    wanted = (config.architectures or [""])[0]
+    if not config.architectures:
+        raise PlanError(
+            f"the configuration of {named('model', name)} names no class of transformers ('architectures' is "
+            "empty), so which model it is of is not clear: add it, or load the model yourself and pass it to "
+            "residua.capture_dataset"
+        )
+    wanted = config.architectures[0]
     kind = getattr(transformers, wanted, None)
     if not (isinstance(kind, type) and issubclass(kind, PreTrainedModel)):
         raise PlanError(

@@ -5,20 +5,23 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+import transformers as hf
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import residua
 from residua.pipelines.cli.main import main
 from residua.pipelines.setup.settings import CaptureSettings
 from residua.store.read.archive import Archive
 from tests.models.tiny import ODD
+from tests.models.tiny_pairs import TINY_PAIRS
+from tests.models.tiny_vision import VISION
 from tests.pipelines.forking import ENVIRONMENT
 from tests.ragged import MODEL, capture_words, write_dataset
 from tests.stopped import take_back
@@ -157,7 +160,28 @@ def test_sites_of_an_architecture_that_is_not_in_the_table(capsys: pytest.Captur
     printed = capsys.readouterr().out
     assert "resid_post.2" in printed
     assert "olmo2" in printed
-    assert "attn_out" in printed
+    assert "--weights" in printed
+
+
+@pytest.mark.parametrize("make", [ODD["olmo2"], TINY_PAIRS["t5"], VISION["vit"]])
+def test_weights_show_the_sites_that_the_loaded_model_has(
+    make: Callable[[], PreTrainedModel], capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    model = make()
+    model.save_pretrained(tmp_path)
+    found = answer(capsys, "sites", "--model", tmp_path, "--weights")
+    assert list(found) == list(residua.model_sites(model))
+    assert any("attn_out.1" in name for name in found)
+    assert main(["sites", "--model", str(tmp_path), "--weights"]) == 0
+    assert "note:" not in capsys.readouterr().out
+
+
+def test_a_configuration_without_a_class_says_so(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    hf.LlamaConfig().save_pretrained(tmp_path)
+    assert main(["sites", "--model", str(tmp_path)]) == 2
+    said = capsys.readouterr().err
+    assert str(tmp_path) in said
+    assert "architectures" in said
 
 
 @pytest.mark.parametrize(
