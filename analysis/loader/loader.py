@@ -100,7 +100,7 @@ class Loader(IterableDataset[Batch]):
         where: Which rows, for example ``position > 0 and label == "code"``; see `residua.store.selection`.
         columns: Further values of a batch: ``token``, ``position``, ``example``, those of images (``modality``,
             ``image``, ``view``, ``patch_row``, ``patch_column``), and numeric columns of the example table. Those of
-            rows are kept in memory, 4 bytes a row.
+            rows are kept in memory, 4 bytes a row, and those with a value a token 8.
         epochs: Epochs of one iteration, each in an order of its own; None for batches without end.
         normalise: ``mean_norm``: scale a site so that the mean norm of its rows is the square root of their width, as
             Anthropic and SAELens do; ``standardise``: every channel to mean 0 and variance 1; ``whiten``: rows to mean
@@ -190,7 +190,7 @@ class Loader(IterableDataset[Batch]):
         names = ("row", *dict.fromkeys(columns))
         if set(names) & set(self.sites):
             raise AnalysisError(f"{sorted(set(names) & set(self.sites))} cannot be both site and column of a batch")
-        self._columns = lookups(archive, names[1:])
+        self._columns = lookups(archive, names[1:], self._chosen.rows)
         self.normalisation = self.constants(normalise) if isinstance(normalise, str) else dict(normalise or {})
         if self.normalisation and (lacking := set(self.sites) - set(self.normalisation)):
             raise AnalysisError(f"normalise= has no constants for {few(sorted(lacking))}: give those of all sites")

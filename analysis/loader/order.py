@@ -154,6 +154,10 @@ class ChosenRows:
             return bool(self.n_rows and other.n_rows)
         return any((bits & other._bits[shard]).any() for shard, bits in self._bits.items())
 
+    def rows(self) -> Iterator[Numbers | range]:
+        """Yield the numbers of all chosen rows, in pieces."""
+        return self.of_slices(np.arange(len(self.counts)), np.zeros_like(self.counts), self.counts)
+
     def of_slices(self, block: Numbers, first: Numbers, last: Numbers) -> Iterator[Numbers | range]:
         """Yield the row numbers of slices of blocks: in each `block` the chosen rows from `first` to before `last`.
 

@@ -28,10 +28,10 @@ from residua.analysis.rows.columns import examples_of, positions_of, row_numbers
 from residua.analysis.rows.held_out import held_out
 from residua.store.base.errors import AnalysisError, DamagedArchiveError, few
 from residua.store.base.naming import named
+from residua.store.examples.token_values import is_list, token_values
 from residua.store.format.row_columns import IMAGE_COLUMNS, MODALITIES
 from residua.store.read.archive import Archive
 from residua.store.selection.row_filter import RowFilter
-from residua.store.selection.token_values import is_list, token_values
 
 Task: TypeAlias = Literal["classification", "regression"]
 Values: TypeAlias = npt.NDArray[Any]

@@ -1,6 +1,6 @@
 """Numbers that belong to a row: token, position, example, its place in an image, and numeric columns of examples."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any, TypeAlias, TypeVar
 
@@ -10,6 +10,9 @@ import pyarrow as pa
 
 from residua.analysis.rows.blocks import blocks
 from residua.store.base.errors import AnalysisError, DamagedArchiveError, DatasetError
+from residua.store.examples.annotate import ROW
+from residua.store.examples.index import OWN_COLUMNS
+from residua.store.examples.token_values import TokenValues, is_list, token_values
 from residua.store.read.archive import Archive
 from residua.store.read.reader import Array
 
@@ -73,27 +76,109 @@ def _checked(archive: Archive, name: str, rows: Numbers, values: Integers, end: 
     return values
 
 
-def lookups(archive: Archive, names: Iterable[str]) -> Mapping[str, Lookup]:
-    """Return, for each of the columns `names`, a function from row numbers, in any order, to values, (rows,).
+class ExampleColumns:
+    """Columns of the example table for rows: the value of each row's example, as it is stored.
 
-    Columns of rows (`token`, `position`, and those of images) are held in memory, 1 or 4 bytes a row; the others take
-    memory for each example.
+    A column of a side table with a line for each row has the value of the row.
+
+    Args:
+        archive: The archive.
+        names: The columns.
 
     Raises:
-        AnalysisError: There is no such column, or it does not hold numbers.
+        DatasetError: There is no such column.
     """
-    return {name: _lookup(archive, name) for name in names}
+
+    def __init__(self, archive: Archive, names: Sequence[str]) -> None:
+        self._archive = archive
+        self._examples: pa.Table | None = None
+        self._by_token: dict[str, TokenValues] = {}
+        if names:
+            table = archive.example_table
+            self._examples = found = table.table(names)
+            of_rows = {name for side in archive.side_tables if side.key == ROW for name in side.columns}
+            n_tokens = table.index().n_tokens
+            for name in of_rows & set(names):
+                self._by_token[name] = token_values(name, found[name], n_tokens)
+
+    def __call__(self, rows: Numbers) -> dict[str, pa.Array]:
+        """Return the values of `rows`, which may come in any order, by column.
+
+        Raises:
+            DamagedArchiveError: A row names an example, or a position, that is not there.
+        """
+        if self._examples is None:
+            return {}
+        archive = self._archive
+        example, position = (
+            np.asarray(column.numpy(rows), np.int64) for column in (archive.rows.example, archive.rows.position)
+        )
+        examples = checked_examples(archive, rows, example)
+        taken = self._examples.select([name for name in self._examples.column_names if name not in self._by_token])
+        found = dict(zip(taken.column_names, taken.take(pa.array(examples)), strict=True))
+        for name, (values, starts) in self._by_token.items():
+            tokens = starts[examples] + position
+            if (tokens >= starts[examples + 1]).any():
+                raise DamagedArchiveError(
+                    f"{archive.place}/rows/position has positions beyond the end of their example"
+                )
+            found[name] = values.take(pa.array(tokens))
+        return {name: found[name].combine_chunks() for name in self._examples.column_names}
 
 
-def _lookup(archive: Archive, name: str) -> Lookup:
+def lookups(
+    archive: Archive, names: Iterable[str], chosen: Callable[[], Iterable["Numbers | range"]]
+) -> Mapping[str, Lookup]:
+    """Return, for each of the columns `names`, a function from row numbers, in any order, to values, (rows,).
+
+    Columns of rows (`token`, `position`, and those of images) are held in memory, 1 or 4 bytes a row; columns with a
+    value a token take 8 bytes a row, and the others memory for each example.
+
+    Args:
+        archive: The archive.
+        names: The columns.
+        chosen: Yields the rows that will be asked for, in pieces; a column may be null elsewhere.
+
+    Raises:
+        AnalysisError: There is no such column, it does not hold numbers, or it is null for a chosen row.
+    """
+    return {name: _lookup(archive, name, chosen) for name in names}
+
+
+def _lookup(archive: Archive, name: str, chosen: Callable[[], Iterable["Numbers | range"]]) -> Lookup:
+    index = archive.example_table.index()
     if name in archive.plan.row_columns and name != "example":
         stored = getattr(archive.rows, name)
         values = np.zeros(stored.shape, stored.dtype)
         for start, stop in blocks(archive):
             values[start:stop] = stored[start:stop]
         return partial(_by_row, values)
-    first_row = archive.example_table.index().first_row
-    return partial(_by_example, first_row, None if name == "example" else _column(archive, name))
+    if name == "example":
+        return partial(_by_example, index.first_row, None)
+    column = _column(archive, name)
+    take: Callable[[Array, Numbers], Array] = partial(_by_example, index.first_row)
+    if is_list(column.type) and name not in OWN_COLUMNS:
+        tokens, first_token = token_values(name, column, index.n_tokens)
+        kept = archive.example_table.table(["positions"])["positions"].combine_chunks().flatten().to_numpy()
+        column, take = tokens.take(pa.array(np.repeat(first_token[:-1], index.n_rows) + kept)), _by_row
+    if not _is_numeric(column.type):
+        raise AnalysisError(
+            f"batches cannot have the column {name!r}, which holds {column.type}, because batches are tensors: ask for "
+            "'example' and look up the value by that number"
+        )
+    if column.null_count:
+        is_null = np.asarray(column.is_null().to_numpy())
+        if n_null := sum(int(take(is_null, np.asarray(rows, np.int64)).sum()) for rows in chosen()):
+            raise AnalysisError(
+                f"batches cannot have the column {name!r}, which is null for {n_null:,} of the chosen rows: choose "
+                f"only rows that have a value (where='{name} != null'), or look up the value by 'example'"
+            )
+        column = column.fill_null(False if pa.types.is_boolean(column.type) else 0)
+    return partial(take, column.to_numpy())
+
+
+def _is_numeric(kind: pa.DataType) -> bool:
+    return bool(pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_boolean(kind))
 
 
 def _by_row(values: Array, rows: Numbers) -> Array:
@@ -106,23 +191,10 @@ def _by_example(first_row: Numbers, values: Array | None, rows: Numbers) -> Arra
     return examples if values is None else values[examples]
 
 
-def _column(archive: Archive, name: str) -> Array:
+def _column(archive: Archive, name: str) -> pa.ChunkedArray:
     try:
-        column = archive.example_table.table([name])[name]
+        return archive.example_table.table([name])[name]
     except DatasetError as error:
         raise AnalysisError(
             f"batches cannot have a column {name!r}: rows have {', '.join(archive.plan.row_columns)}, and {error}"
         ) from error
-    types = pa.types
-    if not (types.is_integer(column.type) or types.is_floating(column.type) or types.is_boolean(column.type)):
-        raise AnalysisError(
-            f"batches cannot have the column {name!r}, which holds {column.type}, because batches are tensors: ask for "
-            "'example' and look up the value by that number"
-        )
-    if column.null_count:
-        raise AnalysisError(
-            f"batches cannot have the column {name!r}, which is null for {column.null_count:,} examples: choose only "
-            f"rows that have a value (where='{name} != null'), or look up the value by 'example'"
-        )
-    values: Array = column.to_numpy()
-    return values

@@ -9,7 +9,7 @@ import pyarrow as pa
 from tokenizers import Tokenizer
 
 from residua.analysis.rows.blocks import blocks
-from residua.analysis.rows.columns import checked_examples
+from residua.analysis.rows.columns import ExampleColumns
 from residua.store.base.errors import AnalysisError
 from residua.store.examples.index import NO_TOKEN
 from residua.store.read.archive import Archive
@@ -110,7 +110,7 @@ class _Columns:
                     f"{', '.join(own)}; columns=[...] selects those of the examples, which are {names}."
                 )
             known.add(name)
-        self._examples = archive.example_table.table(names) if names else None
+        self._of_examples = ExampleColumns(archive, names)
 
     def __call__(self, rows: Numbers) -> pa.RecordBatch:
         """Return the columns of `rows`."""
@@ -120,9 +120,7 @@ class _Columns:
         found |= {"position": pa.array(archive.rows.position[rows]), "token": pa.array(token)}
         if archive.tokenizer is not None:
             found["token_text"] = _texts(archive, archive.tokenizer, rows, token)
-        if self._examples is not None:
-            taken = self._examples.take(pa.array(checked_examples(archive, rows, example)))
-            found |= {name: taken[name].combine_chunks() for name in taken.column_names}
+        found |= self._of_examples(rows)
         found |= {site: _lists(archive[site][rows]) for site in self._sites}
         return pa.RecordBatch.from_pydict(found)
 

@@ -9,7 +9,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from residua.analysis.rows.blocks import Block, blocks
-from residua.analysis.rows.columns import examples_of
+from residua.analysis.rows.columns import ExampleColumns, examples_of
 from residua.analysis.rows.site_rows import pieces, runs
 from residua.analysis.stats.directions import full_row
 from residua.analysis.support.cluster import Cluster, or_inline
@@ -57,6 +57,7 @@ def top(
     bottom: bool = False,
     per_example: bool = False,
     where: str | None = None,
+    columns: Sequence[str] = (),
     cluster: Cluster | None = None,
     task_rows: int = 2**18,
 ) -> pa.Table:
@@ -76,16 +77,18 @@ def top(
         bottom: Find the smallest dot products instead.
         per_example: Take at most one row of an example, its best.
         where: Use only these rows, for example ``position > 0``.
+        columns: Columns of the examples, or of side tables, to add to the table.
         cluster: Where to compute; by default in this process.
         task_rows: Fewest rows that a task reads.
 
     Returns:
         A table, the best first (of equal scores the lower row): score float64; row, example, position and token int64;
-        text (the token between « and » in its context; null if the archive has no tokenizer).
+        text (the token between « and » in its context; null if the archive has no tokenizer); then `columns`.
 
     Raises:
         UnknownSiteError: `site` names no stored site.
         AnalysisError: Direction, channel or head does not fit the site, or no row has a score.
+        DatasetError: The examples have no such column.
         PlanError: Finite values of the site were lost when it was stored.
     """
     archive = open_archive(archive).of_sites(site)
@@ -93,6 +96,7 @@ def top(
     archive.refuse_losses([name], "a search for the best rows")
     if k < 1:
         raise AnalysisError(f"the best {k} rows were asked for: ask for at least 1")
+    more = ExampleColumns(archive, columns)
     wanted = full_row(archive, name, direction=direction, channel=channel, head=head) * (-1 if bottom else 1)
     jobs = [
         _Job(location(archive), name, run, wanted, k, per_example, where)
@@ -105,7 +109,10 @@ def top(
         raise AnalysisError(
             f"{name} has no row with a score: no row is captured, the filter selects none, or all scores are NaN"
         )
-    return _described(archive, best, sign=-1 if bottom else 1)
+    found = _described(archive, best, sign=-1 if bottom else 1)
+    for column, values in more(best.rows).items():
+        found = found.append_column(column, values)
+    return found
 
 
 def _one_site(archive: Archive, site: str) -> str:

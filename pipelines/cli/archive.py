@@ -19,6 +19,7 @@ from residua.pipelines.cli.options import (
     add_flag,
     add_parallel_flags,
     add_sample_flags,
+    add_switch,
     cluster_of,
     is_first_process,
     run_sample,
@@ -30,6 +31,7 @@ from residua.store.base.errors import PlanError
 from residua.store.storage.address import is_remote
 
 if TYPE_CHECKING:
+    from residua.store.examples.side_tables import SideTable
     from residua.store.read.archive import Archive
     from residua.store.read.summary import SiteSummary, Summary
     from residua.store.sharing.copied import Copied
@@ -69,6 +71,7 @@ def add(commands: Any) -> None:
     add_archive(pack)
     pack.add_argument("--for", dest="purpose", choices=("hub",), help="write an archive with large shards")
     pack.add_argument("--out", metavar="FOLDER", help="with --for: folder of the new archive")
+    _add_annotate(commands)
     _add_copies(commands)
     _add_addresses(commands)
     text = "run a sample of an archive again and compare every row"
@@ -95,6 +98,24 @@ def add(commands: Any) -> None:
     sites.add_argument("--model", required=True, help=MODEL_HELP)
     text = "load the weights, and find sites by running the model (default: read the configuration only)"
     sites.add_argument("--weights", action="store_true", help=text)
+
+
+def _add_annotate(commands: Any) -> None:
+    text = "keep labels that came later beside an archive"
+    description = (
+        "Keep the columns of a file in a side table of an archive, where conditions, probes, top and the loader use "
+        "them like columns of the dataset. No file of the capture changes. Without a file: list the side tables."
+    )
+    parser = add_command(commands, "annotate", _annotate, text, description)
+    add_archive(parser)
+    parser.add_argument("file", nargs="?", help="the file: .csv, .parquet or .jsonl, with a line an example or row")
+    text = "column by which lines are matched: example, row, or a column of the examples such as source_index"
+    add_flag(parser, "--key", text, "example", metavar="COLUMN")
+    add_flag(parser, "--name", "name of the side table (default: that of the file)")
+    add_flag(parser, "--columns", "columns of the file to keep, comma separated (default: all)", metavar="NAMES")
+    add_switch(parser, "--replace", "replace the side table of that name")
+    add_switch(parser, "--allow-unmatched", "leave out lines that match nothing")
+    add_flag(parser, "--remove", "remove the side table of this name", metavar="NAME")
 
 
 def _add_addresses(commands: Any) -> None:
@@ -243,6 +264,8 @@ def _print_info(summary: "Summary") -> None:
     print(f"{summary.path}  ({state})")
     print(f"  {total:,} rows, {summary.n_examples:,} examples, {summary.n_tokens:,} tokens")
     print(f"  columns of the examples: {', '.join(map(printable, summary.columns)) or 'none'}")
+    for name, columns in summary.side_tables.items():
+        print(f"  of these, from the side table {name}: {', '.join(map(printable, columns))}")
     shards = f"{summary.shards}" if summary.sealed else f"{summary.shards} of {summary.total_shards or '?'}"
     word = "shard" if shards == "1" else "shards"
     print(f"  {shards} {word} of {summary.rows_per_shard:,} rows, plan {summary.digest[:12]}")
@@ -507,3 +530,39 @@ def _sites(options: argparse.Namespace) -> int:
             "capture finds more sites by running the model. --weights lists them"
         )
     return 0
+
+
+def _annotate(options: argparse.Namespace) -> int:
+    from residua.store.read.stacks import open_archive
+
+    archive = open_archive(options.archive)
+    if options.file is not None and options.remove is not None:
+        raise PlanError(f"{options.file} was to be added, and {options.remove} to be removed: run one after the other")
+    if options.remove is not None:
+        archive.remove_annotations(options.remove)
+    if options.file is not None:
+        added = archive.annotate(
+            options.file,
+            key=options.key,
+            name=options.name or Path(options.file).stem,
+            columns=options.columns.split(",") if options.columns else None,
+            replace=options.replace,
+            allow_unmatched=options.allow_unmatched,
+        )
+        _print_side_tables(options, [added])
+        return 0
+    _print_side_tables(options, archive.side_tables)
+    return 0
+
+
+def _print_side_tables(options: argparse.Namespace, tables: "tuple[SideTable, ...] | list[SideTable]") -> None:
+    if options.json:
+        print_json({"side_tables": [{**each.to_json(), "digest": each.digest} for each in tables]})
+        return
+    for each in tables:
+        columns = ", ".join(f"{name} ({kind})" for name, kind in each.columns.items())
+        print(f"{each.name}, by {printable(each.key)}: {printable(columns)}")
+        for note in each.notes:
+            print(f"note: {printable(note)}")
+    if not tables:
+        print("no side tables")

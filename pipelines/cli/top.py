@@ -13,7 +13,7 @@ from residua.pipelines.cli.options import (
     add_switch,
     cluster_of,
 )
-from residua.pipelines.cli.report import print_json, table
+from residua.pipelines.cli.report import print_json, printable, table
 
 
 def add(commands: Any) -> None:
@@ -32,6 +32,8 @@ def add(commands: Any) -> None:
     add_switch(parser, "--bottom", "show the rows furthest in the opposite direction")
     add_switch(parser, "--per-example", "show at most one row of an example")
     add_flag(parser, "--where", WHERE_HELP)
+    text = "columns of the examples, or of side tables, to show too, comma separated"
+    add_flag(parser, "--columns", text, metavar="NAMES")
     add_flag(parser, "--out", "also write the table to this Parquet file", dest="file", metavar="FILE")
     add_cluster_flags(parser)
 
@@ -47,6 +49,7 @@ def _top(options: argparse.Namespace) -> int:
     archive = open_archive(options.archive)
     file = None if options.file is None else try_place(Path(options.file), is_file=True).path
     direction = None if options.direction is None else read_direction(options.direction)
+    columns = options.columns.split(",") if options.columns else []
     with cluster_of(options, reads_once=True) as cluster:
         found = top(
             archive,
@@ -58,6 +61,7 @@ def _top(options: argparse.Namespace) -> int:
             bottom=options.bottom,
             per_example=options.per_example,
             where=options.where,
+            columns=columns,
             cluster=cluster,
         )
     if file is not None:
@@ -66,10 +70,15 @@ def _top(options: argparse.Namespace) -> int:
         print_json({"site": options.site, "rows": found.to_pylist(), "file": options.file})
         return 0
     lines = [
-        (f"{line['score']:.4g}", *(f"{line[name]:,}" for name in ("row", "example", "position")), _one_line(line))
+        (
+            f"{line['score']:.4g}",
+            *(f"{line[name]:,}" for name in ("row", "example", "position")),
+            *(printable(line[name]) for name in columns),
+            _one_line(line),
+        )
         for line in found.to_pylist()
     ]
-    print(table([("score", "row", "example", "position", "text"), *lines], (0, 1, 2, 3)))
+    print(table([("score", "row", "example", "position", *columns, "text"), *lines], (0, 1, 2, 3)))
     if options.file:
         print(f"table     {options.file}")
     return 0

@@ -34,6 +34,8 @@ from residua.store.encoding.shard import (
     shard_rows,
 )
 from residua.store.encoding.spec import ArraySpec
+from residua.store.examples.side_tables import FOLDER as SIDE_FOLDER
+from residua.store.examples.side_tables import SIDE_TABLES
 from residua.store.format.archive_metadata import SIDECAR_FOLDERS, is_archive, read_metadata
 from residua.store.format.commits import Commit, ShardFile, committed_shards, publish_commit
 from residua.store.format.create import create_archive, workspace
@@ -118,6 +120,9 @@ def _create(source: Archive, out: Path, plan: Plan) -> None:
                 source.side_file(name)  # compares its digest
                 (folder / name).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(source.path / name, folder / name)
+        if source.side_tables:
+            shutil.copyfile(source.path / SIDE_TABLES, folder / SIDE_TABLES)
+            shutil.copytree(source.path / SIDE_FOLDER, folder / SIDE_FOLDER)
         found = source.provenance.get("notes")
         notes: list[Any] = found if isinstance(found, list) else []
         of = f"these rows were copied into larger shards from the archive of plan {source.plan.digest[:12]}"

@@ -51,25 +51,34 @@ _READER_ERRORS = (
 )
 
 
-@dataclass(frozen=True, eq=False)
-class Part:
-    """The footer of a part, and its columns of counts.
+@dataclass(frozen=True, eq=False, kw_only=True)
+class PartFile:
+    """The footer of a Parquet file with a line for each example.
 
     Attributes:
         path: The file.
         groups: Its row groups, as the footer announces them.
-        group_starts: First example of each row group, counted in this part, then their number, int64.
         schema: Arrow schema of the file.
+    """
+
+    path: Path
+    groups: Sequence[RowGroup]
+    schema: pa.Schema
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Part(PartFile):
+    """The footer of a part of the example table, and its columns of counts.
+
+    Attributes:
+        group_starts: First example of each row group, counted in this part, then their number, int64.
         digest: Digest of the table up to and including this part, as the file has it.
         first_row: First row of each example, int64.
         n_rows: Rows of each example, int32.
         n_tokens: Tokens of each example, int32.
     """
 
-    path: Path
-    groups: Sequence[RowGroup]
     group_starts: LongArray
-    schema: pa.Schema
     digest: str
     first_row: LongArray
     n_rows: IntArray
@@ -152,11 +161,8 @@ def read_parts(folder: Path) -> list[Part]:
 def _read_part(path: Path) -> Part:
     check_file(path.parents[1], path, SIDECAR_FOLDERS["examples"])
     with naming(path):
-        with _mapped(path) as data:
-            groups = read_footer(data)
+        groups = _read_groups(path)
         n_examples = [group.n_rows for group in groups]
-        _refuse(path, [size_problem("examples of a row group", n, MAX_PART_EXAMPLES) for n in n_examples])
-        _refuse(path, [size_problem("examples", sum(n_examples), MAX_PART_EXAMPLES)])
         chunks = _check_pages(path, groups, _COUNTS)
         _refuse(
             path, [size_problem(f"values of {chunk.column}", chunk.n_values, MAX_PART_EXAMPLES) for chunk in chunks]
@@ -177,6 +183,29 @@ def _read_part(path: Path) -> Part:
             n_rows=n_rows,
             n_tokens=n_tokens,
         )
+
+
+def read_part_file(root: Path, path: Path) -> PartFile:
+    """Read the footer of a file of the archive `root` that has a line for each example of a part.
+
+    Raises:
+        DamagedArchiveError: The file is missing or unreadable.
+        UnsafeArchiveError: It is larger than any that Residua writes, or outside the archive.
+    """
+    check_file(root, path, SIDECAR_FOLDERS["examples"])
+    with naming(path):
+        groups = _read_groups(path)
+        with _opened(path) as file:
+            return PartFile(path=path, groups=groups, schema=file.schema_arrow)
+
+
+def _read_groups(path: Path) -> list[RowGroup]:
+    with _mapped(path) as data:
+        groups = read_footer(data)
+    n_examples = [group.n_rows for group in groups]
+    _refuse(path, [size_problem("examples of a row group", n, MAX_PART_EXAMPLES) for n in n_examples])
+    _refuse(path, [size_problem("examples", sum(n_examples), MAX_PART_EXAMPLES)])
+    return groups
 
 
 def _check_schema(path: Path, schema: pa.Schema) -> None:
@@ -243,7 +272,7 @@ def _flat(path: Path, column: Any, counts: IntArray) -> IntArray:
     return flat
 
 
-def read_columns(part: Part, names: Sequence[str]) -> pa.Table:
+def read_columns(part: PartFile, names: Sequence[str]) -> pa.Table:
     """Read the columns `names`, as far as the part has them; raises as `read_parts` does."""
     wanted = [name for name in names if name in part.schema.names]
     with naming(part.path):

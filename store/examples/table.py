@@ -5,7 +5,7 @@ Nothing in the files is trusted; `residua.store.examples.part` has the checks. A
 
 import hashlib
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 
@@ -15,6 +15,7 @@ import pyarrow as pa
 from residua.store.base.errors import DamagedArchiveError, DatasetError, UnsafeArchiveError
 from residua.store.examples.index import OWN_COLUMNS, ExampleIndex, IntArray, add_to_digest, starts
 from residua.store.examples.part import Group, Part, naming, read_columns, read_group, read_images, read_parts
+from residua.store.examples.side_tables import SideColumns
 from residua.store.format.archive_metadata import file_digest
 
 
@@ -25,19 +26,28 @@ class ExampleTable:
         folder: The folder with the parts.
         cached_groups: Row groups kept decoded; each has about a quarter of a million token ids and positions.
         digests: SHA-256 of parts by file name. A part is compared before anything but its lengths is used.
+        side: Returns the side tables of these examples; called when their columns are asked for.
 
     Raises:
         DamagedArchiveError: The folder or a part is missing or unreadable.
         UnsafeArchiveError: A part has contents that Residua never writes.
     """
 
-    def __init__(self, folder: Path, *, cached_groups: int = 4, digests: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        cached_groups: int = 4,
+        digests: Mapping[str, str] | None = None,
+        side: Callable[[ExampleIndex], Sequence[SideColumns]] = lambda _: (),
+    ) -> None:
         self._folder = folder
         self._cached_groups = cached_groups
         self._cache: OrderedDict[tuple[int, int], Group] = OrderedDict()
         self._unchecked = dict(digests or {})
         self._columns: dict[tuple[int, str], pa.ListArray] = {}
         self._parts = read_parts(folder)
+        self._side = side
 
     def __len__(self) -> int:
         """Return the number of examples."""
@@ -110,11 +120,11 @@ class ExampleTable:
         Raises:
             DatasetError: There is no such column.
         """
-        known = [*OWN_COLUMNS, *self.column_types()]
-        missing = [name for name in columns or () if name not in known]
-        if missing:
-            raise DatasetError(f"the examples have no column {missing[0]!r}; they have {', '.join(known)}")
-        wanted = known if columns is None else list(columns)
+        wanted = [*OWN_COLUMNS, *self.column_types()] if columns is None else list(columns)
+        if not self._own_names.issuperset(wanted):  # else side tables need not be read
+            known = [*OWN_COLUMNS, *self.column_types()]
+            if missing := [name for name in wanted if name not in known]:
+                raise DatasetError(f"the examples have no column {missing[0]!r}; they have {', '.join(known)}")
         tables = list(self.parts(wanted))
         if not tables:
             return pa.schema([(name, OWN_COLUMNS[name]) for name in wanted]).empty_table()
@@ -123,18 +133,44 @@ class ExampleTable:
             return joined.replace_schema_metadata(None)
 
     def parts(self, columns: Sequence[str]) -> Iterator[pa.Table]:
-        """Yield the examples part by part, with those of `columns` that the part has."""
-        for part in self._parts:
+        """Yield the examples part by part, with those of `columns` that the part, or a side table, has."""
+        rest = [name for name in columns if name not in self._own_names]
+        for i, part in enumerate(self._parts):
             self._check(part)
-            yield read_columns(part, columns)
+            table = read_columns(part, columns)
+            for side in self.side if rest else ():
+                found = side.read(i, [name for name in rest if name in side.types])
+                for name in found.column_names:
+                    table = table.append_column(name, found[name])
+            yield table
+
+    @cached_property
+    def _own_names(self) -> frozenset[str]:
+        """Names of the columns that are not of a side table."""
+        return frozenset(OWN_COLUMNS).union(*(part.schema.names for part in self._parts))
+
+    @cached_property
+    def side(self) -> Sequence[SideColumns]:
+        """The side tables.
+
+        Raises:
+            DamagedArchiveError: What names them is not what was written.
+            UnsafeArchiveError: It names something that Residua does not write, or a column that the examples have.
+        """
+        found = self._side(self.index())
+        if again := [name for side in found for name in side.types if name in self._own_names]:
+            raise UnsafeArchiveError(f"{self._folder}: a side table has the column {again[0]!r}, as the examples do")
+        return found
 
     def column_types(self) -> dict[str, pa.DataType]:
-        """Return the Arrow types of the user's own columns; null for one without any value."""
+        """Return the Arrow types of the user's own columns and of side tables; null for one without any value."""
         types: dict[str, pa.DataType] = {}
         for part in self._parts:
             for field in part.schema:
                 if pa.types.is_null(types.get(field.name, pa.null())):
                     types[field.name] = field.type
+        for side in self.side:
+            types |= side.types
         return {name: kind for name, kind in types.items() if name not in OWN_COLUMNS}
 
     def require(self, *, n_rows: int | None, digest: object) -> None:

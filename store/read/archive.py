@@ -1,7 +1,7 @@
 """An archive opened for reading: sites, rows, examples, progress and provenance. Needs no torch and no model."""
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property, partial
 from os import PathLike
 from pathlib import Path, PurePosixPath
@@ -21,8 +21,16 @@ from residua.store.base.errors import (
     few,
 )
 from residua.store.encoding.spec import ArraySpec
-from residua.store.examples.index import NO_TOKEN
+from residua.store.examples.annotate import annotate, remove_annotations
+from residua.store.examples.index import NO_TOKEN, ExampleIndex
 from residua.store.examples.schedule import Schedule
+from residua.store.examples.side_tables import (
+    MAX_SIDE_TABLES_BYTES,
+    SIDE_TABLES,
+    SideColumns,
+    SideTable,
+    read_side_tables,
+)
 from residua.store.examples.table import ExampleTable
 from residua.store.format.archive_metadata import SIDECAR_FOLDERS, read_metadata, read_sidecar
 from residua.store.format.array_metadata import check_arrays
@@ -95,6 +103,7 @@ class Archive(Mapping[str, ArchiveArray]):
         self.path = Path(path)
         self._check: Check = check
         self._threads = threads
+        self._examples: tuple[tuple[int, ...], ExampleTable] | None = None
         self.metadata = read_metadata(self.path)
         # With an index the root has copies of the arrays' metadata, and no other file is read.
         documents = None if self.metadata.index is None else self.metadata.documents
@@ -314,10 +323,20 @@ class Archive(Mapping[str, ArchiveArray]):
         Raises:
             DamagedArchiveError: A part is missing, or belongs to another archive.
         """
-        return self._example_table
+        state = self._side_state()
+        if self._examples is None or self._examples[0] != state:
+            self._examples = state, self._open_examples()
+        return self._examples[1]
 
-    @cached_property
-    def _example_table(self) -> ExampleTable:
+    def _side_state(self) -> tuple[int, ...]:
+        """Return numbers that change when a side table is written, by any process."""
+        try:
+            found = (self.path / SIDE_TABLES).stat()
+        except OSError:
+            return ()
+        return found.st_ino, found.st_mtime_ns, found.st_size
+
+    def _open_examples(self) -> ExampleTable:
         parts = {name: digest for name, digest in self.metadata.files.items() if name.startswith("examples/")}
         if not isinstance(self.commits, PackedIndex):  # whose files are all in the metadata
             parts |= named_example_files(self.commits)
@@ -327,13 +346,84 @@ class Archive(Mapping[str, ArchiveArray]):
         # Parquet has no checksum of its footer and page headers, where a flipped bit changes numbers.
         digests = {} if self._check == "never" else {Path(name).name: digest for name, digest in parts.items()}
         source = self.metadata.sealed or self.plan.dataset  # neither has it while a user's own loop is open
-        table = ExampleTable(self.path / "examples", digests=digests)
+        table = ExampleTable(self.path / "examples", digests=digests, side=self._side_columns)
         table.require(n_rows=self.metadata.n_rows, digest=source.get("examples", source.get("digest")))
         return table
 
-    @cached_property
+    def _side_columns(self, index: ExampleIndex) -> list[SideColumns]:
+        self.file(SIDE_TABLES, MAX_SIDE_TABLES_BYTES)
+        return [SideColumns(table, self.path, self.file, index) for table in read_side_tables(self.path, index)]
+
+    @property
+    def side_tables(self) -> tuple[SideTable, ...]:
+        """What is known of the side tables: name, key, columns and digest of each; see `annotate`."""
+        return tuple(side.table for side in self.example_table.side)
+
+    def annotate(
+        self,
+        table: Any,
+        *,
+        name: str,
+        key: str = "example",
+        columns: Sequence[str] | None = None,
+        replace: bool = False,
+        allow_unmatched: bool = False,
+    ) -> SideTable:
+        """Keep columns that came later, such as labels of annotators, in a side table beside the examples.
+
+        From then on they are columns of the examples as those of the dataset are: in ``where``, ``columns``, probes and
+        the loader, in this process and in others. No file of the capture changes, the plan included. An example or row
+        without a line has null.
+
+        Args:
+            table: A line for each example or row: a table of pyarrow, pandas or polars, a mapping from columns to
+                values, a list of mappings, or a file (``.csv``, ``.parquet``, ``.jsonl``). Values are texts, numbers,
+                true and false, or lists of these with one value for each token of the example. None and NaN are null.
+            name: Name of the side table; an archive may have several.
+            key: Column of `table` that says to what a line belongs: ``example`` (number of the example), ``row``
+                (number of the row), or a column that the examples have too, such as ``source_index`` (row of the
+                dataset; all windows of it get the values).
+            columns: Columns of `table` to keep; by default all but the key.
+            replace: Whether to replace a side table of that name.
+            allow_unmatched: Whether to leave out lines that match nothing.
+
+        Returns:
+            The side table; its `notes` say how many examples have no line.
+
+        Raises:
+            DatasetError: The key or a column cannot be used, lines match nothing or the same, or the examples have a
+                column of that name.
+            PlanError: There is a side table of that name, or the archive is at an address.
+            NotCapturedError: The number of examples is not known yet.
+            OSError: The archive cannot be written.
+
+        Example:
+            >>> archive.annotate({"example": [0, 1], "toxic": [True, False]}, name="judge")  # doctest: +SKIP
+        """
+        self._require_own_folder()
+        settings: dict[str, Any] = {"replace": replace, "allow_unmatched": allow_unmatched}
+        return annotate(self.path, self.example_table, table, key=key, name=name, columns=columns, **settings)
+
+    def remove_annotations(self, name: str) -> None:
+        """Remove a side table.
+
+        Raises:
+            PlanError: There is none of that name, or the archive is at an address.
+            OSError: The archive cannot be written.
+        """
+        self._require_own_folder()
+        remove_annotations(self.path, self.example_table, name)
+
+    def _require_own_folder(self) -> None:
+        """Raise unless side tables can be kept here."""
+        if self.metadata.n_rows is None:
+            raise NotCapturedError(
+                f"{self.place} is not finished, and how many examples it will have is not known: annotate it when it is"
+            )
+
+    @property
     def examples(self) -> pa.Table:
-        """One line for each example: first_row, n_rows, n_tokens, input_ids, positions, and the user's own columns."""
+        """One line for each example: first_row, n_rows, n_tokens, input_ids, positions, and the other columns."""
         return self.example_table.table()
 
     def example(self, index: int, sites: str | Iterable[str] | None = None) -> dict[str, Array]:

@@ -14,7 +14,7 @@ from typing import Any, TypeAlias
 
 import zarr
 
-from residua.store.base.errors import NotCapturedError, StorageError
+from residua.store.base.errors import NotCapturedError, PlanError, StorageError
 from residua.store.encoding.spec import ArraySpec
 from residua.store.format.archive_metadata import MAX_METADATA_BYTES, ROOT, SIDECAR_FOLDERS, read_metadata
 from residua.store.format.array_metadata import METADATA
@@ -29,7 +29,7 @@ from residua.store.storage.address import scheme_of
 from residua.store.storage.disk_cache import DiskCache
 from residua.store.storage.hub import folder_at
 from residua.store.storage.mirror import Mirror
-from residua.store.storage.objects import ObjectFolder
+from residua.store.storage.objects import DeniedError, ObjectFolder
 
 Cache: TypeAlias = str | PathLike[str] | DiskCache | bool | None
 
@@ -163,6 +163,19 @@ class RemoteArchive(Archive):
             return self._mirror.need(name, most_bytes, sha256)
         except FileNotFoundError:
             return self.path / name
+        except DeniedError:  # S3 answers so for what is not there, unless a caller may list
+            if sha256 is not None:
+                raise
+            return self.path / name
+
+    def _side_state(self) -> tuple[int, ...]:
+        return ()  # what was fetched stays
+
+    def _require_own_folder(self) -> None:
+        raise PlanError(
+            f"a side table is kept in the archive's folder, and {self.place} is at an address: fetch it with residua "
+            "pull, annotate the copy, and push that"
+        )
 
     @property
     def head(self) -> Path:

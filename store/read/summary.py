@@ -68,7 +68,8 @@ class Summary:
         total_shards: Shards of the sealed archive; None while a user's own loop is still open.
         n_examples: Examples.
         n_tokens: Tokens of the examples.
-        columns: Columns of the example table besides its own.
+        columns: Columns of the example table besides its own, those of side tables included.
+        side_tables: Columns of each side table, by its name.
         sealed: Whether every shard is captured.
         finished: Whether the capture was finished once; if it was and the archive is not sealed, shards are lost.
         rows_per_shard: Rows of a shard.
@@ -89,6 +90,7 @@ class Summary:
     n_examples: int
     n_tokens: int
     columns: tuple[str, ...]
+    side_tables: dict[str, tuple[str, ...]]
     sealed: bool
     finished: bool
     rows_per_shard: int
@@ -128,6 +130,7 @@ def summarise(archive: Archive) -> Summary:
         n_examples=index.n_examples,
         n_tokens=index.total_tokens,
         columns=tuple(archive.example_table.column_types()),
+        side_tables={table.name: tuple(table.columns) for table in archive.side_tables},
         sealed=archive.is_sealed,
         finished=archive.was_finished,
         rows_per_shard=archive.plan.rows_per_shard,
@@ -141,10 +144,11 @@ def summarise(archive: Archive) -> Summary:
 
 
 def _notes(archive: Archive) -> tuple[str, ...]:
-    """Return the notes of the provenance, and on lost values, which it has only once the archive is sealed."""
+    """Return the notes of the provenance, of side tables, and on lost values, which are known while it grows."""
     found = archive.provenance.get("notes")
     notes = [note for note in found if isinstance(note, str)] if isinstance(found, list) else []
-    return tuple(dict.fromkeys([*notes, *loss_notes(archive.plan, archive.commits)]))
+    side = [note for table in archive.side_tables for note in table.notes]
+    return tuple(dict.fromkeys([*notes, *loss_notes(archive.plan, archive.commits), *side]))
 
 
 def _site(archive: Archive, name: str, fidelity: SiteFidelity | None) -> SiteSummary:

@@ -15,9 +15,9 @@ import pyarrow.compute as pc
 from residua.store.base.errors import AnalysisError, DatasetError
 from residua.store.examples.index import OWN_COLUMNS
 from residua.store.examples.memory import Examples
+from residua.store.examples.token_values import is_list, token_values
 from residua.store.format.row_columns import MODALITIES
 from residua.store.selection.grammar import At, ColumnIn, Comparison, Condition, Every, Not, Some, Value
-from residua.store.selection.token_values import is_list, token_values
 
 Mask: TypeAlias = npt.NDArray[np.bool_]
 LongArray: TypeAlias = npt.NDArray[np.int64]
@@ -105,10 +105,13 @@ class ColumnAnswers:
 
     Args:
         table: The example table.
+
+    Attributes:
+        table: As given.
     """
 
     def __init__(self, table: Examples) -> None:
-        self._table = table
+        self.table = table
         self._known: dict[object, Answers] = {}
 
     def __call__(self, condition: Comparison | ColumnIn) -> "Answers":
@@ -123,7 +126,7 @@ class ColumnAnswers:
         if key not in self._known:
             name = condition.name
             try:
-                column = self._table.table([name])[name]
+                column = self.table.table([name])[name]
             except DatasetError as error:
                 raise AnalysisError(
                     f"a filter asks for {name!r}, but rows have {', '.join(ROW_NAMES)}, and {error}"
@@ -131,7 +134,7 @@ class ColumnAnswers:
             compare: Any = _compare_column if isinstance(condition, Comparison) else _equals_any
             # Of the table's own lists, `token` is in input_ids, and positions are those of the rows.
             if is_list(column.type) and name not in OWN_COLUMNS:
-                values, starts = token_values(name, column, self._table.index().n_tokens)
+                values, starts = token_values(name, column, self.table.index().n_tokens)
                 self._known[key] = Answers(compare(values, condition), starts)
             else:
                 self._known[key] = Answers(compare(column, condition), None)

@@ -6,7 +6,6 @@ lists has one value for each token of its example; the value of a row is that of
 `residua.store.selection.grammar` has the grammar.
 """
 
-import weakref
 from functools import cache
 
 import numpy as np
@@ -28,7 +27,6 @@ class RowFilter:
         self.text = text
         self._condition = condition
         self._answers: ColumnAnswers | None = None
-        self._archive: weakref.ref[Archive] | None = None
 
     @classmethod
     def parse(cls, text: str) -> "RowFilter":
@@ -96,6 +94,7 @@ class RowFilter:
         return np.concatenate([np.zeros(0, np.int64), *found])
 
     def _answers_of(self, archive: Archive) -> ColumnAnswers:
-        if self._answers is None or self._archive is None or self._archive() is not archive:
-            self._answers, self._archive = ColumnAnswers(archive.example_table), weakref.ref(archive)
+        table = archive.example_table  # another one once a side table was written
+        if self._answers is None or self._answers.table is not table:
+            self._answers = ColumnAnswers(table)
         return self._answers

@@ -19,9 +19,9 @@ import numpy as np
 
 from residua.store.base.errors import PlanError
 from residua.store.examples.memory import Examples, ExampleSource
+from residua.store.examples.token_values import is_list
 from residua.store.selection.evaluate import ColumnAnswers, Items, LongArray, Mask, evaluate
 from residua.store.selection.grammar import At, ColumnIn, Comparison, Condition, Every, Value, parse_slice
-from residua.store.selection.token_values import is_list
 from residua.store.selection.values import MAX_LIST, signed_numbers, text, whole_numbers
 
 _MAX_COLUMNS = 1000

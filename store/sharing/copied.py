@@ -6,7 +6,9 @@ from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from typing import TypeVar
 
+from residua.store.base.errors import PlanError, few
 from residua.store.format.plan import Plan
+from residua.store.read.archive import Archive
 
 N_AT_ONCE = 8
 
@@ -58,6 +60,17 @@ def is_part_of(part: Plan, whole: Plan) -> bool:
     """Say whether `part` is the plan `whole` with some of its sites, or all."""
     others = [{**plan.to_json(), "sites": None} for plan in (part, whole)]
     return others[0] == others[1] and all(site in whole.sites for site in part.sites)
+
+
+def refuse_lost_side_tables(mine: Archive, there: Archive) -> None:
+    """Raise PlanError if sending the side tables of `mine` would drop some of those that are `there`."""
+    names = {table.name for table in mine.side_tables}
+    lost = [table.name for table in there.side_tables if table.name not in names] if names else []
+    if lost:
+        raise PlanError(
+            f"{there.place} has the side table {few(lost)}, and {mine.place} does not, so that it would be lost: pull "
+            "the archive from there, annotate that copy, and push it"
+        )
 
 
 def in_parallel(work: Callable[[T], R], items: Sequence[T]) -> list[R]:

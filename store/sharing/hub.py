@@ -18,7 +18,7 @@ from residua.store.format.archive_metadata import ROOT
 from residua.store.read.archive import Archive
 from residua.store.read.remote_archive import RemoteArchive
 from residua.store.sharing.card import CARD, MAX_CARD_BYTES, Licences, is_own, make_card
-from residua.store.sharing.copied import BytesDone, Copied, in_parallel, is_part_of
+from residua.store.sharing.copied import BytesDone, Copied, in_parallel, is_part_of, refuse_lost_side_tables
 from residua.store.sharing.croissant import CROISSANT
 from residua.store.sharing.hub_client import Source, There, grouped, target_at
 from residua.store.storage.address import HubPlace, hub_place
@@ -32,7 +32,7 @@ MOST_IN_A_FOLDER = 10_000
 
 _COMMIT_FILES, _COMMIT_BYTES = 200, 8 * 2**30
 _COMMIT = re.compile(r"[0-9a-f]{40}")
-_FOLDERS = ("sites", "rows", "scales", "examples", "head", "tokenizer")  # of an archive
+_FOLDERS = ("sites", "rows", "scales", "examples", "head", "tokenizer", "annotations")  # of an archive
 
 
 class HubPush:
@@ -113,12 +113,14 @@ class HubPush:
     def _refuse_others(self, there: Mapping[str, There]) -> None:
         """Raise PlanError if the folder holds another archive, or files of one that was on its way there."""
         if ROOT in there:
-            found = RemoteArchive(self.place.address, storage_options=self._options, cache=False).plan
+            archive = RemoteArchive(self.place.address, storage_options=self._options, cache=False)
+            found = archive.plan
             if not is_part_of(found, self._archive.plan):
                 raise PlanError(
                     f"{self.place.address} holds another archive (plan {found.digest[:12]}, this one is "
                     f"{self._archive.plan.digest[:12]}): choose another folder, or delete it first"
                 )
+            refuse_lost_side_tables(self._archive, archive)
             return
         owned = (name for name in there if PurePosixPath(name).parts[0] in _FOLDERS)
         if others := [name for name in owned if name not in self._files]:

@@ -13,6 +13,7 @@ from typing import Any
 from residua.store.base.errors import DamagedArchiveError, PlanError
 from residua.store.encoding.shard import check_shard, shard_index, shard_path, shard_rows
 from residua.store.encoding.spec import ArraySpec
+from residua.store.examples.side_tables import SIDE_TABLES
 from residua.store.format.archive_metadata import MAX_METADATA_BYTES, ROOT, SIDECAR_FOLDERS, is_archive, read_metadata
 from residua.store.format.array_metadata import METADATA
 from residua.store.read.remote import Bytes
@@ -71,6 +72,9 @@ class _Pull:
         nodes = {str(node) for spec in arrays for node in (PurePosixPath(spec.path), *PurePosixPath(spec.path).parents)}
         self._small = {f"{node}/{METADATA}": MAX_METADATA_BYTES for node in sorted(nodes - {"."})}
         self._small |= {name: SIDECAR_FOLDERS[PurePosixPath(name).parts[0]] for name in archive.metadata.files}
+        has_own = (out / SIDE_TABLES).exists()  # written here, or by an earlier copy
+        self._side = () if has_own else archive.side_tables
+        self._small |= {name: SIDECAR_FOLDERS["examples"] for table in self._side for name in table.paths()}
 
     def run(self, on_bytes: Callable[[int, int], None]) -> Copied:
         """Copy what is not there yet."""
@@ -87,9 +91,11 @@ class _Pull:
         works: list[Callable[[], int]] = [partial(copy_shard, i) for i in range(len(shards))]
         works += [self._copy_index, *(partial(self._copy_small, name) for name in self._small)]
         sent = sum(in_parallel(lambda work: work(), works))
-        sent += write_file(self._out / ROOT, [(self._archive.path / ROOT).read_bytes()])
-        n_bytes = sum((self._out / name).stat().st_size for name in (*self._small, INDEX, ROOT))
-        return Copied(len(shards) + len(self._small) + 2, sum(sizes) + n_bytes, sent)
+        last = [*([SIDE_TABLES] if self._side else []), ROOT]
+        for name in last:
+            sent += write_file(self._out / name, [(self._archive.path / name).read_bytes()])
+        n_bytes = sum((self._out / name).stat().st_size for name in (*self._small, INDEX, *last))
+        return Copied(len(shards) + len(self._small) + 1 + len(last), sum(sizes) + n_bytes, sent)
 
     def _check_target(self) -> None:
         if is_archive(self._out):

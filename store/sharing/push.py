@@ -16,13 +16,14 @@ from residua.store.base.errors import DamagedArchiveError, NotCapturedError, Pla
 from residua.store.base.untrusted import parse_json
 from residua.store.encoding.shard import check_shard, shard_path, shard_rows
 from residua.store.encoding.spec import ArraySpec
+from residua.store.examples.side_tables import SIDE_TABLES
 from residua.store.format.archive_metadata import MAX_METADATA_BYTES, ROOT
 from residua.store.format.plan import Plan
 from residua.store.read.archive import Archive
 from residua.store.read.remote_archive import RemoteArchive
 from residua.store.sealing.packed_index import INDEX
 from residua.store.sharing.card import Licences
-from residua.store.sharing.copied import BytesDone, Copied, in_parallel, is_part_of
+from residua.store.sharing.copied import BytesDone, Copied, in_parallel, is_part_of, refuse_lost_side_tables
 from residua.store.sharing.hub import HubPush
 from residua.store.storage.address import scheme_of
 from residua.store.storage.lease import LEASE
@@ -102,12 +103,13 @@ def push(
         folder.write(name, archive.path / name)
         done.add(files[name])
 
-    in_parallel(send, [name for name in to_send if name != INDEX])
+    last = [name for name in (SIDE_TABLES, INDEX, ROOT) if name in files]  # they name the other files
+    in_parallel(send, [name for name in to_send if name not in last])
     there = _listed(folder)
-    if lost := [name for name in files if name not in (INDEX, ROOT) and there.get(name) != files[name]]:
+    if lost := [name for name in files if name not in last and there.get(name) != files[name]]:
         raise StorageError(f"{folder}: {few(lost)} did not arrive whole: run the same command again")
-    send(INDEX)  # an archive with some of the sites may be there, which is read by its own index until now
-    send(ROOT)
+    for name in last:  # an archive with some of the sites may be there, which is read by its own index until now
+        send(name)
     folder.delete([_JOURNAL])
     return Copied(len(files), sum(files.values()), sum(files[name] for name in (*to_send, ROOT)))
 
@@ -128,6 +130,7 @@ def _begin(archive: Archive, folder: ObjectFolder) -> None:
                 f"{folder} holds an unfinished archive: finish its capture there, choose another address, or delete it "
                 "first"
             )
+        refuse_lost_side_tables(archive, there)
     if not is_part_of(found, mine):
         raise PlanError(
             f"{folder} holds another archive (plan {found.digest[:12]}, this one is {mine.digest[:12]}): choose "

@@ -69,7 +69,7 @@ Bytes = npt.NDArray[np.uint8]
 T = TypeVar("T")
 
 
-class _DeniedError(StorageError):
+class DeniedError(StorageError):
     """The server does not allow it, now or later."""
 
 
@@ -298,7 +298,7 @@ class ObjectFolder:
         for number in range(_CREATE_TRIES):
             try:
                 self._ask(name, "write", lambda: obstore.put(self._store, name, data, mode=mode))
-            except (_DeniedError, _UnsupportedError, _NoBucketError):
+            except (DeniedError, _UnsupportedError, _NoBucketError):
                 raise
             except (FileExistsError, StorageError) as error:  # the answer may be lost, and not what was sent
                 failure = error
@@ -353,12 +353,12 @@ class ObjectFolder:
         if isinstance(error, _EXISTS):
             return FileExistsError(f"{where} exists already")
         if _wants_login(error):
-            return _DeniedError(
+            return DeniedError(
                 f"cannot {doing} {where}: no credentials were found. {_REMEDY}; for a bucket that everybody may read, "
                 "give skip_signature=True there"
             )
         if _is_refused(error):
-            return _DeniedError(f"cannot {doing} {where}: it is not allowed ({_said(error)}). {_REMEDY}")
+            return DeniedError(f"cannot {doing} {where}: it is not allowed ({_said(error)}). {_REMEDY}")
         if isinstance(error, failures.NotSupportedError):
             return _UnsupportedError(f"cannot {doing} {where}: {_NOT_SUPPORTED.get(doing, 'it cannot do that')}")
         return StorageError(f"cannot {doing} {where}: {_said(error)}")

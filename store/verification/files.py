@@ -1,4 +1,4 @@
-"""What stands beside the shards: packed index and records, examples, tokenizer, LM head and fidelity figures."""
+"""What stands beside the shards: index and records, examples, tokenizer, LM head, fidelity figures, side tables."""
 
 from collections.abc import Mapping
 from itertools import islice
@@ -6,6 +6,7 @@ from pathlib import PurePosixPath
 
 from residua.store.base.errors import DamagedArchiveError, PlanError, ResiduaError, UnsafeArchiveError, few
 from residua.store.base.untrusted import check_file
+from residua.store.examples.side_tables import SIDE_TABLES
 from residua.store.format.archive_metadata import SIDECAR_FOLDERS, file_digest
 from residua.store.format.commits import (
     FOLDER,
@@ -126,6 +127,25 @@ def check_examples(check: Check) -> bool:
         check.problem("examples", str(error))
         return False
     return True
+
+
+def check_side_tables(check: Check) -> None:
+    """Check the side tables of sound examples: what names them, and the file of each part of the examples."""
+    check.known.add(SIDE_TABLES)
+    try:
+        side = check.archive.example_table.side
+    except (ResiduaError, OSError) as error:
+        check.problem(SIDE_TABLES, str(error))
+        return
+    for each in side:
+        for part, name in enumerate(each.table.paths()):
+            check.known.add(name)
+            try:
+                each.read(part, list(each.types))
+            except (ResiduaError, OSError) as error:
+                check.problem(name, str(error))
+            else:
+                check.count((check.root / name).stat().st_size)
 
 
 def check_complete(check: Check, commits: Mapping[int, Commit]) -> None:

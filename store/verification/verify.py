@@ -31,6 +31,7 @@ from residua.store.verification.files import (
     check_remote_index,
     check_remote_side_files,
     check_side_files,
+    check_side_tables,
 )
 from residua.store.verification.metadata import check_metadata
 from residua.store.verification.report import Check, Problem, Verification
@@ -145,7 +146,9 @@ def _verify_folder(folder: Path, shards: _Shards, checkpoint: Path | None) -> Ve
     check_index(check, commits)
     check_side_files(check, commits)
     check_fidelity(check)
-    shards.check(check, examples=check_examples(check), checkpoint=checkpoint)
+    if is_sound := check_examples(check):
+        check_side_tables(check)
+    shards.check(check, examples=is_sound, checkpoint=checkpoint)
     check_complete(check, commits)
     note_unknown_files(check, commits)
     return report
@@ -200,7 +203,9 @@ def _verify_opened(archive: Archive, shards: _Shards, checkpoint: Path | None) -
     check = Check(archive, Verification())
     check_remote_index(check, archive.commits)
     check_remote_side_files(check)
-    shards.check(check, examples=check_examples(check), checkpoint=checkpoint)
+    if is_sound := check_examples(check):
+        check_side_tables(check)
+    shards.check(check, examples=is_sound, checkpoint=checkpoint)
     check_complete(check, archive.commits)
     return check.report
 

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas
 import pytest
 import torch
 
@@ -29,6 +30,21 @@ def test_rows_arrays_tables_and_batches(tmp_path: Path, monkeypatch: pytest.Monk
     assert names["n_rows"] == len(selected)
     assert len(names["loader"]) == -(-1140 // 128)
     assert names["second"]["row"].tolist() != names["first"]["row"].tolist()
+
+
+def test_the_page_of_labels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = np.random.default_rng(0).standard_normal((400, 8)).astype(np.float32)
+    columns: dict[str, list[object]] = {"source_index": [i // 2 for i in range(80)]}
+    write_rows(tmp_path / "acts.zarr", (5,) * 80, {"resid_post.2": rows}, columns=columns)
+    lines = [f"{i},{i % 2 == 0},{i / 40}" for i in range(40)]
+    (tmp_path / "judge.csv").write_text("\n".join(["source_index,toxic,judge_score", *lines]))
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {"residua": residua, "pandas": pandas}
+    code = blocks("docs/labels.md")
+    assert len(code) == 2
+    run(code, names)
+    assert names["table"]["toxic"].to_pylist() == [i // 10 % 2 == 0 for i in range(210, 400)]
+    assert names["best"]["judge_score"].to_pylist() == [row // 10 / 40 for row in names["best"]["row"].to_pylist()]
 
 
 def test_probes_statistics_and_top_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

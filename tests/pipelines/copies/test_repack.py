@@ -54,6 +54,14 @@ def test_archives_of_format_1_0(name: str, tmp_path: Path) -> None:
         assert np.array_equal(made[site][:], source[site][:], equal_nan=True)
 
 
+def test_side_tables_go_along(tmp_path: Path) -> None:
+    source = Archive(make_archive(tmp_path / "a.zarr"))
+    source.annotate({"example": [2], "mark": [0.5]}, name="judge")
+    made = repack(source, tmp_path / "b.zarr")
+    assert made.example_table.table(["mark"])["mark"].to_pylist() == [None, None, 0.5, None]
+    assert verify(made.path).problems == []
+
+
 def test_a_recording_of_open_size(tmp_path: Path) -> None:
     source = Archive(make_archive(tmp_path / "a.zarr", open_size=True))
     made = repack(source, tmp_path / "b.zarr")

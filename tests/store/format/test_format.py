@@ -16,6 +16,7 @@ from residua.store.encoding.codecs import INT8, PRESETS, BitRound, codecs_metada
 from residua.store.encoding.dtypes import STORAGE_DTYPES
 from residua.store.encoding.shard import INDEX_CODECS, INDEX_LOCATION
 from residua.store.examples.index import OWN_COLUMNS
+from residua.store.examples.side_tables import KINDS, SIDE_TABLES
 from residua.store.format.archive_metadata import FORMAT, SIDECAR_FOLDERS, Metadata
 from residua.store.format.array_metadata import open_array
 from residua.store.format.commits import FOLDER, Commit, ShardFile
@@ -82,6 +83,7 @@ def test_every_table_of_the_page_is_compared_here() -> None:
         "field of the plan",
         "key of a file",
         "key of a site's fidelity",
+        "key of a side table",
     }
 
 
@@ -253,3 +255,20 @@ def test_the_fidelity_file(tmp_path: Path) -> None:
     canonical = json.dumps(entry, sort_keys=True, separators=(",", ":")).encode()
     assert content["sha256"] == hashlib.sha256(canonical).hexdigest()
     assert read_fidelity(tmp_path, PLAN) == found
+
+
+def test_the_side_tables(tmp_path: Path) -> None:
+    archive = Archive(make_archive(tmp_path / "acts.zarr"))
+    table = archive.annotate({"example": [0], "x": [1]}, name="judge")
+    content = json.loads((archive.path / SIDE_TABLES).read_text())
+    entry = content["annotations"]
+    assert (
+        content["sha256"]
+        == hashlib.sha256(json.dumps(entry, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+    )
+    assert [codes(row[0]) for row in TABLES["key of a side table"]] == [[key] for key in entry["tables"][0]]
+    digest = hashlib.sha256((archive.path / table.paths()[0]).read_bytes()).hexdigest()
+    assert table.paths() == [f"annotations/judge-{digest[:16]}-00000.parquet"]
+    assert entry["tables"][0]["files"] == [digest]
+    kinds = codes(next(row[1] for row in TABLES["key of a side table"] if row[0] == "`columns`"))
+    assert {kind for kind in KINDS if not kind.startswith("list of")} == set(kinds) - {"list of"}

@@ -180,3 +180,28 @@ def test_killed_at_random_moments_both_go_on(s3: S3Server, tmp_path: Path) -> No
     assert there == content(source).keys(), "and nothing else is left"
     assert content(out) == content(source)
     assert verify(out).problems == []
+
+
+def test_side_tables_go_along_and_none_is_lost(s3: S3Server, tmp_path: Path) -> None:
+    source, address = make_archive(tmp_path / "a.zarr"), s3.address("side.zarr")
+    Archive(source).annotate({"example": [1], "mark": ["x"]}, name="judge")
+    push(source, address, storage_options=s3.options)
+    there = RemoteArchive(address, storage_options=s3.options)
+    assert there.example_table.table(["mark"])["mark"].to_pylist() == [None, "x", None, None]
+    assert verify(address, storage_options=s3.options).problems == []
+    with pytest.raises(PlanError, match="pull"):
+        there.annotate({"example": [1], "more": [1]}, name="more")
+    pull(address, tmp_path / "b.zarr", storage_options=s3.options)
+    assert content(tmp_path / "b.zarr") == content(source)
+    mine = Archive(tmp_path / "b.zarr")
+    mine.annotate({"row": [3], "more": [1.5]}, key="row", name="more")
+    pull(address, tmp_path / "b.zarr", storage_options=s3.options)
+    assert [table.name for table in mine.side_tables] == ["judge", "more"]
+    push(mine, address, storage_options=s3.options)
+    again = RemoteArchive(address, storage_options=s3.options)
+    assert again.example_table.table(["more"]).equals(mine.example_table.table(["more"]))
+    with pytest.raises(PlanError, match="more"):
+        push(source, address, storage_options=s3.options)
+    plain = make_archive(tmp_path / "plain.zarr")
+    push(plain, address, storage_options=s3.options)
+    assert len(RemoteArchive(address, storage_options=s3.options).side_tables) == 2
