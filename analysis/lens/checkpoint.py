@@ -15,7 +15,7 @@ from typing import NamedTuple, Self
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 from torch import Tensor
 
@@ -70,16 +70,32 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     write_file(path, [save({name: tensor.contiguous() for name, tensor in tensors.items()})])
 
 
-def read_tensors(path: Path) -> dict[str, Tensor]:
-    """Read a file of `write_tensors`, memory-mapped.
+def read_tensors(path: Path, *, is_mapped: bool = True) -> dict[str, Tensor]:
+    """Read a file of `write_tensors`.
+
+    Args:
+        path: The file.
+        is_mapped: Map the file. The memory of a tensor that is changed then stays until all of them are gone; if false,
+            it goes with the tensor.
 
     Raises:
         AnalysisError: The file is missing or damaged.
     """
     try:
-        return load_file(path)
+        if is_mapped:
+            return load_file(path)
+        with safe_open(path, "pt") as file:
+            names = list(file.keys())
+        return {name: _read_tensor(path, name) for name in names}
     except (OSError, SafetensorError) as error:
         raise AnalysisError(f"{path} cannot be read ({error}): remove it, and train the lens again") from error
+
+
+def _read_tensor(path: Path, name: str) -> Tensor:
+    """Return a copy of one tensor, without the pages of the others."""
+    with safe_open(path, "pt") as file:
+        tensor: Tensor = file.get_tensor(name)
+    return tensor.clone()
 
 
 def write_translators(path: Path, translators: Mapping[str, Translator], *, penalty: float) -> None:

@@ -22,9 +22,18 @@ from residua.store.base.errors import AnalysisError
 
 _BATCH_ROWS = 8192  # rows that are multiplied at a time in float32
 _PENALTIES = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1)  # in units of the mean variance
-_BLOCK_COLUMNS = 1024
-FIT_BYTES = 28  # times width²: eigenvectors and cross products in float64, and three maps in float32
+_BLOCK_COLUMNS = 256
 _DAMPING = 1e-3  # in units of the mean variance; without it, whitening enlarges directions that hardly vary
+
+
+def fit_bytes(width: int, n_held_out: int) -> int:
+    """Return the most memory that `solve_ridge` takes in bytes, its arguments included, and the refinement thereafter.
+
+    Three matrices of float64 (covariance, eigenvectors and cross products), or two and two of float32 (maps); the
+    refinement has six of float32. Besides there are blocks of columns, and the held-out rows: both arguments as they
+    are, centred, and along the eigenvectors.
+    """
+    return 24 * width**2 + 32 * min(_BLOCK_COLUMNS, width) * width + 5 * 4 * n_held_out * width
 
 
 class Gram(NamedTuple):
@@ -113,7 +122,7 @@ class Ridge:
 def solve_ridge(gram: Gram, held_input_ND: Tensor, held_target_ND: Tensor) -> Ridge:
     """Solve for the map with the least squared error plus a penalty on its weight; the bias has no penalty.
 
-    At most 28 width² bytes are in memory at a time besides the held-out rows (`FIT_BYTES`).
+    `fit_bytes` tells the memory that it takes.
 
     Args:
         gram: Sums over the training rows; its matrices are overwritten.
@@ -143,29 +152,38 @@ def solve_ridge(gram: Gram, held_input_ND: Tensor, held_target_ND: Tensor) -> Ri
     cross.data = cross.new_empty(0)
     blocks = [slice(start, start + _BLOCK_COLUMNS) for start in range(0, len(mean), _BLOCK_COLUMNS)]
 
-    def weight(penalty: float, columns: slice) -> Tensor:
-        return torch.div(along_axes[:, columns], (variances + penalty * scale)[:, None])
+    def weight(penalty: float, along_columns: Tensor) -> Tensor:
+        return torch.div(along_columns, (variances + penalty * scale)[:, None])
 
     centred, residual = held_input_ND - mean.float(), held_target_ND - offset.float()
-    rotated = torch.cat([centred @ axes[:, columns].float() for columns in blocks], 1)
+    rotated = torch.empty_like(centred)
+    for columns in blocks:
+        rotated[:, columns] = centred @ axes[:, columns].float()
     errors = [
         sum(
-            (rotated @ weight(penalty, columns).float() - residual[:, columns]).square().sum(dtype=torch.float64).item()
+            (rotated @ weight(penalty, along_axes[:, columns]).float() - residual[:, columns])
+            .square()
+            .sum(dtype=torch.float64)
+            .item()
             for columns in blocks
         )
         for penalty in _PENALTIES
     ]
     penalty = _PENALTIES[errors.index(min(errors))]
     deviations = (variances + _DAMPING * scale).sqrt()
+    del centred, residual, rotated
     width = len(mean)
-    solution, whitening = torch.empty(width, width), torch.empty(width, width)
-    whitened, bias = torch.empty(width + 1, width), torch.empty(width)
+    solution, bias = torch.empty(width, width), torch.empty(width)
+    whitened = torch.empty(width + 1, width)
     whitened[-1] = offset.float()
     for columns in blocks:
-        along = weight(penalty, columns)
-        whitened[:-1, columns] = (deviations[:, None] * along).float()
+        along = weight(penalty, along_axes[:, columns])
         exact = axes @ along
         solution[:, columns] = exact.float()
         bias[columns] = (offset[columns] - mean @ exact).float()
+        whitened[:-1, columns] = along.mul_(deviations[:, None]).float()
+    del along_axes  # before another matrix
+    whitening = torch.empty(width, width)
+    for columns in blocks:
         whitening[:, columns] = (axes[:, columns] / deviations[columns]).float()
     return Ridge(Translator(solution, bias), penalty, mean.float(), whitening, whitened)

@@ -36,7 +36,7 @@ from residua.analysis.lens.checkpoint import (
 from residua.analysis.lens.evaluate import REFINED, RIDGE, Score, best_map, evaluate, report_table
 from residua.analysis.lens.lm_head import LMHead, load_lm_head
 from residua.analysis.lens.refine import refine
-from residua.analysis.lens.ridge import FIT_BYTES, Gram, Ridge, add_rows, solve_ridge
+from residua.analysis.lens.ridge import Gram, Ridge, add_rows, fit_bytes, solve_ridge
 from residua.analysis.lens.rows import LensPoints, LensRows, lens_points
 from residua.analysis.lens.settings import LensSettings
 from residua.analysis.lens.unembedding import Decoder
@@ -52,7 +52,7 @@ from residua.store.storage.files import sweep, write_file
 _SUM_CHUNKS = 512  # fewest chunks of 128 rows in one leaf of the sums
 _MOST_LEAVES = 256  # of the sums: what a leaf returns is large
 _SUMS_SHARE = 16  # of a worker's memory, for the sums of one leaf
-_LEAST_ROOM = 4 / 3  # times what the maps and the LM head of one layer take: rows, logits, and torch itself
+_LEAST_ROOM = 4 / 3  # times what one layer and the LM head take: logits, blocks of the LM head, and torch itself
 _EVALUATE_ROWS = 8192  # rows in one job of the evaluation
 _ORIGIN_CHUNKS = 8
 _PENALTY_ROWS = 4096  # held-out rows that choose the penalty of the ridge regression
@@ -138,7 +138,7 @@ def _fit_layers(training: _Training, job: tuple[Sequence[int], int]) -> dict[int
     ridges: dict[str, Ridge] = {}
     n_rows = 0
     for layer in layers:
-        site, gram = points.sites[layer], Gram(**read_tensors(training.sums_path(layer)))
+        site, gram = points.sites[layer], Gram(**read_tensors(training.sums_path(layer), is_mapped=False))
         ridges[site] = solve_ridge(gram, reader.read(site, rows).float(), target)
         n_rows = int(gram.n_rows.item())
         del gram  # two matrices of float64, which the refinement does not need
@@ -279,7 +279,8 @@ class LensTraining:
                 f"lens. Use more rows ({named('rows')}), or capture more"
             )
         head = (self._archive.head / LM_HEAD_FILE).stat().st_size
-        needed = int((FIT_BYTES * width**2 + head) * _LEAST_ROOM)
+        n_held_out = len(self._reader.held_out_rows(_PENALTY_ROWS))
+        needed = int((fit_bytes(width, n_held_out) + head) * _LEAST_ROOM)
         if needed > self._cluster.memory_limit:
             raise AnalysisError(
                 f"a lens of width {width:,} with an LM head of {head / 2**30:.1f} GiB needs {needed / 2**30:.1f} GiB "

@@ -1,11 +1,12 @@
 """Linear probes on many sites: how well a linear function of the rows predicts a column, compared with a control.
 
-A probe is fitted by passes over the rows, each a sum that all workers share (`residua.analysis.probes.passes`). Several
-sites are fitted side by side, as many as workers can keep the rows of, so that workers have something to do between the
-passes over one of them.
+A probe is fitted by passes over the rows, each a sum (`residua.analysis.probes.passes`). If there are sites enough for
+all workers and their rows fit, each site goes to one worker, which makes all its passes. Otherwise workers share each
+pass; several sites are then fitted side by side, as many as workers can keep the rows of, so that workers have work
+between the passes over one of them. The sums are the same in all cases, bit for bit.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import CancelledError, ThreadPoolExecutor, as_completed
 from os import PathLike
 from pathlib import Path
@@ -17,12 +18,13 @@ import pyarrow as pa
 from residua.analysis.probes.controls import Split
 from residua.analysis.probes.files import write_probe
 from residua.analysis.probes.passes import Passes
-from residua.analysis.probes.progress import PassBar
+from residua.analysis.probes.progress import PassBar, SiteReport
 from residua.analysis.probes.rows import SiteRows, site_rows
-from residua.analysis.probes.site import SiteProbe, check_memory, probe_site
+from residua.analysis.probes.site import SiteProbe, check_memory, fits_one_worker, probe_site
 from residua.analysis.probes.target import Task, summarise
 from residua.analysis.rows.site_rows import width_of
-from residua.analysis.support.cluster import Cluster, or_inline
+from residua.analysis.support.cluster import INLINE, Cluster, connect, or_inline
+from residua.analysis.support.kept import let_go
 from residua.analysis.support.threads import one_thread
 from residua.store.base.errors import AnalysisError
 from residua.store.format.site_names import parse_site
@@ -145,7 +147,54 @@ def probe(
 
 def _probed(jobs: Sequence[SiteRows], cluster: Cluster, label: str) -> Iterator[tuple[int, SiteProbe]]:
     """Yield number and probe of each site as it is done."""
-    bar, is_stopped = PassBar(cluster, label, len(jobs), jobs[0].summary.task), Event()
+    bar = PassBar(cluster, label, len(jobs), jobs[0].summary.task)
+    try:
+        n_whole = _n_whole(jobs, cluster)
+        yield from _by_site(jobs[:n_whole], cluster, label, bar)
+        yield from ((n_whole + number, found) for number, found in _side_by_side(jobs[n_whole:], cluster, bar))
+    finally:
+        bar.close()
+
+
+def _n_whole(jobs: Sequence[SiteRows], cluster: Cluster) -> int:
+    """Return how many sites go to one worker each: as many as keep all workers at work for about the same time.
+
+    Passes that workers share cost messages and waiting, which small sites do not repay.
+    """
+    if cluster.n_workers == 1 or not all(fits_one_worker(job) for job in jobs):
+        return 0
+    n_last = len(jobs) % cluster.n_workers
+    is_nearly_all = 4 * n_last >= 3 * cluster.n_workers
+    return len(jobs) if is_nearly_all else len(jobs) - n_last
+
+
+def _by_site(jobs: Sequence[SiteRows], cluster: Cluster, label: str, bar: PassBar) -> Iterator[tuple[int, SiteProbe]]:
+    """Yield number and probe of each site, which one worker fits by itself."""
+    sites = [bar.site() for _ in jobs]
+
+    def hear(number: int, report: tuple[float, ...]) -> None:
+        n_passes, loss = report
+        sites[number].moved(n_passes)
+        bar.loss(loss)
+
+    for number, found in cluster.map(_fit_whole, jobs, label=label, heard=hear):
+        sites[number].done()
+        yield number, found
+
+
+def _fit_whole(rows: SiteRows, send: Callable[[tuple[float, float]], object]) -> SiteProbe:
+    """Fit the probe of a site in this process, with the sums that several workers would find."""
+    report = SiteReport(send)
+    with connect(INLINE, memory_limit=rows.memory) as here:
+        try:
+            return probe_site(Passes(here, rows, number=0, advance=report.moved), report)
+        finally:
+            let_go(rows.analysis, rows.keys)
+
+
+def _side_by_side(jobs: Sequence[SiteRows], cluster: Cluster, bar: PassBar) -> Iterator[tuple[int, SiteProbe]]:
+    """Yield number and probe of each site; all workers share the passes over its rows."""
+    is_stopped = Event()
 
     def fit(number: int) -> SiteProbe:
         site = bar.site()
@@ -160,19 +209,16 @@ def _probed(jobs: Sequence[SiteRows], cluster: Cluster, label: str) -> Iterator[
         site.done()
         return found
 
+    if cluster.n_workers == 1 or len(jobs) < 2:  # in this thread: an interrupt ends it at once
+        yield from ((number, fit(number)) for number in range(len(jobs)))
+        return
     room = cluster.n_workers * jobs[0].most_kept
     n_together = min(len(jobs), 2 * cluster.n_workers, max(1, room // max(job.bytes_to_keep for job in jobs)))
-    try:
-        if cluster.n_workers == 1:  # in this thread: an interrupt ends it at once
-            yield from ((number, fit(number)) for number in range(len(jobs)))
-            return
-        with ThreadPoolExecutor(n_together) as pool:
-            futures = {pool.submit(fit, number): number for number in range(len(jobs))}
-            try:
-                for future in as_completed(futures):
-                    yield futures[future], future.result()
-            finally:
-                is_stopped.set()
-                pool.shutdown(cancel_futures=True)
-    finally:
-        bar.close()
+    with ThreadPoolExecutor(n_together) as pool:
+        futures = {pool.submit(fit, number): number for number in range(len(jobs))}
+        try:
+            for future in as_completed(futures):
+                yield futures[future], future.result()
+        finally:
+            is_stopped.set()
+            pool.shutdown(cancel_futures=True)

@@ -1,10 +1,20 @@
 """The progress of probes: passes over the rows that were made and that are expected, the loss, and the time left."""
 
 import threading
+from collections.abc import Callable
+from typing import Protocol
 
 from residua.analysis.support.cluster import Cluster
 
 _EXPECTED = {"classification": 40, "regression": 2}  # passes over the rows of a site
+
+
+class Loss(Protocol):
+    """Shows the loss of the latest pass."""
+
+    def loss(self, loss: float) -> None:
+        """Show the loss of the latest pass, in nats."""
+        ...
 
 
 class PassBar:
@@ -71,3 +81,24 @@ class SiteBar:
     def done(self) -> None:
         """Say that the site is done."""
         self._bar.site_done(self._n_passes)
+
+
+class SiteReport:
+    """Sends the progress of a site that a worker fits, once a pass, to where the bar is.
+
+    Args:
+        send: Takes the passes that were made since the last call, and the loss of the latest.
+    """
+
+    def __init__(self, send: Callable[[tuple[float, float]], object]) -> None:
+        self._send = send
+        self._n_passes = 0.0
+
+    def moved(self, share: float) -> None:
+        """Add a share of a pass to what is sent next."""
+        self._n_passes += share
+
+    def loss(self, loss: float) -> None:
+        """Send the progress."""
+        self._send((self._n_passes, loss))
+        self._n_passes = 0.0

@@ -58,6 +58,11 @@ class SiteRows:
         return sum(self.summary.n_rows) * (4 * self.width + 40)
 
     @property
+    def keys(self) -> list[tuple[str, int]]:
+        """Under which workers keep the rows of this site, by leaf."""
+        return [(self.site, leaf) for leaf in range(len(self.leaves))]
+
+    @property
     def most_kept(self) -> int:
         """Bytes of rows that one worker may keep."""
         return self.memory // _KEPT_SHARE

@@ -11,7 +11,7 @@ from residua.analysis.probes.controls import FIT, VALIDATION
 from residua.analysis.probes.files import SavedProbe
 from residua.analysis.probes.logistic import Basis, Fitted, Problem, fit_logistic, scale_of
 from residua.analysis.probes.passes import Passes, Scale, Tested
-from residua.analysis.probes.progress import PassBar
+from residua.analysis.probes.progress import Loss
 from residua.analysis.probes.ridge import mean_squared_error, solve
 from residua.analysis.probes.rows import SiteRows
 from residua.store.base.errors import AnalysisError
@@ -56,7 +56,20 @@ def check_memory(rows: SiteRows) -> None:
         )
 
 
-def probe_site(passes: Passes, bar: PassBar) -> SiteProbe:
+def fits_one_worker(rows: SiteRows) -> bool:
+    """Return whether one worker has the memory to fit the probe of this site by itself, with all its rows kept."""
+    width, n_classes = rows.width, len(rows.summary.classes)
+    if rows.summary.task == "regression":
+        needed = _REGRESSION_COVARIANCES * 8 * width**2
+    else:
+        n_numbers = max(
+            2 * n_classes * (width + 1), min(_MOST_NUMBERS, len(LOGISTIC_PENALTIES) * n_classes * (width + 1))
+        )
+        needed = _VECTORS * 8 * n_numbers + _COVARIANCES // 2 * 8 * width**2
+    return rows.bytes_to_keep <= rows.most_kept and rows.bytes_to_keep + needed <= rows.memory * 3 // 4
+
+
+def probe_site(passes: Passes, bar: Loss) -> SiteProbe:
     """Choose the penalty, fit true and control labels to all training rows, and test on held-out examples.
 
     Raises:
@@ -65,7 +78,7 @@ def probe_site(passes: Passes, bar: PassBar) -> SiteProbe:
     return (_classify if passes.rows.summary.task == "classification" else _regress)(passes, bar)
 
 
-def _classify(passes: Passes, bar: PassBar) -> SiteProbe:
+def _classify(passes: Passes, bar: Loss) -> SiteProbe:
     rows, summary = passes.rows, passes.rows.summary
     n_classes = len(summary.classes)
     counts = passes.counts()
@@ -107,7 +120,7 @@ def _classify(passes: Passes, bar: PassBar) -> SiteProbe:
     return _site_probe(rows, (counts.train.n, int(n_tested.sum())), counts.n_left_out, scores, saved)
 
 
-def _candidates(passes: Passes, bar: PassBar, basis: Basis) -> list[Fitted]:
+def _candidates(passes: Passes, bar: Loss, basis: Basis) -> list[Fitted]:
     """Fit all penalties: together in the same passes, or of many classes one after the other, the largest first."""
     n_classes = len(passes.rows.summary.classes)
     grid = [Problem(0, n_classes, penalty) for penalty in LOGISTIC_PENALTIES]
@@ -143,7 +156,7 @@ def _balanced(tested: Tested, labelling: int) -> float:
     return float((n_found[n_rows > 0] / n_rows[n_rows > 0]).mean())
 
 
-def _regress(passes: Passes, _: PassBar) -> SiteProbe:
+def _regress(passes: Passes, _: Loss) -> SiteProbe:
     rows, width = passes.rows, passes.rows.width
     found = passes.moments()
     _check_rows(rows, [found.fit.n, found.validation.n, found.n_test])

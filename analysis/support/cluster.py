@@ -13,7 +13,9 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from itertools import islice
-from typing import Any, Protocol, TypeVar
+from threading import Lock
+from typing import Any, NamedTuple, Protocol, TypeVar
+from uuid import uuid4
 
 import distributed
 from dask.system import CPU_COUNT
@@ -32,6 +34,8 @@ Job = TypeVar("Job")
 Term = TypeVar("Term")
 Advance = Callable[[float], object]
 """Takes the share of a piece of work that was done since the last call."""
+Heard = Callable[[int, tuple[float, ...]], object]
+"""Takes the number of a job and what the job reports."""
 Result = TypeVar("Result")
 
 INLINE = "inline"
@@ -41,6 +45,7 @@ _LEAST_BYTES = 64 * 2**20  # of a worker process: Python with numpy and Dask tak
 _JOBS_PER_WORKER = 2  # submitted at a time, so that a worker never waits for its next job
 _SHARES_PER_WORKER = 2  # of the leaves of a sum: an idle worker may take the second from a slow one
 _JOINED = 8  # partial sums of as many jobs that are added in one job, or of two if they are large
+_TOPIC = "residua"  # of events by which jobs report
 _TERMS_SHARE = 8  # of a worker's memory, in which the partial sums of a job must have room
 
 
@@ -56,7 +61,12 @@ class Cluster(Protocol):
     memory_limit: int
 
     def map(
-        self, function: Callable[[Job], Result], jobs: Sequence[Job], *, label: str
+        self,
+        function: Callable[..., Result],
+        jobs: Sequence[Job],
+        *,
+        label: str,
+        heard: Heard | None = None,
     ) -> Iterator[tuple[int, Result]]:
         """Yield the number and the result of each job as it completes, in any order.
 
@@ -67,6 +77,8 @@ class Cluster(Protocol):
             function: Called with one job on a worker: a module-level function, or a `functools.partial` of one.
             jobs: Small objects, for example paths and `Block`s.
             label: Text of the progress bar.
+            heard: Draw no bar. Instead, a job gets as its second argument a function that sends numbers here, to report
+                its progress; `heard` is called with the number of the job and with them, soon and in any thread.
 
         Raises:
             AnalysisError: A job failed (the cause is chained), or every worker that tried it died. The other jobs are
@@ -183,12 +195,17 @@ class _Inline:
         self._shown = shown
 
     def map(
-        self, function: Callable[[Job], Result], jobs: Sequence[Job], *, label: str
+        self,
+        function: Callable[..., Result],
+        jobs: Sequence[Job],
+        *,
+        label: str,
+        heard: Heard | None = None,
     ) -> Iterator[tuple[int, Result]]:
-        with _bar(label, len(jobs), shown=self._shown) as bar:
+        with _bar(label, len(jobs), shown=self._shown and heard is None) as bar:
             for number, job in enumerate(jobs):
                 with one_thread(), _failing(label, number):
-                    result = function(job)
+                    result = function(job) if heard is None else function(job, partial(heard, number))
                 bar.update()
                 yield number, result
 
@@ -235,22 +252,31 @@ class _Distributed:
         self.n_workers = sum(worker["nthreads"] for worker in workers)
         # A worker without a limit is assumed to have as much memory as this machine.
         self.memory_limit = min((worker["memory_limit"] or MEMORY_LIMIT) // worker["nthreads"] for worker in workers)
+        self._heard: dict[str, Heard] = {}  # by topic
+        self._subscribing = Lock()
 
     def map(
-        self, function: Callable[[Job], Result], jobs: Sequence[Job], *, label: str
+        self,
+        function: Callable[..., Result],
+        jobs: Sequence[Job],
+        *,
+        label: str,
+        heard: Heard | None = None,
     ) -> Iterator[tuple[int, Result]]:
         waiting = iter(enumerate(jobs))
         numbers: dict[Any, int] = {}  # of the jobs, by future
         completed = _dask.as_completed(loop=self._client.loop)
+        topic = "" if heard is None else self._subscribe(heard)
 
         def submit(n_jobs: int) -> None:
             for number, job in islice(waiting, n_jobs):
-                future = self._client.submit(_run_on_worker, function, job, flags=names_flags(), pure=False)
+                said = () if heard is None else (_Report(topic, number),)
+                future = self._client.submit(_run_on_worker, function, job, *said, flags=names_flags(), pure=False)
                 numbers[future] = number
                 completed.add(future)
 
         try:
-            with _bar(label, len(jobs), shown=self._shown) as bar:
+            with _bar(label, len(jobs), shown=self._shown and heard is None) as bar:
                 submit(_JOBS_PER_WORKER * self.n_workers)
                 for future in completed:
                     number = numbers.pop(future)
@@ -263,7 +289,22 @@ class _Distributed:
                     bar.update()
                     yield number, result
         finally:
+            self._heard.pop(topic, None)
             self._client.cancel(list(numbers))
+
+    def _subscribe(self, heard: Heard) -> str:
+        """Call `heard` with what jobs report under the name that is returned."""
+        name = uuid4().hex
+        with self._subscribing:
+            if not self._heard:
+                self._client.subscribe_topic(_TOPIC, self._hear)
+            self._heard[name] = heard
+        return name
+
+    def _hear(self, event: tuple[float, tuple[str, int, tuple[float, ...]]]) -> None:
+        name, number, report = event[1]
+        if heard := self._heard.get(name):  # the topic is that of all who use the scheduler
+            heard(number, tuple(report))
 
     def send(self, value: Any) -> Any:
         # As the result of a task, it is there again when the workers that had it are gone; scattered data are not.
@@ -351,10 +392,23 @@ def _join_on_worker(merge: Callable[[Term, Term], Term], n_leaves: int, *parts: 
         return joined(parts, n_leaves, merge)
 
 
-def _run_on_worker(function: Callable[[Job], Result], job: Job, *, flags: bool) -> Result:
+def _run_on_worker(function: Callable[..., Result], *job: Any, flags: bool) -> Result:
     """Run one job with one thread, since every core has a worker; `flags`: how its messages name settings."""
     with one_thread(), naming_flags(flags):
-        return function(job)
+        return function(*job)
+
+
+class _Report(NamedTuple):
+    """Sends what a job reports to the client that submitted it.
+
+    There is one topic, because the scheduler remembers the last events of every topic for ever.
+    """
+
+    name: str
+    number: int
+
+    def __call__(self, report: tuple[float, ...]) -> None:
+        _dask.get_worker().log_event(_TOPIC, (self.name, self.number, report))
 
 
 @contextmanager

@@ -6,7 +6,7 @@ that would stay in the way.
 """
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple, TypeVar
 
 Value = TypeVar("Value")
@@ -50,10 +50,11 @@ def kept(
     return value
 
 
-def let_go(analysis: str) -> None:
-    """Keep no value of `analysis` any longer in this process."""
+def let_go(analysis: str, keys: Iterable[object] | None = None) -> None:
+    """Keep no value of `analysis` any longer in this process, or none of `keys`."""
     with _lock:
-        for name in [name for name in _kept if name[0] == analysis]:
+        found = [name for name in _kept if name[0] == analysis]
+        for name in found if keys is None else {(analysis, key) for key in keys}.intersection(found):
             del _kept[name]
 
 

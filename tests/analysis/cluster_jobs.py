@@ -3,6 +3,7 @@
 import os
 import signal
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -53,6 +54,13 @@ def leaf_that_fails(_: str, leaf: int) -> list[int]:
 def kept_here(_: int) -> int:
     """Return the bytes that this worker keeps."""
     return kept_bytes()
+
+
+def report(job: int, send: Callable[[tuple[float, float]], object]) -> int:
+    """Report twice, and return the job."""
+    for step in range(2):
+        send((step, job))
+    return job
 
 
 def say(_: int) -> str:

@@ -21,7 +21,9 @@ from residua.analysis.lens.checkpoint import (
     Translator,
     hash_unembedding,
     read_checkpoint,
+    read_tensors,
     write_checkpoint,
+    write_tensors,
 )
 from residua.analysis.lens.evaluate import REPORT
 from residua.analysis.lens.lens import TunedLens
@@ -242,3 +244,18 @@ def test_a_strange_config_is_refused(change: dict[str, object] | str | None, tmp
         path.write_text(change or "[]")
     with pytest.raises(AnalysisError, match=r"config\.json"):
         read_checkpoint(tmp_path)
+
+
+def test_the_memory_of_each_tensor_of_unmapped_files_goes_with_it(tmp_path: Path) -> None:
+    """Of a mapped file, changed pages stay until the last tensor is gone."""
+
+    def allocated() -> int:
+        (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("RssAnon"))
+        return int(line.split()[1]) * 1024
+
+    write_tensors(tmp_path / "sums", {"large": torch.ones(2**23, dtype=torch.float64), "n": torch.tensor(3.0)})
+    found = read_tensors(tmp_path / "sums", is_mapped=False)
+    large, before = found["large"].add_(1), allocated()
+    assert (large[-1].item(), found["n"].item()) == (2, 3)
+    large.data = large.new_empty(0)  # although others have it
+    assert allocated() < before - 60 * 2**20

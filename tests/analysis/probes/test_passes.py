@@ -1,6 +1,7 @@
 """Probes by passes over many leaves: the same bits from any workers, rows that are kept within bounds, many classes."""
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -8,10 +9,12 @@ import pytest
 from scipy.special import logsumexp
 from sklearn.linear_model import LogisticRegression, Ridge
 
+from residua.analysis.probes import probe as probe_module
 from residua.analysis.probes import rows as probe_rows
 from residua.analysis.probes import site as probe_site
 from residua.analysis.probes.controls import TEST, Split
 from residua.analysis.probes.linear_probe import LinearProbe
+from residua.analysis.probes.passes import Passes
 from residua.analysis.probes.probe import probe
 from residua.analysis.probes.target import summarise
 from residua.analysis.support.cluster import connect
@@ -53,14 +56,45 @@ def saved(folder: Path, site: str = "resid_post/0") -> Any:
 
 
 @pytest.mark.parametrize("target", ["even", "score"])
-def test_any_workers_find_the_same_bits(archive: Archive, scheduler: str, tmp_path: Path, target: str) -> None:
+@pytest.mark.parametrize("is_whole", [True, False])
+def test_any_workers_find_the_same_bits(
+    archive: Archive, scheduler: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, target: str, is_whole: bool
+) -> None:
+    """Each site goes to one worker, or both workers share the passes over it."""
+    shared: list[str] = []
+
+    def counted(cluster: Any, rows: Any, **options: Any) -> Any:
+        shared.append(rows.site)
+        return Passes(cluster, rows, **options)
+
     here = probe(archive, target, save=tmp_path / "here")
+    monkeypatch.setattr(probe_module, "Passes", counted)
+    if not is_whole:
+        monkeypatch.setattr(probe_module, "fits_one_worker", lambda _: False)
     with connect(scheduler) as cluster:
         there = probe(archive, target, save=tmp_path / "there", cluster=cluster)
+        assert sorted(shared) == ([] if is_whole else list(SITES))
         assert [found for _, found in cluster.map(jobs.kept_here, range(4), label="kept")] == [0] * 4
     assert here.equals(there)
     for file in ("resid_post/0/probe.safetensors", "resid_post/1/probe.safetensors"):
         assert (tmp_path / "here" / file).read_bytes() == (tmp_path / "there" / file).read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("n_sites", "n_workers", "n_whole"),
+    [(1, 1, 0), (1, 2, 0), (2, 2, 2), (3, 2, 2), (12, 8, 8), (14, 8, 14), (3, 8, 0)],
+)
+def test_small_sites_go_to_one_worker_each_if_that_keeps_all_at_work(
+    archive: Archive, n_sites: int, n_workers: int, n_whole: int
+) -> None:
+    summary = summarise(archive, "even", where=None, task=None, split=Split(0.2, 0))
+    large, small = (
+        probe_rows.site_rows(archive, "resid_post.0", "even", None, summary, analysis="", memory=memory)
+        for memory in (2**16, 2**30)
+    )
+    cluster: Any = SimpleNamespace(n_workers=n_workers)
+    assert probe_module._n_whole([small] * n_sites, cluster) == n_whole
+    assert probe_module._n_whole([large] * n_sites, cluster) == 0
 
 
 @pytest.mark.parametrize("n_numbers", [2**22, 1])

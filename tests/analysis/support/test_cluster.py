@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import distributed
@@ -147,6 +148,24 @@ def test_sums_come_back_in_order_although_a_worker_was_killed(cluster: Cluster, 
     assert cluster.sum(jobs.leaf_or_kill, [folder], n_leaves, term_bytes=2**40, **asked) == list(range(n_leaves))
     assert (tmp_path / "killed").exists() == (n_leaves > 5)
     assert sum(shares) == pytest.approx(2)
+
+
+@pytest.mark.parametrize("is_remote", [True, False])
+def test_jobs_report_their_progress(cluster: Cluster, is_remote: bool) -> None:
+    heard: list[tuple[int, tuple[float, ...]]] = []
+    have_all = Event()
+
+    def hear(number: int, report: tuple[float, ...]) -> None:
+        heard.append((number, report))
+        if len(heard) == 6:
+            have_all.set()
+
+    with connect("inline") as inline:
+        found = (cluster if is_remote else inline).map(jobs.report, [5, 6, 7], label="reports", heard=hear)
+        assert sorted(next(found) for _ in range(3)) == [(0, 5), (1, 6), (2, 7)]
+        assert have_all.wait(60)
+        assert list(found) == []
+    assert sorted(heard) == [(number, (step, number + 5)) for number in range(3) for step in (0, 1)]
 
 
 def test_an_error_in_a_leaf_comes_up(cluster: Cluster) -> None:
