@@ -28,9 +28,14 @@ from residua.store.format.plan import Plan
 from residua.store.read.reader import Array, ArrayReader, Check, RowNumbers
 from residua.store.storage.crc import CRC_BYTES
 from residua.store.storage.disk_cache import DiskCache
-from residua.store.storage.objects import JOIN_GAP_BYTES, ObjectFolder
+from residua.store.storage.objects import ObjectFolder
 
-_REQUEST_BYTES = 4 * 2**20  # a longer run of chunks takes several requests, which are under way at once
+JOIN_GAP_BYTES = 256 * 2**10
+"""Chunks of one shard that are this near share a request: a request costs as much as so many bytes."""
+
+REQUEST_BYTES = 4 * 2**20
+"""A longer run of chunks takes several requests, which are under way at once."""
+
 _WINDOW_BYTES = 64 * 2**20  # of one call that are under way; as much again is fetched ahead
 _HELD_BYTES = 256 * 2**20  # fetched ahead for all readers of an archive; what is not used for longest goes first
 _N_REQUESTS = 16
@@ -112,16 +117,27 @@ class RemoteChunks:
         folder: The archive.
         index: Its packed index, or what takes its place while the archive is not finished.
         cache: Keeps chunks on the local disk; None: nothing is kept.
+        join_gap_bytes: Chunks of one shard that are this near share a request.
+        request_bytes: Bytes of one request, unless a chunk has more.
     """
 
-    def __init__(self, folder: ObjectFolder, index: ChunkTables, cache: DiskCache | None = None) -> None:
+    def __init__(
+        self,
+        folder: ObjectFolder,
+        index: ChunkTables,
+        cache: DiskCache | None = None,
+        join_gap_bytes: int = JOIN_GAP_BYTES,
+        request_bytes: int = REQUEST_BYTES,
+    ) -> None:
         self.folder = folder
         self.index = index
+        self.request_bytes = request_bytes
         self._cache = cache
+        self._join_gap_bytes = join_gap_bytes
         self._held: OrderedDict[tuple[str, int], tuple[_Arriving, int]] = OrderedDict()
 
     def __reduce__(self) -> tuple[object, ...]:
-        return type(self), (self.folder, self.index, self._cache)
+        return type(self), (self.folder, self.index, self._cache, self._join_gap_bytes, self.request_bytes)
 
     def fetch(self, spec: ArraySpec, n_rows: int, numbers: Sequence[int]) -> dict[int, Bytes]:
         """Return the stored bytes of chunks, crc32c included, each compared with the index.
@@ -235,8 +251,8 @@ class RemoteChunks:
             if open_ is None or open_.shard != shard:
                 ends = np.cumsum(self.index.chunk_table(spec.key, shard)[:, 0], dtype=np.int64)
             start, stop = int(ends[chunk - 1]) if chunk else 0, int(ends[chunk])
-            is_near = open_ is not None and open_.shard == shard and start - open_.stops[-1] <= JOIN_GAP_BYTES
-            if open_ is None or not is_near or stop - open_.starts[0] > _REQUEST_BYTES:
+            is_near = open_ is not None and open_.shard == shard and start - open_.stops[-1] <= self._join_gap_bytes
+            if open_ is None or not is_near or stop - open_.starts[0] > self.request_bytes:
                 if open_ is not None:
                     yield open_
                 open_ = _Request(shard, [], [], [])
@@ -280,7 +296,7 @@ class RemoteChunks:
     def _ask(self, name: str, request: _Request) -> dict[int, Bytes]:
         first = request.starts[0]
         try:
-            [data] = self.folder.read_ranges(name, [first], [request.stops[-1]])
+            data = self.folder.read_range(name, first, request.stops[-1])
         except FileNotFoundError:
             raise DamagedArchiveError(
                 f"{self.folder}/{name} is missing, and the archive's index names it: copy the archive there again"
@@ -373,7 +389,9 @@ class RemoteReader(ArrayReader):
         goes_on = first in (self._last, self._last + 1)
         self._last = last
         sizes = [self._source.stored_bytes(self._spec, number) for number in numbers]
-        if last - first + 1 != len(numbers) or not (goes_on or (first == 0 and sum(sizes) > _REQUEST_BYTES)):
+        if last - first + 1 != len(numbers) or not (
+            goes_on or (first == 0 and sum(sizes) > self._source.request_bytes)
+        ):
             return []
         n_chunks = -(-self._n_rows // self._spec.rows_per_chunk)
         n_ahead = min(len(numbers), max(1, self._window_bytes // max(sizes)))

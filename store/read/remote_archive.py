@@ -22,7 +22,7 @@ from residua.store.format.commits import FOLDER, MAX_RECORD_BYTES, Commit, check
 from residua.store.format.plan import Plan
 from residua.store.read.archive import Archive
 from residua.store.read.reader import ArrayReader, Check
-from residua.store.read.remote import PACK, RecordTables, RemoteChunks, RemoteReader
+from residua.store.read.remote import JOIN_GAP_BYTES, PACK, REQUEST_BYTES, RecordTables, RemoteChunks, RemoteReader
 from residua.store.read.zarr_group import RemoteArchiveStore, open_zarr_group
 from residua.store.sealing.packed_index import PackedIndex
 from residua.store.storage.address import scheme_of
@@ -47,6 +47,8 @@ class RemoteArchive(Archive):
         storage_options: Arguments of obstore's store, credentials for example; they are not kept in any result.
         cache: Keeps what was fetched on the local disk: its folder, a `DiskCache`, True for the user's folder of
             caches, or False for none. By default there is one for web servers and the Hub.
+        join_gap_bytes: Chunks of one shard that are this near share a request.
+        request_bytes: Bytes of one request for rows, unless a chunk has more.
 
     Attributes:
         chunks: The stored chunks.
@@ -66,9 +68,18 @@ class RemoteArchive(Archive):
         threads: int | None = None,
         storage_options: Mapping[str, Any] | None = None,
         cache: Cache = None,
+        join_gap_bytes: int = JOIN_GAP_BYTES,
+        request_bytes: int = REQUEST_BYTES,
     ) -> None:
         folder = folder_at(address, storage_options)
-        self._settings = {"check": check, "threads": threads, "storage_options": storage_options, "cache": cache}
+        self._requests = {"join_gap_bytes": join_gap_bytes, "request_bytes": request_bytes}
+        self._settings = {
+            "check": check,
+            "threads": threads,
+            "storage_options": storage_options,
+            "cache": cache,
+            **self._requests,
+        }
         self._cache = _cache_of(address, cache)
         self._mirror = Mirror(folder, self._cache)
         try:
@@ -86,10 +97,9 @@ class RemoteArchive(Archive):
             self._index = PackedIndex(folder, found.plan, found.n_rows, found.index)
         with self._mirror.naming():
             super().__init__(self._mirror.path, check=check, threads=threads)
-        if self._index is None:
-            self.chunks = RemoteChunks(folder, RecordTables(self.plan, self.commits))
-        else:
-            self.chunks = RemoteChunks(folder, self._index, self._cache)
+        tables = RecordTables(self.plan, self.commits) if self._index is None else self._index
+        kept = None if self._index is None else self._cache
+        self.chunks = RemoteChunks(folder, tables, kept, join_gap_bytes, request_bytes)
 
     def _bring_records(self, plan: Plan) -> None:
         """Bring what opens an archive without a packed index: the metadata of its arrays, and its records.
@@ -126,7 +136,7 @@ class RemoteArchive(Archive):
     @property
     def options(self) -> Mapping[str, Any]:
         """What `residua.open` needs beside the address to open the archive elsewhere."""
-        return {"storage_options": self._mirror.folder.options, "cache": self._cache or False}
+        return {"storage_options": self._mirror.folder.options, "cache": self._cache or False, **self._requests}
 
     @cached_property
     def arrays(self) -> tuple[ArraySpec, ...]:

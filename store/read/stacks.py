@@ -12,6 +12,7 @@ from residua.store.format.stacks import stacks_in
 from residua.store.read.archive import Archive, Progress
 from residua.store.read.array import ArchiveArray
 from residua.store.read.reader import Check
+from residua.store.read.remote import JOIN_GAP_BYTES, REQUEST_BYTES
 from residua.store.read.remote_archive import Cache, RemoteArchive
 from residua.store.storage.address import is_remote, shown
 from residua.store.storage.hub import folder_at
@@ -29,6 +30,8 @@ def open_archive(
     threads: int | None = None,
     storage_options: Mapping[str, Any] | None = None,
     cache: Cache = None,
+    join_gap_bytes: int = JOIN_GAP_BYTES,
+    request_bytes: int = REQUEST_BYTES,
 ) -> Archive:
     """Open an archive for reading, or the archives of several stacks as one; public as `residua.open`.
 
@@ -42,6 +45,9 @@ def open_archive(
             What is not given comes from where each service's own tools find it. None of it is kept in any result.
         cache: For an address: where what was fetched is kept on the local disk: a folder, True for the user's folder of
             caches, or False for nowhere. By default web servers and the Hub have a cache of 10 GiB.
+        join_gap_bytes: For an address: chunks that are this near share a request.
+        request_bytes: For an address: bytes of one request for rows, unless a chunk has more. Longer runs of rows take
+            several, 16 at once.
 
     Returns:
         The archive; a `StackedArchive` if the folder holds several.
@@ -56,7 +62,15 @@ def open_archive(
     if isinstance(archive, Archive):
         return archive
     if is_remote(archive):
-        return _open_remote(str(archive), check=check, threads=threads, storage_options=storage_options, cache=cache)
+        return _open_remote(
+            str(archive),
+            check=check,
+            threads=threads,
+            storage_options=storage_options,
+            cache=cache,
+            join_gap_bytes=join_gap_bytes,
+            request_bytes=request_bytes,
+        )
     kind = StackedArchive if stacks_in(Path(archive)) else Archive
     return kind(archive, check=check, threads=threads)
 

@@ -243,7 +243,7 @@ class RemoteArchiveStore(_Shown):
                     max(0, size - byte_range.suffix) if isinstance(byte_range, SuffixByteRequest) else byte_range.offset
                 )
                 stop = size
-            return self._folder.read_ranges(key, [start], [stop])[0].tobytes()
+            return self._folder.read_range(key, start, stop).tobytes()
         except FileNotFoundError:
             return None
 

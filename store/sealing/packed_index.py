@@ -351,7 +351,7 @@ class _RemoteFile:
     def read(self, start: int, n_bytes: int, file_bytes: int) -> bytes:  # noqa: ARG002  # ranges say if they are short
         """Return bytes of the file."""
         try:
-            [found] = self._folder.read_ranges(INDEX, [start], [start + n_bytes]) if n_bytes else [b""]
+            found = self._folder.read_range(INDEX, start, start + n_bytes) if n_bytes else b""
         except FileNotFoundError:
             raise DamagedArchiveError(f"{self.path} is missing: copy the archive there again") from None
         return bytes(found)

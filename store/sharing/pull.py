@@ -146,5 +146,5 @@ class _Pull:
     def _copy_index(self) -> int:
         n_bytes = self._archive.index.n_bytes
         steps = ((start, min(start + _STEP_BYTES, n_bytes)) for start in range(0, n_bytes, _STEP_BYTES))
-        ranges = (self._archive.folder.read_ranges(INDEX, [start], [stop])[0] for start, stop in steps)
+        ranges = (self._archive.folder.read_range(INDEX, start, stop) for start, stop in steps)
         return write_file(self._out / INDEX, ranges)

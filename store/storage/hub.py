@@ -14,7 +14,7 @@ import re
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NoReturn
@@ -24,7 +24,7 @@ import numpy as np
 
 from residua.store.base.errors import StorageError
 from residua.store.storage.address import check_address, hub_place, scheme_of, shown
-from residua.store.storage.objects import JOIN_GAP_BYTES, Bytes, ObjectFolder
+from residua.store.storage.objects import Bytes, ObjectFolder
 from residua.store.storage.web import Answer, Failure, ask
 
 _OPTIONS = ("token", "endpoint")
@@ -114,19 +114,16 @@ class HubFolder(ObjectFolder):
             raise StorageError(f"{self}/{name} has {answer.n_bytes:,} bytes, and at most {most_bytes:,} are read there")
         return answer.body
 
-    def read_ranges(self, name: str, starts: Sequence[int], stops: Sequence[int]) -> list[Bytes]:
-        """Return the bytes of ranges of an object, in the given order; see `ObjectFolder.read_ranges`."""
-        order = sorted(range(len(starts)), key=lambda i: starts[i])
-        found: dict[int, Bytes] = {}
-        while order:
-            stop, n = stops[order[0]], 1
-            while n < len(order) and starts[order[n]] - stop <= JOIN_GAP_BYTES:
-                stop, n = max(stop, stops[order[n]]), n + 1
-            start = starts[order[0]]
-            data = self._range(name, start, stop)
-            found |= {i: data[starts[i] - start : stops[i] - start] for i in order[:n]}
-            order = order[n:]
-        return [found[i] for i in range(len(starts))]
+    def read_range(self, name: str, start: int, stop: int) -> Bytes:
+        """Return the bytes of a range of an object; see `ObjectFolder.read_range`."""
+        answer = self._get(name, {"Range": f"bytes={start}-{stop - 1}"}, stop - start)
+        if answer.status != _PARTIAL or len(answer.body) != stop - start:
+            what = f"{len(answer.body):,} came" if answer.status == _PARTIAL else "the whole object was offered"
+            raise StorageError(
+                f"{self}/{name} was asked for bytes {start:,} to {stop:,}, and {what}: the object is cut short, or the "
+                "server does not answer requests for ranges"
+            )
+        return np.frombuffer(answer.body, np.uint8)
 
     def size(self, name: str) -> int | None:
         """Return the bytes of an object, None if there is none."""
@@ -143,16 +140,6 @@ class HubFolder(ObjectFolder):
         raise StorageError(
             f"{self} is not written or listed file by file: write to a folder, and send it with residua push"
         )
-
-    def _range(self, name: str, start: int, stop: int) -> Bytes:
-        answer = self._get(name, {"Range": f"bytes={start}-{stop - 1}"}, stop - start)
-        if answer.status != _PARTIAL or len(answer.body) != stop - start:
-            what = f"{len(answer.body):,} came" if answer.status == _PARTIAL else "the whole object was offered"
-            raise StorageError(
-                f"{self}/{name} was asked for bytes {start:,} to {stop:,}, and {what}: the object is cut short, or the "
-                "server does not answer requests for ranges"
-            )
-        return np.frombuffer(answer.body, np.uint8)
 
     def _get(self, name: str, headers: Mapping[str, str], most_bytes: int) -> Answer:
         """Return the answer that brings an object or a range of it; failures that may pass are tried again."""

@@ -1,9 +1,8 @@
 """A folder of objects at an address, read and written through obstore.
 
-Whole objects come with a bound on their size, and ranges of one object come joined: ranges that lie near each other
-take one request. A request that fails for a passing reason (a connection that broke, 500, 503, too many requests) is
-made again by obstore, for three minutes at most. Every error names the object and says what to do; none repeats a
-password, a signature or a token.
+Whole objects and ranges come with a bound on their size, so that no server fills the memory. A request that fails for a
+passing reason (a connection that broke, 500, 503, too many requests) is made again by obstore, for three minutes at
+most. Every error names the object and says what to do; none repeats a password, a signature or a token.
 
 `create` writes an object only if there is none. Two things can go wrong there that no server tells: the answer to a
 first try got lost, so that the second finds one's own bytes; or a conflict is reported as "exists" although nothing is
@@ -33,9 +32,6 @@ from residua.store.storage.address import check_address, scheme_of, shown
 
 if TYPE_CHECKING:
     from obstore import PutMode, UpdateVersion
-
-JOIN_GAP_BYTES = 256 * 1024
-"""Ranges of one object that are this near are read as one: a request costs as much as so many bytes."""
 
 _CREATE_TRIES = 5
 _PAUSE_SECONDS = 0.1  # after the first of them; each pause is twice as long
@@ -157,26 +153,37 @@ class ObjectFolder:
 
         return self._ask(name, "read", whole, tries=_READ_TRIES)
 
-    def read_ranges(self, name: str, starts: Sequence[int], stops: Sequence[int]) -> list[Bytes]:
-        """Return the bytes of ranges of an object, in the given order; near ones share a request.
+    def read_range(self, name: str, start: int, stop: int) -> Bytes:
+        """Return the bytes of an object from `start` to before `stop`.
 
         Raises:
             FileNotFoundError: There is no such object.
             StorageError: It cannot be read, or has other bytes there than were asked for.
         """
+        found = self._ask(name, "read", partial(self._range, name, start, stop), tries=_READ_TRIES)
+        part = np.frombuffer(memoryview(found), np.uint8)
+        if len(part) != stop - start:
+            raise StorageError(
+                f"{self}/{name} was asked for bytes {start:,} to {stop:,}, and {len(part):,} came: the object is cut "
+                "short, or the server does not answer requests for ranges"
+            )
+        return part
 
-        def ranges() -> list[obstore.Bytes]:
-            return obstore.get_ranges(self._store, name, starts=starts, ends=stops, coalesce=JOIN_GAP_BYTES)
-
-        found = self._ask(name, "read", ranges, tries=_READ_TRIES)
-        parts = [np.frombuffer(memoryview(part), np.uint8) for part in found]
-        for start, stop, part in zip(starts, stops, parts, strict=True):
-            if len(part) != stop - start:
+    def _range(self, name: str, start: int, stop: int) -> obstore.Bytes | bytes:
+        if scheme_of(self.address) not in ("http", "https"):
+            return obstore.get_range(self._store, name, start=start, end=stop)
+        # A web server may be anybody's: obstore alone would take whatever it sends into memory.
+        answer = obstore.get(self._store, name, options={"range": (start, stop)})
+        parts, n_bytes = [], 0
+        for part in answer.stream(min_chunk_size=stop - start):
+            parts.append(part)
+            n_bytes += len(part)
+            if n_bytes > stop - start:
                 raise StorageError(
-                    f"{self}/{name} was asked for bytes {start:,} to {stop:,}, and {len(part):,} came: the object is "
-                    "cut short, or the server does not answer requests for ranges"
+                    f"{self}/{name} was asked for bytes {start:,} to {stop:,}, and more came: this server does not "
+                    "answer requests for ranges as it should"
                 )
-        return parts
+        return parts[0] if len(parts) == 1 else b"".join(bytes(part) for part in parts)
 
     def size(self, name: str) -> int | None:
         """Return the bytes of an object, None if there is none.

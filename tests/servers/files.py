@@ -5,11 +5,13 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from email.utils import formatdate
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
+
+ENDLESS_BYTES = 2**30
 
 
 @dataclass
@@ -23,7 +25,10 @@ class FileServer:
         latency: Seconds before each answer.
         ranges: Whether it answers requests for ranges; otherwise it sends whole files.
         token: If given, requests without it are refused.
-        faults: Status codes to answer next, one a request, before it answers well again; ``cut`` breaks off the body.
+        faults: What goes wrong next, one a request, before it answers well again: status codes; ``cut`` breaks off the
+            body, ``endless`` sends a body without an end, ``claims`` says that it will send an exbibyte.
+        elsewhere: If given, where every request is redirected to.
+        logins: The logins that came with requests.
         altered: Names of files of which the first byte of each answer is changed.
         altered_once: Likewise, for one answer each.
         requests: How often each path was asked for.
@@ -36,6 +41,8 @@ class FileServer:
     latency: float = 0.0
     ranges: bool = True
     token: str = ""
+    elsewhere: str = ""
+    logins: set[str | None] = field(default_factory=set)
     faults: list[int | str] = field(default_factory=list)
     altered: set[str] = field(default_factory=set)
     altered_once: set[str] = field(default_factory=set)
@@ -52,17 +59,23 @@ class FileServer:
         time.sleep(self.latency)
         path = unquote(urlsplit(handler.path).path)
         self.requests[path] += 1
+        self.logins.add(handler.headers.get("Authorization"))
         fault = self.faults.pop(0) if self.faults else None
         if isinstance(fault, int):
             handler.send_error(fault)
+        elif self.elsewhere:
+            handler.send_response(302)
+            handler.send_header("Location", self.elsewhere + handler.path)
+            handler.send_header("Content-Length", "0")
+            handler.end_headers()
         elif self.token and handler.headers.get("Authorization") != f"Bearer {self.token}":
             handler.send_error(401)
         elif not path.startswith(self.prefix) or not (file := self.folder / path.removeprefix(self.prefix)).is_file():
             handler.send_error(404)
         else:
-            self._send(handler, file, is_cut=fault == "cut")
+            self._send(handler, file, fault)
 
-    def _send(self, handler: http.server.BaseHTTPRequestHandler, file: Path, *, is_cut: bool) -> None:
+    def _send(self, handler: http.server.BaseHTTPRequestHandler, file: Path, fault: str | None) -> None:
         size = file.stat().st_size
         asked = handler.headers.get("Range") if self.ranges else None
         first, last = byte_range(asked, size)
@@ -75,14 +88,25 @@ class FileServer:
         handler.send_response(206 if asked else 200)
         if asked:
             handler.send_header("Content-Range", f"bytes {first}-{last}/{size}")
-        handler.send_header("Content-Length", str(len(body)))
+        is_long = fault in ("endless", "claims")
+        handler.send_header("Content-Length", str(2**60 if is_long else len(body)))
         handler.send_header("Last-Modified", formatdate(file.stat().st_mtime, usegmt=True))
         handler.end_headers()
-        sent = body[: len(body) // 2] if is_cut else body
+        if is_long:
+            self._flood(handler, ENDLESS_BYTES if fault == "endless" else 0)
+            return
+        sent = body[: len(body) // 2] if fault == "cut" else body
         self.n_bytes += len(sent)
         if handler.command == "GET":
             handler.wfile.write(sent)
-        handler.close_connection = is_cut
+        handler.close_connection = fault == "cut"
+
+    def _flood(self, handler: http.server.BaseHTTPRequestHandler, n_bytes: int) -> None:
+        """Send zeros until the client has enough."""
+        handler.close_connection = True
+        with suppress(OSError):
+            for _ in range(0, n_bytes, 2**20):
+                self.n_bytes += handler.wfile.write(bytes(2**20))
 
 
 def byte_range(asked: str | None, size: int) -> tuple[int, int]:
@@ -108,6 +132,9 @@ def serving_files(folder: Path, **settings: object) -> Iterator[FileServer]:
             server.answer(self)
 
         do_HEAD = do_GET  # noqa: N815  # the name that the base class calls
+
+        def do_PROPFIND(self) -> None:
+            self.send_error(405)  # as servers that list nothing do; 501 would be tried again
 
         def log_message(self, format: str, *args: object) -> None:  # noqa: A002
             """Print nothing."""

@@ -12,6 +12,7 @@ import dask.array
 import numpy as np
 import pytest
 
+import residua
 from residua.store.base.errors import (
     DamagedArchiveError,
     NotCapturedError,
@@ -24,13 +25,15 @@ from residua.store.encoding.codecs import PRESETS
 from residua.store.format.archive_metadata import ROOT, read_metadata, write_metadata
 from residua.store.format.stacks import create_stacks
 from residua.store.read.archive import Archive
-from residua.store.read.remote import RemoteReader
+from residua.store.read.remote import RemoteChunks, RemoteReader
 from residua.store.read.remote_archive import RemoteArchive
 from residua.store.read.stacks import open_archive
 from residua.store.sealing.packed_index import INDEX
 from residua.store.storage.disk_cache import DiskCache
+from residua.store.storage.objects import ObjectFolder
 from residua.store.verification.verify import verify
 from tests.servers.files import FileServer, serving_files
+from tests.store.samples import make_spec
 from tests.store.small_archive import HEIGHT, LENGTHS, N_ROWS, make_archive
 
 pytestmark = pytest.mark.timeout(120)
@@ -90,6 +93,38 @@ def test_rows_take_at_most_a_request_a_shard_here(server: FileServer) -> None:
     assert server.requests.total() == 1
     assert there["q.1"][5:5].shape == (0, *there["q.1"].shape[1:])
     assert server.requests.total() == 1
+
+
+class Tables:
+    """Shards of 16 chunks of 100 bytes."""
+
+    digest = "0" * 64
+
+    def __contains__(self, shard: object) -> bool:
+        return True
+
+    def chunk_table(self, key: str, shard: int) -> Any:
+        return np.full((16, 2), 100, np.int64)
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({}, [[0, 1, 5, 15], [16], [40], [79]]),
+        ({"join_gap_bytes": 0}, [[0, 1], [5], [15], [16], [40], [79]]),
+        ({"join_gap_bytes": 300}, [[0, 1, 5], [15], [16], [40], [79]]),
+        ({"request_bytes": 600}, [[0, 1, 5], [15], [16], [40], [79]]),
+        ({"request_bytes": 1}, [[0], [1], [5], [15], [16], [40], [79]]),
+    ],
+)
+def test_gap_and_size_of_requests_are_parameters(
+    settings: dict[str, Any], expected: list[list[int]], server: FileServer
+) -> None:
+    spec = make_spec("raw", "float32", (5,), rows_per_shard=16, rows_per_chunk=1)
+    chunks: Any = pickle.loads(pickle.dumps(RemoteChunks(ObjectFolder(server.url), Tables(), **settings)))  # noqa: S301
+    assert [request.chunks for request in chunks._requests(spec, [0, 1, 5, 15, 16, 40, 79])] == expected
+    there = residua.open(f"{server.url}/a.zarr", cache=False, **settings)
+    assert np.array_equal(there["q.1"][:], Archive(server.folder / "a.zarr")["q.1"][:])
 
 
 def test_windows_that_are_read_ahead_give_the_same_rows(server: FileServer) -> None:

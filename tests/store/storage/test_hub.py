@@ -45,9 +45,9 @@ def opened(hub: HubServer, address: str = "hf://datasets/org/acts/a.zarr", token
 def test_a_file_is_asked_for_once(hub: HubServer) -> None:
     folder = opened(hub)
     for start in range(0, 5000, 500):
-        assert folder.read_ranges("large", [start], [start + 9])[0].tobytes() == LARGE[start : start + 9]
+        assert folder.read_range("large", start, start + 9).tobytes() == LARGE[start : start + 9]
     far = len(LARGE) - 3
-    assert [part.tobytes() for part in folder.read_ranges("large", [far, 5], [far + 3, 9])] == [LARGE[far:], LARGE[5:9]]
+    assert folder.read_range("large", far, far + 3).tobytes() == LARGE[far:]
     assert (folder.read("large", len(LARGE)), folder.read("small", 4)) == (LARGE, b"text")
     assert (folder.size("large"), folder.size("small"), folder.size("gone")) == (len(LARGE), 4, None)
     assert hub.requests["resolve"] == 4, "large once, small twice, gone once"
@@ -56,7 +56,7 @@ def test_a_file_is_asked_for_once(hub: HubServer) -> None:
 def test_many_threads_ask_for_it_once(hub: HubServer) -> None:
     folder = opened(hub)
     with ThreadPoolExecutor(12) as pool:
-        parts = list(pool.map(lambda start: folder.read_ranges("large", [start], [start + 5])[0].tobytes(), range(60)))
+        parts = list(pool.map(lambda start: folder.read_range("large", start, start + 5).tobytes(), range(60)))
     assert parts == [LARGE[start : start + 5] for start in range(60)]
     assert hub.requests["resolve"] == 1
 
@@ -80,7 +80,7 @@ def test_a_signed_address_whose_time_is_over_is_replaced(hub: HubServer) -> None
     folder = opened(hub)
     hub.signed_seconds = 0.05
     for start in range(0, 500, 100):
-        folder.read_ranges("large", [start], [start + 9])
+        folder.read_range("large", start, start + 9)
         folder._signed["large"] = folder._signed["large"].replace("Expires=", "Expires=0")
     assert hub.requests["resolve"] == 5
 
@@ -133,7 +133,7 @@ def test_what_is_not_there_or_not_allowed(hub: HubServer) -> None:
     with pytest.raises(StorageError, match=r"large has 10,240 bytes.* 9 "):
         opened(hub).read("large", 9)
     with pytest.raises(StorageError, match="shorter"):
-        opened(hub).read_ranges("large", [20_000], [20_009])
+        opened(hub).read_range("large", 20_000, 20_009)
     hub.repositories["datasets/org/acts"].gated = True
     with pytest.raises(StorageError, match=r"GatedRepo.*/datasets/org/acts.*ask for access"):
         opened(hub).read("small", 9)

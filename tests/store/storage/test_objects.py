@@ -30,7 +30,7 @@ def test_what_is_written_to_a_bucket_is_read_back(s3: S3Server) -> None:
     folder.write("x/y", [b"abc", memoryview(b"defg")])
     folder.write("z", [b""])
     assert folder.read("x/y", 7) == b"abcdefg"
-    assert [part.tobytes() for part in folder.read_ranges("x/y", [4, 0], [6, 2])] == [b"ef", b"ab"]
+    assert folder.read_range("x/y", 4, 6).tobytes() == b"ef"
     assert [(entry.name, entry.n_bytes) for entry in folder.list()] == [("x/y", 7), ("z", 0)]
     assert (folder.size("x/y"), folder.size("nothing")) == (7, None)
     folder.delete(["x/y", "nothing"])
@@ -83,7 +83,7 @@ def test_errors_name_the_object_and_what_to_do(s3: S3Server) -> None:
     with pytest.raises(StorageError, match=r"errors/x has 5 bytes.* 4 "):
         folder.read("x", 4)
     with pytest.raises(StorageError, match=r"bytes 3 to 9"):
-        folder.read_ranges("x", [3], [9])
+        folder.read_range("x", 3, 9)
     with pytest.raises(FileNotFoundError, match="no-such-bucket"):
         ObjectFolder("s3://no-such-bucket/a", s3.options).read("x", 1)
     with pytest.raises(StorageError, match="nonsense"):
@@ -95,20 +95,14 @@ def test_a_web_server_with_passing_faults(server: FileServer) -> None:
     folder = ObjectFolder(server.url + "/a")
     assert folder.read("numbers", 256) == bytes(range(256))
     server.faults = [500, "cut"]
-    assert folder.read_ranges("numbers", [10, 200], [20, 210])[1].tobytes() == bytes(range(200, 210))
-
-
-def test_near_ranges_share_a_request(server: FileServer) -> None:
-    folder = ObjectFolder(server.url + "/a")
-    folder.read_ranges("numbers", [0, 50, 100], [10, 60, 110])
-    assert server.requests == {"/a/numbers": 1}
+    assert folder.read_range("numbers", 200, 210).tobytes() == bytes(range(200, 210))
 
 
 def test_a_web_server_without_ranges_is_said_to_be_one(server: FileServer) -> None:
     server.ranges = False
     folder = ObjectFolder(server.url + "/a")
     with pytest.raises(StorageError, match="range"):
-        folder.read_ranges("numbers", [10], [20])
+        folder.read_range("numbers", 10, 20)
 
 
 def test_what_is_not_allowed_says_so_and_holds_no_secret(server: FileServer) -> None:
