@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict
 from os import PathLike
 from pathlib import Path
+from time import time_ns
 from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -25,6 +26,7 @@ from residua.capture.sites.reference_model import unsharded_sites
 from residua.capture.sites.shape_probe import measure_sites
 from residua.pipelines.capture.job import CaptureJob
 from residua.pipelines.data.dataset import DatasetReport, dataset_identity, read_examples
+from residua.pipelines.data.reading import Reading, reading_of
 from residua.pipelines.data.tokenizer import special_ids
 from residua.pipelines.images.examples import ImageDataset
 from residua.pipelines.setup.models import token_limit
@@ -70,6 +72,7 @@ class DatasetCapture(CaptureJob):
         self._on_example = on_example
         self._images = images
         self._report = DatasetReport()
+        self._read: dict[str, Json] = {}  # what the examples were read from, for `known_examples`
         self.longest_source: int | None = None
 
     def write_examples(self, folder: Path) -> ExampleIndex:
@@ -81,6 +84,7 @@ class DatasetCapture(CaptureJob):
                 "are special"
             )
         writer = ExampleWriter(folder)
+        began, reading = time_ns(), self._reading()
         if self._images is not None:
             examples = self._images.examples(self._dataset, model_limit=token_limit(self.model), report=report)
         else:
@@ -96,10 +100,36 @@ class DatasetCapture(CaptureJob):
         for example in examples:
             writer.add(example)
             self._on_example(report.n_examples, report.n_tokens)
+        if reading is not None and reading.is_settled(began) and reading == self._reading():
+            self._read = {"reading": reading.digest, "report": asdict(report)}
         self.shared["dataset"] = asdict(report)
         if self._images is not None:
             self.shared["images"] = str(self._images.folder)
         return writer.close()
+
+    def known_examples(self) -> ExampleIndex | None:
+        """Return the archive's examples if dataset, settings and tokenizer are surely those that gave them."""
+        known = self.archive.provenance.get("dataset")
+        if not isinstance(known, Mapping) or "reading" not in known:
+            return None
+        reading, report = self._reading(), DatasetReport.of(known.get("report"))
+        if reading is None or report is None or known["reading"] != reading.digest:
+            return None
+        self._report = report
+        self.shared["dataset"] = asdict(report)
+        return self.written_examples()
+
+    def _reading(self) -> Reading | None:
+        """Return what the examples follow from, if that is known without reading the dataset."""
+        if type(self) is not DatasetCapture or self._images is not None:  # others make more of the dataset
+            return None
+        return reading_of(
+            self._dataset,
+            self._settings,
+            tokenizer=self._tokenizer,
+            model_limit=token_limit(self.model),
+            vocab_size=self.model.config.get_text_config().vocab_size,
+        )
 
     def plan(self, index: ExampleIndex) -> Plan:
         """Return the plan; raises PlanError if not even the smallest shard fits into host memory."""
@@ -166,7 +196,7 @@ class DatasetCapture(CaptureJob):
             "model": describe_model(self.model, plan.model, self.output, predicts=self.predicts),
             "tokenizer": None if self._tokenizer is None else identify_tokenizer(self._tokenizer),
             **({} if self._images is None else {"processor": dict(self._images.identity)}),
-            "dataset": dataset_identity(self._dataset, self._settings),
+            "dataset": {**dataset_identity(self._dataset, self._settings), **self._read},
             "command": self._command,
             "seed": self._settings.seed,
             **environment(),

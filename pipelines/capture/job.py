@@ -107,6 +107,10 @@ class CaptureJob(ABC):
     def write_examples(self, folder: Path) -> ExampleIndex:
         """Write the example table to `folder`, which it makes."""
 
+    def known_examples(self) -> ExampleIndex | None:
+        """Return the examples of the archive that was begun, if `write_examples` would surely write the same ones."""
+        return None
+
     @abstractmethod
     def plan(self, index: ExampleIndex) -> Plan:
         """Return the plan for the examples of `index`."""
@@ -250,14 +254,14 @@ class CaptureJob(ABC):
         """Make the plan, and the archive unless it exists; refuse an archive of another plan."""
         bring_archive(self.out)
         resumed = is_archive(self.out.path)
+        if resumed and (known := self.known_examples()) is not None:
+            self._continue(self.plan(known))
+            self.out.sweep()
+            return {"resumed": resumed, **self.shared}
         with workspace(self.out) as folder:
             plan = self.plan(self.write_examples(folder / "examples"))
             if resumed:
-                self._compare(plan)
-                self.check_room(plan.sites, plan.n_rows or 0)
-                if dropped := drop_lost(self.out, self.archive.metadata):
-                    self.notes.extend(dropped)
-                    self._archive = None
+                self._continue(plan)
             else:
                 self.check_room(plan.sites, plan.n_rows or 0)
                 write_sidecars(folder, sidecars or self._sidecars())
@@ -265,6 +269,14 @@ class CaptureJob(ABC):
                 create_archive(folder, self.out, plan, {**self.provenance(plan), **self._of_rows(plan)})
         self.out.sweep()
         return {"resumed": resumed, **self.shared}
+
+    def _continue(self, plan: Plan) -> None:
+        """Refuse an archive of another plan, and forget its shards that are lost."""
+        self._compare(plan)
+        self.check_room(plan.sites, plan.n_rows or 0)
+        if dropped := drop_lost(self.out, self.archive.metadata):
+            self.notes.extend(dropped)
+            self._archive = None
 
     def _of_rows(self, plan: Plan) -> dict[str, Json]:
         """Return what the provenance says about the rows: types that were cast, and notes."""

@@ -6,7 +6,7 @@ the dataset) and ``source_token`` (the position of its first token in that row).
 """
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from os import PathLike, fspath
 from pathlib import Path
 
@@ -62,6 +62,16 @@ class DatasetReport:
     n_cut_tokens: int = 0
     # A sentence for each column that looks as if it should have one value a token, and has not.
     odd_lists: list[str] = field(default_factory=list)
+
+    @classmethod
+    def of(cls, values: object) -> "DatasetReport | None":
+        """Return the report that ``dataclasses.asdict`` made `values` of; None if they are not such values."""
+        plain = asdict(cls())
+        if not isinstance(values, Mapping) or values.keys() != plain.keys():
+            return None
+        if any(type(value) is not type(plain[name]) for name, value in values.items()):
+            return None
+        return cls(**values) if all(isinstance(text, str) for text in values["odd_lists"]) else None
 
     def add(self, counts: Mapping[str, int]) -> None:
         """Add counts by the names of these."""

@@ -1,6 +1,8 @@
 """The same capture again, and what is refused: another plan, a folder of the user's, bad requests."""
 
+import json
 import shutil
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -9,11 +11,14 @@ import torch
 from transformers import PreTrainedModel
 
 import residua
+from residua.pipelines.capture import dataset_job
 from residua.pipelines.capture.capture import capture_dataset
 from residua.pipelines.cli.main import main
+from residua.pipelines.data import reading
 from residua.store.base.errors import DatasetError, PlanError, UnknownSiteError
 from tests.models.tiny import TINY
 from tests.pipelines.small_capture import capture
+from tests.stopped import content
 
 
 def test_a_second_run_finds_nothing_to_do(llama: PreTrainedModel, tokens: list[list[int]], tmp_path: Path) -> None:
@@ -191,3 +196,35 @@ def test_a_start_that_fails_leaves_nothing_behind(
     again = capture(llama, tokens, out, sites="resid_post.*")
     assert again.resumed
     assert again.archive.is_sealed
+
+
+class StoppedError(Exception):
+    pass
+
+
+@pytest.mark.parametrize("is_stopped", [False, True])
+def test_a_dataset_that_did_not_change_is_not_read_again(
+    llama: PreTrainedModel, tokens: list[list[int]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_stopped: bool
+) -> None:
+    """Neither by a finished capture nor by one that was stopped; and if it changed, it is."""
+    path, options = tmp_path / "data.jsonl", {"sites": "resid_post.*", "max_tokens": 150}
+    path.write_text("".join(json.dumps({"input_ids": ids}) + "\n" for ids in tokens))
+    monkeypatch.setattr(reading, "_SETTLED_NS", -(10**12))
+    expected = capture(llama, path, tmp_path / "expected.zarr", **options)
+
+    def stop(stats: Any) -> None:
+        if is_stopped and stats.committed_rows:
+            raise StoppedError
+
+    with pytest.raises(StoppedError) if is_stopped else nullcontext():
+        capture(llama, path, tmp_path / "a.zarr", on_batch=stop, **options)
+    monkeypatch.setattr(dataset_job, "read_examples", lambda *_, **__: pytest.fail("the dataset is read"))
+    again = capture(llama, path, tmp_path / "a.zarr", **options)
+    assert again.resumed
+    assert again.dataset == expected.dataset
+    assert again.dataset.n_cut_tokens
+    assert content(tmp_path / "a.zarr") == content(tmp_path / "expected.zarr")
+    monkeypatch.undo()
+    path.write_text(path.read_text().replace(f"[{tokens[0][0]},", f"[{tokens[0][0] + 1},"))
+    with pytest.raises(PlanError, match=r"dataset\.digest"):
+        capture(llama, path, tmp_path / "a.zarr", **options)
