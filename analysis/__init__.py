@@ -9,7 +9,12 @@ from residua.store.base.extras import load
 
 if TYPE_CHECKING:
     from residua.analysis.attention.head_detector import head_detector
+    from residua.analysis.loader.dictionary_learning import for_train_sae
     from residua.analysis.loader.loader import Loader
+    from residua.analysis.loader.openmoss import for_openmoss
+    from residua.analysis.loader.paired import PairedRows
+    from residua.analysis.loader.sae_lens import for_multi_sae_lens, for_sae_lens
+    from residua.analysis.loader.saev import for_saev
     from residua.analysis.probes.linear_probe import LinearProbe, LogisticProbe, RidgeProbe
     from residua.analysis.rows.dask_array import array
     from residua.analysis.rows.tables import record_batches, table
@@ -19,9 +24,15 @@ __all__ = [
     "LinearProbe",
     "Loader",
     "LogisticProbe",
+    "PairedRows",
     "RidgeProbe",
     "array",
     "connect",
+    "for_multi_sae_lens",
+    "for_openmoss",
+    "for_sae_lens",
+    "for_saev",
+    "for_train_sae",
     "head_detector",
     "record_batches",
     "table",
@@ -31,9 +42,15 @@ _HOMES = {
     "LinearProbe": "analysis.probes.linear_probe",
     "Loader": "analysis.loader.loader",
     "LogisticProbe": "analysis.probes.linear_probe",
+    "PairedRows": "analysis.loader.paired",
     "RidgeProbe": "analysis.probes.linear_probe",
     "array": "analysis.rows.dask_array",
     "connect": "analysis.support.cluster",
+    "for_multi_sae_lens": "analysis.loader.sae_lens",
+    "for_openmoss": "analysis.loader.openmoss",
+    "for_sae_lens": "analysis.loader.sae_lens",
+    "for_saev": "analysis.loader.saev",
+    "for_train_sae": "analysis.loader.dictionary_learning",
     "head_detector": "analysis.attention.head_detector",
     "record_batches": "analysis.rows.tables",
     "table": "analysis.rows.tables",

@@ -231,6 +231,34 @@ class Loader(IterableDataset[Batch]):
         return self._batching.n_batches(self._chosen.n_rows, *self._place())
 
     @property
+    def batch_size(self) -> int:
+        """Rows of a batch."""
+        return self._batching.batch_size
+
+    @property
+    def drop_last(self) -> bool:
+        """Whether rows that fill no batch are left out."""
+        return self._batching.drop_last
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """Names of the further values of a batch."""
+        return tuple(self._columns)
+
+    @property
+    def n_rows(self) -> int:
+        """Number of rows of an epoch, of all ranks together."""
+        return self._chosen.n_rows
+
+    def row_shape(self, site: str) -> tuple[int, ...]:
+        """Return the shape of a row of one of the sites."""
+        return self._sources()[site].shape[1:]
+
+    def settings(self) -> dict[str, Any]:
+        """Return what decides the batches, as plain numbers and texts: the archive, the sites, and how rows come."""
+        return {"archive": self._archive.place, "sites": [*self.sites], **self._settings}
+
+    @property
     def is_endless(self) -> bool:
         """Whether batches come without end."""
         return self._epochs is None
@@ -244,8 +272,10 @@ class Loader(IterableDataset[Batch]):
         Raises:
             AnalysisError: The kind is unknown, or a site has no finite rows.
         """
-        kind = checked_kind(kind)
-        return {site: normalisation(site, source, self._chosen, kind) for site, source in self._sources().items()}
+        return {site: self._constants(site, source, kind) for site, source in self._sources().items()}
+
+    def _constants(self, site: str, source: Source, kind: Kind) -> Normalisation:
+        return normalisation(site, source, self._chosen, checked_kind(kind))
 
     def shares_rows(self, other: "Loader") -> bool:
         """Return whether a row can come from this loader and from `other`, both of one archive."""

@@ -50,13 +50,13 @@ class Normalisation:
     inverse: Tensor
 
     def apply(self, values: Tensor) -> Tensor:
-        """Return normalised rows, (rows, *row shape); float32, or float64 if `values` are."""
+        """Return normalised rows, ``(rows, *row shape)``; float32, or float64 if `values` are."""
         flat = _computable(values.reshape(len(values), -1))
         mean, factor, _ = self._constants(flat)
         return _times(flat - mean, factor).reshape(values.shape)
 
     def undo(self, values: Tensor) -> Tensor:
-        """Return rows as they were before `apply`, (rows, *row shape); float32, or float64 if `values` are."""
+        """Return rows as they were before `apply`, ``(rows, *row shape)``; float32, or float64 if `values` are."""
         flat = _computable(values.reshape(len(values), -1))
         mean, _, inverse = self._constants(flat)
         return (_times(flat, inverse) + mean).reshape(values.shape)
