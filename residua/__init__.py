@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from residua.analysis.attention.headvis import heads
     from residua.analysis.attention.induction import induction_scores
     from residua.analysis.lens.lens import TunedLens
+    from residua.analysis.page.page import page
     from residua.analysis.probes.probe import probe
     from residua.analysis.stats.stats import stats
     from residua.analysis.stats.top import top
@@ -64,6 +65,7 @@ __all__ = [
     "open",
     "overlay",
     "pack",
+    "page",
     "patch",
     "probe",
     "pull",
@@ -100,6 +102,7 @@ _HOMES = {
     "open": "store.read.stacks:open_archive",
     "overlay": "store.edits.overlay:overlay",
     "pack": "store.sealing.seal:pack",
+    "page": "analysis.page.page:page",
     "patch": "pipelines.circuits.patch:patch",
     "probe": "analysis.probes.probe:probe",
     "pull": "store.sharing.pull:pull",

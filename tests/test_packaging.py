@@ -55,7 +55,9 @@ def test_the_wheel_holds_every_module_of_every_room_and_nothing_else(wheel: Path
     modules |= {f"residua/{path.relative_to(ROOT)}" for room in ROOMS for path in (ROOT / room).rglob("*.py")}
     assert len(modules) > 150
     held = {name for name in names if ".dist-info/" not in name}
-    assert held == modules | {"residua/py.typed", "residua/store/FORMAT.md"}
+    assets = {f"residua/{path.relative_to(ROOT)}" for path in (ROOT / "analysis/page/assets").iterdir()}
+    assert {"index.html", "page.css", "page.js"} <= {Path(name).name for name in assets}
+    assert held == modules | assets | {"residua/py.typed", "residua/store/FORMAT.md"}
 
 
 @pytest.mark.slow

@@ -36,6 +36,11 @@ class Best(NamedTuple):
     examples: npt.NDArray[np.int64]
 
 
+def no_rows() -> Best:
+    """Return the best of no rows."""
+    return Best(np.zeros(0), np.zeros(0, np.int64), np.zeros(0, np.int64))
+
+
 class _Job(NamedTuple):
     location: Location
     site: str
@@ -102,14 +107,14 @@ def top(
         _Job(location(archive), name, run, wanted, k, per_example, where)
         for run in runs(blocks(archive), least_rows=task_rows)
     ]
-    best = Best(np.zeros(0), np.zeros(0, np.int64), np.zeros(0, np.int64))
+    best = no_rows()
     for _, found in or_inline(cluster).map(_search, jobs, label="top rows"):
-        best = _kept(best, found, k, per_example=per_example)
+        best = kept(best, found, k, per_example=per_example)
     if not len(best.rows):
         raise AnalysisError(
             f"{name} has no row with a score: no row is captured, the filter selects none, or all scores are NaN"
         )
-    found = _described(archive, best, sign=-1 if bottom else 1)
+    found = described(archive, best, sign=-1 if bottom else 1)
     for column, values in more(best.rows).items():
         found = found.append_column(column, values)
     return found
@@ -125,19 +130,19 @@ def _one_site(archive: Archive, site: str) -> str:
 def _search(job: _Job) -> Best:
     """Return the best rows of one job; runs where the job runs."""
     archive = opened(job.location)
-    best = Best(np.zeros(0), np.zeros(0, np.int64), np.zeros(0, np.int64))
+    best = no_rows()
     channels = np.flatnonzero(job.direction)  # a NaN in another channel does not count
     for rows, values in pieces(archive, job.site, job.blocks, job.where):
         with np.errstate(invalid="ignore"):
             scores = values[:, channels].astype(np.float64) @ job.direction[channels]
         ranked = ~np.isnan(scores)
         found = Best(scores[ranked], rows[ranked], examples_of(archive, rows)[ranked])
-        best = _kept(best, found, job.k, per_example=job.per_example)
+        best = kept(best, found, job.k, per_example=job.per_example)
     return best
 
 
-def _kept(first: Best, second: Best, k: int, *, per_example: bool) -> Best:
-    """Return the best `k` rows of both."""
+def kept(first: Best, second: Best, k: int, *, per_example: bool) -> Best:
+    """Return the best `k` rows of both; with `per_example` at most one row of an example."""
     scores = np.concatenate([first.scores, second.scores])
     rows = np.concatenate([first.rows, second.rows])
     examples = np.concatenate([first.examples, second.examples])
@@ -151,7 +156,8 @@ def _kept(first: Best, second: Best, k: int, *, per_example: bool) -> Best:
     return Best(scores[order], rows[order], examples[order])
 
 
-def _described(archive: Archive, best: Best, *, sign: int) -> pa.Table:
+def described(archive: Archive, best: Best, *, sign: int) -> pa.Table:
+    """Return the table of `top` for rows whose scores were multiplied by `sign` before the best were kept."""
     rows = best.rows.tolist()
     has_text = archive.tokenizer is not None
     tokens = archive.rows.token.numpy(rows, dtype=np.int64)

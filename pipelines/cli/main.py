@@ -13,7 +13,7 @@ from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
 
-from residua.pipelines.cli import archive, capture, heads, induction, lens, patch, probe, replay, stats, top
+from residua.pipelines.cli import archive, capture, heads, lens, patch, probe, replay, stats, top
 from residua.pipelines.cli.options import Run, bind_negative_values
 from residua.store.base.errors import (
     AnalysisError,
@@ -71,7 +71,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"residua {version('residua')}")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
-    for module in (capture, archive, stats, probe, top, induction, heads, lens, replay, patch):
+    for module in (capture, archive, stats, probe, top, heads, lens, replay, patch):
         module.add(commands)
     return parser
 

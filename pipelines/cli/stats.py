@@ -1,4 +1,4 @@
-"""The command `stats`: statistics of every site, as tables and a picture."""
+"""The commands `stats` and `page`: the sites of an archive in tables and a picture, and a page to look at all of it."""
 
 import argparse
 from pathlib import Path
@@ -16,13 +16,14 @@ from residua.pipelines.cli.options import (
 )
 from residua.pipelines.cli.report import print_json, table
 from residua.store.base.errors import few
+from residua.store.storage.place import refuse_address
 
 if TYPE_CHECKING:
     from residua.analysis.stats.site_stats import Stats
 
 
 def add(commands: Any) -> None:
-    """Add the command."""
+    """Add the commands."""
     text = "norms, moments, outlier channels and principal components of every site"
     description = f"Compute {text}, by channel and by position. Writes tables and a picture."
     parser = add_command(commands, "stats", _stats, text, description)
@@ -31,6 +32,38 @@ def add(commands: Any) -> None:
     add_flag(parser, "--where", WHERE_HELP)
     add_flag(parser, "--components", "principal components of each site; 0 computes none", 8)
     add_flag(parser, "--out", "folder for the files (default: ARCHIVE-stats)", dest="folder", metavar="FOLDER")
+    add_cluster_flags(parser)
+    _add_page(commands)
+
+
+def _add_page(commands: Any) -> None:
+    text = "make a static page of an archive, to look at in a browser"
+    description = (
+        "Write a folder with a page that shows an archive: sites with statistics, examples whose tokens are "
+        "coloured by norm, by distance to the mean or along directions, the strongest rows, lens read-outs, and "
+        "attention heads. It needs no server: open its index.html."
+    )
+    parser = add_command(commands, "page", _page, text, description)
+    add_archive(parser)
+    add_flag(parser, "--out", "folder of the page (default: ARCHIVE-page)", dest="folder", metavar="FOLDER")
+    add_flag(parser, "--sites", SITES_HELP, "*")
+    text = (
+        "a direction, SITE=WHAT: channel:NUMBER, logit:TOKEN, the folder of a saved probe, or a .npy, .npz or "
+        ".safetensors file, FILE#TENSOR[ROW] or FILE#TENSOR[:,COLUMN] for a feature of an autoencoder; SITE[HEAD]=WHAT "
+        "for one head, NAME:=SITE=WHAT to name it; repeatable (default: none)"
+    )
+    parser.add_argument("--direction", dest="directions", action="append", default=[], metavar="DIRECTION", help=text)
+    add_flag(parser, "--lens", "folder of a tuned lens for read-outs (default: the logit lens)", metavar="FOLDER")
+    add_flag(
+        parser,
+        "--heads",
+        "scores of heads: folder of residua heads or residua induction (default: none)",
+        metavar="PATH",
+    )
+    add_flag(parser, "--examples", "number of examples, spread evenly; those of the strongest rows come besides", 1000)
+    add_flag(parser, "--tokens", "tokens to show of an example, from its first one on", 256)
+    add_flag(parser, "-k", "rows to show at either end of each measure", 20)
+    add_flag(parser, "--lens-examples", "number of examples with read-outs of the lens", 100)
     add_cluster_flags(parser)
 
 
@@ -80,3 +113,34 @@ def _print(found: "Stats", folder: Path) -> None:
         if line["component_shares"] is None:
             print(f"note: {line['site']} has no principal components: its covariance was not wanted or is too large")
     print(f"files     {folder}: sites, channels, positions (.parquet), components.safetensors, norms.png")
+
+
+def _page(options: argparse.Namespace) -> int:
+    from residua.analysis.page.page import page
+    from residua.store.read.stacks import open_archive
+
+    archive = open_archive(options.archive)
+    folder = options.folder or default_folder(archive.place, "page")
+    refuse_address(folder, "pages")
+    with cluster_of(options, reads_once=True) as cluster:
+        found = page(
+            archive,
+            Path(folder),
+            sites=options.sites,
+            directions=options.directions,
+            lens=options.lens,
+            heads=options.heads,
+            examples=options.examples,
+            tokens=options.tokens,
+            k=options.k,
+            lens_examples=options.lens_examples,
+            cluster=cluster,
+        )
+    if options.json:
+        print_json({**found._asdict(), "file": str(found.file)})
+        return 0
+    print(f"{found.n_examples:,} examples, {found.n_bytes / 2**20:,.1f} MiB")
+    for note in found.notes:
+        print(f"note: {note}")
+    print(f"page      {found.file}: open it in a browser")
+    return 0
