@@ -21,7 +21,7 @@ class LensSettings:
     group: str | None = _setting(
         None,
         "column whose equal values are held out together, besides documents and equal contents (source_index: "
-        "documents alone; example: each example for itself)",
+        "documents alone; example: each example for itself; default: none)",
     )
     held_out_rows: int = _setting(65_536, "evaluate on at most this many held-out rows")
     refine: bool = _setting(

@@ -56,9 +56,9 @@ def add(commands: Any) -> None:
     )
     verify = add_command(commands, "verify", _verify, text, description)
     add_archive(verify)
-    verify.add_argument("--sample", type=int, metavar="N", help="check only N shards, chosen at random")
-    verify.add_argument("--threads", type=int, metavar="N", help="threads (default: the processor's, up to four)")
-    verify.add_argument("--restart", action="store_true", help="begin from the first shard, also after a stop")
+    verify.add_argument("--sample", type=int, metavar="N", help="check only N shards, chosen at random (default: all)")
+    verify.add_argument("--threads", type=int, metavar="N", help="threads (default: one a core, up to four)")
+    add_switch(verify, "--restart", "begin from the first shard, also after a stop")
     add_cluster_flags(verify, "threads of this process, unless --workers is given")
     text = "make the index that opens a finished archive at once"
     description = (
@@ -69,8 +69,9 @@ def add(commands: Any) -> None:
     )
     pack = add_command(commands, "pack", _pack, text, description)
     add_archive(pack)
-    pack.add_argument("--for", dest="purpose", choices=("hub",), help="write an archive with large shards")
-    pack.add_argument("--out", metavar="FOLDER", help="with --for: folder of the new archive")
+    purpose = "write a new archive with large shards, into --out (default: make the index alone)"
+    pack.add_argument("--for", dest="purpose", choices=("hub",), help=purpose)
+    add_flag(pack, "--out", "with --for, which needs it: folder of the new archive (default: none)", metavar="FOLDER")
     _add_annotate(commands)
     _add_copies(commands)
     _add_addresses(commands)
@@ -115,7 +116,7 @@ def _add_annotate(commands: Any) -> None:
     add_flag(parser, "--columns", "columns of the file to keep, comma separated (default: all)", metavar="NAMES")
     add_switch(parser, "--replace", "replace the side table of that name")
     add_switch(parser, "--allow-unmatched", "leave out lines that match nothing")
-    add_flag(parser, "--remove", "remove the side table of this name", metavar="NAME")
+    add_flag(parser, "--remove", "remove the side table of this name (default: none)", metavar="NAME")
 
 
 def _add_addresses(commands: Any) -> None:
@@ -128,8 +129,7 @@ def _add_addresses(commands: Any) -> None:
     push = add_command(commands, "push", _push, text, description)
     add_archive(push)
     push.add_argument("address", help=_ADDRESS_HELP)
-    public = "on the Hub: let everybody see a repository that is made now (default: only you)"
-    push.add_argument("--public", action="store_true", help=public)
+    add_switch(push, "--public", "on the Hub: let everybody see a repository that is made now", "only you see it")
     _add_licences(push)
     text = "write the card of an archive: its README.md and croissant.json"
     description = (
@@ -141,8 +141,8 @@ def _add_addresses(commands: Any) -> None:
     add_archive(card)
     address = "hf://datasets/ORG/NAME[/FOLDER] for which it is (default: ORG/NAME to fill in)"
     card.add_argument("--address", metavar="ADDRESS", help=address)
-    card.add_argument("--print", action="store_true", help="print the README.md, and write nothing")
-    card.add_argument("--force", action="store_true", help="write over a README.md that somebody edited")
+    add_switch(card, "--print", "print the README.md, and write nothing")
+    add_switch(card, "--force", "write over a README.md that somebody edited")
     _add_licences(card)
     text = "copy an archive from an address, whole or some sites of it"
     description = (
@@ -157,9 +157,8 @@ def _add_addresses(commands: Any) -> None:
 
 def _add_licences(parser: argparse.ArgumentParser) -> None:
     licence = "for the card, an identifier such as cc-by-4.0 (default: the card says that it is not known)"
-    add_flag(parser, "--license", f"licence of the activations, {licence}")
-    add_flag(parser, "--model-license", "licence of the model, likewise")
-    add_flag(parser, "--text-license", "licence of the text, likewise")
+    for flag, what in (("--license", "activations"), ("--model-license", "model"), ("--text-license", "text")):
+        add_flag(parser, flag, f"licence of the {what}, {licence}")
 
 
 def _add_copies(commands: Any) -> None:

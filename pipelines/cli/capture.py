@@ -29,10 +29,10 @@ def add(commands: Any) -> None:
     )
     parser = add_command(commands, "capture", _capture, text, description)
     for name, meaning in (
-        ("model", MODEL_HELP),
-        ("dataset", "hub id of a dataset, or path of a file or folder: parquet, jsonl, csv, text, arrow"),
-        ("out", "folder of the archive, or its address (s3://, gs://, az://); an unfinished one is resumed"),
-        ("config", "YAML or JSON file with any of these settings; flags on the command line take precedence"),
+        ("model", f"{MODEL_HELP} (required)"),
+        ("dataset", "hub id of a dataset, or path of a file or folder: parquet, jsonl, csv, text, arrow (required)"),
+        ("out", "folder of the archive, or its address (s3://, gs://, az://); an unfinished one is resumed (required)"),
+        ("config", "YAML or JSON file with any of these settings; flags take precedence (default: none)"),
     ):
         parser.add_argument(f"--{name}", help=meaning)
     add = "sites to capture into a finished archive that lacks them; all other flags as for its capture (default: none)"

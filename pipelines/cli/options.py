@@ -45,8 +45,8 @@ def add_command(commands: Any, name: str, run: Run, text: str, description: str)
         description: What the command reads, does and writes.
     """
     parser: argparse.ArgumentParser = commands.add_parser(name, help=text, description=description, allow_abbrev=False)
-    parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
-    parser.add_argument("--quiet", action="store_true", help="show no progress")
+    add_switch(parser, "--json", "print one JSON object instead of text")
+    add_switch(parser, "--quiet", "show no progress")
     parser.set_defaults(run=run)
     return parser
 
@@ -69,9 +69,9 @@ def add_flag(
     parser.add_argument(flag, **{"metavar": kind.__name__.upper(), **more}, type=kind, default=default, help=text)
 
 
-def add_switch(parser: argparse._ActionsContainer, flag: str, text: str) -> None:
-    """Add a flag without a value, which is off by default."""
-    parser.add_argument(flag, action="store_true", help=f"{text} (default: off)")
+def add_switch(parser: argparse._ActionsContainer, flag: str, text: str, off: str = "off") -> None:
+    """Add a flag without a value, which is off by default; `off` says in words what happens without it."""
+    parser.add_argument(flag, action="store_true", help=f"{text} (default: {off})")
 
 
 def add_settings(parser: argparse._ActionsContainer, settings: Iterable[Field[Any]]) -> None:

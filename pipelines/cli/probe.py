@@ -11,6 +11,7 @@ from residua.pipelines.cli.options import (
     add_cluster_flags,
     add_command,
     add_flag,
+    add_switch,
     cluster_of,
     default_folder,
 )
@@ -53,11 +54,11 @@ def add(commands: Any) -> None:
     add_flag(parser, "--test-fraction", "share of the documents that are held out for the test", 0.2)
     text = (
         "column whose equal values are held out together, besides documents and equal contents (source_index: "
-        "documents alone; example: each example for itself)"
+        "documents alone; example: each example for itself; default: none)"
     )
     add_flag(parser, "--group", text, metavar="COLUMN")
     text = "regress token ids, or texts by their alphabetical rank, although such numbers have no size"
-    parser.add_argument("--as-numbers", action="store_true", help=text)
+    add_switch(parser, "--as-numbers", text)
     add_flag(parser, "--seed", "random seed for the held-out split and for the control", 0)
     add_flag(parser, "--out", "folder for the files (default: ARCHIVE-probe-TARGET)", dest="folder", metavar="FOLDER")
     add_cluster_flags(parser)

@@ -24,17 +24,20 @@ def add(commands: Any) -> None:
     add_archive(parser)
     add_flag(parser, "--site", "the site, for example resid_post.3", required=True)
     which = parser.add_mutually_exclusive_group(required=True)
-    text = "file with the direction: .npy or .safetensors, such as probe.safetensors of a saved probe"
+    text = (
+        "file with the direction: .npy or .safetensors, such as probe.safetensors of a saved probe; this or --channel "
+        "is required"
+    )
     add_flag(which, "--direction", text, metavar="FILE")
-    add_flag(which, "--channel", "number of one channel, from 0", kind=int)
-    add_flag(parser, "--head", "number of one head, from 0, at a site with heads", kind=int)
+    add_flag(which, "--channel", "number of one channel, from 0; this or --direction is required", kind=int)
+    add_flag(parser, "--head", "number of one head, from 0, at a site with heads (default: all heads)", kind=int)
     add_flag(parser, "-k", "number of rows to show", 20)
     add_switch(parser, "--bottom", "show the rows furthest in the opposite direction")
     add_switch(parser, "--per-example", "show at most one row of an example")
     add_flag(parser, "--where", WHERE_HELP)
-    text = "columns of the examples, or of side tables, to show too, comma separated"
+    text = "columns of the examples, or of side tables, to show too, comma separated (default: none)"
     add_flag(parser, "--columns", text, metavar="NAMES")
-    add_flag(parser, "--out", "also write the table to this Parquet file", dest="file", metavar="FILE")
+    add_flag(parser, "--out", "also write the table to this Parquet file (default: none)", dest="file", metavar="FILE")
     add_cluster_flags(parser)
 
 

@@ -55,8 +55,8 @@ class DatasetSettings:
     )
     image_column: str | None = setting(
         None,
-        "column with images, which a vision-language model gets with the text (default for models that take images "
-        "alone: image, images or img)",
+        "column with images, which a vision-language model gets with the text (default: none; for models that take "
+        "images alone image, images or img)",
     )
     image_folder: str | None = setting(
         None, "folder of the images that a column names by path, which no path may leave (default: the dataset's own)"
@@ -104,7 +104,7 @@ class DatasetSettings:
         "there is one)",
     )
     chat_template_kwargs: str | Mapping[str, Any] | None = setting(
-        None, "JSON object with more arguments of the chat template: '{\"enable_thinking\": false}'"
+        None, "JSON object with more arguments of the chat template: '{\"enable_thinking\": false}' (default: none)"
     )
 
     generate: int | None = setting(
@@ -121,11 +121,17 @@ class DatasetSettings:
         None, "with --generate: sample at this temperature (default: take the most probable token)"
     )
     top_p: float | None = setting(
-        None, "with --generate: sample among the most probable tokens that have this probability together"
+        None,
+        "with --generate: sample among the most probable tokens that have this probability together (default: the "
+        "model's own setting, or all tokens)",
     )
-    top_k: int | None = setting(None, "with --generate: sample among this many most probable tokens")
+    top_k: int | None = setting(
+        None,
+        "with --generate: sample among this many most probable tokens (default: the model's own setting, or all tokens)",
+    )
     generation_kwargs: str | Mapping[str, Any] | None = setting(
-        None, "with --generate: JSON object with more settings of generation: '{\"repetition_penalty\": 1.1}'"
+        None,
+        "with --generate: JSON object with more settings of generation: '{\"repetition_penalty\": 1.1}' (default: none)",
     )
 
     def __post_init__(self) -> None:
