@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test docs models test-reader bench clean
+.PHONY: demo test docs notebooks models test-reader bench clean
 
 demo: $(READY)
 	@DS_ACCELERATOR=cpu $(BIN)/python examples/demo.py demo  # else DeepSpeed, which tests need, warns where no GPU is
@@ -18,6 +18,10 @@ test: $(READY)
 docs: $(READY)
 	@PYTHONPATH=. $(BIN)/python -m sphinx -c docs -W --keep-going -q -b html . build/site
 	@echo "open build/site/index.html"
+
+# Run the notebooks again, and keep what they show: two minutes
+notebooks: $(READY)
+	@$(BIN)/python scripts/run_notebooks.py
 
 # Check every model type of transformers, and write docs/models-table.md: half an hour on two idle cores; a sweep that was
 # stopped goes on where it was

@@ -1,6 +1,7 @@
 """Settings of the documentation site, which `make docs` builds with Sphinx from the pages as they lie here."""
 
 import re
+import sys
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 
@@ -8,12 +9,21 @@ from sphinx.application import Sphinx
 
 import residua
 
+sys.path.insert(0, str(Path(__file__).parent))  # for notebook_pages
+
 project = "Residua"
 copyright = "the Residua authors"  # noqa: A001  # Sphinx reads it by this name
 release = residua.__version__
 root_doc = "docs/index"
-include_patterns = ["*.md", "docs/**", "store/FORMAT.md", "benchmarks/*.md"]
-extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.viewcode", "sphinx_copybutton"]
+include_patterns = ["*.md", "docs/**", "notebooks/*.ipynb", "store/FORMAT.md", "benchmarks/*.md"]
+extensions = [
+    "myst_parser",
+    "notebook_pages",
+    "sphinx.ext.autodoc",
+    "sphinx.ext.napoleon",
+    "sphinx.ext.viewcode",
+    "sphinx_copybutton",
+]
 
 myst_heading_anchors = 4
 autodoc_typehints = "description"

@@ -9,7 +9,7 @@ import pytest
 from tests.pages import ROOT
 
 PAGES = [path.relative_to(ROOT) for path in [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), ROOT / "store/FORMAT.md"]]
-PAGES += [Path("benchmarks/README.md")]
+PAGES += [Path("benchmarks/README.md"), *(path.relative_to(ROOT) for path in ROOT.glob("notebooks/*.ipynb"))]
 LINK = re.compile(r"\]\((?!https?://|#)([^)#\s]+)")
 NAMED = re.compile(r"`((?:analysis|benchmarks|capture|docs|pipelines|scripts|store|tests)/[\w/]+\.\w+)`")
 
