@@ -127,11 +127,11 @@ class DatasetSettings:
     )
     top_k: int | None = setting(
         None,
-        "with --generate: sample among this many most probable tokens (default: the model's own setting, or all tokens)",
+        "with --generate: sample among this many most probable ones (default: the model's own setting, or all tokens)",
     )
     generation_kwargs: str | Mapping[str, Any] | None = setting(
         None,
-        "with --generate: JSON object with more settings of generation: '{\"repetition_penalty\": 1.1}' (default: none)",
+        "with --generate: JSON object, more settings of generation: '{\"repetition_penalty\": 1.1}' (default: none)",
     )
 
     def __post_init__(self) -> None:
