@@ -165,7 +165,12 @@ def _proved(anatomy: Anatomy, info: SiteInfo, watch: BlockWatch[BlockParts]) -> 
 
 
 def _broken(anatomy: Anatomy, upper: int, follows: Mapping[str, bool | None]) -> str:
-    """Return what speaks against a residual stream between a block and the one below it; empty if nothing does."""
+    """Return what speaks against a residual stream between a block and the one below it; empty if nothing does.
+
+    A block that does not run on tokens alone, such as one that attends to an image, is passed by.
+    """
+    ran = [number for number in range(upper, len(anatomy.blocks)) if anatomy.blocks[number] in follows]
+    upper = next(iter(ran), upper)
     block, below = anatomy.blocks[upper], anatomy.blocks[upper - 1]
     if follows.get(block):
         return ""

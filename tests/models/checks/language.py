@@ -7,6 +7,7 @@ find: hidden states, eager attention weights, the modules' own inputs and output
 import re
 import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -186,7 +187,10 @@ class Checks:
         return min(errors, default=float("inf")), "block's output"
 
     def _block_outputs(self, layer: int) -> list[Tensor]:
-        """Return what members with this number give, in lists of modules that run once each, one after another."""
+        """Return what members with this number give, in lists of modules that run once each, one after another.
+
+        A member that does not run, such as a block that attends to an image, is passed by.
+        """
         log, states = self.truth.log, self.truth.hidden[self.last] or ()
         found = []
         for path, module in self.model.named_modules():
@@ -194,12 +198,15 @@ class Checks:
                 continue
             given = [log.given.get(f"{path}.{k}", []) for k in range(len(module))]
             taken = [log.taken.get(f"{path}.{k}", []) for k in range(len(module))]
-            if any(len(each) != 1 for each in (*given, *taken)):
+            ran = [k for k in range(len(module)) if given[k]]
+            below = [k for k in ran if k <= layer]
+            once = all(len(each[k]) == 1 for each in (given, taken) for k in ran)
+            if not ran or not once or not (below or layer < 0):
                 continue
-            are_states = all(any(is_same(each[0], state) for state in states) for each in given[:-1])
-            follow = all(is_same(given[k][0], taken[k + 1][0]) for k in range(len(module) - 1))
+            are_states = all(any(is_same(given[k][0], state) for state in states) for k in ran[:-1])
+            follow = all(is_same(given[k][0], taken[up][0]) for k, up in pairwise(ran))
             if follow or (states and are_states):
-                found.append(given[layer][0] if layer >= 0 else taken[0][0])
+                found.append(given[below[-1]][0] if layer >= 0 else taken[ran[0]][0])
         return found
 
     def patterns(self) -> None:
