@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from residua.analysis.lens.lens import TunedLens
     from residua.analysis.page.page import page
     from residua.analysis.probes.probe import probe
+    from residua.analysis.stats.difference import direction
     from residua.analysis.stats.stats import stats
     from residua.analysis.stats.top import top
     from residua.capture.layout.parameters import full_parameter
@@ -55,6 +56,7 @@ __all__ = [
     "capture_dataset",
     "concat",
     "copy",
+    "direction",
     "export",
     "extract",
     "fidelity",
@@ -92,6 +94,7 @@ _HOMES = {
     "capture_dataset": "pipelines.capture.capture:capture_dataset",
     "concat": "pipelines.copies.concat:concat",
     "copy": "store.sharing.copy:copy",
+    "direction": "analysis.stats.difference:direction",
     "export": "pipelines.copies.export:export",
     "extract": "pipelines.copies.extract:extract",
     "fidelity": "pipelines.replay.fidelity:fidelity",

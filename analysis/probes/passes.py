@@ -203,7 +203,7 @@ class Passes:
             [self._sent, *arguments],
             len(self.rows.leaves) if n is None else n,
             merge=merge,
-            label=f"probe of {self.rows.target} on {self.rows.site}",
+            label=f"probe of {self.rows.summary.text} on {self.rows.site}",
             term_bytes=term_bytes,
             first_worker=self._number,
             bar=self._advance,

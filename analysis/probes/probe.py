@@ -11,6 +11,7 @@ from concurrent.futures import CancelledError, ThreadPoolExecutor, as_completed
 from os import PathLike
 from pathlib import Path
 from threading import Event
+from typing import Any
 from uuid import uuid4
 
 import pyarrow as pa
@@ -18,10 +19,11 @@ import pyarrow as pa
 from residua.analysis.probes.controls import Split
 from residua.analysis.probes.files import write_probe
 from residua.analysis.probes.passes import Passes
+from residua.analysis.probes.pooling import Pool, check_pool
 from residua.analysis.probes.progress import PassBar, SiteReport
 from residua.analysis.probes.rows import SiteRows, site_rows
 from residua.analysis.probes.site import SiteProbe, check_memory, fits_one_worker, probe_site
-from residua.analysis.probes.target import Task, summarise
+from residua.analysis.probes.target import GivenTarget, Task, summarise
 from residua.analysis.rows.site_rows import width_of
 from residua.analysis.support.cluster import INLINE, Cluster, connect, or_inline
 from residua.analysis.support.kept import let_go
@@ -53,11 +55,12 @@ _TYPES = {
 
 def probe(
     archive: Archive | str | PathLike[str],
-    target: str,
+    target: str | Any,
     sites: str | Iterable[str] = "*",
     *,
     task: Task | None = None,
     where: str | None = None,
+    pool: Pool | None = None,
     test_fraction: float = 0.2,
     seed: int = 0,
     group: str | None = None,
@@ -77,11 +80,15 @@ def probe(
     Args:
         archive: The archive, or its path or address.
         target: ``token`` or ``position`` of the row; a column of the example table, with one value per example or a
-            list with one a token; or a condition such as ``position > 10``.
+            list with one a token; or a condition such as ``position > 10``. Or the values themselves: an array, a list,
+            or a series of pandas or polars with one for each example or each row; where there is none (None, NaN), rows
+            are left out.
         sites: The sites, for example ``resid_post.*``.
         task: ``classification`` or ``regression``; None: classification of texts, of token ids, of true and false, and
             of whole numbers if there are at most 16 different ones; else regression.
         where: Use only these rows, for example ``position > 0``.
+        pool: Make one row of the chosen rows of each example: the ``last``, their ``mean``, or the ``max`` of each
+            channel. None: every row counts for itself.
         test_fraction: Share of the documents that is held out; of those of each class, if rows of an example have one
             class.
         seed: Random seed for the held-out split and the control.
@@ -105,6 +112,7 @@ def probe(
     Raises:
         UnknownSiteError: `sites` names no stored site.
         AnalysisError: The target cannot be predicted; the message says why.
+        NotCapturedError: Rows are pooled, and the archive is not finished.
         OSError: The place `save` cannot be written; this is tried before anything is computed.
     """
     if task not in (None, "classification", "regression"):
@@ -113,18 +121,22 @@ def probe(
         raise AnalysisError(f"the seed is {seed}: give a number of at least 0")
     archive, cluster = open_archive(archive).of_sites(sites), or_inline(cluster)
     names = archive.select(sites)
+    if pool is not None:
+        check_pool(archive, pool)
+    wanted = target if isinstance(target, str) else GivenTarget.of(archive, target)
     folder = None if save is None else try_place(Path(save)).path
     split = Split(test_fraction, seed, group)
-    found = summarise(archive, target, where=where, task=task, split=split, as_numbers=as_numbers)
+    found = summarise(archive, wanted, where=where, task=task, split=split, pool=pool, as_numbers=as_numbers)
     analysis = uuid4().hex
     per_channel = _ROWS_PER_CHANNEL if found.task == "regression" else 0
     jobs = [
         site_rows(
             archive,
             name,
-            target,
+            wanted,
             where,
             found,
+            pool=pool,
             analysis=analysis,
             memory=cluster.memory_limit,
             least_rows=per_channel * width_of(archive, name),
@@ -135,7 +147,7 @@ def probe(
         check_memory(job)
     probed: dict[int, SiteProbe] = {}
     try:
-        for number, answer in _probed(jobs, cluster, f"probes of {target}"):
+        for number, answer in _probed(jobs, cluster, f"probes of {found.text}"):
             probed[number] = answer
             if folder is not None:
                 write_probe(folder / parse_site(names[number]).path.removeprefix("sites/"), answer.probe)

@@ -11,7 +11,8 @@ from functools import lru_cache
 import numpy as np
 import numpy.typing as npt
 
-from residua.analysis.probes.target import Target, TargetSummary, read_target
+from residua.analysis.probes.pooling import Pool, pooled_pieces
+from residua.analysis.probes.target import GivenTarget, Target, TargetSummary, read_target
 from residua.analysis.rows.blocks import Leaves
 from residua.analysis.rows.columns import examples_of
 from residua.analysis.rows.site_rows import piece_rows, pieces, width_of
@@ -37,6 +38,7 @@ class SiteRows:
         leaves: The rows.
         target: What is predicted.
         where: Filter on the rows, or None.
+        pool: How the rows of an example become one, or None.
         summary: What is known of the target.
         analysis: A text that no other analysis has.
         memory: Bytes that a worker may use.
@@ -46,8 +48,9 @@ class SiteRows:
     site: str
     width: int
     leaves: Leaves
-    target: str
+    target: str | GivenTarget
     where: str | None
+    pool: Pool | None
     summary: TargetSummary
     analysis: str
     memory: int
@@ -77,17 +80,18 @@ def leaves_of(archive: Archive, site: str, *, least_rows: int = 0) -> Leaves:
 def site_rows(
     archive: Archive,
     site: str,
-    target: str,
+    target: str | GivenTarget,
     where: str | None,
     summary: TargetSummary,
     *,
+    pool: Pool | None,
     analysis: str,
     memory: int,
     least_rows: int = 0,
 ) -> SiteRows:
     """Return the rows of one site; see `SiteRows` and `leaves_of`."""
     leaves, width = leaves_of(archive, site, least_rows=least_rows), width_of(archive, site)
-    return SiteRows(location(archive), site, width, leaves, target, where, summary, analysis, memory)
+    return SiteRows(location(archive), site, width, leaves, target, where, pool, summary, analysis, memory)
 
 
 @dataclass
@@ -140,9 +144,20 @@ def labelled_rows(rows: SiteRows, leaf: int) -> list[LabelledRows]:
 def _read(rows: SiteRows, leaf: int) -> Iterator[LabelledRows]:
     archive = opened(rows.location)
     target = _target(rows.location, rows.target, rows.analysis)
-    for numbers, values in pieces(archive, rows.site, rows.leaves.blocks(leaf), rows.where):
+    blocks = rows.leaves.blocks(leaf)
+    found = (
+        pieces(archive, rows.site, blocks, rows.where)
+        if rows.pool is None
+        else pooled_pieces(archive, rows.site, blocks, rows.where, rows.pool)
+    )
+    for numbers, values in found:
+        wanted = target.values(numbers)
+        if target.leaves_out and not (is_there := np.isfinite(wanted)).all():
+            numbers, values, wanted = numbers[is_there], values[is_there], wanted[is_there]
+        if not len(numbers):
+            continue
         examples = examples_of(archive, numbers)
-        labels = np.column_stack([target.values(numbers), rows.summary.control.labels(numbers, examples)])
+        labels = np.column_stack([wanted, rows.summary.control.labels(numbers, examples)])
         labels, subsets = labels.astype(np.float64), rows.summary.subsets[examples]
         finite = np.flatnonzero(np.isfinite(values).all(axis=1))
         order = finite[np.argsort(subsets[finite], kind="stable")]
@@ -150,6 +165,6 @@ def _read(rows: SiteRows, leaf: int) -> Iterator[LabelledRows]:
 
 
 @lru_cache(maxsize=1)
-def _target(where: Location, text: str, _analysis: str) -> Target:
+def _target(where: Location, target: str | GivenTarget, _analysis: str) -> Target:
     """Return the target, read once in an analysis: a column of the example table may be long."""
-    return read_target(opened(where), text)
+    return read_target(opened(where), target)

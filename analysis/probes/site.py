@@ -116,7 +116,9 @@ def _classify(passes: Passes, bar: Loss) -> SiteProbe:
         "not_tested": summary.names_of(counts.n_tested[0] == 0),
         "converged": probe.is_converged and control.is_converged,
     }
-    saved = SavedProbe(probe.weight, probe.bias, penalty, summary.names, {"site": rows.site, "target": rows.target})
+    saved = SavedProbe(
+        probe.weight, probe.bias, penalty, summary.names, {"site": rows.site, "target": rows.summary.text}
+    )
     return _site_probe(rows, (counts.train.n, int(n_tested.sum())), counts.n_left_out, scores, saved)
 
 
@@ -175,7 +177,7 @@ def _regress(passes: Passes, _: Loss) -> SiteProbe:
         "control_r2": _explained(squares[1], variances[1]),
         "control_baseline_r2": _explained(baselines[1], variances[1]),
     }
-    about = {"site": rows.site, "target": rows.target}
+    about = {"site": rows.site, "target": rows.summary.text}
     saved = SavedProbe(probe.weight[None], np.array([probe.bias]), penalty, None, about)
     return _site_probe(rows, (train.n, found.n_test), found.n_left_out, scores, saved)
 
@@ -191,7 +193,7 @@ def _site_probe(
     line = {
         "site": rows.site,
         "layer": parse_site(rows.site).layer,
-        "target": rows.target,
+        "target": rows.summary.text,
         "n_train": n_rows[0],
         "n_test": n_rows[1],
         "n_left_out": n_left_out,

@@ -23,6 +23,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from residua.analysis.probes.controls import TEST, Control, Numbers, Split, Subsets, control_units
+from residua.analysis.probes.pooling import Pool, last_rows
 from residua.analysis.rows.blocks import blocks
 from residua.analysis.rows.columns import examples_of, positions_of, row_numbers
 from residua.analysis.rows.held_out import held_out
@@ -31,6 +32,7 @@ from residua.store.base.naming import named
 from residua.store.examples.token_values import is_list, token_values
 from residua.store.format.row_columns import IMAGE_COLUMNS, MODALITIES
 from residua.store.read.archive import Archive
+from residua.store.selection.evaluate import IS_LAST
 from residua.store.selection.row_filter import RowFilter
 
 Task: TypeAlias = Literal["classification", "regression"]
@@ -51,20 +53,74 @@ class Target(NamedTuple):
         names: What these numbers stand for; None if they are the values themselves.
         no_sizes: Why the size of a number means nothing, so that nobody regresses it unknowingly; empty if it does.
         present: The condition under which there is a value.
+        leaves_out: Whether rows without a value are left out; else they are an error.
     """
 
     values: Callable[[Numbers], Values]
     names: Names
     no_sizes: str = ""
     present: str = ""
+    leaves_out: bool = False
 
 
-def read_target(archive: Archive, text: str) -> Target:
+@dataclass(frozen=True, eq=False)
+class GivenTarget:
+    """Values that the caller has, one for each example or row.
+
+    Attributes:
+        name: What results call it.
+        values: The values.
+        is_of_rows: Whether there is one for each row.
+    """
+
+    name: str
+    values: pa.Array
+    is_of_rows: bool
+
+    @classmethod
+    def of(cls, archive: Archive, values: Any) -> "GivenTarget":
+        """Return an array, a list, or a series of pandas or polars as a target.
+
+        Raises:
+            AnalysisError: It has another length than the examples and the rows, or values that cannot be predicted.
+        """
+        name = str(getattr(values, "name", None) or "target")
+        try:
+            found = values.to_arrow() if hasattr(values, "to_arrow") else pa.array(values, from_pandas=True)
+        except (pa.ArrowException, TypeError, ValueError) as error:
+            raise AnalysisError(f"the target is no list of plain values: {error}") from error
+        found = found.combine_chunks() if isinstance(found, pa.ChunkedArray) else found
+        index = archive.example_table.index()
+        if len(found) not in (index.n_examples, archive.n_rows):
+            raise AnalysisError(
+                f"the target has {len(found):,} values, and {archive.place} has {index.n_examples:,} examples and "
+                f"{archive.n_rows:,} rows: give one for each example, or one for each row"
+            )
+        of_both = index.n_examples == archive.n_rows and not (index.n_rows == 1).all()
+        if of_both:
+            raise AnalysisError(
+                f"{archive.place} has as many examples as rows, {archive.n_rows:,}, and whether the target is of "
+                "examples is not clear: keep it as a column, with archive.annotate"
+            )
+        return cls(name, found, len(found) != index.n_examples)
+
+    def target(self, archive: Archive) -> Target:
+        """Return the values as numbers."""
+        numbers = _numbers(self.name, self.values)
+        if self.is_of_rows:
+            return Target(lambda rows: np.asarray(numbers.values[rows]), *numbers[1:], leaves_out=True)
+        of_examples = numbers.values
+        return Target(lambda rows: np.asarray(of_examples[examples_of(archive, rows)]), *numbers[1:], leaves_out=True)
+
+
+def read_target(archive: Archive, text: str | GivenTarget) -> Target:
     """Return the target that `text` selects; see the module's head.
 
     Raises:
         AnalysisError: There is no such column, it has values that cannot be predicted, or the text cannot be read.
     """
+    if isinstance(text, GivenTarget):
+        return text.target(archive)
     if text in archive.plan.row_columns:
         return _row_target(archive, text)
     if text in archive.example_table.column_types() or text in ("n_tokens", "n_rows"):
@@ -94,14 +150,14 @@ def _row_target(archive: Archive, name: str) -> Target:
 
 
 def _condition(archive: Archive, text: str) -> RowFilter:
+    if text.replace("_", "a").isalnum() and text != IS_LAST:
+        known = ", ".join([*archive.plan.row_columns, *archive.example_table.column_types()])
+        raise AnalysisError(
+            f"there is no column {text!r} to predict: choose one of {known}, or a condition such as 'position > 10'"
+        )
     try:
         condition = RowFilter.parse(text)
     except AnalysisError as error:
-        if text.replace("_", "a").isalnum():
-            known = ", ".join([*archive.plan.row_columns, *archive.example_table.column_types()])
-            raise AnalysisError(
-                f"there is no column {text!r} to predict: choose one of {known}, or a condition such as 'position > 10'"
-            ) from None
         raise AnalysisError(f"the target {text!r} is neither a column nor a condition: {error}") from error
     condition.mask(archive, 0, 0)  # raises if a name does not exist
     return condition
@@ -218,11 +274,12 @@ class TargetSummary:
 
 def summarise(
     archive: Archive,
-    text: str,
+    wanted: str | GivenTarget,
     *,
     where: str | None,
     task: Task | None,
     split: Split,
+    pool: Pool | None = None,
     as_numbers: bool = False,
     most_classes: int = 2048,
     sample_rows: int = 16_384,
@@ -231,11 +288,12 @@ def summarise(
 
     Args:
         archive: The archive.
-        text: The target; see the module's head.
+        wanted: The target; see the module's head.
         where: Use only these rows.
         task: What the probe does. None: classification of texts, of token ids, of true and false, and of up to 16
             different whole numbers; else regression.
         split: Which examples are held out.
+        pool: How the rows of an example become one; its target is that of its last row.
         as_numbers: Regress token ids, and texts by their alphabetical rank.
         most_classes: Most classes of a classification.
         sample_rows: Labels, or up to twice as many, that a control draws from if labels differ within an example.
@@ -244,11 +302,13 @@ def summarise(
         AnalysisError: The target cannot be predicted because values are missing, all are equal, there are too many
             classes, or their numbers have no size; or no example is held out.
     """
-    target = read_target(archive, text)
+    target, text = read_target(archive, wanted), wanted if isinstance(wanted, str) else wanted.name
     labels = _Labels(archive, text, target, most_classes, sample_rows)
-    for rows, values in _labelled(archive, target, where):
+    for rows, values in _labelled(archive, target, where, pool):
         labels.add(rows, examples_of(archive, rows), values)
     labels.check()
+    if pool in ("mean", "max"):
+        _refuse_several(archive, text, labels.by_example, _labelled(archive, target, where, None), pool)
     task = _task(labels, target, task, as_numbers=as_numbers)
     classes = labels.classes() if task == "classification" else np.zeros(0)
     values_of = [int(value) if labels.is_whole else value for value in classes.tolist()]
@@ -256,7 +316,7 @@ def summarise(
     by_class = np.searchsorted(classes, labels.by_example) if len(classes) and labels.is_per_example else None
     subsets = split.subsets(groups, np.flatnonzero(np.isfinite(labels.by_example)), by_class)
     n_rows, n_by_class = np.zeros(3, np.int64), np.zeros((2, len(classes)), np.int64)
-    for rows, values in _labelled(archive, target, where):
+    for rows, values in _labelled(archive, target, where, pool):
         of_rows = subsets[examples_of(archive, rows)]
         n_rows += np.bincount(of_rows, minlength=3)
         if len(classes):
@@ -278,15 +338,37 @@ def summarise(
     return summary
 
 
-def _labelled(archive: Archive, target: Target, where: str | None) -> Iterator[tuple[Numbers, Values]]:
-    """Yield the chosen rows in order, and their values."""
+def _labelled(
+    archive: Archive, target: Target, where: str | None, pool: Pool | None
+) -> Iterator[tuple[Numbers, Values]]:
+    """Yield the chosen rows in order, of pooled ones the last of each example, and their values."""
     selected = None if where is None else RowFilter.parse(where)
+    last = None if pool is None else last_rows(archive, selected)
     for block in blocks(archive):
         rows = np.arange(*block)
-        if selected is not None:
+        if last is not None:
+            rows = last[slice(*np.searchsorted(last, block).tolist())]
+        elif selected is not None:
             rows = rows[selected.mask(archive, *block)]
         if len(rows):
-            yield rows, target.values(rows)
+            values = target.values(rows)
+            is_there = np.isfinite(values) if target.leaves_out else np.ones(len(rows), np.bool_)
+            if is_there.any():
+                yield rows[is_there], values[is_there]
+
+
+def _refuse_several(
+    archive: Archive, text: str, by_example: Floats, found: Iterator[tuple[Numbers, Values]], pool: Pool
+) -> None:
+    """Raise AnalysisError if rows of an example that are pooled have different values."""
+    for rows, values in found:
+        examples = examples_of(archive, rows)
+        if (other := by_example[examples] != values).any():
+            raise AnalysisError(
+                f"{text!r} has several values in example {int(examples[other][0])}, and the rows of an example are "
+                f"pooled to one ({named('pool', pool)}): choose a target of examples, or take the last row "
+                f"({named('pool', 'last')})"
+            )
 
 
 def _task(labels: "_Labels", target: Target, task: Task | None, *, as_numbers: bool) -> Task:

@@ -94,10 +94,15 @@ def _set(edit: Set, info: SiteInfo, context: EditContext) -> Action:
 
 
 def _project_out(edit: ProjectOut, info: SiteInfo, _context: EditContext) -> Action:
-    """Subtract the projection onto the span of the directions, in float32 at least; round once at the end."""
-    width = _row_shape(info)[-1]
+    """Subtract the projection onto the span of the directions, in float32 at least; round once at the end.
+
+    Directions as wide as all heads together are of the full row, and those as wide as one head of each head.
+    """
+    shape = _row_shape(info)
+    width, full = shape[-1], prod(shape)
     given = np.atleast_2d(edit.directions.values)
-    if given.ndim != 2 or given.shape[1] != width:
+    is_full = given.ndim == 2 and given.shape[1] == full
+    if given.ndim != 2 or not (is_full or given.shape[1] == width):
         raise PlanError(f"{info.name} has rows of width {width}, and the directions have shape {given.shape}")
     _, sizes, span = np.linalg.svd(given, full_matrices=False)
     rank = int((sizes > sizes.max() * max(given.shape) * np.finfo(np.float64).eps).sum()) if sizes.max() else 0
@@ -106,9 +111,9 @@ def _project_out(edit: ProjectOut, info: SiteInfo, _context: EditContext) -> Act
     basis = torch.from_numpy(span[:rank])
 
     def change(rows: Tensor) -> Tensor:
-        wide = widen(rows)
+        wide = widen(rows).flatten(1) if is_full else widen(rows)
         directions = basis.to(wide)
-        return (wide - (wide @ directions.T) @ directions).to(rows.dtype)
+        return (wide - (wide @ directions.T) @ directions).to(rows.dtype).view_as(rows)
 
     return _always(change)
 
@@ -337,14 +342,24 @@ def _row_value(values: npt.NDArray[np.float64], info: SiteInfo, dtype: torch.dty
         PlanError: The shape does not fit the site's rows, a value is NaN, or `dtype` cannot hold it.
     """
     shape = _row_shape(info)
+    values = _as_row(values, shape)
     if values.shape not in (shape, shape[-1:]):
-        raise PlanError(f"{info.name} has rows of shape {shape}, and {what} has shape {tuple(values.shape)}")
+        several = values.ndim == 2 and values.shape[1:] in (shape[-1:], (prod(shape),))
+        advice = f": these are {len(values)} vectors, and one is needed, such as coef_[0]" if several else ""
+        raise PlanError(f"{info.name} has rows of shape {shape}, and {what} has shape {tuple(values.shape)}{advice}")
     largest = float(np.abs(values).max(initial=0.0))
     if np.isnan(largest):
         raise PlanError(f"{what} is NaN at {info.name}: its rows hold NaN or infinite values")
     if largest > torch.finfo(dtype).max:
         raise PlanError(f"{what} reaches {largest:.3g}, more than {dtype_name(dtype)} can hold at {info.name}")
     return torch.from_numpy(values).to(dtype)
+
+
+def _as_row(values: Floats, shape: tuple[int, ...]) -> Floats:
+    """Return one vector in the shape of a row, if it is one of a probe: (1, width), or with its heads joined."""
+    while values.ndim > 1 and len(values) == 1 and values.shape != shape:
+        values = values[0]
+    return values.reshape(shape) if len(shape) > 1 and values.shape == (prod(shape),) else values
 
 
 def _row_shape(info: SiteInfo) -> tuple[int, ...]:

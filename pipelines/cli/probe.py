@@ -51,6 +51,8 @@ def add(commands: Any) -> None:
     tasks = ("classification", "regression")
     add_flag(parser, "--task", "kind of probe (default: by the target's values)", choices=tasks, metavar=None)
     add_flag(parser, "--where", WHERE_HELP)
+    text = "make one row of the rows of each example (default: every row counts)"
+    add_flag(parser, "--pool", text, choices=("last", "mean", "max"), metavar=None)
     add_flag(parser, "--test-fraction", "share of the documents that are held out for the test", 0.2)
     text = (
         "column whose equal values are held out together, besides documents and equal contents (source_index: "
@@ -73,7 +75,7 @@ def _probe(options: argparse.Namespace) -> int:
     from residua.store.storage.place import try_place
 
     archive = open_archive(options.archive)
-    asked = Path(options.folder or default_folder(archive.place, "probe", options.target, options.where))
+    asked = Path(options.folder or default_folder(archive.place, "probe", options.target, options.where, options.pool))
     folder = try_place(asked).path
     with cluster_of(options) as cluster:
         found = probe(
@@ -82,6 +84,7 @@ def _probe(options: argparse.Namespace) -> int:
             options.sites,
             task=options.task,
             where=options.where,
+            pool=options.pool,
             test_fraction=options.test_fraction,
             seed=options.seed,
             group=options.group,

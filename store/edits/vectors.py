@@ -21,6 +21,7 @@ from residua.store.base.untrusted import is_inside
 
 MAX_VECTOR_VALUES = 2**26
 MAX_VECTOR_BYTES = 2**29
+_PROBE, _WEIGHT = "probe.safetensors", "weight"  # of the folder of a saved probe
 _SAFETENSORS: Mapping[str, npt.DTypeLike] = {
     "BF16": ml_dtypes.bfloat16,
     "F16": np.float16,
@@ -56,7 +57,9 @@ def vector_of(value: object, folder: Path) -> Vector:
     """Return the vector that `value` states.
 
     Args:
-        value: Numbers, lists of them, an array or a tensor; the name of a file; or what `Vector.to_json` makes.
+        value: Numbers, lists of them, an array or a tensor; a fitted probe, whose vector is its `coef_`; the name of a
+            file, or of the folder of a saved probe; or what `Vector.to_json` makes. Of a `Path` object the numbers
+            are taken.
         folder: Folder of the files.
 
     Raises:
@@ -64,6 +67,8 @@ def vector_of(value: object, folder: Path) -> Vector:
     """
     if isinstance(value, str):
         return _from_file(value, folder, None)
+    if isinstance(value, Path):
+        return Vector(_from_file(value.name, value.absolute().parent, None).values)
     if isinstance(value, Mapping):
         if value.keys() != {"file", "sha256"} or not all(isinstance(text, str) for text in value.values()):
             raise PlanError(f"a vector in a file is written as its name, found a mapping of {sorted(map(str, value))}")
@@ -72,6 +77,7 @@ def vector_of(value: object, folder: Path) -> Vector:
 
 
 def _numbers(value: Any) -> npt.NDArray[Any]:
+    value = getattr(value, "coef_", value)
     if hasattr(value, "detach"):  # a tensor, without importing torch; numpy does not know bfloat16
         value = value.detach().cpu().double().numpy()
     try:
@@ -100,6 +106,8 @@ def inside(name: str, folder: Path) -> Path:
 def _from_file(name: str, folder: Path, sha256: str | None) -> Vector:
     file_name, _, tensor = name.partition("#")
     path = inside(file_name, folder)
+    if (path / _PROBE).is_file():
+        path = inside(str(Path(file_name) / _PROBE), folder)
     if not path.is_file():
         raise PlanError(f"there is no file {file_name!r} in {folder}")
     if path.stat().st_size > MAX_VECTOR_BYTES:
@@ -109,7 +117,7 @@ def _from_file(name: str, folder: Path, sha256: str | None) -> Vector:
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
     if sha256 is not None and digest != sha256:
         raise PlanError(f"{file_name!r} is not the file that the edit was made with (its SHA-256 differs)")
-    return Vector(_checked(read_array(path, tensor), repr(name)), name, digest)
+    return Vector(_checked(read_array(path, tensor, default=_WEIGHT), repr(name)), name, digest)
 
 
 def read_array(path: Path, tensor: str = "", *, default: str = "", floats_only: bool = True) -> npt.NDArray[Any]:

@@ -5,7 +5,7 @@ A null equals nothing but ``null``, and is neither less nor more than anything.
 
 import operator
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias, TypeGuard
 
 import numpy as np
 import numpy.typing as npt
@@ -25,6 +25,12 @@ LongArray: TypeAlias = npt.NDArray[np.int64]
 ROW_NAMES = ("position", "token", "example")
 """The numbers of a row that a written condition may name; other names are columns of the example table."""
 
+IS_LAST = "is_last"
+"""Name of a condition: the row is the last of its example."""
+
+FROM_END = "position from the end"
+"""Number of an item that negative positions are compared with: its position less the tokens of its example."""
+
 _ORDER: Mapping[str, Callable[[Any, Any], Any]] = {
     "<": operator.lt,
     "<=": operator.le,
@@ -40,7 +46,7 @@ class Items(NamedTuple):
     Attributes:
         n_items: How many there are.
         names: Names of the numbers that each has; other names are columns of the example table.
-        numbers: Gives the number of each, by one of `names`, (items,).
+        numbers: Gives the number of each, by one of `names`, (items,); also 0 or 1 by `IS_LAST`, and by `FROM_END`.
         column: Gives the answer of each to a condition on a column of the example table, (items,).
     """
 
@@ -71,9 +77,33 @@ def evaluate(condition: Condition, items: Items) -> Mask:
             return some
         case At(positions):
             return at_positions(positions, items.n_items)
-        case Comparison(name, is_column=False) if name in items.names:
-            return _compare_numbers(items.numbers(name), _coded(condition))
+        case Comparison(name, is_column=False) if name in items.names or name == IS_LAST:
+            return _of_numbers(condition, items)
     return items.column(condition)
+
+
+def _of_numbers(comparison: Comparison, items: Items) -> Mask:
+    """Return which items meet a condition on one of their numbers."""
+    if comparison.name == "position":
+        return _compare_positions(items, comparison)
+    if comparison.name == IS_LAST:
+        wanted = [_fitting(value, pa.bool_(), comparison) for value in comparison.values if value is not None]
+        return np.isin(items.numbers(IS_LAST), np.array(wanted, np.int64))
+    return _compare_numbers(items.numbers(comparison.name), _coded(comparison))
+
+
+def _compare_positions(items: Items, comparison: Comparison) -> Mask:
+    """Compare positions, or, with negative numbers, positions from the end."""
+    found = np.zeros(items.n_items, bool)
+    for is_negative, name in ((False, "position"), (True, FROM_END)):
+        values = [value for value in comparison.values if (_is_number(value) and value < 0) == is_negative]
+        if values or not (is_negative or comparison.values):
+            found |= _compare_numbers(items.numbers(name), comparison._replace(values=values))
+    return found
+
+
+def _is_number(value: object) -> TypeGuard[int | float]:
+    return isinstance(value, int | float | np.number) and not isinstance(value, bool)
 
 
 def at_positions(positions: Sequence[int] | LongArray | slice, n_tokens: int) -> Mask:
@@ -195,8 +225,7 @@ def _answer(column: pa.ChunkedArray, value: Value, comparison: Comparison) -> pa
 def _fitting(value: Value, kind: pa.DataType, comparison: Comparison) -> Any:
     """Return `value` as something that Arrow and numpy compare with a column of type `kind`."""
     types = pa.types
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    is_fitting = (is_number and (types.is_integer(kind) or types.is_floating(kind))) or (
+    is_fitting = (_is_number(value) and (types.is_integer(kind) or types.is_floating(kind))) or (
         isinstance(value, bool) and types.is_boolean(kind)
     )
     if is_fitting or (isinstance(value, str) and (types.is_string(kind) or types.is_large_string(kind))):

@@ -4,12 +4,13 @@ A condition on rows, for ``where``:
 
     condition   := every ("or" every)*
     every       := one ("and" one)*
-    one         := "not" one | "(" condition ")" | name operator value | name ["not"] "in" "[" value, ... "]"
+    one         := "not" one | "(" condition ")" | name | name operator value | name ["not"] "in" "[" value, ... "]"
     operator    := == | != | < | <= | > | >=
     value       := a number, a text in quotes, true, false, null
 
 A name that is not a plain word stands in backquotes. In backquotes, position, token and example are columns of the
-dataset that have these names. `a == 1` is read as `a in [1]`, `a != 1` as `not a in [1]`.
+dataset that have these names. `a == 1` is read as `a in [1]`, `a != 1` as `not a in [1]`, `a` alone as `a in [true]`. A
+negative position counts from the end of its example, as in edits.
 
 A list of numbers, for ``--examples``, ``--rows`` and ``--positions``: ``3,7,10-19``. A slice of positions, for edits:
 ``-3:``. A rule for positions, for the capture's ``--positions``: `residua.store.selection.positions`.
@@ -174,6 +175,8 @@ class _Parser:
             return Not(compare("in", self._values()))
         if self._took("in"):
             return compare("in", self._values())
+        if self._next.kind not in ("operator", "number", "text", "constant", "name"):
+            return compare("in", (True,))
         operator = self._take("operator", "==, !=, <, <=, >, >= or in")
         if operator in ("==", "!="):
             equal = compare("in", (self._value(),))

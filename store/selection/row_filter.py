@@ -1,8 +1,9 @@
 """Choosing rows by a line of text: `position > 0 and label == "code"`.
 
-Names are `position`, `token` and `example` of the row, and the columns of the example table; in an archive of examples
-with images also `modality` ("text", "image" or "special"), `image`, `view`, `patch_row` and `patch_column`. A column of
-lists has one value for each token of its example; the value of a row is that of its token.
+Names are `position`, `token` and `example` of the row, `is_last` for the last row of its example, and the columns of
+the example table. A negative position counts from the end of its example. In an archive of examples with images there
+are also `modality` ("text", "image" or "special"), `image`, `view`, `patch_row` and `patch_column`. A column of lists
+has one value for each token of its example; the value of a row is that of its token.
 `residua.store.selection.grammar` has the grammar.
 """
 
@@ -12,7 +13,7 @@ import numpy as np
 
 from residua.store.base.errors import DamagedArchiveError
 from residua.store.read.archive import Archive
-from residua.store.selection.evaluate import ColumnAnswers, Items, LongArray, Mask, evaluate
+from residua.store.selection.evaluate import FROM_END, IS_LAST, ColumnAnswers, Items, LongArray, Mask, evaluate
 from residua.store.selection.grammar import ColumnIn, Comparison, Condition, parse_condition
 
 
@@ -55,32 +56,10 @@ class RowFilter:
             AnalysisError: The archive has no such column, or its values are of another kind.
             NotCapturedError: A row is not captured yet.
         """
-        rows, answers = slice(start, stop), self._answers_of(archive)
-
-        @cache
-        def numbers(name: str) -> LongArray:
-            return np.asarray(getattr(archive.rows, name).numpy(rows, dtype=np.int64))
-
-        def column(condition: Comparison | ColumnIn) -> Mask:
-            (found, starts), examples = answers(condition), numbers("example")
-            n_examples = len(archive.example_table)
-            if examples.size and not 0 <= examples.min() <= examples.max() < n_examples:
-                raise DamagedArchiveError(
-                    f"{archive.place}/rows/example names example {examples.max()} of {n_examples}: "
-                    "the archive is damaged"
-                )
-            if starts is None:
-                return found[examples]
-            tokens = starts[examples] + numbers("position")
-            if ((tokens < starts[examples]) | (tokens >= starts[examples + 1])).any():
-                raise DamagedArchiveError(
-                    f"{archive.place}/rows/position has positions beyond the end of their example: the archive is "
-                    "damaged"
-                )
-            return np.asarray(found[tokens])
-
-        names = tuple(archive.plan.row_columns)
-        return evaluate(self._condition, Items(stop - start, names, numbers, column))
+        rows = _Rows(archive, start, stop, self._answers_of(archive))
+        return evaluate(
+            self._condition, Items(stop - start, tuple(archive.plan.row_columns), rows.numbers, rows.column)
+        )
 
     def rows(self, archive: Archive) -> LongArray:
         """Return the numbers of the selected rows among the captured ones, ascending: 8 bytes for each.
@@ -98,3 +77,41 @@ class RowFilter:
         if self._answers is None or self._answers.table is not table:
             self._answers = ColumnAnswers(table)
         return self._answers
+
+
+class _Rows:
+    """The rows `start` to `stop` (not included) of an archive, as `Items` asks about them."""
+
+    def __init__(self, archive: Archive, start: int, stop: int, answers: ColumnAnswers) -> None:
+        self._archive, self._rows, self._answers = archive, range(start, stop), answers
+        self.numbers = cache(self._numbers)  # each column of the rows is read once
+
+    def _numbers(self, name: str) -> LongArray:
+        archive, rows = self._archive, slice(self._rows.start, self._rows.stop)
+        if name == IS_LAST:
+            last = archive.example_table.index().first_row[1:] - 1
+            return np.isin(np.arange(rows.start, rows.stop), last).astype(np.int64)
+        if name == FROM_END:
+            return self.numbers("position") - archive.example_table.index().n_tokens[self._examples()]
+        return np.asarray(getattr(archive.rows, name).numpy(rows, dtype=np.int64))
+
+    def _examples(self) -> LongArray:
+        found, n_examples = self.numbers("example"), len(self._archive.example_table)
+        if found.size and not 0 <= found.min() <= found.max() < n_examples:
+            raise DamagedArchiveError(
+                f"{self._archive.place}/rows/example names example {found.max()} of {n_examples}: the archive is "
+                "damaged"
+            )
+        return found
+
+    def column(self, condition: Comparison | ColumnIn) -> Mask:
+        (found, starts), examples = self._answers(condition), self._examples()
+        if starts is None:
+            return found[examples]
+        tokens = starts[examples] + self.numbers("position")
+        if ((tokens < starts[examples]) | (tokens >= starts[examples + 1])).any():
+            raise DamagedArchiveError(
+                f"{self._archive.place}/rows/position has positions beyond the end of their example: the archive is "
+                "damaged"
+            )
+        return np.asarray(found[tokens])
