@@ -84,7 +84,7 @@ def site_rows(
     where: str | None,
     summary: TargetSummary,
     *,
-    pool: Pool | None,
+    pool: Pool | None = None,
     analysis: str,
     memory: int,
     least_rows: int = 0,

@@ -21,7 +21,7 @@ def test_rows_arrays_tables_and_batches(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.chdir(tmp_path)
     names: dict[str, Any] = {"residua": residua, "torch": torch}
     code = blocks("docs/analysis.md", "Choosing rows", "Dask arrays", "Tables", "Batches for training")
-    assert len(code) == 7
+    assert len(code) == 9
     run(code, names)
     np.testing.assert_allclose(names["covariance"], np.cov(rows.T, bias=True), atol=1e-5)
     selected = [row for row in range(1200) if row % 20 and row // 20 % 2]
@@ -57,8 +57,8 @@ def test_probes_statistics_and_top_rows(tmp_path: Path, monkeypatch: pytest.Monk
     write_rows(tmp_path / "acts.zarr", lengths, sites, columns={"title": [["class", "async"][i] for i in label]})
     monkeypatch.chdir(tmp_path)
     names: dict[str, Any] = {"residua": residua}
-    code = blocks("docs/analysis.md", "Probes", "Statistics", "Top rows")
-    assert len(code) == 4
+    code = blocks("docs/analysis.md", "Probes", "Statistics", "Directions", "Top rows")
+    assert len(code) == 5
     run(code, names)
     assert names["table"]["accuracy"].to_pylist()[2] > 0.9
     assert names["same"].score(names["rows"], names["labels"]) > 0.9
