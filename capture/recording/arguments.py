@@ -8,7 +8,8 @@ them is understood here, or refused by name before the model runs:
 - ``attention_mask`` has an entry of 0 or 1 for each token.
 - ``position_ids`` count the tokens of an example. Where they begin again, the next document of a packed sequence
   begins, which is an example of its own; ``cu_seq_lens_*`` and ``seq_idx`` have to agree with them.
-- a cache has to be empty: rows of a call that goes on have positions and a context that the call does not show.
+- a cache that holds positions makes the call one that goes on (`residua.capture.recording.running`): its rows follow
+  those positions. Its examples are known if the loop began with a cache; else the call is refused.
 """
 
 import re
@@ -21,7 +22,7 @@ import torch
 from torch import Tensor
 
 from residua.capture.recording.call import Call
-from residua.store.base.errors import CaptureError
+from residua.store.base.errors import CaptureError, few
 
 _CACHES = ("past_key_values", "past_key_value", "past_buckets_states", "cache_params", "layer_past", "mems", "state")
 _OTHER_STACK = ("decoder_input_ids", "decoder_inputs_embeds", "decoder_attention_mask", "encoder_outputs")
@@ -48,7 +49,7 @@ _TOKEN_TYPES = (torch.int64, torch.int32, torch.int16)
 _POSITION_AXES = 2
 _FEW_NUMBERS = 8  # of a token, such as the corners of its box
 _TEXT_PLANE_FIRST = 4  # position_ids of (4, examples, positions): those of the text, then those of three axes
-_GENERATED = "To record generated text, generate first, outside the recorder, then call the model on full sequences."
+_GENERATED = "To record a loop that goes on with a cache, pass use_cache=True or a cache from its first call on."
 
 Ids = npt.NDArray[np.int32]
 Bools = npt.NDArray[np.bool_]
@@ -76,8 +77,7 @@ def read_call(
     """
     parameters = list(names)
     unnamed = [f"argument {number}" for number in range(len(parameters), len(args))]
-    every = {**dict(zip([*parameters, *unnamed], args, strict=False)), **kwargs}
-    given = {name: value for name, value in every.items() if value is not None}
+    given = given_arguments([*parameters, *unnamed], args, kwargs)
     _refuse_past(given)
     if "adapter_names" in given:
         raise CaptureError(
@@ -120,6 +120,95 @@ def read_call(
         pads_left=pads_left,
         notes=tuple(notes),
     )
+
+
+def given_arguments(names: Iterable[str], args: Sequence[object], kwargs: Mapping[str, object]) -> dict[str, object]:
+    """Return the arguments of a call by name, without those that are None."""
+    every = {**dict(zip(names, args, strict=False)), **kwargs}
+    return {name: value for name, value in every.items() if value is not None}
+
+
+def cached_positions(given: Mapping[str, object]) -> int:
+    """Return how many positions of earlier calls a call goes on from.
+
+    Raises:
+        CaptureError: It goes on from a state that does not say so.
+    """
+    for name in _CACHES:
+        if name in given and (length := _cached(given[name])):
+            if length < 0:
+                raise CaptureError(
+                    f"{name} holds the state of earlier calls, which does not say how many positions these had, so "
+                    "that rows of this call would get wrong ones. Call the model on full sequences"
+                )
+            return length
+    return 0
+
+
+def opens_loop(given: Mapping[str, object]) -> bool:
+    """Return whether a call says that later ones may go on from it: by a cache of its own, or by ``use_cache``."""
+    return bool(given.get("use_cache")) or "past_key_values" in given
+
+
+def read_pass(
+    names: Sequence[str], given: Mapping[str, object], *, start: int, before: Bools, first_position: int, is_ours: bool
+) -> tuple[Ids, Bools]:
+    """Read a call that goes on: its tokens, and which positions are tokens, those before it included.
+
+    Args:
+        names: Parameter names of the model's forward.
+        given: Its arguments.
+        start: Positions before it, padding included.
+        before: Which of them, or of more, are tokens, (sequences, positions).
+        first_position: The model's number for the first position.
+        is_ours: Whether the mask follows from `before`, whatever form of it the model gets: in ``generate``.
+
+    Raises:
+        CaptureError: An argument cannot be understood; the message names it.
+    """
+    tokens = _tokens(names, given)
+    if tokens is None:
+        raise CaptureError(
+            "the call goes on from earlier ones without input_ids, so its rows would have no tokens: pass input_ids"
+        )
+    if others := _other_inputs(given, tokens):
+        raise CaptureError(
+            f"the call has {few(others)} and is one of a loop that goes on with a cache, in which a recorder "
+            "understands tokens, mask and positions alone: call the model on full sequences"
+        )
+    place = given.get("cache_position")
+    if isinstance(place, Tensor) and place.numel() and int(place.reshape(-1)[0]) != start:
+        raise CaptureError(
+            f"cache_position begins at {int(place.reshape(-1)[0])}, and the cache holds {start} positions: leave it out"
+        )
+    shape = (int(tokens.shape[0]), start + int(tokens.shape[1]))
+    mask = given.get("attention_mask")
+    if mask is None or (is_ours and not (isinstance(mask, Tensor) and tuple(mask.shape) == shape)):
+        known = before[:, : shape[1]]
+        later = np.ones((shape[0], shape[1] - known.shape[1]), np.bool_)
+        mask_BT: Bools = np.concatenate([np.broadcast_to(known, (shape[0], known.shape[1])), later], axis=1)
+    else:
+        mask_BT = _mask(given, shape)
+    _check_positions(given, mask_BT, start, first_position)
+    return _ids(tokens), mask_BT
+
+
+def _check_positions(given: Mapping[str, object], mask: Bools, start: int, first_position: int) -> None:
+    """Refuse positions of a call that goes on and that do not count the tokens of its examples."""
+    places = given.get("position_ids")
+    if not isinstance(places, Tensor) or places.ndim > _POSITION_AXES:
+        return
+    n_new = mask.shape[1] - start
+    found = _positions(given, (len(mask), n_new))
+    expected = (mask.cumsum(-1) - 1 + first_position)[:, start:]
+    wrong = mask[:, start:] & (found != expected)
+    if found is not None and wrong.any():
+        sequence, place = np.argwhere(wrong)[0].tolist()
+        raise CaptureError(
+            f"position_ids of sequence {sequence} has {found[sequence, place]} at a token whose position is "
+            f"{expected[sequence, place]}, counted from {first_position} without padding: a row is filed under the "
+            "number of its token, so pass positions that go on from those of the calls before"
+        )
 
 
 def _refuse_past(given: Mapping[str, object]) -> None:

@@ -35,12 +35,26 @@ def pads_source_left(kwargs: Mapping[str, object]) -> bool:
 
 
 def counting_tokens(
-    model: nn.Module, parameters: Sequence[str], call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]
+    model: nn.Module,
+    parameters: Sequence[str],
+    call: Call,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    *,
+    n_new: int | None = None,
 ) -> tuple[tuple[Any, ...], dict[str, Any], str]:
     """Return the arguments of a call that is padded on the left, with positions that count tokens only.
 
     A model that does not take them may run over a few tokens to find out whether it counts padding; that is a
     collective of all processes that hold it, and is left out where its weights are sharded over other workers too.
+
+    Args:
+        model: The model.
+        parameters: Parameter names of its forward.
+        call: The call; of one that goes on, the mask of all positions.
+        args: Its positional arguments.
+        kwargs: Its keyword arguments.
+        n_new: Positions of a call that goes on; None for all.
 
     Returns:
         The arguments, and a note for the archive; empty if there is nothing to say.
@@ -56,7 +70,7 @@ def counting_tokens(
         refuse_if_counted(model)
         return args, kwargs, ""
     mask = torch.from_numpy(call.mask).to(input_device(core))
-    at, positions = list(parameters).index("position_ids"), positions_of(mask) + first
+    at, positions = list(parameters).index("position_ids"), (positions_of(mask) + first)[:, -(n_new or mask.shape[1]) :]
     if at < len(args):
         return (*args[:at], positions, *args[at + 1 :]), kwargs, COUNTED
     return args, {**kwargs, "position_ids": positions}, COUNTED

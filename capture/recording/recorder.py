@@ -6,15 +6,16 @@
             model(**batch)
 
 Rows follow the calls: examples in batch order, tokens in their order, without the positions that `attention_mask`
-masks. `residua.capture.recording.arguments` says which arguments of a call are understood, and which are refused. The
-first call shows what a row is; then the archive is made. Leaving the context seals it. After an exception the archive
-stays unsealed; it has every shard that was committed, and these can be read.
+masks. `residua.capture.recording.arguments` says which arguments of a call are understood, and which are refused. A
+loop that goes on with a cache, and ``generate``, add to the examples of its first call
+(`residua.capture.recording.running`). The first call shows what a row is; then the archive is made. Leaving the context
+seals it. After an exception the archive stays unsealed; it has every shard that was committed, and these can be read.
 
 The recorder reads each site after every tap and hook there, whether these were attached before it or inside its
 context. So what is stored is what the model goes on with.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from os import PathLike
@@ -44,11 +45,21 @@ from residua.capture.identity.sidecars import attention_files, attention_notes
 from residua.capture.layout.layouts import Layout
 from residua.capture.layout.local_shards import LocalShards, full_row_shape
 from residua.capture.layout.process_layout import ProcessLayout, process_layout_in_loop, spans_processes
-from residua.capture.recording.arguments import read_call
+from residua.capture.recording.arguments import (
+    Bools,
+    Ids,
+    cached_positions,
+    given_arguments,
+    opens_loop,
+    read_call,
+    read_pass,
+)
 from residua.capture.recording.call import Call, Column, SameCalls, are_of_examples
+from residua.capture.recording.generation import Generation, recording_generation
 from residua.capture.recording.growing_archive import GrowingArchive, with_replica_hint
 from residua.capture.recording.left_padding import counting_tokens, pads_source_left, refuse_if_counted
-from residua.capture.recording.stack import parameter_names, refuse_encoder_outputs, refusing_generation, stack_of
+from residua.capture.recording.running import Pass, RunningExamples, cache_of
+from residua.capture.recording.stack import parameter_names, refuse_encoder_outputs, stack_of
 from residua.capture.runtime.collectives import all_gather_objects, device_of
 from residua.capture.runtime.pipeline_schedule import PIPELINE_TYPES
 from residua.capture.runtime.process_groups import declared_group, pipeline_group
@@ -171,12 +182,15 @@ class Recorder:
         self._call: Call | None = None
         self._keep: npt.NDArray[np.bool_] | None = None
         self._columns: Mapping[str, Column] = {}
+        self._running: RunningExamples | None = None
+        self._generation: Generation | None = None
+        self._cache: object = None  # that the call which runs was given
 
     def __repr__(self) -> str:
         return f"<Recorder of {few(list(self._sites))} into {self.out}>"
 
     def annotate(self, *, columns: Mapping[str, Column] | None = None, keep: torch.Tensor | None = None) -> None:
-        """Describe the next call.
+        """Describe the next call, and the examples that go on from it.
 
         Args:
             columns: One value per example, by name, as a sequence, tensor or array; stored in the example table. Where
@@ -201,7 +215,14 @@ class Recorder:
             if isinstance(self.out, BucketFolder) and (self._membership is None or not self._membership.number):
                 stack.enter_context(self.out.locked())
             stack.push(self._close)
-            stack.enter_context(refusing_generation(self._model))
+            following = recording_generation(
+                self._model,
+                refuse=self._refuse_generation,
+                begin=self._begin_generation,
+                end=self._end_generation,
+                abandon=self._abandon,
+            )
+            stack.enter_context(following)
             begin = self._model.register_forward_pre_hook(self._begin, with_kwargs=True)
             stack.callback(begin.remove)
             before = self._called.register_forward_pre_hook(self._before, with_kwargs=True)
@@ -220,6 +241,8 @@ class Recorder:
     def _close(
         self, _kind: type[BaseException] | None, error: BaseException | None, _trace: TracebackType | None
     ) -> None:
+        if error is None:
+            self._store_running()
         if self._archive is not None:
             self._archive.close(error)
         elif error is None:
@@ -245,6 +268,10 @@ class Recorder:
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         if is_probing():
             return None
+        given = given_arguments(self._parameters, args, kwargs)
+        if self._goes_on(given):
+            return self._before_pass(given, args, kwargs)
+        self._store_running()
         call = read_call(self._parameters, args, kwargs, first_position=self._first_position, caches=self._caches)
         if takes_frames(self._called):
             call = call.by_position(n_frame_positions(self._called))
@@ -257,9 +284,170 @@ class Recorder:
         self._call = call.by_example() if self._has_whole_examples else call
         self._note_changes()
         self._same_calls.check(self._call, self._keep)
-        if self._archive is not None:
-            self._archive.begin(self._call, self._keep, self._columns)
+        self._begin_call(self._call, opens=opens_loop(given))
         return args, kwargs
+
+    def _begin_call(self, call: Call, *, opens: bool) -> None:
+        """Begin a call with examples of its own; if it opens a loop, later ones may go on from it."""
+        is_packed = call.starts is not None and bool((call.starts.sum(-1) > 1).any())
+        if opens and not self._no_loop() and call.input_ids is not None and not is_packed:
+            self._open(call)
+            self._running_examples.begin(Pass(start=0, input_ids=call.input_ids, mask=call.mask), None)
+        elif self._archive is not None:
+            self._archive.begin(call, self._keep, self._columns)
+
+    def _goes_on(self, given: Mapping[str, object]) -> bool:
+        """Return whether a call goes on with the running examples, or is one of ``generate``."""
+        self._cache = given.get("past_key_values")
+        start = cached_positions(given)
+        if start and (reason := self._no_loop()):
+            raise CaptureError(
+                f"past_key_values holds {start} positions of earlier calls, and this recorder takes no loop that goes "
+                f"on: {reason}. Call the model on full sequences"
+            )
+        return self._generation is not None or bool(start and self._running is not None)
+
+    def _before_pass(
+        self, given: Mapping[str, object], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Begin a call that goes on with the running examples, or one of ``generate``."""
+        start = cached_positions(given)
+        before = np.zeros((0, 0), np.bool_)
+        if self._generation is not None:
+            before = self._generation.mask
+        elif self._running is not None:
+            before = self._running.mask()
+        if self._running is not None and (self._keep is not None or self._columns):
+            raise CaptureError(
+                "annotate describes the first call of a loop that goes on with a cache, and was called in the middle "
+                "of one"
+            )
+        ids, mask = read_pass(
+            self._parameters,
+            given,
+            start=start,
+            before=before,
+            first_position=self._first_position,
+            is_ours=self._generation is not None,
+        )
+        one = Pass(start=start, input_ids=ids, mask=mask)
+        pads_left = "position_ids" not in given and bool((mask.any(-1) & ~mask[:, 0]).any())
+        call = Call(input_ids=ids, mask=mask, pads_left=pads_left)
+        if pads_left:
+            args, kwargs, note = counting_tokens(self._called, self._parameters, call, args, kwargs, n_new=one.shape[1])
+            call = replace(call, notes=(note,) if note else ())
+        self._note_changes()
+        if self._running is None:
+            self._open(call)
+        self._running_examples.begin(one, self._cache)
+        self._call = Call(input_ids=ids, mask=mask[:, start:])
+        return args, kwargs
+
+    def _no_loop(self) -> str:
+        """Return why calls of this recorder cannot go on from each other; empty if they can."""
+        if self._stack_called is not None:
+            return "the model is an encoder-decoder, whose decoder begins anew with each target"
+        if self._process_layout is not None:
+            return "several processes hold the model together"
+        if self._has_whole_examples:
+            return "a row is a whole example"
+        if pattern := next(filter(is_pattern, self._sites), ""):
+            return f"{pattern} has rows that are as wide as the example, which is not known until it ends"
+        return ""
+
+    def _refuse_generation(self) -> str:
+        if problem := self._no_loop():
+            return problem
+        if core_of(self._model) is not self._model:
+            inside = type(core_of(self._model)).__name__
+            return f"it runs the {inside} inside the {type(self._model).__name__} that is recorded: record that"
+        logits = next((name for name, info in self._sites.items() if info.site.kind.startswith("logits")), "")
+        return (
+            f"{logits} is computed for the last position only, so it has no row for a prompt's tokens" if logits else ""
+        )
+
+    @property
+    def _running_examples(self) -> RunningExamples:
+        if self._running is None:
+            raise RuntimeError("no examples are running")
+        return self._running
+
+    def _open(self, first: Call) -> None:
+        """Let the examples of a call run: later ones go on from it."""
+        self._running = RunningExamples(
+            first=first,
+            keep=self._keep,
+            columns=self._columns,
+            most_bytes=self._host_memory,
+            in_generate=self._generation is not None,
+        )
+        self._keep, self._columns = None, {}
+
+    def _begin_generation(self, generation: Generation) -> None:
+        if self._keep is not None:
+            raise CaptureError(
+                "annotate was given keep, and which positions generate makes is not known yet: leave keep out, and "
+                "choose rows of the archive with a condition"
+            )
+        self._store_running()
+        self._generation = generation
+
+    def _end_generation(self, generation: Generation, output: Any) -> None:
+        """Store the examples that ``generate`` gave, with the tokens that it chose last, which have no row."""
+        running = self._running_examples
+        ids, is_token, ran = generation.tokens(output)
+        known = min(running.length, ids.shape[1])
+        wrong = ((running.tokens()[:, :known] != ids[:, :known]) & is_token[:, :known]).any(0)
+        if wrong.any() and generation.drops_passes:
+            running.cut(int(np.argmax(wrong)))
+        n_missing = int((ran[:, running.length :]).sum())
+        if n_missing or (wrong.any() and not generation.drops_passes):
+            raise CaptureError(
+                "generate returned other tokens than the model ran on, or more of them, so it is not clear which rows "
+                "are theirs: generate outside the recorder, then call the model on the full sequences inside"
+            )
+        self._store(ids, is_token, ran, n_copies=generation.n_sequences)
+        self._generation = None
+
+    def _abandon(self) -> None:
+        """Forget the running examples of a ``generate`` that failed."""
+        self._running, self._generation = None, None
+
+    def _store_running(self) -> None:
+        """Store the running examples, if there are any: the loop is done with them."""
+        if self._running is None or not self._running.length:
+            self._running = None
+            return
+        ids, mask = self._running.tokens(), self._running.mask()
+        self._store(ids, mask, mask)
+
+    def _store(self, ids: Ids, is_token: Bools, ran: Bools, *, n_copies: int = 1) -> None:
+        """Store running examples as one call.
+
+        Args:
+            ids: Their tokens, (sequences, positions).
+            is_token: Which of them belong to the examples.
+            ran: Which of these have rows.
+            n_copies: Sequences of each prompt.
+        """
+        running, self._running = self._running_examples, None
+        call, keep = running.whole(ids, is_token, ran)
+        columns = {
+            name: [each for each in _listed(values) for _ in range(n_copies)]
+            if len(_listed(values)) * n_copies == len(ids)
+            else values
+            for name, values in running.columns.items()
+        }
+        rows = running.rows(ids.shape[1])
+        if self._archive is None:
+            self._held = {site: (tensor, Layout()) for site, tensor in rows.items()}
+            self._archive = self._first_archive(call, keep, columns)
+        else:
+            self._archive.begin(call, keep, columns)
+            for site, tensor in rows.items():
+                self._archive.put(site, tensor, Layout())
+        self._archive.finish()
+        self._archive.note(call.notes)
 
     def _note_changes(self) -> None:
         """Note whether the model is still the one of the first call; not each call looks, since this takes time."""
@@ -283,6 +471,9 @@ class Recorder:
     def _put(self, site: str, tensor: Tensor) -> None:
         if self._call is None:
             raise CaptureError(f"{site} fired outside a call of the recorded model: call the model itself")
+        if self._running is not None:
+            self._running.put(site, self._sites[site].site.kind, tensor)
+            return
         local, layout = self._shards.of(site, tensor, self._call.shape)
         if self._archive is None:
             # in host memory: all sites of one call may need more than the device has
@@ -290,7 +481,7 @@ class Recorder:
         else:
             self._archive.put(site, local, layout)
 
-    def _after(self, _module: nn.Module, _args: tuple[Any, ...], _output: object) -> None:
+    def _after(self, _module: nn.Module, _args: tuple[Any, ...], output: object) -> None:
         if is_probing():
             return
         self._taps.end_forward()
@@ -299,13 +490,17 @@ class Recorder:
                 "a call of the recorded model ended without a beginning: call the model itself, once per batch, and "
                 "the part of it that has the sites with it"
             )
+        if self._running is not None:
+            self._running.end(self._cache if self._cache is not None else cache_of(output))
+            self._call = None
+            return
         if self._archive is None:
-            self._archive = self._first_archive(self._call)
+            self._archive = self._first_archive(self._call, self._keep, self._columns)
         self._archive.finish()
         self._archive.note(self._call.notes)
         self._call, self._keep, self._columns = None, None, {}
 
-    def _first_archive(self, call: Call) -> GrowingArchive:
+    def _first_archive(self, call: Call, keep: Bools | None, columns: Mapping[str, Column]) -> GrowingArchive:
         """Make the archive, now that the first call has shown what a row is, and put the rows of that call into it."""
         archive = GrowingArchive(
             self.out,
@@ -331,7 +526,7 @@ class Recorder:
         archive.note(filter(None, [no_loss(self._model, self._predicts)]))
         if self._head_problem:
             archive.note([f"{NO_LM_HEAD}: {self._head_problem}"])
-        archive.begin(call, self._keep, self._columns)
+        archive.begin(call, keep, columns)
         for site, (local, layout) in self._held.items():
             archive.put(site, local if self._group is None else local.to(device_of(self._group)), layout)
         self._held = {}
@@ -363,6 +558,10 @@ class Recorder:
                 raise PlanError(f"{site} has rows as wide as the longest example: pass max_length to Recorder")
             row_shape = (*row_shape[:-1], self._max_length)
         return plan_site(site, row_shape, computed, dtype=self._dtype, codec=self._codec)
+
+
+def _listed(values: Column) -> Sequence[object]:
+    return values.tolist() if isinstance(values, torch.Tensor | np.ndarray) else values
 
 
 def _refuse_patches(model: nn.Module, sites: Mapping[str, SiteInfo]) -> None:

@@ -5,10 +5,8 @@ have a row for each token of the source, all other sites one for each token that
 one archive, which has rows of one kind.
 """
 
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping
 from inspect import Parameter, signature
-from typing import Any, NoReturn
 
 from torch import nn
 
@@ -57,30 +55,3 @@ def parameter_names(module: nn.Module) -> list[str]:
     variadic = (Parameter.VAR_POSITIONAL, Parameter.VAR_KEYWORD)
     parameters = signature(core_of(module).forward).parameters.values()
     return [parameter.name for parameter in parameters if parameter.kind not in variadic]
-
-
-@contextmanager
-def refusing_generation(model: nn.Module) -> Iterator[None]:
-    """Let ``generate`` of a model raise CaptureError inside, before the model runs."""
-
-    def refuse(*_args: object, **_kwargs: object) -> NoReturn:
-        raise CaptureError(
-            "generate was called inside a recorder: each of its steps sees one new token and a cache, so rows would "
-            "get positions that they do not have. Generate first, outside the recorder; then call the model on the "
-            "full sequences inside."
-        )
-
-    with ExitStack() as stack:
-        for one in {id(one): one for one in (model, core_of(model))}.values():
-            if callable(getattr(one, "generate", None)):
-                attributes = vars(one)
-                stack.callback(_restore, attributes, attributes.get("generate"))
-                attributes["generate"] = refuse
-        yield
-
-
-def _restore(attributes: dict[str, Any], generate: Any) -> None:
-    if generate is None:
-        del attributes["generate"]
-    else:
-        attributes["generate"] = generate

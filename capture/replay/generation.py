@@ -9,7 +9,7 @@ length of the cache, and `_GenerationSteps` changes those tokens.
 """
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cache
@@ -104,7 +104,7 @@ def generate(
     batches = []
     for group in replayer.groups(replayer.batch(examples, padding="left")):
         has_padding = not bool(group.padded.attention_mask.all())
-        alone = _runs_alone(config, others) or (has_padding and padding_leaks(replayer.model, side="left"))
+        alone = runs_alone(config, others) or (has_padding and padding_leaks(replayer.model, side="left"))
         batches += one_by_one(group) if alone else [group]
     with torch.random.fork_rng():
         torch.manual_seed(seed)
@@ -178,25 +178,36 @@ def _refuse_options(config: GenerationConfig, others: Mapping[str, Any], *, is_c
             f"num_return_sequences is {config.num_return_sequences}, and each example gets one sequence: set it to 1, "
             "and generate again with another seed for another one"
         )
-    if not is_changed:
-        return
+    if is_changed and (name := runs_other_tokens(config, others, _MODES)):
+        raise PlanError(
+            f"generation was asked for {name}, which runs the model on other tokens than the examples and what "
+            "follows them, so stored rows and edits have no place there: leave it out"
+        )
+
+
+def runs_other_tokens(config: GenerationConfig, others: Mapping[str, Any], modes: Collection[str]) -> str:
+    """Return the setting that makes ``generate`` run a model on other tokens than prompts and what follows them.
+
+    Args:
+        config: The settings, merged with those of the model.
+        others: The options that are no settings.
+        modes: Values of transformers' `GenerationMode` that are fine.
+
+    Returns:
+        The setting, for a message; empty if there is none.
+    """
     mode = str(config.get_generation_mode(others.get("assistant_model")).value)
     problems = {
-        f"the mode {mode}": mode not in _MODES,
+        f"the mode {mode}": mode not in modes,
         "custom_generate": others.get("custom_generate") is not None,
         f"guidance_scale={config.guidance_scale}": config.guidance_scale not in (None, 1),
         "token_healing": bool(config.token_healing),
         "cache_implementation='paged'": config.cache_implementation == "paged",
     }
-    for name, is_wrong in problems.items():
-        if is_wrong:
-            raise PlanError(
-                f"generation was asked for {name}, which runs the model on other tokens than the examples and what "
-                "follows them, so stored rows and edits have no place there: leave it out"
-            )
+    return next((name for name, is_wrong in problems.items() if is_wrong), "")
 
 
-def _runs_alone(config: GenerationConfig, others: Mapping[str, Any]) -> bool:
+def runs_alone(config: GenerationConfig, others: Mapping[str, Any]) -> bool:
     """Return whether examples are continued one by one: several at a time are refused or padded beyond their end."""
     mode = str(config.get_generation_mode(others.get("assistant_model")).value)
     return mode == "assisted_generation" or bool(config.stop_strings) or bool(others.get("stopping_criteria"))

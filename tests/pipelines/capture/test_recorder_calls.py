@@ -45,43 +45,6 @@ def states(model: Any, layer: int, **inputs: Any) -> Tensor:
     return found
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        {},
-        {"do_sample": True},
-        {"num_beams": 2},
-        {"use_cache": False},
-        {"generation_config": "two new tokens"},
-    ],
-)
-def test_generation_is_refused_before_the_model_runs(llama: Any, options: dict[str, Any], tmp_path: Path) -> None:
-    if "generation_config" in options:
-        make: Any = hf.GenerationConfig
-        options = {"generation_config": make(max_new_tokens=2)}
-    runs: list[int] = []
-    handle = llama.register_forward_pre_hook(lambda *_: runs.append(1))
-    with residua.Recorder(llama, sites="embed", out=tmp_path / "a.zarr"):
-        runs.clear()
-        with pytest.raises(CaptureError, match=r"generate.* outside"):
-            llama.generate(IDS, max_new_tokens=2, **options)
-        assert not runs
-        llama(IDS)
-    handle.remove()
-    assert "generate" not in vars(llama)
-    assert residua.open(tmp_path / "a.zarr").rows.token[...].tolist() == IDS.flatten().tolist()
-    assert llama.generate(IDS, max_new_tokens=2).shape == (2, 11)
-
-
-def test_a_loop_of_its_own_with_a_cache_is_refused_and_may_go_on(llama: Any, tmp_path: Path) -> None:
-    with residua.Recorder(llama, sites="embed", out=tmp_path / "a.zarr"), torch.no_grad():
-        cache = llama(IDS, use_cache=True).past_key_values
-        with pytest.raises(CaptureError, match="past_key_values holds 9 positions"):
-            llama(IDS[:, :1], past_key_values=cache)
-        llama(IDS[:1, :4], past_key_values=hf.DynamicCache())
-    assert residua.open(tmp_path / "a.zarr").rows.position[...].tolist() == [*range(9), *range(9), *range(4)]
-
-
 @pytest.mark.parametrize("name", ["llama", "gpt2", "qwen3"])
 def test_packed_documents_are_recorded_as_if_each_ran_alone(name: str, tmp_path: Path) -> None:
     model: Any = TINY[name]()
