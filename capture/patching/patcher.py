@@ -1,15 +1,18 @@
 """Activation patching and its linear estimate: which sites, positions and heads carry the difference of two examples.
 
 Patching runs the corrupted example once for each cell of a grid, with the value of the clean run at that cell (Vig et
-al. 2020; Meng et al. 2022; by head: Wang et al. 2022). Cells share forward passes, a copy of the example each.
+al. 2020; Meng et al. 2022; by head: Wang et al. 2022). Cells share forward passes, a copy of the example each. Below
+their lowest cell all copies are alike: they start from the residual stream of the corrupted run, and the blocks there
+are skipped.
+
 Attribution patching (Nanda 2023; Syed, Rager and Conmy 2023) estimates the same as the gradient in the corrupted run
 times the difference of the two runs' values: all cells for two forward passes and one backward pass.
 
 Legend: `C` copies of the example in a batch, `T` positions, `V` vocabulary.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -19,17 +22,19 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from residua.capture.forward.inputs import forward_kwargs
+from residua.capture.hooks.site import SiteInfo
 from residua.capture.patching.pair import Pair, PairMetric
+from residua.capture.replay.start import Skip, skip_below, skipping
 from residua.capture.runtime.collectives import all_gather_objects
 from residua.capture.runtime.devices import input_device
 from residua.capture.runtime.process_groups import pipeline_group
 from residua.capture.runtime.wrappers import core_of
 from residua.capture.sites.anatomy import ATTENTION_KINDS
 from residua.capture.sites.pipeline_stages import is_placeholder
-from residua.capture.sites.reference_model import unsharded_sites
+from residua.capture.sites.reference_model import unsharded_anatomy, unsharded_sites
 from residua.capture.taps.pipeline_gradients import carrying_gradients, end_here
 from residua.capture.taps.tap import tap
-from residua.store.base.errors import CaptureError, PlanError
+from residua.store.base.errors import CaptureError, PlanError, UnknownSiteError
 
 
 class Cell(NamedTuple):
@@ -95,6 +100,9 @@ class Patcher:
             if by_head and info.site.kind not in ATTENTION_KINDS:
                 raise PlanError(f"{name} has no heads that could be patched one by one; z, q, k and v have")
         self.sites = tuple(infos)
+        self._infos = infos
+        self._anatomy = unsharded_anatomy(model)
+        self._streams = {} if self._anatomy is None else _streams(model)
         self._n_heads = {name: (info.row_shape or (0,))[0] or 0 for name, info in infos.items()} if by_head else {}
         # without these sites, the LM head may run on the last position alone
         self._needs_logits = any(info.site.kind in ("module", "logits") for info in infos.values())
@@ -111,11 +119,14 @@ class Patcher:
     def patch(self, pair: Pair, cells: Sequence[Cell], metric: PairMetric, *, batch_cells: int) -> PatchedPair:
         """Measure the corrupted run with the clean value at each cell, `batch_cells` cells in one forward pass."""
         with torch.no_grad():
-            clean, values = self._read(pair.clean)
-            corrupted = self._logits(pair.corrupted, 1)
+            clean, values = self._read(pair.clean, self._infos)
+            batches = [cells[first : first + batch_cells] for first in range(0, len(cells), batch_cells)]
+            starts = [self._start_of(batch) for batch in batches]
+            tops = {start.info.name: start.info for start in starts if start is not None}
+            corrupted, streams = self._read(pair.corrupted, tops)
             patched: list[float] = []
-            for start in range(0, len(cells), batch_cells):
-                logits_CV = self._patched_logits(pair, cells[start : start + batch_cells], values)
+            for batch, start in zip(batches, starts, strict=True):
+                logits_CV = self._patched_logits(pair, batch, values, start, streams)
                 patched += metric(logits_CV, pair, clean[0]).tolist()
             ends = [float(metric(logits, pair, clean[0])) for logits in (clean, corrupted)]
         return PatchedPair(clean=ends[0], corrupted=ends[1], values=patched)
@@ -126,15 +137,15 @@ class Patcher:
         If several processes hold the model, the first one has the values.
         """
         with torch.no_grad():
-            clean, wanted = self._read(pair.clean)
+            clean, wanted = self._read(pair.clean, self._infos)
         values: dict[str, Tensor] = {}
         gradients: dict[str, Tensor] = {}
         with (
             torch.enable_grad(),
             carrying_gradients(self._model),
             _differentiable(self._model) as embedded,
-            tap(self._model, self.sites, values.__setitem__),
-            tap(self._model, self.sites, gradients.__setitem__, backward=True),
+            tap(self._model, self._infos, values.__setitem__),
+            tap(self._model, self._infos, gradients.__setitem__, backward=True),
         ):
             corrupted = metric(self._logits(pair.corrupted, 1), pair, clean[0])
             # only with respect to the last embedding output: no parameter accumulates gradients, and attaching the
@@ -153,23 +164,55 @@ class Patcher:
             values=[base + effects[cell.site][cell] for cell in cells if cell.site in effects],
         )
 
-    def _read(self, ids: Sequence[int]) -> tuple[Tensor, dict[str, Tensor]]:
-        """Run an example; return its logits, (1, V), and the values of the sites."""
+    def _read(self, ids: Sequence[int], sites: Mapping[str, SiteInfo]) -> tuple[Tensor, dict[str, Tensor]]:
+        """Run an example; return its logits, (1, V), and the values of sites."""
         values: dict[str, Tensor] = {}
-        with tap(self._model, self.sites, values.__setitem__):
+        with tap(self._model, sites, values.__setitem__) if sites else nullcontext():
             logits = self._logits(ids, 1)
         return logits, values
 
-    def _patched_logits(self, pair: Pair, cells: Sequence[Cell], values: dict[str, Tensor]) -> Tensor:
-        """Run a copy of the corrupted example for each cell, with the clean value put in there."""
+    def _start_of(self, cells: Sequence[Cell]) -> "_Start | None":
+        """Return where a pass can start: at the highest residual stream between blocks that is below its cells."""
+        sites = [self._infos[name].site for name in dict.fromkeys(cell.site for cell in cells)]
+        layers = [-1 if site.layer is None else site.layer for site in sites]
+        lowest = min(layers)
+        own = {site.kind for site, layer in zip(sites, layers, strict=True) if layer == lowest}
+        block = lowest if own == {"resid_post"} else lowest - 1
+        if self._anatomy is None or block not in self._streams:
+            return None
+        skip = skip_below(self._anatomy, block + 1)
+        return None if skip.problem else _Start(self._streams[block], skip)
+
+    def _patched_logits(
+        self,
+        pair: Pair,
+        cells: Sequence[Cell],
+        values: Mapping[str, Tensor],
+        start: "_Start | None",
+        streams: Mapping[str, Tensor],
+    ) -> Tensor:
+        """Run a copy of the corrupted example for each cell, with the clean value put in there.
+
+        Args:
+            pair: The pair.
+            cells: The cells.
+            values: Values of the clean run.
+            start: Where the pass starts; None: at the embedding.
+            streams: Values of the corrupted run where passes start.
+        """
 
         def put_in(name: str, tensor: Tensor) -> Tensor:
+            if start is not None and name == start.info.name:
+                tensor.copy_(streams[name])
             for copy, cell in enumerate(cells):
                 if cell.site == name:
                     tensor[copy][cell.at] = values[name][0][cell.at]
             return tensor
 
-        with tap(self._model, list(dict.fromkeys(cell.site for cell in cells)), put_in):
+        tapped = {cell.site: self._infos[cell.site] for cell in cells}
+        if start is not None:
+            tapped[start.info.name] = start.info
+        with tap(self._model, tapped, put_in), skipping(Skip(()) if start is None else start.skip):
             return self._logits(pair.corrupted, len(cells))
 
     def _logits(self, ids: Sequence[int], n_copies: int) -> Tensor:
@@ -181,6 +224,22 @@ class Patcher:
         if not isinstance(logits, Tensor):
             raise CaptureError(f"{type(core).__name__} gives no logits: patching needs a language modelling head")
         return logits.full_tensor()[:, -1] if isinstance(logits, DTensor) else logits[:, -1]
+
+
+class _Start(NamedTuple):
+    """A residual stream after a block, and the blocks up to there."""
+
+    info: SiteInfo
+    skip: Skip
+
+
+def _streams(model: nn.Module) -> dict[int, SiteInfo]:
+    """Return the residual stream after each block, by its number."""
+    try:
+        infos = unsharded_sites(core_of(model), ["resid_post.*"])
+    except UnknownSiteError:
+        return {}
+    return {info.site.layer: info for info in infos.values() if info.site.layer is not None}
 
 
 def _effects(step: Tensor, gradient: Tensor, cells: Sequence[Cell]) -> dict[Cell, float]:

@@ -172,11 +172,18 @@ def skip_for(start: Start, batch: PlanBatch) -> Skip:
 
 def _skip_in(start: StackStart, batch: PlanBatch) -> Skip:
     """Return the blocks of one stack that can be skipped; `batch` has its positions."""
-    anatomy, block = start.anatomy, start.block
-    model = anatomy.model
     problem = _why_in_full(start, batch)
-    if problem or not block:
+    if problem or not start.block:
         return Skip((), problem=problem)
+    return skip_below(start.anatomy, start.block, stack=start.stack)
+
+
+def skip_below(anatomy: Anatomy, block: int, *, stack: str = "") -> Skip:
+    """Return the blocks of a stack below `block` that can be skipped if every token has its row.
+
+    A model whose architecture is not in the table runs on a few tokens, once.
+    """
+    model = anatomy.model
     here = target_of(model).modules
     skip = Skip(tuple(here[path] for path in anatomy.blocks[:block] if path in here))
     if anatomy.family is not None:
@@ -184,7 +191,7 @@ def _skip_in(start: StackStart, batch: PlanBatch) -> Skip:
     if stage_model_of(model) is not None:
         return _cannot_skip(anatomy, "the stages of a torch pipeline cannot be tried one by one")
     known = _skips_below.setdefault(model, {})
-    case = (start.stack, block)
+    case = (stack, block)
     if case not in known:
         known[case] = _probe(anatomy, skip)
     return known[case]

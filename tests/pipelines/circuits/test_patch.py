@@ -81,6 +81,31 @@ def test_every_cell_equals_the_one_of_plain_hooks(name: str, metric: str) -> Non
     assert found[0]["effect"] == pytest.approx(0, abs=2e-5), "before the difference there is no effect"
 
 
+@pytest.mark.parametrize("name", MODULES)
+def test_the_blocks_below_the_cells_of_a_pass_run_once_for_all(name: str) -> None:
+    """Each pass has other cells, so that one starts at each block; a grid in which all sites share a pass agrees."""
+    model, sites = model_of(name), "resid_pre.1,attn_out.1,mlp_out.1,resid_post.1,mlp_out.2,resid_post.2,final"
+    calls = dict.fromkeys(range(3), 0)
+
+    def count(layer: int) -> None:
+        calls[layer] += 1
+
+    blocks = [model.get_submodule(MODULES[name].format(layer)) for layer in range(3)]
+    inside = [block.get_submodule("mlp") for block in blocks]
+    handles = [mlp.register_forward_hook(lambda *_, n=n: count(n)) for n, mlp in enumerate(inside)]
+    found = residua.patch(model, [PAIR], sites=sites, batch_cells=7)
+    for handle in handles:
+        handle.remove()
+    assert calls == {0: 2 + 1, 1: 2 + 4, 2: 2 + 5 + 1}, "two runs in full; `final` starts nowhere"
+    together = residua.patch(model, [PAIR], sites=f"embed,{sites}", batch_cells=100).slice(7)
+    np.testing.assert_allclose(found["value"].to_numpy(), together["value"].to_numpy(), rtol=1e-4, atol=1e-5)
+    post = {line["position"]: line["value"] for line in found.to_pylist() if line["site"] == "resid_post.1"}
+    for position in (2, 6):
+        expected = measured(by_hand(name, 1, position), run(model, CLEAN), "logit_difference")
+        assert post[position] == pytest.approx(expected, rel=1e-4, abs=1e-5)
+    assert not any("forward" in vars(block) for block in blocks), "the blocks are as they were"
+
+
 def heads_by_hand(layer: int, head: int, where: slice | int) -> Tensor:
     """Return the corrupted example's logits with the clean output of one head."""
     model, kept, width = model_of("llama"), list[Tensor](), 8
