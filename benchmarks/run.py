@@ -17,6 +17,7 @@ TITLES = {
     "write": "Writing",
     "read": "Reading",
     "analysis": "Reading for analysis",
+    "trainers": "Training an autoencoder",
     "remote": "Archives at an address",
     "memory": "Memory",
     "lens": "Tuned lenses",

@@ -285,6 +285,10 @@ class Loader(IterableDataset[Batch]):
         """Return where the values of each site are read."""
         return {site: self._archive[site] for site in self.sites}
 
+    @property
+    def _is_remote(self) -> bool:
+        return isinstance(self._archive, RemoteArchive)
+
     def __getstate__(self) -> dict[str, Any]:
         """Return the state for a worker process, which has no `torch.distributed` of its own to ask."""
         self._refuse_dividers()
@@ -321,7 +325,7 @@ class Loader(IterableDataset[Batch]):
 
     def _in_workers(self) -> Iterator[Batch]:
         """Return the batches of worker processes, which find `_resume` in their copies of this object."""
-        context = "forkserver" if isinstance(self._archive, RemoteArchive) else None  # forked, none could read there
+        context = "forkserver" if self._is_remote else None  # forked, none could read there
         is_pinned = self._device is not None and self._device.type == "cuda"
         return iter(
             DataLoader(

@@ -20,6 +20,7 @@ from residua.store.encoding.spec import ArraySpec
 from residua.store.read.archive import Archive
 from residua.store.read.array import ArchiveArray, as_tensor
 from residua.store.read.reader import Array
+from residua.store.read.remote_archive import RemoteArchive
 from residua.store.read.stacks import open_archive
 
 _SAME = ("example", "position", "token")
@@ -56,7 +57,7 @@ class PairedRows(Dataset[Tensor]):
         names = site, second_site or site
         self.archives = open_archive(first).of_sites(names[0]), open_archive(second).of_sites(names[1])
         sites = [self._only(archive, name) for archive, name in zip(self.archives, names, strict=True)]
-        self._rows = _Stacked([archive[name] for archive, name in zip(self.archives, sites, strict=True)])
+        self._rows = _Stacked(self.archives, sites)
         _refuse_other_tokens(*self.archives)
         self.site = sites[0]
 
@@ -90,24 +91,33 @@ class PairedRows(Dataset[Tensor]):
         only, *more = archive.select(site)
         if more:
             raise AnalysisError(
-                f"a pair has one site of each archive, and {site} is {1 + len(more)} of {archive.place}"
+                f"a pair has one site of each archive, and {site} is {1 + len(more)} of {archive.place}: name one"
             )
+        archive.refuse_losses([only], "a pair")
         return only
 
 
 class _Stacked:
     """Rows of several arrays, side by side, read as if they were one array: (rows, arrays, *row shape)."""
 
-    def __init__(self, arrays: Sequence[ArchiveArray]) -> None:
-        first = arrays[0]
-        if any(each.shape[1:] != first.shape[1:] for each in arrays):
+    def __init__(self, archives: Sequence[Archive], sites: Sequence[str]) -> None:
+        self._places = [*zip(archives, sites, strict=True)]
+        first, *others = arrays = self.arrays
+        if any(each.shape[1:] != first.shape[1:] for each in others):
             shapes = " and ".join(f"{each.name} has {each.shape[1:]}" for each in arrays)
             raise AnalysisError(f"rows of different shapes cannot be paired: {shapes} values a row")
-        self.arrays = tuple(arrays)
         self.shape: tuple[int, ...] = (first.shape[0], len(arrays), *first.shape[1:])
-        is_same = all(each.stored_dtype == first.stored_dtype for each in arrays)
+        is_same = all(each.stored_dtype == first.stored_dtype for each in others)
         self.stored_dtype: np.dtype[Any] = first.stored_dtype if is_same else np.dtype(np.float32)
         self.specs: tuple[ArraySpec, ...] = tuple(chain.from_iterable(each.specs for each in arrays))
+
+    @property
+    def arrays(self) -> list[ArchiveArray]:
+        return [archive[site] for archive, site in self._places]
+
+    @property
+    def is_remote(self) -> bool:
+        return any(isinstance(archive, RemoteArchive) for archive, _ in self._places)
 
     def numpy(self, rows: Numbers, *, dtype: npt.DTypeLike | None = None) -> Array:
         wanted = self.stored_dtype if dtype is None else dtype
@@ -132,6 +142,10 @@ class _PairedLoader(Loader):
 
     def _sources(self) -> Mapping[str, Source]:
         return {self.sites[0]: self._paired}
+
+    @property
+    def _is_remote(self) -> bool:
+        return self._paired.is_remote
 
     def constants(self, kind: Kind) -> dict[str, Normalisation]:
         """Return constants that normalise each model by itself, for both models' values one after the other."""

@@ -1,6 +1,7 @@
 """Batches as trainers of other packages ask for them, in short trainings: trainSAE, OpenMOSS, saev, crosscoders."""
 
 import json
+import pickle
 import sys
 import warnings
 from importlib.util import find_spec
@@ -162,7 +163,10 @@ def test_a_pair_has_the_rows_of_both_archives(archive: Archive, other: Archive) 
         assert batch.shape == (100, 2, 16)
         seen.append(batch)
     assert torch.cat(seen).sum(dtype=torch.float64) == pytest.approx(expected.sum(dtype=np.float64), rel=1e-6)
-    for batch in pair.loader(batch_size=100, columns=["token"], where="example < 30"):
+    sent = pickle.loads(pickle.dumps(pair))  # noqa: S301  # our own, as spawned workers get it
+    assert torch.equal(sent[[4, 7]], pair[[4, 7]])
+    loader = pair.loader(batch_size=100, columns=["token"], where="example < 30")
+    for batch in pickle.loads(pickle.dumps(loader)):  # noqa: S301  # our own
         np.testing.assert_array_equal(batch[WIDE], expected[batch["row"]])
         np.testing.assert_array_equal(batch["token"], other.rows.token[batch["row"].numpy()])
 
