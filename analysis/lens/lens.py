@@ -11,7 +11,7 @@ from dataclasses import replace
 from os import PathLike
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Self, Unpack
+from typing import Any, Self, Unpack
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -39,7 +39,7 @@ from residua.store.format.sidecars import LM_HEAD_FILE, PARAMETERS_FILE
 from residua.store.read.archive import Archive
 from residua.store.read.stacks import open_archive
 from residua.store.storage.files import write_file
-from residua.store.storage.place import try_place
+from residua.store.storage.place import result_folder
 
 REPORT_FILE, PLOT_FILE = "report.parquet", "report.png"
 _UNEMBEDDING_BYTES = 2**29  # a larger unembedding is not converted to float32 at once
@@ -75,6 +75,7 @@ class TunedLens:
         *,
         sites: str | Iterable[str] | None = None,
         out: str | PathLike[str] | None = None,
+        storage_options: Mapping[str, Any] | None = None,
         cluster: Cluster | None = None,
         settings: LensSettings | None = None,
         **options: Unpack[LensOptions],
@@ -85,8 +86,9 @@ class TunedLens:
             archive: The archive, with its head, the final residual stream (`final`, or the last `resid_post`, which has
                 the same values) and some `resid_pre` or `resid_post` before it.
             sites: Patterns of the sites to train at; by default all of them.
-            out: Folder for the lens, its report (Parquet) and plot. A stopped training continues from its finished
-                layers there. By default nothing is kept.
+            out: Folder for the lens, its report (Parquet) and plot, or its address in a bucket. A stopped training
+                continues from its finished layers in a folder. By default nothing is kept.
+            storage_options: For `out` in a bucket, as for `residua.open`.
             cluster: Where to work, from `residua.analysis.connect`; by default in this process. Its
                 workers need the archive and `out` under the same paths.
             settings: The settings.
@@ -109,7 +111,7 @@ class TunedLens:
             if out is None:
                 folder = Path(stack.enter_context(TemporaryDirectory(prefix="residua-lens-")))
             else:
-                folder = try_place(Path(out)).path
+                folder = stack.enter_context(result_folder(out, storage_options))
             training = LensTraining(source, folder, sites=sites, settings=settings, cluster=or_inline(cluster))
             training.train()
             lens = cls(*training.evaluate())

@@ -6,10 +6,10 @@ pass; several sites are then fitted side by side, as many as workers can keep th
 between the passes over one of them. The sums are the same in all cases, bit for bit.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import CancelledError, ThreadPoolExecutor, as_completed
+from contextlib import nullcontext
 from os import PathLike
-from pathlib import Path
 from threading import Event
 from typing import Any
 from uuid import uuid4
@@ -32,7 +32,7 @@ from residua.store.base.errors import AnalysisError
 from residua.store.format.site_names import parse_site
 from residua.store.read.archive import Archive
 from residua.store.read.stacks import open_archive
-from residua.store.storage.place import try_place
+from residua.store.storage.place import result_folder
 
 _ROWS_PER_CHANNEL = 4  # of a leaf of a regression, so that the covariance it returns is no larger than what it reads
 
@@ -66,6 +66,7 @@ def probe(
     group: str | None = None,
     as_numbers: bool = False,
     save: str | PathLike[str] | None = None,
+    storage_options: Mapping[str, Any] | None = None,
     cluster: Cluster | None = None,
 ) -> pa.Table:
     """Fit a linear probe for `target` to each of `sites`, and test it on held-out documents.
@@ -96,7 +97,9 @@ def probe(
             documents alone, even if they are equal. ``example``: each example for itself, even windows of one document;
             the control then shows what leaks.
         as_numbers: Regress token ids, and texts by their alphabetical rank, although such numbers have no size.
-        save: Folder to write the probes to, one folder for each site; `LinearProbe.load` reads them.
+        save: Folder to write the probes to, or an address in a bucket, one folder for each site; `LinearProbe.load`
+            reads them.
+        storage_options: For `save` in a bucket, as for `residua.open`.
         cluster: Where to compute; by default in this process.
 
     Returns:
@@ -124,35 +127,35 @@ def probe(
     if pool is not None:
         check_pool(archive, pool)
     wanted = target if isinstance(target, str) else GivenTarget.of(archive, target)
-    folder = None if save is None else try_place(Path(save)).path
-    split = Split(test_fraction, seed, group)
-    found = summarise(archive, wanted, where=where, task=task, split=split, pool=pool, as_numbers=as_numbers)
-    analysis = uuid4().hex
-    per_channel = _ROWS_PER_CHANNEL if found.task == "regression" else 0
-    jobs = [
-        site_rows(
-            archive,
-            name,
-            wanted,
-            where,
-            found,
-            pool=pool,
-            analysis=analysis,
-            memory=cluster.memory_limit,
-            least_rows=per_channel * width_of(archive, name),
-        )
-        for name in names
-    ]
-    for job in jobs:
-        check_memory(job)
-    probed: dict[int, SiteProbe] = {}
-    try:
-        for number, answer in _probed(jobs, cluster, f"probes of {found.text}"):
-            probed[number] = answer
-            if folder is not None:
-                write_probe(folder / parse_site(names[number]).path.removeprefix("sites/"), answer.probe)
-    finally:
-        cluster.let_go(analysis)
+    with nullcontext() if save is None else result_folder(save, storage_options) as folder:
+        split = Split(test_fraction, seed, group)
+        found = summarise(archive, wanted, where=where, task=task, split=split, pool=pool, as_numbers=as_numbers)
+        analysis = uuid4().hex
+        per_channel = _ROWS_PER_CHANNEL if found.task == "regression" else 0
+        jobs = [
+            site_rows(
+                archive,
+                name,
+                wanted,
+                where,
+                found,
+                pool=pool,
+                analysis=analysis,
+                memory=cluster.memory_limit,
+                least_rows=per_channel * width_of(archive, name),
+            )
+            for name in names
+        ]
+        for job in jobs:
+            check_memory(job)
+        probed: dict[int, SiteProbe] = {}
+        try:
+            for number, answer in _probed(jobs, cluster, f"probes of {found.text}"):
+                probed[number] = answer
+                if folder is not None:
+                    write_probe(folder / parse_site(names[number]).path.removeprefix("sites/"), answer.probe)
+        finally:
+            cluster.let_go(analysis)
     schema = pa.schema([(name, _TYPES.get(name, pa.float64())) for name in (*_COLUMNS, *_SCORES[found.task])])
     return pa.Table.from_pylist([probed[number].line for number in range(len(names))], schema=schema)
 

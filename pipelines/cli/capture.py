@@ -108,7 +108,7 @@ def _print(result: "CaptureResult", *, as_json: bool) -> None:
     _print_workers(result)
     for summary in summaries:
         print(f"size      {human_bytes(summary.stored_bytes)}: {compression(summary)}")
-    print(f"place     {result.archive.path}")
+    print(f"place     {result.archive.place}")
     print_nonfinite({site.name: site.n_nonfinite for summary in summaries for site in summary.sites})
 
 

@@ -126,7 +126,13 @@ def _add_heads(commands: Any) -> None:
     add_flag(parser, "--layers", "layers to measure, for example 0,3-5 (default: all that can be)", metavar="NUMBERS")
     text = "examples of each head that HeadVis's page shows at each of ten levels of attention; 0 shows none"
     add_flag(parser, "--sequences", text, 2)
-    add_flag(parser, "--out", "folder for the files (default: ARCHIVE-heads)", dest="folder", metavar="FOLDER")
+    add_flag(
+        parser,
+        "--out",
+        "folder for the files, or address in a bucket (default: ARCHIVE-heads)",
+        dest="folder",
+        metavar="FOLDER",
+    )
     add_cluster_flags(parser)
 
 
@@ -134,12 +140,12 @@ def _heads(options: argparse.Namespace) -> int:
     from residua.analysis.attention.heads import MEASURES
     from residua.analysis.attention.headvis import heads
     from residua.store.read.stacks import open_archive
-    from residua.store.storage.place import try_place
+    from residua.store.storage.place import result_folder
 
     layers = None if options.layers is None else parse_numbers(options.layers, "--layers")
     archive = open_archive(options.archive)
-    folder = try_place(Path(options.folder or default_folder(archive.place, "heads", options.layers))).path
-    with cluster_of(options) as cluster:
+    place = options.folder or default_folder(archive.place, "heads", options.layers)
+    with result_folder(place) as folder, cluster_of(options) as cluster:
         found = heads(
             archive, out=folder, layers=layers, source=options.source, sequences=options.sequences, cluster=cluster
         )
@@ -148,7 +154,7 @@ def _heads(options: argparse.Namespace) -> int:
     ]
     if options.json:
         named = dict(zip(MEASURES, strongest, strict=True))
-        print_json({"heads": found.num_rows, "highest": named, "archive": archive.place, "folder": str(folder)})
+        print_json({"heads": found.num_rows, "highest": named, "archive": archive.place, "folder": str(place)})
         return 0
     print(f"{found.num_rows} heads; the highest by each measure:")
     lines = [
@@ -157,5 +163,5 @@ def _heads(options: argparse.Namespace) -> int:
     ]
     print(table([("measure", "layer", "head", "value"), *lines], (1, 2, 3)))
     print(f"archive   {archive.place}")
-    print(f"files     {folder}: measures.parquet, measures.csv, measures.png; for HeadVis: config.json and the others")
+    print(f"files     {place}: measures.parquet, measures.csv, measures.png; for HeadVis: config.json and the others")
     return 0

@@ -2,12 +2,12 @@
 
 import argparse
 from dataclasses import fields
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from residua.pipelines.cli.options import add_archive, add_cluster_flags, add_command, add_settings, cluster_of
 from residua.pipelines.cli.report import print_json
 from residua.store.base.errors import AnalysisError
+from residua.store.storage.address import joined
 
 if TYPE_CHECKING:
     from residua.analysis.lens.lens import TunedLens
@@ -27,7 +27,7 @@ def add(commands: Any) -> None:
     )
     train = add_command(lenses, "train", _train, text, description)
     add_archive(train)
-    train.add_argument("--out", required=True, help="folder of the lens; an unfinished one is resumed")
+    train.add_argument("--out", required=True, help="folder of the lens, which is resumed, or address in a bucket")
     train.add_argument("--sites", help="sites to train at, comma separated, with patterns (default: all)")
     add_settings(train, fields(LensSettings))
     train.set_defaults(when_stopped="stopped: finished layers are safe. Run the same command again to go on.")
@@ -46,7 +46,7 @@ def _train(options: argparse.Namespace) -> int:
     sites = None if options.sites is None else [site.strip() for site in options.sites.split(",")]
     with cluster_of(options) as cluster:
         lens = TunedLens.fit(options.archive, sites=sites, out=options.out, cluster=cluster, settings=settings)
-    _print(lens, Path(options.out), as_json=options.json)
+    _print(lens, options.out, as_json=options.json)
     return 0
 
 
@@ -59,15 +59,15 @@ def _show(options: argparse.Namespace) -> int:
             f"{options.lens} holds a lens without a report, as the tuned-lens package writes it: train one "
             "with residua lens train to have it evaluated"
         )
-    _print(lens, Path(options.lens), as_json=options.json)
+    _print(lens, options.lens, as_json=options.json)
     return 0
 
 
-def _print(lens: "TunedLens", folder: Path, *, as_json: bool) -> None:
+def _print(lens: "TunedLens", folder: str, *, as_json: bool) -> None:
     from residua.analysis.lens.lens import PLOT_FILE, REPORT_FILE
 
     report = [] if lens.report is None else lens.report.to_pylist()
-    paths = {"lens": str(folder), "report": str(folder / REPORT_FILE), "plot": str(folder / PLOT_FILE)}
+    paths = {"lens": folder, "report": joined(folder, REPORT_FILE), "plot": joined(folder, PLOT_FILE)}
     if as_json:
         print_json({**paths, "sites": report})
         return

@@ -62,7 +62,13 @@ def add(commands: Any) -> None:
     text = "regress token ids, or texts by their alphabetical rank, although such numbers have no size"
     add_switch(parser, "--as-numbers", text)
     add_flag(parser, "--seed", "random seed for the held-out split and for the control", 0)
-    add_flag(parser, "--out", "folder for the files (default: ARCHIVE-probe-TARGET)", dest="folder", metavar="FOLDER")
+    add_flag(
+        parser,
+        "--out",
+        "folder for the files, or address in a bucket (default: ARCHIVE-probe-TARGET)",
+        dest="folder",
+        metavar="FOLDER",
+    )
     add_cluster_flags(parser)
 
 
@@ -72,36 +78,36 @@ def _probe(options: argparse.Namespace) -> int:
     from residua.analysis.probes.probe import probe
     from residua.analysis.support.plots import plot_probe
     from residua.store.read.stacks import open_archive
-    from residua.store.storage.place import try_place
+    from residua.store.storage.place import result_folder
 
     archive = open_archive(options.archive)
-    asked = Path(options.folder or default_folder(archive.place, "probe", options.target, options.where, options.pool))
-    folder = try_place(asked).path
-    with cluster_of(options) as cluster:
-        found = probe(
-            archive,
-            options.target,
-            options.sites,
-            task=options.task,
-            where=options.where,
-            pool=options.pool,
-            test_fraction=options.test_fraction,
-            seed=options.seed,
-            group=options.group,
-            as_numbers=options.as_numbers,
-            save=folder / "probes",
-            cluster=cluster,
-        )
-    write_table(found, folder / "probe.parquet")
-    plot_probe(folder / "probe.png", found)
+    place = options.folder or default_folder(archive.place, "probe", options.target, options.where, options.pool)
+    with result_folder(place) as folder:
+        with cluster_of(options) as cluster:
+            found = probe(
+                archive,
+                options.target,
+                options.sites,
+                task=options.task,
+                where=options.where,
+                pool=options.pool,
+                test_fraction=options.test_fraction,
+                seed=options.seed,
+                group=options.group,
+                as_numbers=options.as_numbers,
+                save=folder / "probes",
+                cluster=cluster,
+            )
+        write_table(found, folder / "probe.parquet")
+        plot_probe(folder / "probe.png", found)
     if options.json:
-        print_json({"sites": found.to_pylist(), "folder": str(folder)})
+        print_json({"sites": found.to_pylist(), "folder": str(place)})
     else:
-        _print(found.to_pylist(), folder)
+        _print(found.to_pylist(), place)
     return 0
 
 
-def _print(lines: list[dict[str, Any]], folder: Path) -> None:
+def _print(lines: list[dict[str, Any]], folder: str | Path) -> None:
     first = lines[0]
     print(f"{first['n_train']:,} rows to learn from, {first['n_test']:,} of held-out documents to test on")
     shown = [name for name in _SHOWN if any(line.get(name) is not None for line in lines)]

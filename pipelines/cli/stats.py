@@ -31,7 +31,13 @@ def add(commands: Any) -> None:
     add_flag(parser, "--sites", SITES_HELP, "*")
     add_flag(parser, "--where", WHERE_HELP)
     add_flag(parser, "--components", "principal components of each site; 0 computes none", 8)
-    add_flag(parser, "--out", "folder for the files (default: ARCHIVE-stats)", dest="folder", metavar="FOLDER")
+    add_flag(
+        parser,
+        "--out",
+        "folder for the files, or an address in a bucket (default: ARCHIVE-stats)",
+        dest="folder",
+        metavar="FOLDER",
+    )
     add_cluster_flags(parser)
     _add_page(commands)
 
@@ -71,22 +77,23 @@ def _stats(options: argparse.Namespace) -> int:
     from residua.analysis.stats.stats import stats
     from residua.analysis.support.plots import plot_norms
     from residua.store.read.stacks import open_archive
-    from residua.store.storage.place import try_place
+    from residua.store.storage.place import result_folder
 
     archive = open_archive(options.archive)
-    folder = try_place(Path(options.folder or default_folder(archive.place, "stats", options.where))).path
-    with cluster_of(options, reads_once=True) as cluster:
-        found = stats(archive, options.sites, components=options.components, where=options.where, cluster=cluster)
-    found.save(folder)
-    plot_norms(folder / "norms.png", found.positions)
+    place = options.folder or default_folder(archive.place, "stats", options.where)
+    with result_folder(place) as folder:
+        with cluster_of(options, reads_once=True) as cluster:
+            found = stats(archive, options.sites, components=options.components, where=options.where, cluster=cluster)
+        found.save(folder)
+        plot_norms(folder / "norms.png", found.positions)
     if options.json:
-        print_json({"sites": found.sites.to_pylist(), "folder": str(folder)})
+        print_json({"sites": found.sites.to_pylist(), "folder": str(place)})
     else:
-        _print(found, folder)
+        _print(found, place)
     return 0
 
 
-def _print(found: "Stats", folder: Path) -> None:
+def _print(found: "Stats", folder: str | Path) -> None:
     heading = ("site", "width", "mean", "std", "kurtosis", "row kurtosis", "norm", "outlier channels", "1st component")
     lines = [
         (

@@ -1,7 +1,7 @@
 """The command `top`: the rows furthest along a direction, with their text."""
 
 import argparse
-from pathlib import Path
+from contextlib import ExitStack
 from typing import Any
 
 from residua.pipelines.cli.options import (
@@ -37,7 +37,8 @@ def add(commands: Any) -> None:
     add_flag(parser, "--where", WHERE_HELP)
     text = "columns of the examples, or of side tables, to show too, comma separated (default: none)"
     add_flag(parser, "--columns", text, metavar="NAMES")
-    add_flag(parser, "--out", "also write the table to this Parquet file (default: none)", dest="file", metavar="FILE")
+    text = "also write the table to this Parquet file, or to this address in a bucket (default: none)"
+    add_flag(parser, "--out", text, dest="file", metavar="FILE")
     add_cluster_flags(parser)
 
 
@@ -47,28 +48,29 @@ def _top(options: argparse.Namespace) -> int:
     from residua.analysis.stats.directions import read_direction
     from residua.analysis.stats.top import top
     from residua.store.read.stacks import open_archive
-    from residua.store.storage.place import try_place
+    from residua.store.storage.place import result_file
 
     archive = open_archive(options.archive)
-    file = None if options.file is None else try_place(Path(options.file), is_file=True).path
     direction = None if options.direction is None else read_direction(options.direction)
     columns = options.columns.split(",") if options.columns else []
-    with cluster_of(options, reads_once=True) as cluster:
-        found = top(
-            archive,
-            options.site,
-            direction=direction,
-            channel=options.channel,
-            head=options.head,
-            k=options.k,
-            bottom=options.bottom,
-            per_example=options.per_example,
-            where=options.where,
-            columns=columns,
-            cluster=cluster,
-        )
-    if file is not None:
-        write_table(found, file)
+    with ExitStack() as stack:
+        file = None if options.file is None else stack.enter_context(result_file(options.file))
+        with cluster_of(options, reads_once=True) as cluster:
+            found = top(
+                archive,
+                options.site,
+                direction=direction,
+                channel=options.channel,
+                head=options.head,
+                k=options.k,
+                bottom=options.bottom,
+                per_example=options.per_example,
+                where=options.where,
+                columns=columns,
+                cluster=cluster,
+            )
+        if file is not None:
+            write_table(found, file)
     if options.json:
         print_json({"site": options.site, "rows": found.to_pylist(), "file": options.file})
         return 0

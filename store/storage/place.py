@@ -3,8 +3,8 @@
 import errno
 import os
 import secrets
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from itertools import islice
 from os import PathLike, fspath
 from pathlib import Path
@@ -109,17 +109,57 @@ def try_archive_place(
     if not is_remote(out):
         place = try_place(Path(out), locks=locks, links=True)
         return ArchivePlace(DiskFolder(place.path), place.notes)
-    if scheme_of(out) not in _WRITABLE:
-        raise PlanError(
-            f"{shown(out)} is an address ({scheme_of(out)}) that archives are read from, and not captured to: capture "
-            "into a bucket (s3://, gs://, az://) or a folder, and copy it there when it is finished"
-        )
-    folder = BucketFolder(fspath(out), storage_options)
+    folder = _bucket_folder(out, storage_options)
     return ArchivePlace(folder, _try_bucket(folder.objects))
 
 
+@contextmanager
+def result_folder(out: str | PathLike[str], storage_options: Mapping[str, Any] | None = None) -> Iterator[Path]:
+    """Give a folder for results, after a trial whether they can be written there.
+
+    For a path, it is the folder itself. For the address of a bucket, it is a temporary one, whose files go up at the
+    end of the ``with`` block, over what is there; after an error, none does.
+
+    Args:
+        out: Path or address.
+        storage_options: For an address, as for `residua.open`.
+
+    Raises:
+        PlanError: Nothing can be written at such an address.
+        StorageError: The bucket is not there, or may not be written or read.
+        OSError: As for `try_place`.
+    """
+    if not is_remote(out):
+        yield try_place(Path(out)).path
+        return
+    folder = _bucket_folder(out, storage_options)
+    _is_kept_apart(folder.objects)
+    yield folder.path
+    folder.upload(sorted(path.relative_to(folder.path).as_posix() for path in folder.path.rglob("*") if path.is_file()))
+
+
+@contextmanager
+def result_file(out: str | PathLike[str]) -> Iterator[Path]:
+    """Give a file for results, here or for the address of an object; see `result_folder`."""
+    if not is_remote(out):
+        yield try_place(Path(out), is_file=True).path
+        return
+    parent, _, name = fspath(out).rpartition("/")
+    with result_folder(parent) as folder:
+        yield folder / name
+
+
+def _bucket_folder(out: str | PathLike[str], storage_options: Mapping[str, Any] | None) -> BucketFolder:
+    if scheme_of(out) not in _WRITABLE:
+        raise PlanError(
+            f"{shown(out)} is an address ({scheme_of(out)}) that is read from, and not written to: write into a bucket "
+            "(s3://, gs://, az://) or a folder, and copy it there when it is finished"
+        )
+    return BucketFolder(fspath(out), storage_options)
+
+
 def _try_bucket(folder: ObjectFolder) -> tuple[str, ...]:
-    """Write, read and remove a small object; return notes."""
+    """Look for what is there, and try to write; return notes."""
     names = [entry.name for entry in islice(folder.list(), _MOST_LISTED)]
     others = [name for name in names if not name.startswith(TRIAL)]
     if others and folder.size(LEASE) is None and folder.size(_ROOT) is None:
@@ -128,15 +168,23 @@ def _try_bucket(folder: ObjectFolder) -> tuple[str, ...]:
             f"{folder} has objects already, {others[0]} for example, and no archive: choose another place, or remove "
             "them",
         )
+    if _is_kept_apart(folder):
+        return ()
+    return (f"{folder} has no objects that are written only once: do not start another run there before this one ends",)
+
+
+def _is_kept_apart(folder: ObjectFolder) -> bool:
+    """Write, read and remove a small object; return whether the service keeps two runs from writing the same one."""
     trial, content = f"{TRIAL}{secrets.token_hex(4)}", secrets.token_bytes(16)
     try:
         folder.create(trial, content)
-        keeps_apart = not _is_replaced(folder, trial)
-    finally:
-        folder.delete([trial])
-    if keeps_apart:
-        return ()
-    return (f"{folder} has no objects that are written only once: do not start another run there before this one ends",)
+        is_replaced = _is_replaced(folder, trial)
+    except OSError:
+        with suppress(OSError):  # what went wrong first says more
+            folder.delete([trial])
+        raise
+    folder.delete([trial])
+    return not is_replaced
 
 
 def _is_replaced(folder: ObjectFolder, name: str) -> bool:

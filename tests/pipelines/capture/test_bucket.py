@@ -216,7 +216,6 @@ def test_other_results_are_refused_by_name(s3: S3Server, on_disk: Path, llama: P
     for job in (
         lambda out: residua.replay_dataset(llama, on_disk, out=out, at="resid_post.0"),
         lambda out: residua.replay_dataset(llama, on_disk, out=out, at="resid_post.0", capture="final"),
-        lambda out: residua.probe(on_disk, "position > 3", sites="resid_post.0", save=out),
     ):
         with pytest.raises(PlanError, match=r"s3.*folder"):
             job(s3.address("results"))

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
 from dask import config as dask_config
@@ -14,6 +15,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 import residua
 from residua.analysis.support.cluster import connect
 from residua.pipelines.cli.main import main
+from residua.store.storage.objects import ObjectFolder
 from tests.ragged import MODEL, write_dataset
 from tests.servers.s3 import S3Server, serving_s3
 
@@ -89,6 +91,38 @@ def test_a_lens_is_trained_from_an_address(both: Both, tmp_path: Path) -> None:
     ]
     reports: Any = [lens.report for lens in lenses]
     assert reports[0].equals(reports[1])
+
+
+def test_results_go_to_a_bucket(
+    both: Both, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    environment(both.server, monkeypatch)
+    archive, out = str(both.here.path), both.server.address
+    assert main(["stats", archive, "--sites", "q.1", "--out", out("results/stats"), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["folder"] == "s3://acts/results/stats"
+    assert main(["top", archive, "--site", "resid_post.3", "--channel", "5", "--out", out("results/top.parquet")]) == 0
+    residua.TunedLens.fit(
+        both.there, sites="resid_post.2", out=out("results/lens"), storage_options=both.server.options, held_out=0.3
+    )
+    residua.probe(
+        both.here, "position > 5", sites="q.1", save=out("results/probes"), storage_options=both.server.options
+    )
+    folder = ObjectFolder(out("results"), both.server.options)
+    there = {entry.name for entry in folder.list()}
+    assert {"stats/sites.parquet", "stats/norms.png", "top.parquet"} < there
+    assert {"lens/params.pt", "lens/config.json", "lens/report.png"} < there
+    for name in there:
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(folder.read(name, 2**30))
+    table: Any = pq.read_table(tmp_path / "top.parquet")
+    assert table.equals(residua.top(both.here, "resid_post.3", channel=5, k=20))
+    assert residua.TunedLens.load(tmp_path / "lens").report is not None
+    assert residua.analysis.LinearProbe.load(tmp_path / "probes/q/1") is not None
+    with pytest.raises(residua.ResiduaError, match=r"https://example\.org/x.*not written to"):
+        residua.probe(both.here, "position > 5", sites="q.1", save="https://example.org/x")
+    assert main(["stats", archive, "--out", "s3://no-such-bucket/x"]) != 0
+    assert "no-such-bucket" in capsys.readouterr().err
 
 
 def environment(server: S3Server, monkeypatch: pytest.MonkeyPatch) -> None:
