@@ -27,11 +27,11 @@ def test_rows_for_a_trainer_and_the_loss_with_an_autoencoder(tmp_path: Path, mon
     monkeypatch.chdir(ROOT)
     names: dict[str, Any] = {"work": tmp_path}
     run(blocks("docs/from-saelens.md"), names)
-    archive, data = names["archive"], names["data"]
+    archive, feed = names["archive"], names["feed"]
     assert names["site"] == "resid_post.3"
     assert names["first"].shape == (64, 128)
-    batches = 1 + 2 * len(names["loader"])  # the second and the third epoch
-    rows = torch.cat([next(data) for _ in range(batches)])
+    batches = 1 + 2 * names["loader"].batches_per_epoch  # into a third epoch
+    rows = torch.cat([next(feed) for _ in range(batches)])
     stored = {tuple(row) for row in archive["resid_post.3"][:][archive.rows.position[:] > 0].tolist()}
     assert {tuple(row) for row in rows.tolist()} <= stored
     scores = archive["resid_post.3"][:].astype(float) @ names["W_enc"][:, 7].double().numpy()

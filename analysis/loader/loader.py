@@ -89,7 +89,7 @@ class Loader(IterableDataset[Batch]):
     batches are full, all ranks have equally many, and each epoch leaves out other rows.
 
     First all blocks of rows are put in random order, then all rows within a buffer. A block is a chunk of 512 KiB, or
-    less for sites stored raw. ``docs/analysis.md`` compares this with a full shuffle.
+    less for sites stored raw. ``docs/loader.md`` compares this with a full shuffle.
 
     Args:
         archive: The archive.

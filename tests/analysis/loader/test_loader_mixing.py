@@ -1,4 +1,4 @@
-"""How well a loader mixes compared with a full shuffle, as `docs/analysis.md` claims.
+"""How well a loader mixes compared with a full shuffle, as `docs/loader.md` claims.
 
 The worst case for a block shuffle is a dataset that changes so slowly that all rows of a block are alike. With K blocks
 in the buffer and batches of B rows, the mean of a batch then varies as the mean of B rows drawn from K random blocks:

@@ -370,5 +370,5 @@ def test_the_page_trains_a_dictionary(page: Path, train_sae: Any, monkeypatch: p
 def test_the_page_about_loaders_runs(page: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(page)
     names: dict[str, Any] = {"residua": residua, "archive": residua.open("acts.zarr"), "torch": torch}
-    run(blocks("docs/analysis.md", "Batches for training"), names)
+    run(blocks("docs/loader.md"), names)
     assert names["alone"].state_dict()["divided"] == [[1, [1, 1, 1, 1]]]

@@ -1,4 +1,4 @@
-"""The code of docs/analysis.md, run as it stands there."""
+"""The code of the pages about analyses, run as it stands there."""
 
 from pathlib import Path
 from typing import Any
@@ -6,7 +6,6 @@ from typing import Any
 import numpy as np
 import pandas
 import pytest
-import torch
 
 import residua
 from tests.analysis.rows_archive import write_rows
@@ -19,10 +18,9 @@ def test_rows_arrays_tables_and_batches(tmp_path: Path, monkeypatch: pytest.Monk
     columns: dict[str, list[object]] = {"title": ["async", "class"] * 30, "source_index": [*range(60)]}
     write_rows(tmp_path / "acts.zarr", lengths, {"resid_post.2": rows}, columns=columns)
     monkeypatch.chdir(tmp_path)
-    names: dict[str, Any] = {"residua": residua, "torch": torch}
-    code = blocks("docs/analysis.md", "Choosing rows", "Dask arrays", "Tables", "Batches for training")
-    assert len(code) == 9
-    run(code, names)
+    names: dict[str, Any] = {}
+    run(blocks("docs/analysis.md"), names)
+    run(blocks("docs/loader.md"), names)
     np.testing.assert_allclose(names["covariance"], np.cov(rows.T, bias=True), atol=1e-5)
     selected = [row for row in range(1200) if row % 20 and row // 20 % 2]
     assert names["table"]["row"].to_pylist() == selected
@@ -56,10 +54,9 @@ def test_probes_statistics_and_top_rows(tmp_path: Path, monkeypatch: pytest.Monk
     sites = {f"resid_post.{layer}": rows[layer] for layer in range(3)}
     write_rows(tmp_path / "acts.zarr", lengths, sites, columns={"title": [["class", "async"][i] for i in label]})
     monkeypatch.chdir(tmp_path)
-    names: dict[str, Any] = {"residua": residua}
-    code = blocks("docs/analysis.md", "Probes", "Statistics", "Directions", "Top rows")
-    assert len(code) == 5
-    run(code, names)
+    names: dict[str, Any] = {}
+    run(blocks("docs/probes.md"), names)
+    run(blocks("docs/stats.md"), names)
     assert names["table"]["accuracy"].to_pylist()[2] > 0.9
     assert names["same"].score(names["rows"], names["labels"]) > 0.9
     assert names["ridge"].score(rows[2], np.tile(np.arange(20), 60)) > 0.9
