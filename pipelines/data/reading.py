@@ -8,18 +8,16 @@ transform that runs while rows are read, a tokenizer of a class of its own, a fo
 Files are known by name, size, number, and the times of their last changes, of content and of status, to the nanosecond.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from os import PathLike, fspath, stat_result
 from pathlib import Path
-from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
 from residua.capture.identity.provenance import identify_tokenizer
 from residua.pipelines.data.settings import DatasetSettings
-from residua.pipelines.data.sources import dataset_commit, is_dataset, local_path
+from residua.pipelines.data.sources import dataset_commit, is_at_rest, local_path
 from residua.pipelines.data.tokenizer import special_ids
 from residua.store.base.canonical import Json, digest_of
 
@@ -94,10 +92,7 @@ def _content(source: object, settings: DatasetSettings) -> tuple[Json, int] | No
         commit = dataset_commit(fspath(source), settings)
         return None if commit is None else ([fspath(source), settings.subset, commit], 0)
     fingerprint = getattr(source, "_fingerprint", None)
-    if is_dataset(source) and type(source).__name__ == "Dataset" and isinstance(fingerprint, str):
-        form: Mapping[str, Any] = getattr(source, "format", {})
-        return None if form.get("type") == "custom" else (fingerprint, 0)  # the transform runs later
-    return None
+    return (fingerprint, 0) if is_at_rest(source) and isinstance(fingerprint, str) else None
 
 
 def _files(path: Path) -> tuple[Json, int] | None:

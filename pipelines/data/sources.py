@@ -8,7 +8,7 @@ code of a dataset is run, and nothing is unpickled. A few hundred rows are in me
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from itertools import chain, islice
 from os import PathLike, fspath
 from pathlib import Path, PurePath
@@ -46,11 +46,19 @@ _COMPRESSED = (".gz", ".zst", ".xz", ".bz2")
 
 @dataclass(frozen=True)
 class Rows:
-    """A stream of rows, with the names of all columns and of those that hold text."""
+    """A stream of rows.
+
+    Attributes:
+        columns: Names of all columns.
+        text_columns: Names of those that hold text.
+        rows: The rows.
+        runs_code: Whether code of the user's may run while they are read.
+    """
 
     columns: Sequence[str]
     text_columns: Sequence[str]
     rows: Iterator[Row]
+    runs_code: bool = True
 
 
 def open_rows(source: object, settings: DatasetSettings) -> Rows:
@@ -80,7 +88,8 @@ def open_rows(source: object, settings: DatasetSettings) -> Rows:
             "or rows"
         )
     chosen = _one_split(name, dataset, settings.split)
-    return _peek_rows(name, _checked_rows(chosen) if isinstance(chosen, TextFiles) else _dataset_rows(chosen))
+    found = _peek_rows(name, _checked_rows(chosen) if isinstance(chosen, TextFiles) else _dataset_rows(chosen))
+    return replace(found, runs_code=is_dataset(source) and not is_at_rest(source))
 
 
 def local_path(source: str | PathLike[str]) -> Path | None:
@@ -210,6 +219,12 @@ def _text_splits(builder: Any, settings: DatasetSettings) -> dict[str, TextFiles
 def is_dataset(source: object) -> bool:
     """Return whether `source` is an object of the `datasets` library, without importing the library."""
     return type(source).__module__.partition(".")[0] == "datasets"
+
+
+def is_at_rest(source: object) -> bool:
+    """Return whether `source` is a `datasets.Dataset` whose rows are all there: no transform computes them later."""
+    form: Mapping[str, Any] = getattr(source, "format", {})
+    return is_dataset(source) and type(source).__name__ == "Dataset" and form.get("type") != "custom"
 
 
 def _one_split(name: str, dataset: Any, split: str | None) -> Any:

@@ -6,11 +6,13 @@ The first row that has a value shows what the column holds.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal, NamedTuple, TypeAlias, cast
+from typing import Any, Literal, NamedTuple, TypeAlias, TypeVar, cast
 
 import numpy as np
+from transformers import PreTrainedTokenizerBase
 
 from residua.pipelines.data.chats import TOOLS, Chats
 from residua.pipelines.data.settings import DatasetSettings
@@ -25,7 +27,10 @@ from residua.store.selection.positions import IntArray, marks_of
 _TEXTS_AT_ONCE = 256
 _LETTERS_AT_ONCE = 2**22  # or token ids: bounds memory where rows are long
 _MAX_ID = 2**31 - 1
+_IDS_ALONE = {"return_attention_mask": False, "return_token_type_ids": False}
 
+_Batch: TypeAlias = list[tuple[int, Row]]
+_Item = TypeVar("_Item")
 _Kind: TypeAlias = Literal["text", "chat", "ids"]
 _USUAL: Mapping[str, _Kind] = {"input_ids": "ids", "text": "text", "messages": "chat"}
 _PROMPT = "prompt"
@@ -77,6 +82,8 @@ class _Encoded(NamedTuple):
 class Tokens:
     """Turns rows into sources, in order; tokenizes some hundred texts at a time.
 
+    Unless code of the user's runs while rows are read, as many texts become tokens ahead.
+
     Attributes:
         rows: The dataset.
         settings: The column with the content, how texts and chats become tokens, and the position rule, which may
@@ -107,14 +114,36 @@ class Tokens:
 
     def __iter__(self) -> Iterator[Source]:
         """Yield the sources; raises DatasetError that names a row which cannot be used."""
-        content: _Content | None = None
         token_columns = TokenColumns()
+        # The user's code may use the tokenizer, which is not for two threads at a time.
+        for batch, content, tokens in self._encoded_in_turn() if self.rows.runs_code else self._encoded_ahead():
+            for (number, row), one in zip(batch, tokens, strict=True):
+                yield self._source(number, row, content, one, token_columns)
+
+    def _contents(self) -> Iterator[tuple[_Batch, _Content]]:
+        """Yield batches of rows, and what they hold."""
+        content: _Content | None = None
         for batch in _batches(enumerate(self.rows.rows)):
             if content is None:
                 content = self._find_content([row for _, row in batch])
                 self._check(content)
-            for (number, row), encoded in zip(batch, self._encoded(content, batch), strict=True):
-                yield self._source(number, row, content, encoded, token_columns)
+            yield batch, content
+
+    def _encoded_in_turn(self) -> Iterator[tuple[_Batch, _Content, list[_Encoded]]]:
+        for batch, content in self._contents():
+            yield batch, content, self._encoded(content, batch)
+
+    def _encoded_ahead(self) -> Iterator[tuple[_Batch, _Content, list[_Encoded]]]:
+        """Yield batches and their tokens, which come from a thread of its own, one batch ahead.
+
+        A tokenizer written in Rust works on all cores meanwhile, and Python on the batch before.
+        """
+        with ThreadPoolExecutor(1, "tokens") as pool:
+            submitted = (
+                (batch, content, pool.submit(self._encoded, content, batch)) for batch, content in self._contents()
+            )
+            for batch, content, tokens in _one_ahead(submitted):
+                yield batch, content, tokens.result()
 
     def _find_content(self, rows: Sequence[Row]) -> _Content:
         asked, columns, found = self.settings.content_column, self.rows.columns, ", ".join(self.rows.columns)
@@ -236,7 +265,8 @@ class Tokens:
         """Return the token ids of texts by the numbers of their rows."""
         tokenizer = cast("Tokenizer", self.tokenizer)
         full = [text for _, text in texts]
-        found = tokenizer(full, add_special_tokens=with_special, verbose=False)["input_ids"] if full else []
+        options: dict[str, Any] = _IDS_ALONE if isinstance(tokenizer, PreTrainedTokenizerBase) else {}
+        found = tokenizer(full, add_special_tokens=with_special, verbose=False, **options)["input_ids"] if full else []
         return {number: self._ids(ids, number) for (number, _), ids in zip(texts, found, strict=True)}
 
     def _is_doubled(self, ids: IntArray) -> bool:
@@ -261,13 +291,13 @@ class Tokens:
         if ids.ndim != 1 or not (ids.size == 0 or ids.dtype.kind in "iu"):
             raise DatasetError(f"row {number}: a flat list of whole numbers is needed, found {value!r:.80}")
         n_known = _MAX_ID if self.vocab_size is None else self.vocab_size
-        wrong = np.flatnonzero((ids < 0) | (ids >= n_known))
-        if wrong.size:
+        if ids.size and (ids.min() < 0 or ids.max() >= n_known):
+            wrong = np.flatnonzero((ids < 0) | (ids >= n_known))
             raise DatasetError(
                 f"row {number}: token id {ids[wrong[0]]} at position {wrong[0]} is not one of the model's, 0 to "
                 f"{n_known - 1}; do dataset, tokenizer and model belong together?"
             )
-        return ids.astype(np.int32)
+        return ids.astype(np.int32, copy=False)
 
 
 def _kind_of(value: object) -> _Kind:
@@ -285,8 +315,24 @@ def _first_value(rows: Sequence[Row], column: str) -> object:
     return next((value for value in values if value is not None and len(cast("Sequence[object]", value))), None)
 
 
-def _batches(rows: Iterable[tuple[int, Row]]) -> Iterator[list[tuple[int, Row]]]:
-    batch: list[tuple[int, Row]] = []
+def _one_ahead(items: Iterator[_Item]) -> Iterator[_Item]:
+    """Yield the items; each is yielded when the next is there, or when there is none because of an error."""
+    last: list[_Item] = []
+    while True:
+        try:
+            following = [next(items)]
+        except StopIteration:
+            yield from last
+            return
+        except Exception:  # whatever reading raises: after what was read before
+            yield from last
+            raise
+        yield from last
+        last = following
+
+
+def _batches(rows: Iterable[tuple[int, Row]]) -> Iterator[_Batch]:
+    batch: _Batch = []
     n_letters = 0
     for number, row in rows:
         batch.append((number, row))
