@@ -130,6 +130,8 @@ def _add_addresses(commands: Any) -> None:
     add_archive(push)
     push.add_argument("address", help=_ADDRESS_HELP)
     add_switch(push, "--public", "on the Hub: let everybody see a repository that is made now", "only you see it")
+    paths = "keep absolute paths of this machine in the copy's provenance (default: their last part alone)"
+    add_switch(push, "--keep-paths", paths)
     _add_licences(push)
     text = "write the card of an archive: its README.md and croissant.json"
     description = (
@@ -406,6 +408,7 @@ def _push(options: argparse.Namespace) -> int:
             license=options.license,
             model_license=options.model_license,
             text_license=options.text_license,
+            keep_paths=options.keep_paths,
             on_bytes=progress.step,
         )
     return _print_copied(options, copied, "sent")

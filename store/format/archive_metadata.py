@@ -80,11 +80,20 @@ def write_entry(archive: Path, entry: Mapping[str, Json], documents: Mapping[str
         entry: The entry.
         documents: Copies of the metadata below the group, by path, if it is to have them.
     """
+    write_file(archive / ROOT, [_root_bytes(archive, entry, documents)])
+
+
+def metadata_bytes(archive: Path, metadata: Metadata) -> bytes:
+    """Return what `write_metadata` would write into `archive`."""
+    return _root_bytes(archive, metadata.to_json(), {} if metadata.sealed is None else metadata.documents)
+
+
+def _root_bytes(archive: Path, entry: Mapping[str, Json], documents: Mapping[str, Any] | None) -> bytes:
     attributes = {**foreign_attributes(archive / ROOT), "residua": dict(entry)}
     root: dict[str, Any] = {"zarr_format": 3, "node_type": "group", "attributes": attributes}
     if documents:
         root["consolidated_metadata"] = consolidated(documents)
-    write_file(archive / ROOT, [json.dumps(root, indent=2, ensure_ascii=False).encode()])
+    return json.dumps(root, indent=2, ensure_ascii=False).encode()
 
 
 def is_archive(path: Path) -> bool:

@@ -44,6 +44,7 @@ class HubPush:
         files: What is sent of the archive's folder, with sizes, by path.
         check: Called with the path of a shard before it is sent; raises DamagedArchiveError if it was altered.
         storage_options: ``token`` and ``endpoint``.
+        root: The root's metadata, as they are sent.
 
     Raises:
         MissingPackageError: huggingface_hub is not installed.
@@ -58,6 +59,7 @@ class HubPush:
         files: Mapping[str, int],
         check: Callable[[str], None],
         storage_options: Mapping[str, Any],
+        root: bytes,
     ) -> None:
         self._archive, self._check, self._options = archive, check, storage_options
         self.place = hub_place(address)
@@ -65,6 +67,7 @@ class HubPush:
             raise StorageError(f"{self.place.address} is a commit, which does not change: name a branch, or none")
         _check_limits(files, self.place)
         self._files = {name: Source(archive.path / name, size) for name, size in files.items()}
+        self._files[ROOT] = Source(root, len(root))
         self._target = target_at(self.place, storage_options)
         self._left = set[str]()  # files of the folder that are not sent
 

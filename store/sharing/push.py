@@ -7,17 +7,19 @@ index has all that they say.
 """
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
 from residua.store.base.canonical import canonical_json
 from residua.store.base.errors import DamagedArchiveError, NotCapturedError, PlanError, StorageError, few
+from residua.store.base.naming import named
 from residua.store.base.untrusted import parse_json
 from residua.store.encoding.shard import check_shard, shard_path, shard_rows
 from residua.store.encoding.spec import ArraySpec
 from residua.store.examples.side_tables import SIDE_TABLES
-from residua.store.format.archive_metadata import MAX_METADATA_BYTES, ROOT
+from residua.store.format.archive_metadata import MAX_METADATA_BYTES, ROOT, metadata_bytes
 from residua.store.format.plan import Plan
 from residua.store.read.archive import Archive
 from residua.store.read.remote_archive import RemoteArchive
@@ -25,6 +27,7 @@ from residua.store.sealing.packed_index import INDEX
 from residua.store.sharing.card import Licences
 from residua.store.sharing.copied import BytesDone, Copied, in_parallel, is_part_of, refuse_lost_side_tables
 from residua.store.sharing.hub import HubPush
+from residua.store.sharing.local_paths import without_local_paths
 from residua.store.storage.address import scheme_of
 from residua.store.storage.lease import LEASE
 from residua.store.storage.objects import ObjectFolder
@@ -40,6 +43,7 @@ def push(
     license: str | None = None,  # noqa: A002  # as the card names it
     model_license: str | None = None,
     text_license: str | None = None,
+    keep_paths: bool = False,
     storage_options: Mapping[str, Any] | None = None,
     on_bytes: Callable[[int, int], None] = lambda *_: None,
 ) -> Copied:
@@ -58,6 +62,8 @@ def push(
         license: On the Hub: licence of the activations for the card, such as ``cc-by-4.0``.
         model_license: On the Hub: licence of the model for the card.
         text_license: On the Hub: licence of the text for the card.
+        keep_paths: Whether the copy's provenance keeps absolute paths of this machine, such as the model's folder. By
+            default it has only their last part, and a note says so; the archive itself stays as it is.
         storage_options: As for `residua.open`.
         on_bytes: Called with the bytes done and the total, from several threads.
 
@@ -77,7 +83,8 @@ def push(
             f"{archive.path} has no packed index: finish its capture, or run residua pack on it if it is of format 1.0"
         )
     licences = Licences(data=license, model=model_license, text=text_license)
-    files = _files(archive)
+    root, notes = _root(archive, keep_paths=keep_paths)
+    files = {**_files(archive), ROOT: len(root)}
     shards = {
         shard_path(Path(), spec, shard).as_posix(): (spec, shard)
         for array in archive.arrays
@@ -90,7 +97,9 @@ def push(
             _check(archive, *shards[name])
 
     if scheme_of(address) == "hf":
-        return HubPush(archive, address, files, check, storage_options or {}).run(licences, on_bytes, public=public)
+        hub = HubPush(archive, address, files, check, storage_options or {}, root)
+        copied = hub.run(licences, on_bytes, public=public)
+        return replace(copied, notes=(*copied.notes, *notes))
     folder = ObjectFolder(address, storage_options)
     _begin(archive, folder)
     there = _listed(folder)
@@ -100,7 +109,7 @@ def push(
 
     def send(name: str) -> None:
         check(name)
-        folder.write(name, archive.path / name)
+        folder.write(name, [root] if name == ROOT else archive.path / name)
         done.add(files[name])
 
     last = [name for name in (SIDE_TABLES, INDEX, ROOT) if name in files]  # they name the other files
@@ -111,7 +120,20 @@ def push(
     for name in last:  # an archive with some of the sites may be there, which is read by its own index until now
         send(name)
     folder.delete([_JOURNAL])
-    return Copied(len(files), sum(files.values()), sum(files[name] for name in (*to_send, ROOT)))
+    return Copied(len(files), sum(files.values()), sum(files[name] for name in (*to_send, ROOT)), tuple(notes))
+
+
+def _root(archive: Archive, *, keep_paths: bool) -> tuple[bytes, list[str]]:
+    """Return the root's metadata as they are sent, and what to say about them."""
+    found: dict[str, str] = {}
+    provenance = without_local_paths(archive.provenance, found)
+    if keep_paths or not found:
+        return (archive.path / ROOT).read_bytes(), []
+    note = (
+        f"{few(sorted(found), 3)} are paths of this machine, of which the copy has the last part alone; say "
+        f"{named('keep_paths', True)} to keep them"
+    )
+    return metadata_bytes(archive.path, replace(archive.metadata, provenance=provenance)), [note]
 
 
 def _begin(archive: Archive, folder: ObjectFolder) -> None:
