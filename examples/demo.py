@@ -28,7 +28,7 @@ def main(folder: Path) -> None:
     """Run the demo in `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
     dataset, archive, lens, repeats = (folder / name for name in ("topics.jsonl", "acts.zarr", "lens", "repeats.zarr"))
-    for made in (archive, lens, repeats, folder / "repeats-heads"):
+    for made in (archive, lens, repeats, folder / "repeats-heads", folder / "page"):
         shutil.rmtree(made, ignore_errors=True)
     print(f"\n# A dataset: the {write_topics(dataset)} topics of Python's own documentation, in {dataset}")
 
@@ -50,6 +50,10 @@ def main(folder: Path) -> None:
 
     print("\n# 6. Induction heads: queries and keys on repeated random tokens, scored offline")
     run(["induction", "--model", MODEL, "--out", repeats])
+
+    page = folder / "page"
+    print("\n# 7. A page to look at, without a server: examples token by token, lens read-outs, strongest rows")
+    run(["page", archive, "--lens", lens, "--heads", folder / "repeats-heads", "--examples", 300, "--out", page])
 
     table = pq.read_table(folder / "repeats-heads" / "heads.parquet")
     best = table.sort_by([("induction", "descending")]).slice(0, 1).to_pylist()[0]
@@ -92,7 +96,7 @@ def causal_check(path: Path, layer: int) -> list[tuple[float, float]]:
 
     There are three runs: without an ablation, without the heads of the layer below, and without those of the layer.
     """
-    print("\n# 7. Do these heads repeat the text? Ablate the heads of a layer, and look at the loss of the second copy")
+    print("\n# 8. Do these heads repeat the text? Ablate the heads of a layer, and look at the loss of the second copy")
     disable_progress_bar()  # type: ignore[no-untyped-call]  # transformers leaves it bare
     model = AutoModelForCausalLM.from_pretrained(MODEL)
     archive = residua.open(path)
@@ -120,6 +124,7 @@ def conclude_analysis(folder: Path, best: dict[str, Any], losses: list[tuple[flo
         f"heads of its layer, the loss of the second copy is {losses[-1][1]:.2f} nats a token, with them "
         f"{losses[0][1]:.2f}"
         f"\n  {(folder / 'repeats-heads' / 'induction.png').resolve()}"
+        f"\nAll of it to look at: {(folder / 'page' / 'index.html').resolve()}"
     )
 
 

@@ -66,14 +66,17 @@ def lens_sites(archive: Archive, sites: Sequence[str], lens: Path | None) -> lis
     parsed = {site: parse_site(site) for site in sites}
     stream = [name for name, site in parsed.items() if site.kind in BLOCKS_BEFORE and site.stack in _DECODED]
     if lens is None:
-        return stream if f"head/{LM_HEAD_FILE}" in archive.metadata.files else []
+        if not stream or f"head/{LM_HEAD_FILE}" not in archive.metadata.files:
+            return []
+        width = load_lm_head(archive.head).width
+        return [site for site in stream if archive[site].shape[1:] == (width,)]
     tuned = TunedLens.load(lens)
-    known = {*tuned.translators, tuned.config.num_hidden_layers}
-    found = [site for site in stream if layer_of(site) in known and archive[site].shape[1:] == (tuned.config.d_model,)]
+    width, known = tuned.config.d_model, {*tuned.translators, tuned.config.num_hidden_layers}
+    found = [site for site in stream if layer_of(site) in known and archive[site].shape[1:] == (width,)]
     if not found:
         raise AnalysisError(
-            f"the lens {lens} decodes layers {', '.join(map(str, sorted(known)))} of width {tuned.config.d_model}, and "
-            f"the page has none of them: its sites are {', '.join(sites)}"
+            f"the lens {lens} decodes layers {', '.join(map(str, sorted(known)))} of width {width}, and the page has "
+            f"none of them: its sites are {', '.join(sites)}"
         )
     return found
 

@@ -1,6 +1,7 @@
 """The archives of several stacks of one model, opened together; and the door to every archive: `open_archive`."""
 
 from collections.abc import Iterable, Mapping
+from functools import cached_property
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, Unpack
@@ -171,6 +172,11 @@ class StackedArchive(Archive):
     def sites(self) -> tuple[str, ...]:
         """Names of the stored sites, stack by stack."""
         return tuple(site for archive in self._stacks.values() for site in archive.sites)
+
+    @cached_property
+    def absent_sites(self) -> tuple[str, ...]:
+        """Names of captured sites that this copy of finished archives lacks, stack by stack."""
+        return tuple(site for archive in self._stacks.values() for site in archive.absent_sites)
 
     @property
     def progress(self) -> Progress:

@@ -9,13 +9,14 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pytest
+from safetensors.numpy import save
 
 import residua
 from residua.analysis.attention.jobs import MOST_BYTES, attention_jobs
 from residua.analysis.page.heads import example_pattern
 from residua.analysis.support.cluster import connect
 from residua.store.base.errors import AnalysisError, PlanError, UnknownSiteError
-from residua.store.format.sidecars import AttentionSpec
+from residua.store.format.sidecars import AttentionSpec, LMHeadSpec
 from tests.analysis.attention_archive import dense_weights, make_qk_archive
 from tests.analysis.page.conftest import LENGTHS, SPEC, WORDS, Made, registered
 from tests.analysis.rows_archive import write_rows
@@ -86,6 +87,16 @@ def test_readouts_of_the_logit_lens_are_the_softmax_of_the_unembedding(made: Mad
     assert (numbers(stored["tokens"], "<i4").reshape(-1, stored["k"]) == best).all()
     found = numbers(stored["probabilities"]).reshape(-1, stored["k"])
     np.testing.assert_allclose(found, np.take_along_axis(shares, best, 1), rtol=1e-4)
+
+
+def test_a_lens_reads_rows_of_the_head_s_width_only(tmp_path: Path) -> None:
+    head = {"head/head.safetensors": save({"unembed.weight": RNG.standard_normal((5, 4)).astype(np.float32)})}
+    head["head/head.json"] = LMHeadSpec(norm="none", dtype="float32").to_json()
+    sites = {f"resid_post.{i}": RNG.standard_normal((6, width)).astype(np.float32) for i, width in enumerate((3, 4))}
+    archive = write_rows(tmp_path / "a.zarr", [6], {**sites, "attn_out.0": sites["resid_post.1"]}, files=head)
+    assert residua.page(archive, tmp_path / "page").notes == ()
+    assert list(registered(tmp_path / "page", "archive")["files"]["readouts"]) == ["resid_post.1"]
+    assert any("lens" in note for note in residua.page(archive, tmp_path / "page", sites="*.0").notes)
 
 
 def test_patterns_are_the_softmax_of_stored_queries_and_keys(made: Made) -> None:

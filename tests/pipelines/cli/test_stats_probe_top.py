@@ -1,4 +1,4 @@
-"""`residua stats`, `probe` and `top` as a user types them: what they print, write and refuse."""
+"""`residua stats`, `probe`, `top` and `page` as a user types them: what they print, write and refuse."""
 
 import json
 from pathlib import Path
@@ -115,6 +115,17 @@ def test_top(archive: Path, folder: Path, capsys: pytest.CaptureFixture[str]) ->
     assert by_channel == answer(capsys, "top", archive, "--site", "mlp_out.1", "--direction", "d.npy")
 
 
+def test_page(archive: Path, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    np.save("d.npy", np.eye(6)[2])
+    words = ("page", archive, "--direction", "resid_post.0=d.npy", "--direction", "two:=mlp_out.1=channel:2", "-k", "2")
+    assert "index.html" in printed(capsys, *words, "--examples", "5", "--tokens", "8")
+    found = answer(capsys, *words, "--out", "page")
+    assert Path(found["file"]).is_file()
+    assert found["n_examples"] == len(LENGTHS)
+    data = (folder / "acts-page" / "data" / "archive.js").read_text()
+    assert '"name":"two"' in data
+
+
 @pytest.mark.parametrize(
     ("words", "quoted"),
     [
@@ -123,6 +134,8 @@ def test_top(archive: Path, folder: Path, capsys: pytest.CaptureFixture[str]) ->
         (["probe", "--target", "label", "--test-fraction", "2"], "2"),
         (["stats", "--sites", "resid_pots.*"], "resid_pots"),
         (["top", "--site", "resid_post.9", "--channel", "0"], "resid_post.9"),
+        (["page", "--direction", "resid_post.0=channel:9"], "9"),
+        (["page", "--lens", "nowhere"], "nowhere"),
         (["top", "--site", "resid_post.1", "--channel", "77"], "77"),
         (["top", "--site", "resid_post.1", "--direction", "nowhere.npy"], "nowhere.npy"),
     ],

@@ -1,6 +1,7 @@
 """A folder of archives, one for each stack: what it reads like, what is refused, and what other readers see."""
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -55,6 +56,13 @@ def test_rows_of_one_stack_are_analysed(folder: Path) -> None:
     assert found["site"].to_pylist() == ["encoder.resid_post.0"]
     mean = stats(archive, "decoder.resid_post.0", components=0).channels["mean"].to_numpy()
     np.testing.assert_allclose(mean, archive["decoder.resid_post.0"][:].astype(np.float64).mean(0), rtol=1e-6)
+
+
+@pytest.mark.parametrize("sites", ["z.*", "decoder.z.1", "resid_post.7"])
+def test_a_site_of_no_stack_is_unknown(folder: Path, sites: str) -> None:
+    for use in (residua.open(folder).select, residua.open(folder).of_sites):
+        with pytest.raises(UnknownSiteError, match=re.escape(sites)):
+            use(sites)
 
 
 @pytest.mark.parametrize(
