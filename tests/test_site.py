@@ -6,8 +6,23 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 import residua
 from tests.pages import ROOT
+from tests.pipelines.cli.test_help import COMMANDS
+
+NAMES = [f"residua {command}" for command in COMMANDS]
+NAMES += [f"residua.{name}" for name in residua.__all__] + [
+    f"residua.analysis.{name}" for name in residua.analysis.__all__
+]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_page_for_users_has_every_command_and_name(name: str) -> None:
+    lists = ("architecture.md", "models-table.md", "reference.md")
+    pages = [path for path in (ROOT / "docs").glob("*.md") if path.name not in lists]
+    assert [path.name for path in pages if re.search(rf"\b{re.escape(name)}\b", path.read_text())]
 
 
 def test_the_site_builds_without_a_warning_and_has_every_public_name(tmp_path: Path) -> None:
