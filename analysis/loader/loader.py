@@ -47,7 +47,6 @@ from residua.analysis.rows.held_out import held_out_groups
 from residua.store.base.errors import AnalysisError, few
 from residua.store.read.archive import Archive
 from residua.store.read.array import as_tensor
-from residua.store.read.remote_archive import RemoteArchive
 from residua.store.selection.row_filter import RowFilter
 
 _OVERHEAD_BYTES = 16  # per row: its number and its place in the buffer
@@ -287,7 +286,7 @@ class Loader(IterableDataset[Batch]):
 
     @property
     def _is_remote(self) -> bool:
-        return isinstance(self._archive, RemoteArchive)
+        return self._archive.is_remote
 
     def __getstate__(self) -> dict[str, Any]:
         """Return the state for a worker process, which has no `torch.distributed` of its own to ask."""

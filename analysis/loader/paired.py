@@ -20,7 +20,6 @@ from residua.store.encoding.spec import ArraySpec
 from residua.store.read.archive import Archive
 from residua.store.read.array import ArchiveArray, as_tensor
 from residua.store.read.reader import Array
-from residua.store.read.remote_archive import RemoteArchive
 from residua.store.read.stacks import open_archive
 
 _SAME = ("example", "position", "token")
@@ -117,7 +116,7 @@ class _Stacked:
 
     @property
     def is_remote(self) -> bool:
-        return any(isinstance(archive, RemoteArchive) for archive, _ in self._places)
+        return any(archive.is_remote for archive, _ in self._places)
 
     def numpy(self, rows: Numbers, *, dtype: npt.DTypeLike | None = None) -> Array:
         wanted = self.stored_dtype if dtype is None else dtype

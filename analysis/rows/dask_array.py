@@ -46,7 +46,7 @@ def array(archive: Archive, site: str, *, dtype: npt.DTypeLike | None = None) ->
         stored.name,
         height,
         kind,
-        name=f"{stored.name}-{tokenize(where.place, archive.plan.digest, n_rows, stored.name, kind.name)}",
+        name=f"{stored.name}-{tokenize(archive.place, archive.plan.digest, n_rows, stored.name, kind.name)}",
         chunks=(heights, *((size,) for size in row_shape)),
         dtype=kind,
         meta=np.empty((0,) * len(stored.shape), kind),

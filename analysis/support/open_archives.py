@@ -5,7 +5,7 @@ indexes of shards, and which chunks were verified. An archive in a folder that h
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ import distributed
 from residua.store.format.archive_metadata import ROOT
 from residua.store.format.commits import FOLDER
 from residua.store.read.archive import Archive
+from residua.store.read.joined import JoinedArchive
 from residua.store.read.mapped import OPEN_SHARDS
 from residua.store.read.remote_archive import RemoteArchive
 from residua.store.read.stacks import open_archive
@@ -30,10 +31,12 @@ class Location:
     Attributes:
         place: Its absolute path, or its address.
         options: What opening an address takes besides, credentials for example; shown nowhere.
+        others: Archives of the same rows that are read with it.
     """
 
     place: str
     options: Mapping[str, Any] = field(default_factory=dict, repr=False, compare=False)
+    others: "tuple[Location, ...]" = ()
 
     def __str__(self) -> str:
         return self.place
@@ -45,6 +48,9 @@ _OPEN: dict[Location, tuple[_State, Archive]] = {}
 
 def location(archive: Archive) -> Location:
     """Return where an archive is, for `opened` in another process."""
+    if isinstance(archive, JoinedArchive):
+        first, *others = map(location, archive.archives)
+        return replace(first, others=tuple(others))
     if isinstance(archive, RemoteArchive):
         return Location(archive.place, archive.options)
     return Location(str(archive.path.absolute()))
@@ -64,7 +70,7 @@ def opened(where: Location) -> Archive:
         UnsafeArchiveError: The metadata is malformed or hostile.
         StorageError: An address cannot be read.
     """
-    state = () if is_remote(where.place) else _state(where.place)
+    state = tuple(number for one in (where, *where.others) for number in _state(one.place))
     known = _OPEN.get(where)
     if known is None or known[0] != state:
         known = state, _open(where)
@@ -74,18 +80,26 @@ def opened(where: Location) -> Archive:
 
 def _open(where: Location) -> Archive:
     dask: Any = distributed  # its functions have no types
+    settings: dict[str, Any] = {}
     try:
         worker = dask.get_worker()
     except ValueError:
-        return open_archive(where.place, **where.options)
+        return _of(where, settings)
     if worker.memory_manager.memory_limit is not None:
         OPEN_SHARDS.limit(worker.memory_manager.memory_limit // _MAPPED_DIVISOR)
-    return open_archive(where.place, threads=1, **where.options)
+    return _of(where, {"threads": 1})
+
+
+def _of(where: Location, settings: Mapping[str, Any]) -> Archive:
+    opened_ones = [open_archive(one.place, **settings, **one.options) for one in (where, *where.others)]
+    return opened_ones[0] if len(opened_ones) == 1 else JoinedArchive(opened_ones)
 
 
 def _state(path: str) -> _State:
     """Return numbers that change with the archive: sealing replaces its metadata, and commits are added."""
     found: list[int] = []
+    if is_remote(path):
+        return ()
     for name in (ROOT, FOLDER):
         try:
             status = (Path(path) / name).stat()

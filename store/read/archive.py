@@ -119,6 +119,11 @@ class Archive(Mapping[str, ArchiveArray]):
         return str(self.path)
 
     @property
+    def is_remote(self) -> bool:
+        """Whether rows come over the network."""
+        return False
+
+    @property
     def plan(self) -> Plan:
         """The plan of the archive."""
         return self.metadata.plan

@@ -129,6 +129,11 @@ class RemoteArchive(Archive):
         return str(self._mirror.folder)
 
     @property
+    def is_remote(self) -> bool:
+        """Always."""
+        return True
+
+    @property
     def folder(self) -> ObjectFolder:
         """The objects of the archive."""
         return self._mirror.folder

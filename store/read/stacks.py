@@ -1,6 +1,6 @@
 """The archives of several stacks of one model, opened together; and the door to every archive: `open_archive`."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from os import PathLike
 from pathlib import Path
@@ -12,6 +12,7 @@ from residua.store.format.archive_metadata import MAX_METADATA_BYTES, ROOT
 from residua.store.format.stacks import stacks_in
 from residua.store.read.archive import Archive, Progress
 from residua.store.read.array import ArchiveArray
+from residua.store.read.joined import JoinedArchive
 from residua.store.read.reader import Check
 from residua.store.read.remote import JOIN_GAP_BYTES, REQUEST_BYTES
 from residua.store.read.remote_archive import Cache, RemoteArchive
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 
 
 def open_archive(
-    archive: Archive | str | PathLike[str],
+    archive: Archive | str | PathLike[str] | Sequence[Archive | str | PathLike[str]],
     *,
     check: Check = "once",
     threads: int | None = None,
@@ -35,6 +36,8 @@ def open_archive(
     request_bytes: int = REQUEST_BYTES,
 ) -> Archive:
     """Open an archive for reading, or the archives of several stacks as one; public as `residua.open`.
+
+    A list of finished archives of the same rows is read as one, with the sites of all of them.
 
     Args:
         archive: Its folder, or its address: ``s3://``, ``gs://``, ``az://``, ``http(s)://`` or
@@ -51,9 +54,10 @@ def open_archive(
             several, 16 at once.
 
     Returns:
-        The archive; a `StackedArchive` if the folder holds several.
+        The archive; a `StackedArchive` if the folder holds several, a `JoinedArchive` of a list.
 
     Raises:
+        PlanError: Archives of a list are not of the same rows, or have different rows of a site.
         FileNotFoundError: There is no archive at that path or address.
         DamagedArchiveError: A file is missing or altered; the message names it.
         UnsafeArchiveError: Residua does not write such metadata.
@@ -62,18 +66,18 @@ def open_archive(
     """
     if isinstance(archive, Archive):
         return archive
+    local: dict[str, Any] = {"check": check, "threads": threads}
+    remote: dict[str, Any] = {"storage_options": storage_options, "cache": cache}
+    remote |= {"join_gap_bytes": join_gap_bytes, "request_bytes": request_bytes}
+    if not isinstance(archive, str | PathLike):
+        opened = [open_archive(one, **local, **(remote if is_remote(one) else {})) for one in archive]
+        if not opened:
+            raise PlanError("an empty list of archives was to be opened: name one or more")
+        return opened[0] if len(opened) == 1 else JoinedArchive(opened)
     if is_remote(archive):
-        return _open_remote(
-            str(archive),
-            check=check,
-            threads=threads,
-            storage_options=storage_options,
-            cache=cache,
-            join_gap_bytes=join_gap_bytes,
-            request_bytes=request_bytes,
-        )
+        return _open_remote(str(archive), **local, **remote)
     kind = StackedArchive if stacks_in(Path(archive)) else Archive
-    return kind(archive, check=check, threads=threads)
+    return kind(archive, **local)
 
 
 def _open_remote(address: str, **settings: Any) -> Archive:

@@ -78,3 +78,21 @@ def test_several_vectors_are_refused(captured: tuple[Any, Archive]) -> None:
     model, archive = captured
     with pytest.raises(PlanError, match=r"3 vectors.*coef_\[0\]"):
         edited(model, archive, RESID, vector=probe_of(archive, RESID, 3))
+
+
+def test_rows_of_two_archives_of_the_same_prompts_go_back_into_the_model(
+    captured: tuple[Any, Archive], tmp_path: Path
+) -> None:
+    model, archive = captured
+    for place, site in enumerate((RESID, HEADS)):
+        residua.run(model, PROMPTS, sites=site).save(tmp_path / f"{place}.zarr")
+    joined = residua.open([tmp_path / "0.zarr", tmp_path / "1.zarr"])
+    with (
+        residua.replay(model, joined, examples=[0, 2], at=[RESID, HEADS]) as ours,
+        residua.replay(model, archive, examples=[0, 2], at=[RESID, HEADS]) as theirs,
+    ):
+        for one, other in zip(ours.logits, theirs.logits, strict=True):
+            assert torch.equal(one, other)
+    swap = {"edit": "set", "site": HEADS, "to": "stored", "examples": [1]}
+    with residua.replay(model, joined, examples=[1], edits=[swap]) as run:
+        assert torch.allclose(run.logits[0], run.original_logits[0], atol=1e-5)
