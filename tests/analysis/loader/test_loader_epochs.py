@@ -158,6 +158,21 @@ def test_an_epoch_may_be_divided_again_and_again(archive: Archive) -> None:
     assert last.state_dict()["divided"] == []
 
 
+@pytest.mark.parametrize("drop_last", [False, True])
+def test_after_the_last_batch_of_an_epoch_other_ranks_begin_the_next(archive: Archive, drop_last: bool) -> None:
+    begun = ranks(archive, 2, epochs=None, drop_last=drop_last)
+    per_epoch = begun[0].batches_per_epoch
+    taken(begun, per_epoch)
+    states = [plain(loader.state_dict()) for loader in begun]
+    assert {state["taken"] for state in states} == {per_epoch}
+    resumed = ranks(archive, 3, epochs=None, drop_last=drop_last)
+    for loader in resumed:
+        loader.load_state_dict(states)
+    rows = taken(resumed, resumed[0].batches_per_epoch)
+    assert len(rows) == len(set(rows)) == (990 if drop_last else N_ROWS)
+    assert {loader.state_dict()["epoch"] for loader in resumed} == {1}
+
+
 @pytest.mark.parametrize(("before", "after"), [(0, 2), (2, 0), (2, 1)])
 def test_other_numbers_of_workers_get_the_rest(archive: Archive, before: int, after: int) -> None:
     begun = make(archive, num_workers=before)
