@@ -51,6 +51,7 @@ from residua.store.selection.row_filter import RowFilter
 
 _OVERHEAD_BYTES = 16  # per row: its number and its place in the buffer
 _UNSHUFFLED_BLOCKS = 16  # of the buffer without shuffling; enough to make reading cheap
+_LATER = ("chosen",)  # settings that states of earlier versions do not have
 _DIVIDERS = ("accelerate.data_loader", "transformers.trainer_pt_utils")  # modules that divide batches over processes
 
 
@@ -197,6 +198,7 @@ class Loader(IterableDataset[Batch]):
             "plan": archive.plan.digest,
             "n_rows": self._chosen.n_rows,
             "where": where.text if where else None,
+            "chosen": self._chosen.checksum,
             "split": None if split is None else [split, test_fraction, split_seed, group],
             "batch_size": batch_size,
             "buffer_rows": buffer_rows,
@@ -410,7 +412,7 @@ class Loader(IterableDataset[Batch]):
             f"{name} was {one.get(name)!r} and is {value!r}"
             for one in states[:1]
             for name, value in self._settings.items()
-            if any(each.get(name) != value for each in states)
+            if any(each.get(name, value if name in _LATER else None) != value for each in states)
         ]
         worker = states[0].get("worker") if states else None
         if worker is not None and get_worker_info() is None:

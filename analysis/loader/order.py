@@ -8,6 +8,7 @@ the batches after any point are known without those before.
 Each worker shuffles its rows again in a buffer (`residua.analysis.loader.shuffle_buffer`).
 """
 
+import zlib
 from collections.abc import Iterator, Sequence
 from math import prod
 from typing import Protocol
@@ -147,6 +148,11 @@ class ChosenRows:
     def n_rows(self) -> int:
         """Number of chosen rows."""
         return int(self.counts.sum())
+
+    @property
+    def checksum(self) -> int | None:
+        """A checksum of which rows are chosen; None if all are."""
+        return zlib.crc32(b"".join(bits.tobytes() for bits in self._bits.values())) if self._bits else None
 
     def shares_rows(self, other: "ChosenRows") -> bool:
         """Return whether a row is among these and among `other`, which are of the same archive."""

@@ -4,6 +4,7 @@ import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -233,3 +234,18 @@ def test_endless_loaders_without_a_full_batch_are_refused(archive: Archive) -> N
         iter(make(archive, epochs=None, batch_size=60, drop_last=True, where="position == 0", rank=0, world_size=2))
     with pytest.raises(AnalysisError, match="0 epochs"):
         make(archive, epochs=0)
+
+
+def test_rows_that_other_labels_choose_are_refused(tmp_path: Path) -> None:
+    """A condition may name a side table, which may have changed since."""
+    values = np.zeros((40, 2), np.float32)
+    archive = write_rows(tmp_path / "a.zarr", [10] * 4, {"resid_post.0": values})
+    archive.annotate({"example": range(4), "good": [True, True, False, False]}, name="judge")
+    first = archive.loader("resid_post.0", batch_size=5, where="good == true")
+    next(iter(first))
+    state = plain(first.state_dict())
+    archive.annotate({"example": range(4), "good": [True, False, True, False]}, name="judge", replace=True)
+    later = archive.loader("resid_post.0", batch_size=5, where="good == true")
+    with pytest.raises(AnalysisError, match="chosen was"):
+        later.load_state_dict(state)
+    later.load_state_dict({name: value for name, value in state.items() if name != "chosen"})  # of earlier versions

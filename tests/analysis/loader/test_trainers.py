@@ -372,3 +372,6 @@ def test_the_page_about_loaders_runs(page: Path, monkeypatch: pytest.MonkeyPatch
     names: dict[str, Any] = {"residua": residua, "archive": residua.open("acts.zarr"), "torch": torch}
     run(blocks("docs/loader.md"), names)
     assert names["alone"].state_dict()["divided"] == [[1, [1, 1, 1, 1]]]
+    rows = names["archive"]["resid_post.2"][:].astype(np.float64)
+    short = (np.linalg.norm(rows, axis=1) < 1000) & (names["archive"].rows.position[:] > 0)
+    assert names["without_sinks"].n_rows == short.sum() > 0
