@@ -35,6 +35,7 @@ from residua.pipelines.setup.models import token_limit
 from residua.pipelines.setup.settings import CaptureSettings
 from residua.store.base.canonical import Json
 from residua.store.base.errors import DatasetError, PlanError
+from residua.store.base.naming import named
 from residua.store.examples.index import OWN_COLUMNS, Example, ExampleIndex, IntArray
 from residua.store.examples.writer import ExampleWriter
 from residua.store.format.archive_metadata import is_archive
@@ -82,6 +83,7 @@ class GeneratedCapture(DatasetCapture):
             model_limit=token_limit(model),
             vocab_size=vocab_size,
             is_sampled=self._decoding.is_sampled,
+            end_ids=self._decoding.end_ids,
             on_example=on_example,
         )
         self._spool = Spool(self.out, n_new=self._n_new, vocab_size=vocab_size)
@@ -129,6 +131,11 @@ class GeneratedCapture(DatasetCapture):
             if not self._spool.done():
                 self._spool.remove()
             raise
+        if self._reader.n_ended:
+            self.notes.append(
+                f"{self._reader.n_ended} prompts end with a token that ends texts, after which the model begins anew: "
+                f"{named('add_special_tokens', False)} keeps a tokenizer from adding it"
+            )
         if n_damaged := self._spool.drop_damaged(self._units(index)):
             self.notes.append(
                 f"{n_damaged} batches of generated text were damaged in {self._spool}: they are made again"

@@ -28,7 +28,7 @@ _SORTED_PROMPTS = 1024  # neighbours that are sorted by length, so that little i
 _MOST_PROMPTS = 256  # of a unit, whose next tokens' scores are in memory together
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(kw_only=True)
 class PromptReader:
     """Reads a dataset as prompts.
 
@@ -39,7 +39,9 @@ class PromptReader:
         model_limit: Most tokens that the model takes; None if it has no limit.
         vocab_size: Token ids lie below it.
         is_sampled: Whether prompts get seeds.
+        end_ids: Tokens that end a text.
         on_example: Called with the prompts and tokens read so far, after each prompt.
+        n_ended: Prompts that end with one of `end_ids`; counted while they are read.
     """
 
     dataset: object
@@ -48,7 +50,9 @@ class PromptReader:
     model_limit: int | None
     vocab_size: int
     is_sampled: bool
+    end_ids: Sequence[int]
     on_example: Callable[[int, int], None]
+    n_ended: int = 0
 
     def write(self, folder: Path, report: DatasetReport) -> ExampleIndex:
         """Write the prompts to a folder, as an example table; `report` is filled.
@@ -67,6 +71,7 @@ class PromptReader:
             columns = dict(example.columns)
             if self.is_sampled:
                 columns[SEED] = seed_of(self.settings.seed, example.input_ids, seen)
+            self.n_ended += int(example.input_ids[-1]) in self.end_ids
             writer.add(replace(example, columns=columns))
             self.on_example(report.n_examples, report.n_tokens)
         return writer.close()

@@ -22,7 +22,7 @@ def test_replicas_share_the_generation(forked_workers: ForkedWorkers, tmp_path: 
     dataset = tmp_path / "prompts.jsonl"
     texts = [" ".join(["the list"] * (1 + i % 5)) for i in range(24)]
     dataset.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-    one, two, three = (tmp_path / name / "a.zarr" for name in ("one", "two", "three"))
+    one, two, three, joined = (tmp_path / name / "a.zarr" for name in ("one", "two", "three", "joined"))
     [ended] = forked_workers.run([Start(words=words(dataset, one), env={})])
     assert ended.code == 0, ended.output
     both = forked_workers.run(launched(words(dataset, two), 2, slow=0.005))
@@ -37,3 +37,10 @@ def test_replicas_share_the_generation(forked_workers: ForkedWorkers, tmp_path: 
     ends = forked_workers.wait(SOON)
     assert ends[0].code == 0, ends[0].output
     assert content(three) == content(one)
+
+    command = words(dataset, joined, "--join")
+    begun = joined.with_name(".a.zarr.generated") / "continuations" / "0.json"
+    late = Start(words=command, env={}, slow=0.02, after=str(begun))
+    ends = forked_workers.run([Start(words=command, env={}, slow=0.02), late])
+    assert [end.code for end in ends] == [0, 0], ends
+    check_end(joined, one)

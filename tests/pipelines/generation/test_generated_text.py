@@ -91,6 +91,11 @@ def test_greedy_continuations_are_those_of_one_prompt_at_a_time(name: str, tmp_p
     rows = torch.as_tensor(archive["resid_post.1"][start:stop])
     torch.testing.assert_close(rows, full, rtol=1e-4, atol=1e-4)
     assert verify(archive.path).problems == []
+    if name == "gpt2":
+        assert residua.reproduce(model, archive).is_exact
+        with residua.replay(model, archive, examples=[1], at="resid_post.1") as run, torch.no_grad():
+            logits = model(torch.tensor([tokens(archive)[1]])).logits[0]
+            torch.testing.assert_close(run.logits[0], logits, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize(("temperature", "top_k", "top_p"), [(1.0, VOCABULARY, 1.0), (3.0, 20, 0.9), (0.5, 5, 1.0)])
@@ -171,6 +176,11 @@ def test_texts_and_chats_are_prompts(tmp_path: Path) -> None:
         encoded: Any = tokenizer.apply_chat_template(chat["talk"], add_generation_prompt=True)
         prompt = encoded["input_ids"]
         assert example["input_ids"] == greedy(model, prompt)
+    ends = [{"prompt": "a </s>"}, {"prompt": "b"}]
+    found = residua.capture_dataset(
+        model, ends, out=tmp_path / "ends", tokenizer=tokenizer, generate=1, generation_kwargs={"eos_token_id": 1}
+    )
+    assert any("1 prompts end" in note for note in found.notes)
     answered = [[*chats[0]["talk"], {"role": "assistant", "content": "c"}]]
     with pytest.raises(DatasetError, match=r"row 0.*assistant.*continue_final_message"):
         generated(model, answered, tmp_path / "answered", tokenizer=tokenizer)
