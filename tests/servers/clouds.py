@@ -51,6 +51,7 @@ class CloudServer:
         objects: The objects, by name.
         parts: Parts of uploads that are not complete, by upload and number.
         requests: How often each method was asked for.
+        lag: How many of the last changes lists do not show yet.
     """
 
     scheme: str
@@ -61,6 +62,7 @@ class CloudServer:
     requests: Counter[str] = field(default_factory=Counter)
     lock: threading.Lock = field(default_factory=threading.Lock)
     n_versions: int = 0
+    lag: int = 0
 
     def address(self, name: str) -> str:
         """Return the address of a folder in the bucket."""
@@ -79,7 +81,8 @@ class CloudServer:
     def page(self, prefix: str, after: str) -> tuple[list[tuple[str, Object]], str]:
         """Return the objects of a page of a list, and the last name if there are more."""
         with self.lock:
-            found = sorted((n, o) for n, o in self.objects.items() if n.startswith(prefix) and n > after)
+            shown = [(name, o) for name, o in self.objects.items() if o.version <= self.n_versions - self.lag]
+        found = sorted((name, o) for name, o in shown if name.startswith(prefix) and name > after)
         return found[:PAGE], found[PAGE - 1][0] if len(found) > PAGE else ""
 
 

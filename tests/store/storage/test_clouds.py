@@ -81,6 +81,21 @@ def test_an_archive_is_pushed_read_and_pulled(cloud: CloudServer, untouched: Pat
         residua.push(make_archive(tmp_path / "other.zarr", seed=3), address, storage_options=cloud.options)
 
 
+def test_a_list_that_lags_behind_loses_nothing(cloud: CloudServer, untouched: Path) -> None:
+    address = cloud.address("lagging.zarr")
+    cloud.lag = 12
+    try:
+        residua.push(untouched, address, storage_options=cloud.options)
+        again = residua.push(untouched, address, storage_options=cloud.options)
+        assert again.n_files
+        assert verify(address, storage_options=cloud.options).is_sound
+    finally:
+        cloud.lag = 0
+    there = {name.removeprefix("lagging.zarr/") for name in cloud.objects if name.startswith("lagging.zarr/")}
+    here = {path.relative_to(untouched).as_posix() for path in untouched.rglob("*") if path.is_file()}
+    assert there == {name for name in here if not name.startswith("commits/")}
+
+
 WAYS: dict[str, Callable[[str, Any], object]] = {
     "open": lambda address, options: residua.open(address, storage_options=options),
     "list": lambda address, options: list(ObjectFolder(address, options).list()),
