@@ -291,6 +291,7 @@ class Recorder:
         """Begin a call with examples of its own; if it opens a loop, later ones may go on from it."""
         is_packed = call.starts is not None and bool((call.starts.sum(-1) > 1).any())
         if opens and not self._no_loop() and call.input_ids is not None and not is_packed:
+            call.examples(self._keep, self._columns)  # refuses what does not fit, before the model runs
             self._open(call)
             self._running_examples.begin(Pass(start=0, input_ids=call.input_ids, mask=call.mask), None)
         elif self._archive is not None:
@@ -389,6 +390,13 @@ class Recorder:
                 "annotate was given keep, and which positions generate makes is not known yet: leave keep out, and "
                 "choose rows of the archive with a condition"
             )
+        n_sequences = len(generation.mask)
+        for name, values in self._columns.items():
+            if len(values) not in (n_sequences, n_sequences // generation.n_sequences):
+                raise CaptureError(
+                    f"column {name!r} has {len(values)} values, and generate gets "
+                    f"{n_sequences // generation.n_sequences} prompts: give one per prompt, or one per sequence"
+                )
         self._store_running()
         self._generation = generation
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 import residua
 from residua.store.base.errors import CaptureError
-from residua.store.read.verify import verify
+from residua.store.verification.verify import verify
 from tests.models.tiny import TINY
 
 PROMPTS = ([5, 6, 7, 8], [9, 10, 11, 12, 13, 14], [20, 21])
@@ -197,10 +197,17 @@ def test_what_a_step_cannot_say_is_refused(model: Any, tmp_path: Path) -> None:
         refused("input_ids", past_key_values=cache, input_ids=None, inputs_embeds=torch.zeros(3, 1, 32).double())
         recorder.annotate(columns={"label": [1, 2, 3]})
         refused("annotate", past_key_values=cache)
+        wrong: dict[str, Any]
+        for wrong in ({"keep": torch.ones(3, 5)}, {"columns": {"label": [1, 2]}}):
+            recorder.annotate(**wrong)
+            refused("keep|label", input_ids=ids, attention_mask=mask, use_cache=True)
+            with pytest.raises(CaptureError, match=r"keep|label"):
+                model.generate(ids, attention_mask=mask, max_new_tokens=2)
         recorder.annotate()
+        cache = model(input_ids=ids, attention_mask=mask, use_cache=True).past_key_values
         model(input_ids=ids[:, -1:], attention_mask=torch.cat([mask, one], dim=1), past_key_values=cache)
     examples = check_lengths(residua.open(tmp_path / "a"))
-    assert examples == [4, 6, 2, 5, 7, 3]
+    assert examples == [4, 6, 2, 4, 6, 2, 5, 7, 3]
 
 
 def check_lengths(archive: residua.Archive) -> list[int]:
