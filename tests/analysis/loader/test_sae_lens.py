@@ -178,3 +178,16 @@ def test_the_page_trains_and_resumes(tmp_path: Path, monkeypatch: pytest.MonkeyP
     names["archive"] = make_trained(tmp_path / "acts.zarr", widths={"resid_post.1": 16, "resid_post.2": 16})
     run(blocks("docs/trainers.md", "SAELens"), names)
     assert set(names["saes"]) == {"resid_post.1", "resid_post.2"}
+
+
+def test_the_page_for_users_of_saelens_trains(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    archive = make_trained(tmp_path / "acts.zarr", widths={"resid_post.3": 128})
+    names: dict[str, Any] = {"residua": residua, "archive": archive, "site": "resid_post.3"}
+    page = "docs/from-saelens.md"
+    run(blocks(page, "Batches for training"), names)
+    (trained,) = blocks(page, "Batches for training", language="py")
+    run([trained.replace("1_000_000", "640")], names)
+    assert names["sae"].W_enc.shape == (128, 1024)
+    rows = torch.from_numpy(archive["resid_post.3"][1:9])
+    assert (names["sae"].encode(rows) > 0).sum(1).max() <= 16
