@@ -32,6 +32,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
 from threading import Event, Thread
@@ -359,8 +360,8 @@ def memory_of_heads(folder: Path) -> str:
     for case in ("by hand", "Residua"):
         found = []
         for n_tokens in (HEAD_TOKENS, LONGER):
-            with multiprocessing.get_context("spawn").Pool(1) as pool:
-                found.append(pool.apply(peak_mib, (case, places[n_tokens], places[64])))
+            with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+                found.append(pool.submit(peak_mib, case, places[n_tokens], places[64]).result())
         lines.append([case, *(f"{one:,.0f}" for one in found), f"{found[1] / found[0]:.1f}"])
     return table(["six measures, MiB", *(f"{n:,} tokens" for n in (HEAD_TOKENS, LONGER)), "growth"], lines)
 
