@@ -425,7 +425,7 @@ def cells(_: Path) -> str:
         ours = partial(residua.patch, model, [pair], sites="resid_post.*", positions=positions)
         found = ours()
         apart = np.abs(found["value"].to_numpy() - hand()).max()
-        timings = in_turns({"by hand": each_round(hand), "Residua": each_round(ours)}, rounds=4)
+        timings = in_turns({"by hand": each_round(hand), "Residua": each_round(ours)}, rounds=3)
         rates = [[found.num_rows / one.cpu for one in case] for case in timings.values()]
         faster = [spread(speedups(timings["by hand"], timings["Residua"], clock=clock)) for clock in ("cpu", "wall")]
         lines.append([f"{name}, {found.num_rows} cells", *(spread(rate, 0) for rate in rates), *faster, f"{apart:.0e}"])

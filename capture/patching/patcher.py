@@ -36,6 +36,8 @@ from residua.capture.taps.pipeline_gradients import carrying_gradients, end_here
 from residua.capture.taps.tap import tap
 from residua.store.base.errors import CaptureError, PlanError, UnknownSiteError
 
+_LEAST_TOKENS, _LEAST_TOKENS_GPU = 256, 4_096  # of a pass: with fewer, calling the model takes as long as the work
+
 
 class Cell(NamedTuple):
     """What is patched at once.
@@ -120,7 +122,7 @@ class Patcher:
         """Measure the corrupted run with the clean value at each cell, `batch_cells` cells in one forward pass."""
         with torch.no_grad():
             clean, values = self._read(pair.clean, self._infos)
-            batches = [cells[first : first + batch_cells] for first in range(0, len(cells), batch_cells)]
+            batches = self._batches(cells, batch_cells, len(pair.clean))
             starts = [self._start_of(batch) for batch in batches]
             tops = {start.info.name: start.info for start in starts if start is not None}
             corrupted, streams = self._read(pair.corrupted, tops)
@@ -171,13 +173,32 @@ class Patcher:
             logits = self._logits(ids, 1)
         return logits, values
 
+    def _batches(self, cells: Sequence[Cell], batch_cells: int, n_tokens: int) -> list[list[Cell]]:
+        """Divide the cells into those of each pass: a pass that is large enough ends where the next can start higher.
+
+        Args:
+            cells: The cells, in the model's order.
+            batch_cells: Most cells of a pass.
+            n_tokens: Tokens of the example.
+        """
+        least = (_LEAST_TOKENS if input_device(core_of(self._model)).type == "cpu" else _LEAST_TOKENS_GPU) / n_tokens
+        batches: list[list[Cell]] = []
+        for cell in cells:
+            differs = bool(batches) and self._block(cell) != self._block(batches[-1][0])
+            if not batches or len(batches[-1]) == batch_cells or (differs and len(batches[-1]) >= least):
+                batches.append([])
+            batches[-1].append(cell)
+        return batches
+
+    def _block(self, cell: Cell) -> int:
+        """Return the last block that lies below a cell, in full; negative if none does."""
+        site = self._infos[cell.site].site
+        layer = -1 if site.layer is None else site.layer
+        return layer if site.kind == "resid_post" else layer - 1
+
     def _start_of(self, cells: Sequence[Cell]) -> "_Start | None":
         """Return where a pass can start: at the highest residual stream between blocks that is below its cells."""
-        sites = [self._infos[name].site for name in dict.fromkeys(cell.site for cell in cells)]
-        layers = [-1 if site.layer is None else site.layer for site in sites]
-        lowest = min(layers)
-        own = {site.kind for site, layer in zip(sites, layers, strict=True) if layer == lowest}
-        block = lowest if own == {"resid_post"} else lowest - 1
+        block = min(self._block(cell) for cell in cells)
         if self._anatomy is None or block not in self._streams:
             return None
         skip = skip_below(self._anatomy, block + 1)

@@ -106,6 +106,21 @@ def test_the_blocks_below_the_cells_of_a_pass_run_once_for_all(name: str) -> Non
     assert not any("forward" in vars(block) for block in blocks), "the blocks are as they were"
 
 
+def test_a_pass_that_is_large_enough_ends_where_the_next_can_start_higher() -> None:
+    model, n_tokens = model_of("llama"), 40
+    rng = np.random.default_rng(0)
+    ids = rng.integers(3, 90, n_tokens).tolist()
+    pair = {**PAIR, "clean": ids, "corrupted": [*ids[:5], ids[5] + 1, *ids[6:]]}
+    calls: list[int] = []
+    handle = model.register_forward_hook(lambda *_: calls.append(1))
+    positions = [5, 6, 7, 8, 9, 10, -1]
+    found = residua.patch(model, [pair], sites="mlp_out.*", positions=positions)
+    assert len(calls) == 2 + 3, "seven copies of 40 tokens are enough for a pass, and no block shares one"
+    alone = residua.patch(model, [pair], sites="mlp_out.*", positions=positions, batch_cells=1)
+    handle.remove()
+    np.testing.assert_allclose(found["value"].to_numpy(), alone["value"].to_numpy(), rtol=1e-4, atol=1e-5)
+
+
 def heads_by_hand(layer: int, head: int, where: slice | int) -> Tensor:
     """Return the corrupted example's logits with the clean output of one head."""
     model, kept, width = model_of("llama"), list[Tensor](), 8
