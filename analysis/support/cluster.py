@@ -19,7 +19,6 @@ from uuid import uuid4
 
 import distributed
 from dask.system import CPU_COUNT
-from dask.utils import parse_bytes
 from distributed import Client, KilledWorker
 from distributed.system import MEMORY_LIMIT
 from tqdm import tqdm
@@ -29,6 +28,7 @@ from residua.analysis.support.sums import Nodes, Share, joined, shares, sum_shar
 from residua.analysis.support.threads import one_thread
 from residua.store.base.errors import AnalysisError, ResiduaError
 from residua.store.base.naming import names_flags, naming_flags
+from residua.store.base.sizes import Size, n_bytes
 
 Job = TypeVar("Job")
 Term = TypeVar("Term")
@@ -142,7 +142,7 @@ def connect(
     scheduler: str | None = None,
     *,
     workers: int | None = None,
-    memory_limit: str | int = _MEMORY_LIMIT,
+    memory_limit: Size = _MEMORY_LIMIT,
     shown: bool = False,
     timeout: float = 10,
 ) -> Iterator[Cluster]:
@@ -159,8 +159,9 @@ def connect(
 
     Raises:
         AnalysisError: No scheduler answers at the address, it has no workers, or a number is out of range.
+        PlanError: The memory limit is no size.
     """
-    limit = _positive_bytes(memory_limit)
+    limit = n_bytes(memory_limit, "memory_limit")
     if workers is not None and workers < 1:
         raise AnalysisError(f"{workers} workers were requested: request at least 1")
     if scheduler == INLINE:
@@ -170,19 +171,9 @@ def connect(
         yield _Distributed(client, shown=shown)
 
 
-def _positive_bytes(size: str | int) -> int:
-    try:
-        found = int(parse_bytes(size))
-    except ValueError as error:
-        raise AnalysisError(f"the memory limit {size!r} is not a size ({error}): write, for example, 4GiB") from error
-    if found < 1:
-        raise AnalysisError(f"the memory limit is {size!r}: give each worker more than 0 bytes")
-    return found
-
-
 def or_inline(cluster: Cluster | None) -> Cluster:
     """Return `cluster`; if it is None, one that runs jobs in this process."""
-    return _Inline(_positive_bytes(_MEMORY_LIMIT), shown=False) if cluster is None else cluster
+    return _Inline(n_bytes(_MEMORY_LIMIT, "memory_limit"), shown=False) if cluster is None else cluster
 
 
 class _Inline:

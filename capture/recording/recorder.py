@@ -72,6 +72,7 @@ from residua.capture.sites.names_to_modules import resolve_sites
 from residua.capture.sites.reference_model import unsharded_sites
 from residua.capture.taps.reading import reading
 from residua.store.base.errors import CaptureError, PlanError, few
+from residua.store.base.sizes import Size, n_bytes
 from residua.store.encoding.codecs import DEFAULT_PRESET
 from residua.store.format.archive_metadata import ROOT
 from residua.store.format.plan import HOST_MEMORY_BYTES, Plan, SitePlan, choose_rows_per_shard
@@ -96,7 +97,7 @@ class Recorder:
         dtype: Data type in which floating-point sites are stored; None keeps the model's.
         codec: Codec preset.
         rows_per_shard: Height of a shard, a power of two; None chooses it by the widest site.
-        host_memory: Memory that host buffers may take together, in bytes.
+        host_memory: Memory that host buffers may take together: bytes, or a text such as ``4GiB``.
         tokenizer: Stored in the archive, so that rows can be shown as text.
         max_length: Most tokens of an example; needed for `pattern` sites only, whose rows are that wide.
         threads: Encoder threads; None takes 1, and up to 4 with a GPU.
@@ -124,7 +125,7 @@ class Recorder:
         dtype: str | None = None,
         codec: str = DEFAULT_PRESET,
         rows_per_shard: int | None = None,
-        host_memory: int = HOST_MEMORY_BYTES,
+        host_memory: Size = HOST_MEMORY_BYTES,
         tokenizer: PreTrainedTokenizerBase | None = None,
         max_length: int | None = None,
         threads: int | None = None,
@@ -168,7 +169,7 @@ class Recorder:
         self._dtype = dtype
         self._codec = codec
         self._rows_per_shard = rows_per_shard
-        self._host_memory = host_memory
+        self._host_memory = n_bytes(host_memory, "host_memory")
         self._tokenizer = tokenizer
         self._max_length = max_length
         self._threads = threads or writer_threads(model)

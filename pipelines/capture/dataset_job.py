@@ -149,13 +149,13 @@ class DatasetCapture(CaptureJob):
             row_bytes,
             batch_rows=min(batch_tokens, index.total_rows),
             most_rows_per_example=most_rows,
-            host_memory_bytes=settings.host_memory,
+            host_memory_bytes=settings.host_memory_bytes,
         )
         buffered = min(height, index.total_rows)
-        check_host_memory(row_bytes, most_rows, buffered, settings.host_memory)
+        check_host_memory(row_bytes, most_rows, buffered, settings.host_memory_bytes)
         if isinstance(self.out, BucketFolder):
             buffers = host_buffer_bytes(sum(row_bytes), most_rows, buffered)
-            self.out.use_memory(settings.host_memory - buffers, max(row_bytes) * buffered)
+            self.out.use_memory(settings.host_memory_bytes - buffers, max(row_bytes) * buffered)
         if height < min(batch_tokens, index.total_rows):
             limit = named("host_memory") if settings.rows_per_shard is None else f"{named('rows_per_shard')}"
             self.notes.append(

@@ -85,7 +85,7 @@ def add_settings(parser: argparse._ActionsContainer, settings: Iterable[Field[An
             text += "" if default is None else f" (default: {'on' if default else 'off'})"
             parser.add_argument(flag, action=argparse.BooleanOptionalAction, default=None, help=text)
         else:
-            kind = next(kind for kind in (float, int, str) if kind.__name__ in str(setting.type))
+            kind = next(kind for kind in (float, str, int) if kind.__name__ in str(setting.type))
             add_flag(parser, flag, text if default is None else f"{text} (default: {default})", kind=kind)
 
 

@@ -21,6 +21,7 @@ import numpy.typing as npt
 
 from residua.store.base.canonical import Json
 from residua.store.base.errors import DamagedArchiveError, PlanError
+from residua.store.base.sizes import Size, n_bytes
 from residua.store.encoding.codecs import check_chunk, encode_chunk
 from residua.store.encoding.shard import (
     RESTORE,
@@ -57,7 +58,7 @@ def repack(
     archive: Archive | str | PathLike[str],
     out: str | PathLike[str],
     *,
-    shard_bytes: int = HUB_SHARD_BYTES,
+    shard_bytes: Size = HUB_SHARD_BYTES,
     on_row: _Progress = lambda *_: None,
 ) -> Archive:
     """Write an archive with larger shards.
@@ -65,7 +66,7 @@ def repack(
     Args:
         archive: The archive, or its folder.
         out: Folder of the new archive; if a repacking of the same archive was stopped, it goes on there.
-        shard_bytes: Most bytes of a shard of the widest site, before they are compressed.
+        shard_bytes: Most bytes, or a text such as ``1GiB``, of a shard of the widest site, before they are compressed.
         on_row: Called after each shard, with the rows that are written and the total.
 
     Returns:
@@ -82,7 +83,7 @@ def repack(
     if not source.path.is_dir() or source.place != str(source.path):
         raise PlanError(f"{source.place} is not a folder of this machine: fetch it with residua pull first")
     source.require_captured(range(source.n_rows))
-    plan = _plan(source, shard_bytes)
+    plan = _plan(source, n_bytes(shard_bytes, "shard_bytes"))
     if not is_archive(out):
         try_place(out, links=True)
         _create(source, out, plan)

@@ -35,6 +35,7 @@ from residua.pipelines.setup.models import load_model, load_tokenizer
 from residua.pipelines.setup.settings import CaptureSettings
 from residua.store.base.errors import PlanError
 from residua.store.base.naming import named
+from residua.store.base.sizes import Size, n_bytes
 from residua.store.edits.parser import EditSource, parse_edits
 from residua.store.encoding.codecs import DEFAULT_PRESET
 from residua.store.examples.memory import ExamplesInMemory
@@ -56,7 +57,7 @@ def run(
     inputs: Mapping[str, Tensor] | None = None,
     tensor_parallel: ProcessGroup | DeviceMesh | None = None,
     batch_tokens: int = _BATCH_TOKENS,
-    host_memory: int = HOST_MEMORY_BYTES,
+    host_memory: Size = HOST_MEMORY_BYTES,
     device: str = "auto",
 ) -> Run:
     """Run a model over prompts, with edits, and keep its logits and sites in memory.
@@ -84,7 +85,8 @@ def run(
             in their order.
         tensor_parallel: The ranks over which activations are split, if the model does not show them.
         batch_tokens: Most token positions of one batch, padding included.
-        host_memory: Bytes that logits, sites and rows for edits may take; more is refused before the model runs.
+        host_memory: Bytes, or a text such as ``4GiB``, that logits, sites and rows for edits may take; more is refused
+            before the model runs.
         device: Device of a model that is loaded here.
 
     Returns:
@@ -100,7 +102,7 @@ def run(
         >>> found["resid_post.3"][0].shape  # doctest: +SKIP
         torch.Size([2, 128])
     """
-    parsed = parse_edits(edits)
+    parsed, most_bytes = parse_edits(edits), n_bytes(host_memory, "host_memory")
     if isinstance(model, str | PathLike):
         name = fspath(model)
         settings = CaptureSettings(device=device)
@@ -114,8 +116,8 @@ def run(
         dataset = DatasetSettings(add_special_tokens=add_special_tokens, add_generation_prompt=add_generation_prompt)
         examples, notes = read_prompts(prompts, core, texts, dataset)
         kept = unsharded_sites(core, [sites] if isinstance(sites, str) else list(sites)) if sites else {}
-        source = _prompts(examples, kept, batch_tokens=batch_tokens, host_memory=host_memory)
-        memory = ResultMemory(host_memory)
+        source = _prompts(examples, kept, batch_tokens=batch_tokens, host_memory=most_bytes)
+        memory = ResultMemory(most_bytes)
         rows = unedited_rows(ready_model, source, parsed, memory, inputs=inputs, tensor_parallel=tensor_parallel)
         replayer = Replayer(
             ready_model, source, edits=parsed, inputs=inputs, tensor_parallel=tensor_parallel, stored=rows
@@ -149,9 +151,8 @@ def _prompts(
     examples: ExamplesInMemory, sites: Mapping[str, SiteInfo], *, batch_tokens: int, host_memory: int
 ) -> Prompts:
     """Return the examples with the batches of a capture of the same examples and sites."""
-    for name, value in (("batch_tokens", batch_tokens), ("host_memory", host_memory)):
-        if value < 1:
-            raise PlanError(f"{named(name, value)}: it must be at least 1")
+    if batch_tokens < 1:
+        raise PlanError(f"{named('batch_tokens', batch_tokens)}: it must be at least 1")
     index = examples.index()
     longest = int(index.n_tokens.max())
     planned = plan_sites(sites, dtype=None, codec=DEFAULT_PRESET, longest_example=longest)

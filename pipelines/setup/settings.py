@@ -10,9 +10,9 @@ from residua.capture.hooks.site import FLOATS, check_storage
 from residua.pipelines.data.settings import DatasetOptions, DatasetSettings, setting
 from residua.store.base.errors import PlanError
 from residua.store.base.naming import named
+from residua.store.base.sizes import Size, n_bytes
 from residua.store.base.untrusted import parse_yaml
 from residua.store.encoding.codecs import DEFAULT_PRESET, PRESETS
-from residua.store.format.plan import HOST_MEMORY_BYTES
 
 _MAX_CONFIG_BYTES = 64 * 1024
 _MOST_BITS = 63
@@ -63,7 +63,7 @@ class CaptureSettings(DatasetSettings):
     )
     tp: int = setting(1, "processes to split each layer over, by transformers' tensor-parallel plan")
     pp: int = setting(1, "pipeline stages to split the layers into, each of --tp processes")
-    host_memory: int = setting(HOST_MEMORY_BYTES, "host memory for buffered rows, in bytes")
+    host_memory: int | str = setting("4GiB", "host memory for buffered rows, such as 2GB or 4GiB; a number is bytes")
     threads: int | None = setting(
         None, "threads that encode and write (default: 1 on a CPU, up to 4 if the model is on a GPU)"
     )
@@ -78,7 +78,8 @@ class CaptureSettings(DatasetSettings):
         )
         if self.model_dtype not in (known := ("auto", *FLOATS)):
             raise PlanError(f"{named('model_dtype', self.model_dtype)} is not known: choose one of {', '.join(known)}")
-        for name in ("batch_tokens", "host_memory", "tp", "pp"):
+        n_bytes(self.host_memory, "host_memory")
+        for name in ("batch_tokens", "tp", "pp"):
             if (value := getattr(self, name)) < 1:
                 raise PlanError(f"{named(name, value)}: it must be at least 1")
         if self.tp * self.pp > 1 and self.device_map is not None:
@@ -87,6 +88,11 @@ class CaptureSettings(DatasetSettings):
                 "process has one device: leave one of them out"
             )
         super().__post_init__()
+
+    @property
+    def host_memory_bytes(self) -> int:
+        """`host_memory` in bytes."""
+        return n_bytes(self.host_memory, "host_memory")
 
     @classmethod
     def from_mapping(cls, values: Mapping[str, Any]) -> Self:
@@ -132,7 +138,7 @@ class CaptureOptions(DatasetOptions, total=False):
     device_map: str | None
     tp: int
     pp: int
-    host_memory: int
+    host_memory: Size
     threads: int | None
     join: bool
 

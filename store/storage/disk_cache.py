@@ -12,6 +12,8 @@ from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
+from residua.store.base.sizes import Size, n_bytes
+
 DEFAULT_BYTES = 10 * 2**30
 _LOOKS = 32  # the folder is measured after each 1/32 of its limit that was written
 _KEEPS = 0.9
@@ -29,13 +31,14 @@ class DiskCache:
 
     Args:
         folder: The folder, made when it is needed; by default `default_folder`.
-        max_bytes: Most bytes of all entries together; for a short time, processes that write at once may go beyond it.
+        max_bytes: Most bytes of all entries together, or a text such as ``50GB``; for a short time, processes that
+            write at once may go beyond it.
     """
 
-    def __init__(self, folder: str | Path | None = None, max_bytes: int = DEFAULT_BYTES) -> None:
+    def __init__(self, folder: str | Path | None = None, max_bytes: Size = DEFAULT_BYTES) -> None:
         self.folder = default_folder() if folder is None else Path(folder)
-        self.max_bytes = max_bytes
-        self._unmeasured = max_bytes // _LOOKS
+        self.max_bytes = n_bytes(max_bytes, "max_bytes")
+        self._unmeasured = self.max_bytes // _LOOKS
 
     def get(self, key: str) -> bytes | None:
         """Return the bytes kept under `key`, None if there are none; the caller compares them."""

@@ -56,7 +56,7 @@ GOOD: dict[str, Any] = {
     "revision": "v1",
     "seed": 3,
     "rows_per_shard": 1024,
-    "host_memory": 2**30,
+    "host_memory": "1GiB",
     "threads": 2,
 }
 
