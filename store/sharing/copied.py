@@ -33,6 +33,16 @@ class Copied:
     notes: tuple[str, ...] = ()
 
 
+def together(copies: Sequence[Copied], n_bytes: int) -> Copied:
+    """Return what several copies did, and one file more of `n_bytes` bytes."""
+    return Copied(
+        1 + sum(copied.n_files for copied in copies),
+        n_bytes + sum(copied.n_bytes for copied in copies),
+        n_bytes + sum(copied.sent_bytes for copied in copies),
+        tuple(dict.fromkeys(note for copied in copies for note in copied.notes)),
+    )
+
+
 class BytesDone:
     """Counts bytes from several threads.
 

@@ -16,11 +16,14 @@ from residua.store.encoding.spec import ArraySpec
 from residua.store.examples.side_tables import SIDE_TABLES
 from residua.store.format.archive_metadata import MAX_METADATA_BYTES, ROOT, SIDECAR_FOLDERS, is_archive, read_metadata
 from residua.store.format.array_metadata import METADATA
+from residua.store.read.archive import Archive
 from residua.store.read.remote import Bytes
 from residua.store.read.remote_archive import RemoteArchive
+from residua.store.read.stacks import StackedArchive, open_archive
 from residua.store.sealing.packed_index import INDEX
-from residua.store.sharing.copied import BytesDone, Copied, in_parallel
+from residua.store.sharing.copied import BytesDone, Copied, in_parallel, together
 from residua.store.storage.files import sweep, write_file
+from residua.store.storage.hub import folder_at
 
 _HERE = Path()
 _STEP_BYTES = 16 * 2**20  # of the index or of a shard, held in memory by each thread
@@ -55,9 +58,34 @@ def pull(
     Example:
         >>> residua.pull("hf://datasets/org/acts", "acts.zarr", sites="resid_post.*")  # doctest: +SKIP
     """
-    archive = RemoteArchive(address, storage_options=storage_options, cache=False)
+    archive = open_archive(address, storage_options=storage_options, cache=False)
+    names = archive.sites if sites is None else archive.select(sites)
+    if isinstance(archive, StackedArchive):
+        return _pull_stacks(archive, Path(out), names, storage_options, on_bytes)
+    return _pull_one(archive, Path(out), names, on_bytes)
+
+
+def _pull_one(archive: Archive, out: Path, sites: tuple[str, ...], on_bytes: Callable[[int, int], None]) -> Copied:
+    assert isinstance(archive, RemoteArchive)  # noqa: S101  # it was opened by its address
     archive.index  # noqa: B018  # an archive that is not finished is an error here
-    return _Pull(archive, Path(out), archive.sites if sites is None else archive.select(sites)).run(on_bytes)
+    return _Pull(archive, out, sites).run(on_bytes)
+
+
+def _pull_stacks(
+    archive: StackedArchive,
+    out: Path,
+    sites: tuple[str, ...],
+    storage_options: Mapping[str, Any] | None,
+    on_bytes: Callable[[int, int], None],
+) -> Copied:
+    """Copy the archive of each stack that has some of the sites, and at the end the metadata that name them."""
+    root = folder_at(archive.place, storage_options).read(ROOT, MAX_METADATA_BYTES)
+    if is_archive(out) and (out / ROOT).read_bytes() != root:
+        raise PlanError(f"{out} holds another archive than {archive.place}: choose another folder")
+    chosen = {name: tuple(site for site in sites if site in one.sites) for name, one in archive.stacks.items()}
+    copies = [_pull_one(archive.stacks[name], out / name, own, on_bytes) for name, own in chosen.items() if own]
+    write_file(out / ROOT, [root])
+    return together(copies, len(root))
 
 
 class _Pull:

@@ -6,7 +6,7 @@ A shard never changes, so one that is there with its size is not sent again. Com
 index has all that they say.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from os import PathLike
 from pathlib import Path
@@ -19,13 +19,14 @@ from residua.store.base.untrusted import parse_json
 from residua.store.encoding.shard import check_shard, shard_path, shard_rows
 from residua.store.encoding.spec import ArraySpec
 from residua.store.examples.side_tables import SIDE_TABLES
-from residua.store.format.archive_metadata import MAX_METADATA_BYTES, ROOT, metadata_bytes
+from residua.store.format.archive_metadata import MAX_METADATA_BYTES, ROOT, is_archive, metadata_bytes
 from residua.store.format.plan import Plan
+from residua.store.format.stacks import stacks_in
 from residua.store.read.archive import Archive
 from residua.store.read.remote_archive import RemoteArchive
 from residua.store.sealing.packed_index import INDEX
 from residua.store.sharing.card import Licences
-from residua.store.sharing.copied import BytesDone, Copied, in_parallel, is_part_of, refuse_lost_side_tables
+from residua.store.sharing.copied import BytesDone, Copied, in_parallel, is_part_of, refuse_lost_side_tables, together
 from residua.store.sharing.hub import HubPush
 from residua.store.sharing.local_paths import without_local_paths
 from residua.store.storage.address import scheme_of
@@ -77,11 +78,9 @@ def push(
     Example:
         >>> residua.push("acts.zarr", "s3://bucket/acts.zarr")  # doctest: +SKIP
     """
-    archive = Archive(source)
-    if archive.metadata.index is None:
-        raise NotCapturedError(
-            f"{archive.path} has no packed index: finish its capture, or run residua pack on it if it is of format 1.0"
-        )
+    if is_archive(Path(source)) and (stacks := stacks_in(Path(source))):
+        return _push_stacks(Path(source), stacks, address, storage_options, on_bytes, keep_paths=keep_paths)
+    archive = _finished(source)
     licences = Licences(data=license, model=model_license, text=text_license)
     root, notes = _root(archive, keep_paths=keep_paths)
     files = {**_files(archive), ROOT: len(root)}
@@ -122,6 +121,51 @@ def push(
         send(name)
     folder.delete([_JOURNAL])
     return Copied(len(files), sum(files.values()), sum(files[name] for name in (*to_send, ROOT)), tuple(notes))
+
+
+def _finished(source: str | PathLike[str]) -> Archive:
+    """Return an archive that can be copied; raises NotCapturedError for others."""
+    archive = Archive(source)
+    if archive.metadata.index is None:
+        raise NotCapturedError(
+            f"{archive.path} has no packed index: finish its capture, or run residua pack on it if it is of format 1.0"
+        )
+    return archive
+
+
+def _push_stacks(
+    source: Path,
+    stacks: Sequence[str],
+    address: str,
+    storage_options: Mapping[str, Any] | None,
+    on_bytes: Callable[[int, int], None],
+    *,
+    keep_paths: bool,
+) -> Copied:
+    """Copy the archive of each stack, and at the end the metadata that name them."""
+    if scheme_of(address) == "hf":
+        raise PlanError(
+            f"{source} holds the archives of {' and '.join(stacks)}, and each has a card of its own on the Hub: push "
+            f"them one by one, {source / stacks[0]} to {address}/{stacks[0]} for example"
+        )
+    root, folder = (source / ROOT).read_bytes(), ObjectFolder(address, storage_options)
+    if folder.size(ROOT) is not None and folder.read(ROOT, MAX_METADATA_BYTES) != root:
+        raise PlanError(f"{folder} holds another archive: choose another address, or delete it first")
+    total = sum(sum(_files(Archive(source / name)).values()) for name in stacks)
+    copies: list[Copied] = []
+    for name in stacks:
+        before = sum(copied.n_bytes for copied in copies)
+        copies.append(
+            push(
+                source / name,
+                f"{folder.address}/{name}",
+                keep_paths=keep_paths,
+                storage_options=storage_options,
+                on_bytes=lambda done, _, before=before: on_bytes(before + done, total),  # type: ignore[misc]
+            )
+        )
+    folder.write(ROOT, [root])
+    return together(copies, len(root))
 
 
 def _root(archive: Archive, *, keep_paths: bool) -> tuple[bytes, list[str]]:
