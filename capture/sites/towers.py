@@ -66,13 +66,17 @@ def tower_inside(model: nn.Module) -> str | None:
 
 
 def has_towers_only(model: nn.Module) -> bool:
-    """Return whether a model compares a text with an image, as CLIP does: it puts no patches among its tokens."""
+    """Return whether a model compares a text with an image, as CLIP does: it puts no patches among its tokens.
+
+    A model that predicts tokens has rows of tokens, also where its config does not say which token stands for a patch.
+    """
     core = core_of(model)
     if not isinstance(core, PreTrainedModel) or takes_pixels(core):
         return False
     config = core.config
     is_dual = hasattr(config, "text_config") and hasattr(config, "vision_config")
-    return is_dual and image_token_of(core) is None
+    predicts_tokens = core.get_output_embeddings() is not None  # type: ignore[no-untyped-call]  # as in transformers
+    return is_dual and image_token_of(core) is None and not predicts_tokens
 
 
 def image_token_of(model: nn.Module) -> int | None:

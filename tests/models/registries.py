@@ -105,7 +105,7 @@ _HALF = {"residual_multiplier": 0.5}
 
 _SETTINGS: dict[str, dict[str, Any]] = {
     **dict.fromkeys(("axk1", "deepseek_v3", "youtu"), _LATENT_8),
-    **dict.fromkeys(("axk2", "deepseek_v32", "glm_moe_dsa", "glm4_moe_lite", "minicpm3"), _LATENT),
+    **dict.fromkeys(("axk2", "deepseek_v32", "glm_moe_dsa", "glm4_moe_lite", "minicpm3", "mistral4"), _LATENT),
     "longcat_flash": {"num_layers": 2, "moe_topk": 2, "zero_expert_num": 2, "head_dim": 8},
     "deepseek_v2": {**_LATENT, "num_experts_per_tok": 2, "topk_method": "greedy"},
     "bailing_hybrid": {**_HYBRID, **_LATENT, "num_mtp_layers": 0},
@@ -229,16 +229,21 @@ _TEXT_SETTINGS: dict[str, dict[str, Any]] = {
     "gemma3": _SLIDING,
     "mllama": {"cross_attention_layers": [1]},
     "lfm2_vl": _CONV,
+    "cosmos3_edge": {"rope_parameters": _MROPE},
+    "nemotron_h_omni": _SETTINGS["nemotron_h"],
     **dict.fromkeys(("qwen3_vl", "qwen3_vl_moe", "cosmos3_omni", "moss_transcribe_diarize"), _FOUR),
     **dict.fromkeys(("got_ocr2", "pp_chart2table"), _FOUR),
 }
 """Fields of the text model in models that also see or hear."""
 
 _WHOLE_SETTINGS: dict[str, dict[str, Any]] = {
-    "mistral4": _LATENT,
     "granite4_vision": {"deepstack_layer_map": [], "spatial_target_layers": []},
     **{key: {"encoder_config": {"num_layers": 2}} for key in ("granite_speech", "granite_speech_plus")},
     "chameleon": {"vocabulary_map": {"<image>": 4, "IMGIMGA": 5}},
+    "granite_docling": {"vision_config": {"out_hidden_size": 64}},
+    "inkling2": {"vision_config": {"text_hidden_size": 64}},
+    "fun_asr_nano": {"adaptor_config": {"intermediate_size": 16}},
+    "nemotron_h_omni": {"image_token_id": 5, "vision_config": {"video_temporal_patch_size": 2}},
     "emu3": {"vocabulary_map": {"<image>": 4}},
 }
 _EQUAL = [

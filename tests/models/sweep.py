@@ -150,7 +150,8 @@ def main(words: Sequence[str] | None = None) -> int:
     ]
     before = {} if options.again or types else known(options.results)
     sweep([pair for pair in chosen if pair not in before], options.results, options.jobs)
-    found = {pair: record for pair, record in known(options.results).items() if pair in chosen}
+    after = known(options.results)
+    found = {pair: after[pair] for pair in chosen if pair in after}
     print(counts(list(found.values())))
     if types:
         return 0

@@ -43,6 +43,7 @@ SUBSET: dict[str, tuple[str, ...]] = {
     "vision/swin": ("module",),  # patches are merged
     "vision/clip": STREAM,  # a text model beside a tower
     "vision-language/llava:equal": ALL,  # a vision tower as deep as the text model
+    "vision-language/kosmos-2.5": ALL,  # no token that stands for a patch in its config
     "vision-language/mllama": ALL,  # a block that does not run without an image
     "audio/speech_to_text": STREAM,  # frames and tokens
     "audio/wav2vec2": ("module",),
