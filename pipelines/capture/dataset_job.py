@@ -100,7 +100,7 @@ class DatasetCapture(CaptureJob):
         for example in examples:
             writer.add(example)
             self._on_example(report.n_examples, report.n_tokens)
-        if reading is not None and reading.is_settled(began) and reading == self._reading():
+        if reading is not None and reading.held(self._dataset, self._settings, began):
             self._read = {"reading": reading.digest, "report": asdict(report)}
         self.shared["dataset"] = asdict(report)
         if self._images is not None:

@@ -35,15 +35,20 @@ class Reading:
 
     Attributes:
         digest: Names it.
+        content: What the content of the dataset is known by.
         changed_ns: When a file that is read changed last; 0 without files.
     """
 
     digest: str
+    content: Json
     changed_ns: int
 
-    def is_settled(self, began_ns: int) -> bool:
-        """Return whether a change after `began_ns`, when reading began, would have another digest."""
-        return self.changed_ns < began_ns - _SETTLED_NS
+    def held(self, source: object, settings: DatasetSettings, began_ns: int) -> bool:
+        """Return whether this is what was read from `began_ns` until now, and a later change has another digest."""
+        return self.changed_ns < began_ns - _SETTLED_NS and _content(source, settings) == (
+            self.content,
+            self.changed_ns,
+        )
 
 
 def reading_of(
@@ -80,7 +85,7 @@ def reading_of(
             "packages": {name: version(name) for name in _PACKAGES},
         }
     )
-    return Reading(digest, changed_ns)
+    return Reading(digest, identity, changed_ns)
 
 
 def _content(source: object, settings: DatasetSettings) -> tuple[Json, int] | None:

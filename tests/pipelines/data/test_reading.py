@@ -61,13 +61,14 @@ def test_changed_files_have_another_digest(tmp_path: Path, change: Callable[[Pat
     assert None is not digest(path.parent) != before
 
 
-def test_what_changed_just_before_it_was_read_is_in_doubt(tmp_path: Path) -> None:
-    found = reading_of(
-        write(tmp_path / "a.jsonl", "x"), DatasetSettings(), tokenizer=None, model_limit=None, vocab_size=None
-    )
+def test_what_changed_just_before_or_while_it_was_read_is_in_doubt(tmp_path: Path) -> None:
+    path, settings = write(tmp_path / "a.jsonl", "x"), DatasetSettings()
+    found = reading_of(path, settings, tokenizer=None, model_limit=None, vocab_size=None)
     assert found is not None
-    assert not found.is_settled(found.changed_ns + 10**9)
-    assert found.is_settled(found.changed_ns + 3 * 10**9)
+    assert not found.held(path, settings, found.changed_ns + 10**9)
+    assert found.held(path, settings, found.changed_ns + 3 * 10**9)
+    write(path, "y")
+    assert not found.held(path, settings, found.changed_ns + 3 * 10**9)
 
 
 def test_what_may_hold_other_data_has_no_digest(tmp_path: Path) -> None:
