@@ -20,7 +20,8 @@ from residua.store.read.archive import Archive
 from residua.store.read.summary import summarise
 from residua.store.sealing.lost_shards import drop_lost
 from residua.store.storage.files import sweep
-from residua.store.verification.verify import Verification, verify
+from residua.store.verification.report import Verification
+from residua.store.verification.verify import verify
 from tests.store.forging import without_index
 from tests.store.small_archive import HEIGHT, N_ROWS, N_SHARDS, files_of, is_same_json, make_archive, read_everything
 
