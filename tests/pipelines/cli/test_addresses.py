@@ -38,7 +38,7 @@ def both(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Both]:
     residua.capture_dataset(str(MODEL), str(dataset), out=folder / "a.zarr", sites=sites, rows_per_shard=128)
     with serving_s3(tmp_path_factory.mktemp("s3")) as server:
         address = server.address("a.zarr")
-        residua.push(folder / "a.zarr", address, storage_options=server.options)
+        residua.push(folder / "a.zarr", address, storage_options=server.options, keep_paths=True)
         there = residua.open(address, storage_options=server.options)
         yield Both(residua.open(folder / "a.zarr"), there, server)
 
