@@ -15,7 +15,7 @@ from residua.pipelines.cli.main import main
 from tests.pages import ROOT, blocks, run
 
 PAGE = "README.md"
-ON_A_CLUSTER = ("lens", "induction", "probe", "stats", "top")
+ON_A_CLUSTER = ("lens", "induction", "heads", "probe", "stats", "top", "page")
 """Jobs that start processes, which takes seconds; here they run in this process."""
 
 

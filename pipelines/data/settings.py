@@ -4,6 +4,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from functools import cached_property
+from math import inf
 from pathlib import Path
 from typing import Any, TypedDict
 
@@ -146,8 +147,15 @@ class DatasetSettings:
                 f"{named('min_length', self.min_length)} is above {named('max_length', self.max_length)}: lower it"
             )
         parse_positions(self.positions)
-        self._check_generation()
+        if self.generate is None:
+            self._refuse_generation()
+        else:
+            self._check_generation()
         _check_tools(self.given_tools)
+        self._check_template()
+
+    def _check_template(self) -> None:
+        """Raise DatasetError for arguments that are not the chat template's."""
         _check_json(self.template_arguments, named("chat_template_kwargs"))
         for name in self.template_arguments:
             if name in _OWN_SETTING:
@@ -159,22 +167,27 @@ class DatasetSettings:
                     f"{named('chat_template_kwargs')}: {name} is no argument of a chat template: leave it out"
                 )
 
-    def _check_generation(self) -> None:
-        """Refuse settings that belong to generation without it, and with it those that prompts cannot have."""
+    def _refuse_generation(self) -> None:
+        """Raise DatasetError for settings that belong to generated text."""
         given = [name for name in _OF_GENERATION if getattr(self, name) is not None]
-        if self.generate is None and given:
+        if given:
             raise DatasetError(
                 f"{named(given[0], getattr(self, given[0]))} is for generated text: add {named('generate')}, the most "
                 "tokens to generate for each prompt, or leave it out"
             )
-        if self.generate is None and self.rule.of_generation:
+        if self.rule.of_generation:
             raise DatasetError(
                 f"{named('positions', self.positions)} is for text that this capture generates ({named('generate')}): "
                 "where the dataset says which tokens are generated, use column:NAME"
             )
+
+    def _check_generation(self) -> None:
+        """Raise DatasetError for settings that prompts cannot have."""
         _check_json(self.generation_arguments, named("generation_kwargs"))
-        if self.generate is None:
-            return
+        for name in ("temperature", "top_p"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < inf:
+                raise DatasetError(f"{named(name, value)}: it must be a number above 0")
         for name in _NOT_OF_PROMPTS:
             if getattr(self, name) is not None:
                 raise DatasetError(

@@ -37,7 +37,7 @@ from residua.capture.runtime.wrappers import core_of
 from residua.capture.sites.anatomy import takes_pixels
 from residua.pipelines.setup.settings import CaptureSettings
 from residua.store.base.canonical import Json
-from residua.store.base.errors import PlanError
+from residua.store.base.errors import CaptureError, PlanError
 from residua.store.base.naming import named
 
 _OFF: Mapping[str, tuple[object, ...]] = {  # values with which a setting has no effect
@@ -199,6 +199,11 @@ class _Sampler(LogitsProcessor):
         number_B1 = self._numbers_BT[:, place : place + 1]
         sums_BV = scores.to(number_B1.dtype).softmax(-1).cumsum(-1)
         all_B1 = sums_BV[:, -1:]
+        if not all_B1.isfinite().all():
+            raise CaptureError(
+                f"{named('generate')}: new token {place + 1} cannot be sampled, since its scores are NaN or infinite: "
+                "the model's logits overflow, or its temperature is too low"
+            )
         aim_B1 = torch.minimum(number_B1 * all_B1, torch.nextafter(all_B1, torch.zeros_like(all_B1)))
         chosen_B1 = torch.searchsorted(sums_BV, aim_B1.contiguous(), right=True)
         return torch.full_like(scores, -torch.inf).scatter_(-1, chosen_B1, 0.0)

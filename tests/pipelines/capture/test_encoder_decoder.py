@@ -210,8 +210,9 @@ def test_the_command_line_captures_pairs(tmp_path: Path, capsys: pytest.CaptureF
 def test_what_does_not_fit_is_refused(
     rows: list[Any], settings: dict[str, Any], error: type[Exception], said: str, tmp_path: Path
 ) -> None:
+    asked: dict[str, Any] = {"sites": "decoder.final", **settings}
     with pytest.raises(error, match=said):
-        capture_dataset(TINY_PAIRS["bart"](), rows, out=tmp_path / "a.zarr", **{"sites": "decoder.final", **settings})
+        capture_dataset(TINY_PAIRS["bart"](), rows, out=tmp_path / "a.zarr", **asked)
 
 
 def test_pairs_are_cut_and_left_out_as_asked(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Sequence
+from math import inf, nan
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from transformers import PreTrainedModel
 
 import residua
 from residua.pipelines.generation.prompts import seed_of, units_of
-from residua.store.base.errors import DatasetError, PlanError
+from residua.store.base.errors import CaptureError, DatasetError, PlanError
 from residua.store.verification.verify import verify
 from tests.capture.leaking_models import LEAKING
 from tests.models.tiny import LONGEST, TINY, VOCABULARY
@@ -218,7 +219,8 @@ def test_prompts_have_room_for_what_is_generated(tmp_path: Path) -> None:
         ({"generation_kwargs": {"prompt_lookup_num_tokens": 2}}, "prompt_lookup_num_tokens"),
         ({"generation_kwargs": {"temperature": 2.0}}, "temperature.*setting of its own"),
         ({"generation_kwargs": {"do_sample": False}, "top_p": 0.5}, "top_p.*do_sample"),
-        ({"temperature": -1.0}, "temperature"),
+        *(({name: value}, f"{name}.*above 0") for name in ("temperature", "top_p") for value in (-1.0, nan, inf)),
+        ({"temperature": 1.0, "top_p": 1.5}, "top_p"),
         ({"generation_kwargs": "[1]"}, "object"),
         ({"image_column": "image"}, "image_column"),
     ],
@@ -227,6 +229,11 @@ def test_settings_that_do_not_fit_are_refused(options: dict[str, Any], message: 
     with pytest.raises((PlanError, DatasetError), match=message):
         generated(TINY["llama"](), make_prompts(), tmp_path / "a", **options)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_scores_that_are_no_numbers_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(CaptureError, match=r"new token 1 .*temperature"):
+        generated(TINY["llama"](), make_prompts(), tmp_path / "a", temperature=1e-320)
 
 
 def test_models_that_do_not_generate_are_refused(tmp_path: Path) -> None:

@@ -60,6 +60,16 @@ GOOD: dict[str, Any] = {
     "threads": 2,
 }
 
+GENERATED: dict[str, Any] = {
+    "generate": 16,
+    "prompt_column": "prompt",
+    "temperature": 0.5,
+    "top_p": 0.9,
+    "top_k": 20,
+    "generation_kwargs": {"repetition_penalty": 1.2},
+}
+"""Settings of generated text, which go with some of the others only."""
+
 
 def write(folder: Path, text: str | bytes) -> Path:
     path = folder / "config.yaml"
@@ -68,9 +78,10 @@ def write(folder: Path, text: str | bytes) -> Path:
 
 
 def test_every_field_can_be_set_and_has_a_help_text() -> None:
-    assert set(GOOD) == set(NAMES)
-    made = CaptureSettings.from_mapping(GOOD)
-    assert {name: getattr(made, name) for name in NAMES} == GOOD
+    assert set(GOOD) | set(GENERATED) == set(NAMES)
+    for values in (GOOD, GENERATED):
+        made = CaptureSettings.from_mapping(values)
+        assert {name: getattr(made, name) for name in values} == values
     assert all(field.metadata["help"] for field in fields(CaptureSettings))
     assert CaptureSettings.from_mapping({}) == CaptureSettings()
 
@@ -85,7 +96,7 @@ def test_the_rules_of_a_plan_have_every_setting_of_the_dataset() -> None:
     rules = CaptureSettings(**GOOD).rules()
     not_of_rows = {"image_folder", "max_image_pixels"}  # where images are, and what is refused
     names = {field.name for field in fields(DatasetSettings)} - {"dataset_revision"} - not_of_rows
-    assert set(rules) == {"revision", *names}
+    assert set(rules) == {"revision", *names} - set(GENERATED)  # which have a rule of their own
     for name, value in rules.items():
         assert value == GOOD["dataset_revision" if name == "revision" else name]
 
@@ -105,10 +116,16 @@ def test_any_mapping_makes_settings_or_a_plain_error(values: dict[str, Any]) -> 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("value", [1.5, [], {}, b"x", ["a"], float("nan")])
 def test_a_value_of_another_type_is_refused_with_the_type_in_words(name: str, value: object) -> None:
-    nested = {"tools": list, "chat_template_kwargs": dict}
-    if isinstance(value, nested.get(name, ())):
-        pytest.skip("a list of tools, or a mapping of arguments")
-    with pytest.raises(PlanError, match=rf"setting {name} is .*: it should be (str|int|bool)( \| \w+)*$"):
+    right = {
+        "tools": list,
+        "chat_template_kwargs": dict,
+        "generation_kwargs": dict,
+        "temperature": float,
+        "top_p": float,
+    }
+    if isinstance(value, right.get(name, ())):
+        pytest.skip("of the right type")
+    with pytest.raises(PlanError, match=rf"setting {name} is .*: it should be (str|int|bool|float)( \| \w+)*$"):
         CaptureSettings.from_mapping({name: value})
 
 
