@@ -136,6 +136,7 @@ class StackedArchive(Archive):
         at: tuple[str, Mapping[str, Any]] | None = None,
     ) -> None:
         self.path = Path(path)
+        self._examples = None  # of both stacks: opening them asks for one
         self._place = str(path) if at is None else shown(at[0].rstrip("/"))
         self._names = stacks_in(self.path)
         if at is not None:

@@ -28,10 +28,11 @@ def two_threads() -> Iterator[None]:
 def numbers() -> set[int]:
     """Every number of threads that holds here: torch's, its OpenMP's and the BLAS's.
 
-    scikit-learn, if an earlier test loaded it, has an OpenMP of its own, which in new threads follows the environment.
+    Other packages that are loaded (scikit-learn, sentencepiece) may have an OpenMP of their own, which in new threads
+    follows the environment.
     """
     of_torch = torch.get_num_threads()  # first, for it sets OpenMP's at its first use in a thread
-    pools = [pool for pool in threadpool_info() if "scikit_learn" not in pool["filepath"]]
+    pools = [pool for pool in threadpool_info() if pool["user_api"] == "blas" or "/torch/" in pool["filepath"]]
     return {of_torch, *(pool["num_threads"] for pool in pools)}
 
 

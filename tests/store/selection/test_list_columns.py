@@ -120,6 +120,18 @@ def test_an_edit_does_not_take_a_list_for_a_value(archive: Archive) -> None:
         selector.check(parse_selection({"where": {"labels": 1}}))
 
 
+def test_an_edit_takes_a_condition_on_lists_token_by_token(archive: Archive) -> None:
+    selector, rows = TokenSelector(archive), RowFilter.parse("labels == 1 and position > 0").rows(archive)
+    selection = parse_selection({"where": "labels == 1 and position > 0"})
+    selector.check(selection)
+    chosen = [selector.tokens(selection, example) for example in range(len(archive.example_table))]
+    starts = archive.example_table.index().first_row[:-1]
+    assert len(rows)
+    assert np.concatenate(
+        [start + np.flatnonzero(mask) for start, mask in zip(starts, chosen, strict=True)]
+    ).tolist() == (rows.tolist())
+
+
 @pytest.mark.parametrize("kind", [np.int32, np.float32])
 def test_numpy_lists_are_lists(tmp_path: Path, kind: Any) -> None:
     made = Archive(make_archive(tmp_path / "acts.zarr"))

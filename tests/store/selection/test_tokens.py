@@ -66,6 +66,11 @@ CASES: list[tuple[dict[str, Any], Callable[[Token], bool]]] = [
     ({"where": {"label": [0, 4.0, "3", None]}}, lambda token: token["label"] in (0, 4)),
     ({"where": {"label": True}}, lambda token: token["label"] == 1),
     ({"where": {"label": [3, 4], "text": ["example 4"]}, "tokens": 8}, lambda token: token["example"] == 4),
+    ({"where": "label in [0, 4]"}, lambda token: token["label"] in (0, 4)),
+    ({"where": "label == 4 or position == 1"}, lambda token: token["label"] == 4 or token["position"] == 1),
+    ({"where": "is_last and not example == 2"}, lambda token: token["from_end"] == -1 and token["example"] != 2),
+    ({"where": "position >= -2 and token != 8"}, lambda token: token["from_end"] >= -2 and token["token"] != 8),
+    ({"where": "token == 8", "examples": [0, 4]}, lambda token: token["token"] == 8 and token["example"] in (0, 4)),
     ({"rows": [0, 2, 3], "positions": "1:", "tokens": [2, 3]}, lambda token: token["row"] == 3),
 ]
 
@@ -93,6 +98,9 @@ def test_examples_are_included_whatever_their_tokens(selector: TokenSelector) ->
         ({"positions": [3], "examples": [0]}, "position 3: .* 3 tokens"),
         ({"where": {"lable": 1}}, "'lable'.*label, text"),
         ({"where": {"n_tokens": 1}}, "'n_tokens'"),
+        ({"where": {"label": "9"}}, r"label in \['9'\].*allow_empty"),
+        ({"where": "lable == 1"}, "'lable'"),
+        ({"where": 'label == "a"'}, "'label'"),
     ],
 )
 def test_what_the_archive_does_not_have_is_refused(selector: TokenSelector, item: Token, message: str) -> None:
