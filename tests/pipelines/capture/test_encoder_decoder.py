@@ -189,7 +189,7 @@ def test_the_command_line_captures_pairs(tmp_path: Path, capsys: pytest.CaptureF
     assert main(["info", out]) == 0
     assert "decoder.resid_post.1" in capsys.readouterr().out
     assert main(["sites", "--model", str(tmp_path / "model")]) == 0
-    assert "encoder and a decoder" in capsys.readouterr().out
+    assert "--weights" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
