@@ -452,7 +452,7 @@ def _remote(scheduler: str, timeout: float) -> Iterator[Client]:
             f"no Dask scheduler answers at {scheduler} ({error}): start one (dask scheduler, and dask worker) and "
             "give its address, tcp://host:port; or give no address to start workers on this machine, or give inline"
         ) from error
-    with client:
+    with _naming_lost(client, scheduler):
         try:
             client.wait_for_workers(1, timeout=timeout)
         except TimeoutError as error:
@@ -461,6 +461,29 @@ def _remote(scheduler: str, timeout: float) -> Iterator[Client]:
                 "until the requested ones have started"
             ) from error
         yield client
+
+
+@contextmanager
+def _naming_lost(client: Client, scheduler: str) -> Iterator[None]:
+    """Close a client at the end; turn what follows from a lost scheduler into one error, which Dask does not log."""
+    log = logging.getLogger("distributed.client")
+    level, is_lost = log.level, False
+    log.setLevel(logging.CRITICAL)
+    try:
+        with client:
+            try:
+                yield
+            finally:
+                is_lost = client.status != "running"
+    except Exception as error:
+        if not is_lost:
+            raise
+        raise AnalysisError(
+            f"the Dask scheduler at {scheduler} was lost while it had jobs of this command ({error}): start it and its "
+            "workers again, and run the same command again"
+        ) from error
+    finally:
+        log.setLevel(level)
 
 
 @contextmanager

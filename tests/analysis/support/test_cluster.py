@@ -1,5 +1,7 @@
 """Jobs in this process and on a cluster of processes: same results, errors, threads, memory, workers that die."""
 
+import subprocess
+import sys
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -205,6 +207,35 @@ def test_a_scheduler_must_have_workers_soon() -> None:
         with connect(address, timeout=60) as cluster:
             assert cluster.n_workers == 1
             assert len(list(cluster.map(jobs.threads_seen, range(5), label="threads"))) == 5
+
+
+SCHEDULER = """
+import sys
+from distributed import LocalCluster
+with LocalCluster(n_workers=1, processes=False, protocol="tcp", dashboard_address=None) as cluster:
+    print(cluster.scheduler_address, flush=True)
+    sys.stdin.read()
+"""
+
+
+def kill_during_a_job(process: "subprocess.Popen[str]", address: str) -> None:
+    with connect(address, timeout=30) as cluster:
+        for _ in cluster.map(jobs.threads_seen, range(10_000), label="threads"):
+            process.kill()
+
+
+def test_a_lost_scheduler_is_one_error(caplog: pytest.LogCaptureFixture) -> None:
+    command = [sys.executable, "-c", SCHEDULER]
+    soon = {"distributed.comm.timeouts.connect": "1s", "distributed.comm.retry.count": 0}
+    with (
+        subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process,
+        config.set(soon),
+    ):
+        assert process.stdout is not None
+        address = process.stdout.readline().strip()
+        with pytest.raises(AnalysisError, match=f"{address} was lost.*again"):
+            kill_during_a_job(process, address)
+    assert not [record for record in caplog.records if record.name == "distributed.client"]
 
 
 def test_a_worker_needs_less_memory_than_the_archive_has(tmp_path: Path) -> None:
