@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-import polars as pl
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -49,7 +48,7 @@ MAKERS: dict[str, Callable[[Path], Any]] = {
     "arrow": lambda _: pa.table(TABLE, schema=None),
     "pandas": lambda _: pd.DataFrame(TABLE),
     "pandas index": lambda _: pd.DataFrame(TABLE).set_index("example"),
-    "polars": lambda _: pl.DataFrame(TABLE),
+    "polars": lambda _: pytest.importorskip("polars").DataFrame(TABLE),
     "mapping": lambda _: {**TABLE, "n": np.array([1, 2], np.int16)},
     "lines": lambda _: [{name: values[i] for name, values in TABLE.items()} for i in range(2)],
     "csv": lambda folder: _file(folder / "t.csv", "example,points,who,n,ok\n3,0.5,ann,1,true\n0,nan,,2,false\n"),
