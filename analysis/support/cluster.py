@@ -473,8 +473,9 @@ def _naming_lost(client: Client, scheduler: str) -> Iterator[None]:
         with client:
             try:
                 yield
-            finally:
-                is_lost = client.status != "running"
+            except Exception as error:
+                is_lost = client.status != "running" or (_comes_of_os(error) and not _answers(client))
+                raise
     except Exception as error:
         if not is_lost:
             raise
@@ -484,6 +485,24 @@ def _naming_lost(client: Client, scheduler: str) -> Iterator[None]:
         ) from error
     finally:
         log.setLevel(level)
+
+
+def _comes_of_os(error: BaseException | None) -> bool:
+    """Say whether an error follows from one of the operating system, as those of connections do."""
+    while error is not None:
+        if isinstance(error, OSError):
+            return True
+        error = error.__cause__
+    return False
+
+
+def _answers(client: Client) -> bool:
+    """Say whether the scheduler still answers: a job may fail of a lost one before the client knows that it is lost."""
+    try:
+        client.nthreads()
+    except OSError:
+        return False
+    return True
 
 
 @contextmanager

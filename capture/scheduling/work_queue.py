@@ -36,6 +36,36 @@ def runs_of(queue: WorkQueue, done: Callable[[], Collection[int]]) -> Iterator[R
         yield None if shards is None else Run(shards, frozenset(done()).intersection(shards))
 
 
+def unit_runs(
+    membership: Membership | None, n: int, done: Callable[[], Collection[int]], *, name: str = "run"
+) -> Iterator[Run | None]:
+    """Yield units of work as runs, with those that were done before; None while there is none. See `units_left`.
+
+    All units are runs of the queue, also those that are done: the numbers of runs are the same for every worker,
+    whenever it comes.
+
+    Args:
+        membership: This worker's membership in the job; None for a single worker, which gets one run.
+        n: Number of units.
+        done: Returns the units that are done, by any worker.
+        name: As for `shared_queue`.
+    """
+    before = frozenset(done())
+    everything = [range(unit, unit + 1) for unit in range(n)]
+    alone: WorkQueue = iter([range(n)])
+    queue = alone if membership is None else shared_queue(membership, everything, done, name=name)
+    return runs_of(queue, lambda: before)
+
+
+def units_left(runs: Iterator[Run | None]) -> Iterator[int | None]:
+    """Yield the units of runs that were not done when the runs were taken; None while there is none."""
+    for run in runs:
+        if run is None:
+            yield None
+        else:
+            yield from (unit for unit in run.shards if unit not in run.committed)
+
+
 def shared_queue(
     membership: Membership,
     runs: Sequence[range],

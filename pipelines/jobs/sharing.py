@@ -17,7 +17,7 @@ from residua.capture.layout.process_layout import spans_processes, worker_group_
 from residua.capture.runtime.collectives import Agreement, failed_together, in_step
 from residua.capture.runtime.sharded import is_sharded, is_zero3
 from residua.capture.scheduling.membership import Membership
-from residua.capture.scheduling.work_queue import WorkQueue, runs_of, shared_queue
+from residua.capture.scheduling.work_queue import unit_runs, units_left
 from residua.capture.scheduling.worker_group import WorkerGroup
 from residua.pipelines.jobs.workers import Progress, missing_work, plan_once
 from residua.store.base.canonical import differences, flatten
@@ -79,18 +79,10 @@ class SharedWork:
             n: Number of units.
             done: Returns the units that are done, by any process; called at the start, and while waiting for others.
         """
-        before = frozenset(done())
-        everything = [range(unit, unit + 1) for unit in range(n)]
-        alone: WorkQueue = iter([range(n)])
-        queue = alone if self._membership is None else shared_queue(self._membership, everything, done)
-        runs = runs_of(queue, lambda: before)
+        runs = unit_runs(self._membership, n, done)
         if self._worker_group is not None:
             runs = self._worker_group.in_lockstep(runs, waits=self._agree is None)
-        for run in runs:
-            if run is None:
-                yield None
-            else:
-                yield from (unit for unit in run.shards if unit not in run.committed)
+        yield from units_left(runs)
 
     def steps(self, steps: Iterator[StepT | None], *, along: Callable[[], object]) -> Iterator[StepT]:
         """Yield steps of units; wait while there is none.

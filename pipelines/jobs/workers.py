@@ -25,7 +25,7 @@ from residua.capture.layout.process_layout import ProcessLayout, process_layout_
 from residua.capture.recording.stats import RecordStats, total
 from residua.capture.runtime.compat import PrefixStore
 from residua.capture.scheduling.membership import START_SECONDS, Membership
-from residua.capture.scheduling.work_queue import WorkQueue, shared_queue
+from residua.capture.scheduling.work_queue import WorkQueue, shared_queue, unit_runs, units_left
 from residua.pipelines.jobs.rendezvous import rendezvous
 from residua.pipelines.setup.settings import CaptureSettings
 from residua.store.base.errors import CaptureError, PlanError
@@ -202,13 +202,7 @@ class Workers:
             n: Number of units.
             done: Returns the units that are done, by any worker.
         """
-        before = done()
-        if self._membership is None:
-            yield from (unit for unit in range(n) if unit not in before)
-            return
-        everything = [range(unit, unit + 1) for unit in range(n) if unit not in before]
-        for run in shared_queue(self._membership, everything, done, name=name):
-            yield None if run is None else run.start
+        yield from units_left(unit_runs(self._membership, n, done, name=name))
 
     def process_layout(self, model: nn.Module, sites: Mapping[str, SiteInfo]) -> ProcessLayout | None:
         """Return what this worker holds of a model that several hold together; None if it holds the full model."""

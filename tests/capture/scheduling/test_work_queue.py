@@ -8,7 +8,7 @@ import pytest
 
 from residua.capture.runtime.compat import TCPStore
 from residua.capture.scheduling.membership import Membership
-from residua.capture.scheduling.work_queue import WorkQueue, shared_queue
+from residua.capture.scheduling.work_queue import WorkQueue, shared_queue, unit_runs, units_left
 from residua.store.base.errors import CaptureError
 from residua.store.format.commits import committed_shards
 
@@ -45,6 +45,19 @@ def test_every_run_is_given_once_and_it_is_over_when_all_is_committed(store: TCP
         assert next(second) is None
         commit(archive, 5)
         assert next(second, "over") == "over"
+
+
+def test_a_worker_that_comes_late_numbers_the_units_as_the_others_do(store: TCPStore) -> None:
+    done: set[int] = set()
+    with Membership(store, 0, 2) as one, Membership(store, 1, 2) as two:
+        early = units_left(unit_runs(one, 5, lambda: done, name="generate"))
+        done.update(unit for unit in (next(early), next(early)) if unit is not None)
+        late = units_left(unit_runs(two, 5, lambda: done, name="generate"))
+        given = [next(late), next(early), next(late)]
+        assert sorted([*done, *(unit for unit in given if unit is not None)]) == list(range(5))
+        done.update(range(5))
+        assert next(early, "over") == next(late, "over") == "over"
+    assert list(units_left(unit_runs(None, 5, lambda: {1, 3}))) == [0, 2, 4]
 
 
 def test_what_is_not_committed_of_a_worker_that_left_is_taken_over_once(store: TCPStore, archive: Path) -> None:

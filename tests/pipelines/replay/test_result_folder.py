@@ -23,7 +23,7 @@ EDITS: list[dict[str, Any]] = [
     {"edit": "scale", "site": "mlp_out.2", "by": 0.5, "rows": [LAST_ROW]},
     {"edit": "scale", "site": "mlp_out.2", "by": 0.5, "examples": [4], "positions": [0]},
     {"edit": "zero", "site": "mlp_out.2", "tokens": [96], "examples": [0]},
-    {"edit": "zero", "site": "mlp_out.2", "where": {"label": "none"}},
+    {"edit": "zero", "site": "mlp_out.2", "where": {"label": "none"}, "allow_empty": True},
 ]
 IDLE = [3, 4]
 
