@@ -197,6 +197,7 @@ class BlockWatch(Generic[FoundT]):
         self._modules = modules
         self._look = look
         self._last: Tensor | None = None
+        self._shape: torch.Size | None = None
         self._runs: dict[str, BlockRun] = {}
         self._stack = ExitStack()
 
@@ -224,6 +225,7 @@ class BlockWatch(Generic[FoundT]):
             return
         if self._last is not None:
             self.follows[path] = _is_same(self._last, entered)
+        self._shape = self._shape or entered.shape
         self._runs[path] = BlockRun(path=path, module=block, entered=_copy(entered))
 
     def _end(self, path: str, _block: nn.Module, _args: object, output: Any) -> None:
@@ -232,7 +234,7 @@ class BlockWatch(Generic[FoundT]):
         run = self._runs.pop(path, None)
         if run is None or self._last is None or self._look is None or self._last.is_meta:
             return
-        if self._last.shape == run.entered.shape:
+        if self._last.shape == run.entered.shape == self._shape:  # stages of several sizes (Swin) hold no one stream
             run.left = self._last
             run.leave_out_repeated()
             self.found[path] = self._look(run)

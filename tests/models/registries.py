@@ -199,6 +199,7 @@ _SETTINGS: dict[str, dict[str, Any]] = {
     "masked/perceiver": {"d_latents": 64, "num_latents": 16, "num_self_attends_per_block": 2},
     "masked/luke": {"entity_vocab_size": 50, "entity_emb_size": 16},
     **{f"vision/{name}": {"image_size": [32, 32]} for name in ("yolos",)},
+    "vision/swin": {"image_size": 32, "embed_dim": 16, "depths": [2, 2], "num_heads": [2, 4], "window_size": 4},
     "vision/timesformer": {"num_frames": 4},
     "vision/videomae": {"num_frames": 4, "tubelet_size": 2},
     "vision/vivit": {"num_frames": 4, "tubelet_size": [2, 8, 8]},

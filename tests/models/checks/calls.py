@@ -22,7 +22,7 @@ from tests.models.checks.truth import ModuleLog, eager, is_same
 from tests.models.findings import Record, StackRecord
 
 _LARGE = frozenset(
-    {"swin", "swinv2", "segformer", "pvt", "glpn", "levit", "hiera", "efficientnet", "convnext", "convnextv2", "bit"}
+    {"swinv2", "segformer", "pvt", "glpn", "levit", "hiera", "efficientnet", "convnext", "convnextv2", "bit"}
     | {"mobilevit", "mobilenet_v1", "mobilenet_v2", "resnet", "regnet", "poolformer", "focalnet", "swiftformer"}
     | {"dinov3_convnext"}
 )
