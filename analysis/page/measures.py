@@ -13,7 +13,7 @@ from residua.analysis.page.directions import MEASURES, Direction
 from residua.analysis.page.histogram import Histogram
 from residua.analysis.rows.blocks import Block, blocks
 from residua.analysis.rows.columns import examples_of
-from residua.analysis.rows.site_rows import pieces, runs, width_of
+from residua.analysis.rows.site_rows import piece_rows, pieces, runs, width_of
 from residua.analysis.stats.top import Best, kept, no_rows
 from residua.analysis.support.cluster import Cluster
 from residua.analysis.support.open_archives import Location, location, opened
@@ -174,6 +174,11 @@ def _shown(job: _ShownJob) -> npt.NDArray[np.float32]:
     archive = opened(job.location)
     width = width_of(archive, job.measures.site)
     array = archive[job.measures.site]
-    found = [job.measures.of(array[start:stop].reshape(stop - start, width)) for start, stop in job.rows]
+    rows = np.concatenate([np.arange(*each) for each in job.rows])
+    height = piece_rows(width)
+    parts = (
+        rows[i : i + height] for i in range(0, len(rows), height)
+    )  # together, so that few chunks are decoded twice
+    found = [job.measures.of(array[part].reshape(len(part), width)) for part in parts]
     with np.errstate(over="ignore"):
         return np.concatenate(found, axis=1).astype(np.float32)
