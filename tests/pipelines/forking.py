@@ -4,6 +4,7 @@ Importing torch takes seconds, which twenty killed captures cannot afford. The p
 forks. A child is reaped only after the test knows that it ended, so its process id cannot go to another process.
 """
 
+import gc
 import json
 import os
 import selectors
@@ -143,6 +144,7 @@ def serve() -> None:
     from residua.pipelines.cli.main import main
 
     assert len(threading.enumerate()) == 1
+    share_memory()
     _say("ready")
     for line in iter(sys.stdin.readline, ""):
         request = json.loads(line)
@@ -158,6 +160,15 @@ def serve() -> None:
         _say(ended.si_status if ended.si_code == os.CLD_EXITED else -ended.si_status)
         sys.stdin.readline()
         os.waitpid(pid, 0)
+
+
+def share_memory() -> None:
+    """Keep children from looking at what this process has imported.
+
+    Garbage collection would copy every page of it, and the end of a child would free it all, in eight seconds.
+    """
+    gc.collect()
+    gc.freeze()
 
 
 def _say(message: object) -> None:

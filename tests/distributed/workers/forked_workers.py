@@ -157,6 +157,7 @@ def serve() -> None:
     assert defaults is not None
     defaults["lost_seconds"] = LOST_SECONDS
     assert len(threading.enumerate()) == 1
+    forking.share_memory()
     _say("ready")
     for line in iter(sys.stdin.readline, ""):
         pids = [_fork(request) for request in json.loads(line)]
