@@ -27,10 +27,11 @@ from residua.analysis.stats.site_stats import Stats
 from residua.analysis.stats.stats import stats
 from residua.analysis.stats.top import Best, described
 from residua.analysis.support.cluster import Cluster, or_inline
-from residua.store.base.errors import AnalysisError
+from residua.store.base.errors import AnalysisError, few
+from residua.store.base.naming import named
 from residua.store.format.site_names import parse_site
 from residua.store.read.archive import Archive
-from residua.store.read.stacks import open_archive
+from residua.store.read.stacks import by_rows, open_archive
 from residua.store.read.summary import summarise
 from residua.store.storage.address import is_remote
 from residua.store.storage.files import write_file
@@ -84,7 +85,8 @@ def page(
     Args:
         archive: The archive, or its path or address.
         out: The folder of the page.
-        sites: The sites to show, for example ``resid_post.*``; of an archive of several stacks those of one.
+        sites: The sites to show, for example ``resid_post.*``; of an archive of several stacks those of one. Keys and
+            values of cross-attention have rows of the encoder, and are left out of a page of the decoder.
         directions: Directions to colour tokens by and to find the strongest rows of: texts such as
             ``resid_post.3=channel:17`` (see `residua.analysis.page.directions`), or tuples of a name, a site and a
             vector.
@@ -116,9 +118,9 @@ def page(
     ):
         if number < least:
             raise AnalysisError(f"{name} is {number}: ask for at least {least}")
-    archive, cluster = open_archive(archive).of_sites(sites), or_inline(cluster)
+    (archive, chosen, others), cluster = _of_one_stack(open_archive(archive), sites), or_inline(cluster)
     lens = None if lens is None else Path(lens).absolute()
-    names = _vector_sites(archive, archive.select(sites))
+    names = _vector_sites(archive, chosen)
     wanted = directions_of(archive, directions, lens)
     names += [name for name in archive.sites if name not in names and any(one.site == name for one in wanted)]
     decoded = lens_sites(archive, names, lens) if lens_examples else []
@@ -139,7 +141,7 @@ def page(
     patterns = plan_patterns(archive, shown)
     for layer in read_patterns(patterns, shown, cluster=cluster):
         writer.pattern(layer.layer, layer.weights)
-    notes = tuple(filter(None, [patterns.note, "" if decoded or not lens_examples else _NO_LENS]))
+    notes = tuple(filter(None, [others, patterns.note, "" if decoded or not lens_examples else _NO_LENS]))
     writer.finish(
         {
             "sites": sites_json,
@@ -151,6 +153,22 @@ def page(
     )
     n_bytes = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     return Page(folder / INDEX, len(shown.numbers), n_bytes, notes)
+
+
+def _of_one_stack(archive: Archive, sites: str | Iterable[str]) -> tuple[Archive, tuple[str, ...], str]:
+    """Return the archive of the stack that `sites` name, its sites, and a note on those that have rows of another."""
+    found = by_rows(archive, sites)
+    stacks = {parse_site(name).stack for _, names in found for name in names}
+    if len(found) == 1 or len(stacks) > 1:
+        own = archive.of_sites(sites)
+        return own, own.select(sites), ""
+    ((rows, own_names),) = (one for one in found if {parse_site(name).row_stack for name in one[1]} == stacks)
+    others = [name for _, names in found for name in names if name not in own_names]
+    note = (
+        f"{few(others)} have rows of another stack, {parse_site(others[0]).row_stack}, and are left out: a page of "
+        f"their own shows them ({named('sites', others[0].rpartition('.')[0] + '.*')})"
+    )
+    return rows, own_names, note
 
 
 def _vector_sites(archive: Archive, names: Sequence[str]) -> list[str]:

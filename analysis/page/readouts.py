@@ -15,6 +15,7 @@ from residua.analysis.lens.lm_head import LMHead, load_lm_head
 from residua.analysis.lens.rows import layer_of
 from residua.analysis.lens.unembedding import Decoder
 from residua.analysis.page.measures import ShownRows
+from residua.analysis.rows.blocks import grouped
 from residua.analysis.support.cluster import Cluster
 from residua.analysis.support.kept import kept
 from residua.analysis.support.open_archives import Location, location, opened
@@ -97,7 +98,7 @@ def read_out(
     Yields:
         Each site, as it is done, and its read-outs, for the rows of all examples.
     """
-    groups = _grouped(rows)
+    groups = grouped(rows, _ROWS_PER_JOB)
     most_bytes = cluster.memory_limit // _LENS_SHARE
     jobs = [_Job(location(archive), site, group, lens, k, most_bytes) for site in sites for group in groups]
     waiting: dict[str, dict[int, Readouts]] = {}
@@ -111,18 +112,6 @@ def read_out(
                 Readouts(*(np.concatenate(parts) for parts in zip(*(done[i] for i in sorted(done)), strict=True))),
             )
     cluster.let_go(ANALYSIS)
-
-
-def _grouped(rows: Sequence[ShownRows]) -> list[list[ShownRows]]:
-    groups: list[list[ShownRows]] = []
-    n_rows = _ROWS_PER_JOB
-    for one in rows:
-        if n_rows >= _ROWS_PER_JOB:
-            groups.append([])
-            n_rows = 0
-        groups[-1].append(one)
-        n_rows += one.stop - one.start
-    return groups
 
 
 def _read_out(job: _Job) -> Readouts:

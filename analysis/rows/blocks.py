@@ -4,7 +4,7 @@ from bisect import bisect_right
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeAlias, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -19,6 +19,23 @@ Array: TypeAlias = npt.NDArray[Any]
 Rows: TypeAlias = "Array | DaskArray"
 
 _BLOCK_ROWS = 8192  # of an array
+
+
+class Span(Protocol):
+    """Rows `start` to `stop` (not included)."""
+
+    @property
+    def start(self) -> int:
+        """The first row."""
+        ...
+
+    @property
+    def stop(self) -> int:
+        """The row after the last."""
+        ...
+
+
+AnySpan = TypeVar("AnySpan", bound=Span)
 
 
 class Block(NamedTuple):
@@ -118,6 +135,19 @@ class Leaves:
         if self.rows < self.shard_rows:
             return [count * self._per_shard for count in shards]
         return [-(-count // (self.rows // self.shard_rows)) for count in shards]
+
+
+def grouped(spans: Iterable[AnySpan], least_rows: int) -> list[list[AnySpan]]:
+    """Divide `spans` into groups of neighbours, each as short as `least_rows` rows allow."""
+    found: list[list[AnySpan]] = []
+    n_rows = least_rows
+    for span in spans:
+        if n_rows >= least_rows:
+            found.append([])
+            n_rows = 0
+        found[-1].append(span)
+        n_rows += span.stop - span.start
+    return found
 
 
 def _rows_within(most_bytes: int, row_bytes: int) -> int:

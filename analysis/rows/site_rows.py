@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from residua.analysis.rows.blocks import Block
+from residua.analysis.rows.blocks import Block, grouped
 from residua.store.read.archive import Archive
 from residua.store.selection.row_filter import RowFilter
 
@@ -80,12 +80,4 @@ def runs(blocks: Sequence[Block], *, least_rows: int) -> list[list[Block]]:
     depend on the archive and not on the cluster, so sums over runs are the same wherever they are computed.
     """
     least_rows = max(least_rows, sum(block.stop - block.start for block in blocks) // _MOST_RUNS)
-    found: list[list[Block]] = []
-    n_rows = least_rows
-    for block in blocks:
-        if n_rows >= least_rows:
-            found.append([])
-            n_rows = 0
-        found[-1].append(block)
-        n_rows += block.stop - block.start
-    return found
+    return grouped(blocks, least_rows)

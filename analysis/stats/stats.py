@@ -20,7 +20,7 @@ from residua.analysis.support.open_archives import Location, location, opened
 from residua.analysis.support.sums import OrderedSum
 from residua.store.base.errors import AnalysisError
 from residua.store.read.archive import Archive
-from residua.store.read.stacks import open_archive
+from residua.store.read.stacks import by_rows, open_archive
 
 _ROWS_PER_CHANNEL = 32  # of a task, so that the covariance it returns is small compared with what it reads
 _COVARIANCES = 8  # that a worker holds at most: the sum, one piece, a product, and as much again for copies
@@ -51,7 +51,7 @@ def stats(
 
     Args:
         archive: The archive, or its path or address.
-        sites: The sites, for example ``resid_post.*``.
+        sites: The sites, for example ``resid_post.*``; they may be of several stacks.
         components: Number of principal components for each site; with 0 no covariance is computed.
         where: Use only these rows, for example ``position > 0``.
         cluster: Where to compute; by default in this process.
@@ -61,18 +61,18 @@ def stats(
         UnknownSiteError: `sites` names no stored site.
         AnalysisError: A site has no finite rows, or the filter does not fit the archive.
     """
-    archive, cluster = open_archive(archive).of_sites(sites), or_inline(cluster)
-    names = archive.select(sites)
+    archive, cluster = open_archive(archive), or_inline(cluster)
     widest = int((cluster.memory_limit / _COVARIANCES / 8) ** 0.5)
     jobs = [
         job
+        for of_rows, names in by_rows(archive, sites)
         for name in names
-        for job in _jobs(archive, name, where, task_rows, full=components > 0 and width_of(archive, name) <= widest)
+        for job in _jobs(of_rows, name, where, task_rows, full=components > 0 and width_of(of_rows, name) <= widest)
     ]
     if not jobs:
         raise AnalysisError(f"{archive.place} has no captured rows: resume its capture first")
     found = {name: site_stats(name, sums, components) for name, sums in _summed(jobs, cluster)}
-    ordered = [found[name] for name in names]
+    ordered = [found[name] for name in dict.fromkeys(job.site for job in jobs)]
     return Stats(
         sites=pa.concat_tables([site.sites for site in ordered]),
         channels=pa.concat_tables([site.channels for site in ordered]),

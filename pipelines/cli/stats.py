@@ -109,7 +109,8 @@ def _print(found: "Stats", folder: str | Path) -> None:
         )
         for line in found.sites.to_pylist()
     ]
-    print(f"{max(found.sites['n_rows'].to_pylist()):,} rows")
+    of_stacks = dict.fromkeys(found.sites["n_rows"].to_pylist())
+    print(f"{' and '.join(f'{n_rows:,}' for n_rows in of_stacks)} rows")
     print(table([heading, *lines], (1, 2, 3, 4, 5, 6, 8)))
     for line in found.sites.to_pylist():
         if line["n_nonfinite"]:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, Unpack
 from residua.store.base.errors import NotCapturedError, PlanError, UnknownSiteError
 from residua.store.base.untrusted import check_inside
 from residua.store.format.archive_metadata import MAX_METADATA_BYTES, ROOT
+from residua.store.format.site_names import parse_site
 from residua.store.format.stacks import stacks_in
 from residua.store.read.archive import Archive, Progress
 from residua.store.read.array import ArchiveArray
@@ -107,6 +108,17 @@ def main_archive(archive: Archive) -> Archive:
     if not (found := archives_of(archive)):
         raise NotCapturedError(f"{archive.place} has no rows yet: run the capture first")
     return found[-1]
+
+
+def by_rows(archive: Archive, sites: str | Iterable[str]) -> list[tuple[Archive, tuple[str, ...]]]:
+    """Return the archives whose rows some sites have, each with these sites; of one archive, itself with all of them.
+
+    Raises:
+        UnknownSiteError: `sites` matches no stored site.
+    """
+    names = archive.select(sites)
+    found = [(each, tuple(name for name in names if name in each.sites)) for each in archives_of(archive)]
+    return [(each, own) for each, own in found if own]
 
 
 class StackedArchive(Archive):
@@ -212,15 +224,16 @@ class StackedArchive(Archive):
         Raises:
             UnknownSiteError: `sites` matches no stored site, or sites with rows of several stacks.
         """
-        names = self.select(sites)
-        found = {name: archive for name, archive in self._stacks.items() if set(names) & set(archive.sites)}
+        found = by_rows(self, sites)
         if len(found) > 1:
-            first = [next(site for site in names if site in archive.sites) for archive in found.values()]
+            firsts = [own[0] for _, own in found]
+            stacks = " and ".join(parse_site(first).row_stack for first in firsts)
             raise UnknownSiteError(
-                f"{first[0]} and {first[1]} have rows of different stacks, {' and '.join(found)}: name sites of one, "
-                f"for example {next(iter(found))}.resid_post.*"
+                f"{' and '.join(firsts)} have rows of different stacks, {stacks}: name sites of one, for example "
+                f"{firsts[-1].rpartition('.')[0]}.*. Keys and values of cross-attention (cross_k, cross_v) have a row "
+                "for each position of the encoder"
             )
-        return next(iter(found.values()))
+        return found[0][0]
 
     def refuse_losses(self, sites: Iterable[str], job: str) -> None:
         """Raise PlanError if the stored rows of one of `sites` lack finite values that the model had."""

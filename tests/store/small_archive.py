@@ -37,19 +37,23 @@ def make_archive(
     seed: int = 0,
     open_size: bool = False,
     stack: str = "",
+    cross: bool = False,
     nonfinite: bool = False,
     sites: tuple[str, ...] = (),
 ) -> Path:
     """Write an archive of three shards, the last one short, at `path`; `seed` changes its values.
 
     With `sites`, it has only these, with the same values. With `open_size`, its size is not known before it is
-    sealed. With `stack`, its sites are of that stack. With `nonfinite`, every shard of every site has a NaN.
+    sealed. With `stack`, its sites are of that stack; with `cross`, it also has keys of the decoder's
+    attention to its rows. With `nonfinite`, every shard of every site has a NaN.
     """
     rng, dot = np.random.default_rng(seed), stack and f"{stack}."
-    all_sites = (
+    all_sites: tuple[SitePlan, ...] = (
         SitePlan(name=f"{dot}resid_post.0", row_shape=(40,), dtype="float32", codec=codec),
         SitePlan(name=f"{dot}q.1", row_shape=(2, 4), dtype="float32", codec=codec),
     )
+    if cross:
+        all_sites = (*all_sites, SitePlan(name="decoder.cross_k.1", row_shape=(2, 4), dtype="float32", codec=codec))
     with workspace(path) as folder:
         examples = [_example(i, length, rng) for i, length in enumerate(LENGTHS)]
         writer = ExampleWriter(folder / "examples")

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.compute as pc
 import pytest
 import zarr
 
@@ -56,6 +57,54 @@ def test_rows_of_one_stack_are_analysed(folder: Path) -> None:
     assert found["site"].to_pylist() == ["encoder.resid_post.0"]
     mean = stats(archive, "decoder.resid_post.0", components=0).channels["mean"].to_numpy()
     np.testing.assert_allclose(mean, archive["decoder.resid_post.0"][:].astype(np.float64).mean(0), rtol=1e-6)
+
+
+@pytest.fixture
+def crossed(tmp_path: Path) -> Path:
+    """The same with the keys of cross-attention, which are the decoder's and have rows of the encoder."""
+    path = tmp_path / "cross.zarr"
+    create_stacks(path, ["encoder", "decoder"])
+    make_archive(path / "encoder", stack="encoder", cross=True)
+    make_archive(path / "decoder", seed=1, stack="decoder")
+    return path
+
+
+@pytest.mark.parametrize(
+    ("sites", "expected"),
+    [
+        ("decoder.*", ["decoder.cross_k.1", "decoder.resid_post.0", "decoder.q.1"]),
+        ("decoder.cross_k.*", ["decoder.cross_k.1"]),
+        (
+            "*",
+            [
+                *("encoder.resid_post.0", "encoder.q.1", "decoder.cross_k.1"),
+                *("decoder.resid_post.0", "decoder.q.1"),
+            ],
+        ),
+    ],
+)
+def test_statistics_are_of_sites_with_rows_of_any_stack(crossed: Path, sites: str, expected: list[str]) -> None:
+    archive = residua.open(crossed)
+    found = stats(archive, sites, components=0, where="position > 0")
+    assert found.sites["site"].to_pylist() == expected
+    for site in expected:
+        own = archive.of_sites(site)
+        rows = own[site][:].reshape(own.n_rows, -1).astype(np.float64)[own.rows.position[:] > 0]
+        mean = found.channels.filter(pc.field("site") == site)["mean"].to_numpy()
+        np.testing.assert_allclose(mean, rows.mean(0), rtol=1e-5, atol=1e-7)
+
+
+def test_a_page_of_a_stack_leaves_out_what_has_rows_of_another_and_says_so(crossed: Path, tmp_path: Path) -> None:
+    made = residua.page(crossed, tmp_path / "page", sites="decoder.*")
+    assert any("decoder.cross_k.1" in note and "encoder" in note for note in made.notes)
+    text = (made.file.parent / "data" / "archive.js").read_text()
+    assert "decoder.resid_post.0" in text
+    alone = residua.page(crossed, tmp_path / "alone", sites="decoder.cross_k.*")
+    assert not any("cross_k" in note for note in alone.notes)
+    for sites in ("*", "resid_post.*", "decoder.cross_k.1,encoder.q.1,decoder.q.1"):
+        with pytest.raises(UnknownSiteError, match=r"encoder.*decoder.*cross_k"):
+            residua.page(crossed, tmp_path / "both", sites=sites)
+    assert not (tmp_path / "both").exists()
 
 
 @pytest.mark.parametrize("sites", ["z.*", "decoder.z.1", "resid_post.7"])
