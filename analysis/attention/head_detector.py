@@ -28,6 +28,7 @@ from residua.analysis.attention.token_matches import Match, duplicate_token, lef
 from residua.analysis.attention.weights import ExampleSums, Floats
 from residua.analysis.support.cluster import Cluster
 from residua.store.base.errors import AnalysisError
+from residua.store.base.sizes import Size
 from residua.store.read.archive import Archive
 from residua.store.read.stacks import open_archive
 
@@ -45,7 +46,7 @@ def head_detector(
     layers: Sequence[int] | None = None,
     source: Source | None = None,
     cluster: Cluster | None = None,
-    most_bytes: int = MOST_BYTES,
+    most_bytes: Size = MOST_BYTES,
 ) -> pa.Table:
     """Score every head as TransformerLens's ``detect_head`` does; the score is the mean over the examples.
 
@@ -59,7 +60,8 @@ def head_detector(
         layers: Layers to score; None: all layers whose weights are known.
         source: ``pattern`` or ``qk``; None: patterns if they are stored.
         cluster: Where the jobs run; None: in this process.
-        most_bytes: Memory limit of a job, not counting the tokens of an example.
+        most_bytes: Memory limit of a job, in bytes or as a text such as ``1GiB``, not counting the tokens of an
+            example.
 
     Returns:
         One line for each head, with the columns ``layer`` and ``head`` (int32) and ``score`` (float64).

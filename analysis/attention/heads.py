@@ -38,6 +38,7 @@ from residua.analysis.attention.jobs import (
 from residua.analysis.attention.token_matches import Match, prefix, previous_token, self_attention
 from residua.analysis.attention.weights import ExampleSums, Floats
 from residua.analysis.support.cluster import Cluster
+from residua.store.base.sizes import Size
 from residua.store.read.archive import Archive
 from residua.store.read.stacks import open_archive
 
@@ -84,7 +85,7 @@ def measure_heads(
     layers: Sequence[int] | None = None,
     source: Source | None = None,
     cluster: Cluster | None = None,
-    most_bytes: int = MOST_BYTES,
+    most_bytes: Size = MOST_BYTES,
     job_pairs: int = JOB_PAIRS,
 ) -> HeadMeasures:
     """Measure every head of an archive; arguments and errors are those of `residua.heads`."""

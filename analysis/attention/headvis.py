@@ -28,6 +28,7 @@ from residua.analysis.support.plots import heat_maps
 from residua.analysis.support.sums import in_order
 from residua.store.base.errors import AnalysisError
 from residua.store.base.naming import named
+from residua.store.base.sizes import Size
 from residua.store.read.archive import Archive
 from residua.store.read.stacks import open_archive
 from residua.store.read.text import token_texts
@@ -64,7 +65,7 @@ def heads(
     source: Source | None = None,
     sequences: int = 2,
     cluster: Cluster | None = None,
-    most_bytes: int = MOST_BYTES,
+    most_bytes: Size = MOST_BYTES,
     job_pairs: int = JOB_PAIRS,
 ) -> pa.Table:
     """Measure what every attention head looks at, as HeadVis does, and write the files that its page opens.
@@ -79,8 +80,8 @@ def heads(
         source: ``pattern`` or ``qk``; None: patterns if they are stored.
         sequences: Examples that are shown of each head at each of ten levels of its strongest attention; 0 shows none.
         cluster: Where the jobs run, from `residua.analysis.support.cluster.connect`; None: in this process.
-        most_bytes: Memory limit of a job, not counting the tokens of an example. To show examples, a job also holds the
-            keys of one of up to 1,024 tokens.
+        most_bytes: Memory limit of a job, in bytes or as a text such as ``1GiB``, not counting the tokens of an
+            example. To show examples, a job also holds the keys of one of up to 1,024 tokens.
         job_pairs: Pairs of query and key that a job covers at most, if it has more than one example.
 
     Returns:

@@ -39,6 +39,7 @@ from residua.analysis.attention.weights import ExampleSums, Floats
 from residua.analysis.support.cluster import Cluster
 from residua.analysis.support.open_archives import opened
 from residua.store.base.errors import AnalysisError
+from residua.store.base.sizes import Size
 from residua.store.read.archive import Archive
 from residua.store.read.stacks import open_archive
 
@@ -61,7 +62,7 @@ def induction_scores(
     layers: Sequence[int] | None = None,
     source: Source | None = None,
     cluster: Cluster | None = None,
-    most_bytes: int = MOST_BYTES,
+    most_bytes: Size = MOST_BYTES,
     job_pairs: int = JOB_PAIRS,
 ) -> pa.Table:
     """Score every head of an archive in which each example is a repeated block of tokens.
@@ -73,7 +74,8 @@ def induction_scores(
         layers: Layers to score; None: all layers whose weights are known.
         source: ``pattern`` or ``qk``; None: patterns if they are stored.
         cluster: Where the jobs run, from `residua.analysis.support.cluster.connect`; None: in this process.
-        most_bytes: Memory limit of a job, not counting the tokens of an example.
+        most_bytes: Memory limit of a job, in bytes or as a text such as ``1GiB``, not counting the tokens of an
+            example.
         job_pairs: Pairs of query and key that a job covers at most, if it has more than one example.
 
     Returns:

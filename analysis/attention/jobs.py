@@ -13,6 +13,7 @@ from residua.analysis.support.cluster import Cluster, or_inline
 from residua.analysis.support.open_archives import Location, location, opened
 from residua.store.base.errors import AnalysisError
 from residua.store.base.naming import named
+from residua.store.base.sizes import Size, n_bytes
 from residua.store.examples.index import has_no_tokens
 from residua.store.format.sidecars import ATTENTION_FILE, AttentionSpec, attention_from_json
 from residua.store.format.site_names import parse_site
@@ -40,7 +41,7 @@ def attention_jobs(
     *,
     layers: Sequence[int] | None,
     source: Source | None,
-    most_bytes: int,
+    most_bytes: Size,
     job_pairs: int = JOB_PAIRS,
 ) -> list[AttentionJob]:
     """Return the jobs that score an archive; they are the same for any number of workers.
@@ -49,7 +50,7 @@ def attention_jobs(
         archive: The archive.
         layers: Layers to score; None: all layers whose weights are known.
         source: ``pattern``: use `pattern` sites; ``qk``: use `q` and `k` sites; None: use patterns if they are stored.
-        most_bytes: Memory limit of a job.
+        most_bytes: Memory limit of a job: bytes, or a text such as ``1GiB``.
         job_pairs: Pairs of query and key that a job covers at most, if it has more than one example. The default takes
             seconds, so that there are many jobs and starting them costs little.
 
@@ -67,8 +68,9 @@ def attention_jobs(
             first, pairs = example, 0
         pairs += n_tokens**2
     examples.append((first, index.n_examples))
+    memory = n_bytes(most_bytes, "most_bytes")
     return [
-        AttentionJob(location(archive), layer, layer_source, first, last, most_bytes)
+        AttentionJob(location(archive), layer, layer_source, first, last, memory)
         for layer, layer_source in _sources(archive, layers, source).items()
         for first, last in examples
     ]

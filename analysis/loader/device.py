@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from residua.store.base.errors import AnalysisError
+from residua.store.format.site_aliases import BySite
 
 Batch: TypeAlias = dict[str, Tensor]
 
@@ -38,7 +39,7 @@ def on_device(batches: Iterator[Batch], device: torch.device | None) -> Iterator
         return batches
     if device.type == "cuda":
         return _copied_ahead(batches, device)
-    return ({name: values.to(device) for name, values in batch.items()} for batch in batches)
+    return (BySite({name: values.to(device) for name, values in batch.items()}) for batch in batches)
 
 
 def _copied_ahead(batches: Iterator[Batch], device: torch.device) -> Iterator[Batch]:
@@ -47,7 +48,7 @@ def _copied_ahead(batches: Iterator[Batch], device: torch.device) -> Iterator[Ba
     for batch in batches:
         pinned = {name: values if values.is_pinned() else values.pin_memory() for name, values in batch.items()}
         with torch.cuda.stream(copies):
-            sent = {name: values.to(device, non_blocking=True) for name, values in pinned.items()}
+            sent = BySite({name: values.to(device, non_blocking=True) for name, values in pinned.items()})
         copied = torch.cuda.Event()  # type: ignore[no-untyped-call]  # nor this
         copied.record(copies)
         following = sent, pinned, copied  # pinned memory stays until its copy is waited for

@@ -15,6 +15,7 @@ from residua.analysis.loader.device import Batch
 from residua.analysis.loader.division import State
 from residua.analysis.loader.loader import Loader
 from residua.store.base.errors import AnalysisError, MissingPackageError, few
+from residua.store.format.site_aliases import canonical
 
 T = TypeVar("T")
 
@@ -98,7 +99,8 @@ def named(loader: Loader, hooks: Mapping[str, str] | None, trainer: str) -> dict
     Raises:
         AnalysisError: `hooks` names a site that the loader does not have, or two sites have one name.
     """
-    found = {site: site for site in loader.sites} | dict(hooks or {})
+    given = {canonical(site): name for site, name in (hooks or {}).items()}
+    found = {site: site for site in loader.sites} | given
     if unknown := sorted(set(found) - set(loader.sites)):
         raise AnalysisError(f"{trainer}: hooks= names {few(unknown)}, but {loader} has {few(loader.sites)}")
     if len(set(found.values())) < len(found):

@@ -45,6 +45,8 @@ from residua.analysis.rows.columns import lookups
 from residua.analysis.rows.groups import example_groups
 from residua.analysis.rows.held_out import held_out_groups
 from residua.store.base.errors import AnalysisError, few
+from residua.store.base.sizes import Size, n_bytes
+from residua.store.format.site_aliases import BySite
 from residua.store.read.archive import Archive
 from residua.store.read.array import as_tensor
 from residua.store.selection.row_filter import RowFilter
@@ -66,7 +68,7 @@ class LoaderOptions(TypedDict, total=False):
     normalise: Kind | Mapping[str, Normalisation] | None
     dtype: torch.dtype | None
     device: torch.device | str | None
-    buffer_bytes: int
+    buffer_bytes: Size
     drop_last: bool
     num_workers: int
     rank: int | None
@@ -75,7 +77,7 @@ class LoaderOptions(TypedDict, total=False):
     test_fraction: float
     split_seed: int
     group: str | None
-    raw_block_bytes: int
+    raw_block_bytes: Size
 
 
 class Loader(IterableDataset[Batch]):
@@ -108,7 +110,7 @@ class Loader(IterableDataset[Batch]):
         dtype: Type to cast the values to; by default the stored type, or float32 if they are normalised.
         device: Where batches lie. On CUDA, the next one is copied from pinned memory meanwhile. In your own
             `DataLoader` with workers it has no effect: use its ``pin_memory``.
-        buffer_bytes: Most bytes of rows in memory at a time, in each worker.
+        buffer_bytes: Memory of the rows that are held at a time, in each worker: bytes, or a text such as ``1GiB``.
         drop_last: Leave out the rows that do not fill a batch.
         num_workers: Processes that read; 0 reads in this process. Your own `DataLoader` works as well
             (``DataLoader(loader, batch_size=None, num_workers=2)``), but then it has to be told what you took:
@@ -122,8 +124,8 @@ class Loader(IterableDataset[Batch]):
         split_seed: Random seed of the split; `seed` does not change it.
         group: What else stays together: a column such as ``author``; ``source_index``: documents alone; ``example``:
             each example for itself.
-        raw_block_bytes: Most bytes of a block if all sites are stored raw. Smaller blocks mix better, larger ones are
-            read faster.
+        raw_block_bytes: Size of a block at most if all sites are stored raw, written likewise. Smaller blocks mix
+            better, larger ones are read faster.
 
     Attributes:
         sites: Sites of a batch.
@@ -150,7 +152,7 @@ class Loader(IterableDataset[Batch]):
         normalise: Kind | Mapping[str, Normalisation] | None = None,
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
-        buffer_bytes: int = 256 * 2**20,
+        buffer_bytes: Size = 256 * 2**20,
         drop_last: bool = False,
         num_workers: int = 0,
         rank: int | None = None,
@@ -159,7 +161,7 @@ class Loader(IterableDataset[Batch]):
         test_fraction: float = 0.1,
         split_seed: int = 0,
         group: str | None = None,
-        raw_block_bytes: int = 128 * 1024,
+        raw_block_bytes: Size = 128 * 1024,
     ) -> None:
         self._archive = archive
         self.sites = archive.select(sites)
@@ -171,12 +173,14 @@ class Loader(IterableDataset[Batch]):
         self._sent_place = 0, 1  # of the process that sent this object to a worker
         self._epochs = epochs
         sources = self._sources()
-        height = block_height(archive, [*sources.values()], buffer_bytes=buffer_bytes, raw_block_bytes=raw_block_bytes)
-        buffer_rows = buffer_bytes // (row_bytes([*sources.values()]) + _OVERHEAD_BYTES)
+        buffer_size = n_bytes(buffer_bytes, "buffer_bytes")
+        block_size = n_bytes(raw_block_bytes, "raw_block_bytes")
+        height = block_height(archive, [*sources.values()], buffer_bytes=buffer_size, raw_block_bytes=block_size)
+        buffer_rows = buffer_size // (row_bytes([*sources.values()]) + _OVERHEAD_BYTES)
         if not 0 < batch_size <= buffer_rows or seed < 0 or num_workers < 0 or (epochs is not None and epochs < 1):
             raise AnalysisError(
                 f"batches of {batch_size:,} rows were requested, with seed {seed}, {epochs} epochs and {num_workers} "
-                f"workers, and a buffer of {buffer_bytes:,} bytes, which holds {buffer_rows:,} rows: a batch needs at "
+                f"workers, and a buffer of {buffer_size:,} bytes, which holds {buffer_rows:,} rows: a batch needs at "
                 "least one row and must fit into the buffer, an iteration has at least one epoch, and no number may be "
                 "negative"
             )
@@ -191,7 +195,7 @@ class Loader(IterableDataset[Batch]):
         if set(names) & set(self.sites):
             raise AnalysisError(f"{sorted(set(names) & set(self.sites))} cannot be both site and column of a batch")
         self._columns = lookups(archive, names[1:], self._chosen.rows)
-        self.normalisation = self.constants(normalise) if isinstance(normalise, str) else dict(normalise or {})
+        self.normalisation = self.constants(normalise) if isinstance(normalise, str) else BySite(normalise or {})
         if self.normalisation and (lacking := set(self.sites) - set(self.normalisation)):
             raise AnalysisError(f"normalise= has no constants for {few(sorted(lacking))}: give those of all sites")
         self._settings: Mapping[str, object] = {
@@ -273,7 +277,7 @@ class Loader(IterableDataset[Batch]):
         Raises:
             AnalysisError: The kind is unknown, or a site has no finite rows.
         """
-        return {site: self._constants(site, source, kind) for site, source in self._sources().items()}
+        return BySite({site: self._constants(site, source, kind) for site, source in self._sources().items()})
 
     def _constants(self, site: str, source: Source, kind: Kind) -> Normalisation:
         return normalisation(site, source, self._chosen, checked_kind(kind))
@@ -487,7 +491,7 @@ class Loader(IterableDataset[Batch]):
         )
         for start in range(first * size, len(places), size):
             rows, values = buffer.take(start, min(start + size, len(places)))
-            batch = {site: self._prepared(site, as_tensor(array)) for site, array in values.items()}
+            batch = BySite({site: self._prepared(site, as_tensor(array)) for site, array in values.items()})
             batch["row"] = torch.from_numpy(rows)
             for name, lookup in self._columns.items():
                 batch[name] = as_tensor(lookup(rows))

@@ -18,6 +18,7 @@ from transformers import GenerationMixin
 from residua.capture.recording.arguments import Bools, Ids
 from residua.capture.replay.generation import runs_alone, runs_other_tokens
 from residua.capture.runtime.compat import merged_generation_config
+from residua.capture.runtime.instance_attributes import instance_attribute
 from residua.capture.runtime.wrappers import core_of
 from residua.store.base.errors import CaptureError
 
@@ -111,18 +112,9 @@ def recording_generation(
     with ExitStack() as stack:
         for one in {id(one): one for one in (model, core)}.values():
             if callable(getattr(one, "generate", None)):
-                attributes = vars(one)
-                stack.callback(_restore, attributes, attributes.get("generate"))
                 own: Any = one
-                attributes["generate"] = followed(own.generate)
+                stack.enter_context(instance_attribute(one, "generate", followed(own.generate)))
         yield
-
-
-def _restore(attributes: dict[str, Any], generate: Any) -> None:
-    if generate is None:
-        del attributes["generate"]
-    else:
-        attributes["generate"] = generate
 
 
 def _checked(core: Any, refusal: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Generation:

@@ -28,6 +28,7 @@ from residua.capture.runtime.process_groups import declared_group
 from residua.capture.runtime.wrappers import evaluating, running_uncompiled
 from residua.capture.sites.anatomy import n_logits_of
 from residua.store.base.errors import CaptureError, PlanError, UnknownSiteError, few
+from residua.store.format.site_aliases import BySite
 
 
 class Replay:
@@ -145,7 +146,7 @@ class Replay:
         names = self._replayer.readable_sites([sites] if isinstance(sites, str) else list(sites))
         if missing := [name for name in names if name not in self._asked]:
             self._run([*self._keep, *missing])
-        return {name: self[name] for name in names}
+        return BySite({name: self[name] for name in names})
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} of examples {few(self.examples)} of {self._replayer.source.place}>"
@@ -201,7 +202,7 @@ class Replay:
         first = self._computed()
         wanted = [*first.nodes.values(), *first.end]
         found = torch.autograd.grad(self.metric(metric), wanted, retain_graph=True, allow_unused=True)
-        gradients = {}
+        gradients = BySite[list[Tensor]]()
         for (name, node), gradient in zip(first.nodes.items(), found, strict=False):
             full = torch.zeros_like(node) if gradient is None else gradient
             gradients[name] = kept_rows(self._replayer.batch_of(name, self._batch), full, name)

@@ -26,6 +26,7 @@ from residua.capture.hooks.hooks import attached, values_of
 from residua.capture.hooks.site import SiteInfo
 from residua.capture.identity.few_tokens import logits_of
 from residua.capture.runtime.devices import input_device
+from residua.capture.runtime.instance_attributes import instance_attribute
 from residua.capture.runtime.pipeline_schedule import stage_model_of
 from residua.capture.runtime.wrappers import core_of, evaluating
 from residua.capture.sites.anatomy import Anatomy
@@ -228,18 +229,10 @@ def skipping(skip: Skip) -> Iterator[None]:
 
     with ExitStack() as stack:
         for block in skip.blocks:
-            attributes = vars(core_of(block))
-            stack.callback(_restore, attributes, attributes.get("forward"))
             is_tuple = any(block is one for one in skip.as_tuples)
-            attributes["forward"] = (lambda *args, **kwargs: (pass_on(*args, **kwargs),)) if is_tuple else pass_on
+            forward = (lambda *args, **kwargs: (pass_on(*args, **kwargs),)) if is_tuple else pass_on
+            stack.enter_context(instance_attribute(core_of(block), "forward", forward))
         yield
-
-
-def _restore(attributes: dict[str, Any], forward: Any) -> None:
-    if forward is None:
-        del attributes["forward"]
-    else:
-        attributes["forward"] = forward
 
 
 def _probe(anatomy: Anatomy, skip: Skip) -> Skip:

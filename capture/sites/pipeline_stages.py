@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 
 from residua.capture.hooks.site import SiteInfo
 from residua.capture.runtime.compat import PipelineStageBase
+from residua.capture.runtime.instance_attributes import instance_attribute
 from residua.capture.runtime.pipeline_schedule import stage_model_of
 from residua.capture.runtime.wrappers import core_of, named_modules
 
@@ -97,8 +98,7 @@ def microbatches_of(model: nn.Module | PipelineStageBase) -> Iterator[Microbatch
     if not isinstance(model, PipelineStageBase):
         yield Microbatch(is_real=True)
         return
-    microbatch, before = Microbatch(is_real=False), vars(model).get("forward_one_chunk")
-    inner = model.forward_one_chunk
+    microbatch, inner = Microbatch(is_real=False), model.forward_one_chunk
 
     def forward_one_chunk(fwd_chunk_id: int, *args: Any, **kwargs: Any) -> Any:
         microbatch.is_real, microbatch.index = True, fwd_chunk_id
@@ -107,10 +107,5 @@ def microbatches_of(model: nn.Module | PipelineStageBase) -> Iterator[Microbatch
         finally:
             microbatch.is_real, microbatch.index = False, None
 
-    vars(model)["forward_one_chunk"] = forward_one_chunk
-    try:
+    with instance_attribute(model, "forward_one_chunk", forward_one_chunk):
         yield microbatch
-    finally:
-        del vars(model)["forward_one_chunk"]
-        if before is not None:
-            vars(model)["forward_one_chunk"] = before

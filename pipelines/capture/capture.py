@@ -120,7 +120,7 @@ def capture_dataset(
             model = stack.enter_context(as_model(model))
         else:
             model = _language_model(replica_of(model))
-        model, of_part = part_to_capture(model, chosen.sites)
+        model, of_part = part_to_capture(model, chosen.site_patterns)
         if processor is None and name and (takes_pixels(model) or chosen.image_column is not None):
             processor = load_processor(name, chosen.revision)
         stack.enter_context(declared_group(model, tensor_parallel))

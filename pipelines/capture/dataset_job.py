@@ -60,7 +60,7 @@ class DatasetCapture(CaptureJob):
         replaying: CapturedReplay | None = None,
     ) -> None:
         if sites is None:
-            sites = (unsharded_sites if spans_processes(model) else resolve_sites)(model, [settings.sites])
+            sites = (unsharded_sites if spans_processes(model) else resolve_sites)(model, [settings.site_patterns])
         if takes_pixels(model):
             unmeasured = {name: info for name, info in sites.items() if info.row_shape is None}
             sites = {**sites, **measure_sites(model, unmeasured)}

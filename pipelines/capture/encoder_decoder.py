@@ -129,7 +129,7 @@ def _sites_by_rows(model: PreTrainedModel, settings: CaptureSettings) -> dict[st
             "of audio of a fixed length are read here: call it in your own loop inside residua.Recorder"
         )
     found: dict[str, dict[str, SiteInfo]] = {stack: {} for stack in PAIR_STACKS}
-    for site, info in resolve_sites(model, [settings.sites]).items():
+    for site, info in resolve_sites(model, [settings.site_patterns]).items():
         found[row_stack(info, stacks["encoder"])][site] = info
     return {stack: infos for stack, infos in found.items() if infos}
 

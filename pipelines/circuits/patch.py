@@ -41,7 +41,8 @@ def patch(
         pairs: Clean and corrupted examples of equal length with their answers: a file of JSON lines, or dictionaries
             with ``clean``, ``corrupted``, ``answer`` and, for ``logit_difference``, ``wrong``.
         batch_cells: How many cells share one forward pass, as copies of the example.
-        tokenizer: Tokenizer of a model that is passed as an object, for texts.
+        tokenizer: Tokenizer of a model that is passed as an object, for texts; by default the one that it was loaded
+            with.
         archive: The archive of examples that are named by number.
         out: Folder for ``cells.parquet`` and ``cells.png``.
         on_pair: Called with the numbers of finished pairs and of all pairs.

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from residua.capture.patching.pair import Pair
 from residua.capture.sites.anatomy import n_logits_of
 from residua.pipelines.data.text_files import check_text, json_lines
-from residua.pipelines.setup.models import token_limit
+from residua.pipelines.setup.models import token_limit, tokenizer_of
 from residua.store.base.errors import DatasetError, PlanError, ResiduaError, shortened
 from residua.store.base.naming import named
 from residua.store.read.archive import Archive
@@ -75,6 +75,7 @@ class _PairReader:
         self._vocabulary = int(model.config.get_text_config().vocab_size)
         self._n_logits = n_logits_of(model) or self._vocabulary
         self._limit = token_limit(model)
+        self._model = model
         self._tokenizer = tokenizer
         self._archive = archive
 
@@ -131,8 +132,12 @@ class _PairReader:
         return "" if self._tokenizer is None else str(self._tokenizer.decode([token]))
 
     def _tokens(self, text: str, *, special: bool) -> list[int]:
+        self._tokenizer = self._tokenizer or tokenizer_of(self._model)
         if self._tokenizer is None:
-            raise PlanError("the model comes without a tokenizer: give token ids")
+            raise PlanError(
+                f"a text was given, and this {type(self._model).__name__} has no tokenizer: pass tokenizer=, or give "
+                "token ids"
+            )
         check_text(text, f"the text {shortened(repr(text))}")
         return [int(token) for token in self._tokenizer(text, add_special_tokens=special)["input_ids"]]
 

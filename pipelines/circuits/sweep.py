@@ -115,7 +115,8 @@ def sweep(
         measure: Measures the cells of a pair.
         asked: The grid.
         title: Title of the heat map, and name of the method.
-        tokenizer: Tokenizer of a model that is passed as an object, for texts.
+        tokenizer: Tokenizer of a model that is passed as an object, for texts; by default the one that it was loaded
+            with.
         archive: The archive of examples that are named by number.
         out: Folder for the table and the heat map, if they are to be written.
         on_pair: Called with the numbers of finished pairs and of all pairs.

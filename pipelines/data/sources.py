@@ -40,7 +40,7 @@ _KINDS = {
 }
 _LONG_COLUMNS = ("input_ids", "attention_mask")
 _OF_EVERY_BUILDER = ("name", "version", "data_dir", "data_files", "description")
-_FRAMES = ("pandas", "polars")
+_FRAMES = (("pandas", "DataFrame"), ("polars", "DataFrame"), ("pyarrow", "Table"))
 _COMPRESSED = (".gz", ".zst", ".xz", ".bz2")
 
 
@@ -65,9 +65,9 @@ def open_rows(source: object, settings: DatasetSettings) -> Rows:
     """Open `source` as a stream of rows.
 
     Args:
-        source: A path or hub id; a `datasets` object; a DataFrame of pandas or polars; or an iterable of texts, of
-            lists of token ids, of chats (lists of messages), or of rows (dictionaries). Texts become a column
-            ``text``, token ids ``input_ids``, chats ``messages``; rows stay as they are.
+        source: A path or hub id; a `datasets` object; a DataFrame of pandas or polars, or an Arrow table; or an
+            iterable of texts, of lists of token ids, of chats (lists of messages), or of rows (dictionaries). Texts
+            become a column ``text``, token ids ``input_ids``, chats ``messages``; rows stay as they are.
         settings: Split, subset and revision.
 
     Raises:
@@ -78,7 +78,7 @@ def open_rows(source: object, settings: DatasetSettings) -> Rows:
         dataset = _open_path(name, source, settings)
     elif is_dataset(source):
         dataset = source
-    elif isinstance(source, Iterable) and not isinstance(source, bytes | Mapping):
+    elif is_frame(source) or (isinstance(source, Iterable) and not isinstance(source, bytes | Mapping)):
         if settings.split is not None:
             raise DatasetError(f"{named('split', settings.split)}: {name} has no splits; leave it out")
         return _peek_rows(name, _checked_rows(_frame_rows(name, source) if is_frame(source) else source))
@@ -308,16 +308,18 @@ def _is_media(feature: Any) -> bool:
 
 
 def is_frame(source: object) -> bool:
-    """Return whether `source` is a DataFrame of pandas or polars, without importing these."""
-    return type(source).__name__ == "DataFrame" and type(source).__module__.partition(".")[0] in _FRAMES
+    """Return whether `source` is a DataFrame of pandas or polars or an Arrow table, without importing these."""
+    return (type(source).__module__.partition(".")[0], type(source).__name__) in _FRAMES
 
 
 def _frame_rows(name: str, frame: Any) -> Iterator[Row]:
-    """Return the rows of a DataFrame as plain values; a missing value is None, and the index is left out."""
-    columns = list(frame.columns)
+    """Return the rows of a frame as plain values; a missing value is None, and the index is left out."""
+    columns = list(getattr(frame, "column_names", frame.columns))
     wrong = [column for column in columns if not isinstance(column, str) or columns.count(column) > 1]
     if wrong:
         raise DatasetError(f"{name} has a column {wrong[0]!r}: give each column a name of its own that is a text")
+    if hasattr(frame, "column_names"):
+        return _table_rows(frame)
     return frame.iter_rows(named=True) if hasattr(frame, "iter_rows") else _pandas_rows(frame, columns)
 
 

@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 
 from residua.pipelines.data.dataset import SOURCE_COLUMNS, DatasetReport, read_examples
 from residua.pipelines.data.settings import DatasetSettings
-from residua.pipelines.data.sources import is_dataset, is_frame
+from residua.pipelines.data.sources import is_dataset, is_frame, open_rows
 from residua.pipelines.data.tokenizer import special_ids
 from residua.pipelines.runs.texts import Texts
 from residua.pipelines.setup.models import token_limit
@@ -34,12 +34,10 @@ def read_prompts(
             tokenizer.
         DatasetError: A prompt is none of these, or a chat cannot be rendered.
     """
-    prompts = _as_list(given)
-    for number, prompt in enumerate(prompts):
-        if not isinstance(prompt, Mapping) and not len(cast("Sequence[object]", prompt)):
-            raise PlanError(f"prompt {number} is empty: {prompt!r}: give at least one token, or leave it out")
+    prompts = _as_list(given, settings)
+    _refuse_mixed(prompts)
     if _needs_tokenizer(prompts[0]) and not texts.is_known:
-        texts.text([])  # raises, and says what to do
+        texts.require(f"the prompts are given as {_kind(prompts[0])}s")
     report = DatasetReport()
     examples = list(
         read_examples(
@@ -71,23 +69,58 @@ def _without_source(example: Example) -> Example:
     return Example(input_ids=example.input_ids, positions=example.positions, columns=columns)
 
 
-def _needs_tokenizer(prompt: object) -> bool:
+def _refuse_mixed(prompts: Sequence[object]) -> None:
+    """Raise PlanError for a prompt that is empty, or no prompt, or of another kind than the first."""
+    first = _kind(prompts[0])
+    for number, prompt in enumerate(prompts):
+        kind = _kind(prompt)
+        if kind is None:
+            raise PlanError(
+                f"prompt {number} is {shortened(repr(prompt))}: give a text, a list of token ids, a chat or a row with "
+                "one of these"
+            )
+        if kind != _ROW and not len(cast("Sequence[object]", prompt)):
+            raise PlanError(f"prompt {number} is empty: {prompt!r}: give at least one token, or leave it out")
+        if kind != first and _ROW not in (kind, first):
+            raise PlanError(
+                f"prompt {number} is a {kind}, and prompt 0 a {first}: give prompts of one kind (the model's tokenizer "
+                "makes token ids of texts and chats)"
+            )
+
+
+_TEXT, _IDS, _CHAT, _ROW = "text", "list of token ids", "chat", "row"
+
+
+def _kind(prompt: object) -> str | None:
+    """Return what a prompt is; None if it is none. A row says by its columns what is in it."""
     if isinstance(prompt, Mapping):
-        return "input_ids" not in prompt
-    return isinstance(prompt, str) or isinstance(cast("Sequence[object]", prompt)[0], Mapping)
+        return _ROW
+    if isinstance(prompt, str):
+        return _TEXT
+    if not isinstance(prompt, Sequence) or isinstance(prompt, bytes):
+        return None
+    return _CHAT if prompt and isinstance(prompt[0], Mapping) else _IDS
 
 
-def _as_list(given: object) -> list[Any]:
+def _needs_tokenizer(prompt: object) -> bool:
+    kind = _kind(prompt)
+    return kind in (_TEXT, _CHAT) or (kind == _ROW and "input_ids" not in cast("Mapping[str, object]", prompt))
+
+
+def _as_list(given: object, settings: DatasetSettings) -> list[Any]:
     """Return several prompts; one alone becomes a list of one.
 
     Raises:
         PlanError: There is none.
+        DatasetError: A dataset or table has no rows.
     """
     if isinstance(given, Tensor | np.ndarray):
         given = given.tolist()
     if isinstance(given, str):
         return [given]
-    if hasattr(given, "keys") and not is_frame(given) and not is_dataset(given):
+    if is_frame(given) or is_dataset(given):
+        return list(open_rows(given, settings).rows)
+    if isinstance(given, Mapping):
         return _rows_of_columns(cast("Mapping[str, Any]", given))
     try:
         prompts = [one.tolist() if isinstance(one, Tensor | np.ndarray) else one for one in cast("Any", given)]
@@ -102,12 +135,12 @@ def _as_list(given: object) -> list[Any]:
 
 
 def _rows_of_columns(columns: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Return what a tokenizer returned, or one row of a dataset, as rows."""
+    """Return what a tokenizer returned, one row of a dataset, or columns of several rows, as rows."""
     values = {
         name: value.tolist() if isinstance(value, Tensor | np.ndarray) else value for name, value in columns.items()
     }
-    ids = values.get("input_ids")
-    if not isinstance(ids, list) or not ids or isinstance(ids[0], int):
+    first = next((values[name] for name in ("input_ids", "text") if name in values), None)
+    if not isinstance(first, list) or not first or isinstance(first[0], int):
         return [values]
-    lists = {name: value for name, value in values.items() if isinstance(value, list) and len(value) == len(ids)}
+    lists = {name: value for name, value in values.items() if isinstance(value, list) and len(value) == len(first)}
     return [dict(zip(lists, row, strict=True)) for row in zip(*lists.values(), strict=True)]

@@ -31,7 +31,7 @@ from residua.pipelines.data.settings import DatasetSettings
 from residua.pipelines.runs.prompts import read_prompts
 from residua.pipelines.runs.result import Run
 from residua.pipelines.runs.texts import Texts
-from residua.pipelines.setup.models import load_model, load_tokenizer
+from residua.pipelines.setup.models import load_model, load_tokenizer, tokenizer_of
 from residua.pipelines.setup.settings import CaptureSettings
 from residua.store.base.errors import PlanError
 from residua.store.base.naming import named
@@ -109,7 +109,7 @@ def run(
         texts = Texts(tokenizer or load_tokenizer(name, settings), name)
         model = load_model(name, settings)
     else:
-        texts = Texts(tokenizer, "this model", partial(_tokenizer_of, model))
+        texts = Texts(tokenizer, "this model", partial(tokenizer_of, model))
     ready = partial(ready_to_run, model, tensor_parallel)
     with ready() as ready_model:
         core = cast("PreTrainedModel", core_of(ready_model))
@@ -135,16 +135,6 @@ def run(
         found.notes = (*found.notes, *notes)
         found.compute()
     return found
-
-
-def _tokenizer_of(model: nn.Module | PipelineScheduleSingle) -> PreTrainedTokenizerBase | None:
-    """Return the tokenizer of the folder or hub id that a model was loaded from; None if there is none."""
-    config = getattr(core_of(model), "config", None) if isinstance(model, nn.Module) else None
-    name = getattr(config, "name_or_path", "")
-    try:
-        return load_tokenizer(name, CaptureSettings()) if name else None
-    except PlanError:
-        return None
 
 
 def _prompts(

@@ -46,7 +46,7 @@ class Texts:
         Raises:
             PlanError: There is no tokenizer.
         """
-        return str(self._require("a text was asked for").decode(list(tokens), skip_special_tokens=False))
+        return str(self.require("a text was asked for").decode(list(tokens), skip_special_tokens=False))
 
     def of_each(self, tokens: Sequence[int]) -> list[str | None]:
         """Return the text of each token as it stands inside a text; None for a part of a character.
@@ -54,7 +54,7 @@ class Texts:
         Raises:
             PlanError: There is no tokenizer.
         """
-        tokenizer = self._require("the texts of tokens were asked for")
+        tokenizer = self.require("the texts of tokens were asked for")
         fast = tokenizer if isinstance(tokenizer, Tokenizer) else getattr(tokenizer, "backend_tokenizer", None)
         if isinstance(fast, Tokenizer):
             return token_texts(fast, tokens)
@@ -76,14 +76,22 @@ class Texts:
         """
         if not isinstance(token, str):
             return int(token)
-        tokenizer = self._require(f"the token {token[:60]!r} was asked for")
+        tokenizer = self.require(f"the token {token[:60]!r} was asked for")
         if isinstance(tokenizer, Tokenizer):
             ids = tokenizer.encode(token, add_special_tokens=False).ids
         else:
             ids = list(tokenizer(token, add_special_tokens=False)["input_ids"])
         return single_token(token, ids, lambda one: self.text([one]))
 
-    def _require(self, what: str) -> "Tokenizer | PreTrainedTokenizerBase":
+    def require(self, what: str) -> "Tokenizer | PreTrainedTokenizerBase":
+        """Return the tokenizer.
+
+        Args:
+            what: What it is needed for, for the message.
+
+        Raises:
+            PlanError: There is no tokenizer.
+        """
         if not self.is_known or self._tokenizer is None:
             raise PlanError(f"{what}, and {self._place} has no tokenizer: pass tokenizer=, or use token ids")
         return self._tokenizer

@@ -23,7 +23,7 @@ from transformers.utils import logging as progress_bars
 from residua.capture.forward.inputs import first_position
 from residua.capture.runtime.compat import commit_of_folder, model_from_config, model_revision, set_model_revision
 from residua.capture.runtime.pipeline_schedule import PIPELINE_TYPES, as_model
-from residua.capture.runtime.wrappers import replica_of
+from residua.capture.runtime.wrappers import core_of, replica_of
 from residua.capture.sites.pipeline_stages import is_placeholder
 from residua.capture.sites.stacks import is_encoder_decoder
 from residua.pipelines.data.tokenizer import knows_text
@@ -263,6 +263,16 @@ def load_tokenizer(name: str, settings: CaptureSettings) -> PreTrainedTokenizerB
             f"{', '.join(found)}; add the others, remove these, or pass a tokenizer"
         )
     return None
+
+
+def tokenizer_of(model: nn.Module | PipelineScheduleSingle) -> PreTrainedTokenizerBase | None:
+    """Return the tokenizer of the folder or hub id that a model was loaded from; None if there is none."""
+    config = getattr(core_of(model), "config", None) if isinstance(model, nn.Module) else None
+    name = getattr(config, "name_or_path", "")
+    try:
+        return load_tokenizer(name, CaptureSettings()) if name else None
+    except PlanError:
+        return None
 
 
 def _files_of(name: str, revision: str | None) -> list[str]:

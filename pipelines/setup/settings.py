@@ -36,7 +36,9 @@ class CaptureSettings(DatasetSettings):
         DatasetError: The same of a setting of the dataset.
     """
 
-    sites: str = setting("resid_post.*", "sites, comma separated, with patterns: 'resid_post.*,attn_out.3'")
+    sites: str | Sequence[str] = setting(
+        "resid_post.*", "sites, comma separated, with patterns: 'resid_post.*,attn_out.3'"
+    )
     dtype: str | None = setting(
         None, f"data type to store: {', '.join(FLOATS)} (default: each site's own, as the model computes it)"
     )
@@ -78,6 +80,8 @@ class CaptureSettings(DatasetSettings):
         )
         if self.model_dtype not in (known := ("auto", *FLOATS)):
             raise PlanError(f"{named('model_dtype', self.model_dtype)} is not known: choose one of {', '.join(known)}")
+        if not all(isinstance(pattern, str) for pattern in self.sites):
+            raise PlanError(f"{named('sites')} holds something else than texts: give names or patterns of sites")
         n_bytes(self.host_memory, "host_memory")
         for name in ("batch_tokens", "tp", "pp"):
             if (value := getattr(self, name)) < 1:
@@ -88,6 +92,11 @@ class CaptureSettings(DatasetSettings):
                 "process has one device: leave one of them out"
             )
         super().__post_init__()
+
+    @property
+    def site_patterns(self) -> str:
+        """`sites` as one text, as the command line has them."""
+        return self.sites if isinstance(self.sites, str) else ",".join(self.sites)
 
     @property
     def host_memory_bytes(self) -> int:
@@ -123,7 +132,7 @@ class CaptureSettings(DatasetSettings):
 class CaptureOptions(DatasetOptions, total=False):
     """The fields of `CaptureSettings`, as named arguments of a call: what they mean is said there."""
 
-    sites: str
+    sites: str | Sequence[str]
     dtype: str | None
     codec: str
     rows_per_shard: int | None

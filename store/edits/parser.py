@@ -151,8 +151,9 @@ class _Fields:
         return vector_of(value, self._folder)
 
     def _place(self, name: str, value: object) -> Path:
-        if isinstance(value, Path) and self._trusted:
-            return value
+        path = getattr(value, "path", value)  # of an open archive or overlay
+        if isinstance(path, Path) and self._trusted:
+            return path
         return inside(text(name, value), self._folder)
 
     def _function(self, name: str, value: object) -> Callable[..., Any]:

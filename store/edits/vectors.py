@@ -99,7 +99,10 @@ def inside(name: str, folder: Path) -> Path:
     except (OSError, ValueError, RuntimeError) as error:
         raise PlanError(f"{name!r} is not the name of a file: {error}") from error
     if not is_inside(folder, path):
-        raise PlanError(f"{name!r} leads out of {folder}: copy what an edit names to the folder of the edits")
+        raise PlanError(
+            f"{name!r} leads out of {folder}: copy what an edit names to the folder of the edits, or, in Python, give "
+            "it as a pathlib.Path"
+        )
     return path
 
 

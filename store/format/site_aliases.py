@@ -17,8 +17,12 @@ before rotary embedding, which no site is.
 """
 
 import re
+from difflib import get_close_matches
+from typing import TypeVar
 
-from residua.store.base.errors import UnknownSiteError
+from residua.store.base.errors import UnknownSiteError, few
+
+Value = TypeVar("Value")
 
 _NUMBER = r"(?P<layer>\d{1,6}|\*|\d{1,6}-\d{1,6})"
 _HOOKS = {
@@ -52,9 +56,8 @@ _BLOCK = re.compile(
     rf"{_PREFIX}(?:layers|layer|h|blocks|block)(?:\.{_NUMBER}|\[(?P<inside>\d{{1,6}})\])(?P<rest>\.(?:output|input)s?)?"
     r"(?:\[0\])*"
 )
-_MODULE = re.compile(
-    r"(?P<path>[A-Za-z_]\w*(?:\.\w+|\[\d{1,6}\])*)\.(?P<side>output|input)s?(?P<index>(?:\[\d{1,3}\])*)"
-)
+_PATH = re.compile(r"[A-Za-z_]\w*(?:\.\w+|\[\d{1,6}\])*")
+_MODULE = re.compile(rf"(?P<path>{_PATH.pattern})\.(?P<side>output|input)s?(?P<index>(?:\[\d{{1,3}}\])*)")
 _STACKS = ("encoder.",)  # a path that begins so is the block of one stack of two
 
 
@@ -81,10 +84,26 @@ def canonical(word: str) -> str:
     module = _MODULE.fullmatch(word)
     if module is None:
         return word
-    path = re.sub(r"\[(\d+)\]", r".\1", module["path"])
     items = [int(item) for item in re.findall(r"\d+", module["index"])]
     index = f".{items[0]}" if items and items[0] else ""  # the first item is what a site means unless told otherwise
-    return f"module:{path}@{module['side']}{index}"
+    return f"module:{_dotted(module['path'])}@{module['side']}{index}"
+
+
+def module_meant(word: str) -> str | None:
+    """Return the site that a path of modules such as ``model.layers[3].mlp`` may mean; None if it is no such path.
+
+    Example:
+        >>> module_meant("model.layers[3].mlp")
+        'module:model.layers.3.mlp@output'
+    """
+    path = _dotted(word)
+    above, _, last = path.rpartition(".")
+    is_path = _PATH.fullmatch(word) and above and ("." in above or not last.isdigit())
+    return f"module:{path}@output" if is_path else None
+
+
+def _dotted(path: str) -> str:
+    return re.sub(r"\[(\d+)\]", r".\1", path)
 
 
 def _of_hook(word: str, hook: str, layer: str) -> str:
@@ -96,7 +115,32 @@ def _of_hook(word: str, hook: str, layer: str) -> str:
             f"{word!r} is before rotary embedding in TransformerLens, and no site is. '{kind}.{layer}' is after it, "
             f"like blocks.{layer}.attn.hook_rot_{kind} there; in a model without rotary embedding they are the same"
         )
+    near = get_close_matches(hook, _HOOKS, n=1)
+    meant = f" Did you mean blocks.{layer}.{near[0]}, which is '{_HOOKS[near[0]]}.{layer}'?" if near else ""
     raise UnknownSiteError(
-        f"{word!r} is no site here. Of TransformerLens's hooks of a block, {', '.join(_HOOKS)} are understood, as "
-        f"{', '.join(dict.fromkeys(_HOOKS.values()))}; any module can be named as module:PATH@output"
+        f"{word!r} is no site here.{meant} Of TransformerLens's hooks of a block, {', '.join(_HOOKS)} are understood, "
+        f"as {', '.join(dict.fromkeys(_HOOKS.values()))}; any module can be named as module:PATH@output"
     )
+
+
+class BySite(dict[str, Value]):
+    """A dictionary whose keys are names of sites, and which takes what other libraries call a site for its name.
+
+    It may have other keys beside them, such as ``row`` in a batch.
+
+    Example:
+        >>> BySite({"resid_post.3": 1.0})["blocks.3.hook_resid_post"]
+        1.0
+    """
+
+    def __missing__(self, name: str) -> Value:
+        """Look a name up as another library's.
+
+        Raises:
+            UnknownSiteError: It is none of a site that is there.
+        """
+        own = canonical(name) if isinstance(name, str) else name
+        if own not in self:
+            meant = "" if own == name else f", which is {own!r} here"
+            raise UnknownSiteError(f"{name!r} was asked for{meant}, and there is only {few(list(self)) or 'nothing'}")
+        return self[own]

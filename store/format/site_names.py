@@ -23,7 +23,7 @@ from fnmatch import fnmatchcase
 from typing import Literal
 
 from residua.store.base.errors import UnknownSiteError
-from residua.store.format.site_aliases import canonical
+from residua.store.format.site_aliases import canonical, module_meant
 
 STACKS = ("encoder", "decoder", "text", "vision")
 """Stacks of blocks that a name may begin with, in models that have several."""
@@ -169,6 +169,8 @@ def _parse_own(text: str, inside: str) -> Site:
     if kind in MODEL_KINDS:
         raise UnknownSiteError(f"Site {text!r}: a model has {kind!r} only once; write just {kind!r}.")
     near = get_close_matches(kind, [*LAYER_KINDS, *MODEL_KINDS], n=3)
+    if not near and (module := module_meant(text)):
+        near = [module]
     raise UnknownSiteError(
         f"Site {text!r}: there is no kind {kind!r}. {_did_you_mean(near)}"
         f"The kinds are {', '.join([*LAYER_KINDS, *MODEL_KINDS])}, logits_topK for any K; "

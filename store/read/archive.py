@@ -36,6 +36,7 @@ from residua.store.format.archive_metadata import SIDECAR_FOLDERS, read_metadata
 from residua.store.format.array_metadata import check_arrays
 from residua.store.format.commits import Commit, check_commits, committed_shards, named_example_files, read_commits
 from residua.store.format.plan import Plan
+from residua.store.format.site_aliases import BySite
 from residua.store.format.site_names import select
 from residua.store.read.array import ArchiveArray
 from residua.store.read.reader import Array, ArrayReader, Check, RowNumbers
@@ -446,7 +447,7 @@ class Archive(Mapping[str, ArchiveArray]):
                 f"not sealed, has {self.n_rows:,} readable rows: choose an example that ends before"
             )
         names = self.sites if sites is None else self.select(sites)
-        return {name: self._arrays[name][start:stop] for name in names}
+        return BySite({name: self._arrays[name][start:stop] for name in names})
 
     def batch_of(self, example: int) -> tuple[int, ...]:
         """Return the examples of the batch in which `example` was captured, in their order, itself included.

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, Unpack
 
 from residua.store.base.errors import NotCapturedError, PlanError, UnknownSiteError
+from residua.store.base.sizes import Size, n_bytes
 from residua.store.base.untrusted import check_inside
 from residua.store.format.archive_metadata import MAX_METADATA_BYTES, ROOT
 from residua.store.format.site_names import parse_site
@@ -33,8 +34,8 @@ def open_archive(
     threads: int | None = None,
     storage_options: Mapping[str, Any] | None = None,
     cache: Cache = None,
-    join_gap_bytes: int = JOIN_GAP_BYTES,
-    request_bytes: int = REQUEST_BYTES,
+    join_gap_bytes: Size = JOIN_GAP_BYTES,
+    request_bytes: Size = REQUEST_BYTES,
 ) -> Archive:
     """Open an archive for reading, or the archives of several stacks as one; public as `residua.open`.
 
@@ -50,9 +51,9 @@ def open_archive(
             What is not given comes from where each service's own tools find it. None of it is kept in any result.
         cache: For an address: where what was fetched is kept on the local disk: a folder, True for the user's folder of
             caches, or False for nowhere. By default web servers and the Hub have a cache of 10 GiB.
-        join_gap_bytes: For an address: chunks that are this near share a request.
-        request_bytes: For an address: bytes of one request for rows, unless a chunk has more. Longer runs of rows take
-            several, 16 at once.
+        join_gap_bytes: For an address: chunks that are this near share a request. Bytes, or a text such as ``64KiB``.
+        request_bytes: For an address: size of one request for rows, written likewise, unless a chunk has more. Longer
+            runs of rows take several, 16 at once.
 
     Returns:
         The archive; a `StackedArchive` if the folder holds several, a `JoinedArchive` of a list.
@@ -69,7 +70,8 @@ def open_archive(
         return archive
     local: dict[str, Any] = {"check": check, "threads": threads}
     remote: dict[str, Any] = {"storage_options": storage_options, "cache": cache}
-    remote |= {"join_gap_bytes": join_gap_bytes, "request_bytes": request_bytes}
+    remote["join_gap_bytes"] = n_bytes(join_gap_bytes, "join_gap_bytes") if join_gap_bytes else 0
+    remote["request_bytes"] = n_bytes(request_bytes, "request_bytes")
     if not isinstance(archive, str | PathLike):
         opened = [open_archive(one, **local, **(remote if is_remote(one) else {})) for one in archive]
         if not opened:

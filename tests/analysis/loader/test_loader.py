@@ -198,7 +198,7 @@ def test_workers_may_be_forked_while_readers_have_threads(fast: Archive) -> None
     """A child that waited for its parent's threads would hang."""
     archive = Archive(fast.path, threads=4)
     assert len(archive[SITES[0]][:]) == N_ROWS
-    loader = make(archive, num_workers=2, shuffle=False, buffer_bytes=8 * SMALL)
+    loader = make(archive, num_workers=2, shuffle=False, buffer_bytes="8MiB")
     assert sorted(flat(rows_of(loader))) == list(range(N_ROWS))
 
 

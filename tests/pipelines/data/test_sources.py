@@ -186,6 +186,12 @@ class TestFrames:
         many = pd.DataFrame({"input_ids": [[i % 12] for i in range(300)]})
         assert tokens(read(many, tokenizer=None)[0]) == many["input_ids"].tolist()
 
+    def test_rows_of_arrow(self) -> None:
+        rows = [{"text": "a b", "n": 1}, {"text": None, "n": 2}, {"text": "c", "n": None}]
+        assert list(opened(pa.Table.from_pylist(rows)).rows) == rows
+        with pytest.raises(DatasetError, match="no rows"):
+            opened(pa.table({"text": pa.array([], pa.string())}))
+
     @pytest.mark.parametrize("lazy_slice", [False, True])
     def test_rows_of_polars(self, lazy_slice: bool) -> None:
         day = datetime.datetime(2024, 2, 29, 12, 30)

@@ -5,6 +5,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
+import pyarrow as pa
 import pytest
 import torch
 from torch import Tensor, nn
@@ -192,6 +194,10 @@ def test_original_logits_and_rows_of_edits_count_as_host_memory() -> None:
         ([[{"role": "user", "content": "a chat"}]], {}, r"tokenizer"),
         ([[5, 6], []], {}, r"prompt 1 is empty"),
         ([], {}, r"no prompt"),
+        ([[5, 6], "a text"], {}, r"prompt 1 is a text.*prompt 0 a list of token ids"),
+        ([[5, 6], [{"role": "user", "content": "a chat"}]], {}, r"prompt 1 is a chat"),
+        ([[5, 6], None], {}, r"prompt 1 is None"),
+        ([1.5], {}, r"prompt 0 is 1\.5"),
         ([[5] * 65], {}, r"65 tokens.*takes 64"),
         (PROMPTS, {"sites": "resid_post.*", "host_memory": 10_000}, r"host_memory.*10,000"),
         (PROMPTS, {"edits": [SWAP], "host_memory": 1_000}, r"edits take.*host_memory.*1,000"),
@@ -207,7 +213,7 @@ def test_bad_input_is_refused_before_the_model_runs(prompts: Any, options: dict[
 
     def refuse(_module: nn.Module, _args: object, kwargs: dict[str, Any]) -> None:
         ids = kwargs["input_ids"]  # a run over a few tokens of its own may find out how the model takes padding
-        assert not any(ids[0, : len(prompt)].tolist() == prompt for prompt in prompts), "the model ran"
+        assert not any(ids[0].tolist()[:2] == prompt[:2] for prompt in PROMPTS), "the model ran"
 
     model.register_forward_pre_hook(refuse, with_kwargs=True)
     with pytest.raises(PlanError, match=words):
@@ -234,6 +240,9 @@ def test_texts_are_tokenized_and_given_back(pydoc: tuple[Any, Any]) -> None:
     encoded = tokenizer(TEXTS, return_tensors="pt", padding=True, padding_side="right") if tokenizer.pad_token else None
     if encoded is not None:
         assert residua.run(model, encoded).tokens == run.tokens
+    columns = {"text": TEXTS, "label": ["a", "b"]}
+    for same in (columns, pd.DataFrame(columns), pd.Series(TEXTS), pa.table(columns)):
+        assert residua.run(model, same).tokens == run.tokens
     for same in (run.tokens, [torch.tensor(ids) for ids in run.tokens], [{"text": text} for text in TEXTS]):
         assert residua.run(model, same).tokens == run.tokens
 

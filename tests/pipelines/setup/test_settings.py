@@ -259,3 +259,11 @@ def test_a_missing_and_a_huge_file_are_refused(tmp_path: Path) -> None:
         read_config(tmp_path)
     with pytest.raises(PlanError, match=r"config\.yaml .* 64 KiB"):
         read_config(write(tmp_path, "#" * 2**16 + "\n"))
+
+
+def test_sites_are_a_text_or_a_list_of_texts() -> None:
+    listed = CaptureSettings.from_mapping({"sites": ["resid_post.*", "z.3,q.3"]})
+    assert listed.site_patterns == "resid_post.*,z.3,q.3"
+    assert CaptureSettings(sites="z.3").site_patterns == "z.3"
+    with pytest.raises(PlanError, match="sites="):
+        CaptureSettings.from_mapping({"sites": ["z.3", 4]})

@@ -1,9 +1,11 @@
 """Names of other libraries are those of sites, and what is no site is refused with ours."""
 
+import pickle
+
 import pytest
 
 from residua.store.base.errors import UnknownSiteError
-from residua.store.format.site_aliases import canonical
+from residua.store.format.site_aliases import BySite, canonical
 from residua.store.format.site_names import parse_site, select
 from tests.store.format.test_site_names import AVAILABLE
 
@@ -60,8 +62,30 @@ def test_they_select_sites() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "ours"), [("blocks.3.attn.hook_q", r"q\.3"), ("blocks.3.ln1.hook_scale", "resid_post")]
+    ("name", "ours"),
+    [
+        ("blocks.3.attn.hook_q", r"q\.3"),
+        ("blocks.3.ln1.hook_scale", "resid_post"),
+        ("blocks.3.hook_resid_pots", r"resid_post\.3"),
+        ("model.layers[3].mlp", "module:model.layers.3.mlp@output"),
+        ("layers.3.self_attn", "module:layers.3.self_attn@output"),
+        ("model.norm", "module:model.norm@output"),
+    ],
 )
 def test_hooks_that_are_no_site_are_refused_with_ours(name: str, ours: str) -> None:
     with pytest.raises(UnknownSiteError, match=ours):
         select(name, AVAILABLE)
+
+
+def test_values_by_site_are_found_by_the_names_of_other_libraries() -> None:
+    values = BySite({"resid_post.3": 1, "row": 2})
+    assert [values[name] for name in ("resid_post.3", "blocks.3.hook_resid_post", "model.layers.3", "row")] == [
+        1,
+        1,
+        1,
+        2,
+    ]
+    assert pickle.loads(pickle.dumps(values)) == values
+    for name in ("blocks.2.hook_resid_post", "resid_post.2", "label"):
+        with pytest.raises(KeyError, match=r"resid_post\.3, row"):
+            values[name]
