@@ -5,6 +5,7 @@ A null equals nothing but ``null``, and is neither less nor more than anything.
 
 import operator
 from collections.abc import Callable, Hashable, Mapping, Sequence
+from difflib import get_close_matches
 from typing import Any, NamedTuple, TypeAlias, TypeGuard
 
 import numpy as np
@@ -12,7 +13,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from residua.store.base.errors import AnalysisError, DatasetError
+from residua.store.base.errors import AnalysisError, DatasetError, few, shortened
 from residua.store.examples.index import OWN_COLUMNS
 from residua.store.examples.memory import Examples
 from residua.store.examples.token_values import is_list, token_values
@@ -31,6 +32,7 @@ IS_LAST = "is_last"
 FROM_END = "position from the end"
 """Number of an item that negative positions are compared with: its position less the tokens of its example."""
 
+_MOST_LOOKED_AT = 1000  # texts of a column, for a text that may be meant
 _ORDER: Mapping[str, Callable[[Any, Any], Any]] = {
     "<": operator.lt,
     "<=": operator.le,
@@ -149,7 +151,7 @@ class ColumnAnswers:
 
         Raises:
             AnalysisError: There is no such column, its lists have not one value a token, or a `Comparison` has a
-                value of another kind.
+                value of another kind, or a text that no example has.
         """
         # 1 equals true in Python, but not in a column.
         key = condition, tuple(map(type, condition.values))
@@ -206,8 +208,24 @@ def _compare_column(column: pa.ChunkedArray, comparison: Comparison) -> Mask:
         column = column.cast(column.type.value_type)
     found = pa.chunked_array([np.zeros(len(column), bool)])
     for value in comparison.values:
-        found = pc.call_function("or", [found, _answer(column, value, comparison)])
+        answer = _answer(column, value, comparison)
+        if isinstance(value, str) and comparison.operator == "in" and not comparison.may_miss:
+            _require(value, column, answer, comparison.name)
+        found = pc.call_function("or", [found, answer])
     return np.asarray(found.to_numpy())
+
+
+def _require(value: str, column: pa.ChunkedArray, answer: pa.ChunkedArray, name: str) -> None:
+    """Raise AnalysisError if a column of texts has `value` nowhere."""
+    if not len(column) or not is_text(column.type) or pc.any(answer).as_py():
+        return
+    there = [text for text in pc.unique(column)[:_MOST_LOOKED_AT].to_pylist() if text is not None]
+    near = get_close_matches(value, there, n=1)
+    meant = f"Did you mean {near[0]!r}? " if near else ""
+    raise AnalysisError(
+        f"no example has {name} == {value!r}; there is {few([repr(shortened(text, 40)) for text in there]) or 'null'}. "
+        f'{meant}If the text may be missing, put a question mark behind it: {name} == "{value}"?'
+    )
 
 
 def _answer(column: pa.ChunkedArray, value: Value, comparison: Comparison) -> pa.ChunkedArray:
@@ -222,13 +240,18 @@ def _answer(column: pa.ChunkedArray, value: Value, comparison: Comparison) -> pa
         raise AnalysisError(f"column {comparison.name!r} cannot be compared with {value!r}: {error}") from error
 
 
+def is_text(kind: pa.DataType) -> bool:
+    """Return whether a column of this type holds texts."""
+    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind))
+
+
 def _fitting(value: Value, kind: pa.DataType, comparison: Comparison) -> Any:
     """Return `value` as something that Arrow and numpy compare with a column of type `kind`."""
     types = pa.types
     is_fitting = (_is_number(value) and (types.is_integer(kind) or types.is_floating(kind))) or (
         isinstance(value, bool) and types.is_boolean(kind)
     )
-    if is_fitting or (isinstance(value, str) and (types.is_string(kind) or types.is_large_string(kind))):
+    if is_fitting or (isinstance(value, str) and is_text(kind)):
         return value
     if isinstance(value, str) and types.is_temporal(kind):
         try:

@@ -4,13 +4,15 @@ A condition on rows, for ``where``:
 
     condition   := every ("or" every)*
     every       := one ("and" one)*
-    one         := "not" one | "(" condition ")" | name | name operator value | name ["not"] "in" "[" value, ... "]"
+    one         := "not" one | "(" condition ")" | name | comparison ["?"]
+    comparison  := name operator value | name ["not"] "in" "[" value, ... "]"
     operator    := == | != | < | <= | > | >=
     value       := a number, a text in quotes, true, false, null
 
 A name that is not a plain word stands in backquotes. In backquotes, position, token and example are columns of the
 dataset that have these names. `a == 1` is read as `a in [1]`, `a != 1` as `not a in [1]`, `a` alone as `a in [true]`. A
-negative position counts from the end of its example, as in edits.
+negative position counts from the end of its example, as in edits. A text that no example has in a column is an error,
+unless "?" stands behind: `label == "rare"?`.
 
 A list of numbers, for ``--examples``, ``--rows`` and ``--positions``: ``3,7,10-19``. A slice of positions, for edits:
 ``-3:``. A rule for positions, for the capture's ``--positions``: `residua.store.selection.positions`.
@@ -37,7 +39,7 @@ _TOKEN = re.compile(
     r"""\s*(?:(?P<number>-?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?)
     |(?P<text>"(?:[^"\\]|\\.)*"|'(?:[^'\\]|\\.)*')
     |(?P<operator>[=!<>]=|[<>])
-    |(?P<mark>[()\[\],])
+    |(?P<mark>[()\[\],?])
     |(?P<name>[^\W\d]\w*|`[^`]+`))""",
     re.VERBOSE,
 )
@@ -49,14 +51,15 @@ class Comparison(NamedTuple):
     """A name against values: with the operator ``in`` any number of them, with ``<``, ``<=``, ``>``, ``>=`` one.
 
     The name is one of the numbers of a row (`residua.store.selection.evaluate.ROW_NAMES`), else a column of the
-    example table, as it is in any case with `is_column`. Values of the wrong kind are refused. An array of values is
-    ascending.
+    example table, as it is in any case with `is_column`. Values of the wrong kind are refused, and unless `may_miss`
+    texts that no example has. An array of values is ascending.
     """
 
     name: str
     operator: str
     values: "Sequence[Value] | npt.NDArray[np.int64]"
     is_column: bool = False
+    may_miss: bool = False
 
 
 class ColumnIn(NamedTuple):
@@ -91,6 +94,20 @@ class Some(NamedTuple):
 
 
 Condition: TypeAlias = "Comparison | ColumnIn | At | Not | Every | Some"
+
+
+def may_miss(condition: Condition) -> Condition:
+    """Return a condition whose texts need not be those of any example."""
+    match condition:
+        case Not(one):
+            return Not(may_miss(one))
+        case Every(conditions):
+            return Every(tuple(map(may_miss, conditions)))
+        case Some(conditions):
+            return Some(tuple(map(may_miss, conditions)))
+        case Comparison():
+            return condition._replace(may_miss=True)
+    return condition
 
 
 def parse_condition(text: str) -> Condition:
@@ -164,6 +181,7 @@ class _Parser:
             self._need(")")
         else:
             one = self._comparison()
+            one = may_miss(one) if self._took("?") else one
         self._depth -= 1
         return one
 

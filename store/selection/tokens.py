@@ -40,6 +40,7 @@ from residua.store.selection.grammar import (
     Condition,
     Every,
     Value,
+    may_miss,
     parse_condition,
     parse_slice,
 )
@@ -271,9 +272,17 @@ class TokenSelector:
                 selection,
                 self._among_examples(selection.of_examples),
                 selection.of_tokens,
-                _parsed(selection.where) if isinstance(selection.where, str) else None,
+                _written(selection),
             )
         return self._known[id(selection)]
+
+
+def _written(selection: Selection) -> "Condition | None":
+    """Return the condition that a selection states as text; None if there is none."""
+    if not isinstance(selection.where, str):
+        return None
+    condition = _parsed(selection.where)
+    return may_miss(condition) if selection.allow_empty else condition
 
 
 class _Prepared(NamedTuple):

@@ -117,7 +117,7 @@ def test_examples_are_chosen_by_number_and_condition(tmp_path: Path) -> None:
     with pytest.raises(PlanError, match=r"examples \[9\].* 5\b"):
         residua.replay_dataset(model, archive, out=tmp_path / "c", examples=[9], **options)
     with pytest.raises(PlanError, match="no example"):
-        residua.replay_dataset(model, archive, out=tmp_path / "c", where='label == "z"', **options)
+        residua.replay_dataset(model, archive, out=tmp_path / "c", where='label == "z"?', **options)
     by_row: dict[str, Any] = {"out": tmp_path / "r", "rows": [24, 12, 41], "examples": [1, 2, 3], **options}
     assert residua.replay_dataset(model, archive, **by_row).examples["example"].to_pylist() == [1, 2, 3]
     assert residua.replay_dataset(model, archive, **{**by_row, "rows": [41, 24, 12], "examples": [3, 2, 1]}).resumed

@@ -122,6 +122,7 @@ def test_a_value_of_another_type_is_refused_with_the_type_in_words(name: str, va
         "generation_kwargs": dict,
         "temperature": float,
         "top_p": float,
+        "sites": list,
     }
     if isinstance(value, right.get(name, ())):
         pytest.skip("of the right type")

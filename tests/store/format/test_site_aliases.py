@@ -1,6 +1,6 @@
 """Names of other libraries are those of sites, and what is no site is refused with ours."""
 
-import pickle
+import copy
 
 import pytest
 
@@ -85,7 +85,7 @@ def test_values_by_site_are_found_by_the_names_of_other_libraries() -> None:
         1,
         2,
     ]
-    assert pickle.loads(pickle.dumps(values)) == values
+    assert copy.copy(values)["model.layers.3"] == 1
     for name in ("blocks.2.hook_resid_post", "resid_post.2", "label"):
         with pytest.raises(KeyError, match=r"resid_post\.3, row"):
             values[name]

@@ -101,11 +101,19 @@ def test_examples_are_included_whatever_their_tokens(selector: TokenSelector) ->
         ({"where": {"label": "9"}}, r"label in \['9'\].*allow_empty"),
         ({"where": "lable == 1"}, "'lable'"),
         ({"where": 'label == "a"'}, "'label'"),
+        ({"where": 'text == "zz" or position == 0'}, r"text == 'zz'"),
     ],
 )
 def test_what_the_archive_does_not_have_is_refused(selector: TokenSelector, item: Token, message: str) -> None:
     with pytest.raises(PlanError, match=message):
         selector.check(parse_selection(item))
+
+
+def test_a_text_that_is_not_there_is_allowed_in_the_edit_or_in_the_condition(selector: TokenSelector) -> None:
+    for item in ({"where": 'text == "zz"', "allow_empty": True}, {"where": 'text == "zz"?'}):
+        selection = parse_selection(item)
+        selector.check(selection)
+        assert not selector.tokens(selection, 0).any()
 
 
 def test_a_condition_a_mapping_and_lists_of_numbers_mean_the_same(tmp_path: Path) -> None:
