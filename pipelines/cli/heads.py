@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from residua.pipelines.cli.options import (
+    MANY_PASSES,
     MODEL_HELP,
     add_archive,
     add_cluster_flags,
@@ -90,7 +91,7 @@ def _induction(options: argparse.Namespace) -> int:
         ).archive
     if not is_first:  # all share the capture, which takes the time; the scores are made once
         return 0
-    with cluster_of(options) as cluster:
+    with cluster_of(options, archive, passes=MANY_PASSES) as cluster:
         found = score_repeats(archive, name=Path(options.model).name, cluster=cluster)
     _print(found, archive, as_json=options.json)
     return 0
@@ -145,7 +146,7 @@ def _heads(options: argparse.Namespace) -> int:
     layers = None if options.layers is None else parse_numbers(options.layers, "--layers")
     archive = open_archive(options.archive)
     place = options.folder or default_folder(archive.place, "heads", options.layers)
-    with result_folder(place) as folder, cluster_of(options) as cluster:
+    with result_folder(place) as folder, cluster_of(options, archive, passes=MANY_PASSES) as cluster:
         found = heads(
             archive, out=folder, layers=layers, source=options.source, sequences=options.sequences, cluster=cluster
         )

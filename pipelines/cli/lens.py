@@ -4,7 +4,14 @@ import argparse
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
-from residua.pipelines.cli.options import add_archive, add_cluster_flags, add_command, add_settings, cluster_of
+from residua.pipelines.cli.options import (
+    MANY_PASSES,
+    add_archive,
+    add_cluster_flags,
+    add_command,
+    add_settings,
+    cluster_of,
+)
 from residua.pipelines.cli.report import print_json
 from residua.store.base.errors import AnalysisError
 from residua.store.storage.address import joined
@@ -40,12 +47,14 @@ def add(commands: Any) -> None:
 def _train(options: argparse.Namespace) -> int:
     from residua.analysis.lens.lens import TunedLens
     from residua.analysis.lens.settings import LensSettings
+    from residua.store.read.stacks import open_archive
 
     given = {f.name: value for f in fields(LensSettings) if (value := getattr(options, f.name)) is not None}
     settings = LensSettings(**given)
     sites = None if options.sites is None else [site.strip() for site in options.sites.split(",")]
-    with cluster_of(options) as cluster:
-        lens = TunedLens.fit(options.archive, sites=sites, out=options.out, cluster=cluster, settings=settings)
+    archive = open_archive(options.archive)
+    with cluster_of(options, archive, options.sites, passes=MANY_PASSES) as cluster:
+        lens = TunedLens.fit(archive, sites=sites, out=options.out, cluster=cluster, settings=settings)
     _print(lens, options.out, as_json=options.json)
     return 0
 

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from contextlib import AbstractContextManager
 
     from residua.analysis.support.cluster import Cluster
+    from residua.store.read.archive import Archive
 
 Found = TypeVar("Found")
 Run = Callable[[argparse.Namespace], int]
@@ -29,6 +30,7 @@ WHERE_HELP = "use only rows that meet this condition, for example 'position > 0'
 MODEL_HELP = "hub id or folder of the model"
 CAPTURED_MODEL_HELP = "hub id or folder of the model that was captured"
 
+MANY_PASSES = 16  # what probes, lenses and scores of heads do, in passes over their rows
 _SMALL_BYTES = 64 * 2**20  # that an analysis reads in a few seconds; starting workers takes about ten
 _TOKEN = re.compile(r'\s*("(?:[^"\\]|\\.)*")\s*,|([^,]*),')  # a JSON string, or anything without a comma
 _FLAG, _NEGATIVE = re.compile(r"--[^=]+"), re.compile(r"-\d")
@@ -163,7 +165,7 @@ def _word(text: str) -> str:
 
 def add_cluster_flags(
     parser: argparse.ArgumentParser,
-    default: str = "a local cluster; for stats and top of small archives this process, unless --workers is given",
+    default: str = "a local cluster; for little data this process, unless --workers is given",
 ) -> None:
     """Add the flags that say where an analysis runs.
 
@@ -178,30 +180,41 @@ def add_cluster_flags(
 
 
 def cluster_of(
-    options: argparse.Namespace, *, reads_once: bool = False, shows: bool = True
+    options: argparse.Namespace,
+    archive: "Archive | None" = None,
+    sites: str | None = None,
+    *,
+    passes: int = 1,
+    shows: bool = True,
 ) -> "AbstractContextManager[Cluster]":
-    """Return the cluster that the flags ask for, as a context manager.
+    """Return the cluster that the flags ask for, as a context manager; by default this process for little data.
 
     Args:
         options: The flags.
-        reads_once: Whether the work is little more than reading the archive, so that a small one needs no workers.
+        archive: The archive that is read; None: workers are needed in any case.
+        sites: Its sites that are read; None for all.
+        passes: How often they are read, or how many times the work of reading them is.
         shows: Whether the cluster draws bars of its own.
     """
     from residua.analysis.support.cluster import INLINE, connect
 
     scheduler = options.scheduler
-    if reads_once and scheduler is None and options.workers is None and _is_small(options.archive):
+    is_open = scheduler is None and options.workers is None and archive is not None
+    if is_open and archive is not None and passes * _read_bytes(archive, sites) <= _SMALL_BYTES:
         scheduler = INLINE
     shown = shows and shows_progress(options)
     return connect(scheduler, workers=options.workers, memory_limit=options.memory_limit, shown=shown)
 
 
-def _is_small(place: str) -> bool:
-    """Return whether all rows of an archive take so little that starting workers would last longer than the work."""
-    from residua.store.read.stacks import archives_of, open_archive
+def _read_bytes(archive: "Archive", sites: str | None) -> int:
+    """Return the bytes of all rows of some sites of an archive, or of the archives of its stacks."""
+    from residua.store.read.stacks import archives_of
 
-    archives = archives_of(open_archive(place))
-    return sum(one.n_rows * sum(site.row_bytes for site in one.plan.sites) for one in archives) <= _SMALL_BYTES
+    chosen = set(archive.sites if sites is None else archive.select(sites))
+    return sum(
+        one.n_rows * sum(site.row_bytes for site in one.plan.sites if site.name in chosen)
+        for one in archives_of(archive)
+    )
 
 
 def parse_tokens(text: str, flag: str) -> list[int | str]:

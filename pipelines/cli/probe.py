@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from residua.pipelines.cli.options import (
+    MANY_PASSES,
     SITES_HELP,
     WHERE_HELP,
     add_archive,
@@ -83,7 +84,7 @@ def _probe(options: argparse.Namespace) -> int:
     archive = open_archive(options.archive)
     place = options.folder or default_folder(archive.place, "probe", options.target, options.where, options.pool)
     with result_folder(place) as folder:
-        with cluster_of(options) as cluster:
+        with cluster_of(options, archive, options.sites, passes=MANY_PASSES) as cluster:
             found = probe(
                 archive,
                 options.target,

@@ -82,7 +82,7 @@ def _stats(options: argparse.Namespace) -> int:
     archive = open_archive(options.archive)
     place = options.folder or default_folder(archive.place, "stats", options.where)
     with result_folder(place) as folder:
-        with cluster_of(options, reads_once=True) as cluster:
+        with cluster_of(options, archive, options.sites) as cluster:
             found = stats(archive, options.sites, components=options.components, where=options.where, cluster=cluster)
         found.save(folder)
         plot_norms(folder / "norms.png", found.positions)
@@ -130,7 +130,7 @@ def _page(options: argparse.Namespace) -> int:
     archive = open_archive(options.archive)
     folder = options.folder or default_folder(archive.place, "page")
     refuse_address(folder, "pages")
-    with cluster_of(options, reads_once=True) as cluster:
+    with cluster_of(options, archive, options.sites) as cluster:
         found = page(
             archive,
             Path(folder),

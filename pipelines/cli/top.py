@@ -55,7 +55,7 @@ def _top(options: argparse.Namespace) -> int:
     columns = options.columns.split(",") if options.columns else []
     with ExitStack() as stack:
         file = None if options.file is None else stack.enter_context(result_file(options.file))
-        with cluster_of(options, reads_once=True) as cluster:
+        with cluster_of(options, archive, options.site) as cluster:
             found = top(
                 archive,
                 options.site,

@@ -12,7 +12,7 @@ from dataclasses import dataclass, fields, replace
 from itertools import chain, islice
 from os import PathLike, fspath
 from pathlib import Path, PurePath
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from pyarrow.types import is_integer
@@ -81,7 +81,8 @@ def open_rows(source: object, settings: DatasetSettings) -> Rows:
     elif is_frame(source) or (isinstance(source, Iterable) and not isinstance(source, bytes | Mapping)):
         if settings.split is not None:
             raise DatasetError(f"{named('split', settings.split)}: {name} has no splits; leave it out")
-        return _peek_rows(name, _checked_rows(_frame_rows(name, source) if is_frame(source) else source))
+        items = _frame_rows(name, source) if is_frame(source) else cast("Iterable[object]", source)
+        return _peek_rows(name, _checked_rows(items))
     else:
         raise DatasetError(
             f"{name} is not a dataset: give a path, a hub id, a DataFrame, or an iterable of texts, token ids, chats "

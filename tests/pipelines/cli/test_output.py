@@ -10,7 +10,9 @@ from typing import Any
 import pytest
 
 from residua.analysis.support import cluster
+from residua.pipelines.cli import options
 from residua.pipelines.cli.main import main
+from residua.store.read.stacks import open_archive
 from tests.store.small_archive import make_archive
 
 
@@ -68,3 +70,24 @@ def test_small_work_runs_in_this_process(
             main(call)
     else:
         assert main(call) == 0
+
+
+def test_little_data_is_counted_by_the_sites_that_are_read(
+    archive: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert options._SMALL_BYTES >= 27 * 2**20
+    opened = open_archive(archive)
+    site = min(opened.plan.sites, key=lambda one: one.row_bytes)
+    monkeypatch.setattr(options, "_SMALL_BYTES", opened.n_rows * site.row_bytes)
+
+    def start(*_: Any) -> Callable[..., None]:
+        raise _StartedError
+
+    monkeypatch.setattr(cluster, "_local", start)
+    monkeypatch.chdir(tmp_path)
+    assert main(["top", str(archive), "--site", site.name, "--channel", "0"]) == 0
+    for words in (["stats"], ["probe", "--sites", site.name, "--target", "position"]):  # more sites, more passes
+        with pytest.raises(_StartedError):
+            main([words[0], str(archive), *words[1:]])
+    monkeypatch.setattr(options, "_SMALL_BYTES", options.MANY_PASSES * opened.n_rows * site.row_bytes)
+    assert main(["probe", str(archive), "--sites", site.name, "--target", "position"]) == 0
