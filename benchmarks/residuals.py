@@ -13,6 +13,8 @@ import numpy.typing as npt
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from residua.store.examples.index import Example
+from residua.store.examples.writer import ExampleWriter
 from residua.store.format.create import create_archive, workspace
 from residua.store.format.plan import Plan, SitePlan
 from residua.store.format.writer import FilledShard, ShardWriter
@@ -51,7 +53,12 @@ def residual_archive(folder: Path, rows: npt.NDArray[np.uint16], preset: str) ->
     site = SitePlan(name=SITE, row_shape=rows.shape[1:], dtype="bfloat16", codec=preset)
     plan = Plan(model={}, dataset={}, rules={}, sites=(site,), rows_per_shard=ROWS_PER_SHARD, n_rows=len(rows))
     path = folder / preset
+    example = Example(input_ids=np.zeros(_LENGTH, np.int32), positions=np.arange(_LENGTH, dtype=np.int32))
     with workspace(path) as made:
+        examples = ExampleWriter(made / "examples")
+        for _ in range(len(rows) // _LENGTH):
+            examples.add(example)
+        examples.close()
         create_archive(made, path, plan, {})
     with ShardWriter(path, plan) as writer:
         for shard, first in enumerate(range(0, len(rows), ROWS_PER_SHARD)):

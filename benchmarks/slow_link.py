@@ -5,6 +5,7 @@ after another costs the latency each, and requests that are under way together c
 shares a rate of bytes, if one is given.
 """
 
+import fcntl
 import multiprocessing
 import os
 import queue
@@ -116,6 +117,7 @@ def _pass(far: socket.socket, delayed: Any, line: Any) -> None:
 def _answer(far: socket.socket, near: socket.socket, line: Any, counts: Any) -> None:
     """Give the client what the server answers, without copying it through this process."""
     outlet, inlet = os.pipe()
+    fcntl.fcntl(inlet, fcntl.F_SETPIPE_SZ, _PIECE)
     with suppress(OSError):
         while n_bytes := os.splice(far.fileno(), inlet, _PIECE):
             with counts.get_lock():

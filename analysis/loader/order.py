@@ -22,7 +22,7 @@ from residua.store.base.errors import AnalysisError
 from residua.store.encoding.codecs import PRESETS
 from residua.store.encoding.spec import ArraySpec
 from residua.store.read.archive import Archive
-from residua.store.read.reader import Array
+from residua.store.read.reader import Array, Following
 from residua.store.selection.row_filter import RowFilter
 
 Numbers = npt.NDArray[np.int64]
@@ -53,12 +53,8 @@ class Source(Protocol):
         """Return the values of rows, (rows, *row shape)."""
         ...
 
-    def read_into(self, out: Array, start: int, stop: int) -> None:
-        """Read rows `start` to `stop` (not included) into `out`, C-contiguous and of the stored dtype."""
-        ...
-
-    def ahead(self, pieces: Iterator[Numbers | range], most_bytes: int) -> Iterator[Numbers | range]:
-        """Yield `pieces` of rows that will be read one after the other."""
+    def fill(self, out: Array, pieces: Sequence[Numbers | range], following: Following | None = None) -> None:
+        """Read pieces of rows, one after the other, into `out`, C-contiguous and of the stored dtype."""
         ...
 
 

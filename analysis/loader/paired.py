@@ -1,6 +1,6 @@
 """Rows of two models over the same tokens, side by side: what crosscoders that compare models are trained on."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from itertools import chain
 from os import PathLike
 from typing import Any, Unpack
@@ -19,7 +19,7 @@ from residua.store.base.errors import AnalysisError
 from residua.store.encoding.spec import ArraySpec
 from residua.store.read.archive import Archive
 from residua.store.read.array import ArchiveArray, as_tensor
-from residua.store.read.reader import Array
+from residua.store.read.reader import Array, Following, steps
 from residua.store.read.stacks import open_archive
 
 _SAME = ("example", "position", "token")
@@ -122,14 +122,15 @@ class _Stacked:
         wanted = self.stored_dtype if dtype is None else dtype
         return np.stack([each.numpy(rows, dtype=wanted) for each in self.arrays], axis=1)
 
-    def read_into(self, out: Array, start: int, stop: int) -> None:
-        for number, each in enumerate(self.arrays):
-            out[:, number] = each.numpy(slice(start, stop), dtype=self.stored_dtype)
-
-    def ahead(self, pieces: Iterable[Numbers | range], most_bytes: int) -> Iterator[Numbers | range]:
-        for each in self.arrays:
-            pieces = each.ahead(pieces, most_bytes // len(self.arrays))
-        yield from pieces
+    def fill(self, out: Array, pieces: Sequence[Numbers | range], following: Following | None = None) -> None:
+        at, arrays = 0, self.arrays
+        for step, later in steps(pieces, following, self.specs[0], share=len(arrays)):
+            n_rows = sum(map(len, step))
+            for number, each in enumerate(arrays):
+                found = np.empty((n_rows, *each.shape[1:]), each.stored_dtype)
+                each.fill(found, step, later)
+                out[at : at + n_rows, number] = found
+            at += n_rows
 
 
 class _PairedLoader(Loader):

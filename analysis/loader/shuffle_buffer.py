@@ -5,14 +5,13 @@ is filled again. (``tf.data.Dataset.shuffle``, Abadi et al. 2016, replaces one r
 once reads neighbouring rows together, and the order after a stop can be computed.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
-from itertools import chain
+from collections.abc import Mapping, Sequence
 from math import prod
 
 import numpy as np
 
 from residua.analysis.loader.order import Numbers, Order, Source
-from residua.store.read.reader import Array
+from residua.store.read.reader import Array, Following
 
 _AHEAD_BYTES = 64 * 2**20  # stored bytes of all sites together
 
@@ -51,7 +50,7 @@ class ShuffleBuffer:
         }
         self._number = -1
         self._shuffled = np.empty(0, np.int64)
-        self._pieces: Iterator[Numbers | range] = iter(())
+        self._next: list[Numbers | range] = []
 
     def take(self, start: int, stop: int) -> Taken:
         """Return the worker's rows from `start` to before `stop`: their numbers, and by site (rows, *row shape).
@@ -74,36 +73,21 @@ class ShuffleBuffer:
     def _fill(self, number: int) -> None:
         if number == self._number:
             return
-        places = self._places[number * self._height : (number + 1) * self._height]
-        if number != self._number + 1 or number == 0:
-            self._pieces = self._pieces_from(number)
-        at = 0
-        while at < len(places):
-            rows = next(self._pieces)
-            self._read(slice(at, at + len(rows)), rows)
-            at += len(rows)
-        self._shuffled = shuffled_slots(self._seed, number, len(places))
+        pieces = self._next if number == self._number + 1 and self._number >= 0 else self._pieces(number)
+        self._next = self._pieces(number + 1)
+        n_rows = sum(map(len, pieces))
+        self._number = -1  # of no buffer, if reading fails
+        self._rows[:n_rows] = np.concatenate([np.asarray(rows) for rows in pieces])
+        following = Following(self._next, _AHEAD_BYTES // len(self._sources))
+        for name, source in self._sources.items():
+            source.fill(self._values[name][:n_rows], pieces, following)
+        self._shuffled = shuffled_slots(self._seed, number, n_rows)
         self._number = number
 
-    def _pieces_from(self, number: int) -> Iterator[Numbers | range]:
-        """Yield the rows of full buffers from `number` on; at an address, those that follow are fetched meanwhile."""
-        firsts = range(number * self._height, len(self._places), self._height)
-        buffers = (self._places[first : first + self._height] for first in firsts)
-        pieces: Iterator[Numbers | range] = chain.from_iterable(
-            self._order.rows(places.start, places.stop) for places in buffers
-        )
-        for source in self._sources.values():
-            pieces = source.ahead(pieces, _AHEAD_BYTES // len(self._sources))
-        return pieces
-
-    def _read(self, at: slice, rows: Numbers | range) -> None:
-        self._rows[at] = np.arange(rows.start, rows.stop) if isinstance(rows, range) else rows
-        for name, source in self._sources.items():
-            out = self._values[name][at]
-            if isinstance(rows, range):
-                source.read_into(out, rows.start, rows.stop)
-            else:
-                out[...] = source.numpy(rows, dtype=source.stored_dtype)
+    def _pieces(self, number: int) -> list[Numbers | range]:
+        """Return the rows of a full buffer, in the order of the epoch; none after the last."""
+        places = self._places[number * self._height : (number + 1) * self._height]
+        return [*self._order.rows(places.start, places.stop)] if places else []
 
 
 def shuffled_slots(seed: Sequence[int] | None, number: int, n_rows: int) -> Numbers:

@@ -4,7 +4,7 @@ Values come in a type that numpy can compute in: numpy sums bfloat16 in bfloat16
 wrong sums of some hundred values without a warning. Both are therefore read as float32, which is exact.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from types import EllipsisType
 from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
@@ -16,7 +16,7 @@ from residua.store.base.errors import TooLargeError
 from residua.store.encoding.codecs import INT8, PRESETS
 from residua.store.encoding.dtypes import BFLOAT16, storage_dtype, to_float32
 from residua.store.encoding.spec import ArraySpec
-from residua.store.read.reader import Array, ArrayReader, RowNumbers, reader_of
+from residua.store.read.reader import Array, ArrayReader, Following, RowNumbers, reader_of, steps
 
 if TYPE_CHECKING:
     import torch
@@ -142,30 +142,42 @@ class ArchiveArray:
         tensor = as_tensor(self.numpy(rows, dtype=self.stored_dtype))
         return tensor if wanted is None else tensor.to(wanted)
 
-    def read_into(self, out: Array, start: int, stop: int) -> None:
-        """Read rows `start` to `stop` (not included) into `out`, C-contiguous and of the stored dtype.
+    def fill(self, out: Array, pieces: Sequence[RowNumbers | range], following: Following | None = None) -> None:
+        """Read pieces of rows, one after the other, into `out`: faster than piece by piece, above all at an address.
+
+        Args:
+            out: C-contiguous (rows of all pieces, *row shape) of the stored dtype.
+            pieces: Numbers of rows that the array has.
+            following: What will be read next, and is fetched meanwhile at an address.
 
         Raises:
-            IndexError: The array has no such rows.
+            IndexError: The array has no such row.
+            ValueError: `out` is not of that shape, dtype and layout.
             NotCapturedError: A row belongs to a shard that is not committed yet.
             DamagedArchiveError: A file is missing or altered; the message names it.
         """
-        if len(self._readers) > 1:
-            out[...] = self.numpy(slice(start, stop), dtype=self.stored_dtype)
-        elif stop > start:
-            self._require(range(start, stop))
-            self._readers[0].read_into(out.view(self.specs[0].storage_dtype), start, stop)
-
-    def ahead(self, pieces: Iterable[RowNumbers | range], most_bytes: int) -> Iterator[RowNumbers | range]:
-        """Yield `pieces` of rows that will be read one after the other; at an address, the next are fetched meanwhile.
-
-        Args:
-            pieces: Numbers of rows.
-            most_bytes: Most stored bytes that are fetched ahead.
-        """
-        for reader in self._readers:
-            pieces = reader.ahead(pieces, most_bytes // len(self._readers))
-        yield from pieces
+        expected = (sum(map(len, pieces)), *self.shape[1:])
+        if out.shape != expected or out.dtype != self.stored_dtype or not out.flags.c_contiguous:
+            raise ValueError(
+                f"rows of {self.name} need a C-contiguous {self.stored_dtype} array {expected}, found {out.dtype} "
+                f"{out.shape}"
+            )
+        for rows in filter(len, pieces):
+            first, last = (rows[0], rows[-1]) if isinstance(rows, range) else (int(rows.min()), int(rows.max()))
+            if first < 0 or last >= len(self):
+                raise IndexError(f"{self.name} has {len(self):,} rows: there are no rows {first:,} to {last:,}")
+            self._require(rows)
+        if len(self._readers) == 1:
+            self._readers[0].fill(out.view(self.specs[0].storage_dtype), pieces, following)
+            return
+        at = 0
+        for step, later in steps(pieces, following, self.specs[0], share=len(self.specs)):
+            n_rows = sum(map(len, step))
+            arrays = [np.empty((n_rows, *spec.row_shape), spec.storage_dtype) for spec in self.specs]
+            for array, reader in zip(arrays, self._readers, strict=True):
+                reader.fill(array, step, later)
+            out[at : at + n_rows] = self._converted(self._merge(arrays), self.stored_dtype)
+            at += n_rows
 
     def _read(self, rows: RowSelection) -> Array:
         if isinstance(rows, EllipsisType):

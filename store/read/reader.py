@@ -9,6 +9,7 @@ Several threads may use a reader at once. It survives a fork, and pickles as its
 
 import os
 import weakref
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from functools import lru_cache
@@ -24,6 +25,7 @@ from residua.store.encoding.codecs import PRESETS, decode_chunk
 from residua.store.encoding.spec import ArraySpec
 from residua.store.read.mapped import OPEN_SHARDS, MappedShard, OpenShards, cpu_threads
 
+_STEP_BYTES = 16 * 2**20  # of rows that are read into further memory first
 _FEW_CHUNKS = 3  # decoded faster without waking a thread
 _MAX_THREADS = max(4, os.cpu_count() or 1)
 
@@ -40,6 +42,24 @@ class _Span(NamedTuple):
     first: int
     last: int
     at: int
+
+
+class Following(NamedTuple):
+    """What is read next: pieces of rows, and the most stored bytes of them to fetch meanwhile from an address."""
+
+    pieces: Sequence[RowNumbers | range]
+    most_bytes: int
+
+
+class _Part(NamedTuple):
+    """Rows of a chunk, counted from its first, and their places in the output; both ranges, or both arrays."""
+
+    rows: slice | RowNumbers
+    places: slice | RowNumbers
+
+
+Job: TypeAlias = tuple[int, list[_Part]]
+"""A chunk, numbered across all shards, and what to copy from it."""
 
 
 class _Key:
@@ -116,11 +136,7 @@ class ArrayReader:
                 f"rows {start:,} to {stop:,} of {self._spec.path} need a C-contiguous {self._spec.storage_dtype} "
                 f"array {expected}, found {out.dtype} {out.shape}"
             )
-        if self._is_raw:
-            for span in _spans(start, stop, self._spec.rows_per_shard):
-                self._copy_raw(span, out)
-        else:
-            self._run(lambda span: self._decode(span, out), list(_spans(start, stop, self._spec.rows_per_chunk)))
+        self.fill(out, [range(start, stop)])
 
     def take(self, rows: Sequence[int] | npt.NDArray[np.integer]) -> Array:
         """Return rows in the given order, repeats allowed: (rows, *row shape) in storage dtype.
@@ -132,28 +148,30 @@ class ArrayReader:
         """
         wanted = self._check_rows(rows)
         out = np.empty((len(wanted), *self._spec.row_shape), self._spec.storage_dtype)
-        if len(wanted):
-            items = self._as_items(out)
-            if self._is_raw:
-                self._gather_raw(wanted, items)
-            else:
-                chunks, local = np.divmod(wanted, self._spec.rows_per_chunk)
-                jobs = [(chunk, local[places], places) for chunk, places in _groups(chunks)]
-                self._run(lambda job: self._gather(*job, items), jobs)
+        self.fill(out, [wanted])
         return out
 
-    def ahead(
-        self,
-        pieces: Iterable[RowNumbers | range],
-        most_bytes: int,  # noqa: ARG002  # for addresses
-    ) -> Iterator[RowNumbers | range]:
-        """Yield `pieces` of rows that will be read one after the other; at an address, the next are fetched meanwhile.
+    def fill(self, out: Array, pieces: Sequence[RowNumbers | range], following: Following | None = None) -> None:
+        """Read pieces of rows, one after the other, into `out`; each chunk is decoded once. Raises as `take` does.
 
         Args:
-            pieces: Numbers of rows.
-            most_bytes: Most stored bytes that are fetched ahead.
+            out: C-contiguous (rows of all pieces, *row shape) in storage dtype.
+            pieces: Numbers of rows that the array has.
+            following: What will be read next, and is fetched meanwhile at an address.
         """
-        yield from pieces
+        items, at = self._as_items(out), 0
+        chunks: dict[int, list[_Part]] = defaultdict(list)
+        for rows in filter(len, pieces):
+            if not self._is_raw:
+                for chunk, part in self._parts(rows, at):
+                    chunks[chunk].append(part)
+            elif isinstance(rows, range):
+                for span in _spans(rows.start, rows.stop, self._spec.rows_per_shard):
+                    self._copy_raw(span, out[at:])
+            else:
+                self._gather_raw(rows, items[at : at + len(rows)])
+            at += len(rows)
+        self._run(lambda job: self._decode(job, out, items), list(chunks.items()), following)
 
     def _check_range(self, start: int, stop: int) -> None:
         if not 0 <= start <= stop <= self._n_rows:
@@ -208,12 +226,27 @@ class ArrayReader:
         self._verify(shard, range(span.first // height, -(-span.last // height)))
         shard.copy_raw(span.first, out[span.at : span.at + span.last - span.first])
 
-    def _decode(self, span: _Span, out: Array) -> None:
-        target = out[span.at : span.at + span.last - span.first]
-        if len(target) == self._spec.rows_per_chunk:
-            self._decode_chunk(span.block, target)
+    def _parts(self, rows: RowNumbers | range, at: int) -> Iterator[tuple[int, _Part]]:
+        """Yield chunks, and what of `rows` is in each; the first row's place in the output is `at`."""
+        height = self._spec.rows_per_chunk
+        if isinstance(rows, range):
+            for chunk, first, last, begin in _spans(rows.start, rows.stop, height):
+                yield chunk, _Part(slice(first, last), slice(at + begin, at + begin + last - first))
         else:
-            target[:] = self._new_chunk(span.block)[span.first : span.last]
+            chunks, local = np.divmod(rows, height)
+            for chunk, places in _groups(chunks):
+                yield chunk, _Part(local[places], places + at)
+
+    def _decode(self, job: Job, out: Array, items: npt.NDArray[np.void]) -> None:
+        """Decode a chunk, and copy its rows into `out`, of which `items` is a view."""
+        chunk, parts = job
+        whole = slice(0, self._spec.rows_per_chunk)
+        if len(parts) == 1 and isinstance(parts[0].rows, slice) and parts[0].rows == whole:
+            self._decode_chunk(chunk, out[parts[0].places])
+            return
+        values = self._as_items(self._new_chunk(chunk))
+        for rows, places in parts:
+            items[places] = values[rows]
 
     def _new_chunk(self, chunk: int) -> Array:
         values = np.empty((self._spec.rows_per_chunk, *self._spec.row_shape), self._spec.storage_dtype)
@@ -241,10 +274,7 @@ class ArrayReader:
                 self._verify(shard, np.unique(picked).tolist())
             items[places] = shard.raw_rows[picked, rows[places]]
 
-    def _gather(self, chunk: int, local: RowNumbers, places: RowNumbers, items: npt.NDArray[np.void]) -> None:
-        items[places] = self._as_items(self._new_chunk(chunk))[local]
-
-    def _run(self, work: Callable[[T], None], jobs: Sequence[T]) -> None:
+    def _run(self, work: Callable[[Job], None], jobs: Sequence[Job], following: Following | None) -> None:  # noqa: ARG002
         """Do all jobs, in this thread and in others. Return when every thread has finished."""
         n_slices = min(self._threads, len(jobs)) if len(jobs) > _FEW_CHUNKS else 1
 
@@ -252,7 +282,7 @@ class ArrayReader:
             for job in jobs[start::n_slices]:
                 work(job)
 
-        futures = [_threads_of(os.getpid()).submit(work_on, i) for i in range(1, n_slices)]
+        futures = [decoding_threads().submit(work_on, i) for i in range(1, n_slices)]
         try:
             work_on(0)
         finally:
@@ -283,7 +313,8 @@ class ColumnShardsReader:
     """
 
     def __init__(self, spec: ArraySpec, readers: Sequence[ArrayReader]) -> None:
-        self._width = spec.file_specs[0].row_shape[0]
+        self._specs = spec.file_specs
+        self._width = self._specs[0].row_shape[0]
         self._readers = readers
 
     def read(self, start: int, stop: int) -> Array:
@@ -299,11 +330,48 @@ class ColumnShardsReader:
         """Return the given rows, in the given order, (rows, *row shape), in storage dtype."""
         return np.concatenate([reader.take(rows) for reader in self._readers], axis=1)
 
-    def ahead(self, pieces: Iterable[RowNumbers | range], most_bytes: int) -> Iterator[RowNumbers | range]:
-        """Yield `pieces` of rows that will be read one after the other; see `ArrayReader.ahead`."""
-        for reader in self._readers:
-            pieces = reader.ahead(pieces, most_bytes // len(self._readers))
-        yield from pieces
+    def fill(self, out: Array, pieces: Sequence[RowNumbers | range], following: Following | None = None) -> None:
+        """Read pieces of rows, one after the other, into `out`; see `ArrayReader.fill`."""
+        at = 0
+        for step, later in steps(pieces, following, self._specs[0], share=len(self._specs)):
+            n_rows = sum(map(len, step))
+            for i, (spec, reader) in enumerate(zip(self._specs, self._readers, strict=True)):
+                found = np.empty((n_rows, *spec.row_shape), spec.storage_dtype)
+                reader.fill(found, step, later)
+                out[at : at + n_rows, i * self._width : (i + 1) * self._width] = found
+            at += n_rows
+
+
+def steps(
+    pieces: Sequence[RowNumbers | range], following: Following | None, spec: ArraySpec, *, share: int
+) -> Iterator[tuple[list[RowNumbers | range], Following]]:
+    """Cut pieces of rows into steps of some MiB, and say what follows after each: for rows that need further memory.
+
+    Args:
+        pieces: Numbers of rows.
+        following: What follows after them.
+        spec: One of the arrays that they are read from. Ranges are cut where its chunks begin.
+        share: Number of arrays that share what is fetched ahead.
+    """
+    chunks = max(1, _STEP_BYTES // spec.chunk_bytes) * spec.rows_per_chunk
+    cut: list[RowNumbers | range] = []
+    for rows in pieces:
+        spans = _spans(rows.start, rows.stop, chunks) if isinstance(rows, range) else ()
+        cut += [rows[span.at : span.at + span.last - span.first] for span in spans] or [rows]
+    later, most_bytes = following or ((), _STEP_BYTES)
+    begin = 0
+    while begin < len(cut):
+        end, n_rows = begin, 0
+        while end < len(cut) and (end == begin or n_rows + len(cut[end]) <= chunks):
+            n_rows += len(cut[end])
+            end += 1
+        yield cut[begin:end], Following([*cut[end:], *later], most_bytes // share)
+        begin = end
+
+
+def decoding_threads() -> ThreadPoolExecutor:
+    """Return the thread pool of all readers of this process."""
+    return _threads_of(os.getpid())
 
 
 @lru_cache(maxsize=1)

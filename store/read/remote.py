@@ -1,20 +1,21 @@
 """Reads rows of one array at an address: chunks come by ranges of bytes, ahead of where they are decoded.
 
 The packed index says where each chunk stands, how long it is, and its crc32c. Chunks that lie near each other in one
-shard share a request. Many requests are under way at once, and chunks are decoded as they arrive. What is probably read
-next is fetched ahead: the rows after those of a read that goes on where the last one stopped, and what a caller says
-(`RemoteReader.ahead`).
+shard share a request. Many requests are under way at once, and a few threads decode chunks as they arrive. What is
+probably read next is fetched ahead: the rows after those of a read that goes on where the last one stopped, and what a
+caller says (`Following`).
 
 Each chunk is compared with the index when it arrives. One that differs is asked for once more; if it differs again,
 that is an error that names object, chunk and rows.
 """
 
 from collections import OrderedDict, defaultdict, deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from functools import lru_cache
+from itertools import groupby
 from pathlib import Path
-from typing import NamedTuple, Protocol, TypeAlias, TypeVar
+from typing import NamedTuple, Protocol, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -25,7 +26,7 @@ from residua.store.encoding.shard import ChunkTable, chunk_table_problem, descri
 from residua.store.encoding.spec import ArraySpec
 from residua.store.format.commits import Commit
 from residua.store.format.plan import Plan
-from residua.store.read.reader import Array, ArrayReader, Check, RowNumbers
+from residua.store.read.reader import Array, ArrayReader, Check, Following, Job, decoding_threads
 from residua.store.storage.crc import CRC_BYTES
 from residua.store.storage.disk_cache import DiskCache
 from residua.store.storage.objects import ObjectFolder
@@ -39,22 +40,34 @@ REQUEST_BYTES = 4 * 2**20
 _WINDOW_BYTES = 64 * 2**20  # of one call that are under way; as much again is fetched ahead
 _HELD_BYTES = 256 * 2**20  # fetched ahead for all readers of an archive; what is not used for longest goes first
 _N_REQUESTS = 16
+_FEW_CHUNKS = 3  # decoded faster in the thread that asks, and together in another one
 _HERE = Path()
 
 PACK = "finish its capture, or run residua pack on it where it is a folder, and copy it there again"
 
 Bytes = npt.NDArray[np.uint8]
 _Arriving: TypeAlias = Future[dict[int, Bytes]]
-T = TypeVar("T")
 
 
 class _Request(NamedTuple):
-    """One request: a shard, its chunks, and where each begins and ends in the object."""
+    """One request: a shard, its chunks, where each begins and ends in the object, and its crc32c."""
 
     shard: int
     chunks: list[int]
     starts: list[int]
     stops: list[int]
+    crcs: list[int]
+
+    @property
+    def n_bytes(self) -> int:
+        """Bytes from the first chunk to the last."""
+        return self.stops[-1] - self.starts[0]
+
+    def of(self, numbers: Container[int]) -> "_Request":
+        """Return a request for some of the chunks."""
+        columns = zip(self.chunks, self.starts, self.stops, self.crcs, strict=True)
+        kept = zip(*(column for column in columns if column[0] in numbers), strict=True)
+        return _Request(self.shard, *map(list, kept))
 
 
 class ChunkTables(Protocol):
@@ -188,7 +201,7 @@ class RemoteChunks:
             while requests or jobs or ahead:
                 while requests and (not jobs or sum(size for _, size in jobs) < window_bytes):
                     request = requests.popleft()
-                    jobs.append((self._begin(spec, n_rows, request), request.stops[-1] - request.starts[0]))
+                    jobs.append((self._begin(spec, n_rows, request), request.n_bytes))
                 if not requests and then:
                     self.expect(spec, n_rows, then)
                     then = ()
@@ -220,21 +233,26 @@ class RemoteChunks:
     def _begin(self, spec: ArraySpec, n_rows: int, request: _Request) -> _Arriving:
         return _requests().submit(self._get, spec, n_rows, request)
 
-    def stored_bytes(self, spec: ArraySpec, number: int) -> int:
-        """Return the stored size of a chunk, numbered across all shards."""
-        shard, chunk = divmod(number, spec.chunks_per_shard)
-        return int(self.index.chunk_table(spec.key, shard)[chunk, 0])
+    def stored_bytes(self, spec: ArraySpec, numbers: Sequence[int]) -> list[int]:
+        """Return the stored size of each of some chunks, numbered across all shards."""
+        found: list[int] = []
+        for shard, of_shard in groupby(numbers, lambda number: number // spec.chunks_per_shard):
+            table = self.index.chunk_table(spec.key, shard)
+            found += table[[number % spec.chunks_per_shard for number in of_shard], 0].tolist()
+        return found
 
-    def _cached(self, spec: ArraySpec, numbers: Sequence[int]) -> dict[int, Bytes]:
+    def _cached(self, spec: ArraySpec, request: _Request) -> dict[int, Bytes]:
         found: dict[int, Bytes] = {}
-        for number in numbers if self._cache else ():
+        if self._cache is None:
+            return found
+        for number, start, stop, crc in zip(request.chunks, request.starts, request.stops, request.crcs, strict=True):
             key = self._key(spec, number)
-            data = self._cache.get(key)  # type: ignore[union-attr]  # there is one
+            data = self._cache.get(key)
             if data is None:
                 continue
             stored = np.frombuffer(data, np.uint8)
-            if self._problem(spec, number, stored):
-                self._cache.drop(key)  # type: ignore[union-attr]
+            if _problem(stored, stop - start, crc):
+                self._cache.drop(key)
             else:
                 found[number] = stored
         return found
@@ -244,27 +262,27 @@ class RemoteChunks:
 
     def _requests(self, spec: ArraySpec, numbers: Sequence[int]) -> Iterator[_Request]:
         """Yield requests for chunks: near ones of a shard together, up to the size of a request."""
-        open_: _Request | None = None
-        ends = np.empty(0, np.int64)
-        for number in numbers:
-            shard, chunk = divmod(number, spec.chunks_per_shard)
-            if open_ is None or open_.shard != shard:
-                ends = np.cumsum(self.index.chunk_table(spec.key, shard)[:, 0], dtype=np.int64)
-            start, stop = int(ends[chunk - 1]) if chunk else 0, int(ends[chunk])
-            is_near = open_ is not None and open_.shard == shard and start - open_.stops[-1] <= self._join_gap_bytes
-            if open_ is None or not is_near or stop - open_.starts[0] > self.request_bytes:
-                if open_ is not None:
-                    yield open_
-                open_ = _Request(shard, [], [], [])
-            open_.chunks.append(number)
-            open_.starts.append(start)
-            open_.stops.append(stop)
-        if open_ is not None:
-            yield open_
+        for shard, of_shard in groupby(numbers, lambda number: number // spec.chunks_per_shard):
+            chunks = list(of_shard)
+            table = self.index.chunk_table(spec.key, shard)
+            at = np.array(chunks) - shard * spec.chunks_per_shard
+            stops = np.cumsum(table[:, 0], dtype=np.int64)[at]
+            starts = stops - table[at, 0]
+            places = chunks, starts.tolist(), stops.tolist(), table[at, 1].tolist()
+            first = 0
+            for after in range(1, len(chunks) + 1):
+                is_last = after == len(chunks)
+                if (
+                    is_last
+                    or starts[after] - stops[after - 1] > self._join_gap_bytes
+                    or stops[after] - starts[first] > self.request_bytes
+                ):
+                    yield _Request(shard, *(column[first:after] for column in places))
+                    first = after
 
     def _get(self, spec: ArraySpec, n_rows: int, request: _Request) -> dict[int, Bytes]:
         """Return the chunks of one request: from the cache if they are there, and else over the network."""
-        found = self._cached(spec, request.chunks)
+        found = self._cached(spec, request)
         requests = [request]
         if found:
             requests = list(self._requests(spec, [number for number in request.chunks if number not in found]))
@@ -274,13 +292,10 @@ class RemoteChunks:
 
     def _arrived(self, spec: ArraySpec, n_rows: int, request: _Request) -> dict[int, Bytes]:
         name = shard_path(_HERE, spec, request.shard).as_posix()
-        chunks = self._ask(name, request)
-        for number in [number for number in chunks if self._problem(spec, number, chunks[number])]:
-            at = request.chunks.index(number)
-            again = self._ask(
-                name, _Request(request.shard, [number], request.starts[at : at + 1], request.stops[at : at + 1])
-            )
-            if problem := self._problem(spec, number, again[number]):
+        chunks, altered = self._ask(name, request)
+        for number in altered:
+            again, problems = self._ask(name, request.of({number}))
+            if problem := problems.get(number):
                 shard, chunk = divmod(number, spec.chunks_per_shard)
                 where = describe_chunk(spec, chunk, shard_rows(spec, n_rows, shard), shard * spec.rows_per_shard)
                 raise DamagedArchiveError(
@@ -293,7 +308,8 @@ class RemoteChunks:
                 self._cache.put(self._key(spec, number), stored.data)
         return chunks
 
-    def _ask(self, name: str, request: _Request) -> dict[int, Bytes]:
+    def _ask(self, name: str, request: _Request) -> tuple[dict[int, Bytes], dict[int, str]]:
+        """Return the chunks as they came, and what is wrong with those that differ from the index."""
         first = request.starts[0]
         try:
             data = self.folder.read_range(name, first, request.stops[-1])
@@ -301,20 +317,24 @@ class RemoteChunks:
             raise DamagedArchiveError(
                 f"{self.folder}/{name} is missing, and the archive's index names it: copy the archive there again"
             ) from None
-        places = zip(request.chunks, request.starts, request.stops, strict=True)
-        return {number: data[start - first : stop - first] for number, start, stop in places}
+        chunks: dict[int, Bytes] = {}
+        problems: dict[int, str] = {}
+        for number, start, stop, crc in zip(request.chunks, request.starts, request.stops, request.crcs, strict=True):
+            chunks[number] = data[start - first : stop - first]
+            if problem := _problem(chunks[number], stop - start, crc):
+                problems[number] = problem
+        return chunks, problems
 
-    def _problem(self, spec: ArraySpec, number: int, stored: Bytes) -> str:
-        """Return how a chunk differs from what the index says; empty if it does not."""
-        shard, chunk = divmod(number, spec.chunks_per_shard)
-        size, crc = self.index.chunk_table(spec.key, shard)[chunk].tolist()
-        if len(stored) != size or int.from_bytes(stored[-CRC_BYTES:].tobytes(), "little") != crc:
-            return "its size or its crc32c is not the one in the archive's index"
-        try:
-            check_chunk(stored)
-        except ValueError as error:
-            return str(error)
-        return ""
+
+def _problem(stored: Bytes, n_bytes: int, crc: int) -> str:
+    """Return how a chunk differs from what the index says; empty if it does not."""
+    if len(stored) != n_bytes or int.from_bytes(stored[-CRC_BYTES:].tobytes(), "little") != crc:
+        return "its size or its crc32c is not the one in the archive's index"
+    try:
+        check_chunk(stored)
+    except ValueError as error:
+        return str(error)
+    return ""
 
 
 class RemoteReader(ArrayReader):
@@ -366,63 +386,80 @@ class RemoteReader(ArrayReader):
     def _fetch(self, numbers: Sequence[int]) -> dict[int, Bytes]:
         return self._source.fetch(self._spec, self._n_rows, numbers)
 
-    def _run(self, work: Callable[[T], None], jobs: Sequence[T]) -> None:
-        """Do all jobs, as their chunks arrive."""
-        jobs_of: dict[int, list[T]] = defaultdict(list)
-        for job in jobs:
-            jobs_of[int(job[0])].append(job)  # type: ignore[index]  # every job begins with the number of its chunk
-        numbers = sorted(jobs_of)
-        then = self._next_chunks(numbers) if numbers else []
-        for arrived in self._source.stream(
-            self._spec, self._n_rows, numbers, then=then, window_bytes=self._window_bytes
-        ):
+    def _run(self, work: Callable[[Job], None], jobs: Sequence[Job], following: Following | None) -> None:
+        """Do all jobs, each in a thread that decodes as soon as its chunk is there."""
+        job_of = dict(sorted((job[0], job) for job in jobs))
+        numbers = list(job_of)
+        if not numbers:
+            return
+        then = self._next_chunks(numbers) if following is None else self._first_chunks(following)
+
+        def decode(part: Sequence[int]) -> None:
+            for number in part:
+                work(job_of[number])
+                self._held.pop(number, None)
+
+        arriving = self._arriving(numbers, then)
+        try:
+            if self._threads == 1 or len(numbers) <= _FEW_CHUNKS:
+                for part in arriving:
+                    decode(part)
+            else:
+                self._decode_in_threads(decode, arriving)
+        finally:
+            for number in numbers:
+                self._held.pop(number, None)
+
+    def _arriving(self, numbers: Sequence[int], then: Sequence[int]) -> Iterator[list[int]]:
+        """Yield the numbers of a few chunks at a time that have arrived and are held."""
+        spec, n_rows = self._spec, self._n_rows
+        for arrived in self._source.stream(spec, n_rows, numbers, then=then, window_bytes=self._window_bytes):
             self._held.update(arrived)
-            try:
-                super()._run(work, [job for number in arrived for job in jobs_of[number]])
-            finally:
-                for number in arrived:
-                    self._held.pop(number, None)
+            found = list(arrived)
+            yield from (found[i : i + _FEW_CHUNKS] for i in range(0, len(found), _FEW_CHUNKS))
+
+    def _decode_in_threads(self, decode: Callable[[list[int]], None], arriving: Iterator[list[int]]) -> None:
+        decoding: deque[Future[None]] = deque()
+        try:
+            for part in arriving:
+                decoding.append(decoding_threads().submit(decode, part))
+                if len(decoding) > self._threads:
+                    decoding.popleft().result()
+            for each in decoding:
+                each.result()
+        finally:
+            wait(decoding)
 
     def _next_chunks(self, numbers: list[int]) -> list[int]:
         """Return the chunks to fetch ahead: as many as are read now, if all are read in order."""
         first, last = numbers[0], numbers[-1]
         goes_on = first in (self._last, self._last + 1)
         self._last = last
-        sizes = [self._source.stored_bytes(self._spec, number) for number in numbers]
-        if last - first + 1 != len(numbers) or not (
-            goes_on or (first == 0 and sum(sizes) > self._source.request_bytes)
-        ):
+        if last - first + 1 != len(numbers) or not (goes_on or first == 0):
+            return []
+        sizes = self._source.stored_bytes(self._spec, numbers)
+        if not (goes_on or sum(sizes) > self._source.request_bytes):
             return []
         n_chunks = -(-self._n_rows // self._spec.rows_per_chunk)
         n_ahead = min(len(numbers), max(1, self._window_bytes // max(sizes)))
         return list(range(last + 1, min(last + 1 + n_ahead, n_chunks)))
 
-    def ahead(self, pieces: Iterable[RowNumbers | range], most_bytes: int) -> Iterator[RowNumbers | range]:
-        """Yield `pieces`, and fetch the chunks of those that follow meanwhile, `most_bytes` of them at most."""
-        left, waiting, n_bytes = iter(pieces), deque[tuple[RowNumbers | range, int]](), 0
-        while True:
-            if 2 * n_bytes <= most_bytes:
-                numbers: set[int] = set()
-                for rows in left:
-                    of_rows = self._chunks_of(rows)
-                    size = sum(self._source.stored_bytes(self._spec, number) for number in of_rows)
-                    waiting.append((rows, size))
-                    numbers |= of_rows
-                    n_bytes += size
-                    if n_bytes >= most_bytes:
-                        break
-                self._source.expect(self._spec, self._n_rows, sorted(numbers))
-            if not waiting:
-                return
-            rows, size = waiting.popleft()
-            n_bytes -= size
-            yield rows
-
-    def _chunks_of(self, rows: RowNumbers | range) -> set[int]:
-        height = self._spec.rows_per_chunk
-        if isinstance(rows, range):
-            return set(range(rows.start // height, -(-rows.stop // height)))
-        return set(np.unique(rows // height).tolist())
+    def _first_chunks(self, following: Following) -> list[int]:
+        """Return the chunks of the first pieces of `following`, up to its number of bytes."""
+        numbers: dict[int, None] = {}
+        n_bytes, height = 0, self._spec.rows_per_chunk
+        for rows in following.pieces:
+            if isinstance(rows, range):
+                of_rows = range(rows.start // height, -(-rows.stop // height))
+            else:
+                of_rows = np.unique(rows // height).tolist()
+            new = [number for number in of_rows if number not in numbers]
+            for number, size in zip(new, self._source.stored_bytes(self._spec, new), strict=True):
+                if n_bytes + size > following.most_bytes:
+                    return sorted(numbers)
+                numbers[number] = None
+                n_bytes += size
+        return sorted(numbers)
 
 
 @lru_cache(maxsize=1)

@@ -25,6 +25,7 @@ from residua.store.encoding.codecs import PRESETS
 from residua.store.format.archive_metadata import ROOT, read_metadata, write_metadata
 from residua.store.format.stacks import create_stacks
 from residua.store.read.archive import Archive
+from residua.store.read.reader import Following
 from residua.store.read.remote import RemoteChunks, RemoteReader
 from residua.store.read.remote_archive import RemoteArchive
 from residua.store.read.stacks import open_archive
@@ -153,24 +154,59 @@ def test_a_scan_fetches_the_next_rows_ahead_and_nothing_twice(server: FileServer
         assert set(server.requests.values()) <= {1}
 
 
-def test_rows_that_a_caller_announces_come_once_and_are_the_same(server: FileServer) -> None:
+PIECES: list[Any] = [range(20, 30), np.array([3, 37]), range(5), range(7, N_ROWS), np.array([37, 3, 3])]
+
+
+def filled(archive: Archive, site: str, pieces: list[Any], following: Following | None = None) -> Any:
+    """Return the bits of pieces of rows that are read together."""
+    array = archive[site]
+    out = np.empty((sum(map(len, pieces)), *array.shape[1:]), array.stored_dtype)
+    array.fill(out, pieces, following)
+    return out.view(f"<u{array.stored_dtype.itemsize}")
+
+
+@pytest.mark.parametrize("step_bytes", [1, 4000, 10**6])
+@pytest.mark.parametrize("codec", ["raw", "fast", "int8-block32"])
+def test_pieces_that_are_read_together_are_the_same_rows(
+    codec: str, step_bytes: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("residua.store.read.reader._STEP_BYTES", step_bytes)
+    here = Archive(make_archive(tmp_path / "a.zarr", codec))
+    rows = np.concatenate([np.asarray(piece) for piece in PIECES])
+    with serving_files(tmp_path) as server:
+        for archive in (here, opened(server)):
+            for site in here.sites:
+                found = filled(archive, site, PIECES)
+                assert np.array_equal(found, here[site].bits(rows))
+                if codec != "int8-block32":
+                    stored: Any = here.group[f"sites/{site.replace('.', '/')}"]  # as zarr-python reads it
+                    assert np.array_equal(found, np.asarray(stored[:]).view(found.dtype)[rows])
+            assert not filled(archive, "q.1", [range(3, 3)]).size
+
+
+def test_pieces_that_follow_come_once_and_together(server: FileServer) -> None:
     here, there = Archive(server.folder / "a.zarr"), opened(server)
-    pieces: list[Any] = [range(20, 30), np.array([3, 37]), range(5)]
+    following: list[Any] = [range(8, 16), np.array([1, 30])]
     for most_bytes in (0, 3000, 10**6):
-        server.forget()
         for site in here.sites:
-            found = [(rows, there[site][list(rows)]) for rows in there[site].ahead(pieces, most_bytes)]
-            assert [list(rows) for rows, _ in found] == [list(rows) for rows in pieces]
-            assert all(np.array_equal(values, here[site][list(rows)]) for rows, values in found)
-        assert not [path for path, n in server.requests.items() if n > 2]
+            there[site][:1]  # with the page of the index
+            server.forget()
+            for pieces, later in ((PIECES, following), (following, [])):
+                rows = np.concatenate([np.asarray(piece) for piece in pieces])
+                assert np.array_equal(filled(there, site, pieces, Following(later, most_bytes)), here[site].bits(rows))
+            assert set(server.requests.values()) <= {1, 2}  # a shard's chunks of each of the two together
+    for outside in (range(N_ROWS + 1), np.array([3, -1])):
+        with pytest.raises(IndexError, match=r"q\.1"):
+            filled(there, "q.1", [range(5), outside])
+    with pytest.raises(ValueError, match="C-contiguous"):
+        there["q.1"].fill(np.empty((4, *there["q.1"].shape[1:]), there["q.1"].stored_dtype), [range(5)])
 
 
 def test_what_was_fetched_ahead_and_is_not_used_goes(server: FileServer, monkeypatch: pytest.MonkeyPatch) -> None:
     here, there = Archive(server.folder / "a.zarr"), opened(server)
     monkeypatch.setattr("residua.store.read.remote._HELD_BYTES", 4000)
     for site in here.sites:
-        for _ in there[site].ahead([range(N_ROWS)], 10**6):
-            pass
+        filled(there, site, [range(1)], Following([range(N_ROWS)], 10**6))
         assert np.array_equal(there[site][:], here[site][:])
     assert len(there.chunks._held) <= 2  # chunks that fit into it
 
