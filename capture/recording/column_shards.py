@@ -12,6 +12,7 @@ from residua.capture.runtime.collectives import all_gather_objects
 from residua.capture.runtime.devices import input_device
 from residua.capture.runtime.pipeline_schedule import runnable
 from residua.capture.runtime.process_groups import pipeline_group
+from residua.capture.runtime.sharded import without_gradients
 from residua.capture.runtime.wrappers import evaluating
 from residua.capture.taps.reading import reading
 from residua.store.base.errors import PlanError
@@ -36,7 +37,7 @@ def column_shards(model: nn.Module, process_layout: ProcessLayout) -> dict[str, 
         found[site] = shards.of(site, tensor, (_EXAMPLES, _POSITIONS))[1]
 
     ids = torch.arange(_EXAMPLES * _POSITIONS, device=input_device(model)).view(_EXAMPLES, _POSITIONS)
-    with torch.inference_mode(), evaluating(model), reading(model, process_layout.sites, look):
+    with without_gradients(model), evaluating(model), reading(model, process_layout.sites, look):
         called = runnable(model)
         called(**forward_kwargs(called, ids, torch.ones_like(ids)))
     split = {site: layout.sizes for site, layout in found.items() if layout.dim == FIRST_ROW_AXIS}

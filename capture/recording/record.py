@@ -11,7 +11,6 @@ from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
-import torch
 from torch import nn
 
 from residua.capture.buffers.host_buffers import ShardFiller
@@ -24,6 +23,7 @@ from residua.capture.recording.stats import RecordStats
 from residua.capture.replay.captured import CapturedReplay
 from residua.capture.runtime.collectives import in_step
 from residua.capture.runtime.devices import runs_on_cuda
+from residua.capture.runtime.sharded import without_gradients
 from residua.capture.scheduling.work_queue import Run, WorkQueue, runs_of
 from residua.capture.sites.names_to_modules import resolve_sites
 from residua.capture.taps.reading import Taps
@@ -103,7 +103,7 @@ def record(
     stats = partial(_stats, runner, rows, time.perf_counter())
 
     # A replay attaches the taps itself, around each batch, so that they read what its edits have left.
-    with rows, torch.inference_mode(), taps.attached() if replaying is None else nullcontext():
+    with rows, without_gradients(model), taps.attached() if replaying is None else nullcontext():
         queue = iter([range(schedule.n_shards)]) if work is None else work(schedule)
         runs = runs_of(queue, partial(committed_shards, archive))
         if process_layout is not None:

@@ -1,14 +1,17 @@
-"""Models whose weights are sharded over data-parallel workers, by FSDP2 or DeepSpeed's ZeRO-3.
+"""Models whose weights are sharded, mostly over data-parallel workers, by FSDP2 or DeepSpeed's ZeRO-3.
 
-Each worker runs its own batches, and has full activations. But every forward pass gathers weights from all workers, so
-all workers must run the same number of forward passes (see `Agreement` in `residua.capture.runtime.collectives`).
+There each worker runs its own batches, and has full activations. But every forward pass gathers weights from all
+workers, so all workers must run the same number of forward passes (see `Agreement` in
+`residua.capture.runtime.collectives`).
 
 FSDP: Zhao et al. 2023, arXiv:2304.11277. ZeRO: Rajbhandari et al. 2020, arXiv:1910.02054.
 """
 
 import sys
+from contextlib import AbstractContextManager
 from typing import Any, TypeVar, cast
 
+import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
@@ -33,6 +36,17 @@ def frees_gathered(model: nn.Module) -> bool:
 def is_zero3(model: nn.Module) -> bool:
     """Return whether DeepSpeed's ZeRO-3 shards the weights of `model`."""
     return any(_is_of_zero3(parameter) for parameter in model.parameters())
+
+
+def without_gradients(model: nn.Module) -> AbstractContextManager[Any]:
+    """Return a context in which `model` runs without autograd: no_grad if weights are DTensors, or inference mode.
+
+    In inference mode a DTensor runs ``aten.linear`` whole, for which torch 2.13 has no sharding rule: it derives one
+    for every new shape of a batch, which takes seconds. With no_grad it runs the matrix products that a linear is made
+    of; the values are the same.
+    """
+    has_dtensors = any(isinstance(parameter, DTensor) for parameter in model.parameters())
+    return torch.no_grad() if has_dtensors else torch.inference_mode()
 
 
 def full_tensor(tensor: Tensor) -> Tensor:

@@ -13,9 +13,9 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
-import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from residua.capture.runtime.sharded import without_gradients
 from residua.pipelines.capture.dataset_job import DatasetCapture, DatasetSource
 from residua.pipelines.data.tokenizer import special_ids
 from residua.pipelines.generation.continuing import ALONE, Continuer
@@ -102,7 +102,7 @@ class GeneratedCapture(DatasetCapture):
         self._check_made()
         table = self._spool.table()
         units, seeds = self._units(table.index()), seeds_of(table)
-        with torch.inference_mode():
+        with without_gradients(self.model):
             for unit in workers.units("generate", len(units), self._spool.done):
                 if unit is None:
                     time.sleep(_IDLE_SECONDS)
