@@ -8,13 +8,13 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext, suppress
 from importlib.metadata import version
 from pathlib import Path
 
 from residua.pipelines.cli import archive, capture, heads, lens, patch, probe, replay, stats, top
-from residua.pipelines.cli.options import Run, bind_negative_values
+from residua.pipelines.cli.options import Run, bind_negative_values, shows_progress
 from residua.store.base.errors import (
     AnalysisError,
     CaptureError,
@@ -26,6 +26,8 @@ from residua.store.base.errors import (
 from residua.store.base.extras import missing_package
 from residua.store.base.naming import naming_flags
 
+_BAR_SWITCHES = ("HF_HUB_DISABLE_PROGRESS_BARS", "HF_DATASETS_DISABLE_PROGRESS_BARS")  # transformers obeys the first
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
@@ -33,8 +35,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if arguments is None else arguments)
     options = parser.parse_args(bind_negative_values(words))
     options.command_line = " ".join(["residua", *words])
-    with naming_flags():
+    with naming_flags(), nullcontext() if shows_progress(options) else _without_bars_of_libraries():
         return _run(options, words[0])
+
+
+@contextmanager
+def _without_bars_of_libraries() -> Iterator[None]:
+    """Let the libraries that load models and datasets draw no bars of their own, if they are imported inside."""
+    before = {name: os.environ.get(name) for name in _BAR_SWITCHES}
+    os.environ.update(dict.fromkeys(_BAR_SWITCHES, "1"))
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
 
 
 def _run(options: argparse.Namespace, command: str) -> int:

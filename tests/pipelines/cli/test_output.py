@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from residua.analysis.support import cluster
+from residua.pipelines.cli import archive as archive_commands
 from residua.pipelines.cli import options
 from residua.pipelines.cli.main import main
 from residua.store.read.stacks import open_archive
@@ -41,6 +42,26 @@ def test_progress_is_drawn_for_a_person_only(
     found = capsys.readouterr()
     assert found.out.startswith("sound")
     assert bool(found.err) == is_drawn
+
+
+@pytest.mark.parametrize(("is_seen", "words"), [(True, []), (True, ["--quiet"]), (True, ["--json"]), (False, [])])
+def test_libraries_draw_bars_for_a_person_only(
+    is_seen: bool, words: list[str], archive: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    switches = ("HF_HUB_DISABLE_PROGRESS_BARS", "HF_DATASETS_DISABLE_PROGRESS_BARS")
+    for name in switches:
+        monkeypatch.delenv(name, raising=False)
+    found = []
+
+    def look(_: object) -> int:
+        found.append([os.environ.get(name) for name in switches])
+        return 0
+
+    monkeypatch.setattr(archive_commands, "_info", look)
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: is_seen)
+    assert main(["info", str(archive), *words]) == 0
+    assert found == [[None, None] if is_seen and not words else ["1", "1"]]
+    assert not any(name in os.environ for name in switches)
 
 
 def test_a_reader_that_goes_away_ends_a_command_quietly(archive: Path) -> None:
