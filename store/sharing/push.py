@@ -7,6 +7,7 @@ index has all that they say.
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from os import PathLike
 from pathlib import Path
@@ -100,8 +101,11 @@ def push(
         copied = hub.run(licences, on_bytes, public=public)
         return replace(copied, notes=(*copied.notes, *notes))
     folder = ObjectFolder(address, storage_options)
-    _begin(archive, folder)
-    there = _listed(folder)
+    is_update = _is_update(archive, folder)
+    with ThreadPoolExecutor(1, thread_name_prefix="residua-copy") as pool:
+        listed = pool.submit(_listed, folder)
+        _begin(archive.plan, folder)
+    there = listed.result()
     to_send = [name for name in files if name != ROOT and not (name in shards and there.get(name) == files[name])]
     done = BytesDone(sum(files.values()), on_bytes)
     done.add(sum(files.values()) - sum(files[name] for name in (*to_send, ROOT)))
@@ -111,13 +115,15 @@ def push(
         folder.write(name, [root] if name == ROOT else archive.path / name)
         done.add(files[name])
 
-    last = [name for name in (SIDE_TABLES, INDEX, ROOT) if name in files]  # they name the other files
-    in_parallel(send, [name for name in to_send if name not in last])
+    # An archive with some of the sites may be there, which is read by its own index until the new one comes.
+    last = [name for name in ((SIDE_TABLES, INDEX, ROOT) if is_update else (ROOT,)) if name in files]
+    first = sorted((name for name in to_send if name not in last), key=lambda name: files[name], reverse=True)
+    in_parallel(send, first)  # the largest first, so that none is left alone at the end
     there = _listed(folder)
     unseen = [name for name in files if name not in last and there.get(name) != files[name]]
     if lost := [name for name in unseen if folder.size(name) != files[name]]:  # a list may lag behind
         raise StorageError(f"{folder}: {few(lost)} did not arrive whole: run the same command again")
-    for name in last:  # an archive with some of the sites may be there, which is read by its own index until now
+    for name in last:
         send(name)
     folder.delete([_JOURNAL])
     return Copied(len(files), sum(files.values()), sum(files[name] for name in (*to_send, ROOT)), tuple(notes))
@@ -181,28 +187,38 @@ def _root(archive: Archive, *, keep_paths: bool) -> tuple[bytes, list[str]]:
     return metadata_bytes(archive.path, replace(archive.metadata, provenance=provenance)), [note]
 
 
-def _begin(archive: Archive, folder: ObjectFolder) -> None:
-    """Say at the address which archive comes; refuse if another one is there or on its way."""
-    mine = archive.plan
-    try:
-        there = RemoteArchive(folder.address, storage_options=folder.options, cache=False)
-    except FileNotFoundError:
-        found = mine
-        if folder.size(LEASE) is not None:
-            raise PlanError(f"a capture into {folder} has begun: choose another address") from None
-    else:
-        found = there.plan
-        if not there.was_finished:
-            raise PlanError(
-                f"{folder} holds an unfinished archive: finish its capture there, choose another address, or delete it "
-                "first"
-            )
-        refuse_lost_side_tables(archive, there)
-    if not is_part_of(found, mine):
+def _is_update(archive: Archive, folder: ObjectFolder) -> bool:
+    """Say whether the archive, or a part of it, is at the address; refuse if something else is."""
+
+    def there() -> RemoteArchive | None:
+        try:
+            return RemoteArchive(folder.address, storage_options=folder.options, cache=False)
+        except FileNotFoundError:
+            return None
+
+    with ThreadPoolExecutor(1, thread_name_prefix="residua-copy") as pool:
+        lease = pool.submit(folder.size, LEASE)
+        found = there()
+    if found is None:
+        if lease.result() is not None:
+            raise PlanError(f"a capture into {folder} has begun: choose another address")
+        return False
+    if not found.was_finished:
         raise PlanError(
-            f"{folder} holds another archive (plan {found.digest[:12]}, this one is {mine.digest[:12]}): choose "
-            "another address, or delete it first"
+            f"{folder} holds an unfinished archive: finish its capture there, choose another address, or delete it "
+            "first"
         )
+    refuse_lost_side_tables(archive, found)
+    if not is_part_of(found.plan, archive.plan):
+        raise PlanError(
+            f"{folder} holds another archive (plan {found.plan.digest[:12]}, this one is {archive.plan.digest[:12]}): "
+            "choose another address, or delete it first"
+        )
+    return True
+
+
+def _begin(mine: Plan, folder: ObjectFolder) -> None:
+    """Say at the address which archive comes; refuse if the copy of another one was begun."""
     journal = canonical_json(mine.to_json())
     try:
         folder.create(_JOURNAL, journal)
