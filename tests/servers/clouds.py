@@ -5,7 +5,6 @@ them. Its bucket (or container) is there from the start, and others are not. It 
 """
 
 import base64
-import http.server
 import re
 import threading
 from collections import Counter
@@ -19,6 +18,7 @@ from xml.etree import ElementTree
 from xml.sax.saxutils import escape
 
 from tests.servers.files import byte_range
+from tests.servers.web import QuietHandler, listening
 
 PAGE = 50  # objects of a page of a list, so that lists have pages
 TOKEN = "right"  # noqa: S105
@@ -86,15 +86,10 @@ class CloudServer:
         return found[:PAGE], found[PAGE - 1][0] if len(found) > PAGE else ""
 
 
-class _Handler(http.server.BaseHTTPRequestHandler):
+class _Handler(QuietHandler):
     """What both services share."""
 
-    protocol_version = "HTTP/1.1"
-    disable_nagle_algorithm = True
     cloud: CloudServer
-
-    def log_message(self, format: str, *args: object) -> None:  # noqa: A002
-        """Print nothing."""
 
     def handle_request(self) -> None:
         self.body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
@@ -110,8 +105,6 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             self.answer(name)
         except RefusedError as refused:
             self.send(refused.status, f"<Error><Code>{refused.code}</Code></Error>".encode())
-
-    do_GET = do_HEAD = do_POST = do_PUT = do_DELETE = handle_request  # noqa: N815  # the names that the base class calls
 
     def is_allowed(self) -> bool:
         raise NotImplementedError
@@ -283,19 +276,9 @@ def serving_cloud(scheme: str) -> Iterator[CloudServer]:
         scheme: ``gs`` for Google Cloud Storage, ``az`` for Azure Blob Storage.
     """
     cloud = CloudServer(scheme)
-    base: Any = _Google if scheme == "gs" else _Azure
-    handler: Any = type("Handler", (base,), {"cloud": cloud})
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as listening:
-        listening.daemon_threads = True
-        thread = threading.Thread(target=listening.serve_forever, kwargs={"poll_interval": 0.05})
-        thread.start()
-        url = f"http://127.0.0.1:{listening.server_port}"
+    with listening(_Google if scheme == "gs" else _Azure, cloud=cloud) as url:
         if scheme == "gs":
             cloud.options = {"base_url": url, "bearer_token": TOKEN}
         else:
             cloud.options = {"endpoint": f"{url}/{ACCOUNT}", "account_name": ACCOUNT, "access_key": KEY}
-        try:
-            yield cloud
-        finally:
-            listening.shutdown()
-            thread.join()
+        yield cloud

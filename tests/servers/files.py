@@ -1,7 +1,5 @@
 """A web server for the files of a folder: it answers requests for ranges, counts them, and fails as it is told."""
 
-import http.server
-import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -10,6 +8,8 @@ from dataclasses import dataclass, field
 from email.utils import formatdate
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
+
+from tests.servers.web import QuietHandler, listening
 
 ENDLESS_BYTES = 2**30
 
@@ -54,7 +54,7 @@ class FileServer:
         self.requests.clear()
         self.n_bytes = 0
 
-    def answer(self, handler: http.server.BaseHTTPRequestHandler) -> None:
+    def answer(self, handler: QuietHandler) -> None:
         """Answer one request."""
         time.sleep(self.latency)
         path = unquote(urlsplit(handler.path).path)
@@ -75,7 +75,7 @@ class FileServer:
         else:
             self._send(handler, file, fault)
 
-    def _send(self, handler: http.server.BaseHTTPRequestHandler, file: Path, fault: str | None) -> None:
+    def _send(self, handler: QuietHandler, file: Path, fault: str | None) -> None:
         size = file.stat().st_size
         asked = handler.headers.get("Range") if self.ranges else None
         first, last = byte_range(asked, size)
@@ -101,7 +101,7 @@ class FileServer:
             handler.wfile.write(sent)
         handler.close_connection = fault == "cut"
 
-    def _flood(self, handler: http.server.BaseHTTPRequestHandler, n_bytes: int) -> None:
+    def _flood(self, handler: QuietHandler, n_bytes: int) -> None:
         """Send zeros until the client has enough."""
         handler.close_connection = True
         with suppress(OSError):
@@ -119,33 +119,20 @@ def byte_range(asked: str | None, size: int) -> tuple[int, int]:
     return int(first), min(int(last), size - 1) if last else size - 1
 
 
+class _Handler(QuietHandler):
+    files: FileServer
+
+    def handle_request(self) -> None:
+        if self.command in ("GET", "HEAD"):
+            self.files.answer(self)
+        else:
+            self.send_error(405)  # as servers that list nothing do; 501 would be tried again
+
+
 @contextmanager
 def serving_files(folder: Path, **settings: object) -> Iterator[FileServer]:
     """Serve the files of `folder` on loopback while the context lasts."""
     server = FileServer(folder, **settings)  # type: ignore[arg-type]
 
-    class Handler(http.server.BaseHTTPRequestHandler):
-        protocol_version = "HTTP/1.1"
-        disable_nagle_algorithm = True  # or each answer waits 40 ms for an acknowledgement
-
-        def do_GET(self) -> None:
-            server.answer(self)
-
-        do_HEAD = do_GET  # noqa: N815  # the name that the base class calls
-
-        def do_PROPFIND(self) -> None:
-            self.send_error(405)  # as servers that list nothing do; 501 would be tried again
-
-        def log_message(self, format: str, *args: object) -> None:  # noqa: A002
-            """Print nothing."""
-
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as listening:
-        listening.daemon_threads = True
-        thread = threading.Thread(target=listening.serve_forever, kwargs={"poll_interval": 0.05})
-        thread.start()
-        server.url = f"http://127.0.0.1:{listening.server_port}"
-        try:
-            yield server
-        finally:
-            listening.shutdown()
-            thread.join()
+    with listening(_Handler, files=server) as server.url:
+        yield server

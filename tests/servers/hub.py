@@ -7,20 +7,20 @@ and fails as it is told.
 
 import base64
 import hashlib
-import http.server
 import json
 import re
 import threading
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar
 from urllib.parse import parse_qs, unquote, urlsplit
 
 from tests.servers.files import byte_range
+from tests.servers.web import QuietHandler, listening
 
 SECRET = b"of the storage"
 REGULAR_BYTES = 10_000_000  # a larger file goes to the storage, whatever it holds
@@ -137,15 +137,10 @@ def _blob(data: bytes) -> str:
     return hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()  # noqa: S324  # as git does
 
 
-class _Handler(http.server.BaseHTTPRequestHandler):
+class _Handler(QuietHandler):
     """What both servers share."""
 
-    protocol_version = "HTTP/1.1"
-    disable_nagle_algorithm = True
     hub: HubServer
-
-    def log_message(self, format: str, *args: object) -> None:  # noqa: A002
-        """Print nothing."""
 
     def handle_request(self) -> None:
         self.parts = urlsplit(self.path)
@@ -154,8 +149,6 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             self.answer()
         except _RefusedError as refused:
             self.send(refused.status, {"error": str(refused)}, **refused.headers)
-
-    do_GET = do_HEAD = do_POST = do_PUT = handle_request  # noqa: N815  # the names that the base class calls
 
     def chunks(self) -> Iterator[bytes]:
         """Yield the body of the request."""
@@ -421,19 +414,6 @@ class _Api(_Handler):
 def serving_hub(folder: Path) -> Iterator[HubServer]:
     """Serve a Hub that keeps its contents in `folder`, on loopback, while the context lasts."""
     hub = HubServer(folder)
-    servers = []
-    for kind in (_Api, _Storage):
-        handler: Any = type(kind.__name__, (kind,), {"hub": hub})
-        server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
-        server.daemon_threads = True
-        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05})
-        thread.start()
-        servers.append((server, thread))
-    hub.url, hub.storage_url = (f"http://127.0.0.1:{server.server_port}" for server, _ in servers)
-    try:
+    with ExitStack() as stack:
+        hub.url, hub.storage_url = (stack.enter_context(listening(kind, hub=hub)) for kind in (_Api, _Storage))
         yield hub
-    finally:
-        for server, thread in servers:
-            server.shutdown()
-            thread.join()
-            server.server_close()

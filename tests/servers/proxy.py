@@ -1,14 +1,14 @@
 """A proxy in front of a server on loopback: it passes requests on, counts them, and fails as it is told."""
 
 import http.client
-import http.server
-import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from urllib.parse import urlsplit
+
+from tests.servers.web import QuietHandler, listening
 
 Fault = int | str | tuple[int, str]
 
@@ -34,7 +34,7 @@ class Proxy:
     requests: Counter[str] = field(default_factory=Counter)
     n_bytes: int = 0
 
-    def answer(self, handler: http.server.BaseHTTPRequestHandler) -> None:
+    def answer(self, handler: QuietHandler) -> None:
         """Answer one request."""
         self.requests[handler.command] += 1
         fault = self.fault(handler.command, handler.path)
@@ -66,7 +66,7 @@ class Proxy:
         handler.wfile.write(content[: len(content) // 2] if fault == "cut" else content)
 
 
-def _refuse(handler: http.server.BaseHTTPRequestHandler, status: int, code: str) -> None:
+def _refuse(handler: QuietHandler, status: int, code: str) -> None:
     """Answer as S3 does."""
     body = f"<Error><Code>{code}</Code><Message>no</Message><RequestId>1</RequestId></Error>".encode()
     handler.send_response(status)
@@ -76,30 +76,16 @@ def _refuse(handler: http.server.BaseHTTPRequestHandler, status: int, code: str)
         handler.wfile.write(body)
 
 
+class _Handler(QuietHandler):
+    proxy: Proxy
+
+    def handle_request(self) -> None:
+        self.proxy.answer(self)
+
+
 @contextmanager
 def proxied(target: str) -> Iterator[Proxy]:
     """Run a proxy in front of the server at `target` while the context lasts."""
     proxy = Proxy(target)
-
-    class Handler(http.server.BaseHTTPRequestHandler):
-        protocol_version = "HTTP/1.1"
-        disable_nagle_algorithm = True
-
-        def do_GET(self) -> None:
-            proxy.answer(self)
-
-        do_HEAD = do_PUT = do_POST = do_DELETE = do_GET  # noqa: N815  # the names that the base class calls
-
-        def log_message(self, format: str, *args: object) -> None:  # noqa: A002
-            """Print nothing."""
-
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as listening:
-        listening.daemon_threads = True
-        thread = threading.Thread(target=listening.serve_forever, kwargs={"poll_interval": 0.05})
-        thread.start()
-        proxy.url = f"http://127.0.0.1:{listening.server_port}"
-        try:
-            yield proxy
-        finally:
-            listening.shutdown()
-            thread.join()
+    with listening(_Handler, proxy=proxy) as proxy.url:
+        yield proxy
