@@ -82,9 +82,8 @@ def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
 
 def login(server: S3Server, monkeypatch: pytest.MonkeyPatch) -> None:
     """Give what the tools of S3 take from the environment."""
-    monkeypatch.setenv("AWS_ENDPOINT_URL", server.options["endpoint"])
-    monkeypatch.setenv("AWS_REGION", "us-east-1")
-    monkeypatch.setenv("AWS_SKIP_SIGNATURE", "true")
+    for name, value in server.environment.items():
+        monkeypatch.setenv(name, value)
 
 
 def objects(server: S3Server, folder: str) -> set[str]:

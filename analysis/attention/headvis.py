@@ -8,6 +8,7 @@ of each query that get most of it.
 import json
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from os import PathLike
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -33,7 +34,7 @@ from residua.store.read.archive import Archive
 from residua.store.read.stacks import open_archive
 from residua.store.read.text import token_texts
 from residua.store.storage.files import write_file
-from residua.store.storage.place import try_place
+from residua.store.storage.place import result_folder
 
 TABLE, LINES, PICTURE = "measures.parquet", "measures.csv", "measures.png"
 _MOST_TOKENS = 1_024  # of an example that is shown: its file grows with them
@@ -67,15 +68,16 @@ def heads(
     cluster: Cluster | None = None,
     most_bytes: Size = MOST_BYTES,
     job_pairs: int = JOB_PAIRS,
+    storage_options: Mapping[str, Any] | None = None,
 ) -> pa.Table:
     """Measure what every attention head looks at, as HeadVis does, and write the files that its page opens.
 
     The definitions are in `residua.analysis.attention.heads`. The model is not needed.
 
     Args:
-        archive: The archive, or its path. It holds `q` and `k` sites with all positions, or `pattern` sites.
+        archive: The archive, or its path or address. It holds `q` and `k` sites with all positions, or `pattern` sites.
         out: Folder for ``measures.parquet``, ``measures.csv``, ``measures.png`` and HeadVis's tree, which replace files
-            of the same names; None writes nothing.
+            of the same names, or its address in a bucket; None writes nothing.
         layers: Layers to measure; None: all layers whose weights are known.
         source: ``pattern`` or ``qk``; None: patterns if they are stored.
         sequences: Examples that are shown of each head at each of ten levels of its strongest attention; 0 shows none.
@@ -83,6 +85,7 @@ def heads(
         most_bytes: Memory limit of a job, in bytes or as a text such as ``1GiB``, not counting the tokens of an
             example. To show examples, a job also holds the keys of one of up to 1,024 tokens.
         job_pairs: Pairs of query and key that a job covers at most, if it has more than one example.
+        storage_options: For addresses, as for `residua.open`.
 
     Returns:
         One line for each head, with the columns ``layer`` and ``head`` (int32) and, float64, ``self_attention_score``,
@@ -99,13 +102,13 @@ def heads(
     """
     if sequences < 0:
         raise AnalysisError(f"{named('sequences', sequences)}: give 0, which shows no examples, or more")
-    archive = open_archive(archive)
-    folder = None if out is None else try_place(Path(out)).path
-    found = measure_heads(
-        archive, layers=layers, source=source, cluster=cluster, most_bytes=most_bytes, job_pairs=job_pairs
-    )
-    if folder is not None:
-        _write(folder, archive, found, sequences, or_inline(cluster))
+    archive = open_archive(archive, storage_options=storage_options)
+    with nullcontext() if out is None else result_folder(out, storage_options) as folder:
+        found = measure_heads(
+            archive, layers=layers, source=source, cluster=cluster, most_bytes=most_bytes, job_pairs=job_pairs
+        )
+        if folder is not None:
+            _write(folder, archive, found, sequences, or_inline(cluster))
     return found.table
 
 

@@ -38,6 +38,7 @@ from residua.store.edits.lens_files import LAYERS_FILE
 from residua.store.format.sidecars import LM_HEAD_FILE, PARAMETERS_FILE
 from residua.store.read.archive import Archive
 from residua.store.read.stacks import open_archive
+from residua.store.storage.fetched import fetched
 from residua.store.storage.files import write_file
 from residua.store.storage.place import result_folder
 
@@ -120,19 +121,30 @@ class TunedLens:
         return lens
 
     @classmethod
-    def load(cls, folder: str | PathLike[str], head: str | PathLike[str] | None = None) -> Self:
+    def load(
+        cls,
+        folder: str | PathLike[str],
+        head: str | PathLike[str] | None = None,
+        *,
+        storage_options: Mapping[str, Any] | None = None,
+    ) -> Self:
         """Read a lens that `save` or the `tuned-lens` package wrote.
 
         Args:
-            folder: The lens.
+            folder: The lens, or its address in a bucket.
             head: An archive of the same model, or its folder ``head``; required if the lens has no head of its own.
+            storage_options: For an address, as for `residua.open`.
 
         Raises:
             AnalysisError: The folder holds no lens, or the head belongs to another model.
             DamagedArchiveError: The head is missing or cut short.
             UnsafeArchiveError: The head's files do not describe a head.
         """
-        folder = Path(folder)
+        with fetched(folder, storage_options) as local:
+            return cls._load(local, head)
+
+    @classmethod
+    def _load(cls, folder: Path, head: str | PathLike[str] | None) -> Self:
         config, translators = read_checkpoint(folder)
         source = folder / "head" if head is None else Path(head)
         found = load_lm_head(source / "head" if (source / "head").is_dir() else source)

@@ -15,6 +15,7 @@ A direction is written ``SITE=WHAT``, or ``SITE[HEAD]=WHAT`` for one head of a s
 import re
 import zipfile
 from collections.abc import Iterable, Sequence
+from os import PathLike
 from pathlib import Path
 from typing import NamedTuple, TypeAlias
 
@@ -63,7 +64,7 @@ Wanted: TypeAlias = str | tuple[str, str, npt.ArrayLike] | Direction
 """A direction as it is asked for: the text that the module's head describes, or name, site and vector."""
 
 
-def directions_of(archive: Archive, wanted: Iterable[Wanted], lens: Path | None) -> list[Direction]:
+def directions_of(archive: Archive, wanted: Iterable[Wanted], lens: str | PathLike[str] | None) -> list[Direction]:
     """Read directions and check that each fits its site.
 
     Args:
@@ -93,7 +94,7 @@ def directions_of(archive: Archive, wanted: Iterable[Wanted], lens: Path | None)
     return found
 
 
-def _read(archive: Archive, wanted: Wanted, lens: Path | None) -> list[Direction]:
+def _read(archive: Archive, wanted: Wanted, lens: str | PathLike[str] | None) -> list[Direction]:
     if isinstance(wanted, str):
         return _parsed(archive, wanted, lens)
     given = wanted if isinstance(wanted, Direction) else Direction(*wanted)
@@ -118,7 +119,7 @@ def _one_site(archive: Archive, site: str) -> tuple[str, ...]:
     return names
 
 
-def _parsed(archive: Archive, text: str, lens: Path | None) -> list[Direction]:
+def _parsed(archive: Archive, text: str, lens: str | PathLike[str] | None) -> list[Direction]:
     named = _NAMED.fullmatch(text)
     name, rest = (named["name"], named["rest"]) if named else (None, text)
     match = _OF_SITE.fullmatch(rest)
@@ -237,7 +238,7 @@ def _check_size(path: Path, n_values: int) -> None:
         raise ValueError(f"{n_values:,} numbers of {path.name} were asked for: ask for a row, {path.name}#TENSOR[0]")
 
 
-def _logit(archive: Archive, site: str, token: str, lens: Path | None) -> Floats:
+def _logit(archive: Archive, site: str, token: str, lens: str | PathLike[str] | None) -> Floats:
     """Return the gradient of a token's logit by the row, with the final norm as its weight alone."""
     number = int(token) if token.isdigit() else token_id(archive.tokenizer, token)
     tuned = None if lens is None else TunedLens.load(lens)

@@ -19,6 +19,7 @@ from residua.analysis.support.open_archives import opened
 from residua.store.base.errors import AnalysisError
 from residua.store.format.site_names import parse_site
 from residua.store.read.archive import Archive
+from residua.store.storage.fetched import fetched
 
 _TABLES = ("heads.parquet", "measures.parquet")  # of residua induction, and of residua heads
 _MOST_HEADS = 2**20
@@ -133,12 +134,16 @@ def read_scores(source: pa.Table | str | PathLike[str]) -> dict[str, Any]:
 
     Args:
         source: A table such as `residua.induction_scores` or `residua.heads` returns, its Parquet file, or the folder
-            that one of the two commands wrote.
+            that one of the two commands wrote; or the address of these.
 
     Raises:
         AnalysisError: It is no such table.
     """
-    table = _read_table(Path(source)) if isinstance(source, str | PathLike) else source
+    if isinstance(source, str | PathLike):
+        with fetched(source) as path:
+            table = _read_table(path)
+    else:
+        table = source
     names = {field.name for field in table.schema if pa.types.is_floating(field.type)}
     lacks = {"layer", "head"} - set(table.column_names)
     if lacks or not names or not 0 < table.num_rows <= _MOST_HEADS:

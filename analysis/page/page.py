@@ -5,10 +5,10 @@ else; one is loaded when it is looked at. `residua.analysis.page.scripts` says w
 script.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from importlib.metadata import version
 from importlib.resources import files
-from os import PathLike
+from os import PathLike, fspath
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -33,9 +33,9 @@ from residua.store.format.site_names import parse_site
 from residua.store.read.archive import Archive
 from residua.store.read.stacks import by_rows, open_archive
 from residua.store.read.summary import summarise
-from residua.store.storage.address import is_remote
+from residua.store.storage.address import is_remote, joined
 from residua.store.storage.files import write_file
-from residua.store.storage.place import try_place
+from residua.store.storage.place import result_folder
 
 INDEX = "index.html"
 _SCRIPTS = ("page", "charts", "strips", "ranges", "browser", "views", "heads")
@@ -51,13 +51,13 @@ class Page(NamedTuple):
     """A page that was written.
 
     Attributes:
-        file: The file to open in a browser.
+        file: The file to open in a browser, or its address.
         n_examples: Examples that it shows.
         n_bytes: Bytes of the folder.
         notes: What it lacks and why, one sentence each.
     """
 
-    file: Path
+    file: Path | str
     n_examples: int
     n_bytes: int
     notes: tuple[str, ...]
@@ -76,6 +76,7 @@ def page(
     k: int = 20,
     lens_examples: int = 100,
     cluster: Cluster | None = None,
+    storage_options: Mapping[str, Any] | None = None,
 ) -> Page:
     """Write a folder with a page that shows an archive; open its ``index.html``.
 
@@ -84,14 +85,14 @@ def page(
 
     Args:
         archive: The archive, or its path or address.
-        out: The folder of the page.
+        out: The folder of the page, or its address in a bucket.
         sites: The sites to show, for example ``resid_post.*``; of an archive of several stacks those of one. Keys and
             values of cross-attention have rows of the encoder, and are left out of a page of the decoder.
         directions: Directions to colour tokens by and to find the strongest rows of: texts such as
             ``resid_post.3=channel:17`` (see `residua.analysis.page.directions`), or tuples of a name, a site and a
             vector.
-        lens: Folder of a tuned lens to read out of the residual stream; by default the logit lens, if the archive has
-            an LM head.
+        lens: Folder of a tuned lens to read out of the residual stream, or its address in a bucket; by default the
+            logit lens, if the archive has an LM head.
         heads: Scores of heads: the table of `residua.induction_scores` or `residua.heads`, its Parquet file, or the
             folder that one of the two commands wrote.
         examples: Number of examples, spread evenly over the archive. Those of the strongest rows come besides.
@@ -99,12 +100,12 @@ def page(
         k: Rows to show at either end of each measure, at most one of an example.
         lens_examples: Examples with read-outs of the lens.
         cluster: Where to compute; by default in this process.
+        storage_options: For addresses, as for `residua.open`.
 
     Raises:
         UnknownSiteError: `sites` names no stored site, or sites of several stacks.
         AnalysisError: A direction, the lens or the scores cannot be read or do not fit, a number is too small, or the
             archive has no captured rows.
-        PlanError: `out` is an address.
         OSError: `out` cannot be written, or has files of something else.
 
     Example:
@@ -118,41 +119,42 @@ def page(
     ):
         if number < least:
             raise AnalysisError(f"{name} is {number}: ask for at least {least}")
-    (archive, chosen, others), cluster = _of_one_stack(open_archive(archive), sites), or_inline(cluster)
-    lens = None if lens is None else Path(lens).absolute()
+    opened, cluster = open_archive(archive, storage_options=storage_options), or_inline(cluster)
+    archive, chosen, others = _of_one_stack(opened, sites)
+    lens = lens if lens is None or is_remote(lens) else Path(lens).absolute()
     names = _vector_sites(archive, chosen)
     wanted = directions_of(archive, directions, lens)
     names += [name for name in archive.sites if name not in names and any(one.site == name for one in wanted)]
     decoded = lens_sites(archive, names, lens) if lens_examples else []
     scores = None if heads is None else read_scores(heads)
-    folder = _cleared(Path(out))
-
-    found = stats(archive, names, components=0, cluster=cluster)
-    measures = [_measures_of(found, name, wanted) for name in names]
-    measured = measure(archive, measures, k=k, cluster=cluster)
-    shown = _shown(archive, measured.values(), examples, tokens)
-    writer = _Writer(folder, archive, shown)
-    sites_json = writer.sites(found, measures, measured)
-    for site, values in measure_shown(archive, measures, shown.rows, cluster=cluster):
-        writer.values(site, values)
-    rows = shown.rows[:lens_examples]
-    for site, readouts in read_out(archive, decoded, rows, lens=lens, k=_READOUT_TOKENS, cluster=cluster):
-        writer.readouts(site, readouts.tokens, readouts.probabilities)
-    patterns = plan_patterns(archive, shown)
-    for layer in read_patterns(patterns, shown, cluster=cluster):
-        writer.pattern(layer.layer, layer.weights)
-    notes = tuple(filter(None, [others, patterns.note, "" if decoded or not lens_examples else _NO_LENS]))
-    writer.finish(
-        {
-            "sites": sites_json,
-            "readouts": {"lens": "logit lens" if lens is None else "tuned lens", "n_examples": len(rows)},
-            "patterns": {"examples": patterns.examples, "n_tokens": patterns.n_tokens},
-            "scores": scores,
-            "page_notes": notes,
-        }
-    )
-    n_bytes = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-    return Page(folder / INDEX, len(shown.numbers), n_bytes, notes)
+    with result_folder(out, storage_options) as folder:
+        _clear(folder)
+        found = stats(archive, names, components=0, cluster=cluster)
+        measures = [_measures_of(found, name, wanted) for name in names]
+        measured = measure(archive, measures, k=k, cluster=cluster)
+        shown = _shown(archive, measured.values(), examples, tokens)
+        writer = _Writer(folder, archive, shown)
+        sites_json = writer.sites(found, measures, measured)
+        for site, values in measure_shown(archive, measures, shown.rows, cluster=cluster):
+            writer.values(site, values)
+        rows = shown.rows[:lens_examples]
+        for site, readouts in read_out(archive, decoded, rows, lens=lens, k=_READOUT_TOKENS, cluster=cluster):
+            writer.readouts(site, readouts.tokens, readouts.probabilities)
+        patterns = plan_patterns(archive, shown)
+        for layer in read_patterns(patterns, shown, cluster=cluster):
+            writer.pattern(layer.layer, layer.weights)
+        notes = tuple(filter(None, [others, patterns.note, "" if decoded or not lens_examples else _NO_LENS]))
+        writer.finish(
+            {
+                "sites": sites_json,
+                "readouts": {"lens": "logit lens" if lens is None else "tuned lens", "n_examples": len(rows)},
+                "patterns": {"examples": patterns.examples, "n_tokens": patterns.n_tokens},
+                "scores": scores,
+                "page_notes": notes,
+            }
+        )
+        n_bytes = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    return Page(joined(fspath(out), INDEX) if is_remote(out) else Path(out) / INDEX, len(shown.numbers), n_bytes, notes)
 
 
 def _of_one_stack(archive: Archive, sites: str | Iterable[str]) -> tuple[Archive, tuple[str, ...], str]:
@@ -182,9 +184,8 @@ def _vector_sites(archive: Archive, names: Sequence[str]) -> list[str]:
     return found
 
 
-def _cleared(out: Path) -> Path:
-    """Return the folder for the page, without the data of an earlier one."""
-    folder = try_place(out).path
+def _clear(folder: Path) -> None:
+    """Remove the data of an earlier page; raise FileExistsError if the folder has files of something else."""
     there = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
     is_page = (folder / DATA / f"{_ARCHIVE}.js").is_file()
     was_begun = DATA in there and there <= {DATA, *_ASSETS}  # and stopped before that file was written
@@ -194,7 +195,6 @@ def _cleared(out: Path) -> Path:
         )
     for path in (folder / DATA).glob("*.js"):
         path.unlink()
-    return folder
 
 
 def _measures_of(found: Stats, site: str, wanted: Sequence[Direction]) -> SiteMeasures:

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from functools import partial
-from pathlib import Path
+from os import PathLike
 from typing import NamedTuple
 
 import numpy as np
@@ -45,7 +45,7 @@ class _Job(NamedTuple):
     location: Location
     site: str
     rows: Sequence[ShownRows]
-    lens: Path | None
+    lens: str | PathLike[str] | None
     k: int
     most_bytes: int
 
@@ -56,7 +56,7 @@ class _Loaded(NamedTuple):
     n_bytes: int
 
 
-def lens_sites(archive: Archive, sites: Sequence[str], lens: Path | None) -> list[str]:
+def lens_sites(archive: Archive, sites: Sequence[str], lens: str | PathLike[str] | None) -> list[str]:
     """Return those of `sites` that a lens decodes: `resid_pre`, `resid_post`, and where a tuned lens was trained.
 
     Without a tuned lens it is the logit lens, if the archive has an LM head.
@@ -83,7 +83,13 @@ def lens_sites(archive: Archive, sites: Sequence[str], lens: Path | None) -> lis
 
 
 def read_out(
-    archive: Archive, sites: Sequence[str], rows: Sequence[ShownRows], *, lens: Path | None, k: int, cluster: Cluster
+    archive: Archive,
+    sites: Sequence[str],
+    rows: Sequence[ShownRows],
+    *,
+    lens: str | PathLike[str] | None,
+    k: int,
+    cluster: Cluster,
 ) -> Iterator[tuple[str, Readouts]]:
     """Decode rows of the residual stream.
 
@@ -132,7 +138,7 @@ def _read_out(job: _Job) -> Readouts:
     return Readouts(torch.cat(tokens).numpy().astype(np.int32), torch.cat(probabilities).numpy())
 
 
-def _load(archive: Archive, lens: Path | None) -> _Loaded:
+def _load(archive: Archive, lens: str | PathLike[str] | None) -> _Loaded:
     tuned = None if lens is None else TunedLens.load(lens)
     head = load_lm_head(archive.head) if tuned is None else tuned.head
     maps = () if tuned is None else tuned.translators.values()

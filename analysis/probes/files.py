@@ -12,6 +12,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
 from residua.store.base.errors import AnalysisError
+from residua.store.storage.fetched import fetched
 from residua.store.storage.files import write_file
 
 TENSORS, DESCRIPTION = "probe.safetensors", "probe.json"
@@ -43,12 +44,16 @@ def write_probe(folder: str | PathLike[str], probe: SavedProbe) -> None:
 
 
 def read_probe(folder: str | PathLike[str]) -> SavedProbe:
-    """Read and check the two files in `folder`.
+    """Read and check the two files in `folder`, which may be the address of one in a bucket.
 
     Raises:
         AnalysisError: A file is missing, or the files do not describe a probe.
     """
-    place = Path(folder)
+    with fetched(folder) as place:
+        return _read(place)
+
+
+def _read(place: Path) -> SavedProbe:
     try:
         tensors = load((place / TENSORS).read_bytes())
         description = json.loads((place / DESCRIPTION).read_bytes())

@@ -1,7 +1,6 @@
 """Directions in the space of a site's rows: read from a file, or given by the number of a channel."""
 
 from os import PathLike
-from pathlib import Path
 
 import ml_dtypes
 import numpy as np
@@ -10,6 +9,7 @@ import numpy.typing as npt
 from residua.store.base.errors import AnalysisError, PlanError
 from residua.store.edits.vectors import read_array
 from residua.store.read.archive import Archive
+from residua.store.storage.fetched import fetched
 
 Floats = npt.NDArray[np.float64]
 
@@ -17,7 +17,7 @@ _TENSOR = "weight"  # of a file with several tensors, such as a saved probe
 
 
 def read_direction(path: str | PathLike[str]) -> Floats:
-    """Read a direction from a ``.npy`` or ``.safetensors`` file; of a saved probe it is the weight.
+    """Read a direction from a ``.npy`` or ``.safetensors`` file, or its address; of a saved probe it is the weight.
 
     Nothing in the file is executed.
 
@@ -28,7 +28,8 @@ def read_direction(path: str | PathLike[str]) -> Floats:
         AnalysisError: The file cannot be read, or does not hold one array of numbers.
     """
     try:
-        values = read_array(Path(path), default=_TENSOR, floats_only=False)
+        with fetched(path) as local:
+            values = np.array(read_array(local, default=_TENSOR, floats_only=False))
     except PlanError as error:
         raise AnalysisError(
             f"the direction {path} cannot be read ({error}): give a .npy file of plain numbers, or a .safetensors file "

@@ -2,10 +2,10 @@
 
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import replace
 from os import PathLike
-from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedModel
@@ -13,16 +13,17 @@ from transformers import PreTrainedModel
 from residua.pipelines.capture.capture import capture_dataset
 from residua.pipelines.capture.dataset_job import DatasetSource
 from residua.pipelines.capture.result import CaptureResult
-from residua.pipelines.copies.join_sites import join_sites, recover, refuse_other_rows
+from residua.pipelines.copies.join_sites import join_sites, place_beside, recover, refuse_other_rows
 from residua.pipelines.setup.settings import CaptureSettings
 from residua.store.base.errors import NotCapturedError, PlanError
 from residua.store.base.naming import named
-from residua.store.format.archive_metadata import is_archive, read_metadata
+from residua.store.format.archive_metadata import ROOT
 from residua.store.format.commits import FOLDER
 from residua.store.format.plan import Plan
 from residua.store.read.archive import Archive, refuse_replay
-from residua.store.read.stacks import open_archive
-from residua.store.storage.address import is_remote
+from residua.store.read.stacks import open_written
+from residua.store.storage.destination import BucketFolder, Destination, DiskFolder
+from residua.store.storage.place import try_result_place
 
 
 def add_sites(
@@ -31,6 +32,7 @@ def add_sites(
     *,
     out: str | PathLike[str],
     settings: CaptureSettings,
+    storage_options: Mapping[str, Any] | None = None,
     on_plan: Callable[[Plan, int], None] = lambda *_: None,
     **more: Any,
 ) -> CaptureResult:
@@ -43,9 +45,10 @@ def add_sites(
     Args:
         model: As for `residua.capture_dataset`; the model of the archive.
         dataset: As for `residua.capture_dataset`; the data of the archive.
-        out: Folder of the archive, which is finished.
+        out: Folder of the archive, which is finished, or its address in a bucket.
         settings: Settings of the archive's capture, with the new sites as `sites`; their data type and codec may
             differ. Heights of shards and sizes of batches are those of the archive.
+        storage_options: For an address, as for `residua.open`.
         on_plan: As for `residua.capture_dataset`.
         more: Further arguments of `residua.capture_dataset`.
 
@@ -56,10 +59,23 @@ def add_sites(
         FileNotFoundError: There is no archive.
         As `residua.capture_dataset` otherwise.
     """
-    out = Path(_checked_place(out))
-    recover(out)
-    archive = _finished(open_archive(out))
-    adding = out.with_name(f".{out.name}.adding")
+    _refuse_launch()
+    place = try_result_place(out, storage_options, links=True).out
+    with place.locked() if isinstance(place, BucketFolder) else nullcontext():
+        return _add(place, model, dataset, settings, on_plan, more)
+
+
+def _add(
+    place: Destination,
+    model: str | PathLike[str] | PreTrainedModel,
+    dataset: DatasetSource,
+    settings: CaptureSettings,
+    on_plan: Callable[[Plan, int], None],
+    more: Mapping[str, Any],
+) -> CaptureResult:
+    recover(place)
+    archive = _finished(open_written(place))
+    adding, options = place_beside(place), archive.storage_options
     chosen = replace(
         settings, rows_per_shard=archive.plan.rows_per_shard, batch_tokens=archive.plan.batch_tokens, head=False
     )
@@ -69,42 +85,41 @@ def add_sites(
         on_plan(plan, rows)
 
     try:
-        found = capture_dataset(model, dataset, out=adding, settings=chosen, on_plan=check, **more)
+        found = capture_dataset(
+            model, dataset, out=adding, storage_options=options, settings=chosen, on_plan=check, **more
+        )
     except PlanError:
-        if is_archive(adding) and read_metadata(adding).sealed is None and not any((adding / FOLDER).iterdir()):
-            shutil.rmtree(adding)
+        begun = try_result_place(adding, options).out
+        if begun.n_bytes(ROOT) is not None and not begun.names(FOLDER):
+            begun.remove_all()
         raise
     joined = join_sites(archive, found.archive)
-    shutil.rmtree(adding)
+    if isinstance(place, DiskFolder):
+        shutil.rmtree(adding)
     return replace(found, archive=joined)
 
 
-def _checked_place(out: str | PathLike[str]) -> str | PathLike[str]:
-    if is_remote(out):
-        raise PlanError(
-            f"{out} is an address, and sites are added to an archive in a folder: pull it, add, and push it"
-        )
+def _refuse_launch() -> None:
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise PlanError(f"{named('add_sites')} runs in one process, and several were started: start one")
-    return out
 
 
 def _finished(archive: Archive) -> Archive:
     """Return the archive if its capture is finished and can be done again."""
     if archive.stacks:
         raise PlanError(
-            f"{archive.path} holds the archives of several stacks, to which no sites can be added yet: capture all "
+            f"{archive.place} holds the archives of several stacks, to which no sites can be added yet: capture all "
             "sites into a new archive"
         )
     refuse_replay(archive, "an addition of sites")
     if not archive.is_sealed:
         raise NotCapturedError(
-            f"{archive.path} is not finished: run the same capture again without {named('add_sites')}, and add sites "
+            f"{archive.place} is not finished: run the same capture again without {named('add_sites')}, and add sites "
             "then"
         )
     if archive.plan.n_rows is None or not archive.plan.batch_tokens:
         raise PlanError(
-            f"{archive.path} was recorded in a loop of its own, or taken from other archives, so its batches are not "
+            f"{archive.place} was recorded in a loop of its own, or taken from other archives, so its batches are not "
             "known: record the new sites in a loop like that"
         )
     return archive

@@ -3,7 +3,6 @@
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from os import PathLike, fspath
-from pathlib import Path
 from typing import Any, Unpack, cast
 
 from torch import nn
@@ -30,7 +29,7 @@ from residua.store.base.errors import PlanError
 from residua.store.base.naming import named
 from residua.store.format.plan import Plan
 from residua.store.sealing.losses import loss_notes
-from residua.store.storage.place import refuse_address, try_archive_place
+from residua.store.storage.place import try_archive_place
 
 
 def capture_dataset(
@@ -93,14 +92,14 @@ def capture_dataset(
     """
     chosen = _settings(settings, options)
     if is_pair_model(model, chosen):
-        refuse_address(out, "the archives of several stacks")
         _refuse_generation(chosen)
         return capture_pairs(
             model,
             dataset,
-            Path(out),
+            out,
             tokenizer,
             chosen,
+            storage_options=storage_options,
             processor=processor,
             tensor_parallel=tensor_parallel,
             command=command,

@@ -64,7 +64,15 @@ class DatasetCapture(CaptureJob):
         if takes_pixels(model):
             unmeasured = {name: info for name, info in sites.items() if info.row_shape is None}
             sites = {**sites, **measure_sites(model, unmeasured)}
-        super().__init__(model, sites, out, head=settings.head, threads=settings.threads, replaying=replaying)
+        super().__init__(
+            model,
+            sites,
+            out,
+            head=settings.head,
+            threads=settings.threads,
+            keep_paths=settings.keep_paths,
+            replaying=replaying,
+        )
         self._tokenizer = tokenizer
         self._dataset = dataset
         self._settings = settings

@@ -45,20 +45,23 @@ from residua.store.base.naming import named
 from residua.store.examples.index import SOURCE_IDS, SOURCE_SHA256, ExampleIndex, IntArray
 from residua.store.examples.table import ExampleTable
 from residua.store.examples.writer import ExampleWriter
+from residua.store.format.create import bring_archive
 from residua.store.format.plan import STACK_RULE, Plan
 from residua.store.format.stacks import create_stacks
-from residua.store.read.stacks import open_archive
+from residua.store.read.stacks import open_written
 from residua.store.sealing.losses import loss_notes
-from residua.store.storage.place import try_place
+from residua.store.storage.destination import Destination
+from residua.store.storage.place import try_archive_place
 
 
 def capture_pairs(
     model: Any,
     dataset: DatasetSource,
-    out: Path,
+    out: str | PathLike[str],
     tokenizer: PreTrainedTokenizerBase | None,
     settings: CaptureSettings,
     *,
+    storage_options: Mapping[str, Any] | None,
     processor: object,
     tensor_parallel: object,
     command: str | None,
@@ -80,7 +83,7 @@ def capture_pairs(
         raise PlanError(
             f"{named('image_column')} is for models over images, which an encoder-decoder is not: leave it out"
         )
-    place = try_place(out, locks=True, links=True)
+    place = try_archive_place(out, storage_options)
     if isinstance(model, str | PathLike):
         tokenizer = tokenizer or load_tokenizer(fspath(model), settings)
         name, model = fspath(model), load_model(fspath(model), settings)
@@ -88,17 +91,17 @@ def capture_pairs(
             processor = load_processor(name, settings.revision)
     model = cast("PreTrainedModel", replica_of(model))
     sites = _sites_by_rows(model, settings)
-    create_stacks(place.path, list(sites))
+    create_stacks(place.out, list(sites))
     with ExitStack() as stack:
         notes = list(place.notes)
         if stack.enter_context(running_uncompiled(model)):
             notes.append("compiled code does not run hooks: the model ran uncompiled for this capture")
         stack.enter_context(evaluating(model))
-        folder = stack.enter_context(spool_folder(place.path))
+        folder = stack.enter_context(spool_folder(place.out.path))
         pairs = _Pairs(model, dataset, tokenizer, processor, settings, on_example, folder)
         figures, resumed, report = list[WorkerFigures](), list[bool](), DatasetReport()
         for name, infos in sites.items():
-            job = _StackCapture(name, infos, pairs, place.path / name, command)
+            job = _StackCapture(name, infos, pairs, place.out.inside(name), command)
             with working_together(job.out, settings, job=name) as membership:
                 found, shared = job.run(Workers(membership), on_plan, on_batch)
             figures += found
@@ -106,7 +109,7 @@ def capture_pairs(
             report = DatasetReport(**shared["dataset"])
             notes += [*job.notes, *loss_notes(job.archive.plan, job.archive.commits)]
     return CaptureResult(
-        archive=open_archive(place.path),
+        archive=open_written(place.out),
         dataset=report,
         stats=total([worker.stats for worker in figures]),
         workers=tuple(figures),
@@ -232,7 +235,7 @@ class _StackCapture(DatasetCapture):
     """The capture of the rows of one stack."""
 
     def __init__(
-        self, stack: str, sites: Mapping[str, SiteInfo], pairs: _Pairs, out: Path, command: str | None
+        self, stack: str, sites: Mapping[str, SiteInfo], pairs: _Pairs, out: Destination, command: str | None
     ) -> None:
         super().__init__(
             pairs.model, out, pairs.tokenizer, pairs.dataset, pairs.settings, command, pairs.on_example, sites=sites
@@ -251,6 +254,7 @@ class _StackCapture(DatasetCapture):
 
     def written_examples(self) -> ExampleIndex:
         """Return the examples that worker 0 wrote."""
+        bring_archive(self.out)
         return self._known(self.out.path / "examples")
 
     def _known(self, folder: Path) -> ExampleIndex:

@@ -48,7 +48,7 @@ from residua.store.format.plan import Plan, SitePlan
 from residua.store.format.room import check_room
 from residua.store.format.site_names import is_pattern
 from residua.store.read.archive import Archive
-from residua.store.read.remote_archive import RemoteArchive
+from residua.store.read.stacks import open_written
 from residua.store.sealing.losses import COMPUTED, cast_sites
 from residua.store.sealing.lost_shards import drop_lost
 from residua.store.sealing.seal import seal
@@ -64,6 +64,7 @@ class CaptureJob(ABC):
         out: Where the archive is written: a folder, here or in a bucket.
         head: Whether to store the final norm and the unembedding.
         threads: Threads that encode and write; None chooses by the model's device.
+        keep_paths: Whether the provenance in a bucket keeps absolute paths of this machine.
         replaying: Puts stored rows into the model and edits, batch by batch; None captures the model as it is.
 
     Attributes:
@@ -85,6 +86,7 @@ class CaptureJob(ABC):
         *,
         head: bool,
         threads: int | None = None,
+        keep_paths: bool = False,
         replaying: CapturedReplay | None = None,
     ) -> None:
         self.model = model
@@ -99,6 +101,7 @@ class CaptureJob(ABC):
         self.shared: dict[str, Json] = {}
         self._head = head
         self._threads = threads
+        self._keep_paths = keep_paths
         self._replaying = replaying
         self._archive: Archive | None = None
         self._few: FewTokens | None = None
@@ -215,16 +218,11 @@ class CaptureJob(ABC):
                     on_batch=lambda own: on_batch(workers.so_far(own)),
                 )
         figures = workers.finish(stats, self.out, n_shards, self._seal)
-        self._archive = self._finished()
+        self._archive = open_written(self.out)
         return figures, shared
 
     def finish(self) -> None:  # noqa: B027  # most jobs leave nothing
         """Remove what is not needed once the archive is complete; nothing, unless overridden. Worker 0 calls it."""
-
-    def _finished(self) -> Archive:
-        if isinstance(self.out, BucketFolder):
-            return RemoteArchive(self.out.objects.address, storage_options=self.out.objects.options)
-        return Archive(self.out.path)
 
     @contextmanager
     def _removing_what_was_not_begun(self, plan: Plan, *, is_ours: bool) -> Iterator[None]:
@@ -266,7 +264,8 @@ class CaptureJob(ABC):
                 self.check_room(plan.sites, plan.n_rows or 0)
                 write_sidecars(folder, sidecars or self._sidecars())
                 self.write_tokenizer(folder)
-                create_archive(folder, self.out, plan, {**self.provenance(plan), **self._of_rows(plan)})
+                provenance = {**self.provenance(plan), **self._of_rows(plan)}
+                self.notes += create_archive(folder, self.out, plan, provenance, keep_paths=self._keep_paths)
         self.out.sweep()
         return {"resumed": resumed, **self.shared}
 

@@ -3,8 +3,9 @@
 `residua.analysis.attention` computes the scores and cites their papers.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from os import PathLike
+from os import PathLike, fspath
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,10 +25,13 @@ from residua.pipelines.setup.settings import CaptureSettings
 from residua.store.base.errors import PlanError
 from residua.store.base.naming import named
 from residua.store.read.archive import Archive
-from residua.store.storage.place import try_place
+from residua.store.storage.address import is_remote
+from residua.store.storage.destination import DiskFolder
+from residua.store.storage.place import ResultPlace, try_result_place
 
 CapturedFrom = Literal["qk", "pattern"]
 _SITES: dict[CapturedFrom, str] = {"qk": "q.*,k.*", "pattern": "pattern.*"}
+_HEADS = "-heads"
 TABLE, PICTURE = "heads.parquet", "induction.png"
 
 
@@ -37,11 +41,11 @@ class InductionResult:
 
     Attributes:
         scores: One line per head; see `residua.induction_scores`.
-        folder: Folder of ``heads.parquet`` and ``induction.png``.
+        folder: Folder of ``heads.parquet`` and ``induction.png``, or its address.
     """
 
     scores: pa.Table
-    folder: Path
+    folder: Path | str
 
     def strongest(self, count: int) -> list[dict[str, Any]]:
         """Return the lines of the `count` heads with the highest induction score, highest first."""
@@ -63,7 +67,7 @@ def capture_repeats(
 
     Args:
         model: A transformers model, or a hub id or folder of one.
-        out: Folder of the archive.
+        out: Folder of the archive, or its address in a bucket (``s3://``, ``gs://``, ``az://``).
         tokenizer: Tokenizer of a model that is passed as an object; otherwise it is loaded with the model.
         repeats: How to make the sequences.
         captured_from: ``qk`` for queries and keys, ``pattern`` for full attention patterns (eager attention).
@@ -83,10 +87,17 @@ def capture_repeats(
     return capture_dataset(loaded, rows, out=out, tokenizer=tokenizer, settings=asked, **capture)
 
 
-def heads_folder(archive: Path) -> Path:
-    """Return the folder of the scores of an archive, after a trial whether files can be written there."""
-    path = archive.resolve() if archive.exists() else archive
-    return try_place(path.with_name(path.name.removesuffix(".zarr") + "-heads")).path
+def heads_place(archive: str | PathLike[str], storage_options: Mapping[str, Any] | None = None) -> ResultPlace:
+    """Return the place of the scores of an archive, after a trial whether files can be written there.
+
+    Args:
+        archive: Path or address of the archive.
+        storage_options: For an address, as for `residua.open`.
+    """
+    if is_remote(archive):
+        return try_result_place(f"{fspath(archive).rstrip('/').removesuffix('.zarr')}{_HEADS}", storage_options)
+    path = Path(archive).resolve() if Path(archive).exists() else Path(archive)
+    return try_result_place(path.with_name(path.name.removesuffix(".zarr") + _HEADS))
 
 
 def score_repeats(archive: Archive, *, name: str, cluster: Cluster | None = None) -> InductionResult:
@@ -103,11 +114,12 @@ def score_repeats(archive: Archive, *, name: str, cluster: Cluster | None = None
         AnalysisError: The scores cannot be computed; the message says why.
         OSError: The folder cannot be written; this is tried before anything is computed.
     """
-    folder = heads_folder(archive.path)
+    out = heads_place(archive.place, archive.storage_options).out
     scores = induction_scores(archive, cluster=cluster)
-    write_table(folder / TABLE, scores)
-    _draw(folder / PICTURE, scores, name)
-    return InductionResult(scores=scores, folder=folder)
+    write_table(out, TABLE, scores)
+    _draw(out.path / PICTURE, scores, name)
+    out.upload([PICTURE])
+    return InductionResult(scores=scores, folder=out.path if isinstance(out, DiskFolder) else str(out))
 
 
 def _draw(path: Path, scores: pa.Table, name: str) -> None:

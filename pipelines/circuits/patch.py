@@ -3,10 +3,10 @@
 Both return a table and write it with a heat map; `residua.capture.patching.patcher` holds the methods and their papers.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from os import PathLike
-from typing import Unpack
+from typing import Any, Unpack
 
 import pyarrow as pa
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -27,6 +27,7 @@ def patch(
     tokenizer: PreTrainedTokenizerBase | None = None,
     archive: Archive | str | PathLike[str] | None = None,
     out: str | PathLike[str] | None = None,
+    storage_options: Mapping[str, Any] | None = None,
     on_pair: Callable[[int, int], None] = lambda *_: None,
     **options: Unpack[SweepOptions],
 ) -> pa.Table:
@@ -44,7 +45,8 @@ def patch(
         tokenizer: Tokenizer of a model that is passed as an object, for texts; by default the one that it was loaded
             with.
         archive: The archive of examples that are named by number.
-        out: Folder for ``cells.parquet`` and ``cells.png``.
+        out: Folder for ``cells.parquet`` and ``cells.png``, or its address in a bucket.
+        storage_options: For addresses, as for `residua.open`.
         on_pair: Called with the numbers of finished pairs and of all pairs.
         **options: Sites, positions and metric, and where the model runs: the fields of `SweepSettings` (``sites``,
             ``positions``, ``heads``, ``metric``, ``device``, ``tp``, ``pp``).
@@ -75,6 +77,7 @@ def patch(
         tokenizer=tokenizer,
         archive=archive,
         out=out,
+        storage_options=storage_options,
         on_pair=on_pair,
     )
 
@@ -86,6 +89,7 @@ def attribute(
     tokenizer: PreTrainedTokenizerBase | None = None,
     archive: Archive | str | PathLike[str] | None = None,
     out: str | PathLike[str] | None = None,
+    storage_options: Mapping[str, Any] | None = None,
     on_pair: Callable[[int, int], None] = lambda *_: None,
     **options: Unpack[SweepOptions],
 ) -> pa.Table:
@@ -115,5 +119,6 @@ def attribute(
         tokenizer=tokenizer,
         archive=archive,
         out=out,
+        storage_options=storage_options,
         on_pair=on_pair,
     )

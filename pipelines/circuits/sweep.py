@@ -24,7 +24,7 @@ from residua.store.base.canonical import digest_of
 from residua.store.base.errors import PlanError
 from residua.store.read.archive import Archive
 from residua.store.read.stacks import open_archive
-from residua.store.storage.place import try_place
+from residua.store.storage.place import try_result_place
 
 TABLE, PICTURE = "cells.parquet", "cells.png"
 
@@ -105,6 +105,7 @@ def sweep(
     tokenizer: PreTrainedTokenizerBase | None,
     archive: Archive | str | PathLike[str] | None,
     out: str | PathLike[str] | None,
+    storage_options: Mapping[str, Any] | None,
     on_pair: Callable[[int, int], None],
 ) -> pa.Table:
     """Return one line per cell of every pair.
@@ -118,13 +119,14 @@ def sweep(
         tokenizer: Tokenizer of a model that is passed as an object, for texts; by default the one that it was loaded
             with.
         archive: The archive of examples that are named by number.
-        out: Folder for the table and the heat map, if they are to be written.
+        out: Folder for the table and the heat map, or its address in a bucket, if they are to be written.
+        storage_options: For addresses, as for `residua.open`.
         on_pair: Called with the numbers of finished pairs and of all pairs.
     """
-    folder = None if out is None else try_place(Path(out), locks=True).path
-    opened = None if archive is None else open_archive(archive)
+    place = None if out is None else try_result_place(out, storage_options, locks=True).out
+    opened = None if archive is None else open_archive(archive, storage_options=storage_options)
     settings = CaptureSettings(device=asked.device, tp=asked.tp, pp=asked.pp)
-    with working_together(folder, settings, job=title) as membership:
+    with working_together(place, settings, job=title) as membership:
         model, tokenizer = named_model(model, tokenizer, settings)
         pairs = read_pairs(source, model, tokenizer=tokenizer, archive=opened)
         patcher = Patcher(model, asked.sites, by_head=asked.heads)
@@ -139,10 +141,11 @@ def sweep(
             return asdict(measure(patcher, pairs[index], cells[index], pair_metric(asked.metric)))
 
         def write(found: list[Mapping[str, Any]]) -> None:
-            if folder is not None:
+            if place is not None:
                 table = _table(pairs, cells, found)
-                write_table(folder / TABLE, table)
-                _draw(folder / PICTURE, table, f"{title}: {asked.metric.replace('_', ' ')}", pairs, tokenizer)
+                write_table(place, TABLE, table)
+                _draw(place.path / PICTURE, table, f"{title}: {asked.metric.replace('_', ' ')}", pairs, tokenizer)
+                place.upload([PICTURE])
 
         with running_uncompiled(model), evaluating(model):
             found = shared.found(len(pairs), find, close=write, on_unit=on_pair)

@@ -28,7 +28,7 @@ from residua.pipelines.cli.options import (
 from residua.pipelines.cli.progress import StepProgress
 from residua.pipelines.cli.report import human_bytes, print_json, print_nonfinite, printable, table
 from residua.store.base.errors import PlanError
-from residua.store.storage.address import is_remote
+from residua.store.storage.address import is_remote, shown
 
 if TYPE_CHECKING:
     from residua.store.examples.side_tables import SideTable
@@ -41,6 +41,7 @@ _ADDRESS_HELP = (
     "address: s3://, gs://, az://, http(s)://, hf://datasets/ORG/NAME or hf://buckets/ORG/NAME; credentials come from "
     "where each service's own tools find them"
 )
+_NEW_HELP = "folder of the new archive, or its address in a bucket; one that was stopped goes on"
 _MOST_SHOWN = 400  # characters of one value: the vectors of edits are as long as rows
 
 
@@ -71,7 +72,8 @@ def add(commands: Any) -> None:
     add_archive(pack)
     purpose = "write a new archive with large shards, into --out (default: make the index alone)"
     pack.add_argument("--for", dest="purpose", choices=("hub",), help=purpose)
-    add_flag(pack, "--out", "with --for, which needs it: folder of the new archive (default: none)", metavar="FOLDER")
+    text = "with --for, which needs it: folder of the new archive, or its address in a bucket (default: none)"
+    add_flag(pack, "--out", text, metavar="FOLDER")
     _add_annotate(commands)
     _add_copies(commands)
     _add_addresses(commands)
@@ -169,7 +171,7 @@ def _add_copies(commands: Any) -> None:
     description = "Write a subset of an archive as a new archive. Rows keep their values, tokens and texts."
     extract = add_command(commands, "extract", _extract, text, description)
     add_archive(extract)
-    add_flag(extract, "--out", "folder of the new archive", required=True)
+    add_flag(extract, "--out", _NEW_HELP, required=True)
     add_flag(extract, "--examples", "numbers of examples, such as 3,7,10-19 (default: all)", metavar="NUMBERS")
     add_flag(extract, "--rows", WHERE_HELP, metavar="CONDITION")
     add_flag(extract, "--sites", "sites to take, such as resid_post.* (default: all)")
@@ -180,13 +182,13 @@ def _add_copies(commands: Any) -> None:
     )
     concat = add_command(commands, "concat", _concat, text, description)
     concat.add_argument("archives", nargs="+", help="folders or addresses of the archives, in the order of their rows")
-    add_flag(concat, "--out", "folder of the new archive", required=True)
+    add_flag(concat, "--out", _NEW_HELP, required=True)
     add_flag(concat, "--sites", "sites to keep, such as resid_post.* (default: all)")
     text = "write rows of an archive as Parquet, safetensors, npy or a dataset"
     description = "Write rows of some sites, with their tokens, into files that other programs read."
     export = add_command(commands, "export", _export, text, description)
     add_archive(export)
-    add_flag(export, "--out", "file or folder to write", required=True)
+    add_flag(export, "--out", "file or folder to write, or its address in a bucket", required=True)
     export.add_argument("--to", required=True, choices=("parquet", "safetensors", "npy", "hf"), help="the format")
     add_flag(export, "--rows", WHERE_HELP, metavar="CONDITION")
     add_flag(export, "--sites", "sites to write, such as resid_post.7 (default: all)")
@@ -219,11 +221,11 @@ def _concat(options: argparse.Namespace) -> int:
 
 def _print_made(options: argparse.Namespace, made: "Archive") -> int:
     n_examples = len(made.example_table)
-    found = {"archive": str(made.path), "rows": made.n_rows, "examples": n_examples, "sites": made.sites}
+    found = {"archive": made.place, "rows": made.n_rows, "examples": n_examples, "sites": made.sites}
     if options.json:
         print_json(found)
     else:
-        print(f"{made.path}: {made.n_rows:,} rows of {n_examples:,} examples, {len(made)} sites")
+        print(f"{made.place}: {made.n_rows:,} rows of {n_examples:,} examples, {len(made)} sites")
     return 0
 
 
@@ -373,6 +375,11 @@ def _pack(options: argparse.Namespace) -> int:
         raise PlanError("--for hub and --out FOLDER go together: the archive itself stays as it is")
     if options.purpose is not None:
         return _repack(options)
+    if is_remote(options.archive):
+        raise PlanError(
+            f"{shown(options.archive)} is at an address, and an index is made where the shards are in a folder: copy "
+            "the archive to one, pack it there, and push it"
+        )
     archive = Path(options.archive)
     with StepProgress("shard", shown=shows_progress(options)) as progress:
         pack(archive, on_shard=progress.step)
@@ -391,9 +398,9 @@ def _repack(options: argparse.Namespace) -> int:
         made = repack(options.archive, options.out, on_row=progress.step)
     shards, height = len(made.commits), made.plan.rows_per_shard
     if options.json:
-        print_json({"archive": str(made.path), "shards": shards, "rows_per_shard": height})
+        print_json({"archive": made.place, "shards": shards, "rows_per_shard": height})
     else:
-        print(f"{made.path}: {made.n_rows:,} rows in {shards:,} shards of {height:,} rows")
+        print(f"{made.place}: {made.n_rows:,} rows in {shards:,} shards of {height:,} rows")
     return 0
 
 

@@ -13,6 +13,7 @@ from residua.pipelines.cli.options import (
     add_cluster_flags,
     add_command,
     add_flag,
+    add_results,
     add_settings,
     cluster_of,
     default_folder,
@@ -49,7 +50,9 @@ def _add_induction(commands: Any) -> None:
     )
     parser = add_command(commands, "induction", _induction, text, description)
     parser.add_argument("--model", required=True, help=MODEL_HELP)
-    parser.add_argument("--out", required=True, help="folder of the archive; an unfinished one is resumed")
+    parser.add_argument(
+        "--out", required=True, help="folder of the archive, which is resumed, or its address in a bucket"
+    )
     text = "what to capture: queries and keys, which are smaller, or attention patterns"
     add_flag(parser, "--from", text, "qk", dest="captured_from", choices=("qk", "pattern"), metavar=None)
     add_flag(parser, "--period", "tokens of the block that is repeated", 50)
@@ -63,14 +66,14 @@ def _add_induction(commands: Any) -> None:
 
 
 def _induction(options: argparse.Namespace) -> int:
-    from residua.pipelines.circuits.induction import capture_repeats, heads_folder, score_repeats
+    from residua.pipelines.circuits.induction import capture_repeats, heads_place, score_repeats
     from residua.pipelines.circuits.repeats import RepeatSettings
     from residua.pipelines.setup.settings import CaptureSettings
 
     given = {name: value for name in _CAPTURE if (value := getattr(options, name)) is not None}
     is_first = is_first_process()
     if is_first:
-        heads_folder(Path(options.out))
+        heads_place(options.out)
     with stopping_in_time(), CaptureProgress(shown=is_first and shows_progress(options)) as progress:
         archive = capture_repeats(
             options.model,
@@ -127,13 +130,7 @@ def _add_heads(commands: Any) -> None:
     add_flag(parser, "--layers", "layers to measure, for example 0,3-5 (default: all that can be)", metavar="NUMBERS")
     text = "examples of each head that HeadVis's page shows at each of ten levels of attention; 0 shows none"
     add_flag(parser, "--sequences", text, 2)
-    add_flag(
-        parser,
-        "--out",
-        "folder for the files, or address in a bucket (default: ARCHIVE-heads)",
-        dest="folder",
-        metavar="FOLDER",
-    )
+    add_results(parser, "the files", "ARCHIVE-heads")
     add_cluster_flags(parser)
 
 
@@ -141,14 +138,13 @@ def _heads(options: argparse.Namespace) -> int:
     from residua.analysis.attention.heads import MEASURES
     from residua.analysis.attention.headvis import heads
     from residua.store.read.stacks import open_archive
-    from residua.store.storage.place import result_folder
 
     layers = None if options.layers is None else parse_numbers(options.layers, "--layers")
     archive = open_archive(options.archive)
     place = options.folder or default_folder(archive.place, "heads", options.layers)
-    with result_folder(place) as folder, cluster_of(options, archive, passes=MANY_PASSES) as cluster:
+    with cluster_of(options, archive, passes=MANY_PASSES) as cluster:
         found = heads(
-            archive, out=folder, layers=layers, source=options.source, sequences=options.sequences, cluster=cluster
+            archive, out=place, layers=layers, source=options.source, sequences=options.sequences, cluster=cluster
         )
     strongest = [
         max(found.to_pylist(), key=lambda line: -math.inf if line[name] is None else line[name]) for name in MEASURES

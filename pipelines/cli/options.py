@@ -96,6 +96,20 @@ def add_archive(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("archive", help="folder of the archive, or its address (s3://, gs://, az://, https://, hf://)")
 
 
+def add_results(parser: argparse.ArgumentParser, what: str, default: str | None) -> None:
+    """Add the flag that says where a command writes its files; `folder` has its value.
+
+    Args:
+        parser: The parser of the command.
+        what: What the place is for, such as ``the files``.
+        default: Where they go without it, as text; None if it has to be given.
+    """
+    text = f"folder for {what}, or its address in a bucket"
+    if default is not None:
+        text += f" (default: {default})"
+    add_flag(parser, "--out", text, dest="folder", metavar="FOLDER", required=default is None)
+
+
 def add_device(parser: argparse.ArgumentParser) -> None:
     """Add the flag for the device of the model."""
     add_flag(parser, "--device", "device of the model: auto (CUDA if there is one), cpu, cuda, cuda:1, ...", "auto")

@@ -11,6 +11,7 @@ from residua.pipelines.cli.options import (
     add_device,
     add_flag,
     add_parallel_flags,
+    add_results,
     add_switch,
     is_first_process,
     shows_progress,
@@ -53,8 +54,7 @@ def add(commands: Any) -> None:
         add_switch(parser, "--heads", "patch each head by itself, at the sites z, q, k and v")
         text = "what is measured: logit_difference, loss, probability or kl"
         add_flag(parser, "--metric", text, "logit_difference")
-        text = f"folder for the table and the picture (default: {folder})"
-        add_flag(parser, "--out", text, dest="folder", metavar="FOLDER")
+        add_results(parser, "the table and the picture", folder)
         add_device(parser)
         add_parallel_flags(parser)
 
@@ -74,7 +74,7 @@ def _attribute(options: argparse.Namespace) -> int:
 def _run(options: argparse.Namespace, way: Any, word: str, **more: int) -> int:
     from residua.pipelines.circuits.sweep import PICTURE, TABLE
 
-    folder = Path(options.folder or f"{Path(options.pairs).stem}-{word}")
+    folder = options.folder or f"{Path(options.pairs).stem}-{word}"
     is_first = is_first_process()
     with stopping_in_time(), StepProgress("pair", shown=is_first and shows_progress(options)) as progress:
         found = way(
@@ -97,7 +97,7 @@ def _run(options: argparse.Namespace, way: Any, word: str, **more: int) -> int:
     lines = [line for line in found.to_pylist() if line["recovered"] is not None]
     lines = sorted(lines, key=lambda line: -abs(line["recovered"]))[:_SHOWN]
     if options.json:
-        print_json({"folder": str(folder), "n_cells": found.num_rows, "largest": lines})
+        print_json({"folder": folder, "n_cells": found.num_rows, "largest": lines})
         return 0
     where = ["position", *(["head"] if options.heads else []), "pair"]
     cells = [

@@ -12,6 +12,7 @@ from residua.pipelines.cli.options import (
     add_cluster_flags,
     add_command,
     add_flag,
+    add_results,
     add_switch,
     cluster_of,
     default_folder,
@@ -63,13 +64,7 @@ def add(commands: Any) -> None:
     text = "regress token ids, or texts by their alphabetical rank, although such numbers have no size"
     add_switch(parser, "--as-numbers", text)
     add_flag(parser, "--seed", "random seed for the held-out split and for the control", 0)
-    add_flag(
-        parser,
-        "--out",
-        "folder for the files, or address in a bucket (default: ARCHIVE-probe-TARGET)",
-        dest="folder",
-        metavar="FOLDER",
-    )
+    add_results(parser, "the files", "ARCHIVE-probe-TARGET")
     add_cluster_flags(parser)
 
 

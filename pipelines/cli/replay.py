@@ -10,6 +10,7 @@ from residua.pipelines.cli.options import (
     add_device,
     add_flag,
     add_parallel_flags,
+    add_results,
     add_switch,
     is_first_process,
     parse_tokens,
@@ -34,8 +35,7 @@ def add(commands: Any) -> None:
     parser = add_command(commands, "replay", _replay, text, description)
     add_archive(parser)
     parser.add_argument("--model", required=True, help=CAPTURED_MODEL_HELP)
-    text = "folder for the tables; an unfinished one is resumed"
-    add_flag(parser, "--out", text, dest="folder", metavar="FOLDER", required=True)
+    add_results(parser, "the tables, which is resumed if it is unfinished", None)
     add_flag(parser, "--edit", "YAML or JSON file with the edits (default: no edits)", metavar="FILE")
     text = "sites, comma separated, where stored rows replace computed ones, such as resid_post.5 (default: none)"
     add_flag(parser, "--at", text)

@@ -11,12 +11,12 @@ from residua.pipelines.cli.options import (
     add_cluster_flags,
     add_command,
     add_flag,
+    add_results,
     cluster_of,
     default_folder,
 )
 from residua.pipelines.cli.report import print_json, table
 from residua.store.base.errors import few
-from residua.store.storage.place import refuse_address
 
 if TYPE_CHECKING:
     from residua.analysis.stats.site_stats import Stats
@@ -31,13 +31,7 @@ def add(commands: Any) -> None:
     add_flag(parser, "--sites", SITES_HELP, "*")
     add_flag(parser, "--where", WHERE_HELP)
     add_flag(parser, "--components", "principal components of each site; 0 computes none", 8)
-    add_flag(
-        parser,
-        "--out",
-        "folder for the files, or an address in a bucket (default: ARCHIVE-stats)",
-        dest="folder",
-        metavar="FOLDER",
-    )
+    add_results(parser, "the files", "ARCHIVE-stats")
     add_cluster_flags(parser)
     _add_page(commands)
 
@@ -51,7 +45,7 @@ def _add_page(commands: Any) -> None:
     )
     parser = add_command(commands, "page", _page, text, description)
     add_archive(parser)
-    add_flag(parser, "--out", "folder of the page (default: ARCHIVE-page)", dest="folder", metavar="FOLDER")
+    add_results(parser, "the page", "ARCHIVE-page")
     add_flag(parser, "--sites", SITES_HELP, "*")
     text = (
         "a direction, SITE=WHAT: channel:NUMBER, logit:TOKEN, the folder of a saved probe, or a .npy, .npz or "
@@ -59,7 +53,9 @@ def _add_page(commands: Any) -> None:
         "for one head, NAME:=SITE=WHAT to name it; repeatable (default: none)"
     )
     parser.add_argument("--direction", dest="directions", action="append", default=[], metavar="DIRECTION", help=text)
-    add_flag(parser, "--lens", "folder of a tuned lens for read-outs (default: the logit lens)", metavar="FOLDER")
+    add_flag(
+        parser, "--lens", "folder or address of a tuned lens for read-outs (default: the logit lens)", metavar="FOLDER"
+    )
     add_flag(
         parser,
         "--heads",
@@ -129,11 +125,10 @@ def _page(options: argparse.Namespace) -> int:
 
     archive = open_archive(options.archive)
     folder = options.folder or default_folder(archive.place, "page")
-    refuse_address(folder, "pages")
     with cluster_of(options, archive, options.sites) as cluster:
         found = page(
             archive,
-            Path(folder),
+            folder,
             sites=options.sites,
             directions=options.directions,
             lens=options.lens,

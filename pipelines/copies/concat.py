@@ -8,8 +8,9 @@ would share some.
 Memory stays at a shard of every site, and those that are being written.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from itertools import pairwise
 from os import PathLike
 from pathlib import Path
@@ -22,25 +23,23 @@ import pyarrow as pa
 from residua.pipelines.copies.rewritten import (
     SOURCE_EXAMPLE,
     Numbers,
+    Planned,
     copy_sidecars,
     example_columns,
     lossy_note,
     notes_of,
     refuse_inexact,
     stored_rows,
+    write_archive,
 )
 from residua.store.base.canonical import Json, differences, digest_of
 from residua.store.base.errors import PlanError
 from residua.store.examples.index import Example, dataset_entry
 from residua.store.examples.writer import ExampleWriter
-from residua.store.format.archive_metadata import read_metadata
-from residua.store.format.create import create_archive, workspace
 from residua.store.format.plan import STACK_RULE, Plan
-from residua.store.format.writer import FilledShard, ShardWriter
+from residua.store.format.writer import FilledShard
 from residua.store.read.archive import REPLAY_RULE, Archive
 from residua.store.read.stacks import open_archive
-from residua.store.sealing.seal import seal
-from residua.store.storage.place import try_place
 
 SOURCE_ARCHIVE = "source_archive"
 """Column of the example table: the number of the archive that each example is from."""
@@ -54,14 +53,16 @@ def concat(
     out: str | PathLike[str],
     *,
     sites: str | Iterable[str] | None = None,
+    storage_options: Mapping[str, Any] | None = None,
     on_row: Callable[[int, int], None] = lambda *_: None,
 ) -> Archive:
     """Join archives of the same model and sites over several datasets into a new archive.
 
     Args:
         archives: The archives, or their folders or addresses, in the order of their rows.
-        out: Folder of the new archive.
+        out: Folder of the new archive, or its address in a bucket; one that was stopped goes on.
         sites: Sites to keep, as patterns; by default all, which every archive has to have.
+        storage_options: For addresses, as for `residua.open`.
         on_row: Called as rows are written, with the number done and the total.
 
     Returns:
@@ -78,25 +79,22 @@ def concat(
     Example:
         >>> residua.concat(["news.zarr", "code.zarr"], "both.zarr")  # doctest: +SKIP
     """
-    sources = [open_archive(each) for each in archives]
+    sources = [open_archive(each, storage_options=storage_options) for each in archives]
     if sites is not None:
         sources = [source.of_sites(sites) for source in sources]
-    out = Path(out)
     names = _common_sites(sources, sites)
     for source in sources:
         refuse_inexact(source, names)
         _refuse_other(sources[0], source, names)
     _refuse_columns(sources)
-    try_place(out, links=True)
-    with workspace(out) as folder:
+
+    def plan(folder: Path) -> Planned:
         dataset = _write_examples(sources, folder / "examples")
         for source in sources[::-1]:  # those of the first count
             copy_sidecars(source, folder)
-        plan = _plan(sources, names, dataset)
-        create_archive(folder, out, plan, _provenance(sources, names))
-    _write_rows(sources, out, plan, on_row)
-    seal(out, read_metadata(out))
-    return Archive(out)
+        return Planned(_plan(sources, names, dataset), _provenance(sources, names))
+
+    return write_archive(out, storage_options, plan, partial(_shards, sources, on_row))
 
 
 def _common_sites(sources: Sequence[Archive], sites: str | Iterable[str] | None) -> tuple[str, ...]:
@@ -211,25 +209,29 @@ def _provenance(sources: Sequence[Archive], names: Sequence[str]) -> dict[str, A
     return {**shared, CONCATENATED: entries, "notes": [*dict.fromkeys(notes), *filter(None, made)]}
 
 
-def _write_rows(sources: Sequence[Archive], out: Path, plan: Plan, on_row: Callable[[int, int], None]) -> None:
+def _shards(
+    sources: Sequence[Archive], on_row: Callable[[int, int], None], plan: Plan, done: Collection[int]
+) -> Iterator[FilledShard]:
+    """Yield the shards that are not done."""
     total, height = plan.n_rows or 0, plan.rows_per_shard
-    with ShardWriter(out, plan) as writer:
-        for shard, start in enumerate(range(0, total, height)):
-            stop = min(start + height, total)
-            pieces = list(_pieces(sources, start, stop))
-            columns: dict[str, npt.NDArray[np.generic]] = {
-                name: np.concatenate([getattr(source.rows, name)[rows] for source, rows, _ in pieces])
-                for name in ("token", "position")
-            }
-            columns["example"] = np.concatenate(
-                [np.add(source.rows.example[rows], first) for source, rows, first in pieces]
-            )
-            sites = {
-                site.name: np.concatenate([stored_rows(source, site, rows) for source, rows, _ in pieces])
-                for site in plan.sites
-            }
-            writer.submit(FilledShard(index=shard, first_row=start, sites=sites, columns=columns))
-            on_row(stop, total)
+    for shard, start in enumerate(range(0, total, height)):
+        stop = min(start + height, total)
+        if shard not in done:
+            yield _shard(list(_pieces(sources, start, stop)), plan, shard)
+        on_row(stop, total)
+
+
+def _shard(pieces: Sequence[tuple[Archive, Numbers, int]], plan: Plan, shard: int) -> FilledShard:
+    columns: dict[str, npt.NDArray[np.generic]] = {
+        name: np.concatenate([getattr(source.rows, name)[rows] for source, rows, _ in pieces])
+        for name in ("token", "position")
+    }
+    columns["example"] = np.concatenate([np.add(source.rows.example[rows], first) for source, rows, first in pieces])
+    sites = {
+        site.name: np.concatenate([stored_rows(source, site, rows) for source, rows, _ in pieces])
+        for site in plan.sites
+    }
+    return FilledShard(index=shard, first_row=shard * plan.rows_per_shard, sites=sites, columns=columns)
 
 
 def _pieces(sources: Sequence[Archive], start: int, stop: int) -> Iterable[tuple[Archive, Numbers, int]]:

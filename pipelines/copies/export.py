@@ -7,7 +7,7 @@ import json
 import os
 import secrets
 import struct
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from io import BytesIO
 from os import PathLike
 from pathlib import Path
@@ -24,8 +24,9 @@ from residua.store.encoding.dtypes import BFLOAT16
 from residua.store.read.archive import Archive
 from residua.store.read.stacks import open_archive
 from residua.store.selection.row_filter import RowFilter
+from residua.store.storage.address import shown
 from residua.store.storage.files import write_file
-from residua.store.storage.place import try_place
+from residua.store.storage.place import is_taken, result_file, result_folder
 
 ExportFormat: TypeAlias = Literal["parquet", "safetensors", "npy", "hf"]
 EXPORT_FORMATS: tuple[ExportFormat, ...] = get_args(ExportFormat)
@@ -49,8 +50,9 @@ def export(
     to: ExportFormat,
     sites: str | Iterable[str] | None = None,
     rows: str | None = None,
+    storage_options: Mapping[str, Any] | None = None,
     on_row: _Progress = lambda *_: None,
-) -> Path:
+) -> str | PathLike[str]:
     """Write rows of an archive into files of another format.
 
     ============= ====================================================================================================
@@ -64,10 +66,12 @@ def export(
 
     Args:
         archive: The archive, or its folder or address.
-        out: File or folder to write.
+        out: File or folder to write, or its address in a bucket; then files are made on the local disk, and go up when
+            all is done.
         to: The format.
         sites: Sites; all by default.
         rows: A condition on rows, for example ``position > 0``; all rows by default.
+        storage_options: For addresses, as for `residua.open`.
         on_row: Called as rows are written, with the number done and the total.
 
     Returns:
@@ -82,20 +86,21 @@ def export(
     Example:
         >>> residua.export("acts.zarr", "rows.parquet", to="parquet", sites="resid_post.7")  # doctest: +SKIP
     """
-    source, out = open_archive(archive), Path(out)
+    source = open_archive(archive, storage_options=storage_options)
     if sites is not None:
         source = source.of_sites(sites)
     if to not in EXPORT_FORMATS:
         raise PlanError(f"there is no format {to!r}: choose one of {', '.join(EXPORT_FORMATS)}")
-    if out.exists():
-        raise FileExistsError(f"{out} exists: choose another place, or remove it")
+    if is_taken(out, storage_options):
+        raise FileExistsError(f"{shown(out)} exists: choose another place, or remove it")
     names = source.sites if sites is None else source.select(sites)
     source.require_captured(range(source.n_rows))
     numbers = np.arange(source.n_rows) if rows is None else RowFilter.parse(rows).rows(source)
     if not len(numbers):
         raise PlanError(f"no row meets {rows!r}: choose another condition")
-    try_place(out)
-    _WRITERS[to](source, out, names, numbers, on_row)
+    place = result_file if to in ("parquet", "safetensors") else result_folder
+    with place(out, storage_options, n_bytes=len(numbers) * _row_bytes(source, names)) as target:
+        _WRITERS[to](source, target, names, numbers, on_row)
     return out
 
 
@@ -106,6 +111,7 @@ def _row_bytes(archive: Archive, sites: Sequence[str]) -> int:
 def _parquet(archive: Archive, out: Path, sites: Sequence[str], rows: _Numbers, on_row: _Progress) -> None:
     temporary = out.with_name(f".{out.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
     batch_rows = max(1, _BATCH_BYTES // _row_bytes(archive, sites))
+    out.parent.mkdir(parents=True, exist_ok=True)
     done = 0
     try:
         writer: pq.ParquetWriter | None = None
@@ -131,7 +137,7 @@ def _with_vector(batch: pa.RecordBatch, site: str) -> pa.RecordBatch:
 def _hf(archive: Archive, out: Path, sites: Sequence[str], rows: _Numbers, on_row: _Progress) -> None:
     height = max(1, _PART_BYTES // _row_bytes(archive, sites))
     n_parts = -(-len(rows) // height)
-    (out / "data").mkdir(parents=True)
+    (out / "data").mkdir(parents=True, exist_ok=True)
     for part in range(n_parts):
         first = part * height
         name = f"train-{part:05d}-of-{n_parts:05d}.parquet"
@@ -178,7 +184,7 @@ def _safetensors(archive: Archive, out: Path, sites: Sequence[str], rows: _Numbe
 
 
 def _npy(archive: Archive, out: Path, sites: Sequence[str], rows: _Numbers, on_row: _Progress) -> None:
-    out.mkdir()
+    out.mkdir(parents=True, exist_ok=True)
     for name in ["row", *_ROW_COLUMNS, *sites]:
         dtype = _stored_dtype(archive, name)
         dtype = np.dtype(np.float32) if dtype.name == BFLOAT16 else dtype

@@ -5,8 +5,9 @@ Rows keep their values bit for bit, their tokens and their positions; examples k
 forms no batches, since the examples that ran together may have been taken apart.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -16,26 +17,24 @@ import numpy as np
 from residua.pipelines.copies.rewritten import (
     SOURCE_EXAMPLE,
     Numbers,
+    Planned,
     copy_sidecars,
     lossy_note,
     notes_of,
     refuse_inexact,
     stored_rows,
+    write_archive,
 )
 from residua.store.base.canonical import Json, digest_of
 from residua.store.base.errors import PlanError
 from residua.store.examples.index import Example, dataset_entry
 from residua.store.examples.writer import ExampleWriter
-from residua.store.format.archive_metadata import read_metadata
-from residua.store.format.create import create_archive, workspace
 from residua.store.format.plan import Plan
-from residua.store.format.writer import FilledShard, ShardWriter
+from residua.store.format.writer import FilledShard
 from residua.store.read.archive import Archive
 from residua.store.read.stacks import open_archive
-from residua.store.sealing.seal import seal
 from residua.store.selection.examples import ExampleChoice
 from residua.store.selection.row_filter import RowFilter
-from residua.store.storage.place import try_place
 
 EXTRACTED = "extracted"
 """Entry of the plan's `rules` (digest of what was taken) and of the provenance (its description)."""
@@ -50,17 +49,19 @@ def extract(
     examples: Sequence[int] | None = None,
     rows: str | None = None,
     sites: str | Iterable[str] | None = None,
+    storage_options: Mapping[str, Any] | None = None,
     on_row: Callable[[int, int], None] = lambda *_: None,
 ) -> Archive:
     """Write some examples, rows and sites of an archive into a new one.
 
     Args:
         archive: The archive, or its folder or address.
-        out: Folder of the new archive.
+        out: Folder of the new archive, or its address in a bucket; one that was stopped goes on.
         examples: Numbers of the examples; all by default.
         rows: A condition on rows, for example ``position > 0``; only rows that meet it are kept, and only examples
             with such a row. All rows by default.
         sites: Sites; all by default.
+        storage_options: For addresses, as for `residua.open`.
         on_row: Called as rows are written, with the number done and the total.
 
     Returns:
@@ -76,15 +77,14 @@ def extract(
         FileExistsError: `out` exists.
         OSError: `out` cannot be written.
     """
-    source = open_archive(archive)
+    source = open_archive(archive, storage_options=storage_options)
     if sites is not None:
         source = source.of_sites(sites)
-    out = Path(out)
     names = source.sites if sites is None else source.select(sites)
     refuse_inexact(source, names)
-    try_place(out, links=True)
     kept = _kept_rows(source, examples, rows)
-    with workspace(out) as folder:
+
+    def plan(folder: Path) -> Planned:
         index = _write_examples(source, kept, folder / "examples")
         copy_sidecars(source, folder)
         taken: dict[str, Json] = {
@@ -93,7 +93,7 @@ def extract(
             "rows": rows,
             "sites": list(names),
         }
-        plan = replace(
+        planned = replace(
             source.plan,
             dataset={**index, "longest_example": source.plan.dataset.get("longest_example", index["longest_example"])},
             rules={**source.plan.rules, EXTRACTED: digest_of({**taken, "kept": digest_of(kept.tolist())})},
@@ -104,10 +104,9 @@ def extract(
         provenance: dict[str, Any] = {**source.provenance, EXTRACTED: {**taken, "path": source.place}}
         taken_from = f"these rows were taken from another archive, of plan {source.plan.digest[:12]}"
         notes = [*notes_of(source), taken_from, *filter(None, [lossy_note(source, names)])]
-        create_archive(folder, out, plan, {**provenance, "notes": notes})
-    _write_rows(source, out, plan, kept, on_row)
-    seal(out, read_metadata(out))
-    return Archive(out)
+        return Planned(planned, {**provenance, "notes": notes})
+
+    return write_archive(out, storage_options, plan, partial(_shards, source, kept, on_row))
 
 
 def _kept_rows(source: Archive, examples: Sequence[int] | None, rows: str | None) -> Numbers:
@@ -147,23 +146,23 @@ def _columns(source: Archive, numbers: Numbers) -> Iterator[Mapping[str, object]
             yield from found.take(chosen).to_pylist()
 
 
-def _write_rows(source: Archive, out: Path, plan: Plan, kept: Numbers, on_row: Callable[[int, int], None]) -> None:
-    """Write shard by shard; a shard of every site is in memory at a time, and those that are being written."""
+def _shards(
+    source: Archive, kept: Numbers, on_row: Callable[[int, int], None], plan: Plan, done: Collection[int]
+) -> Iterator[FilledShard]:
+    """Yield the shards that are not done, one at a time: memory holds it, and those that are being written."""
     examples = np.searchsorted(source.example_table.index().first_row, kept, side="right") - 1
     _, number = np.unique(examples, return_inverse=True)
-    with ShardWriter(out, plan) as writer:
-        for shard in range(plan.n_shards(len(kept))):
-            rows = slice(shard * plan.rows_per_shard, min((shard + 1) * plan.rows_per_shard, len(kept)))
-            writer.submit(
-                FilledShard(
-                    index=shard,
-                    first_row=rows.start,
-                    sites={site.name: stored_rows(source, site, kept[rows]) for site in plan.sites},
-                    columns={
-                        "token": source.rows.token[kept[rows]],
-                        "position": source.rows.position[kept[rows]],
-                        "example": number[rows].astype(np.int64),
-                    },
-                )
+    for shard in range(plan.n_shards(len(kept))):
+        rows = slice(shard * plan.rows_per_shard, min((shard + 1) * plan.rows_per_shard, len(kept)))
+        if shard not in done:
+            yield FilledShard(
+                index=shard,
+                first_row=rows.start,
+                sites={site.name: stored_rows(source, site, kept[rows]) for site in plan.sites},
+                columns={
+                    "token": source.rows.token[kept[rows]],
+                    "position": source.rows.position[kept[rows]],
+                    "example": number[rows].astype(np.int64),
+                },
             )
-            on_row(rows.stop, len(kept))
+        on_row(rows.stop, len(kept))

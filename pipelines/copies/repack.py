@@ -10,7 +10,7 @@ It is taken up after a kill: shards that have a record are not written again.
 
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from os import PathLike
 from pathlib import Path
@@ -39,18 +39,20 @@ from residua.store.examples.side_tables import FOLDER as SIDE_FOLDER
 from residua.store.examples.side_tables import SIDE_TABLES
 from residua.store.format.archive_metadata import SIDECAR_FOLDERS, is_archive, read_metadata
 from residua.store.format.commits import Commit, ShardFile, committed_shards, publish_commit
-from residua.store.format.create import create_archive, workspace
+from residua.store.format.create import bring_archive, create_archive, workspace
 from residua.store.format.plan import REPACKED_RULE, Plan
 from residua.store.read.archive import Archive
 from residua.store.read.reader import ArrayReader
+from residua.store.read.stacks import open_archive, open_written
 from residua.store.sealing.seal import seal
 from residua.store.storage.crc import CRC_BYTES, Buffer
-from residua.store.storage.files import sweep, write_file
-from residua.store.storage.place import try_place
+from residua.store.storage.destination import Destination
+from residua.store.storage.place import try_archive_place
 
 HUB_SHARD_BYTES = 2**30
 """Most bytes of a shard for the Hub, before they are compressed; in most archives, of 512 MiB or more."""
 
+_HERE = Path()
 _Progress = Callable[[int, int], None]
 
 
@@ -59,14 +61,17 @@ def repack(
     out: str | PathLike[str],
     *,
     shard_bytes: Size = HUB_SHARD_BYTES,
+    storage_options: Mapping[str, Any] | None = None,
     on_row: _Progress = lambda *_: None,
 ) -> Archive:
     """Write an archive with larger shards.
 
     Args:
         archive: The archive, or its folder.
-        out: Folder of the new archive; if a repacking of the same archive was stopped, it goes on there.
+        out: Folder of the new archive, or its address in a bucket; if a repacking of the same archive was stopped, it
+            goes on there.
         shard_bytes: Most bytes, or a text such as ``1GiB``, of a shard of the widest site, before they are compressed.
+        storage_options: For an address, as for `residua.open`.
         on_row: Called after each shard, with the rows that are written and the total.
 
     Returns:
@@ -79,24 +84,26 @@ def repack(
         FileExistsError: `out` exists, and is no archive.
         OSError: `out` cannot be written.
     """
-    source, out = archive if isinstance(archive, Archive) else Archive(archive), Path(out)
-    if not source.path.is_dir() or source.place != str(source.path):
+    source = open_archive(archive)
+    if source.is_remote:
         raise PlanError(f"{source.place} is not a folder of this machine: fetch it with residua pull first")
     source.require_captured(range(source.n_rows))
     plan = _plan(source, n_bytes(shard_bytes, "shard_bytes"))
-    if not is_archive(out):
-        try_place(out, links=True)
-        _create(source, out, plan)
-    elif read_metadata(out).plan.digest != plan.digest:
-        raise PlanError(f"{out} is another archive: choose another place")
-    sweep(out)
-    done = committed_shards(out)
-    for shard in range(plan.n_shards(source.n_rows)):
-        if shard not in done:
-            publish_commit(out, _write_shard(source, out, plan, shard))
-        on_row(min((shard + 1) * plan.rows_per_shard, source.n_rows), source.n_rows)
-    seal(out, read_metadata(out), source.metadata.sealed if plan.n_rows is None else None)
-    return Archive(out)
+    place = try_archive_place(out, storage_options).out
+    with place.locked():
+        bring_archive(place)
+        if not is_archive(place.path):
+            _create(source, place, plan)
+        elif read_metadata(place.path).plan.digest != plan.digest:
+            raise PlanError(f"{place} is another archive: choose another place")
+        place.sweep()
+        done = committed_shards(place)
+        for shard in range(plan.n_shards(source.n_rows)):
+            if shard not in done:
+                publish_commit(place, _write_shard(source, place, plan, shard))
+            on_row(min((shard + 1) * plan.rows_per_shard, source.n_rows), source.n_rows)
+        seal(place, read_metadata(place.path), source.metadata.sealed if plan.n_rows is None else None)
+    return open_written(place)
 
 
 def _plan(source: Archive, shard_bytes: int) -> Plan:
@@ -114,7 +121,7 @@ def _plan(source: Archive, shard_bytes: int) -> Plan:
     return replace(source.plan, rules=rules, sites=sites, rows_per_shard=height)
 
 
-def _create(source: Archive, out: Path, plan: Plan) -> None:
+def _create(source: Archive, out: Destination, plan: Plan) -> None:
     with workspace(out) as folder:
         for name in source.metadata.files:
             if name.split("/")[0] in SIDECAR_FOLDERS:
@@ -131,7 +138,7 @@ def _create(source: Archive, out: Path, plan: Plan) -> None:
         create_archive(folder, out, plan, provenance)
 
 
-def _write_shard(source: Archive, out: Path, plan: Plan, shard: int) -> Commit:
+def _write_shard(source: Archive, out: Destination, plan: Plan, shard: int) -> Commit:
     """Write the files of one shard, and return its record."""
     first, height = shard * plan.rows_per_shard, source.plan.rows_per_shard
     stop = min(first + plan.rows_per_shard, source.n_rows)
@@ -141,7 +148,7 @@ def _write_shard(source: Archive, out: Path, plan: Plan, shard: int) -> Commit:
     for array in plan.arrays:
         for spec in array.file_specs:
             merged = _Merged(source, specs[spec.key], spec, shard)
-            write_file(shard_path(out, spec, shard), merged)
+            out.write(shard_path(_HERE, spec, shard).as_posix(), merged)
             files[spec.key] = _summed([commit.arrays[spec.key] for commit in old], merged.table, spec)
     return Commit(plan=plan.digest, shard=shard, rows=(first, stop), arrays=dict(sorted(files.items())))
 
@@ -166,7 +173,7 @@ def _summed(parts: list[ShardFile], table: ChunkTable, spec: ArraySpec) -> Shard
 
 
 class _Merged:
-    """The bytes of one file of a large shard: iterate once.
+    """The bytes of one file of a large shard, made anew each time that they are asked for.
 
     Args:
         source: Where the rows are from.

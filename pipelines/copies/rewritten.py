@@ -1,8 +1,11 @@
 """What copies that write rows of archives into a new one share: what they can keep, examples, sidecars and values."""
 
+import errno
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from os import PathLike
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -10,16 +13,74 @@ import numpy.typing as npt
 from residua.store.base.canonical import Json
 from residua.store.base.errors import PlanError
 from residua.store.encoding.codecs import INT8, PRESETS
-from residua.store.format.archive_metadata import SIDECAR_FOLDERS
-from residua.store.format.plan import SitePlan
+from residua.store.format.archive_metadata import SIDECAR_FOLDERS, Metadata, is_archive, read_metadata
+from residua.store.format.commits import committed_shards
+from residua.store.format.create import bring_archive, create_archive, workspace
+from residua.store.format.plan import Plan, SitePlan
 from residua.store.format.row_columns import ROW_COLUMNS
+from residua.store.format.writer import FilledShard, ShardWriter
 from residua.store.read.archive import Archive
+from residua.store.read.stacks import open_written
+from residua.store.sealing.seal import seal
+from residua.store.storage.place import try_archive_place
 
 SOURCE_EXAMPLE = "source_example"
 """Column of the example table: the number of each example in the archive that it was taken from."""
 
+
+class Planned(NamedTuple):
+    """What a new archive will be: its plan, and its provenance."""
+
+    plan: Plan
+    provenance: Mapping[str, Any]
+
+
 _EXAMPLES = 1024  # whose columns are Python objects at a time
 Numbers = npt.NDArray[np.int64]
+
+
+def write_archive(
+    out: str | PathLike[str],
+    storage_options: Mapping[str, Any] | None,
+    plan: Callable[[Path], Planned],
+    shards: Callable[[Plan, Collection[int]], Iterator[FilledShard]],
+) -> Archive:
+    """Write an archive shard by shard, to a folder or into a bucket; go on with one of the same plan that was stopped.
+
+    Args:
+        out: Path or address.
+        storage_options: For an address, as for `residua.open`.
+        plan: Writes examples and sidecars to a folder, and returns what the archive will be.
+        shards: Yields the shards of a plan but those that are there.
+
+    Returns:
+        The archive, sealed.
+
+    Raises:
+        FileExistsError: Something else is there, or the archive is finished.
+        OSError: The place cannot be written.
+    """
+    place = try_archive_place(out, storage_options).out
+    with place.locked():
+        bring_archive(place)
+        with workspace(place) as folder:
+            planned = plan(folder)
+            if not is_archive(place.path):
+                create_archive(folder, place, planned.plan, planned.provenance)
+            elif not _is_unfinished(read_metadata(place.path), planned.plan):
+                raise FileExistsError(
+                    errno.EEXIST, f"{place} exists, and is an archive: choose another place, or remove it"
+                )
+        place.sweep()
+        with ShardWriter(place, planned.plan) as writer:
+            for shard in shards(planned.plan, committed_shards(place)):
+                writer.submit(shard)
+        seal(place, read_metadata(place.path))
+    return open_written(place)
+
+
+def _is_unfinished(found: Metadata, plan: Plan) -> bool:
+    return found.sealed is None and found.plan.digest == plan.digest
 
 
 def refuse_inexact(source: Archive, sites: Sequence[str]) -> None:

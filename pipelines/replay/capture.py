@@ -32,6 +32,7 @@ from residua.store.examples.writer import ExampleWriter
 from residua.store.format.plan import HOST_MEMORY_BYTES, Plan, host_buffer_bytes
 from residua.store.format.sidecars import PARAMETERS_FILE
 from residua.store.read.archive import REPLAY_RULE, REPLAYED_EXAMPLE, Archive, is_replay
+from residua.store.storage.destination import Destination
 from residua.store.storage.files import write_file
 
 ARCHIVE = "acts.zarr"
@@ -45,7 +46,7 @@ class ReplayCapture(CaptureJob):
         replayer: Knows the rows that go in, and the edits.
         patterns: The sites to capture.
         examples: Numbers of the chosen examples, ascending.
-        out: Folder of the archive; an unfinished one is resumed. No other run may write it meanwhile.
+        out: Where the archive is written; an unfinished one is resumed. No other run may write it meanwhile.
         replay: What is replayed, as JSON values: archive, `at`, edits.
         facts: More about it for the provenance: whether it can be repeated, command line.
         dtype: Data type to store; that of the replayed archive unless given.
@@ -64,7 +65,7 @@ class ReplayCapture(CaptureJob):
         replayer: Replayer,
         patterns: str | Iterable[str],
         examples: npt.NDArray[np.int64],
-        out: Path,
+        out: Destination,
         *,
         replay: Mapping[str, Json],
         facts: Mapping[str, Json],

@@ -21,12 +21,12 @@ from residua.pipelines.jobs.workers import working_together
 from residua.pipelines.setup.models import model_first, replayed_model
 from residua.pipelines.setup.settings import CaptureSettings
 from residua.store.base.errors import PlanError
-from residua.store.format.sidecars import FIDELITY_FILE, Fidelity, SiteFidelity, write_fidelity
+from residua.store.format.sidecars import Fidelity, SiteFidelity, write_fidelity
 from residua.store.format.site_names import parse_site
 from residua.store.read.archive import Archive, refuse_replay
 from residua.store.read.stacks import archives_of, main_archive, open_archive
-from residua.store.storage.address import is_remote
-from residua.store.storage.place import try_place
+from residua.store.storage.destination import Destination
+from residua.store.storage.place import try_result_place
 
 _STREAM = ("resid_pre", "resid_mid", "resid_post", "final")
 
@@ -40,6 +40,7 @@ def fidelity(
     device: str = "auto",
     tp: int = 1,
     pp: int = 1,
+    storage_options: Mapping[str, Any] | None = None,
     on_batch: Callable[[int, int], None] = lambda *_: None,
 ) -> Fidelity:
     """Measure by replay what the rounding of stored residual streams does to the model's output.
@@ -51,12 +52,13 @@ def fidelity(
     Args:
         model: The model that was captured: a transformers model, or a hub id or folder of one; or the schedule of a
             torch pipeline, as `residua.replay` takes it.
-        archive: The archive, or its path or address.
+        archive: The archive, or its path or its address in a bucket.
         n_batches: How many batches of the plan run; they are chosen at random from the captured ones.
         seed: Seed of the choice.
         device: Device of the model, if it is loaded here.
         tp: Number of processes of tensor parallelism, if it is loaded here.
         pp: Number of pipeline stages, if it is loaded here.
+        storage_options: For an address, as for `residua.open`.
         on_batch: Called after each batch with the numbers of finished batches and of all batches.
 
     Returns:
@@ -73,19 +75,13 @@ def fidelity(
         >>> found.sites["resid_post.3"].kl_mean  # doctest: +SKIP
     """
     model, archive = model_first(model, archive, "residua.fidelity")
-    place = open_archive(archive)
+    place = open_archive(archive, storage_options=storage_options)
     opened = main_archive(place)
     refuse_replay(opened, "residua fidelity")
-    if is_remote(opened.place):
-        raise PlanError(
-            f"residua fidelity keeps its figures in the archive, and {opened.place} is at an address: run it where the "
-            "archive is a folder (residua pull makes one)"
-        )
     names = _rounded_streams(place)
     place.refuse_losses(names, "residua fidelity")
-    of_stacks = [(one, [name for name in names if name in one.sites]) for one in archives_of(place)]
-    for one, _ in of_stacks:
-        try_place(one.path / FIDELITY_FILE, is_file=True)
+    of_stacks = [(one, own) for one in archives_of(place) if (own := [name for name in names if name in one.sites])]
+    places = [try_result_place(one.place, one.storage_options).out for one, _ in of_stacks]
     batches = [batch.examples.tolist() for batch in sample_batches(opened, n_batches, seed)]
     settings = CaptureSettings(device=device, tp=tp, pp=pp)
     with (
@@ -93,7 +89,7 @@ def fidelity(
         replayed_model(opened, model, settings) as loaded,
         ExitStack() as stack,
     ):
-        for one, _ in of_stacks:
+        for one in archives_of(place):
             stack.enter_context(running_as_captured(one, loaded))
         plain = Replayer(loaded, place)
         if plain.lacks_logits:
@@ -104,7 +100,7 @@ def fidelity(
         found = shared.found(
             len(batches),
             lambda number: _compare(batches[number], plain, stored),
-            close=lambda everything: _write(of_stacks, _total(everything)),
+            close=lambda everything: _write(zip(places, of_stacks, strict=True), _total(everything)),
             on_unit=on_batch,
         )
     return _total(found)
@@ -127,12 +123,11 @@ def _compared(original: torch.Tensor, logits: torch.Tensor) -> dict[str, float]:
     return {"kl": float(kl.double().sum()), "kl_max": float(kl.max()), "same": same}
 
 
-def _write(of_stacks: Iterable[tuple[Archive, Sequence[str]]], found: Fidelity) -> None:
+def _write(of_stacks: Iterable[tuple[Destination, tuple[Archive, Sequence[str]]]], found: Fidelity) -> None:
     """Write to each archive the figures of its own sites."""
-    for archive, names in of_stacks:
-        if names:
-            own = replace(found, sites={name: found.sites[name] for name in names})
-            write_fidelity(archive.path, archive.plan, own)
+    for out, (archive, names) in of_stacks:
+        own = replace(found, sites={name: found.sites[name] for name in names})
+        write_fidelity(out, archive.plan, own)
 
 
 def _total(found: Sequence[Mapping[str, Any]]) -> Fidelity:

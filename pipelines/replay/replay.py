@@ -4,7 +4,7 @@ Batches are those of the capture, without the examples that are not chosen. `com
 without, `result_folder` holds the tables, and `capture` makes the archive of what follows, if it is asked for.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from os import PathLike
@@ -48,7 +48,8 @@ from residua.store.read.archive import Archive
 from residua.store.read.stacks import archives_of, main_archive, open_archive
 from residua.store.read.text import token_id
 from residua.store.selection.examples import ExampleChoice
-from residua.store.storage.place import try_place
+from residua.store.storage.destination import Destination, DiskFolder
+from residua.store.storage.place import try_result_place
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -56,18 +57,19 @@ class ReplayResult:
     """The results of a replay of an archive.
 
     Attributes:
-        folder: The folder of the tables and of ``residua.json``, which says how they were made.
+        folder: The folder of the tables and of ``residua.json``, which says how they were made, or its address.
         n_examples: Number of examples in the tables.
         resumed: Whether this run resumed an earlier one.
         notes: What a reader of the tables has to know, one sentence each.
         archive: The archive of what follows, if it was asked for.
     """
 
-    folder: Path
+    folder: Path | str
     n_examples: int
     resumed: bool
     notes: tuple[str, ...]
     archive: Archive | None = None
+    _out: Destination
 
     def __repr__(self) -> str:
         return f"<ReplayResult {self.folder}: {self.n_examples:,} examples, {len(self.notes)} notes>"
@@ -75,12 +77,12 @@ class ReplayResult:
     @property
     def examples(self) -> pa.Table:
         """One line per example."""
-        return read_table(self.folder, EXAMPLES)
+        return read_table(self._out, EXAMPLES)
 
     @property
     def tokens(self) -> pa.Table:
         """One line per token."""
-        return read_table(self.folder, TOKENS)
+        return read_table(self._out, TOKENS)
 
 
 def replay_dataset(
@@ -102,6 +104,7 @@ def replay_dataset(
     tp: int = 1,
     pp: int = 1,
     command: str | None = None,
+    storage_options: Mapping[str, Any] | None = None,
     on_example: Callable[[int, int], None] = lambda *_: None,
     on_plan: Callable[[Plan, int], None] = lambda *_: None,
     on_batch: Callable[[RecordStats], None] = lambda _: None,
@@ -115,8 +118,9 @@ def replay_dataset(
     Args:
         model: The model that was captured: a transformers model, or a hub id or folder of one; or the schedule of a
             torch pipeline, as `residua.replay` takes it.
-        archive: The archive, or its folder. If it is not sealed, the captured examples are replayed.
-        out: Folder of the results; if it holds results of the same request, the missing ones are computed.
+        archive: The archive, or its path or address. If it is not sealed, the captured examples are replayed.
+        out: Folder of the results, or its address in a bucket; if it holds results of the same request, the missing
+            ones are computed.
         edits: Edits in order, as `residua.replay` takes them.
         at: Where stored rows go in; None runs the model in full.
         capture: Sites whose activations in the edited run are captured, for the chosen examples, into the archive
@@ -132,6 +136,7 @@ def replay_dataset(
         tp: Number of processes of tensor parallelism, if it is loaded here.
         pp: Number of pipeline stages, if it is loaded here.
         command: The command line, for the provenance.
+        storage_options: For addresses, as for `residua.open`.
         on_example: Called with the numbers of finished examples and of all; on the first process those of all
             processes.
         on_plan: Called with the plan of the new archive, and the number of rows that are committed already.
@@ -155,7 +160,7 @@ def replay_dataset(
         ... )
         >>> found.examples["loss_change"]  # doctest: +SKIP
     """
-    stored = open_archive(archive)
+    stored = open_archive(archive, storage_options=storage_options)
     opened = main_archive(stored)
     parsed = parse_edits(edits)
     schedule = schedule_of(opened)
@@ -169,11 +174,11 @@ def replay_dataset(
             f"{named('dtype' if dtype else 'codec')} says how captured sites are stored, and none are: give "
             f"{named('capture')}, or leave it out"
         )
-    place = try_place(Path(out), locks=True, links=capture is not None)
-    folder, settings = place.path, CaptureSettings(device=device, tp=tp, pp=pp)
-    files = TableFiles(folder, schedule, chosen)
+    place = try_result_place(out, storage_options, locks=True, links=capture is not None)
+    settings = CaptureSettings(device=device, tp=tp, pp=pp)
+    files = TableFiles(place.out, schedule, chosen)
     with ExitStack() as stack:
-        membership = stack.enter_context(working_together(folder, settings, job="replay"))
+        membership = stack.enter_context(working_together(place.out, settings, job="replay"))
         loaded = stack.enter_context(replayed_model(opened, model, settings))
         for one in archives_of(stored):
             stack.enter_context(running_as_captured(one, loaded))
@@ -204,24 +209,32 @@ def replay_dataset(
             None
             if capture is None
             else ReplayCapture(
-                replayer, capture, taken, folder / ARCHIVE, replay=replayed, facts=facts, dtype=dtype, codec=codec
+                replayer,
+                capture,
+                taken,
+                place.out.inside(ARCHIVE),
+                replay=replayed,
+                facts=facts,
+                dtype=dtype,
+                codec=codec,
             )
         )
         planned = shared.plan_once(
-            lambda: {"resumed": begin_or_resume(folder, request, {**facts, "notes": [*replayer.notes]})},
-            lambda: check_request(folder, request),
+            lambda: {"resumed": begin_or_resume(place.out, request, {**facts, "notes": [*replayer.notes]})},
+            lambda: check_request(place.out, request),
         )
         notes = write_files(files, comparison, shared, on_example)
         edit_notes = [*replayer.notes, *notes.edits]
         if membership is None or not membership.number:
-            note(folder, [*edit_notes, *notes.batches])
+            note(place.out, [*edit_notes, *notes.batches])
         found = None if following is None else following.capture(membership, edit_notes, on_plan, on_batch)
     return ReplayResult(
-        folder=folder,
+        folder=place.out.path if isinstance(place.out, DiskFolder) else str(place.out),
         n_examples=int(chosen.sum()),
         resumed=planned["resumed"],
         notes=(*place.notes, *edit_notes, *notes.batches, *(() if following is None else following.notes)),
         archive=found,
+        _out=place.out,
     )
 
 

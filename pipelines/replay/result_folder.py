@@ -9,7 +9,6 @@ Parquet metadata, what its batches are like: what the edits reached, and in what
 
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -26,18 +25,18 @@ from residua.store.base.canonical import differences, flatten
 from residua.store.base.errors import PlanError
 from residua.store.base.naming import named
 from residua.store.examples.schedule import Schedule
-from residua.store.storage.files import sweep, write_file
+from residua.store.storage.destination import Destination
 
 RECORD = "residua.json"
 TOKENS, EXAMPLES = "tokens", "examples"
 _FACTS = b"residua"  # a key of the Parquet metadata of the files of examples
 
 
-def begin_or_resume(folder: Path, request: Mapping[str, Any], facts: Mapping[str, Any]) -> bool:
+def begin_or_resume(out: Destination, request: Mapping[str, Any], facts: Mapping[str, Any]) -> bool:
     """Write the record of a request, or compare the request with the record of an earlier run.
 
     Args:
-        folder: The folder.
+        out: The folder.
         request: What is asked for, as JSON values; an earlier run is resumed only if its request was the same.
         facts: What else the record says, as the first run had it.
 
@@ -47,65 +46,65 @@ def begin_or_resume(folder: Path, request: Mapping[str, Any], facts: Mapping[str
     Raises:
         PlanError: The folder holds the results of another request, or other files.
     """
-    path = folder / RECORD
-    if path.exists():
-        check_request(folder, request)
-        sweep(folder)
+    if out.n_bytes(RECORD) is not None:
+        check_request(out, request)
+        out.sweep()
         return True
-    if folder.exists() and any(folder.iterdir()):
-        raise PlanError(f"{folder} is not empty and has no {RECORD}: choose another folder for the results")
+    if not out.is_empty():
+        raise PlanError(f"{out} is not empty and has no {RECORD}: choose another folder for the results")
     record = {"request": request, **facts, "conditions": environment()}
-    write_file(path, [_encoded(record)])
+    out.write(RECORD, [_encoded(record)])
     return False
 
 
-def note(folder: Path, notes: Sequence[str]) -> None:
+def note(out: Destination, notes: Sequence[str]) -> None:
     """Put the notes on a finished run into the record."""
-    path = folder / RECORD
-    record = json.loads(path.read_text())
+    out.fetch([RECORD])
+    record = json.loads((out.path / RECORD).read_text())
     if record["notes"] != list(notes):
-        write_file(path, [_encoded({**record, "notes": list(notes)})])
+        out.write(RECORD, [_encoded({**record, "notes": list(notes)})])
 
 
 def _encoded(record: Mapping[str, Any]) -> bytes:
     return json.dumps(record, indent=2, ensure_ascii=False).encode()
 
 
-def check_request(folder: Path, request: Mapping[str, Any]) -> None:
+def check_request(out: Destination, request: Mapping[str, Any]) -> None:
     """Compare a request with the one whose results a folder holds.
 
     Raises:
         PlanError: They differ; the message says in what.
     """
-    path = folder / RECORD
+    out.fetch([RECORD])
     request = json.loads(json.dumps(request))
     try:
-        before = json.loads(path.read_text())["request"]
+        before = json.loads((out.path / RECORD).read_text())["request"]
         lines = differences(flatten(before), flatten(request), ("that request", "this one"))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise PlanError(f"{path} is no record of a replay: choose another folder for the results") from error
+        raise PlanError(f"{out}/{RECORD} is no record of a replay: choose another folder for the results") from error
     if before != request:
         listed = "\n  ".join(lines)
-        raise PlanError(f"{folder} holds the results of another request:\n  {listed}\nChoose another {named('out')}.")
+        raise PlanError(f"{out} holds the results of another request:\n  {listed}\nChoose another {named('out')}.")
 
 
-def table_file(folder: Path, table: str, group: int) -> Path:
+def table_file(table: str, group: int) -> str:
     """Return the file of a table that holds the examples of a group."""
-    return folder / table / f"part-{group:05d}.parquet"
+    return f"{table}/part-{group:05d}.parquet"
 
 
-def write_table(path: Path, table: pa.Table) -> None:
+def write_table(out: Destination, name: str, table: pa.Table) -> None:
     """Write a table as a Parquet file, durably, completely or not at all."""
     sink = pa.BufferOutputStream()
     pq.write_table(table, sink)
-    write_file(path, [sink.getvalue().to_pybytes()])
+    out.write(name, [sink.getvalue().to_pybytes()])
 
 
-def read_table(folder: Path, table: str) -> pa.Table:
+def read_table(out: Destination, table: str) -> pa.Table:
     """Return a table of the finished groups."""
-    names = (path.name for path in (folder / EXAMPLES).glob("part-*.parquet"))
+    names = (name for name in out.names(EXAMPLES) if name.startswith("part-") and name.endswith(".parquet"))
     finished = sorted(names, key=lambda name: (len(name), name))  # in the order of groups, however many there are
-    files = [pq.read_table(folder / table / name) for name in finished]
+    out.fetch(f"{table}/{name}" for name in finished)
+    files = [pq.read_table(out.path / table / name) for name in finished]
     return pa.concat_tables(files).replace_schema_metadata(None)
 
 
@@ -113,13 +112,13 @@ class TableFiles:
     """The files of the chosen examples, numbered from 0: one for each group of the schedule that has any.
 
     Args:
-        folder: The folder.
+        out: The folder.
         schedule: The schedule of the archive, which says which examples run together.
         chosen: For each example, whether it is in the tables.
     """
 
-    def __init__(self, folder: Path, schedule: Schedule, chosen: npt.NDArray[np.bool_]) -> None:
-        self._folder = folder
+    def __init__(self, out: Destination, schedule: Schedule, chosen: npt.NDArray[np.bool_]) -> None:
+        self._out = out
         self._schedule = schedule
         self._chosen = chosen
         sizes = schedule.sizes(chosen)
@@ -141,10 +140,8 @@ class TableFiles:
 
     def finished(self) -> set[int]:
         """Return the files that are written."""
-        written = {path.name for path in (self._folder / EXAMPLES).glob("part-*")}
-        return {
-            file for file, group in enumerate(self._groups) if table_file(self._folder, EXAMPLES, group).name in written
-        }
+        written = {f"{EXAMPLES}/{name}" for name in self._out.names(EXAMPLES)}
+        return {file for file, group in enumerate(self._groups) if table_file(EXAMPLES, group) in written}
 
     def write(self, file: int, found: Sequence[Compared]) -> None:
         """Write the tables of the tokens of a file's batches, sorted by example, and their examples; durably."""
@@ -152,9 +149,9 @@ class TableFiles:
         ordered, group = sorted(tables, key=lambda table: table["example"][0].as_py()), self._groups[file]
         notes = {kind: note for batch in reversed(found) for kind, note in batch.notes.items()}
         facts = {"notes": notes, **_sum([batch.reach for batch in found])._asdict()}
-        write_table(table_file(self._folder, TOKENS, group), pa.concat_tables(ordered))
+        write_table(self._out, table_file(TOKENS, group), pa.concat_tables(ordered))
         examples = example_table(ordered).replace_schema_metadata({_FACTS: json.dumps(facts)})
-        write_table(table_file(self._folder, EXAMPLES, group), examples)
+        write_table(self._out, table_file(EXAMPLES, group), examples)
 
     def facts(self) -> tuple[dict[str, str], Reach | None]:
         """Return the first note of each kind of the finished files, and what edits reach in all of them.
@@ -163,8 +160,9 @@ class TableFiles:
         """
         notes: dict[str, str] = {}
         reached: list[Reach] = []
+        self._out.fetch(table_file(EXAMPLES, group) for group in self._groups)
         for group in self._groups:
-            found = pq.read_schema(table_file(self._folder, EXAMPLES, group)).metadata or {}
+            found = pq.read_schema(self._out.path / table_file(EXAMPLES, group)).metadata or {}
             facts = json.loads(found.get(_FACTS, b"{}"))
             notes = {**facts.get("notes", {}), **notes}
             if "n_changed" in facts:

@@ -1,9 +1,9 @@
 """What `residua.run` returns and `residua.replay` yields: logits and sites, texts, views, and an archive of it all."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from os import PathLike
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import pyarrow as pa
 import torch
@@ -88,13 +88,21 @@ class Run(Replay):
         """
         return self._texts.text(list(tokens))
 
-    def save(self, out: str | PathLike[str], *, dtype: str | None = None, codec: str = DEFAULT_PRESET) -> Archive:
+    def save(
+        self,
+        out: str | PathLike[str],
+        *,
+        dtype: str | None = None,
+        codec: str = DEFAULT_PRESET,
+        storage_options: Mapping[str, Any] | None = None,
+    ) -> Archive:
         """Capture `sites` of these examples, with the edits, as an archive; the model runs once more.
 
         Args:
-            out: Folder of the archive.
+            out: Folder of the archive, or its address in a bucket (``s3://``, ``gs://``, ``az://``).
             dtype: Data type to store; by default each site's own.
             codec: Codec preset.
+            storage_options: For an address, as for `residua.open`.
 
         Returns:
             The archive, sealed. Its provenance has the edits.
@@ -108,7 +116,15 @@ class Run(Replay):
         from residua.pipelines.runs.save import save_run  # which needs all that a capture needs
 
         with self._running():
-            return save_run(self._replayer, self.sites, out, texts=self._texts, dtype=dtype, codec=codec)
+            return save_run(
+                self._replayer,
+                self.sites,
+                out,
+                texts=self._texts,
+                dtype=dtype,
+                codec=codec,
+                storage_options=storage_options,
+            )
 
     def table(self) -> pa.Table:
         """Return one line for each token of each example; ``.to_pandas()`` makes a data frame of it.

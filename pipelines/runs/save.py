@@ -1,6 +1,6 @@
 """A run as an archive: the capture of its examples and sites, with its edits, in the batches in which it ran."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from os import PathLike
 from pathlib import Path
@@ -24,11 +24,19 @@ from residua.store.examples.writer import ExampleWriter
 from residua.store.format.commits import content_hash
 from residua.store.format.plan import Plan
 from residua.store.read.archive import REPLAY_RULE, Archive
-from residua.store.storage.place import try_place
+from residua.store.storage.destination import Destination
+from residua.store.storage.place import try_archive_place
 
 
 def save_run(
-    replayer: Replayer, sites: Sequence[str], out: str | PathLike[str], *, texts: Texts, dtype: str | None, codec: str
+    replayer: Replayer,
+    sites: Sequence[str],
+    out: str | PathLike[str],
+    *,
+    texts: Texts,
+    dtype: str | None,
+    codec: str,
+    storage_options: Mapping[str, Any] | None,
 ) -> Archive:
     """Capture sites of a run's examples into an archive; see `residua.pipelines.runs.result.Run.save`.
 
@@ -49,10 +57,10 @@ def save_run(
         rows_per_shard=prompts.rows_per_shard,
         batch_tokens=prompts.batch_tokens,
     )
-    place = try_place(Path(out), locks=True, links=True)
+    place = try_archive_place(out, storage_options)
     with ExitStack() as stack:
-        membership = stack.enter_context(working_together(place.path, settings))
-        job = RunCapture(replayer, prompts, place.path, texts, settings)
+        membership = stack.enter_context(working_together(place.out, settings))
+        job = RunCapture(replayer, prompts, place.out, texts, settings)
         job.notes.extend(place.notes)
         job.run(Workers(membership), lambda *_: None, lambda _: None)
     return job.archive
@@ -64,13 +72,13 @@ class RunCapture(DatasetCapture):
     Args:
         replayer: Runs the examples with the edits.
         prompts: The examples.
-        out: Folder of the archive.
+        out: Where the archive is written.
         texts: The tokenizer.
         settings: What is stored, and how.
     """
 
     def __init__(
-        self, replayer: Replayer, prompts: Prompts, out: Path, texts: Texts, settings: CaptureSettings
+        self, replayer: Replayer, prompts: Prompts, out: Destination, texts: Texts, settings: CaptureSettings
     ) -> None:
         replaying = None
         if replayer.edits:

@@ -70,6 +70,9 @@ class CaptureSettings(DatasetSettings):
         None, "threads that encode and write (default: 1 on a CPU, up to 4 if the model is on a GPU)"
     )
     join: bool = setting(False, "share the work with runs that write this archive now, and let later ones join")
+    keep_paths: bool = setting(
+        False, "in a bucket: keep absolute paths of this machine in the provenance, and not their last part alone"
+    )
 
     def __post_init__(self) -> None:
         check_storage(
@@ -150,6 +153,7 @@ class CaptureOptions(DatasetOptions, total=False):
     host_memory: Size
     threads: int | None
     join: bool
+    keep_paths: bool
 
 
 def _type_name(annotation: object) -> str:

@@ -8,9 +8,30 @@ from collections.abc import Mapping
 from pathlib import PurePosixPath, PureWindowsPath
 from typing import Any
 
+from residua.store.base.errors import few
+from residua.store.base.naming import named
+
 _ABSOLUTE = r"(?:/|~[\w.-]*/|[A-Za-z]:[\\/])"
 _WHOLE = re.compile(rf"{_ABSOLUTE}[^\n]*")
 _INSIDE = re.compile(rf"(?<![\w.:/\\~-]){_ABSOLUTE}[^\s'\",;:()\[\]{{}}]+")
+
+
+def shortened(provenance: Mapping[str, Any], *, keep: bool) -> tuple[Mapping[str, Any], list[str]]:
+    """Return a provenance for other machines, and notes on what was shortened in it.
+
+    Args:
+        provenance: The provenance.
+        keep: Whether to keep the paths.
+    """
+    found: dict[str, str] = {}
+    short: Mapping[str, Any] = without_local_paths(provenance, found)
+    if keep or not found:
+        return provenance, []
+    note = (
+        f"{few(sorted(found), 3)} are paths of this machine, of which the archive there has the last part alone; say "
+        f"{named('keep_paths', True)} to keep them"
+    )
+    return short, [note]
 
 
 def without_local_paths(value: Any, found: dict[str, str]) -> Any:

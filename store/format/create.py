@@ -12,6 +12,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
 
 from residua.store.base.canonical import Json
+from residua.store.base.local_paths import shortened
 from residua.store.encoding.codecs import INT8
 from residua.store.format.archive_metadata import (
     ROOT,
@@ -30,6 +31,7 @@ from residua.store.format.row_columns import MODALITIES
 from residua.store.storage.destination import BucketFolder, Destination, destination_of
 from residua.store.storage.files import sync_folder
 from residua.store.storage.lock import naming_archive, try_flock
+from residua.store.storage.mirror import naming
 
 
 @contextmanager
@@ -88,10 +90,28 @@ def refuse_occupied(destination: Path) -> None:
         )
 
 
-def create_archive(folder: Path, destination: Path | Destination, plan: Plan, provenance: Mapping[str, Json]) -> None:
+def create_archive(
+    folder: Path,
+    destination: Path | Destination,
+    plan: Plan,
+    provenance: Mapping[str, Json],
+    *,
+    keep_paths: bool = False,
+) -> list[str]:
     """Complete the archive in `folder`, which holds its sidecar files already, and move it to `destination`.
 
     In a bucket the root's metadata go last, and only if there are none, so that the archive appears complete.
+
+    Args:
+        folder: The folder.
+        destination: Where the archive will be.
+        plan: Its plan.
+        provenance: How it is made.
+        keep_paths: Whether absolute paths of this machine stay in the provenance of an archive in a bucket; by default
+            it has only their last part, as a copy that `residua push` makes.
+
+    Returns:
+        What to say about such paths.
 
     Raises:
         FileExistsError: `destination` exists.
@@ -107,12 +127,14 @@ def create_archive(folder: Path, destination: Path | Destination, plan: Plan, pr
         create_array(folder, spec, n_rows, attributes=_values(spec.path), dimensions=names[spec.path])
     (folder / FOLDER).mkdir(exist_ok=True)
     _sync_sidecars(folder)
+    provenance, notes = shortened(provenance, keep=keep_paths or not isinstance(out, BucketFolder))
     write_metadata(folder, Metadata(plan=plan, provenance=provenance, files=sidecar_digests(folder)))
     refuse_occupied(out.path)
     folder.rename(out.path)
     sync_folder(out.path.parent)
     if isinstance(out, BucketFolder):
         _send(out)
+    return notes
 
 
 def _send(out: BucketFolder) -> None:
@@ -135,7 +157,8 @@ def bring_archive(out: Destination) -> None:
     out.fetch([ROOT])
     if not is_archive(out.path):
         return
-    metadata = read_metadata(out.path)
+    with naming(out.path, out):
+        metadata = read_metadata(out.path)
     nodes = {
         str(node)
         for spec in metadata.plan.arrays

@@ -30,7 +30,7 @@ from residua.store.base.errors import DamagedArchiveError, PlanError, UnsafeArch
 from residua.store.base.naming import named
 from residua.store.base.untrusted import is_finite, parse_json, read_file
 from residua.store.format.plan import Plan
-from residua.store.storage.files import write_file
+from residua.store.storage.destination import Destination, destination_of
 
 Norm = Literal["rms", "layer", "none"]
 Activation = Literal["gelu", "gelu_new", "gelu_pytorch_tanh", "relu", "silu", "tanh"]
@@ -226,11 +226,11 @@ class Fidelity:
     n_tokens: int
 
 
-def write_fidelity(archive: Path, plan: Plan, found: Fidelity) -> None:
+def write_fidelity(archive: Path | Destination, plan: Plan, found: Fidelity) -> None:
     """Write `fidelity.json` of an archive, durably; an earlier one is replaced."""
     entry = {"plan": plan.digest, **asdict(found)}
     content = {"fidelity": entry, "sha256": digest_of(entry)}
-    write_file(archive / FIDELITY_FILE, [json.dumps(content, indent=2).encode()])
+    destination_of(archive).write(FIDELITY_FILE, [json.dumps(content, indent=2).encode()])
 
 
 def read_fidelity(archive: Path, plan: Plan) -> Fidelity | None:

@@ -11,30 +11,40 @@ from pathlib import Path
 from residua.store.base.canonical import Json, digest_of
 from residua.store.base.errors import PlanError, UnsafeArchiveError
 from residua.store.base.naming import named
-from residua.store.format.archive_metadata import FORMAT, is_archive, read_entry, write_entry
+from residua.store.format.archive_metadata import FORMAT, ROOT, is_archive, read_entry, write_entry
 from residua.store.format.create import refuse_occupied
 from residua.store.format.site_names import STACKS
+from residua.store.storage.destination import BucketFolder, Destination, destination_of
 
 
-def create_stacks(folder: Path, stacks: Sequence[str]) -> None:
-    """Make `folder` one that holds the archives of `stacks`; it may be one of the same stacks already.
+def create_stacks(place: Path | Destination, stacks: Sequence[str]) -> None:
+    """Make a place one that holds the archives of `stacks`; it may be one of the same stacks already.
+
+    Args:
+        place: The folder, here or in a bucket.
+        stacks: Names of the stacks.
 
     Raises:
-        FileExistsError: `folder` exists, with other contents.
+        FileExistsError: `place` exists, with other contents.
         PlanError: It holds an archive, or those of other stacks.
     """
-    if is_archive(folder):
-        found = stacks_in(folder)
+    out = destination_of(place)
+    if isinstance(out, BucketFolder) and out.n_bytes(ROOT) is not None:
+        out.fetch([ROOT])
+    if is_archive(out.path):
+        found = stacks_in(out.path)
         if found != tuple(stacks):
             what = f"the stacks {' and '.join(found)}" if found else "one stack, or of a model that has no stacks"
             raise PlanError(
-                f"{folder} was begun as an archive of {what}, and this run captures {' and '.join(stacks)}: run it "
+                f"{out} was begun as an archive of {what}, and this run captures {' and '.join(stacks)}: run it "
                 f"with the same sites to go on, or choose another {named('out')}"
             )
         return
-    refuse_occupied(folder)
+    refuse_occupied(out.path)
     entry: dict[str, Json] = {"format": FORMAT, "stacks": list(stacks)}
-    write_entry(folder, {**entry, "sha256": digest_of(entry)})
+    write_entry(out.path, {**entry, "sha256": digest_of(entry)})
+    if isinstance(out, BucketFolder):
+        out.create(ROOT, (out.path / ROOT).read_bytes())
 
 
 def stacks_in(folder: Path) -> tuple[str, ...]:

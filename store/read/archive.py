@@ -120,6 +120,11 @@ class Archive(Mapping[str, ArchiveArray]):
         return str(self.path)
 
     @property
+    def storage_options(self) -> Mapping[str, Any] | None:
+        """What `residua.open` was given for the address; None for a folder."""
+        return None
+
+    @property
     def is_remote(self) -> bool:
         """Whether rows come over the network."""
         return False

@@ -134,6 +134,11 @@ class RemoteArchive(Archive):
         return True
 
     @property
+    def storage_options(self) -> Mapping[str, Any]:
+        """What `residua.open` was given for the address."""
+        return self._mirror.folder.options
+
+    @property
     def folder(self) -> ObjectFolder:
         """The objects of the archive."""
         return self._mirror.folder

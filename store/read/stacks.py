@@ -19,6 +19,7 @@ from residua.store.read.reader import Check
 from residua.store.read.remote import JOIN_GAP_BYTES, REQUEST_BYTES
 from residua.store.read.remote_archive import Cache, RemoteArchive
 from residua.store.storage.address import is_remote, shown
+from residua.store.storage.destination import BucketFolder, Destination
 from residua.store.storage.hub import folder_at
 from residua.store.storage.mirror import Mirror
 
@@ -81,6 +82,13 @@ def open_archive(
         return _open_remote(str(archive), **local, **remote)
     kind = StackedArchive if stacks_in(Path(archive)) else Archive
     return kind(archive, **local)
+
+
+def open_written(out: Destination) -> Archive:
+    """Open an archive, or those of several stacks, where they were written."""
+    if isinstance(out, BucketFolder):
+        return open_archive(out.objects.address, storage_options=out.objects.options)
+    return open_archive(out.path)
 
 
 def _open_remote(address: str, **settings: Any) -> Archive:

@@ -15,7 +15,7 @@ from typing import Any
 
 from residua.store.base.canonical import canonical_json
 from residua.store.base.errors import DamagedArchiveError, NotCapturedError, PlanError, StorageError, few
-from residua.store.base.naming import named
+from residua.store.base.local_paths import shortened
 from residua.store.base.untrusted import parse_json
 from residua.store.encoding.shard import check_shard, shard_path, shard_rows
 from residua.store.encoding.spec import ArraySpec
@@ -29,7 +29,6 @@ from residua.store.sealing.packed_index import INDEX
 from residua.store.sharing.card import Licences
 from residua.store.sharing.copied import BytesDone, Copied, in_parallel, is_part_of, refuse_lost_side_tables, together
 from residua.store.sharing.hub import HubPush
-from residua.store.sharing.local_paths import without_local_paths
 from residua.store.storage.address import scheme_of
 from residua.store.storage.lease import LEASE
 from residua.store.storage.objects import ObjectFolder
@@ -176,15 +175,10 @@ def _push_stacks(
 
 def _root(archive: Archive, *, keep_paths: bool) -> tuple[bytes, list[str]]:
     """Return the root's metadata as they are sent, and what to say about them."""
-    found: dict[str, str] = {}
-    provenance = without_local_paths(archive.provenance, found)
-    if keep_paths or not found:
+    provenance, notes = shortened(archive.provenance, keep=keep_paths)
+    if not notes:
         return (archive.path / ROOT).read_bytes(), []
-    note = (
-        f"{few(sorted(found), 3)} are paths of this machine, of which the copy has the last part alone; say "
-        f"{named('keep_paths', True)} to keep them"
-    )
-    return metadata_bytes(archive.path, replace(archive.metadata, provenance=provenance)), [note]
+    return metadata_bytes(archive.path, replace(archive.metadata, provenance=provenance)), notes
 
 
 def _is_update(archive: Archive, folder: ObjectFolder) -> bool:

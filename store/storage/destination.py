@@ -5,6 +5,7 @@
     names      the files of a folder
     n_bytes    the size of one file
     remove     files
+    inside     a folder in it
 
 `path` is a local folder in which small files are read: metadata, examples, tokenizer, LM head and commit records. Of a
 `DiskFolder` it is the archive itself. Of a `BucketFolder` it is a temporary folder with copies, and `upload` sends
@@ -37,6 +38,9 @@ from residua.store.storage.files import bytes_of, publish, sweep, sync_folder, w
 from residua.store.storage.lease import LEASE, Lease, LeaseWatch, leased
 from residua.store.storage.lock import locked, try_flock
 from residua.store.storage.objects import ObjectFolder
+
+TRIAL = ".residua-trial/"
+"""How the names of objects begin that only tried the place."""
 
 PART_BYTES = 8 * 2**20
 """Bytes of a request that is part of a file; a shorter file takes one request."""
@@ -122,6 +126,14 @@ class DiskFolder:
             path.unlink(missing_ok=True)
         for folder in {path.parent for path in paths}:
             sync_folder(folder)
+
+    def inside(self, name: str) -> "DiskFolder":
+        """Return a folder in this one."""
+        return DiskFolder(self.path / name)
+
+    def is_empty(self) -> bool:
+        """Return whether there is no file, or no folder."""
+        return not self.path.exists() or not any(self.path.iterdir())
 
     def remove_all(self) -> None:
         """Remove the folder and all that is in it, as far as this is allowed."""
@@ -281,6 +293,16 @@ class BucketFolder:
         for name in gone:
             (self.path / name).unlink(missing_ok=True)
 
+    def inside(self, name: str) -> "BucketFolder":
+        """Return a folder in this one, with a local folder of its own, that is written as long as this one may be."""
+        folder = BucketFolder(f"{self.objects.address}/{name}", self.objects.options)
+        folder._lease = self._lease
+        return folder
+
+    def is_empty(self) -> bool:
+        """Return whether there is no object but those of a run that has just begun."""
+        return all(entry.name == LEASE or entry.name.startswith(TRIAL) for entry in self.objects.list())
+
     def remove_all(self) -> None:
         """Remove all objects of the folder but the lease, as far as this is allowed."""
         self._check_lease()
@@ -313,7 +335,8 @@ class BucketFolder:
         _in_parallel(lambda name: self.objects.write(name, self.path / name), names)
 
     def sweep(self) -> None:
-        """Do nothing: an object appears whole, so that there are no temporary ones."""
+        """Remove what trials of writers that are dead left; an object appears whole, so there are no other ones."""
+        self.objects.delete([entry.name for entry in self.objects.list(TRIAL.rstrip("/"))])
 
     @contextmanager
     def locked(self, *, join: Mapping[str, Json] | None = None) -> Iterator[None]:

@@ -9,12 +9,22 @@ import hashlib
 import tempfile
 import weakref
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 from residua.store.base.errors import ResiduaError
 from residua.store.storage.disk_cache import DiskCache
 from residua.store.storage.objects import ObjectFolder
+
+
+@contextmanager
+def naming(path: Path, place: object) -> Iterator[None]:
+    """Let errors name the place, where they name the local folder that has copies of its files."""
+    try:
+        yield
+    except ResiduaError as error:
+        error.args = tuple(arg.replace(str(path), str(place)) if isinstance(arg, str) else arg for arg in error.args)
+        raise
 
 
 class Mirror:
@@ -59,13 +69,6 @@ class Mirror:
             path.write_bytes(kept)
         return path
 
-    @contextmanager
-    def naming(self) -> Iterator[None]:
+    def naming(self) -> AbstractContextManager[None]:
         """Let errors name the address, where they name the local folder."""
-        try:
-            yield
-        except ResiduaError as error:
-            error.args = tuple(
-                arg.replace(str(self.path), str(self.folder)) if isinstance(arg, str) else arg for arg in error.args
-            )
-            raise
+        return naming(self.path, self.folder)

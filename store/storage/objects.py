@@ -319,6 +319,15 @@ class ObjectFolder:
             time.sleep(_PAUSE_SECONDS * 2**number)
         raise StorageError(f"cannot write {self}/{name}, in {_CREATE_TRIES} tries: {failure}") from failure
 
+    def copy(self, source: str, name: str) -> None:
+        """Copy an object of the folder to another name, over what is there, without fetching it.
+
+        Raises:
+            FileNotFoundError: There is no such object.
+            StorageError: It cannot be copied.
+        """
+        self._ask(source, "copy", lambda: obstore.copy(self._store, source, name), tries=_READ_TRIES)
+
     def delete(self, names: Sequence[str]) -> None:
         """Delete objects; those that are not there are no error.
 

@@ -3,22 +3,23 @@
 import errno
 import os
 import secrets
+import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from itertools import islice
 from os import PathLike, fspath
 from pathlib import Path
 from typing import Any, NamedTuple
+from urllib.parse import urlsplit
 
 from residua.store.base.errors import PlanError
 from residua.store.storage.address import is_remote, scheme_of, shown
-from residua.store.storage.destination import BucketFolder, Destination, DiskFolder
+from residua.store.storage.destination import TRIAL, BucketFolder, Destination, DiskFolder
 from residua.store.storage.files import make_folders, publish, sweep_next_to, write_file
 from residua.store.storage.lease import LEASE
 from residua.store.storage.lock import naming_archive, try_flock
 from residua.store.storage.objects import ObjectFolder
 
-TRIAL = ".residua-trial-"
 _ROOT = "zarr.json"
 _WRITABLE = ("s3", "gs", "az")
 _MOST_LISTED = 16
@@ -78,8 +79,8 @@ def try_place(destination: Path, *, is_file: bool = False, locks: bool = False, 
     return Place(destination, (note,))
 
 
-class ArchivePlace(NamedTuple):
-    """Where an archive is written.
+class ResultPlace(NamedTuple):
+    """Where results, such as an archive, are written.
 
     Attributes:
         out: The folder, here or in a bucket.
@@ -92,8 +93,8 @@ class ArchivePlace(NamedTuple):
 
 def try_archive_place(
     out: str | PathLike[str], storage_options: Mapping[str, Any] | None = None, *, locks: bool = True
-) -> ArchivePlace:
-    """Try the place where an archive will be written: a folder as `try_place` does, a bucket with a small object.
+) -> ResultPlace:
+    """Try the place where an archive will be written, as `try_result_place` does.
 
     Args:
         out: Path or address of the archive.
@@ -101,20 +102,49 @@ def try_archive_place(
         locks: Whether a lock next to a folder keeps other runs away.
 
     Raises:
-        PlanError: Nothing can be written at such an address.
         FileExistsError: Something that is no archive lies at that address.
+        As `try_result_place` otherwise.
+    """
+    place = try_result_place(out, storage_options, locks=locks, links=True)
+    if isinstance(place.out, BucketFolder):
+        _refuse_other_objects(place.out.objects)
+    return place
+
+
+def try_result_place(
+    out: str | PathLike[str],
+    storage_options: Mapping[str, Any] | None = None,
+    *,
+    locks: bool = False,
+    links: bool = False,
+) -> ResultPlace:
+    """Try the place where results will be written: a folder as `try_place` does, a bucket with a small object.
+
+    Args:
+        out: Path or address of the folder.
+        storage_options: For an address, as for `residua.open`.
+        locks: Whether a lock next to a folder keeps other runs away.
+        links: Whether a folder needs hard links.
+
+    Raises:
+        PlanError: Nothing can be written at such an address.
         StorageError: The bucket is not there, or may not be written, read or listed.
         OSError: As for `try_place`.
     """
     if not is_remote(out):
-        place = try_place(Path(out), locks=locks, links=True)
-        return ArchivePlace(DiskFolder(place.path), place.notes)
+        place = try_place(Path(out), locks=locks, links=links)
+        return ResultPlace(DiskFolder(place.path), place.notes)
     folder = _bucket_folder(out, storage_options)
-    return ArchivePlace(folder, _try_bucket(folder.objects))
+    if _is_kept_apart(folder.objects):
+        return ResultPlace(folder, ())
+    note = f"{folder} has no objects that are written only once: do not start another run there before this one ends"
+    return ResultPlace(folder, (note,))
 
 
 @contextmanager
-def result_folder(out: str | PathLike[str], storage_options: Mapping[str, Any] | None = None) -> Iterator[Path]:
+def result_folder(
+    out: str | PathLike[str], storage_options: Mapping[str, Any] | None = None, *, n_bytes: int = 0
+) -> Iterator[Path]:
     """Give a folder for results, after a trial whether they can be written there.
 
     For a path, it is the folder itself. For the address of a bucket, it is a temporary one, whose files go up at the
@@ -123,30 +153,58 @@ def result_folder(out: str | PathLike[str], storage_options: Mapping[str, Any] |
     Args:
         out: Path or address.
         storage_options: For an address, as for `residua.open`.
+        n_bytes: Bytes that the files take at most, as far as that is known. The disk of a temporary folder needs room
+            for them.
 
     Raises:
         PlanError: Nothing can be written at such an address.
         StorageError: The bucket is not there, or may not be written or read.
-        OSError: As for `try_place`.
+        OSError: As for `try_place`; or the files do not fit into the temporary folder.
     """
-    if not is_remote(out):
-        yield try_place(Path(out)).path
-        return
-    folder = _bucket_folder(out, storage_options)
-    _is_kept_apart(folder.objects)
+    folder = try_result_place(out, storage_options).out
+    if isinstance(folder, BucketFolder):
+        _require_room(folder, n_bytes)
     yield folder.path
+    if isinstance(folder, DiskFolder):
+        return
     folder.upload(sorted(path.relative_to(folder.path).as_posix() for path in folder.path.rglob("*") if path.is_file()))
 
 
 @contextmanager
-def result_file(out: str | PathLike[str]) -> Iterator[Path]:
+def result_file(
+    out: str | PathLike[str], storage_options: Mapping[str, Any] | None = None, *, n_bytes: int = 0
+) -> Iterator[Path]:
     """Give a file for results, here or for the address of an object; see `result_folder`."""
     if not is_remote(out):
         yield try_place(Path(out), is_file=True).path
         return
     parent, _, name = fspath(out).rpartition("/")
-    with result_folder(parent) as folder:
+    with result_folder(parent, storage_options, n_bytes=n_bytes) as folder:
         yield folder / name
+
+
+def _require_room(folder: BucketFolder, n_bytes: int) -> None:
+    free = shutil.disk_usage(folder.path).free
+    if n_bytes > free:
+        raise OSError(
+            errno.ENOSPC,
+            f"the files for {folder} are made in {folder.path.parent.parent} first, take up to {n_bytes:,} bytes, and "
+            f"{free:,} are free there: free some space, or set TMPDIR to a folder on a larger disk",
+        )
+
+
+def is_taken(out: str | PathLike[str], storage_options: Mapping[str, Any] | None = None) -> bool:
+    """Return whether there is a file or folder at a path, or an object at or below an address.
+
+    Raises:
+        StorageError: The address cannot be listed.
+    """
+    if not is_remote(out):
+        return Path(out).exists()
+    parent, _, name = fspath(out).rstrip("/").rpartition("/")
+    return any(ObjectFolder(fspath(out), storage_options).list()) or (
+        bool(urlsplit(parent).netloc) and ObjectFolder(parent, storage_options).size(name) is not None
+    )
 
 
 def _bucket_folder(out: str | PathLike[str], storage_options: Mapping[str, Any] | None) -> BucketFolder:
@@ -158,8 +216,8 @@ def _bucket_folder(out: str | PathLike[str], storage_options: Mapping[str, Any] 
     return BucketFolder(fspath(out), storage_options)
 
 
-def _try_bucket(folder: ObjectFolder) -> tuple[str, ...]:
-    """Look for what is there, and try to write; return notes."""
+def _refuse_other_objects(folder: ObjectFolder) -> None:
+    """Raise FileExistsError if something that is no archive is there."""
     names = [entry.name for entry in islice(folder.list(), _MOST_LISTED)]
     others = [name for name in names if not name.startswith(TRIAL)]
     if others and folder.size(LEASE) is None and folder.size(_ROOT) is None:
@@ -168,9 +226,6 @@ def _try_bucket(folder: ObjectFolder) -> tuple[str, ...]:
             f"{folder} has objects already, {others[0]} for example, and no archive: choose another place, or remove "
             "them",
         )
-    if _is_kept_apart(folder):
-        return ()
-    return (f"{folder} has no objects that are written only once: do not start another run there before this one ends",)
 
 
 def _is_kept_apart(folder: ObjectFolder) -> bool:
@@ -178,7 +233,7 @@ def _is_kept_apart(folder: ObjectFolder) -> bool:
     trial, content = f"{TRIAL}{secrets.token_hex(4)}", secrets.token_bytes(16)
     try:
         folder.create(trial, content)
-        is_replaced = _is_replaced(folder, trial)
+        is_replaced = _is_replaced(folder, trial) and _is_replaced(folder, trial)  # unless another run swept it
     except OSError:
         with suppress(OSError):  # what went wrong first says more
             folder.delete([trial])
@@ -196,18 +251,13 @@ def _is_replaced(folder: ObjectFolder, name: str) -> bool:
     return True
 
 
-def refuse_address(place: str | PathLike[str], what: str) -> None:
-    """Raise PlanError if `place` is an address: `what` is written to folders only."""
-    if is_remote(place):
-        raise PlanError(
-            f"{shown(place)} is an address ({scheme_of(place)}), and {what} are written to folders only: write to a "
-            "local folder, and copy it when it is finished"
-        )
-
-
 def _followed(destination: Path) -> Path:
     """Return the place, or what it is a link to; raises PlanError for an address, and a link that leads nowhere."""
-    refuse_address(destination, "these results")
+    if is_remote(destination):
+        raise PlanError(
+            f"{destination} is an address ({scheme_of(destination)}), and these results are written to folders only: "
+            "write to a local folder, and copy it when it is finished"
+        )
     if destination.is_symlink():
         if not destination.exists():
             raise PlanError(

@@ -27,6 +27,16 @@ class S3Server:
     options: Mapping[str, Any]
     bucket: str = "acts"
 
+    @property
+    def environment(self) -> dict[str, str]:
+        """What the tools of S3 take from the environment to find it."""
+        return {
+            "AWS_ENDPOINT_URL": self.options["endpoint"],
+            "AWS_ALLOW_HTTP": "true",
+            "AWS_REGION": self.options["region"],
+            "AWS_SKIP_SIGNATURE": "true",
+        }
+
     def address(self, name: str) -> str:
         """Return the address of a folder in the bucket."""
         return f"s3://{self.bucket}/{name}"

@@ -15,6 +15,7 @@ from residua.store.storage.lease import LEASE
 from residua.store.storage.objects import ObjectFolder
 from tests.distributed.workers.forked_workers import LOST_SECONDS, SOON, ForkedWorkers, Start, launched
 from tests.ragged import capture_words, write_dataset
+from tests.servers.objects import check_same, files, objects
 from tests.servers.s3 import S3Server, serving_s3
 
 pytestmark = pytest.mark.timeout(900)
@@ -44,39 +45,13 @@ def reference(forked_workers: ForkedWorkers, dataset: Path, tmp_path_factory: py
     return out
 
 
-def environment(server: S3Server) -> dict[str, str]:
-    return {
-        "AWS_ENDPOINT_URL": server.options["endpoint"],
-        "AWS_ALLOW_HTTP": "true",
-        "AWS_REGION": "us-east-1",
-        "AWS_SKIP_SIGNATURE": "true",
-    }
-
-
 def joined(words: Sequence[str], n: int, *, slow: float = 0) -> list[Start]:
     return [Start(words=[*words, "--join"], env={}, slow=slow) for _ in range(n)]
 
 
 def started(workers: Sequence[Start], server: S3Server) -> list[Start]:
-    found = [{**vars(worker), "env": {**worker.env, **environment(server)}} for worker in workers]
+    found = [{**vars(worker), "env": {**worker.env, **server.environment}} for worker in workers]
     return [Start(**values) for values in found]
-
-
-def parts(root: bytes) -> dict[str, Any]:
-    """Return what a root says, without how it was made, as a command line and an environment, and its digest."""
-    entry = json.loads(root)["attributes"]["residua"]
-    return {**entry, "sha256": "", "provenance": {}}
-
-
-def check_same(server: S3Server, name: str, reference: Path) -> None:
-    """Check that an archive in the bucket has the files of `reference` and no other, byte for byte."""
-    folder = ObjectFolder(server.address(name), server.options)
-    there = {entry.name: folder.read(entry.name, entry.n_bytes) for entry in folder.list()}
-    here = {
-        path.relative_to(reference).as_posix(): path.read_bytes() for path in reference.rglob("*") if path.is_file()
-    }
-    assert parts(there.pop("zarr.json")) == parts(here.pop("zarr.json"))
-    assert there == here
 
 
 @pytest.mark.parametrize("how", [launched, joined])
@@ -87,7 +62,7 @@ def test_two_workers_share_the_work(
     words = capture_words(dataset, s3.address(name), *SITES, "--json")
     ended = forked_workers.run(started(how(words, 2, slow=0.05), s3))
     assert [end.code for end in ended] == [0, 0], ended
-    check_same(s3, name, reference)
+    check_same(objects(s3.address(name), s3.options), files(reference))
     workers = next(json.loads(end.output)["workers"] for end in ended if end.output.startswith("{"))
     assert [worker["stats"]["committed_rows"] > 0 for worker in workers] == [True, True]
 
@@ -116,4 +91,4 @@ def test_killed_at_random_moments_and_resumed_by_other_numbers_of_workers(
     [ended] = forked_workers.run(started([Start(words=words, env={})], s3))
     assert ended.code == 0, ended.output
     assert folder.size(LEASE) is None
-    check_same(s3, "killed.zarr", reference)
+    check_same(objects(s3.address("killed.zarr"), s3.options), files(reference))

@@ -1,7 +1,6 @@
 """Captures straight into a bucket of a real S3 server: the archive is the one that a disk gets, byte for byte."""
 
 import random
-from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -15,14 +14,18 @@ from transformers import PreTrainedModel
 from zarr.storage import ObjectStore
 
 import residua
+from residua.pipelines.capture.capture import capture_dataset
 from residua.store.base.errors import CaptureError, NotCapturedError, PlanError, StorageError
 from residua.store.storage.lease import LEASE, leased
 from residua.store.storage.lock import ArchiveInUseError
 from residua.store.storage.objects import ObjectFolder
 from residua.store.verification.verify import verify
 from tests.models.tiny import TINY
+from tests.models.tiny_pairs import TINY_PAIRS
 from tests.pipelines.small_capture import capture
 from tests.servers.clouds import serving_cloud
+from tests.servers.objects import files
+from tests.servers.objects import objects as objects_at
 from tests.servers.proxy import Fault, proxied
 from tests.servers.s3 import S3Server
 
@@ -33,12 +36,7 @@ LOSSY = "attn_out.*,pattern.1"
 
 
 def objects(server: S3Server, name: str) -> dict[str, bytes]:
-    folder = ObjectFolder(server.address(name), server.options)
-    return {entry.name: folder.read(entry.name, entry.n_bytes) for entry in folder.list()}
-
-
-def files(folder: Path) -> dict[str, bytes]:
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    return objects_at(server.address(name), server.options)
 
 
 class StoppedError(Exception):
@@ -216,11 +214,58 @@ def test_a_recorder_writes_to_a_bucket(s3: S3Server, tmp_path: Path, recorded: A
     assert verify(s3.address("half"), storage_options=s3.options).is_sound
 
 
-def test_other_results_are_refused_by_name(s3: S3Server, on_disk: Path, llama: PreTrainedModel) -> None:
-    jobs: list[Callable[[str], object]] = [
-        lambda out: residua.replay_dataset(llama, on_disk, out=out, at="resid_post.0"),
-        lambda out: residua.replay_dataset(llama, on_disk, out=out, at="resid_post.0", capture="final"),
-    ]
-    for job in jobs:
-        with pytest.raises(PlanError, match=r"s3.*folder"):
-            job(s3.address("results"))
+def test_both_stacks_of_an_encoder_decoder(s3: S3Server, tmp_path: Path) -> None:
+    model, pairs = (
+        TINY_PAIRS["t5"](),
+        [{"input_ids": [5, 6, 7], "labels": [8, 9, 2]}, {"input_ids": [3], "labels": [2]}],
+    )
+    settings: Any = {"sites": "resid_post.*,cross_k.*", "rows_per_shard": 4}
+    capture(model, pairs, tmp_path / "pairs.zarr", **settings)
+
+    def stop(stats: Any) -> None:
+        raise StoppedError
+
+    address, options = s3.address("pairs.zarr"), {"storage_options": s3.options}
+    with pytest.raises(StoppedError):
+        capture(model, pairs, address, **settings, **options, on_batch=stop)
+    there = capture(model, pairs, address, **settings, **options)
+    assert objects(s3, "pairs.zarr") == files(tmp_path / "pairs.zarr")
+    assert tuple(there.archive.stacks) == ("encoder", "decoder")
+    assert not verify(address, storage_options=s3.options).problems
+    with pytest.raises(PlanError, match=r"pairs\.zarr was begun"):
+        capture(model, pairs, address, **{**settings, "sites": "decoder.resid_post.*"}, **options)
+    with pytest.raises(PlanError, match=r"s3://acts/pairs\.zarr"):
+        capture(TINY["llama"](), [[5, 6]], address, sites="final", **options)
+
+
+def provenance_of(archive: residua.Archive) -> dict[str, Any]:
+    """Return how an archive was made, but not the digest of when and what it read."""
+    found: Any = archive.provenance
+    return {**found, "dataset": {**found["dataset"], "reading": ""}}
+
+
+@pytest.mark.parametrize("keep", [False, True])
+def test_paths_of_this_machine_are_shortened_as_in_a_copy(
+    s3: S3Server, tmp_path: Path, llama: PreTrainedModel, keep: bool
+) -> None:
+    """By the same rule as `residua push`: model, data and command lose their folders, unless they are to be kept."""
+    llama.save_pretrained(tmp_path / "model")
+    (tmp_path / "d.jsonl").write_text('{"input_ids": [5, 6, 7, 8]}\n{"input_ids": [9, 10]}\n')
+    words = f"residua capture --model {tmp_path}/model"
+    found, name = [], f"paths-{keep}"
+    for out in (tmp_path / "a.zarr", s3.address(name)):
+        settings: Any = {"command": words, "sites": "final", "keep_paths": keep, "storage_options": s3.options}
+        found.append(capture_dataset(str(tmp_path / "model"), str(tmp_path / "d.jsonl"), out=out, **settings))
+    residua.push(tmp_path / "a.zarr", s3.address(f"{name}-pushed"), storage_options=s3.options, keep_paths=keep)
+    here, there, pushed = (
+        provenance_of(one)
+        for one in (
+            *(each.archive for each in found),
+            residua.open(s3.address(f"{name}-pushed"), storage_options=s3.options),
+        )
+    )
+    assert (str(tmp_path) in str(here), str(tmp_path) in str(there)) == (True, keep)
+    assert there == pushed
+    assert any(str(tmp_path) in note and "keep_paths" in note for note in found[1].notes) != keep
+    again = capture_dataset(str(tmp_path / "model"), str(tmp_path / "d.jsonl"), out=s3.address(name), **settings)
+    assert (again.resumed, again.stats.rows) == (True, 0)

@@ -107,17 +107,29 @@ def test_results_go_to_a_bucket(
     residua.probe(
         both.here, "position > 5", sites="q.1", save=out("results/probes"), storage_options=both.server.options
     )
+    residua.page(both.there, out("results/page"), sites="q.1", examples=2, storage_options=both.server.options)
     folder = ObjectFolder(out("results"), both.server.options)
     there = {entry.name for entry in folder.list()}
     assert {"stats/sites.parquet", "stats/norms.png", "top.parquet"} < there
+    assert {"page/index.html", "page/data/archive.js"} < there
     assert {"lens/params.pt", "lens/config.json", "lens/report.png"} < there
+    lens = residua.TunedLens.load(out("results/lens"), storage_options=both.server.options)
+    assert residua.analysis.LinearProbe.load(out("results/probes/q/1")) is not None
+    with pytest.raises(residua.ResiduaError, match=r"s3://acts/results/stats"):
+        residua.TunedLens.load(out("results/stats"))
+    page = {"lens": out("results/lens"), "sites": "resid_post.2", "examples": 2, "lens_examples": 2}
+    assert residua.page(both.here, tmp_path / "page", **page).n_examples == 2
+    words = ["--site", "q.1", "--direction", out("results/probes/q/1/probe.safetensors")]
+    assert main(["top", archive, *words, "--json"]) == 0
     for name in there:
         path = tmp_path / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(folder.read(name, 2**30))
     table: Any = pq.read_table(tmp_path / "top.parquet")
     assert table.equals(residua.top(both.here, "resid_post.3", channel=5, k=20))
-    assert residua.TunedLens.load(tmp_path / "lens").report is not None
+    read = residua.TunedLens.load(tmp_path / "lens")
+    assert read.report is not None
+    assert all(torch.equal(lens.translators[layer].weight, one.weight) for layer, one in read.translators.items())
     assert residua.analysis.LinearProbe.load(tmp_path / "probes/q/1") is not None
     with pytest.raises(residua.ResiduaError, match=r"https://example\.org/x.*not written to"):
         residua.probe(both.here, "position > 5", sites="q.1", save="https://example.org/x")
@@ -127,10 +139,8 @@ def test_results_go_to_a_bucket(
 
 def environment(server: S3Server, monkeypatch: pytest.MonkeyPatch) -> None:
     """Give the command line what the tools of S3 take from the environment."""
-    monkeypatch.setenv("AWS_ENDPOINT_URL", server.options["endpoint"])
-    monkeypatch.setenv("AWS_ALLOW_HTTP", "true")
-    monkeypatch.setenv("AWS_REGION", "us-east-1")
-    monkeypatch.setenv("AWS_SKIP_SIGNATURE", "true")
+    for name, value in server.environment.items():
+        monkeypatch.setenv(name, value)
 
 
 def test_the_command_line(
@@ -154,9 +164,3 @@ def test_the_command_line(
     assert pushed["sent_bytes"] == pushed["n_bytes"]
     assert main(["info", both.server.address("nothing.zarr")]) == 2
     assert "nothing.zarr is not an archive" in capsys.readouterr().err
-
-
-def test_what_keeps_its_figures_in_the_archive_needs_a_folder(both: Both) -> None:
-    model = loaded()
-    with pytest.raises(residua.ResiduaError, match=r"s3://acts/a\.zarr"):
-        residua.fidelity(model, both.there)

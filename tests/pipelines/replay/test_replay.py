@@ -19,6 +19,7 @@ from residua.pipelines.cli.main import main
 from residua.pipelines.replay.result_folder import EXAMPLES, read_table, table_file, write_table
 from residua.store.base.errors import NotCapturedError, PlanError
 from residua.store.read.archive import Archive
+from residua.store.storage.destination import DiskFolder
 from residua.store.storage.files import write_file
 from residua.store.storage.lock import ArchiveInUseError, locked
 from tests.calls import count_calls
@@ -211,8 +212,8 @@ def test_two_runs_at_once_are_refused(tmp_path: Path) -> None:
 
 def test_files_are_read_in_the_order_of_their_numbers(tmp_path: Path) -> None:
     for group in (100_000, 7, 99_999):
-        write_table(table_file(tmp_path, EXAMPLES, group), pa.table({"example": [group]}))
-    assert read_table(tmp_path, EXAMPLES)["example"].to_pylist() == [7, 99_999, 100_000]
+        write_table(DiskFolder(tmp_path), table_file(EXAMPLES, group), pa.table({"example": [group]}))
+    assert read_table(DiskFolder(tmp_path), EXAMPLES)["example"].to_pylist() == [7, 99_999, 100_000]
 
 
 def test_a_run_is_not_resumed_with_an_overlay_that_changed(tmp_path: Path) -> None:

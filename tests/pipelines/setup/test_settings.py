@@ -48,6 +48,7 @@ GOOD: dict[str, Any] = {
     "device": "cpu",
     "device_map": "auto",
     "join": True,
+    "keep_paths": True,
     "tp": 1,
     "gather": False,
     "pp": 1,

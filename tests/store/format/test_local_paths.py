@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
+from residua.store.base.local_paths import without_local_paths
 from residua.store.format.archive_metadata import ROOT, read_metadata, write_metadata
 from residua.store.read.archive import Archive
-from residua.store.sharing.local_paths import without_local_paths
 from residua.store.sharing.push import push
 from residua.store.verification.verify import verify
 from tests.servers.clouds import serving_cloud
