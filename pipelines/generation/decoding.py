@@ -220,6 +220,12 @@ def _refuse_model(model: nn.Module, core: Any) -> None:
         )
 
 
+_INSTEAD = {
+    "num_return_sequences": "for several, give the prompt several times",
+    "stop_strings": "give eos_token_id, or cut the texts afterwards",
+}
+
+
 def _refuse_names(given: Mapping[str, object]) -> None:
     known = (*_FREE, *_OTHERS, *_WARPERS)
     for name in given:
@@ -228,9 +234,10 @@ def _refuse_names(given: Mapping[str, object]) -> None:
                 f"{named('generation_kwargs')}: {name} has a setting of its own, {named(_OWN[name])}: use it"
             )
         if name not in known:
+            instead = f" ({_INSTEAD[name]})" if name in _INSTEAD else ""
             raise PlanError(
                 f"{named('generation_kwargs')}: {name!r} is not a setting with which a prompt gets one continuation of "
-                f"its own, token by token; there are {', '.join(name for name in known if name not in _OWN)}"
+                f"its own, token by token{instead}; there are {', '.join(name for name in known if name not in _OWN)}"
             )
 
 
