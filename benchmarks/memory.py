@@ -1,39 +1,48 @@
 """Peak memory of each kind of work, and its growth with the rows: `python benchmarks/memory.py [--times 1 8 64]`.
 
-The dataset is Python's own documentation, once and several times, each time with another first word of every text. The
-shipped model captures every `resid_post` in bfloat16, with at most 64 MiB of host buffers (`host_memory`). A probe
-(`position > 10`), a lens, statistics, a pass of the loader and a replay with an ablation then use that archive. All
-but the capture may take 512 MiB where they take a limit.
+The dataset is an eighth of the topics of Python's own documentation, once and several times, each time with another
+first word of every text. The shipped model captures every `resid_post` in bfloat16, with at most 16 MiB of host buffers
+(`host_memory`). A probe (`position > 10`), a lens, statistics, a pass of the loader and a replay with an ablation then
+use that archive. Probe and statistics may take 384 MiB (`memory_limit`), a lens 512 MiB; a probe keeps rows between
+passes in half of what libraries leave of it. The loader's buffer may take 16 MiB (`buffer_bytes`).
 
-Each runs in a process of its own, with one thread. The table shows what it added at its peak to the memory that the
-process had with the model and the open archive, libraries that it loads included: memory that it allocated
-(`RssAnon`), and pages of files that it mapped (`RssFile`), which the system takes back when it needs them. Both are
-read every five milliseconds.
+Each runs in a process of its own, with one thread, which first does the same for ten texts, so that libraries are
+loaded. The table shows what the process had allocated then (`RssAnon`), and what it added to that at its peak; and of
+the largest dataset the pages of files that it mapped in addition (`RssFile`), which the system takes back when it needs
+them. All are read every five milliseconds. Probe, lens and statistics run as in a worker of Dask, which sets
+`MALLOC_TRIM_THRESHOLD_=65536`, so that memory that was given back leaves the process.
 """
 
 import json
+import os
 import subprocess
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Iterator
+from itertools import islice
 from pathlib import Path
 from pydoc_data.topics import topics
 from typing import Any
 
-import torch
 from measure import machine, parser, publish, table
 
-HOST_MEMORY = 64 * 2**20
-MEMORY = "512MiB"
+import residua
+
+HOST_MEMORY, BUFFER_BYTES = 16 * 2**20, 16 * 2**20
+MEMORY, LENS_MEMORY = "384MiB", "512MiB"
+AS_IN_WORKERS = {"MALLOC_TRIM_THRESHOLD_": "65536"}
 MODEL = Path(__file__).parent.parent / "models" / "pydoc-1m"
-SITES = "resid_post.*"
+SITES, SITE = "resid_post.*", "resid_post.2"
+TOPICS = sorted(topics.items())[::8]
+FEW = 0  # times the dataset: ten texts
 
 
 def texts(times: int) -> Iterator[str]:
     """Yield the topics `times` times, each time with another first word."""
     for turn in range(times):
-        for title, text in sorted(topics.items()):
+        for title, text in TOPICS:
             yield f"{turn} {title}\n{text}"
 
 
@@ -45,7 +54,7 @@ def resident() -> tuple[int, int]:
 
 
 def measured(job: Callable[[], object]) -> dict[str, int]:
-    """Run a job; return what it added at its peak, allocated and mapped."""
+    """Run a job; return what was allocated before, and what it added at its peak, allocated and mapped."""
     before, ended = resident(), threading.Event()
     peaks = list(before)
 
@@ -53,88 +62,94 @@ def measured(job: Callable[[], object]) -> dict[str, int]:
         while not ended.wait(0.005):
             peaks[:] = map(max, peaks, resident())
 
-    thread = threading.Thread(target=watch)
+    thread, start = threading.Thread(target=watch), time.process_time()
     thread.start()
     try:
         job()
     finally:
         ended.set()
         thread.join()
-    return {"allocated": peaks[0] - before[0], "mapped": peaks[1] - before[1]}
+    seconds = round(time.process_time() - start)
+    return {"before": before[0], "allocated": peaks[0] - before[0], "mapped": peaks[1] - before[1], "seconds": seconds}
 
 
 def loaded() -> Any:
-    """Return the shipped model, after a first run, which makes room that stays."""
+    """Return the shipped model."""
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(MODEL)
-    model.train(False)
-    with torch.inference_mode():
-        model(torch.zeros(64, 128, dtype=torch.long))
-    return model
+    return AutoModelForCausalLM.from_pretrained(MODEL).train(False)
 
 
-def capture(folder: Path, times: int) -> dict[str, int]:
+def capture(folder: Path) -> Callable[[int], object]:
     """Capture the dataset."""
     from transformers import AutoTokenizer
 
-    import residua
-
     model, tokenizer = loaded(), AutoTokenizer.from_pretrained(MODEL)
     options: Any = {"sites": SITES, "dtype": "bfloat16", "max_length": 128, "host_memory": HOST_MEMORY}
-    out = folder / f"{times}.zarr"
-    found = measured(lambda: residua.capture_dataset(model, texts(times), tokenizer=tokenizer, out=out, **options))
-    return {**found, "rows": residua.open(out).n_rows}
+
+    def job(times: int) -> object:
+        given = texts(times) if times else islice(texts(1), 10)
+        return residua.capture_dataset(model, given, tokenizer=tokenizer, out=folder / f"{times}.zarr", **options)
+
+    return job
 
 
-def probe(folder: Path, times: int) -> dict[str, int]:
+def analysis(
+    work: Callable[[residua.Archive, Any], object], folder: Path, memory_limit: str = MEMORY
+) -> Callable[[int], object]:
+    """Return the analysis of an archive."""
+
+    def job(times: int) -> object:
+        with residua.analysis.connect("inline", memory_limit=memory_limit) as cluster:
+            return work(residua.open(folder / f"{times}.zarr"), cluster)
+
+    return job
+
+
+def probe(archive: residua.Archive, cluster: Any) -> object:
     """Probe one site."""
-    import residua
-
-    archive = residua.open(folder / f"{times}.zarr")
-    with residua.analysis.connect("inline", memory_limit=MEMORY) as cluster:
-        return measured(lambda: residua.probe(archive, "position > 10", "resid_post.2", cluster=cluster))
+    return residua.probe(archive, "position > 10", SITE, cluster=cluster)
 
 
-def lens(folder: Path, times: int) -> dict[str, int]:
+def lens(archive: residua.Archive, cluster: Any) -> object:
     """Train a lens of one layer on all rows, by its closed form."""
-    import residua
-
-    archive = residua.open(folder / f"{times}.zarr")
-    with residua.analysis.connect("inline", memory_limit=MEMORY) as cluster:
-        return measured(lambda: residua.TunedLens.fit(archive, sites="resid_post.2", cluster=cluster, refine=False))
+    return residua.TunedLens.fit(archive, sites=SITE, cluster=cluster, refine=False)
 
 
-def stats(folder: Path, times: int) -> dict[str, int]:
+def stats(archive: residua.Archive, cluster: Any) -> object:
     """Take the statistics of one site."""
-    import residua
-
-    archive = residua.open(folder / f"{times}.zarr")
-    with residua.analysis.connect("inline", memory_limit=MEMORY) as cluster:
-        return measured(lambda: residua.stats(archive, "resid_post.2", cluster=cluster))
+    return residua.stats(archive, SITE, cluster=cluster)
 
 
-def loader(folder: Path, times: int) -> dict[str, int]:
+def loader(folder: Path) -> Callable[[int], object]:
     """Read every row of one site once, shuffled."""
-    import residua
 
-    archive = residua.open(folder / f"{times}.zarr")
-    batches = archive.loader("resid_post.2", batch_size=1024, seed=0)
-    return measured(lambda: sum(1 for _ in batches))
+    def job(times: int) -> object:
+        archive = residua.open(folder / f"{times}.zarr")
+        return sum(1 for _ in archive.loader(SITE, batch_size=256, seed=0, buffer_bytes=BUFFER_BYTES))
+
+    return job
 
 
-def replay(folder: Path, times: int) -> dict[str, int]:
+def replay(folder: Path) -> Callable[[int], object]:
     """Run all examples again with one block's rows set to zero."""
-    import residua
+    model = loaded()
+    edits = [{"site": SITE, "edit": "zero"}]
 
-    model, archive = loaded(), residua.open(folder / f"{times}.zarr")
-    edits = [{"site": "resid_post.2", "edit": "zero"}]
-    out = folder / f"{times}-replay"
-    return measured(lambda: residua.replay_dataset(model, archive, edits=edits, out=out, force=True))
+    def job(times: int) -> object:
+        archive = residua.open(folder / f"{times}.zarr")
+        return residua.replay_dataset(model, archive, edits=edits, out=folder / f"{times}-replay", force=True)
+
+    return job
 
 
-WORK: dict[str, Callable[[Path, int], dict[str, int]]] = {
-    work.__name__: work for work in (capture, probe, lens, stats, loader, replay)
+WORK: dict[str, tuple[str, Callable[[Path], Callable[[int], object]]]] = {
+    "capture": ("16 MiB of buffers", capture),
+    "probe": ("384 MiB in all", lambda folder: analysis(probe, folder)),
+    "lens": ("512 MiB in all", lambda folder: analysis(lens, folder, LENS_MEMORY)),
+    "stats": ("384 MiB in all", lambda folder: analysis(stats, folder)),
+    "loader": ("16 MiB of buffer", loader),
+    "replay": ("", replay),
 }
 
 
@@ -144,23 +159,32 @@ def main() -> None:
     options.add_argument("--times", type=int, nargs="+", default=[1, 8], help="sizes of the dataset (default: 1 8)")
     options.add_argument("--work", choices=WORK, help="do this, in this process, for the first of --times")
     arguments = options.parse_args()
-    torch.set_num_threads(1)
     if arguments.work:
-        print(json.dumps(WORK[arguments.work](arguments.folder, arguments.times[0])))
+        job = WORK[arguments.work][1](arguments.folder)
+        job(FEW)
+        print(json.dumps(measured(lambda: job(arguments.times[0]))))
         return
     found: dict[str, list[dict[str, int]]] = {name: [] for name in WORK}
     with tempfile.TemporaryDirectory(prefix="residua-memory-", dir=arguments.folder) as folder:
         for times in arguments.times:
             for name in WORK:
                 command = [sys.executable, __file__, "--work", name, "--times", str(times), "--folder", folder]
-                shown = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+                env = {**os.environ, "OMP_NUM_THREADS": "1", **(AS_IN_WORKERS if "in all" in WORK[name][0] else {})}
+                shown = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=env)
                 found[name].append(json.loads(shown.stdout.splitlines()[-1]))
-    head = ["added at the peak, MiB", *(f"{run['rows']:,} rows" for run in found["capture"]), "mapped, of the last"]
-    lines = [
-        [name, *(f"{run['allocated'] / 2**20:,.0f}" for run in runs), f"{runs[-1]['mapped'] / 2**20:,.0f}"]
-        for name, runs in found.items()
-    ]
-    publish("\n".join([machine("torch", "transformers", "pyarrow"), "", table(head, lines)]), arguments.out)
+                print(times, name, found[name][-1], file=sys.stderr, flush=True)
+        rows = [residua.open(Path(folder) / f"{times}.zarr").n_rows for times in arguments.times]
+    publish("\n".join([machine("torch", "transformers", "pyarrow"), "", report(found, rows)]), arguments.out)
+
+
+def report(found: dict[str, list[dict[str, int]]], rows: list[int]) -> str:
+    """Return the table of peaks, by work and number of rows."""
+    head = ["MiB", "limit", "before", *(f"{n:,} rows" for n in rows), "mapped", "CPU s"]
+    lines = []
+    for name, runs in found.items():
+        sizes = [runs[-1]["before"], *(run["allocated"] for run in runs), runs[-1]["mapped"]]
+        lines.append([name, WORK[name][0], *(f"{size / 2**20:,.0f}" for size in sizes), f"{runs[-1]['seconds']:,}"])
+    return table(head, lines)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,9 @@
 """Run every benchmark and write `benchmarks/README.md`: `python benchmarks/run.py`, or `make bench`.
 
-It takes about twenty minutes on two cores, on a machine that does nothing else. `python benchmarks/NAME.py` runs one
+It takes about forty minutes on two cores, on a machine that does nothing else. `python benchmarks/NAME.py` runs one
 benchmark; `python benchmarks/run.py NAME` runs it and updates its section of the page. Options go to the benchmark:
-`python benchmarks/run.py versions --other FOLDER`.
+`python benchmarks/run.py versions --other FOLDER`. `python benchmarks/run.py page` writes the page of what was measured
+before, and measures nothing.
 """
 
 import ast
@@ -63,5 +64,6 @@ if __name__ == "__main__":
     words = sys.argv[1:]
     first_option = next((at for at, word in enumerate(words) if word.startswith("--")), len(words))
     for name in words[:first_option] or [name for name in TITLES if name not in BY_NAME_ONLY]:
-        measure(name, words[first_option:])
+        if name != "page":
+            measure(name, words[first_option:])
         (FOLDER / "README.md").write_text(page())

@@ -1,18 +1,19 @@
 """How costs grow, against what people write by hand: `python benchmarks/sizes.py [SECTION ...]`.
 
 Each section is a function of `SECTIONS` and returns a table; `docs/scale.md` draws the conclusions. Cases of a row are
-run in turn in the same minutes, and ratios are taken within the row; the last column is the growth from the smallest to
-the largest size, eight times as many rows.
+run in turn in the same minutes, and ratios are taken within the row.
 
-`probes`: 20 classes from rows of width 256 in memory and in an archive (float32, `fast`). By hand: scikit-learn's
-`StandardScaler` and `LogisticRegression` (L-BFGS, tol 1e-4, at most 300 iterations) on float32 rows in memory, one fit
-for each of seven penalties on four fifths of the training rows, a fit of the best and one of the control on all of
-them, and its scores. `residua.probe` does the same from the archive, read included, with one worker in this process.
-Both use one thread; seconds are processor time. The step from one worker to two compares the longest way through the
-probe: what is done once, and in each pass the share of the slower worker, as processor time, without Dask's messages.
+`probes`: 20 classes, one for each example, and 1,000 classes, one for each row, from rows in memory and in an archive
+(float32, `fast`). By hand: scikit-learn's `StandardScaler` and `LogisticRegression` (L-BFGS, tol 1e-4, at most 300
+iterations) on float32 rows in memory, one fit for each of seven penalties on four fifths of the training rows, a fit of
+the best and one of the control on all of them, and its scores. `residua.probe` does the same from the archive, read
+included, with one worker in this process. Both use one thread; seconds are processor time. The step from one worker to
+two compares the longest way through the probes: what is done once, and in each pass the share of the slower worker, or
+the sites of the slower worker where each makes its own passes; as processor time, without Dask's messages.
 
-`passes`: a sum over 10^3 and over 10^5 shards on two workers, of terms that cost nothing: jobs, what each is told, the
-partial sums that it returns, and processor seconds for adding up, in this process and without Dask's messages.
+`passes`: a sum over 10^3 and over 10^5 shards of terms that cost nothing, on two workers of a Dask cluster: tasks that
+the scheduler gets, bytes of a job and of what it returns, processor seconds of this process, in which client and
+scheduler run, and seconds on the clock to the first finished job and to the sum. Median of five sums after a first one.
 
 `heads`: one layer of 32 heads of width 128 (8 of them with keys), examples of 1,024 tokens. By hand: plain torch on
 float32 queries and keys in memory, one head after the other (all at once take 32 times the memory), a causal mask, a
@@ -29,18 +30,22 @@ import argparse
 import multiprocessing
 import pickle
 import shutil
+import statistics
+import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
 from threading import Event, Thread
-from typing import Any
+from typing import Any, NamedTuple, cast
 
+import distributed
 import numpy as np
 import numpy.typing as npt
 import torch
+from distributed.diagnostics.plugin import SchedulerPlugin
 from measure import in_turns, machine, publish, speedups, spread, table
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import balanced_accuracy_score
@@ -65,8 +70,7 @@ from residua.store.read.archive import Archive
 from residua.store.storage.files import write_file
 
 SITE = "resid_post.0"
-WIDTH, N_CLASSES, N_TOKENS = 256, 20, 64
-SIZES = (4_096, 32_768)  # rows
+N_TOKENS = 64
 SHARD_ROWS = 2_048
 MEMORY = "1GiB"
 HEADS, KEY_HEADS, HEAD_WIDTH = 32, 8, 128
@@ -76,35 +80,71 @@ SHIPPED = Path(__file__).parent.parent / "models" / "pydoc-1m"
 Rows = npt.NDArray[np.float32]
 
 
-def make(folder: Path, n_rows: int) -> tuple[Archive, Rows, npt.NDArray[np.int64]]:
-    """Write an archive of `n_rows` rows; return it with its rows and their classes."""
+class Case(NamedTuple):
+    """Probes of some sites: classes are those of examples, or of rows if there are more than a hundred."""
+
+    n_rows: int
+    width: int = 256
+    n_classes: int = 20
+    n_sites: int = 1
+    is_by_hand: bool = True
+
+    @property
+    def name(self) -> str:
+        """What the table says."""
+        sites = f"{self.n_sites} sites, " if self.n_sites > 1 else ""
+        return f"{sites}{self.n_rows:,} rows of width {self.width}, {self.n_classes:,} classes"
+
+    @property
+    def target(self) -> str:
+        """What is predicted."""
+        return "token" if self.n_classes > 100 else "label"
+
+
+CASES = (
+    Case(4_096),
+    Case(32_768),
+    Case(131_072, is_by_hand=False),
+    Case(8_192, width=64, n_classes=1_000),
+    Case(4_096, width=64, n_sites=6),
+)
+
+
+def make(folder: Path, case: Case) -> tuple[Archive, Rows, npt.NDArray[np.int64]]:
+    """Write the archive of a case; return it with the rows, which are those of all sites, and their classes."""
     rng = np.random.default_rng(0)
-    by_example = rng.integers(0, N_CLASSES, n_rows // N_TOKENS)
+    n_rows, width = case.n_rows, case.width
+    by_example = rng.integers(0, case.n_classes, n_rows // N_TOKENS)
     labels = np.repeat(by_example, N_TOKENS)
-    mixing = rng.standard_normal((WIDTH, WIDTH), np.float32) / WIDTH**0.5
-    means = rng.standard_normal((N_CLASSES, WIDTH), np.float32) * 0.15
-    rows = (means[labels] + rng.standard_normal((n_rows, WIDTH), np.float32)) @ mixing
-    path = folder / str(n_rows)
-    site = SitePlan(name=SITE, row_shape=(WIDTH,), dtype="float32", codec="fast")
+    if case.target == "token":
+        labels = rng.integers(0, case.n_classes, n_rows)
+    mixing = rng.standard_normal((width, width), np.float32) / width**0.5
+    means = rng.standard_normal((case.n_classes, width), np.float32) * 0.15
+    rows = (means[labels] + rng.standard_normal((n_rows, width), np.float32)) @ mixing
+    tokens = labels.astype(np.int32) if case.target == "token" else rng.integers(0, 50_000, n_rows).astype(np.int32)
+    path = folder / str(abs(hash(case)))
+    names = [f"resid_post.{number}" for number in range(case.n_sites)]
+    sites = tuple(SitePlan(name=name, row_shape=(width,), dtype="float32", codec="fast") for name in names)
     with workspace(path) as made:
         writer = ExampleWriter(made / "examples")
-        for label in by_example.tolist():
-            ids = rng.integers(0, 50_000, N_TOKENS).astype(np.int32)
+        for number, label in enumerate(by_example.tolist()):
+            ids = tokens[number * N_TOKENS : (number + 1) * N_TOKENS]
             writer.add(
                 Example(input_ids=ids, positions=np.arange(N_TOKENS, dtype=np.int32), columns={"label": str(label)})
             )
         dataset = {"digest": writer.close().digest}
-        plan = Plan(model={}, dataset=dataset, rules={}, sites=(site,), rows_per_shard=SHARD_ROWS, n_rows=n_rows)
+        plan = Plan(model={}, dataset=dataset, rules={}, sites=sites, rows_per_shard=SHARD_ROWS, n_rows=n_rows)
         create_archive(made, path, plan, {})
     with ShardWriter(path, plan) as shards_:
         for index, first in enumerate(range(0, n_rows, SHARD_ROWS)):
             here = np.arange(first, min(first + SHARD_ROWS, n_rows))
             columns: dict[str, npt.NDArray[np.generic]] = {
-                "token": here.astype(np.int32),
+                "token": tokens[here],
                 "position": (here % N_TOKENS).astype(np.int32),
                 "example": here // N_TOKENS,
             }
-            shards_.submit(FilledShard(index=index, first_row=first, sites={SITE: rows[here]}, columns=columns))
+            values = dict.fromkeys(names, rows[here])
+            shards_.submit(FilledShard(index=index, first_row=first, sites=values, columns=columns))
     return Archive(path, threads=1), rows, labels
 
 
@@ -126,7 +166,9 @@ def by_hand(rows: Rows, labels: npt.NDArray[np.int64]) -> float:
     tried = [fitted(fit, labels, penalty) for penalty in LOGISTIC_PENALTIES]
     best = int(np.argmax([one.score(scaled[validation], labels[validation]) for one in tried]))
     train = order[n_test:]
-    control = np.repeat(rng.permutation(labels[::N_TOKENS]), N_TOKENS)
+    of_examples = labels.reshape(-1, N_TOKENS)
+    is_of_example = (of_examples == of_examples[:, :1]).all()
+    control = rng.permutation(of_examples).reshape(-1) if is_of_example else rng.permutation(labels)
     fitted(train, control, LOGISTIC_PENALTIES[best]).score(scaled[test], control[test])
     return float(
         balanced_accuracy_score(labels[test], fitted(train, labels, LOGISTIC_PENALTIES[best]).predict(scaled[test]))
@@ -141,79 +183,114 @@ def cpu_seconds(job: Callable[[], Any]) -> tuple[float, Any]:
 
 
 class Divided:
-    """This process as a cluster of `n_workers`: it makes their shares one after the other, and counts each one's time.
+    """This process as a cluster of `n_workers`: it does their work one after the other, and counts each one's time.
 
     Attributes:
-        seconds: Processor time of the shares, by worker.
+        seconds: Processor time of the workers, added up.
         waited: Of the slowest worker of each pass, added up: what the others and the fit wait for.
     """
 
     def __init__(self, inline: Any, n_workers: int) -> None:
-        self.n_workers, self.memory_limit = 1, inline.memory_limit  # one site after the other
+        self.n_workers, self.memory_limit = n_workers, inline.memory_limit
         self.bar, self.let_go, self.send = inline.bar, inline.let_go, inline.send
-        self.seconds, self.waited = [0.0] * n_workers, 0.0
+        self.seconds, self.waited = 0.0, 0.0
+
+    def _worked(self, seconds: list[float]) -> None:
+        self.seconds += sum(seconds)
+        self.waited += max(seconds)
+
+    def map(self, function: Any, jobs: Any, *, heard: Any, **_: object) -> Iterator[tuple[int, Any]]:
+        """Yield the result of each job, which goes to the worker that is done first."""
+        here = [0.0] * self.n_workers
+        for number, job in enumerate(jobs):
+            seconds, found = cpu_seconds(partial(function, job, partial(heard, number)))
+            here[int(np.argmin(here))] += seconds
+            yield number, found
+        self._worked(here)
 
     def sum(self, term: Any, arguments: Any, n_leaves: int, *, merge: Any, **_: object) -> Any:
         """Return the sum, from the shares that a cluster would make and in its order."""
-        divided = shares(n_leaves, 2 * len(self.seconds))
-        here, parts = [0.0] * len(self.seconds), []
+        divided = shares(n_leaves, 2 * self.n_workers)
+        here, parts = [0.0] * self.n_workers, []
         for number, share in enumerate(divided):
-            start = time.process_time()
-            parts.append(sum_share(partial(term, *arguments), share, n_leaves, merge))
-            here[number * len(here) // len(divided)] += time.process_time() - start
-        self.seconds = [before + more for before, more in zip(self.seconds, here, strict=True)]
-        self.waited += max(here)
+            seconds, part = cpu_seconds(partial(sum_share, partial(term, *arguments), share, n_leaves, merge))
+            parts.append(part)
+            here[number * len(here) // len(divided)] += seconds
+        self._worked(here)
         return total_of(joined(parts, n_leaves, merge))
 
 
-def critical_seconds(archive: Archive, n_workers: int) -> float:
-    """Return the processor time of the longest way through a probe on some workers, without Dask's messages."""
+def critical_seconds(archive: Archive, target: str, n_workers: int) -> float:
+    """Return the processor time of the longest way through the probes on some workers, without Dask's messages."""
     with connect("inline", memory_limit=MEMORY) as inline:
         cluster: Any = Divided(inline, n_workers)
-        seconds, _ = cpu_seconds(partial(probe, archive, "label", SITE, cluster=cluster))
-    return float(seconds - sum(cluster.seconds) + cluster.waited)
+        seconds, _ = cpu_seconds(partial(probe, archive, target, cluster=cluster))
+    return float(seconds - cluster.seconds + cluster.waited)
 
 
 def probes(folder: Path) -> str:
-    """Compare probes of 20 classes."""
-    lines, first = [], None
-    for n_rows in SIZES:
-        archive, rows, labels = make(folder, n_rows)
+    """Compare probes."""
+    lines = []
+    for case in CASES:
+        archive, rows, labels = make(folder, case)
         with threadpool_limits(1):
-            theirs, accuracy = cpu_seconds(partial(by_hand, rows, labels))
-            ours, found = cpu_seconds(partial(probe, archive, "label", SITE))
-            one, two = critical_seconds(archive, 1), critical_seconds(archive, 2)
-        figures = (theirs, ours)
-        first = first or figures
-        lines.append(
-            [
-                f"{n_rows:,} rows",
-                f"{theirs:.1f}",
-                f"{ours:.1f}",
-                f"{ours / theirs:.2f}",
-                f"{one / two:.2f}",
-                f"{accuracy:.3f} / {found['balanced_accuracy'][0].as_py():.3f}",
-                f"{theirs / first[0]:.1f} / {ours / first[1]:.1f}",
-            ]
-        )
-    head = ["", "by hand, s", "Residua, s", "ratio", "1 to 2 workers", "accuracy", "growth"]
+            ours, found = cpu_seconds(partial(probe, archive, case.target))
+            one, two = (critical_seconds(archive, case.target, n_workers) for n_workers in (1, 2))
+            theirs, accuracy = cpu_seconds(partial(by_hand, rows, labels)) if case.is_by_hand else (np.nan, np.nan)
+        theirs *= case.n_sites
+        figures = [theirs, ours, ours / theirs, one / two, accuracy, found["balanced_accuracy"][0].as_py()]
+        texts = [f"{figure:.{digits}f}" for figure, digits in zip(figures, (1, 1, 2, 2, 3, 3), strict=True)]
+        lines.append([case.name, *(text.replace("nan", "") for text in texts)])
+        print(lines[-1], file=sys.stderr, flush=True)
+    head = ["", "by hand, s", "Residua, s", "ratio", "1 to 2 workers", "accuracy by hand", "Residua's"]
     return table(head, lines)
+
+
+def number_of(leaf: int) -> int:
+    """Return the leaf: a term that costs nothing."""
+    return leaf
+
+
+class CountTasks(SchedulerPlugin):
+    """Counts the tasks that a scheduler gets."""
+
+    def __init__(self) -> None:
+        self.n_tasks = 0
+
+    def update_graph(self, _: Any, *, tasks: Sequence[Any], **__: object) -> None:
+        """Count the tasks of a graph."""
+        self.n_tasks += len(tasks)
 
 
 def passes(_: Path) -> str:
     """Measure what a sum over 10^3 and over 10^5 shards costs besides its terms, on two workers."""
-    lines = []
-    for n_shards in (1_000, 100_000):
-        leaves = Leaves(((0, n_shards * SHARD_ROWS),), SHARD_ROWS, SHARD_ROWS)
-        divided = shares(len(leaves), 4)
-        start = time.process_time()
-        parts = [sum_share(lambda leaf: leaf, share, len(leaves), int.__add__) for share in divided]
-        assert total_of(joined(parts, len(leaves), int.__add__)) == n_shards * (n_shards - 1) // 2
-        seconds = time.process_time() - start
-        n_partial = max(len(part) for part in parts)
-        told = len(pickle.dumps((leaves, divided[0])))
-        lines.append([f"{n_shards:,}", str(len(divided) + 1), str(told), str(n_partial), f"{seconds:.3f}"])
-    return table(["shards", "jobs", "bytes that a job is told", "partial sums of a job", "s in all"], lines)
+    lines, dask = [], cast(Any, distributed)  # its functions have no types
+    with dask.LocalCluster(2, threads_per_worker=1, memory_limit=MEMORY, dashboard_address=":0") as local:
+        counted = CountTasks()
+        local.scheduler.add_plugin(counted)
+        with connect(local.scheduler_address) as cluster:
+            for n_shards in (1_000, 100_000):
+                leaves = Leaves(((0, n_shards * SHARD_ROWS),), SHARD_ROWS, SHARD_ROWS)
+                taken = [summed(cluster, len(leaves)) for _ in range(6)][1:]
+                divided = shares(len(leaves), 4)
+                returned = max(len(sum_share(number_of, share, len(leaves), int.__add__)) for share in divided)
+                told = len(pickle.dumps((leaves, divided[0])))
+                figures = [f"{statistics.median(one):.3f}" for one in zip(*taken, strict=True)]
+                lines.append([f"{n_shards:,}", str(counted.n_tasks // 6), str(told), str(returned), *figures])
+                counted.n_tasks = 0
+    head = ["shards", "tasks", "bytes that a job is told", "partial sums of a job"]
+    return table([*head, "CPU s of client and scheduler", "first job, s", "sum, s"], lines)
+
+
+def summed(cluster: Any, n_leaves: int) -> tuple[float, float, float]:
+    """Sum over shards; return processor seconds of this process, and seconds to the first job and to the sum."""
+    ends: list[float] = []
+    cpu, start = time.process_time(), time.perf_counter()
+    found = cluster.sum(
+        number_of, [], n_leaves, merge=int.__add__, label="sum", bar=lambda _: ends.append(time.perf_counter())
+    )
+    assert found == n_leaves * (n_leaves - 1) // 2
+    return time.process_time() - cpu, ends[0] - start, time.perf_counter() - start
 
 
 def make_heads(path: Path, n_heads: int, n_key_heads: int, n_tokens: int, n_examples: int) -> Archive:

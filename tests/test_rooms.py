@@ -40,6 +40,12 @@ def test_reading_archives_needs_no_torch() -> None:
     assert not loaded_after("import residua; residua.open; residua.verify") & {"torch", "transformers", "dask"}
 
 
+def test_workers_that_probe_or_take_statistics_load_no_torch() -> None:
+    modules = "import residua.analysis.probes.probe, residua.analysis.stats.stats"
+    job = "from residua.analysis.support.threads import one_thread\nwith one_thread(): pass"
+    assert not loaded_after(f"{modules}\n{job}") & {"torch", "transformers"}
+
+
 def test_the_command_line_starts_without_torch() -> None:
     assert not loaded_after("import residua.pipelines.cli.main") & {"torch", "transformers", "datasets"}
 

@@ -1,7 +1,7 @@
 """The labelled rows of one site, leaf by leaf, where a job of a pass over them runs.
 
 A worker keeps the rows that it has read from one pass to the next, decoded, as long as they take no more than half of
-its memory (`residua.analysis.support.kept`); the others it reads again in every pass.
+the memory that its libraries leave (`residua.analysis.support.kept`); the others it reads again in every pass.
 """
 
 from collections.abc import Iterator
@@ -25,6 +25,7 @@ Rows = npt.NDArray[np.floating]
 
 _LEAF_BYTES, _LEAF_ROWS = 4 * 2**20, 1024  # least of a leaf, as float32: adding its sums is little work beside it
 _KEPT_SHARE = 2  # of a worker's memory, for rows that it keeps
+_LIBRARIES_BYTES = 160 * 2**20  # of a worker's memory that Python, numpy, Dask and scikit-learn take
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,7 @@ class SiteRows:
     @property
     def most_kept(self) -> int:
         """Bytes of rows that one worker may keep."""
-        return self.memory // _KEPT_SHARE
+        return max(0, self.memory - _LIBRARIES_BYTES) // _KEPT_SHARE
 
 
 def leaves_of(archive: Archive, site: str, *, least_rows: int = 0) -> Leaves:

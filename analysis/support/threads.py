@@ -3,32 +3,45 @@
 torch, its MKL and OpenMP keep one number for each thread of the process, and torch one more for threads that come
 later; numpy's BLAS keeps one for the process. Jobs of a user's Dask worker run side by side with each other and with
 other work. So each job changes the numbers of its own thread only, and the last one gives back that of the process.
+
+Jobs that use torch import it before they start, with their modules. In other processes it stays unloaded: it would take
+some 140 MiB of a worker's memory.
 """
 
+import sys
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
-import torch
 from threadpoolctl import ThreadpoolController, threadpool_limits
 
 
 @contextmanager
 def one_thread() -> Iterator[None]:
     """Limit torch, OpenMP and numpy's BLAS to one thread inside the ``with`` block; afterwards all is as before."""
+    of_torch: AbstractContextManager[object] = _one_thread_of_torch() if "torch" in sys.modules else nullcontext()
+    with of_torch, threadpool_limits(1, user_api="openmp"), _blas:
+        yield
+
+
+@contextmanager
+def _one_thread_of_torch() -> Iterator[None]:
+    import torch  # waits where another thread still imports it
+
     before = torch.get_num_threads()  # and so that torch, at its first use in a thread, does not set it later
     _set_threads_here(1)
     try:
-        with threadpool_limits(1, user_api="openmp"), _blas:
-            yield
+        yield
     finally:
         _set_threads_here(before)
 
 
 def _set_threads_here(n: int) -> None:
     """Set torch's number for this thread, and leave that for later threads as it is."""
+    import torch
+
     with _setting, ThreadPoolExecutor(1) as later:
         of_later = later.submit(torch.get_num_threads).result()
         torch.set_num_threads(n)
