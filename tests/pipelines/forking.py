@@ -13,7 +13,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -47,18 +47,22 @@ class Forks:
         )
         self.answer()
 
-    def start(self, words: Sequence[str | Path], *, slow: float = 0, die_at: int = 0) -> "Child":
+    def start(
+        self, words: Sequence[str | Path], *, slow: float = 0, die_at: int = 0, env: Mapping[str, str] | None = None
+    ) -> "Child":
         """Start ``residua`` with `words`.
 
         Args:
             words: The command line.
             slow: Seconds by which each call of a model is delayed.
             die_at: Number of the call of `STEPS`, from 1, in which the process is killed; 0 for none.
+            env: What its environment has besides.
         """
         self._n += 1
         log = self._folder / f"{self._n}.log"
         log.touch()
-        self.send({"words": [str(word) for word in words], "slow": slow, "die_at": die_at, "log": str(log)})
+        request = {"words": [str(word) for word in words], "slow": slow, "die_at": die_at, "env": dict(env or {})}
+        self.send({**request, "log": str(log)})
         return Child(self, int(self.answer()), log)
 
     def run(self, words: Sequence[str | Path], **options: Any) -> "Ended":
@@ -183,6 +187,7 @@ def _become(request: dict[str, Any]) -> None:
     for target, source in ((0, nothing), (1, log), (2, log)):
         os.dup2(source, target)
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    os.environ.update(request["env"])
     if request["slow"]:
         _slow_down(request["slow"])
     for name in STEPS:

@@ -26,7 +26,7 @@ from tests.servers.s3 import S3Server
 from tests.store.small_archive import make_archive
 
 pytestmark = pytest.mark.timeout(300)
-N_KILLS = 10
+N_KILLS = 20
 
 
 def content(folder: Path) -> dict[str, bytes]:
