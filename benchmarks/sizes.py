@@ -24,6 +24,11 @@ its own beyond what it had before, without file mappings, for one example of 1,0
 `cells`: activation patching of `resid_post.*` cell by cell, on the shipped model and on a Llama of 8 blocks of width
 1,024 (random weights, float32). By hand: one hooked forward pass for each cell, the LM head on the last position only.
 `residua.patch` does the same. One thread.
+
+`lenses`: one layer with a vocabulary of 131,072 (`wide_lens.py` makes the archive). By hand: a plain loop of autograd
+and Adam over all tokens, from the identity, rows and unembedding in float32 in memory. At width 4,096 what one row
+costs in the refinement, on 512 rows. At width 128 whole trainings on the same 4,096 rows, reading and closed form
+included; KL over all tokens, in float64, on held-out rows. One thread.
 """
 
 import argparse
@@ -53,6 +58,7 @@ from sklearn.preprocessing import StandardScaler
 from threadpoolctl import threadpool_limits
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from wide_lens import quality, steps
 
 import residua
 from residua.analysis.probes.probe import probe
@@ -510,7 +516,20 @@ def cells(_: Path) -> str:
     return table(head, lines)
 
 
-SECTIONS: dict[str, Callable[[Path], str]] = {"probes": probes, "passes": passes, "heads": heads, "cells": cells}
+def lenses(folder: Path) -> str:
+    """Compare lenses of a large vocabulary."""
+    torch.set_num_threads(1)
+    with threadpool_limits(1):
+        return "\n\n".join([steps(folder, 4_096, 131_072, 512), quality(folder, 128, 131_072, 4_096)])
+
+
+SECTIONS: dict[str, Callable[[Path], str]] = {
+    "probes": probes,
+    "passes": passes,
+    "heads": heads,
+    "cells": cells,
+    "lenses": lenses,
+}
 
 
 def main() -> None:

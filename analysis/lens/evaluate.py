@@ -102,15 +102,21 @@ def evaluate(
         By site, the score of each map, of the logit lens, and of the model itself, by name.
     """
     scores = {site: dict.fromkeys([LOGIT_LENS, MODEL, *named], Score()) for site, named in maps.items()}
-    values = {site: reader.read(site, rows) for site in (final, *maps)}
+    values = {site: reader.read(site, rows).to(decoder.device) for site in (final, *maps)}
+    moved = {
+        site: {name: Translator(*(each.to(decoder.device) for each in one)) for name, one in named.items()}
+        for site, named in maps.items()
+    }
     labels = torch.from_numpy(reader.next_tokens(rows))
-    labels = labels.masked_fill(labels >= decoder.unembedding.n_tokens, -1)  # the head has no logit of these
+    labels = labels.masked_fill(labels >= decoder.unembedding.n_tokens, -1).to(
+        decoder.device
+    )  # the head has no logit of these
     height = max(1, _LOGIT_BYTES // (4 * decoder.unembedding.n_tokens))
     for start in range(0, len(rows), height):
         here = slice(start, start + height)
         target = _Target(decoder.logits(values[final][here].float()), labels[here])
         own = target.score(target.log)
-        for site, named in maps.items():
+        for site, named in moved.items():
             hidden = values[site][here].float()
             found = {name: target.score(decoder.logits(translator(hidden))) for name, translator in named.items()}
             found |= {MODEL: own, LOGIT_LENS: target.score(decoder.logits(hidden))}

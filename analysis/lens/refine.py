@@ -9,7 +9,8 @@ its own, so the result does not depend on which layers go together.
 Optionally a step uses a few candidate tokens instead of the full vocabulary. The most probable tokens of a batch enter
 with weight 1. As many are drawn from the rest, and weighted by their inverse probability (Hansen and Hurwitz 1943). All
 rows share the candidates, so the products stay dense. The target's term of the gradient is then unbiased, and the
-lens's own term nearly so. Without the drawn tokens, both would be biased.
+lens's own term nearly so. Without the drawn tokens, both would be biased. A few batches in a row share the candidates
+and one pass over the unembedding, which gives the model's own distribution of all their rows.
 
 Axes: `N` rows of a batch, `D` width, `V` vocabulary.
 """
@@ -17,6 +18,7 @@ Axes: `N` rows of a batch, `D` width, `V` vocabulary.
 import math
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
+from itertools import islice
 from typing import NamedTuple
 
 import torch
@@ -25,11 +27,26 @@ from torch import Tensor
 from residua.analysis.lens.checkpoint import Translator
 from residua.analysis.lens.ridge import Ridge
 from residua.analysis.lens.rows import LensRows
-from residua.analysis.lens.unembedding import Decoder
+from residua.analysis.lens.unembedding import Decoder, softmax_
+from residua.analysis.support.device import Batch, on_device
 
 _BETA_1, _BETA_2, _EPSILON = 0.8, 0.99, 1e-12
 _BLOCK_COLUMNS = 1024
+_TARGET_BYTES = 2**27  # of the model's own distribution of the batches that share candidates
+_MOST_BATCHES = 4  # of these: more rows have more tokens that matter
 _UNIFORM_SHARE = 0.5  # of the drawn candidates: the lens may believe in tokens that the model does not
+
+
+def refine_bytes(width: int, n_tokens: int, n_candidates: int, batch_rows: int) -> int:
+    """Return the most memory that the refinement of one layer takes in bytes, besides LM head and rows.
+
+    That is six matrices of float32, the model's own distribution, and the candidates with their rows of the
+    unembedding, in the stored type and in float32.
+    """
+    batch_bytes = 4 * batch_rows * n_tokens
+    if not n_candidates:
+        return 24 * width**2 + 3 * batch_bytes
+    return 24 * width**2 + max(batch_bytes, _TARGET_BYTES) + 2 * n_candidates * (8 * width + 12 * batch_rows)
 
 
 class Candidates(NamedTuple):
@@ -75,19 +92,21 @@ def draw_candidates(target_NV: Tensor, n_tokens: int, generator: torch.Generator
 class _LayerMap:
     """The map of one layer for whitened rows, with Adam's two moments. The last row of the matrix is the bias."""
 
-    def __init__(self, ridge: Ridge) -> None:
-        self._whitening = ridge.whitening
-        self._centre = -(ridge.mean @ ridge.whitening)
-        self._map = ridge.whitened
+    def __init__(self, ridge: Ridge, device: torch.device) -> None:
+        self._whitening = ridge.whitening.to(device)
+        self._centre = -(ridge.mean @ ridge.whitening).to(device)
+        self._map = ridge.whitened.to(device)
         self._gradient = torch.zeros_like(self._map)
         self._first_moment = torch.zeros_like(self._map)
         self._second_moment = torch.zeros_like(self._map)
         self._n_steps = 0
 
-    def step(self, hidden_ND: Tensor, gradient_of: Callable[[Tensor], Tensor], rate: float) -> None:
-        """Take one step on a batch, whose loss has the gradient `gradient_of`."""
+    def step(
+        self, hidden_ND: Tensor, target_NV: Tensor, gradient_of: Callable[[Tensor, Tensor], Tensor], rate: float
+    ) -> None:
+        """Take one step on a batch, whose loss has the gradient `gradient_of` its estimate and its target."""
         white = torch.addmm(self._centre, hidden_ND, self._whitening)
-        gradient = gradient_of(torch.addmm(self._map[-1], white, self._map[:-1])).div_(len(white))
+        gradient = gradient_of(torch.addmm(self._map[-1], white, self._map[:-1]), target_NV).div_(len(white))
         torch.mm(white.T, gradient, out=self._gradient[:-1])
         torch.sum(gradient, 0, out=self._gradient[-1])
         self._n_steps += 1
@@ -98,7 +117,7 @@ class _LayerMap:
         self._map.addcdiv_(self._first_moment, deviation, value=-rate * scale)
 
     def translator(self) -> Translator:
-        """Return the map for rows that are not whitened. No step can follow."""
+        """Return the map for rows that are not whitened, in this machine's memory. No step can follow."""
         del self._gradient, self._first_moment, self._second_moment  # four matrices of float32 are enough at a time
         weight = torch.empty_like(self._whitening)
         bias = self._map[-1].double()
@@ -109,19 +128,24 @@ class _LayerMap:
             for rows in range(0, len(weight), _BLOCK_COLUMNS):
                 part = slice(rows, rows + _BLOCK_COLUMNS)
                 weight[part, columns] = (self._whitening[part].double() @ block).float()
-        return Translator(weight, bias.float())
+        return Translator(weight.cpu(), bias.float().cpu())
 
 
-def _kl_gradient(decoder: Decoder, target_NV: Tensor, candidates: Candidates | None) -> Callable[[Tensor], Tensor]:
-    """Return the gradient of the loss of a batch, as a function of a layer's estimate of the final residual stream."""
+def _with_gradient(
+    decoder: Decoder, targets_NV: Tensor, candidates: Candidates | None
+) -> tuple[Tensor, Callable[[Tensor, Tensor], Tensor]]:
+    """Return targets, of candidates if there are any, and the gradient of the loss of rows with such targets.
+
+    The gradient is a function of a layer's estimate of the final residual stream, and of the rows' targets.
+    """
     if candidates is None:
-        return partial(decoder.kl_gradient, target_NV=target_NV)
-    return partial(
+        return targets_NV, decoder.kl_gradient
+    of_candidates = partial(
         decoder.kl_gradient,
-        target_NV=candidates.restrict(target_NV),
         unembedding=decoder.unembedding.of_tokens(candidates.tokens),
         log_weights=candidates.weights.log(),
     )
+    return candidates.restrict(targets_NV), of_candidates
 
 
 def refine(
@@ -140,7 +164,7 @@ def refine(
         ridges: Where each site starts; their `whitened` changes.
         final: Site of the final residual stream.
         reader: The rows.
-        decoder: The LM head.
+        decoder: The LM head; where it is, the layers are refined, and batches are copied ahead to a CUDA device.
         n_rows: Number of training rows of all parts together; sets the length of the cosine schedule.
         part: Which of `n_parts` disjoint sets of rows to train on.
         n_parts: Number of these sets.
@@ -149,28 +173,38 @@ def refine(
         The maps by site.
     """
     settings = reader.settings
-    layers = {site: _LayerMap(ridge) for site, ridge in ridges.items()}
-    generator = torch.Generator().manual_seed(settings.seed * 1009 + part)
+    n_candidates = settings.n_candidates(decoder.unembedding.n_tokens)
+    n_shared = _n_shared(settings.batch_rows, decoder) if n_candidates else 1
+    layers = {site: _LayerMap(ridge, decoder.device) for site, ridge in ridges.items()}
+    seed = settings.seed * 1009 + part
+    draws = torch.Generator(decoder.device).manual_seed(seed)
     n_left = n_total = max(1, settings.epochs * n_rows // n_parts)
-    for values in _batches([final, *layers], reader, generator, part, n_parts):
-        target = decoder.logits(next(values).float()).softmax(-1)
-        candidates = draw_candidates(target, settings.candidates, generator) if settings.candidates else None
-        gradient_of = _kl_gradient(decoder, target, candidates)
-        rate = settings.learning_rate * (1 - math.cos(math.pi * max(0.0, n_left / n_total))) / 2
-        for layer, hidden in zip(layers.values(), values, strict=True):
-            layer.step(hidden.float(), gradient_of, rate)
-        n_left -= len(target)
+    batches = on_device(_batches([final, *layers], reader, seed, part, n_parts), decoder.device)
+    while group := list(islice(batches, n_shared)):
+        targets = softmax_(decoder.logits(torch.cat([batch[final] for batch in group]).float()))
+        candidates = draw_candidates(targets, n_candidates, draws) if n_candidates else None
+        targets, gradient_of = _with_gradient(decoder, targets, candidates)
+        for batch, target in zip(group, torch.split(targets, [len(batch[final]) for batch in group]), strict=True):
+            rate = settings.learning_rate * (1 - math.cos(math.pi * max(0.0, n_left / n_total))) / 2
+            for site, layer in layers.items():
+                layer.step(batch[site].float(), target, gradient_of, rate)
+            n_left -= len(target)
     return {site: layer.translator() for site, layer in layers.items()}
 
 
-def _batches(
-    sites: list[str], reader: LensRows, generator: torch.Generator, part: int, n_parts: int
-) -> Iterator[Iterator[Tensor]]:
-    """Yield the batches; each is an iterator over the values of its rows at the sites, in the stored type."""
+def _n_shared(batch_rows: int, decoder: Decoder) -> int:
+    """Return the number of batches that share candidates."""
+    batch_bytes = 4 * batch_rows * decoder.unembedding.n_tokens
+    return max(1, min(_MOST_BATCHES, _TARGET_BYTES // batch_bytes))
+
+
+def _batches(sites: list[str], reader: LensRows, seed: int, part: int, n_parts: int) -> Iterator[Batch]:
+    """Yield the batches: the values of their rows at the sites, in the stored type."""
+    generator = torch.Generator().manual_seed(seed)
     for epoch in range(reader.settings.epochs):
         for rows in reader.epoch_rows(sites[0], epoch, part, n_parts):
-            values = [reader.read(site, rows) for site in sites]
+            values = {site: reader.read(site, rows) for site in sites}
             order = torch.randperm(len(rows), generator=generator)
             for batch in order.tensor_split(max(1, round(len(rows) / reader.settings.batch_rows))):
                 picked = batch.sort().values  # memory is read faster in order
-                yield (of_site[picked] for of_site in values)
+                yield {site: of_site[picked] for site, of_site in values.items()}

@@ -55,7 +55,7 @@ class Gram(NamedTuple):
         """Return the sums over no rows, with all columns of the matrices or `n_columns` of them."""
         width = len(origin)
         shapes = ((), (width,), (width,), *2 * ((width, width if n_columns is None else n_columns),))
-        n_rows, *sums = (torch.zeros(shape, dtype=torch.float64) for shape in shapes)
+        n_rows, *sums = (torch.zeros(shape, dtype=torch.float64, device=origin.device) for shape in shapes)
         return cls(n_rows, origin.float().double(), *sums)  # as it is subtracted from rows in float32
 
     def add_(self, input_ND: Tensor, target_ND: Tensor, columns: slice = slice(None)) -> None:
@@ -93,9 +93,9 @@ def add_rows(
     """Add `rows` to the sums of all sites; `final` is the site of the final residual stream."""
     for start in range(0, len(rows), _BATCH_ROWS):
         batch = rows[start : start + _BATCH_ROWS]
-        target = decoder.normalise(reader.read(final, batch).float())
+        target = decoder.normalise(reader.read(final, batch).to(decoder.device).float())
         for site, gram in grams.items():
-            gram.add_(reader.read(site, batch).float(), target, columns)
+            gram.add_(reader.read(site, batch).to(decoder.device).float(), target, columns)
 
 
 @dataclass(frozen=True)

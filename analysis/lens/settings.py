@@ -6,6 +6,8 @@ from typing import Any, TypedDict
 from residua.store.base.errors import AnalysisError
 from residua.store.base.naming import named
 
+_CANDIDATES = 8_192  # of either kind
+
 
 def _setting(default: Any, text: str) -> Any:
     return field(default=default, metadata={"help": text})
@@ -31,7 +33,9 @@ class LensSettings:
     batch_rows: int = _setting(128, "rows in one step of the refinement")
     learning_rate: float = _setting(6e-3, "learning rate of Adam, in whitened coordinates; decays to 0 along a cosine")
     candidates: int | None = _setting(
-        None, "refine on twice this many tokens of a large vocabulary in each step (default: all)"
+        None,
+        "refine on twice this many tokens of the vocabulary in each step; 0: on all (default: 8,192 of a vocabulary of "
+        "65,536 or more, else all)",
     )
     together: int = _setting(8, "layers that one job refines in lockstep; they share the model's own distribution")
     parts: int | None = _setting(
@@ -39,11 +43,14 @@ class LensSettings:
         "divide the rows into this many parts, train a lens on each, and average the lenses (default: as many parts as "
         "there are workers per layer, with at least 100,000 rows each)",
     )
+    device: str | None = _setting(
+        None, "device of each worker for sums, refinement and evaluation, for example cuda (default: the processor)"
+    )
     seed: int = _setting(0, "seed for the choice and order of rows, and for the held-out examples")
 
     def __post_init__(self) -> None:
-        at_least_1 = ("rows", "held_out_rows", "epochs", "batch_rows", "candidates", "together", "parts")
-        for name, least in {**dict.fromkeys(at_least_1, 1), "skip_positions": 0, "seed": 0}.items():
+        at_least_1 = ("rows", "held_out_rows", "epochs", "batch_rows", "together", "parts")
+        for name, least in {**dict.fromkeys(at_least_1, 1), "skip_positions": 0, "candidates": 0, "seed": 0}.items():
             value = getattr(self, name)
             if value is not None and value < least:
                 raise AnalysisError(f"{named(name, value)}: it must be at least {least}")
@@ -52,6 +59,12 @@ class LensSettings:
                 f"{named('learning_rate', self.learning_rate)} and {named('held_out', self.held_out)}: both must lie "
                 "between 0 and 1"
             )
+
+    def n_candidates(self, n_tokens: int) -> int:
+        """Return how many of `n_tokens` tokens are candidates of either kind; 0: all are used."""
+        if self.candidates is None:
+            return _CANDIDATES if n_tokens >= 8 * _CANDIDATES else 0
+        return self.candidates if 2 * self.candidates < n_tokens else 0
 
 
 class LensOptions(TypedDict, total=False):
@@ -69,4 +82,5 @@ class LensOptions(TypedDict, total=False):
     candidates: int | None
     together: int
     parts: int | None
+    device: str | None
     seed: int

@@ -35,24 +35,24 @@ from residua.analysis.lens.checkpoint import (
 )
 from residua.analysis.lens.evaluate import REFINED, RIDGE, Score, best_map, evaluate, report_table
 from residua.analysis.lens.lm_head import LMHead, load_lm_head
-from residua.analysis.lens.refine import refine
+from residua.analysis.lens.refine import refine, refine_bytes
 from residua.analysis.lens.ridge import Gram, Ridge, add_rows, fit_bytes, solve_ridge
 from residua.analysis.lens.rows import LensPoints, LensRows, lens_points
 from residua.analysis.lens.settings import LensSettings
 from residua.analysis.lens.unembedding import Decoder
 from residua.analysis.support.cluster import Cluster
+from residua.analysis.support.device import checked_device
 from residua.analysis.support.open_archives import Location, location, opened
 from residua.analysis.support.sums import in_order
 from residua.store.base.errors import AnalysisError
 from residua.store.base.naming import named
-from residua.store.format.sidecars import LM_HEAD_FILE
 from residua.store.read.archive import Archive
 from residua.store.storage.files import sweep, write_file
 
 _SUM_CHUNKS = 512  # fewest chunks of 128 rows in one leaf of the sums
 _MOST_LEAVES = 256  # of the sums: what a leaf returns is large
 _SUMS_SHARE = 16  # of a worker's memory, for the sums of one leaf
-_LEAST_ROOM = 4 / 3  # times what one layer and the LM head take: logits, blocks of the LM head, and torch itself
+_LEAST_ROOM = 4 / 3  # times what one layer and the LM head take: rows, blocks of the LM head, and torch itself
 _EVALUATE_ROWS = 8192  # rows in one job of the evaluation
 _ORIGIN_CHUNKS = 8
 _PENALTY_ROWS = 4096  # held-out rows that choose the penalty of the ridge regression
@@ -88,7 +88,7 @@ class _Training:
     @property
     def decoder(self) -> Decoder:
         """The LM head, loaded once per process."""
-        return _decoder(opened(self.archive).head, self.memory_limit // 8)
+        return _decoder(opened(self.archive).head, self.memory_limit // 8, self.settings.device)
 
     def sums_path(self, layer: int) -> Path:
         return self.work / f"sums-{layer}.safetensors"
@@ -98,21 +98,21 @@ class _Training:
 
 
 @lru_cache(maxsize=1)
-def _decoder(folder: Path, most_bytes: int) -> Decoder:
-    return Decoder(load_lm_head(folder), most_bytes=most_bytes)
+def _decoder(folder: Path, most_bytes: int, device: str | None) -> Decoder:
+    return Decoder(load_lm_head(folder), most_bytes=most_bytes, device=checked_device(device))
 
 
 def _sum_rows(
     training: _Training, origins: Mapping[int, Tensor], columns: slice, leaf_chunks: int, leaf: int
 ) -> dict[int, Gram]:
     """Add up the rows of one leaf for some layers, by their origins: the columns of their matrices."""
-    reader, points = training.reader, training.points
+    reader, points, decoder = training.reader, training.points, training.decoder
     n_columns = len(range(points.width)[columns])
-    grams = {layer: Gram.zero(origin, n_columns) for layer, origin in origins.items()}
+    grams = {layer: Gram.zero(origin.to(decoder.device), n_columns) for layer, origin in origins.items()}
     rows = reader.training_rows(reader.chunks()[leaf * leaf_chunks : (leaf + 1) * leaf_chunks])
     by_site = {points.sites[layer]: gram for layer, gram in grams.items()}
-    add_rows(by_site, points.final, rows, reader, training.decoder, columns=columns)
-    return grams
+    add_rows(by_site, points.final, rows, reader, decoder, columns=columns)
+    return {layer: Gram(*(each.cpu() for each in gram)) for layer, gram in grams.items()}
 
 
 def _merge_grams(first: dict[int, Gram], second: dict[int, Gram]) -> dict[int, Gram]:
@@ -205,7 +205,9 @@ class LensTraining:
         self._points = lens_points(archive, sites)
         archive.refuse_losses({*self._points.sites.values(), self._points.final}, "a lens")
         self._reader = LensRows(self._archive, settings)
-        self._check_size()
+        self._check_size(settings)
+        if settings.device is not None:
+            list(cluster.map(checked_device, [settings.device], label="looking for the device"))
         n_parts = self._start(settings, settings.parts or self._default_parts(settings, rows_per_part))
         where, limit = location(archive), cluster.memory_limit
         held_out = self._reader.held_out
@@ -248,7 +250,7 @@ class LensTraining:
             "captured_shards": len(self._archive.commits),
             "sites": list(self._points.sites.values()),
             "final": self._points.final,
-            **asdict(settings),
+            **{name: value for name, value in asdict(settings).items() if name != "device"},
         }
         if not path.is_file():
             if not self._is_unused():
@@ -269,7 +271,7 @@ class LensTraining:
         sweep(self._work)
         return n_parts
 
-    def _check_size(self) -> None:
+    def _check_size(self, settings: LensSettings) -> None:
         """Raise AnalysisError if there are too few rows for the width, or too little memory for one layer."""
         width, n_rows = self._points.width, self._reader.estimated_training_rows()
         if n_rows < width:
@@ -278,13 +280,18 @@ class LensTraining:
                 f"numbers for each output as there are channels, and some times as many rows tell it from the logit "
                 f"lens. Use more rows ({named('rows')}), or capture more"
             )
-        head = (self._archive.head / LM_HEAD_FILE).stat().st_size
-        n_held_out = len(self._reader.held_out_rows(_PENALTY_ROWS))
-        needed = int((fit_bytes(width, n_held_out) + head) * _LEAST_ROOM)
+        head = load_lm_head(self._archive.head)
+        head_bytes = sum(each.nbytes for each in head.parameters.values())
+        n_candidates = settings.n_candidates(head.vocabulary_size)
+        refinement = refine_bytes(width, head.vocabulary_size, n_candidates, settings.batch_rows)
+        closed_form = fit_bytes(width, len(self._reader.held_out_rows(_PENALTY_ROWS)))
+        most = max(closed_form, refinement if settings.refine and settings.device is None else 0)
+        needed = int((most + head_bytes) * _LEAST_ROOM)
         if needed > self._cluster.memory_limit:
+            has = self._cluster.memory_limit / 2**30
             raise AnalysisError(
-                f"a lens of width {width:,} with an LM head of {head / 2**30:.1f} GiB needs {needed / 2**30:.1f} GiB "
-                f"for each worker, but a worker has {self._cluster.memory_limit / 2**30:.1f} GiB: allow more "
+                f"a lens of width {width:,} with an LM head of {head_bytes / 2**30:.1f} GiB needs "
+                f"{needed / 2**30:.1f} GiB for each worker, but a worker has {has:.1f} GiB: allow more "
                 f"({named('memory_limit', f'{-(-needed // 2**30)}GiB')})"
             )
 

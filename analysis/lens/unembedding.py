@@ -20,6 +20,12 @@ from residua.analysis.lens.lm_head import LMHead
 Backward = Callable[[Tensor], Tensor]
 
 
+def softmax_(logits_NV: Tensor) -> Tensor:
+    """Turn logits into probabilities in their own memory, (rows, tokens)."""
+    logits_NV.sub_(logits_NV.amax(-1, keepdim=True)).exp_()
+    return logits_NV.div_(logits_NV.sum(-1, keepdim=True))
+
+
 class Unembedding:
     """Maps hidden vectors to logits, and gradients back.
 
@@ -51,6 +57,11 @@ class Unembedding:
         self.n_tokens, width = weight.shape
         self._block_height = max(1, block_bytes // (width * dtype.itemsize))
 
+    @property
+    def device(self) -> torch.device:
+        """Where the weight is."""
+        return self._weight.device
+
     def of_tokens(self, tokens: Tensor) -> "Unembedding":
         """Return the unembedding that gives the logits of `tokens` only, (tokens,), repeats allowed."""
         bias = None if self._bias is None else self._bias[tokens]
@@ -64,7 +75,7 @@ class Unembedding:
         else:
             logits = hidden_NI.new_empty(len(hidden_NI), self.n_tokens)
             for tokens, weight in self._blocks():
-                logits[:, tokens] = hidden_NI @ weight.T
+                torch.mm(hidden_NI, weight.T, out=logits[:, tokens])
         if self._bias is not None:
             logits += self._bias
         if self._scale != 1.0:
@@ -92,9 +103,13 @@ class Unembedding:
         return found
 
     def _blocks(self) -> Iterator[tuple[slice, Tensor]]:
+        """Yield the converted blocks of the weight; each is there until the next one."""
+        block = self._weight.new_empty(
+            (min(self._block_height, self.n_tokens), *self._weight.shape[1:]), dtype=self._dtype
+        )
         for start in range(0, self.n_tokens, self._block_height):
-            tokens = slice(start, start + self._block_height)
-            yield tokens, self._weight[tokens].to(self._dtype)
+            found = self._weight[start : start + self._block_height]
+            yield slice(start, start + len(found)), block[: len(found)].copy_(found)
 
 
 class Decoder:
@@ -104,24 +119,38 @@ class Decoder:
         head: The head.
         dtype: Type to compute in.
         most_bytes: An unembedding that takes more bytes in that type is converted block by block.
+        device: Where to compute; None: where the head is.
     """
 
-    def __init__(self, head: LMHead, *, dtype: torch.dtype = torch.float32, most_bytes: int = 2**63) -> None:
+    def __init__(
+        self,
+        head: LMHead,
+        *,
+        dtype: torch.dtype = torch.float32,
+        most_bytes: int = 2**63,
+        device: torch.device | None = None,
+    ) -> None:
         spec = head.spec
+        parameters = {name: tensor.to(device) for name, tensor in head.parameters.items()}
         self.unembedding = Unembedding(
-            head.parameters["unembed.weight"],
-            head.parameters.get("unembed.bias"),
+            parameters["unembed.weight"],
+            parameters.get("unembed.bias"),
             scale=spec.logit_scale,
             softcap=spec.softcap,
             dtype=dtype,
             most_bytes=most_bytes,
         )
-        others = {name: tensor.to(dtype) for name, tensor in head.parameters.items() if "unembed" not in name}
+        others = {name: tensor.to(dtype) for name, tensor in parameters.items() if "unembed" not in name}
         self._head = LMHead(spec, others)
         weight = others.get("norm.weight")
         self._norm_weight = None if weight is None else weight + spec.weight_offset
         self._norm_bias = others.get("norm.bias")
         self._projection = others.get("project_out.weight")
+
+    @property
+    def device(self) -> torch.device:
+        """Where rows must be."""
+        return self.unembedding.device
 
     def normalise(self, final_ND: Tensor) -> Tensor:
         """Apply the final norm without its parameters."""

@@ -5,9 +5,9 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from residua.analysis.loader.device import Batch
 from residua.analysis.loader.feed import Feed, require_endless, require_package
 from residua.analysis.loader.loader import Loader
+from residua.analysis.support.device import Batch
 from residua.store.base.errors import AnalysisError, few
 
 _TRAINER = "dictionary_learning's trainSAE"

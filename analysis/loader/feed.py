@@ -11,9 +11,9 @@ from typing import Any, Generic, Self, TypeVar
 
 from torch import Tensor
 
-from residua.analysis.loader.device import Batch
 from residua.analysis.loader.division import State
 from residua.analysis.loader.loader import Loader
+from residua.analysis.support.device import Batch
 from residua.store.base.errors import AnalysisError, MissingPackageError, few
 from residua.store.format.site_aliases import canonical
 

@@ -18,7 +18,6 @@ import torch.distributed
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from residua.analysis.loader.device import Batch, checked_device, on_device
 from residua.analysis.loader.division import (
     Batching,
     Division,
@@ -44,6 +43,7 @@ from residua.analysis.loader.shuffle_buffer import ShuffleBuffer
 from residua.analysis.rows.columns import lookups
 from residua.analysis.rows.groups import example_groups
 from residua.analysis.rows.held_out import held_out_groups
+from residua.analysis.support.device import Batch, checked_device, on_device
 from residua.store.base.errors import AnalysisError, few
 from residua.store.base.sizes import Size, n_bytes
 from residua.store.format.site_aliases import BySite

@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from residua.analysis.loader.device import Batch
 from residua.analysis.loader.division import State
 from residua.analysis.loader.feed import named, renamed, require_columns, require_package
 from residua.analysis.loader.loader import Loader
+from residua.analysis.support.device import Batch
 
 _TRAINER = "OpenMOSS"
 

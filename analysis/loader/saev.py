@@ -5,10 +5,10 @@ from typing import Any
 
 from torch import Tensor
 
-from residua.analysis.loader.device import Batch
 from residua.analysis.loader.division import State
 from residua.analysis.loader.feed import only_site, require_columns
 from residua.analysis.loader.loader import Loader
+from residua.analysis.support.device import Batch
 
 _TRAINER = "saev"
 

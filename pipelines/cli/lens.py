@@ -73,6 +73,7 @@ def _show(options: argparse.Namespace) -> int:
 
 
 def _print(lens: "TunedLens", folder: str, *, as_json: bool) -> None:
+    from residua.analysis.lens.evaluate import LOGIT_LENS
     from residua.analysis.lens.lens import PLOT_FILE, REPORT_FILE
 
     report = [] if lens.report is None else lens.report.to_pylist()
@@ -91,6 +92,11 @@ def _print(lens: "TunedLens", folder: str, *, as_json: bool) -> None:
         print(f"{line['site']:{width}}  {'   '.join(pairs)}  {line['kept']}")
     n_rows, of_model = report[0]["rows"], _number(report[0]["cross_entropy_model"])
     print(f"{n_rows:,} held-out rows; the model's own cross-entropy is {of_model} nats")
+    if n_without := sum(line["kept"] == LOGIT_LENS for line in report):
+        print(
+            f"note: {n_without} of {len(report)} sites keep the logit lens, because no map was better on held-out "
+            "rows: train on more rows (--rows), or capture more"
+        )
     for name, path in paths.items():
         print(f"{name:7} {path}")
 

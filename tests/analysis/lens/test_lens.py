@@ -1,9 +1,11 @@
 """A lens on a small archive: its report recomputed, never worse than the logit lens, refusals, printed output."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pytest
 import torch
 
@@ -179,6 +181,14 @@ def test_the_command_prints_what_it_found(
     assert main(["lens", "show", str(out)]) == 0
     shown = capsys.readouterr().out
     assert f"{found['sites'][0]['kl']:.3f}" in shown
+    assert "--rows" not in shown
+    no_better = residua.TunedLens.load(out)
+    assert no_better.report is not None
+    lines = [{**line, "kept": "logit lens"} if line["depth"] == 1 else line for line in no_better.report.to_pylist()]
+    no_better.report = pa.Table.from_pylist(lines, no_better.report.schema)
+    no_better.save(tmp_path / "no better")
+    assert main(["lens", "show", str(tmp_path / "no better")]) == 0
+    assert re.search(r"1 of 2 sites .*logit lens.*--rows", capsys.readouterr().out)
     assert main(["lens", "show", str(lens_archive.path)]) == 1
     assert residua.TunedLens.load(out).report is not None
 

@@ -96,3 +96,18 @@ def test_blocks_of_columns_in_float32_are_the_sums_of_float64() -> None:
     for found, expected in ((total.input_input, x.T @ x), (total.input_target, x.T @ y), (total.input_sum, x.sum(0))):
         np.testing.assert_allclose(found, expected, atol=2e-6 * np.abs(expected).max())
     assert total.n_rows.item() == N
+
+
+def test_a_product_of_8192_rows_in_float32_is_exact_enough_for_every_pair_of_channels() -> None:
+    """An entry's error is 5e-7 of its two channels' own sizes, which differ by 10^6: small channels keep digits."""
+    generator = torch.Generator().manual_seed(1)
+    sizes = torch.logspace(-3, 3, D)
+    inputs = torch.randn(3 * 8192, D, generator=generator) * sizes + 20 * sizes
+    targets = torch.randn(3 * 8192, D, generator=generator)
+    gram = Gram.zero(inputs[:1000].double().mean(0))
+    for start in range(0, len(inputs), 8192):
+        gram.add_(inputs[start : start + 8192], targets[start : start + 8192])
+    x, y = (inputs.double() - gram.origin).numpy(), targets.double().numpy()
+    of_x, of_y = np.sqrt((x**2).sum(0)), np.sqrt((y**2).sum(0))
+    assert (np.abs(gram.input_input.numpy() - x.T @ x) < 5e-7 * np.outer(of_x, of_x)).all()
+    assert (np.abs(gram.input_target.numpy() - x.T @ y) < 5e-7 * np.outer(of_x, of_y)).all()

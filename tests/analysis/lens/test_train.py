@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 from threading import Thread
 from typing import Any
@@ -15,6 +16,8 @@ import torch
 
 from residua.analysis.lens import train
 from residua.analysis.lens.lens import TunedLens
+from residua.analysis.lens.ridge import fit_bytes
+from residua.analysis.lens.rows import LensRows
 from residua.analysis.lens.settings import LensSettings
 from residua.analysis.lens.train import LensTraining
 from residua.analysis.support.cluster import Cluster, connect
@@ -224,4 +227,50 @@ def test_too_few_rows_and_too_little_memory_are_refused_before_anything_runs(
         monkeypatch.setattr("residua.analysis.lens.rows._CHUNK_ROWS", 16)
         with pytest.raises(AnalysisError, match=r"14 rows.*too few for width \d+.*rows="):
             fit_on(inline, lens_archive, tmp_path / "rows", rows=10)
+        (width,) = lens_archive.plan.site("resid_post.0").row_shape
+        held = len(LensRows(lens_archive, LensSettings()).held_out_rows(4096))
+        head_bytes = (lens_archive.head / "head.safetensors").stat().st_size
+        without_head = Resized(inline, 1, int((fit_bytes(width, held) + head_bytes / 2) * 4 / 3))
+        with pytest.raises(AnalysisError, match=r"LM head.*memory_limit="):
+            fit_on(without_head, lens_archive, tmp_path / "head", refine=False)
     assert not list(tmp_path.iterdir())
+
+
+def test_all_layers_that_fit_are_summed_in_one_read(
+    lens_archive: Archive, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reads, read = Counter[str](), LensRows.read
+
+    def counted(self: LensRows, site: str, rows: Any) -> torch.Tensor:
+        reads[site] += len(rows)
+        return read(self, site, rows)
+
+    with connect("inline") as inline:
+        training = LensTraining(lens_archive, tmp_path / "a", settings=LensSettings(refine=False), cluster=inline)
+        reader = LensRows(lens_archive, LensSettings())
+        monkeypatch.setattr(LensRows, "read", counted)
+        monkeypatch.setattr(train, "_ORIGIN_CHUNKS", 0)
+        training._sum([1, 2])
+    n_rows = len(reader.training_rows(reader.chunks()))
+    assert reads == dict.fromkeys(("resid_post.0", "resid_post.1", "resid_post.2"), n_rows)
+
+
+def test_large_vocabularies_have_candidates_unless_all_tokens_are_asked_for() -> None:
+    of_tokens = {n: LensSettings().n_candidates(n) for n in (1_024, 32_000, 65_536, 131_072)}
+    assert of_tokens == {1_024: 0, 32_000: 0, 65_536: 8_192, 131_072: 8_192}
+    assert LensSettings(candidates=0).n_candidates(131_072) == 0
+    assert LensSettings(candidates=16).n_candidates(97) == 16
+    assert LensSettings(candidates=16).n_candidates(32) == 0
+    with pytest.raises(AnalysisError, match=r"candidates=-1"):
+        LensSettings(candidates=-1)
+
+
+def test_a_device_is_looked_for_before_anything_runs(lens_archive: Archive, tmp_path: Path) -> None:
+    with connect("inline") as inline:
+        alone = fit_on(inline, lens_archive, tmp_path / "alone")
+        assert fit_on(inline, lens_archive, tmp_path / "cpu", device="cpu") == alone
+        n_devices = torch.cuda.device_count()
+        for device in ("abacus", f"cuda:{n_devices}"):
+            with pytest.raises(AnalysisError, match=f"device='{device}'"):
+                fit_on(inline, lens_archive, tmp_path / "none", device=device)
+    assert not (tmp_path / "none").exists()

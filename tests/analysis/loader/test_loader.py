@@ -15,10 +15,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
-from residua.analysis.loader.device import Batch
 from residua.analysis.loader.division import Point
 from residua.analysis.loader.loader import Loader
 from residua.analysis.loader.order import n_batches, resumed_worker, worker_slice
+from residua.analysis.support.device import Batch
 from residua.store.base.errors import AnalysisError, UnknownSiteError
 from residua.store.format.archive_metadata import read_metadata
 from residua.store.read.archive import Archive

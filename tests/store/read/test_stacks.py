@@ -89,7 +89,7 @@ def test_statistics_are_of_sites_with_rows_of_any_stack(crossed: Path, sites: st
     assert found.sites["site"].to_pylist() == expected
     for site in expected:
         own = archive.of_sites(site)
-        rows = own[site][:].reshape(own.n_rows, -1).astype(np.float64)[own.rows.position[:] > 0]
+        rows = own[site][:].reshape(own.n_rows, -1).astype(np.float64)[np.asarray(own.rows.position[:], np.int64) > 0]
         mean = found.channels.filter(pc.field("site") == site)["mean"].to_numpy()
         np.testing.assert_allclose(mean, rows.mean(0), rtol=1e-5, atol=1e-7)
 

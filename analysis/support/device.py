@@ -1,4 +1,4 @@
-"""Batches on the device of a training: on CUDA, the next one is copied from pinned memory while this one is used.
+"""Batches on the device of a computation: on CUDA, the next one is copied from pinned memory while this one is used.
 
 A copy runs on a stream of its own. The stream that computes waits for its event before a batch is handed out, and a
 batch's memory is not given to another copy before what computes with it is done (`Tensor.record_stream`).
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from residua.store.base.errors import AnalysisError
+from residua.store.base.naming import named
 from residua.store.format.site_aliases import BySite
 
 Batch: TypeAlias = dict[str, Tensor]
@@ -27,14 +28,14 @@ def checked_device(device: torch.device | str | None) -> torch.device | None:
     try:
         found = torch.device(device)
     except RuntimeError as error:
-        raise AnalysisError(f"device={device!r} is none that torch knows: give one such as cuda:0 or cpu") from error
+        raise AnalysisError(f"{named('device', device)} is none that torch knows: give cpu or cuda:0") from error
     if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
-        raise AnalysisError(f"device={device!r} is not there: torch finds {torch.cuda.device_count()} CUDA devices")
+        raise AnalysisError(f"{named('device', device)} is not there: torch finds {torch.cuda.device_count()} of CUDA")
     return found
 
 
 def on_device(batches: Iterator[Batch], device: torch.device | None) -> Iterator[Batch]:
-    """Return batches on `device`; as they are if that is None. On CUDA one batch is read ahead."""
+    """Return batches on `device`; as they are if that is None. On CUDA one batch is read and copied ahead."""
     if device is None:
         return batches
     if device.type == "cuda":
