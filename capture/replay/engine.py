@@ -46,7 +46,7 @@ from residua.capture.runtime.wrappers import core_of
 from residua.capture.sites.anatomy import Anatomy, n_logits_of
 from residua.capture.sites.pipeline_stages import target_of
 from residua.capture.sites.reference_model import unsharded_anatomy, unsharded_sites
-from residua.capture.sites.stacks import PAIR_STACKS, anatomies_in_stacks
+from residua.capture.sites.stacks import PAIR_STACKS, anatomies_in_stacks, is_encoder_decoder
 from residua.capture.taps.pipeline_gradients import end_here
 from residua.capture.taps.tap import tap
 from residua.store.base.errors import NotCapturedError, PlanError, few
@@ -109,6 +109,8 @@ class Replayer:
         self.group = tensor_parallel
         anatomies = _stacks_of_blocks(model)
         self.core: PreTrainedModel = next(iter(anatomies.values())).model
+        if isinstance(source, Archive) and not is_encoder_decoder(self.core):  # a tower's rows go into no run
+            source = main_archive(source)
         self.rows = ModelRows(source, self.core, stored)
         self.source = main_archive(source) if isinstance(source, Archive) else source
         archive = self.source if isinstance(self.source, Archive) else None

@@ -176,7 +176,7 @@ def lacking(name: str, block: str, problem: str) -> SiteInfo:
 
 def _kind_of(block: BlockParts, part: Part, mixing: Collection[str], modules: Mapping[str, nn.Module]) -> str:
     if part.attends:
-        return "cross_attn_out" if block.cross in part.calls else "attn_out"
+        return "cross_attn_out" if block.cross and block.cross in part.calls else "attn_out"
     if part.path not in mixing:
         return "mlp_out"
     return "attn_out" if block.stray_attention and _is_behind(block, part, modules) else "mixer_out"

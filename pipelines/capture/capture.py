@@ -3,13 +3,12 @@
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from os import PathLike, fspath
-from typing import Any, Unpack, cast
+from typing import Any, Unpack
 
-from torch import nn
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.pipelining.schedules import PipelineScheduleSingle
-from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from residua.capture.recording.stats import RecordStats, total
 from residua.capture.runtime.pipeline_schedule import PIPELINE_TYPES, as_model, runnable
@@ -21,9 +20,10 @@ from residua.pipelines.capture.encoder_decoder import capture_pairs
 from residua.pipelines.capture.generated import GeneratedCapture
 from residua.pipelines.capture.images import image_dataset, load_processor, part_to_capture
 from residua.pipelines.capture.result import CaptureResult
+from residua.pipelines.capture.towers import capture_both, sites_of_both
 from residua.pipelines.data.dataset import DatasetReport
 from residua.pipelines.jobs.workers import Workers, working_together
-from residua.pipelines.setup.models import is_pair_model, load_model, load_tokenizer
+from residua.pipelines.setup.models import is_pair_model, load_model, load_tokenizer, transformers_model
 from residua.pipelines.setup.settings import CaptureOptions, CaptureSettings
 from residua.store.base.errors import PlanError
 from residua.store.base.naming import named
@@ -91,9 +91,11 @@ def capture_dataset(
         >>> result = residua.capture_dataset("models/pydoc-1m", ["Hello world"], out="acts.zarr")  # doctest: +SKIP
     """
     chosen = _settings(settings, options)
-    if is_pair_model(model, chosen):
-        _refuse_generation(chosen)
-        return capture_pairs(
+    is_pairs = is_pair_model(model, chosen)
+    if is_pairs or sites_of_both(chosen.site_patterns):
+        if is_pairs:
+            _refuse_generation(chosen)
+        return (capture_pairs if is_pairs else capture_both)(
             model,
             dataset,
             out,
@@ -118,7 +120,7 @@ def capture_dataset(
         elif isinstance(model, PIPELINE_TYPES):
             model = stack.enter_context(as_model(model))
         else:
-            model = _language_model(replica_of(model))
+            model = transformers_model(replica_of(model), "capture_dataset")
         model, of_part = part_to_capture(model, chosen.site_patterns)
         if processor is None and name and (takes_pixels(model) or chosen.image_column is not None):
             processor = load_processor(name, chosen.revision)
@@ -170,14 +172,3 @@ def _settings(settings: CaptureSettings | None, options: CaptureOptions) -> Capt
     if options:
         raise PlanError(f"give either settings or single options, not both: {', '.join(options)}")
     return settings
-
-
-def _language_model(model: nn.Module) -> PreTrainedModel:
-    """Return `model` if it is a transformers model; raises PlanError otherwise."""
-    if not isinstance(getattr(model, "config", None), PreTrainedConfig):
-        raise PlanError(
-            f"capture_dataset runs transformers models over token ids, and was given a {type(model).__name__}: call it "
-            "in your own loop inside residua.Recorder, which records any torch module, or pass the transformers model "
-            "that it contains"
-        )
-    return cast("PreTrainedModel", model)

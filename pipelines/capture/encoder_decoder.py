@@ -22,7 +22,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from residua.capture.forward.example_inputs import ExampleInputs, InputSource
 from residua.capture.hooks.site import SiteInfo
-from residua.capture.recording.stats import RecordStats, total
+from residua.capture.recording.stats import RecordStats
 from residua.capture.runtime.wrappers import evaluating, replica_of, running_uncompiled
 from residua.capture.sites.frames import frame_shape, n_frame_positions, takes_frames
 from residua.capture.sites.names_to_modules import resolve_sites
@@ -30,13 +30,13 @@ from residua.capture.sites.stacks import PAIR_STACKS, row_stack, stacks_of, take
 from residua.pipelines.capture.dataset_job import DatasetCapture, DatasetSource
 from residua.pipelines.capture.images import load_processor
 from residua.pipelines.capture.result import CaptureResult
+from residua.pipelines.capture.stacks import run_stacks
 from residua.pipelines.data.audio import FEATURES, Features, FrameShape, HeardSources, read_features
 from residua.pipelines.data.dataset import SOURCE_COLUMNS, DatasetReport
 from residua.pipelines.data.pairs import PairTokens, read_pairs
 from residua.pipelines.data.sources import Rows
 from residua.pipelines.data.tokenizer import special_ids
 from residua.pipelines.images.spool import spool_folder
-from residua.pipelines.jobs.workers import WorkerFigures, Workers, working_together
 from residua.pipelines.setup.models import load_model, load_tokenizer, token_limit
 from residua.pipelines.setup.settings import CaptureSettings
 from residua.store.base.canonical import Json
@@ -48,8 +48,6 @@ from residua.store.examples.writer import ExampleWriter
 from residua.store.format.create import bring_archive
 from residua.store.format.plan import STACK_RULE, Plan
 from residua.store.format.stacks import create_stacks
-from residua.store.read.stacks import open_written
-from residua.store.sealing.losses import loss_notes
 from residua.store.storage.destination import Destination
 from residua.store.storage.place import try_archive_place
 
@@ -99,23 +97,8 @@ def capture_pairs(
         stack.enter_context(evaluating(model))
         folder = stack.enter_context(spool_folder(place.out.path))
         pairs = _Pairs(model, dataset, tokenizer, processor, settings, on_example, folder)
-        figures, resumed, report = list[WorkerFigures](), list[bool](), DatasetReport()
-        for name, infos in sites.items():
-            job = _StackCapture(name, infos, pairs, place.out.inside(name), command)
-            with working_together(job.out, settings, job=name) as membership:
-                found, shared = job.run(Workers(membership), on_plan, on_batch)
-            figures += found
-            resumed.append(shared["resumed"])
-            report = DatasetReport(**shared["dataset"])
-            notes += [*job.notes, *loss_notes(job.archive.plan, job.archive.commits)]
-    return CaptureResult(
-        archive=open_written(place.out),
-        dataset=report,
-        stats=total([worker.stats for worker in figures]),
-        workers=tuple(figures),
-        resumed=any(resumed),
-        notes=tuple(dict.fromkeys([*notes, *report.notes()])),
-    )
+        jobs = ((name, _StackCapture(name, own, pairs, place.out.inside(name), command)) for name, own in sites.items())
+        return run_stacks(place.out, jobs, settings, on_plan, on_batch, notes)
 
 
 def _sites_by_rows(model: PreTrainedModel, settings: CaptureSettings) -> dict[str, dict[str, SiteInfo]]:

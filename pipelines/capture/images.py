@@ -1,5 +1,6 @@
 """Whether a capture takes images, and what its model makes of them."""
 
+from collections.abc import Collection
 from inspect import signature
 from os import PathLike
 from pathlib import Path
@@ -10,7 +11,7 @@ from residua.capture.layout.process_layout import spans_processes
 from residua.capture.runtime.pipeline_schedule import stage_model_of
 from residua.capture.runtime.sharded import is_sharded
 from residua.capture.sites.anatomy import PIXELS, takes_pixels
-from residua.capture.sites.towers import NAMES, towers_of
+from residua.capture.sites.towers import NAMES, Tower, towers_of
 from residua.pipelines.images.encoders import PatchEncoder, TokenEncoder
 from residua.pipelines.images.examples import ImageDataset
 from residua.pipelines.setup.settings import CaptureSettings
@@ -19,7 +20,11 @@ from residua.store.base.naming import named
 
 
 def image_dataset(
-    model: PreTrainedModel, out: Path, settings: CaptureSettings, processor: object | None
+    model: PreTrainedModel,
+    out: Path,
+    settings: CaptureSettings,
+    processor: object | None,
+    rows: Collection[int] | None = None,
 ) -> ImageDataset | None:
     """Return what reads the images of a capture; None for a capture over tokens alone.
 
@@ -28,6 +33,7 @@ def image_dataset(
         out: Folder of the archive.
         settings: The settings of the capture.
         processor: The model's processor or image processor.
+        rows: The rows of the dataset to read, by number; None for all.
 
     Raises:
         PlanError: The model takes images and comes without a processor, takes none, or is held by several processes.
@@ -52,7 +58,7 @@ def image_dataset(
             "processor=transformers.AutoImageProcessor.from_pretrained(...), or AutoProcessor if it takes text, too"
         )
     if takes_pixels(model):
-        return ImageDataset(out, PatchEncoder(model, processor), settings)
+        return ImageDataset(out, PatchEncoder(model, processor), settings, rows)
     return ImageDataset(out, TokenEncoder(model, processor, settings), settings)
 
 
@@ -61,22 +67,18 @@ def part_to_capture(model: PreTrainedModel, sites: str) -> tuple[PreTrainedModel
 
     Sites of a vision tower have rows of patches, and those of CLIP's text model rows of its own tokens: the part runs
     alone. All others run the model itself.
-
-    Raises:
-        PlanError: The sites are of two parts.
     """
     words = [word.strip() for word in sites.split(",")]
     asked = [name for name in NAMES if any(word.startswith(f"{name}.") for word in words)]
-    if len(asked) > 1:
-        raise PlanError(
-            f"{named('sites', sites)}: {' and '.join(asked)} have rows of their own, patches and tokens: capture the "
-            "sites of each in a run of its own, into an archive of its own"
-        )
     tower = towers_of(model).get(asked[0]) if asked else None
-    if tower is None or not tower.path:
-        return model, ""
-    name, part = type(model).__name__, type(tower.module).__name__
-    return tower.module, f"the model is {tower.path} ({part}) of {name}, which ran alone"
+    return (model, "") if tower is None else (tower.module, ran_alone(model, tower))
+
+
+def ran_alone(model: PreTrainedModel, part: Tower) -> str:
+    """Return what a reader of the archive of a part should know; nothing for the model itself."""
+    if not part.path:
+        return ""
+    return f"the model is {part.path} ({type(part.module).__name__}) of {type(model).__name__}, which ran alone"
 
 
 def load_processor(name: str | PathLike[str], revision: str | None) -> object:

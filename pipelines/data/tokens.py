@@ -225,7 +225,7 @@ class Tokens:
     ) -> Source:
         ids, marked, counts = encoded
         rule = self.settings.rule
-        used = {content.column, rule.column}
+        used = {content.column, rule.column, self.settings.image_column}  # images are the tower's
         if content.kind == "chat":
             used.add(self._chats.tools_column)
         if rule.column:

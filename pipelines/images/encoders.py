@@ -64,6 +64,13 @@ class PatchEncoder:
     def encode(self, images: Sequence[Image.Image], text: str, where: str) -> ExampleInputs:  # noqa: ARG002
         """Return the pixels of an image, (1, channels, height, width), and what each position is."""
         pixels = processed(self._processor, where, images=images[0])[PIXELS]
+        if pixels.ndim > _IMAGE_AXES + 1:  # (images, views, ...)
+            pixels = pixels.flatten(0, 1)
+        if len(pixels) != 1:
+            raise DatasetError(
+                f"{where}: the processor makes {len(pixels)} views of the image, and a row of patches is of one: give "
+                "a processor that makes one (do_image_splitting=False, crop_to_patches=False, or a size that fits)"
+            )
         try:
             grid = patch_grid(self._model, tuple(pixels.shape[1:]))
         except CaptureError as error:

@@ -4,7 +4,7 @@ An `Encoder` says what a model makes of a row. The same encoder makes the rows' 
 (`ImageInputs`), from the images that the spool keeps.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from os import PathLike
@@ -28,6 +28,7 @@ from residua.store.format.row_columns import MODALITIES
 from residua.store.selection.positions import kept_positions, marks_of
 
 _USUAL = ("image", "images", "img")
+_SOURCE_IMAGE = "source_image"
 _IMAGE, _SPECIAL = MODALITIES.index("image"), MODALITIES.index("special")
 
 
@@ -58,12 +59,16 @@ class ImageDataset:
         archive: The archive; the spool lies next to it.
         encoder: What the model makes of a row.
         settings: What to read, and which positions to keep.
+        rows: The rows of the dataset to read, by number; None for all.
     """
 
-    def __init__(self, archive: Path, encoder: Encoder, settings: DatasetSettings) -> None:
+    def __init__(
+        self, archive: Path, encoder: Encoder, settings: DatasetSettings, rows: Collection[int] | None = None
+    ) -> None:
         self._archive = archive
         self._encoder = encoder
         self._settings = settings
+        self._rows = rows
         self._stack = ExitStack()
         self.folder: Path | None = None
 
@@ -89,6 +94,7 @@ class ImageDataset:
                 spool=spool,
                 model_limit=model_limit,
                 report=report,
+                only=self._rows,
             )
 
     def inputs(self, folder: Path) -> "ImageInputs":
@@ -127,6 +133,7 @@ def read_image_examples(
     spool: SpoolWriter,
     model_limit: int | None,
     report: DatasetReport,
+    only: Collection[int] | None = None,
 ) -> Iterator[Example]:
     """Read a dataset with images as examples, one a row and in the order of the dataset.
 
@@ -137,6 +144,8 @@ def read_image_examples(
         spool: Gets the images of each example.
         model_limit: Most tokens that the model takes; None if it has no limit.
         report: Filled while the examples are read.
+        only: The rows to read, by number, each image of which is an example, with the column ``source_image``: its
+            number in the row. None for all rows, each an example.
 
     Raises:
         DatasetError: The dataset cannot be opened, or (while iterating) a row cannot be used, or the dataset gives no
@@ -156,12 +165,13 @@ def read_image_examples(
         encoder=encoder,
         limit=limit,
         report=report,
+        only=only,
     )
     return reading.examples(rows, spool)
 
 
 def _image_column(rows: Rows, settings: DatasetSettings, encoder: Encoder) -> str:
-    taken = [name for name in rows.columns if name in (*SOURCE_COLUMNS, IMAGES, OTHER_INPUTS)]
+    taken = [name for name in rows.columns if name in (*SOURCE_COLUMNS, _SOURCE_IMAGE, IMAGES, OTHER_INPUTS)]
     if taken:
         raise DatasetError(f"the dataset has a column {taken[0]!r}, which the examples need for themselves: rename it")
     asked, found = settings.image_column, ", ".join(rows.columns)
@@ -206,6 +216,7 @@ class _Reading:
     encoder: Encoder
     limit: int | None
     report: DatasetReport
+    only: Collection[int] | None
 
     def examples(self, rows: Rows, spool: SpoolWriter) -> Iterator[Example]:
         """Yield the examples; raises DatasetError at the end if there are none."""
@@ -214,19 +225,23 @@ class _Reading:
             if most is not None and report.n_tokens >= most:
                 report.cut_at_max_tokens = True
                 break
+            if self.only is not None and number not in self.only:
+                continue
             report.n_sources += 1
             images = self._images(row, number)
             text, used = self.encoder.text_of(row, number)
             if not images and (self.encoder.needs_image or not text):
                 report.n_empty += 1
                 continue
-            example = self._example(row, number, images, text, used)
-            if example is not None:
-                spool.add(images, text)
-                report.n_examples += 1
-                report.n_tokens += example.input_ids.size
-                report.n_rows += example.positions.size
-                yield example
+            whole = [(images, {})] if self.only is None else [([it], {_SOURCE_IMAGE: n}) for n, it in enumerate(images)]
+            for chosen, columns in whole:
+                example = self._example(row, number, chosen, text, used, columns)
+                if example is not None:
+                    spool.add(chosen, text)
+                    report.n_examples += 1
+                    report.n_tokens += example.input_ids.size
+                    report.n_rows += example.positions.size
+                    yield example
         if not report.n_examples:
             raise DatasetError(f"the dataset gives no example: {'; '.join(report.notes())}")
 
@@ -236,7 +251,7 @@ class _Reading:
             raise DatasetError(f"{where}: there is no such column; the row has {', '.join(row)}")
         value = row[self.column]
         values = value if isinstance(value, list | tuple) else [] if value is None else [value]
-        if self.encoder.needs_image and len(values) > 1:
+        if self.encoder.needs_image and len(values) > 1 and self.only is None:
             raise DatasetError(f"{where}: there are {len(values)} images, and the model takes one: make a row of each")
         return [given_image(each, folder=self.folder, where=where) for each in values]
 
@@ -244,9 +259,15 @@ class _Reading:
         return f"row {number}, column {self.column!r}"
 
     def _example(
-        self, row: Row, number: int, images: Sequence[GivenImage], text: str, used: Sequence[str]
+        self,
+        row: Row,
+        number: int,
+        images: Sequence[GivenImage],
+        text: str,
+        used: Sequence[str],
+        columns: Mapping[str, object],
     ) -> Example | None:
-        """Return the example of a row; None if it is left out."""
+        """Return the example of a row, or of one image of it; None if it is left out."""
         where, rule = self._where(number), self.settings.rule
         pixels = [open_image(each, max_pixels=self.settings.max_image_pixels, where=where) for each in images]
         found = self.encoder.encode(pixels, text, where)
@@ -276,7 +297,7 @@ class _Reading:
         return Example(
             input_ids=found.input_ids.astype(np.int32),
             positions=positions,
-            columns={**others, **where_from, **_recorded(found)},
+            columns={**others, **where_from, **columns, **_recorded(found)},
             images=tuple(each.sha256 for each in images),
         )
 

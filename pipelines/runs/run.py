@@ -10,13 +10,12 @@ A run is what a replay is, over prompts instead of the examples of an archive.
 from collections.abc import Iterable, Mapping
 from functools import partial
 from os import PathLike, fspath
-from typing import cast
 
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.pipelining.schedules import PipelineScheduleSingle
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from residua.capture.hooks.site import SiteInfo, plan_sites
 from residua.capture.identity.fingerprint import WeightsSeen
@@ -31,7 +30,7 @@ from residua.pipelines.data.settings import DatasetSettings
 from residua.pipelines.runs.prompts import read_prompts
 from residua.pipelines.runs.result import Run
 from residua.pipelines.runs.texts import Texts
-from residua.pipelines.setup.models import load_model, load_tokenizer, tokenizer_of
+from residua.pipelines.setup.models import load_model, load_tokenizer, tokenizer_of, transformers_model
 from residua.pipelines.setup.settings import CaptureSettings
 from residua.store.base.errors import PlanError
 from residua.store.base.naming import named
@@ -112,7 +111,7 @@ def run(
         texts = Texts(tokenizer, "this model", partial(tokenizer_of, model))
     ready = partial(ready_to_run, model, tensor_parallel)
     with ready() as ready_model:
-        core = cast("PreTrainedModel", core_of(ready_model))
+        core = transformers_model(core_of(ready_model), "residua.run")
         dataset = DatasetSettings(add_special_tokens=add_special_tokens, add_generation_prompt=add_generation_prompt)
         examples, notes = read_prompts(prompts, core, texts, dataset)
         kept = unsharded_sites(core, [sites] if isinstance(sites, str) else list(sites)) if sites else {}

@@ -8,7 +8,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from os import PathLike, fspath
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import transformers
@@ -38,6 +38,22 @@ _TOKENIZER_FILES = frozenset(
     ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
 )
 _APPLY_PLAN = "apply_tensor_parallelism"
+
+
+def transformers_model(model: nn.Module, job: str) -> PreTrainedModel:
+    """Return `model` if it is a transformers model; raises PlanError otherwise.
+
+    Args:
+        model: Any torch module.
+        job: What was to run it, for the message.
+    """
+    if not isinstance(getattr(model, "config", None), PreTrainedConfig):
+        raise PlanError(
+            f"{job} runs transformers models over token ids, and was given a {type(model).__name__}: call it "
+            "in your own loop inside residua.Recorder or residua.tap, which read any torch module, or pass the "
+            "transformers model that it contains"
+        )
+    return cast("PreTrainedModel", model)
 
 
 def load_model(name: str, settings: CaptureSettings) -> PreTrainedModel:

@@ -1,8 +1,9 @@
 """A folder of several archives, one for each stack of a model: encoder and decoder, or vision tower and text model.
 
 The stacks of one model have positions of their own: tokens of the source and of the target, or patches and tokens. So
-each has an archive of its own, with its plan, commits and seal. All have the same examples in the same order. The
-folder around them is a Zarr group that names them; it is written before the first of them is begun, and stays.
+each has an archive of its own, with its plan, commits and seal. Encoder and decoder have the same examples in the same
+order; examples of a tower are images. The folder around them is a Zarr group that names them; it is written before the
+first of them is begun, and stays.
 """
 
 from collections.abc import Sequence

@@ -132,7 +132,10 @@ def by_rows(archive: Archive, sites: str | Iterable[str]) -> list[tuple[Archive,
 
 
 class StackedArchive(Archive):
-    """The archives of several stacks of one model, with the same examples in the same order.
+    """The archives of several stacks of one model.
+
+    Those of encoder and decoder have the same examples in the same order. An example of a vision tower is one image:
+    its columns ``source_index`` and ``source_image`` say which.
 
     Sites of all stacks are read by their names: ``archive["encoder.resid_post.3"]``. Each stack has rows of its own, so
     what is about rows (`rows`, `n_rows`, `example`, `text`) belongs to one stack: ``archive.stacks["encoder"]``.
