@@ -263,7 +263,7 @@ class CountTasks(SchedulerPlugin):
     def __init__(self) -> None:
         self.n_tasks = 0
 
-    def update_graph(self, _: Any, *, tasks: Sequence[Any], **__: object) -> None:
+    def update_graph(self, *_: Any, tasks: Sequence[Any], **__: Any) -> None:
         """Count the tasks of a graph."""
         self.n_tasks += len(tasks)
 

@@ -496,7 +496,7 @@ def _comes_of_os(error: BaseException | None) -> bool:
     return False
 
 
-def _answers(client: Client) -> bool:
+def _answers(client: Any) -> bool:
     """Say whether the scheduler still answers: a job may fail of a lost one before the client knows that it is lost."""
     try:
         client.nthreads()

@@ -117,7 +117,7 @@ def test_results_go_to_a_bucket(
     assert residua.analysis.LinearProbe.load(out("results/probes/q/1")) is not None
     with pytest.raises(residua.ResiduaError, match=r"s3://acts/results/stats"):
         residua.TunedLens.load(out("results/stats"))
-    page = {"lens": out("results/lens"), "sites": "resid_post.2", "examples": 2, "lens_examples": 2}
+    page: dict[str, Any] = {"lens": out("results/lens"), "sites": "resid_post.2", "examples": 2, "lens_examples": 2}
     assert residua.page(both.here, tmp_path / "page", **page).n_examples >= 2
     words = ["--site", "q.1", "--direction", out("results/probes/q/1/probe.safetensors")]
     assert main(["top", archive, *words, "--json"]) == 0

@@ -59,7 +59,7 @@ def test_parquet_of_several_sites_names_them(source: Archive, tmp_path: Path) ->
 
 def test_a_folder_for_datasets(source: Archive, tmp_path: Path) -> None:
     datasets = pytest.importorskip("datasets")
-    out = export(source, tmp_path / "d", to="hf", sites="resid_post.0", rows="position > 2")
+    out = Path(export(source, tmp_path / "d", to="hf", sites="resid_post.0", rows="position > 2"))
     found = datasets.load_dataset(str(out), split="train", cache_dir=str(tmp_path / "cache"))
     assert len(list((out / "data").iterdir())) > 1
     assert np.array_equal(np.array(found[VECTOR], np.float32), source["resid_post.0"][keep_of(source, "x")])
@@ -83,7 +83,7 @@ def test_safetensors_keep_the_stored_type(name: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("rows", [None, "position > 2"])
 def test_npy_opens_as_a_memory_map(rows: str | None, tmp_path: Path) -> None:
     source = Archive(FROZEN / "raw.archive")
-    out, keep = export(source, tmp_path / "d", to="npy", rows=rows), keep_of(source, rows)
+    out, keep = Path(export(source, tmp_path / "d", to="npy", rows=rows)), keep_of(source, rows)
     for site in source.sites:
         found = np.load(out / f"{site}.npy", mmap_mode="r", allow_pickle=False)
         assert np.array_equal(found, source[site][keep])

@@ -21,6 +21,7 @@ from residua.pipelines.replay.capture import ReplayCapture
 from residua.store.base.errors import PlanError, UnknownSiteError
 from residua.store.format.archive_metadata import is_archive
 from residua.store.read.archive import Archive
+from residua.store.storage.destination import DiskFolder
 from residua.store.verification.verify import verify
 from tests.calls import count_calls
 from tests.capture.replay_samples import EVEN, LAST, LENGTHS, MODELS, PADDED, captured, model_of, run_in_full, tokens
@@ -253,7 +254,7 @@ def test_wider_rows_have_lower_shards(tmp_path: Path) -> None:
     replayer = Replayer(model, archive, at=["resid_post.0"])
     examples = np.arange(len(archive.example_table))
     facts: dict[str, Any] = {"replay": {}, "facts": {"command": None}}
-    job = ReplayCapture(replayer, "logits", examples, tmp_path / "acts.zarr", host_memory=32_000, **facts)
+    job = ReplayCapture(replayer, "logits", examples, DiskFolder(tmp_path / "acts.zarr"), host_memory=32_000, **facts)
     found = job.capture(None)
     replayer.rows.close()
     assert found.plan.rows_per_shard == 32
@@ -261,7 +262,7 @@ def test_wider_rows_have_lower_shards(tmp_path: Path) -> None:
     rows = slice(0, archive.n_rows)
     torch.testing.assert_close(found["logits"].torch(rows), archive["logits"].torch(rows), rtol=1e-5, atol=1e-5)
     with pytest.raises(PlanError, match=r"12 rows of 388 bytes, .* 1,000 bytes"):
-        ReplayCapture(replayer, "logits", examples, tmp_path / "small", host_memory=1000, **facts)
+        ReplayCapture(replayer, "logits", examples, DiskFolder(tmp_path / "small"), host_memory=1000, **facts)
 
 
 def test_killed_at_many_steps_it_ends_the_same(forks: Forks, tmp_path: Path) -> None:

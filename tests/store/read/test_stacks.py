@@ -97,7 +97,7 @@ def test_statistics_are_of_sites_with_rows_of_any_stack(crossed: Path, sites: st
 def test_a_page_of_a_stack_leaves_out_what_has_rows_of_another_and_says_so(crossed: Path, tmp_path: Path) -> None:
     made = residua.page(crossed, tmp_path / "page", sites="decoder.*")
     assert any("decoder.cross_k.1" in note and "encoder" in note for note in made.notes)
-    text = (made.file.parent / "data" / "archive.js").read_text()
+    text = (Path(made.file).parent / "data" / "archive.js").read_text()
     assert "decoder.resid_post.0" in text
     alone = residua.page(crossed, tmp_path / "alone", sites="decoder.cross_k.*")
     assert not any("cross_k" in note for note in alone.notes)
