@@ -126,6 +126,7 @@ class ShardFiller:
 
     Attributes:
         n_bytes: Bytes of the rows that were copied to host buffers.
+        n_rows: Rows of the archive, which end the last shard; None while they are not known.
     """
 
     def __init__(
@@ -142,6 +143,7 @@ class ShardFiller:
         self._pinned = pinned
         self._ownership = Ownership(plan.sites) if ownership is None else ownership
         self.n_bytes = 0
+        self.n_rows = plan.n_rows
         self._plan = plan
         self._writer = writer
         self._only: Container[int] | None = None
@@ -364,7 +366,7 @@ class ShardFiller:
 
     def _rows_in(self, shard: int) -> int:
         height = self._plan.rows_per_shard
-        return height if self._plan.n_rows is None else min(height, self._plan.n_rows - shard * height)
+        return height if self.n_rows is None else min(height, self.n_rows - shard * height)
 
     def _acquire(self, shard: int) -> HostBuffer:
         buffer = self._pools[self._ownership.lot(shard)].acquire()

@@ -27,8 +27,9 @@ from residua.capture.runtime.sharded import without_gradients
 from residua.capture.scheduling.work_queue import Run, WorkQueue, runs_of
 from residua.capture.sites.names_to_modules import resolve_sites
 from residua.capture.taps.reading import Taps
-from residua.store.examples.schedule import Batch, Schedule
+from residua.store.examples.schedule import Batch, GrowingSchedule, Schedule
 from residua.store.examples.table import ExampleTable
+from residua.store.format.archive_metadata import DatasetEnd
 from residua.store.format.commits import committed_shards
 from residua.store.format.plan import Plan
 from residua.store.storage.destination import Destination, destination_of
@@ -46,6 +47,7 @@ def record(
     inputs: InputSource | None = None,
     work: Callable[[Schedule], WorkQueue] | None = None,
     agree: Callable[[bool], bool] | None = None,
+    most_rows: int | None = None,
     threads: int = 1,
     on_batch: Callable[[RecordStats], None] = lambda _: None,
 ) -> RecordStats:
@@ -62,6 +64,8 @@ def record(
             the leader's queue counts.
         agree: For models whose forward pass is a collective of all workers. Called before each batch with whether
             this worker has one; returns whether any worker has. A worker without a batch runs a few tokens instead.
+        most_rows: Most rows of an example, for a plan whose number of rows is open: its examples may still be read.
+            Unless given, the most that an example has.
         threads: Encoder threads.
         on_batch: Called with the figures so far after every batch, and regularly while there is none.
 
@@ -74,8 +78,7 @@ def record(
     """
     # What is to be captured here: the batches of the plan, and the sites that this process holds.
     table = ExampleTable(destination_of(archive).path / "examples")
-    index = table.index()
-    schedule = Schedule(index, rows_per_shard=plan.rows_per_shard, batch_tokens=plan.batch_tokens)
+    schedule = _schedule(destination_of(archive).path, plan, table)
     sites = resolve_sites(model, [site.name for site in plan.sites]) if process_layout is None else process_layout.sites
     shards = LocalShards(sites, None if process_layout is None else process_layout.group)
 
@@ -85,7 +88,7 @@ def record(
         plan,
         process_layout=process_layout,
         shards=shards,
-        most_rows=int(index.n_rows.max(initial=0)),
+        most_rows=int(table.index().n_rows.max(initial=0)) if most_rows is None else most_rows,
         pinned=runs_on_cuda(model),
         threads=threads,
     )
@@ -104,7 +107,7 @@ def record(
 
     # A replay attaches the taps itself, around each batch, so that they read what its edits have left.
     with rows, without_gradients(model), taps.attached() if replaying is None else nullcontext():
-        queue = iter([range(schedule.n_shards)]) if work is None else work(schedule)
+        queue = schedule.intervals() if work is None else work(schedule)
         runs = runs_of(queue, partial(committed_shards, archive))
         if process_layout is not None:
             runs = process_layout.worker_group.in_lockstep(runs, waits=agree is None)
@@ -124,6 +127,13 @@ def record(
     return stats()
 
 
+def _schedule(archive: Path, plan: Plan, table: ExampleTable) -> Schedule:
+    sizes = {"rows_per_shard": plan.rows_per_shard, "batch_tokens": plan.batch_tokens}
+    if plan.n_rows is None:
+        return GrowingSchedule(table, DatasetEnd(archive), **sizes)
+    return Schedule(table.index(), **sizes)
+
+
 def _batches(
     runs: Iterator[Run | None], schedule: Schedule, filler: ShardFiller, replaying: CapturedReplay | None
 ) -> Iterator[Batch | None]:
@@ -132,6 +142,7 @@ def _batches(
         if run is None:
             yield None
         else:
+            filler.n_rows = schedule.n_rows if schedule.is_whole else None
             filler.keep_only(set(run.shards) - run.committed)
             batches = schedule.work(run.committed, run.shards)
             yield from batches if replaying is None else replaying.prefetching(batches)

@@ -96,7 +96,7 @@ def attention_notes(model: PreTrainedModel, infos: Iterable[SiteInfo]) -> list[s
 
 def batch_note(archive: Archive, examples: Sequence[int]) -> str:
     """Return how a batch of `examples` differs from the batches of the capture; empty if it is one of them."""
-    if not archive.plan.batch_tokens or archive.plan.n_rows is None:
+    if not archive.plan.batch_tokens:
         return "the archive was recorded in a user's own loop: which examples ran together, and how, is not known"
     first, captured = examples[0], archive.batch_of(examples[0])
     if captured == tuple(examples):

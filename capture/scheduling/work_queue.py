@@ -72,6 +72,7 @@ def shared_queue(
     done: Callable[[], Collection[int]],
     *,
     name: str = "run",
+    more: Iterator[Sequence[range] | None] | None = None,
     max_wait_seconds: float = 0.5,
 ) -> WorkQueue:
     """Yield the runs that this worker processes, of those that several workers share, until every shard is done.
@@ -81,11 +82,11 @@ def shared_queue(
         runs: All runs; the same for every worker.
         done: Returns the shards that are done, by any worker.
         name: Tells this work from other work of the same job.
+        more: Yields runs that follow `runs`, the same for every worker; None while there are none, but some may come.
         max_wait_seconds: Longest time between two looks at `done`, once no run is left to claim.
     """
-    while (number := membership.count(f"{name}s") - 1) < len(runs):
-        if membership.claim(f"{name}/{number}"):
-            yield runs[number]
+    known = list(runs)
+    yield from _in_turn(membership, known, iter(()) if more is None else more, name)
     exhausted_at = time.monotonic()
     next_look = 0.0
     while True:
@@ -95,10 +96,27 @@ def shared_queue(
             continue
         next_look = now + min(max_wait_seconds, _LOOK_FRACTION * (now - exhausted_at))
         finished = frozenset(done())
-        left = [number for number, shards in enumerate(runs) if not finished.issuperset(shards)]
+        left = [number for number, shards in enumerate(known) if not finished.issuperset(shards)]
         if not left:
             return
-        yield next((runs[number] for number in left if _claim_lost(membership, f"{name}/{number}")), None)
+        yield next((known[number] for number in left if _claim_lost(membership, f"{name}/{number}")), None)
+
+
+def _in_turn(
+    membership: Membership, known: list[range], more: Iterator[Sequence[range] | None], name: str
+) -> WorkQueue:
+    """Yield the runs that this worker gets from the counter; add to `known` what comes meanwhile."""
+    while True:
+        number = membership.count(f"{name}s") - 1
+        while number >= len(known):
+            came = next(more, ())
+            if came == ():
+                return
+            known.extend(came or ())
+            if number >= len(known):
+                yield None
+        if membership.claim(f"{name}/{number}"):
+            yield known[number]
 
 
 def _claim_lost(membership: Membership, name: str) -> bool:

@@ -19,7 +19,7 @@ from residua.store.base.errors import NotCapturedError, PlanError
 from residua.store.base.naming import named
 from residua.store.format.archive_metadata import ROOT
 from residua.store.format.commits import FOLDER
-from residua.store.format.plan import Plan
+from residua.store.format.plan import GROW_RULE, Plan
 from residua.store.read.archive import Archive, refuse_replay
 from residua.store.read.stacks import open_written
 from residua.store.storage.destination import BucketFolder, Destination, DiskFolder
@@ -117,7 +117,12 @@ def _finished(archive: Archive) -> Archive:
             f"{archive.place} is not finished: run the same capture again without {named('add_sites')}, and add sites "
             "then"
         )
-    if archive.plan.n_rows is None or not archive.plan.batch_tokens:
+    if GROW_RULE in archive.plan.rules:
+        raise PlanError(
+            f"{archive.path} was captured with {named('grow', True)}, and sites cannot be added to such an archive: "
+            "capture them into another one"
+        )
+    if not archive.plan.batch_tokens:
         raise PlanError(
             f"{archive.place} was recorded in a loop of its own, or taken from other archives, so its batches are not "
             "known: record the new sites in a loop like that"

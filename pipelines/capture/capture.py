@@ -18,6 +18,7 @@ from residua.capture.sites.anatomy import takes_pixels
 from residua.pipelines.capture.dataset_job import DatasetCapture, DatasetSource
 from residua.pipelines.capture.encoder_decoder import capture_pairs
 from residua.pipelines.capture.generated import GeneratedCapture
+from residua.pipelines.capture.growing import GrowingCapture
 from residua.pipelines.capture.images import image_dataset, load_processor, part_to_capture
 from residua.pipelines.capture.result import CaptureResult
 from residua.pipelines.capture.towers import capture_both, sites_of_both
@@ -95,6 +96,7 @@ def capture_dataset(
     if is_pairs or sites_of_both(chosen.site_patterns):
         if is_pairs:
             _refuse_generation(chosen)
+        _refuse_growing(chosen)
         return (capture_pairs if is_pairs else capture_both)(
             model,
             dataset,
@@ -130,8 +132,10 @@ def capture_dataset(
             stack.enter_context(images)
             tokenizer = None if takes_pixels(model) else tokenizer or getattr(processor, "tokenizer", None)
         given = (model, place.out, tokenizer, dataset, chosen, command, on_example)
-        generates = chosen.generate is not None
-        job = GeneratedCapture(*given, on_generated) if generates else DatasetCapture(*given, images)
+        if chosen.generate is not None:
+            job: DatasetCapture = GeneratedCapture(*given, on_generated)
+        else:
+            job = (GrowingCapture if chosen.grow else DatasetCapture)(*given, images)
         job.notes.extend(filter(None, [*place.notes, of_part]))
         called = runnable(model)
         if stack.enter_context(running_uncompiled(called)):
@@ -163,6 +167,14 @@ def _refuse_generation(settings: CaptureSettings) -> None:
         raise PlanError(
             f"{named('generate', settings.generate)} continues prompts, and an encoder-decoder makes a target of a "
             "source: generate the targets first, and give a dataset of pairs"
+        )
+
+
+def _refuse_growing(settings: CaptureSettings) -> None:
+    if settings.grow:
+        raise PlanError(
+            f"{named('grow', True)} is for one archive, and this capture makes two, whose plans belong together: "
+            "leave it out"
         )
 
 

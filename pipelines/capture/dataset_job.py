@@ -1,6 +1,6 @@
 """The capture job whose examples are those of a dataset."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict
 from os import PathLike
 from pathlib import Path
@@ -34,7 +34,7 @@ from residua.pipelines.setup.settings import CaptureSettings
 from residua.store.base.canonical import Json
 from residua.store.base.errors import DatasetError, PlanError
 from residua.store.base.naming import named
-from residua.store.examples.index import ExampleIndex, dataset_entry
+from residua.store.examples.index import Example, ExampleIndex, dataset_entry
 from residua.store.examples.writer import ExampleWriter
 from residua.store.format.plan import Plan, check_host_memory, choose_rows_per_shard, host_buffer_bytes
 from residua.store.format.row_columns import HAS_IMAGES, IMAGE_ROW_BYTES
@@ -85,27 +85,10 @@ class DatasetCapture(CaptureJob):
 
     def write_examples(self, folder: Path) -> ExampleIndex:
         """Read the dataset once, and write its examples; raises DatasetError if it cannot be used as asked."""
-        tokenizer, report = self._tokenizer, self._report
-        if self._settings.drop_special and tokenizer is None and self._images is None:
-            raise DatasetError(
-                f"{named('drop_special', True)} needs a tokenizer, and the model has none: nothing says which tokens "
-                "are special"
-            )
+        report = self._report
         writer = ExampleWriter(folder)
         began, reading = time_ns(), self._reading()
-        if self._images is not None:
-            examples = self._images.examples(self._dataset, model_limit=token_limit(self.model), report=report)
-        else:
-            examples = read_examples(
-                self._dataset,
-                settings=self._settings,
-                tokenizer=tokenizer,
-                model_limit=token_limit(self.model),
-                vocab_size=self.model.config.get_text_config().vocab_size,
-                special_ids=special_ids(tokenizer),
-                report=report,
-            )
-        for example in examples:
+        for example in self.examples():
             writer.add(example)
             self._on_example(report.n_examples, report.n_tokens)
         if reading is not None and reading.held(self._dataset, self._settings, began):
@@ -114,6 +97,30 @@ class DatasetCapture(CaptureJob):
         if self._images is not None:
             self.shared["images"] = str(self._images.folder)
         return writer.close()
+
+    def examples(self) -> Iterator[Example]:
+        """Open the dataset and return its examples, which are counted while they are read.
+
+        Raises:
+            DatasetError: Here or while iterating: the dataset cannot be used as asked.
+        """
+        tokenizer, report = self._tokenizer, self._report
+        if self._settings.drop_special and tokenizer is None and self._images is None:
+            raise DatasetError(
+                f"{named('drop_special', True)} needs a tokenizer, and the model has none: nothing says which tokens "
+                "are special"
+            )
+        if self._images is not None:
+            return self._images.examples(self._dataset, model_limit=token_limit(self.model), report=report)
+        return read_examples(
+            self._dataset,
+            settings=self._settings,
+            tokenizer=tokenizer,
+            model_limit=token_limit(self.model),
+            vocab_size=self.model.config.get_text_config().vocab_size,
+            special_ids=special_ids(tokenizer),
+            report=report,
+        )
 
     def known_examples(self) -> ExampleIndex | None:
         """Return the archive's examples if dataset, settings and tokenizer are surely those that gave them."""
@@ -131,6 +138,9 @@ class DatasetCapture(CaptureJob):
         """Return what the examples follow from, if that is known without reading the dataset."""
         if type(self) is not DatasetCapture or self._images is not None:  # others make more of the dataset
             return None
+        return self._reading_of_rows()
+
+    def _reading_of_rows(self) -> Reading | None:
         return reading_of(
             self._dataset,
             self._settings,
@@ -141,13 +151,41 @@ class DatasetCapture(CaptureJob):
 
     def plan(self, index: ExampleIndex) -> Plan:
         """Return the plan; raises PlanError if not even the smallest shard fits into host memory."""
-        settings, most_rows = self._settings, int(index.n_rows.max())
-        batch_tokens = self.batch_tokens(settings.batch_tokens, index)
+        return self.plan_of(
+            self.dataset_of_plan(index),
+            batch_tokens=self.batch_tokens(self._settings.batch_tokens, index),
+            longest_example=int(index.n_tokens.max()),
+            most_rows=int(index.n_rows.max()),
+            n_rows=index.total_rows,
+        )
+
+    def plan_of(
+        self,
+        dataset: Mapping[str, Json],
+        *,
+        batch_tokens: int,
+        longest_example: int,
+        most_rows: int,
+        n_rows: int | None,
+    ) -> Plan:
+        """Return the plan for examples of which some numbers are known.
+
+        Args:
+            dataset: What the plan records of the examples.
+            batch_tokens: Most token positions of a batch.
+            longest_example: Most tokens of an example.
+            most_rows: Most rows of an example.
+            n_rows: Rows of all examples; None while that is not known.
+
+        Raises:
+            PlanError: Not even the smallest shard fits into host memory.
+        """
+        settings = self._settings
         sites = plan_sites(
             self.sites,
             dtype=settings.dtype,
             codec=settings.codec,
-            longest_example=int(index.n_tokens.max()),
+            longest_example=longest_example,
             longest_source=self.longest_source,
             column_shards=self.column_shards,
         )
@@ -155,16 +193,16 @@ class DatasetCapture(CaptureJob):
         row_bytes += [] if self._images is None else [IMAGE_ROW_BYTES]
         height = settings.rows_per_shard or choose_rows_per_shard(
             row_bytes,
-            batch_rows=min(batch_tokens, index.total_rows),
+            batch_rows=batch_tokens if n_rows is None else min(batch_tokens, n_rows),
             most_rows_per_example=most_rows,
             host_memory_bytes=settings.host_memory_bytes,
         )
-        buffered = min(height, index.total_rows)
+        buffered = height if n_rows is None else min(height, n_rows)
         check_host_memory(row_bytes, most_rows, buffered, settings.host_memory_bytes)
         if isinstance(self.out, BucketFolder):
             buffers = host_buffer_bytes(sum(row_bytes), most_rows, buffered)
             self.out.use_memory(settings.host_memory_bytes - buffers, max(row_bytes) * buffered)
-        if height < min(batch_tokens, index.total_rows):
+        if height < batch_tokens and (n_rows is None or height < n_rows):
             limit = named("host_memory") if settings.rows_per_shard is None else f"{named('rows_per_shard')}"
             self.notes.append(
                 f"a shard holds {height:,} rows, and a batch no more than that, although "
@@ -172,12 +210,12 @@ class DatasetCapture(CaptureJob):
             )
         return Plan(
             model=self.identity,
-            dataset=self.dataset_of_plan(index),
+            dataset=dataset,
             rules=self.rules(),
             sites=sites,
             rows_per_shard=height,
             batch_tokens=batch_tokens,
-            n_rows=index.total_rows,
+            n_rows=n_rows,
         )
 
     def inputs(self, shared: Mapping[str, Any]) -> InputSource | None:

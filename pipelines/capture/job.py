@@ -6,7 +6,7 @@ captures those of the archive that it replays.
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -75,6 +75,7 @@ class CaptureJob(ABC):
         column_shards: What `cut_columns` returned; known before `plan` is called.
         pads_leak: Whether padding changes the model's rows; known before `plan` is called.
         predicts: What the model's logits are of; known before `plan` is called.
+        most_rows: Most rows of an example, where that has to be known before the examples are.
         shared: What worker 0 found out while it prepared, for the other workers, as JSON values.
     """
 
@@ -98,6 +99,7 @@ class CaptureJob(ABC):
         self.column_shards: Mapping[str, int] = {}
         self.pads_leak = False
         self.predicts: Prediction | None = None
+        self.most_rows: int | None = None
         self.shared: dict[str, Json] = {}
         self._head = head
         self._threads = threads
@@ -141,9 +143,14 @@ class CaptureJob(ABC):
         """Return into how many shards the columns of sites are cut, if each process stores its own columns."""
         return {}
 
-    def batch_tokens(self, asked: int, index: ExampleIndex) -> int:
-        """Return the most token positions of a batch: `asked`, or 1 if the examples have to run one by one."""
-        if not self.pads_leak or bool((index.n_tokens == index.n_tokens[0]).all()):
+    def batch_tokens(self, asked: int, index: ExampleIndex | None) -> int:
+        """Return the most token positions of a batch: `asked`, or 1 if the examples have to run one by one.
+
+        Args:
+            asked: Token positions.
+            index: The examples; None while they are not all known.
+        """
+        if not self.pads_leak or (index is not None and bool((index.n_tokens == index.n_tokens[0]).all())):
             return asked
         if RAN_ALONE not in self.notes:
             self.notes.append(RAN_ALONE)
@@ -202,8 +209,9 @@ class CaptureJob(ABC):
             self.prepare(workers)
             shared = workers.plan_once(partial(self._prepare, sidecars), self._check)
             self._few = None  # its logits may be large
-            plan, n_shards = self.archive.plan, self.archive.plan.n_shards(self.archive.n_rows)
-            with self._removing_what_was_not_begun(plan, is_ours=workers.is_alone and not shared["resumed"]):
+            plan = self.archive.plan
+            is_ours = workers.is_alone and not shared["resumed"]
+            with self._removing_what_was_not_begun(plan, is_ours=is_ours), self.reading_on():
                 on_plan(plan, committed_rows(self.out, plan))
                 stats = record(
                     self.model,
@@ -214,12 +222,25 @@ class CaptureJob(ABC):
                     inputs=self.inputs(shared),
                     work=partial(workers.work, self.out),
                     agree=Agreement() if is_sharded(self.model) else None,
+                    most_rows=self.most_rows,
                     threads=self._threads or writer_threads(self.model),
                     on_batch=lambda own: on_batch(workers.so_far(own)),
                 )
-        figures = workers.finish(stats, self.out, n_shards, self._seal)
+        figures = workers.finish(stats, self.out, plan.n_shards(self.n_rows()), self._seal)
         self._archive = open_written(self.out)
         return figures, shared
+
+    def reading_on(self) -> AbstractContextManager[None]:
+        """Return the context in which the model runs: what is left of the dataset may be read meanwhile."""
+        return nullcontext()
+
+    def n_rows(self) -> int:
+        """Return the rows of the archive; called when the model ran."""
+        return self.archive.n_rows
+
+    def sealed(self) -> dict[str, Json] | None:
+        """Return what `seal` has to be told of an archive whose size was open."""
+        return None
 
     def finish(self) -> None:  # noqa: B027  # most jobs leave nothing
         """Remove what is not needed once the archive is complete; nothing, unless overridden. Worker 0 calls it."""
@@ -326,5 +347,5 @@ class CaptureJob(ABC):
 
     def _seal(self) -> None:
         self.out.sweep()  # a worker may have died and left temporary files
-        seal(self.out, read_metadata(self.out.path))
+        seal(self.out, read_metadata(self.out.path), self.sealed())
         self.finish()

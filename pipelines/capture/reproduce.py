@@ -79,7 +79,7 @@ def reproduce(
     opened = open_archive(archive)
     refuse_replay(opened, "residua reproduce")
     plan = opened.plan
-    if plan.n_rows is None:
+    if plan.n_rows is None and not plan.batch_tokens:
         raise PlanError(f"{archive} was recorded in a loop of its user's: its batches are not known, nothing to repeat")
     batches = sample_batches(opened, n_batches, seed)
     model = captured_model(opened, model, CaptureSettings(device=device))

@@ -72,7 +72,8 @@ class CaptureProgress(_Progress):
     def batch(self, stats: "RecordStats") -> None:
         """Move the bar to the figures after a batch."""
         if self._bar is not None:
-            self._bar.update(min(stats.rows - self._done, (self._bar.total or 0) - self._bar.n))
+            new = stats.rows - self._done
+            self._bar.update(new if self._bar.total is None else min(new, self._bar.total - self._bar.n))
             self._done = stats.rows
             written = human_bytes(stats.logical_bytes)
             self._bar.set_postfix_str(f"{written} written, {stats.stall_seconds:.1f} s waiting for the writer")

@@ -8,7 +8,7 @@ the archive, and no worker returns before that.
 import os
 import socket
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import timedelta
@@ -213,11 +213,25 @@ class Workers:
         return layout
 
     def work(self, archive: Path | Destination, schedule: Schedule) -> WorkQueue:
-        """Return the shards that this worker is to do."""
+        """Return the shards that this worker is to do.
+
+        Raises:
+            CaptureError: While it is used: worker 0, which reads the dataset, is gone before its end.
+        """
         if self._membership is None:
-            return iter([range(schedule.n_shards)])
-        runs = schedule.runs(max(_LEAST_WORKERS, self._n_replicas))
-        return shared_queue(self._membership, runs, partial(committed_shards, archive))
+            return schedule.intervals()
+        return shared_queue(
+            self._membership, (), partial(committed_shards, archive), more=self._runs(schedule, self._membership)
+        )
+
+    def _runs(self, schedule: Schedule, membership: Membership) -> Iterator[Sequence[range] | None]:
+        for shards in schedule.intervals():
+            if shards is not None:
+                yield schedule.runs(max(_LEAST_WORKERS, self._n_replicas), shards)
+                continue
+            if membership.number and membership.is_gone(0):
+                raise CaptureError(membership.failure_reason(0))
+            yield None
 
     def so_far(self, stats: RecordStats) -> RecordStats:
         """Report this worker's figures; return on worker 0 the figures of all workers, elsewhere `stats`."""

@@ -73,6 +73,9 @@ class CaptureSettings(DatasetSettings):
     keep_paths: bool = setting(
         False, "in a bucket: keep absolute paths of this machine in the provenance, and not their last part alone"
     )
+    grow: bool = setting(
+        False, "let the model run before the dataset is read to its end, for datasets of 10^8 tokens or more"
+    )
 
     def __post_init__(self) -> None:
         check_storage(
@@ -94,7 +97,23 @@ class CaptureSettings(DatasetSettings):
                 f"{named('device_map')} cannot be combined with {named('tp')} or {named('pp')}, under which each "
                 "process has one device: leave one of them out"
             )
+        if self.grow:
+            self._refuse_growing()
         super().__post_init__()
+
+    def _refuse_growing(self) -> None:
+        """Raise PlanError for settings whose captures need all examples first."""
+        together = "the processes that hold a model together run the same batches at the same time"
+        for name, default, why in (
+            ("generate", None, "prompts are all continued before the model captures"),
+            ("image_column", None, "images are all read before the model captures"),
+            ("tp", 1, together),
+            ("pp", 1, together),
+        ):
+            if (value := getattr(self, name)) != default:
+                raise PlanError(
+                    f"{named('grow', True)} cannot be combined with {named(name, value)}, since {why}: leave one out"
+                )
 
     @property
     def site_patterns(self) -> str:
@@ -154,6 +173,7 @@ class CaptureOptions(DatasetOptions, total=False):
     threads: int | None
     join: bool
     keep_paths: bool
+    grow: bool
 
 
 def _type_name(annotation: object) -> str:

@@ -116,6 +116,16 @@ def _same_kind(found: pa.DataType, kind: pa.DataType) -> bool:
     return any(test(found) and test(kind) for test in tests)
 
 
+def type_of_values(kind: Any) -> pa.DataType:
+    """Return the type that Arrow gives to values whose type, read from Parquet, is `kind`: elements are called item."""
+    if _TYPES.is_list(kind):
+        return pa.list_(type_of_values(kind.value_type))
+    if _TYPES.is_struct(kind):
+        return pa.struct([(field.name, type_of_values(field.type)) for field in kind])
+    found: pa.DataType = kind
+    return found
+
+
 def value_bytes(value: object) -> int:
     """Estimate the memory of a column's value, in bytes: texts and containers by their length."""
     if isinstance(value, str | bytes):

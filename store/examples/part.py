@@ -141,8 +141,8 @@ def _refuse(path: Path, problems: Sequence[str]) -> None:
         raise UnsafeArchiveError(f"{path}: {problem}")
 
 
-def read_parts(folder: Path) -> list[Part]:
-    """Read the footers and counts of all parts in `folder`, in order.
+def read_parts(folder: Path, first: int = 0) -> list[Part]:
+    """Read the footers and counts of the parts in `folder`, in order, from number `first` on.
 
     Raises:
         DamagedArchiveError: The folder or a part is missing or unreadable.
@@ -155,7 +155,7 @@ def read_parts(folder: Path) -> list[Part]:
     missing = [name for name in expected if name not in names]
     if missing:
         raise DamagedArchiveError(f"{folder / missing[0]} is missing, but {max(names)} exists: restore it from a copy")
-    return [_read_part(folder / name) for name in expected]
+    return [_read_part(folder / name) for name in expected[first:]]
 
 
 def _read_part(path: Path) -> Part:

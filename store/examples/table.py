@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 
 from residua.store.base.errors import DamagedArchiveError, DatasetError, UnsafeArchiveError
-from residua.store.examples.index import OWN_COLUMNS, ExampleIndex, IntArray, add_to_digest, starts
+from residua.store.examples.index import OWN_COLUMNS, ExampleIndex, IntArray, add_to_digest, part_name, starts
 from residua.store.examples.part import Group, Part, naming, read_columns, read_group, read_images, read_parts
 from residua.store.examples.side_tables import SideColumns
 from residua.store.format.archive_metadata import file_digest
@@ -59,6 +59,18 @@ class ExampleTable:
     def index(self) -> ExampleIndex:
         """Return the lengths of all examples, without reading tokens."""
         return self._index
+
+    @property
+    def part_digests(self) -> list[str]:
+        """The digest of the table up to and including each part, in hex."""
+        return [part.digest for part in self._parts]
+
+    def refresh(self) -> None:
+        """Take in the parts that were written since; raises as opening the table does."""
+        if (self._folder / part_name(len(self._parts))).is_file():
+            self._parts += read_parts(self._folder, len(self._parts))
+            for name in ("_index", "_own_names"):
+                self.__dict__.pop(name, None)
 
     @cached_property
     def _index(self) -> ExampleIndex:

@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from residua.store.base.errors import DatasetError
-from residua.store.examples.columns import check_names, columns_of, value_bytes
+from residua.store.examples.columns import check_names, columns_of, type_of_values, value_bytes
 from residua.store.examples.index import (
     DIGEST_KEY,
     IMAGES,
@@ -29,11 +29,13 @@ from residua.store.examples.index import (
     part_name,
     starts,
 )
+from residua.store.examples.part import Part, read_parts
 from residua.store.storage.files import write_file
 
 BYTES_PER_PART = 2**26
 VALUES_PER_GROUP = 2**18  # a reader decodes one row group at a time: about 1 MiB of token ids
 EXAMPLES_PER_GROUP = 1024
+_MOST_DOUBLINGS = 40  # of the bytes of the first part
 EXAMPLES_PER_PART = 2**16  # short examples make few files; long ones fill a part by their bytes
 
 
@@ -44,6 +46,8 @@ class ExampleWriter:
         folder: The archive's ``examples`` folder; created if missing.
         examples_per_part: Most examples in a part.
         bytes_per_part: Bytes of tokens, positions and columns, uncompressed, at which a part is written.
+        first_bytes: The same of the first part, if it is to be written sooner; each part may have twice as many as the
+            one before.
 
     Raises:
         DatasetError: The folder has parts already.
@@ -55,11 +59,15 @@ class ExampleWriter:
         *,
         examples_per_part: int = EXAMPLES_PER_PART,
         bytes_per_part: int = BYTES_PER_PART,
+        first_bytes: int | None = None,
     ) -> None:
         if not 0 < examples_per_part <= MAX_PART_EXAMPLES:
             raise DatasetError(f"examples_per_part={examples_per_part}: give 1 to {MAX_PART_EXAMPLES}")
         self._folder = folder
         self._limits = (examples_per_part, bytes_per_part)
+        self._first_bytes = bytes_per_part if first_bytes is None else first_bytes
+        self._there: list[Part] = []
+        self._may_add = True
         self._types: dict[str, pa.DataType] = {}
         self._n_tokens, self._n_rows, self._first_example = array("i"), array("i"), array("q", [0])
         self._total_rows = 0
@@ -81,6 +89,24 @@ class ExampleWriter:
         """Rows of the examples added so far; the next one starts at this row."""
         return self._total_rows
 
+    @property
+    def n_parts(self) -> int:
+        """Parts written so far."""
+        return len(self._first_example) - 1
+
+    def go_on_in(self, folder: Path, *, may_add: bool = True) -> None:
+        """Go on in another folder, which has the parts written so far, and maybe more of the same examples.
+
+        Those are not written again: when an example is added that ends one of them, their digests are compared.
+
+        Args:
+            folder: The folder.
+            may_add: Whether examples may follow those of the folder.
+        """
+        self._folder = folder
+        self._there = read_parts(folder)
+        self._may_add = may_add
+
     def add(self, example: Example) -> int:
         """Append one example and return its number. Writes the part once it is full.
 
@@ -98,35 +124,75 @@ class ExampleWriter:
         self._n_rows.append(example.positions.size)
         self._total_rows += example.positions.size
         self._pending_bytes += example.input_ids.nbytes + example.positions.nbytes + value_bytes(example.columns)
-        n_examples, n_bytes = self._limits
-        if len(self._pending) >= n_examples or self._pending_bytes >= n_bytes:
+        if self._is_full():
             self.flush()
         return self.n_examples - 1
 
+    def _is_full(self) -> bool:
+        if self.n_parts < len(self._there):
+            return len(self._pending) >= len(self._there[self.n_parts].n_rows)
+        n_examples, n_bytes = self._limits
+        n_bytes = min(n_bytes, self._first_bytes << min(self.n_parts, _MOST_DOUBLINGS))
+        return len(self._pending) >= n_examples or self._pending_bytes >= n_bytes
+
     def flush(self) -> str | None:
-        """Write the examples added since the last part, durably; return the part's name, or None without examples."""
+        """Write the examples added since the last part, durably; return the part's name, or None without examples.
+
+        Raises:
+            DatasetError: The folder has this part already, of other examples.
+        """
         if not self._pending:
             return None
         first = self._first_example[-1]
-        columns = columns_of(self._pending, self._types, first)
         digest = self._digest.copy()
         for example in self._pending:
             add_to_digest(digest, example.input_ids, example.positions, example.images or ())
+        if self.n_parts < len(self._there):
+            self._compare(self._there[self.n_parts], digest.hexdigest())
+            self._written(digest)
+            return part_name(self.n_parts - 1)
+        if not self._may_add:
+            raise self._is_other(first, self.n_examples)
+        columns = columns_of(self._pending, self._types, first)
         table = pa.table({**self._own_columns(first), **columns})
         covers = {IMAGES_KEY: IMAGES.encode()} if self._pending[0].images is not None else {}
         table = table.replace_schema_metadata({DIGEST_KEY: digest.hexdigest().encode(), **covers})
-        name = part_name(len(self._first_example) - 1)
+        name = part_name(self.n_parts)
         write_file(self._folder / name, [self._encoded(table)])
         # Last, so that a part that the disk refused can be written again.
-        self._digest = digest
         self._types.update({column: values.type for column, values in columns.items()})
-        self._first_example.append(self.n_examples)
-        self._pending, self._pending_bytes = [], 0
+        self._written(digest)
         return name
 
+    def _written(self, digest: "hashlib._Hash") -> None:
+        self._digest = digest
+        self._first_example.append(self.n_examples)
+        self._pending, self._pending_bytes = [], 0
+
+    def _compare(self, part: Part, digest: str) -> None:
+        """Take a part that is there as written; raise DatasetError if it is of other examples."""
+        if digest != part.digest:
+            first = self._first_example[-1]
+            raise self._is_other(first, first + len(part.n_rows))
+        self._types.update(
+            {field.name: type_of_values(field.type) for field in part.schema if field.name not in OWN_COLUMNS}
+        )
+
+    def _is_other(self, first: int, stop: int) -> DatasetError:
+        return DatasetError(
+            f"{self._folder.parent} was begun with another dataset, or with other settings or packages that read it: "
+            f"examples {first:,} to {stop - 1:,} differ. Give what it was begun with, or choose another place"
+        )
+
     def close(self) -> ExampleIndex:
-        """Write the last part and return the index of all examples; may be called again."""
+        """Write the last part and return the index of all examples; may be called again.
+
+        Raises:
+            DatasetError: The folder has other examples, or more.
+        """
         self.flush()
+        if left := self._there[self.n_parts :]:
+            raise self._is_other(self.n_examples, self.n_examples + sum(len(part.n_rows) for part in left))
         n_rows = np.array(self._n_rows, np.int32)
         return ExampleIndex(
             n_tokens=np.array(self._n_tokens, np.int32),

@@ -143,6 +143,33 @@ def _documents(root: Mapping[str, Any]) -> Mapping[str, Any]:
     return documents if isinstance(documents, dict) else {}
 
 
+class DatasetEnd:
+    """Whether the dataset of a growing archive was read to its end, which its metadata say from then on.
+
+    Args:
+        archive: Folder of the archive.
+    """
+
+    def __init__(self, archive: Path) -> None:
+        self._archive = archive
+        self._seen: tuple[int, int] | None = None
+        self._is_reached = False
+
+    def __call__(self) -> bool:
+        """Look at the metadata if they were written since."""
+        found = (self._archive / ROOT).stat()
+        if not self._is_reached and self._seen != (found.st_ino, found.st_mtime_ns):
+            self._seen = found.st_ino, found.st_mtime_ns
+            self._is_reached = was_read(read_metadata(self._archive))
+        return self._is_reached
+
+
+def was_read(metadata: Metadata) -> bool:
+    """Return whether the dataset of an archive is known to have been read to its end."""
+    dataset = metadata.provenance.get("dataset")
+    return isinstance(dataset, dict) and "report" in dataset
+
+
 def read_entry(archive: Path) -> dict[str, Any]:
     """Return `attributes.residua` of the group at `archive`, compared with its own SHA-256; see `read_metadata`."""
     return _checked_entry(archive / ROOT, _read_root(archive))

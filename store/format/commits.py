@@ -19,7 +19,7 @@ import numpy as np
 
 from residua.store.base.canonical import canonical_json, digest_of
 from residua.store.base.errors import DamagedArchiveError, ResiduaError
-from residua.store.base.untrusted import check_inside, parse_json, read_file, size_problem
+from residua.store.base.untrusted import MAX_ROWS, check_inside, parse_json, read_file, size_problem
 from residua.store.encoding.shard import ChunkTable
 from residua.store.format.archive_metadata import ROOT, is_archive, read_metadata
 from residua.store.format.plan import Plan
@@ -205,8 +205,11 @@ def check_commits(archive: Path, plan: Plan, commits: Mapping[int, Commit], n_ro
 
 
 def committed_rows(archive: Path | Destination, plan: Plan) -> int:
-    """Return how many rows of a capture of known size are committed, from the names of the records alone."""
-    end, height = plan.n_rows or 0, plan.rows_per_shard
+    """Return how many rows of a capture are committed, from the names of the records alone.
+
+    Where the number of rows is open, the last shard counts as full.
+    """
+    end, height = MAX_ROWS if plan.n_rows is None else plan.n_rows, plan.rows_per_shard
     return sum(max(0, min(height, end - shard * height)) for shard in committed_shards(archive))
 
 

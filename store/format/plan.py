@@ -49,6 +49,8 @@ STACK_RULE = "stack"
 REPACKED_RULE = "repacked"
 """Entry of a plan's `rules` of rows that were copied into larger shards: the `archive` that they are from, by its
 digest, and the `rows_per_shard` of the capture, which formed batches in its shards."""
+GROW_RULE = "grow"
+"""Entry of a plan's `rules`: true if rows were captured while the dataset was read, so that its end was not known."""
 _OPTIONAL = "column_shards"  # field of a site that the JSON leaves out where it is 1
 _MAPPINGS = ("model", "dataset", "rules")
 

@@ -465,7 +465,7 @@ class Archive(Mapping[str, ArchiveArray]):
         """
         self.example_table.rows(example)
         plan, index = self.plan, self.example_table.index()
-        if not plan.batch_tokens or plan.n_rows is None:
+        if not plan.batch_tokens:
             return ()
         schedule = Schedule(index, rows_per_shard=plan.group_rows, batch_tokens=plan.batch_tokens)
         batch = schedule.batch_of(example)

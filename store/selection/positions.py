@@ -46,6 +46,10 @@ class PositionRule:
         """Whether the rule needs to know which tokens the model generated."""
         return self.kind in ("generated", "prompt")
 
+    def most_rows(self, n_tokens: int) -> int:
+        """Return how many rows an example of at most `n_tokens` tokens may have."""
+        return 1 if self.kind == "last" else -(-n_tokens // self.stride)
+
 
 def parse_positions(text: str) -> PositionRule:
     """Parse ``all``, ``last``, ``every:N``, ``column:NAME``, ``assistant``, ``generated`` or ``prompt``.

@@ -275,7 +275,7 @@ def _contents(summary: Summary) -> Iterator[str]:
 
 def _reproducing(archive: Archive, address: str, model: str) -> Iterator[str]:
     yield from ("", "## Reproduce it", "")
-    if not archive.plan.batch_tokens or archive.plan.n_rows is None or "replay" in archive.plan.rules:
+    if not archive.plan.batch_tokens or "replay" in archive.plan.rules:
         yield "These rows do not come from batches that can be run again: the provenance says where they are from."
         return
     yield "A sample of the batches is run through the model again, and every row is compared with the stored one:"

@@ -47,6 +47,22 @@ def test_every_run_is_given_once_and_it_is_over_when_all_is_committed(store: TCP
         assert next(second, "over") == "over"
 
 
+def test_runs_that_come_later_are_numbered_alike_by_all(store: TCPStore, archive: Path) -> None:
+    """The second worker learns of both runs at once; the first waits for them one by one."""
+    slow, fast = iter([None, [RUNS[0]], None, RUNS[1:]]), iter([[RUNS[0]], RUNS[1:]])
+    done = partial(committed_shards, archive)
+    with Membership(store, 0, 2) as one, Membership(store, 1, 2) as two:
+        first = shared_queue(one, (), done, more=slow, max_wait_seconds=0)
+        second = shared_queue(two, (), done, more=fast, max_wait_seconds=0)
+        assert next(first) is None
+        assert next(second) is None
+        assert next(second) == RUNS[1]
+        assert [next(first), next(first), next(first)] == [RUNS[0], None, RUNS[2]]
+        assert next(second) is None
+        commit(archive, *range(6))
+        assert next(first, "over") == next(second, "over") == "over"
+
+
 def test_a_worker_that_comes_late_numbers_the_units_as_the_others_do(store: TCPStore) -> None:
     done: set[int] = set()
     with Membership(store, 0, 2) as one, Membership(store, 1, 2) as two:

@@ -49,6 +49,7 @@ GOOD: dict[str, Any] = {
     "device_map": "auto",
     "join": True,
     "keep_paths": True,
+    "grow": False,
     "tp": 1,
     "gather": False,
     "pp": 1,

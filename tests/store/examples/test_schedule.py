@@ -1,6 +1,8 @@
 """The schedule against a simulation: whatever was committed before, the same batches fill what is missing."""
 
 import random
+from dataclasses import replace
+from typing import cast
 
 import numpy as np
 import pytest
@@ -8,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from residua.store.examples.index import ExampleIndex
-from residua.store.examples.schedule import Schedule
+from residua.store.examples.schedule import GrowingSchedule, Schedule
+from residua.store.examples.table import ExampleTable
 
 # Per example, its tokens and how many of them are kept.
 EXAMPLES = st.lists(st.integers(1, 12).flatmap(lambda n: st.tuples(st.just(n), st.integers(0, n))), max_size=14)
@@ -172,3 +175,51 @@ def test_runs_get_shorter_and_repeat_little(n_workers: int) -> None:
     tokens = sum(lengths[e] for run in runs for b in work.work(set(), run) for e in b.examples) - sum(lengths)
     naive = 128 * (len(runs) - 1)
     assert tokens < 0.6 * naive, "they end where little is computed twice"
+
+
+class GrowingTable:
+    """A table whose parts appear one by one."""
+
+    def __init__(self, examples: list[tuple[int, int]], stops: list[int], n_parts: int) -> None:
+        self._examples, self._stops, self.n_parts = examples, stops, n_parts
+
+    def is_whole(self) -> bool:
+        return self.n_parts >= len(self._stops)
+
+    def refresh(self) -> None:
+        pass
+
+    def index(self) -> ExampleIndex:
+        stops = self._stops[: self.n_parts]
+        found = index_of(self._examples[: stops[-1] if stops else 0])
+        return replace(found, first_example=np.array([0, *stops], np.int64))
+
+
+@given(EXAMPLES.filter(len), HEIGHTS, st.integers(1, 30), st.data())
+def test_what_grows_is_the_same_whenever_it_is_looked_at(
+    examples: list[tuple[int, int]], height: int, batch_tokens: int, data: st.DataObject
+) -> None:
+    stops = sorted({*data.draw(st.lists(st.integers(1, len(examples)), max_size=4)), len(examples)})
+    whole = schedule(examples, height, batch_tokens)
+    found: list[list[range]] = []
+    batches: list[Batches] = []
+    for early in (True, False):
+        table = GrowingTable(examples, stops, 0 if early else len(stops))
+        growing = GrowingSchedule(
+            cast("ExampleTable", table), table.is_whole, rows_per_shard=height, batch_tokens=batch_tokens
+        )
+        runs, ran = [], Batches()
+        for shards in growing.intervals():
+            if shards is None:
+                table.n_parts += 1
+                continue
+            assert shards.stop <= growing.n_shards
+            runs += growing.runs(2, shards)
+            for shard in shards:
+                ran += [(batch.group, tuple(batch.examples.tolist())) for batch in growing.batches(shard)]
+        found.append(runs)
+        batches.append(ran)
+        assert (growing.is_whole, growing.n_rows, growing.n_shards) == (True, whole.n_rows, whole.n_shards)
+    assert found[0] == found[1]
+    assert [shard for run in found[0] for shard in run] == list(range(whole.n_shards))
+    assert batches[0] == batches[1] == batches_of(whole, set())
