@@ -74,7 +74,8 @@ def make_wide(path: Path, width: int, vocabulary: int, n_rows: int) -> Archive:
                 "position": (here % N_TOKENS).astype(np.int32),
                 "example": here // N_TOKENS,
             }
-            values = dict(zip((SITE, FINAL), map(_bits, stream.rows(len(here))), strict=True))
+            pair = map(_bits, stream.rows(len(here)))
+            values: dict[str, npt.NDArray[Any]] = dict(zip((SITE, FINAL), pair, strict=True))
             shards.submit(FilledShard(index=index, first_row=first, sites=values, columns=columns))
     return Archive(path, threads=1)
 

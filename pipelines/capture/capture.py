@@ -94,9 +94,7 @@ def capture_dataset(
     chosen = _settings(settings, options)
     is_pairs = is_pair_model(model, chosen)
     if is_pairs or sites_of_both(chosen.site_patterns):
-        if is_pairs:
-            _refuse_generation(chosen)
-        _refuse_growing(chosen)
+        _refuse_for_two_archives(chosen, is_pairs=is_pairs)
         return (capture_pairs if is_pairs else capture_both)(
             model,
             dataset,
@@ -170,7 +168,9 @@ def _refuse_generation(settings: CaptureSettings) -> None:
         )
 
 
-def _refuse_growing(settings: CaptureSettings) -> None:
+def _refuse_for_two_archives(settings: CaptureSettings, *, is_pairs: bool) -> None:
+    if is_pairs:
+        _refuse_generation(settings)
     if settings.grow:
         raise PlanError(
             f"{named('grow', True)} is for one archive, and this capture makes two, whose plans belong together: "

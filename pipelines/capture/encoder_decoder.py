@@ -272,8 +272,8 @@ class _StackCapture(DatasetCapture):
         """Return the settings, and the stack that has the rows."""
         return {**super().rules(), STACK_RULE: self._stack}
 
-    def batch_tokens(self, asked: int, index: ExampleIndex) -> int:
+    def batch_tokens(self, asked: int, index: ExampleIndex | None) -> int:
         """Return the most positions of a batch: fewer in a decoder whose sources are longer, for these run too."""
-        if self._n_source_tokens > index.total_tokens:
+        if index is not None and self._n_source_tokens > index.total_tokens:
             asked = max(1, asked * index.total_tokens // self._n_source_tokens)
         return super().batch_tokens(asked, index)

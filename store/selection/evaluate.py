@@ -217,9 +217,9 @@ def _compare_column(column: pa.ChunkedArray, comparison: Comparison) -> Mask:
 
 def _require(value: str, column: pa.ChunkedArray, answer: pa.ChunkedArray, name: str) -> None:
     """Raise AnalysisError if a column of texts has `value` nowhere."""
-    if not len(column) or not is_text(column.type) or pc.any(answer).as_py():
+    if not len(column) or not is_text(column.type) or pc.call_function("any", [answer]).as_py():
         return
-    there = [text for text in pc.unique(column)[:_MOST_LOOKED_AT].to_pylist() if text is not None]
+    there = [text for text in column.unique()[:_MOST_LOOKED_AT].to_pylist() if text is not None]
     near = get_close_matches(value, there, n=1)
     meant = f"Did you mean {near[0]!r}? " if near else ""
     raise AnalysisError(
