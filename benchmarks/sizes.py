@@ -3,6 +3,10 @@
 Each section is a function of `SECTIONS` and returns a table; `docs/scale.md` draws the conclusions. Cases of a row are
 run in turn in the same minutes, and ratios are taken within the row.
 
+`tokens`: the standard library's source as texts of 8,000 characters in a Parquet file, and the tokenizer of the shipped
+model. Alone means batches of 1,000 texts given to the tokenizer, as transformers takes them, and nothing else. Residua
+reads the file, tokenizes, and writes the examples. All cores.
+
 `probes`: 20 classes, one for each example, and 1,000 classes, one for each row, from rows in memory and in an archive
 (float32, `fast`). By hand: scikit-learn's `StandardScaler` and `LogisticRegression` (L-BFGS, tol 1e-4, at most 300
 iterations) on float32 rows in memory, one fit for each of seven penalties on four fifths of the training rows, a fit of
@@ -33,10 +37,12 @@ included; KL over all tokens, in float64, on held-out rows. One thread.
 
 import argparse
 import multiprocessing
+import os
 import pickle
 import shutil
 import statistics
 import sys
+import sysconfig
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -49,6 +55,8 @@ from typing import Any, NamedTuple, cast
 import distributed
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
 import torch
 from distributed.diagnostics.plugin import SchedulerPlugin
 from measure import in_turns, machine, publish, speedups, spread, table
@@ -57,7 +65,7 @@ from sklearn.metrics import balanced_accuracy_score
 from sklearn.preprocessing import StandardScaler
 from threadpoolctl import threadpool_limits
 from torch import Tensor
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from wide_lens import quality, steps
 
 import residua
@@ -66,6 +74,8 @@ from residua.analysis.probes.site import LOGISTIC_PENALTIES
 from residua.analysis.rows.blocks import Leaves
 from residua.analysis.support.cluster import connect
 from residua.analysis.support.sums import joined, shares, sum_share, total_of
+from residua.pipelines.data.dataset import DatasetReport, read_examples
+from residua.pipelines.setup.settings import CaptureSettings
 from residua.store.examples.index import Example
 from residua.store.examples.writer import ExampleWriter
 from residua.store.format.create import create_archive, workspace
@@ -523,7 +533,49 @@ def lenses(folder: Path) -> str:
         return "\n\n".join([steps(folder, 4_096, 131_072, 512), quality(folder, 128, 131_072, 4_096)])
 
 
+def texts_of_source(n_characters: int = 8_000) -> list[str]:
+    """Return the source of Python's standard library, cut into texts."""
+    paths = sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))
+    sources = [path.read_text(errors="replace") for path in paths]
+    return [one[at : at + n_characters] for one in sources for at in range(0, len(one), n_characters)]
+
+
+def read_dataset(path: Path, tokenizer: Any, folder: Path) -> int:
+    """Write the examples of a file of texts, as a capture does; return the tokens."""
+    shutil.rmtree(folder, ignore_errors=True)
+    writer, settings = ExampleWriter(folder), CaptureSettings(max_length=1_024, long_examples="windows")
+    options: dict[str, Any] = {"model_limit": None, "vocab_size": len(tokenizer), "report": DatasetReport()}
+    for example in read_examples(str(path), settings=settings, tokenizer=tokenizer, **options):
+        writer.add(example)
+    return writer.close().total_tokens
+
+
+def tokens(folder: Path) -> str:
+    """Compare reading a dataset with the tokenizer alone."""
+    os.environ["TOKENIZERS_PARALLELISM"] = "true"
+    tokenizer: Any = AutoTokenizer.from_pretrained(SHIPPED)
+    texts = texts_of_source()
+    pq.write_table(pa.table({"text": texts}), folder / "texts.parquet")
+
+    def alone() -> int:
+        found = 0
+        for at in range(0, len(texts), 1_000):
+            found += sum(map(len, tokenizer(texts[at : at + 1_000], verbose=False)["input_ids"]))
+        return found
+
+    ours = partial(read_dataset, folder / "texts.parquet", tokenizer, folder / "examples")
+    n_tokens = alone()
+    if ours() != n_tokens:
+        raise RuntimeError("the two count other tokens")
+    timings = in_turns({"alone": each_round(alone), "Residua": each_round(ours)}, rounds=5)
+    rates = [spread([n_tokens / one.wall / 1e6 for one in case]) for case in timings.values()]
+    ratios = [spread(speedups(timings["alone"], timings["Residua"], clock=clock)) for clock in ("wall", "cpu")]
+    head = ["million tokens a second", "the tokenizer alone", "Residua", "of the tokenizer alone", "by CPU"]
+    return table(head, [[f"{n_tokens / 1e6:.1f} million tokens", *rates, *ratios]])
+
+
 SECTIONS: dict[str, Callable[[Path], str]] = {
+    "tokens": tokens,
     "probes": probes,
     "passes": passes,
     "heads": heads,

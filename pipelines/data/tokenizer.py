@@ -1,12 +1,14 @@
 """What a capture needs of a transformers tokenizer: its start tokens, its special tokens, whether it knows any text."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
+from transformers import PreTrainedTokenizerBase, TokenizersBackend
 
 from residua.store.selection.positions import IntArray
 
+_IDS_ALONE = {"return_attention_mask": False, "return_token_type_ids": False}
 _MARKS_OF_SPACE = "\u2581\u0120 "  # SentencePiece's and the byte-level alphabet's, which an empty tokenizer may have
 
 
@@ -35,6 +37,40 @@ class Tokenizer(Protocol):
     def get_vocab(self) -> dict[str, int]:
         """Return the ids of all tokens by their text."""
         ...
+
+
+def token_ids(tokenizer: Tokenizer, texts: Sequence[str], *, with_special: bool) -> list[Any]:
+    """Return the token ids of each text, as arrays or lists.
+
+    A tokenizer of transformers that is written in Rust is asked itself, without the place of each token in its text,
+    which would take longer than all the rest. The first text goes through transformers, which sets the tokenizer up;
+    its ids have to be the same both ways, or all texts go through transformers.
+
+    Args:
+        tokenizer: The tokenizer.
+        texts: The texts.
+        with_special: Whether special tokens, such as a BOS, are put around each.
+    """
+    if not texts:
+        return []
+    options: dict[str, Any] = {"add_special_tokens": with_special, "verbose": False}
+    options |= _IDS_ALONE if isinstance(tokenizer, PreTrainedTokenizerBase) else {}
+    if len(texts) > 1 and _is_plain(tokenizer):
+        first = list(tokenizer(list(texts[:1]), **options)["input_ids"][0])
+        backend: Any = tokenizer
+        found = backend.backend_tokenizer.encode_batch_fast(list(texts), add_special_tokens=with_special)
+        if found[0].ids == first:
+            return [np.fromiter(encoding.ids, np.int32, len(encoding)) for encoding in found]
+    return list(tokenizer(list(texts), **options)["input_ids"])
+
+
+def _is_plain(tokenizer: object) -> bool:
+    """Return whether a tokenizer does what transformers' own class does with texts, and nothing else."""
+    kind: Any = type(tokenizer)
+    return isinstance(tokenizer, TokenizersBackend) and all(
+        getattr(kind, name, None) is getattr(TokenizersBackend, name, None)
+        for name in ("__call__", "_encode_plus", "_batch_encode_plus", "set_truncation_and_padding")
+    )
 
 
 def start_tokens(tokenizer: Tokenizer | None) -> IntArray:

@@ -9,16 +9,15 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Literal, NamedTuple, TypeAlias, TypeVar, cast
+from typing import Literal, NamedTuple, TypeAlias, TypeVar, cast
 
 import numpy as np
-from transformers import PreTrainedTokenizerBase
 
 from residua.pipelines.data.chats import TOOLS, Chats
 from residua.pipelines.data.settings import DatasetSettings
 from residua.pipelines.data.sources import Row, Rows
 from residua.pipelines.data.token_columns import TokenColumns
-from residua.pipelines.data.tokenizer import Tokenizer, knows_text, start_tokens
+from residua.pipelines.data.tokenizer import Tokenizer, knows_text, start_tokens, token_ids
 from residua.store.base.errors import DatasetError
 from residua.store.base.naming import named
 from residua.store.selection.evaluate import Mask
@@ -27,7 +26,6 @@ from residua.store.selection.positions import IntArray, marks_of
 _TEXTS_AT_ONCE = 256
 _LETTERS_AT_ONCE = 2**22  # or token ids: bounds memory where rows are long
 _MAX_ID = 2**31 - 1
-_IDS_ALONE = {"return_attention_mask": False, "return_token_type_ids": False}
 
 _Batch: TypeAlias = list[tuple[int, Row]]
 _Item = TypeVar("_Item")
@@ -264,9 +262,7 @@ class Tokens:
     def _tokenized(self, texts: Sequence[tuple[int, str]], *, with_special: bool) -> dict[int, IntArray]:
         """Return the token ids of texts by the numbers of their rows."""
         tokenizer = cast("Tokenizer", self.tokenizer)
-        full = [text for _, text in texts]
-        options: dict[str, Any] = _IDS_ALONE if isinstance(tokenizer, PreTrainedTokenizerBase) else {}
-        found = tokenizer(full, add_special_tokens=with_special, verbose=False, **options)["input_ids"] if full else []
+        found = token_ids(tokenizer, [text for _, text in texts], with_special=with_special)
         return {number: self._ids(ids, number) for (number, _), ids in zip(texts, found, strict=True)}
 
     def _is_doubled(self, ids: IntArray) -> bool:

@@ -67,7 +67,7 @@ def make_archive(
             rules={"positions": "all"},
             sites=tuple(site for site in all_sites if not sites or site.name in sites),
             rows_per_shard=HEIGHT,
-            batch_tokens=64,
+            batch_tokens=0 if open_size else 64,
             n_rows=None if open_size else N_ROWS,
         )
         create_archive(folder, path, plan, {"command": "none"})

@@ -204,7 +204,7 @@ def test_scores_of_heads_come_from_a_table(made: Made, tmp_path: Path) -> None:
         ({"lens": "nowhere"}, AnalysisError, "nowhere"),
         ({"heads": "nowhere"}, AnalysisError, "nowhere"),
         ({"heads": pa.table({"layer": [1]})}, AnalysisError, "layer"),
-        ({"out": "s3://bucket/page"}, PlanError, "s3"),
+        ({"out": "https://host/page"}, PlanError, "host"),
     ],
 )
 def test_what_cannot_be_shown_is_refused_before_rows_are_read(

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from residua.pipelines.capture.capture import capture_dataset
 from residua.pipelines.circuits.repeats import plain_ids
-from residua.pipelines.data.tokenizer import knows_text, special_ids, start_tokens
+from residua.pipelines.data.tokenizer import knows_text, special_ids, start_tokens, token_ids
 from residua.pipelines.setup.models import load_tokenizer
 from residua.pipelines.setup.settings import CaptureSettings
 from residua.store.base.errors import DatasetError, PlanError
@@ -46,6 +46,38 @@ def test_drop_special_drops_every_special_token(llama: PreTrainedModel, tmp_path
     kept = with_added_tokens().convert_ids_to_tokens(result.archive.rows.token[:].tolist())
     assert kept == ["a", "b", WORD, "c"]
     assert any("1 examples have no position" in note for note in result.notes)
+
+
+BACKEND: Any = transformers.TokenizersBackend
+
+
+def in_capitals(tokenizer: Any, text: Any, **options: Any) -> Any:
+    return BACKEND._encode_plus(
+        tokenizer, text.upper() if isinstance(text, str) else [*map(str.upper, text)], **options
+    )
+
+
+SHOUTING: Any = type("Shouting", (BACKEND,), {"_encode_plus": in_capitals})
+TEXTS = ["a b c", f"{HEADER} a {NAMED}{WORD} b", "", "zzz unknown", "a " * 700, " a  b\n\u00e9 \U0001f600"]
+
+
+@pytest.mark.parametrize("with_special", [True, False])
+@pytest.mark.parametrize("split", [True, False])
+@pytest.mark.parametrize("kind", ["words", "shipped", "limited", "shouting"])
+def test_texts_have_the_ids_that_transformers_gives_them(kind: str, split: bool, with_special: bool) -> None:
+    tokenizer = make_tokenizer(single="<s> $A </s>") if kind == "limited" else with_added_tokens()
+    if kind == "shipped":
+        tokenizer = transformers.AutoTokenizer.from_pretrained("models/pydoc-1m")
+    if kind == "shouting":
+        tokenizer = SHOUTING(tokenizer_object=tokenizer.backend_tokenizer, unk_token=WORDS[2])
+    if kind == "limited":  # whoever used it before may have left it cutting and padding
+        tokenizer.pad_token = tokenizer.eos_token
+        tokenizer(["a b c d", "a"], truncation=True, max_length=3, padding=True)
+    tokenizer.split_special_tokens = split
+    wanted = [tokenizer(text, add_special_tokens=with_special, verbose=False)["input_ids"] for text in TEXTS]
+    found = token_ids(tokenizer, TEXTS, with_special=with_special)
+    assert [list(ids) for ids in found] == wanted
+    assert token_ids(tokenizer, [], with_special=with_special) == []
 
 
 def test_start_tokens() -> None:
