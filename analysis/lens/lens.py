@@ -38,8 +38,8 @@ from residua.store.edits.lens_files import LAYERS_FILE
 from residua.store.format.sidecars import LM_HEAD_FILE, PARAMETERS_FILE
 from residua.store.read.archive import Archive
 from residua.store.read.stacks import open_archive
-from residua.store.storage.fetched import fetched
 from residua.store.storage.files import write_file
+from residua.store.storage.mirror import fetched
 from residua.store.storage.place import result_folder
 
 REPORT_FILE, PLOT_FILE = "report.parquet", "report.png"

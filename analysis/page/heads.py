@@ -19,7 +19,7 @@ from residua.analysis.support.open_archives import opened
 from residua.store.base.errors import AnalysisError
 from residua.store.format.site_names import parse_site
 from residua.store.read.archive import Archive
-from residua.store.storage.fetched import fetched
+from residua.store.storage.mirror import fetched
 
 _TABLES = ("heads.parquet", "measures.parquet")  # of residua induction, and of residua heads
 _MOST_HEADS = 2**20

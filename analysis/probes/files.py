@@ -12,8 +12,8 @@ from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
 from residua.store.base.errors import AnalysisError
-from residua.store.storage.fetched import fetched
 from residua.store.storage.files import write_file
+from residua.store.storage.mirror import fetched
 
 TENSORS, DESCRIPTION = "probe.safetensors", "probe.json"
 

@@ -9,7 +9,7 @@ import numpy.typing as npt
 from residua.store.base.errors import AnalysisError, PlanError
 from residua.store.edits.vectors import read_array
 from residua.store.read.archive import Archive
-from residua.store.storage.fetched import fetched
+from residua.store.storage.mirror import fetched
 
 Floats = npt.NDArray[np.float64]
 

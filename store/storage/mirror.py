@@ -1,4 +1,4 @@
-"""A local folder in which files of a folder at an address appear when they are needed.
+"""Local copies of what lies at an address: an archive's small files when they are needed, and results as a whole.
 
 Small files of an archive (metadata, examples, tokenizer, LM head) are read by the same code wherever the archive is.
 From an address they come whole, once, and each reader checks them as it checks any file. What is known by its SHA-256
@@ -8,13 +8,20 @@ is kept in the cache on the local disk.
 import hashlib
 import tempfile
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
-from pathlib import Path
+from os import PathLike, fspath
+from pathlib import Path, PurePosixPath
+from typing import Any
 
-from residua.store.base.errors import ResiduaError
+from residua.store.base.errors import ResiduaError, StorageError
+from residua.store.base.untrusted import name_problem
+from residua.store.storage.address import is_remote, shown
 from residua.store.storage.disk_cache import DiskCache
 from residua.store.storage.objects import ObjectFolder
+
+MOST_BYTES = 2**36
+"""Most bytes of results that are fetched: of one file, and of all."""
 
 
 @contextmanager
@@ -72,3 +79,44 @@ class Mirror:
     def naming(self) -> AbstractContextManager[None]:
         """Let errors name the address, where they name the local folder."""
         return naming(self.path, self.folder)
+
+
+@contextmanager
+def fetched(place: str | PathLike[str], storage_options: Mapping[str, Any] | None = None) -> Iterator[Path]:
+    """Give a file or folder of results on this machine: for the address of one in a bucket, a copy of it.
+
+    The copy goes with the ``with`` block. Errors inside name the address.
+
+    Args:
+        place: Path or address.
+        storage_options: For an address, as for `residua.open`.
+
+    Raises:
+        FileNotFoundError: There is nothing at that address.
+        StorageError: It cannot be read.
+    """
+    if not is_remote(place):
+        yield Path(place)
+        return
+    address = fspath(place).rstrip("/")
+    with tempfile.TemporaryDirectory(prefix="residua-") as made:
+        local = Path(made) / PurePosixPath(address).name
+        _fetch(address, local, storage_options)
+        with naming(local, shown(address)):
+            yield local
+
+
+def _fetch(address: str, local: Path, storage_options: Mapping[str, Any] | None) -> None:
+    folder = ObjectFolder(address, storage_options)
+    names = {entry.name: entry.n_bytes for entry in folder.list()}
+    if problem := next(filter(None, map(name_problem, names)), ""):
+        raise StorageError(f"{folder}: {problem}")
+    if (n_bytes := sum(names.values())) > MOST_BYTES:
+        raise StorageError(f"{folder} holds {n_bytes:,} bytes, more than results have: name the folder of the results")
+    for name in names:
+        path = local / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(folder.read(name, MOST_BYTES))
+    if not names:
+        parent, _, name = address.rpartition("/")
+        local.write_bytes(ObjectFolder(parent, storage_options).read(name, MOST_BYTES))
