@@ -159,7 +159,7 @@ def make(folder: Path, case: Case) -> tuple[Archive, Rows, npt.NDArray[np.int64]
                 "position": (here % N_TOKENS).astype(np.int32),
                 "example": here // N_TOKENS,
             }
-            values: dict[str, npt.NDArray[Any]] = dict.fromkeys(names, rows[here])
+            values = cast("dict[str, Rows]", dict.fromkeys(names, rows[here]))
             shards_.submit(FilledShard(index=index, first_row=first, sites=values, columns=columns))
     return Archive(path, threads=1), rows, labels
 

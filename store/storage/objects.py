@@ -203,10 +203,21 @@ class ObjectFolder:
         Raises:
             StorageError: The folder cannot be listed; web servers and the Hub's files cannot.
         """
-        pages = iter(self._ask(prefix, "list", lambda: obstore.list(self._store, prefix or None, chunk_size=1000)))
-        while (page := self._ask(prefix, "list", lambda: next(pages, None))) is not None:
+        pages: Iterator[Any] | None = None
+        last: str | None = None
+
+        def following() -> Any:
+            nonlocal pages
+            asked, pages = pages, None  # after an answer that breaks off, the listing is asked for again behind `last`
+            asked = asked or iter(obstore.list(self._store, prefix or None, offset=last, chunk_size=1000))
+            page = next(asked, None)
+            pages = asked
+            return page
+
+        while (page := self._ask(prefix, "list", following, tries=_READ_TRIES)) is not None:
             for entry in page:
-                yield Listed(entry["path"], entry["size"])
+                last = entry["path"]
+                yield Listed(last, entry["size"])
 
     def write(self, name: str, data: Path | Iterable[Any]) -> None:
         """Write an object, over what is there: completely, or not at all.

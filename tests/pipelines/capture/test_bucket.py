@@ -135,14 +135,14 @@ def test_what_a_killed_start_left_is_taken_up(
     s3: S3Server, on_disk: Path, llama: PreTrainedModel, tokens: list[list[int]]
 ) -> None:
     """No root yet, a lease of a process that is gone, and files of another plan."""
-    folder = ObjectFolder(s3.address("killed"), s3.options)
+    folder = ObjectFolder(s3.address("begun"), s3.options)
     with leased(folder):
         lease = folder.read(LEASE, 2**16).replace(b'"pid": ', b'"pid": 9')
     folder.write(LEASE, [lease])
     folder.write("examples/part-00007.parquet", [b"left"])
     folder.write("sites/mlp_out/1/zarr.json", [b"left"])
     capture(llama, tokens, folder.address, storage_options=s3.options, sites=SITES)
-    found = objects(s3, "killed")
+    found = objects(s3, "begun")
     assert {name: data for name, data in found.items() if "mlp_out" not in name} == files(on_disk)
 
 

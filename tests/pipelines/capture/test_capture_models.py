@@ -1,7 +1,7 @@
 """What a capture makes of the model that it is given: data types, config, and models that it refuses."""
 
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -99,10 +99,10 @@ def test_an_archive_is_opened_again_only_after_its_commits_change(
 ) -> None:
     opened, plain = 0, Archive.__init__
 
-    def counted(archive: Archive, path: Path) -> None:
+    def counted(archive: Archive, path: Path, **settings: Any) -> None:
         nonlocal opened
         opened += 1
-        plain(archive, path)
+        plain(archive, path, **settings)
 
     monkeypatch.setattr(Archive, "__init__", counted)
     for _ in ("fresh", "resumed"):

@@ -301,7 +301,8 @@ def test_killed_captures_go_on(forks: Forks, tmp_path: Path) -> None:
 def test_what_cannot_grow_is_refused_before_anything_runs(
     llama: PreTrainedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for options in ({"generate": 4}, {"image_column": "image"}, {"tp": 2}, {"pp": 2}):
+    kinds: list[dict[str, Any]] = [{"generate": 4}, {"image_column": "image"}, {"tp": 2}, {"pp": 2}]
+    for options in kinds:
         with pytest.raises(PlanError, match="grow"):
             CaptureSettings(grow=True, **options)
     monkeypatch.setattr(growing, "token_limit", lambda _: None)  # as that of a model without position embeddings

@@ -2,6 +2,7 @@
 
 import pickle
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from unittest import mock
 
@@ -12,6 +13,7 @@ from obstore.exceptions import AlreadyExistsError
 from residua.store.base.errors import StorageError
 from residua.store.storage.objects import ObjectFolder
 from tests.servers.files import FileServer, serving_files
+from tests.servers.proxy import Fault, proxied
 from tests.servers.s3 import S3Server
 
 pytestmark = pytest.mark.timeout(120)
@@ -96,6 +98,23 @@ def test_a_web_server_with_passing_faults(server: FileServer) -> None:
     assert folder.read("numbers", 256) == bytes(range(256))
     server.faults = [500, "cut"]
     assert folder.read_range("numbers", 200, 210).tobytes() == bytes(range(200, 210))
+
+
+def test_a_listing_that_breaks_off_goes_on_where_it_was(s3: S3Server) -> None:
+    names = [f"part/{number:04}" for number in range(1_002)]  # two pages
+    with ThreadPoolExecutor(16) as pool:
+        list(pool.map(lambda name: ObjectFolder(s3.address("many"), s3.options).write(name, [b"x"]), names))
+    asked: list[str] = []
+
+    def every_second(method: str, path: str) -> Fault | None:
+        asked.append(path)
+        return "cut" if len(asked) % 2 else None
+
+    with proxied(s3.options["endpoint"]) as proxy:
+        proxy.fault = every_second
+        found = list(ObjectFolder(s3.address("many"), {**s3.options, "endpoint": proxy.url}).list())
+    assert [(one.name, one.n_bytes) for one in found] == [(name, 1) for name in names]
+    assert len(asked) == 4
 
 
 def test_a_web_server_without_ranges_is_said_to_be_one(server: FileServer) -> None:
