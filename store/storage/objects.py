@@ -216,8 +216,8 @@ class ObjectFolder:
 
         while (page := self._ask(prefix, "list", following, tries=_READ_TRIES)) is not None:
             for entry in page:
+                yield Listed(entry["path"], entry["size"])
                 last = entry["path"]
-                yield Listed(last, entry["size"])
 
     def write(self, name: str, data: Path | Iterable[Any]) -> None:
         """Write an object, over what is there: completely, or not at all.
