@@ -253,9 +253,9 @@ def test_the_memory_of_each_tensor_of_unmapped_files_goes_with_it(tmp_path: Path
         (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("RssAnon"))
         return int(line.split()[1]) * 1024
 
-    write_tensors(tmp_path / "sums", {"large": torch.ones(2**23, dtype=torch.float64), "n": torch.tensor(3.0)})
+    write_tensors(tmp_path / "sums", {"large": torch.ones(2**24, dtype=torch.float64), "n": torch.tensor(3.0)})
     found = read_tensors(tmp_path / "sums", is_mapped=False)
     large, before = found["large"].add_(1), allocated()
     assert (large[-1].item(), found["n"].item()) == (2, 3)
     large.data = large.new_empty(0)  # although others have it
-    assert allocated() < before - 60 * 2**20
+    assert allocated() < before - 64 * 2**20, "half of the tensor: other threads of this process may allocate meanwhile"
