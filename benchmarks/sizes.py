@@ -543,7 +543,7 @@ def texts_of_source(n_characters: int = 8_000) -> list[str]:
 def read_dataset(path: Path, tokenizer: Any, folder: Path) -> int:
     """Write the examples of a file of texts, as a capture does; return the tokens."""
     shutil.rmtree(folder, ignore_errors=True)
-    writer, settings = ExampleWriter(folder), CaptureSettings(max_length=1_024, long_examples="windows")
+    writer, settings = ExampleWriter(folder), CaptureSettings(max_length=1_024, long_examples="split")
     options: dict[str, Any] = {"model_limit": None, "vocab_size": len(tokenizer), "report": DatasetReport()}
     for example in read_examples(str(path), settings=settings, tokenizer=tokenizer, **options):
         writer.add(example)
