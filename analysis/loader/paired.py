@@ -19,7 +19,7 @@ from residua.store.base.errors import AnalysisError
 from residua.store.encoding.spec import ArraySpec
 from residua.store.read.archive import Archive
 from residua.store.read.array import ArchiveArray, as_tensor
-from residua.store.read.reader import Array, Following, steps
+from residua.store.read.reader import Array, Filled, Following, in_steps
 from residua.store.read.stacks import open_archive
 
 _SAME = ("example", "position", "token")
@@ -123,14 +123,10 @@ class _Stacked:
         return np.stack([each.numpy(rows, dtype=wanted) for each in self.arrays], axis=1)
 
     def fill(self, out: Array, pieces: Sequence[Numbers | range], following: Following | None = None) -> None:
-        at, arrays = 0, self.arrays
-        for step, later in steps(pieces, following, self.specs[0], share=len(arrays)):
-            n_rows = sum(map(len, step))
-            for number, each in enumerate(arrays):
-                found = np.empty((n_rows, *each.shape[1:]), each.stored_dtype)
-                each.fill(found, step, later)
-                out[at : at + n_rows, number] = found
-            at += n_rows
+        filled = [Filled(each.fill, each.shape[1:], each.stored_dtype) for each in self.arrays]
+        for places, parts in in_steps(filled, pieces, following, self.specs[0]):
+            for number, part in enumerate(parts):
+                out[places, number] = part
 
 
 class _PairedLoader(Loader):

@@ -16,7 +16,7 @@ from residua.store.base.errors import TooLargeError
 from residua.store.encoding.codecs import INT8, PRESETS
 from residua.store.encoding.dtypes import BFLOAT16, storage_dtype, to_float32
 from residua.store.encoding.spec import ArraySpec
-from residua.store.read.reader import Array, ArrayReader, Following, RowNumbers, reader_of, steps
+from residua.store.read.reader import Array, ArrayReader, Filled, Following, RowNumbers, in_steps, reader_of
 
 if TYPE_CHECKING:
     import torch
@@ -170,14 +170,12 @@ class ArchiveArray:
         if len(self._readers) == 1:
             self._readers[0].fill(out.view(self.specs[0].storage_dtype), pieces, following)
             return
-        at = 0
-        for step, later in steps(pieces, following, self.specs[0], share=len(self.specs)):
-            n_rows = sum(map(len, step))
-            arrays = [np.empty((n_rows, *spec.row_shape), spec.storage_dtype) for spec in self.specs]
-            for array, reader in zip(arrays, self._readers, strict=True):
-                reader.fill(array, step, later)
-            out[at : at + n_rows] = self._converted(self._merge(arrays), self.stored_dtype)
-            at += n_rows
+        filled = [
+            Filled(reader.fill, spec.row_shape, spec.storage_dtype)
+            for spec, reader in zip(self.specs, self._readers, strict=True)
+        ]
+        for places, parts in in_steps(filled, pieces, following, self.specs[0]):
+            out[places] = self._converted(self._merge([*parts]), self.stored_dtype)
 
     def _read(self, rows: RowSelection) -> Array:
         if isinstance(rows, EllipsisType):

@@ -12,7 +12,7 @@ import weakref
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Literal, NamedTuple, TypeAlias, TypeVar
 
@@ -25,8 +25,10 @@ from residua.store.encoding.codecs import PRESETS, decode_chunk
 from residua.store.encoding.spec import ArraySpec
 from residua.store.read.mapped import OPEN_SHARDS, MappedShard, OpenShards, cpu_threads
 
+FEW_CHUNKS = 3
+"""Chunks that are decoded faster without waking a thread for each."""
+
 _STEP_BYTES = 16 * 2**20  # of rows that are read into further memory first
-_FEW_CHUNKS = 3  # decoded faster without waking a thread
 _MAX_THREADS = max(4, os.cpu_count() or 1)
 
 Array: TypeAlias = npt.NDArray[np.generic]
@@ -276,7 +278,7 @@ class ArrayReader:
 
     def _run(self, work: Callable[[Job], None], jobs: Sequence[Job], following: Following | None) -> None:  # noqa: ARG002
         """Do all jobs, in this thread and in others. Return when every thread has finished."""
-        n_slices = min(self._threads, len(jobs)) if len(jobs) > _FEW_CHUNKS else 1
+        n_slices = min(self._threads, len(jobs)) if len(jobs) > FEW_CHUNKS else 1
 
         def work_on(start: int) -> None:
             for job in jobs[start::n_slices]:
@@ -332,17 +334,51 @@ class ColumnShardsReader:
 
     def fill(self, out: Array, pieces: Sequence[RowNumbers | range], following: Following | None = None) -> None:
         """Read pieces of rows, one after the other, into `out`; see `ArrayReader.fill`."""
-        at = 0
-        for step, later in steps(pieces, following, self._specs[0], share=len(self._specs)):
-            n_rows = sum(map(len, step))
-            for i, (spec, reader) in enumerate(zip(self._specs, self._readers, strict=True)):
-                found = np.empty((n_rows, *spec.row_shape), spec.storage_dtype)
-                reader.fill(found, step, later)
-                out[at : at + n_rows, i * self._width : (i + 1) * self._width] = found
-            at += n_rows
+        filled = [
+            Filled(reader.fill, spec.row_shape, spec.storage_dtype)
+            for spec, reader in zip(self._specs, self._readers, strict=True)
+        ]
+        for rows, parts in in_steps(filled, pieces, following, self._specs[0]):
+            for i, part in enumerate(parts):
+                out[rows, i * self._width : (i + 1) * self._width] = part
 
 
-def steps(
+class Filled(NamedTuple):
+    """One of several arrays that hold the parts of each row: what fills an array with its rows, and what these are."""
+
+    fill: Callable[[Array, Sequence[RowNumbers | range], Following | None], None]
+    row_shape: tuple[int, ...]
+    dtype: npt.DTypeLike
+
+    def part(self, pieces: Sequence[RowNumbers | range], following: Following) -> Array:
+        """Return its part of some rows."""
+        found: Array = np.empty((sum(map(len, pieces)), *self.row_shape), self.dtype)
+        self.fill(found, pieces, following)
+        return found
+
+
+def in_steps(
+    arrays: Sequence[Filled], pieces: Sequence[RowNumbers | range], following: Following | None, spec: ArraySpec
+) -> Iterator[tuple[slice, Iterator[Array]]]:
+    """Read rows that are put together from several arrays, some MiB at a time.
+
+    Args:
+        arrays: The arrays.
+        pieces: Numbers of rows.
+        following: What follows after them.
+        spec: One of the arrays. Ranges are cut where its chunks begin.
+
+    Yields:
+        Places of rows in the output, and the part of each array, to be taken before the next step.
+    """
+    at = 0
+    for step, later in _steps(pieces, following, spec, share=len(arrays)):
+        n_rows = sum(map(len, step))
+        yield slice(at, at + n_rows), map(partial(Filled.part, pieces=step, following=later), arrays)
+        at += n_rows
+
+
+def _steps(
     pieces: Sequence[RowNumbers | range], following: Following | None, spec: ArraySpec, *, share: int
 ) -> Iterator[tuple[list[RowNumbers | range], Following]]:
     """Cut pieces of rows into steps of some MiB, and say what follows after each: for rows that need further memory.

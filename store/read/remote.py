@@ -26,7 +26,7 @@ from residua.store.encoding.shard import ChunkTable, chunk_table_problem, descri
 from residua.store.encoding.spec import ArraySpec
 from residua.store.format.commits import Commit
 from residua.store.format.plan import Plan
-from residua.store.read.reader import Array, ArrayReader, Check, Following, Job, decoding_threads
+from residua.store.read.reader import FEW_CHUNKS, Array, ArrayReader, Check, Following, Job, decoding_threads
 from residua.store.storage.crc import CRC_BYTES
 from residua.store.storage.disk_cache import DiskCache
 from residua.store.storage.objects import ObjectFolder
@@ -40,7 +40,6 @@ REQUEST_BYTES = 4 * 2**20
 _WINDOW_BYTES = 64 * 2**20  # of one call that are under way; as much again is fetched ahead
 _HELD_BYTES = 256 * 2**20  # fetched ahead for all readers of an archive; what is not used for longest goes first
 _N_REQUESTS = 16
-_FEW_CHUNKS = 3  # decoded faster in the thread that asks, and together in another one
 _HERE = Path()
 
 PACK = "finish its capture, or run residua pack on it where it is a folder, and copy it there again"
@@ -401,7 +400,7 @@ class RemoteReader(ArrayReader):
 
         arriving = self._arriving(numbers, then)
         try:
-            if self._threads == 1 or len(numbers) <= _FEW_CHUNKS:
+            if self._threads == 1 or len(numbers) <= FEW_CHUNKS:
                 for part in arriving:
                     decode(part)
             else:
@@ -416,7 +415,7 @@ class RemoteReader(ArrayReader):
         for arrived in self._source.stream(spec, n_rows, numbers, then=then, window_bytes=self._window_bytes):
             self._held.update(arrived)
             found = list(arrived)
-            yield from (found[i : i + _FEW_CHUNKS] for i in range(0, len(found), _FEW_CHUNKS))
+            yield from (found[i : i + FEW_CHUNKS] for i in range(0, len(found), FEW_CHUNKS))
 
     def _decode_in_threads(self, decode: Callable[[list[int]], None], arriving: Iterator[list[int]]) -> None:
         decoding: deque[Future[None]] = deque()
