@@ -108,9 +108,8 @@ def evaluate(
         for site, named in maps.items()
     }
     labels = torch.from_numpy(reader.next_tokens(rows))
-    labels = labels.masked_fill(labels >= decoder.unembedding.n_tokens, -1).to(
-        decoder.device
-    )  # the head has no logit of these
+    has_no_logit = labels >= decoder.unembedding.n_tokens
+    labels = labels.masked_fill(has_no_logit, -1).to(decoder.device)
     height = max(1, _LOGIT_BYTES // (4 * decoder.unembedding.n_tokens))
     for start in range(0, len(rows), height):
         here = slice(start, start + height)

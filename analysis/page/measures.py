@@ -176,9 +176,7 @@ def _shown(job: _ShownJob) -> npt.NDArray[np.float32]:
     array = archive[job.measures.site]
     rows = np.concatenate([np.arange(*each) for each in job.rows])
     height = piece_rows(width)
-    parts = (
-        rows[i : i + height] for i in range(0, len(rows), height)
-    )  # together, so that few chunks are decoded twice
+    parts = (rows[i : i + height] for i in range(0, len(rows), height))  # together: few chunks are decoded twice
     found = [job.measures.of(array[part].reshape(len(part), width)) for part in parts]
     with np.errstate(over="ignore"):
         return np.concatenate(found, axis=1).astype(np.float32)

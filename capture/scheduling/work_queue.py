@@ -109,8 +109,9 @@ def _in_turn(
     while True:
         number = membership.count(f"{name}s") - 1
         while number >= len(known):
-            came = next(more, ())
-            if came == ():
+            try:
+                came = next(more)
+            except StopIteration:
                 return
             known.extend(came or ())
             if number >= len(known):

@@ -119,7 +119,7 @@ def _finished(archive: Archive) -> Archive:
         )
     if GROW_RULE in archive.plan.rules:
         raise PlanError(
-            f"{archive.path} was captured with {named('grow', True)}, and sites cannot be added to such an archive: "
+            f"{archive.place} was captured with {named('grow', True)}, and sites cannot be added to such an archive: "
             "capture them into another one"
         )
     if not archive.plan.batch_tokens:

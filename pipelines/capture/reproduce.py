@@ -5,13 +5,13 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from os import PathLike
 
-import torch
 from transformers import PreTrainedModel
 
 from residua.capture.forward.batches import BatchRunner
 from residua.capture.identity.compare import RowComparison, SiteComparison
 from residua.capture.identity.provenance import check_model, running_as_captured
 from residua.capture.replay.recorded_inputs import RecordedInputs
+from residua.capture.runtime.sharded import without_gradients
 from residua.capture.sites.names_to_modules import resolve_sites
 from residua.capture.taps.reading import reading
 from residua.pipelines.capture.captured_batches import sample_batches
@@ -90,7 +90,7 @@ def reproduce(
     with ExitStack() as stack:
         stack.enter_context(running_as_captured(opened, model))
         check = check_model(opened, model, exact=True)
-        stack.enter_context(torch.inference_mode())
+        stack.enter_context(without_gradients(model))
         taps = stack.enter_context(reading(model, infos, runner.put))
         for done, batch in enumerate(batches, start=1):
             for _ in runner.run(batch):

@@ -213,7 +213,7 @@ def cluster_of(
     from residua.analysis.support.cluster import INLINE, connect
 
     scheduler = options.scheduler
-    is_open = scheduler is None and options.workers is None and archive is not None
+    is_open = scheduler is None and options.workers is None
     if is_open and archive is not None and passes * _read_bytes(archive, sites) <= _SMALL_BYTES:
         scheduler = INLINE
     shown = shows and shows_progress(options)

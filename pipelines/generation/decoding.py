@@ -82,6 +82,10 @@ _REFUSED: Mapping[str, tuple[object, ...]] = {  # in the model's own config, whe
     "guidance_scale": (None, 1),
     "stop_strings": (None,),
 }
+_INSTEAD = {  # of settings that users ask for
+    "num_return_sequences": "for several, give the prompt several times",
+    "stop_strings": "give eos_token_id, or cut the texts afterwards",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -218,12 +222,6 @@ def _refuse_model(model: nn.Module, core: Any) -> None:
             f"{named('generate')}: {name} is held by several processes, and generation needs all of it in each: start "
             "processes with a replica each, or generate first and capture the full texts"
         )
-
-
-_INSTEAD = {
-    "num_return_sequences": "for several, give the prompt several times",
-    "stop_strings": "give eos_token_id, or cut the texts afterwards",
-}
 
 
 def _refuse_names(given: Mapping[str, object]) -> None:
