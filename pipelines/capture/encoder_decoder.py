@@ -9,7 +9,6 @@ import hashlib
 import shutil
 import sys
 from collections.abc import Callable, Mapping
-from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from os import PathLike, fspath
@@ -23,14 +22,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from residua.capture.forward.example_inputs import ExampleInputs, InputSource
 from residua.capture.hooks.site import SiteInfo
 from residua.capture.recording.stats import RecordStats
-from residua.capture.runtime.wrappers import evaluating, replica_of, running_uncompiled
+from residua.capture.runtime.wrappers import replica_of
 from residua.capture.sites.frames import frame_shape, n_frame_positions, takes_frames
 from residua.capture.sites.names_to_modules import resolve_sites
 from residua.capture.sites.stacks import PAIR_STACKS, row_stack, stacks_of, takes_pairs
 from residua.pipelines.capture.dataset_job import DatasetCapture, DatasetSource
 from residua.pipelines.capture.images import load_processor
 from residua.pipelines.capture.result import CaptureResult
-from residua.pipelines.capture.stacks import run_stacks
+from residua.pipelines.capture.stacks import refuse_split, run_stacks
 from residua.pipelines.data.audio import FEATURES, Features, FrameShape, HeardSources, read_features
 from residua.pipelines.data.dataset import SOURCE_COLUMNS, DatasetReport
 from residua.pipelines.data.pairs import PairTokens, read_pairs
@@ -72,11 +71,7 @@ def capture_pairs(
     Raises:
         PlanError: The model is split, cannot be run on pairs of tokens, or was begun with other sites.
     """
-    if tensor_parallel is not None or settings.tp * settings.pp > 1 or not settings.gather:
-        raise PlanError(
-            f"an encoder-decoder is captured by processes that each hold all of it: leave {named('tp')}, "
-            f"{named('pp')}, {named('gather', False)} and tensor_parallel out; several processes still share the shards"
-        )
+    refuse_split(settings, tensor_parallel, "encoder-decoders")
     if settings.image_column is not None:
         raise PlanError(
             f"{named('image_column')} is for models over images, which an encoder-decoder is not: leave it out"
@@ -90,15 +85,10 @@ def capture_pairs(
     model = cast("PreTrainedModel", replica_of(model))
     sites = _sites_by_rows(model, settings)
     create_stacks(place.out, list(sites))
-    with ExitStack() as stack:
-        notes = list(place.notes)
-        if stack.enter_context(running_uncompiled(model)):
-            notes.append("compiled code does not run hooks: the model ran uncompiled for this capture")
-        stack.enter_context(evaluating(model))
-        folder = stack.enter_context(spool_folder(place.out.path))
+    with spool_folder(place.out.path) as folder:
         pairs = _Pairs(model, dataset, tokenizer, processor, settings, on_example, folder)
         jobs = ((name, _StackCapture(name, own, pairs, place.out.inside(name), command)) for name, own in sites.items())
-        return run_stacks(place.out, jobs, settings, on_plan, on_batch, notes)
+        return run_stacks(model, place, jobs, settings, on_plan, on_batch)
 
 
 def _sites_by_rows(model: PreTrainedModel, settings: CaptureSettings) -> dict[str, dict[str, SiteInfo]]:

@@ -14,14 +14,14 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from residua.capture.recording.stats import RecordStats
-from residua.capture.runtime.wrappers import evaluating, replica_of, running_uncompiled
+from residua.capture.runtime.wrappers import replica_of
 from residua.capture.sites.anatomy import takes_pixels
 from residua.capture.sites.names_to_modules import resolve_sites
 from residua.capture.sites.towers import Tower, has_towers_only, towers_of
 from residua.pipelines.capture.dataset_job import DatasetCapture, DatasetSource
 from residua.pipelines.capture.images import image_dataset, load_processor, ran_alone
 from residua.pipelines.capture.result import CaptureResult
-from residua.pipelines.capture.stacks import run_stacks
+from residua.pipelines.capture.stacks import refuse_split, run_stacks
 from residua.pipelines.data.dataset import SOURCE_COLUMNS
 from residua.pipelines.setup.models import load_model, load_tokenizer, transformers_model
 from residua.pipelines.setup.settings import CaptureSettings
@@ -91,20 +91,12 @@ def capture_both(
     both = _Both(model, dataset, place.out, tokenizer, processor, settings, command, on_example)
     create_stacks(place.out, (_VISION, _TEXT))
     with ExitStack() as stack:
-        notes = list(place.notes)
-        if stack.enter_context(running_uncompiled(model)):
-            notes.append("compiled code does not run hooks: the model ran uncompiled for this capture")
-        stack.enter_context(evaluating(model))
-        return run_stacks(place.out, both.jobs(sites, stack), settings, on_plan, on_batch, notes)
+        return run_stacks(model, place, both.jobs(sites, stack), settings, on_plan, on_batch)
 
 
 def _refuse(dataset: DatasetSource, settings: CaptureSettings, tensor_parallel: object) -> None:
     """Raise PlanError for what both parts cannot be captured with."""
-    if tensor_parallel is not None or settings.tp * settings.pp > 1 or not settings.gather:
-        raise PlanError(
-            f"models over images are captured by processes that each hold all of the model: leave {named('tp')}, "
-            f"{named('pp')}, {named('gather', False)} and tensor_parallel out; several processes still share the shards"
-        )
+    refuse_split(settings, tensor_parallel, "models over images")
     if isinstance(dataset, Iterator):
         raise PlanError(
             f"{named('sites', settings.site_patterns)} are of images and of text, and the dataset is read once for "
