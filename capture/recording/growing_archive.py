@@ -6,7 +6,6 @@ the example table and seals; all of them store rows, as in `residua.capture.reco
 
 import logging
 from collections.abc import Iterable, Mapping
-from dataclasses import replace
 
 import numpy as np
 import numpy.typing as npt
@@ -29,7 +28,7 @@ from residua.capture.scheduling.membership import Membership
 from residua.store.base.canonical import Json
 from residua.store.base.errors import CaptureError
 from residua.store.examples.writer import ExampleWriter
-from residua.store.format.archive_metadata import file_digest
+from residua.store.format.archive_metadata import file_digest, with_notes
 from residua.store.format.create import bring_archive, create_archive, workspace
 from residua.store.format.plan import Plan, host_buffer_bytes
 from residua.store.format.site_names import is_pattern
@@ -210,12 +209,7 @@ class GrowingArchive:
         index = self._examples.close()
         archive = Archive(self._out.path)
         sealed: dict[str, Json] = {"n_rows": self._n_rows, "n_examples": self._n_examples, "examples": index.digest}
-        metadata = archive.metadata
-        if self._notes:
-            known = metadata.provenance.get("notes")
-            notes = [*(known if isinstance(known, list) else []), *self._notes]
-            metadata = replace(metadata, provenance={**metadata.provenance, "notes": notes})
-        seal(self._out, metadata, sealed)
+        seal(self._out, with_notes(archive.metadata, self._notes), sealed)
         return {}
 
 

@@ -25,9 +25,7 @@ from residua.pipelines.copies.rewritten import (
     Numbers,
     Planned,
     copy_sidecars,
-    example_columns,
     lossy_note,
-    notes_of,
     refuse_inexact,
     stored_rows,
     write_archive,
@@ -36,6 +34,7 @@ from residua.store.base.canonical import Json, differences, digest_of
 from residua.store.base.errors import PlanError
 from residua.store.examples.index import Example, dataset_entry
 from residua.store.examples.writer import ExampleWriter
+from residua.store.format.archive_metadata import notes_in
 from residua.store.format.plan import STACK_RULE, Plan
 from residua.store.format.writer import FilledShard
 from residua.store.read.archive import REPLAY_RULE, Archive
@@ -161,7 +160,7 @@ def _write_examples(sources: Sequence[Archive], folder: Path) -> dict[str, Json]
     writer = ExampleWriter(folder)
     for i, source in enumerate(sources):
         table = source.example_table
-        for number, columns in enumerate(example_columns(source)):
+        for number, columns in table.own_columns():
             where = {SOURCE_ARCHIVE: i, SOURCE_EXAMPLE: number}
             tokens, positions = table.tokens(number), table.positions(number)
             writer.add(Example(input_ids=tokens, positions=positions, columns={**columns, **where}))
@@ -204,7 +203,7 @@ def _provenance(sources: Sequence[Archive], names: Sequence[str]) -> dict[str, A
         for source, rows, examples in zip(sources, pairwise(first_rows), pairwise(first_examples), strict=True)
     ]
     joined = f"these rows are those of {len(sources)} archives, one after the other"
-    notes = [note for source in sources for note in notes_of(source)]
+    notes = [note for source in sources for note in notes_in(source.provenance)]
     made = [joined, lossy_note(sources[0], names)]
     return {**shared, CONCATENATED: entries, "notes": [*dict.fromkeys(notes), *filter(None, made)]}
 

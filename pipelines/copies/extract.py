@@ -20,7 +20,6 @@ from residua.pipelines.copies.rewritten import (
     Planned,
     copy_sidecars,
     lossy_note,
-    notes_of,
     refuse_inexact,
     stored_rows,
     write_archive,
@@ -29,6 +28,7 @@ from residua.store.base.canonical import Json, digest_of
 from residua.store.base.errors import PlanError
 from residua.store.examples.index import Example, dataset_entry
 from residua.store.examples.writer import ExampleWriter
+from residua.store.format.archive_metadata import notes_in
 from residua.store.format.plan import Plan
 from residua.store.format.writer import FilledShard
 from residua.store.read.archive import Archive
@@ -38,8 +38,6 @@ from residua.store.selection.row_filter import RowFilter
 
 EXTRACTED = "extracted"
 """Entry of the plan's `rules` (digest of what was taken) and of the provenance (its description)."""
-
-_EXAMPLES = 1024  # read at a time
 
 
 def extract(
@@ -103,7 +101,7 @@ def extract(
         )
         provenance: dict[str, Any] = {**source.provenance, EXTRACTED: {**taken, "path": source.place}}
         taken_from = f"these rows were taken from another archive, of plan {source.plan.digest[:12]}"
-        notes = [*notes_of(source), taken_from, *filter(None, [lossy_note(source, names)])]
+        notes = [*notes_in(source.provenance), taken_from, *filter(None, [lossy_note(source, names)])]
         return Planned(planned, {**provenance, "notes": notes})
 
     return write_archive(out, storage_options, plan, partial(_shards, source, kept, on_row))
@@ -127,23 +125,11 @@ def _write_examples(source: Archive, kept: Numbers, folder: Path) -> dict[str, J
     numbers, starts = np.unique(owner, return_index=True)
     rows_of = np.split(kept - index.first_row[owner], starts[1:])
     writer = ExampleWriter(folder)
-    for number, columns, local in zip(numbers.tolist(), _columns(source, numbers), rows_of, strict=True):
+    for (number, columns), local in zip(table.own_columns(numbers), rows_of, strict=True):
         tokens, positions = table.tokens(number), table.positions(number)
         columns = {**columns, SOURCE_EXAMPLE: columns.get(SOURCE_EXAMPLE, number)}
         writer.add(Example(input_ids=tokens, positions=positions[local], columns=columns))
     return dataset_entry(writer.close())
-
-
-def _columns(source: Archive, numbers: Numbers) -> Iterator[Mapping[str, object]]:
-    """Yield the user's own columns of examples."""
-    names = list(source.example_table.column_types())
-    found = source.example_table.table(names) if names else None
-    for start in range(0, len(numbers), _EXAMPLES):
-        chosen = numbers[start : start + _EXAMPLES]
-        if found is None:
-            yield from ({} for _ in chosen)
-        else:
-            yield from found.take(chosen).to_pylist()
 
 
 def _shards(

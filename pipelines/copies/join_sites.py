@@ -16,9 +16,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from residua.pipelines.copies.rewritten import notes_of
 from residua.store.base.errors import PlanError
-from residua.store.format.archive_metadata import ROOT, SIDECAR_FOLDERS, read_metadata
+from residua.store.format.archive_metadata import ROOT, SIDECAR_FOLDERS, notes_in, read_metadata
 from residua.store.format.commits import FOLDER, Commit, publish_commit
 from residua.store.format.create import create_archive, workspace
 from residua.store.format.plan import Plan
@@ -201,5 +200,5 @@ def _provenance(archive: Archive, added: Archive) -> dict[str, Any]:
     old: Mapping[str, Any] = archive.provenance
     entry = {"sites": list(added.sites), **{key: value for key, value in added.provenance.items() if key != "notes"}}
     known = old.get(ADDED)
-    notes = dict.fromkeys([*notes_of(archive), *notes_of(added)])
+    notes = dict.fromkeys([*notes_in(archive.provenance), *notes_in(added.provenance)])
     return {**old, ADDED: [*(known if isinstance(known, list) else []), entry], "notes": list(notes)}

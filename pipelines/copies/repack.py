@@ -37,7 +37,7 @@ from residua.store.encoding.shard import (
 from residua.store.encoding.spec import ArraySpec
 from residua.store.examples.side_tables import FOLDER as SIDE_FOLDER
 from residua.store.examples.side_tables import SIDE_TABLES
-from residua.store.format.archive_metadata import SIDECAR_FOLDERS, is_archive, read_metadata
+from residua.store.format.archive_metadata import SIDECAR_FOLDERS, is_archive, notes_in, read_metadata
 from residua.store.format.commits import Commit, ShardFile, committed_shards, publish_commit
 from residua.store.format.create import bring_archive, create_archive, workspace
 from residua.store.format.plan import REPACKED_RULE, Plan
@@ -131,10 +131,8 @@ def _create(source: Archive, out: Destination, plan: Plan) -> None:
         if source.side_tables:
             shutil.copyfile(source.path / SIDE_TABLES, folder / SIDE_TABLES)
             shutil.copytree(source.path / SIDE_FOLDER, folder / SIDE_FOLDER)
-        found = source.provenance.get("notes")
-        notes: list[Any] = found if isinstance(found, list) else []
         of = f"these rows were copied into larger shards from the archive of plan {source.plan.digest[:12]}"
-        provenance: dict[str, Any] = {**source.provenance, "notes": [*notes, of]}
+        provenance: dict[str, Any] = {**source.provenance, "notes": [*notes_in(source.provenance), of]}
         create_archive(folder, out, plan, provenance)
 
 

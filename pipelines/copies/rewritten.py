@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from residua.store.base.canonical import Json
 from residua.store.base.errors import PlanError
 from residua.store.encoding.codecs import INT8, PRESETS
 from residua.store.format.archive_metadata import SIDECAR_FOLDERS, Metadata, is_archive, read_metadata
@@ -35,7 +34,6 @@ class Planned(NamedTuple):
     provenance: Mapping[str, Any]
 
 
-_EXAMPLES = 1024  # whose columns are Python objects at a time
 Numbers = npt.NDArray[np.int64]
 
 
@@ -110,23 +108,6 @@ def copy_sidecars(source: Archive, folder: Path) -> None:
             source.side_file(name)
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(source.path / name, folder / name)
-
-
-def example_columns(source: Archive) -> Iterator[Mapping[str, object]]:
-    """Yield the user's own columns of all examples, in order; a few are in memory at a time."""
-    names = list(source.example_table.column_types())
-    if not names:
-        yield from ({} for _ in range(len(source.example_table)))
-        return
-    for part in source.example_table.parts(names):
-        for batch in part.to_batches(max_chunksize=_EXAMPLES):
-            yield from batch.to_pylist()
-
-
-def notes_of(source: Archive) -> list[Json]:
-    """Return the notes in an archive's provenance."""
-    found = source.provenance.get("notes")
-    return list(found) if isinstance(found, list) else []
 
 
 def lossy_note(source: Archive, sites: Sequence[str]) -> str:

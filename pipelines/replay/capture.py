@@ -4,7 +4,7 @@ The plan is that of the archive which is replayed, for the chosen examples and t
 resuming are those of any capture. If all examples are chosen, the batches are those of the archive.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,6 @@ from residua.store.base.errors import PlanError
 from residua.store.base.naming import named
 from residua.store.encoding.codecs import DEFAULT_PRESET
 from residua.store.examples.index import Example, ExampleIndex, dataset_entry
-from residua.store.examples.table import ExampleTable
 from residua.store.examples.writer import ExampleWriter
 from residua.store.format.plan import HOST_MEMORY_BYTES, Plan, host_buffer_bytes
 from residua.store.format.sidecars import PARAMETERS_FILE
@@ -141,9 +140,10 @@ class ReplayCapture(CaptureJob):
                 "archive of a replay keeps the number of each replayed example there: replay without capturing"
             )
         writer = ExampleWriter(folder)
-        for number, columns in _dataset_columns(table, self._examples):
+        for number, columns in table.own_columns(self._examples):
             [(input_ids, positions)] = table.batch([number])
-            writer.add(Example(input_ids=input_ids, positions=positions, columns={**columns, REPLAYED_EXAMPLE: number}))
+            columns[REPLAYED_EXAMPLE] = number  # that of an earlier replay goes
+            writer.add(Example(input_ids=input_ids, positions=positions, columns=columns))
         return writer.close()
 
     def write_tokenizer(self, folder: Path) -> None:
@@ -216,14 +216,3 @@ def _storage_of(plan: Plan) -> tuple[str | None, str]:
     dtypes = {site.dtype for site in plan.sites if site.dtype in FLOATS}
     codecs = {site.codec for site in plan.sites if site.dtype in FLOATS}
     return dtypes.pop() if len(dtypes) == 1 else None, codecs.pop() if len(codecs) == 1 else DEFAULT_PRESET
-
-
-def _dataset_columns(table: ExampleTable, examples: npt.NDArray[np.int64]) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Yield the number of each chosen example with its columns of the dataset; one file is in memory at a time."""
-    names = [name for name in table.column_types() if name != REPLAYED_EXAMPLE]  # that of an earlier replay goes
-    start = 0
-    for file in table.parts(["n_rows", *names]):  # n_rows for its length: there may be no other column
-        inside = examples[(examples >= start) & (examples < start + file.num_rows)]
-        for number, line in zip(inside.tolist(), file.take(inside - start).to_pylist(), strict=True):
-            yield number, {name: line.get(name) for name in names}
-        start += file.num_rows

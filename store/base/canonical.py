@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections.abc import Mapping
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 from residua.store.base.errors import shortened
 
@@ -26,6 +26,24 @@ def canonical_json(value: object) -> bytes:
 def digest_of(value: object) -> str:
     """Return the SHA-256 of the canonical JSON of `value`, in hex."""
     return hashlib.sha256(canonical_json(value)).hexdigest()
+
+
+def with_digest(name: str, entry: Mapping[str, object]) -> dict[str, object]:
+    """Return the content of a file that has `entry` by its name, and its digest."""
+    return {name: dict(entry), "sha256": digest_of(entry)}
+
+
+def digested(content: Any, name: str) -> Any:
+    """Return the entry of such a content.
+
+    Raises:
+        ValueError: The entry is not the one that the digest is of.
+        KeyError, TypeError: The content is of another kind.
+    """
+    entry = content[name]
+    if content["sha256"] != digest_of(entry):
+        raise ValueError("its SHA-256 does not match its content")
+    return entry
 
 
 def flatten(value: Mapping[str, object], prefix: str = "") -> dict[str, object]:

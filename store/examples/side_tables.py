@@ -16,7 +16,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from residua.store.base.canonical import Json, digest_of
+from residua.store.base.canonical import Json, digest_of, digested, with_digest
 from residua.store.base.errors import DamagedArchiveError, UnsafeArchiveError
 from residua.store.base.untrusted import parse_json, read_file, size_problem
 from residua.store.examples.index import (
@@ -132,8 +132,8 @@ def write_side_tables(archive: Path, examples: str, tables: Sequence[SideTable])
         tables: All side tables of the archive.
     """
     entry: dict[str, Json] = {"examples": examples, "tables": [table.to_json() for table in tables]}
-    content = {"annotations": entry, "sha256": digest_of(entry)}
-    write_file(archive / SIDE_TABLES, [json.dumps(content, indent=2, ensure_ascii=False).encode()])
+    content = json.dumps(with_digest("annotations", entry), indent=2, ensure_ascii=False)
+    write_file(archive / SIDE_TABLES, [content.encode()])
 
 
 def read_side_tables(archive: Path, index: ExampleIndex) -> list[SideTable]:
@@ -152,10 +152,7 @@ def read_side_tables(archive: Path, index: ExampleIndex) -> list[SideTable]:
         return []
     text = read_file(archive, path, MAX_SIDE_TABLES_BYTES)
     try:
-        content: Any = parse_json(text)
-        entry = content["annotations"]
-        if content["sha256"] != digest_of(entry):
-            raise ValueError("its SHA-256 differs")
+        entry = digested(parse_json(text), "annotations")
         tables = [_table(each) for each in entry["tables"]]
         digest = entry["examples"]
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:

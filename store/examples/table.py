@@ -8,8 +8,10 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 
 from residua.store.base.errors import DamagedArchiveError, DatasetError, UnsafeArchiveError
@@ -17,6 +19,8 @@ from residua.store.examples.index import OWN_COLUMNS, ExampleIndex, IntArray, ad
 from residua.store.examples.part import Group, Part, naming, read_columns, read_group, read_images, read_parts
 from residua.store.examples.side_tables import SideColumns
 from residua.store.format.archive_metadata import file_digest
+
+_COLUMNS_AT_A_TIME = 1024  # examples whose columns are Python objects
 
 
 class ExampleTable:
@@ -155,6 +159,22 @@ class ExampleTable:
                 for name in found.column_names:
                     table = table.append_column(name, found[name])
             yield table
+
+    def own_columns(self, numbers: npt.NDArray[np.int64] | None = None) -> Iterator[tuple[int, dict[str, Any]]]:
+        """Yield the number of each example with the user's own columns of it; few of them are in memory at a time.
+
+        Args:
+            numbers: Numbers of examples, ascending; None for all.
+        """
+        names, start = list(self.column_types()), 0
+        for part in self.parts(["n_rows", *names]):  # n_rows for its length: there may be no other column
+            stop = start + part.num_rows
+            inside = np.arange(start, stop) if numbers is None else numbers[(numbers >= start) & (numbers < stop)]
+            for first in range(0, len(inside), _COLUMNS_AT_A_TIME):
+                chosen = inside[first : first + _COLUMNS_AT_A_TIME]
+                for number, line in zip(chosen.tolist(), part.take(chosen - start).to_pylist(), strict=True):
+                    yield number, {name: line.get(name) for name in names}
+            start = stop
 
     @cached_property
     def _own_names(self) -> frozenset[str]:

@@ -7,8 +7,8 @@ over the entry protects plan and provenance; `files` protects every sidecar file
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import Any, cast
 
@@ -65,6 +65,20 @@ class Metadata:
             "index": None if self.sealed is None or self.index is None else dict(self.index),
         }
         return {**entry, "sha256": digest_of(entry)}
+
+
+def notes_in(provenance: Mapping[str, object]) -> list[str]:
+    """Return the notes of a provenance: what a reader of the archive should know, one sentence each."""
+    found = provenance.get("notes")
+    return [note for note in found if isinstance(note, str)] if isinstance(found, list) else []
+
+
+def with_notes(metadata: Metadata, notes: Iterable[str]) -> Metadata:
+    """Return the metadata with more notes in the provenance."""
+    if not (more := list(notes)):
+        return metadata
+    known: list[Json] = [*notes_in(metadata.provenance), *more]
+    return replace(metadata, provenance={**metadata.provenance, "notes": known})
 
 
 def write_metadata(archive: Path, metadata: Metadata) -> None:

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from residua.store.base.canonical import canonical_json, digest_of
+from residua.store.base.canonical import canonical_json, digested, with_digest
 from residua.store.base.errors import DamagedArchiveError, ResiduaError
 from residua.store.base.untrusted import MAX_ROWS, check_inside, parse_json, read_file, size_problem
 from residua.store.encoding.shard import ChunkTable
@@ -137,8 +137,7 @@ def publish_commit(archive: Path | Destination, commit: Commit) -> bool:
 
 
 def _json(commit: Commit) -> bytes:
-    record = commit.to_json()
-    return canonical_json({"record": record, "sha256": digest_of(record)}) + b"\n"
+    return canonical_json(with_digest("record", commit.to_json())) + b"\n"
 
 
 def committed_shards(archive: Path | Destination) -> set[int]:
@@ -226,11 +225,7 @@ def named_example_files(commits: Mapping[int, Commit]) -> dict[str, str]:
 
 def _read_commit(archive: Path, path: Path, plan_digest: str) -> Commit:
     try:
-        value: Any = parse_json(read_file(archive, path, MAX_RECORD_BYTES))
-        record: dict[str, Any] = value["record"]
-        if digest_of(record) != value["sha256"]:
-            raise ValueError("its SHA-256 does not match its content")
-        commit = commit_from_json(record)
+        commit = commit_from_json(digested(parse_json(read_file(archive, path, MAX_RECORD_BYTES)), "record"))
         if commit.name != path.name:
             raise ValueError(f"it is the record {commit.name}")
     except (ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError, ResiduaError) as error:

@@ -25,10 +25,11 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from residua.store.base.canonical import digest_of
+from residua.store.base.canonical import digested, with_digest
 from residua.store.base.errors import DamagedArchiveError, PlanError, UnsafeArchiveError
 from residua.store.base.naming import named
 from residua.store.base.untrusted import is_finite, parse_json, read_file
+from residua.store.format.archive_metadata import notes_in
 from residua.store.format.plan import Plan
 from residua.store.storage.destination import Destination, destination_of
 
@@ -98,9 +99,7 @@ class LMHeadSpec:
 
 def why_no_lm_head(provenance: Mapping[str, object]) -> str:
     """Return why an archive with this provenance has no LM head, as its notes say."""
-    notes = provenance.get("notes")
-    found = [note for note in notes if isinstance(note, str)] if isinstance(notes, list) else []
-    wanted = next((note for note in found if note.startswith(NO_LM_HEAD)), NO_LM_HEAD)
+    wanted = next((note for note in notes_in(provenance) if note.startswith(NO_LM_HEAD)), NO_LM_HEAD)
     return (
         f"{wanted}. Final norm and unembedding are kept of causal and masked language models whose logits they give, "
         f"unless {named('head', False)} left them out"
@@ -229,8 +228,7 @@ class Fidelity:
 def write_fidelity(archive: Path | Destination, plan: Plan, found: Fidelity) -> None:
     """Write `fidelity.json` of an archive, durably; an earlier one is replaced."""
     entry = {"plan": plan.digest, **asdict(found)}
-    content = {"fidelity": entry, "sha256": digest_of(entry)}
-    destination_of(archive).write(FIDELITY_FILE, [json.dumps(content, indent=2).encode()])
+    destination_of(archive).write(FIDELITY_FILE, [json.dumps(with_digest("fidelity", entry), indent=2).encode()])
 
 
 def read_fidelity(archive: Path, plan: Plan) -> Fidelity | None:
@@ -245,10 +243,7 @@ def read_fidelity(archive: Path, plan: Plan) -> Fidelity | None:
         return None
     text = read_file(archive, path, MAX_FIDELITY_BYTES)
     try:
-        content: Any = parse_json(text)
-        entry = content["fidelity"]
-        if content["sha256"] != digest_of(entry):
-            raise ValueError("its SHA-256 differs")
+        entry = digested(parse_json(text), "fidelity")
         sites = {str(name): _site_fidelity(values) for name, values in entry["sites"].items()}
         found = Fidelity(sites=sites, n_examples=int(entry["n_examples"]), n_tokens=int(entry["n_tokens"]))
         digest = entry["plan"]

@@ -15,6 +15,7 @@ from residua.store.base.untrusted import parse_json
 from residua.store.encoding.spec import ArraySpec
 from residua.store.examples.side_tables import SideTable
 from residua.store.examples.table import ExampleTable
+from residua.store.format.archive_metadata import notes_in
 from residua.store.format.commits import Commit
 from residua.store.format.sidecars import ATTENTION_FILE
 from residua.store.read.archive import Archive, Rows, is_replay
@@ -56,8 +57,7 @@ class JoinedArchive(Archive):
     def _provenance(self) -> dict[str, Any]:
         found: list[str] = []
         for archive in self.archives:
-            notes = archive.provenance.get("notes")
-            found += [note for note in notes if isinstance(note, str)] if isinstance(notes, list) else []
+            found += notes_in(archive.provenance)
             if is_replay(archive):
                 own = [site for site, owner in self._owners.items() if owner is archive]
                 found.append(f"the rows of {few(own)} follow a replay: the provenance of {archive.place} says which")

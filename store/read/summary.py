@@ -4,6 +4,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from residua.store.encoding.codecs import PRESETS
+from residua.store.format.archive_metadata import notes_in
 from residua.store.format.sidecars import (
     FIDELITY_FILE,
     MAX_FIDELITY_BYTES,
@@ -145,10 +146,8 @@ def summarise(archive: Archive) -> Summary:
 
 def _notes(archive: Archive) -> tuple[str, ...]:
     """Return the notes of the provenance, of side tables, and on lost values, which are known while it grows."""
-    found = archive.provenance.get("notes")
-    notes = [note for note in found if isinstance(note, str)] if isinstance(found, list) else []
     side = [note for table in archive.side_tables for note in table.notes]
-    return tuple(dict.fromkeys([*notes, *loss_notes(archive.plan, archive.commits), *side]))
+    return tuple(dict.fromkeys([*notes_in(archive.provenance), *loss_notes(archive.plan, archive.commits), *side]))
 
 
 def _site(archive: Archive, name: str, fidelity: SiteFidelity | None) -> SiteSummary:

@@ -23,7 +23,14 @@ from residua.store.base.errors import DamagedArchiveError, NotCapturedError
 from residua.store.encoding.codecs import PRESETS
 from residua.store.encoding.shard import RESTORE, chunk_table_problem, read_chunk_table, shard_digest, shard_path
 from residua.store.encoding.spec import ArraySpec
-from residua.store.format.archive_metadata import ROOT, Metadata, read_metadata, sidecar_digests, write_metadata
+from residua.store.format.archive_metadata import (
+    ROOT,
+    Metadata,
+    read_metadata,
+    sidecar_digests,
+    with_notes,
+    write_metadata,
+)
 from residua.store.format.array_metadata import (
     METADATA,
     consolidate,
@@ -120,7 +127,7 @@ def _seal(out: Destination, metadata: Metadata, sealed: Mapping[str, Json], on_s
         if not PRESETS[site.codec].is_lossless:
             _write_error(archive, plan, site, index)
     if metadata.sealed is None:
-        metadata = _with_notes(metadata, loss_notes(plan, index))
+        metadata = with_notes(metadata, loss_notes(plan, index))
     # Files with a known digest may be damaged by now, so only files that have none yet are read.
     files = sidecar_digests(archive, {**metadata.files, **made.examples}) if plan.n_rows is None else metadata.files
     documents = consolidate(archive, [spec.path for spec in plan.arrays])
@@ -136,15 +143,6 @@ def _update_arrays(archive: Path, plan: Plan, n_rows: int) -> None:
         found = load_document(archive, archive / spec.path / METADATA).get("dimension_names")
         if open_array(archive, spec.path)[1] != n_rows or found != list(names[spec.path]):
             resize_array(archive, spec, n_rows, names[spec.path])
-
-
-def _with_notes(metadata: Metadata, notes: list[str]) -> Metadata:
-    """Return the metadata with more notes in the provenance."""
-    if not notes:
-        return metadata
-    known = metadata.provenance.get("notes")
-    all_notes: list[Json] = [*(known if isinstance(known, list) else []), *notes]
-    return replace(metadata, provenance={**metadata.provenance, "notes": all_notes})
 
 
 def _sealed_as_planned(plan: Plan) -> dict[str, Json]:
