@@ -2,7 +2,9 @@
 
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from os import PathLike, fspath
+from dataclasses import replace
+from functools import partial
+from os import PathLike
 from typing import Any, Unpack
 
 from torch.distributed import ProcessGroup
@@ -13,18 +15,19 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from residua.capture.recording.stats import RecordStats, total
 from residua.capture.runtime.pipeline_schedule import PIPELINE_TYPES, as_model, runnable
 from residua.capture.runtime.process_groups import declared_group
-from residua.capture.runtime.wrappers import evaluating, replica_of, running_uncompiled
+from residua.capture.runtime.wrappers import evaluating, running_uncompiled
 from residua.capture.sites.anatomy import takes_pixels
-from residua.pipelines.capture.dataset_job import DatasetCapture, DatasetSource
+from residua.pipelines.capture.dataset_job import CaptureRequest, DatasetCapture, DatasetSource
 from residua.pipelines.capture.encoder_decoder import capture_pairs
 from residua.pipelines.capture.generated import GeneratedCapture
 from residua.pipelines.capture.growing import GrowingCapture
-from residua.pipelines.capture.images import image_dataset, load_processor, part_to_capture
+from residua.pipelines.capture.images import image_dataset, part_to_capture
 from residua.pipelines.capture.result import CaptureResult
+from residua.pipelines.capture.stacks import refuse_split
 from residua.pipelines.capture.towers import capture_both, sites_of_both
 from residua.pipelines.data.dataset import DatasetReport
 from residua.pipelines.jobs.workers import Workers, working_together
-from residua.pipelines.setup.models import is_pair_model, load_model, load_tokenizer, transformers_model
+from residua.pipelines.setup.models import is_pair_model
 from residua.pipelines.setup.settings import CaptureOptions, CaptureSettings
 from residua.store.base.errors import PlanError
 from residua.store.base.naming import named
@@ -92,48 +95,41 @@ def capture_dataset(
         >>> result = residua.capture_dataset("models/pydoc-1m", ["Hello world"], out="acts.zarr")  # doctest: +SKIP
     """
     chosen = _settings(settings, options)
+    request = CaptureRequest(
+        dataset=dataset,
+        settings=chosen,
+        tokenizer=tokenizer,
+        processor=processor,
+        command=command,
+        on_example=on_example,
+        on_generated=on_generated,
+        on_plan=on_plan,
+        on_batch=on_batch,
+    )
     is_pairs = is_pair_model(model, chosen)
     if is_pairs or sites_of_both(chosen.site_patterns):
-        _refuse_for_two_archives(chosen, is_pairs=is_pairs)
-        return (capture_pairs if is_pairs else capture_both)(
-            model,
-            dataset,
-            out,
-            tokenizer,
-            chosen,
-            storage_options=storage_options,
-            processor=processor,
-            tensor_parallel=tensor_parallel,
-            command=command,
-            on_example=on_example,
-            on_plan=on_plan,
-            on_batch=on_batch,
-        )
+        _refuse_for_two_archives(chosen, tensor_parallel, is_pairs=is_pairs)
+        place = try_archive_place(out, storage_options)
+        return (capture_pairs if is_pairs else capture_both)(model, place, request)
     place = try_archive_place(out, storage_options)
     with ExitStack() as stack:
         membership = stack.enter_context(working_together(place.out, chosen))
-        name = ""
-        if isinstance(model, str | PathLike):
-            name = _name(model, tensor_parallel)
-            tokenizer = tokenizer or load_tokenizer(name, chosen)
-            model = load_model(name, chosen)
-        elif isinstance(model, PIPELINE_TYPES):
+        if isinstance(model, PIPELINE_TYPES):
             model = stack.enter_context(as_model(model))
         else:
-            model = transformers_model(replica_of(model), "capture_dataset")
+            _refuse_group(model, tensor_parallel)
+            model, request = request.loaded(model, partial(_takes_images, settings=chosen))
         model, of_part = part_to_capture(model, chosen.site_patterns)
-        if processor is None and name and (takes_pixels(model) or chosen.image_column is not None):
-            processor = load_processor(name, chosen.revision)
         stack.enter_context(declared_group(model, tensor_parallel))
-        images = image_dataset(model, place.out.path, chosen, processor)
+        images = image_dataset(model, place.out.path, chosen, request.processor)
         if images is not None:
             stack.enter_context(images)
-            tokenizer = None if takes_pixels(model) else tokenizer or getattr(processor, "tokenizer", None)
-        given = (model, place.out, tokenizer, dataset, chosen, command, on_example)
+            of_processor = getattr(request.processor, "tokenizer", None)
+            request = replace(request, tokenizer=None if takes_pixels(model) else request.tokenizer or of_processor)
         if chosen.generate is not None:
-            job: DatasetCapture = GeneratedCapture(*given, on_generated)
+            job: DatasetCapture = GeneratedCapture(model, place.out, request)
         else:
-            job = (GrowingCapture if chosen.grow else DatasetCapture)(*given, images)
+            job = (GrowingCapture if chosen.grow else DatasetCapture)(model, place.out, request, images=images)
         job.notes.extend(filter(None, [*place.notes, of_part]))
         called = runnable(model)
         if stack.enter_context(running_uncompiled(called)):
@@ -151,26 +147,26 @@ def capture_dataset(
         )
 
 
-def _name(model: str | PathLike[str], tensor_parallel: object) -> str:
-    if tensor_parallel is not None:
+def _takes_images(model: PreTrainedModel, settings: CaptureSettings) -> bool:
+    part, _ = part_to_capture(model, settings.site_patterns)
+    return takes_pixels(part) or settings.image_column is not None
+
+
+def _refuse_group(model: object, tensor_parallel: object) -> None:
+    if tensor_parallel is not None and isinstance(model, str | PathLike):
         raise PlanError(
             "tensor_parallel is for a model that you pass and split by hand; a model that is loaded from a hub id or a "
             f"folder is split with {named('tp', 2)}"
         )
-    return fspath(model)
 
 
-def _refuse_generation(settings: CaptureSettings) -> None:
-    if settings.generate is not None:
+def _refuse_for_two_archives(settings: CaptureSettings, tensor_parallel: object, *, is_pairs: bool) -> None:
+    refuse_split(settings, tensor_parallel, "encoder-decoders" if is_pairs else "models over images")
+    if is_pairs and settings.generate is not None:
         raise PlanError(
             f"{named('generate', settings.generate)} continues prompts, and an encoder-decoder makes a target of a "
             "source: generate the targets first, and give a dataset of pairs"
         )
-
-
-def _refuse_for_two_archives(settings: CaptureSettings, *, is_pairs: bool) -> None:
-    if is_pairs:
-        _refuse_generation(settings)
     if settings.grow:
         raise PlanError(
             f"{named('grow', True)} is for one archive, and this capture makes two, whose plans belong together: "

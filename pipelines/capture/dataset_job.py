@@ -1,11 +1,11 @@
-"""The capture job whose examples are those of a dataset."""
+"""The capture job whose examples are those of a dataset, and what it is asked for."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import asdict
-from os import PathLike
+from dataclasses import asdict, dataclass, replace
+from os import PathLike, fspath
 from pathlib import Path
 from time import time_ns
-from typing import Any
+from typing import Any, Self
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -19,20 +19,23 @@ from residua.capture.identity.provenance import (
 from residua.capture.identity.sidecars import save_tokenizer
 from residua.capture.layout.process_layout import ProcessLayout, spans_processes
 from residua.capture.recording.column_shards import column_shards
+from residua.capture.recording.stats import RecordStats
 from residua.capture.replay.captured import CapturedReplay
+from residua.capture.runtime.wrappers import replica_of
 from residua.capture.sites.anatomy import takes_pixels
 from residua.capture.sites.names_to_modules import resolve_sites
 from residua.capture.sites.reference_model import unsharded_sites
 from residua.capture.sites.shape_probe import measure_sites
+from residua.pipelines.capture.images import load_processor
 from residua.pipelines.capture.job import CaptureJob
 from residua.pipelines.data.dataset import DatasetReport, dataset_identity, read_examples
 from residua.pipelines.data.reading import Reading, reading_of
-from residua.pipelines.data.tokenizer import special_ids
+from residua.pipelines.data.tokenizer import require_special, special_ids
 from residua.pipelines.images.examples import ImageDataset
-from residua.pipelines.setup.models import token_limit
+from residua.pipelines.setup.models import load_model, load_tokenizer, token_limit, transformers_model
 from residua.pipelines.setup.settings import CaptureSettings
 from residua.store.base.canonical import Json
-from residua.store.base.errors import DatasetError, PlanError
+from residua.store.base.errors import PlanError
 from residua.store.base.naming import named
 from residua.store.examples.index import Example, ExampleIndex, dataset_entry
 from residua.store.examples.writer import ExampleWriter
@@ -43,6 +46,37 @@ from residua.store.storage.destination import BucketFolder, Destination
 DatasetSource = str | PathLike[str] | Iterable[Any]
 
 
+@dataclass(frozen=True, kw_only=True)
+class CaptureRequest:
+    """Arguments of `residua.capture_dataset` as they mean the same for each archive; what they mean is said there."""
+
+    dataset: DatasetSource
+    settings: CaptureSettings
+    tokenizer: PreTrainedTokenizerBase | None = None
+    processor: object | None = None
+    command: str | None = None
+    on_example: Callable[[int, int], None] = lambda *_: None
+    on_generated: Callable[[int, int], None] = lambda *_: None
+    on_plan: Callable[[Plan, int], None] = lambda *_: None
+    on_batch: Callable[[RecordStats], None] = lambda _: None
+
+    def loaded(self, model: Any, needs_processor: Callable[[PreTrainedModel], bool]) -> tuple[PreTrainedModel, Self]:
+        """Return the model, and the request with what was loaded with it, if `model` is a hub id or a folder.
+
+        Raises:
+            PlanError: There is no such model or device, tokenizer or processor cannot be loaded, or it is another kind
+                of model.
+        """
+        if not isinstance(model, str | PathLike):
+            return transformers_model(replica_of(model), "capture_dataset"), self
+        name, processor = fspath(model), self.processor
+        tokenizer = self.tokenizer or load_tokenizer(name, self.settings)
+        found = load_model(name, self.settings)
+        if processor is None and needs_processor(found):
+            processor = load_processor(name, self.settings.revision)
+        return found, replace(self, tokenizer=tokenizer, processor=processor)
+
+
 class DatasetCapture(CaptureJob):
     """The capture of a dataset's examples."""
 
@@ -50,15 +84,13 @@ class DatasetCapture(CaptureJob):
         self,
         model: PreTrainedModel,
         out: Path | Destination,
-        tokenizer: PreTrainedTokenizerBase | None,
-        dataset: DatasetSource,
-        settings: CaptureSettings,
-        command: str | None,
-        on_example: Callable[[int, int], None],
+        request: CaptureRequest,
+        *,
         images: ImageDataset | None = None,
         sites: Mapping[str, SiteInfo] | None = None,
         replaying: CapturedReplay | None = None,
     ) -> None:
+        settings = request.settings
         if sites is None:
             sites = (unsharded_sites if spans_processes(model) else resolve_sites)(model, [settings.site_patterns])
         if takes_pixels(model):
@@ -73,11 +105,10 @@ class DatasetCapture(CaptureJob):
             keep_paths=settings.keep_paths,
             replaying=replaying,
         )
-        self._tokenizer = tokenizer
-        self._dataset = dataset
+        self._request = request
+        self._tokenizer = request.tokenizer
+        self._dataset = request.dataset
         self._settings = settings
-        self._command = command
-        self._on_example = on_example
         self._images = images
         self._report = DatasetReport()
         self._read: dict[str, Json] = {}  # what the examples were read from, for `known_examples`
@@ -90,7 +121,7 @@ class DatasetCapture(CaptureJob):
         began, reading = time_ns(), self._reading()
         for example in self.examples():
             writer.add(example)
-            self._on_example(report.n_examples, report.n_tokens)
+            self._request.on_example(report.n_examples, report.n_tokens)
         if reading is not None and reading.held(self._dataset, self._settings, began):
             self._read = {"reading": reading.digest, "report": asdict(report)}
         self.shared["dataset"] = asdict(report)
@@ -105,12 +136,9 @@ class DatasetCapture(CaptureJob):
             DatasetError: Here or while iterating: the dataset cannot be used as asked.
         """
         tokenizer, report = self._tokenizer, self._report
-        if self._settings.drop_special and tokenizer is None and self._images is None:
-            raise DatasetError(
-                f"{named('drop_special', True)} needs a tokenizer, and the model has none: nothing says which tokens "
-                "are special"
-            )
-        if self._images is not None:
+        if self._images is None:
+            require_special(self._settings, tokenizer)
+        else:
             return self._images.examples(self._dataset, model_limit=token_limit(self.model), report=report)
         return read_examples(
             self._dataset,
@@ -243,7 +271,7 @@ class DatasetCapture(CaptureJob):
             "tokenizer": None if self._tokenizer is None else identify_tokenizer(self._tokenizer),
             **({} if self._images is None else {"processor": dict(self._images.identity)}),
             "dataset": {**dataset_identity(self._dataset, self._settings), **self._read},
-            "command": self._command,
+            "command": self._request.command,
             "seed": self._settings.seed,
             **environment(),
         }

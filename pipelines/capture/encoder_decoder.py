@@ -8,35 +8,31 @@ runs, unless keys or values of cross-attention are asked for; the pass of the de
 import hashlib
 import shutil
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from functools import partial
-from os import PathLike, fspath
 from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from residua.capture.forward.example_inputs import ExampleInputs, InputSource
 from residua.capture.hooks.site import SiteInfo
-from residua.capture.recording.stats import RecordStats
-from residua.capture.runtime.wrappers import replica_of
 from residua.capture.sites.frames import frame_shape, n_frame_positions, takes_frames
 from residua.capture.sites.names_to_modules import resolve_sites
 from residua.capture.sites.stacks import PAIR_STACKS, row_stack, stacks_of, takes_pairs
-from residua.pipelines.capture.dataset_job import DatasetCapture, DatasetSource
-from residua.pipelines.capture.images import load_processor
+from residua.pipelines.capture.dataset_job import CaptureRequest, DatasetCapture
 from residua.pipelines.capture.result import CaptureResult
-from residua.pipelines.capture.stacks import refuse_split, run_stacks
+from residua.pipelines.capture.stacks import run_stacks
 from residua.pipelines.data.audio import FEATURES, Features, FrameShape, HeardSources, read_features
 from residua.pipelines.data.dataset import SOURCE_COLUMNS, DatasetReport
 from residua.pipelines.data.pairs import PairTokens, read_pairs
 from residua.pipelines.data.sources import Rows
-from residua.pipelines.data.tokenizer import special_ids
+from residua.pipelines.data.tokenizer import require_special, special_ids
 from residua.pipelines.images.spool import spool_folder
-from residua.pipelines.setup.models import load_model, load_tokenizer, token_limit
+from residua.pipelines.setup.models import token_limit
 from residua.pipelines.setup.settings import CaptureSettings
 from residua.store.base.canonical import Json
 from residua.store.base.errors import DatasetError, PlanError
@@ -45,50 +41,29 @@ from residua.store.examples.index import SOURCE_IDS, SOURCE_SHA256, ExampleIndex
 from residua.store.examples.table import ExampleTable
 from residua.store.examples.writer import ExampleWriter
 from residua.store.format.create import bring_archive
-from residua.store.format.plan import STACK_RULE, Plan
+from residua.store.format.plan import STACK_RULE
 from residua.store.format.stacks import create_stacks
 from residua.store.storage.destination import Destination
-from residua.store.storage.place import try_archive_place
+from residua.store.storage.place import ResultPlace
 
 
-def capture_pairs(
-    model: Any,
-    dataset: DatasetSource,
-    out: str | PathLike[str],
-    tokenizer: PreTrainedTokenizerBase | None,
-    settings: CaptureSettings,
-    *,
-    storage_options: Mapping[str, Any] | None,
-    processor: object,
-    tensor_parallel: object,
-    command: str | None,
-    on_example: Callable[[int, int], None],
-    on_plan: Callable[[Plan, int], None],
-    on_batch: Callable[[RecordStats], None],
-) -> CaptureResult:
+def capture_pairs(model: Any, place: ResultPlace, request: CaptureRequest) -> CaptureResult:
     """Capture an encoder-decoder; the arguments are those of `capture_dataset`.
 
     Raises:
-        PlanError: The model is split, cannot be run on pairs of tokens, or was begun with other sites.
+        PlanError: The model cannot be run on pairs of tokens, or was begun with other sites.
     """
-    refuse_split(settings, tensor_parallel, "encoder-decoders")
-    if settings.image_column is not None:
+    if request.settings.image_column is not None:
         raise PlanError(
             f"{named('image_column')} is for models over images, which an encoder-decoder is not: leave it out"
         )
-    place = try_archive_place(out, storage_options)
-    if isinstance(model, str | PathLike):
-        tokenizer = tokenizer or load_tokenizer(fspath(model), settings)
-        name, model = fspath(model), load_model(fspath(model), settings)
-        if processor is None and model.main_input_name == FEATURES:
-            processor = load_processor(name, settings.revision)
-    model = cast("PreTrainedModel", replica_of(model))
-    sites = _sites_by_rows(model, settings)
+    model, request = request.loaded(model, lambda found: found.main_input_name == FEATURES)
+    sites = _sites_by_rows(model, request.settings)
     create_stacks(place.out, list(sites))
     with spool_folder(place.out.path) as folder:
-        pairs = _Pairs(model, dataset, tokenizer, processor, settings, on_example, folder)
-        jobs = ((name, _StackCapture(name, own, pairs, place.out.inside(name), command)) for name, own in sites.items())
-        return run_stacks(model, place, jobs, settings, on_plan, on_batch)
+        pairs = _Pairs(model, request, folder)
+        jobs = ((name, _StackCapture(name, own, pairs, place.out.inside(name))) for name, own in sites.items())
+        return run_stacks(model, place, jobs, request)
 
 
 def _sites_by_rows(model: PreTrainedModel, settings: CaptureSettings) -> dict[str, dict[str, SiteInfo]]:
@@ -115,11 +90,7 @@ class _Pairs:
     """The pairs of a dataset, read once in each process that needs them, as one example table for each stack."""
 
     model: PreTrainedModel
-    dataset: DatasetSource
-    tokenizer: PreTrainedTokenizerBase | None
-    processor: object | None
-    settings: CaptureSettings
-    on_example: Callable[[int, int], None]
+    request: CaptureRequest
     folder: Path
     report: DatasetReport | None = field(default=None, init=False)
 
@@ -141,32 +112,29 @@ class _Pairs:
 
     def _heard(self, rows: Rows) -> HeardSources:
         frames = cast("FrameShape", self.frames)
-        return HeardSources(rows=rows, frames=frames, extractor=self.processor, folder=self.folder)
+        return HeardSources(rows=rows, frames=frames, extractor=self.request.processor, folder=self.folder)
 
     def _read(self) -> DatasetReport:
-        if self.settings.drop_special and self.tokenizer is None:
-            raise DatasetError(
-                f"{named('drop_special', True)} needs a tokenizer, and the model has none: nothing says which tokens "
-                "are special"
-            )
+        settings, tokenizer = self.request.settings, self.request.tokenizer
+        require_special(settings, tokenizer)
         vocabulary = int(self.model.config.get_text_config().vocab_size)
         limit = getattr(self.model.config, "max_target_positions", None) or token_limit(self.model)
         tokens = PairTokens(
-            tokenizer=self.tokenizer,
+            tokenizer=tokenizer,
             shifted=partial(_shifted, self.model),
             source_limit=None if self.frames else limit,
             target_limit=limit,
-            special_ids=special_ids(self.tokenizer),
+            special_ids=special_ids(tokenizer),
             source_vocab=vocabulary,
             target_vocab=int(getattr(self.model.config, "decoder_vocab_size", None) or vocabulary),
             heard=self._heard if self.frames else None,
         )
         report = DatasetReport()
         writers = {stack: ExampleWriter(self.folder / stack) for stack in PAIR_STACKS}
-        for pair in read_pairs(self.dataset, settings=self.settings, tokens=tokens, report=report):
+        for pair in read_pairs(self.request.dataset, settings=settings, tokens=tokens, report=report):
             writers["encoder"].add(pair.encoder)
             writers["decoder"].add(pair.decoder)
-            self.on_example(report.n_examples, report.n_tokens)
+            self.request.on_example(report.n_examples, report.n_tokens)
         for writer in writers.values():
             writer.close()
         return report
@@ -207,12 +175,8 @@ def _shifted(model: PreTrainedModel, labels: IntArray) -> IntArray:
 class _StackCapture(DatasetCapture):
     """The capture of the rows of one stack."""
 
-    def __init__(
-        self, stack: str, sites: Mapping[str, SiteInfo], pairs: _Pairs, out: Destination, command: str | None
-    ) -> None:
-        super().__init__(
-            pairs.model, out, pairs.tokenizer, pairs.dataset, pairs.settings, command, pairs.on_example, sites=sites
-        )
+    def __init__(self, stack: str, sites: Mapping[str, SiteInfo], pairs: _Pairs, out: Destination) -> None:
+        super().__init__(pairs.model, out, pairs.request, sites=sites)
         self._stack = stack
         self._pairs = pairs
         self._sources: Mapping[str, Json] = {}

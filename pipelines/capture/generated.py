@@ -6,17 +6,17 @@ and a run that goes on compares the prompts, and generates nothing.
 """
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from residua.capture.runtime.sharded import without_gradients
-from residua.pipelines.capture.dataset_job import DatasetCapture, DatasetSource
+from residua.pipelines.capture.dataset_job import CaptureRequest, DatasetCapture
 from residua.pipelines.data.tokenizer import special_ids
 from residua.pipelines.generation.continuing import ALONE, Continuer
 from residua.pipelines.generation.decoding import decoding_of
@@ -32,11 +32,10 @@ from residua.pipelines.generation.prompts import (
 from residua.pipelines.generation.spool import Spool
 from residua.pipelines.jobs.workers import Workers
 from residua.pipelines.setup.models import token_limit
-from residua.pipelines.setup.settings import CaptureSettings
 from residua.store.base.canonical import Json
 from residua.store.base.errors import DatasetError, PlanError
 from residua.store.base.naming import named
-from residua.store.examples.index import OWN_COLUMNS, Example, ExampleIndex, IntArray
+from residua.store.examples.index import Example, ExampleIndex, IntArray
 from residua.store.examples.writer import ExampleWriter
 from residua.store.format.archive_metadata import is_archive
 from residua.store.format.create import bring_archive
@@ -53,38 +52,24 @@ _IDLE_SECONDS = 0.05
 class GeneratedCapture(DatasetCapture):
     """The capture of prompts and of their continuations.
 
-    Args:
-        on_generated: Called with the units of prompts that are continued, by any worker, and their number.
-
     Raises:
         PlanError: The model cannot generate, or a setting of generation cannot be used.
     """
 
-    def __init__(
-        self,
-        model: PreTrainedModel,
-        out: Destination,
-        tokenizer: PreTrainedTokenizerBase | None,
-        dataset: DatasetSource,
-        settings: CaptureSettings,
-        command: str | None,
-        on_example: Callable[[int, int], None],
-        on_generated: Callable[[int, int], None],
-    ) -> None:
-        self._decoding = decoding_of(model, settings)
-        super().__init__(model, out, tokenizer, dataset, settings, command, on_example)
-        self._on_generated = on_generated
-        self._n_new = settings.generate or 0
+    def __init__(self, model: PreTrainedModel, out: Destination, request: CaptureRequest) -> None:
+        self._decoding = decoding_of(model, request.settings)
+        super().__init__(model, out, request)
+        self._n_new = request.settings.generate or 0
         vocab_size = model.config.get_text_config().vocab_size
         self._reader = PromptReader(
-            dataset=dataset,
-            settings=settings,
-            tokenizer=tokenizer,
+            dataset=request.dataset,
+            settings=request.settings,
+            tokenizer=request.tokenizer,
             model_limit=token_limit(model),
             vocab_size=vocab_size,
             is_sampled=self._decoding.is_sampled,
             end_ids=self._decoding.end_ids,
-            on_example=on_example,
+            on_example=request.on_example,
         )
         self._spool = Spool(self.out, n_new=self._n_new, vocab_size=vocab_size)
         self._prompts: Mapping[str, Json] = {}
@@ -111,7 +96,7 @@ class GeneratedCapture(DatasetCapture):
                 ids = [tokens for tokens, _ in table.batch(prompts)]
                 new = continuer.continuations(ids, [seeds[prompt] for prompt in prompts])
                 self._spool.write(unit, prompts, new)
-                self._on_generated(len(self._spool.done()), len(units))
+                self._request.on_generated(len(self._spool.done()), len(units))
 
     def _read_prompts(self) -> Mapping[str, Any]:
         """Read the prompts; if there is no archive yet, into the spool, whose continuations are checked."""
@@ -178,20 +163,13 @@ class GeneratedCapture(DatasetCapture):
         special = np.array(sorted(special_ids(self._tokenizer)), np.int32)
         writer = ExampleWriter(folder)
         new = in_order(self._units(table.index()), self._spool.read)
-        names = list(table.column_types())
-        number = 0
-        for part in table.parts([*names, "n_tokens"]):
-            for row in part.to_pylist():
-                columns = {name: value for name, value in row.items() if name not in OWN_COLUMNS}
-                example = self._example(table.tokens(number), next(new), columns, special)
-                number += 1
-                if not example.positions.size:
-                    report.n_without_rows += 1
-                    continue
-                writer.add(example)
-                report.n_examples += 1
-                report.n_tokens += example.input_ids.size
-                report.n_rows += example.positions.size
+        for number, columns in table.own_columns():
+            example = self._example(table.tokens(number), next(new), columns, special)
+            if not example.positions.size:
+                report.n_without_rows += 1
+                continue
+            writer.add(example)
+            report.count(example)
         if not report.n_examples:
             raise DatasetError(f"the dataset gives no example: {'; '.join(report.notes())}")
         return writer.close()

@@ -165,7 +165,7 @@ class GrowingCapture(DatasetCapture):
         self._ahead = ExamplesAhead(
             self.examples,
             writer,
-            lambda: self._on_example(report.n_examples, report.n_tokens),
+            lambda: self._request.on_example(report.n_examples, report.n_tokens),
             lambda index: self._end(index, reading, began),
         )
         self._ahead.read_first_part()

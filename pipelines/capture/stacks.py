@@ -1,19 +1,18 @@
 """The captures of several stacks of one model: a pass for each, into a folder that holds an archive of each."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 
 from transformers import PreTrainedModel
 
-from residua.capture.recording.stats import RecordStats, total
+from residua.capture.recording.stats import total
 from residua.capture.runtime.wrappers import evaluating, running_uncompiled
-from residua.pipelines.capture.dataset_job import DatasetCapture
+from residua.pipelines.capture.dataset_job import CaptureRequest, DatasetCapture
 from residua.pipelines.capture.result import CaptureResult
 from residua.pipelines.data.dataset import DatasetReport
 from residua.pipelines.jobs.workers import WorkerFigures, Workers, working_together
 from residua.pipelines.setup.settings import CaptureSettings
 from residua.store.base.errors import PlanError
 from residua.store.base.naming import named
-from residua.store.format.plan import Plan
 from residua.store.read.stacks import open_written
 from residua.store.sealing.losses import loss_notes
 from residua.store.storage.place import ResultPlace
@@ -32,9 +31,7 @@ def run_stacks(
     model: PreTrainedModel,
     place: ResultPlace,
     jobs: Iterable[tuple[str, DatasetCapture]],
-    settings: CaptureSettings,
-    on_plan: Callable[[Plan, int], None],
-    on_batch: Callable[[RecordStats], None],
+    request: CaptureRequest,
 ) -> CaptureResult:
     """Run the job of each stack, one after another; every worker calls this.
 
@@ -42,9 +39,7 @@ def run_stacks(
         model: The model, which runs in evaluation mode and uncompiled.
         place: Where the archives are: a folder, here or in a bucket.
         jobs: Stacks and their jobs. Each is taken when those before it have ended.
-        settings: The settings of the capture.
-        on_plan: As for `capture_dataset`, for each stack.
-        on_batch: The same.
+        request: What was asked for.
 
     Returns:
         The archives opened as one, what the first job read of the dataset, and the figures of all.
@@ -54,8 +49,8 @@ def run_stacks(
         if was_compiled:
             told.append("compiled code does not run hooks: the model ran uncompiled for this capture")
         for name, job in jobs:
-            with working_together(job.out, settings, job=name) as membership:
-                found, shared = job.run(Workers(membership), on_plan, on_batch)
+            with working_together(job.out, request.settings, job=name) as membership:
+                found, shared = job.run(Workers(membership), request.on_plan, request.on_batch)
             figures += found
             resumed.append(shared["resumed"])
             reports.append(DatasetReport(**shared["dataset"]))

@@ -5,35 +5,30 @@ which an ordinary capture job fills, resumes and seals. The text model's pass re
 reads the same rows again: each image is an example, and the tower runs alone on it, as it runs in the model.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import ExitStack
-from dataclasses import replace
-from os import PathLike, fspath
+from dataclasses import dataclass, replace
 from typing import Any
 
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
-from residua.capture.recording.stats import RecordStats
-from residua.capture.runtime.wrappers import replica_of
 from residua.capture.sites.anatomy import takes_pixels
 from residua.capture.sites.names_to_modules import resolve_sites
 from residua.capture.sites.towers import Tower, has_towers_only, towers_of
-from residua.pipelines.capture.dataset_job import DatasetCapture, DatasetSource
-from residua.pipelines.capture.images import image_dataset, load_processor, ran_alone
+from residua.pipelines.capture.dataset_job import CaptureRequest, DatasetCapture
+from residua.pipelines.capture.images import image_dataset, ran_alone
 from residua.pipelines.capture.result import CaptureResult
-from residua.pipelines.capture.stacks import refuse_split, run_stacks
+from residua.pipelines.capture.stacks import run_stacks
 from residua.pipelines.data.dataset import SOURCE_COLUMNS
-from residua.pipelines.setup.models import load_model, load_tokenizer, transformers_model
 from residua.pipelines.setup.settings import CaptureSettings
 from residua.store.base.errors import PlanError
 from residua.store.base.naming import named
 from residua.store.examples.table import ExampleTable
 from residua.store.format.create import bring_archive
-from residua.store.format.plan import Plan
 from residua.store.format.site_aliases import canonical
 from residua.store.format.stacks import create_stacks
 from residua.store.storage.destination import Destination
-from residua.store.storage.place import try_archive_place
+from residua.store.storage.place import ResultPlace
 
 _VISION, _TEXT = "vision", "text"
 
@@ -52,34 +47,16 @@ def sites_of_both(sites: str) -> dict[str, str]:
     return {_TEXT: ",".join(prefixed), _VISION: ",".join(of_tower)}
 
 
-def capture_both(
-    model: Any,
-    dataset: DatasetSource,
-    out: str | PathLike[str],
-    tokenizer: PreTrainedTokenizerBase | None,
-    settings: CaptureSettings,
-    *,
-    storage_options: Mapping[str, Any] | None,
-    processor: object,
-    tensor_parallel: object,
-    command: str | None,
-    on_example: Callable[[int, int], None],
-    on_plan: Callable[[Plan, int], None],
-    on_batch: Callable[[RecordStats], None],
-) -> CaptureResult:
+def capture_both(model: Any, place: ResultPlace, request: CaptureRequest) -> CaptureResult:
     """Capture vision tower and text model; the arguments are those of `capture_dataset`.
 
     Raises:
-        PlanError: The model is split, the dataset can be read only once, or a setting is of tokens alone.
+        PlanError: The dataset can be read only once, or a setting is of tokens alone.
         UnknownSiteError: The model has no such parts, or they lack a site.
     """
-    _refuse(dataset, settings, tensor_parallel)
-    place = try_archive_place(out, storage_options)
-    if isinstance(model, str | PathLike):
-        name = fspath(model)
-        tokenizer = tokenizer or load_tokenizer(name, settings)
-        model, processor = load_model(name, settings), processor or load_processor(name, settings.revision)
-    model = transformers_model(replica_of(model), "capture_dataset")
+    _refuse(request)
+    settings = request.settings
+    model, request = request.loaded(model, lambda _: True)
     sites = sites_of_both(settings.site_patterns)
     for own in sites.values():
         resolve_sites(model, own)
@@ -88,16 +65,16 @@ def capture_both(
             f"{named('sites', settings.site_patterns)} are of images and of text: name the column of images by "
             f"{named('image_column')}"
         )
-    both = _Both(model, dataset, place.out, tokenizer, processor, settings, command, on_example)
+    both = _Both(model, place.out, request)
     create_stacks(place.out, (_VISION, _TEXT))
     with ExitStack() as stack:
-        return run_stacks(model, place, both.jobs(sites, stack), settings, on_plan, on_batch)
+        return run_stacks(model, place, both.jobs(sites, stack), request)
 
 
-def _refuse(dataset: DatasetSource, settings: CaptureSettings, tensor_parallel: object) -> None:
+def _refuse(request: CaptureRequest) -> None:
     """Raise PlanError for what both parts cannot be captured with."""
-    refuse_split(settings, tensor_parallel, "models over images")
-    if isinstance(dataset, Iterator):
+    settings = request.settings
+    if isinstance(request.dataset, Iterator):
         raise PlanError(
             f"{named('sites', settings.site_patterns)} are of images and of text, and the dataset is read once for "
             "each: give one that can be read twice, such as a list, a datasets.Dataset or a path"
@@ -110,57 +87,40 @@ def _refuse(dataset: DatasetSource, settings: CaptureSettings, tensor_parallel: 
         )
 
 
+@dataclass(frozen=True)
 class _Both:
     """The jobs of the two parts of one model."""
 
-    def __init__(
-        self,
-        model: PreTrainedModel,
-        dataset: DatasetSource,
-        out: Destination,
-        tokenizer: PreTrainedTokenizerBase | None,
-        processor: object,
-        settings: CaptureSettings,
-        command: str | None,
-        on_example: Callable[[int, int], None],
-    ) -> None:
-        self._model = model
-        self._towers = towers_of(model)
-        self._dataset = dataset
-        self._out = out
-        self._tokenizer = tokenizer or getattr(processor, "tokenizer", None)
-        self._processor = processor
-        self._settings = settings
-        self._command = command
-        self._on_example = on_example
+    model: PreTrainedModel
+    out: Destination
+    request: CaptureRequest
 
     def jobs(self, sites: dict[str, str], stack: ExitStack) -> Iterator[tuple[str, DatasetCapture]]:
         """Yield the jobs of the text model and of the tower; what they need of the disk goes away with `stack`."""
+        towers = towers_of(self.model)
         for name, own in sites.items():
-            yield name, self._job(self._towers[name], own, stack)
+            yield name, self._job(towers[name], own, stack)
 
     def _job(self, part: Tower, sites: str, stack: ExitStack) -> DatasetCapture:
-        of_text = part.name == _TEXT
-        settings = replace(self._settings, sites=sites)
+        of_text, processor = part.name == _TEXT, self.request.processor
+        settings = replace(self.request.settings, sites=sites)
         settings = settings if of_text else _of_images(settings)
         images = None
-        if not (of_text and has_towers_only(self._model)):
+        if not (of_text and has_towers_only(self.model)):
             rows = None if of_text else self._rows_of_text()
-            images = image_dataset(part.module, self._out.path, settings, self._processor, rows)
+            images = image_dataset(part.module, self.out.path, settings, processor, rows)
         if images is not None:
             stack.enter_context(images)
-        tokenizer = None if takes_pixels(part.module) else self._tokenizer
-        out = self._out.inside(part.name)
-        job = DatasetCapture(
-            part.module, out, tokenizer, self._dataset, settings, self._command, self._on_example, images
-        )
-        job.notes.extend(filter(None, [ran_alone(self._model, part)]))
+        tokenizer = self.request.tokenizer or getattr(processor, "tokenizer", None)
+        own = replace(self.request, settings=settings, tokenizer=None if takes_pixels(part.module) else tokenizer)
+        job = DatasetCapture(part.module, self.out.inside(part.name), own, images=images)
+        job.notes.extend(filter(None, [ran_alone(self.model, part)]))
         return job
 
     def _rows_of_text(self) -> frozenset[int]:
         """Return the rows of the dataset that the text model's examples were made of."""
         column = SOURCE_COLUMNS[0]
-        of_text = self._out.inside(_TEXT)
+        of_text = self.out.inside(_TEXT)
         bring_archive(of_text)
         table = ExampleTable(of_text.path / "examples")
         return frozenset(table.table([column])[column].to_pylist())

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from residua.pipelines.data.settings import DatasetSettings
-from residua.pipelines.data.sources import dataset_commit, is_dataset, local_path, open_rows
+from residua.pipelines.data.sources import dataset_commit, is_dataset, local_path, open_rows, refuse_taken
 from residua.pipelines.data.tokenizer import Tokenizer
 from residua.pipelines.data.tokens import Source, Tokens
 from residua.store.base.canonical import Json, digest_of
@@ -77,6 +77,12 @@ class DatasetReport:
         """Add counts by the names of these."""
         for name, count in counts.items():
             setattr(self, name, getattr(self, name) + count)
+
+    def count(self, *examples: Example) -> None:
+        """Count an example, which may have several sequences."""
+        self.n_examples += 1
+        self.n_tokens += sum(example.input_ids.size for example in examples)
+        self.n_rows += sum(example.positions.size for example in examples)
 
     def notes(self) -> list[str]:
         """Return one sentence for everything that was cut or left out."""
@@ -145,9 +151,7 @@ def read_examples(
     """
     limit = _limit(settings, model_limit)
     rows = open_rows(source, settings)
-    for name in rows.columns:
-        if name in SOURCE_COLUMNS:
-            raise DatasetError(f"the dataset has a column {name!r}, which the examples need for themselves: rename it")
+    refuse_taken(rows.columns, SOURCE_COLUMNS)
     tokens = Tokens(rows=rows, settings=settings, tokenizer=tokenizer, vocab_size=vocab_size)
     reading = _Reading(
         settings=settings,
@@ -264,9 +268,7 @@ class _Reading:
             room = None if most is None or self.settings.generate is not None else most - report.n_tokens
             example = self._example(source, window, room)
             if example is not None:
-                report.n_examples += 1
-                report.n_tokens += example.input_ids.size
-                report.n_rows += example.positions.size
+                report.count(example)
                 yield example
             if report.cut_at_max_tokens:
                 break

@@ -15,7 +15,7 @@ import numpy as np
 
 from residua.pipelines.data.dataset import SOURCE_COLUMNS, DatasetReport
 from residua.pipelines.data.settings import DatasetSettings
-from residua.pipelines.data.sources import Row, Rows, open_rows
+from residua.pipelines.data.sources import Row, Rows, open_rows, refuse_taken
 from residua.pipelines.data.tokenizer import Tokenizer
 from residua.pipelines.data.tokens import Source, Tokens
 from residua.store.base.errors import DatasetError
@@ -96,9 +96,7 @@ def read_pairs(
     """
     _check(settings)
     rows = open_rows(source, settings)
-    for name in (*SOURCE_COLUMNS, SOURCE_IDS, SOURCE_SHA256):
-        if name in rows.columns:
-            raise DatasetError(f"the dataset has a column {name!r}, which the examples need for themselves: rename it")
+    refuse_taken(rows.columns, (*SOURCE_COLUMNS, SOURCE_IDS, SOURCE_SHA256))
     target = _target_column(rows.columns, settings)
     of_sources, of_targets = tee(rows.rows)
     content = settings.text_column
@@ -202,14 +200,13 @@ def _pairs(
         if not kept[0].size or not kept[1].size:
             report.n_without_rows += 1
             continue
-        report.n_examples += 1
-        report.n_tokens += source_ids.size + target_ids.size
-        report.n_rows += kept[0].size + kept[1].size
         columns = {**source.columns_of(slice(0, source_ids.size), 0), SOURCE_COLUMNS[0]: source.row}
-        yield Pair(
+        pair = Pair(
             Example(input_ids=source_ids, positions=kept[0], columns=columns),
             Example(input_ids=target_ids, positions=kept[1], columns={**columns, SOURCE_IDS: source_ids}),
         )
+        report.count(*pair)
+        yield pair
     if not report.n_examples:
         raise DatasetError(f"the dataset gives no pair of source and target: {'; '.join(report.notes())}")
 

@@ -6,7 +6,7 @@ code of a dataset is run, and nothing is unpickled. A few hundred rows are in me
 """
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from itertools import chain, islice
@@ -59,6 +59,12 @@ class Rows:
     text_columns: Sequence[str]
     rows: Iterator[Row]
     runs_code: bool = True
+
+
+def refuse_taken(columns: Iterable[str], own: Collection[str]) -> None:
+    """Raise DatasetError if one of a dataset's columns has the name of one of `own`, which its examples get."""
+    if taken := [name for name in columns if name in own]:
+        raise DatasetError(f"the dataset has a column {taken[0]!r}, which the examples need for themselves: rename it")
 
 
 def open_rows(source: object, settings: DatasetSettings) -> Rows:

@@ -6,6 +6,9 @@ from typing import Any, Protocol
 import numpy as np
 from transformers import PreTrainedTokenizerBase, TokenizersBackend
 
+from residua.pipelines.data.settings import DatasetSettings
+from residua.store.base.errors import DatasetError
+from residua.store.base.naming import named
 from residua.store.selection.positions import IntArray
 
 _IDS_ALONE = {"return_attention_mask": False, "return_token_type_ids": False}
@@ -92,6 +95,15 @@ def special_ids(tokenizer: Tokenizer | None) -> frozenset[int]:
         return frozenset()
     added: Mapping[int, Any] = getattr(tokenizer, "added_tokens_decoder", {})
     return frozenset(tokenizer.all_special_ids) | {i for i, token in added.items() if getattr(token, "special", False)}
+
+
+def require_special(settings: DatasetSettings, tokenizer: Tokenizer | None) -> None:
+    """Raise DatasetError if rows of special tokens are to be left out, and nothing says which tokens these are."""
+    if settings.drop_special and tokenizer is None:
+        raise DatasetError(
+            f"{named('drop_special', True)} needs a tokenizer, and the model has none: nothing says which tokens are "
+            "special"
+        )
 
 
 def knows_text(tokenizer: Tokenizer) -> bool:

@@ -13,9 +13,9 @@ from pathlib import Path
 import numpy as np
 
 from residua.pipelines.data.dataset import DatasetReport, read_examples
+from residua.pipelines.data.sources import refuse_taken
 from residua.pipelines.data.tokenizer import Tokenizer
 from residua.pipelines.setup.settings import CaptureSettings
-from residua.store.base.errors import DatasetError
 from residua.store.examples.index import Example, ExampleIndex, IntArray
 from residua.store.examples.table import ExampleTable
 from residua.store.examples.writer import ExampleWriter
@@ -63,11 +63,7 @@ class PromptReader:
         writer = ExampleWriter(folder)
         seen: Counter[bytes] = Counter()
         for example in self._examples(report):
-            taken = [name for name in COLUMNS if name in example.columns]
-            if taken:
-                raise DatasetError(
-                    f"the dataset has a column {taken[0]!r}, which generated examples need for themselves: rename it"
-                )
+            refuse_taken(example.columns, COLUMNS)
             columns = dict(example.columns)
             if self.is_sampled:
                 columns[SEED] = seed_of(self.settings.seed, example.input_ids, seen)

@@ -17,7 +17,7 @@ from PIL import Image
 from residua.capture.forward.example_inputs import OF_TOKENS, ExampleInputs
 from residua.pipelines.data.dataset import SOURCE_COLUMNS, DatasetReport
 from residua.pipelines.data.settings import DatasetSettings
-from residua.pipelines.data.sources import Row, Rows, local_path, open_rows
+from residua.pipelines.data.sources import Row, Rows, local_path, open_rows, refuse_taken
 from residua.pipelines.images.images import GivenImage, given_image, open_image
 from residua.pipelines.images.spool import Spool, SpoolWriter, spool_folder
 from residua.store.base.canonical import Json
@@ -171,9 +171,7 @@ def read_image_examples(
 
 
 def _image_column(rows: Rows, settings: DatasetSettings, encoder: Encoder) -> str:
-    taken = [name for name in rows.columns if name in (*SOURCE_COLUMNS, _SOURCE_IMAGE, IMAGES, OTHER_INPUTS)]
-    if taken:
-        raise DatasetError(f"the dataset has a column {taken[0]!r}, which the examples need for themselves: rename it")
+    refuse_taken(rows.columns, (*SOURCE_COLUMNS, _SOURCE_IMAGE, IMAGES, OTHER_INPUTS))
     asked, found = settings.image_column, ", ".join(rows.columns)
     if asked is not None and asked not in rows.columns:
         raise DatasetError(f"{named('image_column', asked)}: there is no such column, the dataset has {found}")
@@ -238,9 +236,7 @@ class _Reading:
                 example = self._example(row, number, chosen, text, used, columns)
                 if example is not None:
                     spool.add(chosen, text)
-                    report.n_examples += 1
-                    report.n_tokens += example.input_ids.size
-                    report.n_rows += example.positions.size
+                    report.count(example)
                     yield example
         if not report.n_examples:
             raise DatasetError(f"the dataset gives no example: {'; '.join(report.notes())}")

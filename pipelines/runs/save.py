@@ -11,7 +11,7 @@ import numpy as np
 from residua.capture.replay.captured import CapturedReplay
 from residua.capture.replay.engine import Replayer
 from residua.capture.replay.prompts import Prompts
-from residua.pipelines.capture.dataset_job import DatasetCapture
+from residua.pipelines.capture.dataset_job import CaptureRequest, DatasetCapture
 from residua.pipelines.jobs.workers import Workers, working_together
 from residua.pipelines.runs.texts import Texts
 from residua.pipelines.setup.settings import CaptureSettings
@@ -85,16 +85,8 @@ class RunCapture(DatasetCapture):
             replaying = CapturedReplay(replayer, np.arange(len(prompts.example_table)))
         else:
             replayer.recorded.refuse(range(len(prompts.example_table)), "a capture of a run")
-        super().__init__(
-            replayer.core,
-            out,
-            texts.of_model,
-            prompts.example_table,
-            settings,
-            None,
-            lambda *_: None,
-            replaying=replaying,
-        )
+        request = CaptureRequest(dataset=prompts.example_table, settings=settings, tokenizer=texts.of_model)
+        super().__init__(replayer.core, out, request, replaying=replaying)
         self._prompts = prompts
         self._edits = [edit.edit for edit in replayer.edits]
         self.notes.extend(replayer.notes)
@@ -105,9 +97,7 @@ class RunCapture(DatasetCapture):
         for example in self._prompts.example_table:
             writer.add(example)
             report.n_sources += 1
-            report.n_examples += 1
-            report.n_tokens += example.input_ids.size
-            report.n_rows += example.positions.size
+            report.count(example)
         return writer.close()
 
     def rules(self) -> dict[str, Json]:
