@@ -229,16 +229,13 @@ def _pairs(asked: _ShowJob) -> _Pairs:
     found: _Pairs = {}
     for example, of_example in asked.heads.items():
         weights = weights_of(archive, asked.job._replace(first=example, last=example + 1))
-        table = archive.example_table
-        positions = torch.from_numpy(table.positions(example).astype("int64"))
-        n_tokens = len(table.tokens(example))
-        rows = ExampleRows(range(*table.rows(example)), positions, n_tokens)
+        rows = ExampleRows.of(archive.example_table, example)
         for head in of_example:
             indices, values = [], []
             for query_Q, weight_QK in weights.rows(rows, head):
-                top, key = weight_QK.topk(min(_KEYS, n_tokens), dim=-1)
+                top, key = weight_QK.topk(min(_KEYS, rows.n_tokens), dim=-1)
                 kept = top >= _LEAST_WEIGHT
-                indices.append((query_Q[:, None] * n_tokens + key)[kept])
+                indices.append((query_Q[:, None] * rows.n_tokens + key)[kept])
                 values.append(top[kept])
             order = torch.cat(indices).argsort()
             found[example, head] = (

@@ -161,21 +161,21 @@ def example_sums(
     weights = weights_of(archive, job)
     table = archive.example_table
     for example in range(job.first, job.last):
-        rows = range(*table.rows(example))
         if has_no_tokens(table.tokens(example)):
             raise AnalysisError(
                 f"example {example} of {archive.place} has no tokens, by which the scores of heads choose keys: it was "
                 "recorded from embeddings or other inputs. Record calls with input_ids."
             )
-        tokens = torch.from_numpy(table.tokens(example).astype("int64"))
-        if (need_all or job.source == "qk") and len(rows) < len(tokens):
+        example_rows = ExampleRows.of(table, example)
+        n_kept, n_tokens = len(example_rows.rows), example_rows.n_tokens
+        if (need_all or job.source == "qk") and n_kept < n_tokens:
             why = "scores of full patterns need all" if need_all else "attention weights need every key"
             raise AnalysisError(
-                f"example {example} of {archive.place} keeps {len(rows)} of its {len(tokens)} positions, but {why}: "
+                f"example {example} of {archive.place} keeps {n_kept} of its {n_tokens} positions, but {why}: "
                 f"capture all positions, special tokens too{'' if need_all else ', or capture pattern sites'}"
             )
-        positions = torch.from_numpy(table.positions(example).astype("int64"))
-        yield weights.sums(ExampleRows(rows, positions, len(tokens)), matches(example, tokens), shape=shape)
+        tokens = torch.from_numpy(table.tokens(example).astype("int64"))
+        yield weights.sums(example_rows, matches(example, tokens), shape=shape)
 
 
 def weights_of(archive: Archive, job: AttentionJob) -> Weights:

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from residua.analysis.attention.token_matches import Match
 from residua.store.base.errors import AnalysisError
+from residua.store.examples.table import ExampleTable
 from residua.store.format.sidecars import AttentionSpec
 from residua.store.read.array import ArchiveArray
 
@@ -86,6 +87,12 @@ class ExampleRows(NamedTuple):
     rows: range
     positions: Tensor
     n_tokens: int
+
+    @classmethod
+    def of(cls, table: ExampleTable, example: int) -> "ExampleRows":
+        """Return those of an example of a table, by its number."""
+        positions = torch.from_numpy(table.positions(example).astype("int64"))
+        return cls(range(*table.rows(example)), positions, len(table.tokens(example)))
 
 
 class _Pairs:

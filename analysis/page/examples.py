@@ -9,6 +9,7 @@ from tokenizers import Tokenizer
 
 from residua.analysis.page.measures import ShownRows
 from residua.analysis.page.scripts import packed
+from residua.analysis.rows.blocks import stretches
 from residua.store.base.errors import AnalysisError
 from residua.store.examples.index import NO_TOKEN
 from residua.store.read.archive import Archive
@@ -56,13 +57,7 @@ def _captured(archive: Archive) -> Integers:
     """Return the examples whose rows are all captured, and that have any."""
     index = archive.example_table.index()
     first, stop = index.first_row[:-1], index.first_row[1:]
-    runs: list[list[int]] = []
-    for start, end in archive.captured_rows():
-        if runs and runs[-1][1] == start:
-            runs[-1][1] = end
-        else:
-            runs.append([start, end])
-    starts, ends = np.array(runs, np.int64).reshape(-1, 2).T
+    starts, ends = np.array(stretches(archive), np.int64).reshape(-1, 2).T
     at = np.searchsorted(starts, first, side="right") - 1
     inside = (at >= 0) & (stop <= np.append(ends, 0)[at]) & (stop > first)
     return np.flatnonzero(inside)

@@ -9,7 +9,6 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
-import torch
 
 from residua.analysis.attention.jobs import MOST_BYTES, AttentionJob, attention_jobs, weights_of
 from residua.analysis.attention.weights import ExampleRows
@@ -112,9 +111,7 @@ def example_pattern(job: AttentionJob, example: int, n_tokens: int) -> npt.NDArr
         n_tokens: Tokens, at most those of the example.
     """
     archive = opened(job.location)
-    table = archive.example_table
-    rows, positions = range(*table.rows(example)), torch.from_numpy(table.positions(example).astype("int64"))
-    example_rows = ExampleRows(rows, positions, len(table.tokens(example)))
+    example_rows = ExampleRows.of(archive.example_table, example)
     weights = weights_of(archive, job._replace(first=example, last=example + 1))
     n_heads = archive[f"{'pattern' if job.source == 'pattern' else 'q'}.{job.layer}"].shape[1]
     found = np.empty((n_heads, n_tokens, n_tokens), np.float32)

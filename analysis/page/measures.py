@@ -17,6 +17,7 @@ from residua.analysis.rows.site_rows import piece_rows, pieces, runs, width_of
 from residua.analysis.stats.top import Best, kept, no_rows
 from residua.analysis.support.cluster import Cluster
 from residua.analysis.support.open_archives import Location, location, opened
+from residua.analysis.support.sums import by_key
 from residua.store.read.archive import Archive
 
 Floats = npt.NDArray[np.float64]
@@ -161,13 +162,9 @@ def measure_shown(
     """
     groups = [rows[i : i + _EXAMPLES_PER_JOB] for i in range(0, len(rows), _EXAMPLES_PER_JOB)]
     jobs = [_ShownJob(location(archive), one, group) for one in sites for group in groups]
-    waiting: dict[str, dict[int, npt.NDArray[np.float32]]] = {}
-    for number, found in cluster.map(_shown, jobs, label="measuring examples"):
-        site = jobs[number].measures.site
-        waiting.setdefault(site, {})[number] = found
-        if len(waiting[site]) == len(groups):
-            done = waiting.pop(site)
-            yield site, np.concatenate([done[i] for i in sorted(done)], axis=1)
+    results = cluster.map(_shown, jobs, label="measuring examples")
+    for site, found in by_key(results, [job.measures.site for job in jobs], len(groups)):
+        yield site, np.concatenate(found, axis=1)
 
 
 def _shown(job: _ShownJob) -> npt.NDArray[np.float32]:

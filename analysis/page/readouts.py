@@ -19,6 +19,7 @@ from residua.analysis.rows.blocks import grouped
 from residua.analysis.support.cluster import Cluster
 from residua.analysis.support.kept import kept
 from residua.analysis.support.open_archives import Location, location, opened
+from residua.analysis.support.sums import by_key
 from residua.store.base.errors import AnalysisError
 from residua.store.edits.lens_files import BLOCKS_BEFORE
 from residua.store.format.sidecars import LM_HEAD_FILE
@@ -107,16 +108,9 @@ def read_out(
     groups = grouped(rows, _ROWS_PER_JOB)
     most_bytes = cluster.memory_limit // _LENS_SHARE
     jobs = [_Job(location(archive), site, group, lens, k, most_bytes) for site in sites for group in groups]
-    waiting: dict[str, dict[int, Readouts]] = {}
-    for number, found in cluster.map(_read_out, jobs, label="lens read-outs"):
-        site = jobs[number].site
-        waiting.setdefault(site, {})[number] = found
-        if len(waiting[site]) == len(groups):
-            done = waiting.pop(site)
-            yield (
-                site,
-                Readouts(*(np.concatenate(parts) for parts in zip(*(done[i] for i in sorted(done)), strict=True))),
-            )
+    results = cluster.map(_read_out, jobs, label="lens read-outs")
+    for site, found in by_key(results, [job.site for job in jobs], len(groups)):
+        yield site, Readouts(*map(np.concatenate, zip(*found, strict=True)))
     cluster.let_go(ANALYSIS)
 
 

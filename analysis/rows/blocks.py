@@ -72,6 +72,15 @@ def blocks(archive: Archive, *, most_bytes: int | None = None, sites: str | Iter
     ]
 
 
+def stretches(archive: Archive) -> list[tuple[int, int]]:
+    """Return the first row of each run of neighbouring captured shards, and the row after its last; ascending."""
+    found: list[tuple[int, int]] = []
+    for start, stop in archive.captured_rows():
+        first = found.pop()[0] if found and found[-1][1] == start else start
+        found.append((first, stop))
+    return found
+
+
 @dataclass(frozen=True)
 class Leaves:
     """The captured rows of an archive in numbered runs of blocks: a few numbers, however many shards there are.
@@ -80,7 +89,7 @@ class Leaves:
     wherever they are computed. A job is told the number of a run.
 
     Attributes:
-        stretches: First row of each run of neighbouring shards, and the row after its last; ascending.
+        stretches: As `stretches` returns them.
         shard_rows: Rows of a shard.
         rows: Most rows of a run: a multiple of `shard_rows`, or less than that.
     """
@@ -98,14 +107,9 @@ class Leaves:
             rows: Most rows of a run, if that is at least a shard or `multiple`.
             multiple: Where a shard is divided, it is at multiples of so many of its rows.
         """
-        stretches: list[tuple[int, int]] = []
-        for start, stop in archive.captured_rows():
-            if stretches and stretches[-1][1] == start:
-                start = stretches.pop()[0]
-            stretches.append((start, stop))
         height = archive.plan.rows_per_shard
         rows = rows // height * height if rows >= height else max(1, rows // multiple) * multiple
-        return cls(tuple(stretches), height, min(rows, height) if rows < height else rows)
+        return cls(tuple(stretches(archive)), height, min(rows, height) if rows < height else rows)
 
     def __len__(self) -> int:
         """Return the number of runs."""

@@ -6,11 +6,12 @@ they arrive. A worker adds up the leaves of its share as far as the tree allows 
 travel (`joined`); neither the tree nor the result depends on how the leaves are shared.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from copy import deepcopy
 from itertools import pairwise
 from typing import Generic, NamedTuple, TypeAlias, TypeVar
 
+Key = TypeVar("Key")
 Result = TypeVar("Result")
 Term = TypeVar("Term")
 Nodes: TypeAlias = Mapping[tuple[int, int], Term]
@@ -99,6 +100,25 @@ def total_of(nodes: Nodes[Term]) -> Term:
     """Return the sum of all leaves, once nothing else waits."""
     (total,) = nodes.values()
     return total
+
+
+def by_key(
+    results: Iterable[tuple[int, Result]], keys: Sequence[Key], n_parts: int
+) -> Iterator[tuple[Key, list[Result]]]:
+    """Yield each key with the results of its jobs, in their order, as soon as it has all of them.
+
+    Args:
+        results: Results with the numbers of their jobs, in any order.
+        keys: The key of each job.
+        n_parts: Jobs of a key.
+    """
+    waiting: dict[Key, dict[int, Result]] = {}
+    for number, result in results:
+        parts = waiting.setdefault(keys[number], {})
+        parts[number] = result
+        if len(parts) == n_parts:
+            del waiting[keys[number]]
+            yield keys[number], [parts[one] for one in sorted(parts)]
 
 
 def in_order(results: Iterator[tuple[int, Result]]) -> Iterator[Result]:
