@@ -7,7 +7,8 @@ import subprocess
 import sys
 import tomllib
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from functools import cache
 from importlib.metadata import packages_distributions
 from pathlib import Path
 from typing import Any
@@ -112,9 +113,15 @@ def test_a_bare_room_is_banned(room: str, line: str) -> None:
     assert f"import residua.{room}" in found.stdout
 
 
+@cache
+def distributions_of() -> Mapping[str, list[str]]:
+    """Return the distributions of every module that is installed; finding them takes a second."""
+    return packages_distributions()
+
+
 def third_party(folder: Path) -> Iterator[str]:
     """Yield the distributions of the modules that the files of a folder import, at any level."""
-    distributions = packages_distributions()
+    distributions = distributions_of()
     for path in folder.glob("**/*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
             modules = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
@@ -169,7 +176,7 @@ def test_every_import_of_a_room_is_a_dependency_or_in_its_extra(folder: str) -> 
 def test_messages_name_the_extras_of_the_project() -> None:
     assert PACKAGES.keys() == {"capture", "analysis"}
     for name, modules in PACKAGES.items():
-        distributions = {normal(packages_distributions()[module][0]) for module in modules}
+        distributions = {normal(distributions_of()[module][0]) for module in modules}
         assert distributions == extra(name) - BASE
 
 

@@ -8,46 +8,51 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-# Libraries that importing a module of a room must not load; calling a function may load them.
-BANNED = {
-    "store": {"torch", "transformers", "accelerate", "dask", "datasets"},
-    "capture": {"dask"},
-    "analysis": {"datasets", "transformers", "accelerate"},
-}
+HEAVY = {"torch", "zarr", "transformers", "numpy", "pyarrow", "dask"}
 
 
-def loaded_after(code: str) -> set[str]:
-    """Return the top-level modules that a new interpreter has loaded after it ran `code`."""
-    script = f"import sys\n{code}\nprint(' '.join({{name.split('.')[0] for name in sys.modules}}))"
-    shown = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, timeout=120)
-    return set(shown.stdout.split())
-
-
-@pytest.mark.parametrize("room", BANNED)
-def test_heavy_libraries_stay_in_their_rooms(room: str) -> None:
+def all_of(room: str) -> str:
+    """Return code that imports every module of a room."""
     files = [path.relative_to(ROOT).with_suffix("") for path in sorted((ROOT / room).rglob("*.py"))]
     assert len(files) > 30
-    code = "\n".join(f"import residua.{'.'.join(file.parts)}" for file in files)
-    assert not loaded_after(code) & BANNED[room]
+    return "\n".join(f"import residua.{'.'.join(file.parts)}" for file in files)
 
 
-def test_importing_residua_loads_nothing_heavy() -> None:
-    heavy = {"torch", "zarr", "transformers", "numpy", "pyarrow", "dask"}
-    assert not loaded_after("import residua; residua.analysis") & heavy
+STEPS: dict[str, tuple[str, set[str]]] = {
+    "the package": ("import residua; residua.analysis", HEAVY),
+    "reading": ("residua.open; residua.verify", {"torch", "transformers", "dask"}),
+    "the store": (all_of("store"), {"torch", "transformers", "accelerate", "dask", "datasets"}),
+    "the command line": ("import residua.pipelines.cli.main", {"torch", "transformers", "datasets"}),
+    "a worker that probes or takes statistics": (
+        "import residua.analysis.probes.probe, residua.analysis.stats.stats\n"
+        "from residua.analysis.support.threads import one_thread\n"
+        "with one_thread(): pass",
+        {"torch", "transformers"},
+    ),
+    "the analyses": (all_of("analysis"), {"datasets", "transformers", "accelerate"}),
+}
+"""What one interpreter does, step by step, and the libraries that it must not have loaded after each.
+
+Importing a module must not load them; calling a function may."""
 
 
-def test_reading_archives_needs_no_torch() -> None:
-    assert not loaded_after("import residua; residua.open; residua.verify") & {"torch", "transformers", "dask"}
+def loaded_after(*steps: str) -> list[set[str]]:
+    """Return the top-level modules that a new interpreter has loaded after each of the steps."""
+    shown = "\nprint(' '.join({name.split('.')[0] for name in sys.modules}))"
+    script = "import sys\n" + "\n".join(step + shown for step in steps)
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, timeout=300)
+    return [set(line.split()) for line in done.stdout.splitlines()]
 
 
-def test_workers_that_probe_or_take_statistics_load_no_torch() -> None:
-    modules = "import residua.analysis.probes.probe, residua.analysis.stats.stats"
-    job = "from residua.analysis.support.threads import one_thread\nwith one_thread(): pass"
-    assert not loaded_after(f"{modules}\n{job}") & {"torch", "transformers"}
+def test_heavy_libraries_stay_in_their_rooms() -> None:
+    loaded = loaded_after(*(code for code, _ in STEPS.values()))
+    for (step, (_, banned)), found in zip(STEPS.items(), loaded, strict=True):
+        assert not found & banned, f"{step} loads {found & banned}"
 
 
-def test_the_command_line_starts_without_torch() -> None:
-    assert not loaded_after("import residua.pipelines.cli.main") & {"torch", "transformers", "datasets"}
+def test_captures_load_no_dask() -> None:
+    (loaded,) = loaded_after(all_of("capture"))
+    assert "dask" not in loaded
 
 
 @pytest.mark.parametrize("room", ["store", "capture", "analysis", "pipelines"])
