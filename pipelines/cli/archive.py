@@ -28,7 +28,7 @@ from residua.pipelines.cli.options import (
 from residua.pipelines.cli.progress import StepProgress
 from residua.pipelines.cli.report import human_bytes, print_json, print_nonfinite, printable, table
 from residua.store.base.errors import PlanError
-from residua.store.storage.address import is_remote, shown
+from residua.store.storage.address import is_remote
 
 if TYPE_CHECKING:
     from residua.store.examples.side_tables import SideTable
@@ -124,9 +124,9 @@ def _add_annotate(commands: Any) -> None:
 def _add_addresses(commands: Any) -> None:
     text = "copy a finished archive to a bucket or the Hub"
     description = (
-        "Copy a finished archive to an address. Every shard is compared with its record before it is sent. A copy that "
-        "was stopped goes on when the same command is run again; residua verify ADDRESS reads all of it back. On the "
-        "Hub, a repository is made unless it is there, and gets a card."
+        "Copy a finished archive, in a folder or at an address, to an address. Every shard is compared with its record "
+        "on the way. A copy that was stopped goes on when the same command is run again; residua verify ADDRESS reads "
+        "all of it back. On the Hub, a repository is made unless it is there, and gets a card."
     )
     push = add_command(commands, "push", _push, text, description)
     add_archive(push)
@@ -375,14 +375,9 @@ def _pack(options: argparse.Namespace) -> int:
         raise PlanError("--for hub and --out FOLDER go together: the archive itself stays as it is")
     if options.purpose is not None:
         return _repack(options)
-    if is_remote(options.archive):
-        raise PlanError(
-            f"{shown(options.archive)} is at an address, and an index is made where the shards are in a folder: copy "
-            "the archive to one, pack it there, and push it"
-        )
-    archive = Path(options.archive)
     with StepProgress("shard", shown=shows_progress(options)) as progress:
-        pack(archive, on_shard=progress.step)
+        pack(options.archive, on_shard=progress.step)
+    archive = Path(options.archive)
     n_bytes = (archive / INDEX).stat().st_size
     if options.json:
         print_json({"index": str(archive / INDEX), "n_bytes": n_bytes})

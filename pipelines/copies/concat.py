@@ -38,7 +38,7 @@ from residua.store.format.archive_metadata import notes_in
 from residua.store.format.plan import STACK_RULE, Plan
 from residua.store.format.writer import FilledShard
 from residua.store.read.archive import REPLAY_RULE, Archive
-from residua.store.read.stacks import open_archive
+from residua.store.read.stacks import open_source
 
 SOURCE_ARCHIVE = "source_archive"
 """Column of the example table: the number of the archive that each example is from."""
@@ -61,7 +61,7 @@ def concat(
         archives: The archives, or their folders or addresses, in the order of their rows.
         out: Folder of the new archive, or its address in a bucket; one that was stopped goes on.
         sites: Sites to keep, as patterns; by default all, which every archive has to have.
-        storage_options: For addresses, as for `residua.open`.
+        storage_options: For addresses, as for `residua.open`; of `out` alone, if their services differ.
         on_row: Called as rows are written, with the number done and the total.
 
     Returns:
@@ -78,7 +78,7 @@ def concat(
     Example:
         >>> residua.concat(["news.zarr", "code.zarr"], "both.zarr")  # doctest: +SKIP
     """
-    sources = [open_archive(each, storage_options=storage_options) for each in archives]
+    sources = [open_source(each, out, storage_options) for each in archives]
     if sites is not None:
         sources = [source.of_sites(sites) for source in sources]
     names = _common_sites(sources, sites)

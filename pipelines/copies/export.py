@@ -22,7 +22,7 @@ from residua.analysis.rows.tables import record_batches
 from residua.store.base.errors import PlanError
 from residua.store.encoding.dtypes import BFLOAT16
 from residua.store.read.archive import Archive
-from residua.store.read.stacks import open_archive
+from residua.store.read.stacks import open_source
 from residua.store.selection.row_filter import RowFilter
 from residua.store.storage.address import shown
 from residua.store.storage.files import write_file
@@ -71,7 +71,7 @@ def export(
         to: The format.
         sites: Sites; all by default.
         rows: A condition on rows, for example ``position > 0``; all rows by default.
-        storage_options: For addresses, as for `residua.open`.
+        storage_options: For addresses, as for `residua.open`; of `out` alone, if their services differ.
         on_row: Called as rows are written, with the number done and the total.
 
     Returns:
@@ -86,7 +86,7 @@ def export(
     Example:
         >>> residua.export("acts.zarr", "rows.parquet", to="parquet", sites="resid_post.7")  # doctest: +SKIP
     """
-    source = open_archive(archive, storage_options=storage_options)
+    source = open_source(archive, out, storage_options)
     if sites is not None:
         source = source.of_sites(sites)
     if to not in EXPORT_FORMATS:

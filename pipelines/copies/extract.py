@@ -32,7 +32,7 @@ from residua.store.format.archive_metadata import notes_in
 from residua.store.format.plan import Plan
 from residua.store.format.writer import FilledShard
 from residua.store.read.archive import Archive
-from residua.store.read.stacks import open_archive
+from residua.store.read.stacks import open_source
 from residua.store.selection.examples import ExampleChoice
 from residua.store.selection.row_filter import RowFilter
 
@@ -59,7 +59,7 @@ def extract(
         rows: A condition on rows, for example ``position > 0``; only rows that meet it are kept, and only examples
             with such a row. All rows by default.
         sites: Sites; all by default.
-        storage_options: For addresses, as for `residua.open`.
+        storage_options: For addresses, as for `residua.open`; of `out` alone, if their services differ.
         on_row: Called as rows are written, with the number done and the total.
 
     Returns:
@@ -75,7 +75,7 @@ def extract(
         FileExistsError: `out` exists.
         OSError: `out` cannot be written.
     """
-    source = open_archive(archive, storage_options=storage_options)
+    source = open_source(archive, out, storage_options)
     if sites is not None:
         source = source.of_sites(sites)
     names = source.sites if sites is None else source.select(sites)

@@ -8,7 +8,6 @@ can be run again as before.
 It is taken up after a kill: shards that have a record are not written again.
 """
 
-import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
@@ -17,33 +16,27 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from residua.store.base.canonical import Json
-from residua.store.base.errors import DamagedArchiveError, PlanError
+from residua.store.base.errors import PlanError
 from residua.store.base.sizes import Size, n_bytes
-from residua.store.encoding.codecs import check_chunk, encode_chunk
+from residua.store.encoding.codecs import encode_chunk
 from residua.store.encoding.shard import (
-    RESTORE,
     ChunkTable,
-    open_shard,
-    read_chunk_table,
     shard_bytes,
     shard_digest,
     shard_index,
     shard_path,
-    shard_rows,
 )
 from residua.store.encoding.spec import ArraySpec
-from residua.store.examples.side_tables import FOLDER as SIDE_FOLDER
 from residua.store.examples.side_tables import SIDE_TABLES
 from residua.store.format.archive_metadata import SIDECAR_FOLDERS, is_archive, notes_in, read_metadata
 from residua.store.format.commits import Commit, ShardFile, committed_shards, publish_commit
 from residua.store.format.create import bring_archive, create_archive, workspace
 from residua.store.format.plan import REPACKED_RULE, Plan
 from residua.store.read.archive import Archive
-from residua.store.read.reader import ArrayReader
-from residua.store.read.stacks import open_archive, open_written
+from residua.store.read.shard_files import stored_chunks
+from residua.store.read.stacks import open_source, open_written
 from residua.store.sealing.seal import seal
 from residua.store.storage.crc import CRC_BYTES, Buffer
 from residua.store.storage.destination import Destination
@@ -67,26 +60,24 @@ def repack(
     """Write an archive with larger shards.
 
     Args:
-        archive: The archive, or its folder.
+        archive: The archive, or its folder or address.
         out: Folder of the new archive, or its address in a bucket; if a repacking of the same archive was stopped, it
             goes on there.
         shard_bytes: Most bytes, or a text such as ``1GiB``, of a shard of the widest site, before they are compressed.
-        storage_options: For an address, as for `residua.open`.
+        storage_options: For addresses, as for `residua.open`; of `out` alone, if their services differ.
         on_row: Called after each shard, with the rows that are written and the total.
 
     Returns:
         The new archive.
 
     Raises:
-        PlanError: The archive is at an address; its shards are as large already; or `out` is another archive.
+        PlanError: Its shards are as large already; or `out` is another archive.
         NotCapturedError: The archive is not finished.
         DamagedArchiveError: A chunk of the archive was altered; the message names it.
         FileExistsError: `out` exists, and is no archive.
         OSError: `out` cannot be written.
     """
-    source = open_archive(archive)
-    if source.is_remote:
-        raise PlanError(f"{source.place} is not a folder of this machine: fetch it with residua pull first")
+    source = open_source(archive, out, storage_options)
     source.require_captured(range(source.n_rows))
     plan = _plan(source, n_bytes(shard_bytes, "shard_bytes"))
     place = try_archive_place(out, storage_options).out
@@ -128,9 +119,11 @@ def _create(source: Archive, out: Destination, plan: Plan) -> None:
                 source.side_file(name)  # compares its digest
                 (folder / name).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(source.path / name, folder / name)
-        if source.side_tables:
-            shutil.copyfile(source.path / SIDE_TABLES, folder / SIDE_TABLES)
-            shutil.copytree(source.path / SIDE_FOLDER, folder / SIDE_FOLDER)
+        if tables := source.side_tables:
+            for name in (SIDE_TABLES, *(path for table in tables for path in table.paths())):
+                there = source.file(name, SIDECAR_FOLDERS["examples"])
+                (folder / name).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(there, folder / name)
         of = f"these rows were copied into larger shards from the archive of plan {source.plan.digest[:12]}"
         provenance: dict[str, Any] = {**source.provenance, "notes": [*notes_in(source.provenance), of]}
         create_archive(folder, out, plan, provenance)
@@ -202,29 +195,12 @@ class _Merged:
         ratio, n_rows = self._new.rows_per_shard // self._old.rows_per_shard, self._source.n_rows
         first = self._shard * ratio
         for shard in range(first, min(first + ratio, -(-n_rows // self._old.rows_per_shard))):
-            path = shard_path(self._source.path, self._old, shard)
-            table = self._source.commits[shard].arrays[self._old.key].chunk_table
-            if not len(table):  # a record of format 1.0
-                table = read_chunk_table(path, self._old, shard_rows(self._old, n_rows, shard))
-            with open_shard(path) as descriptor:
-                offset = 0
-                for chunk, (size, crc) in enumerate(table.tolist()):
-                    stored = np.frombuffer(os.pread(descriptor, size, offset), np.uint8)
-                    self._check(stored, size, crc, f"{path}: chunk {chunk}")
-                    yield [stored]
-                    offset += size
-
-    def _check(self, stored: npt.NDArray[np.uint8], size: int, crc: int, where: str) -> None:
-        try:
-            check_chunk(stored)
-        except ValueError as error:
-            raise DamagedArchiveError(f"{where} is damaged: {error}: {RESTORE}") from error
-        if len(stored) != size or int.from_bytes(stored[-CRC_BYTES:].tobytes(), "little") != crc:
-            raise DamagedArchiveError(f"{where} is not the one that its record describes: {RESTORE}")
+            for stored in stored_chunks(self._source, self._old, shard):
+                yield [stored]
 
     def _encoded(self) -> Iterator[list[Buffer]]:
         """Yield chunks of more rows than those that are stored."""
-        reader = ArrayReader(self._source.path, self._old, self._source.n_rows, check="always")
+        reader = self._source.file_reader(self._old, check="always")
         first, height = self._shard * self._new.rows_per_shard, self._new.rows_per_chunk
         for start in range(first, min(first + self._new.rows_per_shard, self._source.n_rows), height):
             stop = min(start + height, self._source.n_rows)

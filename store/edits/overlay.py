@@ -23,6 +23,7 @@ from residua.store.format.plan import SitePlan
 from residua.store.read.archive import Archive
 from residua.store.read.reader import Array
 from residua.store.read.stacks import open_archive
+from residua.store.storage.address import is_remote, shown
 from residua.store.storage.crc import CRC_BYTES
 
 _KEY = "residua_overlay"
@@ -130,19 +131,25 @@ def overlay(
     """Create an overlay of edited rows at `out`, or open the existing one.
 
     Args:
-        archive: The archive, or its folder.
+        archive: The archive, or its folder or address.
         out: Folder of the overlay.
         sites: Sites of a new overlay. A site without edited rows takes no space.
 
     Raises:
         UnknownSiteError: The archive does not store a site.
-        PlanError: The overlay at `out` belongs to another plan, or the archive's size is still open.
+        PlanError: The overlay at `out` belongs to another plan, `out` is an address, or the archive's size is still
+            open.
         FileExistsError: There is something else at `out`.
 
     Example:
         >>> edited = residua.overlay("acts.zarr", "edited.zarr", sites="resid_post.5")  # doctest: +SKIP
         >>> edited.write("resid_post.5", [3, 4], archive["resid_post.5"][3:5] * 2)  # doctest: +SKIP
     """
+    if is_remote(out):
+        raise PlanError(
+            f"{shown(out)} is an address, and an overlay is a folder that rows are written to one by one: name a "
+            "folder; the archive may stay where it is"
+        )
     below = open_archive(archive)
     path = Path(out)
     if path.exists() and (not path.is_dir() or any(path.iterdir())):

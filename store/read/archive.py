@@ -309,11 +309,12 @@ class Archive(Mapping[str, ArchiveArray]):
 
     def _array(self, name: str, specs: tuple[ArraySpec, ...], dtype: str) -> ArchiveArray:
         return ArchiveArray(
-            name, specs, dtype=dtype, n_rows=self.n_rows, require=self.require_captured, reader=self._reader
+            name, specs, dtype=dtype, n_rows=self.n_rows, require=self.require_captured, reader=self.file_reader
         )
 
-    def _reader(self, spec: ArraySpec) -> ArrayReader:
-        return ArrayReader(self.path, spec, self.n_rows, check=self._check, threads=self._threads)
+    def file_reader(self, spec: ArraySpec, *, check: Check | None = None) -> ArrayReader:
+        """Return what reads the rows of one array, or of one of its column shards; `check` is that of the archive."""
+        return ArrayReader(self.path, spec, self.n_rows, check=check or self._check, threads=self._threads)
 
     def require_captured(self, rows: range | RowNumbers) -> None:
         """Raise NotCapturedError, or DamagedArchiveError, unless every one of `rows` lies in a committed shard."""

@@ -250,7 +250,7 @@ class RemoteChunks:
             if data is None:
                 continue
             stored = np.frombuffer(data, np.uint8)
-            if _problem(stored, stop - start, crc):
+            if chunk_problem(stored, stop - start, crc):
                 self._cache.drop(key)
             else:
                 found[number] = stored
@@ -320,15 +320,15 @@ class RemoteChunks:
         problems: dict[int, str] = {}
         for number, start, stop, crc in zip(request.chunks, request.starts, request.stops, request.crcs, strict=True):
             chunks[number] = data[start - first : stop - first]
-            if problem := _problem(chunks[number], stop - start, crc):
+            if problem := chunk_problem(chunks[number], stop - start, crc):
                 problems[number] = problem
         return chunks, problems
 
 
-def _problem(stored: Bytes, n_bytes: int, crc: int) -> str:
-    """Return how a chunk differs from what the index says; empty if it does not."""
+def chunk_problem(stored: Bytes, n_bytes: int, crc: int) -> str:
+    """Return how a stored chunk differs from what is recorded of it; empty if it does not."""
     if len(stored) != n_bytes or int.from_bytes(stored[-CRC_BYTES:].tobytes(), "little") != crc:
-        return "its size or its crc32c is not the one in the archive's index"
+        return "its size or its crc32c is not the one that the archive's index or record has"
     try:
         check_chunk(stored)
     except ValueError as error:

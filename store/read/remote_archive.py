@@ -174,8 +174,9 @@ class RemoteArchive(Archive):
             check_commits(self.path, self.plan, commits, self.metadata.n_rows)
         return commits
 
-    def _reader(self, spec: ArraySpec) -> ArrayReader:
-        return RemoteReader(self.chunks, spec, self.n_rows, check=self._check, threads=self._threads)
+    def file_reader(self, spec: ArraySpec, *, check: Check | None = None) -> ArrayReader:
+        """Return what reads the rows of one array, or of one of its column shards; see `Archive.file_reader`."""
+        return RemoteReader(self.chunks, spec, self.n_rows, check=check or self._check, threads=self._threads)
 
     def file(self, name: str, most_bytes: int, sha256: str | None = None) -> Path:
         """Return the local copy of a file of the archive, fetched unless it is there; there may be none."""

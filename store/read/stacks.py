@@ -4,7 +4,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from os import PathLike
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn, Unpack
+from typing import TYPE_CHECKING, Any, NoReturn, Unpack, cast
 
 from residua.store.base.errors import NotCapturedError, PlanError, UnknownSiteError
 from residua.store.base.sizes import Size, n_bytes
@@ -18,7 +18,7 @@ from residua.store.read.joined import JoinedArchive
 from residua.store.read.reader import Check
 from residua.store.read.remote import JOIN_GAP_BYTES, REQUEST_BYTES
 from residua.store.read.remote_archive import Cache, RemoteArchive
-from residua.store.storage.address import is_remote, shown
+from residua.store.storage.address import is_remote, scheme_of, shown
 from residua.store.storage.destination import BucketFolder, Destination
 from residua.store.storage.hub import folder_at
 from residua.store.storage.mirror import Mirror
@@ -82,6 +82,26 @@ def open_archive(
         return _open_remote(str(archive), **local, **remote)
     kind = StackedArchive if stacks_in(Path(archive)) else Archive
     return kind(archive, **local)
+
+
+def open_source(
+    archive: Archive | str | PathLike[str] | Sequence[Archive | str | PathLike[str]],
+    out: str | PathLike[str],
+    storage_options: Mapping[str, Any] | None,
+    **settings: Any,
+) -> Archive:
+    """Open the archive of which something is written to `out`.
+
+    Args:
+        archive: As for `open_archive`.
+        out: Path or address.
+        storage_options: Those of the address, or of both; where different services have them, of `out` alone.
+        settings: Further arguments of `open_archive`.
+    """
+    is_place = isinstance(archive, str | PathLike) and not isinstance(archive, Archive)
+    if is_place and is_remote(out) and scheme_of(cast("str", archive)) != scheme_of(out):
+        storage_options = None
+    return open_archive(archive, storage_options=storage_options, **settings)
 
 
 def open_written(out: Destination) -> Archive:

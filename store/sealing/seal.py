@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from residua.store.base.canonical import Json
-from residua.store.base.errors import DamagedArchiveError, NotCapturedError
+from residua.store.base.errors import DamagedArchiveError, NotCapturedError, PlanError
 from residua.store.encoding.codecs import PRESETS
 from residua.store.encoding.shard import RESTORE, chunk_table_problem, read_chunk_table, shard_digest, shard_path
 from residua.store.encoding.spec import ArraySpec
@@ -53,6 +53,7 @@ from residua.store.sealing.packed_index import (
     PackedIndex,
     file_totals,
 )
+from residua.store.storage.address import is_remote, shown
 from residua.store.storage.destination import Destination, DiskFolder, destination_of
 from residua.store.storage.files import write_file
 
@@ -100,6 +101,7 @@ def pack(archive: str | PathLike[str], *, on_shard: _Progress = lambda *_: None)
 
     Raises:
         FileNotFoundError: There is no archive at that path.
+        PlanError: The archive is at an address.
         NotCapturedError: The archive is not finished.
         DamagedArchiveError: A record is missing or damaged, or a file that it names is missing or has another size.
         OSError: A file cannot be written.
@@ -107,6 +109,11 @@ def pack(archive: str | PathLike[str], *, on_shard: _Progress = lambda *_: None)
     Example:
         >>> residua.pack("acts.zarr")  # doctest: +SKIP
     """
+    if is_remote(archive):
+        raise PlanError(
+            f"{shown(archive)} is at an address, and an index is made where the shards are in a folder: fetch the "
+            "archive with residua pull, pack it there, and push it"
+        )
     archive = Path(archive)
     metadata = read_metadata(archive)
     if metadata.n_rows is None:

@@ -1,4 +1,4 @@
-"""One call for both directions: a folder is pushed to an address, and an address is pulled into a folder."""
+"""One call for all directions: what is at an address or goes to one is pushed or pulled."""
 
 from collections.abc import Callable, Iterable, Mapping
 from os import PathLike, fspath
@@ -6,6 +6,7 @@ from typing import Any
 
 from residua.store.base.errors import PlanError
 from residua.store.base.naming import named
+from residua.store.read.archive import Archive
 from residua.store.sharing.copied import Copied
 from residua.store.sharing.pull import pull
 from residua.store.sharing.push import push
@@ -13,7 +14,7 @@ from residua.store.storage.address import is_remote, shown
 
 
 def copy(
-    source: str | PathLike[str],
+    source: Archive | str | PathLike[str],
     target: str | PathLike[str],
     *,
     sites: str | Iterable[str] | None = None,
@@ -24,22 +25,24 @@ def copy(
     storage_options: Mapping[str, Any] | None = None,
     on_bytes: Callable[[int, int], None] = lambda *_: None,
 ) -> Copied:
-    """Copy a finished archive from a folder to an address, or from an address into a folder; what is there stays.
+    """Copy a finished archive to an address, from a folder or another address, or from an address into a folder.
+
+    What is at the target already stays, and is not copied again.
 
     Args:
         source: Folder or address of the archive.
-        target: Where it goes: an address if `source` is a folder, and a folder if it is an address.
-        sites: From an address: sites to copy, as patterns; by default all.
+        target: Where it goes; one of both is an address.
+        sites: From an address into a folder: sites to copy, as patterns; by default all.
         public: To the Hub, as for `residua.push`.
         license: To the Hub, as for `residua.push`.
         model_license: To the Hub, as for `residua.push`.
         text_license: To the Hub, as for `residua.push`.
-        storage_options: Of the address, as for `residua.open`.
+        storage_options: For addresses, as for `residua.push` and `residua.pull`.
         on_bytes: Called with the bytes done and the total, from several threads.
 
     Raises:
-        PlanError: Both are folders, or both addresses; sites were chosen of a folder; `public` or a license was given
-            for a copy into a folder; or as `push` and `pull` do.
+        PlanError: Both are folders; sites were chosen for a copy to an address; `public` or a license was given for a
+            copy into a folder; or as `push` and `pull` do.
         As `residua.push` and `residua.pull` do otherwise.
 
     Example:
@@ -51,12 +54,12 @@ def copy(
                 f"{shown(fspath(source))} is copied into the folder {fspath(target)}, and {named('public')} and "
                 "licenses are for a copy to the Hub: leave them out"
             )
-        return pull(fspath(source), target, sites=sites, storage_options=storage_options, on_bytes=on_bytes)
-    if is_remote(target) and not is_remote(source):
+        return pull(source, target, sites=sites, storage_options=storage_options, on_bytes=on_bytes)
+    if is_remote(target):
         if sites is not None:
             raise PlanError(
-                f"some sites of {source} were to be copied, and a folder is copied whole: extract them first, or copy "
-                "all of it"
+                f"some sites of {shown(fspath(source))} were to be copied to {shown(fspath(target))}, and archives are "
+                "copied whole to addresses: take them with residua extract, which writes there too, or copy all of it"
             )
         return push(
             source,
@@ -68,7 +71,4 @@ def copy(
             storage_options=storage_options,
             on_bytes=on_bytes,
         )
-    both = "are folders: copy with cp -r, and residua verify the copy"
-    if is_remote(source):
-        both = "are addresses: pull the archive into a folder, and push it from there"
-    raise PlanError(f"{shown(fspath(source))} and {shown(fspath(target))} {both}")
+    raise PlanError(f"{fspath(source)} and {fspath(target)} are folders: copy with cp -r, and residua verify the copy")

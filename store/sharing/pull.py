@@ -4,33 +4,30 @@ Each chunk is compared with the packed index when it arrives, and a shard gets i
 metadata come last, so a folder with them is complete. A copy of some sites is an archive: it says which sites it lacks.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from os import PathLike
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 from residua.store.base.errors import DamagedArchiveError, PlanError
-from residua.store.encoding.shard import check_shard, shard_index, shard_path, shard_rows
+from residua.store.encoding.shard import check_shard, shard_path, shard_rows
 from residua.store.encoding.spec import ArraySpec
 from residua.store.examples.side_tables import SIDE_TABLES
-from residua.store.format.archive_metadata import MAX_METADATA_BYTES, ROOT, SIDECAR_FOLDERS, is_archive, read_metadata
-from residua.store.format.array_metadata import METADATA
+from residua.store.format.archive_metadata import MAX_METADATA_BYTES, ROOT, is_archive, read_metadata
 from residua.store.read.archive import Archive
-from residua.store.read.remote import Bytes
 from residua.store.read.remote_archive import RemoteArchive
+from residua.store.read.shard_files import shard_file
 from residua.store.read.stacks import StackedArchive, open_archive
-from residua.store.sealing.packed_index import INDEX
+from residua.store.sealing.packed_index import INDEX, PackedIndex
 from residua.store.sharing.copied import BytesDone, Copied, in_parallel, together
+from residua.store.sharing.small_files import fetch_index, fetch_small, small_files
 from residua.store.storage.files import sweep, write_file
 from residua.store.storage.hub import folder_at
 
-_HERE = Path()
-_STEP_BYTES = 16 * 2**20  # of the index or of a shard, held in memory by each thread
-
 
 def pull(
-    address: str,
+    address: Archive | str | PathLike[str],
     out: str | PathLike[str],
     *,
     sites: str | Iterable[str] | None = None,
@@ -40,7 +37,7 @@ def pull(
     """Copy an archive from an address into a folder.
 
     Args:
-        address: Where the archive is.
+        address: Where the archive is, or the archive itself.
         out: Folder that it becomes. What an earlier copy of the same archive left there is used.
         sites: Sites to copy, as patterns; by default all.
         storage_options: As for `residua.open`.
@@ -62,10 +59,11 @@ def pull(
     names = archive.sites if sites is None else archive.select(sites)
     if isinstance(archive, StackedArchive):
         return _pull_stacks(archive, Path(out), names, storage_options, on_bytes)
-    return _pull_one(archive, Path(out), names, on_bytes)
+    return pull_one(archive, Path(out), names, on_bytes)
 
 
-def _pull_one(archive: Archive, out: Path, sites: tuple[str, ...], on_bytes: Callable[[int, int], None]) -> Copied:
+def pull_one(archive: Archive, out: Path, sites: tuple[str, ...], on_bytes: Callable[[int, int], None]) -> Copied:
+    """Copy some sites of an open archive at an address into a folder; see `pull`."""
     assert isinstance(archive, RemoteArchive)  # noqa: S101  # it was opened by its address
     archive.index  # noqa: B018  # an archive that is not finished is an error here
     return _Pull(archive, out, sites).run(on_bytes)
@@ -83,7 +81,7 @@ def _pull_stacks(
     if is_archive(out) and (out / ROOT).read_bytes() != root:
         raise PlanError(f"{out} holds another archive than {archive.place}: choose another folder")
     chosen = {name: tuple(site for site in sites if site in one.sites) for name, one in archive.stacks.items()}
-    copies = [_pull_one(archive.stacks[name], out / name, own, on_bytes) for name, own in chosen.items() if own]
+    copies = [pull_one(archive.stacks[name], out / name, own, on_bytes) for name, own in chosen.items() if own]
     write_file(out / ROOT, [root])
     return together(copies, len(root))
 
@@ -97,12 +95,9 @@ class _Pull:
         height, plan = archive.plan.rows_per_shard, archive.plan
         arrays = [*plan.row_arrays, *(spec for name in sites for spec in plan.site(name).arrays(height))]
         self._specs = [files for spec in arrays for files in spec.file_specs]
-        nodes = {str(node) for spec in arrays for node in (PurePosixPath(spec.path), *PurePosixPath(spec.path).parents)}
-        self._small = {f"{node}/{METADATA}": MAX_METADATA_BYTES for node in sorted(nodes - {"."})}
-        self._small |= {name: SIDECAR_FOLDERS[PurePosixPath(name).parts[0]] for name in archive.metadata.files}
         has_own = (out / SIDE_TABLES).exists()  # written here, or by an earlier copy
         self._side = () if has_own else archive.side_tables
-        self._small |= {name: SIDECAR_FOLDERS["examples"] for table in self._side for name in table.paths()}
+        self._small = small_files(archive, arrays, self._side)
 
     def run(self, on_bytes: Callable[[int, int], None]) -> Copied:
         """Copy what is not there yet."""
@@ -149,30 +144,15 @@ class _Pull:
             return False
 
     def _copy_shard(self, spec: ArraySpec, shard: int) -> int:
-        return write_file(shard_path(self._out, spec, shard), self._chunks(spec, shard))
-
-    def _chunks(self, spec: ArraySpec, shard: int) -> Iterator[Bytes | bytes]:
-        """Yield the chunks of a shard, compared with the index, and the end of its file, which follows from them."""
-        table = self._archive.index.chunk_table(spec.key, shard)
-        first = shard * spec.chunks_per_shard
-        numbers = range(first, first + len(table))
-        for found in self._archive.chunks.stream(spec, self._archive.n_rows, numbers, window_bytes=_STEP_BYTES):
-            yield from found.values()
-        yield shard_index(table, spec)
+        return write_file(shard_path(self._out, spec, shard), shard_file(self._archive, spec, shard))
 
     def _copy_small(self, name: str) -> int:
         path = self._out / name
-        if path.exists():
-            return 0
-        try:
-            return write_file(path, [self._archive.folder.read(name, self._small[name])])
-        except FileNotFoundError:
-            raise DamagedArchiveError(
-                f"{self._archive.place}/{name} is missing: copy the archive there again from where it came from"
-            ) from None
+        return 0 if path.exists() else write_file(path, [fetch_small(self._archive, name, self._small[name])])
 
     def _copy_index(self) -> int:
-        n_bytes = self._archive.index.n_bytes
-        steps = ((start, min(start + _STEP_BYTES, n_bytes)) for start in range(0, n_bytes, _STEP_BYTES))
-        ranges = (self._archive.folder.read_range(INDEX, start, stop) for start, stop in steps)
-        return write_file(self._out / INDEX, ranges)
+        n_bytes = write_file(self._out / INDEX, fetch_index(self._archive))
+        entry, plan = self._archive.metadata.index, self._archive.plan
+        assert entry is not None  # noqa: S101  # an archive without an index is refused first
+        PackedIndex(self._out, plan, self._archive.n_rows, entry).check()
+        return n_bytes

@@ -222,12 +222,13 @@ class BucketFolder:
         self._n_threads = max(1, min(max(asked, _LEAST_THREADS), self.memory_bytes // THREAD_BYTES))
         return self._n_threads
 
-    def write(self, name: str, buffers: Iterable[Buffer]) -> int:
+    def write(self, name: str, buffers: Iterable[Buffer], *, are_kept: bool = False) -> int:
         """Write an object, over what is there: completely, or not at all.
 
         Args:
             name: Its path in the folder.
             buffers: Bytes or C-contiguous numpy arrays, which are taken again from the beginning if sending them fails.
+            are_kept: Whether a buffer's memory stays as it is when the next one is taken, so that none is copied.
 
         Returns:
             The bytes written.
@@ -238,21 +239,24 @@ class BucketFolder:
         self._check_lease()
         for tries_left in reversed(range(_WRITE_TRIES)):
             try:
-                return self._write(name, buffers)
+                return self._write(name, buffers, are_kept=are_kept)
             except (StorageError, FileNotFoundError, FileExistsError) as error:  # of an upload in parts, anything
                 if not tries_left:
                     raise StorageError(str(error)) from error
         raise AssertionError
 
-    def _write(self, name: str, buffers: Iterable[Buffer]) -> int:
+    def _write(self, name: str, buffers: Iterable[Buffer], *, are_kept: bool) -> int:
         sizes: list[int] = []
-        parts = _parts(buffers, sizes)
-        first, second = next(parts), next(parts, None)
-        if second is None:
-            self.objects.write(name, [first])
+        parts = _counted(buffers, sizes) if are_kept else _parts(buffers, sizes)
+        first: list[memoryview] = []
+        for part in parts:
+            first.append(part)
+            if sum(sizes) > PART_BYTES:
+                n_parts = max(1, min(_MOST_PARTS, self.memory_bytes // self._n_threads // PART_BYTES - 1))
+                self.objects.write_parts(name, chain(first, parts), part_bytes=PART_BYTES, n_parts=n_parts)
+                break
         else:
-            n_parts = max(1, min(_MOST_PARTS, self.memory_bytes // self._n_threads // PART_BYTES - 1))
-            self.objects.write_parts(name, chain([first, second], parts), part_bytes=PART_BYTES, n_parts=n_parts)
+            self.objects.write(name, first)
         return sum(sizes)
 
     def create(self, name: str, data: bytes) -> bool:
@@ -381,6 +385,14 @@ Destination: TypeAlias = DiskFolder | BucketFolder
 def destination_of(place: Path | Destination) -> Destination:
     """Return the destination that a path is; a destination is returned as it is."""
     return DiskFolder(place) if isinstance(place, Path) else place
+
+
+def _counted(buffers: Iterable[Buffer], sizes: list[int]) -> Iterator[memoryview]:
+    """Yield the bytes of buffers, and add the size of each to `sizes`."""
+    for buffer in buffers:
+        part = bytes_of(buffer)
+        sizes.append(part.nbytes)
+        yield part
 
 
 def _parts(buffers: Iterable[Buffer], sizes: list[int]) -> Iterator[memoryview]:

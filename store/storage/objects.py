@@ -27,7 +27,7 @@ import obstore
 from obstore import exceptions as failures
 from obstore.store import HTTPStore, ObjectStore, from_url
 
-from residua.store.base.errors import StorageError
+from residua.store.base.errors import ResiduaError, StorageError
 from residua.store.storage.address import check_address, scheme_of, shown
 
 if TYPE_CHECKING:
@@ -126,7 +126,7 @@ class ObjectFolder:
             )
         try:
             return _store_at(self.address, _frozen(settings), _credentials())
-        except _FAILURES as error:
+        except (*_FAILURES, TypeError) as error:  # TypeError: an option of another service
             account = "; Azure's account is account_name there, or AZURE_STORAGE_ACCOUNT_NAME"
             raise StorageError(
                 f"{self} cannot be opened: {_said(error)}. Check the address and storage_options"
@@ -183,7 +183,7 @@ class ObjectFolder:
                     f"{self}/{name} was asked for bytes {start:,} to {stop:,}, and more came: this server does not "
                     "answer requests for ranges as it should"
                 )
-        return parts[0] if len(parts) == 1 else b"".join(bytes(part) for part in parts)
+        return parts[0] if len(parts) == 1 else b"".join(parts)
 
     def size(self, name: str) -> int | None:
         """Return the bytes of an object, None if there is none.
@@ -232,7 +232,7 @@ class ObjectFolder:
         content: Any = data
         if not isinstance(data, Path):
             buffers = list(data)
-            content = buffers[0] if len(buffers) == 1 else b"".join(bytes(each) for each in buffers)
+            content = buffers[0] if len(buffers) == 1 else b"".join(buffers)
         in_parts = None if isinstance(data, Path) else False  # a large file in parts
         conflict: OSError | None = None
         for number in range(_CREATE_TRIES):
@@ -361,7 +361,7 @@ class ObjectFolder:
         """
         try:
             return request()
-        except StorageError:
+        except ResiduaError:  # also of what makes the bytes that are written
             raise
         except _FAILURES as error:
             if tries > 1 and _BROKE_OFF in str(error):

@@ -4,6 +4,7 @@ import errno
 import os
 import secrets
 import shutil
+import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from itertools import islice
@@ -134,7 +135,7 @@ def try_result_place(
     if not is_remote(out):
         place = try_place(Path(out), locks=locks, links=links)
         return ResultPlace(DiskFolder(place.path), place.notes)
-    folder = _bucket_folder(out, storage_options)
+    folder = bucket_at(out, storage_options)
     if _is_kept_apart(folder.objects):
         return ResultPlace(folder, ())
     note = f"{folder} has no objects that are written only once: do not start another run there before this one ends"
@@ -163,7 +164,7 @@ def result_folder(
     """
     folder = try_result_place(out, storage_options).out
     if isinstance(folder, BucketFolder):
-        _require_room(folder, n_bytes)
+        require_room(folder.path, n_bytes, f"the files for {folder}")
     yield folder.path
     if isinstance(folder, DiskFolder):
         return
@@ -183,13 +184,14 @@ def result_file(
         yield folder / name
 
 
-def _require_room(folder: BucketFolder, n_bytes: int) -> None:
-    free = shutil.disk_usage(folder.path).free
+def require_room(folder: Path, n_bytes: int, what: str) -> None:
+    """Raise OSError if a folder for temporary files has no room for so many bytes; `what` says of what they are."""
+    free = shutil.disk_usage(folder).free
     if n_bytes > free:
         raise OSError(
             errno.ENOSPC,
-            f"the files for {folder} are made in {folder.path.parent.parent} first, take up to {n_bytes:,} bytes, and "
-            f"{free:,} are free there: free some space, or set TMPDIR to a folder on a larger disk",
+            f"{what} lie in {tempfile.gettempdir()} for a while, take up to {n_bytes:,} bytes, and {free:,} are free "
+            "there: free some space, or set TMPDIR to a folder on a larger disk",
         )
 
 
@@ -207,11 +209,20 @@ def is_taken(out: str | PathLike[str], storage_options: Mapping[str, Any] | None
     )
 
 
-def _bucket_folder(out: str | PathLike[str], storage_options: Mapping[str, Any] | None) -> BucketFolder:
-    if scheme_of(out) not in _WRITABLE:
+def bucket_at(out: str | PathLike[str], storage_options: Mapping[str, Any] | None = None) -> BucketFolder:
+    """Return the folder in a bucket that an address names.
+
+    Raises:
+        PlanError: Nothing is written there file by file.
+        StorageError: The address or an option is not understood.
+    """
+    if (scheme := scheme_of(out)) not in _WRITABLE:
+        later = (
+            "send an archive there with residua push" if scheme == "hf" else "copy it to the server with its own tools"
+        )
         raise PlanError(
-            f"{shown(out)} is an address ({scheme_of(out)}) that is read from, and not written to: write into a bucket "
-            "(s3://, gs://, az://) or a folder, and copy it there when it is finished"
+            f"{shown(out)} is an address ({scheme}) that is read from, and not written to: write into a bucket "
+            f"(s3://, gs://, az://) or a folder; when it is finished, {later}"
         )
     return BucketFolder(fspath(out), storage_options)
 

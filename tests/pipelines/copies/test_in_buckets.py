@@ -56,7 +56,7 @@ def concatenated(source: Source, out: Any, **options: Any) -> Archive:
 
 
 def repacked(source: Source, out: Any, **options: Any) -> Archive:
-    return repack(source.here, out, shard_bytes=40 * 4 * 32, **options)
+    return repack(source.there, out, shard_bytes=40 * 4 * 32, **options)
 
 
 @pytest.mark.parametrize("job", [extracted, concatenated, repacked])
