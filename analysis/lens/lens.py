@@ -37,7 +37,7 @@ from residua.store.base.errors import AnalysisError
 from residua.store.edits.lens_files import LAYERS_FILE
 from residua.store.format.sidecars import LM_HEAD_FILE, PARAMETERS_FILE
 from residua.store.read.archive import Archive
-from residua.store.read.stacks import open_archive
+from residua.store.read.stacks import main_archive, open_archive
 from residua.store.storage.files import write_file
 from residua.store.storage.mirror import fetched
 from residua.store.storage.place import result_folder
@@ -107,7 +107,7 @@ class TunedLens:
             OSError: The place `out` cannot be written; this is tried before anything is computed.
         """
         settings = replace(settings or LensSettings(), **options)
-        source = open_archive(archive)
+        source = main_archive(open_archive(archive))
         with ExitStack() as stack:
             if out is None:
                 folder = Path(stack.enter_context(TemporaryDirectory(prefix="residua-lens-")))

@@ -31,6 +31,7 @@ from residua.store.read.archive import Archive
 
 MOST_BLOCKS = 4096  # the deepest models have some hundreds
 _BLOCK_COUNTS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")  # keys of a model's config
+_DECODER_COUNTS = ("num_decoder_layers", "decoder_layers")  # of an encoder-decoder
 _MOST_CONFIG_BYTES = 2**24
 _CHUNK_ROWS = 128
 _MOST_SITE_BYTES = 2**28  # rows of one site in memory at a time
@@ -83,15 +84,17 @@ def lens_points(archive: Archive, sites: str | Iterable[str] | None = None) -> L
     """
     stored = [site for site in archive.sites if parse_site(site).kind in BLOCKS_BEFORE]
     chosen = stored if sites is None else list(archive.select(sites))
-    n_blocks = _count_blocks(archive)
-    last = f"resid_post.{n_blocks - 1}"
-    final = "final" if "final" in archive.sites else last
+    stack = next((parse_site(site).stack for site in stored), "")
+    prefix = f"{stack}." if stack else ""
+    n_blocks = _count_blocks(archive, stack)
+    last = f"{prefix}resid_post.{n_blocks - 1}"
+    final = f"{prefix}final" if f"{prefix}final" in archive.sites else last
     if final not in archive.sites:
         raise AnalysisError(
             f"{archive.place} holds neither final nor {last}, the residual stream that a lens maps to: capture again "
             f"with {named('sites', 'resid_post.*')}; it holds {', '.join(archive.sites)}"
         )
-    by_layer = {layer_of(site): site for site in chosen if site != "final" and layer_of(site) < n_blocks}
+    by_layer = {layer_of(site): site for site in chosen if site != final and layer_of(site) < n_blocks}
     if not by_layer:
         raise AnalysisError(
             f"a lens needs resid_pre or resid_post sites before the final residual stream, but the chosen sites are "
@@ -101,8 +104,8 @@ def lens_points(archive: Archive, sites: str | Iterable[str] | None = None) -> L
     return LensPoints(dict(sorted(by_layer.items())), final, n_blocks, width)
 
 
-def _count_blocks(archive: Archive) -> int:
-    """Return the number of blocks from the model's config, which the archive stores."""
+def _count_blocks(archive: Archive, stack: str) -> int:
+    """Return the number of blocks of the model, or of its decoder, from its config, which the archive stores."""
     name = f"head/{CONFIG_FILE}"
     where = f"{archive.place}/{name}"
     if f"head/{LM_HEAD_FILE}" not in archive.metadata.files:
@@ -116,8 +119,10 @@ def _count_blocks(archive: Archive) -> int:
             f"{where} cannot be read ({error}): a lens decodes with the model's final norm and unembedding, which an "
             "archive of a causal or masked language model has in its folder head; capture such a model again"
         ) from error
-    for mapping in (config, config.get("text_config")) if isinstance(config, dict) else ():
-        for key in _BLOCK_COUNTS:
+    counts = (*_DECODER_COUNTS, *_BLOCK_COUNTS) if stack == "decoder" else _BLOCK_COUNTS
+    mappings = (config.get("text_config"), config.get(stack), config) if isinstance(config, dict) else ()
+    for mapping in mappings:
+        for key in counts:
             found = mapping.get(key) if isinstance(mapping, dict) else None
             if isinstance(found, int) and 0 < found <= MOST_BLOCKS:
                 return found

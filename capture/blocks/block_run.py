@@ -223,6 +223,7 @@ class BlockWatch(Generic[FoundT]):
         if entered is None:
             self.follows[path] = False
             return
+        entered = _with_examples(entered)
         if self._last is not None:
             self.follows[path] = _is_same(self._last, entered)
         self._shape = self._shape or entered.shape
@@ -230,7 +231,7 @@ class BlockWatch(Generic[FoundT]):
 
     def _end(self, path: str, _block: nn.Module, _args: object, output: Any) -> None:
         left = _tensor(lambda: output_item(output, None, path))
-        self._last = None if left is None else _copy(left)
+        self._last = None if left is None else _copy(_with_examples(left))
         run = self._runs.pop(path, None)
         if run is None or self._last is None or self._look is None or self._last.is_meta:
             return
@@ -349,6 +350,11 @@ def _tensor(take: Callable[[], Tensor]) -> Tensor | None:
         return take()
     except CaptureError:  # the module has no tensor there
         return None
+
+
+def _with_examples(tensor: Tensor) -> Tensor:
+    """Return a stream as (examples, positions, width): that of one image in a packed tower has no axis of examples."""
+    return tensor[None] if tensor.ndim == _A_ROW_EACH and not tensor.is_meta else tensor
 
 
 def _copy(tensor: Tensor) -> Tensor:

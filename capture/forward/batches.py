@@ -18,8 +18,8 @@ from residua.capture.runtime.compat import accelerate_hook
 from residua.capture.runtime.devices import input_device
 from residua.capture.runtime.pipeline_schedule import runnable, stage_model_of
 from residua.capture.runtime.sharded import is_sharded
-from residua.capture.sites.anatomy import PIXELS, takes_pixels
-from residua.capture.sites.pixels import pixel_arguments
+from residua.capture.sites.anatomy import takes_pixels
+from residua.capture.sites.pixels import image_arguments, runs_alone
 from residua.store.base.errors import CaptureError
 from residua.store.base.naming import named
 from residua.store.examples.schedule import Batch
@@ -92,6 +92,7 @@ class BatchRunner:
     ) -> None:
         self._inputs = inputs
         self._takes_pixels = takes_pixels(model)
+        self._runs_alone = inputs is not None and runs_alone(model)
         self._dtype = next((each.dtype for each in model.parameters() if each.is_floating_point()), torch.float32)
         self._model = runnable(model)
         stage_model = stage_model_of(model)
@@ -120,7 +121,7 @@ class BatchRunner:
     def run(self, batch: Batch | None, around: Around | None = None) -> Iterator[bool]:
         """Run one batch; yields after every forward pass.
 
-        A torch pipeline has one pass per microbatch, and a batch of images one per size.
+        A torch pipeline has one pass per microbatch, and a batch of images one per size, or per image.
 
         Where forward passes are collectives of all workers, every batch has the same number of passes. A worker that
         has no batch left runs None. Missing passes are made with one token, whose rows are dropped.
@@ -145,7 +146,9 @@ class BatchRunner:
     def _microbatches(self, batch: Batch) -> list[PlanBatch]:
         if self._inputs is not None:
             numbers = batch.examples.tolist()
-            return batches_with_inputs(self._table, numbers, self._inputs, device=self._device, dtype=self._dtype)
+            return batches_with_inputs(
+                self._table, numbers, self._inputs, device=self._device, dtype=self._dtype, alone=self._runs_alone
+            )
         made = plan_batch(self._table, batch.examples.tolist(), side=self._plan.padding, device=self._device)
         return microbatches(made, self._n_microbatches)
 
@@ -181,7 +184,7 @@ class BatchRunner:
     def _arguments_of(self, batch: PlanBatch) -> dict[str, Any]:
         """Return the arguments of a forward pass."""
         if batch.inputs is not None and self._takes_pixels:
-            return pixel_arguments(self._model, batch.inputs[PIXELS])
+            return image_arguments(self._model, batch.inputs)
         arguments: dict[str, Any] = self._arguments(batch)
         if batch.inputs:
             arguments.pop("position_ids", None)  # images may have positions of their own, which the model works out

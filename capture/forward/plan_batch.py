@@ -128,7 +128,13 @@ def _of_sources(
 
 
 def batches_with_inputs(
-    table: Examples, examples: Sequence[int], source: InputSource, *, device: torch.device, dtype: torch.dtype
+    table: Examples,
+    examples: Sequence[int],
+    source: InputSource,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    alone: bool = False,
 ) -> list[PlanBatch]:
     """Return the examples of a batch as one batch for each kind of inputs beside tokens, padded on the right.
 
@@ -138,6 +144,7 @@ def batches_with_inputs(
         source: Makes what they have beside tokens.
         device: Device of the tensors.
         dtype: The model's.
+        alone: Whether each example is a batch of its own.
 
     Raises:
         CaptureError: An example has other tokens now than when the capture was planned.
@@ -150,7 +157,7 @@ def batches_with_inputs(
                 f"example {number} has {len(found.input_ids)} positions or other tokens now, and "
                 f"{len(table.tokens(number))} when the capture was planned: was the processor changed meanwhile?"
             )
-        kinds.setdefault(found.signature, []).append((number, found))
+        kinds.setdefault(number if alone else found.signature, []).append((number, found))
     batches = []
     for alike in kinds.values():
         batch = plan_batch(table, [number for number, _ in alike], side="right", device=device)

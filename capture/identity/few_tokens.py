@@ -18,7 +18,9 @@ from residua.capture.runtime.devices import input_device
 from residua.capture.runtime.pipeline_schedule import runnable
 from residua.capture.runtime.wrappers import core_of
 from residua.capture.sites.anatomy import anatomy_of, takes_pixels
-from residua.capture.sites.pixels import few_pixels, pixel_arguments
+from residua.capture.sites.frames import FRAMES, few_frames, takes_frames
+from residua.capture.sites.pixels import few_images, image_arguments
+from residua.capture.sites.stacks import stacks_of
 from residua.capture.taps.tap import tap
 from residua.store.base.errors import CaptureError
 
@@ -76,9 +78,9 @@ def run_few_tokens(model: nn.Module) -> Any:
         model: The model, with its wrappers, which may gather weights; in a torch pipeline its stage runs.
     """
     if takes_pixels(model):
-        pixels_BCHW = few_pixels(model, N_EXAMPLES)
+        images = few_images(model, N_EXAMPLES)
         with trial(model):
-            return model(**pixel_arguments(model, pixels_BCHW))
+            return model(**image_arguments(model, images))
     ids = few_tokens(model, N_EXAMPLES * N_POSITIONS).reshape(N_EXAMPLES, N_POSITIONS)
     return run_tokens(model, ids, torch.ones_like(ids))
 
@@ -95,8 +97,11 @@ def run_tokens(model: nn.Module, input_ids: Tensor, attention_mask: Tensor) -> A
 
     A collective of all processes that hold it; the arguments are those of `forward_kwargs`.
     """
+    kwargs = forward_kwargs(runnable(core_of(model)), input_ids, attention_mask)
+    encoder = next((stack.module for stack in stacks_of(model) if takes_frames(stack.module)), None)
+    frames = {} if encoder is None else {FRAMES: few_frames(encoder, len(input_ids))}
     with trial(model):
-        return runnable(model)(**forward_kwargs(runnable(core_of(model)), input_ids, attention_mask))
+        return runnable(model)(**kwargs, **frames)
 
 
 def logits_of(output: Any) -> Tensor | None:

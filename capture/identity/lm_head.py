@@ -7,7 +7,9 @@ give the logits of the model: `lm_head_problem` runs the model over a few tokens
 import json
 import struct
 from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any, get_args
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
@@ -18,16 +20,19 @@ from transformers.activations import ACT2FN
 
 from residua.capture.hooks.forward_call import trial
 from residua.capture.identity.few_tokens import FewTokens, logits_of, refuse_without_memory, run_few_tokens
+from residua.capture.identity.head_search import FoundHead, find_head, normed
 from residua.capture.layout.parameters import FullParameters
+from residua.capture.layout.process_layout import spans_processes
 from residua.capture.runtime.collectives import all_gather_objects, on_rank
 from residua.capture.runtime.pipeline_schedule import stage_model_of
 from residua.capture.runtime.process_groups import pipeline_group, tensor_parallel_group
-from residua.capture.runtime.sharded import frees_gathered
+from residua.capture.runtime.sharded import frees_gathered, is_sharded
 from residua.capture.runtime.wrappers import core_of, layer_inside, named_modules
 from residua.capture.sites.anatomy import Anatomy
 from residua.capture.sites.architectures import Family
 from residua.capture.sites.pipeline_stages import target_of
 from residua.capture.sites.reference_model import unsharded_anatomy
+from residua.capture.sites.stacks import anatomies_in_stacks
 from residua.capture.taps.tap import tap
 from residua.store.base.errors import CaptureError, PlanError
 from residua.store.format.sidecars import CONFIG_FILE, LM_HEAD_FILE, PARAMETERS_FILE, Activation, LMHeadSpec
@@ -37,9 +42,10 @@ from residua.store.storage.crc import Buffer
 def lm_head_files(model: nn.Module) -> dict[str, list[Buffer]]:
     """Return the files of the LM head by name, each as a list of buffers.
 
-    Parameters on the CPU are not copied, except those of FSDP. There are no files for a model whose head is not known:
-    one without an LM head, or of an architecture that is not in the table. Whether they give the model's logits,
-    `lm_head_problem` says. A collective of all who hold the model.
+    Parameters on the CPU are not copied, except those of FSDP. There are no files for a model whose head is not known.
+    Of an architecture that is not in the table, it is searched for by a run over a few tokens, unless it was
+    (`residua.capture.identity.head_search`). Whether the files give the model's logits, `lm_head_problem` says. A
+    collective of all who hold the model.
     """
     stages = pipeline_group(model)
     if stages is None:
@@ -59,13 +65,13 @@ def lm_head_of(model: nn.Module) -> tuple[LMHeadSpec, dict[str, Tensor]]:
         PlanError: The head is not known, or not in this process.
         CaptureError: There is no memory to run the model.
     """
-    anatomy, problem = unsharded_anatomy(model), lm_head_problem(model)
-    if problem or anatomy is None or anatomy.family is None:
-        raise PlanError(f"the LM head of {type(core_of(model)).__name__} is not known: {problem}")
+    anatomy, problem = _anatomy(model), lm_head_problem(model)
+    head = problem or (None if anatomy is None else _known_head(model, anatomy))
+    if anatomy is None or not isinstance(head, _Head):
+        raise PlanError(f"the LM head of {type(core_of(model)).__name__} is not known: {head}")
     if pipeline_group(model) is not None:
         raise PlanError("the model is a pipeline of several processes, and the LM head is in the last of them only")
-    spec, modules = _described(anatomy, anatomy.family)
-    return spec, _tensors(model, anatomy, modules)
+    return head.spec, _tensors(model, anatomy, head.modules)
 
 
 def lm_head_problem(model: nn.Module, few: FewTokens | None = None) -> str:
@@ -80,28 +86,90 @@ def lm_head_problem(model: nn.Module, few: FewTokens | None = None) -> str:
     Raises:
         CaptureError: There is no memory to run the model.
     """
-    anatomy = unsharded_anatomy(model)
+    anatomy = _anatomy(model)
     if anatomy is None:
-        return "the model is no language model of one stack of blocks"
+        return "the model is no language model of one stack of blocks, nor an encoder-decoder"
     stages, ranks = pipeline_group(model), tensor_parallel_group(model, None)
     is_last = stages is None or dist.get_rank(stages) == dist.get_world_size(stages) - 1
-    problem = _unknown(anatomy) if is_last else ""
+    head = _head(model, anatomy) if is_last else ""
+    problem = head if isinstance(head, str) else ""
     if not any(all_gather_objects(stages, problem)):
-        problem = _proved(model, anatomy, few, is_last=is_last)
+        problem = _proved(model, anatomy, None if isinstance(head, str) else head, few)
     of_ranks = [found for stage in all_gather_objects(stages, all_gather_objects(ranks, problem)) for found in stage]
     return next(filter(None, of_ranks), "")
 
 
-def _unknown(anatomy: Anatomy) -> str:
-    """Return what is not known of the head from the model's modules; empty if it can be tried."""
+@dataclass(frozen=True, kw_only=True)
+class _Head:
+    """An LM head that is known and not yet proved.
+
+    Attributes:
+        spec: The content of ``head.json``.
+        modules: The modules whose parameters are stored, by the name that they have in the files.
+        seen: The final residual stream and the logits of a run that showed it; empty for one of the table.
+    """
+
+    spec: LMHeadSpec
+    modules: Mapping[str, nn.Module]
+    seen: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+_searched: WeakKeyDictionary[nn.Module, FoundHead] = WeakKeyDictionary()
+"""The heads that were found in models that are not in the table, without what their runs showed."""
+
+
+def _anatomy(model: nn.Module) -> Anatomy | None:
+    """Return the anatomy of a language model, or of the decoder of an encoder-decoder."""
+    found = unsharded_anatomy(model)
+    if found is not None:
+        return found
+    decoder = anatomies_in_stacks(model).get("decoder")
+    if decoder is None:
+        return None
+    return replace(decoder, unembedding=decoder.path(decoder.model.get_output_embeddings()))  # type: ignore[no-untyped-call]  # theirs
+
+
+def _known_head(model: nn.Module, anatomy: Anatomy) -> _Head | str:
+    """Return the head as the table or the last search has it, or else as a search finds it; or why it is not known."""
+    found = _searched.get(anatomy.model)
+    return _head(model, anatomy) if found is None else _usable(anatomy, found)
+
+
+def _head(model: nn.Module, anatomy: Anatomy) -> _Head | str:
+    """Return the head by the table, or as a search finds it now; or why it is not known."""
     name = type(anatomy.model).__name__
     if _unembedding(anatomy) is None:
         return f"{name} has none, or one that cannot be found"
-    if anatomy.family is None:
-        return f"the final norm of models of type {anatomy.model.config.model_type!r} is not known"
-    if anatomy.family.transform is not None and _activation(anatomy) is None:
-        return f"its activation {anatomy.config.hidden_act!r} is not one that the files can name"
-    for part, module in _parts(anatomy, anatomy.family).items():
+    if anatomy.family is not None:
+        if anatomy.family.transform is not None and _activation(anatomy) is None:
+            return f"its activation {anatomy.config.hidden_act!r} is not one that the files can name"
+        modules = _parts(anatomy, anatomy.family)
+        return _packed(modules) or _Head(spec=_described(anatomy, anatomy.family, modules), modules=modules)
+    if spans_processes(anatomy.model) or is_sharded(anatomy.model) or stage_model_of(anatomy.model) is not None:
+        return (
+            f"the final norm of models of type {anatomy.model.config.model_type!r} is not in the table, and is found "
+            "only in models that one process holds"
+        )
+    _searched.pop(anatomy.model, None)
+    try:
+        found = find_head(model, anatomy)
+    except Exception as error:  # noqa: BLE001 - the boundary to the user's model, and the capture itself needs none of this
+        refuse_without_memory(error)
+        return f"the model cannot be run over a few tokens to find it: {(str(error).splitlines() or [''])[0]}"
+    if isinstance(found, str):
+        return found
+    _searched[anatomy.model] = replace(found, seen={})
+    return _usable(anatomy, found)
+
+
+def _usable(anatomy: Anatomy, found: FoundHead) -> _Head | str:
+    modules = {name: anatomy.modules[path] for name, path in found.paths.items()}
+    return _packed(modules) or _Head(spec=found.spec, modules=modules, seen=found.seen)
+
+
+def _packed(modules: Mapping[str, nn.Module]) -> str:
+    """Return which module of a head has weights that cannot be stored as they are; empty if none has."""
+    for part, module in modules.items():
         if layer_inside(module) is not module:
             return f"its {part} has an adapter"
         weight = module._parameters.get("weight") if part != "norm" else None
@@ -114,9 +182,12 @@ def _has_more(module: nn.Module) -> bool:
     return hasattr(module.weight, "__tensor_flatten__") and not isinstance(module.weight, DTensor)
 
 
-def _proved(model: nn.Module, anatomy: Anatomy, few: FewTokens | None, *, is_last: bool) -> str:
-    """Run the model over a few tokens; return how its logits differ from those of the files, empty if they do not."""
-    seen: dict[str, Tensor] = {} if few is None else few.seen
+def _proved(model: nn.Module, anatomy: Anatomy, head: _Head | None, few: FewTokens | None) -> str:
+    """Run the model over a few tokens; return how its logits differ from those of the files, empty if they do not.
+
+    `head` is None in all stages of a pipeline but the last, which run along.
+    """
+    seen = dict(head.seen) if head is not None and head.seen else {} if few is None else few.seen
     try:
         if len(seen) < _N_SEEN:
             with trial(model):
@@ -124,16 +195,21 @@ def _proved(model: nn.Module, anatomy: Anatomy, few: FewTokens | None, *, is_las
     except Exception as error:  # noqa: BLE001 - the boundary to the user's model, and the capture itself needs none of this
         refuse_without_memory(error)
         return f"the model cannot be run over a few tokens to prove it: {(str(error).splitlines() or [''])[0]}"
-    if not is_last or anatomy.family is None:
+    if head is None:
         return ""
-    spec, modules = _described(anatomy, anatomy.family)
-    tensors = _tensors(model, anatomy, modules)
+    spec, tensors = head.spec, _tensors(model, anatomy, head.modules)
     if len(seen) < _N_SEEN:  # another rank has them
         return ""
-    wide = torch.float64 if seen["logits"].dtype == torch.float64 else torch.float32
     n_logits = len(tensors["unembed.weight"])
     if seen["logits"].shape[-1] != n_logits:
         return f"the model gives {seen['logits'].shape[-1]} logits, and its unembedding {n_logits}"
+    return _compared(spec, tensors, seen, anatomy.model.dtype)
+
+
+def _compared(spec: LMHeadSpec, tensors: Mapping[str, Tensor], seen: Mapping[str, Tensor], dtype: torch.dtype) -> str:
+    """Return how the logits of a model of this type differ from those of the files; empty if they do not."""
+    wide = torch.float64 if seen["logits"].dtype == torch.float64 else torch.float32
+    n_logits = len(tensors["unembed.weight"])
     columns = torch.linspace(0, n_logits - 1, min(_MOST_COLUMNS, n_logits), dtype=torch.float64).round().long()
     chosen = {
         name: (tensor[columns] if name.startswith("unembed") else tensor).to(wide) for name, tensor in tensors.items()
@@ -144,7 +220,7 @@ def _proved(model: nn.Module, anatomy: Anatomy, few: FewTokens | None, *, is_las
         return f"its parameters do not fit together: {error}"
     logits = seen["logits"].cpu()[..., columns].to(wide)
     error_of_largest = float((found - logits).abs().max() / logits.abs().max().clamp_min(1e-30))
-    if error_of_largest <= _TOLERANCE.get(anatomy.model.dtype, _LOW_PRECISION_TOLERANCE):
+    if error_of_largest <= _TOLERANCE.get(dtype, _LOW_PRECISION_TOLERANCE):
         return ""
     return (
         f"final norm and unembedding do not give the model's logits: on a few tokens they differ by "
@@ -179,11 +255,7 @@ def _see(model: nn.Module, anatomy: Anatomy, seen: dict[str, Tensor]) -> None:
 def _decoded(spec: LMHeadSpec, parameters: Mapping[str, Tensor], final: Tensor) -> Tensor:
     """Return the logits of the final residual stream, as `residua.store.format.sidecars` says."""
     get = parameters.get
-    hidden, weight = final, get("norm.weight")
-    if spec.norm == "layer":
-        hidden = F.layer_norm(final, final.shape[-1:], weight, get("norm.bias"), spec.eps)
-    elif spec.norm == "rms":
-        hidden = F.rms_norm(final, final.shape[-1:], None if weight is None else spec.weight_offset + weight, spec.eps)
+    hidden = normed(spec.norm, final, get("norm.weight"), get("norm.bias"), spec.eps, spec.weight_offset)
     if "project_out.weight" in parameters:
         hidden = F.linear(hidden, parameters["project_out.weight"])
     if spec.activation is not None:
@@ -196,14 +268,14 @@ def _decoded(spec: LMHeadSpec, parameters: Mapping[str, Tensor], final: Tensor) 
 
 
 def _files(model: nn.Module) -> dict[str, list[Buffer]]:
-    anatomy = unsharded_anatomy(model)
-    if anatomy is None or anatomy.family is None or _unknown(anatomy):
+    anatomy = _anatomy(model)
+    head = "" if anatomy is None else _known_head(model, anatomy)
+    if anatomy is None or isinstance(head, str):
         return {}
-    spec, modules = _described(anatomy, anatomy.family)
     return {
-        PARAMETERS_FILE: safetensors_file(_tensors(model, anatomy, modules)),
+        PARAMETERS_FILE: safetensors_file(_tensors(model, anatomy, head.modules)),
         CONFIG_FILE: [anatomy.model.config.to_json_string().encode()],
-        LM_HEAD_FILE: [spec.to_json()],
+        LM_HEAD_FILE: [head.spec.to_json()],
     }
 
 
@@ -246,11 +318,10 @@ def _parts(anatomy: Anatomy, family: Family) -> dict[str, nn.Module]:
     return {name: module for name, module in modules.items() if module is not None}
 
 
-def _described(anatomy: Anatomy, family: Family) -> tuple[LMHeadSpec, dict[str, nn.Module]]:
-    """Return the content of ``head.json``, and the modules whose parameters are stored."""
-    modules = _parts(anatomy, family)
+def _described(anatomy: Anatomy, family: Family, modules: Mapping[str, nn.Module]) -> LMHeadSpec:
+    """Return the content of ``head.json``, given the modules whose parameters are stored."""
     norm = modules.get("norm")
-    spec = LMHeadSpec(
+    return LMHeadSpec(
         norm="none" if norm is None else "layer" if isinstance(norm, nn.LayerNorm) else "rms",
         eps=_eps(norm),
         weight_offset=family.norm_offset,
@@ -259,7 +330,6 @@ def _described(anatomy: Anatomy, family: Family) -> tuple[LMHeadSpec, dict[str, 
         softcap=getattr(anatomy.config, "final_logit_softcapping", None),
         dtype=anatomy.dtype,
     )
-    return spec, modules
 
 
 _SAME_ACTIVATIONS: Mapping[str, Activation] = {

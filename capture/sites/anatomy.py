@@ -19,6 +19,9 @@ ATTENTION_KINDS = ("q", "k", "v", "z", "pattern")
 PIXELS = "pixel_values"
 """Name of the argument in which transformers' models take images."""
 
+GRID = "grid_thw"
+"""Name of the argument that tells frames, rows and columns of the patches of each image, where all are one sequence."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Anatomy:
@@ -112,12 +115,12 @@ def anatomy_of(model: nn.Module) -> Anatomy | None:
 
 
 def takes_pixels(model: nn.Module) -> bool:
-    """Return whether a model is one of transformers that reads images and no tokens."""
+    """Return whether a model is one of transformers that reads images, or patches of them, and no tokens."""
     core = core_of(model)
     if not isinstance(core, PreTrainedModel) or getattr(core.config, "is_encoder_decoder", False):
         return False
     takes = signature(core.forward).parameters
-    return PIXELS in takes and "input_ids" not in takes
+    return (PIXELS in takes or GRID in takes) and "input_ids" not in takes
 
 
 def n_logits_of(model: nn.Module) -> int | None:

@@ -24,6 +24,7 @@ from residua.capture.sites.anatomy import (
     takes_pixels,
 )
 from residua.capture.sites.discovery import discover
+from residua.capture.sites.pixels import runs_alone
 from residua.capture.sites.shape_probe import measure_sites, takes_tokens, without_rows
 from residua.capture.sites.stacks import Stack, find_in_stacks, is_encoder_decoder, measure_in_stacks, stacks_of
 from residua.capture.sites.towers import NAMES, Tower, has_towers_only, towers_of
@@ -128,7 +129,10 @@ def _in_towers(words: Sequence[str], towers: Sequence[Tower]) -> dict[str, SiteI
         own = [word.partition(".")[2] for word in every if word.startswith(f"{tower.name}.")]
         for info in resolve_sites(tower.module, own).values():
             name = f"{tower.name}.{info.name}"
-            found[name] = info.inside(tower.path, name)
+            inside = info.inside(tower.path, name)
+            if tower.path and tower.name == "vision" and (info.flat or runs_alone(tower.module)):
+                inside = replace(inside, flat=False, per_token=False)  # a call of the model may have several images
+            found[name] = inside
     return found
 
 

@@ -1,4 +1,8 @@
-"""Models that take pixels and not tokens: a few pixels to run them on, and which position is which patch.
+"""Models that take images and not tokens: a few images to run them on, and which position is which patch.
+
+Most take whole images. Some take patches that their processor cut before: the patches of all images as one sequence
+with the grid of each (Qwen-VL), or those of each image filled up to one length (SigLIP2). A model that makes one
+sequence of all images of a call runs on one image at a time, so that a position is a patch of a known image.
 
 Axes: `B` images, `C` channels, `H` and `W` pixels, `T` positions, `D` model width.
 """
@@ -8,8 +12,10 @@ from dataclasses import dataclass
 from inspect import signature
 from math import prod
 from typing import Any
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, WeakSet
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
@@ -17,11 +23,16 @@ from residua.capture.hooks.forward_call import trial
 from residua.capture.runtime.devices import input_device
 from residua.capture.runtime.module_io import input_item
 from residua.capture.runtime.wrappers import core_of
-from residua.capture.sites.anatomy import PIXELS, anatomy_of
+from residua.capture.sites.anatomy import GRID, PIXELS, anatomy_of, takes_pixels
 from residua.store.base.errors import CaptureError
 
 _USUAL_SIZE = 224  # of models whose config has none
 _MOST_PATCHES = 2**20
+_MORE_PATCHES = 2  # of the larger of two images, side by side
+_IMAGE_AXES, _A_ROW_EACH = 3, 2
+_SHAPES = "spatial_shapes"
+"""Name of the argument that tells rows and columns of each image, where patches of each fill up to one length."""
+_MASK = "pixel_attention_mask"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,14 +52,58 @@ class PatchGrid:
     n_positions: int
 
 
-def few_pixels(model: nn.Module, n_images: int) -> Tensor:
-    """Return images that differ from place to place, of the size in the model's config, (B, C, H, W).
+def is_cut(model: nn.Module) -> bool:
+    """Return whether a model takes images as patches that its processor cut before."""
+    takes = signature(core_of(model).forward).parameters
+    return takes_pixels(model) and (GRID in takes or _SHAPES in takes)
 
-    The type is that of the model's weights, the device that of its inputs. No random numbers are used up.
+
+def runs_alone(model: nn.Module) -> bool:
+    """Return whether a model makes one sequence of all images of a call, so that each image is run by itself.
+
+    A model over whole images runs once, up to its first block, on two of them.
+    """
+    core = core_of(model)
+    if is_cut(core) or not takes_pixels(core):
+        return takes_pixels(core) and GRID in signature(core.forward).parameters
+    if core not in _known_alone:
+        try:
+            _known_alone[core] = len(_entered(core, few_images(core, 2))) == 1
+        except CaptureError:
+            _known_alone[core] = False
+    return _known_alone[core]
+
+
+_known_alone: "WeakKeyDictionary[nn.Module, bool]" = WeakKeyDictionary()
+
+
+def few_images(model: nn.Module, n_images: int, *, larger: bool = False) -> dict[str, Tensor]:
+    """Return images that differ from place to place, of the size in the model's config, as examples have them.
+
+    No random numbers are used up.
+
+    Args:
+        model: A model that takes images.
+        n_images: Number of images.
+        larger: Make them larger than otherwise, where images may be of any size: more patches than a window has.
+
+    Returns:
+        Pixels of the type of the model's weights, (B, C, H, W), on the device of its inputs; or patches, (B, patches,
+        numbers of a patch) or with the axes of a patch, with the rows and columns of each image.
     """
     core: Any = core_of(model)
-    size = _pair(getattr(core.config, "image_size", None) or _USUAL_SIZE)
-    return _pixels(core, (n_images, int(getattr(core.config, "num_channels", 3)), *size))
+    if not is_cut(core):
+        size = _pair(getattr(core.config, "image_size", None) or _USUAL_SIZE)
+        if larger:
+            size = (size[0], size[1] + _MORE_PATCHES * _pair(core.config.patch_size)[1])
+        return {PIXELS: _pixels(core, (n_images, int(getattr(core.config, "num_channels", 3)), *size))}
+    side = _few_rows(core.config)
+    columns = max(side + side // 2, _rows_of_two_windows(core.config)) if larger else side
+    patches = _pixels(core, (n_images, side * columns, *_patch_shape(core)))
+    if GRID not in signature(core.forward).parameters:
+        return {PIXELS: patches, _SHAPES: torch.tensor([[side, columns]] * n_images, device=patches.device)}
+    ones = {name: torch.ones(n_images, dtype=torch.int64, device=patches.device) for name in _ones(core)}
+    return {PIXELS: patches, GRID: torch.tensor([[1, side, columns]] * n_images, device=patches.device), **ones}
 
 
 def _pixels(core: Any, shape: tuple[int, ...]) -> Tensor:
@@ -56,40 +111,133 @@ def _pixels(core: Any, shape: tuple[int, ...]) -> Tensor:
     return (steps / 50 - 1).view(shape).to(input_device(core), core.dtype)
 
 
-def pixel_arguments(model: nn.Module, pixels_BCHW: Tensor) -> dict[str, Any]:
-    """Return the arguments of a forward call for images of one size.
+def _few_rows(config: Any) -> int:
+    """Return a small number of rows of patches that a tower can merge."""
+    merged = getattr(config, "spatial_merge_size", None) or getattr(config, "merge_kernel_size", None) or 1
+    return 2 * max(2, *_pair(merged))
+
+
+def _rows_of_two_windows(config: Any) -> int:
+    """Return how many patches lie side by side in two windows of attention; 0 without windows."""
+    window = getattr(config, "window_size", None) or 0
+    n_patches = int(window) // _pair(getattr(config, "patch_size", None) or 1)[1]
+    side = _few_rows(config)
+    return -(-2 * n_patches // side) * side
+
+
+def _patch_shape(core: nn.Module) -> tuple[int, ...]:
+    """Return the shape of a patch as the first linear map or convolution of a model takes it."""
+    for module in core.modules():
+        weight = getattr(module, "weight", None)
+        if isinstance(weight, Tensor) and weight.ndim > 1 and not isinstance(module, nn.Embedding):
+            return tuple(weight.shape[1:])
+    raise CaptureError(f"{type(core).__name__} has no layer that takes patches")
+
+
+def _ones(core: nn.Module) -> list[str]:
+    """Return the arguments of a forward that are 1 for each image: how many patches are merged to one side."""
+    return [name for name in ("merge_sizes",) if name in signature(core.forward).parameters]
+
+
+def inputs_of(model: nn.Module, made: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return what a model takes of one image as `few_images` has it, from what its processor makes of the image.
+
+    Raises:
+        CaptureError: The processor makes several views of the image, a film of it, or not what the model takes.
+    """
+    name = type(core_of(model)).__name__
+    if not is_cut(model):
+        pixels = made[PIXELS]
+        pixels = pixels.flatten(0, 1) if pixels.ndim > _IMAGE_AXES + 1 else pixels  # (images, views, ...)
+        found = {PIXELS: pixels}
+    else:
+        takes = signature(core_of(model).forward).parameters
+        wanted = [each for each in (GRID, _SHAPES, *_ones(core_of(model))) if each in takes]
+        found = {each: made[key] for each in wanted for key in (each, f"image_{each}") if key in made}
+        if len(found) < len(wanted):
+            raise CaptureError(f"{name} takes {', '.join(wanted)}, and its processor gives {', '.join(made)}")
+    n_views = len(next(iter(found.values())))
+    if n_views != 1:
+        raise CaptureError(
+            f"the processor makes {n_views} views of the image, and a row of patches is of one: give a processor that "
+            "makes one (do_image_splitting=False, crop_to_patches=False, or a size that fits)"
+        )
+    if not is_cut(model):
+        return found
+    grid = found[GRID if GRID in found else _SHAPES][0].tolist()
+    patches = made[PIXELS] if GRID in found else made[PIXELS][0, : prod(grid)]  # the others fill up
+    if len(patches) != prod(grid) or (GRID in found and grid[0] != 1):
+        raise CaptureError(f"the processor makes {len(patches)} patches of the image for {name}, in a grid of {grid}")
+    return {PIXELS: patches[None], **found}
+
+
+def grid_of(inputs: Mapping[str, Tensor]) -> tuple[int, int]:
+    """Return rows and columns of the patches of an image that was cut before."""
+    rows, columns = inputs[GRID if GRID in inputs else _SHAPES][0].tolist()[-2:]
+    return rows, columns
+
+
+def image_arguments(model: nn.Module, inputs: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Return the arguments of a forward call for images that `few_images` or `inputs_of` gave, of one size.
 
     A model whose position embeddings are for another size interpolates them, if it can.
     """
     core: Any = core_of(model)
-    arguments: dict[str, Any] = {PIXELS: pixels_BCHW}
+    takes, pixels = signature(core.forward).parameters, inputs[PIXELS]
+    if GRID in inputs:
+        name = PIXELS if PIXELS in takes else next(iter(takes))
+        others = {key: tensor for key, tensor in inputs.items() if key != PIXELS}
+        packed = pixels.flatten(0, 1)
+        return {name: packed[None] if core in _one_sequence else packed, **others}
+    if _SHAPES in inputs:
+        return {**inputs, _MASK: torch.ones(pixels.shape[:2], dtype=torch.int64, device=pixels.device)}
+    arguments: dict[str, Any] = {PIXELS: pixels}
     size = getattr(core.config, "image_size", None)
-    if size is not None and tuple(pixels_BCHW.shape[-2:]) != _pair(size):
-        takes = signature(core.forward).parameters
-        if "interpolate_pos_encoding" in takes or any(each.kind is each.VAR_KEYWORD for each in takes.values()):
-            arguments["interpolate_pos_encoding"] = True
+    can_interpolate = "interpolate_pos_encoding" in takes or any(e.kind is e.VAR_KEYWORD for e in takes.values())
+    if size is not None and tuple(pixels.shape[-2:]) != _pair(size) and can_interpolate:
+        arguments["interpolate_pos_encoding"] = True
     return arguments
 
 
-def run_on_pixels(model: nn.Module, pixels_BCHW: Tensor) -> Tensor | None:
-    """Run a model on images, without gradients and in evaluation mode.
+def run_on_images(model: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor | None:
+    """Run a model on images that `few_images` gave, without gradients and in evaluation mode.
 
     Returns:
         Its logits or last hidden state; None if it gives neither.
 
     Raises:
-        CaptureError: The model cannot run on these pixels alone.
+        CaptureError: The model cannot run on these images alone.
     """
     with trial(model):
         try:
-            output = model(**pixel_arguments(model, pixels_BCHW))
+            output = model(**image_arguments(model, inputs))
         except Exception as error:  # the boundary to the user's model, which may raise anything
             raise CaptureError(
-                f"{type(core_of(model)).__name__} was run on {len(pixels_BCHW)} images of {_size_text(pixels_BCHW)} "
-                f"pixels to measure its sites, and raised {type(error).__name__}: {error}"
+                f"{type(core_of(model)).__name__} was run on {_text(inputs)} to measure its sites, and raised "
+                f"{type(error).__name__}: {error}"
             ) from error
     found = getattr(output, "logits", getattr(output, "last_hidden_state", None))
     return found if isinstance(found, Tensor) else None
+
+
+def image_probes(model: nn.Module) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Return (images, positions) of two runs on a few images: of other numbers of them, or of other sizes of one.
+
+    Raises:
+        CaptureError: The model has not one position for each patch.
+    """
+    if runs_alone(model):
+        small, large = (n_positions(model, few_images(model, 1, larger=larger)) for larger in (False, True))
+        return (1, small), (1, large)
+    n = n_positions(model, few_images(model, 1))
+    return (2, n), (3, n)
+
+
+def n_positions(model: nn.Module, inputs: Mapping[str, Tensor]) -> int:
+    """Return how many positions a model makes of an image; raises CaptureError as `patch_grid` does."""
+    if is_cut(model):
+        return len(patch_order(model, inputs))
+    return patch_grid(model, tuple(inputs[PIXELS].shape[1:])).n_positions
 
 
 def patch_grid(model: nn.Module, pixel_shape: tuple[int, ...]) -> PatchGrid:
@@ -136,7 +284,7 @@ def _found_grid(model: nn.Module, pixel_shape: tuple[int, ...]) -> PatchGrid | s
     for image_CHW, (row, column) in zip(plain_BCHW[1:], places, strict=True):
         image_CHW[:, row * patch[0] : (row + 1) * patch[0], column * patch[1] : (column + 1) * patch[1]] += 1
     try:
-        entered_BTD = _entering(model, plain_BCHW)
+        entered_BTD = _entering(model, {PIXELS: plain_BCHW})
     except CaptureError as error:
         return str(error)
     changed_BT = (entered_BTD[1:] != entered_BTD[0]).flatten(2).any(-1)
@@ -150,12 +298,107 @@ def _found_grid(model: nn.Module, pixel_shape: tuple[int, ...]) -> PatchGrid | s
     return PatchGrid(first=first, n_rows=grid[0], n_columns=grid[1], n_positions=entered_BTD.shape[1])
 
 
+def patch_order(model: nn.Module, inputs: Mapping[str, Tensor]) -> npt.NDArray[np.int64]:
+    """Return which patch is at each position, of one image that was cut before, as runs of the model show.
+
+    What enters the first block is compared between images in which some patches have other values: those whose number
+    has a digit of 1, and those where it is 0, for each of its binary digits. So a position changes as the digits of
+    the one patch that it is; one that several patches change is none of them.
+
+    Args:
+        model: A model that takes patches.
+        inputs: One image, as `inputs_of` has it.
+
+    Returns:
+        The number of the patch at each position, in the order of the processor; -1 for a position beside patches.
+
+    Raises:
+        CaptureError: The model has no blocks, or no position for each patch.
+    """
+    core = core_of(model)
+    known = _known_orders.setdefault(core, {})
+    grid = grid_of(inputs)
+    if grid not in known:
+        known[grid] = _found_order(model, inputs)
+    found = known[grid]
+    if isinstance(found, str):
+        raise CaptureError(found)
+    return found
+
+
+def moves_patches(model: nn.Module) -> bool:
+    """Return whether a model that takes patches puts them into another order before its first block."""
+    if not is_cut(model):
+        return False
+    order = patch_order(model, few_images(model, 1, larger=True))
+    return bool((np.diff(order[order >= 0]) < 0).any())
+
+
+_known_orders: "WeakKeyDictionary[nn.Module, dict[tuple[int, int], npt.NDArray[np.int64] | str]]" = WeakKeyDictionary()
+"""What was found out about each model that takes patches, by rows and columns of an image."""
+
+
+def _found_order(model: nn.Module, inputs: Mapping[str, Tensor]) -> npt.NDArray[np.int64] | str:
+    """Return the order, or a sentence that says why there is none."""
+    name, n_patches = type(core_of(model)).__name__, prod(grid_of(inputs))
+    if n_patches > _MOST_PATCHES:
+        return f"an image has {n_patches:,} patches, and {name} is asked for up to {_MOST_PATCHES:,}"
+    pixels = inputs[PIXELS].to(input_device(model), getattr(core_of(model), "dtype", None))
+    placed = {key: tensor.to(pixels.device) for key, tensor in inputs.items()}
+    other = (pixels + 1 + torch.arange(pixels[0, 0].numel(), device=pixels.device).view(pixels[0, 0].shape) % 3).to(
+        pixels.dtype
+    )
+    numbers = torch.arange(n_patches, device=pixels.device)
+    try:
+        plain_1TD = _entering(model, {**placed, PIXELS: pixels})
+        with_1, with_0 = (torch.zeros(plain_1TD.shape[1], dtype=torch.int64, device=plain_1TD.device) for _ in range(2))
+        for digit in range(max(1, (n_patches - 1).bit_length())):
+            for value, changed in ((1, with_1), (0, with_0)):
+                chosen = ((numbers >> digit) & 1 == value).view(1, -1, *[1] * (pixels.ndim - 2))
+                entered_1TD = _entering(model, {**placed, PIXELS: torch.where(chosen, other, pixels)})
+                changed |= (entered_1TD != plain_1TD).any(-1)[0].long() << digit
+    except CaptureError as error:
+        return str(error)
+    ones, zeros = with_1.cpu().numpy(), with_0.cpu().numpy()
+    is_patch = (ones | zeros) != 0
+    every = (1 << max(1, (n_patches - 1).bit_length())) - 1
+    if (ones[is_patch] ^ zeros[is_patch] != every).any() or sorted(ones[is_patch]) != list(range(n_patches)):
+        rows, columns = grid_of(inputs)
+        return (
+            f"{name} does not give each of its {rows} x {columns} patches a position of its own: its first block takes "
+            f"{len(ones)} positions, and rows have no place in the image"
+        )
+    order: npt.NDArray[np.int64] = np.where(is_patch, ones, -1)
+    return order
+
+
 class _EnteredError(Exception):
     """The first block was reached, and nothing after it is needed."""
 
 
-def _entering(model: nn.Module, pixels_BCHW: Tensor) -> Tensor:
+def _entering(model: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
     """Return what enters the first block of a model, (B, T, D)."""
+    if runs_alone(model):
+        each = [
+            {key: tensor[place : place + 1] for key, tensor in inputs.items()} for place in range(_n_images(inputs))
+        ]
+        entered = [_entered(model, one) for one in each]
+        found = torch.cat([tensor if tensor.ndim > _A_ROW_EACH else tensor[None] for tensor in entered])
+    else:
+        found = _entered(model, inputs)
+    if found.ndim != _A_ROW_EACH + 1 or len(found) != _n_images(inputs):
+        raise CaptureError(
+            f"the first block of {type(core_of(model)).__name__} takes no tensor of (images, positions, width)"
+        )
+    return found
+
+
+def _n_images(inputs: Mapping[str, Tensor]) -> int:
+    return len(inputs[PIXELS])
+
+
+def _entered(model: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
+    """Return what enters the first block of a model in one run, with the axes that it has."""
     core = core_of(model)
     anatomy = anatomy_of(core)
     if anatomy is None:
@@ -169,15 +412,32 @@ def _entering(model: nn.Module, pixels_BCHW: Tensor) -> Tensor:
 
     handle = anatomy.modules[block].register_forward_pre_hook(stop, with_kwargs=True)
     try:
-        run_on_pixels(model, pixels_BCHW)
-    except CaptureError as error:
-        if not isinstance(error.__cause__, _EnteredError):
-            raise
+        problem = _run_to(core, inputs)
+        if problem is not None and GRID in inputs and core not in _one_sequence:
+            _one_sequence.add(core)
+            if (again := _run_to(core, inputs)) is not None:
+                _one_sequence.discard(core)
+            problem = None if again is None else problem
     finally:
         handle.remove()
-    if not seen or seen[0].ndim != 3 or len(seen[0]) != len(pixels_BCHW):
-        raise CaptureError(f"{block} of {type(core).__name__} takes no tensor of (images, positions, width)")
-    return seen[0]
+    if problem is not None:
+        raise problem
+    if not seen:
+        raise CaptureError(f"{block} of {type(core).__name__} does not run")
+    return seen[-1]
+
+
+_one_sequence: "WeakSet[nn.Module]" = WeakSet()
+"""Models that take the patches of a call with an axis before them, (1, patches, ...), as a run has shown."""
+
+
+def _run_to(core: nn.Module, inputs: Mapping[str, Tensor]) -> CaptureError | None:
+    """Run a model on images until its first block stops it; return what kept it from coming there."""
+    try:
+        run_on_images(core, inputs)
+    except CaptureError as error:
+        return None if isinstance(error.__cause__, _EnteredError) else error
+    return None
 
 
 def _pair(size: Any) -> tuple[int, int]:
@@ -190,5 +450,9 @@ def _pair(size: Any) -> tuple[int, int]:
     return int(height), int(width)
 
 
-def _size_text(pixels: Tensor) -> str:
-    return " x ".join(map(str, pixels.shape[-2:]))
+def _text(inputs: Mapping[str, Tensor]) -> str:
+    """Return what images are, in words: 2 images of 32 x 32 pixels."""
+    n_images, shape = _n_images(inputs), inputs[PIXELS].shape
+    if GRID in inputs or _SHAPES in inputs:
+        return f"{n_images} images of {' x '.join(map(str, grid_of(inputs)))} patches"
+    return f"{n_images} images of {' x '.join(map(str, shape[-2:]))} pixels"

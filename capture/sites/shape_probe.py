@@ -20,15 +20,15 @@ from residua.capture.hooks.hooks import attached, values_of
 from residua.capture.hooks.site import SiteInfo
 from residua.capture.runtime.devices import input_device
 from residua.capture.runtime.wrappers import core_of, named_modules
-from residua.capture.sites.anatomy import takes_pixels
+from residua.capture.sites.anatomy import anatomy_of, takes_pixels
 from residua.capture.sites.frames import n_frame_positions, run_on_frames, takes_frames
-from residua.capture.sites.pixels import few_pixels, patch_grid, run_on_pixels
+from residua.capture.sites.pixels import few_images, image_probes, moves_patches, run_on_images, runs_alone
 from residua.store.base.errors import CaptureError
 
 PROBES = ((2, 3), (5, 7))
 """(examples, positions) of the two runs on tokens: all numbers and products differ."""
 
-_IMAGES = (2, 3)  # or examples of frames
+_EXAMPLES = (2, 3)  # of frames
 
 
 def takes_tokens(model: nn.Module) -> bool:
@@ -46,18 +46,18 @@ def probes_of(model: nn.Module) -> tuple[tuple[int, int], tuple[int, int]]:
         CaptureError: The model takes images, and has not one position for each patch.
     """
     if takes_frames(model):
-        return (_IMAGES[0], n_frame_positions(model)), (_IMAGES[1], n_frame_positions(model))
-    if not takes_pixels(model):
-        return PROBES
-    n_positions = patch_grid(model, tuple(few_pixels(model, 1).shape[1:])).n_positions
-    return (_IMAGES[0], n_positions), (_IMAGES[1], n_positions)
+        return (_EXAMPLES[0], n_frame_positions(model)), (_EXAMPLES[1], n_frame_positions(model))
+    return image_probes(model) if takes_pixels(model) else PROBES
 
 
 def run_probe(model: nn.Module, probe: tuple[int, int]) -> Tensor | None:
     """Run a model on the tokens, images or frames of one of `probes_of`; see `run_on_tokens`."""
     if takes_frames(model):
         return run_on_frames(model, probe[0])
-    return run_on_pixels(model, few_pixels(model, probe[0])) if takes_pixels(model) else run_on_tokens(model, probe)
+    if not takes_pixels(model):
+        return run_on_tokens(model, probe)
+    larger = runs_alone(model) and probe == image_probes(model)[1]
+    return run_on_images(model, few_images(model, probe[0], larger=larger))
 
 
 def run_on_tokens(model: nn.Module, shape: tuple[int, int], **options: Tensor) -> Tensor | None:
@@ -137,10 +137,26 @@ def measure_sites(
         first = _run_once(model, sites, probes[0], problems)
         with watching or nullcontext():
             second = _run_once(model, sites, probes[1], problems)
-    return {
+    found = {
         name: without_rows(info, problems[name])
         if name in problems
         else _from_runs(info, first[name], second[name], probes)
+        for name, info in sites.items()
+    }
+    return _without_other_order(model, found) if takes_pixels(model) and moves_patches(model) else found
+
+
+def _without_other_order(model: nn.Module, sites: Mapping[str, SiteInfo]) -> dict[str, SiteInfo]:
+    """Return sites, those outside the blocks without rows: patches lie in another order there than in the blocks."""
+    anatomy = anatomy_of(model)
+    blocks = () if anatomy is None else tuple(f"{path}." for path in anatomy.blocks)
+    problem = (
+        f"{type(core_of(model)).__name__} has its patches in another order outside its blocks, so which row is which"
+    )
+    return {
+        name: info
+        if info.problem or f"{info.module}.".startswith(blocks)
+        else without_rows(info, f"{problem} patch is not known: choose a site of a block", n_met=info.n_met)
         for name, info in sites.items()
     }
 

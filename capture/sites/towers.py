@@ -52,19 +52,6 @@ def towers_of(model: nn.Module) -> dict[str, Tower]:
     return {tower.name: tower for tower in (vision, text) if tower is not None}
 
 
-def tower_inside(model: nn.Module) -> str | None:
-    """Return the path of the vision tower inside a vision-language model, also of one that does not run alone.
-
-    None for any other model: one over images is its own tower, and CLIP's stands beside its text model.
-    """
-    core = core_of(model)
-    if not isinstance(core, PreTrainedModel) or image_token_of(core) is None:
-        return None
-    config = getattr(core.config, "vision_config", None)
-    paths = (path for path, part in named_modules(core).items() if getattr(core_of(part), "config", None) is config)
-    return None if config is None else min(paths, key=len, default=None)
-
-
 def has_towers_only(model: nn.Module) -> bool:
     """Return whether a model compares a text with an image, as CLIP does: it puts no patches among its tokens.
 

@@ -42,6 +42,7 @@ from residua.store.examples.table import ExampleTable
 from residua.store.examples.writer import ExampleWriter
 from residua.store.format.create import bring_archive
 from residua.store.format.plan import STACK_RULE
+from residua.store.format.sidecars import NO_LM_HEAD
 from residua.store.format.stacks import create_stacks
 from residua.store.storage.destination import Destination
 from residua.store.storage.place import ResultPlace
@@ -177,6 +178,9 @@ class _StackCapture(DatasetCapture):
 
     def __init__(self, stack: str, sites: Mapping[str, SiteInfo], pairs: _Pairs, out: Destination) -> None:
         super().__init__(pairs.model, out, pairs.request, sites=sites)
+        if stack == "encoder" and self._head:
+            self._head = False
+            self.notes.append(f"{NO_LM_HEAD}: its rows are of the encoder, and logits are of the decoder")
         self._stack = stack
         self._pairs = pairs
         self._sources: Mapping[str, Json] = {}

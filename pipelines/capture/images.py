@@ -42,7 +42,7 @@ def image_dataset(
         if processor is not None:
             raise PlanError(f"processor is for images: name their column by {named('image_column')} too")
         return None
-    if PIXELS not in signature(model.forward).parameters:
+    if not takes_pixels(model) and PIXELS not in signature(model.forward).parameters:
         raise PlanError(
             f"{named('image_column', settings.image_column)} is given, and {type(model).__name__} takes no images: "
             "leave it out"

@@ -10,6 +10,7 @@ from math import isqrt, prod
 from typing import Any, cast
 
 import numpy as np
+import numpy.typing as npt
 import PIL
 from PIL import Image
 from torch import Tensor
@@ -17,7 +18,7 @@ from transformers import PreTrainedModel
 
 from residua.capture.forward.example_inputs import ExampleInputs
 from residua.capture.sites.anatomy import PIXELS
-from residua.capture.sites.pixels import patch_grid
+from residua.capture.sites.pixels import grid_of, inputs_of, is_cut, patch_grid, patch_order
 from residua.capture.sites.towers import image_token_of
 from residua.pipelines.data.settings import DatasetSettings
 from residua.pipelines.data.sources import Row
@@ -29,6 +30,8 @@ from residua.store.examples.index import NO_TOKEN
 from residua.store.format.row_columns import IMAGE_COLUMNS, MODALITIES
 
 TEXT, IMAGE, SPECIAL = range(len(MODALITIES))
+Numbers = npt.NDArray[np.int64]
+
 _IMAGE_AXES = 3
 _REPLACED = "text_replacement_offsets"
 _OF_TEXT = ("input_ids", "attention_mask", "position_ids", "labels")
@@ -51,6 +54,7 @@ class PatchEncoder:
         self._model = model
         self._processor: Any = image_processor_of(processor)
         self._identity = processor_identity(self._processor)
+        self._cuts: dict[tuple[int, int], tuple[Numbers, Numbers]] = {}  # where patches lie, by rows and columns
 
     @property
     def identity(self) -> Mapping[str, Json]:
@@ -62,30 +66,56 @@ class PatchEncoder:
         return "", ()
 
     def encode(self, images: Sequence[Image.Image], text: str, where: str) -> ExampleInputs:  # noqa: ARG002
-        """Return the pixels of an image, (1, channels, height, width), and what each position is."""
-        pixels = processed(self._processor, where, images=images[0])[PIXELS]
-        if pixels.ndim > _IMAGE_AXES + 1:  # (images, views, ...)
-            pixels = pixels.flatten(0, 1)
-        if len(pixels) != 1:
-            raise DatasetError(
-                f"{where}: the processor makes {len(pixels)} views of the image, and a row of patches is of one: give "
-                "a processor that makes one (do_image_splitting=False, crop_to_patches=False, or a size that fits)"
-            )
+        """Return an image as the model takes it, and what each position is."""
         try:
-            grid = patch_grid(self._model, tuple(pixels.shape[1:]))
+            inputs = inputs_of(self._model, processed(self._processor, where, images=images[0]))
+            places = self._places(inputs, images[0], where)
         except CaptureError as error:
             raise DatasetError(f"{where}: {error}") from error
-        columns = {name: np.full(grid.n_positions, -1, dtype) for name, dtype in IMAGE_COLUMNS.items()}
-        columns["modality"][:] = SPECIAL
+        n_positions = len(places["patch_row"])
+        columns = {name: np.full(n_positions, -1, dtype) for name, dtype in IMAGE_COLUMNS.items()}
+        patches = places.pop("is_patch") != 0
+        columns["modality"][:] = np.where(patches, IMAGE, SPECIAL)
         columns["image"][:] = 0
-        patches = slice(grid.first, grid.first + grid.n_rows * grid.n_columns)
-        columns["modality"][patches] = IMAGE
         columns["view"][patches] = 0
-        rows, places = np.divmod(np.arange(grid.n_rows * grid.n_columns), grid.n_columns)
-        columns["patch_row"][patches], columns["patch_column"][patches] = rows, places
-        return ExampleInputs(
-            input_ids=np.full(grid.n_positions, NO_TOKEN, np.int32), tensors={PIXELS: pixels}, columns=columns
-        )
+        for name, values in places.items():
+            columns[name][:] = values
+        return ExampleInputs(input_ids=np.full(n_positions, NO_TOKEN, np.int32), tensors=inputs, columns=columns)
+
+    def _places(self, inputs: Mapping[str, Tensor], image: Image.Image, where: str) -> dict[str, Any]:
+        """Return which positions are patches, and where these lie in the image; -1 for what has no place."""
+        if not is_cut(self._model):
+            grid = patch_grid(self._model, tuple(inputs[PIXELS].shape[1:]))
+            numbers = np.arange(grid.n_positions) - grid.first
+            is_patch = (numbers >= 0) & (numbers < grid.n_rows * grid.n_columns)
+            rows, columns = np.divmod(numbers, grid.n_columns)
+            rows, columns = np.where(is_patch, rows, -1), np.where(is_patch, columns, -1)
+            return {"is_patch": is_patch, "patch_row": rows, "patch_column": columns}
+        order, cut = patch_order(self._model, inputs), grid_of(inputs)
+        if cut not in self._cuts:
+            self._cuts[cut] = self._cut_by_processor(cut, image, where)
+        rows, columns = (np.where(order < 0, -1, of_patches[order]) for of_patches in self._cuts[cut])
+        return {"is_patch": order >= 0, "patch_row": rows, "patch_column": columns}
+
+    def _cut_by_processor(self, grid: tuple[int, int], image: Image.Image, where: str) -> tuple[Numbers, Numbers]:
+        """Return row and column of each patch that the processor cuts, in its order; -1 where they are not known.
+
+        It cuts two images of the same size that grow brighter, one from the top to the bottom and one from the left to
+        the right: so patches of one row, or of one column, are alike, and the brighter ones lie behind.
+        """
+        width, height = image.size
+        down, across = np.linspace(0, 255, height)[:, None], np.linspace(0, 255, width)[None, :]
+        ranks = []
+        for values, n in zip((down, across), grid, strict=True):
+            grey = np.broadcast_to(values.round().astype(np.uint8), (height, width))
+            made = processed(self._processor, where, images=Image.fromarray(grey).convert("RGB"))
+            patches = inputs_of(self._model, made)[PIXELS][0]
+            ranks.append(_ranks(patches.double().flatten(1).mean(1).numpy(), n))
+        rows, columns = ranks
+        if rows is None or columns is None or len(set(zip(rows, columns, strict=True))) != prod(grid):
+            nowhere = np.full(prod(grid), -1)
+            return nowhere, nowhere
+        return rows, columns
 
 
 class TokenEncoder:
@@ -223,6 +253,18 @@ class TokenEncoder:
         if not isinstance(pixels, Tensor) or pixels.ndim < _IMAGE_AXES + 1 or "image_sizes" in found:
             return 0
         return prod(pixels.shape[:-_IMAGE_AXES]) if pixels.shape[-1] == pixels.shape[-2] else 0
+
+
+def _ranks(values: npt.NDArray[np.float64], n: int) -> Numbers | None:
+    """Return the rank of each value among `n` different ones; None if there are not so many, clearly apart."""
+    if n == 1:
+        return np.zeros(len(values), np.int64)
+    order = np.argsort(values, kind="stable")
+    ordered = values[order]
+    steps = np.diff(ordered) > (ordered[-1] - ordered[0]) / n / 4
+    ranks = np.zeros(len(values), np.int64)
+    ranks[order] = np.concatenate([[0], np.cumsum(steps)])
+    return ranks if ranks.max() == n - 1 else None
 
 
 def _message(message: object, where: str) -> dict[str, object]:

@@ -7,6 +7,7 @@ sites of the full model, and compared with what it gives by itself.
 import tempfile
 from collections.abc import Mapping
 from inspect import Parameter, signature
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import numpy as np
 import torch
 import transformers as hf
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 import residua
@@ -31,7 +32,7 @@ _N_IMAGES = 3
 def takes_only_images(model: PreTrainedModel) -> bool:
     """Return whether a model reads images, and nothing else is needed."""
     takes = signature(model.forward).parameters
-    return "pixel_values" in takes and "input_ids" not in takes
+    return ("pixel_values" in takes or "grid_thw" in takes) and "input_ids" not in takes
 
 
 def needs_images(model: PreTrainedModel) -> bool:
@@ -81,29 +82,83 @@ def check_tower(model: PreTrainedModel, record: Record) -> None:
 class _ImageTruth:
     """What a model gives for each image alone, as `tests.models.checks.truth.Truth` has it of tokens."""
 
-    def __init__(self, full: PreTrainedModel, model: PreTrainedModel, pixels: list[Tensor]) -> None:
+    def __init__(self, full: PreTrainedModel, model: PreTrainedModel, images: list[dict[str, Tensor]]) -> None:
         self._model = model
-        self._pixels = pixels
-        outputs = [self._run(each, output_hidden_states=True) for each in pixels]
-        self.hidden = [states_of(output, "hidden_states") for output in outputs]
+        self._images = images
+        outputs = [self._run(each, output_hidden_states=True) for each in images]
+        self.hidden = [_of_one(states_of(output, "hidden_states")) for output in outputs]
         self.logits: list[Tensor] = []
         self.log = ModuleLog(full)
         with self.log.watching():
-            self._run(pixels[-1])
-        self.weights: list[Any] = [None] * len(pixels)
+            self._run(images[-1])
+        self.weights: list[Any] = [None] * len(images)
         with eager(model):
-            found = [self._run(each, output_attentions=True) for each in pixels]
+            found = [self._run(each, output_attentions=True) for each in images]
             if all(difference(_result(f), _result(o)) <= LOGITS for f, o in zip(found, outputs, strict=True)):
                 self.weights = [states_of(output, "attentions") for output in found]
         self.ids: list[list[int]] = []
 
-    def _run(self, pixels: Tensor, **options: Any) -> Any:
+    def _run(self, image: dict[str, Tensor], **options: Any) -> Any:
         with torch.no_grad():
-            return self._model(pixel_values=pixels, **options)
+            return self._model(**image, **options)
 
     def again(self) -> Tensor:
         """Run the last image once more, and return the model's logits, or its last hidden state."""
-        return _result(self._run(self._pixels[-1]))
+        return _result(self._run(self._images[-1]))
+
+
+def _of_one(states: tuple[Tensor, ...] | None) -> tuple[Tensor, ...] | None:
+    """Return the states of one image as those of a batch of one."""
+    return None if states is None else tuple(each if each.ndim > 2 else each[None] for each in states)
+
+
+class _Cut(hf.Qwen2VLImageProcessorPil):
+    """Cuts images into patches, of the shape that a model takes."""
+
+    shape: tuple[int, ...] = ()
+
+    def preprocess(self, *args: Any, **kwargs: Any) -> Any:
+        """As its parent, with the axes of a patch."""
+        made: Any = super().preprocess(*args, **kwargs)
+        made["pixel_values"] = made["pixel_values"].reshape(-1, *self.shape)
+        return made
+
+
+def _processor_of(model: PreTrainedModel) -> tuple[Any, tuple[int, int]]:
+    """Return an image processor that gives what a model takes, and height and width of images for it."""
+    takes, config = signature(model.forward).parameters, model.config
+    if "grid_thw" not in takes and "spatial_shapes" not in takes:
+        size = config.image_size
+        height, width = (size, size) if isinstance(size, int) else tuple(size)
+        return hf.ViTImageProcessorPil(size={"height": height, "width": width}), (height, width)
+    layers = (m for m in model.modules() if isinstance(m, (nn.Linear, nn.Conv2d, nn.Conv3d)))
+    shape, patch = tuple(next(layers).weight.shape[1:]), config.patch_size
+    patch = patch if isinstance(patch, int) else patch[-1]
+    side = 8 * patch
+    if "spatial_shapes" in takes:
+        made: Any = hf.Siglip2ImageProcessorPil(patch_size=patch, max_num_patches=70)
+        return made, (side, side)
+    merged = getattr(config, "spatial_merge_size", None) or 2
+    cut = _Cut(
+        patch_size=patch,
+        temporal_patch_size=prod(shape) // (3 * patch * patch),
+        merge_size=merged,
+        size={"shortest_edge": patch * patch, "longest_edge": 4 * side * side},
+    )
+    cut.shape = shape
+    return cut, (side, 2 * side)
+
+
+def _inputs(model: PreTrainedModel, made: Any) -> dict[str, Tensor]:
+    """Return the arguments of a call of a model alone for what a processor makes of one image."""
+    takes = list(signature(model.forward).parameters)
+    if "grid_thw" not in takes:
+        return {name: made[name] for name in takes if name in made}
+    pixels = made["pixel_values"]
+    leads = type(model).__name__.startswith("PaddleOCR")
+    name = "pixel_values" if "pixel_values" in takes else takes[0]
+    ones = {"merge_sizes": torch.ones(1, dtype=torch.long)} if "merge_sizes" in takes else {}
+    return {name: pixels[None] if leads else pixels, "grid_thw": made["image_grid_thw"], **ones}
 
 
 def _result(output: Any) -> Tensor:
@@ -135,12 +190,10 @@ def _check_rows(
     sites: Mapping[str, Any],
     prefix: str,
 ) -> None:
-    size = model.config.image_size
-    height, width = (size, size) if isinstance(size, int) else tuple(size)
-    processor: Any = hf.ViTImageProcessorPil(size={"height": height, "width": width})
+    processor, (height, width) = _processor_of(model)
     random = np.random.default_rng(3)
     images = [Image.fromarray(random.integers(0, 256, (height, width, 3), dtype=np.uint8)) for _ in range(_N_IMAGES)]
-    truth = _ImageTruth(full, model, [processor(image, return_tensors="pt")["pixel_values"] for image in images])
+    truth = _ImageTruth(full, model, [_inputs(model, processor(image, return_tensors="pt")) for image in images])
     with tempfile.TemporaryDirectory() as folder:
         archives = []
         for kind, chosen in (
