@@ -27,6 +27,7 @@ from residua.analysis.support.kept import let_go
 from residua.analysis.support.sums import Nodes, Share, joined, shares, sum_share, total_of
 from residua.analysis.support.threads import one_thread
 from residua.store.base.errors import AnalysisError, ResiduaError
+from residua.store.base.freed_memory import return_freed_memory
 from residua.store.base.naming import names_flags, naming_flags
 from residua.store.base.sizes import Size, n_bytes
 
@@ -197,6 +198,7 @@ class _Inline:
             for number, job in enumerate(jobs):
                 with one_thread(), _failing(label, number):
                     result = function(job) if heard is None else function(job, partial(heard, number))
+                return_freed_memory()
                 bar.update()
                 yield number, result
 
@@ -220,6 +222,7 @@ class _Inline:
             def counted(leaf: int) -> Term:
                 with _failing(label, leaf):
                     found = term(*arguments, leaf)
+                return_freed_memory()
                 step()
                 return found
 

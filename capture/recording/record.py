@@ -27,6 +27,7 @@ from residua.capture.runtime.sharded import without_gradients
 from residua.capture.scheduling.work_queue import Run, WorkQueue, runs_of
 from residua.capture.sites.names_to_modules import resolve_sites
 from residua.capture.taps.reading import Taps
+from residua.store.base.freed_memory import return_freed_memory
 from residua.store.examples.schedule import Batch, GrowingSchedule, Schedule
 from residua.store.examples.table import ExampleTable
 from residua.store.format.archive_metadata import DatasetEnd
@@ -123,6 +124,7 @@ def record(
                         taps.end_forward()
                     rows.filler.finish()
             rows.publish()
+            return_freed_memory()
             on_batch(stats())
     return stats()
 

@@ -23,6 +23,7 @@ from residua.pipelines.jobs.sharing import SharedWork
 from residua.pipelines.replay.comparison import Compared, Comparison, example_table
 from residua.store.base.canonical import differences, flatten
 from residua.store.base.errors import PlanError
+from residua.store.base.freed_memory import return_freed_memory
 from residua.store.base.naming import named
 from residua.store.examples.schedule import Schedule
 from residua.store.storage.destination import Destination
@@ -215,6 +216,7 @@ def write_files(
 
     for step in shared.steps(_steps(files, comparison, shared), along=run_along):
         of_file.append(compare(step.batch))
+        return_freed_memory()
         n_done += len(step.batch.rows)
         if step.is_last:
             if shared.is_leader:

@@ -1,0 +1,34 @@
+"""Memory that a process has freed, and that malloc keeps: returning it to the system.
+
+glibc keeps what lies between blocks that are in use. Before version 2.38 it also reuses little of what was allocated
+with an alignment, as all tensors of torch are. So a process that makes and drops tensors of many sizes grows for hours,
+although what it holds does not.
+"""
+
+import ctypes
+import time
+from collections.abc import Callable
+from functools import cache
+
+_SECONDS = 5.0  # of processor time between two returns: each takes some 40 ms, with what is asked for again thereafter
+_last = 0.0
+
+
+def return_freed_memory() -> None:
+    """Return freed memory to the system; once in five seconds of processor time, so it may be called often.
+
+    Does nothing where the C library is not glibc.
+    """
+    global _last  # malloc is the process's, too
+    if time.process_time() - _last >= _SECONDS:
+        _malloc_trim()(0)
+        _last = time.process_time()
+
+
+@cache
+def _malloc_trim() -> Callable[[int], object]:
+    try:
+        found: Callable[[int], object] = ctypes.CDLL(None).malloc_trim
+    except (OSError, AttributeError, TypeError):  # another C library, or Windows
+        return lambda _: None
+    return found
