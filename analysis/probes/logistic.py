@@ -78,19 +78,20 @@ def scale_of(moments: Moments) -> Floats:
 
 @dataclass(frozen=True)
 class Basis:
-    """Coordinates of the rows, all float64.
+    """Coordinates of the rows, all float64 unless said otherwise.
 
     Attributes:
         mean: Mean of each channel, (width,).
         scale: Standard deviation of each channel, 1 where it is 0, (width,).
         values: Eigenvalues of the covariance of standardised rows, (width,).
-        vectors: Its eigenvectors, (width, width); None: the standardised channels are the coordinates.
+        vectors: Its eigenvectors, (width, width), of wide rows float32, as the rows are: half the time of each turn.
+            None: the standardised channels are the coordinates.
     """
 
     mean: Floats
     scale: Floats
     values: Floats
-    vectors: Floats | None
+    vectors: npt.NDArray[np.floating] | None
 
     @classmethod
     def of(cls, moments: Moments, sample: "Covariance | None") -> "Basis":
@@ -104,17 +105,21 @@ class Basis:
         if sample is None:
             return cls(moments.mean, scale, np.ones(len(scale)), None)
         matrix = sample.products / max(1, sample.n_rows)
-        # In float32, half the time: the coordinates need not be exact, and they are used as they are, in float64.
+        # In float32, half the time: the coordinates need not be exact, only the same in both directions.
         values, vectors = eigh(matrix.astype(np.float32 if len(scale) > _WIDE else np.float64), overwrite_a=True)
-        return cls(moments.mean, scale, np.maximum(values, 0.0).astype(np.float64), vectors.astype(np.float64))
+        return cls(moments.mean, scale, np.maximum(values, 0.0).astype(np.float64), vectors)
 
     def rotated(self, weights: Floats) -> Floats:
         """Return weights in these coordinates, (width, n), as weights of standardised rows."""
-        return weights if self.vectors is None else self.vectors @ weights
+        if self.vectors is None:
+            return weights
+        return np.asarray(self.vectors @ weights.astype(self.vectors.dtype, copy=False), np.float64)
 
     def rotated_back(self, gradients: Floats) -> Floats:
         """Return gradients by weights of standardised rows, (width, n), in these coordinates."""
-        return gradients if self.vectors is None else self.vectors.T @ gradients
+        if self.vectors is None:
+            return gradients
+        return np.asarray(self.vectors.T @ gradients.astype(self.vectors.dtype, copy=False), np.float64)
 
 
 @dataclass(frozen=True)
@@ -179,9 +184,12 @@ def fit_logistic(
     width = len(basis.mean)
     scales = [_preconditioner(problem, basis) for problem in problems]
 
-    def weights_at(number: int, point: Floats) -> Floats:
-        vectors = point.reshape(width + 1, -1) * scales[number]
-        return np.vstack([basis.rotated(vectors[:-1]), vectors[-1:]])
+    def weights_at(numbers: Sequence[int], points: Sequence[Floats]) -> Floats:
+        """Return the weights of several problems side by side, turned at once: the basis is large."""
+        scaled = [point.reshape(width + 1, -1) * scales[number] for number, point in zip(numbers, points, strict=True)]
+        vectors = np.hstack(scaled)
+        vectors[:-1] = basis.rotated(vectors[:-1])
+        return vectors
 
     def start_of(number: int) -> Floats:
         found = starts.get(number)
@@ -193,15 +201,19 @@ def fit_logistic(
 
     def evaluate(numbers: Sequence[int], points: Sequence[Floats]) -> list[tuple[float, Floats]]:
         asked = [problems[number] for number in numbers]
-        weights = [weights_at(number, point) for number, point in zip(numbers, points, strict=True)]
-        sums = summed(asked, np.hstack(weights))
-        gradients = np.split(sums.gradients / sums.n_rows, _ends(asked)[:-1], axis=1)
+        weights = weights_at(numbers, points)
+        sums = summed(asked, weights)
+        penalties = np.repeat([one.penalty for one in asked], [one.n_vectors for one in asked])
+        down = sums.gradients / sums.n_rows
+        down[:-1] = basis.rotated_back(down[:-1] + penalties * weights[:-1])
         answers = []
-        for number, loss, weight, gradient in zip(numbers, sums.losses / sums.n_rows, weights, gradients, strict=True):
-            penalty = problems[number].penalty
-            down = np.vstack([basis.rotated_back(gradient[:-1] + penalty * weight[:-1]), gradient[-1:]])
-            loss += penalty / 2 * float(np.vdot(weight[:-1], weight[:-1]))
-            answers.append((float(loss), (down * scales[number]).reshape(-1)))
+        ends = _ends(asked)[:-1]
+        parts = zip(
+            numbers, sums.losses / sums.n_rows, np.split(weights, ends, 1), np.split(down, ends, 1), strict=True
+        )
+        for number, loss, weight, gradient in parts:
+            loss += problems[number].penalty / 2 * float(np.square(weight[:-1]).sum())
+            answers.append((float(loss), (gradient * scales[number]).reshape(-1)))
         on_pass(min(loss for loss, _ in answers))
         return answers
 
@@ -210,7 +222,7 @@ def fit_logistic(
     size = math.log(max(problem.n_classes for problem in problems))  # the loss at zero
     descents = minimise(evaluate, points, tolerance=tolerance, most_passes=most_passes, size=size)
     for number, descent in enumerate(descents):
-        weights = weights_at(number, descent.point)
+        weights = weights_at([number], [descent.point])
         weight = np.ascontiguousarray((weights[:-1] / basis.scale[:, None]).T)
         found.append(Fitted(weight, weights[-1] - weight @ basis.mean, descent.n_steps, descent.is_converged))
     return found
