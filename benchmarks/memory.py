@@ -53,7 +53,7 @@ def resident() -> tuple[int, int]:
     return found["RssAnon"], found["RssFile"]
 
 
-def measured(job: Callable[[], object]) -> dict[str, int]:
+def measured(job: Callable[[], object]) -> dict[str, float]:
     """Run a job; return what was allocated before, and what it added at its peak, allocated and mapped."""
     before, ended = resident(), threading.Event()
     peaks = list(before)
@@ -69,7 +69,7 @@ def measured(job: Callable[[], object]) -> dict[str, int]:
     finally:
         ended.set()
         thread.join()
-    seconds = round(time.process_time() - start)
+    seconds = round(time.process_time() - start, 1)
     return {"before": before[0], "allocated": peaks[0] - before[0], "mapped": peaks[1] - before[1], "seconds": seconds}
 
 
@@ -156,7 +156,9 @@ WORK: dict[str, tuple[str, Callable[[Path], Callable[[int], object]]]] = {
 def main() -> None:
     """Measure and report."""
     options = parser(__doc__ or "", rounds=1)
-    options.add_argument("--times", type=int, nargs="+", default=[1, 8], help="sizes of the dataset (default: 1 8)")
+    options.add_argument(
+        "--times", type=int, nargs="+", default=[1, 8, 64], help="sizes of the dataset (default: 1 8 64)"
+    )
     options.add_argument("--work", choices=WORK, help="do this, in this process, for the first of --times")
     arguments = options.parse_args()
     if arguments.work:
@@ -164,7 +166,7 @@ def main() -> None:
         job(FEW)
         print(json.dumps(measured(lambda: job(arguments.times[0]))))
         return
-    found: dict[str, list[dict[str, int]]] = {name: [] for name in WORK}
+    found: dict[str, list[dict[str, float]]] = {name: [] for name in WORK}
     with tempfile.TemporaryDirectory(prefix="residua-memory-", dir=arguments.folder) as folder:
         for times in arguments.times:
             for name in WORK:
@@ -177,13 +179,14 @@ def main() -> None:
     publish("\n".join([machine("torch", "transformers", "pyarrow"), "", report(found, rows)]), arguments.out)
 
 
-def report(found: dict[str, list[dict[str, int]]], rows: list[int]) -> str:
+def report(found: dict[str, list[dict[str, float]]], rows: list[int]) -> str:
     """Return the table of peaks, by work and number of rows."""
     head = ["MiB", "limit", "before", *(f"{n:,} rows" for n in rows), "mapped", "CPU s"]
     lines = []
     for name, runs in found.items():
         sizes = [runs[-1]["before"], *(run["allocated"] for run in runs), runs[-1]["mapped"]]
-        lines.append([name, WORK[name][0], *(f"{size / 2**20:,.0f}" for size in sizes), f"{runs[-1]['seconds']:,}"])
+        seconds = " / ".join(f"{run['seconds']:,}" for run in runs)
+        lines.append([name, WORK[name][0], *(f"{size / 2**20:,.0f}" for size in sizes), seconds])
     return table(head, lines)
 
 

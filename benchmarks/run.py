@@ -26,6 +26,8 @@ TITLES = {
     "replay": "Replay from a layer on",
     "gpu": "On a GPU",
     "sizes": "Real sizes",
+    "opening": "Opening long archives",
+    "beginning": "Before the first batch",
     "versions": "Another checkout against this one",
 }
 BY_NAME_ONLY = ("gpu", "versions")  # a GPU or another checkout has to be there

@@ -12,8 +12,9 @@ reads the file, tokenizes, and writes the examples. All cores.
 iterations) on float32 rows in memory, one fit for each of seven penalties on four fifths of the training rows, a fit of
 the best and one of the control on all of them, and its scores. `residua.probe` does the same from the archive, read
 included, with one worker in this process. Both use one thread; seconds are processor time. The step from one worker to
-two compares the longest way through the probes: what is done once, and in each pass the share of the slower worker, or
-the sites of the slower worker where each makes its own passes; as processor time, without Dask's messages.
+two compares this with the longest way through the probes of two: what is done once, and in each pass the share of the
+slower worker, or the sites of the slower worker where each makes its own passes; as processor time, without Dask's
+messages.
 
 `passes`: a sum over 10^3 and over 10^5 shards of terms that cost nothing, on two workers of a Dask cluster: tasks that
 the scheduler gets, bytes of a job and of what it returns, processor seconds of this process, in which client and
@@ -33,6 +34,10 @@ its own beyond what it had before, without file mappings, for one example of 1,0
 and Adam over all tokens, from the identity, rows and unembedding in float32 in memory. At width 4,096 what one row
 costs in the refinement, on 512 rows. At width 128 whole trainings on the same 4,096 rows, reading and closed form
 included; KL over all tokens, in float64, on held-out rows. One thread.
+
+`wide`: one lens at width 8,192 with a vocabulary of 32,000 on 10,240 rows, from its rows to its evaluation, by one Dask
+worker of the default size, and the most memory that the worker and the process that started it had (`RssAnon`, and with
+`RssFile`).
 """
 
 import argparse
@@ -66,7 +71,7 @@ from sklearn.preprocessing import StandardScaler
 from threadpoolctl import threadpool_limits
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
-from wide_lens import quality, steps
+from wide_lens import quality, steps, whole
 
 import residua
 from residua.analysis.probes.probe import probe
@@ -88,7 +93,7 @@ from residua.store.storage.files import write_file
 SITE = "resid_post.0"
 N_TOKENS = 64
 SHARD_ROWS = 2_048
-MEMORY = "1GiB"
+MEMORY = "4GiB"  # of a worker, as by default
 HEADS, KEY_HEADS, HEAD_WIDTH = 32, 8, 128
 HEAD_TOKENS, HEAD_EXAMPLES, LONGER = 1_024, 2, 8_192
 SHIPPED = Path(__file__).parent.parent / "models" / "pydoc-1m"
@@ -121,8 +126,12 @@ CASES = (
     Case(4_096),
     Case(32_768),
     Case(131_072, is_by_hand=False),
-    Case(8_192, width=64, n_classes=1_000),
     Case(4_096, width=64, n_sites=6),
+    Case(8_192, width=64, n_classes=1_000),
+    Case(4_096, width=4_096),
+    Case(32_768, width=4_096),
+    Case(65_536, width=64, n_classes=1_000, is_by_hand=False),
+    Case(8_192, width=256, n_classes=1_000),
 )
 
 
@@ -138,7 +147,7 @@ def make(folder: Path, case: Case) -> tuple[Archive, Rows, npt.NDArray[np.int64]
     means = rng.standard_normal((case.n_classes, width), np.float32) * 0.15
     rows = (means[labels] + rng.standard_normal((n_rows, width), np.float32)) @ mixing
     tokens = labels.astype(np.int32) if case.target == "token" else rng.integers(0, 50_000, n_rows).astype(np.int32)
-    path = folder / str(abs(hash(case)))
+    path = folder / f"{case.n_rows}-{width}-{case.n_classes}-{case.n_sites}"
     names = [f"resid_post.{number}" for number in range(case.n_sites)]
     sites = tuple(SitePlan(name=name, row_shape=(width,), dtype="float32", codec="fast") for name in names)
     with workspace(path) as made:
@@ -251,10 +260,10 @@ def probes(folder: Path) -> str:
         archive, rows, labels = make(folder, case)
         with threadpool_limits(1):
             ours, found = cpu_seconds(partial(probe, archive, case.target))
-            one, two = (critical_seconds(archive, case.target, n_workers) for n_workers in (1, 2))
+            two = critical_seconds(archive, case.target, 2)
             theirs, accuracy = cpu_seconds(partial(by_hand, rows, labels)) if case.is_by_hand else (np.nan, np.nan)
         theirs *= case.n_sites
-        figures = [theirs, ours, ours / theirs, one / two, accuracy, found["balanced_accuracy"][0].as_py()]
+        figures = [theirs, ours, ours / theirs, ours / two, accuracy, found["balanced_accuracy"][0].as_py()]
         texts = [f"{figure:.{digits}f}" for figure, digits in zip(figures, (1, 1, 2, 2, 3, 3), strict=True)]
         lines.append([case.name, *(text.replace("nan", "") for text in texts)])
         print(lines[-1], file=sys.stderr, flush=True)
@@ -533,6 +542,11 @@ def lenses(folder: Path) -> str:
         return "\n\n".join([steps(folder, 4_096, 131_072, 512), quality(folder, 128, 131_072, 4_096)])
 
 
+def wide(folder: Path) -> str:
+    """Train a lens at width 8,192."""
+    return whole(folder, 8_192, 32_000, 10_240)
+
+
 def texts_of_source(n_characters: int = 8_000) -> list[str]:
     """Return the source of Python's standard library, cut into texts."""
     paths = sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))
@@ -581,6 +595,7 @@ SECTIONS: dict[str, Callable[[Path], str]] = {
     "heads": heads,
     "cells": cells,
     "lenses": lenses,
+    "wide": wide,
 }
 
 

@@ -6,9 +6,12 @@ in what matters here: some tokens have most of the probability, and tens of thou
 has the same stream, partly mixed between channels, with other noise and channels of different sizes.
 """
 
+import multiprocessing
+import os
 import time
 from collections.abc import Callable
 from pathlib import Path
+from threading import Event, Thread
 from typing import Any
 
 import numpy as np
@@ -26,6 +29,7 @@ from residua.analysis.lens.ridge import Ridge
 from residua.analysis.lens.rows import LensRows
 from residua.analysis.lens.settings import LensSettings
 from residua.analysis.lens.unembedding import Decoder
+from residua.analysis.support.cluster import connect
 from residua.store.examples.index import Example
 from residua.store.examples.writer import ExampleWriter
 from residua.store.format.create import create_archive, workspace
@@ -225,6 +229,58 @@ def quality(folder: Path, width: int, vocabulary: int, n_rows: int) -> str:
     measured("Residua, 8,192 candidates", lambda: ours(candidates=8_192))
     measured("Residua, 2,048 candidates", lambda: ours(candidates=2_048))
     return table([f"width {width:,}, {vocabulary:,} tokens, {n_rows:,} rows", "CPU s", "KL"], lines)
+
+
+def whole(folder: Path, width: int, vocabulary: int, n_rows: int) -> str:
+    """Train one lens on a worker of the default size, from its rows to its evaluation; return its memory and time."""
+    archive = make_wide(folder / "whole", width, vocabulary, n_rows)
+    here, worker, ended = Process(os.getpid()), Process(0), Event()
+
+    def watch() -> None:
+        while not ended.wait(0.05):
+            here.look()
+            for child in multiprocessing.active_children():
+                worker.number = child.pid or 0
+                worker.look()
+
+    watcher = Thread(target=watch)
+    with connect(workers=1) as cluster:
+        watcher.start()
+        started = time.process_time()
+        lens = TunedLens.fit(archive, cluster=cluster, held_out_rows=4_096)
+        seconds = time.process_time() - started
+        ended.set()
+        watcher.join()
+    line = lens.report.to_pylist()[0]
+    kls = f"{line['kl_logit_lens']:.3f} / {line['kl_ridge']:.3f} / {line['kl']:.3f} ({line['kept']})"
+    figures = [worker.allocated, worker.resident, here.allocated]
+    texts = [f"{cluster.memory_limit / 2**30:.0f} GiB", *(f"{one / 2**20:.1f}" for one in figures)]
+    head = ["KL: logit lens / ridge / kept", "limit", "worker, GiB", "with mapped files", "here, GiB"]
+    name = f"width {width:,}, {vocabulary:,} tokens, {n_rows:,} rows"
+    return table(
+        [name, *head, "CPU s of the worker", "and here"],
+        [["", kls, *texts, f"{worker.seconds:,.0f}", f"{seconds:,.0f}"]],
+    )
+
+
+class Process:
+    """A process, and the most memory it had when looked at, in KiB, and its processor time, in seconds."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+        self.allocated = self.resident = 0
+        self.seconds = 0.0
+
+    def look(self) -> None:
+        """Look at the process, unless it is gone."""
+        try:
+            text = Path(f"/proc/{self.number}/status").read_text()
+            times = Path(f"/proc/{self.number}/stat").read_text().rpartition(")")[2].split()[11:13]
+            allocated, mapped = (int(text.partition(f"{name}:")[2].split()[0]) for name in ("RssAnon", "RssFile"))
+        except (OSError, IndexError):
+            return
+        self.allocated, self.resident = max(self.allocated, allocated), max(self.resident, allocated + mapped)
+        self.seconds = sum(map(int, times)) / os.sysconf("SC_CLK_TCK")
 
 
 def _exact_kl(head: LMHead, mapped: Tensor, final: Tensor) -> float:
