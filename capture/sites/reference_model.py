@@ -2,19 +2,20 @@
 
 A model that is distributed over processes or devices does not show the shapes of the full model: a projection has the
 width of its shard, and offloaded weights are on the meta device. So the shapes are taken from a reference model, which
-has the same class and config, and no weights.
+has the same class and config, and no weights. Models of one class and config share one reference model, which keeps the
+sites that were looked up: to measure their shapes, it runs twice.
 """
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from copy import deepcopy
-from dataclasses import replace
-from weakref import WeakKeyDictionary
+from dataclasses import dataclass, field, replace
 
 import torch
 import torch.distributed as dist
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.integrations import deepspeed as hf_deepspeed
 
 from residua.capture.hooks.site import SiteInfo
@@ -27,7 +28,21 @@ from residua.capture.sites.anatomy import Anatomy, anatomy_of
 from residua.capture.sites.names_to_modules import resolve_sites
 from residua.store.base.errors import CaptureError, UnknownSiteError
 
-_reference_models: WeakKeyDictionary[nn.Module, tuple[object, PreTrainedModel]] = WeakKeyDictionary()
+_MOST_KEPT = 4
+_NOT_THE_SHAPE = ("_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version")
+"""Values of a config that say where the weights came from, or that are given to the reference model apart."""
+
+
+@dataclass(frozen=True)
+class _Reference:
+    """A reference model, and the sites that were looked up in it, by patterns."""
+
+    model: PreTrainedModel
+    sites: dict[tuple[str, ...], dict[str, SiteInfo]] = field(default_factory=dict)
+
+
+_known: dict[object, _Reference] = {}
+"""The reference models that were used last, by class, config and dtype; the latest stands last."""
 
 
 def unsharded_sites(model: nn.Module, patterns: str | list[str]) -> dict[str, SiteInfo]:
@@ -47,7 +62,7 @@ def unsharded_sites(model: nn.Module, patterns: str | list[str]) -> dict[str, Si
     if not isinstance(core, PreTrainedModel) or not may_be_distributed(core):
         return resolve_sites(core, patterns)
     try:
-        return resolve_sites(reference_model(core), patterns)
+        return _sites_of(_reference(core), [patterns] if isinstance(patterns, str) else patterns)
     except (UnknownSiteError, CaptureError):
         if pipeline_group(core) is not None:
             raise  # most modules of a stage are placeholders, which have no shapes
@@ -80,23 +95,41 @@ def may_be_distributed(core: PreTrainedModel) -> bool:
 
 
 def reference_model(core: PreTrainedModel) -> PreTrainedModel:
-    """Return the reference model of a model, on the meta device; it is built anew if its config or type changed."""
-    made_of = (core.config.to_json_string(use_diff=False), core.dtype)
-    known = _reference_models.get(core)
-    if known is None or known[0] != made_of:
-        config = deepcopy(core.config)
-        for name in ("distributed_config", "quantization_config"):
-            if getattr(config, name, None) is not None:
-                setattr(config, name, None)
-        options: dict[str, object] = {"dtype": core.dtype, "attn_implementation": "eager"}
-        text = config.get_text_config()
-        if any(getattr(text, name, None) for name in ("num_local_experts", "num_experts")):
-            options["experts_implementation"] = "batched_mm"  # the default counts tokens, which the meta device cannot
-        with _without_zero3(), torch.device("meta"):
-            made = model_from_config(plain_class(core), config, **options)
-        nn.Module.train(made, False)
-        known = _reference_models[core] = made_of, made
-    return known[1]
+    """Return the reference model of a model, on the meta device: one for all models of a class, config and dtype."""
+    return _reference(core).model
+
+
+def _reference(core: PreTrainedModel) -> _Reference:
+    config = deepcopy(core.config)
+    for name in ("distributed_config", "quantization_config"):
+        if getattr(config, name, None) is not None:
+            setattr(config, name, None)
+    values = json.loads(config.to_json_string(use_diff=False))
+    shape = json.dumps({name: value for name, value in values.items() if name not in _NOT_THE_SHAPE}, sort_keys=True)
+    made_of = (plain_class(core), shape, core.dtype)
+    known = _known.pop(made_of) if made_of in _known else _Reference(_built(plain_class(core), config, core.dtype))
+    _known[made_of] = known
+    if len(_known) > _MOST_KEPT:
+        del _known[next(iter(_known))]
+    return known
+
+
+def _built(kind: type[PreTrainedModel], config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
+    options: dict[str, object] = {"dtype": dtype, "attn_implementation": "eager"}
+    text = config.get_text_config()
+    if any(getattr(text, name, None) for name in ("num_local_experts", "num_experts")):
+        options["experts_implementation"] = "batched_mm"  # the default counts tokens, which the meta device cannot
+    with _without_zero3(), torch.device("meta"):
+        made = model_from_config(kind, config, **options)
+    nn.Module.train(made, False)
+    return made
+
+
+def _sites_of(reference: _Reference, patterns: list[str]) -> dict[str, SiteInfo]:
+    asked = tuple(patterns)
+    if asked not in reference.sites:
+        reference.sites[asked] = resolve_sites(reference.model, patterns)
+    return dict(reference.sites[asked])
 
 
 @contextmanager
