@@ -34,15 +34,19 @@ from residua.analysis.lens.unembedding import Decoder
 from residua.analysis.support.cluster import Cluster, or_inline
 from residua.analysis.support.plots import plot_lens
 from residua.store.base.errors import AnalysisError
-from residua.store.edits.lens_files import LAYERS_FILE
+from residua.store.edits import lens_files
+from residua.store.edits.lens_files import CONFIG_FILE, LAYERS_FILE
 from residua.store.format.sidecars import LM_HEAD_FILE, PARAMETERS_FILE
 from residua.store.read.archive import Archive
 from residua.store.read.stacks import main_archive, open_archive
+from residua.store.storage.address import is_remote
 from residua.store.storage.files import write_file
 from residua.store.storage.mirror import fetched
 from residua.store.storage.place import result_folder
 
 REPORT_FILE, PLOT_FILE = "report.parquet", "report.png"
+_HEAD_FILES = tuple(f"head/{name}" for name in (LM_HEAD_FILE, PARAMETERS_FILE))
+_FILES = (CONFIG_FILE, lens_files.PARAMETERS_FILE, LAYERS_FILE, REPORT_FILE, *_HEAD_FILES)
 _UNEMBEDDING_BYTES = 2**29  # a larger unembedding is not converted to float32 at once
 
 
@@ -131,22 +135,25 @@ class TunedLens:
         """Read a lens that `save` or the `tuned-lens` package wrote.
 
         Args:
-            folder: The lens, or its address in a bucket.
-            head: An archive of the same model, or its folder ``head``; required if the lens has no head of its own.
-            storage_options: For an address, as for `residua.open`.
+            folder: The lens, or its address.
+            head: An archive of the same model, its address, or its folder ``head``; required if the lens has no head of
+                its own.
+            storage_options: For addresses, as for `residua.open`.
 
         Raises:
             AnalysisError: The folder holds no lens, or the head belongs to another model.
             DamagedArchiveError: The head is missing or cut short.
             UnsafeArchiveError: The head's files do not describe a head.
         """
-        with fetched(folder, storage_options) as local:
-            return cls._load(local, head)
+        if head is not None and is_remote(head):
+            archive = open_archive(head, storage_options=storage_options)  # whose local files go with it
+            head = archive.head
+        with fetched(folder, storage_options, names=_FILES) as local:
+            return cls._load(local, local / "head" if head is None else Path(head))
 
     @classmethod
-    def _load(cls, folder: Path, head: str | PathLike[str] | None) -> Self:
+    def _load(cls, folder: Path, source: Path) -> Self:
         config, translators = read_checkpoint(folder)
-        source = folder / "head" if head is None else Path(head)
         found = load_lm_head(source / "head" if (source / "head").is_dir() else source)
         if config.unembed_hash not in (None, hash_unembedding(found.parameters["unembed.weight"])):
             raise AnalysisError(

@@ -5,8 +5,9 @@ A direction is written ``SITE=WHAT``, or ``SITE[HEAD]=WHAT`` for one head of a s
 * ``channel:17``: one value of the row, or of the head;
 * ``logit:TEXT`` or ``logit:17``: how the logit of a token depends on the row, by the LM head of the archive and, if
   there is one, the tuned lens. The final norm is taken as its weight alone: a row's length is left out;
-* ``FOLDER``: a saved probe. A probe knows its site, so the folder alone will do;
-* ``FILE``, ``FILE#TENSOR``: an array of a ``.npy``, ``.npz`` or ``.safetensors`` file, one number a channel;
+* ``FOLDER``: a saved probe, here or at an address. A probe knows its site, so the folder alone will do;
+* ``FILE``, ``FILE#TENSOR``: an array of a ``.npy``, ``.npz`` or ``.safetensors`` file, here or at an address, from
+  which it comes whole: one number a channel;
 * ``FILE#TENSOR[17]``, ``FILE#TENSOR[:,17]``: a row or a column of a matrix, such as a feature of an autoencoder.
 
 ``NAME:=SITE=WHAT`` gives it a name of its own. No file is unpickled, and nothing in one is executed.
@@ -14,10 +15,10 @@ A direction is written ``SITE=WHAT``, or ``SITE[HEAD]=WHAT`` for one head of a s
 
 import re
 import zipfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from os import PathLike
-from pathlib import Path
-from typing import NamedTuple, TypeAlias
+from pathlib import Path, PurePosixPath
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -32,8 +33,11 @@ from residua.store.base.errors import AnalysisError, few
 from residua.store.edits.vectors import MAX_VECTOR_BYTES
 from residua.store.read.archive import Archive
 from residua.store.read.text import token_id
+from residua.store.storage.address import is_remote
+from residua.store.storage.mirror import fetched
 
 Floats = npt.NDArray[np.float64]
+Options: TypeAlias = Mapping[str, Any] | None
 
 MEASURES = ("norm", "distance")
 """What is measured of the rows of every site: their Euclidean norm, and their distance to the mean row."""
@@ -42,6 +46,7 @@ _NAMED = re.compile(r"(?:(?P<name>[^=]+?):=)?(?P<rest>.+)", re.DOTALL)
 _OF_SITE = re.compile(r"(?P<site>[^=\[\]#/]+?)(?:\[(?P<head>\d+)\])?=(?P<what>.+)", re.DOTALL)
 _OF_FILE = re.compile(r"(?P<file>.+?)(?:#(?P<tensor>[^#\[\]]+)?(?:\[(?P<index>\d+|:,\s*\d+)\])?)?", re.DOTALL)
 _MATRIX = ".safetensors"
+_ARRAYS = (_MATRIX, ".npy", ".npz")
 
 
 class Direction(NamedTuple):
@@ -64,13 +69,19 @@ Wanted: TypeAlias = str | tuple[str, str, npt.ArrayLike] | Direction
 """A direction as it is asked for: the text that the module's head describes, or name, site and vector."""
 
 
-def directions_of(archive: Archive, wanted: Iterable[Wanted], lens: str | PathLike[str] | None) -> list[Direction]:
+def directions_of(
+    archive: Archive,
+    wanted: Iterable[Wanted],
+    lens: str | PathLike[str] | None,
+    storage_options: Options = None,
+) -> list[Direction]:
     """Read directions and check that each fits its site.
 
     Args:
         archive: The archive.
         wanted: The directions.
-        lens: Folder of a tuned lens, for ``logit:``.
+        lens: Folder of a tuned lens, for ``logit:``, or its address.
+        storage_options: For addresses, as for `residua.open`.
 
     Returns:
         The directions; vectors are float64, (width,), and finite. No two have the same name.
@@ -81,7 +92,7 @@ def directions_of(archive: Archive, wanted: Iterable[Wanted], lens: str | PathLi
     """
     found: list[Direction] = []
     for one in wanted:
-        for direction in _read(archive, one, lens):
+        for direction in _read(archive, one, lens, storage_options):
             if direction.name in MEASURES:
                 raise AnalysisError(
                     f"a direction cannot be called {direction.name!r}, as the page measures that itself"
@@ -94,9 +105,9 @@ def directions_of(archive: Archive, wanted: Iterable[Wanted], lens: str | PathLi
     return found
 
 
-def _read(archive: Archive, wanted: Wanted, lens: str | PathLike[str] | None) -> list[Direction]:
+def _read(archive: Archive, wanted: Wanted, lens: str | PathLike[str] | None, options: Options) -> list[Direction]:
     if isinstance(wanted, str):
-        return _parsed(archive, wanted, lens)
+        return _parsed(archive, wanted, lens, options)
     given = wanted if isinstance(wanted, Direction) else Direction(*wanted)
     return [_fitted(archive, given.name, given.site, given.vector, given.bias)]
 
@@ -119,17 +130,17 @@ def _one_site(archive: Archive, site: str) -> tuple[str, ...]:
     return names
 
 
-def _parsed(archive: Archive, text: str, lens: str | PathLike[str] | None) -> list[Direction]:
+def _parsed(archive: Archive, text: str, lens: str | PathLike[str] | None, options: Options) -> list[Direction]:
     named = _NAMED.fullmatch(text)
     name, rest = (named["name"], named["rest"]) if named else (None, text)
     match = _OF_SITE.fullmatch(rest)
     if match is None:
-        if not (Path(rest) / DESCRIPTION).is_file():
+        if not is_remote(rest) and not (Path(rest) / DESCRIPTION).is_file():
             raise AnalysisError(
                 f"the direction {text!r} names no site: write SITE=WHAT, for example {archive.sites[0]}=channel:0, or "
                 "give the folder of a saved probe"
             )
-        return _of_probe(archive, name, None, Path(rest), None)
+        return _of_probe(archive, name, None, rest, None, options)
     (site,), what = _one_site(archive, match["site"]), match["what"]
     head = None if match["head"] is None else int(match["head"])
     kind, _, value = what.partition(":")
@@ -138,24 +149,34 @@ def _parsed(archive: Archive, text: str, lens: str | PathLike[str] | None) -> li
         vector = full_row(archive, site, direction=None, channel=int(value), head=head)
         return [Direction(name, site, vector)]
     if kind == "logit":
-        return [_fitted(archive, name, site, _logit(archive, site, value, lens), head=head)]
-    if Path(what).is_dir():
-        return _of_probe(archive, named and named["name"], site, Path(what), head)
-    return [_fitted(archive, name, site, _of_file(what, _width(archive, site, head)), head=head)]
+        return [_fitted(archive, name, site, _logit(archive, site, value, lens, options), head=head)]
+    if _is_folder(what):
+        return _of_probe(archive, named and named["name"], site, what, head, options)
+    return [_fitted(archive, name, site, _of_file(what, _width(archive, site, head), options), head=head)]
+
+
+def _is_folder(what: str) -> bool:
+    """Say whether a probe is named, and not a file; at an address, files of arrays are known by their names."""
+    if not is_remote(what):
+        return Path(what).is_dir()
+    match = _OF_FILE.fullmatch(what)
+    return match is None or PurePosixPath(match["file"]).suffix not in _ARRAYS
 
 
 def _width(archive: Archive, site: str, head: int | None) -> int:
     return int(np.prod(archive[site].shape[1 if head is None else 2 :]))
 
 
-def _of_probe(archive: Archive, name: str | None, site: str | None, folder: Path, head: int | None) -> list[Direction]:
+def _of_probe(
+    archive: Archive, name: str | None, site: str | None, folder: str, head: int | None, options: Options
+) -> list[Direction]:
     """Return the vectors of a saved probe: one, or one for each of more than two classes."""
-    probe = read_probe(folder)
+    probe = read_probe(folder, options)
     site = site or probe.about.get("site")
     if not isinstance(site, str):
         raise AnalysisError(f"the probe in {folder} does not say its site: write SITE={folder}")
     target = probe.about.get("target")
-    label = name or f"probe of {target if isinstance(target, str) else folder.name}"
+    label = name or f"probe of {target if isinstance(target, str) else PurePosixPath(folder).name}"
     classes = [] if probe.classes is None or len(probe.weight) == 1 else [f": {one}" for one in probe.classes]
     return [
         _fitted(archive, label + kind, site, weight, float(bias), head=head)
@@ -163,14 +184,18 @@ def _of_probe(archive: Archive, name: str | None, site: str | None, folder: Path
     ]
 
 
-def _of_file(what: str, width: int) -> Floats:
+def _of_file(what: str, width: int, options: Options) -> Floats:
     match = _OF_FILE.fullmatch(what)
-    if match is None or not Path(match["file"]).is_file():
+    if match is None or not (is_remote(what) or Path(match["file"]).is_file()):
         raise AnalysisError(
             f"there is no file or saved probe {what!r}: give channel:NUMBER, logit:TOKEN, the folder of a probe, or a "
             ".npy, .npz or .safetensors file, with #TENSOR[NUMBER] for a row of a matrix in it"
         )
-    path, tensor, index = Path(match["file"]), match["tensor"], match["index"]
+    with fetched(match["file"], options) as path:
+        return _of_array(what, path, match["tensor"], match["index"], width)
+
+
+def _of_array(what: str, path: Path, tensor: str | None, index: str | None, width: int) -> Floats:
     if index is None and tensor is None and path.suffix != ".npz":
         return read_direction(path)
     try:
@@ -238,10 +263,10 @@ def _check_size(path: Path, n_values: int) -> None:
         raise ValueError(f"{n_values:,} numbers of {path.name} were asked for: ask for a row, {path.name}#TENSOR[0]")
 
 
-def _logit(archive: Archive, site: str, token: str, lens: str | PathLike[str] | None) -> Floats:
+def _logit(archive: Archive, site: str, token: str, lens: str | PathLike[str] | None, options: Options) -> Floats:
     """Return the gradient of a token's logit by the row, with the final norm as its weight alone."""
     number = int(token) if token.isdigit() else token_id(archive.tokenizer, token)
-    tuned = None if lens is None else TunedLens.load(lens)
+    tuned = None if lens is None else TunedLens.load(lens, storage_options=options)
     head = load_lm_head(archive.head) if tuned is None else tuned.head
     if head.spec.activation is not None:
         raise AnalysisError(

@@ -1,6 +1,6 @@
 """Attention heads on a page: their patterns in a few examples, and scores that an analysis of heads wrote."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from os import PathLike
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -126,18 +126,21 @@ def example_pattern(job: AttentionJob, example: int, n_tokens: int) -> npt.NDArr
     return found
 
 
-def read_scores(source: pa.Table | str | PathLike[str]) -> dict[str, Any]:
+def read_scores(
+    source: pa.Table | str | PathLike[str], storage_options: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
     """Return scores of heads as JSON values: columns ``layer`` and ``head``, and one of numbers for each score.
 
     Args:
         source: A table such as `residua.induction_scores` or `residua.heads` returns, its Parquet file, or the folder
             that one of the two commands wrote; or the address of these.
+        storage_options: For an address, as for `residua.open`.
 
     Raises:
         AnalysisError: It is no such table.
     """
     if isinstance(source, str | PathLike):
-        with fetched(source) as path:
+        with fetched(source, storage_options, names=_TABLES) as path:
             table = _read_table(path)
     else:
         table = source

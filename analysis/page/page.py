@@ -27,6 +27,7 @@ from residua.analysis.stats.site_stats import Stats
 from residua.analysis.stats.stats import stats
 from residua.analysis.stats.top import Best, described
 from residua.analysis.support.cluster import Cluster, or_inline
+from residua.analysis.support.open_archives import Location
 from residua.store.base.errors import AnalysisError, few
 from residua.store.base.naming import named
 from residua.store.format.site_names import parse_site
@@ -90,11 +91,11 @@ def page(
             values of cross-attention have rows of the encoder, and are left out of a page of the decoder.
         directions: Directions to colour tokens by and to find the strongest rows of: texts such as
             ``resid_post.3=channel:17`` (see `residua.analysis.page.directions`), or tuples of a name, a site and a
-            vector.
-        lens: Folder of a tuned lens to read out of the residual stream, or its address in a bucket; by default the
-            logit lens, if the archive has an LM head.
+            vector. Files and folders in them may be at addresses.
+        lens: Folder of a tuned lens to read out of the residual stream, or its address; by default the logit lens, if
+            the archive has an LM head.
         heads: Scores of heads: the table of `residua.induction_scores` or `residua.heads`, its Parquet file, or the
-            folder that one of the two commands wrote.
+            folder that one of the two commands wrote; or the address of these.
         examples: Number of examples, spread evenly over the archive. Those of the strongest rows come besides.
         tokens: Tokens to show of an example, from its first one on.
         k: Rows to show at either end of each measure, at most one of an example.
@@ -121,12 +122,13 @@ def page(
             raise AnalysisError(f"{name} is {number}: ask for at least {least}")
     opened, cluster = open_archive(archive, storage_options=storage_options), or_inline(cluster)
     archive, chosen, others = _of_one_stack(opened, sites)
-    lens = lens if lens is None or is_remote(lens) else Path(lens).absolute()
+    place = None if lens is None else fspath(lens) if is_remote(lens) else str(Path(lens).absolute())
+    decoder = None if place is None else Location(place, {"storage_options": storage_options})
     names = _vector_sites(archive, chosen)
-    wanted = directions_of(archive, directions, lens)
+    wanted = directions_of(archive, directions, place, storage_options)
     names += [name for name in archive.sites if name not in names and any(one.site == name for one in wanted)]
-    decoded = lens_sites(archive, names, lens) if lens_examples else []
-    scores = None if heads is None else read_scores(heads)
+    decoded = lens_sites(archive, names, decoder) if lens_examples else []
+    scores = None if heads is None else read_scores(heads, storage_options)
     with result_folder(out, storage_options) as folder:
         _clear(folder)
         found = stats(archive, names, components=0, cluster=cluster)
@@ -138,7 +140,7 @@ def page(
         for site, values in measure_shown(archive, measures, shown.rows, cluster=cluster):
             writer.values(site, values)
         rows = shown.rows[:lens_examples]
-        for site, readouts in read_out(archive, decoded, rows, lens=lens, k=_READOUT_TOKENS, cluster=cluster):
+        for site, readouts in read_out(archive, decoded, rows, lens=decoder, k=_READOUT_TOKENS, cluster=cluster):
             writer.readouts(site, readouts.tokens, readouts.probabilities)
         patterns = plan_patterns(archive, shown)
         for layer in read_patterns(patterns, shown, cluster=cluster):

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator, Sequence
 from functools import partial
-from os import PathLike
 from typing import NamedTuple
 
 import numpy as np
@@ -46,7 +45,7 @@ class _Job(NamedTuple):
     location: Location
     site: str
     rows: Sequence[ShownRows]
-    lens: str | PathLike[str] | None
+    lens: Location | None
     k: int
     most_bytes: int
 
@@ -57,7 +56,7 @@ class _Loaded(NamedTuple):
     n_bytes: int
 
 
-def lens_sites(archive: Archive, sites: Sequence[str], lens: str | PathLike[str] | None) -> list[str]:
+def lens_sites(archive: Archive, sites: Sequence[str], lens: Location | None) -> list[str]:
     """Return those of `sites` that a lens decodes: `resid_pre`, `resid_post`, and where a tuned lens was trained.
 
     Without a tuned lens it is the logit lens, if the archive has an LM head.
@@ -72,7 +71,7 @@ def lens_sites(archive: Archive, sites: Sequence[str], lens: str | PathLike[str]
             return []
         width = load_lm_head(archive.head).width
         return [site for site in stream if archive[site].shape[1:] == (width,)]
-    tuned = TunedLens.load(lens)
+    tuned = TunedLens.load(lens.place, **lens.options)
     width, known = tuned.config.d_model, {*tuned.translators, tuned.config.num_hidden_layers}
     found = [site for site in stream if layer_of(site) in known and archive[site].shape[1:] == (width,)]
     if not found:
@@ -88,7 +87,7 @@ def read_out(
     sites: Sequence[str],
     rows: Sequence[ShownRows],
     *,
-    lens: str | PathLike[str] | None,
+    lens: Location | None,
     k: int,
     cluster: Cluster,
 ) -> Iterator[tuple[str, Readouts]]:
@@ -98,7 +97,7 @@ def read_out(
         archive: The archive.
         sites: Sites of `lens_sites`.
         rows: The rows of the examples that are decoded.
-        lens: Folder of a tuned lens; None: the logit lens.
+        lens: Where a tuned lens is, with what loading it takes; None: the logit lens.
         k: Tokens to keep of each row.
         cluster: Where to compute.
 
@@ -132,8 +131,8 @@ def _read_out(job: _Job) -> Readouts:
     return Readouts(torch.cat(tokens).numpy().astype(np.int32), torch.cat(probabilities).numpy())
 
 
-def _load(archive: Archive, lens: str | PathLike[str] | None) -> _Loaded:
-    tuned = None if lens is None else TunedLens.load(lens)
+def _load(archive: Archive, lens: Location | None) -> _Loaded:
+    tuned = None if lens is None else TunedLens.load(lens.place, **lens.options)
     head = load_lm_head(archive.head) if tuned is None else tuned.head
     maps = () if tuned is None else tuned.translators.values()
     n_bytes = _bytes_of(head) + sum(tensor.numel() * 4 for one in maps for tensor in Translator(*one))

@@ -4,7 +4,7 @@ import json
 from collections.abc import Mapping
 from os import PathLike
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -43,14 +43,22 @@ def write_probe(folder: str | PathLike[str], probe: SavedProbe) -> None:
     write_file(Path(folder) / DESCRIPTION, [json.dumps(description, indent=1).encode()])
 
 
-def read_probe(folder: str | PathLike[str]) -> SavedProbe:
-    """Read and check the two files in `folder`, which may be the address of one in a bucket.
+def read_probe(folder: str | PathLike[str], storage_options: Mapping[str, Any] | None = None) -> SavedProbe:
+    """Read and check the two files in `folder`, which may be an address.
+
+    Args:
+        folder: Path or address.
+        storage_options: For an address, as for `residua.open`.
 
     Raises:
         AnalysisError: A file is missing, or the files do not describe a probe.
+        StorageError: The address cannot be read.
     """
-    with fetched(folder) as place:
-        return _read(place)
+    try:
+        with fetched(folder, storage_options, names=(TENSORS, DESCRIPTION)) as place:
+            return _read(place)
+    except FileNotFoundError as error:
+        raise AnalysisError(f"{error}: give the folder of a saved probe, or its address") from error
 
 
 def _read(place: Path) -> SavedProbe:

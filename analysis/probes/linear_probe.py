@@ -8,7 +8,7 @@ Both are exact: they find what scikit-learn's `Ridge` and `LogisticRegression` f
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from os import PathLike
-from typing import Self, TypeAlias
+from typing import Any, Self, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -63,13 +63,20 @@ class LinearProbe(BaseEstimator):  # type: ignore[misc]  # scikit-learn has no t
         write_probe(folder, self.saved(about))
 
     @staticmethod
-    def load(folder: str | PathLike[str]) -> "RidgeProbe | LogisticProbe":
+    def load(
+        folder: str | PathLike[str], *, storage_options: Mapping[str, Any] | None = None
+    ) -> "RidgeProbe | LogisticProbe":
         """Return the probe that was saved in `folder`.
+
+        Args:
+            folder: The folder, or its address.
+            storage_options: For an address, as for `residua.open`.
 
         Raises:
             AnalysisError: There is no probe, or its files are damaged.
+            StorageError: The address cannot be read.
         """
-        saved = read_probe(folder)
+        saved = read_probe(folder, storage_options)
         return RidgeProbe.of(saved) if saved.classes is None else LogisticProbe.of(saved)
 
     def _scores(self, X: Rows) -> Floats:

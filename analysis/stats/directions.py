@@ -1,6 +1,8 @@
 """Directions in the space of a site's rows: read from a file, or given by the number of a channel."""
 
+from collections.abc import Mapping
 from os import PathLike
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -16,10 +18,14 @@ Floats = npt.NDArray[np.float64]
 _TENSOR = "weight"  # of a file with several tensors, such as a saved probe
 
 
-def read_direction(path: str | PathLike[str]) -> Floats:
+def read_direction(path: str | PathLike[str], storage_options: Mapping[str, Any] | None = None) -> Floats:
     """Read a direction from a ``.npy`` or ``.safetensors`` file, or its address; of a saved probe it is the weight.
 
     Nothing in the file is executed.
+
+    Args:
+        path: Path or address of the file.
+        storage_options: For an address, as for `residua.open`.
 
     Returns:
         The array as it was saved, float64.
@@ -28,7 +34,7 @@ def read_direction(path: str | PathLike[str]) -> Floats:
         AnalysisError: The file cannot be read, or does not hold one array of numbers.
     """
     try:
-        with fetched(path) as local:
+        with fetched(path, storage_options) as local:
             values = np.array(read_array(local, default=_TENSOR, floats_only=False))
     except PlanError as error:
         raise AnalysisError(

@@ -41,7 +41,7 @@ def add(commands: Any) -> None:
     add_cluster_flags(train)
     text = "show how good a lens is on held-out examples"
     show = add_command(lenses, "show", _show, text, f"{text[0].upper()}{text[1:]}, next to the logit lens.")
-    show.add_argument("lens", help="folder of the lens")
+    show.add_argument("lens", help="folder of the lens, or its address")
 
 
 def _train(options: argparse.Namespace) -> int:

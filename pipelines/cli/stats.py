@@ -48,9 +48,9 @@ def _add_page(commands: Any) -> None:
     add_results(parser, "the page", "ARCHIVE-page")
     add_flag(parser, "--sites", SITES_HELP, "*")
     text = (
-        "a direction, SITE=WHAT: channel:NUMBER, logit:TOKEN, the folder of a saved probe, or a .npy, .npz or "
-        ".safetensors file, FILE#TENSOR[ROW] or FILE#TENSOR[:,COLUMN] for a feature of an autoencoder; SITE[HEAD]=WHAT "
-        "for one head, NAME:=SITE=WHAT to name it; repeatable (default: none)"
+        "a direction, SITE=WHAT: channel:NUMBER, logit:TOKEN, folder or address of a saved probe, or a .npy, .npz or "
+        ".safetensors file or its address, FILE#TENSOR[ROW] or FILE#TENSOR[:,COLUMN] for a feature of an autoencoder; "
+        "SITE[HEAD]=WHAT for one head, NAME:=SITE=WHAT to name it; repeatable (default: none)"
     )
     parser.add_argument("--direction", dest="directions", action="append", default=[], metavar="DIRECTION", help=text)
     add_flag(
@@ -59,7 +59,7 @@ def _add_page(commands: Any) -> None:
     add_flag(
         parser,
         "--heads",
-        "scores of heads: folder of residua heads or residua induction (default: none)",
+        "scores of heads: folder or address of what residua heads or residua induction wrote (default: none)",
         metavar="PATH",
     )
     add_flag(parser, "--examples", "number of examples, spread evenly; those of the strongest rows come besides", 1000)

@@ -9,6 +9,7 @@ Each chunk is compared with the index when it arrives. One that differs is asked
 that is an error that names object, chunk and rows.
 """
 
+import os
 from collections import OrderedDict, defaultdict, deque
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
@@ -147,6 +148,7 @@ class RemoteChunks:
         self._cache = cache
         self._join_gap_bytes = join_gap_bytes
         self._held: OrderedDict[tuple[str, int], tuple[_Arriving, int]] = OrderedDict()
+        self._pid = os.getpid()
 
     def __reduce__(self) -> tuple[object, ...]:
         return type(self), (self.folder, self.index, self._cache, self._join_gap_bytes, self.request_bytes)
@@ -226,11 +228,14 @@ class RemoteChunks:
             held.popitem(last=False)
 
     def _take(self, spec: ArraySpec, number: int) -> _Arriving | None:
+        if self._pid != os.getpid():  # in a forked child nothing that its parent asked for will arrive
+            self._held.clear()
+            self._pid = os.getpid()
         job, _ = self._held.pop((spec.key, number), (None, 0))
         return job
 
     def _begin(self, spec: ArraySpec, n_rows: int, request: _Request) -> _Arriving:
-        return _requests().submit(self._get, spec, n_rows, request)
+        return _requests(os.getpid()).submit(self._get, spec, n_rows, request)
 
     def stored_bytes(self, spec: ArraySpec, numbers: Sequence[int]) -> list[int]:
         """Return the stored size of each of some chunks, numbered across all shards."""
@@ -462,9 +467,9 @@ class RemoteReader(ArrayReader):
 
 
 @lru_cache(maxsize=1)
-def _requests() -> ThreadPoolExecutor:
-    """Return the threads in which requests wait for their answers."""
-    return ThreadPoolExecutor(_N_REQUESTS, thread_name_prefix="residua-requests")
+def _requests(pid: int) -> ThreadPoolExecutor:
+    """Return the threads in which requests of process `pid` wait for their answers; a forked child has none of them."""
+    return ThreadPoolExecutor(_N_REQUESTS, thread_name_prefix=f"residua-requests-{pid}")
 
 
 def _reopen(

@@ -59,6 +59,7 @@ LOSS = np.dtype([("shard", "<u8"), ("n_nonfinite", "<u8"), ("n_overflowed", "<u8
 _CHUNK_BYTES = 8
 _SQUARES_BYTES = 16
 _N_SLOTS = 128  # pages kept, 8 MiB
+_WHOLE_BYTES = 256 * 2**10  # of an index that is fetched at once: of some 32,000 chunks
 
 
 class FileTotals(NamedTuple):
@@ -339,22 +340,29 @@ class _LocalFile:
 
 
 class _RemoteFile:
-    """An index at an address."""
+    """An index at an address. A short one comes whole with its head, for another request would take longer."""
 
     def __init__(self, folder: ObjectFolder) -> None:
         self.path = f"{folder}/{INDEX}"
         self._folder = folder
+        self._whole = b""
 
     def check(self, n_bytes: int) -> None:
         """Ask for nothing: the first read tells."""
 
-    def read(self, start: int, n_bytes: int, file_bytes: int) -> bytes:  # noqa: ARG002  # ranges say if they are short
-        """Return bytes of the file."""
+    def read(self, start: int, n_bytes: int, file_bytes: int) -> bytes:
+        """Return bytes of the file; its size is known from the metadata, and ranges say if they are short."""
+        if not n_bytes:
+            return b""
+        if not self._whole and file_bytes <= _WHOLE_BYTES:
+            self._whole = self._ask(0, file_bytes)
+        return self._whole[start : start + n_bytes] or self._ask(start, n_bytes)
+
+    def _ask(self, start: int, n_bytes: int) -> bytes:
         try:
-            found = self._folder.read_range(INDEX, start, start + n_bytes) if n_bytes else b""
+            return bytes(self._folder.read_range(INDEX, start, start + n_bytes))
         except FileNotFoundError:
             raise DamagedArchiveError(f"{self.path} is missing: copy the archive there again") from None
-        return bytes(found)
 
 
 _File = _LocalFile | _RemoteFile

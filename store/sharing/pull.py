@@ -13,7 +13,7 @@ from typing import Any
 from residua.store.base.errors import DamagedArchiveError, PlanError
 from residua.store.encoding.shard import check_shard, shard_path, shard_rows
 from residua.store.encoding.spec import ArraySpec
-from residua.store.examples.side_tables import SIDE_TABLES
+from residua.store.examples.side_tables import MAX_SIDE_TABLES_BYTES, SIDE_TABLES
 from residua.store.format.archive_metadata import MAX_METADATA_BYTES, ROOT, is_archive, read_metadata
 from residua.store.read.archive import Archive
 from residua.store.read.remote_archive import RemoteArchive
@@ -21,7 +21,7 @@ from residua.store.read.shard_files import shard_file
 from residua.store.read.stacks import StackedArchive, open_archive
 from residua.store.sealing.packed_index import INDEX, PackedIndex
 from residua.store.sharing.copied import BytesDone, Copied, in_parallel, together
-from residua.store.sharing.small_files import fetch_index, fetch_small, small_files
+from residua.store.sharing.small_files import SmallFile, fetch_index, fetch_small, side_table_files, small_files
 from residua.store.storage.files import sweep, write_file
 from residua.store.storage.hub import folder_at
 
@@ -95,15 +95,14 @@ class _Pull:
         height, plan = archive.plan.rows_per_shard, archive.plan
         arrays = [*plan.row_arrays, *(spec for name in sites for spec in plan.site(name).arrays(height))]
         self._specs = [files for spec in arrays for files in spec.file_specs]
-        has_own = (out / SIDE_TABLES).exists()  # written here, or by an earlier copy
-        self._side = () if has_own else archive.side_tables
-        self._small = small_files(archive, arrays, self._side)
+        self._small = small_files(archive, arrays)
+        self._side: dict[str, SmallFile] = {}  # known when the examples are
 
     def run(self, on_bytes: Callable[[int, int], None]) -> Copied:
         """Copy what is not there yet."""
         self._check_target()
         shards = [(spec, shard) for spec in self._specs for shard in self._archive.commits]
-        sizes = [self._archive.index.file(spec.key, shard).n_bytes for spec, shard in shards]
+        sizes = [size for spec in self._specs for size in self._archive.index.file_bytes(spec.key).tolist()]
         done = BytesDone(sum(sizes), on_bytes)
 
         def copy_shard(i: int) -> int:
@@ -111,14 +110,14 @@ class _Pull:
             done.add(sizes[i])
             return sent
 
-        works: list[Callable[[], int]] = [partial(copy_shard, i) for i in range(len(shards))]
-        works += [self._copy_index, *(partial(self._copy_small, name) for name in self._small)]
+        works: list[Callable[[], int]] = [self._copy_side_tables]
+        works += [partial(copy_shard, i) for i in range(len(shards))]
+        works += [self._copy_index, *(partial(self._copy_small, name, file) for name, file in self._small.items())]
         sent = sum(in_parallel(lambda work: work(), works))
-        last = [*([SIDE_TABLES] if self._side else []), ROOT]
-        for name in last:
-            sent += write_file(self._out / name, [(self._archive.path / name).read_bytes()])
-        n_bytes = sum((self._out / name).stat().st_size for name in (*self._small, INDEX, *last))
-        return Copied(len(shards) + len(self._small) + 1 + len(last), sum(sizes) + n_bytes, sent)
+        sent += write_file(self._out / ROOT, [(self._archive.path / ROOT).read_bytes()])
+        names = [*self._small, *self._side, INDEX, ROOT]
+        n_bytes = sum((self._out / name).stat().st_size for name in names)
+        return Copied(len(shards) + len(names), sum(sizes) + n_bytes, sent)
 
     def _check_target(self) -> None:
         if is_archive(self._out):
@@ -146,9 +145,18 @@ class _Pull:
     def _copy_shard(self, spec: ArraySpec, shard: int) -> int:
         return write_file(shard_path(self._out, spec, shard), shard_file(self._archive, spec, shard))
 
-    def _copy_small(self, name: str) -> int:
+    def _copy_small(self, name: str, file: SmallFile) -> int:
         path = self._out / name
-        return 0 if path.exists() else write_file(path, [fetch_small(self._archive, name, self._small[name])])
+        return 0 if path.exists() else write_file(path, [fetch_small(self._archive, name, file)])
+
+    def _copy_side_tables(self) -> int:
+        """Copy the side tables, and at the end what names them; not over what was written here, or came earlier."""
+        if (self._out / SIDE_TABLES).exists() or not self._archive.side_tables:
+            return 0
+        self._side = side_table_files(self._archive.side_tables)
+        sent = sum(self._copy_small(name, file) for name, file in self._side.items())
+        self._side[SIDE_TABLES] = SmallFile(MAX_SIDE_TABLES_BYTES)
+        return sent + write_file(self._out / SIDE_TABLES, [(self._archive.path / SIDE_TABLES).read_bytes()])
 
     def _copy_index(self) -> int:
         n_bytes = write_file(self._out / INDEX, fetch_index(self._archive))

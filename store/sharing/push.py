@@ -42,7 +42,7 @@ from residua.store.sharing.copied import (
 )
 from residua.store.sharing.hub import HubPush
 from residua.store.sharing.pull import pull_one
-from residua.store.sharing.small_files import fetch_index, fetch_small, small_files
+from residua.store.sharing.small_files import fetch_index, fetch_small, side_table_files, small_files
 from residua.store.storage.address import is_remote, scheme_of
 from residua.store.storage.crc import Buffer
 from residua.store.storage.destination import BucketFolder
@@ -284,7 +284,7 @@ def _small_files_of(archive: Archive) -> Iterator[Path]:
         yield archive.path
         return
     tables = archive.side_tables
-    files = small_files(archive, archive.arrays, tables)
+    files = {**small_files(archive, archive.arrays), **side_table_files(tables)}
     with _temporary() as folder:
 
         def bring(name: str) -> None:

@@ -23,24 +23,27 @@ class SmallFile(NamedTuple):
     sha256: str | None = None
 
 
-def small_files(
-    archive: RemoteArchive, specs: Iterable[ArraySpec], side_tables: Iterable[SideTable]
-) -> dict[str, SmallFile]:
-    """Return the files of an archive but its shards, its index and its root, by their paths.
+def small_files(archive: RemoteArchive, specs: Iterable[ArraySpec]) -> dict[str, SmallFile]:
+    """Return the files of an archive but shards, index, root and side tables, by their paths.
 
     Args:
         archive: The archive.
         specs: Arrays that are copied.
-        side_tables: Side tables that are copied.
     """
     nodes = {str(node) for spec in specs for node in (PurePosixPath(spec.path), *PurePosixPath(spec.path).parents)}
     found = {f"{node}/{METADATA}": SmallFile(MAX_METADATA_BYTES) for node in sorted(nodes - {"."})}
     for name, sha256 in archive.metadata.files.items():
         found[name] = SmallFile(SIDECAR_FOLDERS[PurePosixPath(name).parts[0]], sha256)
-    for table in side_tables:
-        for name, sha256 in zip(table.paths(), table.files, strict=True):
-            found[name] = SmallFile(SIDECAR_FOLDERS["examples"], sha256)
     return found
+
+
+def side_table_files(tables: Iterable[SideTable]) -> dict[str, SmallFile]:
+    """Return the files of side tables, by their paths."""
+    return {
+        name: SmallFile(SIDECAR_FOLDERS["examples"], sha256)
+        for table in tables
+        for name, sha256 in zip(table.paths(), table.files, strict=True)
+    }
 
 
 def fetch_small(archive: RemoteArchive, name: str, file: SmallFile) -> bytes:
@@ -50,7 +53,9 @@ def fetch_small(archive: RemoteArchive, name: str, file: SmallFile) -> bytes:
         DamagedArchiveError: It is missing, or came twice with other bytes.
         StorageError: It cannot be read, or is larger.
     """
-    place = f"{archive.place}/{name}"
+    place, known = f"{archive.place}/{name}", archive.path / name
+    if file.sha256 and known.is_file() and hashlib.sha256(content := known.read_bytes()).hexdigest() == file.sha256:
+        return content  # which was needed already
     for _ in range(2):
         try:
             content = archive.folder.read(name, file.most_bytes)

@@ -8,20 +8,24 @@ is kept in the cache on the local disk.
 import hashlib
 import tempfile
 import weakref
-from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, suppress
 from os import PathLike, fspath
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from residua.store.base.errors import ResiduaError, StorageError
 from residua.store.base.untrusted import name_problem
-from residua.store.storage.address import is_remote, shown
+from residua.store.storage.address import is_remote, scheme_of, shown
 from residua.store.storage.disk_cache import DiskCache
+from residua.store.storage.hub import folder_at
 from residua.store.storage.objects import ObjectFolder
 
 MOST_BYTES = 2**36
 """Most bytes of results that are fetched: of one file, and of all."""
+
+_UNLISTED = ("http", "https", "hf")
+_LEAST_SLASHES = {"hf": 4}  # of hf://datasets/ORG/NAME
 
 
 @contextmanager
@@ -82,14 +86,20 @@ class Mirror:
 
 
 @contextmanager
-def fetched(place: str | PathLike[str], storage_options: Mapping[str, Any] | None = None) -> Iterator[Path]:
-    """Give a file or folder of results on this machine: for the address of one in a bucket, a copy of it.
+def fetched(
+    place: str | PathLike[str],
+    storage_options: Mapping[str, Any] | None = None,
+    *,
+    names: Sequence[str] = (),
+) -> Iterator[Path]:
+    """Give a file or folder of results on this machine: for an address, a copy of what is there.
 
     The copy goes with the ``with`` block. Errors inside name the address.
 
     Args:
         place: Path or address.
         storage_options: For an address, as for `residua.open`.
+        names: Files that such a folder may have. They are fetched where nothing is listed: on web servers and the Hub.
 
     Raises:
         FileNotFoundError: There is nothing at that address.
@@ -101,22 +111,33 @@ def fetched(place: str | PathLike[str], storage_options: Mapping[str, Any] | Non
     address = fspath(place).rstrip("/")
     with tempfile.TemporaryDirectory(prefix="residua-") as made:
         local = Path(made) / PurePosixPath(address).name
-        _fetch(address, local, storage_options)
+        _fetch(address, local, storage_options, names)
         with naming(local, shown(address)):
             yield local
 
 
-def _fetch(address: str, local: Path, storage_options: Mapping[str, Any] | None) -> None:
-    folder = ObjectFolder(address, storage_options)
-    names = {entry.name: entry.n_bytes for entry in folder.list()}
-    if problem := next(filter(None, map(name_problem, names)), ""):
-        raise StorageError(f"{folder}: {problem}")
-    if (n_bytes := sum(names.values())) > MOST_BYTES:
-        raise StorageError(f"{folder} holds {n_bytes:,} bytes, more than results have: name the folder of the results")
+def _fetch(address: str, local: Path, storage_options: Mapping[str, Any] | None, names: Sequence[str]) -> None:
+    """Fetch a folder, or, if there is none, the file of that name."""
+    folder = folder_at(address, storage_options)
+    if scheme_of(address) not in _UNLISTED:
+        names = _listed(folder)
     for name in names:
-        path = local / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(folder.read(name, MOST_BYTES))
-    if not names:
+        with suppress(*([FileNotFoundError] if scheme_of(address) in _UNLISTED else [])):
+            content = folder.read(name, MOST_BYTES)
+            path = local / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(content)
+    if not local.exists():
         parent, _, name = address.rpartition("/")
-        local.write_bytes(ObjectFolder(parent, storage_options).read(name, MOST_BYTES))
+        if parent.count("/") < _LEAST_SLASHES.get(scheme_of(address), 2):
+            raise FileNotFoundError(f"there is nothing to read at {folder}: name the folder or the file itself")
+        local.write_bytes(folder_at(parent, storage_options).read(name, MOST_BYTES))
+
+
+def _listed(folder: ObjectFolder) -> list[str]:
+    found = {entry.name: entry.n_bytes for entry in folder.list()}
+    if problem := next(filter(None, map(name_problem, found)), ""):
+        raise StorageError(f"{folder}: {problem}")
+    if (n_bytes := sum(found.values())) > MOST_BYTES:
+        raise StorageError(f"{folder} holds {n_bytes:,} bytes, more than results have: name the folder of the results")
+    return list(found)
