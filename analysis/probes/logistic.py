@@ -19,7 +19,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Self, TypeAlias
+from typing import TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -28,6 +28,7 @@ from scipy.special import softmax
 
 from residua.analysis.probes.lbfgs import minimise
 from residua.analysis.support.moments import Moments
+from residua.analysis.support.sums import FieldSums
 
 Floats: TypeAlias = npt.NDArray[np.float64]
 Codes: TypeAlias = npt.NDArray[np.int64]
@@ -46,7 +47,7 @@ def standardised(values: npt.NDArray[np.floating], mean: Floats, scale: Floats) 
 
 
 @dataclass
-class Covariance:
+class Covariance(FieldSums):
     """Sums over some standardised rows of the products of all pairs of channels, (width, width) float64."""
 
     n_rows: int
@@ -61,12 +62,6 @@ class Covariance:
         """Add standardised rows, (rows, width), whose products are computed in their own dtype."""
         self.n_rows += len(rows)
         self.products += rows.T @ rows
-
-    def merge(self, other: "Covariance") -> Self:
-        """Add the sums over other rows."""
-        self.n_rows += other.n_rows
-        self.products += other.products
-        return self
 
 
 def scale_of(moments: Moments) -> Floats:
@@ -229,7 +224,7 @@ def fit_logistic(
 
 
 @dataclass
-class LossSums:
+class LossSums(FieldSums):
     """Sums over some rows, for several problems at some weights each; those of several blocks add up.
 
     Attributes:
@@ -246,13 +241,6 @@ class LossSums:
     def zero(cls, n_problems: int, shape: tuple[int, ...]) -> "LossSums":
         """Return the sums over no rows for weights of this shape."""
         return cls(0, np.zeros(n_problems), np.zeros(shape))
-
-    def merge(self, other: "LossSums") -> Self:
-        """Add the sums over other rows."""
-        self.n_rows += other.n_rows
-        self.losses += other.losses
-        self.gradients += other.gradients
-        return self
 
 
 def loss_sums(rows: npt.NDArray[np.floating], codes: Codes, problems: Sequence[Problem], weights: Floats) -> LossSums:

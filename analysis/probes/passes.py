@@ -6,7 +6,7 @@ rows that they have read for the next pass, standardised once the mean and the v
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Self, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -27,6 +27,7 @@ from residua.analysis.probes.ridge import Line
 from residua.analysis.probes.rows import LabelledRows, SiteRows, labelled_rows
 from residua.analysis.support.cluster import Cluster
 from residua.analysis.support.moments import Moments
+from residua.analysis.support.sums import FieldSums
 
 Floats = npt.NDArray[np.float64]
 Numbers = npt.NDArray[np.int64]
@@ -44,7 +45,7 @@ class Scale(NamedTuple):
 
 
 @dataclass
-class RowCounts:
+class RowCounts(FieldSums):
     """What one pass over all rows counts.
 
     Attributes:
@@ -61,18 +62,9 @@ class RowCounts:
     n_learned: Numbers
     n_tested: Numbers
 
-    def merge(self, other: "RowCounts") -> Self:
-        """Add the counts of other rows."""
-        self.train.merge(other.train)
-        self.n_rows += other.n_rows
-        self.n_left_out += other.n_left_out
-        self.n_learned += other.n_learned
-        self.n_tested += other.n_tested
-        return self
-
 
 @dataclass
-class Tested:
+class Tested(FieldSums):
     """How a probe and its control do on held-out rows.
 
     Attributes:
@@ -87,17 +79,9 @@ class Tested:
     scores: list[Floats]
     truth: list[npt.NDArray[np.bool_]]
 
-    def merge(self, other: "Tested") -> Self:
-        """Add the results of the rows that follow."""
-        self.n_rows += other.n_rows
-        self.n_found += other.n_found
-        self.scores += other.scores
-        self.truth += other.truth
-        return self
-
 
 @dataclass
-class SplitMoments:
+class SplitMoments(FieldSums):
     """Moments of rows to fit and of rows to choose the penalty by, to which their labels were appended.
 
     Attributes:
@@ -112,27 +96,13 @@ class SplitMoments:
     n_left_out: int
     n_test: int
 
-    def merge(self, other: "SplitMoments") -> Self:
-        """Add the sums over other rows."""
-        self.fit.merge(other.fit)
-        self.validation.merge(other.validation)
-        self.n_left_out += other.n_left_out
-        self.n_test += other.n_test
-        return self
-
 
 @dataclass
-class Errors:
+class Errors(FieldSums):
     """Squared errors on held-out rows, (2,) for the labels and the control's, and the moments of both labels."""
 
     squares: Floats
     labels: Moments
-
-    def merge(self, other: "Errors") -> Self:
-        """Add the errors on other rows."""
-        self.squares += other.squares
-        self.labels.merge(other.labels)
-        return self
 
 
 class Passes:

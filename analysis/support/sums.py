@@ -8,8 +8,9 @@ travel (`joined`); neither the tree nor the result depends on how the leaves are
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from copy import deepcopy
+from dataclasses import fields
 from itertools import pairwise
-from typing import Generic, NamedTuple, TypeAlias, TypeVar
+from typing import Any, Generic, NamedTuple, Self, TypeAlias, TypeVar, cast
 
 Key = TypeVar("Key")
 Result = TypeVar("Result")
@@ -18,6 +19,21 @@ Nodes: TypeAlias = Mapping[tuple[int, int], Term]
 """Partial sums by level of the tree and number within the level."""
 
 _GRAINS = 16  # pieces of a share: shares end at multiples of a power of two, so that they leave few partial sums
+
+
+class FieldSums:
+    """What a dataclass of sums over rows inherits, whose fields are numbers, arrays, lists or sums themselves."""
+
+    def merge(self, other: Self) -> Self:
+        """Add the sums over other rows, those that follow, field by field."""
+        for name in (field.name for field in fields(cast("Any", self))):
+            mine, theirs = getattr(self, name), getattr(other, name)
+            if hasattr(mine, "merge"):
+                mine.merge(theirs)
+            else:
+                mine += theirs
+                setattr(self, name, mine)
+        return self
 
 
 class Share(NamedTuple):

@@ -34,6 +34,12 @@ def sound(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     return make_archive(tmp_path_factory.mktemp(request.param) / "a.zarr", request.param)
 
 
+def files_to_damage(sound: Path) -> list[str]:
+    """Return all files of one archive, and of the others those that another codec makes another way."""
+    is_first = sound.parent.name.startswith(PRESETS[0])
+    return [name for name in files_of(sound) if is_first or name.startswith("sites/")]
+
+
 def names(report: Verification, name: str) -> bool:
     """Say whether a problem of the report names the file."""
     return any(name in f"{problem.path} {problem.what}" for problem in report.problems)
@@ -61,7 +67,7 @@ def test_the_sound_archive_is_sound(sound: Path) -> None:
 def test_each_file_deleted_in_turn_is_named(sound: Path, tmp_path: Path) -> None:
     before = read_everything(sound)
     archive = Path(shutil.copytree(sound, tmp_path / "a.zarr"))
-    for name in files_of(sound):
+    for name in files_to_damage(sound):
         (archive / name).unlink()
         check_reading(archive, before, name)
         if name == "zarr.json":
@@ -82,7 +88,7 @@ def test_flipped_bits_in_every_file_are_found(sound: Path, tmp_path: Path) -> No
     before = read_everything(sound)
     archive = Path(shutil.copytree(sound, tmp_path / "a.zarr"))
     chosen = random.Random(sound.parent.name)
-    for name in files_of(sound):
+    for name in files_to_damage(sound):
         data = (sound / name).read_bytes()
         for bit in chosen.sample(range(8 * len(data)), FLIPS):
             damaged = flipped(data, bit)
