@@ -26,10 +26,9 @@ from residua.store.read.remote_archive import RemoteArchive
 from residua.store.read.stacks import open_archive
 from residua.store.sealing.packed_index import INDEX
 from residua.store.sealing.seal import seal
-from residua.store.sharing.copied import in_parallel
 from residua.store.storage.destination import BucketFolder, Destination, DiskFolder
 from residua.store.storage.files import sync_folder
-from residua.store.storage.objects import ObjectFolder
+from residua.store.storage.objects import ObjectFolder, in_parallel
 
 _JOINED = "joined"
 ADDED = "added_sites"

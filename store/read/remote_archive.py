@@ -6,7 +6,6 @@ they are used first.
 """
 
 from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from os import PathLike
 from pathlib import Path
@@ -29,11 +28,10 @@ from residua.store.storage.address import scheme_of
 from residua.store.storage.disk_cache import DiskCache
 from residua.store.storage.hub import folder_at
 from residua.store.storage.mirror import Mirror
-from residua.store.storage.objects import DeniedError, ObjectFolder
+from residua.store.storage.objects import DeniedError, ObjectFolder, in_parallel
 
 Cache: TypeAlias = str | PathLike[str] | DiskCache | bool | None
 
-_N_AT_ONCE = 16
 _CACHED_SCHEMES = ("hf", "http", "https")
 
 
@@ -117,8 +115,7 @@ class RemoteArchive(Archive):
             ) from error
         need = [(name, MAX_RECORD_BYTES) for name in records]
         need += [(f"{spec.path}/{METADATA}", MAX_METADATA_BYTES) for spec in plan.arrays]
-        with ThreadPoolExecutor(_N_AT_ONCE, thread_name_prefix="residua-records") as pool:
-            list(pool.map(lambda each: self._mirror.need(*each), need))
+        in_parallel(lambda each: self._mirror.need(*each), need)
 
     def __reduce__(self) -> tuple[object, ...]:
         return _reopen, (self._mirror.folder.address, self._settings)

@@ -1,19 +1,15 @@
-"""What the two directions of a copy share: the result, the count of bytes, and work that is done several at once."""
+"""What the two directions of a copy share: the result, and the count of bytes."""
 
 import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass
-from typing import TypeVar
 
 from residua.store.base.errors import PlanError, few
 from residua.store.format.plan import Plan
 from residua.store.read.archive import Archive
 
 N_AT_ONCE = 8
-
-T = TypeVar("T")
-R = TypeVar("R")
+"""Files that are copied at a time."""
 
 
 @dataclass(frozen=True)
@@ -81,16 +77,3 @@ def refuse_lost_side_tables(mine: Archive, there: Archive) -> None:
             f"{there.place} has the side table {few(lost)}, and {mine.place} does not, so that it would be lost: pull "
             "the archive from there, annotate that copy, and push it"
         )
-
-
-def in_parallel(work: Callable[[T], R], items: Sequence[T]) -> list[R]:
-    """Return the results of `work` for all items, several at once; after a failure no other item is begun."""
-    with ThreadPoolExecutor(N_AT_ONCE, thread_name_prefix="residua-copy") as pool:
-        jobs = [pool.submit(work, item) for item in items]
-        wait(jobs, return_when=FIRST_EXCEPTION)
-        failed = next((job for job in jobs if job.done() and job.exception()), None)
-        if failed is not None:
-            for job in jobs:
-                job.cancel()
-            failed.result()
-    return [job.result() for job in jobs]

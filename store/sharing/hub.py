@@ -18,11 +18,12 @@ from residua.store.format.archive_metadata import ROOT
 from residua.store.read.archive import Archive
 from residua.store.read.remote_archive import RemoteArchive
 from residua.store.sharing.card import CARD, MAX_CARD_BYTES, Licences, is_own, make_card
-from residua.store.sharing.copied import BytesDone, Copied, in_parallel, is_part_of, refuse_lost_side_tables
+from residua.store.sharing.copied import N_AT_ONCE, BytesDone, Copied, is_part_of, refuse_lost_side_tables
 from residua.store.sharing.croissant import CROISSANT
 from residua.store.sharing.hub_client import Source, There, grouped, target_at
 from residua.store.storage.address import HubPlace, hub_place
 from residua.store.storage.hub import folder_at
+from residua.store.storage.objects import in_parallel
 
 MOST_FILES = 100_000
 """Files that a repository of the Hub may have."""
@@ -90,7 +91,7 @@ class HubPush:
         card, notes = self._card(licences)
         files = {name: source for name, source in self._files.items() if name not in card and name not in self._left}
         names = sorted(files)
-        are_there = in_parallel(lambda name: self._is_there(name, there), names)
+        are_there = in_parallel(lambda name: self._is_there(name, there), names, n_at_once=N_AT_ONCE)
         to_send = {name: files[name] for name, is_there in zip(names, are_there, strict=True) if not is_there}
         # What replaces a file of an archive that is complete goes with the last commit, as the root does.
         late = {name for name in to_send if name == ROOT or (ROOT in there and name in there)}

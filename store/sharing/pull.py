@@ -20,10 +20,11 @@ from residua.store.read.remote_archive import RemoteArchive
 from residua.store.read.shard_files import shard_file
 from residua.store.read.stacks import StackedArchive, open_archive
 from residua.store.sealing.packed_index import INDEX, PackedIndex
-from residua.store.sharing.copied import BytesDone, Copied, in_parallel, together
+from residua.store.sharing.copied import N_AT_ONCE, BytesDone, Copied, together
 from residua.store.sharing.small_files import SmallFile, fetch_index, fetch_small, side_table_files, small_files
 from residua.store.storage.files import sweep, write_file
 from residua.store.storage.hub import folder_at
+from residua.store.storage.objects import in_parallel
 
 
 def pull(
@@ -113,7 +114,7 @@ class _Pull:
         works: list[Callable[[], int]] = [self._copy_side_tables]
         works += [partial(copy_shard, i) for i in range(len(shards))]
         works += [self._copy_index, *(partial(self._copy_small, name, file) for name, file in self._small.items())]
-        sent = sum(in_parallel(lambda work: work(), works))
+        sent = sum(in_parallel(lambda work: work(), works, n_at_once=N_AT_ONCE))
         sent += write_file(self._out / ROOT, [(self._archive.path / ROOT).read_bytes()])
         names = [*self._small, *self._side, INDEX, ROOT]
         n_bytes = sum((self._out / name).stat().st_size for name in names)

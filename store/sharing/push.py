@@ -31,15 +31,7 @@ from residua.store.read.shard_files import shard_file
 from residua.store.read.stacks import StackedArchive, archives_of, open_source
 from residua.store.sealing.packed_index import INDEX
 from residua.store.sharing.card import Licences
-from residua.store.sharing.copied import (
-    N_AT_ONCE,
-    BytesDone,
-    Copied,
-    in_parallel,
-    is_part_of,
-    refuse_lost_side_tables,
-    together,
-)
+from residua.store.sharing.copied import N_AT_ONCE, BytesDone, Copied, is_part_of, refuse_lost_side_tables, together
 from residua.store.sharing.hub import HubPush
 from residua.store.sharing.pull import pull_one
 from residua.store.sharing.small_files import fetch_index, fetch_small, side_table_files, small_files
@@ -49,7 +41,7 @@ from residua.store.storage.destination import BucketFolder
 from residua.store.storage.files import write_file
 from residua.store.storage.hub import folder_at
 from residua.store.storage.lease import LEASE
-from residua.store.storage.objects import ObjectFolder
+from residua.store.storage.objects import ObjectFolder, in_parallel
 from residua.store.storage.place import bucket_at, require_room
 
 _MEMORY_BYTES = 256 * 2**20  # of shards that are under way
@@ -152,7 +144,7 @@ class _Push:
             done.add(files[name])
 
         first = sorted((name for name in to_send if name not in self._last), key=lambda name: files[name], reverse=True)
-        in_parallel(send, first)  # the largest first, so that none is left alone at the end
+        in_parallel(send, first, n_at_once=N_AT_ONCE)  # the largest first, so that none is left alone at the end
         self._require_arrived()
         for name in self._last:
             send(name)
@@ -290,7 +282,7 @@ def _small_files_of(archive: Archive) -> Iterator[Path]:
         def bring(name: str) -> None:
             write_file(folder / name, [fetch_small(archive, name, files[name])])
 
-        in_parallel(bring, list(files))
+        in_parallel(bring, list(files), n_at_once=N_AT_ONCE)
         write_file(folder / INDEX, fetch_index(archive))
         for name in [*([SIDE_TABLES] if tables else []), ROOT]:
             write_file(folder / name, [(archive.path / name).read_bytes()])

@@ -22,7 +22,6 @@ import shutil
 import tempfile
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from itertools import chain
 from pathlib import Path, PurePosixPath
@@ -37,7 +36,7 @@ from residua.store.storage.crc import Buffer
 from residua.store.storage.files import bytes_of, publish, sweep, sync_folder, write_file
 from residua.store.storage.lease import LEASE, Lease, LeaseWatch, leased
 from residua.store.storage.lock import locked, try_flock
-from residua.store.storage.objects import ObjectFolder
+from residua.store.storage.objects import ObjectFolder, in_parallel
 
 TRIAL = ".residua-trial/"
 """How the names of objects begin that only tried the place."""
@@ -54,7 +53,6 @@ THREAD_BYTES = 2 * PART_BYTES
 _LEAST_THREADS = 4  # most of the time they wait for the server
 _WRITE_TRIES = 3
 _MOST_PARTS = 8
-_N_AT_ONCE = 16
 _FETCH_BYTES = 2**38
 _PREFIX = "residua-writing-"
 
@@ -327,7 +325,7 @@ class BucketFolder:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(data)
 
-        _in_parallel(bring, [name for name in names if not (self.path / name).exists()])
+        in_parallel(bring, [name for name in names if not (self.path / name).exists()])
 
     def upload(self, names: Sequence[str]) -> None:
         """Send files of the local folder, over what is there.
@@ -336,7 +334,7 @@ class BucketFolder:
             StorageError: One could not be written, or another run has taken over.
         """
         self._check_lease()
-        _in_parallel(lambda name: self.objects.write(name, self.path / name), names)
+        in_parallel(lambda name: self.objects.write(name, self.path / name), names)
 
     def sweep(self) -> None:
         """Remove what trials of writers that are dead left; an object appears whole, so there are no other ones."""
@@ -415,18 +413,6 @@ def _parts(buffers: Iterable[Buffer], sizes: list[int]) -> Iterator[memoryview]:
     if filled or not sizes:
         sizes.append(filled)
         yield part[:filled].data
-
-
-def _in_parallel(work: Callable[[str], object], names: Sequence[str]) -> None:
-    """Do the work for all names, several at once, and raise the first error."""
-    with ThreadPoolExecutor(_N_AT_ONCE, thread_name_prefix="residua-files") as pool:
-        jobs = [pool.submit(work, name) for name in names]
-        try:
-            for job in jobs:
-                job.result()
-        finally:
-            for job in jobs:
-                job.cancel()
 
 
 def _temporary_folder(owner: object) -> Path:

@@ -14,6 +14,7 @@ import os
 import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from contextlib import suppress
 from datetime import timedelta
 from functools import lru_cache, partial
@@ -62,6 +63,7 @@ _FAILURES = (failures.BaseError, OSError, ValueError)
 _PROCESS: dict[str, int] = {}  # the process in which obstore's threads are
 
 Bytes = npt.NDArray[np.uint8]
+R = TypeVar("R")
 T = TypeVar("T")
 
 
@@ -458,3 +460,16 @@ def _said(error: BaseException) -> str:
 def shown_in(text: str) -> str:
     """Return a message without the queries and passwords of the addresses in it."""
     return re.sub(r"[a-z]+://\S+", lambda found: shown(found[0]), text)
+
+
+def in_parallel(work: Callable[[T], R], items: Sequence[T], *, n_at_once: int = 16) -> list[R]:
+    """Return the results of `work` for all items, several at once; after a failure no other item is begun."""
+    with ThreadPoolExecutor(n_at_once, thread_name_prefix="residua-objects") as pool:
+        jobs = [pool.submit(work, item) for item in items]
+        wait(jobs, return_when=FIRST_EXCEPTION)
+        failed = next((job for job in jobs if job.done() and job.exception()), None)
+        if failed is not None:
+            for job in jobs:
+                job.cancel()
+            failed.result()
+    return [job.result() for job in jobs]
