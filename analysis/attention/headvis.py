@@ -30,6 +30,7 @@ from residua.analysis.support.sums import in_order
 from residua.store.base.errors import AnalysisError
 from residua.store.base.naming import named
 from residua.store.base.sizes import Size
+from residua.store.format.archive_metadata import said_of
 from residua.store.read.archive import Archive
 from residua.store.read.stacks import open_archive
 from residua.store.read.text import token_texts
@@ -338,8 +339,7 @@ def _config(archive: Archive, table: pa.Table, n_intervals: int) -> dict[str, An
 
 
 def _model_name(archive: Archive) -> str:
-    model = archive.provenance.get("model")
-    facts = model if isinstance(model, Mapping) else {}
+    facts = said_of("model", archive.provenance)
     return str(facts.get("id") or facts.get("class") or archive.plan.model.get("class") or "model")
 
 

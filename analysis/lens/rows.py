@@ -9,7 +9,7 @@ alone, so every job finds the same rows.
 """
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -25,6 +25,7 @@ from residua.store.base.errors import AnalysisError, PlanError
 from residua.store.base.naming import named
 from residua.store.base.untrusted import check_file
 from residua.store.edits.lens_files import BLOCKS_BEFORE, lens_layer
+from residua.store.format.archive_metadata import said_of
 from residua.store.format.sidecars import CONFIG_FILE, LM_HEAD_FILE, why_no_lm_head
 from residua.store.format.site_names import parse_site
 from residua.store.read.archive import Archive
@@ -225,10 +226,8 @@ class LensRows:
     def next_tokens(self, rows: Rows) -> Rows:
         """Return the token after each row; -1 at the end of its example, and for models that predict none."""
         found = np.full(len(rows), -1, np.int64)
-        model = self._archive.provenance.get("model")
-        if isinstance(model, Mapping) and (
-            model.get("predicts") in ("tokens", "examples") or "MaskedLM" in str(model.get("class"))
-        ):
+        model = said_of("model", self._archive.provenance)
+        if model.get("predicts") in ("tokens", "examples") or "MaskedLM" in str(model.get("class")):
             return found
         examples, following = self._archive.rows.example.numpy(rows), self._positions(rows) + 1
         for example in np.unique(examples).tolist():

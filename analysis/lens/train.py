@@ -46,6 +46,7 @@ from residua.analysis.support.open_archives import Location, location, opened
 from residua.analysis.support.sums import in_order
 from residua.store.base.errors import AnalysisError
 from residua.store.base.naming import named
+from residua.store.format.archive_metadata import said_of
 from residua.store.read.archive import Archive
 from residua.store.storage.files import sweep, write_file
 
@@ -374,8 +375,7 @@ class LensTraining:
         return totals
 
     def _config(self, head: LMHead) -> LensConfig:
-        model = self._archive.provenance.get("model")
-        known: Mapping[str, Any] = model if isinstance(model, Mapping) else {}
+        known = said_of("model", self._archive.provenance)
         return LensConfig(
             base_model_name_or_path=str(known.get("id") or known.get("class") or "unknown"),
             base_model_revision=known.get("revision"),

@@ -32,6 +32,7 @@ from residua.capture.runtime.wrappers import core_of, evaluating, running_uncomp
 from residua.store.base.canonical import Json, differences, digest_of, flatten
 from residua.store.base.errors import CaptureError, PlanError
 from residua.store.base.naming import named
+from residua.store.format.archive_metadata import said_of
 from residua.store.format.site_names import is_pattern
 from residua.store.read.archive import Archive
 
@@ -173,8 +174,7 @@ def changed_conditions(provenance: Mapping[str, object], model: nn.Module | None
         for key, value in here.items()
         if key in there and there[key] != value
     ]
-    described = provenance.get("model")
-    then = described.get("layout") if isinstance(described, Mapping) else None
+    then = said_of("model", provenance).get("layout")
     if model is not None and then not in (None, now := describe_process_layout(core_of(model))):
         changed.append(
             f"layout of the model: {then} when it was captured, {now} now, so values are rounded in another order"
@@ -184,9 +184,8 @@ def changed_conditions(provenance: Mapping[str, object], model: nn.Module | None
 
 def config_differences(provenance: Mapping[str, object], model: nn.Module) -> list[str]:
     """Return one line for each value of the model's config that differs from `provenance`."""
-    described = provenance.get("model")
-    there = described.get("config_values") if isinstance(described, Mapping) else None
-    if not isinstance(there, Mapping):
+    there = said_of("config_values", said_of("model", provenance))
+    if not there:
         return []
     before, now = (flatten(values, "model.config.") for values in (there, _config_values(model)))
     return differences(before, now, ("the archive", "this run"))
@@ -197,15 +196,14 @@ def adapter_differences(provenance: Mapping[str, object], model: nn.Module) -> l
 
     Call this for a model whose weights are others; `compare_behaviour` says everything of one whose weights are equal.
     """
-    described = provenance.get("model")
-    if not isinstance(described, Mapping) or spans_processes(core_of(model)):
+    described = said_of("model", provenance)
+    if not described or spans_processes(core_of(model)):
         return []
     then, now = described.get("adapters") or {}, adapters_of(model)
     lines, same = list[str](), isinstance(then, Mapping) and set(then) == set(now)
     if isinstance(then, Mapping) and not same:
         lines.append(f"adapters: {_listed(then)} in the archive, {_listed(now)} here")
-    before = described.get("settings")
-    if isinstance(before, Mapping):
+    if before := said_of("settings", described):
         lines += compare_settings(before, module_settings(core_of(model)), both=not same).attributes
     return lines if len(lines) <= _MOST_LINES else [*lines[:_MOST_LINES], f"and {len(lines) - _MOST_LINES} more"]
 
@@ -237,8 +235,8 @@ def compare_behaviour(
         model: The model here.
         output: What it computes here, as `output_sample` says.
     """
-    described = provenance.get("model")
-    if not isinstance(described, Mapping):
+    described = said_of("model", provenance)
+    if not described:
         return BehaviourComparison()
     core, changed = core_of(model), changed_conditions(provenance, model)
     same_layout = described.get("layout") == describe_process_layout(core)
@@ -254,8 +252,8 @@ def compare_behaviour(
             (wrong if found.is_other else notes).append(found.text)
     elif then is not None:
         notes.append(f"the model's output was not compared with that of the captured model: {output}")
-    before = described.get("settings")
-    if isinstance(before, Mapping) and same_layout and not spans_processes(core):
+    before = said_of("settings", described)
+    if before and same_layout and not spans_processes(core):
         settings = compare_settings(before, module_settings(core), both=not same_versions)
         (wrong if same_versions else notes).extend(settings.attributes)
         if found is None or not found.is_equal:  # a hook may only look: the output says whether it changes anything

@@ -39,6 +39,7 @@ from residua.store.base.errors import PlanError
 from residua.store.base.naming import named
 from residua.store.examples.index import Example, ExampleIndex, dataset_entry
 from residua.store.examples.writer import ExampleWriter
+from residua.store.format.archive_metadata import said_of
 from residua.store.format.plan import Plan, check_host_memory, choose_rows_per_shard, host_buffer_bytes
 from residua.store.format.row_columns import HAS_IMAGES, IMAGE_ROW_BYTES
 from residua.store.storage.destination import BucketFolder, Destination
@@ -152,8 +153,8 @@ class DatasetCapture(CaptureJob):
 
     def known_examples(self) -> ExampleIndex | None:
         """Return the archive's examples if dataset, settings and tokenizer are surely those that gave them."""
-        known = self.archive.provenance.get("dataset")
-        if not isinstance(known, Mapping) or "reading" not in known:
+        known = said_of("dataset", self.archive.provenance)
+        if "reading" not in known:
             return None
         reading, report = self._reading(), DatasetReport.of(known.get("report"))
         if reading is None or report is None or known["reading"] != reading.digest:

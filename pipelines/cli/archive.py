@@ -491,10 +491,10 @@ def _fidelity(options: argparse.Namespace) -> int:
 
 def _what_diverges(archive: str) -> tuple[bool, str]:
     """Return whether a model's logits are of tokens, and what they are of if not of the next one, as a sentence."""
+    from residua.store.format.archive_metadata import said_of
     from residua.store.read.stacks import main_archive, open_archive
 
-    model: Any = main_archive(open_archive(archive)).provenance.get("model", {})
-    predicts = model.get("predicts")
+    predicts = said_of("model", main_archive(open_archive(archive)).provenance).get("predicts")
     if predicts == "tokens":
         return True, (
             "the model's logits are not those of the next token: the divergence is of what it gives for each token of "

@@ -67,6 +67,12 @@ class Metadata:
         return {**entry, "sha256": digest_of(entry)}
 
 
+def said_of(what: str, provenance: Mapping[str, object]) -> Mapping[str, Any]:
+    """Return what a provenance says of the ``model``, the ``dataset`` or the like; empty if it says nothing."""
+    found = provenance.get(what)
+    return found if isinstance(found, Mapping) else {}
+
+
 def notes_in(provenance: Mapping[str, object]) -> list[str]:
     """Return the notes of a provenance: what a reader of the archive should know, one sentence each."""
     found = provenance.get("notes")
@@ -180,8 +186,7 @@ class DatasetEnd:
 
 def was_read(metadata: Metadata) -> bool:
     """Return whether the dataset of an archive is known to have been read to its end."""
-    dataset = metadata.provenance.get("dataset")
-    return isinstance(dataset, dict) and "report" in dataset
+    return "report" in said_of("dataset", metadata.provenance)
 
 
 def read_entry(archive: Path) -> dict[str, Any]:

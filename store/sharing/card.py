@@ -7,7 +7,7 @@ edited by somebody, and is not written over.
 
 import hashlib
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from os import PathLike
@@ -20,6 +20,7 @@ from residua.store.base.errors import PlanError
 from residua.store.base.naming import named
 from residua.store.base.untrusted import read_file
 from residua.store.examples.index import OWN_COLUMNS
+from residua.store.format.archive_metadata import said_of
 from residua.store.read.archive import Archive
 from residua.store.read.stacks import open_archive
 from residua.store.read.summary import Summary, summarise
@@ -292,20 +293,19 @@ def _licences(licences: Licences) -> Iterator[str]:
 def _origin(summary: Summary) -> Iterator[str]:
     """Yield where the rows are from; of paths, the last part alone."""
     yield from ("", "## Provenance", "", f"- plan: `{summary.digest}`")
-    model, dataset = (summary.provenance.get(name) for name in ("model", "dataset"))
-    if isinstance(model, Mapping):
+    model, dataset = (said_of(what, summary.provenance) for what in ("model", "dataset"))
+    if model:
         name, commit = _model(summary)
         yield f"- model: {_cell(name)}" + (f", commit {commit}" if commit else "")
         for key in ("class", "weights", "config", "dtype", "attention", "layout"):
             if model.get(key):
                 yield f"- {key} of the model: {_cell(model[key])}"
-    if isinstance(dataset, Mapping):
+    if dataset:
         yield f"- dataset: {_dataset(summary)}"
         for key in ("subset", "split", "revision"):
             if dataset.get(key):
                 yield f"- {key} of the dataset: {_cell(dataset[key])}"
-    packages = summary.provenance.get("packages")
-    if isinstance(packages, Mapping):
+    if packages := said_of("packages", summary.provenance):
         yield f"- packages: {', '.join(f'{_cell(name)} {_cell(number)}' for name, number in packages.items())}"
 
 
@@ -315,8 +315,7 @@ def _title(summary: Summary) -> str:
 
 def _model(summary: Summary) -> tuple[str, str]:
     """Return the name of the model and its commit on the Hub; the commit is empty if it did not come from there."""
-    found = summary.provenance.get("model")
-    model = found if isinstance(found, Mapping) else {}
+    model = said_of("model", summary.provenance)
     name, commit = str(model.get("id") or ""), str(model.get("revision") or "")
     if _COMMIT.fullmatch(commit) and name.count("/") == 1 and not name.startswith(("/", ".")):
         return name, commit
@@ -324,8 +323,7 @@ def _model(summary: Summary) -> tuple[str, str]:
 
 
 def _dataset(summary: Summary) -> str:
-    found = summary.provenance.get("dataset")
-    dataset = found if isinstance(found, Mapping) else {}
+    dataset = said_of("dataset", summary.provenance)
     if dataset.get("kind") == "hub":
         return _cell(dataset.get("id"))
     return _cell(PurePosixPath(str(dataset.get("path") or "")).name or "a dataset of its author's")
