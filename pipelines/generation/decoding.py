@@ -36,7 +36,7 @@ from residua.capture.runtime.sharded import is_sharded
 from residua.capture.runtime.wrappers import core_of
 from residua.capture.sites.anatomy import takes_pixels
 from residua.pipelines.setup.settings import CaptureSettings
-from residua.store.base.canonical import Json
+from residua.store.base.canonical import Json, as_json
 from residua.store.base.errors import CaptureError, PlanError
 from residua.store.base.naming import named
 
@@ -177,7 +177,7 @@ def decoding_of(model: nn.Module, settings: CaptureSettings) -> Decoding:
         warpers=warpers,
         is_sampled=is_sampled,
         sees_padding=any(name in active for name in _OF_PADDING),
-        entry=_plain(entry),
+        entry=as_json(entry),
     )
 
 
@@ -251,16 +251,3 @@ def _greedy(config: GenerationConfig) -> GenerationConfig:
     if found.pad_token_id is None:
         found.pad_token_id = 0
     return found
-
-
-def _plain(value: Mapping[str, Any]) -> dict[str, Json]:
-    """Return settings as JSON values."""
-
-    def plain(one: Any) -> Json:
-        if isinstance(one, Mapping):
-            return {str(key): plain(each) for key, each in one.items()}
-        if isinstance(one, list | tuple):
-            return [plain(each) for each in one]
-        return one if isinstance(one, str | int | float | bool | None) else str(one)
-
-    return {name: plain(one) for name, one in value.items()}

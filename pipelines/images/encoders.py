@@ -7,7 +7,7 @@ processor puts tokens into the text that stand for patches, and the model puts w
 from collections.abc import Mapping, Sequence
 from inspect import signature
 from math import isqrt, prod
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -23,7 +23,7 @@ from residua.capture.sites.towers import image_token_of
 from residua.pipelines.data.settings import DatasetSettings
 from residua.pipelines.data.sources import Row
 from residua.pipelines.data.tokenizer import special_ids
-from residua.store.base.canonical import Json, digest_of
+from residua.store.base.canonical import Json, as_json, digest_of
 from residua.store.base.errors import CaptureError, DatasetError, PlanError
 from residua.store.base.naming import named
 from residua.store.examples.index import NO_TOKEN
@@ -332,21 +332,13 @@ def image_processor_of(processor: object) -> object:
 
 def processor_identity(processor: Any) -> dict[str, Json]:
     """Return class and settings of a processor or image processor, a digest of both, and the version of Pillow."""
-    settings = cast("dict[str, Json]", _plain(processor.to_dict()))
+    settings = as_json(processor.to_dict())
     entry: dict[str, Json] = {
         "class": type(processor).__name__,
         "image_processor": type(image_processor_of(processor)).__name__,  # it differs with and without torchvision
         "settings": settings,
     }
     return {**entry, "digest": digest_of(entry), "pillow": PIL.__version__}
-
-
-def _plain(value: Any) -> Json:
-    if isinstance(value, Mapping):
-        return {str(key): _plain(inner) for key, inner in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(inner) for inner in value]
-    return value if isinstance(value, str | int | float | bool | None) else str(value)
 
 
 def processed(processor: Any, where: str, **given: Any) -> dict[str, Any]:

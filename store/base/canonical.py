@@ -12,6 +12,19 @@ _MAX_LETTERS = 200  # of a value in a message
 _LETTERS_BEFORE = 40  # the difference in a longer value
 
 
+def as_json(values: Mapping[str, object]) -> dict[str, Json]:
+    """Return values of any kind, by name, as JSON values: what is of no such kind becomes its text."""
+
+    def plain(value: object) -> Json:
+        if isinstance(value, list | tuple):
+            return [plain(each) for each in value]
+        if isinstance(value, Mapping):
+            return as_json(value)
+        return value if isinstance(value, str | int | float | bool | None) else str(value)
+
+    return {str(name): plain(value) for name, value in values.items()}
+
+
 def canonical_json(value: object) -> bytes:
     """Return `value` as JSON with sorted keys, no white space, UTF-8, and no NaN (in the spirit of RFC 8785).
 
