@@ -6,14 +6,14 @@ in what matters here: some tokens have most of the probability, and tens of thou
 has the same stream, partly mixed between channels, with other noise and channels of different sizes.
 """
 
-import multiprocessing
 import os
 import time
 from collections.abc import Callable
 from pathlib import Path
 from threading import Event, Thread
-from typing import Any
+from typing import Any, cast
 
+import distributed
 import numpy as np
 import numpy.typing as npt
 import torch
@@ -239,19 +239,18 @@ def whole(folder: Path, width: int, vocabulary: int, n_rows: int) -> str:
     def watch() -> None:
         while not ended.wait(0.05):
             here.look()
-            for child in multiprocessing.active_children():
-                worker.number = child.pid or 0
-                worker.look()
+            worker.look()
 
     watcher = Thread(target=watch)
     with connect(workers=1) as cluster:
+        worker.number = next(iter(cast("Any", distributed).default_client().run(os.getpid).values()))
         watcher.start()
         started = time.process_time()
         lens = TunedLens.fit(archive, cluster=cluster, held_out_rows=4_096)
         seconds = time.process_time() - started
         ended.set()
         watcher.join()
-    line = lens.report.to_pylist()[0]
+    line = cast("Any", lens.report).to_pylist()[0]
     kls = f"{line['kl_logit_lens']:.3f} / {line['kl_ridge']:.3f} / {line['kl']:.3f} ({line['kept']})"
     figures = [worker.allocated, worker.resident, here.allocated]
     texts = [f"{cluster.memory_limit / 2**30:.0f} GiB", *(f"{one / 2**20:.1f}" for one in figures)]

@@ -12,12 +12,12 @@ from dataclasses import dataclass
 from typing import NamedTuple, Self
 
 import torch
-from scipy.linalg import eigh
 from torch import Tensor
 
 from residua.analysis.lens.checkpoint import Translator
 from residua.analysis.lens.rows import LensRows, Rows
 from residua.analysis.lens.unembedding import Decoder
+from residua.analysis.support.eigen import eigenvectors_
 from residua.store.base.errors import AnalysisError
 
 _BATCH_ROWS = 8192  # rows that are multiplied at a time in float32
@@ -141,9 +141,7 @@ def solve_ridge(gram: Gram, held_input_ND: Tensor, held_target_ND: Tensor) -> Ri
     shift, offset = gram.input_sum / n_rows, gram.target_sum / n_rows
     mean = gram.origin + shift
     covariance = gram.input_input.div_(n_rows).addr_(shift, shift, alpha=-1)
-    # In place: LAPACK takes columns, and the matrix is symmetric. MRRR needs no second matrix to work in.
-    found = eigh(covariance.numpy().T, overwrite_a=True, driver="evr", check_finite=False)
-    variances, axes = (torch.from_numpy(array) for array in found)
+    variances, axes = (torch.from_numpy(array) for array in eigenvectors_(covariance.numpy()))
     covariance.data = covariance.new_empty(0)  # the memory goes, whoever else has the sums
     variances = variances.clamp_min(0)
     scale = max(variances.mean().item(), 1e-30)

@@ -23,10 +23,10 @@ from typing import TypeAlias
 
 import numpy as np
 import numpy.typing as npt
-from scipy.linalg import eigh
 from scipy.special import softmax
 
 from residua.analysis.probes.lbfgs import minimise
+from residua.analysis.support.eigen import eigenvectors_
 from residua.analysis.support.moments import Moments
 from residua.analysis.support.sums import FieldSums
 
@@ -101,7 +101,7 @@ class Basis:
             return cls(moments.mean, scale, np.ones(len(scale)), None)
         matrix = sample.products / max(1, sample.n_rows)
         # In float32, half the time: the coordinates need not be exact, only the same in both directions.
-        values, vectors = eigh(matrix.astype(np.float32 if len(scale) > _WIDE else np.float64), overwrite_a=True)
+        values, vectors = eigenvectors_(matrix.astype(np.float32 if len(scale) > _WIDE else np.float64))
         return cls(moments.mean, scale, np.maximum(values, 0.0).astype(np.float64), vectors)
 
     def rotated(self, weights: Floats) -> Floats:
