@@ -192,6 +192,7 @@ _SETTINGS: dict[str, dict[str, Any]] = {
     "phi3:longrope": {},
     **{f"masked/{name}": {} for name in ("bert", "electra", "roberta")},
     "marian": {"decoder_start_token_id": 0},
+    "chameleon": {"vocabulary_map": {"<image>": 4}},
     "encoder-decoder": {"decoder": {"is_decoder": True, "add_cross_attention": True}},
     "masked/reformer": _REFORMER,
     "masked/esm": {"vocab_size": 97, "pad_token_id": 0, "mask_token_id": 3},
@@ -224,8 +225,14 @@ _TEXT_SETTINGS: dict[str, dict[str, Any]] = {
     "mistral_large4": _LATENT,
     "unlimited_ocr": _LATENT,
     "step3p7": {"sliding_window": 8},
-    "hunyuan_vl": {"rope_parameters": {**_MROPE, "mrope_section": [2, 2, 2, 2]}},
-    "ernie4_5_vl_moe": {"moe_intermediate_size": [24, 24]},
+    "hunyuan_vl": {"head_dim": 16, "rope_parameters": {**_MROPE, "mrope_section": [2, 2, 2, 2]}},
+    "ernie4_5_vl_moe": {
+        "moe_intermediate_size": [24, 24],
+        "rope_parameters": {**_MROPE, "mrope_section": [3, 3, 2]},
+    },
+    "deepseek_ocr2": {"mlp_layer_types": ["dense", "sparse", "sparse"], "num_experts_per_tok": 2},
+    "qwen2_5_omni_thinker": {"rope_parameters": _MROPE},
+    "diffusion_gemma": {**_GEMMA_4, "num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 24},
     "llama4": _LLAMA_4,
     "gemma3": _SLIDING,
     "mllama": {"cross_attention_layers": [1]},
@@ -238,9 +245,10 @@ _TEXT_SETTINGS: dict[str, dict[str, Any]] = {
 """Fields of the text model in models that also see or hear."""
 
 _WHOLE_SETTINGS: dict[str, dict[str, Any]] = {
-    "granite4_vision": {"deepstack_layer_map": [], "spatial_target_layers": []},
+    "granite4_vision": {"deepstack_layer_map": [], "spatial_target_layers": [], "downsample_rate": "2/4"},
+    "molmo2": {"vision_config": {"image_size": [32, 32]}, "adapter_config": {"vision_feature_layer": [1, 0]}},
+    **{key: {"vision_start_token_id": 5} for key in ("qwen2_5_omni_thinker", "qwen3_omni_moe_thinker")},
     **{key: {"encoder_config": {"num_layers": 2}} for key in ("granite_speech", "granite_speech_plus")},
-    "chameleon": {"vocabulary_map": {"<image>": 4, "IMGIMGA": 5}},
     "granite_docling": {"vision_config": {"out_hidden_size": 64}},
     "inkling2": {"vision_config": {"text_hidden_size": 64}},
     "fun_asr_nano": {"adaptor_config": {"intermediate_size": 16}},

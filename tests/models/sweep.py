@@ -1,7 +1,7 @@
 """Sweep over every model type of transformers: build it tiny, capture it, and hold the rows against the model itself.
 
     python -m tests.models.sweep                         # all registries; writes docs/models-table.md
-    python -m tests.models.sweep --types bloom,falcon    # these only; prints what was found
+    python -m tests.models.sweep --types bloom,falcon    # these only; writes their lines of the page
     python -m tests.models.sweep --check                 # compares with the page, and writes nothing
 
 Each type is checked in a process of its own with a time limit, so a crash is a result and not an end. Results are JSON
@@ -153,9 +153,9 @@ def main(words: Sequence[str] | None = None) -> int:
     after = known(options.results)
     found = {pair: after[pair] for pair in chosen if pair in after}
     print(counts(list(found.values())))
-    if types:
+    if types and not PAGE.exists():
         return 0
-    page = table.page(found.values())
+    page = table.renewed(PAGE.read_text(), found.values()) if types else table.page(found.values())
     if options.check:
         return _compare(page)
     PAGE.write_text(page)

@@ -49,6 +49,52 @@ def page(records: Iterable[Record]) -> str:
     return "\n".join(text)
 
 
+def renewed(page: str, records: Iterable[Record]) -> str:
+    """Return a page with the lines of these records in place of theirs, or added, and with the numbers counted anew."""
+    by_registry: dict[str, list[Record]] = {}
+    for record in records:
+        by_registry.setdefault(record.registry, []).append(record)
+    for registry, found in by_registry.items():
+        title = f"## {TITLES.get(registry, registry.capitalize())}\n"
+        before, heading, rest = page.partition(title)
+        section, end, after = rest.partition("\n## ")
+        lines = {_key(line): line for line in section.splitlines() if line.startswith("| `")}
+        lines |= {f"`{record.key}`": _line(record) for record in found}
+        top = section.partition("| type |")
+        swept = top[0].strip().partition(" types and variants.")[0]
+        numbers = "; ".join(f"{name} {n}" for name, n in counted(list(lines.values())).items())
+        table = "\n".join(sorted(lines.values(), key=_key))
+        columns = "\n".join(f"{top[1]}{top[2]}".splitlines()[:2])
+        made = f"\n{swept} types and variants. {numbers}.\n\n{columns}\n{table}\n"
+        page = f"{before}{heading}{made}{end}{after}"
+    return page
+
+
+def _key(line: str) -> str:
+    return line.split(" | ")[0].removeprefix("| ")
+
+
+def counted(lines: Sequence[str]) -> dict[str, int]:
+    """Return the numbers of `totals`, from the lines of a table."""
+    cells = [[cell.strip() for cell in line.strip("|").split(" | ")] for line in lines]
+    run = [each for each in cells if each[1] != "not run"]
+    return {
+        "run": len(run),
+        "residual rows": sum(_is_proved(each[2]) for each in run),
+        "attention": sum(_is_proved(each[3]) for each in run),
+        "attn_out and mlp_out": sum(_is_proved(each[4]) and _is_proved(each[6]) for each in run),
+        "mlp_act": sum(_is_proved(each[7]) for each in run),
+        "replay": sum(each[8] == "yes" for each in run),
+        **{state: sum(each[1] == state for each in run) for state in ("modules only", "wrong", "crashed", "refused")},
+    }
+
+
+def _is_proved(cell: str) -> bool:
+    """Return whether a cell says that each block that has a kind proved it, and that there are some."""
+    lacks = re.search(rf"(^|, )({'|'.join(ATTENTION)}) none", cell)
+    return cell not in ("", "none") and "offered" not in cell and "proved" not in cell and not lacks
+
+
 def totals(records: Sequence[Record]) -> dict[str, int]:
     """Return how many types run, and how many have what proved."""
     run = [record for record in records if record.runs]

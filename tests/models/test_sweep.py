@@ -14,14 +14,15 @@ STREAM = ("resid_post",)
 PARTS = ("attn_out", "mlp_out")
 NO_PARTS = (*STREAM, *ATTENTION)
 ALL = (*NO_PARTS, *PARTS)
+EXPERTS = ("router_logits", "expert_index", "expert_weight", "routed_out")
 
 SUBSET: dict[str, tuple[str, ...]] = {
     "causal/llama": (*ALL, "mlp_act"),  # in the table of architectures
     "causal/opt:postnorm": ALL,  # norms after the sums
     "causal/cohere2": ALL,  # side by side, sliding windows
     "causal/gpt_oss": (*STREAM, "q", "k", "v", "z", *PARTS),  # sinks
-    "causal/qwen3_moe": ALL,  # a mixture of experts
-    "causal/deepseek_v3": (*STREAM, *PARTS),  # latent attention
+    "causal/qwen3_moe": (*ALL, *EXPERTS),  # a mixture of experts
+    "causal/deepseek_v3": (*STREAM, *PARTS, *EXPERTS, "shared_out", "kv_latent"),  # latent attention
     "causal/lfm2": NO_PARTS,  # convolutions and attention
     "causal/nemotron_h": STREAM,  # one part a block
     "causal/rwkv": STREAM,  # a recurrence
@@ -113,6 +114,23 @@ def test_a_sweep_goes_on_where_it_was_and_compares_its_page(
     (tmp_path / "page.md").write_text(page.replace("`gpt2` | right", "`gpt2` | wrong"))
     assert sweep.main([*words, "--check"]) == 1
     assert "+ | `gpt2` | right" in capsys.readouterr().out
+
+
+def test_lines_of_a_page_are_written_anew_and_counted() -> None:
+    page = sweep.PAGE.read_text()
+    assert table.renewed(page, []) == page
+    lost = Record(registry="vision", key="vit", not_run="gone")
+    new = Record(registry="vision", key="aaa", runs=True, n_blocks=1, offered={"resid_post": [0]})
+    new.proved = {"resid_post": [0]}
+    changed = table.renewed(page, [lost, new])
+    assert "| `vit` | not run |" in changed
+    assert changed.index("| `aaa` | right | all |") < changed.index("| `aimv2_vision_model`")
+    before, after = (
+        [line for line in each.splitlines() if line not in other.splitlines()]
+        for each, other in ((page, changed), (changed, page))
+    )
+    assert len(before) == 2  # the numbers, and the line of vit
+    assert len(after) == 3
 
 
 def test_every_registry_has_types_and_the_page_those_of_a_sweep() -> None:

@@ -18,11 +18,13 @@ from transformers import PreTrainedModel
 import residua
 from residua.capture.sites.names_to_modules import resolve_sites
 from residua.store.base.errors import UnknownSiteError
+from tests.models.checks.experts import check_experts, check_latent
 from tests.models.checks.truth import LOGITS, ROWS, StackTruth, Truth, difference, eager, examples_of, is_same
 from tests.models.findings import ATTENTION, Record, StackRecord
 
 STREAM = ("resid_pre", "resid_mid", "resid_post")
 SUMMANDS = ("attn_out", "mixer_out", "cross_attn_out", "mlp_out")
+EXPERT_KINDS = ("router_logits", "expert_index", "expert_weight", "routed_out", "shared_out")
 _SMALLEST_WEIGHT = 1e-20  # whose logarithm is still known in float32
 _NORM = re.compile(r"norm|ln_?[0-9]|pre_ln")
 LAYER_KINDS = (*STREAM, *ATTENTION, *SUMMANDS, "mlp_act")
@@ -132,7 +134,8 @@ class Checks:
 
     def all(self) -> None:
         """Make the checks that need no more than rows and what the model itself gave, and put rows back."""
-        parts = (self.logits, self.residual, self.patterns, self.values, self.queries, self.sums, self.acts)
+        checks = (self.logits, self.residual, self.patterns, self.values, self.queries)
+        parts = (*checks, self.sums, self.acts, self.experts)
         for part in parts:
             self.record.attempt(part.__name__, part)
         self.record.attempt("replacement", self.replacements)
@@ -298,6 +301,15 @@ class Checks:
             adds_more = any(path.startswith(f"{block}.crossattention.") for path in self.truth.log.given)
             if kinds and layer in self.layers("resid_pre") and not (adds_more and "cross_attn_out" not in kinds):
                 self._sum_of(layer, kinds)
+
+    def experts(self) -> None:
+        """The routing of experts, what they give, and the latent of keys and values."""
+        for layer in range(self.record.n_blocks):
+            kinds = [*EXPERT_KINDS, "mlp_out", "kv_latent", "v"]
+            rows = {kind: self.rows(self.last, f"{kind}.{layer}") for kind in kinds if f"{kind}.{layer}" in self.sites}
+            check_experts(self.model, self.record, self.truth.log, layer, rows)
+            if {"kv_latent", "v"} <= set(rows):
+                check_latent(self.model, self.record, self.truth.log, layer, rows)
 
     def _sum_of(self, layer: int, kinds: list[str]) -> None:
         get: Callable[[str], Tensor] = lambda kind: self.rows(self.last, f"{kind}.{layer}").double()  # noqa: E731

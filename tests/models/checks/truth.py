@@ -117,7 +117,8 @@ class Truth:
         self.ids = [list(each) for each in ids]
         outputs = [run(model, each, output_hidden_states=True) for each in ids]
         self.logits = [output.logits[0] for output in outputs]
-        self.hidden = [states_of(output, "hidden_states") for output in outputs]
+        states = [states_of(output, "hidden_states") for output in outputs]
+        self.hidden = [_of_tokens(found, len(each)) for found, each in zip(states, ids, strict=True)]
         self.log = ModuleLog(model)
         self.log.run(ids[-1])
         self.weights = _eager_weights(model, ids)
@@ -146,6 +147,11 @@ class StackTruth(Protocol):
     def again(self) -> Tensor:
         """Run the last example once more, and return its logits, or else its last hidden state."""
         ...
+
+
+def _of_tokens(states: tuple[Tensor, ...] | None, n: int) -> tuple[Tensor, ...] | None:
+    """Return states if they are of the tokens: a model that refines a canvas beside them gives those of the canvas."""
+    return None if states is None or n not in states[-1].shape else states
 
 
 def states_of(output: Any, name: str) -> tuple[Tensor, ...] | None:

@@ -20,6 +20,7 @@ from residua.capture.sites.names_to_modules import resolve_sites
 from residua.store.base.errors import UnknownSiteError
 from tests.models.registries import build
 from tests.models.tiny_multimodal import MULTIMODAL
+from tests.servers.s3 import S3Server
 
 PATCH = 8
 _HF: Any = hf
@@ -161,3 +162,36 @@ def test_a_tap_in_the_full_model_gives_the_patches_of_all_images_of_a_call() -> 
         model(**made)
     handle.remove()
     assert torch.equal(seen["vision.resid_post.1"], wanted[-1])  # the last run; those before looked for sites
+
+
+def test_tower_and_text_model_go_into_a_bucket(s3: S3Server) -> None:
+    """Rows of patches and of tokens from a bucket, against hooks and hidden states of plain calls."""
+    model, processor = MULTIMODAL["qwen2_vl"]()
+    word = "<|vision_start|><|image_pad|><|vision_end|>"
+    rows = [
+        {"text": f"what {word} is", "images": [PICTURES[3]]},
+        {"text": f"{word} and {word}", "images": [PICTURES[0], PICTURES[3]]},
+    ]
+    given: dict[str, Any] = {"processor": processor, "image_column": "images", "storage_options": s3.options}
+    sites, address = "vision.resid_post.1,resid_post.*", s3.address("both.zarr")
+    result = residua.capture_dataset(model, rows, out=address, sites=sites, rows_per_shard=64, **given)
+    again = residua.capture_dataset(model, rows, out=address, sites=sites, rows_per_shard=64, **given)
+    assert (again.stats.rows, again.resumed) == (0, True)
+    archive = residua.open(address, storage_options=s3.options)
+    assert result.archive.sites == archive.sites
+    seen: list[Tensor] = []
+    states = []
+    handle = model.get_submodule("model.visual.blocks.1").register_forward_hook(lambda _m, _a, out: seen.append(out))
+    for row in rows:
+        call = processor(text=[row["text"]], images=[row["images"]], return_tensors="pt")
+        with torch.no_grad():
+            states.append(model(**call, output_hidden_states=True).hidden_states[2][0])
+    handle.remove()
+    torch.testing.assert_close(
+        torch.as_tensor(archive["vision.resid_post.1"][:]), torch.cat(seen), atol=1e-4, rtol=1e-4
+    )
+    torch.testing.assert_close(
+        torch.as_tensor(archive["text.resid_post.1"][:]), torch.cat(states), atol=1e-4, rtol=1e-4
+    )
+    table = archive.stacks["vision"].examples
+    assert [table[name].to_pylist() for name in ("source_index", "source_image")] == [[0, 1, 1], [0, 0, 1]]
