@@ -113,11 +113,6 @@ class Site:
         return self.kind in ("pattern", "cross_pattern")
 
     @property
-    def in_stack(self) -> str:
-        """The name without the stack: ``resid_post.7`` of ``encoder.resid_post.7``."""
-        return str(replace(self, stack=""))
-
-    @property
     def top(self) -> int | None:
         """Number of logits that ``logits_topK`` keeps; None for every other kind."""
         match = _TOP.fullmatch(self.kind)

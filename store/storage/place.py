@@ -26,19 +26,19 @@ _WRITABLE = ("s3", "gs", "az")
 _MOST_LISTED = 16
 
 
-class Place(NamedTuple):
-    """Where results go.
+class ResultPlace(NamedTuple):
+    """Where results, such as an archive, are written.
 
     Attributes:
-        path: The file or folder; where a link was given, what it leads to.
+        out: The folder, here or in a bucket; or the file. Where a link was given, what it leads to.
         notes: What the user should know about the place, one sentence each.
     """
 
-    path: Path
+    out: Destination
     notes: tuple[str, ...]
 
 
-def try_place(destination: Path, *, is_file: bool = False, locks: bool = False, links: bool = False) -> Place:
+def try_place(destination: Path, *, is_file: bool = False, locks: bool = False, links: bool = False) -> ResultPlace:
     """Write and rename a small file where results will be written, durably; then remove it.
 
     A folder that exists is tried inside. What is written next to it, such as a lock, is tried there.
@@ -75,21 +75,9 @@ def try_place(destination: Path, *, is_file: bool = False, locks: bool = False, 
             for folder in missing:
                 folder.rmdir()
     if has_locks or not locks:
-        return Place(destination, ())
+        return ResultPlace(DiskFolder(destination), ())
     note = f"the file system of {destination} has no file locks: do not start another run there before this one ends"
-    return Place(destination, (note,))
-
-
-class ResultPlace(NamedTuple):
-    """Where results, such as an archive, are written.
-
-    Attributes:
-        out: The folder, here or in a bucket.
-        notes: What the user should know about the place, one sentence each.
-    """
-
-    out: Destination
-    notes: tuple[str, ...]
+    return ResultPlace(DiskFolder(destination), (note,))
 
 
 def try_archive_place(
@@ -133,8 +121,7 @@ def try_result_place(
         OSError: As for `try_place`.
     """
     if not is_remote(out):
-        place = try_place(Path(out), locks=locks, links=links)
-        return ResultPlace(DiskFolder(place.path), place.notes)
+        return try_place(Path(out), locks=locks, links=links)
     folder = bucket_at(out, storage_options)
     if _is_kept_apart(folder.objects):
         return ResultPlace(folder, ())
@@ -177,7 +164,7 @@ def result_file(
 ) -> Iterator[Path]:
     """Give a file for results, here or for the address of an object; see `result_folder`."""
     if not is_remote(out):
-        yield try_place(Path(out), is_file=True).path
+        yield try_place(Path(out), is_file=True).out.path
         return
     parent, _, name = fspath(out).rpartition("/")
     with result_folder(parent, storage_options, n_bytes=n_bytes) as folder:

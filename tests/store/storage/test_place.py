@@ -72,7 +72,7 @@ def test_a_link_is_followed(is_file: bool, tmp_path: Path) -> None:
         target.mkdir()
     (tmp_path / "name").symlink_to(target)
     place = try_place(tmp_path / "name", is_file=is_file, locks=not is_file, links=not is_file)
-    assert place == (target, ())
+    assert (place.out.path, place.notes) == (target, ())
     assert sorted(path.name for path in tmp_path.rglob("*")) == ["disk", "name", "real"]
 
 
