@@ -1,7 +1,6 @@
 """Captures for the table of layouts: every site, by all ranks, against the plain model batch by batch."""
 
 import sys
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ from torch import Tensor
 
 from residua.capture.taps.reading import reading
 from residua.pipelines.capture.capture import capture_dataset
+from tests.distributed.checks.one_process import computed_once
 from tests.distributed.checks.replay import bare
 from tests.distributed.layouts.case import Case, Row
 from tests.distributed.layouts.single_process import batch, site_names
@@ -28,7 +28,8 @@ def captured(case: Case, model: Any = None) -> Row:
     kept = inputs["attention_mask"].bool()
     tokens = [ids[mask].tolist() for ids, mask in zip(inputs["input_ids"], kept, strict=True)]
     captured_model: Any = case.model if model is None else model
-    wanted = expected_rows(case.name, case.expected.logits.dtype)
+    dtype = case.expected.logits.dtype
+    wanted = computed_once(f"rows {case.name} {dtype}", lambda: expected_rows(case.name, dtype))
     archive = capture_dataset(
         captured_model,
         tokens,
@@ -44,7 +45,6 @@ def captured(case: Case, model: Any = None) -> Row:
     return case.noted("capture", got if is_first else {}, wanted if is_first else {}, n_sites=len(wanted))
 
 
-@cache
 def expected_rows(name: str, dtype: torch.dtype) -> dict[str, Tensor]:
     """What the bare model gives for the kept tokens, batch by batch as a capture makes them up: (rows, *row)."""
     model, found = bare(name, dtype), dict[str, list[Tensor]]()

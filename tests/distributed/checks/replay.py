@@ -20,6 +20,7 @@ from residua.capture.buffers.row_index import Indices
 from residua.capture.edits.action import StoredRows
 from residua.capture.replay.replay import Replay
 from residua.store.base.errors import CaptureError
+from tests.distributed.checks.one_process import computed_once
 from tests.distributed.layouts.case import Case, Row, relative_error
 from tests.distributed.layouts.single_process import batch, vector
 from tests.models.tiny import SPLIT
@@ -122,9 +123,6 @@ def counting_reads() -> Iterator[Counter[str]]:
         yield reads
 
 
-_wanted: dict[tuple[str, int, torch.dtype], Found] = {}
-
-
 def replay_row(case: Case, pipeline: Any = None) -> Row:
     """Logits and later sites from stored rows, edited on the way, against one process; and who reads stored rows.
 
@@ -133,9 +131,10 @@ def replay_row(case: Case, pipeline: Any = None) -> Row:
         pipeline: What runs it instead: a schedule of torch's pipelines.
     """
     dtype, first = case.expected.logits.dtype, N_EXAMPLES * case.seed
-    path, key = archive_of(case.name, dtype), (case.name, case.seed, dtype)
-    if key not in _wanted:
-        _wanted[key] = replayed(bare(case.name, dtype), path, first=first)
+    path = archive_of(case.name, dtype)
+    wanted = computed_once(
+        f"replay {case.name} {case.seed} {dtype}", lambda: replayed(bare(case.name, dtype), path, first=first).values
+    )
     # under mixed precision the weights are float32, and not those that ran
     is_mixed = any(parameter.dtype != dtype for parameter in case.model.parameters())
     how: dict[str, Any] = {"force": is_mixed, "tensor_parallel": case.group}
@@ -151,9 +150,7 @@ def replay_row(case: Case, pipeline: Any = None) -> Row:
         assert sorted(readers) == sorted(STORED), f"each site's rows are read by one rank: {readers}"
     elif case.owns:
         assert found.reads.keys() == set(STORED)
-    return case.noted(
-        "replay", found.values, {site: _wanted[key].values[site] for site in found.values}, n_sites=len(KEPT)
-    )
+    return case.noted("replay", found.values, {site: wanted[site] for site in found.values}, n_sites=len(KEPT))
 
 
 def agrees(layout: str, name: str, model: nn.Module, *, first: int = 0, grad: bool = False) -> list[Found]:

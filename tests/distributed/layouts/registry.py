@@ -18,6 +18,7 @@ from transformers.distributed.configuration_utils import DistributedConfig
 
 from residua.pipelines.setup.models import stages_in_parallel
 from tests.distributed.checks.capture import captured
+from tests.distributed.checks.one_process import computed_once
 from tests.distributed.checks.replay import bare, multiplying, replay_row
 from tests.distributed.layouts.case import Case, Row
 from tests.distributed.layouts.single_process import Expected, batch, expected
@@ -25,7 +26,7 @@ from tests.models.tiny import SPLIT
 
 FOLDER = Path(sys.argv[1])
 ROWS: dict[str, Callable[[], Iterator[Row]]] = {}
-_expected: dict[tuple[str, int, str], Expected] = {}
+_expected: dict[str, Expected] = {}
 
 
 def layout(name: str) -> Callable[[Callable[[], Iterator[Row]]], Callable[[], Iterator[Row]]]:
@@ -37,10 +38,11 @@ def layout(name: str) -> Callable[[Callable[[], Iterator[Row]]], Callable[[], It
 
 
 def wanted(name: str, seed: int, dtype: torch.dtype = torch.float32) -> Expected:
-    """What one process gives; computed once a launch, model and batch."""
-    key = (name, seed, str(dtype))
+    """What one process gives for a model and a batch."""
+    key = f"{name} {seed} {dtype}"
     if key not in _expected:
-        _expected[key] = expected(bare(name, dtype), name, batch(seed))
+        found = computed_once(f"sites {key}", lambda: vars(expected(bare(name, dtype), name, batch(seed))))
+        _expected[key] = Expected(**found)
     return _expected[key]
 
 
