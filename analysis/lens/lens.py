@@ -42,7 +42,7 @@ from residua.store.read.stacks import main_archive, open_archive
 from residua.store.storage.address import is_remote
 from residua.store.storage.files import write_file
 from residua.store.storage.mirror import fetched
-from residua.store.storage.place import result_folder
+from residua.store.storage.place import result_folder, saved_to
 
 REPORT_FILE, PLOT_FILE = "report.parquet", "report.png"
 _HEAD_FILES = tuple(f"head/{name}" for name in (LM_HEAD_FILE, PARAMETERS_FILE))
@@ -164,12 +164,23 @@ class TunedLens:
             raise AnalysisError(f"{folder} is a lens of width {config.d_model}, but {source} has {found.width}")
         return cls(found, translators, config, _read_report(folder / REPORT_FILE))
 
-    def save(self, folder: str | PathLike[str]) -> None:
+    def save(self, folder: str | PathLike[str], *, storage_options: Mapping[str, Any] | None = None) -> None:
         """Write the lens as a folder that the `tuned-lens` package can load, with its head and report.
 
         Points without a translator become the logit lens there. The report is written as a table and a plot.
+
+        Args:
+            folder: The folder, or its address in a bucket.
+            storage_options: For an address, as for `residua.open`.
+
+        Raises:
+            PlanError: Nothing can be written at such an address.
+            OSError: The files cannot be written.
         """
-        folder = Path(folder)
+        with saved_to(folder, storage_options) as local:
+            self._save(local)
+
+    def _save(self, folder: Path) -> None:
         if self.report is not None:
             sink = pa.BufferOutputStream()
             pq.write_table(self.report, sink)

@@ -32,6 +32,7 @@ from residua.analysis.probes.ridge import solve
 from residua.analysis.rows.blocks import Array, Rows, array_blocks, labelled_blocks
 from residua.analysis.support.moments import Moments
 from residua.store.base.errors import AnalysisError
+from residua.store.storage.place import saved_to
 
 Floats: TypeAlias = npt.NDArray[np.float64]
 
@@ -51,16 +52,25 @@ class LinearProbe(BaseEstimator):  # type: ignore[misc]  # scikit-learn has no t
     def saved(self, about: Mapping[str, str]) -> SavedProbe:
         """Return the content to save of the fitted probe."""
 
-    def save(self, folder: str | PathLike[str], **about: str) -> None:
+    def save(
+        self, folder: str | PathLike[str], *, storage_options: Mapping[str, Any] | None = None, **about: str
+    ) -> None:
         """Write ``probe.safetensors`` and ``probe.json``, which also holds `about`, into `folder`.
 
         The folder is created if it does not exist.
 
+        Args:
+            folder: The folder, or its address in a bucket.
+            storage_options: For an address, as for `residua.open`.
+            about: What the probe was fitted to, such as site and target.
+
         Raises:
+            PlanError: Nothing can be written at such an address.
             OSError: The files cannot be written.
         """
         check_is_fitted(self, "n_features_in_")
-        write_probe(folder, self.saved(about))
+        with saved_to(folder, storage_options) as local:
+            write_probe(local, self.saved(about))
 
     @staticmethod
     def load(

@@ -4,9 +4,9 @@ Sums are float64 and centred on the mean of each piece. They are merged by the f
 (1979) and, for third and fourth powers, of Pébay (2008, Sandia report SAND2008-6212).
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from os import PathLike
-from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 from safetensors.numpy import save_file
 
 from residua.analysis.support.moments import Moments
+from residua.store.storage.place import saved_to
 
 OUTLIER_RATIO = 6.0
 """A channel is an outlier if its root mean square is more than this many times that of the site's median channel."""
@@ -57,16 +58,16 @@ class Stats:
     positions: pa.Table
     components: dict[str, npt.NDArray[np.float64]]
 
-    def save(self, folder: str | PathLike[str]) -> None:
+    def save(self, folder: str | PathLike[str], *, storage_options: Mapping[str, Any] | None = None) -> None:
         """Write sites.parquet, channels.parquet, positions.parquet and components.safetensors into `folder`.
 
-        The folder is created if it does not exist.
+        The folder is created if it does not exist; it may be an address in a bucket.
         """
-        place = Path(folder)
-        place.mkdir(parents=True, exist_ok=True)
-        for name in ("sites", "channels", "positions"):
-            pq.write_table(getattr(self, name), place / f"{name}.parquet")
-        save_file(self.components, place / "components.safetensors")
+        with saved_to(folder, storage_options) as place:
+            place.mkdir(parents=True, exist_ok=True)
+            for name in ("sites", "channels", "positions"):
+                pq.write_table(getattr(self, name), place / f"{name}.parquet")
+            save_file(self.components, place / "components.safetensors")
 
 
 class SiteSums:

@@ -51,6 +51,7 @@ from residua.store.edits.edit import (
 )
 from residua.store.edits.lens_files import read_linear_map
 from residua.store.edits.overlay import Overlay
+from residua.store.edits.places import Place
 from residua.store.edits.vectors import Vector
 from residua.store.examples.memory import ExampleSource
 from residua.store.format.plan import STACK_RULE
@@ -139,6 +140,7 @@ def _noise(edit: Noise, info: SiteInfo, context: EditContext) -> Action:
 
 def _through(edit: Through, info: SiteInfo, _context: EditContext) -> Action:
     """Apply the lens's affine map in float32 at least; round once at the end."""
+    assert isinstance(edit.lens, Path)  # noqa: S101  # `prepare_edits` has brought it here
     weight, bias = read_linear_map(edit.lens, info.site)
     if not bool(torch.isfinite(weight).all() and torch.isfinite(bias).all()):
         raise PlanError(f"the lens at {edit.lens} holds NaN or infinite numbers at {info.name}")
@@ -303,25 +305,26 @@ Each raises PlanError where the edit does not fit the site, and NotCapturedError
 """
 
 
-def open_archive(path: Path, edited: ExampleSource) -> Archive:
+def open_archive(place: Place, edited: ExampleSource) -> Archive:
     """Open an archive that an edit names; of several stacks, the one of the stack that is edited.
 
     Args:
-        path: Its folder.
+        place: Its folder or address.
         edited: The archive or run whose rows the edit changes.
 
     Raises:
         PlanError: There is none, or it has no rows of that stack.
     """
     try:
-        found = stores.open_archive(path)
+        address = place if isinstance(place, Path) else place.address
+        found = stores.open_archive(address, storage_options=None if isinstance(place, Path) else place.options)
     except FileNotFoundError as error:
-        raise PlanError(f"there is no archive at {path}") from error
+        raise PlanError(f"there is no archive at {place}") from error
     if not found.stacks:
         return found
     stack = str(edited.plan.rules.get(STACK_RULE, "")) if isinstance(edited, Archive) else ""
     if stack not in found.stacks:
-        raise PlanError(f"{path} holds {' and '.join(found.stacks)}, and rows of {stack or 'one stack'} are needed")
+        raise PlanError(f"{place} holds {' and '.join(found.stacks)}, and rows of {stack or 'one stack'} are needed")
     return found.stacks[stack]
 
 

@@ -25,6 +25,7 @@ from residua.capture.hooks.site import SiteInfo
 from residua.capture.sites.reference_model import unsharded_sites
 from residua.store.base.errors import PlanError, ResiduaError
 from residua.store.edits.archive_values import check_edit
+from residua.store.edits.contents import with_lens_here
 from residua.store.edits.edit import Edit, Function, Mean, Scale, Swap, Zero
 from residua.store.examples.memory import ExampleSource
 
@@ -46,13 +47,13 @@ def prepare_edits(
     """
     prepared = []
     for number, edit in enumerate(edits, start=1):
-        with naming_edit(number, edit):
+        with naming_edit(number, edit), with_lens_here(edit) as here:
             infos = unsharded_sites(model, list(edit.sites))
             rows = rows_of(infos.values())
             other = edit.archive if isinstance(edit, Swap | Mean) else None
             source: ExampleSource = rows.stored.source if other is None else open_archive(other, rows.source)
             check_edit(edit, rows.selector, source.example_table)
-            actions = {name: _action(edit, info, rows.stored) for name, info in infos.items()}
+            actions = {name: _action(here, info, rows.stored) for name, info in infos.items()}
         prepared.append(PreparedEdit(edit=edit, number=number, actions=actions, infos=infos, rows=rows, source=source))
     return prepared
 

@@ -19,9 +19,10 @@ from residua.store.base.errors import DatasetError, PlanError, ResiduaError, sho
 from residua.store.base.naming import named
 from residua.store.read.archive import Archive
 from residua.store.read.text import single_token
+from residua.store.storage.mirror import fetched
 
 PairSource = str | PathLike[str] | Iterable[Pair | Mapping[str, Any]]
-"""The path of a file of JSON lines, or dictionaries with ``clean``, ``corrupted``, ``answer`` and ``wrong``."""
+"""A file of JSON lines, or its address, or dictionaries with ``clean``, ``corrupted``, ``answer`` and ``wrong``."""
 
 _FIELDS = {"clean", "corrupted", "answer", "wrong"}
 _MAX_BYTES = 2**28
@@ -42,7 +43,7 @@ def read_pairs(
     Raises:
         PlanError: An entry is no pair; the message says which and why.
     """
-    items: list[Any] = _lines(Path(source)) if isinstance(source, str | PathLike) else list(source)
+    items = _lines(source) if isinstance(source, str | PathLike) else list(source)
     if not items:
         raise PlanError("there are no pairs: give at least one")
     reader = _PairReader(model, tokenizer, archive)
@@ -55,7 +56,12 @@ def read_pairs(
     return pairs
 
 
-def _lines(path: Path) -> list[Any]:
+def _lines(source: str | PathLike[str]) -> list[Any]:
+    with fetched(source, most_bytes=_MAX_BYTES) as path:
+        return _lines_of(path)
+
+
+def _lines_of(path: Path) -> list[Any]:
     if not path.is_file():
         raise PlanError(f"there is no file of pairs at {path}")
     if path.stat().st_size > _MAX_BYTES:

@@ -111,7 +111,9 @@ def _add_annotate(commands: Any) -> None:
     )
     parser = add_command(commands, "annotate", _annotate, text, description)
     add_archive(parser)
-    parser.add_argument("file", nargs="?", help="the file: .csv, .parquet or .jsonl, with a line an example or row")
+    parser.add_argument(
+        "file", nargs="?", help="the file, or its address: .csv, .parquet or .jsonl, with a line an example or row"
+    )
     text = "column by which lines are matched: example, row, or a column of the examples such as source_index"
     add_flag(parser, "--key", text, "example", metavar="COLUMN")
     add_flag(parser, "--name", "name of the side table (default: that of the file)")

@@ -41,9 +41,9 @@ def add(commands: Any) -> None:
     estimate = add_command(commands, "attribute", _attribute, text, description)
     for parser, folder in ((sweep, "PAIRS-patched"), (estimate, "PAIRS-attributed")):
         parser.add_argument("--model", required=True, help=MODEL_HELP)
-        text = "file of JSON lines, one pair each, with the keys clean, corrupted, answer and wrong"
+        text = "file of JSON lines, or its address: one pair each, with the keys clean, corrupted, answer and wrong"
         add_flag(parser, "--pairs", text, required=True, metavar="FILE")
-        text = "archive with the examples, if pairs name prompts by example number (default: none)"
+        text = "archive with the examples, or its address, if pairs name prompts by example number (default: none)"
         add_flag(parser, "--archive", text, metavar="FOLDER")
         add_flag(parser, "--sites", SITES_HELP, "resid_post.*")
         text = (

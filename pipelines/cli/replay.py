@@ -36,7 +36,7 @@ def add(commands: Any) -> None:
     add_archive(parser)
     parser.add_argument("--model", required=True, help=CAPTURED_MODEL_HELP)
     add_results(parser, "the tables, which is resumed if it is unfinished", None)
-    add_flag(parser, "--edit", "YAML or JSON file with the edits (default: no edits)", metavar="FILE")
+    add_flag(parser, "--edit", "YAML or JSON file with the edits, or its address (default: no edits)", metavar="FILE")
     text = "sites, comma separated, where stored rows replace computed ones, such as resid_post.5 (default: none)"
     add_flag(parser, "--at", text)
     text = "sites of the edited run to store in OUT/acts.zarr, comma separated, with patterns (default: none)"

@@ -25,8 +25,8 @@ def add(commands: Any) -> None:
     add_flag(parser, "--site", "the site, for example resid_post.3", required=True)
     which = parser.add_mutually_exclusive_group(required=True)
     text = (
-        "file with the direction: .npy or .safetensors, such as probe.safetensors of a saved probe; this or --channel "
-        "is required"
+        "file with the direction, or its address: .npy or .safetensors, such as probe.safetensors of a saved probe; "
+        "this or --channel is required"
     )
     add_flag(which, "--direction", text, metavar="FILE")
     add_flag(which, "--channel", "number of one channel, from 0; this or --direction is required", kind=int)

@@ -40,9 +40,9 @@ from residua.pipelines.setup.models import replayed_model
 from residua.pipelines.setup.settings import CaptureSettings
 from residua.store.base.errors import NotCapturedError, PlanError
 from residua.store.base.naming import named
+from residua.store.edits.contents import contents_of
 from residua.store.edits.parser import EditSource, is_reproducible, parse_edits
 from residua.store.examples.schedule import Schedule
-from residua.store.format.commits import content_hash
 from residua.store.format.plan import Plan
 from residua.store.read.archive import Archive
 from residua.store.read.stacks import archives_of, main_archive, open_archive
@@ -195,7 +195,7 @@ def replay_dataset(
             **_other_stacks(stored, opened),
             "at": list(replayer.start.sites),
             "edits": [edit.to_json() for edit in parsed],
-            "contents": {str(path): content_hash(path) for edit in parsed for path in edit.folders},
+            "contents": contents_of(parsed),
         }
         request: dict[str, Any] = {
             **replayed,

@@ -18,10 +18,10 @@ from residua.pipelines.setup.settings import CaptureSettings
 from residua.store.base.canonical import Json, digest_of
 from residua.store.base.errors import PlanError
 from residua.store.base.naming import named
+from residua.store.edits.contents import contents_of
 from residua.store.edits.parser import is_reproducible
 from residua.store.examples.index import ExampleIndex
 from residua.store.examples.writer import ExampleWriter
-from residua.store.format.commits import content_hash
 from residua.store.format.plan import Plan
 from residua.store.read.archive import REPLAY_RULE, Archive
 from residua.store.storage.destination import Destination
@@ -116,5 +116,5 @@ class RunCapture(DatasetCapture):
     def _described(self) -> dict[str, Json]:
         return {
             "edits": [edit.to_json() for edit in self._edits],
-            "contents": {str(path): content_hash(path) for edit in self._edits for path in edit.folders},
+            "contents": contents_of(self._edits),
         }

@@ -12,7 +12,7 @@ An edit names its kind (``edit``), its sites (``site``) and what its kind needs.
 | `project_out` | `directions`: a vector, or several | x without its projection onto their span |
 | `noise` | `std`, `seed` (0) | x plus Gaussian noise that depends on seed, site, example and position only |
 | `swap` | `source`, `align` (start), `archive` | the stored row of another example, where `align` says |
-| `lens` | `lens`, a folder | the lens's estimate of the final residual stream, up to its length |
+| `lens` | `lens`, a folder or an address | the lens's estimate of the final residual stream, up to its length |
 | `overlay` | `overlay`, a folder | the row of the overlay, if it has one |
 | `function` | `function` | the result of a Python function; in-process only, and not reproducible |
 
@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from residua.store.base.canonical import Json
+from residua.store.edits.places import Address, Place
 from residua.store.edits.vectors import Vector
 from residua.store.selection.grammar import format_slice
 from residua.store.selection.tokens import Selection
@@ -52,11 +53,6 @@ class Edit:
         """Whether it takes stored rows, which tokens that the plan left out do not have."""
         return False
 
-    @property
-    def folders(self) -> tuple[Path, ...]:
-        """Folders of the archives, lenses and overlays that it takes values from."""
-        return tuple(value for entry in fields(self) if isinstance(value := getattr(self, entry.name), Path))
-
     def to_json(self) -> dict[str, Json]:
         """Return the edit as JSON values without defaults; `parse_edits` reads them."""
         found: dict[str, Json] = {"edit": self.kind, "site": list(self.sites)}
@@ -80,7 +76,7 @@ class Mean(Edit):
     """Mean ablation."""
 
     column: str | None = None
-    archive: Path | None = None
+    archive: Place | None = None
     kind = "mean"
 
 
@@ -143,7 +139,7 @@ class Swap(Edit):
 
     source: int | Mapping[int, int]
     align: Align = "start"
-    archive: Path | None = None
+    archive: Place | None = None
     kind = "swap"
 
     @property
@@ -156,7 +152,7 @@ class Swap(Edit):
 class Through(Edit):
     """Replacement by a lens's estimate of the final residual stream."""
 
-    lens: Path
+    lens: Place
     kind = "lens"
 
 
@@ -197,7 +193,7 @@ KINDS: Mapping[str, type[Edit]] = {
 def _plain_json(value: Any) -> Json:
     if isinstance(value, Vector):
         return value.to_json()
-    if isinstance(value, Path):
+    if isinstance(value, Path | Address):
         return str(value)
     if isinstance(value, slice):
         return format_slice(value)

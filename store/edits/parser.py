@@ -1,13 +1,13 @@
 """Parses edits from Python dictionaries, YAML or JSON. Untrusted input becomes an edit or an error.
 
-Text that names files and folders stays inside the folder of the edit file. A `Path` object may lead anywhere, since
-only a Python caller can pass one; the same holds for functions.
+Text that names files and folders stays inside the folder of the edit file, or is an address. A `Path` object may lead
+anywhere, since only a Python caller can pass one; the same holds for functions.
 """
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import MISSING, fields
 from difflib import get_close_matches
-from os import PathLike
+from os import PathLike, fspath
 from pathlib import Path
 from typing import Any
 
@@ -15,24 +15,29 @@ from residua.store.base.canonical import canonical_json
 from residua.store.base.errors import PlanError
 from residua.store.base.untrusted import parse_yaml
 from residua.store.edits.edit import KINDS, Align, Edit, Function
-from residua.store.edits.vectors import Vector, inside, vector_of
+from residua.store.edits.places import Address, Place, place_of
+from residua.store.edits.vectors import Vector, vector_of
+from residua.store.read.archive import Archive
 from residua.store.selection.tokens import Selection, parse_selection
 from residua.store.selection.values import MAX_LIST, finite_number, is_list, text, whole_number
+from residua.store.storage.address import is_remote
+from residua.store.storage.mirror import fetched
 
 MAX_EDITS = 1000
 MAX_FILE_BYTES = 2**20  # as YAML this takes 350 times the memory, and 20 s
 
 EditSource = str | PathLike[str] | Iterable[Edit | Mapping[str, Any]]
-"""The path of a YAML or JSON file, or edits and dictionaries in order."""
+"""The path or address of a YAML or JSON file, or edits and dictionaries in order."""
 
 
 def parse_edits(source: EditSource, *, folder: str | PathLike[str] | None = None) -> tuple[Edit, ...]:
     """Return the edits of `source`, in order.
 
     Args:
-        source: A file with a list of edits, or with such a list under ``edits``; or edits and dictionaries.
+        source: A file with a list of edits, or with such a list under ``edits``, or its address; or edits and
+            dictionaries.
         folder: Folder of the files that dictionaries name by text; the current folder by default. Files that a file
-            names are in its own folder.
+            names are in its own folder, or at addresses.
 
     Raises:
         PlanError: An entry is no edit; the message says which and why.
@@ -42,8 +47,14 @@ def parse_edits(source: EditSource, *, folder: str | PathLike[str] | None = None
         (-1,)
     """
     if isinstance(source, str | PathLike):
-        path = Path(source)
-        return _parse_all(_read(path), path.parent, trusted=False)
+        place = Address(fspath(source)) if is_remote(source) else Path(source)
+        try:
+            with fetched(source, most_bytes=MAX_FILE_BYTES) as path:
+                found = _read(path)
+        except FileNotFoundError as error:
+            raise PlanError(f"there is no file of edits at {place}") from error
+        folder_of: Place = Address(place.address.rpartition("/")[0]) if isinstance(place, Address) else place.parent
+        return _parse_all(found, folder_of, trusted=False)
     return _parse_all(list(source), Path() if folder is None else Path(folder), trusted=True)
 
 
@@ -63,7 +74,7 @@ def _read(path: Path) -> list[Any]:
     return found
 
 
-def _parse_all(items: list[Any], folder: Path, *, trusted: bool) -> tuple[Edit, ...]:
+def _parse_all(items: list[Any], folder: Place, *, trusted: bool) -> tuple[Edit, ...]:
     if len(items) > MAX_EDITS:
         raise PlanError(f"{len(items):,} edits were given: give at most {MAX_EDITS:,}")
     edits = []
@@ -127,13 +138,14 @@ class _Fields:
         readers: From the name of a field to the function of (name, value) that reads it.
     """
 
-    def __init__(self, folder: Path, *, trusted: bool) -> None:
+    def __init__(self, folder: Place, *, trusted: bool) -> None:
         self._folder = folder
         self._trusted = trusted
         self.readers: dict[str, Callable[[str, Any], Any]] = {
             **dict.fromkeys(("scale", "by"), finite_number),
             "std": _spread,
-            **dict.fromkeys(("archive", "lens", "overlay"), self._place),
+            **dict.fromkeys(("archive", "lens"), self._place),
+            "overlay": self._overlay,
             **dict.fromkeys(("vector", "directions"), lambda _name, value: vector_of(value, folder)),
             "column": text,
             "to": self._target,
@@ -150,11 +162,19 @@ class _Fields:
             return finite_number(name, value)
         return vector_of(value, self._folder)
 
-    def _place(self, name: str, value: object) -> Path:
+    def _place(self, name: str, value: object) -> Place:
+        if self._trusted and isinstance(value, Archive) and is_remote(value):
+            return Address(fspath(value), {**(value.storage_options or {})})
         path = getattr(value, "path", value)  # of an open archive or overlay
         if isinstance(path, Path) and self._trusted:
             return path
-        return inside(text(name, value), self._folder)
+        return place_of(text(name, value), self._folder)
+
+    def _overlay(self, name: str, value: object) -> Path:
+        place = self._place(name, value)
+        if isinstance(place, Address):
+            raise PlanError(f"{place} is an address, and an overlay is a folder of this machine: name that")
+        return place
 
     def _function(self, name: str, value: object) -> Callable[..., Any]:
         if not self._trusted or not callable(value):

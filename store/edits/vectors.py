@@ -1,7 +1,7 @@
 """Vectors: numbers in an edit itself, or in a ``.npy`` or ``.safetensors`` file. Nothing in a file is executed.
 
 ``FILE#NAME`` names one tensor of a file that holds several. The file of an edit is in the folder of the edits or
-below, also after links are followed. Sizes are checked before memory is taken.
+below, also after links are followed, or at an address. Sizes are checked before memory is taken.
 """
 
 import hashlib
@@ -17,7 +17,8 @@ from safetensors import deserialize
 
 from residua.store.base.canonical import Json
 from residua.store.base.errors import PlanError
-from residua.store.base.untrusted import is_inside
+from residua.store.edits.places import Address, Place, inside, place_of
+from residua.store.storage.mirror import fetched
 
 MAX_VECTOR_VALUES = 2**26
 MAX_VECTOR_BYTES = 2**29
@@ -53,7 +54,7 @@ class Vector:
         return numbers
 
 
-def vector_of(value: object, folder: Path) -> Vector:
+def vector_of(value: object, folder: Place) -> Vector:
     """Return the vector that `value` states.
 
     Args:
@@ -87,32 +88,24 @@ def _numbers(value: Any) -> npt.NDArray[Any]:
     return found
 
 
-def inside(name: str, folder: Path) -> Path:
-    """Return the path of `name` in `folder` or below.
-
-    Raises:
-        PlanError: The name leads out of the folder, or no file can have it.
-    """
-    try:
-        path = (folder / name).resolve()
-        _ = path.exists()  # there are names that no file can have
-    except (OSError, ValueError, RuntimeError) as error:
-        raise PlanError(f"{name!r} is not the name of a file: {error}") from error
-    if not is_inside(folder, path):
-        raise PlanError(
-            f"{name!r} leads out of {folder}: copy what an edit names to the folder of the edits, or, in Python, give "
-            "it as a pathlib.Path"
-        )
-    return path
-
-
-def _from_file(name: str, folder: Path, sha256: str | None) -> Vector:
+def _from_file(name: str, folder: Place, sha256: str | None) -> Vector:
     file_name, _, tensor = name.partition("#")
-    path = inside(file_name, folder)
-    if (path / _PROBE).is_file():
-        path = inside(str(Path(file_name) / _PROBE), folder)
+    place = place_of(file_name, folder)
+    if isinstance(place, Address):
+        try:
+            with fetched(place.address, place.options, names=(_PROBE,), most_bytes=MAX_VECTOR_BYTES) as path:
+                return _read(path / _PROBE if path.is_dir() else path, name, tensor, sha256)
+        except FileNotFoundError as error:
+            raise PlanError(f"there is no file or saved probe at {place}") from error
+    assert isinstance(folder, Path)  # noqa: S101  # a path is inside one
+    path = inside(str(Path(file_name) / _PROBE), folder) if (place / _PROBE).is_file() else place
     if not path.is_file():
         raise PlanError(f"there is no file {file_name!r} in {folder}")
+    return _read(path, name, tensor, sha256)
+
+
+def _read(path: Path, name: str, tensor: str, sha256: str | None) -> Vector:
+    file_name = name.partition("#")[0]
     if path.stat().st_size > MAX_VECTOR_BYTES:
         raise PlanError(f"{file_name!r} is over 512 MiB: an edit's vector is not that large")
     if path.suffix not in (".npy", ".safetensors"):

@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 from residua.store.base.errors import DatasetError
 from residua.store.examples.side_tables import KINDS
 from residua.store.examples.token_values import is_list
+from residua.store.storage.mirror import fetched
 
 _NO_VALUE = ["", "null", "NULL", "nan", "NaN"]  # of a CSV file; NA is a label as any other
 
@@ -47,7 +48,8 @@ def as_arrow(table: Any, key: str) -> pa.Table:
 
 def _converted(table: Any, key: str) -> pa.Table | None:
     if isinstance(table, str | PathLike):
-        return _read_file(Path(table))
+        with fetched(table) as path:
+            return _read_file(path)
     if isinstance(table, pa.Table | pa.RecordBatch):
         return pa.Table.from_batches([table]) if isinstance(table, pa.RecordBatch) else table
     if hasattr(table, "reset_index"):  # pandas

@@ -44,6 +44,7 @@ from residua.store.read.text import read_tokenizer, text_around
 from residua.store.read.zarr_group import ArchiveStore, open_zarr_group
 from residua.store.sealing.losses import describe_losses, losses_of
 from residua.store.sealing.packed_index import INDEX, PackedIndex
+from residua.store.storage.address import is_remote, shown
 
 REPLAY_RULE = "replay"
 """Entry of the plan's `rules` (digest of what was replayed) and of the provenance (its description)."""
@@ -101,6 +102,8 @@ class Archive(Mapping[str, ArchiveArray]):
     """
 
     def __init__(self, path: str | PathLike[str], *, check: Check = "once", threads: int | None = None) -> None:
+        if is_remote(path):
+            raise PlanError(f"{shown(path)} is an address, and this class reads folders: open it with residua.open")
         self.path = Path(path)
         self._check: Check = check
         self._threads = threads

@@ -6,7 +6,7 @@ metadata come last, so a folder with them is complete. A copy of some sites is a
 
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
-from os import PathLike
+from os import PathLike, fspath
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from residua.store.read.stacks import StackedArchive, open_archive
 from residua.store.sealing.packed_index import INDEX, PackedIndex
 from residua.store.sharing.copied import N_AT_ONCE, BytesDone, Copied, together
 from residua.store.sharing.small_files import SmallFile, fetch_index, fetch_small, side_table_files, small_files
+from residua.store.storage.address import is_remote, shown
 from residua.store.storage.files import sweep, write_file
 from residua.store.storage.hub import folder_at
 from residua.store.storage.objects import in_parallel
@@ -56,6 +57,13 @@ def pull(
     Example:
         >>> residua.pull("hf://datasets/org/acts", "acts.zarr", sites="resid_post.*")  # doctest: +SKIP
     """
+    if is_remote(out):
+        raise PlanError(
+            f"{shown(out)} is an address, and pull copies into a folder: copy from one address to another with residua "
+            f"push {shown(fspath(address))} {shown(out)}"
+        )
+    if not is_remote(address):
+        raise PlanError(f"{fspath(address)} is a folder, and pull copies from an address: copy it with cp -r")
     archive = open_archive(address, storage_options=storage_options, cache=False)
     names = archive.sites if sites is None else archive.select(sites)
     if isinstance(archive, StackedArchive):

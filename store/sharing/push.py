@@ -94,6 +94,8 @@ def push(
     Example:
         >>> residua.push("acts.zarr", "s3://bucket/acts.zarr")  # doctest: +SKIP
     """
+    if not is_remote(address):
+        raise PlanError(f"{address} is a folder, and push copies to an address: copy with cp -r, or residua pull")
     archive = _finished(source, address, storage_options)
     if isinstance(archive, StackedArchive):
         return _push_stacks(archive, address, storage_options, on_bytes, keep_paths=keep_paths)

@@ -91,6 +91,7 @@ def fetched(
     storage_options: Mapping[str, Any] | None = None,
     *,
     names: Sequence[str] = (),
+    most_bytes: int = MOST_BYTES,
 ) -> Iterator[Path]:
     """Give a file or folder of results on this machine: for an address, a copy of what is there.
 
@@ -100,6 +101,7 @@ def fetched(
         place: Path or address.
         storage_options: For an address, as for `residua.open`.
         names: Files that such a folder may have. They are fetched where nothing is listed: on web servers and the Hub.
+        most_bytes: Most bytes to fetch, of one file and of all.
 
     Raises:
         FileNotFoundError: There is nothing at that address.
@@ -111,19 +113,21 @@ def fetched(
     address = fspath(place).rstrip("/")
     with tempfile.TemporaryDirectory(prefix="residua-") as made:
         local = Path(made) / PurePosixPath(address).name
-        _fetch(address, local, storage_options, names)
+        _fetch(address, local, storage_options, names, most_bytes)
         with naming(local, shown(address)):
             yield local
 
 
-def _fetch(address: str, local: Path, storage_options: Mapping[str, Any] | None, names: Sequence[str]) -> None:
+def _fetch(
+    address: str, local: Path, storage_options: Mapping[str, Any] | None, names: Sequence[str], most_bytes: int
+) -> None:
     """Fetch a folder, or, if there is none, the file of that name."""
     folder = folder_at(address, storage_options)
     if scheme_of(address) not in _UNLISTED:
-        names = _listed(folder)
+        names = _listed(folder, most_bytes)
     for name in names:
         with suppress(*([FileNotFoundError] if scheme_of(address) in _UNLISTED else [])):
-            content = folder.read(name, MOST_BYTES)
+            content = folder.read(name, most_bytes)
             path = local / name
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(content)
@@ -131,13 +135,13 @@ def _fetch(address: str, local: Path, storage_options: Mapping[str, Any] | None,
         parent, _, name = address.rpartition("/")
         if parent.count("/") < _LEAST_SLASHES.get(scheme_of(address), 2):
             raise FileNotFoundError(f"there is nothing to read at {folder}: name the folder or the file itself")
-        local.write_bytes(folder_at(parent, storage_options).read(name, MOST_BYTES))
+        local.write_bytes(folder_at(parent, storage_options).read(name, most_bytes))
 
 
-def _listed(folder: ObjectFolder) -> list[str]:
+def _listed(folder: ObjectFolder, most_bytes: int) -> list[str]:
     found = {entry.name: entry.n_bytes for entry in folder.list()}
     if problem := next(filter(None, map(name_problem, found)), ""):
         raise StorageError(f"{folder}: {problem}")
-    if (n_bytes := sum(found.values())) > MOST_BYTES:
+    if (n_bytes := sum(found.values())) > most_bytes:
         raise StorageError(f"{folder} holds {n_bytes:,} bytes, more than results have: name the folder of the results")
     return list(found)

@@ -159,6 +159,16 @@ def result_folder(
 
 
 @contextmanager
+def saved_to(folder: str | PathLike[str], storage_options: Mapping[str, Any] | None = None) -> Iterator[Path]:
+    """Give a folder for files that are ready to be written, without a trial of a path; see `result_folder`."""
+    if not is_remote(folder):
+        yield Path(folder)
+        return
+    with result_folder(folder, storage_options) as local:
+        yield local
+
+
+@contextmanager
 def result_file(
     out: str | PathLike[str], storage_options: Mapping[str, Any] | None = None, *, n_bytes: int = 0
 ) -> Iterator[Path]:
@@ -166,6 +176,7 @@ def result_file(
     if not is_remote(out):
         yield try_place(Path(out), is_file=True).out.path
         return
+    _refuse_others(out)
     parent, _, name = fspath(out).rpartition("/")
     with result_folder(parent, storage_options, n_bytes=n_bytes) as folder:
         yield folder / name
@@ -203,6 +214,12 @@ def bucket_at(out: str | PathLike[str], storage_options: Mapping[str, Any] | Non
         PlanError: Nothing is written there file by file.
         StorageError: The address or an option is not understood.
     """
+    _refuse_others(out)
+    return BucketFolder(fspath(out), storage_options)
+
+
+def _refuse_others(out: str | PathLike[str]) -> None:
+    """Raise PlanError unless an address is in a bucket, where files are written one by one."""
     if (scheme := scheme_of(out)) not in _WRITABLE:
         later = (
             "send an archive there with residua push" if scheme == "hf" else "copy it to the server with its own tools"
@@ -211,7 +228,6 @@ def bucket_at(out: str | PathLike[str], storage_options: Mapping[str, Any] | Non
             f"{shown(out)} is an address ({scheme}) that is read from, and not written to: write into a bucket "
             f"(s3://, gs://, az://) or a folder; when it is finished, {later}"
         )
-    return BucketFolder(fspath(out), storage_options)
 
 
 def _refuse_other_objects(folder: ObjectFolder) -> None:
