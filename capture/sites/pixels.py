@@ -1,18 +1,18 @@
 """Models that take images and not tokens: a few images to run them on, and which position is which patch.
 
 Most take whole images. Some take patches that their processor cut before: the patches of all images as one sequence
-with the grid of each (Qwen-VL), or those of each image filled up to one length (SigLIP2). A model that makes one
-sequence of all images of a call runs on one image at a time, so that a position is a patch of a known image.
+with the grid of each (Qwen-VL), or those of each image filled up to one length (SigLIP2, Gemma 4). A model that makes
+one sequence of all images of a call runs on one image at a time, so that a position is a patch of a known image.
 
 Axes: `B` images, `C` channels, `H` and `W` pixels, `T` positions, `D` model width.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from inspect import signature
 from math import prod
 from typing import Any
-from weakref import WeakKeyDictionary, WeakSet
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import numpy.typing as npt
@@ -33,6 +33,8 @@ _IMAGE_AXES, _A_ROW_EACH = 3, 2
 _SHAPES = "spatial_shapes"
 """Name of the argument that tells rows and columns of each image, where patches of each fill up to one length."""
 _MASK = "pixel_attention_mask"
+_PLACES = "pixel_position_ids"
+"""Name of the argument that tells column and row of each patch, where patches of each image fill up to one length."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,7 +57,7 @@ class PatchGrid:
 def is_cut(model: nn.Module) -> bool:
     """Return whether a model takes images as patches that its processor cut before."""
     takes = signature(core_of(model).forward).parameters
-    return takes_pixels(model) and (GRID in takes or _SHAPES in takes)
+    return takes_pixels(model) and any(name in takes for name in (GRID, _SHAPES, _PLACES))
 
 
 def runs_alone(model: nn.Module) -> bool:
@@ -100,7 +102,11 @@ def few_images(model: nn.Module, n_images: int, *, larger: bool = False) -> dict
     side = _few_rows(core.config)
     columns = max(side + side // 2, _rows_of_two_windows(core.config)) if larger else side
     patches = _pixels(core, (n_images, side * columns, *_patch_shape(core)))
-    if GRID not in signature(core.forward).parameters:
+    takes = signature(core.forward).parameters
+    if _PLACES in takes:
+        places = [[column, row] for row in range(side) for column in range(columns)]
+        return {PIXELS: patches, _PLACES: torch.tensor([places] * n_images, device=patches.device)}
+    if GRID not in takes:
         return {PIXELS: patches, _SHAPES: torch.tensor([[side, columns]] * n_images, device=patches.device)}
     ones = {name: torch.ones(n_images, dtype=torch.int64, device=patches.device) for name in _ones(core)}
     return {PIXELS: patches, GRID: torch.tensor([[1, side, columns]] * n_images, device=patches.device), **ones}
@@ -113,8 +119,10 @@ def _pixels(core: Any, shape: tuple[int, ...]) -> Tensor:
 
 def _few_rows(config: Any) -> int:
     """Return a small number of rows of patches that a tower can merge."""
-    merged = getattr(config, "spatial_merge_size", None) or getattr(config, "merge_kernel_size", None) or 1
-    return 2 * max(2, *_pair(merged))
+    merged = (
+        getattr(config, name, None) for name in ("spatial_merge_size", "merge_kernel_size", "pooling_kernel_size")
+    )
+    return 2 * max(2, *_pair(next((size for size in merged if size), 1)))
 
 
 def _rows_of_two_windows(config: Any) -> int:
@@ -152,8 +160,9 @@ def inputs_of(model: nn.Module, made: Mapping[str, Tensor]) -> dict[str, Tensor]
         found = {PIXELS: pixels}
     else:
         takes = signature(core_of(model).forward).parameters
-        wanted = [each for each in (GRID, _SHAPES, *_ones(core_of(model))) if each in takes]
-        found = {each: made[key] for each in wanted for key in (each, f"image_{each}") if key in made}
+        wanted = [each for each in (GRID, _SHAPES, _PLACES, *_ones(core_of(model))) if each in takes]
+        keys = {each: (each, f"image_{each}", each.replace("pixel_", "image_")) for each in wanted}
+        found = {each: made[key] for each in wanted for key in keys[each] if key in made}
         if len(found) < len(wanted):
             raise CaptureError(f"{name} takes {', '.join(wanted)}, and its processor gives {', '.join(made)}")
     n_views = len(next(iter(found.values())))
@@ -164,7 +173,11 @@ def inputs_of(model: nn.Module, made: Mapping[str, Tensor]) -> dict[str, Tensor]
         )
     if not is_cut(model):
         return found
-    grid = found[GRID if GRID in found else _SHAPES][0].tolist()
+    if _PLACES in found:
+        is_patch = (found[_PLACES] >= 0).all(-1)[0]  # the others fill up
+        found = {_PLACES: found[_PLACES][:, is_patch]}
+        made = {PIXELS: made[PIXELS][:, is_patch]}
+    grid = found[GRID][0].tolist() if GRID in found else list(grid_of(found))
     patches = made[PIXELS] if GRID in found else made[PIXELS][0, : prod(grid)]  # the others fill up
     if len(patches) != prod(grid) or (GRID in found and grid[0] != 1):
         raise CaptureError(f"the processor makes {len(patches)} patches of the image for {name}, in a grid of {grid}")
@@ -173,6 +186,9 @@ def inputs_of(model: nn.Module, made: Mapping[str, Tensor]) -> dict[str, Tensor]
 
 def grid_of(inputs: Mapping[str, Tensor]) -> tuple[int, int]:
     """Return rows and columns of the patches of an image that was cut before."""
+    if _PLACES in inputs:
+        columns, rows = (int(number) + 1 for number in inputs[_PLACES][0].amax(0))
+        return rows, columns
     rows, columns = inputs[GRID if GRID in inputs else _SHAPES][0].tolist()[-2:]
     return rows, columns
 
@@ -187,8 +203,9 @@ def image_arguments(model: nn.Module, inputs: Mapping[str, Tensor]) -> dict[str,
     if GRID in inputs:
         name = PIXELS if PIXELS in takes else next(iter(takes))
         others = {key: tensor for key, tensor in inputs.items() if key != PIXELS}
-        packed = pixels.flatten(0, 1)
-        return {name: packed[None] if core in _one_sequence else packed, **others}
+        return {name: _PACKED[_known_packed.get(core, 0)](pixels.flatten(0, 1)), **others}
+    if _PLACES in inputs:
+        return dict(inputs)
     if _SHAPES in inputs:
         return {**inputs, _MASK: torch.ones(pixels.shape[:2], dtype=torch.int64, device=pixels.device)}
     arguments: dict[str, Any] = {PIXELS: pixels}
@@ -413,11 +430,13 @@ def _entered(model: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
     handle = anatomy.modules[block].register_forward_pre_hook(stop, with_kwargs=True)
     try:
         problem = _run_to(core, inputs)
-        if problem is not None and GRID in inputs and core not in _one_sequence:
-            _one_sequence.add(core)
-            if (again := _run_to(core, inputs)) is not None:
-                _one_sequence.discard(core)
-            problem = None if again is None else problem
+        if problem is not None and GRID in inputs and core not in _known_packed:
+            for number in range(1, len(_PACKED)):
+                _known_packed[core] = number
+                if _run_to(core, inputs) is None:
+                    problem = None
+                    break
+                del _known_packed[core]
     finally:
         handle.remove()
     if problem is not None:
@@ -427,8 +446,15 @@ def _entered(model: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
     return seen[-1]
 
 
-_one_sequence: "WeakSet[nn.Module]" = WeakSet()
-"""Models that take the patches of a call with an axis before them, (1, patches, ...), as a run has shown."""
+_PACKED: Sequence[Callable[[Tensor], Tensor]] = (
+    lambda patches: patches,
+    lambda patches: patches[None],
+    lambda patches: patches.flatten(1),
+)
+"""Ways to give a model the patches of a call: with the axes of a patch, one sequence of them, or each as one axis."""
+
+_known_packed: "WeakKeyDictionary[nn.Module, int]" = WeakKeyDictionary()
+"""Which of these ways a model takes other than the first, as a run has shown."""
 
 
 def _run_to(core: nn.Module, inputs: Mapping[str, Tensor]) -> CaptureError | None:
@@ -453,6 +479,6 @@ def _pair(size: Any) -> tuple[int, int]:
 def _text(inputs: Mapping[str, Tensor]) -> str:
     """Return what images are, in words: 2 images of 32 x 32 pixels."""
     n_images, shape = _n_images(inputs), inputs[PIXELS].shape
-    if GRID in inputs or _SHAPES in inputs:
+    if any(name in inputs for name in (GRID, _SHAPES, _PLACES)):
         return f"{n_images} images of {' x '.join(map(str, grid_of(inputs)))} patches"
     return f"{n_images} images of {' x '.join(map(str, shape[-2:]))} pixels"

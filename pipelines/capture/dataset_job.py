@@ -140,7 +140,8 @@ class DatasetCapture(CaptureJob):
         if self._images is None:
             require_special(self._settings, tokenizer)
         else:
-            return self._images.examples(self._dataset, model_limit=token_limit(self.model), report=report)
+            limit = None if takes_pixels(self.model) else token_limit(self.model)  # a tower's may be one of rows alone
+            return self._images.examples(self._dataset, model_limit=limit, report=report)
         return read_examples(
             self._dataset,
             settings=self._settings,

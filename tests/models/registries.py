@@ -246,6 +246,8 @@ _TEXT_SETTINGS: dict[str, dict[str, Any]] = {
 
 _WHOLE_SETTINGS: dict[str, dict[str, Any]] = {
     "granite4_vision": {"deepstack_layer_map": [], "spatial_target_layers": [], "downsample_rate": "2/4"},
+    "llama4": {"vision_config": {"intermediate_size": 256}},
+    "gemma4": {"vision_config": {"pooling_kernel_size": 2, "use_clipped_linears": False}},
     "molmo2": {"vision_config": {"image_size": [32, 32]}, "adapter_config": {"vision_feature_layer": [1, 0]}},
     **{key: {"vision_start_token_id": 5} for key in ("qwen2_5_omni_thinker", "qwen3_omni_moe_thinker")},
     **{key: {"encoder_config": {"num_layers": 2}} for key in ("granite_speech", "granite_speech_plus")},

@@ -127,7 +127,7 @@ class _Cut(hf.Qwen2VLImageProcessorPil):
 def _processor_of(model: PreTrainedModel) -> tuple[Any, tuple[int, int]]:
     """Return an image processor that gives what a model takes, and height and width of images for it."""
     takes, config = signature(model.forward).parameters, model.config
-    if "grid_thw" not in takes and "spatial_shapes" not in takes:
+    if not {"grid_thw", "spatial_shapes", "pixel_position_ids"} & set(takes):
         size = config.image_size
         height, width = (size, size) if isinstance(size, int) else tuple(size)
         return hf.ViTImageProcessorPil(size={"height": height, "width": width}), (height, width)
@@ -136,8 +136,11 @@ def _processor_of(model: PreTrainedModel) -> tuple[Any, tuple[int, int]]:
     patch = patch if isinstance(patch, int) else patch[-1]
     side = 8 * patch
     if "spatial_shapes" in takes:
-        made: Any = hf.Siglip2ImageProcessorPil(patch_size=patch, max_num_patches=70)
+        made: Any = hf.Siglip2ImageProcessorPil(patch_size=patch, max_num_patches=64)
         return made, (side, side)
+    if "pixel_position_ids" in takes:
+        pooled = config.pooling_kernel_size
+        return hf.Gemma4ImageProcessorPil(patch_size=patch, pooling_kernel_size=pooled), (side, side)
     merged = getattr(config, "spatial_merge_size", None) or 2
     cut = _Cut(
         patch_size=patch,
@@ -152,6 +155,10 @@ def _processor_of(model: PreTrainedModel) -> tuple[Any, tuple[int, int]]:
 def _inputs(model: PreTrainedModel, made: Any) -> dict[str, Tensor]:
     """Return the arguments of a call of a model alone for what a processor makes of one image."""
     takes = list(signature(model.forward).parameters)
+    if "pixel_position_ids" in takes:
+        places = made["image_position_ids"]
+        is_patch = (places != -1).all(-1)[0]
+        return {"pixel_values": made["pixel_values"][:, is_patch], "pixel_position_ids": places[:, is_patch]}
     if "grid_thw" not in takes:
         return {name: made[name] for name in takes if name in made}
     pixels = made["pixel_values"]
