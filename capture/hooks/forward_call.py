@@ -8,6 +8,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from math import prod
 from typing import Any
 
 import torch
@@ -106,7 +107,7 @@ class SiteTensor:
             return tensor.transpose(1, 2)
         if self.info.streams:
             return tensor.movedim(0, 2)
-        if self.info.flat and self.batch_shape is not None:
+        if self.info.flat and self.batch_shape is not None and len(tensor) == prod(self.batch_shape):  # else of patches
             return tensor.reshape(*self.batch_shape, *tensor.shape[1:])
         return tensor
 

@@ -166,6 +166,10 @@ def test_a_tap_in_the_full_model_gives_the_patches_of_all_images_of_a_call() -> 
         model(**made)
     handle.remove()
     assert torch.equal(seen["vision.resid_post.1"], wanted[-1])  # the last run; those before looked for sites
+    tower = model.get_submodule("model.visual")
+    with torch.no_grad(), residua.tap(tower, "resid_post.1", seen.__setitem__):
+        tower(made["pixel_values"], made["image_grid_thw"])
+    assert torch.equal(seen["resid_post.1"], wanted[-1])
 
 
 def test_tower_and_text_model_go_into_a_bucket(s3: S3Server) -> None:
