@@ -13,6 +13,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
+from residua.capture.hooks.torch_calls import ModuleMode
 from residua.store.base.errors import CaptureError
 
 
@@ -188,34 +190,10 @@ class _Watch(TorchFunctionMode):
         return tensor.reshape(-1, self._own.n_heads, *tensor.shape[1:])
 
 
-class _Watched:
-    """The hooks of one module that is watched, for as long as somebody reads it."""
+class _Watched(ModuleMode[_Watch]):
+    """One module that is watched, for as long as somebody reads it."""
 
-    def __init__(
-        self, module: nn.Module, own: OwnAttention, readers: Callable[[], tuple[frozenset[str], PassOn]]
-    ) -> None:
-        self.n_users = 0
-        self._own = own
-        self._readers = readers
-        self._local = threading.local()
-        self.handles = (
-            module.register_forward_pre_hook(self._begin),
-            module.register_forward_hook(self._end, always_call=True),
-        )
-
-    @property
-    def _running(self) -> list[_Watch]:
-        running: list[_Watch] = vars(self._local).setdefault("running", [])
-        return running
-
-    def _begin(self, _module: nn.Module, _args: object) -> None:
-        watch = _Watch(self._own, *self._readers())
-        watch.__enter__()  # type: ignore[no-untyped-call]  # torch has no annotations here
-        self._running.append(watch)
-
-    def _end(self, _module: nn.Module, _args: object, _output: object) -> None:
-        if self._running:  # empty if another pre-hook failed before `_begin`
-            self._running.pop().__exit__(None, None, None)  # type: ignore[no-untyped-call]  # see above
+    n_users = 0
 
 
 _lock = threading.Lock()
@@ -232,10 +210,14 @@ def watching(
         own: For each module, which calls compute its attention.
         readers: Called when a module runs: the kinds that are read in it, and who takes them.
     """
+
+    def watch(module: nn.Module, calls: OwnAttention) -> _Watch:
+        return _Watch(calls, *readers(module))
+
     with _lock:
         for module, calls in own.items():
             if id(module) not in _watched:
-                _watched[id(module)] = _Watched(module, calls, lambda module=module: readers(module))  # type: ignore[misc]  # mypy infers no type of the default
+                _watched[id(module)] = _Watched(module, partial(watch, module, calls))
             _watched[id(module)].n_users += 1
     try:
         yield

@@ -9,12 +9,14 @@ import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
+
+ModeT = TypeVar("ModeT", bound=TorchFunctionMode)
 
 LINEAR: frozenset[Callable[..., Any]] = frozenset(
     (functional.linear, torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__)
@@ -63,38 +65,39 @@ class _Watch(TorchFunctionMode):
         return self._pass_on(result) if number == self._number else result
 
 
-class _Hooks:
-    """The hooks of one module that is watched; each thread has its own calls.
+class ModuleMode(Generic[ModeT]):
+    """A mode that a module runs in: another one for each forward, since threads may run the module at once.
 
     Args:
-        make: Makes the watch of one forward.
+        module: The module.
+        make: Makes the mode of one forward.
+
+    Attributes:
+        handles: What to remove when the module is to run without.
     """
 
-    def __init__(self, make: Callable[[], _Watch]) -> None:
+    def __init__(self, module: nn.Module, make: Callable[[], ModeT]) -> None:
         self._make = make
         self._local = threading.local()
+        self.handles = [
+            module.register_forward_pre_hook(self._begin),
+            module.register_forward_hook(self._end, always_call=True),
+        ]
 
     @property
-    def _running(self) -> list[_Watch]:
-        running: list[_Watch] = vars(self._local).setdefault("running", [])
+    def running(self) -> list[ModeT]:
+        """The modes of the forwards that run in this thread; the innermost is the last."""
+        running: list[ModeT] = vars(self._local).setdefault("running", [])
         return running
 
-    def begin(self, _module: nn.Module, _args: object) -> None:
-        watch = self._make()
-        watch.__enter__()  # type: ignore[no-untyped-call]  # torch has no annotations here
-        self._running.append(watch)
+    def _begin(self, _module: nn.Module, _args: object) -> None:
+        mode = self._make()
+        mode.__enter__()  # type: ignore[no-untyped-call]  # torch has no annotations here
+        self.running.append(mode)
 
-    def end(self, _module: nn.Module, _args: object, _output: object) -> None:
-        if self._running:  # empty if another pre-hook failed before `begin`
-            self._running.pop().__exit__(None, None, None)  # type: ignore[no-untyped-call]  # see above
-
-    def go_in(self, _module: nn.Module, _args: object) -> None:
-        for watch in self._running[-1:]:
-            watch.depth += 1
-
-    def come_out(self, _module: nn.Module, _args: object, _output: object) -> None:
-        for watch in self._running[-1:]:
-            watch.depth -= 1
+    def _end(self, _module: nn.Module, _args: object, _output: object) -> None:
+        if self.running:  # empty if another pre-hook failed before `_begin`
+            self.running.pop().__exit__(None, None, None)  # type: ignore[no-untyped-call]  # see above
 
 
 @contextmanager
@@ -109,12 +112,21 @@ def watching_call(
         number: Number of the call among those of these functions in one forward, from 0.
         pass_on: Takes the result; returns what the module goes on with.
     """
-    hooks = _Hooks(partial(_Watch, functions, number, pass_on))
-    handles = [module.register_forward_pre_hook(hooks.begin), module.register_forward_hook(hooks.end, always_call=True)]
+    watched = ModuleMode(module, partial(_Watch, functions, number, pass_on))
+
+    def go_in(_module: nn.Module, _args: object) -> None:
+        for watch in watched.running[-1:]:
+            watch.depth += 1
+
+    def come_out(_module: nn.Module, _args: object, _output: object) -> None:
+        for watch in watched.running[-1:]:
+            watch.depth -= 1
+
+    handles = watched.handles
     for inner in module.modules():
         if inner is not module:
-            handles.append(inner.register_forward_pre_hook(hooks.go_in))
-            handles.append(inner.register_forward_hook(hooks.come_out, always_call=True))
+            handles.append(inner.register_forward_pre_hook(go_in))
+            handles.append(inner.register_forward_hook(come_out, always_call=True))
     try:
         yield
     finally:
