@@ -237,16 +237,26 @@ def _marks(
     return marked, {**counts, "n_shared_tokens": n_shared, "n_lost_turns": len(lost)}
 
 
-def _message(message: object, number: int) -> dict[str, object]:
+def message_of(message: object, where: str) -> dict[str, object]:
+    """Return the given fields of a message; refuse one without a role, or with nothing that a role could say."""
     if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
-        raise DatasetError(f"row {number}: a message needs role and content, found {message!r:.80}")
-    # Arrow gives each message the fields of all others, with None; a template would take them as given.
-    kept = {key: value for key, value in message.items() if value is not None}
+        raise DatasetError(f"{where}: a message needs role and content, found {message!r:.80}")
+    kept = given_fields(message)
     if "content" not in message and not kept.keys() & set(_INSTEAD_OF_CONTENT):
         raise DatasetError(
-            f"row {number}: a message needs role and content, and this one has only {', '.join(map(str, kept))}: "
+            f"{where}: a message needs role and content, and this one has only {', '.join(map(str, kept))}: "
             f"{message!r:.80}"
         )
+    return kept
+
+
+def given_fields(fields: Mapping[Any, object]) -> dict[str, object]:
+    """Return what is not None: Arrow gives each message those of all others, and a template would take them."""
+    return {name: value for name, value in fields.items() if value is not None}
+
+
+def _message(message: object, number: int) -> dict[str, object]:
+    kept = message_of(message, f"row {number}")
     content = kept.get("content")
     return kept if not isinstance(content, list | tuple) else {**kept, "content": [_part(it, number) for it in content]}
 
@@ -255,7 +265,7 @@ def _part(part: object, number: int) -> object:
     """Return one of several parts of a content, without the fields that Arrow filled with None."""
     if not isinstance(part, Mapping):
         return part
-    kept = {key: value for key, value in part.items() if value is not None}
+    kept = given_fields(part)
     kinds = [kind for kind in (*kept, kept.get("type")) if isinstance(kind, str) and _NOT_TEXT.match(kind)]
     if kinds:
         raise DatasetError(

@@ -20,6 +20,7 @@ from residua.capture.forward.example_inputs import ExampleInputs
 from residua.capture.sites.anatomy import PIXELS
 from residua.capture.sites.pixels import grid_of, inputs_of, is_cut, patch_grid, patch_order
 from residua.capture.sites.towers import image_token_of
+from residua.pipelines.data.chats import given_fields, message_of
 from residua.pipelines.data.settings import DatasetSettings
 from residua.pipelines.data.sources import Row
 from residua.pipelines.data.tokenizer import special_ids
@@ -269,16 +270,11 @@ def _ranks(values: npt.NDArray[np.float64], n: int) -> Numbers | None:
 
 def _message(message: object, where: str) -> dict[str, object]:
     """Return a message with parts of text and places of images only, without what Arrow filled with None."""
-    if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
-        raise DatasetError(f"{where}: a message needs role and content, found {message!r:.80}")
-    kept = {key: value for key, value in message.items() if value is not None}
+    kept = message_of(message, where)
     content = kept.get("content")
     if not isinstance(content, list | tuple):
         return {**kept, "content": [{"type": "text", "text": content or ""}]}
-    parts = [
-        {key: value for key, value in part.items() if value is not None} if isinstance(part, Mapping) else {}
-        for part in content
-    ]
+    parts = [given_fields(part) if isinstance(part, Mapping) else {} for part in content]
     for part in parts:
         if part.get("type") not in ("text", "image") or (part["type"] == "image" and len(part) > 1):
             raise DatasetError(

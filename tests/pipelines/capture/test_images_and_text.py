@@ -159,6 +159,7 @@ def test_texts_have_places_for_images(name: str, tmp_path: Path) -> None:
         ({"text": "<image> and <image>", "images": [picture(8, 8, 0)]}, "row 0"),
         ({"messages": [{"role": "user", "content": [{"type": "image", "url": "x"}]}], "images": []}, "image column"),
         ({"messages": [{"content": "what"}], "images": []}, "role"),
+        ({"messages": [{"role": "user", "text": "what"}], "images": []}, "has only role, text"),
         ({"label": 1, "images": [picture(8, 8, 0)]}, "text or messages"),
     ],
 )
