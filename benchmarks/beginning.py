@@ -91,6 +91,7 @@ def main() -> None:
     """Measure and report."""
     options = parser(__doc__ or "", rounds=1)
     options.add_argument("--tokens", type=int, nargs="+", default=[12_500_000, 100_000_000], help="sizes")
+    options.add_argument("--most-texts", type=int, default=100_000_000, help="more tokens of texts: with grow alone")
     arguments = options.parse_args()
     os.environ["TOKENIZERS_PARALLELISM"] = "true"
     model, tokenizer = AutoModelForCausalLM.from_pretrained(SHIPPED), AutoTokenizer.from_pretrained(SHIPPED)
@@ -101,7 +102,7 @@ def main() -> None:
             for n_tokens in arguments.tokens:
                 path = folder / f"{kind.split()[-1]}.parquet"
                 make(path, n_tokens)
-                for way in ("grow", "whole"):
+                for way in ("grow", "whole") if kind == "token ids" or n_tokens <= arguments.most_texts else ("grow",):
                     out = folder / "out.zarr"
                     figures = begin(model, tokenizer, path, out, grow=way == "grow")
                     shutil.rmtree(out, ignore_errors=True)

@@ -1,5 +1,6 @@
 """The capture job whose examples are those of a dataset, and what it is asked for."""
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from os import PathLike, fspath
@@ -197,6 +198,8 @@ class DatasetCapture(CaptureJob):
         longest_example: int,
         most_rows: int,
         n_rows: int | None,
+        tokens_per_row: float = 1.0,
+        most_shard_tokens: float = math.inf,
     ) -> Plan:
         """Return the plan for examples of which some numbers are known.
 
@@ -206,11 +209,13 @@ class DatasetCapture(CaptureJob):
             longest_example: Most tokens of an example.
             most_rows: Most rows of an example.
             n_rows: Rows of all examples; None while that is not known.
+            tokens_per_row: Tokens of the examples for each row of theirs.
+            most_shard_tokens: How many tokens may have to be read for one shard, unless `rows_per_shard` is set.
 
         Raises:
             PlanError: Not even the smallest shard fits into host memory.
         """
-        settings = self._settings
+        settings, batch_rows = self._settings, math.ceil(batch_tokens / tokens_per_row)
         sites = plan_sites(
             self.sites,
             dtype=settings.dtype,
@@ -223,16 +228,17 @@ class DatasetCapture(CaptureJob):
         row_bytes += [] if self._images is None else [IMAGE_ROW_BYTES]
         height = settings.rows_per_shard or choose_rows_per_shard(
             row_bytes,
-            batch_rows=batch_tokens if n_rows is None else min(batch_tokens, n_rows),
+            batch_rows=batch_rows if n_rows is None else min(batch_rows, n_rows),
             most_rows_per_example=most_rows,
             host_memory_bytes=settings.host_memory_bytes,
+            most_rows=most_shard_tokens / tokens_per_row,
         )
         buffered = height if n_rows is None else min(height, n_rows)
         check_host_memory(row_bytes, most_rows, buffered, settings.host_memory_bytes)
         if isinstance(self.out, BucketFolder):
             buffers = host_buffer_bytes(sum(row_bytes), most_rows, buffered)
             self.out.use_memory(settings.host_memory_bytes - buffers, max(row_bytes) * buffered)
-        if height < batch_tokens and (n_rows is None or height < n_rows):
+        if height < batch_rows and (n_rows is None or height < n_rows):
             limit = named("host_memory") if settings.rows_per_shard is None else f"{named('rows_per_shard')}"
             self.notes.append(
                 f"a shard holds {height:,} rows, and a batch no more than that, although "

@@ -34,6 +34,7 @@ from residua.store.format.plan import GROW_RULE, Plan
 from residua.store.storage.destination import BucketFolder
 
 FIRST_PART_BYTES = 2**21  # half a million tokens, or half as many rows: less than a second; plans depend on it
+SHARD_TOKENS = 2**20  # that a shard waits for: two or three parts, where few positions are kept; plans depend on it
 _STOP_SECONDS = 5.0  # for a dataset that gives its next row late
 
 
@@ -152,6 +153,8 @@ class GrowingCapture(DatasetCapture):
             longest_example=self._longest,
             most_rows=self.most_rows or self._longest,
             n_rows=None,
+            tokens_per_row=max(1.0, index.total_tokens / max(1, index.total_rows)),
+            most_shard_tokens=SHARD_TOKENS,
         )
 
     def rules(self) -> dict[str, Json]:
@@ -247,6 +250,13 @@ class GrowingCapture(DatasetCapture):
 
 
 def _first_part(folder: Path) -> ExampleIndex:
-    """Return the index of a folder's examples, with the digest of the first part."""
+    """Return the index of the first part of a folder's examples: what follows may still be read."""
     table = ExampleTable(folder)
-    return replace(table.index(), digest=table.part_digests[0])
+    index, stop = table.index(), int(table.index().first_example[1])
+    return ExampleIndex(
+        n_tokens=index.n_tokens[:stop],
+        n_rows=index.n_rows[:stop],
+        first_row=index.first_row[: stop + 1],
+        first_example=index.first_example[:2],
+        digest=table.part_digests[0],
+    )

@@ -5,10 +5,11 @@ digest names the run: two captures with equal digests hold the same rows in the 
 not part of the plan (they are provenance), so an archive may be moved and resumed elsewhere.
 
 The heights of chunks and shards follow one rule. A chunk is the power of two of rows nearest 512 KiB. All sites share
-one shard height, the power of two of rows nearest 32 MiB of the widest site, with two corrections in this order:
+one shard height, the power of two of rows nearest 32 MiB of the widest site, with corrections in this order:
 
-1. A shard should hold a full batch, because batches are formed from the examples of one shard: it grows until it does.
-2. The host buffers must fit the memory budget: it shrinks until they do. One buffer holds one shard of every site, and
+1. A capture that begins before its dataset is read waits for the examples of a shard: it shrinks until they are few.
+2. A shard should hold a full batch, because batches are formed from the examples of one shard: it grows until it does.
+3. The host buffers must fit the memory budget: it shrinks until they do. One buffer holds one shard of every site, and
    `n_open_shards` of them are open at once: the shard that fills, and those that its last example reaches into.
 
 The rule is a pure function of its arguments, so that a plan made twice is the same plan.
@@ -17,7 +18,7 @@ The rule is a pure function of its arguments, so that a plan made twice is the s
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from functools import cached_property
-from math import ceil, prod
+from math import ceil, inf, prod
 from typing import Literal, cast
 
 import numpy as np
@@ -351,6 +352,7 @@ def choose_rows_per_shard(
     batch_rows: int,
     most_rows_per_example: int,
     host_memory_bytes: int = HOST_MEMORY_BYTES,
+    most_rows: float = inf,
 ) -> int:
     """Return the shard height in rows, a power of two, by the rule in the module's head.
 
@@ -359,12 +361,15 @@ def choose_rows_per_shard(
         batch_rows: Rows that one batch may yield.
         most_rows_per_example: Rows of the example that keeps most.
         host_memory_bytes: Memory that all host buffers may take together.
+        most_rows: A shard whose examples have to be read soon has no more, unless a batch has.
 
     Raises:
         PlanError: Even shards of one row do not fit the budget.
     """
     sizes = list(row_bytes)
     height = nearest_power_of_two(SHARD_BYTES / max([1, *sizes]))
+    while height > max(1.0, most_rows):
+        height //= 2
     while height < batch_rows:
         height *= 2
     while height > 1 and host_buffer_bytes(sum(sizes), most_rows_per_example, height) > host_memory_bytes:

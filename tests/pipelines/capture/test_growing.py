@@ -115,6 +115,31 @@ def test_growing_is_an_order_of_work(model: PreTrainedModel, tmp_path: Path, opt
     ]
 
 
+@pytest.mark.parametrize("positions", ["last", "column:mask"])
+def test_the_model_begins_although_few_positions_are_kept(
+    model: PreTrainedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, positions: str
+) -> None:
+    monkeypatch.setattr(growing, "SHARD_TOKENS", 2000)
+    rows = [{"input_ids": [3 + i % 9] * 20, "mask": [at == 7 for at in range(20)]} for i in range(1200)]
+    began = threading.Event()
+
+    def waiting() -> Iterator[dict[str, Any]]:
+        yield from rows[:700]
+        assert began.wait(60), "no batch ran before all was read"
+        yield from rows[700:]
+
+    def on_batch(stats: RecordStats) -> None:
+        if stats.rows:
+            began.set()
+
+    options: Any = {"positions": positions, "max_length": 32, "rows_per_shard": None}
+    grown = capture(model, waiting(), tmp_path / "grown.zarr", **options, on_batch=on_batch)
+    whole = capture(model, rows, tmp_path / "whole.zarr", **options, grow=False)
+    assert grown.archive.plan.rows_per_shard < whole.archive.plan.rows_per_shard
+    assert np.array_equal(grown.archive["resid_post.1"][:], whole.archive["resid_post.1"][:])
+    assert not grown.notes
+
+
 def test_texts_of_a_file_grow_and_are_not_read_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     chosen = CaptureSettings(device="cpu")
     model, tokenizer = load_model(str(MODEL), chosen), load_tokenizer(str(MODEL), chosen)
