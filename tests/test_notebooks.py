@@ -72,6 +72,7 @@ def names_of(name: str) -> dict[str, Any]:
     return names
 
 
+@pytest.mark.slow
 def test_a_kernel_runs_a_notebook_and_gives_its_committed_texts(tmp_path: Path) -> None:
     committed = notebook(IN_A_KERNEL)
     found = copy.deepcopy(committed)

@@ -43,6 +43,7 @@ def commands() -> list[list[str]]:
     return [words[2:] for words in found]
 
 
+@pytest.mark.slow
 def test_every_block_does_what_the_page_says(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(folder)
     torch.set_num_threads(1)

@@ -25,6 +25,7 @@ def test_a_page_for_users_has_every_command_and_name(name: str) -> None:
     assert [path.name for path in pages if re.search(rf"\b{re.escape(name)}\b", path.read_text())]
 
 
+@pytest.mark.slow
 def test_the_site_builds_without_a_warning_and_has_every_public_name(tmp_path: Path) -> None:
     options = ["-c", "docs", "-W", "--keep-going", "-q", "-b", "html", "-d", str(tmp_path / "doctrees")]
     command = [sys.executable, "-m", "sphinx", *options, ".", str(tmp_path / "site")]

@@ -14,7 +14,7 @@ from tests.distributed.workers.test_replicas import summary
 from tests.ragged import capture_words, write_dataset
 from tests.stopped import await_commits, check_end, check_stop
 
-pytestmark = pytest.mark.timeout(600)
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 SITES = ("--sites", "resid_post.3,q.2,mlp_act.1,pattern.0", "--dtype", "bfloat16", "--tp", "2")
 BOUND = 1e-5
 STAGES = ("--sites", "embed,resid_post.*,q.2,mlp_act.1,z.4,pattern.3,logits_top3", "--tp", "2", "--pp", "2")

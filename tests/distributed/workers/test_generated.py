@@ -10,7 +10,7 @@ from tests.distributed.workers.forked_workers import SOON, ForkedWorkers, Start,
 from tests.ragged import MODEL
 from tests.stopped import check_end, content
 
-pytestmark = pytest.mark.timeout(1800)
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 LIMIT = 600  # seconds of one launch, on a busy machine
 
 

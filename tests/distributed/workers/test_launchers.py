@@ -1,4 +1,4 @@
-"""Launchers and users' own scripts: torchrun, accelerate, a process group, FSDP2."""
+"""Launchers (torchrun, accelerate), and a user's own script: a process group, DDP, FSDP2 and ZeRO-3 in forked ranks."""
 
 import json
 import os
@@ -14,13 +14,14 @@ from residua.store.read.archive import Archive
 from residua.store.storage.lock import read_owner
 from residua.store.verification.verify import verify
 from tests.distributed.model_parallel.recorder_loop import record
+from tests.distributed.workers.forked_workers import ForkedWorkers, Start, launched
 from tests.distributed.workers.user_script import capture
 from tests.models.tiny import TINY
 from tests.pipelines.forking import ENVIRONMENT, ROOT
 from tests.ragged import capture_words, write_dataset
 from tests.stopped import await_commits, content
 
-pytestmark = pytest.mark.timeout(900)
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 SECONDS = 300
 SITES = ("--sites", "resid_post.3,q.2", "--dtype", "bfloat16")
 TORCHRUN = ("torch.distributed.run", "--standalone", "--nproc-per-node", "2")
@@ -51,13 +52,14 @@ def finish(process: subprocess.Popen[str]) -> str:
 
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_dataset(tmp_path_factory.mktemp("data") / "ragged.jsonl", 200)
+    return write_dataset(tmp_path_factory.mktemp("data") / "ragged.jsonl", 120)
 
 
 @pytest.fixture(scope="module")
-def reference(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def reference(forked_workers: ForkedWorkers, dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("one") / "a.zarr"
-    finish(start("residua", *capture_words(dataset, out, *SITES)))
+    [ended] = forked_workers.run([Start(words=capture_words(dataset, out, *SITES), env={})])
+    assert ended.code == 0, ended.output
     return out
 
 
@@ -87,10 +89,11 @@ def test_torchrun_starts_the_workers_again_when_one_is_killed(dataset: Path, ref
     assert verify(out).problems == []
 
 
-def test_a_script_of_the_users_own_with_replicas_and_sharded(tmp_path: Path) -> None:
+def test_a_script_of_the_users_own_with_replicas_and_sharded(forked_workers: ForkedWorkers, tmp_path: Path) -> None:
     torch.set_num_threads(1)
     capture(TINY["llama"](), tmp_path / "one.zarr")
-    finish(start(*TORCHRUN, "-m", "tests.distributed.workers.user_script", tmp_path))
+    ended = forked_workers.run(launched([str(tmp_path)], 2, module="tests.distributed.workers.user_script"), SECONDS)
+    assert [end.code for end in ended] == [0, 0], ended
     expected = content(tmp_path / "one.zarr")
     for name in ("replicas", "ddp", "fsdp", "zero3"):
         assert content(tmp_path / f"{name}.zarr") == expected

@@ -15,7 +15,7 @@ from tests.distributed.workers.forked_workers import SECONDS, SOON, Ended, Forke
 from tests.pipelines.replay.test_replay import contents
 from tests.ragged import MODEL, capture_words, write_dataset
 
-pytestmark = pytest.mark.timeout(300)
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 EDITS = [
     {"edit": "zero", "site": "attn_out.4"},
     {"edit": "mean", "site": "resid_post.3", "positions": "1:3"},
