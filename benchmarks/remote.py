@@ -49,7 +49,9 @@ from transformers import AutoModelForCausalLM
 from zarr.storage import FsspecStore, ObjectStore
 
 import residua
+from residua.store.encoding.codecs import decode_chunk
 from residua.store.format.archive_metadata import read_metadata
+from residua.store.read.shard_files import stored_chunks
 from residua.store.sealing.seal import seal
 
 sys.path.append(str(Path(__file__).parent.parent))  # of the tests' servers
@@ -64,6 +66,7 @@ AT_ONCE, FILES_AT_ONCE = 16, 8
 GBIT = 125e6
 LINES = {"0 ms": (0.0, 0.0), "20 ms": (0.02, 0.0), "20 ms, 1 Gbit/s": (0.02, GBIT)}
 ALONE, OURS, OBJECT_STORE, FSSPEC = "obstore", "Residua", "zarr-python, ObjectStore", "zarr-python, fsspec"
+DECODING = "decoding alone, from memory"
 OPEN, RANDOM, SCAN, LOAD, PUSH, PULL = "open", "4,096 random rows", "scan", "loader", "push", "pull"
 CAPTURE, DISK = "capture", "to the disk"
 MODEL = Path(__file__).parent.parent / "models" / "pydoc-1m"
@@ -228,6 +231,24 @@ def load(archive: residua.Archive, epoch: int) -> None:
         pass
 
 
+class Decoding:
+    """The stored chunks of a site in memory, and what it takes to check and decode them in one thread."""
+
+    def __init__(self, archive: residua.Archive, height: int) -> None:
+        (self._spec,) = archive[SITE].specs
+        self._chunks = [chunk for shard in archive.commits for chunk in stored_chunks(archive, self._spec, shard)]
+        self._per_block = height // self._spec.rows_per_chunk
+
+    def __call__(self, _: int) -> None:
+        """Decode all chunks, into new memory for each block."""
+        spec = self._spec
+        for start in range(0, len(self._chunks), self._per_block):
+            chunks = self._chunks[start : start + self._per_block]
+            out = np.empty((len(chunks), spec.rows_per_chunk, *spec.row_shape), spec.storage_dtype)
+            for chunk, values in zip(chunks, out, strict=True):
+                decode_chunk(chunk, values, spec.preset)
+
+
 class Stored:
     """A site whose rows come as they are stored, without a conversion."""
 
@@ -281,6 +302,7 @@ def reading(place: Place, height: int) -> dict[str, dict[str, Work]]:
         SCAN: {
             ALONE: alone,
             OURS: partial(scan, Stored(archive), height),
+            DECODING: Decoding(residua.open(place.folder / "acts.zarr"), height),
             **{name: partial(scan, each, height) for name, each in others.items()},
         },
         LOAD: {ALONE: alone, OURS: partial(load, archive)},
