@@ -6,6 +6,7 @@ sites of the full model, and compared with what it gives by itself.
 
 import tempfile
 from collections.abc import Mapping
+from contextlib import suppress
 from inspect import Parameter, signature
 from math import prod
 from pathlib import Path
@@ -92,7 +93,7 @@ class _ImageTruth:
         with self.log.watching():
             self._run(images[-1])
         self.weights: list[Any] = [None] * len(images)
-        with eager(model):
+        with eager(model), suppress(IndexError):  # Llama 4's tower cannot return its weights
             found = [self._run(each, output_attentions=True) for each in images]
             if all(difference(_result(f), _result(o)) <= LOGITS for f, o in zip(found, outputs, strict=True)):
                 self.weights = [states_of(output, "attentions") for output in found]
@@ -121,6 +122,21 @@ class _Cut(hf.Qwen2VLImageProcessorPil):
         """As its parent, with the axes of a patch."""
         made: Any = super().preprocess(*args, **kwargs)
         made["pixel_values"] = made["pixel_values"].reshape(-1, *self.shape)
+        if self.merge_size == 1:
+            made["image_merge_sizes"] = torch.ones(len(made["image_grid_thw"]), dtype=torch.long)
+        return made
+
+
+class _Placed(hf.Siglip2ImageProcessorPil):
+    """Cuts images into patches, and tells column and row of each, as Gemma 4's processor does for many more."""
+
+    def preprocess(self, *args: Any, **kwargs: Any) -> Any:
+        """As its parent, with places instead of a mask and shapes."""
+        made: Any = super().preprocess(*args, **kwargs)
+        ((rows, columns),) = np.asarray(made.pop("spatial_shapes")).tolist()
+        del made["pixel_attention_mask"]
+        places = [[number % columns, number // columns] for number in range(rows * columns)]
+        made["image_position_ids"] = torch.tensor([places])
         return made
 
 
@@ -139,16 +155,15 @@ def _processor_of(model: PreTrainedModel) -> tuple[Any, tuple[int, int]]:
         made: Any = hf.Siglip2ImageProcessorPil(patch_size=patch, max_num_patches=64)
         return made, (side, side)
     if "pixel_position_ids" in takes:
-        pooled = config.pooling_kernel_size
-        return hf.Gemma4ImageProcessorPil(patch_size=patch, pooling_kernel_size=pooled), (side, side)
-    merged = getattr(config, "spatial_merge_size", None) or 2
+        return _Placed(patch_size=patch, max_num_patches=64), (side, side)
+    merged = 1 if "merge_sizes" in takes else getattr(config, "spatial_merge_size", None) or 2
     cut = _Cut(
         patch_size=patch,
         temporal_patch_size=prod(shape) // (3 * patch * patch),
         merge_size=merged,
         size={"shortest_edge": patch * patch, "longest_edge": 4 * side * side},
     )
-    cut.shape = shape
+    cut.shape = (prod(shape),) if config.model_type.startswith("hunyuan") else shape
     return cut, (side, 2 * side)
 
 
