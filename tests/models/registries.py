@@ -232,7 +232,6 @@ _TEXT_SETTINGS: dict[str, dict[str, Any]] = {
     },
     "deepseek_ocr2": {"mlp_layer_types": ["dense", "sparse", "sparse"], "num_experts_per_tok": 2},
     "qwen2_5_omni_thinker": {"rope_parameters": _MROPE},
-    "diffusion_gemma": {**_GEMMA_4, "num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 24},
     "llama4": _LLAMA_4,
     "gemma3": _SLIDING,
     "mllama": {"cross_attention_layers": [1]},

@@ -59,7 +59,7 @@ def renewed(page: str, records: Iterable[Record]) -> str:
         before, heading, rest = page.partition(title)
         section, end, after = rest.partition("\n## ")
         lines = {_key(line): line for line in section.splitlines() if line.startswith("| `")}
-        lines |= {f"`{record.key}`": _line(record) for record in found}
+        lines |= {record.key: _line(record) for record in found}
         top = section.partition("| type |")
         swept = top[0].strip().partition(" types and variants.")[0]
         numbers = "; ".join(f"{name} {n}" for name, n in counted(list(lines.values())).items())
@@ -71,7 +71,7 @@ def renewed(page: str, records: Iterable[Record]) -> str:
 
 
 def _key(line: str) -> str:
-    return line.split(" | ")[0].removeprefix("| ")
+    return line.split(" | ")[0].removeprefix("| ").strip("`")
 
 
 def counted(lines: Sequence[str]) -> dict[str, int]:
