@@ -12,6 +12,7 @@ from residua.store.base.errors import ResiduaError, StorageError, UnsafeArchiveE
 from residua.store.format.archive_metadata import ROOT
 from residua.store.read.archive import Archive
 from residua.store.read.remote_archive import RemoteArchive
+from residua.store.sealing import packed_index
 from residua.store.sealing.packed_index import INDEX
 from residua.store.sharing.pull import pull
 from tests.servers.files import FileServer, serving_files
@@ -70,7 +71,18 @@ def test_ranges_are_not_taken_at_any_length(server: FileServer) -> None:
     assert server.n_bytes < FEW_BYTES
 
 
-def test_the_index_is_not_taken_at_any_length(server: FileServer) -> None:
+def test_an_index_that_comes_with_its_head_is_not_taken_at_any_length(server: FileServer) -> None:
+    opened(server)
+    n_before = list(server.requests).index(f"/a.zarr/{INDEX}")
+    server.forget()
+    server.faults = [""] * n_before + ["endless"] * 5
+    with pytest.raises(StorageError, match=rf"{INDEX}.*more came"):
+        opened(server)
+    assert server.n_bytes < FEW_BYTES
+
+
+def test_pages_of_the_index_are_not_taken_at_any_length(server: FileServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(packed_index, "_WHOLE_BYTES", 0)
     there = opened(server)
     server.forget()
     server.faults = ["endless"] * 5
