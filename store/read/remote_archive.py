@@ -1,11 +1,12 @@
 """An archive at an address: the same as in a folder, with the files behind it fetched when they are needed.
 
-Opening takes two requests, whatever the archive's size: the root's metadata, which have copies of the arrays', and the
-head of the packed index. Rows come as `residua.store.read.remote` says. Examples, tokenizer and LM head come whole when
-they are used first.
+Opening takes two requests at once, whatever the archive's size: for the root's metadata, which have copies of the
+arrays', and for the head of the packed index. Rows come as `residua.store.read.remote` says. Examples, tokenizer and LM
+head come whole when they are used first.
 """
 
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from os import PathLike
 from pathlib import Path
@@ -23,10 +24,10 @@ from residua.store.read.archive import Archive
 from residua.store.read.reader import ArrayReader, Check
 from residua.store.read.remote import JOIN_GAP_BYTES, PACK, REQUEST_BYTES, RecordTables, RemoteChunks, RemoteReader
 from residua.store.read.zarr_group import RemoteArchiveStore, open_zarr_group
-from residua.store.sealing.packed_index import PackedIndex
+from residua.store.sealing.packed_index import INDEX, WHOLE_BYTES, PackedIndex
 from residua.store.storage.address import scheme_of
 from residua.store.storage.disk_cache import DiskCache
-from residua.store.storage.hub import folder_at
+from residua.store.storage.hub import HubFolder, folder_at
 from residua.store.storage.mirror import Mirror
 from residua.store.storage.objects import DeniedError, ObjectFolder, in_parallel
 
@@ -80,19 +81,21 @@ class RemoteArchive(Archive):
         }
         self._cache = _cache_of(address, cache)
         self._mirror = Mirror(folder, self._cache)
-        try:
-            self._mirror.need(ROOT, MAX_METADATA_BYTES)
-        except StorageError:  # no bucket, for example
-            raise
-        except FileNotFoundError:
-            raise FileNotFoundError(f"{folder} is not an archive: it has no {ROOT}. Check the address.") from None
+        with ThreadPoolExecutor(1, thread_name_prefix="residua-open") as pool:
+            start = pool.submit(_start_of_index, folder)  # meanwhile, for each request waits for its answer
+            try:
+                self._mirror.need(ROOT, MAX_METADATA_BYTES)
+            except StorageError:  # no bucket, for example
+                raise
+            except FileNotFoundError:
+                raise FileNotFoundError(f"{folder} is not an archive: it has no {ROOT}. Check the address.") from None
         with self._mirror.naming():
             found = read_metadata(self._mirror.path)
         self._index: PackedIndex | None = None
         if found.index is None or found.n_rows is None:
             self._bring_records(found.plan)
         else:
-            self._index = PackedIndex(folder, found.plan, found.n_rows, found.index)
+            self._index = PackedIndex(folder, found.plan, found.n_rows, found.index, start.result())
         with self._mirror.naming():
             super().__init__(self._mirror.path, check=check, threads=threads)
         tables = RecordTables(self.plan, self.commits) if self._index is None else self._index
@@ -214,6 +217,14 @@ class RemoteArchive(Archive):
         documents = {"": _group_document(), **self.metadata.documents}
         captured = frozenset(self.commits) if self._index is None else self._index
         return open_zarr_group(RemoteArchiveStore(self.folder, self.plan, documents, captured, self._missing))
+
+
+def _start_of_index(folder: ObjectFolder) -> bytes:
+    """Return the first bytes of an archive's index; none if there is none, or if the Hub has to say a commit first."""
+    try:
+        return b"" if isinstance(folder, HubFolder) else folder.read_start(INDEX, WHOLE_BYTES)
+    except OSError:  # what is wrong is said when the index is needed
+        return b""
 
 
 def _group_document() -> dict[str, Any]:

@@ -59,7 +59,9 @@ LOSS = np.dtype([("shard", "<u8"), ("n_nonfinite", "<u8"), ("n_overflowed", "<u8
 _CHUNK_BYTES = 8
 _SQUARES_BYTES = 16
 _N_SLOTS = 128  # pages kept, 8 MiB
-_WHOLE_BYTES = 256 * 2**10  # of an index that is fetched at once: of some 32,000 chunks
+
+WHOLE_BYTES = 256 * 2**10
+"""An index of at most so many bytes, of some 32,000 chunks, comes at once from an address."""
 
 
 class FileTotals(NamedTuple):
@@ -132,6 +134,7 @@ class PackedIndex(Mapping[int, Commit]):
         plan: Its plan.
         n_rows: Its rows.
         entry: What the root's metadata say about the index.
+        start: For an address: its first bytes, as far as they are known.
 
     Attributes:
         path: The file, or its address.
@@ -144,8 +147,10 @@ class PackedIndex(Mapping[int, Commit]):
         StorageError: It is at an address, and cannot be read.
     """
 
-    def __init__(self, archive: Path | ObjectFolder, plan: Plan, n_rows: int, entry: Mapping[str, Json]) -> None:
-        self._file: _File = _RemoteFile(archive) if isinstance(archive, ObjectFolder) else _LocalFile(archive)
+    def __init__(
+        self, archive: Path | ObjectFolder, plan: Plan, n_rows: int, entry: Mapping[str, Json], start: bytes = b""
+    ) -> None:
+        self._file: _File = _RemoteFile(archive, start) if isinstance(archive, ObjectFolder) else _LocalFile(archive)
         self.path = self._file.path
         self.digest = str(entry["sha256"])
         self._args = (archive, plan, n_rows, dict(entry))
@@ -156,6 +161,9 @@ class PackedIndex(Mapping[int, Commit]):
         if self._head_bytes > min(MAX_HEAD_BYTES, self.n_bytes):
             raise UnsafeArchiveError(f"{self.path}: a head of {self._head_bytes:,} of {self.n_bytes:,} bytes")
         head = self._file.read(0, self._head_bytes, self.n_bytes)
+        if start and hashlib.sha256(head).hexdigest() != entry["sha256"]:
+            self._file.forget()
+            head = self._file.read(0, self._head_bytes, self.n_bytes)
         if hashlib.sha256(head).hexdigest() != entry["sha256"]:
             raise DamagedArchiveError(f"{self.path} was altered (the SHA-256 of its head differs): {REBUILD}")
         self._parse_head(head)
@@ -325,6 +333,9 @@ class _LocalFile:
         """Raise unless there is such a file of at most `n_bytes` in the archive."""
         check_file(self._archive, self.path, n_bytes)
 
+    def forget(self) -> None:
+        """Do nothing: nothing is kept."""
+
     def read(self, start: int, n_bytes: int, file_bytes: int) -> bytes:
         """Return bytes of the file, which has to have `file_bytes`."""
         try:
@@ -340,12 +351,17 @@ class _LocalFile:
 
 
 class _RemoteFile:
-    """An index at an address. A short one comes whole with its head, for another request would take longer."""
+    """An index at an address. A short one comes whole with its head, for another request would take longer.
 
-    def __init__(self, folder: ObjectFolder) -> None:
+    Args:
+        folder: The archive.
+        start: The first bytes of the index, as far as they are known.
+    """
+
+    def __init__(self, folder: ObjectFolder, start: bytes) -> None:
         self.path = f"{folder}/{INDEX}"
         self._folder = folder
-        self._whole = b""
+        self._start = start
 
     def check(self, n_bytes: int) -> None:
         """Ask for nothing: the first read tells."""
@@ -354,9 +370,14 @@ class _RemoteFile:
         """Return bytes of the file; its size is known from the metadata, and ranges say if they are short."""
         if not n_bytes:
             return b""
-        if not self._whole and file_bytes <= _WHOLE_BYTES:
-            self._whole = self._ask(0, file_bytes)
-        return self._whole[start : start + n_bytes] or self._ask(start, n_bytes)
+        stop = start + n_bytes
+        if stop > len(self._start) and file_bytes <= WHOLE_BYTES:
+            self._start = self._ask(0, file_bytes)
+        return self._start[start:stop] if stop <= len(self._start) else self._ask(start, n_bytes)
+
+    def forget(self) -> None:
+        """Ask again for what is known: it may be of an archive that was replaced meanwhile."""
+        self._start = b""
 
     def _ask(self, start: int, n_bytes: int) -> bytes:
         try:

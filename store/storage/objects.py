@@ -171,6 +171,11 @@ class ObjectFolder:
             )
         return part
 
+    def read_start(self, name: str, most_bytes: int) -> bytes:
+        """Return the first bytes of an object, or all of it if it has fewer; raises as `read_range`."""
+        found = self._ask(name, "read", partial(self._range, name, 0, most_bytes), tries=_READ_TRIES)
+        return memoryview(found).tobytes()
+
     def _range(self, name: str, start: int, stop: int) -> obstore.Bytes | bytes:
         if scheme_of(self.address) not in ("http", "https"):
             return obstore.get_range(self._store, name, start=start, end=stop)
