@@ -9,6 +9,7 @@ ranks that were given different tokens.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -19,7 +20,7 @@ from torch.distributed.tensor import DTensor
 
 from residua.capture.buffers.row_index import FIRST_ROW_AXIS
 from residua.capture.hooks.site import SiteInfo
-from residua.capture.runtime.collectives import all_gather_objects, on_rank
+from residua.capture.runtime.collectives import all_gather_short, on_rank
 from residua.store.base.errors import CaptureError
 from residua.store.storage.crc import crc32c
 
@@ -61,7 +62,8 @@ def shard_reports(local: Tensor, group: ProcessGroup | None) -> list[ShardReport
     # Copied, since torch could not free memory of FSDP's that NumPy has seen.
     values = local.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
     checksum = crc32c(values.reshape(-1).view(torch.uint8).numpy())
-    return all_gather_objects(group, ShardReport(dist.get_rank(), tuple(local.shape), str(local.dtype), checksum))
+    everyone: list[Any] = all_gather_short(group, [dist.get_rank(), [*local.shape], str(local.dtype), checksum])
+    return [ShardReport(rank, tuple(shape), dtype, crc) for rank, shape, dtype, crc in everyone]
 
 
 def infer_layout(

@@ -8,6 +8,7 @@ sent twice, and nothing is sent that is not stored.
 `Agreement` and `in_step` keep workers together whose forward passes are collectives.
 """
 
+import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from math import prod
 from typing import TypeVar
@@ -17,11 +18,13 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from residua.store.base.canonical import Json
 from residua.store.base.errors import CaptureError
 
 T = TypeVar("T")
 BatchT = TypeVar("BatchT")
 Shape = tuple[int, ...]
+SHORT_BYTES = 512
 
 
 def is_alone() -> bool:
@@ -41,6 +44,25 @@ def all_gather_objects(group: ProcessGroup | None, value: T) -> list[T]:
     values = [value] * dist.get_world_size(group)
     dist.all_gather_object(values, value, group=group)
     return values
+
+
+def all_gather_short(group: ProcessGroup | None, value: Json) -> list[Json]:
+    """Return the JSON value of each rank of a group, in rank order, by one collective; without a group, `value` alone.
+
+    `all_gather_objects` takes two, since it has to learn the lengths first.
+
+    Raises:
+        ValueError: The value takes more than `SHORT_BYTES` as JSON.
+    """
+    if group is None:
+        return [value]
+    text = json.dumps(value).encode()
+    if len(text) > SHORT_BYTES:
+        raise ValueError(f"a value of {len(text)} bytes is longer than {SHORT_BYTES}: {text!r}")
+    mine = torch.frombuffer(bytearray(text.ljust(SHORT_BYTES)), dtype=torch.uint8).to(device_of(group))
+    everyone = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(everyone, mine, group=group)
+    return [json.loads(of_rank.cpu().numpy().tobytes()) for of_rank in everyone]
 
 
 def device_of(group: ProcessGroup | None) -> torch.device:

@@ -5,14 +5,16 @@ from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 import torch.distributed as dist
+from numcodecs.checksum32 import CRC32C
 from torch import Tensor
 
 from residua.capture.layout.gather import run_once
-from residua.capture.layout.layouts import Layout, ProvedLayouts
+from residua.capture.layout.layouts import Layout, ProvedLayouts, ShardReport, shard_reports
 from residua.store.base.errors import CaptureError
 
 SECONDS = 200
@@ -56,6 +58,36 @@ def test_whatever_ends_the_function_on_the_owner_ends_it_on_every_rank(
     assert owner == f"{error.__name__}: stopped by hand"
     assert other.startswith("CaptureError")
     assert f"{error.__name__}: stopped by hand" in other
+
+
+def test_each_rank_reports_what_it_has_of_a_tensor_by_one_collective(tmp_path: Path) -> None:
+    tensors = [
+        torch.arange(12.0).view(3, 4)[:, ::2],
+        torch.ones(2, 0, 5, dtype=torch.bfloat16),
+        torch.tensor(7),
+        torch.ones((1,) * 30, dtype=torch.float8_e4m3fn),
+    ]
+
+    def work(rank: int, group: Group) -> str:
+        with mock.patch.object(dist, "all_gather_object", side_effect=AssertionError("two collectives")):
+            mine = [tensor.to(torch.float64) if rank and not i else tensor for i, tensor in enumerate(tensors)]
+            with torch.inference_mode():
+                return repr([shard_reports(tensor, group) for tensor in mine])
+
+    first, second = on_two_ranks(work, tmp_path)
+    assert first == second
+    wanted = []
+    for number, tensor in enumerate(tensors):
+        here = [tensor, tensor.double() if number == 0 else tensor]
+        found = [(str(each.dtype), other_crc32c(each)) for each in here]
+        wanted.append([ShardReport(rank, tuple(tensor.shape), dtype, crc) for rank, (dtype, crc) in enumerate(found)])
+    assert first == repr(wanted)
+
+
+def other_crc32c(tensor: Tensor) -> int:
+    """The crc32c of a tensor's bytes, by another library than ours."""
+    raw = bytes(tensor.contiguous().reshape(-1).view(torch.uint8).tolist())
+    return int.from_bytes(CRC32C().encode(raw)[-4:], "little")
 
 
 def test_a_layout_that_changes_with_the_batch_is_proved_again(tmp_path: Path) -> None:

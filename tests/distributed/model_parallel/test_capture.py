@@ -4,6 +4,7 @@ There is one test for each launch, because starting ranks takes time; the same f
 """
 
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -41,8 +42,39 @@ def launch(forked_workers: ForkedWorkers, folder: Path, n: int) -> dict[str, lis
     return {name: said["workers"] for name, said in found.items()}
 
 
-def one_process(folder: Path, like: Archive, name: str) -> Archive:
-    return capture(model_of(name, like), folder, ",".join(like.sites)).archive
+class OneProcess:
+    """What one process captures and records; the same for all layouts and launches, so it is made once."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._made: dict[tuple[object, ...], Path] = {}
+
+    def captured(self, name: str, like: Archive) -> Archive:
+        def make(out: Path) -> None:
+            capture(model_of(name, like), out, ",".join(like.sites))
+
+        return self._once(("captured", *_made_of(name, like)), make)
+
+    def recorded(self, name: str, like: Archive, n_calls: int) -> Archive:
+        def make(out: Path) -> None:
+            record(model_of(name, like), out, ",".join(like.sites), n_calls=n_calls)
+
+        return self._once(("recorded", n_calls, *_made_of(name, like)), make)
+
+    def _once(self, what: tuple[object, ...], make: Callable[[Path], None]) -> Archive:
+        if what not in self._made:
+            self._made[what] = self._folder / f"{len(self._made)}.zarr"
+            make(self._made[what])
+        return Archive(self._made[what])
+
+
+def _made_of(name: str, like: Archive) -> tuple[object, ...]:
+    return name, like.plan.model["dtype"], like.sites
+
+
+@pytest.fixture(scope="module")
+def one_process(tmp_path_factory: pytest.TempPathFactory) -> OneProcess:
+    return OneProcess(tmp_path_factory.mktemp("one process"))
 
 
 def model_of(name: str, like: Archive) -> PreTrainedModel:
@@ -61,15 +93,13 @@ def largest_error(got: Archive, wanted: Archive) -> float:
 
 
 @pytest.mark.parametrize("n", CASES)
-def test_split_models_write_the_archive_of_one_process(forked_workers: ForkedWorkers, n: int, tmp_path: Path) -> None:
+def test_split_models_write_the_archive_of_one_process(
+    forked_workers: ForkedWorkers, one_process: OneProcess, n: int, tmp_path: Path
+) -> None:
     workers = launch(forked_workers, tmp_path, n)
-    alone: dict[tuple[object, ...], Archive] = {}
     for case, did in workers.items():
         archive, name = Archive(tmp_path / f"{case}.zarr"), case.partition("-")[0]
-        key = (name, archive.plan.model["dtype"], archive.sites)
-        if key not in alone:
-            alone[key] = one_process(tmp_path / f"one {len(alone)}.zarr", archive, name)
-        wanted = alone[key]
+        wanted = one_process.captured(name, archive)
         assert without_columns(archive.plan) == wanted.plan, case
         assert largest_error(archive, wanted) <= BOUNDS[str(archive.plan.model["dtype"])], case
         written, expected = content(archive.path), content(wanted.path)
@@ -79,24 +109,23 @@ def test_split_models_write_the_archive_of_one_process(forked_workers: ForkedWor
         report = verify(archive.path)
         assert (report.problems, report.notes) == ([], []), case
         check_figures(case, did, archive)
-        check_recorded(case, tmp_path, archive)
+        check_recorded(case, tmp_path, one_process)
     check_launch(n, tmp_path, workers)
 
 
-def check_recorded(case: str, folder: Path, captured: Archive) -> None:
+def check_recorded(case: str, folder: Path, one_process: OneProcess) -> None:
     """What a loop of the user's own recorded is what it records in one process, on each replica."""
     paths = sorted(folder.glob(f"{case}.recorded.*.zarr"))
     n_replicas = 2 if case.endswith(("-dp2", "-fsdp2")) else 1
     assert len(paths) == (n_replicas if is_recorded(case) else 0), case
     for path in paths:
         archive, name = Archive(path), case.partition("-")[0]
-        alone, n_calls = folder / f"alone {path.name}", len(set(archive.examples.column("call").to_pylist()))
-        record(model_of(name, captured), alone, ",".join(captured.sites), n_calls=n_calls)
-        wanted = Archive(alone)
+        n_calls = len(set(archive.examples.column("call").to_pylist()))
+        wanted = one_process.recorded(name, archive, n_calls)
         assert (archive.is_sealed, archive.plan, archive.n_rows) == (True, wanted.plan, wanted.n_rows), case
         assert archive.examples.equals(wanted.examples), case
         assert largest_error(archive, wanted) <= BOUNDS[str(archive.plan.model["dtype"])], case
-        written, expected = content(path), content(alone)
+        written, expected = content(path), content(wanted.path)
         assert written.keys() == expected.keys(), case
         exact = [file for file in expected if file.startswith(EXACT) and file != "head/config.json"]
         assert [written[file] for file in exact] == [expected[file] for file in exact], case
