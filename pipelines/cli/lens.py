@@ -47,12 +47,12 @@ def add(commands: Any) -> None:
 def _train(options: argparse.Namespace) -> int:
     from residua.analysis.lens.lens import TunedLens
     from residua.analysis.lens.settings import LensSettings
-    from residua.store.read.stacks import open_archive
+    from residua.store.read.stacks import main_archive, open_archive
 
     given = {f.name: value for f in fields(LensSettings) if (value := getattr(options, f.name)) is not None}
     settings = LensSettings(**given)
     sites = None if options.sites is None else [site.strip() for site in options.sites.split(",")]
-    archive = open_archive(options.archive)
+    archive = main_archive(open_archive(options.archive))  # of several stacks that of the logits
     with cluster_of(options, archive, options.sites, passes=MANY_PASSES) as cluster:
         lens = TunedLens.fit(archive, sites=sites, out=options.out, cluster=cluster, settings=settings)
     _print(lens, options.out, as_json=options.json)

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import residua
+from residua.pipelines.cli.main import main
 from residua.store.base.errors import AnalysisError
 from tests.models.tiny_multimodal import MULTIMODAL
 from tests.models.tiny_pairs import N_DECODER, TINY_PAIRS, VOCABULARY
@@ -34,6 +35,10 @@ def test_a_lens_of_a_decoder_ends_in_its_logits(name: str, tmp_path: Path) -> No
     torch.testing.assert_close(lens.decode(last, rows), logits, atol=1e-3, rtol=1e-3)
     assert lens.report is not None
     assert lens.report["site"].to_pylist() == [f"decoder.resid_post.{layer}" for layer in range(N_DECODER - 1)]
+    if name == "t5":
+        words = ["lens", "train", str(tmp_path / "a.zarr"), "--out", str(tmp_path / "lens"), "--no-refine"]
+        assert main(words) == 0
+        assert "decoder.resid_post.0" in (tmp_path / "lens" / "report.parquet").read_bytes().decode("latin-1")
     with pytest.raises(AnalysisError, match=r"LM head.*decoder"):
         residua.TunedLens.fit(archive.stacks["encoder"])
 
