@@ -27,6 +27,7 @@ class FileServer:
         token: If given, requests without it are refused.
         faults: What goes wrong next, one a request, before it answers well again: status codes; ``cut`` breaks off the
             body, ``endless`` sends a body without an end, ``claims`` says that it will send an exbibyte.
+        faulty: How the paths end that `faults` are for.
         elsewhere: If given, where every request is redirected to.
         logins: The logins that came with requests.
         altered: Names of files of which the first byte of each answer is changed.
@@ -44,6 +45,7 @@ class FileServer:
     elsewhere: str = ""
     logins: set[str | None] = field(default_factory=set)
     faults: list[int | str] = field(default_factory=list)
+    faulty: str = ""
     altered: set[str] = field(default_factory=set)
     altered_once: set[str] = field(default_factory=set)
     requests: Counter[str] = field(default_factory=Counter)
@@ -60,7 +62,7 @@ class FileServer:
         path = unquote(urlsplit(handler.path).path)
         self.requests[path] += 1
         self.logins.add(handler.headers.get("Authorization"))
-        fault = self.faults.pop(0) if self.faults else None
+        fault = self.faults.pop(0) if self.faults and path.endswith(self.faulty) else None
         if isinstance(fault, int):
             handler.send_error(fault)
         elif self.elsewhere:
