@@ -5,6 +5,9 @@ Python library, as often as it takes. The shipped model, which is loaded before,
 examples of 256 tokens, with `grow` and without. The table shows seconds on the clock from the call of
 `residua.capture_dataset` until the plan is there and the model begins, and until the first batch is done, where the
 run is ended; and the processor time of all threads until then. All cores tokenize.
+
+Then `residua.replay_dataset` over a million rows (`--rows`), with an edit of most of them: seconds until the first
+batch is done, if a condition selects them, and if they are listed.
 """
 
 import os
@@ -87,11 +90,38 @@ def begin(model: Any, tokenizer: Any, dataset: Path, out: Path, *, grow: bool) -
     raise RuntimeError("the capture ended before its first batch")
 
 
+def replays(model: Any, folder: Path, n_rows: int) -> str:
+    """Begin replays of an archive with edits of many rows; return the table."""
+    tokens = np.random.default_rng(0).integers(3, 1_000, (n_rows // 128, 128)).tolist()
+    archive = residua.capture_dataset(model, tokens, sites="resid_post.0", out=folder / "rows.zarr").archive
+    chosen = np.random.default_rng(1).permutation(archive.n_rows)[: archive.n_rows * 9 // 10]
+    selections: dict[str, dict[str, Any]] = {
+        "position > 5": {"where": "position > 5"},
+        f"a list of {len(chosen):,}": {"rows": chosen.tolist()},
+    }
+    lines = []
+    for number, (name, selection) in enumerate(selections.items()):
+        started, cpu = time.perf_counter(), time.process_time()
+        edits = [{"site": "resid_post.0", "edit": "zero", **selection}]
+        try:
+            residua.replay_dataset(model, archive, out=folder / f"replay-{number}", edits=edits, on_example=stop_replay)
+        except _Begun:
+            figures = time.perf_counter() - started, time.process_time() - cpu
+            lines.append([name, *(f"{one:.1f}" for one in figures)])
+    return table([f"rows of {archive.n_rows:,}", "first batch done, s", "CPU s"], lines)
+
+
+def stop_replay(*_: int) -> None:
+    """End a replay."""
+    raise _Begun
+
+
 def main() -> None:
     """Measure and report."""
     options = parser(__doc__ or "", rounds=1)
     options.add_argument("--tokens", type=int, nargs="+", default=[12_500_000, 100_000_000], help="sizes")
     options.add_argument("--most-texts", type=int, default=100_000_000, help="more tokens of texts: with grow alone")
+    options.add_argument("--rows", type=int, default=1_000_000, help="rows of the replayed archive")
     arguments = options.parse_args()
     os.environ["TOKENIZERS_PARALLELISM"] = "true"
     model, tokenizer = AutoModelForCausalLM.from_pretrained(SHIPPED), AutoTokenizer.from_pretrained(SHIPPED)
@@ -110,10 +140,14 @@ def main() -> None:
                     lines.append([f"{kind}, {n_tokens:,}", size, way, *(f"{one:.1f}" for one in figures)])
                     print(lines[-1], file=sys.stderr, flush=True)
                 path.unlink()
+        replayed = replays(model, folder, arguments.rows)
     finally:
         shutil.rmtree(folder)
     head = ["tokens", "MiB", "plan", "model begins, s", "first batch done, s", "CPU s"]
-    publish("\n".join([machine("transformers", "tokenizers", "pyarrow"), "", table(head, lines)]), arguments.out)
+    publish(
+        "\n".join([machine("transformers", "tokenizers", "pyarrow"), "", table(head, lines), "", replayed]),
+        arguments.out,
+    )
 
 
 if __name__ == "__main__":

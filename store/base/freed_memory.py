@@ -10,12 +10,12 @@ import time
 from collections.abc import Callable
 from functools import cache
 
-_SECONDS = 5.0  # of processor time between two returns: each takes some 40 ms, with what is asked for again thereafter
+_SECONDS = 1.0  # of processor time between two returns: each takes some 20 ms, with asking for memory again thereafter
 _last = 0.0
 
 
 def return_freed_memory() -> None:
-    """Return freed memory to the system; once in five seconds of processor time, so it may be called often.
+    """Return freed memory to the system; once in a second of processor time, so it may be called often.
 
     Does nothing where the C library is not glibc.
     """
