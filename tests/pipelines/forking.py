@@ -195,17 +195,17 @@ def _become(request: dict[str, Any]) -> None:
 
 
 def _slow_down(seconds: float) -> None:
-    from residua.pipelines.capture import capture
+    from residua.pipelines.capture import dataset_job
     from residua.pipelines.setup import models
 
-    load = vars(capture)["load_model"]
+    load = models.load_model
 
     def load_slow(*arguments: Any) -> Any:
         model = load(*arguments)
         model.register_forward_pre_hook(lambda *_: time.sleep(seconds))
         return model
 
-    for module in (capture, models):
+    for module in (dataset_job, models):
         mock.patch.object(module, "load_model", load_slow).start()
 
 
