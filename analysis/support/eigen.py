@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from scipy.linalg import LinAlgError, cython_lapack
+from scipy.linalg import LinAlgError, cython_lapack  # pyright: ignore[reportAttributeAccessIssue]  # compiled
 
 Array = npt.NDArray[np.floating]
 

@@ -65,7 +65,8 @@ def test_a_found_head_gives_the_logits(name: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["causal/bloom", "causal/granite", "vision-language/gemma3"])
 def test_a_head_is_found_in_half_precision(name: str, tmp_path: Path) -> None:
     registry, _, key = name.partition("/")
-    model = nn.Module.to(build(registry, key), torch.bfloat16)
+    model = build(registry, key)
+    nn.Module.to(model, torch.bfloat16)
     assert save_lm_head(model, tmp_path / "head")
     final, logits = final_and_logits(model, LAST[name])
     found = load_lm_head(tmp_path / "head").logits(final)
