@@ -15,6 +15,7 @@ import logging
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol
 
@@ -38,9 +39,13 @@ class AttentionTap(Protocol):
 
     Attributes:
         kinds: The kinds of tensors that it is called with: any of ``q``, ``k``, ``v``, ``z`` and ``pattern``.
+        takes_pairs: Whether it takes ``v`` and ``z`` of two calls from the same queries and keys at once, side by side
+            in the last axis: differential attention (https://arxiv.org/abs/2410.05258) has values of twice the width,
+            and transformers computes each half by a call of its own.
     """
 
     kinds: frozenset[str]
+    takes_pairs: bool = False
 
     def __call__(self, kind: str, tensor: Tensor) -> Tensor | None:
         """Take one tensor; return its replacement, or None to keep it.
@@ -90,6 +95,7 @@ def intercepting(
     finally:
         with _lock:
             for module, tap in taps.items():
+                _open_pairs().pop(id(module), None)
                 _taps[id(module)].remove(tap)
                 if not _taps[id(module)]:
                     del _taps[id(module)]
@@ -139,18 +145,97 @@ def _attend(
 ) -> tuple[Tensor, Tensor | None]:
     """Compute one module's attention with its own function, and call the taps."""
     taps = tuple(_taps.get(id(module), ()))
+    pair = _Pair.of(module, query, key, value) if any(tap.takes_pairs for tap in taps) else None
     for tap in taps:
         tap.note_arguments(kwargs)
-        query, key, value = (
-            _pass_heads(tap, kind, tensor) for kind, tensor in (("q", query), ("k", key), ("v", value))
-        )
-    z_BTHD, pattern_BHQK = function(module, query, key, value, *args, **kwargs)
+        query, key = (_pass_heads(tap, kind, tensor) for kind, tensor in (("q", query), ("k", key)))
+        value = value if tap.takes_pairs else _pass_heads(tap, "v", value)
+
+    def weigh(value: Tensor) -> tuple[Tensor, Tensor | None]:
+        z_BTHD, pattern_BHQK = function(module, query, key, value, *args, **kwargs)
+        for tap in taps:
+            if "pattern" in tap.kinds:
+                z_BTHD, pattern_BHQK = _pass_pattern(tap, z_BTHD, pattern_BHQK, value)
+        return z_BTHD, pattern_BHQK
+
+    if pair is not None:
+        value = pair.pass_values(taps, value, weigh)
+    z_BTHD, pattern_BHQK = weigh(value)
     for tap in taps:
-        if "pattern" in tap.kinds:
-            z_BTHD, pattern_BHQK = _pass_pattern(tap, z_BTHD, pattern_BHQK, value)
-        if "z" in tap.kinds and (new_BTHD := tap("z", z_BTHD)) is not None:
-            z_BTHD = new_BTHD
+        z_BTHD = z_BTHD if tap.takes_pairs else _pass_heads(tap, "z", z_BTHD)
+    if pair is not None:
+        z_BTHD = pair.pass_outputs(taps, z_BTHD)
     return z_BTHD, pattern_BHQK
+
+
+@dataclass(eq=False)
+class _Pair:
+    """Two calls of one module from the same queries and keys, with other values in each.
+
+    Attributes:
+        query: What the first call took, as the model gave it.
+        key: Likewise.
+        first_value: Likewise; later what the taps made of it.
+        first_z: The head outputs of the first call, which the model holds: they are changed in place when the second
+            call has shown the other half. None before the first call has ended.
+    """
+
+    query: Tensor
+    key: Tensor
+    first_value: Tensor
+    first_z: Tensor | None = None
+
+    @classmethod
+    def of(cls, module: nn.Module, query: Tensor, key: Tensor, value: Tensor) -> "_Pair":
+        """Return the pair that this call ends, or one that it begins."""
+        before = _open_pairs().pop(id(module), None)
+        if before is not None and before.query is query and before.key is key and before.first_z is not None:
+            return before
+        pair = _open_pairs()[id(module)] = cls(query, key, value)
+        return pair
+
+    def pass_values(
+        self, taps: Iterable[AttentionTap], value: Tensor, weigh: Callable[[Tensor], tuple[Tensor, Tensor | None]]
+    ) -> Tensor:
+        """Call the taps with the values of both calls; return those of the second, and repeat the first if need be."""
+        if self.first_z is None:
+            return value
+        both = torch.cat([self.first_value, value], -1)
+        new, is_read = self._pass(taps, "v", both)
+        if is_read and (new is not both or both.requires_grad):
+            first, value = torch.split(new, [self.first_value.shape[-1], value.shape[-1]], -1)
+            self.first_z.copy_(weigh(first)[0])
+        return value
+
+    def pass_outputs(self, taps: Iterable[AttentionTap], z_BTHD: Tensor) -> Tensor:
+        """Keep the head outputs of the first call; call the taps with those of both, and return those of the second."""
+        if self.first_z is None:
+            self.first_z = z_BTHD.clone()  # a function may have saved its own result for the backward pass
+            return self.first_z
+        both = torch.cat([self.first_z, z_BTHD], -1)
+        new, is_read = self._pass(taps, "z", both)
+        if is_read and (new is not both or both.requires_grad):
+            first, z_BTHD = torch.split(new, [self.first_z.shape[-1], z_BTHD.shape[-1]], -1)
+            self.first_z.copy_(first)
+        return z_BTHD
+
+    @staticmethod
+    def _pass(taps: Iterable[AttentionTap], kind: str, tensor: Tensor) -> tuple[Tensor, bool]:
+        """Return what the taps make of a tensor, and whether any of them reads it."""
+        is_read = False
+        for tap in taps:
+            if tap.takes_pairs and kind in tap.kinds:
+                tensor, is_read = _pass_heads(tap, kind, tensor), True
+        return tensor, is_read
+
+
+_local = threading.local()
+
+
+def _open_pairs() -> dict[int, _Pair]:
+    """Return the pairs of this thread whose second call has not come, by id of the module."""
+    pairs: dict[int, _Pair] = vars(_local).setdefault("pairs", {})
+    return pairs
 
 
 def _pass_heads(tap: AttentionTap, kind: str, tensor: Tensor) -> Tensor:

@@ -176,11 +176,13 @@ class _BlockAttentionTap(AttentionTap):
     """Reads the attention sites of one block.
 
     Differential attention computes attention twice from the same queries and keys, with other values. The queries, the
-    keys and the pattern are then met once, and the second call gets the replacements of the first.
+    keys and the pattern are then met once, and the second call gets the replacements of the first; values and head
+    outputs of both calls are one tensor (`AttentionTap.takes_pairs`).
     """
 
     def __init__(self, sites: dict[str, SiteInfo], call: ForwardCall, on_tensor: OnTensor) -> None:
         self.kinds = frozenset(sites) | (frozenset("qk") if "pattern" in sites else frozenset())
+        self.takes_pairs = any(info.is_pair for info in sites.values())
         self._sites = sites
         self._call = call
         self._on_tensor = on_tensor

@@ -43,6 +43,8 @@ class SiteInfo:
         streams: Whether the module's tensor has an axis of parallel residual streams before these two; it is the first
             axis of the row.
         own: For ``attention`` that a model computes in its own code, where; None if it is read in the interface.
+        is_pair: Whether the block computes attention twice from the same queries and keys, and the last axis of the row
+            holds what is here in both, side by side.
         factor: What the module's tensor is multiplied by to give the site: what a block adds to the residual stream may
             be a multiple of a module's output.
         problem: Why the site has no rows, as a sentence, where a run of the model has shown it; else empty.
@@ -60,6 +62,7 @@ class SiteInfo:
     flat: bool = False
     streams: bool = False
     own: "OwnAttention | None" = None
+    is_pair: bool = False
     factor: float = 1.0
     problem: str = ""
     n_met: int | None = field(default=None, compare=False)

@@ -68,7 +68,9 @@ def discover(model: nn.Module, anatomy: Anatomy, kinds: Collection[str]) -> dict
         heads = HeadOutputsWatch(anatomy.modules, blocks)
         measured = measure_sites(model, chosen, _together(watch, heads))
         measured = {
-            name: replace(info, note=heads.note(info.module)) if info.site.kind == "z" else info
+            name: replace(info, note=_OF_A_PAIR if info.is_pair else heads.note(info.module))
+            if info.site.kind == "z"
+            else info
             for name, info in measured.items()
         }
         measured |= _of_own_attention(model, anatomy, measured)
@@ -78,6 +80,13 @@ def discover(model: nn.Module, anatomy: Anatomy, kinds: Collection[str]) -> dict
         found = {name: without_rows(info, str(error), n_met=0) for name, info in chosen.items()}
         parts = _no_parts(anatomy, str(error))
     return {name: info for name, info in _in_order(anatomy, found | parts).items() if info.site.kind in kinds}
+
+
+_OF_A_PAIR = (
+    "z is what each softmax gives, before the model subtracts the head outputs of the second half of the heads, times "
+    "its lambda, from those of the first and normalises the difference; what its output projection takes is its "
+    "module: site, @input"
+)
 
 
 @contextmanager

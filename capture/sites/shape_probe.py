@@ -131,19 +131,33 @@ def measure_sites(
     Raises:
         CaptureError: The model cannot run on tokens, or on images, alone.
     """
+    found = _measured(model, sites, watching)
+    twice = [name for name, info in found.items() if info.n_met == _PAIR and info.site.kind in ("v", "z")]
+    if twice:
+        pairs = _measured(model, {name: replace(sites[name], is_pair=True) for name in twice})
+        found |= {name: info for name, info in pairs.items() if not info.problem}
+    return _without_other_order(model, found) if takes_pixels(model) and moves_patches(model) else found
+
+
+_PAIR = 2  # calls of differential attention
+
+
+def _measured(
+    model: nn.Module, sites: Mapping[str, SiteInfo], watching: AbstractContextManager[object] | None = None
+) -> dict[str, SiteInfo]:
+    """Run a model twice on a few tokens; see `measure_sites`."""
     problems: dict[str, str] = {}
     probes = probes_of(model)
     with probing(), _eager_for_patterns(model, sites, problems):
         first = _run_once(model, sites, probes[0], problems)
         with watching or nullcontext():
             second = _run_once(model, sites, probes[1], problems)
-    found = {
+    return {
         name: without_rows(info, problems[name])
         if name in problems
         else _from_runs(info, first[name], second[name], probes)
         for name, info in sites.items()
     }
-    return _without_other_order(model, found) if takes_pixels(model) and moves_patches(model) else found
 
 
 def _without_other_order(model: nn.Module, sites: Mapping[str, SiteInfo]) -> dict[str, SiteInfo]:

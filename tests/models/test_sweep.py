@@ -31,7 +31,7 @@ SUBSET: dict[str, tuple[str, ...]] = {
     "causal/granite": NO_PARTS,  # parts times a factor
     "causal/gemma3n_text": (),  # several streams
     "causal/xlnet": (),  # no blocks of one stream
-    "causal/diffllama": (*STREAM, "q", "k", "pattern", *PARTS),  # two attentions of the same queries
+    "causal/diffllama": ALL,  # two attentions of the same queries
     "masked/modernbert": ALL,
     "masked/mobilebert": NO_PARTS,  # one part made of attention and MLP
     "masked/fnet": (*STREAM, "mixer_out", "mlp_out"),  # rows depend on padding
