@@ -1,6 +1,6 @@
 """Compare a distributed model with one process; the largest difference is a row of the table of layouts."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -13,9 +13,6 @@ from torch.distributed.tensor import DTensor
 from residua.capture.taps.reading import TapFunction
 from residua.capture.taps.tap import Tap, tap
 from tests.distributed.layouts.single_process import EDITED, EDITS, Expected, loss_of, site_names, trained
-
-_edited: set[str] = set()
-"""The layouts of which a model was edited in every way."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,24 +74,12 @@ class Case:
     def edits(self) -> Row:
         """Logits with one site changed, on every rank."""
         got, wanted = {}, {}
-        for (site, kind), logits in self.edited():
+        for (site, kind), logits in self.expected.edited.items():
             with tap(self.model, site, EDITS[kind], tensor_parallel=self.group), torch.no_grad():
                 got[f"{site} {kind}"] = whole(self.model(**self.inputs).logits)
             wanted[f"{site} {kind}"] = logits
             assert not torch.equal(logits, self.expected.logits), f"{kind} at {site} changes nothing: no test"
         return self.noted("edits", got, wanted, n_sites=len([s for s in EDITED if s in self.expected.values]))
-
-    def edited(self, kinds: Sequence[str] = tuple(EDITS)) -> list[tuple[tuple[str, str], Tensor]]:
-        """Return site and kind of the edits to try, with their logits.
-
-        The first model of a layout gets every kind of edit at every site; another model one kind at each site, in turn.
-        """
-        edited = [(key, logits) for key, logits in self.expected.edited.items() if key[1] in kinds]
-        if self.layout not in _edited:
-            _edited.add(self.layout)
-            return edited
-        sites = list(dict.fromkeys(site for (site, _), _ in edited))
-        return [found for found in edited if found[0][1] == kinds[sites.index(found[0][0]) % len(kinds)]]
 
     def training(self) -> Row:
         """The gradient of a module that lives inside the model, for a whole and for a split site.

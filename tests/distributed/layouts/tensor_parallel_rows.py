@@ -38,18 +38,13 @@ def fairscale_parallel() -> Iterator[Row]:
     yield from all_of(replace(tensor_parallel("fairscale model parallel 2", "llama", model), group=group))
 
 
-TRIED = {
-    2: (("llama", torch.float32), ("mixtral", torch.float32), ("qwen3", torch.float64)),
-    4: (("qwen3", torch.float32), ("llama", torch.float64), ("mixtral", torch.float64)),
-}
-"""Models and dtypes, by the number of ranks: every pair of number and model, number and dtype, model and dtype."""
-
-
 def transformers_tp() -> Iterator[Row]:
     size = dist.get_world_size()
-    for name, dtype in TRIED[size]:
-        layout = f"transformers TP {size}" + (", float64" if dtype == torch.float64 else "")
-        yield from all_of(tensor_parallel(layout, name, loaded(name, dtype, tp_size=size)))
+    for name in ("llama", "qwen3", "mixtral"):
+        yield from all_of(tensor_parallel(f"transformers TP {size}", name, loaded(name, tp_size=size)))
+    for name in ("llama", "qwen3", "mixtral"):
+        model = loaded(name, torch.float64, tp_size=size)
+        yield from all_of(tensor_parallel(f"transformers TP {size}, float64", name, model))
 
 
 ROWS["transformers TP 2"] = ROWS["transformers TP 4"] = transformers_tp
